@@ -1,0 +1,20 @@
+"""Make the key-value cache of a Hugging Face decoder smaller, and show honestly what that cost.
+
+    lowkey.attach(model)
+    plan = lowkey.calibrate(model, tokenizer, texts, method=lowkey.methods.StiefAttention(), budget="50%")
+    cache = lowkey.make_cache(model, plan=plan)
+    model.generate(**inputs, past_key_values=cache)
+    cache.nbytes(), cache.predicted_nbytes()
+"""
+
+__version__ = "0.1.0"
+
+from lowkey import methods
+from lowkey.cache import LowkeyCache, make_cache
+from lowkey.calibrate import Sample, calibrate
+from lowkey.layers.lowrank import Exact
+from lowkey.plan import Plan
+from lowkey.seam import attach
+from lowkey.types import Budget, LowkeyError
+
+__all__ = ["Budget", "Exact", "LowkeyCache", "LowkeyError", "Plan", "Sample", "attach", "calibrate", "make_cache", "methods"]

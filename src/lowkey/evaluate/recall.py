@@ -1,0 +1,81 @@
+"""1-hop recall: facts hidden in running text, asked for at the end.
+
+A fact says ` Remember oak 482.`; its question is ` Recall oak` and the answer ` 482`. The key is the word right before
+the value in both, so that any model which copies in context can answer and the score measures the cache, not knowledge.
+Works on token ids, with any tokenizer and any haystack text. The embedded model was trained on the same sentences.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+# Frequent one-word nouns; the embedded tokenizer has each (with its leading space) as a single token.
+KEYS = (
+    "oak river door lamp horse bread chair ship stone garden clock window bridge candle mirror table "
+    "forest paper silver letter mountain cousin doctor island kitchen market orange pencil queen rabbit school tower "
+    "village winter yellow apple basket castle dragon engine feather guitar hammer insect jacket kettle ladder monkey "
+    "needle ocean palace quarry ribbon saddle temple uncle valley wagon anchor barrel copper desert eagle flower "
+    "glove harbor iron jungle king lemon maple nest olive pearl rope sailor tiger vessel wheel brush camel "
+    "daisy earth fence ghost honey ivory judge knife lion motor novel onion piano robin spoon train"
+).split()
+
+Encode = Callable[[str], list[int]]
+
+
+@dataclass(frozen=True)
+class Fact:
+    key: str
+    value: str
+
+    @property
+    def statement(self) -> str:
+        return f" Remember {self.key} {self.value}."
+
+    @property
+    def question(self) -> str:
+        return f" Recall {self.key}"
+
+    @property
+    def answer(self) -> str:
+        return f" {self.value}"
+
+
+def draw_facts(rng: random.Random, count: int, keys: Sequence[str] = KEYS) -> list[Fact]:
+    """`count` facts with distinct keys and three-digit values."""
+    return [Fact(key, f"{rng.randrange(1000):03d}") for key in rng.sample(list(keys), count)]
+
+
+@dataclass(frozen=True)
+class Episode:
+    """`prompt` ends with the question; `answer` is the text that a correct model writes next."""
+
+    prompt: list[int]
+    question: list[int]
+    answer: list[int]
+
+
+def weave(rng: random.Random, haystack: Sequence[int], inserts: Sequence[Sequence[int]], length: int) -> list[int]:
+    """Exactly `length` ids: a random stretch of `haystack` with `inserts` put in, in order, at random places."""
+    room = length - sum(map(len, inserts))
+    if room < 0 or len(haystack) < room:
+        raise ValueError(f"cannot weave {len(inserts)} inserts and {len(haystack)} haystack ids into {length} ids")
+    start = rng.randrange(len(haystack) - room + 1)
+    cuts = [0, *sorted(rng.randrange(room + 1) for _ in inserts), room]
+    out: list[int] = []
+    for i, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False)):
+        out += haystack[start + a : start + b]
+        out += inserts[i] if i < len(inserts) else []
+    return out
+
+
+def draw_episode(
+    rng: random.Random, encode: Encode, haystack: Sequence[int], context: int, facts: int = 8, keys: Sequence[str] = KEYS
+) -> Episode:
+    """One case of `context` ids (beginning-of-text and question not counted) with `facts` facts, one of them asked."""
+    drawn = draw_facts(rng, facts, keys)
+    asked = rng.choice(drawn)
+    body = weave(rng, haystack, [encode(f.statement) for f in drawn], context)
+    question = encode(asked.question)
+    return Episode(body + question, question, encode(asked.answer))

@@ -1,0 +1,150 @@
+"""The only place that knows architectures: which decoders work, where their parts are, how they rotate."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from lowkey.types import Layout, LowkeyError
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one architecture differs from Llama.
+
+    pre_norm: the attention block reads `input_layernorm(hidden)` (else the residual stream itself, as in OLMo 2);
+    rope_per_layer_type: the rotary module wants the layer type as a third argument (Gemma 3).
+    """
+
+    pre_norm: bool = True
+    rope_per_layer_type: bool = False
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "phi3": Family(),
+    "gemma2": Family(),
+    "gemma3_text": Family(rope_per_layer_type=True),
+    "granite": Family(),
+    "olmo2": Family(pre_norm=False),
+}
+
+REFUSED = {
+    "deepseek_v2": "its latent attention (MLA) already stores one joint latent",
+    "deepseek_v3": "its latent attention (MLA) already stores one joint latent",
+    "qwen3_next": "its linear-attention layers keep a recurrent state, not keys and values",
+    "gpt_oss": "its attention sinks (s_aux) are not honoured yet",
+}
+
+CHANGING_ROPE = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The shapes of a decoder's cache. `compressible` are the layers with full attention; sliding ones stay stock."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    compressible: tuple[int, ...]
+
+    @property
+    def groups(self) -> int:
+        return self.heads // self.kv_heads
+
+    def full_bytes_per_token(self, itemsize: int) -> int:
+        """Bytes that stock storage of the compressible layers takes per token."""
+        return len(self.compressible) * 2 * self.kv_heads * self.head_dim * itemsize
+
+
+def family(config: PreTrainedConfig) -> Family:
+    kind = config.get_text_config().model_type
+    if kind in FAMILIES:
+        return FAMILIES[kind]
+    reason = REFUSED.get(kind) or f"nearest supported: {', '.join(difflib.get_close_matches(kind, FAMILIES, 3, 0.3)) or 'none'}"
+    raise LowkeyError(f"model of family {kind!r} is not supported ({reason}); supported families: {', '.join(FAMILIES)}")
+
+
+def geometry(model: PreTrainedModel) -> Geometry:
+    """Read the cache's shapes off the model. Refuses unsupported families and models with no full-attention layer."""
+    family(model.config)
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kinds = layer_types(config)
+    full = tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
+    if not full:
+        raise LowkeyError(
+            f"model of family {config.model_type!r} has only sliding-window layers (sliding_window={config.sliding_window}); "
+            "their cache is bounded already: use a model with full-attention layers"
+        )
+    return Geometry(len(kinds), heads, config.num_key_value_heads or heads, head_dim, config.hidden_size, full)
+
+
+def layer_types(config: PreTrainedConfig) -> Sequence[str]:
+    """One of `full_attention`, `sliding_attention`, ... per layer, as transformers' own caches infer it."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return kinds
+    kind = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
+    return [kind] * config.num_hidden_layers
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    return model.get_decoder().layers
+
+
+def attention_input(model: PreTrainedModel, layer: int, hidden: Tensor) -> Tensor:
+    """What the q, k and v projections of a layer read, from the layer's input (b, t, D)."""
+    block = decoder_layers(model)[layer]
+    return block.input_layernorm(hidden) if family(model.config).pre_norm else hidden
+
+
+@dataclass(frozen=True)
+class Rope:
+    """The model's own rotary module, asked at chosen positions."""
+
+    module: nn.Module
+    layer_type: str | None
+
+    def embeddings(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos, sin), each (b, s, p), in the dtype of `like`, as the decoder layer wants them."""
+        args = (like, positions) if self.layer_type is None else (like, positions, self.layer_type)
+        return self.module(*args)
+
+    def __call__(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos, sin), each (b, 1, s, p) in fp32, rounded as the model rounds them for `like`."""
+        cos, sin = self.embeddings(positions, like)
+        return cos.float().unsqueeze(1), sin.float().unsqueeze(1)
+
+
+def rope(model: PreTrainedModel, layer: int) -> Rope:
+    config = model.config.get_text_config()
+    kind = layer_types(config)[layer] if family(config).rope_per_layer_type else None
+    return Rope(model.get_decoder().rotary_emb, kind)
+
+
+def check_layout(model: PreTrainedModel, layout: Layout) -> None:
+    """`pre_rope` rotates stored keys again at every read, which is wrong when frequencies change with the length."""
+    parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kind = parameters.get("rope_type", "default")
+    if layout == "pre_rope" and kind in CHANGING_ROPE:
+        raise LowkeyError(f"layout 'pre_rope': rope_type {kind!r} changes its frequencies with the length; use layout 'post_rope'")
+
+
+def run_layer(model: PreTrainedModel, layer: int, block: nn.Module, hidden: Tensor, cache: object) -> Tensor:
+    """One decoder layer on unpadded inputs (b, t, D) at positions 0..t-1, through the cache given. Returns (b, t, D)."""
+    positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
+    embeddings = rope(model, layer).embeddings(positions, hidden)
+    out = block(hidden, attention_mask=None, position_ids=positions, past_key_values=cache, position_embeddings=embeddings)
+    return out if isinstance(out, Tensor) else out[0]

@@ -1,0 +1,124 @@
+"""What our cache layers share, and transformers' own layers with byte counts."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from lowkey.seam import Call, Incoming
+from lowkey.types import LowkeyError
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages behind the tensors: a small view of a large buffer counts as the buffer."""
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(held.values())
+
+
+class StoringLayer(CacheLayerMixin):
+    """A layer that stores in its own form and attends itself; `seen` counts tokens seen, not kept."""
+
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything held, by attribute name."""
+
+    @abstractmethod
+    def predicted_nbytes(self) -> int:
+        """Bytes that the formula gives for what has been seen."""
+
+    @abstractmethod
+    def attend(self, keys: Tensor, values: Tensor, call: Call) -> Tensor:
+        """Store keys and values (b, h, t, d) and answer the call: (b, h, g, t, d)."""
+
+    def nbytes(self) -> int:
+        return storage_bytes(self.tensors().values())
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Incoming, Incoming]:  # type: ignore[override]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.seen += key_states.shape[2]
+        incoming = Incoming(self, key_states, value_states)
+        return incoming, incoming
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def map_tensors(self, f: Callable[[Tensor], Tensor]) -> None:
+        for name, tensor in self.tensors().items():
+            setattr(self, name, f(tensor))
+
+    def reset(self) -> None:
+        self.seen, self.is_initialized = 0, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.map_tensors(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.map_tensors(lambda t: t[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.map_tensors(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise LowkeyError("crop on a compressed cache is not supported; turn off assisted generation or use a stock cache")
+
+    def offload(self) -> None:
+        self.map_tensors(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        self.map_tensors(lambda t: t.to(self.device, non_blocking=True))
+
+
+class StockLayer(DynamicLayer):
+    """transformers' own full cache layer, with byte counts."""
+
+    def nbytes(self) -> int:
+        return storage_bytes([self.keys, self.values]) if self.is_initialized else 0
+
+    def predicted_nbytes(self) -> int:
+        return _dense_bytes(self.keys, self.values, self.get_seq_length()) if self.is_initialized else 0
+
+
+class StockSlidingLayer(DynamicSlidingWindowLayer):
+    """transformers' own sliding layer, with byte counts; a prompt longer than the window is really let go."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        full = super().update(key_states, value_states, *args, **kwargs)
+        self.keys, self.values = self.keys.clone(), self.values.clone()  # upstream keeps a view of the whole prompt
+        return full
+
+    def nbytes(self) -> int:
+        return storage_bytes([self.keys, self.values]) if self.is_initialized else 0
+
+    def predicted_nbytes(self) -> int:
+        kept = min(self.get_seq_length(), self.sliding_window - 1)
+        return _dense_bytes(self.keys, self.values, kept) if self.is_initialized else 0
+
+
+def _dense_bytes(keys: Tensor, values: Tensor, tokens: int) -> int:
+    b, h = keys.shape[:2]
+    return b * h * tokens * (keys.shape[-1] + values.shape[-1]) * keys.element_size()
+
+
+def batch_positions(seen_before: int, call: Call, batch: int) -> Tensor:
+    """Positions (b, t) of the new tokens: the model's own, or counted when it gives none."""
+    t = call.query.shape[3]
+    if call.positions is None:
+        return torch.arange(seen_before, seen_before + t, device=call.query.device).expand(batch, t)
+    return call.positions.expand(batch, t)

@@ -1,0 +1,60 @@
+"""Calibration's eye: a cache layer that stores nothing but second moments of what passes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowkey.backends import grouped
+from lowkey.backends.segment import Segment
+from lowkey.families import Rope
+from lowkey.layers.base import StoringLayer, batch_positions
+from lowkey.ops.rope import unrotate
+from lowkey.seam import Call
+
+
+class ObservingLayer(StoringLayer):
+    """Sums outer products over tokens, in fp64 on the CPU; attends to what the call brings and forgets it.
+
+    sums: keys_pre, keys_post, values (h d, h d); queries_pre, queries_post (h, d, d); keys_mean, values_mean (h d).
+    """
+
+    def __init__(self, rope: Rope) -> None:
+        super().__init__()
+        self.rope, self.sums = rope, {}
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def predicted_nbytes(self) -> int:
+        return 0
+
+    def attend(self, keys: Tensor, values: Tensor, call: Call) -> Tensor:
+        positions = batch_positions(self.seen - keys.shape[2], call, keys.shape[0])
+        cos, sin = self.rope(positions, keys)
+        queries = call.query.float()
+        plain_k, plain_q = unrotate(keys.float(), cos, sin), unrotate(queries, cos.unsqueeze(1), sin.unsqueeze(1))
+        for name, x in (("keys_pre", plain_k), ("keys_post", keys.float()), ("values", values.float())):
+            self._add(name, joint_moment(x))
+        self._add("queries_pre", query_moment(plain_q))
+        self._add("queries_post", query_moment(queries))
+        self._add("keys_mean", plain_k.sum((0, 2)).flatten())
+        self._add("values_mean", values.float().sum((0, 2)).flatten())
+        return grouped.attend([Segment(call.query, keys, values, call.full_mask(keys.shape[2]))], call.scaling, call.softcap)
+
+    def _add(self, name: str, moment: Tensor) -> None:
+        self.sums[name] = self.sums.get(name, 0) + moment.double().cpu()
+
+
+def joint_moment(x: Tensor) -> Tensor:
+    """(b, h, t, d) -> (h d, h d), heads side by side."""
+    rows = x.transpose(1, 2).flatten(0, 1).flatten(1)
+    return rows.mT @ rows
+
+
+def query_moment(x: Tensor) -> Tensor:
+    """(b, h, g, t, d) -> (h, d, d), the g query heads of a KV head stacked as rows."""
+    return torch.einsum("bhgtd,bhgte->hde", x, x)

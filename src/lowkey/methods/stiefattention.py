@@ -1,0 +1,140 @@
+"""StiefAttention (arXiv:2601.21686): orthonormal bases that minimise the error of the whole decoder layer's output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lowkey.methods.pca import Heads, principal_basis
+from lowkey.ops.stiefel import FreeMatrix, Predictor
+from lowkey.probe import Probe
+from lowkey.types import Basis, Factors, LayerBases, LayerStatistics, device_of, head_blocks
+
+BATCH = 4
+WEIGHT_DECAY = 1e-4  # the paper's
+PATIENCE, DELTA = 5, 1e-6  # early stopping, the paper's
+WIDTH = 128  # of the predictor's hidden layers; the paper gives none
+
+
+@dataclass(frozen=True)
+class StiefAttention:
+    """Bases P with P^T P = I that minimise E ||f(x) - f~(x)||_F / ||f(x)||_F over a layer's recorded inputs (Eq. 11-12).
+
+    parametrisation: `free` trains one matrix per basis from the PCA solution, with ranks drawn at random in every step,
+    so that its leading columns serve every rank (ours); `mlp` is the paper's: per candidate rank, and for keys and
+    values apart (the other uncompressed), a network predicts the matrix from per-channel means and variances.
+    key_bases, value_bases: `shared` over a layer's heads or `per_head`; the paper shares keys and not values.
+    epochs and lr are upper bounds: training stops early after five epochs without gain. Paper: 50 epochs, lr 5e-3.
+    """
+
+    summary: ClassVar[str] = "orthonormal bases trained on the decoder layer's output error"
+    paper: ClassVar[str] = "arXiv:2601.21686"
+    allocator: ClassVar[str] = "greedy"
+
+    parametrisation: Literal["free", "mlp"] = "free"
+    key_bases: Heads = "shared"
+    value_bases: Heads = "per_head"
+    epochs: int = 20
+    lr: float = 5e-3
+
+    def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
+        fit = self._fit_free if self.parametrisation == "free" else self._fit_mlp
+        return fit(statistics, probe, ranks, torch.Generator().manual_seed(seed))
+
+    def _fit_free(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], generator: torch.Generator) -> LayerBases:
+        """One nested basis for keys and one for values, trained together."""
+        start_k, start_v = self._start(statistics, probe)
+        keys, values = FreeMatrix(start_k.columns), FreeMatrix(start_v.columns)
+
+        def draw() -> tuple[int, int]:
+            i, j = torch.randint(len(ranks), (2,), generator=generator).tolist()
+            return ranks[i], ranks[j]
+
+        middle = ranks[len(ranks) // 2]
+        self._train([keys, values], lambda r: bases_of(keys(), values(), *r), draw, (middle, middle), probe, generator)
+        with torch.no_grad():
+            return LayerBases(self._ordered(keys(), start_k), self._ordered(values(), start_v))
+
+    def _fit_mlp(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], generator: torch.Generator) -> LayerBases:
+        """The paper's protocol: a predictor per rank and side, the other side left at full rank."""
+        start_k, start_v = self._start(statistics, probe)
+        d = start_k.columns.shape[-1]
+        eye = torch.eye(d).unsqueeze(0)
+        exact_k, exact_v = [], []
+        for rank in [r for r in ranks if r < d]:
+            keys = Predictor(describe(statistics.keys(probe.layout), statistics.keys_mean, statistics, self.key_bases), d, WIDTH, generator)
+            pair = (rank, d)
+            self._train([keys], lambda r, p=keys: bases_of(p(), eye, *r), lambda pair=pair: pair, pair, probe, generator)
+            exact_k.append((rank, keys()[..., :rank].detach()))
+            blocks = head_blocks(statistics.values, statistics.heads)
+            values = Predictor(describe(blocks, statistics.values_mean, statistics, self.value_bases), d, WIDTH, generator)
+            pair = (d, rank)
+            self._train([values], lambda r, p=values: bases_of(eye, p(), *r), lambda pair=pair: pair, pair, probe, generator)
+            exact_v.append((rank, values()[..., :rank].detach()))
+        return LayerBases(
+            Basis(start_k.columns, exact=tuple(exact_k), spectrum=start_k.spectrum),
+            Basis(start_v.columns, exact=tuple(exact_v), spectrum=start_v.spectrum),
+        )
+
+    def _start(self, statistics: LayerStatistics, probe: Probe) -> tuple[Basis, Basis]:
+        keys, values = statistics.keys(probe.layout), head_blocks(statistics.values, statistics.heads)
+        return principal_basis(keys, self.key_bases), principal_basis(values, self.value_bases)
+
+    def _ordered(self, columns: Tensor, start: Basis) -> Basis:
+        return Basis(columns.detach().cpu(), spectrum=start.spectrum)
+
+    def _train(
+        self,
+        modules: list[nn.Module],
+        factors: Callable[[tuple[int, int]], Factors],
+        draw: Callable[[], tuple[int, int]],
+        judged: tuple[int, int],
+        probe: Probe,
+        generator: torch.Generator,
+    ) -> None:
+        """AdamW with cosine annealing; keeps the parameters of the best epoch on the held-out windows at ranks `judged`."""
+        device = device_of(probe.block)
+        parameters = [p for m in modules for p in m.to(device).parameters()]
+        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=WEIGHT_DECAY)
+        steps = self.epochs * -(-probe.training // BATCH)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+        best, kept, waited = self._judge(probe, factors, judged), [p.detach().clone() for p in parameters], 0
+        for _ in range(self.epochs):
+            for windows in probe.batches(BATCH, generator):
+                optimizer.zero_grad()
+                probe.error(windows, factors(draw())).backward()
+                optimizer.step()
+                schedule.step()
+            error = self._judge(probe, factors, judged)
+            if error < best - DELTA:
+                best, kept, waited = error, [p.detach().clone() for p in parameters], 0
+            elif (waited := waited + 1) == PATIENCE:
+                break
+        with torch.no_grad():
+            for parameter, value in zip(parameters, kept, strict=True):
+                parameter.copy_(value)
+
+    @torch.no_grad()
+    def _judge(self, probe: Probe, factors: Callable[[tuple[int, int]], Factors], ranks: tuple[int, int]) -> float:
+        return probe.held_error(factors(ranks))
+
+
+def bases_of(keys: Tensor, values: Tensor, rank_k: int, rank_v: int) -> Factors:
+    k, v = keys[..., :rank_k], values[..., :rank_v].to(keys)
+    return Factors(k, k.mT, v, v.mT)
+
+
+def describe(moments: Tensor, mean: Tensor, statistics: LayerStatistics, heads: Heads) -> Tensor:
+    """Per-channel [mean; variance] (h|1, 2d), standardised so that the network's input has unit scale."""
+    square = moments.diagonal(dim1=1, dim2=2) / statistics.tokens
+    mean = mean.view_as(square)
+    if heads == "shared":
+        square, mean = square.mean(0, keepdim=True), mean.mean(0, keepdim=True)
+    both = torch.cat([mean, square - mean.square()], dim=1)
+    return (both - both.mean()) / both.std()
+
+

@@ -1,0 +1,1 @@
+"""Tensor functions; torch only."""

@@ -1,0 +1,50 @@
+"""Group-wise asymmetric integers, really packed: two 4-bit numbers in a byte."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """codes uint8 (*b, n/per_byte), scale and low (*b, n/group): x ~= code * scale + low over groups of the last axis."""
+
+    codes: Tensor
+    scale: Tensor
+    low: Tensor
+    bits: int
+
+    def map(self, f) -> Packed:
+        return Packed(f(self.codes), f(self.scale), f(self.low), self.bits)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.codes, self.scale, self.low
+
+
+def quantize(x: Float[Tensor, "*b n"], bits: int, group: int) -> Packed:
+    """Round to `bits` (4 or 8) with one scale and one offset, both in x's dtype, per `group` numbers of the last axis."""
+    grouped = x.float().unflatten(-1, (-1, group))
+    low, high = grouped.amin(-1), grouped.amax(-1)
+    scale = ((high - low) / (2**bits - 1)).clamp_min(1e-8).to(x.dtype)
+    low = low.to(x.dtype)
+    codes = ((grouped - low.float().unsqueeze(-1)) / scale.float().unsqueeze(-1)).round().clamp(0, 2**bits - 1)
+    return Packed(pack(codes.flatten(-2).to(torch.uint8), bits), scale, low, bits)
+
+
+def dequantize(p: Packed) -> Tensor:
+    """(*b, n) in the dtype of the scales."""
+    codes = unpack(p.codes, p.bits).unflatten(-1, (p.scale.shape[-1], -1)).float()
+    return (codes * p.scale.float().unsqueeze(-1) + p.low.float().unsqueeze(-1)).flatten(-2).to(p.scale.dtype)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    return codes if bits == 8 else codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def unpack(codes: Tensor, bits: int) -> Tensor:
+    return codes if bits == 8 else torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)

@@ -1,0 +1,82 @@
+"""A decoder layer on its recorded inputs: how much does the whole layer's output change when its cache is compressed?"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lowkey import families
+from lowkey.families import Rope
+from lowkey.layers.lowrank import LowRankLayer
+from lowkey.seam import Incoming
+from lowkey.types import Factors, LayerBases, Layout, device_of
+
+
+@dataclass
+class OneLayerCache:
+    """Stands in for a cache while one layer runs alone."""
+
+    layer: LowRankLayer
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: object, **kwargs: object) -> tuple[Incoming, Incoming]:
+        return self.layer.update(keys, values)
+
+
+@dataclass
+class Probe:
+    """One layer in fp32, its inputs and its uncompressed outputs (n, t, D); the last `held` windows are for judging only."""
+
+    model: PreTrainedModel
+    index: int
+    layout: Layout
+    block: nn.Module
+    rope: Rope
+    inputs: Tensor
+    outputs: Tensor
+    held: int
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: PreTrainedModel, index: int, layout: Layout, inputs: Tensor, held: int, batch: int = 4) -> Probe:
+        block = copy.deepcopy(families.decoder_layers(model)[index]).float().requires_grad_(False).eval()
+        device = device_of(block)
+        outputs = torch.cat([families.run_layer(model, index, block, x.to(device), None).cpu() for x in inputs.split(batch)])
+        return cls(model, index, layout, block, families.rope(model, index), inputs, outputs, held)
+
+    @property
+    def training(self) -> int:
+        """How many windows a method may fit on."""
+        return len(self.inputs) - self.held
+
+    def run(self, x: Tensor, factors: Factors) -> Tensor:
+        """The layer's output (b, t, D) on inputs (b, t, D) when keys and values pass through `factors`; differentiable."""
+        cache = OneLayerCache(LowRankLayer(factors, self.layout, self.rope))
+        return families.run_layer(self.model, self.index, self.block, x, cache)
+
+    def error(self, windows: Tensor, factors: Factors) -> Tensor:
+        """Mean over windows of ||f - f~||_F / ||f||_F (arXiv:2601.21686, Eq. 11-12); differentiable."""
+        device = device_of(self.block)
+        out, target = self.run(self.inputs[windows].to(device), factors), self.outputs[windows].to(device)
+        return ((out - target).flatten(1).norm(dim=1) / target.flatten(1).norm(dim=1)).mean()
+
+    def batches(self, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+        """The fitting windows once, in random order."""
+        yield from torch.randperm(self.training, generator=generator).split(size)
+
+    @torch.no_grad()
+    def held_error(self, factors: Factors, batch: int = 4) -> float:
+        """`error` over the held-out windows."""
+        windows = torch.arange(self.training, len(self.inputs))
+        errors = [self.error(w, factors) * len(w) for w in windows.split(batch)]
+        return float(torch.stack(errors).sum() / len(windows))
+
+    def surface(self, bases: LayerBases, ranks_k: list[int], ranks_v: list[int]) -> list[list[float]]:
+        """The error-rank surface: held-out error for every pair (r_K, r_V), both compressed."""
+        device = device_of(self.block)
+        like = torch.empty(0, device=device)
+        return [[self.held_error(bases.at(k, v).to(like)) for v in ranks_v] for k in ranks_k]

@@ -1,0 +1,77 @@
+"""One streaming pass that keeps only second moments, never activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lowkey import families, files
+from lowkey.cache import LowkeyCache
+from lowkey.layers.base import StockSlidingLayer
+from lowkey.layers.observing import ObservingLayer
+from lowkey.types import LayerStatistics, device_of
+
+Sums = dict[int, dict[str, Tensor]]
+SAVE_EVERY = 16  # batches between two saves of a resumable pass
+
+
+def gather(model: PreTrainedModel, batches: Iterable[Tensor], work: Path | None = None) -> dict[int, LayerStatistics]:
+    """Second moments per compressible layer over `batches` of unpadded ids (b, t).
+
+    work: a folder to resume from and save into every few batches; the caller vouches that it belongs to this very job.
+    """
+    sums, done = _load(work)
+    for count, ids in enumerate(batches):
+        if count < done:
+            continue
+        _add(sums, _observe(model, ids.to(device_of(model))))
+        if work is not None and (count + 1) % SAVE_EVERY == 0:
+            _save(work, sums, count + 1)
+    return {i: _statistics(layer) for i, layer in sums.items()}
+
+
+@torch.no_grad()
+def _observe(model: PreTrainedModel, ids: Tensor) -> Sums:
+    config, full = model.config.get_text_config(), families.geometry(model).compressible
+    layers = {i: ObservingLayer(families.rope(model, i)) for i in full}
+    count = len(families.layer_types(config))
+    cache = LowkeyCache(layers=[layers[i] if i in layers else StockSlidingLayer(config.sliding_window) for i in range(count)])
+    hidden = model(ids, past_key_values=cache, output_hidden_states=True, logits_to_keep=1).hidden_states
+    for i, layer in layers.items():
+        x = families.attention_input(model, i, hidden[i]).float().flatten(0, 1)
+        layer.sums["inputs"] = (x.mT @ x).cpu()
+        layer.sums["tokens"] = torch.tensor(ids.numel(), dtype=torch.long)
+    return {i: layer.sums for i, layer in layers.items()}
+
+
+def _add(total: Sums, new: Sums) -> None:
+    for i, layer in new.items():
+        old = total.setdefault(i, {})
+        for name, moment in layer.items():
+            old[name] = old[name] + moment if name in old else moment
+
+
+def _statistics(sums: dict[str, Tensor]) -> LayerStatistics:
+    tokens = int(sums["tokens"])
+    means = {name: sums[name] / tokens for name in ("keys_mean", "values_mean")}
+    return LayerStatistics(**{**sums, **means, "tokens": tokens})
+
+
+def _save(work: Path, sums: Sums, done: int) -> None:
+    tensors = {f"{i}.{name}": t for i, layer in sums.items() for name, t in layer.items()}
+    files.write_tensors(work / "statistics.safetensors", tensors | {"done": torch.tensor(done)})
+
+
+def _load(work: Path | None) -> tuple[Sums, int]:
+    if work is None or not (work / "statistics.safetensors").exists():
+        return {}, 0
+    tensors = files.read_tensors(work / "statistics.safetensors", "unfinished statistics")
+    done, sums = int(tensors.pop("done")), {}
+    for key, tensor in tensors.items():
+        layer, name = key.split(".", 1)
+        sums.setdefault(int(layer), {})[name] = tensor
+    return sums, done

@@ -1,0 +1,67 @@
+"""Text in, windows of token ids out; and the few kilobytes of public-domain text that ship with the package."""
+
+from __future__ import annotations
+
+from importlib.resources import files as package_files
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lowkey.types import LowkeyError
+
+EMBEDDED = {"calibration": "alice.txt", "evaluation": "time_machine.txt"}
+MIN_WINDOWS = 4
+
+
+def embedded(kind: str) -> str:
+    """`calibration` (Alice's Adventures in Wonderland) or `evaluation` (The Time Machine), opening chapters; both disjoint
+    from the training text of the embedded model."""
+    return (package_files("lowkey") / "data" / EMBEDDED[kind]).read_text(encoding="utf-8")
+
+
+def read_text(path: str | Path, argument: str) -> str:
+    """A UTF-8 text file. Errors: LowkeyError when missing, a folder, empty or binary."""
+    path = Path(path)
+    if not path.is_file():
+        raise LowkeyError(f"{argument} {str(path)!r}: no such file; give a UTF-8 text file or leave it out for the embedded text")
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError:
+        raise LowkeyError(f"{argument} {str(path)!r}: not UTF-8 text; give a plain text file") from None
+    except OSError as error:
+        raise LowkeyError(f"{argument} {str(path)!r}: {error.strerror}; give a readable text file") from None
+    if "\0" in text:
+        raise LowkeyError(f"{argument} {str(path)!r}: holds NUL bytes, so it is binary; give a plain text file")
+    if not text.strip():
+        raise LowkeyError(f"{argument} {str(path)!r}: is empty; give a text of some thousand words")
+    return text
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    """Ids (n,) without special tokens; long texts are expected, so the tokenizer's length warning is not for them."""
+    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.long)
+
+
+def windows(ids: Tensor, tokenizer: PreTrainedTokenizerBase, length: int, argument: str, least: int = MIN_WINDOWS) -> Tensor:
+    """Ids (n, length): consecutive windows, each begun with the beginning-of-text token when the tokenizer has one.
+
+    Errors: LowkeyError when the text gives fewer than `least` windows.
+    """
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    body = length - len(start)
+    count = len(ids) // body
+    if count < least:
+        raise LowkeyError(f"{argument}: {len(ids)} tokens are too short, {least * body} are needed at this context; give a longer text or a shorter context")
+    rows = ids[: count * body].view(count, body)
+    return torch.cat([torch.tensor(start, dtype=torch.long).expand(count, -1), rows], dim=1)
+
+
+def sample_windows(ids: Tensor, tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int, argument: str) -> Tensor:
+    """At most `count` of the windows, in random order, cut from a random phase: another seed is another sample."""
+    generator = torch.Generator().manual_seed(seed)
+    spare = max(1, len(ids) - MIN_WINDOWS * length)
+    phase = int(torch.randint(min(length, spare), (), generator=generator))
+    rows = windows(ids[phase:], tokenizer, length, argument)
+    return rows[torch.randperm(len(rows), generator=generator)[:count]]

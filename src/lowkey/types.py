@@ -1,0 +1,158 @@
+"""Letters, shared values and the one exception users see.
+
+Letters: `b` batch, `t` new tokens, `s` stored tokens, `h` KV heads, `g` query heads per KV head, `d` head dim, `r` rank,
+`D` model dim, `n` layers.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Layout = Literal["post_rope", "pre_rope"]
+LAYOUTS: tuple[Layout, ...] = ("post_rope", "pre_rope")
+
+
+class LowkeyError(ValueError):
+    """Bad input. The message is one line: the argument, its value, the rule and the remedy."""
+
+
+UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What is kept: `50%`, `512 tokens`, `64 KiB/token` or `1.5 GiB`."""
+
+    amount: float
+    unit: Literal["%", "tokens", "bytes/token", "bytes"]
+
+    @classmethod
+    def parse(cls, text: str | float | Budget) -> Budget:
+        """Read a budget; a plain number is refused because it could mean kept or removed."""
+        if isinstance(text, Budget):
+            return text
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|tokens?|(?:[KMG]i)?B(?:/token)?)\s*", str(text))
+        if not match:
+            raise LowkeyError(f"budget {str(text)!r}: say what is kept as '50%', '512 tokens', '64 KiB/token' or '1.5 GiB'")
+        amount, unit = float(match[1]), match[2]
+        if unit == "%":
+            return cls(_percent(amount, text), "%")
+        if unit.startswith("token"):
+            return cls(amount, "tokens")
+        per_token = unit.endswith("/token")
+        return cls(amount * UNITS[unit.removesuffix("/token")], "bytes/token" if per_token else "bytes")
+
+    def bytes_per_token(self, full: int) -> float:
+        """The budget in bytes per token, when the uncompressed layers hold `full` bytes per token."""
+        if self.unit == "%":
+            return self.amount / 100 * full
+        if self.unit == "bytes/token":
+            return self.amount
+        raise LowkeyError(f"budget {self}: ranks cost bytes per token; say it as '50%' or '64 KiB/token'")
+
+    def __str__(self) -> str:
+        amount = f"{self.amount:g}"
+        return f"{amount}%" if self.unit == "%" else f"{amount} {self.unit.replace('bytes', 'B')}"
+
+
+def _percent(amount: float, text: object) -> float:
+    if not 0 < amount <= 100:
+        raise LowkeyError(f"budget {str(text)!r}: the share that is kept lies above 0% and up to 100%; try '50%'")
+    return amount
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One layer's maps into and out of the stored basis; `1` in the place of `h` means shared by all KV heads.
+
+    `k ~= (k @ k_down) @ k_up` and `v ~= (v @ v_down) @ v_up`, so `q . k ~= (q @ k_up^T) . (k @ k_down)`.
+    k_down (h|1, d, r_K), k_up (h|1, r_K, d), v_down (h|1, d, r_V), v_up (h|1, r_V, d).
+    """
+
+    k_down: Tensor
+    k_up: Tensor
+    v_down: Tensor
+    v_up: Tensor
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        return self.k_down.shape[-1], self.v_down.shape[-1]
+
+    def to(self, like: Tensor) -> Factors:
+        """The same factors on the device and in the dtype of `like`."""
+        return replace(self, **{name: t.to(like) for name, t in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Nested maps for every rank: the first r columns serve rank r. `exact` holds ranks fitted on their own.
+
+    columns (h|1, d, d), orthonormal when `rows` is None, else `rows` (h|1, d, d) maps back.
+    """
+
+    columns: Tensor
+    rows: Tensor | None = None
+    exact: tuple[tuple[int, Tensor], ...] = ()
+    spectrum: Tensor | None = None  # (h|1, d) energies, largest first; what energy rules read
+
+    def at(self, rank: int) -> tuple[Tensor, Tensor]:
+        """(down, up) of shapes (h|1, d, rank) and (h|1, rank, d)."""
+        down = dict(self.exact).get(rank, self.columns[..., :rank])
+        up = down.mT if self.rows is None else self.rows[..., :rank, :]
+        return down, up
+
+
+@dataclass(frozen=True)
+class LayerBases:
+    keys: Basis
+    values: Basis
+
+    def at(self, rank_k: int, rank_v: int) -> Factors:
+        return Factors(*self.keys.at(rank_k), *self.values.at(rank_v))
+
+
+@dataclass
+class LayerStatistics:
+    """Second moments of one layer over the calibration text, and how many tokens were seen.
+
+    Sums of outer products in fp64: keys_pre, keys_post, values (h d, h d) jointly over heads; queries_pre and
+    queries_post (h, d, d), the g query heads of a KV head stacked as rows (arXiv:2512.05916); inputs (D, D) of the
+    attention block. Means: keys_mean and values_mean (h d).
+    """
+
+    tokens: int
+    keys_pre: Tensor
+    keys_post: Tensor
+    queries_pre: Tensor
+    queries_post: Tensor
+    values: Tensor
+    inputs: Tensor
+    keys_mean: Tensor
+    values_mean: Tensor
+
+    def keys(self, layout: Layout) -> Tensor:
+        """Per-head (h, d, d) second moment of the keys that this layout stores."""
+        return head_blocks(self.keys_pre if layout == "pre_rope" else self.keys_post, self.heads)
+
+    def queries(self, layout: Layout) -> Tensor:
+        return self.queries_pre if layout == "pre_rope" else self.queries_post
+
+    @property
+    def heads(self) -> int:
+        return self.queries_pre.shape[0]
+
+
+def head_blocks(joint: Tensor, heads: int) -> Tensor:
+    """The (h, d, d) diagonal blocks of a joint (h d, h d) moment."""
+    d = joint.shape[0] // heads
+    blocks = joint.view(heads, d, heads, d).diagonal(dim1=0, dim2=2)
+    return blocks.permute(2, 0, 1).contiguous()
+
+
+def device_of(module: torch.nn.Module) -> torch.device:
+    return next(module.parameters()).device
