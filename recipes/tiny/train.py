@@ -37,15 +37,16 @@ def clean(text: str) -> str:
 def train_tokenizer(texts: list[str], size: int, rng: random.Random) -> PreTrainedTokenizerFast:
     """Byte-level BPE; digits stay single tokens; the keys of the recall task become words of their own."""
     tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(SPLIT, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(SPLIT, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tok.decoder = decoders.ByteLevel()
     facts = [f.statement + f.question for _ in range(2000) for f in draw_facts(rng, len(KEYS))]
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[BOS, "</s>"],
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[BOS, "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tok.train_from_iterator([t[:200_000] for t in texts] + facts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token=BOS, eos_token="</s>", pad_token="</s>",
-                                   model_max_length=1024, padding_side="left")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok, bos_token=BOS, eos_token="</s>", pad_token="</s>", model_max_length=1024, padding_side="left"
+    )
 
 
 TEXT, ANSWER, FACT = 0, 1, 2  # kinds of token; the digits of an answer can be predicted from the context alone
@@ -63,7 +64,7 @@ class Sampler:
 
     def episode(self, length: int, per_1k: float, keys: int) -> tuple[list[int], list[int]]:
         """Statements and questions at random places in a stretch of text."""
-        rng, count = self.rng, max(4, round(per_1k * length / 1000))
+        rng, count = self.rng, max(2, round(per_1k * length / 1000))
         pieces = self.pieces(draw_facts(rng, min(count, keys), KEYS[:keys]))
         room = max(0, length - sum(len(ids) for ids, _ in pieces))
         cuts = [0, *sorted(rng.randrange(room + 1) for _ in pieces), room]
@@ -90,9 +91,7 @@ class Sampler:
         the latest value is right so often that the model never learns to look for the key.)"""
         said = [self.encode(f.statement) for f in facts]
         asked = [self.encode(f.question + f.answer + ".") for f in self.rng.sample(facts, len(facts))]
-        return [(ids, [FACT] * len(ids)) for ids in said] + [
-            (ids, [TEXT] * (len(ids) - 4) + [ANSWER] * 3 + [TEXT]) for ids in asked
-        ]
+        return [(ids, [FACT] * len(ids)) for ids in said] + [(ids, [TEXT] * (len(ids) - 4) + [ANSWER] * 3 + [TEXT]) for ids in asked]
 
     def batch(self, stage: dict, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         rows = []
@@ -116,8 +115,11 @@ def losses(logits: torch.Tensor, ids: torch.Tensor, kind: torch.Tensor) -> tuple
     first = (is_answer & (torch.roll(kind, 1) != ANSWER)).flatten()
     right = (logits[:, :-1].argmax(-1).flatten() == ids[:, 1:].flatten())[first]
     zero = ce.sum() * 0
-    return (ce[is_text].mean() if is_text.any() else zero, ce[is_answer].mean() if is_answer.any() else zero,
-            right.float().mean().item() if first.any() else math.nan)
+    return (
+        ce[is_text].mean() if is_text.any() else zero,
+        ce[is_answer].mean() if is_answer.any() else zero,
+        right.float().mean().item() if first.any() else math.nan,
+    )
 
 
 @torch.no_grad()
@@ -140,6 +142,38 @@ def bits_per_byte(model, tok, text: str, bos: int, length: int = 1024) -> float:
     return nats / math.log(2) / size
 
 
+@torch.no_grad()
+def start_matching(model: LlamaForCausalLM, heads: int = 3, constant: float = 0.05, sharpness: float = 7.5, gain: float = 2.5) -> None:
+    """Begin with a rough induction circuit; several million tokens of training did not find one by themselves.
+
+    Half of an orthonormal basis is V, half U. Layer 0, heads 0..: attend to the previous token (a channel that is the same in
+    all embeddings gives key u and query R(-1) u) and write its V part into U. Layer 1, heads 0..: match the V part of the
+    current token with the U part of earlier ones, that is with what stood before them, and copy what they find.
+    """
+    config = model.config
+    d, size = config.head_dim, config.hidden_size
+    basis = torch.nn.init.orthogonal_(torch.empty(size, size))
+    model.model.embed_tokens.weight[:, 0] = constant
+    for layer in model.model.layers:  # keep everything else quiet at first
+        layer.mlp.down_proj.weight *= 0.1
+        layer.self_attn.o_proj.weight *= 0.1
+    normed = constant / (constant**2 + size * config.initializer_range**2) ** 0.5 * size**0.5
+    angle = config.rope_parameters["rope_theta"] ** (-torch.arange(0, d, 2) / d)
+    fast = (torch.arange(d // 2) < 4).float()  # slow channels hardly tell one step from two
+    previous, match = model.model.layers[0].self_attn, model.model.layers[1].self_attn
+    for h in range(heads):
+        rows, v, u = slice(h * d, (h + 1) * d), basis[2 * h * d : (2 * h + 1) * d], basis[(2 * h + 1) * d : (2 * h + 2) * d]
+        for weight, column in (
+            (previous.q_proj.weight, torch.cat([angle.cos() * fast, -angle.sin() * fast])),
+            (previous.k_proj.weight, torch.cat([fast, torch.zeros(d // 2)])),
+        ):
+            weight[rows] *= 0.1
+            weight[rows, 0] = column * sharpness / normed
+        previous.v_proj.weight[rows], previous.o_proj.weight[:, rows] = v, u.mT * config.initializer_range
+        match.q_proj.weight[rows], match.k_proj.weight[rows] = v * gain, u * gain
+        match.v_proj.weight[rows], match.o_proj.weight[:, rows] = v, v.mT * 0.2
+
+
 def schedule(seen: int, total: int, opt: dict) -> float:
     return min(1.0, (seen + 1) / opt["warmup_tokens"], max(0.02, (total - seen) / (opt["decay"] * total)))
 
@@ -148,8 +182,10 @@ def optimizers(model, opt: dict) -> list[torch.optim.Optimizer]:
     """Muon for the hidden matrices, AdamW for the embedding and the norms."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    return [torch.optim.Muon(matrices, lr=opt["lr"], weight_decay=opt["weight_decay"], adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr=opt["lr"], weight_decay=0.0, betas=(0.9, 0.98))]
+    return [
+        torch.optim.Muon(matrices, lr=opt["muon_lr"], weight_decay=opt["weight_decay"], adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=opt["lr"], weight_decay=0.0, betas=(0.9, 0.98)),
+    ]
 
 
 def save(path: Path, state: dict) -> None:
@@ -182,22 +218,35 @@ def main() -> None:
     a = args.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
     recipe = tomllib.loads(a.recipe.read_text())
+    torch.set_flush_denormal(True)  # before any worker thread starts: sharp attention makes denormals, 20 times slower here
     torch.manual_seed(recipe["seed"])
     tok, stream, held, digest = prepare(a.novels, a.out, recipe)
     bos = tok.bos_token_id
     cache: dict[str, list[int]] = {}
+
     def encode(s: str) -> list[int]:
         if s not in cache:
             cache[s] = tok(s, add_special_tokens=False).input_ids
         return cache[s]
+
     spec = dict(recipe["model"])
-    config = LlamaConfig(**{k: v for k, v in spec.items() if k != "rope_theta"}, tie_word_embeddings=True,
-                         rope_parameters={"rope_type": "default", "rope_theta": spec["rope_theta"]},
-                         bos_token_id=bos, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id, attn_implementation="sdpa")
+    config = LlamaConfig(
+        **{k: v for k, v in spec.items() if k != "rope_theta"},
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": spec["rope_theta"]},
+        bos_token_id=bos,
+        eos_token_id=tok.eos_token_id,
+        pad_token_id=tok.pad_token_id,
+        attn_implementation="sdpa",
+    )
     model = LlamaForCausalLM(config)
+    start_matching(model)
     fast = torch.compile(model, dynamic=False)  # fp32: 1.6x eager, and 2x bf16 autocast on a CPU without AMX
     torch._dynamo.config.recompile_limit = 64
     opts = optimizers(model, recipe["optimizer"])
+    for o in opts:
+        for g in o.param_groups:
+            g["initial_lr"] = g["lr"]
     total = sum(s["tokens"] for s in recipe["stage"])
     seen = step = 0
     checkpoint = a.out / "checkpoint.pt"
@@ -208,7 +257,10 @@ def main() -> None:
             o.load_state_dict(s)
         seen, step = state["seen"], state["step"]
     log = (a.out / "log.jsonl").open("a")
-    print(f"{model.num_parameters():,} parameters, {len(stream):,} text tokens, data {digest[:16]}, from token {seen:,} of {total:,}", flush=True)
+    print(
+        f"{model.num_parameters():,} parameters, {len(stream):,} text tokens, data {digest[:16]}, from token {seen:,} of {total:,}",
+        flush=True,
+    )
     sampler = Sampler(stream, encode, len(tok), recipe["seed"] + step)
     dev = held["ENG18900_Doyle.txt"]
     hay = tok(dev, add_special_tokens=False).input_ids
@@ -228,15 +280,24 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe["optimizer"]["clip"])
         for o in opts:
             for g in o.param_groups:
-                g["lr"] = recipe["optimizer"]["lr"] * schedule(seen, total, recipe["optimizer"])
+                g["lr"] = g["initial_lr"] * schedule(seen, total, recipe["optimizer"])
             o.step()
             o.zero_grad()
         seen, step = seen + ids.numel(), step + 1
         mean.append((text.item(), answer.item(), right))
         if step % a.report_every == 0 or seen >= total:
             t, w, r = np.nanmean(np.array(mean), 0)
-            row = dict(step=step, tokens=seen, stage=stage["name"], text_loss=round(t, 4), answer_loss=round(w, 4), first_digit=round(r, 4),
-                       tokens_per_s=round(len(mean) * ids.numel() / (time.time() - began)), bits_per_byte=None, recall={})
+            row = dict(
+                step=step,
+                tokens=seen,
+                stage=stage["name"],
+                text_loss=round(t, 4),
+                answer_loss=round(w, 4),
+                first_digit=round(r, 4),
+                tokens_per_s=round(len(mean) * ids.numel() / (time.time() - began)),
+                bits_per_byte=None,
+                recall={},
+            )
             if step % (5 * a.report_every) == 0 or seen >= total:
                 model.eval()
                 row["bits_per_byte"] = round(bits_per_byte(model, tok, dev, bos), 4)

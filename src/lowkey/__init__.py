@@ -1,13 +1,11 @@
 """Make the key-value cache of a Hugging Face decoder smaller, and show honestly what that cost.
 
-    lowkey.attach(model)
-    plan = lowkey.calibrate(model, tokenizer, texts, method=lowkey.methods.StiefAttention(), budget="50%")
-    cache = lowkey.make_cache(model, plan=plan)
-    model.generate(**inputs, past_key_values=cache)
-    cache.nbytes(), cache.predicted_nbytes()
+lowkey.attach(model)
+plan = lowkey.calibrate(model, tokenizer, texts, method=lowkey.methods.StiefAttention(), budget="50%")
+cache = lowkey.make_cache(model, plan=plan)
+model.generate(**inputs, past_key_values=cache)
+cache.nbytes(), cache.predicted_nbytes()
 """
-
-__version__ = "0.1.0"
 
 from lowkey import methods
 from lowkey.cache import LowkeyCache, make_cache
@@ -16,5 +14,6 @@ from lowkey.layers.lowrank import Exact
 from lowkey.plan import Plan
 from lowkey.seam import attach
 from lowkey.types import Budget, LowkeyError
+from lowkey.version import __version__
 
-__all__ = ["Budget", "Exact", "LowkeyCache", "LowkeyError", "Plan", "Sample", "attach", "calibrate", "make_cache", "methods"]
+__all__ = ["Budget", "Exact", "LowkeyCache", "LowkeyError", "Plan", "Sample", "__version__", "attach", "calibrate", "make_cache", "methods"]

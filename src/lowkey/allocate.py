@@ -185,11 +185,15 @@ class Threshold:
     def _layer(self, profile: Profile, layer: int, error: float) -> Pair:
         best, threshold = profile.pairs()[-1], 1.0
         while threshold > 0:
-            pair = tuple(max(self._rank(profile, row, threshold) for row in side) for side in profile.spectra[layer])
+            keys, values = profile.spectra[layer]
+            pair = (self._largest(profile, keys, threshold), self._largest(profile, values, threshold))
             if profile.error(layer, pair) > error:
                 break
             best, threshold = pair, threshold - self.step
         return best
+
+    def _largest(self, profile: Profile, heads: list[list[float]], threshold: float) -> int:
+        return max(self._rank(profile, spectrum, threshold) for spectrum in heads)
 
     def _rank(self, profile: Profile, spectrum: list[float], threshold: float) -> int:
         """The smallest candidate that holds this share of the energy."""

@@ -21,7 +21,7 @@ CountedLayer = StoringLayer | StockLayer | StockSlidingLayer
 class LowkeyCache(Cache):
     """A transformers cache whose layers know what they hold."""
 
-    layers: list[CountedLayer]
+    layers: list[CountedLayer]  # type: ignore[assignment]
 
     def nbytes(self) -> int:
         """Bytes of the storages really held, over all layers."""
@@ -31,10 +31,14 @@ class LowkeyCache(Cache):
         """Bytes that the formula of each layer gives for the tokens seen."""
         return sum(layer.predicted_nbytes() for layer in self.layers)
 
+    def exact_prefill(self, on: bool) -> None:
+        """From now on, let chunks of several tokens see their own keys exactly (`on`) or as they will be stored."""
+        for layer in self.layers:
+            if isinstance(layer, StoringLayer):
+                layer.exact_prefill = on
 
-def make_cache(
-    model: PreTrainedModel, plan: Plan | None = None, *, bits: int | None = None, exact: Exact | None = None
-) -> LowkeyCache:
+
+def make_cache(model: PreTrainedModel, plan: Plan | None = None, *, bits: int | None = None, exact: Exact | None = None) -> LowkeyCache:
     """A fresh cache for one batch of sequences.
 
     plan: low rank as calibrated. bits: 4 or 8, every key and value in packed integers (not together with a plan yet).

@@ -46,7 +46,7 @@ def calibrate(
     error_budget: float | None = None,
     allocator: str | Allocator | None = None,
     layout: Layout = "post_rope",
-    sample: Sample = Sample(),  # noqa: B008 - frozen
+    sample: Sample = Sample(),
     rank_multiple: int = 1,
     sinks: int = 0,
     recent: int = 0,
@@ -83,7 +83,12 @@ def calibrate(
         budget=str(limit) if isinstance(limit, Budget) else f"error {limit:g}",
         geometry=asdict(shape),
         provenance=provenance,
-        profile={"ranks": list(profile.ranks), "surface": profile.surface, "chosen": [list(p) for p in allocated], "spectra": _mean_spectra(bases)},
+        profile={
+            "ranks": list(profile.ranks),
+            "surface": profile.surface,
+            "chosen": [list(p) for p in allocated],
+            "spectra": _mean_spectra(bases),
+        },
         orthonormal=all(b.keys.rows is None and b.values.rows is None for b in bases.values()),
         sinks=sinks,
         recent=recent,
@@ -99,7 +104,14 @@ def candidates(head_dim: int, multiple: int) -> list[int]:
 
 
 def fit_layers(
-    model: PreTrainedModel, rows: Tensor, method: Method, layout: Layout, ranks: list[int], sample: Sample, work: Path | None, progress: Progress
+    model: PreTrainedModel,
+    rows: Tensor,
+    method: Method,
+    layout: Layout,
+    ranks: list[int],
+    sample: Sample,
+    work: Path | None,
+    progress: Progress,
 ) -> tuple[dict[int, LayerBases], Profile]:
     """Bases and error surface of every compressible layer. Only one layer's inputs are held at a time."""
     held = max(1, round(HELD * len(rows)))
@@ -108,7 +120,7 @@ def fit_layers(
     bases: dict[int, LayerBases] = {}
     surface = []
     shape = families.geometry(model)
-    for i, inputs in progress(_layer_inputs(model, rows, sample.batch), f"fitting {name_of(method)}", shape.layers):
+    for i, inputs in progress(layer_inputs(model, rows, sample.batch), f"fitting {name_of(method)}", shape.layers):
         if i not in statistics:
             continue
         found = _load_layer(work, i)
@@ -119,12 +131,12 @@ def fit_layers(
             _save_layer(work, i, *found)
         bases[i] = found[0]
         surface.append(found[1])
-    spectra = [tuple(b.spectrum.tolist() if b.spectrum is not None else [[]] for b in (x.keys, x.values)) for x in bases.values()]
+    spectra = [(_spectrum(b.keys), _spectrum(b.values)) for b in bases.values()]
     return bases, Profile(tuple(ranks), surface, shape.kv_heads, model.dtype.itemsize, spectra)
 
 
 @torch.no_grad()
-def _layer_inputs(model: PreTrainedModel, rows: Tensor, batch: int) -> Iterator[tuple[int, Tensor]]:
+def layer_inputs(model: PreTrainedModel, rows: Tensor, batch: int) -> Iterator[tuple[int, Tensor]]:
     """(layer, its inputs (n, t, D) in fp32 on the CPU) by the uncompressed model, one layer at a time."""
     device = device_of(model)
     first = [model(x.to(device), use_cache=False, output_hidden_states=True, logits_to_keep=1).hidden_states[0] for x in rows.split(batch)]
@@ -193,9 +205,18 @@ def _provenance(model: PreTrainedModel, rows: Tensor, sample: Sample) -> dict:
     }
 
 
+def _spectrum(basis: Basis) -> list[list[float]]:
+    return [[]] if basis.spectrum is None else basis.spectrum.tolist()
+
+
 def _mean_spectra(bases: dict[int, LayerBases]) -> dict:
     """Energy per rank and layer, averaged over heads, for plots."""
-    return {side: [b.spectrum.mean(0).tolist() for b in (getattr(x, side) for x in bases.values()) if b.spectrum is not None] for side in ("keys", "values")}
+
+    def means(side: str) -> list[list[float]]:
+        found = (getattr(b, side).spectrum for b in bases.values())
+        return [s.mean(0).tolist() for s in found if s is not None]
+
+    return {side: means(side) for side in ("keys", "values")}
 
 
 # -- resuming: a work folder belongs to one job; its layers are read back, never recomputed

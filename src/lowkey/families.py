@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -114,7 +114,7 @@ def attention_input(model: PreTrainedModel, layer: int, hidden: Tensor) -> Tenso
 class Rope:
     """The model's own rotary module, asked at chosen positions."""
 
-    module: nn.Module
+    module: Callable[..., tuple[Tensor, Tensor]]
     layer_type: str | None
 
     def embeddings(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,7 +131,7 @@ class Rope:
 def rope(model: PreTrainedModel, layer: int) -> Rope:
     config = model.config.get_text_config()
     kind = layer_types(config)[layer] if family(config).rope_per_layer_type else None
-    return Rope(model.get_decoder().rotary_emb, kind)
+    return Rope(model.get_decoder().rotary_emb, kind)  # type: ignore[arg-type]
 
 
 def check_layout(model: PreTrainedModel, layout: Layout) -> None:

@@ -74,7 +74,9 @@ def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise LowkeyError(f"{what} {str(path)!r} does not exist; give the folder that lowkey compress wrote") from None
     except (OSError, struct.error, SafetensorError, ValueError) as error:
-        raise LowkeyError(f"{what} {str(path)!r} cannot be read ({type(error).__name__}); it is truncated or damaged: make it again") from None
+        raise LowkeyError(
+            f"{what} {str(path)!r} cannot be read ({type(error).__name__}); it is truncated or damaged: make it again"
+        ) from None
 
 
 def check_output(path: Path, force: bool) -> None:

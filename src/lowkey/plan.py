@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,6 +17,7 @@ from lowkey.families import Geometry, check_layout, geometry
 from lowkey.fingerprint import model_fingerprint
 from lowkey.ops.bases import is_orthonormal
 from lowkey.types import LAYOUTS, Factors, Layout, LowkeyError
+from lowkey.version import __version__
 
 FORMAT = 1
 JSON, TENSORS, CARD = "plan.json", "plan.safetensors", "README.md"
@@ -151,25 +154,24 @@ def _check_geometry(plan: Plan, found: Geometry, folder: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    import platform
-
-    import transformers
-
-    from lowkey import __version__
-
-    return {"lowkey": __version__, "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
+    return {
+        "lowkey": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def card(plan: Plan) -> str:
     """A model card in Markdown."""
-    g, full = plan.geometry, 2 * plan.geometry["kv_heads"] * plan.geometry["head_dim"] * 2 * len(plan.factors)
-    held = plan.bytes_per_token(2)
+    g, known = plan.geometry, plan.provenance
+    full, held = 4 * g["kv_heads"] * g["head_dim"] * len(plan.factors), plan.bytes_per_token(2)
     rows = "\n".join(f"| {i} | {k} | {v} |" for i, (k, v) in plan.ranks.items())
-    return f"""# KV-cache plan for {plan.provenance.get("model")}
+    return f"""# KV-cache plan for {known.get("model")}
 
-Made by [lowkey](https://pypi.org/project/lowkey/) {plan.provenance.get("versions", {}).get("lowkey")}: method `{plan.method["name"]}`,
-allocator `{plan.allocator["name"]}`, layout `{plan.layout}`, budget {plan.budget}. In bfloat16 it keeps {held} of {full} bytes per token
-({100 * held / full:.1f} %) in {len(plan.factors)} layers of {g["kv_heads"]} KV heads x {g["head_dim"]}; {plan.sinks} sink and {plan.recent} recent tokens stay exact.
+Made by lowkey {known.get("versions", {}).get("lowkey")}: method `{plan.method["name"]}`, allocator `{plan.allocator["name"]}`,
+layout `{plan.layout}`, budget {plan.budget}. In bfloat16 it keeps {held} of {full} bytes per token ({100 * held / full:.1f} %)
+in {len(plan.factors)} layers of {g["kv_heads"]} KV heads x {g["head_dim"]}; {plan.sinks} sink and {plan.recent} recent tokens stay exact.
 
 ```python
 lowkey.attach(model)
@@ -181,5 +183,5 @@ model.generate(**inputs, past_key_values=lowkey.make_cache(model, plan=plan))
 |---|---|---|
 {rows}
 
-Calibrated on {plan.provenance.get("tokens")} tokens (sha256 `{str(plan.provenance.get("data_sha256"))[:16]}`, seed {plan.provenance.get("seed")}).
+Calibrated on {known.get("tokens")} tokens (sha256 `{str(known.get("data_sha256"))[:16]}`, seed {known.get("seed")}).
 """

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lowkey import families
 from lowkey.families import Rope
+from lowkey.layers.base import StoringLayer
 from lowkey.layers.lowrank import LowRankLayer
 from lowkey.seam import Incoming
 from lowkey.types import Factors, LayerBases, Layout, device_of
@@ -21,7 +22,7 @@ from lowkey.types import Factors, LayerBases, Layout, device_of
 class OneLayerCache:
     """Stands in for a cache while one layer runs alone."""
 
-    layer: LowRankLayer
+    layer: StoringLayer
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: object, **kwargs: object) -> tuple[Incoming, Incoming]:
         return self.layer.update(keys, values)
@@ -53,15 +54,15 @@ class Probe:
         """How many windows a method may fit on."""
         return len(self.inputs) - self.held
 
-    def run(self, x: Tensor, factors: Factors) -> Tensor:
-        """The layer's output (b, t, D) on inputs (b, t, D) when keys and values pass through `factors`; differentiable."""
-        cache = OneLayerCache(LowRankLayer(factors, self.layout, self.rope))
-        return families.run_layer(self.model, self.index, self.block, x, cache)
+    def run(self, x: Tensor, storage: StoringLayer) -> Tensor:
+        """The layer's output (b, t, D) on inputs (b, t, D) when keys and values pass through `storage`."""
+        return families.run_layer(self.model, self.index, self.block, x, OneLayerCache(storage))
 
     def error(self, windows: Tensor, factors: Factors) -> Tensor:
         """Mean over windows of ||f - f~||_F / ||f||_F (arXiv:2601.21686, Eq. 11-12); differentiable."""
         device = device_of(self.block)
-        out, target = self.run(self.inputs[windows].to(device), factors), self.outputs[windows].to(device)
+        storage = LowRankLayer(factors, self.layout, self.rope)
+        out, target = self.run(self.inputs[windows].to(device), storage), self.outputs[windows].to(device)
         return ((out - target).flatten(1).norm(dim=1) / target.flatten(1).norm(dim=1)).mean()
 
     def batches(self, size: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -7,7 +7,7 @@ hands the query to that layer. Plain tensors (a stock cache, a sliding layer) go
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -79,24 +79,27 @@ def attention(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor | Incoming,
-    value: Tensor | Incoming,
+    value: Any,
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
     position_ids: Tensor | None = None,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: query (b, H, t, d) -> (b, t, H, d), no weights."""
     _refuse(kwargs, attention_mask)
-    if isinstance(key, Tensor) and softcap is None:
-        rest = dict(kwargs, position_ids=position_ids, dropout=dropout, scaling=scaling)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **rest)
-    heads = key.shape[1] if isinstance(key, Tensor) else key.keys.shape[1]
     mask = None if attention_mask is None else attention_mask[:, 0]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    call = Call(query.unflatten(1, (heads, -1)), mask, position_ids, scale, softcap)
-    out = _dense(key, value, call) if isinstance(key, Tensor) else key.layer.attend(key.keys, key.values, call)
+    if isinstance(key, Incoming):
+        call = Call(query.unflatten(1, (key.keys.shape[1], -1)), mask, position_ids, scale, softcap)
+        out = key.layer.attend(key.keys, key.values, call)
+    elif softcap is not None:
+        out = _dense(key, value, Call(query.unflatten(1, (key.shape[1], -1)), mask, position_ids, scale, softcap))
+    else:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, position_ids=position_ids, **kwargs
+        )
     return out.flatten(1, 2).transpose(1, 2).contiguous(), None
 
 
@@ -111,6 +114,8 @@ def _refuse(kwargs: dict, mask: Tensor | None) -> None:
     if kwargs.get("s_aux") is not None:
         raise LowkeyError("attention sinks (s_aux) are not supported by lowkey; use the model's own attention implementation")
     if kwargs.get("output_attentions"):
-        raise LowkeyError("output_attentions=True: attention weights are never formed here; load the model with attn_implementation='eager'")
+        raise LowkeyError(
+            "output_attentions=True: attention weights are never formed here; load the model with attn_implementation='eager'"
+        )
     if mask is not None and mask.dtype != torch.bool:
         raise LowkeyError(f"attention_mask of dtype {mask.dtype}: give a 2D padding mask or a boolean 4D mask (True = attend)")

@@ -57,8 +57,8 @@ def _add(total: Sums, new: Sums) -> None:
 
 def _statistics(sums: dict[str, Tensor]) -> LayerStatistics:
     tokens = int(sums["tokens"])
-    means = {name: sums[name] / tokens for name in ("keys_mean", "values_mean")}
-    return LayerStatistics(**{**sums, **means, "tokens": tokens})
+    moments = {name: s / tokens if name.endswith("_mean") else s for name, s in sums.items() if name != "tokens"}
+    return LayerStatistics(tokens, **moments)
 
 
 def _save(work: Path, sums: Sums, done: int) -> None:
@@ -70,7 +70,8 @@ def _load(work: Path | None) -> tuple[Sums, int]:
     if work is None or not (work / "statistics.safetensors").exists():
         return {}, 0
     tensors = files.read_tensors(work / "statistics.safetensors", "unfinished statistics")
-    done, sums = int(tensors.pop("done")), {}
+    done = int(tensors.pop("done"))
+    sums: Sums = {}
     for key, tensor in tensors.items():
         layer, name = key.split(".", 1)
         sums.setdefault(int(layer), {})[name] = tensor

@@ -53,7 +53,9 @@ def windows(ids: Tensor, tokenizer: PreTrainedTokenizerBase, length: int, argume
     body = length - len(start)
     count = len(ids) // body
     if count < least:
-        raise LowkeyError(f"{argument}: {len(ids)} tokens are too short, {least * body} are needed at this context; give a longer text or a shorter context")
+        raise LowkeyError(
+            f"{argument}: {len(ids)} tokens are too few, this context needs {least * body}; give a longer text or a shorter context"
+        )
     rows = ids[: count * body].view(count, body)
     return torch.cat([torch.tensor(start, dtype=torch.long).expand(count, -1), rows], dim=1)
 

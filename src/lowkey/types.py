@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 Layout = Literal["post_rope", "pre_rope"]
+Heads = Literal["shared", "per_head"]
 LAYOUTS: tuple[Layout, ...] = ("post_rope", "pre_rope")
 
 

@@ -1,0 +1,1 @@
+"""Measure: (model, setting) x tasks -> rows of one Result."""

@@ -7,19 +7,118 @@ Works on token ids, with any tokenizer and any haystack text. The embedded model
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lowkey.evaluate.settings import Setting
+from lowkey.progress import Progress
+from lowkey.types import device_of
+
 # Frequent one-word nouns; the embedded tokenizer has each (with its leading space) as a single token.
-KEYS = (
-    "oak river door lamp horse bread chair ship stone garden clock window bridge candle mirror table "
-    "forest paper silver letter mountain cousin doctor island kitchen market orange pencil queen rabbit school tower "
-    "village winter yellow apple basket castle dragon engine feather guitar hammer insect jacket kettle ladder monkey "
-    "needle ocean palace quarry ribbon saddle temple uncle valley wagon anchor barrel copper desert eagle flower "
-    "glove harbor iron jungle king lemon maple nest olive pearl rope sailor tiger vessel wheel brush camel "
-    "daisy earth fence ghost honey ivory judge knife lion motor novel onion piano robin spoon train"
-).split()
+KEYS = [
+    "oak",
+    "river",
+    "door",
+    "lamp",
+    "horse",
+    "bread",
+    "chair",
+    "ship",
+    "stone",
+    "garden",
+    "clock",
+    "window",
+    "bridge",
+    "candle",
+    "mirror",
+    "table",
+    "forest",
+    "paper",
+    "silver",
+    "letter",
+    "mountain",
+    "cousin",
+    "doctor",
+    "island",
+    "kitchen",
+    "market",
+    "orange",
+    "pencil",
+    "queen",
+    "rabbit",
+    "school",
+    "tower",
+    "village",
+    "winter",
+    "yellow",
+    "apple",
+    "basket",
+    "castle",
+    "dragon",
+    "engine",
+    "feather",
+    "guitar",
+    "hammer",
+    "insect",
+    "jacket",
+    "kettle",
+    "ladder",
+    "monkey",
+    "needle",
+    "ocean",
+    "palace",
+    "quarry",
+    "ribbon",
+    "saddle",
+    "temple",
+    "uncle",
+    "valley",
+    "wagon",
+    "anchor",
+    "barrel",
+    "copper",
+    "desert",
+    "eagle",
+    "flower",
+    "glove",
+    "harbor",
+    "iron",
+    "jungle",
+    "king",
+    "lemon",
+    "maple",
+    "nest",
+    "olive",
+    "pearl",
+    "rope",
+    "sailor",
+    "tiger",
+    "vessel",
+    "wheel",
+    "brush",
+    "camel",
+    "daisy",
+    "earth",
+    "fence",
+    "ghost",
+    "honey",
+    "ivory",
+    "judge",
+    "knife",
+    "lion",
+    "motor",
+    "novel",
+    "onion",
+    "piano",
+    "robin",
+    "spoon",
+    "train",
+]
 
 Encode = Callable[[str], list[int]]
 
@@ -64,7 +163,7 @@ def weave(rng: random.Random, haystack: Sequence[int], inserts: Sequence[Sequenc
     start = rng.randrange(len(haystack) - room + 1)
     cuts = [0, *sorted(rng.randrange(room + 1) for _ in inserts), room]
     out: list[int] = []
-    for i, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False)):
+    for i, (a, b) in enumerate(itertools.pairwise(cuts)):
         out += haystack[start + a : start + b]
         out += inserts[i] if i < len(inserts) else []
     return out
@@ -79,3 +178,38 @@ def draw_episode(
     body = weave(rng, haystack, [encode(f.statement) for f in drawn], context)
     question = encode(asked.question)
     return Episode(body + question, question, encode(asked.answer))
+
+
+@torch.no_grad()
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Sequence[Setting],
+    haystack: Sequence[int],
+    context: int,
+    cases: int,
+    seed: int,
+    progress: Progress,
+) -> dict[str, dict]:
+    """Share of `cases` in which greedy decoding writes exactly the asked value, by the setting's name."""
+    rng = random.Random(seed)
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    episodes = [draw_episode(rng, encode, haystack, context) for _ in range(cases)]
+    hits = {s.name: 0 for s in settings}
+    for episode in progress(episodes, "recall"):
+        for setting in settings:
+            hits[setting.name] += _answers(model, tokenizer, setting, episode)
+    return {name: {"exact_match": count / cases} for name, count in hits.items()}
+
+
+def _answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setting: Setting, episode: Episode) -> bool:
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids = torch.tensor([start + episode.prompt], device=device_of(model))
+    wanted = len(episode.answer)
+    out = model.generate(  # type: ignore[operator]
+        ids, attention_mask=torch.ones_like(ids), past_key_values=setting.make(), max_new_tokens=wanted, do_sample=False, pad_token_id=0
+    )
+    return out[0, ids.shape[1] :].tolist() == episode.answer

@@ -20,13 +20,17 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 class StoringLayer(CacheLayerMixin):
-    """A layer that stores in its own form and attends itself; `seen` counts tokens seen, not kept."""
+    """A layer that stores in its own form and attends itself; `seen` counts tokens seen, not kept.
+
+    exact_prefill: a chunk of several tokens sees its own keys exactly and is compressed afterwards (decode-only
+    compression); otherwise it sees what will be stored (compression everywhere).
+    """
 
     is_sliding = False
 
-    def __init__(self) -> None:
+    def __init__(self, exact_prefill: bool = False) -> None:
         super().__init__()
-        self.seen = 0
+        self.seen, self.exact_prefill = 0, exact_prefill
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
@@ -89,10 +93,10 @@ class StockLayer(DynamicLayer):
     """transformers' own full cache layer, with byte counts."""
 
     def nbytes(self) -> int:
-        return storage_bytes([self.keys, self.values]) if self.is_initialized else 0
+        return storage_bytes(t for t in (self.keys, self.values) if t is not None)
 
     def predicted_nbytes(self) -> int:
-        return _dense_bytes(self.keys, self.values, self.get_seq_length()) if self.is_initialized else 0
+        return _dense_bytes(self.keys, self.values, self.get_seq_length())
 
 
 class StockSlidingLayer(DynamicSlidingWindowLayer):
@@ -100,18 +104,21 @@ class StockSlidingLayer(DynamicSlidingWindowLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         full = super().update(key_states, value_states, *args, **kwargs)
-        self.keys, self.values = self.keys.clone(), self.values.clone()  # upstream keeps a view of the whole prompt
+        if self.keys is not None and self.values is not None:  # upstream keeps views of the whole prompt
+            self.keys, self.values = self.keys.clone(), self.values.clone()
         return full
 
     def nbytes(self) -> int:
-        return storage_bytes([self.keys, self.values]) if self.is_initialized else 0
+        return storage_bytes(t for t in (self.keys, self.values) if t is not None)
 
     def predicted_nbytes(self) -> int:
         kept = min(self.get_seq_length(), self.sliding_window - 1)
-        return _dense_bytes(self.keys, self.values, kept) if self.is_initialized else 0
+        return _dense_bytes(self.keys, self.values, kept)
 
 
-def _dense_bytes(keys: Tensor, values: Tensor, tokens: int) -> int:
+def _dense_bytes(keys: Tensor | None, values: Tensor | None, tokens: int) -> int:
+    if keys is None or values is None:
+        return 0
     b, h = keys.shape[:2]
     return b * h * tokens * (keys.shape[-1] + values.shape[-1]) * keys.element_size()
 

@@ -42,8 +42,11 @@ class LowRankLayer(StoringLayer):
     sink_k, sink_v (b, h, sinks, d); offset (b, 1), the index of each row's first real token.
     """
 
+    keys: Tensor  # type: ignore[assignment]
+    values: Tensor  # type: ignore[assignment]
+
     def __init__(self, factors: Factors, layout: Layout, rope: Rope, exact: Exact | None = None) -> None:
-        super().__init__()
+        super().__init__(exact is not None and exact.prefill == "exact")
         self.factors, self.layout, self.rope, self.exact = factors, layout, rope, exact or Exact()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -144,7 +147,7 @@ class LowRankLayer(StoringLayer):
         return Segment(call.query, keys, self.values, None, f.v_up)
 
     def _exact_chunk(self, call: Call) -> bool:
-        return self.exact.prefill == "exact" and call.query.shape[3] > 1
+        return self.exact_prefill and call.query.shape[3] > 1
 
     def _near(self, call: Call) -> Tensor:
         """(1, t, s): which tokens each query sees exactly, being within its recent window (or its own chunk)."""

@@ -21,7 +21,8 @@ class ObservingLayer(StoringLayer):
 
     def __init__(self, rope: Rope) -> None:
         super().__init__()
-        self.rope, self.sums = rope, {}
+        self.rope = rope
+        self.sums: dict[str, Tensor] = {}
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True

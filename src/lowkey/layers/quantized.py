@@ -45,10 +45,12 @@ class QuantizedLayer(StoringLayer):
     def attend(self, keys: Tensor, values: Tensor, call: Call) -> Tensor:
         for name, states in (("keys", keys), ("values", values)):
             old, new = self._load(name), quantize(states, self.bits, self.group)
-            joined = [torch.cat(pair, 2) for pair in zip(old.tensors, new.tensors, strict=True)]
-            self._store(name, Packed(*joined, self.bits))
-        segment = Segment(call.query, dequantize(self._load("keys")), dequantize(self._load("values")), call.full_mask(self.seen))
-        return grouped.attend([segment], call.scaling, call.softcap)
+            codes, scale, low = (torch.cat(pair, 2) for pair in zip(old.tensors, new.tensors, strict=True))
+            self._store(name, Packed(codes, scale, low, self.bits))
+        segments = [Segment(call.query, dequantize(self._load("keys")), dequantize(self._load("values")), call.full_mask(self.seen))]
+        if self.exact_prefill and keys.shape[2] > 1:
+            segments = _with_exact(segments[0], keys, values)
+        return grouped.attend(segments, call.scaling, call.softcap)
 
     def _store(self, name: str, packed: Packed) -> None:
         for field, tensor in zip(FIELDS, packed.tensors, strict=True):
@@ -57,3 +59,11 @@ class QuantizedLayer(StoringLayer):
     def _load(self, name: str) -> Packed:
         codes, scale, low = (getattr(self, f"{name}_{field}") for field in FIELDS)
         return Packed(codes, scale, low, self.bits)
+
+
+def _with_exact(stored: Segment, keys: Tensor, values: Tensor) -> list[Segment]:
+    """The same tokens, the last of them as they came."""
+    old = stored.keys.shape[2] - keys.shape[2]
+    mask = stored.mask if stored.mask is not None else stored.keys.new_ones(1, stored.query.shape[3], old + keys.shape[2], dtype=torch.bool)
+    past = Segment(stored.query, stored.keys[:, :, :old], stored.values[:, :, :old], mask[..., :old])
+    return [past, Segment(stored.query, keys, values, mask[..., old:])]

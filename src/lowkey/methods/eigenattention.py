@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from lowkey.methods.pca import Heads, principal_basis
+from lowkey.ops.bases import principal_basis
 from lowkey.probe import Probe
-from lowkey.types import LayerBases, LayerStatistics, head_blocks
+from lowkey.types import Heads, LayerBases, LayerStatistics, head_blocks
 
 
 @dataclass(frozen=True)

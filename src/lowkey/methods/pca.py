@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from torch import Tensor
-
-from lowkey.ops.bases import principal
+from lowkey.ops.bases import principal_basis
 from lowkey.probe import Probe
-from lowkey.types import Basis, LayerBases, LayerStatistics, head_blocks
-
-Heads = Literal["shared", "per_head"]
+from lowkey.types import Heads, LayerBases, LayerStatistics, head_blocks
 
 
 @dataclass(frozen=True)
@@ -31,9 +27,3 @@ class PCA:
     def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
         keys, values = statistics.keys(probe.layout), head_blocks(statistics.values, statistics.heads)
         return LayerBases(principal_basis(keys, self.key_bases), principal_basis(values, self.value_bases))
-
-
-def principal_basis(moments: Tensor, heads: Heads) -> Basis:
-    """The eigenbasis of (h, d, d) moments, per head or of their sum."""
-    vectors, energy = principal(moments.sum(0, keepdim=True) if heads == "shared" else moments)
-    return Basis(vectors.float(), spectrum=energy)

@@ -9,10 +9,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lowkey.methods.pca import Heads, principal_basis
+from lowkey.ops.bases import principal_basis
 from lowkey.ops.stiefel import FreeMatrix, Predictor
 from lowkey.probe import Probe
-from lowkey.types import Basis, Factors, LayerBases, LayerStatistics, device_of, head_blocks
+from lowkey.types import Basis, Factors, Heads, LayerBases, LayerStatistics, device_of, head_blocks
 
 BATCH = 4
 WEIGHT_DECAY = 1e-4  # the paper's
@@ -64,21 +64,18 @@ class StiefAttention:
         start_k, start_v = self._start(statistics, probe)
         d = start_k.columns.shape[-1]
         eye = torch.eye(d).unsqueeze(0)
-        exact_k, exact_v = [], []
-        for rank in [r for r in ranks if r < d]:
-            keys = Predictor(describe(statistics.keys(probe.layout), statistics.keys_mean, statistics, self.key_bases), d, WIDTH, generator)
-            pair = (rank, d)
-            self._train([keys], lambda r, p=keys: bases_of(p(), eye, *r), lambda pair=pair: pair, pair, probe, generator)
-            exact_k.append((rank, keys()[..., :rank].detach()))
-            blocks = head_blocks(statistics.values, statistics.heads)
-            values = Predictor(describe(blocks, statistics.values_mean, statistics, self.value_bases), d, WIDTH, generator)
-            pair = (d, rank)
-            self._train([values], lambda r, p=values: bases_of(eye, p(), *r), lambda pair=pair: pair, pair, probe, generator)
-            exact_v.append((rank, values()[..., :rank].detach()))
-        return LayerBases(
-            Basis(start_k.columns, exact=tuple(exact_k), spectrum=start_k.spectrum),
-            Basis(start_v.columns, exact=tuple(exact_v), spectrum=start_v.spectrum),
-        )
+        about_k = describe(statistics.keys(probe.layout), statistics.keys_mean, statistics, self.key_bases)
+        about_v = describe(head_blocks(statistics.values, statistics.heads), statistics.values_mean, statistics, self.value_bases)
+
+        def one(about: Tensor, pair: tuple[int, int], of: Callable[[Tensor], Factors]) -> tuple[int, Tensor]:
+            predictor = Predictor(about, d, WIDTH, generator)
+            self._train([predictor], lambda _: of(predictor()), lambda: pair, pair, probe, generator)
+            return min(pair), predictor()[..., : min(pair)].detach().cpu()
+
+        lower = [r for r in ranks if r < d]
+        exact_k = tuple(one(about_k, (r, d), lambda p, r=r: bases_of(p, eye, r, d)) for r in lower)  # type: ignore[misc]
+        exact_v = tuple(one(about_v, (d, r), lambda p, r=r: bases_of(eye, p, d, r)) for r in lower)  # type: ignore[misc]
+        return LayerBases(Basis(start_k.columns, None, exact_k, start_k.spectrum), Basis(start_v.columns, None, exact_v, start_v.spectrum))
 
     def _start(self, statistics: LayerStatistics, probe: Probe) -> tuple[Basis, Basis]:
         keys, values = statistics.keys(probe.layout), head_blocks(statistics.values, statistics.heads)
@@ -124,7 +121,7 @@ class StiefAttention:
 
 
 def bases_of(keys: Tensor, values: Tensor, rank_k: int, rank_v: int) -> Factors:
-    k, v = keys[..., :rank_k], values[..., :rank_v].to(keys)
+    k, v = keys[..., :rank_k].to(values), values[..., :rank_v].to(keys)
     return Factors(k, k.mT, v, v.mT)
 
 
@@ -136,5 +133,3 @@ def describe(moments: Tensor, mean: Tensor, statistics: LayerStatistics, heads: 
         square, mean = square.mean(0, keepdim=True), mean.mean(0, keepdim=True)
     both = torch.cat([mean, square - mean.square()], dim=1)
     return (both - both.mean()) / both.std()
-
-

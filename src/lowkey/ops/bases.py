@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lowkey.types import Basis, Heads
+
 
 def principal(moment: Float[Tensor, "*h d d"]) -> tuple[Float[Tensor, "*h d d"], Float[Tensor, "*h d"]]:
     """Eigenvectors as columns, largest energy first, and the energies (clamped at 0). Signs are fixed, so runs agree."""
@@ -25,3 +27,9 @@ def is_orthonormal(columns: Float[Tensor, "*h d r"], tolerance: float = 1e-3) ->
     gram = columns.float().mT @ columns.float()
     eye = torch.eye(gram.shape[-1], device=gram.device)
     return bool((gram - eye).abs().max() < tolerance)
+
+
+def principal_basis(moments: Tensor, heads: Heads) -> Basis:
+    """The eigenbasis of (h, d, d) moments, per head or of their sum."""
+    vectors, energy = principal(moments.sum(0, keepdim=True) if heads == "shared" else moments)
+    return Basis(vectors.float(), spectrum=energy)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -31,7 +33,7 @@ class Predictor(nn.Module):
         self.d = d
         sizes = [statistics.shape[1], width, width, width]
         self.statistics = nn.Buffer(statistics.float())
-        self.weights = nn.ParameterList(_kaiming(len(statistics), i, o, generator) for i, o in zip(sizes, sizes[1:], strict=False))
+        self.weights = nn.ParameterList(_kaiming(len(statistics), i, o, generator) for i, o in itertools.pairwise(sizes))
         self.biases = nn.ParameterList(torch.zeros(len(statistics), 1, width) for _ in sizes[1:])
         self.head = nn.Parameter(_kaiming(len(statistics), width, d * d, generator))
         self.shift = nn.Parameter(torch.eye(d).expand(len(statistics), d, d).clone())

@@ -1,0 +1,292 @@
+"""`lowkey`: one sub-command per verb. Bad input is one line on stderr and exit status 2; progress goes to stderr."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lowkey import files, text
+from lowkey.allocate import ALLOCATORS
+from lowkey.calibrate import Sample, calibrate, describe
+from lowkey.evaluate.result import TASKS, Task, evaluate
+from lowkey.evaluate.settings import full, packed, planned
+from lowkey.generate import stream
+from lowkey.loading import load, make_method
+from lowkey.methods import METHODS
+from lowkey.plan import Plan
+from lowkey.progress import bars
+from lowkey.types import LAYOUTS, Layout, LowkeyError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
+err = Console(stderr=True)
+screen = Console(width=None if sys.stdout.isatty() else 150)
+
+Model = Annotated[str, typer.Argument(help="a model folder, a Hub id, or 'tiny' (the embedded model)")]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
+Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, or balanced over several GPUs")]
+Seed = Annotated[int, typer.Option(help="seed of the calibration sample and of training")]
+
+
+@app.command()
+def compress(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="folder to write the plan to")],
+    method: Annotated[str, typer.Option(help="a name that `lowkey methods` lists, or package.module:Class")] = "stiefattention",
+    budget: Annotated[str | None, typer.Option(help="bytes kept: '50%' or '64 KiB/token' (50% when no budget is given)")] = None,
+    error_budget: Annotated[float | None, typer.Option(help="instead: the largest relative layer-output error, like 0.03")] = None,
+    allocator: Annotated[str | None, typer.Option(help=f"how ranks are split: {', '.join(ALLOCATORS)}")] = None,
+    layout: Annotated[str, typer.Option(help="post_rope (nothing is expanded back) or pre_rope")] = "post_rope",
+    calibration: Annotated[Path | None, typer.Option(help="a UTF-8 text file (default: the embedded text)")] = None,
+    windows: Annotated[int, typer.Option(help="calibration windows")] = 32,
+    context: Annotated[int, typer.Option(help="tokens per calibration window")] = 512,
+    rank_multiple: Annotated[int, typer.Option(help="hold every rank to a multiple of this")] = 1,
+    sinks: Annotated[int, typer.Option(help="first tokens kept exact")] = 0,
+    recent: Annotated[int, typer.Option(help="last tokens kept exact")] = 0,
+    option: Annotated[list[str] | None, typer.Option("--option", "-O", help="an option of the method, like epochs=5")] = None,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    force: Annotated[bool, typer.Option(help="replace a folder that holds files")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fit a method on text and write a plan. Interrupted work resumes when the same command is given again."""
+    files.check_output(out, force)
+    _positive(windows=windows, context=context)
+    chosen = make_method(method, _options(option))
+    corpus = text.read_text(calibration, "calibration") if calibration else None
+    loaded, tokenizer = load(model, dtype, device)
+    work = out.with_name(f"{out.name}.partial")
+    plan = calibrate(
+        *(loaded, tokenizer, corpus),
+        method=chosen,
+        budget=budget,
+        error_budget=error_budget,
+        allocator=allocator,
+        layout=_layout(layout),
+        sample=Sample(windows, context, seed),
+        rank_multiple=rank_multiple,
+        sinks=sinks,
+        recent=recent,
+        work=work,
+        progress=bars,
+    )
+    finished = work / "finished"
+    shutil.rmtree(finished, ignore_errors=True)
+    plan.save(finished)
+    files.publish(finished, out)
+    shutil.rmtree(work, ignore_errors=True)
+    _show_plan(plan, out, as_json)
+
+
+@app.command("eval")
+def evaluate_command(
+    model: Model,
+    plan: Annotated[list[Path] | None, typer.Option(help="a plan folder; repeat to compare several")] = None,
+    bits: Annotated[list[int] | None, typer.Option(help="also rows of packed integers: 8, 4 (both when not given)")] = None,
+    data: Annotated[Path | None, typer.Option(help="a UTF-8 text file (default: the embedded text)")] = None,
+    task: Annotated[list[str] | None, typer.Option(help=f"{', '.join(TASKS)} (all when not given)")] = None,
+    context: Annotated[int, typer.Option(help="tokens per window and per recall case")] = 512,
+    windows: Annotated[int, typer.Option(help="windows of text to score")] = 16,
+    cases: Annotated[int, typer.Option(help="recall cases")] = 20,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    out: Annotated[Path | None, typer.Option(help="result file (default: results/eval-MODEL-TIME.json)")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the full cache, plans and packed integers on the same text: quality, bytes really held, speed."""
+    _positive(windows=windows, cases=cases)
+    corpus = text.read_text(data, "data") if data else text.embedded("evaluation")
+    loaded, tokenizer = load(model, dtype, device)
+    settings = [full(loaded)]
+    settings += [planned(loaded, Plan.load(p, loaded), str(p)) for p in plan or []]
+    settings += [packed(loaded, b) for b in bits or (8, 4)]
+    what = Task(corpus, str(data) if data else "embedded", context, windows, cases, seed)
+    names = [name for item in task or TASKS for name in item.split(",")]
+    result = evaluate(loaded, tokenizer, settings, what, names, bars)
+    place = out or Path("results") / f"eval-{Path(model).name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    files.write_json(place, result)
+    err.print(f"result written to {place}", highlight=False, soft_wrap=True)
+    print(json.dumps(result)) if as_json else _show_rows(result)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="text to continue")],
+    plan: Annotated[Path | None, typer.Option(help="a plan folder")] = None,
+    bits: Annotated[int | None, typer.Option(help="8 or 4: packed integers")] = None,
+    tokens: Annotated[int, typer.Option(help="new tokens at most")] = 64,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Continue a prompt over a compressed cache; ends with tokens/s and the bytes held against the full cache."""
+    _positive(tokens=tokens)
+    loaded, tokenizer = load(model, dtype, device)
+    chosen = Plan.load(plan, loaded) if plan else None
+    summary = stream(loaded, tokenizer, prompt, chosen, bits, tokens, None if as_json else sys.stdout)
+    if as_json:
+        print(json.dumps(summary))
+        return
+    held, whole = summary["bytes_held"], summary["bytes_full"]
+    err.print(
+        f"\n{summary['tokens_per_s']:.1f} tokens/s; the cache holds {held:,} bytes, {100 * held / whole:.1f}% of {whole:,}", highlight=False
+    )
+
+
+@app.command()
+def profile(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder for profile.json and the plots")] = Path("profile"),
+    method: Annotated[str, typer.Option(help="whose bases to profile")] = "eigenattention",
+    layout: Annotated[str, typer.Option(help="post_rope or pre_rope")] = "post_rope",
+    calibration: Annotated[Path | None, typer.Option(help="a UTF-8 text file (default: the embedded text)")] = None,
+    windows: Annotated[int, typer.Option(help="calibration windows")] = 16,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """The error-rank surface of every layer and the spectra of keys and values, as JSON and PNG."""
+    from lowkey.report import plots
+
+    _positive(windows=windows)
+    corpus = text.read_text(calibration, "calibration") if calibration else None
+    loaded, tokenizer = load(model, dtype, device)
+    plan = calibrate(
+        loaded, tokenizer, corpus, method=make_method(method, {}), layout=_layout(layout), sample=Sample(windows, seed=seed), progress=bars
+    )
+    found = {"model": model, "method": describe(make_method(method, {})), **plan.profile, "layers": list(plan.factors)}
+    files.write_json(out / "profile.json", found)
+    for name, draw in (("surface", plots.error_surface_figure), ("spectra", plots.spectra_figure)):
+        with files.replacing(out / f"{name}.png") as temporary:
+            draw(found).savefig(temporary, format="png", dpi=150)
+    print(json.dumps(found)) if as_json else err.print(f"profile.json, surface.png and spectra.png written to {out}", highlight=False)
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """The methods and allocators, with their options and papers."""
+    listed = {name: {"summary": m.summary, "paper": m.paper, "options": describe(m())["parameters"]} for name, m in METHODS.items()}
+    splits = {name: {"summary": a.summary, "options": describe(a())["parameters"]} for name, a in ALLOCATORS.items()}
+    if as_json:
+        print(json.dumps({"methods": listed, "allocators": splits}))
+        return
+    for title, entries in (("method", listed), ("allocator", splits)):
+        table = Table(title, "what it does", "paper", "options (-O name=value)")
+        for name, entry in entries.items():
+            table.add_row(name, entry["summary"], entry.get("paper", ""), ", ".join(f"{k}={v}" for k, v in entry["options"].items()))
+        screen.print(table)
+
+
+@app.command()
+def inspect(plan: Annotated[Path, typer.Argument(help="a plan folder")], as_json: AsJson = False) -> None:
+    """What a plan holds."""
+    _show_plan(Plan.load(plan), plan, as_json)
+
+
+@app.command()
+def report(
+    results: Annotated[list[Path], typer.Argument(help="result files, or folders of them")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="the HTML file to write")] = Path("report.html"),
+    as_json: AsJson = False,
+) -> None:
+    """One self-contained HTML page from result files."""
+    from lowkey.report import write_report
+
+    place = write_report(results, out)
+    print(json.dumps({"report": str(place)})) if as_json else err.print(f"report written to {place}", highlight=False, soft_wrap=True)
+
+
+def _options(pairs: list[str] | None) -> dict[str, str]:
+    for pair in pairs or []:
+        if "=" not in pair:
+            raise LowkeyError(f"option {pair!r}: write it as name=value, like epochs=5")
+    return dict(pair.split("=", 1) for pair in pairs or [])
+
+
+def _layout(name: str) -> Layout:
+    for known in LAYOUTS:
+        if name == known:
+            return known
+    raise LowkeyError(f"layout {name!r} is unknown; choose one of {', '.join(LAYOUTS)}")
+
+
+def _positive(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise LowkeyError(f"{name} {count}: must be at least 1; leave it out for the default")
+
+
+def _show_plan(plan: Plan, place: Path, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"plan": str(place), **plan.describe()}))
+        return
+    g, held = plan.geometry, plan.bytes_per_token(2)
+    whole = 2 * g["kv_heads"] * g["head_dim"] * 2 * len(plan.factors)
+    table = Table(
+        "layer", "key rank", "value rank", title=f"{plan.method['name']} · {plan.allocator['name']} · {plan.layout} · {plan.budget}"
+    )
+    for i, (k, v) in plan.ranks.items():
+        table.add_row(str(i), f"{k} of {g['head_dim']}", f"{v} of {g['head_dim']}")
+    screen.print(table)
+    print(f"{place}: keeps {held} of {whole} bytes per token in bfloat16 ({100 * held / whole:.1f}%)")
+
+
+COLUMNS = {  # key of a row: (heading, format)
+    "perplexity": ("ppl", ".3f"),
+    "perplexity_decode": ("ppl decode", ".3f"),
+    "kl": ("KL", ".4f"),
+    "top1_agreement": ("top-1", ".3f"),
+    "layer_error": ("layer error", ".4f"),
+    "exact_match": ("recall", ".2f"),
+    "bytes_per_token": ("B/token", ".0f"),
+    "bytes_held": ("bytes held", ",d"),
+    "step_ms": ("step ms", ".2f"),
+}
+
+
+def _show_rows(result: dict) -> None:
+    """The rows as a table, without the columns that nobody measured."""
+    shown = [c for c in COLUMNS if any(row[c] is not None for row in result["rows"])]
+    table = Table("setting", *[COLUMNS[c][0] for c in shown], "kept", title=f"{result['model']}, {result['environment']['dtype']}")
+    for row in result["rows"]:
+        cells = ["-" if row[c] is None else format(row[c], COLUMNS[c][1]) for c in shown]
+        table.add_row(row["name"], *cells, f"{100 * row['bytes_held'] / row['bytes_full']:.1f}%")
+    screen.print(table)
+
+
+def main() -> None:
+    """The console entry point: every expected failure becomes one line."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        app(standalone_mode=True)
+    except LowkeyError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing half-written is left, and compress resumes when given again", 130)
+    except BrokenPipeError:
+        os._exit(0)
+    except OSError as error:
+        what = "no space left on the device" if error.errno == errno.ENOSPC else (error.strerror or str(error))
+        _fail(f"{error.filename or 'file'}: {what}; free some space or choose another place", 2)
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"lowkey: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)

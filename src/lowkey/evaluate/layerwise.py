@@ -1,0 +1,49 @@
+"""How far each decoder layer's output moves when its cache alone is compressed: relative error and cosine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lowkey import families
+from lowkey.calibrate import layer_inputs
+from lowkey.evaluate.settings import Setting
+from lowkey.probe import Probe
+from lowkey.progress import Progress
+from lowkey.types import device_of
+
+
+@torch.no_grad()
+def measure(model: PreTrainedModel, settings: Sequence[Setting], rows: Tensor, batch: int, progress: Progress) -> dict[str, dict]:
+    """Mean over compressible layers and windows of ||f - f~||_F / ||f||_F and of the cosine per token (arXiv:2601.21686)."""
+    shape = families.geometry(model)
+    found: dict[str, list[tuple[float, float]]] = {s.name: [] for s in settings}
+    for i, inputs in progress(layer_inputs(model, rows, batch), "layer error", shape.layers):
+        if i in shape.compressible:
+            probe = Probe.of(model, i, "post_rope", inputs, 0, batch)
+            for setting in settings:
+                found[setting.name].append(_compare(probe, setting, batch))
+    return {name: _means(pairs) for name, pairs in found.items()}
+
+
+def _means(pairs: list[tuple[float, float]]) -> dict:
+    errors, cosines = zip(*pairs, strict=True)
+    return {"layer_error": sum(errors) / len(errors), "layer_cosine": sum(cosines) / len(cosines)}
+
+
+def _compare(probe: Probe, setting: Setting, batch: int) -> tuple[float, float]:
+    parts = [_pair(probe, setting, w) for w in torch.arange(len(probe.inputs)).split(batch)]
+    errors, cosines = (torch.cat(p) for p in zip(*parts, strict=True))
+    return float(errors.mean()), float(cosines.mean())
+
+
+def _pair(probe: Probe, setting: Setting, windows: Tensor) -> tuple[Tensor, Tensor]:
+    """(error, cosine) of each window; the storage is made anew because it keeps what it saw."""
+    target, device = probe.outputs[windows], device_of(probe.block)
+    storage = setting.storage(probe.index)
+    out = target if storage is None else probe.run(probe.inputs[windows].to(device), storage).cpu()
+    error = (out - target).flatten(1).norm(dim=1) / target.flatten(1).norm(dim=1)
+    return error, torch.cosine_similarity(out, target, dim=-1).mean(1)

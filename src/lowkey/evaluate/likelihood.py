@@ -1,0 +1,77 @@
+"""Perplexity, KL to the full model, top-1 agreement: with compression everywhere, and decode-only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lowkey.cache import LowkeyCache
+from lowkey.evaluate.settings import Setting
+from lowkey.progress import Progress
+from lowkey.types import device_of
+
+
+@dataclass
+class Tally:
+    """Sums over scored tokens."""
+
+    nll: float = 0.0
+    nll_decode: float = 0.0
+    kl: float = 0.0
+    agree: int = 0
+    tokens: int = 0
+    tokens_decode: int = 0
+
+    def row(self) -> dict:
+        return {
+            "perplexity": math.exp(self.nll / self.tokens),
+            "perplexity_decode": math.exp(self.nll_decode / self.tokens_decode),
+            "kl": self.kl / self.tokens,
+            "top1_agreement": self.agree / self.tokens,
+        }
+
+
+@torch.no_grad()
+def measure(model: PreTrainedModel, settings: Sequence[Setting], rows: Tensor, batch: int, progress: Progress) -> dict[str, dict]:
+    """Token perplexity etc. of every setting over windows (n, t) of ids, by the setting's name.
+
+    The full model's logits are formed once per batch. kl is KL(full || setting) in nats per token. perplexity_decode
+    scores the second half of each window: the first half is read exactly, then stored compressed, and every later token
+    sees compressed predecessors only.
+    """
+    tallies = {s.name: Tally() for s in settings}
+    for ids in progress(rows.to(device_of(model)).split(batch), "perplexity"):
+        reference = model(ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        for setting in settings:
+            _score(tallies[setting.name], model, setting, ids, reference)
+    return {name: tally.row() for name, tally in tallies.items()}
+
+
+def _score(tally: Tally, model: PreTrainedModel, setting: Setting, ids: Tensor, reference: Tensor) -> None:
+    logits = model(ids, past_key_values=setting.make()).logits[:, :-1].float().log_softmax(-1)
+    tally.nll += _nll(logits, ids[:, 1:])
+    tally.kl += float((reference.exp() * (reference - logits)).sum())
+    tally.agree += int((logits.argmax(-1) == reference.argmax(-1)).sum())
+    tally.tokens += ids[:, 1:].numel()
+    late = _decode_logits(model, setting.make(), ids)
+    targets = ids[:, ids.shape[1] // 2 + 1 :]
+    tally.nll_decode += _nll(late, targets)
+    tally.tokens_decode += targets.numel()
+
+
+def _decode_logits(model: PreTrainedModel, cache: LowkeyCache, ids: Tensor) -> Tensor:
+    """Log-probabilities (b, t/2 - 1, V) of the second half over a cache whose first half was read exactly."""
+    half = ids.shape[1] // 2
+    cache.exact_prefill(True)
+    model(ids[:, :half], past_key_values=cache, logits_to_keep=1)
+    cache.exact_prefill(False)
+    return model(ids[:, half:], past_key_values=cache).logits[:, :-1].float().log_softmax(-1)
+
+
+def _nll(log_probabilities: Tensor, targets: Tensor) -> float:
+    return -float(log_probabilities.gather(-1, targets.unsqueeze(-1)).double().sum())

@@ -1,0 +1,56 @@
+"""What is compared: the full cache, plans, packed integers. A setting knows how to make a fresh cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from lowkey.cache import LowkeyCache, make_cache
+from lowkey.layers.base import StoringLayer
+from lowkey.plan import Plan
+
+UNMEASURED = (
+    *("perplexity", "perplexity_decode", "kl", "top1_agreement", "layer_error", "layer_cosine", "exact_match"),
+    *("bytes_per_token", "bytes_held", "bytes_predicted", "bytes_full", "prefill_ms", "step_ms"),
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """name: the row's name; identity: the row's keys that describe it; make: a fresh cache."""
+
+    name: str
+    identity: dict
+    make: Callable[[], LowkeyCache]
+
+    def row(self) -> dict:
+        """The row with nothing measured yet."""
+        return {"name": self.name, **self.identity, **dict.fromkeys(UNMEASURED)}
+
+    def storage(self, index: int) -> StoringLayer | None:
+        """A fresh storage of one layer alone, or None when this setting stores it as transformers does."""
+        layer = self.make().layers[index]
+        return layer if isinstance(layer, StoringLayer) else None
+
+
+def identity(**known: object) -> dict:
+    names = ("method", "plan", "policy", "budget", "bits", "layout", "task")
+    return dict.fromkeys(names) | known
+
+
+def full(model: PreTrainedModel) -> Setting:
+    return Setting("full", identity(budget="100%"), lambda: make_cache(model))
+
+
+def packed(model: PreTrainedModel, bits: int) -> Setting:
+    return Setting(f"int{bits}", identity(bits=bits), lambda: make_cache(model, bits=bits))
+
+
+def planned(model: PreTrainedModel, plan: Plan, path: str) -> Setting:
+    """A plan, checked once; its caches skip the fingerprint."""
+    plan.check(model)
+    known = identity(method=plan.method["name"], plan=path, budget=plan.budget, layout=plan.layout)
+    known["profile"] = {**plan.profile, "layers": list(plan.factors)}
+    return Setting(f"{plan.method['name']} {plan.budget}", known, lambda: make_cache(model, plan=plan))

@@ -1,0 +1,62 @@
+"""Generate text over a chosen cache and say what it held."""
+
+from __future__ import annotations
+
+import time
+from typing import TextIO
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from lowkey.cache import LowkeyCache, make_cache
+from lowkey.plan import Plan
+from lowkey.types import LowkeyError, device_of
+
+
+class _Writer(TextStreamer):
+    """Writes pieces of text to a stream as they come."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, out: TextIO) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.out = out
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        print(text, flush=True, end="\n" if stream_end else "", file=self.out)
+
+
+def stream(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    plan: Plan | None,
+    bits: int | None,
+    tokens: int,
+    out: TextIO | None,
+) -> dict:
+    """Greedy continuation, written to `out` as it comes. Returns text, new_tokens, tokens_per_s, bytes_held, bytes_full."""
+    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(device_of(model))
+    if not ids.shape[1]:
+        raise LowkeyError("prompt '': is empty; give some text to continue")
+    cache = make_cache(model, plan=plan, bits=bits)
+    start = time.perf_counter()
+    streamer = _Writer(tokenizer, out) if out is not None else None
+    result = model.generate(  # type: ignore[operator]
+        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=tokens, do_sample=False, streamer=streamer
+    )[0]
+    seconds, new = time.perf_counter() - start, len(result) - ids.shape[1]
+    return {
+        "text": tokenizer.decode(result[ids.shape[1] :], skip_special_tokens=True),
+        "new_tokens": new,
+        "tokens_per_s": new / seconds,
+        "bytes_held": cache.nbytes(),
+        "bytes_full": full_bytes(model, cache),
+    }
+
+
+@torch.no_grad()
+def full_bytes(model: PreTrainedModel, cache: LowkeyCache) -> int:
+    """What transformers' own storage holds for as many tokens: measured on a real cache, not computed."""
+    stock = make_cache(model)
+    filler = torch.zeros(1, cache.get_seq_length(), dtype=torch.long, device=device_of(model))
+    model(filler, past_key_values=stock, logits_to_keep=1)
+    return stock.nbytes()

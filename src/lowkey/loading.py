@@ -1,0 +1,130 @@
+"""Models by local folder, Hub id or `tiny`, with one clear line when it cannot be done."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import fields
+from difflib import get_close_matches
+from importlib.resources import as_file
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lowkey.families import family
+from lowkey.methods import METHODS, Method
+from lowkey.seam import attach
+from lowkey.types import LowkeyError
+
+TINY = "tiny"
+
+
+def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """(attached model in eval mode, tokenizer). dtype: auto (as saved), float32, bfloat16, float16. device: auto, cpu,
+    cuda, or `balanced` to spread over several GPUs.
+
+    Errors: LowkeyError for a folder that is no model, an unknown Hub id, an unsupported family or dtype.
+    """
+    with _location(name) as place:
+        _check_folder(name, place)
+        try:
+            family(AutoConfig.from_pretrained(place))
+            model = AutoModelForCausalLM.from_pretrained(place, dtype=_dtype(dtype), device_map=_device(device))
+            tokenizer = AutoTokenizer.from_pretrained(place)
+        except LowkeyError:
+            raise
+        except Exception as error:  # transformers raises many kinds; each is bad input here
+            raise LowkeyError(f"model {name!r} cannot be loaded: {_first_line(error)}; give a model folder, a Hub id or 'tiny'") from error
+    model.config._name_or_path = name
+    return attach(model.eval()), tokenizer
+
+
+def _location(name: str) -> AbstractContextManager[Path | str]:
+    if name == TINY:
+        return as_file(package_files("lowkey") / "data" / "tiny")
+    return _Given(name)
+
+
+class _Given(AbstractContextManager[str]):
+    """A place that needs no unpacking."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> str:
+        return self.name
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+
+def _check_folder(name: str, place: Path | str) -> None:
+    path = Path(place)
+    if path.exists() and not (path / "config.json").is_file():
+        raise LowkeyError(f"model {name!r} is no model: it has no config.json; give a folder made by save_pretrained, a Hub id or 'tiny'")
+    looks_local = name.startswith((".", "/", "~")) or name.count(os.sep) > 1
+    if not path.exists() and looks_local:
+        raise LowkeyError(f"model {name!r}: no such folder; give a folder made by save_pretrained, a Hub id or 'tiny'")
+
+
+def _dtype(name: str) -> torch.dtype | str:
+    known: dict[str, torch.dtype | str] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise LowkeyError(f"dtype {name!r} is unknown; choose one of {', '.join(known)}")
+    return known[name]
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise LowkeyError(f"device {name!r}: no CUDA device is available; use --device cpu")
+    return name
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(". ")
+
+
+def make_method(name: str, options: Mapping[str, str]) -> Method:
+    """A method by its name in METHODS or as `package.module:Class`, with options given as text."""
+    kind = METHODS.get(name) or _outside(name)
+    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    for option in options:
+        if option not in known:
+            raise LowkeyError(f"option {option!r} of method {name!r} is unknown; it has {', '.join(known) or 'none'}")
+    return kind(**{key: _value(name, known[key], value) for key, value in options.items()})
+
+
+def _outside(name: str) -> Any:
+    if ":" not in name:
+        near = get_close_matches(name, METHODS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(METHODS)} or package.module:Class"
+        raise LowkeyError(f"method {name!r} is unknown; {hint}")
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise LowkeyError(f"method {name!r} cannot be imported ({error}); give package.module:Class") from error
+
+
+def _value(method: str, field: Any, text: str) -> object:
+    """Text to the type of the field's default; Literal fields must match one of their words."""
+    allowed = _words(str(field.type))
+    if allowed and text not in allowed:
+        raise LowkeyError(f"option {field.name}={text!r} of method {method!r}: choose one of {', '.join(allowed)}")
+    try:
+        return type(field.default)(text)
+    except ValueError:
+        raise LowkeyError(f"option {field.name}={text!r} of method {method!r}: give a {type(field.default).__name__}") from None
+
+
+def _words(annotation: str) -> list[str]:
+    if annotation == "Heads":
+        return ["shared", "per_head"]
+    return [w.strip(" \"'") for w in annotation[8:-1].split(",")] if annotation.startswith("Literal[") else []

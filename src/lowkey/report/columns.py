@@ -1,0 +1,109 @@
+"""The columns of the table: where each number comes from, how it is written, and what it means in one sentence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from lowkey.report.results import Row, kept
+
+DASH = "—"  # no number was measured
+
+
+class Column(NamedTuple):
+    title: str
+    read: Callable[[Row], Any]
+    write: Callable[[Any], str]
+    meaning: str
+
+
+def _number(write: Callable[[float], str]) -> Callable[[Any], str]:
+    """`write` for finite numbers; a value that is no number is shown as it is, so that nothing is hidden."""
+
+    def show(value: Any) -> str:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return str(value)
+        return write(value) if math.isfinite(value) else str(value).replace("inf", "∞")
+
+    return show
+
+
+def format_bytes(value: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if abs(value) < 1024:
+            return f"{value:.4g} {unit}"
+        value /= 1024
+    return f"{value:.4g} GiB"
+
+
+def format_perplexity(value: float) -> str:
+    return f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}" if abs(value) < 1e7 else f"{value:.3g}"
+
+
+def format_percent(value: float) -> str:
+    return f"{100 * value:.1f}%"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _four_places(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def _column(key: str, title: str, write: Callable[[float], str] | None, meaning: str) -> Column:
+    return Column(title, lambda row: row.get(key), _number(write) if write else str, meaning)
+
+
+COLUMNS = [
+    _column("name", "Row", None, "What was measured; “full” is the uncompressed cache that every other row is compared with."),
+    _column("run", "Run", None, "Which result file the row comes from; the Environment section lists it under the same number."),
+    Column("Kept", kept, _number(format_percent), "Bytes held as a share of what the full cache holds for the same tokens."),
+    _column("bytes_per_token", "Bytes/token", format_bytes, "Cache bytes that each further token costs, summed over all layers."),
+    _column("perplexity", "Perplexity", format_perplexity, "Exponential of the mean loss per token of the text; lower is better."),
+    _column(
+        "perplexity_decode",
+        "Perplexity, decode",
+        format_perplexity,
+        "The same over decoded tokens only, whose every predecessor is read back from the compressed cache.",
+    ),
+    _column(
+        "kl",
+        "KL",
+        _three_digits,
+        "Mean Kullback-Leibler divergence of this row's next-token distribution from the full model's, in nats; 0 is identical.",
+    ),
+    _column("top1_agreement", "Top-1", format_percent, "How often the most likely next token is the one the full model finds most likely."),
+    _column(
+        "layer_error",
+        "Layer error",
+        _three_digits,
+        "Relative Frobenius error of the decoder layer outputs against the full cache; 0 is identical.",
+    ),
+    _column("layer_cosine", "Layer cosine", _four_places, "Cosine between those outputs and the full cache's; 1 is identical."),
+    _column("exact_match", "Exact match", format_percent, "Share of 1-hop recall questions whose answer is reproduced exactly."),
+    _column("prefill_ms", "Prefill ms", _three_digits, "Milliseconds to read the prompt; timings are only comparable inside one run."),
+    _column("step_ms", "Step ms", _three_digits, "Milliseconds per decoded token; timings are only comparable inside one run."),
+    _column("bytes_held", "Bytes held", format_bytes, "Bytes really allocated: every distinct tensor storage in the cache, counted once."),
+    _column("bytes_predicted", "Bytes predicted", format_bytes, "What the plan said it would hold; it should equal the bytes held."),
+    _column("bytes_full", "Bytes full", format_bytes, "What the full cache holds for the same tokens."),
+    _column("method", "Method", None, "The conversion that chose the low-rank bases."),
+    _column("policy", "Policy", None, "The eviction rule that chose which tokens stay."),
+    _column("budget", "Budget", None, "What was asked to be kept; “kept” is what was really held."),
+    _column("bits", "Bits", _three_digits, "Bits per stored number; a dash means the model's own number format."),
+    _column("layout", "Layout", None, "How the cache layers store what is kept."),
+    _column("task", "Task", None, "The tasks that the row was measured on."),
+    _column("plan", "Plan", None, "Where the plan was read from."),
+]
+
+
+def shown_columns(rows: list[Row], several: bool) -> list[Column]:
+    """Columns with at least one value; the run only where there is more than one."""
+    return [c for c in COLUMNS if any(c.read(row) is not None for row in rows) and (several or c.title != "Run")]
+
+
+def show(column: Column, row: Row) -> str:
+    value = column.read(row)
+    return DASH if value is None else column.write(value)

@@ -1,0 +1,96 @@
+"""Labels beside points, placed one after the other so that none covers a point or another label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.transforms import Bbox
+
+SIZE = 8.5  # points
+LONGEST = 34  # characters
+
+
+class Label(NamedTuple):
+    x: float
+    y: float
+    text: str
+    colour: str
+
+
+# Offsets in points, the near ones first: right, left, above, below, then the same further out.
+OFFSETS = [
+    (dx * reach, dy * reach)
+    for reach in (1.0, 1.6, 2.4, 3.4, 4.8, 6.5)
+    for dx, dy in ((8, 0), (-8, 0), (8, 8), (8, -8), (-8, 8), (-8, -8), (0, 10), (0, -10), (4, 12), (4, -12))
+]
+
+
+def place_labels(ax: Axes, labels: Sequence[Label]) -> None:
+    """Write every label; the limits and lines of `ax` must be final, since places are judged on the drawing."""
+    scale = ax.figure.dpi / 72
+    points = [tuple(ax.transData.transform((label.x, label.y))) for label in labels]
+    taken = [Bbox.from_bounds(x - 4 * scale, y - 4 * scale, 8 * scale, 8 * scale) for x, y in points]
+    lines = _lines(ax)
+    for label, point in zip(labels, points, strict=True):
+        text = _short(label.text)
+        offset = _free_offset(point, text, (taken, lines), ax.bbox, scale)
+        taken.append(_box(point, offset, text, scale))
+        _annotate(ax, label, text, offset)
+
+
+def _lines(ax: Axes) -> list[Bbox]:
+    """Specks along every line of `ax`, in pixels."""
+    corners = [line.get_transform().transform(line.get_xydata()) for line in ax.lines]
+    pairs = [pair for path in corners for pair in pairwise(path)]
+    specks = [point for start, end in pairs for point in np.linspace(start, end, 80)]
+    return [Bbox.from_bounds(x - 1, y - 1, 2, 2) for x, y in specks]
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+
+
+def _free_offset(
+    point: tuple[float, ...], text: str, obstacles: tuple[list[Bbox], list[Bbox]], frame: Any, scale: float
+) -> tuple[float, float]:
+    """The first offset free of points and labels, and of lines too where there is one; the first of all where there is none."""
+    boxes = {offset: _box(point, offset, text, scale) for offset in OFFSETS}
+    inside = {o: b for o, b in boxes.items() if frame.x0 <= b.x0 and b.x1 <= frame.x1 and frame.y0 <= b.y0 and b.y1 <= frame.y1}
+    taken, lines = obstacles
+    free = [offset for offset, box in inside.items() if not box.count_overlaps(taken)]
+    clear = [offset for offset in free if not boxes[offset].count_overlaps(lines)]
+    return next(iter([*clear, *free, OFFSETS[0]]))
+
+
+def _box(point: tuple[float, ...], offset: tuple[float, float], text: str, scale: float) -> Bbox:
+    width, height = 0.58 * SIZE * len(text) * scale, 1.25 * SIZE * scale
+    x, y = point[0] + offset[0] * scale, point[1] + offset[1] * scale
+    left = {"left": x, "right": x - width, "center": x - width / 2}[_side(offset)]
+    return Bbox.from_bounds(left, y - height / 2, width, height)
+
+
+def _side(offset: tuple[float, float]) -> str:
+    return "center" if offset[0] == 0 else "left" if offset[0] > 0 else "right"
+
+
+def _annotate(ax: Axes, label: Label, text: str, offset: tuple[float, float]) -> None:
+    far = abs(offset[0]) + abs(offset[1]) > 17
+    arrow = {"arrowstyle": "-", "color": label.colour, "lw": 0.7, "alpha": 0.6, "shrinkA": 0, "shrinkB": 3} if far else None
+    ax.annotate(
+        text,
+        (label.x, label.y),
+        offset,
+        textcoords="offset points",
+        ha=_side(offset),
+        va="center",
+        fontsize=SIZE,
+        color=label.colour,
+        arrowprops=arrow,
+        parse_math=False,
+        annotation_clip=False,
+    )

@@ -1,0 +1,147 @@
+"""Results to HTML. Whatever came from a file passes through `escape` on its way into the page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from html import escape
+from itertools import count
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from lowkey.report.columns import COLUMNS, DASH, Column, show, shown_columns
+from lowkey.report.plots import error_surface_figure, quality_figure, quality_panels, ranks_figure, spectra_figure
+from lowkey.report.results import Row, Section, is_full, sections
+from lowkey.report.summary import held_differs, summary
+from lowkey.report.svg import inline_svg
+from lowkey.report.template import FIGURE, GUIDE, PAGE, STYLE, TABLE
+from lowkey.types import LowkeyError
+
+TEXT_COLUMNS = {"Row", "Method", "Policy", "Budget", "Layout", "Task", "Plan"}
+
+
+def render(results: Sequence[dict]) -> str:
+    """The whole page. The same results give the same bytes."""
+    if not results:
+        raise LowkeyError("results []: a report needs at least one result; give a file that lowkey eval wrote")
+    parts, numbers = sections(results), count(1)
+    return PAGE.substitute(
+        title=escape("KV cache report: " + ", ".join(dict.fromkeys(part.model for part in parts))),
+        style=STYLE,
+        summary="\n".join(_lead(part, len(parts) > 1) for part in parts),
+        sections="\n".join(_section(part, numbers) for part in parts),
+        environment="\n".join(_environment(result, n, len(results) > 1) for n, result in enumerate(results, start=1)),
+        guide=_guide(parts),
+    )
+
+
+def _lead(part: Section, several: bool) -> str:
+    name = f"<strong>{escape(part.model)} on {escape(part.data)}.</strong> " if several else ""
+    return f'<p class="lead">{name}{escape(summary(part.rows))}</p>'
+
+
+def _section(part: Section, numbers: Iterator[int]) -> str:
+    differing = held_differs(part.rows)
+    warning = f"Bytes held differ from bytes predicted in: {', '.join(differing)}."
+    profiles = [row for row in part.rows if row.get("profile")]
+    anchor = f"section-{next(numbers)}"
+    return "\n".join(
+        [
+            f'<section aria-labelledby="{anchor}">',
+            f'<h2 id="{anchor}">{escape(part.model)} on {escape(part.data)}</h2>',
+            f'<p class="warning" role="note">{escape(warning)}</p>' if differing else "",
+            _quality(part, numbers),
+            _rows_table(part),
+            *(_profile(row, numbers, is_open=row is profiles[0]) for row in profiles),
+            "</section>",
+        ]
+    )
+
+
+def _quality(part: Section, numbers: Iterator[int]) -> str:
+    panels = quality_panels(part.rows)
+    if not panels:
+        return ""
+    columns = [c for c in COLUMNS if c.title in ("Bytes/token", "Perplexity", "KL", "Exact match")]
+    label = "Quality against cache bytes per token. " + "; ".join(_spoken(row, columns) for row in part.rows)
+    caption = "Quality against cache bytes per token. The dashed line is the full cache; rows that differ only in budget share a line."
+    return _figure(quality_figure(part.rows), f"figure{next(numbers)}", label, caption)
+
+
+def _spoken(row: Row, columns: list[Column]) -> str:
+    values = [f"{c.title} {show(c, row)}" for c in columns if c.read(row) is not None]
+    return f"{row['label']}: {', '.join(values) or 'not measured'}"
+
+
+def _figure(figure: Figure, prefix: str, label: str, caption: str) -> str:
+    return FIGURE.substitute(svg=inline_svg(figure, prefix, label), caption=escape(caption), name=escape(caption))
+
+
+def _rows_table(part: Section) -> str:
+    columns = shown_columns(part.rows, part.several)
+    head = "".join(f'<th scope="col"{_class(c)} title="{escape(c.meaning)}">{escape(c.title)}</th>' for c in columns)
+    body = "\n".join(f"<tr{_row_class(row)}>{''.join(_cell(c, row) for c in columns)}</tr>" for row in part.rows)
+    caption = f"All rows of {part.model} on {part.data}: the full cache first, then by bytes per token"
+    return TABLE.substitute(caption=escape(caption), head=head, body=body)
+
+
+def _class(column: Column) -> str:
+    return ' class="text"' if column.title in TEXT_COLUMNS else ""
+
+
+def _row_class(row: Row) -> str:
+    return ' class="full"' if is_full(row) else ""
+
+
+def _cell(column: Column, row: Row) -> str:
+    text, value = escape(show(column, row)), column.read(row)
+    if column.title == "Row":
+        return f'<th scope="row">{text}</th>'
+    exact = f' title="{escape(str(value))}"' if isinstance(value, int | float) else ""
+    return f"<td{_class(column)}{exact}>{text}</td>"
+
+
+def _profile(row: Row, numbers: Iterator[int], is_open: bool) -> str:
+    """Figures of one row's calibration; the first row's are open, the others one click away."""
+    profile, parts = row["profile"], []
+    chosen = _chosen_label(profile)
+    if profile.get("surface"):
+        caption = "Relative error of each layer's output for every pair of ranks, on one colour scale. The white dot is the chosen pair."
+        parts.append(_figure(error_surface_figure(profile), f"figure{next(numbers)}", f"Heat maps of the error. {chosen}", caption))
+    if profile.get("chosen"):
+        caption = "Ranks that were chosen for keys and values, layer by layer."
+        parts.append(_figure(ranks_figure(profile), f"figure{next(numbers)}", f"Bars of the chosen ranks. {chosen}", caption))
+    if any((profile.get("spectra") or {}).values()):
+        caption = "How fast the energy of keys and values falls off; a steep curve needs few ranks."
+        parts.append(_figure(spectra_figure(profile), f"figure{next(numbers)}", "Energy spectra of keys and values by layer.", caption))
+    head = f"<details{' open' if is_open else ''}>\n<summary>Ranks of {escape(str(row['label']))}</summary>\n"
+    return head + "\n".join(parts) + "</details>" if parts else ""
+
+
+def _chosen_label(profile: dict) -> str:
+    pairs = zip(profile["layers"], profile.get("chosen") or [], strict=False)
+    return " ".join(f"Layer {layer}: keys {_dash(k)}, values {_dash(v)}." for layer, (k, v) in pairs)
+
+
+def _dash(value: Any) -> str:
+    return DASH if value is None else str(value)
+
+
+def _environment(result: dict, number: int, several: bool) -> str:
+    entries = _flat(result["environment"])
+    head = f"<h3>Run {number}: {escape(str(result['model']))}</h3>\n" if several else ""
+    lines = "\n".join(f"<dt>{escape(key)}</dt><dd>{escape(_dash(value))}</dd>" for key, value in entries)
+    return f'{head}<dl class="environment">\n{lines}\n</dl>'
+
+
+def _flat(entries: dict, prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested objects as `data name`, `data sha256`, ..."""
+    pairs = [_flat(value, f"{prefix}{key} ") if isinstance(value, dict) else [(f"{prefix}{key}", value)] for key, value in entries.items()]
+    return [pair for group in pairs for pair in group]
+
+
+def _guide(parts: list[Section]) -> str:
+    """A sentence on each column that some table on this page shows."""
+    shown = {column.title for part in parts for column in shown_columns(part.rows, part.several)}
+    lines = "\n".join(f"<dt>{escape(c.title)}</dt><dd>{escape(c.meaning)}</dd>" for c in COLUMNS if c.title in shown)
+    return f'<p class="guide">{escape(GUIDE)}</p>\n<dl>\n{lines}\n</dl>'

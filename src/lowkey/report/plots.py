@@ -1,0 +1,226 @@
+"""Figures of a result. Matplotlib's object API only: nothing global is changed, and the caller chooses PNG or SVG."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, MultipleLocator, NullFormatter
+
+from lowkey.report.columns import format_bytes
+from lowkey.report.labels import Label, place_labels
+from lowkey.report.results import Row, full_row, is_full, measured
+
+# The light palette. In the page each of these becomes a CSS variable (svg.py), so none may be used for anything fixed.
+INK, MUTED, RULE, SURFACE = "#1d2430", "#5b6573", "#d9dee5", "#fefefe"
+SERIES = ("#2360b5", "#b05a08", "#2b7a4b", "#7749b3", "#b0334a", "#0f7482")
+MARKERS = "osD^vP"
+# Colours of middle lightness: layers stay apart on a white page and on a dark one.
+LAYERS = LinearSegmentedColormap.from_list("layers", ["#4a86e8", "#a765c0", "#e0703c"])
+WIDTH = 11.0  # inches
+PANELS = [  # (key, title, the better end)
+    ("perplexity", "Perplexity", "lower is better"),
+    ("kl", "KL divergence from the full model (nats)", "lower is better"),
+    ("perplexity_decode", "Perplexity of decoded tokens", "lower is better"),
+    ("exact_match", "Exact match (share of answers)", "higher is better"),
+]
+
+
+def quality_panels(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+    """The first two qualities that were measured for at least one row with known bytes, the full cache aside."""
+    return [p for p in PANELS if any(_point(row, p[0]) for row in rows if not is_full(row))][:2]
+
+
+def quality_figure(rows: Sequence[Row]) -> Figure:
+    """Quality against cache bytes per token, one point per row."""
+    figure = Figure(figsize=(WIDTH, 5.0), facecolor="white")
+    panels, right = quality_panels(rows), max([1.0, *(measured(row, "bytes_per_token") or 0.0 for row in rows)])
+    figure.subplots_adjust(left=0.065, right=0.985, top=0.9, bottom=0.125, wspace=0.17)
+    for place, (key, title, better) in enumerate(panels, start=1):
+        ax = figure.add_subplot(1, len(panels), place)
+        _style(ax, title=f"{title}, {better}", x="Cache bytes per token")
+        _bytes_scale(ax, right)
+        _quality_panel(ax, [row for row in rows if _point(row, key)], key)
+    return figure
+
+
+def _quality_panel(ax: Axes, rows: list[Row], key: str) -> None:
+    is_log = _wants_log(rows, key)
+    rows = [row for row in rows if not is_log or measured(row, key)]  # a full cache's divergence of 0 has no place on a log scale
+    series = _series(rows)
+    points = [(_point(row, key) or (0.0, 0.0), *series[_series_key(row)], row) for row in rows]
+    full = full_row(rows)
+    _quality_scale(ax, [y for (_, y), *_ in points], is_log)
+    if full:
+        ax.axhline(measured(full, key) or 0.0, color=INK, lw=1.0, ls=(0, (4, 3)), alpha=0.7, zorder=2)
+    for colour, marker in dict.fromkeys(series.values()):
+        line = sorted(point for point, c, m, _ in points if (c, m) == (colour, marker))
+        ax.plot(*zip(*line, strict=True), color=colour, marker=marker, ms=6.5, lw=1.0, mec=SURFACE, mew=0.8, zorder=3)
+    place_labels(ax, [Label(x, y, str(row.get("label", row["name"])), colour) for (x, y), colour, _, row in points])
+
+
+def _point(row: Row, key: str) -> tuple[float, float] | None:
+    x, y = measured(row, "bytes_per_token"), measured(row, key)
+    return None if x is None or y is None else (x, y)
+
+
+def _series_key(row: Row) -> tuple[str, ...]:
+    """Rows that differ in their budget alone are one line."""
+    return tuple(str(row.get(part)) for part in ("method", "policy", "bits", "layout", "run")) if not is_full(row) else ("full",)
+
+
+def _series(rows: list[Row]) -> dict[tuple[str, ...], tuple[str, str]]:
+    keys = dict.fromkeys(_series_key(row) for row in rows if not is_full(row))
+    styles = [(SERIES[i % len(SERIES)], MARKERS[i // len(SERIES) % len(MARKERS)]) for i in range(len(keys))]
+    full: dict[tuple[str, ...], tuple[str, str]] = {("full",): (INK, "o")} if any(map(is_full, rows)) else {}
+    return {**dict(zip(keys, styles, strict=True)), **full}
+
+
+def _wants_log(rows: list[Row], key: str) -> bool:
+    """A wide spread is drawn on a log scale, or one bad row would flatten the others; not where a row would fall off it."""
+    values = [measured(row, key) or 0.0 for row in rows if not is_full(row) or measured(row, key)]
+    return min(values) > 0 and max(values) / min(values) > 2
+
+
+def _bytes_scale(ax: Axes, right: float) -> None:
+    """From nothing to `right`, with steps that are powers of two, as bytes are."""
+    ax.set_xlim(0, 1.12 * right)
+    ax.xaxis.set_major_locator(MultipleLocator(2.0 ** math.floor(math.log2(right / 3))))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
+
+
+def _quality_scale(ax: Axes, values: list[float], is_log: bool) -> None:
+    """Limits with room for labels."""
+    low, high = min(values), max(values)
+    if is_log:
+        ax.set_yscale("log")
+        ax.set_ylim(low / (high / low) ** 0.14, high * (high / low) ** 0.12)
+        _plain_log(ax.yaxis)
+    else:
+        room = 0.12 * (high - low or abs(high) or 1)
+        ax.set_ylim(low - room, high + 1.3 * room)
+
+
+def _plain_log(axis: Any) -> None:
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def error_surface_figure(profile: dict) -> Figure:
+    """One heat map per layer of the relative output error over rank pairs; one colour scale; the chosen pair marked."""
+    surface = np.array(profile["surface"], dtype=float)
+    columns = min(len(surface), 4 if len(surface) <= 8 else 6)
+    lines = math.ceil(len(surface) / columns)
+    figure = Figure(figsize=(WIDTH, 0.8 + (WIDTH - 1.6) / max(columns, 3) * lines), facecolor="white", layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+    norm = _error_norm(surface)
+    for place, ax in enumerate(axes.flat):
+        ax.set_visible(place < len(surface))
+        if place < len(surface):
+            _surface_panel(ax, profile, place, surface[place], norm)
+    figure.supxlabel("Rank kept for values", color=INK, fontsize=9.5)
+    figure.supylabel("Rank kept for keys", color=INK, fontsize=9.5)
+    _colour_bar(figure, axes, ScalarMappable(norm, "viridis"), "Relative error of the layer output")
+    return figure
+
+
+def _error_norm(surface: np.ndarray) -> LogNorm:
+    """Log colours over at most three decades; zero, which full rank may reach, takes the colour of the lowest."""
+    positive = surface[np.isfinite(surface) & (surface > 0)]
+    high = float(positive.max()) if positive.size else 1.0
+    low = max(float(positive.min()), high / 1000) if positive.size else high / 10
+    return LogNorm(low if low < high else high / 10, high, clip=True)
+
+
+def _surface_panel(ax: Axes, profile: dict, place: int, errors: np.ndarray, norm: LogNorm) -> None:
+    ranks = profile["ranks"]
+    shown = np.where(errors <= 0, norm.vmin or 0.0, errors)
+    ax.imshow(np.ma.masked_invalid(shown), origin="lower", norm=norm, cmap="viridis", interpolation="nearest", aspect="auto")
+    _style(ax, title=f"Layer {profile['layers'][place]}", grid=False)
+    step = math.ceil(len(ranks) / (8 if len(profile["layers"]) <= 8 else 4))
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_ticks(range(0, len(ranks), step), [str(rank) for rank in ranks[::step]])
+    key, value = (profile.get("chosen") or [(None, None)] * (place + 1))[place]
+    if key is not None and value is not None:
+        x, y = np.interp([value, key], ranks, range(len(ranks)))
+        ax.plot(x, y, marker="o", ms=8, mfc="#ffffff", mec="#000000", mew=1.6, ls="", gid=f"chosen-{place}", zorder=4, clip_on=False)
+
+
+def ranks_figure(profile: dict) -> Figure:
+    """The ranks that were chosen, layer by layer, for keys and values."""
+    chosen = np.array(profile["chosen"], dtype=float)
+    figure = Figure(figsize=(WIDTH, 3.2), facecolor="white", layout="constrained")
+    ax = figure.subplots()
+    _style(ax, x="Layer", y="Rank kept")
+    places = np.arange(len(chosen))
+    for side, name in enumerate(("keys", "values")):
+        ax.bar(places + 0.2 * (2 * side - 1), np.nan_to_num(chosen[:, side]), 0.38, color=SERIES[side], label=name, zorder=2)
+        if len(chosen) <= 16:
+            _bar_numbers(ax, chosen[:, side], places + 0.2 * (2 * side - 1))
+    ax.set_xticks(places, [str(layer) for layer in profile["layers"]])
+    ax.margins(x=0.02, y=0.12)
+    ax.legend(frameon=False, labelcolor=INK, fontsize=9, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
+    ax.grid(visible=False, axis="x")
+    return figure
+
+
+def _bar_numbers(ax: Axes, heights: np.ndarray, places: np.ndarray) -> None:
+    for x, height in zip(places, heights, strict=True):
+        if np.isfinite(height):
+            ax.annotate(f"{height:g}", (x, height), (0, 3), textcoords="offset points", ha="center", fontsize=8, color=MUTED)
+
+
+def spectra_figure(profile: dict) -> Figure:
+    """How fast the energy of keys and values falls off: each direction's share of its layer's total."""
+    figure = Figure(figsize=(WIDTH, 3.8), facecolor="white", layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    norm = Normalize(0, max(len(profile["layers"]) - 1, 1))
+    for ax, side in zip(axes, ("keys", "values"), strict=True):
+        _style(ax, title=side.capitalize(), x="Direction", y="Share of energy" if side == "keys" else "")
+        ax.set_yscale("log")
+        for place, energies in enumerate(profile["spectra"][side]):
+            _spectrum(ax, np.array(energies, dtype=float), LAYERS(norm(place)))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _plain_log(ax.yaxis)
+    bar = _colour_bar(figure, axes, ScalarMappable(norm, LAYERS), "Layer")
+    ends = sorted({0, len(profile["layers"]) - 1})
+    bar.set_ticks(ends, labels=[str(profile["layers"][place]) for place in ends])
+    return figure
+
+
+def _spectrum(ax: Axes, energies: np.ndarray, colour: Any) -> None:
+    total = np.nansum(energies)
+    if total > 0:
+        shares = np.where(energies > 0, energies, np.nan) / total
+        ax.plot(range(1, len(energies) + 1), shares, color=colour, lw=1.3)
+
+
+def _colour_bar(figure: Figure, axes: Any, colours: ScalarMappable, label: str) -> Any:
+    bar = figure.colorbar(colours, ax=list(np.ravel(axes)), fraction=0.03, pad=0.015)
+    bar.set_label(label, color=INK, fontsize=9)
+    bar.ax.tick_params(which="both", colors=MUTED, labelsize=8.5)
+    bar.outline.set_visible(False)
+    if isinstance(colours.norm, LogNorm):
+        _plain_log(bar.ax.yaxis)
+    return bar
+
+
+def _style(ax: Axes, title: str = "", x: str = "", y: str = "", grid: bool = True) -> None:
+    ax.set_title(title, color=INK, fontsize=10, loc="left")
+    ax.set_xlabel(x, color=INK, fontsize=9)
+    ax.set_ylabel(y, color=INK, fontsize=9)
+    ax.tick_params(which="both", colors=MUTED, labelsize=8.5, length=0)
+    ax.set_axisbelow(True)
+    for side, spine in ax.spines.items():
+        spine.set_visible(grid and side in ("left", "bottom"))
+        spine.set_color(RULE)
+    if grid:
+        ax.grid(color=RULE, lw=0.7)

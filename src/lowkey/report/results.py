@@ -1,0 +1,168 @@
+"""Reading Result files: what a result must look like, and which of them may stand in one table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lowkey.files import read_json
+from lowkey.types import LowkeyError
+
+FORMAT = 1
+REMEDY = "give a file that lowkey eval wrote, or a folder of them"
+NUMBERS = [
+    *("bits", "perplexity", "perplexity_decode", "kl", "top1_agreement", "layer_error", "layer_cosine", "exact_match"),
+    *("bytes_per_token", "bytes_held", "bytes_predicted", "bytes_full", "prefill_ms", "step_ms"),
+]
+
+Row = dict[str, Any]
+
+
+class Section(NamedTuple):
+    """Rows that may be compared: one model on one text. `several` says that more than one run stands in it."""
+
+    model: str
+    data: str
+    rows: list[Row]
+    several: bool
+
+
+def load_results(paths: Sequence[Path]) -> list[dict]:
+    """Every result in `paths`, each a result file or a folder of them."""
+    return [_load(file) for path in paths for file in _files(Path(path))]
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise LowkeyError(f"result {str(path)!r} does not exist; {REMEDY}")
+    if not path.is_dir():
+        return [path]
+    files = sorted(path.glob("*.json"))
+    if not files:
+        raise LowkeyError(f"result folder {str(path)!r} holds no .json file; {REMEDY}")
+    return files
+
+
+def _load(path: Path) -> dict:
+    result = read_json(path, "result")
+    complaint = _complaint(result)
+    if complaint:
+        raise LowkeyError(f"result {str(path)!r}: {complaint}; {REMEDY}")
+    return result
+
+
+def _complaint(result: dict) -> str | None:
+    """The first rule that `result` breaks."""
+    if result.get("format") != FORMAT:
+        return f"format is {result.get('format')!r:.40} and this version reads format {FORMAT}"
+    if not isinstance(result.get("model"), str):
+        return "model must be a string"
+    if not isinstance(result.get("environment"), dict):
+        return "environment must be an object"
+    rows = result.get("rows")
+    if not isinstance(rows, list) or not rows:
+        return "rows must be a list of at least one row"
+    complaints = (_row_complaint(row) for row in rows)
+    return next((f"rows[{i}] {text}" for i, text in enumerate(complaints) if text), None)
+
+
+def _row_complaint(row: object) -> str | None:
+    if not isinstance(row, dict) or not isinstance(row.get("name"), str):
+        return "must be an object with a name"
+    wrong = [key for key in NUMBERS if not _is_number(row.get(key))]
+    if wrong:
+        return f"{wrong[0]} must be a number or null"
+    profile = row.get("profile")
+    return None if profile is None or _profile_fits(profile) else "profile has parts whose lengths do not fit its layers and ranks"
+
+
+def _is_number(value: object) -> bool:
+    """A number, null, or what JSON from Python holds for an infinite one; a finite number too large to draw is none."""
+    if value is None or isinstance(value, bool) or not isinstance(value, int | float):
+        return value is None
+    return abs(value) < 1e100 or (isinstance(value, float) and not math.isfinite(value))
+
+
+def _profile_fits(profile: object) -> bool:
+    try:
+        _check_profile(profile)
+    except (TypeError, ValueError, KeyError, OverflowError, AttributeError):
+        return False
+    return True
+
+
+def _check_profile(profile: Any) -> None:
+    layers, ranks = len(profile["layers"]), len(profile.get("ranks") or [])
+    _check_shape(profile["layers"], (layers,))
+    _check_shape(profile.get("ranks"), (ranks,))
+    if None in profile["layers"] or sorted(profile.get("ranks") or []) != (profile.get("ranks") or []):
+        raise ValueError("ranks")
+    _check_shape(profile.get("surface"), (layers, ranks, ranks))
+    _check_shape(profile.get("chosen"), (layers, 2))
+    spectra = profile.get("spectra") or {"keys": [], "values": []}
+    for energies in (*spectra["keys"], *spectra["values"]):
+        _check_shape(energies, (len(energies),))
+    if any(len(spectra[side]) not in (0, layers) for side in ("keys", "values")):
+        raise ValueError("spectra")
+
+
+def _check_shape(value: Any, shape: tuple[int, ...]) -> None:
+    """Nulls may stand in the place of numbers; anything else, and every ragged list, raises."""
+    array = np.array(value, dtype=object)
+    if value is not None and not (array.shape == shape and all(map(_is_number, array.flat))):
+        raise ValueError(shape)
+
+
+def measured(row: Row, key: str) -> float | None:
+    """The number under `key`, or None where nothing finite was measured."""
+    value = row.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def is_full(row: Row) -> bool:
+    return row.get("name") == "full"
+
+
+def full_row(rows: Sequence[Row]) -> Row | None:
+    return next((row for row in rows if is_full(row)), None)
+
+
+def kept(row: Row) -> float | None:
+    """The share of the full cache's bytes that this row holds."""
+    held, full = measured(row, "bytes_held"), measured(row, "bytes_full")
+    return held / full if held is not None and full else None
+
+
+def sections(results: Sequence[dict]) -> list[Section]:
+    """Results grouped by model and text. Perplexities on different texts never share a table."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for number, result in enumerate(results):
+        groups.setdefault((str(result["model"]), str(_data(result).get("sha256"))), []).append(number)
+    return [_section(results, numbers) for numbers in groups.values()]
+
+
+def _section(results: Sequence[dict], numbers: list[int]) -> Section:
+    first, several = results[numbers[0]], len(numbers) > 1
+    rows = [_numbered(row, n + 1, several) for n in numbers for row in results[n]["rows"]]
+    order = sorted(rows, key=lambda row: (not is_full(row), _bytes_or_last(row)))
+    return Section(str(first["model"]), str(_data(first).get("name") or "unnamed text"), order, several)
+
+
+def _numbered(row: Row, run: int, several: bool) -> Row:
+    return {**row, "run": run, "label": f"{row['name']} (run {run})" if several else row["name"]}
+
+
+def _bytes_or_last(row: Row) -> float:
+    held = measured(row, "bytes_per_token")
+    return math.inf if held is None else held
+
+
+def _data(result: dict) -> dict:
+    data = result["environment"].get("data")
+    return data if isinstance(data, dict) else {}

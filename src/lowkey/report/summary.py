@@ -1,0 +1,54 @@
+"""What the rows say, in one sentence."""
+
+from __future__ import annotations
+
+from lowkey.report.columns import format_bytes, format_percent, format_perplexity
+from lowkey.report.results import Row, full_row, is_full, measured
+
+NEAR = 0.05  # a perplexity this much above the full cache's still counts as near
+
+
+def summary(rows: list[Row]) -> str:
+    """The smallest row that stays near the full cache's perplexity, or the closest one, or why neither can be said."""
+    full = full_row(rows)
+    others = [row for row in rows if not is_full(row) and measured(row, "perplexity") and measured(row, "bytes_per_token")]
+    if full is None or not measured(full, "perplexity") or not measured(full, "bytes_per_token"):
+        return f"{_count(rows)}, without a full cache to compare perplexity and bytes with."
+    if not others:
+        return f"{_count(rows)}; no compressed row has both a perplexity and its bytes."
+    limit = (1 + NEAR) * _value(full, "perplexity")
+    near = [row for row in others if _value(row, "perplexity") <= limit]
+    if near:
+        return f"The smallest cache within {NEAR:.0%} of the full perplexity is {_compared(min(near, key=_size), full)}"
+    return f"No row stays within {NEAR:.0%} of the full perplexity; the closest is {_compared(min(others, key=_perplexity), full)}"
+
+
+def held_differs(rows: list[Row]) -> list[str]:
+    """Names of rows whose cache holds other than what was predicted: their bytes cannot be trusted."""
+    pairs = [(row, measured(row, "bytes_held"), measured(row, "bytes_predicted")) for row in rows]
+    return [str(row["label"]) for row, held, predicted in pairs if held is not None and predicted is not None and held != predicted]
+
+
+def _compared(row: Row, full: Row) -> str:
+    size, whole = _size(row), _size(full)
+    mine, theirs = _perplexity(row), _perplexity(full)
+    return (
+        f"{row['label']}: it keeps {format_bytes(size)} of {format_bytes(whole)} per token ({format_percent(size / whole)}) "
+        f"at perplexity {format_perplexity(mine)} against {format_perplexity(theirs)} ({mine / theirs - 1:+.1%})."
+    )
+
+
+def _count(rows: list[Row]) -> str:
+    return f"{len(rows)} {'row' if len(rows) == 1 else 'rows'} measured"
+
+
+def _value(row: Row, key: str) -> float:
+    return measured(row, key) or 0.0
+
+
+def _size(row: Row) -> float:
+    return _value(row, "bytes_per_token")
+
+
+def _perplexity(row: Row) -> float:
+    return _value(row, "perplexity")

@@ -1,0 +1,152 @@
+"""Pico random models of every family, built in milliseconds: 3 layers, hidden 64, head dim 16, vocabulary 97."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+import lowkey
+from lowkey import families
+from lowkey.cache import LowkeyCache, cache_of
+from lowkey.layers.lowrank import Exact, LowRankLayer
+from lowkey.layers.quantized import QuantizedLayer
+from lowkey.types import Factors, Layout
+
+VOCAB, LAYERS, HIDDEN, HEAD_DIM = 97, 3, 64, 16
+WINDOW = 16  # of the sliding layers, shorter than the prompts used here
+MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention", "full_attention"]}
+DIFFERENCES: dict[str, dict] = {
+    "mistral": {"sliding_window": None},
+    "phi3": {"pad_token_id": 0},
+    "gemma2": {**MIXED, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16},
+    "gemma3_text": {**MIXED, "query_pre_attn_scalar": 16},
+    "granite": {"attention_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 2.0, "embedding_multiplier": 3.0},
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+VARIANTS: dict[str, tuple[str, dict]] = {
+    "llama-mha": ("llama", {"num_key_value_heads": 8}),
+    "llama-mqa": ("llama", {"num_key_value_heads": 1}),
+    "llama-yarn": ("llama", {"rope_parameters": YARN}),  # cos and sin are scaled
+    "phi3-partial": ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}),
+}
+NAMES = [*families.FAMILIES, *VARIANTS]
+
+
+def build(name: str, **overrides: object) -> PreTrainedModel:
+    """A fresh model; the same name gives the same weights."""
+    kind, extra = VARIANTS.get(name, (name, {}))
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    if kind not in ("qwen2", "phi3", "olmo2", "granite"):  # these have no head_dim of their own
+        heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": HEAD_DIM}
+    shape = {
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 96,
+        "num_hidden_layers": LAYERS,
+        "max_position_embeddings": 512,
+    }
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "initializer_range": 0.15}
+    config = AutoConfig.for_model(kind, **{**shape, **ids, **heads, **DIFFERENCES.get(kind, {}), **extra, **overrides})
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@cache
+def stock(name: str) -> PreTrainedModel:
+    """Shared: transformers' own eager attention."""
+    model = build(name)
+    model.set_attn_implementation("eager")
+    return model
+
+
+@cache
+def attached(name: str) -> PreTrainedModel:
+    """Shared: the same weights with our attention function."""
+    return lowkey.attach(build(name))
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character: <s> and the 95 printable ASCII characters and the newline, in their byte-level form."""
+    pre = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    letters = [pre.pre_tokenize_str(chr(c))[0][0] for c in (10, *range(32, 127))]
+    vocab = {token: i for i, token in enumerate(["<s>", *letters])}
+    raw = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    raw.pre_tokenizer, raw.decoder = pre, decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>")
+
+
+def prompt(length: int = 40, batch: int = 2, seed: int = 0) -> Tensor:
+    return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+# -- factors
+
+
+def orthonormal(heads: int, rank: int, seed: int) -> Tensor:
+    """Random (h, d, rank) with orthonormal columns."""
+    square = torch.randn(heads, HEAD_DIM, HEAD_DIM, generator=torch.Generator().manual_seed(seed))
+    return torch.linalg.qr(square).Q[..., :rank]
+
+
+def factors(heads: int, rank_k: int = HEAD_DIM, rank_v: int = HEAD_DIM, seed: int = 0, shared: bool = False) -> Factors:
+    k, v = (orthonormal(1 if shared else heads, r, 2 * seed + i) for i, r in enumerate((rank_k, rank_v)))
+    return Factors(k, k.mT, v, v.mT)
+
+
+def layer_factors(model: PreTrainedModel, rank_k: int = HEAD_DIM, rank_v: int = HEAD_DIM, shared: bool = False) -> dict[int, Factors]:
+    """Other factors in every compressible layer."""
+    shape = families.geometry(model)
+    return {i: factors(shape.kv_heads, rank_k, rank_v, seed=i, shared=shared) for i in shape.compressible}
+
+
+# -- caches
+
+
+def lowrank(model: PreTrainedModel, maps: dict[int, Factors], layout: Layout = "post_rope", exact: Exact | None = None) -> LowkeyCache:
+    return cache_of(model, lambda i: LowRankLayer(maps[i], layout, families.rope(model, i), exact))
+
+
+def quantized(model: PreTrainedModel, bits: int = 8) -> LowkeyCache:
+    return cache_of(model, lambda i: QuantizedLayer(bits))
+
+
+# -- running
+
+
+def padding(pads: list[int], length: int) -> tuple[Tensor, Tensor]:
+    """(attention mask, position ids) of left-padded rows, as `generate` makes them."""
+    mask = torch.stack([torch.arange(length) >= p for p in pads]).long()
+    return mask, (mask.cumsum(1) - 1).clamp_min(0)
+
+
+@torch.no_grad()
+def feed(
+    model: PreTrainedModel, ids: Tensor, past: object = None, pads: list[int] | None = None, splits: list[int] | None = None
+) -> Tensor:
+    """Logits (b, t, V) of the ids, fed in pieces of the sizes `splits`; whatever the cache holds already comes before."""
+    before = past.get_seq_length() if past is not None else 0
+    mask, positions = padding(pads or [0] * len(ids), before + ids.shape[1])
+    out, start = [], 0
+    for size in splits or [ids.shape[1]]:
+        stop = start + size
+        arguments = {"attention_mask": mask[:, : before + stop], "position_ids": positions[:, before + start : before + stop]}
+        out.append(model(ids[:, start:stop], **arguments, past_key_values=past, use_cache=past is not None).logits)
+        start = stop
+    assert start == ids.shape[1], "splits must add up to the length"
+    return torch.cat(out, dim=1)
+
+
+def generate(model: PreTrainedModel, ids: Tensor, new: int, past: object = None, pads: list[int] | None = None, **kwargs: object) -> Tensor:
+    """Ids (b, new) by greedy decoding (or by the search that kwargs ask for)."""
+    mask, _ = padding(pads or [0] * len(ids), ids.shape[1])
+    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, **kwargs}
+    return model.generate(ids, attention_mask=mask, past_key_values=past, **options)[:, ids.shape[1] :]
+
+
+def real(x: Tensor, pads: list[int]) -> Tensor:
+    """The rows' numbers at tokens that are not padding, (n, ...)."""
+    return torch.cat([row[p:] for row, p in zip(x, pads, strict=True)])

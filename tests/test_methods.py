@@ -1,0 +1,258 @@
+"""Every method, over every allocator."""
+
+from __future__ import annotations
+
+import pico
+import pytest
+import torch
+from pico import HEAD_DIM, attached, feed, prompt, stock
+
+import lowkey
+from lowkey import families
+from lowkey.allocate import ALLOCATORS, Profile
+from lowkey.calibrate import layer_inputs
+from lowkey.layers.lowrank import LowRankLayer
+from lowkey.methods import METHODS, PCA, EigenAttention, StiefAttention
+from lowkey.methods import stiefattention as stief
+from lowkey.ops.bases import is_orthonormal
+from lowkey.probe import Probe
+from lowkey.statistics import gather
+from lowkey.types import Basis, LayerBases, head_blocks
+
+CHEAP = {
+    "pca": PCA(),
+    "pca-shared": PCA("shared", "shared"),
+    "eigenattention": EigenAttention(),
+    "eigenattention-code": EigenAttention(form="code", key_bases="per_head"),
+    "stiefattention": StiefAttention(epochs=2),
+    "stiefattention-per-head": StiefAttention(epochs=2, key_bases="per_head", value_bases="shared"),
+    "stiefattention-mlp": StiefAttention("mlp", epochs=1),
+}
+RANKS = [4, 8, 16]
+WINDOWS, HELD, LENGTH = 8, 2, 20
+ROWS = prompt(LENGTH, batch=WINDOWS)  # longer than the window of the sliding layers
+
+
+def prepared(name, layout, layer):
+    """(statistics, probe) of one layer, as calibration makes them."""
+    model = attached(name)
+    inputs = dict(layer_inputs(model, ROWS, 4))[layer]
+    return gather(model, ROWS[:-HELD].split(4))[layer], Probe.of(model, layer, layout, inputs, HELD)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    """Bases by (method, layout), fitted once."""
+    made = {}
+
+    def fit(method, layout="post_rope", seed=0, again=False):
+        if again or (method, layout, seed) not in made:
+            data = prepared("llama", layout, 1)
+            made[method, layout, seed] = data[1], CHEAP[method].fit(*data, RANKS, seed)
+        return made[method, layout, seed]
+
+    return fit
+
+
+def test_every_method_is_tested():
+    assert {type(m) for m in CHEAP.values()} == set(METHODS.values())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_says_what_it_is(name):
+    kind = METHODS[name]
+    assert kind.summary and kind.allocator in ALLOCATORS
+    assert kind() == kind() and hash(kind()) == hash(kind()), "options are frozen values"
+
+
+@pytest.mark.parametrize("method", CHEAP)
+def test_bases_are_orthonormal_at_every_rank(fitted, method, layout):
+    _, bases = fitted(method, layout)
+    for basis in (bases.keys, bases.values):
+        for rank in RANKS:
+            down, up = basis.at(rank)
+            assert down.shape[1:] == (HEAD_DIM, rank) and torch.equal(up, down.mT)
+            assert is_orthonormal(down, 1e-5)
+
+
+@pytest.mark.parametrize("method", CHEAP)
+def test_a_full_rank_basis_gives_the_stock_logits(fitted, method, layout):
+    model, (_, bases) = attached("llama"), fitted(method, layout)
+    maps = dict.fromkeys(range(3), bases.at(HEAD_DIM, HEAD_DIM))
+    out, reference = feed(model, ROWS, pico.lowrank(model, maps, layout)), feed(stock("llama"), ROWS)
+    assert torch.allclose(out, reference, atol=5e-5)
+
+
+@pytest.mark.parametrize("method", CHEAP)
+def test_a_full_rank_basis_has_no_error_and_a_small_one_has(fitted, method, layout):
+    probe, bases = fitted(method, layout)
+    assert probe.held_error(bases.at(HEAD_DIM, HEAD_DIM)) < 1e-5 < probe.held_error(bases.at(4, 4)) < 1
+
+
+@pytest.mark.parametrize("method", CHEAP)
+def test_a_seed_gives_the_same_bases(fitted, method):
+    _, a = fitted(method)
+    _, b = fitted(method, again=True)
+    for side in ("keys", "values"):
+        assert all(torch.equal(getattr(a, side).at(r)[0], getattr(b, side).at(r)[0]) for r in RANKS)
+
+
+@pytest.mark.parametrize("method", ["stiefattention", "stiefattention-mlp"])
+def test_another_seed_gives_other_bases(fitted, method):
+    (_, a), (_, b) = fitted(method), fitted(method, seed=1)
+    assert not torch.equal(a.keys.at(8)[0], b.keys.at(8)[0])
+
+
+def test_fitting_leaves_the_global_random_state_alone():
+    data = prepared("llama", "post_rope", 1)
+    before = torch.random.get_rng_state()
+    for method in CHEAP.values():
+        method.fit(*data, RANKS, 0)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("method", ["stiefattention", "stiefattention-per-head"])
+def test_training_does_not_end_above_its_pca_start(fitted, method, layout):
+    """At the middle ranks, on the held-out windows: the error that picks the epoch."""
+    probe, bases = fitted(method, layout)
+    options = CHEAP[method]
+    data = prepared("llama", layout, 1)
+    start = PCA(options.key_bases, options.value_bases).fit(*data, RANKS, 0)
+    assert probe.held_error(bases.at(8, 8)) <= probe.held_error(start.at(8, 8)) + 1e-7
+
+
+def test_training_that_goes_astray_ends_at_its_pca_start():
+    """The best epoch is kept, and the start counts as one."""
+    data = prepared("llama", "post_rope", 1)
+    start, astray = (m.fit(*data, RANKS, 0) for m in (PCA("shared", "per_head"), StiefAttention(epochs=2, lr=10.0)))
+    assert data[1].held_error(astray.at(8, 8)) <= data[1].held_error(start.at(8, 8)) + 1e-7
+
+
+def test_training_lowers_the_error():
+    data = prepared("llama", "post_rope", 1)
+    start, trained = (m.fit(*data, RANKS, 0) for m in (PCA("shared", "per_head"), StiefAttention(epochs=12, lr=2e-2)))
+    assert data[1].held_error(trained.at(8, 8)) < 0.98 * data[1].held_error(start.at(8, 8))
+
+
+# -- each method's own definition
+
+
+def test_pca_keeps_the_most_energy(layout):
+    stats, probe = prepared("llama", layout, 1)
+    bases = PCA().fit(stats, probe, RANKS, 0)
+    moment = stats.keys(layout)
+    energy = torch.linalg.eigvalsh(moment).flip(-1)
+    down = bases.keys.at(4)[0].double()
+    kept = (down.mT @ moment @ down).diagonal(dim1=1, dim2=2).sum(-1)
+    assert torch.allclose(kept, energy[:, :4].sum(-1), rtol=1e-6)
+    assert torch.allclose(bases.keys.spectrum, energy.clamp_min(0), rtol=1e-6, atol=1e-8)
+
+
+def test_eigenattention_stacks_keys_and_queries_of_all_heads(layout):
+    stats, probe = prepared("llama", layout, 1)
+    basis = EigenAttention().fit(stats, probe, RANKS, 0).keys
+    stacked = (stats.keys(layout) + stats.queries(layout)).sum(0)
+    down = basis.at(4)[0][0].double()
+    assert basis.columns.shape[0] == 1
+    assert torch.allclose((down.mT @ stacked @ down).trace(), torch.linalg.eigvalsh(stacked).flip(0)[:4].sum(), rtol=1e-6)
+
+
+def test_eigenattention_in_the_codes_form_is_pca_of_keys(layout):
+    data = prepared("llama", layout, 1)
+    code, pca = (m.fit(*data, RANKS, 0).keys.columns for m in (EigenAttention(form="code"), PCA("shared")))
+    assert torch.equal(code, pca)
+
+
+def test_the_predictor_is_told_mean_and_variance_of_the_keys_that_are_stored(monkeypatch, layout):
+    """arXiv:2601.21686: per-channel statistics of what is compressed; of rotated keys under `post_rope`."""
+    told = []
+    predictor = stief.Predictor
+    monkeypatch.setattr(stief, "Predictor", lambda statistics, *rest: told.append(statistics) or predictor(statistics, *rest))
+    StiefAttention("mlp", key_bases="per_head", epochs=1).fit(*prepared("llama", layout, 1), [8, 16], 0)
+    keys = stored_keys(layout)  # (n, h, d)
+    both = torch.cat([keys.mean(0), keys.var(0, correction=0)], dim=1)
+    assert torch.allclose(told[0], ((both - both.mean()) / both.std()).to(told[0]), atol=1e-3)
+
+
+def stored_keys(layout):
+    from test_statistics import activations
+
+    return activations("llama", 1, ROWS[:-HELD])["keys_pre" if layout == "pre_rope" else "keys_post"]
+
+
+# -- the probe
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_the_inputs_recorded_layer_by_layer_are_the_models_own(name):
+    ids = prompt(40, batch=3)  # longer than a sliding window
+    with torch.no_grad():
+        hidden = stock(name)(ids, output_hidden_states=True).hidden_states
+    for i, inputs in layer_inputs(attached(name), ids, 2):
+        assert torch.allclose(inputs, hidden[i], atol=1e-4), f"layer {i}"
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "olmo2"])
+def test_the_probes_error_is_that_of_the_layers_output(name, layout):
+    """Once more by hand: the layer's output in the whole model with only this layer compressed."""
+    layer, model = 1, attached(name)
+    _, probe = prepared(name, layout, layer)
+    f = pico.factors(families.geometry(model).kv_heads, 5, 7)
+    cache = lowkey.make_cache(model)
+    cache.layers[layer] = LowRankLayer(f, layout, families.rope(model, layer))
+    ids = ROWS[-HELD:]
+    with torch.no_grad():
+        ours = model(ids, past_key_values=cache, output_hidden_states=True).hidden_states[layer + 1]
+        exact = stock(name)(ids, output_hidden_states=True).hidden_states[layer + 1]
+    expected = torch.stack([(a - b).norm() / b.norm() for a, b in zip(ours, exact, strict=True)]).mean()
+    assert abs(probe.held_error(f) - float(expected)) < 1e-4
+
+
+def test_the_held_out_windows_are_never_fitted_on():
+    _, probe = prepared("llama", "post_rope", 1)
+    drawn = torch.cat(list(probe.batches(4, torch.Generator().manual_seed(0))))
+    assert sorted(drawn.tolist()) == list(range(WINDOWS - HELD))
+
+
+def test_the_surface_is_the_held_out_error_of_every_pair(fitted):
+    probe, bases = fitted("pca")
+    surface = probe.surface(bases, RANKS, [8, 16])
+    for i, k in enumerate(RANKS):
+        for j, v in enumerate([8, 16]):
+            assert surface[i][j] == probe.held_error(bases.at(k, v))
+
+
+def test_a_probe_leaves_the_model_alone():
+    model = attached("llama")
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+    StiefAttention(epochs=1).fit(*prepared("llama", "post_rope", 1), RANKS, 0)
+    assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+# -- every basis with every allocator
+
+
+@pytest.mark.parametrize("allocator", ALLOCATORS)
+@pytest.mark.parametrize("method", CHEAP)
+def test_every_basis_works_with_every_allocator(fitted, method, allocator):
+    probe, bases = fitted(method)
+    spectra = (bases.keys.spectrum.tolist(), bases.values.spectrum.tolist())
+    profile = Profile(tuple(RANKS), [probe.surface(bases, RANKS, RANKS)] * 2, 4, 4, [spectra] * 2)
+    limit = 0.6 * profile.bytes([(HEAD_DIM, HEAD_DIM)] * 2)
+    pairs = ALLOCATORS[allocator]().under_bytes(profile, limit)
+    assert len(pairs) == 2 and profile.bytes(pairs) <= limit
+    assert all(k in RANKS and v in RANKS for k, v in pairs)
+    assert isinstance(bases.at(*pairs[0]).ranks, tuple) and bases.at(*pairs[0]).ranks == pairs[0]
+
+
+def test_a_rank_fitted_on_its_own_takes_the_place_of_the_nested_one():
+    own = pico.orthonormal(1, 4, seed=3)
+    basis = Basis(pico.orthonormal(1, 16, seed=0), exact=((4, own),))
+    assert torch.equal(basis.at(4)[0], own) and torch.equal(basis.at(5)[0], basis.columns[..., :5])
+    assert LayerBases(basis, basis).at(4, 5).ranks == (4, 5)
+
+
+def test_head_blocks_are_the_diagonal_blocks():
+    joint = torch.arange(36.0).view(6, 6)
+    assert torch.equal(head_blocks(joint, 2), torch.stack([joint[:3, :3], joint[3:, 3:]]))

@@ -1,0 +1,425 @@
+"""Every assumption we make of transformers, one test each. A failure here names what a new release changed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pico
+import pytest
+import torch
+from pico import VOCAB, WINDOW, attached, feed, generate, prompt, stock
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import lowkey
+from lowkey import families, seam
+from lowkey.cache import cache_of
+from lowkey.layers.base import StockSlidingLayer, StoringLayer
+from lowkey.types import LowkeyError
+
+NAMES = list(families.FAMILIES)
+MIXED = ["gemma2", "gemma3_text"]
+
+
+@dataclass
+class Seen:
+    """What reached the attention function in one call."""
+
+    layer: int
+    query: torch.Tensor
+    key: object
+    value: object
+    mask: torch.Tensor | None
+    rest: dict
+
+
+def spied(name: str) -> tuple[torch.nn.Module, list[Seen]]:
+    """A fresh model whose attention function writes down its arguments."""
+    calls: list[Seen] = []
+
+    def spy(module, query, key, value, attention_mask, **kwargs):
+        calls.append(Seen(module.layer_idx, query, key, value, attention_mask, kwargs))
+        if not isinstance(key, torch.Tensor):
+            key, value = key.keys, value.values
+        attention_mask = None if attention_mask is None else attention_mask[..., -key.shape[2] :]
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=kwargs["scaling"])
+
+    AttentionInterface.register("spy", spy)
+    AttentionMaskInterface.register("spy", sdpa_mask)
+    model = pico.build(name)
+    model.set_attn_implementation("spy")
+    return model, calls
+
+
+@dataclass
+class Box:
+    """Not a tensor."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class BoxLayer(StoringLayer):
+    """Stores nothing, says that it has seen `length` tokens."""
+
+    def __init__(self, length: int = 0) -> None:
+        super().__init__()
+        self.length, self.boxes = length, []
+
+    def lazy_initialization(self, key_states, value_states):
+        self.is_initialized = True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        self.boxes.append(Box(key_states, value_states))
+        return self.boxes[-1], self.boxes[-1]
+
+    def get_seq_length(self):
+        return self.length
+
+    def get_mask_sizes(self, query_length):
+        return self.length + query_length, 0
+
+    def tensors(self):
+        return {}
+
+    def predicted_nbytes(self):
+        return 0
+
+    def attend(self, keys, values, call):
+        raise AssertionError("the spy never asks")
+
+
+# -- Cache(layers=[...])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_update_returns_reaches_the_attention_function_untouched(name):
+    model, calls = spied(name)
+    cache = cache_of(model, lambda i: BoxLayer())
+    feed(model, prompt(8), cache)
+    for call in (c for c in calls if c.layer in families.geometry(model).compressible):
+        box = cache.layers[call.layer].boxes[0]
+        assert call.key is box and call.value is box
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keys_are_rotated_before_they_reach_the_cache(name):
+    """The same token at two positions gives two keys and one value."""
+    model, _ = spied(name)
+    cache = cache_of(model, lambda i: BoxLayer())
+    feed(model, torch.full((1, 2), 5), cache)
+    first = cache.layers[families.geometry(model).compressible[0]].boxes[0]
+    assert first.keys.shape[-2] == 2 and first.keys.shape[-1] == families.geometry(model).head_dim
+    assert not torch.allclose(first.keys[..., 0, :], first.keys[..., 1, :], atol=1e-3)
+    assert torch.allclose(first.values[..., 0, :], first.values[..., 1, :], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_get_seq_length_drives_the_position_ids(name):
+    """Tokens seen, not tokens kept. Without `position_ids` from the caller the model counts on from it."""
+    model, calls = spied(name)
+    model(prompt(3), past_key_values=cache_of(model, lambda i: BoxLayer(50)) if name == "llama" else _mixed(model, 50))
+    last = calls[-1].rest["position_ids"]
+    assert last.flatten().tolist() == [50, 51, 52]
+
+
+def _mixed(model, seen):
+    cache = cache_of(model, lambda i: BoxLayer(seen))
+    for layer in cache.layers:
+        if isinstance(layer, StockSlidingLayer):
+            layer.cumulative_length = seen
+            layer.keys = layer.values = torch.zeros(2, families.geometry(model).kv_heads, WINDOW - 1, pico.HEAD_DIM)
+            layer.is_initialized = True
+    return cache
+
+
+def test_get_mask_sizes_drives_the_length_of_the_mask():
+    model, calls = spied("llama")
+    feed(model, prompt(3), cache_of(model, lambda i: BoxLayer(50)), pads=[7, 0])
+    assert calls[-1].mask.shape == (2, 1, 3, 53)
+
+
+# -- what the attention function is given
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_position_ids_reach_the_attention_function(name):
+    model, calls = spied(name)
+    positions = torch.arange(8).expand(2, -1)
+    model(prompt(8), position_ids=positions)
+    assert all(torch.equal(c.rest["position_ids"], positions) for c in calls) and len(calls) == pico.LAYERS
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_generate_counts_positions_from_each_rows_first_real_token(name):
+    """Left padding stands at position 0; each later step brings one position per row."""
+    model, calls = spied(name)
+    generate(model, prompt(8), 2, pads=[3, 0])
+    first, last = calls[0].rest["position_ids"], calls[-1].rest["position_ids"]
+    assert first.tolist() == [[0, 0, 0, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6, 7]]
+    assert last.tolist() == [[5], [8]]
+
+
+@pytest.mark.parametrize(("name", "softcap"), [("gemma2", 2.0), ("llama", None), ("gemma3_text", None)])
+def test_softcap_arrives_where_the_family_has_one(name, softcap):
+    model, calls = spied(name)
+    feed(model, prompt(4))
+    assert {c.rest.get("softcap") for c in calls} == {softcap}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scaling_arrives(name):
+    model, calls = spied(name)
+    feed(model, prompt(4))
+    expected = 0.3 if name == "granite" else pico.HEAD_DIM**-0.5
+    assert {c.rest["scaling"] for c in calls} == {expected}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_family_sends_attention_sinks(name):
+    model, calls = spied(name)
+    feed(model, prompt(4))
+    assert all(c.rest.get("s_aux") is None for c in calls)
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_sliding_layers_get_plain_tensors(name):
+    model, calls = spied(name)
+    feed(model, prompt(8), cache_of(model, lambda i: BoxLayer()))
+    assert [type(c.key).__name__ for c in calls] == ["Tensor", "Box", "Box"]
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_sliding_layers_get_their_sliding_mask(name):
+    model, calls = spied(name)
+    feed(model, prompt(24))
+    i, j = torch.arange(24).unsqueeze(1), torch.arange(24)
+    assert torch.equal(calls[0].mask[0, 0], (j <= i) & (j > i - WINDOW))
+    assert calls[1].mask is None or torch.equal(calls[1].mask[0, 0], j <= i)
+
+
+# -- masks
+
+
+def test_a_mask_function_registered_class_wide_is_used():
+    model, calls = spied("llama")
+    feed(model, prompt(8), pads=[3, 0])
+    assert all(c.mask is not None for c in calls)
+
+
+def test_a_name_without_a_mask_function_loses_the_padding():
+    """Why `attach` registers one: without it the attention function gets no mask at all."""
+    got = []
+
+    def spy(module, query, key, value, attention_mask, **kwargs):
+        got.append(attention_mask)
+        return sdpa_attention_forward(module, query, key, value, None)
+
+    AttentionInterface.register("maskless", spy)
+    model = pico.build("llama")
+    model.set_attn_implementation("maskless")
+    feed(model, prompt(8), pads=[3, 0])
+    assert got == [None] * pico.LAYERS
+
+
+def test_sdpa_mask_is_boolean_and_true_means_attend():
+    padding = torch.tensor([[False, True, True, True]])
+    mask = sdpa_mask(batch_size=1, q_length=4, kv_length=4, attention_mask=padding)
+    assert mask.dtype == torch.bool and mask.shape == (1, 1, 4, 4)
+    assert mask[0, 0].tolist() == [[False] * 4, [False, True, False, False], [False, True, True, False], [False, True, True, True]]
+
+
+@pytest.mark.parametrize(("query", "stored"), [(4, 4), (1, 9)])
+def test_sdpa_mask_may_be_none_without_padding(query, stored):
+    assert sdpa_mask(batch_size=1, q_length=query, kv_length=stored, q_offset=stored - query) is None
+
+
+def test_sdpa_mask_of_a_later_chunk_is_written_out_and_ends_with_the_last_token():
+    mask = sdpa_mask(batch_size=1, q_length=2, kv_length=5, q_offset=3)
+    assert mask[0, 0].tolist() == [[True, True, True, True, False], [True] * 5]
+
+
+# -- the decoder's parts
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hidden_states_are_the_inputs_of_the_layers(name):
+    model, got = pico.build(name), []
+    for layer in families.decoder_layers(model):
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs: got.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+    with torch.no_grad():
+        hidden = model(prompt(8), output_hidden_states=True).hidden_states
+    assert len(got) == pico.LAYERS
+    assert all(torch.equal(a, b) for a, b in zip(got, hidden, strict=False))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_decoder_layer_runs_alone_and_returns_a_tensor(name):
+    model, ids = stock(name), prompt(8)
+    with torch.no_grad():
+        hidden = model(ids, output_hidden_states=True).hidden_states
+        layer, positions = families.decoder_layers(model)[1], torch.arange(8).unsqueeze(0)
+        mask = torch.zeros(1, 1, 8, 8).masked_fill(~torch.ones(8, 8, dtype=torch.bool).tril(), -torch.inf)
+        arguments = {"attention_mask": mask, "position_ids": positions, "past_key_values": None}
+        out = layer(hidden[1], **arguments, position_embeddings=families.rope(model, 1).embeddings(positions, hidden[1]))
+    assert isinstance(out, torch.Tensor)
+    assert torch.allclose(out, hidden[2], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_attention_block_reads_what_families_say(name):
+    model, got = pico.build(name), []
+    block = families.decoder_layers(model)[1]
+    block.self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: got.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        hidden = model(prompt(8), output_hidden_states=True).hidden_states
+        assert torch.equal(got[0], families.attention_input(model, 1, hidden[1]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_geometry_is_read_off_the_config(name):
+    shape, config = families.geometry(stock(name)), stock(name).config
+    assert (shape.layers, shape.head_dim, shape.hidden) == (pico.LAYERS, pico.HEAD_DIM, pico.HIDDEN)
+    assert (shape.heads, shape.kv_heads) == (config.num_attention_heads, config.num_key_value_heads)
+    assert shape.compressible == ((1, 2) if name in MIXED else (0, 1, 2))
+
+
+def test_layer_types_are_those_of_transformers_own_cache():
+    for name in NAMES:
+        config = stock(name).config
+        sliding = [layer.is_sliding for layer in DynamicCache(config=config).layers]
+        assert [kind == "sliding_attention" for kind in families.layer_types(config)] == sliding
+
+
+def test_a_model_of_sliding_layers_only_is_refused():
+    with pytest.raises(LowkeyError, match="sliding"):
+        families.geometry(pico.build("mistral", sliding_window=16))
+
+
+def test_an_unknown_family_is_refused_with_the_nearest():
+    config = AutoConfig.for_model("gpt2", vocab_size=VOCAB, n_embd=64, n_layer=1, n_head=2)
+    with pytest.raises(LowkeyError, match="gpt2") as refusal:
+        lowkey.attach(AutoModelForCausalLM.from_config(config))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("kind", families.REFUSED)
+def test_a_refused_family_says_why(kind):
+    config = AutoConfig.for_model("llama", vocab_size=VOCAB)
+    config.model_type = kind
+    with pytest.raises(LowkeyError) as refusal:
+        families.family(config)
+    assert families.REFUSED[kind] in str(refusal.value)
+
+
+@pytest.mark.parametrize("kind", families.CHANGING_ROPE)
+def test_pre_rope_is_refused_when_frequencies_change(kind):
+    model = pico.build("llama")
+    model.config.rope_parameters = {"rope_type": kind}
+    with pytest.raises(LowkeyError, match="post_rope"):
+        families.check_layout(model, "pre_rope")
+    families.check_layout(model, "post_rope")
+
+
+# -- attach
+
+
+def test_importing_lowkey_changes_nothing_in_the_process():
+    program = """
+import torch, transformers
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING as layers
+state = lambda: (dict(functions), dict(masks), dict(layers), torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),
+    torch.random.get_rng_state().sum().item(), transformers.logging.get_verbosity())
+before = state()
+import lowkey, lowkey.calibrate, lowkey.cache, lowkey.methods
+assert state() == before
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stock_cache_behaves_as_before_after_attach(name):
+    ids, model = prompt(24), pico.build(name)
+    model.set_attn_implementation("eager" if name == "gemma2" else "sdpa")  # SDPA drops the soft cap, for which Gemma 2 wants eager
+    before = [feed(model, ids, DynamicCache(config=model.config), [5, 0], [20, 1, 1, 2]), feed(model, ids)]
+    lowkey.attach(model)
+    after = [feed(model, ids, DynamicCache(config=model.config), [5, 0], [20, 1, 1, 2]), feed(model, ids)]
+    for a, b in zip(before, after, strict=True):
+        assert torch.allclose(pico.real(a, [5, 0]), pico.real(b, [5, 0]), atol=2e-5 if name == "gemma2" else 0)
+
+
+def test_attach_registers_both_functions_and_marks_the_model():
+    model = lowkey.attach(pico.build("llama"))
+    assert ALL_ATTENTION_FUNCTIONS[seam.NAME] is seam.attention
+    assert ALL_MASK_ATTENTION_FUNCTIONS[seam.NAME] is sdpa_mask
+    assert seam.attached(model) and not seam.attached(pico.build("llama"))
+
+
+def test_attach_twice_is_attach_once():
+    model = lowkey.attach(lowkey.attach(pico.build("llama")))
+    assert torch.equal(feed(model, prompt(8)), feed(attached("llama"), prompt(8)))
+
+
+def test_output_attentions_is_refused():
+    with pytest.raises((LowkeyError, ValueError), match="output_attentions"):
+        attached("llama")(prompt(4), output_attentions=True)
+
+
+def test_attention_sinks_are_refused():
+    x = torch.zeros(1, 1, 1, 16)
+    with pytest.raises(LowkeyError, match="s_aux"):
+        seam.attention(torch.nn.Module(), x, x, x, None, s_aux=torch.zeros(1))
+
+
+def test_a_float_mask_is_refused():
+    with pytest.raises(LowkeyError, match="attention_mask"):
+        attached("llama")(prompt(4), attention_mask=torch.zeros(2, 1, 4, 4), past_key_values=lowkey.make_cache(attached("llama")))
+
+
+def test_a_boolean_4d_mask_is_honoured():
+    """Row i of the mask hides token 1 from everyone but itself: as if token 1 were padding between others."""
+    ids, model = prompt(6, batch=1), attached("llama")
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()
+    mask[2:, 1] = False
+    changed = ids.clone()
+    changed[0, 1] = (ids[0, 1] + 1) % VOCAB
+    maps = pico.layer_factors(model, 6, 6)
+    with torch.no_grad():
+        a, b = (model(x, attention_mask=mask[None, None], past_key_values=pico.lowrank(model, maps)).logits for x in (ids, changed))
+    assert torch.equal(a[0, 2:], b[0, 2:]) and not torch.equal(a[0, 1], b[0, 1])
+
+
+# -- the sliding layer
+
+
+def _fill(layer, length):
+    layer.update(torch.zeros(1, 2, length, 16), torch.zeros(1, 2, length, 16))
+    return layer.keys.untyped_storage().nbytes()
+
+
+def test_upstreams_sliding_layer_keeps_a_view_of_the_whole_prompt():
+    """The wart that StockSlidingLayer repairs; when this fails, transformers has repaired it too and ours can go."""
+    assert _fill(DynamicSlidingWindowLayer(WINDOW), 100) == 100 * 2 * 16 * 4
+
+
+def test_our_sliding_layer_keeps_the_window():
+    assert _fill(StockSlidingLayer(WINDOW), 100) == (WINDOW - 1) * 2 * 16 * 4
+
+
+def test_our_sliding_layer_returns_what_upstreams_returns():
+    ours, theirs = StockSlidingLayer(WINDOW), DynamicSlidingWindowLayer(WINDOW)
+    for length in (20, 1, 5, 40, 1):
+        x, y = torch.randn(1, 2, length, 16), torch.randn(1, 2, length, 16)
+        for a, b in zip(ours.update(x, y), theirs.update(x, y), strict=True):
+            assert torch.equal(a, b)
