@@ -306,13 +306,13 @@ def test_held_bytes_are_the_predicted_bytes(name, rank, exact, layout):
 
 @pytest.mark.parametrize("exact", [Exact(), Exact(sinks=4, recent=6)], ids=["plain", "both"])
 def test_held_bytes_by_hand(exact):
-    """2 rows, 4 heads, 30 tokens, ranks 6 and 9 in fp32, 3 layers; the offset is 8 bytes per row."""
+    """2 rows, 4 heads, 30 tokens, ranks 6 and 9 in fp32, 3 layers; offset and first are 8 bytes per row each."""
     model = attached("llama")
     cache = lowrank(model, pico.layer_factors(model, 6, 9), "post_rope", exact)
     feed(model, prompt(30), cache)
     latents = 2 * 4 * (30 - exact.recent) * (6 + 9) * 4
     dense_rows = 2 * 4 * (exact.recent + exact.sinks) * (16 + 16) * 4
-    assert cache.nbytes() == 3 * (latents + dense_rows + 2 * 8)
+    assert cache.nbytes() == 3 * (latents + dense_rows + 2 * 16)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -329,7 +329,7 @@ def test_half_the_rank_is_half_the_bytes():
     half, whole = (lowrank(model, pico.layer_factors(model, r, r)) for r in (8, 16))
     feed(model, ids, half)
     feed(model, ids, whole)
-    offsets = 3 * 2 * 8
+    offsets = 3 * 2 * 16
     assert 2 * (half.nbytes() - offsets) == whole.nbytes() - offsets
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowkey import families
+from lowkey import families, files
 from lowkey.fingerprint import model_fingerprint
 from lowkey.plan import FORMAT, JSON, TENSORS, Plan, card, versions
 from lowkey.types import Budget, Factors, LowkeyError
@@ -51,8 +51,13 @@ def edit(folder, **changes):
 
 
 def edit_tensor(folder, name, tensor):
-    tensors = load_file(folder / TENSORS)
-    save_file(tensors | {name: tensor}, folder / TENSORS)
+    """Change one tensor, and vouch for the new file: what is tested is the content, not the checksum."""
+    write(folder, load_file(folder / TENSORS) | {name: tensor})
+
+
+def write(folder, tensors):
+    save_file(tensors, folder / TENSORS)
+    edit(folder, tensors_sha256=files.sha256(folder / TENSORS))
 
 
 def refused(path, model=None, match=None):
@@ -357,7 +362,7 @@ def test_tensors_of_integers_are_refused(folder):
 def test_tensors_that_are_missing_are_refused(folder):
     tensors = load_file(folder / TENSORS)
     del tensors["2.v_down"]
-    save_file(tensors, folder / TENSORS)
+    write(folder, tensors)
     refused(folder, match="2.v_down")
 
 

@@ -72,7 +72,8 @@ def test_moments_are_sums_of_outer_products(name):
     for moment in ("queries_pre", "queries_post"):
         stacked = seen[moment].unflatten(1, (shape.kv_heads, shape.groups))  # (n, h, g, d)
         close(getattr(ours, moment), torch.stack([outer(stacked[:, h].flatten(0, 1)) for h in range(shape.kv_heads)]))
-    close(ours.keys_mean, seen["keys_pre"].flatten(1).mean(0))
+    close(ours.keys_pre_mean, seen["keys_pre"].flatten(1).mean(0))
+    close(ours.keys_post_mean, seen["keys_post"].flatten(1).mean(0))
     close(ours.values_mean, seen["values"].flatten(1).mean(0))
 
 

@@ -280,7 +280,7 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe["optimizer"]["clip"])
         for o in opts:
             for g in o.param_groups:
-                g["lr"] = g["initial_lr"] * schedule(seen, total, recipe["optimizer"])
+                g["lr"] = g["initial_lr"] * stage["lr_scale"] * schedule(seen, total, recipe["optimizer"])
             o.step()
             o.zero_grad()
         seen, step = seen + ids.numel(), step + 1

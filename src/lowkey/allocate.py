@@ -10,6 +10,7 @@ from lowkey.types import LowkeyError
 
 Pair = tuple[int, int]
 Ranks = list[Pair]
+Step = tuple[float, int, Pair]  # error added per byte freed, layer, its new ranks
 
 
 @dataclass(frozen=True)
@@ -135,24 +136,22 @@ class Greedy:
     summary: ClassVar[str] = "from full rank, the step of least error per byte, until the budget is met"
 
     def under_error(self, profile: Profile, error: float) -> Ranks:
-        return self._descend(profile, lambda ranks: all(profile.error(i, p) <= error for i, p in enumerate(ranks)), keep_last=True)
+        ranks = [profile.pairs()[-1]] * profile.layers
+        while steps := [s for s in self._steps(profile, ranks) if profile.error(s[1], s[2]) <= error]:
+            ranks = _replaced(ranks, min(steps))
+        return ranks
 
     def under_bytes(self, profile: Profile, limit: float) -> Ranks:
-        return self._descend(profile, lambda ranks: profile.bytes(ranks) > limit, keep_last=False)
-
-    def _descend(self, profile: Profile, go_on: Callable[[Ranks], bool], keep_last: bool) -> Ranks:
-        """Step down while `go_on`; returns the last ranks for which it held, or the first for which it did not."""
         ranks = [profile.pairs()[-1]] * profile.layers
-        while go_on(ranks):
-            steps = [(self._cost(profile, i, pair, new), i, new) for i, pair in enumerate(ranks) for new in self._below(profile, pair)]
+        while profile.bytes(ranks) > limit:
+            steps = self._steps(profile, ranks)
             if not steps:
-                raise too_small(profile, 0, profile.bytes(ranks)) if not keep_last else LowkeyError("error budget: every rank fits it")
-            _, layer, new = min(steps)
-            lower = [new if i == layer else pair for i, pair in enumerate(ranks)]
-            if keep_last and not go_on(lower):
-                return ranks
-            ranks = lower
+                raise too_small(profile, limit, profile.bytes(ranks))
+            ranks = _replaced(ranks, min(steps))
         return ranks
+
+    def _steps(self, profile: Profile, ranks: Ranks) -> list[Step]:
+        return [(self._cost(profile, i, pair, new), i, new) for i, pair in enumerate(ranks) for new in self._below(profile, pair)]
 
     def _below(self, profile: Profile, pair: Pair) -> list[Pair]:
         k, v = (profile.ranks.index(r) for r in pair)
@@ -161,6 +160,10 @@ class Greedy:
 
     def _cost(self, profile: Profile, layer: int, pair: Pair, new: Pair) -> float:
         return (profile.error(layer, new) - profile.error(layer, pair)) / (sum(pair) - sum(new))
+
+
+def _replaced(ranks: Ranks, step: Step) -> Ranks:
+    return [step[2] if i == step[1] else pair for i, pair in enumerate(ranks)]
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,8 @@ class Threshold:
         return tightest(self.under_error, profile, limit)
 
     def _layer(self, profile: Profile, layer: int, error: float) -> Pair:
+        if not all(spectrum for side in profile.spectra[layer] for spectrum in side):
+            raise LowkeyError("allocator 'threshold': this method's bases have no energy spectrum; choose another allocator")
         best, threshold = profile.pairs()[-1], 1.0
         while threshold > 0:
             keys, values = profile.spectra[layer]

@@ -20,7 +20,7 @@ from lowkey.probe import Probe
 from lowkey.progress import Progress, silent
 from lowkey.seam import attach, attached
 from lowkey.statistics import gather
-from lowkey.types import Basis, Budget, LayerBases, Layout, LowkeyError, device_of
+from lowkey.types import LAYOUTS, Basis, Budget, LayerBases, Layout, LowkeyError, device_of
 
 HELD = 0.25  # share of the calibration windows that only judge: the error surface and early stopping
 STEPS = 8  # candidate ranks, evenly spaced up to the head dim
@@ -60,6 +60,7 @@ def calibrate(
     sinks, recent: tokens kept exact by caches made from the plan. work: a folder to resume from and save progress into.
     Errors: LowkeyError for an unsupported model, too short a text, or a budget out of reach.
     """
+    _check(sample, sinks, recent, layout)
     chosen = method or METHODS["stiefattention"]()
     split = _allocator(allocator or chosen.allocator)
     shape = families.geometry(model)
@@ -93,6 +94,21 @@ def calibrate(
         sinks=sinks,
         recent=recent,
     )
+
+
+def _check(sample: Sample, sinks: int, recent: int, layout: str) -> None:
+    least = {
+        "windows": (sample.windows, 4),
+        "length": (sample.length, 8),
+        "batch": (sample.batch, 1),
+        "sinks": (sinks, 0),
+        "recent": (recent, 0),
+    }
+    for name, (value, low) in least.items():
+        if value < low:
+            raise LowkeyError(f"{name} {value}: must be at least {low}; leave it out for the default")
+    if layout not in LAYOUTS:
+        raise LowkeyError(f"layout {layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
 
 
 def candidates(head_dim: int, multiple: int) -> list[int]:

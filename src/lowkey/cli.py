@@ -81,10 +81,7 @@ def compress(
         work=work,
         progress=bars,
     )
-    finished = work / "finished"
-    shutil.rmtree(finished, ignore_errors=True)
-    plan.save(finished)
-    files.publish(finished, out)
+    plan.save(out, force)
     shutil.rmtree(work, ignore_errors=True)
     _show_plan(plan, out, as_json)
 

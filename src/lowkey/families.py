@@ -120,7 +120,7 @@ class Rope:
     def embeddings(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """(cos, sin), each (b, s, p), in the dtype of `like`, as the decoder layer wants them."""
         args = (like, positions) if self.layer_type is None else (like, positions, self.layer_type)
-        return self.module(*args)
+        return self.module(*args)  # type: ignore[operator]
 
     def __call__(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """(cos, sin), each (b, 1, s, p) in fp32, rounded as the model rounds them for `like`."""
@@ -145,6 +145,20 @@ def check_layout(model: PreTrainedModel, layout: Layout) -> None:
 def run_layer(model: PreTrainedModel, layer: int, block: nn.Module, hidden: Tensor, cache: object) -> Tensor:
     """One decoder layer on unpadded inputs (b, t, D) at positions 0..t-1, through the cache given. Returns (b, t, D)."""
     positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
-    embeddings = rope(model, layer).embeddings(positions, hidden)
-    out = block(hidden, attention_mask=None, position_ids=positions, past_key_values=cache, position_embeddings=embeddings)
+    out = block(
+        hidden,
+        attention_mask=_window_mask(model, layer, positions[0]),
+        position_ids=positions,
+        past_key_values=cache,
+        position_embeddings=rope(model, layer).embeddings(positions, hidden),
+    )
     return out if isinstance(out, Tensor) else out[0]
+
+
+def _window_mask(model: PreTrainedModel, layer: int, positions: Tensor) -> Tensor | None:
+    """A boolean (1, 1, t, t) mask for a sliding layer; None, plain causal, for the others."""
+    config = model.config.get_text_config()
+    if layer_types(config)[layer] != "sliding_attention":
+        return None
+    behind = positions.unsqueeze(1) - positions
+    return ((behind >= 0) & (behind < config.sliding_window))[None, None]

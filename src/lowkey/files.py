@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -28,7 +29,8 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise LowkeyError(f"cannot write {str(path)!r}: {error.strerror or error}; choose another place or free some space") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -54,6 +56,8 @@ def read_json(path: Path, what: str) -> dict:
         if path.stat().st_size > 2**24:
             raise LowkeyError(f"{what} {str(path)!r} is larger than 16 MiB; it is not one of ours")
         value = json.loads(path.read_text(encoding="utf-8"))
+    except LowkeyError:
+        raise
     except FileNotFoundError:
         raise LowkeyError(f"{what} {str(path)!r} does not exist; give the folder that lowkey compress wrote") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -71,6 +75,8 @@ def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
         if size > min(path.stat().st_size, 2**24):
             raise LowkeyError(f"{what} {str(path)!r} has an impossible header of {size} bytes; it is damaged or not one of ours")
         return load_file(path)
+    except LowkeyError:
+        raise
     except FileNotFoundError:
         raise LowkeyError(f"{what} {str(path)!r} does not exist; give the folder that lowkey compress wrote") from None
     except (OSError, struct.error, SafetensorError, ValueError) as error:
@@ -79,21 +85,44 @@ def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
         ) from None
 
 
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_ours(folder: Path, names: set[str]) -> None:
+    """A folder that does not exist or holds nothing but files of these names."""
+    if folder.is_file() or (folder.is_dir() and not {p.name for p in folder.iterdir()} <= names):
+        raise LowkeyError(f"output {str(folder)!r} holds other files; choose another folder")
+
+
 def check_output(path: Path, force: bool) -> None:
     """A folder that does not exist, is empty, or may be replaced because the user said so."""
     if path.is_file() or (path.is_dir() and any(path.iterdir()) and not force):
         raise LowkeyError(f"output {str(path)!r} already holds files; choose another folder or pass --force")
 
 
-def publish(folder: Path, path: Path) -> None:
-    """Move a finished folder to its name. What stood there goes only when the new one is in place."""
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its name when the block ends well; what stood there goes last."""
+    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        _swap(temporary, path, old)
+    except OSError as error:
+        raise LowkeyError(f"cannot write {str(path)!r}: {error.strerror or error}; choose another place or free some space") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _swap(new: Path, path: Path, old: Path) -> None:
     if path.exists():
         os.replace(path, old)
     try:
-        os.replace(folder, path)
-    except OSError as error:
+        os.replace(new, path)
+    except OSError:
         if old.exists():
             os.replace(old, path)
-        raise LowkeyError(f"cannot write {str(path)!r}: {error.strerror}") from error
-    shutil.rmtree(old, ignore_errors=True)
+        raise

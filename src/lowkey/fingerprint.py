@@ -8,7 +8,16 @@ import torch
 from transformers import PreTrainedModel
 
 SAMPLE = 1024  # numbers per tensor: enough to notice any fine-tuning, cheap for 70 B parameters
-SHAPES = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+SHAPES = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "rope_parameters",
+)
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:

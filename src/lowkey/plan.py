@@ -13,13 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowkey import files
-from lowkey.families import Geometry, check_layout, geometry
+from lowkey.families import check_layout, geometry
 from lowkey.fingerprint import model_fingerprint
 from lowkey.ops.bases import is_orthonormal
 from lowkey.types import LAYOUTS, Factors, Layout, LowkeyError
 from lowkey.version import __version__
 
 FORMAT = 1
+FIELDS = ("layout", "method", "allocator", "budget", "geometry", "provenance", "profile", "orthonormal", "sinks", "recent")
 JSON, TENSORS, CARD = "plan.json", "plan.safetensors", "README.md"
 
 
@@ -53,26 +54,38 @@ class Plan:
         return sum(k + v for k, v in self.ranks.values()) * self.geometry["kv_heads"] * itemsize
 
     def check(self, model: PreTrainedModel) -> None:
-        """Refuse another model, by fingerprint. Errors: LowkeyError."""
+        """Refuse another model, by fingerprint and by shape. Errors: LowkeyError."""
         wanted, found = self.provenance.get("model_sha256"), model_fingerprint(model)
         if wanted != found:
             name = self.provenance.get("model", "?")
             raise LowkeyError(f"plan was made for model {name!r} ({str(wanted)[:12]}), this one is {found[:12]}; compress this model anew")
+        shape = geometry(model)
+        if (sorted(self.factors), self.geometry["kv_heads"], self.geometry["head_dim"]) != (
+            list(shape.compressible),
+            shape.kv_heads,
+            shape.head_dim,
+        ):
+            raise LowkeyError("plan does not cover the layers and heads of this model; it is damaged: make it again")
         check_layout(model, self.layout)
 
-    def save(self, path: str | Path) -> None:
-        """Write plan.json, plan.safetensors and a model card into the folder `path`, each atomically, the JSON last."""
+    def save(self, path: str | Path, force: bool = False) -> None:
+        """Write plan.json, plan.safetensors and a model card as the folder `path`, in one step: all of it or nothing.
+
+        Errors: LowkeyError when `path` holds files that are no plan's (unless `force`), or cannot be written.
+        """
         folder = Path(path)
-        files.write_tensors(folder / TENSORS, self._tensors())
-        files.write_text(folder / CARD, card(self))
-        files.write_json(folder / JSON, self.describe())
+        if not force:
+            files.check_ours(folder, {JSON, TENSORS, CARD})
+        with files.replacing_folder(folder) as temporary:
+            files.write_tensors(temporary / TENSORS, self._tensors())
+            files.write_text(temporary / CARD, card(self))
+            files.write_json(temporary / JSON, {**self.describe(), "tensors_sha256": files.sha256(temporary / TENSORS)})
 
     def describe(self) -> dict:
         """Everything but the factors, as plan.json holds it."""
-        names = ("layout", "method", "allocator", "budget", "geometry", "provenance", "profile", "orthonormal", "sinks", "recent")
         ranks = {str(i): list(r) for i, r in self.ranks.items()}
         sizes = {dtype: self.bytes_per_token(size) for dtype, size in (("float32", 4), ("bfloat16", 2))}
-        return {"format": FORMAT, **{n: getattr(self, n) for n in names}, "ranks": ranks, "bytes_per_token": sizes}
+        return {"format": FORMAT, **{n: getattr(self, n) for n in FIELDS}, "ranks": ranks, "bytes_per_token": sizes}
 
     def _tensors(self) -> dict[str, Tensor]:
         """Orthonormal plans store the down maps only: the up maps are their transposes."""
@@ -88,10 +101,14 @@ class Plan:
         folder = Path(path)
         meta = files.read_json(folder / JSON, "plan")
         _check_format(meta, folder)
-        plan = _build(meta, files.read_tensors(folder / TENSORS, "plan"), folder)
+        tensors = files.read_tensors(folder / TENSORS, "plan")
+        if meta.get("tensors_sha256") != files.sha256(folder / TENSORS):
+            raise LowkeyError(
+                f"plan {str(folder)!r}: plan.safetensors is not the file that plan.json describes; it is damaged: make it again"
+            )
+        plan = _build(meta, tensors, folder)
         if model is not None:
             plan.check(model)
-            _check_geometry(plan, geometry(model), folder)
         return plan
 
 
@@ -108,16 +125,18 @@ def _build(meta: dict, tensors: dict[str, Tensor], folder: Path) -> Plan:
         return LowkeyError(f"plan {str(folder)!r}: {rule}; it is damaged: make it again")
 
     try:
-        names = ("layout", "method", "allocator", "budget", "geometry", "provenance", "profile", "orthonormal", "sinks", "recent")
-        fields = {n: meta[n] for n in names}
+        fields = {n: meta[n] for n in FIELDS}
         ranks = {int(i): (int(k), int(v)) for i, (k, v) in meta["ranks"].items()}
         heads, d = int(fields["geometry"]["kv_heads"]), int(fields["geometry"]["head_dim"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        str(fields["method"]["name"] + fields["allocator"]["name"]), fields["provenance"]["model_sha256"], fields["profile"].keys()
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise refuse(f"plan.json lacks or garbles a field ({error})") from None
     if fields["layout"] not in LAYOUTS:
         raise refuse(f"layout {fields['layout']!r} is none of {', '.join(LAYOUTS)}")
     if not all(isinstance(fields[n], int) and fields[n] >= 0 for n in ("sinks", "recent")):
         raise refuse("sinks and recent are counts of tokens")
+    if not all(1 <= r <= d for pair in ranks.values() for r in pair):
+        raise refuse(f"ranks lie between 1 and the head dim {d}")
     factors = {}
     for i, rank in ranks.items():
         try:
@@ -129,10 +148,13 @@ def _build(meta: dict, tensors: dict[str, Tensor], folder: Path) -> Plan:
 
 
 def _factors(tensors: dict[str, Tensor], i: int, orthonormal: bool) -> Factors:
-    k_down, v_down = tensors[f"{i}.k_down"], tensors[f"{i}.v_down"]
+    found = [tensors[f"{i}.{name}"] for name in (("k_down", "v_down") if orthonormal else ("k_down", "v_down", "k_up", "v_up"))]
+    if not all(t.ndim == 3 and t.is_floating_point() for t in found):
+        raise KeyError(f"floating-point (h, d, r) factors of layer {i}")
+    k_down, v_down = found[:2]
     if orthonormal:
-        return Factors(k_down, k_down.mT.contiguous(), v_down, v_down.mT.contiguous())
-    return Factors(k_down, tensors[f"{i}.k_up"], v_down, tensors[f"{i}.v_up"])
+        return Factors(k_down, k_down.transpose(-2, -1).contiguous(), v_down, v_down.transpose(-2, -1).contiguous())
+    return Factors(k_down, found[2], v_down, found[3])
 
 
 def _check_factors(f: Factors, rank: tuple[int, int], heads: int, d: int, orthonormal: bool, refuse) -> None:
@@ -144,13 +166,6 @@ def _check_factors(f: Factors, rank: tuple[int, int], heads: int, d: int, orthon
             raise refuse(f"{name} factors hold NaN or infinite numbers")
         if orthonormal and not is_orthonormal(down):
             raise refuse(f"{name} factors are not orthonormal as promised")
-
-
-def _check_geometry(plan: Plan, found: Geometry, folder: Path) -> None:
-    if sorted(plan.factors) != list(found.compressible):
-        raise LowkeyError(
-            f"plan {str(folder)!r} covers layers {sorted(plan.factors)}, the model compresses {list(found.compressible)}; make it again"
-        )
 
 
 def versions() -> dict[str, str]:

@@ -43,7 +43,7 @@ def _observe(model: PreTrainedModel, ids: Tensor) -> Sums:
     hidden = model(ids, past_key_values=cache, output_hidden_states=True, logits_to_keep=1).hidden_states
     for i, layer in layers.items():
         x = families.attention_input(model, i, hidden[i]).float().flatten(0, 1)
-        layer.sums["inputs"] = (x.mT @ x).cpu()
+        layer.sums["inputs"] = (x.mT @ x).double().cpu()
         layer.sums["tokens"] = torch.tensor(ids.numel(), dtype=torch.long)
     return {i: layer.sums for i, layer in layers.items()}
 

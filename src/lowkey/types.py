@@ -41,6 +41,8 @@ class Budget:
         if not match:
             raise LowkeyError(f"budget {str(text)!r}: say what is kept as '50%', '512 tokens', '64 KiB/token' or '1.5 GiB'")
         amount, unit = float(match[1]), match[2]
+        if not amount:
+            raise LowkeyError(f"budget {str(text)!r}: something must be kept; try '50%'")
         if unit == "%":
             return cls(_percent(amount, text), "%")
         if unit.startswith("token"):
@@ -57,8 +59,10 @@ class Budget:
         raise LowkeyError(f"budget {self}: ranks cost bytes per token; say it as '50%' or '64 KiB/token'")
 
     def __str__(self) -> str:
-        amount = f"{self.amount:g}"
-        return f"{amount}%" if self.unit == "%" else f"{amount} {self.unit.replace('bytes', 'B')}"
+        if self.unit in ("%", "tokens"):
+            return f"{self.amount:.12g}" + ("%" if self.unit == "%" else " tokens")
+        size = next((u for u in ("GiB", "MiB", "KiB") if self.amount % (UNITS[u] / 2**10) == 0 and self.amount >= UNITS[u]), "B")
+        return f"{self.amount / UNITS[size]:.12g} {size}{self.unit.removeprefix('bytes')}"
 
 
 def _percent(amount: float, text: object) -> float:
@@ -123,7 +127,7 @@ class LayerStatistics:
 
     Sums of outer products in fp64: keys_pre, keys_post, values (h d, h d) jointly over heads; queries_pre and
     queries_post (h, d, d), the g query heads of a KV head stacked as rows (arXiv:2512.05916); inputs (D, D) of the
-    attention block. Means: keys_mean and values_mean (h d).
+    attention block. Means: keys_pre_mean, keys_post_mean and values_mean (h d).
     """
 
     tokens: int
@@ -133,12 +137,16 @@ class LayerStatistics:
     queries_post: Tensor
     values: Tensor
     inputs: Tensor
-    keys_mean: Tensor
+    keys_pre_mean: Tensor
+    keys_post_mean: Tensor
     values_mean: Tensor
 
     def keys(self, layout: Layout) -> Tensor:
         """Per-head (h, d, d) second moment of the keys that this layout stores."""
         return head_blocks(self.keys_pre if layout == "pre_rope" else self.keys_post, self.heads)
+
+    def keys_mean(self, layout: Layout) -> Tensor:
+        return self.keys_pre_mean if layout == "pre_rope" else self.keys_post_mean
 
     def queries(self, layout: Layout) -> Tensor:
         return self.queries_pre if layout == "pre_rope" else self.queries_post

@@ -68,6 +68,8 @@ class StoringLayer(CacheLayerMixin):
             setattr(self, name, f(tensor))
 
     def reset(self) -> None:
+        for name in self.tensors():
+            setattr(self, name, None)
         self.seen, self.is_initialized = 0, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

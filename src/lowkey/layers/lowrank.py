@@ -39,7 +39,8 @@ class LowRankLayer(StoringLayer):
     """Latents of all tokens but the last `recent`; sinks are held once more, exactly.
 
     Held: keys (b, h, s, r_K), values (b, h, s, r_V); recent_k, recent_v (b, h, <= recent, d);
-    sink_k, sink_v (b, h, sinks, d); offset (b, 1), the index of each row's first real token.
+    sink_k, sink_v (b, h, sinks, d); offset (b, 1), each row's token index less its position; first (b, 1), the index of each
+    row's first real token.
     """
 
     keys: Tensor  # type: ignore[assignment]
@@ -58,10 +59,11 @@ class LowRankLayer(StoringLayer):
         self.recent_k, self.recent_v = key_states.new_empty(b, h, 0, d), value_states.new_empty(b, h, 0, d)
         self.sink_k, self.sink_v = key_states.new_zeros(b, h, n, d), value_states.new_zeros(b, h, n, d)
         self.offset = torch.zeros(b, 1, dtype=torch.long, device=self.device)
+        self.first = torch.zeros_like(self.offset)
         self.is_initialized = True
 
     def tensors(self) -> dict[str, Tensor]:
-        names = ("keys", "values", "recent_k", "recent_v", "sink_k", "sink_v", "offset")
+        names = ("keys", "values", "recent_k", "recent_v", "sink_k", "sink_v", "offset", "first")
         return {name: getattr(self, name) for name in names} if self.is_initialized else {}
 
     def predicted_nbytes(self) -> int:
@@ -70,7 +72,7 @@ class LowRankLayer(StoringLayer):
         b, h, _, d = self.recent_k.shape
         recent = min(self.exact.recent, self.seen)
         numbers = (self.seen - recent) * sum(self.factors.ranks) + (recent + self.exact.sinks) * 2 * d
-        return b * (h * numbers * self.keys.element_size() + self.offset.element_size())
+        return b * (h * numbers * self.keys.element_size() + 2 * self.offset.element_size())
 
     def attend(self, keys: Tensor, values: Tensor, call: Call) -> Tensor:
         self._place(call, keys.shape[2])
@@ -83,15 +85,17 @@ class LowRankLayer(StoringLayer):
 
     def _place(self, call: Call, t: int) -> None:
         """Learn where each row begins, and hold the model to positions that count up by one from there."""
-        positions = batch_positions(self.seen - t, call, self.offset.shape[0])
-        if self.seen == t:
-            self.offset = self.seen - 1 - positions[:, -1:]
-        expected = self._positions(self.seen - t, self.seen)
-        if not bool(((positions == expected) | (expected < 0)).all()):
+        start, batch = self.seen - t, self.offset.shape[0]
+        positions = batch_positions(start, call, batch)
+        visible = _visible(call, self.seen, batch)
+        begun = visible[:, :start].any(1, keepdim=True)  # until a row's first real token, its positions mean nothing
+        self.offset = torch.where(begun, self.offset, self.seen - 1 - positions[:, -1:])
+        self.first = torch.where(visible.any(1, keepdim=True), visible.int().argmax(1, keepdim=True), self.seen)
+        if not bool(((positions == self._positions(start, self.seen)) | ~visible[:, start:]).all()):
             raise LowkeyError("position_ids: this cache needs positions that count up by one from a row's first token; drop position_ids")
 
     def _positions(self, start: int, stop: int) -> Tensor:
-        """Positions (b, stop - start) of the tokens with these indices; negative for padding."""
+        """Positions (b, stop - start) of the tokens with these indices; padding has none that matter."""
         return torch.arange(start, stop, device=self.offset.device) - self.offset
 
     def _write(self, buffer_k: Tensor, buffer_v: Tensor) -> None:
@@ -110,7 +114,7 @@ class LowRankLayer(StoringLayer):
         return keys @ self.factors.k_down
 
     def _write_sinks(self, keys: Tensor, values: Tensor) -> None:
-        """Slot p of a row is its token at position p, whenever that arrives."""
+        """Slot p of a row is its p-th real token, whenever that arrives."""
         if not self.exact.sinks:
             return
         start = self.seen - keys.shape[2]
@@ -121,7 +125,8 @@ class LowRankLayer(StoringLayer):
         self.sink_v = torch.where(arrives, values.gather(2, at), self.sink_v)
 
     def _sink_index(self) -> Tensor:
-        return self.offset + torch.arange(self.exact.sinks, device=self.offset.device)
+        """(b, sinks): each row's first real tokens."""
+        return self.first + torch.arange(self.exact.sinks, device=self.offset.device)
 
     # -- reading
 
@@ -159,8 +164,8 @@ class LowRankLayer(StoringLayer):
 
     def _is_sink(self) -> Tensor:
         """(b, 1, s)"""
-        positions = self._positions(0, self.seen)
-        return ((positions >= 0) & (positions < self.exact.sinks)).unsqueeze(1)
+        after = torch.arange(self.seen, device=self.first.device) - self.first
+        return ((after >= 0) & (after < self.exact.sinks)).unsqueeze(1)
 
     def _sinks(self, call: Call, mask: Tensor) -> list[Segment]:
         if not self.exact.sinks:
@@ -174,3 +179,10 @@ class LowRankLayer(StoringLayer):
 
 def _masked(segment: Segment, mask: Tensor | None) -> Segment:
     return Segment(segment.query, segment.keys, segment.values, mask, segment.up)
+
+
+def _visible(call: Call, seen: int, batch: int) -> Tensor:
+    """(b, s): which tokens the newest query may see; the others are padding."""
+    if call.mask is None:
+        return torch.ones(batch, seen, dtype=torch.bool, device=call.query.device)
+    return call.mask[:, -1].expand(batch, seen)

@@ -16,7 +16,7 @@ from lowkey.seam import Call
 class ObservingLayer(StoringLayer):
     """Sums outer products over tokens, in fp64 on the CPU; attends to what the call brings and forgets it.
 
-    sums: keys_pre, keys_post, values (h d, h d); queries_pre, queries_post (h, d, d); keys_mean, values_mean (h d).
+    sums: keys_pre, keys_post, values (h d, h d); queries_pre, queries_post (h, d, d); keys_pre_mean, keys_post_mean, values_mean (h d).
     """
 
     def __init__(self, rope: Rope) -> None:
@@ -42,7 +42,8 @@ class ObservingLayer(StoringLayer):
             self._add(name, joint_moment(x))
         self._add("queries_pre", query_moment(plain_q))
         self._add("queries_post", query_moment(queries))
-        self._add("keys_mean", plain_k.sum((0, 2)).flatten())
+        self._add("keys_pre_mean", plain_k.sum((0, 2)).flatten())
+        self._add("keys_post_mean", keys.float().sum((0, 2)).flatten())
         self._add("values_mean", values.float().sum((0, 2)).flatten())
         return grouped.attend([Segment(call.query, keys, values, call.full_mask(keys.shape[2]))], call.scaling, call.softcap)
 

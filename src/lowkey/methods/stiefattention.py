@@ -64,7 +64,7 @@ class StiefAttention:
         start_k, start_v = self._start(statistics, probe)
         d = start_k.columns.shape[-1]
         eye = torch.eye(d).unsqueeze(0)
-        about_k = describe(statistics.keys(probe.layout), statistics.keys_mean, statistics, self.key_bases)
+        about_k = describe(statistics.keys(probe.layout), statistics.keys_mean(probe.layout), statistics, self.key_bases)
         about_v = describe(head_blocks(statistics.values, statistics.heads), statistics.values_mean, statistics, self.value_bases)
 
         def one(about: Tensor, pair: tuple[int, int], of: Callable[[Tensor], Factors]) -> tuple[int, Tensor]:

@@ -18,9 +18,6 @@ class Packed:
     low: Tensor
     bits: int
 
-    def map(self, f) -> Packed:
-        return Packed(f(self.codes), f(self.scale), f(self.low), self.bits)
-
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return self.codes, self.scale, self.low
