@@ -55,8 +55,8 @@ TEXT, ANSWER, FACT = 0, 1, 2  # kinds of token; the digits of an answer can be p
 class Sampler:
     """Draws sequences of one length as (ids, kinds)."""
 
-    def __init__(self, stream: np.ndarray, encode, vocabulary: int, seed: int) -> None:
-        self.stream, self.encode, self.vocabulary, self.rng = stream, encode, vocabulary, random.Random(seed)
+    def __init__(self, stream: np.ndarray, encode, seed: int) -> None:
+        self.stream, self.encode, self.rng = stream, encode, random.Random(seed)
 
     def text(self, length: int) -> list[int]:
         start = self.rng.randrange(len(self.stream) - length)
@@ -74,18 +74,6 @@ class Sampler:
             kind += marks + [TEXT] * (b - a)
         return ids[:length], kind[:length]
 
-    def copy(self, length: int) -> tuple[list[int], list[int]]:
-        """Random ids with one stretch said twice, at random places: with a fixed period the model would count instead of
-        matching a token with what followed it before."""
-        rng = self.rng
-        ids, size = [rng.randrange(2, self.vocabulary) for _ in range(length)], rng.randrange(4, length // 2)
-        first = rng.randrange(length - 2 * size + 1)
-        second = rng.randrange(first + size, length - size + 1)
-        ids[second : second + size] = ids[first : first + size]
-        kind = [FACT] * length
-        kind[second + 1 : second + size] = [ANSWER] * (size - 1)
-        return ids, kind
-
     def pieces(self, facts: list[Fact]) -> list[tuple[list[int], list[int]]]:
         """All statements, then all questions in an order of their own, each (ids, kinds). (With questions asked at once,
         the latest value is right so often that the model never learns to look for the key.)"""
@@ -96,11 +84,8 @@ class Sampler:
     def batch(self, stage: dict, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         rows = []
         for _ in range(stage["batch_tokens"] // length):
-            draw = self.rng.random()
-            if draw < stage["episodes"]:
+            if self.rng.random() < stage["episodes"]:
                 rows.append(self.episode(length, stage["facts_per_1k"], stage["keys"]))
-            elif draw < stage["episodes"] + stage["copies"]:
-                rows.append(self.copy(length))
             else:
                 rows.append((self.text(length), [TEXT] * length))
         return torch.tensor([r[0] for r in rows]), torch.tensor([r[1] for r in rows])
@@ -261,7 +246,7 @@ def main() -> None:
         f"{model.num_parameters():,} parameters, {len(stream):,} text tokens, data {digest[:16]}, from token {seen:,} of {total:,}",
         flush=True,
     )
-    sampler = Sampler(stream, encode, len(tok), recipe["seed"] + step)
+    sampler = Sampler(stream, encode, recipe["seed"] + step)
     dev = held["ENG18900_Doyle.txt"]
     hay = tok(dev, add_special_tokens=False).input_ids
     began, mean = time.time(), []
@@ -280,7 +265,7 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe["optimizer"]["clip"])
         for o in opts:
             for g in o.param_groups:
-                g["lr"] = g["initial_lr"] * stage["lr_scale"] * schedule(seen, total, recipe["optimizer"])
+                g["lr"] = g["initial_lr"] * schedule(seen, total, recipe["optimizer"])
             o.step()
             o.zero_grad()
         seen, step = seen + ids.numel(), step + 1

@@ -25,17 +25,18 @@ from lowkey.loading import load, make_method
 from lowkey.methods import METHODS
 from lowkey.plan import Plan
 from lowkey.progress import bars
-from lowkey.types import LAYOUTS, Layout, LowkeyError
+from lowkey.types import LAYOUTS, Budget, Layout, LowkeyError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
-err = Console(stderr=True)
-screen = Console(width=None if sys.stdout.isatty() else 150)
+err = Console(stderr=True, markup=False, emoji=False)  # paths and names are printed as they are
+screen = Console(width=None if sys.stdout.isatty() else 150, markup=False, emoji=False)
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # what a command line that does not parse raises; typer does not export it
 
 Model = Annotated[str, typer.Argument(help="a model folder, a Hub id, or 'tiny' (the embedded model)")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
 Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, or balanced over several GPUs")]
-Seed = Annotated[int, typer.Option(help="seed of the calibration sample and of training")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="seed of the calibration sample and of training")]
 
 
 @app.command()
@@ -61,19 +62,19 @@ def compress(
     as_json: AsJson = False,
 ) -> None:
     """Fit a method on text and write a plan. Interrupted work resumes when the same command is given again."""
-    files.check_output(out, force)
+    work = files.check_output(out, force)
     _positive(windows=windows, context=context)
-    chosen = make_method(method, _options(option))
+    chosen, form = make_method(method, _options(option)), _layout(layout)
+    asked = None if budget is None else Budget.parse(budget)
     corpus = text.read_text(calibration, "calibration") if calibration else None
     loaded, tokenizer = load(model, dtype, device)
-    work = out.with_name(f"{out.name}.partial")
     plan = calibrate(
         *(loaded, tokenizer, corpus),
         method=chosen,
-        budget=budget,
+        budget=asked,
         error_budget=error_budget,
         allocator=allocator,
-        layout=_layout(layout),
+        layout=form,
         sample=Sample(windows, context, seed),
         rank_multiple=rank_multiple,
         sinks=sinks,
@@ -103,6 +104,8 @@ def evaluate_command(
     as_json: AsJson = False,
 ) -> None:
     """Measure the full cache, plans and packed integers on the same text: quality, bytes really held, speed."""
+    place = out or Path("results") / f"eval-{Path(model).name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    files.check_file(place)
     _positive(windows=windows, cases=cases)
     corpus = text.read_text(data, "data") if data else text.embedded("evaluation")
     loaded, tokenizer = load(model, dtype, device)
@@ -112,7 +115,6 @@ def evaluate_command(
     what = Task(corpus, str(data) if data else "embedded", context, windows, cases, seed)
     names = [name for item in task or TASKS for name in item.split(",")]
     result = evaluate(loaded, tokenizer, settings, what, names, bars)
-    place = out or Path("results") / f"eval-{Path(model).name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
     files.write_json(place, result)
     err.print(f"result written to {place}", highlight=False, soft_wrap=True)
     print(json.dumps(result)) if as_json else _show_rows(result)
@@ -272,16 +274,33 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        app(standalone_mode=True)
+        status = app(standalone_mode=False)
+        sys.stdout.flush()
     except LowkeyError as error:
         _fail(str(error), 2)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing half-written is left, and compress resumes when given again", 130)
+    except UsageError as error:
+        _fail(_usage(error), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        status = 130
     except BrokenPipeError:
         os._exit(0)
     except OSError as error:
         what = "no space left on the device" if error.errno == errno.ENOSPC else (error.strerror or str(error))
         _fail(f"{error.filename or 'file'}: {what}; free some space or choose another place", 2)
+    if status == 130:
+        _fail("interrupted; nothing half-written is left, and compress resumes when given again", 130)
+    sys.exit(status or 0)
+
+
+def _usage(error: Exception) -> str:
+    """What is wrong with the command line, with the value, which some versions of typer leave out, and where help is."""
+    if len(sys.argv) < 2:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    found = getattr(error.__cause__, "errors", list)()
+    value = f" (given {found[0].get('input')!r})" if found else ""
+    context = getattr(error, "ctx", None)
+    return f"{error.format_message().rstrip('.')}{value}; see {context.command_path if context else 'lowkey'} --help"
 
 
 def _fail(message: str, status: int) -> None:

@@ -107,7 +107,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 def attention_input(model: PreTrainedModel, layer: int, hidden: Tensor) -> Tensor:
     """What the q, k and v projections of a layer read, from the layer's input (b, t, D)."""
     block = decoder_layers(model)[layer]
-    return block.input_layernorm(hidden) if family(model.config).pre_norm else hidden
+    return block.input_layernorm(hidden) if family(model.config).pre_norm else hidden  # type: ignore[operator]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lowkey.types import LowkeyError
+
+WORK = r"job\.json|statistics\.safetensors|layer-\d+\.safetensors|\..*\.tmp"  # the files of unfinished work
 
 
 @contextmanager
@@ -96,10 +99,25 @@ def check_ours(folder: Path, names: set[str]) -> None:
         raise LowkeyError(f"output {str(folder)!r} holds other files; choose another folder")
 
 
-def check_output(path: Path, force: bool) -> None:
-    """A folder that does not exist, is empty, or may be replaced because the user said so."""
-    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not force):
+def check_output(path: Path, force: bool) -> Path:
+    """`path` must not exist, be empty, or may be replaced because the user said so. Returns the folder for unfinished work beside
+    it, `path`.partial, which must be ours."""
+    if path.name in ("", ".."):
+        raise LowkeyError(f"output {str(path)!r} has no name of its own; give the name of a new folder")
+    if path.exists() and not path.is_dir():
+        raise LowkeyError(f"output {str(path)!r} is a file; choose a folder")
+    if path.is_dir() and any(path.iterdir()) and not force:
         raise LowkeyError(f"output {str(path)!r} already holds files; choose another folder or pass --force")
+    work = path.with_name(f"{path.name}.partial")
+    if work.exists() and not (work.is_dir() and all(re.fullmatch(WORK, p.name) for p in work.iterdir())):
+        raise LowkeyError(f"output {str(path)!r}: {str(work)!r}, where unfinished work goes, holds other files; choose another folder")
+    return work
+
+
+def check_file(path: Path) -> None:
+    """A file that may be written: told before the work, not after it."""
+    if path.is_dir():
+        raise LowkeyError(f"output {str(path)!r} is a folder; give the name of a file")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import fields
@@ -33,13 +34,17 @@ def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrain
     with _location(name) as place:
         _check_folder(name, place)
         try:
-            family(AutoConfig.from_pretrained(place))
-            model = AutoModelForCausalLM.from_pretrained(place, dtype=_dtype(dtype), device_map=_device(device))
-            tokenizer = AutoTokenizer.from_pretrained(place)
+            family(AutoConfig.from_pretrained(place, trust_remote_code=False))
+            model, found = AutoModelForCausalLM.from_pretrained(
+                *(place,), dtype=_dtype(dtype), device_map=_device(device), output_loading_info=True, trust_remote_code=False
+            )
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         except LowkeyError:
             raise
         except Exception as error:  # transformers raises many kinds; each is bad input here
             raise LowkeyError(f"model {name!r} cannot be loaded: {_first_line(error)}; give a model folder, a Hub id or 'tiny'") from error
+    if found["missing_keys"]:  # transformers would leave random numbers in their place
+        raise LowkeyError(f"model {name!r} lacks weights ({sorted(found['missing_keys'])[0]}); it is incomplete: save or download it again")
     model.config._name_or_path = name
     return attach(model.eval()), tokenizer
 
@@ -82,6 +87,8 @@ def _dtype(name: str) -> torch.dtype | str:
 def _device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "balanced") and not re.fullmatch(r"cuda(:\d+)?", name):
+        raise LowkeyError(f"device {name!r} is unknown; choose auto, cpu, cuda or balanced")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise LowkeyError(f"device {name!r}: no CUDA device is available; use --device cpu")
     return name
@@ -93,8 +100,8 @@ def _first_line(error: Exception) -> str:
 
 def make_method(name: str, options: Mapping[str, str]) -> Method:
     """A method by its name in METHODS or as `package.module:Class`, with options given as text."""
-    kind = METHODS.get(name) or _outside(name)
-    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    kind: Any = METHODS.get(name) or _outside(name)
+    known = {f.name: f for f in fields(kind)}
     for option in options:
         if option not in known:
             raise LowkeyError(f"option {option!r} of method {name!r} is unknown; it has {', '.join(known) or 'none'}")
@@ -108,9 +115,13 @@ def _outside(name: str) -> Any:
         raise LowkeyError(f"method {name!r} is unknown; {hint}")
     module, _, attribute = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise LowkeyError(f"method {name!r} cannot be imported ({error}); give package.module:Class") from error
+        kind = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # importing runs the user's file, which may raise anything
+        problem = f"{type(error).__name__}: {_first_line(error)}"
+        raise LowkeyError(f"method {name!r} cannot be imported ({problem}); give package.module:Class") from error
+    if not (isinstance(kind, type) and is_dataclass(kind) and all(hasattr(kind, part) for part in NEEDED)):
+        raise LowkeyError(f"method {name!r} is no method; give a dataclass with {', '.join(NEEDED)}")
+    return kind
 
 
 def _value(method: str, field: Any, text: str) -> object:
@@ -118,13 +129,18 @@ def _value(method: str, field: Any, text: str) -> object:
     allowed = _words(str(field.type))
     if allowed and text not in allowed:
         raise LowkeyError(f"option {field.name}={text!r} of method {method!r}: choose one of {', '.join(allowed)}")
+    if isinstance(field.default, bool) and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if type(field.default) not in (int, float, str):
+        raise LowkeyError(f"option {field.name}={text!r} of method {method!r}: give {_kind(field)}")
     try:
         return type(field.default)(text)
     except ValueError:
-        raise LowkeyError(f"option {field.name}={text!r} of method {method!r}: give a {type(field.default).__name__}") from None
+        raise LowkeyError(f"option {field.name}={text!r} of method {method!r}: give {_kind(field)}") from None
 
 
 def _words(annotation: str) -> list[str]:
     if annotation == "Heads":
         return ["shared", "per_head"]
+    annotation = annotation.removeprefix("typing.")
     return [w.strip(" \"'") for w in annotation[8:-1].split(",")] if annotation.startswith("Literal[") else []

@@ -24,6 +24,8 @@ def embedded(kind: str) -> str:
 def read_text(path: str | Path, argument: str) -> str:
     """A UTF-8 text file. Errors: LowkeyError when missing, a folder, empty or binary."""
     path = Path(path)
+    if path.is_dir():
+        raise LowkeyError(f"{argument} {str(path)!r}: is a folder; give a UTF-8 text file")
     if not path.is_file():
         raise LowkeyError(f"{argument} {str(path)!r}: no such file; give a UTF-8 text file or leave it out for the embedded text")
     try:

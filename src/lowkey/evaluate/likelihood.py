@@ -29,8 +29,8 @@ class Tally:
 
     def row(self) -> dict:
         return {
-            "perplexity": math.exp(self.nll / self.tokens),
-            "perplexity_decode": math.exp(self.nll_decode / self.tokens_decode),
+            "perplexity": _exp(self.nll / self.tokens),
+            "perplexity_decode": _exp(self.nll_decode / self.tokens_decode),
             "kl": self.kl / self.tokens,
             "top1_agreement": self.agree / self.tokens,
         }
@@ -71,6 +71,11 @@ def _decode_logits(model: PreTrainedModel, cache: LowkeyCache, ids: Tensor) -> T
     model(ids[:, :half], past_key_values=cache, logits_to_keep=1)
     cache.exact_prefill(False)
     return model(ids[:, half:], past_key_values=cache).logits[:, :-1].float().log_softmax(-1)
+
+
+def _exp(x: float) -> float:
+    """Infinite where math.exp would raise."""
+    return math.exp(x) if not x > 700 else math.inf
 
 
 def _nll(log_probabilities: Tensor, targets: Tensor) -> float:

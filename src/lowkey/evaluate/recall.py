@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey.evaluate.settings import Setting
 from lowkey.progress import Progress
-from lowkey.types import device_of
+from lowkey.types import LowkeyError, device_of
 
 # Frequent one-word nouns; the embedded tokenizer has each (with its leading space) as a single token.
 KEYS = [
@@ -158,8 +158,10 @@ class Episode:
 def weave(rng: random.Random, haystack: Sequence[int], inserts: Sequence[Sequence[int]], length: int) -> list[int]:
     """Exactly `length` ids: a random stretch of `haystack` with `inserts` put in, in order, at random places."""
     room = length - sum(map(len, inserts))
-    if room < 0 or len(haystack) < room:
-        raise ValueError(f"cannot weave {len(inserts)} inserts and {len(haystack)} haystack ids into {length} ids")
+    if room < 0:
+        raise LowkeyError(f"context {length}: {len(inserts)} facts alone take {length - room} tokens; give a longer context")
+    if len(haystack) < room:
+        raise LowkeyError(f"data: {len(haystack)} tokens cannot fill a context of {length}; give a longer text or a shorter context")
     start = rng.randrange(len(haystack) - room + 1)
     cuts = [0, *sorted(rng.randrange(room + 1) for _ in inserts), room]
     out: list[int] = []

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey import text
 from lowkey.evaluate import layerwise, likelihood, recall, speed
-from lowkey.evaluate.settings import Setting
+from lowkey.evaluate.settings import Setting, distinct
 from lowkey.plan import versions
 from lowkey.progress import Progress, silent
 from lowkey.types import LowkeyError, device_of
@@ -94,8 +94,8 @@ def evaluate(
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and not 8 <= task.context <= longest:
         raise LowkeyError(f"context {task.context}: must lie between 8 and the model's {longest}; choose a context in that range")
-    run = _Run(model, tokenizer, settings, task, progress)
-    rows = {s.name: s.row() | {"task": ",".join(names)} for s in settings}
+    run = _Run(model, tokenizer, distinct(settings), task, progress)
+    rows = {s.name: s.row() | {"task": ",".join(names)} for s in run.settings}
     for name in dict.fromkeys([*names, "speed"]):
         for row, measured in TASKS[name](run).items():
             rows[row] |= measured

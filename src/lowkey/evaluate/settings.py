@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
@@ -54,3 +55,13 @@ def planned(model: PreTrainedModel, plan: Plan, path: str) -> Setting:
     known = identity(method=plan.method["name"], plan=path, budget=plan.budget, layout=plan.layout)
     known["profile"] = {**plan.profile, "layers": list(plan.factors)}
     return Setting(f"{plan.method['name']} {plan.budget}", known, lambda: make_cache(model, plan=plan))
+
+
+def distinct(settings: Sequence[Setting]) -> list[Setting]:
+    """The same settings under names of their own: a second `pca 50%` becomes `pca 50% (2)`."""
+    seen: Counter[str] = Counter()
+    found = []
+    for s in settings:
+        seen[s.name] += 1
+        found.append(s if seen[s.name] == 1 else replace(s, name=f"{s.name} ({seen[s.name]})"))
+    return found

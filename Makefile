@@ -1,0 +1,44 @@
+# Two commands on a fresh machine with Python 3.11+: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+LOWKEY := $(BIN)/lowkey
+DEMO := demo
+
+.PHONY: demo test test-slow lint bench results clean
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# Halve the cache of the embedded model three ways, compare with INT8, INT4 and the full cache, write the report.
+demo: .venv/.ready
+	$(LOWKEY) compress tiny $(DEMO)/stiefattention --method stiefattention --budget 50% --force
+	$(LOWKEY) compress tiny $(DEMO)/eigenattention --method eigenattention --budget 50% --force
+	$(LOWKEY) compress tiny $(DEMO)/pca --method pca --budget 50% --force
+	$(LOWKEY) eval tiny --plan $(DEMO)/stiefattention --plan $(DEMO)/eigenattention --plan $(DEMO)/pca --out $(DEMO)/results/tiny.json
+	$(LOWKEY) report $(DEMO)/results -o $(DEMO)/report.html
+	@echo "open $(DEMO)/report.html"
+
+lint: .venv/.ready
+	$(BIN)/ruff check src tests recipes benchmarks
+	$(BIN)/ruff format --check src tests recipes benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-slow: .venv/.ready
+	$(BIN)/python -m pytest -m slow
+
+bench: .venv/.ready
+	$(BIN)/python benchmarks/fitting.py
+	$(BIN)/python benchmarks/calibration_memory.py
+
+# The tables of docs/results.md.
+results: .venv/.ready
+	$(BIN)/python benchmarks/equal_bytes.py tiny docs/results/tiny.json
+
+clean:
+	rm -rf .venv $(DEMO) build dist
