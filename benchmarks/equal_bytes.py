@@ -25,6 +25,7 @@ from lowkey.evaluate.result import Task, evaluate
 from lowkey.evaluate.settings import full, packed, planned
 from lowkey.loading import load, make_method
 from lowkey.progress import bars
+from lowkey.types import Layout
 
 METHODS = {
     "pca (K shared)": ("pca", {"key_bases": "shared"}),
@@ -56,8 +57,10 @@ def run(
     dtype: str = "auto",
     layout: str = "post_rope",
     allocator: str = "greedy",
+    tasks: str = "perplexity,layers,recall",
 ) -> None:
     """Measure and print the table."""
+    names = tasks.split(",")
     loaded, tokenizer = load(model, dtype, "cpu")
     corpus = text.read_text(calibration, "calibration") if calibration else text.embedded("calibration")
     judged = text.read_text(data, "data") if data else text.embedded("evaluation")
@@ -66,14 +69,14 @@ def run(
     done = {(row["label"], row["seed"]) for row in found["rows"]}
     reference = [full(loaded), packed(loaded, 8), packed(loaded, 4)]
     if ("full", 0) not in done:
-        result = evaluate(loaded, tokenizer, reference, task, progress=bars)
+        result = evaluate(loaded, tokenizer, reference, task, names, bars)
         found["environment"] = result["environment"]
         _append(found, out, [r | {"label": r["name"], "seed": 0, "fit_seconds": 0.0} for r in result["rows"]])
     for label, (name, options) in METHODS.items():
         for seed in range(seeds):
             if (label, seed) not in done:
                 sample = Sample(calibration_windows, length, seed)
-                rows = _method(loaded, tokenizer, corpus, (name, options), sample, task, layout, allocator)
+                rows = _method(loaded, tokenizer, corpus, (name, options), sample, task, names, layout, allocator)
                 _append(found, out, [r | {"label": label, "seed": seed} for r in rows])
     print(table(found["rows"]))
 
@@ -90,7 +93,8 @@ def _method(
     method: tuple,
     sample: Sample,
     task: Task,
-    layout,
+    names: list[str],
+    layout: Layout,
     allocator: str,
 ) -> list[dict]:
     """Rows of one fitted basis at every budget; the basis is fitted once and its fitting time is the first budget's."""
@@ -113,7 +117,7 @@ def _method(
             )
             seconds.append(time.perf_counter() - start)
         settings = [planned(model, p, "") for p in plans]
-        rows = evaluate(model, tokenizer, [full(model), *settings], task, progress=bars)["rows"][1:]
+        rows = evaluate(model, tokenizer, [full(model), *settings], task, names, bars)["rows"][1:]
     return [r | {"fit_seconds": seconds[0]} for r in rows]
 
 

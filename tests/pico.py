@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -77,6 +78,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
     raw = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     raw.pre_tokenizer, raw.decoder = pre, decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>")
+
+
+def save(folder: Path, name: str = "llama", **overrides: object) -> Path:
+    """A folder that `from_pretrained` reads: a pico model and the tokenizer."""
+    for part in (build(name, **overrides), tokenizer()):
+        part.save_pretrained(folder)
+    return folder
 
 
 def prompt(length: int = 40, batch: int = 2, seed: int = 0) -> Tensor:

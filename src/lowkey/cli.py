@@ -63,7 +63,8 @@ def compress(
 ) -> None:
     """Fit a method on text and write a plan. Interrupted work resumes when the same command is given again."""
     work = files.check_output(out, force)
-    _positive(windows=windows, context=context)
+    _at_least(4, windows=windows)
+    _at_least(8, context=context)
     chosen, form = make_method(method, _options(option)), _layout(layout)
     asked = None if budget is None else Budget.parse(budget)
     corpus = text.read_text(calibration, "calibration") if calibration else None
@@ -106,7 +107,7 @@ def evaluate_command(
     """Measure the full cache, plans and packed integers on the same text: quality, bytes really held, speed."""
     place = out or Path("results") / f"eval-{Path(model).name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
     files.check_file(place)
-    _positive(windows=windows, cases=cases)
+    _at_least(1, windows=windows, cases=cases)
     corpus = text.read_text(data, "data") if data else text.embedded("evaluation")
     loaded, tokenizer = load(model, dtype, device)
     settings = [full(loaded)]
@@ -132,7 +133,7 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt over a compressed cache; ends with tokens/s and the bytes held against the full cache."""
-    _positive(tokens=tokens)
+    _at_least(1, tokens=tokens)
     loaded, tokenizer = load(model, dtype, device)
     chosen = Plan.load(plan, loaded) if plan else None
     summary = stream(loaded, tokenizer, prompt, chosen, bits, tokens, None if as_json else sys.stdout)
@@ -161,7 +162,7 @@ def profile(
     """The error-rank surface of every layer and the spectra of keys and values, as JSON and PNG."""
     from lowkey.report import plots
 
-    _positive(windows=windows)
+    _at_least(4, windows=windows)
     corpus = text.read_text(calibration, "calibration") if calibration else None
     loaded, tokenizer = load(model, dtype, device)
     plan = calibrate(
@@ -223,10 +224,10 @@ def _layout(name: str) -> Layout:
     raise LowkeyError(f"layout {name!r} is unknown; choose one of {', '.join(LAYOUTS)}")
 
 
-def _positive(**counts: int) -> None:
+def _at_least(least: int, **counts: int) -> None:
     for name, count in counts.items():
-        if count < 1:
-            raise LowkeyError(f"{name} {count}: must be at least 1; leave it out for the default")
+        if count < least:
+            raise LowkeyError(f"{name} {count}: must be at least {least}; leave it out for the default")
 
 
 def _show_plan(plan: Plan, place: Path, as_json: bool) -> None:
@@ -274,7 +275,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        status = app(standalone_mode=False)
+        status = app(prog_name="lowkey", standalone_mode=False)
         sys.stdout.flush()
     except LowkeyError as error:
         _fail(str(error), 2)
@@ -297,7 +298,7 @@ def _usage(error: Exception) -> str:
     if len(sys.argv) < 2:
         print(error, file=sys.stderr)
         sys.exit(2)
-    found = getattr(error.__cause__, "errors", list)()
+    found: list[dict] = getattr(error.__cause__, "errors", list)()
     value = f" (given {found[0].get('input')!r})" if found else ""
     context = getattr(error, "ctx", None)
     return f"{error.format_message().rstrip('.')}{value}; see {context.command_path if context else 'lowkey'} --help"

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from importlib.resources import as_file
 from importlib.resources import files as package_files
@@ -23,6 +23,7 @@ from lowkey.seam import attach
 from lowkey.types import LowkeyError
 
 TINY = "tiny"
+NEEDED = ("fit", "summary", "paper", "allocator")  # of a method
 
 
 def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -35,14 +36,15 @@ def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrain
         _check_folder(name, place)
         try:
             family(AutoConfig.from_pretrained(place, trust_remote_code=False))
-            model, found = AutoModelForCausalLM.from_pretrained(
-                *(place,), dtype=_dtype(dtype), device_map=_device(device), output_loading_info=True, trust_remote_code=False
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                place, dtype=_dtype(dtype), device_map=_device(device), output_loading_info=True, trust_remote_code=False
             )
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         except LowkeyError:
             raise
         except Exception as error:  # transformers raises many kinds; each is bad input here
             raise LowkeyError(f"model {name!r} cannot be loaded: {_first_line(error)}; give a model folder, a Hub id or 'tiny'") from error
+    model, found = loaded
     if found["missing_keys"]:  # transformers would leave random numbers in their place
         raise LowkeyError(f"model {name!r} lacks weights ({sorted(found['missing_keys'])[0]}); it is incomplete: save or download it again")
     model.config._name_or_path = name
@@ -126,17 +128,16 @@ def _outside(name: str) -> Any:
 
 def _value(method: str, field: Any, text: str) -> object:
     """Text to the type of the field's default; Literal fields must match one of their words."""
-    allowed = _words(str(field.type))
+    allowed = ["true", "false"] if isinstance(field.default, bool) else _words(str(field.type))
     if allowed and text not in allowed:
         raise LowkeyError(f"option {field.name}={text!r} of method {method!r}: choose one of {', '.join(allowed)}")
-    if isinstance(field.default, bool) and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    if type(field.default) not in (int, float, str):
-        raise LowkeyError(f"option {field.name}={text!r} of method {method!r}: give {_kind(field)}")
+    kind = type(field.default)
+    if kind not in (bool, int, float, str):
+        raise LowkeyError(f"option {field.name}={text!r} of method {method!r}: cannot be given as text; pass the method object in Python")
     try:
-        return type(field.default)(text)
+        return text == "true" if kind is bool else kind(text)
     except ValueError:
-        raise LowkeyError(f"option {field.name}={text!r} of method {method!r}: give {_kind(field)}") from None
+        raise LowkeyError(f"option {field.name}={text!r} of method {method!r}: give a {kind.__name__}") from None
 
 
 def _words(annotation: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -16,7 +17,7 @@ from lowkey.types import Basis, Factors, Heads, LayerBases, LayerStatistics, dev
 
 BATCH = 4
 WEIGHT_DECAY = 1e-4  # the paper's
-PATIENCE, DELTA = 5, 1e-6  # early stopping, the paper's
+DELTA = 1e-6  # early stopping, the paper's
 WIDTH = 128  # of the predictor's hidden layers; the paper gives none
 
 
@@ -28,7 +29,8 @@ class StiefAttention:
     so that its leading columns serve every rank (ours); `mlp` is the paper's: per candidate rank, and for keys and
     values apart (the other uncompressed), a network predicts the matrix from per-channel means and variances.
     key_bases, value_bases: `shared` over a layer's heads or `per_head`; the paper shares keys and not values.
-    epochs and lr are upper bounds: training stops early after five epochs without gain. Paper: 50 epochs, lr 5e-3.
+    epochs: at most; training stops after `patience` epochs without gain on held-out windows; the paper has 5. lr: 0 is the form's
+    own, 5e-3 for `mlp` (the paper's) and 1e-2 sqrt(128/d) for `free`, whose entries are of size d^-1/2.
     """
 
     summary: ClassVar[str] = "orthonormal bases trained on the decoder layer's output error"
@@ -38,8 +40,9 @@ class StiefAttention:
     parametrisation: Literal["free", "mlp"] = "free"
     key_bases: Heads = "shared"
     value_bases: Heads = "per_head"
-    epochs: int = 20
-    lr: float = 5e-3
+    epochs: int = 50
+    patience: int = 10
+    lr: float = 0.0
 
     def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
         fit = self._fit_free if self.parametrisation == "free" else self._fit_mlp
@@ -54,8 +57,9 @@ class StiefAttention:
             i, j = torch.randint(len(ranks), (2,), generator=generator).tolist()
             return ranks[i], ranks[j]
 
-        middle = ranks[len(ranks) // 2]
-        self._train([keys, values], lambda r: bases_of(keys(), values(), *r), draw, (middle, middle), probe, generator)
+        judged = [(r, r) for r in ranks[1:-1:2] or ranks]
+        lr = self.lr or 1e-2 * (128 / start_k.columns.shape[-1]) ** 0.5
+        self._train([keys, values], lambda r: bases_of(keys(), values(), *r), draw, judged, lr, probe, generator)
         with torch.no_grad():
             return LayerBases(self._ordered(keys(), start_k), self._ordered(values(), start_v))
 
@@ -69,7 +73,7 @@ class StiefAttention:
 
         def one(about: Tensor, pair: tuple[int, int], of: Callable[[Tensor], Factors]) -> tuple[int, Tensor]:
             predictor = Predictor(about, d, WIDTH, generator)
-            self._train([predictor], lambda _: of(predictor()), lambda: pair, pair, probe, generator)
+            self._train([predictor], lambda _: of(predictor()), lambda: pair, [pair], self.lr or 5e-3, probe, generator)
             return min(pair), predictor()[..., : min(pair)].detach().cpu()
 
         lower = [r for r in ranks if r < d]
@@ -89,35 +93,37 @@ class StiefAttention:
         modules: list[nn.Module],
         factors: Callable[[tuple[int, int]], Factors],
         draw: Callable[[], tuple[int, int]],
-        judged: tuple[int, int],
+        judged: list[tuple[int, int]],
+        lr: float,
         probe: Probe,
         generator: torch.Generator,
     ) -> None:
-        """AdamW with cosine annealing; keeps the parameters of the best epoch on the held-out windows at ranks `judged`."""
+        """AdamW with cosine annealing; keeps the parameters of the best epoch on the held-out windows, over the ranks `judged`."""
         device = device_of(probe.block)
         parameters = [p for m in modules for p in m.to(device).parameters()]
-        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=WEIGHT_DECAY)
+        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=WEIGHT_DECAY)
         steps = self.epochs * -(-probe.training // BATCH)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
         best, kept, waited = self._judge(probe, factors, judged), [p.detach().clone() for p in parameters], 0
         for _ in range(self.epochs):
             for windows in probe.batches(BATCH, generator):
                 optimizer.zero_grad()
-                probe.error(windows, factors(draw())).backward()
+                probe.error(windows, factors(draw())).log().backward()  # log: every rank pulls with its relative gain
                 optimizer.step()
                 schedule.step()
             error = self._judge(probe, factors, judged)
             if error < best - DELTA:
                 best, kept, waited = error, [p.detach().clone() for p in parameters], 0
-            elif (waited := waited + 1) == PATIENCE:
+            elif (waited := waited + 1) == self.patience:
                 break
         with torch.no_grad():
             for parameter, value in zip(parameters, kept, strict=True):
                 parameter.copy_(value)
 
     @torch.no_grad()
-    def _judge(self, probe: Probe, factors: Callable[[tuple[int, int]], Factors], ranks: tuple[int, int]) -> float:
-        return probe.held_error(factors(ranks))
+    def _judge(self, probe: Probe, factors: Callable[[tuple[int, int]], Factors], ranks: list[tuple[int, int]]) -> float:
+        """Mean log error: no rank outweighs the others."""
+        return sum(math.log(max(probe.held_error(factors(pair)), 1e-12)) for pair in ranks) / len(ranks)
 
 
 def bases_of(keys: Tensor, values: Tensor, rank_k: int, rank_v: int) -> Factors:

@@ -1,0 +1,820 @@
+"""The command line: what each command prints, and one line and an untouched disk for everything it cannot do."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import pico
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from lowkey import cli, files, loading
+from lowkey.allocate import ALLOCATORS
+from lowkey.evaluate.result import TASKS
+from lowkey.methods import METHODS, PCA, StiefAttention
+from lowkey.plan import JSON, TENSORS, Plan
+from lowkey.types import LowkeyError
+
+SMALL = ("--method", "pca", "--windows", 8, "--context", 32)
+SCORE = ("--windows", 2, "--context", 192, "--cases", 1)
+ALL = ("compress", "eval", "generate", "profile", "methods", "inspect", "report")
+ROW = (
+    *("name", "method", "plan", "policy", "budget", "task", "perplexity", "kl", "top1_agreement", "layer_error", "exact_match"),
+    *("bytes_per_token", "bytes_held", "bytes_predicted", "bytes_full", "prefill_ms", "step_ms"),
+)
+
+
+class Ran(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+def lowkey(*words: object) -> Ran:
+    """The command, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    argv = mock.patch.object(sys, "argv", ["lowkey", *map(str, words)])
+    with argv, redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as exit:
+        cli.main()
+    return Ran(exit.value.code, out.getvalue(), err.getvalue())
+
+
+def done(*words: object) -> Ran:
+    ran = lowkey(*words)
+    assert ran.status == 0, ran.err
+    return ran
+
+
+def printed(*words: object) -> dict:
+    """The one JSON object on stdout."""
+    return json.loads(done(*words, "--json").out)
+
+
+def refused(*words: object, status: int = 2) -> str:
+    """The one line on stderr; nothing is printed on stdout."""
+    ran = lowkey(*words)
+    assert (ran.status, ran.out) == (status, "")
+    assert ran.err.startswith("lowkey: ") and ran.err.endswith("\n") and len(ran.err.splitlines()) == 1, ran.err
+    return ran.err
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Everything below a folder, with its bytes."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A saved pico model."""
+    return pico.save(tmp_path_factory.mktemp("model") / "pico", pad_token_id=None)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """A saved model of the same shape with other weights."""
+    return pico.save(tmp_path_factory.mktemp("other") / "pico", initializer_range=0.1)
+
+
+@pytest.fixture(scope="module")
+def made(model, tmp_path_factory):
+    """(plan folder, what `compress --json` printed)."""
+    out = tmp_path_factory.mktemp("plans") / "pca"
+    return out, printed("compress", model, out, *SMALL)
+
+
+@pytest.fixture(scope="module")
+def scored(model, made, tmp_path_factory):
+    """(result file, what `eval --json` did)."""
+    out = tmp_path_factory.mktemp("results") / "pico.json"
+    return out, done("eval", model, "--plan", made[0], *SCORE, "--out", out, "--json")
+
+
+@pytest.fixture
+def plan(made, tmp_path):
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(made[0], tmp_path / "plan"))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An own working folder, with a file of the user's."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+# -- bad arguments
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--method", "stiefatention"], ["method 'stiefatention'", "did you mean 'stiefattention'?"]),
+        (["--method", "zzz"], ["method 'zzz'", "pca, eigenattention, stiefattention", "package.module:Class"]),
+        (["--method", "no.such.module:Class"], ["method 'no.such.module:Class'", "package.module:Class"]),
+        (["--method", "json:Class"], ["method 'json:Class'", "package.module:Class"]),
+        (["--method", ":Class"], ["method ':Class'", "package.module:Class"]),
+        (["--method", "os:path"], ["method 'os:path'", "dataclass", "fit"]),
+        (["--allocator", "best"], ["allocator 'best'", "greedy"]),
+        (["--layout", "rope"], ["layout 'rope'", "post_rope, pre_rope"]),
+        (["-O", "epoch=5"], ["'epoch'", "'stiefattention'", "epochs"]),
+        (["-O", "epochs=many"], ["epochs='many'", "int"]),
+        (["-O", "parametrisation=lucky"], ["parametrisation='lucky'", "free, mlp"]),
+        (["-O", "key_bases=none"], ["key_bases='none'", "shared, per_head"]),
+        (["-O", "epochs"], ["'epochs'", "name=value"]),
+        (["--budget", "150%"], ["budget '150%'", "100%", "50%"]),
+        (["--budget", "0%"], ["budget '0%'", "50%"]),
+        (["--budget", "banana"], ["budget 'banana'", "50%"]),
+        (["--budget", "0.5"], ["budget '0.5'", "50%"]),
+        (["--budget", ""], ["budget ''", "50%"]),
+        (["--budget", "512 tokens"], ["budget 512 tokens", "50%"]),
+        (["--budget", "50%", "--error-budget", 0.03], ["budget 50%", "error budget 0.03", "one of them"]),
+        (["--error-budget", 0], ["error budget 0", "above 0"]),
+        (["--error-budget", 1.5], ["error budget 1.5", "up to 1"]),
+        (["--error-budget", "nan"], ["error budget nan", "up to 1"]),
+        (["--error-budget", "small"], ["--error-budget", "'small'", "--help"]),
+        (["--context", 0], ["context 0", "at least 8"]),
+        (["--context", -5], ["context -5", "at least 8"]),
+        (["--context", "banana"], ["--context", "'banana'", "--help"]),
+        (["--windows", 3], ["windows 3", "at least 4"]),
+        (["--rank-multiple", 17], ["rank multiple 17", "between 1 and the head dim 16"]),
+        (["--rank-multiple", 0], ["rank multiple 0", "between 1 and the head dim 16"]),
+        (["--sinks", -1], ["sinks -1", "at least 0"]),
+        (["--recent", -1], ["recent -1", "at least 0"]),
+        (["--seed", -1], ["--seed", "'-1'", "--help"]),
+        (["--dtype", "banana"], ["dtype 'banana'", "bfloat16"]),
+        (["--device", "banana"], ["device 'banana'", "cpu"]),
+        (["--device", "cuda"], ["device 'cuda'", "--device cpu"]),
+        (["--bogus"], ["--bogus", "--help"]),
+    ],
+    ids=str,
+)
+def test_bad_arguments_of_compress(model, here, monkeypatch, words, says):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    before = tree(here)
+    line = refused("compress", model, "out", *words)
+    assert [s for s in says if s not in line] == []
+    assert tree(here) == before
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--task", "perplexitty"], ["task 'perplexitty'", "perplexity"]),
+        (["--task", "perplexity,"], ["task ''", "perplexity"]),
+        (["--context", 0], ["context 0", "8", "512"]),
+        (["--context", -1], ["context -1", "8", "512"]),
+        (["--context", 513], ["context 513", "512"]),
+        (["--context", 16, "--task", "recall"], ["context 16", "longer context"]),
+        (["--windows", 0], ["windows 0", "at least 1"]),
+        (["--cases", 0], ["cases 0", "at least 1"]),
+        (["--bits", 5], ["bits=5", "4 or 8"]),
+        (["--bits", "few"], ["--bits", "'few'", "--help"]),
+        (["--plan", "missing"], ["missing", "does not exist", "lowkey compress"]),
+        (["--out", "."], ["output '.'", "folder"]),
+        (["--out", "notes.txt/r.json", "--task", "speed"], ["notes.txt/r.json", "another place"]),
+    ],
+    ids=str,
+)
+def test_bad_arguments_of_eval(model, here, words, says):
+    before = tree(here)
+    line = refused("eval", model, *words)
+    assert [s for s in says if s not in line] == []
+    assert tree(here) == before
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--prompt", ""], ["prompt ''", "empty"]),
+        (["--prompt", "a", "--tokens", 0], ["tokens 0", "at least 1"]),
+        (["--prompt", "a", "--bits", 3], ["bits=3", "4 or 8"]),
+        (["--prompt", "a", "--plan", "missing"], ["missing", "does not exist"]),
+        ([], ["--prompt", "--help"]),
+    ],
+    ids=str,
+)
+def test_bad_arguments_of_generate(model, here, words, says):
+    line = refused("generate", model, *words)
+    assert [s for s in says if s not in line] == []
+
+
+def test_a_plan_together_with_bits_is_refused(model, made):
+    assert "one of them" in refused("generate", model, "--prompt", "a", "--plan", made[0], "--bits", 8)
+
+
+@pytest.mark.parametrize("words", [["compres"], ["compress"], ["methods", "--jsn"], ["inspect"]], ids=str)
+def test_a_command_line_that_does_not_parse(words):
+    assert "--help" in refused(*words)
+
+
+def test_arguments_are_judged_before_the_model_is_loaded(here, monkeypatch):
+    monkeypatch.setattr(cli, "load", lambda *_: pytest.fail("loaded"))
+    for words in (["--layout", "rope"], ["--budget", "150%"], ["--method", "zzz"], ["--calibration", "none.txt"]):
+        refused("compress", "tiny", "out", *words)
+
+
+def test_a_budget_that_no_rank_can_reach(model, here):
+    line = refused("compress", model, "out", *SMALL, "--budget", "1%")
+    assert "1.0%" in line and "12.5%" in line and "raise the budget" in line
+    assert not (here / "out").exists()
+
+
+# -- bad text
+
+TEXTS: dict[str, tuple[bytes | None, str]] = {
+    "missing": (None, "no such file"),
+    "empty": (b"", "is empty"),
+    "blank": (b" \n\t ", "is empty"),
+    "latin-1": ("é".encode("latin-1") * 99, "not UTF-8"),
+    "binary": (bytes(range(256)) * 9, "not UTF-8"),
+    "nul": (b"a\0b" * 99, "NUL"),
+    "short": (b"Too few words.", "too few"),
+}
+
+
+@pytest.mark.parametrize("command", [("compress", "out", "--calibration"), ("eval", "--data")], ids=lambda c: c[0])
+@pytest.mark.parametrize("kind", TEXTS)
+def test_bad_text(model, here, command, kind):
+    content, says = TEXTS[kind]
+    path = here / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    before = tree(here)
+    line = refused(command[0], model, *command[1:], path)
+    assert says in line and (str(path) in line or (kind == "short" and "calibration" in line))
+    assert tree(here) == before
+
+
+@pytest.mark.parametrize("command", [("compress", "out", "--calibration"), ("eval", "--data")], ids=lambda c: c[0])
+def test_a_folder_is_no_text(model, here, command):
+    assert "is a folder" in refused(command[0], model, *command[1:], here)
+
+
+# -- bad models
+
+
+@pytest.mark.parametrize("name", ["./none", "/no/such/folder", "no-such-model", "no-such/model"])
+def test_a_model_that_is_nowhere(here, name):
+    line = refused("compress", name, "out", *SMALL)
+    assert f"model {name!r}" in line and "'tiny'" in line
+
+
+@pytest.mark.parametrize("name", [".", "notes.txt"])
+def test_a_place_that_is_no_model(here, name):
+    assert "no config.json" in refused("compress", name, "out", *SMALL)
+
+
+@pytest.mark.parametrize(
+    "kind, says",
+    [
+        ("gpt2", "supported families: llama"),
+        ("deepseek_v3", "MLA"),
+        ("mistral", "only sliding-window layers"),
+    ],
+)
+def test_a_family_that_is_not_supported(model, here, kind, says):
+    folder = Path(shutil.copytree(model, here / "model"))
+    if kind == "mistral":
+        pico.save(folder, kind, sliding_window=pico.WINDOW)
+    else:
+        AutoConfig.for_model(kind).save_pretrained(folder)
+    line = refused("compress", folder, "out", *SMALL)
+    assert kind in line and says in line
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def lose_a_weight(path: Path) -> None:
+    weights = load_file(path)
+    del weights["model.layers.1.self_attn.q_proj.weight"]
+    save_file(weights, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "file, damage",
+    [
+        ("config.json", lambda p: p.write_text("{")),
+        ("config.json", lambda p: p.write_text("[]")),
+        ("config.json", lambda p: p.write_text("{}")),
+        ("config.json", lambda p: p.write_bytes(bytes(range(256)))),
+        ("config.json", lambda p: p.write_text('{"model_type": "mystery"}')),
+        ("config.json", lambda p: p.write_text(p.read_text().replace('"hidden_size": 64', '"hidden_size": 128'))),
+        ("model.safetensors", truncate),
+        ("model.safetensors", lambda p: p.write_bytes(b"")),
+        ("model.safetensors", lambda p: p.unlink()),
+        ("model.safetensors", lose_a_weight),
+        ("tokenizer.json", lambda p: p.write_text("{")),
+    ],
+)
+def test_a_damaged_model(model, here, file, damage):
+    folder = Path(shutil.copytree(model, here / "model"))
+    damage(folder / file)
+    before = tree(here)
+    assert f"model {str(folder)!r}" in refused("compress", folder, "out", *SMALL)
+    assert tree(here) == before
+
+
+def test_a_model_that_brings_code_is_neither_run_nor_asked_about(model, here, monkeypatch):
+    folder = Path(shutil.copytree(model, here / "model"))
+    (folder / "config.json").write_text('{"model_type": "mystery", "auto_map": {"AutoConfig": "evil.Config"}}')
+    (folder / "evil.py").write_text(f"open({str(here / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    assert f"model {str(folder)!r}" in refused("compress", folder, "out", *SMALL)
+    assert not (here / "ran").exists()
+
+
+# -- bad plans
+
+
+def change(plan: Path, **fields: object) -> None:
+    meta = json.loads((plan / JSON).read_text())
+    (plan / JSON).write_text(json.dumps(meta | fields))
+
+
+def fill_with_nan(plan: Path) -> None:
+    tensors = {name: t * torch.nan for name, t in load_file(plan / TENSORS).items()}
+    save_file(tensors, plan / TENSORS)
+    change(plan, tensors_sha256=files.sha256(plan / TENSORS))
+
+
+BAD_PLANS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "newer": (lambda p: change(p, format=99), "upgrade lowkey"),
+    "no json": (lambda p: (p / JSON).write_text("{"), "damaged"),
+    "deep json": (lambda p: (p / JSON).write_text("[" * 100_000), "damaged"),
+    "list": (lambda p: (p / JSON).write_text("[]"), "damaged"),
+    "truncated": (lambda p: truncate(p / TENSORS), "damaged"),
+    "other tensors": (lambda p: save_file({"a": torch.zeros(1)}, p / TENSORS), "damaged"),
+    "huge header": (lambda p: (p / TENSORS).write_bytes(b"\xff" * 64), "damaged"),
+    "nan": (fill_with_nan, "NaN"),
+    "huge ranks": (lambda p: change(p, ranks={"0": [10**9, 1]}), "head dim"),
+    "layout": (lambda p: change(p, layout="__import__('os')"), "post_rope"),
+    "gone": (lambda p: (p / TENSORS).unlink(), "does not exist"),
+}
+
+
+@pytest.mark.parametrize("command", ["inspect", "eval", "generate"])
+@pytest.mark.parametrize("kind", BAD_PLANS)
+def test_a_bad_plan(model, here, plan, command, kind):
+    damage, says = BAD_PLANS[kind]
+    damage(plan)
+    before = tree(here)
+    words = {"inspect": [plan], "eval": [model, "--plan", plan], "generate": [model, "--prompt", "a", "--plan", plan]}[command]
+    line = refused(command, *words)
+    assert str(plan) in line and says in line
+    assert tree(here) == before
+
+
+@pytest.mark.parametrize("words", [["eval"], ["generate", "--prompt", "a"]], ids=lambda w: w[0])
+def test_a_plan_of_another_model(other, made, here, words):
+    line = refused(words[0], other, *words[1:], "--plan", made[0])
+    assert "was made for model" in line and "compress this model" in line
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"format": 9}'])
+def test_a_bad_result_makes_no_report(here, content):
+    if content is not None:
+        (here / "r.json").write_text(content)
+    assert "r.json" in refused("report", "r.json", "-o", "page.html")
+    assert not (here / "page.html").exists()
+
+
+# -- the output folder
+
+
+def test_a_folder_that_holds_files_is_kept(model, here):
+    (here / "out").mkdir()
+    (here / "out" / "thesis.tex").write_text("mine")
+    before = tree(here)
+    assert "--force" in refused("compress", model, "out", *SMALL)
+    assert tree(here) == before
+
+
+def test_force_replaces_a_folder(model, here):
+    (here / "out").mkdir()
+    (here / "out" / "thesis.tex").write_text("mine")
+    done("compress", model, "out", *SMALL, "--force")
+    assert {p.name for p in (here / "out").iterdir()} == {JSON, TENSORS, "README.md"}
+    assert {p.name for p in here.iterdir()} == {"out", "notes.txt"}
+
+
+@pytest.mark.parametrize("out", [".", "..", "/", "notes.txt"])
+def test_an_output_that_cannot_be_a_plan_folder(model, here, out):
+    before = tree(here)
+    assert f"output {out!r}" in refused("compress", model, out, *SMALL, "--force")
+    assert tree(here) == before
+
+
+@pytest.mark.parametrize("name", ["layer-x.safetensors", "model.safetensors", "thesis.tex"])
+def test_a_partial_folder_of_the_users_is_kept(model, here, name):
+    (here / "out.partial").mkdir()
+    (here / "out.partial" / name).write_text("mine")
+    before = tree(here)
+    assert "out.partial" in refused("compress", model, "out", *SMALL)
+    assert tree(here) == before
+
+
+def full_disk(*args: object, **kwargs: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The write of the file of this name finds the disk full."""
+    write = Path.write_text
+    monkeypatch.setattr(Path, "write_text", lambda self, *a, **k: full_disk() if name in self.name else write(self, *a, **k))
+
+
+@pytest.mark.parametrize("at", [JSON, "README.md", "job.json"])
+def test_a_full_disk_keeps_the_old_plan(model, plan, monkeypatch, at):
+    before = tree(plan)
+    fail_at(monkeypatch, at)
+    assert "No space left" in refused("compress", model, plan, *SMALL, "--force", "--seed", 1)
+    assert tree(plan) == before
+    Plan.load(plan)
+
+
+def test_a_full_disk_for_tensors_keeps_the_old_plan(model, plan, monkeypatch):
+    before = tree(plan)
+    monkeypatch.setattr(files, "save_file", full_disk)
+    assert "No space left" in refused("compress", model, plan, *SMALL, "--force")
+    assert tree(plan) == before
+
+
+def test_a_full_disk_leaves_no_result(model, here, monkeypatch):
+    before = tree(here)
+    fail_at(monkeypatch, "r.json")
+    assert "No space left" in refused("eval", model, "--task", "speed", *SCORE, "--out", "r.json")
+    assert tree(here) == before
+
+
+@contextmanager
+def files_end_at(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_write_that_the_system_cuts_short(model, here):
+    with files_end_at(4096):
+        line = refused("compress", model, "out", *SMALL)
+    assert "cannot write" in line and "another place" in line
+    assert not (here / "out").exists()
+
+
+# -- Ctrl-C
+
+
+@contextmanager
+def stopped_at(layer: int) -> Iterator[None]:
+    """Ctrl-C while this layer is fitted."""
+    fit, calls = PCA.fit, []
+
+    def stopping(*args: object) -> object:
+        calls.append(1)
+        if len(calls) > layer:
+            raise KeyboardInterrupt
+        return fit(*args)
+
+    with mock.patch.object(PCA, "fit", stopping):
+        yield
+
+
+def test_ctrl_c_leaves_no_plan_but_its_work(model, here):
+    with stopped_at(1):
+        assert "resumes" in refused("compress", model, "out", *SMALL, status=130)
+    assert not (here / "out").exists()
+    assert {p.name for p in (here / "out.partial").iterdir()} == {"job.json", "layer-0.safetensors"}
+
+
+def test_after_ctrl_c_the_same_command_goes_on_to_the_same_plan(model, here, monkeypatch):
+    done("compress", model, "straight", *SMALL)
+    with stopped_at(1):
+        lowkey("compress", model, "out", *SMALL)
+    fitted, fit = [], PCA.fit
+    monkeypatch.setattr(PCA, "fit", lambda *a: fitted.append(1) or fit(*a))
+    done("compress", model, "out", *SMALL)
+    assert len(fitted) == pico.LAYERS - 1
+    assert tree(here / "out") == tree(here / "straight")
+    assert not (here / "out.partial").exists()
+
+
+def test_ctrl_c_keeps_the_old_plan(model, plan):
+    before = tree(plan)
+    with stopped_at(2):
+        refused("compress", model, plan, *SMALL, "--force", status=130)
+    assert tree(plan) == before
+
+
+@pytest.mark.slow
+def test_a_real_ctrl_c(model, here):
+    command = [Path(sys.executable).with_name("lowkey"), "compress", model, "out", "--windows", "8", "--context", "32", "-O", "lr=1e-9"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        while not (here / "out.partial" / "job.json").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+    assert (process.returncode, out, len(err.splitlines())) == (130, "", 1)
+    assert not (here / "out").exists()
+
+
+@pytest.mark.slow
+def test_output_that_cannot_be_written(made):
+    """The system tells so only when the buffer is flushed."""
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run([Path(sys.executable).with_name("lowkey"), "inspect", made[0]], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ran.returncode == 2
+    assert "no space left" in ran.stderr and len(ran.stderr.splitlines()) == 1
+
+
+# -- help
+
+
+def test_alone_it_prints_its_help():
+    ran = lowkey()
+    assert ran.status == 2 and "Usage: lowkey" in ran.err
+
+
+def test_help_lists_the_commands():
+    out = done("--help").out
+    assert [c for c in ALL if c not in out] == []
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_help_of_each_command(command):
+    assert f"Usage: lowkey {command}" in done(command, "--help").out
+
+
+# -- compress and inspect
+
+
+def test_compress_prints_the_plan_it_wrote(model, made):
+    out, told = made
+    held = Plan.load(out)
+    assert told["plan"] == str(out)
+    assert (told["method"]["name"], told["budget"], told["format"]) == ("pca", "50%", 1)
+    assert told["ranks"] == {str(i): list(r) for i, r in held.ranks.items()}
+    assert told["provenance"]["model"] == str(model)
+
+
+def test_compress_keeps_half_when_not_told(made):
+    assert 0 < made[1]["bytes_per_token"]["float32"] <= pico.LAYERS * 2 * 4 * pico.HEAD_DIM * 4 / 2
+
+
+def test_no_work_is_left_behind(made):
+    assert [p.name for p in made[0].parent.iterdir()] == [made[0].name]
+
+
+def test_inspect_says_what_compress_said(made):
+    assert printed("inspect", made[0]) == made[1]
+
+
+def test_inspect_without_json(made):
+    out = done("inspect", made[0]).out
+    held = made[1]["bytes_per_token"]["bfloat16"]
+    assert "key rank" in out and f"keeps {held} of 768 bytes per token" in out
+
+
+def test_a_budget_in_bytes(model, here):
+    told = printed("compress", model, "out", *SMALL, "--budget", "1 KiB/token")
+    assert told["budget"] == "1 KiB/token"
+    assert 0 < told["bytes_per_token"]["float32"] <= 1024
+
+
+def test_an_error_budget(model, here):
+    assert printed("compress", model, "out", *SMALL, "--error-budget", "0.5")["budget"] == "error 0.5"
+
+
+def test_options_reach_the_method(model, here):
+    words = ("--windows", 8, "--context", 32, "-O", "epochs=1", "-O", "lr=0.5", "-O", "key_bases=per_head")
+    parameters = printed("compress", model, "out", *words)["method"]["parameters"]
+    assert (parameters["epochs"], parameters["lr"], parameters["key_bases"]) == (1, 0.5, "per_head")
+
+
+def test_the_other_arguments_reach_the_plan(model, here):
+    words = ("--layout", "pre_rope", "--allocator", "uniform", "--sinks", 2, "--recent", 3, "--rank-multiple", 4, "--seed", 7)
+    told = printed("compress", model, "out", *SMALL, *words)
+    assert (told["layout"], told["allocator"]["name"], told["sinks"], told["recent"]) == ("pre_rope", "uniform", 2, 3)
+    assert told["provenance"]["seed"] == 7
+    assert {r % 4 for pair in told["ranks"].values() for r in pair} == {0}
+
+
+def test_a_text_of_ones_own(model, made, here):
+    (here / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    told = printed("compress", model, "out", *SMALL, "--calibration", "text.txt")
+    assert told["provenance"]["data_sha256"] != made[1]["provenance"]["data_sha256"]
+
+
+OUTSIDE = """
+from dataclasses import dataclass
+from lowkey.methods import PCA
+
+@dataclass(frozen=True)
+class Mine(PCA):
+    loud: bool = False
+    times: int = 1
+"""
+
+
+def test_a_method_from_a_file_of_ones_own(model, here, monkeypatch):
+    (here / "outside_method.py").write_text(OUTSIDE)
+    monkeypatch.syspath_prepend(here)
+    words = ("--method", "outside_method:Mine", *SMALL[2:], "-O", "loud=true", "-O", "times=3")
+    method = printed("compress", model, "out", *words)["method"]
+    assert method["name"] == "outside_method:Mine"
+    assert (method["parameters"]["loud"], method["parameters"]["times"]) == (True, 3)
+
+
+@pytest.mark.parametrize("content", ["import nothing_of_this_name", "1 / 0", "def ("])
+def test_a_method_file_that_does_not_import(here, monkeypatch, content):
+    (here / "broken_method.py").write_text(content)
+    monkeypatch.syspath_prepend(here)
+    assert "broken_method:Mine" in refused("compress", "tiny", "out", "--method", "broken_method:Mine")
+
+
+def test_options_are_read_by_the_type_of_their_default():
+    method = loading.make_method("stiefattention", {"epochs": "3", "lr": "1e-2", "parametrisation": "mlp"})
+    assert method == StiefAttention("mlp", epochs=3, lr=0.01)
+
+
+def test_a_flag_is_true_or_false(here, monkeypatch):
+    (here / "flag_method.py").write_text(OUTSIDE)
+    monkeypatch.syspath_prepend(here)
+    assert loading.make_method("flag_method:Mine", {"loud": "false"}).loud is False
+    with pytest.raises(LowkeyError, match="true, false"):
+        loading.make_method("flag_method:Mine", {"loud": "maybe"})
+
+
+# -- eval
+
+
+def test_eval_prints_one_result_and_writes_it(scored):
+    out, ran = scored
+    result = json.loads(ran.out)
+    assert list(result) == ["format", "model", "environment", "rows"]
+    assert result["format"] == 1
+    assert json.loads(out.read_text()) == result
+    assert f"result written to {out}" in ran.err
+
+
+def test_rows_of_a_result(scored, made):
+    rows = json.loads(scored[1].out)["rows"]
+    assert [row["name"] for row in rows] == ["full", "pca 50%", "int8", "int4"]
+    assert [key for row in rows for key in ROW if key not in row] == []
+    assert (rows[1]["method"], rows[1]["plan"], rows[1]["budget"]) == ("pca", str(made[0]), "50%")
+
+
+def test_the_full_row_is_the_reference(scored):
+    full = json.loads(scored[1].out)["rows"][0]
+    assert abs(full["kl"]) < 1e-6
+    assert (full["top1_agreement"], full["layer_error"]) == (1.0, 0.0)
+    assert full["bytes_held"] == full["bytes_full"]
+
+
+def test_bytes_are_held_as_predicted(scored):
+    rows = json.loads(scored[1].out)["rows"]
+    assert [row["bytes_held"] for row in rows] == [row["bytes_predicted"] for row in rows]
+    assert len({row["bytes_held"] for row in rows}) == len(rows)
+
+
+def test_everything_is_measured_when_no_task_is_given(scored):
+    unmeasured = {key for row in json.loads(scored[1].out)["rows"] for key in ROW[6:] if row[key] is None}
+    assert unmeasured == set()
+    assert json.loads(scored[1].out)["rows"][0]["task"] == ",".join(TASKS)
+
+
+@pytest.mark.parametrize("words", [["--task", "layers"], ["--task", "layers,speed"], ["--task", "layers", "--task", "speed"]], ids=str)
+def test_what_nobody_asked_for_is_null(model, here, words):
+    for row in printed("eval", model, *SCORE, *words, "--out", "r.json")["rows"]:
+        assert row["layer_error"] is not None and row["bytes_held"] is not None
+        assert {row[key] for key in ("perplexity", "kl", "top1_agreement", "exact_match")} == {None}
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_bits_choose_the_packed_rows(model, here, bits):
+    rows = printed("eval", model, *SCORE, "--task", "speed", "--bits", bits, "--out", "r.json")["rows"]
+    assert [row["name"] for row in rows] == ["full", f"int{bits}"]
+
+
+def test_plans_of_the_same_name_keep_rows_of_their_own(model, made, here):
+    done("compress", model, "wide", *SMALL, "--rank-multiple", 8)
+    words = ("--plan", made[0], "--plan", "wide", "--bits", 8, "--task", "layers", "--out", "r.json")
+    rows = printed("eval", model, *SCORE, *words)["rows"]
+    assert [row["name"] for row in rows] == ["full", "pca 50%", "pca 50% (2)", "int8"]
+    assert [row["plan"] for row in rows] == [None, str(made[0]), "wide", None]
+    assert rows[1]["layer_error"] != rows[2]["layer_error"]
+
+
+def test_without_a_name_the_result_goes_to_results(model, here):
+    err = done("eval", model, *SCORE, "--task", "speed").err
+    (found,) = (here / "results").iterdir()
+    assert found.name.startswith("eval-pico-") and f"results/{found.name}" in err
+
+
+def test_brackets_in_a_path_are_printed_as_they_are(model, here):
+    ran = done("eval", model, *SCORE, "--task", "speed", "--out", "r[bold][1].json")
+    assert "r[bold][1].json" in ran.err and (here / "r[bold][1].json").exists()
+
+
+def test_eval_without_json_prints_a_table(model, made, here):
+    ran = done("eval", model, "--plan", made[0], *SCORE, "--task", "layers", "--out", "r.json")
+    assert "pca 50%" in ran.out and "layer error" in ran.out and "100.0%" in ran.out
+    assert "recall" not in ran.out
+
+
+def test_the_text_and_the_command_are_recorded(model, here):
+    (here / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    environment = printed("eval", model, *SCORE, "--task", "speed", "--data", "text.txt", "--out", "r.json")["environment"]
+    assert environment["data"]["name"] == "text.txt" and environment["data"]["context"] == 192
+    assert environment["command"].startswith("lowkey eval") and "--data text.txt" in environment["command"]
+    assert (environment["dtype"], environment["device"]) == ("float32", "cpu")
+
+
+def test_another_dtype(model, here):
+    result = printed("eval", model, *SCORE, "--task", "speed", "--bits", 8, "--dtype", "bfloat16", "--out", "r.json")
+    assert result["environment"]["dtype"] == "bfloat16"
+    assert result["rows"][0]["bytes_per_token"] == pico.LAYERS * 2 * 4 * pico.HEAD_DIM * 2
+
+
+# -- the others
+
+
+def test_generate_prints_what_it_wrote_and_held(model, made):
+    told = printed("generate", model, "--prompt", "Once upon a time", "--plan", made[0], "--tokens", 5)
+    assert told["new_tokens"] == 5 and told["tokens_per_s"] > 0
+    assert 0 < told["bytes_held"] < told["bytes_full"]
+
+
+def test_generate_streams_the_same_text(model, made):
+    words = ("generate", model, "--prompt", "Once upon a time", "--plan", made[0], "--tokens", 5)
+    ran = done(*words)
+    assert ran.out.rstrip("\n") == printed(*words)["text"].rstrip("\n")
+    assert "tokens/s" in ran.err
+
+
+def test_generate_over_packed_integers(model):
+    told = printed("generate", model, "--prompt", "Once upon a time", "--bits", 8, "--tokens", 5)
+    assert told["bytes_held"] / told["bytes_full"] == (16 + 8) / 64
+
+
+def test_generate_over_the_full_cache(model):
+    told = printed("generate", model, "--prompt", "Once upon a time", "--tokens", 5)
+    assert told["bytes_held"] == told["bytes_full"] == pico.LAYERS * 2 * 4 * pico.HEAD_DIM * 4 * (16 + 5 - 1)
+
+
+def test_report_writes_a_page(scored, here):
+    told = printed("report", scored[0], "-o", "page.html")
+    assert told == {"report": "page.html"}
+    assert "pca 50%" in (here / "page.html").read_text()
+
+
+def test_report_without_json(scored, here):
+    ran = done("report", scored[0])
+    assert ran.out == "" and "report written to report.html" in ran.err
+
+
+def test_methods_lists_everything():
+    told = printed("methods")
+    assert list(told["methods"]) == list(METHODS) and list(told["allocators"]) == list(ALLOCATORS)
+    assert told["methods"]["stiefattention"]["options"]["epochs"] == StiefAttention().epochs
+
+
+def test_methods_without_json():
+    out = done("methods").out
+    assert [name for name in (*METHODS, *ALLOCATORS) if name not in out] == []
+
+
+def test_profile_writes_the_surface_and_two_plots(model, here):
+    words = ("profile", model, "--method", "pca", "--windows", 4, "-o", "profile")
+    told = printed(*words)
+    assert told == json.loads((here / "profile" / "profile.json").read_text())
+    assert told["layers"] == [0, 1, 2] and len(told["surface"]) == 3
+    for name in ("surface.png", "spectra.png"):
+        assert (here / "profile" / name).read_bytes().startswith(b"\x89PNG")
