@@ -22,7 +22,6 @@ from lowkey.methods import PCA, StiefAttention
 from lowkey.progress import bars
 from lowkey.text import encode, sample_windows
 
-
 BUDGETS = (75, 50, 37.5)
 
 

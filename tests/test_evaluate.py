@@ -21,7 +21,7 @@ from lowkey.progress import silent
 
 TEXT = "".join(string.printable[(i * i + 7 * i) % 95] for i in range(1000))
 OTHER = "".join(string.printable[(i * i * 3 + 11 * i) % 95] for i in range(300))
-LENGTH, COUNT, BATCH = 25, 3, 2  # an odd length, and a last batch of one
+LENGTH, COUNT, BATCH = 25, 5, 2  # an odd length, and a last batch of one
 TIMES = ("prefill_ms", "step_ms")
 
 

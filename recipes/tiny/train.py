@@ -24,6 +24,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from lowkey.evaluate.recall import KEYS, Fact, draw_episode, draw_facts
 
 HERE = Path(__file__).parent
+# Keys of the later stages. The model did not learn to match them (35 % against 100 % for KEYS), so the task leaves them out.
+# fmt: off
+MORE_KEYS = [
+    "needle", "ocean", "palace", "quarry", "ribbon", "saddle", "temple", "uncle", "valley", "wagon", "anchor", "barrel",
+    "copper", "desert", "eagle", "flower", "glove", "harbor", "iron", "jungle", "king", "lemon", "maple", "nest",
+    "olive", "pearl", "rope", "sailor", "tiger", "vessel", "wheel", "brush", "camel", "daisy", "earth", "fence",
+    "ghost", "honey", "ivory", "judge", "knife", "lion", "motor", "novel", "onion", "piano", "robin", "spoon",
+    "train",
+]
+# fmt: on
+ALL_KEYS = [*KEYS, *MORE_KEYS]
 PLAIN = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "—": "-", "–": "-", "…": ".", "\u00a0": " "})
 SPLIT = Regex(r"'(?:s|t|re|ve|m|ll|d)\b| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 BOS = "<s>"
@@ -41,7 +52,7 @@ def train_tokenizer(texts: list[str], size: int, rng: random.Random) -> PreTrain
         [pre_tokenizers.Split(SPLIT, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tok.decoder = decoders.ByteLevel()
-    facts = [f.statement + f.question for _ in range(2000) for f in draw_facts(rng, len(KEYS))]
+    facts = [f.statement + f.question for _ in range(2000) for f in draw_facts(rng, len(ALL_KEYS), ALL_KEYS)]
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[BOS, "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tok.train_from_iterator([t[:200_000] for t in texts] + facts, trainer)
     return PreTrainedTokenizerFast(
@@ -65,7 +76,7 @@ class Sampler:
     def episode(self, length: int, per_1k: float, keys: int) -> tuple[list[int], list[int]]:
         """Statements and questions at random places in a stretch of text."""
         rng, count = self.rng, max(2, round(per_1k * length / 1000))
-        pieces = self.pieces(draw_facts(rng, min(count, keys), KEYS[:keys]))
+        pieces = self.pieces(draw_facts(rng, min(count, keys), ALL_KEYS[:keys]))
         room = max(0, length - sum(len(ids) for ids, _ in pieces))
         cuts = [0, *sorted(rng.randrange(room + 1) for _ in pieces), room]
         text, ids, kind = self.text(room + 1), [], []
