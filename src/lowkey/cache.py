@@ -53,16 +53,14 @@ def make_cache(model: PreTrainedModel, plan: Plan | None = None, *, bits: int | 
         raise LowkeyError(f"bits={bits}: packed storage has 4 or 8 bits")
     if plan is not None:
         plan.check(model)
-    return cache_of(model, _builder(model, plan, bits, exact))
+        return planned_cache(model, plan, exact)
+    return cache_of(model, lambda i: StockLayer() if bits is None else QuantizedLayer(bits))
 
 
-def _builder(model: PreTrainedModel, plan: Plan | None, bits: int | None, exact: Exact | None) -> Callable[[int], CountedLayer]:
-    if plan is not None:
-        keep = exact or Exact(plan.sinks, plan.recent)
-        return lambda i: LowRankLayer(plan.factors[i], plan.layout, families.rope(model, i), keep)
-    if bits is not None:
-        return lambda i: QuantizedLayer(bits)
-    return lambda i: StockLayer()
+def planned_cache(model: PreTrainedModel, plan: Plan, exact: Exact | None = None) -> LowkeyCache:
+    """As `make_cache` with a plan that was checked before: the model's weights are not looked at again."""
+    keep = exact or Exact(plan.sinks, plan.recent)
+    return cache_of(model, lambda i: LowRankLayer(plan.factors[i], plan.layout, families.rope(model, i), keep))
 
 
 def cache_of(model: PreTrainedModel, build: Callable[[int], CountedLayer]) -> LowkeyCache:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey import families, files, text
-from lowkey.allocate import ALLOCATORS, Allocator, Profile, Ranks
+from lowkey.allocate import ALLOCATORS, Allocator, Profile, Ranks, too_small
 from lowkey.fingerprint import data_fingerprint, model_fingerprint
 from lowkey.methods import METHODS, Method
 from lowkey.plan import Plan, versions
@@ -67,6 +67,7 @@ def calibrate(
     families.check_layout(model, layout)
     limit = _limit(budget, error_budget, shape, model)
     ranks = candidates(shape.head_dim, rank_multiple)
+    _reachable(limit, shape, ranks, model)
     if not attached(model):
         attach(model)
     joined = texts if isinstance(texts, str) else "\n".join(texts) if texts else text.embedded("calibration")
@@ -177,9 +178,20 @@ def _limit(budget: str | Budget | None, error: float | None, shape: families.Geo
         if not 0 < error <= 1:
             raise LowkeyError(f"error budget {error}: a relative layer-output error above 0 and up to 1; the paper uses 0.03")
         return error
-    parsed = Budget.parse(budget or "50%")
+    parsed = Budget.parse("50%" if budget is None else budget)
     parsed.bytes_per_token(shape.full_bytes_per_token(model.dtype.itemsize))
     return parsed
+
+
+def _reachable(limit: Budget | float, shape: families.Geometry, ranks: list[int], model: PreTrainedModel) -> None:
+    """Refuse a byte budget below the least ranks before anything is fitted."""
+    if not isinstance(limit, Budget):
+        return
+    count = len(shape.compressible)
+    empty = Profile(tuple(ranks), [[]] * count, shape.kv_heads, model.dtype.itemsize, [])
+    least, most = (empty.bytes([(r, r)] * count) for r in (ranks[0], ranks[-1]))
+    if limit.bytes_per_token(most) < least:
+        raise too_small(empty, limit.bytes_per_token(most), least)
 
 
 def _allocate(split: Allocator, profile: Profile, limit: Budget | float) -> Ranks:

@@ -127,10 +127,12 @@ def _build(meta: dict, tensors: dict[str, Tensor], folder: Path) -> Plan:
     try:
         fields = {n: meta[n] for n in FIELDS}
         ranks = {int(i): (int(k), int(v)) for i, (k, v) in meta["ranks"].items()}
-        heads, d = int(fields["geometry"]["kv_heads"]), int(fields["geometry"]["head_dim"])
+        heads, d = fields["geometry"]["kv_heads"], fields["geometry"]["head_dim"]
         str(fields["method"]["name"] + fields["allocator"]["name"]), fields["provenance"]["model_sha256"], fields["profile"].keys()
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise refuse(f"plan.json lacks or garbles a field ({error})") from None
+    if not ranks or not all(isinstance(n, int) and n > 0 for n in (heads, d)):
+        raise refuse("ranks are empty, or kv_heads and head_dim are not counts")
     if fields["layout"] not in LAYOUTS:
         raise refuse(f"layout {fields['layout']!r} is none of {', '.join(LAYOUTS)}")
     if not all(isinstance(fields[n], int) and fields[n] >= 0 for n in ("sinks", "recent")):

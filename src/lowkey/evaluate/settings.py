@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
-from lowkey.cache import LowkeyCache, make_cache
+from lowkey.cache import LowkeyCache, make_cache, planned_cache
 from lowkey.layers.base import StoringLayer
 from lowkey.plan import Plan
 
@@ -54,7 +54,7 @@ def planned(model: PreTrainedModel, plan: Plan, path: str) -> Setting:
     plan.check(model)
     known = identity(method=plan.method["name"], plan=path, budget=plan.budget, layout=plan.layout)
     known["profile"] = {**plan.profile, "layers": list(plan.factors)}
-    return Setting(f"{plan.method['name']} {plan.budget}", known, lambda: make_cache(model, plan=plan))
+    return Setting(f"{plan.method['name']} {plan.budget}", known, lambda: planned_cache(model, plan))
 
 
 def distinct(settings: Sequence[Setting]) -> list[Setting]:
