@@ -28,8 +28,8 @@ from lowkey.progress import bars
 from lowkey.types import Layout
 
 METHODS = {
-    "pca (K shared)": ("pca", {"key_bases": "shared"}),
-    "pca (K per head)": ("pca", {}),
+    "pca": ("pca", {}),
+    "pca (K per head)": ("pca", {"key_bases": "per_head"}),
     "eigenattention": ("eigenattention", {}),
     "eigenattention (code form)": ("eigenattention", {"form": "code"}),
     "stiefattention": ("stiefattention", {}),

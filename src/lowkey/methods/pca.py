@@ -14,14 +14,15 @@ from lowkey.types import Heads, LayerBases, LayerStatistics, head_blocks
 class PCA:
     """Top eigenvectors of the second moment of keys alone and of values alone.
 
-    key_bases, value_bases: one basis per KV head, or one shared by the heads of a layer.
+    key_bases, value_bases: one basis per KV head, or one shared by the heads of a layer; the same defaults as the other methods,
+    so that what differs between their rows is the basis.
     """
 
     summary: ClassVar[str] = "uncentred PCA of keys and values, the plain baseline"
     paper: ClassVar[str] = ""
     allocator: ClassVar[str] = "greedy"
 
-    key_bases: Heads = "per_head"
+    key_bases: Heads = "shared"
     value_bases: Heads = "per_head"
 
     def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
