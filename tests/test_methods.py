@@ -139,7 +139,7 @@ def test_training_lowers_the_error():
 
 def test_pca_keeps_the_most_energy(layout):
     stats, probe = prepared("llama", layout, 1)
-    bases = PCA().fit(stats, probe, RANKS, 0)
+    bases = PCA(key_bases="per_head").fit(stats, probe, RANKS, 0)
     moment = stats.keys(layout)
     energy = torch.linalg.eigvalsh(moment).flip(-1)
     down = bases.keys.at(4)[0].double()
