@@ -37,7 +37,7 @@ METHODS = {
 }
 BUDGETS = ("75%", "50%", "37.5%")
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # two-sided 95 % quantiles of Student's t for n samples
-SHOWN = ("layer_error", "perplexity", "perplexity_decode", "kl", "top1_agreement", "exact_match", "fit_seconds")
+SHOWN = ("layer_error", "perplexity", "perplexity_decode", "kl", "top1_agreement", "exact_match")
 
 app = typer.Typer(add_completion=False)
 
@@ -141,7 +141,8 @@ def _order(item: tuple) -> tuple:
 def _cell(values: list) -> str:
     if any(v is None for v in values):
         return "-"
-    mean, digits = statistics.mean(values), 1 if statistics.mean(values) >= 10 else 4
+    mean = statistics.mean(values)
+    digits = 2 if mean >= 10 else 3 if mean >= 1 else 4
     if len(values) < 2:
         return f"{mean:.{digits}f}"
     return f"{mean:.{digits}f} ±{T95[len(values)] * statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}"
