@@ -10,8 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowkey import families, files
-from lowkey.cache import LowkeyCache
-from lowkey.layers.base import StockSlidingLayer
+from lowkey.cache import cache_of
 from lowkey.layers.observing import ObservingLayer
 from lowkey.types import LayerStatistics, device_of
 
@@ -36,10 +35,8 @@ def gather(model: PreTrainedModel, batches: Iterable[Tensor], work: Path | None 
 
 @torch.no_grad()
 def _observe(model: PreTrainedModel, ids: Tensor) -> Sums:
-    config, full = model.config.get_text_config(), families.geometry(model).compressible
-    layers = {i: ObservingLayer(families.rope(model, i)) for i in full}
-    count = len(families.layer_types(config))
-    cache = LowkeyCache(layers=[layers[i] if i in layers else StockSlidingLayer(config.sliding_window) for i in range(count)])
+    layers = {i: ObservingLayer(families.rope(model, i)) for i in families.geometry(model).compressible}
+    cache = cache_of(model, layers.__getitem__)
     hidden = model(ids, past_key_values=cache, output_hidden_states=True, logits_to_keep=1).hidden_states
     for i, layer in layers.items():
         x = families.attention_input(model, i, hidden[i]).float().flatten(0, 1)

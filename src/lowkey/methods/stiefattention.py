@@ -67,7 +67,7 @@ class StiefAttention:
         """The paper's protocol: a predictor per rank and side, the other side left at full rank."""
         start_k, start_v = self._start(statistics, probe)
         d = start_k.columns.shape[-1]
-        eye = torch.eye(d).unsqueeze(0)
+        eye = torch.eye(d, device=device_of(probe.block)).unsqueeze(0)
         about_k = describe(statistics.keys(probe.layout), statistics.keys_mean(probe.layout), statistics, self.key_bases)
         about_v = describe(head_blocks(statistics.values, statistics.heads), statistics.values_mean, statistics, self.value_bases)
 
@@ -127,7 +127,7 @@ class StiefAttention:
 
 
 def bases_of(keys: Tensor, values: Tensor, rank_k: int, rank_v: int) -> Factors:
-    k, v = keys[..., :rank_k].to(values), values[..., :rank_v].to(keys)
+    k, v = keys[..., :rank_k], values[..., :rank_v]
     return Factors(k, k.mT, v, v.mT)
 
 
