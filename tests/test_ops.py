@@ -12,7 +12,7 @@ from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply
 from lowkey.ops.bases import is_orthonormal, orthonormal, principal
 from lowkey.ops.quantize import dequantize, pack, quantize, unpack
 from lowkey.ops.rope import rotate, unrotate
-from lowkey.ops.stiefel import FreeMatrix, Predictor
+from lowkey.ops.stiefel import Predictor, RankedMatrices
 
 
 def draw(*shape, seed=0, dtype=torch.float32):
@@ -178,13 +178,22 @@ def test_a_constant_half_precision_group_gives_no_nan():
 # -- the Stiefel manifold
 
 
-def test_a_free_matrix_starts_where_it_is_told_and_stays_orthonormal():
-    start = orthonormal(draw(2, 6, 4))
-    module = FreeMatrix(start)
-    assert torch.allclose(module(), start, atol=1e-5)
+def test_ranked_matrices_start_where_they_are_told_and_stay_orthonormal():
+    start = orthonormal(draw(2, 6, 6))
+    module = RankedMatrices(start, 3)
+    index = torch.tensor([2, 0])
+    assert torch.allclose(module(index), start.expand(2, 2, 6, 6), atol=1e-5)
     with torch.no_grad():
-        module.a.add_(draw(2, 6, 4, seed=1))
-    assert torch.allclose(module().mT @ module(), eye(start), atol=1e-5)
+        module.shared.add_(draw(2, 6, 6, seed=1))
+        module.own.add_(draw(3, 2, 6, 6, seed=2))
+    out = module(index)
+    assert torch.allclose(out.mT @ out, eye(out), atol=1e-5)
+
+
+def test_a_rank_moves_what_is_shared_and_its_own_departure_alone():
+    module = RankedMatrices(orthonormal(draw(2, 6, 6)), 3)
+    (module(torch.tensor([1])) * draw(2, 6, 6, seed=1)).sum().backward()
+    assert module.shared.grad.any() and module.own.grad[1].any() and not module.own.grad[[0, 2]].any()
 
 
 def test_a_predictor_is_orthonormal_one_network_per_head():
@@ -200,10 +209,14 @@ def test_a_predictors_heads_are_apart():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: FreeMatrix(orthonormal(draw(2, 6, 4))), lambda: Predictor(draw(2, 12), 6, 16, torch.Generator().manual_seed(0))]
+    "make, args",
+    [
+        (lambda: RankedMatrices(orthonormal(draw(2, 6, 6)), 3), (torch.arange(3),)),
+        (lambda: Predictor(draw(2, 12), 6, 16, torch.Generator().manual_seed(0)), ()),
+    ],
 )
-def test_every_parameter_is_trained(make):
+def test_every_parameter_is_trained(make, args):
     module = make()
-    out = module()
+    out = module(*args)
     (out * draw(*out.shape, seed=3)).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in module.parameters())

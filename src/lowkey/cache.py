@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from lowkey import families
+from lowkey import cachefile, families
+from lowkey.fingerprint import model_fingerprint
 from lowkey.layers.base import StockLayer, StockSlidingLayer, StoringLayer
+from lowkey.layers.codec import LowRank
+from lowkey.layers.evicting import EvictingLayer, Round
 from lowkey.layers.lowrank import Exact, LowRankLayer
 from lowkey.layers.quantized import QuantizedLayer
-from lowkey.plan import Plan
+from lowkey.plan import Plan, versions
+from lowkey.policies import policy_from, policy_words
+from lowkey.policies.base import Policy
 from lowkey.seam import attached
 from lowkey.types import LowkeyError
 
 CountedLayer = StoringLayer | StockLayer | StockSlidingLayer
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a cache was made for and from, so that it can be saved and made again."""
+
+    model: weakref.ReferenceType[PreTrainedModel]
+    plan: Plan | None = None
+    policy: Policy | None = None
+    bits: int | None = None
+    exact: Exact | None = None
+
+
 class LowkeyCache(Cache):
     """A transformers cache whose layers know what they hold."""
 
     layers: list[CountedLayer]  # type: ignore[assignment]
+    origin: Origin | None = None
 
     def nbytes(self) -> int:
         """Bytes of the storages really held, over all layers."""
@@ -37,30 +58,127 @@ class LowkeyCache(Cache):
             if isinstance(layer, StoringLayer):
                 layer.exact_prefill = on
 
+    @property
+    def evicting(self) -> list[EvictingLayer]:
+        return [layer for layer in self.layers if isinstance(layer, EvictingLayer)]
 
-def make_cache(model: PreTrainedModel, plan: Plan | None = None, *, bits: int | None = None, exact: Exact | None = None) -> LowkeyCache:
+    def only_look(self, tokens: int) -> None:
+        """From now on, the last `tokens` of each chunk say what to keep of the others and are then forgotten (0: stored as usual).
+
+        So a question can choose what is kept and be asked again, over what was kept.
+        """
+        for layer in self.evicting:
+            layer.looking = tokens
+
+    def freeze(self, on: bool = True) -> None:
+        """From now on, evict nothing more."""
+        for layer in self.evicting:
+            layer.frozen = on
+
+    def kept_positions(self, layer: int, batch: int = 0) -> list[Tensor]:
+        """Per KV head the positions that this layer holds of one row of the batch, ascending.
+
+        Errors: LowkeyError for a layer that evicts nothing.
+        """
+        found = self.layers[layer]
+        if not isinstance(found, EvictingLayer):
+            raise LowkeyError(f"layer {layer}: keeps every token; give a layer of a cache that was made with a policy")
+        return found.kept_positions(batch)
+
+    def save(self, path: str | Path, force: bool = False) -> None:
+        """Write what is held as the folder `path`, in one step: cache.json, cache.safetensors and, if there is one, the plan.
+
+        Errors: LowkeyError when the model is gone, when `path` holds other files (unless `force`), or cannot be written.
+        """
+        origin = self.origin
+        model = origin.model() if origin else None
+        if origin is None or model is None:
+            raise LowkeyError("cache: was not made by make_cache, or its model is gone; save while the model is loaded")
+        about = {
+            "model": model.config._name_or_path,
+            "model_sha256": model_fingerprint(model),
+            "versions": versions(),
+            "bits": origin.bits,
+            "exact": origin.exact and asdict(origin.exact),
+            "policy": origin.policy and policy_words(origin.policy),
+        }
+        cachefile.write(Path(path), self.layers, about, origin.plan, force)
+
+
+def load_cache(path: str | Path, model: PreTrainedModel) -> LowkeyCache:
+    """A cache that `save` wrote, ready to continue with the model it was made for.
+
+    Errors: LowkeyError for another model, a newer format, a damaged or truncated file.
+    """
+    folder = Path(path)
+    about, tensors = cachefile.read(folder)
+    wanted, found = about["model_sha256"], model_fingerprint(model)
+    if wanted != found:
+        raise LowkeyError(f"cache was made for model {about.get('model')!r} ({str(wanted)[:12]}), this one is {found[:12]}; make it again")
+    plan = Plan.load(folder / cachefile.PLAN, model) if (folder / cachefile.PLAN).exists() else None
+    exact = Exact(**about["exact"]) if about["exact"] else None
+    policy = policy_from(about["policy"]) if about["policy"] else None
+    cache = make_cache(model, plan, policy, bits=about["bits"], exact=exact)
+    cachefile.restore(folder, cache.layers, about, tensors, model)
+    return cache
+
+
+def make_cache(
+    model: PreTrainedModel,
+    plan: Plan | None = None,
+    policy: Policy | None = None,
+    *,
+    bits: int | None = None,
+    exact: Exact | None = None,
+) -> LowkeyCache:
     """A fresh cache for one batch of sequences.
 
-    plan: low rank as calibrated. bits: 4 or 8, every key and value in packed integers (not together with a plan yet).
-    exact: overrides the plan's sinks, recent window and prefill mode. All None: transformers' own storage, counted.
-    Errors: LowkeyError when the model is not attached, the plan is another model's, or bits are not 4 or 8.
+    plan: low rank as calibrated. policy: which tokens each head keeps, alone or on top of a plan. bits: 4 or 8, every key and value in
+    packed integers (alone). exact: overrides the plan's sinks, recent window and prefill mode. All None: transformers' own form, counted.
+    Errors: LowkeyError when the model is not attached, the plan is another model's, bits are not 4 or 8, or two do not go together.
     """
     if not attached(model):
         raise LowkeyError("model is not attached: call lowkey.attach(model) before make_cache")
-    if plan is not None and bits is not None:
-        raise LowkeyError(f"bits={bits} together with a plan is not supported yet; give one of them")
-    if bits not in (None, 4, 8):
-        raise LowkeyError(f"bits={bits}: packed storage has 4 or 8 bits")
     if plan is not None:
         plan.check(model)
-        return planned_cache(model, plan, exact)
-    return cache_of(model, lambda i: StockLayer() if bits is None else QuantizedLayer(bits))
+    return cache_from(model, Origin(weakref.ref(model), plan, policy, bits, exact))
 
 
-def planned_cache(model: PreTrainedModel, plan: Plan, exact: Exact | None = None) -> LowkeyCache:
-    """As `make_cache` with a plan that was checked before: the model's weights are not looked at again."""
-    keep = exact or Exact(plan.sinks, plan.recent)
-    return cache_of(model, lambda i: LowRankLayer(plan.factors[i], plan.layout, families.rope(model, i), keep))
+def cache_from(model: PreTrainedModel, origin: Origin) -> LowkeyCache:
+    """As `make_cache`, for a plan that was checked before: the model's weights are not looked at again."""
+    if origin.bits not in (None, 4, 8):
+        raise LowkeyError(f"bits={origin.bits}: packed storage has 4 or 8 bits")
+    if origin.bits is not None and (origin.plan or origin.policy):
+        raise LowkeyError(f"bits={origin.bits} together with a plan or a policy is not supported yet; give one of them")
+    cache = cache_of(model, _builder(model, origin))
+    cache.origin = origin
+    return cache
+
+
+def _builder(model: PreTrainedModel, origin: Origin) -> Callable[[int], CountedLayer]:
+    plan, policy, bits = origin.plan, origin.policy, origin.bits
+    if policy is not None:
+        return _evicting(model, plan, policy, origin.exact)
+    if plan is not None:
+        keep = origin.exact or Exact(plan.sinks, plan.recent)
+        return lambda i: LowRankLayer(plan.factors[i], plan.layout, families.rope(model, i), keep)
+    return lambda i: StockLayer() if bits is None else QuantizedLayer(bits)
+
+
+def _evicting(model: PreTrainedModel, plan: Plan | None, policy: Policy, exact: Exact | None) -> Callable[[int], CountedLayer]:
+    if exact or (plan and (plan.sinks or plan.recent)):
+        raise LowkeyError(
+            "exact tokens of a plan together with a policy are not supported; the policy's sinks and recent tokens are kept in low rank"
+        )
+    full = families.geometry(model).compressible
+    policy = policy.fitted(plan.heads if plan else {})
+    meeting = Round(len(full))
+
+    def build(i: int) -> EvictingLayer:
+        rope = families.rope(model, i)
+        return EvictingLayer(policy, rope, full.index(i), meeting, LowRank(plan.factors[i], plan.layout, rope) if plan else None)
+
+    return build
 
 
 def cache_of(model: PreTrainedModel, build: Callable[[int], CountedLayer]) -> LowkeyCache:

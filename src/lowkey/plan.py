@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from lowkey.types import LAYOUTS, Factors, Layout, LowkeyError
 from lowkey.version import __version__
 
 FORMAT = 1
-FIELDS = ("layout", "method", "allocator", "budget", "geometry", "provenance", "profile", "orthonormal", "sinks", "recent")
+FIELDS = ("layout", "method", "allocator", "budget", "geometry", "provenance", "profile", "orthonormal", "sinks", "recent", "heads")
 JSON, TENSORS, CARD = "plan.json", "plan.safetensors", "README.md"
 
 
@@ -29,7 +30,8 @@ class Plan:
     """Factors per compressed layer and everything needed to judge them.
 
     method and allocator: {"name": ..., "parameters": {...}}, verbatim; budget: what was asked for; profile: candidate
-    ranks, the error surface and the chosen pairs per layer; provenance: model and data fingerprints, seed, versions.
+    ranks, the error surface and the chosen pairs per layer; heads: importance of KV heads by kind (`r2`, ...), which HeadKV policies read,
+    for every compressed layer; provenance: model and data fingerprints, seed, versions.
     """
 
     factors: dict[int, Factors]
@@ -43,6 +45,7 @@ class Plan:
     orthonormal: bool = True
     sinks: int = 0
     recent: int = 0
+    heads: dict = field(default_factory=dict)
 
     @property
     def ranks(self) -> dict[int, tuple[int, int]]:
@@ -125,7 +128,7 @@ def _build(meta: dict, tensors: dict[str, Tensor], folder: Path) -> Plan:
         return LowkeyError(f"plan {str(folder)!r}: {rule}; it is damaged: make it again")
 
     try:
-        fields = {n: meta[n] for n in FIELDS}
+        fields = {n: meta[n] for n in FIELDS if n != "heads"} | {"heads": meta.get("heads", {})}  # the first plans had none
         ranks = {int(i): (int(k), int(v)) for i, (k, v) in meta["ranks"].items()}
         heads, d = fields["geometry"]["kv_heads"], fields["geometry"]["head_dim"]
         str(fields["method"]["name"] + fields["allocator"]["name"]), fields["provenance"]["model_sha256"], fields["profile"].keys()
@@ -139,6 +142,7 @@ def _build(meta: dict, tensors: dict[str, Tensor], folder: Path) -> Plan:
         raise refuse("sinks and recent are counts of tokens")
     if not all(1 <= r <= d for pair in ranks.values() for r in pair):
         raise refuse(f"ranks lie between 1 and the head dim {d}")
+    _check_heads(fields["heads"], len(ranks), heads, refuse)
     factors = {}
     for i, rank in ranks.items():
         try:
@@ -147,6 +151,15 @@ def _build(meta: dict, tensors: dict[str, Tensor], folder: Path) -> Plan:
             raise refuse(f"plan.safetensors lacks {error}") from None
         _check_factors(factors[i], rank, heads, d, fields["orthonormal"], refuse)
     return Plan(factors, **fields)
+
+
+def _check_heads(found: object, layers: int, heads: int, refuse: Callable[[str], LowkeyError]) -> None:
+    try:
+        tables = [torch.tensor(rows, dtype=torch.float64) for rows in found.values()]  # type: ignore[attr-defined]
+    except (AttributeError, TypeError, ValueError):
+        raise refuse("head importance is no table of numbers") from None
+    if not all(t.shape == (layers, heads) and bool((t >= 0).all() & t.isfinite().all()) for t in tables):
+        raise refuse(f"head importance is one number of at least 0 for each of {layers} layers and {heads} heads")
 
 
 def _factors(tensors: dict[str, Tensor], i: int, orthonormal: bool) -> Factors:

@@ -2,46 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lowkey.backends.segment import Segment
+from lowkey.backends.segment import Part, Segment
 
 BLOCK = 2**25  # scores held at once (numbers): 128 MiB in fp32 bounds the memory of a long prefill
 
 
 def attend(segments: Sequence[Segment], scaling: float, softcap: float | None = None) -> Tensor:
     """As `naive.attend`: one softmax over all segments. Returns (b, h, g, t, d); a query that may see nothing gets 0."""
+    return partial(segments, scaling, softcap)[0]
+
+
+def partial(segments: Sequence[Segment], scaling: float, softcap: float | None = None) -> Part:
+    """`attend`, and lse (b, h, g, t) in fp32 to merge it with attention over other tokens."""
     segments = [s for s in segments if s.keys.shape[2]] or list(segments)[:1]
     b, h, g, t, _ = segments[0].query.shape
     step = max(1, BLOCK // (b * h * g * sum(s.keys.shape[2] for s in segments) or 1))
     if step >= t:
         return _block(segments, scaling, softcap)
-    return torch.cat([_block([_rows(s, i, i + step) for s in segments], scaling, softcap) for i in range(0, t, step)], dim=3)
+    blocks = [_block([_rows(s, i, i + step) for s in segments], scaling, softcap) for i in range(0, t, step)]
+    return torch.cat([out for out, _ in blocks], dim=3), torch.cat([lse for _, lse in blocks], dim=3)
 
 
 def _rows(s: Segment, start: int, stop: int) -> Segment:
     return replace(s, query=s.query[:, :, :, start:stop], mask=None if s.mask is None else s.mask[:, start:stop])
 
 
-def _block(segments: Sequence[Segment], scaling: float, softcap: float | None) -> Tensor:
-    scores = torch.cat([_scores(s) for s in segments], dim=-1).float() * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+def _block(segments: Sequence[Segment], scaling: float, softcap: float | None) -> Part:
+    scores = torch.cat([_scores(s, scaling, softcap) for s in segments], dim=-1)
     scores, dead = _masked(scores, segments)
-    weights = scores.softmax(-1)
+    weights, lse = scores.softmax(-1), scores.logsumexp(-1)
     if dead is not None:
-        weights = weights.masked_fill(dead, 0.0)
+        weights, lse = weights.masked_fill(dead, 0.0), lse.masked_fill(dead.squeeze(-1), -torch.inf)
     parts = weights.to(segments[0].values.dtype).split([s.keys.shape[2] for s in segments], dim=-1)
-    return torch.stack([_values(s, w) for s, w in zip(segments, parts, strict=True)]).sum(0)
+    return torch.stack([_values(s, w) for s, w in zip(segments, parts, strict=True)]).sum(0), lse
 
 
-def _scores(s: Segment) -> Tensor:
+def _scores(s: Segment, scaling: float, softcap: float | None) -> Tensor:
     g, t = s.query.shape[2:4]
-    return (s.query.flatten(2, 3) @ s.keys.mT).unflatten(2, (g, t))
+    scores = capped((s.query.flatten(2, 3) @ s.keys.mT).unflatten(2, (g, t)).float() * scaling, softcap)
+    return scores if s.bias is None else scores + s.bias[:, :, None, None]
+
+
+def capped(scores: Tensor, softcap: float | None) -> Tensor:
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
 def _values(s: Segment, weights: Tensor) -> Tensor:
@@ -60,3 +69,35 @@ def _masked(scores: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, Tensor
     allowed = torch.cat([m.expand(batch, -1, -1) for m in masks], dim=-1)[:, None, None]
     dead = ~allowed.any(-1, keepdim=True)
     return scores.masked_fill(~allowed, torch.finfo(scores.dtype).min), dead
+
+
+WASTE = 1.25  # rows of one dense product may differ in length by this factor
+
+
+def ragged(query: Tensor, keys: Tensor, values: Tensor, starts: Tensor, scaling: float, softcap: float | None = None) -> Part:
+    """As `naive.ragged`, in a few dense products over rows of similar length: at most a quarter of what is read is padding."""
+    rows, m, _ = query.shape
+    out = query.new_zeros(rows, m, values.shape[-1], dtype=torch.float32)
+    lse = query.new_full((rows, m), -torch.inf, dtype=torch.float32)
+    for chosen, index, absent in _classes(starts):
+        scores = capped((query[chosen] @ keys[index].mT).float() * scaling, softcap).masked_fill(absent.unsqueeze(1), -torch.inf)
+        out[chosen] = (scores.softmax(-1).to(values.dtype) @ values[index]).float()
+        lse[chosen] = scores.logsumexp(-1)
+    return out, lse
+
+
+def _classes(starts: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(rows (c), where their tokens are (c, longest), which of these are padding (c, longest)) for rows of similar length."""
+    lengths = starts.diff()
+    order = lengths.argsort(descending=True)
+    ranked = lengths[order].tolist()
+    first = 0
+    while first < len(ranked) and ranked[first]:
+        last = first
+        while last < len(ranked) and ranked[last] * WASTE >= ranked[first]:
+            last += 1
+        chosen = order[first:last]
+        offset = torch.arange(ranked[first], device=starts.device)
+        absent = offset >= lengths[chosen].unsqueeze(1)
+        yield chosen, (starts[chosen].unsqueeze(1) + offset).masked_fill(absent, 0), absent
+        first = last

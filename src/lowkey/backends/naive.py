@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lowkey.backends.segment import Segment
+from lowkey.backends.segment import Part, Segment
 
 
 def attend(segments: Sequence[Segment], scaling: float, softcap: float | None = None) -> Tensor:
@@ -18,9 +19,7 @@ def attend(segments: Sequence[Segment], scaling: float, softcap: float | None = 
 
 
 def _one(segments: Sequence[Segment], scaling: float, softcap: float | None, i: int, j: int, k: int, m: int) -> Tensor:
-    scores = torch.cat([_scores(s, i, j, k, m) for s in segments]) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = torch.cat([_capped(_scores(s, i, j, k, m) * scaling, softcap) + _bias(s, i, j) for s in segments])
     allowed = torch.cat([_allowed(s, i, m) for s in segments])
     if not allowed.any():
         return torch.zeros_like(_mapped(segments[0], segments[0].values[i, j, :0].sum(0), j))
@@ -33,6 +32,14 @@ def _scores(s: Segment, i: int, j: int, k: int, m: int) -> Tensor:
     return (s.keys[i, j] @ s.query[i, j, k, m]).float()
 
 
+def _capped(scores: Tensor, softcap: float | None) -> Tensor:
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def _bias(s: Segment, i: int, j: int) -> Tensor:
+    return s.keys.new_zeros(s.keys.shape[2], dtype=torch.float32) if s.bias is None else s.bias[i, j].float()
+
+
 def _allowed(s: Segment, i: int, m: int) -> Tensor:
     if s.mask is None:
         return torch.ones(s.keys.shape[2], dtype=torch.bool, device=s.keys.device)
@@ -41,3 +48,17 @@ def _allowed(s: Segment, i: int, m: int) -> Tensor:
 
 def _mapped(s: Segment, out: Tensor, j: int) -> Tensor:
     return out if s.up is None else out @ s.up[j % s.up.shape[0]]
+
+
+def ragged(query: Tensor, keys: Tensor, values: Tensor, starts: Tensor, scaling: float, softcap: float | None = None) -> Part:
+    """Rows of different length, one after another: query (R, m, r) sees keys (n, r) and values (n, v) from starts[i] to starts[i + 1].
+
+    starts (R + 1) of int64. Returns out (R, m, v) and the log-sum-exp of the scores, lse (R, m), both fp32; an empty row gives 0 and -inf.
+    """
+    out = query.new_zeros(*query.shape[:2], values.shape[-1], dtype=torch.float32)
+    lse = query.new_full(query.shape[:2], -torch.inf, dtype=torch.float32)
+    for i, (start, stop) in enumerate(itertools.pairwise(starts.tolist())):
+        if start < stop:
+            scores = _capped((query[i].float() @ keys[start:stop].float().mT) * scaling, softcap)
+            out[i], lse[i] = scores.softmax(-1) @ values[start:stop].float(), scores.logsumexp(-1)
+    return out, lse

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -12,7 +14,7 @@ class Segment:
     """Keys and values stored one way, with the query carried into their basis.
 
     query (b, h, g, t, r), keys (b, h, s, r), values (b, h, s, r_V); mask (b|1, t, s), True = attend, or None for all;
-    up (h|1, r_V, d) maps this segment's output back, or None when it is already d wide.
+    up (h|1, r_V, d) maps this segment's output back, or None when it is already d wide; bias (b, h, s) is added to the scaled scores.
     """
 
     query: Tensor
@@ -20,3 +22,16 @@ class Segment:
     values: Tensor
     mask: Tensor | None = None
     up: Tensor | None = None
+    bias: Tensor | None = None
+
+
+Part = tuple[Tensor, Tensor]
+"""What attention over some of the tokens gives: out (..., d) and lse (...), the log-sum-exp of its scores, -inf where there are none."""
+
+
+def merge(parts: Sequence[Part]) -> Part:
+    """One softmax over the tokens of all parts."""
+    lse = torch.stack([p[1] for p in parts])
+    total = lse.logsumexp(0)
+    weights = (lse - total).exp().nan_to_num(0.0)  # all -inf: nothing to see anywhere
+    return sum((w.unsqueeze(-1) * p[0] for w, p in zip(weights, parts, strict=True)), torch.zeros(())), total

@@ -18,7 +18,11 @@ from lowkey.types import device_of
 
 @torch.no_grad()
 def measure(model: PreTrainedModel, settings: Sequence[Setting], rows: Tensor, batch: int, progress: Progress) -> dict[str, dict]:
-    """Mean over compressible layers and windows of ||f - f~||_F / ||f||_F and of the cosine per token (arXiv:2601.21686)."""
+    """Mean over compressible layers and windows of ||f - f~||_F / ||f||_F and of the cosine per token (arXiv:2601.21686).
+
+    Settings that evict are left out: a window read in one piece sees nothing of it.
+    """
+    settings = [s for s in settings if not s.evicts]
     shape = families.geometry(model)
     found: dict[str, list[tuple[float, float]]] = {s.name: [] for s in settings}
     for i, inputs in progress(layer_inputs(model, rows, batch), "layer error", shape.layers):

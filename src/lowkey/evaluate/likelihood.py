@@ -15,6 +15,8 @@ from lowkey.evaluate.settings import Setting
 from lowkey.progress import Progress
 from lowkey.types import device_of
 
+CHUNK = 32
+
 
 @dataclass
 class Tally:
@@ -42,7 +44,7 @@ def measure(model: PreTrainedModel, settings: Sequence[Setting], rows: Tensor, b
 
     The full model's logits are formed once per batch. kl is KL(full || setting) in nats per token. perplexity_decode
     scores the second half of each window: the first half is read exactly, then stored compressed, and every later token
-    sees compressed predecessors only.
+    sees compressed predecessors only. A setting that evicts reads a window in pieces of CHUNK tokens and evicts after each.
     """
     tallies = {s.name: Tally() for s in settings}
     for ids in progress(rows.to(device_of(model)).split(batch), "perplexity"):
@@ -53,7 +55,7 @@ def measure(model: PreTrainedModel, settings: Sequence[Setting], rows: Tensor, b
 
 
 def _score(tally: Tally, model: PreTrainedModel, setting: Setting, ids: Tensor, reference: Tensor) -> None:
-    logits = model(ids, past_key_values=setting.make()).logits[:, :-1].float().log_softmax(-1)
+    logits = _logits(model, setting, ids)[:, :-1].float().log_softmax(-1)
     tally.nll += _nll(logits, ids[:, 1:])
     tally.kl += float((reference.exp() * (reference - logits)).sum())
     tally.agree += int((logits.argmax(-1) == reference.argmax(-1)).sum())
@@ -64,12 +66,19 @@ def _score(tally: Tally, model: PreTrainedModel, setting: Setting, ids: Tensor, 
     tally.tokens_decode += targets.numel()
 
 
+def _logits(model: PreTrainedModel, setting: Setting, ids: Tensor) -> Tensor:
+    cache = setting.make()
+    pieces = ids.split(CHUNK, dim=1) if setting.evicts else [ids]
+    return torch.cat([model(piece, past_key_values=cache).logits for piece in pieces], dim=1)
+
+
 def _decode_logits(model: PreTrainedModel, cache: LowkeyCache, ids: Tensor) -> Tensor:
     """Log-probabilities (b, t/2 - 1, V) of the second half over a cache whose first half was read exactly."""
     half = ids.shape[1] // 2
     cache.exact_prefill(True)
     model(ids[:, :half], past_key_values=cache, logits_to_keep=1)
     cache.exact_prefill(False)
+    cache.freeze()  # a policy has chosen; the second half is decoding
     return model(ids[:, half:], past_key_values=cache).logits[:, :-1].float().log_softmax(-1)
 
 

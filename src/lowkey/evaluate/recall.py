@@ -7,52 +7,18 @@ Works on token ids, with any tokenizer and any haystack text. The embedded model
 
 from __future__ import annotations
 
-import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey.evaluate.settings import Setting
+from lowkey.needles import KEYS, Encode, draw_facts, weave
+from lowkey.needles import Fact as Fact
 from lowkey.progress import Progress
-from lowkey.types import LowkeyError, device_of
-
-# One-word nouns; the embedded model knows these as keys (each, with its leading space, is a single token of it).
-# fmt: off
-KEYS = [
-    "oak", "river", "door", "lamp", "horse", "bread", "chair", "ship", "stone", "garden", "clock", "window",
-    "bridge", "candle", "mirror", "table", "forest", "paper", "silver", "letter", "mountain", "cousin", "doctor", "island",
-    "kitchen", "market", "orange", "pencil", "queen", "rabbit", "school", "tower", "village", "winter", "yellow", "apple",
-    "basket", "castle", "dragon", "engine", "feather", "guitar", "hammer", "insect", "jacket", "kettle", "ladder", "monkey",
-]
-# fmt: on
-
-Encode = Callable[[str], list[int]]
-
-
-@dataclass(frozen=True)
-class Fact:
-    key: str
-    value: str
-
-    @property
-    def statement(self) -> str:
-        return f" Remember {self.key} {self.value}."
-
-    @property
-    def question(self) -> str:
-        return f" Recall {self.key}"
-
-    @property
-    def answer(self) -> str:
-        return f" {self.value}"
-
-
-def draw_facts(rng: random.Random, count: int, keys: Sequence[str] = KEYS) -> list[Fact]:
-    """`count` facts with distinct keys and three-digit values."""
-    return [Fact(key, f"{rng.randrange(1000):03d}") for key in rng.sample(list(keys), count)]
+from lowkey.types import device_of
 
 
 @dataclass(frozen=True)
@@ -62,22 +28,6 @@ class Episode:
     prompt: list[int]
     question: list[int]
     answer: list[int]
-
-
-def weave(rng: random.Random, haystack: Sequence[int], inserts: Sequence[Sequence[int]], length: int) -> list[int]:
-    """Exactly `length` ids: a random stretch of `haystack` with `inserts` put in, in order, at random places."""
-    room = length - sum(map(len, inserts))
-    if room < 0:
-        raise LowkeyError(f"context {length}: {len(inserts)} facts alone take {length - room} tokens; give a longer context")
-    if len(haystack) < room:
-        raise LowkeyError(f"data: {len(haystack)} tokens cannot fill a context of {length}; give a longer text or a shorter context")
-    start = rng.randrange(len(haystack) - room + 1)
-    cuts = [0, *sorted(rng.randrange(room + 1) for _ in inserts), room]
-    out: list[int] = []
-    for i, (a, b) in enumerate(itertools.pairwise(cuts)):
-        out += haystack[start + a : start + b]
-        out += inserts[i] if i < len(inserts) else []
-    return out
 
 
 def draw_episode(
@@ -100,9 +50,14 @@ def measure(
     context: int,
     cases: int,
     seed: int,
+    refeed: bool,
     progress: Progress,
 ) -> dict[str, dict]:
-    """Share of `cases` in which greedy decoding writes exactly the asked value, by the setting's name."""
+    """Share of `cases` in which greedy decoding writes exactly the asked value, by the setting's name.
+
+    A setting that evicts chooses with the question in view. refeed: the question is then asked again over what was kept, so that every
+    token of the answer depends on it; else, as the papers of this field do, the question saw the whole context and the first token is free.
+    """
     rng = random.Random(seed)
 
     def encode(text: str) -> list[int]:
@@ -112,15 +67,25 @@ def measure(
     hits = {s.name: 0 for s in settings}
     for episode in progress(episodes, "recall"):
         for setting in settings:
-            hits[setting.name] += _answers(model, tokenizer, setting, episode)
+            hits[setting.name] += _answers(model, tokenizer, setting, episode, refeed)
     return {name: {"exact_match": count / cases} for name, count in hits.items()}
 
 
-def _answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setting: Setting, episode: Episode) -> bool:
+def _answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setting: Setting, episode: Episode, refeed: bool) -> bool:
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = torch.tensor([start + episode.prompt], device=device_of(model))
-    wanted = len(episode.answer)
+    cache = setting.make()
+    if refeed and setting.evicts:
+        cache.only_look(len(episode.question))
+        model(ids, past_key_values=cache, logits_to_keep=1)
+        cache.only_look(0)
+        cache.freeze()
     out = model.generate(  # type: ignore[operator]
-        ids, attention_mask=torch.ones_like(ids), past_key_values=setting.make(), max_new_tokens=wanted, do_sample=False, pad_token_id=0
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=len(episode.answer),
+        do_sample=False,
+        pad_token_id=0,
     )
     return out[0, ids.shape[1] :].tolist() == episode.answer

@@ -24,7 +24,8 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Task:
-    """What to measure on: windows of `context` tokens of `text_name`, at most `windows` of them; `cases` of recall."""
+    """What to measure on: windows of `context` tokens of `text_name`, at most `windows` of them; `cases` of recall, with the
+    question fed again over what was kept or not."""
 
     text: str
     text_name: str
@@ -33,6 +34,7 @@ class Task:
     cases: int = 20
     seed: int = 0
     batch: int = 2
+    refeed: bool = True
 
 
 @dataclass
@@ -60,7 +62,7 @@ def _layers(run: _Run) -> dict[str, dict]:
 
 def _recall(run: _Run) -> dict[str, dict]:
     t = run.task
-    return recall.measure(run.model, run.tokenizer, run.settings, run.ids.tolist(), t.context, t.cases, t.seed, run.progress)
+    return recall.measure(run.model, run.tokenizer, run.settings, run.ids.tolist(), t.context, t.cases, t.seed, t.refeed, run.progress)
 
 
 def _speed(run: _Run) -> dict[str, dict]:
@@ -114,6 +116,7 @@ def environment(model: PreTrainedModel, task: Task, run: _Run) -> dict:
         "tokens": run.rows.numel(),
         "context": task.context,
         "recall_cases": task.cases,
+        "refeed": task.refeed,
         "seed": task.seed,
     }
     return versions() | {

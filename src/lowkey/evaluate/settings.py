@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
-from lowkey.cache import LowkeyCache, make_cache, planned_cache
+from lowkey.cache import LowkeyCache, Origin, cache_from, make_cache
 from lowkey.layers.base import StoringLayer
 from lowkey.plan import Plan
+from lowkey.policies import policy_words
+from lowkey.policies.base import Policy
+from lowkey.types import Budget, LowkeyError
 
 UNMEASURED = (
     *("perplexity", "perplexity_decode", "kl", "top1_agreement", "layer_error", "layer_cosine", "exact_match"),
@@ -20,11 +25,13 @@ UNMEASURED = (
 
 @dataclass(frozen=True)
 class Setting:
-    """name: the row's name; identity: the row's keys that describe it; make: a fresh cache."""
+    """name: the row's name; identity: the row's keys that describe it; make: a fresh cache; evicts: what it drops is chosen after a
+    chunk was read, so a chunk by itself shows nothing of it."""
 
     name: str
     identity: dict
     make: Callable[[], LowkeyCache]
+    evicts: bool = False
 
     def row(self) -> dict:
         """The row with nothing measured yet."""
@@ -54,7 +61,23 @@ def planned(model: PreTrainedModel, plan: Plan, path: str) -> Setting:
     plan.check(model)
     known = identity(method=plan.method["name"], plan=path, budget=plan.budget, layout=plan.layout)
     known["profile"] = {**plan.profile, "layers": list(plan.factors)}
-    return Setting(f"{plan.method['name']} {plan.budget}", known, lambda: planned_cache(model, plan))
+    origin = Origin(weakref.ref(model), plan)
+    return Setting(f"{plan.method['name']} {plan.budget}", known, lambda: cache_from(model, origin))
+
+
+def evicted(model: PreTrainedModel, policy: Policy, name: str, context: int, plan: Plan | None = None, path: str | None = None) -> Setting:
+    """A policy by itself or on top of a plan. Errors: LowkeyError when its budget does not hold what it always keeps."""
+    budget = Budget.parse(policy.budget)
+    tokens = {"%": budget.amount / 100 * context, "tokens": budget.amount}.get(budget.unit, math.inf)
+    if tokens < policy.sinks + policy.recent:
+        raise LowkeyError(policy.too_small(tokens))
+    if plan is not None:
+        plan.check(model)
+    known = identity(method=plan and plan.method["name"], plan=path, policy=policy_words(policy), budget=str(budget))
+    origin = Origin(weakref.ref(model), plan, policy)
+    cache_from(model, origin)  # refuses now what would be refused at the first case
+    label = f"{name} {budget}" + (f" on {plan.method['name']} {plan.budget}" if plan else "")
+    return Setting(label, known, lambda: cache_from(model, origin), True)
 
 
 def distinct(settings: Sequence[Setting]) -> list[Setting]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class StoringLayer(CacheLayerMixin):
     """
 
     is_sliding = False
+    numbers: ClassVar[tuple[str, ...]] = ("seen",)  # what a saved layer needs beside its tensors
 
     def __init__(self, exact_prefill: bool = False) -> None:
         super().__init__()

@@ -1,9 +1,4 @@
-"""Keys in rank r_K and values in rank r_V, with optional exact sink tokens and an exact recent window.
-
-`post_rope`: rotated keys are projected and the query is carried into their basis; nothing is ever expanded back.
-`pre_rope`: keys are stored unrotated; they are expanded and rotated at their own positions when read (arXiv:2408.05646,
-whose published decoding rotates the whole history at the current position; here each key keeps its own).
-"""
+"""Keys in rank r_K and values in rank r_V, with optional exact sink tokens and an exact recent window."""
 
 from __future__ import annotations
 
@@ -16,10 +11,10 @@ from torch import Tensor
 from lowkey.backends import grouped
 from lowkey.backends.segment import Segment
 from lowkey.families import Rope
-from lowkey.layers.base import StoringLayer, batch_positions
-from lowkey.ops.rope import rotate, unrotate
+from lowkey.layers.codec import LowRank
+from lowkey.layers.placed import PlacedLayer
 from lowkey.seam import Call
-from lowkey.types import Factors, Layout, LowkeyError
+from lowkey.types import Factors, Layout
 
 
 @dataclass(frozen=True)
@@ -35,7 +30,7 @@ class Exact:
     prefill: Literal["compressed", "exact"] = "compressed"
 
 
-class LowRankLayer(StoringLayer):
+class LowRankLayer(PlacedLayer):
     """Latents of all tokens but the last `recent`; sinks are held once more, exactly.
 
     Held: keys (b, h, s, r_K), values (b, h, s, r_V); recent_k, recent_v (b, h, <= recent, d);
@@ -48,13 +43,13 @@ class LowRankLayer(StoringLayer):
 
     def __init__(self, factors: Factors, layout: Layout, rope: Rope, exact: Exact | None = None) -> None:
         super().__init__(exact is not None and exact.prefill == "exact")
-        self.factors, self.layout, self.rope, self.exact = factors, layout, rope, exact or Exact()
+        self.codec, self.exact = LowRank(factors, layout, rope), exact or Exact()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         b, h, _, d = key_states.shape
         self.device, n = key_states.device, self.exact.sinks
-        self.factors = self.factors.to(key_states)
-        rank_k, rank_v = self.factors.ranks
+        self.codec = self.codec.like(key_states)
+        rank_k, rank_v = self.codec.factors.ranks
         self.keys, self.values = key_states.new_empty(b, h, 0, rank_k), value_states.new_empty(b, h, 0, rank_v)
         self.recent_k, self.recent_v = key_states.new_empty(b, h, 0, d), value_states.new_empty(b, h, 0, d)
         self.sink_k, self.sink_v = key_states.new_zeros(b, h, n, d), value_states.new_zeros(b, h, n, d)
@@ -71,7 +66,7 @@ class LowRankLayer(StoringLayer):
             return 0
         b, h, _, d = self.recent_k.shape
         recent = min(self.exact.recent, self.seen)
-        numbers = (self.seen - recent) * sum(self.factors.ranks) + (recent + self.exact.sinks) * 2 * d
+        numbers = (self.seen - recent) * sum(self.codec.factors.ranks) + (recent + self.exact.sinks) * 2 * d
         return b * (h * numbers * self.keys.element_size() + 2 * self.offset.element_size())
 
     def attend(self, keys: Tensor, values: Tensor, call: Call) -> Tensor:
@@ -84,34 +79,17 @@ class LowRankLayer(StoringLayer):
     # -- writing
 
     def _place(self, call: Call, t: int) -> None:
-        """Learn where each row begins, and hold the model to positions that count up by one from there."""
-        start, batch = self.seen - t, self.offset.shape[0]
-        positions = batch_positions(start, call, batch)
-        visible = _visible(call, self.seen, batch)
-        begun = visible[:, :start].any(1, keepdim=True)  # until a row's first real token, its positions mean nothing
-        self.offset = torch.where(begun, self.offset, self.seen - 1 - positions[:, -1:])
+        visible = self.place(call, t)
         self.first = torch.where(visible.any(1, keepdim=True), visible.int().argmax(1, keepdim=True), self.seen)
-        if not bool(((positions == self._positions(start, self.seen)) | ~visible[:, start:]).all()):
-            raise LowkeyError("position_ids: this cache needs positions that count up by one from a row's first token; drop position_ids")
-
-    def _positions(self, start: int, stop: int) -> Tensor:
-        """Positions (b, stop - start) of the tokens with these indices; padding has none that matter."""
-        return torch.arange(start, stop, device=self.offset.device) - self.offset
 
     def _write(self, buffer_k: Tensor, buffer_v: Tensor) -> None:
         """Compress what leaves the recent window; clones, so that no view keeps a larger buffer alive."""
         leaving = max(0, buffer_k.shape[2] - self.exact.recent)
         start = self.seen - buffer_k.shape[2]
         old_k, old_v = buffer_k[:, :, :leaving], buffer_v[:, :, :leaving]
-        self.keys = torch.cat([self.keys, self._encode_keys(old_k, start)], 2)
-        self.values = torch.cat([self.values, old_v @ self.factors.v_down], 2)
+        new_k, new_v = self.codec.encode(old_k, old_v, self.positions(start, start + leaving))
+        self.keys, self.values = torch.cat([self.keys, new_k], 2), torch.cat([self.values, new_v], 2)
         self.recent_k, self.recent_v = buffer_k[:, :, leaving:].clone(), buffer_v[:, :, leaving:].clone()
-
-    def _encode_keys(self, keys: Tensor, start: int) -> Tensor:
-        if self.layout == "pre_rope":
-            cos, sin = self.rope(self._positions(start, start + keys.shape[2]), keys)
-            keys = unrotate(keys.float(), cos, sin).to(keys.dtype)
-        return keys @ self.factors.k_down
 
     def _write_sinks(self, keys: Tensor, values: Tensor) -> None:
         """Slot p of a row is its p-th real token, whenever that arrives."""
@@ -144,12 +122,8 @@ class LowRankLayer(StoringLayer):
         return segments + self._sinks(call, mask & ~near)
 
     def _latents(self, call: Call) -> Segment:
-        f = self.factors
-        if self.layout == "post_rope":
-            return Segment(call.query @ f.k_up.mT.unsqueeze(1), self.keys, self.values, None, f.v_up)
-        cos, sin = self.rope(self._positions(0, self.keys.shape[2]), self.keys)
-        keys = rotate((self.keys @ f.k_up).float(), cos, sin).to(self.keys.dtype)
-        return Segment(call.query, keys, self.values, None, f.v_up)
+        keys = self.codec.readable(self.keys, self.positions(0, self.keys.shape[2]).unsqueeze(1))
+        return Segment(self.codec.query(call.query), keys, self.values, None, self.codec.factors.v_up)
 
     def _exact_chunk(self, call: Call) -> bool:
         return self.exact_prefill and call.query.shape[3] > 1
@@ -179,10 +153,3 @@ class LowRankLayer(StoringLayer):
 
 def _masked(segment: Segment, mask: Tensor | None) -> Segment:
     return Segment(segment.query, segment.keys, segment.values, mask, segment.up)
-
-
-def _visible(call: Call, seen: int, batch: int) -> Tensor:
-    """(b, s): which tokens the newest query may see; the others are padding."""
-    if call.mask is None:
-        return torch.ones(batch, seen, dtype=torch.bool, device=call.query.device)
-    return call.mask[:, -1].expand(batch, seen)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from lowkey.ops.bases import principal_basis
-from lowkey.ops.stiefel import FreeMatrix, Predictor
+from lowkey.ops.stiefel import Predictor, RankedMatrices
 from lowkey.probe import Probe
 from lowkey.types import Basis, Factors, Heads, LayerBases, LayerStatistics, device_of, head_blocks
 
 BATCH = 4
 WEIGHT_DECAY = 1e-4  # the paper's
 DELTA = 1e-6  # early stopping, the paper's
+JUDGED_EVERY = 10  # epochs of `free` between two looks at the held-out windows
+FLOOR = 1e-5  # a layer error below it is rounding
 WIDTH = 128  # of the predictor's hidden layers; the paper gives none
 
 
@@ -25,12 +27,12 @@ WIDTH = 128  # of the predictor's hidden layers; the paper gives none
 class StiefAttention:
     """Bases P with P^T P = I that minimise E ||f(x) - f~(x)||_F / ||f(x)||_F over a layer's recorded inputs (Eq. 11-12).
 
-    parametrisation: `free` trains one matrix per basis from the PCA solution, with ranks drawn at random in every step,
-    so that its leading columns serve every rank (ours); `mlp` is the paper's: per candidate rank, and for keys and
-    values apart (the other uncompressed), a network predicts the matrix from per-channel means and variances.
+    parametrisation: `free` (ours) trains one matrix per basis from the PCA solution, which all ranks share and from which
+    each departs, keys and values together, every window at ranks of its own, drawn at random; `mlp` is the paper's: per candidate
+    rank, and for keys and values apart (the other uncompressed), a network predicts the matrix from per-channel means and variances.
     key_bases, value_bases: `shared` over a layer's heads or `per_head`; the paper shares keys and not values.
-    epochs: at most; training stops after `patience` epochs without gain on held-out windows; the paper has 5. lr: 0 is the form's
-    own, 5e-3 for `mlp` (the paper's) and 1e-2 sqrt(128/d) for `free`, whose entries are of size d^-1/2.
+    epochs: at most; training stops after `patience` epochs without gain on held-out windows; the paper has 50 and 5.
+    lr: 0 is the form's own, 5e-3 for `mlp` (the paper's, at d = 128) and 5e-3 (128/d) for `free`.
     """
 
     summary: ClassVar[str] = "orthonormal bases trained on the decoder layer's output error"
@@ -40,8 +42,8 @@ class StiefAttention:
     parametrisation: Literal["free", "mlp"] = "free"
     key_bases: Heads = "shared"
     value_bases: Heads = "per_head"
-    epochs: int = 50
-    patience: int = 10
+    epochs: int = 100
+    patience: int = 30
     lr: float = 0.0
 
     def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
@@ -49,19 +51,27 @@ class StiefAttention:
         return fit(statistics, probe, ranks, torch.Generator().manual_seed(seed))
 
     def _fit_free(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], generator: torch.Generator) -> LayerBases:
-        """One nested basis for keys and one for values, trained together."""
+        """A matrix for every rank around a shared one, for keys and for values, trained together."""
         start_k, start_v = self._start(statistics, probe)
-        keys, values = FreeMatrix(start_k.columns), FreeMatrix(start_v.columns)
+        d, device, count = start_k.columns.shape[-1], device_of(probe.block), len(ranks)
+        keys, values = (RankedMatrices(b.columns, count).to(device) for b in (start_k, start_v))
+        kept = (torch.arange(d) < torch.tensor(ranks).unsqueeze(1)).float()[:, None, None].to(device)
 
-        def draw() -> tuple[int, int]:
-            i, j = torch.randint(len(ranks), (2,), generator=generator).tolist()
-            return ranks[i], ranks[j]
+        def factors(i: Tensor, j: Tensor) -> Factors:
+            return factors_of(keys(i) * kept[i], values(j) * kept[j])
 
-        judged = [(r, r) for r in ranks[1:-1:2] or ranks]
-        lr = self.lr or 1e-2 * (128 / start_k.columns.shape[-1]) ** 0.5
-        self._train([keys, values], lambda r: bases_of(keys(), values(), *r), draw, judged, lr, probe, generator)
-        with torch.no_grad():
-            return LayerBases(self._ordered(keys(), start_k), self._ordered(values(), start_v))
+        def loss(windows: Tensor) -> Tensor:
+            i, j = (spread(len(windows), count, generator).to(device) for _ in range(2))
+            # log: every rank pulls with its relative gain; the floor silences a window that drew both full ranks
+            return probe.errors(windows, factors(i, j)).clamp_min(FLOOR).log().mean()
+
+        def judge() -> float:
+            diagonal = (torch.tensor([i], device=device) for i in (range(1, count - 1, 2) or range(count)))
+            return mean_log(probe.held_error(factors(i, i)) for i in diagonal)
+
+        lr = self.lr or 5e-3 * 128 / d
+        self._train([keys, values], loss, judge, JUDGED_EVERY, lr, probe, generator)
+        return LayerBases(_ranked(keys, start_k, ranks), _ranked(values, start_v, ranks))
 
     def _fit_mlp(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], generator: torch.Generator) -> LayerBases:
         """The paper's protocol: a predictor per rank and side, the other side left at full rank."""
@@ -71,64 +81,79 @@ class StiefAttention:
         about_k = describe(statistics.keys(probe.layout), statistics.keys_mean(probe.layout), statistics, self.key_bases)
         about_v = describe(head_blocks(statistics.values, statistics.heads), statistics.values_mean, statistics, self.value_bases)
 
-        def one(about: Tensor, pair: tuple[int, int], of: Callable[[Tensor], Factors]) -> tuple[int, Tensor]:
-            predictor = Predictor(about, d, WIDTH, generator)
-            self._train([predictor], lambda _: of(predictor()), lambda: pair, [pair], self.lr or 5e-3, probe, generator)
-            return min(pair), predictor()[..., : min(pair)].detach().cpu()
+        def one(about: Tensor, rank: int, of: Callable[[Tensor], Factors]) -> tuple[int, Tensor]:
+            predictor = Predictor(about, d, WIDTH, generator).to(device_of(probe.block))
+
+            def factors() -> Factors:
+                return of(predictor()[..., :rank])
+
+            def loss(windows: Tensor) -> Tensor:
+                return probe.errors(windows, factors()).mean()
+
+            self._train([predictor], loss, lambda: probe.held_error(factors()), 1, self.lr or 5e-3, probe, generator)
+            return rank, predictor()[..., :rank].detach().cpu()
 
         lower = [r for r in ranks if r < d]
-        exact_k = tuple(one(about_k, (r, d), lambda p, r=r: bases_of(p, eye, r, d)) for r in lower)  # type: ignore[misc]
-        exact_v = tuple(one(about_v, (d, r), lambda p, r=r: bases_of(eye, p, d, r)) for r in lower)  # type: ignore[misc]
+        exact_k = tuple(one(about_k, r, lambda p: factors_of(p, eye)) for r in lower)
+        exact_v = tuple(one(about_v, r, lambda p: factors_of(eye, p)) for r in lower)
         return LayerBases(Basis(start_k.columns, None, exact_k, start_k.spectrum), Basis(start_v.columns, None, exact_v, start_v.spectrum))
 
     def _start(self, statistics: LayerStatistics, probe: Probe) -> tuple[Basis, Basis]:
         keys, values = statistics.keys(probe.layout), head_blocks(statistics.values, statistics.heads)
         return principal_basis(keys, self.key_bases), principal_basis(values, self.value_bases)
 
-    def _ordered(self, columns: Tensor, start: Basis) -> Basis:
-        return Basis(columns.detach().cpu(), spectrum=start.spectrum)
-
     def _train(
         self,
         modules: list[nn.Module],
-        factors: Callable[[tuple[int, int]], Factors],
-        draw: Callable[[], tuple[int, int]],
-        judged: list[tuple[int, int]],
+        loss: Callable[[Tensor], Tensor],
+        judge: Callable[[], float],
+        every: int,
         lr: float,
         probe: Probe,
         generator: torch.Generator,
     ) -> None:
-        """AdamW with cosine annealing; keeps the parameters of the best epoch on the held-out windows, over the ranks `judged`."""
-        device = device_of(probe.block)
-        parameters = [p for m in modules for p in m.to(device).parameters()]
+        """AdamW with cosine annealing on `loss(windows)`; keeps the parameters that `judge`, asked every few epochs, finds best."""
+        parameters = [p for m in modules for p in m.parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=WEIGHT_DECAY)
-        steps = self.epochs * -(-probe.training // BATCH)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
-        best, kept, waited = self._judge(probe, factors, judged), [p.detach().clone() for p in parameters], 0
-        for _ in range(self.epochs):
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=self.epochs * -(-probe.training // BATCH))
+        best, kept, gained = judge(), [p.detach().clone() for p in parameters], 0
+        for epoch in range(1, self.epochs + 1):
             for windows in probe.batches(BATCH, generator):
                 optimizer.zero_grad()
-                probe.error(windows, factors(draw())).log().backward()  # log: every rank pulls with its relative gain
+                loss(windows).backward()
                 optimizer.step()
                 schedule.step()
-            error = self._judge(probe, factors, judged)
-            if error < best - DELTA:
-                best, kept, waited = error, [p.detach().clone() for p in parameters], 0
-            elif (waited := waited + 1) == self.patience:
+            if epoch % every and epoch < self.epochs:
+                continue
+            if (error := judge()) < best - DELTA:
+                best, kept, gained = error, [p.detach().clone() for p in parameters], epoch
+            elif epoch - gained >= self.patience:
                 break
         with torch.no_grad():
             for parameter, value in zip(parameters, kept, strict=True):
                 parameter.copy_(value)
 
-    @torch.no_grad()
-    def _judge(self, probe: Probe, factors: Callable[[tuple[int, int]], Factors], ranks: list[tuple[int, int]]) -> float:
-        """Mean log error: no rank outweighs the others."""
-        return sum(math.log(max(probe.held_error(factors(pair)), 1e-12)) for pair in ranks) / len(ranks)
+
+def factors_of(keys: Tensor, values: Tensor) -> Factors:
+    return Factors(keys, keys.mT, values, values.mT)
 
 
-def bases_of(keys: Tensor, values: Tensor, rank_k: int, rank_v: int) -> Factors:
-    k, v = keys[..., :rank_k], values[..., :rank_v]
-    return Factors(k, k.mT, v, v.mT)
+def spread(rows: int, count: int, generator: torch.Generator) -> Tensor:
+    """`rows` random indices below `count`, evenly spread: one from each of `rows` equal strata, in random order."""
+    strata = torch.randperm(rows, generator=generator) + torch.rand(rows, generator=generator)
+    return (strata / rows * count).long().clamp(max=count - 1)
+
+
+def mean_log(errors: Iterable[float]) -> float:
+    """No rank outweighs the others."""
+    logs = [math.log(max(e, FLOOR)) for e in errors]
+    return sum(logs) / len(logs)
+
+
+@torch.no_grad()
+def _ranked(matrices: RankedMatrices, start: Basis, ranks: list[int]) -> Basis:
+    found = matrices(torch.arange(len(ranks), device=matrices.own.device)).cpu()
+    return Basis(found[-1], None, tuple((r, q[..., :r].clone()) for r, q in zip(ranks[:-1], found, strict=False)), start.spectrum)
 
 
 def describe(moments: Tensor, mean: Tensor, statistics: LayerStatistics, heads: Heads) -> Tensor:

@@ -1,25 +1,30 @@
-"""Points of the Stiefel manifold as the Q of a QR decomposition, from a free matrix or from a small network."""
+"""Points of the Stiefel manifold as the Q of a QR decomposition, from free matrices or from a small network."""
 
 from __future__ import annotations
 
 import itertools
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lowkey.ops.bases import orthonormal
 
 
-class FreeMatrix(nn.Module):
-    """A (h, d, r) matrix of parameters; its forward is the orthonormal Q. The span of Q's first r columns is that of A's."""
+class RankedMatrices(nn.Module):
+    """A matrix for each of `count` ranks: one that all share, from `start` (h, d, d), plus each rank's own departure from it.
 
-    def __init__(self, start: Float[Tensor, "h d r"]) -> None:
+    The shared part is moved by every rank's gradient, so it learns fast; the departures, zero at first, lift the constraint that
+    one nested basis serve all. Called with rank indices (n), it gives their orthonormal Q (n, h, d, d).
+    """
+
+    def __init__(self, start: Float[Tensor, "h d d"], count: int) -> None:
         super().__init__()
-        self.a = nn.Parameter(start.float().clone())
+        self.shared = nn.Parameter(start.float().clone())
+        self.own = nn.Parameter(torch.zeros(count, *start.shape))
 
-    def forward(self) -> Float[Tensor, "h d r"]:
-        return orthonormal(self.a)
+    def forward(self, index: Int[Tensor, " n"]) -> Float[Tensor, "n h d d"]:
+        return orthonormal(self.shared + self.own[index])
 
 
 class Predictor(nn.Module):

@@ -1,0 +1,323 @@
+"""Every KV head keeps tokens of its own, as many as its policy gives it; the others are really gone.
+
+Kept tokens lie row after row without padding (a row is one KV head of one sequence); tokens decoded since lie in a dense tail. A query
+meets both and their outputs are merged by log-sum-exp. Nothing stored is ever overwritten, and tokens keep the positions they had.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from lowkey.backends import grouped
+from lowkey.backends.ragged import ragged
+from lowkey.backends.segment import Part, Segment, merge
+from lowkey.layers.codec import Codec, Plain
+from lowkey.layers.placed import PlacedLayer
+from lowkey.ops.ragged import appended, best, padded, starts_of
+from lowkey.policies.allocators import Ask
+from lowkey.policies.base import Policy, Rope, Scene
+from lowkey.seam import Call
+from lowkey.types import Budget, LowkeyError
+
+STEP = 16  # the tail grows by so many tokens at a time
+FAR = 1e30  # scores are held below it; infinite ones mean `stays` and `is not there`
+TAIL = 128  # and joins the rows when it is so long: a copy of the layer, once in 128 steps
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What may stay when a layer evicts: stored forms (b, h, s, r), positions, valid and carried (b, h, s); gaps behind shorter heads."""
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    valid: Tensor
+    carried: Tensor
+
+
+@dataclass
+class Round:
+    """Where the layers of one cache meet when their allocator needs the scores of all."""
+
+    layers: int = 1
+    waiting: list[tuple[EvictingLayer, Candidates, Tensor]] = field(default_factory=list)
+
+    def enter(self, layer: EvictingLayer, found: Candidates, scores: Tensor) -> None:
+        if layer.seat == 0:
+            self.waiting.clear()  # what an interrupted forward pass left
+        self.waiting.append((layer, found, scores))
+        if layer.policy.split().scope == "layer" or len(self.waiting) == self.layers:
+            self._decide()
+
+    def _decide(self) -> None:
+        layer = self.waiting[0][0]
+        longest = max(s.shape[-1] for *_, s in self.waiting)
+        scores = torch.stack([pad(s, (0, longest - s.shape[-1]), value=-torch.inf) for *_, s in self.waiting])  # (n, b, h, s)
+        split, tokens = layer.policy.split(), layer.tokens().tolist()
+        asks = [Ask(scores[:, i], layer.mean_tokens(n), n, layer.seat, self.layers) for i, n in enumerate(tokens)]
+        counts = torch.stack([split.counts(a) for a in asks], dim=1)  # (n, b, h)
+        for (own, found, s), c in zip(self.waiting, counts, strict=True):
+            own.keep(found, s, c.to(s.device))
+        self.waiting.clear()
+
+
+class EvictingLayer(PlacedLayer):
+    """Held: keys (n, r_K), values (n, r_V), where (n, their positions), starts (b h + 1); tail_k, tail_v (b, h, <= 128, r);
+    offset (b, 1); if the policy needs them: carried (n) scores, asked (b, h, g, w, d) queries since the last eviction.
+
+    seat, round: which compressible layer of the cache this is, and where it meets the others. looking: so many tokens at the end of
+    each chunk are used to score the others and are not stored, nor counted as seen. frozen: nothing more is evicted.
+    """
+
+    keys: Tensor  # type: ignore[assignment]
+    values: Tensor  # type: ignore[assignment]
+    numbers = ("seen", "fresh", "kept", "steps")
+
+    def __init__(self, policy: Policy, rope: Rope, seat: int = 0, round: Round | None = None, codec: Codec | None = None) -> None:
+        super().__init__()
+        self.policy, self.rope, self.seat, self.round, self.codec = policy, rope, seat, round or Round(), codec or Plain()
+        self.fresh = self.kept = self.steps = 0
+        self.looking, self.frozen = 0, False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        b, h = key_states.shape[:2]
+        self.device, self.codec = key_states.device, self.codec.like(key_states)
+        self.offset = torch.zeros(b, 1, dtype=torch.long, device=self.device)
+        stored = self.codec.encode(key_states[:, :, :0], value_states[:, :, :0], self.positions(0, 0))
+        self.keys, self.values = (x.new_empty(0, x.shape[-1]) for x in stored)
+        self.where = torch.zeros(0, dtype=torch.int32, device=self.device)
+        self.carried = torch.zeros(0, dtype=torch.float32, device=self.device)
+        self.starts = torch.zeros(b * h + 1, dtype=torch.long, device=self.device)
+        self.tail_k, self.tail_v = (x.new_empty(b, h, 0, x.shape[-1]) for x in stored)
+        self.asked = key_states.new_empty(0)
+        self.is_initialized = True
+
+    def tensors(self) -> dict[str, Tensor]:
+        names = ("keys", "values", "where", "starts", "carried", "tail_k", "tail_v", "offset", "asked")
+        return {name: getattr(self, name) for name in names} if self.is_initialized else {}
+
+    @property
+    def entry_bytes(self) -> int:
+        """What one kept token of one head takes."""
+        widths = self.keys.shape[-1] + self.values.shape[-1]
+        return widths * self.keys.element_size() + self.where.element_size() + (self.carried.element_size() if self.policy.carries else 0)
+
+    def predicted_nbytes(self) -> int:
+        if not self.is_initialized:
+            return 0
+        b, h, _, width = self.tail_k.shape
+        dense = (width + self.tail_v.shape[-1]) * self.keys.element_size()
+        room = -(-self.fresh // STEP) * STEP
+        index = (b * h + 1) * self.starts.element_size() + b * self.offset.element_size()
+        return self.kept * self.entry_bytes + b * h * room * dense + index + self.asked.numel() * self.asked.element_size()
+
+    def tokens(self) -> Tensor:
+        """(b): how many each row has seen, padding not counted."""
+        return self.seen - self.looking - self.offset[:, 0]
+
+    def mean_tokens(self, tokens: int) -> float:
+        """The budget of a row that has seen so many tokens, per head on average."""
+        budget = Budget.parse(self.policy.budget)
+        rows = self.tail_k.shape[1] * self.round.layers * self.entry_bytes
+        amount = {
+            "%": budget.amount / 100 * tokens,
+            "tokens": budget.amount,
+            "bytes": budget.amount / (rows * self.tail_k.shape[0]),
+            "bytes/token": budget.amount * tokens / rows,
+        }
+        return amount[budget.unit]
+
+    def kept_positions(self, row: int) -> list[Tensor]:
+        """Per KV head the positions held for this row of the batch, ascending."""
+        h = self.tail_k.shape[1]
+        tail = self.positions(self.seen - self.fresh, self.seen)[row]
+        edges = self.starts[row * h : (row + 1) * h + 1].tolist()
+        return [torch.cat([self.where[a:b].long(), tail]) for a, b in itertools.pairwise(edges)]
+
+    # -- attending
+
+    def attend(self, keys: Tensor, values: Tensor, call: Call) -> Tensor:
+        t = keys.shape[2]
+        real = self.place(call, t)[:, self.seen - t :]
+        if t == 1 and bool(real.all()):
+            self._append(keys, values)
+            out = merge(self._stored_parts(call, self.seen))[0]
+            self._after_step(call)
+        else:
+            parts = [*self._stored_parts(call, self.seen - t), self._own_part(keys, values, call)]
+            out = merge(parts)[0] if len(parts) > 1 else parts[0][0]
+            self._evict(call, self._with_chunk(keys, values, real))
+            self.seen -= self.looking
+        return out.to(values.dtype)
+
+    def _stored_parts(self, call: Call, stop: int) -> list[Part]:
+        """Attention over the kept tokens and over the tail, which ends at token `stop`; each (b, h, g, t, d) with its log-sum-exp."""
+        query = self.codec.query(call.query)
+        shape, parts = query.shape[:4], []
+        if len(self.keys):
+            keys = self.codec.readable_rows(self.keys, self.where, self.starts, shape[1])
+            rows = query.flatten(0, 1).flatten(1, 2)
+            out, lse = ragged(rows, keys, self.values, self.starts, call.scaling, call.softcap)
+            parts.append((self.codec.out(out.view(*shape, -1)), lse.view(shape)))
+        if self.fresh:
+            keys = self.codec.readable(self.tail_k[:, :, : self.fresh], self.positions(stop - self.fresh, stop).unsqueeze(1))
+            out, lse = grouped.partial([Segment(query, keys, self.tail_v[:, :, : self.fresh])], call.scaling, call.softcap)
+            parts.append((self.codec.out(out), lse))
+        return parts
+
+    def _own_part(self, keys: Tensor, values: Tensor, call: Call) -> Part:
+        """Attention of a chunk's queries over the chunk itself, before anything of it is evicted."""
+        t = keys.shape[2]
+        if not self.exact_prefill:
+            keys, values = self._as_stored(keys, values)
+        if self.seen == t and call.softcap is None:
+            out = _sdpa(call, keys, values)
+            return out, out.new_zeros(out.shape[:-1])
+        mask = call.full_mask(self.seen)
+        return grouped.partial([Segment(call.query, keys, values, None if mask is None else mask[..., -t:])], call.scaling, call.softcap)
+
+    def _as_stored(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """A chunk's keys and values as they will be read later."""
+        positions = self.positions(self.seen - keys.shape[2], self.seen)
+        k, v = self.codec.encode(keys, values, positions)
+        return self.codec.keys(self.codec.readable(k, positions.unsqueeze(1))), self.codec.values(v)
+
+    # -- storing
+
+    def _append(self, keys: Tensor, values: Tensor) -> None:
+        k, v = self.codec.encode(keys, values, self.positions(self.seen - 1, self.seen))
+        if self.fresh == self.tail_k.shape[2]:
+            self.tail_k, self.tail_v = (torch.cat([x, x.new_empty(*x.shape[:2], STEP, x.shape[3])], 2) for x in (self.tail_k, self.tail_v))
+        self.tail_k[:, :, self.fresh], self.tail_v[:, :, self.fresh] = k[:, :, 0], v[:, :, 0]
+        self.fresh += 1
+
+    def _after_step(self, call: Call) -> None:
+        self.steps += 1
+        if self.policy.every and self.policy.looks and not self.frozen:
+            self.asked = torch.cat([self.asked, call.query], 3) if self.asked.numel() else call.query.clone()
+        if self.policy.every and self.steps % self.policy.every == 0 and not self.frozen:
+            self._evict(replace(call, query=call.query[:, :, :, :0]), self._stored())
+        elif self.fresh == TAIL:
+            self._join()
+
+    def _join(self) -> None:
+        """The tail becomes part of the rows."""
+        rows = len(self.starts) - 1
+        at = self.positions(self.seen - self.fresh, self.seen).int().repeat_interleave(self.tail_k.shape[1], 0)
+        self.keys, self.values = (
+            appended(kept, self.starts, x.flatten(0, 1)) for kept, x in ((self.keys, self.tail_k), (self.values, self.tail_v))
+        )
+        self.where = appended(self.where, self.starts, at)
+        if self.policy.carries:
+            self.carried = appended(self.carried, self.starts, self.carried.new_zeros(rows, self.fresh))
+        self.starts = self.starts + torch.arange(rows + 1, device=self.device) * self.fresh
+        self.kept += rows * self.fresh
+        self._clear_tail()
+
+    def _clear_tail(self) -> None:
+        self.tail_k, self.tail_v = (x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (self.tail_k, self.tail_v))
+        self.fresh = 0
+
+    # -- evicting
+
+    def _stored(self) -> Candidates:
+        """Kept tokens and tail; the tail ends with the newest token."""
+        return self._padded(self.seen)
+
+    def _padded(self, stop: int) -> Candidates:
+        b, h = self.tail_k.shape[:2]
+        rows = [padded(x, self.starts)[0].unflatten(0, (b, h)) for x in (self.keys, self.values, self.where.long())]
+        real = padded(self.where, self.starts)[1].unflatten(0, (b, h))
+        carried = padded(self.carried, self.starts)[0].unflatten(0, (b, h)) if self.policy.carries else real.float() * 0
+        at = self.positions(stop - self.fresh, stop).unsqueeze(1).expand(b, h, -1)
+        return Candidates(
+            torch.cat([rows[0], self.tail_k[:, :, : self.fresh]], 2),
+            torch.cat([rows[1], self.tail_v[:, :, : self.fresh]], 2),
+            torch.cat([rows[2], at], 2),
+            torch.cat([real, torch.ones_like(at, dtype=torch.bool)], 2),
+            torch.cat([carried, torch.zeros_like(at, dtype=torch.float32)], 2),
+        )
+
+    def _with_chunk(self, keys: Tensor, values: Tensor, real: Tensor) -> Candidates:
+        """Kept tokens, tail, and the chunk (b, h, t, d), of which `real` (b, t) says what is no padding."""
+        b, h, t, _ = keys.shape
+        positions = self.positions(self.seen - t, self.seen)
+        k, v = self.codec.encode(keys, values, positions)
+        at = positions.unsqueeze(1).expand(b, h, t)
+        new = Candidates(k, v, at, real.unsqueeze(1).expand(b, h, t), torch.zeros(b, h, t, device=k.device))
+        if self.seen == t:
+            return new
+        old = self._padded(self.seen - t)
+        return Candidates(*(torch.cat(pair, 2) for pair in zip(vars(old).values(), vars(new).values(), strict=True)))
+
+    def _evict(self, call: Call, found: Candidates) -> None:
+        """Score what is there and let the round decide; the call's queries are the newest."""
+        tokens = self.tokens()
+        scores = found.carried if self._all_stay(tokens) else self.policy.score(self._scene(call, found)).float()
+        found = replace(found, carried=scores, valid=found.valid & (found.positions < tokens[:, None, None]))
+        stays = (found.positions < self.policy.sinks) | (found.positions >= (tokens - self.policy.recent)[:, None, None])
+        scores = scores.nan_to_num(0.0).clamp(-FAR, FAR).masked_fill(stays, torch.inf).masked_fill(~found.valid, -torch.inf)
+        self.keep(found, scores, found.valid.sum(-1)) if self.frozen else self.round.enter(self, found, scores)
+
+    def _all_stay(self, tokens: Tensor) -> bool:
+        return self.frozen or all(self.mean_tokens(n) >= n for n in tokens.tolist())
+
+    def _scene(self, call: Call, found: Candidates) -> Scene:
+        queries = torch.cat([self.asked, call.query], 3) if self.asked.numel() else call.query
+        w, t = queries.shape[3], call.query.shape[3]
+        at = self.positions(self.seen - w, self.seen)
+        if call.mask is not None and t:
+            at[:, w - t :] = at[:, w - t :].masked_fill(~call.mask[:, -1, self.seen - t :], -1)
+        keys = self.codec.keys(self.codec.readable(found.keys, found.positions))
+        return Scene(
+            keys,
+            self.codec.values(found.values),
+            found.positions,
+            found.valid,
+            queries,
+            at,
+            call.scaling,
+            call.softcap,
+            self.rope,
+            found.carried,
+        )
+
+    def keep(self, found: Candidates, scores: Tensor, counts: Tensor) -> None:
+        """Keep the best `counts` (b, h) candidates of every head; the rest is freed."""
+        chosen = best(scores, counts)
+        self.keys, self.values = found.keys[chosen], found.values[chosen]
+        self.where = found.positions[chosen].int()
+        self.carried = found.carried[chosen] if self.policy.carries else self.carried
+        self.starts, self.kept = starts_of(counts.flatten()), int(counts.sum())
+        self.asked = self.asked.new_empty(0)
+        self._clear_tail()
+
+    def reset(self) -> None:
+        super().reset()
+        self.fresh = self.kept = self.steps = 0
+
+    # -- what cannot be done
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        raise LowkeyError("num_beams: beam search moves rows of the cache, which an evicting cache does not; set num_beams=1")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        raise LowkeyError("batch_select_indices: rows of an evicting cache cannot be picked; make one cache per batch")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise LowkeyError("batch_repeat_interleave: rows of an evicting cache cannot be repeated; repeat the prompt before prefill")
+
+
+def _sdpa(call: Call, keys: Tensor, values: Tensor) -> Tensor:
+    """torch's own attention over a first chunk: (b, h, g, t, d)."""
+    h, g, t = call.query.shape[1:4]
+    mask = None if call.mask is None else call.mask.unsqueeze(1)
+    out = scaled_dot_product_attention(
+        call.query.flatten(1, 2), keys, values, mask, is_causal=mask is None and t > 1, scale=call.scaling, enable_gqa=g > 1
+    )
+    return out.unflatten(1, (h, g))

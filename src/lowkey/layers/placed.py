@@ -1,0 +1,41 @@
+"""A storing layer that knows at which position each row's tokens are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowkey.layers.base import StoringLayer, batch_positions
+from lowkey.layers.codec import token_positions
+from lowkey.seam import Call
+from lowkey.types import LowkeyError
+
+
+class PlacedLayer(StoringLayer):
+    """offset (b, 1): each row's token index less its position."""
+
+    offset: Tensor
+
+    def place(self, call: Call, t: int) -> Tensor:
+        """Learn where each row begins, and hold the model to positions that count up by one from there.
+
+        Returns (b, seen): which tokens the newest query may see; the others are padding.
+        """
+        start, batch = self.seen - t, self.offset.shape[0]
+        positions = batch_positions(start, call, batch)
+        visible = _visible(call, self.seen, batch)
+        begun = visible[:, :start].any(1, keepdim=True)  # until a row's first real token, its positions mean nothing
+        self.offset = torch.where(begun, self.offset, self.seen - 1 - positions[:, -1:])
+        if not bool(((positions == self.positions(start, self.seen)) | ~visible[:, start:]).all()):
+            raise LowkeyError("position_ids: this cache needs positions that count up by one from a row's first token; drop position_ids")
+        return visible
+
+    def positions(self, start: int, stop: int) -> Tensor:
+        """Positions (b, stop - start) of the tokens with these indices; padding has none that matter."""
+        return token_positions(start, stop, self.offset)
+
+
+def _visible(call: Call, seen: int, batch: int) -> Tensor:
+    if call.mask is None:
+        return torch.ones(batch, seen, dtype=torch.bool, device=call.query.device)
+    return call.mask[:, -1].expand(batch, seen)

@@ -1,0 +1,57 @@
+"""Eviction policies. SCORES has one class per score; POLICIES names them together with the allocator they are known with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from functools import partial
+from typing import Any
+
+from lowkey.policies.allocators import ALLOCATORS, HeadKV
+from lowkey.policies.base import Policy
+from lowkey.policies.snapkv import SnapKV
+from lowkey.types import LowkeyError
+
+SCORES: dict[str, type[Policy]] = {
+    "snapkv": SnapKV,
+}
+
+POLICIES: dict[str, Callable[..., Policy]] = {
+    **SCORES,
+    "pyramidkv": partial(SnapKV, allocator="pyramid"),
+    "ada-kv": partial(SnapKV, allocator="ada"),
+    "headkv-r": partial(SnapKV, allocator=HeadKV("copy")),
+    "headkv-r2": partial(SnapKV, allocator=HeadKV("r2")),
+}
+
+
+def policy_words(policy: Policy) -> dict:
+    """A policy as JSON: the names of its score and allocator, and their parameters."""
+    split = policy.split()
+    parameters = {f.name: getattr(policy, f.name) for f in fields(policy) if f.name not in ("budget", "allocator")}
+    allocator = {"name": _name(split, ALLOCATORS), "parameters": asdict(split)}  # type: ignore[call-overload]
+    return {"name": _name(policy, SCORES), "budget": str(policy.budget), "parameters": parameters, "allocator": allocator}
+
+
+def policy_from(words: dict) -> Policy:
+    """The policy that `policy_words` described. Errors: LowkeyError for names or parameters that are not known here."""
+    try:
+        split = ALLOCATORS[words["allocator"]["name"]](**_tuples(words["allocator"]["parameters"]))
+        return SCORES[words["name"]](words["budget"], allocator=split, **_tuples(words["parameters"]))
+    except (KeyError, TypeError) as error:
+        raise LowkeyError(f"policy {str(words)[:80]!r} is not known here ({error}); it is of a newer lowkey or an outside class") from None
+
+
+def _name(thing: object, table: dict[str, Any]) -> str:
+    """Its short name, or its class's path when it is not one of ours."""
+    known = (name for name, kind in table.items() if type(thing) is kind)
+    return next(known, f"{type(thing).__module__}:{type(thing).__qualname__}")
+
+
+def _tuples(parameters: dict) -> dict:
+    """JSON's lists as the tuples that they were."""
+    return {name: _tuple(value) for name, value in parameters.items()}
+
+
+def _tuple(value: object) -> object:
+    return tuple(_tuple(v) for v in value) if isinstance(value, list) else value

@@ -1,0 +1,222 @@
+"""How many tokens each layer and head keeps. Every allocator gives a total that is exact, within what there is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from lowkey.ops.apportion import apportion
+from lowkey.types import LowkeyError
+
+Scope = Literal["layer", "cache"]
+HeadImportance = Mapping[str, Sequence[Sequence[float]]]
+"""By kind (`copy`, `r2`, ...): one number for every compressed layer and KV head."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One batch row's question: layers in scope, n of them, of `layers` in all; the first is number `first`.
+
+    scores (n, h, s): +inf for tokens that stay in any case, -inf where there is none. mean: tokens per head, on average over the
+    cache. tokens: how many the row has seen.
+    """
+
+    scores: Tensor
+    mean: float
+    tokens: int
+    first: int
+    layers: int
+
+    @property
+    def low(self) -> Tensor:
+        """(n, h): what each head keeps in any case."""
+        return self.scores.isposinf().sum(-1).cpu()
+
+    @property
+    def high(self) -> Tensor:
+        """(n, h): what each head has."""
+        return (~self.scores.isneginf()).sum(-1).cpu()
+
+    def share(self) -> int:
+        """The tokens for the layers in scope when all layers get the same; over all layers they add up exactly."""
+        n, h = self.scores.shape[:2]
+        whole = min(self.mean, self.tokens) * h * self.layers
+        return round(whole * (self.first + n) / self.layers) - round(whole * self.first / self.layers)
+
+
+class Allocator(ABC):
+    """scope: `layer` decides as soon as a layer has its scores, so that a long prompt is never held whole; `cache` needs all layers'."""
+
+    scope: ClassVar[Scope]
+    summary: ClassVar[str]
+
+    @abstractmethod
+    def counts(self, ask: Ask) -> Tensor:
+        """Tokens kept (n, h)."""
+
+    def fitted(self, heads: HeadImportance) -> Self:
+        """With the head importance that it asks for, found in `heads`; most ask for none. Errors: LowkeyError when it is not there."""
+        return self
+
+
+@dataclass(frozen=True)
+class Uniform(Allocator):
+    """The same for every layer and head."""
+
+    scope: ClassVar[Scope] = "layer"
+    summary: ClassVar[str] = "the same for every layer and head"
+
+    def counts(self, ask: Ask) -> Tensor:
+        return _spread(ask, torch.ones(ask.scores.shape[:2]), ask.share())
+
+
+@dataclass(frozen=True)
+class Pyramid(Allocator):
+    """PyramidKV (arXiv:2406.02069): beyond what is protected, layers get b/beta tokens at the top and 2b - b/beta at the bottom."""
+
+    scope: ClassVar[Scope] = "layer"
+    summary: ClassVar[str] = "more for lower layers, on a straight line (arXiv:2406.02069)"
+
+    beta: float = 20.0
+
+    def counts(self, ask: Ask) -> Tensor:
+        h, floor = ask.scores.shape[1], float(ask.low.max())
+        b = max(0.0, min(ask.mean, ask.tokens) - floor)
+        slope = torch.linspace(2 * b - b / self.beta, b / self.beta, ask.layers) if ask.layers > 1 else torch.tensor([b])
+        return _static(ask, slope.unsqueeze(1).expand(-1, h), floor)
+
+
+@dataclass(frozen=True)
+class Ada(Allocator):
+    """Ada-KV (arXiv:2407.11550): the layer's best tokens over all its heads say how many each head gets; a part alpha is dealt equally."""
+
+    scope: ClassVar[Scope] = "layer"
+    summary: ClassVar[str] = "heads of a layer compete for its tokens (arXiv:2407.11550)"
+
+    alpha: float = 0.2
+
+    def counts(self, ask: Ask) -> Tensor:
+        total = ask.share()
+        best = _best(ask.scores, total).double()
+        return _spread(ask, (1 - self.alpha) * best + self.alpha * best.mean(), total)
+
+
+@dataclass(frozen=True)
+class Global(Allocator):
+    """One threshold for all layers and heads (KVzip's `pair`, arXiv:2505.23416), with a part alpha dealt equally."""
+
+    scope: ClassVar[Scope] = "cache"
+    summary: ClassVar[str] = "all layers and heads compete, one threshold (arXiv:2505.23416)"
+
+    alpha: float = 0.0
+
+    def counts(self, ask: Ask) -> Tensor:
+        total = ask.share()
+        best = _best(ask.scores, total).double()
+        return _spread(ask, (1 - self.alpha) * best + self.alpha * best.mean(), total)
+
+
+@dataclass(frozen=True)
+class Blocks(Allocator):
+    """KV-Compress (arXiv:2410.00161): whole blocks of a head's tokens in order of score, each worth its last; one sort over the cache."""
+
+    scope: ClassVar[Scope] = "cache"
+    summary: ClassVar[str] = "all layers and heads compete with whole blocks (arXiv:2410.00161)"
+
+    size: int = 16
+
+    def counts(self, ask: Ask) -> Tensor:
+        n, h, s = ask.scores.shape
+        total = ask.share() // self.size * self.size
+        ranked = ask.scores.sort(-1, descending=True).values
+        room = -(-s // self.size) * self.size - s
+        ranked = torch.nn.functional.pad(ranked, (0, room), value=-torch.inf)
+        worth = ranked.view(n, h, -1, self.size)
+        last = torch.where(worth.isneginf(), torch.inf, worth).amin(-1)  # a last, hanging block is worth its own last token
+        last = last.masked_fill(worth[..., 0].isneginf(), -torch.inf)
+        blocks = _best(last, total // self.size)
+        return (blocks * self.size).minimum(ask.high).maximum(ask.low)
+
+
+@dataclass(frozen=True)
+class HeadKV(Allocator):
+    """HeadKV (arXiv:2410.19258): of each head's tokens a part 1/beta goes to a pool that is dealt out by head importance.
+
+    kind: which importance to take from a plan or a file of head scores: `copy` (HeadKV-R), `r2` (HeadKV-R2), `er`, `mass`.
+    importance: per layer, its KV heads' scores, when given directly; they need not add up to one.
+    A head's share beyond what there is goes to the others in proportion to their importance; the published code loses it.
+    """
+
+    scope: ClassVar[Scope] = "layer"
+    summary: ClassVar[str] = "heads by measured importance (arXiv:2410.19258)"
+
+    kind: str = "r2"
+    beta: float = 1.2
+    importance: tuple[tuple[float, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.beta < 1:
+            raise LowkeyError(f"beta {self.beta}: must be at least 1; 1 deals everything by importance, larger values deal more equally")
+
+    def fitted(self, heads: HeadImportance) -> Self:
+        if self.importance:
+            return self
+        if self.kind not in heads:
+            raise LowkeyError(
+                f"allocator 'headkv': needs head scores of kind {self.kind!r}; make them with `lowkey heads` and pass --heads"
+            )
+        return replace(self, importance=tuple(tuple(float(x) for x in row) for row in heads[self.kind]))
+
+    def counts(self, ask: Ask) -> Tensor:
+        weights = torch.tensor(self.importance, dtype=torch.float64)
+        if weights.shape != (ask.layers, ask.scores.shape[1]):
+            raise LowkeyError(
+                f"head importance of shape {tuple(weights.shape)}: the model has {ask.layers} layers of {ask.scores.shape[1]} KV heads; "
+                "estimate it with `lowkey heads`"
+            )
+        floor = float(ask.low.max())
+        free = max(0.0, min(ask.mean, ask.tokens) - floor)
+        return _static(ask, weights, floor + free - free / self.beta)
+
+
+ALLOCATORS: dict[str, type[Allocator]] = {
+    "uniform": Uniform,
+    "pyramid": Pyramid,
+    "ada": Ada,
+    "global": Global,
+    "blocks": Blocks,
+    "headkv": HeadKV,
+}
+
+
+def _spread(ask: Ask, weights: Tensor, total: int) -> Tensor:
+    """`total` over the heads in scope by weight, (n, h)."""
+    shape = ask.scores.shape[:2]
+    return apportion(weights.flatten(), total, ask.low.flatten(), ask.high.flatten()).view(shape)
+
+
+def _static(ask: Ask, weights: Tensor, base: float) -> Tensor:
+    """Counts for the layers in scope when weights (layers, h) for all are known beforehand: one water-filling over the whole cache.
+
+    What a layer's heads lack (they hold less than the row has seen, after an earlier eviction) goes to its other heads.
+    """
+    n, h = ask.scores.shape[:2]
+    low = ask.low.amax().expand(ask.layers * h)
+    whole = round(min(ask.mean, ask.tokens) * h * ask.layers)
+    caps = apportion(weights.flatten(), whole, low, torch.full((ask.layers * h,), ask.tokens), base).view(ask.layers, h)
+    own = caps[ask.first : ask.first + n]
+    if bool((own <= ask.high).all()):
+        return own.maximum(ask.low)
+    return _spread(ask, own.double(), int(own.sum()))
+
+
+def _best(scores: Tensor, total: int) -> Tensor:
+    """How many of the `total` highest scores (n, h, s) each head has, (n, h)."""
+    n, h, s = scores.shape
+    chosen = scores.flatten().argsort(descending=True, stable=True)[:total]
+    return torch.bincount(chosen.cpu() // s, minlength=n * h).view(n, h)

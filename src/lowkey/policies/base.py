@@ -1,0 +1,103 @@
+"""What a policy is: a score, an allocator and a trigger. What a score sees: a Scene."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from lowkey.policies.allocators import ALLOCATORS, Allocator, HeadImportance
+from lowkey.types import Budget, LowkeyError
+
+Rope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One layer's candidates when it is time to evict.
+
+    keys (b, h, s, d) rotated, as attention reads them, and values (b, h, s, d); positions (b, h, s) and valid (b, h, s): False for
+    padding and for the gaps of shorter heads. queries (b, h, g, w, d): all since the last eviction, rotated, of the newest w tokens, at
+    query_positions (b, w), -1 for padding. carried (b, h, s): scores kept from earlier evictions, 0 for new tokens.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    valid: Tensor
+    queries: Tensor
+    query_positions: Tensor
+    scaling: float
+    softcap: float | None
+    rope: Rope
+    carried: Tensor
+
+    def weights(self, last: int, first: int = 0) -> Tensor:
+        """Attention (b, h, g, w, s) in fp32 of the newest `last` queries, without the newest `first` of these; padding gets 0."""
+        stop = self.queries.shape[3] - first
+        chosen = slice(max(0, self.queries.shape[3] - last), stop)
+        queries, at = self.queries[:, :, :, chosen], self.query_positions[:, chosen]
+        g, w = queries.shape[2:4]
+        scores = (queries.flatten(2, 3) @ self.keys.mT).unflatten(2, (g, w)).float() * self.scaling
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        seen = self.valid.unsqueeze(2) & (self.positions.unsqueeze(2) <= at[:, None, :, None])
+        return scores.masked_fill(~seen.unsqueeze(2), -torch.inf).softmax(-1).nan_to_num(0.0)
+
+
+@dataclass(frozen=True)
+class Policy(ABC):
+    """Which tokens every head keeps, and when that is decided.
+
+    budget: what is kept of the tokens seen, per head on average: `10%`, `512 tokens`, `1.5 GiB` or `4 KiB/token`. allocator: how it is
+    split over layers and heads, a name of ALLOCATORS or an object. sinks, recent: the first and the newest tokens of each row
+    stay, whatever their score; they count in the budget. every: also evict after so many decode steps; 0: only after a prompt or chunk.
+    """
+
+    summary: ClassVar[str]
+    paper: ClassVar[str]
+    looks: ClassVar[bool] = True  # whether the score reads queries
+    carries: ClassVar[bool] = False  # whether scores are kept with the tokens, for the next eviction
+
+    budget: Budget | str
+    allocator: str | Allocator = "uniform"
+    sinks: int = 4
+    recent: int = 8
+    every: int = 0
+
+    def __post_init__(self) -> None:
+        parsed = Budget.parse(self.budget)
+        object.__setattr__(self, "budget", parsed)
+        for name in ("sinks", "recent", "every"):
+            if getattr(self, name) < 0:
+                raise LowkeyError(f"{name} {getattr(self, name)}: must be at least 0")
+        if parsed.unit == "tokens" and parsed.amount < self.sinks + self.recent:
+            raise LowkeyError(self.too_small(parsed.amount))
+        if isinstance(self.allocator, str) and self.allocator not in ALLOCATORS:
+            raise LowkeyError(f"allocator {self.allocator!r} is unknown; choose one of {', '.join(ALLOCATORS)}")
+
+    def too_small(self, tokens: float) -> str:
+        return (
+            f"budget {self.budget}: {tokens:g} tokens per head do not hold the {self.sinks} sinks and {self.recent} recent tokens that are "
+            "always kept; raise the budget or lower sinks or recent"
+        )
+
+    def split(self) -> Allocator:
+        return ALLOCATORS[self.allocator]() if isinstance(self.allocator, str) else self.allocator
+
+    def fitted(self, heads: HeadImportance) -> Self:
+        """Ready to use: with an allocator that has the head importance it asks for."""
+        return replace(self, allocator=self.split().fitted(heads))
+
+    @abstractmethod
+    def score(self, scene: Scene) -> Tensor:
+        """(b, h, s): the higher, the more worth keeping. What it says of protected or invalid tokens is ignored."""
+
+
+def pooled(scores: Tensor, kernel: int) -> Tensor:
+    """Each score raised to the largest among its neighbours (b, h, s), so that clusters of tokens stay together (arXiv:2404.14469)."""
+    return torch.nn.functional.max_pool1d(scores, kernel, stride=1, padding=kernel // 2) if kernel > 1 else scores
