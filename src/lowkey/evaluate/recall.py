@@ -50,8 +50,8 @@ def measure(
     context: int,
     cases: int,
     seed: int,
-    refeed: bool,
     progress: Progress,
+    refeed: bool = True,
 ) -> dict[str, dict]:
     """Share of `cases` in which greedy decoding writes exactly the asked value, by the setting's name.
 

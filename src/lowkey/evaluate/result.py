@@ -62,7 +62,7 @@ def _layers(run: _Run) -> dict[str, dict]:
 
 def _recall(run: _Run) -> dict[str, dict]:
     t = run.task
-    return recall.measure(run.model, run.tokenizer, run.settings, run.ids.tolist(), t.context, t.cases, t.seed, t.refeed, run.progress)
+    return recall.measure(run.model, run.tokenizer, run.settings, run.ids.tolist(), t.context, t.cases, t.seed, run.progress, t.refeed)
 
 
 def _speed(run: _Run) -> dict[str, dict]:
