@@ -7,8 +7,8 @@ model.generate(**inputs, past_key_values=cache)
 cache.nbytes(), cache.predicted_nbytes()
 """
 
-from lowkey import methods
-from lowkey.cache import LowkeyCache, make_cache
+from lowkey import methods, policies
+from lowkey.cache import LowkeyCache, load_cache, make_cache
 from lowkey.calibrate import Sample, calibrate
 from lowkey.layers.lowrank import Exact
 from lowkey.plan import Plan
@@ -16,4 +16,18 @@ from lowkey.seam import attach
 from lowkey.types import Budget, LowkeyError
 from lowkey.version import __version__
 
-__all__ = ["Budget", "Exact", "LowkeyCache", "LowkeyError", "Plan", "Sample", "__version__", "attach", "calibrate", "make_cache", "methods"]
+__all__ = [
+    "Budget",
+    "Exact",
+    "LowkeyCache",
+    "LowkeyError",
+    "Plan",
+    "Sample",
+    "__version__",
+    "attach",
+    "calibrate",
+    "load_cache",
+    "make_cache",
+    "methods",
+    "policies",
+]

@@ -14,16 +14,23 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel
 
 from lowkey import files, text
 from lowkey.allocate import ALLOCATORS
+from lowkey.cache import make_cache
 from lowkey.calibrate import Sample, calibrate, describe
 from lowkey.evaluate.result import TASKS, Task, evaluate
-from lowkey.evaluate.settings import full, packed, planned
+from lowkey.evaluate.settings import evicted, full, packed, planned
 from lowkey.generate import stream
-from lowkey.loading import load, make_method
+from lowkey.heads import HeadScores
+from lowkey.loading import load, make_method, make_policy
 from lowkey.methods import METHODS
 from lowkey.plan import Plan
+from lowkey.policies import POLICIES, policy_words
+from lowkey.policies.allocators import ALLOCATORS as HEAD_ALLOCATORS
+from lowkey.policies.allocators import HeadImportance
+from lowkey.policies.base import Policy
 from lowkey.progress import bars
 from lowkey.types import LAYOUTS, Budget, Layout, LowkeyError
 
@@ -93,6 +100,11 @@ def evaluate_command(
     model: Model,
     plan: Annotated[list[Path] | None, typer.Option(help="a plan folder; repeat to compare several")] = None,
     bits: Annotated[list[int] | None, typer.Option(help="also rows of packed integers: 8, 4 (both when not given)")] = None,
+    policy: Annotated[str | None, typer.Option(help="eviction policies that `lowkey policies` lists, separated by commas")] = None,
+    budget: Annotated[str | None, typer.Option(help="what policies keep: '10%' or '64 tokens'; several separated by commas")] = None,
+    heads: Annotated[list[Path] | None, typer.Option(help="a file of head scores that `lowkey heads` wrote")] = None,
+    option: Annotated[list[str] | None, typer.Option("--option", "-O", help="an option of the policies, like recent=4")] = None,
+    refeed: Annotated[bool, typer.Option(help="recall: ask again over what was kept, so that the first answer token is tested too")] = True,
     data: Annotated[Path | None, typer.Option(help="a UTF-8 text file (default: the embedded text)")] = None,
     task: Annotated[list[str] | None, typer.Option(help=f"{', '.join(TASKS)} (all when not given)")] = None,
     context: Annotated[int, typer.Option(help="tokens per window and per recall case")] = 512,
@@ -104,16 +116,23 @@ def evaluate_command(
     out: Annotated[Path | None, typer.Option(help="result file (default: results/eval-MODEL-TIME.json)")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the full cache, plans and packed integers on the same text: quality, bytes really held, speed."""
+    """Measure the full cache, plans, policies and packed integers on the same text: quality, bytes really held, speed.
+
+    One row for each policy and budget; with one --plan, policies evict on top of it.
+    """
     place = out or Path("results") / f"eval-{Path(model).name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
     files.check_file(place)
     _at_least(1, windows=windows, cases=cases)
+    policies = _policies(policy, budget, option)
     corpus = text.read_text(data, "data") if data else text.embedded("evaluation")
     loaded, tokenizer = load(model, dtype, device)
-    settings = [full(loaded)]
-    settings += [planned(loaded, Plan.load(p, loaded), str(p)) for p in plan or []]
+    plans = [(Plan.load(p, loaded), str(p)) for p in plan or []]
+    scores = _head_scores(heads, loaded)
+    settings = [full(loaded)] + [planned(loaded, *p) for p in plans]
+    for name, wanted in policies:
+        settings += [evicted(loaded, wanted, name, context, *p, heads=scores) for p in plans or [(None, None)]]
     settings += [packed(loaded, b) for b in bits or (8, 4)]
-    what = Task(corpus, str(data) if data else "embedded", context, windows, cases, seed)
+    what = Task(corpus, str(data) if data else "embedded", context, windows, cases, seed, refeed=refeed)
     names = [name for item in task or TASKS for name in item.split(",")]
     result = evaluate(loaded, tokenizer, settings, what, names, bars)
     files.write_json(place, result)
@@ -127,6 +146,10 @@ def generate(
     prompt: Annotated[str, typer.Option(help="text to continue")],
     plan: Annotated[Path | None, typer.Option(help="a plan folder")] = None,
     bits: Annotated[int | None, typer.Option(help="8 or 4: packed integers")] = None,
+    policy: Annotated[str | None, typer.Option(help="an eviction policy that `lowkey policies` lists")] = None,
+    budget: Annotated[str | None, typer.Option(help="what the policy keeps: '10%' or '64 tokens'")] = None,
+    heads: Annotated[list[Path] | None, typer.Option(help="a file of head scores that `lowkey heads` wrote")] = None,
+    option: Annotated[list[str] | None, typer.Option("--option", "-O", help="an option of the policy, like every=32")] = None,
     tokens: Annotated[int, typer.Option(help="new tokens at most")] = 64,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -134,9 +157,14 @@ def generate(
 ) -> None:
     """Continue a prompt over a compressed cache; ends with tokens/s and the bytes held against the full cache."""
     _at_least(1, tokens=tokens)
+    wanted = _policies(policy, budget, option)
+    if len(wanted) > 1:
+        raise LowkeyError(f"policy {policy!r} with budget {budget!r}: generate takes one policy and one budget")
     loaded, tokenizer = load(model, dtype, device)
     chosen = Plan.load(plan, loaded) if plan else None
-    summary = stream(loaded, tokenizer, prompt, chosen, bits, tokens, None if as_json else sys.stdout)
+    evicting = wanted[0][1].fitted(_importance(chosen, _head_scores(heads, loaded))) if wanted else None
+    cache = make_cache(loaded, chosen, evicting, bits=bits)
+    summary = stream(loaded, tokenizer, prompt, cache, tokens, None if as_json else sys.stdout)
     if as_json:
         print(json.dumps(summary))
         return
@@ -187,8 +215,27 @@ def methods(as_json: AsJson = False) -> None:
     for title, entries in (("method", listed), ("allocator", splits)):
         table = Table(title, "what it does", "paper", "options (-O name=value)")
         for name, entry in entries.items():
-            table.add_row(name, entry["summary"], entry.get("paper", ""), ", ".join(f"{k}={v}" for k, v in entry["options"].items()))
+            table.add_row(name, entry["summary"], entry.get("paper", ""), _pairs(entry["options"]))
         screen.print(table)
+
+
+@app.command()
+def policies(as_json: AsJson = False) -> None:
+    """The eviction policies and their allocators, with their options and papers."""
+    known = {name: make_policy(name, "50%", {}) for name in POLICIES}
+    listed = {name: {"summary": p.summary, "paper": p.paper, **policy_words(p)} for name, p in known.items()}
+    splits = {name: {"summary": a.summary, "options": describe(a())["parameters"]} for name, a in HEAD_ALLOCATORS.items()}
+    if as_json:
+        print(json.dumps({"policies": listed, "allocators": splits}))
+        return
+    table = Table("policy", "keeps by", "split", "paper", "options (-O name=value)")
+    for name, entry in listed.items():
+        table.add_row(name, entry["summary"], entry["allocator"]["name"], entry["paper"], _pairs(entry["parameters"]))
+    screen.print(table)
+    table = Table("allocator", "what it does", "options (-O name=value)")
+    for name, entry in splits.items():
+        table.add_row(name, entry["summary"], _pairs(entry["options"]))
+    screen.print(table)
 
 
 @app.command()
@@ -208,6 +255,32 @@ def report(
 
     place = write_report(results, out)
     print(json.dumps({"report": str(place)})) if as_json else err.print(f"report written to {place}", highlight=False, soft_wrap=True)
+
+
+def _policies(names: str | None, budgets: str | None, options: list[str] | None) -> list[tuple[str, Policy]]:
+    """(name, policy) for each name and budget."""
+    if names is None:
+        if budgets is not None:
+            raise LowkeyError(f"budget {budgets!r}: is for a policy; give --policy too, or a plan for low rank")
+        return []
+    if budgets is None:
+        raise LowkeyError(f"policy {names!r}: needs a budget; give --budget, like 10% or '64 tokens'")
+    given = _options(options)
+    return [(n, make_policy(n, b, given)) for n in names.split(",") for b in budgets.split(",")]
+
+
+def _head_scores(paths: list[Path] | None, model: PreTrainedModel) -> HeadImportance:
+    """Importance of the KV heads by kind, out of files."""
+    found = [HeadScores.load(path, model) for path in paths or []]
+    return {scores.kind: scores.per_kv_head().tolist() for scores in found}
+
+
+def _importance(plan: Plan | None, heads: HeadImportance) -> HeadImportance:
+    return {**(plan.heads if plan else {}), **heads}
+
+
+def _pairs(options: dict) -> str:
+    return ", ".join(f"{k}={v}" for k, v in options.items())
 
 
 def _options(pairs: list[str] | None) -> dict[str, str]:

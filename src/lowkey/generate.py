@@ -9,7 +9,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from lowkey.cache import LowkeyCache, make_cache
-from lowkey.plan import Plan
 from lowkey.types import LowkeyError, device_of
 
 
@@ -28,16 +27,17 @@ def stream(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
-    plan: Plan | None,
-    bits: int | None,
+    cache: LowkeyCache,
     tokens: int,
     out: TextIO | None,
 ) -> dict:
-    """Greedy continuation, written to `out` as it comes. Returns text, new_tokens, tokens_per_s, bytes_held, bytes_full."""
+    """Greedy continuation over a fresh cache, written to `out` as it comes.
+
+    Returns text, new_tokens, tokens_per_s, bytes_held, bytes_full.
+    """
     ids = tokenizer(prompt, return_tensors="pt").input_ids.to(device_of(model))
     if not ids.shape[1]:
         raise LowkeyError("prompt '': is empty; give some text to continue")
-    cache = make_cache(model, plan=plan, bits=bits)
     start = time.perf_counter()
     streamer = _Writer(tokenizer, out) if out is not None else None
     result = model.generate(  # type: ignore[operator]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from importlib.resources import as_file
 from importlib.resources import files as package_files
@@ -19,8 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from lowkey.families import family
 from lowkey.methods import METHODS, Method
+from lowkey.policies import POLICIES
+from lowkey.policies.base import Policy
 from lowkey.seam import attach
-from lowkey.types import LowkeyError
+from lowkey.types import Budget, LowkeyError
 
 TINY = "tiny"
 NEEDED = ("fit", "summary", "paper", "allocator")  # of a method
@@ -102,42 +104,59 @@ def _first_line(error: Exception) -> str:
 
 def make_method(name: str, options: Mapping[str, str]) -> Method:
     """A method by its name in METHODS or as `package.module:Class`, with options given as text."""
-    kind: Any = METHODS.get(name) or _outside(name)
+    kind: Any = METHODS.get(name) or _outside("method", name, METHODS, NEEDED)
     known = {f.name: f for f in fields(kind)}
+    _check_options(f"method {name!r}", options, known)
+    return kind(**{key: _value(f"method {name!r}", known[key], value) for key, value in options.items()})
+
+
+def make_policy(name: str, budget: str | Budget, options: Mapping[str, str]) -> Policy:
+    """A policy by its name in POLICIES or as `package.module:Class`, with options of it or of its allocator given as text."""
+    make: Any = POLICIES.get(name) or _outside("policy", name, POLICIES, ("score", "summary", "paper"))
+    what, own = f"policy {name!r}", {f.name: f for f in fields(getattr(make, "func", make)) if f.name != "budget"}
+    chosen = {key: text for key, text in options.items() if key in own}
+    policy = make(budget, **{key: text if key == "allocator" else _value(what, own[key], text) for key, text in chosen.items()})
+    split = policy.split()
+    parts = {f.name: f for f in fields(split)}
+    _check_options(what, options, own | parts)
+    rest = {key: _value(what, parts[key], text) for key, text in options.items() if key not in own}
+    return replace(policy, allocator=replace(split, **rest)) if rest else policy
+
+
+def _check_options(what: str, options: Mapping[str, str], known: Mapping[str, Any]) -> None:
     for option in options:
         if option not in known:
-            raise LowkeyError(f"option {option!r} of method {name!r} is unknown; it has {', '.join(known) or 'none'}")
-    return kind(**{key: _value(name, known[key], value) for key, value in options.items()})
+            raise LowkeyError(f"option {option!r} of {what} is unknown; it has {', '.join(known) or 'none'}")
 
 
-def _outside(name: str) -> Any:
+def _outside(what: str, name: str, table: Mapping[str, Any], needed: Sequence[str]) -> Any:
     if ":" not in name:
-        near = get_close_matches(name, METHODS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(METHODS)} or package.module:Class"
-        raise LowkeyError(f"method {name!r} is unknown; {hint}")
+        near = get_close_matches(name, table, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(table)} or package.module:Class"
+        raise LowkeyError(f"{what} {name!r} is unknown; {hint}")
     module, _, attribute = name.partition(":")
     try:
         kind = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # importing runs the user's file, which may raise anything
         problem = f"{type(error).__name__}: {_first_line(error)}"
-        raise LowkeyError(f"method {name!r} cannot be imported ({problem}); give package.module:Class") from error
-    if not (isinstance(kind, type) and is_dataclass(kind) and all(hasattr(kind, part) for part in NEEDED)):
-        raise LowkeyError(f"method {name!r} is no method; give a dataclass with {', '.join(NEEDED)}")
+        raise LowkeyError(f"{what} {name!r} cannot be imported ({problem}); give package.module:Class") from error
+    if not (isinstance(kind, type) and is_dataclass(kind) and all(hasattr(kind, part) for part in needed)):
+        raise LowkeyError(f"{what} {name!r} is no {what}; give a dataclass with {', '.join(needed)}")
     return kind
 
 
-def _value(method: str, field: Any, text: str) -> object:
+def _value(what: str, field: Any, text: str) -> object:
     """Text to the type of the field's default; Literal fields must match one of their words."""
     allowed = ["true", "false"] if isinstance(field.default, bool) else _words(str(field.type))
     if allowed and text not in allowed:
-        raise LowkeyError(f"option {field.name}={text!r} of method {method!r}: choose one of {', '.join(allowed)}")
+        raise LowkeyError(f"option {field.name}={text!r} of {what}: choose one of {', '.join(allowed)}")
     kind = type(field.default)
     if kind not in (bool, int, float, str):
-        raise LowkeyError(f"option {field.name}={text!r} of method {method!r}: cannot be given as text; pass the method object in Python")
+        raise LowkeyError(f"option {field.name}={text!r} of {what}: cannot be given as text; pass the method object in Python")
     try:
         return text == "true" if kind is bool else kind(text)
     except ValueError:
-        raise LowkeyError(f"option {field.name}={text!r} of method {method!r}: give a {kind.__name__}") from None
+        raise LowkeyError(f"option {field.name}={text!r} of {what}: give a {kind.__name__}") from None
 
 
 def _words(annotation: str) -> list[str]:

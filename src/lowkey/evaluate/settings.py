@@ -14,6 +14,7 @@ from lowkey.cache import LowkeyCache, Origin, cache_from, make_cache
 from lowkey.layers.base import StoringLayer
 from lowkey.plan import Plan
 from lowkey.policies import policy_words
+from lowkey.policies.allocators import HeadImportance
 from lowkey.policies.base import Policy
 from lowkey.types import Budget, LowkeyError
 
@@ -65,7 +66,15 @@ def planned(model: PreTrainedModel, plan: Plan, path: str) -> Setting:
     return Setting(f"{plan.method['name']} {plan.budget}", known, lambda: cache_from(model, origin))
 
 
-def evicted(model: PreTrainedModel, policy: Policy, name: str, context: int, plan: Plan | None = None, path: str | None = None) -> Setting:
+def evicted(
+    model: PreTrainedModel,
+    policy: Policy,
+    name: str,
+    context: int,
+    plan: Plan | None = None,
+    path: str | None = None,
+    heads: HeadImportance | None = None,
+) -> Setting:
     """A policy by itself or on top of a plan. Errors: LowkeyError when its budget does not hold what it always keeps."""
     budget = Budget.parse(policy.budget)
     tokens = {"%": budget.amount / 100 * context, "tokens": budget.amount}.get(budget.unit, math.inf)
@@ -73,6 +82,7 @@ def evicted(model: PreTrainedModel, policy: Policy, name: str, context: int, pla
         raise LowkeyError(policy.too_small(tokens))
     if plan is not None:
         plan.check(model)
+    policy = policy.fitted({**(plan.heads if plan else {}), **(heads or {})})
     known = identity(method=plan and plan.method["name"], plan=path, policy=policy_words(policy), budget=str(budget))
     origin = Origin(weakref.ref(model), plan, policy)
     cache_from(model, origin)  # refuses now what would be refused at the first case

@@ -16,8 +16,8 @@ from lowkey.types import LowkeyError
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the distinct storages behind the tensors: a small view of a large buffer counts as the buffer."""
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(held.values())
+    held = {(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors}
+    return sum(size for _, size in held)
 
 
 class StoringLayer(CacheLayerMixin):
