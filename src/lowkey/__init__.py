@@ -12,6 +12,7 @@ from lowkey.cache import LowkeyCache, load_cache, make_cache
 from lowkey.calibrate import Sample, calibrate
 from lowkey.layers.lowrank import Exact
 from lowkey.plan import Plan
+from lowkey.prefill import prefill
 from lowkey.seam import attach
 from lowkey.types import Budget, LowkeyError
 from lowkey.version import __version__
@@ -30,4 +31,5 @@ __all__ = [
     "make_cache",
     "methods",
     "policies",
+    "prefill",
 ]

@@ -15,8 +15,10 @@ from lowkey import cachefile, families
 from lowkey.fingerprint import model_fingerprint
 from lowkey.layers.base import StockLayer, StockSlidingLayer, StoringLayer
 from lowkey.layers.codec import LowRank
+from lowkey.layers.compensating import CompensatingLayer
 from lowkey.layers.evicting import EvictingLayer, Round
 from lowkey.layers.lowrank import Exact, LowRankLayer
+from lowkey.layers.pruning import PruningLayer
 from lowkey.layers.quantized import QuantizedLayer
 from lowkey.plan import Plan, versions
 from lowkey.policies import policy_from, policy_words
@@ -24,6 +26,7 @@ from lowkey.policies.base import Policy
 from lowkey.seam import attached
 from lowkey.types import LowkeyError
 
+LAYERS: dict[str, type[EvictingLayer]] = {"evicting": EvictingLayer, "compensating": CompensatingLayer, "pruning": PruningLayer}
 CountedLayer = StoringLayer | StockLayer | StockSlidingLayer
 
 
@@ -170,13 +173,17 @@ def _evicting(model: PreTrainedModel, plan: Plan | None, policy: Policy, exact: 
         raise LowkeyError(
             "exact tokens of a plan together with a policy are not supported; the policy's sinks and recent tokens are kept in low rank"
         )
+    if plan and policy.layer == "pruning":
+        raise LowkeyError("policy 'think' drops key channels, of which a plan has its own; use another policy on top of a plan")
     full = families.geometry(model).compressible
     policy = policy.fitted(plan.heads if plan else {})
+    if policy.turns and (kind := families.changing_rope(model)):
+        raise LowkeyError(f"policy {type(policy).__name__}: rope_type {kind!r} changes its frequencies with the length; use another policy")
     meeting = Round(len(full))
 
     def build(i: int) -> EvictingLayer:
         rope = families.rope(model, i)
-        return EvictingLayer(policy, rope, full.index(i), meeting, LowRank(plan.factors[i], plan.layout, rope) if plan else None)
+        return LAYERS[policy.layer](policy, rope, full.index(i), meeting, LowRank(plan.factors[i], plan.layout, rope) if plan else None)
 
     return build
 

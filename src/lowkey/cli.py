@@ -23,20 +23,21 @@ from lowkey.calibrate import Sample, calibrate, describe
 from lowkey.evaluate.result import TASKS, Task, evaluate
 from lowkey.evaluate.settings import evicted, full, packed, planned
 from lowkey.generate import stream
-from lowkey.heads import HeadScores
+from lowkey.heads import KINDS, HeadScores, estimate_heads
 from lowkey.loading import load, make_method, make_policy
 from lowkey.methods import METHODS
+from lowkey.needles import TASKS as NEEDLES
 from lowkey.plan import Plan
 from lowkey.policies import POLICIES, policy_words
 from lowkey.policies.allocators import ALLOCATORS as HEAD_ALLOCATORS
 from lowkey.policies.allocators import HeadImportance
 from lowkey.policies.base import Policy
 from lowkey.progress import bars
+from lowkey.show import pairs_of, screen, show_heads, show_plan, show_rows
 from lowkey.types import LAYOUTS, Budget, Layout, LowkeyError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
 err = Console(stderr=True, markup=False, emoji=False)  # paths and names are printed as they are
-screen = Console(width=None if sys.stdout.isatty() else 150, markup=False, emoji=False)
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # what a command line that does not parse raises; typer does not export it
 
 Model = Annotated[str, typer.Argument(help="a model folder, a Hub id, or 'tiny' (the embedded model)")]
@@ -92,7 +93,7 @@ def compress(
     )
     plan.save(out, force)
     shutil.rmtree(work, ignore_errors=True)
-    _show_plan(plan, out, as_json)
+    show_plan(plan, out, as_json)
 
 
 @app.command("eval")
@@ -129,15 +130,15 @@ def evaluate_command(
     plans = [(Plan.load(p, loaded), str(p)) for p in plan or []]
     scores = _head_scores(heads, loaded)
     settings = [full(loaded)] + [planned(loaded, *p) for p in plans]
-    for name, wanted in policies:
-        settings += [evicted(loaded, wanted, name, context, *p, heads=scores) for p in plans or [(None, None)]]
+    below: list[tuple[Plan | None, str | None]] = [*plans] or [(None, None)]
+    settings += [evicted(loaded, wanted, name, context, *p, heads=scores) for name, wanted in policies for p in below]
     settings += [packed(loaded, b) for b in bits or (8, 4)]
     what = Task(corpus, str(data) if data else "embedded", context, windows, cases, seed, refeed=refeed)
     names = [name for item in task or TASKS for name in item.split(",")]
     result = evaluate(loaded, tokenizer, settings, what, names, bars)
     files.write_json(place, result)
     err.print(f"result written to {place}", highlight=False, soft_wrap=True)
-    print(json.dumps(result)) if as_json else _show_rows(result)
+    print(json.dumps(result)) if as_json else show_rows(result)
 
 
 @app.command()
@@ -204,6 +205,31 @@ def profile(
     print(json.dumps(found)) if as_json else err.print(f"profile.json, surface.png and spectra.png written to {out}", highlight=False)
 
 
+@app.command("heads")
+def heads_command(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="the JSON file to write")] = Path("heads.json"),
+    kind: Annotated[str, typer.Option(help=f"the score: {', '.join(KINDS)}")] = "r2",
+    task: Annotated[str | None, typer.Option(help=f"{', '.join(NEEDLES)} (default: the kind's own)")] = None,
+    haystack: Annotated[Path | None, typer.Option(help="a UTF-8 text file (default: the embedded text)")] = None,
+    cases: Annotated[int, typer.Option(help="cases to ask; those answered right count")] = 100,
+    context: Annotated[int, typer.Option(help="tokens of the longest cases; the shortest have a fifth")] = 1024,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    force: Annotated[bool, typer.Option(help="replace a file")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure which heads find the answer in a long text, for policies that split their budget by it."""
+    files.check_file(out, force)
+    corpus = text.read_text(haystack, "haystack") if haystack else None
+    found = estimate_heads(
+        *load(model, dtype, device), kind=kind, task=task, haystack=corpus, cases=cases, context=context, seed=seed, progress=bars
+    )
+    found.save(out)
+    print(json.dumps({"heads": str(out), **found.describe()})) if as_json else show_heads(found, out, cases)
+
+
 @app.command()
 def methods(as_json: AsJson = False) -> None:
     """The methods and allocators, with their options and papers."""
@@ -215,7 +241,7 @@ def methods(as_json: AsJson = False) -> None:
     for title, entries in (("method", listed), ("allocator", splits)):
         table = Table(title, "what it does", "paper", "options (-O name=value)")
         for name, entry in entries.items():
-            table.add_row(name, entry["summary"], entry.get("paper", ""), _pairs(entry["options"]))
+            table.add_row(name, entry["summary"], entry.get("paper", ""), pairs_of(entry["options"]))
         screen.print(table)
 
 
@@ -230,18 +256,18 @@ def policies(as_json: AsJson = False) -> None:
         return
     table = Table("policy", "keeps by", "split", "paper", "options (-O name=value)")
     for name, entry in listed.items():
-        table.add_row(name, entry["summary"], entry["allocator"]["name"], entry["paper"], _pairs(entry["parameters"]))
+        table.add_row(name, entry["summary"], entry["allocator"]["name"], entry["paper"], pairs_of(entry["parameters"]))
     screen.print(table)
     table = Table("allocator", "what it does", "options (-O name=value)")
     for name, entry in splits.items():
-        table.add_row(name, entry["summary"], _pairs(entry["options"]))
+        table.add_row(name, entry["summary"], pairs_of(entry["options"]))
     screen.print(table)
 
 
 @app.command()
 def inspect(plan: Annotated[Path, typer.Argument(help="a plan folder")], as_json: AsJson = False) -> None:
     """What a plan holds."""
-    _show_plan(Plan.load(plan), plan, as_json)
+    show_plan(Plan.load(plan), plan, as_json)
 
 
 @app.command()
@@ -279,10 +305,6 @@ def _importance(plan: Plan | None, heads: HeadImportance) -> HeadImportance:
     return {**(plan.heads if plan else {}), **heads}
 
 
-def _pairs(options: dict) -> str:
-    return ", ".join(f"{k}={v}" for k, v in options.items())
-
-
 def _options(pairs: list[str] | None) -> dict[str, str]:
     for pair in pairs or []:
         if "=" not in pair:
@@ -301,44 +323,6 @@ def _at_least(least: int, **counts: int) -> None:
     for name, count in counts.items():
         if count < least:
             raise LowkeyError(f"{name} {count}: must be at least {least}; leave it out for the default")
-
-
-def _show_plan(plan: Plan, place: Path, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({"plan": str(place), **plan.describe()}))
-        return
-    g, held = plan.geometry, plan.bytes_per_token(2)
-    whole = 2 * g["kv_heads"] * g["head_dim"] * 2 * len(plan.factors)
-    table = Table(
-        "layer", "key rank", "value rank", title=f"{plan.method['name']} · {plan.allocator['name']} · {plan.layout} · {plan.budget}"
-    )
-    for i, (k, v) in plan.ranks.items():
-        table.add_row(str(i), f"{k} of {g['head_dim']}", f"{v} of {g['head_dim']}")
-    screen.print(table)
-    print(f"{place}: keeps {held} of {whole} bytes per token in bfloat16 ({100 * held / whole:.1f}%)")
-
-
-COLUMNS = {  # key of a row: (heading, format)
-    "perplexity": ("ppl", ".3f"),
-    "perplexity_decode": ("ppl decode", ".3f"),
-    "kl": ("KL", ".4f"),
-    "top1_agreement": ("top-1", ".3f"),
-    "layer_error": ("layer error", ".4f"),
-    "exact_match": ("recall", ".2f"),
-    "bytes_per_token": ("B/token", ".0f"),
-    "bytes_held": ("bytes held", ",d"),
-    "step_ms": ("step ms", ".2f"),
-}
-
-
-def _show_rows(result: dict) -> None:
-    """The rows as a table, without the columns that nobody measured."""
-    shown = [c for c in COLUMNS if any(row[c] is not None for row in result["rows"])]
-    table = Table("setting", *[COLUMNS[c][0] for c in shown], "kept", title=f"{result['model']}, {result['environment']['dtype']}")
-    for row in result["rows"]:
-        cells = ["-" if row[c] is None else format(row[c], COLUMNS[c][1]) for c in shown]
-        table.add_row(row["name"], *cells, f"{100 * row['bytes_held'] / row['bytes_full']:.1f}%")
-    screen.print(table)
 
 
 def main() -> None:

@@ -136,10 +136,16 @@ def rope(model: PreTrainedModel, layer: int) -> Rope:
 
 def check_layout(model: PreTrainedModel, layout: Layout) -> None:
     """`pre_rope` rotates stored keys again at every read, which is wrong when frequencies change with the length."""
+    kind = changing_rope(model)
+    if layout == "pre_rope" and kind:
+        raise LowkeyError(f"layout 'pre_rope': rope_type {kind!r} changes its frequencies with the length; use layout 'post_rope'")
+
+
+def changing_rope(model: PreTrainedModel) -> str | None:
+    """The kind of rotary embedding, if its frequencies change with the length."""
     parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     kind = parameters.get("rope_type", "default")
-    if layout == "pre_rope" and kind in CHANGING_ROPE:
-        raise LowkeyError(f"layout 'pre_rope': rope_type {kind!r} changes its frequencies with the length; use layout 'post_rope'")
+    return kind if kind in CHANGING_ROPE else None
 
 
 def run_layer(model: PreTrainedModel, layer: int, block: nn.Module, hidden: Tensor, cache: object) -> Tensor:

@@ -114,10 +114,12 @@ def check_output(path: Path, force: bool) -> Path:
     return work
 
 
-def check_file(path: Path) -> None:
+def check_file(path: Path, force: bool = True) -> None:
     """A file that may be written: told before the work, not after it."""
     if path.is_dir():
         raise LowkeyError(f"output {str(path)!r} is a folder; give the name of a file")
+    if path.exists() and not force:
+        raise LowkeyError(f"output {str(path)!r} already exists; choose another name or pass --force")
 
 
 @contextmanager

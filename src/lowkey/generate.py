@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from lowkey.cache import LowkeyCache, make_cache
+from lowkey.prefill import prefill
 from lowkey.types import LowkeyError, device_of
 
 
@@ -39,6 +40,8 @@ def stream(
     if not ids.shape[1]:
         raise LowkeyError("prompt '': is empty; give some text to continue")
     start = time.perf_counter()
+    if cache.origin and cache.origin.policy and cache.origin.policy.repeats:
+        prefill(model, tokenizer, cache, ids, question=1)  # the last token is read again, for what follows it
     streamer = _Writer(tokenizer, out) if out is not None else None
     result = model.generate(  # type: ignore[operator]
         ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=tokens, do_sample=False, streamer=streamer

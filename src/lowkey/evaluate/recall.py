@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowkey.evaluate.settings import Setting
 from lowkey.needles import KEYS, Encode, draw_facts, weave
 from lowkey.needles import Fact as Fact
+from lowkey.prefill import prefill
 from lowkey.progress import Progress
 from lowkey.types import device_of
 
@@ -75,11 +76,8 @@ def _answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setting
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = torch.tensor([start + episode.prompt], device=device_of(model))
     cache = setting.make()
-    if refeed and setting.evicts:
-        cache.only_look(len(episode.question))
-        model(ids, past_key_values=cache, logits_to_keep=1)
-        cache.only_look(0)
-        cache.freeze()
+    if setting.evicts and (refeed or setting.repeats):
+        prefill(model, tokenizer, cache, ids, len(episode.question))
     out = model.generate(  # type: ignore[operator]
         ids,
         attention_mask=torch.ones_like(ids),

@@ -53,7 +53,7 @@ class _Run:
 
 
 def _perplexity(run: _Run) -> dict[str, dict]:
-    return likelihood.measure(run.model, run.settings, run.rows, run.task.batch, run.progress)
+    return likelihood.measure(run.model, run.tokenizer, run.settings, run.rows, run.task.batch, run.progress)
 
 
 def _layers(run: _Run) -> dict[str, dict]:
@@ -66,7 +66,7 @@ def _recall(run: _Run) -> dict[str, dict]:
 
 
 def _speed(run: _Run) -> dict[str, dict]:
-    return speed.measure(run.model, run.settings, run.rows[:1], run.progress)
+    return speed.measure(run.model, run.tokenizer, run.settings, run.rows[:1], run.progress)
 
 
 TASKS: dict[str, Callable[[_Run], dict[str, dict]]] = {

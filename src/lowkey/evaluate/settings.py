@@ -27,12 +27,13 @@ UNMEASURED = (
 @dataclass(frozen=True)
 class Setting:
     """name: the row's name; identity: the row's keys that describe it; make: a fresh cache; evicts: what it drops is chosen after a
-    chunk was read, so a chunk by itself shows nothing of it."""
+    chunk was read, so a chunk by itself shows nothing of it; repeats: and only after the whole context was repeated (`lowkey.prefill`)."""
 
     name: str
     identity: dict
     make: Callable[[], LowkeyCache]
     evicts: bool = False
+    repeats: bool = False
 
     def row(self) -> dict:
         """The row with nothing measured yet."""
@@ -87,7 +88,7 @@ def evicted(
     origin = Origin(weakref.ref(model), plan, policy)
     cache_from(model, origin)  # refuses now what would be refused at the first case
     label = f"{name} {budget}" + (f" on {plan.method['name']} {plan.budget}" if plan else "")
-    return Setting(label, known, lambda: cache_from(model, origin), True)
+    return Setting(label, known, lambda: cache_from(model, origin), True, policy.repeats)
 
 
 def distinct(settings: Sequence[Setting]) -> list[Setting]:

@@ -76,7 +76,7 @@ class EvictingLayer(PlacedLayer):
 
     keys: Tensor  # type: ignore[assignment]
     values: Tensor  # type: ignore[assignment]
-    numbers = ("seen", "fresh", "kept", "steps")
+    numbers = ("seen", "fresh", "kept", "steps", "frozen")
 
     def __init__(self, policy: Policy, rope: Rope, seat: int = 0, round: Round | None = None, codec: Codec | None = None) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class EvictingLayer(PlacedLayer):
         shape, parts = query.shape[:4], []
         if len(self.keys):
             keys = self.codec.readable_rows(self.keys, self.where, self.starts, shape[1])
-            rows = query.flatten(0, 1).flatten(1, 2)
+            rows = self.narrowed(query.flatten(2, 3)).flatten(0, 1)
             out, lse = ragged(rows, keys, self.values, self.starts, call.scaling, call.softcap)
             parts.append((self.codec.out(out.view(*shape, -1)), lse.view(shape)))
         if self.fresh:
@@ -169,6 +169,14 @@ class EvictingLayer(PlacedLayer):
             out, lse = grouped.partial([Segment(query, keys, self.tail_v[:, :, : self.fresh])], call.scaling, call.softcap)
             parts.append((self.codec.out(out), lse))
         return parts
+
+    def narrowed(self, x: Tensor) -> Tensor:
+        """Queries or keys (b, h, s, r) in the channels that the rows have."""
+        return x
+
+    def widened(self, keys: Tensor) -> Tensor:
+        """Keys of the rows (n, r) in the channels that they had."""
+        return keys
 
     def _own_part(self, keys: Tensor, values: Tensor, call: Call) -> Part:
         """Attention of a chunk's queries over the chunk itself, before anything of it is evicted."""
@@ -209,9 +217,8 @@ class EvictingLayer(PlacedLayer):
         """The tail becomes part of the rows."""
         rows = len(self.starts) - 1
         at = self.positions(self.seen - self.fresh, self.seen).int().repeat_interleave(self.tail_k.shape[1], 0)
-        self.keys, self.values = (
-            appended(kept, self.starts, x.flatten(0, 1)) for kept, x in ((self.keys, self.tail_k), (self.values, self.tail_v))
-        )
+        pairs = (self.keys, self.narrowed(self.tail_k)), (self.values, self.tail_v)
+        self.keys, self.values = (appended(kept, self.starts, x[:, :, : self.fresh].flatten(0, 1)) for kept, x in pairs)
         self.where = appended(self.where, self.starts, at)
         if self.policy.carries:
             self.carried = appended(self.carried, self.starts, self.carried.new_zeros(rows, self.fresh))
@@ -231,7 +238,7 @@ class EvictingLayer(PlacedLayer):
 
     def _padded(self, stop: int) -> Candidates:
         b, h = self.tail_k.shape[:2]
-        rows = [padded(x, self.starts)[0].unflatten(0, (b, h)) for x in (self.keys, self.values, self.where.long())]
+        rows = [padded(x, self.starts)[0].unflatten(0, (b, h)) for x in (self.widened(self.keys), self.values, self.where.long())]
         real = padded(self.where, self.starts)[1].unflatten(0, (b, h))
         carried = padded(self.carried, self.starts)[0].unflatten(0, (b, h)) if self.policy.carries else real.float() * 0
         at = self.positions(stop - self.fresh, stop).unsqueeze(1).expand(b, h, -1)
@@ -255,9 +262,14 @@ class EvictingLayer(PlacedLayer):
         old = self._padded(self.seen - t)
         return Candidates(*(torch.cat(pair, 2) for pair in zip(vars(old).values(), vars(new).values(), strict=True)))
 
+    def evict(self) -> None:
+        """Now, by the scores that the tokens carry."""
+        self._evict(self.quiet, self._stored())
+
     def _evict(self, call: Call, found: Candidates) -> None:
         """Score what is there and let the round decide; the call's queries are the newest."""
         tokens = self.tokens()
+        self.quiet = Call(call.query[:, :, :, :0], None, None, call.scaling, call.softcap)
         scores = found.carried if self._all_stay(tokens) else self.policy.score(self._scene(call, found)).float()
         found = replace(found, carried=scores, valid=found.valid & (found.positions < tokens[:, None, None]))
         stays = (found.positions < self.policy.sinks) | (found.positions >= (tokens - self.policy.recent)[:, None, None])
@@ -265,7 +277,9 @@ class EvictingLayer(PlacedLayer):
         self.keep(found, scores, found.valid.sum(-1)) if self.frozen else self.round.enter(self, found, scores)
 
     def _all_stay(self, tokens: Tensor) -> bool:
-        return self.frozen or all(self.mean_tokens(n) >= n for n in tokens.tolist())
+        """Whether scores decide nothing, now or later."""
+        fits = all(self.mean_tokens(n) >= n for n in tokens.tolist())
+        return (self.frozen and not self.looking) or (fits and (self.policy.repeats or not self.policy.carries))
 
     def _scene(self, call: Call, found: Candidates) -> Scene:
         queries = torch.cat([self.asked, call.query], 3) if self.asked.numel() else call.query
@@ -274,18 +288,9 @@ class EvictingLayer(PlacedLayer):
         if call.mask is not None and t:
             at[:, w - t :] = at[:, w - t :].masked_fill(~call.mask[:, -1, self.seen - t :], -1)
         keys = self.codec.keys(self.codec.readable(found.keys, found.positions))
-        return Scene(
-            keys,
-            self.codec.values(found.values),
-            found.positions,
-            found.valid,
-            queries,
-            at,
-            call.scaling,
-            call.softcap,
-            self.rope,
-            found.carried,
-        )
+        values = self.codec.values(found.values)
+        about = (call.scaling, call.softcap, self.rope, found.carried, self.looking > 0)
+        return Scene(keys, values, found.positions, found.valid, queries, at, *about)
 
     def keep(self, found: Candidates, scores: Tensor, counts: Tensor) -> None:
         """Keep the best `counts` (b, h) candidates of every head; the rest is freed."""

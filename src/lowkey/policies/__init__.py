@@ -9,11 +9,35 @@ from typing import Any
 
 from lowkey.policies.allocators import ALLOCATORS, HeadKV
 from lowkey.policies.base import Policy
+from lowkey.policies.curdkv import CurDKV
+from lowkey.policies.expected import ExpectedAttention
+from lowkey.policies.fastgen import FastGen
+from lowkey.policies.h2o import H2O
+from lowkey.policies.keydiff import KeyDiff
+from lowkey.policies.knorm import Knorm
+from lowkey.policies.kvcompress import KVCompress
+from lowkey.policies.kvzip import KVzip
+from lowkey.policies.razor import Razor
 from lowkey.policies.snapkv import SnapKV
+from lowkey.policies.streaming import StreamingLLM
+from lowkey.policies.think import ThinK
+from lowkey.policies.tova import TOVA
 from lowkey.types import LowkeyError
 
 SCORES: dict[str, type[Policy]] = {
+    "streamingllm": StreamingLLM,
+    "tova": TOVA,
+    "h2o": H2O,
     "snapkv": SnapKV,
+    "expected-attention": ExpectedAttention,
+    "curdkv": CurDKV,
+    "knorm": Knorm,
+    "keydiff": KeyDiff,
+    "kv-compress": KVCompress,
+    "fastgen": FastGen,
+    "think": ThinK,
+    "razor": Razor,
+    "kvzip": KVzip,
 }
 
 POLICIES: dict[str, Callable[..., Policy]] = {
@@ -22,6 +46,12 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "ada-kv": partial(SnapKV, allocator="ada"),
     "headkv-r": partial(SnapKV, allocator=HeadKV("copy")),
     "headkv-r2": partial(SnapKV, allocator=HeadKV("r2")),
+    "expected-attention": partial(ExpectedAttention, allocator="ada"),
+    "ada-curdkv": partial(CurDKV, allocator="ada"),
+    "kv-compress": partial(KVCompress, allocator="blocks"),
+    "fastgen": partial(FastGen, allocator="global"),
+    "kvzip": partial(KVzip, allocator="global"),
+    "razor": partial(Razor, allocator="classes"),
 }
 
 

@@ -123,7 +123,11 @@ class Global(Allocator):
 
 @dataclass(frozen=True)
 class Blocks(Allocator):
-    """KV-Compress (arXiv:2410.00161): whole blocks of a head's tokens in order of score, each worth its last; one sort over the cache."""
+    """KV-Compress (arXiv:2410.00161): whole blocks of a head's tokens in order of score, each worth its last; one sort over the cache.
+
+    Tokens that stay in any case are in no block. The best blocks are taken until the next does not fit, so that the total may be
+    short of the share by less than a block.
+    """
 
     scope: ClassVar[Scope] = "cache"
     summary: ClassVar[str] = "all layers and heads compete with whole blocks (arXiv:2410.00161)"
@@ -132,15 +136,17 @@ class Blocks(Allocator):
 
     def counts(self, ask: Ask) -> Tensor:
         n, h, s = ask.scores.shape
-        total = ask.share() // self.size * self.size
-        ranked = ask.scores.sort(-1, descending=True).values
+        free = max(0, ask.share() - int(ask.low.sum()))
+        ranked = ask.scores.masked_fill(ask.scores.isposinf(), -torch.inf).sort(-1, descending=True).values
         room = -(-s // self.size) * self.size - s
         ranked = torch.nn.functional.pad(ranked, (0, room), value=-torch.inf)
         worth = ranked.view(n, h, -1, self.size)
         last = torch.where(worth.isneginf(), torch.inf, worth).amin(-1)  # a last, hanging block is worth its own last token
         last = last.masked_fill(worth[..., 0].isneginf(), -torch.inf)
-        blocks = _best(last, total // self.size)
-        return (blocks * self.size).minimum(ask.high).maximum(ask.low)
+        order = last.flatten().argsort(descending=True, stable=True).cpu()
+        sizes = (~worth.isneginf()).sum(-1).flatten().cpu()[order]
+        taken = sizes * (sizes.cumsum(0) <= free)
+        return ask.low.flatten().index_add(0, order // last.shape[-1], taken).view(n, h)
 
 
 @dataclass(frozen=True)
@@ -164,24 +170,32 @@ class HeadKV(Allocator):
             raise LowkeyError(f"beta {self.beta}: must be at least 1; 1 deals everything by importance, larger values deal more equally")
 
     def fitted(self, heads: HeadImportance) -> Self:
-        if self.importance:
-            return self
-        if self.kind not in heads:
-            raise LowkeyError(
-                f"allocator 'headkv': needs head scores of kind {self.kind!r}; make them with `lowkey heads` and pass --heads"
-            )
-        return replace(self, importance=tuple(tuple(float(x) for x in row) for row in heads[self.kind]))
+        return replace(self, importance=_importance(self.importance, self.kind, heads, "headkv"))
 
     def counts(self, ask: Ask) -> Tensor:
-        weights = torch.tensor(self.importance, dtype=torch.float64)
-        if weights.shape != (ask.layers, ask.scores.shape[1]):
-            raise LowkeyError(
-                f"head importance of shape {tuple(weights.shape)}: the model has {ask.layers} layers of {ask.scores.shape[1]} KV heads; "
-                "estimate it with `lowkey heads`"
-            )
+        weights = _checked(self.importance, ask)
         floor = float(ask.low.max())
         free = max(0.0, min(ask.mean, ask.tokens) - floor)
         return _static(ask, weights, floor + free - free / self.beta)
+
+
+@dataclass(frozen=True)
+class Classes(Allocator):
+    """Two classes of heads (RazorAttention, arXiv:2407.15891): retrieval heads, of importance above 0, keep all they can; the others share
+    what is left equally."""
+
+    scope: ClassVar[Scope] = "layer"
+    summary: ClassVar[str] = "retrieval heads first, the others share the rest (arXiv:2407.15891)"
+
+    kind: str = "razor"
+    importance: tuple[tuple[float, ...], ...] = ()
+
+    def fitted(self, heads: HeadImportance) -> Self:
+        return replace(self, importance=_importance(self.importance, self.kind, heads, "classes"))
+
+    def counts(self, ask: Ask) -> Tensor:
+        retrieval = _checked(self.importance, ask) > 0
+        return _static(ask, torch.where(retrieval, 1.0, 1e-9), float(ask.low.max()))
 
 
 ALLOCATORS: dict[str, type[Allocator]] = {
@@ -191,7 +205,25 @@ ALLOCATORS: dict[str, type[Allocator]] = {
     "global": Global,
     "blocks": Blocks,
     "headkv": HeadKV,
+    "classes": Classes,
 }
+
+
+def _importance(given: tuple[tuple[float, ...], ...], kind: str, heads: HeadImportance, name: str) -> tuple[tuple[float, ...], ...]:
+    if given:
+        return given
+    if kind not in heads:
+        raise LowkeyError(f"allocator {name!r}: needs head scores of kind {kind!r}; make them with `lowkey heads` and pass --heads")
+    return tuple(tuple(float(x) for x in row) for row in heads[kind])
+
+
+def _checked(importance: tuple[tuple[float, ...], ...], ask: Ask) -> Tensor:
+    weights, h = torch.tensor(importance, dtype=torch.float64), ask.scores.shape[1]
+    if weights.shape != (ask.layers, h):
+        raise LowkeyError(
+            f"head importance of shape {tuple(weights.shape)}: the model has {ask.layers} layers of {h} KV heads; see `lowkey heads`"
+        )
+    return weights
 
 
 def _spread(ask: Ask, weights: Tensor, total: int) -> Tensor:

@@ -14,6 +14,7 @@ from lowkey.policies.allocators import ALLOCATORS, Allocator, HeadImportance
 from lowkey.types import Budget, LowkeyError
 
 Rope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+BLOCK = 2**25  # attention weights formed at once: 128 MiB, and a few copies
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Scene:
 
     keys (b, h, s, d) rotated, as attention reads them, and values (b, h, s, d); positions (b, h, s) and valid (b, h, s): False for
     padding and for the gaps of shorter heads. queries (b, h, g, w, d): all since the last eviction, rotated, of the newest w tokens, at
-    query_positions (b, w), -1 for padding. carried (b, h, s): scores kept from earlier evictions, 0 for new tokens.
+    query_positions (b, w), -1 for padding. looking: the queries only look and are not stored.
+    carried (b, h, s): scores kept from earlier evictions, 0 for new tokens.
     """
 
     keys: Tensor
@@ -35,6 +37,7 @@ class Scene:
     softcap: float | None
     rope: Rope
     carried: Tensor
+    looking: bool = False
 
     def weights(self, last: int, first: int = 0) -> Tensor:
         """Attention (b, h, g, w, s) in fp32 of the newest `last` queries, without the newest `first` of these; padding gets 0."""
@@ -62,6 +65,8 @@ class Policy(ABC):
     paper: ClassVar[str]
     looks: ClassVar[bool] = True  # whether the score reads queries
     carries: ClassVar[bool] = False  # whether scores are kept with the tokens, for the next eviction
+    repeats: ClassVar[bool] = False  # whether the context must be repeated before it can be scored; `lowkey.prefill` does it
+    layer: ClassVar[str] = "evicting"  # which cache layer it needs
 
     budget: Budget | str
     allocator: str | Allocator = "uniform"
@@ -89,6 +94,11 @@ class Policy(ABC):
     def split(self) -> Allocator:
         return ALLOCATORS[self.allocator]() if isinstance(self.allocator, str) else self.allocator
 
+    @property
+    def turns(self) -> bool:
+        """Whether the score asks the model for rotations at other times than the model does."""
+        return False
+
     def fitted(self, heads: HeadImportance) -> Self:
         """Ready to use: with an allocator that has the head importance it asks for."""
         return replace(self, allocator=self.split().fitted(heads))
@@ -96,6 +106,23 @@ class Policy(ABC):
     @abstractmethod
     def score(self, scene: Scene) -> Tensor:
         """(b, h, s): the higher, the more worth keeping. What it says of protected or invalid tokens is ignored."""
+
+
+def attention_sums(scene: Scene, last: int = 0, squared: bool = False) -> Tensor:
+    """Attention (b, h, g, s) or its square, summed over the newest `last` queries (0: all); few at a time, to bound memory."""
+    b, h, g, w = scene.queries.shape[:4]
+    last = min(last or w, w)
+    total = torch.zeros(b, h, g, scene.keys.shape[2], device=scene.keys.device)
+    step = max(1, BLOCK // total.numel())
+    for first in range(0, last, step):
+        weights = scene.weights(min(first + step, last), first)
+        total += (weights.square() if squared else weights).sum(3)
+    return total
+
+
+def check_kernel(kernel: int) -> None:
+    if kernel < 1 or kernel % 2 == 0:
+        raise LowkeyError(f"kernel {kernel}: must be odd, so that a token is in the middle of its neighbours; 1 pools nothing")
 
 
 def pooled(scores: Tensor, kernel: int) -> Tensor:

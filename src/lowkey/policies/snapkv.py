@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lowkey.policies.base import Policy, Scene, pooled
+from lowkey.policies.base import Policy, Scene, check_kernel, pooled
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,10 @@ class SnapKV(Policy):
 
     window: int = 8
     kernel: int = 7
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_kernel(self.kernel)
 
     def score(self, scene: Scene) -> Tensor:
         return pooled(scene.weights(self.window).mean((2, 3)), self.kernel)

@@ -1,0 +1,89 @@
+"""CurDKV (arXiv:2509.15038): approximate leverage scores of keys and values, without any query."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lowkey.ops.rope import unrotate
+from lowkey.policies.base import Policy, Scene
+from lowkey.types import LowkeyError
+
+KINDS = ("keys", "values", "product")
+TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class CurDKV(Policy):
+    """Squared norms of keys, of values, or their product, as shares of their sum over the head; the Ada variant is allocator `ada`.
+
+    rank: keys and values are first projected to so many dimensions by a Gaussian matrix with entries N(0, 1/rank) (the paper's code: 20).
+    0, its default and ours, projects nothing: squared norms as they are, which the projected ones are on average. A projection of rotated
+    keys would depend on their positions, which their norms do not: for it keys are un-rotated. The matrix follows from `seed` and is the
+    same for all layers and heads.
+    local: norms are first taken as shares of so many neighbouring candidates (the code's way; 0: of the whole head only), so that
+    a token competes with those near it. The first tokens, which the code gives score 1, are `sinks` here.
+    """
+
+    summary: ClassVar[str] = "leverage of keys and values"
+    paper: ClassVar[str] = "arXiv:2509.15038"
+    looks: ClassVar[bool] = False
+
+    kind: Literal["keys", "values", "product"] = "product"
+    rank: int = 0
+    local: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind not in KINDS:
+            raise LowkeyError(f"kind {self.kind!r} is unknown; choose one of {', '.join(KINDS)}")
+        for name in ("rank", "local"):
+            if getattr(self, name) < 0:
+                raise LowkeyError(f"{name} {getattr(self, name)}: must be at least 0")
+
+    @property
+    def turns(self) -> bool:
+        """Whether the score asks the model for rotations: un-rotating needs frequencies that stayed as they were."""
+        return self.rank > 0 and self.kind != "values"
+
+    def score(self, scene: Scene) -> Tensor:
+        scores = torch.ones(scene.valid.shape, device=scene.keys.device)
+        if self.kind != "values":
+            scores = scores * self._leverage(_unrotated(scene) if self.rank else scene.keys, scene.valid)
+        if self.kind != "keys":
+            scores = scores * self._leverage(scene.values, scene.valid)
+        return _shares(scores.masked_fill(~scene.valid, 0.0))
+
+    def _leverage(self, vectors: Tensor, valid: Tensor) -> Tensor:
+        """(b, h, s, d) -> (b, h, s)."""
+        if self.rank:
+            vectors = vectors.float() @ self._projection(vectors.shape[-1]).to(vectors.device)
+        squared = torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float32).square().masked_fill(~valid, 0.0)
+        return _local_shares(squared, valid, self.local) if self.local else squared
+
+    def _projection(self, d: int) -> Tensor:
+        return torch.randn(d, self.rank, generator=torch.Generator().manual_seed(self.seed)) / self.rank**0.5
+
+
+def _unrotated(scene: Scene) -> Tensor:
+    rows = scene.positions.clamp_min(0).flatten(0, 1)  # heads may hold different tokens
+    cos, sin = (x.squeeze(1).unflatten(0, scene.positions.shape[:2]) for x in scene.rope(rows, scene.keys))
+    return unrotate(scene.keys.float(), cos, sin)
+
+
+def _shares(scores: Tensor) -> Tensor:
+    return scores / scores.sum(-1, keepdim=True).clamp_min(TINY)
+
+
+def _local_shares(scores: Tensor, valid: Tensor, size: int) -> Tensor:
+    """Each score (b, h, s) as a share of its window: `size` valid tokens in a row, wherever padding or gaps lie between them."""
+    room = -(-scores.shape[-1] // size) * size
+    slot = (valid.cumsum(-1) - 1).masked_fill(~valid, room)  # one more slot, for what is not there
+    packed = scores.new_zeros(*scores.shape[:2], room + 1).scatter(2, slot, scores)
+    windows = packed[:, :, :room].unflatten(2, (-1, size))
+    return pad(_shares(windows).flatten(2), (0, 1)).gather(2, slot)

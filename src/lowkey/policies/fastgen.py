@@ -1,0 +1,73 @@
+"""FastGen (arXiv:2310.01801): each head keeps the fewest kinds of tokens that bring back its attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lowkey.policies.base import Policy, Scene, attention_sums
+from lowkey.types import LowkeyError
+
+KINDS = ("local", "frequent")
+FULL = 3  # the last rung
+
+
+@dataclass(frozen=True)
+class FastGen(Policy):
+    """A ladder of token sets, each holding the one before: what stays in any case (sinks and recent); and a `local` share, the
+    newest; and a `frequent` share, the most looked at; all. A head takes the lowest rung whose tokens hold at least `recovery` of the
+    attention of its newest `sample` queries, in each of its query heads. Tokens of that rung score 1 and their mean attention, the
+    others their mean attention alone (at most 1).
+
+    So under an allocator that follows scores over the whole cache (`global`), heads that need much get it from heads that do not.
+
+    What differs from the paper: a budget of bytes rules and recovery only says who gets them, while there recovery rules and memory is what
+    it becomes: when all heads together need more than the budget, the least looked-at tokens of the widest heads go first. There is
+    no rung for punctuation: a cache layer never sees token ids. The paper's order is frequent before local: `first="frequent"`. It profiles
+    with the whole attention matrix of the prompt; a sample of queries needs memory linear in its length.
+    """
+
+    summary: ClassVar[str] = "the fewest kinds of tokens that bring back a head's attention"
+    paper: ClassVar[str] = "arXiv:2310.01801"
+
+    recovery: float = 0.95
+    local: float = 0.3
+    frequent: float = 0.3
+    first: Literal["local", "frequent"] = "local"
+    sample: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("recovery", "local", "frequent"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise LowkeyError(f"{name} {getattr(self, name)}: must be a share from 0 to 1")
+        if self.first not in KINDS:
+            raise LowkeyError(f"first {self.first!r} is unknown; choose one of {', '.join(KINDS)}")
+        if self.sample < 1:
+            raise LowkeyError(f"sample {self.sample}: must be at least 1 query")
+
+    def score(self, scene: Scene) -> Tensor:
+        queries = (scene.query_positions[:, -self.sample :] >= 0).sum(1).clamp_min(1)
+        mass = attention_sums(scene, self.sample) / queries[:, None, None, None]
+        rung = self._rungs(scene, mass.mean(2))
+        held = torch.stack([(mass * (rung <= i).unsqueeze(2)).sum(-1).amin(2) for i in range(FULL)])  # (3, b, h)
+        chosen = (held < self.recovery).long().cumprod(0).sum(0)
+        return mass.mean(2) + (rung <= chosen.unsqueeze(-1)).float()
+
+    def _rungs(self, scene: Scene, attention: Tensor) -> Tensor:
+        """(b, h, s): the lowest rung that holds each token."""
+        number = scene.valid.sum(-1, keepdim=True)
+        local = number - scene.valid.cumsum(-1) < _part(self.local, number)
+        order = attention.masked_fill(~scene.valid, -1.0).argsort(dim=-1, descending=True, stable=True).argsort(-1)
+        frequent = order < _part(self.frequent, number)
+        second, third = (local, frequent) if self.first == "local" else (frequent, local)
+        rung = torch.full_like(order, FULL).masked_fill(third, 2).masked_fill(second, 1)
+        newest = scene.positions.masked_fill(~scene.valid, -1).amax((1, 2))[:, None, None]
+        return rung.masked_fill((scene.positions < self.sinks) | (scene.positions > newest - self.recent), 0)
+
+
+def _part(share: float, number: Tensor) -> Tensor:
+    return (number.double() * share).round()

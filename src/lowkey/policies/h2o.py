@@ -1,0 +1,49 @@
+"""H2O (arXiv:2306.14048): heavy hitters, the tokens that were looked at most so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from lowkey.policies.base import Policy, Scene, attention_sums
+from lowkey.types import LowkeyError
+
+
+@dataclass(frozen=True)
+class H2O(Policy):
+    """Attention summed over all queries (algorithm 1), in the mean over the query heads of a KV head. Sums go on from eviction to eviction,
+    each query over what was there when it came.
+
+    window: 0 for all queries, as in the paper: the whole attention matrix is computed again, quadratic in time though not in memory;
+    else the newest so many of each round. per_query: divide by the number of queries that could see a token. The paper's sum
+    favours early tokens, since more queries came after them; published code keeps the sum too. (With a window, tokens before it are seen
+    by all its queries and there is nothing to divide by.) The paper evicts at every step: `every=1`. Queries of decode steps are only
+    recorded when `every` is set.
+    """
+
+    summary: ClassVar[str] = "attention summed over all queries"
+    paper: ClassVar[str] = "arXiv:2306.14048"
+    carries: ClassVar[bool] = True
+
+    window: int = 0
+    per_query: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window < 0:
+            raise LowkeyError(f"window {self.window}: must be at least 0; 0 means all queries")
+        if self.per_query and self.window:
+            raise LowkeyError(f"per_query with window {self.window}: the division needs all queries; set window to 0")
+
+    def score(self, scene: Scene) -> Tensor:
+        new = attention_sums(scene, self.window).mean(2)
+        return _averaged(scene, new) if self.per_query else scene.carried + new
+
+
+def _averaged(scene: Scene, new: Tensor) -> Tensor:
+    """The carried mean and the new sum (b, h, s) as one mean over the queries that could see each token: those from its position on."""
+    queries = (scene.query_positions >= 0).sum(1)[:, None, None]
+    could = scene.query_positions.amax(1)[:, None, None] + 1 - scene.positions
+    return (scene.carried * (could - queries).clamp_min(0) + new) / could.clamp_min(1)

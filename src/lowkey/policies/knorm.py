@@ -1,0 +1,23 @@
+"""L2-norm eviction (arXiv:2406.11430): keys of small norm draw the attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowkey.policies.base import Policy, Scene
+
+
+@dataclass(frozen=True)
+class Knorm(Policy):
+    """The smaller a key, the better: the paper finds that small norms go with much attention. A rotation leaves norms as they are."""
+
+    summary: ClassVar[str] = "small keys"
+    paper: ClassVar[str] = "arXiv:2406.11430"
+    looks: ClassVar[bool] = False
+
+    def score(self, scene: Scene) -> Tensor:
+        return -torch.linalg.vector_norm(scene.keys, dim=-1, dtype=torch.float32)

@@ -1,0 +1,38 @@
+"""KV-Compress (arXiv:2410.00161): squared attention, which favours tokens that someone looks at sharply."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from lowkey.policies.base import Policy, Scene, attention_sums, check_kernel, pooled
+from lowkey.types import LowkeyError
+
+
+@dataclass(frozen=True)
+class KVCompress(Policy):
+    """Squared attention of the newest `window` queries (0: all), summed over them and over the query heads of a KV head, then
+    max-pooled over `kernel` neighbours.
+
+    Scores add up from eviction to eviction; only what is new is pooled, as decode steps are in the authors' code. The method's other half,
+    eviction by whole blocks in one order over all layers and heads, is allocator `blocks`; their optional bias by head and position is left
+    out. Queries of decode steps are only recorded when `every` is set.
+    """
+
+    summary: ClassVar[str] = "squared attention of the last prompt tokens"
+    paper: ClassVar[str] = "arXiv:2410.00161"
+    carries: ClassVar[bool] = True
+
+    window: int = 8
+    kernel: int = 7
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window < 0:
+            raise LowkeyError(f"window {self.window}: must be at least 0; 0 means all queries")
+        check_kernel(self.kernel)
+
+    def score(self, scene: Scene) -> Tensor:
+        return scene.carried + pooled(attention_sums(scene, self.window, squared=True).sum(2), self.kernel)

@@ -1,0 +1,31 @@
+"""ThinK (arXiv:2407.21018): the key channels that queries hardly use are dropped, after the tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lowkey.policies.snapkv import SnapKV
+from lowkey.types import LowkeyError
+
+
+@dataclass(frozen=True)
+class ThinK(SnapKV):
+    """Tokens by SnapKV's score; of the kept keys the share `channels`, chosen per head by mean q^2 over the newest `looked` queries
+    times the sum of k^2. Values stay whole, and the `recent` newest tokens too (the paper: 32 or 128).
+
+    The budget is of bytes: 80% with channels 0.6 keeps every token, 10% keeps 12.5 % of them with 60 % of their key channels.
+    The paper drops 30 to 50 % of the channels. A channel is dropped after rotation, one of a rotated pair by itself.
+    """
+
+    summary: ClassVar[str] = "SnapKV, and the weakest key channels go too"
+    paper: ClassVar[str] = "arXiv:2407.21018"
+    layer: ClassVar[str] = "pruning"
+
+    channels: float = 0.6
+    looked: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.channels <= 1:
+            raise LowkeyError(f"channels {self.channels}: the share of key channels that stays lies above 0 and up to 1")

@@ -1,0 +1,68 @@
+"""Plans, result rows and head scores as tables on the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from lowkey.heads import HeadScores
+from lowkey.plan import Plan
+
+screen = Console(width=None if sys.stdout.isatty() else 150, markup=False, emoji=False)
+
+
+def show_plan(plan: Plan, place: Path, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"plan": str(place), **plan.describe()}))
+        return
+    g, held = plan.geometry, plan.bytes_per_token(2)
+    whole = 2 * g["kv_heads"] * g["head_dim"] * 2 * len(plan.factors)
+    table = Table(
+        "layer", "key rank", "value rank", title=f"{plan.method['name']} · {plan.allocator['name']} · {plan.layout} · {plan.budget}"
+    )
+    for i, (k, v) in plan.ranks.items():
+        table.add_row(str(i), f"{k} of {g['head_dim']}", f"{v} of {g['head_dim']}")
+    screen.print(table)
+    print(f"{place}: keeps {held} of {whole} bytes per token in bfloat16 ({100 * held / whole:.1f}%)")
+
+
+COLUMNS = {  # key of a row: (heading, format)
+    "perplexity": ("ppl", ".3f"),
+    "perplexity_decode": ("ppl decode", ".3f"),
+    "kl": ("KL", ".4f"),
+    "top1_agreement": ("top-1", ".3f"),
+    "layer_error": ("layer error", ".4f"),
+    "exact_match": ("recall", ".2f"),
+    "bytes_per_token": ("B/token", ".0f"),
+    "bytes_held": ("bytes held", ",d"),
+    "step_ms": ("step ms", ".2f"),
+}
+
+
+def show_rows(result: dict) -> None:
+    """The rows as a table, without the columns that nobody measured."""
+    shown = [c for c in COLUMNS if any(row[c] is not None for row in result["rows"])]
+    table = Table("setting", *[COLUMNS[c][0] for c in shown], "kept", title=f"{result['model']}, {result['environment']['dtype']}")
+    for row in result["rows"]:
+        cells = ["-" if row[c] is None else format(row[c], COLUMNS[c][1]) for c in shown]
+        table.add_row(row["name"], *cells, f"{100 * row['bytes_held'] / row['bytes_full']:.1f}%")
+    screen.print(table)
+
+
+def show_heads(found: HeadScores, place: Path, asked: int) -> None:
+    told = found.describe()
+    table = Table("layer", "KV head", "share", title=f"{found.kind} on {found.task}: the heads with most weight")
+    for layer, head, share in found.top():
+        table.add_row(str(layer), str(head), f"{100 * share:.1f}%")
+    screen.print(table)
+    print(
+        f"{place}: {found.accepted} of {asked} cases right, split-half correlation {told['split_half']:.2f}, {told['zero_heads']:.0%} zero"
+    )
+
+
+def pairs_of(options: dict) -> str:
+    return ", ".join(f"{k}={v}" for k, v in options.items())

@@ -1,0 +1,565 @@
+"""Every score against its definition written out in loops, in double precision, on small random scenes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lowkey.ops.ragged import best
+from lowkey.ops.rope import rotate
+from lowkey.policies import base, expected
+from lowkey.policies.allocators import Ask, Global, Uniform
+from lowkey.policies.base import Policy, Scene
+from lowkey.policies.curdkv import CurDKV
+from lowkey.policies.expected import ExpectedAttention
+from lowkey.policies.fastgen import FastGen
+from lowkey.policies.h2o import H2O
+from lowkey.policies.keydiff import KeyDiff
+from lowkey.policies.knorm import Knorm
+from lowkey.policies.kvcompress import KVCompress
+from lowkey.policies.snapkv import SnapKV
+from lowkey.policies.streaming import StreamingLLM
+from lowkey.policies.tova import TOVA
+from lowkey.types import LowkeyError
+
+HEADS, GROUPS, DIM = 2, 3, 8
+SMALL = {"budget": "50%", "sinks": 2, "recent": 2}
+
+
+# -- scenes
+
+
+def rope_of(width=DIM, scale=1.0):
+    """A rotary module of its own: the first `width` channels turn; scaled as YaRN scales."""
+    speeds = 10.0 ** (-torch.arange(width // 2) / 3)
+
+    def rope(positions, like):
+        angles = (positions.unsqueeze(-1) * speeds).repeat(1, 1, 2).unsqueeze(1)
+        return (scale * angles.cos()).to(like.dtype).float(), (scale * angles.sin()).to(like.dtype).float()
+
+    return rope
+
+
+def build(tokens=(14, 9), pad=0, groups=GROUPS, softcap=None, rope=None, dtype=torch.float32, start=0, seed=0):
+    """Left-padded rows of so many tokens, `pad` wider than the longest; a row's contents do not depend on its padding or its place
+    (`start`: the position of its first token)."""
+    rope, width = rope or rope_of(), max(tokens) + pad
+    parts = [_row(n, width, groups, seed + i) for i, n in enumerate(tokens)]
+    keys, values, queries = (torch.stack(part) for part in zip(*parts, strict=True))
+    at = torch.arange(width) - width + torch.tensor(tokens).unsqueeze(1) + start
+    cos, sin = rope(at, keys)
+    real = at >= start
+    return Scene(
+        keys=rotate(keys, cos, sin).to(dtype),
+        values=values.to(dtype),
+        positions=at.unsqueeze(1).expand(-1, HEADS, -1),
+        valid=real.unsqueeze(1).expand(-1, HEADS, -1),
+        queries=rotate(queries, cos.unsqueeze(1), sin.unsqueeze(1)).to(dtype),
+        query_positions=at.masked_fill(~real, -1),
+        scaling=0.6,
+        softcap=softcap,
+        rope=rope,
+        carried=torch.zeros(len(tokens), HEADS, width),
+    )
+
+
+def _row(tokens, width, groups, seed):
+    """Keys, values (h, width, d) and queries (h, g, width, d); what lies in the padding is large and must not matter."""
+    generator = torch.Generator().manual_seed(seed)
+    made = [
+        torch.randn(*shape, generator=generator) for shape in ((HEADS, tokens, DIM), (HEADS, tokens, DIM), (HEADS, groups, tokens, DIM))
+    ]
+    return [torch.cat([torch.full((*x.shape[:-2], width - tokens, DIM), 30.0), x], -2) for x in made]
+
+
+def piece(scene, start, stop):
+    """The chunk of a scene's tokens from `start` to `stop`, as a scene without a past."""
+    cut = slice(start, stop)
+    tokens = {name: getattr(scene, name)[:, :, cut] for name in ("keys", "values", "positions", "valid", "carried")}
+    return replace(scene, **tokens, queries=scene.queries[:, :, :, cut], query_positions=scene.query_positions[:, cut])
+
+
+def after(scene, start, kept, carried):
+    """What the second chunk of a scene sees when `kept` (b, h, start) was kept of the first: shorter heads have gaps, then the chunk."""
+    longest, new = int(kept.sum(-1).max()), piece(scene, start, scene.keys.shape[2])
+    old = piece(scene, 0, start)
+    packed = [_pack(getattr(old, name), kept, longest) for name in ("keys", "values", "positions")]
+    there = _pack(kept, kept, longest)
+    tokens = dict(zip(("keys", "values", "positions"), packed, strict=True), valid=there, carried=_pack(carried, kept, longest))
+    return replace(new, **{name: torch.cat([x, getattr(new, name)], 2) for name, x in tokens.items()})
+
+
+def _pack(x, kept, longest):
+    out = x.new_zeros(*kept.shape[:2], longest, *x.shape[3:])
+    for i in range(kept.shape[0]):
+        for j in range(kept.shape[1]):
+            chosen = x[i, j][kept[i, j]]
+            out[i, j, : len(chosen)] = chosen
+    return out
+
+
+def evicted():
+    """A second chunk after an eviction that left heads with different tokens, in different numbers, with scores."""
+    scene = build(tokens=(18, 12), pad=1, seed=5)
+    generator = torch.Generator().manual_seed(1)
+    kept = (torch.rand(2, HEADS, 10, generator=generator) < 0.5) & scene.valid[:, :, :10]
+    kept[:, :, -1] = True
+    return after(scene, 10, kept, torch.rand(2, HEADS, 10, generator=generator))
+
+
+SCENES = {
+    "plain": lambda: build(tokens=(12,)),
+    "padded": lambda: build(pad=2),
+    "one query head per KV head": lambda: build(groups=1),
+    "soft-capped": lambda: build(softcap=1.5),
+    "partly and scaled rotated": lambda: build(rope=rope_of(4, 1.3), start=3),
+    "evicted before": evicted,
+}
+
+
+# -- definitions, in loops
+
+
+def each(scene, score):
+    """(b, h, s) from a function of one row's one head, which gives a list over its tokens."""
+    b, h, s, _ = scene.keys.shape
+    out = torch.zeros(b, h, s, dtype=torch.float64)
+    for i in range(b):
+        for j in range(h):
+            out[i, j] = torch.as_tensor(score(i, j), dtype=torch.float64)
+    return out
+
+
+def attention(scene, i, j, last):
+    """(g, w, s) of the newest `last` queries, and how many of these are real."""
+    g, w = scene.queries.shape[2:4]
+    newest = range(max(0, w - last), w)
+    out = torch.zeros(g, len(newest), scene.keys.shape[2], dtype=torch.float64)
+    for at, q in enumerate(newest):
+        seen = scene.valid[i, j] & (scene.positions[i, j] <= scene.query_positions[i, q])
+        for k in range(g):
+            logits = scene.keys[i, j].double() @ scene.queries[i, j, k, q].double() * scene.scaling
+            logits = logits if scene.softcap is None else scene.softcap * torch.tanh(logits / scene.softcap)
+            if bool(seen.any()):
+                out[k, at, seen] = logits[seen].softmax(0)
+    return out, sum(int(scene.query_positions[i, q]) >= 0 for q in newest)
+
+
+def highest_around(values, kernel):
+    reach = kernel // 2
+    return [max(values[max(0, t - reach) : t + reach + 1]) for t in range(len(values))]
+
+
+def by_snapkv(policy, scene):
+    def score(i, j):
+        weights = attention(scene, i, j, policy.window)[0]
+        return highest_around((weights.sum((0, 1)) / weights[..., 0].numel()).tolist(), policy.kernel)
+
+    return each(scene, score)
+
+
+def by_position(policy, scene):
+    return scene.positions.double()
+
+
+def by_tova(policy, scene):
+    def score(i, j):
+        paid, g = {}, scene.queries.shape[2]
+        for other in range(HEADS):
+            newest = attention(scene, i, other, 1)[0][:, 0].sum(0)
+            for t in scene.valid[i, other].nonzero().flatten().tolist():
+                at = int(scene.positions[i, other, t])
+                paid[at] = paid.get(at, 0.0) + float(newest[t]) / (HEADS * g)
+        return [paid.get(int(at), 0.0) for at in scene.positions[i, j]]
+
+    return each(scene, score)
+
+
+def by_h2o(policy, scene):
+    def score(i, j):
+        weights, real = attention(scene, i, j, policy.window or 10**6)
+        sums, total = weights.sum((0, 1)) / weights.shape[0], int(scene.query_positions[i].max()) + 1
+        out = []
+        for t, at in enumerate(scene.positions[i, j].tolist()):
+            carried = float(scene.carried[i, j, t])
+            if policy.per_query:
+                could = len(range(at, total))
+                earlier = len(range(at, total - real))
+                out.append((carried * earlier + float(sums[t])) / could if scene.valid[i, j, t] else 0.0)
+            else:
+                out.append(carried + float(sums[t]))
+        return out
+
+    return each(scene, score)
+
+
+def rotation(scene, position):
+    """The (d, d) matrix that turns a column vector to this position."""
+    cos, sin = (x[0, 0, 0].double() for x in scene.rope(torch.tensor([[position]]), scene.keys))
+    half, matrix = len(cos) // 2, torch.eye(DIM, dtype=torch.float64)
+    for a in range(half):
+        b = a + half
+        matrix[a, a], matrix[b, b], matrix[a, b], matrix[b, a] = cos[a], cos[b], -sin[a], sin[b]
+    return matrix
+
+
+def gaussian(policy, scene, i, j, k):
+    """Mean (d) and covariance (d, d) of one query head's queries, under the mean of the rotations to come."""
+    at = scene.query_positions[i].tolist()
+    plain = [rotation(scene, p).inverse() @ scene.queries[i, j, k, q].double() for q, p in enumerate(at) if p >= policy.sinks]
+    plain, coming = torch.stack(plain), range(max(at) + 1, max(at) + 1 + policy.future)
+    turn = torch.stack([rotation(scene, p) for p in coming]).mean(0)
+    mean = plain.mean(0)
+    spread = sum(torch.outer(x - mean, x - mean) for x in plain) / len(plain)
+    return turn @ mean, turn @ spread @ turn.T
+
+
+def by_expected(policy, scene):
+    def score(i, j):
+        out = torch.zeros(scene.keys.shape[2], dtype=torch.float64)
+        used = scene.valid[i, j] & (scene.positions[i, j] >= policy.sinks)
+        for k in range(scene.queries.shape[2]):
+            mean, spread = gaussian(policy, scene, i, j, k)
+            logits = []
+            for key in scene.keys[i, j].double():
+                quadratic = key @ spread @ key * scene.scaling**2 / 2 if policy.covariance else 0.0
+                logits.append(mean @ key * scene.scaling + quadratic)
+            out[used] += torch.stack(logits)[used].softmax(0) / scene.queries.shape[2]
+        return [(float(a) + policy.epsilon) * float(v.double().norm()) for a, v in zip(out, scene.values[i, j], strict=True)]
+
+    return each(scene, score)
+
+
+def by_curdkv(policy, scene):
+    def leverage(vectors, there):
+        if policy.rank:
+            matrix = torch.randn(DIM, policy.rank, generator=torch.Generator().manual_seed(policy.seed)).double()
+            vectors = vectors @ matrix / math.sqrt(policy.rank)
+        norms = (vectors**2).sum(-1)
+        size = policy.local or len(there)
+        for start in range(0, len(there), size):
+            window = there[start : start + size]
+            norms[window] = norms[window] / (norms[window].sum() if policy.local else 1.0)
+        return norms
+
+    def score(i, j):
+        there = scene.valid[i, j].nonzero().flatten().tolist()
+        keys = scene.keys[i, j].double()
+        if policy.rank:
+            keys = torch.stack([rotation(scene, int(p)).inverse() @ k for p, k in zip(scene.positions[i, j], keys, strict=True)])
+        k, v = leverage(keys, there), leverage(scene.values[i, j].double(), there)
+        both = {"keys": k, "values": v, "product": k * v}[policy.kind]
+        return both / both[there].sum()
+
+    return each(scene, score)
+
+
+def by_knorm(policy, scene):
+    return each(scene, lambda i, j: [-math.sqrt(sum(x * x for x in key)) for key in scene.keys[i, j].tolist()])
+
+
+def by_keydiff(policy, scene):
+    def score(i, j):
+        unit = [key / key.norm() if float(key.norm()) else key for key in scene.keys[i, j].double()]
+        anchor = sum(u for u, there in zip(unit, scene.valid[i, j], strict=True) if there)
+        return [-float(u @ anchor / anchor.norm()) for u in unit]
+
+    return each(scene, score)
+
+
+def by_kvcompress(policy, scene):
+    def score(i, j):
+        squares = (attention(scene, i, j, policy.window or 10**6)[0] ** 2).sum((0, 1)).tolist()
+        return scene.carried[i, j].double() + torch.tensor(highest_around(squares, policy.kernel), dtype=torch.float64)
+
+    return each(scene, score)
+
+
+def by_fastgen(policy, scene):
+    def score(i, j):
+        weights, real = attention(scene, i, j, policy.sample)
+        mass = weights.sum(1) / max(real, 1)
+        mean = mass.mean(0)
+        there = scene.valid[i, j].nonzero().flatten().tolist()
+        newest = max(int(scene.positions[i, h, t]) for h in range(HEADS) for t in scene.valid[i, h].nonzero().flatten())
+        at = scene.positions[i, j].tolist()
+        always = {t for t in there if at[t] < policy.sinks or at[t] > newest - policy.recent}
+        local = set(there[len(there) - round(policy.local * len(there)) :])
+        often = set(sorted(there, key=lambda t: (-float(mean[t]), t))[: round(policy.frequent * len(there))])
+        second = local if policy.first == "local" else often
+        for rung in (always, always | second, always | local | often, set(there)):
+            if all(float(head[sorted(rung)].sum()) >= policy.recovery for head in mass):
+                break
+        return [float(mean[t]) + (t in rung) for t in range(len(at))]
+
+    return each(scene, score)
+
+
+CASES = {
+    "snapkv": (SnapKV(**SMALL, window=4, kernel=3), by_snapkv),
+    "streamingllm": (StreamingLLM(**SMALL), by_position),
+    "tova": (TOVA(**SMALL), by_tova),
+    "h2o": (H2O(**SMALL), by_h2o),
+    "h2o window": (H2O(**SMALL, window=5), by_h2o),
+    "h2o per query": (H2O(**SMALL, per_query=True), by_h2o),
+    "expected": (ExpectedAttention(**SMALL, future=6), by_expected),
+    "expected mean": (ExpectedAttention(**SMALL, future=1, epsilon=0.0, covariance=False), by_expected),
+    "curdkv": (CurDKV(**SMALL, local=4), by_curdkv),
+    "curdkv whole": (CurDKV(**SMALL, local=0), by_curdkv),
+    "curdkv keys": (CurDKV(**SMALL, local=4, kind="keys", rank=5), by_curdkv),
+    "curdkv values": (CurDKV(**SMALL, local=3, kind="values", rank=3, seed=7), by_curdkv),
+    "knorm": (Knorm(**SMALL), by_knorm),
+    "keydiff": (KeyDiff(**SMALL), by_keydiff),
+    "kv-compress": (KVCompress(**SMALL, window=4, kernel=3), by_kvcompress),
+    "kv-compress all": (KVCompress(**SMALL, window=0), by_kvcompress),
+    "fastgen": (FastGen(**SMALL, recovery=0.7), by_fastgen),
+    "fastgen frequent": (FastGen(**SMALL, recovery=0.75, first="frequent", sample=5), by_fastgen),
+}
+every = pytest.mark.parametrize("name", CASES)
+
+
+@pytest.mark.parametrize("where", SCENES)
+@every
+def test_scores_are_what_the_definition_says(name, where):
+    (policy, definition), scene = CASES[name], SCENES[where]()
+    got, valid = policy.score(scene), scene.valid
+    assert got.dtype == torch.float32 and got.shape == scene.valid.shape
+    torch.testing.assert_close(got[valid].double(), definition(policy, scene)[valid], rtol=2e-4, atol=2e-6)
+
+
+# -- what holds for all
+
+
+@every
+def test_padding_changes_nothing(name):
+    policy, scene = CASES[name][0], build(tokens=(11,))
+    padded = policy.score(build(tokens=(11,), pad=6))
+    torch.testing.assert_close(padded[:, :, 6:], policy.score(scene), rtol=1e-5, atol=1e-6)
+
+
+@every
+def test_the_other_rows_change_nothing(name):
+    policy = CASES[name][0]
+    both, alone = build(tokens=(13, 8)), build(tokens=(8,), pad=5, seed=1)
+    torch.testing.assert_close(policy.score(both)[1], policy.score(alone)[0], rtol=1e-5, atol=1e-6)
+
+
+@every
+def test_the_same_scene_gives_the_same_scores(name):
+    policy, state = CASES[name][0], torch.get_rng_state()
+    assert torch.equal(policy.score(evicted()), policy.score(evicted()))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@every
+def test_bf16_gives_finite_fp32_scores(name):
+    scores = CASES[name][0].score(build(pad=2, dtype=torch.bfloat16))
+    assert scores.dtype == torch.float32 and bool(scores.isfinite().all())
+
+
+@every
+def test_a_row_of_padding_only_gives_finite_scores(name):
+    scene = build(tokens=(9, 9))
+    real = torch.tensor([False, True])[:, None]
+    nothing = replace(
+        scene,
+        valid=scene.valid & real.unsqueeze(2),
+        positions=scene.positions.where(real.unsqueeze(2), scene.positions - 9),
+        query_positions=scene.query_positions.where(real, -1),
+    )
+    scores = CASES[name][0].score(nothing)
+    assert bool(scores.isfinite().all())
+
+
+@every
+def test_it_says_where_it_is_from(name):
+    policy = CASES[name][0]
+    assert policy.paper.startswith("arXiv:") and policy.summary and isinstance(policy, Policy)
+
+
+@every
+def test_scores_that_read_no_query_say_so(name):
+    policy, scene = CASES[name][0], build()
+    none = replace(scene, queries=scene.queries[:, :, :, :0], query_positions=scene.query_positions[:, :0])
+    if not policy.looks:
+        assert torch.equal(policy.score(scene), policy.score(none))
+    if not policy.carries:
+        assert torch.equal(policy.score(scene), policy.score(replace(scene, carried=scene.carried + 1)))
+
+
+@every
+def test_scores_that_ask_for_rotations_say_so(name):
+    policy, scene, asked = CASES[name][0], build(), []
+
+    def rope(positions, like):
+        asked.append(positions)
+        return scene.rope(positions, like)
+
+    policy.score(replace(scene, rope=rope))
+    assert bool(asked) == getattr(policy, "turns", False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (H2O, {"window": -1}),
+        (H2O, {"window": 8, "per_query": True}),
+        (ExpectedAttention, {"future": 0}),
+        (CurDKV, {"kind": "both"}),
+        (CurDKV, {"rank": -1}),
+        (CurDKV, {"local": -1}),
+        (KVCompress, {"window": -1}),
+        (KVCompress, {"kernel": 4}),
+        (FastGen, {"recovery": 1.5}),
+        (FastGen, {"frequent": -0.1}),
+        (FastGen, {"first": "punctuation"}),
+        (FastGen, {"sample": 0}),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(kind, options):
+    with pytest.raises(LowkeyError) as error:
+        kind("50%", **options)
+    assert next(iter(options)) in str(error.value) and "\n" not in str(error.value)
+
+
+# -- one by one
+
+
+def kept(policy, scene, mean, split):
+    """Which candidates (b, h, s) stay, as a layer decides it; the scene is the whole cache."""
+    scores, out = policy.score(scene), []
+    for i in range(len(scores)):
+        tokens = int(scene.positions[i][scene.valid[i]].max()) + 1
+        stays = (scene.positions[i] < policy.sinks) | (scene.positions[i] >= tokens - policy.recent)
+        row = scores[i].masked_fill(stays, torch.inf).masked_fill(~scene.valid[i], -torch.inf)
+        out.append(best(row, split.counts(Ask(row.unsqueeze(0), mean, tokens, 0, 1))[0]))
+    return torch.stack(out)
+
+
+def test_streamingllm_keeps_sinks_and_the_newest():
+    scene = build(tokens=(14, 11), pad=1)
+    stays = kept(StreamingLLM(**SMALL), scene, 7, Uniform())
+    for i, n in enumerate((14, 11)):
+        assert scene.positions[i, 0][stays[i, 0]].tolist() == [0, 1, *range(n - 5, n)]
+
+
+def test_tova_keeps_the_same_tokens_in_every_head():
+    scene = build(tokens=(14, 11), pad=1)
+    scores = TOVA(**SMALL).score(scene)
+    assert torch.equal(scores[:, 0], scores[:, 1])
+    stays = kept(TOVA(**SMALL), scene, 6, Uniform())
+    assert torch.equal(stays[:, 0], stays[:, 1])
+
+
+def test_h2o_with_a_window_over_everything_is_h2o():
+    scene = evicted()
+    assert torch.equal(H2O(**SMALL, window=99).score(scene), H2O(**SMALL).score(scene))
+
+
+@pytest.mark.parametrize("policy", [H2O(**SMALL), H2O(**SMALL, per_query=True), KVCompress(**SMALL, window=0, kernel=1)], ids=str)
+def test_scores_that_carry_over_do_not_depend_on_the_chunks(policy):
+    scene = build(tokens=(15, 10), pad=1)
+    carried = policy.score(piece(scene, 0, 8))
+    chunked = policy.score(after(scene, 8, scene.valid[:, :, :8], carried))
+    whole = policy.score(scene)
+    for i, n in enumerate((15, 10)):
+        real = chunked[i][:, after(scene, 8, scene.valid[:, :, :8], carried).valid[i, 0]]
+        torch.testing.assert_close(real, whole[i][:, 16 - n :], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["h2o", "h2o window", "h2o per query", "kv-compress all", "fastgen", "expected"])
+def test_blocks_of_queries_change_nothing(name, monkeypatch):
+    policy, scene = CASES[name][0], evicted()
+    whole = policy.score(scene)
+    monkeypatch.setattr(base, "BLOCK", 2 * scene.keys.shape[2] * 2 * HEADS * GROUPS)
+    monkeypatch.setattr(expected, "BLOCK", 3)
+    torch.testing.assert_close(policy.score(scene), whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["knorm", "curdkv", "curdkv keys", "h2o", "snapkv", "kv-compress", "tova"])
+def test_scores_do_not_depend_on_where_a_text_begins(name):
+    policy = CASES[name][0]
+    torch.testing.assert_close(policy.score(build(start=40)), policy.score(build()), rtol=1e-4, atol=1e-5)
+
+
+def test_expected_attention_does_not_depend_on_where_a_text_begins():
+    policy = ExpectedAttention("50%", sinks=0, future=5)
+    torch.testing.assert_close(policy.score(build(start=40)), policy.score(build()), rtol=1e-3, atol=1e-5)
+
+
+def test_expected_attention_is_the_mean_over_sampled_queries():
+    scene, policy = build(tokens=(10,), groups=1), ExpectedAttention("50%", sinks=0, future=1, epsilon=0.0)
+    scene = replace(scene, values=torch.nn.functional.normalize(scene.values, dim=-1), scaling=0.25)
+    for j in range(HEADS):
+        plain = [rotation(scene, p).inverse() @ scene.queries[0, j, 0, p].double() for p in range(10)]
+        drawn = torch.distributions.MultivariateNormal(
+            torch.stack(plain).mean(0), torch.cov(torch.stack(plain).T, correction=0) + 1e-9 * torch.eye(DIM)
+        )
+        torch.manual_seed(j)
+        queries = drawn.sample((200_000,)) @ rotation(scene, 10).T  # the next position
+        mean = (queries @ scene.keys[0, j].double().T * scene.scaling).exp().mean(0)
+        torch.testing.assert_close(policy.score(scene)[0, j].double(), mean / mean.sum(), rtol=0.03, atol=0)
+
+
+def test_expected_attention_asks_for_positions_that_follow_each_row():
+    asked = []
+
+    def rope(positions, like):
+        asked.append(positions)
+        return rope_of()(positions, like)
+
+    ExpectedAttention(**SMALL, future=3, covariance=False).score(replace(build(tokens=(14, 9)), rope=rope))
+    assert asked[0].tolist() == [[14, 15, 16], [9, 10, 11]]
+
+
+def test_curdkv_projects_to_the_same_scores_on_average():
+    scene = build(tokens=(8,))
+    plain = CurDKV(**SMALL, local=0, kind="keys").score(scene)
+    drawn = torch.stack([CurDKV(**SMALL, local=0, kind="keys", rank=20, seed=i).score(scene) for i in range(300)])
+    torch.testing.assert_close(drawn.mean(0), plain, rtol=0.06, atol=0)
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_keydiff_prefers_the_odd_one_out():
+    scene = build(tokens=(12,))
+    keys = torch.randn(DIM, generator=torch.Generator().manual_seed(0)) + 0.1 * scene.keys
+    keys[:, :, 5] = -keys[:, :, 5]
+    assert bool((KeyDiff(**SMALL).score(replace(scene, keys=keys)).argmax(-1) == 5).all())
+
+
+def pointing(aims, tokens=20, strength=60.0):
+    """A scene without rotation in which head j's queries look at the tokens of aims[j], equally."""
+    keys = torch.zeros(1, len(aims), tokens, 2)
+    for j, aim in enumerate(aims):
+        keys[0, j, list(aim), 0] = strength
+    queries = torch.tensor([1.0, 0.0]).expand(1, len(aims), 1, tokens, 2)
+    at = torch.arange(tokens)
+    places = at.expand(1, len(aims), tokens)
+    valid = torch.ones(1, len(aims), tokens, dtype=torch.bool)
+    return Scene(keys, keys, places, valid, queries, at.unsqueeze(0), 1.0, None, rope_of(2), torch.zeros(1, len(aims), tokens))
+
+
+AIMS = [(0, 1), (0, 14, 15), (5, 8), tuple(range(20))]  # sinks; and the local share; tokens far off; everything
+
+
+def test_fastgen_climbs_as_far_as_a_head_needs():
+    policy = FastGen(**SMALL, sample=4, recovery=0.95)
+    assert (policy.score(pointing(AIMS)) >= 1).sum(-1).tolist() == [[4, 8, 12, 20]]
+
+
+def test_fastgen_gives_wide_heads_what_narrow_ones_do_not_need():
+    policy, scene = FastGen(**SMALL, sample=4), pointing(AIMS)
+    stays = kept(policy, scene, (4 + 8 + 12 + 20) / 4, Global())[0]
+    assert stays.sum(-1).tolist() == [4, 8, 12, 20]
+    assert torch.equal(stays, policy.score(scene)[0] >= 1)
+
+
+def test_fastgen_is_content_only_when_every_query_head_is():
+    scene = pointing([(0, 1)] * 2)
+    other = scene.queries.clone()
+    other[:, 1] = 0.0  # looks at everything alike
+    group = replace(scene, queries=torch.cat([scene.queries, other], 2))
+    assert (FastGen(**SMALL, sample=4).score(group) >= 1).sum(-1).tolist() == [[4, 20]]
