@@ -33,7 +33,7 @@ from lowkey.types import LowkeyError
 
 SMALL = ("--method", "pca", "--windows", 8, "--context", 32)
 SCORE = ("--windows", 2, "--context", 192, "--cases", 1)
-ALL = ("compress", "eval", "generate", "profile", "methods", "inspect", "report")
+ALL = ("compress", "eval", "generate", "profile", "methods", "policies", "heads", "inspect", "report")
 ROW = (
     *("name", "method", "plan", "policy", "budget", "task", "perplexity", "kl", "top1_agreement", "layer_error", "exact_match"),
     *("bytes_per_token", "bytes_held", "bytes_predicted", "bytes_full", "prefill_ms", "step_ms"),
@@ -832,3 +832,124 @@ def test_profile_writes_the_surface_and_two_plots(here):
     assert told["layers"] == [0, 1, 2] and len(told["surface"]) == 3
     for name in ("surface.png", "spectra.png"):
         assert (here / "profile" / name).read_bytes().startswith(b"\x89PNG")
+
+
+# -- heads and policies
+
+
+def test_heads_writes_a_file_and_says_what_it_holds(here):
+    told = printed("heads", "tiny", "-o", "heads.json", "--kind", "er", "--cases", 10, "--context", 200, "--seed", 3)
+    assert (told["heads"], told["kind"], told["task"], told["drawn"], told["seed"]) == ("heads.json", "er", "recall", 10, 3)
+    assert json.loads((here / "heads.json").read_text())["values"] and told["accepted"] >= 10
+    ran = done("heads", "tiny", "-o", "other.json", "--task", "facts", "--cases", 10, "--context", 600)
+    assert "other.json: 10 of 10 cases right" in ran.out and "KV head" in ran.out
+
+
+def test_heads_replaces_a_file_only_when_told_to(here):
+    command = ("heads", "tiny", "-o", "notes.txt", "--kind", "copy", "--cases", 10, "--context", 200)
+    assert "'notes.txt' already exists; choose another name or pass --force" in refused(*command)
+    assert (here / "notes.txt").read_text() == "mine"
+    done(*command, "--force")
+    assert json.loads((here / "notes.txt").read_text())["kind"] == "copy"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--kind", "r3"), "kind 'r3' is unknown"),
+        (("--task", "riddle"), "task 'riddle' is unknown"),
+        (("--cases", 3), "cases 3"),
+        (("--context", 99999), "context 99999: the model reads 1280 tokens at most"),
+        (("--haystack", "notes.txt"), "data: "),
+        (("--haystack", "none.txt"), "haystack 'none.txt': no such file"),
+        (("--task", "comparison", "--cases", 10, "--context", 500), "task 'comparison': 0 of 10 cases answered right"),
+    ],
+)
+def test_heads_that_cannot_be_measured_are_refused(here, words, says):
+    before = tree(here)
+    assert says in refused("heads", "tiny", *words)
+    assert tree(here) == before
+
+
+@pytest.fixture(scope="module")
+def scores(tmp_path_factory):
+    """Head scores of `tiny`."""
+    place = tmp_path_factory.mktemp("heads") / "r2.json"
+    done("heads", "tiny", "-o", place, "--task", "facts", "--cases", 12, "--context", 400)
+    return place
+
+
+def test_eval_has_a_row_for_each_policy_and_budget(here, scores):
+    words = ("--policy", "ada-kv,headkv-r2", "--budget", "6%,40 tokens", "--heads", scores, "-O", "sinks=1", "-O", "recent=4")
+    told = printed("eval", "tiny", *words, "--task", "recall", "--cases", 6, "--context", 256, "--bits", 4)
+    rows = told["rows"]
+    assert [r["name"] for r in rows] == ["full", "ada-kv 6%", "ada-kv 40 tokens", "headkv-r2 6%", "headkv-r2 40 tokens", "int4"]
+    assert set(ROW) <= set(rows[1]) and rows[1]["policy"]["allocator"]["name"] == "ada" and rows[1]["budget"] == "6%"
+    for row in rows[1:5]:
+        assert row["bytes_held"] == row["bytes_predicted"] < 0.2 * row["bytes_full"] and row["layer_error"] is None
+        tokens = 0.06 * 256 if row["budget"] == "6%" else 40
+        assert sum(map(sum, row["kept_per_head"])) == round(24 * tokens)
+    assert len({tuple(map(tuple, r["kept_per_head"])) for r in rows[1:5]}) == 4
+    assert rows[2]["exact_match"] >= 0.5
+    assert told["environment"]["data"]["refeed"] is True
+
+
+def test_policies_go_on_top_of_a_plan(model, plan, here):
+    told = printed(
+        "eval",
+        model,
+        "--plan",
+        plan,
+        "--policy",
+        "snapkv,kvzip",
+        "--budget",
+        "50%",
+        "--task",
+        "perplexity",
+        "--windows",
+        2,
+        "--context",
+        64,
+    )
+    full, low, *both = [r for r in told["rows"] if r["bits"] is None]
+    for row in both:
+        assert row["plan"] == str(plan) and row["policy"] and " on " in row["name"]
+        assert row["bytes_held"] == row["bytes_predicted"] < low["bytes_held"] < full["bytes_held"]
+
+
+def test_generate_over_a_policy_says_what_is_held(here):
+    told = printed("generate", "tiny", "--prompt", "It was a dark night. " * 20, "--policy", "kvzip", "--budget", "30%", "--tokens", 8)
+    assert told["new_tokens"] == 8 and told["bytes_held"] < 0.5 * told["bytes_full"]
+
+
+def test_policies_are_listed(here):
+    told = printed("policies")
+    assert {"snapkv", "pyramidkv", "ada-kv", "headkv-r2", "h2o", "kvzip"} <= set(told["policies"])
+    assert told["policies"]["ada-kv"]["allocator"]["name"] == "ada" and "headkv" in told["allocators"]
+    assert "arXiv:2404.14469" in done("policies").out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--policy", "snapvk", "--budget", "5%"), "did you mean 'snapkv'"),
+        (("--policy", "snapkv"), "needs a budget"),
+        (("--budget", "5%"), "give --policy too"),
+        (("--policy", "snapkv", "--budget", "1%"), "do not hold the 4 sinks and 8 recent"),
+        (("--policy", "snapkv", "--budget", "150%"), "150%"),
+        (("--policy", "snapkv", "--budget", "banana"), "banana"),
+        (("--policy", "headkv-r2", "--budget", "10%"), "lowkey heads"),
+        (("--policy", "headkv-r2", "--budget", "10%", "--heads", "notes.txt"), "notes.txt"),
+        (("--policy", "headkv-r2", "--budget", "10%", "--heads", "none.json"), "none.json"),
+        (("--policy", "snapkv", "--budget", "10%", "-O", "windw=3"), "windw"),
+        (("--policy", "snapkv", "--budget", "10%", "-O", "window=x"), "window"),
+    ],
+)
+def test_a_policy_that_cannot_be_is_refused(here, words, says):
+    before = tree(here)
+    assert says in refused("eval", "tiny", *words, "--task", "recall", "--out", "r.json")
+    assert tree(here) == before
+
+
+def test_another_models_head_scores_are_refused(model, scores, here):
+    assert "made for" in refused("eval", model, "--policy", "headkv-r2", "--budget", "50%", "--heads", scores, "--out", "r.json")

@@ -24,7 +24,7 @@ PADS = [7, 0]
 LENGTH = 120
 ALLOCATORS = ["uniform", "pyramid", "ada", "global", "blocks"]
 FED = [name for name in POLICIES if name != "kvzip"]  # it wants lowkey.prefill
-HEADS = {kind: [[1.0, 2.0, 0.0, 5.0]] * 3 for kind in ("copy", "r2", "er", "mass", "razor")}
+HEADS = {kind: [[1.0, 2.0, 0.0, 5.0]] * 3 for kind in ("copy", "r2", "er", "mass", "induction", "echo")}
 
 
 def evicting_cache(model, policy, layout=None, ranks=(pico.HEAD_DIM, pico.HEAD_DIM)):

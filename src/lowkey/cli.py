@@ -20,6 +20,7 @@ from lowkey import files, text
 from lowkey.allocate import ALLOCATORS
 from lowkey.cache import make_cache
 from lowkey.calibrate import Sample, calibrate, describe
+from lowkey.echo import ECHOES, estimate_echo
 from lowkey.evaluate.result import TASKS, Task, evaluate
 from lowkey.evaluate.settings import evicted, full, packed, planned
 from lowkey.generate import stream
@@ -62,6 +63,7 @@ def compress(
     rank_multiple: Annotated[int, typer.Option(help="hold every rank to a multiple of this")] = 1,
     sinks: Annotated[int, typer.Option(help="first tokens kept exact")] = 0,
     recent: Annotated[int, typer.Option(help="last tokens kept exact")] = 0,
+    heads: Annotated[list[Path] | None, typer.Option(help="a file of head scores to keep in the plan, for policies on top of it")] = None,
     option: Annotated[list[str] | None, typer.Option("--option", "-O", help="an option of the method, like epochs=5")] = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
@@ -88,6 +90,7 @@ def compress(
         rank_multiple=rank_multiple,
         sinks=sinks,
         recent=recent,
+        heads=_head_scores(heads, loaded),
         work=work,
         progress=bars,
     )
@@ -209,7 +212,7 @@ def profile(
 def heads_command(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="the JSON file to write")] = Path("heads.json"),
-    kind: Annotated[str, typer.Option(help=f"the score: {', '.join(KINDS)}")] = "r2",
+    kind: Annotated[str, typer.Option(help=f"the score: {', '.join([*KINDS, *ECHOES])}")] = "r2",
     task: Annotated[str | None, typer.Option(help=f"{', '.join(NEEDLES)} (default: the kind's own)")] = None,
     haystack: Annotated[Path | None, typer.Option(help="a UTF-8 text file (default: the embedded text)")] = None,
     cases: Annotated[int, typer.Option(help="cases to ask; those answered right count")] = 100,
@@ -223,9 +226,13 @@ def heads_command(
     """Measure which heads find the answer in a long text, for policies that split their budget by it."""
     files.check_file(out, force)
     corpus = text.read_text(haystack, "haystack") if haystack else None
-    found = estimate_heads(
-        *load(model, dtype, device), kind=kind, task=task, haystack=corpus, cases=cases, context=context, seed=seed, progress=bars
-    )
+    loaded, tokenizer = load(model, dtype, device)
+    if kind in ECHOES:
+        found = estimate_echo(loaded, tokenizer, kind=kind, cases=cases, context=context, seed=seed, progress=bars)
+    else:
+        found = estimate_heads(
+            loaded, tokenizer, kind=kind, task=task, haystack=corpus, cases=cases, context=context, seed=seed, progress=bars
+        )
     found.save(out)
     print(json.dumps({"heads": str(out), **found.describe()})) if as_json else show_heads(found, out, cases)
 

@@ -68,11 +68,11 @@ def measure(
     hits = {s.name: 0 for s in settings}
     for episode in progress(episodes, "recall"):
         for setting in settings:
-            hits[setting.name] += _answers(model, tokenizer, setting, episode, refeed)
+            hits[setting.name] += answers(model, tokenizer, setting, episode, refeed)
     return {name: {"exact_match": count / cases} for name, count in hits.items()}
 
 
-def _answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setting: Setting, episode: Episode, refeed: bool) -> bool:
+def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setting: Setting, episode: Episode, refeed: bool) -> bool:
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = torch.tensor([start + episode.prompt], device=device_of(model))
     cache = setting.make()

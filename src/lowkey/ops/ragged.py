@@ -26,7 +26,7 @@ def padded(flat: Tensor, starts: Int[Tensor, " R1"]) -> tuple[Tensor, Bool[Tenso
     return dense, real
 
 
-def appended(flat: Shaped[Tensor, n * w], starts: Int[Tensor, " R1"], more: Shaped[Tensor, "R t ..."]) -> Shaped[Tensor, m * w]:
+def appended(flat: Shaped[Tensor, "n ..."], starts: Int[Tensor, " R1"], more: Shaped[Tensor, "R t ..."]) -> Shaped[Tensor, "m ..."]:
     """Every row with `t` more tokens behind it."""
     rows, t = more.shape[:2]
     out = flat.new_empty(len(flat) + rows * t, *flat.shape[1:])

@@ -181,17 +181,27 @@ class HeadKV(Allocator):
 
 @dataclass(frozen=True)
 class Classes(Allocator):
-    """Two classes of heads (RazorAttention, arXiv:2407.15891): retrieval heads, of importance above 0, keep all they can; the others share
-    what is left equally."""
+    """Two classes of heads (RazorAttention, arXiv:2407.15891): retrieval heads keep all they can; the others share what is left equally.
+
+    induction, echo: which share of the KV heads, by those scores, are retrieval heads (the paper's 14 % and 1 %). importance: per layer, 1
+    for the retrieval heads and 0 for the others, when given directly.
+    """
 
     scope: ClassVar[Scope] = "layer"
     summary: ClassVar[str] = "retrieval heads first, the others share the rest (arXiv:2407.15891)"
 
-    kind: str = "razor"
+    induction: float = 0.14
+    echo: float = 0.01
     importance: tuple[tuple[float, ...], ...] = ()
 
     def fitted(self, heads: HeadImportance) -> Self:
-        return replace(self, importance=_importance(self.importance, self.kind, heads, "classes"))
+        if self.importance:
+            return self
+        chosen = [
+            _top(_importance((), kind, heads, "classes"), share) for kind, share in (("induction", self.induction), ("echo", self.echo))
+        ]
+        either = (chosen[0] | chosen[1]).double().tolist()
+        return replace(self, importance=tuple(tuple(row) for row in either))
 
     def counts(self, ask: Ask) -> Tensor:
         retrieval = _checked(self.importance, ask) > 0
@@ -215,6 +225,13 @@ def _importance(given: tuple[tuple[float, ...], ...], kind: str, heads: HeadImpo
     if kind not in heads:
         raise LowkeyError(f"allocator {name!r}: needs head scores of kind {kind!r}; make them with `lowkey heads` and pass --heads")
     return tuple(tuple(float(x) for x in row) for row in heads[kind])
+
+
+def _top(importance: Sequence[Sequence[float]], share: float) -> Tensor:
+    """Which heads are among the highest `share` of all, at least one."""
+    flat = torch.tensor(importance).flatten()
+    best = flat.argsort(descending=True, stable=True)[: max(1, round(share * len(flat)))]
+    return torch.zeros(len(flat), dtype=torch.bool).index_fill(0, best, True).view(len(importance), -1)
 
 
 def _checked(importance: tuple[tuple[float, ...], ...], ask: Ask) -> Tensor:

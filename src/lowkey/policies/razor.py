@@ -13,7 +13,8 @@ from lowkey.policies.base import Policy, Scene
 @dataclass(frozen=True)
 class Razor(Policy):
     """Score: how new a token is. With the `classes` allocator the retrieval heads (echo and induction, found with
-    `lowkey heads --kind razor`) keep all they can within the budget and the others share the rest equally, as sinks and newest tokens.
+    `lowkey heads --kind induction` and `--kind echo`) keep all they can within the budget, the others share the rest equally, as sinks
+    and newest tokens.
 
     The paper fixes the local window (at least 4000 tokens or a fifth of the prompt) and lets memory follow; here the budget rules.
     All that a head drops becomes one token, the mean key and value, that counts as often as tokens were dropped; every eviction
