@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lowkey.backends import grouped
+from lowkey.backends import grouped, numba_cpu, triton_gpu
 from lowkey.backends.segment import Part
+
+FEW = 64  # queries per row; more are better off in matrix products
 
 
 def ragged(query: Tensor, keys: Tensor, values: Tensor, starts: Tensor, scaling: float, softcap: float | None = None) -> Part:
-    """As `naive.ragged`."""
+    """As `naive.ragged`; not differentiable."""
+    if query.shape[1] <= FEW:
+        for device, backend in (("cpu", numba_cpu), ("cuda", triton_gpu)):
+            if keys.device.type == device and backend.available() and backend.supports(keys.dtype):
+                return backend.ragged(query, keys, values, starts, scaling, softcap)
     return grouped.ragged(query, keys, values, starts, scaling, softcap)

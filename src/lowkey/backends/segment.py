@@ -33,5 +33,6 @@ def merge(parts: Sequence[Part]) -> Part:
     """One softmax over the tokens of all parts."""
     lse = torch.stack([p[1] for p in parts])
     total = lse.logsumexp(0)
-    weights = (lse - total).exp().nan_to_num(0.0)  # all -inf: nothing to see anywhere
-    return sum((w.unsqueeze(-1) * p[0] for w, p in zip(weights, parts, strict=True)), torch.zeros(())), total
+    weights = (lse - total).exp().nan_to_num(0.0).unsqueeze(-1)  # all -inf: nothing to see anywhere
+    out = [torch.where(w > 0, w * p[0], 0.0) for w, p in zip(weights, parts, strict=True)]  # where there is nothing to see, out may be NaN
+    return torch.stack(out).sum(0), total

@@ -76,12 +76,12 @@ class EvictingLayer(PlacedLayer):
 
     keys: Tensor  # type: ignore[assignment]
     values: Tensor  # type: ignore[assignment]
-    numbers = ("seen", "fresh", "kept", "steps", "frozen")
+    numbers = ("seen", "fresh", "kept", "steps", "moved", "frozen")
 
     def __init__(self, policy: Policy, rope: Rope, seat: int = 0, round: Round | None = None, codec: Codec | None = None) -> None:
         super().__init__()
         self.policy, self.rope, self.seat, self.round, self.codec = policy, rope, seat, round or Round(), codec or Plain()
-        self.fresh = self.kept = self.steps = 0
+        self.fresh = self.kept = self.steps = self.moved = 0
         self.looking, self.frozen = 0, False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -112,7 +112,7 @@ class EvictingLayer(PlacedLayer):
             return 0
         b, h, _, width = self.tail_k.shape
         dense = (width + self.tail_v.shape[-1]) * self.keys.element_size()
-        room = -(-self.fresh // STEP) * STEP
+        room = self.moved + -(-(self.fresh - self.moved) // STEP) * STEP
         index = (b * h + 1) * self.starts.element_size() + b * self.offset.element_size()
         return self.kept * self.entry_bytes + b * h * room * dense + index + self.asked.numel() * self.asked.element_size()
 
@@ -166,7 +166,8 @@ class EvictingLayer(PlacedLayer):
             parts.append((self.codec.out(out.view(*shape, -1)), lse.view(shape)))
         if self.fresh:
             keys = self.codec.readable(self.tail_k[:, :, : self.fresh], self.positions(stop - self.fresh, stop).unsqueeze(1))
-            out, lse = grouped.partial([Segment(query, keys, self.tail_v[:, :, : self.fresh])], call.scaling, call.softcap)
+            tail = (_quick(x) for x in (query, keys, self.tail_v[:, :, : self.fresh]))
+            out, lse = grouped.partial([Segment(*tail)], call.scaling, call.softcap)
             parts.append((self.codec.out(out), lse))
         return parts
 
@@ -210,7 +211,7 @@ class EvictingLayer(PlacedLayer):
             self.asked = torch.cat([self.asked, call.query], 3) if self.asked.numel() else call.query.clone()
         if self.policy.every and self.steps % self.policy.every == 0 and not self.frozen:
             self._evict(replace(call, query=call.query[:, :, :, :0]), self._stored())
-        elif self.fresh == TAIL:
+        elif self.fresh - self.moved >= TAIL:
             self._join()
 
     def _join(self) -> None:
@@ -228,7 +229,7 @@ class EvictingLayer(PlacedLayer):
 
     def _clear_tail(self) -> None:
         self.tail_k, self.tail_v = (x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (self.tail_k, self.tail_v))
-        self.fresh = 0
+        self.fresh = self.moved = 0
 
     # -- evicting
 
@@ -304,7 +305,7 @@ class EvictingLayer(PlacedLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.fresh = self.kept = self.steps = 0
+        self.fresh = self.kept = self.steps = self.moved = 0
 
     # -- what cannot be done
 
@@ -316,6 +317,11 @@ class EvictingLayer(PlacedLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         raise LowkeyError("batch_repeat_interleave: rows of an evicting cache cannot be repeated; repeat the prompt before prefill")
+
+
+def _quick(x: Tensor) -> Tensor:
+    """Small products of strided bf16 are many times slower on a CPU than a copy in fp32 and its products."""
+    return x.float() if x.device.type == "cpu" else x
 
 
 def _sdpa(call: Call, keys: Tensor, values: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowkey.layers.evicting import STEP, Candidates, EvictingLayer
+from lowkey.layers.evicting import Candidates, EvictingLayer
 from lowkey.ops.ragged import row_of
 from lowkey.seam import Call
 from lowkey.types import Budget
@@ -24,7 +24,7 @@ class PruningLayer(EvictingLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         b, h = key_states.shape[:2]
-        self.channels = torch.zeros(b, h, 0, dtype=torch.long, device=self.device)
+        self.channels = torch.zeros(b, h, 0, dtype=torch.int16, device=self.device)
 
     def tensors(self) -> dict[str, Tensor]:
         return super().tensors() | ({"channels": self.channels} if self.is_initialized else {})
@@ -44,13 +44,13 @@ class PruningLayer(EvictingLayer):
     def narrowed(self, x: Tensor) -> Tensor:
         if not self.channels.shape[2]:
             return x
-        return x.gather(3, self.channels.unsqueeze(2).expand(-1, -1, x.shape[2], -1))
+        return x.gather(3, self.channels.long().unsqueeze(2).expand(-1, -1, x.shape[2], -1))
 
     def widened(self, keys: Tensor) -> Tensor:
         if not self.channels.shape[2]:
             return keys
         wide = keys.new_zeros(len(keys), self.tail_k.shape[-1])
-        return wide.scatter_(1, self.channels.flatten(0, 1)[row_of(self.starts)], keys)
+        return wide.scatter_(1, self._channel_of_each(), keys)
 
     def _evict(self, call: Call, found: Candidates) -> None:
         queries = torch.cat([self.asked, call.query], 3) if self.asked.numel() else call.query
@@ -65,17 +65,17 @@ class PruningLayer(EvictingLayer):
         self._newest_to_tail(min(self.policy.recent, int(counts.min())))
         self.channels = chosen_before if chosen_before.shape[2] else self._choose()
         if self.channels.shape[2]:
-            self.keys = self.keys.gather(1, self.channels.flatten(0, 1)[row_of(self.starts)])
+            self.keys = self.keys.gather(1, self._channel_of_each())
 
     def _newest_to_tail(self, tokens: int) -> None:
         b, h = self.tail_k.shape[:2]
         last = (self.starts[1:].unsqueeze(1) - tokens + torch.arange(tokens, device=self.device)).flatten()
-        self.tail_k, self.tail_v = (_roomy(x[last].view(b, h, tokens, -1)) for x in (self.keys, self.values))
+        self.tail_k, self.tail_v = (x[last].view(b, h, tokens, -1) for x in (self.keys, self.values))
         stay = torch.ones(len(self.keys), dtype=torch.bool, device=self.device)
         stay[last] = False
         self.keys, self.values, self.where = self.keys[stay], self.values[stay], self.where[stay]
         self.starts = self.starts - torch.arange(b * h + 1, device=self.device) * tokens
-        self.fresh, self.kept = tokens, self.kept - b * h * tokens
+        self.fresh, self.moved, self.kept = tokens, tokens, self.kept - b * h * tokens
 
     def _choose(self) -> Tensor:
         """(b, h, r): the channels in which queries and kept keys are largest together (Eq. 5, its greedy solution), ascending."""
@@ -84,10 +84,8 @@ class PruningLayer(EvictingLayer):
         if count == d or not len(self.keys):
             return self.channels
         sums = torch.zeros(b * h, d, device=self.device).index_add_(0, row_of(self.starts), self.keys.float().square())
-        return (self.loud * sums.view(b, h, d)).topk(count, dim=-1).indices.sort(-1).values
+        return (self.loud * sums.view(b, h, d)).topk(count, dim=-1).indices.sort(-1).values.short()
 
-
-def _roomy(x: Tensor) -> Tensor:
-    """With the room that a tail of this length has."""
-    more = -x.shape[2] % STEP
-    return torch.cat([x, x.new_empty(*x.shape[:2], more, x.shape[3])], 2)
+    def _channel_of_each(self) -> Tensor:
+        """(n, r): the channels of every kept token."""
+        return self.channels.flatten(0, 1).long()[row_of(self.starts)]
