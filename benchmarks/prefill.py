@@ -2,8 +2,8 @@
 
     python benchmarks/prefill.py [--context 4096 --budget 10% --rounds 5]
 
-A random Llama of 2 layers, hidden 1024, 16 heads, 8 KV heads of 64; time depends on shapes only. Rounds in which the settings take turns; medians of the
-ratios within a round.
+A random Llama of 2 layers, hidden 1024, 16 heads, 8 KV heads of 64; time depends on shapes only. Rounds in which the settings take
+turns; medians of the ratios within a round.
 """
 
 from __future__ import annotations

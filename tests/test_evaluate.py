@@ -213,7 +213,7 @@ def test_bytes_are_held_as_predicted(rows):
 
 def test_sliding_layers_hold_as_predicted():
     model = pico.attached("gemma2")
-    found = speed.measure(model, [full(model), packed(model, 8)], pico.prompt(40, 1), silent)
+    found = speed.measure(model, pico.tokenizer(), [full(model), packed(model, 8)], pico.prompt(40, 1), silent)
     for row in found.values():
         assert row["bytes_held"] == row["bytes_predicted"]
     slides = 2 * 4 * (pico.WINDOW - 1) * pico.HEAD_DIM * 4

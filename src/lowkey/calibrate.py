@@ -88,12 +88,7 @@ def calibrate(
         budget=str(limit) if isinstance(limit, Budget) else f"error {limit:g}",
         geometry=asdict(shape),
         provenance=provenance,
-        profile={
-            "ranks": list(profile.ranks),
-            "surface": profile.surface,
-            "chosen": [list(p) for p in allocated],
-            "spectra": _mean_spectra(bases),
-        },
+        profile=_described(profile, allocated, bases),
         orthonormal=all(b.keys.rows is None and b.values.rows is None for b in bases.values()),
         sinks=sinks,
         recent=recent,
@@ -235,6 +230,11 @@ def _provenance(model: PreTrainedModel, rows: Tensor, sample: Sample) -> dict:
         "seed": sample.seed,
         "versions": versions(),
     }
+
+
+def _described(profile: Profile, allocated: Ranks, bases: dict[int, LayerBases]) -> dict:
+    chosen = [list(p) for p in allocated]
+    return {"ranks": list(profile.ranks), "surface": profile.surface, "chosen": chosen, "spectra": _mean_spectra(bases)}
 
 
 def _spectrum(basis: Basis) -> list[list[float]]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from lowkey import files, text
 from lowkey.allocate import ALLOCATORS
+from lowkey.bench import decode_bench
 from lowkey.cache import make_cache
 from lowkey.calibrate import Sample, calibrate, describe
 from lowkey.echo import ECHOES, estimate_echo
@@ -34,10 +35,12 @@ from lowkey.policies.allocators import ALLOCATORS as HEAD_ALLOCATORS
 from lowkey.policies.allocators import HeadImportance
 from lowkey.policies.base import Policy
 from lowkey.progress import bars
-from lowkey.show import pairs_of, screen, show_heads, show_plan, show_rows
+from lowkey.show import pairs_of, screen, show_bench, show_heads, show_plan, show_rows
 from lowkey.types import LAYOUTS, Budget, Layout, LowkeyError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
+bench = typer.Typer(no_args_is_help=True, help="Time parts of lowkey on this machine.")
+app.add_typer(bench, name="bench")
 err = Console(stderr=True, markup=False, emoji=False)  # paths and names are printed as they are
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # what a command line that does not parse raises; typer does not export it
 
@@ -235,6 +238,23 @@ def heads_command(
         )
     found.save(out)
     print(json.dumps({"heads": str(out), **found.describe()})) if as_json else show_heads(found, out, cases)
+
+
+@bench.command()
+def decode(
+    context: Annotated[int, typer.Option(help="tokens stored per head")] = 8192,
+    head_dim: Annotated[int, typer.Option(help="channels of a head")] = 128,
+    heads: Annotated[int, typer.Option(help="query heads")] = 32,
+    kv_heads: Annotated[int, typer.Option(help="KV heads")] = 8,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "bfloat16",
+    budget: Annotated[str, typer.Option(help="what the evicted cache keeps: '10%' or '512 tokens'")] = "10%",
+    repeats: Annotated[int, typer.Option(help="rounds; medians are shown")] = 15,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """One decode step of attention: every backend, full and at a budget, against torch's own and this machine's reads."""
+    found = decode_bench(context, head_dim, heads, kv_heads, dtype, budget, repeats, seed)
+    print(json.dumps(found)) if as_json else show_bench(found)
 
 
 @app.command()

@@ -64,5 +64,21 @@ def show_heads(found: HeadScores, place: Path, asked: int) -> None:
     )
 
 
+def show_bench(found: dict) -> None:
+    title = f"{found['context']} tokens, {found['heads']}/{found['kv_heads']} heads of {found['head_dim']}, {found['dtype']}"
+    table = Table("backend", "ms", "GB/s", "of reads", "sdpa full / this", f"ms at {found['budget']}", "of full", title=title)
+    for name, row in found["backends"].items():
+        kept = [f"{row['budget_ms']:.3f}", f"{row['budget_to_full']:.3f}"] if row["budget_ms"] is not None else ["-", "-"]
+        cells = (
+            f"{row['ms']:.3f}",
+            f"{row['gbs']:.1f}",
+            f"{100 * row['share_of_read_bandwidth']:.0f}%",
+            f"{row['ratio_to_sdpa_full']:.2f}",
+        )
+        table.add_row(name, *cells, *kept)
+    screen.print(table)
+    print(f"plain reads: {found['read_bandwidth_gbs']:.1f} GB/s with {found['environment']['threads']} threads")
+
+
 def pairs_of(options: dict) -> str:
     return ", ".join(f"{k}={v}" for k, v in options.items())

@@ -15,32 +15,49 @@ BLOCK = 2**25  # scores held at once (numbers): 128 MiB in fp32 bounds the memor
 
 def attend(segments: Sequence[Segment], scaling: float, softcap: float | None = None) -> Tensor:
     """As `naive.attend`: one softmax over all segments. Returns (b, h, g, t, d); a query that may see nothing gets 0."""
-    return partial(segments, scaling, softcap)[0]
+    segments, step = _steps(segments)
+    return torch.cat([_block(s, scaling, softcap)[0] for s in _blocks(segments, step)], dim=3)
 
 
 def partial(segments: Sequence[Segment], scaling: float, softcap: float | None = None) -> Part:
     """`attend`, and lse (b, h, g, t) in fp32 to merge it with attention over other tokens."""
-    segments = [s for s in segments if s.keys.shape[2]] or list(segments)[:1]
-    b, h, g, t, _ = segments[0].query.shape
-    step = max(1, BLOCK // (b * h * g * sum(s.keys.shape[2] for s in segments) or 1))
-    if step >= t:
-        return _block(segments, scaling, softcap)
-    blocks = [_block([_rows(s, i, i + step) for s in segments], scaling, softcap) for i in range(0, t, step)]
+    segments, step = _steps(segments)
+    blocks = []
+    for some in _blocks(segments, step):
+        out, scores, dead = _block(some, scaling, softcap)
+        lse = scores.logsumexp(-1)
+        blocks.append((out, lse if dead is None else lse.masked_fill(dead.squeeze(-1), -torch.inf)))
     return torch.cat([out for out, _ in blocks], dim=3), torch.cat([lse for _, lse in blocks], dim=3)
+
+
+def _steps(segments: Sequence[Segment]) -> tuple[Sequence[Segment], int]:
+    """The segments that hold something, and how many queries to take at a time."""
+    segments = [s for s in segments if s.keys.shape[2]] or list(segments)[:1]
+    b, h, g, _, _ = segments[0].query.shape
+    return segments, max(1, BLOCK // (b * h * g * sum(s.keys.shape[2] for s in segments) or 1))
+
+
+def _blocks(segments: Sequence[Segment], step: int) -> Iterator[Sequence[Segment]]:
+    t = segments[0].query.shape[3]
+    if step >= t:
+        yield segments
+        return
+    for i in range(0, t, step):
+        yield [_rows(s, i, i + step) for s in segments]
 
 
 def _rows(s: Segment, start: int, stop: int) -> Segment:
     return replace(s, query=s.query[:, :, :, start:stop], mask=None if s.mask is None else s.mask[:, start:stop])
 
 
-def _block(segments: Sequence[Segment], scaling: float, softcap: float | None) -> Part:
-    scores = torch.cat([_scores(s, scaling, softcap) for s in segments], dim=-1)
-    scores, dead = _masked(scores, segments)
-    weights, lse = scores.softmax(-1), scores.logsumexp(-1)
+def _block(segments: Sequence[Segment], scaling: float, softcap: float | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(out, scores, which queries may see nothing)"""
+    scores, dead = _masked(torch.cat([_scores(s, scaling, softcap) for s in segments], dim=-1), segments)
+    weights = scores.softmax(-1)
     if dead is not None:
-        weights, lse = weights.masked_fill(dead, 0.0), lse.masked_fill(dead.squeeze(-1), -torch.inf)
+        weights = weights.masked_fill(dead, 0.0)
     parts = weights.to(segments[0].values.dtype).split([s.keys.shape[2] for s in segments], dim=-1)
-    return torch.stack([_values(s, w) for s, w in zip(segments, parts, strict=True)]).sum(0), lse
+    return torch.stack([_values(s, w) for s, w in zip(segments, parts, strict=True)]).sum(0), scores, dead
 
 
 def _scores(s: Segment, scaling: float, softcap: float | None) -> Tensor:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from lowkey.report.policies import allocator_words, score_words
 from lowkey.report.results import Row, kept
 
 DASH = "—"  # no number was measured
@@ -90,7 +91,8 @@ COLUMNS = [
     _column("bytes_predicted", "Bytes predicted", format_bytes, "What the plan said it would hold; it should equal the bytes held."),
     _column("bytes_full", "Bytes full", format_bytes, "What the full cache holds for the same tokens."),
     _column("method", "Method", None, "The conversion that chose the low-rank bases."),
-    _column("policy", "Policy", None, "The eviction rule that chose which tokens stay."),
+    Column("Policy", score_words, str, "The eviction rule that scored which tokens stay, with its parameters."),
+    Column("Allocator", allocator_words, str, "How the policy's budget was split over layers and heads, with its parameters."),
     _column("budget", "Budget", None, "What was asked to be kept; “kept” is what was really held."),
     _column("bits", "Bits", _three_digits, "Bits per stored number; a dash means the model's own number format."),
     _column("layout", "Layout", None, "How the cache layers store what is kept."),

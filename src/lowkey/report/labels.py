@@ -36,7 +36,7 @@ def place_labels(ax: Axes, labels: Sequence[Label]) -> None:
     taken = [Bbox.from_bounds(x - 4 * scale, y - 4 * scale, 8 * scale, 8 * scale) for x, y in points]
     lines = _lines(ax)
     for label, point in zip(labels, points, strict=True):
-        text = _short(label.text)
+        text = shortened(label.text)
         offset = _free_offset(point, text, (taken, lines), ax.bbox, scale)
         taken.append(_box(point, offset, text, scale))
         _annotate(ax, label, text, offset)
@@ -50,9 +50,9 @@ def _lines(ax: Axes) -> list[Bbox]:
     return [Bbox.from_bounds(x - 1, y - 1, 2, 2) for x, y in specks]
 
 
-def _short(text: str) -> str:
+def shortened(text: str, longest: int = LONGEST) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def _free_offset(

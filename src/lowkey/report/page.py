@@ -10,14 +10,22 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lowkey.report.columns import COLUMNS, DASH, Column, show, shown_columns
+from lowkey.report.curves import curve_qualities, curves_figure
+from lowkey.report.heads import heads_figure
 from lowkey.report.plots import error_surface_figure, quality_figure, quality_panels, ranks_figure, spectra_figure
+from lowkey.report.policies import by_budget, heads_words, is_policy, without_budget
 from lowkey.report.results import Row, Section, is_full, sections
 from lowkey.report.summary import held_differs, summary
 from lowkey.report.svg import inline_svg
 from lowkey.report.template import FIGURE, GUIDE, PAGE, STYLE, TABLE
 from lowkey.types import LowkeyError
 
-TEXT_COLUMNS = {"Row", "Method", "Policy", "Budget", "Layout", "Task", "Plan"}
+TEXT_COLUMNS = {"Row", "Method", "Policy", "Allocator", "Budget", "Layout", "Task", "Plan"}
+
+REFEED = {
+    True: "recall asks its question again over what a policy kept, so every token of the answer depends on that",
+    False: "recall asks its question once, in the prompt; the first token of the answer saw all of it, whatever a policy kept",
+}
 
 
 def render(results: Sequence[dict]) -> str:
@@ -50,22 +58,36 @@ def _section(part: Section, numbers: Iterator[int]) -> str:
             f'<section aria-labelledby="{anchor}">',
             f'<h2 id="{anchor}">{escape(part.model)} on {escape(part.data)}</h2>',
             f'<p class="warning" role="note">{escape(warning)}</p>' if differing else "",
+            _curves(part, numbers),
             _quality(part, numbers),
             _rows_table(part),
+            *(_heads(budget, rows, numbers, place == 0) for place, (budget, rows) in enumerate(by_budget(part.rows).items())),
             *(_profile(row, numbers, is_open=row is profiles[0]) for row in profiles),
             "</section>",
         ]
     )
 
 
+def _curves(part: Section, numbers: Iterator[int]) -> str:
+    """Policies have plots of their own: their quality is judged against the share that they hold."""
+    if not curve_qualities(part.rows):
+        return ""
+    columns = [c for c in COLUMNS if c.title in ("Kept", "Exact match", "Perplexity", "KL")]
+    label = "Quality of eviction policies against the share of the full cache that they hold. "
+    caption = "Eviction policies: quality against the bytes really held, as a share of the full cache's. The dashed line is the full cache."
+    spoken = "; ".join(_spoken(row, columns) for row in part.rows)
+    return _figure(curves_figure(part.rows), f"figure{next(numbers)}", label + spoken, caption)
+
+
 def _quality(part: Section, numbers: Iterator[int]) -> str:
-    panels = quality_panels(part.rows)
-    if not panels:
+    """Rows of policies have a plot of their own, which the full cache and packed integers stand in too."""
+    rows = [row for row in part.rows if not is_policy(row)]
+    if not quality_panels(rows) or (curve_qualities(part.rows) and not any(row.get("method") for row in rows)):
         return ""
     columns = [c for c in COLUMNS if c.title in ("Bytes/token", "Perplexity", "KL", "Exact match")]
-    label = "Quality against cache bytes per token. " + "; ".join(_spoken(row, columns) for row in part.rows)
+    label = "Quality against cache bytes per token. " + "; ".join(_spoken(row, columns) for row in rows)
     caption = "Quality against cache bytes per token. The dashed line is the full cache; rows that differ only in budget share a line."
-    return _figure(quality_figure(part.rows), f"figure{next(numbers)}", label, caption)
+    return _figure(quality_figure(rows), f"figure{next(numbers)}", label, caption)
 
 
 def _spoken(row: Row, columns: list[Column]) -> str:
@@ -101,6 +123,15 @@ def _cell(column: Column, row: Row) -> str:
     return f"<td{_class(column)}{exact}>{text}</td>"
 
 
+def _heads(budget: str | None, rows: list[Row], numbers: Iterator[int], is_open: bool) -> str:
+    """The heat maps of one budget; the first budget's are open, the others one click away."""
+    name = "Tokens kept per head" + (f" at {budget}" if budget else "")
+    label = f"{name}. " + " ".join(f"{without_budget(row)}: {heads_words(row)}." for row in rows)
+    caption = "Tokens that each KV head holds after the prompt, on one colour scale; brighter is more, blank is no head."
+    figure = _figure(heads_figure(rows), f"figure{next(numbers)}", label, caption)
+    return f"<details{' open' if is_open else ''}>\n<summary>{escape(name)}</summary>\n{figure}</details>"
+
+
 def _profile(row: Row, numbers: Iterator[int], is_open: bool) -> str:
     """Figures of one row's calibration; the first row's are open, the others one click away."""
     profile, parts = row["profile"], []
@@ -130,8 +161,13 @@ def _dash(value: Any) -> str:
 def _environment(result: dict, number: int, several: bool) -> str:
     entries = _flat(result["environment"])
     head = f"<h3>Run {number}: {escape(str(result['model']))}</h3>\n" if several else ""
-    lines = "\n".join(f"<dt>{escape(key)}</dt><dd>{escape(_dash(value))}</dd>" for key, value in entries)
+    lines = "\n".join(f"<dt>{escape(key)}</dt><dd>{escape(_dash(value) + _note(key, value))}</dd>" for key, value in entries)
     return f'{head}<dl class="environment">\n{lines}\n</dl>'
+
+
+def _note(key: str, value: Any) -> str:
+    """What a setting means, where its name does not say."""
+    return f": {REFEED[value]}" if key.split()[-1:] == ["refeed"] and isinstance(value, bool) else ""
 
 
 def _flat(entries: dict, prefix: str = "") -> list[tuple[str, Any]]:

@@ -9,21 +9,15 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, MultipleLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 
 from lowkey.report.columns import format_bytes
+from lowkey.report.drawing import INK, LAYERS, MARKERS, MUTED, SERIES, SURFACE, WIDTH, colour_bar, is_wide, plain_log, quality_scale, style
 from lowkey.report.labels import Label, place_labels
 from lowkey.report.results import Row, full_row, is_full, measured
 
-# The light palette. In the page each of these becomes a CSS variable (svg.py), so none may be used for anything fixed.
-INK, MUTED, RULE, SURFACE = "#1d2430", "#5b6573", "#d9dee5", "#fefefe"
-SERIES = ("#2360b5", "#b05a08", "#2b7a4b", "#7749b3", "#b0334a", "#0f7482")
-MARKERS = "osD^vP"
-# Colours of middle lightness: layers stay apart on a white page and on a dark one.
-LAYERS = LinearSegmentedColormap.from_list("layers", ["#4a86e8", "#a765c0", "#e0703c"])
-WIDTH = 11.0  # inches
 PANELS = [  # (key, title, the better end)
     ("perplexity", "Perplexity", "lower is better"),
     ("kl", "KL divergence from the full model (nats)", "lower is better"),
@@ -44,7 +38,7 @@ def quality_figure(rows: Sequence[Row]) -> Figure:
     figure.subplots_adjust(left=0.065, right=0.985, top=0.9, bottom=0.125, wspace=0.17)
     for place, (key, title, better) in enumerate(panels, start=1):
         ax = figure.add_subplot(1, len(panels), place)
-        _style(ax, title=f"{title}, {better}", x="Cache bytes per token")
+        style(ax, title=f"{title}, {better}", x="Cache bytes per token")
         _bytes_scale(ax, right)
         _quality_panel(ax, [row for row in rows if _point(row, key)], key)
     return figure
@@ -56,7 +50,7 @@ def _quality_panel(ax: Axes, rows: list[Row], key: str) -> None:
     series = _series(rows)
     points = [(_point(row, key) or (0.0, 0.0), *series[_series_key(row)], row) for row in rows]
     full = full_row(rows)
-    _quality_scale(ax, [y for (_, y), *_ in points], is_log)
+    quality_scale(ax, [y for (_, y), *_ in points], is_log)
     if full:
         ax.axhline(measured(full, key) or 0.0, color=INK, lw=1.0, ls=(0, (4, 3)), alpha=0.7, zorder=2)
     for colour, marker in dict.fromkeys(series.values()):
@@ -85,7 +79,7 @@ def _series(rows: list[Row]) -> dict[tuple[str, ...], tuple[str, str]]:
 def _wants_log(rows: list[Row], key: str) -> bool:
     """A wide spread is drawn on a log scale, or one bad row would flatten the others; not where a row would fall off it."""
     values = [measured(row, key) or 0.0 for row in rows if not is_full(row) or measured(row, key)]
-    return min(values) > 0 and max(values) / min(values) > 2
+    return is_wide(values, 2)
 
 
 def _bytes_scale(ax: Axes, right: float) -> None:
@@ -93,25 +87,6 @@ def _bytes_scale(ax: Axes, right: float) -> None:
     ax.set_xlim(0, 1.12 * right)
     ax.xaxis.set_major_locator(MultipleLocator(2.0 ** math.floor(math.log2(right / 3))))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
-
-
-def _quality_scale(ax: Axes, values: list[float], is_log: bool) -> None:
-    """Limits with room for labels."""
-    low, high = min(values), max(values)
-    if is_log:
-        ax.set_yscale("log")
-        ax.set_ylim(low / (high / low) ** 0.14, high * (high / low) ** 0.12)
-        _plain_log(ax.yaxis)
-    else:
-        room = 0.12 * (high - low or abs(high) or 1)
-        ax.set_ylim(low - room, high + 1.3 * room)
-
-
-def _plain_log(axis: Any) -> None:
-    low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
 
 
 def error_surface_figure(profile: dict) -> Figure:
@@ -128,7 +103,7 @@ def error_surface_figure(profile: dict) -> Figure:
             _surface_panel(ax, profile, place, surface[place], norm)
     figure.supxlabel("Rank kept for values", color=INK, fontsize=9.5)
     figure.supylabel("Rank kept for keys", color=INK, fontsize=9.5)
-    _colour_bar(figure, axes, ScalarMappable(norm, "viridis"), "Relative error of the layer output")
+    colour_bar(figure, axes, ScalarMappable(norm, "viridis"), "Relative error of the layer output")
     return figure
 
 
@@ -144,7 +119,7 @@ def _surface_panel(ax: Axes, profile: dict, place: int, errors: np.ndarray, norm
     ranks = profile["ranks"]
     shown = np.where(errors <= 0, norm.vmin or 0.0, errors)
     ax.imshow(np.ma.masked_invalid(shown), origin="lower", norm=norm, cmap="viridis", interpolation="nearest", aspect="auto")
-    _style(ax, title=f"Layer {profile['layers'][place]}", grid=False)
+    style(ax, title=f"Layer {profile['layers'][place]}", grid=False)
     step = math.ceil(len(ranks) / (8 if len(profile["layers"]) <= 8 else 4))
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_ticks(range(0, len(ranks), step), [str(rank) for rank in ranks[::step]])
@@ -159,7 +134,7 @@ def ranks_figure(profile: dict) -> Figure:
     chosen = np.array(profile["chosen"], dtype=float)
     figure = Figure(figsize=(WIDTH, 3.2), facecolor="white", layout="constrained")
     ax = figure.subplots()
-    _style(ax, x="Layer", y="Rank kept")
+    style(ax, x="Layer", y="Rank kept")
     places = np.arange(len(chosen))
     for side, name in enumerate(("keys", "values")):
         ax.bar(places + 0.2 * (2 * side - 1), np.nan_to_num(chosen[:, side]), 0.38, color=SERIES[side], label=name, zorder=2)
@@ -184,13 +159,13 @@ def spectra_figure(profile: dict) -> Figure:
     axes = figure.subplots(1, 2, sharey=True)
     norm = Normalize(0, max(len(profile["layers"]) - 1, 1))
     for ax, side in zip(axes, ("keys", "values"), strict=True):
-        _style(ax, title=side.capitalize(), x="Direction", y="Share of energy" if side == "keys" else "")
+        style(ax, title=side.capitalize(), x="Direction", y="Share of energy" if side == "keys" else "")
         ax.set_yscale("log")
         for place, energies in enumerate(profile["spectra"][side]):
             _spectrum(ax, np.array(energies, dtype=float), LAYERS(norm(place)))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _plain_log(ax.yaxis)
-    bar = _colour_bar(figure, axes, ScalarMappable(norm, LAYERS), "Layer")
+        plain_log(ax.yaxis)
+    bar = colour_bar(figure, axes, ScalarMappable(norm, LAYERS), "Layer")
     ends = sorted({0, len(profile["layers"]) - 1})
     bar.set_ticks(ends, labels=[str(profile["layers"][place]) for place in ends])
     return figure
@@ -201,26 +176,3 @@ def _spectrum(ax: Axes, energies: np.ndarray, colour: Any) -> None:
     if total > 0:
         shares = np.where(energies > 0, energies, np.nan) / total
         ax.plot(range(1, len(energies) + 1), shares, color=colour, lw=1.3)
-
-
-def _colour_bar(figure: Figure, axes: Any, colours: ScalarMappable, label: str) -> Any:
-    bar = figure.colorbar(colours, ax=list(np.ravel(axes)), fraction=0.03, pad=0.015)
-    bar.set_label(label, color=INK, fontsize=9)
-    bar.ax.tick_params(which="both", colors=MUTED, labelsize=8.5)
-    bar.outline.set_visible(False)
-    if isinstance(colours.norm, LogNorm):
-        _plain_log(bar.ax.yaxis)
-    return bar
-
-
-def _style(ax: Axes, title: str = "", x: str = "", y: str = "", grid: bool = True) -> None:
-    ax.set_title(title, color=INK, fontsize=10, loc="left")
-    ax.set_xlabel(x, color=INK, fontsize=9)
-    ax.set_ylabel(y, color=INK, fontsize=9)
-    ax.tick_params(which="both", colors=MUTED, labelsize=8.5, length=0)
-    ax.set_axisbelow(True)
-    for side, spine in ax.spines.items():
-        spine.set_visible(grid and side in ("left", "bottom"))
-        spine.set_color(RULE)
-    if grid:
-        ax.grid(color=RULE, lw=0.7)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ NUMBERS = [
     *("bits", "perplexity", "perplexity_decode", "kl", "top1_agreement", "layer_error", "layer_cosine", "exact_match"),
     *("bytes_per_token", "bytes_held", "bytes_predicted", "bytes_full", "prefill_ms", "step_ms"),
 ]
+MOST_CELLS = 2**18  # layers x heads in one heat map
 
 Row = dict[str, Any]
 
@@ -52,7 +54,12 @@ def _load(path: Path) -> dict:
     complaint = _complaint(result)
     if complaint:
         raise LowkeyError(f"result {str(path)!r}: {complaint}; {REMEDY}")
-    return result
+    return _writable(result)
+
+
+def _writable(result: dict) -> dict:
+    """`result` with `?` for half a surrogate pair: a JSON string may hold one, but no figure and no file can."""
+    return json.loads(json.dumps(result, ensure_ascii=False).encode(errors="replace"))
 
 
 def _complaint(result: dict) -> str | None:
@@ -76,6 +83,8 @@ def _row_complaint(row: object) -> str | None:
     wrong = [key for key in NUMBERS if not _is_number(row.get(key))]
     if wrong:
         return f"{wrong[0]} must be a number or null"
+    if not heads_fit(row.get("kept_per_head")):
+        return "kept_per_head must be null or a list of lists of numbers or nulls, one list for each layer"
     profile = row.get("profile")
     return None if profile is None or _profile_fits(profile) else "profile has parts whose lengths do not fit its layers and ranks"
 
@@ -85,6 +94,14 @@ def _is_number(value: object) -> bool:
     if value is None or isinstance(value, bool) or not isinstance(value, int | float):
         return value is None
     return abs(value) < 1e100 or (isinstance(value, float) and not math.isfinite(value))
+
+
+def heads_fit(value: object) -> bool:
+    """Null, or numbers and nulls per layer; layers may differ in length, but not so far that a map of them would fill the memory."""
+    if value is None or not isinstance(value, list) or not all(isinstance(layer, list) for layer in value):
+        return value is None
+    cells = len(value) * max(map(len, value), default=0)
+    return cells <= MOST_CELLS and all(_is_number(count) for layer in value for count in layer)
 
 
 def _profile_fits(profile: object) -> bool:
@@ -118,11 +135,11 @@ def _check_shape(value: Any, shape: tuple[int, ...]) -> None:
 
 
 def measured(row: Row, key: str) -> float | None:
-    """The number under `key`, or None where nothing finite was measured."""
+    """The number under `key`, or None where nothing finite was measured; one so small that quotients overflow counts as 0."""
     value = row.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
-    return float(value)
+    return float(value) if abs(value) > 1e-100 else 0.0
 
 
 def is_full(row: Row) -> bool:

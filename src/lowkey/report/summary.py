@@ -9,8 +9,10 @@ NEAR = 0.05  # a perplexity this much above the full cache's still counts as nea
 
 
 def summary(rows: list[Row]) -> str:
-    """The smallest row that stays near the full cache's perplexity, or the closest one, or why neither can be said."""
+    """The smallest row that stays near the full cache's perplexity (its recall where there is none), or the closest one, or why not."""
     full = full_row(rows)
+    if full is not None and not measured(full, "perplexity") and measured(full, "exact_match") and measured(full, "bytes_per_token"):
+        return _recall_summary(rows, full)
     others = [row for row in rows if not is_full(row) and measured(row, "perplexity") and measured(row, "bytes_per_token")]
     if full is None or not measured(full, "perplexity") or not measured(full, "bytes_per_token"):
         return f"{_count(rows)}, without a full cache to compare perplexity and bytes with."
@@ -23,6 +25,17 @@ def summary(rows: list[Row]) -> str:
     return f"No row stays within {NEAR:.0%} of the full perplexity; the closest is {_compared(min(others, key=_perplexity), full)}"
 
 
+def _recall_summary(rows: list[Row], full: Row) -> str:
+    others = [row for row in rows if not is_full(row) and measured(row, "exact_match") is not None and measured(row, "bytes_per_token")]
+    if not others:
+        return f"{_count(rows)}; no compressed row has both its recall and its bytes."
+    near = [row for row in others if _value(row, "exact_match") >= _value(full, "exact_match") - NEAR]
+    best = min(near, key=_size) if near else max(others, key=lambda row: (_value(row, "exact_match"), -_size(row)))
+    points = f"within {100 * NEAR:g} points of the full recall"
+    said = f"The smallest cache {points} is" if near else f"No row stays {points}; the closest is"
+    return f"{said} {_held(best, full)}{_recall(best, full)}."
+
+
 def held_differs(rows: list[Row]) -> list[str]:
     """Names of rows whose cache holds other than what was predicted: their bytes cannot be trusted."""
     pairs = [(row, measured(row, "bytes_held"), measured(row, "bytes_predicted")) for row in rows]
@@ -30,12 +43,20 @@ def held_differs(rows: list[Row]) -> list[str]:
 
 
 def _compared(row: Row, full: Row) -> str:
-    size, whole = _size(row), _size(full)
     mine, theirs = _perplexity(row), _perplexity(full)
-    return (
-        f"{row['label']}: it keeps {format_bytes(size)} of {format_bytes(whole)} per token ({format_percent(size / whole)}) "
-        f"at perplexity {format_perplexity(mine)} against {format_perplexity(theirs)} ({mine / theirs - 1:+.1%})."
-    )
+    perplexity = f" at perplexity {format_perplexity(mine)} against {format_perplexity(theirs)} ({mine / theirs - 1:+.1%})"
+    # A cache may read on fluently and yet have lost what it is asked for, so recall is never left out.
+    return f"{_held(row, full)}{perplexity}{_recall(row, full).replace(' at', ' and')}."
+
+
+def _held(row: Row, full: Row) -> str:
+    size, whole = _size(row), _size(full)
+    return f"{row['label']}: it keeps {format_bytes(size)} of {format_bytes(whole)} per token ({format_percent(size / whole)})"
+
+
+def _recall(row: Row, full: Row) -> str:
+    mine, theirs = measured(row, "exact_match"), measured(full, "exact_match")
+    return "" if mine is None or theirs is None else f" at recall {format_percent(mine)} against {format_percent(theirs)}"
 
 
 def _count(rows: list[Row]) -> str:

@@ -10,7 +10,7 @@ from io import StringIO
 import matplotlib
 from matplotlib.figure import Figure
 
-from lowkey.report.plots import INK, MUTED, RULE, SERIES, SURFACE
+from lowkey.report.drawing import INK, MUTED, RULE, SERIES, SURFACE
 
 VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", SURFACE: "--surface"} | {c: f"--series-{i}" for i, c in enumerate(SERIES)}
 
@@ -42,7 +42,8 @@ def _view_box(svg: str) -> str:
 
 
 def _adapt(tag: str, prefix: str) -> str:
-    tag = re.sub(r'\bid="', f'id="{prefix}-', tag)
+    # An image's id is made of its content, so equal heat maps would share it; nothing refers to it.
+    tag = re.sub(r'\bid="[^"]*"', "", tag) if tag.startswith("<image") else re.sub(r'\bid="', f'id="{prefix}-', tag)
     tag = tag.replace('href="#', f'href="#{prefix}-').replace("url(#", f"url(#{prefix}-").replace("xlink:href", "href")
     for colour, variable in VARIABLES.items():
         tag = tag.replace(colour, f"var({variable})")

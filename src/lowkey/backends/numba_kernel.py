@@ -1,0 +1,153 @@
+"""The compiled half of `numba_cpu`, imported on first use: rows cut into pieces, which threads take in turn, and merged again.
+
+A piece is at most LARGEST tokens of one row: all its scores, their softmax, then its values, so that memory is read in long runs. What
+depends on the dtype is one small C function per dtype and group of queries; the rest is compiled once.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import cfunc, njit, prange, types
+
+from lowkey.backends.numba_vectors import LANES, LOWEST, add, call, fill, level, mix, score, weigh
+
+SMALLEST, LARGEST, PIECES = 64, 1024, 64  # tokens of a piece, and about how many pieces the tokens of a call are cut into at least
+LN2 = np.float32(0.6931471805599453)
+compiled = njit(cache=True, nogil=True)
+
+
+@cache
+def piece(g: int, kind: str) -> Any:
+    """A C function: g queries on `left` tokens of one row. Pointers and strides are in bytes."""
+    per = LANES // g
+
+    @cfunc(types.void(types.float32, *[types.int64] * 12), cache=True)
+    def attend(cap, query, keys, key_stride, r, values, value_stride, v, left, scores, top, total, out):  # type: ignore[no-untyped-def]
+        steps = (left + per - 1) // per
+        fill(top, LOWEST)
+        fill(total, 0.0)
+        for i in range(steps):
+            at = keys + i * per * key_stride
+            score(g, kind, cap, query, at, key_stride, left - i * per, r, scores + 4 * LANES * i, top)
+        level(g, top)
+        for i in range(steps):
+            weigh(scores + 4 * LANES * i, top, total)
+        for i in range(steps):
+            mix(g, kind, scores + 4 * LANES * i, values + i * per * value_stride, value_stride, left - i * per, v, out)
+
+    return attend
+
+
+@compiled
+def _at(numbers, index):  # type: ignore[no-untyped-def]
+    """The address of the number at this index of a contiguous array."""
+    return np.int64(numbers.ctypes.data) + numbers.itemsize * index
+
+
+@compiled
+def _attend(function, g, cap, query, keys, values, left, scores, part):  # type: ignore[no-untyped-def]
+    """One piece of `left` tokens for all queries (M, r'); part is its (out (M, v'), top (M), total (M))."""
+    out, tops, totals = part
+    top, total, n = scores[0], scores[1], LANES // g
+    for i in range(0, len(query), g):
+        here, there = _at(query, i * query.shape[1]), _at(out, i * out.shape[1])
+        call(function, (cap, here, *keys, *values, left, _at(scores, 2 * LANES), _at(top, 0), _at(total, 0), there))
+        for j in range(g):
+            tops[i + j], totals[i + j] = top[j * n], 0.0
+            for lane in range(j * n, (j + 1) * n):
+                totals[i + j] += total[lane]
+
+
+@compiled
+def _merge(parts, tops, totals, out, lse):  # type: ignore[no-untyped-def]
+    """The pieces of a row, parts (p, M, v'), tops and totals (p, M), as one: out (M, v), lse (M)."""
+    for i in range(len(out)):
+        top, total = np.float32(LOWEST), np.float32(0.0)
+        for p in range(len(parts)):
+            top = max(top, tops[p, i])
+        for p in range(len(parts)):
+            weight = np.exp2(tops[p, i] - top)
+            total += weight * totals[p, i]
+            for x in range(parts.shape[2]):
+                parts[0, i, x] = weight * parts[p, i, x] + (parts[0, i, x] if p else np.float32(0.0))
+        lse[i] = (top + np.log2(total)) * LN2
+        _unpack(parts[0, i], total, out[i])
+
+
+@compiled
+def _unpack(packed, total, out):  # type: ignore[no-untyped-def]
+    """Vectors of LANES, the last of which ends at the last column, as one row (v), over `total`."""
+    for x in range(0, len(packed), LANES):
+        to = min(x, len(out) - LANES)
+        for i in range(LANES):
+            out[to + i] = packed[x + i] / total
+
+
+@compiled
+def _packed(query, scale, g, width):  # type: ignore[no-untyped-def]
+    """(R, m, r) as (R, M, r'), times scale: M a multiple of g, vectors of LANES of which the last ends at the last of `width` columns.
+
+    Zero where there is no query, and where the last vector overlaps the one before, so that no column counts twice.
+    """
+    short = -width % LANES
+    packed = np.zeros((query.shape[0], -(-query.shape[1] // g) * g, width + short), np.float32)
+    for row in range(query.shape[0]):
+        for i in range(query.shape[1]):
+            for x in range(query.shape[2]):
+                packed[row, i, x if x < width + short - LANES else x + short] = scale * query[row, i, x]
+    return packed
+
+
+@compiled
+def _plan(starts, queries, width, out, lse):  # type: ignore[no-untyped-def]
+    """Cut rows into pieces: (starts, each row's first piece, each piece's row, tokens of a piece), counters, and room for their results.
+
+    Counters are of pieces taken, and of those done in each row. Rows without tokens are answered here.
+    """
+    size = min(max(starts[-1] // PIECES // LANES * LANES, SMALLEST), LARGEST)
+    first = np.zeros(len(starts), np.int64)
+    for row in range(len(out)):
+        first[row + 1] = first[row] + (starts[row + 1] - starts[row] + size - 1) // size
+        if first[row] == first[row + 1]:
+            out[row], lse[row] = 0.0, -np.inf
+    rows = np.empty(first[-1], np.int64)
+    for row in range(len(out)):
+        for i in range(first[row], first[row + 1]):
+            rows[i] = row
+    parts = np.zeros((len(rows), queries, (width + LANES - 1) // LANES * LANES), np.float32)
+    tops, totals = np.empty((len(rows), queries), np.float32), np.empty((len(rows), queries), np.float32)
+    return (starts, first, rows, size), np.zeros(len(starts), np.int64), (parts, tops, totals)
+
+
+@compiled
+def _work(function, g, cap, query, keys, values, cuts, counters, results, out, lse):  # type: ignore[no-untyped-def]
+    """Take pieces until none is left; whoever does a row's last piece merges the row."""
+    (starts, first, rows, size), (parts, tops, totals) = cuts, results
+    scores = np.empty((2 + size * g // LANES + 1, LANES), np.float32)
+    while True:
+        i = add(_at(counters, 0), 1)
+        if i >= len(rows):
+            return
+        row = rows[i]
+        a, z = first[row], first[row + 1]
+        begin = starts[row] + (i - a) * size
+        these = (keys[0] + begin * keys[1], keys[1], keys[2]), (values[0] + begin * values[1], values[1], values[2])
+        left = min(size, starts[row + 1] - begin)
+        _attend(function, g, cap, query[row], *these, left, scores, (parts[i], tops[i], totals[i]))
+        if add(_at(counters, 1 + row), 1) == z - a - 1:
+            _merge(parts[a:z], tops[a:z], totals[a:z], out[row], lse[row])
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def decode(function, g, scale, cap, query, keys, values, starts, out, lse, threads):  # type: ignore[no-untyped-def]
+    """`function`: address of a `piece(g, ...)`; query (R, m, r); keys, values (address, stride, width). Fills out (R, m, v), lse (R, m)."""
+    query = _packed(query, scale, g, keys[2])
+    cuts, counters, results = _plan(starts, query.shape[1], values[2], out, lse)
+    if threads == 1:
+        _work(function, g, cap, query, keys, values, cuts, counters, results, out, lse)
+        return
+    for _ in prange(threads):
+        _work(function, g, cap, query, keys, values, cuts, counters, results, out, lse)

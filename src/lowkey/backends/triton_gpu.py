@@ -1,0 +1,86 @@
+"""Attention over ragged storage on CUDA by Triton: rows are cut into pieces that run side by side and are merged by log-sum-exp.
+
+How many pieces there are is bounded from shapes alone, so that nothing waits for the device. Products are taken in the dtype of what is
+stored and summed in fp32. Checked against loops in Triton's interpreter and compiled for sm_80 and sm_90; not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+SMALLEST, LARGEST, PIECES = 128, 4096, 512  # tokens of a piece, and about how many pieces the tokens of a call are cut into at least
+TILE = 2**14  # bytes of keys that one round of a program reads, at most
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def available() -> bool:
+    return torch.cuda.is_available() and find_spec("triton") is not None
+
+
+def supports(dtype: torch.dtype) -> bool:
+    return dtype in DTYPES
+
+
+def ragged(
+    query: Tensor, keys: Tensor, values: Tensor, starts: Tensor, scaling: float, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """query (R, m, r) on keys (n, r) and values (n, v), row i being [starts[i], starts[i + 1]); starts (R + 1) int64.
+
+    Returns out (R, m, v) and lse (R, m) in fp32; an empty row gives 0 and -inf.
+    """
+    (rows, m, r), v = query.shape, values.shape[1]
+    query, keys, values = query.to(keys.dtype).contiguous(), _readable(keys), _readable(values)
+    out, lse = (torch.empty(rows, m, *rest, device=query.device) for rest in ((v,), ()))
+    if rows * m == 0:
+        return out, lse
+    size = _size(len(keys))
+    first, row_of = _pieces(starts, size, len(keys) // size + rows)
+    parts, lses = (torch.empty(len(row_of), m, *rest, device=query.device) for rest in ((v,), ()))
+    queries = min(max(16, _power(m)), 64)
+    blocks = {"M": queries, "N": _tokens(r, keys.element_size()), "R": _padded(r), "V": _padded(v)}
+    kind = {"CAPPED": softcap is not None, "EXACT": keys.dtype == torch.float32 or not keys.is_cuda}  # the interpreter has no bf16 products
+    shape = scaling, softcap or 1.0, size, m, r, v, keys.stride(0), values.stride(0)
+    _kernel().attend[len(row_of), -(-m // queries)](query, keys, values, starts, first, row_of, parts, lses, *shape, **kind, **blocks)
+    _kernel().merge[rows, m](parts, lses, first, out, lse, m, v, V=_padded(v))
+    return out, lse
+
+
+@cache
+def _kernel() -> ModuleType:
+    from lowkey.backends import triton_kernel
+
+    return triton_kernel
+
+
+def _pieces(starts: Tensor, size: int, most: int) -> tuple[Tensor, Tensor]:
+    """Each row's first piece (R + 1), and each piece's row (most), -1 behind the last piece."""
+    first = pad(((starts.diff() + size - 1) // size).cumsum(0), (1, 0))
+    piece = torch.arange(most, device=starts.device)
+    return first, torch.searchsorted(first[1:], piece, right=True).masked_fill(piece >= first[-1], -1)
+
+
+def _size(n: int) -> int:
+    return min(max(_power(n // PIECES), SMALLEST), LARGEST)
+
+
+def _tokens(r: int, element: int) -> int:
+    return max(16, min(64, TILE // (_padded(r) * element)))
+
+
+def _padded(width: int) -> int:
+    return max(16, _power(width))
+
+
+def _power(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _readable(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()

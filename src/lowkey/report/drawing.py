@@ -1,0 +1,68 @@
+"""What all figures share: the palette, the look of axes, scales with readable numbers, the colour bar."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+# The light palette. In the page each of these becomes a CSS variable (svg.py), so none may be used for anything fixed.
+INK, MUTED, RULE, SURFACE = "#1d2430", "#5b6573", "#d9dee5", "#fefefe"
+SERIES = ("#2360b5", "#b05a08", "#2b7a4b", "#7749b3", "#b0334a", "#0f7482")
+MARKERS = "osD^vP"
+# Colours of middle lightness: layers stay apart on a white page and on a dark one.
+LAYERS = LinearSegmentedColormap.from_list("layers", ["#4a86e8", "#a765c0", "#e0703c"])
+WIDTH = 11.0  # inches
+
+
+def style(ax: Axes, title: str = "", x: str = "", y: str = "", grid: bool = True) -> None:
+    ax.set_title(title, color=INK, fontsize=10, loc="left")
+    ax.set_xlabel(x, color=INK, fontsize=9)
+    ax.set_ylabel(y, color=INK, fontsize=9)
+    ax.tick_params(which="both", colors=MUTED, labelsize=8.5, length=0)
+    ax.set_axisbelow(True)
+    for side, spine in ax.spines.items():
+        spine.set_visible(grid and side in ("left", "bottom"))
+        spine.set_color(RULE)
+    if grid:
+        ax.grid(color=RULE, lw=0.7)
+
+
+def is_wide(values: Sequence[float], times: float) -> bool:
+    """Whether a log scale suits: the values spread over more than `times`, and none of them would fall off it."""
+    return min(values) > 0 and max(values) / min(values) > times
+
+
+def quality_scale(ax: Axes, values: list[float], is_log: bool, side: str = "y") -> None:
+    """Limits with room for labels, on the axis `side`."""
+    low, high = min(values), max(values)
+    if is_log:
+        ax.set(**{f"{side}scale": "log", f"{side}lim": (low / (high / low) ** 0.14, high * (high / low) ** 0.12)})
+        plain_log(getattr(ax, f"{side}axis"))
+    else:
+        room = 0.12 * (high - low or abs(high) or 1)
+        ax.set(**{f"{side}lim": (low - room, high + 1.3 * room)})
+
+
+def plain_log(axis: Any) -> None:
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def colour_bar(figure: Figure, axes: Any, colours: ScalarMappable, label: str) -> Any:
+    """Beside `axes`, one or several."""
+    bar = figure.colorbar(colours, ax=list(np.ravel(axes)), fraction=0.03, pad=0.015)
+    bar.set_label(label, color=INK, fontsize=9)
+    bar.ax.tick_params(which="both", colors=MUTED, labelsize=8.5)
+    bar.outline.set_visible(False)
+    if isinstance(colours.norm, LogNorm):
+        plain_log(bar.ax.yaxis)
+    return bar
