@@ -52,7 +52,7 @@ def run(
     importance = [heads_of(loaded, tokenizer, seed) for seed in range(seeds)] if todo else []
     for context in todo:
         found["answers"] += answers(loaded, tokenizer, context, cases, refeed, settings_of(loaded, context, options, importance))
-        files.write_json(out, found)
+        files.write_text(out, json.dumps(found) + "\n")
     print(table(found["answers"]))
 
 
@@ -93,7 +93,7 @@ def answers(
         episode = draw_episode(rng, encode, ids, context)
         for (name, budget, seed), setting in settings.items():
             right = right_answer(model, tokenizer, setting, episode, refeed)
-            rows.append({"context": context, "case": case, "name": name, "budget": budget, "seed": seed, "right": right})
+            rows.append({"context": context, "case": case, "name": name, "budget": budget, "seed": seed, "right": int(right)})
     return rows
 
 
@@ -106,7 +106,7 @@ def table(rows: list[dict]) -> str:
 
 def interval(rows: list[dict], name: str, budget: str) -> str:
     """Share of right answers and its 95 % bootstrap interval over questions; seeds of one question stay together."""
-    by_question: dict[tuple, list[bool]] = {}
+    by_question: dict[tuple, list[int]] = {}
     for r in rows:
         if (r["name"], r["budget"]) == (name, budget):
             by_question.setdefault((r["context"], r["case"]), []).append(r["right"])
