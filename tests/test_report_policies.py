@@ -124,6 +124,12 @@ def test_full_and_packed_integers_are_labelled_points_and_a_plan_where_policies_
     assert {tuple(line.get_xydata()[0]) for line in exact.lines[-3:]} == {(1.0, 1.0), (0.25, 0.9), (0.5, 0.97)}
 
 
+def test_what_several_runs_measured_alike_is_drawn_once() -> None:
+    again, other = INT4 | {"label": "int4 (run 2)"}, INT4 | {"label": "int4 (run 3)", "exact_match": 0.7}
+    exact = panels([WHOLE, INT4, again, other, evicted(3), evicted(6)])["Recall"]
+    assert {text.get_text() for text in exact.texts} == {"full", "int4", "int4 (run 3)"}
+
+
 def test_the_full_divergence_of_zero_is_left_out_of_a_log_scale_only() -> None:
     far, near = [WHOLE, evicted(3), evicted(12)], [WHOLE, evicted(11), evicted(12)]
     for rows, scale, labels in ((far, "log", set()), (near, "linear", {"full"})):

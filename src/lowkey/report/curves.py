@@ -73,7 +73,7 @@ def _title(quality: Quality, between: str) -> str:
 
 def _curve_panel(ax: Axes, lines: list[Line], others: list[Row], key: str, looks: list[dict]) -> None:
     curves = [[point for row in line.rows if (point := _point(row, key))] for line in lines]
-    marks = [(row, point) for row in others if (point := _point(row, key))]
+    marks = list({(row["name"], point): (row, point) for row in reversed(others) if (point := _point(row, key))}.values())[::-1]
     drawn = [point for curve in curves for point in curve]
     is_log = key != "exact_match" and is_wide([y for _, y in drawn], 2)
     marks = [(row, point) for row, point in marks if not is_log or point[1] > 0]  # KL 0 of the full cache has no place on a log scale
@@ -125,7 +125,7 @@ def _legend_columns(lines: list[Line]) -> int:
 
 
 def _legend(figure: Figure, labels: list[str], looks: list[dict], columns: int) -> None:
-    """Below the panels. Labels are put in afterwards: the legend would skip one that starts with `_` and read `$` as a formula."""
+    """Below the panels. Labels are put in afterwards: matplotlib 3.9 would skip one that starts with `_`, and all read `$` as a formula."""
     handles = [Line2D([], [], lw=1.3, **look) for look in looks]
     legend = figure.legend(
         *(handles, ["line"] * len(handles)), loc="lower left", bbox_to_anchor=(0.04, 0), ncols=columns, frameon=False, fontsize=9

@@ -60,7 +60,7 @@ def plain_log(axis: Any) -> None:
 def colour_bar(figure: Figure, axes: Any, colours: ScalarMappable, label: str) -> Any:
     """Beside `axes`, one or several."""
     bar = figure.colorbar(colours, ax=list(np.ravel(axes)), fraction=0.03, pad=0.015)
-    bar.set_label(label, color=INK, fontsize=9)
+    bar.set_label(label, color=INK, fontsize=9, labelpad=7)
     bar.ax.tick_params(which="both", colors=MUTED, labelsize=8.5)
     bar.outline.set_visible(False)
     if isinstance(colours.norm, LogNorm):
