@@ -7,7 +7,6 @@ All backends of a row of the table took turns in one run; ratios are medians ove
 
 from __future__ import annotations
 
-import json
 from itertools import product
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +15,7 @@ import torch
 import typer
 
 from lowkey.bench import decode_bench
-from lowkey.files import replacing
+from lowkey.files import write_json
 
 HEADS = ((32, 32), (32, 8))
 COLUMNS = (
@@ -49,8 +48,7 @@ def main(
         for name, row in found[-1]["backends"].items():
             print("| " + " | ".join(cells(found[-1], name, row)) + " |", flush=True)
     if out:
-        with replacing(out) as temporary:
-            temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_json(out, found)
 
 
 def cells(run: dict, name: str, row: dict) -> list[str]:

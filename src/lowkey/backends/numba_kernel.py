@@ -14,7 +14,7 @@ from numba import cfunc, njit, prange, types
 
 from lowkey.backends.numba_vectors import LANES, LOWEST, add, call, fill, level, mix, score, weigh
 
-SMALLEST, LARGEST, PIECES = 64, 1024, 64  # tokens of a piece, and about how many pieces the tokens of a call are cut into at least
+SMALLEST, LARGEST, PIECES = 64, 1024, 32  # tokens of a piece, and about how many pieces the tokens of a call are cut into at least
 LN2 = np.float32(0.6931471805599453)
 compiled = njit(cache=True, nogil=True)
 
@@ -52,6 +52,9 @@ def _attend(function, g, cap, query, keys, values, left, scores, part):  # type:
     """One piece of `left` tokens for all queries (M, r'); part is its (out (M, v'), top (M), total (M))."""
     out, tops, totals = part
     top, total, n = scores[0], scores[1], LANES // g
+    for i in range(len(out)):
+        for x in range(out.shape[1]):
+            out[i, x] = 0.0
     for i in range(0, len(query), g):
         here, there = _at(query, i * query.shape[1]), _at(out, i * out.shape[1])
         call(function, (cap, here, *keys, *values, left, _at(scores, 2 * LANES), _at(top, 0), _at(total, 0), there))
@@ -103,9 +106,9 @@ def _packed(query, scale, g, width):  # type: ignore[no-untyped-def]
 
 @compiled
 def _plan(starts, queries, width, out, lse):  # type: ignore[no-untyped-def]
-    """Cut rows into pieces: (starts, each row's first piece, each piece's row, tokens of a piece), counters, and room for their results.
+    """Cut rows into pieces: (starts, each row's first piece, each piece's row, tokens of a piece), and room for their results.
 
-    Counters are of pieces taken, and of those done in each row. Rows without tokens are answered here.
+    Rows without tokens are answered here.
     """
     size = min(max(starts[-1] // PIECES // LANES * LANES, SMALLEST), LARGEST)
     first = np.zeros(len(starts), np.int64)
@@ -117,37 +120,52 @@ def _plan(starts, queries, width, out, lse):  # type: ignore[no-untyped-def]
     for row in range(len(out)):
         for i in range(first[row], first[row + 1]):
             rows[i] = row
-    parts = np.zeros((len(rows), queries, (width + LANES - 1) // LANES * LANES), np.float32)
+    parts = np.empty((len(rows), queries, (width + LANES - 1) // LANES * LANES), np.float32)
     tops, totals = np.empty((len(rows), queries), np.float32), np.empty((len(rows), queries), np.float32)
-    return (starts, first, rows, size), np.zeros(len(starts), np.int64), (parts, tops, totals)
+    return (starts, first, rows, size), (parts, tops, totals)
 
 
 @compiled
-def _work(function, g, cap, query, keys, values, cuts, counters, results, out, lse):  # type: ignore[no-untyped-def]
-    """Take pieces until none is left; whoever does a row's last piece merges the row."""
-    (starts, first, rows, size), (parts, tops, totals) = cuts, results
-    scores = np.empty((2 + size * g // LANES + 1, LANES), np.float32)
-    while True:
-        i = add(_at(counters, 0), 1)
-        if i >= len(rows):
-            return
-        row = rows[i]
-        a, z = first[row], first[row + 1]
-        begin = starts[row] + (i - a) * size
-        these = (keys[0] + begin * keys[1], keys[1], keys[2]), (values[0] + begin * values[1], values[1], values[2])
-        left = min(size, starts[row + 1] - begin)
-        _attend(function, g, cap, query[row], *these, left, scores, (parts[i], tops[i], totals[i]))
-        if add(_at(counters, 1 + row), 1) == z - a - 1:
-            _merge(parts[a:z], tops[a:z], totals[a:z], out[row], lse[row])
+def _work(me, how, cap, arrays, cuts, results, counters):  # type: ignore[no-untyped-def]
+    """Take the pieces of one's own share in order, so that memory is read in order, then what is left of the others' shares.
+
+    counters: pieces taken of each share, by anybody, and pieces done of each row.
+    """
+    (taken, done), count = counters, len(cuts[2])
+    scores = np.empty((2 + cuts[3] * how[1] // LANES, LANES), np.float32)
+    for turn in range(len(taken)):
+        share = (me + turn) % len(taken)
+        begin, end = share * count // len(taken), (share + 1) * count // len(taken)
+        while True:
+            i = begin + add(_at(taken, share), 1)
+            if i >= end:
+                break
+            _do(i, how, cap, arrays, cuts, results, done, scores)
+
+
+@compiled
+def _do(i, how, cap, arrays, cuts, results, done, scores):  # type: ignore[no-untyped-def]
+    """Piece i; whoever does the last piece of a row merges the row."""
+    (query, out, lse), (starts, first, rows, size), (parts, tops, totals) = arrays, cuts, results
+    function, g, key, key_stride, r, value, value_stride, v = how
+    row = rows[i]
+    a, z = first[row], first[row + 1]
+    begin = starts[row] + (i - a) * size
+    these = (key + begin * key_stride, key_stride, r), (value + begin * value_stride, value_stride, v)
+    left = min(size, starts[row + 1] - begin)
+    _attend(function, g, cap, query[row], *these, left, scores, (parts[i], tops[i], totals[i]))
+    if add(_at(done, row), 1) == z - a - 1:
+        _merge(parts[a:z], tops[a:z], totals[a:z], out[row], lse[row])
 
 
 @njit(cache=True, nogil=True, parallel=True)
 def decode(function, g, scale, cap, query, keys, values, starts, out, lse, threads):  # type: ignore[no-untyped-def]
     """`function`: address of a `piece(g, ...)`; query (R, m, r); keys, values (address, stride, width). Fills out (R, m, v), lse (R, m)."""
-    query = _packed(query, scale, g, keys[2])
-    cuts, counters, results = _plan(starts, query.shape[1], values[2], out, lse)
+    how, arrays = (function, g, *keys, *values), (_packed(query, scale, g, keys[2]), out, lse)
+    cuts, results = _plan(starts, arrays[0].shape[1], values[2], out, lse)
+    counters = np.zeros(threads, np.int64), np.zeros(len(out), np.int64)
     if threads == 1:
-        _work(function, g, cap, query, keys, values, cuts, counters, results, out, lse)
+        _work(0, how, cap, arrays, cuts, results, counters)
         return
-    for _ in prange(threads):
-        _work(function, g, cap, query, keys, values, cuts, counters, results, out, lse)
+    for me in prange(threads):
+        _work(me, how, cap, arrays, cuts, results, counters)
