@@ -271,6 +271,15 @@ def test_headkv_helps_heads_that_lost_tokens_earlier_by_its_other_heads():
     assert split.counts(a).tolist() == [[10, 14]]
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(Pyramid, {"beta": 0.0}), (Ada, {"alpha": 1.5}), (Ada, {"alpha": -0.1}), (Global, {"alpha": -1.0}), (Blocks, {"size": 0})],
+)
+def test_allocators_refuse_options_out_of_range(kind, options):
+    with pytest.raises(LowkeyError, match=next(iter(options))):
+        kind(**options)
+
+
 def test_headkv_asks_for_importance_that_fits():
     with pytest.raises(LowkeyError, match="beta"):
         HeadKV(beta=0.5)

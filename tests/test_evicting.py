@@ -505,3 +505,8 @@ def test_beams_and_crop_are_refused():
     feed(model, prompt(20), cache)
     with pytest.raises(LowkeyError, match="crop"):
         cache.crop(-2)
+
+
+def test_static_caches_are_refused():
+    with pytest.raises(ValueError, match="cache_implementation"):
+        generate(attached("llama"), prompt(20), 4, made(SnapKV("50%")), cache_implementation="static")

@@ -84,6 +84,10 @@ class Pyramid(Allocator):
 
     beta: float = 20.0
 
+    def __post_init__(self) -> None:
+        if self.beta < 1:
+            raise LowkeyError(f"beta {self.beta:g}: must be at least 1, which deals evenly; larger values lean more on the lower layers")
+
     def counts(self, ask: Ask) -> Tensor:
         h, floor = ask.scores.shape[1], float(ask.low.max())
         b = max(0.0, min(ask.mean, ask.tokens) - floor)
@@ -100,6 +104,9 @@ class Ada(Allocator):
 
     alpha: float = 0.2
 
+    def __post_init__(self) -> None:
+        _check_share(self.alpha)
+
     def counts(self, ask: Ask) -> Tensor:
         total = ask.share()
         best = _best(ask.scores, total).double()
@@ -114,6 +121,9 @@ class Global(Allocator):
     summary: ClassVar[str] = "all layers and heads compete, one threshold (arXiv:2505.23416)"
 
     alpha: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_share(self.alpha)
 
     def counts(self, ask: Ask) -> Tensor:
         total = ask.share()
@@ -133,6 +143,10 @@ class Blocks(Allocator):
     summary: ClassVar[str] = "all layers and heads compete with whole blocks (arXiv:2410.00161)"
 
     size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise LowkeyError(f"size {self.size}: a block has at least 1 token; leave it out for 16")
 
     def counts(self, ask: Ask) -> Tensor:
         n, h, s = ask.scores.shape
@@ -217,6 +231,11 @@ ALLOCATORS: dict[str, type[Allocator]] = {
     "headkv": HeadKV,
     "classes": Classes,
 }
+
+
+def _check_share(alpha: float) -> None:
+    if not 0 <= alpha <= 1:
+        raise LowkeyError(f"alpha {alpha:g}: the part that is dealt equally lies between 0 and 1; leave it out for the default")
 
 
 def _importance(given: tuple[tuple[float, ...], ...], kind: str, heads: HeadImportance, name: str) -> tuple[tuple[float, ...], ...]:
