@@ -19,10 +19,10 @@ import typer
 
 from lowkey import text
 from lowkey.allocate import Greedy, Profile
-from lowkey.calibrate import Sample, candidates, fit_layers
+from lowkey.calibrate import candidates, fit_layers
 from lowkey.families import geometry
 from lowkey.loading import load
-from lowkey.methods import PCA, Method, StiefAttention
+from lowkey.methods import PCA, Course, Method, StiefAttention
 from lowkey.probe import Probe
 from lowkey.progress import bars
 from lowkey.text import encode, sample_windows
@@ -32,7 +32,7 @@ BUDGETS = (75, 50, 37.5)
 
 
 @dataclass
-class Timed:
+class Timed(Method):
     """A method that counts the seconds it spends in `fit`."""
 
     method: Method
@@ -68,7 +68,7 @@ def main(
     print("| parametrisation | seconds | " + " | ".join(heads) + " |\n|---|---" + "|---" * len(heads) + "|")
     for name, method in arms.items():
         timed = Timed(method)
-        _, profile = fit_layers(loaded, rows, timed, "post_rope", ranks, Sample(windows, length), None, bars)  # type: ignore[arg-type]
+        _, profile = fit_layers(timed, Course(loaded, rows, round(windows / 4), "post_rope", ranks, seed=0, progress=bars))
         errors = [mean_error(profile, [(r, r)] * profile.layers) for r in shown]
         whole = profile.bytes([(ranks[-1],) * 2] * profile.layers)
         errors += [mean_error(profile, Greedy().under_bytes(profile, share / 100 * whole)) for share in BUDGETS]

@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lowkey.layers.lowrank import Exact
+from lowkey.layers.coded import Exact
 from lowkey.types import Factors, Layout
 
 
@@ -36,7 +36,7 @@ def logits(
             return _plain(module, q, k, v, attention_mask, scaling=scaling, softcap=softcap)
         f = maps[module.layer_idx]
         turn = rotations(model, module.layer_idx, positions, k.shape[-1]).unsqueeze(1) if layout == "pre_rope" else None
-        keys, values = (k, _project_keys(k, f, turn)), (v, v @ f.v_down @ f.v_up)
+        keys, values = (k, _project_keys(k, f, turn)), (v, _project(v, f.v_down, f.v_up, f.order, f.v_mean))
         return _attend(q, keys, values, is_exact, _allowed(pads, ids.shape[1]), scaling=scaling, softcap=softcap)
 
     AttentionInterface.register("dense", attention)
@@ -66,9 +66,23 @@ def _allowed(pads: list[int], length: int) -> Tensor:
 def _project_keys(k: Tensor, f: Factors, turn: Tensor | None) -> Tensor:
     """Keys (b, h, s, d) through down and up; with `turn` (b, 1, s, d, d), in the basis before rotation."""
     if turn is None:
-        return k @ f.k_down @ f.k_up
+        return _project(k, f.k_down, f.k_up, f.order, f.k_mean)
     plain = (k.unsqueeze(-2) @ torch.linalg.inv(turn)).squeeze(-2)
-    return ((plain @ f.k_down @ f.k_up).unsqueeze(-2) @ turn).squeeze(-2)
+    return (_project(plain, f.k_down, f.k_up, f.order, f.k_mean).unsqueeze(-2) @ turn).squeeze(-2)
+
+
+def _project(x: Tensor, down: Tensor, up: Tensor, order: Tensor | None, mean: Tensor | None) -> Tensor:
+    """(b, h, s, d) through down and up, group by group of heads."""
+    h, d = x.shape[1], x.shape[3]
+    order = list(range(h)) if order is None else order.tolist()
+    mean = torch.zeros(h, d) if mean is None else mean
+    t, out = down.shape[1] // d, torch.empty_like(x)
+    for first in range(0, h, t):
+        group = down[first // t % len(down)]
+        latent = sum((x[:, order[j]] - mean[j]) @ group[(j - first) * d : (j - first + 1) * d] for j in range(first, first + t))
+        for j in range(first, first + t):
+            out[:, order[j]] = latent @ up[j % len(up)] + mean[j]
+    return out
 
 
 def rotations(model: PreTrainedModel, layer: int, positions: Tensor, d: int) -> Tensor:

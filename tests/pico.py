@@ -13,8 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 import lowkey
 from lowkey import families
 from lowkey.cache import LowkeyCache, cache_of
-from lowkey.layers.lowrank import Exact, LowRankLayer
-from lowkey.layers.quantized import QuantizedLayer
+from lowkey.layers.codec import LowRank, Plain
+from lowkey.layers.coded import CodedLayer, Exact
+from lowkey.layers.packing import PerToken
+from lowkey.merging import blocks
 from lowkey.types import Factors, Layout
 
 VOCAB, LAYERS, HIDDEN, HEAD_DIM = 97, 3, 64, 16
@@ -105,6 +107,19 @@ def factors(heads: int, rank_k: int = HEAD_DIM, rank_v: int = HEAD_DIM, seed: in
     return Factors(k, k.mT, v, v.mT)
 
 
+def merged_factors(heads: int, rank_k: int, rank_v: int, t_k: int, t_v: int, seed: int = 0) -> Factors:
+    """Random orthonormal maps of t_k and of t_v heads together, their order shuffled, means taken off."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def side(t: int, r: int) -> tuple[Tensor, Tensor]:
+        width = t * HEAD_DIM
+        down = torch.linalg.qr(torch.randn(heads // t, width, width, generator=generator)).Q[..., : t * r].contiguous()
+        return down, blocks(down.mT, t).contiguous()
+
+    means = (torch.randn(heads, HEAD_DIM, generator=generator) for _ in range(2))
+    return Factors(*side(t_k, rank_k), *side(t_v, rank_v), torch.randperm(heads, generator=generator), *means)
+
+
 def layer_factors(model: PreTrainedModel, rank_k: int = HEAD_DIM, rank_v: int = HEAD_DIM, shared: bool = False) -> dict[int, Factors]:
     """Other factors in every compressible layer."""
     shape = families.geometry(model)
@@ -115,11 +130,11 @@ def layer_factors(model: PreTrainedModel, rank_k: int = HEAD_DIM, rank_v: int = 
 
 
 def lowrank(model: PreTrainedModel, maps: dict[int, Factors], layout: Layout = "post_rope", exact: Exact | None = None) -> LowkeyCache:
-    return cache_of(model, lambda i: LowRankLayer(maps[i], layout, families.rope(model, i), exact))
+    return cache_of(model, lambda i: CodedLayer(LowRank(maps[i], layout, families.rope(model, i)), exact))
 
 
 def quantized(model: PreTrainedModel, bits: int = 8) -> LowkeyCache:
-    return cache_of(model, lambda i: QuantizedLayer(bits))
+    return cache_of(model, lambda i: CodedLayer(Plain(), None, (PerToken(bits), PerToken(bits))))
 
 
 # -- running

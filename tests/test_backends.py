@@ -112,3 +112,20 @@ def test_bf16_scores_are_softmaxed_in_fp32():
     """Many equal keys: in bf16 the sum of the weights would drift."""
     part = Segment(torch.zeros(1, 1, 1, 1, 4).bfloat16(), torch.zeros(1, 1, 1000, 4).bfloat16(), torch.ones(1, 1, 1000, 4).bfloat16())
     assert torch.allclose(grouped.attend([part], 1.0).float(), torch.ones(1, 1, 1, 1, 4), atol=0.01)
+
+
+@pytest.mark.parametrize(("groups_k", "groups_v"), [(2, 1), (1, 4), (2, 2), (4, 2)])
+@pytest.mark.parametrize("masks", [True, False])
+def test_stored_heads_may_stand_for_several_and_differ_from_segment_to_segment(groups_k, groups_v, masks):
+    """Four KV heads of two queries each; one segment keeps them apart, the other merges them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    apart = segments(1, [5], h=4, masks=masks)[0]
+    mask = draw(2, 3, 7) > 0 if masks else None
+    merged = Segment(draw(2, groups_k, 8 // groups_k, 3, 9), draw(2, groups_k, 7, 9), draw(2, groups_v, 7, 11), mask, draw(4, 11, D))
+    agree([merged, apart])
+    agree([apart, merged], 1.5)
+    assert agree([merged]).shape == (2, 4, 2, 3, D)

@@ -17,8 +17,10 @@ import lowkey
 from lowkey import families
 from lowkey.backends import naive
 from lowkey.backends.segment import Segment
-from lowkey.layers.lowrank import Exact
-from lowkey.layers.quantized import QuantizedLayer
+from lowkey.cache import cache_of
+from lowkey.layers.codec import LowRank, Plain
+from lowkey.layers.coded import CodedLayer, Exact
+from lowkey.layers.packing import PerToken
 from lowkey.ops.quantize import dequantize, quantize
 from lowkey.seam import Call
 from lowkey.types import LAYOUTS, LowkeyError
@@ -45,11 +47,19 @@ class Kind:
         return self.build(model)
 
 
+def merged(model, rank_k, rank_v):
+    """Every two heads share a latent of keys, all of them one of values (grouped in some order and centred)."""
+    h = families.geometry(model).kv_heads
+    return {i: pico.merged_factors(h, rank_k, rank_v, 2, h, seed=i) for i in families.geometry(model).compressible}
+
+
 KINDS = {
     "post": Kind(lambda m: lowrank(m, pico.layer_factors(m, 6, 9), "post_rope")),
     "pre": Kind(lambda m: lowrank(m, pico.layer_factors(m, 6, 9, shared=True), "pre_rope")),
     "post-exact": Kind(lambda m: lowrank(m, pico.layer_factors(m, 6, 9, shared=True), "post_rope", Exact(3, 5))),
     "pre-exact": Kind(lambda m: lowrank(m, pico.layer_factors(m, 6, 9), "pre_rope", Exact(3, 5))),
+    "merged": Kind(lambda m: lowrank(m, merged(m, 6, 9), "post_rope", Exact(3, 5))),
+    "merged-pre": Kind(lambda m: lowrank(m, merged(m, 6, 9), "pre_rope")),
     "8-bit": Kind(lambda m: pico.quantized(m, 8), 1e-3),
     "4-bit": Kind(lambda m: pico.quantized(m, 4), 1e-2),
 }
@@ -125,6 +135,34 @@ def test_generate_continues_a_cache_that_holds_an_earlier_turn():
 # -- low rank is its definition
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma2"])
+@pytest.mark.parametrize("splits", [[26], [12] + [1] * 14], ids=str)
+@pytest.mark.parametrize("absorb", [None, True, False])
+def test_merged_heads_are_the_dense_definition(name, layout, splits, absorb):
+    model, setting, ids = attached(name), Exact(3, 5), prompt(26)
+    maps = merged(model, 6, 9)
+    expected = dense.logits(pico.build(name), ids, maps, layout, setting, pads=PADS, splits=splits)
+    cache = cache_of(model, lambda i: CodedLayer(LowRank(maps[i], layout, families.rope(model, i), absorb), setting))
+    close(real(feed(model, ids, cache, PADS, splits), PADS), real(expected, PADS))
+    assert cache.nbytes() == cache.predicted_nbytes()
+
+
+def test_merged_heads_at_full_rank_give_stock_logits(layout):
+    model, ids = attached("llama"), prompt()
+    ours = feed(model, ids, lowrank(model, merged(model, pico.HEAD_DIM, pico.HEAD_DIM), layout), PADS)
+    close(real(ours, PADS), real(feed(stock("llama"), ids, pads=PADS), PADS))
+
+
+def test_merged_heads_hold_as_much_as_heads_by_themselves():
+    model, ids = attached("llama"), prompt(30)
+    sizes = []
+    for maps in (merged(model, 6, 9), pico.layer_factors(model, 6, 9)):
+        cache = lowrank(model, maps)
+        feed(model, ids, cache, splits=[20, 1, 9])
+        sizes.append(cache.nbytes())
+    assert sizes[0] == sizes[1]
+
+
 @pytest.mark.parametrize("name", pico.NAMES)
 def test_low_rank_is_the_dense_definition(name, layout):
     model, setting = attached(name), Exact(3, 5)
@@ -145,7 +183,7 @@ def test_every_exact_setting_is_the_dense_definition(layout, exact, splits):
 def test_up_maps_need_not_be_the_transposed_down_maps(layout):
     model, ids = attached("llama"), prompt(26)
     maps = {
-        i: lowkey.types.Factors(*(x + 0.1 * torch.randn_like(x) for x in vars(f).values()))
+        i: lowkey.types.Factors(*(x + 0.1 * torch.randn_like(x) for x in vars(f).values() if x is not None))
         for i, f in pico.layer_factors(model, 6, 9).items()
     }
     expected = dense.logits(pico.build("llama"), ids, maps, layout, Exact(2, 3), pads=PADS)
@@ -222,7 +260,7 @@ def test_the_switch_is_the_setting(layout):
 def test_a_quantised_chunk_sees_itself_exactly_and_the_past_as_stored(chunk):
     """By the loops of `naive`: a single token is no chunk."""
     query, keys, values = torch.randn(3, 2, 4, 8 + chunk, 16, generator=torch.Generator().manual_seed(0))
-    layer = QuantizedLayer(4)
+    layer = CodedLayer(Plain(), None, (PerToken(4), PerToken(4)))
     layer.exact_prefill = True
     for q, k, v in zip(*(x.split([8, chunk], 2) for x in (query, keys, values)), strict=True):
         layer.update(k, v)
@@ -317,11 +355,11 @@ def test_held_bytes_by_hand(exact):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_bytes_by_hand(bits):
-    """Per token and head one group of 16 numbers: codes, and a scale and an offset in fp32."""
+    """Per token and head one group of 16 numbers: codes, and a scale and an offset in fp32; two indices per row."""
     model = attached("llama")
     cache = pico.quantized(model, bits)
     feed(model, prompt(30), cache, splits=[28, 1, 1])
-    assert cache.nbytes() == cache.predicted_nbytes() == 3 * 2 * 2 * 4 * 30 * (16 * bits // 8 + 2 * 4)
+    assert cache.nbytes() == cache.predicted_nbytes() == 3 * 2 * (2 * 4 * 30 * (16 * bits // 8 + 2 * 4) + 16)
 
 
 def test_half_the_rank_is_half_the_bytes():
@@ -438,7 +476,7 @@ def test_an_unattached_model_is_refused():
         lowkey.make_cache(pico.build("llama"))
 
 
-@pytest.mark.parametrize("bits", [0, 1, 2, 3, 16])
+@pytest.mark.parametrize("bits", [0, 1, 2, 3, 16, "int3"])
 def test_other_bits_are_refused(bits):
     with pytest.raises(LowkeyError, match="bits"):
         lowkey.make_cache(attached("llama"), bits=bits)
@@ -447,5 +485,5 @@ def test_other_bits_are_refused(bits):
 def test_sliding_layers_keep_stock_storage():
     model = attached("gemma2")
     kinds = [type(layer).__name__ for layer in full(model).layers]
-    assert kinds == ["StockSlidingLayer", "LowRankLayer", "LowRankLayer"]
+    assert kinds == ["StockSlidingLayer", "CodedLayer", "CodedLayer"]
     assert families.geometry(model).compressible == (1, 2)

@@ -15,7 +15,7 @@ from lowkey import LowkeyError, Sample, families
 from lowkey.evaluate import layerwise, likelihood, speed
 from lowkey.evaluate.result import TASKS, Task, evaluate
 from lowkey.evaluate.settings import distinct, full, packed, planned
-from lowkey.layers.lowrank import Exact
+from lowkey.layers.coded import Exact
 from lowkey.methods import PCA
 from lowkey.progress import silent
 
@@ -198,7 +198,7 @@ def test_bytes_of_the_full_cache(rows):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_bytes_of_packed_integers(rows, bits):
     codes, constants = pico.HEAD_DIM * bits // 8, 2 * 4  # a scale and an offset in fp32
-    assert rows[f"int{bits}"]["bytes_held"] == pico.LAYERS * 2 * 4 * LENGTH * (codes + constants)
+    assert rows[f"int{bits}"]["bytes_held"] == pico.LAYERS * (2 * 4 * LENGTH * (codes + constants) + 2 * 8)
 
 
 def test_bytes_of_a_plan(rows, half):

@@ -11,11 +11,13 @@ import lowkey
 from lowkey import families
 from lowkey.allocate import ALLOCATORS, Profile
 from lowkey.calibrate import layer_inputs
-from lowkey.layers.lowrank import LowRankLayer
+from lowkey.layers.codec import LowRank
+from lowkey.layers.coded import CodedLayer
 from lowkey.methods import METHODS, PCA, EigenAttention, StiefAttention
 from lowkey.methods import stiefattention as stief
 from lowkey.ops.bases import is_orthonormal
 from lowkey.probe import Probe
+from lowkey.sensitivity import SIGNALS
 from lowkey.statistics import gather
 from lowkey.types import Basis, LayerBases, head_blocks
 
@@ -199,7 +201,7 @@ def test_the_probes_error_is_that_of_the_layers_output(name, layout):
     _, probe = prepared(name, layout, layer)
     f = pico.factors(families.geometry(model).kv_heads, 5, 7)
     cache = lowkey.make_cache(model)
-    cache.layers[layer] = LowRankLayer(f, layout, families.rope(model, layer))
+    cache.layers[layer] = CodedLayer(LowRank(f, layout, families.rope(model, layer)))
     ids = ROWS[-HELD:]
     with torch.no_grad():
         ours = model(ids, past_key_values=cache, output_hidden_states=True).hidden_states[layer + 1]
@@ -238,7 +240,8 @@ def test_a_probe_leaves_the_model_alone():
 def test_every_basis_works_with_every_allocator(fitted, method, allocator):
     probe, bases = fitted(method)
     spectra = (bases.keys.spectrum.tolist(), bases.values.spectrum.tolist())
-    profile = Profile(tuple(RANKS), [probe.surface(bases, RANKS, RANKS)] * 2, 4, 4, [spectra] * 2)
+    signals = {name: [(1.0, 2.0), (3.0, 1.0)] for name in SIGNALS}
+    profile = Profile(tuple(RANKS), [probe.surface(bases, RANKS, RANKS)] * 2, 4, 4, [spectra] * 2, signals)
     limit = 0.6 * profile.bytes([(HEAD_DIM, HEAD_DIM)] * 2)
     pairs = ALLOCATORS[allocator]().under_bytes(profile, limit)
     assert len(pairs) == 2 and profile.bytes(pairs) <= limit

@@ -10,7 +10,7 @@ import torch
 
 from lowkey import families, text
 from lowkey.allocate import Greedy
-from lowkey.calibrate import Sample, fit_layers
+from lowkey.calibrate import Course, fit_layers
 from lowkey.evaluate import recall
 from lowkey.evaluate.settings import full
 from lowkey.loading import load
@@ -65,7 +65,7 @@ def test_training_on_the_layer_output_beats_the_eigenbases(tiny):
     rows = text.windows(text.encode(tokenizer, text.embedded("calibration")), tokenizer, 256, "text")[:16]
     errors = {}
     for method in (PCA(key_bases="shared"), EigenAttention(), StiefAttention(epochs=30)):
-        _, profile = fit_layers(model, rows, method, "post_rope", [8, 16, 24, 32], Sample(16, 256), None, silent)
+        _, profile = fit_layers(method, Course(model, rows, 4, "post_rope", [8, 16, 24, 32], seed=0))
         chosen = Greedy().under_bytes(profile, 0.5 * profile.bytes([(32, 32)] * profile.layers))
         errors[type(method)] = sum(profile.error(i, pair) for i, pair in enumerate(chosen))
     assert errors[StiefAttention] < min(errors[PCA], errors[EigenAttention])

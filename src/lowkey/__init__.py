@@ -10,7 +10,7 @@ cache.nbytes(), cache.predicted_nbytes()
 from lowkey import methods, policies
 from lowkey.cache import LowkeyCache, load_cache, make_cache
 from lowkey.calibrate import Sample, calibrate
-from lowkey.layers.lowrank import Exact
+from lowkey.layers.coded import Exact
 from lowkey.plan import Plan
 from lowkey.prefill import prefill
 from lowkey.seam import attach

@@ -14,17 +14,17 @@ from transformers.cache_utils import Cache
 from lowkey import cachefile, families
 from lowkey.fingerprint import model_fingerprint
 from lowkey.layers.base import StockLayer, StockSlidingLayer, StoringLayer
-from lowkey.layers.codec import LowRank
+from lowkey.layers.codec import Codec, LowRank, Plain
+from lowkey.layers.coded import CodedLayer, Exact
 from lowkey.layers.compensating import CompensatingLayer
 from lowkey.layers.evicting import EvictingLayer, Round
-from lowkey.layers.lowrank import Exact, LowRankLayer
+from lowkey.layers.packing import Scheme, scheme
 from lowkey.layers.pruning import PruningLayer
-from lowkey.layers.quantized import QuantizedLayer
 from lowkey.plan import Plan, versions
 from lowkey.policies import policy_from, policy_words
 from lowkey.policies.base import Policy
 from lowkey.seam import attached
-from lowkey.types import LowkeyError
+from lowkey.types import LowkeyError, identity
 
 LAYERS: dict[str, type[EvictingLayer]] = {"evicting": EvictingLayer, "compensating": CompensatingLayer, "pruning": PruningLayer}
 CountedLayer = StoringLayer | StockLayer | StockSlidingLayer
@@ -37,7 +37,7 @@ class Origin:
     model: weakref.ReferenceType[PreTrainedModel]
     plan: Plan | None = None
     policy: Policy | None = None
-    bits: int | None = None
+    bits: int | str | None = None
     exact: Exact | None = None
 
 
@@ -131,14 +131,15 @@ def make_cache(
     plan: Plan | None = None,
     policy: Policy | None = None,
     *,
-    bits: int | None = None,
+    bits: int | str | None = None,
     exact: Exact | None = None,
 ) -> LowkeyCache:
     """A fresh cache for one batch of sequences.
 
-    plan: low rank as calibrated. policy: which tokens each head keeps, alone or on top of a plan. bits: 4 or 8, every key and value in
-    packed integers (alone). exact: overrides the plan's sinks, recent window and prefill mode. All None: transformers' own form, counted.
-    Errors: LowkeyError when the model is not attached, the plan is another model's, bits are not 4 or 8, or two do not go together.
+    plan: low rank as calibrated. policy: which tokens each head keeps, alone or on top of a plan. bits: 8, 4 or another name of SCHEMES:
+    keys and values, or a plan's latents, in packed integers. exact: overrides the plan's sinks, recent window and prefill mode. All None:
+    transformers' own form, counted.
+    Errors: LowkeyError when the model is not attached, the plan is another model's, bits are unknown, or two do not go together.
     """
     if not attached(model):
         raise LowkeyError("model is not attached: call lowkey.attach(model) before make_cache")
@@ -149,23 +150,35 @@ def make_cache(
 
 def cache_from(model: PreTrainedModel, origin: Origin) -> LowkeyCache:
     """As `make_cache`, for a plan that was checked before: the model's weights are not looked at again."""
-    if origin.bits not in (None, 4, 8):
-        raise LowkeyError(f"bits={origin.bits}: packed storage has 4 or 8 bits")
-    if origin.bits is not None and (origin.plan or origin.policy):
-        raise LowkeyError(f"bits={origin.bits} together with a plan or a policy is not supported yet; give one of them")
+    if origin.bits is not None and origin.policy:
+        raise LowkeyError(f"bits={origin.bits} together with a policy is not supported yet; give one of them")
     cache = cache_of(model, _builder(model, origin))
     cache.origin = origin
     return cache
 
 
 def _builder(model: PreTrainedModel, origin: Origin) -> Callable[[int], CountedLayer]:
-    plan, policy, bits = origin.plan, origin.policy, origin.bits
+    plan, policy = origin.plan, origin.policy
     if policy is not None:
         return _evicting(model, plan, policy, origin.exact)
+    if plan is None and origin.bits is None and origin.exact is None:
+        return lambda i: StockLayer()
+    packed = scheme(origin.bits) if origin.bits is not None else None
+    sinks, recent = (plan.sinks, plan.recent) if plan else (0, 0)
+    keep = origin.exact or Exact(sinks, max(recent, packed.recent if packed else 0))
+    packings = (packed.keys, packed.values) if packed else None
+    return lambda i: CodedLayer(_codec(model, i, plan, packed), keep, packings)
+
+
+def _codec(model: PreTrainedModel, i: int, plan: Plan | None, packed: Scheme | None) -> Codec:
+    """The Hadamard transform of a scheme is folded into the maps, so that it costs nothing on top of a plan."""
+    turned = packed is not None and packed.turned
+    rope = families.rope(model, i)
     if plan is not None:
-        keep = origin.exact or Exact(plan.sinks, plan.recent)
-        return lambda i: LowRankLayer(plan.factors[i], plan.layout, families.rope(model, i), keep)
-    return lambda i: StockLayer() if bits is None else QuantizedLayer(bits)
+        return LowRank(plan.factors[i].turned() if turned else plan.factors[i], plan.layout, rope)
+    if not turned:
+        return Plain()
+    return LowRank(identity(families.geometry(model).head_dim).turned(), "post_rope", rope)
 
 
 def _evicting(model: PreTrainedModel, plan: Plan | None, policy: Policy, exact: Exact | None) -> Callable[[int], CountedLayer]:
@@ -175,6 +188,11 @@ def _evicting(model: PreTrainedModel, plan: Plan | None, policy: Policy, exact: 
         )
     if plan and policy.layer == "pruning":
         raise LowkeyError("policy 'think' drops key channels, of which a plan has its own; use another policy on top of a plan")
+    if plan and not all(f.per_head for f in plan.factors.values()):
+        raise LowkeyError(
+            f"plan of method {plan.method['name']!r} merges heads or centres them, and a policy gives each head tokens of its own; "
+            "use a plan with one latent per head, or no policy"
+        )
     full = families.geometry(model).compressible
     policy = policy.fitted(plan.heads if plan else {})
     if policy.turns and (kind := families.changing_rope(model)):

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowkey import families, files, text
+from lowkey import families, text
 from lowkey.allocate import ALLOCATORS, Allocator, Profile, Ranks, too_small
 from lowkey.fingerprint import data_fingerprint, model_fingerprint
-from lowkey.methods import METHODS, Method
+from lowkey.merging import blocks
+from lowkey.methods import METHODS, Course, Method
+from lowkey.ops.bases import is_orthonormal
 from lowkey.plan import Plan, versions
 from lowkey.policies.allocators import HeadImportance
 from lowkey.probe import Probe
 from lowkey.progress import Progress, silent
 from lowkey.seam import attach, attached
+from lowkey.sensitivity import SIGNALS
 from lowkey.statistics import gather
-from lowkey.types import LAYOUTS, Basis, Budget, LayerBases, Layout, LowkeyError, device_of
+from lowkey.through import loss_surfaces
+from lowkey.types import LAYOUTS, Basis, Budget, Factors, LayerBases, Layout, LowkeyError, device_of
+from lowkey.unfinished import Surface, job_folder, load_layer, save_layer
 
 HELD = 0.25  # share of the calibration windows that only judge: the error surface and early stopping
+Judge = Literal["layers", "loss"]
+T = TypeVar("T")
 STEPS = 8  # candidate ranks, evenly spaced up to the head dim
 
 
@@ -46,9 +53,10 @@ def calibrate(
     budget: str | Budget | None = None,
     error_budget: float | None = None,
     allocator: str | Allocator | None = None,
-    layout: Layout = "post_rope",
+    layout: Layout | None = None,
     sample: Sample = Sample(),
     rank_multiple: int = 1,
+    judge: Judge = "layers",
     sinks: int = 0,
     recent: int = 0,
     heads: HeadImportance | None = None,
@@ -58,45 +66,63 @@ def calibrate(
     """Fit `method` on `texts` (the embedded text when None) and choose ranks.
 
     budget: bytes kept, `50%` when neither budget is given. error_budget: the largest layer-output error instead, from 0 to 1.
-    allocator: a name of ALLOCATORS or an object; the method's own when None. rank_multiple: every rank a multiple of it.
+    allocator: a name of ALLOCATORS or an object; the method's own when None. layout: the method's own when None. rank_multiple: every
+    rank a multiple of it. judge: what a layer's ranks cost, the relative error of the layer's output (`layers`) or how much the
+    cross-entropy grows when that layer alone is compressed (`loss`, arXiv:2601.19611, section 5.2: many times slower).
     sinks, recent: tokens kept exact by caches made from the plan. heads: importance of KV heads by kind,
     for policies on top of it. work: a folder to resume from and save progress into.
     Errors: LowkeyError for an unsupported model, too short a text, or a budget out of reach.
     """
-    _check(sample, sinks, recent, layout)
     chosen = method or METHODS["stiefattention"]()
+    form = layout or chosen.layout
+    _check(sample, sinks, recent, form, judge)
     split = _allocator(allocator or chosen.allocator)
     shape = families.geometry(model)
-    families.check_layout(model, layout)
+    families.check_layout(model, form)
     limit = _limit(budget, error_budget, shape, model)
-    ranks = candidates(shape.head_dim, rank_multiple)
+    ranks = chosen.candidates(shape.kv_heads, shape.head_dim, candidates(shape.head_dim, rank_multiple))
     _reachable(limit, shape, ranks, model)
     if not attached(model):
         attach(model)
-    joined = texts if isinstance(texts, str) else "\n".join(texts) if texts else text.embedded("calibration")
-    rows = _windows(model, tokenizer, joined, sample)
+    rows = _windows(model, tokenizer, texts, sample)
+    course = Course(model, rows, max(1, round(HELD * len(rows))), form, ranks, sample.seed, sample.batch, progress)
     provenance = _provenance(model, rows, sample)
-    job = _job(work, {"provenance": provenance, "method": describe(chosen), "layout": layout, "ranks": ranks})
-    bases, profile = fit_layers(model, rows, chosen, layout, ranks, sample, job, progress)
-    allocated = _allocate(split, profile, limit)
-    pairs = dict(zip(shape.compressible, allocated, strict=True))
+    job = job_folder(work, {"provenance": provenance, "method": describe(chosen), "layout": form, "ranks": ranks, "judge": judge})
+    bases, profile = fit_layers(chosen, course, job, judge)
+    factors, told = _chosen(chosen, split, bases, profile, limit, course)
     return Plan(
-        factors={i: bases[i].at(*pair) for i, pair in pairs.items()},
-        layout=layout,
+        factors=factors,
+        layout=form,
         method=describe(chosen),
         allocator=describe(split),
         budget=str(limit) if isinstance(limit, Budget) else f"error {limit:g}",
         geometry=asdict(shape),
         provenance=provenance,
-        profile=_described(profile, allocated, bases),
-        orthonormal=all(b.keys.rows is None and b.values.rows is None for b in bases.values()),
+        profile=told,
+        orthonormal=all(_transposed(f) for f in factors.values()),
         sinks=sinks,
         recent=recent,
         heads={kind: [list(row) for row in rows] for kind, rows in (heads or {}).items()},
     )
 
 
-def _check(sample: Sample, sinks: int, recent: int, layout: str) -> None:
+def _chosen(
+    method: Method, split: Allocator, bases: dict[int, LayerBases], profile: Profile, limit: Budget | float, course: Course
+) -> tuple[dict[int, Factors], dict]:
+    """Factors at the ranks that the allocator chose, and what the plan says of the choice."""
+    profile = replace(profile, signals={name: SIGNALS[name](course.model, course.training, course.batch) for name in split.needs})
+    ranks = _allocate(split, profile, limit)
+    factors = {i: found.at(*pair) for (i, found), pair in zip(bases.items(), ranks, strict=True)}
+    return method.finish(factors, course) if method.finishes else factors, _described(profile, ranks, bases)
+
+
+def _transposed(f: Factors) -> bool:
+    """Whether the up maps are the orthonormal down maps turned over, so that a plan need not hold them."""
+    sides = (f.k_down, f.k_up), (f.v_down, f.v_up)
+    return all(torch.equal(blocks(down.mT, t), up) and is_orthonormal(down) for (down, up), t in zip(sides, f.merge, strict=True))
+
+
+def _check(sample: Sample, sinks: int, recent: int, layout: str, judge: str) -> None:
     least = {
         "windows": (sample.windows, 4),
         "length": (sample.length, 8),
@@ -109,6 +135,8 @@ def _check(sample: Sample, sinks: int, recent: int, layout: str) -> None:
             raise LowkeyError(f"{name} {value}: must be at least {low}; leave it out for the default")
     if layout not in LAYOUTS:
         raise LowkeyError(f"layout {layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
+    if judge not in get_args(Judge):
+        raise LowkeyError(f"judge {judge!r} is unknown; choose one of {', '.join(get_args(Judge))}")
 
 
 def candidates(head_dim: int, multiple: int) -> list[int]:
@@ -119,36 +147,51 @@ def candidates(head_dim: int, multiple: int) -> list[int]:
     return sorted({*range(step, head_dim, step), head_dim})
 
 
-def fit_layers(
-    model: PreTrainedModel,
-    rows: Tensor,
-    method: Method,
-    layout: Layout,
-    ranks: list[int],
-    sample: Sample,
-    work: Path | None,
-    progress: Progress,
-) -> tuple[dict[int, LayerBases], Profile]:
+def fit_layers(method: Method, course: Course, work: Path | None = None, judge: Judge = "layers") -> tuple[dict[int, LayerBases], Profile]:
     """Bases and error surface of every compressible layer. Only one layer's inputs are held at a time."""
-    held = max(1, round(HELD * len(rows)))
-    batches = rows[:-held].split(sample.batch)
-    statistics = gather(model, progress(batches, "second moments"), work)
-    bases: dict[int, LayerBases] = {}
-    surface = []
-    shape = families.geometry(model)
-    for i, inputs in progress(layer_inputs(model, rows, sample.batch), f"fitting {name_of(method)}", shape.layers):
-        if i not in statistics:
+    model, sides = course.model, course.training.split(course.batch)
+    statistics = gather(model, course.progress(sides, "second moments"), work)
+    inside = judge == "layers" and not method.tunes  # the surface can be had while a layer's inputs are at hand
+    found: dict[int, tuple[LayerBases, Surface]] = {}
+    for i, probe in _probes(course, f"fitting {name_of(method)}", lambda i: load_layer(work, f"layer-{i}")):
+        if not isinstance(probe, Probe):
+            found[i] = probe
             continue
-        found = _load_layer(work, i)
-        if found is None:
-            probe = Probe.of(model, i, layout, inputs, held, sample.batch)
-            fitted = method.fit(statistics[i], probe, ranks, sample.seed)
-            found = fitted, probe.surface(fitted, ranks, ranks)
-            _save_layer(work, i, *found)
-        bases[i] = found[0]
-        surface.append(found[1])
+        fitted = method.fit(statistics[i], probe, course.ranks, course.seed)
+        found[i] = fitted, probe.surface(fitted, course.ranks, course.ranks) if inside else []
+        save_layer(work, f"layer-{i}", *found[i])
+    bases = {i: fitted for i, (fitted, _) in found.items()}
+    if method.tunes:
+        bases = _tuned(method, bases, course, work)
+    surfaces = [surface for _, surface in found.values()] if inside else _surfaces(bases, course, judge)
+    shape = families.geometry(model)
     spectra = [(_spectrum(b.keys), _spectrum(b.values)) for b in bases.values()]
-    return bases, Profile(tuple(ranks), surface, shape.kv_heads, model.dtype.itemsize, spectra)
+    return bases, Profile(tuple(course.ranks), surfaces, shape.kv_heads, model.dtype.itemsize, spectra)
+
+
+def _probes(course: Course, text: str, known: Callable[[int], T | None]) -> Iterator[tuple[int, Probe | T]]:
+    """(layer, its probe, or what is known of it already) for every compressible layer."""
+    model, shape = course.model, families.geometry(course.model)
+    for i, inputs in course.progress(layer_inputs(model, course.rows, course.batch), text, shape.layers):
+        if i in shape.compressible:
+            yield i, known(i) or Probe.of(model, i, course.layout, inputs, course.held, course.batch)
+
+
+def _tuned(method: Method, bases: dict[int, LayerBases], course: Course, work: Path | None) -> dict[int, LayerBases]:
+    saved = {i: load_layer(work, f"tuned-{i}") for i in bases}
+    if all(saved.values()):
+        return {i: found[0] for i, found in saved.items() if found}
+    tuned = method.tune(bases, course)
+    for i, found in tuned.items():
+        save_layer(work, f"tuned-{i}", found, [])
+    return tuned
+
+
+def _surfaces(bases: dict[int, LayerBases], course: Course, judge: Judge) -> list[Surface]:
+    if judge == "loss":
+        return loss_surfaces(course.model, course.rows[-course.held :], bases, course.ranks, course.layout, course.progress)
+    walk = _probes(course, "measuring", lambda i: None)
+    return [probe.surface(bases[i], course.ranks, course.ranks) for i, probe in walk]
 
 
 @torch.no_grad()
@@ -163,7 +206,8 @@ def layer_inputs(model: PreTrainedModel, rows: Tensor, batch: int) -> Iterator[t
         hidden = torch.cat([families.run_layer(model, i, block, x.to(where), None).cpu() for x in hidden.split(batch)])
 
 
-def _windows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, joined: str, sample: Sample) -> Tensor:
+def _windows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: str | Sequence[str] | None, sample: Sample) -> Tensor:
+    joined = texts if isinstance(texts, str) else "\n".join(texts) if texts else text.embedded("calibration")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", sample.length)
     ids = text.encode(tokenizer, joined)
     length = min(sample.length, longest)
@@ -249,42 +293,3 @@ def _mean_spectra(bases: dict[int, LayerBases]) -> dict:
         return [s.mean(0).tolist() for s in found if s is not None]
 
     return {side: means(side) for side in ("keys", "values")}
-
-
-# -- resuming: a work folder belongs to one job; its layers are read back, never recomputed
-
-
-def _job(work: Path | None, job: dict) -> Path | None:
-    if work is None:
-        return None
-    text_now = json.dumps(job, sort_keys=True)
-    marker = work / "job.json"
-    if not (marker.exists() and marker.read_text(encoding="utf-8") == text_now):
-        for stale in work.glob("*.safetensors"):
-            stale.unlink()
-        files.write_text(marker, text_now)
-    return work
-
-
-def _save_layer(work: Path | None, i: int, bases: LayerBases, surface: list[list[float]]) -> None:
-    if work is None:
-        return
-    tensors = {"surface": torch.tensor(surface, dtype=torch.float64)}
-    for side in ("keys", "values"):
-        b: Basis = getattr(bases, side)
-        parts = {"columns": b.columns, "rows": b.rows, "spectrum": b.spectrum} | {f"exact.{r}": t for r, t in b.exact}
-        tensors |= {f"{side}.{name}": t for name, t in parts.items() if t is not None}
-    files.write_tensors(work / f"layer-{i}.safetensors", tensors)
-
-
-def _load_layer(work: Path | None, i: int) -> tuple[LayerBases, list[list[float]]] | None:
-    path = work / f"layer-{i}.safetensors" if work is not None else None
-    if path is None or not path.exists():
-        return None
-    tensors = files.read_tensors(path, "unfinished layer")
-
-    def basis(side: str) -> Basis:
-        exact = tuple((int(n.rsplit(".", 1)[1]), t) for n, t in sorted(tensors.items()) if n.startswith(f"{side}.exact."))
-        return Basis(tensors[f"{side}.columns"], tensors.get(f"{side}.rows"), exact, tensors.get(f"{side}.spectrum"))
-
-    return LayerBases(basis("keys"), basis("values")), tensors["surface"].tolist()

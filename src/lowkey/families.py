@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -18,23 +19,27 @@ class Family:
     """How one architecture differs from Llama.
 
     pre_norm: the attention block reads `input_layernorm(hidden)` (else the residual stream itself, as in OLMo 2);
-    rope_per_layer_type: the rotary module wants the layer type as a third argument (Gemma 3).
+    rope_per_layer_type: the rotary module wants the layer type as a third argument (Gemma 3);
+    fused_qkv: one `qkv_proj` makes queries, keys and values, in this order (Phi-3);
+    normed: queries and keys pass a norm between their projection and their rotation.
     """
 
     pre_norm: bool = True
     rope_per_layer_type: bool = False
+    fused_qkv: bool = False
+    normed: bool = False
 
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
     "mistral": Family(),
     "qwen2": Family(),
-    "qwen3": Family(),
-    "phi3": Family(),
+    "qwen3": Family(normed=True),
+    "phi3": Family(fused_qkv=True),
     "gemma2": Family(),
-    "gemma3_text": Family(rope_per_layer_type=True),
+    "gemma3_text": Family(rope_per_layer_type=True, normed=True),
     "granite": Family(),
-    "olmo2": Family(pre_norm=False),
+    "olmo2": Family(pre_norm=False, normed=True),
 }
 
 REFUSED = {
@@ -108,6 +113,75 @@ def attention_input(model: PreTrainedModel, layer: int, hidden: Tensor) -> Tenso
     """What the q, k and v projections of a layer read, from the layer's input (b, t, D)."""
     block = decoder_layers(model)[layer]
     return block.input_layernorm(hidden) if family(model.config).pre_norm else hidden  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where the model keeps one of its projections: some rows of a linear module, all of them unless it is fused."""
+
+    linear: nn.Linear
+    rows: slice
+
+    def weight(self, heads: int) -> Tensor:
+        """A copy (heads, d, D) in fp32 on the CPU."""
+        return self._copy(self.linear.weight).unflatten(0, (heads, -1))
+
+    def bias(self, heads: int) -> Tensor | None:
+        """A copy (heads, d) in fp32 on the CPU, or None."""
+        return None if self.linear.bias is None else self._copy(self.linear.bias).unflatten(0, (heads, -1))
+
+    def _copy(self, parameter: Tensor) -> Tensor:
+        return parameter.detach()[self.rows].to("cpu", torch.float32, copy=True)
+
+
+def projection_parts(model: PreTrainedModel, layer: int) -> tuple[Part, Part, Part]:
+    """The live query, key and value projections of a layer: rows (H d, D), (h d, D) and (h d, D)."""
+    if not family(model.config).fused_qkv:
+        q, k, v = (_attention_part(model, layer, f"{name}_proj") for name in "qkv")
+        return q, k, v
+    shape = geometry(model)
+    edges = [n * shape.head_dim for n in (0, shape.heads, shape.heads + shape.kv_heads, shape.heads + 2 * shape.kv_heads)]
+    q, k, v = (_attention_part(model, layer, "qkv_proj", slice(*ends)) for ends in pairwise(edges))
+    return q, k, v
+
+
+def _attention_part(model: PreTrainedModel, layer: int, name: str, rows: slice = slice(None)) -> Part:
+    return Part(getattr(decoder_layers(model)[layer].self_attn, name), rows)
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Weights of one layer's attention, copies in fp32 on the CPU. Row vectors: keys = inputs @ k[h].T + k_bias[h].
+
+    q (H, d, D), k and v (h, d, D), o (H, D, d); the biases q_bias (H, d), k_bias and v_bias (h, d), or None.
+    normed: keys and queries pass a norm between their projection and their rotation, which is not in these weights.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    q_bias: Tensor | None
+    k_bias: Tensor | None
+    v_bias: Tensor | None
+    normed: bool
+
+
+def projections(model: PreTrainedModel, layer: int) -> Projections:
+    """Read the weights of a layer's attention off the model, for every family and kind of layer."""
+    shape = geometry(model)
+    q, k, v = projection_parts(model, layer)
+    out = _attention_part(model, layer, "o_proj").weight(1)[0]
+    return Projections(
+        q=q.weight(shape.heads),
+        k=k.weight(shape.kv_heads),
+        v=v.weight(shape.kv_heads),
+        o=out.unflatten(1, (shape.heads, shape.head_dim)).transpose(0, 1).contiguous(),
+        q_bias=q.bias(shape.heads),
+        k_bias=k.bias(shape.kv_heads),
+        v_bias=v.bias(shape.kv_heads),
+        normed=family(model.config).normed,
+    )
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lowkey.types import LowkeyError
 
-WORK = r"job\.json|statistics\.safetensors|layer-\d+\.safetensors|\..*\.tmp"  # the files of unfinished work
+WORK = r"job\.json|statistics\.safetensors|(layer|tuned)-\d+\.safetensors|training\.safetensors|\..*\.tmp"  # the files of unfinished work
 
 
 @contextmanager

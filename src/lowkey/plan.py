@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,12 +16,15 @@ from transformers import PreTrainedModel
 from lowkey import files
 from lowkey.families import check_layout, geometry
 from lowkey.fingerprint import model_fingerprint
+from lowkey.merging import blocks
 from lowkey.ops.bases import is_orthonormal
 from lowkey.types import LAYOUTS, Factors, Layout, LowkeyError
 from lowkey.version import __version__
 
-FORMAT = 1
+FORMAT = 2
 FIELDS = ("layout", "method", "allocator", "budget", "geometry", "provenance", "profile", "orthonormal", "sinks", "recent", "heads")
+Refusal = Callable[[str], LowkeyError]
+MAPS = ("k_down", "k_up", "v_down", "v_up")
 JSON, TENSORS, CARD = "plan.json", "plan.safetensors", "README.md"
 
 
@@ -87,13 +90,15 @@ class Plan:
     def describe(self) -> dict:
         """Everything but the factors, as plan.json holds it."""
         ranks = {str(i): list(r) for i, r in self.ranks.items()}
+        order = {str(i): f.order.tolist() for i, f in self.factors.items() if f.order is not None}
         sizes = {dtype: self.bytes_per_token(size) for dtype, size in (("float32", 4), ("bfloat16", 2))}
-        return {"format": FORMAT, **{n: getattr(self, n) for n in FIELDS}, "ranks": ranks, "bytes_per_token": sizes}
+        return {"format": FORMAT, **{n: getattr(self, n) for n in FIELDS}, "ranks": ranks, "order": order, "bytes_per_token": sizes}
 
     def _tensors(self) -> dict[str, Tensor]:
         """Orthonormal plans store the down maps only: the up maps are their transposes."""
-        names = ("k_down", "v_down") if self.orthonormal else ("k_down", "k_up", "v_down", "v_up")
-        return {f"{i}.{n}": getattr(f, n).float() for i, f in self.factors.items() for n in names}
+        names = (*(("k_down", "v_down") if self.orthonormal else MAPS), "k_mean", "v_mean")
+        found = {f"{i}.{n}": getattr(f, n) for i, f in self.factors.items() for n in names}
+        return {name: t.float().contiguous().clone() for name, t in found.items() if t is not None}  # layers may share maps
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel | None = None) -> Plan:
@@ -130,6 +135,7 @@ def _build(meta: dict, tensors: dict[str, Tensor], folder: Path) -> Plan:
     try:
         fields = {n: meta[n] for n in FIELDS if n != "heads"} | {"heads": meta.get("heads", {})}  # the first plans had none
         ranks = {int(i): (int(k), int(v)) for i, (k, v) in meta["ranks"].items()}
+        order = {int(i): [int(x) for x in heads] for i, heads in meta.get("order", {}).items()}
         heads, d = fields["geometry"]["kv_heads"], fields["geometry"]["head_dim"]
         str(fields["method"]["name"] + fields["allocator"]["name"]), fields["provenance"]["model_sha256"], fields["profile"].keys()
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -146,14 +152,14 @@ def _build(meta: dict, tensors: dict[str, Tensor], folder: Path) -> Plan:
     factors = {}
     for i, rank in ranks.items():
         try:
-            factors[i] = _factors(tensors, i, fields["orthonormal"])
+            factors[i] = _factors(tensors, i, fields["orthonormal"], d, order.get(i))
         except KeyError as error:
             raise refuse(f"plan.safetensors lacks {error}") from None
         _check_factors(factors[i], rank, heads, d, fields["orthonormal"], refuse)
     return Plan(factors, **fields)
 
 
-def _check_heads(found: object, layers: int, heads: int, refuse: Callable[[str], LowkeyError]) -> None:
+def _check_heads(found: object, layers: int, heads: int, refuse: Refusal) -> None:
     try:
         tables = [torch.tensor(rows, dtype=torch.float64) for rows in found.values()]  # type: ignore[attr-defined]
     except (AttributeError, TypeError, ValueError):
@@ -162,25 +168,36 @@ def _check_heads(found: object, layers: int, heads: int, refuse: Callable[[str],
         raise refuse(f"head importance is one number of at least 0 for each of {layers} layers and {heads} heads")
 
 
-def _factors(tensors: dict[str, Tensor], i: int, orthonormal: bool) -> Factors:
-    found = [tensors[f"{i}.{name}"] for name in (("k_down", "v_down") if orthonormal else ("k_down", "v_down", "k_up", "v_up"))]
-    if not all(t.ndim == 3 and t.is_floating_point() for t in found):
-        raise KeyError(f"floating-point (h, d, r) factors of layer {i}")
-    k_down, v_down = found[:2]
+def _factors(tensors: dict[str, Tensor], i: int, orthonormal: bool, d: int, order: list[int] | None) -> Factors:
+    found = {name: tensors[f"{i}.{name}"] for name in (("k_down", "v_down") if orthonormal else MAPS)}
+    if not all(t.ndim == 3 and t.is_floating_point() for t in found.values()):
+        raise KeyError(f"floating-point maps of three dimensions for layer {i}")
     if orthonormal:
-        return Factors(k_down, k_down.transpose(-2, -1).contiguous(), v_down, v_down.transpose(-2, -1).contiguous())
-    return Factors(k_down, found[2], v_down, found[3])
+        found |= {f"{x}_up": blocks(found[f"{x}_down"].mT, max(1, found[f"{x}_down"].shape[1] // d)).contiguous() for x in "kv"}
+    return Factors(
+        **found, k_mean=tensors.get(f"{i}.k_mean"), v_mean=tensors.get(f"{i}.v_mean"), order=None if order is None else torch.tensor(order)
+    )
 
 
-def _check_factors(f: Factors, rank: tuple[int, int], heads: int, d: int, orthonormal: bool, refuse) -> None:
-    for name, r, down, up in (("key", rank[0], f.k_down, f.k_up), ("value", rank[1], f.v_down, f.v_up)):
-        shapes = {(h, d, r) for h in (1, heads)}
-        if tuple(down.shape) not in shapes or tuple(up.mT.shape) not in shapes:
+def _check_factors(f: Factors, rank: tuple[int, int], heads: int, d: int, orthonormal: bool, refuse: Refusal) -> None:
+    if f.order is not None and sorted(f.order.tolist()) != list(range(heads)):
+        raise refuse(f"order of heads {f.order.tolist()} does not name each of {heads} heads once")
+    for name, r, down, up, mean in (("key", rank[0], f.k_down, f.k_up, f.k_mean), ("value", rank[1], f.v_down, f.v_up, f.v_mean)):
+        if (tuple(down.shape), tuple(up.shape)) not in _shapes(heads, d, r):
             raise refuse(f"{name} factors of shape {tuple(down.shape)} do not fit rank {r} and {heads} heads of {d}")
-        if not math.isfinite(float(down.double().sum() + up.double().sum())):
+        if mean is not None and tuple(mean.shape) != (heads, d):
+            raise refuse(f"{name} means of shape {tuple(mean.shape)} do not fit {heads} heads of {d}")
+        numbers = down.double().sum() + up.double().sum() + (0 if mean is None else mean.double().sum())
+        if not math.isfinite(float(numbers)):
             raise refuse(f"{name} factors hold NaN or infinite numbers")
         if orthonormal and not is_orthonormal(down):
             raise refuse(f"{name} factors are not orthonormal as promised")
+
+
+def _shapes(heads: int, d: int, r: int) -> Sequence[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Shapes of (down, up) that fit: heads by themselves, each map shared or not, or so many side by side as divide them all."""
+    single = [((i, d, r), (j, r, d)) for i in (1, heads) for j in (1, heads)]
+    return single + [((heads // t, t * d, t * r), (heads, t * r, d)) for t in range(2, heads + 1) if heads % t == 0]
 
 
 def versions() -> dict[str, str]:

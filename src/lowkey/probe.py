@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lowkey import families
 from lowkey.families import Rope
+from lowkey.merging import merged, split
 from lowkey.ops.rope import rotate, unrotate
 from lowkey.seam import Incoming
 from lowkey.types import Factors, LayerBases, Layout, device_of
@@ -42,7 +43,7 @@ class OneLayerCache:
 class Rebuilt:
     """Keys and values as a low-rank layer would give them back; the attention that follows is the stock one.
 
-    The same numbers as through `LowRankLayer`, at about half its cost, and the maps may differ from row to row.
+    The same numbers as through `CodedLayer`, at about half its cost, and the maps may differ from row to row.
     """
 
     factors: Factors
@@ -51,10 +52,26 @@ class Rebuilt:
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         f = self.factors
+        if f.order is not None:
+            keys, values = keys[:, f.order], values[:, f.order]
+        keys, values = self._keys(keys), rebuilt(values, f.v_down, f.v_up, f.v_mean)
+        if f.order is not None:
+            keys, values = keys[:, f.order.argsort()], values[:, f.order.argsort()]
+        return keys, values
+
+    def _keys(self, keys: Tensor) -> Tensor:
+        f = self.factors
         if self.layout == "post_rope":
-            return keys @ f.k_down @ f.k_up, values @ f.v_down @ f.v_up
+            return rebuilt(keys, f.k_down, f.k_up, f.k_mean)
         cos, sin = self.rope(torch.arange(keys.shape[2], device=keys.device).unsqueeze(0), keys)
-        return rotate(unrotate(keys, cos, sin) @ f.k_down @ f.k_up, cos, sin), values @ f.v_down @ f.v_up
+        return rotate(rebuilt(unrotate(keys, cos, sin), f.k_down, f.k_up, f.k_mean), cos, sin)
+
+
+def rebuilt(x: Tensor, down: Tensor, up: Tensor, mean: Tensor | None) -> Tensor:
+    """(b, h, s, d) there and back."""
+    if mean is None:
+        return split(merged(x, down), up)
+    return split(merged(x - mean.unsqueeze(1), down), up) + mean.unsqueeze(1)
 
 
 @dataclass

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lowkey.merging import block_hadamard, blocks
+
 Layout = Literal["post_rope", "pre_rope"]
 Heads = Literal["shared", "per_head"]
 LAYOUTS: tuple[Layout, ...] = ("post_rope", "pre_rope")
@@ -73,52 +75,93 @@ def _percent(amount: float, text: object) -> float:
 
 @dataclass(frozen=True)
 class Factors:
-    """One layer's maps into and out of the stored basis; `1` in the place of `h` means shared by all KV heads.
+    """One layer's maps into and out of the stored basis. Every `t` KV heads side by side share one latent of width t r, so that r is the
+    rank per head; a `1` in the place of `G` or `h`, possible when t is 1, means shared by all KV heads.
 
-    `k ~= (k @ k_down) @ k_up` and `v ~= (v @ v_down) @ v_up`, so `q . k ~= (q @ k_up^T) . (k @ k_down)`.
-    k_down (h|1, d, r_K), k_up (h|1, r_K, d), v_down (h|1, d, r_V), v_up (h|1, r_V, d).
+    With t = 1: `k ~= (k @ k_down) @ k_up` and `v ~= (v @ v_down) @ v_up`, so `q . k ~= (q @ k_up^T) . (k @ k_down)`.
+    k_down (G|1, t d, t r_K), k_up (h|1, t r_K, d), v_down (G|1, t d, t r_V), v_up (h|1, t r_V, d); t may differ between keys and values.
+    order (h): the KV heads in the order in which they are grouped, or None for their own.
+    k_mean, v_mean (h, d): what is taken off before, and put back after, in that order; or None.
     """
 
     k_down: Tensor
     k_up: Tensor
     v_down: Tensor
     v_up: Tensor
+    order: Tensor | None = None
+    k_mean: Tensor | None = None
+    v_mean: Tensor | None = None
+
+    @property
+    def merge(self) -> tuple[int, int]:
+        """How many KV heads share one latent, of keys and of values."""
+        d = self.k_up.shape[-1]
+        return self.k_down.shape[-2] // d, self.v_down.shape[-2] // d
 
     @property
     def ranks(self) -> tuple[int, int]:
-        return self.k_down.shape[-1], self.v_down.shape[-1]
+        """Numbers kept per KV head and token."""
+        t_k, t_v = self.merge
+        return self.k_down.shape[-1] // t_k, self.v_down.shape[-1] // t_v
+
+    @property
+    def per_head(self) -> bool:
+        """Whether every head has latents of its own and nothing is centred."""
+        return self.merge == (1, 1) and self.order is None and self.k_mean is None and self.v_mean is None
+
+    @property
+    def static_numbers(self) -> int:
+        """Numbers in all the maps, which one more user does not need again."""
+        return sum(t.numel() for t in vars(self).values() if t is not None)
+
+    def turned(self) -> Factors:
+        """The same maps with latents turned by a block Hadamard transform."""
+        k, v = (block_hadamard(down.shape[-1]).to(down) for down in (self.k_down, self.v_down))
+        return replace(self, k_down=self.k_down @ k, k_up=k @ self.k_up, v_down=self.v_down @ v, v_up=v @ self.v_up)
 
     def to(self, like: Tensor) -> Factors:
         """The same factors on the device and in the dtype of `like`."""
-        return replace(self, **{name: t.to(like) for name, t in vars(self).items()})
+        moved = {name: t.to(like) for name, t in vars(self).items() if t is not None and name != "order"}
+        return replace(self, **moved, order=None if self.order is None else self.order.to(like.device))
+
+
+def identity(d: int) -> Factors:
+    """Of full rank, shared by all heads."""
+    return Factors(*(torch.eye(d).unsqueeze(0) for _ in range(4)))
 
 
 @dataclass(frozen=True)
 class Basis:
-    """Nested maps for every rank: the first r columns serve rank r. `exact` holds ranks fitted on their own.
+    """Nested maps for every rank: of t = `merge` heads side by side, the first t r columns serve rank r. `exact` holds ranks fitted alone.
 
-    columns (h|1, d, d), orthonormal when `rows` is None, else `rows` (h|1, d, d) maps back.
+    columns (G|1, t d, t d), orthonormal when `rows` is None, else `rows` (G|1, t d, t d) maps back; mean (h, d) or None.
     """
 
     columns: Tensor
     rows: Tensor | None = None
     exact: tuple[tuple[int, Tensor], ...] = ()
-    spectrum: Tensor | None = None  # (h|1, d) energies, largest first; what energy rules read
+    spectrum: Tensor | None = None  # (G|1, d) energies of t columns each, largest first; what energy rules read
+    merge: int = 1
+    mean: Tensor | None = None
 
     def at(self, rank: int) -> tuple[Tensor, Tensor]:
-        """(down, up) of shapes (h|1, d, rank) and (h|1, rank, d)."""
-        down = dict(self.exact).get(rank, self.columns[..., :rank])
-        up = down.mT if self.rows is None else self.rows[..., :rank, :]
-        return down, up
+        """(down, up) of shapes (G|1, t d, t rank) and (h|1, t rank, d)."""
+        width = rank * self.merge
+        down = dict(self.exact).get(rank, self.columns[..., :width])
+        up = down.mT if self.rows is None else self.rows[..., :width, :]
+        return down, blocks(up, self.merge)
 
 
 @dataclass(frozen=True)
 class LayerBases:
+    """order (h): KV heads in the order in which they are grouped, or None for their own."""
+
     keys: Basis
     values: Basis
+    order: Tensor | None = None
 
     def at(self, rank_k: int, rank_v: int) -> Factors:
-        return Factors(*self.keys.at(rank_k), *self.values.at(rank_v))
+        return Factors(*self.keys.at(rank_k), *self.values.at(rank_v), self.order, self.keys.mean, self.values.mean)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lowkey.backends.segment import Part, Segment
+from lowkey.backends.segment import Part, Segment, kv_heads
 
 BLOCK = 2**25  # scores held at once (numbers): 128 MiB in fp32 bounds the memory of a long prefill
 
@@ -26,7 +26,8 @@ def partial(segments: Sequence[Segment], scaling: float, softcap: float | None =
     for some in _blocks(segments, step):
         out, scores, dead = _block(some, scaling, softcap)
         lse = scores.logsumexp(-1)
-        blocks.append((out, lse if dead is None else lse.masked_fill(dead.squeeze(-1), -torch.inf)))
+        lse = lse if dead is None else lse.masked_fill(dead.squeeze(-1), -torch.inf)
+        blocks.append((out, lse.view(out.shape[:4])))
     return torch.cat([out for out, _ in blocks], dim=3), torch.cat([lse for _, lse in blocks], dim=3)
 
 
@@ -51,39 +52,43 @@ def _rows(s: Segment, start: int, stop: int) -> Segment:
 
 
 def _block(segments: Sequence[Segment], scaling: float, softcap: float | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(out, scores, which queries may see nothing)"""
+    """(out (b, h, g, t, d), scores (b, H, t, s), which queries may see nothing)"""
     scores, dead = _masked(torch.cat([_scores(s, scaling, softcap) for s in segments], dim=-1), segments)
     weights = scores.softmax(-1)
     if dead is not None:
         weights = weights.masked_fill(dead, 0.0)
     parts = weights.to(segments[0].values.dtype).split([s.keys.shape[2] for s in segments], dim=-1)
-    return torch.stack([_values(s, w) for s, w in zip(segments, parts, strict=True)]).sum(0), scores, dead
+    h = kv_heads(segments)
+    return torch.stack([_values(s, w, h) for s, w in zip(segments, parts, strict=True)]).sum(0), scores, dead
 
 
 def _scores(s: Segment, scaling: float, softcap: float | None) -> Tensor:
+    """(b, H, t, s) in fp32"""
     g, t = s.query.shape[2:4]
     scores = capped((s.query.flatten(2, 3) @ s.keys.mT).unflatten(2, (g, t)).float() * scaling, softcap)
-    return scores if s.bias is None else scores + s.bias[:, :, None, None]
+    return (scores if s.bias is None else scores + s.bias[:, :, None, None]).flatten(1, 2)
 
 
 def capped(scores: Tensor, softcap: float | None) -> Tensor:
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
-def _values(s: Segment, weights: Tensor) -> Tensor:
-    g, t = weights.shape[2:4]
-    out = weights.flatten(2, 3) @ s.values
-    return (out if s.up is None else out @ s.up).unflatten(2, (g, t))
+def _values(s: Segment, weights: Tensor, h: int) -> Tensor:
+    """weights (b, H, t, s) -> (b, h, g, t, d): one product for each stored head, then one for each KV head."""
+    heads, t = weights.shape[1:3]
+    out = (weights.unflatten(1, (s.values.shape[1], -1)).flatten(2, 3) @ s.values).flatten(1, 2)
+    out = out.unflatten(1, (h, heads // h * t))
+    return (out if s.up is None else out @ s.up).unflatten(2, (heads // h, t))
 
 
 def _masked(scores: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, Tensor | None]:
     """Scores with -inf where attention is not allowed, and which rows are wholly masked (padding), if any can be."""
     if all(s.mask is None for s in segments):
         return scores, None
-    t = scores.shape[3]
+    t = scores.shape[2]
     masks = [s.mask if s.mask is not None else scores.new_ones(1, t, s.keys.shape[2], dtype=torch.bool) for s in segments]
     batch = max(m.shape[0] for m in masks)
-    allowed = torch.cat([m.expand(batch, -1, -1) for m in masks], dim=-1)[:, None, None]
+    allowed = torch.cat([m.expand(batch, -1, -1) for m in masks], dim=-1)[:, None]
     dead = ~allowed.any(-1, keepdim=True)
     return scores.masked_fill(~allowed, torch.finfo(scores.dtype).min), dead
 

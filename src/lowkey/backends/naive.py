@@ -8,28 +8,35 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lowkey.backends.segment import Part, Segment
+from lowkey.backends.segment import Part, Segment, kv_heads
 
 
 def attend(segments: Sequence[Segment], scaling: float, softcap: float | None = None) -> Tensor:
     """softmax over all segments' scores together, then the weighted values mapped up. Returns (b, h, g, t, d)."""
-    b, h, g, t, _ = segments[0].query.shape
-    rows = [_one(segments, scaling, softcap, i, j, k, m) for i in range(b) for j in range(h) for k in range(g) for m in range(t)]
-    return torch.stack(rows).view(b, h, g, t, -1)
+    b, t = segments[0].query.shape[0], segments[0].query.shape[3]
+    h, heads = kv_heads(segments), segments[0].query.shape[1] * segments[0].query.shape[2]
+    rows = [_one(segments, scaling, softcap, i, j, m, h) for i in range(b) for j in range(heads) for m in range(t)]
+    return torch.stack(rows).view(b, h, heads // h, t, -1)
 
 
-def _one(segments: Sequence[Segment], scaling: float, softcap: float | None, i: int, j: int, k: int, m: int) -> Tensor:
-    scores = torch.cat([_capped(_scores(s, i, j, k, m) * scaling, softcap) + _bias(s, i, j) for s in segments])
+def _one(segments: Sequence[Segment], scaling: float, softcap: float | None, i: int, j: int, m: int, h: int) -> Tensor:
+    """Query head j of all H, whose KV head is j // (H / h)."""
+    heads = segments[0].query.shape[1] * segments[0].query.shape[2]
+    scores = torch.cat([_capped(_scores(s, i, j, m) * scaling, softcap) + _bias(s, i, j) for s in segments])
     allowed = torch.cat([_allowed(s, i, m) for s in segments])
     if not allowed.any():
-        return torch.zeros_like(_mapped(segments[0], segments[0].values[i, j, :0].sum(0), j))
+        return torch.zeros_like(_mapped(segments[0], segments[0].values[i, 0, :0].sum(0), 0))
     weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1).split([s.keys.shape[2] for s in segments])
-    parts = [_mapped(s, w.to(s.values.dtype) @ s.values[i, j], j) for s, w in zip(segments, weights, strict=True)]
+    parts = [
+        _mapped(s, w.to(s.values.dtype) @ s.values[i, j * s.values.shape[1] // heads], j * h // heads)
+        for s, w in zip(segments, weights, strict=True)
+    ]
     return torch.stack(parts).sum(0)
 
 
-def _scores(s: Segment, i: int, j: int, k: int, m: int) -> Tensor:
-    return (s.keys[i, j] @ s.query[i, j, k, m]).float()
+def _scores(s: Segment, i: int, j: int, m: int) -> Tensor:
+    shared = s.query.shape[2]
+    return (s.keys[i, j // shared] @ s.query[i, j // shared, j % shared, m]).float()
 
 
 def _capped(scores: Tensor, softcap: float | None) -> Tensor:
@@ -37,7 +44,7 @@ def _capped(scores: Tensor, softcap: float | None) -> Tensor:
 
 
 def _bias(s: Segment, i: int, j: int) -> Tensor:
-    return s.keys.new_zeros(s.keys.shape[2], dtype=torch.float32) if s.bias is None else s.bias[i, j].float()
+    return s.keys.new_zeros(s.keys.shape[2], dtype=torch.float32) if s.bias is None else s.bias[i, j // s.query.shape[2]].float()
 
 
 def _allowed(s: Segment, i: int, m: int) -> Tensor:

@@ -13,8 +13,9 @@ from torch import Tensor
 class Segment:
     """Keys and values stored one way, with the query carried into their basis.
 
-    query (b, h, g, t, r), keys (b, h, s, r), values (b, h, s, r_V); mask (b|1, t, s), True = attend, or None for all;
-    up (h|1, r_V, d) maps this segment's output back, or None when it is already d wide; bias (b, h, s) is added to the scaled scores.
+    query (b, G, H/G, t, r), keys (b, G, s, r), values (b, G', s, r_V): H query heads in order, each G-th part of which meets one stored
+    head; mask (b|1, t, s), True = attend, or None for all; up (h|1, r_V, d) maps this segment's output back, one map for each KV head, or
+    None when it is already d wide (then G' = h); bias (b, G, s) is added to the scaled scores.
     """
 
     query: Tensor
@@ -23,6 +24,11 @@ class Segment:
     mask: Tensor | None = None
     up: Tensor | None = None
     bias: Tensor | None = None
+
+
+def kv_heads(segments: Sequence[Segment]) -> int:
+    """h: stored heads may stand for several."""
+    return max(max(s.values.shape[1], 1 if s.up is None else s.up.shape[0]) for s in segments)
 
 
 Part = tuple[Tensor, Tensor]

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lowkey.cache import LowkeyCache, Origin, cache_from, make_cache
 from lowkey.layers.base import StoringLayer
+from lowkey.layers.packing import scheme_name
 from lowkey.plan import Plan
 from lowkey.policies import policy_words
 from lowkey.policies.allocators import HeadImportance
@@ -54,17 +55,18 @@ def full(model: PreTrainedModel) -> Setting:
     return Setting("full", identity(budget="100%"), lambda: make_cache(model))
 
 
-def packed(model: PreTrainedModel, bits: int) -> Setting:
-    return Setting(f"int{bits}", identity(bits=bits), lambda: make_cache(model, bits=bits))
+def packed(model: PreTrainedModel, bits: int | str) -> Setting:
+    return Setting(scheme_name(bits), identity(bits=bits), lambda: make_cache(model, bits=bits))
 
 
-def planned(model: PreTrainedModel, plan: Plan, path: str) -> Setting:
-    """A plan, checked once; its caches skip the fingerprint."""
+def planned(model: PreTrainedModel, plan: Plan, path: str, bits: int | str | None = None) -> Setting:
+    """A plan, checked once; its caches skip the fingerprint. bits: its latents in packed integers."""
     plan.check(model)
-    known = identity(method=plan.method["name"], plan=path, budget=plan.budget, layout=plan.layout)
+    known = identity(method=plan.method["name"], plan=path, budget=plan.budget, layout=plan.layout, bits=bits)
     known["profile"] = {**plan.profile, "layers": list(plan.factors)}
-    origin = Origin(weakref.ref(model), plan)
-    return Setting(f"{plan.method['name']} {plan.budget}", known, lambda: cache_from(model, origin))
+    origin = Origin(weakref.ref(model), plan, bits=bits)
+    name = f"{plan.method['name']} {plan.budget}" + ("" if bits is None else f" {scheme_name(bits)}")
+    return Setting(name, known, lambda: cache_from(model, origin))
 
 
 def evicted(

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from lowkey.backends.segment import Segment
 from lowkey.families import Rope
+from lowkey.merging import merged, split
 from lowkey.ops.ragged import row_of
 from lowkey.ops.rope import rotate, unrotate
 from lowkey.types import Factors, Layout
 
 
 class Codec(Protocol):
-    """encode: keys and values (b, h, t, d) at positions (b, t) -> stored forms (b, h, t, r).
+    """encode: keys and values (b, h, t, d) at positions (b, t) -> stored forms (b, G, t, r), G = h unless heads are merged.
     readable: stored keys (b, h, s, r) at positions (b, h|1, s) -> what queries are scored against; readable_rows: the same for keys
     (n, r) of rows of different length, given each one's position (n), where rows start (b h + 1), and h.
     query, out: (b, h, g, t, d) to and from the stored basis.
     keys, values: readable keys and stored values -> (b, h, s, d) as the model made them, as nearly as is known.
+    segment: stored keys (b, G, s, r) at positions (b, s) and values, ready to be attended to by queries (b, h, g, t, d).
+    order (h): the KV heads in the order in which all of this expects them, or None for their own.
     """
+
+    @property
+    def order(self) -> Tensor | None: ...
 
     def encode(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]: ...
     def readable(self, stored: Tensor, positions: Tensor) -> Tensor: ...
@@ -29,12 +36,15 @@ class Codec(Protocol):
     def out(self, out: Tensor) -> Tensor: ...
     def keys(self, readable: Tensor) -> Tensor: ...
     def values(self, stored: Tensor) -> Tensor: ...
+    def segment(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Segment: ...
     def like(self, states: Tensor) -> Codec: ...
 
 
 @dataclass(frozen=True)
 class Plain:
     """As the model made them."""
+
+    order: ClassVar[None] = None
 
     def encode(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         return keys, values
@@ -57,28 +67,74 @@ class Plain:
     def values(self, stored: Tensor) -> Tensor:
         return stored
 
+    def segment(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Segment:
+        return Segment(query, keys, values)
+
     def like(self, states: Tensor) -> Plain:
         return self
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """Keys in rank r_K, values in rank r_V.
+    """Keys in rank r_K, values in rank r_V, of each head or of several heads together.
 
-    `post_rope`: rotated keys are projected and the query is carried into their basis; nothing is expanded back.
+    `post_rope`: rotated keys are projected and the query is carried into their basis; nothing is expanded back, unless that is cheaper.
     `pre_rope`: keys are stored unrotated, and expanded and rotated at their own positions when read (arXiv:2408.05646, whose published
     decoding rotates the whole history at the current position).
+    absorb: always carry the query (True), always expand (False), or whatever takes fewer products (None); the numbers are the same.
     """
 
     factors: Factors
     layout: Layout
     rope: Rope
+    absorb: bool | None = None
+
+    @property
+    def order(self) -> Tensor | None:
+        return self.factors.order
 
     def encode(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         if self.layout == "pre_rope":
             cos, sin = self.rope(positions, keys)
             keys = unrotate(keys.float(), cos, sin).to(keys.dtype)
-        return keys @ self.factors.k_down, values @ self.factors.v_down
+        f = self.factors
+        return merged(_less(keys, f.k_mean), f.k_down), merged(_less(values, f.v_mean), f.v_down)
+
+    def segment(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Segment:
+        if self.layout == "post_rope" and self._carries(query, keys):
+            query, keys = self._carried(query, keys)
+        else:
+            keys = self._expanded(keys, positions)
+        if not self._carries(query, values):
+            return Segment(query, keys, self.values(values))
+        up, mean = self.factors.v_up, self.factors.v_mean
+        if mean is not None:
+            values, up = _with_ones(values), torch.cat([up.expand(len(mean), -1, -1), mean.unsqueeze(1)], 1)
+        return Segment(query, keys, values, None, up)
+
+    def _carries(self, query: Tensor, stored: Tensor) -> bool:
+        """Whether so many queries are cheaper to answer in the stored basis than over expanded heads."""
+        if self.absorb is not None:
+            return self.absorb
+        queries, d = query.shape[2] * query.shape[3], self.factors.k_up.shape[-1]
+        s, width = stored.shape[2:]
+        return queries * width * (s + d) <= s * d * (width + queries)
+
+    def _carried(self, query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (b, G, H/G, t, r) for stored keys (b, G, s, r); a mean adds a channel, which all keys share."""
+        inside, mean = self.query(query), self.factors.k_mean
+        if mean is not None:
+            inside = torch.cat([inside, query @ mean[:, None, :, None]], -1)
+            keys = _with_ones(keys)
+        return inside.flatten(1, 2).unflatten(1, (keys.shape[1], -1)), keys
+
+    def _expanded(self, stored: Tensor, positions: Tensor) -> Tensor:
+        """Keys (b, h, s, d), rotated."""
+        keys = _plus(split(stored, self.factors.k_up), self.factors.k_mean)
+        if self.layout == "post_rope":
+            return keys
+        cos, sin = self.rope(positions, keys)
+        return rotate(keys.float(), cos, sin).to(keys.dtype)
 
     def readable(self, stored: Tensor, positions: Tensor) -> Tensor:
         if self.layout == "post_rope":
@@ -104,14 +160,26 @@ class LowRank:
         return out.to(self.factors.v_up.dtype) @ self.factors.v_up.unsqueeze(1)
 
     def keys(self, readable: Tensor) -> Tensor:
-        return readable if self.layout == "pre_rope" else readable @ self.factors.k_up
+        return readable if self.layout == "pre_rope" else split(readable, self.factors.k_up)
 
     def values(self, stored: Tensor) -> Tensor:
-        return stored @ self.factors.v_up
+        return _plus(split(stored, self.factors.v_up), self.factors.v_mean)
 
     def like(self, states: Tensor) -> LowRank:
         """On the device and in the dtype of the states that will be stored."""
-        return LowRank(self.factors.to(states), self.layout, self.rope)
+        return replace(self, factors=self.factors.to(states))
+
+
+def _with_ones(x: Tensor) -> Tensor:
+    return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1)
+
+
+def _less(x: Tensor, mean: Tensor | None) -> Tensor:
+    return x if mean is None else x - mean.unsqueeze(1)
+
+
+def _plus(x: Tensor, mean: Tensor | None) -> Tensor:
+    return x if mean is None else x + mean.unsqueeze(1)
 
 
 def token_positions(start: int, stop: int, offset: Tensor) -> Tensor:

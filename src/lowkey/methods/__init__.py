@@ -1,31 +1,15 @@
 """Post-training low-rank methods: one file each, one line here.
 
-A method is a frozen dataclass with `summary`, `paper` and `fit(statistics, probe, ranks, seed) -> LayerBases`; its fields are its
-options, on the command line too. An outside method needs no registration: pass the object, or `--method package.module:Class`.
+A method is a frozen dataclass under `Method` with `summary`, `paper` and `fit(statistics, probe, ranks, seed) -> LayerBases`; its fields
+are its options, on the command line too. An outside method needs no registration: pass the object, or `--method package.module:Class`.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
-
+from lowkey.methods.base import Course, Method
 from lowkey.methods.eigenattention import EigenAttention
 from lowkey.methods.pca import PCA
 from lowkey.methods.stiefattention import StiefAttention
-from lowkey.probe import Probe
-from lowkey.types import LayerBases, LayerStatistics
-
-
-class Method(Protocol):
-    """What calibration asks of a method."""
-
-    summary: ClassVar[str]
-    paper: ClassVar[str]
-    allocator: ClassVar[str]
-
-    def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
-        """Bases of one layer for the candidate `ranks`, from its second moments and, if need be, its recorded inputs."""
-        ...
-
 
 METHODS: dict[str, type[Method]] = {
     "pca": PCA,
@@ -33,4 +17,4 @@ METHODS: dict[str, type[Method]] = {
     "stiefattention": StiefAttention,
 }
 
-__all__ = ["METHODS", "PCA", "EigenAttention", "Method", "StiefAttention"]
+__all__ = ["METHODS", "PCA", "Course", "EigenAttention", "Method", "StiefAttention"]

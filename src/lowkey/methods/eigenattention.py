@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from lowkey.methods.base import Method
 from lowkey.ops.bases import principal_basis
 from lowkey.probe import Probe
 from lowkey.types import Heads, LayerBases, LayerStatistics, head_blocks
 
 
 @dataclass(frozen=True)
-class EigenAttention:
+class EigenAttention(Method):
     """SVD of stacked activations, here from their second moments.
 
     form: `paper` takes the key basis from keys and queries together ([K; Q]); `code` from keys alone, as the official
@@ -22,7 +23,6 @@ class EigenAttention:
 
     summary: ClassVar[str] = "eigenvectors of [K; Q] and of V"
     paper: ClassVar[str] = "arXiv:2408.05646"
-    allocator: ClassVar[str] = "greedy"
 
     form: Literal["paper", "code"] = "paper"
     key_bases: Heads = "shared"

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lowkey.methods.base import Method
 from lowkey.ops.bases import principal_basis
 from lowkey.probe import Probe
 from lowkey.types import Heads, LayerBases, LayerStatistics, head_blocks
 
 
 @dataclass(frozen=True)
-class PCA:
+class PCA(Method):
     """Top eigenvectors of the second moment of keys alone and of values alone.
 
     key_bases, value_bases: one basis per KV head, or one shared by the heads of a layer; the same defaults as the other methods,
@@ -19,8 +20,6 @@ class PCA:
     """
 
     summary: ClassVar[str] = "uncentred PCA of keys and values, the plain baseline"
-    paper: ClassVar[str] = ""
-    allocator: ClassVar[str] = "greedy"
 
     key_bases: Heads = "shared"
     value_bases: Heads = "per_head"

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from lowkey.methods.base import Method
 from lowkey.ops.bases import principal_basis
 from lowkey.ops.stiefel import Predictor, RankedMatrices
 from lowkey.probe import Probe
@@ -24,7 +25,7 @@ WIDTH = 128  # of the predictor's hidden layers; the paper gives none
 
 
 @dataclass(frozen=True)
-class StiefAttention:
+class StiefAttention(Method):
     """Bases P with P^T P = I that minimise E ||f(x) - f~(x)||_F / ||f(x)||_F over a layer's recorded inputs (Eq. 11-12).
 
     parametrisation: `free` (ours) trains one matrix per basis from the PCA solution, which all ranks share and from which
@@ -37,7 +38,6 @@ class StiefAttention:
 
     summary: ClassVar[str] = "orthonormal bases trained on the decoder layer's output error"
     paper: ClassVar[str] = "arXiv:2601.21686"
-    allocator: ClassVar[str] = "greedy"
 
     parametrisation: Literal["free", "mlp"] = "free"
     key_bases: Heads = "shared"

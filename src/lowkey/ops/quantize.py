@@ -25,7 +25,7 @@ class Packed:
 
 def quantize(x: Float[Tensor, "*b n"], bits: int, group: int) -> Packed:
     """Round to `bits` (4 or 8) with one scale and one offset, both in x's dtype, per `group` numbers of the last axis."""
-    grouped = x.float().unflatten(-1, (-1, group))
+    grouped = x.float().unflatten(-1, (x.shape[-1] // group, group))
     low, high = grouped.amin(-1), grouped.amax(-1)
     scale = ((high - low) / (2**bits - 1)).clamp_min(1e-8).to(x.dtype)
     low = low.to(x.dtype)
@@ -35,7 +35,10 @@ def quantize(x: Float[Tensor, "*b n"], bits: int, group: int) -> Packed:
 
 def dequantize(p: Packed) -> Tensor:
     """(*b, n) in the dtype of the scales."""
-    codes = unpack(p.codes, p.bits).unflatten(-1, (p.scale.shape[-1], -1)).float()
+    codes = unpack(p.codes, p.bits)
+    if not codes.numel():
+        return codes.to(p.scale.dtype)
+    codes = codes.unflatten(-1, (p.scale.shape[-1], -1)).float()
     return (codes * p.scale.float().unsqueeze(-1) + p.low.float().unsqueeze(-1)).flatten(-2).to(p.scale.dtype)
 
 

@@ -1,0 +1,143 @@
+"""How stored numbers are written down: as they are, or as integers with scales of their own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from lowkey.ops.quantize import Packed, dequantize, quantize
+from lowkey.types import LowkeyError
+
+GROUP = 32  # numbers that share a scale
+
+
+class Packing(Protocol):
+    """pack: (b, G, s, r), s a multiple of `block`, -> the tensors held, one for each of `fields`; unpack: back to (b, G, s, r), given r;
+    joined: more tokens behind those held; nbytes: of s tokens of one head, in a model of so many bytes per number."""
+
+    block: ClassVar[int]
+    fields: ClassVar[tuple[str, ...]]
+
+    def pack(self, x: Tensor) -> tuple[Tensor, ...]: ...
+    def unpack(self, parts: tuple[Tensor, ...], width: int) -> Tensor: ...
+    def joined(self, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]: ...
+    def nbytes(self, tokens: int, width: int, itemsize: int) -> int: ...
+
+
+@dataclass(frozen=True)
+class Whole:
+    """As the model's own numbers."""
+
+    block: ClassVar[int] = 1
+    fields: ClassVar[tuple[str, ...]] = ("",)
+
+    def pack(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (x,)
+
+    def unpack(self, parts: tuple[Tensor, ...], width: int) -> Tensor:
+        return parts[0]
+
+    def joined(self, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (torch.cat([old[0], new[0]], 2),)
+
+    def nbytes(self, tokens: int, width: int, itemsize: int) -> int:
+        return tokens * width * itemsize
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """Integers of 4 or 8 bits; channels of one token in groups of at most 32 share a scale and an offset in the model's dtype."""
+
+    bits: int
+    block: ClassVar[int] = 1
+    fields: ClassVar[tuple[str, ...]] = ("codes", "scale", "low")
+
+    def pack(self, x: Tensor) -> tuple[Tensor, ...]:
+        groups, size = self._groups(x.shape[-1])
+        return quantize(_padded(x, groups * size), self.bits, size).tensors
+
+    def unpack(self, parts: tuple[Tensor, ...], width: int) -> Tensor:
+        return dequantize(packed(parts, self.bits))[..., :width]
+
+    def joined(self, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(torch.cat(pair, 2) for pair in zip(old, new, strict=True))
+
+    def nbytes(self, tokens: int, width: int, itemsize: int) -> int:
+        groups, size = self._groups(width)
+        return tokens * groups * (size * self.bits // 8 + 2 * itemsize)
+
+    def _groups(self, width: int) -> tuple[int, int]:
+        """(groups, channels of each): as even as can be, and whole bytes."""
+        groups = math.ceil(width / GROUP)
+        size = math.ceil(width / groups)
+        return groups, size + size % (8 // self.bits)
+
+
+@dataclass(frozen=True)
+class PerChannel:
+    """Integers of 4 or 8 bits; one channel of 32 tokens in a row shares a scale and an offset, as KIVI does for keys (arXiv:2402.02750),
+    in which a few channels are much larger than the others."""
+
+    bits: int
+    block: ClassVar[int] = GROUP
+    fields: ClassVar[tuple[str, ...]] = ("codes", "scale", "low")
+
+    def pack(self, x: Tensor) -> tuple[Tensor, ...]:
+        return quantize(x.mT, self.bits, GROUP).tensors
+
+    def unpack(self, parts: tuple[Tensor, ...], width: int) -> Tensor:
+        return dequantize(packed(parts, self.bits)).mT
+
+    def joined(self, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(torch.cat(pair, 3) for pair in zip(old, new, strict=True))
+
+    def nbytes(self, tokens: int, width: int, itemsize: int) -> int:
+        return width * tokens // GROUP * (GROUP * self.bits // 8 + 2 * itemsize)
+
+
+def packed(parts: tuple[Tensor, ...], bits: int) -> Packed:
+    codes, scale, low = parts
+    return Packed(codes, scale, low, bits)
+
+
+def _padded(x: Tensor, width: int) -> Tensor:
+    """To more channels by repeating the last, which leaves the scale of its group alone."""
+    return x if x.shape[-1] == width else torch.cat([x, x[..., -1:].expand(*x.shape[:-1], width - x.shape[-1])], -1)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a cache's keys and values are packed. recent: last tokens kept exact when the user says nothing; turned: keys and values pass a
+    block Hadamard transform first, which spreads what is large in a few channels over all of them (arXiv:2407.21118)."""
+
+    keys: Packing
+    values: Packing
+    recent: int = 0
+    turned: bool = False
+
+
+SCHEMES: dict[str, Callable[[], Scheme]] = {
+    "int8": lambda: Scheme(PerToken(8), PerToken(8)),
+    "int4": lambda: Scheme(PerToken(4), PerToken(4)),
+    "kivi8": lambda: Scheme(PerChannel(8), PerToken(8), recent=GROUP),
+    "kivi4": lambda: Scheme(PerChannel(4), PerToken(4), recent=GROUP),
+    "hadamard8": lambda: Scheme(PerToken(8), PerToken(8), turned=True),
+    "hadamard4": lambda: Scheme(PerToken(4), PerToken(4), turned=True),
+}
+
+
+def scheme(bits: int | str) -> Scheme:
+    """A scheme by name; 8 and 4 are `int8` and `int4`. Errors: LowkeyError for another."""
+    name = scheme_name(bits)
+    if name not in SCHEMES:
+        raise LowkeyError(f"bits {bits!r}: packed storage is one of 8, 4, {', '.join(SCHEMES)}")
+    return SCHEMES[name]()
+
+
+def scheme_name(bits: int | str) -> str:
+    return f"int{bits}" if str(bits).isdigit() else str(bits)

@@ -1,0 +1,63 @@
+"""What calibration asks of a method."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lowkey.probe import Probe
+from lowkey.progress import Progress, silent
+from lowkey.types import Factors, LayerBases, LayerStatistics, Layout
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a method that looks at the whole model works on. rows (n, t): ids of the calibration windows; the last `held` only judge."""
+
+    model: PreTrainedModel
+    rows: Tensor
+    held: int
+    layout: Layout
+    ranks: list[int]
+    seed: int
+    batch: int = 4
+    progress: Progress = silent
+
+    @property
+    def training(self) -> Tensor:
+        return self.rows[: -self.held]
+
+
+class Method(ABC):
+    """A frozen dataclass whose fields are its options.
+
+    summary, paper: what it is and its source; allocator: the rule that its paper splits a budget by, or `greedy`; layout: the one its paper
+    stores keys in. tunes, finishes: whether it has the two stages of the same names, which look at the whole model.
+    """
+
+    summary: ClassVar[str]
+    paper: ClassVar[str] = ""
+    allocator: ClassVar[str] = "greedy"
+    layout: ClassVar[Layout] = "post_rope"
+    tunes: ClassVar[bool] = False
+    finishes: ClassVar[bool] = False
+
+    @abstractmethod
+    def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
+        """Bases of one layer for the candidate `ranks`, from its second moments and, if need be, its weights and recorded inputs."""
+
+    def candidates(self, heads: int, head_dim: int, ranks: list[int]) -> list[int]:
+        """Which of the candidate ranks this method can serve, in a model of so many KV heads; always with the full rank."""
+        return ranks
+
+    def tune(self, bases: dict[int, LayerBases], course: Course) -> dict[int, LayerBases]:
+        """Better bases of all layers, before ranks are chosen."""
+        return bases
+
+    def finish(self, factors: dict[int, Factors], course: Course) -> dict[int, Factors]:
+        """Better factors, of the ranks that were chosen."""
+        return factors

@@ -1,0 +1,391 @@
+"""`recover`: a model is trained for a little while through the compression of its cache, and so learns to live with it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lowkey import families, files, text
+from lowkey.cache import cache_of
+from lowkey.fingerprint import data_fingerprint, model_fingerprint
+from lowkey.layers.rebuilding import RebuildingLayer
+from lowkey.plan import Plan, versions
+from lowkey.probe import OneLayerCache, Rebuilt
+from lowkey.progress import Progress, silent
+from lowkey.seam import attach
+from lowkey.types import Factors, LowkeyError, device_of
+
+CHECKPOINT = "training.safetensors"
+LEAST = {"rank": 1, "alpha": 1, "batch": 1, "length": 8, "save_every": 1, "lr": 1e-12}
+LEAST |= dict.fromkeys(("dropout", "warmup", "weight_decay", "seed"), 0)
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How to train.
+
+    stages: objectives in order, each with its number of steps. `distill`: every layer is fed the ORIGINAL model's input for that layer; the
+    relative squared error between its compressed output and the original layer's output, averaged over layers (arXiv:2507.11273, Eq. 7,
+    stage I). `ce`: next-token cross-entropy with compression everywhere. `kl`: KL(original || compressed) of next-token distributions.
+    rank, alpha, dropout: of the LoRA adapters on every linear map of the decoder layers (arXiv:2106.09685). batch, length: windows per step
+    and tokens per window. lr: the peak of each stage, after a share `warmup` of its steps; it then falls to 0 by a cosine. factors: train
+    the plan's maps too, which then are no longer orthonormal; weight_decay is for the adapters alone, since it would pull maps to zero.
+    save_every: steps between checkpoints, when there is a work folder.
+    """
+
+    stages: tuple[tuple[str, int], ...] = (("ce", 200),)
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    batch: int = 4
+    length: int = 256
+    lr: float = 3e-4
+    weight_decay: float = 0.01
+    warmup: float = 0.05
+    factors: bool = False
+    seed: int = 0
+    save_every: int = 50
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """A plain model with the adapters merged into its weights, the plan re-issued for it, and one record per step:
+    {"step": 1.., "stage", "loss": before that step, "tokens": seen by then}."""
+
+    model: PreTrainedModel
+    plan: Plan
+    losses: list[dict]
+
+
+def recover(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: Plan,
+    texts: str | Sequence[str] | None = None,
+    *,
+    settings: Recovery = Recovery(),
+    work: Path | None = None,
+    progress: Progress = silent,
+) -> Recovered:
+    """Train a copy of `model` through `plan` on `texts` (the embedded calibration text when None); model and plan stay as they are.
+
+    Every token is compressed while training, a plan's exact sinks and recent window too. work: a folder to save progress into and resume
+    from; on a CPU a resumed training gives the numbers of an uninterrupted one bit for bit.
+    Errors: LowkeyError when peft is missing, the plan is another model's, settings are out of range, the text is shorter than
+    a window, or the loss is no longer finite.
+    """
+    peft = _peft()
+    _check(settings, model)
+    plan.check(model)
+    joined = texts if isinstance(texts, str) else "\n".join(texts) if texts else text.embedded("calibration")
+    data = Windows.of(tokenizer, joined, settings)
+    folder = _job(work, _describe(plan, data, settings))
+    training = Training.of(peft, model, plan, data, settings)
+    if folder is not None and (folder / CHECKPOINT).exists():
+        training.restore(files.read_tensors(folder / CHECKPOINT, "unfinished training"))
+    with torch.enable_grad():
+        training.run(folder, progress)
+    return _finished(training, plan)
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise LowkeyError("peft is not installed: pip install 'lowkey[train]'") from None
+    return peft
+
+
+def _check(settings: Recovery, model: PreTrainedModel) -> None:
+    if not settings.stages:
+        raise LowkeyError("stages (): there is nothing to train; give at least one, as in (('ce', 200),)")
+    for name, steps in settings.stages:
+        if name not in OBJECTIVES or steps < 1:
+            raise LowkeyError(f"stage {name!r} of {steps} steps: use {', '.join(OBJECTIVES)} and at least 1 step, or leave it out")
+    for name, low in LEAST.items():
+        high = 1 if name in ("dropout", "warmup") else math.inf
+        if not low <= (value := getattr(settings, name)) < high:
+            raise LowkeyError(f"{name} {value}: must be at least {low} and below {high}; leave it out for the default")
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", settings.length)
+    if settings.length > longest:
+        raise LowkeyError(f"length {settings.length}: the model has {longest} positions; give at most that")
+
+
+def _seed(*parts: object) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7])
+
+
+@dataclass(frozen=True)
+class Windows:
+    """ids (n,) of the whole text; start: the beginning-of-text token, or nothing."""
+
+    ids: Tensor
+    start: tuple[int, ...]
+    settings: Recovery
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, joined: str, settings: Recovery) -> Windows:
+        ids = text.encode(tokenizer, joined)
+        start = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
+        if len(ids) < settings.length:
+            raise LowkeyError(f"training text: {len(ids)} tokens are fewer than length {settings.length}; give more text or less length")
+        return cls(ids, start, settings)
+
+    def at(self, step: int) -> Tensor:
+        """Ids (batch, length) of one step, from random places: nothing but the seed and the step decides which."""
+        body = self.settings.length - len(self.start)
+        generator = torch.Generator().manual_seed(_seed(self.settings.seed, step))
+        places = torch.randint(len(self.ids) - body + 1, (self.settings.batch,), generator=generator)
+        start = torch.tensor(self.start, dtype=torch.long).expand(len(places), -1)
+        return torch.cat([start, self.ids.unfold(0, body, 1)[places]], dim=1)
+
+    def fingerprint(self) -> str:
+        return data_fingerprint(torch.cat([torch.tensor(self.start, dtype=torch.long), self.ids]))
+
+
+@dataclass
+class Student:
+    """The model with its adapters, as it runs through the compressed cache and as it was."""
+
+    adapted: Any  # peft.PeftModel
+    plan: Plan
+    factors: dict[int, Factors]
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.adapted.get_base_model()
+
+    def layer(self, i: int) -> RebuildingLayer:
+        return RebuildingLayer(Rebuilt(self.factors[i], self.plan.layout, families.rope(self.model, i)))
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """(b, t, V) in fp32, compressed everywhere."""
+        return self.model(ids, past_key_values=cache_of(self.model, self.layer), use_cache=True).logits.float()
+
+    @contextmanager
+    def original(self) -> Iterator[PreTrainedModel]:
+        with torch.no_grad(), self.adapted.disable_adapter():
+            yield self.model
+
+
+def distill(student: Student, ids: Tensor) -> Iterator[Tensor]:
+    """One part for each compressed layer: ||f~(x) - f(x)||^2 / ||f(x)||^2 at the original's x, over the number of layers."""
+    blocks = families.decoder_layers(student.model)
+    last = len(blocks) - 1
+    with student.original() as model:
+        states = model(ids, use_cache=False, output_hidden_states=True, logits_to_keep=1).hidden_states
+        end = families.run_layer(model, last, blocks[last], states[last], None)  # the model's own last state is normed
+    outputs = [*states[1 : last + 1], end]
+    for i in student.factors:
+        found = families.run_layer(student.model, i, blocks[i], states[i], OneLayerCache(student.layer(i)))
+        target = outputs[i].float()
+        yield (found.float() - target).square().sum() / target.square().sum() / len(student.factors)
+
+
+def cross_entropy(student: Student, ids: Tensor) -> Iterator[Tensor]:
+    yield F.cross_entropy(student.logits(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def divergence(student: Student, ids: Tensor) -> Iterator[Tensor]:
+    """KL(original || compressed) per token, at temperature 1."""
+    with student.original() as model:
+        target = model(ids, use_cache=False).logits.float().log_softmax(-1)
+    found = student.logits(ids).log_softmax(-1)
+    yield F.kl_div(found.flatten(0, 1), target.flatten(0, 1), log_target=True, reduction="batchmean")
+
+
+# parts of a loss, whose sum is the loss: each is differentiated before the next is formed
+OBJECTIVES: dict[str, Callable[[Student, Tensor], Iterator[Tensor]]] = {"distill": distill, "ce": cross_entropy, "kl": divergence}
+
+
+@contextmanager
+def _randomness(device: torch.device, seed: int) -> Iterator[None]:
+    """torch's own random numbers begin at `seed` inside, and go on outside as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _adapted(peft: Any, model: PreTrainedModel, settings: Recovery) -> Any:
+    """A copy of the model, frozen, with adapters in fp32; in eval mode but for the adapters' dropout."""
+    twin = attach(copy.deepcopy(model)).eval().requires_grad_(False)
+    inside = {m for block in families.decoder_layers(twin) for m in block.modules()}
+    names = [name for name, m in twin.named_modules() if isinstance(m, nn.Linear) and m in inside]
+    config = peft.LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=names, bias="none")
+    with _randomness(device_of(twin), _seed(settings.seed, "adapters")):
+        adapted = peft.get_peft_model(twin, config, autocast_adapter_dtype=True).eval()
+    for name, module in adapted.named_modules():
+        if name.endswith(".lora_dropout"):
+            module.train()
+    return adapted
+
+
+def _tensors(f: Factors) -> dict[str, Tensor]:
+    return {x.name: t for x in fields(f) if isinstance(t := getattr(f, x.name), Tensor)}
+
+
+def _maps(f: Factors) -> dict[str, Tensor]:
+    """What can be trained, which the order of heads cannot."""
+    return {name: t for name, t in _tensors(f).items() if t.is_floating_point()}
+
+
+def _loose(f: Factors, device: torch.device) -> Factors:
+    """A copy in fp32 on the layer's device; each map with memory of its own, for orthonormal ones are views of one another."""
+    held = {name: t.detach().to(device, copy=True).contiguous() for name, t in _tensors(f).items()}
+    return replace(f, **{name: t.float() if t.is_floating_point() else t for name, t in held.items()})
+
+
+@dataclass
+class Training:
+    """Steps done are losses held. whole: no step is half done, so that what is held may be saved."""
+
+    student: Student
+    data: Windows
+    settings: Recovery
+    adapters: dict[str, Tensor]
+    maps: dict[str, Tensor]
+    losses: list[float] = field(default_factory=list)
+    whole: bool = True
+
+    def __post_init__(self) -> None:
+        self.schedule = [(name, k, steps) for name, steps in self.settings.stages for k in range(steps)]
+        self.optimizer = self._fresh()
+
+    @classmethod
+    def of(cls, peft: Any, model: PreTrainedModel, plan: Plan, data: Windows, settings: Recovery) -> Training:
+        adapted = _adapted(peft, model, settings)
+        blocks = families.decoder_layers(adapted.get_base_model())
+        factors = {i: _loose(f, device_of(blocks[i])) for i, f in plan.factors.items()}
+        adapters = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+        maps = {f"{i}.{name}": t.requires_grad_() for i, f in factors.items() for name, t in _maps(f).items() if settings.factors}
+        return cls(Student(adapted, plan, factors), data, settings, adapters, maps)
+
+    def _fresh(self) -> torch.optim.AdamW:
+        """A new optimizer for every stage: another objective has gradients of another size."""
+        groups: list[dict] = [{"params": list(self.adapters.values())}]
+        if self.maps:
+            groups.append({"params": list(self.maps.values()), "weight_decay": 0.0})
+        return torch.optim.AdamW(groups, lr=self.settings.lr, weight_decay=self.settings.weight_decay)
+
+    def run(self, folder: Path | None, progress: Progress) -> None:
+        left = range(len(self.losses), len(self.schedule))
+        try:
+            for n in progress(left, "recovering", len(left)):
+                self.step(n)
+                if (n + 1) % self.settings.save_every == 0 or n == left[-1]:
+                    self.save(folder)
+        except KeyboardInterrupt:
+            self.save(folder)
+            raise
+
+    def step(self, n: int) -> None:
+        name, k, steps = self.schedule[n]
+        if k == 0:
+            self.optimizer = self._fresh()
+        rate = self.settings.lr * falling(k, steps, self.settings.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad()
+        loss = self._differentiated(name, n)
+        norm = nn.utils.get_total_norm([p.grad for p in (*self.adapters.values(), *self.maps.values()) if p.grad is not None])
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            rule = f"loss {loss:g} and gradient {float(norm):g} of step {n + 1} must be finite"
+            raise LowkeyError(f"lr {self.settings.lr:g}: {rule}; give a smaller lr")
+        self.whole = False
+        self.optimizer.step()
+        self.losses.append(loss)
+        self.whole = True
+
+    def _differentiated(self, name: str, n: int) -> float:
+        """The loss of step n, its gradients being added to the parameters'."""
+        device, loss = device_of(self.student.model), 0.0
+        with _randomness(device, _seed(self.settings.seed, n, "dropout")):
+            for part in OBJECTIVES[name](self.student, self.data.at(n).to(device)):
+                part.backward()
+                loss += float(part.detach())
+        return loss
+
+    # -- stopping and going on: random numbers depend on the seed and the step alone, so there is no state of theirs to keep
+
+    def save(self, folder: Path | None) -> None:
+        """One file, so that it is of one step. In the middle of a step the last one stays."""
+        if folder is None or not self.whole:
+            return
+        found = {f"parameter.{name}": p.detach() for name, p in (self.adapters | self.maps).items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            found |= {f"adam.{index}.{key}": t for key, t in state.items()}
+        files.write_tensors(folder / CHECKPOINT, found | {"losses": torch.tensor(self.losses, dtype=torch.float64)})
+
+    @torch.no_grad()
+    def restore(self, found: dict[str, Tensor]) -> None:
+        for name, p in (self.adapters | self.maps).items():
+            p.copy_(found[f"parameter.{name}"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, t in found.items():
+            if name.startswith("adam."):
+                _, index, key = name.split(".")
+                state.setdefault(int(index), {})[key] = t
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.losses = found["losses"].tolist()
+
+    def records(self) -> list[dict]:
+        size, names = self.settings.batch * self.settings.length, [name for name, _, _ in self.schedule]
+        return [{"step": n, "stage": names[n - 1], "loss": loss, "tokens": n * size} for n, loss in enumerate(self.losses, 1)]
+
+
+def falling(k: int, steps: int, warmup: float) -> float:
+    """The share of the peak rate at step k (from 0) of a stage: up in a line, then down to 0 by a cosine."""
+    rising = max(1, round(warmup * steps))
+    if k < rising:
+        return (k + 1) / rising
+    return 0.5 + 0.5 * math.cos(math.pi * (k - rising + 1) / (steps - rising + 1))
+
+
+def _finished(training: Training, plan: Plan) -> Recovered:
+    model = training.student.adapted.merge_and_unload().eval().requires_grad_(False)
+    records = training.records()
+    about = {
+        "settings": json.loads(json.dumps(asdict(training.settings))),  # as it comes back from a file
+        "from_sha256": plan.provenance["model_sha256"],
+        "data_sha256": training.data.fingerprint(),
+        "tokens": records[-1]["tokens"],
+        "loss": {"first": records[0]["loss"], "last": records[-1]["loss"]},
+        "versions": versions(),
+    }
+    issued = replace(plan, provenance={**plan.provenance, "model_sha256": model_fingerprint(model), "recovered": about})
+    if maps := training.maps:
+        back = {i: {name: maps[f"{i}.{name}"].detach().to(t.device) for name, t in _maps(f).items()} for i, f in plan.factors.items()}
+        issued = replace(issued, factors={i: replace(f, **back[i]) for i, f in plan.factors.items()}, orthonormal=False)
+    return Recovered(attach(model), issued, records)
+
+
+def _describe(plan: Plan, data: Windows, settings: Recovery) -> dict:
+    digest = hashlib.sha256()
+    for i, f in plan.factors.items():
+        for name, t in _tensors(f).items():
+            digest.update(f"{i}.{name}{tuple(t.shape)}".encode() + t.detach().double().cpu().contiguous().numpy().tobytes())
+    about = {name: value for name, value in asdict(settings).items() if name != "save_every"}
+    return {"recover": about, "plan": plan.describe(), "factors": digest.hexdigest(), "data": data.fingerprint(), "versions": versions()}
+
+
+def _job(work: Path | None, job: dict) -> Path | None:
+    """A work folder belongs to one job: what another has left there goes."""
+    if work is None:
+        return None
+    marker, now = work / "job.json", json.dumps(job, sort_keys=True)
+    if not (marker.exists() and marker.read_text(encoding="utf-8") == now):
+        (work / CHECKPOINT).unlink(missing_ok=True)
+        files.write_text(marker, now)
+    return work

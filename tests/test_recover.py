@@ -1,0 +1,378 @@
+"""Training through the compressed cache: what it computes, that it helps, and that a stopped one goes on as if it had not been."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import math
+import sys
+from dataclasses import asdict, fields, replace
+
+import pico
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import lowkey
+from lowkey import families, seam
+from lowkey.cache import cache_of
+from lowkey.fingerprint import model_fingerprint
+from lowkey.layers.rebuilding import RebuildingLayer
+from lowkey.merging import blocks
+from lowkey.plan import Plan, versions
+from lowkey.probe import Rebuilt
+from lowkey.recover import Recovered, Recovery, recover
+from lowkey.types import Factors, LowkeyError
+
+module = importlib.import_module("lowkey.recover")
+TEXT = "the cat sat on the mat. " * 40
+SMALL = Recovery(stages=(("ce", 4),), rank=4, alpha=8, batch=2, length=24, lr=3e-3, save_every=2)
+
+
+def make_plan(model, rank_k=6, rank_v=6, layout="post_rope", **fields) -> Plan:
+    provenance = {
+        "model": "pico",
+        "model_sha256": model_fingerprint(model),
+        "data_sha256": "0",
+        "tokens": 1,
+        "seed": 0,
+        "versions": versions(),
+    }
+    rest = {"method": {"name": "pca", "parameters": {}}, "allocator": {"name": "uniform", "parameters": {}}, "budget": "50%"}
+    shape = asdict(families.geometry(model))
+    return Plan(pico.layer_factors(model, rank_k, rank_v), layout, **rest, geometry=shape, provenance=provenance, **fields)
+
+
+def run(model=None, plan=None, texts=TEXT, work=None, progress=None, **changes) -> Recovered:
+    model = model or pico.attached("llama")
+    extra = {"progress": progress} if progress else {}
+    return recover(model, pico.tokenizer(), plan or make_plan(model), texts, settings=replace(SMALL, **changes), work=work, **extra)
+
+
+def losses(found: Recovered) -> list[float]:
+    return [record["loss"] for record in found.losses]
+
+
+def maps(plan: Plan) -> dict[str, Tensor]:
+    return {f"{i}.{x.name}": t.clone() for i, f in plan.factors.items() for x in fields(f) if isinstance(t := getattr(f, x.name), Tensor)}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(t, b[name]) for name, t in a.items())
+
+
+def through(model, plan: Plan, ids: Tensor) -> Tensor:
+    """Logits as in training."""
+    cache = cache_of(model, lambda i: RebuildingLayer(Rebuilt(plan.factors[i], plan.layout, families.rope(model, i))))
+    return model(ids, past_key_values=cache, use_cache=True).logits
+
+
+# -- what it computes
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3-partial", "llama-yarn"])
+def test_training_sees_what_a_cache_of_the_plan_gives(name, layout):
+    model, ids = pico.attached(name), pico.prompt(24)
+    plan = make_plan(model, layout=layout)
+    trained = through(model, plan, ids)
+    assert trained.requires_grad
+    assert torch.allclose(trained, pico.feed(model, ids, lowkey.make_cache(model, plan)), atol=1e-5)
+
+
+def merged_factors(seed: int) -> Factors:
+    """Two heads in one latent, in another order and centred."""
+    draw = torch.Generator().manual_seed(seed)
+    k, v = (torch.linalg.qr(torch.randn(2, 32, 32, generator=draw)).Q[..., :12] for _ in "kv")
+    k_mean, v_mean = torch.randn(2, 4, pico.HEAD_DIM, generator=draw)
+    return Factors(k, blocks(k.mT, 2), v, blocks(v.mT, 2), torch.randperm(4, generator=draw), k_mean, v_mean)
+
+
+def test_merged_heads_are_trained_too(layout):
+    model, ids = pico.attached("llama"), pico.prompt(24)
+    plan = make_plan(model, layout=layout)
+    plan = replace(plan, factors={i: merged_factors(i) for i in plan.factors})
+    found = run(model, plan, stages=(("distill", 2), ("ce", 2)), factors=True)
+    assert {n.split(".")[1] for n, t in maps(plan).items() if torch.equal(t, maps(found.plan)[n])} == {"order"}
+    logits = pico.feed(found.model, ids, lowkey.make_cache(found.model, found.plan))
+    assert torch.allclose(logits, through(found.model, found.plan, ids), atol=1e-4)
+
+
+def test_a_rebuilding_layer_stores_nothing():
+    model = pico.attached("llama")
+    plan = make_plan(model)
+    cache = cache_of(model, lambda i: RebuildingLayer(Rebuilt(plan.factors[i], plan.layout, families.rope(model, i))))
+    pico.feed(model, pico.prompt(), cache)
+    assert (cache.nbytes(), cache.predicted_nbytes(), cache.get_seq_length()) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("stage", ["distill", "kl"])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_full_rank_plan_has_nothing_to_distil(name, stage):
+    model = pico.attached(name)
+    found = run(model, make_plan(model, pico.HEAD_DIM, pico.HEAD_DIM), stages=((stage, 1),))
+    assert abs(losses(found)[0]) < 1e-6
+
+
+def test_distillation_starts_at_the_error_of_each_layer():
+    model = pico.attached("llama")
+    plan = make_plan(model)
+    ids = module.Windows.of(pico.tokenizer(), TEXT, SMALL).at(0)
+    with torch.no_grad():
+        inputs = model(ids, output_hidden_states=True).hidden_states
+        errors = []
+        for i, f in plan.factors.items():
+            block = families.decoder_layers(model)[i]
+            storage = module.OneLayerCache(Rebuilt(f, plan.layout, families.rope(model, i)))
+            exact, found = (families.run_layer(model, i, block, inputs[i], cache) for cache in (None, storage))
+            errors.append(float((found - exact).square().sum() / exact.square().sum()))
+    assert losses(run(stages=(("distill", 1),)))[0] == pytest.approx(sum(errors) / len(errors), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "phi3"])
+def test_every_linear_map_of_the_layers_is_trained(name):
+    model = pico.attached(name)
+    found = run(model, stages=(("distill", 1), ("ce", 1), ("kl", 1)))
+    assert [r["stage"] for r in found.losses] == ["distill", "ce", "kl"]
+    before, after = model.state_dict(), found.model.state_dict()
+    moved = {n for n in before if not torch.equal(before[n], after[n])}
+    inside = [m for block in families.decoder_layers(model) for m in block.modules()]
+    linear = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m in inside}
+    assert list(before) == list(after) and moved == linear
+
+
+def test_adapters_of_a_half_precision_model_are_in_full_precision():
+    model = lowkey.attach(pico.build("llama").to(torch.bfloat16))
+    plan = make_plan(model, layout="pre_rope")
+    data = module.Windows.of(pico.tokenizer(), TEXT, SMALL)
+    training = module.Training.of(module._peft(), model, plan, data, SMALL)
+    assert {p.dtype for p in training.adapters.values()} == {torch.float32}
+    found = run(model, plan, stages=(("distill", 2), ("kl", 2)), factors=True)
+    assert {p.dtype for p in found.model.parameters()} == {torch.bfloat16}
+    assert all(map(math.isfinite, losses(found)))
+
+
+def test_the_windows_of_a_step_depend_on_the_seed_and_the_step_alone():
+    data, other = (module.Windows.of(pico.tokenizer(), TEXT, replace(SMALL, seed=s)) for s in (0, 1))
+    assert data.at(3).shape == (2, 24) and bool((data.at(3)[:, 0] == pico.tokenizer().bos_token_id).all())
+    assert torch.equal(data.at(3), data.at(3))
+    assert not torch.equal(data.at(3), data.at(4)) and not torch.equal(data.at(3), other.at(3))
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0.05), (2, 0.0), (100, 0.05), (3, 0.99)])
+def test_the_rate_rises_to_its_peak_once_and_falls(steps, warmup):
+    rates = [module.falling(k, steps, warmup) for k in range(steps)]
+    top = rates.index(1.0)
+    assert rates == sorted(rates[: top + 1]) + sorted(rates[top + 1 :], reverse=True) and min(rates) > 0
+
+
+# -- what it is good for
+
+
+@pytest.fixture(scope="module")
+def learned() -> dict[bool, Recovered]:
+    """Trained without and with the maps."""
+    return {on: run(stages=(("ce", 40),), lr=1e-2, factors=on) for on in (False, True)}
+
+
+def test_the_loss_goes_down(learned):
+    found = losses(learned[False])
+    assert len(found) == 40 and found[-1] < 0.5 * found[0]
+    assert learned[False].losses[-1] == {"step": 40, "stage": "ce", "loss": found[-1], "tokens": 40 * 2 * 24}
+
+
+def test_training_the_maps_too_helps_more(learned):
+    alone, both = learned[False], learned[True]
+    assert sum(losses(both)[-5:]) < sum(losses(alone)[-5:])
+    old = make_plan(pico.attached("llama"))
+    assert same(maps(alone.plan), maps(old)) and alone.plan.orthonormal
+    assert not any(torch.equal(t, maps(old)[name]) for name, t in maps(both.plan).items()) and not both.plan.orthonormal
+    assert not any(t.requires_grad for t in maps(both.plan).values())
+
+
+@pytest.mark.parametrize("factors", [False, True])
+def test_the_plan_is_the_new_models_and_keeps_what_was_learned(learned, tmp_path, factors):
+    found = learned[factors]
+    found.plan.save(tmp_path / "plan")
+    found.model.save_pretrained(tmp_path / "model")
+    model = lowkey.attach(AutoModelForCausalLM.from_pretrained(tmp_path / "model"))
+    plan = Plan.load(tmp_path / "plan", model)
+    assert plan.provenance == found.plan.provenance
+    ids = module.Windows.of(pico.tokenizer(), TEXT, SMALL).at(1000)
+    logits = pico.feed(model, ids, lowkey.make_cache(model, plan))
+    assert torch.allclose(logits, through(found.model, found.plan, ids), atol=1e-4)
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert float(loss) < 0.5 * losses(found)[0]
+    with pytest.raises(LowkeyError, match="plan was made for"):
+        plan.check(pico.attached("llama"))
+
+
+def test_the_new_model_is_a_plain_one(learned):
+    model = learned[False].model
+    assert type(model) is type(pico.attached("llama")) and seam.attached(model) and not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not any("lora" in name for name, _ in model.named_modules())
+
+
+def test_the_plan_says_what_was_done(learned):
+    about = learned[True].plan.provenance["recovered"]
+    assert about["settings"]["stages"] == [["ce", 40]] and about["settings"]["factors"]
+    assert about["tokens"] == 40 * 2 * 24 and about["loss"]["last"] == losses(learned[True])[-1]
+    assert about["from_sha256"] == model_fingerprint(pico.attached("llama"))
+
+
+def test_model_and_plan_stay_as_they_were():
+    model = pico.build("llama")
+    plan = make_plan(model)
+    weights, before, random = copy.deepcopy(model.state_dict()), maps(plan), torch.get_rng_state()
+    said, flags = copy.deepcopy(plan.describe()), [p.requires_grad for p in model.parameters()]
+    run(model, plan, factors=True, dropout=0.2)
+    assert same(weights, model.state_dict()) and same(before, maps(plan)) and plan.describe() == said
+    assert [p.requires_grad for p in model.parameters()] == flags and not seam.attached(model)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_training_works_where_gradients_are_off():
+    with torch.no_grad():
+        assert len(losses(run(stages=(("ce", 1),)))) == 1
+
+
+# -- resuming
+
+
+def stop_before(step: int):
+    """A progress at which the user loses patience."""
+
+    def progress(items, label, total=None):
+        for i, item in enumerate(items):
+            if i == step:
+                raise KeyboardInterrupt
+            yield item
+
+    return progress
+
+
+TWO = {"stages": (("distill", 4), ("ce", 4)), "factors": True, "dropout": 0.2}
+
+
+@pytest.fixture(scope="module")
+def straight() -> Recovered:
+    return run(**TWO)
+
+
+@pytest.mark.parametrize("step", [0, 3, 4, 7])
+def test_a_stopped_training_resumes_to_the_same_numbers(tmp_path, straight, step):
+    with pytest.raises(KeyboardInterrupt):
+        run(work=tmp_path, progress=stop_before(step), **TWO)
+    torch.manual_seed(step)  # what others draw must not matter
+    resumed = run(work=tmp_path, save_every=3, **TWO)
+    assert resumed.losses == straight.losses
+    assert same(resumed.model.state_dict(), straight.model.state_dict()) and same(maps(resumed.plan), maps(straight.plan))
+
+
+def test_a_crash_costs_the_steps_since_the_last_checkpoint(tmp_path, straight, monkeypatch):
+    step, done = module.Training.step, []
+
+    def failing(self, n):
+        if n == 5 and len(done) == 5:
+            raise RuntimeError("no more power")
+        done.append(n)
+        step(self, n)
+
+    monkeypatch.setattr(module.Training, "step", failing)
+    with pytest.raises(RuntimeError):
+        run(work=tmp_path, **TWO)
+    assert run(work=tmp_path, **TWO).losses == straight.losses
+    assert done == [0, 1, 2, 3, 4, 4, 5, 6, 7]
+
+
+def test_a_step_that_was_interrupted_halfway_is_not_saved(tmp_path, straight, monkeypatch):
+    update, count = torch.optim.AdamW.step, []
+
+    def interrupted(self, *args):
+        count.append(1)
+        update(self, *args)
+        if len(count) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(work=tmp_path, **TWO)
+    assert run(work=tmp_path, **TWO).losses == straight.losses
+
+
+def test_a_finished_training_is_not_repeated(tmp_path, monkeypatch):
+    first = run(work=tmp_path)
+    monkeypatch.setattr(module.Training, "step", None)
+    again = run(work=tmp_path)
+    assert again.losses == first.losses and same(again.model.state_dict(), first.model.state_dict())
+
+
+@pytest.mark.parametrize("other", [{"lr": 1e-3}, {"texts": TEXT + "!"}, {"seed": 1}, {"stages": (("ce", 5),)}], ids=lambda o: next(iter(o)))
+def test_a_work_folder_of_another_job_is_not_reused(tmp_path, other):
+    run(work=tmp_path)
+    assert run(work=tmp_path, **other).losses == run(**other).losses
+
+
+def test_a_work_folder_of_another_plan_is_not_reused(tmp_path):
+    model = pico.attached("llama")
+    plan = make_plan(model)
+    other = replace(plan, factors={i: pico.factors(4, 6, 6, seed=9) for i in plan.factors})
+    run(model, plan, work=tmp_path)
+    assert run(model, other, work=tmp_path).losses == run(model, other).losses
+
+
+def test_unfinished_work_is_plain_data(tmp_path):
+    run(work=tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["job.json", "training.safetensors"]
+    assert json.loads((tmp_path / "job.json").read_text())["recover"]["rank"] == 4
+
+
+# -- refusals
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stages": ()},
+        {"stages": (("best", 3),)},
+        {"stages": (("ce", 0),)},
+        {"stages": (("distill", 3), ("ce", -1))},
+        {"rank": 0},
+        {"alpha": 0},
+        {"dropout": 1.0},
+        {"batch": 0},
+        {"length": 7},
+        {"length": 513},
+        {"length": 400, "texts": "short"},
+        {"lr": 0.0},
+        {"lr": float("nan")},
+        {"weight_decay": -1.0},
+        {"warmup": 1.5},
+        {"save_every": 0},
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_refused_in_one_line(options):
+    with pytest.raises(LowkeyError) as refusal:
+        run(**options)
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+def test_another_models_plan_is_refused():
+    with pytest.raises(LowkeyError, match="plan was made for"):
+        run(pico.attached("llama"), make_plan(pico.attached("llama-mha")))
+
+
+def test_without_peft_the_remedy_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(LowkeyError, match=r"peft is not installed: pip install 'lowkey\[train\]'"):
+        run()
+
+
+def test_a_loss_that_is_no_number_is_refused_and_the_checkpoint_stays(tmp_path):
+    with pytest.raises(LowkeyError, match=r"lr 1e\+30: .* step 2 .* smaller lr"):
+        run(work=tmp_path, lr=1e30, save_every=1)
+    assert (tmp_path / "training.safetensors").exists()
