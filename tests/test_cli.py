@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from lowkey import cli, files, loading
+from lowkey.commands import making
 from lowkey.allocate import ALLOCATORS
 from lowkey.evaluate.result import TASKS
 from lowkey.methods import METHODS, PCA, StiefAttention
@@ -186,8 +187,8 @@ def test_bad_arguments_of_compress(model, here, monkeypatch, words, says):
         (["--context", 16, "--task", "recall"], ["context 16", "longer context"]),
         (["--windows", 0], ["windows 0", "at least 1"]),
         (["--cases", 0], ["cases 0", "at least 1"]),
-        (["--bits", 5], ["bits=5", "4 or 8"]),
-        (["--bits", "few"], ["--bits", "'few'", "--help"]),
+        (["--bits", 5], ["bits '5'", "int8", "kivi4"]),
+        (["--bits", "few"], ["bits 'few'", "hadamard4"]),
         (["--plan", "missing"], ["missing", "does not exist", "lowkey compress"]),
         (["--out", "."], ["output '.'", "folder"]),
         (["--out", "notes.txt/r.json", "--task", "speed"], ["notes.txt/r.json", "another place"]),
@@ -206,7 +207,7 @@ def test_bad_arguments_of_eval(model, here, words, says):
     [
         (["--prompt", ""], ["prompt ''", "empty"]),
         (["--prompt", "a", "--tokens", 0], ["tokens 0", "at least 1"]),
-        (["--prompt", "a", "--bits", 3], ["bits=3", "4 or 8"]),
+        (["--prompt", "a", "--bits", 3], ["bits '3'", "int8"]),
         (["--prompt", "a", "--plan", "missing"], ["missing", "does not exist"]),
         ([], ["--prompt", "--help"]),
     ],
@@ -217,8 +218,8 @@ def test_bad_arguments_of_generate(model, here, words, says):
     assert [s for s in says if s not in line] == []
 
 
-def test_a_plan_together_with_bits_is_refused(model, made):
-    assert "one of them" in refused("generate", model, "--prompt", "a", "--plan", made[0], "--bits", 8)
+def test_a_policy_together_with_bits_is_refused(model):
+    assert "one of them" in refused("generate", model, "--prompt", "a", "--policy", "snapkv", "--budget", "50%", "--bits", 8)
 
 
 @pytest.mark.parametrize("words", [["compres"], ["compress"], ["methods", "--jsn"], ["inspect"]], ids=str)
@@ -227,7 +228,7 @@ def test_a_command_line_that_does_not_parse(words):
 
 
 def test_arguments_are_judged_before_the_model_is_loaded(here, monkeypatch):
-    monkeypatch.setattr(cli, "load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(making, "load", lambda *_: pytest.fail("loaded"))
     for words in (["--layout", "rope"], ["--budget", "150%"], ["--method", "zzz"], ["--calibration", "none.txt"]):
         refused("compress", "tiny", "out", *words)
 
@@ -740,9 +741,10 @@ def test_plans_of_the_same_name_keep_rows_of_their_own(model, made, here):
     done("compress", model, "wide", *SMALL, "--rank-multiple", 8)
     words = ("--plan", made[0], "--plan", "wide", "--bits", 8, "--task", "layers", "--out", "r.json")
     rows = printed("eval", model, *SCORE, *words)["rows"]
-    assert [row["name"] for row in rows] == ["full", "pca 50%", "pca 50% (2)", "int8"]
-    assert [row["plan"] for row in rows] == [None, str(made[0]), "wide", None]
+    assert [row["name"] for row in rows] == ["full", "pca 50%", "pca 50% (2)", "pca 50% int8", "pca 50% int8 (2)", "int8"]
+    assert [row["plan"] for row in rows] == [None, *[str(made[0]), "wide"] * 2, None]
     assert rows[1]["layer_error"] != rows[2]["layer_error"]
+    assert rows[3]["bytes_held"] < rows[1]["bytes_held"] and (rows[3]["bits"], rows[3]["packing"]) == (8, "int8")
 
 
 def test_without_a_name_the_result_goes_to_results(model, here):
@@ -794,7 +796,14 @@ def test_generate_streams_the_same_text(model, made):
 
 def test_generate_over_packed_integers(model):
     told = printed("generate", model, "--prompt", "Once upon a time", "--bits", 8, "--tokens", 5)
-    assert told["bytes_held"] / told["bytes_full"] == (16 + 8) / 64
+    places = pico.LAYERS * 2 * 8  # two row positions per layer
+    assert (told["bytes_held"] - places) / told["bytes_full"] == (16 + 8) / 64
+
+
+@pytest.mark.parametrize("bits", ["int4", "kivi4", "hadamard4"])
+def test_generate_over_packed_latents(model, made, bits):
+    whole, packed = (printed("generate", model, "--prompt", "Once upon a time " * 8, "--plan", made[0], *b) for b in ((), ("--bits", bits)))
+    assert packed["bytes_held"] < whole["bytes_held"]
 
 
 def test_generate_over_the_full_cache(model):

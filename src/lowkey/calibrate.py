@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from lowkey.types import LAYOUTS, Basis, Budget, Factors, LayerBases, Layout, Lo
 from lowkey.unfinished import Surface, job_folder, load_layer, save_layer
 
 HELD = 0.25  # share of the calibration windows that only judge: the error surface and early stopping
-Judge = Literal["layers", "loss"]
+JUDGES = ("layers", "loss")
 T = TypeVar("T")
 STEPS = 8  # candidate ranks, evenly spaced up to the head dim
 
@@ -56,7 +56,7 @@ def calibrate(
     layout: Layout | None = None,
     sample: Sample = Sample(),
     rank_multiple: int = 1,
-    judge: Judge = "layers",
+    judge: str = "layers",
     sinks: int = 0,
     recent: int = 0,
     heads: HeadImportance | None = None,
@@ -135,8 +135,8 @@ def _check(sample: Sample, sinks: int, recent: int, layout: str, judge: str) -> 
             raise LowkeyError(f"{name} {value}: must be at least {low}; leave it out for the default")
     if layout not in LAYOUTS:
         raise LowkeyError(f"layout {layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
-    if judge not in get_args(Judge):
-        raise LowkeyError(f"judge {judge!r} is unknown; choose one of {', '.join(get_args(Judge))}")
+    if judge not in JUDGES:
+        raise LowkeyError(f"judge {judge!r} is unknown; choose one of {', '.join(JUDGES)}")
 
 
 def candidates(head_dim: int, multiple: int) -> list[int]:
@@ -147,7 +147,7 @@ def candidates(head_dim: int, multiple: int) -> list[int]:
     return sorted({*range(step, head_dim, step), head_dim})
 
 
-def fit_layers(method: Method, course: Course, work: Path | None = None, judge: Judge = "layers") -> tuple[dict[int, LayerBases], Profile]:
+def fit_layers(method: Method, course: Course, work: Path | None = None, judge: str = "layers") -> tuple[dict[int, LayerBases], Profile]:
     """Bases and error surface of every compressible layer. Only one layer's inputs are held at a time."""
     model, sides = course.model, course.training.split(course.batch)
     statistics = gather(model, course.progress(sides, "second moments"), work)
@@ -187,7 +187,7 @@ def _tuned(method: Method, bases: dict[int, LayerBases], course: Course, work: P
     return tuned
 
 
-def _surfaces(bases: dict[int, LayerBases], course: Course, judge: Judge) -> list[Surface]:
+def _surfaces(bases: dict[int, LayerBases], course: Course, judge: str) -> list[Surface]:
     if judge == "loss":
         return loss_surfaces(course.model, course.rows[-course.held :], bases, course.ranks, course.layout, course.progress)
     walk = _probes(course, "measuring", lambda i: None)

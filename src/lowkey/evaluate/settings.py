@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from lowkey.cache import LowkeyCache, Origin, cache_from, make_cache
 from lowkey.layers.base import StoringLayer
-from lowkey.layers.packing import scheme_name
+from lowkey.layers.packing import scheme, scheme_name
 from lowkey.plan import Plan
 from lowkey.policies import policy_words
 from lowkey.policies.allocators import HeadImportance
@@ -47,7 +47,7 @@ class Setting:
 
 
 def identity(**known: object) -> dict:
-    names = ("method", "plan", "policy", "budget", "bits", "layout", "task")
+    names = ("method", "plan", "policy", "budget", "bits", "packing", "layout", "task")
     return dict.fromkeys(names) | known
 
 
@@ -56,13 +56,18 @@ def full(model: PreTrainedModel) -> Setting:
 
 
 def packed(model: PreTrainedModel, bits: int | str) -> Setting:
-    return Setting(scheme_name(bits), identity(bits=bits), lambda: make_cache(model, bits=bits))
+    scheme(bits)  # refuses now what would be refused at the first case
+    return Setting(scheme_name(bits), identity(**_packing(bits)), lambda: make_cache(model, bits=bits))
+
+
+def _packing(bits: int | str | None) -> dict:
+    return {} if bits is None else {"bits": scheme(bits).bits, "packing": scheme_name(bits)}
 
 
 def planned(model: PreTrainedModel, plan: Plan, path: str, bits: int | str | None = None) -> Setting:
     """A plan, checked once; its caches skip the fingerprint. bits: its latents in packed integers."""
     plan.check(model)
-    known = identity(method=plan.method["name"], plan=path, budget=plan.budget, layout=plan.layout, bits=bits)
+    known = identity(method=plan.method["name"], plan=path, budget=plan.budget, layout=plan.layout, **_packing(bits))
     known["profile"] = {**plan.profile, "layers": list(plan.factors)}
     origin = Origin(weakref.ref(model), plan, bits=bits)
     name = f"{plan.method['name']} {plan.budget}" + ("" if bits is None else f" {scheme_name(bits)}")

@@ -112,9 +112,10 @@ def _padded(x: Tensor, width: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a cache's keys and values are packed. recent: last tokens kept exact when the user says nothing; turned: keys and values pass a
+    """How a cache's keys and values are packed. bits: of every stored number. recent: last tokens kept exact when the user says nothing; turned: keys and values pass a
     block Hadamard transform first, which spreads what is large in a few channels over all of them (arXiv:2407.21118)."""
 
+    bits: int
     keys: Packing
     values: Packing
     recent: int = 0
@@ -122,12 +123,12 @@ class Scheme:
 
 
 SCHEMES: dict[str, Callable[[], Scheme]] = {
-    "int8": lambda: Scheme(PerToken(8), PerToken(8)),
-    "int4": lambda: Scheme(PerToken(4), PerToken(4)),
-    "kivi8": lambda: Scheme(PerChannel(8), PerToken(8), recent=GROUP),
-    "kivi4": lambda: Scheme(PerChannel(4), PerToken(4), recent=GROUP),
-    "hadamard8": lambda: Scheme(PerToken(8), PerToken(8), turned=True),
-    "hadamard4": lambda: Scheme(PerToken(4), PerToken(4), turned=True),
+    "int8": lambda: Scheme(8, PerToken(8), PerToken(8)),
+    "int4": lambda: Scheme(4, PerToken(4), PerToken(4)),
+    "kivi8": lambda: Scheme(8, PerChannel(8), PerToken(8), recent=GROUP),
+    "kivi4": lambda: Scheme(4, PerChannel(4), PerToken(4), recent=GROUP),
+    "hadamard8": lambda: Scheme(8, PerToken(8), PerToken(8), turned=True),
+    "hadamard4": lambda: Scheme(4, PerToken(4), PerToken(4), turned=True),
 }
 
 

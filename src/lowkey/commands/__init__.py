@@ -1,0 +1,1 @@
+"""The sub-commands of `lowkey`, by what they are for."""

@@ -1,0 +1,198 @@
+"""Commands that make something: a plan, a profile, head scores."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowkey import files, text
+from lowkey.allocate import ALLOCATORS
+from lowkey.calibrate import Sample, calibrate, describe
+from lowkey.commands.common import (
+    AsJson,
+    Calibration,
+    Device,
+    Dtype,
+    Force,
+    Model,
+    Seed,
+    at_least,
+    err,
+    head_scores,
+    layout_of,
+    options_of,
+)
+from lowkey.echo import ECHOES, estimate_echo
+from lowkey.heads import KINDS, estimate_heads
+from lowkey.loading import load, make_method
+from lowkey.needles import TASKS as NEEDLES
+from lowkey.plan import Plan
+from lowkey.progress import bars
+from lowkey.recover import OBJECTIVES, Recovery
+from lowkey.recover import recover as train
+from lowkey.show import show_heads, show_plan
+from lowkey.types import Budget, LowkeyError
+
+
+def compress(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="folder to write the plan to")],
+    method: Annotated[str, typer.Option(help="a name that `lowkey methods` lists, or package.module:Class")] = "stiefattention",
+    budget: Annotated[str | None, typer.Option(help="bytes kept: '50%' or '64 KiB/token' (50% when no budget is given)")] = None,
+    error_budget: Annotated[float | None, typer.Option(help="instead: the largest relative layer-output error, like 0.03")] = None,
+    allocator: Annotated[str | None, typer.Option(help=f"how ranks are split: {', '.join(ALLOCATORS)}")] = None,
+    layout: Annotated[str | None, typer.Option(help="post_rope or pre_rope (the method's own when not given)")] = None,
+    calibration: Annotated[Path | None, typer.Option(help="a UTF-8 text file (default: the embedded text)")] = None,
+    windows: Annotated[int, typer.Option(help="calibration windows")] = 32,
+    context: Annotated[int, typer.Option(help="tokens per calibration window")] = 512,
+    judge: Annotated[str, typer.Option(help="what ranks cost: layers (output error) or loss (one layer compressed at a time)")] = "layers",
+    rank_multiple: Annotated[int, typer.Option(help="hold every rank to a multiple of this")] = 1,
+    sinks: Annotated[int, typer.Option(help="first tokens kept exact")] = 0,
+    recent: Annotated[int, typer.Option(help="last tokens kept exact")] = 0,
+    heads: Annotated[list[Path] | None, typer.Option(help="a file of head scores to keep in the plan, for policies on top of it")] = None,
+    option: Annotated[list[str] | None, typer.Option("--option", "-O", help="an option of the method, like epochs=5")] = None,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    force: Annotated[bool, typer.Option(help="replace a folder that holds files")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fit a method on text and write a plan. Interrupted work resumes when the same command is given again."""
+    work = files.check_output(out, force)
+    at_least(4, windows=windows)
+    at_least(8, context=context)
+    chosen, form = make_method(method, options_of(option)), layout_of(layout) if layout else None
+    asked = None if budget is None else Budget.parse(budget)
+    corpus = text.read_text(calibration, "calibration") if calibration else None
+    loaded, tokenizer = load(model, dtype, device)
+    plan = calibrate(
+        *(loaded, tokenizer, corpus),
+        method=chosen,
+        budget=asked,
+        error_budget=error_budget,
+        allocator=allocator,
+        layout=form,
+        sample=Sample(windows, context, seed),
+        rank_multiple=rank_multiple,
+        judge=judge,
+        sinks=sinks,
+        recent=recent,
+        heads=head_scores(heads, loaded),
+        work=work,
+        progress=bars,
+    )
+    plan.save(out, force)
+    shutil.rmtree(work, ignore_errors=True)
+    show_plan(plan, out, as_json)
+
+
+def profile(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder for profile.json and the plots")] = Path("profile"),
+    method: Annotated[str, typer.Option(help="whose bases to profile")] = "eigenattention",
+    layout: Annotated[str, typer.Option(help="post_rope or pre_rope")] = "post_rope",
+    calibration: Annotated[Path | None, typer.Option(help="a UTF-8 text file (default: the embedded text)")] = None,
+    windows: Annotated[int, typer.Option(help="calibration windows")] = 16,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """The error-rank surface of every layer and the spectra of keys and values, as JSON and PNG."""
+    from lowkey.report import plots
+
+    at_least(4, windows=windows)
+    corpus = text.read_text(calibration, "calibration") if calibration else None
+    loaded, tokenizer = load(model, dtype, device)
+    plan = calibrate(
+        loaded,
+        tokenizer,
+        corpus,
+        method=make_method(method, {}),
+        layout=layout_of(layout),
+        sample=Sample(windows, seed=seed),
+        progress=bars,
+    )
+    found = {"model": model, "method": describe(make_method(method, {})), **plan.profile, "layers": list(plan.factors)}
+    files.write_json(out / "profile.json", found)
+    for name, draw in (("surface", plots.error_surface_figure), ("spectra", plots.spectra_figure)):
+        with files.replacing(out / f"{name}.png") as temporary:
+            draw(found).savefig(temporary, format="png", dpi=150)
+    print(json.dumps(found)) if as_json else err.print(f"profile.json, surface.png and spectra.png written to {out}", highlight=False)
+
+
+def heads(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="the JSON file to write")] = Path("heads.json"),
+    kind: Annotated[str, typer.Option(help=f"the score: {', '.join([*KINDS, *ECHOES])}")] = "r2",
+    task: Annotated[str | None, typer.Option(help=f"{', '.join(NEEDLES)} (default: the kind's own)")] = None,
+    haystack: Annotated[Path | None, typer.Option(help="a UTF-8 text file (default: the embedded text)")] = None,
+    cases: Annotated[int, typer.Option(help="cases to ask; those answered right count")] = 100,
+    context: Annotated[int, typer.Option(help="tokens of the longest cases; the shortest have a fifth")] = 1024,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    force: Annotated[bool, typer.Option(help="replace a file")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure which heads find the answer in a long text, for policies that split their budget by it."""
+    files.check_file(out, force)
+    corpus = text.read_text(haystack, "haystack") if haystack else None
+    loaded, tokenizer = load(model, dtype, device)
+    if kind in ECHOES:
+        found = estimate_echo(loaded, tokenizer, kind=kind, cases=cases, context=context, seed=seed, progress=bars)
+    else:
+        found = estimate_heads(
+            loaded, tokenizer, kind=kind, task=task, haystack=corpus, cases=cases, context=context, seed=seed, progress=bars
+        )
+    found.save(out)
+    print(json.dumps({"heads": str(out), **found.describe()})) if as_json else show_heads(found, out, cases)
+
+
+def recover(
+    model: Model,
+    plan: Annotated[Path, typer.Argument(help="a plan folder made for this model")],
+    out: Annotated[Path, typer.Argument(help="folder to write the trained model and, in OUT/plan, its plan to")],
+    stages: Annotated[
+        str, typer.Option(help=f"objectives and steps in order, like distill=100,ce=200: {', '.join(OBJECTIVES)}")
+    ] = "kl=200",
+    calibration: Calibration = None,
+    factors: Annotated[bool, typer.Option(help="train the plan's maps too")] = False,
+    rank: Annotated[int, typer.Option(help="of the LoRA adapters")] = 16,
+    lr: Annotated[float, typer.Option(help="peak learning rate")] = 3e-4,
+    batch: Annotated[int, typer.Option(help="windows per step")] = 4,
+    length: Annotated[int, typer.Option(help="tokens per window")] = 256,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a model through a plan, so that it learns to live with it. Interrupted work resumes when the same command is given again."""
+    work = files.check_output(out, force)
+    settings = Recovery(_stages(stages), rank, 2 * rank, batch=batch, length=length, lr=lr, factors=factors, seed=seed)
+    corpus = text.read_text(calibration, "calibration") if calibration else None
+    loaded, tokenizer = load(model, dtype, device)
+    found = train(loaded, tokenizer, Plan.load(plan, loaded), corpus, settings=settings, work=work, progress=bars)
+    with files.replacing_folder(out) as temporary:
+        found.model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        found.plan.save(temporary / "plan")
+        files.write_json(temporary / "losses.json", found.losses)
+    shutil.rmtree(work, ignore_errors=True)
+    first, last = (found.losses[i]["loss"] for i in (0, -1))
+    told = {"model": str(out), "plan": str(out / "plan"), "steps": len(found.losses), "first_loss": first, "last_loss": last}
+    print(json.dumps(told)) if as_json else err.print(
+        f"model and plan written to {out} after {len(found.losses)} steps: loss {first:.4f} -> {last:.4f}", highlight=False
+    )
+
+
+def _stages(written: str) -> tuple[tuple[str, int], ...]:
+    parts = [part.partition("=") for part in written.split(",")]
+    if not all(steps.strip().isdigit() for _, _, steps in parts):
+        raise LowkeyError(f"stages {written!r}: write them as name=steps, like distill=100,ce=200")
+    return tuple((name.strip(), int(steps)) for name, _, steps in parts)

@@ -1,0 +1,93 @@
+"""Commands that measure: evaluations, benchmarks, the report."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowkey import files, text
+from lowkey.bench import decode_bench
+from lowkey.commands.common import BITS, AsJson, Device, Dtype, Model, Seed, at_least, err, head_scores, policies_of
+from lowkey.evaluate.result import TASKS, Task, evaluate
+from lowkey.evaluate.settings import evicted, full, packed, planned
+from lowkey.loading import load
+from lowkey.plan import Plan
+from lowkey.progress import bars
+from lowkey.show import show_bench, show_rows
+
+
+def eval_(
+    model: Model,
+    plan: Annotated[list[Path] | None, typer.Option(help="a plan folder; repeat to compare several")] = None,
+    bits: Annotated[list[str] | None, typer.Option(help=BITS)] = None,
+    policy: Annotated[str | None, typer.Option(help="eviction policies that `lowkey policies` lists, separated by commas")] = None,
+    budget: Annotated[str | None, typer.Option(help="what policies keep: '10%' or '64 tokens'; several separated by commas")] = None,
+    heads: Annotated[list[Path] | None, typer.Option(help="a file of head scores that `lowkey heads` wrote")] = None,
+    option: Annotated[list[str] | None, typer.Option("--option", "-O", help="an option of the policies, like recent=4")] = None,
+    refeed: Annotated[bool, typer.Option(help="recall: ask again over what was kept, so that the first answer token is tested too")] = True,
+    data: Annotated[Path | None, typer.Option(help="a UTF-8 text file (default: the embedded text)")] = None,
+    task: Annotated[list[str] | None, typer.Option(help=f"{', '.join(TASKS)} (all when not given)")] = None,
+    context: Annotated[int, typer.Option(help="tokens per window and per recall case")] = 512,
+    windows: Annotated[int, typer.Option(help="windows of text to score")] = 16,
+    cases: Annotated[int, typer.Option(help="recall cases")] = 20,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    out: Annotated[Path | None, typer.Option(help="result file (default: results/eval-MODEL-TIME.json)")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the full cache, plans, policies and packed integers on the same text: quality, bytes really held, speed.
+
+    One row for each policy and budget; with one --plan, policies evict on top of it.
+    """
+    place = out or Path("results") / f"eval-{Path(model).name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    files.check_file(place)
+    at_least(1, windows=windows, cases=cases)
+    policies = policies_of(policy, budget, option)
+    corpus = text.read_text(data, "data") if data else text.embedded("evaluation")
+    loaded, tokenizer = load(model, dtype, device)
+    plans = [(Plan.load(p, loaded), str(p)) for p in plan or []]
+    scores = head_scores(heads, loaded)
+    settings = [full(loaded)] + [planned(loaded, *p) for p in plans]
+    below: list[tuple[Plan | None, str | None]] = [*plans] or [(None, None)]
+    settings += [evicted(loaded, wanted, name, context, *p, heads=scores) for name, wanted in policies for p in below]
+    settings += [planned(loaded, *p, bits=b) for p in plans for b in bits or ()]
+    settings += [packed(loaded, b) for b in bits or (8, 4)]
+    what = Task(corpus, str(data) if data else "embedded", context, windows, cases, seed, refeed=refeed)
+    names = [name for item in task or TASKS for name in item.split(",")]
+    result = evaluate(loaded, tokenizer, settings, what, names, bars)
+    files.write_json(place, result)
+    err.print(f"result written to {place}", highlight=False, soft_wrap=True)
+    print(json.dumps(result)) if as_json else show_rows(result)
+
+
+def decode(
+    context: Annotated[int, typer.Option(help="tokens stored per head")] = 8192,
+    head_dim: Annotated[int, typer.Option(help="channels of a head")] = 128,
+    heads: Annotated[int, typer.Option(help="query heads")] = 32,
+    kv_heads: Annotated[int, typer.Option(help="KV heads")] = 8,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "bfloat16",
+    budget: Annotated[str, typer.Option(help="what the evicted cache keeps: '10%' or '512 tokens'")] = "10%",
+    repeats: Annotated[int, typer.Option(help="rounds; medians are shown")] = 15,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """One decode step of attention: every backend, full and at a budget, against torch's own and this machine's reads."""
+    found = decode_bench(context, head_dim, heads, kv_heads, dtype, budget, repeats, seed)
+    print(json.dumps(found)) if as_json else show_bench(found)
+
+
+def report(
+    results: Annotated[list[Path], typer.Argument(help="result files, or folders of them")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="the HTML file to write")] = Path("report.html"),
+    as_json: AsJson = False,
+) -> None:
+    """One self-contained HTML page from result files."""
+    from lowkey.report import write_report
+
+    place = write_report(results, out)
+    print(json.dumps({"report": str(place)})) if as_json else err.print(f"report written to {place}", highlight=False, soft_wrap=True)

@@ -1,0 +1,95 @@
+"""Commands that use and show what was made."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from lowkey.allocate import ALLOCATORS
+from lowkey.cache import make_cache
+from lowkey.calibrate import describe
+from lowkey.commands.common import AsJson, Device, Dtype, Model, at_least, err, head_scores, importance, policies_of
+from lowkey.generate import stream
+from lowkey.layers.packing import SCHEMES
+from lowkey.loading import load, make_policy
+from lowkey.methods import METHODS
+from lowkey.plan import Plan
+from lowkey.policies import POLICIES, policy_words
+from lowkey.policies.allocators import ALLOCATORS as HEAD_ALLOCATORS
+from lowkey.show import pairs_of, screen, show_plan
+from lowkey.types import LowkeyError
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="text to continue")],
+    plan: Annotated[Path | None, typer.Option(help="a plan folder")] = None,
+    bits: Annotated[str | None, typer.Option(help=f"packed integers, of the plan's latents if there is one: {', '.join(SCHEMES)}")] = None,
+    policy: Annotated[str | None, typer.Option(help="an eviction policy that `lowkey policies` lists")] = None,
+    budget: Annotated[str | None, typer.Option(help="what the policy keeps: '10%' or '64 tokens'")] = None,
+    heads: Annotated[list[Path] | None, typer.Option(help="a file of head scores that `lowkey heads` wrote")] = None,
+    option: Annotated[list[str] | None, typer.Option("--option", "-O", help="an option of the policy, like every=32")] = None,
+    tokens: Annotated[int, typer.Option(help="new tokens at most")] = 64,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Continue a prompt over a compressed cache; ends with tokens/s and the bytes held against the full cache."""
+    at_least(1, tokens=tokens)
+    wanted = policies_of(policy, budget, option)
+    if len(wanted) > 1:
+        raise LowkeyError(f"policy {policy!r} with budget {budget!r}: generate takes one policy and one budget")
+    loaded, tokenizer = load(model, dtype, device)
+    chosen = Plan.load(plan, loaded) if plan else None
+    evicting = wanted[0][1].fitted(importance(chosen, head_scores(heads, loaded))) if wanted else None
+    cache = make_cache(loaded, chosen, evicting, bits=bits)
+    summary = stream(loaded, tokenizer, prompt, cache, tokens, None if as_json else sys.stdout)
+    if as_json:
+        print(json.dumps(summary))
+        return
+    held, whole = summary["bytes_held"], summary["bytes_full"]
+    err.print(
+        f"\n{summary['tokens_per_s']:.1f} tokens/s; the cache holds {held:,} bytes, {100 * held / whole:.1f}% of {whole:,}", highlight=False
+    )
+
+
+def inspect(plan: Annotated[Path, typer.Argument(help="a plan folder")], as_json: AsJson = False) -> None:
+    """What a plan holds."""
+    show_plan(Plan.load(plan), plan, as_json)
+
+
+def methods(as_json: AsJson = False) -> None:
+    """The methods and allocators, with their options and papers."""
+    listed = {name: {"summary": m.summary, "paper": m.paper, "options": describe(m())["parameters"]} for name, m in METHODS.items()}
+    splits = {name: {"summary": a.summary, "options": describe(a())["parameters"]} for name, a in ALLOCATORS.items()}
+    if as_json:
+        print(json.dumps({"methods": listed, "allocators": splits}))
+        return
+    for title, entries in (("method", listed), ("allocator", splits)):
+        table = Table(title, "what it does", "paper", "options (-O name=value)")
+        for name, entry in entries.items():
+            table.add_row(name, entry["summary"], entry.get("paper", ""), pairs_of(entry["options"]))
+        screen.print(table)
+
+
+def policies(as_json: AsJson = False) -> None:
+    """The eviction policies and their allocators, with their options and papers."""
+    known = {name: make_policy(name, "50%", {}) for name in POLICIES}
+    listed = {name: {"summary": p.summary, "paper": p.paper, **policy_words(p)} for name, p in known.items()}
+    splits = {name: {"summary": a.summary, "options": describe(a())["parameters"]} for name, a in HEAD_ALLOCATORS.items()}
+    if as_json:
+        print(json.dumps({"policies": listed, "allocators": splits}))
+        return
+    table = Table("policy", "keeps by", "split", "paper", "options (-O name=value)")
+    for name, entry in listed.items():
+        table.add_row(name, entry["summary"], entry["allocator"]["name"], entry["paper"], pairs_of(entry["parameters"]))
+    screen.print(table)
+    table = Table("allocator", "what it does", "options (-O name=value)")
+    for name, entry in splits.items():
+        table.add_row(name, entry["summary"], pairs_of(entry["options"]))
+    screen.print(table)
