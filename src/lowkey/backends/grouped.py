@@ -53,13 +53,14 @@ def _rows(s: Segment, start: int, stop: int) -> Segment:
 
 def _block(segments: Sequence[Segment], scaling: float, softcap: float | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """(out (b, h, g, t, d), scores (b, H, t, s), which queries may see nothing)"""
-    scores, dead = _masked(torch.cat([_scores(s, scaling, softcap) for s in segments], dim=-1), segments)
+    each = [_scores(s, scaling, softcap) for s in segments]
+    scores, dead = _masked(each[0] if len(each) == 1 else torch.cat(each, dim=-1), segments)
     weights = scores.softmax(-1)
     if dead is not None:
         weights = weights.masked_fill(dead, 0.0)
     parts = weights.to(segments[0].values.dtype).split([s.keys.shape[2] for s in segments], dim=-1)
     h = kv_heads(segments)
-    return torch.stack([_values(s, w, h) for s, w in zip(segments, parts, strict=True)]).sum(0), scores, dead
+    return sum(_values(s, w, h) for s, w in zip(segments, parts, strict=True)), scores, dead
 
 
 def _scores(s: Segment, scaling: float, softcap: float | None) -> Tensor:
@@ -82,7 +83,7 @@ def _values(s: Segment, weights: Tensor, h: int) -> Tensor:
 
 
 def _masked(scores: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, Tensor | None]:
-    """Scores with -inf where attention is not allowed, and which rows are wholly masked (padding), if any can be."""
+    """Scores, overwritten with -inf where attention is not allowed, and which rows are wholly masked (padding), if any can be."""
     if all(s.mask is None for s in segments):
         return scores, None
     t = scores.shape[2]
@@ -90,7 +91,7 @@ def _masked(scores: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, Tensor
     batch = max(m.shape[0] for m in masks)
     allowed = torch.cat([m.expand(batch, -1, -1) for m in masks], dim=-1)[:, None]
     dead = ~allowed.any(-1, keepdim=True)
-    return scores.masked_fill(~allowed, torch.finfo(scores.dtype).min), dead
+    return scores.masked_fill_(~allowed, torch.finfo(scores.dtype).min), dead
 
 
 WASTE = 1.25  # rows of one dense product may differ in length by this factor

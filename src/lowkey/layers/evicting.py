@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 
-from lowkey.backends import grouped
+from lowkey.backends import grouped, stock
 from lowkey.backends.ragged import ragged
 from lowkey.backends.segment import Part, Segment, merge
 from lowkey.layers.codec import Codec, Plain
@@ -185,7 +185,7 @@ class EvictingLayer(PlacedLayer):
         if not self.exact_prefill:
             keys, values = self._as_stored(keys, values)
         if self.seen == t and call.softcap is None:
-            out = _sdpa(call, keys, values)
+            out = stock.attend(call.query, keys, values, call.mask, call.scaling)
             return out, out.new_zeros(out.shape[:-1])
         mask = call.full_mask(self.seen)
         return grouped.partial([Segment(call.query, keys, values, None if mask is None else mask[..., -t:])], call.scaling, call.softcap)
@@ -322,13 +322,3 @@ class EvictingLayer(PlacedLayer):
 def _quick(x: Tensor) -> Tensor:
     """Small products of strided bf16 are many times slower on a CPU than a copy in fp32 and its products."""
     return x.float() if x.device.type == "cpu" else x
-
-
-def _sdpa(call: Call, keys: Tensor, values: Tensor) -> Tensor:
-    """torch's own attention over a first chunk: (b, h, g, t, d)."""
-    h, g, t = call.query.shape[1:4]
-    mask = None if call.mask is None else call.mask.unsqueeze(1)
-    out = scaled_dot_product_attention(
-        call.query.flatten(1, 2), keys, values, mask, is_causal=mask is None and t > 1, scale=call.scaling, enable_gqa=g > 1
-    )
-    return out.unflatten(1, (h, g))

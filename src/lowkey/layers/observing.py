@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowkey.backends import grouped
+from lowkey.backends import grouped, stock
 from lowkey.backends.segment import Segment
 from lowkey.families import Rope
 from lowkey.layers.base import StoringLayer, batch_positions
@@ -45,6 +45,8 @@ class ObservingLayer(StoringLayer):
         self._add("keys_pre_mean", plain_k.sum((0, 2)).flatten())
         self._add("keys_post_mean", keys.float().sum((0, 2)).flatten())
         self._add("values_mean", values.float().sum((0, 2)).flatten())
+        if call.softcap is None:
+            return stock.attend(call.query, keys, values, call.mask, call.scaling)
         return grouped.attend([Segment(call.query, keys, values, call.full_mask(keys.shape[2]))], call.scaling, call.softcap)
 
     def _add(self, name: str, moment: Tensor) -> None:
