@@ -13,6 +13,7 @@ import math
 import statistics
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -25,19 +26,43 @@ from lowkey.evaluate.result import Task, evaluate
 from lowkey.evaluate.settings import full, packed, planned
 from lowkey.loading import load, make_method
 from lowkey.progress import bars
-from lowkey.types import Layout
+from lowkey.types import Layout, LowkeyError
 
-METHODS = {
-    "pca": ("pca", {}),
-    "pca (K per head)": ("pca", {"key_bases": "per_head"}),
-    "eigenattention": ("eigenattention", {}),
-    "eigenattention (code form)": ("eigenattention", {"form": "code"}),
-    "stiefattention": ("stiefattention", {}),
-    "stiefattention (K per head)": ("stiefattention", {"key_bases": "per_head"}),
+METHODS: dict[str, tuple[str, dict[str, str], Layout]] = {  # label: method, options, layout
+    "pca": ("pca", {}, "post_rope"),
+    "pca (pre-RoPE)": ("pca", {}, "pre_rope"),
+    "pca (K per head)": ("pca", {"key_bases": "per_head"}, "post_rope"),
+    "pca (K per head, pre-RoPE)": ("pca", {"key_bases": "per_head"}, "pre_rope"),
+    "eigenattention": ("eigenattention", {}, "post_rope"),
+    "eigenattention (pre-RoPE)": ("eigenattention", {}, "pre_rope"),
+    "stiefattention": ("stiefattention", {}, "post_rope"),
+    "stiefattention (pre-RoPE)": ("stiefattention", {}, "pre_rope"),
+    "stiefattention (K per head)": ("stiefattention", {"key_bases": "per_head"}, "post_rope"),
+    "stiefattention (K per head, pre-RoPE)": ("stiefattention", {"key_bases": "per_head"}, "pre_rope"),
+    "kq-svd": ("kq-svd", {}, "post_rope"),
+    "kq-svd (output-aware)": ("kq-svd", {"weighting": "outputs"}, "post_rope"),
+    "kq-svd (joint)": ("kq-svd", {"group": "6"}, "post_rope"),
+    "kq-svd (joint, pre-RoPE)": ("kq-svd", {"group": "6"}, "pre_rope"),
+    "kq-svd (joint, pre-RoPE, output-aware)": ("kq-svd", {"group": "6", "weighting": "outputs"}, "pre_rope"),
+    "palu": ("palu", {}, "pre_rope"),
+    "recalkv": ("recalkv", {}, "pre_rope"),
+    "lorc": ("lorc", {}, "pre_rope"),
+    "lorc (whitened)": ("lorc", {"whiten": "true"}, "pre_rope"),
+    "kv-head-svd": ("kv-head-svd", {"whole": "false"}, "post_rope"),
+    "kv-head-svd (grouped)": ("kv-head-svd", {"whole": "false", "keys": "grouped"}, "post_rope"),
+    "kv-head-svd (commuting)": ("kv-head-svd", {"keys": "commuting"}, "post_rope"),
+    "mea": ("mea", {}, "post_rope"),
+    "mea (weights)": ("mea", {"basis": "weights"}, "post_rope"),
+    "mea (aligned)": ("mea", {"basis": "aligned"}, "post_rope"),
+    "kv-latent": ("kv-latent", {}, "post_rope"),
+    "kv-latent (data, V by PCA)": ("kv-latent", {"choose": "data", "values": "pca"}, "post_rope"),
+    "matryoshka": ("matryoshka", {}, "post_rope"),
 }
-BUDGETS = ("75%", "50%", "37.5%")
+BUDGETS = ("75%", "50%", "37.5%", "25%")
+PACKED = ("int8", "int4", "kivi4", "hadamard4")  # alone
+ON_TOP = {"75%": ("int4",), "50%": ("int4",)}  # of latents, by the budget of the plan
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # two-sided 95 % quantiles of Student's t for n samples
-SHOWN = ("layer_error", "perplexity", "perplexity_decode", "kl", "top1_agreement", "exact_match")
+SHOWN = ("perplexity", "kl", "exact_match", "perplexity_decode", "layer_error", "top1_agreement", "fit_seconds")
 
 app = typer.Typer(add_completion=False)
 
@@ -55,8 +80,8 @@ def run(
     windows: int = 16,
     cases: int = 20,
     dtype: str = "auto",
-    layout: str = "post_rope",
     allocator: str = "greedy",
+    methods: Annotated[str, typer.Option(help="labels, separated by semicolons; all when not given")] = "",
     tasks: str = "perplexity,layers,recall",
 ) -> None:
     """Measure and print the table."""
@@ -67,17 +92,21 @@ def run(
     task = Task(judged, str(data or "embedded"), context, windows, cases)
     found = json.loads(out.read_text()) if out.exists() else {"rows": []}
     done = {(row["label"], row["seed"]) for row in found["rows"]}
-    reference = [full(loaded), packed(loaded, 8), packed(loaded, 4)]
+    reference = [full(loaded), *(packed(loaded, b) for b in PACKED)]
     if ("full", 0) not in done:
         result = evaluate(loaded, tokenizer, reference, task, names, bars)
         found["environment"] = result["environment"]
         _append(found, out, [r | {"label": r["name"], "seed": 0, "fit_seconds": 0.0} for r in result["rows"]])
-    for label, (name, options) in METHODS.items():
-        for seed in range(seeds):
-            if (label, seed) not in done:
-                sample = Sample(calibration_windows, length, seed)
-                rows = _method(loaded, tokenizer, corpus, (name, options), sample, task, names, layout, allocator)
-                _append(found, out, [r | {"label": label, "seed": seed} for r in rows])
+    wanted = methods.split(";") if methods else list(METHODS)
+    for label, seed in product(wanted, range(seeds)):
+        if (label, seed) in done:
+            continue
+        try:
+            rows = _method(loaded, tokenizer, corpus, METHODS[label], Sample(calibration_windows, length, seed), task, names, allocator)
+        except LowkeyError as error:
+            print(f"{label}: {error}", flush=True)
+            continue
+        _append(found, out, [r | {"label": label, "seed": seed} for r in rows])
     print(table(found["rows"]))
 
 
@@ -90,23 +119,22 @@ def _method(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     corpus: str,
-    method: tuple,
+    method: tuple[str, dict[str, str], Layout],
     sample: Sample,
     task: Task,
     names: list[str],
-    layout: Layout,
     allocator: str,
 ) -> list[dict]:
-    """Rows of one fitted basis at every budget; the basis is fitted once and its fitting time is the first budget's."""
+    """Rows of one fitted basis at every budget it can meet, and of its latents in integers; its fitting time is the first budget's."""
+    name, options, layout = method
+    settings, seconds = [full(model)], []
     with tempfile.TemporaryDirectory() as work:
-        plans, seconds = [], []
         for budget in BUDGETS:
             start = time.perf_counter()
-            chosen = make_method(*method)
-            plans.append(
-                calibrate(
+            try:
+                plan = calibrate(
                     *(model, tokenizer, corpus),
-                    method=chosen,
+                    method=make_method(name, options),
                     budget=budget,
                     sample=sample,
                     layout=layout,
@@ -114,18 +142,23 @@ def _method(
                     work=Path(work),
                     progress=bars,
                 )
-            )
+            except LowkeyError as error:
+                print(f"{name} {options} {budget}: {error}", flush=True)
+                continue
             seconds.append(time.perf_counter() - start)
-        settings = [planned(model, p, "") for p in plans]
-        rows = evaluate(model, tokenizer, [full(model), *settings], task, names, bars)["rows"][1:]
+            settings += [planned(model, plan, "", bits) for bits in (None, *ON_TOP.get(budget, ()))]
+    if len(settings) == 1:
+        raise LowkeyError("no budget is within reach")
+    rows = evaluate(model, tokenizer, settings, task, names, bars)["rows"][1:]
     return [r | {"fit_seconds": seconds[0]} for r in rows]
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown, references first, then by budget and layer error."""
+    """Markdown, by bytes kept and, within them, by perplexity."""
     groups: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
-        groups.setdefault((row["budget"] or row["label"], row["label"]), []).append(row)
+        label = row["label"] + (f" + {row['packing']}" if row["method"] and row.get("packing") else "")
+        groups.setdefault((row["budget"] or row["label"], label), []).append(row)
     lines = ["| kept | setting | " + " | ".join(SHOWN) + " |", "|---" * (len(SHOWN) + 2) + "|"]
     for (_, label), group in sorted(groups.items(), key=_order):
         kept = statistics.mean(r["bytes_held"] / r["bytes_full"] for r in group)
@@ -135,7 +168,7 @@ def table(rows: list[dict]) -> str:
 
 def _order(item: tuple) -> tuple:
     group = item[1]
-    return group[0]["method"] is not None, -group[0]["bytes_held"], statistics.mean(r["layer_error"] for r in group)
+    return -round(statistics.mean(r["bytes_held"] / r["bytes_full"] for r in group), 2), statistics.mean(r["perplexity"] for r in group)
 
 
 def _cell(values: list) -> str:
