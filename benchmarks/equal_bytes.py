@@ -49,6 +49,8 @@ METHODS: dict[str, tuple[str, dict[str, str], Layout]] = {  # label: method, opt
     "lorc": ("lorc", {}, "pre_rope"),
     "lorc (whitened)": ("lorc", {"whiten": "true"}, "pre_rope"),
     "kv-head-svd": ("kv-head-svd", {"whole": "false"}, "post_rope"),
+    "kv-head-svd (pre-RoPE)": ("kv-head-svd", {"whole": "false"}, "pre_rope"),
+    "kv-head-svd (similar, pre-RoPE)": ("kv-head-svd", {"whole": "false", "heads": "similar"}, "pre_rope"),
     "kv-head-svd (grouped)": ("kv-head-svd", {"whole": "false", "keys": "grouped"}, "post_rope"),
     "kv-head-svd (commuting)": ("kv-head-svd", {"keys": "commuting"}, "post_rope"),
     "mea": ("mea", {}, "post_rope"),
@@ -98,7 +100,7 @@ def run(
         found["environment"] = result["environment"]
         _append(found, out, [r | {"label": r["name"], "seed": 0, "fit_seconds": 0.0} for r in result["rows"]])
     wanted = methods.split(";") if methods else list(METHODS)
-    for label, seed in product(wanted, range(seeds)):
+    for seed, label in product(range(seeds), wanted):
         if (label, seed) in done:
             continue
         try:

@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from lowkey import cli, files, loading
-from lowkey.commands import making
 from lowkey.allocate import ALLOCATORS
+from lowkey.commands import making
 from lowkey.evaluate.result import TASKS
 from lowkey.methods import METHODS, PCA, StiefAttention
 from lowkey.plan import JSON, TENSORS, Plan
@@ -962,3 +962,43 @@ def test_a_policy_that_cannot_be_is_refused(here, words, says):
 
 def test_another_models_head_scores_are_refused(model, scores, here):
     assert "made for" in refused("eval", model, "--policy", "headkv-r2", "--budget", "50%", "--heads", scores, "--out", "r.json")
+
+
+# -- recover and export
+
+
+@pytest.fixture(scope="module")
+def halved(model, tmp_path_factory):
+    """A plan that merges every two KV heads in a form that a plain checkpoint can have."""
+    folder = tmp_path_factory.mktemp("halved")
+    done("compress", model, folder / "plan", *SMALL, "--method", "kv-head-svd", "-O", "keys=commuting")
+    return folder / "plan"
+
+
+def test_export_writes_a_plain_checkpoint_with_half_the_kv_heads(model, halved, here):
+    told = printed("export", model, halved, "out")
+    assert told == {"model": "out", "format": "hf"}
+    config = json.loads((here / "out" / "config.json").read_text())
+    assert config["num_key_value_heads"] == 2
+    assert "--force" in refused("export", model, halved, "out")
+
+
+def test_export_refuses_other_plans_and_formats(model, made, halved, here):
+    assert "commuting" in refused("export", model, made[0], "out")
+    assert "hf" in refused("export", model, halved, "out", "--format", "gguf")
+
+
+def test_recover_writes_a_model_and_its_plan(model, halved, here):
+    told = printed("recover", model, halved, "better", "--stages", "distill=1,ce=2", "--length", 16, "--batch", 2)
+    assert told["steps"] == 3 and len(json.loads((here / "better" / "losses.json").read_text())) == 3
+    again = printed("generate", "better", "--prompt", "Once upon a time", "--plan", "better/plan", "--tokens", 3)
+    assert again["bytes_held"] < again["bytes_full"]
+    assert not list(here.glob("*.partial")), "nothing is left of the work"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [(["--stages", "ce"], "name=steps"), (["--stages", "sft=3"], "sft"), (["--stages", "ce=0"], "at least 1"), (["--lr", "-1"], "lr")],
+)
+def test_bad_arguments_of_recover(model, halved, here, words, says):
+    assert says in refused("recover", model, halved, "better", *words)

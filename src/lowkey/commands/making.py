@@ -27,6 +27,7 @@ from lowkey.commands.common import (
     options_of,
 )
 from lowkey.echo import ECHOES, estimate_echo
+from lowkey.export import FORMATS
 from lowkey.heads import KINDS, estimate_heads
 from lowkey.loading import load, make_method
 from lowkey.needles import TASKS as NEEDLES
@@ -196,3 +197,20 @@ def _stages(written: str) -> tuple[tuple[str, int], ...]:
     if not all(steps.strip().isdigit() for _, _, steps in parts):
         raise LowkeyError(f"stages {written!r}: write them as name=steps, like distill=100,ce=200")
     return tuple((name.strip(), int(steps)) for name, _, steps in parts)
+
+
+def export(
+    model: Model,
+    plan: Annotated[Path, typer.Argument(help="a plan folder made for this model")],
+    out: Annotated[Path, typer.Argument(help="folder to write the checkpoint to")],
+    format: Annotated[str, typer.Option(help=f"one of: {', '.join(FORMATS)}")] = "hf",
+    dtype: Dtype = "auto",
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fold a plan into the weights, where it is exactly the form of a plain checkpoint, which then needs no lowkey to run."""
+    if format not in FORMATS:
+        raise LowkeyError(f"format {format!r} is unknown; choose one of {', '.join(FORMATS)}")
+    loaded, tokenizer = load(model, dtype, "cpu")
+    place = FORMATS[format](loaded, tokenizer, Plan.load(plan, loaded), out, force)
+    print(json.dumps({"model": str(place), "format": format})) if as_json else err.print(f"model written to {place}", highlight=False)

@@ -1,0 +1,225 @@
+"""A plan folded into the weights: a checkpoint in the model's own architecture with fewer or narrower KV heads.
+
+That is possible where a plan leaves every group of t KV heads one head that the model could have had itself: its keys can be rotated as
+they are (arXiv:2406.07056, Eq. 11-14, under RoPE with maps that commute), or are those channels of the old keys that a rotary embedding
+of a smaller width turns at the same frequencies (arXiv:2507.11273, with strided pairs).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lowkey import families, files
+from lowkey.families import Part, Projections, Rope
+from lowkey.ops.commuting import commutes
+from lowkey.ops.rope import rotate
+from lowkey.plan import Plan
+from lowkey.types import Factors, LowkeyError
+from lowkey.version import __version__
+
+REMEDY = "compress with --method kv-head-svd -O keys=commuting --budget 50% (25% with -O group=4)"
+EQUAL = 1e-4  # largest difference of two rotations of unit vectors that are taken to be the same
+
+
+def export_hf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, path: str | Path, force: bool = False) -> Path:
+    """Write the model with the plan folded in, its tokenizer and a model card as the folder `path`, in one step: all of it or nothing.
+
+    What it computes is what `model` computes with `make_cache(model, plan)`, to the rounding of its dtype.
+    Errors: LowkeyError when the plan is another model's or has a form that no plain checkpoint has (the message says which and what to
+    do), when `path` holds files (unless `force`), or cannot be written.
+    """
+    folder = Path(path)
+    plan.check(model)
+    merge, width = target(model, plan)
+    files.check_output(folder, force)
+    smaller = converted(model, plan, merge, width)
+    try:
+        with files.replacing_folder(folder) as temporary:
+            smaller.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            files.write_text(temporary / "README.md", card(model, plan, merge, width))
+    except SafetensorError as error:
+        raise LowkeyError(f"cannot write {str(folder)!r}: {error}; choose another place or free some space") from error
+    return folder
+
+
+# -- which plans
+
+
+def target(model: PreTrainedModel, plan: Plan) -> tuple[int, int]:
+    """(how many KV heads become one, its width); refuses what no plain checkpoint can hold."""
+    shape, d = families.geometry(model), families.geometry(model).head_dim
+    kind = model.config.get_text_config().model_type
+    if families.family(model.config).normed:
+        raise LowkeyError(f"model of family {kind!r}: norms keys after their projection, so no map folds into its weights; use the plan")
+    if len(shape.compressible) < shape.layers:
+        raise LowkeyError(
+            f"model of family {kind!r}: only {len(shape.compressible)} of its {shape.layers} layers can be compressed, "
+            "and a plain checkpoint has as many KV heads in all of them; use the plan"
+        )
+    found = list(plan.factors.values())
+    forms = sorted({(f.merge, f.ranks) for f in found})
+    (t, t_v), (r, r_v) = forms[0]
+    if plan.sinks or plan.recent:
+        raise _refused(plan, f"it keeps {plan.sinks} sinks and {plan.recent} recent tokens exact", "compress with --sinks 0 --recent 0")
+    reasons = {
+        "it takes means off keys or values": any(f.k_mean is not None or f.v_mean is not None for f in found),
+        "its layers have other ranks than one another": len(forms) > 1,
+        f"it merges the keys of {t} heads and the values of {t_v}": t != t_v,
+        f"it keeps rank {r} of keys and {r_v} of values": r != r_v,
+        f"it keeps every channel of every head (rank {r})": r == d,
+        f"it leaves latents of width {t * r} where a head is {d} wide": t > 1 and t * r != d,
+    }
+    for reason, bad in reasons.items():
+        if bad:
+            raise _refused(plan, reason)
+    if not all(carries(model, f, t, t * r) for f in found):
+        narrow = f"it does not keep the channels that a rotary embedding of width {r} turns at the same frequencies"
+        raise _refused(plan, "its key maps do not commute with rotary embedding" if t > 1 else narrow)
+    return t, t * r
+
+
+def _refused(plan: Plan, reason: str, remedy: str = REMEDY) -> LowkeyError:
+    options = "".join(f" {n}={v}" for n, v in plan.method["parameters"].items())
+    return LowkeyError(f"plan of method {plan.method['name']!r}{options and f' with{options}'} is not GQA-shaped: {reason}; {remedy}")
+
+
+def carries(model: PreTrainedModel, f: Factors, merge: int, width: int) -> bool:
+    """Whether rotating keys before the maps of a layer is rotating what is kept of them, as the smaller model does."""
+    f = in_order(f, families.geometry(model).kv_heads, width)
+    if merge > 1:
+        rotary = families.rope(model, 0)(torch.zeros(1, 1, dtype=torch.long), torch.empty(0))[0].shape[-1]
+        return commutes(f.k_down, rotary) and commutes(f.k_up, rotary)
+    return all(_turns_alike(model, down, width) for maps in (f.k_down, f.k_up.mT) for down in maps.unique(dim=0))
+
+
+def _turns_alike(model: PreTrainedModel, down: Tensor, width: int) -> bool:
+    """Whether the maps (d, width) carry the model's rotation into that of the same embedding made for heads of that width."""
+    wide = families.rope(model, 0)
+    kind: Any = type(wide.module)
+    narrow = replace(wide, module=kind(config=smaller_config(model, 1, width)))
+    longest = model.config.get_text_config().max_position_embeddings
+    positions = torch.tensor([[0, *(2**i for i in range(longest.bit_length()))]])
+    before, after = (_rotated(x, rope, positions) for x, rope in ((torch.eye(len(down)), wide), (down, narrow)))
+    return bool((before @ down - after).abs().max() <= EQUAL * down.abs().max())
+
+
+def _rotated(x: Tensor, rope: Rope, positions: Tensor) -> Tensor:
+    """Rows (n, d) at positions (1, s): (n, s, d)."""
+    cos, sin = (y[0].cpu() for y in rope(positions, x))
+    return rotate(x.unsqueeze(1).expand(-1, positions.shape[1], -1), cos, sin)
+
+
+# -- the smaller model
+
+
+def converted(model: PreTrainedModel, plan: Plan, merge: int, width: int) -> PreTrainedModel:
+    """It shares what it can with `model`; its buffers hold nothing, which is enough to save it."""
+    with torch.device("meta"):
+        smaller = type(model)(smaller_config(model, merge, width))
+    names: dict[Tensor, str] = {parameter: name for name, parameter in smaller.named_parameters()}
+    state = model.state_dict()
+    for i, factors in plan.factors.items():
+        new = layer_weights(model, smaller, i, in_order(factors, plan.geometry["kv_heads"], width))
+        state |= {names[parameter]: value.to(model.dtype) for parameter, value in new.items()}
+    smaller.load_state_dict(state, assign=True)
+    smaller.tie_weights()
+    smaller.generation_config = model.generation_config
+    return smaller
+
+
+def smaller_config(model: PreTrainedModel, merge: int, width: int) -> PreTrainedConfig:
+    config = copy.deepcopy(model.config)
+    inner, shape = config.get_text_config(), families.geometry(model)
+    inner.num_key_value_heads = shape.kv_heads // merge
+    if width != shape.head_dim:
+        inner.head_dim = width
+    return config
+
+
+def in_order(f: Factors, heads: int, width: int) -> Factors:
+    """One map for every head, in fp32 on the CPU; channels of narrower heads in the order in which the wide ones have them."""
+    f = f.to(torch.empty(0))
+    down, up, v_down, v_up = (x.expand(heads // m, -1, -1) if len(x) == 1 else x for x, m in _sides(f))
+    if width < up.shape[-1]:
+        order = down.abs().argmax(-2).argsort(-1)
+        down, up = down.gather(-1, order.unsqueeze(-2).expand_as(down)), up.gather(-2, order.unsqueeze(-1).expand_as(up))
+    return replace(f, k_down=down, k_up=up, v_down=v_down, v_up=v_up, order=torch.arange(heads) if f.order is None else f.order)
+
+
+def _sides(f: Factors) -> Iterator[tuple[Tensor, int]]:
+    yield from zip((f.k_down, f.k_up, f.v_down, f.v_up), (f.merge[0], 1, f.merge[1], 1), strict=True)
+
+
+def layer_weights(model: PreTrainedModel, smaller: PreTrainedModel, i: int, f: Factors) -> dict[Tensor, Tensor]:
+    """What the parameters of one layer's attention hold in the smaller model, by parameter."""
+    block: Any = families.decoder_layers(model)[i].self_attn
+    narrow: Any = families.decoder_layers(smaller)[i].self_attn
+    new = folded(families.projections(model, i), f, block.scaling / narrow.scaling)
+    found = {narrow.o_proj.weight: new.o.transpose(0, 1).flatten(1)}
+    parts = families.projection_parts(smaller, i)
+    for part, weight, bias in zip(parts, (new.q, new.k, new.v), (new.q_bias, new.k_bias, new.v_bias), strict=True):
+        _fill(found, part, weight, bias)
+    return found
+
+
+def _fill(found: dict, part: Part, weight: Tensor, bias: Tensor | None) -> None:
+    for parameter, value in ((part.linear.weight, weight), (part.linear.bias, bias)):
+        if value is not None:
+            found.setdefault(parameter, torch.empty(parameter.shape))[part.rows] = value.flatten(0, 1)
+
+
+def folded(p: Projections, f: Factors, scale: float) -> Projections:
+    """Keys and values are made as latents, queries in their basis (times `scale`), and outputs are read from the values' latents."""
+    h, t = len(f.k_up), len(f.k_up) // len(f.k_down)
+    q, k, v = (_with_bias(w, b) for w, b in ((p.q, p.q_bias), (p.k, p.k_bias), (p.v, p.v_bias)))
+    q = scale * torch.einsum("hwd,hgdn->hgwn", f.k_up, q.unflatten(0, (h, -1))[f.order]).flatten(0, 1)
+    k, v = (down.mT @ x[f.order].unflatten(0, (-1, t)).flatten(1, 2) for down, x in ((f.k_down, k), (f.v_down, v)))
+    o = torch.einsum("hwd,hgnd->hgnw", f.v_up, p.o.unflatten(0, (h, -1))[f.order]).flatten(0, 1)
+    parts = [_without_bias(x, b) for x, b in ((q, p.q_bias), (k, p.k_bias), (v, p.v_bias))]
+    (q, q_bias), (k, k_bias), (v, v_bias) = parts  # type: ignore[assignment]
+    return Projections(q, k, v, o, q_bias, k_bias, v_bias, p.normed)
+
+
+def _with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(heads, d, D) and (heads, d), as the weight of one more input."""
+    return weight if bias is None else torch.cat([weight, bias.unsqueeze(-1)], -1)
+
+
+def _without_bias(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return (x, None) if bias is None else (x[..., :-1], x[..., -1])
+
+
+def card(model: PreTrainedModel, plan: Plan, merge: int, width: int) -> str:
+    """A model card in Markdown."""
+    g, known, inner = plan.geometry, plan.provenance, model.config.get_text_config()
+    heads, itemsize = g["kv_heads"], model.dtype.itemsize
+    before, after = (len(plan.factors) * 2 * n * itemsize for n in (heads * g["head_dim"], heads // merge * width))
+    name = known.get("model") or "a model"
+    return f"""---
+library_name: transformers
+tags: [kv-cache-compression]
+---
+# {name} with a smaller KV cache
+
+{heads // merge} KV heads of width {width} in the place of {heads} of {g["head_dim"]}: the cache takes {after} bytes per token instead of
+{before} ({100 * after / before:.1f} %) in {str(model.dtype).removeprefix("torch.")}. The architecture is `{inner.model_type}` as before,
+and nothing but transformers is needed:
+
+```python
+model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
+```
+
+Made by lowkey {__version__} from the weights of {name}: method `{plan.method["name"]}` {plan.method["parameters"]},
+calibrated on {known.get("tokens")} tokens (sha256 `{str(known.get("data_sha256"))[:16]}`, seed {known.get("seed")}).
+The licence of the original weights applies.
+"""

@@ -1,0 +1,145 @@
+"""Virtual heads (arXiv:2601.19611, section 5.2): few component heads are cached, and every KV head is a scalar combination of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lowkey import families
+from lowkey.methods.base import Method
+from lowkey.ops.bases import principal
+from lowkey.ops.commuting import spread, turning
+from lowkey.probe import Probe
+from lowkey.types import Basis, LayerBases, LayerStatistics, LowkeyError
+
+SWEEPS = 20  # over the heads, at most, to align them
+GAIN = 1e-4  # of all energy: a sweep that gains less is the last
+
+
+@dataclass(frozen=True)
+class MEA(Method):
+    """H' = r h / d component heads stand for h KV heads, keys and values apart (Eq. 10-11); only ranks that make H' whole can be served.
+
+    basis: `weights` is the paper's, without data: the SVD over heads of the flattened projections (Eq. 36-38; components are scaled to an
+    orthonormal mixing, so that the singular values stand in neither side; biases, of which the paper has none, count as the weights of one
+    more input). `activations` (ours): eigenvectors of the head Gram E[k_h . k_g], the best scalar mixing of what is cached, normed keys
+    included. `aligned` (ours): heads are first turned towards one another, values by an orthogonal matrix each, which the output
+    projection undoes, and keys by a phase per frequency, which commutes with RoPE; then mixed. Turns and mixing are found in turns, per H'.
+    Scalars and phases commute with RoPE, so that either layout gives the same components, and a query can be carried into them.
+    Layers are as sensitive as `calibrate(judge="loss")` finds them, the paper's measure; the paper trains on 22 B tokens afterwards.
+    """
+
+    summary: ClassVar[str] = "KV heads as scalar combinations of few cached component heads"
+    paper: ClassVar[str] = "arXiv:2601.19611"
+
+    basis: Literal["weights", "activations", "aligned"] = "activations"
+
+    def candidates(self, heads: int, head_dim: int, ranks: list[int]) -> list[int]:
+        return [r for r in ranks if r * heads % head_dim == 0]
+
+    def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
+        h = statistics.heads
+        d = len(statistics.values) // h
+        if self.basis == "weights":
+            keys, values = (mixed(gram, d) for gram in weight_grams(probe))
+            return LayerBases(keys, values)
+        moments = statistics.keys_pre if probe.layout == "pre_rope" else statistics.keys_post, statistics.values
+        blocks = [joint.view(h, d, h, d).transpose(1, 2) for joint in moments]
+        if self.basis == "activations":
+            keys, values = (mixed(head_gram(b), d) for b in blocks)
+            return LayerBases(keys, values)
+        counts = [r * h // d for r in self.candidates(h, d, ranks) if r < d]
+        keys, values = (aligned(b, counts, rotary) for b, rotary in zip(blocks, (_rotary(probe), 0), strict=True))
+        return LayerBases(keys, values)
+
+
+def _rotary(probe: Probe) -> int:
+    """How many channels of a head the model rotates."""
+    zero = torch.zeros(1, 1, dtype=torch.long, device=probe.outputs.device)
+    return probe.rope(zero, probe.outputs)[0].shape[-1]
+
+
+def weight_grams(probe: Probe) -> tuple[Tensor, Tensor]:
+    """(h, h) of the flattened key and value projections."""
+    p = families.projections(probe.model, probe.index)
+    if p.normed:
+        raise LowkeyError(
+            "basis 'weights': this model norms its keys after their projection, so that they are not linear in its weights; "
+            "use basis 'activations' or 'aligned'"
+        )
+    keys, values = (_flat(w, b) for w, b in ((p.k, p.k_bias), (p.v, p.v_bias)))
+    return keys @ keys.mT, values @ values.mT
+
+
+def _flat(weight: Tensor, bias: Tensor | None) -> Tensor:
+    return (weight if bias is None else torch.cat([weight, bias.unsqueeze(-1)], -1)).double().flatten(1)
+
+
+def head_gram(blocks: Tensor) -> Tensor:
+    """E[k_h . k_g] from joint second moments (h, h, d, d)."""
+    return blocks.diagonal(dim1=2, dim2=3).sum(-1)
+
+
+def mixed(gram: Tensor, d: int) -> Basis:
+    """The eigenvectors of the head Gram (h, h), whole component heads one after another."""
+    mixing, energy = principal(gram)
+    columns = torch.kron(mixing.contiguous(), torch.eye(d, dtype=mixing.dtype))
+    return Basis(columns.unsqueeze(0).float(), spectrum=spread(energy.unsqueeze(0), d), merge=len(gram))
+
+
+def aligned(blocks: Tensor, counts: list[int], rotary: int) -> Basis:
+    """For every count of component heads turns and a mixing of its own, where they keep more than mixing alone does."""
+    h, d = len(blocks), blocks.shape[-1]
+    alone = principal(head_gram(blocks))[1]
+    exact, kept = [], {h: float(alone.sum())}
+    for n in counts:
+        turns, mixing, held = alignment(blocks, n, rotary)
+        kept[n] = max(held, float(alone[:n].sum()))
+        if held == kept[n]:
+            columns = (turns.unsqueeze(2) * mixing[:, None, :, None]).flatten(0, 1).flatten(1)
+            exact.append((n * d // h, columns.unsqueeze(0).float()))
+    return replace(mixed(head_gram(blocks), d), exact=tuple(exact), spectrum=spread(_energies(kept), d))
+
+
+def _energies(kept: dict[int, float]) -> Tensor:
+    """(1, h): what each component head adds, from what so many keep together; evenly where only the sum of several is known."""
+    found: list[float] = []
+    for n in sorted(kept):
+        more, below = n - len(found), sum(found)
+        found += [max(0.0, kept[n] - below) / more] * more
+    return torch.tensor([found], dtype=torch.float64)
+
+
+def alignment(blocks: Tensor, n: int, rotary: int) -> tuple[Tensor, Tensor, float]:
+    """(turns (h, d, d), mixing (h, n), energy) of n component heads, from joint moments (h, h, d, d).
+
+    The start is the gauge of the head with most energy: each other head's Procrustes rotation onto it. Then one head after another is
+    turned towards what the components make of all others, and the mixing found anew; neither step ever loses energy.
+    """
+    gram = head_gram(blocks)
+    turns = turning(blocks[:, int(gram.diagonal().argmax())], rotary)
+    mixing, held = best_mixing(blocks, turns, n)
+    for _ in range(SWEEPS):
+        before, turns = held, turned(blocks, turns, mixing, rotary)
+        mixing, held = best_mixing(blocks, turns, n)
+        if held - before < GAIN * float(gram.trace()):
+            break
+    return turns, mixing, held
+
+
+def best_mixing(blocks: Tensor, turns: Tensor, n: int) -> tuple[Tensor, float]:
+    mixing, energy = principal(((blocks @ turns) * turns.unsqueeze(1)).sum((-2, -1)))
+    return mixing[:, :n], float(energy[:n].sum())
+
+
+def turned(blocks: Tensor, turns: Tensor, mixing: Tensor, rotary: int) -> Tensor:
+    """One sweep over the heads. A head's own moment is the same however it is turned, so only the others pull."""
+    pull = mixing @ mixing.mT
+    pull = (pull - pull.diagonal().diag_embed())[..., None, None]
+    turns = turns.clone()
+    for i in range(len(turns)):
+        turns[i] = turning((pull[i] * (blocks[i] @ turns)).sum(0), rotary)
+    return turns

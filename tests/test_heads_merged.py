@@ -1,0 +1,633 @@
+"""Methods that store fewer KV heads: maps that commute with RoPE, heads merged by SVD, virtual heads."""
+
+from __future__ import annotations
+
+import cmath
+import itertools
+import math
+
+import numpy as np
+import pico
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pico import HEAD_DIM, attached, feed, prompt, stock
+from test_statistics import activations
+
+from lowkey import families
+from lowkey.backends import naive
+from lowkey.calibrate import layer_inputs
+from lowkey.layers.codec import LowRank
+from lowkey.methods import MEA, KVHeadSVD, mea
+from lowkey.methods.kvheads import cheapest_groups, cosines, pair_losses
+from lowkey.ops import commuting
+from lowkey.ops.bases import is_orthonormal, orthonormal
+from lowkey.ops.rope import rotate
+from lowkey.probe import Probe
+from lowkey.seam import attach
+from lowkey.statistics import gather
+from lowkey.types import LowkeyError, head_blocks
+
+RANKS = [4, 8, 12, 16]
+WINDOWS, HELD, LENGTH = 8, 2, 20
+ROWS = prompt(LENGTH, batch=WINDOWS)
+LAYER = 1
+SHAPES = [(2, 8, 8), (3, 8, 4), (4, 4, 4), (1, 6, 4), (2, 6, 0)]  # t, d, rotary
+WHOLE = {
+    "layer": KVHeadSVD(),
+    "grouped": KVHeadSVD(keys="grouped"),
+    "commuting": KVHeadSVD(keys="commuting"),
+    "four": KVHeadSVD(group=4, keys="commuting"),
+    "similar": KVHeadSVD(keys="commuting", heads="similar"),
+    "similar-layer": KVHeadSVD(heads="similar"),
+    "weights": KVHeadSVD(keys="grouped", basis="weights"),
+    "mean": KVHeadSVD(basis="mean"),
+    "mea": MEA(),
+    "mea-weights": MEA("weights"),
+    "mea-aligned": MEA("aligned"),
+}
+
+
+def data(model, layout="post_rope"):
+    """(statistics, probe) of one layer, as calibration makes them."""
+    inputs = dict(layer_inputs(model, ROWS, 4))[LAYER]
+    return gather(model, ROWS[:-HELD].split(4))[LAYER], Probe.of(model, LAYER, layout, inputs, HELD)
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    made = {}
+
+    def prepare(name="llama", layout="post_rope"):
+        if (name, layout) not in made:
+            made[name, layout] = data(attached(name), layout)
+        return made[name, layout]
+
+    return prepare
+
+
+def seen(name="llama"):
+    """Activations (n, h, d) that the bases are fitted on."""
+    return activations(name, LAYER, ROWS[:-HELD])
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def turned_by_hand(x, rotary, position):
+    """(n, d) at one position, channel pair after channel pair, as complex numbers."""
+    out = x.clone()
+    for f in range(rotary // 2):
+        turn = cmath.exp(1j * position * 100.0 ** (-2 * f / rotary))
+        for row in range(len(x)):
+            z = complex(x[row, f], x[row, f + rotary // 2]) * turn
+            out[row, f], out[row, f + rotary // 2] = z.real, z.imag
+    return out
+
+
+def random_commuting(t, d, rotary, seed):
+    """(t d, t d), orthonormal and commuting, written out channel by channel."""
+    generator = np.random.default_rng(seed)
+    out, q = torch.zeros(t * d, t * d, dtype=torch.float64), rotary // 2
+    for f in range(q):
+        unitary, _ = np.linalg.qr(generator.normal(size=(t, t)) + 1j * generator.normal(size=(t, t)))
+        for g, j in itertools.product(range(t), repeat=2):
+            (a, b), (i, k) = (g * d + f, g * d + f + q), (j * d + f, j * d + f + q)
+            out[a, i] = out[b, k] = unitary[g, j].real
+            out[a, k], out[b, i] = unitary[g, j].imag, -unitary[g, j].imag
+    rest = [g * d + f for g in range(t) for f in range(rotary, d)]
+    own, _ = np.linalg.qr(generator.normal(size=(len(rest), len(rest))))
+    for (i, a), (j, b) in itertools.product(enumerate(rest), repeat=2):
+        out[a, b] = float(own[i, j])
+    return out
+
+
+def kept(moment, columns):
+    return float((columns.double().mT @ moment.double() @ columns.double()).diagonal(dim1=-2, dim2=-1).sum())
+
+
+# -- maps that commute
+
+
+@pytest.mark.parametrize(("t", "d", "rotary"), SHAPES)
+def test_every_merged_head_can_be_rotated_like_a_head(t, d, rotary):
+    x = random(6, t * d) @ random(t * d, t * d, seed=1)
+    columns, _ = commuting.commuting_basis((x.mT @ x).unsqueeze(0), t, rotary)
+    for position, j in itertools.product([0, 1, 2, 7, 100, 4095], range(t)):
+        down = columns[0][:, j * d : (j + 1) * d]
+        turned = torch.cat([turned_by_hand(head, rotary, position) for head in x.split(d, 1)], 1)
+        assert torch.allclose(turned @ down, turned_by_hand(x @ down, rotary, position), atol=1e-9)
+        assert commuting.commutes(down, rotary)
+
+
+@pytest.mark.parametrize(("t", "d", "rotary"), SHAPES)
+def test_no_commuting_basis_holds_more(t, d, rotary):
+    x = random(40, t * d) @ random(t * d, t * d, seed=1)
+    moment = x.mT @ x
+    columns, energy = commuting.commuting_basis(moment.unsqueeze(0), t, rotary)
+    assert is_orthonormal(columns, 1e-5) and bool((energy.diff() <= 1e-9).all())
+    for j in range(1, t + 1):
+        ours = kept(moment, columns[0][:, : j * d])
+        assert math.isclose(ours, float(energy[0, :j].sum()), rel_tol=1e-9)
+        others = [kept(moment, random_commuting(t, d, rotary, seed)[:, : j * d]) for seed in range(20)]
+        assert ours >= max(others) * (1 - 1e-9)
+        if j < t:
+            assert ours > max(others)
+
+
+@pytest.mark.parametrize(("t", "d", "rotary"), SHAPES)
+def test_the_energy_is_that_of_the_complex_svd_of_the_activations(t, d, rotary):
+    x, q = random(40, t, d) @ random(d, d, seed=1), rotary // 2
+    joint = x.flatten(1)
+    z = torch.complex(x[..., :q], x[..., q:rotary]).numpy()
+    values = [np.linalg.svd(z[:, :, f], compute_uv=False) ** 2 for f in range(q)]
+    rest = np.linalg.svd(x[..., rotary:].flatten(1).numpy(), compute_uv=False) ** 2
+    expected = sum(values) + rest.reshape(t, -1).sum(1) if rotary < d else sum(values)
+    _, energy = commuting.commuting_basis((joint.mT @ joint).unsqueeze(0), t, rotary)
+    assert np.allclose(energy[0].numpy(), expected)
+
+
+def test_a_map_that_commutes_is_told_from_one_that_does_not():
+    for t, d, rotary in SHAPES[:-1]:
+        ours = random_commuting(t, d, rotary, 0)[:, :d]
+        assert commuting.commutes(ours, rotary) and commuting.commutes(ours.float(), rotary)
+        spoilt = ours.clone()
+        spoilt[0, 0] += 1e-3
+        assert not commuting.commutes(spoilt, rotary)
+        swapped = ours[:, torch.arange(d).roll(1)]
+        assert not commuting.commutes(swapped, rotary)
+    assert commuting.commutes(random(4, 6, 6), 0), "nothing turns"
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(0, 3), st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_the_nearest_commuting_map_is_a_projection(t, pairs, rest, seed):
+    d = 2 * pairs + rest
+    a, b = random(t, d, d, seed=seed), random(t, d, d, seed=seed + 1)
+    near, other = commuting.nearest(a, 2 * pairs), commuting.nearest(b, 2 * pairs)
+    assert torch.allclose(commuting.nearest(near, 2 * pairs), near)
+    assert abs(float(((a - near) * other).sum())) < 1e-9 * d**2, "what is left out stands on all that commute"
+
+
+@given(st.integers(1, 4), st.integers(0, 3), st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_a_turning_is_the_best_rotation_that_commutes(pairs, rest, seed):
+    d, rotary = 2 * pairs + rest, 2 * pairs
+    a = random(d, d, seed=seed)
+    ours = commuting.turning(a, rotary)
+    assert is_orthonormal(ours, 1e-5) and commuting.commutes(ours, rotary)
+    others = [float((random_commuting(1, d, rotary, seed + i) * a).sum()) for i in range(20)]
+    assert float((ours * a).sum()) >= max(others) - 1e-9
+
+
+def test_a_head_without_energy_is_not_turned():
+    assert torch.equal(commuting.turning(torch.zeros(4, 4), 4), torch.eye(4))
+
+
+@pytest.mark.parametrize("rotary", [8, 4])
+def test_the_moment_of_rotated_heads_is_its_mean_over_positions(rotary):
+    x, angles = random(5, 2, 8), random(7, rotary // 2, seed=1)
+    cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
+    expected = torch.zeros(16, 16, dtype=torch.float64)
+    for c, s in zip(cos, sin, strict=True):
+        turned = rotate(x.transpose(0, 1), c.expand(5, -1), s.expand(5, -1)).transpose(0, 1).flatten(1)
+        expected += turned.mT @ turned / len(cos)
+    assert torch.allclose(commuting.rotated_moment(x.flatten(1).mT @ x.flatten(1), 8, cos, sin), expected)
+
+
+# -- every way to merge
+
+
+@pytest.mark.parametrize("method", WHOLE)
+def test_full_rank_gives_the_stock_logits(prepared, method, layout):
+    bases = WHOLE[method].fit(*prepared(layout=layout), RANKS, 0)
+    maps = dict.fromkeys(range(3), bases.at(HEAD_DIM, HEAD_DIM))
+    out, reference = feed(attached("llama"), ROWS, pico.lowrank(attached("llama"), maps, layout)), feed(stock("llama"), ROWS)
+    assert torch.allclose(out, reference, atol=5e-5)
+
+
+@pytest.mark.parametrize("method", [MEA(), MEA("weights"), MEA("aligned"), KVHeadSVD(1), KVHeadSVD(1, keys="commuting")])
+def test_a_model_with_a_single_head_is_left_as_it_is(prepared, method, layout):
+    stats, probe = prepared("llama-mqa", layout)
+    assert method.candidates(1, HEAD_DIM, RANKS) == [16]
+    assert probe.held_error(method.fit(stats, probe, [16], 0).at(16, 16)) < 1e-5
+
+
+@pytest.mark.parametrize("method", WHOLE)
+def test_columns_are_orthonormal_and_cost_what_their_rank_says(prepared, method, layout):
+    bases = WHOLE[method].fit(*prepared(layout=layout), RANKS, 0)
+    for rank in WHOLE[method].candidates(4, HEAD_DIM, RANKS):
+        f = bases.at(rank, rank)
+        assert f.ranks == (rank, rank)
+        assert is_orthonormal(f.k_down, 1e-5) and is_orthonormal(f.v_down, 1e-5)
+        assert len(f.k_down) * f.k_down.shape[-1] == len(f.v_down) * f.v_down.shape[-1] == 4 * rank
+
+
+@pytest.mark.parametrize("method", [m for m in WHOLE if "weights" not in m])  # theirs is of white inputs
+def test_the_spectrum_adds_up_to_the_energy_that_is_kept(prepared, method):
+    """On the moment that the basis is made from; energy rules read it."""
+    stats, probe = prepared()
+    bases = WHOLE[method].fit(stats, probe, RANKS, 0)
+    for side, moment in (("keys", stats.keys_post), ("values", stats.values)):
+        basis = getattr(bases, side)
+        moment = in_groups(moment, bases.order, 4 // basis.merge)
+        assert basis.spectrum.shape == (4 // basis.merge, HEAD_DIM)
+        for rank in WHOLE[method].candidates(4, HEAD_DIM, RANKS):
+            found = float(basis.spectrum[:, :rank].sum())
+            assert math.isclose(found, kept(moment, basis.at(rank)[0]), rel_tol=1e-5)
+
+
+def in_groups(moment, order, groups):
+    """(G, t d, t d) of a joint moment whose heads are put in order first."""
+    h = 4
+    by_head = moment.view(h, HEAD_DIM, h, HEAD_DIM)
+    order = torch.arange(h) if order is None else order
+    return head_blocks(by_head[order][:, :, order].reshape(moment.shape), groups)
+
+
+@pytest.mark.parametrize("method", WHOLE)
+def test_fitting_twice_gives_the_same(prepared, method):
+    a, b = (WHOLE[method].fit(*prepared(), RANKS, 0) for _ in range(2))
+    assert all(torch.equal(getattr(a, s).at(r)[0], getattr(b, s).at(r)[0]) for s in ("keys", "values") for r in RANKS)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "phi3-partial", "gemma2", "llama-yarn", "qwen3"])
+@pytest.mark.parametrize("method", ["layer", "commuting", "mea-aligned"])
+def test_other_families_are_merged_with_less_error_than_by_the_mean(prepared, name, method, layout):
+    stats, probe = prepared(name, layout)
+    ours, mean = (m.fit(stats, probe, [8, 16], 0) for m in (WHOLE[method], KVHeadSVD(basis="mean")))
+    assert probe.held_error(ours.at(16, 16)) < 1e-5 < probe.held_error(ours.at(8, 8)) < probe.held_error(mean.at(8, 8))
+
+
+# -- KV heads by SVD
+
+
+@pytest.mark.parametrize("rank", [4, 8, 12])
+def test_layer_and_grouped_keys_are_the_truncated_svd_of_the_activations(prepared, layout, rank):
+    """Eckart-Young: no other projection to so many numbers leaves less."""
+    found = seen()
+    keys = found["keys_pre" if layout == "pre_rope" else "keys_post"]
+    layer, grouped = (m.fit(*prepared(layout=layout), RANKS, 0) for m in (KVHeadSVD(whole=False), KVHeadSVD(keys="grouped", whole=False)))
+    together, pairs = keys.flatten(1), keys.unflatten(1, (2, 2)).flatten(2)
+    assert math.isclose(left(together, layer.keys.at(rank)[0][0]), tail(together, 4 * rank), rel_tol=1e-4)
+    values = found["values"].unflatten(1, (2, 2)).flatten(2)
+    for basis, x in ((grouped.keys, pairs), (grouped.values, values), (layer.values, values)):
+        for group in range(2):
+            assert math.isclose(left(x[:, group], basis.at(rank)[0][group]), tail(x[:, group], 2 * rank), rel_tol=1e-4)
+
+
+def left(x, down):
+    return float((x - x @ down.double() @ down.double().mT).square().sum())
+
+
+def tail(x, rank):
+    return float((np.linalg.svd(x.numpy(), compute_uv=False)[rank:] ** 2).sum())
+
+
+def test_one_projection_of_the_layer_loses_less_than_one_for_each_group_and_that_less_than_one_that_commutes(prepared, layout):
+    keys = seen()["keys_pre" if layout == "pre_rope" else "keys_post"]
+    losses = []
+    for form in ("layer", "grouped", "commuting"):
+        down = KVHeadSVD(keys=form).fit(*prepared(layout=layout), RANKS, 0).keys.at(8)[0]
+        x = keys.unflatten(1, (len(down), -1)).flatten(2)
+        losses.append(sum(left(x[:, g], m) for g, m in enumerate(down)))
+    assert losses[0] < losses[1] < losses[2]
+
+
+def test_commuting_maps_are_the_same_in_both_layouts(prepared):
+    """Rotation does not change the Gram of complex numbers that turn alike."""
+    a, b = (KVHeadSVD(keys="commuting").fit(*prepared(layout=layout), RANKS, 0).keys for layout in ("pre_rope", "post_rope"))
+    assert torch.allclose(a.columns, b.columns, atol=1e-3) and torch.allclose(a.spectrum, b.spectrum, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["commuting", "four", "similar", "mean"])
+def test_decoding_with_merged_heads_is_attention_with_fewer_heads(prepared, layout, method):
+    """The dense definition of a model with h / t heads: merged keys are rotated as they are, and no head is ever expanded."""
+    f = WHOLE[method].fit(*prepared(layout=layout), RANKS, 0).at(16 // WHOLE[method].group, 16 // WHOLE[method].group)
+    model, maps = attached("llama"), dict.fromkeys(range(3), f)
+    ours = feed(model, ROWS, pico.lowrank(model, maps, layout), splits=[9] + [1] * 11)
+    assert torch.allclose(ours, gqa_logits(f), atol=5e-5)
+
+
+@torch.no_grad()
+def gqa_logits(f):
+    """The pico llama with every attention written out, head after head, over the merged heads of `f`."""
+    model = stock("llama")
+    cos, sin = families.rope(model, 0)(torch.arange(LENGTH).unsqueeze(0), torch.empty(0))
+    hidden = model.model.embed_tokens(ROWS)
+    order = range(4) if f.order is None else f.order.tolist()
+    for block in model.model.layers:
+        x, a = block.input_layernorm(hidden), block.self_attn
+        q, k, v = (p(x).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2) for p in (a.q_proj, a.k_proj, a.v_proj))
+        t, outs = 4 // len(f.k_down), [None] * 8
+        for place, head in enumerate(order):
+            group, members = place // t, [order[i] for i in range(place // t * t, place // t * t + t)]
+            key = sum(k[:, m] @ f.k_down[group][i * HEAD_DIM : (i + 1) * HEAD_DIM] for i, m in enumerate(members))
+            value = sum(v[:, m] @ f.v_down[group][i * HEAD_DIM : (i + 1) * HEAD_DIM] for i, m in enumerate(members))
+            for own in (2 * head, 2 * head + 1):
+                query = rotate(q[:, own] @ f.k_up[place].mT, cos[0], sin[0])
+                scores = query @ rotate(key, cos[0], sin[0]).mT * HEAD_DIM**-0.5
+                weights = scores.masked_fill(torch.ones(LENGTH, LENGTH).triu(1).bool(), -torch.inf).softmax(-1)
+                outs[own] = weights @ value @ f.v_up[place]
+        hidden = hidden + a.o_proj(torch.cat(outs, -1))
+        hidden = hidden + block.mlp(block.post_attention_layernorm(hidden))
+    return model.lm_head(model.model.norm(hidden))
+
+
+@pytest.fixture(scope="module")
+def lopsided():
+    """A model whose attention reads inputs of very different scales, of which its projections know nothing."""
+    model = pico.build("llama-mha")
+    for block in families.decoder_layers(model):
+        block.input_layernorm.weight.data = torch.logspace(-1.5, 1, pico.HIDDEN)[torch.randperm(pico.HIDDEN)]
+    return data(attach(model))
+
+
+@pytest.mark.parametrize("keys", ["layer", "grouped", "commuting"])
+def test_activations_tell_far_more_than_weights(lopsided, keys):
+    """At half the heads; the paper's 13.6 against 808 (perplexity of LLaMA-2 7B before training)."""
+    stats, probe = lopsided
+    ours, weights = (KVHeadSVD(keys=keys, basis=basis).fit(stats, probe, [8, 16], 0) for basis in ("activations", "weights"))
+    losses = [1 - kept(stats.values, block_diagonal(b.values.at(8)[0])) / float(stats.values.trace()) for b in (ours, weights)]
+    assert losses[0] < 0.4 * losses[1]
+    losses = [1 - kept(stats.keys_post, block_diagonal(b.keys.at(8)[0])) / float(stats.keys_post.trace()) for b in (ours, weights)]
+    assert losses[0] < 0.8 * losses[1]
+    assert probe.held_error(ours.at(8, 8)) < 0.85 * probe.held_error(weights.at(8, 8))
+
+
+def block_diagonal(maps):
+    return torch.block_diag(*maps)
+
+
+def test_weights_are_the_gram_of_white_inputs_at_the_windows_positions(prepared, layout):
+    """Slow: every unit input as a token of its own, at every position; its bias, once more, as the input 1."""
+    model = pico.build("qwen2")
+    for block in families.decoder_layers(model):
+        block.self_attn.k_proj.bias.data.normal_(generator=torch.Generator().manual_seed(0))
+    stats, probe = data(attach(model), layout)
+    a = families.decoder_layers(model)[LAYER].self_attn
+    keys = torch.cat([a.k_proj.weight.detach().mT, a.k_proj.bias.detach().unsqueeze(0)]).double().unflatten(1, (2, HEAD_DIM))
+    cos, sin = (x[0, 0].double() for x in families.rope(model, LAYER)(torch.arange(LENGTH).unsqueeze(0), torch.empty(0)))
+    moment = torch.zeros(32, 32, dtype=torch.float64)
+    for c, s in zip(cos, sin, strict=True):
+        x = keys if layout == "pre_rope" else rotate(keys.transpose(0, 1), c.expand(len(keys), -1), s.expand(len(keys), -1)).transpose(0, 1)
+        moment += x.flatten(1).mT @ x.flatten(1) / LENGTH
+    basis = KVHeadSVD(keys="grouped", basis="weights").fit(stats, probe, RANKS, 0).keys
+    energy = np.linalg.eigvalsh(moment.numpy())[::-1].copy()
+    assert np.allclose(basis.spectrum[0].numpy(), energy.reshape(16, 2).sum(1), rtol=1e-5, atol=1e-5)
+    assert math.isclose(kept(moment, basis.at(8)[0][0]), energy[:16].sum(), rel_tol=1e-5)
+
+
+def test_the_mean_of_a_group_is_what_mean_pooling_keeps(prepared):
+    f = KVHeadSVD(basis="mean").fit(*prepared(), RANKS, 0).at(8, 8)
+    keys = seen()["keys_post"].float()
+    latent = keys.unflatten(1, (2, 2)).flatten(2).transpose(0, 1) @ f.k_down
+    assert torch.allclose(latent / 2**0.5, keys.unflatten(1, (2, 2)).mean(2).transpose(0, 1), atol=1e-5)
+    rebuilt = latent[:, :, None] @ f.k_up.unflatten(0, (2, 2)).transpose(1, 2).flatten(2)[:, None]
+    assert torch.allclose(rebuilt.squeeze(2)[..., :HEAD_DIM], keys.unflatten(1, (2, 2)).mean(2).transpose(0, 1), atol=1e-5)
+
+
+@given(st.integers(1, 9))
+def test_cosines_are_orthonormal_and_start_with_the_mean(t):
+    found = cosines(t)
+    assert torch.allclose(found.mT @ found, torch.eye(t, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(found[:, 0], torch.full((t,), t**-0.5, dtype=torch.float64))
+
+
+# -- which heads are grouped
+
+
+def test_similar_heads_find_one_another():
+    """Heads 0 and 3, and 1 and 2, carry the same numbers in other coordinates."""
+    model = pico.build("llama")
+    for block in families.decoder_layers(model):
+        a = block.self_attn
+        for linear, turns in ((a.k_proj, lambda i: random_commuting(1, HEAD_DIM, HEAD_DIM, i)), (a.v_proj, lambda i: random_turn(i))):
+            heads = linear.weight.data.view(4, HEAD_DIM, -1)
+            heads[3], heads[2] = turns(0).float() @ heads[0], turns(1).float() @ heads[1]
+    stats, probe = data(attach(model))
+    for form in ("layer", "grouped", "commuting"):
+        similar, apart = (KVHeadSVD(keys=form, heads=how).fit(stats, probe, [8, 16], 0) for how in ("similar", "consecutive"))
+        assert similar.order.tolist() == [0, 3, 1, 2]
+        assert probe.held_error(similar.at(8, 8)) < 1e-4 < 0.02 < probe.held_error(apart.at(8, 8))
+
+
+def random_turn(seed):
+    return orthonormal(random(HEAD_DIM, HEAD_DIM, seed=seed)).double()
+
+
+@given(st.sampled_from([(4, 2), (6, 2), (6, 3), (8, 4), (8, 2), (5, 1), (4, 4)]), st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_groups_cost_no_more_than_consecutive_ones_and_no_exchange_helps(shape, seed):
+    h, t = shape
+    cost = random(h, h, seed=seed).abs()
+    cost = (cost + cost.mT).fill_diagonal_(0)
+    order = cheapest_groups(cost, t).tolist()
+    assert sorted(order) == list(range(h))
+
+    def total(heads):
+        return sum(float(cost[a, b]) for i in range(0, h, t) for a, b in itertools.combinations(heads[i : i + t], 2))
+
+    assert total(order) <= total(range(h)) + 1e-12
+    for i, j in itertools.combinations(range(h), 2):
+        other = list(order)
+        other[i], other[j] = other[j], other[i]
+        assert total(other) >= total(order) - 1e-6
+
+
+@pytest.mark.parametrize("form", ["joint", "commuting", "mean"])
+def test_a_pair_costs_what_merging_it_loses(prepared, form):
+    moment = prepared()[0].keys_post
+    cost = pair_losses(moment, 4, form, HEAD_DIM)
+    assert torch.equal(cost, cost.mT) and not cost.diagonal().any()
+    keys = seen()["keys_post"]
+    for i, j in itertools.combinations(range(4), 2):
+        a, b, q = keys[:, i], keys[:, j], HEAD_DIM // 2
+        if form == "joint":
+            lost = tail(torch.cat([a, b], 1), HEAD_DIM)
+        elif form == "mean":
+            lost = float((a - b).square().sum()) / 2
+        else:
+            pairs = torch.stack([torch.complex(x[:, :q], x[:, q:]) for x in (a, b)], 1).numpy()
+            lost = sum(np.linalg.svd(pairs[:, :, f], compute_uv=False)[1] ** 2 for f in range(q))
+        assert math.isclose(float(cost[i, j]), lost, rel_tol=1e-3)
+
+
+# -- which ranks, and refusals
+
+
+def test_whole_heads_are_removed_unless_any_rank_is_asked_for():
+    ranks = [2, 4, 6, 8, 10, 12, 14, 16]
+    assert KVHeadSVD().candidates(4, 16, ranks) == [8, 16]
+    assert KVHeadSVD(4).candidates(4, 16, ranks) == [4, 8, 12, 16]
+    assert KVHeadSVD(3).candidates(6, 16, ranks) == [16], "a third of a head is no whole number of channels"
+    assert KVHeadSVD(whole=False).candidates(4, 16, ranks) == ranks
+    assert KVHeadSVD(keys="commuting", whole=False).candidates(4, 16, ranks) == [8, 16]
+
+
+def test_virtual_heads_come_whole():
+    ranks = [2, 4, 6, 8, 10, 12, 14, 16]
+    assert MEA().candidates(4, 16, ranks) == [4, 8, 12, 16]
+    assert MEA().candidates(8, 16, ranks) == ranks
+    assert MEA().candidates(1, 16, ranks) == [16]
+
+
+@pytest.mark.parametrize("group", [0, 3, 8])
+def test_a_group_that_does_not_divide_the_heads_is_refused_with_those_that_do(prepared, group):
+    with pytest.raises(LowkeyError, match=rf"^group {group}: .* 4 KV heads; choose one of 1, 2, 4$"):
+        KVHeadSVD(group).fit(*prepared(), RANKS, 0)
+    with pytest.raises(LowkeyError, match=rf"^group {group}: "):
+        KVHeadSVD(group).candidates(4, 16, RANKS)
+
+
+@pytest.mark.parametrize("method", [MEA("weights"), KVHeadSVD(basis="weights")])
+@pytest.mark.parametrize("name", ["qwen3", "olmo2"])
+def test_weights_say_nothing_of_keys_that_are_normed(prepared, method, name):
+    with pytest.raises(LowkeyError, match=r"basis 'weights': .* use basis 'activations'") as refusal:
+        method.fit(*prepared(name), [8, 16], 0)
+    assert "\n" not in str(refusal.value)
+
+
+# -- virtual heads
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_no_mixing_of_heads_keeps_more_than_the_eigenvectors_of_their_gram(prepared, layout, count):
+    found, bases = seen(), MEA().fit(*prepared(layout=layout), RANKS, 0)
+    for basis, x in ((bases.keys, found["keys_pre" if layout == "pre_rope" else "keys_post"]), (bases.values, found["values"])):
+        ours = left(x.flatten(1), basis.at(4 * count)[0][0])
+        gram = np.einsum("nhd,ngd->hg", x.numpy(), x.numpy())
+        assert math.isclose(ours, np.linalg.eigvalsh(gram)[: 4 - count].sum(), rel_tol=1e-4)
+        for seed in range(20):
+            other = np.kron(torch.linalg.qr(random(4, count, seed=seed)).Q.numpy(), np.eye(HEAD_DIM))
+            assert ours < left(x.flatten(1), torch.from_numpy(other))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_weights_are_the_papers_svd_over_the_head_axis(prepared, count):
+    """Eq. 36-38: U, S, V of the (d D, h) matrix of flattened projections; virtual heads are U times S V^T."""
+    stats, probe = prepared()
+    bases, weights = MEA("weights").fit(stats, probe, RANKS, 0), families.projections(probe.model, LAYER)
+    for basis, heads in ((bases.keys, weights.k), (bases.values, weights.v)):
+        flat = heads.flatten(1).mT.double().numpy()
+        u, s, v = np.linalg.svd(flat, full_matrices=False)
+        paper = u[:, :count] @ (s[:count, None] * v[:count])
+        down = basis.at(4 * count)[0][0].double()
+        ours = heads.double().flatten(0, 1).mT @ down @ down.mT  # (D, h d): the projections, down and up again
+        assert np.allclose(ours.unflatten(1, (4, -1)).permute(2, 0, 1).numpy(), unflat(paper, heads.shape), atol=1e-5)
+
+
+def unflat(flat, shape):
+    """(d D, h) as (d, D, h) -> (d, D, h) with D before h: what `ours` is permuted to."""
+    return flat.reshape(shape[1], shape[2], shape[0])
+
+
+@pytest.mark.parametrize("basis", ["weights", "activations", "aligned"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_mixing_scores_recomposing_heads_and_the_papers_sums_agree(prepared, basis, count):
+    """Eq. 10-11: virtual heads are einsum("nhd,hg->ngd", components, W); only then does attention begin."""
+    f = MEA(basis).fit(*prepared(), RANKS, 0).at(4 * count, 4 * count)
+    k, v, q = (random(2, 4, *s, seed=i).float() for i, s in enumerate([(9, HEAD_DIM), (9, HEAD_DIM), (2, 3, HEAD_DIM)]))
+    positions = torch.arange(9).expand(2, -1)
+    rope = families.rope(attached("llama"), LAYER)
+    outs = []
+    for absorb in (True, False):
+        codec = LowRank(f, "post_rope", rope, absorb)
+        segment = codec.segment(q, *codec.encode(k, v, positions), positions)
+        assert (segment.keys.shape[1] == 1) == absorb, "one set of components, or every head recomposed"
+        outs.append(naive.attend([segment], 0.25))
+    assert torch.allclose(*outs, atol=1e-5)
+    if basis != "aligned":
+        mixings = [down[0].view(4, HEAD_DIM, count, HEAD_DIM)[:, 0, :, 0] for down in (f.k_down, f.v_down)]
+        keys, values = (virtual(x, w) for x, w in zip((k, v), mixings, strict=True))
+        weights = (torch.einsum("bhgtd,bhsd->bhgts", q, keys) * 0.25).softmax(-1)
+        assert torch.allclose(outs[0], torch.einsum("bhgts,bhsd->bhgtd", weights, values), atol=1e-5)
+
+
+def virtual(heads, mixing):
+    components = torch.einsum("bhsd,hc->bcsd", heads, mixing)
+    return torch.einsum("bcsd,ch->bhsd", components, mixing.mT)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-mha", "qwen3", "phi3-partial", "llama-yarn"])
+def test_aligned_heads_never_lose_more_than_heads_as_they_are(prepared, name, layout):
+    stats, probe = prepared(name, layout)
+    ranks = MEA().candidates(stats.heads, HEAD_DIM, [2 * i for i in range(1, 9)])
+    aligned, plain = (MEA(b).fit(stats, probe, ranks, 0) for b in ("aligned", "activations"))
+    for side, moment in (("keys", stats.keys_pre if layout == "pre_rope" else stats.keys_post), ("values", stats.values)):
+        for rank in ranks[:-1]:
+            ours, theirs = (kept(moment, getattr(b, side).at(rank)[0][0]) for b in (aligned, plain))
+            assert ours >= theirs * (1 - 1e-6)
+            assert ours > 1.005 * theirs, "alignment has something to gain in random heads"
+
+
+def test_aligned_keys_commute_with_rotation(prepared):
+    for name, rotary in (("llama", 16), ("phi3-partial", 8)):
+        stats, probe = prepared(name)
+        basis = MEA("aligned").fit(stats, probe, [4, 8, 16], 0).keys
+        assert basis.exact
+        for rank, down in basis.exact:
+            assert all(commuting.commutes(head, rotary) for head in down[0].split(HEAD_DIM, 1)), f"{name} at rank {rank}"
+
+
+@pytest.fixture(scope="module", params=["post_rope", "pre_rope"])
+def copies(request):
+    """All heads are one head, values turned by any rotation and keys by one phase per frequency."""
+    model = pico.build("llama")
+    for i, block in enumerate(families.decoder_layers(model)):
+        a = block.self_attn
+        for h in range(4):
+            k, v = (p.weight.data.view(4, HEAD_DIM, -1) for p in (a.k_proj, a.v_proj))
+            k[h] = random_commuting(1, HEAD_DIM, HEAD_DIM, 10 * i + h).float() @ k[0]
+            v[h] = random_turn(10 * i + h).float() @ v[0]
+    return data(attach(model), request.param)
+
+
+def test_turned_copies_of_one_head_are_one_head_only_when_aligned(copies):
+    stats, probe = copies
+    errors = {b: probe.held_error(MEA(b).fit(stats, probe, [4, 8, 16], 0).at(4, 4)) for b in ("weights", "activations", "aligned")}
+    assert errors["aligned"] < 1e-4 and min(errors["weights"], errors["activations"]) > 0.1
+
+
+def test_all_energy_is_in_one_component_when_heads_are_turned_copies(copies):
+    spectrum = MEA("aligned").fit(*copies, [4, 8, 16], 0).values.spectrum
+    assert float(spectrum[:, :4].sum() / spectrum.sum()) > 1 - 1e-6 and bool((spectrum >= 0).all())
+
+
+def by_heads(x):
+    """Joint moments (h, h, d, d) of (n, h, d)."""
+    return torch.einsum("nhi,ngj->hgij", x, x)
+
+
+def test_heads_that_are_sums_of_two_already_are_not_spoilt_by_aligning_them():
+    """Turned to one gauge they would need a little more than two components."""
+    x = torch.einsum("ncd,ch->nhd", random(300, 2, 6) @ random(6, 6, seed=1), random(2, 4, seed=2))
+    basis = mea.aligned(by_heads(x), [1, 2, 3], 0)
+    assert left(x.flatten(1), basis.columns[0][:, :12]) < 1e-6 * float(x.square().sum())
+    assert left(x.flatten(1), dict(basis.exact).get(3, basis.columns[..., :12])[0]) < 1e-6 * float(x.square().sum())
+
+
+@pytest.mark.parametrize("rotary", [0, HEAD_DIM])
+def test_every_sweep_keeps_more_and_heads_end_better_aligned_than_they_start(prepared, rotary):
+    blocks = by_heads(seen()["keys_post"])
+    turns = torch.eye(HEAD_DIM, dtype=torch.float64).repeat(4, 1, 1)
+    mixing, first = mea.best_mixing(blocks, turns, 2)
+    held = first
+    for _ in range(5):
+        turns = mea.turned(blocks, turns, mixing, rotary)
+        (mixing, more), before = mea.best_mixing(blocks, turns, 2), held
+        assert more >= before * (1 - 1e-12)
+        held = more
+    assert held > 1.05 * first
+    start = mea.best_mixing(blocks, commuting.turning(blocks[:, int(mea.head_gram(blocks).diagonal().argmax())], rotary), 2)[1]
+    assert mea.alignment(blocks, 2, rotary)[2] > 1.01 * start
+
+
+def test_fitting_leaves_the_global_random_state_alone(prepared):
+    stats, probe = prepared()
+    before = torch.random.get_rng_state()
+    for method in WHOLE.values():
+        method.fit(stats, probe, RANKS, 0)
+    assert torch.equal(torch.random.get_rng_state(), before)
