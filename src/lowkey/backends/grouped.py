@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ def _block(segments: Sequence[Segment], scaling: float, softcap: float | None) -
         weights = weights.masked_fill(dead, 0.0)
     parts = weights.to(segments[0].values.dtype).split([s.keys.shape[2] for s in segments], dim=-1)
     h = kv_heads(segments)
-    return sum(_values(s, w, h) for s, w in zip(segments, parts, strict=True)), scores, dead
+    return reduce(torch.add, [_values(s, w, h) for s, w in zip(segments, parts, strict=True)]), scores, dead
 
 
 def _scores(s: Segment, scaling: float, softcap: float | None) -> Tensor:

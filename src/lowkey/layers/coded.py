@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,45 +10,46 @@ from torch import Tensor
 from lowkey.backends import grouped
 from lowkey.backends.segment import Segment
 from lowkey.layers.codec import Codec
+from lowkey.layers.exact import Exact, FixedPoints
 from lowkey.layers.packing import Packing, Whole
 from lowkey.layers.placed import PlacedLayer
 from lowkey.seam import Call
 
-
-@dataclass(frozen=True)
-class Exact:
-    """Tokens stored as they are: the first `sinks` of each row (padding not counted) and the last `recent`.
-
-    prefill: what a chunk of several tokens sees of itself: `compressed` what will be stored (compression everywhere),
-    `exact` its own exact keys, which are compressed afterwards (decode-only compression).
-    """
-
-    sinks: int = 0
-    recent: int = 0
-    prefill: Literal["compressed", "exact"] = "compressed"
+Parts = dict[str, tuple[Tensor, ...]]
+EMPTY = 2**31 - 1  # the index of a sink slot that no token has taken
 
 
 class CodedLayer(PlacedLayer):
-    """Stored forms of all tokens but the last `recent` (or up to a block more, where keys are packed in blocks of tokens); sinks are
+    """Stored forms of all tokens but the last `recent` (and up to a block more, where keys are packed in blocks of tokens); sinks are
     held once more, exactly.
+
+    Blocks begin at each row's first real token, so that padding changes no scale and nothing that a query sees. Only what all rows
+    have ready is stored: when rows differ in length, some hold up to one block more as it was, and show it as it will be.
 
     Held: what the packings of keys and values hold; recent_k, recent_v (b, h, recent, d);
     sink_k, sink_v (b, h, sinks, d); offset (b, 1), each row's token index less its position; first (b, 1), the index of each
-    row's first real token.
+    row's first real token; with `points`, which say what a sink is, sink_at (b, sinks), the index of the token in each slot.
     """
 
-    def __init__(self, codec: Codec, exact: Exact | None = None, packing: tuple[Packing, Packing] | None = None) -> None:
+    def __init__(
+        self,
+        codec: Codec,
+        exact: Exact | None = None,
+        packing: tuple[Packing, Packing] | None = None,
+        points: FixedPoints | None = None,
+    ) -> None:
         super().__init__(exact is not None and exact.prefill == "exact")
-        self.codec, self.exact = codec, exact or Exact()
+        self.codec, self.exact, self.points = codec, exact or Exact(), points
         self.packing = dict(zip(("keys", "values"), packing or (Whole(), Whole()), strict=True))
         self.block = max(p.block for p in self.packing.values())
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         b, h, _, d = key_states.shape
         self.device, n = key_states.device, self.exact.sinks
-        self.codec = self.codec.like(key_states)
+        self.codec, self.points = self.codec.like(key_states), self.points and self.points.to(self.device)
         self.recent_k, self.recent_v = key_states.new_empty(b, h, 0, d), value_states.new_empty(b, h, 0, d)
         self.sink_k, self.sink_v = key_states.new_zeros(b, h, n, d), value_states.new_zeros(b, h, n, d)
+        self.sink_at = torch.full((b, n), EMPTY, dtype=torch.int32, device=self.device)
         self.offset = torch.zeros(b, 1, dtype=torch.long, device=self.device)
         self.first = torch.zeros_like(self.offset)
         none = self.codec.encode(self._grouped(self.recent_k), self._grouped(self.recent_v), self.positions(0, 0))
@@ -60,26 +60,41 @@ class CodedLayer(PlacedLayer):
 
     def tensors(self) -> dict[str, Tensor]:
         stored = [attribute for name in self.packing for attribute in self._attributes(name)]
-        names = (*stored, "recent_k", "recent_v", "sink_k", "sink_v", "offset", "first")
+        names = (*stored, "recent_k", "recent_v", "sink_k", "sink_v", "offset", "first", *(("sink_at",) if self.points else ()))
         return {name: getattr(self, name) for name in names} if self.is_initialized else {}
 
     def predicted_nbytes(self) -> int:
         if not self.is_initialized:
             return 0
         b, h, _, d = self.recent_k.shape
-        size, stored = self.recent_k.element_size(), self._leaving(self.seen)
+        size, (stored, _) = self.recent_k.element_size(), self._ready()
         near = (self.seen - stored + self.exact.sinks) * 2 * d * h * size
         kept = sum(heads * self.packing[name].nbytes(stored, width, size) for name, (heads, width) in self.shapes.items())
-        return b * (kept + near + 2 * self.offset.element_size())
+        indices = 2 * self.offset.element_size() + (self.exact.sinks * self.sink_at.element_size() if self.points else 0)
+        return b * (kept + near + indices)
 
     def attend(self, keys: Tensor, values: Tensor, call: Call) -> Tensor:
         self._place(call, keys.shape[2])
+        self._find_sinks(values)
         keys, values = self._grouped(keys), self._grouped(values)
         call = replace(call, query=self._grouped(call.query))
         buffer_k, buffer_v = torch.cat([self.recent_k, keys], 2), torch.cat([self.recent_v, values], 2)
         self._write(buffer_k, buffer_v)
         self._write_sinks(keys, values)
         return self._ungrouped(grouped.attend(self._segments(call, buffer_k, buffer_v), call.scaling, call.softcap))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._settle()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._settle()
+
+    def _settle(self) -> None:
+        """The row that the others waited for may be gone."""
+        if self.is_initialized:
+            self._write(self.recent_k, self.recent_v)
 
     def _grouped(self, x: Tensor) -> Tensor:
         """Heads in the codec's order."""
@@ -88,26 +103,52 @@ class CodedLayer(PlacedLayer):
     def _ungrouped(self, x: Tensor) -> Tensor:
         return x if self.codec.order is None else x[:, self.codec.order.argsort()]
 
-    # -- writing
+    # -- which tokens are stored
 
     def _place(self, call: Call, t: int) -> None:
-        visible = self.place(call, t)
-        self.first = torch.where(visible.any(1, keepdim=True), visible.int().argmax(1, keepdim=True), self.seen)
+        visible, start = self.place(call, t), self.seen - t
+        begins = torch.where(visible.any(1, keepdim=True), visible.int().argmax(1, keepdim=True), self.seen)
+        self.first = torch.where(self.first < start, self.first, begins)  # a row that has begun has begun
 
-    def _leaving(self, seen: int) -> int:
-        """How many tokens have left the recent window when so many were seen: whole blocks."""
-        return max(0, seen - self.exact.recent) // self.block * self.block
+    def _shift(self) -> Tensor:
+        """(b|1, 1): at which index each row begins to be cut into blocks; before its first real token, the last that it may be."""
+        if self.block == 1:
+            return self.first.new_zeros(1, 1)
+        return torch.where(self.first < self.seen, self.first % self.block, self.block - 1)
+
+    def _left(self, seen: Tensor) -> Tensor:
+        """(b|1, n): how many tokens of each row, from its shift on, have left the recent window when `seen` (n) were seen: whole blocks."""
+        return (seen - self._shift() - self.exact.recent).clamp_min(0) // self.block * self.block
+
+    def _ready(self) -> tuple[int, int]:
+        """What all rows have ready to be stored, and what the first of them has: at most a block more."""
+        if self.block == 1:
+            return (max(0, self.seen - self.exact.recent),) * 2
+        left = self._left(self.first.new_tensor([self.seen]))
+        return int(left.min()), int(left.max())
+
+    def _slots(self, start: int, stop: int) -> Tensor:
+        """(b|1, n): the indices of the tokens start to stop of each row, counted from its shift, as they are stored."""
+        return torch.arange(start, stop, device=self.first.device) + self._shift()
+
+    # -- writing
 
     def _write(self, buffer_k: Tensor, buffer_v: Tensor) -> None:
         """Compress what leaves the recent window; clones, so that no view keeps a larger buffer alive."""
-        start = self.seen - buffer_k.shape[2]
-        leaving = self._leaving(self.seen) - start
-        if leaving:
-            new = self.codec.encode(buffer_k[:, :, :leaving], buffer_v[:, :, :leaving], self.positions(start, start + leaving))
-            for name, x in zip(self.packing, new, strict=True):
-                packing = self.packing[name]
-                self._put(name, packing.joined(self._parts(name), packing.pack(x)))
-        self.recent_k, self.recent_v = buffer_k[:, :, leaving:].clone(), buffer_v[:, :, leaving:].clone()
+        start, (stop, _) = self.seen - buffer_k.shape[2], self._ready()
+        if stop > start:
+            for name, parts in self._joined(self._packed(buffer_k, buffer_v, start, stop)).items():
+                self._put(name, parts)
+        self.recent_k, self.recent_v = buffer_k[:, :, stop - start :].clone(), buffer_v[:, :, stop - start :].clone()
+
+    def _packed(self, buffer_k: Tensor, buffer_v: Tensor, start: int, stop: int) -> Parts:
+        slots = self._slots(start, stop)
+        at = slots - (self.seen - buffer_k.shape[2])
+        encoded = self.codec.encode(_taken(buffer_k, at), _taken(buffer_v, at), slots - self.offset)
+        return {name: packing.pack(x) for (name, packing), x in zip(self.packing.items(), encoded, strict=True)}
+
+    def _joined(self, new: Parts) -> Parts:
+        return {name: packing.joined(self._parts(name), new[name]) for name, packing in self.packing.items()}
 
     def _attributes(self, name: str) -> list[str]:
         return [f"{name}_{field}" if field else name for field in self.packing[name].fields]
@@ -119,61 +160,78 @@ class CodedLayer(PlacedLayer):
         for attribute, part in zip(self._attributes(name), parts, strict=True):
             setattr(self, attribute, part)
 
+    def _find_sinks(self, values: Tensor) -> None:
+        """The tokens that lie near the points take the free slots, in their order."""
+        if self.points is None:
+            return
+        start = self.seen - values.shape[2]
+        real = torch.arange(start, self.seen, device=self.first.device) >= self.first
+        found = self.points.near(values) & real
+        slot = (self.sink_at < EMPTY).sum(1, keepdim=True) + found.cumsum(1) - 1
+        takes = found.unsqueeze(1) & (slot.unsqueeze(1) == torch.arange(self.exact.sinks, device=slot.device).unsqueeze(1))
+        self.sink_at = torch.where(takes.any(2), start + takes.int().argmax(2), self.sink_at).int()
+
     def _write_sinks(self, keys: Tensor, values: Tensor) -> None:
-        """Slot p of a row is its p-th real token, whenever that arrives."""
+        """Each slot is filled when its token arrives."""
         if not self.exact.sinks:
             return
         start = self.seen - keys.shape[2]
         index = self._sink_index() - start  # (b, n) into the new tokens
         arrives = ((index >= 0) & (index < keys.shape[2]))[:, None, :, None]
-        at = index.clamp(0, keys.shape[2] - 1)[:, None, :, None].expand_as(self.sink_k)
-        self.sink_k = torch.where(arrives, keys.gather(2, at), self.sink_k)
-        self.sink_v = torch.where(arrives, values.gather(2, at), self.sink_v)
+        self.sink_k = torch.where(arrives, _taken(keys, index), self.sink_k)
+        self.sink_v = torch.where(arrives, _taken(values, index), self.sink_v)
 
     def _sink_index(self) -> Tensor:
-        """(b, sinks): each row's first real tokens."""
-        return self.first + torch.arange(self.exact.sinks, device=self.offset.device)
+        """(b, sinks): each row's first real tokens, or those that were found so far."""
+        return self.sink_at.long() if self.points else self.first + torch.arange(self.exact.sinks, device=self.first.device)
 
     # -- reading
 
     def _segments(self, call: Call, buffer_k: Tensor, buffer_v: Tensor) -> list[Segment]:
-        mask, stored = call.full_mask(self.seen), self._leaving(self.seen)
-        segment = self._stored(call, stored)
+        mask, stored = call.full_mask(self.seen), self._stored(call, buffer_k, buffer_v)
         if not self.exact.sinks and not self.exact.recent and self.block == 1 and not self._exact_chunk(call):
-            return [replace(segment, mask=mask)]
+            return [replace(stored, mask=mask)]
         mask = mask if mask is not None else self.offset.new_ones(1, 1, self.seen, dtype=torch.bool)
-        near = self._near(call)
-        covered = near | self._is_sink()
-        segments = [replace(segment, mask=mask[..., :stored] & ~covered[..., :stored])]
+        near, index = self._near(call), self._sink_index()
+        far = mask & ~near
+        is_sink = (index.unsqueeze(2) == torch.arange(self.seen, device=index.device)).any(1, keepdim=True)
         start = self.seen - buffer_k.shape[2]
-        segments += [Segment(call.query, buffer_k, buffer_v, (mask & near)[..., start:])]
-        return segments + self._sinks(call, mask & ~near)
+        return [
+            replace(stored, mask=self._in_slots(far & ~is_sink, stored.keys.shape[2])),
+            Segment(call.query, buffer_k, buffer_v, (mask & near)[..., start:]),
+            *([Segment(call.query, self.sink_k, self.sink_v, self._at(far, index))] if self.exact.sinks else []),
+        ]
 
-    def _stored(self, call: Call, stored: int) -> Segment:
-        keys, values = (self.packing[name].unpack(self._parts(name), self.shapes[name][1]) for name in self.packing)
-        return self.codec.segment(call.query, keys, values, self.positions(0, stored))
+    def _stored(self, call: Call, buffer_k: Tensor, buffer_v: Tensor) -> Segment:
+        stored, ahead = self._ready()
+        parts = {name: self._parts(name) for name in self.packing}
+        if ahead > stored:
+            parts = self._joined(self._packed(buffer_k, buffer_v, stored, ahead))
+        keys, values = (packing.unpack(parts[name], self.shapes[name][1]) for name, packing in self.packing.items())
+        return self.codec.segment(call.query, keys, values, self._slots(0, ahead) - self.offset)
 
     def _exact_chunk(self, call: Call) -> bool:
         return self.exact_prefill and call.query.shape[3] > 1
 
     def _near(self, call: Call) -> Tensor:
-        """(1, t, s): which tokens each query sees exactly, being within its recent window (or its own chunk)."""
+        """(b|1, t, s): which tokens each query sees exactly, being within its recent window (or its own chunk)."""
         t, device = call.query.shape[3], self.offset.device
-        seen = torch.arange(self.seen - t + 1, self.seen + 1, device=device).unsqueeze(1)  # by each query, itself included
+        left = self._left(torch.arange(self.seen - t + 1, self.seen + 1, device=device))  # each query has seen itself, too
         tokens = torch.arange(self.seen, device=device)
-        near = tokens >= (seen - self.exact.recent).clamp_min(0) // self.block * self.block
-        return (near | (tokens >= self.seen - t) if self._exact_chunk(call) else near).unsqueeze(0)
+        near = (tokens - self._shift()).unsqueeze(1) >= left.unsqueeze(2)
+        return near | (tokens >= self.seen - t) if self._exact_chunk(call) else near
 
-    def _is_sink(self) -> Tensor:
-        """(b, 1, s)"""
-        after = torch.arange(self.seen, device=self.first.device) - self.first
-        return ((after >= 0) & (after < self.exact.sinks)).unsqueeze(1)
+    def _in_slots(self, mask: Tensor, stop: int) -> Tensor:
+        return mask[..., :stop] if self.block == 1 else self._at(mask, self._slots(0, stop))
 
-    def _sinks(self, call: Call, mask: Tensor) -> list[Segment]:
-        if not self.exact.sinks:
-            return []
-        index = self._sink_index()
-        b, t = max(mask.shape[0], index.shape[0]), mask.shape[1]
+    def _at(self, mask: Tensor, index: Tensor) -> Tensor:
+        """The mask (b|1, t, s) at indices (b|1, n); tokens that did not come yet are not seen."""
+        b, t = max(len(mask), len(index)), mask.shape[1]
         at = index.clamp(max=self.seen - 1).unsqueeze(1).expand(b, t, -1)
-        allowed = mask.expand(b, t, -1).gather(2, at) & (index < self.seen).unsqueeze(1)
-        return [Segment(call.query, self.sink_k, self.sink_v, allowed)]
+        return mask.expand(b, -1, -1).gather(2, at) & (index < self.seen).unsqueeze(1)
+
+
+def _taken(x: Tensor, at: Tensor) -> Tensor:
+    """Tokens (b, h, n, d) of x (b, h, s, d) at indices (b|1, n); any of them where the index is none of x's."""
+    b, h, s, d = x.shape
+    return x.gather(2, at.clamp(0, s - 1)[:, None, :, None].expand(b, h, -1, d))

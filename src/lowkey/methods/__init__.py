@@ -8,13 +8,44 @@ from __future__ import annotations
 
 from lowkey.methods.base import Course, Method
 from lowkey.methods.eigenattention import EigenAttention
+from lowkey.methods.kqsvd import KQSVD
+from lowkey.methods.kvheads import KVHeadSVD
+from lowkey.methods.kvlatent import KVLatent
+from lowkey.methods.lorc import LoRC
+from lowkey.methods.matryoshka import MatryoshkaKV
+from lowkey.methods.mea import MEA
+from lowkey.methods.palu import Palu
 from lowkey.methods.pca import PCA
+from lowkey.methods.recalkv import ReCalKV
 from lowkey.methods.stiefattention import StiefAttention
 
 METHODS: dict[str, type[Method]] = {
     "pca": PCA,
     "eigenattention": EigenAttention,
     "stiefattention": StiefAttention,
+    "kq-svd": KQSVD,
+    "palu": Palu,
+    "lorc": LoRC,
+    "recalkv": ReCalKV,
+    "matryoshka": MatryoshkaKV,
+    "kv-latent": KVLatent,
+    "kv-head-svd": KVHeadSVD,
+    "mea": MEA,
 }
 
-__all__ = ["METHODS", "PCA", "Course", "EigenAttention", "Method", "StiefAttention"]
+__all__ = [
+    "KQSVD",
+    "MEA",
+    "METHODS",
+    "KVHeadSVD",
+    "PCA",
+    "Course",
+    "EigenAttention",
+    "KVLatent",
+    "MatryoshkaKV",
+    "LoRC",
+    "Method",
+    "Palu",
+    "ReCalKV",
+    "StiefAttention",
+]

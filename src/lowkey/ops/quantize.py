@@ -24,27 +24,36 @@ class Packed:
 
 
 def quantize(x: Float[Tensor, "*b n"], bits: int, group: int) -> Packed:
-    """Round to `bits` (4 or 8) with one scale and one offset, both in x's dtype, per `group` numbers of the last axis."""
+    """Round to `bits` (4 or 8) with one scale and one offset, both in x's dtype, per `group` numbers of the last axis.
+
+    The scale is rounded up, or the largest number of a group would be cut off: by a whole step in bf16 at 8 bits.
+    """
     grouped = x.float().unflatten(-1, (x.shape[-1] // group, group))
     low, high = grouped.amin(-1), grouped.amax(-1)
-    scale = ((high - low) / (2**bits - 1)).clamp_min(1e-8).to(x.dtype)
+    up = 1 + torch.finfo(x.dtype).eps / 2
+    scale = ((high - low) / (2**bits - 1) * up).clamp_min(1e-8).to(x.dtype)
     low = low.to(x.dtype)
     codes = ((grouped - low.float().unsqueeze(-1)) / scale.float().unsqueeze(-1)).round().clamp(0, 2**bits - 1)
     return Packed(pack(codes.flatten(-2).to(torch.uint8), bits), scale, low, bits)
 
 
 def dequantize(p: Packed) -> Tensor:
-    """(*b, n) in the dtype of the scales."""
-    codes = unpack(p.codes, p.bits)
-    if not codes.numel():
-        return codes.to(p.scale.dtype)
-    codes = codes.unflatten(-1, (p.scale.shape[-1], -1)).float()
-    return (codes * p.scale.float().unsqueeze(-1) + p.low.float().unsqueeze(-1)).flatten(-2).to(p.scale.dtype)
+    """(*b, n) in the dtype of the scales; computed in fp32 in one buffer, which a decoding step over a long cache feels."""
+    numbers = unpack(p.codes, p.bits, torch.float32)
+    if not numbers.numel():
+        return numbers.to(p.scale.dtype)
+    numbers = numbers.unflatten(-1, (p.scale.shape[-1], -1))
+    return numbers.mul_(p.scale.float().unsqueeze(-1)).add_(p.low.float().unsqueeze(-1)).flatten(-2).to(p.scale.dtype)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     return codes if bits == 8 else codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 
-def unpack(codes: Tensor, bits: int) -> Tensor:
-    return codes if bits == 8 else torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
+def unpack(codes: Tensor, bits: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    if bits == 8:
+        return codes.to(dtype)
+    out = torch.empty(*codes.shape, 2, dtype=dtype, device=codes.device)
+    out[..., 0] = codes & 15
+    out[..., 1] = codes >> 4
+    return out.flatten(-2)
