@@ -28,9 +28,9 @@ from lowkey.seam import Call
 from lowkey.types import LowkeyError, identity
 
 BLOCK, D, HEADS = 32, pico.HEAD_DIM, 4
-RECENT = {"kivi4": BLOCK, "kivi8": BLOCK}
+RECENT = {"kivi2": BLOCK, "kivi4": BLOCK, "kivi8": BLOCK}
 LENGTH, PADS = 100, [41, 0]  # under kivi two blocks of the longer row have left the window, and one of the shorter, cut elsewhere
-TOLERANCE = {4: 2e-2, 8: 2e-3}  # a number between two steps may go to the other after a sum in another order
+TOLERANCE = {2: 0.1, 4: 2e-2, 8: 2e-3}  # a number between two steps may go to the other after a sum in another order
 
 
 def merged(t_k, t_v):
@@ -90,7 +90,7 @@ def effective(name, exact):
 def group_size(width, bits):
     """Channels that share a scale: at most 32, as even as can be, whole bytes."""
     size = math.ceil(width / math.ceil(width / 32))
-    return size + 1 if bits == 4 and size % 2 else size
+    return size + -size % (8 // bits)
 
 
 def rounded_group(x, bits):

@@ -51,7 +51,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class PerToken:
-    """Integers of 4 or 8 bits; channels of one token in groups of at most 32 share a scale and an offset in the model's dtype."""
+    """Integers of 2, 4 or 8 bits; channels of one token in groups of at most 32 share a scale and an offset in the model's dtype."""
 
     bits: int
     block: ClassVar[int] = 1
@@ -75,12 +75,12 @@ class PerToken:
         """(groups, channels of each): as even as can be, and whole bytes."""
         groups = math.ceil(width / GROUP)
         size = math.ceil(width / groups)
-        return groups, size + size % (8 // self.bits)
+        return groups, size + -size % (8 // self.bits)
 
 
 @dataclass(frozen=True)
 class PerChannel:
-    """Integers of 4 or 8 bits; one channel of 32 tokens in a row shares a scale and an offset, as KIVI does for keys (arXiv:2402.02750),
+    """Integers of 2, 4 or 8 bits; one channel of 32 tokens in a row shares a scale and an offset, as KIVI does for keys (arXiv:2402.02750),
     in which a few channels are much larger than the others."""
 
     bits: int
@@ -126,18 +126,21 @@ class Scheme:
 SCHEMES: dict[str, Callable[[], Scheme]] = {
     "int8": lambda: Scheme(8, PerToken(8), PerToken(8)),
     "int4": lambda: Scheme(4, PerToken(4), PerToken(4)),
+    "int2": lambda: Scheme(2, PerToken(2), PerToken(2)),
     "kivi8": lambda: Scheme(8, PerChannel(8), PerToken(8), recent=GROUP),
     "kivi4": lambda: Scheme(4, PerChannel(4), PerToken(4), recent=GROUP),
+    "kivi2": lambda: Scheme(2, PerChannel(2), PerToken(2), recent=GROUP),
     "hadamard8": lambda: Scheme(8, PerToken(8), PerToken(8), turned=True),
     "hadamard4": lambda: Scheme(4, PerToken(4), PerToken(4), turned=True),
+    "hadamard2": lambda: Scheme(2, PerToken(2), PerToken(2), turned=True),
 }
 
 
 def scheme(bits: int | str) -> Scheme:
-    """A scheme by name; 8 and 4 are `int8` and `int4`. Errors: LowkeyError for another."""
+    """A scheme by name; 8, 4 and 2 are `int8`, `int4` and `int2`. Errors: LowkeyError for another."""
     name = scheme_name(bits)
     if name not in SCHEMES:
-        raise LowkeyError(f"bits {bits!r}: packed storage is one of 8, 4, {', '.join(SCHEMES)}")
+        raise LowkeyError(f"bits {bits!r}: packed storage is one of 8, 4, 2, {', '.join(SCHEMES)}")
     return SCHEMES[name]()
 
 

@@ -1,8 +1,9 @@
-"""Group-wise asymmetric integers, really packed: two 4-bit numbers in a byte."""
+"""Group-wise asymmetric integers, really packed: two 4-bit or four 2-bit numbers in a byte."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from jaxtyping import Float
@@ -24,7 +25,7 @@ class Packed:
 
 
 def quantize(x: Float[Tensor, "*b n"], bits: int, group: int) -> Packed:
-    """Round to `bits` (4 or 8) with one scale and one offset, both in x's dtype, per `group` numbers of the last axis.
+    """Round to `bits` (2, 4 or 8) with one scale and one offset, both in x's dtype, per `group` numbers of the last axis.
 
     The scale is rounded up, or the largest number of a group would be cut off: by a whole step in bf16 at 8 bits.
     """
@@ -47,13 +48,14 @@ def dequantize(p: Packed) -> Tensor:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    return codes if bits == 8 else codes[..., 0::2] | (codes[..., 1::2] << 4)
+    per_byte = 8 // bits
+    return reduce(torch.bitwise_or, [codes[..., i::per_byte] << (bits * i) for i in range(per_byte)])
 
 
 def unpack(codes: Tensor, bits: int, dtype: torch.dtype = torch.uint8) -> Tensor:
     if bits == 8:
         return codes.to(dtype)
-    out = torch.empty(*codes.shape, 2, dtype=dtype, device=codes.device)
-    out[..., 0] = codes & 15
-    out[..., 1] = codes >> 4
+    out = torch.empty(*codes.shape, 8 // bits, dtype=dtype, device=codes.device)
+    for i in range(8 // bits):
+        out[..., i] = (codes >> (bits * i)) & (2**bits - 1)
     return out.flatten(-2)
