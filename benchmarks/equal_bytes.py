@@ -61,8 +61,8 @@ METHODS: dict[str, tuple[str, dict[str, str], Layout]] = {  # label: method, opt
     "matryoshka": ("matryoshka", {}, "post_rope"),
 }
 BUDGETS = ("75%", "50%", "37.5%", "25%")
-PACKED = ("int8", "int4", "kivi4", "hadamard4")  # alone
-ON_TOP = {"75%": ("int4",), "50%": ("int4",)}  # of latents, by the budget of the plan
+PACKED = ("int8", "int4", "kivi4", "hadamard4", "int2", "kivi2", "hadamard2")  # alone
+ON_TOP = {"75%": ("int4", "kivi4", "kivi2"), "50%": ("int4", "kivi4", "kivi2")}  # of latents, by the budget of the plan
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # two-sided 95 % quantiles of Student's t for n samples
 SHOWN = ("perplexity", "kl", "exact_match", "perplexity_decode", "layer_error", "top1_agreement", "fit_seconds")
 
@@ -94,11 +94,13 @@ def run(
     task = Task(judged, str(data or "embedded"), context, windows, cases)
     found = json.loads(out.read_text()) if out.exists() else {"rows": []}
     done = {(row["label"], row["seed"]) for row in found["rows"]}
-    reference = [full(loaded), *(packed(loaded, b) for b in PACKED)]
-    if ("full", 0) not in done:
+    names_done = {label for label, _ in done}
+    reference = [full(loaded), *(packed(loaded, b) for b in PACKED if b not in names_done)]
+    if len(reference) > 1 or "full" not in names_done:
         result = evaluate(loaded, tokenizer, reference, task, names, bars)
         found["environment"] = result["environment"]
-        _append(found, out, [r | {"label": r["name"], "seed": 0, "fit_seconds": 0.0} for r in result["rows"]])
+        rows = [r for r in result["rows"] if r["name"] not in names_done]
+        _append(found, out, [r | {"label": r["name"], "seed": 0, "fit_seconds": 0.0} for r in rows])
     wanted = methods.split(";") if methods else list(METHODS)
     for seed, label in product(range(seeds), wanted):
         if (label, seed) in done:

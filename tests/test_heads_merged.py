@@ -535,7 +535,7 @@ def test_mixing_scores_recomposing_heads_and_the_papers_sums_agree(prepared, bas
     outs = []
     for absorb in (True, False):
         codec = LowRank(f, "post_rope", rope, absorb)
-        segment = codec.segment(q, *codec.encode(k, v, positions), positions)
+        segment = codec.segment(q, *codec.encode(k, v, positions), positions, positions)
         assert (segment.keys.shape[1] == 1) == absorb, "one set of components, or every head recomposed"
         outs.append(naive.attend([segment], 0.25))
     assert torch.allclose(*outs, atol=1e-5)

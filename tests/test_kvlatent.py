@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pico
 import pytest
@@ -10,15 +11,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pico import HEAD_DIM, attached, feed, prompt, stock
-from test_methods import HELD, RANKS, ROWS, prepared
+from test_methods import HELD, RANKS, ROWS, TEXT, prepared
 from test_statistics import activations
 
-from lowkey import families
+import lowkey
+from lowkey import Sample, families
 from lowkey.calibrate import candidates
-from lowkey.methods import KVLatent
+from lowkey.layers.codec import LowRank
+from lowkey.layers.coded import CodedLayer
+from lowkey.methods import Course, KVLatent, kvlatent
 from lowkey.methods.kvlatent import best_pairs, evenly, halving, nested, rotary_width, spaced, strided_pairs
 from lowkey.ops.rope import rotate
-from lowkey.types import Basis, head_blocks
+from lowkey.plan import Plan
+from lowkey.recover import Recovery, recover
+from lowkey.seam import Call
+from lowkey.types import Basis, LowkeyError, head_blocks
 
 VARIANTS = {"stride": KVLatent(), "data": KVLatent(choose="data"), "pca": KVLatent(choose="data", values="pca")}
 
@@ -241,3 +248,76 @@ def test_candidates_are_even():
     assert KVLatent().candidates(4, 72, candidates(72, 1)) == [18, 36, 54, 72]
     assert KVLatent().candidates(4, 64, candidates(64, 1)) == list(range(8, 65, 8))
     assert KVLatent().candidates(4, 16, [3, 5, 16]) == [16], "the full rank is always one"
+
+
+# -- frequency-aware rotation
+
+
+def test_the_new_frequencies_are_those_of_the_paper():
+    """d_qk = 64: exponents 16, 18, ..., 46, 48, 49, ..., 63 of 64."""
+    exponents = -64 * torch.log(kvlatent.aware_frequencies(64, 10000.0)) / math.log(10000.0)
+    assert torch.allclose(exponents, torch.tensor([*range(16, 48, 2), *range(48, 64)]).float(), atol=1e-3)
+    assert all(len(kvlatent.aware_frequencies(r, 10000.0)) == r // 2 for r in range(4, 129, 4))
+
+
+@pytest.fixture(scope="module")
+def plans():
+    """Half the channels in every layer, by frequencies of their own and by the model's."""
+    made, sample = {}, Sample(8, 24)
+    for how in ("aware", "kept"):
+        method = KVLatent(rope=how)
+        made[how] = lowkey.calibrate(attached("llama"), pico.tokenizer(), TEXT, method=method, budget="50%", sample=sample, rank_multiple=4)
+    return made
+
+
+def test_aware_plans_hold_as_much_and_come_back(plans, tmp_path):
+    model, ids = attached("llama"), prompt(30)
+    plans["aware"].save(tmp_path / "plan")
+    plan, held = Plan.load(tmp_path / "plan", model), []
+    assert torch.equal(plan.factors[1].frequencies, plans["aware"].factors[1].frequencies)
+    for one in (plan, plans["kept"]):
+        cache = lowkey.make_cache(model, plan=one)
+        feed(model, ids, cache, [7, 0], [20, 1, 9])
+        assert cache.nbytes() == cache.predicted_nbytes()
+        held.append(cache.nbytes())
+    assert held[0] == held[1]
+
+
+@pytest.mark.parametrize("splits", [[30], [11, 1, 18], [1] * 30], ids=str)
+def test_aware_attention_is_its_definition(plans, splits):
+    """One layer by complex numbers: every kept pair turned back by the model's frequency and on by the new one, keys and queries alike."""
+    model, f = attached("llama"), plans["aware"].factors[1]
+    d, t, rank = HEAD_DIM, 30, f.ranks[0]
+    g = torch.Generator().manual_seed(0)
+    query, (keys, values) = torch.randn(2, 4, 2, t, d, generator=g), torch.randn(2, 2, 4, t, d, generator=g)
+    layer, outs = CodedLayer(LowRank(f, "post_rope", families.rope(model, 1))), []
+    for q, k, v in zip(*(x.split(splits, -2) for x in (query, keys, values)), strict=True):
+        layer.update(k, v)
+        outs.append(layer.attend(k, v, Call(q, None, None, 0.3, None)))
+    theta = 10000.0 ** (-torch.arange(d // 2) * 2 / d)
+    chosen = f.k_down[0].argmax(0)[: rank // 2]  # first members of the kept pairs
+    assert torch.equal(f.k_down[0].argmax(0)[rank // 2 :], chosen + d // 2) and chosen.tolist() == sorted(chosen.tolist())
+
+    def turned(x):
+        pairs = torch.complex(x[..., chosen], x[..., chosen + d // 2])
+        angle = torch.arange(t).unsqueeze(1) * (f.frequencies - theta[chosen])
+        return pairs * torch.polar(torch.ones_like(angle), angle)
+
+    scores = (turned(query).conj() @ turned(keys).unsqueeze(2).mT).real * 0.3
+    weights = scores.masked_fill(~torch.ones(t, t, dtype=torch.bool).tril(), -torch.inf).softmax(-1)
+    expected = weights @ (values @ f.v_down @ f.v_up).unsqueeze(2)
+    assert torch.allclose(torch.cat(outs, 3), expected, atol=1e-5)
+
+
+def test_aware_plans_can_be_trained_through(plans):
+    how = Recovery((("distill", 6), ("ce", 6)), length=24, batch=2, lr=5e-3)
+    found = recover(attached("llama"), pico.tokenizer(), plans["aware"], TEXT, settings=how)
+    losses = [r["loss"] for r in found.losses]
+    assert losses[5] < losses[0] and all(map(math.isfinite, losses))
+    assert found.plan.factors[1].frequencies is not None
+
+
+def test_aware_refuses_what_it_does_not_know():
+    model = pico.build("llama", rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0})
+    with pytest.raises(LowkeyError, match="use kept"):
+        KVLatent(rope="aware").finish({}, Course(model, ROWS, 1, "post_rope", [8, 16], 0))

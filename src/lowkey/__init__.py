@@ -10,10 +10,13 @@ cache.nbytes(), cache.predicted_nbytes()
 from lowkey import methods, policies
 from lowkey.cache import LowkeyCache, load_cache, make_cache
 from lowkey.calibrate import Sample, calibrate
+from lowkey.export import export_hf
 from lowkey.layers.coded import Exact
 from lowkey.plan import Plan
 from lowkey.prefill import prefill
+from lowkey.recover import Recovered, Recovery, recover
 from lowkey.seam import attach
+from lowkey.sinks import find_sinks
 from lowkey.types import Budget, LowkeyError
 from lowkey.version import __version__
 
@@ -23,13 +26,18 @@ __all__ = [
     "LowkeyCache",
     "LowkeyError",
     "Plan",
+    "Recovered",
+    "Recovery",
     "Sample",
     "__version__",
     "attach",
     "calibrate",
+    "export_hf",
+    "find_sinks",
     "load_cache",
     "make_cache",
     "methods",
     "policies",
     "prefill",
+    "recover",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -18,6 +18,7 @@ from lowkey.layers.codec import Codec, LowRank, Plain
 from lowkey.layers.coded import CodedLayer, Exact
 from lowkey.layers.compensating import CompensatingLayer
 from lowkey.layers.evicting import EvictingLayer, Round
+from lowkey.layers.exact import SinkRule
 from lowkey.layers.packing import Scheme, scheme
 from lowkey.layers.pruning import PruningLayer
 from lowkey.plan import Plan, versions
@@ -102,10 +103,9 @@ class LowkeyCache(Cache):
             "model_sha256": model_fingerprint(model),
             "versions": versions(),
             "bits": origin.bits,
-            "exact": origin.exact and asdict(origin.exact),
             "policy": origin.policy and policy_words(origin.policy),
         }
-        cachefile.write(Path(path), self.layers, about, origin.plan, force)
+        cachefile.write(Path(path), self.layers, about, origin.plan, origin.exact, force)
 
 
 def load_cache(path: str | Path, model: PreTrainedModel) -> LowkeyCache:
@@ -119,7 +119,7 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> LowkeyCache:
     if wanted != found:
         raise LowkeyError(f"cache was made for model {about.get('model')!r} ({str(wanted)[:12]}), this one is {found[:12]}; make it again")
     plan = Plan.load(folder / cachefile.PLAN, model) if (folder / cachefile.PLAN).exists() else None
-    exact = Exact(**about["exact"]) if about["exact"] else None
+    exact = cachefile.exact_from(folder, about["exact"], tensors)
     policy = policy_from(about["policy"]) if about["policy"] else None
     cache = make_cache(model, plan, policy, bits=about["bits"], exact=exact)
     cachefile.restore(folder, cache.layers, about, tensors, model)
@@ -137,14 +137,16 @@ def make_cache(
     """A fresh cache for one batch of sequences.
 
     plan: low rank as calibrated. policy: which tokens each head keeps, alone or on top of a plan. bits: 8, 4 or another name of SCHEMES:
-    keys and values, or a plan's latents, in packed integers. exact: overrides the plan's sinks, recent window and prefill mode. All None:
-    transformers' own form, counted.
+    keys and values, or a plan's latents, in packed integers. exact: overrides the plan's sinks, recent window and prefill mode; its rule
+    comes from `sinks.find_sinks`. All None: transformers' own form, counted.
     Errors: LowkeyError when the model is not attached, the plan is another model's, bits are unknown, or two do not go together.
     """
     if not attached(model):
         raise LowkeyError("model is not attached: call lowkey.attach(model) before make_cache")
     if plan is not None:
         plan.check(model)
+    if exact is not None and exact.rule is not None:
+        _check_rule(model, exact.rule, exact.sinks)
     return cache_from(model, Origin(weakref.ref(model), plan, policy, bits, exact))
 
 
@@ -167,7 +169,18 @@ def _builder(model: PreTrainedModel, origin: Origin) -> Callable[[int], CountedL
     sinks, recent = (plan.sinks, plan.recent) if plan else (0, 0)
     keep = origin.exact or Exact(sinks, max(recent, packed.recent if packed else 0))
     packings = (packed.keys, packed.values) if packed else None
-    return lambda i: CodedLayer(_codec(model, i, plan, packed), keep, packings)
+    points = keep.rule.layers if keep.rule else {}
+    return lambda i: CodedLayer(_codec(model, i, plan, packed), keep, packings, points.get(i))
+
+
+def _check_rule(model: PreTrainedModel, rule: SinkRule, sinks: int) -> None:
+    if sinks < 1:
+        raise LowkeyError(f"exact: a sink rule with sinks={sinks} keeps nothing; give Exact(sinks=4, rule=...)")
+    if rule.model_sha256 != model_fingerprint(model):
+        raise LowkeyError("exact: the sink rule was learnt from another model; call lowkey.sinks.find_sinks with this one")
+    shape = families.geometry(model)
+    if not all(p.centres.shape == (len(p.radius), shape.kv_heads, shape.head_dim) for p in rule.layers.values()):
+        raise LowkeyError("exact: the points of the sink rule do not fit the heads of this model; call lowkey.sinks.find_sinks again")
 
 
 def _codec(model: PreTrainedModel, i: int, plan: Plan | None, packed: Scheme | None) -> Codec:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowkey import families, files
+from lowkey.layers.exact import Exact, FixedPoints, SinkRule
 from lowkey.plan import Plan
 from lowkey.types import LowkeyError, device_of
 
@@ -19,17 +20,18 @@ JSON, TENSORS, PLAN = "cache.json", "cache.safetensors", "plan"
 STOCK = ("keys", "values")  # what transformers' own layers hold
 
 
-def write(path: Path, layers: Sequence[Any], about: dict, plan: Plan | None, force: bool) -> None:
+def write(path: Path, layers: Sequence[Any], about: dict, plan: Plan | None, exact: Exact | None, force: bool) -> None:
     """All of it or nothing."""
     if not force:
         files.check_ours(path, {JSON, TENSORS, PLAN})
     with files.replacing_folder(path) as temporary:
         tensors = {f"{i}.{name}": t for i, layer in enumerate(layers) for name, t in _tensors(layer).items()}
-        files.write_tensors(temporary / TENSORS, tensors)
+        words, points = _exact_parts(exact)
+        files.write_tensors(temporary / TENSORS, tensors | points)
         if plan is not None:
             plan.save(temporary / PLAN)
         numbers = [{name: int(getattr(layer, name)) for name in _numbers(layer)} for layer in layers]
-        whole = {"format": FORMAT, **about, "layers": numbers, "tensors_sha256": files.sha256(temporary / TENSORS)}
+        whole = {"format": FORMAT, **about, "exact": words, "layers": numbers, "tensors_sha256": files.sha256(temporary / TENSORS)}
         files.write_json(temporary / JSON, whole)
 
 
@@ -64,6 +66,33 @@ def restore(path: Path, layers: Sequence[Any], about: dict, tensors: dict[str, T
             raise _damaged(path)
         for name, value in {**numbers, **{name: t.to(device) for name, t in own.items()}}.items():
             setattr(layer, name, value)
+
+
+def _exact_parts(exact: Exact | None) -> tuple[dict | None, dict[str, Tensor]]:
+    """In words, and the tensors of its rule."""
+    if exact is None:
+        return None, {}
+    words = {name: getattr(exact, name) for name in ("sinks", "recent", "prefill")}
+    rule = exact.rule
+    if rule is None:
+        return words, {}
+    known = {"channels": rule.channels, "emergence": rule.emergence, "model_sha256": rule.model_sha256}
+    points = {f"rule.{i}.{name}": t for i, found in rule.layers.items() for name, t in vars(found).items()}
+    return words | {"rule": known | {"layers": list(rule.layers)}}, points
+
+
+def exact_from(path: Path, words: dict | None, tensors: dict[str, Tensor]) -> Exact | None:
+    """The inverse of what `write` does."""
+    if words is None:
+        return None
+    try:
+        rule = words.get("rule")
+        if rule is not None:
+            points = {int(i): FixedPoints(tensors[f"rule.{i}.centres"], tensors[f"rule.{i}.radius"]) for i in rule["layers"]}
+            rule = SinkRule(points, tuple(rule["channels"]), int(rule["emergence"]), str(rule["model_sha256"]))
+        return Exact(**(words | {"rule": rule}))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise _damaged(path) from None
 
 
 def _batch(own: dict[str, Tensor]) -> int:

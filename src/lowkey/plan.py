@@ -96,7 +96,7 @@ class Plan:
 
     def _tensors(self) -> dict[str, Tensor]:
         """Orthonormal plans store the down maps only: the up maps are their transposes."""
-        names = (*(("k_down", "v_down") if self.orthonormal else MAPS), "k_mean", "v_mean")
+        names = (*(("k_down", "v_down") if self.orthonormal else MAPS), "k_mean", "v_mean", "frequencies")
         found = {f"{i}.{n}": getattr(f, n) for i, f in self.factors.items() for n in names}
         return {name: t.float().contiguous().clone() for name, t in found.items() if t is not None}  # layers may share maps
 
@@ -174,14 +174,16 @@ def _factors(tensors: dict[str, Tensor], i: int, orthonormal: bool, d: int, orde
         raise KeyError(f"floating-point maps of three dimensions for layer {i}")
     if orthonormal:
         found |= {f"{x}_up": blocks(found[f"{x}_down"].mT, max(1, found[f"{x}_down"].shape[1] // d)).contiguous() for x in "kv"}
-    return Factors(
-        **found, k_mean=tensors.get(f"{i}.k_mean"), v_mean=tensors.get(f"{i}.v_mean"), order=None if order is None else torch.tensor(order)
-    )
+    k_mean, v_mean, frequencies = (tensors.get(f"{i}.{name}") for name in ("k_mean", "v_mean", "frequencies"))
+    return Factors(**found, order=None if order is None else torch.tensor(order), k_mean=k_mean, v_mean=v_mean, frequencies=frequencies)
 
 
 def _check_factors(f: Factors, rank: tuple[int, int], heads: int, d: int, orthonormal: bool, refuse: Refusal) -> None:
     if f.order is not None and sorted(f.order.tolist()) != list(range(heads)):
         raise refuse(f"order of heads {f.order.tolist()} does not name each of {heads} heads once")
+    own = f.frequencies
+    if own is not None and not (own.shape == (rank[0] // 2,) and f.merge[0] == 1 and bool(own.isfinite().all())):
+        raise refuse(f"frequencies of shape {tuple(own.shape)} do not fit rank {rank[0]} of single heads")
     for name, r, down, up, mean in (("key", rank[0], f.k_down, f.k_up, f.k_mean), ("value", rank[1], f.v_down, f.v_up, f.v_mean)):
         if (tuple(down.shape), tuple(up.shape)) not in _shapes(heads, d, r):
             raise refuse(f"{name} factors of shape {tuple(down.shape)} do not fit rank {r} and {heads} heads of {d}")

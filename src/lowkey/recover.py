@@ -20,6 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowkey import families, files, text
 from lowkey.cache import cache_of
 from lowkey.fingerprint import data_fingerprint, model_fingerprint
+from lowkey.layers.codec import LowRank
+from lowkey.layers.coded import CodedLayer
 from lowkey.layers.rebuilding import RebuildingLayer
 from lowkey.plan import Plan, versions
 from lowkey.probe import OneLayerCache, Rebuilt
@@ -167,8 +169,12 @@ class Student:
     def model(self) -> PreTrainedModel:
         return self.adapted.get_base_model()
 
-    def layer(self, i: int) -> RebuildingLayer:
-        return RebuildingLayer(Rebuilt(self.factors[i], self.plan.layout, families.rope(self.model, i)))
+    def layer(self, i: int) -> RebuildingLayer | CodedLayer:
+        """Keys that turn at frequencies of their own cannot be rebuilt, only attended to."""
+        factors, layout, rope = self.factors[i], self.plan.layout, families.rope(self.model, i)
+        if factors.frequencies is not None:
+            return CodedLayer(LowRank(factors, layout, rope))
+        return RebuildingLayer(Rebuilt(factors, layout, rope))
 
     def logits(self, ids: Tensor) -> Tensor:
         """(b, t, V) in fp32, compressed everywhere."""

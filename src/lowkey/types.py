@@ -82,6 +82,8 @@ class Factors:
     k_down (G|1, t d, t r_K), k_up (h|1, t r_K, d), v_down (G|1, t d, t r_V), v_up (h|1, t r_V, d); t may differ between keys and values.
     order (h): the KV heads in the order in which they are grouped, or None for their own.
     k_mean, v_mean (h, d): what is taken off before, and put back after, in that order; or None.
+    frequencies (r_K / 2): by which stored keys are rotated, channel j together with channel j + r_K / 2, where these are not the model's
+    own; k_down then takes keys that are not rotated, and there is no way back to the model's keys. t is 1.
     """
 
     k_down: Tensor
@@ -91,6 +93,7 @@ class Factors:
     order: Tensor | None = None
     k_mean: Tensor | None = None
     v_mean: Tensor | None = None
+    frequencies: Tensor | None = None
 
     @property
     def merge(self) -> tuple[int, int]:
@@ -106,8 +109,8 @@ class Factors:
 
     @property
     def per_head(self) -> bool:
-        """Whether every head has latents of its own and nothing is centred."""
-        return self.merge == (1, 1) and self.order is None and self.k_mean is None and self.v_mean is None
+        """Whether every head has latents of its own, in the model's rotation, and nothing is centred."""
+        return self.merge == (1, 1) and all(x is None for x in (self.order, self.k_mean, self.v_mean, self.frequencies))
 
     @property
     def static_numbers(self) -> int:
@@ -121,8 +124,9 @@ class Factors:
 
     def to(self, like: Tensor) -> Factors:
         """The same factors on the device and in the dtype of `like`."""
-        moved = {name: t.to(like) for name, t in vars(self).items() if t is not None and name != "order"}
-        return replace(self, **moved, order=None if self.order is None else self.order.to(like.device))
+        moved = {name: t.to(like) for name, t in vars(self).items() if t is not None and name not in ("order", "frequencies")}
+        kept = {name: t.to(like.device) for name, t in (("order", self.order), ("frequencies", self.frequencies)) if t is not None}
+        return replace(self, **moved, **kept)
 
 
 def identity(d: int) -> Factors:

@@ -22,7 +22,7 @@ class Codec(Protocol):
     (n, r) of rows of different length, given each one's position (n), where rows start (b h + 1), and h.
     query, out: (b, h, g, t, d) to and from the stored basis.
     keys, values: readable keys and stored values -> (b, h, s, d) as the model made them, as nearly as is known.
-    segment: stored keys (b, G, s, r) at positions (b, s) and values, ready to be attended to by queries (b, h, g, t, d).
+    segment: stored keys (b, G, s, r) at positions (b, s) and values, ready to be attended to by queries (b, h, g, t, d) at (b, t).
     order (h): the KV heads in the order in which all of this expects them, or None for their own.
     """
 
@@ -36,7 +36,7 @@ class Codec(Protocol):
     def out(self, out: Tensor) -> Tensor: ...
     def keys(self, readable: Tensor) -> Tensor: ...
     def values(self, stored: Tensor) -> Tensor: ...
-    def segment(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Segment: ...
+    def segment(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, at: Tensor) -> Segment: ...
     def like(self, states: Tensor) -> Codec: ...
 
 
@@ -67,7 +67,7 @@ class Plain:
     def values(self, stored: Tensor) -> Tensor:
         return stored
 
-    def segment(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Segment:
+    def segment(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, at: Tensor) -> Segment:
         return Segment(query, keys, values)
 
     def like(self, states: Tensor) -> Plain:
@@ -94,14 +94,18 @@ class LowRank:
         return self.factors.order
 
     def encode(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        f = self.factors
+        if f.frequencies is not None:
+            return self._turned(keys, f.k_down, positions, f.frequencies), merged(_less(values, f.v_mean), f.v_down)
         if self.layout == "pre_rope":
             cos, sin = self.rope(positions, keys)
             keys = unrotate(keys.float(), cos, sin).to(keys.dtype)
-        f = self.factors
         return merged(_less(keys, f.k_mean), f.k_down), merged(_less(values, f.v_mean), f.v_down)
 
-    def segment(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Segment:
-        if self.layout == "post_rope" and self._carries(query, keys):
+    def segment(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, at: Tensor) -> Segment:
+        if (frequencies := self.factors.frequencies) is not None:
+            query = self._turned(query, self.factors.k_up.mT.unsqueeze(1), at, frequencies)
+        elif self.layout == "post_rope" and self._carries(query, keys):
             query, keys = self._carried(query, keys)
         else:
             keys = self._expanded(keys, positions)
@@ -111,6 +115,15 @@ class LowRank:
         if mean is not None:
             values, up = _with_ones(values), torch.cat([up.expand(len(mean), -1, -1), mean.unsqueeze(1)], 1)
         return Segment(query, keys, values, None, up)
+
+    def _turned(self, x: Tensor, into: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
+        """Rotated keys (b, h, t, d) or queries (b, h, g, t, d) at positions (b, t) -> the stored basis, rotated by its own frequencies."""
+        cos, sin = self.rope(positions, x)
+        angle = (positions.unsqueeze(-1) * frequencies).float().repeat(1, 1, 2).unsqueeze(1)
+        if x.ndim == 5:
+            cos, sin, angle = cos.unsqueeze(1), sin.unsqueeze(1), angle.unsqueeze(1)
+        scale = (cos.square() + sin.square())[..., :1].sqrt()  # some rotary embeddings also stretch
+        return rotate(unrotate(x.float(), cos, sin) @ into.float(), angle.cos() * scale, angle.sin() * scale).to(x.dtype)
 
     def _carries(self, query: Tensor, stored: Tensor) -> bool:
         """Whether so many queries are cheaper to answer in the stored basis than over expanded heads."""

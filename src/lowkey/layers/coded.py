@@ -208,7 +208,8 @@ class CodedLayer(PlacedLayer):
         if ahead > stored:
             parts = self._joined(self._packed(buffer_k, buffer_v, stored, ahead))
         keys, values = (packing.unpack(parts[name], self.shapes[name][1]) for name, packing in self.packing.items())
-        return self.codec.segment(call.query, keys, values, self._slots(0, ahead) - self.offset)
+        at = self.positions(self.seen - call.query.shape[3], self.seen)
+        return self.codec.segment(call.query, keys, values, self._slots(0, ahead) - self.offset, at)
 
     def _exact_chunk(self, call: Call) -> bool:
         return self.exact_prefill and call.query.shape[3] > 1

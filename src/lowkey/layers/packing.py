@@ -80,8 +80,9 @@ class PerToken:
 
 @dataclass(frozen=True)
 class PerChannel:
-    """Integers of 2, 4 or 8 bits; one channel of 32 tokens in a row shares a scale and an offset, as KIVI does for keys (arXiv:2402.02750),
-    in which a few channels are much larger than the others."""
+    """Integers of 2, 4 or 8 bits; one channel of 32 tokens in a row shares a scale and an offset, as KIVI does for keys
+    (arXiv:2402.02750), in which a few channels are much larger than the others. KIVI's values leave the exact window one by one; ours
+    leave with their keys, in the same blocks."""
 
     bits: int
     block: ClassVar[int] = GROUP

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from lowkey.methods.base import Method
+from lowkey.methods.base import Course, Method
 from lowkey.ops.bases import principal_basis
 from lowkey.probe import Probe
-from lowkey.types import Basis, LayerBases, LayerStatistics, head_blocks
+from lowkey.types import Basis, Factors, LayerBases, LayerStatistics, LowkeyError, head_blocks
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,10 @@ class KVLatent(Method):
 
     Candidate ranks are even. An odd one, asked for by hand, splits a pair: what is kept is still what was rotated, but scores of half a
     pair depend on absolute positions. Scores keep the model's own scale; the paper's 1/sqrt(r) is for a model that is then trained.
-    The paper trains in two stages, which is `lowkey.recover` with stages (("distill", n), ("ce", m)), or "kl" in the place of "ce". Its
-    frequency-aware rotary embedding (Eq. 11) turns kept channels at other frequencies than they were trained with, so that a model is
-    of no use until it is trained again; it is not offered here.
+    rope: `kept`, the model's own frequencies; `aware`, the paper's frequency-aware ones (Eq. 11, its second branch as in the published
+    code), which leave out the highest quarter and sample the lowest twice as densely. These turn kept channels at other frequencies than
+    they were trained with, so a model is of no use with them until it is trained again; ranks are chosen as if they were kept, and are
+    multiples of 4. The paper trains in two stages, which is `lowkey.recover` with stages (("distill", n), ("ce", m)), or "kl" for "ce".
     """
 
     summary: ClassVar[str] = "a subset of rotary channel pairs and of value channels"
@@ -40,9 +41,15 @@ class KVLatent(Method):
 
     choose: Literal["stride", "data"] = "stride"
     values: Literal["stride", "pca"] = "stride"
+    rope: Literal["kept", "aware"] = "kept"
+
+    @property
+    def finishes(self) -> bool:  # type: ignore[override]
+        return self.rope == "aware"
 
     def candidates(self, heads: int, head_dim: int, ranks: list[int]) -> list[int]:
-        return [r for r in ranks if r % 2 == 0 or r == head_dim]
+        multiple = 4 if self.rope == "aware" else 2
+        return [r for r in ranks if r % multiple == 0 or r == head_dim]
 
     def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
         keys, values = statistics.keys(probe.layout), head_blocks(statistics.values, statistics.heads)
@@ -51,6 +58,29 @@ class KVLatent(Method):
         if self.choose == "data":
             chosen = best_pairs(keys, statistics.queries(probe.layout), turning)
         return LayerBases(chosen, principal_basis(values, "per_head") if self.values == "pca" else strided_pairs(d, 0, ranks))
+
+    def finish(self, factors: dict[int, Factors], course: Course) -> dict[int, Factors]:
+        """Frequency-aware rotation of what is kept; a layer of full rank keeps its own."""
+        parameters = getattr(course.model.config.get_text_config(), "rope_parameters", None) or {}
+        base, kind = parameters.get("rope_theta"), parameters.get("rope_type", "default")
+        if base is None or kind != "default" or parameters.get("partial_rotary_factor", 1.0) != 1.0:
+            raise LowkeyError(f"rope=aware of method 'kv-latent': is for plain rotary embeddings of whole heads, not {kind!r}; use kept")
+        return {i: _aware(f, base) if f.ranks[0] < f.k_up.shape[-1] else f for i, f in factors.items()}
+
+
+def _aware(f: Factors, base: float) -> Factors:
+    """Kept pairs in the order of their frequencies, first members first, turned by the new ones."""
+    half = f.k_down.shape[1] // 2
+    channel = f.k_down.argmax(1)  # (h|1, r): which channel each column picks
+    order = (channel % half * 2 + channel // half).argsort(-1).unflatten(-1, (-1, 2)).mT.flatten(-2)  # pairs ascending, members apart
+    down = f.k_down.gather(2, order.unsqueeze(1).expand_as(f.k_down))
+    return replace(f, k_down=down, k_up=down.mT.contiguous(), frequencies=aware_frequencies(f.ranks[0], base))
+
+
+def aware_frequencies(rank: int, base: float) -> Tensor:
+    """Eq. 11 on one continuous grid (rank / 2): base^(-a / rank), a = r/4, r/4 + 2, ..., 3r/4 - 2, then 3r/4, 3r/4 + 1, ..., r - 1."""
+    grid = torch.cat([torch.arange(rank // 4, 3 * rank // 4, 2), torch.arange(3 * rank // 4, rank)])
+    return base ** (-grid.float() / rank)
 
 
 def rotary_width(probe: Probe) -> int:
