@@ -102,7 +102,7 @@ def test_merged_heads_come_back_bit_for_bit(tmp_path, orthonormal):
     loaded = Plan.load(tmp_path)
     assert loaded.ranks == dict.fromkeys((0, 1, 2), (6, 9)) and loaded.bytes_per_token(2) == 3 * 4 * (6 + 9) * 2
     for i, f in maps.items():
-        assert all(torch.equal(t, getattr(loaded.factors[i], n)) for n, t in vars(f).items())
+        assert all(torch.equal(t, getattr(loaded.factors[i], n)) for n, t in vars(f).items() if t is not None)
 
 
 @pytest.mark.parametrize(
