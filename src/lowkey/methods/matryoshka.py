@@ -30,9 +30,9 @@ class MatryoshkaKV(Method):
     compressed; the model itself stays as it is. Loss: `kl` KL(original || compressed) + (1 - kl) cross-entropy, 0.25 as in the published
     code; AdamW with peak rate `lr`, 1e-3 as there, a linear warm-up and a cosine; `steps` steps of a calibration batch.
 
-    Cross-entropy also fits the bases to the calibration text. With little of it, kl = 1 serves other text better: with the embedded model and
-    texts (6 thousand tokens), the cross-entropy of the evaluation text grows by 0.63 nats at a quarter of full rank before tuning, by 0.50
-    after it, and by 0.42 with kl = 1; at half of full rank by 0.11, 0.14 and 0.10.
+    Cross-entropy also fits the bases to the calibration text. With little of it, kl = 1 serves other text better: with the embedded model
+    and texts (6 thousand tokens), the cross-entropy of the evaluation text grows by 0.63 nats at a quarter of full rank before tuning, by
+    0.50 after it, and by 0.42 with kl = 1; at half of full rank by 0.11, 0.14 and 0.10.
 
     Random ranks: the paper draws one per layer and head, for keys and values apart, at each step. Latents of a layer have one width here,
     so its heads share their rank; every window of a batch has ranks of its own, as in the published code, whose batches are single windows.

@@ -1,0 +1,214 @@
+"""Caches in which every token has a rank of its own: gates from `methods.dynakv` (arXiv:2603.04411, of which only the abstract is known),
+kept in a file of their own, for an ordinary plan says one rank for all tokens.
+
+plan = dynamic.dyna_plan(model, tokenizer, training=GateTraining(target=0.4))
+cache = dynamic.dyna_cache(model, plan)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lowkey import families, files, text
+from lowkey.cache import LowkeyCache, cache_of
+from lowkey.calibrate import HELD, Sample
+from lowkey.fingerprint import data_fingerprint, model_fingerprint
+from lowkey.layers.bucketed import BucketedLayer, Gate, cut
+from lowkey.layers.codec import LowRank
+from lowkey.methods import dynakv
+from lowkey.methods.dynakv import GateTraining
+from lowkey.ops.bases import is_orthonormal
+from lowkey.plan import versions
+from lowkey.progress import Progress, silent
+from lowkey.seam import attach, attached
+from lowkey.statistics import gather
+from lowkey.types import LAYOUTS, Factors, Heads, Layout, LowkeyError
+
+FORMAT = 1
+JSON, TENSORS = "dynaplan.json", "dynaplan.safetensors"
+FIELDS = ("layout", "levels", "share", "divergence", "training", "geometry", "provenance")
+
+
+@dataclass(frozen=True)
+class DynaPlan:
+    """Orthonormal bases of full rank and a gate for every compressed layer.
+
+    levels: ranks that a token may keep, the widest first. share, divergence: the mean share of coordinates that held-out tokens kept, and
+    KL(original || compressed) per token there. training: the options of the gates' training; provenance: model and data fingerprints.
+    """
+
+    factors: dict[int, Factors]
+    gates: dict[int, Gate]
+    levels: tuple[int, ...]
+    layout: Layout
+    share: float
+    divergence: float
+    training: dict
+    geometry: dict
+    provenance: dict
+
+    def bytes_per_token(self, itemsize: int) -> float:
+        """What one more token takes in the compressed layers, if it is like the held-out ones; positions of unrotated keys included."""
+        g = self.geometry
+        placed = 4 if self.layout == "pre_rope" else 0
+        return len(self.factors) * (self.share * 2 * g["kv_heads"] * g["head_dim"] * itemsize + placed)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Refuse another model, by fingerprint and by shape. Errors: LowkeyError."""
+        wanted, found = self.provenance.get("model_sha256"), model_fingerprint(model)
+        if wanted != found:
+            name = self.provenance.get("model", "?")
+            raise LowkeyError(f"dynamic plan was made for model {name!r} ({str(wanted)[:12]}), this one is {found[:12]}; make it anew")
+        shape = families.geometry(model)
+        named = self.geometry["kv_heads"], self.geometry["head_dim"]
+        if sorted(self.factors) != list(shape.compressible) or named != (shape.kv_heads, shape.head_dim):
+            raise LowkeyError("dynamic plan does not cover the layers and heads of this model; it is damaged: make it again")
+        families.check_layout(model, self.layout)
+
+    def save(self, path: str | Path, force: bool = False) -> None:
+        """Write the folder `path` in one step. Errors: LowkeyError when it holds other files (unless `force`), or cannot be written."""
+        folder = Path(path)
+        if not force:
+            files.check_ours(folder, {JSON, TENSORS})
+        with files.replacing_folder(folder) as temporary:
+            files.write_tensors(temporary / TENSORS, self._tensors())
+            about = {"format": FORMAT, **{name: getattr(self, name) for name in FIELDS}, "layers": sorted(self.factors)}
+            files.write_json(temporary / JSON, {**about, "tensors_sha256": files.sha256(temporary / TENSORS)})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The down maps, whose transposes are the up maps, and the gates."""
+        maps = {f"{i}.{name}": getattr(f, name) for i, f in self.factors.items() for name in ("k_down", "v_down")}
+        gates = {f"{i}.gate.{name}": t for i, gate in self.gates.items() for name, t in vars(gate).items()}
+        return {name: t.detach().float().cpu().contiguous() for name, t in (maps | gates).items()}
+
+    @classmethod
+    def load(cls, path: str | Path, model: PreTrainedModel | None = None) -> DynaPlan:
+        """Read what `save` wrote; with `model`, refuse it unless it was made for that model.
+
+        Errors: LowkeyError for a newer format, a damaged file, NaNs, wrong shapes, another model.
+        """
+        folder = Path(path)
+        about = files.read_json(folder / JSON, "dynamic plan")
+        version = about.get("format")
+        if isinstance(version, int) and version > FORMAT:
+            raise LowkeyError(f"dynamic plan {str(folder)!r}: format {version} is newer than {FORMAT}; upgrade lowkey")
+        tensors = files.read_tensors(folder / TENSORS, "dynamic plan")
+        try:
+            if about["tensors_sha256"] != files.sha256(folder / TENSORS):
+                raise ValueError(f"{TENSORS} is not the file that {JSON} describes")
+            plan = _build(about, tensors)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise LowkeyError(f"dynamic plan {str(folder)!r}: {error}; it is damaged: make it again") from None
+        if model is not None:
+            plan.check(model)
+        return plan
+
+
+def _build(about: dict, tensors: dict[str, Tensor]) -> DynaPlan:
+    """Errors: KeyError, TypeError or ValueError for what is missing or does not fit."""
+    known = {name: about[name] for name in FIELDS} | {"levels": tuple(int(r) for r in about["levels"])}
+    heads, d = (int(about["geometry"][name]) for name in ("kv_heads", "head_dim"))
+    if known["layout"] not in LAYOUTS:
+        raise ValueError(f"layout {known['layout']!r} is none of {', '.join(LAYOUTS)}")
+    levels = known["levels"]
+    if not levels or levels[0] != d or sorted(set(levels), reverse=True) != list(levels) or levels[-1] < 1:
+        raise ValueError(f"levels {levels} are not ranks that fall from the head dim {d}")
+    if not all(bool(t.is_floating_point() and t.isfinite().all()) for t in tensors.values()):
+        raise ValueError("its tensors hold NaN or infinite numbers")
+    layers = [int(i) for i in about["layers"]]
+    factors = {i: _factors(tensors[f"{i}.k_down"], tensors[f"{i}.v_down"], heads, d) for i in layers}
+    gates = {i: _gate({f.name: tensors[f"{i}.gate.{f.name}"] for f in fields(Gate)}, heads, d, len(levels)) for i in layers}
+    return DynaPlan(factors, gates, **known)
+
+
+def _factors(k: Tensor, v: Tensor, heads: int, d: int) -> Factors:
+    for name, down in (("key", k), ("value", v)):
+        if tuple(down.shape) not in ((1, d, d), (heads, d, d)) or not is_orthonormal(down):
+            raise ValueError(f"{name} map of shape {tuple(down.shape)} is no orthonormal one for {heads} heads of {d}")
+    return Factors(k, k.mT, v, v.mT)
+
+
+def _gate(parts: dict[str, Tensor], heads: int, d: int, levels: int) -> Gate:
+    hidden = parts["hidden"].shape[-1]
+    shapes = {
+        "scale": (2 * heads, d),
+        "hidden": (2 * heads * d, hidden),
+        "hidden_bias": (hidden,),
+        "out": (hidden, levels),
+        "out_bias": (levels,),
+    }
+    for name, shape in shapes.items():
+        if tuple(parts[name].shape) != shape:
+            raise ValueError(f"gate's {name} of shape {tuple(parts[name].shape)} is not {shape}")
+    return Gate(**parts)
+
+
+def dyna_cache(model: PreTrainedModel, plan: DynaPlan) -> LowkeyCache:
+    """A fresh cache for one batch of sequences. It cannot be saved, nor moved about by beam search.
+
+    Errors: LowkeyError when the model is not attached or the plan is another model's.
+    """
+    if not attached(model):
+        raise LowkeyError("model is not attached: call lowkey.attach(model) before dyna_cache")
+    plan.check(model)
+    return cache_of(model, lambda i: _layer(model, plan, i))
+
+
+def _layer(model: PreTrainedModel, plan: DynaPlan, i: int) -> BucketedLayer:
+    rope = families.rope(model, i)
+    return BucketedLayer([LowRank(cut(plan.factors[i], r), plan.layout, rope) for r in plan.levels], plan.gates[i])
+
+
+def dyna_plan(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: str | Sequence[str] | None = None,
+    *,
+    layout: Layout = "post_rope",
+    key_bases: Heads = "shared",
+    sample: Sample | None = None,
+    training: GateTraining | None = None,
+    progress: Progress = silent,
+) -> DynaPlan:
+    """PCA bases and gates from windows of `texts` (the embedded calibration text when None), of which a quarter only judges.
+
+    training.target: the share of coordinates to keep, a half unless said otherwise. sample, training: their defaults when None.
+    Errors: LowkeyError for an unsupported model or layout, too short a text, or a target out of reach.
+    """
+    shape, sample, training = families.geometry(model), sample or Sample(), training or GateTraining()
+    if layout not in LAYOUTS:
+        raise LowkeyError(f"layout {layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
+    families.check_layout(model, layout)
+    if not attached(model):
+        attach(model)
+    joined = texts if isinstance(texts, str) else "\n".join(texts) if texts else text.embedded("calibration")
+    length = min(sample.length, getattr(model.config.get_text_config(), "max_position_embeddings", sample.length))
+    rows = text.sample_windows(text.encode(tokenizer, joined), tokenizer, length, sample.windows, sample.seed, "calibration text")
+    held = max(1, round(HELD * len(rows)))
+    statistics = gather(model, progress(rows[:-held].split(sample.batch), "second moments"))
+    found = {i: dynakv.bases(s, layout, key_bases) for i, s in statistics.items()}
+    gates = dynakv.train_gate(model, found, rows, held, layout, training, progress)
+    d = shape.head_dim
+    return DynaPlan(
+        factors={i: b.at(d, d) for i, b in found.items()},
+        gates={i: gate.to(torch.device("cpu")) for i, gate in gates.gates.items()},
+        levels=dynakv.levels_of(d),
+        layout=layout,
+        share=gates.share,
+        divergence=gates.divergence,
+        training=asdict(training),
+        geometry=asdict(shape),
+        provenance={
+            "model": model.config._name_or_path,
+            "model_sha256": model_fingerprint(model),
+            "data_sha256": data_fingerprint(rows),
+            "tokens": rows.numel(),
+            "versions": versions(),
+        },
+    )

@@ -1,0 +1,282 @@
+"""DynaKV (arXiv:2603.04411): a learnt gate gives every token a rank of its own.
+
+Of the paper only the abstract is known: post-training, low rank, and a compression rate for each token. All that is below is OUR design:
+the bases (PCA), the levels (d, d/2, d/4, d/8), what the gate sees, its loss, and how its budget is met. It gives no ordinary plan, whose
+ranks are the same for all tokens: `lowkey.dynamic` makes caches of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lowkey import families, through
+from lowkey.families import Rope
+from lowkey.layers.bucketed import Gate
+from lowkey.layers.rebuilding import Rebuilding
+from lowkey.merging import merged, split
+from lowkey.ops.bases import principal_basis
+from lowkey.ops.rope import rotate, unrotate
+from lowkey.ops.schedule import falling
+from lowkey.progress import Progress, silent
+from lowkey.types import Factors, Heads, LayerBases, LayerStatistics, Layout, LowkeyError, device_of, head_blocks
+
+WARMUP = 0.05  # of the steps
+COLDEST = 0.2  # of the temperature, which falls to it in a line
+LOOKS = 5  # how often the held-out windows judge
+STEEP = 10.0  # of a gate at the start: how much a token minds to lose all its energy
+DOUBLINGS, HALVINGS = 12, 12  # of the price, to enclose it and to find it
+ROUNDING = 1e-6  # of a mean share
+Look = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class GateTraining:
+    """How gates are trained.
+
+    target: the mean share of coordinates that tokens keep, over tokens and layers. hidden: width of a gate's hidden layer. temperature: of
+    the softmax over levels, at the start. straight: tokens take one level each in training too, with the softmax's gradient (straight
+    through); else each takes a mixture, which grows sharper. penalty: weight of the squared excess over the target.
+    """
+
+    target: float = 0.5
+    steps: int = 200
+    lr: float = 5e-3
+    batch: int = 4
+    hidden: int = 64
+    temperature: float = 1.0
+    straight: bool = False
+    penalty: float = 50.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.target <= 1:
+            raise LowkeyError(f"target {self.target:g}: the mean share of coordinates kept lies above 0 and up to 1; try 0.5")
+        for name, low in {"steps": 0, "batch": 1, "hidden": 1}.items():
+            if getattr(self, name) < low:
+                raise LowkeyError(f"{name} {getattr(self, name)}: must be at least {low}; leave it out for the default")
+        for name in ("lr", "temperature", "penalty"):
+            if not getattr(self, name) > 0:
+                raise LowkeyError(f"{name} {getattr(self, name):g}: must be above 0; leave it out for the default")
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Trained gates by layer; the mean share of coordinates that held-out tokens keep, and KL(original || compressed) per token there."""
+
+    gates: dict[int, Gate]
+    share: float
+    divergence: float
+
+
+def levels_of(head_dim: int) -> tuple[int, ...]:
+    """Ranks that a token may keep, the widest first: d, d/2, d/4 and d/8, as far as they are whole."""
+    return tuple(head_dim // part for part in (1, 2, 4, 8) if head_dim % part == 0)
+
+
+def bases(statistics: LayerStatistics, layout: Layout, key_bases: Heads = "shared") -> LayerBases:
+    """Uncentred PCA of keys and of values, as the plain baseline has it."""
+    values = head_blocks(statistics.values, statistics.heads)
+    return LayerBases(principal_basis(statistics.keys(layout), key_bases), principal_basis(values, "per_head"))
+
+
+def train_gate(
+    model: PreTrainedModel,
+    found: dict[int, LayerBases],
+    rows: Tensor,
+    held: int,
+    layout: Layout,
+    settings: GateTraining = GateTraining(),
+    progress: Progress = silent,
+) -> Gates:
+    """Gates for all layers over nested bases with one latent per head, trained through the whole model, which stays as it is.
+
+    rows (n, t): unpadded ids; the last `held` only judge. In every step gates draw a level for each token and layer, relaxed
+    (Gumbel-softmax, arXiv:1611.01144): keys and values are the mixture of what the levels would rebuild. Loss: KL(original || compressed)
+    per token + penalty * relu(mean share - target)^2.
+    What serves is the level of a token's largest number, after a price for each coordinate is taken off. The price is found by bisection
+    on the held-out windows, as low as the target allows. Gates that do best there are kept, those at the start among them: they give all
+    tokens of a layer the same level.
+    Errors: LowkeyError when the target is below the least level.
+    """
+    d = next(iter(found.values())).keys.columns.shape[-1]
+    levels = levels_of(d)
+    if settings.target < levels[-1] / d:
+        raise LowkeyError(
+            f"target {settings.target:g}: tokens keep at least {levels[-1]} of {d} coordinates; give {levels[-1] / d:g} or more"
+        )
+    blocks = families.decoder_layers(model)
+    maps = {i: b.at(d, d).to(torch.empty(0, device=device_of(blocks[i]))) for i, b in found.items()}
+    squares = _squares(model, maps, rows[:-held], layout, settings.batch)
+    with torch.enable_grad():
+        return _Training(model, maps, layout, levels, settings, rows, held, _fresh(squares, levels, settings)).run(progress)
+
+
+@dataclass
+class Looked:
+    """A layer's keys and values rebuilt from coordinates that `look` has seen, and may have changed."""
+
+    factors: Factors
+    layout: Layout
+    rope: Rope
+    look: Look
+
+    def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self.rope(torch.arange(keys.shape[2], device=keys.device).unsqueeze(0), keys)
+        pre, f = self.layout == "pre_rope", self.factors
+        k, v = self.look(merged(unrotate(keys, cos, sin) if pre else keys, f.k_down), merged(values, f.v_down))
+        keys = split(k, f.k_up)
+        return rotate(keys, cos, sin) if pre else keys, split(v, f.v_up)
+
+
+@torch.no_grad()
+def _squares(model: PreTrainedModel, maps: dict[int, Factors], rows: Tensor, layout: Layout, batch: int) -> dict[int, Tensor]:
+    """Mean squares (2 h, d) of the coordinates of keys and values in every layer."""
+    sums: dict[int, Tensor] = {}
+
+    def looking(i: int) -> Look:
+        def look(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            found = torch.cat([keys, values], 1).square().sum((0, 2))
+            sums[i] = sums[i] + found if i in sums else found
+            return keys, values
+
+        return look
+
+    for ids in rows.to(device_of(model)).split(batch):
+        through.logits(model, ids, {i: Looked(f, layout, families.rope(model, i), looking(i)) for i, f in maps.items()})
+    return {i: s / rows.numel() for i, s in sums.items()}
+
+
+def _fresh(squares: dict[int, Tensor], levels: tuple[int, ...], settings: GateTraining) -> dict[int, Gate]:
+    """Gates that see nothing yet: a level's number is the share of its layer's energy that it keeps, so that with a rising price all
+    tokens go from level to level."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    gates = {}
+    for i, mean in squares.items():
+        width = mean.numel()
+        hidden = torch.randn(width, settings.hidden, generator=generator).to(mean) * width**-0.5
+        energies = torch.stack([side.sum(0) / side.sum() for side in mean.chunk(2)])
+        kept = torch.stack([energies[:, :r].sum() for r in levels])
+        scale = mean.clamp_min(1e-6 * float(mean.mean())).rsqrt()
+        gates[i] = Gate(scale, hidden, mean.new_zeros(settings.hidden), mean.new_zeros(settings.hidden, len(levels)), STEEP * kept)
+    return gates
+
+
+@dataclass
+class _Training:
+    model: PreTrainedModel
+    maps: dict[int, Factors]
+    layout: Layout
+    levels: tuple[int, ...]
+    settings: GateTraining
+    rows: Tensor
+    held: int
+    gates: dict[int, Gate]
+
+    def run(self, progress: Progress) -> Gates:
+        s, best = self.settings, self.judged()
+        self.gates = {i: _loose(g) for i, g in best.gates.items()}
+        parameters = [p for gate in self.gates.values() for p in _trained(gate)]
+        optimizer = torch.optim.AdamW(parameters, lr=s.lr, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: falling(k, max(1, s.steps), WARMUP))
+        generator, training = torch.Generator().manual_seed(s.seed), self.rows[: -self.held]
+        for k in progress(range(s.steps), "training gates", s.steps):
+            ids = training[torch.randperm(len(training), generator=generator)[: s.batch]]
+            loss = self.loss(ids, s.temperature * max(COLDEST, 1 - k / s.steps), generator)
+            for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                p.grad = gradient
+            optimizer.step()
+            schedule.step()
+            if (k + 1) % max(1, s.steps // LOOKS) == 0 or k + 1 == s.steps:
+                best = min(best, self.judged(), key=lambda found: found.divergence)
+        return best
+
+    def loss(self, ids: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+        def drawn(numbers: Tensor) -> Tensor:
+            uniform = torch.rand(numbers.shape, generator=generator).clamp(1e-9, 1 - 1e-7).to(numbers)
+            soft = ((numbers - (-uniform.log()).log()) / temperature).softmax(-1)
+            return _one_hot(soft) + soft - soft.detach() if self.settings.straight else soft
+
+        divergence, share = self.passed(ids, self.gates, drawn)
+        return divergence + self.settings.penalty * (share - self.settings.target).relu().square()
+
+    def passed(self, ids: Tensor, gates: dict[int, Gate], choose: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """KL(original || compressed) per token and the mean share of coordinates kept, of windows (b, t)."""
+        ids = ids.to(device_of(self.model))
+        scores, share = self.through(ids, gates, choose)
+        with torch.no_grad():
+            original = self.model(ids, use_cache=False).logits
+        found, target = (x.float().log_softmax(-1).flatten(0, 1) for x in (scores, original))
+        return F.kl_div(found, target, log_target=True, reduction="batchmean"), share
+
+    def through(self, ids: Tensor, gates: dict[int, Gate], choose: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits and mean share when every token of every layer takes the levels in the proportions that `choose` makes of its numbers."""
+        shares: list[Tensor] = []
+        d = self.levels[0]
+
+        def looking(gate: Gate) -> Look:
+            def look(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+                weights = choose(gate(keys, values))
+                ranks = torch.tensor(self.levels, device=weights.device)
+                kept = (weights @ (torch.arange(d, device=weights.device) < ranks.unsqueeze(1)).to(weights)).unsqueeze(1)
+                shares.append((weights @ (ranks / d)).mean().to(ids.device))
+                return keys * kept, values * kept
+
+            return look
+
+        storages: dict[int, Rebuilding] = {
+            i: Looked(f, self.layout, families.rope(self.model, i), looking(gates[i])) for i, f in self.maps.items()
+        }
+        scores = through.logits(self.model, ids, storages)
+        return scores, torch.stack(shares).mean()
+
+    # -- judging
+
+    @torch.no_grad()
+    def judged(self) -> Gates:
+        """The gates at the least price that keeps the held-out windows to the target."""
+        gates = _priced(self.gates, self._price(), self.levels)
+        batches = self.rows[-self.held :].split(self.settings.batch)
+        sums = torch.stack([torch.stack(self.passed(ids, gates, _one_hot)) * len(ids) for ids in batches]).sum(0) / self.held
+        return Gates(gates, float(sums[1]), float(sums[0]))
+
+    def _price(self) -> float:
+        """Found between the first of 1, 2, 4 ... that is high enough and the first of -1, -2, -4 ... that is too low."""
+        reach = [2.0**i for i in range(DOUBLINGS)]
+        high = next((p for p in reach if self._within(p)), reach[-1])
+        low = next((-p for p in reach if not self._within(-p)), -reach[-1])
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if self._within(middle) else (middle, high)
+        return high
+
+    def _within(self, price: float) -> bool:
+        gates, device = _priced(self.gates, price, self.levels), device_of(self.model)
+        batches = self.rows[-self.held :].to(device).split(self.settings.batch)
+        shares = [float(self.through(ids, gates, _one_hot)[1]) * len(ids) for ids in batches]
+        return sum(shares) / self.held <= self.settings.target + ROUNDING
+
+
+def _one_hot(numbers: Tensor) -> Tensor:
+    """The largest alone."""
+    return F.one_hot(numbers.argmax(-1), numbers.shape[-1]).to(numbers)
+
+
+def _priced(gates: dict[int, Gate], price: float, levels: tuple[int, ...]) -> dict[int, Gate]:
+    """Copies whose numbers are less by the price of the coordinates kept, which is `price` for all of them."""
+    shares = torch.tensor(levels) / levels[0]
+    copies = {i: Gate(**{name: t.detach().clone() for name, t in vars(gate).items()}) for i, gate in gates.items()}
+    return {i: replace(gate, out_bias=gate.out_bias - price * shares.to(gate.out_bias)) for i, gate in copies.items()}
+
+
+def _loose(gate: Gate) -> Gate:
+    return Gate(gate.scale, *(t.detach().clone().requires_grad_() for t in _trained(gate)))
+
+
+def _trained(gate: Gate) -> tuple[Tensor, ...]:
+    return gate.hidden, gate.hidden_bias, gate.out, gate.out_bias
