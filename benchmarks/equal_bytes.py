@@ -180,7 +180,7 @@ def _cell(values: list) -> str:
         return "-"
     mean = statistics.mean(values)
     digits = 2 if mean >= 10 else 3 if mean >= 1 else 4
-    if len(values) < 2:
+    if len(values) < 3:  # an interval from two is no information
         return f"{mean:.{digits}f}"
     return f"{mean:.{digits}f} ±{T95[len(values)] * statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}"
 
