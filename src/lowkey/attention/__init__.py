@@ -1,0 +1,37 @@
+"""Attention with a small cache from birth: one configuration field chooses it, one class trains, generates and saves it.
+
+model = LowkeyForCausalLM(LowkeyConfig(attention="lrkv", lrkv_rank=24, ...))
+"""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lowkey.attention.configuration_lowkey import KINDS, LowkeyConfig
+from lowkey.attention.costs import Costs, model_flops, model_parameters
+from lowkey.attention.modeling_lowkey import ATTENTION, LowkeyForCausalLM, LowkeyModel, costs
+
+
+def register() -> None:
+    """Tell transformers' Auto classes of our model type, and let `save_pretrained` put this code beside the weights.
+
+    Nothing happens by importing lowkey; commands and loaders call this.
+    """
+    AutoConfig.register(LowkeyConfig.model_type, LowkeyConfig, exist_ok=True)
+    AutoModelForCausalLM.register(LowkeyConfig, LowkeyForCausalLM, exist_ok=True)
+    LowkeyConfig.register_for_auto_class()
+    LowkeyForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+
+__all__ = [
+    "ATTENTION",
+    "Costs",
+    "KINDS",
+    "LowkeyConfig",
+    "LowkeyForCausalLM",
+    "LowkeyModel",
+    "costs",
+    "model_flops",
+    "model_parameters",
+    "register",
+]

@@ -1,0 +1,193 @@
+"""What all attention variants share: queries, the way through the cache, and what follows attention.
+
+Letters: b batch, t new tokens, s stored tokens, D hidden size, H query heads, G key-value heads, d head dim.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, eager_attention_forward, rotate_half
+
+from .configuration_lowkey import LowkeyConfig
+from .costs import Costs
+
+Rope = tuple[Tensor, Tensor]  # cos and sin, each (b, t, width)
+
+
+class Call(NamedTuple):
+    """One call of a layer. mask: as transformers makes it for the attention function in use; rope: of the new tokens; positions (b|1, t);
+    past: tokens seen before, None when there is no cache; extra: keywords for the attention function."""
+
+    mask: Tensor | None
+    rope: Rope
+    positions: Tensor | None
+    past: int | Tensor | None
+    extra: dict[str, Any]
+
+
+def rotary(config: LowkeyConfig, width: int) -> LlamaRotaryEmbedding:
+    """The decoder's rotary embedding for another width, with the same base and scaling."""
+    own = copy.copy(config)
+    own.head_dim = width
+    return LlamaRotaryEmbedding(config=own)
+
+
+def rotate(x: Tensor, rope: Rope, back: bool = False) -> Tensor:
+    """Turn the last dimensions of x (b, heads, t, d), as many as the rotary embedding has; `back`: by the opposite angles."""
+    cos, sin = (part.unsqueeze(1) for part in rope)
+    width = cos.shape[-1]
+    if width == 0:
+        return x
+    turned = x[..., -width:]
+    turned = turned * cos + rotate_half(turned) * (-sin if back else sin)
+    return turned if width == x.shape[-1] else torch.cat((x[..., :-width], turned), -1)
+
+
+def heads_of(x: Tensor, heads: int) -> Tensor:
+    """(b, t, heads d) -> (b, heads, t, d)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def joined(*parts: Tensor) -> Tensor:
+    """(b, heads, t, d), ... -> one head (b, 1, t, sum of heads d), as caches store parts of different shapes."""
+    return torch.cat([part.transpose(1, 2).flatten(2) for part in parts], -1).unsqueeze(1)
+
+
+def nothing(like: Tensor) -> Tensor:
+    """An empty tensor in the place of values, where keys hold everything."""
+    return like[..., :0]
+
+
+def attention_weights(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax over the stored tokens of scaled scores (b, H, t, s). mask: boolean or additive (b|1, 1, t, s); None: as transformers
+    means it, causal from the first token on, or no mask at all for a single query."""
+    t, s = scores.shape[-2:]
+    if mask is None and t > 1:
+        mask = torch.ones(t, s, dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        mask = mask[..., :s]
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+    return torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+
+
+class LowRankQuery(nn.Module):
+    """Queries through a normed latent (arXiv:2405.04434, section 2.1.2)."""
+
+    def __init__(self, config: LowkeyConfig, width: int) -> None:
+        super().__init__()
+        rank = config.q_lora_rank
+        assert rank
+        self.down = nn.Linear(config.hidden_size, rank, bias=False)
+        self.norm = nn.RMSNorm(rank, eps=config.rms_norm_eps)
+        self.up = nn.Linear(rank, width, bias=config.attention_bias)
+        self.scale = (config.hidden_size / rank) ** 0.5 if config.mla_latent_scale else 1.0
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.up(self.norm(self.down(hidden)) * self.scale)
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm of each head's output (arXiv:2601.19611, section 3): over d features, the weight shared by heads or each head's own.
+
+    The paper writes GroupNorm and defines it so; whether its weight is shared is not said.
+    """
+
+    def __init__(self, config: LowkeyConfig, width: int) -> None:
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.weight = nn.Parameter(torch.ones(width) if config.head_norm == "shared" else torch.ones(config.num_attention_heads, width))
+
+    def forward(self, heads: Tensor) -> Tensor:
+        return nn.functional.rms_norm(heads, heads.shape[-1:], eps=self.eps) * self.weight
+
+
+class Attention(nn.Module, ABC):
+    """One layer's attention. A variant says what it stores, how queries meet it, and what that costs.
+
+    key_width: dimensions of a query head; value_width: of a head's output.
+    """
+
+    def __init__(self, config: LowkeyConfig, layer_idx: int, key_width: int | None = None, value_width: int | None = None) -> None:
+        super().__init__()
+        self.config, self.layer_idx, self.heads = config, layer_idx, config.num_attention_heads
+        key_width, value_width = key_width or config.head_dim, value_width or config.head_dim
+        self.scaling = key_width**-0.5
+        self.attention_dropout, self.is_causal = config.attention_dropout, True
+        self.num_key_value_groups = self.heads // config.num_key_value_heads
+        self.q_proj = LowRankQuery(config, self.heads * key_width) if config.q_lora_rank else self.linear(self.heads * key_width)
+        self.o_proj = nn.Linear(self.heads * value_width, config.hidden_size, bias=config.attention_bias)
+        self.gate_proj = self.linear(self.heads * value_width, bias=False) if config.attn_output_gate else None
+        self.q_norm = self.norm(key_width)
+        self.head_norm = HeadNorm(config, value_width) if config.head_norm != "none" else None
+
+    def linear(self, width: int, bias: bool | None = None) -> nn.Linear:
+        """A projection of the layer's input."""
+        return nn.Linear(self.config.hidden_size, width, bias=self.config.attention_bias if bias is None else bias)
+
+    def norm(self, width: int) -> nn.Module:
+        """Of queries, keys or latents, over the last dimension, where the configuration has one."""
+        return nn.RMSNorm(width, eps=self.config.rms_norm_eps) if self.config.qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Rope,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states (b, t, D) -> the same shape, and the weights (b, H, t, s) where they were formed."""
+        # a static cache counts in place: a copy stays as it is now
+        past = None if past_key_values is None else past_key_values.get_seq_length(self.layer_idx) + 0
+        call = Call(attention_mask, position_embeddings, position_ids, past, kwargs)
+        query, keys, values = self.project(hidden_states, self.q_norm(heads_of(self.q_proj(hidden_states), self.heads)), call)
+        if past_key_values is not None:
+            keys, values = past_key_values.update(keys, values, self.layer_idx)
+        out, weights = self.attend(query, keys, values, call)
+        return self.finish(out, hidden_states), weights
+
+    @abstractmethod
+    def project(self, hidden: Tensor, query: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        """The query (b, H, t, w) ready to meet what is stored, and what of the new tokens is stored: two tensors (b, heads, t, width)."""
+
+    @abstractmethod
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+        """The query over all that is stored: (b, t, H, d), and the weights where they were formed."""
+
+    @staticmethod
+    @abstractmethod
+    def costs(config: LowkeyConfig) -> Costs:
+        """What one layer takes."""
+
+    def dense(self, query: Tensor, keys: Tensor, values: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+        """transformers' attention function over written-out keys and values."""
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
+        return function(
+            self, query, keys, values, call.mask, dropout=dropout, scaling=self.scaling, position_ids=call.positions, **call.extra
+        )
+
+    def finish(self, heads: Tensor, hidden: Tensor) -> Tensor:
+        """From heads (b, t, H, d) to the layer's output (b, t, D)."""
+        if self.head_norm is not None:
+            heads = self.head_norm(heads)
+        out = heads.flatten(2)
+        if self.gate_proj is not None:
+            out = out * torch.sigmoid(self.gate_proj(hidden))
+        return self.o_proj(out)
+
+    def initialize(self, std: float) -> None:
+        """Starting values of what is no linear map or norm; runs after those were drawn."""
+        if self.config.zero_init_output:
+            init.zeros_(self.o_proj.weight)
+        if self.head_norm is not None:
+            init.ones_(self.head_norm.weight)

@@ -1,0 +1,136 @@
+"""The one configuration of the models that `lowkey pretrain` trains: a stock decoder whose attention is named by `attention`.
+
+This folder imports nothing of lowkey and only from its own files by relative imports, so that transformers can put it beside a checkpoint
+(`trust_remote_code`), which then loads where lowkey is not installed.
+"""
+
+from __future__ import annotations
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig
+
+GROUPED = ("mha", "gqa", "mqa")  # one class, told apart by the number of key-value heads
+KINDS = (*GROUPED, "mla", "lrkv", "mea", "gta", "k_eq_v")
+PARTLY_ROTATED = ("mla", "gta", "k_eq_v")
+ROPE_MODES = ("full", "latent", "partial")
+HEAD_NORMS = ("none", "shared", "own")
+HLC_INITS = ("identity", "orthogonal")
+DECODES = ("auto", "absorbed", "expanded")
+
+
+@strict
+class LowkeyConfig(LlamaConfig):
+    """A Llama-like decoder (RMSNorm before each block, SwiGLU, RoPE) whose attention is one of KINDS.
+
+    For every kind: q_lora_rank: queries through a normed latent of this width, or None. qk_norm: RMSNorm of queries and keys per head,
+    before rotation, with a weight (Qwen3). attn_output_gate: heads times sigmoid(x W) before the output projection (arXiv:2505.06708).
+    head_norm: RMSNorm of each head's output before the output projection, `shared` (one weight for all heads), `own` (one for each) or
+    `none`; None: `shared` for mea, else `none`. zero_init_output: output projections start at zero, so that all kinds start alike.
+    decode: how stored latents are read: `auto` (whatever takes fewer operations), `absorbed`, `expanded`.
+
+    num_key_value_heads: stored heads of gqa, gta and k_eq_v, composite heads of mea, shared bases of lrkv (default 1 there), 1 for mqa.
+    mla (arXiv:2405.04434): kv_lora_rank c, qk_nope_head_dim n, qk_rope_head_dim e, v_head_dim v; mla_latent_scale: normed latents times
+    sqrt(hidden / width); mla_kv_norm: the latent's RMSNorm; mla_rotate: False leaves the shared key slice unrotated (NoPE).
+    lrkv (arXiv:2601.11471): lrkv_rank r; lrkv_rope_mode: `full` is the paper's model, `latent` and `partial` (ours) can be read without
+    rebuilding keys, see `lrkv`; lrkv_init_scale: norm of the low-rank part over that of the shared one at the start.
+    mea (arXiv:2601.19611): mea_num_component_heads m (default: the composite heads); mea_hlc_init: `identity` (component heads in turn) or
+    `orthogonal`.
+    gta (arXiv:2505.21487), k_eq_v and the mode `partial` rotate only the last qk_rope_head_dim dimensions of a head (default: half of
+    them; all for k_eq_v).
+    Errors: ValueError, as huggingface_hub's strict dataclasses raise it, for what does not go together.
+    """
+
+    model_type = "lowkey"
+    base_model_tp_plan = None
+    base_model_pp_plan = None
+
+    attention: str = "gqa"
+    q_lora_rank: int | None = None
+    qk_norm: bool = False
+    attn_output_gate: bool = False
+    head_norm: str | None = None
+    zero_init_output: bool = False
+    decode: str = "auto"
+    kv_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    qk_rope_head_dim: int | None = None
+    v_head_dim: int | None = None
+    mla_latent_scale: bool = False
+    mla_kv_norm: bool = True
+    mla_rotate: bool = True
+    lrkv_rank: int = 0
+    lrkv_rope_mode: str = "full"
+    lrkv_init_scale: float = 0.1
+    mea_num_component_heads: int | None = None
+    mea_hlc_init: str = "identity"
+
+    def __post_init__(self, **kwargs: object) -> None:
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = 1 if self.attention in ("mqa", "lrkv", "mla") else self.num_attention_heads
+        self.head_norm = self.head_norm or ("shared" if self.attention == "mea" else "none")
+        if self.attention == "mea":
+            self.mea_num_component_heads = self.mea_num_component_heads or self.num_key_value_heads
+        if self.attention == "mla":
+            self.v_head_dim = self.v_head_dim or self.head_dim
+            self.qk_nope_head_dim = self.head_dim if self.qk_nope_head_dim is None else self.qk_nope_head_dim
+        if self.qk_rope_head_dim is None:
+            self.qk_rope_head_dim = self.head_dim if self.attention == "k_eq_v" else self.head_dim // 2
+        super().__post_init__(**kwargs)
+
+    @property
+    def rope_width(self) -> int:
+        """Dimensions that the decoder's shared rotary embedding turns."""
+        partly = self.attention in PARTLY_ROTATED or (self.attention == "lrkv" and self.lrkv_rope_mode == "partial")
+        return self.qk_rope_head_dim if partly else self.head_dim
+
+    def validate_architecture(self) -> None:
+        """What cannot be built is refused when the configuration is made."""
+        for name, allowed in {
+            "attention": KINDS,
+            "lrkv_rope_mode": ROPE_MODES,
+            "head_norm": HEAD_NORMS,
+            "mea_hlc_init": HLC_INITS,
+            "decode": DECODES,
+        }.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
+        self._validate_heads()
+        if self.attention == "mla":
+            self._validate_mla()
+        if self.attention == "lrkv":
+            self._validate_lrkv()
+        if self.rope_width % 2 or not 0 <= self.rope_width <= max(self.head_dim, self.rope_width * (self.attention == "mla")):
+            raise ValueError(
+                f"qk_rope_head_dim {self.rope_width}: rotation turns pairs; give an even number up to head_dim {self.head_dim}"
+            )
+
+    def _validate_heads(self) -> None:
+        heads, stored = self.num_attention_heads, self.num_key_value_heads
+        if not stored or stored < 1 or heads % stored:
+            raise ValueError(f"num_key_value_heads {stored}: must divide num_attention_heads {heads}")
+        wanted = {"mha": heads, "mqa": 1}.get(self.attention, stored)
+        if stored != wanted:
+            raise ValueError(f"num_key_value_heads {stored}: attention {self.attention!r} has {wanted}; leave it out or choose 'gqa'")
+        if self.attention == "mea" and self.mea_num_component_heads < 1:
+            raise ValueError(f"mea_num_component_heads {self.mea_num_component_heads}: must be at least 1")
+
+    def _validate_mla(self) -> None:
+        if not self.kv_lora_rank or self.kv_lora_rank < 1:
+            raise ValueError(f"kv_lora_rank {self.kv_lora_rank}: attention 'mla' needs the width of its latent, at least 1")
+        if self.qk_norm:
+            raise ValueError("qk_norm: attention 'mla' norms its latents instead; leave it out")
+        if self.qk_nope_head_dim + self.qk_rope_head_dim < 1:
+            raise ValueError("qk_nope_head_dim and qk_rope_head_dim are both 0: queries would have no dimensions")
+
+    def _validate_lrkv(self) -> None:
+        rank = self.lrkv_rank
+        if rank < 0:
+            raise ValueError(f"lrkv_rank {rank}: must be at least 0")
+        if self.lrkv_rope_mode == "latent" and rank % 2:
+            raise ValueError(f"lrkv_rank {rank}: mode 'latent' rotates pairs of latent dimensions; give an even rank")
+        if self.lrkv_rope_mode == "full" and self.decode == "absorbed":
+            raise ValueError(
+                "decode 'absorbed': keys rotated at full width cannot be read without rebuilding them (rotation and the up-map do not "
+                "commute); use decode='auto', or lrkv_rope_mode='latent' or 'partial'"
+            )

@@ -1,0 +1,36 @@
+"""Multi-head, grouped-query (arXiv:2305.13245) and multi-query (arXiv:1911.02150) attention: one class, told apart by stored heads."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .base import Attention, Call, heads_of, rotate
+from .configuration_lowkey import LowkeyConfig
+from .costs import Costs, around
+
+
+class GroupedQuery(Attention):
+    """Stores rotated keys and values of G heads; query head i reads head i G // H."""
+
+    def __init__(self, config: LowkeyConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        width = config.num_key_value_heads * config.head_dim
+        self.k_proj, self.v_proj = self.linear(width), self.linear(width)
+        self.k_norm = self.norm(config.head_dim)
+
+    def project(self, hidden: Tensor, query: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        stored = self.config.num_key_value_heads
+        keys, values = (heads_of(part(hidden), stored) for part in (self.k_proj, self.v_proj))
+        return rotate(query, call.rope), rotate(self.k_norm(keys), call.rope), values
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+        return self.dense(query, keys, values, call)
+
+    @staticmethod
+    def costs(config: LowkeyConfig) -> Costs:
+        heads, stored, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        parameters, token = around(config, d, d)
+        maps, numbers = 2 * config.hidden_size * stored * d, 2 * stored * d
+        norms = (d if config.qk_norm else 0) + (numbers if config.attention_bias else 0)
+        pair = 2 * heads * d
+        return Costs(parameters + maps + norms, numbers, numbers, token + maps, pair, token + maps, pair)

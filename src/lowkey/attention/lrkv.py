@@ -1,0 +1,151 @@
+"""Low-rank key-value attention (arXiv:2601.11471): every head's keys and values are shared ones plus a low-rank part of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .base import Attention, Call, Rope, attention_weights, heads_of, joined, rotary, rotate
+from .configuration_lowkey import LowkeyConfig
+from .costs import Costs, around
+
+
+class LowRankKV(Attention):
+    """W_K of head i is W_shared[group of i] + U_i B_i^T, U_i (D, r), B_i (d, r), and so for values. Stores shared keys and values (G d
+    numbers each) and latents x U_i (H r each): 2 (G d + H r) numbers. G > 1 is implied by the paper, not evaluated there.
+
+    Values are read without being rebuilt in every mode. Keys, by lrkv_rope_mode:
+    - `full`: the paper's model, keys rotated at full width. Its identity "rotated latents times B^T" is false for rotation by pairs
+      (the two do not commute), so stored keys are un-rotated and rebuilt and rotated at every read: small at rest, not fast.
+    - `latent`: scores are rotated shared keys . rotated queries + rotated latents . rotated (query B_i): another model than the paper's,
+      exact without rebuilding, in which r must be even. Training runs on concatenated vectors of d + r.
+    - `partial`: only the last qk_rope_head_dim dimensions of the shared key are rotated, and B_i does not reach them: exact too.
+    qk_norm: in `full` of rebuilt keys; else of shared keys and of latents, each by itself.
+    """
+
+    def __init__(self, config: LowkeyConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        d, rank, self.mode = config.head_dim, config.lrkv_rank, config.lrkv_rope_mode
+        shared = config.num_key_value_heads * d
+        self.rank, self.reach = rank, _reach(config)
+        self.num_key_value_groups = 1  # of written-out keys
+        self.k_proj, self.v_proj = self.linear(shared), self.linear(shared)
+        self.k_norm = self.norm(d)
+        if rank:
+            self.k_down, self.v_down = (self.linear(self.heads * rank, bias=False) for _ in range(2))
+            self.k_up = nn.Parameter(torch.empty(self.heads, rank, self.reach))
+            self.v_up = nn.Parameter(torch.empty(self.heads, rank, d))
+            self.latent_norm = nn.Identity() if self.mode == "full" else self.norm(rank)
+        self.rotary = {"full": rotary(config, d), "latent": rotary(config, rank), "partial": None}[self.mode]
+
+    def project(self, hidden: Tensor, query: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        groups = self.config.num_key_value_heads
+        keys, values = (heads_of(part(hidden), groups) for part in (self.k_proj, self.v_proj))
+        if self.mode != "full":
+            keys = rotate(self.k_norm(keys), call.rope)
+        if not self.rank:
+            return rotate(query, call.rope), joined(keys), joined(values)
+        latents = self.latent_norm(heads_of(self.k_down(hidden), self.heads))
+        if self.mode == "latent":
+            turn = self.rotary(hidden, call.positions)
+            latents, carried = rotate(latents, turn), rotate(query @ self.k_up.mT, turn)
+            query = torch.cat((rotate(query, call.rope), carried), -1)
+        else:
+            query = rotate(query, call.rope)
+        return query, joined(keys, latents), joined(values, heads_of(self.v_down(hidden), self.heads))
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+        shared_k, latent_k = self._parts(keys)
+        shared_v, latent_v = self._parts(values)
+        one_by_one = query.shape[2] == 1 if self.config.decode == "auto" else self.config.decode == "absorbed"
+        if self.mode == "full":
+            keys = self._rebuilt_keys(shared_k, latent_k, call)
+            if one_by_one and self.rank:
+                return self._mixed(query @ keys.mT, shared_v, latent_v, call)
+            return self.dense(query, keys, self._every_head(shared_v, latent_v, "v"), call)
+        if one_by_one and self.rank:
+            return self._mixed(self._scores(query, shared_k, latent_k), shared_v, latent_v, call)
+        if self.mode == "latent" and self.rank:
+            return self._side_by_side(query, (shared_k, latent_k), (shared_v, latent_v), call)
+        return self.dense(query, self._every_head(shared_k, latent_k, "k"), self._every_head(shared_v, latent_v, "v"), call)
+
+    def _parts(self, stored: Tensor) -> tuple[Tensor, Tensor]:
+        """(b, 1, s, G d + H r) -> shared (b, G, s, d) and latents (b, H, s, r)."""
+        edge = self.config.num_key_value_heads * self.config.head_dim
+        shared, latents = stored[:, 0, :, :edge], stored[:, 0, :, edge:]
+        return heads_of(shared, self.config.num_key_value_heads), heads_of(latents, self.heads) if self.rank else latents.unsqueeze(1)
+
+    def _every_head(self, shared: Tensor, latents: Tensor, which: str) -> Tensor:
+        """Keys or values of all heads, written out: (b, H, s, d)."""
+        every = shared.repeat_interleave(self.heads // shared.shape[1], 1)
+        if not self.rank:
+            return every
+        if which == "v":
+            return every + latents @ self.v_up
+        own = latents @ self.k_up
+        return every + own if self.reach == every.shape[-1] else torch.cat((every[..., : self.reach] + own, every[..., self.reach :]), -1)
+
+    def _rebuilt_keys(self, shared: Tensor, latents: Tensor, call: Call) -> Tensor:
+        keys = self.k_norm(self._every_head(shared, latents, "k"))
+        return rotate(keys, call.rope if call.past is None else self._stored_rope(keys, call))
+
+    def _stored_rope(self, keys: Tensor, call: Call) -> Rope:
+        """Of all stored tokens: their positions end with the newest's, one by one, as in every cache that is filled in order."""
+        assert call.positions is not None and self.rotary is not None
+        last = call.past + call.positions.shape[-1] - 1
+        slots = torch.arange(keys.shape[2], device=keys.device)
+        return self.rotary(keys, (call.positions[:, -1:] + slots - last).clamp(min=0))
+
+    def _scores(self, query: Tensor, shared: Tensor, latents: Tensor) -> Tensor:
+        """Without rebuilding keys: (b, H, t, s)."""
+        d = shared.shape[-1]
+        carried = query[..., d:] if self.mode == "latent" else query[..., : self.reach] @ self.k_up.mT
+        grouped = query[..., :d].unflatten(1, (shared.shape[1], -1))
+        first = (grouped.flatten(2, 3) @ shared.mT).unflatten(2, grouped.shape[2:4]).flatten(1, 2)
+        return first + carried @ latents.mT
+
+    def _mixed(self, scores: Tensor, shared: Tensor, latents: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """From scores to outputs, values not rebuilt."""
+        weights = attention_weights(scores * self.scaling, call.mask)
+        grouped = weights.unflatten(1, (shared.shape[1], -1))
+        first = (grouped.flatten(2, 3) @ shared).unflatten(2, grouped.shape[2:4]).flatten(1, 2)
+        return (first + (weights @ latents) @ self.v_up).transpose(1, 2), weights
+
+    def _side_by_side(
+        self, query: Tensor, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor], call: Call
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention over vectors of d + r, shared part beside the latent, for any number of new tokens."""
+        groups = self.heads // keys[0].shape[1]
+        k, v = (torch.cat((shared.repeat_interleave(groups, 1), latents), -1) for shared, latents in (keys, values))
+        out, weights = self.dense(query, k, v, call)
+        d = self.config.head_dim
+        return out[..., :d] + torch.einsum("bthr,hrd->bthd", out[..., d:], self.v_up), weights
+
+    def initialize(self, std: float) -> None:
+        """The low-rank part starts with lrkv_init_scale times the norm of the shared one; neither of its factors is zero."""
+        super().initialize(std)
+        if self.rank:
+            for up in (self.k_up, self.v_up):
+                init.normal_(up, std=self.config.lrkv_init_scale / self.rank**0.5)
+
+    @staticmethod
+    def costs(config: LowkeyConfig) -> Costs:
+        heads, groups, d, r, hidden = (
+            config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.lrkv_rank, config.hidden_size
+        )  # fmt: skip
+        parameters, token = around(config, d, d)
+        shared, down, up_k, up_v = 2 * hidden * groups * d, 2 * hidden * heads * r, heads * r * _reach(config), heads * r * d
+        norms = (d + (r if config.lrkv_rope_mode != "full" else 0)) if config.qk_norm else 0
+        biases = 2 * groups * d if config.attention_bias else 0
+        stored, total = 2 * (groups * d + heads * r), parameters + shared + down + up_k + up_v + norms + biases
+        token, wide = token + shared + down, 2 * heads * (d + r)
+        pair = wide if config.lrkv_rope_mode == "latent" else 2 * heads * d
+        if config.lrkv_rope_mode == "full":
+            return Costs(total, stored, stored, token + up_k + up_v, pair, token + up_v, up_k + heads * (2 * d + r))
+        return Costs(total, stored, stored, token + up_k + up_v, pair, token + up_k + up_v, wide)
+
+
+def _reach(config: LowkeyConfig) -> int:
+    """Dimensions of a key head that its low-rank part reaches."""
+    return config.head_dim - config.qk_rope_head_dim if config.lrkv_rope_mode == "partial" else config.head_dim

@@ -1,0 +1,88 @@
+"""Multi-head explicit attention (arXiv:2601.19611): key and value heads are linear compositions of m stored component heads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .base import Attention, Call, attention_weights, heads_of, rotate
+from .configuration_lowkey import LowkeyConfig
+from .costs import Costs, around
+
+NOISE = 0.02  # on component heads that several composite heads share at the start
+
+
+class ExplicitAttention(Attention):
+    """Head-level linear composition (HLC): composite head j is sum over c of W[c, j] times component head c, for keys and for values each
+    with its own W (m, G). Scalars commute with rotation, so rotated component heads are stored.
+
+    With m < G components are stored, and a reader either recomposes (`expanded`: m G d MACs per stored token, once for a query group)
+    or mixes scores and outputs (`absorbed`: nothing is written out). With m >= G composites are stored: nothing is left to do.
+    The norm after attention (`head_norm`) is part of the method: without it composition collapses to plain attention, says the paper.
+    qk_norm norms component heads. The paper does not say how W starts: identity here, or component heads in turn with noise.
+    """
+
+    def __init__(self, config: LowkeyConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.components, composites = config.mea_num_component_heads, config.num_key_value_heads
+        width = self.components * config.head_dim
+        self.k_proj, self.v_proj = self.linear(width), self.linear(width)
+        self.k_norm = self.norm(config.head_dim)
+        self.k_mix, self.v_mix = (nn.Parameter(torch.empty(self.components, composites)) for _ in range(2))
+        self.mixed_before = self.components >= composites
+
+    def project(self, hidden: Tensor, query: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        keys, values = (heads_of(part(hidden), self.components) for part in (self.k_proj, self.v_proj))
+        keys = self.k_norm(keys)
+        if self.mixed_before:
+            keys, values = composed(keys, self.k_mix), composed(values, self.v_mix)
+        return rotate(query, call.rope), rotate(keys, call.rope), values
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+        if self.mixed_before:
+            return self.dense(query, keys, values, call)
+        if self.config.decode == "absorbed":
+            return self._mixed(query, keys, values, call)
+        return self.dense(query, composed(keys, self.k_mix), composed(values, self.v_mix), call)
+
+    def _mixed(self, query: Tensor, keys: Tensor, values: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+        """Scores against all components, mixed; outputs of all components, mixed."""
+        mine_k, mine_v = (mix.repeat_interleave(self.num_key_value_groups, 1) for mix in (self.k_mix, self.v_mix))  # (m, H)
+        scores = torch.einsum("bhtd,bmsd->bmhts", query, keys)
+        scores = torch.einsum("bmhts,mh->bhts", scores, mine_k)
+        weights = attention_weights(scores * self.scaling, call.mask)
+        return torch.einsum("bmhtd,mh->bthd", torch.einsum("bhts,bmsd->bmhtd", weights, values), mine_v), weights
+
+    def initialize(self, std: float) -> None:
+        super().initialize(std)
+        components, composites = self.k_mix.shape
+        for mix in (self.k_mix, self.v_mix):
+            if self.config.mea_hlc_init == "orthogonal":
+                init.orthogonal_(mix)
+                continue
+            turn = torch.arange(composites) * components // composites if components < composites else torch.arange(composites)
+            init.normal_(mix, std=NOISE if components != composites else 0.0)
+            init.copy_(mix, mix.detach() + nn.functional.one_hot(turn, components).T.to(mix))
+
+    @staticmethod
+    def costs(config: LowkeyConfig) -> Costs:
+        heads, composites, m, d = config.num_attention_heads, config.num_key_value_heads, config.mea_num_component_heads, config.head_dim
+        parameters, token = around(config, d, d)
+        maps, mix, pair = 2 * config.hidden_size * m * d, 2 * m * composites, 2 * heads * d
+        norms = (d if config.qk_norm else 0) + (2 * m * d if config.attention_bias else 0)
+        stored, total = 2 * min(m, composites) * d, parameters + maps + mix + norms
+        compose = mix * d
+        if m >= composites:
+            return Costs(total, stored, stored, token + maps + compose, pair, token + maps + compose, pair)
+        if config.decode == "absorbed":
+            mixing = heads * m * d
+            return Costs(
+                total, stored, stored, token + maps + mixing, heads * m * (2 * d + 1), token + maps + mixing, heads * m * (2 * d + 1)
+            )
+        return Costs(total, stored, stored, token + maps + compose, pair, token + maps, pair + compose)
+
+
+def composed(components: Tensor, mix: Tensor) -> Tensor:
+    """(b, m, s, d) component heads and (m, G) weights -> (b, G, s, d) composite heads."""
+    return torch.einsum("bmsd,mg->bgsd", components, mix)

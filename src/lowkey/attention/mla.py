@@ -1,0 +1,87 @@
+"""Multi-head latent attention (arXiv:2405.04434, section 2.1): one latent for keys and values of all heads, and one rotated key slice."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .base import Attention, Call, attention_weights, heads_of, nothing, rotate
+from .configuration_lowkey import LowkeyConfig
+from .costs import Costs, around
+
+
+class LatentAttention(Attention):
+    """Stores, per token, a normed latent (c) and a shared rotated key slice (e): c + e numbers for keys and values together.
+
+    Heads have n unrotated and e rotated dimensions, in this order, and values of v. expanded: keys and values of all heads are written out
+    (prefill, training). absorbed: queries are carried into the latent, and outputs out of it, so that only latents are read. Which takes
+    fewer operations depends on the new tokens t alone: absorbed below c (n + v) / (2 c - n - v).
+    """
+
+    def __init__(self, config: LowkeyConfig, layer_idx: int) -> None:
+        n, e, c, v = _widths(config)
+        super().__init__(config, layer_idx, n + e, v)
+        self.num_key_value_groups = 1
+        self.kv_a_proj = self.linear(c + e, bias=False)
+        self.kv_a_norm = nn.RMSNorm(c, eps=config.rms_norm_eps) if config.mla_kv_norm else nn.Identity()
+        self.kv_b_proj = nn.Linear(c, self.heads * (n + v), bias=False)
+        self.latent_scale = (config.hidden_size / c) ** 0.5 if config.mla_latent_scale else 1.0
+        self.absorb_below = _absorb_below(config)
+
+    def project(self, hidden: Tensor, query: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        latent, shared = self.kv_a_proj(hidden).split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
+        latent, shared = self.kv_a_norm(latent) * self.latent_scale, heads_of(shared, 1)
+        if self.config.mla_rotate:
+            query, shared = rotate(query, call.rope), rotate(shared, call.rope)
+        stored = torch.cat((latent.unsqueeze(1), shared), -1)
+        return query, stored, nothing(stored)
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+        if query.shape[2] < self.absorb_below:
+            return self._absorbed(query, keys[:, 0], call)
+        return self._expanded(query, keys, call)
+
+    def _expanded(self, query: Tensor, stored: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+        n, _, c, v = _widths(self.config)
+        keys, values = heads_of(self.kv_b_proj(stored[:, 0, :, :c]), self.heads).split([n, v], -1)
+        keys = torch.cat((keys, stored[..., c:].expand(-1, self.heads, -1, -1)), -1)
+        short = keys.shape[-1] - v
+        if short <= 0:
+            return self.dense(query, keys, values, call)
+        out, weights = self.dense(query, keys, nn.functional.pad(values, (0, short)), call)  # fused kernels want equal widths
+        return out[..., :v], weights
+
+    def _absorbed(self, query: Tensor, stored: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+        """stored (b, s, c + e): read once for all heads, as keys and, without the slice, as values."""
+        n, _, c, v = _widths(self.config)
+        up_keys, up_values = self.kv_b_proj.weight.view(self.heads, n + v, c).split([n, v], 1)
+        carried = torch.cat((query[..., :n] @ up_keys, query[..., n:]), -1)  # (b, H, t, c + e)
+        scores = (carried.flatten(1, 2) @ stored.mT).unflatten(1, (self.heads, -1))
+        weights = attention_weights(scores * self.scaling, call.mask)
+        latents = (weights.flatten(1, 2) @ stored[..., :c]).unflatten(1, (self.heads, -1))
+        return (latents @ up_values.mT).transpose(1, 2), weights
+
+    @staticmethod
+    def costs(config: LowkeyConfig) -> Costs:
+        (n, e, c, v), heads, hidden = _widths(config), config.num_attention_heads, config.hidden_size
+        parameters, token = around(config, n + e, v)
+        down, up = hidden * (c + e), heads * c * (n + v)
+        norm = c if config.mla_kv_norm else 0
+        pair = heads * (n + e + max(v, n + e))  # values are padded to the keys' width
+        if _absorb_below(config) > 1:
+            return Costs(parameters + down + up + norm, c + e, 2 * c + e, token + down + up, pair, token + down + up, heads * (2 * c + e))
+        return Costs(parameters + down + up + norm, c + e, c + e, token + down + up, pair, token + down, pair + up)
+
+
+def _widths(config: LowkeyConfig) -> tuple[int, int, int, int]:
+    """(n, e, c, v): unrotated and rotated dimensions of a head, width of the latent, dimensions of a value head."""
+    return config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank, config.v_head_dim
+
+
+def _absorb_below(config: LowkeyConfig) -> float:
+    """Calls of fewer new tokens are absorbed. Per stored token: absorbed t (2 c + e), expanded t (n + e + v) + c (n + v)."""
+    n, _, c, v = _widths(config)
+    if config.decode != "auto":
+        return {"absorbed": float("inf"), "expanded": 0}[config.decode]
+    saved = 2 * c - n - v
+    return c * (n + v) / saved if saved > 0 else float("inf")

@@ -1,0 +1,82 @@
+"""The one causal language model of lowkey: transformers' Llama decoder with an attention of its own in every layer."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP, LlamaModel, LlamaPreTrainedModel
+
+from .base import Attention, rotary
+from .configuration_lowkey import LowkeyConfig
+from .costs import Costs
+from .gqa import GroupedQuery
+from .gta import KeysAreValues, TiedAttention
+from .lrkv import LowRankKV
+from .mea import ExplicitAttention
+from .mla import LatentAttention
+
+ATTENTION: dict[str, type[Attention]] = {
+    "mha": GroupedQuery,
+    "gqa": GroupedQuery,
+    "mqa": GroupedQuery,
+    "mla": LatentAttention,
+    "lrkv": LowRankKV,
+    "mea": ExplicitAttention,
+    "gta": TiedAttention,
+    "k_eq_v": KeysAreValues,
+}
+
+
+def costs(config: LowkeyConfig) -> Costs:
+    """What one layer's attention takes under this configuration."""
+    return ATTENTION[config.attention].costs(config)
+
+
+class LowkeyDecoderLayer(LlamaDecoderLayer):
+    """transformers' layer with one of ATTENTION, and norms that keep fp64."""
+
+    def __init__(self, config: LowkeyConfig, layer_idx: int) -> None:
+        super(LlamaDecoderLayer, self).__init__()  # Llama's own would build an attention that is not wanted
+        self.hidden_size = config.hidden_size
+        self.self_attn = ATTENTION[config.attention](config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class LowkeyPreTrainedModel(LlamaPreTrainedModel):
+    config_class = LowkeyConfig
+    config: LowkeyConfig
+    _no_split_modules = ("LowkeyDecoderLayer",)
+    _supports_flash_attn = False  # absorbed reading forms its own scores from a written-out mask
+    _supports_flex_attn = False
+    _can_record_outputs = {"hidden_states": LowkeyDecoderLayer, "attentions": Attention}  # noqa: RUF012
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Attention):
+            module.initialize(self.config.initializer_range)
+
+
+class LowkeyModel(LowkeyPreTrainedModel, LlamaModel):
+    def __init__(self, config: LowkeyConfig) -> None:
+        super(LlamaModel, self).__init__(config)
+        self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([LowkeyDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = rotary(config, config.rope_width)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+
+class LowkeyForCausalLM(LowkeyPreTrainedModel, LlamaForCausalLM):
+    """A decoder whose `config.attention` says how it attends and what it stores."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: LowkeyConfig) -> None:
+        super(LlamaForCausalLM, self).__init__(config)
+        self.model = LowkeyModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
