@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 
 import lowkey
 from lowkey.attention import LowkeyConfig, LowkeyForCausalLM, register
+from lowkey.calibrate import Sample
 from lowkey.cli import app
+from lowkey.methods import METHODS
 from lowkey.types import LowkeyError
 
 SHAPE = {"vocab_size": pico.VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8}
