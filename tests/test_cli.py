@@ -26,7 +26,7 @@ from transformers import AutoConfig
 
 from lowkey import cli, files, loading
 from lowkey.allocate import ALLOCATORS
-from lowkey.commands import making
+from lowkey.commands import common
 from lowkey.evaluate.result import TASKS
 from lowkey.methods import METHODS, PCA, StiefAttention
 from lowkey.plan import JSON, TENSORS, Plan
@@ -228,7 +228,7 @@ def test_a_command_line_that_does_not_parse(words):
 
 
 def test_arguments_are_judged_before_the_model_is_loaded(here, monkeypatch):
-    monkeypatch.setattr(making, "load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(common, "load", lambda *_: pytest.fail("loaded"))
     for words in (["--layout", "rope"], ["--budget", "150%"], ["--method", "zzz"], ["--calibration", "none.txt"]):
         refused("compress", "tiny", "out", *words)
 

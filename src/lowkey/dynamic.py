@@ -15,16 +15,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowkey import families, files, text
+from lowkey import families, files
 from lowkey.cache import LowkeyCache, cache_of
-from lowkey.calibrate import HELD, Sample
-from lowkey.fingerprint import data_fingerprint, model_fingerprint
+from lowkey.calibrate import HELD, Sample, provenance_of, windows_of
+from lowkey.fingerprint import model_fingerprint
 from lowkey.layers.bucketed import BucketedLayer, Gate, cut
 from lowkey.layers.codec import LowRank
 from lowkey.methods import dynakv
 from lowkey.methods.dynakv import GateTraining
 from lowkey.ops.bases import is_orthonormal
-from lowkey.plan import versions
 from lowkey.progress import Progress, silent
 from lowkey.seam import attach, attached
 from lowkey.statistics import gather
@@ -187,9 +186,7 @@ def dyna_plan(
     families.check_layout(model, layout)
     if not attached(model):
         attach(model)
-    joined = texts if isinstance(texts, str) else "\n".join(texts) if texts else text.embedded("calibration")
-    length = min(sample.length, getattr(model.config.get_text_config(), "max_position_embeddings", sample.length))
-    rows = text.sample_windows(text.encode(tokenizer, joined), tokenizer, length, sample.windows, sample.seed, "calibration text")
+    rows = windows_of(model, tokenizer, texts, sample)
     held = max(1, round(HELD * len(rows)))
     statistics = gather(model, progress(rows[:-held].split(sample.batch), "second moments"))
     found = {i: dynakv.bases(s, layout, key_bases) for i, s in statistics.items()}
@@ -204,11 +201,5 @@ def dyna_plan(
         divergence=gates.divergence,
         training=asdict(training),
         geometry=asdict(shape),
-        provenance={
-            "model": model.config._name_or_path,
-            "model_sha256": model_fingerprint(model),
-            "data_sha256": data_fingerprint(rows),
-            "tokens": rows.numel(),
-            "versions": versions(),
-        },
+        provenance=provenance_of(model, rows, sample),
     )

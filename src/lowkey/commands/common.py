@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lowkey import text
 from lowkey.heads import HeadScores
 from lowkey.layers.packing import SCHEMES
-from lowkey.loading import make_policy
+from lowkey.loading import load, make_policy
 from lowkey.plan import Plan
 from lowkey.policies.allocators import HeadImportance
 from lowkey.policies.base import Policy
@@ -28,6 +29,14 @@ Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="seed of the calib
 Force = Annotated[bool, typer.Option(help="replace a folder that holds files")]
 Calibration = Annotated[Path | None, typer.Option(help="a UTF-8 text file (default: the embedded text)")]
 Options = Annotated[list[str] | None, typer.Option("--option", "-O", help="an option of the method, like epochs=5")]
+
+
+def opened(
+    model: str, dtype: str, device: str, corpus: Path | None, argument: str = "calibration"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str | None]:
+    """(model, tokenizer, text or None); the text is read first, for that is soon done."""
+    found = text.read_text(corpus, argument) if corpus else None
+    return *load(model, dtype, device), found
 
 
 def policies_of(names: str | None, budgets: str | None, options: list[str] | None) -> list[tuple[str, Policy]]:

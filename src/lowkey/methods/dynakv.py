@@ -214,8 +214,7 @@ class _Training:
         scores, share = self.through(ids, gates, choose)
         with torch.no_grad():
             original = self.model(ids, use_cache=False).logits
-        found, target = (x.float().log_softmax(-1).flatten(0, 1) for x in (scores, original))
-        return F.kl_div(found, target, log_target=True, reduction="batchmean"), share
+        return through.divergence(scores, original), share
 
     def through(self, ids: Tensor, gates: dict[int, Gate], choose: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Logits and mean share when every token of every layer takes the levels in the proportions that `choose` makes of its numbers."""
