@@ -7,6 +7,7 @@ cache = dynamic.dyna_cache(model, plan)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -27,9 +28,10 @@ from lowkey.ops.bases import is_orthonormal
 from lowkey.progress import Progress, silent
 from lowkey.seam import attach, attached
 from lowkey.statistics import gather
-from lowkey.types import LAYOUTS, Factors, Heads, Layout, LowkeyError
+from lowkey.types import LAYOUTS, Budget, Factors, Heads, Layout, LowkeyError
 
 FORMAT = 1
+METHOD = "dynakv"
 JSON, TENSORS = "dynaplan.json", "dynaplan.safetensors"
 FIELDS = ("layout", "levels", "share", "divergence", "training", "geometry", "provenance")
 
@@ -51,6 +53,11 @@ class DynaPlan:
     training: dict
     geometry: dict
     provenance: dict
+
+    @property
+    def budget(self) -> str:
+        """What was asked for: the mean share of coordinates to keep, like `50%`."""
+        return str(Budget(100 * self.training["target"], "%"))
 
     def bytes_per_token(self, itemsize: int) -> float:
         """What one more token takes in the compressed layers, if it is like the held-out ones; positions of unrotated keys included."""
@@ -77,8 +84,13 @@ class DynaPlan:
             files.check_ours(folder, {JSON, TENSORS})
         with files.replacing_folder(folder) as temporary:
             files.write_tensors(temporary / TENSORS, self._tensors())
-            about = {"format": FORMAT, **{name: getattr(self, name) for name in FIELDS}, "layers": sorted(self.factors)}
-            files.write_json(temporary / JSON, {**about, "tensors_sha256": files.sha256(temporary / TENSORS)})
+            files.write_json(temporary / JSON, {**self.describe(), "tensors_sha256": files.sha256(temporary / TENSORS)})
+
+    def describe(self) -> dict:
+        """Everything but the factors and gates, as dynaplan.json holds it."""
+        known = {name: getattr(self, name) for name in FIELDS} | {"layers": sorted(self.factors)}
+        sizes = {dtype: self.bytes_per_token(size) for dtype, size in (("float32", 4), ("bfloat16", 2))}
+        return {"format": FORMAT, "method": METHOD, "budget": self.budget, **known, "bytes_per_token": sizes}
 
     def _tensors(self) -> dict[str, Tensor]:
         """The down maps, whose transposes are the up maps, and the gates."""
@@ -102,7 +114,7 @@ class DynaPlan:
             if about["tensors_sha256"] != files.sha256(folder / TENSORS):
                 raise ValueError(f"{TENSORS} is not the file that {JSON} describes")
             plan = _build(about, tensors)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise LowkeyError(f"dynamic plan {str(folder)!r}: {error}; it is damaged: make it again") from None
         if model is not None:
             plan.check(model)
@@ -120,6 +132,9 @@ def _build(about: dict, tensors: dict[str, Tensor]) -> DynaPlan:
         raise ValueError(f"levels {levels} are not ranks that fall from the head dim {d}")
     if not all(bool(t.is_floating_point() and t.isfinite().all()) for t in tensors.values()):
         raise ValueError("its tensors hold NaN or infinite numbers")
+    told = about["share"], about["divergence"], about["training"]["target"], about["geometry"]["kv_heads"], about["geometry"]["head_dim"]
+    if not all(isinstance(n, int | float) and math.isfinite(n) for n in told) or not 0 < about["training"]["target"] <= 1:
+        raise ValueError("share, divergence, target, kv_heads or head_dim is not a number that it can be")
     layers = [int(i) for i in about["layers"]]
     factors = {i: _factors(tensors[f"{i}.k_down"], tensors[f"{i}.v_down"], heads, d) for i in layers}
     gates = {i: _gate({f.name: tensors[f"{i}.gate.{f.name}"] for f in fields(Gate)}, heads, d, len(levels)) for i in layers}
@@ -156,6 +171,11 @@ def dyna_cache(model: PreTrainedModel, plan: DynaPlan) -> LowkeyCache:
     if not attached(model):
         raise LowkeyError("model is not attached: call lowkey.attach(model) before dyna_cache")
     plan.check(model)
+    return fresh(model, plan)
+
+
+def fresh(model: PreTrainedModel, plan: DynaPlan) -> LowkeyCache:
+    """As `dyna_cache`, for a plan that was checked before: the model's weights are not looked at again."""
     return cache_of(model, lambda i: _layer(model, plan, i))
 
 
@@ -184,6 +204,7 @@ def dyna_plan(
     if layout not in LAYOUTS:
         raise LowkeyError(f"layout {layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
     families.check_layout(model, layout)
+    dynakv.check_target(training.target, shape.head_dim)
     if not attached(model):
         attach(model)
     rows = windows_of(model, tokenizer, texts, sample)

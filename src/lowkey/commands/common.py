@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 from rich.console import Console
@@ -16,7 +16,7 @@ from lowkey.loading import load, make_policy
 from lowkey.plan import Plan
 from lowkey.policies.allocators import HeadImportance
 from lowkey.policies.base import Policy
-from lowkey.types import LAYOUTS, Layout, LowkeyError
+from lowkey.types import LAYOUTS, Budget, Heads, Layout, LowkeyError
 
 err = Console(stderr=True, markup=False, emoji=False)  # paths and names are printed as they are
 
@@ -73,6 +73,21 @@ def layout_of(name: str) -> Layout:
         if name == known:
             return known
     raise LowkeyError(f"layout {name!r} is unknown; choose one of {', '.join(LAYOUTS)}")
+
+
+def heads_of(name: str) -> Heads:
+    for known in get_args(Heads):
+        if name == known:
+            return known
+    raise LowkeyError(f"key bases {name!r} are unknown; choose one of {', '.join(get_args(Heads))}")
+
+
+def share_of(budget: str) -> float:
+    """A budget that can only be a share, above 0 and up to 1."""
+    found = Budget.parse(budget)
+    if found.unit != "%":
+        raise LowkeyError(f"budget {found}: tokens keep ranks of their own, so that only a mean share can be asked for; say it as '50%'")
+    return found.amount / 100
 
 
 def at_least(least: int, **counts: int) -> None:

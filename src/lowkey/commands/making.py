@@ -24,20 +24,24 @@ from lowkey.commands.common import (
     at_least,
     err,
     head_scores,
+    heads_of,
     layout_of,
     opened,
     options_of,
+    share_of,
 )
+from lowkey.commands.plans import plan_at
+from lowkey.dynamic import dyna_plan
 from lowkey.echo import ECHOES, estimate_echo
 from lowkey.export import FORMATS
 from lowkey.heads import KINDS, estimate_heads
 from lowkey.loading import load, make_method
+from lowkey.methods.dynakv import GateTraining
 from lowkey.needles import TASKS as NEEDLES
-from lowkey.plan import Plan
 from lowkey.progress import bars
 from lowkey.recover import OBJECTIVES, Recovery
 from lowkey.recover import recover as train
-from lowkey.show import show_heads, show_plan
+from lowkey.show import show_dynamic, show_heads, show_plan
 from lowkey.types import Budget, LowkeyError
 
 
@@ -90,6 +94,34 @@ def compress(
     plan.save(out, force)
     shutil.rmtree(work, ignore_errors=True)
     show_plan(plan, out, as_json)
+
+
+def dynamic(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="folder to write the plan to")],
+    budget: Annotated[str, typer.Option(help="share of the coordinates kept, like 40%, in the mean over tokens and layers")] = "50%",
+    layout: Annotated[str, typer.Option(help="post_rope or pre_rope")] = "post_rope",
+    key_bases: Annotated[str, typer.Option(help="shared (by the KV heads of a layer) or per_head")] = "shared",
+    steps: Annotated[int, typer.Option(help="training steps of the gates")] = 200,
+    calibration: Calibration = None,
+    windows: Annotated[int, typer.Option(help="calibration windows")] = 32,
+    context: Annotated[int, typer.Option(help="tokens per calibration window")] = 512,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train gates that give every token a rank of its own, and write a plan for eval and generate."""
+    files.check_output(out, force)
+    at_least(4, windows=windows)
+    at_least(8, context=context)
+    training, form, heads = GateTraining(share_of(budget), steps, seed=seed), layout_of(layout), heads_of(key_bases)
+    sample = Sample(windows, context, seed)
+    loaded, tokenizer, corpus = opened(model, dtype, device, calibration)
+    plan = dyna_plan(loaded, tokenizer, corpus, layout=form, key_bases=heads, sample=sample, training=training, progress=bars)
+    plan.save(out, force)
+    show_dynamic(plan.describe(), out, as_json)
 
 
 def profile(
@@ -176,7 +208,8 @@ def recover(
     work = files.check_output(out, force)
     settings = Recovery(_stages(stages), rank, 2 * rank, batch=batch, length=length, lr=lr, factors=factors, seed=seed)
     loaded, tokenizer, corpus = opened(model, dtype, device, calibration)
-    found = train(loaded, tokenizer, Plan.load(plan, loaded), corpus, settings=settings, work=work, progress=bars)
+    chosen = plan_at(plan, loaded).ordinary("recover")
+    found = train(loaded, tokenizer, chosen, corpus, settings=settings, work=work, progress=bars)
     with files.replacing_folder(out) as temporary:
         found.model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -210,5 +243,5 @@ def export(
     if format not in FORMATS:
         raise LowkeyError(f"format {format!r} is unknown; choose one of {', '.join(FORMATS)}")
     loaded, tokenizer = load(model, dtype, "cpu")
-    place = FORMATS[format](loaded, tokenizer, Plan.load(plan, loaded), out, force)
+    place = FORMATS[format](loaded, tokenizer, plan_at(plan, loaded).ordinary("export"), out, force)
     print(json.dumps({"model": str(place), "format": format})) if as_json else err.print(f"model written to {place}", highlight=False)
