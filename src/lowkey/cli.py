@@ -16,7 +16,7 @@ bench = typer.Typer(no_args_is_help=True, help="Time parts of lowkey on this mac
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # what a command line that does not parse raises; typer does not export it
 
 for command in (
-    *(making.compress, measuring.eval_, using.generate, making.recover, making.export, making.profile, making.heads),
+    *(making.compress, making.dynamic, measuring.eval_, using.generate, making.recover, making.export, making.profile, making.heads),
     *(using.methods, using.policies, using.inspect, measuring.report),
 ):
     app.command(command.__name__.rstrip("_"))(command)

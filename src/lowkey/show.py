@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -28,6 +29,24 @@ def show_plan(plan: Plan, place: Path, as_json: bool) -> None:
         table.add_row(str(i), f"{k} of {g['head_dim']}", f"{v} of {g['head_dim']}")
     screen.print(table)
     print(f"{place}: keeps {held} of {whole} bytes per token in bfloat16 ({100 * held / whole:.1f}%)")
+
+
+def show_dynamic(about: dict, place: Path, as_json: bool) -> None:
+    """A plan with a rank for every token, as its file describes it."""
+    if as_json:
+        print(json.dumps({"plan": str(place), **about}))
+        return
+    g, held = about["geometry"], about["bytes_per_token"]["bfloat16"]
+    whole = 2 * g["kv_heads"] * g["head_dim"] * 2 * len(about["layers"])
+    kept = f"a token keeps {_either(about['levels'])} of {g['head_dim']} coordinates"
+    print(f"{about['method']} · {about['layout']} · {about['budget']}: {kept}")
+    print(f"{place}: held-out tokens keep {100 * about['share']:.1f}% of them in the mean, with KL {about['divergence']:.4f} per token")
+    print(f"{held:.0f} of {whole} bytes per token in bfloat16 ({100 * held / whole:.1f}%), were all tokens like these")
+
+
+def _either(ranks: Sequence[int]) -> str:
+    *more, last = map(str, ranks)
+    return f"{', '.join(more)} or {last}" if more else last
 
 
 COLUMNS = {  # key of a row: (heading, format)
