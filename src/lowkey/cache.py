@@ -154,7 +154,11 @@ def cache_from(model: PreTrainedModel, origin: Origin) -> LowkeyCache:
     """As `make_cache`, for a plan that was checked before: the model's weights are not looked at again."""
     if origin.bits is not None and origin.policy:
         raise LowkeyError(f"bits={origin.bits} together with a policy is not supported yet; give one of them")
-    cache = cache_of(model, _builder(model, origin))
+    stock = origin == Origin(origin.model)
+    if stock and families.stores_its_own(model.config):
+        cache = LowkeyCache(layers=[StockLayer() for _ in families.decoder_layers(model)])
+    else:
+        cache = cache_of(model, _builder(model, origin))
     cache.origin = origin
     return cache
 

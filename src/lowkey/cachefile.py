@@ -54,18 +54,23 @@ def restore(path: Path, layers: Sequence[Any], about: dict, tensors: dict[str, T
     """Give fresh layers what the file says they held."""
     if not isinstance(about["layers"], list) or len(about["layers"]) != len(layers):
         raise _damaged(path)
-    shape = families.geometry(model)
+    heads, d = (1, 1) if families.stores_its_own(model.config) else _shape(model)
     for i, (layer, numbers) in enumerate(zip(layers, about["layers"], strict=True)):
         own = {name.split(".", 1)[1]: t for name, t in tensors.items() if name.split(".", 1)[0] == str(i)}
         if not own:
             continue
         device = device_of(families.decoder_layers(model)[i])
-        like = torch.empty(_batch(own), shape.kv_heads, 0, shape.head_dim, dtype=model.dtype, device=device)
+        like = torch.empty(_batch(own), heads, 0, d, dtype=model.dtype, device=device)
         layer.lazy_initialization(like, like)
         if set(own) != set(_tensors(layer)) or set(numbers) != set(_numbers(layer)):
             raise _damaged(path)
         for name, value in {**numbers, **{name: t.to(device) for name, t in own.items()}}.items():
             setattr(layer, name, value)
+
+
+def _shape(model: PreTrainedModel) -> tuple[int, int]:
+    shape = families.geometry(model)
+    return shape.kv_heads, shape.head_dim
 
 
 def _exact_parts(exact: Exact | None) -> tuple[dict | None, dict[str, Tensor]]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey import families, text
-from lowkey.attention import LowkeyConfig, register
+from lowkey.attention import register
 from lowkey.attention.base import HeadMaps
 from lowkey.progress import Progress, silent
 from lowkey.types import LowkeyError, device_of
@@ -97,6 +97,7 @@ def shared_and_residual(maps: Tensor, residual: Tensor) -> dict:
     }
 
 
+@torch.no_grad()
 def of_maps(maps: HeadMaps) -> dict:
     """All that weights say of one layer: `qk` and `vo` as `circuit` has them; `key_slice`, the queries' part that meets a key slice
     shared by all heads, or None; `residual`, for keys and values what `shared_and_residual` says, or None."""
@@ -213,8 +214,7 @@ def _measured(model: PreTrainedModel, rows: Tensor, progress: Progress, label: s
 
 def _initialised(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     """A model of the same configuration with random weights; the caller's random state is left alone."""
-    if model.config.model_type == LowkeyConfig.model_type:
-        register()
+    register()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), attn_implementation="eager")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from lowkey.attention import GROUPED
 from lowkey.attention.base import HeadMaps
-from lowkey.attention.configuration_lowkey import LowkeyConfig
 from lowkey.types import Layout, LowkeyError
 
 
@@ -53,6 +53,7 @@ REFUSED = {
 }
 
 CHANGING_ROPE = ("dynamic", "longrope")
+OWN = "lowkey"  # the model type of `lowkey.attention`
 
 
 @dataclass(frozen=True)
@@ -77,16 +78,30 @@ class Geometry:
 
 def family(config: PreTrainedConfig) -> Family:
     kind = config.get_text_config().model_type
+    if kind == OWN:
+        return Family(normed=config.get_text_config().qk_norm)
     if kind in FAMILIES:
         return FAMILIES[kind]
     reason = REFUSED.get(kind) or f"nearest supported: {', '.join(difflib.get_close_matches(kind, FAMILIES, 3, 0.3)) or 'none'}"
     raise LowkeyError(f"model of family {kind!r} is not supported ({reason}); supported families: {', '.join(FAMILIES)}")
 
 
+def stores_its_own(config: PreTrainedConfig) -> bool:
+    """Whether attention keeps something else than rotated keys and values of every head: then nothing of ours stands in for its cache."""
+    config = config.get_text_config()
+    return config.model_type == OWN and (config.attention not in GROUPED or config.q_lora_rank is not None)
+
+
 def geometry(model: PreTrainedModel) -> Geometry:
-    """Read the cache's shapes off the model. Refuses unsupported families and models with no full-attention layer."""
+    """Read the cache's shapes off the model. Refuses unsupported families, models with no full-attention layer, and those that store
+    something else than keys and values."""
     family(model.config)
     config = model.config.get_text_config()
+    if stores_its_own(config):
+        raise LowkeyError(
+            f"model with attention {config.attention!r} already stores a small form of its own, which plans, policies and bits do not "
+            "read; use it with the full cache, or pretrain with attention 'mha', 'gqa' or 'mqa'"
+        )
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kinds = layer_types(config)
@@ -250,7 +265,7 @@ def _window_mask(model: PreTrainedModel, layer: int, positions: Tensor) -> Tenso
 def head_maps(model: PreTrainedModel, layer: int) -> HeadMaps:
     """What every query head of a layer amounts to as linear maps, (H, d, D) each; those of a KV head are repeated for its group."""
     block: Any = decoder_layers(model)[layer].self_attn
-    if model.config.model_type == LowkeyConfig.model_type:
+    if model.config.model_type == OWN:
         return block.head_maps()
     found = projections(model, layer)
     q, k = found.q, found.k

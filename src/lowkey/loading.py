@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from lowkey.attention import register
 from lowkey.families import family
 from lowkey.methods import METHODS, Method
 from lowkey.policies import POLICIES
@@ -34,6 +35,7 @@ def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrain
 
     Errors: LowkeyError for a folder that is no model, an unknown Hub id, an unsupported family or dtype.
     """
+    register()  # our own model type
     with _location(name) as place:
         _check_folder(name, place)
         try:

@@ -64,7 +64,9 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
 
     Errors: LowkeyError for a family that is not supported.
     """
-    families.geometry(model)
+    families.family(model.config)
+    if not families.stores_its_own(model.config):
+        families.geometry(model)
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)  # class-wide: a mask function set on one object is ignored
     model.set_attn_implementation(NAME)

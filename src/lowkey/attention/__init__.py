@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lowkey.attention.configuration_lowkey import KINDS, LowkeyConfig
+from lowkey.attention.configuration_lowkey import GROUPED, KINDS, LowkeyConfig
 from lowkey.attention.costs import Costs, model_flops, model_parameters
 from lowkey.attention.modeling_lowkey import ATTENTION, LowkeyForCausalLM, LowkeyModel, costs
 
@@ -26,6 +26,7 @@ def register() -> None:
 __all__ = [
     "ATTENTION",
     "Costs",
+    "GROUPED",
     "KINDS",
     "LowkeyConfig",
     "LowkeyForCausalLM",

@@ -24,7 +24,7 @@ Rope = tuple[Tensor, Tensor]  # cos and sin, each (b, t, width)
 
 class Call(NamedTuple):
     """One call of a layer. mask: as transformers makes it for the attention function in use; rope: of the new tokens; positions (b|1, t);
-    past: tokens seen before, None when there is no cache; extra: keywords for the attention function."""
+    past: tokens seen before, for layers that rebuild keys from a cache, else None; extra: keywords for the attention function."""
 
     mask: Tensor | None
     rope: Rope
@@ -151,8 +151,10 @@ class HeadNorm(nn.Module):
 class Attention(nn.Module, ABC):
     """One layer's attention. A variant says what it stores, how queries meet it, and what that costs.
 
-    key_width: dimensions of a query head; value_width: of a head's output.
+    key_width: dimensions of a query head; value_width: of a head's output. rebuilds_keys: stored keys are rotated at every read.
     """
+
+    rebuilds_keys = False
 
     def __init__(self, config: LowkeyConfig, layer_idx: int, key_width: int | None = None, value_width: int | None = None) -> None:
         super().__init__()
@@ -185,8 +187,9 @@ class Attention(nn.Module, ABC):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states (b, t, D) -> the same shape, and the weights (b, H, t, s) where they were formed."""
-        # a static cache counts in place: a copy stays as it is now
-        past = None if past_key_values is None else past_key_values.get_seq_length(self.layer_idx) + 0
+        past = None
+        if self.rebuilds_keys and past_key_values is not None:
+            past = past_key_values.get_seq_length(self.layer_idx) + 0  # a static cache counts in place: a copy stays as it is now
         call = Call(attention_mask, position_embeddings, position_ids, past, kwargs)
         query, keys, values = self.project(hidden_states, self.q_norm(heads_of(self.q_proj(hidden_states), self.heads)), call)
         if past_key_values is not None:

@@ -28,7 +28,7 @@ class LowRankKV(Attention):
         super().__init__(config, layer_idx)
         d, rank, self.mode = config.head_dim, config.lrkv_rank, config.lrkv_rope_mode
         shared = config.num_key_value_heads * d
-        self.rank, self.reach = rank, _reach(config)
+        self.rank, self.reach, self.rebuilds_keys = rank, _reach(config), self.mode == "full"
         self.num_key_value_groups = 1  # of written-out keys
         self.k_proj, self.v_proj = self.linear(shared), self.linear(shared)
         self.k_norm = self.norm(d)

@@ -55,6 +55,7 @@ class ExplicitAttention(Attention):
         return torch.einsum("bmhtd,mh->bthd", torch.einsum("bhts,bmsd->bmhtd", weights, values), mine_v), weights
 
     def effective(self) -> tuple[Tensor, Tensor]:
+        """Under qk_norm, component heads are divided by norms of their own before they are mixed, left out here."""
         keys, values = (weight_of(part, self.components) for part in (self.k_proj, self.v_proj))
         parts = ((folded(keys, self.k_norm), self.k_mix), (values, self.v_mix))
         k, v = (torch.einsum("mdi,mg->gdi", maps, wide(mix)).repeat_interleave(self.num_key_value_groups, 0) for maps, mix in parts)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from lowkey import files, text
+from lowkey import families, files, text
 from lowkey.bench import decode_bench
 from lowkey.commands.common import BITS, AsJson, Device, Dtype, Model, Seed, at_least, err, head_scores, policies_of
 from lowkey.evaluate.result import TASKS, Task, evaluate
@@ -56,7 +56,7 @@ def eval_(
     below: list[tuple[Plan | None, str | None]] = [*plans] or [(None, None)]
     settings += [evicted(loaded, wanted, name, context, *p, heads=scores) for name, wanted in policies for p in below]
     settings += [planned(loaded, *p, bits=b) for p in plans for b in bits or ()]
-    settings += [packed(loaded, b) for b in bits or (8, 4)]
+    settings += [packed(loaded, b) for b in bits or (() if families.stores_its_own(loaded.config) else (8, 4))]
     what = Task(corpus, str(data) if data else "embedded", context, windows, cases, seed, refeed=refeed)
     names = [name for item in task or TASKS for name in item.split(",")]
     result = evaluate(loaded, tokenizer, settings, what, names, bars)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowkey import text
+from lowkey import families, text
 from lowkey.evaluate import layerwise, likelihood, recall, speed
 from lowkey.evaluate.settings import Setting, distinct
 from lowkey.plan import versions
@@ -57,6 +57,8 @@ def _perplexity(run: _Run) -> dict[str, dict]:
 
 
 def _layers(run: _Run) -> dict[str, dict]:
+    if families.stores_its_own(run.model.config):  # nothing stands in for its cache, so there is nothing to compare
+        return {}
     return layerwise.measure(run.model, run.settings, run.rows[: max(1, len(run.rows) // 2)], run.task.batch, run.progress)
 
 

@@ -1,0 +1,217 @@
+"""The comparison of docs/pretraining.md: attention variants at equal tokens, each at its own learning rate, over paired seeds.
+
+    python benchmarks/pretraining.py run FOLDER_OF_TEXTS OUT --stages a,b,c [--tokens 10e6 --workers 2]
+    python benchmarks/pretraining.py report OUT docs/results/pretraining.json
+
+Stages: `a` learning-rate sweep (selection only, by validation loss), `b` the comparison at the chosen rates, `c` the range of learning rates
+of MEA's parts (2 x 2, QK-norm and gate as controls), `r` LRKV's rank, `w` the arms of `b` with the feed-forward width solved for MHA's number
+of parameters. Runs are processes of one thread each. Interrupted, the same command goes on: finished runs are kept, the others resume.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated
+
+import pretraining_report
+import torch
+import typer
+from lowkey.pretraining import pretrain
+from lowkey.pretraining.recipe import Recipe
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lowkey import files
+from lowkey.attention import LowkeyConfig, LowkeyForCausalLM, costs, model_parameters
+
+SHAPE = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 6, "num_attention_heads": 8, "tie_word_embeddings": True}
+VOCABULARY, LENGTH = 1024, 256
+PASSAGE = 20_000  # characters of a training document
+HELD_NOVELS = 25  # every so many-th text is for the test loss only
+ARMS: dict[str, dict] = {
+    "MHA": {"attention": "mha"},
+    "GQA-4": {"attention": "gqa", "num_key_value_heads": 4},
+    "MQA": {"attention": "mqa"},
+    "MLA-50": {"attention": "mla", "kv_lora_rank": 120, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8},
+    "MLA-25": {"attention": "mla", "kv_lora_rank": 56, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8},
+    "LRKV-50 full": {"attention": "lrkv", "lrkv_rank": 6},
+    "LRKV-50 latent": {"attention": "lrkv", "lrkv_rank": 6, "lrkv_rope_mode": "latent"},
+    "MEA-4": {"attention": "mea", "mea_num_component_heads": 4},
+    "GTA-8": {"attention": "gta", "num_key_value_heads": 8},
+    "K=V-8": {"attention": "k_eq_v", "num_key_value_heads": 8},
+    "MEA-8": {"attention": "mea"},
+    "MHA + head norm": {"attention": "mha", "head_norm": "shared"},
+    "HLC only": {"attention": "mea", "head_norm": "none"},
+    "MHA + QK-norm": {"attention": "mha", "qk_norm": True},
+    "MHA + gate": {"attention": "mha", "attn_output_gate": True},
+    **{f"LRKV r={r}": {"attention": "lrkv", "lrkv_rank": r} for r in (0, 2, 4, 8, 16)},
+}
+COMPARED = ("MHA", "GQA-4", "MQA", "MLA-50", "LRKV-50 full", "LRKV-50 latent", "MEA-4")
+MORE = ("MLA-25", "GTA-8", "K=V-8")
+PARTS = ("MHA", "MHA + head norm", "HLC only", "MEA-8", "MHA + QK-norm", "MHA + gate")
+RANKS = ("LRKV r=0", "LRKV r=2", "LRKV r=4", "LRKV r=8", "LRKV r=16")
+
+app = typer.Typer(add_completion=False)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run."""
+
+    stage: str
+    arm: str
+    lr: float
+    seed: int
+    tokens: int
+    batch: int
+    matched: bool = False
+
+    @property
+    def name(self) -> str:
+        plain = self.arm.replace(" ", "").replace("+", "-").replace("=", "")
+        return f"{self.stage}-{plain}-lr{self.lr:g}-s{self.seed}-{self.tokens}-{self.batch}"
+
+
+@app.command()
+def run(
+    texts: Annotated[Path, typer.Argument(help="a folder of .txt files")],
+    out: Path,
+    stages: str = "a,b,c",
+    tokens: float = 10e6,
+    sweep_tokens: float = 4e6,
+    range_tokens: float = 3e6,
+    batch: int = 8192,
+    rates: str = "1e-3,2e-3,4e-3,8e-3,16e-3",
+    range_rates: str = "1e-3,2e-3,4e-3,8e-3,16e-3,32e-3,64e-3",
+    seeds: int = 3,
+    range_seeds: int = 1,
+    more: Annotated[bool, typer.Option(help="also MLA at 25 %, GTA and K=V")] = False,
+    workers: int = 2,
+) -> None:
+    """Train what is missing, stage by stage."""
+    corpus, held = prepare_texts(texts, out)
+    arms = (*COMPARED, *MORE) if more else COMPARED
+    for stage in stages.split(","):
+        if stage == "a":
+            jobs = [Job("a", arm, float(lr), 100, int(sweep_tokens), batch) for lr in rates.split(",") for arm in arms]
+        elif stage in ("b", "w"):
+            best = pretraining_report.chosen(out)
+            jobs = [Job(stage, arm, best[arm], s, int(tokens), batch, stage == "w") for s in range(seeds) for arm in arms if arm in best]
+        elif stage == "c":
+            grid = [(s, lr, arm) for s in range(range_seeds) for lr in range_rates.split(",") for arm in PARTS]
+            jobs = [Job("c", arm, float(lr), s, int(range_tokens), batch) for s, lr, arm in grid]
+        elif stage == "r":
+            rate = pretraining_report.chosen(out)["LRKV-50 full"]
+            jobs = [Job("r", arm, rate, s, int(tokens), batch) for s in range(seeds) for arm in RANKS]
+        else:
+            raise typer.BadParameter(f"stage {stage!r} is unknown; choose among a, b, c, r, w")
+        work(jobs, out, corpus, held, workers)
+
+
+@app.command()
+def report(out: Path, results: Path) -> None:
+    """Gather the finished runs and print the tables."""
+    pretraining_report.report(out, results)
+
+
+def prepare_texts(texts: Path, out: Path) -> tuple[Path, Path]:
+    """Passages to train on, in a seeded order, and whole texts of which none is trained on."""
+    corpus, held = out / "passages.jsonl", out / "held.txt"
+    if not (corpus.exists() and held.exists()):
+        found = sorted(texts.glob("*.txt"))
+        aside = found[HELD_NOVELS // 2 :: HELD_NOVELS]
+        passages = [p for file in found if file not in aside for p in _passages(file.read_text(encoding="utf-8"))]
+        random.Random(0).shuffle(passages)
+        out.mkdir(parents=True, exist_ok=True)
+        files.write_text(corpus, "".join(json.dumps({"text": p}) + "\n" for p in passages))
+        files.write_text(held, "\n".join(file.read_text(encoding="utf-8")[50_000:250_000] for file in aside))
+    return corpus, held
+
+
+def _passages(text: str) -> list[str]:
+    return [text[i : i + PASSAGE] for i in range(0, len(text) - PASSAGE, PASSAGE)]
+
+
+def work(jobs: Sequence[Job], out: Path, corpus: Path, held: Path, workers: int) -> None:
+    """The unfinished jobs, `workers` at a time; one that fails is told and does not stop the others."""
+    left = [job for job in jobs if not (out / "runs" / job.name / "measured.json").exists()]
+    print(f"{len(left)} of {len(jobs)} runs to do", flush=True)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        going = {pool.submit(one, job, out, corpus, held): job for job in left}
+        for done in as_completed(going):
+            problem = done.exception()
+            print(going[done].name, repr(problem) if problem else f"test loss {done.result():.4f}", flush=True)
+
+
+def one(job: Job, out: Path, corpus: Path, held: Path) -> float:
+    """Train, measure on the texts set aside, keep the numbers. Returns the test loss."""
+    torch.set_num_threads(1)
+    steps = job.tokens // job.batch
+    training = {
+        **{"tokens": job.tokens, "batch_tokens": job.batch, "length": LENGTH, "lr": job.lr, "seed": job.seed, "precision": "fp32"},
+        **{"warmup": 0.08, "schedule": "wsd", "decay": 0.0 if job.stage == "c" else 0.2, "evaluate_tokens": 131_072},
+        **{"evaluate_every": max(1, steps // 8), "save_every": 200, "log_every": 20, "stop_on_divergence": False},
+    }
+    data = {"path": str(corpus), "vocab_size": VOCABULARY, "max_tokens": 12_000_000, "held_out": 0.02, "cache": str(out / "tokens")}
+    folder = out / "runs" / job.name
+    trained = pretrain(Recipe.of({"data": data, "training": training}), folder, model=build(job), device="cpu")
+    config = trained.model.config
+    numbers = {
+        **asdict(job),
+        "test_loss": test_loss(trained.model, trained.tokenizer, held.read_text(encoding="utf-8")),
+        "parameters": sum(p.numel() for p in trained.model.parameters()),
+        "cache_numbers_per_token": costs(config).stored * config.num_hidden_layers,
+        "result": trained.result,
+    }
+    files.write_json(folder / "measured.json", numbers)
+    return numbers["test_loss"]
+
+
+def build(job: Job) -> PreTrainedModel:
+    """The arm's model; what has the same name and shape in two arms starts from the same numbers."""
+    ids = {"vocab_size": VOCABULARY, "max_position_embeddings": LENGTH, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    config = LowkeyConfig(**{**SHAPE, **ids, **ARMS[job.arm]})
+    if job.matched:
+        config.intermediate_size = _matched_width(config)
+    torch.manual_seed(job.seed)
+    model = LowkeyForCausalLM(config)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            _draw(module.weight, name, job.seed, config.initializer_range)
+    return model
+
+
+@torch.no_grad()
+def _draw(weight: Tensor, name: str, seed: int, std: float) -> None:
+    number = int.from_bytes(sha256(f"{seed} {name} {tuple(weight.shape)}".encode()).digest()[:7])
+    weight.normal_(0.0, std, generator=torch.Generator().manual_seed(number))
+
+
+def _matched_width(config: LowkeyConfig) -> int:
+    """The feed-forward width that gives the arm as many parameters as MHA has, to the nearest."""
+    wanted = LowkeyConfig(**{**SHAPE, "vocab_size": config.vocab_size, "attention": "mha"})
+    missing = model_parameters(wanted, costs(wanted)) - model_parameters(config, costs(config))
+    return config.intermediate_size + round(missing / (3 * config.hidden_size * config.num_hidden_layers))
+
+
+@torch.no_grad()
+def test_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> float:
+    """Nats per token over whole rows of texts never trained on."""
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids[:131_073])
+    rows = ids[: len(ids) // (LENGTH + 1) * (LENGTH + 1)].view(-1, LENGTH + 1)
+    nats = 0.0
+    for part in rows.split(16):
+        logits = model(part[:, :-1], use_cache=False).logits.float()
+        nats += float(nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"))
+    return nats / (len(rows) * LENGTH)
+
+
+if __name__ == "__main__":
+    app()

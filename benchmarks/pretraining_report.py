@@ -1,0 +1,181 @@
+"""What the runs of `pretraining.py` say, as tables. Intervals are 95 %, Student's t over paired seeds."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from lowkey import files
+
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # two-sided quantiles of Student's t for n samples
+SMOOTH = 0.05  # of all steps, in a smoothed training loss
+DECAY = 0.2  # of all steps, as the runs of stage b have it
+
+
+def runs(out: Path, stage: str | None = None) -> list[dict]:
+    """Everything measured, in the order of names."""
+    found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(out.glob("runs/*/measured.json"))]
+    return [r for r in found if stage in (None, r["stage"])]
+
+
+def validation(row: dict) -> float:
+    """The last validation loss; infinite for a run that broke."""
+    found = row["result"]["validation"][-1]["validation_loss"] if row["result"]["validation"] else None
+    return math.inf if found is None or row["result"]["diverged"] else found
+
+
+def chosen(out: Path) -> dict[str, float]:
+    """For every arm of the sweep the learning rate with the lowest validation loss."""
+    best: dict[str, tuple[float, float]] = {}
+    for row in runs(out, "a"):
+        best[row["arm"]] = min(best.get(row["arm"], (math.inf, 0.0)), (validation(row), row["lr"]))
+    return {arm: lr for arm, (_, lr) in best.items()}
+
+
+def report(out: Path, results: Path) -> None:
+    """Write all numbers that the tables need, and print the tables."""
+    rows = runs(out)
+    kept = [{k: v for k, v in r.items() if k != "result"} | {"result": _kept(r["result"])} for r in rows]
+    files.write_json(results, {"rows": kept})
+    for title, table in (
+        ("Learning rates", sweep_table(out)),
+        ("Comparison", comparison_table(rows, "b")),
+        ("With MHA's parameters", comparison_table(rows, "w")),
+        ("LRKV's rank", comparison_table(rows, "r")),
+        ("Range of learning rates", range_table(rows)),
+    ):
+        if table:
+            print(f"\n{title}\n\n" + "\n".join(table))
+
+
+def _kept(result: dict) -> dict:
+    """Losses smoothed and thinned: files in the repository stay small."""
+    smooth = smoothed(result["losses"])
+    names = ("steps", "tokens_per_second", "seconds", "diverged", "spikes", "max_grad_norm", "validation")
+    return {k: result[k] for k in names} | {"curve": [round(float(x), 4) for x in smooth[:: max(1, len(smooth) // 50)]]}
+
+
+def smoothed(losses: list) -> np.ndarray:
+    """Mean of the last 5 % of all steps, at every step from the first such window on."""
+    width = max(1, round(SMOOTH * len(losses)))
+    known = np.array([np.nan if x is None else x for x in losses])
+    return np.convolve(known, np.full(width, 1 / width), mode="valid")
+
+
+def sweep_table(out: Path) -> list[str]:
+    """Validation loss by arm and learning rate, the chosen one marked, an edge of the grid said."""
+    rows, best = runs(out, "a"), chosen(out)
+    rates = sorted({r["lr"] for r in rows})
+    cells = {(r["arm"], r["lr"]): validation(r) for r in rows}
+    lines = [_line("arm", *(f"{lr:g}" for lr in rates), "chosen"), _line(*["---"] * (len(rates) + 2))] if rows else []
+    for arm in dict.fromkeys(r["arm"] for r in sorted(rows, key=lambda r: cells[r["arm"], best[r["arm"]]])):
+        shown = [f"{cells[arm, lr]:.4f}" if (arm, lr) in cells else "-" for lr in rates]
+        edge = " (edge)" if best[arm] in (rates[0], rates[-1]) else ""
+        lines.append(_line(arm, *shown, f"{best[arm]:g}{edge}"))
+    return lines
+
+
+def comparison_table(rows: list[dict], stage: str) -> list[str]:
+    """Test loss and its paired differences to MHA and GQA-4, sorted."""
+    mine = [r for r in rows if r["stage"] == stage]
+    paired = mine if stage != "r" else [r for r in rows if r["stage"] in ("b", "r")]
+    by_arm: dict[str, dict[int, dict]] = defaultdict(dict)
+    for row in paired:
+        by_arm[row["arm"]][row["seed"]] = row
+    whole = 2 * 128 * 6
+    head = (
+        "arm",
+        "cache",
+        "parameters",
+        "lr",
+        "test loss",
+        "minus MHA",
+        "minus GQA-4",
+        "steps to MHA's loss",
+        "tokens/s of MHA's",
+        "seeds",
+    )
+    lines = [_line(*head), _line(*["---"] * len(head))] if mine else []
+    for arm in sorted({r["arm"] for r in mine}, key=lambda a: statistics.mean(r["test_loss"] for r in by_arm[a].values())):
+        found = by_arm[arm]
+        first = next(iter(found.values()))
+        losses = [r["test_loss"] for r in found.values()]
+        ratios = [x for s, r in found.items() if s in by_arm["MHA"] for x in [steps_ratio(r, by_arm["MHA"][s])] if x is not None]
+        speeds = [_speed(r) / _speed(by_arm["MHA"][s]) for s, r in found.items() if s in by_arm["MHA"]]
+        lines.append(
+            _line(
+                *(arm, f"{100 * first['cache_numbers_per_token'] / whole:.1f} %", f"{first['parameters']:,}", f"{first['lr']:g}"),
+                *(_interval(losses), *(_interval(_differences(found, by_arm[other])) for other in ("MHA", "GQA-4"))),
+                *(_interval(ratios, 2), f"{statistics.median(speeds):.2f}" if speeds else "-", len(found)),
+            )
+        )
+    return lines
+
+
+def _speed(row: dict) -> float:
+    return row["result"]["tokens_per_second"]
+
+
+def _differences(mine: dict[int, dict], others: dict[int, dict]) -> list[float]:
+    return [r["test_loss"] - others[s]["test_loss"] for s, r in mine.items() if s in others and others[s] is not r]
+
+
+def steps_ratio(row: dict, reference: dict) -> float | None:
+    """Steps that the arm needs for the training loss that MHA has at the end of its plateau, over MHA's; where it does not get there, the
+    inverse of what MHA needs for the arm's. Both saw the same rows in the same order. None when either is missing."""
+    mine, its = (smoothed(r["result"]["losses"]) for r in (row, reference))
+    plateau = round((1 - DECAY) * len(row["result"]["losses"])) - (len(row["result"]["losses"]) - len(mine))
+    if row is reference or plateau < 1 or len(mine) != len(its):
+        return None
+    reached = np.flatnonzero(mine[:plateau] <= its[plateau - 1])
+    if len(reached):
+        return float((reached[0] + 1) / plateau)
+    back = np.flatnonzero(its[:plateau] <= mine[plateau - 1])
+    return float(plateau / (back[0] + 1)) if len(back) else None
+
+
+def range_table(rows: list[dict]) -> list[str]:
+    """Last smoothed training loss by learning rate (constant after warm-up), the largest one without divergence, and the sensitivity: mean
+    over rates of (loss, clipped at the loss of the start, minus the best)."""
+    mine = [r for r in rows if r["stage"] == "c"]
+    rates = sorted({r["lr"] for r in mine})
+    head = ("arm", *(f"{lr:g}" for lr in rates), "largest stable", "sensitivity", "spikes", "largest gradient norm")
+    lines = [_line(*head), _line(*["---"] * len(head))] if mine else []
+    for arm in dict.fromkeys(r["arm"] for r in mine):
+        cells = {lr: [r for r in mine if r["arm"] == arm and r["lr"] == lr] for lr in rates}
+        losses = {lr: statistics.mean(_end(r) for r in found) for lr, found in cells.items() if found}
+        stable = [lr for lr, found in cells.items() if found and not any(r["result"]["diverged"] for r in found)]
+        sensitivity = statistics.mean(x - min(losses.values()) for x in losses.values())
+        all_of = [r["result"] for found in cells.values() for r in found]
+        shown = [(f"{losses[lr]:.3f}" + ("" if lr in stable else " (d)")) if lr in losses else "-" for lr in rates]
+        worst = max((r["max_grad_norm"] or math.inf) for r in all_of)
+        lines.append(
+            _line(arm, *shown, f"{max(stable, default=0):g}", f"{sensitivity:.3f}", sum(r["spikes"] for r in all_of), f"{worst:.1f}")
+        )
+    return lines
+
+
+def _end(row: dict) -> float:
+    """Clipped at the loss of the start, also for a run that broke."""
+    losses = row["result"]["losses"]
+    start, end = losses[0], smoothed(losses)[-1]
+    return start if not math.isfinite(end) else min(start, float(end))
+
+
+def _interval(values: list[float], digits: int = 4) -> str:
+    if not values:
+        return "-"
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return f"{mean:.{digits}f}"
+    half = T95.get(len(values), 1.96) * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean:.{digits}f} ±{half:.{digits}f}"
+
+
+def _line(*cells: object) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
