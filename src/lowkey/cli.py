@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from lowkey.commands import analysing, making, measuring, using
+from lowkey.commands import analysing, converting, making, measuring, using
 from lowkey.types import LowkeyError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
@@ -17,7 +17,7 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # what a command li
 
 for command in (
     *(making.compress, making.dynamic, measuring.eval_, using.generate, making.recover, making.export, making.profile, making.heads),
-    *(analysing.diversity, using.methods, using.policies, using.inspect, measuring.report),
+    *(converting.convert, analysing.diversity, using.methods, using.policies, using.inspect, measuring.report),
 ):
     app.command(command.__name__.rstrip("_"))(command)
 bench.command()(measuring.decode)

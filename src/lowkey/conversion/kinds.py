@@ -1,0 +1,244 @@
+"""What the weights of one layer's attention become, kind by kind. Row vectors, heads (heads, d, inputs): keys = [inputs, 1] @ k[h].T."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lowkey.attention import LowkeyConfig
+from lowkey.conversion.gauge import aligned, averaged, every, joint, mixed
+from lowkey.conversion.source import Weights
+from lowkey.methods.mea import head_gram
+from lowkey.ops.bases import principal
+from lowkey.ops.commuting import commuting_basis
+from lowkey.types import LowkeyError
+
+HEADS = ("mean", "first")
+BASES = ("weights", "aligned")
+FREQUENCIES = ("high", "spread")
+POOLING = ("gqa", "mqa", "lrkv")
+
+Named = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How heads become fewer. heads: of `gqa`, `mqa` and the shared ones of `lrkv`, the `mean` of a group or its `first`.
+    basis: `weights`, heads as they are; `aligned` (ours), turned towards one another first, which changes nothing that the source computes.
+    frequencies: of a rotated slice narrower than a head, the source's `high`est, at a smaller base, or `spread` over them, at its base.
+    """
+
+    heads: str = "mean"
+    basis: str = "weights"
+    frequencies: str = "high"
+
+
+@dataclass(frozen=True)
+class Rope:
+    """source (d / 2) and narrow (p / 2): angles per position of the source's channel pairs, and of those that the model to be made turns
+    at a width of its own; scaling: what the source's rotation multiplies a product of two vectors by."""
+
+    source: Tensor
+    narrow: Tensor
+    scaling: float
+
+    def channels(self) -> tuple[Tensor, Tensor]:
+        """(kept, rest): the source's channels that turn nearest to the narrow frequencies, halves one after the other, and all others.
+
+        Where the width divides the head dim, or the highest frequencies were asked for, the kept ones turn alike.
+        """
+        gaps = (self.source.log().unsqueeze(0) - self.narrow.log().unsqueeze(1)).abs()
+        pairs = gaps.argmin(1) if len(self.narrow) else torch.zeros(0, dtype=torch.long)
+        if len(pairs.unique()) < len(pairs):
+            raise LowkeyError(f"a rotated slice of width {2 * len(pairs)}: two of its frequencies are nearest to one; give another width")
+        others = torch.tensor([f for f in range(len(self.source)) if f not in pairs.tolist()], dtype=torch.long)
+        return torch.cat([pairs, pairs + len(self.source)]), torch.cat([others, others + len(self.source)])
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a conversion reads. moment (D + 1, D + 1): of the attention's inputs and a constant 1, or None for white ones.
+    gated: whether anything but a linear map follows attention."""
+
+    weights: Weights
+    config: LowkeyConfig
+    options: Options
+    rope: Rope
+    moment: Tensor | None
+    gated: bool
+
+    @property
+    def inputs(self) -> Tensor | None:
+        """The moment without the constant."""
+        return None if self.moment is None else self.moment[:-1, :-1]
+
+
+def low_rank(weight: Tensor, moment: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
+    """(down (*b, rank, D), up (*b, rank, n)) of projections (*b, n, D): the best x @ down.T @ up for x @ weight.T, zeros past rank n.
+
+    The truncated SVD of `weight` under white inputs; under their second moment M (D, D) that of weight M^1/2, whose map back is exact
+    without an inverse: the best subspace is spanned by eigenvectors of weight M weight^T (arXiv:2407.21118, as PCA of what is made).
+    """
+    gram = weight @ weight.mT if moment is None else weight @ moment @ weight.mT
+    columns = principal(gram)[0][..., :rank]
+    missing = (0, 0, 0, rank - columns.shape[-1])
+    return torch.nn.functional.pad(columns.mT @ weight, missing), torch.nn.functional.pad(columns.mT, missing)
+
+
+def pooled(heads: Tensor, groups: int, form: str) -> Tensor:
+    """One of each group: (heads, ...) -> (groups, ...)."""
+    split = heads.unflatten(0, (groups, -1))
+    return split.mean(1) if form == "mean" else split[:, 0]
+
+
+# -- what all have
+
+
+def around(layer: Layer, q: Tensor, o_bias: Tensor) -> Named:
+    """Queries and the output projection."""
+    low = layer.config.q_lora_rank is not None
+    found = linear(f"q_proj{'.up' if low else ''}", q, layer.config.attention_bias)
+    found["o_proj.weight"] = layer.weights.o.transpose(0, 1).flatten(1)
+    return found | ({"o_proj.bias": o_bias} if layer.config.attention_bias else {})
+
+
+def linear(name: str, heads: Tensor, bias: bool) -> Named:
+    """A projection, from heads (heads, d, inputs + 1)."""
+    rows = heads.flatten(0, 1)
+    return {f"{name}.weight": rows[:, :-1], **({f"{name}.bias": rows[:, -1]} if bias else {})}
+
+
+def rotated_slice(heads: Tensor, groups: int, kept: Tensor, moment: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(turn (heads, d, e), slices (groups, e, n)) of key heads (heads, d, n): what stands for the kept channels of a group's heads.
+
+    Per frequency the complex combination of the heads that holds most of them (TransMLA, arXiv:2502.07864, at freqfold 1): it commutes
+    with rotation, so that a query is carried into the slice by the turn of its head, key ~= slice @ turn^T.
+    """
+    d, turns, slices = heads.shape[1], [], []
+    for group in heads.unflatten(0, (groups, -1)):
+        gram = joint(group, moment).transpose(1, 2).flatten(2).flatten(0, 1)
+        turn = commuting_basis(gram.unsqueeze(0), len(group), d)[0][0, :, :d].unflatten(0, (-1, d))[..., kept]
+        turns.append(turn)
+        slices.append(torch.einsum("hde,hdn->en", turn, group))
+    return torch.cat(turns), torch.stack(slices)
+
+
+def outward(layer: Layer, lost: Tensor) -> Tensor:
+    """The output's bias with what values (H, d) lack at every token: weights of attention add to 1, so it comes out as it went in."""
+    if lost.any() and layer.gated:
+        raise LowkeyError("attention_bias: values have biases and a gate or norm follows attention, so none can be moved; use 'gqa'")
+    return layer.weights.o_bias + torch.einsum("hod,hd->o", layer.weights.o, lost)
+
+
+# -- kinds
+
+
+def grouped(layer: Layer) -> Named:
+    """`mha`, `gqa`, `mqa`: heads repeated (exact) or pooled (the usual start, arXiv:2305.13245), biases with them."""
+    w, groups = _turned(layer), layer.config.num_key_value_heads
+    k, v = (pooled(every(x, w.heads[0]), groups, layer.options.heads) for x in (w.k, w.v))
+    layer = replace(layer, weights=w)
+    bias = layer.config.attention_bias
+    return around(layer, w.q, w.o_bias) | linear("k_proj", k, bias) | linear("v_proj", v, bias)
+
+
+def low_rank_kv(layer: Layer) -> Named:
+    """`lrkv` (arXiv:2601.11471): shared heads are pooled, and what is left of every head is a truncated SVD, best for what heads make of
+    the inputs where their moment is given. The paper trains from scratch; this start is ours.
+
+    `full`: exact at rank d. The other modes are other models, whose starts cost what the loss says: in `latent` a latent keeps those
+    channels of a key that it turns at their frequency, all of them, and so exactly, at rank d; in `partial` only the shared head has
+    rotated channels, `rotated_slice` of its group, and the others, with the low-rank part, are left unrotated.
+    Biases of values are kept whole; of keys the groups' means are kept.
+    """
+    w, d, mode = _turned(layer), layer.config.head_dim, layer.config.lrkv_rope_mode
+    layer = replace(layer, weights=w)
+    heads, groups = w.heads[0], layer.config.num_key_value_heads
+    shared_k, shared_v = (pooled(every(x, heads), groups, layer.options.heads) for x in (w.k, w.v))
+    left_k, left_v = (every(x, heads) - every(s, heads) for x, s in ((w.k, shared_k), (w.v, shared_v)))
+    q, rank = w.q, layer.config.lrkv_rank
+    down_v, up_v = low_rank(left_v[..., :-1], layer.inputs, rank)
+    if mode == "latent":
+        kept, _ = layer.rope.channels()
+        down_k, up_k = left_k[:, kept, :-1], torch.eye(d, dtype=q.dtype)[kept].expand(heads, -1, -1)
+    elif mode == "partial":
+        kept, free = layer.rope.channels()
+        turn, slices = rotated_slice(every(w.k, heads), groups, kept, layer.moment)
+        q = torch.cat([q[:, free] * layer.rope.scaling, turn.mT @ q], 1)
+        shared_k = torch.cat([shared_k[:, free], slices], 1)
+        down_k, up_k = low_rank(left_k[:, free, :-1], layer.inputs, rank)
+    else:
+        down_k, up_k = low_rank(left_k[..., :-1], layer.inputs, rank)
+    bias = layer.config.attention_bias
+    found = around(layer, q, outward(layer, left_v[..., -1])) | linear("k_proj", shared_k, bias) | linear("v_proj", shared_v, bias)
+    if rank:
+        found |= {"k_down.weight": down_k.flatten(0, 1), "k_up": up_k, "v_down.weight": down_v.flatten(0, 1), "v_up": up_v}
+    return found
+
+
+def components(layer: Layer) -> Named:
+    """`mea`: the truncated SVD over heads of the flattened projections (arXiv:2601.19611, section 5.2, Eq. 36-38), or of what they make of
+    the inputs (ours); biases are mixed with them. Exact at as many components as KV heads, which are then the heads themselves."""
+    w, count = _turned(layer), layer.config.mea_num_component_heads
+    layer = replace(layer, weights=w)
+    found = around(layer, w.q, w.o_bias)
+    for name, heads in (("k", w.k), ("v", w.v)):
+        mixing = torch.eye(len(heads), dtype=heads.dtype)
+        if count < len(heads):
+            mixing = principal(head_gram(joint(heads, layer.moment)))[0][:, :count]
+        found |= linear(f"{name}_proj", torch.einsum("hm,hdn->mdn", mixing, heads), layer.config.attention_bias)
+        found[f"{name}_mix"] = mixing.mT
+    return found
+
+
+def latent(layer: Layer) -> Named:
+    """`mla`: one rotated key slice for all heads and one latent for all else: the truncated SVD of what is left of all heads' keys, and of
+    their values.
+
+    A model that rotates all channels has no exact form here, unless it has one KV head and the slice is as wide. The slice is
+    `rotated_slice` of all KV heads at the frequencies that it has. What is left of keys goes into the latent unrotated: with
+    qk_nope_head_dim = d all of it, with d - e the channels whose frequencies the slice lacks. The norm of latents is off.
+    Biases of values move into the output's, those of unrotated keys change no score; a bias of rotated keys has no place here.
+    """
+    w, (heads, stored) = layer.weights, layer.weights.heads
+    d, bias, rotated = layer.config.head_dim, w.k[..., -1], layer.config.mla_rotate
+    n, e, c = layer.config.qk_nope_head_dim, layer.config.qk_rope_head_dim, layer.config.kv_lora_rank
+    if bias.any() and e and rotated:
+        raise LowkeyError("attention 'mla': the source's keys have biases, which a rotated slice lacks; use 'gqa', 'mea' or 'lrkv'")
+    kept, free = layer.rope.channels()
+    turn, (slice_k,) = rotated_slice(w.k, 1, kept, layer.moment)
+    rest_k, rest_q = (w.k - turn @ slice_k, w.q) if n == d else (w.k[:, free], w.q[:, free])
+    turned_q = every(turn, heads).mT @ w.q
+    scale = ((n + e) / d) ** 0.5
+    q = torch.cat([rest_q * layer.rope.scaling, turned_q * (1 if rotated else layer.rope.scaling)], 1) * scale
+    down, up = low_rank(torch.cat([rest_k, w.v], 1).flatten(0, 1)[:, :-1], layer.inputs, c)
+    if layer.config.mla_latent_scale:
+        down = down / (layer.config.hidden_size / c) ** 0.5
+    up = every(up.mT.unflatten(0, (stored, -1)), heads)
+    found = around(layer, q, outward(layer, every(w.v[..., -1], heads)))
+    return found | {"kv_a_proj.weight": torch.cat([down, slice_k[:, :-1]]), "kv_b_proj.weight": up.flatten(0, 1)}
+
+
+def _turned(layer: Layer) -> Weights:
+    """The source's heads, turned towards one another where that is asked for."""
+    w, config = layer.weights, layer.config
+    if layer.options.basis == "weights":
+        return w
+    if config.attention == "mea":
+        count = config.mea_num_component_heads
+        return aligned(w, 1, count, mixed(count), layer.moment) if count < w.heads[1] else w
+    groups = config.num_key_value_heads
+    return aligned(w, groups, 1, averaged, layer.moment) if groups < w.heads[1] else w
+
+
+CONVERSIONS: dict[str, Callable[[Layer], Named]] = {
+    "mha": grouped,
+    "gqa": grouped,
+    "mqa": grouped,
+    "lrkv": low_rank_kv,
+    "mea": components,
+    "mla": latent,
+}

@@ -1,0 +1,149 @@
+"""What a conversion costs at the start, in nats; and the folder that holds it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lowkey import files, text
+from lowkey.attention import LowkeyForCausalLM, costs, register
+from lowkey.conversion import source
+from lowkey.fingerprint import model_fingerprint
+from lowkey.plan import versions
+from lowkey.progress import Progress, silent
+from lowkey.types import LowkeyError, device_of
+from lowkey.version import __version__
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Cross-entropy in nats per token, over so many tokens."""
+
+    nats: float
+    tokens: int
+
+
+def held_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: str | None, context: int, windows: int) -> Tensor:
+    """Ids (n, t): the first windows of the text, the embedded evaluation text when there is none."""
+    ids = text.encode(tokenizer, text.embedded("evaluation") if corpus is None else corpus)
+    length = min(context, model.config.max_position_embeddings)
+    return text.windows(ids, tokenizer, length, "data", least=1)[:windows]
+
+
+@torch.no_grad()
+def starting_loss(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: str | None = None,
+    *,
+    context: int = 512,
+    windows: int = 32,
+    batch: int = 4,
+    progress: Progress = silent,
+) -> Loss:
+    """Of the source or of what was made of it, in the model's dtype with logits in fp32, on at most so many windows of a text.
+
+    corpus: the embedded evaluation text when None. Errors: LowkeyError when the text is shorter than a window.
+    """
+    rows = held_out(model, tokenizer, corpus, context, windows)
+    total = 0.0
+    for ids in progress(rows.to(device_of(model)).split(batch), "starting loss", -(-len(rows) // batch)):
+        logits = model(ids, use_cache=False).logits[:, :-1].float()
+        total += float(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").double())
+    tokens = rows[:, 1:].numel()
+    return Loss(total / tokens, tokens)
+
+
+def describe(model: PreTrainedModel, made: LowkeyForCausalLM, before: Loss, after: Loss, how: dict[str, Any]) -> dict[str, Any]:
+    """What convert.json holds; `how` are the fields and options that were given."""
+    config, itemsize = model.config, made.dtype.itemsize
+    stored = config.num_key_value_heads or config.num_attention_heads
+    whole = config.num_hidden_layers * 2 * stored * source.head_dim(config) * itemsize
+    return {
+        "format": 1,
+        "source": config._name_or_path,
+        "source_sha256": model_fingerprint(model),
+        "attention": made.config.attention,
+        **how,
+        "dtype": str(made.dtype).removeprefix("torch."),
+        "loss": {
+            "source": _finite(before.nats),
+            "converted": _finite(after.nats),
+            "unit": "nats per token",
+            "tokens": before.tokens,
+        },
+        "parameters": {"source": _parameters(model), "converted": _parameters(made)},
+        "cache_bytes_per_token": {
+            "source": whole,
+            "converted": config.num_hidden_layers * costs(made.config).bytes_per_token(itemsize),
+        },
+        "versions": versions(),
+    }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def _parameters(model: PreTrainedModel) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def save(
+    made: LowkeyForCausalLM, tokenizer: PreTrainedTokenizerBase, record: dict[str, Any], path: str | Path, force: bool = False
+) -> Path:
+    """Write the model with the code that runs it, its tokenizer, convert.json and a card as one folder: all of it or nothing.
+
+    Errors: LowkeyError when `path` holds files (unless `force`), or cannot be written.
+    """
+    folder = Path(path)
+    files.check_output(folder, force)
+    register()
+    try:
+        with files.replacing_folder(folder) as temporary:
+            made.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            files.write_json(temporary / "convert.json", record)
+            files.write_text(temporary / "README.md", card(record))
+    except SafetensorError as error:
+        raise LowkeyError(f"cannot write {str(folder)!r}: {error}; choose another place or free some space") from error
+    return folder
+
+
+def card(record: dict[str, Any]) -> str:
+    """A model card in Markdown."""
+    loss, cache, name = record["loss"], record["cache_bytes_per_token"], record["source"] or "a model"
+    fields = ", ".join(f"{k} {v}" for k, v in record.get("fields", {}).items())
+    return f"""---
+library_name: transformers
+tags: [kv-cache-compression]
+---
+# {name} with attention `{record["attention"]}`
+
+Its cache takes {cache["converted"]} bytes per token instead of {cache["source"]} ({100 * cache["converted"] / cache["source"]:.1f} %) in
+{record["dtype"]}{f" ({fields})" if fields else ""}. Nothing was trained yet: cross-entropy on {loss["tokens"]} tokens of held-out text is
+{_nats(loss["converted"])} nats per token, {_nats(loss["source"])} before. Train it further with `lowkey pretrain`.
+convert.json says how it was made.
+
+```python
+import lowkey.attention
+
+lowkey.attention.register()  # or trust_remote_code=True: the code lies beside the weights
+model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
+```
+
+Made by lowkey {__version__}. The licence of the original weights applies.
+"""
+
+
+def _nats(value: float | None) -> str:
+    return "no finite number of" if value is None else f"{value:.4f}"

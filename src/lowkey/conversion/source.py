@@ -1,0 +1,137 @@
+"""What is read off a trained model: whether our skeleton can say it, the weights of its attention, and everything else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from lowkey import families
+from lowkey.attention import GROUPED, LowkeyConfig
+from lowkey.families import Part
+from lowkey.types import LowkeyError
+
+OWN = LowkeyConfig.model_type
+SOURCES = ("llama", "mistral", "qwen2", "qwen3", "phi3", OWN)
+WHY = {
+    "gemma2": "it scales its embeddings and caps its scores",
+    "gemma3_text": "it scales its embeddings and has norms of its own",
+    "granite": "it scales embeddings, residuals and logits",
+    "olmo2": "its norms stand after the blocks",
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One layer's attention in fp64 on the CPU. Row vectors, the bias as the weight of one more input that is always 1 (zeros where
+    there is none): keys = [inputs, 1] @ k[h].T.
+
+    q (H, d, R + 1) with R the hidden size D, or the width of a low-rank query; k and v (h, d, D + 1); o (H, D, d); o_bias (D).
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    o_bias: Tensor
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Query heads and KV heads."""
+        return len(self.q), len(self.k)
+
+
+def check(model: PreTrainedModel) -> None:
+    """Errors: LowkeyError for what the skeleton of our models cannot say."""
+    config = model.config
+    kind, width = config.model_type, head_dim(config)
+    if kind not in SOURCES:
+        reason = WHY.get(kind) or families.REFUSED.get(kind) or "it is not known here"
+        raise LowkeyError(f"model of family {kind!r} cannot be converted: {reason}; families that can: {', '.join(SOURCES)}")
+    if kind == OWN and config.attention not in GROUPED:
+        raise LowkeyError(f"model with attention {config.attention!r} cannot be converted; attention must be one of {', '.join(GROUPED)}")
+    sliding = [i for i, name in enumerate(families.layer_types(config)) if name != "full_attention"]
+    if kind != OWN and sliding:
+        raise LowkeyError(f"model of family {kind!r}: layer {sliding[0]} has a sliding window, which our models lack; use another model")
+    turned = 2 * len(frequencies(model))
+    if turned != width:
+        raise LowkeyError(f"model of family {kind!r}: rotates {turned} of {width} channels, which our models lack; use another model")
+
+
+def head_dim(config: PreTrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def normed(config: PreTrainedConfig) -> bool:
+    """Whether queries and keys pass a norm per head before they are rotated."""
+    return config.qk_norm if config.model_type == OWN else config.model_type == "qwen3"
+
+
+def gated(config: PreTrainedConfig) -> bool:
+    """Whether anything but a linear map follows attention."""
+    return config.model_type == OWN and (config.attn_output_gate or config.head_norm != "none")
+
+
+def frequencies(model: PreTrainedModel) -> Tensor:
+    """(p / 2) angles per position, by which pair (f, f + p / 2) of a head's p rotated channels turns; fp64 on the CPU."""
+    return model.get_decoder().rotary_emb.inv_freq.detach().double().cpu()  # type: ignore[union-attr]
+
+
+def rope_scaling(model: PreTrainedModel) -> float:
+    """What rotation multiplies keys and queries by, each (YaRN)."""
+    return float(model.get_decoder().rotary_emb.attention_scaling)  # type: ignore[arg-type]
+
+
+def has_biases(model: PreTrainedModel) -> bool:
+    return any(part.linear.bias is not None for part in _parts(model, 0))
+
+
+def weights(model: PreTrainedModel, layer: int) -> Weights:
+    """Read one layer's attention."""
+    config = model.config
+    q, k, v, o = _parts(model, layer)
+    heads = config.num_attention_heads
+    stored = config.num_key_value_heads or heads
+    out, bias = _extended(o)[:, :-1], _extended(o)[:, -1]
+    return Weights(
+        q=_extended(q).unflatten(0, (heads, -1)),
+        k=_extended(k).unflatten(0, (stored, -1)),
+        v=_extended(v).unflatten(0, (stored, -1)),
+        o=out.unflatten(1, (heads, -1)).transpose(0, 1),
+        o_bias=bias,
+    )
+
+
+def _parts(model: PreTrainedModel, layer: int) -> tuple[Part, Part, Part, Part]:
+    attention: Any = families.decoder_layers(model)[layer].self_attn
+    out = Part(attention.o_proj, slice(None))
+    if model.config.model_type != OWN:
+        return *families.projection_parts(model, layer), out
+    query = attention.q_proj.up if model.config.q_lora_rank else attention.q_proj
+    return Part(query, slice(None)), Part(attention.k_proj, slice(None)), Part(attention.v_proj, slice(None)), out
+
+
+def _extended(part: Part) -> Tensor:
+    """(rows, inputs + 1)."""
+    weight = part.linear.weight.detach()[part.rows].to("cpu", torch.float64)
+    bias = part.linear.bias
+    column = weight.new_zeros(len(weight)) if bias is None else bias.detach()[part.rows].to("cpu", torch.float64)
+    return torch.cat([weight, column.unsqueeze(1)], 1)
+
+
+def rest(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Weights outside attention by the names that our model has for them."""
+    state = {name: tensor for name, tensor in model.state_dict().items() if ".self_attn." not in name}
+    for name in [name for name in state if name.endswith("mlp.gate_up_proj.weight")]:
+        gate, up = state.pop(name).chunk(2)
+        state |= {name.replace("gate_up_proj", "gate_proj"): gate, name.replace("gate_up_proj", "up_proj"): up}
+    return state
+
+
+def beside(model: PreTrainedModel, layer: int) -> dict[str, Tensor]:
+    """Weights of one layer's attention that stay as they are, by name: norms of queries and keys, gates, low-rank queries."""
+    attention = families.decoder_layers(model)[layer].self_attn
+    return dict(attention.state_dict())  # type: ignore[union-attr]

@@ -1,0 +1,123 @@
+"""The configuration of the model that is made: the source's skeleton with another attention."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from lowkey import families
+from lowkey.attention import LowkeyConfig
+from lowkey.conversion import source
+from lowkey.types import LowkeyError
+
+SKELETON = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act"),
+    *("max_position_embeddings", "initializer_range", "rms_norm_eps", "tie_word_embeddings", "attention_dropout"),
+    *("pad_token_id", "bos_token_id", "eos_token_id"),
+)
+KEPT = ("q_lora_rank", "attn_output_gate", "head_norm", "mla_latent_scale", "decode")  # of a source of our own
+COMMON: dict[str, type] = {"head_norm": str, "decode": str}
+FIELDS: dict[str, dict[str, type]] = {  # what may be said of each kind; the rest is the source's
+    "mha": COMMON,
+    "gqa": {"num_key_value_heads": int, **COMMON},
+    "mqa": COMMON,
+    "lrkv": {"lrkv_rank": int, "num_key_value_heads": int, "lrkv_rope_mode": str, "qk_rope_head_dim": int, **COMMON},
+    "mea": {"mea_num_component_heads": int, **COMMON},
+    "mla": {"kv_lora_rank": int, "qk_rope_head_dim": int, "qk_nope_head_dim": int, "mla_rotate": bool, "mla_kv_norm": bool, **COMMON},
+}
+NEEDED = {"gqa": "num_key_value_heads", "lrkv": "lrkv_rank", "mea": "mea_num_component_heads", "mla": "kv_lora_rank"}
+
+
+def configuration(model: PreTrainedModel, kind: str, frequencies: str, fields: Mapping[str, Any]) -> LowkeyConfig:
+    """Errors: LowkeyError for a field that is not this kind's, one that is missing, and what LowkeyConfig refuses."""
+    _check_fields(model.config, kind, fields)
+    config = model.config
+    given = {name: getattr(config, name) for name in SKELETON} | {"head_dim": source.head_dim(config)}
+    given |= {name: getattr(config, name) for name in KEPT if config.model_type == source.OWN}
+    given |= {
+        "attention": kind,
+        "attention_bias": source.has_biases(model),
+        "mlp_bias": getattr(config, "mlp_bias", False),
+        "qk_norm": source.normed(config),
+        "rope_parameters": _rope(config),
+    }
+    if kind == "mea":
+        given |= {"num_key_value_heads": config.num_key_value_heads or config.num_attention_heads}
+        given["head_norm"] = given.get("head_norm") or "none"  # the source has none, and so the start is exact
+    if kind == "mla":
+        slices = fields.get("qk_rope_head_dim", given["head_dim"])
+        given |= {"mla_kv_norm": False, "qk_rope_head_dim": slices, "mla_rotate": slices != 0}
+    made = _made(given | dict(fields))
+    _check_widths(model, made)
+    if frequencies == "high" and made.rope_width not in (0, made.head_dim):
+        rope = _highest(given["rope_parameters"], made)
+        made = _made(given | dict(fields) | {"rope_parameters": rope})
+    return made
+
+
+def _made(given: dict[str, Any]) -> LowkeyConfig:
+    try:
+        return LowkeyConfig(**copy.deepcopy(given))
+    except Exception as error:  # strict dataclasses raise kinds of their own
+        message = " ".join(str(error.__cause__ or error).split()).rstrip(". ")
+        raise LowkeyError(f"attention {given['attention']!r}: {message}") from error
+
+
+def _check_fields(config: PreTrainedConfig, kind: str, fields: Mapping[str, Any]) -> None:
+    if kind not in FIELDS:
+        raise LowkeyError(f"attention {kind!r}: nothing converts into it; choose one of {', '.join(FIELDS)}")
+    for name, value in fields.items():
+        if name not in FIELDS[kind]:
+            near = get_close_matches(name, FIELDS[kind], 1)
+            raise LowkeyError(f"field {name!r} is not one of attention {kind!r}: {f'did you mean {near[0]!r}?' if near else _list(kind)}")
+        if type(value) is not FIELDS[kind][name]:
+            raise LowkeyError(f"field {name} {value!r}: must be of type {FIELDS[kind][name].__name__}")
+    if kind in NEEDED and NEEDED[kind] not in fields:
+        raise LowkeyError(f"attention {kind!r} needs {NEEDED[kind]}; give it, like {NEEDED[kind]}=2")
+    if kind == "lrkv" and "qk_rope_head_dim" in fields and fields.get("lrkv_rope_mode") != "partial":
+        raise LowkeyError(f"qk_rope_head_dim {fields['qk_rope_head_dim']}: is for lrkv_rope_mode='partial'; leave it out")
+    if "head_norm" in fields and source.gated(config) and fields["head_norm"] != config.head_norm:
+        raise LowkeyError(f"head_norm {fields['head_norm']!r}: the source has {config.head_norm!r}, which stays; leave it out")
+
+
+def _list(kind: str) -> str:
+    return f"give one of {', '.join(FIELDS[kind])}"
+
+
+def _check_widths(model: PreTrainedModel, config: LowkeyConfig) -> None:
+    """What the configuration allows and a conversion does not."""
+    kind, d, e = config.attention, config.head_dim, config.rope_width
+    if kind == "lrkv" and config.lrkv_rank > d:
+        raise LowkeyError(f"lrkv_rank {config.lrkv_rank}: must be at most the head dim {d}, at which nothing is lost")
+    if kind == "mea" and config.mea_num_component_heads > config.num_key_value_heads:
+        raise LowkeyError(
+            f"mea_num_component_heads {config.mea_num_component_heads}: must be at most the source's {config.num_key_value_heads} KV heads"
+        )
+    if e > d or (e == 0 and kind == "lrkv"):
+        raise LowkeyError(f"qk_rope_head_dim {e}: must be at least 2 and at most the source's head dim {d}")
+    if e == 0 and config.mla_rotate:
+        raise LowkeyError("mla_rotate True: there is no slice to rotate with qk_rope_head_dim 0; leave it out")
+    if kind == "mla" and config.qk_nope_head_dim not in (d, d - e):
+        raise LowkeyError(f"qk_nope_head_dim {config.qk_nope_head_dim}: give {d} or {d - e}, the channels that are not rotated")
+    narrow = e < d or (config.attention == "lrkv" and config.lrkv_rope_mode == "latent" and config.lrkv_rank < d)
+    changing = config.rope_parameters.get("rope_type") in families.CHANGING_ROPE
+    if narrow and e and changing:
+        raise LowkeyError(
+            f"rope_type {config.rope_parameters['rope_type']!r}: has frequencies for heads of width {d} alone; "
+            "use a kind that rotates whole heads, like 'gqa', 'mea' or 'lrkv' with lrkv_rope_mode='full'"
+        )
+
+
+def _rope(config: PreTrainedConfig) -> dict[str, Any]:
+    """Its parameters, less what says that all channels are rotated."""
+    found = copy.deepcopy(dict(config.rope_parameters))
+    return {name: value for name, value in found.items() if name != "partial_rotary_factor"}
+
+
+def _highest(rope: dict[str, Any], config: LowkeyConfig) -> dict[str, Any]:
+    """The base for which a narrow slice turns at the source's highest frequencies, one after another, not at evenly spaced ones."""
+    return rope | {"rope_theta": rope["rope_theta"] ** (config.rope_width / config.head_dim)}
