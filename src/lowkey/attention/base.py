@@ -33,8 +33,26 @@ class Call(NamedTuple):
     extra: dict[str, Any]
 
 
-def rotary(config: LowkeyConfig, width: int) -> LlamaRotaryEmbedding:
+class NoRotation(nn.Module):
+    """A rotary embedding of no dimensions."""
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> Rope:
+        """cos and sin of width 0, for positions (b, t)."""
+        nothing = x.new_empty(*position_ids.shape, 0)
+        return nothing, nothing
+
+
+class PreciseRMSNorm(nn.RMSNorm):
+    """RMSNorm in its weight's precision: under autocast the input is narrower than the weight, in fp64 neither is narrowed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
+def rotary(config: LowkeyConfig, width: int) -> nn.Module:
     """The decoder's rotary embedding for another width, with the same base and scaling."""
+    if not width:
+        return NoRotation()  # transformers takes 0 for "not given"
     own = copy.copy(config)
     own.head_dim = width
     return LlamaRotaryEmbedding(config=own)
@@ -86,7 +104,7 @@ class LowRankQuery(nn.Module):
         rank = config.q_lora_rank
         assert rank
         self.down = nn.Linear(config.hidden_size, rank, bias=False)
-        self.norm = nn.RMSNorm(rank, eps=config.rms_norm_eps)
+        self.norm = PreciseRMSNorm(rank, eps=config.rms_norm_eps)
         self.up = nn.Linear(rank, width, bias=config.attention_bias)
         self.scale = (config.hidden_size / rank) ** 0.5 if config.mla_latent_scale else 1.0
 
@@ -134,7 +152,7 @@ class Attention(nn.Module, ABC):
 
     def norm(self, width: int) -> nn.Module:
         """Of queries, keys or latents, over the last dimension, where the configuration has one."""
-        return nn.RMSNorm(width, eps=self.config.rms_norm_eps) if self.config.qk_norm else nn.Identity()
+        return PreciseRMSNorm(width, eps=self.config.rms_norm_eps) if self.config.qk_norm else nn.Identity()
 
     def forward(
         self,

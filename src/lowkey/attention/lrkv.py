@@ -88,10 +88,10 @@ class LowRankKV(Attention):
 
     def _rebuilt_keys(self, shared: Tensor, latents: Tensor, call: Call) -> Tensor:
         keys = self.k_norm(self._every_head(shared, latents, "k"))
-        return rotate(keys, call.rope if call.past is None else self._stored_rope(keys, call))
+        return rotate(keys, call.rope if keys.shape[2] == call.rope[0].shape[1] else self._stored_rope(keys, call))
 
     def _stored_rope(self, keys: Tensor, call: Call) -> Rope:
-        """Of all stored tokens: their positions end with the newest's, one by one, as in every cache that is filled in order."""
+        """Of all stored tokens: their positions end with the newest's, one by one, as in a cache that is filled in order, padding first."""
         assert call.positions is not None and self.rotary is not None
         last = call.past + call.positions.shape[-1] - 1
         slots = torch.arange(keys.shape[2], device=keys.device)
@@ -139,11 +139,14 @@ class LowRankKV(Attention):
         norms = (d + (r if config.lrkv_rope_mode != "full" else 0)) if config.qk_norm else 0
         biases = 2 * groups * d if config.attention_bias else 0
         stored, total = 2 * (groups * d + heads * r), parameters + shared + down + up_k + up_v + norms + biases
-        token, wide = token + shared + down, 2 * heads * (d + r)
-        pair = wide if config.lrkv_rope_mode == "latent" else 2 * heads * d
-        if config.lrkv_rope_mode == "full":
-            return Costs(total, stored, stored, token + up_k + up_v, pair, token + up_v, up_k + heads * (2 * d + r))
-        return Costs(total, stored, stored, token + up_k + up_v, pair, token + up_k + up_v, wide)
+        token, up = token + shared + down, up_k + up_v
+        plain, wide, mode = 2 * heads * d, 2 * heads * (d + r), config.lrkv_rope_mode
+        whole = wide if mode == "latent" or config.decode == "absorbed" else plain
+        if mode == "latent" or (mode == "partial" and config.decode != "expanded"):
+            return Costs(total, stored, stored, token + up, whole, token + up, wide)
+        if config.decode == "expanded":
+            return Costs(total, stored, stored, token + up, whole, token, plain + up)
+        return Costs(total, stored, stored, token + up, whole, token + up_v, up_k + heads * (2 * d + r))
 
 
 def _reach(config: LowkeyConfig) -> int:
