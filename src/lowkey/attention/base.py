@@ -126,6 +126,22 @@ class HeadNorm(nn.Module):
     def forward(self, heads: Tensor) -> Tensor:
         return nn.functional.rms_norm(heads, heads.shape[-1:], eps=self.eps) * self.weight
 
+    def initialize(self) -> None:
+        init.ones_(self.weight)
+
+
+class OutputProjection(nn.Linear):
+    """The last map of a layer's attention, (heads d) -> D. A class of its own: transformers asks only modules with parameters of their own
+    how they start, so that a layer cannot speak for its parts."""
+
+    def __init__(self, config: LowkeyConfig, width: int) -> None:
+        super().__init__(width, config.hidden_size, bias=config.attention_bias)
+        self.zero = config.zero_init_output
+
+    def initialize(self) -> None:
+        if self.zero:
+            init.zeros_(self.weight)
+
 
 class Attention(nn.Module, ABC):
     """One layer's attention. A variant says what it stores, how queries meet it, and what that costs.
@@ -141,7 +157,7 @@ class Attention(nn.Module, ABC):
         self.attention_dropout, self.is_causal = config.attention_dropout, True
         self.num_key_value_groups = self.heads // config.num_key_value_heads
         self.q_proj = LowRankQuery(config, self.heads * key_width) if config.q_lora_rank else self.linear(self.heads * key_width)
-        self.o_proj = nn.Linear(self.heads * value_width, config.hidden_size, bias=config.attention_bias)
+        self.o_proj = OutputProjection(config, self.heads * value_width)
         self.gate_proj = self.linear(self.heads * value_width, bias=False) if config.attn_output_gate else None
         self.q_norm = self.norm(key_width)
         self.head_norm = HeadNorm(config, value_width) if config.head_norm != "none" else None
@@ -203,9 +219,5 @@ class Attention(nn.Module, ABC):
             out = out * torch.sigmoid(self.gate_proj(hidden))
         return self.o_proj(out)
 
-    def initialize(self, std: float) -> None:
-        """Starting values of what is no linear map or norm; runs after those were drawn."""
-        if self.config.zero_init_output:
-            init.zeros_(self.o_proj.weight)
-        if self.head_norm is not None:
-            init.ones_(self.head_norm.weight)
+    def initialize(self) -> None:
+        """Starting values of parameters that lie in the layer itself, not in its maps and norms."""

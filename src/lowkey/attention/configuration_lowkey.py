@@ -37,7 +37,7 @@ class LowkeyConfig(LlamaConfig):
     `orthogonal`.
     gta (arXiv:2505.21487), k_eq_v and the mode `partial` rotate only the last qk_rope_head_dim dimensions of a head (default: half of
     them; all for k_eq_v).
-    Errors: ValueError, as huggingface_hub's strict dataclasses raise it, for what does not go together.
+    Errors: huggingface_hub's StrictDataclassClassValidationError, whose cause is a ValueError, for what does not go together.
     """
 
     model_type = "lowkey"
@@ -119,12 +119,16 @@ class LowkeyConfig(LlamaConfig):
     def _validate_heads(self) -> None:
         heads, stored = self.num_attention_heads, self.num_key_value_heads
         if not stored or stored < 1 or heads % stored:
-            raise ValueError(f"num_key_value_heads {stored}: must be at least 1 and divide num_attention_heads {heads}; choose such a number")
+            raise ValueError(
+                f"num_key_value_heads {stored}: must be at least 1 and divide num_attention_heads {heads}; choose such a number"
+            )
         wanted = {"mha": heads, "mqa": 1}.get(self.attention, stored)
         if stored != wanted:
             raise ValueError(f"num_key_value_heads {stored}: attention {self.attention!r} has {wanted}; leave it out or choose 'gqa'")
         if self.attention == "mea" and self.mea_num_component_heads < 1:
-            raise ValueError(f"mea_num_component_heads {self.mea_num_component_heads}: must be at least 1; leave it out for num_key_value_heads {stored}")
+            raise ValueError(
+                f"mea_num_component_heads {self.mea_num_component_heads}: must be at least 1; leave it out for num_key_value_heads {stored}"
+            )
 
     def _validate_mla(self) -> None:
         if not self.kv_lora_rank or self.kv_lora_rank < 1:

@@ -122,9 +122,8 @@ class LowRankKV(Attention):
         d = self.config.head_dim
         return out[..., :d] + torch.einsum("bthr,hrd->bthd", out[..., d:], self.v_up), weights
 
-    def initialize(self, std: float) -> None:
+    def initialize(self) -> None:
         """The low-rank part starts with lrkv_init_scale times the norm of the shared one; neither of its factors is zero."""
-        super().initialize(std)
         if self.rank:
             for up in (self.k_up, self.v_up):
                 init.normal_(up, std=self.config.lrkv_init_scale / self.rank**0.5)

@@ -54,8 +54,7 @@ class ExplicitAttention(Attention):
         weights = attention_weights(scores * self.scaling, call.mask)
         return torch.einsum("bmhtd,mh->bthd", torch.einsum("bhts,bmsd->bmhtd", weights, values), mine_v), weights
 
-    def initialize(self, std: float) -> None:
-        super().initialize(std)
+    def initialize(self) -> None:
         components, composites = self.k_mix.shape
         for mix in (self.k_mix, self.v_mix):
             if self.config.mea_hlc_init == "orthogonal":
