@@ -14,8 +14,8 @@ class Costs(NamedTuple):
     """One layer of attention.
 
     parameters: numbers trained. stored: numbers kept per token. read: how many of them a decoding step reads per stored token, twice
-    where both products read them (a kernel that keeps a tile may read less). token, pair: MACs per token, and per query token and visible token, when a whole
-    text is read. decode_token, decode_pair: the same for one new token over a cache, as `decode` has it.
+    where both products read them (a kernel that keeps a tile may read less). token, pair: MACs per token, and per query token and
+    visible token, when a whole text is read. decode_token, decode_pair: the same for one new token over a cache, as `decode` has it.
     """
 
     parameters: int
