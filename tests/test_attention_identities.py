@@ -175,7 +175,7 @@ def mixed(model, mix):
         put(layer.self_attn.v_mix, mix)
 
 
-@pytest.mark.parametrize("name", ["mea", "mea-fewer", "mea-fewer-absorbed"])
+@pytest.mark.parametrize("name", ["mea", "mea-fewer", "mea-fewer-absorbed", "mea-fewer-expanded"])
 def test_the_order_of_components_means_nothing(name):
     model = build(name)
     randomly_mixed(model)
@@ -192,7 +192,7 @@ def test_the_order_of_components_means_nothing(name):
 
 @pytest.mark.parametrize("groups", [2, 4])
 def test_mea_absorbed_is_mea_expanded(groups):
-    expanded = build("mea-fewer", num_key_value_heads=groups, mea_num_component_heads=groups - 1)
+    expanded = build("mea-fewer-expanded", num_key_value_heads=groups, mea_num_component_heads=groups - 1)
     randomly_mixed(expanded)
     absorbed = build("mea-fewer-absorbed", seed=1, num_key_value_heads=groups, mea_num_component_heads=groups - 1)
     assert equal_models(expanded, share(expanded, absorbed))

@@ -55,6 +55,8 @@ VARIANTS: dict[str, dict] = {
     "mea-grouped": {"attention": "mea", "num_key_value_heads": 2, "qk_norm": True},
     "mea-fewer": {"attention": "mea", "mea_num_component_heads": 3},
     "mea-fewer-absorbed": {"attention": "mea", "mea_num_component_heads": 3, "decode": "absorbed"},
+    "mea-fewer-expanded": {"attention": "mea", "mea_num_component_heads": 3, "decode": "expanded"},
+    "mea-fewer-grouped": {"attention": "mea", "num_key_value_heads": 2, "mea_num_component_heads": 1},
     "mea-orthogonal": {"attention": "mea", "mea_num_component_heads": 2, "mea_hlc_init": "orthogonal", "qk_norm": True},
     "gta": {"attention": "gta", "num_key_value_heads": 2, "qk_norm": True},
     "gta-no-slice": {"attention": "gta", "num_key_value_heads": 2, "qk_rope_head_dim": 0},

@@ -84,6 +84,12 @@ def nothing(like: Tensor) -> Tensor:
     return like[..., :0]
 
 
+def by_rows(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, both (rows, heads, ., .), one row of the batch after another: heads that lie between other numbers are one batch only within
+    a row, and a product over rows and heads would copy b first."""
+    return torch.stack([x @ y for x, y in zip(a, b, strict=True)])
+
+
 def attention_weights(scores: Tensor, mask: Tensor | None) -> Tensor:
     """Softmax over the stored tokens of scaled scores (b, H, t, s). mask: boolean or additive (b|1, 1, t, s); None: as transformers
     means it, causal from the first token on, or no mask at all for a single query."""

@@ -26,7 +26,7 @@ class LowkeyConfig(LlamaConfig):
     before rotation, with a weight (Qwen3). attn_output_gate: heads times sigmoid(x W) before the output projection (arXiv:2505.06708).
     head_norm: RMSNorm of each head's output before the output projection, `shared` (one weight for all heads), `own` (one for each) or
     `none`; None: `shared` for mea, else `none`. zero_init_output: output projections start at zero, so that all kinds start alike.
-    decode: how stored latents are read: `auto` (whatever takes fewer operations), `absorbed`, `expanded`.
+    decode: how latents and component heads are read: `auto` (by operations, as each kind says), `absorbed`, `expanded`.
 
     num_key_value_heads: stored heads of gqa, gta and k_eq_v, composite heads of mea, shared bases of lrkv (default 1 there), 1 for mqa.
     mla (arXiv:2405.04434): kv_lora_rank c, qk_nope_head_dim n, qk_rope_head_dim e, v_head_dim v; mla_latent_scale: normed latents times

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from .configuration_lowkey import LowkeyConfig
 
+MANY = 10**6  # stored tokens, for which a choice by operations is written into a formula
+
 
 class Costs(NamedTuple):
     """One layer of attention.

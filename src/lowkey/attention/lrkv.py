@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .base import Attention, Call, Rope, attention_weights, heads_of, joined, rotary, rotate
+from .base import Attention, Call, Rope, attention_weights, by_rows, heads_of, joined, rotary, rotate
 from .configuration_lowkey import LowkeyConfig
 from .costs import Costs, around
 
@@ -21,6 +21,7 @@ class LowRankKV(Attention):
     - `latent`: scores are rotated shared keys . rotated queries + rotated latents . rotated (query B_i): another model than the paper's,
       exact without rebuilding, in which r must be even. Training runs on concatenated vectors of d + r.
     - `partial`: only the last qk_rope_head_dim dimensions of the shared key are rotated, and B_i does not reach them: exact too.
+    decode: `auto` reads absorbed for a single new token, where keys and values of all heads would be written out for it alone.
     qk_norm: in `full` of rebuilt keys; else of shared keys and of latents, each by itself.
     """
 
@@ -102,15 +103,15 @@ class LowRankKV(Attention):
         d = shared.shape[-1]
         carried = query[..., d:] if self.mode == "latent" else query[..., : self.reach] @ self.k_up.mT
         grouped = query[..., :d].unflatten(1, (shared.shape[1], -1))
-        first = (grouped.flatten(2, 3) @ shared.mT).unflatten(2, grouped.shape[2:4]).flatten(1, 2)
-        return first + carried @ latents.mT
+        first = by_rows(grouped.flatten(2, 3), shared.mT).unflatten(2, grouped.shape[2:4]).flatten(1, 2)
+        return first + by_rows(carried, latents.mT)
 
     def _mixed(self, scores: Tensor, shared: Tensor, latents: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """From scores to outputs, values not rebuilt."""
         weights = attention_weights(scores * self.scaling, call.mask)
         grouped = weights.unflatten(1, (shared.shape[1], -1))
-        first = (grouped.flatten(2, 3) @ shared).unflatten(2, grouped.shape[2:4]).flatten(1, 2)
-        return (first + (weights @ latents) @ self.v_up).transpose(1, 2), weights
+        first = by_rows(grouped.flatten(2, 3), shared).unflatten(2, grouped.shape[2:4]).flatten(1, 2)
+        return (first + by_rows(weights, latents) @ self.v_up).transpose(1, 2), weights
 
     def _side_by_side(
         self, query: Tensor, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor], call: Call

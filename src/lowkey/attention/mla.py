@@ -7,9 +7,7 @@ from torch import Tensor, nn
 
 from .base import Attention, Call, PreciseRMSNorm, attention_weights, heads_of, nothing, rotate
 from .configuration_lowkey import LowkeyConfig
-from .costs import Costs, around
-
-MANY = 10**6  # tokens, for which a formula is written
+from .costs import MANY, Costs, around
 
 
 class LatentAttention(Attention):
