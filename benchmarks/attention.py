@@ -8,6 +8,7 @@ run; each share is the median over rounds of this round's time over MHA's (train
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -78,7 +79,7 @@ def turns(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, list
     """Seconds of every step in every round, after one round that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):
-        for name, step in steps.items():
+        for name, step in random.Random(number).sample(list(steps.items()), len(steps)):  # none always after the same other
             start = time.process_time()
             step()
             if number:

@@ -110,7 +110,7 @@ def test_packed_documents_do_not_see_each_other(name):
 # -- training
 
 
-@one_of_each
+@pytest.mark.parametrize("name", ONE_OF_EACH[1:])  # mha is gqa
 def test_compiled_training_is_training(name):
     model, tokens = build(name, num_hidden_layers=1).train(), ids()
     torch._dynamo.reset()
@@ -202,9 +202,9 @@ assert not [m for m in sys.modules if m.split(".")[0] == "lowkey"]
 
 
 def test_a_checkpoint_loads_where_lowkey_is_not_installed(tmp_path):
-    """The code lies beside the weights: one process that cannot import lowkey loads all kinds."""
+    """The code lies beside the weights: a process that cannot import lowkey loads a kind of every file."""
     register()
-    models = {name: build(name) for name in ONE_OF_EACH}
+    models = {name: build(name) for name in ("gqa-controls", "mla", "lrkv-latent", "mea-fewer", "gta")}
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
         torch.save(ids(), tmp_path / name / "tokens.pt")

@@ -119,7 +119,7 @@ def shapes(draw):
     return LowkeyConfig(**shape, vocab_size=11, intermediate_size=6, num_hidden_layers=1, max_position_embeddings=16)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(shapes())
 def test_parameters_and_stored_numbers_at_any_width(shape):
     model, past = without_memory(shape), DynamicCache(config=shape)
