@@ -48,7 +48,8 @@ class Rope:
     def channels(self) -> tuple[Tensor, Tensor]:
         """(kept, rest): the source's channels that turn nearest to the narrow frequencies, halves one after the other, and all others.
 
-        Where the width divides the head dim, or the highest frequencies were asked for, the kept ones turn alike.
+        The highest ones turn alike at any width, in every kind of scaling; those spread, where the width divides the head dim (and YaRN
+        has not changed some of them by their place).
         """
         gaps = (self.source.log().unsqueeze(0) - self.narrow.log().unsqueeze(1)).abs()
         pairs = gaps.argmin(1) if len(self.narrow) else torch.zeros(0, dtype=torch.long)
@@ -149,9 +150,9 @@ def low_rank_kv(layer: Layer) -> Named:
     """`lrkv` (arXiv:2601.11471): shared heads are pooled, and what is left of every head is a truncated SVD, best for what heads make of
     the inputs where their moment is given. The paper trains from scratch; this start is ours.
 
-    `full`: exact at rank d. The other modes are other models, whose starts cost what the loss says: in `latent` a latent keeps those
-    channels of a key that it turns at their frequency, all of them, and so exactly, at rank d; in `partial` only the shared head has
-    rotated channels, `rotated_slice` of its group, and the others, with the low-rank part, are left unrotated.
+    `full`: exact at rank d. The other modes are other models, whose starts cost what the loss says. In `latent` a latent keeps those
+    channels of a key that it turns at their frequency (nearly so where the rank does not divide d): all of them, exactly, at rank d. In
+    `partial` only the shared head has rotated channels, `rotated_slice` of its group; the others, with the low-rank part, stay unrotated.
     Biases of values are kept whole; of keys the groups' means are kept.
     """
     w, d, mode = _turned(layer), layer.config.head_dim, layer.config.lrkv_rope_mode
