@@ -184,6 +184,23 @@ def test_low_rank_loses_what_the_singular_values_say() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("tokens", [12, 500])
+def test_low_rank_of_more_outputs_than_inputs_is_best_for_what_they_make(tokens: int) -> None:
+    """Also where a text has not seen all inputs: then full rank still loses nothing of the weights."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(70, 20, generator=generator, dtype=torch.float64)
+    x = torch.randn(tokens, 20, generator=generator, dtype=torch.float64) @ torch.randn(20, 20, generator=generator, dtype=torch.float64)
+    for inputs, moment in ((torch.eye(20, dtype=torch.float64), None), (x, x.mT @ x / tokens)):
+        made = inputs @ weight.mT
+        for rank in (3, 11):
+            down, up = kinds.low_rank(weight, moment, rank)
+            lost = (made - inputs @ down.mT @ up).square().sum()
+            torch.testing.assert_close(lost, torch.linalg.svdvals(made)[rank:].square().sum(), rtol=1e-6, atol=1e-8)
+        down, up = kinds.low_rank(weight, moment, 25)
+        torch.testing.assert_close(up.mT @ down, weight)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("count", [1, 3, 7])
 def test_components_lose_what_the_singular_values_over_heads_say(count: int) -> None:
     model = build("llama-mha", attention_bias=True)

@@ -14,12 +14,14 @@ from lowkey.conversion.source import Weights
 from lowkey.methods.mea import head_gram
 from lowkey.ops.bases import principal
 from lowkey.ops.commuting import commuting_basis
+from lowkey.ops.products import square_root
 from lowkey.types import LowkeyError
 
 HEADS = ("mean", "first")
 BASES = ("weights", "aligned")
 FREQUENCIES = ("high", "spread")
 POOLING = ("gqa", "mqa", "lrkv")
+RIDGE = 1e-12  # of the mean of a moment's diagonal: nothing that was seen is moved by it
 
 Named = dict[str, Tensor]
 
@@ -83,10 +85,21 @@ def low_rank(weight: Tensor, moment: Tensor | None, rank: int) -> tuple[Tensor, 
     The truncated SVD of `weight` under white inputs; under their second moment M (D, D) that of weight M^1/2, whose map back is exact
     without an inverse: the best subspace is spanned by eigenvectors of weight M weight^T (arXiv:2407.21118, as PCA of what is made).
     """
-    gram = weight @ weight.mT if moment is None else weight @ moment @ weight.mT
-    columns = principal(gram)[0][..., :rank]
+    if weight.shape[-2] > weight.shape[-1]:
+        columns = _tall(weight, moment)[..., :rank]
+    else:
+        columns = principal(weight @ weight.mT if moment is None else weight @ moment @ weight.mT)[0][..., :rank]
     missing = (0, 0, 0, rank - columns.shape[-1])
     return torch.nn.functional.pad(columns.mT @ weight, missing), torch.nn.functional.pad(columns.mT, missing)
+
+
+def _tall(weight: Tensor, moment: Tensor | None) -> Tensor:
+    """The same columns (*b, n, D) where outputs are more than inputs: by the smaller Gram, that of M^1/2 weight^T. What the moment has not
+    seen comes last, but comes."""
+    if moment is not None:
+        seen = moment + RIDGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
+        weight = weight @ square_root(seen.unsqueeze(0))[0]
+    return torch.linalg.qr(weight @ principal(weight.mT @ weight)[0]).Q
 
 
 def pooled(heads: Tensor, groups: int, form: str) -> Tensor:
