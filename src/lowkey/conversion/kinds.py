@@ -14,12 +14,14 @@ from lowkey.conversion.source import Weights
 from lowkey.methods.mea import head_gram
 from lowkey.ops.bases import principal
 from lowkey.ops.commuting import commuting_basis
+from lowkey.ops.products import square_root
 from lowkey.types import LowkeyError
 
 HEADS = ("mean", "first")
 BASES = ("weights", "aligned")
 FREQUENCIES = ("high", "spread")
 POOLING = ("gqa", "mqa", "lrkv")
+RIDGE = 1e-12  # of the mean of a moment's diagonal: nothing that was seen is moved by it
 
 Named = dict[str, Tensor]
 
@@ -48,7 +50,8 @@ class Rope:
     def channels(self) -> tuple[Tensor, Tensor]:
         """(kept, rest): the source's channels that turn nearest to the narrow frequencies, halves one after the other, and all others.
 
-        Where the width divides the head dim, or the highest frequencies were asked for, the kept ones turn alike.
+        The highest ones turn alike at any width, in every kind of scaling; those spread, where the width divides the head dim (and YaRN
+        has not changed some of them by their place).
         """
         gaps = (self.source.log().unsqueeze(0) - self.narrow.log().unsqueeze(1)).abs()
         pairs = gaps.argmin(1) if len(self.narrow) else torch.zeros(0, dtype=torch.long)
@@ -82,10 +85,21 @@ def low_rank(weight: Tensor, moment: Tensor | None, rank: int) -> tuple[Tensor, 
     The truncated SVD of `weight` under white inputs; under their second moment M (D, D) that of weight M^1/2, whose map back is exact
     without an inverse: the best subspace is spanned by eigenvectors of weight M weight^T (arXiv:2407.21118, as PCA of what is made).
     """
-    gram = weight @ weight.mT if moment is None else weight @ moment @ weight.mT
-    columns = principal(gram)[0][..., :rank]
+    if weight.shape[-2] > weight.shape[-1]:
+        columns = _tall(weight, moment)[..., :rank]
+    else:
+        columns = principal(weight @ weight.mT if moment is None else weight @ moment @ weight.mT)[0][..., :rank]
     missing = (0, 0, 0, rank - columns.shape[-1])
     return torch.nn.functional.pad(columns.mT @ weight, missing), torch.nn.functional.pad(columns.mT, missing)
+
+
+def _tall(weight: Tensor, moment: Tensor | None) -> Tensor:
+    """The same columns (*b, n, D) where outputs are more than inputs: by the smaller Gram, that of M^1/2 weight^T. What the moment has not
+    seen comes last, but comes."""
+    if moment is not None:
+        seen = moment + RIDGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
+        weight = weight @ square_root(seen.unsqueeze(0))[0]
+    return torch.linalg.qr(weight @ principal(weight.mT @ weight)[0]).Q
 
 
 def pooled(heads: Tensor, groups: int, form: str) -> Tensor:
@@ -149,9 +163,9 @@ def low_rank_kv(layer: Layer) -> Named:
     """`lrkv` (arXiv:2601.11471): shared heads are pooled, and what is left of every head is a truncated SVD, best for what heads make of
     the inputs where their moment is given. The paper trains from scratch; this start is ours.
 
-    `full`: exact at rank d. The other modes are other models, whose starts cost what the loss says: in `latent` a latent keeps those
-    channels of a key that it turns at their frequency, all of them, and so exactly, at rank d; in `partial` only the shared head has
-    rotated channels, `rotated_slice` of its group, and the others, with the low-rank part, are left unrotated.
+    `full`: exact at rank d. The other modes are other models, whose starts cost what the loss says. In `latent` a latent keeps those
+    channels of a key that it turns at their frequency (nearly so where the rank does not divide d): all of them, exactly, at rank d. In
+    `partial` only the shared head has rotated channels, `rotated_slice` of its group; the others, with the low-rank part, stay unrotated.
     Biases of values are kept whole; of keys the groups' means are kept.
     """
     w, d, mode = _turned(layer), layer.config.head_dim, layer.config.lrkv_rope_mode

@@ -47,7 +47,7 @@ class Weights:
 def check(model: PreTrainedModel) -> None:
     """Errors: LowkeyError for what the skeleton of our models cannot say."""
     config = model.config
-    kind, width = config.model_type, head_dim(config)
+    kind = config.model_type
     if kind not in SOURCES:
         reason = WHY.get(kind) or families.REFUSED.get(kind) or "it is not known here"
         raise LowkeyError(f"model of family {kind!r} cannot be converted: {reason}; families that can: {', '.join(SOURCES)}")
@@ -57,8 +57,10 @@ def check(model: PreTrainedModel) -> None:
     if kind != OWN and sliding:
         raise LowkeyError(f"model of family {kind!r}: layer {sliding[0]} has a sliding window, which our models lack; use another model")
     turned = 2 * len(frequencies(model))
-    if turned != width:
-        raise LowkeyError(f"model of family {kind!r}: rotates {turned} of {width} channels, which our models lack; use another model")
+    if turned != head_dim(config):
+        raise LowkeyError(
+            f"model of family {kind!r}: rotates {turned} of {head_dim(config)} channels, which our models lack; use another model"
+        )
 
 
 def head_dim(config: PreTrainedConfig) -> int:
