@@ -1,0 +1,97 @@
+"""The trainer: the same curve after a kill, the loop against a plain one written out, what is trained and how."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from lowkey.pretraining import Recipe, pretrain
+from lowkey.pretraining.log import read
+
+MODEL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "tie_word_embeddings": True,
+}
+TRAINING = {
+    "tokens": 24 * 128,
+    "batch_tokens": 128,
+    "length": 32,
+    "micro_batch": 2,
+    "lr": 1e-2,
+    "precision": "fp32",
+    "log_every": 1,
+    "save_every": 5,
+    "evaluate_every": 8,
+}
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "ran", "off", "to", "see", "what", "was", "there", "dark", "house"]
+
+
+def corpus(folder: Path) -> Path:
+    """40 short documents as .jsonl."""
+    generator = torch.Generator().manual_seed(0)
+    lines = []
+    for n in range(40):
+        picks = torch.randint(len(WORDS), (20 + n,), generator=generator).tolist()
+        lines.append(json.dumps({"text": " ".join(WORDS[i] for i in picks)}))
+    path = folder / "text.jsonl"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def recipe(folder: Path, **training: object) -> Recipe:
+    data = {"path": str(corpus(folder)), "vocab_size": 300, "held_out": 0.1, "cache": str(folder / "tokens")}
+    return Recipe.of({"model": MODEL, "data": data, "training": {**TRAINING, **training}})
+
+
+def curve(out: Path) -> list[dict]:
+    """The log but for what a clock says."""
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in read(out / "log.jsonl")]
+
+
+DYING = """
+import os, signal, sys
+from lowkey.pretraining import Recipe, pretrain
+
+def progress(items, label, total=None):
+    for item in items:
+        if label == "pretraining" and item == int(sys.argv[3]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield item
+
+pretrain(Recipe.read(sys.argv[1]), sys.argv[2], device="cpu", progress=progress)
+"""
+
+
+def killed(wanted: Recipe, out: Path, step: int) -> None:
+    """Train in a process of its own, which is killed -9 when `step` steps are done."""
+    path = out.with_name("recipe.toml")
+    path.write_text(wanted.toml())
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    found = subprocess.run([sys.executable, "-c", DYING, str(path), str(out), str(step)], env=environment, capture_output=True, timeout=120)
+    assert found.returncode == -signal.SIGKILL, found.stderr.decode()
+
+
+def test_a_killed_training_goes_on_to_the_identical_curve(tmp_path):
+    wanted = recipe(tmp_path)
+    whole = pretrain(wanted, tmp_path / "whole", device="cpu")
+    killed(wanted, tmp_path / "cut", 13)
+    assert [line["step"] for line in curve(tmp_path / "cut")][-1] == 13  # the checkpoint is of step 10
+    assert (tmp_path / "cut" / "checkpoint.safetensors").exists() and not (tmp_path / "cut" / "result.json").exists()
+    again = pretrain(wanted, tmp_path / "cut", device="cpu")
+    assert again.losses == whole.losses and len(whole.losses) == 24
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    assert again.result["validation"] == whole.result["validation"]
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("cut", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
