@@ -104,7 +104,8 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 def gathered(t: Tensor) -> Tensor:
     """A sharded tensor put together; every process takes part."""
-    return (t.full_tensor() if isinstance(t, DTensor) else t).detach()
+    t = t.detach()
+    return t.full_tensor() if isinstance(t, DTensor) else t
 
 
 def whole(t: Tensor) -> Tensor:

@@ -15,17 +15,18 @@ def diverged(losses: Sequence[float], steps: int) -> bool:
     """Whether training of `steps` steps, of which these losses are known, has diverged.
 
     A loss is not finite; or the smoothed loss (the mean over 5 % of all steps, at least 20) lay above its value at 20 % of training during
-    the whole last tenth of the steps so far. Our own addition: above by more than three standard errors of that difference, so
+    as many of the latest steps as are a tenth of all. Our own addition: above by more than three standard errors of that difference, so
     that a loss that merely stands still, as in continued training, is not called diverged. Below 100 steps only the first rule applies.
     """
     known, width, mark = len(losses), max(WINDOW, steps // 20), steps // 5
     if known and not np.isfinite(losses[-1]):
         return True
-    first = known - known // 10
+    first = known - steps // 10
     if mark < width or first < mark + width:
         return False
     reference = np.asarray(losses[mark - width : mark], dtype=np.float64)
-    recent = np.convolve(losses[first - width + 1 :], np.full(width, 1 / width), mode="valid")
+    sums = np.cumsum([0.0, *losses[first - width + 1 :]])
+    recent = (sums[width:] - sums[:-width]) / width
     scatter = 1.4826 * np.median(np.abs(reference - np.median(reference)))
     return bool((recent > reference.mean() + 3 * scatter * (2 / width) ** 0.5).all())
 

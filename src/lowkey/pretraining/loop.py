@@ -64,7 +64,10 @@ def pretrain(
     """
     out = Path(out)
     checkpoint.check_folder(out, force)
+    if model is None:
+        models.validate(recipe.model)
     accelerator = _accelerator(recipe, out, device)
+    progress = progress if accelerator.is_main_process else silent
     with accelerator.main_process_first():
         corpus = prepare(recipe.data, out / checkpoint.TOKENS, progress)
     with torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):
@@ -76,6 +79,8 @@ def pretrain(
         if accelerator.is_main_process:
             checkpoint.claim(out, job, force)
         accelerator.wait_for_everyone()
+        if recipe.training.log_with:
+            accelerator.init_trackers("lowkey")
         if (out / checkpoint.RESULT).exists():
             return _finished(out, model, corpus)
         run = Run.of(recipe, corpus, accelerator, model.float(), out)
@@ -93,16 +98,16 @@ def _accelerator(recipe: Recipe, out: Path, device: str) -> Accelerator:
     for name in wanted:
         if name not in LOGGER_TYPE_TO_CLASS or not filter_trackers([name], out):
             raise LowkeyError(f"training.log_with {name!r}: is unknown or not installed; known are {', '.join(LOGGER_TYPE_TO_CLASS)}")
-    accelerator = Accelerator(cpu=device == "cpu", log_with=wanted or None, project_dir=out if wanted else None)
-    if wanted:
-        accelerator.init_trackers("lowkey")
-    return accelerator
+    try:
+        return Accelerator(cpu=device == "cpu", log_with=wanted or None, project_dir=out if wanted else None)
+    except ValueError as error:  # accelerate keeps one device per process
+        raise LowkeyError(f"device {device!r}: accelerate is set up otherwise in this process ({error}); start a new one") from error
 
 
 @dataclass
 class Run:
     """A run in flight. model: as accelerate has prepared it. losses, norms: of every step that was read back; pending: (loss, norm) of
-    later ones, still on the device. whole: no step is half done, so that what is held may be saved."""
+    later ones, still on the device. whole: between two steps, so that what is held may be saved. stopped: the loss is not finite."""
 
     recipe: Recipe
     corpus: Corpus
@@ -117,7 +122,7 @@ class Run:
     validation: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     logged: int = 0
-    whole: bool = True
+    whole: bool = False
     stopped: bool = False
 
     def __post_init__(self) -> None:
@@ -136,7 +141,9 @@ class Run:
     @classmethod
     def of(cls, recipe: Recipe, corpus: Corpus, accelerator: Accelerator, model: PreTrainedModel, out: Path) -> Run:
         """Prepared, and restored when there is a checkpoint."""
-        model.train().requires_grad_(True)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise LowkeyError("model: every parameter is frozen; let some of them train with requires_grad_()")
+        model.train()
         if recipe.training.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         made: list[Optimizer] = optim.optimizers(model, recipe.training)
@@ -185,17 +192,18 @@ class Run:
             for loss, norm in stacked.tolist():
                 self.losses.append(loss)
                 self.norms.append(norm)
-                self._check()
+                if not (math.isfinite(loss) and math.isfinite(norm)):
+                    self.stopped = True
+                    break
+            self._check()
         self.pending.clear()
         self.clock = time.perf_counter()
 
     def _check(self) -> None:
-        step, loss, norm = len(self.losses), self.losses[-1], self.norms[-1]
-        broken = not (math.isfinite(loss) and math.isfinite(norm))
-        self.stopped |= broken
-        if self.settings.stop_on_divergence and (broken or health.diverged(self.losses, self.settings.steps)):
+        if self.settings.stop_on_divergence and (self.stopped or health.diverged(self.losses, self.settings.steps)):
+            step = len(self.losses)
             rate = self.settings.lr * self.rate(step - 1)
-            what = f"loss {loss:.4g} and gradient norm {norm:.4g} at learning rate {rate:.3g}"
+            what = f"loss {self.losses[-1]:.4g} and gradient norm {self.norms[-1]:.4g} at learning rate {rate:.3g}"
             raise LowkeyError(f"training diverged at step {step}: {what}; give a smaller training.lr (the last checkpoint is kept)")
 
     def report(self, started: float) -> None:
@@ -207,7 +215,7 @@ class Run:
             "tokens": step * size,
             "loss": float(np.mean(self.losses[since:])),
             "lr": self.settings.lr * self.rate(step - 1),
-            "grad_norm": max(self.norms[since:]),
+            "grad_norm": float(np.max(self.norms[since:])),
             "tokens_per_second": (step - since) * size / passed if passed > 0 else 0.0,
         }
         self.logged = step
@@ -239,10 +247,10 @@ class Run:
     # -- keeping it
 
     def save(self) -> None:
-        """In the middle of a step the last checkpoint stays."""
-        if not self.whole:
-            return
+        """All of it, in one file. What is not finite is not worth keeping: the last good checkpoint stays."""
         self.read_back()
+        if self.stopped:
+            return
         held = ("losses", "norms", "validation", "seconds", "logged")
         about = {name: getattr(self, name) for name in held}
         inner = [optimizer.optimizer for optimizer in self.optimizers]
@@ -281,7 +289,6 @@ def train(run: Run, progress: Progress) -> None:
                 optimizer.step()
                 optimizer.zero_grad()
             run.pending.append((total, checkpoint.gathered(norm)))
-            run.whole = True
             done = step + 1
             last = done == settings.steps
             if done % settings.log_every == 0 or last:
@@ -295,8 +302,10 @@ def train(run: Run, progress: Progress) -> None:
                 run.save()
             if run.stopped:
                 break
+            run.whole = True
     except KeyboardInterrupt:
-        run.save()
+        if run.whole and accelerator.num_processes == 1:
+            run.save()
         raise
 
 
@@ -365,7 +374,7 @@ def _result(run: Run) -> dict[str, Any]:
         "best_loss": min(found) if found else None,
         "diverged": run.stopped or health.diverged(run.losses, run.settings.steps),
         "spikes": health.spikes(run.losses),
-        "max_grad_norm": max(run.norms),
+        "max_grad_norm": float(np.max(run.norms)),
     }
     return {**finite(plain), "validation": run.validation, "losses": [x if math.isfinite(x) else None for x in run.losses]}
 

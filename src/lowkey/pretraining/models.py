@@ -14,7 +14,24 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from lowkey.pretraining.recipe import nearest
 from lowkey.types import LowkeyError
 
-LOWKEY = "lowkey"
+
+def validate(table: Mapping[str, Any]) -> str:
+    """The kind of model; before any work is done. Errors: LowkeyError for an empty table, an unknown kind or field."""
+    if not table:
+        raise LowkeyError("recipe: [model] is empty; give at least hidden_size and num_hidden_layers, or a model to `pretrain`")
+    kind = str(table.get("model_type", "llama"))
+    if "attention" in table:
+        from lowkey.attention import LowkeyConfig, register  # adds the kind to transformers' tables
+
+        register()
+        kind = LowkeyConfig.model_type
+    if kind not in CONFIG_MAPPING:
+        raise LowkeyError(f"model.model_type {kind!r} is unknown; {_near_kind(kind)}")
+    known = sorted({f.name for f in fields(CONFIG_MAPPING[kind])} | {"model_type"})
+    for name in table:
+        if name not in known:
+            raise LowkeyError(f"field {name!r} of [model] is unknown to {kind!r}; {nearest(name, known)}")
+    return kind
 
 
 def build(table: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, length: int) -> PreTrainedModel:
@@ -24,9 +41,13 @@ def build(table: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, length: 
     vocab_size, the ids of special tokens and max_position_embeddings (`length`) come from the tokenizer and the rows when not given.
     Errors: LowkeyError for an unknown field or values that the config class or the model refuses.
     """
-    if not table:
-        raise LowkeyError("recipe: [model] is empty; give at least hidden_size and num_hidden_layers, or a model to `pretrain`")
-    config = _config(table, tokenizer, length)
+    kind = validate(table)
+    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    pad = None if pad in (bos, eos) else pad  # transformers would never train the embedding of such a token
+    ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
+    given = {"vocab_size": len(tokenizer), "max_position_embeddings": length, **ids, **table}
+    given.pop("model_type", None)
+    config = _made(kind, given)
     check(config, tokenizer, length)
     try:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -41,24 +62,6 @@ def check(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, length: 
         raise LowkeyError(f"model.vocab_size {vocabulary}: the tokenizer has {len(tokenizer)} tokens; leave it out, or give at least that")
     if longest < length:
         raise LowkeyError(f"training.length {length}: the model has {longest} positions; give at most that")
-
-
-def _config(table: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, length: int) -> PreTrainedConfig:
-    kind = table.get("model_type", LOWKEY if "attention" in table else "llama")
-    if kind == LOWKEY:
-        from lowkey.attention import register  # adds the kind to transformers' tables
-
-        register()
-    if kind not in CONFIG_MAPPING:
-        raise LowkeyError(f"model.model_type {kind!r} is unknown; {_near_kind(kind)}")
-    known = {f.name for f in fields(CONFIG_MAPPING[kind])} | {"model_type"}
-    for name in table:
-        if name not in known:
-            raise LowkeyError(f"field {name!r} of [model] is unknown to {kind!r}; {nearest(name, sorted(known))}")
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    given = {"vocab_size": len(tokenizer), "max_position_embeddings": length, **ids, **table}
-    given.pop("model_type", None)
-    return _made(kind, given)
 
 
 def _near_kind(kind: str) -> str:
