@@ -65,10 +65,11 @@ def test_a_row_behind_the_end_predicts_nothing():
     assert (found.batch(np.array([found.rows(LENGTH) + 1]), LENGTH).targets == IGNORED).all()
 
 
+@pytest.mark.parametrize("make", [pico.build, pico.attached])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_packed_documents_do_not_leak(family):
+def test_packed_documents_do_not_leak(family, make):
     """Logits of a document in a row are those of the document alone, and do not move when another document changes."""
-    model, found = pico.build(family), stream([9, 6, 9])
+    model, found = make(family), stream([9, 6, 9])
     changed = Stream(np.where(np.arange(24) < 9, (found.ids + 7) % 90 + 1, found.ids).astype(np.uint16), found.starts, 1)
 
     @torch.no_grad()

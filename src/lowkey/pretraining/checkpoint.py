@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from lowkey import files
 from lowkey.types import LowkeyError
 
-CHECKPOINT, JOB, RESULT, TOKENS = "checkpoint.safetensors", "job.json", "result.json", "tokens"
+CHECKPOINT, JOB, RESULT, TOKENS, FINISHED = "checkpoint.safetensors", "job.json", "result.json", "tokens", ".finished"
 FREE = ("save_every", "log_every", "log_with", "compile", "stop_on_divergence")  # what may change when a run goes on
 
 
@@ -27,7 +27,8 @@ def claim(out: Path, job: Mapping[str, Any], force: bool) -> None:
     """Mark `out` as this job's; with `force` what another job has left there goes. Errors: LowkeyError when it is another job's."""
     marker = out / JOB
     if force:
-        for name in (RESULT, CHECKPOINT, JOB):  # the log is cut when the run begins
+        old = [RESULT, CHECKPOINT, JOB, *(p.name for p in out.glob("model*.safetensors*"))]  # the log is cut when the run begins
+        for name in old:
             (out / name).unlink(missing_ok=True)
     if marker.exists():
         if difference := _difference(files.read_json(marker, "job"), job):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,15 +43,22 @@ def prepare(data: Data, work: Path, progress: Progress = silent) -> Corpus:
     named = None if data.vocab_size else load_tokenizer(data.tokenizer)
     folder = (Path(data.cache) if data.cache else work) / _identity(data, named)
     if not (folder / ABOUT).is_file():
-        try:
-            with files.replacing_folder(folder) as temporary:
-                tokenizer = named or _train_tokenizer(documents(data), data.vocab_size, progress)
-                tokenizer.save_pretrained(temporary)
-                _write(temporary, data, tokenizer, progress)
-        except LowkeyError:
-            if not (folder / ABOUT).is_file():  # else another run was first with the same
-                raise
+        _make(folder, data, named, progress)
     return _read(folder, named)
+
+
+def _make(folder: Path, data: Data, named: PreTrainedTokenizerBase | None, progress: Progress) -> None:
+    """Beside its name, then renamed; what another run has put there meanwhile is the same and may be in use, so it stays."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        tokenizer = named or _train_tokenizer(documents(data), data.vocab_size, progress)
+        tokenizer.save_pretrained(temporary)
+        _write(temporary, data, tokenizer, progress)
+        if not folder.exists():
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _identity(data: Data, tokenizer: PreTrainedTokenizerBase | None) -> str:
