@@ -33,8 +33,9 @@ class Trained:
 
     result: steps, tokens, parameters; seconds and tokens_per_second, of training steps alone; loss, the mean of the last tenth of the
     steps; initial_loss and best_loss, of validation; validation, one record per evaluation (step, tokens, validation_loss in nats per
-    token, bits_per_byte); diverged and spikes (see `health`); max_grad_norm, before clipping; losses. None stands for what is not finite. A run
-    that was allowed to diverge has fewer steps when its loss was no longer finite, no validation after that, and the weights it ended with.
+    token, bits_per_byte); diverged and spikes (see `health`); max_grad_norm, before clipping; losses. None stands for what is not finite.
+    A run that was allowed to diverge has fewer steps when its loss was no longer finite, no validation after that, and the weights it
+    ended with.
     """
 
     model: PreTrainedModel
