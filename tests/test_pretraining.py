@@ -250,7 +250,8 @@ class Noting(torch.nn.Module):
 
 def noted(folder: Path, layers: int) -> tuple[Trained, list[torch.Tensor]]:
     wanted = recipe(folder, tokens=4 * 128)
-    model = models.build({**MODEL, "num_hidden_layers": layers}, prepare(wanted.data, folder).tokenizer, 32)
+    shape = {**MODEL, "num_hidden_layers": layers, "attention_dropout": 0.1}  # another depth draws more random numbers
+    model = models.build(shape, prepare(wanted.data, folder).tokenizer, 32)
     model.model.embed_tokens, torch_state = Noting(), torch.get_rng_state()
     model.config.tie_word_embeddings = False
     with mock.patch.object(type(model), "save_pretrained"):

@@ -112,13 +112,13 @@ def train(run: Run, progress: Progress) -> None:
     try:
         for step in progress(left, "pretraining", len(left)):
             run.whole = False
-            torch.manual_seed(_seed(settings.seed, step, accelerator.process_index))
             run.set_rate(step)
             rows = run.order.at(step)
             count = run.corpus.training.targets(rows, settings.length)
             total = torch.zeros((), device=accelerator.device)
             parts = len(rows) // accelerator.num_processes // run.micro
             for part, batch in enumerate(run.shares(rows), 1):
+                torch.manual_seed(_seed(settings.seed, step, part, accelerator.process_index))
                 with run.synced(last=part == parts):
                     loss = run.nats(batch) / max(1, count)
                     accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over devices
