@@ -22,9 +22,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey import files, text
 from lowkey.calibrate import Sample, calibrate
+from lowkey.commands.plans import Dynamic
+from lowkey.dynamic import dyna_plan
 from lowkey.evaluate.result import Task, evaluate
 from lowkey.evaluate.settings import full, packed, planned
 from lowkey.loading import load, make_method
+from lowkey.methods.dynakv import GateTraining
 from lowkey.progress import bars
 from lowkey.types import Layout, LowkeyError
 
@@ -60,9 +63,14 @@ METHODS: dict[str, tuple[str, dict[str, str], Layout]] = {  # label: method, opt
     "kv-latent (data, V by PCA)": ("kv-latent", {"choose": "data", "values": "pca"}, "post_rope"),
     "matryoshka": ("matryoshka", {}, "post_rope"),
 }
+SCHEDULES = {  # label: method label, allocator; the paper's schedule of LoRC and the straight line in depth that it was compared with
+    f"{label}, {allocator}": (label, allocator) for label in ("lorc", "lorc (whitened)") for allocator in ("condition", "depth")
+}
+DYNAMIC: dict[str, dict] = {"dynakv (K per head, pre-RoPE)": {"layout": "pre_rope", "key_bases": "per_head"}}  # label: options
 BUDGETS = ("75%", "50%", "37.5%", "25%")
 PACKED = ("int8", "int4", "kivi4", "hadamard4", "int2", "kivi2", "hadamard2")  # alone
 ON_TOP = {"75%": ("int4", "kivi4", "kivi2"), "50%": ("int4", "kivi4", "kivi2")}  # of latents, by the budget of the plan
+GATE_STEPS = 100  # of training the gates
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # two-sided 95 % quantiles of Student's t for n samples
 SHOWN = ("perplexity", "kl", "exact_match", "perplexity_decode", "layer_error", "top1_agreement", "fit_seconds")
 
@@ -101,12 +109,17 @@ def run(
         found["environment"] = result["environment"]
         rows = [r for r in result["rows"] if r["name"] not in names_done]
         _append(found, out, [r | {"label": r["name"], "seed": 0, "fit_seconds": 0.0} for r in rows])
-    wanted = methods.split(";") if methods else list(METHODS)
+    wanted = methods.split(";") if methods else [*METHODS, *SCHEDULES, *DYNAMIC]
     for seed, label in product(range(seeds), wanted):
         if (label, seed) in done:
             continue
+        sample = Sample(calibration_windows, length, seed)
         try:
-            rows = _method(loaded, tokenizer, corpus, METHODS[label], Sample(calibration_windows, length, seed), task, names, allocator)
+            if label in DYNAMIC:
+                rows = _dynamic(loaded, tokenizer, corpus, DYNAMIC[label], sample, task, names)
+            else:
+                plain, split = SCHEDULES.get(label, (label, allocator))
+                rows = _method(loaded, tokenizer, corpus, METHODS[plain], sample, task, names, split)
         except LowkeyError as error:
             print(f"{label}: {error}", flush=True)
             continue
@@ -155,6 +168,31 @@ def _method(
         raise LowkeyError("no budget is within reach")
     rows = evaluate(model, tokenizer, settings, task, names, bars)["rows"][1:]
     return [r | {"fit_seconds": seconds[0]} for r in rows]
+
+
+def _dynamic(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: str,
+    options: dict,
+    sample: Sample,
+    task: Task,
+    names: list[str],
+) -> list[dict]:
+    """Rows of a rank for every token, its gates trained anew for every budget."""
+    settings, seconds = [full(model)], []
+    for budget in BUDGETS:
+        start = time.perf_counter()
+        training = GateTraining(target=float(budget[:-1]) / 100, steps=GATE_STEPS, seed=sample.seed)
+        try:
+            plan = dyna_plan(model, tokenizer, corpus, sample=sample, training=training, progress=bars, **options)
+        except LowkeyError as error:
+            print(f"dynakv {budget}: {error}", flush=True)
+            continue
+        seconds.append(time.perf_counter() - start)
+        settings.append(Dynamic(Path(), plan).setting(model))
+    rows = evaluate(model, tokenizer, settings, task, names, bars)["rows"][1:]
+    return [r | {"fit_seconds": s} for r, s in zip(rows, seconds, strict=True)]
 
 
 def table(rows: list[dict]) -> str:

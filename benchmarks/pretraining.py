@@ -3,9 +3,10 @@
     python benchmarks/pretraining.py run FOLDER_OF_TEXTS OUT --stages a,b,c [--tokens 10e6 --workers 2]
     python benchmarks/pretraining.py report OUT docs/results/pretraining.json
 
-Stages: `a` learning-rate sweep (selection only, by validation loss), `b` the comparison at the chosen rates, `c` the range of learning rates
-of MEA's parts (2 x 2, QK-norm and gate as controls), `r` LRKV's rank, `w` the arms of `b` with the feed-forward width solved for MHA's number
-of parameters. Runs are processes of one thread each. Interrupted, the same command goes on: finished runs are kept, the others resume.
+Stages: `a` learning-rate sweep (selection only, by validation loss), `b` the comparison at the chosen rates, `c` the range of learning
+rates of MEA's parts (2 x 2, QK-norm and gate as controls), `r` LRKV's rank, `w` the arms of `b` with the feed-forward width solved for
+MHA's number of parameters. Runs are processes of one thread each. Interrupted, the same command goes on: finished runs are kept, the
+others resume.
 """
 
 from __future__ import annotations
@@ -156,8 +157,8 @@ def one(job: Job, out: Path, corpus: Path, held: Path) -> float:
     steps = job.tokens // job.batch
     training = {
         **{"tokens": job.tokens, "batch_tokens": job.batch, "length": LENGTH, "lr": job.lr, "seed": job.seed, "precision": "fp32"},
-        **{"warmup": 0.08, "schedule": "wsd", "decay": 0.0 if job.stage == "c" else 0.2, "evaluate_tokens": 131_072},
-        **{"evaluate_every": max(1, steps // 8), "save_every": 200, "log_every": 20, "stop_on_divergence": False},
+        **{"warmup": 0.08, "schedule": "wsd", "decay": 0.0 if job.stage == "c" else 0.2, "evaluate_tokens": 65_536},
+        **{"evaluate_every": max(1, steps // 4), "save_every": 200, "log_every": 20, "stop_on_divergence": False},
     }
     data = {"path": str(corpus), "vocab_size": VOCABULARY, "max_tokens": 12_000_000, "held_out": 0.02, "cache": str(out / "tokens")}
     folder = out / "runs" / job.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 import lowkey
 from lowkey import families
 from lowkey.cache import LowkeyCache, cache_of
+from lowkey.fingerprint import model_fingerprint
 from lowkey.layers.codec import LowRank, Plain
 from lowkey.layers.coded import CodedLayer, Exact
 from lowkey.layers.packing import PerToken
 from lowkey.merging import blocks
+from lowkey.plan import Plan, versions
 from lowkey.types import Factors, Layout
 
 VOCAB, LAYERS, HIDDEN, HEAD_DIM = 97, 3, 64, 16
@@ -124,6 +127,22 @@ def layer_factors(model: PreTrainedModel, rank_k: int = HEAD_DIM, rank_v: int = 
     """Other factors in every compressible layer."""
     shape = families.geometry(model)
     return {i: factors(shape.kv_heads, rank_k, rank_v, seed=i, shared=shared) for i in shape.compressible}
+
+
+def plan(model: PreTrainedModel, rank_k: int = 6, rank_v: int = 6, **fields: object) -> Plan:
+    """One that says it was made for this model; any other field as given."""
+    provenance = {
+        "model": "pico",
+        "model_sha256": model_fingerprint(model),
+        "data_sha256": "0",
+        "tokens": 1,
+        "seed": 0,
+        "versions": versions(),
+    }
+    rest = {"method": {"name": "pca", "parameters": {}}, "allocator": {"name": "uniform", "parameters": {}}, "budget": "50%"}
+    shape = asdict(families.geometry(model))
+    made = Plan(layer_factors(model, rank_k, rank_v), "post_rope", **rest, geometry=shape, provenance=provenance)
+    return replace(made, **fields)
 
 
 # -- caches

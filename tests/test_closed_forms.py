@@ -18,18 +18,18 @@ from torch import Tensor
 import lowkey
 from lowkey import Sample, families
 from lowkey.cache import cache_of
-from lowkey.calibrate import layer_inputs
 from lowkey.layers.rebuilding import RebuildingLayer
 from lowkey.merging import beside
 from lowkey.methods import KQSVD, METHODS, Course, LoRC, Palu, ReCalKV
 from lowkey.methods import kqsvd as kq
 from lowkey.methods import recalkv as recal
-from lowkey.ops.products import group_size, oblique_basis, reordered, rotated_moment
+from lowkey.ops.commuting import rotated_moment
+from lowkey.ops.products import group_size, oblique_basis, reordered
 from lowkey.ops.rope import rotate
 from lowkey.plan import Plan
 from lowkey.probe import Probe, Rebuilt
 from lowkey.statistics import gather
-from lowkey.stream import first_inputs
+from lowkey.stream import first_inputs, layer_inputs
 from lowkey.types import LowkeyError, head_blocks
 
 METHOD = {
@@ -472,7 +472,7 @@ def test_white_inputs_rotated_to_every_position(name):
     for p in range(30):
         moved = rotate(rows, cos[:, p : p + 1], sin[:, p : p + 1])[:, :, 0].transpose(0, 1).flatten(1).double()
         total += moved.mT @ moved
-    assert torch.allclose(rotated_moment(joint.mT @ joint, cos[0], sin[0], HEAD_DIM), total / 30, atol=1e-5)
+    assert torch.allclose(rotated_moment(joint.mT @ joint, HEAD_DIM, cos[0], sin[0]), total / 30, atol=1e-5)
 
 
 def test_rotated_keys_get_the_basis_of_white_keys_at_every_position_of_a_window():

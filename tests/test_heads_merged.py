@@ -17,7 +17,6 @@ from test_statistics import activations
 
 from lowkey import families
 from lowkey.backends import naive
-from lowkey.calibrate import layer_inputs
 from lowkey.layers.codec import LowRank
 from lowkey.methods import MEA, KVHeadSVD, mea
 from lowkey.methods.kvheads import cheapest_groups, cosines, pair_losses
@@ -27,6 +26,7 @@ from lowkey.ops.rope import rotate
 from lowkey.probe import Probe
 from lowkey.seam import attach
 from lowkey.statistics import gather
+from lowkey.stream import layer_inputs
 from lowkey.types import LowkeyError, head_blocks
 
 RANKS = [4, 8, 12, 16]

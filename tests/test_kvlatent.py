@@ -20,7 +20,7 @@ from lowkey.calibrate import candidates
 from lowkey.layers.codec import LowRank
 from lowkey.layers.coded import CodedLayer
 from lowkey.methods import Course, KVLatent, kvlatent
-from lowkey.methods.kvlatent import best_pairs, evenly, halving, nested, rotary_width, spaced, strided_pairs
+from lowkey.methods.kvlatent import best_pairs, evenly, halving, nested, spaced, strided_pairs
 from lowkey.ops.rope import rotate
 from lowkey.plan import Plan
 from lowkey.recover import Recovery, recover
@@ -116,7 +116,7 @@ def test_partial_rotary_keeps_both_kinds_of_channels_in_proportion(rank):
 @pytest.mark.parametrize(("name", "width"), [("llama", 16), ("phi3-partial", 8), ("gemma3_text", 16)])
 def test_the_width_of_the_rotary_embedding_is_the_models(name, width):
     layer = families.geometry(attached(name)).compressible[0]
-    assert rotary_width(prepared(name, "post_rope", layer)[1]) == width
+    assert prepared(name, "post_rope", layer)[1].rotary == width
 
 
 # -- exactness
@@ -176,7 +176,7 @@ def test_full_rank_gives_the_stock_logits(name, method, layout):
 def test_the_data_choice_is_that_of_a_loop_over_tokens(name, layout):
     stats, probe = prepared(name, layout, 1)
     basis = KVLatent(choose="data").fit(stats, probe, RANKS, 0).keys
-    seen, turning = activations(name, 1, ROWS[:-HELD]), rotary_width(probe)
+    seen, turning = activations(name, 1, ROWS[:-HELD]), probe.rotary
     keys, queries = seen["keys_pre"], seen["queries_pre"]
     groups, half = queries.shape[1] // keys.shape[1], turning // 2
     for h, order in enumerate(channels(basis.columns)):

@@ -13,7 +13,6 @@ from pico import HEAD_DIM, attached, feed, prompt, stock
 import lowkey
 from lowkey import Sample, families
 from lowkey.allocate import ALLOCATORS, Profile
-from lowkey.calibrate import layer_inputs
 from lowkey.layers.codec import LowRank
 from lowkey.layers.coded import CodedLayer
 from lowkey.merging import beside, blocks
@@ -38,6 +37,7 @@ from lowkey.plan import Plan
 from lowkey.probe import Probe
 from lowkey.sensitivity import SIGNALS
 from lowkey.statistics import gather
+from lowkey.stream import layer_inputs
 from lowkey.types import LAYOUTS, Basis, LayerBases, head_blocks
 
 CHEAP = {

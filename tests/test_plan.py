@@ -6,7 +6,7 @@ import json
 import math
 import os
 import struct
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pico
 import pytest
@@ -14,28 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lowkey
-from lowkey import families, files
+from lowkey import files
 from lowkey.fingerprint import model_fingerprint
-from lowkey.plan import FORMAT, JSON, MAPS, TENSORS, Plan, card, versions
+from lowkey.plan import FORMAT, JSON, MAPS, TENSORS, Plan, card
 from lowkey.types import Budget, Factors, LowkeyError
 
 MODEL = "llama"
 
 
 def make(rank_k=6, rank_v=9, model=None, **fields) -> Plan:
-    model = model or pico.stock(MODEL)
-    shape = families.geometry(model)
-    provenance = {
-        "model": "pico",
-        "model_sha256": model_fingerprint(model),
-        "data_sha256": "0",
-        "tokens": 1,
-        "seed": 0,
-        "versions": versions(),
-    }
-    rest = {"method": {"name": "pca", "parameters": {}}, "allocator": {"name": "uniform", "parameters": {}}, "budget": "50%"}
-    plan = Plan(pico.layer_factors(model, rank_k, rank_v), "post_rope", **rest, geometry=asdict(shape), provenance=provenance)
-    return replace(plan, **fields)
+    return pico.plan(model or pico.stock(MODEL), rank_k, rank_v, **fields)
 
 
 @pytest.fixture

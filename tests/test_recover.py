@@ -7,7 +7,7 @@ import importlib
 import json
 import math
 import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 
 import pico
 import pytest
@@ -22,7 +22,7 @@ from lowkey.cache import cache_of
 from lowkey.fingerprint import model_fingerprint
 from lowkey.layers.rebuilding import RebuildingLayer
 from lowkey.merging import blocks
-from lowkey.plan import Plan, versions
+from lowkey.plan import Plan
 from lowkey.probe import Rebuilt
 from lowkey.recover import Recovered, Recovery, recover
 from lowkey.types import Factors, LowkeyError
@@ -32,24 +32,10 @@ TEXT = "the cat sat on the mat. " * 40
 SMALL = Recovery(stages=(("ce", 4),), rank=4, alpha=8, batch=2, length=24, lr=3e-3, save_every=2)
 
 
-def make_plan(model, rank_k=6, rank_v=6, layout="post_rope", **fields) -> Plan:
-    provenance = {
-        "model": "pico",
-        "model_sha256": model_fingerprint(model),
-        "data_sha256": "0",
-        "tokens": 1,
-        "seed": 0,
-        "versions": versions(),
-    }
-    rest = {"method": {"name": "pca", "parameters": {}}, "allocator": {"name": "uniform", "parameters": {}}, "budget": "50%"}
-    shape = asdict(families.geometry(model))
-    return Plan(pico.layer_factors(model, rank_k, rank_v), layout, **rest, geometry=shape, provenance=provenance, **fields)
-
-
 def run(model=None, plan=None, texts=TEXT, work=None, progress=None, **changes) -> Recovered:
     model = model or pico.attached("llama")
     extra = {"progress": progress} if progress else {}
-    return recover(model, pico.tokenizer(), plan or make_plan(model), texts, settings=replace(SMALL, **changes), work=work, **extra)
+    return recover(model, pico.tokenizer(), plan or pico.plan(model), texts, settings=replace(SMALL, **changes), work=work, **extra)
 
 
 def losses(found: Recovered) -> list[float]:
@@ -76,7 +62,7 @@ def through(model, plan: Plan, ids: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3-partial", "llama-yarn"])
 def test_training_sees_what_a_cache_of_the_plan_gives(name, layout):
     model, ids = pico.attached(name), pico.prompt(24)
-    plan = make_plan(model, layout=layout)
+    plan = pico.plan(model, layout=layout)
     trained = through(model, plan, ids)
     assert trained.requires_grad
     assert torch.allclose(trained, pico.feed(model, ids, lowkey.make_cache(model, plan)), atol=1e-5)
@@ -92,7 +78,7 @@ def merged_factors(seed: int) -> Factors:
 
 def test_merged_heads_are_trained_too(layout):
     model, ids = pico.attached("llama"), pico.prompt(24)
-    plan = make_plan(model, layout=layout)
+    plan = pico.plan(model, layout=layout)
     plan = replace(plan, factors={i: merged_factors(i) for i in plan.factors})
     found = run(model, plan, stages=(("distill", 2), ("ce", 2)), factors=True)
     assert {n.split(".")[1] for n, t in maps(plan).items() if torch.equal(t, maps(found.plan)[n])} == {"order"}
@@ -102,7 +88,7 @@ def test_merged_heads_are_trained_too(layout):
 
 def test_a_rebuilding_layer_stores_nothing():
     model = pico.attached("llama")
-    plan = make_plan(model)
+    plan = pico.plan(model)
     cache = cache_of(model, lambda i: RebuildingLayer(Rebuilt(plan.factors[i], plan.layout, families.rope(model, i))))
     pico.feed(model, pico.prompt(), cache)
     assert (cache.nbytes(), cache.predicted_nbytes(), cache.get_seq_length()) == (0, 0, 0)
@@ -112,13 +98,13 @@ def test_a_rebuilding_layer_stores_nothing():
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_a_full_rank_plan_has_nothing_to_distil(name, stage):
     model = pico.attached(name)
-    found = run(model, make_plan(model, pico.HEAD_DIM, pico.HEAD_DIM), stages=((stage, 1),))
+    found = run(model, pico.plan(model, pico.HEAD_DIM, pico.HEAD_DIM), stages=((stage, 1),))
     assert abs(losses(found)[0]) < 1e-6
 
 
 def test_distillation_starts_at_the_error_of_each_layer():
     model = pico.attached("llama")
-    plan = make_plan(model)
+    plan = pico.plan(model)
     ids = module.Windows.of(pico.tokenizer(), TEXT, SMALL).at(0)
     with torch.no_grad():
         inputs = model(ids, output_hidden_states=True).hidden_states
@@ -145,7 +131,7 @@ def test_every_linear_map_of_the_layers_is_trained(name):
 
 def test_adapters_of_a_half_precision_model_are_in_full_precision():
     model = lowkey.attach(pico.build("llama").to(torch.bfloat16))
-    plan = make_plan(model, layout="pre_rope")
+    plan = pico.plan(model, layout="pre_rope")
     data = module.Windows.of(pico.tokenizer(), TEXT, SMALL)
     training = module.Training.of(module._peft(), model, plan, data, SMALL)
     assert {p.dtype for p in training.adapters.values()} == {torch.float32}
@@ -186,7 +172,7 @@ def test_the_loss_goes_down(learned):
 def test_training_the_maps_too_helps_more(learned):
     alone, both = learned[False], learned[True]
     assert sum(losses(both)[-5:]) < sum(losses(alone)[-5:])
-    old = make_plan(pico.attached("llama"))
+    old = pico.plan(pico.attached("llama"))
     assert same(maps(alone.plan), maps(old)) and alone.plan.orthonormal
     assert not any(torch.equal(t, maps(old)[name]) for name, t in maps(both.plan).items()) and not both.plan.orthonormal
     assert not any(t.requires_grad for t in maps(both.plan).values())
@@ -225,7 +211,7 @@ def test_the_plan_says_what_was_done(learned):
 
 def test_model_and_plan_stay_as_they_were():
     model = pico.build("llama")
-    plan = make_plan(model)
+    plan = pico.plan(model)
     weights, before, random = copy.deepcopy(model.state_dict()), maps(plan), torch.get_rng_state()
     said, flags = copy.deepcopy(plan.describe()), [p.requires_grad for p in model.parameters()]
     run(model, plan, factors=True, dropout=0.2)
@@ -318,7 +304,7 @@ def test_a_work_folder_of_another_job_is_not_reused(tmp_path, other):
 
 def test_a_work_folder_of_another_plan_is_not_reused(tmp_path):
     model = pico.attached("llama")
-    plan = make_plan(model)
+    plan = pico.plan(model)
     other = replace(plan, factors={i: pico.factors(4, 6, 6, seed=9) for i in plan.factors})
     run(model, plan, work=tmp_path)
     assert run(model, other, work=tmp_path).losses == run(model, other).losses
@@ -363,7 +349,7 @@ def test_bad_arguments_are_refused_in_one_line(options):
 
 def test_another_models_plan_is_refused():
     with pytest.raises(LowkeyError, match="plan was made for"):
-        run(pico.attached("llama"), make_plan(pico.attached("llama-mha")))
+        run(pico.attached("llama"), pico.plan(pico.attached("llama-mha")))
 
 
 def test_without_peft_the_remedy_is_named(monkeypatch):

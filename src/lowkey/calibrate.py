@@ -24,8 +24,9 @@ from lowkey.progress import Progress, silent
 from lowkey.seam import attach, attached
 from lowkey.sensitivity import SIGNALS
 from lowkey.statistics import gather
+from lowkey.stream import layer_inputs
 from lowkey.through import loss_surfaces
-from lowkey.types import LAYOUTS, Basis, Budget, Factors, LayerBases, Layout, LowkeyError, device_of
+from lowkey.types import LAYOUTS, Basis, Budget, Factors, LayerBases, Layout, LowkeyError
 from lowkey.unfinished import Surface, job_folder, load_layer, save_layer
 
 HELD = 0.25  # share of the calibration windows that only judge: the error surface and early stopping
@@ -84,9 +85,9 @@ def calibrate(
     _reachable(limit, shape, ranks, model)
     if not attached(model):
         attach(model)
-    rows = _windows(model, tokenizer, texts, sample)
+    rows = windows_of(model, tokenizer, texts, sample)
     course = Course(model, rows, max(1, round(HELD * len(rows))), form, ranks, sample.seed, sample.batch, progress)
-    provenance = _provenance(model, rows, sample)
+    provenance = provenance_of(model, rows, sample)
     job = job_folder(work, {"provenance": provenance, "method": describe(chosen), "layout": form, "ranks": ranks, "judge": judge})
     bases, profile = fit_layers(chosen, course, job, judge)
     factors, told = _chosen(chosen, split, bases, profile, limit, course)
@@ -194,23 +195,10 @@ def _surfaces(bases: dict[int, LayerBases], course: Course, judge: str) -> list[
     return [probe.surface(bases[i], course.ranks, course.ranks) for i, probe in walk]
 
 
-@torch.no_grad()
-def layer_inputs(model: PreTrainedModel, rows: Tensor, batch: int) -> Iterator[tuple[int, Tensor]]:
-    """(layer, its inputs (n, t, D) in fp32 on the CPU) by the uncompressed model, one layer at a time."""
-    device = device_of(model)
-    first = [model(x.to(device), use_cache=False, output_hidden_states=True, logits_to_keep=1).hidden_states[0] for x in rows.split(batch)]
-    hidden = torch.cat([x.cpu() for x in first])
-    for i, block in enumerate(families.decoder_layers(model)):
-        yield i, hidden.float()
-        where = device_of(block)
-        hidden = torch.cat([families.run_layer(model, i, block, x.to(where), None).cpu() for x in hidden.split(batch)])
-
-
-def _windows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: str | Sequence[str] | None, sample: Sample) -> Tensor:
-    joined = texts if isinstance(texts, str) else "\n".join(texts) if texts else text.embedded("calibration")
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", sample.length)
-    ids = text.encode(tokenizer, joined)
-    length = min(sample.length, longest)
+def windows_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: str | Sequence[str] | None, sample: Sample) -> Tensor:
+    """Ids (n, t) of the sample, no longer than the model reads. Errors: LowkeyError for too short a text."""
+    length = min(sample.length, getattr(model.config.get_text_config(), "max_position_embeddings", sample.length))
+    ids = text.encode(tokenizer, text.joined(texts))
     return text.sample_windows(ids, tokenizer, length, sample.windows, sample.seed, "calibration text")
 
 
@@ -265,7 +253,8 @@ def describe(thing: object) -> dict:
     return {"name": name_of(thing), "parameters": asdict(thing)}  # type: ignore[call-overload]
 
 
-def _provenance(model: PreTrainedModel, rows: Tensor, sample: Sample) -> dict:
+def provenance_of(model: PreTrainedModel, rows: Tensor, sample: Sample) -> dict:
+    """What a plan says of the model and the windows it was made from."""
     return {
         "model": model.config._name_or_path,
         "model_sha256": model_fingerprint(model),

@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from lowkey.commands import converting, making, measuring, using
+from lowkey.commands import analysing, converting, making, measuring, using
 from lowkey.types import LowkeyError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
@@ -16,9 +16,8 @@ bench = typer.Typer(no_args_is_help=True, help="Time parts of lowkey on this mac
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # what a command line that does not parse raises; typer does not export it
 
 for command in (
-    *(making.compress, measuring.eval_, using.generate, making.recover, making.export, making.profile, making.heads),
-    converting.convert,
-    *(using.methods, using.policies, using.inspect, measuring.report),
+    *(making.compress, making.dynamic, measuring.eval_, using.generate, making.recover, making.export, making.profile, making.heads),
+    *(converting.convert, analysing.diversity, using.methods, using.policies, using.inspect, measuring.report),
 ):
     app.command(command.__name__.rstrip("_"))(command)
 bench.command()(measuring.decode)

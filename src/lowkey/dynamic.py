@@ -7,6 +7,7 @@ cache = dynamic.dyna_cache(model, plan)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -15,22 +16,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowkey import families, files, text
+from lowkey import families, files
 from lowkey.cache import LowkeyCache, cache_of
-from lowkey.calibrate import HELD, Sample
-from lowkey.fingerprint import data_fingerprint, model_fingerprint
+from lowkey.calibrate import HELD, Sample, provenance_of, windows_of
+from lowkey.fingerprint import model_fingerprint
 from lowkey.layers.bucketed import BucketedLayer, Gate, cut
 from lowkey.layers.codec import LowRank
 from lowkey.methods import dynakv
 from lowkey.methods.dynakv import GateTraining
 from lowkey.ops.bases import is_orthonormal
-from lowkey.plan import versions
 from lowkey.progress import Progress, silent
 from lowkey.seam import attach, attached
 from lowkey.statistics import gather
-from lowkey.types import LAYOUTS, Factors, Heads, Layout, LowkeyError
+from lowkey.types import LAYOUTS, Budget, Factors, Heads, Layout, LowkeyError
 
 FORMAT = 1
+METHOD = "dynakv"
 JSON, TENSORS = "dynaplan.json", "dynaplan.safetensors"
 FIELDS = ("layout", "levels", "share", "divergence", "training", "geometry", "provenance")
 
@@ -52,6 +53,11 @@ class DynaPlan:
     training: dict
     geometry: dict
     provenance: dict
+
+    @property
+    def budget(self) -> str:
+        """What was asked for: the mean share of coordinates to keep, like `50%`."""
+        return str(Budget(100 * self.training["target"], "%"))
 
     def bytes_per_token(self, itemsize: int) -> float:
         """What one more token takes in the compressed layers, if it is like the held-out ones; positions of unrotated keys included."""
@@ -78,8 +84,13 @@ class DynaPlan:
             files.check_ours(folder, {JSON, TENSORS})
         with files.replacing_folder(folder) as temporary:
             files.write_tensors(temporary / TENSORS, self._tensors())
-            about = {"format": FORMAT, **{name: getattr(self, name) for name in FIELDS}, "layers": sorted(self.factors)}
-            files.write_json(temporary / JSON, {**about, "tensors_sha256": files.sha256(temporary / TENSORS)})
+            files.write_json(temporary / JSON, {**self.describe(), "tensors_sha256": files.sha256(temporary / TENSORS)})
+
+    def describe(self) -> dict:
+        """Everything but the factors and gates, as dynaplan.json holds it."""
+        known = {name: getattr(self, name) for name in FIELDS} | {"layers": sorted(self.factors)}
+        sizes = {dtype: self.bytes_per_token(size) for dtype, size in (("float32", 4), ("bfloat16", 2))}
+        return {"format": FORMAT, "method": METHOD, "budget": self.budget, **known, "bytes_per_token": sizes}
 
     def _tensors(self) -> dict[str, Tensor]:
         """The down maps, whose transposes are the up maps, and the gates."""
@@ -103,7 +114,7 @@ class DynaPlan:
             if about["tensors_sha256"] != files.sha256(folder / TENSORS):
                 raise ValueError(f"{TENSORS} is not the file that {JSON} describes")
             plan = _build(about, tensors)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise LowkeyError(f"dynamic plan {str(folder)!r}: {error}; it is damaged: make it again") from None
         if model is not None:
             plan.check(model)
@@ -121,6 +132,9 @@ def _build(about: dict, tensors: dict[str, Tensor]) -> DynaPlan:
         raise ValueError(f"levels {levels} are not ranks that fall from the head dim {d}")
     if not all(bool(t.is_floating_point() and t.isfinite().all()) for t in tensors.values()):
         raise ValueError("its tensors hold NaN or infinite numbers")
+    told = about["share"], about["divergence"], about["training"]["target"], about["geometry"]["kv_heads"], about["geometry"]["head_dim"]
+    if not all(isinstance(n, int | float) and math.isfinite(n) for n in told) or not 0 < about["training"]["target"] <= 1:
+        raise ValueError("share, divergence, target, kv_heads or head_dim is not a number that it can be")
     layers = [int(i) for i in about["layers"]]
     factors = {i: _factors(tensors[f"{i}.k_down"], tensors[f"{i}.v_down"], heads, d) for i in layers}
     gates = {i: _gate({f.name: tensors[f"{i}.gate.{f.name}"] for f in fields(Gate)}, heads, d, len(levels)) for i in layers}
@@ -157,6 +171,11 @@ def dyna_cache(model: PreTrainedModel, plan: DynaPlan) -> LowkeyCache:
     if not attached(model):
         raise LowkeyError("model is not attached: call lowkey.attach(model) before dyna_cache")
     plan.check(model)
+    return fresh(model, plan)
+
+
+def fresh(model: PreTrainedModel, plan: DynaPlan) -> LowkeyCache:
+    """As `dyna_cache`, for a plan that was checked before: the model's weights are not looked at again."""
     return cache_of(model, lambda i: _layer(model, plan, i))
 
 
@@ -185,11 +204,10 @@ def dyna_plan(
     if layout not in LAYOUTS:
         raise LowkeyError(f"layout {layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
     families.check_layout(model, layout)
+    dynakv.check_target(training.target, shape.head_dim)
     if not attached(model):
         attach(model)
-    joined = texts if isinstance(texts, str) else "\n".join(texts) if texts else text.embedded("calibration")
-    length = min(sample.length, getattr(model.config.get_text_config(), "max_position_embeddings", sample.length))
-    rows = text.sample_windows(text.encode(tokenizer, joined), tokenizer, length, sample.windows, sample.seed, "calibration text")
+    rows = windows_of(model, tokenizer, texts, sample)
     held = max(1, round(HELD * len(rows)))
     statistics = gather(model, progress(rows[:-held].split(sample.batch), "second moments"))
     found = {i: dynakv.bases(s, layout, key_bases) for i, s in statistics.items()}
@@ -204,11 +222,5 @@ def dyna_plan(
         divergence=gates.divergence,
         training=asdict(training),
         geometry=asdict(shape),
-        provenance={
-            "model": model.config._name_or_path,
-            "model_sha256": model_fingerprint(model),
-            "data_sha256": data_fingerprint(rows),
-            "tokens": rows.numel(),
-            "versions": versions(),
-        },
+        provenance=provenance_of(model, rows, sample),
     )

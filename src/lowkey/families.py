@@ -6,12 +6,14 @@ import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lowkey.attention import GROUPED
+from lowkey.attention.base import HeadMaps
 from lowkey.types import Layout, LowkeyError
 
 
@@ -258,3 +260,24 @@ def _window_mask(model: PreTrainedModel, layer: int, positions: Tensor) -> Tenso
         return None
     behind = positions.unsqueeze(1) - positions
     return ((behind >= 0) & (behind < config.sliding_window))[None, None]
+
+
+def head_maps(model: PreTrainedModel, layer: int) -> HeadMaps:
+    """What every query head of a layer amounts to as linear maps, (H, d, D) each; those of a KV head are repeated for its group."""
+    block: Any = decoder_layers(model)[layer].self_attn
+    if model.config.model_type == OWN:
+        return block.head_maps()
+    found = projections(model, layer)
+    q, k = found.q, found.k
+    if found.normed:
+        q, k = q * _norm_weight(block.q_norm, q.shape[1]), k * _norm_weight(block.k_norm, k.shape[1])
+    groups = len(q) // len(k)
+    return HeadMaps(q, k.repeat_interleave(groups, 0), found.v.repeat_interleave(groups, 0), found.o)
+
+
+@torch.no_grad()
+def _norm_weight(norm: Any, head_dim: int) -> Tensor:
+    """What an RMSNorm over a head or over all heads (OLMo 2) multiplies by, (1|heads, d, 1). The norm is asked, as families keep the number
+    itself or the number less one; the vector is long, so that the norm's epsilon does not count."""
+    asked = torch.full((norm.weight.numel(),), 2.0**10, device=norm.weight.device)
+    return norm(asked).view(-1, head_dim, 1).to("cpu", torch.float32)

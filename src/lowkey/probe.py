@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 from lowkey import families
 from lowkey.families import Rope
 from lowkey.merging import merged, split
+from lowkey.ops.commuting import rotated_moment
 from lowkey.ops.rope import rotate, unrotate
 from lowkey.seam import Incoming
-from lowkey.types import Factors, LayerBases, Layout, device_of
+from lowkey.types import Factors, LayerBases, Layout, LowkeyError, device_of
 
 
 class Taking(Protocol):
@@ -74,6 +75,24 @@ def rebuilt(x: Tensor, down: Tensor, up: Tensor, mean: Tensor | None) -> Tensor:
     return split(merged(x - mean.unsqueeze(1), down), up) + mean.unsqueeze(1)
 
 
+def layer_in_full(model: PreTrainedModel, layer: int) -> nn.Module:
+    """A copy of a decoder layer in fp32."""
+    return copy.deepcopy(families.decoder_layers(model)[layer]).float().requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def passed(model: PreTrainedModel, layer: int, block: nn.Module, hidden: Tensor, storage: Taking | None, batch: int) -> Tensor:
+    """The outputs (n, t, D) on the CPU of `block`, a decoder layer, on inputs of the same shape, keys and values through `storage`."""
+    device, cache = device_of(block), None if storage is None else OneLayerCache(storage)
+    return torch.cat([families.run_layer(model, layer, block, x.to(device), cache).cpu() for x in hidden.split(batch)])
+
+
+def _white(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(h d, h d) in fp64 from weights (h, d, D); a bias (h, d) counts as the weight of one more input, always 1."""
+    rows = (weight if bias is None else torch.cat([weight, bias.unsqueeze(-1)], -1)).double().flatten(0, 1)
+    return rows @ rows.mT
+
+
 @dataclass
 class Probe:
     """One layer in fp32, its inputs and its uncompressed outputs (n, t, D); the last `held` windows are for judging only."""
@@ -88,17 +107,41 @@ class Probe:
     held: int
 
     @classmethod
-    @torch.no_grad()
     def of(cls, model: PreTrainedModel, index: int, layout: Layout, inputs: Tensor, held: int, batch: int = 4) -> Probe:
-        block = copy.deepcopy(families.decoder_layers(model)[index]).float().requires_grad_(False).eval()
-        device = device_of(block)
-        outputs = torch.cat([families.run_layer(model, index, block, x.to(device), None).cpu() for x in inputs.split(batch)])
+        block = layer_in_full(model, index)
+        outputs = passed(model, index, block, inputs, None, batch)
         return cls(model, index, layout, block, families.rope(model, index), inputs, outputs, held)
 
     @property
     def training(self) -> int:
         """How many windows a method may fit on."""
         return len(self.inputs) - self.held
+
+    @property
+    def rotary(self) -> int:
+        """How many channels of a head the model rotates, the first ones."""
+        return self.turns(1)[0].shape[-1]
+
+    def turns(self, positions: int) -> tuple[Tensor, Tensor]:
+        """(cos, sin), each (s, p) on the CPU, of the first positions."""
+        device = device_of(self.block)
+        cos, sin = self.rope(torch.arange(positions, device=device).unsqueeze(0), torch.empty(0, device=device))
+        return cos[0, 0].cpu(), sin[0, 0].cpu()
+
+    def white_moments(self, layout: Layout, asked: str, remedy: str) -> tuple[Tensor, Tensor]:
+        """(h d, h d) in fp64 of keys and of values if the attention's inputs were white: what the weights alone say.
+
+        Rotated keys (`post_rope`): in the mean over the positions of a window. asked, remedy: for the refusal.
+        Errors: LowkeyError for a model that norms its keys.
+        """
+        p = families.projections(self.model, self.index)
+        if p.normed:
+            why = "this model norms its keys after their projection, so that they are not linear in its weights"
+            raise LowkeyError(f"{asked}: {why}; {remedy}")
+        keys, values = _white(p.k, p.k_bias), _white(p.v, p.v_bias)
+        if layout == "post_rope":
+            keys = rotated_moment(keys, p.k.shape[1], *self.turns(self.inputs.shape[1]))
+        return keys, values
 
     def run(self, x: Tensor, storage: Taking) -> Tensor:
         """The layer's output (b, t, D) on inputs (b, t, D) when keys and values pass through `storage`."""

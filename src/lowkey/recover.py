@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowkey import families, files, text
+from lowkey import families, files, text, through
 from lowkey.cache import cache_of
 from lowkey.fingerprint import data_fingerprint, model_fingerprint
 from lowkey.layers.codec import LowRank
 from lowkey.layers.coded import CodedLayer
 from lowkey.layers.rebuilding import RebuildingLayer
+from lowkey.ops.schedule import falling
 from lowkey.plan import Plan, versions
 from lowkey.probe import OneLayerCache, Rebuilt
 from lowkey.progress import Progress, silent
@@ -91,8 +91,7 @@ def recover(
     peft = _peft()
     _check(settings, model)
     plan.check(model)
-    joined = texts if isinstance(texts, str) else "\n".join(texts) if texts else text.embedded("calibration")
-    data = Windows.of(tokenizer, joined, settings)
+    data = Windows.of(tokenizer, text.joined(texts), settings)
     folder = _job(work, _describe(plan, data, settings))
     training = Training.of(peft, model, plan, data, settings)
     if folder is not None and (folder / CHECKPOINT).exists():
@@ -201,15 +200,14 @@ def distill(student: Student, ids: Tensor) -> Iterator[Tensor]:
 
 
 def cross_entropy(student: Student, ids: Tensor) -> Iterator[Tensor]:
-    yield F.cross_entropy(student.logits(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    yield through.next_token_loss(student.logits(ids), ids)
 
 
 def divergence(student: Student, ids: Tensor) -> Iterator[Tensor]:
     """KL(original || compressed) per token, at temperature 1."""
     with student.original() as model:
-        target = model(ids, use_cache=False).logits.float().log_softmax(-1)
-    found = student.logits(ids).log_softmax(-1)
-    yield F.kl_div(found.flatten(0, 1), target.flatten(0, 1), log_target=True, reduction="batchmean")
+        target = model(ids, use_cache=False).logits
+    yield through.divergence(student.logits(ids), target)
 
 
 # parts of a loss, whose sum is the loss: each is differentiated before the next is formed
@@ -349,14 +347,6 @@ class Training:
     def records(self) -> list[dict]:
         size, names = self.settings.batch * self.settings.length, [name for name, _, _ in self.schedule]
         return [{"step": n, "stage": names[n - 1], "loss": loss, "tokens": n * size} for n, loss in enumerate(self.losses, 1)]
-
-
-def falling(k: int, steps: int, warmup: float) -> float:
-    """The share of the peak rate at step k (from 0) of a stage: up in a line, then down to 0 by a cosine."""
-    rising = max(1, round(warmup * steps))
-    if k < rising:
-        return (k + 1) / rising
-    return 0.5 + 0.5 * math.cos(math.pi * (k - rising + 1) / (steps - rising + 1))
 
 
 def _finished(training: Training, plan: Plan) -> Recovered:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -28,6 +29,24 @@ def show_plan(plan: Plan, place: Path, as_json: bool) -> None:
         table.add_row(str(i), f"{k} of {g['head_dim']}", f"{v} of {g['head_dim']}")
     screen.print(table)
     print(f"{place}: keeps {held} of {whole} bytes per token in bfloat16 ({100 * held / whole:.1f}%)")
+
+
+def show_dynamic(about: dict, place: Path, as_json: bool) -> None:
+    """A plan with a rank for every token, as its file describes it."""
+    if as_json:
+        print(json.dumps({"plan": str(place), **about}))
+        return
+    g, held = about["geometry"], about["bytes_per_token"]["bfloat16"]
+    whole = 2 * g["kv_heads"] * g["head_dim"] * 2 * len(about["layers"])
+    kept = f"a token keeps {_either(about['levels'])} of {g['head_dim']} coordinates"
+    print(f"{about['method']} · {about['layout']} · {about['budget']}: {kept}")
+    print(f"{place}: held-out tokens keep {100 * about['share']:.1f}% of them in the mean, with KL {about['divergence']:.4f} per token")
+    print(f"{held:.0f} of {whole} bytes per token in bfloat16 ({100 * held / whole:.1f}%), were all tokens like these")
+
+
+def _either(ranks: Sequence[int]) -> str:
+    *more, last = map(str, ranks)
+    return f"{', '.join(more)} or {last}" if more else last
 
 
 COLUMNS = {  # key of a row: (heading, format)
@@ -78,6 +97,46 @@ def show_bench(found: dict) -> None:
         table.add_row(name, *cells, *kept)
     screen.print(table)
     print(f"plain reads: {found['read_bandwidth_gbs']:.1f} GB/s with {found['environment']['threads']} threads")
+
+
+DIVERSITY = {  # number of a layer: heading
+    "qk_uncentred": "QK / H",
+    "qk_centred": "QK centred / (H-1)",
+    "vo_uncentred": "VO / H",
+    "vo_centred": "VO centred / (H-1)",
+    "js": "JS bits",
+}
+
+
+def show_diversity(found: dict) -> None:
+    """A row per layer: every number, and in brackets the mean of the same configuration at random."""
+    split = any(layer["residual"] for layer in found["layers"])
+    more = ["shared/residual K, V", "cosine K, V"] if split else []
+    table = Table("layer", *DIVERSITY.values(), *more, title=f"{found['model']}: {found['heads']} heads, (at random)")
+    for layer in found["layers"]:
+        numbers = {f"{kind}_{name}": value for kind in ("qk", "vo") for name, value in layer[kind].items()} | {"js": layer["js"]}
+        random = {name: band and band["mean"] for name, band in (layer["init"] or {}).items()}
+        cells = [_beside(numbers[name], random.get(name)) for name in DIVERSITY]
+        table.add_row(str(layer["layer"]), *cells, *(_split(layer["residual"]) if split else []))
+    table.add_section()
+    mean = found["mean"]
+    table.add_row("mean", *[_beside(mean[name], (mean["init"] or {}).get(name)) for name in DIVERSITY])
+    screen.print(table)
+
+
+def _split(residual: dict | None) -> list[str]:
+    if residual is None:
+        return ["-", "-"]
+    sides = [residual["keys"], residual["values"]]
+    return [", ".join(_number(side[name], digits) for side in sides) for name, digits in (("shared_over_residual", 2), ("cosine", 3))]
+
+
+def _beside(value: float | None, random: float | None) -> str:
+    return _number(value) + ("" if random is None else f" ({_number(random)})")
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def pairs_of(options: dict) -> str:

@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowkey import families
-from lowkey.calibrate import layer_inputs
 from lowkey.fingerprint import model_fingerprint
 from lowkey.layers.exact import FixedPoints, SinkRule
+from lowkey.stream import layer_inputs
 from lowkey.types import LowkeyError, device_of
 
 

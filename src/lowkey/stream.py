@@ -1,15 +1,15 @@
-"""Hidden states on their way through a model, one decoder layer at a time, some layers compressed."""
+"""Hidden states on their way through a model, one decoder layer at a time."""
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowkey import families
-from lowkey.probe import OneLayerCache, Taking
+from lowkey.probe import passed
 from lowkey.types import device_of
 
 
@@ -21,13 +21,9 @@ def first_inputs(model: PreTrainedModel, rows: Tensor, batch: int) -> Tensor:
     return torch.cat([x.float().cpu() for x in found])
 
 
-def layer_in_full(model: PreTrainedModel, layer: int) -> nn.Module:
-    """A copy of a decoder layer in fp32."""
-    return copy.deepcopy(families.decoder_layers(model)[layer]).float().requires_grad_(False).eval()
-
-
-@torch.no_grad()
-def passed(model: PreTrainedModel, layer: int, block: nn.Module, hidden: Tensor, storage: Taking | None, batch: int) -> Tensor:
-    """The outputs (n, t, D) of `block`, a decoder layer in fp32, on inputs of the same shape, keys and values through `storage`."""
-    device, cache = device_of(block), None if storage is None else OneLayerCache(storage)
-    return torch.cat([families.run_layer(model, layer, block, x.to(device), cache).cpu() for x in hidden.split(batch)])
+def layer_inputs(model: PreTrainedModel, rows: Tensor, batch: int) -> Iterator[tuple[int, Tensor]]:
+    """(layer, its inputs (n, t, D) in fp32 on the CPU) by the uncompressed model, one layer at a time."""
+    hidden = first_inputs(model, rows, batch)
+    for i, block in enumerate(families.decoder_layers(model)):
+        yield i, hidden
+        hidden = passed(model, i, block, hidden.to(model.dtype), None, batch).float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.resources import files as package_files
 from pathlib import Path
 
@@ -19,6 +20,11 @@ def embedded(kind: str) -> str:
     """`calibration` (Alice's Adventures in Wonderland) or `evaluation` (The Time Machine), opening chapters; both disjoint
     from the training text of the embedded model."""
     return (package_files("lowkey") / "data" / EMBEDDED[kind]).read_text(encoding="utf-8")
+
+
+def joined(texts: str | Sequence[str] | None) -> str:
+    """One text of several; the embedded calibration text when there is none."""
+    return texts if isinstance(texts, str) else "\n".join(texts) if texts else embedded("calibration")
 
 
 def read_text(path: str | Path, argument: str) -> str:

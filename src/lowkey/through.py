@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -43,6 +43,12 @@ def loss(model: PreTrainedModel, rows: Tensor, found: dict[int, Rebuilding], bat
 
 def next_token_loss(scores: Tensor, ids: Tensor) -> Tensor:
     return cross_entropy(scores[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def divergence(found: Tensor, original: Tensor) -> Tensor:
+    """KL(original || found) of next-token distributions per token, from logits (b, t, V)."""
+    found, original = (x.float().log_softmax(-1).flatten(0, 1) for x in (found, original))
+    return kl_div(found, original, log_target=True, reduction="batchmean")
 
 
 def loss_surfaces(

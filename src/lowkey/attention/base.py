@@ -78,6 +78,41 @@ def attention_weights(scores: Tensor, mask: Tensor | None) -> Tensor:
     return torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
 
 
+class HeadMaps(NamedTuple):
+    """The linear maps that the H query heads of one layer amount to, of the layer's normed input (row vectors: keys = inputs @ k[i].T).
+
+    q (H, w, D); k (H, w or less, D): the first dimensions of a query meet it; v (H, u, D); o (H, D, u).
+    key_slice (e, D): keys that all heads share, which the last e dimensions of a query meet, and which k may hold too; or None.
+    k_residual, v_residual: the low-rank part of k and v, where they are a shared part plus that; or None.
+
+    Weights of norms along the way are folded in; what a norm divides by depends on the input and is left out, as are rotation, biases
+    and the output gate.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    key_slice: Tensor | None = None
+    k_residual: Tensor | None = None
+    v_residual: Tensor | None = None
+
+
+def weight_of(linear: nn.Linear, heads: int) -> Tensor:
+    """The rows of a linear map by head, (heads, d, D), in fp32 or wider."""
+    return wide(linear.weight).unflatten(0, (heads, -1))
+
+
+def wide(x: Tensor) -> Tensor:
+    """In fp32 or wider: products of maps are not rounded to the dtype that the maps are kept in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def folded(maps: Tensor, norm: nn.Module) -> Tensor:
+    """Maps (heads, d, D) times the weight of the norm over d that follows them, if one does."""
+    return maps * wide(norm.weight).unsqueeze(-1) if isinstance(norm, nn.RMSNorm) else maps
+
+
 class LowRankQuery(nn.Module):
     """Queries through a normed latent (arXiv:2405.04434, section 2.1.2)."""
 
@@ -92,6 +127,10 @@ class LowRankQuery(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.up(self.norm(self.down(hidden)) * self.scale)
+
+    def effective(self) -> Tensor:
+        """Both maps as one (width, D), without what the norm divides by."""
+        return wide(self.up.weight) @ folded(wide(self.down.weight), self.norm) * self.scale
 
 
 class HeadNorm(nn.Module):
@@ -170,6 +209,27 @@ class Attention(nn.Module, ABC):
     @abstractmethod
     def costs(config: LowkeyConfig) -> Costs:
         """What one layer takes."""
+
+    @abstractmethod
+    def effective(self) -> tuple[Tensor, Tensor]:
+        """The maps to keys and values that each of the H query heads reads, (H, w, D) and (H, u, D), as HeadMaps means them."""
+
+    def key_slice(self) -> Tensor | None:
+        """The map (e, D) to the part of the keys that all heads share, where a variant has one."""
+        return None
+
+    def residuals(self) -> tuple[Tensor, Tensor] | None:
+        """The low-rank parts of `effective`, where a variant has them."""
+        return None
+
+    def head_maps(self) -> HeadMaps:
+        """This layer's heads as linear maps, in fp32 or wider; gradients pass."""
+        query = self.q_proj.effective() if self.config.q_lora_rank else wide(self.q_proj.weight)
+        out = wide(self.o_proj.weight).unflatten(1, (self.heads, -1)).transpose(0, 1)
+        if self.head_norm is not None:
+            out = out * wide(self.head_norm.weight).unsqueeze(-2)
+        query = folded(query.unflatten(0, (self.heads, -1)), self.q_norm)
+        return HeadMaps(query, *self.effective(), out, self.key_slice(), *(self.residuals() or (None, None)))
 
     def dense(self, query: Tensor, keys: Tensor, values: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
         """transformers' attention function over written-out keys and values."""

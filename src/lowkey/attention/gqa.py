@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .base import Attention, Call, heads_of, rotate
+from .base import Attention, Call, folded, heads_of, rotate, weight_of
 from .configuration_lowkey import LowkeyConfig
 from .costs import Costs, around
 
@@ -25,6 +25,11 @@ class GroupedQuery(Attention):
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
         return self.dense(query, keys, values, call)
+
+    def effective(self) -> tuple[Tensor, Tensor]:
+        keys, values = (weight_of(part, self.config.num_key_value_heads) for part in (self.k_proj, self.v_proj))
+        k, v = (maps.repeat_interleave(self.num_key_value_groups, 0) for maps in (folded(keys, self.k_norm), values))
+        return k, v
 
     @staticmethod
     def costs(config: LowkeyConfig) -> Costs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Attention, Call, heads_of, joined, nothing, rotate
+from .base import Attention, Call, folded, heads_of, joined, nothing, rotate, weight_of, wide
 from .configuration_lowkey import LowkeyConfig
 from .costs import Costs, around
 
@@ -35,6 +35,17 @@ class TiedAttention(Attention):
         shared = keys[..., heads * d :].expand(-1, heads, -1, -1)
         return self.dense(query, torch.cat((tied[..., : d - e], shared), -1), tied, call)
 
+    def effective(self) -> tuple[Tensor, Tensor]:
+        tied = folded(weight_of(self.kv_proj, self.config.num_key_value_heads), self.kv_norm)
+        tied = tied.repeat_interleave(self.num_key_value_groups, 0)
+        shared = self.key_slice()
+        if shared is None:
+            return tied, tied
+        return torch.cat((tied[:, : -len(shared)], shared.expand(self.heads, -1, -1)), 1), tied
+
+    def key_slice(self) -> Tensor | None:
+        return None if self.k_rope_proj is None else wide(self.k_rope_proj.weight)
+
     @staticmethod
     def costs(config: LowkeyConfig) -> Costs:
         heads, stored, d, e = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.qk_rope_head_dim
@@ -63,6 +74,11 @@ class KeysAreValues(Attention):
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
         out, weights = self.dense(query, keys, keys, call)
         return rotate(out.transpose(1, 2), call.rope, back=True).transpose(1, 2), weights
+
+    def effective(self) -> tuple[Tensor, Tensor]:
+        tied = folded(weight_of(self.kv_proj, self.config.num_key_value_heads), self.kv_norm)
+        tied = tied.repeat_interleave(self.num_key_value_groups, 0)
+        return tied, tied
 
     @staticmethod
     def costs(config: LowkeyConfig) -> Costs:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .base import Attention, Call, Rope, attention_weights, heads_of, joined, rotary, rotate
+from .base import Attention, Call, Rope, attention_weights, folded, heads_of, joined, rotary, rotate, weight_of, wide
 from .configuration_lowkey import LowkeyConfig
 from .costs import Costs, around
 
@@ -121,6 +121,23 @@ class LowRankKV(Attention):
         out, weights = self.dense(query, k, v, call)
         d = self.config.head_dim
         return out[..., :d] + torch.einsum("bthr,hrd->bthd", out[..., d:], self.v_up), weights
+
+    def effective(self) -> tuple[Tensor, Tensor]:
+        """In the modes `latent` and `partial` under qk_norm, shared part and latents are divided by norms of their own, left out here."""
+        groups = self.config.num_key_value_heads
+        maps = folded(weight_of(self.k_proj, groups), self.k_norm), weight_of(self.v_proj, groups)
+        k, v = (shared.repeat_interleave(self.heads // groups, 0) for shared in maps)
+        own = self.residuals()
+        return (k, v) if own is None else (k + own[0], v + own[1])
+
+    def residuals(self) -> tuple[Tensor, Tensor] | None:
+        """B_i U_i^T of keys, zero where it does not reach, and of values: (H, d, D) each; None at rank 0."""
+        if not self.rank:
+            return None
+        down_k, down_v = (weight_of(part, self.heads) for part in (self.k_down, self.v_down))
+        keys = wide(self.k_up).mT @ folded(down_k, self.latent_norm)
+        keys = nn.functional.pad(keys, (0, 0, 0, self.config.head_dim - self.reach))
+        return folded(keys, self.k_norm) if self.mode == "full" else keys, wide(self.v_up).mT @ down_v
 
     def initialize(self, std: float) -> None:
         """The low-rank part starts with lrkv_init_scale times the norm of the shared one; neither of its factors is zero."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .base import Attention, Call, attention_weights, heads_of, rotate
+from .base import Attention, Call, attention_weights, folded, heads_of, rotate, weight_of, wide
 from .configuration_lowkey import LowkeyConfig
 from .costs import Costs, around
 
@@ -53,6 +53,13 @@ class ExplicitAttention(Attention):
         scores = torch.einsum("bmhts,mh->bhts", scores, mine_k)
         weights = attention_weights(scores * self.scaling, call.mask)
         return torch.einsum("bmhtd,mh->bthd", torch.einsum("bhts,bmsd->bmhtd", weights, values), mine_v), weights
+
+    def effective(self) -> tuple[Tensor, Tensor]:
+        """Under qk_norm, component heads are divided by norms of their own before they are mixed, left out here."""
+        keys, values = (weight_of(part, self.components) for part in (self.k_proj, self.v_proj))
+        parts = ((folded(keys, self.k_norm), self.k_mix), (values, self.v_mix))
+        k, v = (torch.einsum("mdi,mg->gdi", maps, wide(mix)).repeat_interleave(self.num_key_value_groups, 0) for maps, mix in parts)
+        return k, v
 
     def initialize(self, std: float) -> None:
         super().initialize(std)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .base import Attention, Call, attention_weights, heads_of, nothing, rotate
+from .base import Attention, Call, attention_weights, folded, heads_of, nothing, rotate, weight_of, wide
 from .configuration_lowkey import LowkeyConfig
 from .costs import Costs, around
 
@@ -60,6 +60,17 @@ class LatentAttention(Attention):
         weights = attention_weights(scores * self.scaling, call.mask)
         latents = (weights.flatten(1, 2) @ stored[..., :c]).unflatten(1, (self.heads, -1))
         return (latents @ up_values.mT).transpose(1, 2), weights
+
+    def effective(self) -> tuple[Tensor, Tensor]:
+        """Keys on the n unrotated dimensions; the rotated ones are the key slice."""
+        n, _, c, v = _widths(self.config)
+        down = folded(wide(self.kv_a_proj.weight)[:c], self.kv_a_norm) * self.latent_scale
+        k, v = weight_of(self.kv_b_proj, self.heads).split([n, v], 1)
+        return k @ down, v @ down
+
+    def key_slice(self) -> Tensor | None:
+        _, e, c, _ = _widths(self.config)
+        return wide(self.kv_a_proj.weight)[c:] if e else None
 
     @staticmethod
     def costs(config: LowkeyConfig) -> Costs:

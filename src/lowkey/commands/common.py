@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 from rich.console import Console
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lowkey import text
 from lowkey.heads import HeadScores
 from lowkey.layers.packing import SCHEMES
-from lowkey.loading import make_policy
+from lowkey.loading import load, make_policy
 from lowkey.plan import Plan
 from lowkey.policies.allocators import HeadImportance
 from lowkey.policies.base import Policy
-from lowkey.types import LAYOUTS, Layout, LowkeyError
+from lowkey.types import LAYOUTS, Budget, Heads, Layout, LowkeyError
 
 err = Console(stderr=True, markup=False, emoji=False)  # paths and names are printed as they are
 
@@ -28,6 +29,14 @@ Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="seed of the calib
 Force = Annotated[bool, typer.Option(help="replace a folder that holds files")]
 Calibration = Annotated[Path | None, typer.Option(help="a UTF-8 text file (default: the embedded text)")]
 Options = Annotated[list[str] | None, typer.Option("--option", "-O", help="an option of the method, like epochs=5")]
+
+
+def opened(
+    model: str, dtype: str, device: str, corpus: Path | None, argument: str = "calibration"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str | None]:
+    """(model, tokenizer, text or None); the text is read first, for that is soon done."""
+    found = text.read_text(corpus, argument) if corpus else None
+    return *load(model, dtype, device), found
 
 
 def policies_of(names: str | None, budgets: str | None, options: list[str] | None) -> list[tuple[str, Policy]]:
@@ -64,6 +73,21 @@ def layout_of(name: str) -> Layout:
         if name == known:
             return known
     raise LowkeyError(f"layout {name!r} is unknown; choose one of {', '.join(LAYOUTS)}")
+
+
+def heads_of(name: str) -> Heads:
+    for known in get_args(Heads):
+        if name == known:
+            return known
+    raise LowkeyError(f"key bases {name!r} are unknown; choose one of {', '.join(get_args(Heads))}")
+
+
+def share_of(budget: str) -> float:
+    """A budget that can only be a share, above 0 and up to 1."""
+    found = Budget.parse(budget)
+    if found.unit != "%":
+        raise LowkeyError(f"budget {found}: tokens keep ranks of their own, so that only a mean share can be asked for; say it as '50%'")
+    return found.amount / 100
 
 
 def at_least(least: int, **counts: int) -> None:

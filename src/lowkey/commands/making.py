@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from lowkey import files, text
+from lowkey import files
 from lowkey.allocate import ALLOCATORS
 from lowkey.calibrate import Sample, calibrate, describe
 from lowkey.commands.common import (
@@ -19,23 +19,29 @@ from lowkey.commands.common import (
     Dtype,
     Force,
     Model,
+    Options,
     Seed,
     at_least,
     err,
     head_scores,
+    heads_of,
     layout_of,
+    opened,
     options_of,
+    share_of,
 )
+from lowkey.commands.plans import plan_at
+from lowkey.dynamic import dyna_plan
 from lowkey.echo import ECHOES, estimate_echo
 from lowkey.export import FORMATS
 from lowkey.heads import KINDS, estimate_heads
 from lowkey.loading import load, make_method
+from lowkey.methods.dynakv import GateTraining
 from lowkey.needles import TASKS as NEEDLES
-from lowkey.plan import Plan
 from lowkey.progress import bars
 from lowkey.recover import OBJECTIVES, Recovery
 from lowkey.recover import recover as train
-from lowkey.show import show_heads, show_plan
+from lowkey.show import show_dynamic, show_heads, show_plan
 from lowkey.types import Budget, LowkeyError
 
 
@@ -47,7 +53,7 @@ def compress(
     error_budget: Annotated[float | None, typer.Option(help="instead: the largest relative layer-output error, like 0.03")] = None,
     allocator: Annotated[str | None, typer.Option(help=f"how ranks are split: {', '.join(ALLOCATORS)}")] = None,
     layout: Annotated[str | None, typer.Option(help="post_rope or pre_rope (the method's own when not given)")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="a UTF-8 text file (default: the embedded text)")] = None,
+    calibration: Calibration = None,
     windows: Annotated[int, typer.Option(help="calibration windows")] = 32,
     context: Annotated[int, typer.Option(help="tokens per calibration window")] = 512,
     judge: Annotated[str, typer.Option(help="what ranks cost: layers (output error) or loss (one layer compressed at a time)")] = "layers",
@@ -55,11 +61,11 @@ def compress(
     sinks: Annotated[int, typer.Option(help="first tokens kept exact")] = 0,
     recent: Annotated[int, typer.Option(help="last tokens kept exact")] = 0,
     heads: Annotated[list[Path] | None, typer.Option(help="a file of head scores to keep in the plan, for policies on top of it")] = None,
-    option: Annotated[list[str] | None, typer.Option("--option", "-O", help="an option of the method, like epochs=5")] = None,
+    option: Options = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    force: Annotated[bool, typer.Option(help="replace a folder that holds files")] = False,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Fit a method on text and write a plan. Interrupted work resumes when the same command is given again."""
@@ -68,8 +74,7 @@ def compress(
     at_least(8, context=context)
     chosen, form = make_method(method, options_of(option)), layout_of(layout) if layout else None
     asked = None if budget is None else Budget.parse(budget)
-    corpus = text.read_text(calibration, "calibration") if calibration else None
-    loaded, tokenizer = load(model, dtype, device)
+    loaded, tokenizer, corpus = opened(model, dtype, device, calibration)
     plan = calibrate(
         *(loaded, tokenizer, corpus),
         method=chosen,
@@ -91,12 +96,40 @@ def compress(
     show_plan(plan, out, as_json)
 
 
+def dynamic(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="folder to write the plan to")],
+    budget: Annotated[str, typer.Option(help="share of the coordinates kept, like 40%, in the mean over tokens and layers")] = "50%",
+    layout: Annotated[str, typer.Option(help="post_rope or pre_rope")] = "post_rope",
+    key_bases: Annotated[str, typer.Option(help="shared (by the KV heads of a layer) or per_head")] = "shared",
+    steps: Annotated[int, typer.Option(help="training steps of the gates")] = 200,
+    calibration: Calibration = None,
+    windows: Annotated[int, typer.Option(help="calibration windows")] = 32,
+    context: Annotated[int, typer.Option(help="tokens per calibration window")] = 512,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train gates that give every token a rank of its own, and write a plan for eval and generate."""
+    files.check_output(out, force)
+    at_least(4, windows=windows)
+    at_least(8, context=context)
+    training, form, heads = GateTraining(share_of(budget), steps, seed=seed), layout_of(layout), heads_of(key_bases)
+    sample = Sample(windows, context, seed)
+    loaded, tokenizer, corpus = opened(model, dtype, device, calibration)
+    plan = dyna_plan(loaded, tokenizer, corpus, layout=form, key_bases=heads, sample=sample, training=training, progress=bars)
+    plan.save(out, force)
+    show_dynamic(plan.describe(), out, as_json)
+
+
 def profile(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="folder for profile.json and the plots")] = Path("profile"),
     method: Annotated[str, typer.Option(help="whose bases to profile")] = "eigenattention",
     layout: Annotated[str, typer.Option(help="post_rope or pre_rope")] = "post_rope",
-    calibration: Annotated[Path | None, typer.Option(help="a UTF-8 text file (default: the embedded text)")] = None,
+    calibration: Calibration = None,
     windows: Annotated[int, typer.Option(help="calibration windows")] = 16,
     seed: Seed = 0,
     dtype: Dtype = "auto",
@@ -107,8 +140,7 @@ def profile(
     from lowkey.report import plots
 
     at_least(4, windows=windows)
-    corpus = text.read_text(calibration, "calibration") if calibration else None
-    loaded, tokenizer = load(model, dtype, device)
+    loaded, tokenizer, corpus = opened(model, dtype, device, calibration)
     plan = calibrate(
         loaded,
         tokenizer,
@@ -142,8 +174,7 @@ def heads(
 ) -> None:
     """Measure which heads find the answer in a long text, for policies that split their budget by it."""
     files.check_file(out, force)
-    corpus = text.read_text(haystack, "haystack") if haystack else None
-    loaded, tokenizer = load(model, dtype, device)
+    loaded, tokenizer, corpus = opened(model, dtype, device, haystack, "haystack")
     if kind in ECHOES:
         found = estimate_echo(loaded, tokenizer, kind=kind, cases=cases, context=context, seed=seed, progress=bars)
     else:
@@ -176,9 +207,9 @@ def recover(
     """Train a model through a plan, so that it learns to live with it. Interrupted work resumes when the same command is given again."""
     work = files.check_output(out, force)
     settings = Recovery(_stages(stages), rank, 2 * rank, batch=batch, length=length, lr=lr, factors=factors, seed=seed)
-    corpus = text.read_text(calibration, "calibration") if calibration else None
-    loaded, tokenizer = load(model, dtype, device)
-    found = train(loaded, tokenizer, Plan.load(plan, loaded), corpus, settings=settings, work=work, progress=bars)
+    loaded, tokenizer, corpus = opened(model, dtype, device, calibration)
+    chosen = plan_at(plan, loaded).ordinary("recover")
+    found = train(loaded, tokenizer, chosen, corpus, settings=settings, work=work, progress=bars)
     with files.replacing_folder(out) as temporary:
         found.model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -212,5 +243,5 @@ def export(
     if format not in FORMATS:
         raise LowkeyError(f"format {format!r} is unknown; choose one of {', '.join(FORMATS)}")
     loaded, tokenizer = load(model, dtype, "cpu")
-    place = FORMATS[format](loaded, tokenizer, Plan.load(plan, loaded), out, force)
+    place = FORMATS[format](loaded, tokenizer, plan_at(plan, loaded).ordinary("export"), out, force)
     print(json.dumps({"model": str(place), "format": format})) if as_json else err.print(f"model written to {place}", highlight=False)

@@ -12,8 +12,9 @@ import typer
 from lowkey import families, files, text
 from lowkey.bench import decode_bench
 from lowkey.commands.common import BITS, AsJson, Device, Dtype, Model, Seed, at_least, err, head_scores, policies_of
+from lowkey.commands.plans import plan_at
 from lowkey.evaluate.result import TASKS, Task, evaluate
-from lowkey.evaluate.settings import evicted, full, packed, planned
+from lowkey.evaluate.settings import evicted, full, packed
 from lowkey.loading import load
 from lowkey.plan import Plan
 from lowkey.progress import bars
@@ -50,12 +51,12 @@ def eval_(
     policies = policies_of(policy, budget, option)
     corpus = text.read_text(data, "data") if data else text.embedded("evaluation")
     loaded, tokenizer = load(model, dtype, device)
-    plans = [(Plan.load(p, loaded), str(p)) for p in plan or []]
+    plans = [plan_at(p, loaded) for p in plan or []]
     scores = head_scores(heads, loaded)
-    settings = [full(loaded)] + [planned(loaded, *p) for p in plans]
-    below: list[tuple[Plan | None, str | None]] = [*plans] or [(None, None)]
+    settings = [full(loaded)] + [p.setting(loaded) for p in plans]
+    below: list[tuple[Plan | None, str | None]] = [(p.ordinary("policy"), str(p.path)) for p in plans if policies] or [(None, None)]
     settings += [evicted(loaded, wanted, name, context, *p, heads=scores) for name, wanted in policies for p in below]
-    settings += [planned(loaded, *p, bits=b) for p in plans for b in bits or ()]
+    settings += [p.setting(loaded, b) for p in plans for b in bits or ()]
     settings += [packed(loaded, b) for b in bits or (() if families.stores_its_own(loaded.config) else (8, 4))]
     what = Task(corpus, str(data) if data else "embedded", context, windows, cases, seed, refeed=refeed)
     names = [name for item in task or TASKS for name in item.split(",")]

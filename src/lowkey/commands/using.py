@@ -14,14 +14,16 @@ from lowkey.allocate import ALLOCATORS
 from lowkey.cache import make_cache
 from lowkey.calibrate import describe
 from lowkey.commands.common import AsJson, Device, Dtype, Model, at_least, err, head_scores, importance, policies_of
+from lowkey.commands.plans import plan_at
+from lowkey.dynamic import METHOD
 from lowkey.generate import stream
 from lowkey.layers.packing import SCHEMES
 from lowkey.loading import load, make_policy
 from lowkey.methods import METHODS
-from lowkey.plan import Plan
+from lowkey.methods.dynakv import GateTraining
 from lowkey.policies import POLICIES, policy_words
 from lowkey.policies.allocators import ALLOCATORS as HEAD_ALLOCATORS
-from lowkey.show import pairs_of, screen, show_plan
+from lowkey.show import pairs_of, screen
 from lowkey.types import LowkeyError
 
 
@@ -45,9 +47,10 @@ def generate(
     if len(wanted) > 1:
         raise LowkeyError(f"policy {policy!r} with budget {budget!r}: generate takes one policy and one budget")
     loaded, tokenizer = load(model, dtype, device)
-    chosen = Plan.load(plan, loaded) if plan else None
-    evicting = wanted[0][1].fitted(importance(chosen, head_scores(heads, loaded))) if wanted else None
-    cache = make_cache(loaded, chosen, evicting, bits=bits)
+    chosen = plan_at(plan, loaded) if plan else None
+    below = chosen.ordinary("policy") if chosen and wanted else None
+    evicting = wanted[0][1].fitted(importance(below, head_scores(heads, loaded))) if wanted else None
+    cache = chosen.cache(loaded, evicting, bits) if chosen else make_cache(loaded, None, evicting, bits=bits)
     summary = stream(loaded, tokenizer, prompt, cache, tokens, None if as_json else sys.stdout)
     if as_json:
         print(json.dumps(summary))
@@ -60,21 +63,23 @@ def generate(
 
 def inspect(plan: Annotated[Path, typer.Argument(help="a plan folder")], as_json: AsJson = False) -> None:
     """What a plan holds."""
-    show_plan(Plan.load(plan), plan, as_json)
+    plan_at(plan).show(as_json)
 
 
 def methods(as_json: AsJson = False) -> None:
-    """The methods and allocators, with their options and papers."""
+    """The methods and allocators, with their options and papers, and what `lowkey dynamic` makes."""
     listed = {name: {"summary": m.summary, "paper": m.paper, "options": describe(m())["parameters"]} for name, m in METHODS.items()}
     splits = {name: {"summary": a.summary, "options": describe(a())["parameters"]} for name, a in ALLOCATORS.items()}
+    own = {"summary": GateTraining.summary, "paper": GateTraining.paper}
     if as_json:
-        print(json.dumps({"methods": listed, "allocators": splits}))
+        print(json.dumps({"methods": listed, "allocators": splits, "dynamic": {METHOD: own}}))
         return
     for title, entries in (("method", listed), ("allocator", splits)):
         table = Table(title, "what it does", "paper", "options (-O name=value)")
         for name, entry in entries.items():
             table.add_row(name, entry["summary"], entry.get("paper", ""), pairs_of(entry["options"]))
         screen.print(table)
+    print(f"{METHOD} ({own['paper']}): {own['summary']}; made by lowkey dynamic, whose --help lists its options")
 
 
 def policies(as_json: AsJson = False) -> None:

@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowkey import families
-from lowkey.calibrate import layer_inputs
 from lowkey.evaluate.settings import Setting
 from lowkey.probe import Probe
 from lowkey.progress import Progress
+from lowkey.stream import layer_inputs
 from lowkey.types import device_of
 
 

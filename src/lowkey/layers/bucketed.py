@@ -16,10 +16,10 @@ from lowkey.backends import grouped
 from lowkey.backends.ragged import ragged
 from lowkey.backends.segment import Part, Segment, merge
 from lowkey.layers.codec import LowRank
-from lowkey.layers.placed import PlacedLayer
+from lowkey.layers.placed import UnmovedLayer
 from lowkey.ops.ragged import row_of, starts_of
 from lowkey.seam import Call
-from lowkey.types import Factors, LowkeyError
+from lowkey.types import Factors
 
 LARGE = 8.0  # a coordinate so many times its root mean square says no more than that it is large
 
@@ -93,7 +93,7 @@ def joined(flat: Tensor, starts: Tensor, more: Tensor, more_starts: Tensor) -> T
     return out
 
 
-class BucketedLayer(PlacedLayer):
+class BucketedLayer(UnmovedLayer):
     """codecs: the same maps cut at each level of rank, the widest first; gate: which of them a token takes, in all heads of the layer.
 
     A query meets the tokens of its own chunk densely, as they will be stored or, under exact prefill, as they are; older ones bucket by
@@ -192,12 +192,3 @@ class BucketedLayer(PlacedLayer):
     def reset(self) -> None:
         self.buckets, self.counts = [], [0] * len(self.codecs)
         self.seen, self.is_initialized = 0, False
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        raise LowkeyError("num_beams: beam search moves rows of the cache, which buckets of tokens do not; set num_beams=1")
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        raise LowkeyError("batch_select_indices: rows of a bucketed cache cannot be picked; make one cache per batch")
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        raise LowkeyError("batch_repeat_interleave: rows of a bucketed cache cannot be repeated; repeat the prompt before prefill")

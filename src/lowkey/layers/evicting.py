@@ -17,12 +17,12 @@ from lowkey.backends import grouped, stock
 from lowkey.backends.ragged import ragged
 from lowkey.backends.segment import Part, Segment, merge
 from lowkey.layers.codec import Codec, Plain
-from lowkey.layers.placed import PlacedLayer
+from lowkey.layers.placed import UnmovedLayer
 from lowkey.ops.ragged import appended, best, padded, starts_of
 from lowkey.policies.allocators import Ask
 from lowkey.policies.base import Policy, Rope, Scene
 from lowkey.seam import Call
-from lowkey.types import Budget, LowkeyError
+from lowkey.types import Budget
 
 STEP = 16  # the tail grows by so many tokens at a time
 FAR = 1e30  # scores are held below it; infinite ones mean `stays` and `is not there`
@@ -66,7 +66,7 @@ class Round:
         self.waiting.clear()
 
 
-class EvictingLayer(PlacedLayer):
+class EvictingLayer(UnmovedLayer):
     """Held: keys (n, r_K), values (n, r_V), where (n, their positions), starts (b h + 1); tail_k, tail_v (b, h, <= 128, r);
     offset (b, 1); if the policy needs them: carried (n) scores, asked (b, h, g, w, d) queries since the last eviction.
 
@@ -306,17 +306,6 @@ class EvictingLayer(PlacedLayer):
     def reset(self) -> None:
         super().reset()
         self.fresh = self.kept = self.steps = self.moved = 0
-
-    # -- what cannot be done
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        raise LowkeyError("num_beams: beam search moves rows of the cache, which an evicting cache does not; set num_beams=1")
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        raise LowkeyError("batch_select_indices: rows of an evicting cache cannot be picked; make one cache per batch")
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        raise LowkeyError("batch_repeat_interleave: rows of an evicting cache cannot be repeated; repeat the prompt before prefill")
 
 
 def _quick(x: Tensor) -> Tensor:

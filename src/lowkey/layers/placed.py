@@ -35,6 +35,19 @@ class PlacedLayer(StoringLayer):
         return token_positions(start, stop, self.offset)
 
 
+class UnmovedLayer(PlacedLayer):
+    """Rows of different length, of which none can be moved, picked or repeated."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        raise LowkeyError("num_beams: beam search moves rows of the cache, which this kind of cache does not; set num_beams=1")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        raise LowkeyError("batch_select_indices: rows of this kind of cache cannot be picked; make one cache per batch")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise LowkeyError("batch_repeat_interleave: rows of this kind of cache cannot be repeated; repeat the prompt before prefill")
+
+
 def _visible(call: Call, seen: int, batch: int) -> Tensor:
     if call.mask is None:
         return torch.ones(batch, seen, dtype=torch.bool, device=call.query.device)

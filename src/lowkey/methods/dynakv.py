@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,9 @@ class GateTraining:
     the softmax over levels, at the start. straight: tokens take one level each in training too, with the softmax's gradient (straight
     through); else each takes a mixture, which grows sharper. penalty: weight of the squared excess over the target.
     """
+
+    summary: ClassVar[str] = "a trained gate gives every token a rank of its own (our design, after the abstract)"
+    paper: ClassVar[str] = "arXiv:2603.04411"
 
     target: float = 0.5
     steps: int = 200
@@ -79,6 +83,15 @@ def levels_of(head_dim: int) -> tuple[int, ...]:
     return tuple(head_dim // part for part in (1, 2, 4, 8) if head_dim % part == 0)
 
 
+def check_target(target: float, head_dim: int) -> None:
+    """Errors: LowkeyError for a mean share of coordinates below that of the least level."""
+    least = levels_of(head_dim)[-1]
+    share = least / head_dim
+    if target < share:
+        rule = f"tokens keep at least {least} of {head_dim} coordinates"
+        raise LowkeyError(f"target {target:g} (a budget of {100 * target:g}%): {rule}; give {share:g} or more ({100 * share:g}%)")
+
+
 def bases(statistics: LayerStatistics, layout: Layout, key_bases: Heads = "shared") -> LayerBases:
     """Uncentred PCA of keys and of values, as the plain baseline has it."""
     values = head_blocks(statistics.values, statistics.heads)
@@ -109,10 +122,7 @@ def train_gate(
     """
     d = next(iter(found.values())).keys.columns.shape[-1]
     levels = levels_of(d)
-    if settings.target < levels[-1] / d:
-        raise LowkeyError(
-            f"target {settings.target:g}: tokens keep at least {levels[-1]} of {d} coordinates; give {levels[-1] / d:g} or more"
-        )
+    check_target(settings.target, d)
     blocks = families.decoder_layers(model)
     maps = {i: b.at(d, d).to(torch.empty(0, device=device_of(blocks[i]))) for i, b in found.items()}
     squares = _squares(model, maps, rows[:-held], layout, settings.batch)
@@ -214,8 +224,7 @@ class _Training:
         scores, share = self.through(ids, gates, choose)
         with torch.no_grad():
             original = self.model(ids, use_cache=False).logits
-        found, target = (x.float().log_softmax(-1).flatten(0, 1) for x in (scores, original))
-        return F.kl_div(found, target, log_target=True, reduction="batchmean"), share
+        return through.divergence(scores, original), share
 
     def through(self, ids: Tensor, gates: dict[int, Gate], choose: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Logits and mean share when every token of every layer takes the levels in the proportions that `choose` makes of its numbers."""

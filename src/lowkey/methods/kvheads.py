@@ -9,12 +9,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lowkey import families
 from lowkey.methods.base import Method
 from lowkey.ops.bases import principal
-from lowkey.ops.commuting import commuting_basis, rotated_moment, spread
+from lowkey.ops.commuting import commuting_basis, spread
+from lowkey.ops.products import joint_moments
 from lowkey.probe import Probe
-from lowkey.types import Basis, LayerBases, LayerStatistics, LowkeyError, device_of, head_blocks
+from lowkey.types import Basis, LayerBases, LayerStatistics, LowkeyError, head_blocks
 
 Form = Literal["joint", "commuting", "mean"]
 
@@ -52,7 +52,7 @@ class KVHeadSVD(Method):
 
     def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
         self._check(statistics.heads)
-        h, rotary = statistics.heads, rotary_width(probe)
+        h, rotary = statistics.heads, probe.rotary
         d = len(statistics.values) // h
         keys, values = self._moments(statistics, probe)
         order = self._order(keys, values, h, rotary)
@@ -85,8 +85,8 @@ class KVHeadSVD(Method):
     def _moments(self, statistics: LayerStatistics, probe: Probe) -> tuple[Tensor, Tensor]:
         """(h d, h d) of keys and of values."""
         if self.basis == "weights":
-            return white_moments(probe)
-        return (statistics.keys_pre if probe.layout == "pre_rope" else statistics.keys_post), statistics.values
+            return probe.white_moments(probe.layout, "basis 'weights'", "use basis 'activations'")
+        return joint_moments(statistics, probe.layout)
 
     def _order(self, keys: Tensor, values: Tensor, h: int, rotary: int) -> Tensor | None:
         """The heads by groups; how the keys of a whole layer are grouped makes no difference."""
@@ -97,38 +97,6 @@ class KVHeadSVD(Method):
             cost = cost + pair_losses(keys, h, self._key_form, rotary) / keys.trace()
         found = cheapest_groups(cost, self.group)
         return None if torch.equal(found, torch.arange(h)) else found
-
-
-def rotary_width(probe: Probe) -> int:
-    """How many channels of a head the model rotates."""
-    return turns(probe, 1)[0].shape[-1]
-
-
-def turns(probe: Probe, positions: int) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each (s, p), of the first positions."""
-    device = device_of(probe.block)
-    cos, sin = probe.rope(torch.arange(positions, device=device).unsqueeze(0), torch.empty(0, device=device))
-    return cos[0, 0].cpu(), sin[0, 0].cpu()
-
-
-def white_moments(probe: Probe) -> tuple[Tensor, Tensor]:
-    """(h d, h d) of keys and of values if the attention's inputs were white: what the weights alone say."""
-    p = families.projections(probe.model, probe.index)
-    if p.normed:
-        raise LowkeyError(
-            "basis 'weights': this model norms its keys after their projection, so that they are not linear in its weights; "
-            "use basis 'activations'"
-        )
-    keys, values = (_gram(w, b) for w, b in ((p.k, p.k_bias), (p.v, p.v_bias)))
-    if probe.layout == "post_rope":
-        keys = rotated_moment(keys, p.k.shape[1], *turns(probe, probe.inputs.shape[1]))
-    return keys, values
-
-
-def _gram(weight: Tensor, bias: Tensor | None) -> Tensor:
-    rows = weight.double().flatten(0, 1)
-    constant = torch.zeros(len(rows), dtype=torch.float64) if bias is None else bias.double().flatten()
-    return rows @ rows.mT + torch.outer(constant, constant)
 
 
 def merging(moment: Tensor, h: int, t: int, form: Form, rotary: int) -> Basis:

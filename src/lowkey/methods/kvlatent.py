@@ -53,7 +53,7 @@ class KVLatent(Method):
 
     def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
         keys, values = statistics.keys(probe.layout), head_blocks(statistics.values, statistics.heads)
-        d, turning = keys.shape[-1], rotary_width(probe)
+        d, turning = keys.shape[-1], probe.rotary
         chosen = strided_pairs(d, turning, ranks)
         if self.choose == "data":
             chosen = best_pairs(keys, statistics.queries(probe.layout), turning)
@@ -81,12 +81,6 @@ def aware_frequencies(rank: int, base: float) -> Tensor:
     """Eq. 11 on one continuous grid (rank / 2): base^(-a / rank), a = r/4, r/4 + 2, ..., 3r/4 - 2, then 3r/4, 3r/4 + 1, ..., r - 1."""
     grid = torch.cat([torch.arange(rank // 4, 3 * rank // 4, 2), torch.arange(3 * rank // 4, rank)])
     return base ** (-grid.float() / rank)
-
-
-def rotary_width(probe: Probe) -> int:
-    """How many channels of a head are rotated, the first ones."""
-    one = torch.zeros(1, 1, dtype=torch.long, device=probe.inputs.device)
-    return probe.rope.embeddings(one, probe.inputs[:1, :1])[0].shape[-1]
 
 
 def strided_pairs(d: int, turning: int, ranks: list[int]) -> Basis:

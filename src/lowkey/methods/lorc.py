@@ -5,14 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor
-
-from lowkey import families
 from lowkey.methods.base import Method
-from lowkey.ops.products import joint_moments, merged_basis, rotated_moment
+from lowkey.ops.products import joint_moments, merged_basis
 from lowkey.probe import Probe
-from lowkey.types import LayerBases, LayerStatistics, Layout, LowkeyError, device_of
+from lowkey.types import LayerBases, LayerStatistics, Layout
 
 
 @dataclass(frozen=True)
@@ -40,28 +36,9 @@ class LoRC(Method):
 
     def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
         heads = statistics.heads
-        keys, values = joint_moments(statistics, probe.layout) if self.whiten else _from_weights(probe)
+        if self.whiten:
+            keys, values = joint_moments(statistics, probe.layout)
+        else:
+            keys, values = probe.white_moments(probe.layout, "option whiten=false of method 'lorc'", "set whiten=true")
         t = heads if self.scope == "layer" else 1
         return LayerBases(merged_basis(keys, heads, t), merged_basis(values, heads, t))
-
-
-def _from_weights(probe: Probe) -> tuple[Tensor, Tensor]:
-    """Joint moments (h d, h d) of the keys and values that white inputs would give."""
-    p = families.projections(probe.model, probe.index)
-    if p.normed:
-        raise LowkeyError(
-            "option whiten=false of method 'lorc': keys of this model pass a norm after their projection, of which weights say nothing; "
-            "set whiten=true"
-        )
-    keys = _gram(p.k, p.k_bias)
-    if probe.layout == "post_rope":
-        positions = torch.arange(probe.inputs.shape[1], device=device_of(probe.block)).unsqueeze(0)
-        cos, sin = (x[0, 0].cpu() for x in probe.rope(positions, torch.empty(0, device=positions.device)))
-        keys = rotated_moment(keys, cos, sin, p.k.shape[1])
-    return keys, _gram(p.v, p.v_bias)
-
-
-def _gram(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(h d, h d) in fp64, from weights (h, d, D) and a bias (h, d)."""
-    flat = weight.flatten(0, 1).double()
-    return flat @ flat.mT + (0 if bias is None else torch.outer(bias.flatten().double(), bias.flatten().double()))

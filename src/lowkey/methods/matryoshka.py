@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lowkey import families, through
@@ -152,8 +151,7 @@ class _Training:
         with torch.no_grad():
             original = model(ids, use_cache=False).logits
         found = through.logits(model, ids, through.storages(model, self.factors(ranks), self.course.layout))
-        divergence = F.kl_div(_log_likelihood(found), _log_likelihood(original), log_target=True, reduction="batchmean")
-        return self.kl * divergence + (1 - self.kl) * through.next_token_loss(found, ids)
+        return self.kl * through.divergence(found, original) + (1 - self.kl) * through.next_token_loss(found, ids)
 
     def factors(self, ranks: Tensor) -> dict[int, Factors]:
         pairs = zip(self.sides.items(), ranks, strict=True)
@@ -171,11 +169,6 @@ def judged_ranks(ranks: list[int]) -> list[int]:
     """Evenly spaced among the candidates below the full rank, which needs no judging."""
     lower = ranks[:-1] or ranks
     return lower[:: -(-len(lower) // JUDGED)]
-
-
-def _log_likelihood(logits: Tensor) -> Tensor:
-    """(b t, V)"""
-    return logits.float().log_softmax(-1).flatten(0, 1)
 
 
 def _copies(parameters: list[Tensor]) -> list[Tensor]:

@@ -8,12 +8,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lowkey import families
 from lowkey.methods.base import Method
 from lowkey.ops.bases import principal
 from lowkey.ops.commuting import spread, turning
+from lowkey.ops.products import joint_moments
 from lowkey.probe import Probe
-from lowkey.types import Basis, LayerBases, LayerStatistics, LowkeyError
+from lowkey.types import Basis, LayerBases, LayerStatistics
 
 SWEEPS = 20  # over the heads, at most, to align them
 GAIN = 1e-4  # of all energy: a sweep that gains less is the last
@@ -44,38 +44,16 @@ class MEA(Method):
         h = statistics.heads
         d = len(statistics.values) // h
         if self.basis == "weights":
-            keys, values = (mixed(gram, d) for gram in weight_grams(probe))
-            return LayerBases(keys, values)
-        moments = statistics.keys_pre if probe.layout == "pre_rope" else statistics.keys_post, statistics.values
+            moments = probe.white_moments("pre_rope", "basis 'weights'", "use basis 'activations' or 'aligned'")
+        else:
+            moments = joint_moments(statistics, probe.layout)
         blocks = [joint.view(h, d, h, d).transpose(1, 2) for joint in moments]
-        if self.basis == "activations":
+        if self.basis != "aligned":
             keys, values = (mixed(head_gram(b), d) for b in blocks)
             return LayerBases(keys, values)
         counts = [r * h // d for r in self.candidates(h, d, ranks) if r < d]
-        keys, values = (aligned(b, counts, rotary) for b, rotary in zip(blocks, (_rotary(probe), 0), strict=True))
+        keys, values = (aligned(b, counts, rotary) for b, rotary in zip(blocks, (probe.rotary, 0), strict=True))
         return LayerBases(keys, values)
-
-
-def _rotary(probe: Probe) -> int:
-    """How many channels of a head the model rotates."""
-    zero = torch.zeros(1, 1, dtype=torch.long, device=probe.outputs.device)
-    return probe.rope(zero, probe.outputs)[0].shape[-1]
-
-
-def weight_grams(probe: Probe) -> tuple[Tensor, Tensor]:
-    """(h, h) of the flattened key and value projections."""
-    p = families.projections(probe.model, probe.index)
-    if p.normed:
-        raise LowkeyError(
-            "basis 'weights': this model norms its keys after their projection, so that they are not linear in its weights; "
-            "use basis 'activations' or 'aligned'"
-        )
-    keys, values = (_flat(w, b) for w, b in ((p.k, p.k_bias), (p.v, p.v_bias)))
-    return keys @ keys.mT, values @ values.mT
-
-
-def _flat(weight: Tensor, bias: Tensor | None) -> Tensor:
-    return (weight if bias is None else torch.cat([weight, bias.unsqueeze(-1)], -1)).double().flatten(1)
 
 
 def head_gram(blocks: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from lowkey.merging import blocks
 from lowkey.methods.base import Course, Method
 from lowkey.ops.bases import principal
 from lowkey.ops.products import group_size, joint_moments, merged_basis, reordered, signs
-from lowkey.probe import Probe, Rebuilt
-from lowkey.stream import first_inputs, layer_in_full, passed
+from lowkey.probe import Probe, Rebuilt, layer_in_full, passed
+from lowkey.stream import first_inputs
 from lowkey.types import Factors, LayerBases, LayerStatistics, Layout
 
 RIDGE = 1e-9  # relative to the mean eigenvalue: no direction of the values is wholly without energy

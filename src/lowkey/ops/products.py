@@ -72,25 +72,3 @@ def reordered(joint: Float[Tensor, "n n"], order: Tensor | None, heads: int) -> 
     if order is None:
         return joint
     return joint.unflatten(0, (heads, -1))[order].flatten(0, 1).unflatten(1, (heads, -1))[:, order].flatten(1, 2)
-
-
-def rotated_moment(moment: Float[Tensor, "n n"], cos: Float[Tensor, "t p"], sin: Float[Tensor, "t p"], d: int) -> Float[Tensor, "n n"]:
-    """The mean over positions of R^T M R, where R rotates row vectors, d numbers per head, as `rope.rotate` does.
-
-    A row x becomes x * c + turned(x) * s; so the products of its entries are those of x and turned(x), times products of c and s.
-    """
-    c, s = torch.ones(len(cos), d, dtype=torch.float64), torch.zeros(len(sin), d, dtype=torch.float64)
-    c[:, : cos.shape[1]], s[:, : sin.shape[1]] = cos, sin
-    turn, n = head_turn(d, cos.shape[1]), len(moment) // d
-    turned = torch.block_diag(*[turn] * n)
-    cc, cs, ss = ((a.mT @ b / len(cos)).repeat(n, n) for a, b in ((c, c), (c, s), (s, s)))
-    m = moment.double()
-    crossed = m @ turned * cs
-    return m * cc + crossed + crossed.mT + turned.mT @ m @ turned * ss
-
-
-def head_turn(d: int, p: int) -> Float[Tensor, "d d"]:
-    """What `rope.half_turn` does to the first p of d channels of a row, as a matrix; the others become 0."""
-    turn, half = torch.zeros(d, d, dtype=torch.float64), torch.eye(p // 2, dtype=torch.float64)
-    turn[p // 2 : p, : p // 2], turn[: p // 2, p // 2 : p] = -half, half
-    return turn
