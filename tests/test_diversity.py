@@ -74,14 +74,12 @@ def handed(model: LowkeyForCausalLM, hidden: torch.Tensor) -> tuple[torch.Tensor
     AttentionInterface.register("spy", spy)
     block, model.config._attn_implementation = model.model.layers[0].self_attn, "spy"
     model.config.decode = "expanded"
-    if hasattr(block, "absorb_below"):
-        block.absorb_below = 0
-    block(hidden, unrotated(model.config.rope_width), position_ids=torch.zeros(1, hidden.shape[1], dtype=torch.long))
+    block(hidden, unrotated(hidden.shape[1], model.config.rope_width), position_ids=torch.zeros(1, hidden.shape[1], dtype=torch.long))
     return tuple(seen[0])
 
 
-def unrotated(width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.ones(1, 1, width, dtype=torch.float64), torch.zeros(1, 1, width, dtype=torch.float64)
+def unrotated(tokens: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ones(1, tokens, width, dtype=torch.float64), torch.zeros(1, tokens, width, dtype=torch.float64)
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
