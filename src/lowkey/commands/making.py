@@ -240,7 +240,7 @@ def pretrain(
     force: Annotated[bool, typer.Option(help="start anew where another run has left its files")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a model from scratch. Interrupted or killed, it goes on from its last checkpoint when the same command is given again."""
+    """Train a model from scratch, or the one at model.path further. The same command goes on where it was stopped."""
     from accelerate import PartialState
 
     place = out or Path("runs") / recipe.stem

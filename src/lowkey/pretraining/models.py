@@ -1,4 +1,4 @@
-"""A fresh model out of a recipe's [model] table. The loop does not care which."""
+"""The model of a recipe's [model] table, fresh or from a folder. The loop does not care which."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from lowkey.loading import load
 from lowkey.pretraining.recipe import nearest
 from lowkey.types import LowkeyError
 
@@ -19,6 +20,11 @@ def validate(table: Mapping[str, Any]) -> str:
     """The kind of model; before any work is done. Errors: LowkeyError for an empty table, an unknown kind or field."""
     if not table:
         raise LowkeyError("recipe: [model] is empty; give at least hidden_size and num_hidden_layers, or a model to `pretrain`")
+    if "path" in table:
+        if len(table) > 1:
+            extra = next(name for name in table if name != "path")
+            raise LowkeyError(f"model.{extra}: a model from model.path has it already; drop one of the two")
+        return "path"
     kind = str(table.get("model_type", "llama"))
     if "attention" in table:
         from lowkey.attention import LowkeyConfig, register  # adds the kind to transformers' tables
@@ -35,13 +41,18 @@ def validate(table: Mapping[str, Any]) -> str:
 
 
 def build(table: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, length: int) -> PreTrainedModel:
-    """A model in fp32 with random weights, from torch's random numbers as they stand.
+    """A model in fp32 with random weights, from torch's random numbers as they stand; or, of `path` alone, the one in that folder, to be
+    trained further (`lowkey convert` writes such folders).
 
     table: fields of the config class, which is lowkey's own where `attention` is given, and otherwise that of `model_type` (`llama`).
     vocab_size, the ids of special tokens and max_position_embeddings (`length`) come from the tokenizer and the rows when not given.
     Errors: LowkeyError for an unknown field or values that the config class or the model refuses.
     """
     kind = validate(table)
+    if kind == "path":
+        model, _ = load(str(table["path"]), "float32", "cpu")
+        model.set_attn_implementation("sdpa")  # nothing of ours stands between training and the fused kernels
+        return model
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     pad = None if pad in (bos, eos) else pad  # transformers would never train the embedding of such a token
     ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}

@@ -126,7 +126,8 @@ class Training:
 
 @dataclass(frozen=True)
 class Recipe:
-    """model: fields of the config class (see `models.build`); may stay empty when a model is given to `pretrain`."""
+    """model: fields of the config class (see `models.build`), or `path`, a model to train further, whose tokenizer is used unless [data]
+    says otherwise; may stay empty when a model is given to `pretrain`."""
 
     model: Mapping[str, Any] = field(default_factory=dict)
     data: Data = field(default_factory=Data)
@@ -152,7 +153,10 @@ class Recipe:
             _known(name, ("model", "data", "training"), "table", "recipe")
             if not isinstance(table, Mapping):
                 raise LowkeyError(f"recipe {name} {table!r}: is a table; write [{name}] and its fields below")
-        return cls(dict(tables.get("model", {})), _of(Data, "data", tables), _of(Training, "training", tables))
+        model, given = dict(tables.get("model", {})), dict(tables.get("data", {}))
+        if "path" in model and not {"tokenizer", "vocab_size"} & set(given):
+            given["tokenizer"] = model["path"]
+        return cls(model, _of(Data, "data", {"data": given}), _of(Training, "training", tables))
 
     def describe(self) -> dict[str, Any]:
         """Plain tables, as they come back from a file."""
