@@ -86,7 +86,7 @@ def _made(kind: str, given: dict[str, Any]) -> PreTrainedConfig:
     except LowkeyError:
         raise
     except Exception as error:  # each config class checks in its own way
-        raise LowkeyError(f"recipe: [model] is refused: {_line(error)}; change it") from error
+        raise LowkeyError(f"recipe: [model] is refused: {_line(error.__cause__ or error)}; change it") from error
 
 
 def _line(error: Exception) -> str:
