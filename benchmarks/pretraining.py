@@ -55,7 +55,6 @@ ARMS: dict[str, dict] = {
     **{f"LRKV r={r}": {"attention": "lrkv", "lrkv_rank": r} for r in (0, 2, 4, 8, 16)},
 }
 COMPARED = ("MHA", "GQA-4", "MQA", "MLA-50", "LRKV-50 full", "LRKV-50 latent", "MEA-4")
-MORE = ("MLA-25", "GTA-8", "K=V-8")
 PARTS = ("MHA", "MHA + head norm", "HLC only", "MEA-8", "MHA + QK-norm", "MHA + gate")
 RANKS = ("LRKV r=0", "LRKV r=2", "LRKV r=4", "LRKV r=8", "LRKV r=16")
 
@@ -93,18 +92,20 @@ def run(
     range_rates: str = "1e-3,2e-3,4e-3,8e-3,16e-3,32e-3,64e-3",
     seeds: int = 3,
     range_seeds: int = 1,
-    more: Annotated[bool, typer.Option(help="also MLA at 25 %, GTA and K=V")] = False,
+    arms: Annotated[str, typer.Option(help="of stages a, b and w, separated by semicolons; also MLA-25;GTA-8;K=V-8")] = ";".join(COMPARED),
     workers: int = 2,
 ) -> None:
     """Train what is missing, stage by stage."""
     corpus, held = prepare_texts(texts, out)
-    arms = (*COMPARED, *MORE) if more else COMPARED
+    chosen_arms = arms.split(";")
     for stage in stages.split(","):
         if stage == "a":
-            jobs = [Job("a", arm, float(lr), 100, int(sweep_tokens), batch) for lr in rates.split(",") for arm in arms]
+            jobs = [Job("a", arm, float(lr), 100, int(sweep_tokens), batch) for lr in rates.split(",") for arm in chosen_arms]
         elif stage in ("b", "w"):
             best = pretraining_report.chosen(out)
-            jobs = [Job(stage, arm, best[arm], s, int(tokens), batch, stage == "w") for s in range(seeds) for arm in arms if arm in best]
+            jobs = [
+                Job(stage, arm, best[arm], s, int(tokens), batch, stage == "w") for s in range(seeds) for arm in chosen_arms if arm in best
+            ]
         elif stage == "c":
             grid = [(s, lr, arm) for s in range(range_seeds) for lr in range_rates.split(",") for arm in PARTS]
             jobs = [Job("c", arm, float(lr), s, int(range_tokens), batch) for s, lr, arm in grid]

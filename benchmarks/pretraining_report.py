@@ -6,9 +6,12 @@ import json
 import math
 import statistics
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from lowkey import files
 
@@ -38,10 +41,11 @@ def chosen(out: Path) -> dict[str, float]:
 
 
 def report(out: Path, results: Path) -> None:
-    """Write all numbers that the tables need, and print the tables."""
+    """Write all numbers that the tables need and a figure, and print the tables."""
     rows = runs(out)
     kept = [{k: v for k, v in r.items() if k != "result"} | {"result": _kept(r["result"])} for r in rows]
     files.write_json(results, {"rows": kept})
+    draw(rows, results.with_suffix(".png"))
     for title, table in (
         ("Learning rates", sweep_table(out)),
         ("Comparison", comparison_table(rows, "b")),
@@ -51,6 +55,34 @@ def report(out: Path, results: Path) -> None:
     ):
         if table:
             print(f"\n{title}\n\n" + "\n".join(table))
+
+
+def draw(rows: list[dict], place: Path) -> None:
+    """Three panels: the sweep, training losses less MHA's of the same seed, and the range of learning rates."""
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    sweep, curves, wide = figure.subplots(1, 3)
+    _by_rate(sweep, [r for r in rows if r["stage"] == "a"], validation, "validation loss (selection)")
+    _by_rate(wide, [r for r in rows if r["stage"] == "c"], _end, "last training loss, constant rate")
+    compared = [r for r in rows if r["stage"] == "b"]
+    reference = {r["seed"]: smoothed(r["result"]["losses"]) for r in compared if r["arm"] == "MHA"}
+    for arm in sorted({r["arm"] for r in compared}):
+        mine = [smoothed(r["result"]["losses"]) - reference[r["seed"]] for r in compared if r["arm"] == arm and r["seed"] in reference]
+        if mine:
+            curves.plot(np.mean(mine, axis=0), label=arm)
+    curves.set(xlabel="step", ylabel="smoothed training loss minus MHA's, nats", ylim=(-0.4, 0.6), title="equal tokens, mean over seeds")
+    for axes in (sweep, curves, wide):
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize=7)
+    with files.replacing(place) as temporary:
+        figure.savefig(temporary, format="png", dpi=90)
+
+
+def _by_rate(axes: Axes, rows: list[dict], value: Callable[[dict], float], label: str) -> None:
+    for arm in sorted({r["arm"] for r in rows}):
+        rates = sorted({r["lr"] for r in rows if r["arm"] == arm})
+        axes.plot(rates, [statistics.mean(value(r) for r in rows if r["arm"] == arm and r["lr"] == lr) for lr in rates], "o-", label=arm)
+    axes.set(xscale="log", xlabel="learning rate", ylabel="nats per token", title=label)
 
 
 def _kept(result: dict) -> dict:
