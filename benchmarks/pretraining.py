@@ -24,13 +24,13 @@ from typing import Annotated
 import pretraining_report
 import torch
 import typer
-from lowkey.pretraining import pretrain
-from lowkey.pretraining.recipe import Recipe
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey import files
 from lowkey.attention import LowkeyConfig, LowkeyForCausalLM, costs, model_parameters
+from lowkey.pretraining import pretrain
+from lowkey.pretraining.recipe import Recipe
 
 SHAPE = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 6, "num_attention_heads": 8, "tie_word_embeddings": True}
 VOCABULARY, LENGTH = 1024, 256
@@ -102,7 +102,7 @@ def run(
         if stage == "a":
             jobs = [Job("a", arm, float(lr), 100, int(sweep_tokens), batch) for lr in rates.split(",") for arm in chosen_arms]
         elif stage in ("b", "w"):
-            best = pretraining_report.chosen(out)
+            best = {arm: lr for arm, lr in pretraining_report.chosen(out).items() if arm in chosen_arms}
             jobs = [
                 Job(stage, arm, best[arm], s, int(tokens), batch, stage == "w") for s in range(seeds) for arm in chosen_arms if arm in best
             ]
