@@ -103,9 +103,7 @@ def run(
             jobs = [Job("a", arm, float(lr), 100, int(sweep_tokens), batch) for lr in rates.split(",") for arm in chosen_arms]
         elif stage in ("b", "w"):
             best = {arm: lr for arm, lr in pretraining_report.chosen(out).items() if arm in chosen_arms}
-            jobs = [
-                Job(stage, arm, best[arm], s, int(tokens), batch, stage == "w") for s in range(seeds) for arm in chosen_arms if arm in best
-            ]
+            jobs = [Job(stage, arm, lr, s, int(tokens), batch, stage == "w") for s in range(seeds) for arm, lr in best.items()]
         elif stage == "c":
             grid = [(s, lr, arm) for s in range(range_seeds) for lr in range_rates.split(",") for arm in PARTS]
             jobs = [Job("c", arm, float(lr), s, int(range_tokens), batch) for s, lr, arm in grid]
