@@ -52,6 +52,8 @@ ARMS: dict[str, dict] = {
     "HLC only": {"attention": "mea", "head_norm": "none"},
     "MHA + QK-norm": {"attention": "mha", "qk_norm": True},
     "MHA + gate": {"attention": "mha", "attn_output_gate": True},
+    "MHA, W_O zero": {"attention": "mha", "zero_init_output": True},
+    "MEA-4, W_O zero": {"attention": "mea", "mea_num_component_heads": 4, "zero_init_output": True},
     **{f"LRKV r={r}": {"attention": "lrkv", "lrkv_rank": r} for r in (0, 2, 4, 8, 16)},
 }
 COMPARED = ("MHA", "GQA-4", "MQA", "MLA-50", "LRKV-50 full", "LRKV-50 latent", "MEA-4")
@@ -75,7 +77,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        plain = self.arm.replace(" ", "").replace("+", "-").replace("=", "")
+        plain = self.arm.replace(" ", "").replace("+", "-").replace("=", "").replace(",", "-")
         return f"{self.stage}-{plain}-lr{self.lr:g}-s{self.seed}-{self.tokens}-{self.batch}"
 
 
@@ -183,7 +185,7 @@ def build(job: Job) -> PreTrainedModel:
     torch.manual_seed(job.seed)
     model = LowkeyForCausalLM(config)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, nn.Linear | nn.Embedding) and module.weight.any():  # what starts at zero stays there
             _draw(module.weight, name, job.seed, config.initializer_range)
     return model
 
