@@ -89,5 +89,5 @@ def _made(kind: str, given: dict[str, Any]) -> PreTrainedConfig:
         raise LowkeyError(f"recipe: [model] is refused: {_line(error.__cause__ or error)}; change it") from error
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300].rstrip(". ")
