@@ -5,7 +5,7 @@
 
 Stages: `a` learning-rate sweep (selection only, by validation loss), `b` the comparison at the chosen rates, `c` the range of learning
 rates of MEA's parts (2 x 2, QK-norm and gate as controls), `r` LRKV's rank, `w` the arms of `b` with the feed-forward width solved for
-MHA's number of parameters. Runs are processes of one thread each. Interrupted, the same command goes on: finished runs are kept, the
+MHA's number of parameters, `z` the arms of `b` at one learning rate with output projections that start at zero. Runs are processes of one thread each. Interrupted, the same command goes on: finished runs are kept, the
 others resume.
 """
 
@@ -52,8 +52,6 @@ ARMS: dict[str, dict] = {
     "HLC only": {"attention": "mea", "head_norm": "none"},
     "MHA + QK-norm": {"attention": "mha", "qk_norm": True},
     "MHA + gate": {"attention": "mha", "attn_output_gate": True},
-    "MHA, W_O zero": {"attention": "mha", "zero_init_output": True},
-    "MEA-4, W_O zero": {"attention": "mea", "mea_num_component_heads": 4, "zero_init_output": True},
     **{f"LRKV r={r}": {"attention": "lrkv", "lrkv_rank": r} for r in (0, 2, 4, 8, 16)},
 }
 COMPARED = ("MHA", "GQA-4", "MQA", "MLA-50", "LRKV-50 full", "LRKV-50 latent", "MEA-4")
@@ -92,6 +90,7 @@ def run(
     batch: int = 8192,
     rates: str = "1e-3,2e-3,4e-3,8e-3,16e-3",
     range_rates: str = "1e-3,2e-3,4e-3,8e-3,16e-3,32e-3,64e-3",
+    zero_rate: float = 3e-3,
     seeds: int = 3,
     range_seeds: int = 1,
     arms: Annotated[str, typer.Option(help="of stages a, b and w, separated by semicolons; also MLA-25;GTA-8;K=V-8")] = ";".join(COMPARED),
@@ -106,6 +105,8 @@ def run(
         elif stage in ("b", "w"):
             best = {arm: lr for arm, lr in pretraining_report.chosen(out).items() if arm in chosen_arms}
             jobs = [Job(stage, arm, lr, s, int(tokens), batch, stage == "w") for s in range(seeds) for arm, lr in best.items()]
+        elif stage == "z":
+            jobs = [Job("z", arm, zero_rate, s, int(sweep_tokens), batch) for s in range(seeds) for arm in chosen_arms]
         elif stage == "c":
             grid = [(s, lr, arm) for s in range(range_seeds) for lr in range_rates.split(",") for arm in PARTS]
             jobs = [Job("c", arm, float(lr), s, int(range_tokens), batch) for s, lr, arm in grid]
@@ -113,7 +114,7 @@ def run(
             rate = pretraining_report.chosen(out)["LRKV-50 full"]
             jobs = [Job("r", arm, rate, s, int(tokens), batch) for s in range(seeds) for arm in RANKS]
         else:
-            raise typer.BadParameter(f"stage {stage!r} is unknown; choose among a, b, c, r, w")
+            raise typer.BadParameter(f"stage {stage!r} is unknown; choose among a, b, c, r, w, z")
         work(jobs, out, corpus, held, workers)
 
 
@@ -179,7 +180,7 @@ def one(job: Job, out: Path, corpus: Path, held: Path) -> float:
 def build(job: Job) -> PreTrainedModel:
     """The arm's model; what has the same name and shape in two arms starts from the same numbers."""
     ids = {"vocab_size": VOCABULARY, "max_position_embeddings": LENGTH, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    config = LowkeyConfig(**{**SHAPE, **ids, **ARMS[job.arm]})
+    config = LowkeyConfig(**{**SHAPE, **ids, **ARMS[job.arm], **({"zero_init_output": True} if job.stage == "z" else {})})
     if job.matched:
         config.intermediate_size = _matched_width(config)
     torch.manual_seed(job.seed)

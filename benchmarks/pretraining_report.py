@@ -50,6 +50,7 @@ def report(out: Path, results: Path) -> None:
         ("Learning rates", sweep_table(out)),
         ("Comparison", comparison_table(rows, "b")),
         ("With MHA's parameters", comparison_table(rows, "w")),
+        ("Output projections at zero", comparison_table(rows, "z")),
         ("LRKV's rank", comparison_table(rows, "r")),
         ("Range of learning rates", range_table(rows)),
     ):
