@@ -5,8 +5,8 @@
 
 Stages: `a` learning-rate sweep (selection only, by validation loss), `b` the comparison at the chosen rates, `c` the range of learning
 rates of MEA's parts (2 x 2, QK-norm and gate as controls), `r` LRKV's rank, `w` the arms of `b` with the feed-forward width solved for
-MHA's number of parameters, `z` the arms of `b` at one learning rate with output projections that start at zero. Runs are processes of one thread each. Interrupted, the same command goes on: finished runs are kept, the
-others resume.
+MHA's number of parameters, `z` the arms of `b` at one learning rate with output projections that start at zero. Runs are processes of one
+thread each. Interrupted, the same command goes on: finished runs are kept, the others resume.
 """
 
 from __future__ import annotations
