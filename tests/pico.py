@@ -170,7 +170,7 @@ def feed(
     model: PreTrainedModel, ids: Tensor, past: object = None, pads: list[int] | None = None, splits: list[int] | None = None
 ) -> Tensor:
     """Logits (b, t, V) of the ids, fed in pieces of the sizes `splits`; whatever the cache holds already comes before."""
-    before = past.get_seq_length() if past is not None else 0
+    before = int(past.get_seq_length()) if past is not None else 0  # a copy: a static cache counts in place
     mask, positions = padding(pads or [0] * len(ids), before + ids.shape[1])
     out, start = [], 0
     for size in splits or [ids.shape[1]]:

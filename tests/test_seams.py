@@ -5,16 +5,26 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 import pico
 import pytest
 import torch
 from pico import VOCAB, WINDOW, attached, feed, generate, prompt, stock
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, DynamicCache
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    PreTrainedModel,
+)
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import lowkey
 from lowkey import families, seam
@@ -423,3 +433,82 @@ def test_our_sliding_layer_returns_what_upstreams_returns():
         x, y = torch.randn(1, 2, length, 16), torch.randn(1, 2, length, 16)
         for a, b in zip(ours.update(x, y), theirs.update(x, y), strict=True):
             assert torch.equal(a, b)
+
+
+# -- what attention with a small cache from birth stores (lowkey.attention)
+
+
+def test_a_static_cache_counts_in_place():
+    """Why a layer adds 0 to what it read before it stores: else the number would move under its hands."""
+    layer = StaticLayer(8)
+    layer.update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4))
+    seen = layer.get_seq_length()
+    copy = seen + 0
+    layer.update(torch.zeros(1, 2, 2, 4), torch.zeros(1, 2, 2, 4))
+    assert int(seen) == 5 and int(copy) == 3
+
+
+@pytest.mark.parametrize("new", [DynamicLayer, partial(StaticLayer, 8)], ids=["dynamic", "static"])
+@pytest.mark.parametrize("width", [0, 3, 9])
+def test_keys_and_values_of_different_widths_pass_a_cache(new, width):
+    """Of width 0 too: the place of values where keys hold everything."""
+    layer = new()
+    keys, values = torch.randn(2, 1, 5, 6), torch.randn(2, 1, 5, width)
+    layer.update(keys[:, :, :4], values[:, :, :4])
+    got = layer.update(keys[:, :, 4:], values[:, :, 4:])
+    assert [tuple(x.shape[:2]) + tuple(x.shape[3:]) for x in got] == [(2, 1, 6), (2, 1, width)]
+    assert torch.equal(got[0][:, :, :5], keys) and torch.equal(got[1][:, :, :5], values) and int(layer.get_seq_length()) == 5
+
+
+def test_cached_beams_are_reordered_with_values_of_width_0():
+    cache = DynamicCache()
+    cache.update(torch.randn(2, 1, 3, 4), torch.zeros(2, 1, 3, 0), 0)
+    cache.reorder_cache(torch.tensor([1, 1]))
+    assert torch.equal(cache.layers[0].keys[0], cache.layers[0].keys[1]) and cache.layers[0].values.shape == (2, 1, 3, 0)
+
+
+@pytest.mark.parametrize("stored", [4, 9])
+def test_no_mask_means_causal_from_the_first_stored_token(stored):
+    """An empty static cache is longer than the text: token i sees slots up to i, not the last ones."""
+    assert sdpa_mask(batch_size=1, q_length=4, kv_length=4) is None
+    x, module = torch.randn(1, 2, stored, 8), pico.build("llama").model.layers[0].self_attn
+    module.num_key_value_groups = 1
+    out, _ = sdpa_attention_forward(module, x[:, :, :4], x, x, None, scaling=1.0)
+    for i in range(4):
+        weights = torch.softmax(x[:, :, i].unsqueeze(2) @ x[:, :, : i + 1].mT, -1)
+        assert torch.allclose(out[:, i], (weights @ x[:, :, : i + 1]).squeeze(2), atol=1e-5)
+
+
+def test_a_module_without_parameters_of_its_own_is_not_asked_how_it_starts():
+    """Of code that is not transformers' own; why the output projection is a class of its own."""
+    asked = []
+
+    class Own(PreTrainedModel):
+        config_class = LlamaConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.part = torch.nn.Sequential(torch.nn.Linear(2, 2))
+            self.post_init()
+
+        def _init_weights(self, module):
+            super()._init_weights(module)
+            asked.append(type(module).__name__)
+
+    Own(LlamaConfig())
+    assert asked == ["Linear"]
+
+
+def test_a_head_dim_of_0_is_taken_for_none_given():
+    """Why a rotary embedding of width 0 is one of our own."""
+    config = LlamaConfig(hidden_size=32, num_attention_heads=2, head_dim=0)
+    assert len(LlamaRotaryEmbedding(config=config).inv_freq) == 8
+
+
+def test_positions_that_start_again_are_documents_only_without_a_cache():
+    model = pico.build("llama")
+    arguments = {"config": model.config, "inputs_embeds": torch.zeros(1, 6, pico.HIDDEN), "attention_mask": None}
+    arguments |= {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
+    packed = create_causal_mask(**arguments, past_key_values=None)
+    assert not packed[0, 0, 3:, :3].any() and packed[0, 0, 5, 3:].all()
+    assert create_causal_mask(**arguments, past_key_values=DynamicCache()) is None

@@ -33,8 +33,26 @@ class Call(NamedTuple):
     extra: dict[str, Any]
 
 
-def rotary(config: LowkeyConfig, width: int) -> LlamaRotaryEmbedding:
+class NoRotation(nn.Module):
+    """A rotary embedding of no dimensions."""
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> Rope:
+        """cos and sin of width 0, for positions (b, t)."""
+        nothing = x.new_empty(*position_ids.shape, 0)
+        return nothing, nothing
+
+
+class PreciseRMSNorm(nn.RMSNorm):
+    """RMSNorm in its weight's precision: under autocast the input is narrower than the weight, in fp64 neither is narrowed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
+def rotary(config: LowkeyConfig, width: int) -> nn.Module:
     """The decoder's rotary embedding for another width, with the same base and scaling."""
+    if not width:
+        return NoRotation()  # transformers takes 0 for "not given"
     own = copy.copy(config)
     own.head_dim = width
     return LlamaRotaryEmbedding(config=own)
@@ -64,6 +82,12 @@ def joined(*parts: Tensor) -> Tensor:
 def nothing(like: Tensor) -> Tensor:
     """An empty tensor in the place of values, where keys hold everything."""
     return like[..., :0]
+
+
+def by_rows(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, both (rows, heads, ., .), one row of the batch after another: heads that lie between other numbers are one batch only within
+    a row, and a product over rows and heads would copy b first."""
+    return torch.stack([x @ y for x, y in zip(a, b, strict=True)])
 
 
 def attention_weights(scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -121,7 +145,7 @@ class LowRankQuery(nn.Module):
         rank = config.q_lora_rank
         assert rank
         self.down = nn.Linear(config.hidden_size, rank, bias=False)
-        self.norm = nn.RMSNorm(rank, eps=config.rms_norm_eps)
+        self.norm = PreciseRMSNorm(rank, eps=config.rms_norm_eps)
         self.up = nn.Linear(rank, width, bias=config.attention_bias)
         self.scale = (config.hidden_size / rank) ** 0.5 if config.mla_latent_scale else 1.0
 
@@ -147,6 +171,22 @@ class HeadNorm(nn.Module):
     def forward(self, heads: Tensor) -> Tensor:
         return nn.functional.rms_norm(heads, heads.shape[-1:], eps=self.eps) * self.weight
 
+    def initialize(self) -> None:
+        init.ones_(self.weight)
+
+
+class OutputProjection(nn.Linear):
+    """The last map of a layer's attention, (heads d) -> D. A class of its own: transformers asks only modules with parameters of their own
+    how they start, so that a layer cannot speak for its parts."""
+
+    def __init__(self, config: LowkeyConfig, width: int) -> None:
+        super().__init__(width, config.hidden_size, bias=config.attention_bias)
+        self.zero = config.zero_init_output
+
+    def initialize(self) -> None:
+        if self.zero:
+            init.zeros_(self.weight)
+
 
 class Attention(nn.Module, ABC):
     """One layer's attention. A variant says what it stores, how queries meet it, and what that costs.
@@ -164,7 +204,7 @@ class Attention(nn.Module, ABC):
         self.attention_dropout, self.is_causal = config.attention_dropout, True
         self.num_key_value_groups = self.heads // config.num_key_value_heads
         self.q_proj = LowRankQuery(config, self.heads * key_width) if config.q_lora_rank else self.linear(self.heads * key_width)
-        self.o_proj = nn.Linear(self.heads * value_width, config.hidden_size, bias=config.attention_bias)
+        self.o_proj = OutputProjection(config, self.heads * value_width)
         self.gate_proj = self.linear(self.heads * value_width, bias=False) if config.attn_output_gate else None
         self.q_norm = self.norm(key_width)
         self.head_norm = HeadNorm(config, value_width) if config.head_norm != "none" else None
@@ -175,7 +215,7 @@ class Attention(nn.Module, ABC):
 
     def norm(self, width: int) -> nn.Module:
         """Of queries, keys or latents, over the last dimension, where the configuration has one."""
-        return nn.RMSNorm(width, eps=self.config.rms_norm_eps) if self.config.qk_norm else nn.Identity()
+        return PreciseRMSNorm(width, eps=self.config.rms_norm_eps) if self.config.qk_norm else nn.Identity()
 
     def forward(
         self,
@@ -248,9 +288,5 @@ class Attention(nn.Module, ABC):
             out = out * torch.sigmoid(self.gate_proj(hidden))
         return self.o_proj(out)
 
-    def initialize(self, std: float) -> None:
-        """Starting values of what is no linear map or norm; runs after those were drawn."""
-        if self.config.zero_init_output:
-            init.zeros_(self.o_proj.weight)
-        if self.head_norm is not None:
-            init.ones_(self.head_norm.weight)
+    def initialize(self) -> None:
+        """Starting values of parameters that lie in the layer itself, not in its maps and norms."""

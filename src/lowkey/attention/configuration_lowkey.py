@@ -26,7 +26,7 @@ class LowkeyConfig(LlamaConfig):
     before rotation, with a weight (Qwen3). attn_output_gate: heads times sigmoid(x W) before the output projection (arXiv:2505.06708).
     head_norm: RMSNorm of each head's output before the output projection, `shared` (one weight for all heads), `own` (one for each) or
     `none`; None: `shared` for mea, else `none`. zero_init_output: output projections start at zero, so that all kinds start alike.
-    decode: how stored latents are read: `auto` (whatever takes fewer operations), `absorbed`, `expanded`.
+    decode: how latents and component heads are read: `auto` (by operations, as each kind says), `absorbed`, `expanded`.
 
     num_key_value_heads: stored heads of gqa, gta and k_eq_v, composite heads of mea, shared bases of lrkv (default 1 there), 1 for mqa.
     mla (arXiv:2405.04434): kv_lora_rank c, qk_nope_head_dim n, qk_rope_head_dim e, v_head_dim v; mla_latent_scale: normed latents times
@@ -37,7 +37,7 @@ class LowkeyConfig(LlamaConfig):
     `orthogonal`.
     gta (arXiv:2505.21487), k_eq_v and the mode `partial` rotate only the last qk_rope_head_dim dimensions of a head (default: half of
     them; all for k_eq_v).
-    Errors: ValueError, as huggingface_hub's strict dataclasses raise it, for what does not go together.
+    Errors: huggingface_hub's StrictDataclassClassValidationError, whose cause is a ValueError, for what does not go together.
     """
 
     model_type = "lowkey"
@@ -81,8 +81,11 @@ class LowkeyConfig(LlamaConfig):
     @property
     def rope_width(self) -> int:
         """Dimensions that the decoder's shared rotary embedding turns."""
-        partly = self.attention in PARTLY_ROTATED or (self.attention == "lrkv" and self.lrkv_rope_mode == "partial")
-        return self.qk_rope_head_dim if partly else self.head_dim
+        return self.qk_rope_head_dim if self._partly_rotated else self.head_dim
+
+    @property
+    def _partly_rotated(self) -> bool:
+        return self.attention in PARTLY_ROTATED or (self.attention == "lrkv" and self.lrkv_rope_mode == "partial")
 
     def validate_architecture(self) -> None:
         """What cannot be built is refused when the configuration is made."""
@@ -100,33 +103,50 @@ class LowkeyConfig(LlamaConfig):
             self._validate_mla()
         if self.attention == "lrkv":
             self._validate_lrkv()
-        if self.rope_width % 2 or not 0 <= self.rope_width <= max(self.head_dim, self.rope_width * (self.attention == "mla")):
-            raise ValueError(
-                f"qk_rope_head_dim {self.rope_width}: rotation turns pairs; give an even number up to head_dim {self.head_dim}"
-            )
+        self._validate_rope()
+        if self.q_lora_rank is not None and self.q_lora_rank < 1:
+            raise ValueError(f"q_lora_rank {self.q_lora_rank}: the width of a latent is at least 1; leave it out for queries without one")
+
+    def _validate_rope(self) -> None:
+        width = self.rope_width
+        if not self._partly_rotated:
+            if width % 2:
+                raise ValueError(f"head_dim {width}: rotation turns pairs; give an even number")
+        elif width % 2 or width < 0 or (width > self.head_dim and self.attention != "mla"):
+            limit = "" if self.attention == "mla" else f" up to head_dim {self.head_dim}"
+            raise ValueError(f"qk_rope_head_dim {width}: rotation turns pairs; give an even number from 0{limit}")
 
     def _validate_heads(self) -> None:
         heads, stored = self.num_attention_heads, self.num_key_value_heads
         if not stored or stored < 1 or heads % stored:
-            raise ValueError(f"num_key_value_heads {stored}: must divide num_attention_heads {heads}")
+            raise ValueError(
+                f"num_key_value_heads {stored}: must be at least 1 and divide num_attention_heads {heads}; choose such a number"
+            )
         wanted = {"mha": heads, "mqa": 1}.get(self.attention, stored)
         if stored != wanted:
             raise ValueError(f"num_key_value_heads {stored}: attention {self.attention!r} has {wanted}; leave it out or choose 'gqa'")
         if self.attention == "mea" and self.mea_num_component_heads < 1:
-            raise ValueError(f"mea_num_component_heads {self.mea_num_component_heads}: must be at least 1")
+            raise ValueError(
+                f"mea_num_component_heads {self.mea_num_component_heads}: must be at least 1; leave it out for num_key_value_heads {stored}"
+            )
 
     def _validate_mla(self) -> None:
         if not self.kv_lora_rank or self.kv_lora_rank < 1:
             raise ValueError(f"kv_lora_rank {self.kv_lora_rank}: attention 'mla' needs the width of its latent, at least 1")
         if self.qk_norm:
-            raise ValueError("qk_norm: attention 'mla' norms its latents instead; leave it out")
-        if self.qk_nope_head_dim + self.qk_rope_head_dim < 1:
-            raise ValueError("qk_nope_head_dim and qk_rope_head_dim are both 0: queries would have no dimensions")
+            raise ValueError("qk_norm True: attention 'mla' norms its latents instead; leave it out")
+        for name, least in {"qk_nope_head_dim": 0, "v_head_dim": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} {getattr(self, name)}: must be at least {least}; leave it out for {self.head_dim}")
+        if self.qk_nope_head_dim + self.qk_rope_head_dim == 0:
+            raise ValueError("qk_nope_head_dim 0 and qk_rope_head_dim 0: queries would have no dimensions; give one of them more")
 
     def _validate_lrkv(self) -> None:
         rank = self.lrkv_rank
         if rank < 0:
-            raise ValueError(f"lrkv_rank {rank}: must be at least 0")
+            raise ValueError(f"lrkv_rank {rank}: must be at least 0; 0 leaves the shared heads alone")
+        if self.lrkv_init_scale < 0:
+            raise ValueError(f"lrkv_init_scale {self.lrkv_init_scale}: is a share of a norm; give 0 or more")
         if self.lrkv_rope_mode == "latent" and rank % 2:
             raise ValueError(f"lrkv_rank {rank}: mode 'latent' rotates pairs of latent dimensions; give an even rank")
         if self.lrkv_rope_mode == "full" and self.decode == "absorbed":

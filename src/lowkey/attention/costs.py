@@ -9,13 +9,15 @@ from typing import NamedTuple
 
 from .configuration_lowkey import LowkeyConfig
 
+MANY = 10**6  # stored tokens, for which a choice by operations is written into a formula
+
 
 class Costs(NamedTuple):
     """One layer of attention.
 
-    parameters: numbers trained. stored: numbers kept per token. read: numbers that the two products of a decoding step read per stored
-    token (a kernel that keeps a tile may read less). token, pair: MACs per token, and per query token and visible token, when a whole
-    text is read. decode_token, decode_pair: the same for one new token over a cache, as `decode` has it.
+    parameters: numbers trained. stored: numbers kept per token. read: how many of them a decoding step reads per stored token, twice
+    where both products read them (a kernel that keeps a tile may read less). token, pair: MACs per token, and per query token and
+    visible token, when a whole text is read. decode_token, decode_pair: the same for one new token over a cache, as `decode` has it.
     """
 
     parameters: int

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .base import Attention, Call, Rope, attention_weights, folded, heads_of, joined, rotary, rotate, weight_of, wide
+from .base import Attention, Call, Rope, attention_weights, by_rows, folded, heads_of, joined, rotary, rotate, weight_of, wide
 from .configuration_lowkey import LowkeyConfig
 from .costs import Costs, around
 
@@ -21,6 +21,7 @@ class LowRankKV(Attention):
     - `latent`: scores are rotated shared keys . rotated queries + rotated latents . rotated (query B_i): another model than the paper's,
       exact without rebuilding, in which r must be even. Training runs on concatenated vectors of d + r.
     - `partial`: only the last qk_rope_head_dim dimensions of the shared key are rotated, and B_i does not reach them: exact too.
+    decode: `auto` reads absorbed for a single new token, where keys and values of all heads would be written out for it alone.
     qk_norm: in `full` of rebuilt keys; else of shared keys and of latents, each by itself.
     """
 
@@ -88,10 +89,10 @@ class LowRankKV(Attention):
 
     def _rebuilt_keys(self, shared: Tensor, latents: Tensor, call: Call) -> Tensor:
         keys = self.k_norm(self._every_head(shared, latents, "k"))
-        return rotate(keys, call.rope if call.past is None else self._stored_rope(keys, call))
+        return rotate(keys, call.rope if keys.shape[2] == call.rope[0].shape[1] else self._stored_rope(keys, call))
 
     def _stored_rope(self, keys: Tensor, call: Call) -> Rope:
-        """Of all stored tokens: their positions end with the newest's, one by one, as in every cache that is filled in order."""
+        """Of all stored tokens: their positions end with the newest's, one by one, as in a cache that is filled in order, padding first."""
         assert call.positions is not None and self.rotary is not None
         last = call.past + call.positions.shape[-1] - 1
         slots = torch.arange(keys.shape[2], device=keys.device)
@@ -102,15 +103,15 @@ class LowRankKV(Attention):
         d = shared.shape[-1]
         carried = query[..., d:] if self.mode == "latent" else query[..., : self.reach] @ self.k_up.mT
         grouped = query[..., :d].unflatten(1, (shared.shape[1], -1))
-        first = (grouped.flatten(2, 3) @ shared.mT).unflatten(2, grouped.shape[2:4]).flatten(1, 2)
-        return first + carried @ latents.mT
+        first = by_rows(grouped.flatten(2, 3), shared.mT).unflatten(2, grouped.shape[2:4]).flatten(1, 2)
+        return first + by_rows(carried, latents.mT)
 
     def _mixed(self, scores: Tensor, shared: Tensor, latents: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """From scores to outputs, values not rebuilt."""
         weights = attention_weights(scores * self.scaling, call.mask)
         grouped = weights.unflatten(1, (shared.shape[1], -1))
-        first = (grouped.flatten(2, 3) @ shared).unflatten(2, grouped.shape[2:4]).flatten(1, 2)
-        return (first + (weights @ latents) @ self.v_up).transpose(1, 2), weights
+        first = by_rows(grouped.flatten(2, 3), shared).unflatten(2, grouped.shape[2:4]).flatten(1, 2)
+        return (first + by_rows(weights, latents) @ self.v_up).transpose(1, 2), weights
 
     def _side_by_side(
         self, query: Tensor, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor], call: Call
@@ -139,9 +140,8 @@ class LowRankKV(Attention):
         keys = nn.functional.pad(keys, (0, 0, 0, self.config.head_dim - self.reach))
         return folded(keys, self.k_norm) if self.mode == "full" else keys, wide(self.v_up).mT @ down_v
 
-    def initialize(self, std: float) -> None:
+    def initialize(self) -> None:
         """The low-rank part starts with lrkv_init_scale times the norm of the shared one; neither of its factors is zero."""
-        super().initialize(std)
         if self.rank:
             for up in (self.k_up, self.v_up):
                 init.normal_(up, std=self.config.lrkv_init_scale / self.rank**0.5)
@@ -156,11 +156,14 @@ class LowRankKV(Attention):
         norms = (d + (r if config.lrkv_rope_mode != "full" else 0)) if config.qk_norm else 0
         biases = 2 * groups * d if config.attention_bias else 0
         stored, total = 2 * (groups * d + heads * r), parameters + shared + down + up_k + up_v + norms + biases
-        token, wide = token + shared + down, 2 * heads * (d + r)
-        pair = wide if config.lrkv_rope_mode == "latent" else 2 * heads * d
-        if config.lrkv_rope_mode == "full":
-            return Costs(total, stored, stored, token + up_k + up_v, pair, token + up_v, up_k + heads * (2 * d + r))
-        return Costs(total, stored, stored, token + up_k + up_v, pair, token + up_k + up_v, wide)
+        token, up = token + shared + down, up_k + up_v
+        plain, wide, mode = 2 * heads * d, 2 * heads * (d + r), config.lrkv_rope_mode
+        whole = wide if mode == "latent" or config.decode == "absorbed" else plain
+        if mode == "latent" or (mode == "partial" and config.decode != "expanded"):
+            return Costs(total, stored, stored, token + up, whole, token + up, wide)
+        if config.decode == "expanded":
+            return Costs(total, stored, stored, token + up, whole, token, plain + up)
+        return Costs(total, stored, stored, token + up, whole, token + up_v, up_k + heads * (2 * d + r))
 
 
 def _reach(config: LowkeyConfig) -> int:

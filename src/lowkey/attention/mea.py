@@ -8,7 +8,7 @@ from transformers import initialization as init
 
 from .base import Attention, Call, attention_weights, folded, heads_of, rotate, weight_of, wide
 from .configuration_lowkey import LowkeyConfig
-from .costs import Costs, around
+from .costs import MANY, Costs, around
 
 NOISE = 0.02  # on component heads that several composite heads share at the start
 
@@ -17,8 +17,9 @@ class ExplicitAttention(Attention):
     """Head-level linear composition (HLC): composite head j is sum over c of W[c, j] times component head c, for keys and for values each
     with its own W (m, G). Scalars commute with rotation, so rotated component heads are stored.
 
-    With m < G components are stored, and a reader either recomposes (`expanded`: m G d MACs per stored token, once for a query group)
-    or mixes scores and outputs (`absorbed`: nothing is written out). With m >= G composites are stored: nothing is left to do.
+    With m < G components are stored, and a reader either recomposes (`expanded`: 2 m G d MACs per stored token, whatever the number of
+    queries) or mixes scores and outputs (`absorbed`: nothing is written out, H m (2 d + 1) MACs per query and stored token instead of
+    2 H d). With m >= G composites are stored: nothing is left to do.
     The norm after attention (`head_norm`) is part of the method: without it composition collapses to plain attention, says the paper.
     qk_norm norms component heads. The paper does not say how W starts: identity here, or component heads in turn with noise.
     """
@@ -42,7 +43,7 @@ class ExplicitAttention(Attention):
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
         if self.mixed_before:
             return self.dense(query, keys, values, call)
-        if self.config.decode == "absorbed":
+        if _absorbs(self.config, query.shape[2], keys.shape[2]):
             return self._mixed(query, keys, values, call)
         return self.dense(query, composed(keys, self.k_mix), composed(values, self.v_mix), call)
 
@@ -61,8 +62,7 @@ class ExplicitAttention(Attention):
         k, v = (torch.einsum("mdi,mg->gdi", maps, wide(mix)).repeat_interleave(self.num_key_value_groups, 0) for maps, mix in parts)
         return k, v
 
-    def initialize(self, std: float) -> None:
-        super().initialize(std)
+    def initialize(self) -> None:
         components, composites = self.k_mix.shape
         for mix in (self.k_mix, self.v_mix):
             if self.config.mea_hlc_init == "orthogonal":
@@ -82,14 +82,21 @@ class ExplicitAttention(Attention):
         compose = mix * d
         if m >= composites:
             return Costs(total, stored, stored, token + maps + compose, pair, token + maps + compose, pair)
-        if config.decode == "absorbed":
-            mixing = heads * m * d
-            return Costs(
-                total, stored, stored, token + maps + mixing, heads * m * (2 * d + 1), token + maps + mixing, heads * m * (2 * d + 1)
-            )
-        return Costs(total, stored, stored, token + maps + compose, pair, token + maps, pair + compose)
+        token, mixing, mixed = token + maps, heads * m * d, heads * m * (2 * d + 1)
+        whole = (token + mixing, mixed) if _absorbs(config, MANY, MANY) else (token + compose, pair)
+        step = (token + mixing, mixed) if _absorbs(config, 1, MANY) else (token, pair + compose)
+        return Costs(total, stored, stored, *whole, *step)
+
+
+def _absorbs(config: LowkeyConfig, new: int, stored: int) -> bool:
+    """Whether `new` tokens of `stored` are read absorbed: for auto, where that takes fewer operations than recomposing."""
+    if config.decode != "auto":
+        return config.decode == "absorbed"
+    heads, composites, m, d = config.num_attention_heads, config.num_key_value_heads, config.mea_num_component_heads, config.head_dim
+    absorbed = new * heads * m * d + new * stored * heads * m * (2 * d + 1)
+    return absorbed < stored * 2 * m * composites * d + new * stored * 2 * heads * d
 
 
 def composed(components: Tensor, mix: Tensor) -> Tensor:
     """(b, m, s, d) component heads and (m, G) weights -> (b, G, s, d) composite heads."""
-    return torch.einsum("bmsd,mg->bgsd", components, mix)
+    return (mix.T @ components.flatten(2)).unflatten(2, components.shape[2:])  # rows stay whole, as fused kernels want them

@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .base import Attention, Call, attention_weights, folded, heads_of, nothing, rotate, weight_of, wide
+from .base import Attention, Call, PreciseRMSNorm, attention_weights, folded, heads_of, nothing, rotate, weight_of, wide
 from .configuration_lowkey import LowkeyConfig
-from .costs import Costs, around
+from .costs import MANY, Costs, around
 
 
 class LatentAttention(Attention):
     """Stores, per token, a normed latent (c) and a shared rotated key slice (e): c + e numbers for keys and values together.
 
     Heads have n unrotated and e rotated dimensions, in this order, and values of v. expanded: keys and values of all heads are written out
-    (prefill, training). absorbed: queries are carried into the latent, and outputs out of it, so that only latents are read. Which takes
-    fewer operations depends on the new tokens t alone: absorbed below c (n + v) / (2 c - n - v).
+    (prefill, training). absorbed: queries are carried into the latent, and outputs out of it, so that only latents are read; for t new
+    tokens of s stored it takes fewer operations where t s (2 c - n - v) < (s - t) c (n + v).
     """
 
     def __init__(self, config: LowkeyConfig, layer_idx: int) -> None:
@@ -23,10 +23,9 @@ class LatentAttention(Attention):
         super().__init__(config, layer_idx, n + e, v)
         self.num_key_value_groups = 1
         self.kv_a_proj = self.linear(c + e, bias=False)
-        self.kv_a_norm = nn.RMSNorm(c, eps=config.rms_norm_eps) if config.mla_kv_norm else nn.Identity()
+        self.kv_a_norm = PreciseRMSNorm(c, eps=config.rms_norm_eps) if config.mla_kv_norm else nn.Identity()
         self.kv_b_proj = nn.Linear(c, self.heads * (n + v), bias=False)
         self.latent_scale = (config.hidden_size / c) ** 0.5 if config.mla_latent_scale else 1.0
-        self.absorb_below = _absorb_below(config)
 
     def project(self, hidden: Tensor, query: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         latent, shared = self.kv_a_proj(hidden).split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
@@ -37,7 +36,7 @@ class LatentAttention(Attention):
         return query, stored, nothing(stored)
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
-        if query.shape[2] < self.absorb_below:
+        if _absorbs(self.config, query.shape[2], keys.shape[2]):
             return self._absorbed(query, keys[:, 0], call)
         return self._expanded(query, keys, call)
 
@@ -79,9 +78,12 @@ class LatentAttention(Attention):
         down, up = hidden * (c + e), heads * c * (n + v)
         norm = c if config.mla_kv_norm else 0
         pair = heads * (n + e + max(v, n + e))  # values are padded to the keys' width
-        if _absorb_below(config) > 1:
-            return Costs(parameters + down + up + norm, c + e, 2 * c + e, token + down + up, pair, token + down + up, heads * (2 * c + e))
-        return Costs(parameters + down + up + norm, c + e, c + e, token + down + up, pair, token + down, pair + up)
+        absorbed = heads * (2 * c + e)
+        reading = absorbed if _absorbs(config, MANY, MANY) else pair
+        total, token = parameters + down + up + norm, token + down
+        if _absorbs(config, 1, MANY):
+            return Costs(total, c + e, 2 * c + e, token + up, reading, token + up, absorbed)
+        return Costs(total, c + e, c + e, token + up, reading, token, pair + up)
 
 
 def _widths(config: LowkeyConfig) -> tuple[int, int, int, int]:
@@ -89,10 +91,9 @@ def _widths(config: LowkeyConfig) -> tuple[int, int, int, int]:
     return config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank, config.v_head_dim
 
 
-def _absorb_below(config: LowkeyConfig) -> float:
-    """Calls of fewer new tokens are absorbed. Per stored token: absorbed t (2 c + e), expanded t (n + e + v) + c (n + v)."""
+def _absorbs(config: LowkeyConfig, new: int, stored: int) -> bool:
+    """Whether `new` tokens of `stored` are read absorbed: for auto, where that takes fewer operations than writing keys and values out."""
     n, _, c, v = _widths(config)
     if config.decode != "auto":
-        return {"absorbed": float("inf"), "expanded": 0}[config.decode]
-    saved = 2 * c - n - v
-    return c * (n + v) / saved if saved > 0 else float("inf")
+        return config.decode == "absorbed"
+    return new * stored * (2 * c - n - v) < (stored - new) * c * (n + v)

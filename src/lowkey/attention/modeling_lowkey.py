@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP, LlamaModel, LlamaPreTrainedModel
 
-from .base import Attention, rotary
+from .base import Attention, HeadNorm, OutputProjection, rotary
 from .configuration_lowkey import LowkeyConfig
 from .costs import Costs
 from .gqa import GroupedQuery
@@ -53,8 +53,8 @@ class LowkeyPreTrainedModel(LlamaPreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Attention):
-            module.initialize(self.config.initializer_range)
+        if isinstance(module, Attention | HeadNorm | OutputProjection):
+            module.initialize()
 
 
 class LowkeyModel(LowkeyPreTrainedModel, LlamaModel):

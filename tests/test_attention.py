@@ -1,0 +1,225 @@
+"""Every kind of attention as a model: what it answers does not depend on how the text was fed, stored, compiled or saved."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pico
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from variants import LAYERS, ONE_OF_EACH, UNROTATED, VARIANTS, VOCAB, build, empty_cache, ids, logits
+
+from lowkey.attention import register
+from lowkey.attention.modeling_lowkey import LowkeyForCausalLM
+
+each = pytest.mark.parametrize("name", VARIANTS)
+one_of_each = pytest.mark.parametrize("name", ONE_OF_EACH)
+EXACT, ROUNDED = 1e-9, 1e-4  # transformers turns angles in fp32: other positions are other roundings
+
+
+def close(a: torch.Tensor, b: torch.Tensor, limit: float = EXACT) -> bool:
+    return a.shape == b.shape and bool((a - b).abs().max() < limit)
+
+
+# -- decoding
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@each
+def test_decoding_is_the_full_forward(name, cache):
+    """Token by token, in chunks, batch 2 of which one row is padded on the left, and a second text after the first."""
+    model, tokens, pads = build(name), ids(14), [4, 0]
+    full = pico.feed(model, tokens, pads=pads)
+    for splits in ([1] * 14, [5, 3, 1, 1, 4], [14]):
+        got = pico.feed(model, tokens, empty_cache(cache, model), pads, splits)
+        assert close(pico.real(got, pads), pico.real(full, pads)), splits
+    past = empty_cache(cache, model)
+    pico.feed(model, tokens[:, :8], past, pads, [7, 1])
+    assert close(pico.feed(model, tokens[:, 8:], past, pads, [4, 1, 1]), full[:, 8:])
+
+
+@each
+def test_padding_changes_nothing(name):
+    model, tokens = build(name), ids(10, batch=1)
+    padded = torch.cat((torch.zeros(1, 3, dtype=torch.long), tokens), 1)
+    assert close(pico.feed(model, padded, pads=[3])[:, 3:], pico.feed(model, tokens))
+
+
+@each
+def test_eager_attention_gives_the_same(name):
+    model, tokens = build(name).float(), ids()
+    fused = pico.feed(model, tokens, pads=[2, 0])
+    model.set_attn_implementation("eager")
+    assert close(pico.feed(model, tokens, pads=[2, 0])[:, 2:], fused[:, 2:], ROUNDED)
+
+
+@one_of_each
+def test_generate_on_both_caches_and_with_beams(name):
+    model, tokens = build(name), ids(9)
+    greedy = pico.generate(model, tokens, 5, pads=[3, 0])
+    assert torch.equal(greedy, pico.generate(model, tokens, 5, pads=[3, 0], cache_implementation="static"))
+    beams = pico.generate(model, tokens, 5, pads=[3, 0], num_beams=3)
+    for row, start in enumerate([3, 0]):
+        single = tokens[row : row + 1, start:]
+        assert torch.equal(greedy[row], pico.generate(model, single, 5)[0])
+        assert torch.equal(beams[row], pico.generate(model, single, 5, num_beams=3)[0])
+
+
+# -- positions
+
+
+@each
+def test_shifting_all_positions_changes_nothing(name):
+    model, tokens, positions = build(name), ids(), torch.arange(12)[None]
+    plain = logits(model, tokens)
+    assert close(logits(model, tokens, position_ids=positions + 17), plain, ROUNDED)
+    for layer in model.model.layers:  # stretched positions, told to the layers alone: transformers takes gaps for new documents
+        layer.self_attn.register_forward_pre_hook(stretched(model), with_kwargs=True)
+    assert close(logits(model, tokens), plain, ROUNDED) == (name in UNROTATED)
+
+
+def stretched(model):
+    def hook(module, args, kwargs):
+        positions = 5 * kwargs["position_ids"]
+        return args, kwargs | {"position_ids": positions, "position_embeddings": model.model.rotary_emb(kwargs["hidden_states"], positions)}
+
+    return hook
+
+
+@each
+def test_a_token_is_seen_by_itself_and_later_ones_only(name):
+    model, tokens = build(name), ids(batch=1)
+    changed = tokens.clone()
+    changed[0, 6] = (tokens[0, 6] - 1) % (VOCAB - 2) + 2
+    moved = (logits(model, tokens) - logits(model, changed)).abs().amax(-1)[0]
+    assert (moved[:6] == 0).all() and (moved[6:] > 1e-6).all()
+
+
+@each
+def test_packed_documents_do_not_see_each_other(name):
+    model, first, second = build(name), ids(5, batch=1), ids(8, batch=1, seed=1)
+    positions = torch.cat((torch.arange(5), torch.arange(8)))[None]
+    packed = logits(model, torch.cat((first, second), 1), position_ids=positions)
+    assert close(packed, torch.cat((logits(model, first), logits(model, second)), 1))
+
+
+# -- training
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH[1:])  # mha is gqa
+def test_compiled_training_is_training(name):
+    model, tokens = build(name, num_hidden_layers=1).train(), ids()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    losses = [m(tokens, labels=tokens, use_cache=False).loss for m in (model, compiled)]
+    grads = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
+    assert close(losses[0], losses[1], 1e-12)
+    assert all(close(a, b, 1e-12) for a, b in zip(*grads, strict=True))
+
+
+@each
+def test_gradients_reach_every_parameter(name):
+    model, tokens = build(name).train(), ids()
+    model(tokens, labels=tokens, use_cache=False).loss.backward()
+    assert [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@one_of_each
+def test_checkpointed_gradients_are_gradients(name):
+    model, tokens = build(name).train(), ids()
+    plain = torch.autograd.grad(model(tokens, labels=tokens, use_cache=False).loss, list(model.parameters()))
+    model.gradient_checkpointing_enable()
+    again = torch.autograd.grad(model(tokens, labels=tokens, use_cache=False).loss, list(model.parameters()))
+    assert all(close(a, b, 1e-12) for a, b in zip(plain, again, strict=True))
+
+
+@one_of_each
+def test_gradients_are_slopes(name):
+    """Of the attention's own parameters, along one random direction each, against central differences."""
+    model, tokens, step = build(name, num_hidden_layers=1), ids(6, batch=1), 1e-5
+    parameters = {key: p for key, p in model.named_parameters() if "self_attn" in key}
+    grads = torch.autograd.grad(model(tokens).logits.log_softmax(-1)[..., 0].sum(), list(parameters.values()))
+    for (key, p), grad in zip(parameters.items(), grads, strict=True):
+        way, ends = torch.randn_like(p), []
+        for move in (step, -2 * step, step):
+            p.data.add_(way, alpha=move)
+            ends.append(logits(model, tokens).log_softmax(-1)[..., 0].sum())
+        assert torch.isclose((ends[0] - ends[1]) / (2 * step), (grad * way).sum(), rtol=1e-5, atol=1e-6), key
+
+
+@one_of_each
+def test_bfloat16_autocast_trains_without_a_warning(name):
+    model, tokens = build(name).float().train(), ids()
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = model(tokens, labels=tokens, use_cache=False).loss
+    narrow.backward()
+    assert close(narrow, model(tokens, labels=tokens, use_cache=False).loss, 0.3)
+
+
+# -- checkpoints
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@one_of_each
+def test_a_saved_model_is_the_model(name, dtype, tmp_path):
+    register()
+    build(name, tie_word_embeddings=name == "mea-fewer").to(dtype).save_pretrained(tmp_path / "first")
+    model, tokens = AutoModelForCausalLM.from_pretrained(tmp_path / "first", dtype="auto"), ids()  # `.to` narrows the rotation too
+    model.save_pretrained(tmp_path / "second")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "second", dtype="auto")
+    assert type(again) is LowkeyForCausalLM and again.dtype == dtype
+    assert {k: v for k, v in again.config.to_dict().items() if k != "_name_or_path"} == {
+        k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"
+    }
+    assert torch.equal(logits(model, tokens), logits(again, tokens))
+    assert torch.equal(pico.generate(model, tokens, 4), pico.generate(again, tokens, 4))
+
+
+STRANGER = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "lowkey":
+            raise ModuleNotFoundError("lowkey is not installed here")
+
+sys.meta_path.insert(0, Absent())
+import torch
+from transformers import AutoModelForCausalLM
+
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    tokens = torch.load(f"{folder}/tokens.pt")
+    with torch.no_grad():
+        torch.save({"logits": model(tokens).logits, "new": model.generate(tokens, max_new_tokens=4, do_sample=False)}, f"{folder}/out.pt")
+assert not [m for m in sys.modules if m.split(".")[0] == "lowkey"]
+"""
+
+
+def test_a_checkpoint_loads_where_lowkey_is_not_installed(tmp_path):
+    """The code lies beside the weights: a process that cannot import lowkey loads a kind of every file."""
+    register()
+    models = {name: build(name) for name in ("gqa-controls", "mla", "lrkv-latent", "mea-fewer", "gta")}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+        torch.save(ids(), tmp_path / name / "tokens.pt")
+    places = {"HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    script = tmp_path / "stranger.py"
+    script.write_text(STRANGER)
+    folders = [str(tmp_path / name) for name in models]
+    done = subprocess.run([sys.executable, script, *folders], env=os.environ | places, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name, model in models.items():
+        out = torch.load(Path(tmp_path / name / "out.pt"))
+        assert torch.equal(out["logits"], logits(model, ids())), name
+        assert torch.equal(out["new"], model.generate(ids(), max_new_tokens=4, do_sample=False)), name
+
+
+def test_every_layer_has_the_attention_that_was_asked_for():
+    assert len(build("mla").model.layers) == LAYERS
+    assert {type(layer.self_attn).__name__ for layer in build("mla").model.layers} == {"LatentAttention"}
