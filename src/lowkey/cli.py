@@ -16,8 +16,8 @@ bench = typer.Typer(no_args_is_help=True, help="Time parts of lowkey on this mac
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # what a command line that does not parse raises; typer does not export it
 
 for command in (
-    *(making.compress, making.dynamic, measuring.eval_, using.generate, making.recover, making.export, making.profile, making.heads),
-    *(converting.convert, analysing.diversity, using.methods, using.policies, using.inspect, measuring.report),
+    *(making.compress, making.dynamic, measuring.eval_, using.generate, making.recover, making.pretrain, converting.convert),
+    *(making.export, making.profile, making.heads, analysing.diversity, using.methods, using.policies, using.inspect, measuring.report),
 ):
     app.command(command.__name__.rstrip("_"))(command)
 bench.command()(measuring.decode)
@@ -45,7 +45,7 @@ def main() -> None:
         what = "no space left on the device" if error.errno == errno.ENOSPC else (error.strerror or str(error))
         _fail(f"{error.filename or 'file'}: {what}; free some space or choose another place", 2)
     if status == 130:
-        _fail("interrupted; nothing half-written is left, and compress resumes when given again", 130)
+        _fail("interrupted; nothing half-written is left, and compress, recover and pretrain resume when given again", 130)
     sys.exit(status or 0)
 
 

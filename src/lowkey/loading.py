@@ -55,6 +55,18 @@ def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrain
     return attach(model.eval()), tokenizer
 
 
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model. Errors: LowkeyError when there is none, or none that the tokenizers library runs."""
+    with _location(name) as place:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        except Exception as error:  # transformers raises many kinds; each is bad input here
+            raise LowkeyError(f"tokenizer {name!r} cannot be loaded: {_first_line(error)}; give a folder, a Hub id or 'tiny'") from error
+    if not tokenizer.is_fast:
+        raise LowkeyError(f"tokenizer {name!r} is not one of the tokenizers library; give another")
+    return tokenizer
+
+
 def _location(name: str) -> AbstractContextManager[Path | str]:
     if name == TINY:
         return as_file(package_files("lowkey") / "data" / "tiny")

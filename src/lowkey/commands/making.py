@@ -38,6 +38,8 @@ from lowkey.heads import KINDS, estimate_heads
 from lowkey.loading import load, make_method
 from lowkey.methods.dynakv import GateTraining
 from lowkey.needles import TASKS as NEEDLES
+from lowkey.pretraining import Recipe
+from lowkey.pretraining import pretrain as run
 from lowkey.progress import bars
 from lowkey.recover import OBJECTIVES, Recovery
 from lowkey.recover import recover as train
@@ -228,6 +230,29 @@ def _stages(written: str) -> tuple[tuple[str, int], ...]:
     if not all(steps.strip().isdigit() for _, _, steps in parts):
         raise LowkeyError(f"stages {written!r}: write them as name=steps, like distill=100,ce=200")
     return tuple((name.strip(), int(steps)) for name, _, steps in parts)
+
+
+def pretrain(
+    recipe: Annotated[Path, typer.Argument(help="a TOML file with the tables [model], [data] and [training], like recipes/lrkv-tiny.toml")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="folder for model, log and checkpoint (default: runs/RECIPE)")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="a field of the recipe, like training.lr=1e-3; repeat")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda; several GPUs under `accelerate launch`")] = "auto",
+    force: Annotated[bool, typer.Option(help="start anew where another run has left its files")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a model from scratch. Interrupted or killed, it goes on from its last checkpoint when the same command is given again."""
+    from accelerate import PartialState
+
+    place = out or Path("runs") / recipe.stem
+    found = run(Recipe.read(recipe, settings or ()), place, progress=bars, device=device, force=force)
+    if not PartialState().is_main_process:
+        return
+    told = {"model": str(place), **{k: v for k, v in found.result.items() if k != "losses"}}
+    last = (found.result["validation"] or [{}])[-1]
+    held = "" if not last else f", validation {last['validation_loss']:.4f} nats/token = {last['bits_per_byte']:.3f} bits/byte"
+    print(json.dumps(told)) if as_json else err.print(
+        f"model written to {place} after {told['steps']} steps: training loss {told['loss']:.4f}{held}", highlight=False, soft_wrap=True
+    )
 
 
 def export(

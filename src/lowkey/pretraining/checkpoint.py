@@ -1,0 +1,117 @@
+"""A training run on disk: one file with everything, replaced in one step, and what says which run a folder belongs to.
+
+Random numbers and the order of the data depend on the seed and the step alone, and the learning rate on the step, so there is no state of
+theirs to keep.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from lowkey import files
+from lowkey.types import LowkeyError
+
+CHECKPOINT, JOB, RESULT, TOKENS, FINISHED = "checkpoint.safetensors", "job.json", "result.json", "tokens", ".finished"
+FREE = ("save_every", "log_every", "log_with", "compile", "stop_on_divergence")  # what may change when a run goes on
+
+
+def claim(out: Path, job: Mapping[str, Any], force: bool) -> None:
+    """Mark `out` as this job's; with `force` what another job has left there goes. Errors: LowkeyError when it is another job's."""
+    marker = out / JOB
+    if force:
+        old = [RESULT, CHECKPOINT, JOB, *(p.name for p in out.glob("model*.safetensors*"))]  # the log is cut when the run begins
+        for name in old:
+            (out / name).unlink(missing_ok=True)
+    if marker.exists():
+        if difference := _difference(files.read_json(marker, "job"), job):
+            raise LowkeyError(f"output {str(out)!r} holds another run ({difference}); choose another folder, or --force to start anew")
+        return
+    files.write_json(marker, job)
+
+
+def check_folder(out: Path, force: bool) -> None:
+    """Before any work: a new or empty folder, or one of ours. Errors: LowkeyError."""
+    if out.exists() and not out.is_dir():
+        raise LowkeyError(f"output {str(out)!r} is a file; choose a folder")
+    if out.is_dir() and not force and not (out / JOB).exists() and any(p.name != TOKENS for p in out.iterdir()):
+        raise LowkeyError(f"output {str(out)!r} already holds files; choose another folder or pass --force")
+
+
+def job_of(recipe: Mapping[str, Any], tokens: str, model: str) -> dict[str, Any]:
+    """What makes two runs the same run: the recipe but for what does not change the numbers or only how they are kept, the data, the
+    initial weights."""
+    training = {k: v for k, v in recipe["training"].items() if k not in FREE}
+    data = {k: v for k, v in recipe["data"].items() if k != "cache"}
+    return {"model": recipe["model"], "data": data, "training": training, "tokens": tokens, "weights": model}
+
+
+def _difference(there: Any, here: Any, place: str = "") -> str:
+    """The first difference in words, or nothing."""
+    if not (isinstance(there, dict) and isinstance(here, dict)):
+        return "" if there == here else f"{place} {there!r} there, {here!r} here"
+    for name in {**there, **here}:
+        if found := _difference(there.get(name), here.get(name), f"{place}.{name}".strip(".")):
+            return found
+    return ""
+
+
+def save(path: Path, model: nn.Module, optimizers: Sequence[Optimizer], about: dict[str, Any], write: bool) -> None:
+    """about: plain values. Every process takes part, since sharded tensors are gathered; the one with `write` writes."""
+    found = {f"model.{name}": whole(t) for name, t in weights(model).items()}
+    names = {id(p): name for name, p in model.named_parameters()}
+    for optimizer in optimizers:
+        for p, state in optimizer.state.items():
+            found |= {f"optimizer.{names[id(p)]}.{key}": whole(t) for key, t in state.items()}
+    if write:
+        found["about"] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
+        files.write_tensors(path, found)
+
+
+@torch.no_grad()
+def restore(path: Path, model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
+    """What `save` was given as `about`; model and optimizers are filled."""
+    found = files.read_tensors(path, "checkpoint")
+    for name, t in weights(model).items():
+        t.copy_(_like(t, found.pop(f"model.{name}")))
+    names = {id(p): name for name, p in model.named_parameters()}
+    for optimizer in optimizers:
+        plain = optimizer.state_dict()
+        ordered = [p for group in optimizer.param_groups for p in group["params"]]
+        plain["state"] = {i: _state(found, names[id(p)], p) for i, p in enumerate(ordered)}
+        optimizer.load_state_dict(plain)
+    return json.loads(bytes(found["about"].tolist()))
+
+
+def _state(found: Mapping[str, Tensor], name: str, p: Tensor) -> dict[str, Tensor]:
+    prefix = f"optimizer.{name}."
+    mine = {key.removeprefix(prefix): t for key, t in found.items() if key.startswith(prefix)}
+    return {key: _like(p, t) if t.shape == p.shape else t for key, t in mine.items() if "." not in key}
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters, tied ones once, and saved buffers, by name."""
+    kept = model.state_dict().keys()
+    buffers = {name: b for name, b in model.named_buffers() if name in kept}
+    return dict(model.named_parameters()) | buffers
+
+
+def gathered(t: Tensor) -> Tensor:
+    """A sharded tensor put together; every process takes part."""
+    t = t.detach()
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def whole(t: Tensor) -> Tensor:
+    return gathered(t).cpu()
+
+
+def _like(t: Tensor, found: Tensor) -> Tensor:
+    return distribute_tensor(found.to(t.device), t.device_mesh, t.placements) if isinstance(t, DTensor) else found.to(t.device)

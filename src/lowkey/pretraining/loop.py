@@ -1,0 +1,200 @@
+"""The loop: `pretrain` trains a model by a recipe, and goes on where it was stopped, to the same numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lowkey import files
+from lowkey.fingerprint import model_fingerprint
+from lowkey.pretraining import checkpoint, health, models
+from lowkey.pretraining.corpus import Corpus, prepare
+from lowkey.pretraining.log import finite
+from lowkey.pretraining.recipe import Recipe
+from lowkey.pretraining.run import Run
+from lowkey.progress import Progress, silent
+from lowkey.types import LowkeyError
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The model in eval mode, its tokenizer, the training loss of every step (nats per token, before the step's update), and what
+    result.json holds.
+
+    result: steps, tokens, parameters; seconds and tokens_per_second, of training steps alone; loss, the mean of the last tenth of the
+    steps; initial_loss and best_loss, of validation; validation, one record per evaluation (step, tokens, validation_loss in nats per
+    token, bits_per_byte); diverged and spikes (see `health`); max_grad_norm, before clipping; losses. None stands for what is not finite.
+    A run that was allowed to diverge has fewer steps when its loss was no longer finite, no validation after that, and the weights it
+    ended with.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    losses: list[float]
+    result: dict[str, Any]
+
+
+def pretrain(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    model: PreTrainedModel | None = None,
+    progress: Progress = silent,
+    device: str = "auto",
+    force: bool = False,
+) -> Trained:
+    """Train by `recipe` and write a checkpoint that `from_pretrained` reads, the log, the recipe and result.json into the folder `out`.
+
+    model: trained in place, in fp32, instead of a fresh one of the recipe's [model]. device: auto, cpu or cuda; several GPUs by running
+    under `accelerate launch`, FSDP2 and its own mixed precision included. The same call again goes on after the last checkpoint, on the
+    same machine to the same numbers bit for bit, or returns what is finished. force: start anew.
+    Data order and dropout depend on the recipe's seed and the step alone, never on the model.
+    Errors: LowkeyError for a bad recipe or text, a folder that belongs to another run, or a loss that diverges.
+    """
+    out = Path(out)
+    checkpoint.check_folder(out, force)
+    if model is None:
+        models.validate(recipe.model)
+    accelerator = _accelerator(recipe, out, device)
+    progress = progress if accelerator.is_main_process else silent
+    with accelerator.main_process_first():
+        corpus = prepare(recipe.data, out / checkpoint.TOKENS, progress)
+    with torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):
+        torch.manual_seed(recipe.training.seed)
+        if model is None:
+            model = models.build(recipe.model, corpus.tokenizer, recipe.training.length)
+        models.check(model.config, corpus.tokenizer, recipe.training.length)
+        job = checkpoint.job_of(recipe.describe(), corpus.fingerprint, model_fingerprint(model))
+        if accelerator.is_main_process:
+            checkpoint.claim(out, job, force)
+        accelerator.wait_for_everyone()
+        if recipe.training.log_with:
+            accelerator.init_trackers("lowkey")
+        if (out / checkpoint.RESULT).exists():
+            return _finished(out, model.float().to(accelerator.device), corpus)
+        run = Run.of(recipe, corpus, accelerator, model.float(), out)
+        with torch.enable_grad():
+            train(run, progress)
+    return _publish(run)
+
+
+def _accelerator(recipe: Recipe, out: Path, device: str) -> Accelerator:
+    if device not in ("auto", "cpu", "cuda"):
+        raise LowkeyError(f"device {device!r} is unknown; choose auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise LowkeyError("device 'cuda': no CUDA device is available; use --device cpu")
+    wanted = list(recipe.training.log_with)
+    for name in wanted:
+        if name not in LOGGER_TYPE_TO_CLASS or not filter_trackers([name], out):
+            raise LowkeyError(f"training.log_with {name!r}: is unknown or not installed; known are {', '.join(LOGGER_TYPE_TO_CLASS)}")
+    try:
+        return Accelerator(cpu=device == "cpu", log_with=wanted or None, project_dir=out if wanted else None)
+    except ValueError as error:  # accelerate keeps one device per process
+        raise LowkeyError(f"device {device!r}: accelerate is set up otherwise in this process ({error}); start a new one") from error
+
+
+def train(run: Run, progress: Progress) -> None:
+    """The loop."""
+    settings, accelerator, started = run.settings, run.accelerator, run.seconds
+    if not run.losses:
+        run.evaluate()
+    left = range(len(run.losses), settings.steps)
+    try:
+        for step in progress(left, "pretraining", len(left)):
+            run.whole = False
+            run.set_rate(step)
+            rows = run.order.at(step)
+            count = run.corpus.training.targets(rows, settings.length)
+            total = torch.zeros((), device=accelerator.device)
+            parts = len(rows) // accelerator.num_processes // run.micro
+            for part, batch in enumerate(run.shares(rows), 1):
+                torch.manual_seed(_seed(settings.seed, step, part, accelerator.process_index))
+                with run.synced(last=part == parts):
+                    loss = run.nats(batch) / max(1, count)
+                    accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over devices
+                total += loss.detach()
+            norm = accelerator.clip_grad_norm_(run.parameters, settings.clip or math.inf)
+            for optimizer in run.optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            run.pending.append((total, checkpoint.gathered(norm)))
+            done = step + 1
+            last = done == settings.steps
+            if done % settings.log_every == 0 or last:
+                run.read_back()
+                run.report(started)
+                started = run.seconds
+            if done % settings.evaluate_every == 0 or last:
+                run.read_back()
+                run.evaluate()
+            if done % settings.save_every == 0 or last:
+                run.save()
+            if run.stopped:
+                break
+            run.whole = True
+    except KeyboardInterrupt:
+        if run.whole and accelerator.num_processes == 1:
+            run.save()
+        raise
+
+
+def _seed(*parts: object) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7])
+
+
+# -- the end
+
+
+def _publish(run: Run) -> Trained:
+    """Files one by one, result.json last: it says that the run is finished."""
+    full = {name: checkpoint.whole(t) for name, t in checkpoint.weights(run.plain).items()}
+    result = _result(run)
+    if run.accelerator.is_main_process:
+        with files.replacing_folder(run.out / checkpoint.FINISHED) as temporary:
+            run.plain.save_pretrained(temporary, state_dict=full)
+            run.corpus.tokenizer.save_pretrained(temporary)
+        for file in sorted((run.out / checkpoint.FINISHED).iterdir()):
+            os.replace(file, run.out / file.name)
+        (run.out / checkpoint.FINISHED).rmdir()
+        files.write_text(run.out / "recipe.toml", run.recipe.toml())
+        files.write_json(run.out / checkpoint.RESULT, result)
+        (run.out / checkpoint.CHECKPOINT).unlink(missing_ok=True)
+    if run.settings.log_with:
+        run.accelerator.end_training()
+    run.accelerator.wait_for_everyone()
+    return Trained(run.plain.eval(), run.corpus.tokenizer, run.losses, result)
+
+
+def _result(run: Run) -> dict[str, Any]:
+    steps, size = len(run.losses), run.settings.batch_tokens
+    found = [r["validation_loss"] for r in run.validation if r["validation_loss"] is not None]
+    plain = {
+        "steps": steps,
+        "tokens": steps * size,
+        "parameters": sum(p.numel() for p in run.plain.parameters()),
+        "seconds": run.seconds,
+        "tokens_per_second": steps * size / run.seconds,
+        "loss": float(np.mean(run.losses[-max(1, steps // 10) :])),
+        "initial_loss": found[0] if found else None,
+        "best_loss": min(found) if found else None,
+        "diverged": run.stopped or health.diverged(run.losses, run.settings.steps),
+        "spikes": health.spikes(run.losses),
+        "max_grad_norm": float(np.max(run.norms)),
+    }
+    return {**finite(plain), "validation": run.validation, "losses": [x if math.isfinite(x) else None for x in run.losses]}
+
+
+def _finished(out: Path, model: PreTrainedModel, corpus: Corpus) -> Trained:
+    result = files.read_json(out / checkpoint.RESULT, "result")
+    model.load_state_dict(type(model).from_pretrained(out, dtype=torch.float32).state_dict())
+    return Trained(model.eval(), corpus.tokenizer, [math.nan if x is None else x for x in result["losses"]], result)

@@ -1,0 +1,82 @@
+"""A fresh model out of a recipe's [model] table. The loop does not care which."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from lowkey.pretraining.recipe import nearest
+from lowkey.types import LowkeyError
+
+
+def validate(table: Mapping[str, Any]) -> str:
+    """The kind of model; before any work is done. Errors: LowkeyError for an empty table, an unknown kind or field."""
+    if not table:
+        raise LowkeyError("recipe: [model] is empty; give at least hidden_size and num_hidden_layers, or a model to `pretrain`")
+    kind = str(table.get("model_type", "llama"))
+    if "attention" in table:
+        from lowkey.attention import LowkeyConfig, register  # adds the kind to transformers' tables
+
+        register()
+        kind = LowkeyConfig.model_type
+    if kind not in CONFIG_MAPPING:
+        raise LowkeyError(f"model.model_type {kind!r} is unknown; {_near_kind(kind)}")
+    known = sorted({f.name for f in fields(CONFIG_MAPPING[kind])} | {"model_type"})
+    for name in table:
+        if name not in known:
+            raise LowkeyError(f"field {name!r} of [model] is unknown to {kind!r}; {nearest(name, known)}")
+    return kind
+
+
+def build(table: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, length: int) -> PreTrainedModel:
+    """A model in fp32 with random weights, from torch's random numbers as they stand.
+
+    table: fields of the config class, which is lowkey's own where `attention` is given, and otherwise that of `model_type` (`llama`).
+    vocab_size, the ids of special tokens and max_position_embeddings (`length`) come from the tokenizer and the rows when not given.
+    Errors: LowkeyError for an unknown field or values that the config class or the model refuses.
+    """
+    kind = validate(table)
+    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    pad = None if pad in (bos, eos) else pad  # transformers would never train the embedding of such a token
+    ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
+    given = {"vocab_size": len(tokenizer), "max_position_embeddings": length, **ids, **table}
+    given.pop("model_type", None)
+    config = _made(kind, given)
+    check(config, tokenizer, length)
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+        raise LowkeyError(f"recipe: no model can be made of [model]: {_line(error)}; change it") from error
+
+
+def check(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+    """That a model of this config can read such rows."""
+    vocabulary, longest = config.vocab_size, getattr(config, "max_position_embeddings", None) or length
+    if vocabulary < len(tokenizer):
+        raise LowkeyError(f"model.vocab_size {vocabulary}: the tokenizer has {len(tokenizer)} tokens; leave it out, or give at least that")
+    if longest < length:
+        raise LowkeyError(f"training.length {length}: the model has {longest} positions; give at most that")
+
+
+def _near_kind(kind: str) -> str:
+    near = get_close_matches(kind, list(CONFIG_MAPPING), 1)
+    return f"did you mean {near[0]!r}?" if near else "give one of transformers' decoders, like 'llama', or leave it out"
+
+
+def _made(kind: str, given: dict[str, Any]) -> PreTrainedConfig:
+    try:
+        return AutoConfig.for_model(kind, **given)
+    except LowkeyError:
+        raise
+    except Exception as error:  # each config class checks in its own way
+        raise LowkeyError(f"recipe: [model] is refused: {_line(error)}; change it") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300].rstrip(". ")

@@ -1,0 +1,218 @@
+"""A run in flight: the prepared model, what is known of its losses, and what one step of the loop is made of."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from lowkey.pretraining import checkpoint, health, optim
+from lowkey.pretraining.corpus import Corpus
+from lowkey.pretraining.log import Log, finite
+from lowkey.pretraining.recipe import Recipe
+from lowkey.pretraining.rows import IGNORED, Batch, Order, Stream
+from lowkey.types import LowkeyError
+
+
+@dataclass
+class Run:
+    """A run in flight.
+
+    plain: the model itself; model: as accelerate has prepared it, perhaps compiled. losses, norms: of every step that was read back;
+    pending: (loss, norm) of later ones, still on the device. logged: steps that a line of the log speaks of. whole: between two steps, so
+    that what is held may be saved. stopped: the loss is not finite.
+    """
+
+    recipe: Recipe
+    corpus: Corpus
+    accelerator: Accelerator
+    plain: PreTrainedModel
+    model: Any
+    optimizers: list[Any]
+    out: Path
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    pending: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    validation: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    logged: int = 0
+    whole: bool = False
+    stopped: bool = False
+
+    def __post_init__(self) -> None:
+        training, rows = self.recipe.training, self.corpus.training.rows(self.recipe.training.length)
+        self.settings = training
+        if not rows:
+            n = len(self.corpus.training.ids)
+            raise LowkeyError(f"training.length {training.length}: the text gives {n} tokens to train on; give more text or less length")
+        self.order = Order(rows, training.rows, training.seed)
+        self.micro = _micro_batch(training.rows, training.micro_batch, self.accelerator.num_processes)
+        self.rate = optim.rate(training)
+        self.parameters = list(self.model.parameters())
+        self.clock = time.perf_counter()
+        self.log: Log | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe, corpus: Corpus, accelerator: Accelerator, model: PreTrainedModel, out: Path) -> Run:
+        """Prepared, and restored when there is a checkpoint."""
+        if not any(p.requires_grad for p in model.parameters()):
+            raise LowkeyError("model: every parameter is frozen; let some of them train with requires_grad_()")
+        model.train()
+        if recipe.training.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        made: list[Optimizer] = optim.optimizers(model, recipe.training)
+        prepared, *optimizers = accelerator.prepare(model, *made)
+        running = torch.compile(prepared) if recipe.training.compile else prepared
+        run = cls(recipe, corpus, accelerator, accelerator.unwrap_model(prepared), running, optimizers, out)
+        if (out / checkpoint.CHECKPOINT).exists():
+            run._restore()
+        if accelerator.is_main_process:
+            run.log = Log(out, len(run.losses))
+        return run
+
+    # -- one step
+
+    def shares(self, rows: np.ndarray) -> Iterator[Batch]:
+        """This device's part of the rows (k,), a micro-batch after the other."""
+        mine = rows.reshape(self.accelerator.num_processes, -1)[self.accelerator.process_index]
+        for part in mine.reshape(-1, self.micro):
+            yield _moved(self.corpus.training.batch(part, self.settings.length), self.accelerator.device)
+
+    def nats(self, batch: Batch) -> Tensor:
+        """Cross-entropy over the batch, summed, in fp32."""
+        bf16 = self.settings.precision == "bf16" and self.model.training
+        with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=bf16):
+            logits = self.model(input_ids=batch.ids, position_ids=batch.positions, use_cache=False).logits
+        return F.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+    def synced(self, last: bool) -> AbstractContextManager:
+        """Gradients meet across devices once per step."""
+        return nullcontext() if last else self.accelerator.no_sync(self.model)
+
+    def set_rate(self, step: int) -> None:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.settings.lr * self.rate(step)
+
+    # -- looking at it
+
+    def read_back(self) -> None:
+        """Bring pending numbers from the device, and stop when they are bad."""
+        if self.pending:
+            self.seconds += time.perf_counter() - self.clock
+            stacked = torch.stack([torch.stack([loss, norm]) for loss, norm in self.pending])
+            stacked[:, 0] = self.accelerator.reduce(stacked[:, 0].contiguous(), "sum")
+            for loss, norm in stacked.tolist():
+                self.losses.append(loss)
+                self.norms.append(norm)
+                if not (math.isfinite(loss) and math.isfinite(norm)):
+                    self.stopped = True
+                    break
+            self._check()
+        self.pending.clear()
+        self.clock = time.perf_counter()
+
+    def _check(self) -> None:
+        if self.settings.stop_on_divergence and (self.stopped or health.diverged(self.losses, self.settings.steps)):
+            step = len(self.losses)
+            rate = self.settings.lr * self.rate(step - 1)
+            what = f"loss {self.losses[-1]:.4g} and gradient norm {self.norms[-1]:.4g} at learning rate {rate:.3g}"
+            raise LowkeyError(f"training diverged at step {step}: {what}; give a smaller training.lr (the last checkpoint is kept)")
+
+    def report(self, started: float) -> None:
+        """One line of the log on the steps since the last one."""
+        step, since = len(self.losses), self.logged
+        passed, size = self.seconds - started, self.settings.batch_tokens
+        record = {
+            "step": step,
+            "tokens": step * size,
+            "loss": float(np.mean(self.losses[since:])),
+            "lr": self.settings.lr * self.rate(step - 1),
+            "grad_norm": float(np.max(self.norms[since:])),
+            "tokens_per_second": (step - since) * size / passed if passed > 0 else 0.0,
+        }
+        self.logged = step
+        self._tell(record)
+
+    def _tell(self, record: dict[str, Any]) -> None:
+        if self.log is not None:
+            self.log.write(record)
+        if self.settings.log_with:
+            values = {k: v for k, v in finite(record).items() if k not in ("step", "tokens") and v is not None}
+            self.accelerator.log(values, step=record["step"])
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """Validation loss over the held-out part in fp32, a line of its own in the log; not part of the time that is reported. Bits per
+        byte follow from the tokens per byte of all that is held out, also when evaluate_tokens takes less."""
+        held = self.corpus.held_out
+        if held is None or self.stopped:
+            return
+        self.model.eval()
+        nats, count = held_out_loss(self, held)
+        self.model.train()
+        per_byte = held.predicted / held.text_bytes / math.log(2)
+        step = len(self.losses)
+        record = {"step": step, "tokens": step * self.settings.batch_tokens, "validation_loss": nats / count}
+        self.validation.append(finite({**record, "bits_per_byte": nats / count * per_byte}))
+        self._tell(self.validation[-1])
+        self.clock = time.perf_counter()
+
+    # -- keeping it
+
+    def save(self) -> None:
+        """All of it, in one file. What is not finite is not worth keeping: the last good checkpoint stays."""
+        self.read_back()
+        if self.stopped:
+            return
+        held = ("losses", "norms", "validation", "seconds", "logged")
+        about = {name: getattr(self, name) for name in held}
+        inner = [optimizer.optimizer for optimizer in self.optimizers]
+        checkpoint.save(self.out / checkpoint.CHECKPOINT, self.plain, inner, about, self.accelerator.is_main_process)
+        self.accelerator.wait_for_everyone()
+        self.clock = time.perf_counter()
+
+    def _restore(self) -> None:
+        inner = [optimizer.optimizer for optimizer in self.optimizers]
+        for name, value in checkpoint.restore(self.out / checkpoint.CHECKPOINT, self.plain, inner).items():
+            setattr(self, name, value)
+
+
+@torch.no_grad()
+def held_out_loss(run: Run, held: Stream) -> tuple[float, int]:
+    """(nats over all tokens predicted, their number). The rows are split over devices, rounded up with empty ones."""
+    length, devices = run.settings.length, run.accelerator.num_processes
+    rows = math.ceil((len(held.ids) - 1) / length)
+    if run.settings.evaluate_tokens:
+        rows = min(rows, math.ceil(run.settings.evaluate_tokens / length))
+    numbers = np.arange(math.ceil(rows / (devices * run.micro)) * devices * run.micro)
+    total = torch.zeros((), dtype=torch.float64, device=run.accelerator.device)
+    mine = numbers.reshape(devices, -1)[run.accelerator.process_index]
+    for part in mine.reshape(-1, run.micro):
+        part = np.where(part < rows, part, held.rows(length) + 1)  # a row behind the end predicts nothing
+        total += run.nats(_moved(held.batch(part, length), total.device))
+    return float(run.accelerator.reduce(total, "sum")), held.targets(numbers[:rows], length)
+
+
+def _micro_batch(rows: int, asked: int, devices: int) -> int:
+    micro = asked or rows // devices
+    if not micro or rows % (micro * devices):
+        share = f"{rows} rows of a step on {devices} devices"
+        raise LowkeyError(f"training.micro_batch {asked}: does not divide {share} evenly; change it, batch_tokens, or the devices")
+    return micro
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    return Batch(*(t.to(device, non_blocking=True) for t in (batch.ids, batch.positions, batch.targets)))
