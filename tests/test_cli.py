@@ -519,7 +519,7 @@ def stopped_at(layer: int) -> Iterator[None]:
 
 def test_ctrl_c_leaves_no_plan_but_its_work(model, here):
     with stopped_at(1):
-        assert "resumes" in refused("compress", model, "out", *SMALL, status=130)
+        assert "resume when given again" in refused("compress", model, "out", *SMALL, status=130)
     assert not (here / "out").exists()
     assert {p.name for p in (here / "out.partial").iterdir()} == {"job.json", "layer-0.safetensors"}
 

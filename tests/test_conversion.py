@@ -74,6 +74,7 @@ EXACT = [
     ("llama-yarn", {}, "lrkv", {**FULL_RANK, "lrkv_rope_mode": "latent"}),
     *[("llama", {"rope_parameters": ROPES[kind]}, "lrkv", FULL_RANK) for kind in ("llama3", "linear")],
     ("phi3", {"rope_parameters": ROPES["longrope"], "original_max_position_embeddings": 64}, "mha", {}),
+    ("llama-mqa", {}, "lrkv", {"lrkv_rank": 0, "lrkv_rope_mode": "latent"}),
     *[("qwen2", {}, "lrkv", {"lrkv_rank": r, "num_key_value_heads": 2}) for r in (0, 4)],  # nothing is left over, biases neither
     *[(name, {}, "mea", {"mea_num_component_heads": n}) for name, n in (("llama", 4), ("llama-mha", 8), ("qwen2", 2), ("qwen3", 4))],
     ("llama-mqa", {}, "mla", {"kv_lora_rank": D, "qk_rope_head_dim": D, "qk_nope_head_dim": 0}),
@@ -363,7 +364,7 @@ REFUSED = [
     ("phi3-partial", {}, "mha", {}, "rotates 8 of 16"),
     ("llama", {}, "gta", {}, "nothing converts into it"),
     ("llama", {}, "gqa", {}, "needs num_key_value_heads"),
-    ("llama", {}, "gqa", {"num_key_value_heads": 3}, "must divide num_attention_heads"),
+    ("llama", {}, "gqa", {"num_key_value_heads": 3}, "divide num_attention_heads 8"),
     ("llama", {}, "gqa", {"num_key_value_head": 2}, "did you mean 'num_key_value_heads'"),
     ("llama", {}, "mqa", {"lrkv_rank": 2}, "is not one of attention 'mqa'"),
     ("llama", {}, "lrkv", {"lrkv_rank": "2"}, "must be of type int"),

@@ -148,9 +148,9 @@ def _fill(state: dict[str, Tensor], made: LowkeyForCausalLM, i: int, new: dict[s
 
 
 def _rope(model: PreTrainedModel, made: LowkeyForCausalLM) -> Rope:
-    narrow = made.model.rotary_emb.inv_freq
-    if made.config.attention == "lrkv" and made.config.lrkv_rope_mode == "latent":
+    found = source.frequencies(model)
+    if made.config.attention == "lrkv" and made.config.lrkv_rope_mode == "latent" and made.config.lrkv_rank:
         narrow = made.model.layers[0].self_attn.rotary.inv_freq
-    if not made.config.rope_width:
-        narrow = narrow[:0]
-    return Rope(source.frequencies(model), narrow.detach().double().cpu(), source.rope_scaling(model) ** 2)
+    else:
+        narrow = made.model.rotary_emb.inv_freq if made.config.rope_width else found[:0]
+    return Rope(found, narrow.detach().double().cpu(), source.rope_scaling(model) ** 2)

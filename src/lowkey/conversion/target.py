@@ -49,8 +49,7 @@ def configuration(model: PreTrainedModel, kind: str, frequencies: str, fields: M
         given |= {"num_key_value_heads": config.num_key_value_heads or config.num_attention_heads}
         given["head_norm"] = given.get("head_norm") or "none"  # the source has none, and so the start is exact
     if kind == "mla":
-        slices = fields.get("qk_rope_head_dim", given["head_dim"])
-        given |= {"mla_kv_norm": False, "qk_rope_head_dim": slices, "mla_rotate": slices != 0}
+        given |= {"mla_kv_norm": False, "qk_rope_head_dim": given["head_dim"]}
     made = _made(given | dict(fields))
     _check_widths(model, made)
     if frequencies == "high" and made.rope_width not in (0, made.head_dim):
@@ -99,8 +98,6 @@ def _check_widths(model: PreTrainedModel, config: LowkeyConfig) -> None:
         )
     if e > d or (e == 0 and kind == "lrkv"):
         raise LowkeyError(f"qk_rope_head_dim {e}: must be at least 2 and at most the source's head dim {d}")
-    if e == 0 and config.mla_rotate:
-        raise LowkeyError("mla_rotate True: there is no slice to rotate with qk_rope_head_dim 0; leave it out")
     if kind == "mla" and config.qk_nope_head_dim not in (d, d - e):
         raise LowkeyError(f"qk_nope_head_dim {config.qk_nope_head_dim}: give {d} or {d - e}, the channels that are not rotated")
     narrow = e < d or (config.attention == "lrkv" and config.lrkv_rope_mode == "latent" and config.lrkv_rank < d)
