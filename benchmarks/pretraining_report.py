@@ -139,19 +139,14 @@ def comparison_table(rows: list[dict], stage: str) -> list[str]:
         first = next(iter(found.values()))
         losses = [r["test_loss"] for r in found.values()]
         ratios = [x for s, r in found.items() if s in by_arm["MHA"] for x in [steps_ratio(r, by_arm["MHA"][s])] if x is not None]
-        speeds = [_speed(r) / _speed(by_arm["MHA"][s]) for s, r in found.items() if s in by_arm["MHA"]]
         lines.append(
             _line(
                 *(arm, f"{100 * first['cache_numbers_per_token'] / whole:.1f} %", f"{first['parameters']:,}", f"{first['lr']:g}"),
                 *(_interval(losses), *(_interval(_differences(found, by_arm[other])) for other in ("MHA", "GQA-4"))),
-                *(_interval(ratios, 2), f"{statistics.median(speeds):.2f}" if speeds else "-", len(found)),
+                *(_interval(ratios, 2), len(found)),
             )
         )
     return lines
-
-
-def _speed(row: dict) -> float:
-    return row["result"]["tokens_per_second"]
 
 
 def _differences(mine: dict[int, dict], others: dict[int, dict]) -> list[float]:
