@@ -130,7 +130,6 @@ def comparison_table(rows: list[dict], stage: str) -> list[str]:
         "minus MHA",
         "minus GQA-4",
         "steps to MHA's loss",
-        "tokens/s of MHA's",
         "seeds",
     )
     lines = [_line(*head), _line(*["---"] * len(head))] if mine else []
