@@ -9,7 +9,6 @@ a (method, seed) whose rows are in OUT.json is not run again.
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import tempfile
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from intervals import half_width
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey import files, text
@@ -71,7 +71,6 @@ BUDGETS = ("75%", "50%", "37.5%", "25%")
 PACKED = ("int8", "int4", "kivi4", "hadamard4", "int2", "kivi2", "hadamard2")  # alone
 ON_TOP = {"75%": ("int4", "kivi4", "kivi2"), "50%": ("int4", "kivi4", "kivi2")}  # of latents, by the budget of the plan
 GATE_STEPS, GATE_BUDGETS = 100, ("50%", "37.5%")  # of training the gates, which starts anew for every budget
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # two-sided 95 % quantiles of Student's t for n samples
 SHOWN = ("perplexity", "kl", "exact_match", "perplexity_decode", "layer_error", "top1_agreement", "fit_seconds")
 
 app = typer.Typer(add_completion=False)
@@ -220,7 +219,7 @@ def _cell(values: list) -> str:
     digits = 2 if mean >= 10 else 3 if mean >= 1 else 4
     if len(values) < 3:  # an interval from two is no information
         return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} ±{T95[len(values)] * statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}"
+    return f"{mean:.{digits}f} ±{half_width(values):.{digits}f}"
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from intervals import half_width
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lowkey import files
 
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # two-sided quantiles of Student's t for n samples
 SMOOTH = 0.05  # of all steps, in a smoothed training loss
 DECAY = 0.2  # of all steps, as the runs of stage b have it
 
@@ -200,8 +200,7 @@ def _interval(values: list[float], digits: int = 4) -> str:
     mean = statistics.mean(values)
     if len(values) < 2:
         return f"{mean:.{digits}f}"
-    half = T95.get(len(values), 1.96) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:.{digits}f} ±{half:.{digits}f}"
+    return f"{mean:.{digits}f} ±{half_width(values):.{digits}f}"
 
 
 def _line(*cells: object) -> str:

@@ -38,7 +38,7 @@ class LowRankKV(Attention):
             self.k_up = nn.Parameter(torch.empty(self.heads, rank, self.reach))
             self.v_up = nn.Parameter(torch.empty(self.heads, rank, d))
             self.latent_norm = nn.Identity() if self.mode == "full" else self.norm(rank)
-        self.rotary = {"full": rotary(config, d), "latent": rotary(config, rank), "partial": None}[self.mode]
+        self.rotary = None if self.mode == "partial" else rotary(config, d if self.mode == "full" else rank)
 
     def project(self, hidden: Tensor, query: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         groups = self.config.num_key_value_heads

@@ -38,8 +38,6 @@ from lowkey.heads import KINDS, estimate_heads
 from lowkey.loading import load, make_method
 from lowkey.methods.dynakv import GateTraining
 from lowkey.needles import TASKS as NEEDLES
-from lowkey.pretraining import Recipe
-from lowkey.pretraining import pretrain as run
 from lowkey.progress import bars
 from lowkey.recover import OBJECTIVES, Recovery
 from lowkey.recover import recover as train
@@ -242,6 +240,9 @@ def pretrain(
 ) -> None:
     """Train a model from scratch, or the one at model.path further. The same command goes on where it was stopped."""
     from accelerate import PartialState
+
+    from lowkey.pretraining import Recipe
+    from lowkey.pretraining import pretrain as run
 
     place = out or Path("runs") / recipe.stem
     found = run(Recipe.read(recipe, settings or ()), place, progress=bars, device=device, force=force)
