@@ -5,8 +5,8 @@
 
 Stages: `a` learning-rate sweep (selection only, by validation loss), `b` the comparison at the chosen rates, `c` the range of learning
 rates of MEA's parts (2 x 2, QK-norm and gate as controls), `r` LRKV's rank, `w` the arms of `b` with the feed-forward width solved for
-MHA's number of parameters, `z` the arms of `b` at one learning rate with output projections that start at zero. Runs are processes of one
-thread each. Interrupted, the same command goes on: finished runs are kept, the others resume.
+MHA's number of parameters. A stage with a z before it (`za`, `zb`) is the same with output projections that start at zero. Runs are
+processes of one thread each. Interrupted, the same command goes on: finished runs are kept, the others resume.
 """
 
 from __future__ import annotations
@@ -74,6 +74,10 @@ class Job:
     matched: bool = False
 
     @property
+    def kind(self) -> str:
+        return self.stage[-1]
+
+    @property
     def name(self) -> str:
         plain = self.arm.replace(" ", "").replace("+", "-").replace("=", "").replace(",", "-")
         return f"{self.stage}-{plain}-lr{self.lr:g}-s{self.seed}-{self.tokens}-{self.batch}"
@@ -90,7 +94,6 @@ def run(
     batch: int = 8192,
     rates: str = "1e-3,2e-3,4e-3,8e-3,16e-3",
     range_rates: str = "1e-3,2e-3,4e-3,8e-3,16e-3,32e-3,64e-3",
-    zero_rate: float = 3e-3,
     seeds: int = 3,
     range_seeds: int = 1,
     arms: Annotated[str, typer.Option(help="of stages a, b and w, separated by semicolons; also MLA-25;GTA-8;K=V-8")] = ";".join(COMPARED),
@@ -100,21 +103,20 @@ def run(
     corpus, held = prepare_texts(texts, out)
     chosen_arms = arms.split(";")
     for stage in stages.split(","):
-        if stage == "a":
-            jobs = [Job("a", arm, float(lr), 100, int(sweep_tokens), batch) for lr in rates.split(",") for arm in chosen_arms]
-        elif stage in ("b", "w"):
-            best = {arm: lr for arm, lr in pretraining_report.chosen(out).items() if arm in chosen_arms}
-            jobs = [Job(stage, arm, lr, s, int(tokens), batch, stage == "w") for s in range(seeds) for arm, lr in best.items()]
-        elif stage == "z":
-            jobs = [Job("z", arm, zero_rate, s, int(sweep_tokens), batch) for s in range(seeds) for arm in chosen_arms]
-        elif stage == "c":
+        start, kind = stage[:-1], stage[-1:]
+        if start not in ("", "z") or kind not in tuple("abcrw"):
+            raise typer.BadParameter(f"stage {stage!r} is unknown; choose among a, b, c, r, w, or za, zb, zc, zr, zw")
+        best = pretraining_report.chosen(out, start + "a")
+        if kind == "a":
+            jobs = [Job(stage, arm, float(lr), 100, int(sweep_tokens), batch) for lr in rates.split(",") for arm in chosen_arms]
+        elif kind in "bw":
+            known = [arm for arm in chosen_arms if arm in best]
+            jobs = [Job(stage, arm, best[arm], s, int(tokens), batch, kind == "w") for s in range(seeds) for arm in known]
+        elif kind == "c":
             grid = [(s, lr, arm) for s in range(range_seeds) for lr in range_rates.split(",") for arm in PARTS]
-            jobs = [Job("c", arm, float(lr), s, int(range_tokens), batch) for s, lr, arm in grid]
-        elif stage == "r":
-            rate = pretraining_report.chosen(out)["LRKV-50 full"]
-            jobs = [Job("r", arm, rate, s, int(tokens), batch) for s in range(seeds) for arm in RANKS]
+            jobs = [Job(stage, arm, float(lr), s, int(range_tokens), batch) for s, lr, arm in grid]
         else:
-            raise typer.BadParameter(f"stage {stage!r} is unknown; choose among a, b, c, r, w, z")
+            jobs = [Job(stage, arm, best["LRKV-50 full"], s, int(tokens), batch) for s in range(seeds) for arm in RANKS]
         work(jobs, out, corpus, held, workers)
 
 
@@ -159,8 +161,9 @@ def one(job: Job, out: Path, corpus: Path, held: Path) -> float:
     steps = job.tokens // job.batch
     training = {
         **{"tokens": job.tokens, "batch_tokens": job.batch, "length": LENGTH, "lr": job.lr, "seed": job.seed, "precision": "fp32"},
-        **{"warmup": 0.08, "schedule": "wsd", "decay": 0.0 if job.stage == "c" else 0.2, "evaluate_tokens": 65_536},
-        **{"evaluate_every": max(1, steps // 4), "save_every": 200, "log_every": 20, "stop_on_divergence": False},
+        **{"warmup": 0.08, "schedule": "wsd", "decay": 0.0 if job.kind == "c" else 0.2, "evaluate_tokens": 65_536},
+        **{"evaluate_every": max(1, steps if job.kind in "ac" else steps // 4), "save_every": 200, "log_every": 20},
+        **{"compile": True, "stop_on_divergence": False},
     }
     data = {"path": str(corpus), "vocab_size": VOCABULARY, "max_tokens": 12_000_000, "held_out": 0.02, "cache": str(out / "tokens")}
     folder = out / "runs" / job.name
@@ -180,7 +183,7 @@ def one(job: Job, out: Path, corpus: Path, held: Path) -> float:
 def build(job: Job) -> PreTrainedModel:
     """The arm's model; what has the same name and shape in two arms starts from the same numbers."""
     ids = {"vocab_size": VOCABULARY, "max_position_embeddings": LENGTH, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    config = LowkeyConfig(**{**SHAPE, **ids, **ARMS[job.arm], **({"zero_init_output": True} if job.stage == "z" else {})})
+    config = LowkeyConfig(**{**SHAPE, **ids, **ARMS[job.arm], **({"zero_init_output": True} if job.stage.startswith("z") else {})})
     if job.matched:
         config.intermediate_size = _matched_width(config)
     torch.manual_seed(job.seed)

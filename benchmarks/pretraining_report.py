@@ -32,10 +32,10 @@ def validation(row: dict) -> float:
     return math.inf if found is None or row["result"]["diverged"] else found
 
 
-def chosen(out: Path) -> dict[str, float]:
-    """For every arm of the sweep the learning rate with the lowest validation loss."""
+def chosen(out: Path, stage: str = "a") -> dict[str, float]:
+    """For every arm of a sweep the learning rate with the lowest validation loss."""
     best: dict[str, tuple[float, float]] = {}
-    for row in runs(out, "a"):
+    for row in runs(out, stage):
         best[row["arm"]] = min(best.get(row["arm"], (math.inf, 0.0)), (validation(row), row["lr"]))
     return {arm: lr for arm, (_, lr) in best.items()}
 
@@ -47,36 +47,44 @@ def report(out: Path, results: Path) -> None:
     files.write_json(results, {"rows": kept})
     draw(rows, results.with_suffix(".png"))
     for title, table in (
-        ("Learning rates", sweep_table(out)),
-        ("Comparison", comparison_table(rows, "b")),
-        ("With MHA's parameters", comparison_table(rows, "w")),
-        ("Output projections at zero", comparison_table(rows, "z")),
-        ("LRKV's rank", comparison_table(rows, "r")),
-        ("Range of learning rates", range_table(rows)),
+        (start + title, table)
+        for z, start in (("z", "Output projections at zero: "), ("", ""))
+        for title, table in (
+            ("Learning rates", sweep_table(out, z + "a")),
+            ("Comparison", comparison_table(rows, z + "b")),
+            ("With MHA's parameters", comparison_table(rows, z + "w")),
+            ("LRKV's rank", comparison_table(rows, z + "r")),
+            ("Range of learning rates", range_table(rows, z + "c")),
+        )
     ):
         if table:
             print(f"\n{title}\n\n" + "\n".join(table))
 
 
 def draw(rows: list[dict], place: Path) -> None:
-    """Three panels: the sweep, training losses less MHA's of the same seed, and the range of learning rates."""
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
-    sweep, curves, wide = figure.subplots(1, 3)
-    _by_rate(sweep, [r for r in rows if r["stage"] == "a"], validation, "validation loss (selection)")
-    _by_rate(wide, [r for r in rows if r["stage"] == "c"], _end, "last training loss, constant rate")
-    compared = [r for r in rows if r["stage"] == "b"]
-    reference = {r["seed"]: smoothed(r["result"]["losses"]) for r in compared if r["arm"] == "MHA"}
-    for arm in sorted({r["arm"] for r in compared}):
-        mine = [smoothed(r["result"]["losses"]) - reference[r["seed"]] for r in compared if r["arm"] == arm and r["seed"] in reference]
-        if mine:
-            curves.plot(np.mean(mine, axis=0), label=arm)
-    curves.set(xlabel="step", ylabel="smoothed training loss minus MHA's, nats", ylim=(-0.4, 0.6), title="equal tokens, mean over seeds")
-    for axes in (sweep, curves, wide):
+    """A row for each start: the sweep, training losses less MHA's of the same seed, and the range of learning rates."""
+    figure = Figure(figsize=(15, 9), layout="constrained")
+    panels = figure.subplots(2, 3)
+    for z, start, (sweep, curves, wide) in zip(("", "z"), ("random output projections", "output projections at zero"), panels, strict=True):
+        by_stage = {kind: [r for r in rows if r["stage"] == z + kind] for kind in "abc"}
+        _by_rate(sweep, by_stage["a"], validation, f"{start}: validation loss (selection)")
+        _beside_mha(curves, by_stage["b"])
+        _by_rate(wide, by_stage["c"], _end, "last training loss, constant rate")
+    for axes in panels.flat:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=7)
     with files.replacing(place) as temporary:
         figure.savefig(temporary, format="png", dpi=90)
+
+
+def _beside_mha(axes: Axes, rows: list[dict]) -> None:
+    reference = {r["seed"]: smoothed(r["result"]["losses"]) for r in rows if r["arm"] == "MHA"}
+    for arm in sorted({r["arm"] for r in rows}):
+        mine = [smoothed(r["result"]["losses"]) - reference[r["seed"]] for r in rows if r["arm"] == arm and r["seed"] in reference]
+        if mine:
+            axes.plot(np.mean(mine, axis=0), label=arm)
+    axes.set(xlabel="step", ylabel="smoothed training loss minus MHA's, nats", ylim=(-0.4, 0.6), title="equal tokens, mean over seeds")
 
 
 def _by_rate(axes: Axes, rows: list[dict], value: Callable[[dict], float], label: str) -> None:
@@ -100,9 +108,9 @@ def smoothed(losses: list) -> np.ndarray:
     return np.convolve(known, np.full(width, 1 / width), mode="valid")
 
 
-def sweep_table(out: Path) -> list[str]:
+def sweep_table(out: Path, stage: str) -> list[str]:
     """Validation loss by arm and learning rate, the chosen one marked, an edge of the grid said."""
-    rows, best = runs(out, "a"), chosen(out)
+    rows, best = runs(out, stage), chosen(out, stage)
     rates = sorted({r["lr"] for r in rows})
     cells = {(r["arm"], r["lr"]): validation(r) for r in rows}
     lines = [_line("arm", *(f"{lr:g}" for lr in rates), "chosen"), _line(*["---"] * (len(rates) + 2))] if rows else []
@@ -116,7 +124,7 @@ def sweep_table(out: Path) -> list[str]:
 def comparison_table(rows: list[dict], stage: str) -> list[str]:
     """Test loss and its paired differences to MHA and GQA-4, sorted."""
     mine = [r for r in rows if r["stage"] == stage]
-    paired = mine if stage != "r" else [r for r in rows if r["stage"] in ("b", "r")]
+    paired = mine if stage[-1] != "r" else [r for r in rows if r["stage"] in (stage[:-1] + "b", stage)]
     by_arm: dict[str, dict[int, dict]] = defaultdict(dict)
     for row in paired:
         by_arm[row["arm"]][row["seed"]] = row
@@ -166,10 +174,10 @@ def steps_ratio(row: dict, reference: dict) -> float | None:
     return float(plateau / (back[0] + 1)) if len(back) else None
 
 
-def range_table(rows: list[dict]) -> list[str]:
+def range_table(rows: list[dict], stage: str) -> list[str]:
     """Last smoothed training loss by learning rate (constant after warm-up), the largest one without divergence, and the sensitivity: mean
     over rates of (loss, clipped at the loss of the start, minus the best)."""
-    mine = [r for r in rows if r["stage"] == "c"]
+    mine = [r for r in rows if r["stage"] == stage]
     rates = sorted({r["lr"] for r in mine})
     head = ("arm", *(f"{lr:g}" for lr in rates), "largest stable", "sensitivity", "spikes", "largest gradient norm")
     lines = [_line(*head), _line(*["---"] * len(head))] if mine else []

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowkey.backends import grouped, naive
+from lowkey.backends import fused, grouped, naive
 from lowkey.backends.segment import Segment
 
 D = 6  # the width of the answer
@@ -48,6 +50,47 @@ def agree(parts, softcap=None):
 def test_grouped_is_naive(*, seed, lengths, shape, masks, up, softcap):
     b, h, g, t = shape
     agree(segments(seed, lengths, b=b, h=h, g=g, t=t, masks=masks, up=up), softcap)
+
+
+@pytest.fixture
+def fusing(monkeypatch):
+    """Torch's attention at any length, three queries at a time; returns how often it was asked."""
+    calls, inner = [], fused.scaled_dot_product_attention
+    monkeypatch.setattr(fused, "QUERIES", 1)
+    monkeypatch.setattr(fused, "ROWS", 3)
+    monkeypatch.setattr(fused, "scaled_dot_product_attention", lambda *a, **k: calls.append(a) or inner(*a, **k))
+    return calls
+
+
+def of_one_query(parts):
+    return [replace(s, query=parts[0].query) for s in parts]
+
+
+@pytest.mark.parametrize("lengths", [[0], [1], [9], [4, 5], [0, 3], [2, 0, 6]])
+@pytest.mark.parametrize("t", [1, 3, 8])
+@pytest.mark.parametrize("masks", [True, False])
+def test_fused_is_naive(fusing, lengths, t, masks):
+    agree(of_one_query(segments(len(lengths), lengths, t=t, masks=masks, up="none")))
+    assert fusing or lengths == [0]
+
+
+@pytest.mark.parametrize("up", ["shared", "per head"])
+def test_fused_is_naive_where_values_are_mapped_up(fusing, up):
+    agree(segments(3, [9], t=8, up=up))
+    assert fusing
+
+
+def test_fused_reads_no_more_than_some_query_sees(fusing):
+    part = segments(0, [9], t=8)[0]
+    agree([replace(part, mask=torch.ones(1, 8, 9, dtype=torch.bool).tril(1))])
+    assert [call[1].shape[2] for call in fusing] == [4, 7, 9]
+
+
+def test_fused_takes_only_what_it_can(fusing):
+    biased = replace(segments(0, [4])[0], bias=torch.randn(2, 2, 4))
+    for parts, softcap in (([biased], None), (segments(0, [4]), 1.5), (segments(0, [3, 2], up="none"), None), (segments(0, [3, 2]), None)):
+        agree(parts, softcap)
+    assert not fusing
 
 
 def test_widths_may_differ_between_segments():
@@ -129,3 +172,12 @@ def test_stored_heads_may_stand_for_several_and_differ_from_segment_to_segment(g
     agree([merged, apart])
     agree([apart, merged], 1.5)
     assert agree([merged]).shape == (2, 4, 2, 3, D)
+
+
+def test_fused_is_naive_where_stored_heads_stand_for_several(fusing):
+    generator = torch.Generator().manual_seed(0)
+    query, keys, values, up = (
+        torch.randn(*shape, generator=generator) for shape in ((2, 2, 4, 5, 9), (2, 2, 7, 9), (2, 1, 7, 11), (4, 11, D))
+    )
+    agree([Segment(query, keys, values, torch.ones(1, 5, 7, dtype=torch.bool).tril(2), up)])
+    assert fusing

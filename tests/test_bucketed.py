@@ -400,6 +400,44 @@ def test_training_twice_gives_the_same_gates():
         assert all(not t.requires_grad for t in vars(gate).values())
 
 
+def stopping_at(last):
+    """Progress that is cut off at a training step, as a killed process is."""
+
+    def progress(items, text, total):
+        for item in items:
+            if text == "training gates" and item == last:
+                raise KeyboardInterrupt
+            yield item
+
+    return progress
+
+
+@pytest.mark.parametrize("last", [9, 10, 39])
+def test_interrupted_training_goes_on_to_the_same_gates(tmp_path, last):
+    """Saved every 8 of 40 steps; a second stop on the way changes nothing either."""
+    said = attached("llama"), found_bases("post_rope"), CYCLE, HELD, "post_rope", SHORT
+    for stop in (last, last):
+        with pytest.raises(KeyboardInterrupt):
+            train_gate(*said, stopping_at(stop), tmp_path)
+    steps = []
+    found = train_gate(*said, lambda items, text, total: steps.append((text, total)) or items, tmp_path)
+    assert dict(steps)["training gates"] == 40 - last // 8 * 8
+    whole = trained("post_rope")
+    assert (found.share, found.divergence) == (whole.share, whole.divergence)
+    for i, gate in whole.gates.items():
+        assert all(torch.equal(t, getattr(found.gates[i], name)) for name, t in vars(gate).items())
+
+
+def test_a_work_folder_of_another_job_is_emptied(tmp_path):
+    def made(target):
+        training = GateTraining(target=target, steps=2, hidden=8)
+        return dyna_plan(attached("llama"), pico.tokenizer(), TEXT, sample=Sample(8, 24), training=training, work=tmp_path)
+
+    made(0.4)
+    assert (tmp_path / dynakv.UNFINISHED).exists()
+    assert made(0.3).share <= 0.3 + 1e-6
+
+
 def test_training_leaves_the_model_and_the_random_state_alone():
     model = attached("llama")
     before, random = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()

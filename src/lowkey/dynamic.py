@@ -29,6 +29,7 @@ from lowkey.progress import Progress, silent
 from lowkey.seam import attach, attached
 from lowkey.statistics import gather
 from lowkey.types import LAYOUTS, Budget, Factors, Heads, Layout, LowkeyError
+from lowkey.unfinished import job_folder
 
 FORMAT = 1
 METHOD = "dynakv"
@@ -193,11 +194,13 @@ def dyna_plan(
     key_bases: Heads = "shared",
     sample: Sample | None = None,
     training: GateTraining | None = None,
+    work: Path | None = None,
     progress: Progress = silent,
 ) -> DynaPlan:
     """PCA bases and gates from windows of `texts` (the embedded calibration text when None), of which a quarter only judges.
 
     training.target: the share of coordinates to keep, a half unless said otherwise. sample, training: their defaults when None.
+    work: a folder to resume from and save progress into.
     Errors: LowkeyError for an unsupported model or layout, too short a text, or a target out of reach.
     """
     shape, sample, training = families.geometry(model), sample or Sample(), training or GateTraining()
@@ -208,10 +211,11 @@ def dyna_plan(
     if not attached(model):
         attach(model)
     rows = windows_of(model, tokenizer, texts, sample)
-    held = max(1, round(HELD * len(rows)))
-    statistics = gather(model, progress(rows[:-held].split(sample.batch), "second moments"))
+    held, provenance = max(1, round(HELD * len(rows))), provenance_of(model, rows, sample)
+    work = job_folder(work, {"provenance": provenance, "layout": layout, "key_bases": key_bases, "training": asdict(training)})
+    statistics = gather(model, progress(rows[:-held].split(sample.batch), "second moments"), work)
     found = {i: dynakv.bases(s, layout, key_bases) for i, s in statistics.items()}
-    gates = dynakv.train_gate(model, found, rows, held, layout, training, progress)
+    gates = dynakv.train_gate(model, found, rows, held, layout, training, progress, work)
     d = shape.head_dim
     return DynaPlan(
         factors={i: b.at(d, d) for i, b in found.items()},
@@ -222,5 +226,5 @@ def dyna_plan(
         divergence=gates.divergence,
         training=asdict(training),
         geometry=asdict(shape),
-        provenance=provenance_of(model, rows, sample),
+        provenance=provenance,
     )

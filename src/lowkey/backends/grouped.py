@@ -9,6 +9,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from lowkey.backends import fused
 from lowkey.backends.segment import Part, Segment, kv_heads
 
 BLOCK = 2**25  # scores held at once (numbers): 128 MiB in fp32 bounds the memory of a long prefill
@@ -17,6 +18,8 @@ BLOCK = 2**25  # scores held at once (numbers): 128 MiB in fp32 bounds the memor
 def attend(segments: Sequence[Segment], scaling: float, softcap: float | None = None) -> Tensor:
     """As `naive.attend`: one softmax over all segments. Returns (b, h, g, t, d); a query that may see nothing gets 0."""
     segments, step = _steps(segments)
+    if fused.fits(segments, softcap):
+        return fused.attend(segments, scaling)
     return torch.cat([_block(s, scaling, softcap)[0] for s in _blocks(segments, step)], dim=3)
 
 

@@ -112,15 +112,17 @@ def dynamic(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train gates that give every token a rank of its own, and write a plan for eval and generate."""
-    files.check_output(out, force)
+    """Train gates that give every token a rank of its own, and write a plan for eval and generate. Interrupted work resumes when the same
+    command is given again."""
+    work = files.check_output(out, force)
     at_least(4, windows=windows)
     at_least(8, context=context)
     training, form, heads = GateTraining(share_of(budget), steps, seed=seed), layout_of(layout), heads_of(key_bases)
     sample = Sample(windows, context, seed)
     loaded, tokenizer, corpus = opened(model, dtype, device, calibration)
-    plan = dyna_plan(loaded, tokenizer, corpus, layout=form, key_bases=heads, sample=sample, training=training, progress=bars)
+    plan = dyna_plan(loaded, tokenizer, corpus, layout=form, key_bases=heads, sample=sample, training=training, work=work, progress=bars)
     plan.save(out, force)
+    shutil.rmtree(work, ignore_errors=True)
     show_dynamic(plan.describe(), out, as_json)
 
 

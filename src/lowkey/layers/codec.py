@@ -22,7 +22,8 @@ class Codec(Protocol):
     (n, r) of rows of different length, given each one's position (n), where rows start (b h + 1), and h.
     query, out: (b, h, g, t, d) to and from the stored basis.
     keys, values: readable keys and stored values -> (b, h, s, d) as the model made them, as nearly as is known.
-    segment: stored keys (b, G, s, r) at positions (b, s) and values, ready to be attended to by queries (b, h, g, t, d) at (b, t).
+    segment: stored keys (b, G, s, r) at positions (b, s) and values, ready to be attended to by queries (b, h, g, t, d) at (b, t); with
+    `expand` the query as it is meets keys and values as the model made them, where the form allows it, so that exact ones can join them.
     order (h): the KV heads in the order in which all of this expects them, or None for their own.
     """
 
@@ -36,7 +37,7 @@ class Codec(Protocol):
     def out(self, out: Tensor) -> Tensor: ...
     def keys(self, readable: Tensor) -> Tensor: ...
     def values(self, stored: Tensor) -> Tensor: ...
-    def segment(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, at: Tensor) -> Segment: ...
+    def segment(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, at: Tensor, expand: bool = False) -> Segment: ...
     def like(self, states: Tensor) -> Codec: ...
 
 
@@ -67,7 +68,7 @@ class Plain:
     def values(self, stored: Tensor) -> Tensor:
         return stored
 
-    def segment(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, at: Tensor) -> Segment:
+    def segment(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, at: Tensor, expand: bool = False) -> Segment:
         return Segment(query, keys, values)
 
     def like(self, states: Tensor) -> Plain:
@@ -102,14 +103,14 @@ class LowRank:
             keys = unrotate(keys.float(), cos, sin).to(keys.dtype)
         return merged(_less(keys, f.k_mean), f.k_down), merged(_less(values, f.v_mean), f.v_down)
 
-    def segment(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, at: Tensor) -> Segment:
+    def segment(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, at: Tensor, expand: bool = False) -> Segment:
         if (frequencies := self.factors.frequencies) is not None:
             query = self._turned(query, self.factors.k_up.mT.unsqueeze(1), at, frequencies)
-        elif self.layout == "post_rope" and self._carries(query, keys):
+        elif self.layout == "post_rope" and not expand and self._carries(query, keys):
             query, keys = self._carried(query, keys)
         else:
             keys = self._expanded(keys, positions)
-        if not self._carries(query, values):
+        if expand or not self._carries(query, values):
             return Segment(query, keys, self.values(values))
         up, mean = self.factors.v_up, self.factors.v_mean
         if mean is not None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lowkey.backends import grouped
+from lowkey.backends import fused, grouped
 from lowkey.backends.segment import Segment
 from lowkey.layers.codec import Codec
 from lowkey.layers.exact import Exact, FixedPoints
@@ -188,8 +188,9 @@ class CodedLayer(PlacedLayer):
     # -- reading
 
     def _segments(self, call: Call, buffer_k: Tensor, buffer_v: Tensor) -> list[Segment]:
-        mask, stored = call.full_mask(self.seen), self._stored(call, buffer_k, buffer_v)
-        if not self.exact.sinks and not self.exact.recent and self.block == 1 and not self._exact_chunk(call):
+        mask, alone = call.full_mask(self.seen), self._alone(call)
+        stored = self._stored(call, buffer_k, buffer_v, expand=not alone and call.query.shape[3] >= fused.QUERIES)
+        if alone:
             return [replace(stored, mask=mask)]
         mask = mask if mask is not None else self.offset.new_ones(1, 1, self.seen, dtype=torch.bool)
         near, index = self._near(call), self._sink_index()
@@ -202,14 +203,17 @@ class CodedLayer(PlacedLayer):
             *([Segment(call.query, self.sink_k, self.sink_v, self._at(far, index))] if self.exact.sinks else []),
         ]
 
-    def _stored(self, call: Call, buffer_k: Tensor, buffer_v: Tensor) -> Segment:
+    def _alone(self, call: Call) -> bool:
+        return not self.exact.sinks and not self.exact.recent and self.block == 1 and not self._exact_chunk(call)
+
+    def _stored(self, call: Call, buffer_k: Tensor, buffer_v: Tensor, expand: bool) -> Segment:
         stored, ahead = self._ready()
         parts = {name: self._parts(name) for name in self.packing}
         if ahead > stored:
             parts = self._joined(self._packed(buffer_k, buffer_v, stored, ahead))
         keys, values = (packing.unpack(parts[name], self.shapes[name][1]) for name, packing in self.packing.items())
         at = self.positions(self.seen - call.query.shape[3], self.seen)
-        return self.codec.segment(call.query, keys, values, self._slots(0, ahead) - self.offset, at)
+        return self.codec.segment(call.query, keys, values, self._slots(0, ahead) - self.offset, at, expand)
 
     def _exact_chunk(self, call: Call) -> bool:
         return self.exact_prefill and call.query.shape[3] > 1

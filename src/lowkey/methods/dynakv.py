@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lowkey import families, through
+from lowkey import families, files, through
 from lowkey.families import Rope
 from lowkey.layers.bucketed import Gate
 from lowkey.layers.rebuilding import Rebuilding
@@ -29,6 +30,7 @@ from lowkey.types import Factors, Heads, LayerBases, LayerStatistics, Layout, Lo
 
 WARMUP = 0.05  # of the steps
 COLDEST = 0.2  # of the temperature, which falls to it in a line
+UNFINISHED = "gates.safetensors"  # in the work folder
 LOOKS = 5  # how often the held-out windows judge
 STEEP = 10.0  # of a gate at the start: how much a token minds to lose all its energy
 DOUBLINGS, HALVINGS = 12, 12  # of the price, to enclose it and to find it
@@ -106,6 +108,7 @@ def train_gate(
     layout: Layout,
     settings: GateTraining = GateTraining(),
     progress: Progress = silent,
+    work: Path | None = None,
 ) -> Gates:
     """Gates for all layers over nested bases with one latent per head, trained through the whole model, which stays as it is.
 
@@ -117,7 +120,7 @@ def train_gate(
     here do not.
     What serves is the level of a token's largest number, after a price for each coordinate is taken off. The price is found by bisection
     on the held-out windows, as low as the target allows. Gates that do best there are kept, those at the start among them: they give all
-    tokens of a layer the same level.
+    tokens of a layer the same level. work: a folder of this very job, to save into at every look and to go on from, to the same gates.
     Errors: LowkeyError when the target is below the least level.
     """
     d = next(iter(found.values())).keys.columns.shape[-1]
@@ -127,7 +130,7 @@ def train_gate(
     maps = {i: b.at(d, d).to(torch.empty(0, device=device_of(blocks[i]))) for i, b in found.items()}
     squares = _squares(model, maps, rows[:-held], layout, settings.batch)
     with torch.enable_grad():
-        return _Training(model, maps, layout, levels, settings, rows, held, _fresh(squares, levels, settings)).run(progress)
+        return _Training(model, maps, layout, levels, settings, rows, held, _fresh(squares, levels, settings), work).run(progress)
 
 
 @dataclass
@@ -190,24 +193,59 @@ class _Training:
     rows: Tensor
     held: int
     gates: dict[int, Gate]
+    work: Path | None = None
+    done: int = 0
 
     def run(self, progress: Progress) -> Gates:
         s, best = self.settings, self.judged()
         self.gates = {i: _loose(g) for i, g in best.gates.items()}
-        parameters = [p for gate in self.gates.values() for p in _trained(gate)]
-        optimizer = torch.optim.AdamW(parameters, lr=s.lr, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: falling(k, max(1, s.steps), WARMUP))
-        generator, training = torch.Generator().manual_seed(s.seed), self.rows[: -self.held]
-        for k in progress(range(s.steps), "training gates", s.steps):
-            ids = training[torch.randperm(len(training), generator=generator)[: s.batch]]
-            loss = self.loss(ids, s.temperature * max(COLDEST, 1 - k / s.steps), generator)
-            for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-                p.grad = gradient
-            optimizer.step()
-            schedule.step()
+        self.optimizer = torch.optim.AdamW(self.parameters(), lr=s.lr, weight_decay=0.0)
+        self.generator, training = torch.Generator().manual_seed(s.seed), self.rows[: -self.held]
+        best = self.restored() or best
+        for k in progress(range(self.done, s.steps), "training gates", s.steps - self.done):
+            self.step(k, training[torch.randperm(len(training), generator=self.generator)[: s.batch]])
             if (k + 1) % max(1, s.steps // LOOKS) == 0 or k + 1 == s.steps:
-                best = min(best, self.judged(), key=lambda found: found.divergence)
+                best, self.done = min(best, self.judged(), key=lambda found: found.divergence), k + 1
+                self.save(best)
         return best
+
+    def step(self, k: int, ids: Tensor) -> None:
+        s, parameters = self.settings, self.parameters()
+        for group in self.optimizer.param_groups:
+            group["lr"] = s.lr * falling(k, max(1, s.steps), WARMUP)
+        loss = self.loss(ids, s.temperature * max(COLDEST, 1 - k / s.steps), self.generator)
+        for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            p.grad = gradient
+        self.optimizer.step()
+
+    def parameters(self) -> list[Tensor]:
+        return [p for gate in self.gates.values() for p in _trained(gate)]
+
+    # -- stopping and going on
+
+    def save(self, best: Gates) -> None:
+        if self.work is None:
+            return
+        found = {f"{i}.{name}": t.detach() for i, gate in best.gates.items() for name, t in vars(gate).items()}
+        for index, p in enumerate(self.parameters()):
+            found |= {f"adam.{index}.{key}": t for key, t in self.optimizer.state[p].items()} | {f"parameter.{index}": p.detach()}
+        judged = torch.tensor([best.share, best.divergence], dtype=torch.float64)
+        found |= {"judged": judged, "random": self.generator.get_state(), "done": torch.tensor(self.done)}
+        files.write_tensors(self.work / UNFINISHED, found)
+
+    def restored(self) -> Gates | None:
+        """The best gates so far, the training being where it was saved; None where nothing was."""
+        if self.work is None or not (self.work / UNFINISHED).exists():
+            return None
+        found = files.read_tensors(self.work / UNFINISHED, "unfinished gates")
+        for index, p in enumerate(self.parameters()):
+            p.data.copy_(found[f"parameter.{index}"])
+            self.optimizer.state[p] = {key: found[f"adam.{index}.{key}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[p]["step"] = found[f"adam.{index}.step"]
+        self.generator.set_state(found["random"])
+        self.done, (share, divergence) = int(found["done"]), found["judged"].tolist()
+        best = {i: Gate(**{name: found[f"{i}.{name}"].to(t) for name, t in vars(gate).items()}) for i, gate in self.gates.items()}
+        return Gates(best, share, divergence)
 
     def loss(self, ids: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
         def drawn(numbers: Tensor) -> Tensor:
