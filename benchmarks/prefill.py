@@ -1,6 +1,6 @@
-"""What evicting costs in prefill: the time of a prompt under each policy over that of transformers' own cache, in the same run.
+"""What a smaller cache costs in prefill: the time of a prompt under each setting over that of the full cache, in the same run.
 
-    python benchmarks/prefill.py [--context 4096 --budget 10% --rounds 5]
+    python benchmarks/prefill.py [--context 4096 --budget 10% --rounds 5 --policies snapkv,... --no-latents]
 
 A random Llama of 2 layers, hidden 1024, 16 heads, 8 KV heads of 64; time depends on shapes only. Rounds in which the settings take
 turns; medians of the ratios within a round.
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -17,8 +19,13 @@ import typer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import lowkey
+from lowkey import families
+from lowkey.cache import LowkeyCache, cache_of
+from lowkey.layers.codec import LowRank
+from lowkey.layers.coded import CodedLayer
+from lowkey.layers.exact import Exact
 from lowkey.loading import make_policy
-from lowkey.policies.base import Policy
+from lowkey.types import Factors, Layout
 
 POLICIES = (
     "streamingllm",
@@ -35,27 +42,56 @@ POLICIES = (
 )
 
 
-def main(context: int = 4096, budget: str = "10%", rounds: int = 5, policies: Annotated[str, typer.Option()] = ",".join(POLICIES)) -> None:
+def main(
+    context: int = 4096,
+    budget: str = "10%",
+    rounds: int = 5,
+    policies: Annotated[str, typer.Option(help="separated by commas; may be empty")] = ",".join(POLICIES),
+    latents: Annotated[bool, typer.Option(help="low rank and packed integers, too")] = True,
+) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=1000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=8
     )
     model = lowkey.attach(LlamaForCausalLM(config).eval())
     ids = torch.randint(0, 1000, (1, context))
-    settings: dict[str, Policy | None] = {"full": None} | {name: make_policy(name, budget, {}) for name in policies.split(",")}
-    times: dict[str, list[float]] = {name: [] for name in settings}
+    chosen = {name: make_policy(name, budget, {}) for name in policies.split(",") if name}
+    caches: dict[str, Callable[[], LowkeyCache]] = {"full": lambda: lowkey.make_cache(model)}
+    caches |= {name: partial(lowkey.make_cache, model, policy=policy) for name, policy in chosen.items()}
+    caches |= stored_otherwise(model) if latents else {}
+    times: dict[str, list[float]] = {name: [] for name in caches}
     for _ in range(rounds + 1):
-        for name, policy in settings.items():
-            times[name].append(seconds(model, ids, policy))
-    print("| policy | prefill, s | over full |\n|---|---|---|")
+        for name, make in caches.items():
+            times[name].append(seconds(model, ids, make()))
+    print("| setting | prefill, s | over full |\n|---|---|---|")
     for name, took in times.items():
         ratio = statistics.median(a / b for a, b in zip(took[1:], times["full"][1:], strict=True))
         print(f"| {name} | {statistics.median(took[1:]):.3f} | {ratio:.3f} |")
 
 
+def stored_otherwise(model: PreTrainedModel) -> dict[str, Callable[[], LowkeyCache]]:
+    """Latents of half the rank, in random bases: time depends on shapes only; and integers."""
+    near = Exact(sinks=4, recent=64)
+    kinds: dict[str, tuple[Layout, Exact]] = {
+        "rank 50 %": ("post_rope", Exact()),
+        "rank 50 %, pre-RoPE": ("pre_rope", Exact()),
+        "rank 50 %, 4 sinks and 64 recent": ("post_rope", near),
+        "rank 50 %, pre-RoPE, 4 sinks and 64 recent": ("pre_rope", near),
+    }
+    caches: dict[str, Callable[[], LowkeyCache]] = {
+        name: partial(cache_of, model, partial(latent_layer, model, layout, exact)) for name, (layout, exact) in kinds.items()
+    }
+    return caches | {bits: partial(lowkey.make_cache, model, bits=bits) for bits in ("int8", "int4", "kivi4")}
+
+
+def latent_layer(model: PreTrainedModel, layout: Layout, exact: Exact, i: int) -> CodedLayer:
+    shape = families.geometry(model)
+    down = torch.linalg.qr(torch.randn(shape.kv_heads, shape.head_dim, shape.head_dim // 2)).Q
+    return CodedLayer(LowRank(Factors(down, down.mT, down, down.mT), layout, families.rope(model, i)), exact)
+
+
 @torch.no_grad()
-def seconds(model: PreTrainedModel, ids: torch.Tensor, policy: Policy | None) -> float:
-    cache = lowkey.make_cache(model, policy=policy)
+def seconds(model: PreTrainedModel, ids: torch.Tensor, cache: LowkeyCache) -> float:
     start = time.perf_counter()
     model(ids, past_key_values=cache, logits_to_keep=1)
     return time.perf_counter() - start

@@ -82,8 +82,18 @@ def test_fused_is_naive_where_values_are_mapped_up(fusing, up):
 
 def test_fused_reads_no_more_than_some_query_sees(fusing):
     part = segments(0, [9], t=8)[0]
-    agree([replace(part, mask=torch.ones(1, 8, 9, dtype=torch.bool).tril(1))])
-    assert [call[1].shape[2] for call in fusing] == [4, 7, 9]
+    causal = torch.ones(1, 8, 9, dtype=torch.bool).tril(1)
+    agree([replace(part, mask=causal)])
+    agree([replace(part, mask=causal.triu(0))])  # a window of two
+    assert [call[1].shape[2] for call in fusing] == [4, 7, 9, 4, 4, 3]
+
+
+def test_fused_queries_that_see_nothing_get_zero(fusing):
+    part = segments(0, [9], t=8)[0]
+    mask = torch.ones(2, 8, 9, dtype=torch.bool)
+    mask[:, :4], mask[1, 5] = False, False  # a whole block, a part of the next, and one query of one row
+    out = agree([replace(part, mask=mask)])
+    assert not out[:, :, :, :4].any() and not out[1, :, :, 5].any() and out[0, :, :, 5].any()
 
 
 def test_fused_takes_only_what_it_can(fusing):

@@ -23,33 +23,29 @@ def fits(segments: Sequence[Segment], softcap: float | None) -> bool:
 
 def attend(segments: Sequence[Segment], scaling: float) -> Tensor:
     """As `naive.attend`: (b, h, g, t, d)."""
-    query, h = segments[0].query.flatten(1, 2), kv_heads(segments)
-    t = query.shape[2]
-    stops = [_stops(s, t) for s in segments]
-    out = torch.cat([_rows(segments, query, i, [own[i // ROWS] for own in stops], scaling) for i in range(0, t, ROWS)], 2)
-    out, up = out.unflatten(1, (h, -1)), segments[0].up
+    query, h, up = segments[0].query.flatten(1, 2), kv_heads(segments), segments[0].up
+    spans = zip(*(_spans(s, query.shape[2]) for s in segments), strict=True)
+    out = torch.cat([_rows(segments, query, i * ROWS, span, scaling) for i, span in enumerate(spans)], 2).unflatten(1, (h, -1))
     return out if up is None else out @ up.unsqueeze(1)
 
 
-def _stops(s: Segment, t: int) -> list[int]:
-    """For every ROWS queries, where what they see of this segment ends."""
+def _spans(s: Segment, t: int) -> list[slice]:
+    """For every ROWS queries, between which tokens of this segment lies what they see."""
     n = s.keys.shape[2]
     if s.mask is None or not n:
-        return [n] * -(-t // ROWS)
-    seen = torch.stack([part.any(1).any(0) for part in s.mask.split(ROWS, 1)])  # (blocks, n)
-    return (seen * torch.arange(1, n + 1, device=seen.device)).amax(1).tolist()
+        return [slice(0, n)] * -(-t // ROWS)
+    seen = torch.stack([part.any(1).any(0) for part in s.mask.split(ROWS, 1)]).int()  # (blocks, n)
+    return [slice(i, n - j) for i, j in torch.stack([seen.argmax(1), seen.flip(1).argmax(1)], 1).tolist()]
 
 
-def _rows(segments: Sequence[Segment], query: Tensor, start: int, stops: list[int], scaling: float) -> Tensor:
+def _rows(segments: Sequence[Segment], query: Tensor, start: int, spans: Sequence[slice], scaling: float) -> Tensor:
     """(b, H, ROWS, width of the values)"""
     heads = {x.shape[1] for s in segments for x in (s.keys, s.values)}
     h = heads.pop() if len(heads) == 1 else kv_heads(segments)
-    keys = torch.cat([_for_heads(s.keys[:, :, :n], h) for s, n in zip(segments, stops, strict=True)], 2)
-    values = torch.cat([_for_heads(s.values[:, :, :n], h) for s, n in zip(segments, stops, strict=True)], 2)
+    keys = torch.cat([_for_heads(s.keys[:, :, span], h) for s, span in zip(segments, spans, strict=True)], 2)
+    values = torch.cat([_for_heads(s.values[:, :, span], h) for s, span in zip(segments, spans, strict=True)], 2)
     query, width = query[:, :, start : start + ROWS], values.shape[3]
-    if not keys.shape[2]:
-        return values.new_zeros(*query.shape[:3], width)
-    mask = _mask(segments, query, start, stops)
+    mask = _mask(segments, query, start, spans)
     widest = max(width, keys.shape[3])  # the fused kernels want one
     query, keys, values = (pad(x, (0, widest - x.shape[3])) for x in (query, keys, values))
     out = scaled_dot_product_attention(query, keys, values, mask, scale=scaling, enable_gqa=True)[..., :width]
@@ -60,14 +56,14 @@ def _for_heads(x: Tensor, h: int) -> Tensor:
     return x if x.shape[1] == h else x.repeat_interleave(h // x.shape[1], 1)
 
 
-def _mask(segments: Sequence[Segment], query: Tensor, start: int, stops: list[int]) -> Tensor | None:
+def _mask(segments: Sequence[Segment], query: Tensor, start: int, spans: Sequence[slice]) -> Tensor | None:
     """(b|1, 1, ROWS, s), or None where everything is seen."""
     if all(s.mask is None for s in segments):
         return None
     t = query.shape[2]
     masks = [
-        query.new_ones(1, t, n, dtype=torch.bool) if s.mask is None else s.mask[:, start : start + t, :n]
-        for s, n in zip(segments, stops, strict=True)
+        query.new_ones(1, t, span.stop, dtype=torch.bool) if s.mask is None else s.mask[:, start : start + t, span]
+        for s, span in zip(segments, spans, strict=True)
     ]
     batch = max(len(m) for m in masks)
     return torch.cat([m.expand(batch, -1, -1) for m in masks], 2).unsqueeze(1)
