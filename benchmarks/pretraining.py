@@ -4,13 +4,15 @@
     python benchmarks/pretraining.py report OUT docs/results/pretraining.json
 
 Stages: `a` learning-rate sweep (selection only, by validation loss), `b` the comparison at the chosen rates, `c` the range of learning
-rates of MEA's parts (2 x 2, QK-norm and gate as controls), `r` LRKV's rank, `w` the arms of `b` with the feed-forward width solved for
-MHA's number of parameters. A stage with a z before it (`za`, `zb`) is the same with output projections that start at zero. Runs are
-processes of one thread each. Interrupted, the same command goes on: finished runs are kept, the others resume.
+rates of MEA's parts (2 x 2, QK-norm and gate as controls), `d` MHA's runs of `b` converted and trained on, `r` LRKV's rank, `w` the arms of
+`b` with the feed-forward width solved for MHA's number of parameters. A stage with a z before it (`za`, `zb`) is the same with output
+projections that start at zero. Runs are processes of one thread each. Interrupted, the same command goes on: finished runs are kept, the
+others resume.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections.abc import Sequence
@@ -29,11 +31,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey import files
 from lowkey.attention import LowkeyConfig, LowkeyForCausalLM, costs, model_parameters
+from lowkey.conversion import Options, convert, input_moments
+from lowkey.loading import load
 from lowkey.pretraining import pretrain
 from lowkey.pretraining.recipe import Recipe
 
 SHAPE = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 6, "num_attention_heads": 8, "tie_word_embeddings": True}
 VOCABULARY, LENGTH = 1024, 256
+MOMENT_ROWS = 64  # that say what projections read
 PASSAGE = 20_000  # characters of a training document
 HELD_NOVELS = 25  # every so many-th text is for the test loss only
 ARMS: dict[str, dict] = {
@@ -57,6 +62,18 @@ ARMS: dict[str, dict] = {
 COMPARED = ("MHA", "GQA-4", "MQA", "MLA-50", "LRKV-50 full", "LRKV-50 latent", "MEA-4")
 PARTS = ("MHA", "MHA + head norm", "HLC only", "MEA-8", "MHA + QK-norm", "MHA + gate")
 RANKS = ("LRKV r=0", "LRKV r=2", "LRKV r=4", "LRKV r=8", "LRKV r=16")
+
+FORMS: dict[str, tuple[str, dict, Options, bool]] = {  # what MHA is converted into: attention, its fields, options, whether whitened
+    "MHA": ("mha", {}, Options(), False),
+    "GQA-4, mean": ("gqa", {"num_key_value_heads": 4}, Options(), False),
+    "GQA-4, mean of aligned heads": ("gqa", {"num_key_value_heads": 4}, Options(basis="aligned"), True),
+    "GQA-4, first of two": ("gqa", {"num_key_value_heads": 4}, Options(heads="first"), False),
+    "MEA-4, weights": ("mea", {"mea_num_component_heads": 4}, Options(), False),
+    "MEA-4, aligned and whitened": ("mea", {"mea_num_component_heads": 4}, Options(basis="aligned"), True),
+    "LRKV-50 full, whitened": ("lrkv", {"lrkv_rank": 6}, Options(basis="aligned"), True),
+    "LRKV-50 latent, whitened": ("lrkv", {"lrkv_rank": 6, "lrkv_rope_mode": "latent"}, Options(), True),
+    "MLA-50, whitened": ("mla", {"kv_lora_rank": 120, "qk_rope_head_dim": 8}, Options(), True),
+}
 
 app = typer.Typer(add_completion=False)
 
@@ -96,6 +113,8 @@ def run(
     range_rates: str = "1e-3,2e-3,4e-3,8e-3,16e-3,32e-3,64e-3",
     seeds: int = 3,
     range_seeds: int = 1,
+    recovery_tokens: float = 0.2e6,
+    recovery_rate: float = 1e-3,
     arms: Annotated[str, typer.Option(help="of stages a, b and w, separated by semicolons; also MLA-25;GTA-8;K=V-8")] = ";".join(COMPARED),
     workers: int = 2,
 ) -> None:
@@ -104,8 +123,8 @@ def run(
     chosen_arms = arms.split(";")
     for stage in stages.split(","):
         start, kind = stage[:-1], stage[-1:]
-        if start not in ("", "z") or kind not in tuple("abcrw"):
-            raise typer.BadParameter(f"stage {stage!r} is unknown; choose among a, b, c, r, w, or za, zb, zc, zr, zw")
+        if start not in ("", "z") or kind not in tuple("abcdrw"):
+            raise typer.BadParameter(f"stage {stage!r} is unknown; choose among a, b, c, d, r, w, or za, zb, zc, zd, zr, zw")
         best = pretraining_report.chosen(out, start + "a")
         if kind == "a":
             jobs = [Job(stage, arm, float(lr), 100, int(sweep_tokens), batch) for lr in rates.split(",") for arm in chosen_arms]
@@ -115,6 +134,8 @@ def run(
         elif kind == "c":
             grid = [(s, lr, arm) for s in range(range_seeds) for lr in range_rates.split(",") for arm in PARTS]
             jobs = [Job(stage, arm, float(lr), s, int(range_tokens), batch) for s, lr, arm in grid]
+        elif kind == "d":
+            jobs = [Job(stage, form, recovery_rate, s, int(recovery_tokens), batch) for s in range(seeds) for form in FORMS]
         else:
             jobs = [Job(stage, arm, best["LRKV-50 full"], s, int(tokens), batch) for s in range(seeds) for arm in RANKS]
         work(jobs, out, corpus, held, workers)
@@ -160,14 +181,22 @@ def one(job: Job, out: Path, corpus: Path, held: Path) -> float:
     torch.set_num_threads(1)
     steps = job.tokens // job.batch
     training = {
-        **{"tokens": job.tokens, "batch_tokens": job.batch, "length": LENGTH, "lr": job.lr, "seed": job.seed, "precision": "fp32"},
+        **{
+            "tokens": job.tokens,
+            "batch_tokens": job.batch,
+            "length": LENGTH,
+            "lr": job.lr,
+            "seed": job.seed + (1000 if job.kind == "d" else 0),
+            "precision": "fp32",
+        },
         **{"warmup": 0.08, "schedule": "wsd", "decay": 0.0 if job.kind == "c" else 0.2, "evaluate_tokens": 65_536},
         **{"evaluate_every": max(1, steps if job.kind in "ac" else steps // 4), "save_every": 200, "log_every": 20},
         **{"compile": True, "stop_on_divergence": False},
     }
     data = {"path": str(corpus), "vocab_size": VOCABULARY, "max_tokens": 12_000_000, "held_out": 0.02, "cache": str(out / "tokens")}
     folder = out / "runs" / job.name
-    trained = pretrain(Recipe.of({"data": data, "training": training}), folder, model=build(job), device="cpu")
+    model = converted(job, out, corpus) if job.kind == "d" else build(job)
+    trained = pretrain(Recipe.of({"data": data, "training": training}), folder, model=model, device="cpu")
     config = trained.model.config
     numbers = {
         **asdict(job),
@@ -192,6 +221,26 @@ def build(job: Job) -> PreTrainedModel:
         if isinstance(module, nn.Linear | nn.Embedding) and module.weight.any():  # what starts at zero stays there
             _draw(module.weight, name, job.seed, config.initializer_range)
     return model
+
+
+def converted(job: Job, out: Path, corpus: Path) -> PreTrainedModel:
+    """The longest run of MHA with this start and seed, in another form. It goes on in another order of the rows than it was trained in."""
+    found = [r for r in pretraining_report.runs(out, job.stage[:-1] + "b") if r["arm"] == "MHA" and r["seed"] == job.seed]
+    if not found:
+        raise typer.BadParameter(f"stage {job.stage}: MHA of seed {job.seed} was not trained yet; run stage {job.stage[:-1]}b first")
+    fields = {f.name for f in dataclasses.fields(Job)}
+    source = Job(**{name: value for name, value in max(found, key=lambda r: r["tokens"]).items() if name in fields})
+    folder = out / "runs" / source.name
+    model, tokenizer = load(str(folder), "float32", "cpu")
+    attention, sizes, options, whitened = FORMS[job.arm]
+    return convert(model, attention, options=options, moments=_moments(model, tokenizer, corpus) if whitened else None, **sizes)
+
+
+def _moments(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: Path) -> dict[int, Tensor]:
+    with corpus.open(encoding="utf-8") as lines:
+        passages = [json.loads(next(lines))["text"] for _ in range(MOMENT_ROWS)]
+    rows = [tokenizer(p, add_special_tokens=False, verbose=False).input_ids[:LENGTH] for p in passages]
+    return input_moments(model, torch.tensor(rows))
 
 
 @torch.no_grad()

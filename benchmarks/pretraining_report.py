@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from lowkey import files
 
 SMOOTH = 0.05  # of all steps, in a smoothed training loss
+WHOLE = 2 * 128 * 6  # numbers that MHA stores per token
 DECAY = 0.2  # of all steps, as the runs of stage b have it
 
 
@@ -55,6 +56,7 @@ def report(out: Path, results: Path) -> None:
             ("With MHA's parameters", comparison_table(rows, z + "w")),
             ("LRKV's rank", comparison_table(rows, z + "r")),
             ("Range of learning rates", range_table(rows, z + "c")),
+            ("Converted", recovery_table(rows, z + "d")),
         )
     ):
         if table:
@@ -128,7 +130,6 @@ def comparison_table(rows: list[dict], stage: str) -> list[str]:
     by_arm: dict[str, dict[int, dict]] = defaultdict(dict)
     for row in paired:
         by_arm[row["arm"]][row["seed"]] = row
-    whole = 2 * 128 * 6
     head = (
         "arm",
         "cache",
@@ -148,7 +149,7 @@ def comparison_table(rows: list[dict], stage: str) -> list[str]:
         ratios = [x for s, r in found.items() if s in by_arm["MHA"] for x in [steps_ratio(r, by_arm["MHA"][s])] if x is not None]
         lines.append(
             _line(
-                *(arm, f"{100 * first['cache_numbers_per_token'] / whole:.1f} %", f"{first['parameters']:,}", f"{first['lr']:g}"),
+                *(arm, f"{100 * first['cache_numbers_per_token'] / WHOLE:.1f} %", f"{first['parameters']:,}", f"{first['lr']:g}"),
                 *(_interval(losses), *(_interval(_differences(found, by_arm[other])) for other in ("MHA", "GQA-4"))),
                 *(_interval(ratios, 2), len(found)),
             )
@@ -192,6 +193,23 @@ def range_table(rows: list[dict], stage: str) -> list[str]:
         lines.append(
             _line(arm, *shown, f"{max(stable, default=0):g}", f"{sensitivity:.3f}", sum(r["spikes"] for r in all_of), f"{worst:.1f}")
         )
+    return lines
+
+
+def recovery_table(rows: list[dict], stage: str) -> list[str]:
+    """Validation loss of MHA converted, before and after it was trained on, and its test loss beside MHA's after as many tokens."""
+    mine = [r for r in rows if r["stage"] == stage]
+    head = ("form", "cache", "tokens", "before, validation", "after, validation", "after, test", "minus MHA", "seeds")
+    lines = [_line(*head), _line(*["---"] * len(head))] if mine else []
+    groups: dict[tuple[int, str], dict[int, dict]] = defaultdict(dict)
+    for row in mine:
+        groups[row["tokens"], row["arm"]][row["seed"]] = row
+    for (tokens, arm), found in sorted(groups.items(), key=lambda g: (g[0][0], statistics.mean(r["test_loss"] for r in g[1].values()))):
+        before, after = ([r["result"]["validation"][i]["validation_loss"] for r in found.values()] for i in (0, -1))
+        cache = next(iter(found.values()))["cache_numbers_per_token"] / WHOLE
+        test = [r["test_loss"] for r in found.values()]
+        beside = _interval(_differences(found, groups[tokens, "MHA"]))
+        lines.append(_line(arm, f"{100 * cache:.1f} %", f"{tokens:,}", *map(_interval, (before, after, test)), beside, len(found)))
     return lines
 
 
