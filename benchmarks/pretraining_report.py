@@ -44,23 +44,18 @@ def chosen(out: Path, stage: str = "a") -> dict[str, float]:
 def report(out: Path, results: Path) -> None:
     """Write all numbers that the tables need and a figure, and print the tables."""
     rows = runs(out)
+    lengths = sorted({r["tokens"] for r in rows})
     kept = [{k: v for k, v in r.items() if k != "result"} | {"result": _kept(r["result"])} for r in rows]
     files.write_json(results, {"rows": kept})
     draw(rows, results.with_suffix(".png"))
-    for title, table in (
-        (start + title, table)
-        for z, start in (("z", "Output projections at zero: "), ("", ""))
-        for title, table in (
-            ("Learning rates", sweep_table(out, z + "a")),
-            ("Comparison", comparison_table(rows, z + "b")),
-            ("With MHA's parameters", comparison_table(rows, z + "w")),
-            ("LRKV's rank", comparison_table(rows, z + "r")),
-            ("Range of learning rates", range_table(rows, z + "c")),
-            ("Converted", recovery_table(rows, z + "d")),
-        )
-    ):
-        if table:
-            print(f"\n{title}\n\n" + "\n".join(table))
+    for z, start in (("", "random start"), ("z", "output projections at zero")):
+        tables = {"learning rates": sweep_table(out, z + "a")}
+        for kind, title in (("b", "comparison"), ("w", "with MHA's parameters"), ("r", "LRKV's rank")):
+            tables |= {f"{title}, {n:,} tokens": comparison_table([r for r in rows if r["tokens"] == n], z + kind) for n in lengths}
+        tables |= {"range of learning rates": range_table(rows, z + "c"), "converted": recovery_table(rows, z + "d")}
+        for title, table in tables.items():
+            if table:
+                print(f"\n## {start}: {title}\n\n" + "\n".join(table))
 
 
 def draw(rows: list[dict], place: Path) -> None:
@@ -81,6 +76,9 @@ def draw(rows: list[dict], place: Path) -> None:
 
 
 def _beside_mha(axes: Axes, rows: list[dict]) -> None:
+    """Of the length with the most runs."""
+    length = statistics.mode(r["tokens"] for r in rows) if rows else 0
+    rows = [r for r in rows if r["tokens"] == length]
     reference = {r["seed"]: smoothed(r["result"]["losses"]) for r in rows if r["arm"] == "MHA"}
     for arm in sorted({r["arm"] for r in rows}):
         mine = [smoothed(r["result"]["losses"]) - reference[r["seed"]] for r in rows if r["arm"] == arm and r["seed"] in reference]
