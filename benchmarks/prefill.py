@@ -1,4 +1,4 @@
-"""What a smaller cache costs in prefill: the time of a prompt under each setting over that of the full cache, in the same run.
+"""What a smaller cache costs in time: a prompt, and then a decoding step, under each setting over those of the full cache in the same run.
 
     python benchmarks/prefill.py [--context 4096 --budget 10% --rounds 5 --policies snapkv,... --no-latents]
 
@@ -8,6 +8,7 @@ turns; medians of the ratios within a round.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from lowkey.layers.exact import Exact
 from lowkey.loading import make_policy
 from lowkey.types import Factors, Layout
 
+STEPS = 8  # of decoding
 POLICIES = (
     "streamingllm",
     "tova",
@@ -59,14 +61,19 @@ def main(
     caches: dict[str, Callable[[], LowkeyCache]] = {"full": lambda: lowkey.make_cache(model)}
     caches |= {name: partial(lowkey.make_cache, model, policy=policy) for name, policy in chosen.items()}
     caches |= stored_otherwise(model) if latents else {}
-    times: dict[str, list[float]] = {name: [] for name in caches}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in caches}
     for _ in range(rounds + 1):
         for name, make in caches.items():
             times[name].append(seconds(model, ids, make()))
-    print("| setting | prefill, s | over full |\n|---|---|---|")
+    print("| setting | prefill, s | over full | step, ms | over full |\n|---|---|---|---|---|")
     for name, took in times.items():
-        ratio = statistics.median(a / b for a, b in zip(took[1:], times["full"][1:], strict=True))
-        print(f"| {name} | {statistics.median(took[1:]):.3f} | {ratio:.3f} |")
+        (prefill, its), (step, own) = (_beside(took[1:], times["full"][1:], i) for i in range(2))
+        print(f"| {name} | {prefill:.3f} | {its:.3f} | {1000 * step:.1f} | {own:.3f} |")
+
+
+def _beside(took: list[tuple[float, float]], full: list[tuple[float, float]], i: int) -> tuple[float, float]:
+    """Medians of the i-th time and of its ratio within a round."""
+    return statistics.median(x[i] for x in took), statistics.median(x[i] / y[i] for x, y in zip(took, full, strict=True))
 
 
 def stored_otherwise(model: PreTrainedModel) -> dict[str, Callable[[], LowkeyCache]]:
@@ -91,10 +98,14 @@ def latent_layer(model: PreTrainedModel, layout: Layout, exact: Exact, i: int) -
 
 
 @torch.no_grad()
-def seconds(model: PreTrainedModel, ids: torch.Tensor, cache: LowkeyCache) -> float:
-    start = time.perf_counter()
-    model(ids, past_key_values=cache, logits_to_keep=1)
-    return time.perf_counter() - start
+def seconds(model: PreTrainedModel, ids: torch.Tensor, cache: LowkeyCache) -> tuple[float, float]:
+    """Of the prompt, and of a step after it: the median of several."""
+    marks = [time.perf_counter()]
+    for part in (ids, *[ids[:, :1]] * STEPS):
+        model(part, past_key_values=cache, logits_to_keep=1)
+        marks.append(time.perf_counter())
+    prefill, *steps = (stop - start for start, stop in itertools.pairwise(marks))
+    return prefill, statistics.median(steps)
 
 
 if __name__ == "__main__":
