@@ -179,6 +179,7 @@ def work(jobs: Sequence[Job], out: Path, corpus: Path, held: Path, workers: int)
 def one(job: Job, out: Path, corpus: Path, held: Path) -> float:
     """Train, measure on the texts set aside, keep the numbers. Returns the test loss."""
     torch.set_num_threads(1)
+    torch.compiler.reset()  # the models of a worker share their code, and only so many versions of it are compiled
     steps = job.tokens // job.batch
     training = {
         **{
