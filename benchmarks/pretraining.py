@@ -50,6 +50,7 @@ ARMS: dict[str, dict] = {
     "LRKV-50 full": {"attention": "lrkv", "lrkv_rank": 6},
     "LRKV-50 latent": {"attention": "lrkv", "lrkv_rank": 6, "lrkv_rope_mode": "latent"},
     "MEA-4": {"attention": "mea", "mea_num_component_heads": 4},
+    "MEA-4, no norm": {"attention": "mea", "mea_num_component_heads": 4, "head_norm": "none"},
     "GTA-8": {"attention": "gta", "num_key_value_heads": 8},
     "K=V-8": {"attention": "k_eq_v", "num_key_value_heads": 8},
     "MEA-8": {"attention": "mea"},
@@ -115,7 +116,7 @@ def run(
     range_seeds: int = 1,
     recovery_tokens: float = 0.2e6,
     recovery_rate: float = 1e-3,
-    arms: Annotated[str, typer.Option(help="of stages a, b and w, separated by semicolons; also MLA-25;GTA-8;K=V-8")] = ";".join(COMPARED),
+    arms: Annotated[str, typer.Option(help="of stages a, b and w, separated by semicolons; also MLA-25;MEA-4, no norm;GTA-8;K=V-8")] = ";".join(COMPARED),
     workers: int = 2,
 ) -> None:
     """Train what is missing, stage by stage."""
