@@ -116,7 +116,9 @@ def run(
     range_seeds: int = 1,
     recovery_tokens: float = 0.2e6,
     recovery_rate: float = 1e-3,
-    arms: Annotated[str, typer.Option(help="of stages a, b and w, separated by semicolons; also MLA-25;MEA-4, no norm;GTA-8;K=V-8")] = ";".join(COMPARED),
+    arms: Annotated[str, typer.Option(help="of stages a, b and w, by semicolons; others: MLA-25;MEA-4, no norm;GTA-8;K=V-8")] = ";".join(
+        COMPARED
+    ),
     workers: int = 2,
 ) -> None:
     """Train what is missing, stage by stage."""
