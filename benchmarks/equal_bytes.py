@@ -26,6 +26,7 @@ from lowkey.commands.plans import Dynamic
 from lowkey.dynamic import dyna_plan
 from lowkey.evaluate.result import Task, evaluate
 from lowkey.evaluate.settings import full, packed, planned
+from lowkey.layers.exact import Exact
 from lowkey.loading import load, make_method
 from lowkey.methods.dynakv import GateTraining
 from lowkey.progress import bars
@@ -92,6 +93,9 @@ def run(
     allocator: str = "greedy",
     methods: Annotated[str, typer.Option(help="labels, separated by semicolons; all when not given")] = "",
     tasks: str = "perplexity,layers,recall",
+    recent: Annotated[
+        int, typer.Option(help="last tokens kept exact in every setting, in the place of KIVI's own; give another OUT.json")
+    ] = 0,
 ) -> None:
     """Measure and print the table."""
     names = tasks.split(",")
@@ -102,8 +106,10 @@ def run(
     found = json.loads(out.read_text()) if out.exists() else {"rows": []}
     done = {(row["label"], row["seed"]) for row in found["rows"]}
     names_done = {label for label, _ in done}
-    reference = [full(loaded), *(packed(loaded, b) for b in PACKED if b not in names_done)]
-    if len(reference) > 1 or "full" not in names_done:
+    exact = Exact(recent=recent) if recent else None
+    reference = [s for s in (full(loaded), *(packed(loaded, b, exact) for b in PACKED)) if s.name not in names_done]
+    if reference:
+        reference = [full(loaded), *(s for s in reference if s.name != "full")]
         result = evaluate(loaded, tokenizer, reference, task, names, bars)
         found["environment"] = result["environment"]
         rows = [r for r in result["rows"] if r["name"] not in names_done]
@@ -118,7 +124,7 @@ def run(
                 rows = _dynamic(loaded, tokenizer, corpus, DYNAMIC[label], sample, task, names)
             else:
                 plain, split = SCHEDULES.get(label, (label, allocator))
-                rows = _method(loaded, tokenizer, corpus, METHODS[plain], sample, task, names, split)
+                rows = _method(loaded, tokenizer, corpus, METHODS[plain], sample, task, names, split, exact)
         except LowkeyError as error:
             print(f"{label}: {error}", flush=True)
             continue
@@ -140,6 +146,7 @@ def _method(
     task: Task,
     names: list[str],
     allocator: str,
+    exact: Exact | None,
 ) -> list[dict]:
     """Rows of one fitted basis at every budget it can meet, and of its latents in integers; its fitting time is the first budget's."""
     name, options, layout = method
@@ -162,7 +169,7 @@ def _method(
                 print(f"{name} {options} {budget}: {error}", flush=True)
                 continue
             seconds.append(time.perf_counter() - start)
-            settings += [planned(model, plan, "", bits) for bits in (None, *ON_TOP.get(budget, ()))]
+            settings += [planned(model, plan, "", bits, exact) for bits in (None, *ON_TOP.get(budget, ()))]
     if len(settings) == 1:
         raise LowkeyError("no budget is within reach")
     rows = evaluate(model, tokenizer, settings, task, names, bars)["rows"][1:]

@@ -58,6 +58,19 @@ def by_name(result: dict) -> dict[str, dict]:
     return {row["name"]: row for row in result["rows"]}
 
 
+def test_a_window_of_exact_tokens_beside_what_is_compressed(half):
+    """As long as the text, it keeps everything."""
+    model = pico.attached("llama")
+    found = [
+        f(Exact(recent=n)) for n in (4, LENGTH) for f in (lambda e: packed(model, 4, e), lambda e: planned(model, half, "half", exact=e))
+    ]
+    rows = by_name(run([full(model), *found, packed(model, 4), planned(model, half, "half")]))
+    assert list(rows)[1:5] == ["int4 + 4 recent", "pca 50% + 4 recent", f"int4 + {LENGTH} recent", f"pca 50% + {LENGTH} recent"]
+    for name in ("int4", "pca 50%"):
+        assert rows[name]["bytes_held"] < rows[f"{name} + 4 recent"]["bytes_held"] < rows[f"{name} + {LENGTH} recent"]["bytes_held"]
+        assert rows[f"{name} + {LENGTH} recent"]["kl"] < 1e-6 < rows[f"{name} + 4 recent"]["kl"]
+
+
 @pytest.fixture(scope="module")
 def rows(settings):
     """Rows by name, with likelihoods, layer errors and bytes."""

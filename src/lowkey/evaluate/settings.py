@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lowkey.cache import LowkeyCache, Origin, cache_from, make_cache
 from lowkey.layers.base import StoringLayer
+from lowkey.layers.exact import Exact
 from lowkey.layers.packing import scheme, scheme_name
 from lowkey.plan import Plan
 from lowkey.policies import policy_words
@@ -55,23 +56,29 @@ def full(model: PreTrainedModel) -> Setting:
     return Setting("full", identity(budget="100%"), lambda: make_cache(model))
 
 
-def packed(model: PreTrainedModel, bits: int | str) -> Setting:
+def packed(model: PreTrainedModel, bits: int | str, exact: Exact | None = None) -> Setting:
+    """exact: tokens kept as they are beside the packed ones, in the place of the scheme's own."""
     scheme(bits)  # refuses now what would be refused at the first case
-    return Setting(scheme_name(bits), identity(**_packing(bits)), lambda: make_cache(model, bits=bits))
+    return Setting(scheme_name(bits) + _beside(exact), identity(**_packing(bits)), lambda: make_cache(model, bits=bits, exact=exact))
 
 
 def _packing(bits: int | str | None) -> dict:
     return {} if bits is None else {"bits": scheme(bits).bits, "packing": scheme_name(bits)}
 
 
-def planned(model: PreTrainedModel, plan: Plan, path: str, bits: int | str | None = None) -> Setting:
-    """A plan, checked once; its caches skip the fingerprint. bits: its latents in packed integers."""
+def planned(model: PreTrainedModel, plan: Plan, path: str, bits: int | str | None = None, exact: Exact | None = None) -> Setting:
+    """A plan, checked once; its caches skip the fingerprint. bits: its latents in packed integers. exact: tokens kept as they are, in the
+    place of what the plan or the scheme says."""
     plan.check(model)
     known = identity(method=plan.method["name"], plan=path, budget=plan.budget, layout=plan.layout, **_packing(bits))
     known["profile"] = {**plan.profile, "layers": list(plan.factors)}
-    origin = Origin(weakref.ref(model), plan, bits=bits)
-    name = f"{plan.method['name']} {plan.budget}" + ("" if bits is None else f" {scheme_name(bits)}")
+    origin = Origin(weakref.ref(model), plan, bits=bits, exact=exact)
+    name = f"{plan.method['name']} {plan.budget}" + ("" if bits is None else f" {scheme_name(bits)}") + _beside(exact)
     return Setting(name, known, lambda: cache_from(model, origin))
+
+
+def _beside(exact: Exact | None) -> str:
+    return "" if exact is None else f" + {exact.recent} recent"
 
 
 def evicted(
