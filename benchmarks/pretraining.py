@@ -4,10 +4,10 @@
     python benchmarks/pretraining.py report OUT docs/results/pretraining.json
 
 Stages: `a` learning-rate sweep (selection only, by validation loss), `b` the comparison at the chosen rates, `c` the range of learning
-rates of MEA's parts (2 x 2, QK-norm and gate as controls), `d` MHA's runs of `b` converted and trained on, `r` LRKV's rank, `w` the arms of
-`b` with the feed-forward width solved for MHA's number of parameters. A stage with a z before it (`za`, `zb`) is the same with output
-projections that start at zero. Runs are processes of one thread each. Interrupted, the same command goes on: finished runs are kept, the
-others resume.
+rates of MEA's parts (2 x 2, QK-norm and gate as controls), `d` MHA's runs of `b` converted and trained on, `e` the arms of `b` at one rate
+for all (those that `b` ran at it count, too), `r` LRKV's rank, `w` the arms of `b` with the feed-forward width solved for MHA's number of
+parameters. A stage with a z before it (`za`, `zb`) is the same with output projections that start at zero. Runs are processes of one
+thread each. Interrupted, the same command goes on: finished runs are kept, the others resume.
 """
 
 from __future__ import annotations
@@ -114,6 +114,7 @@ def run(
     range_rates: str = "1e-3,2e-3,4e-3,8e-3,16e-3,32e-3,64e-3",
     seeds: int = 3,
     range_seeds: int = 1,
+    equal_rate: float = 1.5e-3,
     recovery_tokens: float = 0.2e6,
     recovery_rate: float = 1e-3,
     arms: Annotated[str, typer.Option(help="of stages a, b and w, by semicolons; others: MLA-25;MEA-4, no norm;GTA-8;K=V-8")] = ";".join(
@@ -126,8 +127,8 @@ def run(
     chosen_arms = arms.split(";")
     for stage in stages.split(","):
         start, kind = stage[:-1], stage[-1:]
-        if start not in ("", "z") or kind not in tuple("abcdrw"):
-            raise typer.BadParameter(f"stage {stage!r} is unknown; choose among a, b, c, d, r, w, or za, zb, zc, zd, zr, zw")
+        if start not in ("", "z") or kind not in tuple("abcderw"):
+            raise typer.BadParameter(f"stage {stage!r} is unknown; choose among a, b, c, d, e, r, w, each also after a z")
         best = pretraining_report.chosen(out, start + "a")
         if kind == "a":
             jobs = [Job(stage, arm, float(lr), 100, int(sweep_tokens), batch) for lr in rates.split(",") for arm in chosen_arms]
@@ -137,6 +138,9 @@ def run(
         elif kind == "c":
             grid = [(s, lr, arm) for s in range(range_seeds) for lr in range_rates.split(",") for arm in PARTS]
             jobs = [Job(stage, arm, float(lr), s, int(range_tokens), batch) for s, lr, arm in grid]
+        elif kind == "e":
+            others = [arm for arm in chosen_arms if best.get(arm) != equal_rate]
+            jobs = [Job(stage, arm, equal_rate, s, int(tokens), batch) for s in range(seeds) for arm in others]
         elif kind == "d":
             jobs = [Job(stage, form, recovery_rate, s, int(recovery_tokens), batch) for s in range(seeds) for form in FORMS]
         else:

@@ -52,6 +52,10 @@ def report(out: Path, results: Path) -> None:
         tables = {"learning rates": sweep_table(out, z + "a")}
         for kind, title in (("b", "comparison"), ("w", "with MHA's parameters"), ("r", "LRKV's rank")):
             tables |= {f"{title}, {n:,} tokens": comparison_table([r for r in rows if r["tokens"] == n], z + kind) for n in lengths}
+        for rate in sorted({r["lr"] for r in rows if r["stage"] == z + "e"}):
+            same = [r | {"stage": z + "e"} for r in rows if r["stage"] in (z + "b", z + "e") and r["lr"] == rate]
+            of_length = {n: comparison_table([r for r in same if r["tokens"] == n], z + "e") for n in lengths}
+            tables |= {f"all at {rate:g}, {n:,} tokens": table for n, table in of_length.items()}
         tables |= {"range of learning rates": range_table(rows, z + "c"), "converted": recovery_table(rows, z + "d")}
         for title, table in tables.items():
             if table:
