@@ -72,6 +72,7 @@ def draw(rows: list[dict], place: Path) -> None:
         _beside_mha(curves, by_stage["b"])
         _by_rate(wide, by_stage["c"], _end, "last training loss, constant rate")
     for axes in panels.flat:
+        axes.set_visible(bool(axes.lines))  # what was not run yet
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=7)
