@@ -197,11 +197,13 @@ class _Training:
     done: int = 0
 
     def run(self, progress: Progress) -> Gates:
-        s, best = self.settings, self.judged()
+        s, found = self.settings, self.saved()
+        best = self.judged() if found is None else self.best_of(found)
         self.gates = {i: _loose(g) for i, g in best.gates.items()}
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=s.lr, weight_decay=0.0)
         self.generator, training = torch.Generator().manual_seed(s.seed), self.rows[: -self.held]
-        best = self.restored() or best
+        if found is not None:
+            self.restore(found)
         for k in progress(range(self.done, s.steps), "training gates", s.steps - self.done):
             self.step(k, training[torch.randperm(len(training), generator=self.generator)[: s.batch]])
             if (k + 1) % max(1, s.steps // LOOKS) == 0 or k + 1 == s.steps:
@@ -233,19 +235,22 @@ class _Training:
         found |= {"judged": judged, "random": self.generator.get_state(), "done": torch.tensor(self.done)}
         files.write_tensors(self.work / UNFINISHED, found)
 
-    def restored(self) -> Gates | None:
-        """The best gates so far, the training being where it was saved; None where nothing was."""
+    def saved(self) -> dict[str, Tensor] | None:
         if self.work is None or not (self.work / UNFINISHED).exists():
             return None
-        found = files.read_tensors(self.work / UNFINISHED, "unfinished gates")
+        return files.read_tensors(self.work / UNFINISHED, "unfinished gates")
+
+    def best_of(self, found: dict[str, Tensor]) -> Gates:
+        gates = {i: Gate(**{name: found[f"{i}.{name}"].to(t) for name, t in vars(gate).items()}) for i, gate in self.gates.items()}
+        return Gates(gates, *found["judged"].tolist())
+
+    def restore(self, found: dict[str, Tensor]) -> None:
         for index, p in enumerate(self.parameters()):
             p.data.copy_(found[f"parameter.{index}"])
             self.optimizer.state[p] = {key: found[f"adam.{index}.{key}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[p]["step"] = found[f"adam.{index}.step"]
         self.generator.set_state(found["random"])
-        self.done, (share, divergence) = int(found["done"]), found["judged"].tolist()
-        best = {i: Gate(**{name: found[f"{i}.{name}"].to(t) for name, t in vars(gate).items()}) for i, gate in self.gates.items()}
-        return Gates(best, share, divergence)
+        self.done = int(found["done"])
 
     def loss(self, ids: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
         def drawn(numbers: Tensor) -> Tensor:
