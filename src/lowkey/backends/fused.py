@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from lowkey.backends.segment import Segment, kv_heads
+from lowkey.backends.segment import Segment, joint_mask, kv_heads
 
 QUERIES = 16  # from so many on it is faster than products that form scores
 ROWS = 512  # queries taken at once: what none of them sees is not read
@@ -23,9 +24,10 @@ def fits(segments: Sequence[Segment], softcap: float | None) -> bool:
 
 def attend(segments: Sequence[Segment], scaling: float) -> Tensor:
     """As `naive.attend`: (b, h, g, t, d)."""
-    query, h, up = segments[0].query.flatten(1, 2), kv_heads(segments), segments[0].up
-    spans = zip(*(_spans(s, query.shape[2]) for s in segments), strict=True)
-    out = torch.cat([_rows(segments, query, i * ROWS, span, scaling) for i, span in enumerate(spans)], 2).unflatten(1, (h, -1))
+    h, t, up = kv_heads(segments), segments[0].query.shape[3], segments[0].up
+    spans = zip(*(_spans(s, t) for s in segments), strict=True)
+    blocks = [[_cut(s, i * ROWS, span) for s, span in zip(segments, own, strict=True)] for i, own in enumerate(spans)]
+    out = torch.cat([_rows(block, scaling) for block in blocks], 2).unflatten(1, (h, -1))
     return out if up is None else out @ up.unsqueeze(1)
 
 
@@ -38,32 +40,25 @@ def _spans(s: Segment, t: int) -> list[slice]:
     return [slice(i, n - j) for i, j in torch.stack([seen.argmax(1), seen.flip(1).argmax(1)], 1).tolist()]
 
 
-def _rows(segments: Sequence[Segment], query: Tensor, start: int, spans: Sequence[slice], scaling: float) -> Tensor:
-    """(b, H, ROWS, width of the values)"""
+def _cut(s: Segment, start: int, span: slice) -> Segment:
+    rows = slice(start, start + ROWS)
+    mask = None if s.mask is None else s.mask[:, rows, span]
+    return replace(s, query=s.query[:, :, :, rows], keys=s.keys[:, :, span], values=s.values[:, :, span], mask=mask)
+
+
+def _rows(segments: Sequence[Segment], scaling: float) -> Tensor:
+    """(b, H, t, width of the values)"""
     heads = {x.shape[1] for s in segments for x in (s.keys, s.values)}
     h = heads.pop() if len(heads) == 1 else kv_heads(segments)
-    keys = torch.cat([_for_heads(s.keys[:, :, span], h) for s, span in zip(segments, spans, strict=True)], 2)
-    values = torch.cat([_for_heads(s.values[:, :, span], h) for s, span in zip(segments, spans, strict=True)], 2)
-    query, width = query[:, :, start : start + ROWS], values.shape[3]
-    mask = _mask(segments, query, start, spans)
+    keys = torch.cat([_for_heads(s.keys, h) for s in segments], 2)
+    values = torch.cat([_for_heads(s.values, h) for s in segments], 2)
+    query, width, mask = segments[0].query.flatten(1, 2), values.shape[3], joint_mask(segments)
     widest = max(width, keys.shape[3])  # the fused kernels want one
     query, keys, values = (pad(x, (0, widest - x.shape[3])) for x in (query, keys, values))
+    mask = mask if mask is None else mask.unsqueeze(1)
     out = scaled_dot_product_attention(query, keys, values, mask, scale=scaling, enable_gqa=True)[..., :width]
     return out if mask is None else out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
 
 
 def _for_heads(x: Tensor, h: int) -> Tensor:
     return x if x.shape[1] == h else x.repeat_interleave(h // x.shape[1], 1)
-
-
-def _mask(segments: Sequence[Segment], query: Tensor, start: int, spans: Sequence[slice]) -> Tensor | None:
-    """(b|1, 1, ROWS, s), or None where everything is seen."""
-    if all(s.mask is None for s in segments):
-        return None
-    t = query.shape[2]
-    masks = [
-        query.new_ones(1, t, span.stop, dtype=torch.bool) if s.mask is None else s.mask[:, start : start + t, span]
-        for s, span in zip(segments, spans, strict=True)
-    ]
-    batch = max(len(m) for m in masks)
-    return torch.cat([m.expand(batch, -1, -1) for m in masks], 2).unsqueeze(1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowkey.backends import fused
-from lowkey.backends.segment import Part, Segment, kv_heads
+from lowkey.backends.segment import Part, Segment, joint_mask, kv_heads
 
 BLOCK = 2**25  # scores held at once (numbers): 128 MiB in fp32 bounds the memory of a long prefill
 
@@ -88,12 +88,10 @@ def _values(s: Segment, weights: Tensor, h: int) -> Tensor:
 
 def _masked(scores: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, Tensor | None]:
     """Scores, overwritten with -inf where attention is not allowed, and which rows are wholly masked (padding), if any can be."""
-    if all(s.mask is None for s in segments):
+    mask = joint_mask(segments)
+    if mask is None:
         return scores, None
-    t = scores.shape[2]
-    masks = [s.mask if s.mask is not None else scores.new_ones(1, t, s.keys.shape[2], dtype=torch.bool) for s in segments]
-    batch = max(m.shape[0] for m in masks)
-    allowed = torch.cat([m.expand(batch, -1, -1) for m in masks], dim=-1)[:, None]
+    allowed = mask[:, None]
     dead = ~allowed.any(-1, keepdim=True)
     return scores.masked_fill_(~allowed, torch.finfo(scores.dtype).min), dead
 

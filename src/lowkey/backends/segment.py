@@ -31,6 +31,16 @@ def kv_heads(segments: Sequence[Segment]) -> int:
     return max(max(s.values.shape[1], 1 if s.up is None else s.up.shape[0]) for s in segments)
 
 
+def joint_mask(segments: Sequence[Segment]) -> Tensor | None:
+    """The masks side by side, (b|1, t, tokens of all segments), or None where everything is seen."""
+    if all(s.mask is None for s in segments):
+        return None
+    t = segments[0].query.shape[3]
+    masks = [s.mask if s.mask is not None else s.keys.new_ones(1, t, s.keys.shape[2], dtype=torch.bool) for s in segments]
+    batch = max(m.shape[0] for m in masks)
+    return torch.cat([m.expand(batch, -1, -1) for m in masks], dim=-1)
+
+
 Part = tuple[Tensor, Tensor]
 """What attention over some of the tokens gives: out (..., d) and lse (...), the log-sum-exp of its scores, -inf where there are none."""
 
