@@ -129,7 +129,7 @@ def run(
         start, kind = stage[:-1], stage[-1:]
         if start not in ("", "z") or kind not in tuple("abcderw"):
             raise typer.BadParameter(f"stage {stage!r} is unknown; choose among a, b, c, d, e, r, w, each also after a z")
-        best = pretraining_report.chosen(out, start + "a")
+        best = pretraining_report.chosen(pretraining_report.runs(out, start + "a"))
         if kind == "a":
             jobs = [Job(stage, arm, float(lr), 100, int(sweep_tokens), batch) for lr in rates.split(",") for arm in chosen_arms]
         elif kind in "bw":

@@ -33,12 +33,13 @@ def validation(row: dict) -> float:
     return math.inf if found is None or row["result"]["diverged"] else found
 
 
-def chosen(out: Path, stage: str = "a") -> dict[str, float]:
-    """For every arm of a sweep the learning rate with the lowest validation loss."""
-    best: dict[str, tuple[float, float]] = {}
-    for row in runs(out, stage):
-        best[row["arm"]] = min(best.get(row["arm"], (math.inf, 0.0)), (validation(row), row["lr"]))
-    return {arm: lr for arm, (_, lr) in best.items()}
+def chosen(sweep: list[dict]) -> dict[str, float]:
+    """For every arm the learning rate with the lowest validation loss in its longest sweep: a short run wants another rate."""
+    best: dict[str, tuple[int, float, float]] = {}
+    for row in sweep:
+        mine = (-row["tokens"], validation(row), row["lr"])
+        best[row["arm"]] = min(best.get(row["arm"], mine), mine)
+    return {arm: lr for arm, (*_, lr) in best.items()}
 
 
 def report(out: Path, results: Path) -> None:
@@ -48,15 +49,24 @@ def report(out: Path, results: Path) -> None:
     kept = [{k: v for k, v in r.items() if k != "result"} | {"result": _kept(r["result"])} for r in rows]
     files.write_json(results, {"rows": kept})
     draw(rows, results.with_suffix(".png"))
+    kinds = {
+        "learning rates": ("a", sweep_table),
+        "comparison": ("b", comparison_table),
+        "with MHA's parameters": ("w", comparison_table),
+        "LRKV's rank": ("r", comparison_table),
+        "range of learning rates": ("c", range_table),
+        "converted": ("d", recovery_table),
+    }
     for z, start in (("", "random start"), ("z", "output projections at zero")):
-        tables = {"learning rates": sweep_table(out, z + "a")}
-        for kind, title in (("b", "comparison"), ("w", "with MHA's parameters"), ("r", "LRKV's rank")):
-            tables |= {f"{title}, {n:,} tokens": comparison_table([r for r in rows if r["tokens"] == n], z + kind) for n in lengths}
+        tables = {
+            f"{title}, {n:,} tokens": table([r for r in rows if r["tokens"] == n], z + kind)
+            for title, (kind, table) in kinds.items()
+            for n in lengths
+        }
         for rate in sorted({r["lr"] for r in rows if r["stage"] == z + "e"}):
             same = [r | {"stage": z + "e"} for r in rows if r["stage"] in (z + "b", z + "e") and r["lr"] == rate]
             of_length = {n: comparison_table([r for r in same if r["tokens"] == n], z + "e") for n in lengths}
             tables |= {f"all at {rate:g}, {n:,} tokens": table for n, table in of_length.items()}
-        tables |= {"range of learning rates": range_table(rows, z + "c"), "converted": recovery_table(rows, z + "d")}
         for title, table in tables.items():
             if table:
                 print(f"\n## {start}: {title}\n\n" + "\n".join(table))
@@ -67,7 +77,7 @@ def draw(rows: list[dict], place: Path) -> None:
     figure = Figure(figsize=(15, 9), layout="constrained")
     panels = figure.subplots(2, 3)
     for z, start, (sweep, curves, wide) in zip(("", "z"), ("random output projections", "output projections at zero"), panels, strict=True):
-        by_stage = {kind: [r for r in rows if r["stage"] == z + kind] for kind in "abc"}
+        by_stage = {kind: longest([r for r in rows if r["stage"] == z + kind]) for kind in "abc"}
         _by_rate(sweep, by_stage["a"], validation, f"{start}: validation loss (selection)")
         _beside_mha(curves, by_stage["b"])
         _by_rate(wide, by_stage["c"], _end, "last training loss, constant rate")
@@ -81,15 +91,17 @@ def draw(rows: list[dict], place: Path) -> None:
 
 
 def _beside_mha(axes: Axes, rows: list[dict]) -> None:
-    """Of the length with the most runs."""
-    length = statistics.mode(r["tokens"] for r in rows) if rows else 0
-    rows = [r for r in rows if r["tokens"] == length]
     reference = {r["seed"]: smoothed(r["result"]["losses"]) for r in rows if r["arm"] == "MHA"}
     for arm in sorted({r["arm"] for r in rows}):
         mine = [smoothed(r["result"]["losses"]) - reference[r["seed"]] for r in rows if r["arm"] == arm and r["seed"] in reference]
         if mine:
             axes.plot(np.mean(mine, axis=0), label=arm)
     axes.set(xlabel="step", ylabel="smoothed training loss minus MHA's, nats", ylim=(-0.4, 0.6), title="equal tokens, mean over seeds")
+
+
+def longest(rows: list[dict]) -> list[dict]:
+    most = max((r["tokens"] for r in rows), default=0)
+    return [r for r in rows if r["tokens"] == most]
 
 
 def _by_rate(axes: Axes, rows: list[dict], value: Callable[[dict], float], label: str) -> None:
@@ -113,9 +125,10 @@ def smoothed(losses: list) -> np.ndarray:
     return np.convolve(known, np.full(width, 1 / width), mode="valid")
 
 
-def sweep_table(out: Path, stage: str) -> list[str]:
+def sweep_table(rows: list[dict], stage: str) -> list[str]:
     """Validation loss by arm and learning rate, the chosen one marked, an edge of the grid said."""
-    rows, best = runs(out, stage), chosen(out, stage)
+    rows = [r for r in rows if r["stage"] == stage]
+    best = chosen(rows)
     rates = sorted({r["lr"] for r in rows})
     cells = {(r["arm"], r["lr"]): validation(r) for r in rows}
     lines = [_line("arm", *(f"{lr:g}" for lr in rates), "chosen"), _line(*["---"] * (len(rates) + 2))] if rows else []
