@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowkey import families, files, text, through
+from lowkey import families, files, optimizing, text, through
 from lowkey.cache import cache_of
 from lowkey.fingerprint import data_fingerprint, model_fingerprint
 from lowkey.layers.codec import LowRank
@@ -328,20 +328,14 @@ class Training:
         if folder is None or not self.whole:
             return
         found = {f"parameter.{name}": p.detach() for name, p in (self.adapters | self.maps).items()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            found |= {f"adam.{index}.{key}": t for key, t in state.items()}
+        found |= optimizing.tensors_of(self.optimizer)
         files.write_tensors(folder / CHECKPOINT, found | {"losses": torch.tensor(self.losses, dtype=torch.float64)})
 
     @torch.no_grad()
     def restore(self, found: dict[str, Tensor]) -> None:
         for name, p in (self.adapters | self.maps).items():
             p.copy_(found[f"parameter.{name}"])
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, t in found.items():
-            if name.startswith("adam."):
-                _, index, key = name.split(".")
-                state.setdefault(int(index), {})[key] = t
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        optimizing.fill(self.optimizer, found)
         self.losses = found["losses"].tolist()
 
     def records(self) -> list[dict]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lowkey import families, files, through
+from lowkey import families, files, optimizing, through
 from lowkey.families import Rope
 from lowkey.layers.bucketed import Gate
 from lowkey.layers.rebuilding import Rebuilding
@@ -229,8 +229,7 @@ class _Training:
         if self.work is None:
             return
         found = {f"{i}.{name}": t.detach() for i, gate in best.gates.items() for name, t in vars(gate).items()}
-        for index, p in enumerate(self.parameters()):
-            found |= {f"adam.{index}.{key}": t for key, t in self.optimizer.state[p].items()} | {f"parameter.{index}": p.detach()}
+        found |= {f"parameter.{index}": p.detach() for index, p in enumerate(self.parameters())} | optimizing.tensors_of(self.optimizer)
         judged = torch.tensor([best.share, best.divergence], dtype=torch.float64)
         found |= {"judged": judged, "random": self.generator.get_state(), "done": torch.tensor(self.done)}
         files.write_tensors(self.work / UNFINISHED, found)
@@ -247,8 +246,7 @@ class _Training:
     def restore(self, found: dict[str, Tensor]) -> None:
         for index, p in enumerate(self.parameters()):
             p.data.copy_(found[f"parameter.{index}"])
-            self.optimizer.state[p] = {key: found[f"adam.{index}.{key}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[p]["step"] = found[f"adam.{index}.step"]
+        optimizing.fill(self.optimizer, found)
         self.generator.set_state(found["random"])
         self.done = int(found["done"])
 

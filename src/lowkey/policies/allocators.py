@@ -114,21 +114,13 @@ class Ada(Allocator):
 
 
 @dataclass(frozen=True)
-class Global(Allocator):
+class Global(Ada):
     """One threshold for all layers and heads (KVzip's `pair`, arXiv:2505.23416), with a part alpha dealt equally."""
 
     scope: ClassVar[Scope] = "cache"
     summary: ClassVar[str] = "all layers and heads compete, one threshold (arXiv:2505.23416)"
 
     alpha: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check_share(self.alpha)
-
-    def counts(self, ask: Ask) -> Tensor:
-        total = ask.share()
-        best = _best(ask.scores, total).double()
-        return _spread(ask, (1 - self.alpha) * best + self.alpha * best.mean(), total)
 
 
 @dataclass(frozen=True)
