@@ -27,7 +27,7 @@ lint: .venv/.ready
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 test-slow: .venv/.ready
 	$(BIN)/python -m pytest -m slow
