@@ -90,6 +90,7 @@ class Job:
     tokens: int
     batch: int
     matched: bool = False
+    source: int = 0  # tokens that the MHA which is converted was trained on
 
     @property
     def kind(self) -> str:
@@ -98,7 +99,8 @@ class Job:
     @property
     def name(self) -> str:
         plain = self.arm.replace(" ", "").replace("+", "-").replace("=", "").replace(",", "-")
-        return f"{self.stage}-{plain}-lr{self.lr:g}-s{self.seed}-{self.tokens}-{self.batch}"
+        of = f"-of{self.source}" if self.source else ""
+        return f"{self.stage}-{plain}-lr{self.lr:g}-s{self.seed}-{self.tokens}-{self.batch}{of}"
 
 
 @app.command()
@@ -142,7 +144,9 @@ def run(
             others = [arm for arm in chosen_arms if best.get(arm) != equal_rate]
             jobs = [Job(stage, arm, equal_rate, s, int(tokens), batch) for s in range(seeds) for arm in others]
         elif kind == "d":
-            jobs = [Job(stage, form, recovery_rate, s, int(recovery_tokens), batch) for s in range(seeds) for form in FORMS]
+            jobs = [
+                Job(stage, form, recovery_rate, s, int(recovery_tokens), batch, source=int(tokens)) for s in range(seeds) for form in FORMS
+            ]
         else:
             jobs = [Job(stage, arm, best["LRKV-50 full"], s, int(tokens), batch) for s in range(seeds) for arm in RANKS]
         work(jobs, out, corpus, held, workers)
@@ -232,12 +236,14 @@ def build(job: Job) -> PreTrainedModel:
 
 
 def converted(job: Job, out: Path, corpus: Path) -> PreTrainedModel:
-    """The longest run of MHA with this start and seed, in another form. It goes on in another order of the rows than it was trained in."""
-    found = [r for r in pretraining_report.runs(out, job.stage[:-1] + "b") if r["arm"] == "MHA" and r["seed"] == job.seed]
+    """The run of MHA with this start, seed and `source`, in another form. It goes on in another order of the rows."""
+    wanted = ("MHA", job.seed, job.source)
+    found = [r for r in pretraining_report.runs(out, job.stage[:-1] + "b") if (r["arm"], r["seed"], r["tokens"]) == wanted]
     if not found:
-        raise typer.BadParameter(f"stage {job.stage}: MHA of seed {job.seed} was not trained yet; run stage {job.stage[:-1]}b first")
+        missing = f"MHA of seed {job.seed} was not trained on {job.source:,} tokens yet"
+        raise typer.BadParameter(f"stage {job.stage}: {missing}; run stage {job.stage[:-1]}b first")
     fields = {f.name for f in dataclasses.fields(Job)}
-    source = Job(**{name: value for name, value in max(found, key=lambda r: r["tokens"]).items() if name in fields})
+    source = Job(**{name: value for name, value in found[0].items() if name in fields})
     folder = out / "runs" / source.name
     model, tokenizer = load(str(folder), "float32", "cpu")
     attention, sizes, options, whitened = FORMS[job.arm]

@@ -215,17 +215,19 @@ def range_table(rows: list[dict], stage: str) -> list[str]:
 def recovery_table(rows: list[dict], stage: str) -> list[str]:
     """Validation loss of MHA converted, before and after it was trained on, and its test loss beside MHA's after as many tokens."""
     mine = [r for r in rows if r["stage"] == stage]
-    head = ("form", "cache", "tokens", "before, validation", "after, validation", "after, test", "minus MHA", "seeds")
+    head = ("form", "cache", "MHA trained on", "and on", "before, validation", "after, validation", "after, test", "minus MHA", "seeds")
     lines = [_line(*head), _line(*["---"] * len(head))] if mine else []
-    groups: dict[tuple[int, str], dict[int, dict]] = defaultdict(dict)
+    groups: dict[tuple[int, int, str], dict[int, dict]] = defaultdict(dict)
     for row in mine:
-        groups[row["tokens"], row["arm"]][row["seed"]] = row
-    for (tokens, arm), found in sorted(groups.items(), key=lambda g: (g[0][0], statistics.mean(r["test_loss"] for r in g[1].values()))):
+        groups[row["source"], row["tokens"], row["arm"]][row["seed"]] = row
+    for (source, more, arm), found in sorted(
+        groups.items(), key=lambda g: (*g[0][:2], statistics.mean(r["test_loss"] for r in g[1].values()))
+    ):
         before, after = ([r["result"]["validation"][i]["validation_loss"] for r in found.values()] for i in (0, -1))
         cache = next(iter(found.values()))["cache_numbers_per_token"] / WHOLE
-        test = [r["test_loss"] for r in found.values()]
-        beside = _interval(_differences(found, groups[tokens, "MHA"]))
-        lines.append(_line(arm, f"{100 * cache:.1f} %", f"{tokens:,}", *map(_interval, (before, after, test)), beside, len(found)))
+        losses = map(_interval, (before, after, [r["test_loss"] for r in found.values()]))
+        beside = _interval(_differences(found, groups[source, more, "MHA"]))
+        lines.append(_line(arm, f"{100 * cache:.1f} %", f"{source:,}", f"{more:,}", *losses, beside, len(found)))
     return lines
 
 
