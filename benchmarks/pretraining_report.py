@@ -109,6 +109,9 @@ def _by_rate(axes: Axes, rows: list[dict], value: Callable[[dict], float], label
         rates = sorted({r["lr"] for r in rows if r["arm"] == arm})
         axes.plot(rates, [statistics.mean(value(r) for r in rows if r["arm"] == arm and r["lr"] == lr) for lr in rates], "o-", label=arm)
     axes.set(xscale="log", xlabel="learning rate", ylabel="nats per token", title=label)
+    shown = sorted({r["lr"] for r in rows})
+    axes.set_xticks(shown, [f"{rate:g}" for rate in shown])
+    axes.minorticks_off()
 
 
 def _kept(result: dict) -> dict:
