@@ -11,7 +11,8 @@ import pico
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from variants import LAYERS, ONE_OF_EACH, UNROTATED, VARIANTS, VOCAB, build, empty_cache, ids, logits
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import yarn_apply_mscale
+from variants import LAYERS, ONE_OF_EACH, UNROTATED, VARIANTS, VOCAB, attention, build, config, empty_cache, ids, logits
 
 from lowkey.attention import register
 from lowkey.attention.modeling_lowkey import LowkeyForCausalLM
@@ -49,6 +50,28 @@ def test_padding_changes_nothing(name):
     assert close(pico.feed(model, padded, pads=[3])[:, 3:], pico.feed(model, tokens))
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@each
+def test_padding_between_two_turns_changes_nothing(name, cache):
+    """A second turn padded on the left, in one piece or several, of which some end in padding or are nothing else."""
+    model, tokens = build(name), ids(14)
+    mask = torch.ones_like(tokens)
+    mask[0, 8:11] = 0
+    alone = pico.feed(model, tokens[:1][:, mask[0] == 1])[0]
+    for splits in ([8, 6], [8, 3, 3], [6, 4, 4], [9, 1, 1, 1, 2]):
+        past, out, start = empty_cache(cache, model), [], 0
+        for size in splits:
+            stop = start + size
+            positions = (mask.cumsum(1) - 1)[:, start:stop]
+            given = {"attention_mask": mask[:, :stop], "position_ids": positions, "past_key_values": past}
+            with torch.no_grad():
+                out.append(model(tokens[:, start:stop], **given).logits)
+            start = stop
+        got = torch.cat(out, 1)
+        assert close(got[0][mask[0] == 1], alone), splits
+        assert close(got[1:], pico.feed(model, tokens[1:])), splits
+
+
 @each
 def test_eager_attention_gives_the_same(name):
     model, tokens = build(name).float(), ids()
@@ -70,6 +93,38 @@ def test_generate_on_both_caches_and_with_beams(name):
 
 
 # -- positions
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 8.0}
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("rope", [YARN, DYNAMIC, LONG], ids=lambda rope: rope["rope_type"])
+@pytest.mark.parametrize("name", ["gqa", "mla", "lrkv-full-2-norm", "mea-fewer", "k_eq_v"])
+def test_scaled_rotations_decode_as_they_read(name, rope, cache):
+    """Up to the length that they were made for; empty slots of a cache are no part of it."""
+    pairs = config(name).rope_width // 2
+    factors = {"short_factor": [1.0] * pairs, "long_factor": [5.0] * pairs} if rope is LONG else {}
+    most = 128 if rope is not DYNAMIC else 16
+    model, tokens = build(name, rope_parameters={**rope, **factors}, max_position_embeddings=most), ids(12)
+    assert close(pico.feed(model, tokens, empty_cache(cache, model), splits=[5, 3, 1, 1, 2]), pico.feed(model, tokens))
+
+
+@each
+def test_what_a_token_alone_reads_does_not_depend_on_rotation(name):
+    """It sees itself only, so its output is its value, whatever rotations are scaled by."""
+    plain, scaled = build(name), build(name, rope_parameters=YARN)
+    assert (
+        scaled.model.rotary_emb(torch.ones(1, 1, 1), torch.zeros(1, 1))[0].numel() == 0 or scaled.model.rotary_emb.attention_scaling > 1.2
+    )
+    assert close(logits(plain, ids(1)), logits(scaled, ids(1)), ROUNDED / 100)
+
+
+@pytest.mark.parametrize("mscale", [None, 1.0])
+def test_latent_attention_has_deepseeks_temperature(mscale):
+    rope = YARN | ({"mscale": mscale, "mscale_all_dim": mscale} if mscale else {})
+    assert attention(build("mla", rope_parameters=rope)).scaling == pytest.approx(yarn_apply_mscale(rope, 10**-0.5))
 
 
 @each
@@ -115,7 +170,8 @@ def test_compiled_training_is_training(name):
     model, tokens = build(name, num_hidden_layers=1).train(), ids()
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    losses = [m(tokens, labels=tokens, use_cache=False).loss for m in (model, compiled)]
+    packed = torch.cat((torch.arange(5), torch.arange(7)))[None].expand(2, -1)
+    losses = [m(tokens, labels=tokens, position_ids=packed, use_cache=False).loss for m in (model, compiled)]
     grads = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
     assert close(losses[0], losses[1], 1e-12)
     assert all(close(a, b, 1e-12) for a, b in zip(*grads, strict=True))
@@ -126,6 +182,32 @@ def test_gradients_reach_every_parameter(name):
     model, tokens = build(name).train(), ids()
     model(tokens, labels=tokens, use_cache=False).loss.backward()
     assert [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@each
+def test_dropout_is_heard_however_stored_tokens_are_read(name):
+    model, tokens = build(name, attention_dropout=0.5, num_hidden_layers=1), ids()
+    assert torch.equal(logits(model, tokens), logits(model, tokens))
+    model.train()
+    assert not torch.equal(logits(model, tokens), logits(model, tokens))
+
+
+def test_an_adapter_around_the_up_map_is_heard():
+    """Absorbed reading takes the weight apart; what is wrapped around it is heard when it is called."""
+
+    class Adapter(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    wrapped, tokens = build("mla"), ids()
+    for layer in wrapped.model.layers:
+        layer.self_attn.kv_b_proj.__class__ = Adapter
+    full = pico.feed(wrapped, tokens)
+    assert not close(full, pico.feed(build("mla"), tokens))
+    assert close(pico.feed(wrapped, tokens, empty_cache("dynamic", wrapped), splits=[8, 1, 1, 1, 1]), full)
+    wrapped.config.decode = "absorbed"
+    with pytest.raises(ValueError, match=r"decode 'absorbed': kv_b_proj is wrapped \(Adapter\).*use decode='auto'"):
+        logits(wrapped, tokens)
 
 
 @one_of_each

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
-from variants import LRKV, MLA, ONE_OF_EACH, VARIANTS, attention, build, config, empty_cache, ids, logits
+from variants import LRKV, MLA, ONE_OF_EACH, VARIANTS, attention, build, config, empty_cache, hidden, ids, logits
 
 from lowkey.attention import LowkeyConfig, LowkeyForCausalLM, costs, model_flops, model_parameters
+from lowkey.attention.base import Call, heads_of
 
 each = pytest.mark.parametrize("name", VARIANTS)
 WIDE = {"hidden_size": 256, "num_attention_heads": 32, "head_dim": 16, "max_position_embeddings": 512, "intermediate_size": 344}
@@ -86,6 +87,34 @@ def test_what_a_cache_holds(name):
     assert [layer.keys.numel() + layer.values.numel() for layer in static.layers] == [stored * 2 * 40] * 2
     held = sum(part.nbytes for layer in dynamic.layers for part in (layer.keys, layer.values))
     assert held == 2 * 2 * 11 * costs(model.config).bytes_per_token(8)
+
+
+@each
+def test_what_a_decoding_step_reads(name):
+    """Stored numbers per token that weights depend on, and those that outputs do, weights given; a latent that is written out as keys and
+    values at once is read once."""
+    model = build(name, num_hidden_layers=1, attn_implementation="eager")
+    layer, positions = attention(model), torch.arange(6)[None]
+    x = hidden(6, batch=1)
+    query, *kept = layer.project(x, layer.q_norm(heads_of(layer.q_proj(x), layer.heads)), call(model, x, positions))
+    stored = [part.detach().requires_grad_() for part in kept]
+    _, weights = layer.attend(query[:, :, -1:], *stored, call(model, x, positions[:, -1:], past=5))
+    first = [part.detach()[:, :, :1].requires_grad_() for part in kept]  # alone it has all the weight, whatever it is
+    out, _ = layer.attend(query[:, :, :1], *first, call(model, x, positions[:, :1], past=0))
+    by_scores, by_values = touched(weights, stored), touched(out, first)
+    once = name.startswith("mla") and model.config.decode == "expanded"
+    assert costs(model.config).read == int((by_scores | by_values).sum() if once else by_scores.sum() + by_values.sum())
+
+
+def call(model: LowkeyForCausalLM, x: torch.Tensor, positions: torch.Tensor, past: int | None = None) -> Call:
+    return Call(None, model.model.rotary_emb(x, positions), positions, past, {})
+
+
+def touched(result: torch.Tensor, stored: list[torch.Tensor]) -> torch.Tensor:
+    """Which numbers of the first stored token the result depends on."""
+    way = torch.randn(result.shape, dtype=result.dtype, generator=torch.Generator().manual_seed(0))
+    grads = torch.autograd.grad((result * way).sum(), stored, allow_unused=True)
+    return torch.cat([(torch.zeros_like(s) if g is None else g)[0, :, 0].flatten() != 0 for s, g in zip(stored, grads, strict=True)])
 
 
 @st.composite
@@ -203,7 +232,9 @@ def test_output_projections_at_zero_make_all_kinds_start_alike(name):
         ({"attention": "mha", "num_key_value_heads": 2}, ["num_key_value_heads 2", "'mha' has 4", "choose 'gqa'"]),
         ({"attention": "mqa", "num_key_value_heads": 2}, ["num_key_value_heads 2", "'mqa' has 1", "leave it out"]),
         ({"attention": "mea", "mea_num_component_heads": -2}, ["mea_num_component_heads -2", "at least 1", "leave it out"]),
+        ({"attention": "mea", "mea_num_component_heads": 0}, ["mea_num_component_heads 0", "at least 1", "leave it out"]),
         ({"q_lora_rank": 0}, ["q_lora_rank 0", "at least 1", "leave it out"]),
+        ({"head_dim": 0}, ["head_dim 0", "at least 1", "leave it out"]),
         ({"head_dim": 7}, ["head_dim 7", "pairs", "even"]),
         ({"attention": "k_eq_v", "qk_rope_head_dim": 3}, ["qk_rope_head_dim 3", "pairs", "even"]),
         ({"attention": "gta", "qk_rope_head_dim": 10}, ["qk_rope_head_dim 10", "up to head_dim 8"]),
@@ -213,6 +244,7 @@ def test_output_projections_at_zero_make_all_kinds_start_alike(name):
         ({**MLA, "qk_norm": True}, ["qk_norm True", "latents", "leave it out"]),
         ({**MLA, "qk_nope_head_dim": 0, "qk_rope_head_dim": 0}, ["qk_nope_head_dim 0 and qk_rope_head_dim 0", "give one"]),
         ({**MLA, "qk_nope_head_dim": -1}, ["qk_nope_head_dim -1", "at least 0", "leave it out"]),
+        ({**MLA, "v_head_dim": 0}, ["v_head_dim 0", "at least 1", "leave it out"]),
         ({**MLA, "v_head_dim": -1}, ["v_head_dim -1", "at least 1", "leave it out"]),
         ({**LRKV, "lrkv_rank": -1}, ["lrkv_rank -1", "at least 0"]),
         ({**LRKV, "lrkv_init_scale": -0.1}, ["lrkv_init_scale -0.1", "0 or more"]),

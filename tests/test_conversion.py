@@ -64,6 +64,8 @@ def equal(model: PreTrainedModel, made: PreTrainedModel, still: bool = False, to
 FULL_RANK = {"lrkv_rank": D}
 GATED = {"attention": "gqa", "num_key_value_heads": 4, "attn_output_gate": True, "head_norm": "own"}
 THIN = {"attention": "gqa", "num_key_value_heads": 4, "q_lora_rank": 24, "mla_latent_scale": True, "qk_norm": True, "head_dim": D}
+COOLED = {**pico.YARN, "mscale": 1.0, "mscale_all_dim": 0.5}  # a part of the factor is in `mla`'s scores, not in cos and sin
+WITH_TEMPERATURE = [("llama", "mla", {"kv_lora_rank": D, "qk_nope_head_dim": 0}), ("llama", "mqa", {})]
 EXACT = [
     *[(name, {}, "mha", {}) for name in ("llama", "llama-mqa", "qwen2", "qwen3", "mistral", "phi3", "llama-yarn")],
     *[("llama", {}, "gqa", {"num_key_value_heads": n}) for n in (4, 8)],
@@ -79,6 +81,7 @@ EXACT = [
     *[(name, {}, "mea", {"mea_num_component_heads": n}) for name, n in (("llama", 4), ("llama-mha", 8), ("qwen2", 2), ("qwen3", 4))],
     ("llama-mqa", {}, "mla", {"kv_lora_rank": D, "qk_rope_head_dim": D, "qk_nope_head_dim": 0}),
     ("llama-yarn", {"num_key_value_heads": 1}, "mla", {"kv_lora_rank": D, "qk_nope_head_dim": 0}),
+    *[(name, {"num_key_value_heads": 1, "rope_parameters": COOLED}, kind, fields) for name, kind, fields in WITH_TEMPERATURE],
     ("llama", {"tie_word_embeddings": True}, "mha", {}),
     ("llama", {"attention_bias": True, "mlp_bias": True}, "mea", {"mea_num_component_heads": 4}),
     ("llama", {"head_dim": 10}, "lrkv", {"lrkv_rank": 10}),
@@ -373,11 +376,12 @@ REFUSED = [
     ("llama", {}, "lrkv", {"lrkv_rank": 4, "qk_rope_head_dim": 4}, "is for lrkv_rope_mode='partial'"),
     ("llama", {}, "lrkv", {"lrkv_rank": 4, "qk_rope_head_dim": 0, "lrkv_rope_mode": "partial"}, "must be at least 2"),
     ("llama", {}, "mea", {"mea_num_component_heads": 5}, "at most the source's 4"),
+    ("llama", {}, "mea", {"mea_num_component_heads": 0}, "must be at least 1"),
     ("llama", {}, "mla", {"kv_lora_rank": 8, "qk_rope_head_dim": 18}, "at most the source's head dim"),
     ("llama", {}, "mla", {"kv_lora_rank": 8, "qk_nope_head_dim": 5}, "give 16 or 0"),
     ("llama", WIDE, "mla", {"kv_lora_rank": 8, "qk_rope_head_dim": 8}, "heads of width 16 alone"),
     ("qwen2", {}, "mla", {"kv_lora_rank": 8}, "keys have biases"),
-    ("qwen3", {}, "mla", {"kv_lora_rank": 8}, "norms its"),
+    ("qwen3", {}, "mla", {"kv_lora_rank": 8}, "norms its keys after their projection"),
     ("qwen3", {}, "mea", {"mea_num_component_heads": 2}, "normed apart"),
     ("qwen3", {}, "lrkv", {"lrkv_rank": 4, "lrkv_rope_mode": "latent"}, "normed apart"),
     ("qwen3", {}, "mqa", {"options": ALIGNED}, "cannot be turned"),
@@ -477,6 +481,9 @@ def test_the_command_writes_what_it_says(kind: str, tmp_path: Path) -> None:
     assert (kept["whitened"] is not None) == ("--whiten" in WAYS[kind])
     reloaded, _ = load(str(out), device="cpu")
     torch.testing.assert_close(logits(reloaded), logits(made))
+    snippet = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(snippet.replace("THIS FOLDER", str(out)), found := {})
+    torch.testing.assert_close(logits(found["model"]), logits(made))
 
 
 def test_the_command_prints_a_table_and_replaces_only_when_told(tmp_path: Path) -> None:

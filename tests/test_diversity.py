@@ -207,6 +207,11 @@ def test_maps_of_stock_models(name):
             assert float(cosine.min()) > 1 - 1e-5
 
 
+def test_a_model_of_sliding_layers_only_has_heads_too():
+    model = pico.build("mistral", sliding_window=16)
+    assert len(weight_diversity(model)) == pico.LAYERS
+
+
 @torch.no_grad()
 def test_parts_of_lrkv():
     model = own(**KINDS["lrkv-partial"])

@@ -93,8 +93,18 @@ def stores_its_own(config: PreTrainedConfig) -> bool:
 
 
 def geometry(model: PreTrainedModel) -> Geometry:
-    """Read the cache's shapes off the model. Refuses unsupported families, models with no full-attention layer, and those that store
-    something else than keys and values."""
+    """`shapes` of a model whose cache can be compressed: refuses those with no full-attention layer, too."""
+    found, config = shapes(model), model.config.get_text_config()
+    if not found.compressible:
+        raise LowkeyError(
+            f"model of family {config.model_type!r} has only sliding-window layers (sliding_window={config.sliding_window}); "
+            "their cache is bounded already: use a model with full-attention layers"
+        )
+    return found
+
+
+def shapes(model: PreTrainedModel) -> Geometry:
+    """Read the cache's shapes off the model. Refuses unsupported families, and models that store something else than keys and values."""
     family(model.config)
     config = model.config.get_text_config()
     if stores_its_own(config):
@@ -106,11 +116,6 @@ def geometry(model: PreTrainedModel) -> Geometry:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kinds = layer_types(config)
     full = tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
-    if not full:
-        raise LowkeyError(
-            f"model of family {config.model_type!r} has only sliding-window layers (sliding_window={config.sliding_window}); "
-            "their cache is bounded already: use a model with full-attention layers"
-        )
     return Geometry(len(kinds), heads, config.num_key_value_heads or heads, head_dim, config.hidden_size, full)
 
 
@@ -157,7 +162,7 @@ def projection_parts(model: PreTrainedModel, layer: int) -> tuple[Part, Part, Pa
     if not family(model.config).fused_qkv:
         q, k, v = (_attention_part(model, layer, f"{name}_proj") for name in "qkv")
         return q, k, v
-    shape = geometry(model)
+    shape = shapes(model)
     edges = [n * shape.head_dim for n in (0, shape.heads, shape.heads + shape.kv_heads, shape.heads + 2 * shape.kv_heads)]
     q, k, v = (_attention_part(model, layer, "qkv_proj", slice(*ends)) for ends in pairwise(edges))
     return q, k, v
@@ -187,7 +192,7 @@ class Projections:
 
 def projections(model: PreTrainedModel, layer: int) -> Projections:
     """Read the weights of a layer's attention off the model, for every family and kind of layer."""
-    shape = geometry(model)
+    shape = shapes(model)
     q, k, v = projection_parts(model, layer)
     out = _attention_part(model, layer, "o_proj").weight(1)[0]
     return Projections(

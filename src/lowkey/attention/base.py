@@ -59,12 +59,15 @@ def rotary(config: LowkeyConfig, width: int) -> nn.Module:
 
 
 def rotate(x: Tensor, rope: Rope, back: bool = False) -> Tensor:
-    """Turn the last dimensions of x (b, heads, t, d), as many as the rotary embedding has; `back`: by the opposite angles."""
+    """Turn the last dimensions of x (b, heads, t, d), as many as the rotary embedding has. `back`: undo that, and with it the factor
+    that scaled embeddings (YaRN) have on cos and sin."""
     cos, sin = (part.unsqueeze(1) for part in rope)
     width = cos.shape[-1]
     if width == 0:
         return x
     turned = x[..., -width:]
+    if back:
+        turned = turned / (wide(cos).square() + wide(sin).square()).to(x.dtype)
     turned = turned * cos + rotate_half(turned) * (-sin if back else sin)
     return turned if width == x.shape[-1] else torch.cat((x[..., :-width], turned), -1)
 
@@ -88,6 +91,14 @@ def by_rows(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, both (rows, heads, ., .), one row of the batch after another: heads that lie between other numbers are one batch only within
     a row, and a product over rows and heads would copy b first."""
     return torch.stack([x @ y for x, y in zip(a, b, strict=True)])
+
+
+def visible(mask: Tensor | None, slots: Tensor, filled: int | Tensor) -> Tensor:
+    """The slots (s,) that the last of the new tokens sees, boolean (b|1, s), out of the first `filled`. mask: as in `attention_weights`."""
+    if mask is None:
+        return (slots < filled).unsqueeze(0)
+    last = mask[:, 0, -1, : len(slots)]
+    return last if last.dtype == torch.bool else last == 0
 
 
 def attention_weights(scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -278,6 +289,11 @@ class Attention(nn.Module, ABC):
         return function(
             self, query, keys, values, call.mask, dropout=dropout, scaling=self.scaling, position_ids=call.positions, **call.extra
         )
+
+    def weights(self, scores: Tensor, call: Call) -> Tensor:
+        """From scores (b, H, t, s), formed without written-out keys, to what values are weighed by."""
+        weights = attention_weights(scores * self.scaling, call.mask)
+        return nn.functional.dropout(weights, self.attention_dropout, self.training)
 
     def finish(self, heads: Tensor, hidden: Tensor) -> Tensor:
         """From heads (b, t, H, d) to the layer's output (b, t, D)."""

@@ -22,11 +22,12 @@ DECODES = ("auto", "absorbed", "expanded")
 class LowkeyConfig(LlamaConfig):
     """A Llama-like decoder (RMSNorm before each block, SwiGLU, RoPE) whose attention is one of KINDS.
 
-    For every kind: q_lora_rank: queries through a normed latent of this width, or None. qk_norm: RMSNorm of queries and keys per head,
-    before rotation, with a weight (Qwen3). attn_output_gate: heads times sigmoid(x W) before the output projection (arXiv:2505.06708).
-    head_norm: RMSNorm of each head's output before the output projection, `shared` (one weight for all heads), `own` (one for each) or
-    `none`; None: `shared` for mea, else `none`. zero_init_output: output projections start at zero, so that all kinds start alike.
-    decode: how latents and component heads are read: `auto` (by operations, as each kind says), `absorbed`, `expanded`.
+    For every kind: q_lora_rank: queries through a normed latent of this width, or None. attn_output_gate: heads times sigmoid(x W) before
+    the output projection (arXiv:2505.06708). head_norm: RMSNorm of each head's output before the output projection, `shared` (one weight
+    for all heads), `own` (one for each) or `none`; None: `shared` for mea, else `none`. zero_init_output: output projections start at
+    zero, so that all kinds start alike. decode: how latents and component heads are read: `auto` (by operations, as each kind says),
+    `absorbed`, `expanded`. For every kind but mla, which norms its latents: qk_norm: RMSNorm of queries and keys per head, before
+    rotation, with a weight (Qwen3).
 
     num_key_value_heads: stored heads of gqa, gta and k_eq_v, composite heads of mea, shared bases of lrkv (default 1 there), 1 for mqa.
     mla (arXiv:2405.04434): kv_lora_rank c, qk_nope_head_dim n, qk_rope_head_dim e, v_head_dim v; mla_latent_scale: normed latents times
@@ -65,14 +66,14 @@ class LowkeyConfig(LlamaConfig):
     mea_hlc_init: str = "identity"
 
     def __post_init__(self, **kwargs: object) -> None:
-        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.head_dim = self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
         if self.num_key_value_heads is None:
             self.num_key_value_heads = 1 if self.attention in ("mqa", "lrkv", "mla") else self.num_attention_heads
         self.head_norm = self.head_norm or ("shared" if self.attention == "mea" else "none")
-        if self.attention == "mea":
-            self.mea_num_component_heads = self.mea_num_component_heads or self.num_key_value_heads
+        if self.attention == "mea" and self.mea_num_component_heads is None:
+            self.mea_num_component_heads = self.num_key_value_heads
         if self.attention == "mla":
-            self.v_head_dim = self.v_head_dim or self.head_dim
+            self.v_head_dim = self.head_dim if self.v_head_dim is None else self.v_head_dim
             self.qk_nope_head_dim = self.head_dim if self.qk_nope_head_dim is None else self.qk_nope_head_dim
         if self.qk_rope_head_dim is None:
             self.qk_rope_head_dim = self.head_dim if self.attention == "k_eq_v" else self.head_dim // 2
@@ -118,6 +119,8 @@ class LowkeyConfig(LlamaConfig):
 
     def _validate_heads(self) -> None:
         heads, stored = self.num_attention_heads, self.num_key_value_heads
+        if self.head_dim < 1:
+            raise ValueError(f"head_dim {self.head_dim}: must be at least 1; leave it out for hidden_size / num_attention_heads")
         if not stored or stored < 1 or heads % stored:
             raise ValueError(
                 f"num_key_value_heads {stored}: must be at least 1 and divide num_attention_heads {heads}; choose such a number"

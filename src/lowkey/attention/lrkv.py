@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .base import Attention, Call, Rope, attention_weights, by_rows, folded, heads_of, joined, rotary, rotate, weight_of, wide
+from .base import Attention, Call, Rope, by_rows, folded, heads_of, joined, rotary, rotate, visible, weight_of, wide
 from .configuration_lowkey import LowkeyConfig
 from .costs import Costs, around
 
@@ -92,11 +92,15 @@ class LowRankKV(Attention):
         return rotate(keys, call.rope if keys.shape[2] == call.rope[0].shape[1] else self._stored_rope(keys, call))
 
     def _stored_rope(self, keys: Tensor, call: Call) -> Rope:
-        """Of all stored tokens: their positions end with the newest's, one by one, as in a cache that is filled in order, padding first."""
-        assert call.positions is not None and self.rotary is not None
-        last = call.past + call.positions.shape[-1] - 1
+        """Of all stored tokens: each stands as far before the newest as that one sees tokens between them. Padding, wherever it is, and
+        slots that are still empty have no place of their own."""
+        assert call.positions is not None and call.past is not None and self.rotary is not None
         slots = torch.arange(keys.shape[2], device=keys.device)
-        return self.rotary(keys, (call.positions[:, -1:] + slots - last).clamp(min=0))
+        seen = visible(call.mask, slots, call.past + call.positions.shape[-1])
+        newest = (seen * slots).argmax(-1, keepdim=True)
+        before = seen.long().cumsum(-1)
+        position = torch.take_along_dim(call.positions, (newest - call.past).clamp(min=0), 1)
+        return self.rotary(keys, (position + before - before[:, -1:]).clamp(min=0))
 
     def _scores(self, query: Tensor, shared: Tensor, latents: Tensor) -> Tensor:
         """Without rebuilding keys: (b, H, t, s)."""
@@ -108,7 +112,7 @@ class LowRankKV(Attention):
 
     def _mixed(self, scores: Tensor, shared: Tensor, latents: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """From scores to outputs, values not rebuilt."""
-        weights = attention_weights(scores * self.scaling, call.mask)
+        weights = self.weights(scores, call)
         grouped = weights.unflatten(1, (shared.shape[1], -1))
         first = by_rows(grouped.flatten(2, 3), shared).unflatten(2, grouped.shape[2:4]).flatten(1, 2)
         return (first + by_rows(weights, latents) @ self.v_up).transpose(1, 2), weights

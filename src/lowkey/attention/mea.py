@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .base import Attention, Call, attention_weights, folded, heads_of, rotate, weight_of, wide
+from .base import Attention, Call, folded, heads_of, rotate, weight_of, wide
 from .configuration_lowkey import LowkeyConfig
 from .costs import MANY, Costs, around
 
@@ -52,7 +52,7 @@ class ExplicitAttention(Attention):
         mine_k, mine_v = (mix.repeat_interleave(self.num_key_value_groups, 1) for mix in (self.k_mix, self.v_mix))  # (m, H)
         scores = torch.einsum("bhtd,bmsd->bmhts", query, keys)
         scores = torch.einsum("bmhts,mh->bhts", scores, mine_k)
-        weights = attention_weights(scores * self.scaling, call.mask)
+        weights = self.weights(scores, call)
         return torch.einsum("bmhtd,mh->bthd", torch.einsum("bhts,bmsd->bmhtd", weights, values), mine_v), weights
 
     def effective(self) -> tuple[Tensor, Tensor]:

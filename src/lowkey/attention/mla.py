@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from .base import Attention, Call, PreciseRMSNorm, attention_weights, folded, heads_of, nothing, rotate, weight_of, wide
+from .base import Attention, Call, PreciseRMSNorm, folded, heads_of, nothing, rotate, weight_of, wide
 from .configuration_lowkey import LowkeyConfig
 from .costs import MANY, Costs, around
 
@@ -21,6 +23,7 @@ class LatentAttention(Attention):
     def __init__(self, config: LowkeyConfig, layer_idx: int) -> None:
         n, e, c, v = _widths(config)
         super().__init__(config, layer_idx, n + e, v)
+        self.scaling *= temperature(config)
         self.num_key_value_groups = 1
         self.kv_a_proj = self.linear(c + e, bias=False)
         self.kv_a_norm = PreciseRMSNorm(c, eps=config.rms_norm_eps) if config.mla_kv_norm else nn.Identity()
@@ -36,9 +39,19 @@ class LatentAttention(Attention):
         return query, stored, nothing(stored)
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
-        if _absorbs(self.config, query.shape[2], keys.shape[2]):
+        if self._readable() and _absorbs(self.config, query.shape[2], keys.shape[2]):
             return self._absorbed(query, keys[:, 0], call)
         return self._expanded(query, keys, call)
+
+    def _readable(self) -> bool:
+        """Whether the up-map is its weight alone. An adapter around it (LoRA) or a quantised one is heard only when it is called."""
+        plain = type(self.kv_b_proj) is nn.Linear
+        if self.config.decode == "absorbed" and not plain:
+            kind = type(self.kv_b_proj).__name__
+            raise ValueError(
+                f"decode 'absorbed': kv_b_proj is wrapped ({kind}), its weight is not all of it; merge it, or use decode='auto'"
+            )
+        return plain
 
     def _expanded(self, query: Tensor, stored: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
         n, _, c, v = _widths(self.config)
@@ -56,7 +69,7 @@ class LatentAttention(Attention):
         up_keys, up_values = self.kv_b_proj.weight.view(self.heads, n + v, c).split([n, v], 1)
         carried = torch.cat((query[..., :n] @ up_keys, query[..., n:]), -1)  # (b, H, t, c + e)
         scores = (carried.flatten(1, 2) @ stored.mT).unflatten(1, (self.heads, -1))
-        weights = attention_weights(scores * self.scaling, call.mask)
+        weights = self.weights(scores, call)
         latents = (weights.flatten(1, 2) @ stored[..., :c]).unflatten(1, (self.heads, -1))
         return (latents @ up_values.mT).transpose(1, 2), weights
 
@@ -84,6 +97,15 @@ class LatentAttention(Attention):
         if _absorbs(config, 1, MANY):
             return Costs(total, c + e, 2 * c + e, token + up, reading, token + up, absorbed)
         return Costs(total, c + e, c + e, token + up, reading, token, pair + up)
+
+
+def temperature(config: LowkeyConfig) -> float:
+    """What scores are multiplied by under YaRN with `mscale_all_dim`, where DeepSeek keeps the factor out of cos and sin."""
+    rope = config.rope_parameters or {}
+    of_all, factor = rope.get("mscale_all_dim"), rope.get("factor", 1.0)
+    if rope.get("rope_type", "default") == "default" or not of_all or factor <= 1:
+        return 1.0
+    return (0.1 * of_all * math.log(factor) + 1.0) ** 2
 
 
 def _widths(config: LowkeyConfig) -> tuple[int, int, int, int]:

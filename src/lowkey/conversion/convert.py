@@ -84,7 +84,7 @@ def _check_options(model: PreTrainedModel, config: LowkeyConfig, options: Option
         raise LowkeyError(f"frequencies {options.frequencies!r}: heads are rotated whole or not at all; leave it out")
     if options.basis == "aligned":
         _check_aligned(model, config)
-    if config.qk_norm:
+    if source.normed(model.config):
         _check_normed(model, config)
     if moments is not None and kind not in ("lrkv", "mea", "mla") and options.basis == "weights":
         raise LowkeyError(f"moments: attention {kind!r} is made from weights alone; leave them out, or align heads (basis 'aligned')")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowkey.attention import LowkeyConfig
+from lowkey.attention.mla import temperature
 from lowkey.conversion.gauge import aligned, averaged, every, joint, mixed
 from lowkey.conversion.source import Weights
 from lowkey.methods.mea import head_gram
@@ -226,7 +227,7 @@ def latent(layer: Layer) -> Named:
     turn, (slice_k,) = rotated_slice(w.k, 1, kept, layer.moment)
     rest_k, rest_q = (w.k - turn @ slice_k, w.q) if n == d else (w.k[:, free], w.q[:, free])
     turned_q = every(turn, heads).mT @ w.q
-    scale = ((n + e) / d) ** 0.5
+    scale = ((n + e) / d) ** 0.5 / temperature(layer.config)
     q = torch.cat([rest_q * layer.rope.scaling, turned_q * (1 if rotated else layer.rope.scaling)], 1) * scale
     down, up = low_rank(torch.cat([rest_k, w.v], 1).flatten(0, 1)[:, :-1], layer.inputs, c)
     if layer.config.mla_latent_scale:

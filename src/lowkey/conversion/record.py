@@ -136,6 +136,7 @@ convert.json says how it was made.
 
 ```python
 import lowkey.attention
+from transformers import AutoModelForCausalLM
 
 lowkey.attention.register()  # or trust_remote_code=True: the code lies beside the weights
 model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")

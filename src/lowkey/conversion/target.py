@@ -42,7 +42,7 @@ def configuration(model: PreTrainedModel, kind: str, frequencies: str, fields: M
         "attention": kind,
         "attention_bias": source.has_biases(model),
         "mlp_bias": getattr(config, "mlp_bias", False),
-        "qk_norm": source.normed(config),
+        "qk_norm": source.normed(config) and kind != "mla",
         "rope_parameters": _rope(config),
     }
     if kind == "mea":
