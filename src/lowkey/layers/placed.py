@@ -27,7 +27,10 @@ class PlacedLayer(StoringLayer):
         begun = visible[:, :start].any(1, keepdim=True)  # until a row's first real token, its positions mean nothing
         self.offset = torch.where(begun, self.offset, self.seen - 1 - positions[:, -1:])
         if not bool(((positions == self.positions(start, self.seen)) | ~visible[:, start:]).all()):
-            raise LowkeyError("position_ids: this cache needs positions that count up by one from a row's first token; drop position_ids")
+            raise LowkeyError(
+                "position_ids: this cache needs positions that count up by one from a row's first token, without padding between turns; "
+                "drop position_ids, or give rows of uneven turns a cache each"
+            )
         return visible
 
     def positions(self, start: int, stop: int) -> Tensor:
