@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import pico
 import pytest
@@ -379,6 +380,7 @@ REFUSED = [
     ("llama", {}, "mea", {"mea_num_component_heads": 0}, "must be at least 1"),
     ("llama", {}, "mla", {"kv_lora_rank": 8, "qk_rope_head_dim": 18}, "at most the source's head dim"),
     ("llama", {}, "mla", {"kv_lora_rank": 8, "qk_nope_head_dim": 5}, "give 16 or 0"),
+    ("llama", {}, "mla", {"kv_lora_rank": 2 * 4 * D + 1}, "kv_lora_rank 129: must be at most 128"),
     ("llama", WIDE, "mla", {"kv_lora_rank": 8, "qk_rope_head_dim": 8}, "heads of width 16 alone"),
     ("qwen2", {}, "mla", {"kv_lora_rank": 8}, "keys have biases"),
     ("qwen3", {}, "mla", {"kv_lora_rank": 8}, "norms its keys after their projection"),
@@ -501,11 +503,19 @@ def test_the_command_prints_a_table_and_replaces_only_when_told(tmp_path: Path) 
 WRONG = [
     (("--attention", "mha", "--calibration", "x.txt"), "is for --whiten"),
     (("--attention", "gqa", "-O", "num_key_value_heads=two"), "must be a whole number"),
+    (("--attention", "gqa", "-O", "num_key_value_heads=\u00b2"), "must be a whole number"),
     (("--attention", "mla", "-O", "mla_rotate=maybe"), "must be true or false"),
     (("--attention", "mha", "--data", "missing.txt"), "no such file"),
     (("--attention", "mha", "--context", 4), "must be at least 8"),
-    (("--attention", "mqa", "--whiten", *SMALL), "made from weights alone"),
+    (("--attention", "mqa", "--whiten", *SMALL), "moments (--whiten): attention 'mqa' is made from weights alone"),
 ]
+
+
+def test_what_cannot_be_converted_is_refused_before_the_text_is_read(tmp_path: Path) -> None:
+    place = pico.save(tmp_path / "model")
+    with mock.patch("lowkey.commands.converting.input_moments", side_effect=AssertionError):
+        error = run("convert", place, tmp_path / "out", "--attention", "mla", "-O", "kv_lora_rank=0", "--whiten", *SMALL)[2]
+    assert "kv_lora_rank 0" in error
 
 
 @pytest.mark.parametrize(("words", "message"), WRONG)

@@ -17,10 +17,11 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import pico
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lowkey
@@ -118,17 +119,19 @@ def test_a_killed_training_goes_on_to_the_identical_curve(tmp_path):
 
 
 def test_an_interrupted_training_goes_on_from_where_it_was(tmp_path):
-    """Ctrl-C saves at once; Muon's state is kept too."""
+    """Ctrl-C in the middle of a step saves that step; Muon's state is kept too."""
     wanted = recipe(tmp_path, optimizer="muon", save_every=100, log_every=5)
 
     def interrupting(items, label, total=None):
         for item in items:
-            if label == "pretraining" and item == 7:
-                raise KeyboardInterrupt
+            if label == "pretraining" and item == 6:
+                os.kill(os.getpid(), signal.SIGINT)
             yield item
 
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         pretrain(wanted, tmp_path / "cut", device="cpu", progress=interrupting)
+    assert signal.getsignal(signal.SIGINT) is before
     seen: list[int] = []
 
     def watching(items, label, total=None):
@@ -227,6 +230,58 @@ def test_a_finished_run_is_returned_and_another_refused(tmp_path):
     assert [line["step"] for line in curve(tmp_path / "out")] == [0, 1, 2, 3, 4, 4]
 
 
+def test_force_keeps_what_is_there_until_there_is_something_new(tmp_path):
+    wanted, out = recipe(tmp_path, tokens=4 * 128), tmp_path / "out"
+    pretrain(wanted, out, device="cpu")
+    (out / "model-00001-of-00002.safetensors").write_text("a shard of an older run")
+    there = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
+    with pytest.raises(LowkeyError, match="micro_batch 3"):
+        pretrain(replace(wanted, training=replace(wanted.training, micro_batch=3)), out, device="cpu", force=True)
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == there
+
+    def dying(items, label, total=None):
+        for n, item in enumerate(items):
+            if label == "pretraining" and n == 2:
+                raise RuntimeError
+            yield item
+
+    other = replace(wanted, training=replace(wanted.training, seed=5))
+    with pytest.raises(RuntimeError):
+        pretrain(other, out, device="cpu", force=True, progress=dying)
+    assert (out / "model.safetensors").read_bytes() == there["model.safetensors"]
+    pretrain(other, out, device="cpu")
+    assert (out / "model.safetensors").read_bytes() != there["model.safetensors"]
+    assert [p.name for p in out.glob("model*safetensors*")] == ["model.safetensors"]
+
+
+def test_a_start_that_fails_leaves_the_folder_free(tmp_path):
+    for wrong in ({"micro_batch": 3}, {"length": 2048, "batch_tokens": 2048 * 4, "tokens": 2048 * 4}):
+        with pytest.raises(LowkeyError):
+            pretrain(recipe(tmp_path, **wrong), tmp_path / "out", device="cpu")
+    assert len(pretrain(recipe(tmp_path, tokens=2 * 128), tmp_path / "out", device="cpu").losses) == 2
+
+
+def test_a_model_is_not_trained_over_itself(tmp_path):
+    place = pico.save(tmp_path / "model")
+    with pytest.raises(LowkeyError, match=r"is the model of model.path.*choose another folder"):
+        pretrain(Recipe.of({"model": {"path": str(place)}}), tmp_path / "model", device="cpu", force=True)
+    assert (place / "model.safetensors").exists()
+
+
+def test_damaged_files_of_a_run_are_one_line(tmp_path):
+    wanted, out = recipe(tmp_path, tokens=4 * 128), tmp_path / "out"
+    pretrain(wanted, out, device="cpu")
+    for harm in (lambda: (out / "model.safetensors").unlink(), lambda: (out / "result.json").write_text("{}")):
+        harm()
+        with pytest.raises(LowkeyError, match=r"a finished run that is damaged .*--force") as error:
+            pretrain(wanted, out, device="cpu")
+        assert "\n" not in str(error.value)
+    (out / "result.json").unlink()
+    save_file({"weights": torch.zeros(2)}, out / "checkpoint.safetensors")
+    with pytest.raises(LowkeyError, match=r"lacks about.*--force"):
+        pretrain(wanted, out, device="cpu")
+
+
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
@@ -295,6 +350,20 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_checkpoint(tmp
     assert json.loads((tmp_path / "going" / "result.json").read_text(), parse_constant=pytest.fail) == found.result
 
 
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+def test_weights_that_are_not_finite_after_the_last_step_are_told(tmp_path):
+    """The losses of the only step are; validation sees it."""
+    wanted = recipe(tmp_path, lr=1e38, tokens=128, warmup=0.0, decay=0.0)
+    with pytest.raises(LowkeyError, match=r"diverged at step 1: validation loss nan"):
+        pretrain(wanted, tmp_path / "out", device="cpu")
+    (tmp_path / "r.toml").write_text(wanted.toml())
+    command("pretrain", tmp_path / "r.toml", "--out", tmp_path / "going", "--set", "training.stop_on_divergence=false", "--device", "cpu")
+    status, _, err = command(
+        *("pretrain", tmp_path / "r.toml", "--out", tmp_path / "going", "--set", "training.stop_on_divergence=false", "--device", "cpu")
+    )
+    assert status == 0 and "after 1 steps, DIVERGED" in err and "validation not finite nats/token" in err
+
+
 def test_a_loss_that_climbs_stops_and_is_told(tmp_path):
     """Hot from the middle on: what is learned is lost again."""
     wanted = recipe(tmp_path, tokens=200 * 128, lr=1e-2, clip=0.0, evaluate_every=500, save_every=500)
@@ -311,8 +380,13 @@ def test_too_little_text_and_uneven_batches_are_one_line(tmp_path):
         pretrain(recipe(tmp_path, batch_tokens=4096, length=4096, tokens=4096, micro_batch=1), tmp_path / "a", device="cpu")
     with pytest.raises(LowkeyError, match="micro_batch 3: does not divide"):
         pretrain(recipe(tmp_path, micro_batch=3), tmp_path / "b", device="cpu")
-    with pytest.raises(LowkeyError, match="log_with 'nothing'"):
+    with pytest.raises(LowkeyError, match=r"log_with 'nothing' is unknown; choose among .*tensorboard"):
         pretrain(recipe(tmp_path, log_with=["nothing"]), tmp_path / "c", device="cpu")
+    with (
+        mock.patch("lowkey.pretraining.loop.get_available_trackers", list),
+        pytest.raises(LowkeyError, match="log_with 'tensorboard': is not installed; pip install tensorboard"),
+    ):
+        pretrain(recipe(tmp_path, log_with=["tensorboard"]), tmp_path / "c", device="cpu")
     with pytest.raises(LowkeyError, match="device 'tpu'"):
         pretrain(recipe(tmp_path), tmp_path / "d", device="tpu")
 
@@ -350,9 +424,10 @@ def test_the_command_trains_and_eval_and_generate_take_it(tmp_path):
     assert "seed = 3" in (out / "recipe.toml").read_text()
     assert command("generate", out, "--prompt", "the cat", "--tokens", 3, "--device", "cpu")[0] == 0
     (tmp_path / "long.txt").write_text(" ".join(WORDS * 60))
-    small = ("--windows", 2, "--context", 32, "--task", "perplexity", "--device", "cpu", "--out", tmp_path / "e.json")
+    small = ("--windows", 2, "--task", "perplexity", "--device", "cpu", "--out", tmp_path / "e.json")
     status, _, err = command("eval", out, "--data", tmp_path / "long.txt", *small)
     assert status == 0, err
+    assert json.loads((tmp_path / "e.json").read_text())["environment"]["data"]["context"] == 32  # all that it has positions for
 
 
 def test_the_command_says_what_is_wrong_in_one_line(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pico
@@ -186,9 +187,40 @@ def test_reading_stops_after_max_tokens(tmp_path):
     assert few.held_out is None
 
 
+def test_a_tokenizer_is_trained_on_about_as_much_as_is_read(tmp_path):
+    """What lies far behind max_tokens is not opened, damaged or not."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": t}) for t in TEXTS * 3) + "\nnot json")
+    with mock.patch("lowkey.pretraining.corpus.BATCH", 100):
+        few = prepare(Data(path=str(path), vocab_size=280, held_out=0.0, max_tokens=100), tmp_path)
+    assert len(few.training.ids) >= 100 and len(few.tokenizer) == 280
+    with pytest.raises(LowkeyError, match="line 37 is no JSON"):
+        prepare(Data(path=str(path), vocab_size=280), tmp_path)
+
+
+def test_a_long_document_is_one_document_whatever_the_pieces(tmp_path):
+    """Cut before a line, else before a word, else anywhere."""
+    lines, line, word = "some words\nand more\n" * 60, "words and no line " * 60, "x" * 900
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in (lines, line, "short", word)))
+    data = Data(path=str(tmp_path / "a.jsonl"), held_out=0.0)
+    whole = prepare(data, tmp_path / "whole")
+    with mock.patch("lowkey.pretraining.corpus.BATCH", 100):
+        cut = prepare(data, tmp_path / "cut")
+    assert words(cut, cut.training) == words(whole, whole.training) == [lines, line, "short", word]
+    assert cut.training.text_bytes == whole.training.text_bytes
+
+
+def test_halves_of_surrogate_pairs_are_read(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a \\ud83d\\ude00 b \\ud800 c"}')
+    assert list(documents(Data(path=str(tmp_path / "a.jsonl")))) == ["a \U0001f600 b \ufffd c"]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda f: Data(path=str(f / "nothing.jsonl")), "no such file or folder"),
+        (lambda f: Data(path="nothing.txt"), "no such file or folder"),
+        (lambda f: Data(path=str(f / "latin.jsonl")), "line 2 is no JSON .*utf-8"),
         (lambda f: Data(path=str(f / "empty")), "no .txt, .jsonl, .parquet"),
         (lambda f: Data(path=str(f / "a.md")), "none of .txt"),
         (lambda f: Data(path=as_jsonl(f).path), "it has body"),
@@ -202,6 +234,7 @@ def test_bad_data_is_one_line(tmp_path, make, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.md").write_text("x")
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\nnot json')
+    (tmp_path / "latin.jsonl").write_bytes('{"text": "a"}\n{"text": "\u00e9"}'.encode("latin-1"))
     (tmp_path / "blank.jsonl").write_text('{"text": "  "}')
     (tmp_path / "bad.parquet").write_text("x")
     with pytest.raises(LowkeyError, match=message) as error:

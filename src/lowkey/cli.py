@@ -26,8 +26,10 @@ app.add_typer(bench, name="bench")
 
 def main() -> None:
     """The console entry point: every expected failure becomes one line."""
+    import huggingface_hub
     import transformers
 
+    huggingface_hub.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:

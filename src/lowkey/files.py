@@ -124,14 +124,16 @@ def check_file(path: Path, force: bool = True) -> None:
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its name when the block ends well; what stood there goes last."""
+    """A temporary folder beside `path` that takes its name when the block ends well; what stood there goes last. Errors: LowkeyError
+    when it cannot be written."""
     temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
     try:
         temporary.mkdir(parents=True)
         yield temporary
         _swap(temporary, path, old)
-    except OSError as error:
-        raise LowkeyError(f"cannot write {str(path)!r}: {error.strerror or error}; choose another place or free some space") from error
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+        what = getattr(error, "strerror", None) or error
+        raise LowkeyError(f"cannot write {str(path)!r}: {what}; choose another place or free some space") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

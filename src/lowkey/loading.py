@@ -35,11 +35,9 @@ def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrain
 
     Errors: LowkeyError for a folder that is no model, an unknown Hub id, an unsupported family or dtype.
     """
-    register()  # our own model type
+    check(name)
     with _location(name) as place:
-        _check_folder(name, place)
         try:
-            family(AutoConfig.from_pretrained(place, trust_remote_code=False))
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 place, dtype=_dtype(dtype), device_map=_device(device), output_loading_info=True, trust_remote_code=False
             )
@@ -47,12 +45,28 @@ def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrain
         except LowkeyError:
             raise
         except Exception as error:  # transformers raises many kinds; each is bad input here
-            raise LowkeyError(f"model {name!r} cannot be loaded: {_first_line(error)}; give a model folder, a Hub id or 'tiny'") from error
+            raise _no_model(name, error) from error
     model, found = loaded
     if found["missing_keys"]:  # transformers would leave random numbers in their place
         raise LowkeyError(f"model {name!r} lacks weights ({sorted(found['missing_keys'])[0]}); it is incomplete: save or download it again")
     model.config._name_or_path = name
     return attach(model.eval()), tokenizer
+
+
+def check(name: str) -> None:
+    """That there is a model of this name, of a family that is supported, before anything large is read. Errors: LowkeyError."""
+    register()  # our own model type
+    with _location(name) as place:
+        _check_folder(name, place)
+        try:
+            config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        except Exception as error:  # transformers raises many kinds; each is bad input here
+            raise _no_model(name, error) from error
+    family(config)
+
+
+def _no_model(name: str, error: Exception) -> LowkeyError:
+    return LowkeyError(f"model {name!r} cannot be loaded: {_first_line(error)}; give a model folder, a Hub id or 'tiny'")
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -86,12 +100,16 @@ class _Given(AbstractContextManager[str]):
         return None
 
 
+def is_local(name: str) -> bool:
+    """Whether this can only be a place on this machine, and no id of the Hub."""
+    return name.startswith((".", "/", "~")) or name.count(os.sep) > 1
+
+
 def _check_folder(name: str, place: Path | str) -> None:
     path = Path(place)
     if path.exists() and not (path / "config.json").is_file():
         raise LowkeyError(f"model {name!r} is no model: it has no config.json; give a folder made by save_pretrained, a Hub id or 'tiny'")
-    looks_local = name.startswith((".", "/", "~")) or name.count(os.sep) > 1
-    if not path.exists() and looks_local:
+    if not path.exists() and is_local(name):
         raise LowkeyError(f"model {name!r}: no such folder; give a folder made by save_pretrained, a Hub id or 'tiny'")
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
+EVERY = 30.0  # seconds between two lines
 
 
 class Progress(Protocol):
@@ -17,10 +20,19 @@ def silent(items: Iterable[T], label: str, total: int | None = None) -> Iterator
 
 
 def bars(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-    """A rich progress bar on stderr; plain text when stderr is no terminal."""
+    """A rich progress bar on stderr; where that is no terminal, a line of text every half minute."""
     from rich.console import Console
     from rich.progress import track
 
     size = total if total is not None else len(items) if isinstance(items, Sequence) else None
     console = Console(stderr=True)
-    yield from track(items, label, total=size, console=console, disable=not console.is_terminal)
+    yield from track(items, label, total=size, console=console) if console.is_terminal else _lines(items, label, size)
+
+
+def _lines(items: Iterable[T], label: str, size: int | None) -> Iterator[T]:
+    told = time.monotonic()
+    for done, item in enumerate(items):
+        if time.monotonic() - told >= EVERY:
+            told = time.monotonic()
+            print(f"{label}: {done}" if size is None else f"{label}: {done} of {size}", file=sys.stderr, flush=True)
+        yield item

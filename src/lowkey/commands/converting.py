@@ -16,6 +16,7 @@ from lowkey.calibrate import Sample
 from lowkey.commands.common import AsJson, Calibration, Device, Dtype, Force, Model, Seed, at_least, err, options_of
 from lowkey.conversion import BASES, CONVERSIONS, FIELDS, FREQUENCIES, HEADS, Options, describe, input_moments, save, starting_loss
 from lowkey.conversion import convert as made_of
+from lowkey.conversion.convert import check
 from lowkey.fingerprint import data_fingerprint
 from lowkey.loading import load
 from lowkey.progress import bars
@@ -57,9 +58,10 @@ def convert(
     judged = text.read_text(data, "data") if data else None
     corpus = text.read_text(calibration, "calibration") if calibration else text.embedded("calibration")
     loaded, tokenizer = load(model, dtype, device)
+    choice = Options(heads, basis, frequencies)
+    check(loaded, attention, choice, whiten, fields)
     rows = _rows(loaded, tokenizer, corpus, Sample(windows, context, seed)) if whiten else None
     moments = input_moments(loaded, rows, progress=bars) if rows is not None else None
-    choice = Options(heads, basis, frequencies)
     made = made_of(loaded, attention, options=choice, moments=moments, progress=bars, **fields)
     before, after = (starting_loss(m, tokenizer, judged, context=context, windows=windows, progress=bars) for m in (loaded, made))
     how = {
@@ -87,7 +89,7 @@ def fields_of(attention: str, given: dict[str, str]) -> dict[str, Any]:
 
 
 def _value(name: str, value: str, kind: type) -> int | bool | str:
-    if kind is int and value.removeprefix("-").isdigit():
+    if kind is int and value.removeprefix("-").isdecimal():
         return int(value)
     if kind is bool and value.lower() in ("true", "false"):
         return value.lower() == "true"

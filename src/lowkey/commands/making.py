@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -227,7 +227,7 @@ def recover(
 
 def _stages(written: str) -> tuple[tuple[str, int], ...]:
     parts = [part.partition("=") for part in written.split(",")]
-    if not all(steps.strip().isdigit() for _, _, steps in parts):
+    if not all(steps.strip().isdecimal() for _, _, steps in parts):
         raise LowkeyError(f"stages {written!r}: write them as name=steps, like distill=100,ce=200")
     return tuple((name.strip(), int(steps)) for name, _, steps in parts)
 
@@ -251,11 +251,19 @@ def pretrain(
     if not PartialState().is_main_process:
         return
     told = {"model": str(place), **{k: v for k, v in found.result.items() if k != "losses"}}
-    last = (found.result["validation"] or [{}])[-1]
-    held = "" if not last else f", validation {last['validation_loss']:.4f} nats/token = {last['bits_per_byte']:.3f} bits/byte"
-    print(json.dumps(told)) if as_json else err.print(
-        f"model written to {place} after {told['steps']} steps: training loss {told['loss']:.4f}{held}", highlight=False, soft_wrap=True
-    )
+    print(json.dumps(told)) if as_json else err.print(f"model written to {place} {_trained(told)}", highlight=False, soft_wrap=True)
+
+
+def _trained(result: dict[str, Any]) -> str:
+    """How it went, in words; validation is the last step's or none."""
+    told = [f"after {result['steps']} steps{', DIVERGED' if result['diverged'] else ''}: training loss {_number(result['loss'])}"]
+    if result["validation"] and (last := result["validation"][-1])["step"] == result["steps"]:
+        told.append(f"validation {_number(last['validation_loss'])} nats/token = {_number(last['bits_per_byte'], 3)} bits/byte")
+    return ", ".join(told)
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "not finite" if value is None else f"{value:.{digits}f}"
 
 
 def export(

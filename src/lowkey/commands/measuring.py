@@ -32,7 +32,7 @@ def eval_(
     refeed: Annotated[bool, typer.Option(help="recall: ask again over what was kept, so that the first answer token is tested too")] = True,
     data: Annotated[Path | None, typer.Option(help="a UTF-8 text file (default: the embedded text)")] = None,
     task: Annotated[list[str] | None, typer.Option(help=f"{', '.join(TASKS)} (all when not given)")] = None,
-    context: Annotated[int, typer.Option(help="tokens per window and per recall case")] = 512,
+    context: Annotated[int | None, typer.Option(help="tokens per window and per recall case (default: 512, or all a model takes)")] = None,
     windows: Annotated[int, typer.Option(help="windows of text to score")] = 16,
     cases: Annotated[int, typer.Option(help="recall cases")] = 20,
     seed: Seed = 0,
@@ -51,6 +51,7 @@ def eval_(
     policies = policies_of(policy, budget, option)
     corpus = text.read_text(data, "data") if data else text.embedded("evaluation")
     loaded, tokenizer = load(model, dtype, device)
+    context = min(512, getattr(loaded.config.get_text_config(), "max_position_embeddings", 512)) if context is None else context
     plans = [plan_at(p, loaded) for p in plan or []]
     scores = head_scores(heads, loaded)
     settings = [full(loaded)] + [p.setting(loaded) for p in plans]

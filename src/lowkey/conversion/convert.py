@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -41,10 +42,8 @@ def convert(
     `starting_loss` says what.
     Errors: LowkeyError for a source that our skeleton cannot say, or fields and options that do not go together.
     """
-    source.check(model)
     options = options or Options()
-    config = configuration(model, attention, options.frequencies, fields)
-    _check_options(model, config, options, moments)
+    config = check(model, attention, options, moments is not None, fields)
     made = _empty(config, model)
     state = _outside(model, made)
     rope, gated = _rope(model, made), source.gated(config)
@@ -53,6 +52,14 @@ def convert(
         _fill(state, made, i, CONVERSIONS[attention](layer), source.beside(model, i))
     made.generation_config = model.generation_config
     return made.to(device_of(model)).eval()  # type: ignore[arg-type]
+
+
+def check(model: PreTrainedModel, attention: str, options: Options, whitened: bool, fields: Mapping[str, Any]) -> LowkeyConfig:
+    """The configuration of what `convert` will make, before any work. whitened: with moments. Errors: as in `convert`."""
+    source.check(model)
+    config = configuration(model, attention, options.frequencies, fields)
+    _check_options(model, config, options, whitened)
+    return config
 
 
 @torch.no_grad()
@@ -69,7 +76,7 @@ def input_moments(model: PreTrainedModel, rows: Tensor, *, batch: int = 4, progr
     return found
 
 
-def _check_options(model: PreTrainedModel, config: LowkeyConfig, options: Options, moments: Moments | None) -> None:
+def _check_options(model: PreTrainedModel, config: LowkeyConfig, options: Options, whitened: bool) -> None:
     kind, stored, narrow = config.attention, config.num_key_value_heads, config.rope_width not in (0, config.head_dim)
     for name, value, known in (
         ("heads", options.heads, HEADS),
@@ -86,8 +93,10 @@ def _check_options(model: PreTrainedModel, config: LowkeyConfig, options: Option
         _check_aligned(model, config)
     if source.normed(model.config):
         _check_normed(model, config)
-    if moments is not None and kind not in ("lrkv", "mea", "mla") and options.basis == "weights":
-        raise LowkeyError(f"moments: attention {kind!r} is made from weights alone; leave them out, or align heads (basis 'aligned')")
+    if whitened and kind not in ("lrkv", "mea", "mla") and options.basis == "weights":
+        raise LowkeyError(
+            f"moments (--whiten): attention {kind!r} is made from weights alone; leave them out, or align heads (basis 'aligned')"
+        )
     if options.basis == "aligned" and kind != "mea" and (model.config.num_key_value_heads or stored) % stored:
         raise LowkeyError(f"basis 'aligned': the source's {model.config.num_key_value_heads} KV heads are no multiple of {stored}")
 

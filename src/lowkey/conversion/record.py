@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,7 +18,7 @@ from lowkey.conversion import source
 from lowkey.fingerprint import model_fingerprint
 from lowkey.plan import versions
 from lowkey.progress import Progress, silent
-from lowkey.types import LowkeyError, device_of
+from lowkey.types import device_of
 from lowkey.version import __version__
 
 
@@ -108,14 +107,11 @@ def save(
     folder = Path(path)
     files.check_output(folder, force)
     register()
-    try:
-        with files.replacing_folder(folder) as temporary:
-            made.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-            files.write_json(temporary / "convert.json", record)
-            files.write_text(temporary / "README.md", card(record))
-    except SafetensorError as error:
-        raise LowkeyError(f"cannot write {str(folder)!r}: {error}; choose another place or free some space") from error
+    with files.replacing_folder(folder) as temporary:
+        made.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        files.write_json(temporary / "convert.json", record)
+        files.write_text(temporary / "README.md", card(record))
     return folder
 
 

@@ -96,6 +96,8 @@ def _check_widths(model: PreTrainedModel, config: LowkeyConfig) -> None:
         raise LowkeyError(
             f"mea_num_component_heads {config.mea_num_component_heads}: must be at most the source's {config.num_key_value_heads} KV heads"
         )
+    if kind == "mla" and config.kv_lora_rank > (most := 2 * d * (model.config.num_key_value_heads or model.config.num_attention_heads)):
+        raise LowkeyError(f"kv_lora_rank {config.kv_lora_rank}: must be at most {most}, the source's own cache, at which nothing is lost")
     if e > d or (e == 0 and kind == "lrkv"):
         raise LowkeyError(f"qk_rope_head_dim {e}: must be at least 2 and at most the source's head dim {d}")
     if kind == "mla" and config.qk_nope_head_dim not in (d, d - e):

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -42,13 +41,10 @@ def export_hf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: 
     merge, width = target(model, plan)
     files.check_output(folder, force)
     smaller = converted(model, plan, merge, width)
-    try:
-        with files.replacing_folder(folder) as temporary:
-            smaller.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-            files.write_text(temporary / "README.md", card(model, plan, merge, width))
-    except SafetensorError as error:
-        raise LowkeyError(f"cannot write {str(folder)!r}: {error}; choose another place or free some space") from error
+    with files.replacing_folder(folder) as temporary:
+        smaller.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        files.write_text(temporary / "README.md", card(model, plan, merge, width))
     return folder
 
 

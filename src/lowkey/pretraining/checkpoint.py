@@ -24,11 +24,10 @@ FREE = ("save_every", "log_every", "log_with", "compile", "stop_on_divergence") 
 
 
 def claim(out: Path, job: Mapping[str, Any], force: bool) -> None:
-    """Mark `out` as this job's; with `force` what another job has left there goes. Errors: LowkeyError when it is another job's."""
+    """Mark `out` as this job's; with `force` what says that it is another's goes. Errors: LowkeyError when it is another job's."""
     marker = out / JOB
     if force:
-        old = [RESULT, CHECKPOINT, JOB, *(p.name for p in out.glob("model*.safetensors*"))]  # the log is cut when the run begins
-        for name in old:
+        for name in (RESULT, CHECKPOINT, JOB):  # the log is cut when the run begins, weights are replaced when it ends
             (out / name).unlink(missing_ok=True)
     if marker.exists():
         if difference := _difference(files.read_json(marker, "job"), job):
@@ -37,8 +36,10 @@ def claim(out: Path, job: Mapping[str, Any], force: bool) -> None:
     files.write_json(marker, job)
 
 
-def check_folder(out: Path, force: bool) -> None:
-    """Before any work: a new or empty folder, or one of ours. Errors: LowkeyError."""
+def check_folder(out: Path, force: bool, source: str | None = None) -> None:
+    """Before any work: a new or empty folder, or one of ours, not the model that is trained further. Errors: LowkeyError."""
+    if source is not None and Path(source).resolve() == out.resolve():
+        raise LowkeyError(f"output {str(out)!r}: is the model of model.path, which would be overwritten; choose another folder")
     if out.exists() and not out.is_dir():
         raise LowkeyError(f"output {str(out)!r} is a file; choose a folder")
     if out.is_dir() and not force and not (out / JOB).exists() and any(p.name != TOKENS for p in out.iterdir()):
@@ -79,6 +80,8 @@ def save(path: Path, model: nn.Module, optimizers: Sequence[Optimizer], about: d
 def restore(path: Path, model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
     """What `save` was given as `about`; model and optimizers are filled."""
     found = files.read_tensors(path, "checkpoint")
+    if missing := ({f"model.{name}" for name in weights(model)} | {"about"}) - found.keys():
+        raise LowkeyError(f"checkpoint {str(path)!r}: lacks {min(missing)}; it is not this run's: delete it, or start anew with --force")
     for name, t in weights(model).items():
         t.copy_(_like(t, found.pop(f"model.{name}")))
     names = {id(p): name for name, p in model.named_parameters()}

@@ -9,20 +9,21 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lowkey import files, text
-from lowkey.loading import load_tokenizer
+from lowkey.loading import is_local, load_tokenizer
 from lowkey.pretraining.recipe import Data
 from lowkey.pretraining.rows import Stream
 from lowkey.progress import Progress, silent
 from lowkey.types import LowkeyError
 
 BATCH = 2**20  # characters tokenized at once
+PER_TOKEN = 6  # characters at most, of a text's mean token
 KINDS = (".txt", ".jsonl", ".parquet")
 PARTS = ("training", "held_out")
 ABOUT = "about.json"
@@ -52,7 +53,7 @@ def _make(folder: Path, data: Data, named: PreTrainedTokenizerBase | None, progr
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
-        tokenizer = named or _train_tokenizer(documents(data), data.vocab_size, progress)
+        tokenizer = named or _train_tokenizer(data, progress)
         tokenizer.save_pretrained(temporary)
         _write(temporary, data, tokenizer, progress)
         if not folder.exists():
@@ -82,7 +83,7 @@ def documents(data: Data) -> Iterator[str]:
     path = Path(data.path)
     if not data.path:
         found: Iterable[str] = [text.embedded("calibration")]
-    elif path.exists():
+    elif path.exists() or path.suffix in KINDS or is_local(data.path):
         found = (document for file in _files(path) for document in _documents_of(file, data.text_field))
     else:
         found = _dataset(data)
@@ -90,6 +91,8 @@ def documents(data: Data) -> Iterator[str]:
 
 
 def _files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise LowkeyError(f"data.path {str(path)!r}: no such file or folder; give one, or a dataset's id")
     found = sorted(p for p in path.rglob("*") if p.suffix in KINDS and p.is_file()) if path.is_dir() else [path]
     if not found:
         raise LowkeyError(f"data.path {str(path)!r}: no {', '.join(KINDS)} in this folder; give one that holds such files")
@@ -105,14 +108,15 @@ def _documents_of(file: Path, field: str) -> Iterator[str]:
 
 
 def _lines(file: Path) -> Iterator[Any]:
-    number = 0
-    with file.open(encoding="utf-8") as lines:
-        try:
-            for number, line in enumerate(lines, 1):  # noqa: B007 the message names it
-                if line.strip():
-                    yield json.loads(line)
-        except ValueError as error:
-            raise LowkeyError(f"data.path {str(file)!r}: line {number} is no JSON ({error}); give one object per line") from None
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode())
+            except ValueError as error:
+                raise LowkeyError(f"data.path {str(file)!r}: line {number} is no JSON ({error}); give one object per line") from None
+            yield row
 
 
 def _parquet(file: Path, field: str) -> Iterator[Any]:
@@ -149,7 +153,16 @@ def _text_of(row: Any, field: str, where: str) -> str:
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
         names = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise LowkeyError(f"data.text_field {field!r}: a record of {where!r} has no such text (it has {names}); give data.text_field")
-    return row[field]
+    return _whole(row[field])
+
+
+def _whole(document: str) -> str:
+    """Halves of surrogate pairs, which JSON lets through and UTF-8 does not, become pairs or U+FFFD."""
+    try:
+        document.encode()
+    except UnicodeEncodeError:
+        return document.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return document
 
 
 def _library(name: str) -> None:
@@ -166,23 +179,56 @@ def _line(error: Exception) -> str:
 # -- tokenizing
 
 
-def _train_tokenizer(found: Iterator[str], size: int, progress: Progress) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with tokens for the beginning and the end of a text."""
+def _train_tokenizer(data: Data, progress: Progress) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with tokens for the beginning and the end of a text, of about as much text as max_tokens will take."""
+    found: Iterator[str] = (piece.text for piece in _pieces(documents(data)))
+    if data.max_tokens:
+        found = _first(found, PER_TOKEN * data.max_tokens)
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=data.vocab_size, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
     raw.train_from_iterator(progress(found, "training the tokenizer"), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 
-def _batches(found: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
+class Piece(NamedTuple):
+    """Some or all of a document."""
+
+    text: str
+    first: bool
+    last: bool
+
+
+def _pieces(found: Iterable[str]) -> Iterator[Piece]:
+    """Documents, long ones in pieces that end before a line or a word: what a tokenizer keeps of a text takes a hundred times its size."""
     for document in found:
-        batch.append(document)
-        size += len(document)
+        start = 0
+        while len(document) - start > BATCH:
+            ends = (document.rfind(mark, start + 1, start + BATCH) for mark in "\n ")
+            stop = next((end for end in ends if end > start), start + BATCH)
+            yield Piece(document[start:stop], start == 0, False)
+            start = stop
+        yield Piece(document[start:], start == 0, True)
+
+
+def _first(found: Iterable[str], characters: int) -> Iterator[str]:
+    for piece in found:
+        yield piece
+        characters -= len(piece)
+        if characters <= 0:
+            return
+
+
+def _batches(found: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch: list[Piece] = []
+    size = 0
+    for piece in found:
+        batch.append(piece)
+        size += len(piece.text)
         if size >= BATCH:
             yield batch
             batch, size = [], 0
@@ -216,22 +262,29 @@ def _spool(
     place: Path, kind: np.dtype, data: Data, tokenizer: PreTrainedTokenizerBase, progress: Progress
 ) -> tuple[np.ndarray, np.ndarray]:
     """(tokens, bytes of text) of each document, written end to end, each with the tokenizer's bos and eos where it has them."""
-    before, after = ([] if i is None else [i] for i in (tokenizer.bos_token_id, tokenizer.eos_token_id))
-    lengths, sizes, total = [], [], 0
+    lengths, sizes, total, length, size = [], [], 0, 0, 0
     with place.open("wb") as file:
-        for batch in progress(_batches(documents(data)), "tokenizing"):
-            for document, ids in zip(batch, tokenizer(batch, add_special_tokens=False, verbose=False).input_ids, strict=True):
-                if data.max_tokens and total >= data.max_tokens:
-                    break
-                np.array(before + ids + after, dtype=kind).tofile(file)
-                lengths.append(len(before) + len(ids) + len(after))
-                sizes.append(len(document.encode()))
-                total += lengths[-1]
+        for piece, ids in _encoded(data, tokenizer, progress):
+            np.array(ids, dtype=kind).tofile(file)
+            length, size = length + len(ids), size + len(piece.text.encode())
+            if not piece.last:
+                continue
+            lengths.append(length)
+            sizes.append(size)
+            total, length, size = total + length, 0, 0
             if data.max_tokens and total >= data.max_tokens:
                 break
     if not total:
         raise LowkeyError(f"data.path {data.path!r}: holds no text; give some thousand words at least")
     return np.array(lengths), np.array(sizes)
+
+
+def _encoded(data: Data, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> Iterator[tuple[Piece, list[int]]]:
+    before, after = ([] if i is None else [i] for i in (tokenizer.bos_token_id, tokenizer.eos_token_id))
+    for batch in progress(_batches(_pieces(documents(data))), "tokenizing"):
+        encoded = tokenizer([piece.text for piece in batch], add_special_tokens=False, verbose=False).input_ids
+        for piece, ids in zip(batch, encoded, strict=True):
+            yield piece, (before if piece.first else []) + ids + (after if piece.last else [])
 
 
 def _choose(

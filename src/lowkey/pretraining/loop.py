@@ -5,6 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey import files
@@ -21,7 +25,7 @@ from lowkey.pretraining import checkpoint, health, models
 from lowkey.pretraining.corpus import Corpus, prepare
 from lowkey.pretraining.log import finite
 from lowkey.pretraining.recipe import Recipe
-from lowkey.pretraining.run import Run
+from lowkey.pretraining.run import Run, check
 from lowkey.progress import Progress, silent
 from lowkey.types import LowkeyError
 
@@ -62,7 +66,7 @@ def pretrain(
     Errors: LowkeyError for a bad recipe or text, a folder that belongs to another run, or a loss that diverges.
     """
     out = Path(out)
-    checkpoint.check_folder(out, force)
+    checkpoint.check_folder(out, force, recipe.model.get("path") if model is None else None)
     if model is None:
         models.validate(recipe.model)
     accelerator = _accelerator(recipe, out, device)
@@ -74,6 +78,7 @@ def pretrain(
         if model is None:
             model = models.build(recipe.model, corpus.tokenizer, recipe.training.length)
         models.check(model.config, corpus.tokenizer, recipe.training.length)
+        check(recipe.training, corpus, accelerator.num_processes, model)
         job = checkpoint.job_of(recipe.describe(), corpus.fingerprint, model_fingerprint(model))
         if accelerator.is_main_process:
             checkpoint.claim(out, job, force)
@@ -95,8 +100,10 @@ def _accelerator(recipe: Recipe, out: Path, device: str) -> Accelerator:
         raise LowkeyError("device 'cuda': no CUDA device is available; use --device cpu")
     wanted = list(recipe.training.log_with)
     for name in wanted:
-        if name not in LOGGER_TYPE_TO_CLASS or not filter_trackers([name], out):
-            raise LowkeyError(f"training.log_with {name!r}: is unknown or not installed; known are {', '.join(LOGGER_TYPE_TO_CLASS)}")
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise LowkeyError(f"training.log_with {name!r} is unknown; choose among {', '.join(LOGGER_TYPE_TO_CLASS)}")
+        if name not in get_available_trackers():
+            raise LowkeyError(f"training.log_with {name!r}: is not installed; pip install {name}, or leave it out")
     try:
         return Accelerator(cpu=device == "cpu", log_with=wanted or None, project_dir=out if wanted else None)
     except ValueError as error:  # accelerate keeps one device per process
@@ -104,14 +111,13 @@ def _accelerator(recipe: Recipe, out: Path, device: str) -> Accelerator:
 
 
 def train(run: Run, progress: Progress) -> None:
-    """The loop."""
+    """The loop. Ctrl-C is heard at the end of a step, which is saved."""
     settings, accelerator, started = run.settings, run.accelerator, run.seconds
     if not run.losses:
         run.evaluate()
     left = range(len(run.losses), settings.steps)
-    try:
+    with interrupts(accelerator.num_processes == 1) as asked:
         for step in progress(left, "pretraining", len(left)):
-            run.whole = False
             run.set_rate(step)
             rows = run.order.at(step)
             count = run.corpus.training.targets(rows, settings.length)
@@ -137,15 +143,32 @@ def train(run: Run, progress: Progress) -> None:
             if done % settings.evaluate_every == 0 or last:
                 run.read_back()
                 run.evaluate()
-            if done % settings.save_every == 0 or last:
+            if done % settings.save_every == 0 or last or asked:
                 run.save()
+            if asked:
+                raise KeyboardInterrupt
             if run.stopped:
                 break
-            run.whole = True
-    except KeyboardInterrupt:
-        if run.whole and accelerator.num_processes == 1:
-            run.save()
-        raise
+
+
+@contextmanager
+def interrupts(alone: bool) -> Iterator[list[int]]:
+    """Holds a first Ctrl-C back and lists it; a second one interrupts at once. In the main thread of a single process only: several ones
+    would not stop at the same step."""
+    asked: list[int] = []
+    if not alone or threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def hear(number: int, frame: object) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, hear)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _seed(*parts: object) -> int:
@@ -163,9 +186,12 @@ def _publish(run: Run) -> Trained:
         with files.replacing_folder(run.out / checkpoint.FINISHED) as temporary:
             run.plain.save_pretrained(temporary, state_dict=full)
             run.corpus.tokenizer.save_pretrained(temporary)
-        for file in sorted((run.out / checkpoint.FINISHED).iterdir()):
+        new = sorted((run.out / checkpoint.FINISHED).iterdir())
+        for file in new:
             os.replace(file, run.out / file.name)
         (run.out / checkpoint.FINISHED).rmdir()
+        for old in set(run.out.glob("model*.safetensors*")) - {run.out / file.name for file in new}:
+            old.unlink()
         files.write_text(run.out / "recipe.toml", run.recipe.toml())
         files.write_json(run.out / checkpoint.RESULT, result)
         (run.out / checkpoint.CHECKPOINT).unlink(missing_ok=True)
@@ -187,7 +213,7 @@ def _result(run: Run) -> dict[str, Any]:
         "loss": float(np.mean(run.losses[-max(1, steps // 10) :])),
         "initial_loss": found[0] if found else None,
         "best_loss": min(found) if found else None,
-        "diverged": run.stopped or health.diverged(run.losses, run.settings.steps),
+        "diverged": run.stopped or health.diverged(run.losses, run.settings.steps),  # stopped: a loss, validation's too, was not finite
         "spikes": health.spikes(run.losses),
         "max_grad_norm": float(np.max(run.norms)),
     }
@@ -196,5 +222,11 @@ def _result(run: Run) -> dict[str, Any]:
 
 def _finished(out: Path, model: PreTrainedModel, corpus: Corpus) -> Trained:
     result = files.read_json(out / checkpoint.RESULT, "result")
-    model.load_state_dict(type(model).from_pretrained(out, dtype=torch.float32).state_dict())
+    try:
+        if not {"steps", "loss", "losses", "validation", "diverged"} <= result.keys():
+            raise ValueError("result.json is not ours")
+        model.load_state_dict(type(model).from_pretrained(out, dtype=torch.float32).state_dict())
+    except (OSError, ValueError, RuntimeError) as error:
+        what = " ".join(str(error).split())[:200].rstrip(". ")
+        raise LowkeyError(f"output {str(out)!r}: a finished run that is damaged ({what}); start anew with --force") from None
     return Trained(model.eval(), corpus.tokenizer, [math.nan if x is None else x for x in result["losses"]], result)

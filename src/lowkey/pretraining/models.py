@@ -11,9 +11,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lowkey.loading import load
+from lowkey import loading
 from lowkey.pretraining.recipe import nearest
 from lowkey.types import LowkeyError
+
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
 
 
 def validate(table: Mapping[str, Any]) -> str:
@@ -24,9 +26,14 @@ def validate(table: Mapping[str, Any]) -> str:
         if len(table) > 1:
             extra = next(name for name in table if name != "path")
             raise LowkeyError(f"model.{extra}: a model from model.path has it already; drop one of the two")
+        loading.check(str(table["path"]))
         return "path"
     kind = str(table.get("model_type", "llama"))
     if "attention" in table:
+        if "model_type" in table:
+            raise LowkeyError(
+                f"model.model_type {kind!r}: a model with attention {table['attention']!r} is lowkey's own; drop one of the two"
+            )
         from lowkey.attention import LowkeyConfig, register  # adds the kind to transformers' tables
 
         register()
@@ -37,7 +44,20 @@ def validate(table: Mapping[str, Any]) -> str:
     for name in table:
         if name not in known:
             raise LowkeyError(f"field {name!r} of [model] is unknown to {kind!r}; {nearest(name, known)}")
+    _check_sizes(table)
     return kind
+
+
+def _check_sizes(table: Mapping[str, Any]) -> None:
+    """What transformers takes and nobody means."""
+    for name in SIZES:
+        if name in table and not (type(table[name]) is int and table[name] >= 1):
+            raise LowkeyError(f"model.{name} {table[name]!r}: must be a whole number of at least 1")
+    for name, value in table.items():
+        if name.endswith("dropout") and not (isinstance(value, int | float) and 0 <= value < 1):
+            raise LowkeyError(f"model.{name} {value!r}: must be a number from 0 and below 1")
+        if name in ("dtype", "torch_dtype"):
+            raise LowkeyError(f"model.{name} {value!r}: weights are trained in fp32; leave it out, and see training.precision")
 
 
 def build(table: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, length: int) -> PreTrainedModel:
@@ -50,7 +70,7 @@ def build(table: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, length: 
     """
     kind = validate(table)
     if kind == "path":
-        model, _ = load(str(table["path"]), "float32", "cpu")
+        model, _ = loading.load(str(table["path"]), "float32", "cpu")
         model.set_attn_implementation("sdpa")  # nothing of ours stands between training and the fused kernels
         return model
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -62,7 +82,7 @@ def build(table: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, length: 
     check(config, tokenizer, length)
     try:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+    except Exception as error:  # every class of models fails in its own way
         raise LowkeyError(f"recipe: no model can be made of [model]: {_line(error)}; change it") from error
 
 

@@ -14,7 +14,9 @@ from lowkey.types import LowkeyError
 
 CHOICES = {"schedule": ("wsd", "cosine", "linear"), "optimizer": ("adamw", "muon"), "precision": ("bf16", "fp32")}
 LEAST = {"tokens": 1, "batch_tokens": 1, "length": 2, "save_every": 1, "evaluate_every": 1, "log_every": 1}
-BELOW = {"held_out": 0.9, "decay": 1 + 1e-9, "min_lr": 1.0, "betas": 1.0}  # everything else is only bounded from below, by 0
+BELOW = {"held_out": 0.9, "decay": 1 + 1e-9, "min_lr": 1.0, "betas": 1.0}  # other fractions are only bounded from below, by 0
+LONGEST = 2**63  # what a whole number is below
+LIKE = {"log_with": ("tensorboard",)}  # an example, where the default is none
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class Training:
 @dataclass(frozen=True)
 class Recipe:
     """model: fields of the config class (see `models.build`), or `path`, a model to train further, whose tokenizer is used unless [data]
-    says otherwise; may stay empty when a model is given to `pretrain`."""
+    names another; may stay empty when a model is given to `pretrain`."""
 
     model: Mapping[str, Any] = field(default_factory=dict)
     data: Data = field(default_factory=Data)
@@ -154,8 +156,12 @@ class Recipe:
             if not isinstance(table, Mapping):
                 raise LowkeyError(f"recipe {name} {table!r}: is a table; write [{name}] and its fields below")
         model, given = dict(tables.get("model", {})), dict(tables.get("data", {}))
-        if "path" in model and not {"tokenizer", "vocab_size"} & set(given):
-            given["tokenizer"] = model["path"]
+        if "path" in model:
+            if not isinstance(model["path"], str):
+                raise LowkeyError(f"model.path {model['path']!r}: must be text in quotes, a folder or a Hub id")
+            if given.get("vocab_size"):
+                raise LowkeyError(f"data.vocab_size {given['vocab_size']}: the model of model.path has its own tokenizer; leave it out")
+            given.setdefault("tokenizer", model["path"])
         return cls(model, _of(Data, "data", {"data": given}), _of(Training, "training", tables))
 
     def describe(self) -> dict[str, Any]:
@@ -193,13 +199,13 @@ def _check(table: Any, name: str) -> None:
     """Every field of the type of its default and in range; whole numbers may be written like 1e7."""
     for f in fields(table):
         default = {} if f.name == "options" else f.default
-        value = _typed(f"{name}.{f.name}", getattr(table, f.name), default)
+        value = _typed(f"{name}.{f.name}", getattr(table, f.name), default, LIKE.get(f.name, default))
         object.__setattr__(table, f.name, value)
         if f.name in CHOICES and value not in CHOICES[f.name]:
             raise LowkeyError(f"{name}.{f.name} {value!r} is unknown; {nearest(value, CHOICES[f.name])}")
         for number in value if f.name == "betas" else [value]:
             if isinstance(number, int | float):
-                _in_range(f"{name}.{f.name}", number, LEAST.get(f.name, 0), BELOW.get(f.name))
+                _in_range(f"{name}.{f.name}", number, LEAST.get(f.name, 0), BELOW.get(f.name, LONGEST if type(number) is int else None))
 
 
 def _in_range(what: str, number: float, low: float, high: float | None) -> None:
@@ -208,17 +214,17 @@ def _in_range(what: str, number: float, low: float, high: float | None) -> None:
         raise LowkeyError(f"{what} {number:g}: must be {rule}; leave it out for the default")
 
 
-def _typed(what: str, value: Any, default: Any) -> Any:
+def _typed(what: str, value: Any, default: Any, like: Any) -> Any:
     kind = type(default)
     if kind is float and type(value) is int:
         return float(value)
     if kind is int and type(value) is float and value.is_integer():
         return int(value)
     if kind is tuple and isinstance(value, list | tuple):
-        return tuple(_typed(what, v, default[0] if default else "") for v in value)
+        return tuple(_typed(what, v, default[0] if default else "", like[0]) for v in value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         names = {int: "a whole number", float: "a number", str: "text in quotes", bool: "true or false", tuple: "a list", dict: "a table"}
-        raise LowkeyError(f"{what} {value!r}: must be {names[kind]}, like {_written(default)}")
+        raise LowkeyError(f"{what} {value!r}: must be {names[kind]}, like {_written(like)}")
     return value
 
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from lowkey.pretraining import checkpoint, health, optim
 from lowkey.pretraining.corpus import Corpus
 from lowkey.pretraining.log import Log, finite
-from lowkey.pretraining.recipe import Recipe
+from lowkey.pretraining.recipe import Recipe, Training
 from lowkey.pretraining.rows import IGNORED, Batch, Order, Stream
 from lowkey.types import LowkeyError
 
@@ -31,8 +31,8 @@ class Run:
     """A run in flight.
 
     plain: the model itself; model: as accelerate has prepared it, perhaps compiled. losses, norms: of every step that was read back;
-    pending: (loss, norm) of later ones, still on the device. logged: steps that a line of the log speaks of. whole: between two steps, so
-    that what is held may be saved. stopped: the loss is not finite.
+    pending: (loss, norm) of later ones, still on the device. logged: steps that a line of the log speaks of. stopped: a loss is not
+    finite.
     """
 
     recipe: Recipe
@@ -48,17 +48,12 @@ class Run:
     validation: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     logged: int = 0
-    whole: bool = False
     stopped: bool = False
 
     def __post_init__(self) -> None:
-        training, rows = self.recipe.training, self.corpus.training.rows(self.recipe.training.length)
-        self.settings = training
-        if not rows:
-            n = len(self.corpus.training.ids)
-            raise LowkeyError(f"training.length {training.length}: the text gives {n} tokens to train on; give more text or less length")
-        self.order = Order(rows, training.rows, training.seed)
-        self.micro = _micro_batch(training.rows, training.micro_batch, self.accelerator.num_processes)
+        self.settings = training = self.recipe.training
+        self.order = Order(self.corpus.training.rows(training.length), training.rows, training.seed)
+        self.micro = _micro_batch(training, self.accelerator.num_processes)
         self.rate = optim.rate(training)
         self.parameters = list(self.model.parameters())
         self.clock = time.perf_counter()
@@ -67,8 +62,6 @@ class Run:
     @classmethod
     def of(cls, recipe: Recipe, corpus: Corpus, accelerator: Accelerator, model: PreTrainedModel, out: Path) -> Run:
         """Prepared, and restored when there is a checkpoint."""
-        if not any(p.requires_grad for p in model.parameters()):
-            raise LowkeyError("model: every parameter is frozen; let some of them train with requires_grad_()")
         model.train()
         if recipe.training.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -125,11 +118,14 @@ class Run:
         self.clock = time.perf_counter()
 
     def _check(self) -> None:
-        if self.settings.stop_on_divergence and (self.stopped or health.diverged(self.losses, self.settings.steps)):
-            step = len(self.losses)
-            rate = self.settings.lr * self.rate(step - 1)
-            what = f"loss {self.losses[-1]:.4g} and gradient norm {self.norms[-1]:.4g} at learning rate {rate:.3g}"
-            raise LowkeyError(f"training diverged at step {step}: {what}; give a smaller training.lr (the last checkpoint is kept)")
+        if self.stopped or health.diverged(self.losses, self.settings.steps):
+            self._give_up(f"loss {self.losses[-1]:.4g} and gradient norm {self.norms[-1]:.4g}")
+
+    def _give_up(self, what: str) -> None:
+        step = len(self.losses)
+        at = f"{what} at learning rate {self.settings.lr * self.rate(max(0, step - 1)):.3g}"
+        if self.settings.stop_on_divergence:
+            raise LowkeyError(f"training diverged at step {step}: {at}; give a smaller training.lr (the last checkpoint is kept)")
 
     def report(self, started: float) -> None:
         """One line of the log on the steps since the last one."""
@@ -169,6 +165,9 @@ class Run:
         self.validation.append(finite({**record, "bits_per_byte": nats / count * per_byte}))
         self._tell(self.validation[-1])
         self.clock = time.perf_counter()
+        if not math.isfinite(nats):
+            self.stopped = True
+            self._give_up(f"validation loss {nats / count:.4g}")
 
     # -- keeping it
 
@@ -206,12 +205,22 @@ def held_out_loss(run: Run, held: Stream) -> tuple[float, int]:
     return float(run.accelerator.reduce(total, "sum")), held.targets(numbers[:rows], length)
 
 
-def _micro_batch(rows: int, asked: int, devices: int) -> int:
-    micro = asked or rows // devices
-    if not micro or rows % (micro * devices):
-        share = f"{rows} rows of a step on {devices} devices"
+def check(settings: Training, corpus: Corpus, devices: int, model: PreTrainedModel) -> None:
+    """That there is something to train on, and something to train. Errors: LowkeyError."""
+    micro = _micro_batch(settings, devices)
+    if not micro or settings.rows % (micro * devices):
+        share = f"{settings.rows} rows of a step on {devices} devices"
+        asked = settings.micro_batch
         raise LowkeyError(f"training.micro_batch {asked}: does not divide {share} evenly; change it, batch_tokens, or the devices")
-    return micro
+    if not corpus.training.rows(settings.length):
+        n = len(corpus.training.ids)
+        raise LowkeyError(f"training.length {settings.length}: the text gives {n} tokens to train on; give more text or less length")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise LowkeyError("model: every parameter is frozen; let some of them train with requires_grad_()")
+
+
+def _micro_batch(settings: Training, devices: int) -> int:
+    return settings.micro_batch or settings.rows // devices
 
 
 def _moved(batch: Batch, device: torch.device) -> Batch:
