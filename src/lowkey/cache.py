@@ -71,8 +71,9 @@ class LowkeyCache(Cache):
 
         So a question can choose what is kept and be asked again, over what was kept.
         """
-        for layer in self.evicting:
-            layer.looking = tokens
+        for layer in self.layers:
+            if isinstance(layer, EvictingLayer | StockSlidingLayer):
+                layer.looking = tokens
 
     def freeze(self, on: bool = True) -> None:
         """From now on, evict nothing more."""
@@ -205,6 +206,8 @@ def _evicting(model: PreTrainedModel, plan: Plan | None, policy: Policy, exact: 
         )
     if plan and policy.layer == "pruning":
         raise LowkeyError("policy 'think' drops key channels, of which a plan has its own; use another policy on top of a plan")
+    if plan and policy.layer == "compensating" and plan.layout == "pre_rope":
+        raise LowkeyError("policy 'razor' keeps mean keys, which have no position to rotate them to; use a plan with layout 'post_rope'")
     if plan and not all(f.per_head for f in plan.factors.values()):
         raise LowkeyError(
             f"plan of method {plan.method['name']!r} merges heads or centres them, and a policy gives each head tokens of its own; "

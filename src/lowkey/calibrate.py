@@ -85,10 +85,13 @@ def calibrate(
     _reachable(limit, shape, ranks, model)
     if not attached(model):
         attach(model)
+    if model.training:
+        raise LowkeyError("model: is in training mode, where dropout would be measured too; call model.eval() first")
     rows = windows_of(model, tokenizer, texts, sample)
     course = Course(model, rows, max(1, round(HELD * len(rows))), form, ranks, sample.seed, sample.batch, progress)
     provenance = provenance_of(model, rows, sample)
-    job = job_folder(work, {"provenance": provenance, "method": describe(chosen), "layout": form, "ranks": ranks, "judge": judge})
+    what = {"method": describe(chosen), "layout": form, "ranks": ranks, "judge": judge, "batch": sample.batch}
+    job = job_folder(work, {"provenance": provenance, **what})
     bases, profile = fit_layers(chosen, course, job, judge)
     factors, told = _chosen(chosen, split, bases, profile, limit, course)
     return Plan(

@@ -212,7 +212,8 @@ def dyna_plan(
         attach(model)
     rows = windows_of(model, tokenizer, texts, sample)
     held, provenance = max(1, round(HELD * len(rows))), provenance_of(model, rows, sample)
-    work = job_folder(work, {"provenance": provenance, "layout": layout, "key_bases": key_bases, "training": asdict(training)})
+    what = {"layout": layout, "key_bases": key_bases, "training": asdict(training), "batch": sample.batch}
+    work = job_folder(work, {"provenance": provenance, **what})
     statistics = gather(model, progress(rows[:-held].split(sample.batch), "second moments"), work)
     found = {i: dynakv.bases(s, layout, key_bases) for i, s in statistics.items()}
     gates = dynakv.train_gate(model, found, rows, held, layout, training, progress, work)

@@ -24,7 +24,7 @@ def embedded(kind: str) -> str:
 
 def joined(texts: str | Sequence[str] | None) -> str:
     """One text of several; the embedded calibration text when there is none."""
-    return texts if isinstance(texts, str) else "\n".join(texts) if texts else embedded("calibration")
+    return texts if isinstance(texts, str) else embedded("calibration") if texts is None else "\n".join(texts)
 
 
 def read_text(path: str | Path, argument: str) -> str:

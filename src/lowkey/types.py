@@ -118,8 +118,10 @@ class Factors:
         return sum(t.numel() for t in vars(self).values() if t is not None)
 
     def turned(self) -> Factors:
-        """The same maps with latents turned by a block Hadamard transform."""
+        """The same maps with latents turned by a block Hadamard transform; not those of keys that are rotated as they are stored."""
         k, v = (block_hadamard(down.shape[-1]).to(down) for down in (self.k_down, self.v_down))
+        if self.frequencies is not None:
+            k = torch.eye(len(k)).to(k)
         return replace(self, k_down=self.k_down @ k, k_up=k @ self.k_up, v_down=self.v_down @ v, v_up=v @ self.v_up)
 
     def to(self, like: Tensor) -> Factors:

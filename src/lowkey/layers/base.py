@@ -28,7 +28,7 @@ class StoringLayer(CacheLayerMixin):
     """
 
     is_sliding = False
-    numbers: ClassVar[tuple[str, ...]] = ("seen",)  # what a saved layer needs beside its tensors
+    numbers: ClassVar[tuple[str, ...]] = ("seen", "exact_prefill")  # what a saved layer needs beside its tensors
 
     def __init__(self, exact_prefill: bool = False) -> None:
         super().__init__()
@@ -104,13 +104,24 @@ class StockLayer(DynamicLayer):
 
 
 class StockSlidingLayer(DynamicSlidingWindowLayer):
-    """transformers' own sliding layer, with byte counts; a prompt longer than the window is really let go."""
+    """transformers' own sliding layer, with byte counts; a prompt longer than the window is really let go.
+
+    looking: so many tokens at the end of each chunk are seen by that chunk and then forgotten, as in evicting layers beside it.
+    """
+
+    looking = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         full = super().update(key_states, value_states, *args, **kwargs)
-        if self.keys is not None and self.values is not None:  # upstream keeps views of the whole prompt
-            self.keys, self.values = self.keys.clone(), self.values.clone()
+        stop = full[0].shape[2] - self.looking
+        window = slice(max(0, stop - (self.sliding_window - 1)), stop)
+        self.keys, self.values = (x[:, :, window].clone() for x in full)  # upstream keeps views of the whole prompt
+        self.cumulative_length -= self.looking
         return full
+
+    def reset(self) -> None:
+        super().reset()
+        self.looking = 0
 
     def nbytes(self) -> int:
         return storage_bytes(t for t in (self.keys, self.values) if t is not None)

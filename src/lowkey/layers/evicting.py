@@ -76,7 +76,7 @@ class EvictingLayer(UnmovedLayer):
 
     keys: Tensor  # type: ignore[assignment]
     values: Tensor  # type: ignore[assignment]
-    numbers = ("seen", "fresh", "kept", "steps", "moved", "frozen")
+    numbers = (*UnmovedLayer.numbers, "fresh", "kept", "steps", "moved", "frozen")
 
     def __init__(self, policy: Policy, rope: Rope, seat: int = 0, round: Round | None = None, codec: Codec | None = None) -> None:
         super().__init__()
@@ -306,6 +306,7 @@ class EvictingLayer(UnmovedLayer):
     def reset(self) -> None:
         super().reset()
         self.fresh = self.kept = self.steps = self.moved = 0
+        self.looking, self.frozen = 0, False
 
 
 def _quick(x: Tensor) -> Tensor:

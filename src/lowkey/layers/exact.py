@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lowkey.types import LowkeyError
+
 
 @dataclass(frozen=True, eq=False)
 class FixedPoints:
@@ -51,3 +53,10 @@ class Exact:
     recent: int = 0
     prefill: Literal["compressed", "exact"] = "compressed"
     rule: SinkRule | None = None
+
+    def __post_init__(self) -> None:
+        if self.prefill not in ("compressed", "exact"):
+            raise LowkeyError(f"prefill {self.prefill!r} is unknown; choose 'compressed' or 'exact'")
+        for name in ("sinks", "recent"):
+            if getattr(self, name) < 0:
+                raise LowkeyError(f"{name} {getattr(self, name)}: a number of tokens; give 0 or more")

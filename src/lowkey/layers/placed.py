@@ -39,7 +39,29 @@ class PlacedLayer(StoringLayer):
 
 
 class UnmovedLayer(PlacedLayer):
-    """Rows of different length, of which none can be moved, picked or repeated."""
+    """Rows of different length, of which none can be moved, picked or repeated, and which do not hold their padding.
+
+    looking: tokens at the end of a chunk that will be forgotten. met (b, 1): real tokens seen, None when that is not known.
+    """
+
+    looking = 0
+    met: Tensor | None = None
+
+    def place(self, call: Call, t: int) -> Tensor:
+        """Also holds the mask to what it was: it may neither hide what is stored nor end a row before the chunk ends."""
+        start = self.seen - t
+        if call.mask is not None and self.met is not None and not bool((call.mask[:, [0, -1], :start].sum(-1) == self.met).all()):
+            raise LowkeyError("attention_mask: differs from that of earlier turns, and padding is not held here; repeat the earlier mask")
+        visible = super().place(call, t)
+        new = visible[:, start:]
+        if bool((new[:, :-1] & ~new[:, 1:]).any()):
+            raise LowkeyError("attention_mask: a row ends in padding, which this kind of cache cannot follow; pad on the left")
+        self.met = visible.sum(1, keepdim=True) - self.looking
+        return visible
+
+    def reset(self) -> None:
+        super().reset()
+        self.met = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         raise LowkeyError("num_beams: beam search moves rows of the cache, which this kind of cache does not; set num_beams=1")

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lowkey.policies.base import Policy, Scene, check_kernel, pooled
+from lowkey.types import LowkeyError
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class SnapKV(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_kernel(self.kernel)
+        if self.window < 1:
+            raise LowkeyError(f"window {self.window}: queries that are looked at; give at least 1")
 
     def score(self, scene: Scene) -> Tensor:
         return pooled(scene.weights(self.window).mean((2, 3)), self.kernel)

@@ -27,5 +27,7 @@ class ThinK(SnapKV):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.looked < 1:
+            raise LowkeyError(f"looked {self.looked}: queries that say which channels are used; give at least 1")
         if not 0 < self.channels <= 1:
             raise LowkeyError(f"channels {self.channels}: the share of key channels that stays lies above 0 and up to 1")
