@@ -76,7 +76,7 @@ def calibrate(
     """
     chosen = method or METHODS["stiefattention"]()
     form = layout or chosen.layout
-    _check(sample, sinks, recent, form, judge)
+    _check(model, sample, sinks, recent, form, judge)
     split = _allocator(allocator or chosen.allocator)
     shape = families.geometry(model)
     families.check_layout(model, form)
@@ -85,8 +85,6 @@ def calibrate(
     _reachable(limit, shape, ranks, model)
     if not attached(model):
         attach(model)
-    if model.training:
-        raise LowkeyError("model: is in training mode, where dropout would be measured too; call model.eval() first")
     rows = windows_of(model, tokenizer, texts, sample)
     course = Course(model, rows, max(1, round(HELD * len(rows))), form, ranks, sample.seed, sample.batch, progress)
     provenance = provenance_of(model, rows, sample)
@@ -126,7 +124,9 @@ def _transposed(f: Factors) -> bool:
     return all(torch.equal(blocks(down.mT, t), up) and is_orthonormal(down) for (down, up), t in zip(sides, f.merge, strict=True))
 
 
-def _check(sample: Sample, sinks: int, recent: int, layout: str, judge: str) -> None:
+def _check(model: PreTrainedModel, sample: Sample, sinks: int, recent: int, layout: str, judge: str) -> None:
+    if model.training:
+        raise LowkeyError("model: is in training mode, where dropout would be measured too; call model.eval() first")
     least = {
         "windows": (sample.windows, 4),
         "length": (sample.length, 8),
