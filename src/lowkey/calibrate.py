@@ -21,7 +21,7 @@ from lowkey.plan import Plan, versions
 from lowkey.policies.allocators import HeadImportance
 from lowkey.probe import Probe
 from lowkey.progress import Progress, silent
-from lowkey.seam import attach, attached
+from lowkey.seam import attach
 from lowkey.sensitivity import SIGNALS
 from lowkey.statistics import gather
 from lowkey.stream import layer_inputs
@@ -83,8 +83,7 @@ def calibrate(
     limit = _limit(budget, error_budget, shape, model)
     ranks = chosen.candidates(shape.kv_heads, shape.head_dim, candidates(shape.head_dim, rank_multiple))
     _reachable(limit, shape, ranks, model)
-    if not attached(model):
-        attach(model)
+    attach(model)
     rows = windows_of(model, tokenizer, texts, sample)
     course = Course(model, rows, max(1, round(HELD * len(rows))), form, ranks, sample.seed, sample.batch, progress)
     provenance = provenance_of(model, rows, sample)

@@ -208,8 +208,7 @@ def dyna_plan(
         raise LowkeyError(f"layout {layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
     families.check_layout(model, layout)
     dynakv.check_target(training.target, shape.head_dim)
-    if not attached(model):
-        attach(model)
+    attach(model)
     rows = windows_of(model, tokenizer, texts, sample)
     held, provenance = max(1, round(HELD * len(rows))), provenance_of(model, rows, sample)
     what = {"layout": layout, "key_bases": key_bases, "training": asdict(training), "batch": sample.batch}

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from lowkey import families
 from lowkey.fingerprint import model_fingerprint
 from lowkey.layers.exact import FixedPoints, SinkRule
-from lowkey.seam import attach, attached
+from lowkey.seam import attach
 from lowkey.stream import layer_inputs
 from lowkey.types import LowkeyError, device_of
 
@@ -35,8 +35,7 @@ def find_sinks(model: PreTrainedModel, rows: Tensor, ratio: float = 100.0, batch
     """
     if not ratio > 1:
         raise LowkeyError(f"ratio {ratio}: an outlier is larger than the median; leave it out for 100")
-    if not attached(model):
-        attach(model)
+    attach(model)
     table = prominence(model, rows, batch)
     emergence, channels = stable_channels(table > ratio)
     layers = _fit(model, rows, batch, channels, ratio) if channels else {}
