@@ -167,11 +167,18 @@ def padding(pads: list[int], length: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def feed(
-    model: PreTrainedModel, ids: Tensor, past: object = None, pads: list[int] | None = None, splits: list[int] | None = None
+    model: PreTrainedModel,
+    ids: Tensor,
+    past: object = None,
+    pads: list[int] | None = None,
+    splits: list[int] | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """Logits (b, t, V) of the ids, fed in pieces of the sizes `splits`; whatever the cache holds already comes before."""
+    """Logits (b, t, V) of the ids, fed in pieces of the sizes `splits`; whatever the cache holds already comes before. mask: for padding
+    that is not on the left alone."""
     before = int(past.get_seq_length()) if past is not None else 0  # a copy: a static cache counts in place
-    mask, positions = padding(pads or [0] * len(ids), before + ids.shape[1])
+    mask = padding(pads or [0] * len(ids), before + ids.shape[1])[0] if mask is None else mask
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
     out, start = [], 0
     for size in splits or [ids.shape[1]]:
         stop = start + size

@@ -59,15 +59,7 @@ def test_padding_between_two_turns_changes_nothing(name, cache):
     mask[0, 8:11] = 0
     alone = pico.feed(model, tokens[:1][:, mask[0] == 1])[0]
     for splits in ([8, 6], [8, 3, 3], [6, 4, 4], [9, 1, 1, 1, 2]):
-        past, out, start = empty_cache(cache, model), [], 0
-        for size in splits:
-            stop = start + size
-            positions = (mask.cumsum(1) - 1)[:, start:stop]
-            given = {"attention_mask": mask[:, :stop], "position_ids": positions, "past_key_values": past}
-            with torch.no_grad():
-                out.append(model(tokens[:, start:stop], **given).logits)
-            start = stop
-        got = torch.cat(out, 1)
+        got = pico.feed(model, tokens, empty_cache(cache, model), splits=splits, mask=mask)
         assert close(got[0][mask[0] == 1], alone), splits
         assert close(got[1:], pico.feed(model, tokens[1:])), splits
 

@@ -147,25 +147,25 @@ class Part:
 
     def weight(self, heads: int) -> Tensor:
         """A copy (heads, d, D) in fp32 on the CPU."""
-        return self._copy(self.linear.weight if self._plain else self._asked()[0]).unflatten(0, (heads, -1))
+        return self._copy(self.linear.weight if self._plain else self._asked(True)).unflatten(0, (heads, -1))
 
     def bias(self, heads: int) -> Tensor | None:
         """A copy (heads, d) in fp32 on the CPU, or None."""
         if self.linear.bias is None:
             return None
-        return self._copy(self.linear.bias if self._plain else self._asked()[1]).unflatten(0, (heads, -1))
+        return self._copy(self.linear.bias if self._plain else self._asked(False)).unflatten(0, (heads, -1))
 
     @property
     def _plain(self) -> bool:
         return type(self.linear) is nn.Linear
 
     @torch.no_grad()
-    def _asked(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of what the module does: an adapter around it (LoRA), or a scale of quantised weights, is not in its own."""
+    def _asked(self, weight: bool) -> Tensor:
+        """Weight or bias of what the module does: an adapter around it (LoRA), or a scale of quantised weights, is not in its own."""
         wide = next((p.dtype for p in self.linear.parameters() if p.is_floating_point() and p.dtype.itemsize > 1), torch.float32)
-        inputs = torch.eye(self.linear.in_features, dtype=wide, device=self.linear.weight.device)
-        bias = self.linear(torch.zeros_like(inputs[:1]))
-        return (self.linear(inputs) - bias).mT, bias[0]
+        size, like = self.linear.in_features, self.linear.weight.new_empty(0, dtype=wide)
+        bias = self.linear(like.new_zeros(size))
+        return (self.linear(torch.eye(size).to(like)) - bias).mT if weight else bias
 
     def _copy(self, parameter: Tensor) -> Tensor:
         return parameter.detach()[self.rows].to("cpu", torch.float32, copy=True)

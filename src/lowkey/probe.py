@@ -77,10 +77,11 @@ def rebuilt(x: Tensor, down: Tensor, up: Tensor, mean: Tensor | None) -> Tensor:
 
 def layer_in_full(model: PreTrainedModel, layer: int) -> nn.Module:
     """A copy of a decoder layer in fp32. Errors: LowkeyError for weights of 8 bits or less, whose scales that would not take along."""
-    for name, p in families.decoder_layers(model)[layer].named_parameters():
+    block = families.decoder_layers(model)[layer]
+    for name, p in block.named_parameters():
         if p.dtype.itemsize < 2:
             raise LowkeyError(f"model: {name} of layer {layer} is quantised ({p.dtype}); calibrate on the weights as bfloat16 or wider")
-    return copy.deepcopy(families.decoder_layers(model)[layer]).float().requires_grad_(False).eval()
+    return copy.deepcopy(block).float().requires_grad_(False).eval()
 
 
 @torch.no_grad()

@@ -120,9 +120,8 @@ class Factors:
     def turned(self) -> Factors:
         """The same maps with latents turned by a block Hadamard transform; not those of keys that are rotated as they are stored."""
         k, v = (block_hadamard(down.shape[-1]).to(down) for down in (self.k_down, self.v_down))
-        if self.frequencies is not None:
-            k = torch.eye(len(k)).to(k)
-        return replace(self, k_down=self.k_down @ k, k_up=k @ self.k_up, v_down=self.v_down @ v, v_up=v @ self.v_up)
+        values = replace(self, v_down=self.v_down @ v, v_up=v @ self.v_up)
+        return values if self.frequencies is not None else replace(values, k_down=self.k_down @ k, k_up=k @ self.k_up)
 
     def to(self, like: Tensor) -> Factors:
         """The same factors on the device and in the dtype of `like`."""

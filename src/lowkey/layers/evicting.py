@@ -82,7 +82,7 @@ class EvictingLayer(UnmovedLayer):
         super().__init__()
         self.policy, self.rope, self.seat, self.round, self.codec = policy, rope, seat, round or Round(), codec or Plain()
         self.fresh = self.kept = self.steps = self.moved = 0
-        self.looking, self.frozen = 0, False
+        self.frozen = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         b, h = key_states.shape[:2]
@@ -306,7 +306,7 @@ class EvictingLayer(UnmovedLayer):
     def reset(self) -> None:
         super().reset()
         self.fresh = self.kept = self.steps = self.moved = 0
-        self.looking, self.frozen = 0, False
+        self.frozen = False
 
 
 def _quick(x: Tensor) -> Tensor:

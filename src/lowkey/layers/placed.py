@@ -61,7 +61,7 @@ class UnmovedLayer(PlacedLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.met = None
+        self.looking, self.met = 0, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         raise LowkeyError("num_beams: beam search moves rows of the cache, which this kind of cache does not; set num_beams=1")

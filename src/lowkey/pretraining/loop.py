@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowkey import files
+from lowkey import files, loading
 from lowkey.fingerprint import model_fingerprint
 from lowkey.pretraining import checkpoint, health, models
 from lowkey.pretraining.corpus import Corpus, prepare
@@ -67,8 +67,8 @@ def pretrain(
     """
     out = Path(out)
     checkpoint.check_folder(out, force, recipe.model.get("path") if model is None else None)
-    if model is None:
-        models.validate(recipe.model)
+    if model is None and models.validate(recipe.model) == "path":
+        loading.check(recipe.model["path"])
     accelerator = _accelerator(recipe, out, device)
     progress = progress if accelerator.is_main_process else silent
     with accelerator.main_process_first():

@@ -26,7 +26,6 @@ def validate(table: Mapping[str, Any]) -> str:
         if len(table) > 1:
             extra = next(name for name in table if name != "path")
             raise LowkeyError(f"model.{extra}: a model from model.path has it already; drop one of the two")
-        loading.check(str(table["path"]))
         return "path"
     kind = str(table.get("model_type", "llama"))
     if "attention" in table:
