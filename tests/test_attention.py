@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import yarn_apply_mscale
-from variants import LAYERS, ONE_OF_EACH, UNROTATED, VARIANTS, VOCAB, attention, build, config, empty_cache, ids, logits
+from variants import LAYERS, ONE_OF_EACH, UNROTATED, VARIANTS, VOCAB, attention, build, empty_cache, ids, logits
 
 from lowkey.attention import register
 from lowkey.attention.modeling_lowkey import LowkeyForCausalLM
@@ -87,20 +87,6 @@ def test_generate_on_both_caches_and_with_beams(name):
 # -- positions
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16}
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 8.0}
-LONG = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16}
-
-
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("rope", [YARN, DYNAMIC, LONG], ids=lambda rope: rope["rope_type"])
-@pytest.mark.parametrize("name", ["gqa", "mla", "lrkv-full-2-norm", "mea-fewer", "k_eq_v"])
-def test_scaled_rotations_decode_as_they_read(name, rope, cache):
-    """Up to the length that they were made for; empty slots of a cache are no part of it."""
-    pairs = config(name).rope_width // 2
-    factors = {"short_factor": [1.0] * pairs, "long_factor": [5.0] * pairs} if rope is LONG else {}
-    most = 128 if rope is not DYNAMIC else 16
-    model, tokens = build(name, rope_parameters={**rope, **factors}, max_position_embeddings=most), ids(12)
-    assert close(pico.feed(model, tokens, empty_cache(cache, model), splits=[5, 3, 1, 1, 2]), pico.feed(model, tokens))
 
 
 @each

@@ -235,7 +235,7 @@ class Rope:
 
     def __call__(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """(cos, sin), each (b, 1, s, p) in fp32, rounded as the model rounds them for `like`."""
-        cos, sin = self.embeddings(positions, like)
+        cos, sin = self.embeddings(positions, like)[:2]
         return cos.float().unsqueeze(1), sin.float().unsqueeze(1)
 
 

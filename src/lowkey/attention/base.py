@@ -19,17 +19,36 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, eager
 from .configuration_lowkey import LowkeyConfig
 from .costs import Costs
 
-Rope = tuple[Tensor, Tensor]  # cos and sin, each (b, t, width)
+DIGITS = 3  # numbers that say a token's position
+
+Turn = tuple[Tensor, Tensor]  # cos and sin, each (b, t, width)
+
+
+class Rope(NamedTuple):
+    """How one call turns: cos and sin (b|1, t, width) of the new tokens; frequencies (width / 2) and scaling, which they were made of, so
+    that stored tokens can be turned alike; narrow: cos and sin of the new tokens at the width of latents, where those are rotated too."""
+
+    cos: Tensor
+    sin: Tensor
+    frequencies: Tensor
+    scaling: float
+    narrow: Turn | None
+
+    def at(self, positions: Tensor, like: Tensor) -> Turn:
+        """cos and sin of other positions (b, s), in the dtype of `like`."""
+        angles = positions.unsqueeze(-1).float() * self.frequencies.float()
+        cos, sin = (torch.cat((part, part), -1) * self.scaling for part in (angles.cos(), angles.sin()))
+        return cos.to(like.dtype), sin.to(like.dtype)
 
 
 class Call(NamedTuple):
     """One call of a layer. mask: as transformers makes it for the attention function in use; rope: of the new tokens; positions (b|1, t);
-    past: tokens seen before, for layers that rebuild keys from a cache, else None; extra: keywords for the attention function."""
+    cached: whether what `project` returns goes through a cache; extra: keywords for the attention function."""
 
     mask: Tensor | None
     rope: Rope
     positions: Tensor | None
-    past: int | Tensor | None
+    cached: bool
     extra: dict[str, Any]
 
 
@@ -39,7 +58,26 @@ class NoRotation(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor) -> Rope:
         """cos and sin of width 0, for positions (b, t)."""
         nothing = x.new_empty(*position_ids.shape, 0)
-        return nothing, nothing
+        return Rope(nothing, nothing, x.new_empty(0), 1.0, None)
+
+
+class KindRotaryEmbedding(LlamaRotaryEmbedding):
+    """The decoder's rotary embedding for heads of `width`, and of `narrow` where that is not 0, with the same base and scaling.
+
+    Layers hold none of their own: rotations whose frequencies follow the length of the text (dynamic, longrope) have a state, and it is
+    this one's alone.
+    """
+
+    def __init__(self, config: LowkeyConfig, width: int, narrow: int = 0) -> None:
+        own = copy.copy(config)
+        own.head_dim = width
+        super().__init__(own)
+        self.narrow = KindRotaryEmbedding(config, narrow) if narrow else None
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> Rope:
+        cos, sin = super().forward(x, position_ids)
+        narrow = None if self.narrow is None else self.narrow(x, position_ids)[:2]
+        return Rope(cos, sin, self.inv_freq, self.attention_scaling, narrow)
 
 
 class PreciseRMSNorm(nn.RMSNorm):
@@ -49,19 +87,15 @@ class PreciseRMSNorm(nn.RMSNorm):
         return super().forward(x.to(self.weight.dtype))
 
 
-def rotary(config: LowkeyConfig, width: int) -> nn.Module:
-    """The decoder's rotary embedding for another width, with the same base and scaling."""
-    if not width:
-        return NoRotation()  # transformers takes 0 for "not given"
-    own = copy.copy(config)
-    own.head_dim = width
-    return LlamaRotaryEmbedding(config=own)
+def rotary(config: LowkeyConfig) -> nn.Module:
+    """The decoder's rotary embedding. Of no dimensions it is another module: transformers takes 0 for "not given"."""
+    return KindRotaryEmbedding(config, config.rope_width, config.narrow_rope_width) if config.rope_width else NoRotation()
 
 
-def rotate(x: Tensor, rope: Rope, back: bool = False) -> Tensor:
+def rotate(x: Tensor, rope: Rope | Turn, back: bool = False) -> Tensor:
     """Turn the last dimensions of x (b, heads, t, d), as many as the rotary embedding has. `back`: undo that, and with it the factor
     that scaled embeddings (YaRN) have on cos and sin."""
-    cos, sin = (part.unsqueeze(1) for part in rope)
+    cos, sin = (part.unsqueeze(1) for part in rope[:2])
     width = cos.shape[-1]
     if width == 0:
         return x
@@ -93,12 +127,16 @@ def by_rows(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([x @ y for x, y in zip(a, b, strict=True)])
 
 
-def visible(mask: Tensor | None, slots: Tensor, filled: int | Tensor) -> Tensor:
-    """The slots (s,) that the last of the new tokens sees, boolean (b|1, s), out of the first `filled`. mask: as in `attention_weights`."""
-    if mask is None:
-        return (slots < filled).unsqueeze(0)
-    last = mask[:, 0, -1, : len(slots)]
-    return last if last.dtype == torch.bool else last == 0
+def with_positions(stored: Tensor, positions: Tensor) -> Tensor:
+    """Numbers (b, 1, t, w) with the positions (b|1, t) of their tokens behind them, as digits to the base 256, which bf16 holds exactly."""
+    digits = torch.stack((positions >> 16, positions >> 8 & 255, positions & 255), -1)
+    return torch.cat((stored, digits.to(stored).expand(len(stored), -1, -1).unsqueeze(1)), -1)
+
+
+def without_positions(stored: Tensor) -> tuple[Tensor, Tensor]:
+    """What `with_positions` was given: the numbers, and the positions (b, s)."""
+    high, middle, low = stored[:, 0, :, -DIGITS:].long().unbind(-1)
+    return stored[..., :-DIGITS], (high << 16) + (middle << 8) + low
 
 
 def attention_weights(scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -202,10 +240,8 @@ class OutputProjection(nn.Linear):
 class Attention(nn.Module, ABC):
     """One layer's attention. A variant says what it stores, how queries meet it, and what that costs.
 
-    key_width: dimensions of a query head; value_width: of a head's output. rebuilds_keys: stored keys are rotated at every read.
+    key_width: dimensions of a query head; value_width: of a head's output.
     """
-
-    rebuilds_keys = False
 
     def __init__(self, config: LowkeyConfig, layer_idx: int, key_width: int | None = None, value_width: int | None = None) -> None:
         super().__init__()
@@ -238,10 +274,7 @@ class Attention(nn.Module, ABC):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states (b, t, D) -> the same shape, and the weights (b, H, t, s) where they were formed."""
-        past = None
-        if self.rebuilds_keys and past_key_values is not None:
-            past = past_key_values.get_seq_length(self.layer_idx) + 0  # a static cache counts in place: a copy stays as it is now
-        call = Call(attention_mask, position_embeddings, position_ids, past, kwargs)
+        call = Call(attention_mask, position_embeddings, position_ids, past_key_values is not None, kwargs)
         query, keys, values = self.project(hidden_states, self.q_norm(heads_of(self.q_proj(hidden_states), self.heads)), call)
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.layer_idx)

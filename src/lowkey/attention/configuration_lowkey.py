@@ -85,6 +85,11 @@ class LowkeyConfig(LlamaConfig):
         return self.qk_rope_head_dim if self._partly_rotated else self.head_dim
 
     @property
+    def narrow_rope_width(self) -> int:
+        """Dimensions of a latent that a second one turns; 0 where latents are not rotated."""
+        return self.lrkv_rank if self.attention == "lrkv" and self.lrkv_rope_mode == "latent" else 0
+
+    @property
     def _partly_rotated(self) -> bool:
         return self.attention in PARTLY_ROTATED or (self.attention == "lrkv" and self.lrkv_rope_mode == "partial")
 

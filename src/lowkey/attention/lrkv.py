@@ -6,7 +6,20 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .base import Attention, Call, Rope, by_rows, folded, heads_of, joined, rotary, rotate, visible, weight_of, wide
+from .base import (
+    DIGITS,
+    Attention,
+    Call,
+    by_rows,
+    folded,
+    heads_of,
+    joined,
+    rotate,
+    weight_of,
+    wide,
+    with_positions,
+    without_positions,
+)
 from .configuration_lowkey import LowkeyConfig
 from .costs import Costs, around
 
@@ -17,7 +30,9 @@ class LowRankKV(Attention):
 
     Values are read without being rebuilt in every mode. Keys, by lrkv_rope_mode:
     - `full`: the paper's model, keys rotated at full width. Its identity "rotated latents times B^T" is false for rotation by pairs
-      (the two do not commute), so stored keys are un-rotated and rebuilt and rotated at every read: small at rest, not fast.
+      (the two do not commute), so stored keys are un-rotated and rebuilt and rotated at every read: small at rest, not fast. Nothing but
+      the token itself can say where it stands (masks leave gaps, positions jump), so its position is stored too, as DIGITS numbers more.
+      Frequencies that follow the length (dynamic, longrope) are those of the newest token, for all keys.
     - `latent`: scores are rotated shared keys . rotated queries + rotated latents . rotated (query B_i): another model than the paper's,
       exact without rebuilding, in which r must be even. Training runs on concatenated vectors of d + r.
     - `partial`: only the last qk_rope_head_dim dimensions of the shared key are rotated, and B_i does not reach them: exact too.
@@ -29,7 +44,7 @@ class LowRankKV(Attention):
         super().__init__(config, layer_idx)
         d, rank, self.mode = config.head_dim, config.lrkv_rank, config.lrkv_rope_mode
         shared = config.num_key_value_heads * d
-        self.rank, self.reach, self.rebuilds_keys = rank, _reach(config), self.mode == "full"
+        self.rank, self.reach, self.rebuilds = rank, _reach(config), _rebuilds(config)
         self.num_key_value_groups = 1  # of written-out keys
         self.k_proj, self.v_proj = self.linear(shared), self.linear(shared)
         self.k_norm = self.norm(d)
@@ -38,31 +53,37 @@ class LowRankKV(Attention):
             self.k_up = nn.Parameter(torch.empty(self.heads, rank, self.reach))
             self.v_up = nn.Parameter(torch.empty(self.heads, rank, d))
             self.latent_norm = nn.Identity() if self.mode == "full" else self.norm(rank)
-        self.rotary = None if self.mode == "partial" else rotary(config, d if self.mode == "full" else rank)
 
     def project(self, hidden: Tensor, query: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         groups = self.config.num_key_value_heads
         keys, values = (heads_of(part(hidden), groups) for part in (self.k_proj, self.v_proj))
-        if self.mode != "full":
+        if not self.rebuilds:
             keys = rotate(self.k_norm(keys), call.rope)
         if not self.rank:
             return rotate(query, call.rope), joined(keys), joined(values)
         latents = self.latent_norm(heads_of(self.k_down(hidden), self.heads))
-        if self.mode == "latent":
-            turn = self.rotary(hidden, call.positions)
-            latents, carried = rotate(latents, turn), rotate(query @ self.k_up.mT, turn)
+        if call.rope.narrow is not None:
+            latents, carried = rotate(latents, call.rope.narrow), rotate(query @ self.k_up.mT, call.rope.narrow)
             query = torch.cat((rotate(query, call.rope), carried), -1)
         else:
             query = rotate(query, call.rope)
-        return query, joined(keys, latents), joined(values, heads_of(self.v_down(hidden), self.heads))
+        stored = joined(keys, latents)
+        if self.rebuilds and call.cached:
+            assert call.positions is not None
+            stored = with_positions(stored, call.positions)
+        return query, stored, joined(values, heads_of(self.v_down(hidden), self.heads))
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+        turn = call.rope[:2]
+        if self.rebuilds and call.cached:
+            keys, positions = without_positions(keys)
+            turn = call.rope.at(positions, keys)
         shared_k, latent_k = self._parts(keys)
         shared_v, latent_v = self._parts(values)
         one_by_one = query.shape[2] == 1 if self.config.decode == "auto" else self.config.decode == "absorbed"
-        if self.mode == "full":
-            keys = self._rebuilt_keys(shared_k, latent_k, call)
-            if one_by_one and self.rank:
+        if self.rebuilds:
+            keys = rotate(self.k_norm(self._every_head(shared_k, latent_k, "k")), turn)
+            if one_by_one:
                 return self._mixed(query @ keys.mT, shared_v, latent_v, call)
             return self.dense(query, keys, self._every_head(shared_v, latent_v, "v"), call)
         if one_by_one and self.rank:
@@ -86,21 +107,6 @@ class LowRankKV(Attention):
             return every + latents @ self.v_up
         own = latents @ self.k_up
         return every + own if self.reach == every.shape[-1] else torch.cat((every[..., : self.reach] + own, every[..., self.reach :]), -1)
-
-    def _rebuilt_keys(self, shared: Tensor, latents: Tensor, call: Call) -> Tensor:
-        keys = self.k_norm(self._every_head(shared, latents, "k"))
-        return rotate(keys, call.rope if keys.shape[2] == call.rope[0].shape[1] else self._stored_rope(keys, call))
-
-    def _stored_rope(self, keys: Tensor, call: Call) -> Rope:
-        """Of all stored tokens: each stands as far before the newest as that one sees tokens between them. Padding, wherever it is, and
-        slots that are still empty have no place of their own."""
-        assert call.positions is not None and call.past is not None and self.rotary is not None
-        slots = torch.arange(keys.shape[2], device=keys.device)
-        seen = visible(call.mask, slots, call.past + call.positions.shape[-1])
-        newest = (seen * slots).argmax(-1, keepdim=True)
-        before = seen.long().cumsum(-1)
-        position = torch.take_along_dim(call.positions, (newest - call.past).clamp(min=0), 1)
-        return self.rotary(keys, (position + before - before[:, -1:]).clamp(min=0))
 
     def _scores(self, query: Tensor, shared: Tensor, latents: Tensor) -> Tensor:
         """Without rebuilding keys: (b, H, t, s)."""
@@ -159,7 +165,8 @@ class LowRankKV(Attention):
         shared, down, up_k, up_v = 2 * hidden * groups * d, 2 * hidden * heads * r, heads * r * _reach(config), heads * r * d
         norms = (d + (r if config.lrkv_rope_mode != "full" else 0)) if config.qk_norm else 0
         biases = 2 * groups * d if config.attention_bias else 0
-        stored, total = 2 * (groups * d + heads * r), parameters + shared + down + up_k + up_v + norms + biases
+        stored = 2 * (groups * d + heads * r) + (DIGITS if _rebuilds(config) else 0)
+        total = parameters + shared + down + up_k + up_v + norms + biases
         token, up = token + shared + down, up_k + up_v
         plain, wide, mode = 2 * heads * d, 2 * heads * (d + r), config.lrkv_rope_mode
         whole = wide if mode == "latent" or config.decode == "absorbed" else plain
@@ -168,6 +175,11 @@ class LowRankKV(Attention):
         if config.decode == "expanded":
             return Costs(total, stored, stored, token + up, whole, token, plain + up)
         return Costs(total, stored, stored, token + up, whole, token + up_v, up_k + heads * (2 * d + r))
+
+
+def _rebuilds(config: LowkeyConfig) -> bool:
+    """Whether stored keys are un-rotated and without a head of their own."""
+    return config.lrkv_rope_mode == "full" and config.lrkv_rank > 0
 
 
 def _reach(config: LowkeyConfig) -> int:

@@ -64,7 +64,7 @@ class LowkeyModel(LowkeyPreTrainedModel, LlamaModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList([LowkeyDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = rotary(config, config.rope_width)
+        self.rotary_emb = rotary(config)
         self.gradient_checkpointing = False
         self.post_init()
 

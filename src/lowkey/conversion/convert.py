@@ -158,8 +158,8 @@ def _fill(state: dict[str, Tensor], made: LowkeyForCausalLM, i: int, new: dict[s
 
 def _rope(model: PreTrainedModel, made: LowkeyForCausalLM) -> Rope:
     found = source.frequencies(model)
-    if made.config.attention == "lrkv" and made.config.lrkv_rope_mode == "latent" and made.config.lrkv_rank:
-        narrow = made.model.layers[0].self_attn.rotary.inv_freq
+    if made.config.narrow_rope_width:
+        narrow = made.model.rotary_emb.narrow.inv_freq
     else:
         narrow = made.model.rotary_emb.inv_freq if made.config.rope_width else found[:0]
     return Rope(found, narrow.detach().double().cpu(), source.rope_scaling(model) ** 2)
