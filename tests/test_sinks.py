@@ -274,7 +274,7 @@ def test_a_damaged_rule_is_refused(tmp_path):
     ("act", "says"),
     [
         (lambda: made(0), "sinks=0 keeps nothing"),
-        (lambda: lowkey.make_cache(pico.attached("llama"), bits=4, exact=Exact(4, rule=rule())), "another model"),
+        (lambda: lowkey.make_cache(pico.attached("llama"), bits=4, exact=Exact(4, rule=rule())), "sink rule was made for model"),
         (lambda: find_sinks(planted(), CALIBRATION, ratio=1.0), r"ratio 1\.0"),
     ],
 )

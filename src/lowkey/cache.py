@@ -6,13 +6,14 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from lowkey import cachefile, families
-from lowkey.fingerprint import model_fingerprint
+from lowkey.fingerprint import FilledBy, check_model
 from lowkey.layers.base import StockLayer, StockSlidingLayer, StoringLayer
 from lowkey.layers.codec import Codec, LowRank, Plain
 from lowkey.layers.coded import CodedLayer, Exact
@@ -47,6 +48,18 @@ class LowkeyCache(Cache):
 
     layers: list[CountedLayer]  # type: ignore[assignment]
     origin: Origin | None = None
+    filled_by: FilledBy | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """As transformers'. The first layer's call is the moment to see which model fills the cache."""
+        if layer_idx == 0 and self.filled_by is not None:
+            self.filled_by.look(key_states.shape[2])
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def reset(self) -> None:
+        super().reset()
+        if self.filled_by is not None and (model := self.filled_by.model()) is not None:
+            self.filled_by = FilledBy(model)
 
     def nbytes(self) -> int:
         """Bytes of the storages really held, over all layers."""
@@ -93,15 +106,16 @@ class LowkeyCache(Cache):
     def save(self, path: str | Path, force: bool = False) -> None:
         """Write what is held as the folder `path`, in one step: cache.json, cache.safetensors and, if there is one, the plan.
 
-        Errors: LowkeyError when the model is gone, when `path` holds other files (unless `force`), or cannot be written.
+        Errors: LowkeyError when the model is gone or has changed since it filled the cache, when `path` holds other files (unless
+        `force`), or cannot be written.
         """
-        origin = self.origin
-        model = origin.model() if origin else None
-        if origin is None or model is None:
-            raise LowkeyError("cache: was not made by make_cache, or its model is gone; save while the model is loaded")
+        origin, filled_by = self.origin, self.filled_by
+        if origin is None or filled_by is None:
+            raise LowkeyError("cache: was not made by make_cache; save one that was")
+        fingerprint, model = filled_by.name(), origin.model()
         about = {
-            "model": model.config._name_or_path,
-            "model_sha256": model_fingerprint(model),
+            "model": model.config._name_or_path if model else "",
+            "model_sha256": fingerprint,
             "versions": versions(),
             "bits": origin.bits,
             "policy": origin.policy and policy_words(origin.policy),
@@ -116,14 +130,13 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> LowkeyCache:
     """
     folder = Path(path)
     about, tensors = cachefile.read(folder)
-    wanted, found = about["model_sha256"], model_fingerprint(model)
-    if wanted != found:
-        raise LowkeyError(f"cache was made for model {about.get('model')!r} ({str(wanted)[:12]}), this one is {found[:12]}; make it again")
-    plan = Plan.load(folder / cachefile.PLAN, model) if (folder / cachefile.PLAN).exists() else None
+    check_model("cache", about.get("model"), about["model_sha256"], model, "make it again")
+    plan = Plan.load(folder / cachefile.PLAN) if (folder / cachefile.PLAN).exists() else None
     exact = cachefile.exact_from(folder, about["exact"], tensors)
     policy = policy_from(about["policy"]) if about["policy"] else None
     cache = make_cache(model, plan, policy, bits=about["bits"], exact=exact)
     cachefile.restore(folder, cache.layers, about, tensors, model)
+    cache.filled_by = FilledBy(model, about["model_sha256"])
     return cache
 
 
@@ -148,11 +161,13 @@ def make_cache(
         plan.check(model)
     if exact is not None and exact.rule is not None:
         _check_rule(model, exact.rule, exact.sinks)
-    return cache_from(model, Origin(weakref.ref(model), plan, policy, bits, exact))
+    cache = cache_from(model, Origin(weakref.ref(model), plan, policy, bits, exact))
+    cache.filled_by = FilledBy(model)
+    return cache
 
 
 def cache_from(model: PreTrainedModel, origin: Origin) -> LowkeyCache:
-    """As `make_cache`, for a plan that was checked before: the model's weights are not looked at again."""
+    """As `make_cache`, for a plan that was checked before: the model's weights are not looked at again, and the cache cannot be saved."""
     if origin.bits is not None and origin.policy:
         raise LowkeyError(f"bits={origin.bits} together with a policy is not supported yet; give one of them")
     stock = origin == Origin(origin.model)
@@ -181,8 +196,7 @@ def _builder(model: PreTrainedModel, origin: Origin) -> Callable[[int], CountedL
 def _check_rule(model: PreTrainedModel, rule: SinkRule, sinks: int) -> None:
     if sinks < 1:
         raise LowkeyError(f"exact: a sink rule with sinks={sinks} keeps nothing; give Exact(sinks=4, rule=...)")
-    if rule.model_sha256 != model_fingerprint(model):
-        raise LowkeyError("exact: the sink rule was learnt from another model; call lowkey.sinks.find_sinks with this one")
+    check_model("exact: the sink rule", "?", rule.model_sha256, model, "call lowkey.sinks.find_sinks with this one")
     shape = families.geometry(model)
     if not all(p.centres.shape == (len(p.radius), shape.kv_heads, shape.head_dim) for p in rule.layers.values()):
         raise LowkeyError("exact: the points of the sink rule do not fit the heads of this model; call lowkey.sinks.find_sinks again")

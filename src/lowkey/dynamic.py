@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowkey import families, files
 from lowkey.cache import LowkeyCache, cache_of
 from lowkey.calibrate import HELD, Sample, provenance_of, windows_of
-from lowkey.fingerprint import model_fingerprint
+from lowkey.fingerprint import check_model
 from lowkey.layers.bucketed import BucketedLayer, Gate, cut
 from lowkey.layers.codec import LowRank
 from lowkey.methods import dynakv
@@ -68,10 +68,8 @@ class DynaPlan:
 
     def check(self, model: PreTrainedModel) -> None:
         """Refuse another model, by fingerprint and by shape. Errors: LowkeyError."""
-        wanted, found = self.provenance.get("model_sha256"), model_fingerprint(model)
-        if wanted != found:
-            name = self.provenance.get("model", "?")
-            raise LowkeyError(f"dynamic plan was made for model {name!r} ({str(wanted)[:12]}), this one is {found[:12]}; make it anew")
+        known = self.provenance
+        check_model("dynamic plan", known.get("model", "?"), known.get("model_sha256"), model, "make it anew")
         shape = families.geometry(model)
         named = self.geometry["kv_heads"], self.geometry["head_dim"]
         if sorted(self.factors) != list(shape.compressible) or named != (shape.kv_heads, shape.head_dim):

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey import families, files, text
 from lowkey.cache import cache_of
-from lowkey.fingerprint import data_fingerprint, model_fingerprint
+from lowkey.fingerprint import check_model, data_fingerprint, model_fingerprint
 from lowkey.layers.watching import WatchingLayer
 from lowkey.needles import TASKS, Case, Haystack, draw_case
 from lowkey.progress import Progress, silent
@@ -184,12 +184,8 @@ class HeadScores:
 
     def check(self, model: PreTrainedModel) -> None:
         """Refuse another model, by fingerprint and by shape. Errors: LowkeyError."""
-        found, shape = model_fingerprint(model), families.geometry(model)
-        if self.model_sha256 != found:
-            raise LowkeyError(
-                f"head scores were made for model {self.model!r} ({self.model_sha256[:12]}), this one is {found[:12]}; "
-                "scores do not carry over: run `lowkey heads` on this model"
-            )
+        shape = families.geometry(model)
+        check_model("file of head scores", self.model, self.model_sha256, model, "run `lowkey heads` on this model")
         if (self.layers, self.values.shape[2], self.kv_heads) != (shape.compressible, shape.heads, shape.kv_heads):
             raise LowkeyError("head scores do not cover the layers and heads of this model; the file is damaged: make it again")
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from lowkey import files
 from lowkey.families import check_layout, geometry
-from lowkey.fingerprint import model_fingerprint
+from lowkey.fingerprint import check_model
 from lowkey.merging import blocks
 from lowkey.ops.bases import is_orthonormal
 from lowkey.types import LAYOUTS, Factors, Layout, LowkeyError
@@ -61,10 +61,8 @@ class Plan:
 
     def check(self, model: PreTrainedModel) -> None:
         """Refuse another model, by fingerprint and by shape. Errors: LowkeyError."""
-        wanted, found = self.provenance.get("model_sha256"), model_fingerprint(model)
-        if wanted != found:
-            name = self.provenance.get("model", "?")
-            raise LowkeyError(f"plan was made for model {name!r} ({str(wanted)[:12]}), this one is {found[:12]}; compress this model anew")
+        known = self.provenance
+        check_model("plan", known.get("model", "?"), known.get("model_sha256"), model, "compress this model anew")
         shape = geometry(model)
         if (sorted(self.factors), self.geometry["kv_heads"], self.geometry["head_dim"]) != (
             list(shape.compressible),
