@@ -108,9 +108,9 @@ def test_an_unattached_model_is_attached():
         {"error_budget": float("nan")},
         {"allocator": "best"},
         {"sample": Sample(8, 2000)},
-        {"sample": Sample(8, 1)},
-        {"sample": Sample(8, 0)},
-        {"sample": Sample(0, 24)},
+        {"sample": {"length": 1}},
+        {"sample": {"length": 0}},
+        {"sample": {"windows": 0}},
         {"sinks": -1},
         {"recent": -1},
         {"layout": "rope"},
@@ -119,6 +119,8 @@ def test_an_unattached_model_is_attached():
 )
 def test_bad_arguments_are_refused_in_one_line(options):
     with pytest.raises(LowkeyError) as refusal:
+        if isinstance(given := options.get("sample"), dict):
+            options = {"sample": Sample(**given)}
         calibrate(**options)
     assert len(str(refusal.value).splitlines()) == 1
 

@@ -394,7 +394,6 @@ REFUSED = [
     ("llama", {}, "mla", {"kv_lora_rank": 8, "options": ALIGNED}, "does not mix heads"),
     ("llama", {}, "mea", {"mea_num_component_heads": 2, "options": Options(heads="first")}, "pools none"),
     ("llama", {}, "mha", {"options": Options(frequencies="spread")}, "rotated whole"),
-    ("llama", {}, "mha", {"options": Options(heads="median")}, "choose one of mean, first"),
     (
         "llama",
         {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2},

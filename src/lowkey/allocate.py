@@ -6,8 +6,9 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
+from lowkey.options import Checked, option
 from lowkey.types import LowkeyError
 
 Pair = tuple[int, int]
@@ -146,7 +147,7 @@ def too_small(profile: Profile, limit: float, reached: int) -> LowkeyError:
 
 
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(Checked):
     """The same pair in every layer, the one with the smallest mean error."""
 
     summary: ClassVar[str] = "the same ranks in every layer"
@@ -167,7 +168,7 @@ class Uniform:
 
 
 @dataclass(frozen=True)
-class Pareto:
+class Pareto(Checked):
     """Per layer the cheapest pair within the error budget (arXiv:2601.21686, section 3.5); full rank where none is."""
 
     summary: ClassVar[str] = "per layer the cheapest ranks within one error budget"
@@ -202,7 +203,7 @@ class WeightedPareto(Pareto):
 
 
 @dataclass(frozen=True)
-class Greedy:
+class Greedy(Checked):
     """From full rank, again and again the step (layer, keys or values) that adds the least error per byte freed.
 
     Our reading of the sequential allocation under a byte budget that arXiv:2601.21686 v2 announces in its abstract.
@@ -243,7 +244,7 @@ def _replaced(ranks: Ranks, step: Step) -> Ranks:
 
 
 @dataclass(frozen=True)
-class Threshold:
+class Threshold(Checked):
     """EigenAttention's rule (arXiv:2408.05646): one energy threshold for keys and values per layer, lowered by `step` while the
     layer's error stays within budget; a layer takes the largest rank over its heads.
 
@@ -253,8 +254,8 @@ class Threshold:
     summary: ClassVar[str] = "per layer an energy threshold, lowered while the layer's error fits"
     needs: ClassVar[tuple[str, ...]] = ()
 
-    step: float = 0.02
-    energy: str = "squared"
+    step: float = option(0.02, above=0, at_most=1)
+    energy: Literal["squared", "singular"] = "squared"
 
     def under_error(self, profile: Profile, error: float) -> Ranks:
         return [self._layer(profile, i, error) for i in range(profile.layers)]
@@ -285,7 +286,7 @@ class Threshold:
 
 
 @dataclass(frozen=True)
-class Fisher:
+class Fisher(Checked):
     """Palu's rule (arXiv:2407.21118), also ReCalKV's (arXiv:2505.24357): W_K and W_V get ranks in proportion to their Fisher information.
 
     What would pass the head dim goes to the others in proportion; the published code hands it out one rank at a time to all alike. That
@@ -308,7 +309,7 @@ class Fisher:
 
 
 @dataclass(frozen=True)
-class Depth:
+class Depth(Checked):
     """Ranks on a straight line in depth, most in the first layer: `condition` without its condition numbers, to tell what these add.
 
     The first layer has d_max and the last d_min, and keys and values of a layer the same. d_max is the head dim and d_min what the

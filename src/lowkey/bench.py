@@ -22,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from lowkey.backends import grouped, numba_cpu, triton_gpu
 from lowkey.ops.apportion import apportion
 from lowkey.ops.ragged import starts_of
+from lowkey.options import Checked, option
 from lowkey.types import Budget, LowkeyError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -36,18 +37,26 @@ Step = Callable[[], object]
 
 
 @dataclass(frozen=True)
-class Shape:
+class Shape(Checked):
     """What is timed: a batch of one, a new token."""
 
-    context: int
-    head_dim: int
-    heads: int
-    kv_heads: int
-    dtype: torch.dtype
+    context: int = option(8192, at_least=1, at_most=2**24)
+    head_dim: int = option(128, at_least=1, at_most=2**14)
+    heads: int = option(32, at_least=1, at_most=2**14)
+    kv_heads: int = option(8, at_least=1, at_most=2**14)
+    dtype: str = option("bfloat16", choices=tuple(DTYPES))
+    repeats: int = option(15, at_least=1, at_most=10**6)
+    seed: int = option(0, at_least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.heads % self.kv_heads:
+            remedy = f"try {-(-self.heads // self.kv_heads) * self.kv_heads}"
+            raise LowkeyError(f"heads {self.heads}: must be a multiple of kv_heads {self.kv_heads}; {remedy}")
 
     @property
     def nbytes(self) -> int:
-        return 2 * self.context * self.kv_heads * self.head_dim * self.dtype.itemsize
+        return 2 * self.context * self.kv_heads * self.head_dim * DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,7 @@ def decode_bench(
     seed: int = 0,
 ) -> dict:
     """Time a step over `context` tokens in full, and over what a budget keeps, with unequal heads; GB are 10^9 bytes that are stored."""
-    shape = _checked(context, head_dim, heads, kv_heads, dtype, repeats)
+    shape = Shape(context, head_dim, heads, kv_heads, dtype, repeats, seed)
     lengths = _lengths(shape, Budget.parse(budget), seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     times = _rounds(_contestants(shape, lengths, device, seed), repeats, device)
@@ -86,18 +95,6 @@ def decode_bench(
         "read_bandwidth_gbs": median(read),
         "backends": {name: _row(name, times, read, shape.nbytes) for name in times if not name.endswith(" budget")},
     }
-
-
-def _checked(context: int, head_dim: int, heads: int, kv_heads: int, dtype: str, repeats: int) -> Shape:
-    sizes = {"context": context, "head_dim": head_dim, "heads": heads, "kv_heads": kv_heads, "repeats": repeats}
-    for name, size in sizes.items():
-        if size < 1:
-            raise LowkeyError(f"{name} {size}: must be at least 1; leave it out for the default")
-    if heads % kv_heads:
-        raise LowkeyError(f"heads {heads}: must be a multiple of kv_heads {kv_heads}; try {-(-heads // kv_heads) * kv_heads}")
-    if dtype not in DTYPES:
-        raise LowkeyError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
-    return Shape(context, head_dim, heads, kv_heads, DTYPES[dtype])
 
 
 def _lengths(shape: Shape, budget: Budget, seed: int) -> Tensor:
@@ -115,7 +112,7 @@ def _lengths(shape: Shape, budget: Budget, seed: int) -> Tensor:
 def _contestants(shape: Shape, lengths: Tensor, device: str, seed: int) -> dict[str, Step]:
     """Name to one call; "read" is of memory alone, and "NAME budget" is a backend's step over what the budget keeps."""
     generator = torch.Generator().manual_seed(seed)
-    query = torch.randn(shape.kv_heads, shape.heads // shape.kv_heads, shape.head_dim, generator=generator).to(device, shape.dtype)
+    query = torch.randn(shape.kv_heads, shape.heads // shape.kv_heads, shape.head_dim, generator=generator).to(device, DTYPES[shape.dtype])
     full, kept = (_copies(rows, shape, generator, device) for rows in (torch.full_like(lengths, shape.context), lengths))
     memory = torch.ones(READ // 4, device=device)
     found: dict[str, Step] = {"read": memory.sum, "sdpa": lambda: _sdpa(query, next(full))}
@@ -127,7 +124,7 @@ def _contestants(shape: Shape, lengths: Tensor, device: str, seed: int) -> dict[
 def _copies(lengths: Tensor, shape: Shape, generator: torch.Generator, device: str) -> Iterator[Stored]:
     """The same random rows in several places, in turn, forever."""
     n = int(lengths.sum())
-    pair = [torch.randn(n, shape.head_dim, generator=generator).to(device, shape.dtype) for _ in range(2)]
+    pair = [torch.randn(n, shape.head_dim, generator=generator).to(device, DTYPES[shape.dtype]) for _ in range(2)]
     count = min(max(POOL // sum(x.nbytes for x in pair), 2), MOST)
     return cycle([Stored(pair[0].clone(), pair[1].clone(), starts_of(lengths).to(device)) for _ in range(count)])
 

@@ -17,6 +17,7 @@ from lowkey.fingerprint import data_fingerprint, model_fingerprint
 from lowkey.merging import blocks
 from lowkey.methods import METHODS, Course, Method
 from lowkey.ops.bases import is_orthonormal
+from lowkey.options import Checked, option
 from lowkey.plan import Plan, versions
 from lowkey.policies.allocators import HeadImportance
 from lowkey.probe import Probe
@@ -36,13 +37,13 @@ STEPS = 8  # candidate ranks, evenly spaced up to the head dim
 
 
 @dataclass(frozen=True)
-class Sample:
+class Sample(Checked):
     """What to calibrate on: at most `windows` windows of `length` tokens, drawn with `seed`."""
 
-    windows: int = 32
-    length: int = 512
-    seed: int = 0
-    batch: int = 4
+    windows: int = option(32, at_least=4, at_most=2**20)
+    length: int = option(512, at_least=8, at_most=2**24)
+    seed: int = option(0, at_least=0)
+    batch: int = option(4, at_least=1, at_most=4096)
 
 
 def calibrate(

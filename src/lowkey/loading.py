@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from lowkey import options
+from lowkey.allocate import ALLOCATORS, Allocator
 from lowkey.attention import register
 from lowkey.families import family
 from lowkey.methods import METHODS, Method
@@ -134,31 +136,48 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(". ")
 
 
-def make_method(name: str, options: Mapping[str, str]) -> Method:
+def make_method(name: str, given: Mapping[str, str]) -> Method:
     """A method by its name in METHODS or as `package.module:Class`, with options given as text."""
     kind: Any = METHODS.get(name) or _outside("method", name, METHODS, NEEDED)
-    known = {f.name: f for f in fields(kind)}
-    _check_options(f"method {name!r}", options, known)
-    return kind(**{key: _value(f"method {name!r}", known[key], value) for key, value in options.items()})
+    return _made(f"method {name!r}", kind, given)
 
 
-def make_policy(name: str, budget: str | Budget, options: Mapping[str, str]) -> Policy:
-    """A policy by its name in POLICIES or as `package.module:Class`, with options of it or of its allocator given as text."""
+def make_allocator(name: str, given: Mapping[str, str]) -> Allocator:
+    """An allocator of ranks by its name in ALLOCATORS or as `package.module:Class`, with options given as text."""
+    kind: Any = ALLOCATORS.get(name) or _outside("allocator", name, ALLOCATORS, ("under_error", "under_bytes", "needs", "summary"))
+    return _made(f"allocator {name!r}", kind, given)
+
+
+def make_policy(name: str, budget: str | Budget, given: Mapping[str, str], split: Mapping[str, str] | None = None) -> Policy:
+    """A policy by its name in POLICIES or as `package.module:Class`, with options given as text: of it or, where it has none of that
+    name, of its allocator. split: options of the allocator alone."""
     make: Any = POLICIES.get(name) or _outside("policy", name, POLICIES, ("score", "summary", "paper"))
-    what, own = f"policy {name!r}", {f.name: f for f in fields(getattr(make, "func", make)) if f.name != "budget"}
-    chosen = {key: text for key, text in options.items() if key in own}
-    policy = make(budget, **{key: text if key == "allocator" else _value(what, own[key], text) for key, text in chosen.items()})
-    split = policy.split()
-    parts = {f.name: f for f in fields(split)}
-    _check_options(what, options, own | parts)
-    rest = {key: _value(what, parts[key], text) for key, text in options.items() if key not in own}
-    return replace(policy, allocator=replace(split, **rest)) if rest else policy
+    what, kind = f"policy {name!r}", getattr(make, "func", make)
+    own = [f.name for f in fields(kind) if f.name != "budget"]
+    chosen = {key: text if key == "allocator" else options.read(kind, key, text, what) for key, text in given.items() if key in own}
+    policy = make(budget, **chosen)
+    allocator = policy.split()
+    of, parts = f"the allocator of {what}", [f.name for f in fields(allocator)]
+    _check_options(what, given, [*own, *parts])
+    _check_options(of, split or {}, parts)
+    rest = {key: text for key, text in given.items() if key not in own} | dict(split or {})
+    values = {key: options.read(type(allocator), key, text, of if key in (split or {}) else what) for key, text in rest.items()}
+    return replace(policy, allocator=replace(allocator, **values)) if values else policy
 
 
-def _check_options(what: str, options: Mapping[str, str], known: Mapping[str, Any]) -> None:
-    for option in options:
-        if option not in known:
-            raise LowkeyError(f"option {option!r} of {what} is unknown; it has {', '.join(known) or 'none'}")
+def _made(what: str, kind: Any, given: Mapping[str, str]) -> Any:
+    _check_options(what, given, [f.name for f in fields(kind)])
+    made = kind(**{key: options.read(kind, key, text, what) for key, text in given.items()})
+    options.check(made)  # a class from outside need not do so itself
+    return made
+
+
+def _check_options(what: str, given: Iterable[str], known: Sequence[str]) -> None:
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise LowkeyError(f"option {name!r} of {what} is unknown; it has {', '.join(known) or 'none'}{hint}")
 
 
 def _outside(what: str, name: str, table: Mapping[str, Any], needed: Sequence[str]) -> Any:
@@ -175,24 +194,3 @@ def _outside(what: str, name: str, table: Mapping[str, Any], needed: Sequence[st
     if not (isinstance(kind, type) and is_dataclass(kind) and all(hasattr(kind, part) for part in needed)):
         raise LowkeyError(f"{what} {name!r} is no {what}; give a dataclass with {', '.join(needed)}")
     return kind
-
-
-def _value(what: str, field: Any, text: str) -> object:
-    """Text to the type of the field's default; Literal fields must match one of their words."""
-    allowed = ["true", "false"] if isinstance(field.default, bool) else _words(str(field.type))
-    if allowed and text not in allowed:
-        raise LowkeyError(f"option {field.name}={text!r} of {what}: choose one of {', '.join(allowed)}")
-    kind = type(field.default)
-    if kind not in (bool, int, float, str):
-        raise LowkeyError(f"option {field.name}={text!r} of {what}: cannot be given as text; pass the method object in Python")
-    try:
-        return text == "true" if kind is bool else kind(text)
-    except ValueError:
-        raise LowkeyError(f"option {field.name}={text!r} of {what}: give a {kind.__name__}") from None
-
-
-def _words(annotation: str) -> list[str]:
-    if annotation == "Heads":
-        return ["shared", "per_head"]
-    annotation = annotation.removeprefix("typing.")
-    return [w.strip(" \"'") for w in annotation[8:-1].split(",")] if annotation.startswith("Literal[") else []

@@ -23,6 +23,7 @@ from lowkey.layers.codec import LowRank
 from lowkey.layers.coded import CodedLayer
 from lowkey.layers.rebuilding import RebuildingLayer
 from lowkey.ops.schedule import falling
+from lowkey.options import Checked, nearest, option, shown
 from lowkey.plan import Plan, versions
 from lowkey.probe import OneLayerCache, Rebuilt
 from lowkey.progress import Progress, silent
@@ -30,12 +31,10 @@ from lowkey.seam import attach
 from lowkey.types import Factors, LowkeyError, device_of
 
 CHECKPOINT = "training.safetensors"
-LEAST = {"rank": 1, "alpha": 1, "batch": 1, "length": 8, "save_every": 1, "lr": 1e-12}
-LEAST |= dict.fromkeys(("dropout", "warmup", "weight_decay", "seed"), 0)
 
 
 @dataclass(frozen=True)
-class Recovery:
+class Recovery(Checked):
     """How to train.
 
     stages: objectives in order, each with its number of steps. `distill`: every layer is fed the ORIGINAL model's input for that layer; the
@@ -47,18 +46,23 @@ class Recovery:
     save_every: steps between checkpoints, when there is a work folder.
     """
 
-    stages: tuple[tuple[str, int], ...] = (("ce", 200),)
-    rank: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
-    batch: int = 4
-    length: int = 256
-    lr: float = 3e-4
-    weight_decay: float = 0.01
-    warmup: float = 0.05
+    stages: tuple[tuple[str, int], ...] = option((("ce", 200),), at_least=1, at_most=10**9)
+    rank: int = option(16, at_least=1, at_most=2**16)
+    alpha: int = option(32, at_least=1, at_most=2**20)
+    dropout: float = option(0.0, at_least=0, below=1)
+    batch: int = option(4, at_least=1, at_most=4096)
+    length: int = option(256, at_least=8, at_most=2**24)
+    lr: float = option(3e-4, above=0)
+    weight_decay: float = option(0.01, at_least=0, at_most=1000)
+    warmup: float = option(0.05, at_least=0, below=1)
     factors: bool = False
-    seed: int = 0
-    save_every: int = 50
+    seed: int = option(0, at_least=0)
+    save_every: int = option(50, at_least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.stages:
+            raise LowkeyError("stages (): there is nothing to train; give at least one, as in (('ce', 200),)")
 
 
 @dataclass(frozen=True)
@@ -110,15 +114,9 @@ def _peft() -> Any:
 
 
 def _check(settings: Recovery, model: PreTrainedModel) -> None:
-    if not settings.stages:
-        raise LowkeyError("stages (): there is nothing to train; give at least one, as in (('ce', 200),)")
-    for name, steps in settings.stages:
-        if name not in OBJECTIVES or steps < 1:
-            raise LowkeyError(f"stage {name!r} of {steps} steps: use {', '.join(OBJECTIVES)} and at least 1 step, or leave it out")
-    for name, low in LEAST.items():
-        high = 1 if name in ("dropout", "warmup") else math.inf
-        if not low <= (value := getattr(settings, name)) < high:
-            raise LowkeyError(f"{name} {value}: must be at least {low} and below {high}; leave it out for the default")
+    for name, _ in settings.stages:
+        if name not in OBJECTIVES:
+            raise LowkeyError(f"stage {shown(name)} is unknown; {nearest(name, OBJECTIVES)}")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", settings.length)
     if settings.length > longest:
         raise LowkeyError(f"length {settings.length}: the model has {longest} positions; give at most that")

@@ -7,50 +7,57 @@ Letters: `b` batch, `t` new tokens, `s` stored tokens, `h` KV heads, `g` query h
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lowkey.errors import LowkeyError as LowkeyError
 from lowkey.merging import block_hadamard, blocks
+from lowkey.options import RANGE, Checked, Range, shown
 
 Layout = Literal["post_rope", "pre_rope"]
 Heads = Literal["shared", "per_head"]
 LAYOUTS: tuple[Layout, ...] = ("post_rope", "pre_rope")
 
 
-class LowkeyError(ValueError):
-    """Bad input. The message is one line: the argument, its value, the rule and the remedy."""
-
-
+MOST = 2**50  # of a budget: more tokens, and more bytes than a PiB, are slips
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(Checked):
     """What is kept: `50%`, `512 tokens`, `64 KiB/token` or `1.5 GiB`."""
 
-    amount: float
+    amount: float = field(metadata={RANGE: Range(above=0, at_most=MOST)})
     unit: Literal["%", "tokens", "bytes/token", "bytes"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.unit == "%" and self.amount > 100:
+            raise LowkeyError(f"budget {self}: the share that is kept lies above 0% and up to 100%; try '50%'")
 
     @classmethod
     def parse(cls, text: str | float | Budget) -> Budget:
         """Read a budget; a plain number is refused because it could mean kept or removed."""
         if isinstance(text, Budget):
             return text
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|tokens?|(?:[KMG]i)?B(?:/token)?)\s*", str(text))
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|tokens?|(?:[KMG]i)?B(?:/token)?)\s*", str(text), re.ASCII)
         if not match:
-            raise LowkeyError(f"budget {str(text)!r}: say what is kept as '50%', '512 tokens', '64 KiB/token' or '1.5 GiB'")
-        amount, unit = float(match[1]), match[2]
+            raise LowkeyError(f"budget {shown(text)}: say what is kept as '50%', '512 tokens', '64 KiB/token' or '1.5 GiB'")
+        amount, unit = float(match[1]) * UNITS.get(match[2].removesuffix("/token"), 1), match[2]
         if not amount:
-            raise LowkeyError(f"budget {str(text)!r}: something must be kept; try '50%'")
+            raise LowkeyError(f"budget {shown(text)}: something must be kept; try '50%'")
+        if unit == "%" and amount > 100:
+            raise LowkeyError(f"budget {shown(text)}: the share that is kept lies above 0% and up to 100%; try '50%'")
+        if amount > MOST:
+            raise LowkeyError(f"budget {shown(text)}: no cache takes more than 2^50 tokens or bytes; give what may be kept, like '50%'")
         if unit == "%":
-            return cls(_percent(amount, text), "%")
+            return cls(amount, "%")
         if unit.startswith("token"):
             return cls(amount, "tokens")
-        per_token = unit.endswith("/token")
-        return cls(amount * UNITS[unit.removesuffix("/token")], "bytes/token" if per_token else "bytes")
+        return cls(amount, "bytes/token" if unit.endswith("/token") else "bytes")
 
     def bytes_per_token(self, full: int) -> float:
         """The budget in bytes per token, when the uncompressed layers hold `full` bytes per token."""
@@ -65,12 +72,6 @@ class Budget:
             return f"{self.amount:.12g}" + ("%" if self.unit == "%" else " tokens")
         size = next((u for u in ("GiB", "MiB", "KiB") if self.amount % (UNITS[u] / 2**10) == 0 and self.amount >= UNITS[u]), "B")
         return f"{self.amount / UNITS[size]:.12g} {size}{self.unit.removeprefix('bytes')}"
-
-
-def _percent(amount: float, text: object) -> float:
-    if not 0 < amount <= 100:
-        raise LowkeyError(f"budget {str(text)!r}: the share that is kept lies above 0% and up to 100%; try '50%'")
-    return amount
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from lowkey.methods.mea import head_gram
 from lowkey.ops.bases import principal
 from lowkey.ops.commuting import commuting_basis
 from lowkey.ops.products import square_root
+from lowkey.options import Checked, option
 from lowkey.types import LowkeyError
 
 HEADS = ("mean", "first")
@@ -28,15 +29,15 @@ Named = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked):
     """How heads become fewer. heads: of `gqa`, `mqa` and the shared ones of `lrkv`, the `mean` of a group or its `first`.
     basis: `weights`, heads as they are; `aligned` (ours), turned towards one another first, which changes nothing that the source computes.
     frequencies: of a rotated slice narrower than a head, the source's `high`est, at a smaller base, or `spread` over them, at its base.
     """
 
-    heads: str = "mean"
-    basis: str = "weights"
-    frequencies: str = "high"
+    heads: str = option("mean", choices=HEADS)
+    basis: str = option("weights", choices=BASES)
+    frequencies: str = option("high", choices=FREQUENCIES)
 
 
 @dataclass(frozen=True)

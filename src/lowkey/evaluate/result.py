@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowkey import families, text
 from lowkey.evaluate import layerwise, likelihood, recall, speed
 from lowkey.evaluate.settings import Setting, distinct
+from lowkey.options import Checked, option
 from lowkey.plan import versions
 from lowkey.progress import Progress, silent
 from lowkey.types import LowkeyError, device_of
@@ -23,17 +24,17 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(Checked):
     """What to measure on: windows of `context` tokens of `text_name`, at most `windows` of them; `cases` of recall, with the
     question fed again over what was kept or not."""
 
-    text: str
-    text_name: str
-    context: int = 512
-    windows: int = 16
-    cases: int = 20
-    seed: int = 0
-    batch: int = 2
+    text: str = option(any_text=True)
+    text_name: str = option(any_text=True)
+    context: int = option(512, at_least=8, at_most=2**24)
+    windows: int = option(16, at_least=1, at_most=2**20)
+    cases: int = option(20, at_least=1, at_most=10**6)
+    seed: int = option(0, at_least=0)
+    batch: int = option(2, at_least=1, at_most=4096)
     refeed: bool = True
 
 

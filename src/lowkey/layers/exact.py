@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lowkey.types import LowkeyError
+from lowkey.options import Checked, option
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,7 @@ class SinkRule:
 
 
 @dataclass(frozen=True)
-class Exact:
+class Exact(Checked):
     """Tokens stored as they are: `sinks` of each row and the last `recent`.
 
     The sinks are a row's first tokens, padding not counted; with a `rule`, the first of its tokens that the rule takes for attention
@@ -49,14 +49,7 @@ class Exact:
     `exact` its own exact keys, which are compressed afterwards (decode-only compression).
     """
 
-    sinks: int = 0
-    recent: int = 0
+    sinks: int = option(0, at_least=0, at_most=2**24)
+    recent: int = option(0, at_least=0, at_most=2**24)
     prefill: Literal["compressed", "exact"] = "compressed"
     rule: SinkRule | None = None
-
-    def __post_init__(self) -> None:
-        if self.prefill not in ("compressed", "exact"):
-            raise LowkeyError(f"prefill {self.prefill!r} is unknown; choose 'compressed' or 'exact'")
-        for name in ("sinks", "recent"):
-            if getattr(self, name) < 0:
-                raise LowkeyError(f"{name} {getattr(self, name)}: a number of tokens; give 0 or more")

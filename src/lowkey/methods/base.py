@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lowkey.options import Checked
 from lowkey.probe import Probe
 from lowkey.progress import Progress, silent
 from lowkey.types import Factors, LayerBases, LayerStatistics, Layout
@@ -32,8 +33,8 @@ class Course:
         return self.rows[: -self.held]
 
 
-class Method(ABC):
-    """A frozen dataclass whose fields are its options.
+class Method(Checked, ABC):
+    """A frozen dataclass whose fields are its options, with their ranges (see `lowkey.options`).
 
     summary, paper: what it is and its source; allocator: the rule that its paper splits a budget by, or `greedy`; layout: the one its paper
     stores keys in. tunes, finishes: whether it has the two stages of the same names, which look at the whole model.

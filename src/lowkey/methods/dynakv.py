@@ -25,6 +25,7 @@ from lowkey.merging import merged, split
 from lowkey.ops.bases import principal_basis
 from lowkey.ops.rope import rotate, unrotate
 from lowkey.ops.schedule import falling
+from lowkey.options import Checked, option
 from lowkey.progress import Progress, silent
 from lowkey.types import Factors, Heads, LayerBases, LayerStatistics, Layout, LowkeyError, device_of, head_blocks
 
@@ -39,7 +40,7 @@ Look = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class GateTraining:
+class GateTraining(Checked):
     """How gates are trained.
 
     target: the mean share of coordinates that tokens keep, over tokens and layers. hidden: width of a gate's hidden layer. temperature: of
@@ -50,25 +51,15 @@ class GateTraining:
     summary: ClassVar[str] = "a trained gate gives every token a rank of its own (our design, after the abstract)"
     paper: ClassVar[str] = "arXiv:2603.04411"
 
-    target: float = 0.5
-    steps: int = 200
-    lr: float = 5e-3
-    batch: int = 4
-    hidden: int = 64
-    temperature: float = 1.0
+    target: float = option(0.5, above=0, at_most=1)
+    steps: int = option(200, at_least=0, at_most=10**7)
+    lr: float = option(5e-3, above=0)
+    batch: int = option(4, at_least=1, at_most=4096)
+    hidden: int = option(64, at_least=1, at_most=2**16)
+    temperature: float = option(1.0, above=0, at_most=1000)
     straight: bool = False
-    penalty: float = 50.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.target <= 1:
-            raise LowkeyError(f"target {self.target:g}: the mean share of coordinates kept lies above 0 and up to 1; try 0.5")
-        for name, low in {"steps": 0, "batch": 1, "hidden": 1}.items():
-            if getattr(self, name) < low:
-                raise LowkeyError(f"{name} {getattr(self, name)}: must be at least {low}; leave it out for the default")
-        for name in ("lr", "temperature", "penalty"):
-            if not getattr(self, name) > 0:
-                raise LowkeyError(f"{name} {getattr(self, name):g}: must be above 0; leave it out for the default")
+    penalty: float = option(50.0, above=0, at_most=1e9)
+    seed: int = option(0, at_least=0)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from lowkey.backends.segment import Segment
 from lowkey.methods.base import Method
 from lowkey.ops.products import beside_one_another, group_size, joint_moments, oblique_basis
 from lowkey.ops.rope import unrotate
+from lowkey.options import option
 from lowkey.probe import Probe
 from lowkey.seam import Call, Incoming
 from lowkey.types import LayerBases, LayerStatistics, device_of, head_blocks
@@ -44,8 +45,8 @@ class KQSVD(Method):
 
     outputs: Literal["stacked", "averaged"] = "stacked"
     weighting: Literal["none", "outputs"] = "none"
-    group: int = 1
-    ridge: float = 1e-6
+    group: int = option(1, at_least=1, at_most=1024)
+    ridge: float = option(1e-6, at_least=0, at_most=1)
 
     def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
         heads, t = statistics.heads, group_size(statistics.heads, self.group)

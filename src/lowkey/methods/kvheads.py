@@ -13,6 +13,7 @@ from lowkey.methods.base import Method
 from lowkey.ops.bases import principal
 from lowkey.ops.commuting import commuting_basis, spread
 from lowkey.ops.products import joint_moments
+from lowkey.options import option
 from lowkey.probe import Probe
 from lowkey.types import Basis, LayerBases, LayerStatistics, LowkeyError, head_blocks
 
@@ -38,7 +39,7 @@ class KVHeadSVD(Method):
     paper: ClassVar[str] = "arXiv:2406.07056"
     allocator: ClassVar[str] = "uniform"
 
-    group: int = 2
+    group: int = option(2, at_least=1, at_most=1024)
     keys: Literal["layer", "grouped", "commuting"] = "layer"
     heads: Literal["consecutive", "similar"] = "consecutive"
     basis: Literal["activations", "weights", "mean"] = "activations"

@@ -12,8 +12,9 @@ from lowkey import families, through
 from lowkey.methods.base import Course, Method
 from lowkey.ops.bases import principal
 from lowkey.ops.schedule import falling
+from lowkey.options import option
 from lowkey.probe import Probe
-from lowkey.types import Basis, Factors, LayerBases, LayerStatistics, LowkeyError, device_of, head_blocks
+from lowkey.types import Basis, Factors, LayerBases, LayerStatistics, device_of, head_blocks
 
 WARMUP = 0.1  # of the steps; the published code has 100 warm-up steps in an epoch
 LOOKS = 8  # how often the held-out windows judge
@@ -48,15 +49,9 @@ class MatryoshkaKV(Method):
     tunes: ClassVar[bool] = True
 
     centred: bool = True
-    kl: float = 0.25
-    steps: int = 200
-    lr: float = 1e-3
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.kl <= 1:
-            raise LowkeyError(f"kl {self.kl:g}: the share of the divergence in the loss lies from 0 to 1; the published code has 0.25")
-        if self.steps < 0 or not self.lr > 0:
-            raise LowkeyError(f"steps {self.steps} and lr {self.lr:g}: at least 0 steps at a rate above 0; leave them out for the defaults")
+    kl: float = option(0.25, at_least=0, at_most=1)
+    steps: int = option(200, at_least=0, at_most=10**7)
+    lr: float = option(1e-3, above=0, at_most=10)
 
     def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
         keys = self._start(statistics.keys(probe.layout), statistics.keys_mean(probe.layout), statistics.tokens)

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from lowkey.methods.base import Method
 from lowkey.ops.products import group_size, joint_moments, merged_basis
+from lowkey.options import option
 from lowkey.probe import Probe
 from lowkey.types import LayerBases, LayerStatistics, Layout
 
@@ -28,7 +29,7 @@ class Palu(Method):
     allocator: ClassVar[str] = "fisher"
     layout: ClassVar[Layout] = "pre_rope"
 
-    group: int = 4
+    group: int = option(4, at_least=1, at_most=1024)
 
     def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
         keys, values = joint_moments(statistics, probe.layout)

@@ -14,6 +14,7 @@ from lowkey.merging import blocks
 from lowkey.methods.base import Course, Method
 from lowkey.ops.bases import principal
 from lowkey.ops.products import group_size, joint_moments, merged_basis, reordered, signs
+from lowkey.options import option
 from lowkey.probe import Probe, Rebuilt, layer_in_full, passed
 from lowkey.stream import first_inputs
 from lowkey.types import Factors, LayerBases, LayerStatistics, Layout
@@ -41,8 +42,8 @@ class ReCalKV(Method):
     layout: ClassVar[Layout] = "pre_rope"
     finishes: ClassVar[bool] = True
 
-    group: int = 4
-    iterations: int = 1
+    group: int = option(4, at_least=1, at_most=1024)
+    iterations: int = option(1, at_least=0, at_most=1000)
 
     def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
         heads = statistics.heads

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lowkey.methods.base import Method
 from lowkey.ops.bases import principal_basis
 from lowkey.ops.stiefel import Predictor, RankedMatrices
+from lowkey.options import option
 from lowkey.probe import Probe
 from lowkey.types import Basis, Factors, Heads, LayerBases, LayerStatistics, device_of, head_blocks
 
@@ -42,9 +43,9 @@ class StiefAttention(Method):
     parametrisation: Literal["free", "mlp"] = "free"
     key_bases: Heads = "shared"
     value_bases: Heads = "per_head"
-    epochs: int = 100
-    patience: int = 30
-    lr: float = 0.0
+    epochs: int = option(100, at_least=0, at_most=10**6)
+    patience: int = option(30, at_least=1, at_most=10**6)
+    lr: float = option(0.0, at_least=0, at_most=10)
 
     def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
         fit = self._fit_free if self.parametrisation == "free" else self._fit_mlp

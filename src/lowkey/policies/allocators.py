@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lowkey.ops.apportion import apportion
+from lowkey.options import Checked, option
 from lowkey.types import LowkeyError
 
 Scope = Literal["layer", "cache"]
@@ -49,7 +50,7 @@ class Ask:
         return round(whole * (self.first + n) / self.layers) - round(whole * self.first / self.layers)
 
 
-class Allocator(ABC):
+class Allocator(Checked, ABC):
     """scope: `layer` decides as soon as a layer has its scores, so that a long prompt is never held whole; `cache` needs all layers'."""
 
     scope: ClassVar[Scope]
@@ -82,11 +83,7 @@ class Pyramid(Allocator):
     scope: ClassVar[Scope] = "layer"
     summary: ClassVar[str] = "more for lower layers, on a straight line (arXiv:2406.02069)"
 
-    beta: float = 20.0
-
-    def __post_init__(self) -> None:
-        if self.beta < 1:
-            raise LowkeyError(f"beta {self.beta:g}: must be at least 1, which deals evenly; larger values lean more on the lower layers")
+    beta: float = option(20.0, at_least=1, at_most=1e9)  # 1 deals evenly, larger values lean more on the lower layers
 
     def counts(self, ask: Ask) -> Tensor:
         h, floor = ask.scores.shape[1], float(ask.low.max())
@@ -102,10 +99,7 @@ class Ada(Allocator):
     scope: ClassVar[Scope] = "layer"
     summary: ClassVar[str] = "heads of a layer compete for its tokens (arXiv:2407.11550)"
 
-    alpha: float = 0.2
-
-    def __post_init__(self) -> None:
-        _check_share(self.alpha)
+    alpha: float = option(0.2, at_least=0, at_most=1)
 
     def counts(self, ask: Ask) -> Tensor:
         total = ask.share()
@@ -120,7 +114,7 @@ class Global(Ada):
     scope: ClassVar[Scope] = "cache"
     summary: ClassVar[str] = "all layers and heads compete, one threshold (arXiv:2505.23416)"
 
-    alpha: float = 0.0
+    alpha: float = option(0.0, at_least=0, at_most=1)
 
 
 @dataclass(frozen=True)
@@ -134,11 +128,7 @@ class Blocks(Allocator):
     scope: ClassVar[Scope] = "cache"
     summary: ClassVar[str] = "all layers and heads compete with whole blocks (arXiv:2410.00161)"
 
-    size: int = 16
-
-    def __post_init__(self) -> None:
-        if self.size < 1:
-            raise LowkeyError(f"size {self.size}: a block has at least 1 token; leave it out for 16")
+    size: int = option(16, at_least=1, at_most=2**20)
 
     def counts(self, ask: Ask) -> Tensor:
         n, h, s = ask.scores.shape
@@ -167,13 +157,9 @@ class HeadKV(Allocator):
     scope: ClassVar[Scope] = "layer"
     summary: ClassVar[str] = "heads by measured importance (arXiv:2410.19258)"
 
-    kind: str = "r2"
-    beta: float = 1.2
-    importance: tuple[tuple[float, ...], ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.beta < 1:
-            raise LowkeyError(f"beta {self.beta}: must be at least 1; 1 deals everything by importance, larger values deal more equally")
+    kind: str = option("r2", any_text=True)
+    beta: float = option(1.2, at_least=1, at_most=1e9)  # 1 deals everything by importance, larger values deal more equally
+    importance: tuple[tuple[float, ...], ...] = option((), at_least=0)
 
     def fitted(self, heads: HeadImportance) -> Self:
         return replace(self, importance=_importance(self.importance, self.kind, heads, "headkv"))
@@ -196,9 +182,9 @@ class Classes(Allocator):
     scope: ClassVar[Scope] = "layer"
     summary: ClassVar[str] = "retrieval heads first, the others share the rest (arXiv:2407.15891)"
 
-    induction: float = 0.14
-    echo: float = 0.01
-    importance: tuple[tuple[float, ...], ...] = ()
+    induction: float = option(0.14, at_least=0, at_most=1)
+    echo: float = option(0.01, at_least=0, at_most=1)
+    importance: tuple[tuple[float, ...], ...] = option((), at_least=0)
 
     def fitted(self, heads: HeadImportance) -> Self:
         if self.importance:
@@ -223,11 +209,6 @@ ALLOCATORS: dict[str, type[Allocator]] = {
     "headkv": HeadKV,
     "classes": Classes,
 }
-
-
-def _check_share(alpha: float) -> None:
-    if not 0 <= alpha <= 1:
-        raise LowkeyError(f"alpha {alpha:g}: the part that is dealt equally lies between 0 and 1; leave it out for the default")
 
 
 def _importance(given: tuple[tuple[float, ...], ...], kind: str, heads: HeadImportance, name: str) -> tuple[tuple[float, ...], ...]:

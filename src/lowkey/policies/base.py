@@ -10,6 +10,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from lowkey.options import check, option
 from lowkey.policies.allocators import ALLOCATORS, Allocator, HeadImportance
 from lowkey.types import Budget, LowkeyError
 
@@ -70,16 +71,14 @@ class Policy(ABC):
 
     budget: Budget | str
     allocator: str | Allocator = "uniform"
-    sinks: int = 4
-    recent: int = 8
-    every: int = 0
+    sinks: int = option(4, at_least=0, at_most=2**24)
+    recent: int = option(8, at_least=0, at_most=2**24)
+    every: int = option(0, at_least=0, at_most=2**24)
 
     def __post_init__(self) -> None:
         parsed = Budget.parse(self.budget)
         object.__setattr__(self, "budget", parsed)
-        for name in ("sinks", "recent", "every"):
-            if getattr(self, name) < 0:
-                raise LowkeyError(f"{name} {getattr(self, name)}: must be at least 0")
+        check(self)
         if parsed.unit == "tokens" and parsed.amount < self.sinks + self.recent:
             raise LowkeyError(self.too_small(parsed.amount))
         if isinstance(self.allocator, str) and self.allocator not in ALLOCATORS:
@@ -118,11 +117,6 @@ def attention_sums(scene: Scene, last: int = 0, squared: bool = False) -> Tensor
         weights = scene.weights(min(first + step, last), first)
         total += (weights.square() if squared else weights).sum(3)
     return total
-
-
-def check_kernel(kernel: int) -> None:
-    if kernel < 1 or kernel % 2 == 0:
-        raise LowkeyError(f"kernel {kernel}: must be odd, so that a token is in the middle of its neighbours; 1 pools nothing")
 
 
 def pooled(scores: Tensor, kernel: int) -> Tensor:

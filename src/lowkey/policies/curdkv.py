@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lowkey.ops.rope import unrotate
+from lowkey.options import option
 from lowkey.policies.base import Policy, Scene
-from lowkey.types import LowkeyError
 
 KINDS = ("keys", "values", "product")
 TINY = torch.finfo(torch.float32).tiny
@@ -34,17 +34,9 @@ class CurDKV(Policy):
     looks: ClassVar[bool] = False
 
     kind: Literal["keys", "values", "product"] = "product"
-    rank: int = 0
-    local: int = 16
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.kind not in KINDS:
-            raise LowkeyError(f"kind {self.kind!r} is unknown; choose one of {', '.join(KINDS)}")
-        for name in ("rank", "local"):
-            if getattr(self, name) < 0:
-                raise LowkeyError(f"{name} {getattr(self, name)}: must be at least 0")
+    rank: int = option(0, at_least=0, at_most=2**16)
+    local: int = option(16, at_least=0, at_most=2**24)
+    seed: int = option(0, at_least=0)
 
     @property
     def turns(self) -> bool:

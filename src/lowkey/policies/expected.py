@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lowkey.ops.rope import rotate, unrotate
+from lowkey.options import option
 from lowkey.policies.base import Policy, Scene
-from lowkey.types import LowkeyError
 
 BLOCK = 1024  # queries held in fp32 at once
 
@@ -33,14 +33,9 @@ class ExpectedAttention(Policy):
     summary: ClassVar[str] = "attention expected of queries still to come"
     paper: ClassVar[str] = "arXiv:2510.00636"
 
-    future: int = 512
-    epsilon: float = 0.01
+    future: int = option(512, at_least=1, at_most=2**17)
+    epsilon: float = option(0.01, at_least=0, at_most=1)
     covariance: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.future < 1:
-            raise LowkeyError(f"future {self.future}: must be at least 1 position")
 
     @property
     def turns(self) -> bool:

@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lowkey.options import option
 from lowkey.policies.base import Policy, Scene, attention_sums
-from lowkey.types import LowkeyError
 
 KINDS = ("local", "frequent")
 FULL = 3  # the last rung
@@ -33,21 +33,11 @@ class FastGen(Policy):
     summary: ClassVar[str] = "the fewest kinds of tokens that bring back a head's attention"
     paper: ClassVar[str] = "arXiv:2310.01801"
 
-    recovery: float = 0.95
-    local: float = 0.3
-    frequent: float = 0.3
+    recovery: float = option(0.95, at_least=0, at_most=1)
+    local: float = option(0.3, at_least=0, at_most=1)
+    frequent: float = option(0.3, at_least=0, at_most=1)
     first: Literal["local", "frequent"] = "local"
-    sample: int = 64
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("recovery", "local", "frequent"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise LowkeyError(f"{name} {getattr(self, name)}: must be a share from 0 to 1")
-        if self.first not in KINDS:
-            raise LowkeyError(f"first {self.first!r} is unknown; choose one of {', '.join(KINDS)}")
-        if self.sample < 1:
-            raise LowkeyError(f"sample {self.sample}: must be at least 1 query")
+    sample: int = option(64, at_least=1, at_most=2**24)
 
     def score(self, scene: Scene) -> Tensor:
         queries = (scene.query_positions[:, -self.sample :] >= 0).sum(1).clamp_min(1)

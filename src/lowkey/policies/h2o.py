@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from lowkey.options import option
 from lowkey.policies.base import Policy, Scene, attention_sums
 from lowkey.types import LowkeyError
 
@@ -27,13 +28,11 @@ class H2O(Policy):
     paper: ClassVar[str] = "arXiv:2306.14048"
     carries: ClassVar[bool] = True
 
-    window: int = 0
+    window: int = option(0, at_least=0, at_most=2**24)
     per_query: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.window < 0:
-            raise LowkeyError(f"window {self.window}: must be at least 0; 0 means all queries")
         if self.per_query and self.window:
             raise LowkeyError(f"per_query with window {self.window}: the division needs all queries; set window to 0")
 

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lowkey.policies.base import Policy, Scene, attention_sums, check_kernel, pooled
-from lowkey.types import LowkeyError
+from lowkey.options import option
+from lowkey.policies.base import Policy, Scene, attention_sums, pooled
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,8 @@ class KVCompress(Policy):
     paper: ClassVar[str] = "arXiv:2410.00161"
     carries: ClassVar[bool] = True
 
-    window: int = 8
-    kernel: int = 7
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.window < 0:
-            raise LowkeyError(f"window {self.window}: must be at least 0; 0 means all queries")
-        check_kernel(self.kernel)
+    window: int = option(8, at_least=0, at_most=2**24)
+    kernel: int = option(7, odd=True, at_least=1, at_most=4095)  # odd, so that a token is in the middle of its neighbours
 
     def score(self, scene: Scene) -> Tensor:
         return scene.carried + pooled(attention_sums(scene, self.window, squared=True).sum(2), self.kernel)

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from lowkey.options import option
 from lowkey.policies.base import Policy, Scene
 from lowkey.types import LowkeyError
 
@@ -26,14 +27,9 @@ class KVzip(Policy):
     carries: ClassVar[bool] = True
     repeats: ClassVar[bool] = True
 
-    chunk: int = 2000
-    bridge: int = 8
-    prompt: str = "\n\nRepeat the previous context exactly.\n\n"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.chunk < 1 or self.bridge < 0:
-            raise LowkeyError(f"chunk {self.chunk}, bridge {self.bridge}: pieces have at least 1 token, bridges at least 0")
+    chunk: int = option(2000, at_least=1, at_most=2**24)
+    bridge: int = option(8, at_least=0, at_most=2**24)
+    prompt: str = option("\n\nRepeat the previous context exactly.\n\n", any_text=True)
 
     def score(self, scene: Scene) -> Tensor:
         if not scene.queries.shape[3]:

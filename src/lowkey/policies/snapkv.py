@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lowkey.policies.base import Policy, Scene, check_kernel, pooled
-from lowkey.types import LowkeyError
+from lowkey.options import option
+from lowkey.policies.base import Policy, Scene, pooled
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,8 @@ class SnapKV(Policy):
     summary: ClassVar[str] = "attention of the last prompt tokens"
     paper: ClassVar[str] = "arXiv:2404.14469"
 
-    window: int = 8
-    kernel: int = 7
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_kernel(self.kernel)
-        if self.window < 1:
-            raise LowkeyError(f"window {self.window}: queries that are looked at; give at least 1")
+    window: int = option(8, at_least=1, at_most=2**24)
+    kernel: int = option(7, odd=True, at_least=1, at_most=4095)  # odd, so that a token is in the middle of its neighbours
 
     def score(self, scene: Scene) -> Tensor:
         return pooled(scene.weights(self.window).mean((2, 3)), self.kernel)

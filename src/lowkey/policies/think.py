@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lowkey.options import option
 from lowkey.policies.snapkv import SnapKV
-from lowkey.types import LowkeyError
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,5 @@ class ThinK(SnapKV):
     paper: ClassVar[str] = "arXiv:2407.21018"
     layer: ClassVar[str] = "pruning"
 
-    channels: float = 0.6
-    looked: int = 32
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.looked < 1:
-            raise LowkeyError(f"looked {self.looked}: queries that say which channels are used; give at least 1")
-        if not 0 < self.channels <= 1:
-            raise LowkeyError(f"channels {self.channels}: the share of key channels that stays lies above 0 and up to 1")
+    channels: float = option(0.6, above=0, at_most=1)
+    looked: int = option(32, at_least=1, at_most=2**24)

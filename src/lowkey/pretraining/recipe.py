@@ -6,17 +6,11 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from lowkey.options import check, nearest, option, shown
 from lowkey.types import LowkeyError
-
-CHOICES = {"schedule": ("wsd", "cosine", "linear"), "optimizer": ("adamw", "muon"), "precision": ("bf16", "fp32")}
-LEAST = {"tokens": 1, "batch_tokens": 1, "length": 2, "save_every": 1, "evaluate_every": 1, "log_every": 1}
-BELOW = {"held_out": 0.9, "decay": 1 + 1e-9, "min_lr": 1.0, "betas": 1.0}  # other fractions are only bounded from below, by 0
-LONGEST = 2**63  # what a whole number is below
-LIKE = {"log_with": ("tensorboard",)}  # an example, where the default is none
 
 
 @dataclass(frozen=True)
@@ -32,19 +26,21 @@ class Data:
     may share; "" keeps them in the run's own folder.
     """
 
-    path: str = ""
-    text_field: str = "text"
-    name: str = ""
-    split: str = "train"
+    path: str = option("", any_text=True)
+    text_field: str = option("text", any_text=True)
+    name: str = option("", any_text=True)
+    split: str = option("train", any_text=True)
     options: Mapping[str, Any] = field(default_factory=dict)
-    tokenizer: str = "tiny"
-    vocab_size: int = 0
-    held_out: float = 0.05
-    max_tokens: int = 0
-    cache: str = ""
+    tokenizer: str = option("tiny", any_text=True)
+    vocab_size: int = option(0, at_least=0, at_most=2**24)
+    held_out: float = option(0.05, at_least=0, below=0.9)
+    max_tokens: int = option(0, at_least=0)
+    cache: str = option("", any_text=True)
 
     def __post_init__(self) -> None:
-        _check(self, "data")
+        check(self, "data.")
+        if not isinstance(self.options, Mapping):
+            raise LowkeyError(f"data.options {shown(self.options)}: must be a table; leave it out for none")
         if self.vocab_size and self.vocab_size < 260:
             raise LowkeyError(f"data.vocab_size {self.vocab_size}: 256 bytes and 2 special tokens come first; give at least 260, or 0")
         if self.vocab_size and self.tokenizer != "tiny":
@@ -68,36 +64,32 @@ class Training:
     and say so in the result.
     """
 
-    tokens: int = 10_000_000
-    batch_tokens: int = 8192
-    length: int = 256
-    micro_batch: int = 0
-    lr: float = 3e-3
-    schedule: str = "wsd"
-    warmup: float = 0.05
-    decay: float = 0.2
-    min_lr: float = 0.0
-    optimizer: str = "adamw"
-    betas: tuple[float, ...] = (0.9, 0.95)
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    precision: str = "bf16"
-    seed: int = 0
+    tokens: int = option(10_000_000, at_least=1)
+    batch_tokens: int = option(8192, at_least=1, at_most=2**40)
+    length: int = option(256, at_least=2, at_most=2**24)
+    micro_batch: int = option(0, at_least=0, at_most=2**24)
+    lr: float = option(3e-3, above=0, at_most=10)
+    schedule: str = option("wsd", choices=("wsd", "cosine", "linear"))
+    warmup: float = option(0.05, at_least=0)
+    decay: float = option(0.2, at_least=0, at_most=1)
+    min_lr: float = option(0.0, at_least=0, below=1)
+    optimizer: str = option("adamw", choices=("adamw", "muon"))
+    betas: tuple[float, float] = option((0.9, 0.95), at_least=0, below=1)
+    weight_decay: float = option(0.1, at_least=0, at_most=1000)
+    clip: float = option(1.0, at_least=0)
+    precision: str = option("bf16", choices=("bf16", "fp32"))
+    seed: int = option(0, at_least=0)
     compile: bool = False
     gradient_checkpointing: bool = False
-    save_every: int = 500
-    evaluate_every: int = 250
-    evaluate_tokens: int = 0
-    log_every: int = 10
-    log_with: tuple[str, ...] = ()
+    save_every: int = option(500, at_least=1)
+    evaluate_every: int = option(250, at_least=1)
+    evaluate_tokens: int = option(0, at_least=0)
+    log_every: int = option(10, at_least=1)
+    log_with: tuple[str, ...] = option((), any_text=True)
     stop_on_divergence: bool = True
 
     def __post_init__(self) -> None:
-        _check(self, "training")
-        if len(self.betas) != 2:
-            raise LowkeyError(f"training.betas {list(self.betas)}: are two numbers, like [0.9, 0.95]")
-        if self.lr <= 0:
-            raise LowkeyError(f"training.lr {self.lr:g}: must be above 0, like 3e-3")
+        check(self, "training.")
         if self.batch_tokens % self.length:
             raise LowkeyError(f"training.batch_tokens {self.batch_tokens}: must be a multiple of length {self.length}")
         if self.tokens < self.batch_tokens:
@@ -177,12 +169,6 @@ class Recipe:
         )
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """The remedy for a name that is not known."""
-    near = get_close_matches(name, known, 1)
-    return f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)}"
-
-
 def _known(name: str, known: Sequence[str], what: str, where: str) -> None:
     if name not in known:
         raise LowkeyError(f"{what} {name!r} of {where} is unknown; {nearest(name, known)}")
@@ -193,39 +179,6 @@ def _of(kind: Any, name: str, tables: Mapping[str, Any]) -> Any:
     for key in given:
         _known(key, known, "field", f"[{name}]")
     return kind(**given)
-
-
-def _check(table: Any, name: str) -> None:
-    """Every field of the type of its default and in range; whole numbers may be written like 1e7."""
-    for f in fields(table):
-        default = {} if f.name == "options" else f.default
-        value = _typed(f"{name}.{f.name}", getattr(table, f.name), default, LIKE.get(f.name, default))
-        object.__setattr__(table, f.name, value)
-        if f.name in CHOICES and value not in CHOICES[f.name]:
-            raise LowkeyError(f"{name}.{f.name} {value!r} is unknown; {nearest(value, CHOICES[f.name])}")
-        for number in value if f.name == "betas" else [value]:
-            if isinstance(number, int | float):
-                _in_range(f"{name}.{f.name}", number, LEAST.get(f.name, 0), BELOW.get(f.name, LONGEST if type(number) is int else None))
-
-
-def _in_range(what: str, number: float, low: float, high: float | None) -> None:
-    if not number >= low or (high is not None and not number < high) or number == float("inf"):
-        rule = f"at least {low}" + ("" if high is None else f" and below {high:.12g}")
-        raise LowkeyError(f"{what} {number:g}: must be {rule}; leave it out for the default")
-
-
-def _typed(what: str, value: Any, default: Any, like: Any) -> Any:
-    kind = type(default)
-    if kind is float and type(value) is int:
-        return float(value)
-    if kind is int and type(value) is float and value.is_integer():
-        return int(value)
-    if kind is tuple and isinstance(value, list | tuple):
-        return tuple(_typed(what, v, default[0] if default else "", like[0]) for v in value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        names = {int: "a whole number", float: "a number", str: "text in quotes", bool: "true or false", tuple: "a list", dict: "a table"}
-        raise LowkeyError(f"{what} {value!r}: must be {names[kind]}, like {_written(like)}")
-    return value
 
 
 def _set(tables: dict[str, Any], setting: str) -> None:
