@@ -213,7 +213,7 @@ def test_bytes_are_a_function_of_the_counts(pads, layout):
     for layer in past.layers:
         assert isinstance(layer, BucketedLayer) and sum(layer.counts) == real and all(isinstance(n, int) for n in layer.counts)
         kept = sum(n * (2 * heads * r * 4 + (4 if layout == "pre_rope" else 0)) for n, r in zip(layer.counts, LEVELS, strict=True))
-        index = 8 * (len(LEVELS) * (2 + 1) + 2)
+        index = 8 * (len(LEVELS) * (2 + 1) + 2 * 2)  # starts, offset and first
         assert layer.nbytes() == kept + index
     used = []
     oracle("llama", ids, plan, pads, used=used)

@@ -412,7 +412,7 @@ def test_held_bytes_are_the_predicted_bytes_and_those_by_hand(name, form, exact,
         if name.startswith("kivi"):  # the last row to have a block ready decides; one that has not begun may be the last
             stored = min(max(0, seen - (p % BLOCK if p < seen else BLOCK - 1) - setting.recent) // BLOCK * BLOCK for p in pads)
         row = sum(hand_bytes(name, side, *SHAPES[form][i], stored) for i, side in enumerate(("keys", "values")))
-        row += HEADS * (seen - stored + setting.sinks) * 2 * D * 4 + 2 * 8
+        row += HEADS * (seen - stored + setting.sinks) * 2 * D * 4 + 2 * 8 + setting.sinks * 4
         assert cache.nbytes() == cache.predicted_nbytes() == 3 * 2 * row
 
 

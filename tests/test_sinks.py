@@ -102,8 +102,7 @@ def test_sinks_that_emerge_within_the_model_are_found_from_there_on():
     cache = lowkey.make_cache(model, bits=4, exact=Exact(3, rule=found))
     feed(model, text(AT), cache, PADS)
     assert [slots(cache.layers[1], row) for row in range(2)] == AT
-    assert "sink_at" not in cache.layers[0].tensors(), "before the emergence: the first tokens"
-    assert torch.equal(cache.layers[0]._sink_index(), torch.tensor([[23, 24, 25], [0, 1, 2]]))
+    assert cache.layers[0].sink_at.tolist() == [[23, 24, 25], [0, 1, 2]], "before the emergence: the first tokens"
 
 
 @pytest.mark.parametrize("make", [lambda: (pico.attached("llama"), CALIBRATION), lambda: (load("tiny", "float32", "cpu")[0], CALIBRATION)])
@@ -200,7 +199,7 @@ def test_a_predicted_sink_is_seen_exactly_and_the_rest_as_stored(bits, recent, f
 
 
 def test_with_a_sink_in_the_middle_the_rule_is_nearer_to_stock_than_the_first_tokens():
-    """What KVSink is for; at the same bytes but for the indices."""
+    """What KVSink is for; at the same bytes."""
     ids, model = text([[20], [13], [30], [17]], seed=5), plant(pico.build("llama"))
     reference, error = feed(model, ids), {}
     for name, exact in (("first", Exact(2)), ("predicted", Exact(2, rule=rule()))):
@@ -225,12 +224,12 @@ def test_bf16_finds_the_same_tokens():
 
 
 def test_held_bytes_by_hand():
-    """Beside what the first tokens would take: 3 indices of 4 bytes for each of 2 rows in 3 layers."""
+    """What the first tokens would take."""
     cache, first = made(3), lowkey.make_cache(planted(), bits=4, exact=Exact(3))
     for piece in text(AT).split([20, 39, 1], 1):
         feed(planted(), piece, cache)
         feed(planted(), piece, first)
-        assert cache.nbytes() == cache.predicted_nbytes() == first.nbytes() + 3 * 2 * 3 * 4
+        assert cache.nbytes() == cache.predicted_nbytes() == first.nbytes()
 
 
 def test_reordering_takes_the_sinks_along():

@@ -91,13 +91,13 @@ def attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: query (b, H, t, d) -> (b, t, H, d), no weights."""
     _refuse(kwargs, attention_mask)
-    mask = None if attention_mask is None else attention_mask[:, 0]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if isinstance(key, Incoming):
+        mask = _shared_mask(attention_mask, query)
         call = Call(query.unflatten(1, (key.keys.shape[1], -1)), mask, position_ids, scale, softcap)
         out = key.layer.attend(key.keys, key.values, call)
     elif softcap is not None:
-        out = _dense(key, value, Call(query.unflatten(1, (key.shape[1], -1)), mask, position_ids, scale, softcap))
+        out = _dense(query, key, value, attention_mask, scale, softcap)
     else:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, position_ids=position_ids, **kwargs
@@ -105,10 +105,41 @@ def attention(
     return out.flatten(1, 2).transpose(1, 2).contiguous(), None
 
 
-def _dense(key: Tensor, value: Tensor, call: Call) -> Tensor:
+def _shared_mask(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """A boolean mask (b|1, 1|H, t, s) as the one mask (b|1, t, s) that our layers give to all heads."""
+    if mask is None:
+        return None
+    _check_shape(mask, query)
+    first = mask[:, :1]
+    if mask.shape[1] > 1 and mask.stride(1) and not bool((mask == first).all()):
+        raise LowkeyError(
+            "attention_mask: its heads differ, and this kind of cache gives all heads of a layer one mask; give one for all heads, "
+            "(b, 1, t, s), or use a cache of transformers"
+        )
+    return first[:, 0]
+
+
+def _check_shape(mask: Tensor, query: Tensor) -> None:
+    b, heads, t = query.shape[:3]
+    if mask.ndim != 4 or mask.shape[0] not in (1, b) or mask.shape[1] not in (1, heads) or mask.shape[2] != t:
+        raise LowkeyError(
+            f"attention_mask of shape {tuple(mask.shape)}: a call of {b} rows of {t} tokens and {heads} heads takes "
+            f"({b}, {heads}, {t}, tokens seen), of which rows and heads may be 1; or give a 2D padding mask"
+        )
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float) -> Tensor:
     """Stock keys under soft-capping, which SDPA would silently drop."""
-    segment = Segment(call.query, key, value, call.full_mask(key.shape[2]))
-    return grouped.attend([segment], call.scaling, call.softcap)
+    b, heads, h = *query.shape[:2], key.shape[1]
+    if mask is not None:
+        _check_shape(mask, query)
+    if mask is not None and mask.shape[1] > 1:  # heads with masks of their own, as rows of a batch
+        mask = mask.expand(b, -1, -1, -1).flatten(0, 1)
+        query, key, value = (x.repeat_interleave(heads // x.shape[1], 1).flatten(0, 1).unsqueeze(1) for x in (query, key, value))
+        out = _dense(query, key, value, mask.unsqueeze(1), scaling, softcap)
+        return out.view(b, h, heads // h, *out.shape[3:])
+    call = Call(query.unflatten(1, (h, -1)), None if mask is None else mask[:, 0], None, scaling, softcap)
+    return grouped.attend([Segment(call.query, key, value, call.full_mask(key.shape[2]))], scaling, softcap)
 
 
 def _refuse(kwargs: dict, mask: Tensor | None) -> None:

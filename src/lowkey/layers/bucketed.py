@@ -110,7 +110,7 @@ class BucketedLayer(UnmovedLayer):
         b, self.heads = key_states.shape[:2]
         self.device, self.size = key_states.device, key_states.element_size()
         self.codecs, self.gate = [c.like(key_states) for c in self.codecs], self.gate.to(self.device)
-        self.offset = torch.zeros(b, 1, dtype=torch.long, device=self.device)
+        self.begin(b)
         nowhere, none = (torch.zeros(n, dtype=t, device=self.device) for n, t in ((0, torch.int32), (b + 1, torch.long)))
         for codec in self.codecs:
             keys, values = codec.encode(key_states[:, :, :0], value_states[:, :, :0], self.positions(0, 0))
@@ -119,7 +119,7 @@ class BucketedLayer(UnmovedLayer):
 
     def tensors(self) -> dict[str, Tensor]:
         held = {f"{name}_{i}": t for i, bucket in enumerate(self.buckets) for name, t in vars(bucket).items()}
-        return held | {"offset": self.offset} if self.is_initialized else {}
+        return held | {"offset": self.offset, "first": self.first} if self.is_initialized else {}
 
     def predicted_nbytes(self) -> int:
         if not self.is_initialized:
@@ -127,7 +127,7 @@ class BucketedLayer(UnmovedLayer):
         batch, placed = len(self.offset), 4 * self._needs_positions
         widths = [sum(codec.factors.ranks) for codec in self.codecs]
         kept = sum(n * (self.heads * width * self.size + placed) for n, width in zip(self.counts, widths, strict=True))
-        return kept + 8 * (len(self.codecs) * (batch + 1) + batch)
+        return kept + 8 * (len(self.codecs) * (batch + 1) + 2 * batch)
 
     @property
     def _needs_positions(self) -> bool:
@@ -135,7 +135,7 @@ class BucketedLayer(UnmovedLayer):
 
     def attend(self, keys: Tensor, values: Tensor, call: Call) -> Tensor:
         t = keys.shape[2]
-        real = self.place(call, t)[:, self.seen - t :]
+        real = self.place(call, t)
         positions = self.positions(self.seen - t, self.seen)
         stored = self.codecs[0].encode(keys, values, positions)
         levels = self.gate(*stored).argmax(-1).masked_fill(~real, -1)
@@ -187,7 +187,7 @@ class BucketedLayer(UnmovedLayer):
 
     def map_tensors(self, f: Callable[[Tensor], Tensor]) -> None:
         self.buckets = [replace(bucket, **{name: f(t) for name, t in vars(bucket).items()}) for bucket in self.buckets]
-        self.offset = f(self.offset)
+        self.offset, self.first = f(self.offset), f(self.first)
 
     def reset(self) -> None:
         self.buckets, self.counts = [], [0] * len(self.codecs)

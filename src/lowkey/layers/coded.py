@@ -14,6 +14,7 @@ from lowkey.layers.exact import Exact, FixedPoints
 from lowkey.layers.packing import Packing, Whole
 from lowkey.layers.placed import PlacedLayer
 from lowkey.seam import Call
+from lowkey.types import LowkeyError
 
 Parts = dict[str, tuple[Tensor, ...]]
 EMPTY = 2**31 - 1  # the index of a sink slot that no token has taken
@@ -27,8 +28,8 @@ class CodedLayer(PlacedLayer):
     have ready is stored: when rows differ in length, some hold up to one block more as it was, and show it as it will be.
 
     Held: what the packings of keys and values hold; recent_k, recent_v (b, h, recent, d);
-    sink_k, sink_v (b, h, sinks, d); offset (b, 1), each row's token index less its position; first (b, 1), the index of each
-    row's first real token; with `points`, which say what a sink is, sink_at (b, sinks), the index of the token in each slot.
+    sink_k, sink_v (b, h, sinks, d); sink_at (b, sinks), the index of the token in each slot; offset and first, as in any
+    `PlacedLayer`. points: they say what a sink is; without them a row's first real tokens are its sinks.
     """
 
     def __init__(
@@ -50,8 +51,7 @@ class CodedLayer(PlacedLayer):
         self.recent_k, self.recent_v = key_states.new_empty(b, h, 0, d), value_states.new_empty(b, h, 0, d)
         self.sink_k, self.sink_v = key_states.new_zeros(b, h, n, d), value_states.new_zeros(b, h, n, d)
         self.sink_at = torch.full((b, n), EMPTY, dtype=torch.int32, device=self.device)
-        self.offset = torch.zeros(b, 1, dtype=torch.long, device=self.device)
-        self.first = torch.zeros_like(self.offset)
+        self.begin(b)
         none = self.codec.encode(self._grouped(self.recent_k), self._grouped(self.recent_v), self.positions(0, 0))
         self.shapes = {name: (x.shape[1], x.shape[3]) for name, x in zip(self.packing, none, strict=True)}
         for name, x in zip(self.packing, none, strict=True):
@@ -60,7 +60,7 @@ class CodedLayer(PlacedLayer):
 
     def tensors(self) -> dict[str, Tensor]:
         stored = [attribute for name in self.packing for attribute in self._attributes(name)]
-        names = (*stored, "recent_k", "recent_v", "sink_k", "sink_v", "offset", "first", *(("sink_at",) if self.points else ()))
+        names = (*stored, "recent_k", "recent_v", "sink_k", "sink_v", "sink_at", "offset", "first")
         return {name: getattr(self, name) for name in names} if self.is_initialized else {}
 
     def predicted_nbytes(self) -> int:
@@ -70,12 +70,11 @@ class CodedLayer(PlacedLayer):
         size, (stored, _) = self.recent_k.element_size(), self._ready()
         near = (self.seen - stored + self.exact.sinks) * 2 * d * h * size
         kept = sum(heads * self.packing[name].nbytes(stored, width, size) for name, (heads, width) in self.shapes.items())
-        indices = 2 * self.offset.element_size() + (self.exact.sinks * self.sink_at.element_size() if self.points else 0)
+        indices = 2 * self.offset.element_size() + self.exact.sinks * self.sink_at.element_size()
         return b * (kept + near + indices)
 
     def attend(self, keys: Tensor, values: Tensor, call: Call) -> Tensor:
-        self._place(call, keys.shape[2])
-        self._find_sinks(values)
+        self._find_sinks(values, self.place(call, keys.shape[2]))
         keys, values = self._grouped(keys), self._grouped(values)
         call = replace(call, query=self._grouped(call.query))
         buffer_k, buffer_v = torch.cat([self.recent_k, keys], 2), torch.cat([self.recent_v, values], 2)
@@ -105,10 +104,11 @@ class CodedLayer(PlacedLayer):
 
     # -- which tokens are stored
 
-    def _place(self, call: Call, t: int) -> None:
-        visible, start = self.place(call, t), self.seen - t
-        begins = torch.where(visible.any(1, keepdim=True), visible.int().argmax(1, keepdim=True), self.seen)
-        self.first = torch.where(self.first < start, self.first, begins)  # a row that has begun has begun
+    def check_mask(self, call: Call, start: int, real: Tensor, first: Tensor) -> None:
+        """Blocks are cut from a row's first real token on, and some of what comes before it is in none."""
+        hidden = torch.arange(start, device=first.device) < first
+        if self.block > 1 and start and bool((hidden if call.mask is None else hidden & call.mask[:, :, :start].any(1)).any()):
+            raise LowkeyError("attention_mask: shows tokens that were padding when they came; repeat the earlier mask")
 
     def _shift(self) -> Tensor:
         """(b|1, 1): at which index each row begins to be cut into blocks; before its first real token, the last that it may be."""
@@ -160,13 +160,14 @@ class CodedLayer(PlacedLayer):
         for attribute, part in zip(self._attributes(name), parts, strict=True):
             setattr(self, attribute, part)
 
-    def _find_sinks(self, values: Tensor) -> None:
-        """The tokens that lie near the points take the free slots, in their order."""
-        if self.points is None:
+    def _find_sinks(self, values: Tensor, real: Tensor) -> None:
+        """Tokens take the free slots in their order: those that lie near the points, where there are some; of the others, all.
+
+        real (b, t): which of the new tokens are no padding."""
+        if not self.exact.sinks:
             return
         start = self.seen - values.shape[2]
-        real = torch.arange(start, self.seen, device=self.first.device) >= self.first
-        found = self.points.near(values) & real
+        found = real if self.points is None else real & self.points.near(values)
         slot = (self.sink_at < EMPTY).sum(1, keepdim=True) + found.cumsum(1) - 1
         takes = found.unsqueeze(1) & (slot.unsqueeze(1) == torch.arange(self.exact.sinks, device=slot.device).unsqueeze(1))
         self.sink_at = torch.where(takes.any(2), start + takes.int().argmax(2), self.sink_at).int()
@@ -176,14 +177,10 @@ class CodedLayer(PlacedLayer):
         if not self.exact.sinks:
             return
         start = self.seen - keys.shape[2]
-        index = self._sink_index() - start  # (b, n) into the new tokens
+        index = self.sink_at.long() - start  # (b, n) into the new tokens
         arrives = ((index >= 0) & (index < keys.shape[2]))[:, None, :, None]
         self.sink_k = torch.where(arrives, _taken(keys, index), self.sink_k)
         self.sink_v = torch.where(arrives, _taken(values, index), self.sink_v)
-
-    def _sink_index(self) -> Tensor:
-        """(b, sinks): each row's first real tokens, or those that were found so far."""
-        return self.sink_at.long() if self.points else self.first + torch.arange(self.exact.sinks, device=self.first.device)
 
     # -- reading
 
@@ -193,7 +190,7 @@ class CodedLayer(PlacedLayer):
         if alone:
             return [replace(stored, mask=mask)]
         mask = mask if mask is not None else self.offset.new_ones(1, 1, self.seen, dtype=torch.bool)
-        near, index = self._near(call), self._sink_index()
+        near, index = self._near(call), self.sink_at.long()
         far = mask & ~near
         is_sink = (index.unsqueeze(2) == torch.arange(self.seen, device=index.device)).any(1, keepdim=True)
         start = self.seen - buffer_k.shape[2]

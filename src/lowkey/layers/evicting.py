@@ -68,7 +68,7 @@ class Round:
 
 class EvictingLayer(UnmovedLayer):
     """Held: keys (n, r_K), values (n, r_V), where (n, their positions), starts (b h + 1); tail_k, tail_v (b, h, <= 128, r);
-    offset (b, 1); if the policy needs them: carried (n) scores, asked (b, h, g, w, d) queries since the last eviction.
+    offset, first (b, 1); if the policy needs them: carried (n) scores, asked (b, h, g, w, d) queries since the last eviction.
 
     seat, round: which compressible layer of the cache this is, and where it meets the others. looking: so many tokens at the end of
     each chunk are used to score the others and are not stored, nor counted as seen. frozen: nothing more is evicted.
@@ -87,7 +87,7 @@ class EvictingLayer(UnmovedLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         b, h = key_states.shape[:2]
         self.device, self.codec = key_states.device, self.codec.like(key_states)
-        self.offset = torch.zeros(b, 1, dtype=torch.long, device=self.device)
+        self.begin(b)
         stored = self.codec.encode(key_states[:, :, :0], value_states[:, :, :0], self.positions(0, 0))
         self.keys, self.values = (x.new_empty(0, x.shape[-1]) for x in stored)
         self.where = torch.zeros(0, dtype=torch.int32, device=self.device)
@@ -98,7 +98,7 @@ class EvictingLayer(UnmovedLayer):
         self.is_initialized = True
 
     def tensors(self) -> dict[str, Tensor]:
-        names = ("keys", "values", "where", "starts", "carried", "tail_k", "tail_v", "offset", "asked")
+        names = ("keys", "values", "where", "starts", "carried", "tail_k", "tail_v", "offset", "first", "asked")
         return {name: getattr(self, name) for name in names} if self.is_initialized else {}
 
     @property
@@ -113,12 +113,12 @@ class EvictingLayer(UnmovedLayer):
         b, h, _, width = self.tail_k.shape
         dense = (width + self.tail_v.shape[-1]) * self.keys.element_size()
         room = self.moved + -(-(self.fresh - self.moved) // STEP) * STEP
-        index = (b * h + 1) * self.starts.element_size() + b * self.offset.element_size()
+        index = (b * h + 1) * self.starts.element_size() + 2 * b * self.offset.element_size()
         return self.kept * self.entry_bytes + b * h * room * dense + index + self.asked.numel() * self.asked.element_size()
 
     def tokens(self) -> Tensor:
         """(b): how many each row has seen, padding not counted."""
-        return self.seen - self.looking - self.offset[:, 0]
+        return (self.seen - self.looking - self.first[:, 0]).clamp_min(0)
 
     def mean_tokens(self, tokens: int) -> float:
         """The budget of a row that has seen so many tokens, per head on average."""
@@ -143,7 +143,7 @@ class EvictingLayer(UnmovedLayer):
 
     def attend(self, keys: Tensor, values: Tensor, call: Call) -> Tensor:
         t = keys.shape[2]
-        real = self.place(call, t)[:, self.seen - t :]
+        real = self.place(call, t)
         if t == 1 and bool(real.all()):
             self._append(keys, values)
             out = merge(self._stored_parts(call, self.seen))[0]
@@ -272,8 +272,9 @@ class EvictingLayer(UnmovedLayer):
         tokens = self.tokens()
         self.quiet = Call(call.query[:, :, :, :0], None, None, call.scaling, call.softcap)
         scores = found.carried if self._all_stay(tokens) else self.policy.score(self._scene(call, found)).float()
-        found = replace(found, carried=scores, valid=found.valid & (found.positions < tokens[:, None, None]))
-        stays = (found.positions < self.policy.sinks) | (found.positions >= (tokens - self.policy.recent)[:, None, None])
+        number = found.positions - self._begins()  # counted from each row's first token
+        found = replace(found, carried=scores, valid=found.valid & (number < tokens[:, None, None]))
+        stays = (number < self.policy.sinks) | (number >= (tokens - self.policy.recent)[:, None, None])
         scores = scores.nan_to_num(0.0).clamp(-FAR, FAR).masked_fill(stays, torch.inf).masked_fill(~found.valid, -torch.inf)
         self.keep(found, scores, found.valid.sum(-1)) if self.frozen else self.round.enter(self, found, scores)
 
@@ -285,13 +286,22 @@ class EvictingLayer(UnmovedLayer):
     def _scene(self, call: Call, found: Candidates) -> Scene:
         queries = torch.cat([self.asked, call.query], 3) if self.asked.numel() else call.query
         w, t = queries.shape[3], call.query.shape[3]
-        at = self.positions(self.seen - w, self.seen)
-        if call.mask is not None and t:
-            at[:, w - t :] = at[:, w - t :].masked_fill(~call.mask[:, -1, self.seen - t :], -1)
+        begins = self._begins()
+        at = self.positions(self.seen - w, self.seen) - begins.squeeze(2)
+        if t:
+            at[:, w - t :] = at[:, w - t :].masked_fill(~found.valid[:, 0, -t:], -1)
         keys = self.codec.keys(self.codec.readable(found.keys, found.positions))
         values = self.codec.values(found.values)
-        about = (call.scaling, call.softcap, self.rope, found.carried, self.looking > 0)
-        return Scene(keys, values, found.positions, found.valid, queries, at, *about)
+
+        def rope(at: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+            return self.rope(at + begins.view(-1, 1).repeat_interleave(len(at) // len(begins), 0), like)
+
+        about = (call.scaling, call.softcap, rope, found.carried, self.looking > 0)
+        return Scene(keys, values, found.positions - begins, found.valid, queries, at, *about)
+
+    def _begins(self) -> Tensor:
+        """(b, 1, 1): the position of each row's first token."""
+        return (self.first - self.offset).unsqueeze(2)
 
     def keep(self, found: Candidates, scores: Tensor, counts: Tensor) -> None:
         """Keep the best `counts` (b, h) candidates of every head; the rest is freed."""

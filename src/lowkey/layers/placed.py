@@ -10,28 +10,49 @@ from lowkey.layers.codec import token_positions
 from lowkey.seam import Call
 from lowkey.types import LowkeyError
 
+ROWS = 512  # queries whose masks are compared at a time
+
 
 class PlacedLayer(StoringLayer):
-    """offset (b, 1): each row's token index less its position."""
+    """offset (b, 1): each row's token index less its position; first (b, 1): the index of each row's first real token, and the number of
+    tokens seen while there is none.
+
+    A token is padding when no query of its own chunk sees it; that the newest query does not see it says nothing.
+    """
 
     offset: Tensor
+    first: Tensor
+
+    def begin(self, batch: int) -> None:
+        """No row has a token yet."""
+        self.offset = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
+        self.first = torch.zeros_like(self.offset)
 
     def place(self, call: Call, t: int) -> Tensor:
         """Learn where each row begins, and hold the model to positions that count up by one from there.
 
-        Returns (b, seen): which tokens the newest query may see; the others are padding.
+        Returns (b, t): which of the new tokens are real; the others are padding.
         """
         start, batch = self.seen - t, self.offset.shape[0]
-        positions = batch_positions(start, call, batch)
-        visible = _visible(call, self.seen, batch)
-        begun = visible[:, :start].any(1, keepdim=True)  # until a row's first real token, its positions mean nothing
-        self.offset = torch.where(begun, self.offset, self.seen - 1 - positions[:, -1:])
-        if not bool(((positions == self.positions(start, self.seen)) | ~visible[:, start:]).all()):
+        if call.mask is not None and call.mask.shape[-1] != self.seen:
+            raise LowkeyError(f"attention_mask over {call.mask.shape[-1]} tokens: with the new ones {self.seen} were seen; give as many")
+        real = _real(call, start, self.seen).expand(batch, t)
+        positions, begun = batch_positions(start, call, batch), self.first < start
+        begins = torch.where(real.any(1, keepdim=True), start + real.int().argmax(1, keepdim=True), self.seen)
+        first = torch.where(begun, self.first, begins)
+        self.check_mask(call, start, real, first)
+        position = positions.gather(1, (first - start).clamp(0, t - 1))  # of the first real token
+        offset = torch.where(begun, self.offset, torch.where(first < self.seen, first - position, self.seen))
+        if not bool(((positions == token_positions(start, self.seen, offset)) | ~real).all()):
             raise LowkeyError(
                 "position_ids: this cache needs positions that count up by one from a row's first token, without padding between turns; "
                 "drop position_ids, or give rows of uneven turns a cache each"
             )
-        return visible
+        self.offset, self.first = offset, first
+        return real
+
+    def check_mask(self, call: Call, start: int, real: Tensor, first: Tensor) -> None:
+        """Refuse what this layer cannot honour, before anything is learnt. real (b, t): of the new tokens, from index `start` on."""
 
     def positions(self, start: int, stop: int) -> Tensor:
         """Positions (b, stop - start) of the tokens with these indices; padding has none that matter."""
@@ -41,27 +62,23 @@ class PlacedLayer(StoringLayer):
 class UnmovedLayer(PlacedLayer):
     """Rows of different length, of which none can be moved, picked or repeated, and which do not hold their padding.
 
-    looking: tokens at the end of a chunk that will be forgotten. met (b, 1): real tokens seen, None when that is not known.
+    looking: tokens at the end of a chunk that will be forgotten; these alone may end in padding.
     """
 
     looking = 0
-    met: Tensor | None = None
 
-    def place(self, call: Call, t: int) -> Tensor:
-        """Also holds the mask to what it was: it may neither hide what is stored nor end a row before the chunk ends."""
-        start = self.seen - t
-        if call.mask is not None and self.met is not None and not bool((call.mask[:, [0, -1], :start].sum(-1) == self.met).all()):
+    def check_mask(self, call: Call, start: int, real: Tensor, first: Tensor) -> None:
+        """Every new token must see all that is stored of its row, and nothing else from before; a row goes on until it ends."""
+        tokens = torch.arange(self.seen, device=first.device)
+        if start and not _sees(call, real, tokens[:start] >= first):
             raise LowkeyError("attention_mask: differs from that of earlier turns, and padding is not held here; repeat the earlier mask")
-        visible = super().place(call, t)
-        new = visible[:, start:]
-        if bool((new[:, :-1] & ~new[:, 1:]).any()):
+        stay = real.shape[1] - self.looking
+        if stay > 0 and bool((real[:, :stay] != (tokens[start : start + stay] >= first)).any()):
             raise LowkeyError("attention_mask: a row ends in padding, which this kind of cache cannot follow; pad on the left")
-        self.met = visible.sum(1, keepdim=True) - self.looking
-        return visible
 
     def reset(self) -> None:
         super().reset()
-        self.looking, self.met = 0, None
+        self.looking = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         raise LowkeyError("num_beams: beam search moves rows of the cache, which this kind of cache does not; set num_beams=1")
@@ -73,7 +90,16 @@ class UnmovedLayer(PlacedLayer):
         raise LowkeyError("batch_repeat_interleave: rows of this kind of cache cannot be repeated; repeat the prompt before prefill")
 
 
-def _visible(call: Call, seen: int, batch: int) -> Tensor:
+def _real(call: Call, start: int, seen: int) -> Tensor:
+    """(b|1, seen - start): which of the newest tokens any query sees."""
     if call.mask is None:
-        return torch.ones(batch, seen, dtype=torch.bool, device=call.query.device)
-    return call.mask[:, -1].expand(batch, seen)
+        return torch.ones(1, seen - start, dtype=torch.bool, device=call.query.device)
+    return call.mask[:, :, start:].any(1)
+
+
+def _sees(call: Call, real: Tensor, held: Tensor) -> bool:
+    """Whether every real query (b, t) sees just the tokens `held` (b, s) of those that came before its chunk."""
+    if call.mask is None:
+        return bool(held.all())
+    blocks = zip(call.mask[:, :, : held.shape[1]].split(ROWS, 1), real.split(ROWS, 1), strict=True)
+    return not any(bool(((mask != held.unsqueeze(1)).any(2) & rows).any()) for mask, rows in blocks)

@@ -22,10 +22,11 @@ BLOCK = 2**25  # attention weights formed at once: 128 MiB, and a few copies
 class Scene:
     """One layer's candidates when it is time to evict.
 
-    keys (b, h, s, d) rotated, as attention reads them, and values (b, h, s, d); positions (b, h, s) and valid (b, h, s): False for
-    padding and for the gaps of shorter heads. queries (b, h, g, w, d): all since the last eviction, rotated, of the newest w tokens, at
-    query_positions (b, w), -1 for padding. looking: the queries only look and are not stored.
-    carried (b, h, s): scores kept from earlier evictions, 0 for new tokens.
+    keys (b, h, s, d) rotated, as attention reads them, and values (b, h, s, d); positions (b, h, s), counted from each row's first
+    token whatever the model calls it, and valid (b, h, s): False for padding and for the gaps of shorter heads. queries (b, h, g, w, d):
+    all since the last eviction, rotated, of the newest w tokens, at query_positions (b, w), -1 for padding. rope: cos and sin at
+    positions so counted. looking: the queries only look and are not stored. carried (b, h, s): scores kept from earlier evictions, 0 for
+    new tokens.
     """
 
     keys: Tensor

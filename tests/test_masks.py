@@ -1,0 +1,271 @@
+"""Masks of every kind over every cache: stock logits under the same mask, or one line that refuses; rows counted from their start."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pico
+import pytest
+import torch
+from pico import attached, padding, prompt
+from test_bucketed import make_plan
+
+import lowkey
+from lowkey.cache import make_cache
+from lowkey.dynamic import dyna_cache
+from lowkey.layers.coded import Exact
+from lowkey.policies import POLICIES
+from lowkey.types import LowkeyError
+
+HEADS = {kind: [[1.0, 2.0, 0.0, 5.0]] * 3 for kind in ("copy", "r2", "er", "mass", "induction", "echo")}
+FED = [name for name in POLICIES if name != "kvzip"]  # it wants lowkey.prefill
+
+
+def whole_rank(model, layout="post_rope", **fields):
+    return pico.plan(model, 16, 16, layout=layout, **fields)
+
+
+def cache_of(kind, model):
+    """Kinds of cache that give stock logits, those of packed numbers but for their noise."""
+    made = {
+        "plain": lambda: make_cache(model, exact=Exact(3, 7)),
+        "int8": lambda: make_cache(model, bits=8),
+        "kivi8": lambda: make_cache(model, bits="kivi8", exact=Exact(3, 7)),
+        "kivi8-plan": lambda: make_cache(model, whole_rank(model, "pre_rope"), bits="kivi8", exact=Exact(2, 0)),
+        "hadamard8": lambda: make_cache(model, bits="hadamard8", exact=Exact(3)),
+        "plan": lambda: make_cache(model, whole_rank(model)),
+        "plan-exact": lambda: make_cache(model, whole_rank(model, "pre_rope", sinks=3, recent=7)),
+        "dynamic": lambda: dyna_cache(model, make_plan("llama", "post_rope", 0)),
+        "dynamic-pre": lambda: dyna_cache(model, make_plan("llama", "pre_rope", 0)),
+        "policy-plan": lambda: make_cache(model, whole_rank(model, "pre_rope"), POLICIES["ada-kv"]("100%")),
+        "think": lambda: make_cache(model, policy=POLICIES["think"]("100%", channels=1.0)),
+        "razor": lambda: make_cache(model, dataclasses.replace(whole_rank(model), heads=HEADS), POLICIES["razor"]("100%")),
+        "h2o": lambda: make_cache(model, policy=POLICIES["h2o"]("100%")),
+    }
+    return made[kind]()
+
+
+KINDS = [
+    "plain",
+    "int8",
+    "kivi8",
+    "kivi8-plan",
+    "hadamard8",
+    "plan",
+    "plan-exact",
+    "dynamic",
+    "dynamic-pre",
+    "policy-plan",
+    "think",
+    "razor",
+    "h2o",
+]
+UNHELD = ["dynamic", "dynamic-pre", "policy-plan", "think", "razor", "h2o"]  # they do not hold padding, nor what a mask hides
+NOISE = {"int8": 0.2, "kivi8": 0.2, "kivi8-plan": 0.2, "hadamard8": 0.2}
+
+
+@torch.no_grad()
+def stock_logits(ids, mask, name="llama", positions=None):
+    """transformers' eager attention under the same mask, written as what is added to the scores."""
+    added = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+    return pico.stock(name)(ids, attention_mask=added, position_ids=positions, use_cache=False).logits
+
+
+@torch.no_grad()
+def fed(model, ids, mask, cache, splits=(), positions=None):
+    out, start = [], 0
+    for size in [*splits, ids.shape[1] - sum(splits)]:
+        stop = start + size
+        own = mask[:, :, start:stop, :stop]
+        at = None if positions is None else positions[:, start:stop]
+        out.append(model(ids[:, start:stop], attention_mask=own, position_ids=at, past_key_values=cache).logits)
+        start = stop
+    return torch.cat(out, 1)
+
+
+def causal(n):
+    return torch.ones(n, n, dtype=torch.bool).tril()
+
+
+def documents(*sizes):
+    number = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    return (causal(sum(sizes)) & (number.unsqueeze(1) == number))[None, None]
+
+
+def windowed(n, width):
+    at = torch.arange(n)
+    return (causal(n) & (at.unsqueeze(1) - at < width))[None, None]
+
+
+MASKS = {
+    "documents": documents(70, 41, 9),
+    "window": windowed(120, 24),
+    "last sees itself": documents(119, 1),
+    "strangers": causal(120).logical_and(torch.arange(120) % 7 != 3).logical_or(torch.eye(120, dtype=torch.bool))[None, None],
+}
+
+
+@pytest.mark.parametrize("which", MASKS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mask_of_the_users_own_gives_stock_logits(kind, which):
+    """That the newest query does not see a token says nothing about it: no document or window is lost."""
+    ids, mask, model = prompt(120, 2), MASKS[which], attached("llama")
+    cache = cache_of(kind, model)
+    got, want = fed(model, ids, mask, cache), stock_logits(ids, mask.expand(2, -1, -1, -1))
+    assert (got - want).abs().max() <= NOISE.get(kind, 2e-4)
+    assert cache.nbytes() == cache.predicted_nbytes()
+
+
+@pytest.mark.parametrize("which", MASKS)
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in UNHELD])
+def test_and_so_it_does_in_turns(kind, which):
+    ids, mask, model = prompt(120, 2), MASKS[which], attached("llama")
+    got = fed(model, ids, mask, cache_of(kind, model), [33, 50, 1, 30])
+    assert (got - stock_logits(ids, mask.expand(2, -1, -1, -1))).abs().max() <= NOISE.get(kind, 2e-4)
+
+
+@pytest.mark.parametrize("kind", UNHELD)
+def test_a_later_turn_that_hides_stored_tokens_is_refused(kind):
+    """Any query of it, not the first and the last alone."""
+    ids, model = prompt(120), attached("llama")
+    some = documents(120).clone()
+    some[:, :, 105, 3] = False
+    for mask, splits in ((MASKS["documents"], [70]), (MASKS["window"], [60]), (some, [100])):
+        cache = cache_of(kind, model)
+        with pytest.raises(LowkeyError, match=r"attention_mask: differs from that of earlier turns"):
+            fed(model, ids, mask, cache, splits)
+
+
+@pytest.mark.parametrize("kind", UNHELD)
+def test_a_step_without_the_mask_of_the_prompt_is_refused(kind):
+    """Stock attention would see the padding, which is not held here."""
+    model, cache = attached("llama"), cache_of(kind, attached("llama"))
+    mask, _ = padding([5, 0], 40)
+    with torch.no_grad():
+        model(prompt(40), attention_mask=mask, past_key_values=cache)
+        with pytest.raises(LowkeyError, match=r"attention_mask: differs from that of earlier turns"):
+            model(prompt(1), past_key_values=cache)
+
+
+@pytest.mark.parametrize("kind", ["kivi8", "kivi8-plan"])
+def test_blocks_do_not_show_padding_that_a_later_mask_reveals(kind):
+    model, cache = attached("llama"), cache_of(kind, attached("llama"))
+    mask, _ = padding([5, 0], 80)
+    with torch.no_grad():
+        model(prompt(80), attention_mask=mask, past_key_values=cache)
+        with pytest.raises(LowkeyError, match=r"attention_mask: shows tokens that were padding"):
+            model(prompt(1), past_key_values=cache)
+
+
+# -- shapes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_with_masks_of_their_own_are_refused_by_name_and_equal_ones_pass(kind):
+    ids, model = prompt(40), attached("llama")
+    mask = documents(40).expand(2, 8, 40, 40)  # 8 query heads; strides of 0
+    want = stock_logits(ids, mask)
+    for same in (mask, mask.clone(), mask[:1], mask[:, :1], mask.mT.contiguous().mT):
+        assert (fed(model, ids, same, cache_of(kind, model)) - want).abs().max() <= NOISE.get(kind, 2e-4)
+    for head in (0, 7):
+        apart = mask.clone()
+        apart[1, head, 20:, :5] = False
+        with pytest.raises(LowkeyError, match=r"attention_mask: its heads differ"):
+            fed(model, ids, apart, cache_of(kind, model))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(2, 1, 40, 39), (2, 1, 40, 41), (3, 1, 40, 40), (2, 3, 40, 40), (2, 1, 39, 40), (2, 1, 1, 40)])
+def test_masks_of_another_shape_are_refused(kind, shape):
+    with torch.no_grad(), pytest.raises(LowkeyError, match="attention_mask"):
+        attached("llama")(prompt(40), attention_mask=torch.ones(shape, dtype=torch.bool), past_key_values=cache_of(kind, attached("llama")))
+
+
+def test_under_soft_capping_a_stock_cache_honours_the_mask_of_every_head():
+    """SDPA would do so for other families; this one goes through our own attention."""
+    ids, mask = prompt(14), causal(14).expand(2, 8, 14, 14).clone()
+    mask[0, 1::2, 8:, :5] = False
+    mask[1, 0, 8:, 3:5] = False
+    want = stock_logits(ids, mask, "gemma2")
+    for cache in (None, make_cache(attached("gemma2"))):
+        with torch.no_grad():
+            got = attached("gemma2")(ids, attention_mask=mask, past_key_values=cache).logits
+        assert (got - want).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_queries_that_see_nothing_give_numbers(kind):
+    """Those of left padding, up to a row of a single token; and of the user's own masks."""
+    model, cache = attached("llama"), cache_of(kind, attached("llama"))
+    mask, positions = padding([39, 0], 40)
+    with torch.no_grad():
+        out = model(prompt(40), attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+        alone = model(prompt(40)[:1, 39:]).logits
+    assert out.isfinite().all() and (out[0, 39] - alone[0, 0]).abs().max() <= NOISE.get(kind, 2e-4)
+
+
+# -- rows are counted from their own first token
+
+
+def small(name, **options):
+    options |= {"channels": 1.0} if name == "think" else {}  # which rotated channels are weak depends on where the rotation began
+    policy = POLICIES[name]("30%", sinks=3, recent=4, **options)
+    return dataclasses.replace(policy, allocator=policy.split().fitted(HEADS))
+
+
+def continued(name, ids, mask, positions, more, every, pad=0):
+    """(kept positions of every layer, the logits of `more` steps): prompt in chunks, the first of 30 tokens and padding, then steps."""
+    model, cache = attached("llama"), make_cache(attached("llama"), policy=small(name, every=every))
+    seen, logits = 0, []
+    whole = torch.cat([ids, more], 1)
+    with torch.no_grad():
+        for size in [pad + 30, ids.shape[1] - pad - 30, *[1] * more.shape[1]]:
+            at = None if positions is None else positions[:, seen : seen + size]
+            own = None if mask is None else mask[:, : seen + size]
+            seen += size
+            logits.append(model(whole[:, seen - size : seen], attention_mask=own, position_ids=at, past_key_values=cache).logits)
+    kept = [[p.tolist() for p in layer.kept_positions(row)] for layer in cache.evicting for row in range(len(ids))]
+    return kept, torch.cat(logits[2:], 1)
+
+
+@pytest.mark.parametrize("name", FED)
+@pytest.mark.parametrize("every", [0, 2])
+def test_a_row_is_counted_from_its_first_token(name, every):
+    """The same text at position 0, behind padding that position_ids do not know of, and from 1000 on: rotary attention is relative, so
+    the same tokens are kept and the same logits come."""
+    ids, more = (1 + torch.randperm(96, generator=torch.Generator().manual_seed(0))[:55]).unsqueeze(0).split([50, 5], 1)  # no ties
+    kept, logits = continued(name, ids, None, None, more, every)
+    assert all({0, 1, 2} <= set(p) for p in itertools.chain(*kept)) and sum(map(len, itertools.chain(*kept))) < 12 * 40
+    padded = torch.cat([torch.full((1, 17), 5), ids], 1)
+    places = {
+        "padded": (padded, torch.arange(72).unsqueeze(0) >= 17, None, 17),
+        "late": (ids, None, 1000 + torch.arange(55).unsqueeze(0), 1000),
+    }
+    for where, (row, mask, positions, begins) in places.items():
+        mask = None if mask is None else mask.long()
+        others, again = continued(name, row, mask, positions, more, every, row.shape[1] - 50)
+        assert [[[i - begins for i in p] for p in heads] for heads in others] == kept, where
+        assert (again - logits).abs().max() < 5e-3, where
+
+
+def test_a_budget_of_tokens_spends_none_on_padding():
+    """Rows of 60 and 20 tokens, without position_ids: half of each is kept."""
+    model, cache = attached("llama"), make_cache(attached("llama"), policy=POLICIES["snapkv"]("50%", sinks=2, recent=2))
+    with torch.no_grad():
+        model(prompt(60), attention_mask=padding([0, 40], 60)[0], past_key_values=cache)
+    assert [[len(p) for p in cache.kept_positions(0, row)] for row in range(2)] == [[30] * 4, [10] * 4]
+    assert all(p.min() == 40 for p in cache.kept_positions(0, 1))
+
+
+def test_after_a_load_rows_are_counted_as_before(tmp_path):
+    model, mask = attached("llama"), padding([0, 25], 50)[0]
+    cache = make_cache(model, policy=small("snapkv"))
+    with torch.no_grad():
+        model(prompt(50), attention_mask=mask, past_key_values=cache)
+    cache.save(tmp_path / "c")
+    loaded, more, longer = lowkey.load_cache(tmp_path / "c", model), prompt(30, seed=4), padding([0, 25], 80)[0]
+    with torch.no_grad():
+        want, got = (model(more, attention_mask=longer, past_key_values=c).logits for c in (cache, loaded))
+    assert torch.equal(want, got)
+    assert [p.tolist() for p in cache.kept_positions(1, 1)] == [p.tolist() for p in loaded.kept_positions(1, 1)]
