@@ -177,7 +177,7 @@ def test_calibration_is_not_done_with_dropout():
     [
         (lambda: POLICIES["snapkv"]("50%", window=0), "window 0"),
         (lambda: POLICIES["think"]("50%", looked=0), "looked 0"),
-        (lambda: Exact(prefill="Exact"), "prefill 'Exact' is unknown"),
+        (lambda: Exact(prefill="Exact"), "prefill 'Exact'"),
         (lambda: Exact(recent=-1), "recent -1"),
         (lambda: calibrate(pico.attached("llama"), pico.tokenizer(), []), "tokens are too few"),
     ],
