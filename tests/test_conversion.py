@@ -82,6 +82,8 @@ EXACT = [
     *[(name, {}, "mea", {"mea_num_component_heads": n}) for name, n in (("llama", 4), ("llama-mha", 8), ("qwen2", 2), ("qwen3", 4))],
     ("llama-mqa", {}, "mla", {"kv_lora_rank": D, "qk_rope_head_dim": D, "qk_nope_head_dim": 0}),
     ("llama-yarn", {"num_key_value_heads": 1}, "mla", {"kv_lora_rank": D, "qk_nope_head_dim": 0}),
+    *[("qwen2", {"num_key_value_heads": 1}, "mla", {"kv_lora_rank": D, "qk_nope_head_dim": n}) for n in (0, D)],
+    ("own", {**GATED, "qk_norm": False, "num_key_value_heads": 1, "attention_bias": True}, "mla", {"kv_lora_rank": 8}),
     *[(name, {"num_key_value_heads": 1, "rope_parameters": COOLED}, kind, fields) for name, kind, fields in WITH_TEMPERATURE],
     ("llama", {"tie_word_embeddings": True}, "mha", {}),
     ("llama", {"attention_bias": True, "mlp_bias": True}, "mea", {"mea_num_component_heads": 4}),
@@ -120,6 +122,20 @@ def test_a_latent_takes_biases_of_values_and_of_unrotated_keys() -> None:
     model = build("qwen2")
     for fields in ({"qk_rope_head_dim": 0}, {"qk_rope_head_dim": 4, "mla_rotate": False}):
         assert equal(model, convert(model, "mla", kv_lora_rank=64, **fields), still=True)
+
+
+def test_a_rotated_slice_takes_biases_of_keys() -> None:
+    """Heads that differ in phases alone, biases too: the slice is all of them."""
+    model, generator = build("qwen2"), torch.Generator().manual_seed(3)
+    for block in model.model.layers:
+        first, second = (block.self_attn.k_proj.weight.data.unflatten(0, (2, D)), block.self_attn.k_proj.bias.data.unflatten(0, (2, D)))
+        angle = torch.randn(D // 2, generator=generator, dtype=torch.float64)
+        for heads in (first, second.unsqueeze(-1)):
+            low, high = heads[0].chunk(2)
+            cos, sin = angle.cos().unsqueeze(1), angle.sin().unsqueeze(1)
+            heads[1] = torch.cat([low * cos - high * sin, high * cos + low * sin])
+    for n in (0, D):
+        assert equal(model, convert(model, "mla", kv_lora_rank=2 * D, qk_nope_head_dim=n))
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -382,7 +398,6 @@ REFUSED = [
     ("llama", {}, "mla", {"kv_lora_rank": 8, "qk_nope_head_dim": 5}, "give 16 or 0"),
     ("llama", {}, "mla", {"kv_lora_rank": 2 * 4 * D + 1}, "kv_lora_rank 129: must be at most 128"),
     ("llama", WIDE, "mla", {"kv_lora_rank": 8, "qk_rope_head_dim": 8}, "heads of width 16 alone"),
-    ("qwen2", {}, "mla", {"kv_lora_rank": 8}, "keys have biases"),
     ("qwen3", {}, "mla", {"kv_lora_rank": 8}, "norms its keys after their projection"),
     ("qwen3", {}, "mea", {"mea_num_component_heads": 2}, "normed apart"),
     ("qwen3", {}, "lrkv", {"lrkv_rank": 4, "lrkv_rope_mode": "latent"}, "normed apart"),

@@ -37,6 +37,8 @@ VARIANTS: dict[str, dict] = {
     "mla-absorbed": {**MLA, "decode": "absorbed"},
     "mla-narrow": {**MLA, "kv_lora_rank": 4},  # fewer operations absorbed, even for a whole text
     "mla-scaled": {**MLA, "mla_latent_scale": True, "q_lora_rank": 10},
+    "mla-bias": {**MLA, "attention_bias": True},
+    "mla-bias-absorbed": {**MLA, "attention_bias": True, "decode": "absorbed"},
     "mla-nope": {**MLA, "mla_rotate": False},
     "mla-no-slice": {**MLA, "qk_rope_head_dim": 0},
     "lrkv-full": LRKV,

@@ -18,6 +18,7 @@ class LatentAttention(Attention):
     Heads have n unrotated and e rotated dimensions, in this order, and values of v. expanded: keys and values of all heads are written out
     (prefill, training). absorbed: queries are carried into the latent, and outputs out of it, so that only latents are read; for t new
     tokens of s stored it takes fewer operations where t s (2 c - n - v) < (s - t) c (n + v).
+    attention_bias: of the down-map, as DeepSeek's code has it, and of the up-map (ours), so that biases of any source have a place.
     """
 
     def __init__(self, config: LowkeyConfig, layer_idx: int) -> None:
@@ -25,9 +26,9 @@ class LatentAttention(Attention):
         super().__init__(config, layer_idx, n + e, v)
         self.scaling *= temperature(config)
         self.num_key_value_groups = 1
-        self.kv_a_proj = self.linear(c + e, bias=False)
+        self.kv_a_proj = self.linear(c + e)
         self.kv_a_norm = PreciseRMSNorm(c, eps=config.rms_norm_eps) if config.mla_kv_norm else nn.Identity()
-        self.kv_b_proj = nn.Linear(c, self.heads * (n + v), bias=False)
+        self.kv_b_proj = nn.Linear(c, self.heads * (n + v), bias=config.attention_bias)
         self.latent_scale = (config.hidden_size / c) ** 0.5 if config.mla_latent_scale else 1.0
 
     def project(self, hidden: Tensor, query: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,14 +65,18 @@ class LatentAttention(Attention):
         return out[..., :v], weights
 
     def _absorbed(self, query: Tensor, stored: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
-        """stored (b, s, c + e): read once for all heads, as keys and, without the slice, as values."""
+        """stored (b, s, c + e): read once for all heads, as keys and, without the slice, as values. The up-map's bias adds the same to all
+        scores of a query, which weights do not show, and to each head's output."""
         n, _, c, v = _widths(self.config)
         up_keys, up_values = self.kv_b_proj.weight.view(self.heads, n + v, c).split([n, v], 1)
         carried = torch.cat((query[..., :n] @ up_keys, query[..., n:]), -1)  # (b, H, t, c + e)
         scores = (carried.flatten(1, 2) @ stored.mT).unflatten(1, (self.heads, -1))
         weights = self.weights(scores, call)
         latents = (weights.flatten(1, 2) @ stored[..., :c]).unflatten(1, (self.heads, -1))
-        return (latents @ up_values.mT).transpose(1, 2), weights
+        out = latents @ up_values.mT
+        if self.kv_b_proj.bias is not None:
+            out = out + weights.sum(-1, keepdim=True) * self.kv_b_proj.bias.view(self.heads, 1, n + v)[..., n:]
+        return out.transpose(1, 2), weights
 
     def effective(self) -> tuple[Tensor, Tensor]:
         """Keys on the n unrotated dimensions; the rotated ones are the key slice."""
@@ -89,11 +94,11 @@ class LatentAttention(Attention):
         (n, e, c, v), heads, hidden = _widths(config), config.num_attention_heads, config.hidden_size
         parameters, token = around(config, n + e, v)
         down, up = hidden * (c + e), heads * c * (n + v)
-        norm = c if config.mla_kv_norm else 0
+        others = (c if config.mla_kv_norm else 0) + (c + e + heads * (n + v) if config.attention_bias else 0)
         pair = heads * (n + e + max(v, n + e))  # values are padded to the keys' width
         absorbed = heads * (2 * c + e)
         reading = absorbed if _absorbs(config, MANY, MANY) else pair
-        total, token = parameters + down + up + norm, token + down
+        total, token = parameters + down + up + others, token + down
         if _absorbs(config, 1, MANY):
             return Costs(total, c + e, 2 * c + e, token + up, reading, token + up, absorbed)
         return Costs(total, c + e, c + e, token + up, reading, token, pair + up)

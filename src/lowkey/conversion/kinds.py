@@ -217,25 +217,28 @@ def latent(layer: Layer) -> Named:
     A model that rotates all channels has no exact form here, unless it has one KV head and the slice is as wide. The slice is
     `rotated_slice` of all KV heads at the frequencies that it has. What is left of keys goes into the latent unrotated: with
     qk_nope_head_dim = d all of it, with d - e the channels whose frequencies the slice lacks. The norm of latents is off.
-    Biases of values move into the output's, those of unrotated keys change no score; a bias of rotated keys has no place here.
+    Biases go where their weights go, whole: those of the slice to the down-map, all others to the up-map.
     """
     w, (heads, stored) = layer.weights, layer.weights.heads
-    d, bias, rotated = layer.config.head_dim, w.k[..., -1], layer.config.mla_rotate
+    d, rotated = layer.config.head_dim, layer.config.mla_rotate
     n, e, c = layer.config.qk_nope_head_dim, layer.config.qk_rope_head_dim, layer.config.kv_lora_rank
-    if bias.any() and e and rotated:
-        raise LowkeyError("attention 'mla': the source's keys have biases, which a rotated slice lacks; use 'gqa', 'mea' or 'lrkv'")
     kept, free = layer.rope.channels()
     turn, (slice_k,) = rotated_slice(w.k, 1, kept, layer.moment)
     rest_k, rest_q = (w.k - turn @ slice_k, w.q) if n == d else (w.k[:, free], w.q[:, free])
     turned_q = every(turn, heads).mT @ w.q
     scale = ((n + e) / d) ** 0.5 / temperature(layer.config)
     q = torch.cat([rest_q * layer.rope.scaling, turned_q * (1 if rotated else layer.rope.scaling)], 1) * scale
-    down, up = low_rank(torch.cat([rest_k, w.v], 1).flatten(0, 1)[:, :-1], layer.inputs, c)
+    rest = torch.cat([rest_k, w.v], 1)
+    down, up = low_rank(rest.flatten(0, 1)[:, :-1], layer.inputs, c)
     if layer.config.mla_latent_scale:
         down = down / (layer.config.hidden_size / c) ** 0.5
     up = every(up.mT.unflatten(0, (stored, -1)), heads)
-    found = around(layer, q, outward(layer, every(w.v[..., -1], heads)))
-    return found | {"kv_a_proj.weight": torch.cat([down, slice_k[:, :-1]]), "kv_b_proj.weight": up.flatten(0, 1)}
+    found = around(layer, q, w.o_bias)
+    found |= {"kv_a_proj.weight": torch.cat([down, slice_k[:, :-1]]), "kv_b_proj.weight": up.flatten(0, 1)}
+    if layer.config.attention_bias:
+        found["kv_a_proj.bias"] = torch.cat([slice_k.new_zeros(c), slice_k[:, -1]])
+        found["kv_b_proj.bias"] = every(rest[..., -1], heads).flatten()
+    return found
 
 
 def _turned(layer: Layer) -> Weights:
