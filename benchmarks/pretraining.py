@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey import files
-from lowkey.attention import LowkeyConfig, LowkeyForCausalLM, costs, model_parameters
+from lowkey.attention import LowkeyConfig, LowkeyForCausalLM, layer_costs, model_parameters
 from lowkey.conversion import Options, convert, input_moments
 from lowkey.loading import load
 from lowkey.pretraining import pretrain
@@ -214,7 +214,7 @@ def one(job: Job, out: Path, corpus: Path, held: Path) -> float:
         **asdict(job),
         "test_loss": test_loss(trained.model, trained.tokenizer, held.read_text(encoding="utf-8")),
         "parameters": sum(p.numel() for p in trained.model.parameters()),
-        "cache_numbers_per_token": costs(config).stored * config.num_hidden_layers,
+        "cache_numbers_per_token": sum(layer.stored for layer in layer_costs(config)),
         "result": trained.result,
     }
     files.write_json(folder / "measured.json", numbers)
@@ -266,7 +266,7 @@ def _draw(weight: Tensor, name: str, seed: int, std: float) -> None:
 def _matched_width(config: LowkeyConfig) -> int:
     """The feed-forward width that gives the arm as many parameters as MHA has, to the nearest."""
     wanted = LowkeyConfig(**{**SHAPE, "vocab_size": config.vocab_size, "attention": "mha"})
-    missing = model_parameters(wanted, costs(wanted)) - model_parameters(config, costs(config))
+    missing = model_parameters(wanted, layer_costs(wanted)) - model_parameters(config, layer_costs(config))
     return config.intermediate_size + round(missing / (3 * config.hidden_size * config.num_hidden_layers))
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import yarn_apply_mscale
-from variants import LAYERS, ONE_OF_EACH, UNROTATED, VARIANTS, VOCAB, attention, build, empty_cache, ids, logits
+from variants import LAYERS, ONE_OF_EACH, UNROTATED, VARIANTS, VOCAB, attention, build, config, empty_cache, ids, logits
 
 from lowkey.attention import register
 from lowkey.attention.modeling_lowkey import LowkeyForCausalLM
@@ -93,9 +93,8 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_pos
 def test_what_a_token_alone_reads_does_not_depend_on_rotation(name):
     """It sees itself only, so its output is its value, whatever rotations are scaled by."""
     plain, scaled = build(name), build(name, rope_parameters=YARN)
-    assert (
-        scaled.model.rotary_emb(torch.ones(1, 1, 1), torch.zeros(1, 1))[0].numel() == 0 or scaled.model.rotary_emb.attention_scaling > 1.2
-    )
+    rope = scaled.model.rotary_emb(torch.ones(1, 1, 1), torch.zeros(1, 1))
+    assert rope.cos.numel() == 0 or rope.scaling > 1.2
     assert close(logits(plain, ids(1)), logits(scaled, ids(1)), ROUNDED / 100)
 
 
@@ -264,7 +263,7 @@ assert not [m for m in sys.modules if m.split(".")[0] == "lowkey"]
 def test_a_checkpoint_loads_where_lowkey_is_not_installed(tmp_path):
     """The code lies beside the weights: a process that cannot import lowkey loads a kind of every file."""
     register()
-    models = {name: build(name) for name in ("gqa-controls", "mla", "lrkv-latent", "mea-fewer", "gta")}
+    models = {name: build(name) for name in ("gqa-controls", "mla", "lrkv-latent", "mea-fewer", "gta", "lrkv-some")}
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
         torch.save(ids(), tmp_path / name / "tokens.pt")
@@ -283,3 +282,25 @@ def test_a_checkpoint_loads_where_lowkey_is_not_installed(tmp_path):
 def test_every_layer_has_the_attention_that_was_asked_for():
     assert len(build("mla").model.layers) == LAYERS
     assert {type(layer.self_attn).__name__ for layer in build("mla").model.layers} == {"LatentAttention"}
+    assert [type(layer.self_attn).__name__ for layer in build("mla-some").model.layers] == ["LatentAttention", "LowRankKV"]
+    assert [type(layer.self_attn).__name__ for layer in build("mea-some").model.layers] == ["ExplicitAttention", "GroupedQuery"]
+
+
+HALVES = [("half", 48, range(11, 35)), ("half", 6, [1, 2, 3]), ("half", 4, [1, 2]), ("half", 2, [1])]
+
+
+@pytest.mark.parametrize(("layers", "count", "meant"), [*HALVES, ("deep", 48, range(3, 48)), ([3, 1], 4, [1, 3]), (None, 4, None)])
+def test_names_of_subsets_are_the_papers(layers, count, meant):
+    """arXiv:2601.19611: the 12th to the 35th of 48 layers, and all but the first three."""
+    found = config("mea", attention_layers=layers, num_hidden_layers=count).attention_layers
+    assert found == (None if meant is None else list(meant))
+
+
+def test_layers_left_out_follow_the_models_choice_of_a_kernel():
+    model = build("mea-some")
+    fused, other = logits(model, ids()), model.model.layers[1].self_attn
+    model.set_attn_implementation("eager")
+    assert other.whole is model.config and close(logits(model, ids()), fused, ROUNDED)
+    with torch.no_grad():
+        weights = model(ids(), output_attentions=True).attentions
+    assert [tuple(w.shape) for w in weights] == [(2, 4, 12, 12)] * 2

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 from variants import LRKV, MLA, ONE_OF_EACH, VARIANTS, attention, build, config, empty_cache, hidden, ids, logits
 
-from lowkey.attention import LowkeyConfig, LowkeyForCausalLM, costs, model_flops, model_parameters
+from lowkey.attention import LowkeyConfig, LowkeyForCausalLM, costs, layer_costs, model_bytes_per_token, model_flops, model_parameters
 from lowkey.attention.base import Call, heads_of
 
 each = pytest.mark.parametrize("name", VARIANTS)
@@ -62,16 +62,15 @@ def test_operations_of_a_model(name):
     model, tokens = LowkeyForCausalLM(widened(name)), torch.zeros(1, 160, dtype=torch.long)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(tokens, use_cache=False)
-    cost, layers = costs(model.config), model.config.num_hidden_layers
-    unseen = layers * (cost.prefill_flops(160, causal=False) - cost.prefill_flops(160))
-    assert counter.get_total_flops() - unseen == pytest.approx(model_flops(model.config, cost, 160), rel=0.01)
+    unseen = sum(cost.prefill_flops(160, causal=False) - cost.prefill_flops(160) for cost in layer_costs(model.config))
+    assert counter.get_total_flops() - unseen == pytest.approx(model_flops(model.config, layer_costs(model.config), 160), rel=0.01)
 
 
 @each
 def test_parameters_of_a_variant(name):
     model = build(name)
     assert sum(p.numel() for p in attention(model).parameters()) == costs(model.config).parameters
-    assert model.num_parameters() == model_parameters(model.config, costs(model.config))
+    assert model.num_parameters() == model_parameters(model.config, layer_costs(model.config))
 
 
 @each
@@ -82,11 +81,11 @@ def test_what_a_cache_holds(name):
     for past in (dynamic, static):
         with torch.no_grad():
             model(ids(11), past_key_values=past)
-    stored = costs(model.config).stored
-    assert [layer.keys.numel() + layer.values.numel() for layer in dynamic.layers] == [stored * 2 * 11] * 2
-    assert [layer.keys.numel() + layer.values.numel() for layer in static.layers] == [stored * 2 * 40] * 2
+    stored = [cost.stored for cost in layer_costs(model.config)]
+    assert [layer.keys.numel() + layer.values.numel() for layer in dynamic.layers] == [n * 2 * 11 for n in stored]
+    assert [layer.keys.numel() + layer.values.numel() for layer in static.layers] == [n * 2 * 40 for n in stored]
     held = sum(part.nbytes for layer in dynamic.layers for part in (layer.keys, layer.values))
-    assert held == 2 * 2 * 11 * costs(model.config).bytes_per_token(8)
+    assert held == 2 * 11 * model_bytes_per_token(layer_costs(model.config), 8)
 
 
 @each
@@ -103,7 +102,7 @@ def test_what_a_decoding_step_reads(name):
     out, _ = layer.attend(query[:, :, :1], *first, call(model, x, positions[:, :1]))
     by_scores, by_values = touched(weights, stored), touched(out, first)
     once = name.startswith("mla") and model.config.decode == "expanded"
-    digits = 3 if name.startswith("lrkv-full") else 0  # of a position: read, but weights are no smooth function of them
+    digits = 3 if name.startswith(("lrkv-full", "lrkv-some")) else 0  # of a position: read, but weights are no smooth function of them
     assert costs(model.config).read == digits + int((by_scores | by_values).sum() if once else by_scores.sum() + by_values.sum())
 
 
@@ -154,7 +153,7 @@ def shapes(draw):
 def test_parameters_and_stored_numbers_at_any_width(shape):
     model, past = without_memory(shape), DynamicCache(config=shape)
     cost = costs(shape)
-    assert model.num_parameters() == model_parameters(shape, cost)
+    assert model.num_parameters() == model_parameters(shape, layer_costs(shape))
     assert sum(p.numel() for p in attention(model).parameters()) == cost.parameters
     operations(model, 3, past)
     assert past.layers[0].keys.numel() + past.layers[0].values.numel() == 3 * cost.stored
@@ -224,6 +223,15 @@ def test_output_projections_at_zero_make_all_kinds_start_alike(name):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
+        ({"attention_layers": []}, ["attention_layers []", "0 to 31", "half or deep"]),
+        ({"attention_layers": [1, 1]}, ["attention_layers [1, 1]", "each once"]),
+        ({"attention_layers": [32]}, ["attention_layers [32]", "0 to 31"]),
+        ({"attention_layers": [True]}, ["attention_layers [True]", "0 to 31"]),
+        ({"attention_layers": "most"}, ["attention_layers 'most'", "half or deep"]),
+        ({"attention_layers": "deep", "num_hidden_layers": 3}, ["attention_layers []", "0 to 2"]),
+        ({"other_attention": {"attention": "mla"}}, ["other_attention", "give that too"]),
+        ({"attention_layers": [0], "other_attention": {"heads": 3}}, ["'heads' is no field", "num_key_value_heads"]),
+        ({"attention_layers": [0], "other_attention": {"attention": "mla"}}, ["kv_lora_rank None", "'mla' needs"]),
         ({"attention": "mla2"}, ["attention 'mla2'", "choose one of", "lrkv"]),
         ({"lrkv_rope_mode": "half"}, ["lrkv_rope_mode 'half'", "choose one of", "latent"]),
         ({"head_norm": "both"}, ["head_norm 'both'", "choose one of", "shared"]),

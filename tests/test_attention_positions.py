@@ -91,7 +91,15 @@ LLAMA = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_fact
 LLAMA |= {"original_max_position_embeddings": LIMIT}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 8.0}
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": LIMIT}
-WIDE = [name for name in VARIANTS if not config(name).narrow_rope_width and config(name).rope_width]  # longrope has one list of factors
+
+
+def one_width(name: str) -> bool:
+    """Whether all rotated parts are of the same width: longrope has one list of factors."""
+    kinds = [found for found in (config(name), config(name).others) if found is not None]
+    return not any(found.narrow_rope_width for found in kinds) and len({found.rope_width for found in kinds} | {0}) == 2
+
+
+WIDE = [name for name in VARIANTS if one_width(name)]
 
 
 def scaled(name: str, rope: dict, **overrides: object) -> LowkeyForCausalLM:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from lowkey.attention import LowkeyConfig, LowkeyForCausalLM, register
 from lowkey.cli import app
-from lowkey.conversion import Options, convert, gauge, input_moments, kinds, source, starting_loss
+from lowkey.conversion import Loss, Options, convert, describe, gauge, input_moments, kinds, source, starting_loss
 from lowkey.loading import load
 from lowkey.types import LowkeyError
 
@@ -100,6 +100,37 @@ def test_the_start_is_the_source_where_nothing_is_lost(name: str, overrides: dic
     made = convert(model, kind, **fields)
     assert made.config.attention == kind and made.dtype == torch.float64 and not made.training
     assert equal(model, made)
+
+
+SUBSET = [
+    ("llama", {}, "mea", {"mea_num_component_heads": 4, "attention_layers": "half"}),
+    ("qwen2", {}, "lrkv", {"lrkv_rank": 3, "num_key_value_heads": 2, "attention_layers": [0, 2]}),
+    ("qwen3", {}, "gqa", {"num_key_value_heads": 8, "attention_layers": [2]}),
+    ("llama-mqa", {}, "mla", {"kv_lora_rank": D, "qk_nope_head_dim": 0, "attention_layers": [0]}),
+    ("own", GATED, "mea", {"mea_num_component_heads": 4, "attention_layers": [1]}),
+]
+
+
+@pytest.mark.parametrize(("name", "overrides", "kind", "fields"), SUBSET)
+def test_layers_left_out_stay_as_they_are(name: str, overrides: dict, kind: str, fields: dict) -> None:
+    model = build(name, **overrides)
+    assert equal(model, convert(model, kind, **fields))
+
+
+@pytest.mark.parametrize(("layers", "meant"), [("half", [1]), ([2], [2]), ([0, 1, 2], [0, 1, 2])])
+def test_a_conversion_of_some_layers_is_the_whole_one_there(layers: object, meant: list[int]) -> None:
+    """By module: a layer that is named is the one of a conversion of all layers, any other is the source's, to the bit."""
+    model = build("llama").float()
+    some, every = (convert(model, "mea", mea_num_component_heads=2, **f) for f in ({"attention_layers": layers}, {}))
+    for i in range(pico.LAYERS):
+        found, want = some.model.layers[i].self_attn.state_dict(), every.model.layers[i].self_attn.state_dict()
+        want = want if i in meant else model.model.layers[i].self_attn.state_dict()
+        assert found.keys() == want.keys() and all(torch.equal(found[key], want[key]) for key in want)
+    past = DynamicCache(config=some.config)
+    some(IDS, past_key_values=past)
+    stored = [(2 if i in meant else 4) * D * 2 * IDS.numel() for i in range(pico.LAYERS)]
+    assert [layer.keys.numel() + layer.values.numel() for layer in past.layers] == stored
+    assert describe(model, some, Loss(1, 1), Loss(1, 1), {})["cache_bytes_per_token"]["converted"] == 4 * sum(stored) // IDS.numel()
 
 
 STILL = [
@@ -406,6 +437,9 @@ REFUSED = [
     ("own", {**GATED, "attention_bias": True}, "lrkv", {"lrkv_rank": 2}, "none can be moved"),
     ("own", GATED, "mha", {"head_norm": "shared"}, "the source has 'own'"),
     ("own", {"attention": "lrkv", "lrkv_rank": 2}, "mha", {}, "attention 'lrkv' cannot be converted"),
+    ("own", {"attention": "mha", "attention_layers": [0]}, "mha", {}, "layers must be of one kind"),
+    ("llama", {}, "mea", {"mea_num_component_heads": 2, "attention_layers": "most"}, "attention_layers 'most': must be of type list"),
+    ("llama", {}, "mea", {"mea_num_component_heads": 2, "attention_layers": [7]}, r"layers 0 to 2, each once, or half or deep"),
     ("llama", {}, "mla", {"kv_lora_rank": 8, "options": ALIGNED}, "does not mix heads"),
     ("llama", {}, "mea", {"mea_num_component_heads": 2, "options": Options(heads="first")}, "pools none"),
     ("llama", {}, "mha", {"options": Options(frequencies="spread")}, "rotated whole"),
@@ -470,7 +504,18 @@ SMALL = ("--context", 64, "--windows", 4)
 WAYS = {
     "lrkv": ("-O", "lrkv_rank=4", "--whiten", "--basis", "aligned"),
     "mea": ("-O", "mea_num_component_heads=2", "-O", "head_norm=shared"),
-    "mla": ("-O", "kv_lora_rank=24", "-O", "qk_rope_head_dim=8", "-O", "mla_rotate=true", "--frequencies", "spread"),
+    "mla": (
+        "-O",
+        "kv_lora_rank=24",
+        "-O",
+        "qk_rope_head_dim=8",
+        "-O",
+        "mla_rotate=true",
+        "-O",
+        "attention_layers=0,2-2",
+        "--frequencies",
+        "spread",
+    ),
     "gqa": ("-O", "num_key_value_heads=2", "--heads", "first"),
 }
 
@@ -517,6 +562,7 @@ def test_the_command_prints_a_table_and_replaces_only_when_told(tmp_path: Path) 
 WRONG = [
     (("--attention", "mha", "--calibration", "x.txt"), "is for --whiten"),
     (("--attention", "gqa", "-O", "num_key_value_heads=two"), "must be a whole number"),
+    (("--attention", "mqa", "-O", "attention_layers=1-x"), "must be layers like 3-8,11, or half or deep"),
     (("--attention", "gqa", "-O", "num_key_value_heads=\u00b2"), "must be a whole number"),
     (("--attention", "mla", "-O", "mla_rotate=maybe"), "must be true or false"),
     (("--attention", "mha", "--data", "missing.txt"), "no such file"),

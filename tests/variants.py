@@ -62,6 +62,9 @@ VARIANTS: dict[str, dict] = {
     "mea-orthogonal": {"attention": "mea", "mea_num_component_heads": 2, "mea_hlc_init": "orthogonal", "qk_norm": True},
     "gta": {"attention": "gta", "num_key_value_heads": 2, "qk_norm": True},
     "gta-no-slice": {"attention": "gta", "num_key_value_heads": 2, "qk_rope_head_dim": 0},
+    "mea-some": {"attention": "mea", "num_key_value_heads": 2, "mea_num_component_heads": 1, "attention_layers": [0]},
+    "lrkv-some": {**LRKV, "attention_layers": [0], "other_attention": MLA},
+    "mla-some": {**MLA, "attention_layers": [0], "other_attention": {**LRKV, "lrkv_rope_mode": "latent", "num_key_value_heads": 2}},
     "k_eq_v": {"attention": "k_eq_v", "num_key_value_heads": 2},
     "k_eq_v-partial": {"attention": "k_eq_v", "num_key_value_heads": 2, "qk_rope_head_dim": 4, "qk_norm": True},
 }

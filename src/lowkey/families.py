@@ -89,7 +89,9 @@ def family(config: PreTrainedConfig) -> Family:
 def stores_its_own(config: PreTrainedConfig) -> bool:
     """Whether attention keeps something else than rotated keys and values of every head: then nothing of ours stands in for its cache."""
     config = config.get_text_config()
-    return config.model_type == OWN and (config.attention not in GROUPED or config.q_lora_rank is not None)
+    if config.model_type != OWN:
+        return False
+    return config.attention not in GROUPED or config.attention_layers is not None or config.q_lora_rank is not None
 
 
 def geometry(model: PreTrainedModel) -> Geometry:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lowkey.attention.configuration_lowkey import GROUPED, KINDS, LowkeyConfig
-from lowkey.attention.costs import Costs, model_flops, model_parameters
-from lowkey.attention.modeling_lowkey import ATTENTION, LowkeyForCausalLM, LowkeyModel, costs
+from lowkey.attention.configuration_lowkey import GROUPED, KINDS, SUBSETS, LowkeyConfig
+from lowkey.attention.costs import Costs, model_bytes_per_token, model_flops, model_parameters
+from lowkey.attention.modeling_lowkey import ATTENTION, LowkeyForCausalLM, LowkeyModel, costs, layer_costs
 
 
 def register() -> None:
@@ -31,7 +31,10 @@ __all__ = [
     "LowkeyConfig",
     "LowkeyForCausalLM",
     "LowkeyModel",
+    "SUBSETS",
     "costs",
+    "layer_costs",
+    "model_bytes_per_token",
     "model_flops",
     "model_parameters",
     "register",

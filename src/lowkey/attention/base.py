@@ -26,13 +26,15 @@ Turn = tuple[Tensor, Tensor]  # cos and sin, each (b, t, width)
 
 class Rope(NamedTuple):
     """How one call turns: cos and sin (b|1, t, width) of the new tokens; frequencies (width / 2) and scaling, which they were made of, so
-    that stored tokens can be turned alike; narrow: cos and sin of the new tokens at the width of latents, where those are rotated too."""
+    that stored tokens can be turned alike; narrow: cos and sin of the new tokens at the width of latents, where those are rotated too;
+    other: of the layers with another attention, where there are some."""
 
     cos: Tensor
     sin: Tensor
     frequencies: Tensor
     scaling: float
     narrow: Turn | None
+    other: Rope | None = None
 
     def at(self, positions: Tensor, like: Tensor) -> Turn:
         """cos and sin of other positions (b, s), in the dtype of `like`."""
@@ -87,9 +89,21 @@ class PreciseRMSNorm(nn.RMSNorm):
         return super().forward(x.to(self.weight.dtype))
 
 
+class TwoRotations(nn.Module):
+    """Of two kinds of layers, each with its own rotary embedding."""
+
+    def __init__(self, own: nn.Module, other: nn.Module) -> None:
+        super().__init__()
+        self.own, self.other = own, other
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> Rope:
+        return self.own(x, position_ids)._replace(other=self.other(x, position_ids))
+
+
 def rotary(config: LowkeyConfig) -> nn.Module:
     """The decoder's rotary embedding. Of no dimensions it is another module: transformers takes 0 for "not given"."""
-    return KindRotaryEmbedding(config, config.rope_width, config.narrow_rope_width) if config.rope_width else NoRotation()
+    own = KindRotaryEmbedding(config, config.rope_width, config.narrow_rope_width) if config.rope_width else NoRotation()
+    return own if (others := config.others) is None else TwoRotations(own, rotary(others))
 
 
 def rotate(x: Tensor, rope: Rope | Turn, back: bool = False) -> Tensor:
@@ -240,8 +254,10 @@ class OutputProjection(nn.Linear):
 class Attention(nn.Module, ABC):
     """One layer's attention. A variant says what it stores, how queries meet it, and what that costs.
 
-    key_width: dimensions of a query head; value_width: of a head's output.
+    config: of this layer's kind. key_width: dimensions of a query head; value_width: of a head's output.
     """
+
+    whole: LowkeyConfig | None = None  # the model's configuration, where this layer is one of the others
 
     def __init__(self, config: LowkeyConfig, layer_idx: int, key_width: int | None = None, value_width: int | None = None) -> None:
         super().__init__()
@@ -274,7 +290,9 @@ class Attention(nn.Module, ABC):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states (b, t, D) -> the same shape, and the weights (b, H, t, s) where they were formed."""
-        call = Call(attention_mask, position_embeddings, position_ids, past_key_values is not None, kwargs)
+        rope = position_embeddings if self.whole is None else position_embeddings.other
+        assert rope is not None
+        call = Call(attention_mask, rope, position_ids, past_key_values is not None, kwargs)
         query, keys, values = self.project(hidden_states, self.q_norm(heads_of(self.q_proj(hidden_states), self.heads)), call)
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.layer_idx)
@@ -317,7 +335,8 @@ class Attention(nn.Module, ABC):
 
     def dense(self, query: Tensor, keys: Tensor, values: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
         """transformers' attention function over written-out keys and values."""
-        function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        chosen = (self.whole or self.config)._attn_implementation  # of the model, whose user may change it
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
         return function(
             self, query, keys, values, call.mask, dropout=dropout, scaling=self.scaling, position_ids=call.positions, **call.extra

@@ -6,6 +6,8 @@ This folder imports nothing of lowkey and only from its own files by relative im
 
 from __future__ import annotations
 
+import copy
+
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
@@ -16,6 +18,12 @@ ROPE_MODES = ("full", "latent", "partial")
 HEAD_NORMS = ("none", "shared", "own")
 HLC_INITS = ("identity", "orthogonal")
 DECODES = ("auto", "absorbed", "expanded")
+SUBSETS = ("half", "deep")
+SHARED = (  # by all layers, whatever their attention
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim", "hidden_act"),
+    *("max_position_embeddings", "initializer_range", "rms_norm_eps", "rope_parameters", "attention_bias", "attention_dropout"),
+    *("mlp_bias", "q_lora_rank", "qk_norm", "attn_output_gate", "zero_init_output", "decode"),
+)
 
 
 @strict
@@ -28,6 +36,11 @@ class LowkeyConfig(LlamaConfig):
     zero, so that all kinds start alike. decode: how latents and component heads are read: `auto` (by operations, as each kind says),
     `absorbed`, `expanded`. For every kind but mla, which norms its latents: qk_norm: RMSNorm of queries and keys per head, before
     rotation, with a weight (Qwen3).
+
+    attention_layers: the layers that have `attention`, counted from 0, where not all do; by name as in arXiv:2601.19611,
+    section 5.2: `half`, the middle half (the 12th to 35th of 48), `deep`, all but the first three.
+    other_attention: fields of all other layers, by default grouped-query attention with as many stored heads as mea has
+    composite heads, else with as many as query heads.
 
     num_key_value_heads: stored heads of gqa, gta and k_eq_v, composite heads of mea, shared bases of lrkv (default 1 there), 1 for mqa.
     mla (arXiv:2405.04434): kv_lora_rank c, qk_nope_head_dim n, qk_rope_head_dim e, v_head_dim v; mla_latent_scale: normed latents times
@@ -46,6 +59,8 @@ class LowkeyConfig(LlamaConfig):
     base_model_pp_plan = None
 
     attention: str = "gqa"
+    attention_layers: list | str | None = None
+    other_attention: dict | None = None
     q_lora_rank: int | None = None
     qk_norm: bool = False
     attn_output_gate: bool = False
@@ -77,7 +92,17 @@ class LowkeyConfig(LlamaConfig):
             self.qk_nope_head_dim = self.head_dim if self.qk_nope_head_dim is None else self.qk_nope_head_dim
         if self.qk_rope_head_dim is None:
             self.qk_rope_head_dim = self.head_dim if self.attention == "k_eq_v" else self.head_dim // 2
+        self.attention_layers = subset(self.attention_layers, self.num_hidden_layers)
         super().__post_init__(**kwargs)
+
+    @property
+    def others(self) -> LowkeyConfig | None:
+        """The configuration of the layers that `attention_layers` leaves out; None where there are none. A new one at each call."""
+        if self.attention_layers is None:
+            return None
+        stored = self.num_key_value_heads if self.attention == "mea" else self.num_attention_heads
+        given = {name: copy.deepcopy(getattr(self, name)) for name in SHARED}
+        return LowkeyConfig(**given | (self.other_attention or {"attention": "gqa", "num_key_value_heads": stored}))
 
     @property
     def rope_width(self) -> int:
@@ -104,6 +129,7 @@ class LowkeyConfig(LlamaConfig):
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
+        self._validate_layers()
         self._validate_heads()
         if self.attention == "mla":
             self._validate_mla()
@@ -112,6 +138,21 @@ class LowkeyConfig(LlamaConfig):
         self._validate_rope()
         if self.q_lora_rank is not None and self.q_lora_rank < 1:
             raise ValueError(f"q_lora_rank {self.q_lora_rank}: the width of a latent is at least 1; leave it out for queries without one")
+
+    def _validate_layers(self) -> None:
+        layers, other = self.attention_layers, self.other_attention
+        if layers is None:
+            if other is not None:
+                raise ValueError(f"other_attention {other}: is for layers that attention_layers leaves out; give that too")
+            return
+        count = self.num_hidden_layers
+        if not layers or any(type(i) is not int or not 0 <= i < count for i in layers) or len(set(layers)) < len(layers):
+            names = " or ".join(SUBSETS)
+            raise ValueError(f"attention_layers {layers!r}: give some of the layers 0 to {count - 1}, each once, or {names}")
+        known = {*LowkeyConfig.__annotations__, "num_key_value_heads", "rope_parameters"} - {"attention_layers", "other_attention"}
+        for name in sorted(set(other or {}) - known):
+            raise ValueError(f"other_attention: {name!r} is no field of an attention; give some of {', '.join(sorted(known))}")
+        _ = self.others  # refuses what cannot be built
 
     def _validate_rope(self) -> None:
         width = self.rope_width
@@ -162,3 +203,13 @@ class LowkeyConfig(LlamaConfig):
                 "decode 'absorbed': keys rotated at full width cannot be read without rebuilding them (rotation and the up-map do not "
                 "commute); use decode='auto', or lrkv_rope_mode='latent' or 'partial'"
             )
+
+
+def subset(layers: list | str | None, count: int) -> list | None:
+    """Indices of the layers of a model of `count`, in order; names that are not known stay, to be refused."""
+    if layers == "half":
+        start = max(1, (count - count // 2 - 1) // 2)
+        return list(range(start, start + count // 2))
+    if layers == "deep":
+        return list(range(3, count))
+    return sorted(layers) if isinstance(layers, list) and all(type(i) is int for i in layers) else layers

@@ -5,6 +5,7 @@ Conventions: 2 operations per multiply-accumulate (MAC), forward only; softmax, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from .configuration_lowkey import LowkeyConfig
@@ -54,15 +55,20 @@ def around(config: LowkeyConfig, key_width: int, value_width: int) -> tuple[int,
     return macs + norms + biases, macs
 
 
-def model_parameters(config: LowkeyConfig, attention: Costs) -> int:
-    """Numbers trained in the whole model."""
+def model_parameters(config: LowkeyConfig, layers: Sequence[Costs]) -> int:
+    """Numbers trained in the whole model, of the layers' costs."""
     hidden, wide = config.hidden_size, config.intermediate_size
-    block = attention.parameters + 3 * hidden * wide + 2 * hidden + (2 * wide + hidden if config.mlp_bias else 0)
+    block = 3 * hidden * wide + 2 * hidden + (2 * wide + hidden if config.mlp_bias else 0)
     embeddings = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
-    return config.num_hidden_layers * block + embeddings + hidden
+    return sum(layer.parameters + block for layer in layers) + embeddings + hidden
 
 
-def model_flops(config: LowkeyConfig, attention: Costs, tokens: int) -> int:
+def model_flops(config: LowkeyConfig, layers: Sequence[Costs], tokens: int) -> int:
     """One forward pass over `tokens` tokens of one text, logits of all of them included. Training takes three times as many."""
     rest = 3 * config.hidden_size * config.intermediate_size * config.num_hidden_layers + config.vocab_size * config.hidden_size
-    return config.num_hidden_layers * attention.prefill_flops(tokens) + 2 * rest * tokens
+    return sum(layer.prefill_flops(tokens) for layer in layers) + 2 * rest * tokens
+
+
+def model_bytes_per_token(layers: Sequence[Costs], itemsize: int) -> int:
+    """Cache bytes per token of all layers, in numbers of `itemsize` bytes."""
+    return sum(layer.bytes_per_token(itemsize) for layer in layers)

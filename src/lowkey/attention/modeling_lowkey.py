@@ -27,8 +27,17 @@ ATTENTION: dict[str, type[Attention]] = {
 
 
 def costs(config: LowkeyConfig) -> Costs:
-    """What one layer's attention takes under this configuration."""
+    """What one layer's attention takes under this configuration: one of `attention_layers`, where these are not all."""
     return ATTENTION[config.attention].costs(config)
+
+
+def layer_costs(config: LowkeyConfig) -> list[Costs]:
+    """What the attention of every layer takes, one after another."""
+    own, others = costs(config), config.others
+    if others is None:
+        return [own] * config.num_hidden_layers
+    other = costs(others)
+    return [own if i in config.attention_layers else other for i in range(config.num_hidden_layers)]
 
 
 class LowkeyDecoderLayer(LlamaDecoderLayer):
@@ -37,7 +46,10 @@ class LowkeyDecoderLayer(LlamaDecoderLayer):
     def __init__(self, config: LowkeyConfig, layer_idx: int) -> None:
         super(LlamaDecoderLayer, self).__init__()  # Llama's own would build an attention that is not wanted
         self.hidden_size = config.hidden_size
-        self.self_attn = ATTENTION[config.attention](config, layer_idx)
+        own = config if config.attention_layers is None or layer_idx in config.attention_layers else config.others
+        self.self_attn = ATTENTION[own.attention](own, layer_idx)
+        if own is not config:
+            self.self_attn.whole = config
         self.mlp = LlamaMLP(config)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

@@ -12,6 +12,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey import files, text
+from lowkey.attention import SUBSETS
 from lowkey.calibrate import Sample
 from lowkey.commands.common import AsJson, Calibration, Device, Dtype, Force, Model, Seed, at_least, err, options_of
 from lowkey.conversion import BASES, CONVERSIONS, FIELDS, FREQUENCIES, HEADS, Options, describe, input_moments, save, starting_loss
@@ -25,7 +26,7 @@ from lowkey.types import LowkeyError
 
 Fields = Annotated[
     list[str] | None,
-    typer.Option("--option", "-O", help="a field of the attention, like lrkv_rank=12, num_key_value_heads=2 or kv_lora_rank=160"),
+    typer.Option("--option", "-O", help="a field of the attention, like lrkv_rank=12, kv_lora_rank=160 or attention_layers=half"),
 ]
 
 
@@ -88,14 +89,26 @@ def fields_of(attention: str, given: dict[str, str]) -> dict[str, Any]:
     return {name: _value(name, value, known.get(name, str)) for name, value in given.items()}
 
 
-def _value(name: str, value: str, kind: type) -> int | bool | str:
+def _value(name: str, value: str, kind: type) -> int | bool | str | list[int]:
     if kind is int and value.removeprefix("-").isdecimal():
         return int(value)
     if kind is bool and value.lower() in ("true", "false"):
         return value.lower() == "true"
-    if kind is str:
+    if kind is str or value in SUBSETS:
         return value
+    if kind is list:
+        return _layers(name, value)
     raise LowkeyError(f"option {name}={value}: must be {'a whole number' if kind is int else 'true or false'}")
+
+
+def _layers(name: str, value: str) -> list[int]:
+    found: list[int] = []
+    for part in value.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or len(first + last) > 9:
+            raise LowkeyError(f"option {name}={value}: must be layers like 3-8,11, or {' or '.join(SUBSETS)}")
+        found += range(int(first), min(int(last or first), 10**5) + 1)
+    return found
 
 
 def _show(record: dict[str, Any], out: Path, as_json: bool) -> None:

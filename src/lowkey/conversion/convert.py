@@ -33,7 +33,8 @@ def convert(
     """The model with another attention, in its dtype, on its device and in eval mode; `model` stays as it is. Nothing is trained.
 
     attention: one of CONVERSIONS. fields: what LowkeyConfig calls the sizes of that kind (FIELDS lists them); gqa needs
-    num_key_value_heads, lrkv lrkv_rank, mea mea_num_component_heads, mla kv_lora_rank. head_norm and mla_kv_norm are off unless given:
+    num_key_value_heads, lrkv lrkv_rank, mea mea_num_component_heads, mla kv_lora_rank; attention_layers leaves all other layers as they
+    are (`half` and `deep` are those of arXiv:2601.19611, section 5.2). head_norm and mla_kv_norm are off unless given:
     they change what the model computes. moments: of every layer's inputs, as `input_moments` makes them; truncations then lose least of
     what projections make of the inputs, not of their weights.
 
@@ -47,9 +48,11 @@ def convert(
     made = _empty(config, model)
     state = _outside(model, made)
     rope, gated = _rope(model, made), source.gated(config)
+    others = config.others
     for i in progress(range(config.num_hidden_layers), f"converting to {attention}"):
-        layer = Layer(source.weights(model, i), config, options, rope, None if moments is None else moments[i], gated)
-        _fill(state, made, i, CONVERSIONS[attention](layer), source.beside(model, i))
+        own, choice = (config, options) if others is None or i in config.attention_layers else (others, Options())
+        layer = Layer(source.weights(model, i), own, choice, rope, None if moments is None else moments[i], gated)
+        _fill(state, made, i, CONVERSIONS[own.attention](layer), source.beside(model, i))
     made.generation_config = model.generation_config
     return made.to(device_of(model)).eval()  # type: ignore[arg-type]
 
@@ -157,9 +160,8 @@ def _fill(state: dict[str, Tensor], made: LowkeyForCausalLM, i: int, new: dict[s
 
 
 def _rope(model: PreTrainedModel, made: LowkeyForCausalLM) -> Rope:
-    found = source.frequencies(model)
-    if made.config.narrow_rope_width:
-        narrow = made.model.rotary_emb.narrow.inv_freq
-    else:
-        narrow = made.model.rotary_emb.inv_freq if made.config.rope_width else found[:0]
+    found, rotary = source.frequencies(model), made.model.rotary_emb
+    rotary = rotary if made.config.attention_layers is None else rotary.own
+    rotary = rotary.narrow if made.config.narrow_rope_width else rotary
+    narrow = rotary.inv_freq if made.config.rope_width else found[:0]
     return Rope(found, narrow.detach().double().cpu(), source.rope_scaling(model) ** 2)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey import files, text
-from lowkey.attention import LowkeyForCausalLM, costs, register
+from lowkey.attention import LowkeyForCausalLM, layer_costs, model_bytes_per_token, register
 from lowkey.conversion import source
 from lowkey.fingerprint import model_fingerprint
 from lowkey.plan import versions
@@ -82,7 +82,7 @@ def describe(model: PreTrainedModel, made: LowkeyForCausalLM, before: Loss, afte
         "parameters": {"source": _parameters(model), "converted": _parameters(made)},
         "cache_bytes_per_token": {
             "source": whole,
-            "converted": config.num_hidden_layers * costs(made.config).bytes_per_token(itemsize),
+            "converted": model_bytes_per_token(layer_costs(made.config), itemsize),
         },
         "versions": versions(),
     }

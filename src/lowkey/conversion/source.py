@@ -53,6 +53,8 @@ def check(model: PreTrainedModel) -> None:
         raise LowkeyError(f"model of family {kind!r} cannot be converted: {reason}; families that can: {', '.join(SOURCES)}")
     if kind == OWN and config.attention not in GROUPED:
         raise LowkeyError(f"model with attention {config.attention!r} cannot be converted; attention must be one of {', '.join(GROUPED)}")
+    if kind == OWN and config.attention_layers is not None:
+        raise LowkeyError(f"model with attention_layers {config.attention_layers} cannot be converted; its layers must be of one kind")
     sliding = [i for i, name in enumerate(families.layer_types(config)) if name != "full_attention"]
     if kind != OWN and sliding:
         raise LowkeyError(f"model of family {kind!r}: layer {sliding[0]} has a sliding window, which our models lack; use another model")

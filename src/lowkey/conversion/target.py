@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lowkey import families
-from lowkey.attention import LowkeyConfig
+from lowkey.attention import SUBSETS, LowkeyConfig
 from lowkey.conversion import source
 from lowkey.types import LowkeyError
 
@@ -20,7 +20,7 @@ SKELETON = (
     *("pad_token_id", "bos_token_id", "eos_token_id"),
 )
 KEPT = ("q_lora_rank", "attn_output_gate", "head_norm", "mla_latent_scale", "decode")  # of a source of our own
-COMMON: dict[str, type] = {"head_norm": str, "decode": str}
+COMMON: dict[str, type] = {"attention_layers": list, "head_norm": str, "decode": str}
 FIELDS: dict[str, dict[str, type]] = {  # what may be said of each kind; the rest is the source's
     "mha": COMMON,
     "gqa": {"num_key_value_heads": int, **COMMON},
@@ -50,6 +50,14 @@ def configuration(model: PreTrainedModel, kind: str, frequencies: str, fields: M
         given["head_norm"] = given.get("head_norm") or "none"  # the source has none, and so the start is exact
     if kind == "mla":
         given |= {"mla_kv_norm": False, "qk_rope_head_dim": given["head_dim"]}
+    if "attention_layers" in fields:  # the others stay what they are
+        given["other_attention"] = {
+            "attention": "gqa",
+            "num_key_value_heads": config.num_key_value_heads or config.num_attention_heads,
+            "qk_norm": given["qk_norm"],
+            "head_norm": given.get("head_norm", "none") if config.model_type == source.OWN else "none",
+            "rope_parameters": given["rope_parameters"],
+        }
     made = _made(given | dict(fields))
     _check_widths(model, made)
     if frequencies == "high" and made.rope_width not in (0, made.head_dim):
@@ -73,7 +81,7 @@ def _check_fields(config: PreTrainedConfig, kind: str, fields: Mapping[str, Any]
         if name not in FIELDS[kind]:
             near = get_close_matches(name, FIELDS[kind], 1)
             raise LowkeyError(f"field {name!r} is not one of attention {kind!r}: {f'did you mean {near[0]!r}?' if near else _list(kind)}")
-        if type(value) is not FIELDS[kind][name]:
+        if type(value) is not FIELDS[kind][name] and not (name == "attention_layers" and value in SUBSETS):
             raise LowkeyError(f"field {name} {value!r}: must be of type {FIELDS[kind][name].__name__}")
     if kind in NEEDED and NEEDED[kind] not in fields:
         raise LowkeyError(f"attention {kind!r} needs {NEEDED[kind]}; give it, like {NEEDED[kind]}=2")
