@@ -126,6 +126,12 @@ def test_a_conversion_of_some_layers_is_the_whole_one_there(layers: object, mean
         found, want = some.model.layers[i].self_attn.state_dict(), every.model.layers[i].self_attn.state_dict()
         want = want if i in meant else model.model.layers[i].self_attn.state_dict()
         assert found.keys() == want.keys() and all(torch.equal(found[key], want[key]) for key in want)
+    narrow = convert(model, "mla", kv_lora_rank=8, qk_rope_head_dim=8, attention_layers=layers)  # at a smaller base of its own
+    assert (
+        torch.equal(narrow.model.rotary_emb(IDS.float(), IDS).other.frequencies, model.model.rotary_emb.inv_freq)
+        if len(meant) < 3
+        else True
+    )
     past = DynamicCache(config=some.config)
     some(IDS, past_key_values=past)
     stored = [(2 if i in meant else 4) * D * 2 * IDS.numel() for i in range(pico.LAYERS)]

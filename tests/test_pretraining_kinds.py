@@ -41,7 +41,10 @@ def test_a_converted_model_is_trained_further(tmp_path):
     assert trained.config.attention == "lrkv" and not torch.equal(trained.lm_head.weight, converted.lm_head.weight)
 
 
-@pytest.mark.parametrize("attention", [{"attention": "lrkv", "lrkv_rank": 2}, {"attention": "mea", "mea_num_component_heads": 2}])
+HALF = {"attention_layers": "half", "attention": "mea", "mea_num_component_heads": 2}
+
+
+@pytest.mark.parametrize("attention", [{"attention": "lrkv", "lrkv_rank": 2}, {"attention": "mea", "mea_num_component_heads": 2}, HALF])
 def test_thin_factors_are_trained_with_either_optimizer(tmp_path, attention):
     for optimizer in ("adamw", "muon"):
         wanted = replace(recipe(tmp_path, tokens=20 * 128, optimizer=optimizer), model={**MODEL, "num_key_value_heads": 4, **attention})
