@@ -205,6 +205,14 @@ def test_queries_that_see_nothing_give_numbers(kind):
     assert out.isfinite().all() and (out[0, 39] - alone[0, 0]).abs().max() <= NOISE.get(kind, 2e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_may_begin_after_the_first_chunks(kind):
+    ids, pads = prompt(42), [33, 0]
+    got = pico.feed(attached("llama"), ids, cache_of(kind, attached("llama")), pads, [20, 10, 8, 1, 1, 2])
+    assert got.isfinite().all()
+    assert (pico.real(got, pads) - pico.real(pico.feed(pico.stock("llama"), ids, pads=pads), pads)).abs().max() <= NOISE.get(kind, 2e-4)
+
+
 # -- rows are counted from their own first token
 
 

@@ -202,6 +202,8 @@ class EvictingLayer(UnmovedLayer):
         k, v = self.codec.encode(keys, values, self.positions(self.seen - 1, self.seen))
         if self.fresh == self.tail_k.shape[2]:
             self.tail_k, self.tail_v = (torch.cat([x, x.new_empty(*x.shape[:2], STEP, x.shape[3])], 2) for x in (self.tail_k, self.tail_v))
+        elif torch.is_grad_enabled():
+            self.tail_k, self.tail_v = self.tail_k.clone(), self.tail_v.clone()  # a graph may need what they held
         self.tail_k[:, :, self.fresh], self.tail_v[:, :, self.fresh] = k[:, :, 0], v[:, :, 0]
         self.fresh += 1
 

@@ -70,7 +70,7 @@ class PruningLayer(EvictingLayer):
     def _newest_to_tail(self, tokens: int) -> None:
         b, h = self.tail_k.shape[:2]
         last = (self.starts[1:].unsqueeze(1) - tokens + torch.arange(tokens, device=self.device)).flatten()
-        self.tail_k, self.tail_v = (x[last].view(b, h, tokens, -1) for x in (self.keys, self.values))
+        self.tail_k, self.tail_v = (x[last].view(b, h, tokens, x.shape[-1]) for x in (self.keys, self.values))
         stay = torch.ones(len(self.keys), dtype=torch.bool, device=self.device)
         stay[last] = False
         self.keys, self.values, self.where = self.keys[stay], self.values[stay], self.where[stay]
