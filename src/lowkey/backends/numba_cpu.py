@@ -1,7 +1,7 @@
 """Attention over ragged storage on the CPU, compiled by numba (optional: `pip install lowkey[cpu]`): the memory's bandwidth bounds it.
 
 Rows are cut into pieces that threads take in turn, so that very unequal rows still share the work; a row's pieces are merged by
-log-sum-exp. Keys and values are read where they lie, bf16 and fp16 widened in registers; sums are in fp32. No gradients: `ragged` does not come here for them.
+log-sum-exp. Keys and values are read where they lie, bf16 and fp16 widened in registers; sums are in fp32. No gradients.
 """
 
 from __future__ import annotations
