@@ -13,8 +13,9 @@ DEMO := demo
 
 # Halve the cache of the embedded model three ways, compare with INT8, INT4 and the full cache, write the report.
 demo: .venv/.ready
-	$(LOWKEY) compress tiny $(DEMO)/stiefattention --method stiefattention --budget 50% --windows 24 -O epochs=20 --force
-	$(LOWKEY) compress tiny $(DEMO)/kq-svd --method kq-svd --layout pre_rope -O group=6 --budget 50% --windows 24 --force
+	$(LOWKEY) compress tiny $(DEMO)/stiefattention --method stiefattention --layout post_rope --allocator greedy --ranks 8 --budget 50% --windows 24 \
+		-O parametrisation=free -O epochs=20 --force
+	$(LOWKEY) compress tiny $(DEMO)/kq-svd --method kq-svd --layout pre_rope --allocator greedy -O group=6 --budget 50% --windows 24 --force
 	$(LOWKEY) compress tiny $(DEMO)/pca --method pca --budget 50% --windows 24 --force
 	$(LOWKEY) eval tiny --plan $(DEMO)/stiefattention --plan $(DEMO)/kq-svd --plan $(DEMO)/pca --out $(DEMO)/results/tiny.json
 	$(LOWKEY) report $(DEMO)/results -o $(DEMO)/report.html

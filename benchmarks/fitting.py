@@ -19,8 +19,9 @@ import typer
 
 from lowkey import text
 from lowkey.allocate import Greedy, Profile
-from lowkey.calibrate import candidates, fit_layers
+from lowkey.calibrate import fit_layers
 from lowkey.families import geometry
+from lowkey.grid import grid, multiples
 from lowkey.loading import load
 from lowkey.methods import PCA, Course, Method, StiefAttention
 from lowkey.probe import Probe
@@ -57,11 +58,11 @@ def main(
     loaded, tokenizer = load(model, "float32", "cpu")
     corpus = text.read_text(calibration, "calibration") if calibration else text.embedded("calibration")
     rows = sample_windows(encode(tokenizer, corpus), tokenizer, length, windows, 0, "calibration")
-    ranks = candidates(geometry(loaded).head_dim, 1)
+    ranks = grid(8, multiples(geometry(loaded).head_dim, 1))
     arms = {
         "pca (K shared), the start": PCA(key_bases="shared"),
-        **{f"free, {n} epochs": StiefAttention(epochs=n, patience=n) for n in (60, 100, 160)},
-        "mlp (paper)": StiefAttention(parametrisation="mlp", epochs=epochs, patience=5),
+        **{f"free, {n} epochs": StiefAttention("free", epochs=n, patience=n) for n in (60, 100, 160)},
+        "mlp (paper)": StiefAttention(epochs=epochs),
     }
     shown = [r for r in ranks if r < ranks[-1]]
     heads = [f"r={r}" for r in shown] + [f"greedy {share}%" for share in BUDGETS] + ["mean"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -133,18 +134,26 @@ def test_every_layer_stays_within_the_error_budget(name, error):
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
-def test_uniform_is_the_best_pair_for_all_layers(share):
+def test_uniform_by_measurement_is_the_best_pair_for_all_layers(share):
     p = bowl()
     fitting = [q for q in p.pairs() if p.bytes([q] * 3) <= share * full_bytes(p)]
-    assert total(p, Uniform().under_bytes(p, share * full_bytes(p))) == pytest.approx(min(total(p, [q] * 3) for q in fitting))
+    best = min(total(p, [q] * 3) for q in fitting)
+    assert total(p, Uniform("measured").under_bytes(p, share * full_bytes(p))) == pytest.approx(best)
 
 
 @pytest.mark.parametrize("error", [0.02, 0.1, 0.2])
-def test_uniform_is_the_cheapest_pair_within_the_mean_error(error):
+def test_uniform_is_the_cheapest_pair_whose_largest_error_fits(error):
     p = bowl()
-    pairs = Uniform().under_error(p, error)
-    fitting = [q for q in p.pairs() if total(p, [q] * 3) / 3 <= error]
-    assert len(set(pairs)) == 1 and sum(pairs[0]) == min(map(sum, fitting))
+    for split in ("equal", "measured"):
+        pairs = Uniform(split).under_error(p, error)
+        fitting = [q for q in p.pairs() if max(p.error(i, q) for i in range(3)) <= error and (split == "measured" or q[0] == q[1])]
+        assert len(set(pairs)) == 1 and sum(pairs[0]) == min(map(sum, fitting))
+
+
+@pytest.mark.parametrize(("share", "rank"), [(0.25, 2), (0.3, 2), (0.74, 5), (0.75, 6), (0.9, 7), (1.0, 8)])
+def test_uniform_ranks_need_no_measuring(share, rank):
+    p = replace(bowl(), choices=tuple(range(1, 9)))
+    assert Uniform().under_bytes(p, share * full_bytes(p)) == [(rank, rank)] * 3
 
 
 # -- pareto

@@ -11,7 +11,7 @@ import torch
 
 import lowkey
 from lowkey import Sample, families, seam
-from lowkey.calibrate import candidates
+from lowkey.grid import grid, multiples
 from lowkey.methods import PCA, EigenAttention, StiefAttention
 from lowkey.plan import Plan
 from lowkey.types import LowkeyError
@@ -66,12 +66,12 @@ def test_ranks_are_multiples_of_the_rank_multiple():
     ("d", "multiple", "expected"), [(16, 1, [2, 4, 6, 8, 10, 12, 14, 16]), (16, 8, [8, 16]), (16, 5, [5, 10, 15, 16]), (4, 1, [1, 2, 3, 4])]
 )
 def test_candidate_ranks(d, multiple, expected):
-    assert candidates(d, multiple) == expected
+    assert grid(8, multiples(d, multiple)) == expected
 
 
 @pytest.mark.parametrize("d", [64, 80, 96, 128, 256])
 def test_candidates_are_few_and_end_at_the_head_dim(d):
-    found = candidates(d, 1)
+    found = grid(8, multiples(d, 1))
     assert len(found) in (8, 9) and found[-1] == d
 
 
@@ -82,7 +82,7 @@ def test_an_impossible_rank_multiple_is_refused(multiple):
 
 
 def test_a_seed_gives_the_same_plan():
-    assert same(calibrate(method=StiefAttention(epochs=1)), calibrate(method=StiefAttention(epochs=1)))
+    assert same(calibrate(method=StiefAttention("free", epochs=1)), calibrate(method=StiefAttention("free", epochs=1)))
 
 
 def test_another_seed_is_another_sample():
@@ -155,7 +155,7 @@ def stop_after(layers):
     return progress
 
 
-@pytest.mark.parametrize("method", [PCA(), StiefAttention(epochs=1), StiefAttention("mlp", epochs=1)], ids=["pca", "free", "mlp"])
+@pytest.mark.parametrize("method", [PCA(), StiefAttention("free", epochs=1), StiefAttention("mlp", epochs=1)], ids=["pca", "free", "mlp"])
 def test_a_stopped_calibration_resumes_to_the_same_plan(tmp_path, method):
     with pytest.raises(StoppedError):
         calibrate(method=method, work=tmp_path, progress=stop_after(2), rank_multiple=8)

@@ -139,7 +139,7 @@ def here(tmp_path, monkeypatch):
         (["--layout", "rope"], ["layout 'rope'", "post_rope, pre_rope"]),
         (["-O", "epoch=5"], ["'epoch'", "'stiefattention'", "epochs"]),
         (["-O", "epochs=many"], ["epochs='many'", "whole number"]),
-        (["-O", "parametrisation=lucky"], ["parametrisation='lucky'", "free, mlp"]),
+        (["-O", "parametrisation=lucky"], ["parametrisation='lucky'", "mlp, free"]),
         (["-O", "key_bases=none"], ["key_bases='none'", "shared, per_head"]),
         (["-O", "epochs"], ["'epochs'", "name=value"]),
         (["--budget", "150%"], ["budget '150%'", "100%", "50%"]),

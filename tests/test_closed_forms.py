@@ -52,7 +52,14 @@ RANKS = [4, 8, 16]
 WINDOWS, HELD, LENGTH = 8, 2, 20
 ROWS = prompt(LENGTH, batch=WINDOWS)
 LAYER = 1
-SERVED = [(method, name) for method in METHOD for name in MODELS if method not in DATA_FREE or name != "qwen3"]
+GROUPS = {"kq-svd-4": 4, "palu-2": 2, "recalkv-2": 2}
+KV_HEADS = {name: families.geometry(pico.build(name, **MODELS[name])).kv_heads for name in MODELS}
+SERVED = [
+    (method, name)
+    for method in METHOD
+    for name in MODELS
+    if (method not in DATA_FREE or name != "qwen3") and KV_HEADS[name] % GROUPS.get(method, 1) == 0
+]
 
 
 @cache
@@ -217,16 +224,26 @@ def test_a_plan_comes_out_saves_and_runs(tmp_path, name):
     assert past.nbytes() == past.predicted_nbytes()
 
 
-@given(heads=st.integers(1, 40), wanted=st.integers(1, 50))
-def test_the_group_is_the_largest_divisor_that_is_no_more(heads, wanted):
-    t = group_size(heads, wanted)
-    assert heads % t == 0 and t <= wanted and not any(heads % u == 0 for u in range(t + 1, min(wanted, heads) + 1))
+@given(heads=st.integers(1, 40))
+def test_the_usual_group_is_lowered_to_the_largest_divisor(heads):
+    t = group_size(heads, 4, 4)
+    assert heads % t == 0 and t <= 4 and not any(heads % u == 0 for u in range(t + 1, min(4, heads) + 1))
 
 
-@pytest.mark.parametrize("kind", [Palu, ReCalKV])
-def test_a_group_of_no_heads_is_refused(kind):
-    with pytest.raises(LowkeyError, match="group 0"):
-        kind(group=0).fit(*prepared("llama", "pre_rope"), RANKS, 0)
+@given(heads=st.integers(1, 40), wanted=st.integers(-2, 50))
+def test_any_other_group_divides_the_heads_or_is_refused_with_the_divisors(heads, wanted):
+    if wanted >= 1 and heads % wanted == 0:
+        assert group_size(heads, wanted) == wanted
+        return
+    with pytest.raises(LowkeyError, match=f"group {wanted}: must divide the model's {heads} KV heads; choose one of 1(, |$)"):
+        group_size(heads, wanted)
+
+
+@pytest.mark.parametrize("group", [0, 3, 8])
+@pytest.mark.parametrize("kind", [Palu, ReCalKV, KQSVD])
+def test_a_group_that_does_not_divide_the_heads_is_refused_before_anything_is_read(kind, group):
+    with pytest.raises(LowkeyError, match=f"group {group}"):
+        lowkey.calibrate(model_of("llama"), None, "", method=kind(group=group))
 
 
 # -- KQ-SVD
@@ -446,7 +463,7 @@ def test_lorc_reads_no_data(layout):
 
 def test_whitened_lorc_is_better_on_the_data_and_is_palu_over_all_heads(layout):
     statistics, probe = prepared("llama", layout)
-    plain, whitened, palu = (m.fit(statistics, probe, RANKS, 0) for m in (LoRC(), LoRC(whiten=True), Palu(group=8)))
+    plain, whitened, palu = (m.fit(statistics, probe, RANKS, 0) for m in (LoRC(), LoRC(whiten=True), Palu(group=4)))
     assert torch.equal(whitened.keys.columns, palu.keys.columns) and torch.equal(whitened.values.columns, palu.values.columns)
     seen = recorded("llama", layout)
     for side in ("keys", "values"):
@@ -518,7 +535,7 @@ def test_similarity_is_the_cka_of_whitened_weights():
 @given(h=st.sampled_from([1, 2, 4, 6, 8, 12]), wanted=st.integers(1, 6), seed=st.integers(0, 10**6))
 @settings(deadline=None)
 def test_heads_fall_into_groups_of_one_size(h, wanted, seed):
-    t = group_size(h, wanted)
+    t = max(t for t in range(1, min(h, wanted) + 1) if h % t == 0)
     likeness = torch.rand(h, h, generator=torch.Generator().manual_seed(seed))
     groups = recal.gathered(likeness + likeness.mT, t)
     assert sorted(i for g in groups for i in g) == list(range(h)) and {len(g) for g in groups} == {t}

@@ -43,8 +43,8 @@ WHOLE = {
     "similar-layer": KVHeadSVD(heads="similar"),
     "weights": KVHeadSVD(keys="grouped", basis="weights"),
     "mean": KVHeadSVD(basis="mean"),
-    "mea": MEA(),
-    "mea-weights": MEA("weights"),
+    "mea": MEA("activations"),
+    "mea-weights": MEA(),
     "mea-aligned": MEA("aligned"),
 }
 
@@ -208,7 +208,7 @@ def test_full_rank_gives_the_stock_logits(prepared, method, layout):
     assert torch.allclose(out, reference, atol=5e-5)
 
 
-@pytest.mark.parametrize("method", [MEA(), MEA("weights"), MEA("aligned"), KVHeadSVD(1), KVHeadSVD(1, keys="commuting")])
+@pytest.mark.parametrize("method", [MEA("activations"), MEA("weights"), MEA("aligned"), KVHeadSVD(1), KVHeadSVD(1, keys="commuting")])
 def test_a_model_with_a_single_head_is_left_as_it_is(prepared, method, layout):
     stats, probe = prepared("llama-mqa", layout)
     assert method.candidates(1, HEAD_DIM, RANKS) == [16]
@@ -495,7 +495,7 @@ def test_weights_say_nothing_of_keys_that_are_normed(prepared, method, name):
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_no_mixing_of_heads_keeps_more_than_the_eigenvectors_of_their_gram(prepared, layout, count):
-    found, bases = seen(), MEA().fit(*prepared(layout=layout), RANKS, 0)
+    found, bases = seen(), MEA("activations").fit(*prepared(layout=layout), RANKS, 0)
     for basis, x in ((bases.keys, found["keys_pre" if layout == "pre_rope" else "keys_post"]), (bases.values, found["values"])):
         ours = left(x.flatten(1), basis.at(4 * count)[0][0])
         gram = np.einsum("nhd,ngd->hg", x.numpy(), x.numpy())

@@ -16,7 +16,7 @@ from test_statistics import activations
 
 import lowkey
 from lowkey import Sample, families
-from lowkey.calibrate import candidates
+from lowkey.grid import grid, multiples
 from lowkey.layers.codec import LowRank
 from lowkey.layers.coded import CodedLayer
 from lowkey.methods import Course, KVLatent, kvlatent
@@ -245,8 +245,9 @@ def test_strided_values_keep_every_sth_channel():
 
 
 def test_candidates_are_even():
-    assert KVLatent().candidates(4, 72, candidates(72, 1)) == [18, 36, 54, 72]
-    assert KVLatent().candidates(4, 64, candidates(64, 1)) == list(range(8, 65, 8))
+    assert KVLatent().candidates(4, 72, multiples(72, 1)) == list(range(2, 73, 2))
+    assert KVLatent(rope="aware").candidates(4, 72, multiples(72, 1)) == list(range(4, 73, 4))
+    assert grid(8, KVLatent().candidates(4, 64, multiples(64, 1))) == list(range(8, 65, 8))
     assert KVLatent().candidates(4, 16, [3, 5, 16]) == [16], "the full rank is always one"
 
 

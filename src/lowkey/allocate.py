@@ -2,87 +2,57 @@
 
 from __future__ import annotations
 
-import math
+from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, count, takewhile
+from typing import ClassVar, Literal
 
+from lowkey.filling import filled, normalised, settled
 from lowkey.options import Checked, option
+from lowkey.profile import Pair, Profile, Ranks, too_small
 from lowkey.types import LowkeyError
 
-Pair = tuple[int, int]
-Ranks = list[Pair]
+Energy = Literal["squared", "singular"]
 Step = tuple[float, int, Pair]  # error added per byte freed, layer, its new ranks
 
 
-@dataclass(frozen=True)
-class Profile:
-    """What a fitted basis costs. surface[l][i][j] is the error of layer l at (ranks_k[i], ranks_v[j]); the largest rank is
-    the full head dim. spectra: per layer the energies of keys and of values, (heads, d) as nested lists, for `threshold`.
-    signals: by name, per layer a number for keys and one for values, as `lowkey.sensitivity` measures them."""
+class Allocator(Checked, ABC):
+    """Chooses a pair of ranks per layer, either under an error budget or under a byte budget.
 
-    ranks: tuple[int, ...]
-    surface: list[list[list[float]]]
-    heads: int
-    itemsize: int
-    spectra: list[tuple[list[list[float]], list[list[float]]]]
-    signals: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
-
-    def error(self, layer: int, pair: Pair) -> float:
-        return self.surface[layer][self.ranks.index(pair[0])][self.ranks.index(pair[1])]
-
-    def pairs(self) -> list[Pair]:
-        return [(k, v) for k in self.ranks for v in self.ranks]
-
-    @property
-    def layers(self) -> int:
-        return len(self.surface)
-
-    def bytes(self, ranks: Ranks) -> int:
-        return sum(k + v for k, v in ranks) * self.heads * self.itemsize
-
-    def room(self, limit: float) -> int:
-        """How many ranks, summed over layers, keys and values, `limit` bytes per token hold."""
-        least = self.bytes([(self.ranks[0],) * 2] * self.layers)
-        if limit < least:
-            raise too_small(self, limit, least)
-        return int(min(limit, self.bytes([(self.ranks[-1],) * 2] * self.layers)) // (self.heads * self.itemsize))
-
-    def signal(self, name: str) -> list[tuple[float, float]]:
-        """The numbers of one signal; refused when they were not measured or cannot be what they should be."""
-        found = self.signals.get(name)
-        if found is None or len(found) != self.layers:
-            had = "none" if found is None else f"one of {len(found)} layers"
-            raise LowkeyError(
-                f"profile of {self.layers} layers: the allocator needs the signal {name!r} and there is {had}; measure it with "
-                f"lowkey.sensitivity.SIGNALS[{name!r}] or choose another allocator"
-            )
-        wrong = [x for pair in found for x in pair if not 0 <= x < math.inf]
-        if wrong:
-            raise LowkeyError(f"signal {name!r} holds {wrong[0]}: sensitivities are finite and not negative; check the model's weights")
-        return found
-
-
-class Allocator(Protocol):
-    """Chooses a pair of ranks per layer, either under an error budget or under a byte budget."""
+    Where an error budget is compared with measured errors, it holds of what was measured (on held-out windows, one layer compressed at
+    a time), and a layer that no measured pair brings within it keeps its full rank. A byte budget is never exceeded.
+    summary: what it is. bounds: what an error budget is the largest allowed value of. needs: names of the signals it reads. measured:
+    whether it compares measured errors under a byte budget too, and then chooses no rank below the least that was measured.
+    """
 
     summary: ClassVar[str]
-    needs: ClassVar[tuple[str, ...]]  # names of the signals it reads
+    bounds: ClassVar[str] = "the largest error of a layer"
+    needs: ClassVar[tuple[str, ...]] = ()
+    measured: ClassVar[bool] = True
 
+    @abstractmethod
     def under_error(self, profile: Profile, error: float) -> Ranks:
-        """The fewest bytes whose (weighted) layer errors stay within `error`."""
-        ...
+        """The fewest bytes that this rule finds with `bounded` within `error`."""
 
+    @abstractmethod
     def under_bytes(self, profile: Profile, limit: float) -> Ranks:
         """The smallest error that this rule reaches within `limit` bytes per token."""
-        ...
+
+    def bounded(self, profile: Profile, ranks: Ranks) -> float:
+        """What `bounds` names, at these ranks."""
+        return max(profile.error(i, pair) for i, pair in enumerate(ranks))
+
+    def pairs(self, profile: Profile) -> list[list[Pair]]:
+        """Per layer the pairs to measure besides the profile's surface."""
+        return [[] for _ in range(profile.layers)]
 
 
-def tightest(rule: Callable[[Profile, float], Ranks], profile: Profile, limit: float) -> Ranks:
-    """Run an error-budget rule under a byte budget: bisect for the smallest error budget that fits."""
-    low, high = 0.0, 2 * max(max(map(max, layer)) for layer in profile.surface) + 1e-9
-    best = rule(profile, high * 8)
+def tightest(rule: Callable[[Profile, float], Ranks], profile: Profile, limit: float, most: float) -> Ranks:
+    """Run an error-budget rule under a byte budget: bisect for the smallest error budget that fits, none larger than `most`."""
+    low, high = 0.0, most
+    best = rule(profile, high)
     if profile.bytes(best) > limit:
         raise too_small(profile, limit, profile.bytes(best))
     for _ in range(60):
@@ -92,11 +62,17 @@ def tightest(rule: Callable[[Profile, float], Ranks], profile: Profile, limit: f
     return best
 
 
-def fewest(rule: Callable[[Profile, float], Ranks], profile: Profile, error: float) -> Ranks:
-    """Run a byte-budget rule under an error budget: bisect for the fewest bytes whose largest layer error is within `error`.
+def worst(profile: Profile) -> float:
+    """An error budget that every measured pair is within, whatever it is weighted with."""
+    points = [error for layer in profile.points for error in layer.values()]
+    return 16 * max(*(max(map(max, layer)) for layer in profile.surface), *points, 1e-9)
 
-    Full rank where none is. The errors of such a rule may rise a little with the bytes, and then a smaller budget may fit too.
+
+def fewest(rule: Callable[[Profile, float], Ranks], profile: Profile, error: float) -> Ranks:
+    """Run a byte-budget rule under an error budget, among measured ranks: bisect for the fewest bytes whose largest layer error is within
+    `error`. Full rank where none is. The errors of such a rule may rise a little with the bytes, and then fewer bytes may fit too.
     """
+    profile = replace(profile, choices=())
     unit = profile.heads * profile.itemsize
     low, high = (2 * profile.layers * r for r in (profile.ranks[0], profile.ranks[-1]))
     while low < high:
@@ -106,73 +82,44 @@ def fewest(rule: Callable[[Profile, float], Ranks], profile: Profile, error: flo
     return rule(profile, high * unit)
 
 
-def filled(shares: list[float], total: float, low: float, high: float) -> list[float]:
-    """Numbers in proportion to `shares`, but none below `low` or above `high`, that add up to `total` (water-filling).
-
-    Shares below 1e-12 of the largest count as that, so that every total from n low to n high can be reached.
-    """
-    floors = [max(s / max(shares), 1e-12) for s in shares]
-
-    def at(level: float) -> list[float]:
-        return [min(max(level * s, low), high) for s in floors]
-
-    bends = sorted({0.0, *(edge / s for s in floors for edge in (low, high))})  # the sum is linear in the level in between
-    i = bisect_left(bends, total, key=lambda level: sum(at(level)))
-    if i in (0, len(bends)):
-        return at(bends[min(i, len(bends) - 1)])
-    before, after = (sum(at(level)) for level in bends[i - 1 : i + 1])
-    return at(bends[i - 1] + (bends[i] - bends[i - 1]) * (total - before) / (after - before))
-
-
-def settled(targets: list[float], total: int, ranks: tuple[int, ...]) -> list[int]:
-    """Candidate ranks near the targets: each rounded down, then one step up at a time for the one furthest below its target,
-    while a step still fits within `total`. The targets lie within the candidates and add up to no more than `total`."""
-    steps = [max(i for i, r in enumerate(ranks) if r <= t + 1e-6) for t in targets]
-    room = total - sum(ranks[i] for i in steps)
-    while True:
-        open_ = [j for j, i in enumerate(steps) if i + 1 < len(ranks) and ranks[i + 1] - ranks[i] <= room]
-        if not open_:
-            return [ranks[i] for i in steps]
-        j = max(open_, key=lambda j: targets[j] - ranks[steps[j]])
-        room -= ranks[steps[j] + 1] - ranks[steps[j]]
-        steps[j] += 1
-
-
-def too_small(profile: Profile, limit: float, reached: int) -> LowkeyError:
-    full = profile.bytes([(profile.ranks[-1],) * 2] * profile.layers)
-    return LowkeyError(
-        f"budget of {limit:.0f} bytes per token ({100 * limit / full:.1f}%) is below {reached} ({100 * reached / full:.1f}%), "
-        "the least these candidate ranks allow; raise the budget or lower --rank-multiple"
-    )
-
-
 @dataclass(frozen=True)
-class Uniform(Checked):
-    """The same pair in every layer, the one with the smallest mean error."""
+class Uniform(Allocator):
+    """The same pair in every layer.
+
+    split: `equal`, keys and values the same rank, the largest that fits, for which nothing need be measured; `measured`, the pair with the
+    smallest mean error among those that were measured (under an error budget: the cheapest).
+    """
 
     summary: ClassVar[str] = "the same ranks in every layer"
-    needs: ClassVar[tuple[str, ...]] = ()
+
+    split: Literal["equal", "measured"] = "equal"
+
+    @property
+    def measured(self) -> bool:  # type: ignore[override]
+        return self.split == "measured"
 
     def under_error(self, profile: Profile, error: float) -> Ranks:
-        fitting = [p for p in profile.pairs() if self._mean(profile, p) <= error]
-        return [min(fitting, key=lambda p: (sum(p), self._mean(profile, p)), default=profile.pairs()[-1])] * profile.layers
+        pairs = [p for p in profile.pairs() if self.measured or p[0] == p[1]]
+        fitting = [p for p in pairs if self.bounded(profile, [p] * profile.layers) <= error]
+        return [min(fitting, key=lambda p: (sum(p), self._mean(profile, p)), default=profile.full)] * profile.layers
 
     def under_bytes(self, profile: Profile, limit: float) -> Ranks:
-        fitting = [p for p in profile.pairs() if profile.bytes([p] * profile.layers) <= limit]
+        pairs = profile.pairs() if self.measured else [(r, r) for r in profile.served]
+        fitting = [p for p in pairs if profile.bytes([p] * profile.layers) <= limit]
         if not fitting:
-            raise too_small(profile, limit, profile.bytes([profile.pairs()[0]] * profile.layers))
-        return [min(fitting, key=lambda p: (self._mean(profile, p), sum(p)))] * profile.layers
+            raise too_small(profile, limit, profile.bytes([pairs[0]] * profile.layers))
+        chosen = min(fitting, key=lambda p: (self._mean(profile, p), sum(p))) if self.measured else fitting[-1]
+        return [chosen] * profile.layers
 
     def _mean(self, profile: Profile, pair: Pair) -> float:
         return sum(profile.error(i, pair) for i in range(profile.layers)) / profile.layers
 
 
 @dataclass(frozen=True)
-class Pareto(Checked):
-    """Per layer the cheapest pair within the error budget (arXiv:2601.21686, section 3.5); full rank where none is."""
+class Pareto(Allocator):
+    """Per layer the cheapest measured pair within the error budget (arXiv:2601.21686, section 3.5); full rank where none is."""
 
     summary: ClassVar[str] = "per layer the cheapest ranks within one error budget"
-    needs: ClassVar[tuple[str, ...]] = ()
 
     def weights(self, layers: int) -> list[float]:
         return [1.0] * layers
@@ -182,19 +129,23 @@ class Pareto(Checked):
         return [self._cheapest(profile, i, error / w) for i, w in enumerate(weights)]
 
     def under_bytes(self, profile: Profile, limit: float) -> Ranks:
-        return tightest(self.under_error, profile, limit)
+        return tightest(self.under_error, profile, limit, worst(profile))
+
+    def bounded(self, profile: Profile, ranks: Ranks) -> float:
+        return max(w * profile.error(i, pair) for i, (w, pair) in enumerate(zip(self.weights(profile.layers), ranks, strict=True)))
 
     def _cheapest(self, profile: Profile, layer: int, error: float) -> Pair:
         fitting = [p for p in profile.pairs() if profile.error(layer, p) <= error]
-        return min(fitting, key=lambda p: (sum(p), profile.error(layer, p)), default=profile.pairs()[-1])
+        return min(fitting, key=lambda p: (sum(p), profile.error(layer, p)), default=profile.full)
 
 
 @dataclass(frozen=True)
 class WeightedPareto(Pareto):
-    """The paper's default: the error budget of the first and last four layers is divided by 2, 1.75, 1.5, 1.25."""
+    """The paper's default: the error budget of the first and last four layers is divided by 2, 1.75, 1.5, 1.25, after these weights (1
+    in between) are divided by their mean. So layers in between may err by more than the budget, and those at the ends by less."""
 
     summary: ClassVar[str] = "as pareto, stricter for the first and last four layers"
-    needs: ClassVar[tuple[str, ...]] = ()
+    bounds: ClassVar[str] = "the largest error of a layer times its weight (2, 1.75, 1.5, 1.25 from either end, else 1, over their mean)"
 
     def weights(self, layers: int) -> list[float]:
         edge = {0: 2.0, 1: 1.75, 2: 1.5, 3: 1.25}
@@ -203,90 +154,142 @@ class WeightedPareto(Pareto):
 
 
 @dataclass(frozen=True)
-class Greedy(Checked):
+class Greedy(Allocator):
     """From full rank, again and again the step (layer, keys or values) that adds the least error per byte freed.
 
-    Our reading of the sequential allocation under a byte budget that arXiv:2601.21686 v2 announces in its abstract.
+    Our reading of the sequential allocation under a byte budget that arXiv:2601.21686 v2 announces in its abstract. Under a byte budget a
+    step leads to the next lower rank that may be chosen, its error interpolated where it was not measured; under an error budget, which
+    must hold, to the next lower one that was measured.
     """
 
     summary: ClassVar[str] = "from full rank, the step of least error per byte, until the budget is met"
-    needs: ClassVar[tuple[str, ...]] = ()
 
     def under_error(self, profile: Profile, error: float) -> Ranks:
-        ranks = [profile.pairs()[-1]] * profile.layers
-        while steps := [s for s in self._steps(profile, ranks) if profile.error(s[1], s[2]) <= error]:
-            ranks = _replaced(ranks, min(steps))
-        return ranks
+        return self._descended(profile, profile.ranks, lambda ranks: True, lambda s: profile.error(s[1], s[2]) <= error)
 
     def under_bytes(self, profile: Profile, limit: float) -> Ranks:
-        ranks = [profile.pairs()[-1]] * profile.layers
-        while profile.bytes(ranks) > limit:
-            steps = self._steps(profile, ranks)
-            if not steps:
-                raise too_small(profile, limit, profile.bytes(ranks))
-            ranks = _replaced(ranks, min(steps))
+        choices = [r for r in profile.served if r >= profile.ranks[0]]
+        ranks = self._descended(profile, choices, lambda ranks: profile.bytes(ranks) > limit, lambda step: True)
+        if profile.bytes(ranks) > limit:
+            raise too_small(profile, limit, profile.bytes(ranks))
         return ranks
 
-    def _steps(self, profile: Profile, ranks: Ranks) -> list[Step]:
-        return [(self._cost(profile, i, pair, new), i, new) for i, pair in enumerate(ranks) for new in self._below(profile, pair)]
+    def _descended(self, profile: Profile, choices: Sequence[int], on: Callable[[Ranks], bool], allowed: Callable[[Step], bool]) -> Ranks:
+        """Full ranks, lowered step by step among `choices` while `on` says so and there are steps that are allowed."""
+        ranks = [profile.full] * profile.layers
+        steps = [self._steps(profile, choices, i, pair) for i, pair in enumerate(ranks)]
+        while on(ranks) and (fitting := [s for layer in steps for s in layer if allowed(s)]):
+            _, i, ranks[i] = min(fitting)
+            steps[i] = self._steps(profile, choices, i, ranks[i])
+        return ranks
 
-    def _below(self, profile: Profile, pair: Pair) -> list[Pair]:
-        k, v = (profile.ranks.index(r) for r in pair)
-        lower_k = [(profile.ranks[k - 1], pair[1])] if k else []
-        return lower_k + ([(pair[0], profile.ranks[v - 1])] if v else [])
+    def _steps(self, profile: Profile, choices: Sequence[int], layer: int, pair: Pair) -> list[Step]:
+        k, v = (bisect_left(choices, r) for r in pair)
+        lower = ([(choices[k - 1], pair[1])] if k else []) + ([(pair[0], choices[v - 1])] if v else [])
+        return [(self._cost(profile, layer, pair, new), layer, new) for new in lower]
 
     def _cost(self, profile: Profile, layer: int, pair: Pair, new: Pair) -> float:
         return (profile.error(layer, new) - profile.error(layer, pair)) / (sum(pair) - sum(new))
 
 
-def _replaced(ranks: Ranks, step: Step) -> Ranks:
-    return [step[2] if i == step[1] else pair for i, pair in enumerate(ranks)]
+def cumulated(spectrum: Sequence[float], energy: Energy) -> list[float]:
+    """Shares of a head's energy (or of its singular values) that its first 0, 1, 2, ... directions hold; all 1 where there is none."""
+    sums = list(accumulate((e**0.5 if energy == "singular" else e for e in spectrum), initial=0.0))
+    return [s / sums[-1] if sums[-1] else 1.0 for s in sums]
 
 
 @dataclass(frozen=True)
-class Threshold(Checked):
-    """EigenAttention's rule (arXiv:2408.05646): one energy threshold for keys and values per layer, lowered by `step` while the
-    layer's error stays within budget; a layer takes the largest rank over its heads.
+class Threshold(Allocator):
+    """EigenAttention's rule (arXiv:2408.05646): one energy threshold for keys and values per layer, lowered from 1 by `step` while the
+    layer's error stays within budget; a layer takes the largest rank over its heads. The layer's error is measured at just these ranks.
 
     energy: `squared` as in the paper, or `singular`, sums of singular values, as the official code has it.
     """
 
     summary: ClassVar[str] = "per layer an energy threshold, lowered while the layer's error fits"
-    needs: ClassVar[tuple[str, ...]] = ()
+    measured: ClassVar[bool] = False
 
-    step: float = option(0.02, above=0, at_most=1)
-    energy: Literal["squared", "singular"] = "squared"
+    step: float = option(0.02, at_least=1e-4, at_most=1)
+    energy: Energy = "squared"
 
     def under_error(self, profile: Profile, error: float) -> Ranks:
-        return [self._layer(profile, i, error) for i in range(profile.layers)]
+        return self._chosen(profile, self.pairs(profile), error)
 
     def under_bytes(self, profile: Profile, limit: float) -> Ranks:
-        return tightest(self.under_error, profile, limit)
+        paths = self.pairs(profile)
+        return tightest(lambda p, error: self._chosen(p, paths, error), profile, limit, worst(profile))
 
-    def _layer(self, profile: Profile, layer: int, error: float) -> Pair:
-        if not all(spectrum for side in profile.spectra[layer] for spectrum in side):
-            raise LowkeyError("allocator 'threshold': this method's bases have no energy spectrum; choose another allocator")
-        best, threshold = profile.pairs()[-1], 1.0
-        while threshold > 0:
-            keys, values = profile.spectra[layer]
-            pair = (self._largest(profile, keys, threshold), self._largest(profile, values, threshold))
-            if profile.error(layer, pair) > error:
-                break
-            best, threshold = pair, threshold - self.step
-        return best
+    def _chosen(self, profile: Profile, paths: list[list[Pair]], error: float) -> Ranks:
+        """The last pair of each layer's path before the first that errs too much."""
+        ranks = [profile.full] * profile.layers
+        for i, path in enumerate(paths):
+            for pair in path:
+                if profile.error(i, pair) > error:
+                    break
+                ranks[i] = pair
+        return ranks
 
-    def _largest(self, profile: Profile, heads: list[list[float]], threshold: float) -> int:
-        return max(self._rank(profile, spectrum, threshold) for spectrum in heads)
+    def pairs(self, profile: Profile) -> list[list[Pair]]:
+        """The ranks at thresholds 1, 1 - step, 1 - 2 step, ... above 0."""
+        thresholds = list(takewhile(lambda share: share > 1e-9, (1 - n * self.step for n in count())))
+        return [self._path(profile, i, thresholds) for i in range(profile.layers)]
 
-    def _rank(self, profile: Profile, spectrum: list[float], threshold: float) -> int:
-        """The smallest candidate that holds this share of the energy."""
-        energy = [e**0.5 if self.energy == "singular" else e for e in spectrum]
-        wanted = threshold * sum(energy)
-        return next((r for r in profile.ranks if sum(energy[:r]) >= wanted * (1 - 1e-12)), profile.ranks[-1])
+    def _path(self, profile: Profile, layer: int, thresholds: list[float]) -> list[Pair]:
+        keys, values = ([cumulated(head, self.energy) for head in side] for side in profile.energies(layer, "threshold"))
+
+        def largest(heads: list[list[float]], share: float) -> int:
+            rank = max(bisect_left(head, share * (1 - 1e-12)) for head in heads)
+            return profile.served[bisect_left(profile.served, rank)]
+
+        return [(largest(keys, share), largest(values, share)) for share in thresholds]
 
 
 @dataclass(frozen=True)
-class Fisher(Checked):
+class Tail(Allocator):
+    """KQ-SVD's rule (arXiv:2512.05916): per layer, for keys and for values apart, the smallest rank whose tail is at most the square of
+    the error budget. The tail is the share of the spectrum beyond the rank, in the mean over heads. No error of a layer is compared.
+
+    energy: what the spectrum is of: `singular`, the singular values of K Q^T and of V W_O, which are products already, as the paper's code
+    has it; `squared`, their squares. The spectra of other methods are those of keys and values alone.
+    """
+
+    summary: ClassVar[str] = "per layer, keys and values apart, the least rank whose tail of the spectrum is small"
+    bounds: ClassVar[str] = (
+        "the root of the largest tail (share of the spectrum beyond the rank, mean over heads) of a layer's keys or values"
+    )
+    measured: ClassVar[bool] = False
+
+    energy: Energy = "singular"
+
+    def under_error(self, profile: Profile, error: float) -> Ranks:
+        return self._chosen(profile, self._tails(profile), error)
+
+    def under_bytes(self, profile: Profile, limit: float) -> Ranks:
+        tails = self._tails(profile)
+        return tightest(lambda p, error: self._chosen(p, tails, error), profile, limit, 1.0)
+
+    def bounded(self, profile: Profile, ranks: Ranks) -> float:
+        tails = self._tails(profile)
+        return max(tails[i][side][pair[side]] for i, pair in enumerate(ranks) for side in (0, 1)) ** 0.5
+
+    def _chosen(self, profile: Profile, tails: list[tuple[list[float], ...]], error: float) -> Ranks:
+        def least(tail: list[float]) -> int:
+            return next((r for r in profile.served if tail[r] <= error**2), profile.served[-1])
+
+        return [(least(keys), least(values)) for keys, values in tails]
+
+    def _tails(self, profile: Profile) -> list[tuple[list[float], ...]]:
+        """Per layer, of keys and of values: the tail beyond 0, 1, 2, ... directions."""
+        sides = (profile.energies(i, "tail") for i in range(profile.layers))
+        return [tuple(self._tail(side) for side in pair) for pair in sides]
+
+    def _tail(self, heads: list[list[float]]) -> list[float]:
+        shares = zip(*(cumulated(head, self.energy) for head in heads), strict=True)
+        return [max(0.0, 1 - sum(held) / len(heads)) for held in shares]
+
+
+@dataclass(frozen=True)
+class Fisher(Allocator):
     """Palu's rule (arXiv:2407.21118), also ReCalKV's (arXiv:2505.24357): W_K and W_V get ranks in proportion to their Fisher information.
 
     What would pass the head dim goes to the others in proportion; the published code hands it out one rank at a time to all alike. That
@@ -295,6 +298,7 @@ class Fisher(Checked):
     """
 
     summary: ClassVar[str] = "ranks of keys and of values in proportion to Fisher information"
+    measured: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ("fisher",)
 
     def under_error(self, profile: Profile, error: float) -> Ranks:
@@ -304,12 +308,12 @@ class Fisher(Checked):
         shares, room = [x for pair in profile.signal("fisher") for x in pair], profile.room(limit)
         if not any(shares):
             raise LowkeyError("signal 'fisher' is 0 everywhere: there is nothing to split in proportion to; use another text or allocator")
-        chosen = settled(filled(shares, room, profile.ranks[0], profile.ranks[-1]), room, profile.ranks)
+        chosen = settled(filled(shares, room, profile.served[0], profile.served[-1]), room, profile.served)
         return list(zip(chosen[::2], chosen[1::2], strict=True))
 
 
 @dataclass(frozen=True)
-class Depth(Checked):
+class Depth(Allocator):
     """Ranks on a straight line in depth, most in the first layer: `condition` without its condition numbers, to tell what these add.
 
     The first layer has d_max and the last d_min, and keys and values of a layer the same. d_max is the head dim and d_min what the
@@ -318,15 +322,15 @@ class Depth(Checked):
     """
 
     summary: ClassVar[str] = "ranks on a straight line in depth, most in the first layer"
-    needs: ClassVar[tuple[str, ...]] = ()
+    measured: ClassVar[bool] = False
 
     def under_error(self, profile: Profile, error: float) -> Ranks:
         return fewest(self.under_bytes, profile, error)
 
     def under_bytes(self, profile: Profile, limit: float) -> Ranks:
         room = profile.room(limit) // 2
-        targets = self._targets(normalised(self.sensitivity(profile)), room, profile.ranks[0], profile.ranks[-1])
-        return [(r, r) for r in settled(targets, room, profile.ranks)]
+        targets = self._targets(normalised(self.sensitivity(profile)), room, profile.served[0], profile.served[-1])
+        return [(r, r) for r in settled(targets, room, profile.served)]
 
     def sensitivity(self, profile: Profile) -> list[float]:
         return [float(-i) for i in range(profile.layers)]
@@ -337,12 +341,6 @@ class Depth(Checked):
         if room <= n * low + total * (high - low):
             return [low + h * (room - n * low) / total for h in heights]
         return [high - (1 - h) * (n * high - room) / (n - total) for h in heights]
-
-
-def normalised(numbers: list[float]) -> list[float]:
-    """From 0 for the smallest to 1 for the largest; all 1 when they are equal."""
-    low, high = min(numbers), max(numbers)
-    return [(x - low) / (high - low) if high > low else 1.0 for x in numbers]
 
 
 @dataclass(frozen=True)
@@ -368,6 +366,7 @@ ALLOCATORS: dict[str, Callable[..., Allocator]] = {
     "weighted-pareto": WeightedPareto,
     "greedy": Greedy,
     "threshold": Threshold,
+    "tail": Tail,
     "fisher": Fisher,
     "condition": Condition,
     "depth": Depth,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,8 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey import families, text
-from lowkey.allocate import ALLOCATORS, Allocator, Profile, Ranks, too_small
+from lowkey.allocate import ALLOCATORS, Allocator
 from lowkey.fingerprint import data_fingerprint, model_fingerprint
+from lowkey.grid import Asked, grid, multiples
 from lowkey.merging import blocks
 from lowkey.methods import METHODS, Course, Method
 from lowkey.ops.bases import is_orthonormal
@@ -21,19 +23,22 @@ from lowkey.options import Checked, option
 from lowkey.plan import Plan, versions
 from lowkey.policies.allocators import HeadImportance
 from lowkey.probe import Probe
+from lowkey.profile import Pair, Profile, Ranks, too_small
 from lowkey.progress import Progress, silent
 from lowkey.seam import attach
 from lowkey.sensitivity import SIGNALS
 from lowkey.statistics import gather
 from lowkey.stream import layer_inputs
-from lowkey.through import loss_surfaces
+from lowkey.through import losses_grown
 from lowkey.types import LAYOUTS, Basis, Budget, Factors, LayerBases, Layout, LowkeyError
 from lowkey.unfinished import Surface, job_folder, load_layer, save_layer
 
 HELD = 0.25  # share of the calibration windows that only judge: the error surface and early stopping
-JUDGES = ("layers", "loss")
+JUDGES = {  # what a layer's error is
+    "layers": "the relative error of the layer's output",
+    "loss": "nats by which the cross-entropy grows when that layer alone is compressed",
+}
 T = TypeVar("T")
-STEPS = 8  # candidate ranks, evenly spaced up to the head dim
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ def calibrate(
     allocator: str | Allocator | None = None,
     layout: Layout | None = None,
     sample: Sample = Sample(),
+    ranks: Asked | None = None,
     rank_multiple: int = 1,
     judge: str = "layers",
     sinks: int = 0,
@@ -65,39 +71,38 @@ def calibrate(
     work: Path | None = None,
     progress: Progress = silent,
 ) -> Plan:
-    """Fit `method` on `texts` (the embedded text when None) and choose ranks.
+    """Fit `method` on `texts` (the embedded text when None) and choose ranks. allocator, layout: the method's own when None.
 
-    budget: bytes kept, `50%` when neither budget is given. error_budget: the largest layer-output error instead, from 0 to 1.
-    allocator: a name of ALLOCATORS or an object; the method's own when None. layout: the method's own when None. rank_multiple: every
-    rank a multiple of it. judge: what a layer's ranks cost, the relative error of the layer's output (`layers`) or how much the
-    cross-entropy grows when that layer alone is compressed (`loss`, arXiv:2601.19611, section 5.2: many times slower).
-    sinks, recent: tokens kept exact by caches made from the plan. heads: importance of KV heads by kind,
-    for policies on top of it. work: a folder to resume from and save progress into.
+    budget: bytes that one more token takes, in the model's dtype, in the layers that are compressed (sliding ones are not), `50%` when
+    neither budget is given; never exceeded. `sinks` first and `recent` last tokens stay exact: each takes a whole token's bytes instead.
+    error_budget: instead, the largest value of what the allocator's `bounds` names, for most the largest error of a layer, measured on
+    held-out windows with that layer alone compressed; `plan.profile["bounded"]` says what was reached.
+    judge: a layer's error is that of its output (`layers`, relative) or the nats by which the cross-entropy grows (`loss`,
+    arXiv:2601.19611, section 5.2: many times slower).
+    ranks: candidates, as `lowkey.grid.grid` takes them: a count, ranks, shares of the head dim, or `all`. When None, errors are measured at
+    the method's own grid, and a byte budget is met with any rank that the method serves, unless the allocator compares measured pairs.
+    rank_multiple: every rank per KV head is a multiple of it, or the head dim. heads: importance of KV heads by kind, for policies on top.
+    work: a folder to resume from and save progress into.
     Errors: LowkeyError for an unsupported model, too short a text, or a budget out of reach.
     """
     chosen = method or METHODS["stiefattention"]()
-    form = layout or chosen.layout
+    form, split = layout or chosen.layout, _allocator(allocator or chosen.allocator)
     _check(model, sample, sinks, recent, form, judge)
-    split = _allocator(allocator or chosen.allocator)
     shape = families.geometry(model)
-    families.check_layout(model, form)
-    limit = _limit(budget, error_budget, shape, model)
-    ranks = chosen.candidates(shape.kv_heads, shape.head_dim, candidates(shape.head_dim, rank_multiple))
-    _reachable(limit, shape, ranks, model)
-    attach(model)
-    rows = windows_of(model, tokenizer, texts, sample)
-    course = Course(model, rows, max(1, round(HELD * len(rows))), form, ranks, sample.seed, sample.batch, progress)
-    provenance = provenance_of(model, rows, sample)
-    what = {"method": describe(chosen), "layout": form, "ranks": ranks, "judge": judge, "batch": sample.batch}
-    job = job_folder(work, {"provenance": provenance, **what})
-    bases, profile = fit_layers(chosen, course, job, judge)
-    factors, told = _chosen(chosen, split, bases, profile, limit, course)
+    measured, choices = _candidates(chosen, shape, ranks, rank_multiple)
+    limit = _limit(budget, error_budget, shape, model, judge, measured[0] if split.measured else choices[0])
+    rows = windows_of(attach(model), tokenizer, texts, sample)
+    course = Course(model, rows, max(1, round(HELD * len(rows))), form, measured, sample.seed, sample.batch, progress, choices)
+    provenance, ours = provenance_of(model, rows, sample), describe(chosen)
+    what = {"method": ours, "layout": form, "ranks": [measured, choices], "judge": judge, "batch": sample.batch}
+    bases, profile = fit_layers(chosen, course, job_folder(work, {"provenance": provenance, **what}), judge)
+    factors, told = _chosen(chosen, split, bases, profile, limit, course, judge)
     return Plan(
         factors=factors,
         layout=form,
-        method=describe(chosen),
+        method=ours,
         allocator=describe(split),
-        budget=str(limit) if isinstance(limit, Budget) else f"error {limit:g}",
+        budget=str(limit) if isinstance(limit, Budget) else f"error {limit:g}" + (" nats" if judge == "loss" else ""),
         geometry=asdict(shape),
         provenance=provenance,
         profile=told,
@@ -109,13 +114,30 @@ def calibrate(
 
 
 def _chosen(
-    method: Method, split: Allocator, bases: dict[int, LayerBases], profile: Profile, limit: Budget | float, course: Course
+    method: Method, split: Allocator, bases: dict[int, LayerBases], profile: Profile, limit: Budget | float, course: Course, judge: str
 ) -> tuple[dict[int, Factors], dict]:
     """Factors at the ranks that the allocator chose, and what the plan says of the choice."""
     profile = replace(profile, signals={name: SIGNALS[name](course.model, course.training, course.batch) for name in split.needs})
+    profile = _measured(profile, split.pairs(profile), bases, course, judge)
     ranks = _allocate(split, profile, limit)
     factors = {i: found.at(*pair) for (i, found), pair in zip(bases.items(), ranks, strict=True)}
-    return method.finish(factors, course) if method.finishes else factors, _described(profile, ranks, bases)
+    told = _described(profile, ranks, bases)
+    if not isinstance(limit, Budget):
+        when = " (before the method's last stage)" if method.finishes else ""
+        told["bounded"] = {"what": split.bounds + when, "error": JUDGES[judge], "budget": limit, "reached": split.bounded(profile, ranks)}
+    return method.finish(factors, course) if method.finishes else factors, told
+
+
+def _measured(profile: Profile, wanted: list[list[Pair]], bases: dict[int, LayerBases], course: Course, judge: str) -> Profile:
+    """With the errors at the wanted pairs that are not on the surface."""
+    pairs = {
+        i: sorted({pair for pair in layer if not profile.is_measured(place, pair)})
+        for place, (i, layer) in enumerate(zip(bases, wanted, strict=True))
+    }
+    if not any(pairs.values()):
+        return profile
+    found = _errors(bases, pairs, course, judge)
+    return replace(profile, points=[dict(zip(pairs[i], found[i], strict=True)) for i in bases])
 
 
 def _transposed(f: Factors) -> bool:
@@ -124,7 +146,7 @@ def _transposed(f: Factors) -> bool:
     return all(torch.equal(blocks(down.mT, t), up) and is_orthonormal(down) for (down, up), t in zip(sides, f.merge, strict=True))
 
 
-def _check(model: PreTrainedModel, sample: Sample, sinks: int, recent: int, layout: str, judge: str) -> None:
+def _check(model: PreTrainedModel, sample: Sample, sinks: int, recent: int, layout: Layout, judge: str) -> None:
     if model.training:
         raise LowkeyError("model: is in training mode, where dropout would be measured too; call model.eval() first")
     least = {
@@ -139,16 +161,16 @@ def _check(model: PreTrainedModel, sample: Sample, sinks: int, recent: int, layo
             raise LowkeyError(f"{name} {value}: must be at least {low}; leave it out for the default")
     if layout not in LAYOUTS:
         raise LowkeyError(f"layout {layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
+    families.check_layout(model, layout)
     if judge not in JUDGES:
         raise LowkeyError(f"judge {judge!r} is unknown; choose one of {', '.join(JUDGES)}")
 
 
-def candidates(head_dim: int, multiple: int) -> list[int]:
-    """About eight evenly spaced ranks, multiples of `multiple`, and always the head dim itself."""
-    if not 1 <= multiple <= head_dim:
-        raise LowkeyError(f"rank multiple {multiple}: must lie between 1 and the head dim {head_dim}")
-    step = max(multiple, -(-head_dim // STEPS) // multiple * multiple)
-    return sorted({*range(step, head_dim, step), head_dim})
+def _candidates(method: Method, shape: families.Geometry, asked: Asked | None, multiple: int) -> tuple[list[int], tuple[int, ...]]:
+    """The ranks to measure errors at, and all that may be chosen."""
+    served = method.candidates(shape.kv_heads, shape.head_dim, multiples(shape.head_dim, multiple))
+    measured = grid(method.grid if asked is None else asked, served)
+    return measured, tuple(served if asked is None and method.every else measured)
 
 
 def fit_layers(method: Method, course: Course, work: Path | None = None, judge: str = "layers") -> tuple[dict[int, LayerBases], Profile]:
@@ -161,7 +183,7 @@ def fit_layers(method: Method, course: Course, work: Path | None = None, judge: 
         if not isinstance(probe, Probe):
             found[i] = probe
             continue
-        fitted = method.fit(statistics[i], probe, course.ranks, course.seed)
+        fitted = method.fit(statistics[i], probe, course.served, course.seed)
         found[i] = fitted, probe.surface(fitted, course.ranks, course.ranks) if inside else []
         save_layer(work, f"layer-{i}", *found[i])
     bases = {i: fitted for i, (fitted, _) in found.items()}
@@ -170,7 +192,7 @@ def fit_layers(method: Method, course: Course, work: Path | None = None, judge: 
     surfaces = [surface for _, surface in found.values()] if inside else _surfaces(bases, course, judge)
     shape = families.geometry(model)
     spectra = [(_spectrum(b.keys), _spectrum(b.values)) for b in bases.values()]
-    return bases, Profile(tuple(course.ranks), surfaces, shape.kv_heads, model.dtype.itemsize, spectra)
+    return bases, Profile(tuple(course.ranks), surfaces, shape.kv_heads, model.dtype.itemsize, spectra, choices=course.choices)
 
 
 def _probes(course: Course, text: str, known: Callable[[int], T | None]) -> Iterator[tuple[int, Probe | T]]:
@@ -192,10 +214,17 @@ def _tuned(method: Method, bases: dict[int, LayerBases], course: Course, work: P
 
 
 def _surfaces(bases: dict[int, LayerBases], course: Course, judge: str) -> list[Surface]:
+    """At every pair of the course's ranks."""
+    n, pairs = len(course.ranks), [(k, v) for k in course.ranks for v in course.ranks]
+    found = _errors(bases, dict.fromkeys(bases, pairs), course, judge)
+    return [[found[i][n * k : n * (k + 1)] for k in range(n)] for i in bases]
+
+
+def _errors(bases: dict[int, LayerBases], pairs: dict[int, list[Pair]], course: Course, judge: str) -> dict[int, list[float]]:
+    """Of every layer alone, at its pairs."""
     if judge == "loss":
-        return loss_surfaces(course.model, course.rows[-course.held :], bases, course.ranks, course.layout, course.progress)
-    walk = _probes(course, "measuring", lambda i: None)
-    return [probe.surface(bases[i], course.ranks, course.ranks) for i, probe in walk]
+        return losses_grown(course.model, course.rows[-course.held :], bases, pairs, course.layout, course.progress)
+    return {i: probe.errors_at(bases[i], pairs[i]) for i, probe in _probes(course, "measuring", lambda i: None)}
 
 
 def windows_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: str | Sequence[str] | None, sample: Sample) -> Tensor:
@@ -205,32 +234,32 @@ def windows_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts
     return text.sample_windows(ids, tokenizer, length, sample.windows, sample.seed, "calibration text")
 
 
-def _limit(budget: str | Budget | None, error: float | None, shape: families.Geometry, model: PreTrainedModel) -> Budget | float:
+def _limit(
+    budget: str | Budget | None, error: float | None, shape: families.Geometry, model: PreTrainedModel, judge: str, least: int
+) -> Budget | float:
+    """The budget that is given, 50% when none is; refused before anything is fitted when the rank `least` everywhere is above it."""
     if budget is not None and error is not None:
         raise LowkeyError(f"budget {budget} and error budget {error}: give one of them")
     if error is not None:
-        if not 0 < error <= 1:
+        if judge == "layers" and not 0 < error <= 1:
             raise LowkeyError(f"error budget {error}: a relative layer-output error above 0 and up to 1; the paper uses 0.03")
+        if not 0 < error < math.inf:
+            raise LowkeyError(f"error budget {error}: with judge 'loss' these are nats of cross-entropy, a finite number above 0; try 0.01")
         return error
-    parsed = Budget.parse("50%" if budget is None else budget)
-    parsed.bytes_per_token(shape.full_bytes_per_token(model.dtype.itemsize))
+    parsed, full = Budget.parse("50%" if budget is None else budget), shape.full_bytes_per_token(model.dtype.itemsize)
+    wanted, layers = parsed.bytes_per_token(full), len(shape.compressible)
+    if wanted > full:
+        whole = Budget(full, "bytes/token")
+        raise LowkeyError(f"budget {parsed}: more than the {whole} of the full cache, in the layers to compress; give less, or 100%")
+    empty = Profile((least, shape.head_dim), [[]] * layers, shape.kv_heads, model.dtype.itemsize, [])
+    if wanted < (reached := empty.bytes([(least, least)] * layers)):
+        raise too_small(empty, wanted, reached)
     return parsed
-
-
-def _reachable(limit: Budget | float, shape: families.Geometry, ranks: list[int], model: PreTrainedModel) -> None:
-    """Refuse a byte budget below the least ranks before anything is fitted."""
-    if not isinstance(limit, Budget):
-        return
-    count = len(shape.compressible)
-    empty = Profile(tuple(ranks), [[]] * count, shape.kv_heads, model.dtype.itemsize, [])
-    least, most = (empty.bytes([(r, r)] * count) for r in (ranks[0], ranks[-1]))
-    if limit.bytes_per_token(most) < least:
-        raise too_small(empty, limit.bytes_per_token(most), least)
 
 
 def _allocate(split: Allocator, profile: Profile, limit: Budget | float) -> Ranks:
     if isinstance(limit, Budget):
-        full = profile.bytes([(profile.ranks[-1],) * 2] * profile.layers)
+        full = profile.bytes([profile.full] * profile.layers)
         return split.under_bytes(profile, limit.bytes_per_token(full))
     return split.under_error(profile, limit)
 

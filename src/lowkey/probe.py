@@ -16,6 +16,7 @@ from lowkey.families import Rope
 from lowkey.merging import merged, split
 from lowkey.ops.commuting import rotated_moment
 from lowkey.ops.rope import rotate, unrotate
+from lowkey.profile import Pair
 from lowkey.seam import Incoming
 from lowkey.types import Factors, LayerBases, Layout, LowkeyError, device_of
 
@@ -171,8 +172,11 @@ class Probe:
         windows = torch.arange(self.training, len(self.inputs))
         return float(torch.cat([self.errors(w, factors) for w in windows.split(batch)]).mean())
 
+    def errors_at(self, bases: LayerBases, pairs: list[Pair]) -> list[float]:
+        """Held-out error at each pair (r_K, r_V), both compressed."""
+        like = torch.empty(0, device=device_of(self.block))
+        return [self.held_error(bases.at(*pair).to(like)) for pair in pairs]
+
     def surface(self, bases: LayerBases, ranks_k: list[int], ranks_v: list[int]) -> list[list[float]]:
         """The error-rank surface: held-out error for every pair (r_K, r_V), both compressed."""
-        device = device_of(self.block)
-        like = torch.empty(0, device=device)
-        return [[self.held_error(bases.at(k, v).to(like)) for v in ranks_v] for k in ranks_k]
+        return [self.errors_at(bases, [(k, v) for v in ranks_v]) for k in ranks_k]

@@ -14,6 +14,7 @@ from lowkey import families
 from lowkey.layers.base import StockLayer, StockSlidingLayer
 from lowkey.layers.rebuilding import Rebuilding, RebuildingLayer
 from lowkey.probe import Rebuilt
+from lowkey.profile import Pair
 from lowkey.progress import Progress
 from lowkey.types import Factors, LayerBases, Layout, device_of
 
@@ -51,16 +52,16 @@ def divergence(found: Tensor, original: Tensor) -> Tensor:
     return kl_div(found, original, log_target=True, reduction="batchmean")
 
 
-def loss_surfaces(
-    model: PreTrainedModel, rows: Tensor, bases: dict[int, LayerBases], ranks: list[int], layout: Layout, progress: Progress
-) -> list[list[list[float]]]:
+def losses_grown(
+    model: PreTrainedModel, rows: Tensor, bases: dict[int, LayerBases], pairs: dict[int, list[Pair]], layout: Layout, progress: Progress
+) -> dict[int, list[float]]:
     """For every layer and pair (r_K, r_V), how much the cross-entropy grows when that layer alone is compressed, at least 0."""
     whole = loss(model, rows, {})
 
     def grown(i: int, k: int, v: int) -> float:
         return max(0.0, loss(model, rows, storages(model, {i: bases[i].at(k, v).to(like(model))}, layout)) - whole)
 
-    return [[[grown(i, k, v) for v in ranks] for k in ranks] for i in progress(list(bases), "one layer at a time")]
+    return {i: [grown(i, *pair) for pair in pairs[i]] for i in progress(list(pairs), "one layer at a time")}
 
 
 def like(model: PreTrainedModel) -> Tensor:

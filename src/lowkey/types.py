@@ -62,7 +62,7 @@ class Budget(Checked):
     def bytes_per_token(self, full: int) -> float:
         """The budget in bytes per token, when the uncompressed layers hold `full` bytes per token."""
         if self.unit == "%":
-            return self.amount / 100 * full
+            return self.amount * full / 100
         if self.unit == "bytes/token":
             return self.amount
         raise LowkeyError(f"budget {self}: ranks cost bytes per token; say it as '50%' or '64 KiB/token'")

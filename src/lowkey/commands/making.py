@@ -11,7 +11,7 @@ import typer
 
 from lowkey import files
 from lowkey.allocate import ALLOCATORS
-from lowkey.calibrate import Sample, calibrate, describe
+from lowkey.calibrate import Sample, calibrate
 from lowkey.commands.common import (
     AsJson,
     Calibration,
@@ -50,14 +50,24 @@ def compress(
     out: Annotated[Path, typer.Argument(help="folder to write the plan to")],
     method: Annotated[str, typer.Option(help="a name that `lowkey methods` lists, or package.module:Class")] = "stiefattention",
     budget: Annotated[str | None, typer.Option(help="bytes kept: '50%' or '64 KiB/token' (50% when no budget is given)")] = None,
-    error_budget: Annotated[float | None, typer.Option(help="instead: the largest relative layer-output error, like 0.03")] = None,
-    allocator: Annotated[str | None, typer.Option(help=f"how ranks are split: {', '.join(ALLOCATORS)}")] = None,
+    error_budget: Annotated[
+        float | None, typer.Option(help="instead, like 0.03: the largest layer error, or what else the allocator bounds (`lowkey methods`)")
+    ] = None,
+    allocator: Annotated[
+        str | None, typer.Option(help=f"how ranks are split: {', '.join(ALLOCATORS)} (the method's own when not given)")
+    ] = None,
     layout: Annotated[str | None, typer.Option(help="post_rope or pre_rope (the method's own when not given)")] = None,
     calibration: Calibration = None,
     windows: Annotated[int, typer.Option(help="calibration windows")] = 32,
     context: Annotated[int, typer.Option(help="tokens per calibration window")] = 512,
-    judge: Annotated[str, typer.Option(help="what ranks cost: layers (output error) or loss (one layer compressed at a time)")] = "layers",
-    rank_multiple: Annotated[int, typer.Option(help="hold every rank to a multiple of this")] = 1,
+    judge: Annotated[
+        str, typer.Option(help="a layer's error: layers (relative, of its output) or loss (nats, that layer alone compressed)")
+    ] = "layers",
+    ranks: Annotated[
+        str | None,
+        typer.Option(help="candidates: a count like 8, ranks like 16,32,64, shares like 50%,75%, or all (the method's own when not given)"),
+    ] = None,
+    rank_multiple: Annotated[int, typer.Option(help="hold every rank per KV head to a multiple of this, or to the head dim")] = 1,
     sinks: Annotated[int, typer.Option(help="first tokens kept exact")] = 0,
     recent: Annotated[int, typer.Option(help="last tokens kept exact")] = 0,
     heads: Annotated[list[Path] | None, typer.Option(help="a file of head scores to keep in the plan, for policies on top of it")] = None,
@@ -83,6 +93,7 @@ def compress(
         allocator=allocator,
         layout=form,
         sample=Sample(windows, context, seed),
+        ranks=ranks,
         rank_multiple=rank_multiple,
         judge=judge,
         sinks=sinks,
@@ -130,7 +141,8 @@ def profile(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="folder for profile.json and the plots")] = Path("profile"),
     method: Annotated[str, typer.Option(help="whose bases to profile")] = "eigenattention",
-    layout: Annotated[str, typer.Option(help="post_rope or pre_rope")] = "post_rope",
+    layout: Annotated[str | None, typer.Option(help="post_rope or pre_rope (the method's own when not given)")] = None,
+    ranks: Annotated[str | None, typer.Option(help="where to measure: a count, ranks, shares or all, as for compress")] = None,
     calibration: Calibration = None,
     windows: Annotated[int, typer.Option(help="calibration windows")] = 16,
     seed: Seed = 0,
@@ -144,15 +156,17 @@ def profile(
     at_least(4, windows=windows)
     loaded, tokenizer, corpus = opened(model, dtype, device, calibration)
     plan = calibrate(
-        loaded,
-        tokenizer,
-        corpus,
+        *(loaded, tokenizer, corpus),
         method=make_method(method, {}),
-        layout=layout_of(layout),
+        budget="100%",  # nothing is chosen
+        allocator="uniform",
+        layout=layout_of(layout) if layout else None,
+        ranks=ranks,
         sample=Sample(windows, seed=seed),
         progress=bars,
     )
-    found = {"model": model, "method": describe(make_method(method, {})), **plan.profile, "layers": list(plan.factors)}
+    shown = {name: plan.profile[name] for name in ("ranks", "surface", "spectra")}
+    found = {"model": model, "method": plan.method, "layout": plan.layout, **shown, "layers": list(plan.factors)}
     files.write_json(out / "profile.json", found)
     for name, draw in (("surface", plots.error_surface_figure), ("spectra", plots.spectra_figure)):
         with files.replacing(out / f"{name}.png") as temporary:

@@ -17,7 +17,10 @@ from lowkey.types import Factors, LayerBases, LayerStatistics, Layout
 
 @dataclass(frozen=True)
 class Course:
-    """What a method that looks at the whole model works on. rows (n, t): ids of the calibration windows; the last `held` only judge."""
+    """What a method that looks at the whole model works on. rows (n, t): ids of the calibration windows; the last `held` only judge.
+
+    ranks: those at which bases are trained and errors measured; choices: every one that may be chosen, when these are more.
+    """
 
     model: PreTrainedModel
     rows: Tensor
@@ -27,6 +30,12 @@ class Course:
     seed: int
     batch: int = 4
     progress: Progress = silent
+    choices: tuple[int, ...] = ()
+
+    @property
+    def served(self) -> list[int]:
+        """Every rank that may be chosen."""
+        return list(self.choices or self.ranks)
 
     @property
     def training(self) -> Tensor:
@@ -37,22 +46,26 @@ class Method(Checked, ABC):
     """A frozen dataclass whose fields are its options, with their ranges (see `lowkey.options`).
 
     summary, paper: what it is and its source; allocator: the rule that its paper splits a budget by, or `greedy`; layout: the one its paper
-    stores keys in. tunes, finishes: whether it has the two stages of the same names, which look at the whole model.
+    stores keys in; grid: the candidate ranks of its paper, as `--ranks` takes them, or 8, at which errors are measured. every: whether
+    its bases serve all ranks alike, so that any may be chosen that no allocator has to see measured; else the grid is all there is.
+    tunes, finishes: whether it has the two stages of the same names, which look at the whole model.
     """
 
     summary: ClassVar[str]
     paper: ClassVar[str] = ""
     allocator: ClassVar[str] = "greedy"
     layout: ClassVar[Layout] = "post_rope"
+    grid: ClassVar[str] = "8"
+    every: ClassVar[bool] = True
     tunes: ClassVar[bool] = False
     finishes: ClassVar[bool] = False
 
     @abstractmethod
     def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
-        """Bases of one layer for the candidate `ranks`, from its second moments and, if need be, its weights and recorded inputs."""
+        """Bases of one layer for the ranks that may be chosen, from its second moments and, if need be, its weights and inputs."""
 
     def candidates(self, heads: int, head_dim: int, ranks: list[int]) -> list[int]:
-        """Which of the candidate ranks this method can serve, in a model of so many KV heads; always with the full rank."""
+        """Which of these ranks this method can serve, in a model of so many KV heads; always with the full rank, which is among them."""
         return ranks
 
     def tune(self, bases: dict[int, LayerBases], course: Course) -> dict[int, LayerBases]:

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from lowkey.methods.base import Method
 from lowkey.ops.bases import principal_basis
 from lowkey.probe import Probe
-from lowkey.types import Heads, LayerBases, LayerStatistics, head_blocks
+from lowkey.types import Heads, LayerBases, LayerStatistics, Layout, head_blocks
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,14 @@ class EigenAttention(Method):
 
     form: `paper` takes the key basis from keys and queries together ([K; Q]); `code` from keys alone, as the official
     Llama code does although it calls the basis kq. Both share it over the heads of a layer under RoPE; values have one
-    per KV head. Ranks: the paper lowers one energy threshold until the layer's output error exceeds an error budget
-    (allocator `threshold`); any other allocator works too.
+    per KV head. Keys are stored before rotation, and one energy threshold is lowered until the layer's output error exceeds an
+    error budget (allocator `threshold`), as in the paper; any other layout and allocator works too.
     """
 
     summary: ClassVar[str] = "eigenvectors of [K; Q] and of V"
     paper: ClassVar[str] = "arXiv:2408.05646"
+    allocator: ClassVar[str] = "threshold"
+    layout: ClassVar[Layout] = "pre_rope"
 
     form: Literal["paper", "code"] = "paper"
     key_bases: Heads = "shared"

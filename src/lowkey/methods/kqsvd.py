@@ -32,21 +32,26 @@ class KQSVD(Method):
     if what they read is uncorrelated, and `averaged` if they all attend alike.
     weighting: `outputs` (ours; not in the paper) weights a query by c_m = sum_n a_mn^2 ||(v_n - o_m) W_O||^2: how much the output of
     attention moves, to first order, when its scores are off by independent errors of one size. Norms after attention are left out.
-    group: how many KV heads share one latent (ours; 1 in the paper); then the same errors are minimised in sum over these heads. Where
-    it does not divide the number of KV heads, the next smaller divisor serves.
+    group: how many KV heads share one latent (ours; 1 in the paper), a divisor of their number; then the same errors are minimised in sum
+    over these heads.
     ridge: what is added to the moments of keys and values, relative to their mean eigenvalue.
 
-    Under `pre_rope` all this is about un-rotated keys and queries, whose product is no score; the paper has rotated ones. The paper
-    chooses ranks by the tail of S, per layer; here the allocator `threshold`, which reads S^2, comes closest.
+    Under `pre_rope` all this is about un-rotated keys and queries, whose product is no score; the paper has rotated ones. It chooses ranks
+    by the tail of S, per layer, and so does the allocator `tail`.
     """
 
     summary: ClassVar[str] = "the best rank-r maps for K Q^T and for V W_O"
     paper: ClassVar[str] = "arXiv:2512.05916"
+    allocator: ClassVar[str] = "tail"
 
     outputs: Literal["stacked", "averaged"] = "stacked"
     weighting: Literal["none", "outputs"] = "none"
     group: int = option(1, at_least=1, at_most=1024)
     ridge: float = option(1e-6, at_least=0, at_most=1)
+
+    def candidates(self, heads: int, head_dim: int, ranks: list[int]) -> list[int]:
+        group_size(heads, self.group)
+        return ranks
 
     def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
         heads, t = statistics.heads, group_size(statistics.heads, self.group)

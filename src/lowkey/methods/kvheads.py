@@ -49,7 +49,7 @@ class KVHeadSVD(Method):
         self._check(heads)
         if not self.whole and self._key_form != "commuting":
             return ranks
-        return [n * head_dim // self.group for n in range(1, self.group + 1) if n * head_dim % self.group == 0]
+        return [r for r in ranks if r * self.group % head_dim == 0]
 
     def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
         self._check(statistics.heads)

@@ -27,7 +27,7 @@ class KVLatent(Method):
     moments. values: `stride`, the paper's, evenly spaced channels; `pca` (ours) turns values into their principal axes first, which
     keeps the most energy of all.
 
-    Candidate ranks are even. An odd one, asked for by hand, splits a pair: what is kept is still what was rotated, but scores of half a
+    Ranks are even. An odd one, asked of the bases by hand, splits a pair: what is kept is still what was rotated, but scores of half a
     pair depend on absolute positions. Scores keep the model's own scale; the paper's 1/sqrt(r) is for a model that is then trained.
     rope: `kept`, the model's own frequencies; `aware`, the paper's frequency-aware ones (Eq. 11, its second branch as in the published
     code), which leave out the highest quarter and sample the lowest twice as densely. These turn kept channels at other frequencies than

@@ -34,8 +34,9 @@ class MEA(Method):
 
     summary: ClassVar[str] = "KV heads as scalar combinations of few cached component heads"
     paper: ClassVar[str] = "arXiv:2601.19611"
+    allocator: ClassVar[str] = "uniform"
 
-    basis: Literal["weights", "activations", "aligned"] = "activations"
+    basis: Literal["weights", "activations", "aligned"] = "weights"
 
     def candidates(self, heads: int, head_dim: int, ranks: list[int]) -> list[int]:
         return [r for r in ranks if r * heads % head_dim == 0]

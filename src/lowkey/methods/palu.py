@@ -18,10 +18,11 @@ class Palu(Method):
 
     The paper whitens: S S^T = X^T X, then the SVD of S^T W of a group. The right singular vectors are the eigenvectors of
     W^T X^T X W, so this is uncentred PCA of the group's own keys or values, which is how it is computed here. Biases and norms, of which
-    the weights say nothing, are thereby in it. Where `group` does not divide the number of KV heads, the next smaller divisor serves.
+    the weights say nothing, are thereby in it. group: the paper's 4 becomes the largest divisor up to 4 of the number of KV heads; any
+    other must divide it.
 
-    The paper caches keys before rotation; under `post_rope` the rotated ones are grouped, which it does not do. Its code rounds ranks to
-    multiples of 32 (`rank_multiple`).
+    The paper caches keys before rotation; under `post_rope` the rotated ones are grouped, which it does not do. Its code rounds the
+    ranks of a group to multiples of 32: `rank_multiple` is of ranks per head, so that 8 is its 32 for groups of 4.
     """
 
     summary: ClassVar[str] = "whitened SVD of W_K and W_V, heads in groups that share a latent"
@@ -31,7 +32,11 @@ class Palu(Method):
 
     group: int = option(4, at_least=1, at_most=1024)
 
+    def candidates(self, heads: int, head_dim: int, ranks: list[int]) -> list[int]:
+        group_size(heads, self.group, 4)
+        return ranks
+
     def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
         keys, values = joint_moments(statistics, probe.layout)
-        t = group_size(statistics.heads, self.group)
+        t = group_size(statistics.heads, self.group, 4)
         return LayerBases(merged_basis(keys, statistics.heads, t), merged_basis(values, statistics.heads, t))

@@ -25,8 +25,8 @@ RIDGE = 1e-9  # relative to the mean eigenvalue: no direction of the values is w
 @dataclass(frozen=True)
 class ReCalKV(Method):
     """Keys: KV heads are reordered so that similar ones are neighbours (section 3.2), then every `group` of them gets a whitened SVD, that
-    is, PCA of their keys. Where `group` does not divide the number of KV heads, the next smaller divisor serves. Similarity is that of
-    the whitened weights; what a norm or a bias adds to keys afterwards does not count in it.
+    is, PCA of their keys. group: the paper's 4 becomes the largest divisor up to 4 of the number of KV heads; any other must divide it.
+    Similarity is that of the whitened weights; what a norm or a bias adds to keys afterwards does not count in it.
     Values: a whitened SVD of the whole W_V, then `iterations` rounds of calibration (section 3.3) once ranks are chosen.
 
     Calibration takes each layer's inputs from the stream that the compressed layers before it leave, keys included, as the published
@@ -45,9 +45,13 @@ class ReCalKV(Method):
     group: int = option(4, at_least=1, at_most=1024)
     iterations: int = option(1, at_least=0, at_most=1000)
 
+    def candidates(self, heads: int, head_dim: int, ranks: list[int]) -> list[int]:
+        group_size(heads, self.group, 4)
+        return ranks
+
     def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
         heads = statistics.heads
-        t = group_size(heads, self.group)
+        t = group_size(heads, self.group, 4)
         similarity = cka(whitened(families.projections(probe.model, probe.index).k, statistics.inputs))
         order = order_of(gathered(similarity, t))
         keys, values = (reordered(m, order, heads) for m in joint_moments(statistics, probe.layout))

@@ -60,11 +60,14 @@ def merged_basis(joint: Float[Tensor, "n n"], heads: int, t: int) -> Basis:
     return Basis(vectors.float(), spectrum=energy.unflatten(-1, (-1, t)).sum(-1), merge=t)
 
 
-def group_size(heads: int, wanted: int) -> int:
-    """How many heads share a latent when `wanted` are asked for: the largest divisor of `heads` that is no more."""
-    if wanted < 1:
-        raise LowkeyError(f"group {wanted}: at least one KV head shares a latent; give 1 or more")
-    return next(t for t in range(min(wanted, heads), 0, -1) if heads % t == 0)
+def group_size(heads: int, wanted: int, usual: int = 0) -> int:
+    """How many heads share a latent: `wanted`, which must divide their number; if it is the `usual` one, what of it divides will do."""
+    if wanted == usual > 0:
+        return next(t for t in range(min(usual, heads), 0, -1) if heads % t == 0)
+    if wanted < 1 or heads % wanted:
+        divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise LowkeyError(f"group {wanted}: must divide the model's {heads} KV heads; choose one of {divisors}")
+    return wanted
 
 
 def reordered(joint: Float[Tensor, "n n"], order: Tensor | None, heads: int) -> Float[Tensor, "n n"]:
