@@ -114,7 +114,7 @@ def test_defaults_are_in_range(kind):
 def test_a_message_names_option_value_rule_and_remedy():
     with pytest.raises(LowkeyError, match=r"^epochs -1: must be at least 0 and at most 1000000; leave it out for 0$"):
         StiefAttention(epochs=-1)
-    with pytest.raises(LowkeyError, match=r"^parametrisation 'fre': must be one of free, mlp; did you mean 'free'[?]$"):
+    with pytest.raises(LowkeyError, match=r"^parametrisation 'fre': must be one of mlp, free; did you mean 'free'[?]$"):
         StiefAttention(parametrisation="fre")
     with pytest.raises(LowkeyError, match=r"^budget '10000000000000000000 KiB/token': no cache takes more"):
         Budget.parse("10000000000000000000 KiB/token")
