@@ -148,15 +148,24 @@ def attention(scene, i, j, last):
     return out, sum(int(scene.query_positions[i, q]) >= 0 for q in newest)
 
 
-def highest_around(values, kernel):
-    reach = kernel // 2
-    return [max(values[max(0, t - reach) : t + reach + 1]) for t in range(len(values))]
+def around(policy, scene, i, j, scores):
+    """Each prompt token's largest or mean score over the kernel of positions around it; the window's tokens neither give nor take."""
+    at, there, reach = scene.positions[i, j].tolist(), scene.valid[i, j].tolist(), policy.kernel // 2
+    looking = scene.query_positions[i, -policy.window or len(scene.query_positions[i]) :]
+    first = max(0, int(looking.min())) if policy.window else max(at) + 1
+    prompt = {at[t]: float(scores[t]) for t in range(len(at)) if there[t] and at[t] < first}
+    out = []
+    for t, p in enumerate(at):
+        near = [prompt.get(p + step, 0.0) for step in range(-reach, reach + 1)]
+        pooled = max(near) if policy.pooling == "max" else sum(near) / policy.kernel
+        out.append(pooled if there[t] and p < first else float(scores[t]))
+    return out
 
 
 def by_snapkv(policy, scene):
     def score(i, j):
-        weights = attention(scene, i, j, policy.window)[0]
-        return highest_around((weights.sum((0, 1)) / weights[..., 0].numel()).tolist(), policy.kernel)
+        weights, real = attention(scene, i, j, policy.window)
+        return around(policy, scene, i, j, weights.sum((0, 1)) / (max(real, 1) * len(weights)))
 
     return each(scene, score)
 
@@ -272,8 +281,8 @@ def by_keydiff(policy, scene):
 
 def by_kvcompress(policy, scene):
     def score(i, j):
-        squares = (attention(scene, i, j, policy.window or 10**6)[0] ** 2).sum((0, 1)).tolist()
-        return scene.carried[i, j].double() + torch.tensor(highest_around(squares, policy.kernel), dtype=torch.float64)
+        squares = (attention(scene, i, j, policy.window or 10**6)[0] ** 2).sum((0, 1))
+        return scene.carried[i, j].double() + torch.tensor(around(policy, scene, i, j, squares), dtype=torch.float64)
 
     return each(scene, score)
 
@@ -300,6 +309,9 @@ def by_fastgen(policy, scene):
 
 CASES = {
     "snapkv": (SnapKV(**SMALL, window=4, kernel=3), by_snapkv),
+    "snapkv mean": (SnapKV(**SMALL, window=3, kernel=5, pooling="mean"), by_snapkv),
+    "snapkv unpooled": (SnapKV(**SMALL, window=4, kernel=1), by_snapkv),
+    "snapkv of everything": (SnapKV(**SMALL, window=99), by_snapkv),
     "streamingllm": (StreamingLLM(**SMALL), by_position),
     "tova": (TOVA(**SMALL), by_tova),
     "h2o": (H2O(**SMALL), by_h2o),
@@ -314,6 +326,7 @@ CASES = {
     "knorm": (Knorm(**SMALL), by_knorm),
     "keydiff": (KeyDiff(**SMALL), by_keydiff),
     "kv-compress": (KVCompress(**SMALL, window=4, kernel=3), by_kvcompress),
+    "kv-compress mean": (KVCompress(**SMALL, window=5, pooling="mean"), by_kvcompress),
     "kv-compress all": (KVCompress(**SMALL, window=0), by_kvcompress),
     "fastgen": (FastGen(**SMALL, recovery=0.7), by_fastgen),
     "fastgen frequent": (FastGen(**SMALL, recovery=0.75, first="frequent", sample=5), by_fastgen),
@@ -413,6 +426,8 @@ def test_scores_that_ask_for_rotations_say_so(name):
         (CurDKV, {"local": -1}),
         (KVCompress, {"window": -1}),
         (KVCompress, {"kernel": 4}),
+        (KVCompress, {"pooling": "sum"}),
+        (SnapKV, {"pooling": "avg"}),
         (FastGen, {"recovery": 1.5}),
         (FastGen, {"frequent": -0.1}),
         (FastGen, {"first": "punctuation"}),
@@ -474,7 +489,8 @@ def test_scores_that_carry_over_do_not_depend_on_the_chunks(policy):
 def test_blocks_of_queries_change_nothing(name, monkeypatch):
     policy, scene = CASES[name][0], evicted()
     whole = policy.score(scene)
-    monkeypatch.setattr(base, "BLOCK", 2 * scene.keys.shape[2] * 2 * HEADS * GROUPS)
+    monkeypatch.setattr(base, "CACHED", 2 * scene.keys.shape[2] * 2 * HEADS * GROUPS)
+    monkeypatch.setattr(base, "LEAST", 1)
     monkeypatch.setattr(expected, "BLOCK", 3)
     torch.testing.assert_close(policy.score(scene), whole, rtol=1e-5, atol=1e-6)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowkey.backends import grouped, naive, numba_cpu, ragged
+from lowkey.backends import fused, grouped, naive, numba_cpu, ragged
+from lowkey.backends.segment import Segment
 from lowkey.bench import decode_bench
 from lowkey.ops.ragged import starts_of
 from lowkey.types import LowkeyError
@@ -53,6 +54,38 @@ def test_threads_change_nothing():
             found.append(numba_cpu.ragged(*case, 0.125))
     finally:
         torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("name", ["grouped", "dispatched", "fused"])
+@pytest.mark.parametrize(("width", "width_v"), [(16, 16), (6, 9), (24, 10)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
+def test_many_queries_are_answered_the_same(name, width, width_v, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(grouped, "BLOCK", 2000)  # queries in several blocks
+    case = rows([300, 0, 41, 7], width, width_v, 70, dtype)
+    out, lse = {**BACKENDS, "fused": fused.ragged}[name](*case, width**-0.5)
+    expected, total = naive.ragged(*(x.double() if x.is_floating_point() else x for x in case), width**-0.5)
+    assert out.dtype == torch.float32 and (out - expected).abs().max() <= tolerance * max(1.0, float(expected.abs().max()))
+    assert torch.equal(lse.isinf(), total.isinf()) and torch.allclose(lse[~lse.isinf()], total[~total.isinf()].float(), atol=10 * tolerance)
+
+
+def test_a_chunk_by_itself_is_causal_attention_with_its_log_sum_exp():
+    generator = torch.Generator().manual_seed(0)
+    query, keys, values = (torch.randn(2, 3, *s, generator=generator).double() for s in ((2, 20, 8), (20, 8), (20, 8)))
+    out, lse = fused.causal(*(x.float() for x in (query, keys, values)), 0.3)
+    mask = torch.ones(1, 20, 20, dtype=torch.bool).tril()
+    logits = (query @ keys.mT.unsqueeze(2) * 0.3).masked_fill(~mask, -torch.inf)
+    assert torch.allclose(lse.double(), logits.logsumexp(-1), atol=1e-5)
+    assert torch.allclose(out.double(), naive.attend([Segment(query, keys, values, mask)], 0.3), atol=1e-5)
+
+
+def test_where_gradients_are_wanted_the_kernel_without_them_is_not_taken():
+    query, keys, values, starts = rows([30, 20], 8, 8, 70)
+    found = []
+    for taken in (ragged.ragged, grouped.ragged):
+        q, k, v = (x.clone().requires_grad_() for x in (query, keys, values))
+        out, lse = taken(q, k, v, starts, 0.3)
+        found.append(torch.autograd.grad(out.sum() + lse.sum(), (q, k, v)))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 

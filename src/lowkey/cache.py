@@ -79,14 +79,17 @@ class LowkeyCache(Cache):
     def evicting(self) -> list[EvictingLayer]:
         return [layer for layer in self.layers if isinstance(layer, EvictingLayer)]
 
-    def only_look(self, tokens: int) -> None:
+    def only_look(self, tokens: int, piece: tuple[int, int] | None = None) -> None:
         """From now on, the last `tokens` of each chunk say what to keep of the others and are then forgotten (0: stored as usual).
 
-        So a question can choose what is kept and be asked again, over what was kept.
+        So a question can choose what is kept and be asked again, over what was kept. piece: the first token seen, and the one behind the
+        last, of what these tokens repeat, for a policy that has its context repeated.
         """
         for layer in self.layers:
             if isinstance(layer, EvictingLayer | StockSlidingLayer):
                 layer.looking = tokens
+            if isinstance(layer, EvictingLayer):
+                layer.piece = piece
 
     def freeze(self, on: bool = True) -> None:
         """From now on, evict nothing more."""

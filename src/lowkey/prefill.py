@@ -33,10 +33,12 @@ def _repeated(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache:
     asking = tokenizer(policy.prompt, add_special_tokens=False, return_tensors="pt").input_ids.to(ids.device).expand(len(ids), -1)  # type: ignore[attr-defined]
     chunk, bridge = policy.chunk, policy.bridge  # type: ignore[attr-defined]
     cache.freeze()
+    begin = int(cache.get_seq_length())  # of the text, behind what the cache already held
     model(ids, past_key_values=cache, logits_to_keep=1)
     for start in range(0, ids.shape[1], chunk):
         again = torch.cat([asking, ids[:, max(0, start - bridge) : start + chunk]], 1)
-        cache.only_look(again.shape[1])
+        piece = (begin + start, begin + min(start + chunk, ids.shape[1]))
+        cache.only_look(again.shape[1], piece if policy.softmax == "piece" else (0, begin + ids.shape[1]))  # type: ignore[attr-defined]
         model(again, past_key_values=cache, logits_to_keep=1)
     cache.only_look(0)
     cache.freeze(False)

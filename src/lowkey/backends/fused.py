@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from lowkey.backends.segment import Segment, joint_mask, kv_heads
+from lowkey.backends.segment import Part, Segment, joint_mask, kv_heads
 
 QUERIES = 16  # from so many on it is faster than products that form scores
 ROWS = 512  # queries taken at once: what none of them sees is not read
@@ -58,6 +59,43 @@ def _rows(segments: Sequence[Segment], scaling: float) -> Tensor:
     mask = mask if mask is None else mask.unsqueeze(1)
     out = scaled_dot_product_attention(query, keys, values, mask, scale=scaling, enable_gqa=True)[..., :width]
     return out if mask is None else out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+
+
+# -- with the log-sum-exp, for parts that are merged
+
+
+def gives_lse(query: Tensor, keys: Tensor, softcap: float | None) -> bool:
+    """Whether torch's kernel for CPUs can answer so many queries. Its log-sum-exp has no gradient, so none may be asked for."""
+    traced = torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad)
+    return query.device.type == "cpu" and softcap is None and query.shape[-2] >= QUERIES and not traced
+
+
+def ragged(query: Tensor, keys: Tensor, values: Tensor, starts: Tensor, scaling: float) -> Part:
+    """As `naive.ragged`, row after row."""
+    edges = list(itertools.pairwise(starts.tolist()))
+    parts = [
+        _with_lse(q[None, None], keys[None, None, a:b], values[None, None, a:b], scaling) for q, (a, b) in zip(query, edges, strict=True)
+    ]
+    return torch.cat([out[0].float() for out, _ in parts]), torch.cat([lse[0] for _, lse in parts])
+
+
+def causal(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Part:
+    """query (b, h, g, t, d) over keys and values (b, h, t, d) that came with it, each over those up to its own: as `grouped.partial`."""
+    g = query.shape[2]
+    out, lse = _with_lse(query.flatten(1, 2), _for_heads(keys, g * keys.shape[1]), _for_heads(values, g * keys.shape[1]), scaling, True)
+    return out.unflatten(1, (-1, g)), lse.unflatten(1, (-1, g))
+
+
+def _with_lse(query: Tensor, keys: Tensor, values: Tensor, scaling: float, is_causal: bool = False) -> Part:
+    """query (b, H, t, d), keys and values (b, H, s, d) -> (b, H, t, width of the values), (b, H, t)"""
+    if not keys.shape[2]:
+        return query.new_zeros(*query.shape[:3], values.shape[3]), query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
+    width = values.shape[3]
+    widest = max(width, keys.shape[3])
+    query, keys, values = (pad(x, (0, widest - x.shape[3])) for x in (query.to(keys.dtype), keys, values))
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, lse = attention(query, keys, values, 0.0, is_causal, scale=scaling)
+    return out[..., :width], lse
 
 
 def _for_heads(x: Tensor, h: int) -> Tensor:

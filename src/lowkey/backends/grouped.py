@@ -105,9 +105,12 @@ def ragged(query: Tensor, keys: Tensor, values: Tensor, starts: Tensor, scaling:
     out = query.new_zeros(rows, m, values.shape[-1], dtype=torch.float32)
     lse = query.new_full((rows, m), -torch.inf, dtype=torch.float32)
     for chosen, index, absent in _classes(starts):
-        scores = capped((query[chosen] @ keys[index].mT).float() * scaling, softcap).masked_fill(absent.unsqueeze(1), -torch.inf)
-        out[chosen] = (scores.softmax(-1).to(values.dtype) @ values[index]).float()
-        lse[chosen] = scores.logsumexp(-1)
+        step = max(1, BLOCK // index.numel())
+        for i in range(0, m, step):
+            some = slice(i, i + step)
+            scores = capped((query[chosen, some] @ keys[index].mT).float() * scaling, softcap).masked_fill(absent.unsqueeze(1), -torch.inf)
+            out[chosen, some] = (scores.softmax(-1).to(values.dtype) @ values[index]).float()
+            lse[chosen, some] = scores.logsumexp(-1)
     return out, lse
 
 

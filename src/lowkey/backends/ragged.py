@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowkey.backends import grouped, numba_cpu, triton_gpu
+from lowkey.backends import fused, grouped, numba_cpu, triton_gpu
 from lowkey.backends.segment import Part
 
 FEW = 64  # queries per row; more are better off in matrix products
@@ -18,4 +18,6 @@ def ragged(query: Tensor, keys: Tensor, values: Tensor, starts: Tensor, scaling:
         for device, backend in (("cpu", numba_cpu), ("cuda", triton_gpu)):
             if keys.device.type == device and backend.available() and backend.supports(keys.dtype):
                 return backend.ragged(query, keys, values, starts, scaling, softcap)
+    elif fused.gives_lse(query, keys, softcap):
+        return fused.ragged(query, keys, values, starts, scaling)
     return grouped.ragged(query, keys, values, starts, scaling, softcap)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lowkey.backends import grouped, stock
+from lowkey.backends import fused, grouped, stock
 from lowkey.backends.ragged import ragged
 from lowkey.backends.segment import Part, Segment, merge
 from lowkey.layers.codec import Codec, Plain
 from lowkey.layers.placed import UnmovedLayer
-from lowkey.ops.ragged import appended, best, padded, starts_of
+from lowkey.ops.ragged import appended, best, padded, row_of, starts_of
 from lowkey.policies.allocators import Ask
 from lowkey.policies.base import Policy, Rope, Scene
 from lowkey.seam import Call
@@ -71,7 +71,8 @@ class EvictingLayer(UnmovedLayer):
     offset, first (b, 1); if the policy needs them: carried (n) scores, asked (b, h, g, w, d) queries since the last eviction.
 
     seat, round: which compressible layer of the cache this is, and where it meets the others. looking: so many tokens at the end of
-    each chunk are used to score the others and are not stored, nor counted as seen. frozen: nothing more is evicted.
+    each chunk are used to score the others and are not stored, nor counted as seen. piece: which tokens they repeat, if they do, (from,
+    to) as counted in `seen`. frozen: nothing more is evicted.
     """
 
     keys: Tensor  # type: ignore[assignment]
@@ -83,6 +84,7 @@ class EvictingLayer(UnmovedLayer):
         self.policy, self.rope, self.seat, self.round, self.codec = policy, rope, seat, round or Round(), codec or Plain()
         self.fresh = self.kept = self.steps = self.moved = 0
         self.frozen = False
+        self.piece: tuple[int, int] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         b, h = key_states.shape[:2]
@@ -151,7 +153,8 @@ class EvictingLayer(UnmovedLayer):
         else:
             parts = [*self._stored_parts(call, self.seen - t), self._own_part(keys, values, call)]
             out = merge(parts)[0] if len(parts) > 1 else parts[0][0]
-            self._evict(call, self._with_chunk(keys, values, real))
+            repeating = None if self.piece is None else torch.logaddexp(parts[0][1], parts[-1][1])
+            self._evict(call, self._with_chunk(keys, values, real), repeating)
             self.seen -= self.looking
         return out.to(values.dtype)
 
@@ -162,14 +165,26 @@ class EvictingLayer(UnmovedLayer):
         if len(self.keys):
             keys = self.codec.readable_rows(self.keys, self.where, self.starts, shape[1])
             rows = self.narrowed(query.flatten(2, 3)).flatten(0, 1)
-            out, lse = ragged(rows, keys, self.values, self.starts, call.scaling, call.softcap)
-            parts.append((self.codec.out(out.view(*shape, -1)), lse.view(shape)))
+            for k, v, starts in self._in_piece(keys):
+                out, lse = ragged(rows, k, v, starts, call.scaling, call.softcap)
+                parts.append((self.codec.out(out.view(*shape, -1)), lse.view(shape)))
         if self.fresh:
             keys = self.codec.readable(self.tail_k[:, :, : self.fresh], self.positions(stop - self.fresh, stop).unsqueeze(1))
             tail = (_quick(x) for x in (query, keys, self.tail_v[:, :, : self.fresh]))
             out, lse = grouped.partial([Segment(*tail)], call.scaling, call.softcap)
             parts.append((self.codec.out(out), lse))
         return parts
+
+    def _in_piece(self, keys: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Keys, values and starts of the rows; those of the piece that is repeated, if one is, and then the others."""
+        if self.piece is None:
+            return [(keys, self.values, self.starts)]
+        row = row_of(self.starts)
+        place = self.where + self.offset[row // self.tail_k.shape[1], 0]
+        inside = (place >= self.piece[0]) & (place < self.piece[1])
+        counts = torch.zeros_like(self.starts[1:]).index_add_(0, row, inside.long())
+        both = (inside, counts), (~inside, self.starts.diff() - counts)
+        return [(keys[chosen], self.values[chosen], starts_of(lengths)) for chosen, lengths in both]
 
     def narrowed(self, x: Tensor) -> Tensor:
         """Queries or keys (b, h, s, r) in the channels that the rows have."""
@@ -188,7 +203,10 @@ class EvictingLayer(UnmovedLayer):
             out = stock.attend(call.query, keys, values, call.mask, call.scaling)
             return out, out.new_zeros(out.shape[:-1])
         mask = call.full_mask(self.seen)
-        return grouped.partial([Segment(call.query, keys, values, None if mask is None else mask[..., -t:])], call.scaling, call.softcap)
+        mask = None if mask is None else mask[..., -t:]
+        if mask is not None and fused.gives_lse(call.query, keys, call.softcap) and bool((mask == torch.ones_like(mask[:1]).tril()).all()):
+            return fused.causal(call.query, keys, values, call.scaling)
+        return grouped.partial([Segment(call.query, keys, values, mask)], call.scaling, call.softcap)
 
     def _as_stored(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """A chunk's keys and values as they will be read later."""
@@ -269,11 +287,11 @@ class EvictingLayer(UnmovedLayer):
         """Now, by the scores that the tokens carry."""
         self._evict(self.quiet, self._stored())
 
-    def _evict(self, call: Call, found: Candidates) -> None:
+    def _evict(self, call: Call, found: Candidates, repeating: Tensor | None = None) -> None:
         """Score what is there and let the round decide; the call's queries are the newest."""
         tokens = self.tokens()
         self.quiet = Call(call.query[:, :, :, :0], None, None, call.scaling, call.softcap)
-        scores = found.carried if self._all_stay(tokens) else self.policy.score(self._scene(call, found)).float()
+        scores = found.carried if self._all_stay(tokens) else self.policy.score(self._scene(call, found, repeating)).float()
         number = found.positions - self._begins()  # counted from each row's first token
         found = replace(found, carried=scores, valid=found.valid & (number < tokens[:, None, None]))
         stays = (number < self.policy.sinks) | (number >= (tokens - self.policy.recent)[:, None, None])
@@ -285,7 +303,7 @@ class EvictingLayer(UnmovedLayer):
         fits = all(self.mean_tokens(n) >= n for n in tokens.tolist())
         return (self.frozen and not self.looking) or (fits and (self.policy.repeats or not self.policy.carries))
 
-    def _scene(self, call: Call, found: Candidates) -> Scene:
+    def _scene(self, call: Call, found: Candidates, repeating: Tensor | None) -> Scene:
         queries = torch.cat([self.asked, call.query], 3) if self.asked.numel() else call.query
         w, t = queries.shape[3], call.query.shape[3]
         begins = self._begins()
@@ -298,7 +316,8 @@ class EvictingLayer(UnmovedLayer):
         def rope(at: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
             return self.rope(at + begins.view(-1, 1).repeat_interleave(len(at) // len(begins), 0), like)
 
-        about = (call.scaling, call.softcap, rope, found.carried, self.looking > 0)
+        piece = None if self.piece is None else torch.tensor(self.piece, device=self.device) - self.first
+        about = (call.scaling, call.softcap, rope, found.carried, self.looking > 0, piece, repeating)
         return Scene(keys, values, found.positions - begins, found.valid, queries, at, *about)
 
     def _begins(self) -> Tensor:
@@ -318,7 +337,7 @@ class EvictingLayer(UnmovedLayer):
     def reset(self) -> None:
         super().reset()
         self.fresh = self.kept = self.steps = self.moved = 0
-        self.frozen = False
+        self.frozen, self.piece = False, None
 
 
 def _quick(x: Tensor) -> Tensor:

@@ -52,10 +52,10 @@ class PruningLayer(EvictingLayer):
         wide = keys.new_zeros(len(keys), self.tail_k.shape[-1])
         return wide.scatter_(1, self._channel_of_each(), keys)
 
-    def _evict(self, call: Call, found: Candidates) -> None:
+    def _evict(self, call: Call, found: Candidates, repeating: Tensor | None = None) -> None:
         queries = torch.cat([self.asked, call.query], 3) if self.asked.numel() else call.query
         self.loud = queries[:, :, :, -self.policy.looked :].float().square().mean((2, 3))  # (b, h, d)
-        super()._evict(call, found)
+        super()._evict(call, found, repeating)
 
     def keep(self, found: Candidates, scores: Tensor, counts: Tensor) -> None:
         """As any evicting layer; then the newest tokens move to the tail and the other keys lose channels."""

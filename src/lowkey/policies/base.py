@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool1d, max_pool1d
 
 from lowkey.options import check, option
 from lowkey.policies.allocators import ALLOCATORS, Allocator, HeadImportance
 from lowkey.types import Budget, LowkeyError
 
+Pooling = Literal["max", "mean"]
 Rope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-BLOCK = 2**25  # attention weights formed at once: 128 MiB, and a few copies
+BLOCK, CACHED = 2**25, 2**20  # attention weights formed at once: 128 MiB and a few copies; on a CPU what its own cache holds
+LEAST = 16  # queries at a time, however long the context: products of fewer read all keys for little
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class Scene:
     token whatever the model calls it, and valid (b, h, s): False for padding and for the gaps of shorter heads. queries (b, h, g, w, d):
     all since the last eviction, rotated, of the newest w tokens, at query_positions (b, w), -1 for padding. rope: cos and sin at
     positions so counted. looking: the queries only look and are not stored. carried (b, h, s): scores kept from earlier evictions, 0 for
-    new tokens.
+    new tokens. piece (b, 2), if the queries repeat a part of what came before: the position of its first token and the one behind its
+    last; then repeating (b, h, g, w) is the log-sum-exp of their logits over it and over what came with them.
     """
 
     keys: Tensor
@@ -40,18 +44,33 @@ class Scene:
     rope: Rope
     carried: Tensor
     looking: bool = False
+    piece: Tensor | None = None
+    repeating: Tensor | None = None
 
-    def weights(self, last: int, first: int = 0) -> Tensor:
-        """Attention (b, h, g, w, s) in fp32 of the newest `last` queries, without the newest `first` of these; padding gets 0."""
-        stop = self.queries.shape[3] - first
-        chosen = slice(max(0, self.queries.shape[3] - last), stop)
-        queries, at = self.queries[:, :, :, chosen], self.query_positions[:, chosen]
-        g, w = queries.shape[2:4]
-        scores = (queries.flatten(2, 3) @ self.keys.mT).unflatten(2, (g, w)).float() * self.scaling
-        if self.softcap is not None:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
-        seen = self.valid.unsqueeze(2) & (self.positions.unsqueeze(2) <= at[:, None, :, None])
-        return scores.masked_fill(~seen.unsqueeze(2), -torch.inf).softmax(-1).nan_to_num(0.0)
+    def logits(self, last: int = 0) -> Iterator[tuple[slice, Tensor]]:
+        """Which of the newest `last` queries (0: all), a few at a time, and their logits (b, h, g, w, n) in fp32 over the first n
+        candidates, since they see none of the others; -inf for what is not seen, and for padding."""
+        b, h, g, w = self.queries.shape[:4]
+        there = self.positions.masked_fill(~self.valid, torch.iinfo(torch.int64).max)
+        lowest, highest = there.amin((0, 1)), there.amax((0, 1))  # over rows and heads; a candidate that one lacks is never clear
+        keys = _exact(self.keys).mT
+        step = max(LEAST, (CACHED if keys.device.type == "cpu" else BLOCK) // max(1, b * h * g * keys.shape[3]))
+        for start in range(max(0, w - last) if last else 0, w, step):
+            some = slice(start, start + step)
+            at, queries = self.query_positions[:, some], _exact(self.queries[:, :, :, some]) * self.scaling
+            stop, clear = _after(lowest <= at.max()), int((highest <= at.min()).long().cumprod(0).sum())
+            logits = (queries.flatten(2, 3) @ keys[..., :stop]).float().unflatten(2, queries.shape[2:4])
+            if self.softcap is not None:
+                logits = self.softcap * torch.tanh(logits / self.softcap)
+            seen = self.valid[:, :, None, clear:stop] & (self.positions[:, :, None, clear:stop] <= at[:, None, :, None])
+            logits[..., clear:].masked_fill_(~seen.unsqueeze(2), -torch.inf)
+            yield some, logits
+
+    def attention(self, last: int = 0) -> Iterator[Tensor]:
+        """The softmax of `logits`; padding gets 0."""
+        for some, logits in self.logits(last):
+            weights = logits.softmax(-1)
+            yield weights.nan_to_num_(0.0) if bool((self.query_positions[:, some] < 0).any()) else weights
 
 
 @dataclass(frozen=True)
@@ -109,17 +128,36 @@ class Policy(ABC):
 
 
 def attention_sums(scene: Scene, last: int = 0, squared: bool = False) -> Tensor:
-    """Attention (b, h, g, s) or its square, summed over the newest `last` queries (0: all); few at a time, to bound memory."""
-    b, h, g, w = scene.queries.shape[:4]
-    last = min(last or w, w)
+    """Attention (b, h, g, s) or its square, summed over the newest `last` queries (0: all)."""
+    b, h, g, _ = scene.queries.shape[:4]
     total = torch.zeros(b, h, g, scene.keys.shape[2], device=scene.keys.device)
-    step = max(1, BLOCK // total.numel())
-    for first in range(0, last, step):
-        weights = scene.weights(min(first + step, last), first)
-        total += (weights.square() if squared else weights).sum(3)
+    for weights in scene.attention(last):
+        total[..., : weights.shape[-1]] += (weights.square_() if squared else weights).sum(3)
     return total
 
 
-def pooled(scores: Tensor, kernel: int) -> Tensor:
-    """Each score raised to the largest among its neighbours (b, h, s), so that clusters of tokens stay together (arXiv:2404.14469)."""
-    return torch.nn.functional.max_pool1d(scores, kernel, stride=1, padding=kernel // 2) if kernel > 1 else scores
+def _exact(x: Tensor) -> Tensor:
+    """In fp32 on a CPU, where products of fewer bits are slow; elsewhere as it is."""
+    return x.float() if x.device.type == "cpu" else x
+
+
+def _after(seen: Tensor) -> int:
+    """The number behind the last that is true."""
+    there = seen.nonzero()
+    return int(there[-1]) + 1 if len(there) else 0
+
+
+def pooled(scene: Scene, scores: Tensor, kernel: int, pooling: Pooling, window: int) -> Tensor:
+    """Scores (b, h, s) over the `kernel` nearest positions, so that clusters of tokens stay together: their largest, or their sum over
+    `kernel` (what is not there counts 0). The newest `window` tokens neither give to the prompt nor take from it.
+
+    The largest: arXiv:2404.14469 (kernel 7), PyramidKV and HeadKV. The mean: SnapKV's published code and kvpress (kernel 5).
+    """
+    if kernel == 1:
+        return scores
+    first = scene.query_positions[:, -window:].clamp_min(0).amin(1) if window else scene.query_positions.amax(1) + 1
+    prompt = scene.valid & (scene.positions < first[:, None, None])
+    slot = scene.positions.masked_fill(~prompt, 0)  # neighbours are found by position: tokens between them may have been evicted
+    dense = scores.new_zeros(*scores.shape[:2], int(slot.max()) + 1).scatter_add(2, slot, scores.masked_fill(~prompt, 0.0))
+    pool = max_pool1d if pooling == "max" else avg_pool1d
+    return pool(dense, kernel, stride=1, padding=kernel // 2).gather(2, slot).where(prompt, scores)

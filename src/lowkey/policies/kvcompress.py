@@ -8,13 +8,13 @@ from typing import ClassVar
 from torch import Tensor
 
 from lowkey.options import option
-from lowkey.policies.base import Policy, Scene, attention_sums, pooled
+from lowkey.policies.base import Policy, Pooling, Scene, attention_sums, pooled
 
 
 @dataclass(frozen=True)
 class KVCompress(Policy):
     """Squared attention of the newest `window` queries (0: all), summed over them and over the query heads of a KV head, then
-    max-pooled over `kernel` neighbours.
+    pooled over `kernel` neighbours as in SnapKV.
 
     Scores add up from eviction to eviction; only what is new is pooled, as decode steps are in the authors' code. The method's other half,
     eviction by whole blocks in one order over all layers and heads, is allocator `blocks`; their optional bias by head and position is left
@@ -27,6 +27,8 @@ class KVCompress(Policy):
 
     window: int = option(8, at_least=0, at_most=2**24)
     kernel: int = option(7, odd=True, at_least=1, at_most=4095)  # odd, so that a token is in the middle of its neighbours
+    pooling: Pooling = "max"
 
     def score(self, scene: Scene) -> Tensor:
-        return scene.carried + pooled(attention_sums(scene, self.window, squared=True).sum(2), self.kernel)
+        new = attention_sums(scene, self.window, squared=True).sum(2)
+        return scene.carried + pooled(scene, new, self.kernel, self.pooling, self.window)

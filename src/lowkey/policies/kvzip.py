@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from lowkey.options import option
 from lowkey.policies.base import Policy, Scene
 from lowkey.types import LowkeyError
+
+Softmax = Literal["piece", "context"]
 
 
 @dataclass(frozen=True)
@@ -18,8 +21,9 @@ class KVzip(Policy):
 
     So nothing depends on a question, and one cache serves many. The repetition is a second pass over the context in pieces of `chunk`
     tokens, which `lowkey.prefill` makes; a cache that was filled otherwise refuses to evict. Each piece is asked for with `prompt` and the
-    `bridge` tokens before it. Scores are softmax weights over the whole context; the published code puts only the piece, the sinks and the
-    repetition under the softmax. All layers and heads share one threshold (`global`), as in the paper's non-uniform mode.
+    `bridge` tokens before it. softmax: over the sinks, the `piece` and its repetition, as in the paper, so that the cost of scoring is
+    linear in the length of the context; or over the whole `context` and the repetition. All layers and heads share one threshold
+    (`global`), as in the paper's non-uniform mode.
     """
 
     summary: ClassVar[str] = "what the model needs to repeat its context"
@@ -30,18 +34,27 @@ class KVzip(Policy):
     chunk: int = option(2000, at_least=1, at_most=2**24)
     bridge: int = option(8, at_least=0, at_most=2**24)
     prompt: str = option("\n\nRepeat the previous context exactly.\n\n", any_text=True)
+    softmax: Softmax = "piece"
 
     def score(self, scene: Scene) -> Tensor:
         if not scene.queries.shape[3]:
             return scene.carried
-        if not scene.looking:
+        if scene.piece is None or scene.repeating is None:
             raise LowkeyError(
                 "policy kvzip: needs a second pass over the context; fill the cache with lowkey.prefill(model, tokenizer, cache, ids)"
             )
-        found = scene.carried
-        for first in range(0, scene.queries.shape[3], BLOCK):
-            found = found.maximum(scene.weights(first + BLOCK, first).amax((2, 3)))
-        return found
-
-
-BLOCK = 64  # queries at a time
+        first, stop = scene.piece[:, None, None].unbind(-1)
+        piece = (scene.positions >= first) & (scene.positions < stop)
+        met = scene.valid & (piece | (scene.positions < self.sinks))
+        at = met.any(0).any(0).nonzero().squeeze(1)
+        keys, positions, valid, piece = (x[:, :, at] for x in (scene.keys, scene.positions, met, piece))
+        beside = (valid & ~piece).any(0).any(0).nonzero().squeeze(1)  # sinks of which `repeating` does not know
+        found = torch.full(valid.shape, -torch.inf, device=keys.device)
+        for some, logits in replace(scene, keys=keys, positions=positions, valid=valid).logits():
+            lse = scene.repeating[:, :, :, some].unsqueeze(-1)
+            if len(beside):
+                sinks = logits[..., beside].masked_fill(piece[:, :, None, None, beside], -torch.inf)
+                lse = torch.logaddexp(lse, sinks.logsumexp(-1, keepdim=True))
+            top = (logits - lse.masked_fill(lse.isneginf(), 0.0)).amax((2, 3))
+            found[:, :, : top.shape[-1]] = found[:, :, : top.shape[-1]].maximum(top)
+        return scene.carried.index_copy(2, at, scene.carried[:, :, at].maximum(found.exp()))

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lowkey.policies.base import Policy, Scene
+from lowkey.policies.base import Policy, Scene, attention_sums
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class TOVA(Policy):
     paper: ClassVar[str] = "arXiv:2401.06104"
 
     def score(self, scene: Scene) -> Tensor:
-        newest = scene.weights(1).mean((2, 3))
+        newest = attention_sums(scene, 1).mean(2)
         slot = (scene.positions + 1).masked_fill(~scene.valid, 0)  # heads may hold different tokens: they meet by position
         by_position = newest.new_zeros(*newest.shape[:2], int(slot.max()) + 1).scatter(2, slot, newest)
         return by_position.mean(1, keepdim=True).expand_as(by_position).gather(2, slot)
