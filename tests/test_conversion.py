@@ -433,6 +433,7 @@ REFUSED = [
     ("llama", {}, "mea", {"mea_num_component_heads": 0}, "must be at least 1"),
     ("llama", {}, "mla", {"kv_lora_rank": 8, "qk_rope_head_dim": 18}, "at most the source's head dim"),
     ("llama", {}, "mla", {"kv_lora_rank": 8, "qk_nope_head_dim": 5}, "give 16 or 0"),
+    ("llama", {}, "lrkv", {"lrkv_rank": 2, "lrkv_rope_mode": "partial", "qk_rope_head_dim": D}, "would reach none of 16 channels"),
     ("llama", {}, "mla", {"kv_lora_rank": 2 * 4 * D + 1}, "kv_lora_rank 129: must be at most 128"),
     ("llama", WIDE, "mla", {"kv_lora_rank": 8, "qk_rope_head_dim": 8}, "heads of width 16 alone"),
     ("qwen3", {}, "mla", {"kv_lora_rank": 8}, "norms its keys after their projection"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 
@@ -29,6 +30,7 @@ def main() -> None:
     import huggingface_hub
     import transformers
 
+    logging.getLogger("lowkey").setLevel(logging.ERROR)  # commands say in lines of their own what the library logs
     huggingface_hub.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -15,7 +15,19 @@ from lowkey import files, text
 from lowkey.attention import SUBSETS
 from lowkey.calibrate import Sample
 from lowkey.commands.common import AsJson, Calibration, Device, Dtype, Force, Model, Seed, at_least, err, options_of
-from lowkey.conversion import BASES, CONVERSIONS, FIELDS, FREQUENCIES, HEADS, Options, describe, input_moments, save, starting_loss
+from lowkey.conversion import (
+    BASES,
+    CONVERSIONS,
+    FIELDS,
+    FREQUENCIES,
+    HEADS,
+    Exactness,
+    Options,
+    describe,
+    input_moments,
+    save,
+    starting_loss,
+)
 from lowkey.conversion import convert as made_of
 from lowkey.conversion.convert import check
 from lowkey.fingerprint import data_fingerprint
@@ -121,4 +133,6 @@ def _show(record: dict[str, Any], out: Path, as_json: bool) -> None:
         nats = "not finite" if loss[which] is None else f"{loss[which]:.4f}"
         table.add_row(name, nats, f"{cache[which]:,}", f"{100 * cache[which] / cache['source']:.1f}%", f"{size[which]:,}")
     screen.print(table)
+    start = Exactness(record["exact"], record["lost"], record["exact_with"])
+    err.print(f"the start is {start}", highlight=False, soft_wrap=True, markup=False)
     err.print(f"model written to {out}; loss on {loss['tokens']:,} held-out tokens, nothing trained yet", highlight=False, soft_wrap=True)

@@ -7,6 +7,7 @@ loss = starting_loss(smaller, tokenizer)
 from __future__ import annotations
 
 from lowkey.conversion.convert import convert, input_moments
+from lowkey.conversion.exactness import Exactness, exactness
 from lowkey.conversion.kinds import BASES, CONVERSIONS, FREQUENCIES, HEADS, Options
 from lowkey.conversion.record import Loss, describe, save, starting_loss
 from lowkey.conversion.target import FIELDS
@@ -14,6 +15,7 @@ from lowkey.conversion.target import FIELDS
 __all__ = [
     "BASES",
     "CONVERSIONS",
+    "Exactness",
     "FIELDS",
     "FREQUENCIES",
     "HEADS",
@@ -21,6 +23,7 @@ __all__ = [
     "Options",
     "convert",
     "describe",
+    "exactness",
     "input_moments",
     "save",
     "starting_loss",

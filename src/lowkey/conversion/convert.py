@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowkey import families
-from lowkey.attention import LowkeyConfig, LowkeyForCausalLM
+from lowkey.attention import LowkeyConfig, LowkeyForCausalLM, layer_costs, model_bytes_per_token
 from lowkey.conversion import source
+from lowkey.conversion.exactness import exactness
 from lowkey.conversion.kinds import BASES, CONVERSIONS, FREQUENCIES, HEADS, POOLING, Layer, Options, Rope
 from lowkey.conversion.target import configuration
 from lowkey.progress import Progress, silent
@@ -38,13 +40,17 @@ def convert(
     they change what the model computes. moments: of every layer's inputs, as `input_moments` makes them; truncations then lose least of
     what projections make of the inputs, not of their weights.
 
-    Exact, to rounding: mha; gqa and mqa with as many heads as the source has (or a multiple); lrkv of mode `full` or `latent` at rank d
-    (key biases and, in `latent`, norms of keys apart); mea with as many components as KV heads. Other starts lose something:
-    `starting_loss` says what.
+    Exact, to rounding: mha; gqa and mqa with as many heads as the source has (or a multiple), lrkv of mode `full` or `latent` with as many
+    shared heads, or at rank d where keys have no biases; mea with as many components as KV heads; mla of a source with one KV head. Other
+    starts lose something: `exactness` says what and which fields would lose nothing, `starting_loss` how much. What loses something and
+    stores no less than the source is logged as a warning.
     Errors: LowkeyError for a source that our skeleton cannot say, or fields and options that do not go together.
     """
     options = options or Options()
     config = check(model, attention, options, moments is not None, fields)
+    start = exactness(model, config)
+    if not start.exact and model_bytes_per_token(layer_costs(config), model.dtype.itemsize) >= source.full_bytes_per_token(model):
+        logging.getLogger(__name__).warning("attention %r stores no less than the source and is %s", attention, start)
     made = _empty(config, model)
     state = _outside(model, made)
     rope, gated = _rope(model, made), source.gated(config)

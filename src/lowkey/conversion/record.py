@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowkey import files, text
 from lowkey.attention import LowkeyForCausalLM, layer_costs, model_bytes_per_token, register
 from lowkey.conversion import source
+from lowkey.conversion.exactness import Exactness, exactness
 from lowkey.fingerprint import model_fingerprint
 from lowkey.plan import versions
 from lowkey.progress import Progress, silent
@@ -63,15 +64,16 @@ def starting_loss(
 
 def describe(model: PreTrainedModel, made: LowkeyForCausalLM, before: Loss, after: Loss, how: dict[str, Any]) -> dict[str, Any]:
     """What convert.json holds; `how` are the fields and options that were given."""
-    config, itemsize = model.config, made.dtype.itemsize
-    stored = config.num_key_value_heads or config.num_attention_heads
-    whole = config.num_hidden_layers * 2 * stored * source.head_dim(config) * itemsize
+    start = exactness(model, made.config)
     return {
         "format": 1,
-        "source": config._name_or_path,
+        "source": model.config._name_or_path,
         "source_sha256": model_fingerprint(model),
         "attention": made.config.attention,
         **how,
+        "exact": start.exact,
+        "lost": start.why,
+        "exact_with": None if start.instead is None else dict(start.instead),
         "dtype": str(made.dtype).removeprefix("torch."),
         "loss": {
             "source": _finite(before.nats),
@@ -81,8 +83,8 @@ def describe(model: PreTrainedModel, made: LowkeyForCausalLM, before: Loss, afte
         },
         "parameters": {"source": _parameters(model), "converted": _parameters(made)},
         "cache_bytes_per_token": {
-            "source": whole,
-            "converted": model_bytes_per_token(layer_costs(made.config), itemsize),
+            "source": source.full_bytes_per_token(model),
+            "converted": model_bytes_per_token(layer_costs(made.config), made.dtype.itemsize),
         },
         "versions": versions(),
     }
@@ -119,6 +121,7 @@ def card(record: dict[str, Any]) -> str:
     """A model card in Markdown."""
     loss, cache, name = record["loss"], record["cache_bytes_per_token"], record["source"] or "a model"
     fields = ", ".join(f"{k} {v}" for k, v in record.get("fields", {}).items())
+    start = Exactness(record["exact"], record["lost"], record["exact_with"])
     return f"""---
 library_name: transformers
 tags: [kv-cache-compression]
@@ -127,7 +130,7 @@ tags: [kv-cache-compression]
 
 Its cache takes {cache["converted"]} bytes per token instead of {cache["source"]} ({100 * cache["converted"] / cache["source"]:.1f} %) in
 {record["dtype"]}{f" ({fields})" if fields else ""}. Nothing was trained yet: cross-entropy on {loss["tokens"]} tokens of held-out text is
-{_nats(loss["converted"])} nats per token, {_nats(loss["source"])} before. Train it further with `lowkey pretrain`.
+{_nats(loss["converted"])} nats per token, {_nats(loss["source"])} before. The start is {start}. Train it further with `lowkey pretrain`.
 convert.json says how it was made.
 
 ```python

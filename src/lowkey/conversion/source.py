@@ -93,6 +93,19 @@ def has_biases(model: PreTrainedModel) -> bool:
     return any(part.linear.bias is not None for part in _parts(model, 0))
 
 
+def key_biases(model: PreTrainedModel) -> bool:
+    """Whether any key of any layer has a bias that is not zero."""
+    layers = range(model.config.num_hidden_layers)
+    return any(bool(_extended(_parts(model, i)[1])[:, -1].any()) for i in layers) if has_biases(model) else False
+
+
+def full_bytes_per_token(model: PreTrainedModel) -> int:
+    """What stock storage of all layers takes."""
+    config = model.config
+    stored = config.num_key_value_heads or config.num_attention_heads
+    return config.num_hidden_layers * 2 * stored * head_dim(config) * model.dtype.itemsize
+
+
 def weights(model: PreTrainedModel, layer: int) -> Weights:
     """Read one layer's attention."""
     config = model.config

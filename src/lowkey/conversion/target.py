@@ -108,6 +108,8 @@ def _check_widths(model: PreTrainedModel, config: LowkeyConfig) -> None:
         raise LowkeyError(f"kv_lora_rank {config.kv_lora_rank}: must be at most {most}, the source's own cache, at which nothing is lost")
     if e > d or (e == 0 and kind == "lrkv"):
         raise LowkeyError(f"qk_rope_head_dim {e}: must be at least 2 and at most the source's head dim {d}")
+    if kind == "lrkv" and config.lrkv_rope_mode == "partial" and e == d:
+        raise LowkeyError(f"qk_rope_head_dim {e}: the low-rank part would reach none of {d} channels; give less, or lrkv_rope_mode='full'")
     if kind == "mla" and config.qk_nope_head_dim not in (d, d - e):
         raise LowkeyError(f"qk_nope_head_dim {config.qk_nope_head_dim}: give {d} or {d - e}, the channels that are not rotated")
     narrow = e < d or (config.attention == "lrkv" and config.lrkv_rope_mode == "latent" and config.lrkv_rank < d)

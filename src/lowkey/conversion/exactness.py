@@ -1,0 +1,91 @@
+"""Whether a conversion computes what its source does, and with which fields it would where those given lose something."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from lowkey.attention import GROUPED, LowkeyConfig
+from lowkey.conversion import source
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """exact: the start equals the source, to rounding. Else why it does not, and `instead`, an attention and its fields that do: of the
+    same kind where it has an exact form. All None where it is exact."""
+
+    exact: bool
+    why: str | None = None
+    instead: Mapping[str, Any] | None = None
+
+    def __str__(self) -> str:
+        if self.exact or self.instead is None:
+            return "exact, to rounding"
+        fields = " ".join(f"{name}={_written(value)}" for name, value in self.instead.items())
+        return f"not exact: {self.why}; exact with {fields}"
+
+
+def exactness(model: PreTrainedModel, config: LowkeyConfig) -> Exactness:
+    """Of the conversion of `model` into what `config` says (as `check` makes it). Judged by shapes, not by luck: a rank that happens to
+    be enough for these weights counts as too low."""
+    stored = model.config.num_key_value_heads or model.config.num_attention_heads
+    why, exact = _lost(model, config, stored)
+    changed = {} if config.head_norm == _head_norm(model.config) else {"head_norm": _head_norm(model.config)}
+    if changed:
+        why = f"head_norm {config.head_norm!r} norms what the source does not" + (f", and {why}" if why else "")
+    return Exactness(False, why, exact | changed) if why else Exactness(True)
+
+
+def _lost(model: PreTrainedModel, config: LowkeyConfig, stored: int) -> tuple[str | None, dict[str, Any]]:
+    """Why the fields of the kind lose something, or None, and those that lose nothing."""
+    kind, groups, d = config.attention, config.num_key_value_heads, config.head_dim
+    grouped: dict[str, Any] = {"attention": "gqa", "num_key_value_heads": stored}
+    if kind in GROUPED:
+        lost = f"{groups} stored heads stand for the source's {stored}" if groups % stored else None
+        same = {"attention": kind} | ({"num_key_value_heads": groups} if kind == "gqa" else {})
+        return lost, grouped if groups % stored else same
+    if kind == "mea":
+        count = config.mea_num_component_heads
+        lost = f"{count} component heads stand for the source's {stored}" if count < stored else None
+        return lost, {"attention": kind, "mea_num_component_heads": stored}
+    return _lost_mla(config, stored, grouped) if kind == "mla" else _lost_lrkv(model, config, stored, d)
+
+
+def _lost_lrkv(model: PreTrainedModel, config: LowkeyConfig, stored: int, d: int) -> tuple[str | None, dict[str, Any]]:
+    groups, rank, mode = config.num_key_value_heads, config.lrkv_rank, config.lrkv_rope_mode
+    shared = groups % stored == 0  # nothing is left for the low-rank part
+    exact = {"attention": "lrkv", "lrkv_rank": rank, "lrkv_rope_mode": "full" if mode == "partial" else mode}
+    exact["num_key_value_heads"] = groups if shared else stored
+    if mode == "partial":
+        return f"mode 'partial' turns {config.rope_width} of {d} channels", exact
+    if shared:
+        return None, exact
+    heads = f"{groups} shared head{'s' if groups > 1 else ''} for the source's {stored}"
+    if rank < (min(d, config.hidden_size) if mode == "full" else d):
+        return f"rank {rank} of {d} is left to {heads}", exact
+    return (f"keys have biases, of which {heads} hold the mean", exact) if source.key_biases(model) else (None, exact)
+
+
+def _lost_mla(config: LowkeyConfig, stored: int, grouped: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    d, e, c = config.head_dim, config.qk_rope_head_dim, config.kv_lora_rank
+    if stored > 1:
+        return f"one rotated slice stands for the rotated keys of {stored} heads", grouped
+    faults = [
+        (e < d, f"the rotated slice has {e} of {d} channels"),
+        (not config.mla_rotate, "the slice is not rotated"),
+        (c < min(d, config.hidden_size), f"a latent of {c} holds values of {d}"),
+        (config.mla_kv_norm, "the latent is normed"),
+    ]
+    exact = {"kv_lora_rank": max(c, d), "qk_rope_head_dim": d, "mla_rotate": True, "mla_kv_norm": False}
+    return "; ".join(text for fault, text in faults if fault) or None, {"attention": "mla", **exact}
+
+
+def _head_norm(config: PreTrainedConfig) -> str:
+    return config.head_norm if config.model_type == source.OWN else "none"
+
+
+def _written(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
