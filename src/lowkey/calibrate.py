@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowkey import families, text
+from lowkey import families, sensitivity, text
 from lowkey.allocate import ALLOCATORS, Allocator
 from lowkey.fingerprint import data_fingerprint, model_fingerprint
 from lowkey.grid import Asked, grid, multiples
@@ -91,6 +91,7 @@ def calibrate(
     shape = families.geometry(model)
     measured, choices = _candidates(chosen, shape, ranks, rank_multiple)
     limit = _limit(budget, error_budget, shape, model, judge, measured[0] if split.measured else choices[0])
+    sensitivity.check(model, split.needs)
     rows = windows_of(attach(model), tokenizer, texts, sample)
     course = Course(model, rows, max(1, round(HELD * len(rows))), form, measured, sample.seed, sample.batch, progress, choices)
     provenance, ours = provenance_of(model, rows, sample), describe(chosen)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from lowkey import weights
 from lowkey.attention import GROUPED
 from lowkey.attention.base import HeadMaps
-from lowkey.types import Layout, LowkeyError
+from lowkey.types import Layout, LowkeyError, device_of
 
 
 @dataclass(frozen=True)
@@ -149,13 +150,15 @@ class Part:
 
     def weight(self, heads: int) -> Tensor:
         """A copy (heads, d, D) in fp32 on the CPU."""
-        return self._copy(self.linear.weight if self._plain else self._asked(True)).unflatten(0, (heads, -1))
+        with weights.at_hand(self.linear):
+            return self._copy(self.linear.weight if self._plain else self._asked(True)).unflatten(0, (heads, -1))
 
     def bias(self, heads: int) -> Tensor | None:
         """A copy (heads, d) in fp32 on the CPU, or None."""
         if self.linear.bias is None:
             return None
-        return self._copy(self.linear.bias if self._plain else self._asked(False)).unflatten(0, (heads, -1))
+        with weights.at_hand(self.linear):
+            return self._copy(self.linear.bias if self._plain else self._asked(False)).unflatten(0, (heads, -1))
 
     @property
     def _plain(self) -> bool:
@@ -165,7 +168,7 @@ class Part:
     def _asked(self, weight: bool) -> Tensor:
         """Weight or bias of what the module does: an adapter around it (LoRA), or a scale of quantised weights, is not in its own."""
         wide = next((p.dtype for p in self.linear.parameters() if p.is_floating_point() and p.dtype.itemsize > 1), torch.float32)
-        size, like = self.linear.in_features, self.linear.weight.new_empty(0, dtype=wide)
+        size, like = self.linear.in_features, torch.empty(0, dtype=wide, device=device_of(self.linear))
         bias = self.linear(like.new_zeros(size))
         return (self.linear(torch.eye(size).to(like)) - bias).mT if weight else bias
 
@@ -255,10 +258,16 @@ def check_layout(model: PreTrainedModel, layout: Layout) -> None:
 
 
 def changing_rope(model: PreTrainedModel) -> str | None:
-    """The kind of rotary embedding, if its frequencies change with the length."""
-    parameters = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    kind = parameters.get("rope_type", "default")
+    """The kind of rotary embedding of the layers with full attention, if its frequencies change with the length."""
+    kind = rope_parameters(model.config).get("rope_type", "default")
     return kind if kind in CHANGING_ROPE else None
+
+
+def rope_parameters(config: PreTrainedConfig) -> dict[str, Any]:
+    """Those of the layers with full attention: some families (Gemma 3) keep a set for each type of layer."""
+    found = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    own = found.get("full_attention")
+    return own if isinstance(own, dict) else found
 
 
 def run_layer(model: PreTrainedModel, layer: int, block: nn.Module, hidden: Tensor, cache: object) -> Tensor:
@@ -287,7 +296,8 @@ def head_maps(model: PreTrainedModel, layer: int) -> HeadMaps:
     """What every query head of a layer amounts to as linear maps, (H, d, D) each; those of a KV head are repeated for its group."""
     block: Any = decoder_layers(model)[layer].self_attn
     if model.config.model_type == OWN:
-        return block.head_maps()
+        with weights.at_hand(block):
+            return block.head_maps()
     found = projections(model, layer)
     q, k = found.q, found.k
     if found.normed:
@@ -300,5 +310,5 @@ def head_maps(model: PreTrainedModel, layer: int) -> HeadMaps:
 def _norm_weight(norm: Any, head_dim: int) -> Tensor:
     """What an RMSNorm over a head or over all heads (OLMo 2) multiplies by, (1|heads, d, 1). The norm is asked, as families keep the number
     itself or the number less one; the vector is long, so that the norm's epsilon does not count."""
-    asked = torch.full((norm.weight.numel(),), 2.0**10, device=norm.weight.device)
+    asked = torch.full((norm.weight.numel(),), 2.0**10, device=device_of(norm))
     return norm(asked).view(-1, head_dim, 1).to("cpu", torch.float32)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,12 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lowkey import families, weights
+from lowkey.adapters import Adapters
 from lowkey.types import LowkeyError
 
 RULE = "2:"  # what a fingerprint says is as good as the rule it was taken by; the first rule had no mark
+Read = dict[int, dict[tuple, bytes]]  # checksums of what lies at a place in memory
 WORDS = 1024  # 64-bit words in a row of the checksum
 CHUNK = 2**18  # numbers that are rounded at a time on a CPU, so that they stay in its cache
-INNER = ("base_layer", "original_module")  # what peft's wrappers wrap
 
 # Fields of a config that cannot change what a model computes when it reads text. Everything else counts.
 IRRELEVANT = frozenset(
@@ -49,7 +49,7 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     adapters = Adapters(base)
     parts = {"config": config_words(base.config).encode(), "adapters": repr(sorted(adapters.words())).encode()}
-    read: dict[tuple, bytes] = {}  # tied weights are read once
+    read: Read = {weights.place(p): {} for p in base.parameters() if not p.is_meta}  # tied weights are read once
     prompts: Any = getattr(model, "prompt_encoder", None)  # of a peft model that adds tokens of its own to every text
     for name, value in [*prompts.state_dict(prefix="prompt_encoder.").items()] if isinstance(prompts, nn.Module) else []:
         parts[name] = _digest(value, name, read)
@@ -114,7 +114,7 @@ class FilledBy:
 
 def _marks(model: nn.Module) -> tuple:
     """What differs after most changes to a model, at no cost to speak of: where weights are, how often they were written, adapters."""
-    places = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
+    places = [(weights.place(p), 0 if p.is_inference() else p._version) for p in model.parameters()]
     adapters = Adapters(model)
     named = [adapters.active(wrapper) for wrapper in adapters.wrappers.values()]
     return hash(tuple(places)), config_words(model.config), repr(named), repr(sorted(adapters.words()))
@@ -160,73 +160,10 @@ def _plain(value: Any) -> Any:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-# -- adapters
-
-
-class Adapters:
-    """Which of a model's weights are adapters (peft's), and which of these are active."""
-
-    def __init__(self, model: nn.Module) -> None:
-        found = ((path, m) for path, m in model.named_modules() if any(hasattr(m, name) for name in INNER))
-        self.wrappers: dict[str, Any] = {path: m for path, m in found if path and hasattr(m, "active_adapters")}  # the outermost first
-
-    @staticmethod
-    def active(wrapper: Any) -> list[str]:
-        """Those that the wrapper adds to what it wraps; merged ones are in the weights already."""
-        off = wrapper.disable_adapters or getattr(wrapper, "merged_adapters", ())
-        return [] if off else sorted(wrapper.active_adapters)
-
-    def plain(self, name: str) -> str | None:
-        """What a state-dict entry would be called without wrappers; None for an adapter that is not active. Adapters are numbered."""
-        parts, inner = name.split("."), set()
-        for path, wrapper in self.wrappers.items():
-            if not name.startswith(f"{path}."):
-                continue
-            depth = path.count(".") + 1
-            if parts[depth] in INNER or f"{path}.{parts[depth]}" in self.wrappers:
-                inner.add(depth)
-                continue
-            return self._adapter(wrapper, path, ".".join(parts[depth:]))
-        return ".".join(part for i, part in enumerate(parts) if i not in inner)
-
-    def _adapter(self, wrapper: Any, path: str, rest: str) -> str | None:
-        active, kinds = self.active(wrapper), _kinds(wrapper)
-        if not kinds:  # not one of peft's own: everything counts
-            return f"{path}: {rest}" if active else None
-        for i, adapter in enumerate(active):
-            for kind in kinds:
-                if f"{rest}.".startswith(f"{kind}.{adapter}."):
-                    return f"{path}: {kind} {i}{rest.removeprefix(f'{kind}.{adapter}')}"
-        return None
-
-    def words(self) -> Iterator[tuple]:
-        """Numbers that are no weights: scaling, rank, variants."""
-        for path, wrapper in self.wrappers.items():
-            active = self.active(wrapper)
-            if not _kinds(wrapper) and active:
-                yield (path, active)
-            for i, adapter in enumerate(active):
-                for kind in _kinds(wrapper):
-                    known = _attribute(wrapper, kind)
-                    value = known[adapter] if hasattr(known, "keys") and adapter in known else None
-                    if isinstance(value, bool | int | float | str | list | tuple):
-                        yield (path, kind, i, str(_plain(value)))
-
-
-def _kinds(wrapper: Any) -> tuple[str, ...]:
-    return (*getattr(wrapper, "adapter_layer_names", ()), *getattr(wrapper, "other_param_names", ()))
-
-
-def _attribute(module: Any, dotted: str) -> Any:
-    for name in dotted.split("."):
-        module = getattr(module, name, None)
-    return module
-
-
 # -- weights
 
 
-def _digest(value: Any, name: str, read: dict[tuple, bytes]) -> bytes:
+def _digest(value: Any, name: str, read: Read) -> bytes:
     """Of one entry of a state dict, which need not be a tensor: packed and quantised weights come with types, tuples and text."""
     if isinstance(value, Tensor):
         return _tensor(value, name, read)
@@ -239,7 +176,7 @@ def _digest(value: Any, name: str, read: dict[tuple, bytes]) -> bytes:
     raise LowkeyError(f"model: weight {name} is a {type(value).__name__}, which cannot be read; use the model without quantisation")
 
 
-def _tensor(t: Tensor, name: str, read: dict[tuple, bytes]) -> bytes:
+def _tensor(t: Tensor, name: str, read: Read) -> bytes:
     try:
         return _numbers(t, name, read)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:  # tensors of other libraries may do anything
@@ -248,7 +185,7 @@ def _tensor(t: Tensor, name: str, read: dict[tuple, bytes]) -> bytes:
 
 
 @torch.no_grad()
-def _numbers(t: Tensor, name: str, read: dict[tuple, bytes]) -> bytes:
+def _numbers(t: Tensor, name: str, read: Read) -> bytes:
     if t.is_meta:
         raise weights.without_numbers(name)
     if hasattr(t, "full_tensor"):  # one that is spread over devices
@@ -258,10 +195,10 @@ def _numbers(t: Tensor, name: str, read: dict[tuple, bytes]) -> bytes:
     if hasattr(t, "__tensor_flatten__"):  # a packed weight made of several tensors
         return b"".join(part.encode() + _tensor(getattr(t, part), name, {}) for part in t.__tensor_flatten__()[0])
     t = t.detach().as_subclass(Tensor)
-    key = (t.device, t.data_ptr(), t.dtype, t.shape, t.stride())
-    if key not in read:
-        read[key] = repr(tuple(t.shape)).encode() + checksum(t)
-    return read[key]
+    key, known = (t.dtype, t.shape, t.stride()), read.get(t.data_ptr(), {})  # what is offloaded has no place of its own
+    if key not in known:
+        known[key] = repr(tuple(t.shape)).encode() + checksum(t)
+    return known[key]
 
 
 def checksum(t: Tensor) -> bytes:

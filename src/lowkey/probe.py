@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowkey import families
+from lowkey import families, weights
 from lowkey.families import Rope
 from lowkey.merging import merged, split
 from lowkey.ops.commuting import rotated_moment
@@ -77,12 +76,12 @@ def rebuilt(x: Tensor, down: Tensor, up: Tensor, mean: Tensor | None) -> Tensor:
 
 
 def layer_in_full(model: PreTrainedModel, layer: int) -> nn.Module:
-    """A copy of a decoder layer in fp32. Errors: LowkeyError for weights of 8 bits or less, whose scales that would not take along."""
+    """A copy of a decoder layer in fp32. Errors: LowkeyError for quantised or packed weights, whose scales that would not take along."""
     block = families.decoder_layers(model)[layer]
-    for name, p in block.named_parameters():
-        if p.dtype.itemsize < 2:
-            raise LowkeyError(f"model: {name} of layer {layer} is quantised ({p.dtype}); calibrate on the weights as bfloat16 or wider")
-    return copy.deepcopy(block).float().requires_grad_(False).eval()
+    for name, p in block.state_dict().items():
+        if not weights.in_full(p):
+            raise LowkeyError(f"model: {name} of layer {layer} is quantised or packed; calibrate on the weights as bfloat16 or wider")
+    return weights.copied(block).float().requires_grad_(False).eval()
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowkey import families, files, optimizing, text, through
+from lowkey import families, files, optimizing, text, through, weights
 from lowkey.cache import cache_of
 from lowkey.fingerprint import data_fingerprint, model_fingerprint
 from lowkey.layers.codec import LowRank
@@ -94,6 +94,7 @@ def recover(
     """
     peft = _peft()
     _check(settings, model)
+    weights.check_plain("recover", model, families.decoder_layers(model))
     plan.check(model)
     data = Windows.of(tokenizer, text.joined(texts), settings)
     folder = _job(work, _describe(plan, data, settings))

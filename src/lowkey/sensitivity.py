@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from lowkey import families
+from lowkey import families, weights
 from lowkey.families import Part
 from lowkey.types import LowkeyError, device_of
 
@@ -50,6 +50,13 @@ def condition(model: PreTrainedModel, rows: Tensor, batch: int) -> Signal:
 
 
 SIGNALS: dict[str, Callable[[PreTrainedModel, Tensor, int], Signal]] = {"fisher": fisher, "condition": condition}
+
+
+def check(model: PreTrainedModel, needs: Sequence[str]) -> None:
+    """Refuse at once what `fisher` would come upon after all the fitting. Errors: LowkeyError."""
+    parts = [p for i in families.geometry(model).compressible for p in families.projection_parts(model, i)[1:]]
+    if "fisher" in needs and not all(weights.in_full(w := p.linear.weight) and not w.is_meta for p in parts):
+        raise LowkeyError("allocator 'fisher': takes gradients, which offloaded or quantised weights have not; choose another allocator")
 
 
 @contextmanager

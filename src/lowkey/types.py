@@ -213,4 +213,12 @@ def head_blocks(joint: Tensor, heads: int) -> Tensor:
 
 
 def device_of(module: torch.nn.Module) -> torch.device:
-    return next(module.parameters()).device
+    """Where a module computes: where its first weight is, or where accelerate brings it from the place to which it was offloaded."""
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    if device.type != "meta":
+        return device
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    found = next((x for hook in hooks if (x := getattr(hook, "execution_device", None)) is not None), None)
+    if found is None:
+        raise LowkeyError("model: its weights are on device 'meta' and hold no numbers; load the model with from_pretrained")
+    return torch.device(found)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
 
+from lowkey.adapters import Adapters
 from lowkey.types import LowkeyError
 
 
@@ -48,10 +51,43 @@ def entries(model: nn.Module) -> Iterator[tuple[str, Any]]:
         raise without_numbers(min(missing - seen))
 
 
+def place(t: Tensor) -> int:
+    """Where a tensor lies in memory, or something else that differs between tensors."""
+    try:
+        return t.data_ptr()
+    except RuntimeError:  # a tensor that is made of others
+        return id(t)
+
+
 def without_numbers(name: str) -> LowkeyError:
     return LowkeyError(f"model: weight {name} is on device 'meta' and holds no numbers; load the model with from_pretrained")
 
 
-def in_full(name: str, weight: Any) -> bool:
+def copied(module: nn.Module) -> nn.Module:
+    """A copy that needs nothing of the original: with offloaded weights at hand and without accelerate's hooks."""
+    shared: dict[int, Any] = {}  # what hooks know of the whole model is not copied with a part of it
+    for part in module.modules():
+        known = vars(part._hf_hook).values() if hasattr(part, "_hf_hook") else ()
+        shared |= {id(x): x for x in known if isinstance(x, Mapping)}
+    with at_hand(module):
+        return remove_hook_from_module(copy.deepcopy(module, shared), recurse=True)
+
+
+def check_plain(what: str, model: nn.Module, blocks: nn.Module) -> None:
+    """Refuse a model whose decoder layers `blocks` hold something else than plain weights, for what writes new ones.
+
+    Errors: LowkeyError.
+    """
+    if Adapters(model).wrappers:
+        raise LowkeyError(f"{what}: the model has adapters around its weights; merge them first (merge_and_unload)")
+    for name, weight in model.state_dict().items():
+        if isinstance(weight, Tensor) and weight.is_meta:
+            raise LowkeyError(f"{what}: weight {name} is offloaded or on device 'meta'; load the model without offloading")
+    for name, weight in blocks.state_dict().items():
+        if not in_full(weight):
+            raise LowkeyError(f"{what}: weight {name} of the decoder layers is quantised or packed; load it as bfloat16 or wider")
+
+
+def in_full(weight: Any) -> bool:
     """Whether a state-dict entry is a plain weight of 16 bits or more, not part of a packed or quantised one."""
     return isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize >= 2 and not weight.is_quantized

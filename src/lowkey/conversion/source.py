@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lowkey import families
+from lowkey import weights as plain
 from lowkey.attention import GROUPED, LowkeyConfig
 from lowkey.families import Part
 from lowkey.types import LowkeyError
@@ -55,6 +56,7 @@ def check(model: PreTrainedModel) -> None:
         raise LowkeyError(f"model with attention {config.attention!r} cannot be converted; attention must be one of {', '.join(GROUPED)}")
     if kind == OWN and config.attention_layers is not None:
         raise LowkeyError(f"model with attention_layers {config.attention_layers} cannot be converted; its layers must be of one kind")
+    plain.check_plain("convert", model, families.decoder_layers(model))
     sliding = [i for i, name in enumerate(families.layer_types(config)) if name != "full_attention"]
     if kind != OWN and sliding:
         raise LowkeyError(f"model of family {kind!r}: layer {sliding[0]} has a sliding window, which our models lack; use another model")

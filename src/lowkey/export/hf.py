@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowkey import families, files
+from lowkey import families, files, weights
 from lowkey.families import Part, Projections, Rope
 from lowkey.ops.commuting import commutes
 from lowkey.ops.rope import rotate
@@ -37,6 +37,7 @@ def export_hf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: 
     do), when `path` holds files (unless `force`), or cannot be written.
     """
     folder = Path(path)
+    weights.check_plain("export", model, families.decoder_layers(model))
     plan.check(model)
     merge, width = target(model, plan)
     files.check_output(folder, force)

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lowkey import families
 from lowkey.methods.base import Course, Method
 from lowkey.ops.bases import principal_basis
 from lowkey.probe import Probe
@@ -61,7 +62,7 @@ class KVLatent(Method):
 
     def finish(self, factors: dict[int, Factors], course: Course) -> dict[int, Factors]:
         """Frequency-aware rotation of what is kept; a layer of full rank keeps its own."""
-        parameters = getattr(course.model.config.get_text_config(), "rope_parameters", None) or {}
+        parameters = families.rope_parameters(course.model.config)
         base, kind = parameters.get("rope_theta"), parameters.get("rope_type", "default")
         if base is None or kind != "default" or parameters.get("partial_rotary_factor", 1.0) != 1.0:
             raise LowkeyError(f"rope=aware of method 'kv-latent': is for plain rotary embeddings of whole heads, not {kind!r}; use kept")
