@@ -159,13 +159,14 @@ def attention_divergence(model: PreTrainedModel, rows: Tensor, progress: Progres
 
 @contextmanager
 def _eager(model: PreTrainedModel) -> Iterator[None]:
-    before, training = model.config.get_text_config()._attn_implementation, model.training
-    model.set_attn_implementation("eager")
+    decoder, training = model.get_decoder(), model.training
+    before = decoder.config._attn_implementation
+    decoder.set_attn_implementation("eager")
     model.eval()
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        decoder.set_attn_implementation(before)
         model.train(training)
 
 

@@ -60,7 +60,7 @@ class Incoming:
 
 
 def attach(model: PreTrainedModel) -> PreTrainedModel:
-    """Make `model` use our attention function, through transformers' public call; a stock cache behaves as before.
+    """Make the text decoder of `model` use our attention function, through transformers' public call; a stock cache behaves as before.
 
     Errors: LowkeyError for a family that is not supported.
     """
@@ -69,7 +69,7 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
         families.geometry(model)
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)  # class-wide: a mask function set on one object is ignored
-    model.set_attn_implementation(NAME)
+    model.get_decoder().set_attn_implementation(NAME)  # not the whole model: it may have a vision tower, whose masks are of other kinds
     return model
 
 
