@@ -82,8 +82,8 @@ class LowkeyCache(Cache):
     def only_look(self, tokens: int, piece: tuple[int, int] | None = None) -> None:
         """From now on, the last `tokens` of each chunk say what to keep of the others and are then forgotten (0: stored as usual).
 
-        So a question can choose what is kept and be asked again, over what was kept. piece: the first token seen, and the one behind the
-        last, of what these tokens repeat, for a policy that has its context repeated.
+        So a question can choose what is kept and be asked again, over what was kept. piece: what these tokens repeat, for a policy that
+        has its context repeated: the first token, counted from each row's first, and the one behind the last.
         """
         for layer in self.layers:
             if isinstance(layer, EvictingLayer | StockSlidingLayer):

@@ -41,7 +41,9 @@ def stream(
         raise LowkeyError("prompt '': is empty; give some text to continue")
     start = time.perf_counter()
     if cache.origin and cache.origin.policy and cache.origin.policy.repeats:
-        prefill(model, tokenizer, cache, ids, question=1)  # the last token is read again, for what follows it
+        if ids.shape[1] > 1:
+            prefill(model, tokenizer, cache, ids, question=1)  # the last token is read again, for what follows it
+        cache.freeze()  # and a single token has no context to repeat
     streamer = _Writer(tokenizer, out) if out is not None else None
     result = model.generate(  # type: ignore[operator]
         ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=tokens, do_sample=False, streamer=streamer

@@ -72,7 +72,7 @@ class EvictingLayer(UnmovedLayer):
 
     seat, round: which compressible layer of the cache this is, and where it meets the others. looking: so many tokens at the end of
     each chunk are used to score the others and are not stored, nor counted as seen. piece: which tokens they repeat, if they do, (from,
-    to) as counted in `seen`. frozen: nothing more is evicted.
+    to) as counted from each row's first. frozen: nothing more is evicted.
     """
 
     keys: Tensor  # type: ignore[assignment]
@@ -180,7 +180,7 @@ class EvictingLayer(UnmovedLayer):
         if self.piece is None:
             return [(keys, self.values, self.starts)]
         row = row_of(self.starts)
-        place = self.where + self.offset[row // self.tail_k.shape[1], 0]
+        place = self.where - self._begins()[row // self.tail_k.shape[1], 0, 0]
         inside = (place >= self.piece[0]) & (place < self.piece[1])
         counts = torch.zeros_like(self.starts[1:]).index_add_(0, row, inside.long())
         both = (inside, counts), (~inside, self.starts.diff() - counts)
@@ -316,7 +316,7 @@ class EvictingLayer(UnmovedLayer):
         def rope(at: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
             return self.rope(at + begins.view(-1, 1).repeat_interleave(len(at) // len(begins), 0), like)
 
-        piece = None if self.piece is None else torch.tensor(self.piece, device=self.device) - self.first
+        piece = None if self.piece is None else torch.tensor([self.piece], device=self.device).expand(len(begins), 2)
         about = (call.scaling, call.softcap, rope, found.carried, self.looking > 0, piece, repeating)
         return Scene(keys, values, found.positions - begins, found.valid, queries, at, *about)
 
