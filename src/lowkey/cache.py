@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from lowkey.layers.evicting import EvictingLayer, Round
 from lowkey.layers.exact import SinkRule
 from lowkey.layers.packing import Scheme, scheme
 from lowkey.layers.pruning import PruningLayer
+from lowkey.layers.undoing import ForwardPass
 from lowkey.plan import Plan, versions
 from lowkey.policies import policy_from, policy_words
 from lowkey.policies.base import Policy
-from lowkey.seam import attached
+from lowkey.seam import Incoming, attached
 from lowkey.types import LowkeyError, identity
 
 LAYERS: dict[str, type[EvictingLayer]] = {"evicting": EvictingLayer, "compensating": CompensatingLayer, "pruning": PruningLayer}
@@ -50,27 +52,66 @@ class LowkeyCache(Cache):
     origin: Origin | None = None
     filled_by: FilledBy | None = None
 
+    def __init__(self, layers: Sequence[CountedLayer]) -> None:
+        super().__init__(layers=list(layers))
+        self.forward_pass = ForwardPass()
+        for layer in self.layers:
+            layer.forward_pass = self.forward_pass
+
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """As transformers'. The first layer's call is the moment to see which model fills the cache."""
-        if layer_idx == 0 and self.filled_by is not None:
-            self.filled_by.look(key_states.shape[2])
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        """As transformers'; a forward pass that fails before its last layer has answered leaves the cache as it was.
+
+        The first layer's call is the moment to see which model fills the cache."""
+        layer = self.layers[layer_idx]
+        self.forward_pass.enter(layer_idx, layer, layer_idx == len(self.layers) - 1)
+        try:
+            if layer_idx == 0 and self.filled_by is not None:
+                self.filled_by.look(key_states.shape[2])
+            found = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        except BaseException:
+            self.forward_pass.undo()
+            raise
+        if not isinstance(found[0], Incoming):
+            self.forward_pass.answered()
+        return found
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Several forward passes of which either all count or none: what fails in between leaves the cache as it was before them."""
+        self.forward_pass.undo()
+        before = [layer.snapshot() for layer in self.layers]
+        try:
+            yield
+        except BaseException:
+            self.forward_pass.before.clear()
+            for layer, snapshot in zip(self.layers, before, strict=True):
+                layer.restore(snapshot)
+            raise
+
+    def nbytes(self) -> int:
+        """Bytes of the storages really held, over all layers, and to undo a forward pass that has not ended."""
+        return sum(layer.nbytes() for layer in self.layers) + self.forward_pass.nbytes()
+
+    def predicted_nbytes(self) -> int:
+        """Bytes that the formula of each layer gives for the tokens seen; what is held to undo a pass that has not ended is counted."""
+        return sum(layer.predicted_nbytes() for layer in self.layers) + self.forward_pass.nbytes()
 
     def reset(self) -> None:
+        self.forward_pass.undo()
         super().reset()
         if self.filled_by is not None and (model := self.filled_by.model()) is not None:
             self.filled_by = FilledBy(model)
 
-    def nbytes(self) -> int:
-        """Bytes of the storages really held, over all layers."""
-        return sum(layer.nbytes() for layer in self.layers)
-
-    def predicted_nbytes(self) -> int:
-        """Bytes that the formula of each layer gives for the tokens seen."""
-        return sum(layer.predicted_nbytes() for layer in self.layers)
+    def crop(self, tokens_to_remove: int) -> None:
+        """Only where every layer can. Errors: LowkeyError for a compressed cache, before anything is removed."""
+        for layer in self.layers:
+            if isinstance(layer, StoringLayer):
+                layer.crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
 
     def exact_prefill(self, on: bool) -> None:
         """From now on, let chunks of several tokens see their own keys exactly (`on`) or as they will be stored."""
+        self.forward_pass.undo()
         for layer in self.layers:
             if isinstance(layer, StoringLayer):
                 layer.exact_prefill = on
@@ -85,6 +126,7 @@ class LowkeyCache(Cache):
         So a question can choose what is kept and be asked again, over what was kept. piece: what these tokens repeat, for a policy that
         has its context repeated: the first token, counted from each row's first, and the one behind the last.
         """
+        self.forward_pass.undo()
         for layer in self.layers:
             if isinstance(layer, EvictingLayer | StockSlidingLayer):
                 layer.looking = tokens
@@ -93,6 +135,7 @@ class LowkeyCache(Cache):
 
     def freeze(self, on: bool = True) -> None:
         """From now on, evict nothing more."""
+        self.forward_pass.undo()
         for layer in self.evicting:
             layer.frozen = on
 
@@ -104,6 +147,7 @@ class LowkeyCache(Cache):
         found = self.layers[layer]
         if not isinstance(found, EvictingLayer):
             raise LowkeyError(f"layer {layer}: keeps every token; give a layer of a cache that was made with a policy")
+        self.forward_pass.undo()
         return found.kept_positions(batch)
 
     def save(self, path: str | Path, force: bool = False) -> None:
@@ -112,6 +156,7 @@ class LowkeyCache(Cache):
         Errors: LowkeyError when the model is gone or has changed since it filled the cache, when `path` holds other files (unless
         `force`), or cannot be written.
         """
+        self.forward_pass.undo()
         origin, filled_by = self.origin, self.filled_by
         if origin is None or filled_by is None:
             raise LowkeyError("cache: was not made by make_cache; save one that was")

@@ -61,7 +61,7 @@ def restore(path: Path, layers: Sequence[Any], about: dict, tensors: dict[str, T
             continue
         device = device_of(families.decoder_layers(model)[i])
         like = torch.empty(_batch(own), heads, 0, d, dtype=model.dtype, device=device)
-        layer.lazy_initialization(like, like)
+        layer.update(like, like)
         if set(own) != set(_tensors(layer)) or set(numbers) != set(_numbers(layer)):
             raise _damaged(path)
         for name, value in {**numbers, **{name: t.to(device) for name, t in own.items()}}.items():

@@ -49,6 +49,14 @@ class Attending(Protocol):
         """Store keys and values (b, h, t, d) and answer the call: (b, h, g, t, d)."""
         ...
 
+    def answered(self) -> None:
+        """`attend` ended well."""
+        ...
+
+    def failed(self) -> None:
+        """It did not, or the call was refused: what this forward pass has stored is undone, in every layer."""
+        ...
+
 
 @dataclass(frozen=True)
 class Incoming:
@@ -90,6 +98,30 @@ def attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: query (b, H, t, d) -> (b, t, H, d), no weights."""
+    layer = key.layer if isinstance(key, Incoming) else None
+    try:
+        found = _attention(module, query, key, value, attention_mask, scaling, dropout, softcap, position_ids, **kwargs)
+    except BaseException:
+        if layer is not None:
+            layer.failed()
+        raise
+    if layer is not None:
+        layer.answered()
+    return found
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor | Incoming,
+    value: Any,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    position_ids: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
     _refuse(kwargs, attention_mask)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if isinstance(key, Incoming):

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from lowkey.layers.undoing import UndoableLayer, storage_bytes
 from lowkey.seam import Call, Incoming
 from lowkey.types import LowkeyError
 
 
-def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages behind the tensors: a small view of a large buffer counts as the buffer."""
-    held = {(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors}
-    return sum(size for _, size in held)
-
-
-class StoringLayer(CacheLayerMixin):
+class StoringLayer(UndoableLayer):
     """A layer that stores in its own form and attends itself; `seen` counts tokens seen, not kept.
 
     exact_prefill: a chunk of several tokens sees its own keys exactly and is compressed afterwards (decode-only
@@ -28,15 +23,12 @@ class StoringLayer(CacheLayerMixin):
     """
 
     is_sliding = False
+    dtype: torch.dtype  # of the keys that came first
     numbers: ClassVar[tuple[str, ...]] = ("seen", "exact_prefill")  # what a saved layer needs beside its tensors
 
     def __init__(self, exact_prefill: bool = False) -> None:
         super().__init__()
         self.seen, self.exact_prefill = 0, exact_prefill
-
-    @abstractmethod
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything held, by attribute name."""
 
     @abstractmethod
     def predicted_nbytes(self) -> int:
@@ -52,14 +44,27 @@ class StoringLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Incoming, Incoming]:  # type: ignore[override]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+            self.dtype = key_states.dtype
         self.seen += key_states.shape[2]
         incoming = Incoming(self, key_states, value_states)
         return incoming, incoming
 
+    def answered(self) -> None:
+        """`attend` has ended well."""
+        if self.forward_pass is not None:
+            self.forward_pass.answered()
+
+    def failed(self) -> None:
+        """It has not: the whole pass is undone."""
+        if self.forward_pass is not None:
+            self.forward_pass.undo()
+
     def get_seq_length(self) -> int:
+        self.undo_unfinished()
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        self.undo_unfinished()
         return self.seen + query_length, 0
 
     def get_max_length(self) -> int:
@@ -70,17 +75,21 @@ class StoringLayer(CacheLayerMixin):
             setattr(self, name, f(tensor))
 
     def reset(self) -> None:
+        self.undo_unfinished()
         for name in self.tensors():
             setattr(self, name, None)
         self.seen, self.is_initialized = 0, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.undo_unfinished()
         self.map_tensors(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        self.undo_unfinished()
         self.map_tensors(lambda t: t[indices])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        self.undo_unfinished()
         self.map_tensors(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -93,17 +102,49 @@ class StoringLayer(CacheLayerMixin):
         self.map_tensors(lambda t: t.to(self.device, non_blocking=True))
 
 
-class StockLayer(DynamicLayer):
+class StockLayer(UndoableLayer, DynamicLayer):
     """transformers' own full cache layer, with byte counts."""
 
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        if self.tensors():
+            self.check_fits(key_states, len(self.keys), self.keys.dtype)  # type: ignore[arg-type, union-attr]
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def tensors(self) -> dict[str, Tensor]:
+        held = {"keys": self.keys, "values": self.values}
+        return {name: t for name, t in held.items() if t is not None and t.ndim == 4}  # upstream's empty ones have one dimension
+
+    def growing(self) -> dict[str, int]:
+        return dict.fromkeys(self.tensors(), 2)
+
+    def get_seq_length(self) -> int:
+        self.undo_unfinished()
+        return super().get_seq_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        self.undo_unfinished()
+        return super().get_mask_sizes(query_length)
+
+    def reset(self) -> None:
+        self.undo_unfinished()
+        super().reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        for name, tensor in self.tensors().items():
+            setattr(self, name, tensor.clone())  # upstream keeps a view of all of it
+
     def nbytes(self) -> int:
-        return storage_bytes(t for t in (self.keys, self.values) if t is not None)
+        return storage_bytes(self.tensors().values())
 
     def predicted_nbytes(self) -> int:
-        return _dense_bytes(self.keys, self.values, self.get_seq_length())
+        return self._dense_bytes(super().get_seq_length())
+
+    def _dense_bytes(self, tokens: int) -> int:
+        return sum(len(t) * t.shape[1] * tokens * t.shape[3] * t.element_size() for t in self.tensors().values())
 
 
-class StockSlidingLayer(DynamicSlidingWindowLayer):
+class StockSlidingLayer(StockLayer, DynamicSlidingWindowLayer):
     """transformers' own sliding layer, with byte counts; a prompt longer than the window is really let go.
 
     looking: so many tokens at the end of each chunk are seen by that chunk and then forgotten, as in evicting layers beside it.
@@ -111,31 +152,33 @@ class StockSlidingLayer(DynamicSlidingWindowLayer):
 
     looking = 0
 
+    def __init__(self, sliding_window: int) -> None:
+        super().__init__(sliding_window)
+        del self._sliding_window_tensor  # only upstream's export reads it
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        DynamicLayer.lazy_initialization(self, key_states, value_states)
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         full = super().update(key_states, value_states, *args, **kwargs)
+        if self.record_past:
+            return full  # `crop` will cut it
         stop = full[0].shape[2] - self.looking
         window = slice(max(0, stop - (self.sliding_window - 1)), stop)
         self.keys, self.values = (x[:, :, window].clone() for x in full)  # upstream keeps views of the whole prompt
         self.cumulative_length -= self.looking
         return full
 
+    def growing(self) -> dict[str, int]:
+        return {}
+
     def reset(self) -> None:
         super().reset()
         self.looking = 0
 
-    def nbytes(self) -> int:
-        return storage_bytes(t for t in (self.keys, self.values) if t is not None)
-
     def predicted_nbytes(self) -> int:
-        kept = min(self.get_seq_length(), self.sliding_window - 1)
-        return _dense_bytes(self.keys, self.values, kept)
-
-
-def _dense_bytes(keys: Tensor | None, values: Tensor | None, tokens: int) -> int:
-    if keys is None or values is None:
-        return 0
-    b, h = keys.shape[:2]
-    return b * h * tokens * (keys.shape[-1] + values.shape[-1]) * keys.element_size()
+        kept = DynamicLayer.get_seq_length(self) if self.record_past else min(self.cumulative_length, self.sliding_window - 1)
+        return self._dense_bytes(kept)
 
 
 def batch_positions(seen_before: int, call: Call, batch: int) -> Tensor:

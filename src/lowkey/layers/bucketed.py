@@ -114,7 +114,8 @@ class BucketedLayer(UnmovedLayer):
         nowhere, none = (torch.zeros(n, dtype=t, device=self.device) for n, t in ((0, torch.int32), (b + 1, torch.long)))
         for codec in self.codecs:
             keys, values = codec.encode(key_states[:, :, :0], value_states[:, :, :0], self.positions(0, 0))
-            self.buckets.append(Bucket(keys.new_empty(0, keys.shape[-1]), values.new_empty(0, values.shape[-1]), none.clone(), nowhere))
+            empty = Bucket(keys.new_empty(0, keys.shape[-1]), values.new_empty(0, values.shape[-1]), none.clone(), nowhere)
+            self.buckets = [*self.buckets, empty]
         self.is_initialized = True
 
     def tensors(self) -> dict[str, Tensor]:
@@ -173,6 +174,7 @@ class BucketedLayer(UnmovedLayer):
 
     def _store(self, keys: Tensor, values: Tensor, levels: Tensor, positions: Tensor) -> None:
         """keys, values (b, h, t, d): coordinates of which each level keeps the first; levels (b, t), -1 for padding."""
+        grown, counts = list(self.buckets), list(self.counts)
         for i, codec in enumerate(self.codecs):
             chosen = levels == i
             count = int(chosen.sum())
@@ -180,8 +182,9 @@ class BucketedLayer(UnmovedLayer):
                 rows = chosen.unsqueeze(1).expand(-1, self.heads, -1)
                 k, v = (x[..., :r][rows] for x, r in zip((keys, values), codec.factors.ranks, strict=True))
                 where = positions[chosen].int() if self._needs_positions else self.buckets[i].where
-                self.buckets[i] = self.buckets[i].joined(Bucket(k, v, starts_of(chosen.sum(1)), where), self.heads)
-                self.counts[i] += count
+                grown[i] = grown[i].joined(Bucket(k, v, starts_of(chosen.sum(1)), where), self.heads)
+                counts[i] += count
+        self.buckets, self.counts = grown, counts
 
     # -- moving
 
@@ -190,5 +193,5 @@ class BucketedLayer(UnmovedLayer):
         self.offset, self.first = f(self.offset), f(self.first)
 
     def reset(self) -> None:
+        super().reset()
         self.buckets, self.counts = [], [0] * len(self.codecs)
-        self.seen, self.is_initialized = 0, False

@@ -11,7 +11,7 @@ from lowkey.backends import fused, grouped
 from lowkey.backends.segment import Segment
 from lowkey.layers.codec import Codec
 from lowkey.layers.exact import Exact, FixedPoints
-from lowkey.layers.packing import Packing, Whole
+from lowkey.layers.packing import Packing, Whole, joined
 from lowkey.layers.placed import PlacedLayer
 from lowkey.seam import Call
 from lowkey.types import LowkeyError
@@ -62,6 +62,10 @@ class CodedLayer(PlacedLayer):
         stored = [attribute for name in self.packing for attribute in self._attributes(name)]
         names = (*stored, "recent_k", "recent_v", "sink_k", "sink_v", "sink_at", "offset", "first")
         return {name: getattr(self, name) for name in names} if self.is_initialized else {}
+
+    def growing(self) -> dict[str, int]:
+        packed = self.packing.items() if self.is_initialized else ()
+        return {attribute: packing.axis for name, packing in packed for attribute in self._attributes(name)}
 
     def predicted_nbytes(self) -> int:
         if not self.is_initialized:
@@ -148,7 +152,7 @@ class CodedLayer(PlacedLayer):
         return {name: packing.pack(x) for (name, packing), x in zip(self.packing.items(), encoded, strict=True)}
 
     def _joined(self, new: Parts) -> Parts:
-        return {name: packing.joined(self._parts(name), new[name]) for name, packing in self.packing.items()}
+        return {name: joined(self._parts(name), new[name], packing.axis) for name, packing in self.packing.items()}
 
     def _attributes(self, name: str) -> list[str]:
         return [f"{name}_{field}" if field else name for field in self.packing[name].fields]

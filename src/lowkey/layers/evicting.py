@@ -7,6 +7,7 @@ meets both and their outputs are merged by log-sum-exp. Nothing stored is ever o
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,6 +19,7 @@ from lowkey.backends.ragged import ragged
 from lowkey.backends.segment import Part, Segment, merge
 from lowkey.layers.codec import Codec, Plain
 from lowkey.layers.placed import UnmovedLayer
+from lowkey.layers.undoing import Snapshot, storage_bytes
 from lowkey.ops.ragged import appended, best, padded, row_of, starts_of
 from lowkey.policies.allocators import Ask
 from lowkey.policies.base import Policy, Rope, Scene
@@ -48,8 +50,6 @@ class Round:
     waiting: list[tuple[EvictingLayer, Candidates, Tensor]] = field(default_factory=list)
 
     def enter(self, layer: EvictingLayer, found: Candidates, scores: Tensor) -> None:
-        if layer.seat == 0:
-            self.waiting.clear()  # what an interrupted forward pass left
         self.waiting.append((layer, found, scores))
         if layer.policy.split().scope == "layer" or len(self.waiting) == self.layers:
             self._decide()
@@ -64,6 +64,12 @@ class Round:
         for (own, found, s), c in zip(self.waiting, counts, strict=True):
             own.keep(found, s, c.to(s.device))
         self.waiting.clear()
+
+    def held(self, layer: EvictingLayer) -> Iterator[Tensor]:
+        """What waits for the other layers, and is freed when all have come."""
+        for own, found, scores in self.waiting:
+            if own is layer:
+                yield from (*vars(found).values(), scores)
 
 
 class EvictingLayer(UnmovedLayer):
@@ -103,6 +109,18 @@ class EvictingLayer(UnmovedLayer):
         names = ("keys", "values", "where", "starts", "carried", "tail_k", "tail_v", "offset", "first", "asked")
         return {name: getattr(self, name) for name in names} if self.is_initialized else {}
 
+    def nbytes(self) -> int:
+        return super().nbytes() + self._waiting_bytes()
+
+    def _waiting_bytes(self) -> int:
+        """Within a forward pass: what the round holds, less what is held in any case."""
+        own = list(self.tensors().values())
+        return storage_bytes([*own, *self.round.held(self)]) - storage_bytes(own)
+
+    def restore(self, before: Snapshot) -> None:
+        super().restore(before)
+        self.round.waiting.clear()
+
     @property
     def entry_bytes(self) -> int:
         """What one kept token of one head takes."""
@@ -116,7 +134,8 @@ class EvictingLayer(UnmovedLayer):
         dense = (width + self.tail_v.shape[-1]) * self.keys.element_size()
         room = self.moved + -(-(self.fresh - self.moved) // STEP) * STEP
         index = (b * h + 1) * self.starts.element_size() + 2 * b * self.offset.element_size()
-        return self.kept * self.entry_bytes + b * h * room * dense + index + self.asked.numel() * self.asked.element_size()
+        asked = self.asked.numel() * self.asked.element_size()
+        return self.kept * self.entry_bytes + b * h * room * dense + index + asked + self._waiting_bytes()
 
     def tokens(self) -> Tensor:
         """(b): how many each row has seen, padding not counted."""
@@ -219,7 +238,7 @@ class EvictingLayer(UnmovedLayer):
     def _append(self, keys: Tensor, values: Tensor) -> None:
         k, v = self.codec.encode(keys, values, self.positions(self.seen - 1, self.seen))
         if self.fresh == self.tail_k.shape[2]:
-            self.tail_k, self.tail_v = (torch.cat([x, x.new_empty(*x.shape[:2], STEP, x.shape[3])], 2) for x in (self.tail_k, self.tail_v))
+            self.tail_k, self.tail_v = (torch.cat([x, x.new_zeros(*x.shape[:2], STEP, x.shape[3])], 2) for x in (self.tail_k, self.tail_v))
         elif torch.is_grad_enabled():
             self.tail_k, self.tail_v = self.tail_k.clone(), self.tail_v.clone()  # a graph may need what they held
         self.tail_k[:, :, self.fresh], self.tail_v[:, :, self.fresh] = k[:, :, 0], v[:, :, 0]
@@ -290,7 +309,8 @@ class EvictingLayer(UnmovedLayer):
     def _evict(self, call: Call, found: Candidates, repeating: Tensor | None = None) -> None:
         """Score what is there and let the round decide; the call's queries are the newest."""
         tokens = self.tokens()
-        self.quiet = Call(call.query[:, :, :, :0], None, None, call.scaling, call.softcap)
+        nothing = call.query.new_empty(*call.query.shape[:3], 0, call.query.shape[4])  # a slice would keep all queries alive
+        self.quiet = Call(nothing, None, None, call.scaling, call.softcap)
         scores = found.carried if self._all_stay(tokens) else self.policy.score(self._scene(call, found, repeating)).float()
         number = found.positions - self._begins()  # counted from each row's first token
         found = replace(found, carried=scores, valid=found.valid & (number < tokens[:, None, None]))

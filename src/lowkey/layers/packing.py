@@ -17,15 +17,15 @@ GROUP = 32  # numbers that share a scale
 
 
 class Packing(Protocol):
-    """pack: (b, G, s, r), s a multiple of `block`, -> the tensors held, one for each of `fields`; unpack: back to (b, G, s, r), given r;
-    joined: more tokens behind those held; nbytes: of s tokens of one head, in a model of so many bytes per number."""
+    """pack: (b, G, s, r), s a multiple of `block`, -> the tensors held, one for each of `fields`, whose dimension `axis` grows with s;
+    unpack: back to (b, G, s, r), given r; nbytes: of s tokens of one head, in a model of so many bytes per number."""
 
     block: ClassVar[int]
+    axis: ClassVar[int]
     fields: ClassVar[tuple[str, ...]]
 
     def pack(self, x: Tensor) -> tuple[Tensor, ...]: ...
     def unpack(self, parts: tuple[Tensor, ...], width: int) -> Tensor: ...
-    def joined(self, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]: ...
     def nbytes(self, tokens: int, width: int, itemsize: int) -> int: ...
 
 
@@ -34,6 +34,7 @@ class Whole:
     """As the model's own numbers."""
 
     block: ClassVar[int] = 1
+    axis: ClassVar[int] = 2
     fields: ClassVar[tuple[str, ...]] = ("",)
 
     def pack(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -41,9 +42,6 @@ class Whole:
 
     def unpack(self, parts: tuple[Tensor, ...], width: int) -> Tensor:
         return parts[0]
-
-    def joined(self, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (torch.cat([old[0], new[0]], 2),)
 
     def nbytes(self, tokens: int, width: int, itemsize: int) -> int:
         return tokens * width * itemsize
@@ -55,6 +53,7 @@ class PerToken:
 
     bits: int
     block: ClassVar[int] = 1
+    axis: ClassVar[int] = 2
     fields: ClassVar[tuple[str, ...]] = ("codes", "scale", "low")
 
     def pack(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -63,9 +62,6 @@ class PerToken:
 
     def unpack(self, parts: tuple[Tensor, ...], width: int) -> Tensor:
         return dequantize(packed(parts, self.bits))[..., :width]
-
-    def joined(self, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(torch.cat(pair, 2) for pair in zip(old, new, strict=True))
 
     def nbytes(self, tokens: int, width: int, itemsize: int) -> int:
         groups, size = self._groups(width)
@@ -86,6 +82,7 @@ class PerChannel:
 
     bits: int
     block: ClassVar[int] = GROUP
+    axis: ClassVar[int] = 3
     fields: ClassVar[tuple[str, ...]] = ("codes", "scale", "low")
 
     def pack(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -94,11 +91,13 @@ class PerChannel:
     def unpack(self, parts: tuple[Tensor, ...], width: int) -> Tensor:
         return dequantize(packed(parts, self.bits)).mT
 
-    def joined(self, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(torch.cat(pair, 3) for pair in zip(old, new, strict=True))
-
     def nbytes(self, tokens: int, width: int, itemsize: int) -> int:
         return width * tokens // GROUP * (GROUP * self.bits // 8 + 2 * itemsize)
+
+
+def joined(old: tuple[Tensor, ...], new: tuple[Tensor, ...], axis: int) -> tuple[Tensor, ...]:
+    """More tokens behind those held."""
+    return tuple(torch.cat(pair, axis) for pair in zip(old, new, strict=True))
 
 
 def packed(parts: tuple[Tensor, ...], bits: int) -> Packed:

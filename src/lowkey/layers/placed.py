@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lowkey.layers.base import StoringLayer, batch_positions
 from lowkey.layers.codec import token_positions
-from lowkey.seam import Call
+from lowkey.seam import Call, Incoming
 from lowkey.types import LowkeyError
 
 ROWS = 512  # queries whose masks are compared at a time
@@ -27,6 +27,11 @@ class PlacedLayer(StoringLayer):
         """No row has a token yet."""
         self.offset = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
         self.first = torch.zeros_like(self.offset)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Incoming, Incoming]:  # type: ignore[override]
+        if self.is_initialized:
+            self.check_fits(key_states, len(self.offset), self.dtype)
+        return super().update(key_states, value_states, *args, **kwargs)
 
     def place(self, call: Call, t: int) -> Tensor:
         """Learn where each row begins, and hold the model to positions that count up by one from there.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowkey.layers.evicting import Candidates, EvictingLayer
+from lowkey.layers.undoing import storage_bytes
 from lowkey.ops.ragged import row_of
 from lowkey.seam import Call
 from lowkey.types import Budget
@@ -31,6 +32,9 @@ class PruningLayer(EvictingLayer):
 
     def predicted_nbytes(self) -> int:
         return super().predicted_nbytes() + (self.channels.numel() * self.channels.element_size() if self.is_initialized else 0)
+
+    def _waiting_bytes(self) -> int:
+        return super()._waiting_bytes() + (storage_bytes([self.loud]) if hasattr(self, "loud") else 0)
 
     @property
     def share(self) -> float:
@@ -64,6 +68,7 @@ class PruningLayer(EvictingLayer):
         super().keep(found, scores, counts)
         self._newest_to_tail(min(self.policy.recent, int(counts.min())))
         self.channels = chosen_before if chosen_before.shape[2] else self._choose()
+        del self.loud
         if self.channels.shape[2]:
             self.keys = self.keys.gather(1, self._channel_of_each())
 

@@ -31,6 +31,9 @@ class WatchingLayer(StoringLayer):
     def tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in ("keys", "values", "weights")} if self.is_initialized else {}
 
+    def growing(self) -> dict[str, int]:
+        return {"keys": 2, "values": 2} if self.is_initialized else {}
+
     def predicted_nbytes(self) -> int:
         if not self.is_initialized:
             return 0
