@@ -64,7 +64,9 @@ def restore(path: Path, layers: Sequence[Any], about: dict, tensors: dict[str, T
         layer.update(like, like)
         if set(own) != set(_tensors(layer)) or set(numbers) != set(_numbers(layer)):
             raise _damaged(path)
-        for name, value in {**numbers, **{name: t.to(device) for name, t in own.items()}}.items():
+        fresh = _tensors(layer)  # what is in the model's dtype follows the model that goes on
+        moved = {name: t.to(device, fresh[name].dtype if t.is_floating_point() else t.dtype) for name, t in own.items()}
+        for name, value in {**numbers, **moved}.items():
             setattr(layer, name, value)
 
 

@@ -32,15 +32,16 @@ def prefill(
     """
     policy = _policy_of(cache, question)
     mask = _checked(ids, question, attention_mask)
-    if policy is not None and policy.repeats:
-        context = ids.shape[1] - question
-        _repeated(model, tokenizer, cache, ids[:, :context], mask[:, :context], policy)
-        return
-    cache.only_look(question)
-    _read(model, cache, ids, mask)
-    cache.only_look(0)
-    if question:
-        cache.freeze()
+    with cache.all_or_nothing():
+        if policy is not None and policy.repeats:
+            context = ids.shape[1] - question
+            _repeated(model, tokenizer, cache, ids[:, :context], mask[:, :context], policy)
+            return
+        cache.only_look(question)
+        _read(model, cache, ids, mask)
+        cache.only_look(0)
+        if question:
+            cache.freeze()
 
 
 def _policy_of(cache: LowkeyCache, question: int) -> Policy | None:
