@@ -22,7 +22,7 @@ from lowkey.cache import cache_of
 from lowkey.fingerprint import model_fingerprint
 from lowkey.layers.codec import LowRank, Plain
 from lowkey.layers.coded import CodedLayer
-from lowkey.layers.packing import SCHEMES, PerChannel, PerToken, Whole, scheme
+from lowkey.layers.packing import SCHEMES, PerChannel, PerToken, Whole, joined, scheme
 from lowkey.plan import Plan
 from lowkey.seam import Call
 from lowkey.types import LowkeyError, identity
@@ -463,7 +463,7 @@ def test_what_is_joined_is_what_is_packed_at_once(packing, width):
     x = torch.randn(2, 3, 96, width, generator=torch.Generator().manual_seed(0))
     parts = packing.pack(x[:, :, :0])
     for piece in x.split([32, 64], 2):
-        parts = packing.joined(parts, packing.pack(piece))
+        parts = joined(parts, packing.pack(piece), packing.axis)
     assert all(torch.equal(a, b) for a, b in zip(parts, packing.pack(x), strict=True))
     assert torch.equal(packing.unpack(parts, width), packing.unpack(packing.pack(x), width))
     assert packing.unpack(packing.pack(x[:, :, :0]), width).shape == (2, 3, 0, width)
