@@ -145,9 +145,13 @@ def test_an_interrupted_training_goes_on_from_where_it_was(tmp_path):
     assert again.losses == whole.losses and curve(tmp_path / "cut") == curve(tmp_path / "whole")
 
 
-def test_the_loop_is_the_plain_one(tmp_path):
-    """Written out: whole batches, no accumulation, AdamW by its formula, clipping by hand."""
-    wanted = recipe(tmp_path, tokens=6 * 128, warmup=2, decay=0.3, clip=0.5)
+FACTORS = {"embed_tokens": 10, "layers.0.*k_proj": 0.25, "norm": 0}
+
+
+@pytest.mark.parametrize("factors", [{}, FACTORS])
+def test_the_loop_is_the_plain_one(tmp_path, factors):
+    """Written out: whole batches, no accumulation, AdamW by its formula, clipping by hand, every parameter at its own rate."""
+    wanted = recipe(tmp_path, tokens=6 * 128, warmup=2, decay=0.3, clip=0.5, lr_factors=factors)
     found = pretrain(wanted, tmp_path / "out", device="cpu")
     corpus, t = prepare(wanted.data, tmp_path / "unused"), wanted.training
     with torch.random.fork_rng():
@@ -155,6 +159,10 @@ def test_the_loop_is_the_plain_one(tmp_path):
         model = models.build(wanted.model, corpus.tokenizer, t.length)
     parameters, order = list(model.parameters()), Order(corpus.training.rows(t.length), 4, t.seed)
     decay = [t.weight_decay * (p.ndim == 2 and p is not model.model.embed_tokens.weight) for p in parameters]
+    times = [1.0] * len(parameters)
+    for i, (name, _) in enumerate(model.named_parameters()):
+        own = {"model.embed_tokens.weight": 10, "model.layers.0.self_attn.k_proj.weight": 0.25}
+        times[i] = own.get(name, 0.0 if "norm" in name else 1.0) if factors else 1.0
     first, second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
     for step in range(6):
         batch = corpus.training.batch(order.at(step), t.length)
@@ -162,9 +170,9 @@ def test_the_loop_is_the_plain_one(tmp_path):
         loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED)
         gradients = torch.autograd.grad(loss, parameters)
         norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
-        lr = t.lr * rate(t)(step)
         with torch.no_grad():
-            for p, g, m, v, wd in zip(parameters, gradients, first, second, decay, strict=True):
+            for p, g, m, v, wd, own in zip(parameters, gradients, first, second, decay, times, strict=True):
+                lr = own * t.lr * rate(t)(step)
                 g = g * min(1.0, t.clip / norm)
                 m.mul_(0.9).add_(0.1 * g)
                 v.mul_(0.95).add_(0.05 * g * g)
@@ -173,6 +181,38 @@ def test_the_loop_is_the_plain_one(tmp_path):
         assert found.losses[step] == pytest.approx(loss.item(), abs=1e-4)
     ours, theirs = found.model.state_dict(), model.state_dict()
     assert all(torch.allclose(ours[name], theirs[name], atol=2e-4) for name in theirs)
+
+
+def test_rates_of_their_own_are_told_and_survive_a_kill(tmp_path):
+    wanted = recipe(tmp_path, tokens=8 * 128, save_every=3, optimizer="muon", lr_factors=FACTORS)
+    whole = pretrain(wanted, tmp_path / "whole", device="cpu")
+    killed(wanted, tmp_path / "cut", 5)
+    again = pretrain(wanted, tmp_path / "cut", device="cpu")
+    assert again.losses == whole.losses and curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    assert (
+        again.losses != pretrain(replace(wanted, training=replace(wanted.training, lr_factors={})), tmp_path / "even", device="cpu").losses
+    )
+    sizes = {name: p.numel() for name, p in whole.model.named_parameters()}
+    counts = {"embed_tokens": sizes["model.embed_tokens.weight"], "layers.0.*k_proj": 32 * 16, "norm": 5 * 32}
+    told = {"step": 0, "tokens": 0, "lr_factors": {k: {"factor": FACTORS[k], "parameters": n} for k, n in counts.items()}}
+    assert curve(tmp_path / "cut")[0] == told and sum("lr_factors" in line for line in curve(tmp_path / "cut")) == 1
+    assert Recipe.read(tmp_path / "cut" / "recipe.toml") == wanted
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        ({"lm_head": 0.2}, "training.lr_factors 'lm_head': no trained parameter has such a name"),  # tied
+        ({"embed_token": 2, "tokens": 3}, "'tokens': parameter 'model.embed_tokens.weight' has another factor already"),
+        ({"norm": -1}, "training.lr_factors.norm -1: must be at least 0"),
+        ({"norm": "high"}, "training.lr_factors.norm"),
+        ("fast", "must be a table"),
+    ],
+)
+def test_rates_of_nothing_are_one_line(tmp_path, factors, message):
+    with pytest.raises(LowkeyError, match=message):
+        pretrain(recipe(tmp_path, lr_factors=factors), tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out" / "job.json").exists()
 
 
 def test_validation_is_the_mean_over_all_that_is_held_out(tmp_path):

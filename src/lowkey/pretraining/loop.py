@@ -114,6 +114,7 @@ def train(run: Run, progress: Progress) -> None:
     """The loop. Ctrl-C is heard at the end of a step, which is saved."""
     settings, accelerator, started = run.settings, run.accelerator, run.seconds
     if not run.losses:
+        run.introduce()
         run.evaluate()
     left = range(len(run.losses), settings.steps)
     with interrupts(accelerator.num_processes == 1) as asked:

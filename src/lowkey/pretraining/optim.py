@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
@@ -15,7 +15,9 @@ from transformers.optimization import (
     get_wsd_schedule,
 )
 
+from lowkey.options import nearest
 from lowkey.pretraining.recipe import Training
+from lowkey.types import LowkeyError
 
 HEAD_MIXES = ("k_mix", "v_mix")
 HEAD_GATE = "self_attn.gate_proj"  # not the MLP's gate, which is a hidden matrix like any other
@@ -48,16 +50,41 @@ def _thin(name: str) -> bool:
     return any(part in HEAD_MIXES for part in name.split(".")) or HEAD_GATE in name
 
 
+def matched(pattern: str, names: Iterable[str]) -> list[str]:
+    """The names that the pattern is a part of."""
+    return [name for name in names if fnmatchcase(name, f"*{pattern}*")]
+
+
+def factors(model: PreTrainedModel, training: Training) -> dict[str, float]:
+    """What the rate of every trained parameter is multiplied by, by name. Errors: LowkeyError for a pattern that is no parameter's, and
+    for a parameter of two patterns."""
+    names, found = [name for name, p in model.named_parameters() if p.requires_grad], {}
+    for pattern, factor in training.lr_factors.items():
+        mine = matched(pattern, names)
+        if not mine:
+            raise LowkeyError(f"training.lr_factors {pattern!r}: no trained parameter has such a name; {nearest(pattern, names)}")
+        if twice := [name for name in mine if name in found]:
+            raise LowkeyError(f"training.lr_factors {pattern!r}: parameter {twice[0]!r} has another factor already; name it once")
+        found |= dict.fromkeys(mine, factor)
+    return {name: found.get(name, 1.0) for name in names}
+
+
 def optimizers(model: PreTrainedModel, training: Training) -> list[Optimizer]:
-    """One AdamW, or Muon and AdamW. Muon's updates are scaled to AdamW's RMS (arXiv:2502.16982, Eq. 4), so one `lr` serves both."""
-    hidden, others = (list(part.values()) for part in split(model))
-    plain: dict[str, Any] = {"params": others, "weight_decay": 0.0}
-    decayed: dict[str, Any] = {"params": hidden, "weight_decay": training.weight_decay}
+    """One AdamW, or Muon and AdamW. Muon's updates are scaled to AdamW's RMS (arXiv:2502.16982, Eq. 4), so one `lr` serves both.
+    Groups of parameters keep their `factor` of the rate."""
+    times = factors(model, training)
+    decayed, plain = (
+        [
+            {"params": [p for name, p in part.items() if times[name] == factor], "weight_decay": decay, "factor": factor}
+            for factor in dict.fromkeys(times[name] for name in part)
+        ]
+        for part, decay in zip(split(model), (training.weight_decay, 0.0), strict=True)
+    )
     first, second = training.betas
     if training.optimizer == "adamw":
-        return [AdamW([decayed, plain], lr=training.lr, betas=(first, second), fused=True)]
-    muon = Muon([decayed], lr=training.lr, adjust_lr_fn="match_rms_adamw")
-    return [muon, AdamW([plain], lr=training.lr, betas=(first, second), fused=True)]
+        return [AdamW([*decayed, *plain], lr=training.lr, betas=(first, second), fused=True)]
+    muon = Muon(decayed, lr=training.lr, adjust_lr_fn="match_rms_adamw")
+    return [muon, AdamW(plain, lr=training.lr, betas=(first, second), fused=True)]
 
 
 def rate(training: Training) -> Callable[[int], float]:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from lowkey.options import check, nearest, option, shown
+from lowkey.options import Range, check, checked, nearest, option, shown
 from lowkey.types import LowkeyError
 
 
@@ -57,7 +57,9 @@ class Training:
     forward and device; 0: all of a device's rows at once. lr: peak. schedule: `wsd` (a constant between warm-up and a linear decay over
     the last share `decay` of all steps; decay 0 stays constant), `cosine` or `linear`. warmup: below 1 a share of all steps, from 1 on a
     number of steps. min_lr: where the decay ends, as a share of the peak. optimizer: `adamw` or `muon` (see `optim.split`). betas: of
-    AdamW. weight_decay: of hidden matrices only. clip: largest global norm of the gradient; 0: no clipping. precision: `bf16` is autocast
+    AdamW. lr_factors: parts of parameter names (* and ? stand for any characters) and what the rate of those parameters is
+    multiplied by, at every step; all others have 1. weight_decay: of hidden matrices only. clip: largest global norm of the
+    gradient; 0: no clipping. precision: `bf16` is autocast
     with weights in fp32. seed: of the initial weights, the order of the data, and dropout. compile: through torch.compile. save_every,
     evaluate_every, log_every: steps. evaluate_tokens: held-out tokens used, 0 for all. log_with: also `tensorboard`, `trackio`, `wandb`,
     ... (accelerate's trackers). stop_on_divergence: raise when the loss diverges (see `health`); otherwise go on as long as it is finite
@@ -75,6 +77,7 @@ class Training:
     min_lr: float = option(0.0, at_least=0, below=1)
     optimizer: str = option("adamw", choices=("adamw", "muon"))
     betas: tuple[float, float] = option((0.9, 0.95), at_least=0, below=1)
+    lr_factors: Mapping[str, float] = field(default_factory=dict)
     weight_decay: float = option(0.1, at_least=0, at_most=1000)
     clip: float = option(1.0, at_least=0)
     precision: str = option("bf16", choices=("bf16", "fp32"))
@@ -90,6 +93,13 @@ class Training:
 
     def __post_init__(self) -> None:
         check(self, "training.")
+        if not isinstance(self.lr_factors, Mapping):
+            raise LowkeyError(f"training.lr_factors {shown(self.lr_factors)}: must be a table, like {{embed_tokens = 10}}")
+        factors = {
+            name: checked(f"training.lr_factors.{name}", value, float, Range(at_least=0, at_most=1000), 1.0)
+            for name, value in self.lr_factors.items()
+        }
+        object.__setattr__(self, "lr_factors", factors)
         if self.batch_tokens % self.length:
             raise LowkeyError(f"training.batch_tokens {self.batch_tokens}: must be a multiple of length {self.length}")
         if self.tokens < self.batch_tokens:

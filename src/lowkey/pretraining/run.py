@@ -97,9 +97,17 @@ class Run:
     def set_rate(self, step: int) -> None:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = self.settings.lr * self.rate(step)
+                group["lr"] = self.settings.lr * group["factor"] * self.rate(step)
 
     # -- looking at it
+
+    def introduce(self) -> None:
+        """The first line of the log, where parameters have rates of their own: by pattern, its factor and how many numbers have it."""
+        if self.log is not None and (given := self.settings.lr_factors):
+            sizes = {name: p.numel() for name, p in self.plain.named_parameters()}
+            times = {pattern: optim.matched(pattern, sizes) for pattern in given}
+            told = {k: {"factor": given[k], "parameters": sum(sizes[name] for name in v)} for k, v in times.items()}
+            self.log.write({"step": 0, "tokens": 0, "lr_factors": told})
 
     def read_back(self) -> None:
         """Bring pending numbers from the device, and stop when they are bad."""
@@ -217,6 +225,7 @@ def check(settings: Training, corpus: Corpus, devices: int, model: PreTrainedMod
         raise LowkeyError(f"training.length {settings.length}: the text gives {n} tokens to train on; give more text or less length")
     if not any(p.requires_grad for p in model.parameters()):
         raise LowkeyError("model: every parameter is frozen; let some of them train with requires_grad_()")
+    optim.factors(model, settings)
 
 
 def _micro_batch(settings: Training, devices: int) -> int:
