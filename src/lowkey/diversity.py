@@ -19,6 +19,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,8 +28,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from lowkey import families, text
 from lowkey.attention import register
 from lowkey.attention.base import HeadMaps
+from lowkey.options import Checked, option
 from lowkey.progress import Progress, silent
-from lowkey.types import LowkeyError, device_of
+from lowkey.types import device_of
 
 FORMAT = 1
 LEAST = 1e-10  # variance per head below which heads are the same: fp64 leaves 1e-15
@@ -173,6 +175,16 @@ def _eager(model: PreTrainedModel) -> Iterator[None]:
 # -- both, and at random
 
 
+@dataclass(frozen=True)
+class Compared(Checked):
+    """What is looked at: windows of text, and initialisations to stand beside."""
+
+    windows: int = option(8, at_least=1, at_most=2**20)
+    context: int = option(128, at_least=2, at_most=2**24)
+    inits: int = option(3, at_least=0, at_most=1000)
+    seed: int = option(0, at_least=0)
+
+
 def diversity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -192,9 +204,7 @@ def diversity(
     and high over initialisations, or None. `mean`: over layers.
     Errors: LowkeyError for text too short, a family that is not supported, windows < 1, context < 2, inits < 0.
     """
-    for name, value, least in (("windows", windows, 1), ("context", context, 2), ("inits", inits, 0)):
-        if value < least:
-            raise LowkeyError(f"{name} {value}: must be at least {least}; leave it out for the default")
+    Compared(windows, context, inits, seed)
     ids = text.encode(tokenizer, text.embedded("evaluation") if corpus is None else corpus)
     rows = text.windows(ids, tokenizer, context, "data", least=windows)[:windows]
     layers = _measured(model, rows, progress, "")

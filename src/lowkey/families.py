@@ -106,6 +106,12 @@ def geometry(model: PreTrainedModel) -> Geometry:
     return found
 
 
+def positions(model: PreTrainedModel) -> int | None:
+    """How many positions the model was made for, or None where its configuration does not say."""
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found if type(found) is int else None
+
+
 def shapes(model: PreTrainedModel) -> Geometry:
     """Read the cache's shapes off the model. Refuses unsupported families, and models that store something else than keys and values."""
     family(model.config)

@@ -8,8 +8,10 @@ from typing import TextIO
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from lowkey import families
 from lowkey.cache import LowkeyCache, make_cache
 from lowkey.prefill import prefill
+from lowkey.printable import printable
 from lowkey.types import LowkeyError, device_of
 
 
@@ -21,7 +23,7 @@ class _Writer(TextStreamer):
         self.out = out
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        print(text, flush=True, end="\n" if stream_end else "", file=self.out)
+        print(printable(text), flush=True, end="\n" if stream_end else "", file=self.out)
 
 
 def stream(
@@ -34,11 +36,16 @@ def stream(
 ) -> dict:
     """Greedy continuation over a fresh cache, written to `out` as it comes.
 
-    Returns text, new_tokens, tokens_per_s, bytes_held, bytes_full.
+    Returns text, new_tokens, tokens_per_s, bytes_held, bytes_full. Errors: LowkeyError for an empty prompt, or for more tokens than the
+    model has positions.
     """
     ids = tokenizer(prompt, return_tensors="pt").input_ids.to(device_of(model))
     if not ids.shape[1]:
         raise LowkeyError("prompt '': is empty; give some text to continue")
+    longest = families.positions(model)
+    if longest is not None and ids.shape[1] + tokens > longest:
+        remedy = f"give at most {longest - ids.shape[1]}" if ids.shape[1] < longest else "give a shorter prompt"
+        raise LowkeyError(f"tokens {tokens}: after a prompt of {ids.shape[1]} they pass the model's {longest} positions; {remedy}")
     start = time.perf_counter()
     if cache.origin and cache.origin.policy and cache.origin.policy.repeats:
         if ids.shape[1] > 1:

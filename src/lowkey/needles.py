@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from lowkey.options import Checked, option
 from lowkey.types import LowkeyError
 
 # One-word nouns; the embedded model knows these as keys (each, with its leading space, is a single token of it).
@@ -34,6 +35,16 @@ CLOSING, QUOTES = (".", "!", "?"), " )\"'\u2019\u201d"  # what ends a sentence, 
 
 Encode = Callable[[str], list[int]]
 Span = tuple[int, int]  # (start, stop)
+
+
+@dataclass(frozen=True)
+class Drawing(Checked):
+    """How many cases are drawn and how long they are: `context` tokens at most, with `depths` places of the needle."""
+
+    cases: int = option(100, at_least=1, at_most=10**6)
+    context: int = option(1024, at_least=8, at_most=2**24)
+    depths: int = option(10, at_least=1, at_most=1000)
+    seed: int = option(0, at_least=0)
 
 
 @dataclass(frozen=True)

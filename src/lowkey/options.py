@@ -99,6 +99,12 @@ def check(options: Any, prefix: str = "") -> None:
             object.__setattr__(options, f.name, checked(prefix + f.name, value, hints.get(f.name, Any), range_of(f), _default(f)))
 
 
+def check_field(kind: Any, name: str, value: Any, shown_as: str | None = None) -> Any:
+    """One value of a field, before there is an object; the command line calls it by another name at times. Errors: LowkeyError."""
+    f = next(f for f in fields(kind) if f.name == name)
+    return checked(shown_as or name, value, hints_of(kind).get(name, Any), range_of(f), _default(f))
+
+
 def checked(name: str, value: Any, hint: Any, allowed: Range = Range(), default: Any = MISSING) -> Any:
     """The value in the type of its annotation. Errors: LowkeyError when it has another type or lies outside `allowed`."""
     return _held(f"{name} {shown(value)}", value, hint, allowed, default)
@@ -144,9 +150,8 @@ def described(hint: Any, allowed: Range) -> str:
     return str(Range(choices=words)) if words else WORDS[bool] if hint is bool else str(allowed)
 
 
-def help_of(kind: Any, name: str) -> str:
-    """The range of one field, for a help text."""
-    return ranges(kind)[name]
+def default_of(kind: Any, name: str) -> Any:
+    return _default(next(f for f in fields(kind) if f.name == name))
 
 
 def range_of(f: Field) -> Range:

@@ -4,16 +4,48 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lowkey.heads import HeadScores
+from lowkey.options import ranges, shown
 from lowkey.plan import Plan
+from lowkey.printable import printable
 
-screen = Console(width=None if sys.stdout.isatty() else 150, markup=False, emoji=False)
+
+class Screen(Console):
+    """A console that writes names and paths as they are, except for what a terminal would obey."""
+
+    def render_str(self, text: str, **how: Any) -> Text:  # what rich makes of every string: of cells, titles and printed lines
+        return super().render_str(printable(text), **how)
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # rich would end the program with status 1
+
+
+class Aside(Screen):
+    """What is told on stderr beside the result: nobody need be listening."""
+
+    def on_broken_pipe(self) -> None:
+        pass
+
+
+def wide() -> int | None:
+    """The terminal's own width, or what a file may hold."""
+    return None if sys.stdout is not None and sys.stdout.isatty() else 150
+
+
+screen = Screen(width=wide(), markup=False, emoji=False)
+
+
+def say(line: str) -> None:
+    """A line of plain text on stdout."""
+    print(printable(line))
 
 
 def show_plan(plan: Plan, place: Path, as_json: bool) -> None:
@@ -28,7 +60,7 @@ def show_plan(plan: Plan, place: Path, as_json: bool) -> None:
     for i, (k, v) in plan.ranks.items():
         table.add_row(str(i), f"{k} of {g['head_dim']}", f"{v} of {g['head_dim']}")
     screen.print(table)
-    print(f"{place}: keeps {held} of {whole} bytes per token in bfloat16 ({100 * held / whole:.1f}%)")
+    say(f"{place}: keeps {held} of {whole} bytes per token in bfloat16 ({100 * held / whole:.1f}%)")
 
 
 def show_dynamic(about: dict, place: Path, as_json: bool) -> None:
@@ -39,9 +71,9 @@ def show_dynamic(about: dict, place: Path, as_json: bool) -> None:
     g, held = about["geometry"], about["bytes_per_token"]["bfloat16"]
     whole = 2 * g["kv_heads"] * g["head_dim"] * 2 * len(about["layers"])
     kept = f"a token keeps {_either(about['levels'])} of {g['head_dim']} coordinates"
-    print(f"{about['method']} · {about['layout']} · {about['budget']}: {kept}")
-    print(f"{place}: held-out tokens keep {100 * about['share']:.1f}% of them in the mean, with KL {about['divergence']:.4f} per token")
-    print(f"{held:.0f} of {whole} bytes per token in bfloat16 ({100 * held / whole:.1f}%), were all tokens like these")
+    say(f"{about['method']} · {about['layout']} · {about['budget']}: {kept}")
+    say(f"{place}: held-out tokens keep {100 * about['share']:.1f}% of them in the mean, with KL {about['divergence']:.4f} per token")
+    say(f"{held:.0f} of {whole} bytes per token in bfloat16 ({100 * held / whole:.1f}%), were all tokens like these")
 
 
 def _either(ranks: Sequence[int]) -> str:
@@ -78,9 +110,7 @@ def show_heads(found: HeadScores, place: Path, asked: int) -> None:
     for layer, head, share in found.top():
         table.add_row(str(layer), str(head), f"{100 * share:.1f}%")
     screen.print(table)
-    print(
-        f"{place}: {found.accepted} of {asked} cases right, split-half correlation {told['split_half']:.2f}, {told['zero_heads']:.0%} zero"
-    )
+    say(f"{place}: {found.accepted} of {asked} cases right, split-half correlation {told['split_half']:.2f}, {told['zero_heads']:.0%} zero")
 
 
 def show_bench(found: dict) -> None:
@@ -96,7 +126,7 @@ def show_bench(found: dict) -> None:
         )
         table.add_row(name, *cells, *kept)
     screen.print(table)
-    print(f"plain reads: {found['read_bandwidth_gbs']:.1f} GB/s with {found['environment']['threads']} threads")
+    say(f"plain reads: {found['read_bandwidth_gbs']:.1f} GB/s with {found['environment']['threads']} threads")
 
 
 DIVERSITY = {  # number of a layer: heading
@@ -139,5 +169,8 @@ def _number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def pairs_of(options: dict) -> str:
-    return ", ".join(f"{k}={v}" for k, v in options.items())
+def options_of(kind: Any, values: Mapping[str, Any]) -> str:
+    """A line for each option of a class: its value and, in brackets, what it may be."""
+    known = ranges(kind)
+    words = {name: shown(value) if isinstance(value, str) and not value.isprintable() else value for name, value in values.items()}
+    return "\n".join(f"{name}={value}" + (f" ({known[name]})" if known.get(name) else "") for name, value in words.items())

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from lowkey import files, text
-from lowkey.commands.common import AsJson, Device, Dtype, Model, Seed, at_least, err
+from lowkey.commands.common import AsJson, Device, Dtype, Model, Seed, err, hold, within
+from lowkey.diversity import Compared
 from lowkey.diversity import diversity as measure
 from lowkey.loading import load
 from lowkey.progress import bars
@@ -20,9 +21,12 @@ def diversity(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="folder for diversity.json and the plots")] = Path("diversity"),
     data: Annotated[Path | None, typer.Option(help="a UTF-8 text file for attention maps (default: the embedded text)")] = None,
-    windows: Annotated[int, typer.Option(help="windows of text whose attention maps are compared")] = 8,
-    context: Annotated[int, typer.Option(help="tokens per window")] = 128,
-    inits: Annotated[int, typer.Option(help="random initialisations to stand beside; each takes the memory of a model; 0: none")] = 3,
+    windows: Annotated[int, typer.Option(help=within(Compared, "windows", "windows of text whose attention maps are compared"))] = 8,
+    context: Annotated[int, typer.Option(help=within(Compared, "context", "tokens per window"))] = 128,
+    inits: Annotated[
+        int,
+        typer.Option(help=within(Compared, "inits", "random initialisations beside it; each takes the memory of a model; 0: none")),
+    ] = 3,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -32,9 +36,7 @@ def diversity(
     same configuration at random."""
     from lowkey.report.diversity import cosines_figure, diversity_figure
 
-    at_least(1, windows=windows)
-    at_least(2, context=context)
-    at_least(0, inits=inits)
+    hold(Compared, windows=windows, context=context, inits=inits, seed=seed)
     corpus = text.read_text(data, "data") if data else None
     loaded, tokenizer = load(model, dtype, device)
     found = measure(loaded, tokenizer, corpus, windows=windows, context=context, inits=inits, seed=seed, progress=bars)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 import typer
-from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowkey import text
+from lowkey import families, text
+from lowkey.calibrate import Sample
 from lowkey.heads import HeadScores
 from lowkey.layers.packing import SCHEMES
 from lowkey.loading import load, make_policy
+from lowkey.options import check_field, nearest, ranges, shown
 from lowkey.plan import Plan
 from lowkey.policies.allocators import HeadImportance
 from lowkey.policies.base import Policy
+from lowkey.show import Aside
 from lowkey.types import LAYOUTS, Budget, Heads, Layout, LowkeyError
 
-err = Console(stderr=True, markup=False, emoji=False)  # paths and names are printed as they are
+err = Aside(stderr=True, markup=False, emoji=False)
 
 BITS = f"also rows of packed integers, alone and for each plan's latents: {', '.join(SCHEMES)} (int8 and int4, alone, when not given)"
 Model = Annotated[str, typer.Argument(help="a model folder, a Hub id, or 'tiny' (the embedded model)")]
@@ -28,6 +31,9 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, or balanced over sev
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="seed of the calibration sample and of training")]
 Force = Annotated[bool, typer.Option(help="replace a folder that holds files")]
 Calibration = Annotated[Path | None, typer.Option(help="a UTF-8 text file (default: the embedded text)")]
+AllocatorOptions = Annotated[
+    list[str] | None, typer.Option("--allocator-option", "-A", help="an option of the allocator, like energy=singular or beta=10; repeat")
+]
 Options = Annotated[list[str] | None, typer.Option("--option", "-O", help="an option of the method, like epochs=5")]
 
 
@@ -39,16 +45,24 @@ def opened(
     return *load(model, dtype, device), found
 
 
-def policies_of(names: str | None, budgets: str | None, options: list[str] | None) -> list[tuple[str, Policy]]:
+def policies_of(
+    names: str | None,
+    budgets: str | None,
+    options: list[str] | None,
+    split: list[str] | None,
+    heads: list[Path] | None,
+) -> list[tuple[str, Policy]]:
     """(name, policy) for each name and budget."""
     if names is None:
-        if budgets is not None:
-            raise LowkeyError(f"budget {budgets!r}: is for a policy; give --policy too, or a plan for low rank")
+        for what, given in (("budget", budgets), ("option", options), ("allocator option", split), ("heads", heads)):
+            if given is not None:
+                word = given if isinstance(given, str) else given[0]
+                raise LowkeyError(f"{what} {shown(str(word))}: is for a policy; give --policy too, or leave it out")
         return []
     if budgets is None:
-        raise LowkeyError(f"policy {names!r}: needs a budget; give --budget, like 10% or '64 tokens'")
-    given = options_of(options)
-    return [(n, make_policy(n, b, given)) for n in names.split(",") for b in budgets.split(",")]
+        raise LowkeyError(f"policy {shown(names)}: needs a budget; give --budget, like 10% or '64 tokens'")
+    own, allocators = options_of(options), options_of(split, "allocator option")
+    return [(n, make_policy(n, b, own, allocators)) for n in names.split(",") for b in budgets.split(",")]
 
 
 def head_scores(paths: list[Path] | None, model: PreTrainedModel) -> HeadImportance:
@@ -61,25 +75,37 @@ def importance(plan: Plan | None, heads: HeadImportance) -> HeadImportance:
     return {**(plan.heads if plan else {}), **heads}
 
 
-def options_of(pairs: list[str] | None) -> dict[str, str]:
+def options_of(pairs: list[str] | None, what: str = "option") -> dict[str, str]:
+    found: dict[str, str] = {}
     for pair in pairs or []:
-        if "=" not in pair:
-            raise LowkeyError(f"option {pair!r}: write it as name=value, like epochs=5")
-    return dict(pair.split("=", 1) for pair in pairs or [])
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            raise LowkeyError(f"{what} {shown(pair)}: write it as name=value, like epochs=5")
+        if name in found:
+            raise LowkeyError(f"{what} {shown(pair)}: {name} is given twice; give it once")
+        found[name] = value
+    return found
 
 
 def layout_of(name: str) -> Layout:
     for known in LAYOUTS:
         if name == known:
             return known
-    raise LowkeyError(f"layout {name!r} is unknown; choose one of {', '.join(LAYOUTS)}")
+    raise LowkeyError(f"layout {shown(name)} is unknown; choose one of {', '.join(LAYOUTS)}")
 
 
 def heads_of(name: str) -> Heads:
     for known in get_args(Heads):
         if name == known:
             return known
-    raise LowkeyError(f"key bases {name!r} are unknown; choose one of {', '.join(get_args(Heads))}")
+    raise LowkeyError(f"key bases {shown(name)} are unknown; choose one of {', '.join(get_args(Heads))}")
+
+
+def word_of(what: str, word: str, known: Iterable[str]) -> str:
+    """A word out of a list. Errors: LowkeyError with the nearest, or all."""
+    if word not in known:
+        raise LowkeyError(f"{what} {shown(word)} is unknown; {nearest(word, known)}")
+    return word
 
 
 def share_of(budget: str) -> float:
@@ -90,7 +116,27 @@ def share_of(budget: str) -> float:
     return found.amount / 100
 
 
-def at_least(least: int, **counts: int) -> None:
-    for name, count in counts.items():
-        if count < least:
-            raise LowkeyError(f"{name} {count}: must be at least {least}; leave it out for the default")
+def within(kind: Any, name: str, help: str) -> str:
+    """A help text with the range of the field that the option becomes."""
+    return f"{help} ({ranges(kind)[name]})"
+
+
+def hold(kind: Any, **given: Any) -> None:
+    """Hold options to the ranges of the fields that they become, before a model is loaded. A field called otherwise than the option is
+    given as (option's name, value)."""
+    for name, value in given.items():
+        shown_as, found = value if isinstance(value, tuple) else (name, value)
+        check_field(kind, name, found, shown_as)
+
+
+def sample_of(windows: int, context: int | None, seed: int) -> Sample:
+    """What to calibrate on; without a context, windows are of the usual length or as long as a short model allows."""
+    hold(Sample, windows=windows, seed=seed, length=("context", Sample.length if context is None else context))
+    return Sample(windows, seed=seed) if context is None else Sample(windows, context, seed)
+
+
+def check_context(context: int | None, model: PreTrainedModel) -> None:
+    """Errors: LowkeyError for windows that are longer than the model reads."""
+    longest = families.positions(model)
+    if context is not None and longest is not None and context > longest:
+        raise LowkeyError(f"context {context}: the model has {longest} positions; give at most that")

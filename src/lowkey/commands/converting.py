@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowkey import files, text
 from lowkey.attention import SUBSETS
 from lowkey.calibrate import Sample
-from lowkey.commands.common import AsJson, Calibration, Device, Dtype, Force, Model, Seed, at_least, err, options_of
+from lowkey.commands.common import AsJson, Calibration, Device, Dtype, Force, Model, Seed, check_context, err, hold, options_of, within
 from lowkey.conversion import (
     BASES,
     CONVERSIONS,
@@ -30,6 +30,7 @@ from lowkey.conversion import (
 )
 from lowkey.conversion import convert as made_of
 from lowkey.conversion.convert import check
+from lowkey.evaluate.result import Task
 from lowkey.fingerprint import data_fingerprint
 from lowkey.loading import load
 from lowkey.progress import bars
@@ -53,8 +54,10 @@ def convert(
     whiten: Annotated[bool, typer.Option(help="lose least of what projections make of a text, not of their weights")] = False,
     calibration: Calibration = None,
     data: Annotated[Path | None, typer.Option(help="a UTF-8 text file to measure on (default: the embedded text)")] = None,
-    context: Annotated[int, typer.Option(help="tokens per window")] = 512,
-    windows: Annotated[int, typer.Option(help="windows to measure on, and to whiten with")] = 32,
+    context: Annotated[
+        int | None, typer.Option(help=within(Task, "context", "tokens per window (default: 512, or all a model takes)"))
+    ] = None,
+    windows: Annotated[int, typer.Option(help=within(Task, "windows", "windows to measure on, and to whiten with"))] = 32,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -63,14 +66,17 @@ def convert(
 ) -> None:
     """Give a trained model another attention and measure what it costs; `lowkey pretrain` continues from there."""
     files.check_output(out, force)
-    at_least(8, context=context)
-    at_least(1, windows=windows)
+    hold(Task, windows=windows, context=Task.context if context is None else context)
+    if whiten:
+        hold(Sample, windows=windows)
     if calibration and not whiten:
         raise LowkeyError(f"calibration {str(calibration)!r}: is for --whiten; give it too")
     fields = fields_of(attention, options_of(option))
     judged = text.read_text(data, "data") if data else None
     corpus = text.read_text(calibration, "calibration") if calibration else text.embedded("calibration")
     loaded, tokenizer = load(model, dtype, device)
+    check_context(context, loaded)
+    context = Task.context if context is None else context
     choice = Options(heads, basis, frequencies)
     check(loaded, attention, choice, whiten, fields)
     rows = _rows(loaded, tokenizer, corpus, Sample(windows, context, seed)) if whiten else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +12,9 @@ import typer
 
 from lowkey import files
 from lowkey.allocate import ALLOCATORS
-from lowkey.calibrate import Sample, calibrate
+from lowkey.calibrate import JUDGES, Sample, calibrate
 from lowkey.commands.common import (
+    AllocatorOptions,
     AsJson,
     Calibration,
     Device,
@@ -21,28 +23,38 @@ from lowkey.commands.common import (
     Model,
     Options,
     Seed,
-    at_least,
+    check_context,
     err,
     head_scores,
     heads_of,
+    hold,
     layout_of,
     opened,
     options_of,
+    sample_of,
     share_of,
+    within,
+    word_of,
 )
 from lowkey.commands.plans import plan_at
 from lowkey.dynamic import dyna_plan
 from lowkey.echo import ECHOES, estimate_echo
 from lowkey.export import FORMATS
 from lowkey.heads import KINDS, estimate_heads
-from lowkey.loading import load, make_method
+from lowkey.layers.exact import Exact
+from lowkey.loading import load, make_allocator, make_method
 from lowkey.methods.dynakv import GateTraining
 from lowkey.needles import TASKS as NEEDLES
+from lowkey.needles import Drawing
+from lowkey.options import shown
 from lowkey.progress import bars
 from lowkey.recover import OBJECTIVES, Recovery
 from lowkey.recover import recover as train
 from lowkey.show import show_dynamic, show_heads, show_plan
 from lowkey.types import Budget, LowkeyError
+
+WINDOWS = within(Sample, "windows", "calibration windows at most, as far as the text goes")
+CONTEXT = within(Sample, "length", "tokens per calibration window (default: 512, or all a model takes)")
 
 
 def compress(
@@ -54,12 +66,13 @@ def compress(
         float | None, typer.Option(help="instead, like 0.03: the largest layer error, or what else the allocator bounds (`lowkey methods`)")
     ] = None,
     allocator: Annotated[
-        str | None, typer.Option(help=f"how ranks are split: {', '.join(ALLOCATORS)} (the method's own when not given)")
+        str | None, typer.Option(help=f"how ranks are split: {', '.join(ALLOCATORS)} or package.module:Class (default: the method's)")
     ] = None,
+    allocator_option: AllocatorOptions = None,
     layout: Annotated[str | None, typer.Option(help="post_rope or pre_rope (the method's own when not given)")] = None,
     calibration: Calibration = None,
-    windows: Annotated[int, typer.Option(help="calibration windows")] = 32,
-    context: Annotated[int, typer.Option(help="tokens per calibration window")] = 512,
+    windows: Annotated[int, typer.Option(help=WINDOWS)] = 32,
+    context: Annotated[int | None, typer.Option(help=CONTEXT)] = None,
     judge: Annotated[
         str, typer.Option(help="a layer's error: layers (relative, of its output) or loss (nats, that layer alone compressed)")
     ] = "layers",
@@ -68,8 +81,8 @@ def compress(
         typer.Option(help="candidates: a count like 8, ranks like 16,32,64, shares like 50%,75%, or all (the method's own when not given)"),
     ] = None,
     rank_multiple: Annotated[int, typer.Option(help="hold every rank per KV head to a multiple of this, or to the head dim")] = 1,
-    sinks: Annotated[int, typer.Option(help="first tokens kept exact")] = 0,
-    recent: Annotated[int, typer.Option(help="last tokens kept exact")] = 0,
+    sinks: Annotated[int, typer.Option(help=within(Exact, "sinks", "first tokens kept exact"))] = 0,
+    recent: Annotated[int, typer.Option(help=within(Exact, "recent", "last tokens kept exact"))] = 0,
     heads: Annotated[list[Path] | None, typer.Option(help="a file of head scores to keep in the plan, for policies on top of it")] = None,
     option: Options = None,
     seed: Seed = 0,
@@ -80,19 +93,22 @@ def compress(
 ) -> None:
     """Fit a method on text and write a plan. Interrupted work resumes when the same command is given again."""
     work = files.check_output(out, force)
-    at_least(4, windows=windows)
-    at_least(8, context=context)
-    chosen, form = make_method(method, options_of(option)), layout_of(layout) if layout else None
+    sample, form = sample_of(windows, context, seed), None if layout is None else layout_of(layout)
+    chosen = make_method(method, options_of(option))
+    split = make_allocator(chosen.allocator if allocator is None else allocator, options_of(allocator_option, "allocator option"))
     asked = None if budget is None else Budget.parse(budget)
+    hold(Exact, sinks=sinks, recent=recent)
+    word_of("judge", judge, JUDGES)
     loaded, tokenizer, corpus = opened(model, dtype, device, calibration)
+    check_context(context, loaded)
     plan = calibrate(
         *(loaded, tokenizer, corpus),
         method=chosen,
         budget=asked,
         error_budget=error_budget,
-        allocator=allocator,
+        allocator=split,
         layout=form,
-        sample=Sample(windows, context, seed),
+        sample=sample,
         ranks=ranks,
         rank_multiple=rank_multiple,
         judge=judge,
@@ -113,10 +129,10 @@ def dynamic(
     budget: Annotated[str, typer.Option(help="share of the coordinates kept, like 40%, in the mean over tokens and layers")] = "50%",
     layout: Annotated[str, typer.Option(help="post_rope or pre_rope")] = "post_rope",
     key_bases: Annotated[str, typer.Option(help="shared (by the KV heads of a layer) or per_head")] = "shared",
-    steps: Annotated[int, typer.Option(help="training steps of the gates")] = 200,
+    steps: Annotated[int, typer.Option(help=within(GateTraining, "steps", "training steps of the gates"))] = 200,
     calibration: Calibration = None,
-    windows: Annotated[int, typer.Option(help="calibration windows")] = 32,
-    context: Annotated[int, typer.Option(help="tokens per calibration window")] = 512,
+    windows: Annotated[int, typer.Option(help=WINDOWS)] = 32,
+    context: Annotated[int | None, typer.Option(help=CONTEXT)] = None,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -126,11 +142,10 @@ def dynamic(
     """Train gates that give every token a rank of its own, and write a plan for eval and generate. Interrupted work resumes when the same
     command is given again."""
     work = files.check_output(out, force)
-    at_least(4, windows=windows)
-    at_least(8, context=context)
     training, form, heads = GateTraining(share_of(budget), steps, seed=seed), layout_of(layout), heads_of(key_bases)
-    sample = Sample(windows, context, seed)
+    sample = sample_of(windows, context, seed)
     loaded, tokenizer, corpus = opened(model, dtype, device, calibration)
+    check_context(context, loaded)
     plan = dyna_plan(loaded, tokenizer, corpus, layout=form, key_bases=heads, sample=sample, training=training, work=work, progress=bars)
     plan.save(out, force)
     shutil.rmtree(work, ignore_errors=True)
@@ -141,10 +156,11 @@ def profile(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="folder for profile.json and the plots")] = Path("profile"),
     method: Annotated[str, typer.Option(help="whose bases to profile")] = "eigenattention",
+    option: Options = None,
     layout: Annotated[str | None, typer.Option(help="post_rope or pre_rope (the method's own when not given)")] = None,
     ranks: Annotated[str | None, typer.Option(help="where to measure: a count, ranks, shares or all, as for compress")] = None,
     calibration: Calibration = None,
-    windows: Annotated[int, typer.Option(help="calibration windows")] = 16,
+    windows: Annotated[int, typer.Option(help=WINDOWS)] = 16,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -153,20 +169,21 @@ def profile(
     """The error-rank surface of every layer and the spectra of keys and values, as JSON and PNG."""
     from lowkey.report import plots
 
-    at_least(4, windows=windows)
+    sample, form = sample_of(windows, None, seed), layout_of(layout) if layout else None
+    chosen = make_method(method, options_of(option))
     loaded, tokenizer, corpus = opened(model, dtype, device, calibration)
     plan = calibrate(
         *(loaded, tokenizer, corpus),
-        method=make_method(method, {}),
+        method=chosen,
         budget="100%",  # nothing is chosen
         allocator="uniform",
-        layout=layout_of(layout) if layout else None,
+        layout=form,
         ranks=ranks,
-        sample=Sample(windows, seed=seed),
+        sample=sample,
         progress=bars,
     )
-    shown = {name: plan.profile[name] for name in ("ranks", "surface", "spectra")}
-    found = {"model": model, "method": plan.method, "layout": plan.layout, **shown, "layers": list(plan.factors)}
+    measured = {name: plan.profile[name] for name in ("ranks", "surface", "spectra")}
+    found = {"model": model, "method": plan.method, "layout": plan.layout, **measured, "layers": list(plan.factors)}
     files.write_json(out / "profile.json", found)
     for name, draw in (("surface", plots.error_surface_figure), ("spectra", plots.spectra_figure)):
         with files.replacing(out / f"{name}.png") as temporary:
@@ -180,7 +197,7 @@ def heads(
     kind: Annotated[str, typer.Option(help=f"the score: {', '.join([*KINDS, *ECHOES])}")] = "r2",
     task: Annotated[str | None, typer.Option(help=f"{', '.join(NEEDLES)} (default: the kind's own)")] = None,
     haystack: Annotated[Path | None, typer.Option(help="a UTF-8 text file (default: the embedded text)")] = None,
-    cases: Annotated[int, typer.Option(help="cases to ask; those answered right count")] = 100,
+    cases: Annotated[int, typer.Option(help=within(Drawing, "cases", "cases to ask; those answered right count"))] = 100,
     context: Annotated[int, typer.Option(help="tokens of the longest cases; the shortest have a fifth")] = 1024,
     seed: Seed = 0,
     dtype: Dtype = "auto",
@@ -190,6 +207,11 @@ def heads(
 ) -> None:
     """Measure which heads find the answer in a long text, for policies that split their budget by it."""
     files.check_file(out, force)
+    hold(Drawing, cases=cases, context=context, seed=seed)
+    word_of("kind", kind, [*KINDS, *ECHOES])
+    for what, given in (("task", task), ("haystack", haystack)):
+        if given is not None and kind in ECHOES:
+            raise LowkeyError(f"{what} {shown(str(given))}: kind {kind!r} is measured on random tokens; leave it out")
     loaded, tokenizer, corpus = opened(model, dtype, device, haystack, "haystack")
     if kind in ECHOES:
         found = estimate_echo(loaded, tokenizer, kind=kind, cases=cases, context=context, seed=seed, progress=bars)
@@ -210,10 +232,10 @@ def recover(
     ] = "kl=200",
     calibration: Calibration = None,
     factors: Annotated[bool, typer.Option(help="train the plan's maps too")] = False,
-    rank: Annotated[int, typer.Option(help="of the LoRA adapters")] = 16,
-    lr: Annotated[float, typer.Option(help="peak learning rate")] = 3e-4,
-    batch: Annotated[int, typer.Option(help="windows per step")] = 4,
-    length: Annotated[int, typer.Option(help="tokens per window")] = 256,
+    rank: Annotated[int, typer.Option(help=within(Recovery, "rank", "of the LoRA adapters"))] = 16,
+    lr: Annotated[float, typer.Option(help=within(Recovery, "lr", "peak learning rate"))] = 3e-4,
+    batch: Annotated[int, typer.Option(help=within(Recovery, "batch", "windows per step"))] = 4,
+    length: Annotated[int, typer.Option(help=within(Recovery, "length", "tokens per window"))] = 256,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -241,9 +263,9 @@ def recover(
 
 def _stages(written: str) -> tuple[tuple[str, int], ...]:
     parts = [part.partition("=") for part in written.split(",")]
-    if not all(steps.strip().isdecimal() for _, _, steps in parts):
-        raise LowkeyError(f"stages {written!r}: write them as name=steps, like distill=100,ce=200")
-    return tuple((name.strip(), int(steps)) for name, _, steps in parts)
+    if not all(re.fullmatch(r"\d{1,19}", steps.strip(), re.ASCII) for _, _, steps in parts):
+        raise LowkeyError(f"stages {shown(written)}: write them as name=steps, like distill=100,ce=200")
+    return tuple((word_of("stage", name.strip(), OBJECTIVES), int(steps)) for name, _, steps in parts)
 
 
 def pretrain(
@@ -290,8 +312,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Fold a plan into the weights, where it is exactly the form of a plain checkpoint, which then needs no lowkey to run."""
-    if format not in FORMATS:
-        raise LowkeyError(f"format {format!r} is unknown; choose one of {', '.join(FORMATS)}")
+    word_of("format", format, FORMATS)
     loaded, tokenizer = load(model, dtype, "cpu")
     place = FORMATS[format](loaded, tokenizer, plan_at(plan, loaded).ordinary("export"), out, force)
     print(json.dumps({"model": str(place), "format": format})) if as_json else err.print(f"model written to {place}", highlight=False)

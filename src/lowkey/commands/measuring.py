@@ -10,8 +10,22 @@ from typing import Annotated
 import typer
 
 from lowkey import families, files, text
-from lowkey.bench import decode_bench
-from lowkey.commands.common import BITS, AsJson, Device, Dtype, Model, Seed, at_least, err, head_scores, policies_of
+from lowkey.bench import Shape, decode_bench
+from lowkey.commands.common import (
+    BITS,
+    AllocatorOptions,
+    AsJson,
+    Device,
+    Dtype,
+    Model,
+    Seed,
+    err,
+    head_scores,
+    hold,
+    policies_of,
+    within,
+    word_of,
+)
 from lowkey.commands.plans import plan_at
 from lowkey.evaluate.result import TASKS, Task, evaluate
 from lowkey.evaluate.settings import evicted, full, packed
@@ -29,12 +43,13 @@ def eval_(
     budget: Annotated[str | None, typer.Option(help="what policies keep: '10%' or '64 tokens'; several separated by commas")] = None,
     heads: Annotated[list[Path] | None, typer.Option(help="a file of head scores that `lowkey heads` wrote")] = None,
     option: Annotated[list[str] | None, typer.Option("--option", "-O", help="an option of the policies, like recent=4")] = None,
+    allocator_option: AllocatorOptions = None,
     refeed: Annotated[bool, typer.Option(help="recall: ask again over what was kept, so that the first answer token is tested too")] = True,
     data: Annotated[Path | None, typer.Option(help="a UTF-8 text file (default: the embedded text)")] = None,
     task: Annotated[list[str] | None, typer.Option(help=f"{', '.join(TASKS)} (all when not given)")] = None,
     context: Annotated[int | None, typer.Option(help="tokens per window and per recall case (default: 512, or all a model takes)")] = None,
-    windows: Annotated[int, typer.Option(help="windows of text to score")] = 16,
-    cases: Annotated[int, typer.Option(help="recall cases")] = 20,
+    windows: Annotated[int, typer.Option(help=within(Task, "windows", "windows of text to score at most, as far as it goes"))] = 16,
+    cases: Annotated[int, typer.Option(help=within(Task, "cases", "recall cases"))] = 20,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -47,11 +62,14 @@ def eval_(
     """
     place = out or Path("results") / f"eval-{Path(model).name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
     files.check_file(place)
-    at_least(1, windows=windows, cases=cases)
-    policies = policies_of(policy, budget, option)
+    hold(Task, windows=windows, cases=cases, seed=seed)
+    if context is not None:
+        hold(Task, context=context)
+    names = [word_of("task", name, TASKS) for item in task or TASKS for name in item.split(",")]
+    policies = policies_of(policy, budget, option, allocator_option, heads)
     corpus = text.read_text(data, "data") if data else text.embedded("evaluation")
     loaded, tokenizer = load(model, dtype, device)
-    context = min(512, getattr(loaded.config.get_text_config(), "max_position_embeddings", 512)) if context is None else context
+    context = min(Task.context, families.positions(loaded) or Task.context) if context is None else context
     plans = [plan_at(p, loaded) for p in plan or []]
     scores = head_scores(heads, loaded)
     settings = [full(loaded)] + [p.setting(loaded) for p in plans]
@@ -60,7 +78,6 @@ def eval_(
     settings += [p.setting(loaded, b) for p in plans for b in bits or ()]
     settings += [packed(loaded, b) for b in bits or (() if families.stores_its_own(loaded.config) else (8, 4))]
     what = Task(corpus, str(data) if data else "embedded", context, windows, cases, seed, refeed=refeed)
-    names = [name for item in task or TASKS for name in item.split(",")]
     result = evaluate(loaded, tokenizer, settings, what, names, bars)
     files.write_json(place, result)
     err.print(f"result written to {place}", highlight=False, soft_wrap=True)
@@ -68,13 +85,13 @@ def eval_(
 
 
 def decode(
-    context: Annotated[int, typer.Option(help="tokens stored per head")] = 8192,
-    head_dim: Annotated[int, typer.Option(help="channels of a head")] = 128,
-    heads: Annotated[int, typer.Option(help="query heads")] = 32,
-    kv_heads: Annotated[int, typer.Option(help="KV heads")] = 8,
+    context: Annotated[int, typer.Option(help=within(Shape, "context", "tokens stored per head"))] = 8192,
+    head_dim: Annotated[int, typer.Option(help=within(Shape, "head_dim", "channels of a head"))] = 128,
+    heads: Annotated[int, typer.Option(help=within(Shape, "heads", "query heads"))] = 32,
+    kv_heads: Annotated[int, typer.Option(help=within(Shape, "kv_heads", "KV heads"))] = 8,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "bfloat16",
     budget: Annotated[str, typer.Option(help="what the evicted cache keeps: '10%' or '512 tokens'")] = "10%",
-    repeats: Annotated[int, typer.Option(help="rounds; medians are shown")] = 15,
+    repeats: Annotated[int, typer.Option(help=within(Shape, "repeats", "rounds; medians are shown"))] = 15,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:

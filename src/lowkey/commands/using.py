@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -13,7 +13,7 @@ from rich.table import Table
 from lowkey.allocate import ALLOCATORS
 from lowkey.cache import make_cache
 from lowkey.calibrate import describe
-from lowkey.commands.common import AsJson, Device, Dtype, Model, at_least, err, head_scores, importance, policies_of
+from lowkey.commands.common import AllocatorOptions, AsJson, Device, Dtype, Model, err, head_scores, importance, policies_of
 from lowkey.commands.plans import plan_at
 from lowkey.dynamic import METHOD
 from lowkey.generate import stream
@@ -21,10 +21,13 @@ from lowkey.layers.packing import SCHEMES
 from lowkey.loading import load, make_policy
 from lowkey.methods import METHODS
 from lowkey.methods.dynakv import GateTraining
+from lowkey.options import Range, checked, ranges
 from lowkey.policies import POLICIES, policy_words
 from lowkey.policies.allocators import ALLOCATORS as HEAD_ALLOCATORS
-from lowkey.show import pairs_of, screen
+from lowkey.show import options_of, screen
 from lowkey.types import LowkeyError
+
+TOKENS = Range(at_least=1, at_most=2**24)
 
 
 def generate(
@@ -36,14 +39,15 @@ def generate(
     budget: Annotated[str | None, typer.Option(help="what the policy keeps: '10%' or '64 tokens'")] = None,
     heads: Annotated[list[Path] | None, typer.Option(help="a file of head scores that `lowkey heads` wrote")] = None,
     option: Annotated[list[str] | None, typer.Option("--option", "-O", help="an option of the policy, like every=32")] = None,
-    tokens: Annotated[int, typer.Option(help="new tokens at most")] = 64,
+    allocator_option: AllocatorOptions = None,
+    tokens: Annotated[int, typer.Option(help=f"new tokens at most ({TOKENS}, and what the model has positions for)")] = 64,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt over a compressed cache; ends with tokens/s and the bytes held against the full cache."""
-    at_least(1, tokens=tokens)
-    wanted = policies_of(policy, budget, option)
+    checked("tokens", tokens, int, TOKENS, 64)
+    wanted = policies_of(policy, budget, option, allocator_option, heads)
     if len(wanted) > 1:
         raise LowkeyError(f"policy {policy!r} with budget {budget!r}: generate takes one policy and one budget")
     loaded, tokenizer = load(model, dtype, device)
@@ -68,33 +72,43 @@ def inspect(plan: Annotated[Path, typer.Argument(help="a plan folder")], as_json
 
 def methods(as_json: AsJson = False) -> None:
     """The methods and allocators, with their options and papers, and what `lowkey dynamic` makes."""
-    listed = {name: {"summary": m.summary, "paper": m.paper, "options": describe(m())["parameters"]} for name, m in METHODS.items()}
-    splits = {name: {"summary": a.summary, "options": describe(a())["parameters"]} for name, a in ALLOCATORS.items()}
+    listed = {name: {"summary": m.summary, "paper": m.paper, **_options(m)} for name, m in METHODS.items()}
+    splits = {name: {"summary": a.summary, "bounds": a.bounds, **_options(a)} for name, a in ALLOCATORS.items()}  # type: ignore[attr-defined]
     own = {"summary": GateTraining.summary, "paper": GateTraining.paper}
     if as_json:
         print(json.dumps({"methods": listed, "allocators": splits, "dynamic": {METHOD: own}}))
         return
-    for title, entries in (("method", listed), ("allocator", splits)):
-        table = Table(title, "what it does", "paper", "options (-O name=value)")
-        for name, entry in entries.items():
-            table.add_row(name, entry["summary"], entry.get("paper", ""), pairs_of(entry["options"]))
-        screen.print(table)
+    table = Table("method", "what it does", "paper", "options and their ranges (-O name=value)")
+    for name, kind in METHODS.items():
+        table.add_row(name, kind.summary, kind.paper, options_of(kind, describe(kind())["parameters"]))
+    screen.print(table)
+    table = Table("allocator", "what it does", "what --error-budget bounds", "options and their ranges (-A name=value)")
+    for name, rule in ALLOCATORS.items():
+        made = rule()
+        table.add_row(name, made.summary, made.bounds, options_of(rule, describe(made)["parameters"]))
+    screen.print(table)
     print(f"{METHOD} ({own['paper']}): {own['summary']}; made by lowkey dynamic, whose --help lists its options")
 
 
 def policies(as_json: AsJson = False) -> None:
     """The eviction policies and their allocators, with their options and papers."""
     known = {name: make_policy(name, "50%", {}) for name in POLICIES}
-    listed = {name: {"summary": p.summary, "paper": p.paper, **policy_words(p)} for name, p in known.items()}
-    splits = {name: {"summary": a.summary, "options": describe(a())["parameters"]} for name, a in HEAD_ALLOCATORS.items()}
+    splits = {name: {"summary": a.summary, **_options(a)} for name, a in HEAD_ALLOCATORS.items()}
     if as_json:
-        print(json.dumps({"policies": listed, "allocators": splits}))
+        words = {name: {"summary": p.summary, "paper": p.paper, **policy_words(p), "ranges": ranges(type(p))} for name, p in known.items()}
+        print(json.dumps({"policies": words, "allocators": splits}))
         return
-    table = Table("policy", "keeps by", "split", "paper", "options (-O name=value)")
-    for name, entry in listed.items():
-        table.add_row(name, entry["summary"], entry["allocator"]["name"], entry["paper"], pairs_of(entry["parameters"]))
+    table = Table("policy", "keeps by", "split", "paper", "options and their ranges (-O name=value)")
+    for name, policy in known.items():
+        told = policy_words(policy)
+        table.add_row(name, policy.summary, told["allocator"]["name"], policy.paper, options_of(type(policy), told["parameters"]))
     screen.print(table)
-    table = Table("allocator", "what it does", "options (-O name=value)")
-    for name, entry in splits.items():
-        table.add_row(name, entry["summary"], pairs_of(entry["options"]))
+    table = Table("allocator", "what it does", "options and their ranges (-A name=value)")
+    for name, kind in HEAD_ALLOCATORS.items():
+        table.add_row(name, kind.summary, options_of(kind, describe(kind())["parameters"]))
     screen.print(table)
+
+
+def _options(kind: Any) -> dict[str, dict]:
+    """Options of a method or an allocator with their defaults, and what each may be."""
+    return {"options": describe(kind())["parameters"], "ranges": ranges(kind)}
