@@ -533,7 +533,7 @@ def test_the_command_writes_what_it_says(kind: str, tmp_path: Path) -> None:
     status, printed, error = run("convert", place, out, "--attention", kind, *WAYS[kind], *SMALL, "--json")
     assert status == 0, error
     told, kept = json.loads(printed), json.loads((out / "convert.json").read_text())
-    assert told == {"model": str(out), **kept} and kept["attention"] == kind
+    assert told.items() <= {"model": str(out), **kept}.items() and kept["attention"] == kind
     register()
     made = AutoModelForCausalLM.from_pretrained(out).eval()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(place), AutoTokenizer.from_pretrained(out)

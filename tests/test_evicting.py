@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 
+import forging
 import pico
 import pytest
 import torch
@@ -436,6 +437,7 @@ def edit(file, old, new):
     text = file.read_text()
     assert old in text
     file.write_text(text.replace(old, new))
+    forging.edit_json(file)
 
 
 @pytest.mark.parametrize(

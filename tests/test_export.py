@@ -284,13 +284,15 @@ def test_another_models_plan_is_refused(tmp_path):
 def test_files_are_replaced_only_by_force(tmp_path):
     model = build("llama")
     plan = make(model)
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "thesis.txt").write_text("mine")
+    exported(model, plan, tmp_path)
     with pytest.raises(LowkeyError, match="already holds files"):
         exported(model, plan, tmp_path)
-    assert (tmp_path / "model" / "thesis.txt").read_text() == "mine"
     exported(model, plan, tmp_path, force=True)
-    assert not (tmp_path / "model" / "thesis.txt").exists()
+    (tmp_path / "model" / "thesis.txt").write_text("mine")
+    for force in (False, True):
+        with pytest.raises(LowkeyError, match="did not write 'thesis"):
+            exported(model, plan, tmp_path, force=force)
+    assert (tmp_path / "model" / "thesis.txt").read_text() == "mine"
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):

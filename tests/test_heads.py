@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import forging
 import pico
 import pytest
 import torch
@@ -241,7 +242,7 @@ def test_a_file_tells_how_it_was_made(tmp_path):
 
 DAMAGE = {
     "newer": ({"format": 2}, "format 2 is newer than 1"),
-    "no format": ({"format": "1"}, "format '1' is not a number"),
+    "no format": ({"format": "1"}, "format '1', which is not a number"),
     "no kind": ({"kind": None}, "field 'kind' is missing or no str"),
     "heads as text": ({"kv_heads": "4"}, "field 'kv_heads' is missing or no int"),
     "layers as text": ({"layers": ["a", "b", "c"]}, "field 'layers' holds something else than indices"),
@@ -251,11 +252,11 @@ DAMAGE = {
     "no values": ({"values": None}, "field 'values' is no table of numbers"),
     "ragged": ({"values": [[[0.1, 0.2]], [[0.1]]]}, "field 'values' is no table of numbers"),
     "words": ({"values": [[["a"]]]}, "field 'values' is no table of numbers"),
-    "huge": ({"values": [[[10**400]]]}, "field 'values' is no table of numbers"),
+    "huge": ({"values": [[[10**400]]]}, "a whole number of 401 digits"),
     "flat": ({"values": [0.1, 0.2]}, r"\(2,\) must be \(cases, layers, query heads\)"),
     "empty": ({"values": []}, "must be .cases, layers, query heads., none of them 0"),
-    "nan": ({"values": [[[float("nan")] * 8] * 3]}, "must lie between 0 and 1"),
-    "infinite": ({"values": [[[float("inf")] * 8] * 3]}, "must lie between 0 and 1"),
+    "nan": ({"values": [[[float("nan")] * 8] * 3]}, "NaN is no number of JSON"),
+    "infinite": ({"values": [[[float("inf")] * 8] * 3]}, "Infinity is no number of JSON"),
     "negative": ({"values": [[[-0.1] * 8] * 3]}, "must lie between 0 and 1"),
     "too large": ({"values": [[[1.1] * 8] * 3]}, "must lie between 0 and 1"),
     "zeros": ({"values": [[[0.0] * 8] * 3]}, "are all 0"),
@@ -268,7 +269,7 @@ def test_a_damaged_file_is_refused_in_one_line(name, tmp_path):
     change, match = DAMAGE[name]
     place = tmp_path / "heads.json"
     random_scores(12).save(place)
-    place.write_text(json.dumps(json.loads(place.read_text()) | change))
+    forging.edit_json(place, **change)
     refused(lambda: HeadScores.load(place), str(place), match)
 
 
@@ -303,8 +304,7 @@ def test_another_models_scores_are_refused(tmp_path, accepting):
 @pytest.mark.parametrize("change", [{"layers": [0, 2, 1]}, {"kv_heads": 2}])
 def test_scores_that_do_not_cover_the_model_are_refused(change, tmp_path, accepting):
     small(attached("llama")).save(tmp_path / "heads.json")
-    meta = json.loads((tmp_path / "heads.json").read_text())
-    (tmp_path / "heads.json").write_text(json.dumps(meta | change))
+    forging.edit_json(tmp_path / "heads.json", **change)
     refused(lambda: HeadScores.load(tmp_path / "heads.json", attached("llama")), "do not cover the layers and heads")
 
 

@@ -8,10 +8,11 @@ import os
 import struct
 from dataclasses import replace
 
+import forging
 import pico
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import lowkey
 from lowkey import files
@@ -34,19 +35,16 @@ def folder(tmp_path):
 
 
 def edit(folder, **changes):
-    """Change top-level fields of plan.json."""
-    meta = json.loads((folder / JSON).read_text())
-    (folder / JSON).write_text(json.dumps(meta | changes))
+    """Change top-level fields of plan.json, and vouch for it: what is tested is the content, not the checksum."""
+    forging.edit_json(folder / JSON, **changes)
 
 
 def edit_tensor(folder, name, tensor):
-    """Change one tensor, and vouch for the new file: what is tested is the content, not the checksum."""
-    write(folder, load_file(folder / TENSORS) | {name: tensor})
+    forging.edit_tensors(folder / TENSORS, lambda tensors: tensors.update({name: tensor}), folder / JSON)
 
 
 def write(folder, tensors):
-    save_file(tensors, folder / TENSORS)
-    edit(folder, tensors_sha256=files.sha256(folder / TENSORS))
+    forging.edit_tensors(folder / TENSORS, lambda old: [old.clear(), old.update(tensors)], folder / JSON)
 
 
 def refused(path, model=None, match=None):
@@ -139,8 +137,9 @@ def test_the_card_says_the_numbers():
     assert "384 of 768 bytes per token" in text and "(50.0 %)" in text and "| 2 | 8 | 8 |" in text
 
 
-def test_nothing_but_the_three_files_is_left_behind(folder):
-    assert sorted(p.name for p in folder.iterdir()) == ["README.md", JSON, TENSORS]
+def test_nothing_but_its_files_is_left_behind(folder):
+    assert sorted(p.name for p in folder.iterdir()) == [files.MANIFEST, "README.md", JSON, TENSORS]
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
 
 
 # -- atomic
@@ -196,15 +195,15 @@ def fail_at(monkeypatch, at):
 def test_a_failure_while_tensors_are_written_leaves_the_old_file(folder, monkeypatch):
     before = (folder / TENSORS).read_bytes()
 
-    def half(tensors, path):
+    def half(tensors, path, metadata):
         path.write_bytes(b"half")
         raise OSError(28, "no space left on device")
 
-    monkeypatch.setattr("lowkey.files.save_file", half)
+    monkeypatch.setattr("lowkey.files.writing.save_file", half)
     with pytest.raises(LowkeyError, match="no space"):
         make(4, 4).save(folder)
     assert (folder / TENSORS).read_bytes() == before
-    assert len(list(folder.iterdir())) == 3
+    assert len(list(folder.iterdir())) == 4
 
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path):
@@ -290,8 +289,8 @@ def test_json_that_is_not_utf8_is_refused(folder):
 
 def test_huge_json_is_refused(folder):
     with (folder / JSON).open("wb") as file:
-        file.truncate(2**24 + 1)
-    refused(folder, match="16 MiB")
+        file.truncate(2**26 + 1)
+    refused(folder, match="64 MiB")
 
 
 FIELDS = ["layout", "method", "allocator", "budget", "geometry", "provenance", "profile", "orthonormal", "sinks", "recent", "ranks"]
@@ -299,9 +298,7 @@ FIELDS = ["layout", "method", "allocator", "budget", "geometry", "provenance", "
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_missing_field_is_refused(folder, name):
-    meta = json.loads((folder / JSON).read_text())
-    del meta[name]
-    (folder / JSON).write_text(json.dumps(meta))
+    forging.edit_json(folder / JSON, lambda meta: meta.pop(name))
     refused(folder, match=name)
 
 
@@ -399,16 +396,14 @@ def test_a_plan_of_other_heads_is_refused(folder):
     """Consistent in itself, with the right fingerprint, and still not this model's shape."""
     shape = json.loads((folder / JSON).read_text())["geometry"]
     edit(folder, geometry=shape | {"kv_heads": 2})
-    save_file({n: t[:2].contiguous() for n, t in load_file(folder / TENSORS).items()}, folder / TENSORS)
+    write(folder, {n: t[:2].contiguous() for n, t in load_file(folder / TENSORS).items()})
     refused(folder, pico.stock(MODEL))
 
 
 def test_a_plan_of_another_head_dim_is_refused(folder):
     shape = json.loads((folder / JSON).read_text())["geometry"]
     edit(folder, geometry=shape | {"head_dim": 12})
-    save_file(
-        {n: torch.eye(12)[:, : t.shape[2]].expand(4, -1, -1).contiguous() for n, t in load_file(folder / TENSORS).items()}, folder / TENSORS
-    )
+    write(folder, {n: torch.eye(12)[:, : t.shape[2]].expand(4, -1, -1).contiguous() for n, t in load_file(folder / TENSORS).items()})
     refused(folder, pico.stock(MODEL))
 
 

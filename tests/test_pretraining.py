@@ -16,16 +16,17 @@ from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
+import forging
 import numpy as np
 import pico
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lowkey
-from lowkey import cli, loading
+from lowkey import cli, files, loading
 from lowkey.pretraining import Recipe, Trained, models, pretrain
 from lowkey.pretraining.corpus import prepare
 from lowkey.pretraining.log import read
@@ -249,7 +250,7 @@ def test_the_result_is_a_checkpoint_that_others_read(tmp_path):
     cache = lowkey.make_cache(model, bits=8)
     assert model.generate(ids, max_new_tokens=4, past_key_values=cache, do_sample=False).shape == (1, ids.shape[1] + 4)
     assert Recipe.of(tomllib.loads((tmp_path / "out" / "recipe.toml").read_text())) == wanted
-    assert json.loads((tmp_path / "out" / "result.json").read_text()) == found.result
+    assert files.read_json(tmp_path / "out" / "result.json", "result", "training") == found.result
     assert not (tmp_path / "out" / "checkpoint.safetensors").exists()
     assert found.result["parameters"] == sum(p.numel() for p in found.model.parameters())
 
@@ -273,7 +274,11 @@ def test_a_finished_run_is_returned_and_another_refused(tmp_path):
 def test_force_keeps_what_is_there_until_there_is_something_new(tmp_path):
     wanted, out = recipe(tmp_path, tokens=4 * 128), tmp_path / "out"
     pretrain(wanted, out, device="cpu")
-    (out / "model-00001-of-00002.safetensors").write_text("a shard of an older run")
+    shard = out / "model-00001-of-00002.safetensors"
+    shard.write_text("somebody's")
+    with pytest.raises(LowkeyError, match="did not write 'model-00001"):
+        pretrain(wanted, out, device="cpu", force=True)
+    forging.edit_json(out / files.MANIFEST, lambda known: known["files"].update({shard.name: [files.sha256(shard)]}))  # an older run's
     there = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
     with pytest.raises(LowkeyError, match="micro_batch 3"):
         pretrain(replace(wanted, training=replace(wanted.training, micro_batch=3)), out, device="cpu", force=True)
@@ -317,7 +322,7 @@ def test_damaged_files_of_a_run_are_one_line(tmp_path):
             pretrain(wanted, out, device="cpu")
         assert "\n" not in str(error.value)
     (out / "result.json").unlink()
-    save_file({"weights": torch.zeros(2)}, out / "checkpoint.safetensors")
+    files.write_tensors(out / "checkpoint.safetensors", {"weights": torch.zeros(2)}, "checkpoint")
     with pytest.raises(LowkeyError, match=r"lacks about.*--force"):
         pretrain(wanted, out, device="cpu")
 
@@ -387,7 +392,7 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_checkpoint(tmp
     assert found.result["diverged"] and found.result["steps"] < 24
     assert found.result["max_grad_norm"] is None or not math.isfinite(sum(found.losses))
     assert not list((tmp_path / "going").glob("checkpoint*")) and (tmp_path / "out" / "checkpoint.safetensors").exists()
-    assert json.loads((tmp_path / "going" / "result.json").read_text(), parse_constant=pytest.fail) == found.result
+    assert files.read_json(tmp_path / "going" / "result.json", "result", "training") == found.result
 
 
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")

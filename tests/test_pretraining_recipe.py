@@ -86,7 +86,7 @@ def test_bad_recipes_are_one_line(tables, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("text", "message"), [(None, "no such file"), ("[training", "cannot be read"), ("", "as table.field=value")])
+@pytest.mark.parametrize(("text", "message"), [(None, "does not exist"), ("[training", "cannot be read"), ("", "as table.field=value")])
 def test_bad_files_and_settings_are_one_line(tmp_path, text, message):
     if text is not None:
         (tmp_path / "r.toml").write_text(text)

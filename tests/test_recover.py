@@ -312,8 +312,9 @@ def test_a_work_folder_of_another_plan_is_not_reused(tmp_path):
 
 def test_unfinished_work_is_plain_data(tmp_path):
     run(work=tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["job.json", "training.safetensors"]
-    assert json.loads((tmp_path / "job.json").read_text())["recover"]["rank"] == 4
+    (folder,) = tmp_path.iterdir()
+    assert sorted(p.name for p in folder.iterdir()) == ["job.json", "training.safetensors"]
+    assert json.loads((folder / "job.json").read_text())["job"]["recover"]["rank"] == 4
 
 
 # -- refusals

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
+import forging
 import pico
 import pytest
 import torch
@@ -264,7 +265,7 @@ def test_a_damaged_rule_is_refused(tmp_path):
     feed(planted(), text(AT), cache, PADS)
     cache.save(tmp_path / "c")
     file = tmp_path / "c" / "cache.json"
-    file.write_text(file.read_text().replace('"emergence"', '"emergency"'))
+    forging.edit_json(file, lambda about: about["exact"]["rule"].update(emergency=about["exact"]["rule"].pop("emergence")))
     with pytest.raises(LowkeyError, match="damaged"):
         lowkey.load_cache(tmp_path / "c", planted())
 

@@ -177,9 +177,8 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> LowkeyCache:
     Errors: LowkeyError for another model, a newer format, a damaged or truncated file.
     """
     folder = Path(path)
-    about, tensors = cachefile.read(folder)
+    about, tensors, plan = cachefile.read(folder)
     check_model("cache", about.get("model"), about["model_sha256"], model, "make it again")
-    plan = Plan.load(folder / cachefile.PLAN) if (folder / cachefile.PLAN).exists() else None
     exact = cachefile.exact_from(folder, about["exact"], tensors)
     policy = policy_from(about["policy"]) if about["policy"] else None
     cache = make_cache(model, plan, policy, bits=about["bits"], exact=exact)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowkey import families, sensitivity, text
+from lowkey import families, files, sensitivity, text
 from lowkey.allocate import ALLOCATORS, Allocator
 from lowkey.fingerprint import data_fingerprint, model_fingerprint
 from lowkey.grid import Asked, grid, multiples
@@ -31,7 +31,7 @@ from lowkey.statistics import gather
 from lowkey.stream import layer_inputs
 from lowkey.through import losses_grown
 from lowkey.types import LAYOUTS, Basis, Budget, Factors, LayerBases, Layout, LowkeyError
-from lowkey.unfinished import Surface, job_folder, load_layer, save_layer
+from lowkey.unfinished import Surface, load_layer, save_layer
 
 HELD = 0.25  # share of the calibration windows that only judge: the error surface and early stopping
 JUDGES = {  # what a layer's error is
@@ -96,7 +96,7 @@ def calibrate(
     course = Course(model, rows, max(1, round(HELD * len(rows))), form, measured, sample.seed, sample.batch, progress, choices)
     provenance, ours = provenance_of(model, rows, sample), describe(chosen)
     what = {"method": ours, "layout": form, "ranks": [measured, choices], "judge": judge, "batch": sample.batch}
-    bases, profile = fit_layers(chosen, course, job_folder(work, {"provenance": provenance, **what}), judge)
+    bases, profile = fit_layers(chosen, course, files.job_folder(work, {"provenance": provenance, **what}), judge)
     factors, told = _chosen(chosen, split, bases, profile, limit, course, judge)
     return Plan(
         factors=factors,

@@ -7,7 +7,6 @@ cache = dynamic.dyna_cache(model, plan)
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -29,11 +28,11 @@ from lowkey.progress import Progress, silent
 from lowkey.seam import attach, attached
 from lowkey.statistics import gather
 from lowkey.types import LAYOUTS, Budget, Factors, Heads, Layout, LowkeyError
-from lowkey.unfinished import job_folder
 
 FORMAT = 1
 METHOD = "dynakv"
-JSON, TENSORS = "dynaplan.json", "dynaplan.safetensors"
+JSON, TENSORS, KIND = "dynaplan.json", "dynaplan.safetensors", "dynamic-plan"
+LARGEST = 2**20  # of a model's sizes
 FIELDS = ("layout", "levels", "share", "divergence", "training", "geometry", "provenance")
 
 
@@ -77,13 +76,12 @@ class DynaPlan:
         families.check_layout(model, self.layout)
 
     def save(self, path: str | Path, force: bool = False) -> None:
-        """Write the folder `path` in one step. Errors: LowkeyError when it holds other files (unless `force`), or cannot be written."""
+        """Write the folder `path` in one step, as `Plan.save` does. Errors: LowkeyError when it holds other files or cannot be written."""
         folder = Path(path)
-        if not force:
-            files.check_ours(folder, {JSON, TENSORS})
+        files.check_folder(folder, force, again=JSON)
         with files.replacing_folder(folder) as temporary:
-            files.write_tensors(temporary / TENSORS, self._tensors())
-            files.write_json(temporary / JSON, {**self.describe(), "tensors_sha256": files.sha256(temporary / TENSORS)})
+            checksum = files.write_tensors(temporary / TENSORS, self._tensors(), KIND)
+            files.write_json(temporary / JSON, {**self.describe(), "tensors_sha256": checksum}, KIND)
 
     def describe(self) -> dict:
         """Everything but the factors and gates, as dynaplan.json holds it."""
@@ -104,40 +102,54 @@ class DynaPlan:
         Errors: LowkeyError for a newer format, a damaged file, NaNs, wrong shapes, another model.
         """
         folder = Path(path)
-        about = files.read_json(folder / JSON, "dynamic plan")
-        version = about.get("format")
-        if isinstance(version, int) and version > FORMAT:
-            raise LowkeyError(f"dynamic plan {str(folder)!r}: format {version} is newer than {FORMAT}; upgrade lowkey")
-        tensors = files.read_tensors(folder / TENSORS, "dynamic plan")
-        try:
-            if about["tensors_sha256"] != files.sha256(folder / TENSORS):
-                raise ValueError(f"{TENSORS} is not the file that {JSON} describes")
-            plan = _build(about, tensors)
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise LowkeyError(f"dynamic plan {str(folder)!r}: {error}; it is damaged: make it again") from None
+        plan = files.steady(folder, lambda: _read(folder))
         if model is not None:
             plan.check(model)
         return plan
 
 
+def _read(folder: Path) -> DynaPlan:
+    about = files.read_json(folder / JSON, "dynamic plan", KIND, FORMAT)
+    tensors = files.read_tensors(folder / TENSORS, "dynamic plan", KIND, str(about.get("tensors_sha256")))
+    try:
+        return _build(about, tensors)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError) as error:
+        raise LowkeyError(f"dynamic plan {str(folder)!r}: {error!s:.200}; it is damaged: make it again") from None
+
+
 def _build(about: dict, tensors: dict[str, Tensor]) -> DynaPlan:
     """Errors: KeyError, TypeError or ValueError for what is missing or does not fit."""
-    known = {name: about[name] for name in FIELDS} | {"levels": tuple(int(r) for r in about["levels"])}
-    heads, d = (int(about["geometry"][name]) for name in ("kv_heads", "head_dim"))
+    known = {name: about[name] for name in FIELDS} | {"levels": tuple(about["levels"])}
+    counts = (about["geometry"][name] for name in ("kv_heads", "head_dim", "heads", "layers", "hidden"))
+    heads, d, *_, deep, _ = (_count(n) for n in counts)
     if known["layout"] not in LAYOUTS:
-        raise ValueError(f"layout {known['layout']!r} is none of {', '.join(LAYOUTS)}")
-    levels = known["levels"]
-    if not levels or levels[0] != d or sorted(set(levels), reverse=True) != list(levels) or levels[-1] < 1:
+        raise ValueError(f"layout {known['layout']!r:.40} is none of {', '.join(LAYOUTS)}")
+    levels = [_count(r) for r in about["levels"]]
+    if not levels or levels[0] != d or sorted(set(levels), reverse=True) != levels:
         raise ValueError(f"levels {levels} are not ranks that fall from the head dim {d}")
-    if not all(bool(t.is_floating_point() and t.isfinite().all()) for t in tensors.values()):
-        raise ValueError("its tensors hold NaN or infinite numbers")
-    told = about["share"], about["divergence"], about["training"]["target"], about["geometry"]["kv_heads"], about["geometry"]["head_dim"]
-    if not all(isinstance(n, int | float) and math.isfinite(n) for n in told) or not 0 < about["training"]["target"] <= 1:
-        raise ValueError("share, divergence, target, kv_heads or head_dim is not a number that it can be")
-    layers = [int(i) for i in about["layers"]]
+    if not all(t.dtype == torch.float32 for t in tensors.values()):
+        raise ValueError("its tensors are not of fp32")
+    share, divergence, target = (about[name] if name in about else about["training"][name] for name in ("share", "divergence", "target"))
+    if not all(type(n) in (int, float) for n in (share, divergence, target)) or not (0 < target <= 1 and 0 <= share <= 1):
+        raise ValueError("share, divergence or target is not a number that it can be")
+    layers = about["layers"]
+    if not (
+        isinstance(layers, list) and layers and all(type(i) is int and 0 <= i < deep for i in layers) and sorted(set(layers)) == layers
+    ):
+        raise ValueError("layers are not indices that rise")
+    if not isinstance(about["provenance"]["model_sha256"], str):
+        raise ValueError("provenance names no model")
     factors = {i: _factors(tensors[f"{i}.k_down"], tensors[f"{i}.v_down"], heads, d) for i in layers}
     gates = {i: _gate({f.name: tensors[f"{i}.gate.{f.name}"] for f in fields(Gate)}, heads, d, len(levels)) for i in layers}
+    if len(tensors) != len(layers) * (2 + len(fields(Gate))):
+        raise ValueError("its tensors are more than those of its layers")
     return DynaPlan(factors, gates, **known)
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or not 1 <= value <= LARGEST:
+        raise ValueError(f"{value!r:.40} is no count")
+    return value
 
 
 def _factors(k: Tensor, v: Tensor, heads: int, d: int) -> Factors:
@@ -148,7 +160,7 @@ def _factors(k: Tensor, v: Tensor, heads: int, d: int) -> Factors:
 
 
 def _gate(parts: dict[str, Tensor], heads: int, d: int, levels: int) -> Gate:
-    hidden = parts["hidden"].shape[-1]
+    hidden = parts["hidden"].shape[-1] if parts["hidden"].ndim else 0
     shapes = {
         "scale": (2 * heads, d),
         "hidden": (2 * heads * d, hidden),
@@ -210,7 +222,7 @@ def dyna_plan(
     rows = windows_of(model, tokenizer, texts, sample)
     held, provenance = max(1, round(HELD * len(rows))), provenance_of(model, rows, sample)
     what = {"layout": layout, "key_bases": key_bases, "training": asdict(training), "batch": sample.batch}
-    work = job_folder(work, {"provenance": provenance, **what})
+    work = files.job_folder(work, {"provenance": provenance, **what})
     statistics = gather(model, progress(rows[:-held].split(sample.batch), "second moments"), work)
     found = {i: dynakv.bases(s, layout, key_bases) for i, s in statistics.items()}
     gates = dynakv.train_gate(model, found, rows, held, layout, training, progress, work)

@@ -6,7 +6,6 @@ Scores are of one model: between the two models of the paper their ranks hardly 
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import string
@@ -30,7 +29,7 @@ from lowkey.progress import Progress, silent
 from lowkey.seam import attached
 from lowkey.types import LowkeyError, device_of
 
-FORMAT = 1
+FORMAT, KIND = 1, "head-scores"
 LEAST = 10  # solved cases; fewer say nothing about heads
 SPLITS = 10  # of the cases in two halves
 DIGITS = 6
@@ -165,8 +164,8 @@ class HeadScores:
         return {"format": FORMAT, **{name: getattr(self, name) for name in TYPES}, "layers": list(self.layers), **found}
 
     def save(self, path: str | Path) -> None:
-        """One JSON file, whole or not at all. Errors: LowkeyError when it cannot be written."""
-        files.write_text(Path(path), json.dumps({**self.describe(), "values": self.values.tolist()}) + "\n")
+        """One JSON file, whole or not at all; one of lowkey's there before is replaced. Errors: LowkeyError when it cannot be written."""
+        files.write_json(Path(path), {**self.describe(), "values": self.values.tolist()}, KIND, indent=None)
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel | None = None) -> HeadScores:
@@ -177,7 +176,7 @@ class HeadScores:
         place = Path(path)
         if not place.is_file():
             raise LowkeyError(f"head scores {str(place)!r}: no such file; make it with `lowkey heads`")
-        scores = _parse(files.read_json(place, "head scores"), f"head scores {str(place)!r}")
+        scores = _parse(files.read_json(place, "head scores", KIND, FORMAT), f"head scores {str(place)!r}")
         if model is not None:
             scores.check(model)
         return scores
@@ -213,15 +212,10 @@ def _parse(meta: dict, where: str) -> HeadScores:
     def refuse(rule: str) -> LowkeyError:
         return LowkeyError(f"{where}: {rule}; it is damaged or not one of ours: make it with `lowkey heads`")
 
-    version = meta.get("format")
-    if type(version) is not int or version < 1:
-        raise refuse(f"format {version!r} is not a number")
-    if version > FORMAT:
-        raise LowkeyError(f"{where}: format {version} is newer than {FORMAT}, the newest known here; upgrade lowkey")
     for name, kind in TYPES.items():
         if type(meta.get(name)) is not kind:
             raise refuse(f"field {name!r} is missing or no {kind.__name__}")
-    if not all(type(i) is int for i in meta["layers"]):
+    if not all(type(i) is int and i >= 0 for i in meta["layers"]):
         raise refuse("field 'layers' holds something else than indices")
     try:
         values = torch.tensor(meta.get("values"), dtype=torch.float64)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowkey import options
+from lowkey import files, options
 from lowkey.allocate import ALLOCATORS, Allocator
 from lowkey.attention import register
 from lowkey.families import family
@@ -39,6 +39,7 @@ def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrain
     """
     check(name)
     with _location(name) as place:
+        _verify(Path(place))
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 place, dtype=_dtype(dtype), device_map=_device(device), output_loading_info=True, trust_remote_code=False
@@ -65,6 +66,12 @@ def check(name: str) -> None:
         except Exception as error:  # transformers raises many kinds; each is bad input here
             raise _no_model(name, error) from error
     family(config)
+
+
+def _verify(folder: Path) -> None:
+    """A folder that lowkey wrote is as it was written."""
+    if (folder / files.MANIFEST).exists():
+        files.steady(folder, lambda: files.verify(folder, "model"))
 
 
 def _no_model(name: str, error: Exception) -> LowkeyError:
@@ -111,6 +118,9 @@ def _check_folder(name: str, place: Path | str) -> None:
     path = Path(place)
     if path.exists() and not (path / "config.json").is_file():
         raise LowkeyError(f"model {name!r} is no model: it has no config.json; give a folder made by save_pretrained, a Hub id or 'tiny'")
+    for part in path.iterdir() if path.exists() else ():
+        if part.exists() and not (part.is_file() or part.is_dir()):
+            raise LowkeyError(f"model {name!r}: its {part.name} is neither a file nor a folder; save or download it again")
     if not path.exists() and is_local(name):
         raise LowkeyError(f"model {name!r}: no such folder; give a folder made by save_pretrained, a Hub id or 'tiny'")
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 from lowkey import files
 from lowkey.families import check_layout, geometry
 from lowkey.fingerprint import check_model
+from lowkey.layers.exact import Exact
 from lowkey.merging import blocks
 from lowkey.ops.bases import is_orthonormal
 from lowkey.types import LAYOUTS, Factors, Layout, LowkeyError
@@ -25,7 +25,10 @@ FORMAT = 2
 FIELDS = ("layout", "method", "allocator", "budget", "geometry", "provenance", "profile", "orthonormal", "sinks", "recent", "heads")
 Refusal = Callable[[str], LowkeyError]
 MAPS = ("k_down", "k_up", "v_down", "v_up")
-JSON, TENSORS, CARD = "plan.json", "plan.safetensors", "README.md"
+JSON, TENSORS, CARD, KIND = "plan.json", "plan.safetensors", "README.md", "plan"
+NAMES = (*MAPS, "k_mean", "v_mean", "frequencies")  # of tensors
+LARGEST = 2**20  # of a model's sizes
+LONGEST = 1000  # characters of a name
 
 
 @dataclass(frozen=True)
@@ -72,18 +75,19 @@ class Plan:
             raise LowkeyError("plan does not cover the layers and heads of this model; it is damaged: make it again")
         check_layout(model, self.layout)
 
-    def save(self, path: str | Path, force: bool = False) -> None:
-        """Write plan.json, plan.safetensors and a model card as the folder `path`, in one step: all of it or nothing.
+    def save(self, path: str | Path, force: bool = False) -> str:
+        """Write plan.json, plan.safetensors and a model card as the folder `path`, in one step: all of it or nothing. Returns the
+        checksum of all of it but the card.
 
-        Errors: LowkeyError when `path` holds files that are no plan's (unless `force`), or cannot be written.
+        Another plan of lowkey's there is replaced; `force`: also another folder that lowkey wrote, and nothing else ever.
+        Errors: LowkeyError when `path` holds something else, or cannot be written.
         """
         folder = Path(path)
-        if not force:
-            files.check_ours(folder, {JSON, TENSORS, CARD})
+        files.check_folder(folder, force, again=JSON)
         with files.replacing_folder(folder) as temporary:
-            files.write_tensors(temporary / TENSORS, self._tensors())
+            checksum = files.write_tensors(temporary / TENSORS, self._tensors(), KIND)
             files.write_text(temporary / CARD, card(self))
-            files.write_json(temporary / JSON, {**self.describe(), "tensors_sha256": files.sha256(temporary / TENSORS)})
+            return files.write_json(temporary / JSON, {**self.describe(), "tensors_sha256": checksum}, KIND)
 
     def describe(self) -> dict:
         """Everything but the factors, as plan.json holds it."""
@@ -105,62 +109,103 @@ class Plan:
         Errors: LowkeyError for a newer format, a damaged or hostile file, NaNs, wrong shapes, another model.
         """
         folder = Path(path)
-        meta = files.read_json(folder / JSON, "plan")
-        _check_format(meta, folder)
-        tensors = files.read_tensors(folder / TENSORS, "plan")
-        if meta.get("tensors_sha256") != files.sha256(folder / TENSORS):
-            raise LowkeyError(
-                f"plan {str(folder)!r}: plan.safetensors is not the file that plan.json describes; it is damaged: make it again"
-            )
-        plan = _build(meta, tensors, folder)
+        plan = files.steady(folder, lambda: _read(folder))
         if model is not None:
             plan.check(model)
         return plan
 
 
-def _check_format(meta: dict, folder: Path) -> None:
-    version = meta.get("format")
-    if not isinstance(version, int) or version < 1:
-        raise LowkeyError(f"plan {str(folder)!r}: format {version!r} is not a number; it is damaged or not one of ours")
-    if version > FORMAT:
-        raise LowkeyError(f"plan {str(folder)!r}: format {version} is newer than {FORMAT}, the newest known here; upgrade lowkey")
+def _read(folder: Path) -> Plan:
+    meta = files.read_json(folder / JSON, "plan", KIND, FORMAT, source="give the folder that lowkey compress wrote")
 
-
-def _build(meta: dict, tensors: dict[str, Tensor], folder: Path) -> Plan:
     def refuse(rule: str) -> LowkeyError:
         return LowkeyError(f"plan {str(folder)!r}: {rule}; it is damaged: make it again")
 
     try:
         fields = {n: meta[n] for n in FIELDS if n != "heads"} | {"heads": meta.get("heads", {})}  # the first plans had none
-        ranks = {int(i): (int(k), int(v)) for i, (k, v) in meta["ranks"].items()}
-        order = {int(i): [int(x) for x in heads] for i, heads in meta.get("order", {}).items()}
-        heads, d = fields["geometry"]["kv_heads"], fields["geometry"]["head_dim"]
-        str(fields["method"]["name"] + fields["allocator"]["name"]), fields["provenance"]["model_sha256"], fields["profile"].keys()
+        ranks = {_index(i): pair for i, pair in meta["ranks"].items()}
+        order = {_index(i): heads for i, heads in meta.get("order", {}).items()}
+        heads, d = _shape(fields["geometry"])
+        checksum = meta["tensors_sha256"]
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise refuse(f"plan.json lacks or garbles a field ({error})") from None
-    if not ranks or not all(isinstance(n, int) and n > 0 for n in (heads, d)):
-        raise refuse("ranks are empty, or kv_heads and head_dim are not counts")
-    if fields["layout"] not in LAYOUTS:
-        raise refuse(f"layout {fields['layout']!r} is none of {', '.join(LAYOUTS)}")
-    if not all(isinstance(fields[n], int) and fields[n] >= 0 for n in ("sinks", "recent")):
-        raise refuse("sinks and recent are counts of tokens")
-    if not all(1 <= r <= d for pair in ranks.values() for r in pair):
-        raise refuse(f"ranks lie between 1 and the head dim {d}")
+    if rule := _flaw(fields) or _flaw_of_ranks(ranks, order, fields["geometry"]):
+        raise refuse(rule)
     _check_heads(fields["heads"], len(ranks), heads, refuse)
-    factors = {}
-    for i, rank in ranks.items():
+    tensors, factors = files.read_tensors(folder / TENSORS, "plan", KIND, checksum), {}
+    for i, (k, v) in ranks.items():
         try:
             factors[i] = _factors(tensors, i, fields["orthonormal"], d, order.get(i))
-        except KeyError as error:
-            raise refuse(f"plan.safetensors lacks {error}") from None
-        _check_factors(factors[i], rank, heads, d, fields["orthonormal"], refuse)
+        except (KeyError, RuntimeError) as error:
+            raise refuse(f"plan.safetensors lacks or garbles {error}") from None
+        _check_factors(factors[i], (k, v), heads, d, fields["orthonormal"], refuse)
+    known = {f"{i}.{name}" for i in ranks for name in NAMES}
+    if extra := set(tensors) - known:
+        raise refuse(f"plan.safetensors holds {min(extra)!r:.60}, which is of none of its layers")
     return Plan(factors, **fields)
+
+
+def _index(written: str) -> int:
+    if not (written.isascii() and written.isdecimal() and str(int(written)) == written):
+        raise ValueError(f"{written!r:.20} is no layer")
+    return int(written)
+
+
+def _shape(geometry: dict) -> tuple[int, int]:
+    """KV heads and head dim, of a geometry that can be."""
+    for name in ("layers", "heads", "kv_heads", "head_dim", "hidden"):
+        if type(geometry[name]) is not int or not 1 <= geometry[name] <= LARGEST:
+            raise ValueError(f"{name} {geometry[name]!r:.40} of geometry is no count")
+    if geometry["heads"] % geometry["kv_heads"]:
+        raise ValueError("heads of geometry are no multiple of kv_heads")
+    return geometry["kv_heads"], geometry["head_dim"]
+
+
+def _flaw(fields: dict) -> str | None:
+    """What is no such thing as its name says."""
+    if fields["layout"] not in LAYOUTS:
+        return f"layout {fields['layout']!r:.40} is none of {', '.join(LAYOUTS)}"
+    if type(fields["orthonormal"]) is not bool:
+        return "orthonormal is neither true nor false"
+    for name in ("method", "allocator"):
+        if not (isinstance(fields[name], dict) and _is_name(fields[name].get("name")) and isinstance(fields[name].get("parameters"), dict)):
+            return f"{name} has no name or no parameters"
+    if not _is_name(fields["budget"]):
+        return "budget is no text"
+    for name in ("provenance", "profile"):
+        if not isinstance(fields[name], dict):
+            return f"{name} is no object"
+    if not isinstance(fields["provenance"].get("model_sha256"), str):
+        return "provenance names no model"
+    try:
+        Exact(fields["sinks"], fields["recent"])
+    except (LowkeyError, TypeError) as error:
+        return f"sinks and recent are counts of tokens ({error})"
+    return None if type(fields["sinks"]) is type(fields["recent"]) is int else "sinks and recent are counts of tokens"
+
+
+def _is_name(value: object) -> bool:
+    """Text that can be shown."""
+    return isinstance(value, str) and 0 < len(value) <= LONGEST and value.isprintable()
+
+
+def _flaw_of_ranks(ranks: dict, order: dict, geometry: dict) -> str | None:
+    heads, d = geometry["kv_heads"], geometry["head_dim"]
+    if not ranks or max(ranks) >= geometry["layers"]:
+        return "ranks are empty, or of a layer that the model does not have"
+    for pair in ranks.values():
+        if not (isinstance(pair, list) and len(pair) == 2 and all(type(r) is int and 1 <= r <= d for r in pair)):
+            return f"ranks lie between 1 and the head dim {d}"
+    for found in order.values():
+        if not (isinstance(found, list) and all(type(i) is int for i in found) and sorted(found) == list(range(heads))):
+            return f"order of heads {found!s:.60} does not name each of {heads} heads once"
+    return None
 
 
 def _check_heads(found: object, layers: int, heads: int, refuse: Refusal) -> None:
     try:
         tables = [torch.tensor(rows, dtype=torch.float64) for rows in found.values()]  # type: ignore[attr-defined]
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError, OverflowError, RuntimeError):
         raise refuse("head importance is no table of numbers") from None
     if not all(t.shape == (layers, heads) and bool((t >= 0).all() & t.isfinite().all()) for t in tables):
         raise refuse(f"head importance is one number of at least 0 for each of {layers} layers and {heads} heads")
@@ -168,8 +213,8 @@ def _check_heads(found: object, layers: int, heads: int, refuse: Refusal) -> Non
 
 def _factors(tensors: dict[str, Tensor], i: int, orthonormal: bool, d: int, order: list[int] | None) -> Factors:
     found = {name: tensors[f"{i}.{name}"] for name in (("k_down", "v_down") if orthonormal else MAPS)}
-    if not all(t.ndim == 3 and t.is_floating_point() for t in found.values()):
-        raise KeyError(f"floating-point maps of three dimensions for layer {i}")
+    if not all(t.ndim == 3 and t.dtype == torch.float32 for t in found.values()):
+        raise KeyError(f"fp32 maps of three dimensions for layer {i}")
     if orthonormal:
         found |= {f"{x}_up": blocks(found[f"{x}_down"].mT, max(1, found[f"{x}_down"].shape[1] // d)).contiguous() for x in "kv"}
     k_mean, v_mean, frequencies = (tensors.get(f"{i}.{name}") for name in ("k_mean", "v_mean", "frequencies"))
@@ -177,27 +222,24 @@ def _factors(tensors: dict[str, Tensor], i: int, orthonormal: bool, d: int, orde
 
 
 def _check_factors(f: Factors, rank: tuple[int, int], heads: int, d: int, orthonormal: bool, refuse: Refusal) -> None:
-    if f.order is not None and sorted(f.order.tolist()) != list(range(heads)):
-        raise refuse(f"order of heads {f.order.tolist()} does not name each of {heads} heads once")
     own = f.frequencies
     if own is not None and not (own.shape == (rank[0] // 2,) and f.merge[0] == 1 and bool(own.isfinite().all())):
         raise refuse(f"frequencies of shape {tuple(own.shape)} do not fit rank {rank[0]} of single heads")
     for name, r, down, up, mean in (("key", rank[0], f.k_down, f.k_up, f.k_mean), ("value", rank[1], f.v_down, f.v_up, f.v_mean)):
-        if (tuple(down.shape), tuple(up.shape)) not in _shapes(heads, d, r):
+        if not _fit(tuple(down.shape), tuple(up.shape), heads, d, r):
             raise refuse(f"{name} factors of shape {tuple(down.shape)} do not fit rank {r} and {heads} heads of {d}")
         if mean is not None and tuple(mean.shape) != (heads, d):
             raise refuse(f"{name} means of shape {tuple(mean.shape)} do not fit {heads} heads of {d}")
-        numbers = down.double().sum() + up.double().sum() + (0 if mean is None else mean.double().sum())
-        if not math.isfinite(float(numbers)):
-            raise refuse(f"{name} factors hold NaN or infinite numbers")
         if orthonormal and not is_orthonormal(down):
             raise refuse(f"{name} factors are not orthonormal as promised")
 
 
-def _shapes(heads: int, d: int, r: int) -> Sequence[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Shapes of (down, up) that fit: heads by themselves, each map shared or not, or so many side by side as divide them all."""
-    single = [((i, d, r), (j, r, d)) for i in (1, heads) for j in (1, heads)]
-    return single + [((heads // t, t * d, t * r), (heads, t * r, d)) for t in range(2, heads + 1) if heads % t == 0]
+def _fit(down: tuple[int, ...], up: tuple[int, ...], heads: int, d: int, r: int) -> bool:
+    """Heads by themselves, each map shared or not, or so many side by side as divide them all."""
+    t = max(1, down[1] // d)
+    if t == 1:
+        return down[0] in (1, heads) and up[0] in (1, heads) and (down[1:], up[1:]) == ((d, r), (r, d))
+    return heads % t == 0 and (down, up) == ((heads // t, t * d, t * r), (heads, t * r, d))
 
 
 def versions() -> dict[str, str]:

@@ -30,7 +30,7 @@ from lowkey.progress import Progress, silent
 from lowkey.seam import attach
 from lowkey.types import Factors, LowkeyError, device_of
 
-CHECKPOINT = "training.safetensors"
+CHECKPOINT = "training"
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,10 @@ def recover(
     weights.check_plain("recover", model, families.decoder_layers(model))
     plan.check(model)
     data = Windows.of(tokenizer, text.joined(texts), settings)
-    folder = _job(work, _describe(plan, data, settings))
+    folder = files.job_folder(work, _describe(plan, data, settings))
     training = Training.of(peft, model, plan, data, settings)
-    if folder is not None and (folder / CHECKPOINT).exists():
-        training.restore(files.read_tensors(folder / CHECKPOINT, "unfinished training"))
+    if folder is not None and (found := files.read_work(folder, CHECKPOINT)) is not None:
+        training.restore(found, folder)
     with torch.enable_grad():
         training.run(folder, progress)
     return _finished(training, plan)
@@ -328,14 +328,17 @@ class Training:
             return
         found = {f"parameter.{name}": p.detach() for name, p in (self.adapters | self.maps).items()}
         found |= optimizing.tensors_of(self.optimizer)
-        files.write_tensors(folder / CHECKPOINT, found | {"losses": torch.tensor(self.losses, dtype=torch.float64)})
+        files.write_work(folder, CHECKPOINT, found | {"losses": torch.tensor(self.losses, dtype=torch.float64)})
 
     @torch.no_grad()
-    def restore(self, found: dict[str, Tensor]) -> None:
+    def restore(self, found: dict[str, Tensor], folder: Path) -> None:
+        losses = found.get("losses")
+        if losses is None or losses.dtype != torch.float64 or losses.ndim != 1 or not 0 < len(losses) <= len(self.schedule):
+            raise files.damaged(folder, "losses are not those of its steps")
         for name, p in (self.adapters | self.maps).items():
-            p.copy_(found[f"parameter.{name}"])
-        optimizing.fill(self.optimizer, found)
-        self.losses = found["losses"].tolist()
+            p.copy_(files.fits(found, f"parameter.{name}", p, folder))
+        optimizing.fill(self.optimizer, found, str(folder))
+        self.losses = losses.tolist()
 
     def records(self) -> list[dict]:
         size, names = self.settings.batch * self.settings.length, [name for name, _, _ in self.schedule]
@@ -367,14 +370,3 @@ def _describe(plan: Plan, data: Windows, settings: Recovery) -> dict:
             digest.update(f"{i}.{name}{tuple(t.shape)}".encode() + t.detach().double().cpu().contiguous().numpy().tobytes())
     about = {name: value for name, value in asdict(settings).items() if name != "save_every"}
     return {"recover": about, "plan": plan.describe(), "factors": digest.hexdigest(), "data": data.fingerprint(), "versions": versions()}
-
-
-def _job(work: Path | None, job: dict) -> Path | None:
-    """A work folder belongs to one job: what another has left there goes."""
-    if work is None:
-        return None
-    marker, now = work / "job.json", json.dumps(job, sort_keys=True)
-    if not (marker.exists() and marker.read_text(encoding="utf-8") == now):
-        (work / CHECKPOINT).unlink(missing_ok=True)
-        files.write_text(marker, now)
-    return work

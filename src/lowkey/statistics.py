@@ -23,7 +23,7 @@ def gather(model: PreTrainedModel, batches: Iterable[Tensor], work: Path | None 
 
     work: a folder to resume from and save into every few batches; the caller vouches that it belongs to this very job.
     """
-    sums, done = _load(work)
+    sums, done = _load(work, model)
     for count, ids in enumerate(batches):
         if count < done:
             continue
@@ -60,16 +60,30 @@ def _statistics(sums: dict[str, Tensor]) -> LayerStatistics:
 
 def _save(work: Path, sums: Sums, done: int) -> None:
     tensors = {f"{i}.{name}": t for i, layer in sums.items() for name, t in layer.items()}
-    files.write_tensors(work / "statistics.safetensors", tensors | {"done": torch.tensor(done)})
+    files.write_work(work, "statistics", tensors | {"done": torch.tensor(done)})
 
 
-def _load(work: Path | None) -> tuple[Sums, int]:
-    if work is None or not (work / "statistics.safetensors").exists():
+def _load(work: Path | None, model: PreTrainedModel) -> tuple[Sums, int]:
+    tensors = files.read_work(work, "statistics")
+    if work is None or tensors is None:
         return {}, 0
-    tensors = files.read_tensors(work / "statistics.safetensors", "unfinished statistics")
-    done = int(tensors.pop("done"))
+    done = int(files.fits(tensors, "done", torch.tensor(0), work))
+    shapes = {f"{i}.{name}": t for i in families.geometry(model).compressible for name, t in _empty(model).items()}
+    if done < 1 or set(tensors) != {*shapes, "done"}:
+        raise files.damaged(work, "statistics are not those of this model's layers")
     sums: Sums = {}
-    for key, tensor in tensors.items():
+    for key, like in shapes.items():
         layer, name = key.split(".", 1)
-        sums.setdefault(int(layer), {})[name] = tensor
+        sums.setdefault(int(layer), {})[name] = files.fits(tensors, key, like, work)
     return sums, done
+
+
+def _empty(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What is summed for a layer, without its numbers."""
+    shape = families.geometry(model)
+    wide = shape.kv_heads * shape.head_dim
+    sizes = dict.fromkeys(("keys_pre", "keys_post", "values"), (wide, wide))
+    sizes |= dict.fromkeys(("queries_pre", "queries_post"), (shape.kv_heads, shape.head_dim, shape.head_dim))
+    sizes |= dict.fromkeys(("keys_pre_mean", "keys_post_mean", "values_mean"), (wide,)) | {"inputs": (shape.hidden, shape.hidden)}
+    found = {name: torch.empty(size, dtype=torch.float64, device="meta") for name, size in sizes.items()}
+    return found | {"tokens": torch.empty((), dtype=torch.long, device="meta")}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lowkey import files
 from lowkey.types import LowkeyError
 
 EMBEDDED = {"calibration": "alice.txt", "evaluation": "time_machine.txt"}
@@ -35,11 +36,9 @@ def read_text(path: str | Path, argument: str) -> str:
     if not path.is_file():
         raise LowkeyError(f"{argument} {str(path)!r}: no such file; give a UTF-8 text file or leave it out for the embedded text")
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = files.read_bytes(path, argument, files.MOST_TEXT, "give a plain text file").decode("utf-8")
     except UnicodeDecodeError:
         raise LowkeyError(f"{argument} {str(path)!r}: not UTF-8 text; give a plain text file") from None
-    except OSError as error:
-        raise LowkeyError(f"{argument} {str(path)!r}: {error.strerror}; give a readable text file") from None
     if "\0" in text:
         raise LowkeyError(f"{argument} {str(path)!r}: holds NUL bytes, so it is binary; give a plain text file")
     if not text.strip():

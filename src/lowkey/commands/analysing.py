@@ -36,14 +36,15 @@ def diversity(
     same configuration at random."""
     from lowkey.report.diversity import cosines_figure, diversity_figure
 
+    files.check_folder(out, force=False, again="diversity.json")
     hold(Compared, windows=windows, context=context, inits=inits, seed=seed)
     corpus = text.read_text(data, "data") if data else None
     loaded, tokenizer = load(model, dtype, device)
     found = measure(loaded, tokenizer, corpus, windows=windows, context=context, inits=inits, seed=seed, progress=bars)
     found = {**found, "data": str(data) if data else "embedded"}
-    files.write_json(out / "diversity.json", found)
-    for name, draw in (("diversity", diversity_figure), ("cosines", cosines_figure)):
-        with files.replacing(out / f"{name}.png") as temporary:
-            draw(found).savefig(temporary, format="png", dpi=150)
+    with files.replacing_folder(out) as temporary:
+        files.write_json(temporary / "diversity.json", found, "diversity")
+        for name, draw in (("diversity", diversity_figure), ("cosines", cosines_figure)):
+            draw(found).savefig(temporary / f"{name}.png", dpi=150)
     err.print(f"diversity.json, diversity.png and cosines.png written to {out}", highlight=False, soft_wrap=True)
     print(json.dumps(found)) if as_json else show_diversity(found)

@@ -65,7 +65,7 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Give a trained model another attention and measure what it costs; `lowkey pretrain` continues from there."""
-    files.check_output(out, force)
+    files.check_folder(out, force)
     hold(Task, windows=windows, context=Task.context if context is None else context)
     if whiten:
         hold(Sample, windows=windows)

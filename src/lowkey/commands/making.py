@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -119,7 +118,7 @@ def compress(
         progress=bars,
     )
     plan.save(out, force)
-    shutil.rmtree(work, ignore_errors=True)
+    files.remove_work(work)
     show_plan(plan, out, as_json)
 
 
@@ -148,7 +147,7 @@ def dynamic(
     check_context(context, loaded)
     plan = dyna_plan(loaded, tokenizer, corpus, layout=form, key_bases=heads, sample=sample, training=training, work=work, progress=bars)
     plan.save(out, force)
-    shutil.rmtree(work, ignore_errors=True)
+    files.remove_work(work)
     show_dynamic(plan.describe(), out, as_json)
 
 
@@ -169,6 +168,7 @@ def profile(
     """The error-rank surface of every layer and the spectra of keys and values, as JSON and PNG."""
     from lowkey.report import plots
 
+    files.check_folder(out, force=False, again="profile.json")
     sample, form = sample_of(windows, None, seed), layout_of(layout) if layout else None
     chosen = make_method(method, options_of(option))
     loaded, tokenizer, corpus = opened(model, dtype, device, calibration)
@@ -184,10 +184,10 @@ def profile(
     )
     measured = {name: plan.profile[name] for name in ("ranks", "surface", "spectra")}
     found = {"model": model, "method": plan.method, "layout": plan.layout, **measured, "layers": list(plan.factors)}
-    files.write_json(out / "profile.json", found)
-    for name, draw in (("surface", plots.error_surface_figure), ("spectra", plots.spectra_figure)):
-        with files.replacing(out / f"{name}.png") as temporary:
-            draw(found).savefig(temporary, format="png", dpi=150)
+    with files.replacing_folder(out) as temporary:
+        files.write_json(temporary / "profile.json", found, "profile")
+        for name, draw in (("surface", plots.error_surface_figure), ("spectra", plots.spectra_figure)):
+            draw(found).savefig(temporary / f"{name}.png", dpi=150)
     print(json.dumps(found)) if as_json else err.print(f"profile.json, surface.png and spectra.png written to {out}", highlight=False)
 
 
@@ -206,7 +206,7 @@ def heads(
     as_json: AsJson = False,
 ) -> None:
     """Measure which heads find the answer in a long text, for policies that split their budget by it."""
-    files.check_file(out, force)
+    files.check_file(out, force=force)
     hold(Drawing, cases=cases, context=context, seed=seed)
     word_of("kind", kind, [*KINDS, *ECHOES])
     for what, given in (("task", task), ("haystack", haystack)):
@@ -252,8 +252,8 @@ def recover(
         found.model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         found.plan.save(temporary / "plan")
-        files.write_json(temporary / "losses.json", found.losses)
-    shutil.rmtree(work, ignore_errors=True)
+        files.write_json(temporary / "losses.json", {"losses": found.losses}, "losses")
+    files.remove_work(work)
     first, last = (found.losses[i]["loss"] for i in (0, -1))
     told = {"model": str(out), "plan": str(out / "plan"), "steps": len(found.losses), "first_loss": first, "last_loss": last}
     print(json.dumps(told)) if as_json else err.print(
@@ -313,6 +313,7 @@ def export(
 ) -> None:
     """Fold a plan into the weights, where it is exactly the form of a plain checkpoint, which then needs no lowkey to run."""
     word_of("format", format, FORMATS)
+    files.check_folder(out, force)
     loaded, tokenizer = load(model, dtype, "cpu")
     place = FORMATS[format](loaded, tokenizer, plan_at(plan, loaded).ordinary("export"), out, force)
     print(json.dumps({"model": str(place), "format": format})) if as_json else err.print(f"model written to {place}", highlight=False)

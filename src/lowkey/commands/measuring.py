@@ -61,7 +61,7 @@ def eval_(
     One row for each policy and budget; with one --plan, policies evict on top of it.
     """
     place = out or Path("results") / f"eval-{Path(model).name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
-    files.check_file(place)
+    files.check_file(place, "result")
     hold(Task, windows=windows, cases=cases, seed=seed)
     if context is not None:
         hold(Task, context=context)
@@ -79,7 +79,7 @@ def eval_(
     settings += [packed(loaded, b) for b in bits or (() if families.stores_its_own(loaded.config) else (8, 4))]
     what = Task(corpus, str(data) if data else "embedded", context, windows, cases, seed, refeed=refeed)
     result = evaluate(loaded, tokenizer, settings, what, names, bars)
-    files.write_json(place, result)
+    files.write_json(place, result, "result")
     err.print(f"result written to {place}", highlight=False, soft_wrap=True)
     print(json.dumps(result)) if as_json else show_rows(result)
 

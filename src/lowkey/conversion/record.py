@@ -107,12 +107,12 @@ def save(
     Errors: LowkeyError when `path` holds files (unless `force`), or cannot be written.
     """
     folder = Path(path)
-    files.check_output(folder, force)
+    files.check_folder(folder, force)
     register()
     with files.replacing_folder(folder) as temporary:
         made.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        files.write_json(temporary / "convert.json", record)
+        files.write_json(temporary / "convert.json", record, "convert")
         files.write_text(temporary / "README.md", card(record))
     return folder
 

@@ -40,7 +40,7 @@ def export_hf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: 
     weights.check_plain("export", model, families.decoder_layers(model))
     plan.check(model)
     merge, width = target(model, plan)
-    files.check_output(folder, force)
+    files.check_folder(folder, force)
     smaller = converted(model, plan, merge, width)
     with files.replacing_folder(folder) as temporary:
         smaller.save_pretrained(temporary)

@@ -49,7 +49,7 @@ class Exact(Checked):
     `exact` its own exact keys, which are compressed afterwards (decode-only compression).
     """
 
-    sinks: int = option(0, at_least=0, at_most=2**24)
+    sinks: int = option(0, at_least=0, at_most=2**12)
     recent: int = option(0, at_least=0, at_most=2**24)
     prefill: Literal["compressed", "exact"] = "compressed"
     rule: SinkRule | None = None

@@ -31,7 +31,7 @@ from lowkey.types import Factors, Heads, LayerBases, LayerStatistics, Layout, Lo
 
 WARMUP = 0.05  # of the steps
 COLDEST = 0.2  # of the temperature, which falls to it in a line
-UNFINISHED = "gates.safetensors"  # in the work folder
+UNFINISHED = "gates"  # in the work folder
 LOOKS = 5  # how often the held-out windows judge
 STEEP = 10.0  # of a gate at the start: how much a token minds to lose all its energy
 DOUBLINGS, HALVINGS = 12, 12  # of the price, to enclose it and to find it
@@ -223,23 +223,26 @@ class _Training:
         found |= {f"parameter.{index}": p.detach() for index, p in enumerate(self.parameters())} | optimizing.tensors_of(self.optimizer)
         judged = torch.tensor([best.share, best.divergence], dtype=torch.float64)
         found |= {"judged": judged, "random": self.generator.get_state(), "done": torch.tensor(self.done)}
-        files.write_tensors(self.work / UNFINISHED, found)
+        files.write_work(self.work, UNFINISHED, found)
 
     def saved(self) -> dict[str, Tensor] | None:
-        if self.work is None or not (self.work / UNFINISHED).exists():
-            return None
-        return files.read_tensors(self.work / UNFINISHED, "unfinished gates")
+        return files.read_work(self.work, UNFINISHED)
 
     def best_of(self, found: dict[str, Tensor]) -> Gates:
-        gates = {i: Gate(**{name: found[f"{i}.{name}"].to(t) for name, t in vars(gate).items()}) for i, gate in self.gates.items()}
-        return Gates(gates, *found["judged"].tolist())
+        gates = {i: Gate(**{name: self._fits(found, f"{i}.{name}", t) for name, t in vars(gate).items()}) for i, gate in self.gates.items()}
+        return Gates(gates, *self._fits(found, "judged", torch.zeros(2, dtype=torch.float64)).tolist())
 
     def restore(self, found: dict[str, Tensor]) -> None:
         for index, p in enumerate(self.parameters()):
-            p.data.copy_(found[f"parameter.{index}"])
-        optimizing.fill(self.optimizer, found)
-        self.generator.set_state(found["random"])
-        self.done = int(found["done"])
+            p.data.copy_(self._fits(found, f"parameter.{index}", p))
+        optimizing.fill(self.optimizer, found, str(self.work))
+        self.generator.set_state(self._fits(found, "random", self.generator.get_state()))
+        self.done = int(self._fits(found, "done", torch.tensor(0)))
+        if self.work is not None and not 0 < self.done <= self.settings.steps:
+            raise files.damaged(self.work, f"{self.done} of {self.settings.steps} steps are done")
+
+    def _fits(self, found: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
+        return files.fits(found, name, like, self.work or Path()).to(like.device)
 
     def loss(self, ids: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
         def drawn(numbers: Tensor) -> Tensor:

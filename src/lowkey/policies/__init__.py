@@ -68,7 +68,9 @@ def policy_from(words: dict) -> Policy:
     try:
         split = ALLOCATORS[words["allocator"]["name"]](**_tuples(words["allocator"]["parameters"]))
         return SCORES[words["name"]](words["budget"], allocator=split, **_tuples(words["parameters"]))
-    except (KeyError, TypeError) as error:
+    except LowkeyError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise LowkeyError(f"policy {str(words)[:80]!r} is not known here ({error}); it is of a newer lowkey or an outside class") from None
 
 

@@ -7,6 +7,7 @@ theirs to keep.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from lowkey import files
 from lowkey.types import LowkeyError
 
 CHECKPOINT, JOB, RESULT, TOKENS, FINISHED = "checkpoint.safetensors", "job.json", "result.json", "tokens", ".finished"
+KIND = "run"  # of a job's file
+PUBLISHED = r"(generation_)?config\.json|model.*\.safetensors.*|.*token.*\.json|vocab.*|merges.*|chat_template.*|recipe\.toml|[^/]*\.py"
 FREE = ("save_every", "log_every", "log_with", "compile", "stop_on_divergence")  # what may change when a run goes on
 
 
@@ -27,23 +30,31 @@ def claim(out: Path, job: Mapping[str, Any], force: bool) -> None:
     """Mark `out` as this job's; with `force` what says that it is another's goes. Errors: LowkeyError when it is another job's."""
     marker = out / JOB
     if force:
-        for name in (RESULT, CHECKPOINT, JOB):  # the log is cut when the run begins, weights are replaced when it ends
+        for name in (RESULT, CHECKPOINT):  # the log is cut when the run begins, weights are replaced when it ends
             (out / name).unlink(missing_ok=True)
-    if marker.exists():
-        if difference := _difference(files.read_json(marker, "job"), job):
+    elif marker.exists():
+        if difference := _difference(files.read_json(marker, "job", KIND)["job"], job):
             raise LowkeyError(f"output {str(out)!r} holds another run ({difference}); choose another folder, or --force to start anew")
         return
-    files.write_json(marker, job)
+    files.write_json(marker, {"job": job}, KIND)
 
 
 def check_folder(out: Path, force: bool, source: str | None = None) -> None:
-    """Before any work: a new or empty folder, or one of ours, not the model that is trained further. Errors: LowkeyError."""
+    """Before any work: a folder that can be written and is new, empty, or a run's, not the model that is trained further; where a model
+    will be put, nothing that lowkey did not write. Errors: LowkeyError."""
     if source is not None and Path(source).resolve() == out.resolve():
         raise LowkeyError(f"output {str(out)!r}: is the model of model.path, which would be overwritten; choose another folder")
+    files.check_writable(out)
     if out.exists() and not out.is_dir():
         raise LowkeyError(f"output {str(out)!r} is a file; choose a folder")
-    if out.is_dir() and not force and not (out / JOB).exists() and any(p.name != TOKENS for p in out.iterdir()):
-        raise LowkeyError(f"output {str(out)!r} already holds files; choose another folder or pass --force")
+    if not out.is_dir():
+        return
+    marked = files.kind_of(out / JOB) == KIND
+    if not marked and any(p.name != TOKENS for p in out.iterdir()):
+        raise LowkeyError(f"output {str(out)!r} already holds files, and no run of lowkey's; choose another folder")
+    for name in files.others(out):
+        if re.fullmatch(PUBLISHED, name) or (name == CHECKPOINT and files.kind_of(out / name) != "checkpoint"):
+            raise LowkeyError(f"output {str(out)!r}: lowkey did not write {name!r} there, or it was changed since; move it away")
 
 
 def job_of(recipe: Mapping[str, Any], tokens: str, model: str) -> dict[str, Any]:
@@ -73,15 +84,26 @@ def save(path: Path, model: nn.Module, optimizers: Sequence[Optimizer], about: d
             found |= {f"optimizer.{names[id(p)]}.{key}": whole(t) for key, t in state.items()}
     if write:
         found["about"] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
-        files.write_tensors(path, found)
+        files.write_tensors(path, found, "checkpoint")
 
 
 @torch.no_grad()
 def restore(path: Path, model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
-    """What `save` was given as `about`; model and optimizers are filled."""
-    found = files.read_tensors(path, "checkpoint")
+    """What `save` was given as `about`; model and optimizers are filled. Errors: LowkeyError for a file that does not fit them."""
+
+    def refuse(rule: str) -> LowkeyError:
+        return LowkeyError(f"checkpoint {str(path)!r}: {rule}; it is not this run's: delete it, or start anew with --force")
+
+    found = files.read_tensors(path, "checkpoint", "checkpoint", remedy="delete it, or start anew with --force")
     if missing := ({f"model.{name}" for name in weights(model)} | {"about"}) - found.keys():
-        raise LowkeyError(f"checkpoint {str(path)!r}: lacks {min(missing)}; it is not this run's: delete it, or start anew with --force")
+        raise refuse(f"lacks {min(missing)}")
+    for name, t in weights(model).items():
+        if found[f"model.{name}"].shape != t.shape or found[f"model.{name}"].dtype != t.dtype:
+            raise refuse(f"{name} has another shape or dtype")
+    try:
+        about = files.parse_json(bytes(found["about"].tolist()).decode())
+    except (ValueError, TypeError) as error:
+        raise refuse(f"its description cannot be read ({error})") from None
     for name, t in weights(model).items():
         t.copy_(_like(t, found.pop(f"model.{name}")))
     names = {id(p): name for name, p in model.named_parameters()}
@@ -89,8 +111,10 @@ def restore(path: Path, model: nn.Module, optimizers: Sequence[Optimizer]) -> di
         plain = optimizer.state_dict()
         ordered = [p for group in optimizer.param_groups for p in group["params"]]
         plain["state"] = {i: _state(found, names[id(p)], p) for i, p in enumerate(ordered)}
+        if any(t.shape not in ((), p.shape) for i, p in enumerate(ordered) for t in plain["state"][i].values()):
+            raise refuse("the state of an optimizer does not fit its weights")
         optimizer.load_state_dict(plain)
-    return json.loads(bytes(found["about"].tolist()))
+    return about
 
 
 def _state(found: Mapping[str, Tensor], name: str, p: Tensor) -> dict[str, Tensor]:

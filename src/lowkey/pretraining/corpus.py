@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +24,9 @@ BATCH = 2**20  # characters tokenized at once
 PER_TOKEN = 6  # characters at most, of a text's mean token
 KINDS = (".txt", ".jsonl", ".parquet")
 PARTS = ("training", "held_out")
-ABOUT = "about.json"
+ABOUT, KIND = "about.json", "tokens"
+DTYPES = ("uint16", "uint32")
+LONGEST = 2**30  # bytes of a line
 
 
 @dataclass(frozen=True)
@@ -45,21 +45,15 @@ def prepare(data: Data, work: Path, progress: Progress = silent) -> Corpus:
     folder = (Path(data.cache) if data.cache else work) / _identity(data, named)
     if not (folder / ABOUT).is_file():
         _make(folder, data, named, progress)
-    return _read(folder, named)
+    return files.steady(folder, lambda: _read(folder, named))
 
 
 def _make(folder: Path, data: Data, named: PreTrainedTokenizerBase | None, progress: Progress) -> None:
-    """Beside its name, then renamed; what another run has put there meanwhile is the same and may be in use, so it stays."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
+    """In one step. What another run has put there meanwhile is the same, and what it has mapped into its memory stays there."""
+    with files.replacing_folder(folder) as temporary:
         tokenizer = named or _train_tokenizer(data, progress)
         tokenizer.save_pretrained(temporary)
         _write(temporary, data, tokenizer, progress)
-        if not folder.exists():
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _identity(data: Data, tokenizer: PreTrainedTokenizerBase | None) -> str:
@@ -108,14 +102,17 @@ def _documents_of(file: Path, field: str) -> Iterator[str]:
 
 
 def _lines(file: Path) -> Iterator[Any]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
+    with files.opened(file, "data.path", files.ANY_SIZE, "give a file of JSON lines") as lines:
+        for number, line in enumerate(iter(lambda: lines.readline(LONGEST), b""), 1):
             if not line.strip():
                 continue
             try:
+                if len(line) == LONGEST:
+                    raise ValueError("it has no end")
                 row = json.loads(line.decode())
-            except ValueError as error:
-                raise LowkeyError(f"data.path {str(file)!r}: line {number} is no JSON ({error}); give one object per line") from None
+            except (ValueError, RecursionError) as error:
+                why = str(error)[:200]
+                raise LowkeyError(f"data.path {str(file)!r}: line {number} is no JSON ({why}); give one object per line") from None
             yield row
 
 
@@ -123,12 +120,14 @@ def _parquet(file: Path, field: str) -> Iterator[Any]:
     _library("pyarrow")
     from pyarrow import ArrowException, parquet
 
+    with files.opened(file, "data.path", files.ANY_SIZE, "give a parquet file"):
+        pass
     try:
         table = parquet.ParquetFile(file)
         known = field in table.schema_arrow.names
         for batch in table.iter_batches(batch_size=1024, columns=[field] if known else None):
             yield from batch.to_pylist()
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, ValueError) as error:
         raise LowkeyError(f"data.path {str(file)!r}: cannot be read ({_line(error)}); give a parquet file") from None
 
 
@@ -255,7 +254,7 @@ def _write(folder: Path, data: Data, tokenizer: PreTrainedTokenizerBase, progres
         about[part] = {"tokens": int(starts[-1]), "documents": int(which.sum()), "bytes": int(sizes[which].sum())}
     del ids
     (folder / "all.bin").unlink()
-    files.write_json(folder / ABOUT, {"dtype": kind.name, **about, "sha256": digest.hexdigest()})
+    files.write_json(folder / ABOUT, {"dtype": kind.name, **about, "sha256": digest.hexdigest()}, KIND)
 
 
 def _spool(
@@ -307,18 +306,41 @@ def _choose(
 
 
 def _read(folder: Path, named: PreTrainedTokenizerBase | None) -> Corpus:
-    about = files.read_json(folder / ABOUT, "tokens")
-    kind = np.dtype(about["dtype"])
-    tokenizer = named or AutoTokenizer.from_pretrained(folder)
-    streams = [_stream(folder, part, about[part], kind) if about[part]["tokens"] else None for part in PARTS]
+    def refuse(rule: str) -> LowkeyError:
+        return LowkeyError(f"tokens {str(folder)!r}: {rule}; delete the folder, and it is made again")
+
+    files.verify(folder, "tokens")
+    about = files.read_json(folder / ABOUT, "tokens", KIND)
+    try:
+        tokenizer = named or AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers raises many kinds; each is a damaged folder here
+        raise refuse(f"its tokenizer cannot be loaded ({_line(error)})") from None
+    try:
+        streams = [_stream(folder, part, about, len(tokenizer)) for part in PARTS]
+        fingerprint = str(about["sha256"])
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
+        raise refuse(_line(error)) from None
     if streams[0] is None:
         raise LowkeyError("data: nothing is left to train on; hold out less")
-    return Corpus(tokenizer, streams[0], streams[1], about["sha256"])
+    return Corpus(tokenizer, streams[0], streams[1], fingerprint)
 
 
-def _stream(folder: Path, part: str, about: dict, kind: np.dtype) -> Stream:
+def _stream(folder: Path, part: str, known: dict, vocabulary: int) -> Stream | None:
+    """Tokens that the tokenizer has, in documents that begin one behind the other. Errors: ValueError and others for what is not so."""
+    about, kind = known[part], known["dtype"]
+    counts = [about[name] for name in ("tokens", "documents", "bytes")]
+    if kind not in DTYPES or not all(type(n) is int and n >= 0 for n in counts):
+        raise ValueError(f"{ABOUT} garbles its counts")
+    if not about["tokens"]:
+        return None
+    if (folder / f"{part}.bin").stat().st_size != about["tokens"] * np.dtype(kind).itemsize:
+        raise ValueError(f"{part} has not the {about['tokens']} tokens that were written")
     ids = np.memmap(folder / f"{part}.bin", dtype=kind, mode="r")
-    starts = np.load(folder / f"{part}.npy")
-    if len(ids) != about["tokens"] or starts[-1] != len(ids):
-        raise LowkeyError(f"tokens {str(folder)!r}: {len(ids)} tokens where {about['tokens']} were written; delete the folder")
+    starts = np.load(folder / f"{part}.npy", allow_pickle=False)
+    if starts.dtype != np.int64 or starts.shape != (about["documents"] + 1,):
+        raise ValueError(f"{part} has not the {about['documents']} documents that were written")
+    if starts[0] != 0 or starts[-1] != len(ids) or bool((np.diff(starts) < 0).any()):
+        raise ValueError(f"documents of {part} do not begin one behind the other")
+    if max(int(ids[at : at + BATCH].max()) for at in range(0, len(ids), BATCH)) >= vocabulary:
+        raise ValueError(f"{part} has tokens that its tokenizer does not have")
     return Stream(ids, starts, about["bytes"])

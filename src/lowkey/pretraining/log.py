@@ -11,6 +11,7 @@ from lowkey import files
 from lowkey.types import LowkeyError
 
 LOG = "log.jsonl"
+MOST = 2**30  # bytes
 
 
 class Log:
@@ -19,20 +20,23 @@ class Log:
     def __init__(self, folder: Path, step: int) -> None:
         self.path = folder / LOG
         kept = [line for line in read(self.path) if line["step"] <= step] if self.path.exists() and step else []
-        files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept), ours=True)
 
     def write(self, record: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
+        with files.explained(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite(record)) + "\n")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All records of a log; a last line that was cut by a kill is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    """All records of a log; a last line that was cut by a kill is left out. Errors: LowkeyError for a damaged one."""
+    lines = files.read_bytes(path, "log", MOST).splitlines()
     found = []
     for number, line in enumerate(lines, 1):
         try:
-            found.append(json.loads(line))
+            record = files.parse_json(line.decode())
+            if not (isinstance(record, dict) and type(record.get("step")) is int):
+                raise ValueError("no record")
+            found.append(record)
         except ValueError:
             if number < len(lines):
                 raise LowkeyError(f"log {str(path)!r}: line {number} is damaged; remove it") from None

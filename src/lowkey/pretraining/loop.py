@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey import files, loading
@@ -28,6 +28,8 @@ from lowkey.pretraining.recipe import Recipe
 from lowkey.pretraining.run import Run, check
 from lowkey.progress import Progress, silent
 from lowkey.types import LowkeyError
+
+KIND = "training"  # of a result's file
 
 
 @dataclass(frozen=True)
@@ -187,14 +189,9 @@ def _publish(run: Run) -> Trained:
         with files.replacing_folder(run.out / checkpoint.FINISHED) as temporary:
             run.plain.save_pretrained(temporary, state_dict=full)
             run.corpus.tokenizer.save_pretrained(temporary)
-        new = sorted((run.out / checkpoint.FINISHED).iterdir())
-        for file in new:
-            os.replace(file, run.out / file.name)
-        (run.out / checkpoint.FINISHED).rmdir()
-        for old in set(run.out.glob("model*.safetensors*")) - {run.out / file.name for file in new}:
-            old.unlink()
-        files.write_text(run.out / "recipe.toml", run.recipe.toml())
-        files.write_json(run.out / checkpoint.RESULT, result)
+            files.write_text(temporary / "recipe.toml", run.recipe.toml())
+        files.join_folder(run.out / checkpoint.FINISHED, run.out)
+        files.write_json(run.out / checkpoint.RESULT, result, KIND)
         (run.out / checkpoint.CHECKPOINT).unlink(missing_ok=True)
     if run.settings.log_with:
         run.accelerator.end_training()
@@ -222,12 +219,25 @@ def _result(run: Run) -> dict[str, Any]:
 
 
 def _finished(out: Path, model: PreTrainedModel, corpus: Corpus) -> Trained:
-    result = files.read_json(out / checkpoint.RESULT, "result")
     try:
-        if not {"steps", "loss", "losses", "validation", "diverged"} <= result.keys():
-            raise ValueError("result.json is not ours")
-        model.load_state_dict(type(model).from_pretrained(out, dtype=torch.float32).state_dict())
-    except (OSError, ValueError, RuntimeError) as error:
+        result = files.read_json(out / checkpoint.RESULT, "result", KIND)
+        if not _is_result(result):
+            raise ValueError("result.json lacks or garbles a field")
+        files.verify(out, "run")
+        kept, found = type(model).from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+        if found["missing_keys"]:  # transformers would leave random numbers in their place
+            raise ValueError(f"its model lacks {sorted(found['missing_keys'])[0]}")
+        model.load_state_dict(kept.state_dict())
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         what = " ".join(str(error).split())[:200].rstrip(". ")
         raise LowkeyError(f"output {str(out)!r}: a finished run that is damaged ({what}); start anew with --force") from None
     return Trained(model.eval(), corpus.tokenizer, [math.nan if x is None else x for x in result["losses"]], result)
+
+
+def _is_result(result: dict[str, Any]) -> bool:
+    """Whether this is what `_result` says of a run."""
+    losses, held = result.get("losses"), result.get("validation")
+    if not ({"tokens", "loss", "diverged"} <= result.keys() and isinstance(losses, list) and isinstance(held, list)):
+        return False
+    whole = all(x is None or type(x) in (int, float) for x in losses) and all(isinstance(r, dict) and "step" in r for r in held)
+    return whole and type(result.get("steps")) is int and result["steps"] == len(losses)

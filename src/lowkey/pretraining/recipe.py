@@ -9,8 +9,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from lowkey import files
 from lowkey.options import Range, check, checked, nearest, option, shown
 from lowkey.types import LowkeyError
+
+EXAMPLE = "give a TOML file like recipes/lrkv-tiny.toml"
 
 
 @dataclass(frozen=True)
@@ -141,11 +144,11 @@ class Recipe:
     def read(cls, path: str | Path, settings: Sequence[str] = ()) -> Recipe:
         """A TOML file; settings like `training.lr=1e-3` replace or add single fields. Errors: LowkeyError."""
         try:
-            tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise LowkeyError(f"recipe {str(path)!r}: no such file; give a TOML file like recipes/lrkv-tiny.toml") from None
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise LowkeyError(f"recipe {str(path)!r}: cannot be read ({error}); give a TOML file") from None
+            tables = files.parse_toml(files.read_bytes(Path(path), "recipe", files.MOST_TOML, EXAMPLE).decode())
+        except LowkeyError:
+            raise
+        except ValueError as error:
+            raise LowkeyError(f"recipe {str(path)!r}: cannot be read ({error!s:.200}); give a TOML file") from None
         for setting in settings:
             _set(tables, setting)
         return cls.of(tables)
@@ -197,9 +200,11 @@ def _set(tables: dict[str, Any], setting: str) -> None:
     if not (equals and dot and key):
         raise LowkeyError(f"setting {setting!r}: write it as table.field=value, like training.lr=1e-3")
     try:
-        value = tomllib.loads(f"value = {written}")["value"]
+        value = files.parse_toml(f"value = {written}")["value"]
     except tomllib.TOMLDecodeError:
         value = written.strip()  # a bare word is text
+    except ValueError as error:
+        raise LowkeyError(f"setting {setting!r:.80}: {error}; give a value like 1e-3") from None
     if isinstance(tables.setdefault(table, {}), dict):
         tables[table][key] = value
 

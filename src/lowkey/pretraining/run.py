@@ -25,6 +25,8 @@ from lowkey.pretraining.recipe import Recipe, Training
 from lowkey.pretraining.rows import IGNORED, Batch, Order, Stream
 from lowkey.types import LowkeyError
 
+HELD = ("losses", "norms", "validation", "seconds", "logged")  # of a run, in its checkpoint
+
 
 @dataclass
 class Run:
@@ -184,8 +186,7 @@ class Run:
         self.read_back()
         if self.stopped:
             return
-        held = ("losses", "norms", "validation", "seconds", "logged")
-        about = {name: getattr(self, name) for name in held}
+        about = {name: getattr(self, name) for name in HELD}
         inner = [optimizer.optimizer for optimizer in self.optimizers]
         checkpoint.save(self.out / checkpoint.CHECKPOINT, self.plain, inner, about, self.accelerator.is_main_process)
         self.accelerator.wait_for_everyone()
@@ -193,8 +194,25 @@ class Run:
 
     def _restore(self) -> None:
         inner = [optimizer.optimizer for optimizer in self.optimizers]
-        for name, value in checkpoint.restore(self.out / checkpoint.CHECKPOINT, self.plain, inner).items():
-            setattr(self, name, value)
+        path = self.out / checkpoint.CHECKPOINT
+        about = checkpoint.restore(path, self.plain, inner)
+        if not _is_progress(about, self.settings.steps):
+            raise LowkeyError(f"checkpoint {str(path)!r}: says nothing of its steps; delete it, or start anew with --force")
+        for name in HELD:
+            setattr(self, name, about[name])
+
+
+def _is_progress(about: Any, steps: int) -> bool:
+    """Whether this is what `Run.save` says of a run."""
+    if not (isinstance(about, dict) and set(about) == set(HELD)):
+        return False
+    losses, norms, logged = about["losses"], about["norms"], about["logged"]
+    numbers = all(isinstance(x, list) and all(type(n) in (int, float) for n in x) for x in (losses, norms))
+    if not numbers or not 0 < len(losses) == len(norms) <= steps or type(logged) is not int or not 0 <= logged <= len(losses):
+        return False
+    held = about["validation"]
+    known = isinstance(held, list) and all(isinstance(r, dict) and {"step", "validation_loss"} <= set(r) for r in held)
+    return known and type(about["seconds"]) in (int, float) and about["seconds"] >= 0
 
 
 @torch.no_grad()

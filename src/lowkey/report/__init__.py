@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lowkey.files import write_text
+from lowkey.files import check_file, write_marked
 from lowkey.report.page import render
 from lowkey.report.results import load_results
+
+KIND = "report"
 
 __all__ = ["load_results", "render", "write_report"]
 
 
 def write_report(paths: Sequence[Path], out: Path) -> Path:
-    """Render the results under `paths` and write the page to `out`, whole or not at all."""
-    write_text(out, render(load_results(paths)))
+    """Render the results under `paths` and write the page to `out`, whole or not at all; an earlier page of ours is replaced.
+
+    Errors: LowkeyError for a damaged result, and when something else is at `out` or it cannot be written.
+    """
+    check_file(out, KIND)
+    write_marked(out, render(load_results(paths)), KIND, ("<!-- ", " -->"))
     return out

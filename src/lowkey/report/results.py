@@ -13,7 +13,7 @@ import numpy as np
 from lowkey.files import read_json
 from lowkey.types import LowkeyError
 
-FORMAT = 1
+FORMAT, KIND = 1, "result"
 REMEDY = "give a file that lowkey eval wrote, or a folder of them"
 NUMBERS = [
     *("bits", "perplexity", "perplexity_decode", "kl", "top1_agreement", "layer_error", "layer_cosine", "exact_match"),
@@ -50,7 +50,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _load(path: Path) -> dict:
-    result = read_json(path, "result")
+    result = read_json(path, "result", KIND, loose=True)
     complaint = _complaint(result)
     if complaint:
         raise LowkeyError(f"result {str(path)!r}: {complaint}; {REMEDY}")

@@ -1,0 +1,153 @@
+"""Whether what a cache layer was given out of a file is what such a layer can hold: shapes against the model, counts against one another,
+rows that begin where they must. Kernels go by these numbers without looking.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowkey.layers.coded import EMPTY, CodedLayer
+from lowkey.layers.compensating import CompensatingLayer
+from lowkey.layers.evicting import STEP, EvictingLayer
+from lowkey.layers.pruning import PruningLayer
+from lowkey.ops.ragged import row_of
+
+Shape = tuple[int, int, int]  # heads, and the widths of a key and of a value
+
+
+def flaw(layer: Any, own: dict[str, Tensor], shape: Shape) -> str | None:
+    """The first rule that a layer with the tensors `own` breaks."""
+    if any(t.is_floating_point() and name != "carried" and not bool(t.isfinite().all()) for name, t in own.items()):
+        return "it holds NaN or infinite numbers"
+    if isinstance(layer, EvictingLayer):
+        return _placed(layer) or _evicting(layer, shape)
+    if isinstance(layer, CodedLayer):
+        return _placed(layer) or _coded(layer, shape)
+    return _stock(layer, shape)
+
+
+def _unlike(name: str, t: Tensor, *shape: int) -> str | None:
+    return None if tuple(t.shape) == shape else f"{name} is of shape {tuple(t.shape)} and not {shape}"
+
+
+def _first(*rules: str | None) -> str | None:
+    return next((rule for rule in rules if rule), None)
+
+
+def _stock(layer: Any, shape: Shape) -> str | None:
+    """transformers' own layers, full and sliding."""
+    heads, k, v = shape
+    if layer.keys.ndim != 4 or not len(layer.keys):
+        return f"keys are of shape {tuple(layer.keys.shape)}"
+    b, tokens = layer.keys.shape[0], layer.keys.shape[2]
+    if layer.is_sliding and tokens != min(layer.cumulative_length, layer.sliding_window - 1):
+        return f"it holds {tokens} tokens of {layer.cumulative_length} seen under a window of {layer.sliding_window}"
+    return _first(_unlike("keys", layer.keys, b, heads, tokens, k), _unlike("values", layer.values, b, heads, tokens, v))
+
+
+def _placed(layer: Any) -> str | None:
+    """Where the tokens of each row are: with a batch of one at least, at positions that a model has."""
+    offset, first = layer.offset, getattr(layer, "first", None)
+    if offset.ndim != 2 or offset.shape[1] != 1 or not len(offset):
+        return f"offset is of shape {tuple(offset.shape)}"
+    if bool((offset > layer.seen).any()) or bool((offset <= layer.seen - 2**31).any()):
+        return "offset puts tokens where no positions are"
+    if first is not None:
+        if rule := _unlike("first", first, len(offset), 1):
+            return rule
+        if bool(((first < 0) | (first > layer.seen)).any()):
+            return "first is not among the tokens seen"
+    return None
+
+
+def _coded(layer: CodedLayer, shape: Shape) -> str | None:
+    (heads, k, v), b, exact = shape, len(layer.offset), layer.exact
+    stored, ahead = layer._ready()
+    if not 0 <= stored <= ahead <= layer.seen:
+        return f"{stored} to {ahead} tokens of {layer.seen} seen would be stored"
+    near = layer.seen - stored
+    rules = [
+        _unlike("recent_k", layer.recent_k, b, heads, near, k),
+        _unlike("recent_v", layer.recent_v, b, heads, near, v),
+        _unlike("sink_k", layer.sink_k, b, heads, exact.sinks, k),
+        _unlike("sink_v", layer.sink_v, b, heads, exact.sinks, v),
+        _unlike("sink_at", layer.sink_at, b, exact.sinks) if "sink_at" in layer.tensors() else None,
+    ]
+    for name, packing in layer.packing.items():
+        groups, width = layer.shapes[name]
+        like = packing.pack(torch.empty(b, groups, stored, width, dtype=layer.recent_k.dtype, device="meta"))
+        names = zip(layer._attributes(name), layer._parts(name), like, strict=True)
+        rules += [_unlike(attribute, part, *other.shape) for attribute, part, other in names]
+    at = layer.sink_at
+    if not bool((((at >= 0) & (at < layer.seen)) | (at == EMPTY)).all()):
+        rules.append("sink_at is not among the tokens seen")
+    return _first(*rules)
+
+
+def _evicting(layer: EvictingLayer, shape: Shape) -> str | None:
+    heads, b = shape[0], len(layer.offset)
+    room = layer.moved + -(-(layer.fresh - layer.moved) // STEP) * STEP
+    if not 0 <= layer.moved <= layer.fresh <= layer.seen or layer.steps > layer.seen:
+        return f"it counts {layer.moved} of {layer.fresh} tokens in the tail of {layer.seen} seen"
+    widths = {name: getattr(layer, name).shape[-1] for name in ("tail_k", "tail_v")}
+    stored = [
+        x.shape[-1] for x in layer.codec.encode(*(torch.empty(1, heads, 0, d).to(layer.tail_k) for d in shape[1:]), layer.offset[:1, :0])
+    ]
+    if list(widths.values()) != stored:
+        return f"its tail has widths {list(widths.values())} and not {stored}"
+    narrow = stored[0]
+    more = []
+    if isinstance(layer, PruningLayer):
+        narrow, channels = _channels(layer, b, heads, stored[0])
+        more.append(channels)
+    if isinstance(layer, CompensatingLayer):
+        more += [_unlike(n, getattr(layer, n), b, heads, 1, w) for n, w in (("mean_k", stored[0]), ("mean_v", stored[1]), ("dropped", 1))]
+        more.append("it counts less than nothing dropped" if bool((layer.dropped < 0).any()) else None)
+    return _first(
+        _unlike("tail_k", layer.tail_k, b, heads, room, stored[0]),
+        _unlike("tail_v", layer.tail_v, b, heads, room, stored[1]),
+        _unlike("keys", layer.keys, layer.kept, narrow),
+        _unlike("values", layer.values, layer.kept, stored[1]),
+        _unlike("where", layer.where, layer.kept),
+        _unlike("carried", layer.carried, layer.kept if layer.policy.carries else 0),
+        _unlike("starts", layer.starts, b * heads + 1),
+        _asked(layer, b, heads, shape[1]),
+        *more,
+    ) or _rows(layer, heads)
+
+
+def _channels(layer: PruningLayer, b: int, heads: int, width: int) -> tuple[int, str | None]:
+    """How wide the keys of the rows are, and what is wrong with the channels that they have."""
+    channels = layer.channels
+    if channels.ndim != 3 or channels.shape[:2] != (b, heads) or channels.shape[2] > width:
+        return width, f"channels are of shape {tuple(channels.shape)}"
+    at = channels.long()
+    if bool(((at < 0) | (at >= width)).any()) or bool((at.diff(dim=2) <= 0).any()):
+        return width, "channels are not those of a key, ascending"
+    return channels.shape[2] or width, None
+
+
+def _asked(layer: EvictingLayer, b: int, heads: int, width: int) -> str | None:
+    asked = layer.asked
+    if not asked.numel():
+        return None if asked.ndim == 1 else f"asked is of shape {tuple(asked.shape)}"
+    fits = asked.ndim == 5 and asked.shape[:2] == (b, heads) and asked.shape[4] == width and asked.shape[3] <= layer.seen
+    return None if fits else f"asked is of shape {tuple(asked.shape)}"
+
+
+def _rows(layer: EvictingLayer, heads: int) -> str | None:
+    """Rows lie one behind the other, and hold tokens that came before the tail, each once and in their order."""
+    starts, where = layer.starts, layer.where.long()
+    if int(starts[0]) != 0 or int(starts[-1]) != layer.kept or bool((starts.diff() < 0).any()):
+        return "rows do not begin one behind the other"
+    if not layer.kept:
+        return None
+    row = row_of(starts)
+    index = where + layer.offset[:, 0][row // heads]
+    if bool(((index < 0) | (index >= layer.seen - layer.fresh)).any()):
+        return "positions are not among those of the tokens seen"
+    together = row[1:] == row[:-1]
+    return "positions of a row do not rise" if bool((together & (where.diff() <= 0)).any()) else None
