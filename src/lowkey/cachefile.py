@@ -125,7 +125,7 @@ def _shapes(model: PreTrainedModel) -> list[tuple[int, int, int]]:
     if not families.stores_its_own(model.config):
         shape = families.geometry(model)
         return [(shape.kv_heads, shape.head_dim, shape.head_dim)] * shape.layers
-    cache = DynamicCache()
+    cache: Any = DynamicCache()
     with torch.no_grad():
         model(torch.zeros(1, 1, dtype=torch.long, device=device_of(model)), past_key_values=cache)
     return [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in cache.layers]

@@ -16,6 +16,7 @@ from lowkey import families, files, sensitivity, text
 from lowkey.allocate import ALLOCATORS, Allocator
 from lowkey.fingerprint import data_fingerprint, model_fingerprint
 from lowkey.grid import Asked, grid, multiples
+from lowkey.layers.exact import Exact
 from lowkey.merging import blocks
 from lowkey.methods import METHODS, Course, Method
 from lowkey.ops.bases import is_orthonormal
@@ -87,7 +88,7 @@ def calibrate(
     """
     chosen = method or METHODS["stiefattention"]()
     form, split = layout or chosen.layout, _allocator(allocator or chosen.allocator)
-    _check(model, sample, sinks, recent, form, judge)
+    _check(model, sinks, recent, form, judge)
     shape = families.geometry(model)
     measured, choices = _candidates(chosen, shape, ranks, rank_multiple)
     limit = _limit(budget, error_budget, shape, model, judge, measured[0] if split.measured else choices[0])
@@ -147,19 +148,10 @@ def _transposed(f: Factors) -> bool:
     return all(torch.equal(blocks(down.mT, t), up) and is_orthonormal(down) for (down, up), t in zip(sides, f.merge, strict=True))
 
 
-def _check(model: PreTrainedModel, sample: Sample, sinks: int, recent: int, layout: Layout, judge: str) -> None:
+def _check(model: PreTrainedModel, sinks: int, recent: int, layout: Layout, judge: str) -> None:
     if model.training:
         raise LowkeyError("model: is in training mode, where dropout would be measured too; call model.eval() first")
-    least = {
-        "windows": (sample.windows, 4),
-        "length": (sample.length, 8),
-        "batch": (sample.batch, 1),
-        "sinks": (sinks, 0),
-        "recent": (recent, 0),
-    }
-    for name, (value, low) in least.items():
-        if value < low:
-            raise LowkeyError(f"{name} {value}: must be at least {low}; leave it out for the default")
+    Exact(sinks, recent)  # has their ranges
     if layout not in LAYOUTS:
         raise LowkeyError(f"layout {layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
     families.check_layout(model, layout)

@@ -333,7 +333,7 @@ class Training:
     @torch.no_grad()
     def restore(self, found: dict[str, Tensor], folder: Path) -> None:
         losses = found.get("losses")
-        if losses is None or losses.dtype != torch.float64 or losses.ndim != 1 or not 0 < len(losses) <= len(self.schedule):
+        if losses is None or losses.dtype != torch.float64 or losses.ndim != 1 or len(losses) > len(self.schedule):
             raise files.damaged(folder, "losses are not those of its steps")
         for name, p in (self.adapters | self.maps).items():
             p.copy_(files.fits(found, f"parameter.{name}", p, folder))

@@ -82,7 +82,7 @@ def _empty(model: PreTrainedModel) -> dict[str, Tensor]:
     """What is summed for a layer, without its numbers."""
     shape = families.geometry(model)
     wide = shape.kv_heads * shape.head_dim
-    sizes = dict.fromkeys(("keys_pre", "keys_post", "values"), (wide, wide))
+    sizes: dict[str, tuple[int, ...]] = dict.fromkeys(("keys_pre", "keys_post", "values"), (wide, wide))
     sizes |= dict.fromkeys(("queries_pre", "queries_post"), (shape.kv_heads, shape.head_dim, shape.head_dim))
     sizes |= dict.fromkeys(("keys_pre_mean", "keys_post_mean", "values_mean"), (wide,)) | {"inputs": (shape.hidden, shape.hidden)}
     found = {name: torch.empty(size, dtype=torch.float64, device="meta") for name, size in sizes.items()}

@@ -13,8 +13,9 @@ import struct
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -37,7 +38,7 @@ REMEDY = "make it again"
 
 
 @contextmanager
-def opened(path: Path, what: str, most: int, remedy: str = OURS) -> Iterator[BinaryIO]:
+def opened(path: Path, what: str, most: int, remedy: str = OURS) -> Iterator[BufferedReader]:
     """A regular file of at most so many bytes. Errors: LowkeyError for anything else, at once: pipes and devices are not waited for."""
     try:
         _check_regular(os.stat(path), path, what, most, remedy)
@@ -256,7 +257,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name, t in sorted(tensors.items()):
         found.update(json.dumps([name, str(t.dtype), list(t.shape)]).encode())
-        found.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        found.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

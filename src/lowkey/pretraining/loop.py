@@ -224,7 +224,8 @@ def _finished(out: Path, model: PreTrainedModel, corpus: Corpus) -> Trained:
         if not _is_result(result):
             raise ValueError("result.json lacks or garbles a field")
         files.verify(out, "run")
-        kept, found = type(model).from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+        loaded: Any = type(model).from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+        kept, found = loaded
         if found["missing_keys"]:  # transformers would leave random numbers in their place
             raise ValueError(f"its model lacks {sorted(found['missing_keys'])[0]}")
         model.load_state_dict(kept.state_dict())
