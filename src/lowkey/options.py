@@ -107,6 +107,8 @@ def check_field(kind: Any, name: str, value: Any, shown_as: str | None = None) -
 
 def checked(name: str, value: Any, hint: Any, allowed: Range = Range(), default: Any = MISSING) -> Any:
     """The value in the type of its annotation. Errors: LowkeyError when it has another type or lies outside `allowed`."""
+    if get_origin(hint) is Mapping and isinstance(value, Mapping):
+        return {key: checked(f"{name}.{key}", x, get_args(hint)[1], allowed) for key, x in value.items()}
     return _held(f"{name} {shown(value)}", value, hint, allowed, default)
 
 
@@ -194,6 +196,8 @@ def _typed(value: Any, hint: Any) -> Any:
         return _numeric(value, hint)
     if get_origin(hint) is tuple:
         return _listed(value, get_args(hint))
+    if get_origin(hint) is Mapping:
+        raise TypeError  # one that is a table was taken apart before
     if _literal(hint):
         if not isinstance(value, str):
             raise TypeError
@@ -274,6 +278,8 @@ def _kind(hint: Any, allowed: Range) -> str:
         return described(hint, allowed)
     if get_origin(hint) is tuple:
         return _list_of(get_args(hint), allowed)
+    if get_origin(hint) is Mapping:
+        return "a table" if get_args(hint)[1] is Any else f"a table, each {_kind(get_args(hint)[1], allowed)}"
     words = next((WORDS[m] for m in _members(hint) if m in WORDS), "of another type")
     return ", ".join(filter(None, [words, str(allowed)]))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lowkey import files
-from lowkey.options import Range, check, checked, nearest, option, shown
+from lowkey.options import check, nearest, option
 from lowkey.types import LowkeyError
 
 EXAMPLE = "give a TOML file like recipes/lrkv-tiny.toml"
@@ -42,8 +42,6 @@ class Data:
 
     def __post_init__(self) -> None:
         check(self, "data.")
-        if not isinstance(self.options, Mapping):
-            raise LowkeyError(f"data.options {shown(self.options)}: must be a table; leave it out for none")
         if self.vocab_size and self.vocab_size < 260:
             raise LowkeyError(f"data.vocab_size {self.vocab_size}: 256 bytes and 2 special tokens come first; give at least 260, or 0")
         if self.vocab_size and self.tokenizer != "tiny":
@@ -80,7 +78,7 @@ class Training:
     min_lr: float = option(0.0, at_least=0, below=1)
     optimizer: str = option("adamw", choices=("adamw", "muon"))
     betas: tuple[float, float] = option((0.9, 0.95), at_least=0, below=1)
-    lr_factors: Mapping[str, float] = field(default_factory=dict)
+    lr_factors: Mapping[str, float] = option(default_factory=dict, at_least=0, at_most=1000)
     weight_decay: float = option(0.1, at_least=0, at_most=1000)
     clip: float = option(1.0, at_least=0)
     precision: str = option("bf16", choices=("bf16", "fp32"))
@@ -96,13 +94,6 @@ class Training:
 
     def __post_init__(self) -> None:
         check(self, "training.")
-        if not isinstance(self.lr_factors, Mapping):
-            raise LowkeyError(f"training.lr_factors {shown(self.lr_factors)}: must be a table, like {{embed_tokens = 10}}")
-        factors = {
-            name: checked(f"training.lr_factors.{name}", value, float, Range(at_least=0, at_most=1000), 1.0)
-            for name, value in self.lr_factors.items()
-        }
-        object.__setattr__(self, "lr_factors", factors)
         if self.batch_tokens % self.length:
             raise LowkeyError(f"training.batch_tokens {self.batch_tokens}: must be a multiple of length {self.length}")
         if self.tokens < self.batch_tokens:
