@@ -278,13 +278,19 @@ def _evicting(model: PreTrainedModel, plan: Plan | None, policy: Policy, exact: 
     policy = policy.fitted(plan.heads if plan else {})
     if policy.turns and (kind := families.changing_rope(model)):
         raise LowkeyError(f"policy {type(policy).__name__}: rope_type {kind!r} changes its frequencies with the length; use another policy")
-    meeting = Round(len(full))
+    meeting = Round(len(full), _sliding(model))
 
     def build(i: int) -> EvictingLayer:
         rope = families.rope(model, i)
         return LAYERS[policy.layer](policy, rope, full.index(i), meeting, LowRank(plan.factors[i], plan.layout, rope) if plan else None)
 
     return build
+
+
+def _sliding(model: PreTrainedModel) -> tuple[tuple[int, int], ...]:
+    """Of every sliding layer, how many tokens it holds at most, and the numbers that one of them takes."""
+    shape, window = families.geometry(model), getattr(model.config.get_text_config(), "sliding_window", None)
+    return tuple((window - 1, 2 * shape.kv_heads * shape.head_dim) for _ in range(shape.layers - len(shape.compressible)))
 
 
 def cache_of(model: PreTrainedModel, build: Callable[[int], CountedLayer]) -> LowkeyCache:

@@ -32,12 +32,10 @@ class CompensatingLayer(EvictingLayer):
         more = ("mean_k", "mean_v", "dropped")
         return super().tensors() | ({name: getattr(self, name) for name in more} if self.is_initialized else {})
 
-    def predicted_nbytes(self) -> int:
-        if not self.is_initialized:
-            return 0
+    def index_bytes(self) -> int:
         b, h = self.tail_k.shape[:2]
         widths = self.keys.shape[-1] + self.values.shape[-1] + 1
-        return super().predicted_nbytes() + b * h * widths * self.dropped.element_size()
+        return super().index_bytes() + b * h * widths * self.dropped.element_size()
 
     def _stored_parts(self, call: Call, stop: int) -> list[Part]:
         parts = super()._stored_parts(call, stop)

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from lowkey.backends import fused, grouped, stock
 from lowkey.backends.ragged import ragged
 from lowkey.backends.segment import Part, Segment, merge
+from lowkey.layers.budgets import Costs
 from lowkey.layers.codec import Codec, Plain
 from lowkey.layers.placed import UnmovedLayer
 from lowkey.layers.undoing import Snapshot, storage_bytes
@@ -44,9 +45,13 @@ class Candidates:
 
 @dataclass
 class Round:
-    """Where the layers of one cache meet when their allocator needs the scores of all."""
+    """Where the layers of one cache meet when their allocator needs the scores of all.
+
+    beside: of every sliding layer of the cache, how many tokens it holds at most, and the numbers that one of them takes.
+    """
 
     layers: int = 1
+    beside: tuple[tuple[int, int], ...] = ()
     waiting: list[tuple[EvictingLayer, Candidates, Tensor]] = field(default_factory=list)
 
     def enter(self, layer: EvictingLayer, found: Candidates, scores: Tensor) -> None:
@@ -55,11 +60,11 @@ class Round:
             self._decide()
 
     def _decide(self) -> None:
-        layer = self.waiting[0][0]
+        layer, seat = self.waiting[-1][0], self.waiting[0][0].seat  # the others have forgotten what only looked
         longest = max(s.shape[-1] for *_, s in self.waiting)
         scores = torch.stack([pad(s, (0, longest - s.shape[-1]), value=-torch.inf) for *_, s in self.waiting])  # (n, b, h, s)
         split, tokens = layer.policy.split(), layer.tokens().tolist()
-        asks = [Ask(scores[:, i], layer.mean_tokens(n), n, layer.seat, self.layers) for i, n in enumerate(tokens)]
+        asks = [Ask(scores[:, i], layer.mean_tokens(n), n, seat, self.layers) for i, n in enumerate(tokens)]
         counts = torch.stack([split.counts(a) for a in asks], dim=1)  # (n, b, h)
         for (own, found, s), c in zip(self.waiting, counts, strict=True):
             own.keep(found, s, c.to(s.device))
@@ -127,15 +132,25 @@ class EvictingLayer(UnmovedLayer):
         widths = self.keys.shape[-1] + self.values.shape[-1]
         return widths * self.keys.element_size() + self.where.element_size() + (self.carried.element_size() if self.policy.carries else 0)
 
+    def index_bytes(self) -> int:
+        """What is held whatever is kept."""
+        b, h = self.tail_k.shape[:2]
+        return (b * h + 1) * self.starts.element_size() + 2 * b * self.offset.element_size()
+
+    def costs(self, tokens: Tensor) -> Costs:
+        """Of this cache, in a batch whose rows have seen so many tokens (b)."""
+        b, h = self.tail_k.shape[:2]
+        beside = sum(min(self.seen - self.looking, most) * numbers for most, numbers in self.round.beside) * self.keys.element_size()
+        return Costs(h * self.round.layers, b, self.entry_bytes, self.round.layers * self.index_bytes() / b + beside)
+
     def predicted_nbytes(self) -> int:
         if not self.is_initialized:
             return 0
         b, h, _, width = self.tail_k.shape
         dense = (width + self.tail_v.shape[-1]) * self.keys.element_size()
         room = self.moved + -(-(self.fresh - self.moved) // STEP) * STEP
-        index = (b * h + 1) * self.starts.element_size() + 2 * b * self.offset.element_size()
         asked = self.asked.numel() * self.asked.element_size()
-        return self.kept * self.entry_bytes + b * h * room * dense + index + asked + self._waiting_bytes()
+        return self.kept * self.entry_bytes + b * h * room * dense + self.index_bytes() + asked + self._waiting_bytes()
 
     def tokens(self) -> Tensor:
         """(b): how many each row has seen, padding not counted."""
@@ -144,14 +159,9 @@ class EvictingLayer(UnmovedLayer):
     def mean_tokens(self, tokens: int) -> float:
         """The budget of a row that has seen so many tokens, per head on average."""
         budget = Budget.parse(self.policy.budget)
-        rows = self.tail_k.shape[1] * self.round.layers * self.entry_bytes
-        amount = {
-            "%": budget.amount / 100 * tokens,
-            "tokens": budget.amount,
-            "bytes": budget.amount / (rows * self.tail_k.shape[0]),
-            "bytes/token": budget.amount * tokens / rows,
-        }
-        return amount[budget.unit]
+        if budget.unit in ("%", "tokens"):
+            return budget.amount / 100 * tokens if budget.unit == "%" else budget.amount
+        return self.costs(self.tokens()).pay(self.policy, tokens) if tokens else 0
 
     def kept_positions(self, row: int) -> list[Tensor]:
         """Per KV head the positions held for this row of the batch, ascending."""
@@ -320,8 +330,11 @@ class EvictingLayer(UnmovedLayer):
 
     def _all_stay(self, tokens: Tensor) -> bool:
         """Whether scores decide nothing, now or later."""
+        if self.frozen and not self.looking:
+            return True
+        self.costs(tokens).check(self.policy, tokens.tolist())
         fits = all(self.mean_tokens(n) >= n for n in tokens.tolist())
-        return (self.frozen and not self.looking) or (fits and (self.policy.repeats or not self.policy.carries))
+        return fits and (self.policy.repeats or not self.policy.carries)
 
     def _scene(self, call: Call, found: Candidates, repeating: Tensor | None) -> Scene:
         queries = torch.cat([self.asked, call.query], 3) if self.asked.numel() else call.query

@@ -1,0 +1,55 @@
+"""How many tokens a budget of bytes pays for, and which budgets are too small for what is kept in any case."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lowkey.policies.base import Policy
+from lowkey.types import Budget, LowkeyError
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Bytes that a cache with a policy takes for one row of the batch.
+
+    heads: over all layers that evict. rows: of the batch. entry: a kept token of one head. whole: how much more a head's recent tokens
+    take, each. fixed: what no kept token pays for: indices, and the layers that slide.
+    """
+
+    heads: int
+    rows: int
+    entry: int
+    fixed: float
+    whole: int = 0
+
+    def left(self, policy: Policy, tokens: int) -> float:
+        """Of a budget of bytes, what the kept tokens of a row that has seen so many may take."""
+        budget = Budget.parse(policy.budget)
+        recent = self.heads * min(tokens, policy.recent) * self.whole
+        return (budget.amount / self.rows if budget.unit == "bytes" else budget.amount * tokens) - self.fixed - recent
+
+    def least(self, policy: Policy, tokens: int) -> float:
+        """What they take in any case: sinks and recent tokens."""
+        return self.heads * min(tokens, policy.sinks + policy.recent) * self.entry
+
+    def pay(self, policy: Policy, tokens: int) -> float:
+        """How many tokens each head may keep, on average: whole tokens over all heads."""
+        return (self.left(policy, tokens) + 1e-6) // self.entry / self.heads
+
+    def check(self, policy: Policy, seen: Sequence[int]) -> None:
+        """Refuse a budget of bytes that is too small for rows that have seen so many tokens, with the smallest that is not."""
+        budget, rows = Budget.parse(policy.budget), [n for n in seen if n]
+        if budget.unit not in ("bytes", "bytes/token"):
+            return
+        lacking = [self.least(policy, n) - self.left(policy, n) for n in rows]
+        if max(lacking, default=0) <= 1e-6:
+            return
+        more = max(lacking) * self.rows if budget.unit == "bytes" else max(x / n for x, n in zip(lacking, rows, strict=True))
+        least = budget.amount + more - 1e-6
+        smallest = f"{math.ceil(least)} B" if least < 10 * 1024 else f"{math.ceil(least / 102.4) / 10:g} KiB"
+        raise LowkeyError(
+            f"budget {budget}: {self.rows} rows of {min(rows)} to {max(rows)} tokens take {smallest}{budget.unit.removeprefix('bytes')} "
+            f"for {policy.sinks} sinks and {policy.recent} recent tokens, indices and sliding layers; give that, or lower sinks or recent"
+        )
