@@ -28,7 +28,17 @@ UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 @dataclass(frozen=True)
 class Budget(Checked):
-    """What is kept: `50%`, `512 tokens`, `64 KiB/token` or `1.5 GiB`."""
+    """What is kept: `50%`, `512 tokens`, `64 KiB/token` or `1.5 GiB`.
+
+    Of a policy, `%` and `tokens` count tokens: what a head holds of a row, on average over all heads; sinks and recent tokens stay even
+    where a `%` is less. Bytes count all that the cache holds (`nbytes`): every row of the batch, every layer, those that slide too, and all
+    indices. That bound holds after a prompt, a later chunk and every eviction of decoding (the policy's `every`), or the call is refused
+    with the smallest budget that works. Between evictions decoding adds its tokens, and a frozen cache evicts nothing. Rows share
+    a total equally; a rate `/token` gives each row so much for each of its tokens, padding not counted.
+
+    Of a plan, bytes (`%` of the full ones, or a rate) are what one more token adds to the compressed layers. Tokens that are kept exact,
+    indices and sliding layers come on top.
+    """
 
     amount: float = field(metadata={RANGE: Range(above=0, at_most=MOST)})
     unit: Literal["%", "tokens", "bytes/token", "bytes"]

@@ -60,7 +60,10 @@ def compress(
     model: Model,
     out: Annotated[Path, typer.Argument(help="folder to write the plan to")],
     method: Annotated[str, typer.Option(help="a name that `lowkey methods` lists, or package.module:Class")] = "stiefattention",
-    budget: Annotated[str | None, typer.Option(help="bytes kept: '50%' or '64 KiB/token' (50% when no budget is given)")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="bytes of one more token in the compressed layers: '50%' or '64 KiB/token' (50% when no budget is given)"),
+    ] = None,
     error_budget: Annotated[
         float | None, typer.Option(help="instead, like 0.03: the largest layer error, or what else the allocator bounds (`lowkey methods`)")
     ] = None,

@@ -40,7 +40,12 @@ def eval_(
     plan: Annotated[list[Path] | None, typer.Option(help="a plan folder; repeat to compare several")] = None,
     bits: Annotated[list[str] | None, typer.Option(help=BITS)] = None,
     policy: Annotated[str | None, typer.Option(help="eviction policies that `lowkey policies` lists, separated by commas")] = None,
-    budget: Annotated[str | None, typer.Option(help="what policies keep: '10%' or '64 tokens'; several separated by commas")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="what policies keep: '10%', '64 tokens', or '40 KiB' of all that is held after a prompt; several separated by commas"
+        ),
+    ] = None,
     heads: Annotated[list[Path] | None, typer.Option(help="a file of head scores that `lowkey heads` wrote")] = None,
     option: Annotated[list[str] | None, typer.Option("--option", "-O", help="an option of the policies, like recent=4")] = None,
     allocator_option: AllocatorOptions = None,

@@ -36,7 +36,12 @@ def generate(
     plan: Annotated[Path | None, typer.Option(help="a plan folder")] = None,
     bits: Annotated[str | None, typer.Option(help=f"packed integers, of the plan's latents if there is one: {', '.join(SCHEMES)}")] = None,
     policy: Annotated[str | None, typer.Option(help="an eviction policy that `lowkey policies` lists")] = None,
-    budget: Annotated[str | None, typer.Option(help="what the policy keeps: '10%' or '64 tokens'")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="what the policy keeps: '10%', '64 tokens', or '40 KiB' of all that is held after the prompt, to which decoding adds"
+        ),
+    ] = None,
     heads: Annotated[list[Path] | None, typer.Option(help="a file of head scores that `lowkey heads` wrote")] = None,
     option: Annotated[list[str] | None, typer.Option("--option", "-O", help="an option of the policy, like every=32")] = None,
     allocator_option: AllocatorOptions = None,
