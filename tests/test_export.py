@@ -12,10 +12,11 @@ import pico
 import pytest
 import torch
 from pico import HEAD_DIM, feed, generate, prompt
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 import lowkey
 from lowkey import families, loading
+from lowkey.attention import LowkeyConfig, LowkeyForCausalLM
 from lowkey.calibrate import describe, fit_layers
 from lowkey.export import export_hf
 from lowkey.fingerprint import model_fingerprint
@@ -134,6 +135,86 @@ def test_narrower_heads_of_strided_channels_are_exported(tmp_path, name, method,
     same(plain, model, plan)
 
 
+ROPES = {
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+    "longrope": {
+        "factor": 4.0,
+        "short_factor": [1 + i / 10 for i in range(8)],
+        "long_factor": [2 + i / 3 for i in range(8)],
+        "original_max_position_embeddings": 32,
+    },
+}
+
+
+@pytest.mark.parametrize("method", [COMMUTING, KVLatent()], ids=["merged", "narrowed"])
+@pytest.mark.parametrize("kind", ROPES)
+def test_any_rotation_is_the_same_in_the_plain_model_or_is_refused(tmp_path, kind, method):
+    """Past the original length, too. 50 positions: no power of two, at which frequencies that grow with the length would show by chance."""
+    model = build("llama", max_position_embeddings=50, rope_parameters={"rope_type": kind, "rope_theta": 10000.0, **ROPES[kind]})
+    plan = make(model, method)
+    if method != COMMUTING and kind in families.CHANGING_ROPE:
+        refused(model, plan, tmp_path, f"narrows heads whose rope_type '{kind}' changes its frequencies with the length")
+        return
+    plain, ids = exported(model, plan, tmp_path), prompt(70, 1)
+    assert torch.allclose(feed(plain, ids), feed(model, ids, lowkey.make_cache(model, plan)), atol=1e-4)
+
+
+@pytest.mark.parametrize("method", [COMMUTING, KVLatent()], ids=["merged", "narrowed"])
+@pytest.mark.parametrize(
+    "fields", [{"attention": "mha"}, {"num_key_value_heads": 2}, {"num_key_value_heads": 2, "attention_bias": True}], ids=str
+)
+def test_grouped_models_of_our_own_are_exported_with_their_code(tmp_path, fields, method):
+    model = own(**fields)
+    plan = make(model, method)
+    export_hf(model, pico.tokenizer(), plan, tmp_path / "model")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    assert torch.allclose(feed(plain, prompt(40)), feed(model, prompt(40), lowkey.make_cache(model, plan)), atol=1e-4)
+
+
+@pytest.mark.parametrize("fields", [{"attn_output_gate": True}, {"head_norm": "own"}], ids=str)
+def test_what_stands_between_heads_and_output_is_refused(tmp_path, fields):
+    model = own(num_key_value_heads=2, **fields)
+    refused(model, make(model), tmp_path, "^model of family 'lowkey': gates or norms the heads' outputs.*; use the plan$")
+
+
+def own(**fields):
+    shape = {"vocab_size": pico.VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    return lowkey.attach(LowkeyForCausalLM(LowkeyConfig(**shape, head_dim=HEAD_DIM, initializer_range=0.15, **fields)).eval())
+
+
+@pytest.mark.parametrize("method", [COMMUTING, KVLatent()], ids=["merged", "narrowed"])
+def test_the_decoder_of_a_model_with_a_vision_tower_is_exported(tmp_path, method):
+    text = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, "intermediate_size": 96}
+    tower = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    text |= {"num_hidden_layers": 2, "vocab_size": pico.VOCAB, "initializer_range": 0.15}
+    config = AutoConfig.for_model(
+        "llava", text_config=text, vision_config=tower | {"image_size": 16, "patch_size": 8}, image_token_index=96
+    )
+    torch.manual_seed(0)
+    model = lowkey.attach(AutoModelForImageTextToText.from_config(config).eval())
+    plan, ids = make(model, method), prompt(40).clamp(max=95)
+    export_hf(model, pico.tokenizer(), plan, tmp_path / "model")
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+    assert torch.allclose(feed(plain, ids), feed(model, ids, lowkey.make_cache(model, plan)), atol=1e-4)
+
+
+def test_head_scores_of_a_plan_change_nothing(tmp_path):
+    """They are for policies on top of it."""
+    model = build("llama")
+    plan = make(model)
+    same(exported(model, replace(plan, heads={"r2": [[1.0, 2.0, 3.0, 4.0]] * 3}), tmp_path), model, plan)
+
+
 @pytest.mark.parametrize("overrides", [{"tie_word_embeddings": True}, {"attention_bias": True}], ids=str)
 def test_tied_embeddings_and_biases_come_along(tmp_path, overrides):
     model = build("llama", **overrides)
@@ -169,7 +250,7 @@ def test_the_cache_is_as_small_as_the_plans(tmp_path):
 ALONE = """
 import sys
 sys.modules["lowkey"] = None  # importing it raises ImportError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 model, tokenizer = (kind.from_pretrained(sys.argv[1]) for kind in (AutoModelForCausalLM, AutoTokenizer))
 ids = tokenizer("no lowkey here", return_tensors="pt").input_ids
 print(*model.generate(ids, max_new_tokens=20, min_new_tokens=20, do_sample=False)[0, ids.shape[1]:].tolist())
@@ -246,8 +327,16 @@ REFUSALS = {
     "whole": (lambda m: make(m, ranks=(16, 16)), "every channel of every head"),
     "means": (lambda m: with_means(make(m)), "takes means off"),
     "layers differ": (lambda m: with_one_layer(make(m), pico.factors(4)), "other ranks than one another"),
+    "frequencies": (lambda m: aware(m), "frequencies of its own; compress with -O rope=kept"),
     "sinks": (lambda m: make(m, sinks=4), "4 sinks and 0 recent tokens exact; compress with --sinks 0 --recent 0"),
 }
+
+
+def aware(model):
+    """KV-Latent's own rotation, which is made after the ranks are known."""
+    method = KVLatent(rope="aware")
+    plan, course = make(model, method), Course(model, ROWS, 2, "post_rope", [8, HEAD_DIM], 0)
+    return replace(plan, factors=method.finish(plan.factors, course))
 
 
 @pytest.mark.parametrize("case", REFUSALS)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lowkey import weights
 from lowkey.attention import GROUPED
-from lowkey.attention.base import HeadMaps
+from lowkey.attention.base import HeadMaps, rotary
 from lowkey.types import Layout, LowkeyError, device_of
 
 
@@ -93,6 +93,12 @@ def stores_its_own(config: PreTrainedConfig) -> bool:
     if config.model_type != OWN:
         return False
     return config.attention not in GROUPED or config.attention_layers is not None or config.q_lora_rank is not None
+
+
+def linear_output(config: PreTrainedConfig) -> bool:
+    """Whether nothing but a linear map follows attention."""
+    config = config.get_text_config()
+    return config.model_type != OWN or not (config.attn_output_gate or config.head_norm != "none")
 
 
 def geometry(model: PreTrainedModel) -> Geometry:
@@ -254,6 +260,12 @@ def rope(model: PreTrainedModel, layer: int) -> Rope:
     config = model.config.get_text_config()
     kind = layer_types(config)[layer] if family(config).rope_per_layer_type else None
     return Rope(model.get_decoder().rotary_emb, kind)  # type: ignore[arg-type]
+
+
+def narrower_rope(rope: Rope, config: PreTrainedConfig) -> Rope:
+    """What a model of the same family would turn its heads with under another config."""
+    inner, kind = config.get_text_config(), cast(Any, type(rope.module))
+    return replace(rope, module=rotary(inner) if inner.model_type == OWN else kind(config=inner))
 
 
 def check_layout(model: PreTrainedModel, layout: Layout) -> None:

@@ -78,7 +78,7 @@ def normed(config: PreTrainedConfig) -> bool:
 
 def gated(config: PreTrainedConfig) -> bool:
     """Whether anything but a linear map follows attention."""
-    return config.model_type == OWN and (config.attn_output_gate or config.head_norm != "none")
+    return not families.linear_output(config)
 
 
 def frequencies(model: PreTrainedModel) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey import families, files, weights
+from lowkey.attention import register
 from lowkey.families import Part, Projections, Rope
 from lowkey.ops.commuting import commutes
 from lowkey.ops.rope import rotate
@@ -42,6 +43,8 @@ def export_hf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: 
     merge, width = target(model, plan)
     files.check_folder(folder, force)
     smaller = converted(model, plan, merge, width)
+    if model.config.model_type == families.OWN:
+        register()  # so that its code is saved beside it
     with files.replacing_folder(folder) as temporary:
         smaller.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -58,6 +61,8 @@ def target(model: PreTrainedModel, plan: Plan) -> tuple[int, int]:
     kind = model.config.get_text_config().model_type
     if families.family(model.config).normed:
         raise LowkeyError(f"model of family {kind!r}: norms keys after their projection, so no map folds into its weights; use the plan")
+    if not families.linear_output(model.config):
+        raise LowkeyError(f"model of family {kind!r}: gates or norms the heads' outputs, so no map folds into its weights; use the plan")
     if len(shape.compressible) < shape.layers:
         raise LowkeyError(
             f"model of family {kind!r}: only {len(shape.compressible)} of its {shape.layers} layers can be compressed, "
@@ -68,7 +73,11 @@ def target(model: PreTrainedModel, plan: Plan) -> tuple[int, int]:
     (t, t_v), (r, r_v) = forms[0]
     if plan.sinks or plan.recent:
         raise _refused(plan, f"it keeps {plan.sinks} sinks and {plan.recent} recent tokens exact", "compress with --sinks 0 --recent 0")
+    if any(f.frequencies is not None for f in found):
+        raise _refused(plan, "it turns keys at frequencies of its own", "compress with -O rope=kept")
+    kind = families.changing_rope(model)
     reasons = {
+        f"it narrows heads whose rope_type {kind!r} changes its frequencies with the length": bool(kind) and t * r < d,
         "it takes means off keys or values": any(f.k_mean is not None or f.v_mean is not None for f in found),
         "its layers have other ranks than one another": len(forms) > 1,
         f"it merges the keys of {t} heads and the values of {t_v}": t != t_v,
@@ -102,8 +111,7 @@ def carries(model: PreTrainedModel, f: Factors, merge: int, width: int) -> bool:
 def _turns_alike(model: PreTrainedModel, down: Tensor, width: int) -> bool:
     """Whether the maps (d, width) carry the model's rotation into that of the same embedding made for heads of that width."""
     wide = families.rope(model, 0)
-    kind: Any = type(wide.module)
-    narrow = replace(wide, module=kind(config=smaller_config(model, 1, width)))
+    narrow = families.narrower_rope(wide, smaller_config(model, 1, width))
     longest = model.config.get_text_config().max_position_embeddings
     positions = torch.tensor([[0, *(2**i for i in range(longest.bit_length()))]])
     before, after = (_rotated(x, rope, positions) for x, rope in ((torch.eye(len(down)), wide), (down, narrow)))
@@ -138,6 +146,8 @@ def smaller_config(model: PreTrainedModel, merge: int, width: int) -> PreTrained
     config = copy.deepcopy(model.config)
     inner, shape = config.get_text_config(), families.geometry(model)
     inner.num_key_value_heads = shape.kv_heads // merge
+    if inner.model_type == families.OWN and merge > 1:
+        inner.attention = "gqa"  # whatever grouped kind it was
     if width != shape.head_dim:
         inner.head_dim = width
     return config
@@ -202,6 +212,7 @@ def card(model: PreTrainedModel, plan: Plan, merge: int, width: int) -> str:
     heads, itemsize = g["kv_heads"], model.dtype.itemsize
     before, after = (len(plan.factors) * 2 * n * itemsize for n in (heads * g["head_dim"], heads // merge * width))
     name = known.get("model") or "a model"
+    needs = "the code beside the weights (trust_remote_code=True)" if inner.model_type == families.OWN else "transformers"
     return f"""---
 library_name: transformers
 tags: [kv-cache-compression]
@@ -210,7 +221,7 @@ tags: [kv-cache-compression]
 
 {heads // merge} KV heads of width {width} in the place of {heads} of {g["head_dim"]}: the cache takes {after} bytes per token instead of
 {before} ({100 * after / before:.1f} %) in {str(model.dtype).removeprefix("torch.")}. The architecture is `{inner.model_type}` as before,
-and nothing but transformers is needed:
+and nothing but {needs} is needed:
 
 ```python
 model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
