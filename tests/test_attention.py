@@ -10,12 +10,12 @@ from pathlib import Path
 import pico
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import yarn_apply_mscale
 from variants import LAYERS, ONE_OF_EACH, UNROTATED, VARIANTS, VOCAB, attention, build, config, empty_cache, ids, logits
 
 from lowkey.attention import register
-from lowkey.attention.modeling_lowkey import LowkeyForCausalLM
+from lowkey.attention.modeling_lowkey import LowkeyForCausalLM, LowkeyModel
 
 each = pytest.mark.parametrize("name", VARIANTS)
 one_of_each = pytest.mark.parametrize("name", ONE_OF_EACH)
@@ -235,6 +235,9 @@ def test_a_saved_model_is_the_model(name, dtype, tmp_path):
         k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"
     }
     assert torch.equal(logits(model, tokens), logits(again, tokens))
+    inner = AutoModel.from_pretrained(tmp_path / "first", dtype="auto")
+    assert type(inner) is LowkeyModel
+    assert torch.equal(inner(tokens).last_hidden_state, model(tokens, output_hidden_states=True).hidden_states[-1])
     assert torch.equal(pico.generate(model, tokens, 4), pico.generate(again, tokens, 4))
 
 
@@ -248,13 +251,16 @@ class Absent:
 
 sys.meta_path.insert(0, Absent())
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 for folder in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
     assert type(model).__module__.startswith("transformers_modules."), type(model)
     tokens = torch.load(f"{folder}/tokens.pt")
+    inner = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="auto")
+    assert type(inner).__name__ == "LowkeyModel"
     with torch.no_grad():
+        assert torch.equal(inner(tokens).last_hidden_state, model(tokens, output_hidden_states=True).hidden_states[-1])
         torch.save({"logits": model(tokens).logits, "new": model.generate(tokens, max_new_tokens=4, do_sample=False)}, f"{folder}/out.pt")
 assert not [m for m in sys.modules if m.split(".")[0] == "lowkey"]
 """

@@ -10,7 +10,7 @@ import pico
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 from typer.testing import CliRunner
 
 from lowkey.attention import LowkeyConfig, LowkeyForCausalLM, register
@@ -552,6 +552,9 @@ def test_the_command_writes_what_it_says(kind: str, tmp_path: Path) -> None:
     snippet = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
     exec(snippet.replace("THIS FOLDER", str(out)), found := {})
     torch.testing.assert_close(logits(found["model"]), logits(made))
+    named = json.loads((out / "config.json").read_text())["auto_map"]
+    assert set(named) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert torch.equal(AutoModel.from_pretrained(out)(IDS).last_hidden_state, made.model(IDS).last_hidden_state)
 
 
 def test_the_command_prints_a_table_and_replaces_only_when_told(tmp_path: Path) -> None:

@@ -163,9 +163,7 @@ def test_any_rotation_is_the_same_in_the_plain_model_or_is_refused(tmp_path, kin
 
 
 @pytest.mark.parametrize("method", [COMMUTING, KVLatent()], ids=["merged", "narrowed"])
-@pytest.mark.parametrize(
-    "fields", [{"attention": "mha"}, {"num_key_value_heads": 2}, {"num_key_value_heads": 2, "attention_bias": True}], ids=str
-)
+@pytest.mark.parametrize("fields", [{"attention": "mha"}, {"num_key_value_heads": 2, "attention_bias": True}], ids=str)
 def test_grouped_models_of_our_own_are_exported_with_their_code(tmp_path, fields, method):
     model = own(**fields)
     plan = make(model, method)

@@ -10,6 +10,7 @@ import pico
 import pytest
 import torch
 from test_pretraining import MODEL, command, corpus, recipe
+from transformers import AutoModel, AutoModelForCausalLM
 
 from lowkey.loading import load
 from lowkey.pretraining import Recipe, models, pretrain
@@ -53,6 +54,20 @@ def test_thin_factors_are_trained_with_either_optimizer(tmp_path, attention):
         before = dict(fresh.named_parameters())
         assert found.losses[-1] < found.losses[0]
         assert all(not torch.equal(p, before[name]) for name, p in found.model.named_parameters() if "up" in name or "mix" in name)
+
+
+def test_what_was_trained_loads_by_both_auto_classes(tmp_path):
+    """With its code beside it, also when the model was given as an object."""
+    wanted = replace(recipe(tmp_path, tokens=2 * 128), model={**MODEL, "attention": "mla", "kv_lora_rank": 8})
+    first = pretrain(wanted, tmp_path / "one", device="cpu")
+    pretrain(wanted, tmp_path / "two", model=first.model, device="cpu")
+    for folder in ("one", "two"):
+        known = json.loads((tmp_path / folder / "config.json").read_text())["auto_map"]
+        assert known["AutoModel"] == "modeling_lowkey.LowkeyModel" and (tmp_path / folder / "modeling_lowkey.py").exists()
+        whole = AutoModelForCausalLM.from_pretrained(tmp_path / folder, trust_remote_code=True)
+        inner, ids = AutoModel.from_pretrained(tmp_path / folder, trust_remote_code=True), torch.arange(3, 9)[None]
+        with torch.no_grad():
+            assert torch.equal(inner(ids).last_hidden_state, whole(ids, output_hidden_states=True).hidden_states[-1])
 
 
 def test_a_model_of_a_folder_takes_no_other_fields(tmp_path):

@@ -5,7 +5,7 @@ model = LowkeyForCausalLM(LowkeyConfig(attention="lrkv", lrkv_rank=24, ...))
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from lowkey.attention.configuration_lowkey import GROUPED, KINDS, SUBSETS, LowkeyConfig
 from lowkey.attention.costs import Costs, model_bytes_per_token, model_flops, model_parameters
@@ -18,8 +18,10 @@ def register() -> None:
     Nothing happens by importing lowkey; commands and loaders call this.
     """
     AutoConfig.register(LowkeyConfig.model_type, LowkeyConfig, exist_ok=True)
+    AutoModel.register(LowkeyConfig, LowkeyModel, exist_ok=True)
     AutoModelForCausalLM.register(LowkeyConfig, LowkeyForCausalLM, exist_ok=True)
     LowkeyConfig.register_for_auto_class()
+    LowkeyModel.register_for_auto_class("AutoModel")
     LowkeyForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP, LlamaModel, LlamaPreTrainedModel
 
@@ -62,6 +64,16 @@ class LowkeyPreTrainedModel(LlamaPreTrainedModel):
     _supports_flash_attn = False  # absorbed reading forms its own scores from a written-out mask
     _supports_flex_attn = False
     _can_record_outputs = {"hidden_states": LowkeyDecoderLayer, "attentions": Attention}  # noqa: RUF012
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers'. Where the code goes beside the weights, the config names the class for each of the Auto classes, not only
+        this one's."""
+        if self._auto_class is not None:
+            module = type(self).__module__.rpartition(".")[2]
+            classes = {"AutoModel": "LowkeyModel", "AutoModelForCausalLM": "LowkeyForCausalLM"}
+            known = {auto: f"{module}.{name}" for auto, name in classes.items()}
+            self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **known}
+        super().save_pretrained(*args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey import files, loading
+from lowkey.attention import register
 from lowkey.fingerprint import model_fingerprint
 from lowkey.pretraining import checkpoint, health, models
 from lowkey.pretraining.corpus import Corpus, prepare
@@ -185,6 +186,7 @@ def _publish(run: Run) -> Trained:
     """Files one by one, result.json last: it says that the run is finished."""
     full = {name: checkpoint.whole(t) for name, t in checkpoint.weights(run.plain).items()}
     result = _result(run)
+    register()  # a model of our own is saved with its code
     if run.accelerator.is_main_process:
         with files.replacing_folder(run.out / checkpoint.FINISHED) as temporary:
             run.plain.save_pretrained(temporary, state_dict=full)
