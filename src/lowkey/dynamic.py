@@ -175,7 +175,7 @@ def _gate(parts: dict[str, Tensor], heads: int, d: int, levels: int) -> Gate:
 
 
 def dyna_cache(model: PreTrainedModel, plan: DynaPlan) -> LowkeyCache:
-    """A fresh cache for one batch of sequences. It cannot be saved, nor moved about by beam search.
+    """A fresh cache for one batch of sequences. It cannot be saved.
 
     Errors: LowkeyError when the model is not attached or the plan is another model's.
     """

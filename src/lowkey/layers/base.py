@@ -80,17 +80,21 @@ class StoringLayer(UndoableLayer):
             setattr(self, name, None)
         self.seen, self.is_initialized = 0, False
 
+    def pick(self, choose: Callable[[Tensor], Tensor]) -> None:
+        """Hold the rows of the batch that `choose` takes of any tensor (b, ...), in its order."""
+        self.map_tensors(choose)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.undo_unfinished()
-        self.map_tensors(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        self.pick(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.undo_unfinished()
-        self.map_tensors(lambda t: t[indices])
+        self.pick(lambda t: t[indices.to(t.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.undo_unfinished()
-        self.map_tensors(lambda t: t.repeat_interleave(repeats, dim=0))
+        self.pick(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def crop(self, tokens_to_remove: int) -> None:
         raise LowkeyError("crop on a compressed cache is not supported; turn off assisted generation or use a stock cache")

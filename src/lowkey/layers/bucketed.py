@@ -16,8 +16,8 @@ from lowkey.backends import grouped
 from lowkey.backends.ragged import ragged
 from lowkey.backends.segment import Part, Segment, merge
 from lowkey.layers.codec import LowRank
-from lowkey.layers.placed import UnmovedLayer
-from lowkey.ops.ragged import row_of, starts_of
+from lowkey.layers.placed import RaggedLayer
+from lowkey.ops.ragged import picked, row_of, starts_of
 from lowkey.seam import Call
 from lowkey.types import Factors
 
@@ -66,6 +66,12 @@ class Bucket:
         where = joined(self.where, self.starts, more.where, more.starts) if len(self.where) + len(more.where) else self.where
         return Bucket(keys, values, self.starts + more.starts, where)
 
+    def picked(self, sequences: Tensor, rows: Tensor, heads: int) -> Bucket:
+        """The sequences with these numbers, whose heads have the numbers `rows`."""
+        keys, values = (picked(x, self.rows(heads), rows)[0] for x in (self.keys, self.values))
+        where = picked(self.where, self.starts, sequences)[0] if len(self.where) else self.where
+        return Bucket(keys, values, starts_of(self.starts.diff()[sequences]), where)
+
     def rows(self, heads: int) -> Tensor:
         """(b h + 1): where the row of each head begins in `keys`."""
         return starts_of(self.starts.diff().repeat_interleave(heads))
@@ -93,7 +99,7 @@ def joined(flat: Tensor, starts: Tensor, more: Tensor, more_starts: Tensor) -> T
     return out
 
 
-class BucketedLayer(UnmovedLayer):
+class BucketedLayer(RaggedLayer):
     """codecs: the same maps cut at each level of rank, the widest first; gate: which of them a token takes, in all heads of the layer.
 
     A query meets the tokens of its own chunk densely, as they will be stored or, under exact prefill, as they are; older ones bucket by
@@ -191,6 +197,14 @@ class BucketedLayer(UnmovedLayer):
     def map_tensors(self, f: Callable[[Tensor], Tensor]) -> None:
         self.buckets = [replace(bucket, **{name: f(t) for name, t in vars(bucket).items()}) for bucket in self.buckets]
         self.offset, self.first = f(self.offset), f(self.first)
+
+    def pick(self, choose: Callable[[Tensor], Tensor]) -> None:
+        if not self.is_initialized:
+            return
+        sequences, rows = self.chosen_rows(choose, self.heads)
+        self.buckets = [bucket.picked(sequences, rows, self.heads) for bucket in self.buckets]
+        self.counts = [int(bucket.starts[-1]) for bucket in self.buckets]
+        self.offset, self.first = choose(self.offset), choose(self.first)
 
     def reset(self) -> None:
         super().reset()

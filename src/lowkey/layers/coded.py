@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -86,17 +87,9 @@ class CodedLayer(PlacedLayer):
         self._write_sinks(keys, values)
         return self._ungrouped(grouped.attend(self._segments(call, buffer_k, buffer_v), call.scaling, call.softcap))
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._settle()
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._settle()
-
-    def _settle(self) -> None:
-        """The row that the others waited for may be gone."""
-        if self.is_initialized:
+    def pick(self, choose: Callable[[Tensor], Tensor]) -> None:
+        super().pick(choose)
+        if self.is_initialized:  # the row that the others waited for may be gone
             self._write(self.recent_k, self.recent_v)
 
     def _grouped(self, x: Tensor) -> Tensor:

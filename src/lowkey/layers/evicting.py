@@ -7,7 +7,7 @@ meets both and their outputs are merged by log-sum-exp. Nothing stored is ever o
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,9 +19,9 @@ from lowkey.backends.ragged import ragged
 from lowkey.backends.segment import Part, Segment, merge
 from lowkey.layers.budgets import Costs
 from lowkey.layers.codec import Codec, Plain
-from lowkey.layers.placed import UnmovedLayer
+from lowkey.layers.placed import RaggedLayer
 from lowkey.layers.undoing import Snapshot, storage_bytes
-from lowkey.ops.ragged import appended, best, padded, row_of, starts_of
+from lowkey.ops.ragged import appended, best, padded, picked, row_of, starts_of
 from lowkey.policies.allocators import Ask
 from lowkey.policies.base import Policy, Rope, Scene
 from lowkey.seam import Call
@@ -77,7 +77,7 @@ class Round:
                 yield from (*vars(found).values(), scores)
 
 
-class EvictingLayer(UnmovedLayer):
+class EvictingLayer(RaggedLayer):
     """Held: keys (n, r_K), values (n, r_V), where (n, their positions), starts (b h + 1); tail_k, tail_v (b, h, <= 128, r);
     offset, first (b, 1); if the policy needs them: carried (n) scores, asked (b, h, g, w, d) queries since the last eviction.
 
@@ -88,7 +88,7 @@ class EvictingLayer(UnmovedLayer):
 
     keys: Tensor  # type: ignore[assignment]
     values: Tensor  # type: ignore[assignment]
-    numbers = (*UnmovedLayer.numbers, "fresh", "kept", "steps", "moved", "frozen")
+    numbers = (*RaggedLayer.numbers, "fresh", "kept", "steps", "moved", "frozen")
 
     def __init__(self, policy: Policy, rope: Rope, seat: int = 0, round: Round | None = None, codec: Codec | None = None) -> None:
         super().__init__()
@@ -366,6 +366,19 @@ class EvictingLayer(UnmovedLayer):
         self.starts, self.kept = starts_of(counts.flatten()), int(counts.sum())
         self.asked = self.asked.new_empty(0)
         self._clear_tail()
+
+    def pick(self, choose: Callable[[Tensor], Tensor]) -> None:
+        if not self.is_initialized:
+            return
+        _, rows = self.chosen_rows(choose, self.tail_k.shape[1])
+        ragged = ("keys", "values", "where", *(("carried",) if self.policy.carries else ()))
+        moved = {name: picked(getattr(self, name), self.starts, rows) for name in ragged}
+        dense = {name: choose(t) for name, t in self.tensors().items() if name not in (*ragged, "starts") and t.ndim > 1}
+        for name, t in dense.items():
+            setattr(self, name, t)
+        for name, (t, self.starts) in moved.items():
+            setattr(self, name, t)
+        self.kept = len(self.keys)
 
     def reset(self) -> None:
         super().reset()

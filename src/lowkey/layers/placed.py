@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -64,8 +66,8 @@ class PlacedLayer(StoringLayer):
         return token_positions(start, stop, self.offset)
 
 
-class UnmovedLayer(PlacedLayer):
-    """Rows of different length, of which none can be moved, picked or repeated, and which do not hold their padding.
+class RaggedLayer(PlacedLayer):
+    """Rows of different length, which do not hold their padding.
 
     looking: tokens at the end of a chunk that will be forgotten; these alone may end in padding.
     """
@@ -85,14 +87,10 @@ class UnmovedLayer(PlacedLayer):
         super().reset()
         self.looking = 0
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        raise LowkeyError("num_beams: beam search moves rows of the cache, which this kind of cache does not; set num_beams=1")
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        raise LowkeyError("batch_select_indices: rows of this kind of cache cannot be picked; make one cache per batch")
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        raise LowkeyError("batch_repeat_interleave: rows of this kind of cache cannot be repeated; repeat the prompt before prefill")
+    def chosen_rows(self, choose: Callable[[Tensor], Tensor], heads: int) -> tuple[Tensor, Tensor]:
+        """The numbers of the sequences that `choose` takes, and of their heads, of b h in all."""
+        rows = choose(torch.arange(len(self.offset), device=self.device))
+        return rows, (rows.unsqueeze(1) * heads + torch.arange(heads, device=self.device)).flatten()
 
 
 def _real(call: Call, start: int, seen: int) -> Tensor:

@@ -112,6 +112,8 @@ class UndoableLayer(CacheLayerMixin):
         """
         if len(keys) != rows:
             one = f"cache.batch_repeat_interleave({len(keys)})" if rows == 1 else "cache.batch_select_indices"
-            raise LowkeyError(f"cache: holds {rows} rows and is given {len(keys)}; call {one} first, or use a fresh cache")
+            raise LowkeyError(
+                f"cache: holds {rows} row{'s' * (rows != 1)} and is given {len(keys)}; call {one} first, or use a fresh cache"
+            )
         if keys.dtype != dtype:
             raise LowkeyError(f"cache: was filled in {dtype} and is given {keys.dtype}; use the model in that dtype, or a fresh cache")

@@ -36,6 +36,14 @@ def appended(flat: Shaped[Tensor, "n ..."], starts: Int[Tensor, " R1"], more: Sh
     return out
 
 
+def picked(flat: Shaped[Tensor, "n ..."], starts: Int[Tensor, " R1"], rows: Int[Tensor, " k"]) -> tuple[Tensor, Int[Tensor, " K1"]]:
+    """The rows with these numbers, one after another, and where each begins."""
+    lengths = starts.diff()[rows]
+    begins = starts_of(lengths)
+    index = torch.arange(int(begins[-1]), device=starts.device) + (starts[:-1][rows] - begins[:-1]).repeat_interleave(lengths)
+    return flat[index], begins
+
+
 def best(scores: Float[Tensor, "*r s"], counts: Int[Tensor, "*r"]) -> Bool[Tensor, "*r s"]:
     """Which `counts` tokens of each row have the highest scores; of equal ones the earlier."""
     rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(-1)
