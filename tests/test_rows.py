@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pico
 import pytest
 import torch
 from pico import attached, feed, generate, prompt, stock
