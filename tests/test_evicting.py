@@ -218,17 +218,17 @@ def test_dropped_channels_are_gone_and_the_newest_tokens_whole():
     for channels in (1.0, 0.5):
         cache = evicting_cache(model, policy("think", "100 tokens", channels=channels, recent=32))
         feed(model, prompt(300), cache)
-        held[channels] = sum(layer.keys.nbytes for layer in cache.evicting)
+        held[channels] = sum(layer.keys.nbytes + layer.thin_k.nbytes for layer in cache.evicting)
         assert cache.nbytes() == cache.predicted_nbytes()
-    assert all(layer.keys.shape[1] == 8 and layer.tail_k.shape[2:] == (32, 16) for layer in cache.evicting)
-    assert held[0.5] == 0.5 * held[1.0]
+    assert all(layer.thin_k.shape[1] == 8 and layer.starts.diff().tolist() == [32] * 8 for layer in cache.evicting)
+    assert held[0.5] == (32 + 0.5 * 68) / 100 * held[1.0]
 
 
 def test_a_budget_that_channels_can_pay_keeps_every_token():
     model = attached("llama")
     cache = evicting_cache(model, policy("think", "80%"))
     feed(model, prompt(100), cache)
-    assert lengths(cache, 0) == [[100] * 4] * 3 and cache.evicting[0].keys.shape[1] == round(0.6 * 16)
+    assert lengths(cache, 0) == [[100] * 4] * 3 and cache.evicting[0].thin_k.shape[1] == round(0.6 * 16)
 
 
 def test_decoding_over_pruned_channels_is_attention_with_zeros_there():
@@ -239,10 +239,11 @@ def test_decoding_over_pruned_channels_is_attention_with_zeros_there():
     for layer, log in zip(cache.evicting, seen, strict=True):
         keys, values = (torch.cat([entry[k] for entry in log], 2) for k in (0, 1))
         call, out = log[-1][2:]
-        whole = layer.fresh
+        whole = layer.fresh + 4
+        assert layer.prunings == 1 and layer.fresh == 6
         for row, pads in enumerate(PADS):
             pruned = torch.zeros_like(keys[row])
-            index = layer.channels[row].long().unsqueeze(1).expand(-1, LENGTH, -1)
+            index = layer.channels[0, row].long().unsqueeze(1).expand(-1, LENGTH, -1)
             pruned.scatter_(2, index, keys[row].gather(2, index))
             pruned[:, LENGTH - whole :] = keys[row, :, LENGTH - whole :]
             kept = [p + pads for p in layer.kept_positions(row)]

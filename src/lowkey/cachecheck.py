@@ -108,25 +108,42 @@ def _evicting(layer: EvictingLayer, shape: Shape) -> str | None:
     return _first(
         _unlike("tail_k", layer.tail_k, b, heads, room, stored[0]),
         _unlike("tail_v", layer.tail_v, b, heads, room, stored[1]),
-        _unlike("keys", layer.keys, layer.kept, narrow),
+        _unlike("keys", layer.keys, layer.kept, stored[0]),
         _unlike("values", layer.values, layer.kept, stored[1]),
         _unlike("where", layer.where, layer.kept),
         _unlike("carried", layer.carried, layer.kept if layer.policy.carries else 0),
         _unlike("starts", layer.starts, b * heads + 1),
         _asked(layer, b, heads, shape[1]),
         *more,
-    ) or _rows(layer, heads)
+    ) or _first(
+        _rows(layer, heads, layer.starts, layer.where, layer.kept),
+        _pruned(layer, b, heads, stored[0]) if isinstance(layer, PruningLayer) else None,
+    )
 
 
-def _channels(layer: PruningLayer, b: int, heads: int, width: int) -> tuple[int, str | None]:
-    """How wide the keys of the rows are, and what is wrong with the channels that they have."""
-    channels = layer.channels
-    if channels.ndim != 3 or channels.shape[:2] != (b, heads) or channels.shape[2] > width:
-        return width, f"channels are of shape {tuple(channels.shape)}"
-    at = channels.long()
-    if bool(((at < 0) | (at >= width)).any()) or bool((at.diff(dim=2) <= 0).any()):
-        return width, "channels are not those of a key, ascending"
-    return channels.shape[2] or width, None
+def _pruned(layer: PruningLayer, b: int, heads: int, width: int) -> str | None:
+    """What is wrong with the tokens whose keys lost channels, and with the channels that they have left."""
+    at, until = layer.channels.long(), layer.until
+    wrong = _first(
+        _unlike("thin_k", layer.thin_k, layer.thin, layer.width),
+        _unlike("thin_v", layer.thin_v, layer.thin, layer.values.shape[-1]),
+        _unlike("thin_where", layer.thin_where, layer.thin),
+        _unlike("thin_starts", layer.thin_starts, b * heads + 1),
+        _unlike("channels", layer.channels, layer.prunings, b, heads, layer.width),
+        _unlike("until", until, layer.prunings, b),
+        _unlike("sure", layer.sure, b),
+    )
+    if wrong:
+        return wrong
+    if bool(((at < 0) | (at >= width)).any()) or bool((at.diff(dim=3) <= 0).any()):
+        return "channels are not those of a key, ascending"
+    if bool((until.diff(dim=0) < 0).any()):
+        return "a pruning went less far than the one before"
+    wrong = _rows(layer, heads, layer.thin_starts, layer.thin_where, layer.thin)
+    if wrong or not layer.thin:
+        return wrong
+    late = layer.thin_where >= until[-1][row_of(layer.thin_starts) // heads] if layer.prunings else layer.thin_where >= 0
+    return "tokens lost channels that no pruning took" if bool(late.any()) else None
 
 
 def _asked(layer: EvictingLayer, b: int, heads: int, width: int) -> str | None:
@@ -137,12 +154,12 @@ def _asked(layer: EvictingLayer, b: int, heads: int, width: int) -> str | None:
     return None if fits else f"asked is of shape {tuple(asked.shape)}"
 
 
-def _rows(layer: EvictingLayer, heads: int) -> str | None:
+def _rows(layer: EvictingLayer, heads: int, starts: Tensor, where: Tensor, kept: int) -> str | None:
     """Rows lie one behind the other, and hold tokens that came before the tail, each once and in their order."""
-    starts, where = layer.starts, layer.where.long()
-    if int(starts[0]) != 0 or int(starts[-1]) != layer.kept or bool((starts.diff() < 0).any()):
+    where = where.long()
+    if int(starts[0]) != 0 or int(starts[-1]) != kept or bool((starts.diff() < 0).any()):
         return "rows do not begin one behind the other"
-    if not layer.kept:
+    if not kept:
         return None
     row = row_of(starts)
     index = where + layer.offset[:, 0][row // heads]

@@ -193,7 +193,7 @@ class EvictingLayer(RaggedLayer):
         shape, parts = query.shape[:4], []
         if len(self.keys):
             keys = self.codec.readable_rows(self.keys, self.where, self.starts, shape[1])
-            rows = self.narrowed(query.flatten(2, 3)).flatten(0, 1)
+            rows = query.flatten(2, 3).flatten(0, 1)
             for k, v, starts in self._in_piece(keys):
                 out, lse = ragged(rows, k, v, starts, call.scaling, call.softcap)
                 parts.append((self.codec.out(out.view(*shape, -1)), lse.view(shape)))
@@ -214,14 +214,6 @@ class EvictingLayer(RaggedLayer):
         counts = torch.zeros_like(self.starts[1:]).index_add_(0, row, inside.long())
         both = (inside, counts), (~inside, self.starts.diff() - counts)
         return [(keys[chosen], self.values[chosen], starts_of(lengths)) for chosen, lengths in both]
-
-    def narrowed(self, x: Tensor) -> Tensor:
-        """Queries or keys (b, h, s, r) in the channels that the rows have."""
-        return x
-
-    def widened(self, keys: Tensor) -> Tensor:
-        """Keys of the rows (n, r) in the channels that they had."""
-        return keys
 
     def _own_part(self, keys: Tensor, values: Tensor, call: Call) -> Part:
         """Attention of a chunk's queries over the chunk itself, before anything of it is evicted."""
@@ -267,7 +259,7 @@ class EvictingLayer(RaggedLayer):
         """The tail becomes part of the rows."""
         rows = len(self.starts) - 1
         at = self.positions(self.seen - self.fresh, self.seen).int().repeat_interleave(self.tail_k.shape[1], 0)
-        pairs = (self.keys, self.narrowed(self.tail_k)), (self.values, self.tail_v)
+        pairs = (self.keys, self.tail_k), (self.values, self.tail_v)
         self.keys, self.values = (appended(kept, self.starts, x[:, :, : self.fresh].flatten(0, 1)) for kept, x in pairs)
         self.where = appended(self.where, self.starts, at)
         if self.policy.carries:
@@ -288,7 +280,7 @@ class EvictingLayer(RaggedLayer):
 
     def _padded(self, stop: int) -> Candidates:
         b, h = self.tail_k.shape[:2]
-        rows = [padded(x, self.starts)[0].unflatten(0, (b, h)) for x in (self.widened(self.keys), self.values, self.where.long())]
+        rows = [padded(x, self.starts)[0].unflatten(0, (b, h)) for x in (self.keys, self.values, self.where.long())]
         real = padded(self.where, self.starts)[1].unflatten(0, (b, h))
         carried = padded(self.carried, self.starts)[0].unflatten(0, (b, h)) if self.policy.carries else real.float() * 0
         at = self.positions(stop - self.fresh, stop).unsqueeze(1).expand(b, h, -1)

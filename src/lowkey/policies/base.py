@@ -47,17 +47,23 @@ class Scene:
     piece: Tensor | None = None
     repeating: Tensor | None = None
 
+    def newest(self, last: int = 0) -> Tensor:
+        """Positions (b, w) of the newest `last` queries of each row (0: all); -1 for the others."""
+        at = self.query_positions
+        return at.masked_fill(at <= at.amax(1, keepdim=True) - last, -1) if last and at.shape[1] else at
+
     def logits(self, last: int = 0) -> Iterator[tuple[slice, Tensor]]:
-        """Which of the newest `last` queries (0: all), a few at a time, and their logits (b, h, g, w, n) in fp32 over the first n
+        """Which of each row's newest `last` queries (0: all), a few at a time, and their logits (b, h, g, w, n) in fp32 over the first n
         candidates, since they see none of the others; -inf for what is not seen, and for padding."""
         b, h, g, w = self.queries.shape[:4]
         there = self.positions.masked_fill(~self.valid, torch.iinfo(torch.int64).max)
         lowest, highest = there.amin((0, 1)), there.amax((0, 1))  # over rows and heads; a candidate that one lacks is never clear
         keys = _exact(self.keys).mT
         step = max(LEAST, (CACHED if keys.device.type == "cpu" else BLOCK) // max(1, b * h * g * keys.shape[3]))
-        for start in range(max(0, w - last) if last else 0, w, step):
+        newest = self.newest(last)
+        for start in range(_before((newest >= 0).any(0)), w, step):
             some = slice(start, start + step)
-            at, queries = self.query_positions[:, some], _exact(self.queries[:, :, :, some]) * self.scaling
+            at, queries = newest[:, some], _exact(self.queries[:, :, :, some]) * self.scaling
             stop, clear = _after(lowest <= at.max()), int((highest <= at.min()).long().cumprod(0).sum())
             logits = (queries.flatten(2, 3) @ keys[..., :stop]).float().unflatten(2, queries.shape[2:4])
             if self.softcap is not None:
@@ -70,7 +76,7 @@ class Scene:
         """The softmax of `logits`; padding gets 0."""
         for some, logits in self.logits(last):
             weights = logits.softmax(-1)
-            yield weights.nan_to_num_(0.0) if bool((self.query_positions[:, some] < 0).any()) else weights
+            yield weights.nan_to_num_(0.0) if bool((self.newest(last)[:, some] < 0).any()) else weights
 
 
 @dataclass(frozen=True)
@@ -141,6 +147,12 @@ def _exact(x: Tensor) -> Tensor:
     return x.float() if x.device.type == "cpu" else x
 
 
+def _before(seen: Tensor) -> int:
+    """The number of the first that is true."""
+    there = seen.nonzero()
+    return int(there[0]) if len(there) else len(seen)
+
+
 def _after(seen: Tensor) -> int:
     """The number behind the last that is true."""
     there = seen.nonzero()
@@ -155,7 +167,8 @@ def pooled(scene: Scene, scores: Tensor, kernel: int, pooling: Pooling, window: 
     """
     if kernel == 1:
         return scores
-    first = scene.query_positions[:, -window:].clamp_min(0).amin(1) if window else scene.query_positions.amax(1) + 1
+    looking = scene.newest(window)
+    first = looking.masked_fill(looking < 0, looking.max()).amin(1) if window else looking.amax(1) + 1
     prompt = scene.valid & (scene.positions < first[:, None, None])
     slot = scene.positions.masked_fill(~prompt, 0)  # neighbours are found by position: tokens between them may have been evicted
     dense = scores.new_zeros(*scores.shape[:2], int(slot.max()) + 1).scatter_add(2, slot, scores.masked_fill(~prompt, 0.0))

@@ -40,7 +40,7 @@ class FastGen(Policy):
     sample: int = option(64, at_least=1, at_most=2**24)
 
     def score(self, scene: Scene) -> Tensor:
-        queries = (scene.query_positions[:, -self.sample :] >= 0).sum(1).clamp_min(1)
+        queries = (scene.newest(self.sample) >= 0).sum(1).clamp_min(1)
         mass = attention_sums(scene, self.sample) / queries[:, None, None, None]
         rung = self._rungs(scene, mass.mean(2))
         held = torch.stack([(mass * (rung <= i).unsqueeze(2)).sum(-1).amin(2) for i in range(FULL)])  # (3, b, h)

@@ -28,6 +28,6 @@ class SnapKV(Policy):
     pooling: Pooling = "max"
 
     def score(self, scene: Scene) -> Tensor:
-        looking = (scene.query_positions[:, -self.window :] >= 0).sum(1).clamp_min(1)
+        looking = (scene.newest(self.window) >= 0).sum(1).clamp_min(1)
         mean = attention_sums(scene, self.window).mean(2) / looking[:, None, None]
         return pooled(scene, mean, self.kernel, self.pooling, self.window)
