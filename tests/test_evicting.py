@@ -490,7 +490,7 @@ def test_a_policy_survives_json(name):
         (lambda: made(SnapKV("10%"), bits=4), "bits=4"),
         (lambda: make_policy("snapvk", "10%", {}), "did you mean 'snapkv'"),
         (lambda: make_policy("snapkv", "10%", {"windw": "3"}), "windw"),
-        (lambda: make_policy("headkv-r2", "10%", {"beta": "0.5"}), "beta 0.5"),
+        (lambda: make_policy("headkv-r2", "10%", {"beta": "0.5"}), "beta='0.5'"),
         (lambda: made().kept_positions(0), "keeps every token"),
     ],
 )

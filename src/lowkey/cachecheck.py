@@ -97,11 +97,7 @@ def _evicting(layer: EvictingLayer, shape: Shape) -> str | None:
     stored = [x.shape[-1] for x in layer.codec.encode(keys, values, layer.offset[:1, :0])]
     if list(widths.values()) != stored:
         return f"its tail has widths {list(widths.values())} and not {stored}"
-    narrow = stored[0]
     more: list[str | None] = []
-    if isinstance(layer, PruningLayer):
-        narrow, channels = _channels(layer, b, heads, stored[0])
-        more.append(channels)
     if isinstance(layer, CompensatingLayer):
         more += [_unlike(n, getattr(layer, n), b, heads, 1, w) for n, w in (("mean_k", stored[0]), ("mean_v", stored[1]), ("dropped", 1))]
         more.append("it counts less than nothing dropped" if bool((layer.dropped < 0).any()) else None)
