@@ -99,7 +99,8 @@ def _evicting(layer: EvictingLayer, shape: Shape) -> str | None:
         return f"its tail has widths {list(widths.values())} and not {stored}"
     more: list[str | None] = []
     if isinstance(layer, CompensatingLayer):
-        more += [_unlike(n, getattr(layer, n), b, heads, 1, w) for n, w in (("mean_k", stored[0]), ("mean_v", stored[1]), ("dropped", 1))]
+        more += [_unlike(n, getattr(layer, n), b, heads, 1, w) for n, w in (("mean_k", stored[0]), ("mean_v", stored[1]))]
+        more.append(_unlike("dropped", layer.dropped, b, heads, 1))
         more.append("it counts less than nothing dropped" if bool((layer.dropped < 0).any()) else None)
     return _first(
         _unlike("tail_k", layer.tail_k, b, heads, room, stored[0]),
