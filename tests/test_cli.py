@@ -1005,9 +1005,25 @@ def test_recover_writes_a_model_and_its_plan(model, halved, here):
     assert not list(here.glob("*.partial")), "nothing is left of the work"
 
 
+def test_recover_takes_the_settings_of_kv_latent(model, halved, here):
+    """arXiv:2507.11273: two stages with rates of their own, attention in full, adapters on the feed-forward maps, KL at 10."""
+    words = ("--stages", "distill=1:1e-3,kl=1:2e-5", "--full", "self_attn.*", "--lora", "mlp.*", "--temperature", 10, "--eps", 2e-4)
+    told = printed("recover", model, halved, "better", *words, "--length", 16, "--batch", 2)
+    about = json.loads((here / "better" / "plan" / "plan.json").read_text())["provenance"]["recovered"]["settings"]
+    assert (about["stages"], about["lrs"], about["temperature"]) == ([["distill", 1], ["kl", 1]], [1e-3, 2e-5], 10)
+    assert (about["full"], about["lora"], about["eps"]) == (["self_attn.*"], ["mlp.*"], 2e-4) and told["exact"] is False
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
-    [(["--stages", "ce"], "name=steps"), (["--stages", "sft=3"], "sft"), (["--stages", "ce=0"], "at least 1"), (["--lr", "-1"], "lr")],
+    [
+        (["--stages", "ce"], "name=steps"),
+        (["--stages", "sft=3"], "sft"),
+        (["--stages", "ce=0"], "at least 1"),
+        (["--stages", "ce=3:fast"], "rates are numbers"),
+        (["--full", "attn"], "names no linear map of a layer"),
+        (["--lr", "-1"], "lr"),
+    ],
 )
 def test_bad_arguments_of_recover(model, halved, here, words, says):
     assert says in refused("recover", model, halved, "better", *words)

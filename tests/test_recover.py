@@ -133,7 +133,7 @@ def test_adapters_of_a_half_precision_model_are_in_full_precision():
     model = lowkey.attach(pico.build("llama").to(torch.bfloat16))
     plan = pico.plan(model, layout="pre_rope")
     data = module.Windows.of(pico.tokenizer(), TEXT, SMALL)
-    training = module.Training.of(module._peft(), model, plan, data, SMALL)
+    training = module.Training.of(model, plan, data, SMALL)
     assert {p.dtype for p in training.adapters.values()} == {torch.float32}
     found = run(model, plan, stages=(("distill", 2), ("kl", 2)), factors=True)
     assert {p.dtype for p in found.model.parameters()} == {torch.bfloat16}
@@ -152,6 +152,91 @@ def test_the_rate_rises_to_its_peak_once_and_falls(steps, warmup):
     rates = [module.falling(k, steps, warmup) for k in range(steps)]
     top = rates.index(1.0)
     assert rates == sorted(rates[: top + 1]) + sorted(rates[top + 1 :], reverse=True) and min(rates) > 0
+
+
+# -- arXiv:2507.11273, section 4.2: attention in full, adapters on the feed-forward maps, a rate for each stage, KL at a temperature
+
+KV_LATENT = {"full": ("self_attn.*",), "lora": ("mlp.*",), "stages": (("distill", 2), ("kl", 2)), "lrs": (1e-2, 1e-3), "temperature": 10.0}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "phi3"])
+def test_attention_is_trained_in_full_and_the_rest_through_adapters(name):
+    """What changes says how: by any matrix in attention (and its biases), by one of the adapters' rank elsewhere."""
+    model = pico.attached(name)
+    after, before = run(model, **KV_LATENT).model.state_dict(), model.state_dict()
+    assert list(after) == list(before) and {t.dtype for t in after.values()} == {torch.float32}
+    for key, old in before.items():
+        change = after[key] - old
+        kind = "full" if ".self_attn." in key and "norm" not in key else "adapter" if ".mlp." in key else "none"
+        assert bool(change.any()) == (kind != "none") or key.endswith("k_proj.bias"), key
+        if change.ndim == 2 and kind != "none":
+            energy = torch.linalg.svdvals(change.double())
+            assert (energy[4] > 1e-3 * energy[0]) == (kind == "full"), key
+
+
+def test_a_stage_by_hand():
+    """One step of KL at a temperature with everything else switched off: AdamW on the attention's weights, and nothing else moves."""
+    model = pico.attached("llama")
+    plan = pico.plan(model)
+    settings = {"full": ("self_attn.*",), "lora": (), "stages": (("kl", 1),), "lr": 1e-3, "temperature": 4.0, "eps": 2e-4, "warmup": 0.0}
+    found = run(model, plan, **settings, weight_decay=0.1, betas=(0.8, 0.95))
+    twin, ids = lowkey.attach(copy.deepcopy(model)), module.Windows.of(pico.tokenizer(), TEXT, SMALL).at(0)
+    with torch.no_grad():
+        target = (model(ids).logits / 4).log_softmax(-1)
+    mine = (through(twin, plan, ids) / 4).log_softmax(-1)
+    loss = (target.exp() * (target - mine)).sum(-1).mean()
+    loss.backward()
+    assert losses(found)[0] == pytest.approx(loss.item(), rel=1e-4)
+    for name, p in twin.named_parameters():
+        moved = found.model.get_parameter(name)
+        if ".self_attn." not in name:
+            assert torch.equal(moved, p), name
+            continue
+        want = p * (1 - 1e-3 * 0.1) - 1e-3 * p.grad / (p.grad.abs() + 2e-4)  # the first step: both moments are the gradient's own
+        assert torch.allclose(moved, want, atol=2e-6), name
+
+
+def test_every_stage_has_its_rate():
+    """A second stage at a rate of nothing leaves what the first has made."""
+    first = run(stages=(("ce", 2),), lr=1e-2)
+    both = run(stages=(("ce", 2), ("kl", 2)), lrs=(1e-2, 1e-30))
+    assert losses(both)[:2] == losses(first)
+    assert all(torch.allclose(t, both.model.state_dict()[n], atol=1e-7) for n, t in first.model.state_dict().items())
+
+
+def test_maps_in_full_of_a_half_precision_model_are_trained_in_full_precision():
+    model = lowkey.attach(pico.build("llama").to(torch.bfloat16))
+    data = module.Windows.of(pico.tokenizer(), TEXT, SMALL)
+    training = module.Training.of(model, pico.plan(model), data, replace(SMALL, **KV_LATENT))
+    assert {p.dtype for p in training.adapters.values()} == {torch.float32}
+    found = run(model, pico.plan(model), **KV_LATENT)
+    assert {p.dtype for p in found.model.parameters()} == {torch.bfloat16} and all(map(math.isfinite, losses(found)))
+
+
+def test_training_in_full_resumes_to_the_same_numbers(tmp_path):
+    straight = run(**KV_LATENT, factors=True, dropout=0.2)
+    with pytest.raises(KeyboardInterrupt):
+        run(work=tmp_path, progress=stop_before(3), **KV_LATENT, factors=True, dropout=0.2)
+    resumed = run(work=tmp_path, **KV_LATENT, factors=True, dropout=0.2)
+    assert resumed.losses == straight.losses
+    assert same(resumed.model.state_dict(), straight.model.state_dict()) and same(maps(resumed.plan), maps(straight.plan))
+
+
+@pytest.mark.parametrize("other", [{"lora": ("*",)}, {"full": ()}, {"temperature": 2.0}, {"lrs": ()}, {"eps": 1e-3}], ids=str)
+def test_a_work_folder_of_other_maps_is_not_reused(tmp_path, other):
+    run(work=tmp_path, **KV_LATENT)
+    assert run(work=tmp_path, **KV_LATENT | other).losses == run(**KV_LATENT | other).losses
+
+
+def test_a_plan_that_loses_nothing_is_said_to(layout):
+    model = pico.attached("llama")
+    exact = run(model, pico.plan(model, pico.HEAD_DIM, pico.HEAD_DIM, layout=layout), stages=(("kl", 1),))
+    assert exact.exact and exact.plan.provenance["recovered"]["exact"]
+    merged = {i: pico.merged_factors(4, 16, 16, 2, 4, seed=i) for i in range(pico.LAYERS)}
+    assert run(model, pico.plan(model, factors=merged, layout=layout), stages=(("kl", 1),)).exact
+    for ranks in ((15, 16), (16, 15)):
+        lossy = run(model, pico.plan(model, *ranks, layout=layout), stages=(("kl", 1),))
+        assert not lossy.exact and not lossy.plan.provenance["recovered"]["exact"]
 
 
 # -- what it is good for
@@ -339,6 +424,14 @@ def test_unfinished_work_is_plain_data(tmp_path):
         {"weight_decay": -1.0},
         {"warmup": 1.5},
         {"save_every": 0},
+        {"temperature": 0.0},
+        {"eps": float("nan")},
+        {"betas": (0.9, 1.0)},
+        {"lrs": (1e-3, 1e-3)},
+        {"lrs": (0.0,)},
+        {"lora": ("attn.*",)},
+        {"full": ("lm_head",)},
+        {"lora": ()},
     ],
     ids=str,
 )

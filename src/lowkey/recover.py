@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import math
@@ -10,13 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowkey import families, files, optimizing, text, through, weights
+from lowkey import adapting, families, files, optimizing, text, through, weights
+from lowkey.adapting import Adapted
 from lowkey.cache import cache_of
 from lowkey.fingerprint import data_fingerprint, model_fingerprint
 from lowkey.layers.codec import LowRank
@@ -39,10 +38,13 @@ class Recovery(Checked):
 
     stages: objectives in order, each with its number of steps. `distill`: every layer is fed the ORIGINAL model's input for that layer; the
     relative squared error between its compressed output and the original layer's output, averaged over layers (arXiv:2507.11273, Eq. 7,
-    stage I). `ce`: next-token cross-entropy with compression everywhere. `kl`: KL(original || compressed) of next-token distributions.
-    rank, alpha, dropout: of the LoRA adapters on every linear map of the decoder layers (arXiv:2106.09685). batch, length: windows per step
-    and tokens per window. lr: the peak of each stage, after a share `warmup` of its steps; it then falls to 0 by a cosine. factors: train
-    the plan's maps too, which then are no longer orthonormal; weight_decay is for the adapters alone, since it would pull maps to zero.
+    stage I). `ce`: next-token cross-entropy with compression everywhere. `kl`: KL(original || compressed) of next-token distributions, per
+    token, of logits over `temperature` (not multiplied by its square, as KV-Latent's code has it).
+    lora, full: linear maps of the decoder layers, as patterns of their names in the layer (`self_attn.*`, `mlp.gate_proj`): through LoRA
+    adapters (arXiv:2106.09685), by default all, or in full, as arXiv:2507.11273 trains attention. What both name is trained in full.
+    rank, alpha, dropout: of the adapters. batch, length: windows per step and tokens per window. lr: the peak of each stage, after a share
+    `warmup` of its steps; it then falls to 0 by a cosine. lrs: a peak for each stage instead. betas, eps: of AdamW. factors: train
+    the plan's maps too, which then are no longer orthonormal; weight_decay is for all but those, since it would pull maps to zero.
     save_every: steps between checkpoints, when there is a work folder.
     """
 
@@ -58,21 +60,31 @@ class Recovery(Checked):
     factors: bool = False
     seed: int = option(0, at_least=0)
     save_every: int = option(50, at_least=1)
+    lora: tuple[str, ...] = option(("*",), any_text=True)
+    full: tuple[str, ...] = option((), any_text=True)
+    temperature: float = option(1.0, above=0, at_most=1000)
+    lrs: tuple[float, ...] = option((), above=0)
+    betas: tuple[float, float] = option((0.9, 0.999), at_least=0, below=1)
+    eps: float = option(1e-8, above=0, at_most=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.stages:
             raise LowkeyError("stages (): there is nothing to train; give at least one, as in (('ce', 200),)")
+        if self.lrs and len(self.lrs) != len(self.stages):
+            raise LowkeyError(f"lrs {list(self.lrs)}: {len(self.stages)} stages have a rate each; give as many, or lr for all")
 
 
 @dataclass(frozen=True)
 class Recovered:
-    """A plain model with the adapters merged into its weights, the plan re-issued for it, and one record per step:
-    {"step": 1.., "stage", "loss": before that step, "tokens": seen by then}."""
+    """A plain model with what was learned in its weights, the plan re-issued for it, and one record per step:
+    {"step": 1.., "stage", "loss": before that step, "tokens": seen by then}. exact: the plan lost nothing, so that nothing was to be
+    recovered (its maps at full rank are identities); it is said in the new plan's provenance too."""
 
     model: PreTrainedModel
     plan: Plan
     losses: list[dict]
+    exact: bool = False
 
 
 def recover(
@@ -92,13 +104,13 @@ def recover(
     Errors: LowkeyError when peft is missing, the plan is another model's, settings are out of range, the text is shorter than
     a window, or the loss is no longer finite.
     """
-    peft = _peft()
+    adapting.peft()
     _check(settings, model)
     weights.check_plain("recover", model, families.decoder_layers(model))
     plan.check(model)
     data = Windows.of(tokenizer, text.joined(texts), settings)
     folder = files.job_folder(work, _describe(plan, data, settings))
-    training = Training.of(peft, model, plan, data, settings)
+    training = Training.of(model, plan, data, settings)
     if folder is not None and (found := files.read_work(folder, CHECKPOINT)) is not None:
         training.restore(found, folder)
     with torch.enable_grad():
@@ -106,18 +118,11 @@ def recover(
     return _finished(training, plan)
 
 
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise LowkeyError("peft is not installed: pip install 'lowkey[train]'") from None
-    return peft
-
-
 def _check(settings: Recovery, model: PreTrainedModel) -> None:
     for name, _ in settings.stages:
         if name not in OBJECTIVES:
             raise LowkeyError(f"stage {shown(name)} is unknown; {nearest(name, OBJECTIVES)}")
+    adapting.check(model, settings.lora, settings.full)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", settings.length)
     if settings.length > longest:
         raise LowkeyError(f"length {settings.length}: the model has {longest} positions; give at most that")
@@ -157,15 +162,16 @@ class Windows:
 
 @dataclass
 class Student:
-    """The model with its adapters, as it runs through the compressed cache and as it was."""
+    """The model with what is trained of it, as it runs through the compressed cache and as it was."""
 
-    adapted: Any  # peft.PeftModel
+    adapted: Adapted
     plan: Plan
     factors: dict[int, Factors]
+    temperature: float = 1.0
 
     @property
     def model(self) -> PreTrainedModel:
-        return self.adapted.get_base_model()
+        return self.adapted.model
 
     def layer(self, i: int) -> RebuildingLayer | CodedLayer:
         """Keys that turn at frequencies of their own cannot be rebuilt, only attended to."""
@@ -178,17 +184,12 @@ class Student:
         """(b, t, V) in fp32, compressed everywhere."""
         return self.model(ids, past_key_values=cache_of(self.model, self.layer), use_cache=True).logits.float()
 
-    @contextmanager
-    def original(self) -> Iterator[PreTrainedModel]:
-        with torch.no_grad(), self.adapted.disable_adapter():
-            yield self.model
-
 
 def distill(student: Student, ids: Tensor) -> Iterator[Tensor]:
     """One part for each compressed layer: ||f~(x) - f(x)||^2 / ||f(x)||^2 at the original's x, over the number of layers."""
     blocks = families.decoder_layers(student.model)
     last = len(blocks) - 1
-    with student.original() as model:
+    with student.adapted.original() as model:
         states = model(ids, use_cache=False, output_hidden_states=True, logits_to_keep=1).hidden_states
         end = families.run_layer(model, last, blocks[last], states[last], None)  # the model's own last state is normed
     outputs = [*states[1 : last + 1], end]
@@ -203,10 +204,10 @@ def cross_entropy(student: Student, ids: Tensor) -> Iterator[Tensor]:
 
 
 def divergence(student: Student, ids: Tensor) -> Iterator[Tensor]:
-    """KL(original || compressed) per token, at temperature 1."""
-    with student.original() as model:
+    """KL(original || compressed) per token, at the student's temperature."""
+    with student.adapted.original() as model:
         target = model(ids, use_cache=False).logits
-    yield through.divergence(student.logits(ids), target)
+    yield through.divergence(student.logits(ids), target, student.temperature)
 
 
 # parts of a loss, whose sum is the loss: each is differentiated before the next is formed
@@ -219,20 +220,6 @@ def _randomness(device: torch.device, seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-def _adapted(peft: Any, model: PreTrainedModel, settings: Recovery) -> Any:
-    """A copy of the model, frozen, with adapters in fp32; in eval mode but for the adapters' dropout."""
-    twin = attach(copy.deepcopy(model)).eval().requires_grad_(False)
-    inside = {m for block in families.decoder_layers(twin) for m in block.modules()}
-    names = [name for name, m in twin.named_modules() if isinstance(m, nn.Linear) and m in inside]
-    config = peft.LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=names, bias="none")
-    with _randomness(device_of(twin), _seed(settings.seed, "adapters")):
-        adapted = peft.get_peft_model(twin, config, autocast_adapter_dtype=True).eval()
-    for name, module in adapted.named_modules():
-        if name.endswith(".lora_dropout"):
-            module.train()
-    return adapted
 
 
 def _tensors(f: Factors) -> dict[str, Tensor]:
@@ -263,24 +250,28 @@ class Training:
     whole: bool = True
 
     def __post_init__(self) -> None:
-        self.schedule = [(name, k, steps) for name, steps in self.settings.stages for k in range(steps)]
+        stages, lr = self.settings.stages, self.settings.lr
+        rates = self.settings.lrs or [lr] * len(stages)
+        self.schedule = [(name, k, steps, peak) for (name, steps), peak in zip(stages, rates, strict=True) for k in range(steps)]
         self.optimizer = self._fresh()
 
     @classmethod
-    def of(cls, peft: Any, model: PreTrainedModel, plan: Plan, data: Windows, settings: Recovery) -> Training:
-        adapted = _adapted(peft, model, settings)
-        blocks = families.decoder_layers(adapted.get_base_model())
+    def of(cls, model: PreTrainedModel, plan: Plan, data: Windows, settings: Recovery) -> Training:
+        lora = {"r": settings.rank, "lora_alpha": settings.alpha, "lora_dropout": settings.dropout}
+        with _randomness(device_of(model), _seed(settings.seed, "adapters")):
+            adapted = Adapted.of(model, settings.lora, settings.full, **lora)
+        blocks = families.decoder_layers(adapted.model)
         factors = {i: _loose(f, device_of(blocks[i])) for i, f in plan.factors.items()}
-        adapters = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
         maps = {f"{i}.{name}": t.requires_grad_() for i, f in factors.items() for name, t in _maps(f).items() if settings.factors}
-        return cls(Student(adapted, plan, factors), data, settings, adapters, maps)
+        return cls(Student(adapted, plan, factors, settings.temperature), data, settings, adapted.parameters(), maps)
 
     def _fresh(self) -> torch.optim.AdamW:
         """A new optimizer for every stage: another objective has gradients of another size."""
         groups: list[dict] = [{"params": list(self.adapters.values())}]
         if self.maps:
             groups.append({"params": list(self.maps.values()), "weight_decay": 0.0})
-        return torch.optim.AdamW(groups, lr=self.settings.lr, weight_decay=self.settings.weight_decay)
+        s = self.settings
+        return torch.optim.AdamW(groups, lr=s.lr, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay)
 
     def run(self, folder: Path | None, progress: Progress) -> None:
         left = range(len(self.losses), len(self.schedule))
@@ -294,10 +285,10 @@ class Training:
             raise
 
     def step(self, n: int) -> None:
-        name, k, steps = self.schedule[n]
+        name, k, steps, peak = self.schedule[n]
         if k == 0:
             self.optimizer = self._fresh()
-        rate = self.settings.lr * falling(k, steps, self.settings.warmup)
+        rate = peak * falling(k, steps, self.settings.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
@@ -305,7 +296,7 @@ class Training:
         norm = nn.utils.get_total_norm([p.grad for p in (*self.adapters.values(), *self.maps.values()) if p.grad is not None])
         if not math.isfinite(loss) or not math.isfinite(norm):
             rule = f"loss {loss:g} and gradient {float(norm):g} of step {n + 1} must be finite"
-            raise LowkeyError(f"lr {self.settings.lr:g}: {rule}; give a smaller lr")
+            raise LowkeyError(f"lr {peak:g}: {rule}; give a smaller lr")
         self.whole = False
         self.optimizer.step()
         self.losses.append(loss)
@@ -341,14 +332,15 @@ class Training:
         self.losses = losses.tolist()
 
     def records(self) -> list[dict]:
-        size, names = self.settings.batch * self.settings.length, [name for name, _, _ in self.schedule]
+        size, names = self.settings.batch * self.settings.length, [entry[0] for entry in self.schedule]
         return [{"step": n, "stage": names[n - 1], "loss": loss, "tokens": n * size} for n, loss in enumerate(self.losses, 1)]
 
 
 def _finished(training: Training, plan: Plan) -> Recovered:
-    model = training.student.adapted.merge_and_unload().eval().requires_grad_(False)
-    records = training.records()
+    model = training.student.adapted.merged().eval().requires_grad_(False)
+    records, exact = training.records(), all(_lossless(f) for f in plan.factors.values())
     about = {
+        "exact": exact,
         "settings": json.loads(json.dumps(asdict(training.settings))),  # as it comes back from a file
         "from_sha256": plan.provenance["model_sha256"],
         "data_sha256": training.data.fingerprint(),
@@ -360,7 +352,20 @@ def _finished(training: Training, plan: Plan) -> Recovered:
     if maps := training.maps:
         back = {i: {name: maps[f"{i}.{name}"].detach().to(t.device) for name, t in _maps(f).items()} for i, f in plan.factors.items()}
         issued = replace(issued, factors={i: replace(f, **back[i]) for i, f in plan.factors.items()}, orthonormal=False)
-    return Recovered(attach(model), issued, records)
+    return Recovered(attach(model), issued, records, exact)
+
+
+def _lossless(f: Factors) -> bool:
+    """Whether keys and values come back as they were: latents of full rank, of maps that undo one another."""
+    if f.frequencies is not None:
+        return False
+
+    def undone(down: Tensor, up: Tensor, together: int) -> bool:
+        joint = torch.cat(list(up.unflatten(0, (-1, together)).transpose(0, 1)), -1)  # (G, t r, t d)
+        back = down.double() @ joint.double()
+        return bool((back - torch.eye(back.shape[-1], dtype=back.dtype, device=back.device)).abs().max() < 1e-4)
+
+    return undone(f.k_down, f.k_up, f.merge[0]) and undone(f.v_down, f.v_up, f.merge[1])
 
 
 def _describe(plan: Plan, data: Windows, settings: Recovery) -> dict:

@@ -46,9 +46,9 @@ def next_token_loss(scores: Tensor, ids: Tensor) -> Tensor:
     return cross_entropy(scores[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
-def divergence(found: Tensor, original: Tensor) -> Tensor:
-    """KL(original || found) of next-token distributions per token, from logits (b, t, V)."""
-    found, original = (x.float().log_softmax(-1).flatten(0, 1) for x in (found, original))
+def divergence(found: Tensor, original: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(original || found) of next-token distributions per token, from logits (b, t, V) over a temperature."""
+    found, original = ((x.float() / temperature).log_softmax(-1).flatten(0, 1) for x in (found, original))
     return kl_div(found, original, log_target=True, reduction="batchmean")
 
 

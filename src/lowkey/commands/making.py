@@ -231,12 +231,18 @@ def recover(
     plan: Annotated[Path, typer.Argument(help="a plan folder made for this model")],
     out: Annotated[Path, typer.Argument(help="folder to write the trained model and, in OUT/plan, its plan to")],
     stages: Annotated[
-        str, typer.Option(help=f"objectives and steps in order, like distill=100,ce=200: {', '.join(OBJECTIVES)}")
+        str,
+        typer.Option(help=f"objectives, steps and, after a colon, rates, like distill=100:1e-4,ce=200: {', '.join(OBJECTIVES)}"),
     ] = "kl=200",
     calibration: Calibration = None,
     factors: Annotated[bool, typer.Option(help="train the plan's maps too")] = False,
     rank: Annotated[int, typer.Option(help=within(Recovery, "rank", "of the LoRA adapters"))] = 16,
-    lr: Annotated[float, typer.Option(help=within(Recovery, "lr", "peak learning rate"))] = 3e-4,
+    lora: Annotated[list[str] | None, typer.Option(help="linear maps with adapters, like mlp.*; repeat (default: all; '': none)")] = None,
+    full: Annotated[list[str] | None, typer.Option(help="linear maps trained in full, like self_attn.*; repeat")] = None,
+    temperature: Annotated[float, typer.Option(help=within(Recovery, "temperature", "of kl's distributions"))] = 1.0,
+    lr: Annotated[float, typer.Option(help=within(Recovery, "lr", "peak learning rate of stages that name none"))] = 3e-4,
+    weight_decay: Annotated[float, typer.Option(help=within(Recovery, "weight_decay", "of all but the plan's maps"))] = 0.01,
+    eps: Annotated[float, typer.Option(help=within(Recovery, "eps", "of AdamW"))] = 1e-8,
     batch: Annotated[int, typer.Option(help=within(Recovery, "batch", "windows per step"))] = 4,
     length: Annotated[int, typer.Option(help=within(Recovery, "length", "tokens per window"))] = 256,
     seed: Seed = 0,
@@ -247,7 +253,12 @@ def recover(
 ) -> None:
     """Train a model through a plan, so that it learns to live with it. Interrupted work resumes when the same command is given again."""
     work = files.check_output(out, force)
-    settings = Recovery(_stages(stages), rank, 2 * rank, batch=batch, length=length, lr=lr, factors=factors, seed=seed)
+    named, rates = _stages(stages, lr)
+    settings = Recovery(
+        named, rank, 2 * rank, batch=batch, length=length, seed=seed, factors=factors, temperature=temperature,
+        lora=("*",) if lora is None else tuple(filter(None, lora)), full=tuple(full or ()),
+        lr=lr, lrs=rates, eps=eps, weight_decay=weight_decay,
+    )  # fmt: skip
     loaded, tokenizer, corpus = opened(model, dtype, device, calibration)
     chosen = plan_at(plan, loaded).ordinary("recover")
     found = train(loaded, tokenizer, chosen, corpus, settings=settings, work=work, progress=bars)
@@ -259,16 +270,26 @@ def recover(
     files.remove_work(work)
     first, last = (found.losses[i]["loss"] for i in (0, -1))
     told = {"model": str(out), "plan": str(out / "plan"), "steps": len(found.losses), "first_loss": first, "last_loss": last}
+    told["exact"] = found.exact
+    if found.exact and not as_json:
+        err.print("the plan is exact: it lost nothing, so there was nothing to recover", highlight=False)
     print(json.dumps(told)) if as_json else err.print(
         f"model and plan written to {out} after {len(found.losses)} steps: loss {first:.4f} -> {last:.4f}", highlight=False
     )
 
 
-def _stages(written: str) -> tuple[tuple[str, int], ...]:
-    parts = [part.partition("=") for part in written.split(",")]
+def _stages(written: str, lr: float) -> tuple[tuple[tuple[str, int], ...], tuple[float, ...]]:
+    """Objectives with their steps, and the rate of each; no rates where none is named."""
+    pairs = [part.partition(":") for part in written.split(",")]
+    parts = [stage.partition("=") for stage, _, _ in pairs]
     if not all(re.fullmatch(r"\d{1,19}", steps.strip(), re.ASCII) for _, _, steps in parts):
         raise LowkeyError(f"stages {shown(written)}: write them as name=steps, like distill=100,ce=200")
-    return tuple((word_of("stage", name.strip(), OBJECTIVES), int(steps)) for name, _, steps in parts)
+    try:
+        rates = tuple(float(rate) if colon else lr for _, colon, rate in pairs)
+    except ValueError:
+        raise LowkeyError(f"stages {shown(written)}: rates are numbers, like distill=100:1e-4,ce=200:2e-5") from None
+    stages = tuple((word_of("stage", name.strip(), OBJECTIVES), int(steps)) for name, _, steps in parts)
+    return stages, rates if any(colon for _, colon, _ in pairs) else ()
 
 
 def pretrain(
