@@ -34,7 +34,7 @@ PLANS: dict[str, tuple[str, dict[str, str], Layout, str]] = {  # label: method, 
     "kv-head-svd, half the heads, exportable": ("kv-head-svd", {"keys": "commuting"}, "post_rope", "50%"),
     "kv-head-svd, half the heads, weight SVD": ("kv-head-svd", {"keys": "grouped", "basis": "weights"}, "post_rope", "50%"),
     "kv-head-svd, half the heads, mean": ("kv-head-svd", {"keys": "grouped", "basis": "mean"}, "post_rope", "50%"),
-    "mea, half the heads": ("mea", {}, "post_rope", "50%"),
+    "mea, half the heads": ("mea", {"basis": "activations"}, "post_rope", "50%"),
     "mea (weights), half the heads": ("mea", {"basis": "weights"}, "post_rope", "50%"),
     "mea (aligned), half the heads": ("mea", {"basis": "aligned"}, "post_rope", "50%"),
     "kv-latent, 50%": ("kv-latent", {}, "post_rope", "50%"),
@@ -86,7 +86,7 @@ def plan_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: 
     method, options, layout, budget = PLANS[label]
     chosen = make_method(method, options)
     sample = Sample(24, 512, seed)
-    return calibrate(model, tokenizer, corpus, method=chosen, budget=budget, layout=layout, sample=sample, progress=bars)
+    return calibrate(model, tokenizer, corpus, method=chosen, budget=budget, layout=layout, ranks=8, sample=sample, progress=bars)
 
 
 def measured(

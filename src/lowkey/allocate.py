@@ -15,6 +15,7 @@ from lowkey.profile import Pair, Profile, Ranks, too_small
 from lowkey.types import LowkeyError
 
 Energy = Literal["squared", "singular"]
+PARTS = ("summary", "bounds", "needs", "measured", "under_error", "under_bytes", "bounded", "pairs")  # of an allocator
 Step = tuple[float, int, Pair]  # error added per byte freed, layer, its new ranks
 
 

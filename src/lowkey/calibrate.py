@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey import families, files, sensitivity, text
-from lowkey.allocate import ALLOCATORS, Allocator
+from lowkey.allocate import ALLOCATORS, PARTS, Allocator
 from lowkey.fingerprint import data_fingerprint, model_fingerprint
 from lowkey.grid import Asked, grid, multiples
 from lowkey.layers.exact import Exact
@@ -75,7 +75,7 @@ def calibrate(
     """Fit `method` on `texts` (the embedded text when None) and choose ranks. allocator, layout: the method's own when None.
 
     budget: bytes that one more token takes, in the model's dtype, in the layers that are compressed (sliding ones are not), `50%` when
-    neither budget is given; never exceeded. `sinks` first and `recent` last tokens stay exact: each takes a whole token's bytes instead.
+    neither budget is given; never exceeded. Not in it: `recent` last tokens are held whole instead, `sinks` first ones whole besides.
     error_budget: instead, the largest value of what the allocator's `bounds` names, for most the largest error of a layer, measured on
     held-out windows with that layer alone compressed; `plan.profile["bounded"]` says what was reached.
     judge: a layer's error is that of its output (`layers`, relative) or the nats by which the cross-entropy grows (`loss`,
@@ -259,6 +259,8 @@ def _allocate(split: Allocator, profile: Profile, limit: Budget | float) -> Rank
 
 def _allocator(chosen: str | Allocator) -> Allocator:
     if not isinstance(chosen, str):
+        if missing := [part for part in PARTS if not hasattr(chosen, part)]:
+            raise LowkeyError(f"allocator {type(chosen).__name__}: lacks {', '.join(missing)}; derive it from lowkey.allocate.Allocator")
         return chosen
     if chosen not in ALLOCATORS:
         raise LowkeyError(f"allocator {chosen!r} is unknown; choose one of {', '.join(ALLOCATORS)}")

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey import files, options
-from lowkey.allocate import ALLOCATORS, Allocator
+from lowkey.allocate import ALLOCATORS, PARTS, Allocator
 from lowkey.attention import register
 from lowkey.families import family
 from lowkey.methods import METHODS, Method
@@ -28,7 +28,7 @@ from lowkey.seam import attach
 from lowkey.types import Budget, LowkeyError
 
 TINY = "tiny"
-NEEDED = ("fit", "summary", "paper", "allocator")  # of a method
+NEEDED = ("fit", "summary", "paper", "allocator", "layout", "grid", "candidates")  # of a method
 
 
 def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -154,7 +154,7 @@ def make_method(name: str, given: Mapping[str, str]) -> Method:
 
 def make_allocator(name: str, given: Mapping[str, str]) -> Allocator:
     """An allocator of ranks by its name in ALLOCATORS or as `package.module:Class`, with options given as text."""
-    kind: Any = ALLOCATORS.get(name) or _outside("allocator", name, ALLOCATORS, ("under_error", "under_bytes", "needs", "summary"))
+    kind: Any = ALLOCATORS.get(name) or _outside("allocator", name, ALLOCATORS, PARTS)
     return _made(f"allocator {name!r}", kind, given)
 
 

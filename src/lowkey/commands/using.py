@@ -19,7 +19,7 @@ from lowkey.dynamic import METHOD
 from lowkey.generate import stream
 from lowkey.layers.packing import SCHEMES
 from lowkey.loading import load, make_policy
-from lowkey.methods import METHODS
+from lowkey.methods import METHODS, Method
 from lowkey.methods.dynakv import GateTraining
 from lowkey.options import Range, checked, ranges
 from lowkey.policies import POLICIES, policy_words
@@ -77,15 +77,16 @@ def inspect(plan: Annotated[Path, typer.Argument(help="a plan folder")], as_json
 
 def methods(as_json: AsJson = False) -> None:
     """The methods and allocators, with their options and papers, and what `lowkey dynamic` makes."""
-    listed = {name: {"summary": m.summary, "paper": m.paper, **_options(m)} for name, m in METHODS.items()}
+    listed = {name: {"summary": m.summary, "paper": m.paper, **_defaults(m), **_options(m)} for name, m in METHODS.items()}
     splits = {name: {"summary": a.summary, "bounds": a.bounds, **_options(a)} for name, a in ALLOCATORS.items()}  # type: ignore[attr-defined]
     own = {"summary": GateTraining.summary, "paper": GateTraining.paper}
     if as_json:
         print(json.dumps({"methods": listed, "allocators": splits, "dynamic": {METHOD: own}}))
         return
-    table = Table("method", "what it does", "paper", "options and their ranges (-O name=value)")
+    table = Table("method", "what it does", "paper", "allocator, layout, ranks", "options and their ranges (-O name=value)")
     for name, kind in METHODS.items():
-        table.add_row(name, kind.summary, kind.paper, options_of(kind, describe(kind())["parameters"]))
+        others = ", ".join(_defaults(kind).values())
+        table.add_row(name, kind.summary, kind.paper, others, options_of(kind, describe(kind())["parameters"]))
     screen.print(table)
     table = Table("allocator", "what it does", "what --error-budget bounds", "options and their ranges (-A name=value)")
     for name, rule in ALLOCATORS.items():
@@ -117,3 +118,8 @@ def policies(as_json: AsJson = False) -> None:
 def _options(kind: Any) -> dict[str, dict]:
     """Options of a method or an allocator with their defaults, and what each may be."""
     return {"options": describe(kind())["parameters"], "ranges": ranges(kind)}
+
+
+def _defaults(method: type[Method]) -> dict[str, str]:
+    """What calibration takes with a method when nothing else is said."""
+    return {"allocator": method.allocator, "layout": method.layout, "ranks": method.grid}
