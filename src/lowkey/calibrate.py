@@ -88,11 +88,10 @@ def calibrate(
     """
     chosen = method or METHODS["stiefattention"]()
     form, split = layout or chosen.layout, _allocator(allocator or chosen.allocator)
-    _check(model, sinks, recent, form, judge)
+    _check(model, sinks, recent, form, judge, split)
     shape = families.geometry(model)
     measured, choices = _candidates(chosen, shape, ranks, rank_multiple)
     limit = _limit(budget, error_budget, shape, model, judge, measured[0] if split.measured else choices[0])
-    sensitivity.check(model, split.needs)
     rows = windows_of(attach(model), tokenizer, texts, sample)
     course = Course(model, rows, max(1, round(HELD * len(rows))), form, measured, sample.seed, sample.batch, progress, choices)
     provenance, ours = provenance_of(model, rows, sample), describe(chosen)
@@ -148,7 +147,7 @@ def _transposed(f: Factors) -> bool:
     return all(torch.equal(blocks(down.mT, t), up) and is_orthonormal(down) for (down, up), t in zip(sides, f.merge, strict=True))
 
 
-def _check(model: PreTrainedModel, sinks: int, recent: int, layout: Layout, judge: str) -> None:
+def _check(model: PreTrainedModel, sinks: int, recent: int, layout: Layout, judge: str, split: Allocator) -> None:
     if model.training:
         raise LowkeyError("model: is in training mode, where dropout would be measured too; call model.eval() first")
     Exact(sinks, recent)  # has their ranges
@@ -157,6 +156,7 @@ def _check(model: PreTrainedModel, sinks: int, recent: int, layout: Layout, judg
     families.check_layout(model, layout)
     if judge not in JUDGES:
         raise LowkeyError(f"judge {judge!r} is unknown; choose one of {', '.join(JUDGES)}")
+    sensitivity.check(model, split.needs)
 
 
 def _candidates(method: Method, shape: families.Geometry, asked: Asked | None, multiple: int) -> tuple[list[int], tuple[int, ...]]:
