@@ -55,33 +55,36 @@ from lowkey.types import Budget, LowkeyError
 WINDOWS = within(Sample, "windows", "calibration windows at most, as far as the text goes")
 CONTEXT = within(Sample, "length", "tokens per calibration window (default: 512, or all a model takes)")
 
+PlanBudget = Annotated[
+    str | None, typer.Option(help="bytes of one more token in the compressed layers: '50%' or '64 KiB/token' (50% when no budget is given)")
+]
+ErrorBudget = Annotated[
+    float | None, typer.Option(help="instead, like 0.03: the largest layer error, or what else the allocator bounds (`lowkey methods`)")
+]
+RankAllocator = Annotated[
+    str | None, typer.Option(help=f"how ranks are split: {', '.join(ALLOCATORS)} or package.module:Class (default: the method's)")
+]
+Judge = Annotated[str, typer.Option(help="a layer's error: layers (relative, of its output) or loss (nats, that layer alone compressed)")]
+CandidateRanks = Annotated[
+    str | None,
+    typer.Option(help="candidates: a count like 8, ranks like 16,32,64, shares like 50%,75%, or all (the method's own when not given)"),
+]
+
 
 def compress(
     model: Model,
     out: Annotated[Path, typer.Argument(help="folder to write the plan to")],
     method: Annotated[str, typer.Option(help="a name that `lowkey methods` lists, or package.module:Class")] = "stiefattention",
-    budget: Annotated[
-        str | None,
-        typer.Option(help="bytes of one more token in the compressed layers: '50%' or '64 KiB/token' (50% when no budget is given)"),
-    ] = None,
-    error_budget: Annotated[
-        float | None, typer.Option(help="instead, like 0.03: the largest layer error, or what else the allocator bounds (`lowkey methods`)")
-    ] = None,
-    allocator: Annotated[
-        str | None, typer.Option(help=f"how ranks are split: {', '.join(ALLOCATORS)} or package.module:Class (default: the method's)")
-    ] = None,
+    budget: PlanBudget = None,
+    error_budget: ErrorBudget = None,
+    allocator: RankAllocator = None,
     allocator_option: AllocatorOptions = None,
     layout: Annotated[str | None, typer.Option(help="post_rope or pre_rope (the method's own when not given)")] = None,
     calibration: Calibration = None,
     windows: Annotated[int, typer.Option(help=WINDOWS)] = 32,
     context: Annotated[int | None, typer.Option(help=CONTEXT)] = None,
-    judge: Annotated[
-        str, typer.Option(help="a layer's error: layers (relative, of its output) or loss (nats, that layer alone compressed)")
-    ] = "layers",
-    ranks: Annotated[
-        str | None,
-        typer.Option(help="candidates: a count like 8, ranks like 16,32,64, shares like 50%,75%, or all (the method's own when not given)"),
-    ] = None,
+    judge: Judge = "layers",
+    ranks: CandidateRanks = None,
     rank_multiple: Annotated[int, typer.Option(help="hold every rank per KV head to a multiple of this, or to the head dim")] = 1,
     sinks: Annotated[int, typer.Option(help=within(Exact, "sinks", "first tokens kept exact"))] = 0,
     recent: Annotated[int, typer.Option(help=within(Exact, "recent", "last tokens kept exact"))] = 0,
