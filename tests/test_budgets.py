@@ -18,7 +18,7 @@ from lowkey.policies import POLICIES
 from lowkey.types import LowkeyError
 
 HEADS = {kind: [[1.0, 2.0, 0.0, 5.0]] * 3 for kind in ("copy", "r2", "er", "mass", "induction", "echo")}
-FED = [name for name in POLICIES if name not in ("kvzip", "think")]
+FED = [name for name in POLICIES if name != "kvzip"]
 ALLOCATORS = ["uniform", "pyramid", "ada", "global", "blocks", "headkv", "classes"]
 
 

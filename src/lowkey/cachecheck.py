@@ -126,20 +126,20 @@ def _pruned(layer: PruningLayer, b: int, heads: int, width: int) -> str | None:
         _unlike("thin_v", layer.thin_v, layer.thin, layer.values.shape[-1]),
         _unlike("thin_where", layer.thin_where, layer.thin),
         _unlike("thin_starts", layer.thin_starts, b * heads + 1),
-        _unlike("channels", layer.channels, layer.prunings, b, heads, layer.width),
-        _unlike("until", until, layer.prunings, b),
-        _unlike("sure", layer.sure, b),
+        _unlike("channels", layer.channels, b, layer.prunings, heads, layer.width),
+        _unlike("until", until, b, layer.prunings),
+        _unlike("sure", layer.sure, b, 1),
     )
     if wrong:
         return wrong
     if bool(((at < 0) | (at >= width)).any()) or bool((at.diff(dim=3) <= 0).any()):
         return "channels are not those of a key, ascending"
-    if bool((until.diff(dim=0) < 0).any()):
+    if bool((until.diff(dim=1) < 0).any()):
         return "a pruning went less far than the one before"
     wrong = _rows(layer, heads, layer.thin_starts, layer.thin_where, layer.thin)
     if wrong or not layer.thin:
         return wrong
-    late = layer.thin_where >= until[-1][row_of(layer.thin_starts) // heads] if layer.prunings else layer.thin_where >= 0
+    late = layer.thin_where >= until[:, -1][row_of(layer.thin_starts) // heads] if layer.prunings else layer.thin_where >= 0
     return "tokens lost channels that no pruning took" if bool(late.any()) else None
 
 

@@ -359,16 +359,22 @@ class EvictingLayer(RaggedLayer):
         self.asked = self.asked.new_empty(0)
         self._clear_tail()
 
+    def ragged(self) -> dict[str, tuple[str, ...]]:
+        """What lies row after row, by the name of where the rows begin."""
+        return {"starts": ("keys", "values", "where", *(("carried",) if self.policy.carries else ()))}
+
     def pick(self, choose: Callable[[Tensor], Tensor]) -> None:
         if not self.is_initialized:
             return
         _, rows = self.chosen_rows(choose, self.tail_k.shape[1])
-        ragged = ("keys", "values", "where", *(("carried",) if self.policy.carries else ()))
-        moved = {name: picked(getattr(self, name), self.starts, rows) for name in ragged}
-        dense = {name: choose(t) for name, t in self.tensors().items() if name not in (*ragged, "starts") and t.ndim > 1}
-        for name, t in dense.items():
-            setattr(self, name, t)
-        for name, (t, self.starts) in moved.items():
+        ragged = self.ragged()
+        flat = {name for starts, names in ragged.items() for name in (starts, *names)}
+        found = {name: choose(t) for name, t in self.tensors().items() if name not in flat and t.ndim > 1}
+        for starts, names in ragged.items():
+            for name in names:
+                found[name], begins = picked(getattr(self, name), getattr(self, starts), rows)
+            found[starts] = begins
+        for name, t in found.items():
             setattr(self, name, t)
         self.kept = len(self.keys)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from lowkey.backends.ragged import ragged
 from lowkey.backends.segment import Part
+from lowkey.layers.budgets import Costs
 from lowkey.layers.evicting import Candidates, EvictingLayer
 from lowkey.layers.undoing import storage_bytes
 from lowkey.ops.ragged import padded, row_of, starts_of
@@ -18,8 +21,8 @@ from lowkey.types import Budget
 
 class PruningLayer(EvictingLayer):
     """Held besides: thin_k (m, r) with r < d, thin_v (m, d), thin_where (m), thin_starts (b h + 1): tokens, row after row, whose keys have
-    lost channels. channels (p, b, h, r): those that each of p prunings left; until (p, b): the position up to which it went in a row; sure
-    (b): whether the newest was chosen by enough queries to serve again.
+    lost channels. channels (b, p, h, r): those that each of p prunings left; until (b, p): the position up to which it went in a row; sure
+    (b, 1): whether the newest was chosen by enough queries to serve again.
 
     An eviction prunes the keys that it keeps, but for the newest `recent` of each row, if the row does not fit whole. What came since is
     whole, and so is all that a frozen layer is given. Each pruning chooses by its own queries and keys; a few queries, as of decode steps,
@@ -43,21 +46,32 @@ class PruningLayer(EvictingLayer):
         b, h = key_states.shape[:2]
         self.thin_k, self.thin_v = self.keys.new_empty(0, self.width), self.values.clone()
         self.thin_where, self.thin_starts = self.where.clone(), self.starts.clone()
-        self.channels = torch.zeros(0, b, h, self.width, dtype=torch.int16, device=self.device)
-        self.until = torch.zeros(0, b, dtype=torch.int32, device=self.device)
-        self.sure = torch.zeros(b, dtype=torch.bool, device=self.device)
+        self.channels = torch.zeros(b, 0, h, self.width, dtype=torch.int16, device=self.device)
+        self.until = torch.zeros(b, 0, dtype=torch.int32, device=self.device)
+        self.sure = torch.zeros(b, 1, dtype=torch.bool, device=self.device)
 
     def tensors(self) -> dict[str, Tensor]:
         more = ("thin_k", "thin_v", "thin_where", "thin_starts", "channels", "until", "sure")
         return super().tensors() | ({name: getattr(self, name) for name in more} if self.is_initialized else {})
 
-    def predicted_nbytes(self) -> int:
-        if not self.is_initialized:
-            return 0
+    def ragged(self) -> dict[str, tuple[str, ...]]:
+        return super().ragged() | {"thin_starts": ("thin_k", "thin_v", "thin_where")}
+
+    def pick(self, choose: Callable[[Tensor], Tensor]) -> None:
+        super().pick(choose)
+        self.thin = len(self.thin_k) if self.is_initialized else 0
+
+    def index_bytes(self) -> int:
         b, h = self.tail_k.shape[:2]
-        index = (b * h + 1) * self.thin_starts.element_size() + b * self.sure.element_size()
-        chosen = self.prunings * b * (h * self.width * self.channels.element_size() + self.until.element_size())
-        return super().predicted_nbytes() + self.thin * self.thin_bytes + index + chosen
+        return super().index_bytes() + (b * h + 1) * self.thin_starts.element_size() + b + self.prunings * self._pruning_bytes()
+
+    def _pruning_bytes(self) -> int:
+        """What it takes to know the channels of one pruning."""
+        b, h = self.tail_k.shape[:2]
+        return b * (h * self.width * self.channels.element_size() + self.until.element_size())
+
+    def predicted_nbytes(self) -> int:
+        return super().predicted_nbytes() + (self.thin * self.thin_bytes if self.is_initialized else 0)
 
     def _waiting_bytes(self) -> int:
         return super()._waiting_bytes() + storage_bytes(self.about or ())
@@ -78,19 +92,24 @@ class PruningLayer(EvictingLayer):
         """What a token without its weakest channels takes."""
         return self.entry_bytes - (self.keys.shape[-1] - self.width) * self.keys.element_size()
 
+    def costs(self, tokens: Tensor) -> Costs:
+        """With one more pruning, and the recent tokens whole."""
+        whole = super().costs(tokens)
+        fixed = whole.fixed + self.round.layers * self._pruning_bytes() / whole.rows
+        return replace(whole, entry=self.thin_bytes, fixed=fixed, whole=self.entry_bytes - self.thin_bytes)
+
     def mean_tokens(self, tokens: int) -> float:
-        """A percentage is of keys and values; what bytes hold is reckoned with whole recent tokens."""
-        whole, unit = super().mean_tokens(tokens), Budget.parse(self.policy.budget).unit
-        if self._fits(tokens) or unit == "tokens":
-            return whole
-        if unit == "%":
-            return whole * 2 / (1 + self.share)
-        recent = min(self.policy.recent, tokens)
-        return recent + (whole - recent) * self.entry_bytes / self.thin_bytes if whole > recent else whole
+        """A percentage is of keys and values alone."""
+        share = self.share if Budget.parse(self.policy.budget).unit == "%" and not self._fits(tokens) else 1
+        return super().mean_tokens(tokens) * 2 / (1 + share)
 
     def _fits(self, tokens: int) -> bool:
         """Whether a row of so many tokens needs no pruning."""
-        return self.width == self.keys.shape[-1] or super().mean_tokens(tokens) >= tokens
+        if self.width == self.keys.shape[-1]:
+            return True
+        if Budget.parse(self.policy.budget).unit in ("%", "tokens"):
+            return super().mean_tokens(tokens) >= tokens
+        return super().costs(self.tokens()).pay(self.policy, tokens) >= tokens
 
     def kept_positions(self, row: int) -> list[Tensor]:
         h = self.tail_k.shape[1]
@@ -106,7 +125,7 @@ class PruningLayer(EvictingLayer):
             return parts
         query, keys = call.query.flatten(2, 3), self.thin_k
         if self.prunings == 1:
-            query = query.gather(3, self.channels[0].long().unsqueeze(2).expand(-1, -1, query.shape[2], -1))
+            query = query.gather(3, self.channels[:, 0].long().unsqueeze(2).expand(-1, -1, query.shape[2], -1))
         else:
             keys = self._widened()
         out, lse = ragged(query.flatten(0, 1), keys, self.thin_v, self.thin_starts, call.scaling, call.softcap)
@@ -121,8 +140,8 @@ class PruningLayer(EvictingLayer):
         """(m, r): the channels of pruned tokens at these positions."""
         row = row_of(starts)
         sequence = row // self.tail_k.shape[1]
-        pruning = (where >= self.until[:, sequence]).sum(0)
-        return self.channels.flatten(1, 2)[pruning, row].long()
+        pruning = (where.unsqueeze(1) >= self.until[sequence]).sum(1)
+        return self.channels[sequence, pruning, row % self.tail_k.shape[1]].long()
 
     # -- evicting
 
@@ -145,7 +164,7 @@ class PruningLayer(EvictingLayer):
 
     def _pruning(self, call: Call, found: Candidates, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(up to where each row is pruned (b), the energy of its newest queries (b, h, d), of how many these are (b))"""
-        before = self.until[-1].long() if self.prunings else self._begins().view(-1)
+        before = self.until[:, -1].long() if self.prunings else self._begins().view(-1)
         fits = torch.tensor([self._fits(n) for n in tokens.tolist()], device=self.device)
         stop = before.maximum(self._begins().view(-1) + tokens - self.policy.recent)
         scene = self._scene(call, found, None)
@@ -164,7 +183,7 @@ class PruningLayer(EvictingLayer):
         if not self.prunings:
             return
         row = row_of(self.starts)
-        old = self.where < self.until[-1][row // self.tail_k.shape[1]]
+        old = self.where < self.until[:, -1][row // self.tail_k.shape[1]]
         lengths = torch.zeros_like(self.starts[1:]).index_add_(0, row, old.long())
         self.thin_where, self.thin_v, self.thin_starts, self.thin = self.where[old], self.values[old], starts_of(lengths), int(old.sum())
         self.thin_k = self.keys[old].gather(1, self._channels_of(self.thin_where, self.thin_starts))
@@ -176,20 +195,20 @@ class PruningLayer(EvictingLayer):
         """Add a pruning up to `stop`, unless every row goes on with the channels that it has."""
         b, h = self.tail_k.shape[:2]
         row = row_of(self.starts)
-        before = self.until[-1] if self.prunings else self._begins().view(-1).int()
+        before = self.until[:, -1] if self.prunings else self._begins().view(-1).int()
         at = self.where
         new = (at >= before[row // h]) & (at < stop[row // h])
         sums = torch.zeros(b * h, self.keys.shape[-1], device=self.device).index_add_(0, row[new], self.keys[new].float().square())
         chosen = (energy * sums.view(b, h, -1)).topk(self.width, dim=-1).indices.sort(-1).values.short()
-        again = self.sure & (looked < self.policy.looked)
+        again = self.sure[:, 0] & (looked < self.policy.looked)
         if self.prunings and bool(again.all()):
-            self.until = torch.cat([self.until[:-1], stop.int().unsqueeze(0)])
+            self.until = torch.cat([self.until[:, :-1], stop.int().unsqueeze(1)], 1)
             return
         if self.prunings:
-            chosen = torch.where(again[:, None, None], self.channels[-1], chosen)
-        self.channels = torch.cat([self.channels, chosen.unsqueeze(0)])
-        self.until = torch.cat([self.until, stop.int().unsqueeze(0)])
-        self.sure = self.sure | ((looked >= self.policy.looked) & (stop > before))
+            chosen = torch.where(again[:, None, None], self.channels[:, -1], chosen)
+        self.channels = torch.cat([self.channels, chosen.unsqueeze(1)], 1)
+        self.until = torch.cat([self.until, stop.int().unsqueeze(1)], 1)
+        self.sure = self.sure | ((looked >= self.policy.looked) & (stop > before)).unsqueeze(1)
         self.prunings += 1
 
     def reset(self) -> None:
