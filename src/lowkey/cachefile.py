@@ -61,7 +61,7 @@ def restore(path: Path, layers: Sequence[Any], about: dict, tensors: dict[str, T
     numbers = about["layers"]
     if len(numbers) != len(layers):
         raise damaged(path, f"it has {len(numbers)} layers, and the model {len(layers)}")
-    if any(set(n) != set(_numbers(layer)) or not all(map(_is_count, n.items())) for n, layer in zip(numbers, layers, strict=True)):
+    if not all(_are_counts(n, _numbers(layer)) for n, layer in zip(numbers, layers, strict=True)):
         raise damaged(path, "counters of its layers are missing or no counts")
     held = _by_layer(path, tensors, len(layers))
     if any(held) and not all(held):
@@ -115,9 +115,10 @@ def _first(own: dict[str, Tensor]) -> Tensor:
     return next(own[name] for name in ("offset", "keys") if name in own)
 
 
-def _is_count(item: tuple[str, object]) -> bool:
-    name, value = item
-    return type(value) is int and 0 <= value < (2 if name in FLAGS else MOST)
+def _are_counts(found: object, names: Sequence[str]) -> bool:
+    if not isinstance(found, dict) or set(found) != set(names):
+        return False
+    return all(type(value) is int and 0 <= value < (2 if name in FLAGS else MOST) for name, value in found.items())
 
 
 def _shapes(model: PreTrainedModel) -> list[tuple[int, int, int]]:

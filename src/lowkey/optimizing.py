@@ -29,10 +29,8 @@ def fill(optimizer: Optimizer, found: Mapping[str, Tensor], where: str) -> None:
     for name, t in found.items():
         if name.startswith(PREFIX):
             place, _, kept = name.removeprefix(PREFIX).partition(".")
-            if not (place.isdecimal() and kept in KEPT and int(place) < len(parameters)) or t.shape not in (
-                (),
-                parameters[int(place)].shape,
-            ):
+            known = place.isdecimal() and int(place) < len(parameters) and kept in KEPT
+            if not known or t.shape != (() if kept == "step" else parameters[int(place)].shape):
                 raise LowkeyError(f"{where!r}: {name!r} is not of this optimizer; it is damaged: delete it and start anew")
             state.setdefault(int(place), {})[kept] = t
     if any(set(kept) != set(KEPT) for kept in state.values()):

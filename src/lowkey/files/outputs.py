@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from lowkey.files.reading import CHECKSUM, KIND, MOST_HEADER, MOST_JSON, json_digest, marks, parse_json, read_json, sha256
-from lowkey.files.swapping import settle
+from lowkey.files.swapping import settle, steady
 from lowkey.types import LowkeyError
 
 MANIFEST = ".lowkey.json"
@@ -163,18 +163,22 @@ def check_folder(path: Path, force: bool, again: str | None = None) -> None:
     if path.name in ("", ".."):
         raise LowkeyError(f"output {str(path)!r} has no name of its own; give the name of a new folder")
     check_writable(path)
+    steady(target(path), lambda: _check_there(path, force, again))
+
+
+def _check_there(path: Path, force: bool, again: str | None) -> None:
     if not os.path.lexists(target(path)):
         return
     if not path.is_dir():
         raise LowkeyError(f"output {str(path)!r} is a file; choose a folder")
     check_removable(path)
-    if any(path.iterdir()) and not force and (again is None or not (path / again).exists()):
+    if os.listdir(path) and not force and (again is None or not (path / again).exists()):
         raise LowkeyError(f"output {str(path)!r} already holds files; choose another folder or pass --force")
 
 
 def check_removable(folder: Path) -> None:
     """Nothing in it is anybody else's. Errors: LowkeyError."""
-    if (found := foreign(folder)) is not None:
+    if (found := foreign(folder)) is not None and folder.is_dir():
         told = f"output {str(folder)!r} holds other files: lowkey did not write {found!r} there, or it was changed since"
         raise LowkeyError(f"{told}; choose another folder or move it away")
 
@@ -184,11 +188,11 @@ def check_file(path: Path, kind: str | None = None, force: bool = False) -> None
 
     Errors: LowkeyError; also with `force` for what lowkey did not write.
     """
-    if path.is_dir():
-        raise LowkeyError(f"output {str(path)!r} is a folder; give the name of a file")
     if path.name in ("", ".."):
         raise LowkeyError(f"output {str(path)!r} has no name of its own; give the name of a file")
     check_writable(path)
+    if path.is_dir():
+        raise LowkeyError(f"output {str(path)!r} is a folder; give the name of a file")
     place = target(path)
     if not os.path.lexists(place):
         return

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowkey.files.outputs import MANIFEST, check_folder, check_removable, check_replaceable, listed, manifest, marked, target, unchanged
 from lowkey.files.reading import CHECKSUM, KIND, digest, sealed
-from lowkey.files.swapping import NEW, beside, swap, sync
+from lowkey.files.swapping import NEW, beside, steady, swap, sync
 from lowkey.types import LowkeyError
 
 REMEDY = "choose another place or free some space"
@@ -99,8 +99,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         new.mkdir()
         yield new
         finish(new)
-        if place.is_dir():
-            check_removable(place)
+        steady(place, lambda: check_removable(place))
+        with suppress(FileNotFoundError):
             os.chmod(new, place.stat().st_mode & 0o7777)
         swap(new, place, folder)
         sync(place.parent)

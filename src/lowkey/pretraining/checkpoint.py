@@ -22,6 +22,7 @@ from lowkey.types import LowkeyError
 
 CHECKPOINT, JOB, RESULT, TOKENS, FINISHED = "checkpoint.safetensors", "job.json", "result.json", "tokens", ".finished"
 KIND = "run"  # of a job's file
+STATES = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}  # what optimizers keep for a parameter
 PUBLISHED = r"(generation_)?config\.json|model.*\.safetensors.*|.*token.*\.json|vocab.*|merges.*|chat_template.*|recipe\.toml|[^/]*\.py"
 FREE = ("save_every", "log_every", "log_with", "compile", "stop_on_divergence")  # what may change when a run goes on
 
@@ -111,10 +112,17 @@ def restore(path: Path, model: nn.Module, optimizers: Sequence[Optimizer]) -> di
         plain = optimizer.state_dict()
         ordered = [p for group in optimizer.param_groups for p in group["params"]]
         plain["state"] = {i: _state(found, names[id(p)], p) for i, p in enumerate(ordered)}
-        if any(t.shape not in ((), p.shape) for i, p in enumerate(ordered) for t in plain["state"][i].values()):
+        if not all(_is_state(plain["state"][i], optimizer, p) for i, p in enumerate(ordered)):
             raise refuse("the state of an optimizer does not fit its weights")
         optimizer.load_state_dict(plain)
     return about
+
+
+def _is_state(found: Mapping[str, Tensor], optimizer: Optimizer, p: Tensor) -> bool:
+    """Whether this can be what an optimizer keeps for a parameter, or nothing, for one that never had a gradient."""
+    known = STATES.get(type(optimizer).__name__, set(found))
+    shapes = all(t.shape == (() if name == "step" else p.shape) for name, t in found.items())
+    return not found or (set(found) == known and shapes)
 
 
 def _state(found: Mapping[str, Tensor], name: str, p: Tensor) -> dict[str, Tensor]:
