@@ -213,6 +213,57 @@ def test_a_row_may_begin_after_the_first_chunks(kind):
     assert (pico.real(got, pads) - pico.real(pico.feed(pico.stock("llama"), ids, pads=pads), pads)).abs().max() <= NOISE.get(kind, 2e-4)
 
 
+# -- what a score sees
+
+
+@pytest.mark.parametrize("which", MASKS)
+@pytest.mark.parametrize("name", ["snapkv", "h2o", "tova"])
+def test_scores_look_where_the_mask_lets_them(name, which):
+    """By hand, from the attention maps of a stock model under the same mask: the mean over the last 8 queries or the newest one, or the
+    sum over all, then over the query heads of a KV head (TOVA: of the layer); the best 30 of 120 stay."""
+    ids, mask, model = prompt(120, 1), MASKS[which], attached("llama")
+    options = {"window": 8, "kernel": 1} if name == "snapkv" else {}
+    cache = make_cache(model, policy=POLICIES[name]("30 tokens", sinks=0, recent=0, **options))
+    fed(model, ids, mask, cache)
+    added = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        maps = pico.stock("llama")(ids, attention_mask=added, output_attentions=True, use_cache=False).attentions
+    for i, found in enumerate(maps):
+        queries = {"snapkv": slice(-8, None), "h2o": slice(None), "tova": slice(-1, None)}[name]
+        scores = found[0, :, queries].sum(1).unflatten(0, (4, 2)).mean(1)  # (h, s)
+        scores = scores.mean(0, keepdim=True).expand(4, -1) if name == "tova" else scores
+        for head, kept in enumerate(cache.kept_positions(i)):
+            least = scores[head].topk(30).values[-1]
+            assert len(kept) == 30 and (scores[head, kept] >= least - 1e-6).all()
+
+
+@pytest.mark.parametrize("kind", ["plan", "plan-exact", "kivi8-plan", "policy-plan", "dynamic-pre"])
+def test_a_plan_reads_a_row_wherever_its_positions_begin(kind):
+    """Behind padding without position_ids, and from 1000 on."""
+    model, ids = attached("llama"), prompt(80, 1)
+    everything = causal(80)[None, None]
+    padded, mask = torch.cat([torch.full((1, 17), 5), ids], 1), padding([17], 97)[0].bool()[:, None, None] & causal(97)
+    want = stock_logits(ids, everything)
+    assert (fed(model, padded, mask, cache_of(kind, model))[:, 17:] - want).abs().max() <= NOISE.get(kind, 2e-4)
+    late = fed(model, ids, everything, cache_of(kind, model), positions=1000 + torch.arange(80).unsqueeze(0))
+    assert (late - want).abs().max() <= max(NOISE.get(kind, 0), 5e-3)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_padding_behind_or_between_tokens_is_no_sink(counted):
+    """Turns of uneven length: a row's sinks are its first real tokens, wherever they lie; position_ids count them or the padding too."""
+    model, ids = attached("llama"), prompt(8)
+    cache = make_cache(model, bits=8, exact=Exact(4))
+    mask = torch.tensor([[1, 1, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1, 1]])
+    with torch.no_grad():
+        at = {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)[:, :4]} if counted else {}
+        model(ids[:, :4], attention_mask=mask[:, :4], past_key_values=cache, **at)
+        if counted:
+            return
+        model(ids[:, 4:], attention_mask=mask, past_key_values=cache)
+    assert cache.layers[1].sink_at.tolist() == [[0, 1, 4, 5], [1, 2, 3, 4]]
+
+
 # -- rows are counted from their own first token
 
 

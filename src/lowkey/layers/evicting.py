@@ -342,8 +342,17 @@ class EvictingLayer(RaggedLayer):
             return self.rope(at + begins.view(-1, 1).repeat_interleave(len(at) // len(begins), 0), like)
 
         piece = None if self.piece is None else torch.tensor([self.piece], device=self.device).expand(len(begins), 2)
-        about = (call.scaling, call.softcap, rope, found.carried, self.looking > 0, piece, repeating)
+        about = (call.scaling, call.softcap, rope, found.carried, self.looking > 0, piece, repeating, self._sight(call, found, w))
         return Scene(keys, values, found.positions - begins, found.valid, queries, at, *about)
+
+    def _sight(self, call: Call, found: Candidates, w: int) -> Tensor | None:
+        """(b|1, w, t): what each of the newest queries sees of the chunk, where that is not all real tokens up to its own."""
+        t = call.query.shape[3]
+        if call.mask is None or not t:
+            return None
+        own, real = call.mask[:, :, self.seen - t :], found.valid[:, 0, -t:]
+        causal = torch.ones(t, t, dtype=torch.bool, device=self.device).tril() & real.unsqueeze(1)
+        return None if bool(((own == causal) | ~real.unsqueeze(2)).all()) else pad(own, (0, 0, w - t, 0))
 
     def _begins(self) -> Tensor:
         """(b, 1, 1): the position of each row's first token."""

@@ -30,7 +30,8 @@ class Scene:
     all since the last eviction, rotated, of the newest w tokens, at query_positions (b, w), -1 for padding. rope: cos and sin at
     positions so counted. looking: the queries only look and are not stored. carried (b, h, s): scores kept from earlier evictions, 0 for
     new tokens. piece (b, 2), if the queries repeat a part of what came before: the position of its first token and the one behind its
-    last; then repeating (b, h, g, w) is the log-sum-exp of their logits over it and over what came with them.
+    last; then repeating (b, h, g, w) is the log-sum-exp of their logits over it and over what came with them. sight (b|1, w, c), where
+    attention is not causal: which of the newest c candidates each query sees.
     """
 
     keys: Tensor
@@ -46,6 +47,7 @@ class Scene:
     looking: bool = False
     piece: Tensor | None = None
     repeating: Tensor | None = None
+    sight: Tensor | None = None
 
     def newest(self, last: int = 0) -> Tensor:
         """Positions (b, w) of the newest `last` queries of each row (0: all); -1 for the others."""
@@ -65,10 +67,16 @@ class Scene:
             some = slice(start, start + step)
             at, queries = newest[:, some], _exact(self.queries[:, :, :, some]) * self.scaling
             stop, clear = _after(lowest <= at.max()), int((highest <= at.min()).long().cumprod(0).sum())
+            if self.sight is not None:
+                stop, clear = keys.shape[3], min(clear, keys.shape[3] - self.sight.shape[2])
             logits = (queries.flatten(2, 3) @ keys[..., :stop]).float().unflatten(2, queries.shape[2:4])
             if self.softcap is not None:
                 logits = self.softcap * torch.tanh(logits / self.softcap)
             seen = self.valid[:, :, None, clear:stop] & (self.positions[:, :, None, clear:stop] <= at[:, None, :, None])
+            if self.sight is not None:
+                chunk = slice(stop - clear - self.sight.shape[2], None)
+                may = self.sight[:, None, some] & (at >= 0)[:, None, :, None]
+                seen[..., chunk] = self.valid[:, :, None, clear:][..., chunk] & may
             logits[..., clear:].masked_fill_(~seen.unsqueeze(2), -torch.inf)
             yield some, logits
 
@@ -76,7 +84,8 @@ class Scene:
         """The softmax of `logits`; padding gets 0."""
         for some, logits in self.logits(last):
             weights = logits.softmax(-1)
-            yield weights.nan_to_num_(0.0) if bool((self.newest(last)[:, some] < 0).any()) else weights
+            blind = self.sight is not None or bool((self.newest(last)[:, some] < 0).any())
+            yield weights.nan_to_num_(0.0) if blind else weights
 
 
 @dataclass(frozen=True)

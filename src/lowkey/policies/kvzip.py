@@ -50,7 +50,7 @@ class KVzip(Policy):
         keys, positions, valid, piece = (x[:, :, at] for x in (scene.keys, scene.positions, met, piece))
         beside = (valid & ~piece).any(0).any(0).nonzero().squeeze(1)  # sinks of which `repeating` does not know
         found = torch.full(valid.shape, -torch.inf, device=keys.device)
-        for some, logits in replace(scene, keys=keys, positions=positions, valid=valid).logits():
+        for some, logits in replace(scene, keys=keys, positions=positions, valid=valid, sight=None).logits():
             lse = scene.repeating[:, :, :, some].unsqueeze(-1)
             if len(beside):
                 sinks = logits[..., beside].masked_fill(piece[:, :, None, None, beside], -torch.inf)
