@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -27,7 +28,7 @@ from lowkey.layers.undoing import ForwardPass
 from lowkey.plan import Plan, versions
 from lowkey.policies import policy_from, policy_words
 from lowkey.policies.base import Policy
-from lowkey.seam import Incoming, attached
+from lowkey.seam import UNCOMPILED, Incoming, attached
 from lowkey.types import LowkeyError, identity
 
 LAYERS: dict[str, type[EvictingLayer]] = {"evicting": EvictingLayer, "compensating": CompensatingLayer, "pruning": PruningLayer}
@@ -58,6 +59,7 @@ class LowkeyCache(Cache):
         for layer in self.layers:
             layer.forward_pass = self.forward_pass
 
+    @torch.compiler.disable(reason=UNCOMPILED)
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """As transformers'; a forward pass that fails before its last layer has answered leaves the cache as it was.
 
@@ -74,6 +76,14 @@ class LowkeyCache(Cache):
         if not isinstance(found[0], Incoming):
             self.forward_pass.answered()
         return found
+
+    @torch.compiler.disable(reason=UNCOMPILED)
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return super().get_seq_length(layer_idx)
+
+    @torch.compiler.disable(reason=UNCOMPILED)
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return super().get_mask_sizes(query_length, layer_idx)
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:

@@ -21,6 +21,7 @@ from lowkey.backends.segment import Segment
 from lowkey.types import LowkeyError
 
 NAME = "lowkey"
+UNCOMPILED = "lowkey: a cache grows from step to step and a graph does not, so it runs between compiled parts; leave out fullgraph=True"
 
 
 @dataclass(frozen=True)
@@ -98,15 +99,20 @@ def attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: query (b, H, t, d) -> (b, t, H, d), no weights."""
-    layer = key.layer if isinstance(key, Incoming) else None
+    if isinstance(key, Incoming):
+        return _through_layer(module, query, key, value, attention_mask, scaling, dropout, softcap, position_ids, **kwargs)
+    return _attention(module, query, key, value, attention_mask, scaling, dropout, softcap, position_ids, **kwargs)
+
+
+@torch.compiler.disable(reason=UNCOMPILED)
+def _through_layer(module: torch.nn.Module, query: Tensor, key: Incoming, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """A layer of ours is told whether it answered well. Under `torch.compile` it runs as it is, between compiled parts."""
     try:
-        found = _attention(module, query, key, value, attention_mask, scaling, dropout, softcap, position_ids, **kwargs)
+        found = _attention(module, query, key, *args, **kwargs)
     except BaseException:
-        if layer is not None:
-            layer.failed()
+        key.layer.failed()
         raise
-    if layer is not None:
-        layer.answered()
+    key.layer.answered()
     return found
 
 
