@@ -282,6 +282,18 @@ def test_turns_under_different_adapters_make_a_cache_of_no_one_model(tmp_path):
     cache.save(tmp_path / "cache")
 
 
+def test_a_refused_first_prompt_is_no_turn(tmp_path):
+    model = wrapped()
+    model.add_adapter("second", LORA)
+    cache = make_cache(lowkey.attach(model), bits="kivi8")
+    with pytest.raises(LowkeyError):
+        model(pico.prompt(20), attention_mask=torch.zeros(2, 1, 20, 20), past_key_values=cache)
+    model.set_adapter("second")
+    pico.feed(model, pico.prompt(20), cache)
+    cache.save(tmp_path / "cache")
+    load_cache(tmp_path / "cache", model)
+
+
 def test_a_loaded_cache_knows_what_filled_it(tmp_path):
     model = wrapped()
     model.add_adapter("second", LORA)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import peft
 import pico
 import pytest
@@ -318,3 +320,48 @@ def test_settings_of_sliding_layers_are_theirs():
     model = lowkey.attach(pico.build("gemma3_text", max_position_embeddings=16, rope_parameters=settings))
     want = past_the_limit(model, DynamicCache(config=model.config))
     assert torch.allclose(past_the_limit(model, make_cache(model, pico.plan(model, 16, 16, layout="pre_rope"))), want, atol=1e-4)
+
+
+# -- a cache in another dtype than the model's
+
+
+HELD = {
+    "stock form": lambda model: make_cache(model),
+    "bits": lambda model: make_cache(model, bits=8),
+    "kivi": lambda model: make_cache(model, bits="kivi4"),
+    "plan": lambda model: make_cache(model, pico.plan(model, 8, 8, sinks=2, recent=4)),
+    "pre_rope": lambda model: make_cache(model, pico.plan(model, 8, 8, layout="pre_rope")),
+    "bits of a plan": lambda model: make_cache(model, pico.plan(model, 8, 8), bits="hadamard8"),
+    **{name: lambda model, name=name: make_cache(model, policy=POLICIES[name]("50%")) for name in ("snapkv", "h2o", "think")},
+}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+@pytest.mark.parametrize("held", HELD)
+def test_a_cache_follows_the_model_into_another_dtype(tmp_path, held, kind):
+    """It holds what a fresh one of that dtype would, and goes on: nearly as the one that was saved does in its own dtype."""
+    wide = lowkey.attach(pico.build(kind).bfloat16().float())
+    narrow = lowkey.attach(copy.deepcopy(wide).bfloat16())
+    ids, more = pico.prompt(70, 1), pico.prompt(7, 1, seed=5)
+    for n, (source, target) in enumerate([(wide, narrow), (narrow, wide)]):
+        cache, fresh = HELD[held](source), HELD[held](target)
+        pico.feed(source, ids, cache)
+        pico.feed(target, ids, fresh)
+        cache.save(tmp_path / f"{n}")
+        again = load_cache(tmp_path / f"{n}", target)
+        assert again.nbytes() == again.predicted_nbytes() == fresh.nbytes()
+        want, got = pico.feed(source, more, cache), pico.feed(target, more, again)
+        assert got.dtype == target.dtype and float((got.float() - want.float()).norm() / want.float().norm()) < 0.05
+        assert again.nbytes() == again.predicted_nbytes()
+
+
+def test_numbers_too_large_for_the_dtype_are_refused(tmp_path):
+    wide = lowkey.attach(pico.build("llama"))
+    for parameter in wide.parameters():  # to numbers that every dtype has, so that it is one model in all of them
+        parameter.data.mul_(64).round_().div_(64)
+    cache = make_cache(wide)
+    pico.feed(wide, IDS, cache)
+    cache.layers[1].values[0, 0, 0, 0] = 1e6
+    cache.save(tmp_path / "cache")
+    with pytest.raises(LowkeyError, match=r"beyond those of torch.float16; load the model as bfloat16"):
+        load_cache(tmp_path / "cache", lowkey.attach(copy.deepcopy(wide).half()))

@@ -64,11 +64,11 @@ class LowkeyCache(Cache):
         """As transformers'; a forward pass that fails before its last layer has answered leaves the cache as it was.
 
         The first layer's call is the moment to see which model fills the cache."""
-        layer = self.layers[layer_idx]
+        layer, first = self.layers[layer_idx], layer_idx == 0 and self.get_seq_length() == 0
         self.forward_pass.enter(layer_idx, layer, layer_idx == len(self.layers) - 1)
         try:
             if layer_idx == 0 and self.filled_by is not None:
-                self.filled_by.look(key_states.shape[2])
+                self.filled_by.look(key_states.shape[2], first)
             found = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except BaseException:
             self.forward_pass.undo()

@@ -95,7 +95,10 @@ def _fill(
         dtype = empty[name].dtype
         if t.dtype != dtype and not (t.is_floating_point() and dtype.is_floating_point):
             raise damaged(path, f"layer {i}: {name} is of {t.dtype}")
-        setattr(layer, name, t.to(device, dtype))  # what is in the model's dtype follows the model that goes on
+        new = t.to(device, dtype)  # what is in the model's dtype follows the model that goes on
+        if t.dtype != dtype and bool(t.isfinite().all()) and not bool(new.isfinite().all()):
+            raise LowkeyError(f"cache {str(path)!r}: holds numbers beyond those of {dtype}; load the model as bfloat16 or wider")
+        setattr(layer, name, new)
 
 
 def _by_layer(path: Path, tensors: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:

@@ -83,13 +83,14 @@ class FilledBy:
         self._marks = None if found is None else _marks(model)
 
     @torch.compiler.disable
-    def look(self, tokens: int) -> None:
-        """So many tokens are about to be stored. All weights are read for the first ones; later, only where something seems to have
-        changed, and not for single tokens, since a look takes longer than is fit for a step of decoding."""
+    def look(self, tokens: int, first: bool) -> None:
+        """So many tokens are about to be stored, the first ones perhaps. For these all weights are read; later, only where something
+        seems to have changed, and not for single tokens, since a look takes longer than is fit for a step of decoding."""
         model = self.model()
-        if model is None or self.trouble or (self.found is not None and tokens < 2):
+        if model is None or (not first and (self.found is None or tokens < 2)):
             return
-        if self.found is None:
+        if first:
+            self.found, self.trouble, self.changed = None, None, False
             try:
                 self.found = model_fingerprint(model)
             except LowkeyError as error:  # matters only to those who save the cache
