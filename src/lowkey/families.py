@@ -264,7 +264,7 @@ def rope(model: PreTrainedModel, layer: int) -> Rope:
 
 def narrower_rope(rope: Rope, config: PreTrainedConfig) -> Rope:
     """What a model of the same family would turn its heads with under another config."""
-    inner, kind = config.get_text_config(), cast(Any, type(rope.module))
+    inner, kind = cast(Any, config.get_text_config()), cast(Any, type(rope.module))
     return replace(rope, module=rotary(inner) if inner.model_type == OWN else kind(config=inner))
 
 

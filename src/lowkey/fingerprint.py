@@ -46,7 +46,8 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     token, as both read all weights once.
     Errors: LowkeyError for weights without numbers, or of a kind that cannot be read.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    wrapped: Any = model
+    base = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
     adapters = Adapters(base)
     parts = {"config": config_words(base.config).encode(), "adapters": repr(sorted(adapters.words())).encode()}
     read: Read = {weights.place(p): {} for p in base.parameters() if not p.is_meta}  # tied weights are read once
@@ -113,7 +114,7 @@ class FilledBy:
         return now
 
 
-def _marks(model: nn.Module) -> tuple:
+def _marks(model: PreTrainedModel) -> tuple:
     """What differs after most changes to a model, at no cost to speak of: where weights are, how often they were written, adapters."""
     places = [(weights.place(p), 0 if p.is_inference() else p._version) for p in model.parameters()]
     adapters = Adapters(model)

@@ -105,8 +105,8 @@ def recover(
     a window, or the loss is no longer finite.
     """
     adapting.peft()
-    _check(settings, model)
     weights.check_plain("recover", model, families.decoder_layers(model))
+    _check(settings, model)
     plan.check(model)
     data = Windows.of(tokenizer, text.joined(texts), settings)
     folder = files.job_folder(work, _describe(plan, data, settings))

@@ -30,7 +30,7 @@ def entries(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
     Errors: LowkeyError for a weight without numbers.
     """
-    missing, seen = set(), set()
+    missing: set[str] = set()
     for name, value in model.state_dict().items():
         if isinstance(value, Tensor) and value.is_meta:
             missing.add(name)
@@ -44,11 +44,11 @@ def entries(model: nn.Module) -> Iterator[tuple[str, Any]]:
         with align_module_device(module, torch.device("cpu")):
             for key, value in module.state_dict().items():
                 name = f"{prefix}.{key}" if prefix else key
-                if name in missing - seen and not value.is_meta:
-                    seen.add(name)
+                if name in missing and not value.is_meta:
+                    missing.discard(name)
                     yield name, value
-    if missing - seen:
-        raise without_numbers(min(missing - seen))
+    if missing:
+        raise without_numbers(min(missing))
 
 
 def place(t: Tensor) -> int:

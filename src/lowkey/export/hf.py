@@ -75,9 +75,9 @@ def target(model: PreTrainedModel, plan: Plan) -> tuple[int, int]:
         raise _refused(plan, f"it keeps {plan.sinks} sinks and {plan.recent} recent tokens exact", "compress with --sinks 0 --recent 0")
     if any(f.frequencies is not None for f in found):
         raise _refused(plan, "it turns keys at frequencies of its own", "compress with -O rope=kept")
-    kind = families.changing_rope(model)
+    turning = families.changing_rope(model)
     reasons = {
-        f"it narrows heads whose rope_type {kind!r} changes its frequencies with the length": bool(kind) and t * r < d,
+        f"it narrows heads whose rope_type {turning!r} changes its frequencies with the length": bool(turning) and t * r < d,
         "it takes means off keys or values": any(f.k_mean is not None or f.v_mean is not None for f in found),
         "its layers have other ranks than one another": len(forms) > 1,
         f"it merges the keys of {t} heads and the values of {t_v}": t != t_v,
