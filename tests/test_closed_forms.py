@@ -28,6 +28,7 @@ from lowkey.ops.products import group_size, oblique_basis, reordered
 from lowkey.ops.rope import rotate
 from lowkey.plan import Plan
 from lowkey.probe import Probe, Rebuilt
+from lowkey.seam import Attending, Incoming
 from lowkey.statistics import gather
 from lowkey.stream import first_inputs, layer_inputs
 from lowkey.types import LowkeyError, head_blocks
@@ -97,12 +98,10 @@ def fitted(method: str, name: str, layout: str, layer: int = LAYER):
     return METHOD[method].fit(*prepared(name, layout, layer), RANKS, 0)
 
 
-class Recorder:
+class Recorder(Attending):
     """Keeps what a layer hands to its cache, and the query."""
 
     def update(self, keys, values):
-        from lowkey.seam import Incoming
-
         return (incoming := Incoming(self, keys, values)), incoming
 
     def attend(self, keys, values, call):

@@ -16,7 +16,7 @@ from lowkey.ops.products import beside_one_another, group_size, joint_moments, o
 from lowkey.ops.rope import unrotate
 from lowkey.options import option
 from lowkey.probe import Probe
-from lowkey.seam import Call, Incoming
+from lowkey.seam import Attending, Call, Incoming
 from lowkey.types import LayerBases, LayerStatistics, device_of, head_blocks
 
 BATCH = 4
@@ -80,7 +80,7 @@ def weighted_queries(probe: Probe, outputs: Tensor) -> Tensor:
     return watch.moment
 
 
-class Watch:
+class Watch(Attending):
     """Stands in for a cache layer: attends to everything it is given, once, and adds up weighted queries."""
 
     def __init__(self, probe: Probe, outputs: Tensor) -> None:
