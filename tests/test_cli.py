@@ -940,6 +940,11 @@ def test_generate_over_a_policy_says_what_is_held(here):
     assert told["new_tokens"] == 8 and told["bytes_held"] < 0.5 * told["bytes_full"]
 
 
+def test_fastgen_needs_no_budget(here):
+    told = printed("generate", "tiny", "--prompt", "It was a dark night. " * 10, "--policy", "fastgen", "-O", "recovery=0.5", "--tokens", 2)
+    assert 0 < told["bytes_held"] < told["bytes_full"]
+
+
 def test_policies_are_listed(here):
     told = printed("policies")
     assert {"snapkv", "pyramidkv", "ada-kv", "headkv-r2", "h2o", "kvzip"} <= set(told["policies"])
@@ -952,6 +957,7 @@ def test_policies_are_listed(here):
     [
         (("--policy", "snapvk", "--budget", "5%"), "did you mean 'snapkv'"),
         (("--policy", "snapkv"), "needs a budget"),
+        (("--policy", "fastgen,snapkv"), "needs a budget"),
         (("--budget", "5%"), "give --policy too"),
         (("--policy", "snapkv", "--budget", "1%"), "do not hold the 4 sinks and 8 recent"),
         (("--policy", "snapkv", "--budget", "150%"), "150%"),

@@ -8,7 +8,9 @@ import torch
 from pico import attached, prompt, stock
 
 import lowkey
+from lowkey.heads import HeadScores
 from lowkey.loading import make_policy
+from lowkey.types import LowkeyError
 
 LAYERS, HEADS, GROUP = 3, 4, 2
 
@@ -196,3 +198,86 @@ def test_think_goes_on_with_its_channels_while_it_decodes():
     for layer in cache.evicting:
         assert layer.until.tolist() == [[76], [76]] and layer.starts.diff().tolist() == [4] * 8
     assert cache.nbytes() == cache.predicted_nbytes()
+
+
+# -- without a budget
+
+
+def test_fastgen_without_a_budget_keeps_the_rung_that_recovers_each_heads_attention():
+    """Recovery decides how much memory it becomes: always sinks and recent; then the newest 30 %; then the most looked at; then all."""
+    n, sinks, recent, recovery, looked = 50, 2, 4, 0.45, 16
+    ids = prompt(n)
+    kept = kept_by(attached("llama"), "fastgen", ids, None, sinks=sinks, recent=recent, recovery=recovery, sample=looked)
+    sizes = set()
+    for row in range(2):
+        weights = eager(ids[row : row + 1]).unflatten(1, (HEADS, GROUP))[..., -looked:, :].mean(3)  # (layers, h, g, s)
+        wanted = set()
+        for i in range(LAYERS):
+            for j in range(HEADS):
+                always = {*range(sinks), *range(n - recent, n)}
+                local = always | set(range(n - round(0.3 * n), n))
+                order = weights[i, j].mean(0).argsort(descending=True).tolist()
+                for rung in (always, local, local | set(order[: round(0.3 * n)]), set(range(n))):
+                    if all(float(head[sorted(rung)].sum()) >= recovery for head in weights[i, j]):
+                        break
+                sizes.add(len(rung))
+                wanted |= {(i, j, p) for p in rung}
+        assert kept[row] == wanted
+    assert len(sizes) >= 3, "heads stand on several rungs"
+
+
+def test_recovery_decides_the_memory():
+    ids = prompt(60, batch=1)
+    sizes = [len(kept_by(attached("llama"), "fastgen", ids, None, recovery=t)[0]) for t in (0.0, 0.3, 0.5, 1.0)]
+    assert sizes[0] == 12 * LAYERS * HEADS < sizes[1] < sizes[2] < sizes[3] == 60 * LAYERS * HEADS
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "options"),
+    [("snapkv", None, {}), ("fastgen", None, {"allocator": "ada"}), ("snapkv", "10%", {"allocator": "at-least"})],
+)
+def test_a_budget_is_given_where_it_bounds_something(name, budget, options):
+    with pytest.raises(LowkeyError, match="budget"):
+        make_policy(name, budget, options)
+
+
+def test_any_score_may_be_kept_above_a_level():
+    ids = prompt(40, batch=1)
+    kept = kept_by(attached("llama"), "snapkv", ids, None, allocator="at-least", score=0.05, kernel=1, window=8)[0]
+    weights = eager(ids).unflatten(1, (HEADS, GROUP))[..., -8:, :].mean((2, 3))
+    always = [p < 4 or p >= 32 for p in range(40)]
+    assert kept == {(i, j, p) for i in range(LAYERS) for j in range(HEADS) for p in range(40) if always[p] or weights[i, j, p] >= 0.05}
+
+
+# -- Razor
+
+
+def test_razors_retrieval_heads_are_the_best_by_either_score_in_any_head_of_their_group():
+    """The top 14 % by induction and the top 1 % by echo, at least one each; a KV head counts as its best query head does."""
+    generator = torch.Generator().manual_seed(3)
+    values = {kind: torch.rand(1, LAYERS, HEADS * GROUP, generator=generator).double() for kind in ("induction", "echo")}
+    scores = {kind: scored(kind, v) for kind, v in values.items()}
+    chosen = set()
+    for kind, share in (("induction", 0.14), ("echo", 0.01)):
+        best = {(i, j): max(float(values[kind][0, i, j * GROUP + g]) for g in range(GROUP)) for i in range(LAYERS) for j in range(HEADS)}
+        chosen |= set(sorted(best, key=lambda at: -best[at])[: max(1, round(share * LAYERS * HEADS))])
+    split = make_policy("razor", "50%", {}).fitted({kind: s.per_kv_head().tolist() for kind, s in scores.items()}).split()
+    assert {(i, j) for i in range(LAYERS) for j in range(HEADS) if split.importance[i][j]} == chosen and len(chosen) == 3
+
+
+def scored(kind, values):
+    about = {"task": "repetition", "drawn": 1, "model": "", "model_sha256": "", "data_sha256": "", "seed": 0, "settings": {}}
+    return HeadScores(kind=kind, values=values, layers=tuple(range(LAYERS)), kv_heads=HEADS, **about)
+
+
+def test_razors_other_heads_keep_sinks_and_the_newest():
+    ids, n = prompt(60, batch=1), 60
+    heads = {"induction": [[9.0, 1, 1, 1], [1, 1, 8.0, 1], [1, 1, 1, 1]], "echo": [[1, 1, 1, 1], [1, 1, 1, 1], [1, 7.0, 1, 1]]}
+    kept = kept_by(attached("llama"), "razor", ids, "50%", heads, sinks=3, recent=4)[0]
+    retrieval = {(0, 0), (1, 2), (2, 1)}
+    assert all({p for i, j, p in kept if (i, j) == at} == set(range(n)) for at in retrieval)
+    others = [(i, j) for i in range(LAYERS) for j in range(HEADS) if (i, j) not in retrieval]
+    left = 0.5 * n * LAYERS * HEADS - 3 * n
+    for at in others:
+        own = sorted(p for i, j, p in kept if (i, j) == at)
+        assert abs(len(own) - left / len(others)) < 1 and own == [0, 1, 2, *range(n - len(own) + 3, n)]

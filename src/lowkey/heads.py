@@ -31,6 +31,7 @@ from lowkey.types import LowkeyError, device_of
 
 FORMAT, KIND = 1, "head-scores"
 LEAST = 10  # solved cases; fewer say nothing about heads
+BY_BEST = ("induction", "echo")  # a KV head is as good as the best of its group
 SPLITS = 10  # of the cases in two halves
 DIGITS = 6
 TYPES = {  # of the fields of a file, less the values
@@ -125,10 +126,11 @@ class HeadScores:
         return self.values.mean(0)
 
     def per_kv_head(self) -> Tensor:
-        """The share of each KV head, (layers, h), adding up to 1: the mean of its group (the maximum would hand out more than
-        there is), normalised afterwards."""
-        means = self.per_query_head().unflatten(1, (self.kv_heads, -1)).mean(-1)
-        return means / means.sum()
+        """The share of each KV head, (layers, h), adding up to 1: the mean of its group (the maximum would hand out more than there is),
+        or the maximum where the paper ranks heads by it (`induction` and `echo`, arXiv:2407.15891), normalised afterwards."""
+        groups = self.per_query_head().unflatten(1, (self.kv_heads, -1))
+        found = groups.amax(-1) if self.kind in BY_BEST else groups.mean(-1)
+        return found / found.sum()
 
     def split_half(self) -> float:
         """Spearman's rank correlation of the query heads' scores between two halves of the cases, mean of SPLITS random splits.

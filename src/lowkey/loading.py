@@ -158,7 +158,7 @@ def make_allocator(name: str, given: Mapping[str, str]) -> Allocator:
     return _made(f"allocator {name!r}", kind, given)
 
 
-def make_policy(name: str, budget: str | Budget, given: Mapping[str, str], split: Mapping[str, str] | None = None) -> Policy:
+def make_policy(name: str, budget: str | Budget | None, given: Mapping[str, str], split: Mapping[str, str] | None = None) -> Policy:
     """A policy by its name in POLICIES or as `package.module:Class`, with options given as text: of it or, where it has none of that
     name, of its allocator. split: options of the allocator alone."""
     make: Any = POLICIES.get(name) or _outside("policy", name, POLICIES, ("score", "summary", "paper"))

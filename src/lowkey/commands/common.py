@@ -59,10 +59,9 @@ def policies_of(
                 word = given if isinstance(given, str) else given[0]
                 raise LowkeyError(f"{what} {shown(str(word))}: is for a policy; give --policy too, or leave it out")
         return []
-    if budgets is None:
-        raise LowkeyError(f"policy {shown(names)}: needs a budget; give --budget, like 10% or '64 tokens'")
     own, allocators = options_of(options), options_of(split, "allocator option")
-    return [(n, make_policy(n, b, own, allocators)) for n in names.split(",") for b in budgets.split(",")]
+    asked = budgets.split(",") if budgets is not None else [None]
+    return [(n, make_policy(n, b, own, allocators)) for n in names.split(",") for b in asked]
 
 
 def head_scores(paths: list[Path] | None, model: PreTrainedModel) -> HeadImportance:

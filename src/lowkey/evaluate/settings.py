@@ -91,17 +91,17 @@ def evicted(
     heads: HeadImportance | None = None,
 ) -> Setting:
     """A policy by itself or on top of a plan. Errors: LowkeyError when its budget does not hold what it always keeps."""
-    budget = Budget.parse(policy.budget)
-    tokens = {"%": budget.amount / 100 * context, "tokens": budget.amount}.get(budget.unit, math.inf)
+    budget = policy.budget and Budget.parse(policy.budget)
+    tokens = {"%": budget.amount / 100 * context, "tokens": budget.amount}.get(budget.unit, math.inf) if budget else math.inf
     if tokens < policy.sinks + policy.recent:
         raise LowkeyError(policy.too_small(tokens))
     if plan is not None:
         plan.check(model)
     policy = policy.fitted({**(plan.heads if plan else {}), **(heads or {})})
-    known = identity(method=plan and plan.method["name"], plan=path, policy=policy_words(policy), budget=str(budget))
+    known = identity(method=plan and plan.method["name"], plan=path, policy=policy_words(policy), budget=budget and str(budget))
     origin = Origin(weakref.ref(model), plan, policy)
     cache_from(model, origin)  # refuses now what would be refused at the first case
-    label = f"{name} {budget}" + (f" on {plan.method['name']} {plan.budget}" if plan else "")
+    label = (f"{name} {budget}" if budget else name) + (f" on {plan.method['name']} {plan.budget}" if plan else "")
     return Setting(label, known, lambda: cache_from(model, origin), True, policy.repeats)
 
 

@@ -158,6 +158,8 @@ class EvictingLayer(RaggedLayer):
 
     def mean_tokens(self, tokens: int) -> float:
         """The budget of a row that has seen so many tokens, per head on average."""
+        if self.policy.budget is None:
+            return tokens
         budget = Budget.parse(self.policy.budget)
         if budget.unit in ("%", "tokens"):
             return budget.amount / 100 * tokens if budget.unit == "%" else budget.amount
@@ -324,6 +326,8 @@ class EvictingLayer(RaggedLayer):
         """Whether scores decide nothing, now or later."""
         if self.frozen and not self.looking:
             return True
+        if self.policy.budget is None:
+            return False
         self.costs(tokens).check(self.policy, tokens.tolist())
         fits = all(self.mean_tokens(n) >= n for n in tokens.tolist())
         return fits and (self.policy.repeats or not self.policy.carries)

@@ -16,7 +16,6 @@ from lowkey.layers.evicting import Candidates, EvictingLayer
 from lowkey.layers.undoing import storage_bytes
 from lowkey.ops.ragged import padded, row_of, starts_of
 from lowkey.seam import Call
-from lowkey.types import Budget
 
 
 class PruningLayer(EvictingLayer):
@@ -79,8 +78,11 @@ class PruningLayer(EvictingLayer):
     @property
     def share(self) -> float:
         """Of the channels, that stays. A budget is of bytes: no more are dropped than is needed for every token to stay."""
-        budget = Budget.parse(self.policy.budget)
-        return max(self.policy.channels, 2 * budget.amount / 100 - 1) if budget.unit == "%" else self.policy.channels
+        budget = self.policy.budget
+        return max(self.policy.channels, 2 * budget.amount / 100 - 1) if self._in_percent() else self.policy.channels
+
+    def _in_percent(self) -> bool:
+        return self.policy.budget is not None and self.policy.budget.unit == "%"
 
     @property
     def width(self) -> int:
@@ -100,14 +102,14 @@ class PruningLayer(EvictingLayer):
 
     def mean_tokens(self, tokens: int) -> float:
         """A percentage is of keys and values alone."""
-        share = self.share if Budget.parse(self.policy.budget).unit == "%" and not self._fits(tokens) else 1
+        share = self.share if self._in_percent() and not self._fits(tokens) else 1
         return super().mean_tokens(tokens) * 2 / (1 + share)
 
     def _fits(self, tokens: int) -> bool:
         """Whether a row of so many tokens needs no pruning."""
         if self.width == self.keys.shape[-1]:
             return True
-        if Budget.parse(self.policy.budget).unit in ("%", "tokens"):
+        if self.policy.budget is None or self.policy.budget.unit in ("%", "tokens"):
             return super().mean_tokens(tokens) >= tokens
         return super().costs(self.tokens()).pay(self.policy, tokens) >= tokens
 

@@ -49,7 +49,6 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "expected-attention": partial(ExpectedAttention, allocator="ada"),
     "ada-curdkv": partial(CurDKV, allocator="ada"),
     "kv-compress": partial(KVCompress, allocator="blocks"),
-    "fastgen": partial(FastGen, allocator="global"),
     "kvzip": partial(KVzip, allocator="global"),
     "razor": partial(Razor, allocator="classes"),
 }
@@ -60,7 +59,7 @@ def policy_words(policy: Policy) -> dict:
     split = policy.split()
     parameters = {f.name: getattr(policy, f.name) for f in fields(policy) if f.name not in ("budget", "allocator")}
     allocator = {"name": _name(split, ALLOCATORS), "parameters": asdict(split)}  # type: ignore[call-overload]
-    return {"name": _name(policy, SCORES), "budget": str(policy.budget), "parameters": parameters, "allocator": allocator}
+    return {"name": _name(policy, SCORES), "budget": policy.budget and str(policy.budget), "parameters": parameters, "allocator": allocator}
 
 
 def policy_from(words: dict) -> Policy:

@@ -55,6 +55,7 @@ class Allocator(Checked, ABC):
 
     scope: ClassVar[Scope]
     summary: ClassVar[str]
+    bounded: ClassVar[bool] = True  # whether a budget bounds it
 
     @abstractmethod
     def counts(self, ask: Ask) -> Tensor:
@@ -200,6 +201,20 @@ class Classes(Allocator):
         return _static(ask, torch.where(retrieval, 1.0, 1e-9), float(ask.low.max()))
 
 
+@dataclass(frozen=True)
+class AtLeast(Allocator):
+    """Every token that scores at least `score`, whatever that takes: for a policy without a budget."""
+
+    scope: ClassVar[Scope] = "layer"
+    summary: ClassVar[str] = "every token that scores enough, without a budget"
+    bounded: ClassVar[bool] = False
+
+    score: float = option(1.0, at_least=-1e30, at_most=1e30)
+
+    def counts(self, ask: Ask) -> Tensor:
+        return (ask.scores >= self.score).sum(-1).cpu()
+
+
 ALLOCATORS: dict[str, type[Allocator]] = {
     "uniform": Uniform,
     "pyramid": Pyramid,
@@ -208,6 +223,7 @@ ALLOCATORS: dict[str, type[Allocator]] = {
     "blocks": Blocks,
     "headkv": HeadKV,
     "classes": Classes,
+    "at-least": AtLeast,
 }
 
 

@@ -18,6 +18,7 @@ from lowkey.types import Budget, LowkeyError
 Pooling = Literal["max", "mean"]
 Rope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 BLOCK, CACHED = 2**25, 2**20  # attention weights formed at once: 128 MiB and a few copies; on a CPU what its own cache holds
+NO_BUDGET = "it needs a budget, like '10%' or '64 tokens'; only fastgen, or allocator 'at-least', does without"
 LEAST = 16  # queries at a time, however long the context: products of fewer read all keys for little
 
 
@@ -92,9 +93,10 @@ class Scene:
 class Policy(ABC):
     """Which tokens every head keeps, and when that is decided.
 
-    budget: what is kept of the tokens seen, per head on average: `10%`, `512 tokens`, `1.5 GiB` or `4 KiB/token`. allocator: how it is
-    split over layers and heads, a name of ALLOCATORS or an object. sinks, recent: the first and the newest tokens of each row
-    stay, whatever their score; they count in the budget. every: also evict after so many decode steps; 0: only after a prompt or chunk.
+    budget: what is kept of the tokens seen, per head on average: `10%`, `512 tokens`, `1.5 GiB` or `4 KiB/token`; bytes are those of the
+    whole cache. None only with allocator `at-least`, which keeps what scores enough. allocator: how it is split over layers and heads, a
+    name of ALLOCATORS or an object. sinks, recent: the first and the newest tokens of each row stay, whatever their score; they count in
+    the budget. every: also evict after so many decode steps; 0: only after a prompt or chunk.
     """
 
     summary: ClassVar[str]
@@ -104,20 +106,23 @@ class Policy(ABC):
     repeats: ClassVar[bool] = False  # whether the context must be repeated before it can be scored; `lowkey.prefill` does it
     layer: ClassVar[str] = "evicting"  # which cache layer it needs
 
-    budget: Budget | str
+    budget: Budget | str | None
     allocator: str | Allocator = "uniform"
     sinks: int = option(4, at_least=0, at_most=2**24)
     recent: int = option(8, at_least=0, at_most=2**24)
     every: int = option(0, at_least=0, at_most=2**24)
 
     def __post_init__(self) -> None:
-        parsed = Budget.parse(self.budget)
+        parsed = None if self.budget is None else Budget.parse(self.budget)
         object.__setattr__(self, "budget", parsed)
         check(self)
-        if parsed.unit == "tokens" and parsed.amount < self.sinks + self.recent:
-            raise LowkeyError(self.too_small(parsed.amount))
         if isinstance(self.allocator, str) and self.allocator not in ALLOCATORS:
             raise LowkeyError(f"allocator {self.allocator!r} is unknown; choose one of {', '.join(ALLOCATORS)}")
+        if self.split().bounded != (parsed is not None):
+            rule = "its allocator keeps what scores enough and takes none; leave it out" if parsed else NO_BUDGET
+            raise LowkeyError(f"budget {parsed} of {type(self).__name__}: {rule}")
+        if parsed and parsed.unit == "tokens" and parsed.amount < self.sinks + self.recent:
+            raise LowkeyError(self.too_small(parsed.amount))
 
     def too_small(self, tokens: float) -> str:
         return (

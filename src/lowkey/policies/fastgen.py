@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from lowkey.options import option
+from lowkey.policies.allocators import Allocator
 from lowkey.policies.base import Policy, Scene, attention_sums
+from lowkey.types import Budget
 
 KINDS = ("local", "frequent")
 FULL = 3  # the last rung
@@ -22,22 +24,31 @@ class FastGen(Policy):
     attention of its newest `sample` queries, in each of its query heads. Tokens of that rung score 1 and their mean attention, the
     others their mean attention alone (at most 1).
 
-    So under an allocator that follows scores over the whole cache (`global`), heads that need much get it from heads that do not.
+    Without a budget `recovery` decides how much memory it becomes, as in the paper: each head keeps its rung (allocator `at-least`). With
+    one, all heads compete for it (`global`): those that need much get it from those that do not, and when all together need more
+    than there is, the least looked-at tokens of the widest heads go first.
 
-    What differs from the paper: a budget of bytes rules and recovery only says who gets them, while there recovery rules and memory is what
-    it becomes: when all heads together need more than the budget, the least looked-at tokens of the widest heads go first. There is
-    no rung for punctuation: a cache layer never sees token ids. The paper's order is frequent before local: `first="frequent"`. It profiles
-    with the whole attention matrix of the prompt; a sample of queries needs memory linear in its length.
+    What differs from the paper: there is no rung for punctuation, since a cache layer never sees token ids. The paper's order is frequent
+    before local: `first="frequent"`. It profiles with the whole attention matrix of the prompt; a sample of queries needs memory linear in
+    its length.
     """
 
     summary: ClassVar[str] = "the fewest kinds of tokens that bring back a head's attention"
     paper: ClassVar[str] = "arXiv:2310.01801"
+
+    budget: Budget | str | None = None
+    allocator: str | Allocator = ""
 
     recovery: float = option(0.95, at_least=0, at_most=1)
     local: float = option(0.3, at_least=0, at_most=1)
     frequent: float = option(0.3, at_least=0, at_most=1)
     first: Literal["local", "frequent"] = "local"
     sample: int = option(64, at_least=1, at_most=2**24)
+
+    def __post_init__(self) -> None:
+        if self.allocator == "":
+            object.__setattr__(self, "allocator", "at-least" if self.budget is None else "global")
+        super().__post_init__()
 
     def score(self, scene: Scene) -> Tensor:
         queries = (scene.newest(self.sample) >= 0).sum(1).clamp_min(1)
