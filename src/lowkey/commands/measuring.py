@@ -43,7 +43,8 @@ def eval_(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="what policies keep: '10%', '64 tokens', or '40 KiB' of all that is held after a prompt; several separated by commas; fastgen may do without"
+            help="what policies keep: '10%', '64 tokens', or '40 KiB' of all that is held after a prompt; several separated by commas; "
+            "fastgen may do without"
         ),
     ] = None,
     heads: Annotated[list[Path] | None, typer.Option(help="a file of head scores that `lowkey heads` wrote")] = None,

@@ -39,7 +39,8 @@ def generate(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="what the policy keeps: '10%', '64 tokens', or '40 KiB' of all that is held after the prompt, to which decoding adds; fastgen may do without"
+            help="what the policy keeps: '10%', '64 tokens', or '40 KiB' of all that is held after the prompt, to which decoding "
+            "adds; fastgen may do without"
         ),
     ] = None,
     heads: Annotated[list[Path] | None, typer.Option(help="a file of head scores that `lowkey heads` wrote")] = None,

@@ -209,7 +209,7 @@ class AtLeast(Allocator):
     summary: ClassVar[str] = "every token that scores enough, without a budget"
     bounded: ClassVar[bool] = False
 
-    score: float = option(1.0, at_least=-1e30, at_most=1e30)
+    score: float = option(1.0, at_least=-1e9, at_most=1e9)
 
     def counts(self, ask: Ask) -> Tensor:
         return (ask.scores >= self.score).sum(-1).cpu()
