@@ -6,7 +6,8 @@ import pico
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Cache, LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import QuantizedLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from variants import SHAPE, VARIANTS, build, config, empty_cache, ids
 
@@ -189,3 +190,37 @@ def test_attention_holds_no_rotation_and_nothing_of_a_text(name):
     read(model, PLACES["jumps"], SPLITS[1], empty_cache("dynamic", model))
     model(ids(60), use_cache=False)
     assert [(dict(vars(m)), list(m.buffers())) for layer in layers for m in layer.modules()] == before
+
+
+@torch.no_grad()
+@each
+def test_plain_cos_and_sin_turn_a_layer_too(name):
+    """As stock layers take them; what else a kind needs, it makes of its configuration."""
+    model, x = build(name), torch.randn(2, 6, SHAPE["hidden_size"], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for layer in model.model.layers:
+        rope = model.model.rotary_emb(x, ROW[:, :6])
+        mine = rope if layer.self_attn.whole is None else rope.other
+        found, want = (layer.self_attn(x, given, position_ids=ROW[:, :6])[0] for given in ((mine.cos, mine.sin), rope))
+        assert apart(found, want, EVERY[:, :6]) == 0
+
+
+class Rounding(QuantizedLayer):
+    """Stands for one of transformers' quantised layers, which need packages of their own."""
+
+    def _quantize(self, tensor, axis):
+        return (tensor * 4).round()
+
+    def _dequantize(self, q_tensor):
+        return q_tensor / 4
+
+
+@each
+def test_a_cache_that_rounds_is_refused_where_positions_are_stored(name):
+    model = build(name)
+    past = Cache(layers=[Rounding() for _ in model.model.layers])
+    kinds = [layer.self_attn for layer in model.model.layers]
+    if not any(layer.stores_positions for layer in kinds):
+        model(ids(6), past_key_values=past)
+        return
+    with pytest.raises(ValueError, match=r"^cache 'quantized': .* positions.*; use 'dynamic'$"):
+        model(ids(6), past_key_values=past)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, QuantizedLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, eager_attention_forward, rotate_half
 
@@ -165,6 +165,15 @@ def attention_weights(scores: Tensor, mask: Tensor | None) -> Tensor:
     return torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
 
 
+def _check_exact(cache: Cache, layer: int) -> None:
+    """Errors: ValueError for a cache that rounds what it stores: positions would come back as others."""
+    layers = getattr(cache, "layers", [])
+    if layer < len(layers) and isinstance(layers[layer], QuantizedLayer):
+        raise ValueError(
+            "cache 'quantized': attention 'lrkv' of mode 'full' stores positions, which must come back as they were; use 'dynamic'"
+        )
+
+
 class HeadMaps(NamedTuple):
     """The linear maps that the H query heads of one layer amount to, of the layer's normed input (row vectors: keys = inputs @ k[i].T).
 
@@ -258,6 +267,7 @@ class Attention(nn.Module, ABC):
     """
 
     whole: LowkeyConfig | None = None  # the model's configuration, where this layer is one of the others
+    stores_positions = False
 
     def __init__(self, config: LowkeyConfig, layer_idx: int, key_width: int | None = None, value_width: int | None = None) -> None:
         super().__init__()
@@ -283,21 +293,34 @@ class Attention(nn.Module, ABC):
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: Rope,
+        position_embeddings: Rope | Turn,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states (b, t, D) -> the same shape, and the weights (b, H, t, s) where they were formed."""
-        rope = position_embeddings if self.whole is None else position_embeddings.other
-        assert rope is not None
+        if past_key_values is not None and self.stores_positions:
+            _check_exact(past_key_values, self.layer_idx)
+        rope = self._rope(position_embeddings, hidden_states, position_ids)
         call = Call(attention_mask, rope, position_ids, past_key_values is not None, kwargs)
         query, keys, values = self.project(hidden_states, self.q_norm(heads_of(self.q_proj(hidden_states), self.heads)), call)
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.layer_idx)
         out, weights = self.attend(query, keys, values, call)
         return self.finish(out, hidden_states), weights
+
+    def _rope(self, given: Rope | Turn, hidden: Tensor, positions: Tensor | None) -> Rope:
+        """This layer's part of what the model's rotary embedding says. Of plain cos and sin, as stock layers take them, the rest is made
+        anew from the configuration."""
+        if isinstance(given, Rope):
+            rope = given if self.whole is None else given.other
+            assert rope is not None
+            return rope
+        cos, sin = given
+        if positions is None:
+            return Rope(cos, sin, cos.new_empty(0), 1.0, None)
+        return rotary(self.config).to(cos.device)(hidden, positions)._replace(cos=cos, sin=sin)
 
     @abstractmethod
     def project(self, hidden: Tensor, query: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:

@@ -45,6 +45,7 @@ class LowRankKV(Attention):
         d, rank, self.mode = config.head_dim, config.lrkv_rank, config.lrkv_rope_mode
         shared = config.num_key_value_heads * d
         self.rank, self.reach, self.rebuilds = rank, _reach(config), _rebuilds(config)
+        self.stores_positions = self.rebuilds
         self.num_key_value_groups = 1  # of written-out keys
         self.k_proj, self.v_proj = self.linear(shared), self.linear(shared)
         self.k_norm = self.norm(d)

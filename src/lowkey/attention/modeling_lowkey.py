@@ -48,9 +48,11 @@ class LowkeyDecoderLayer(LlamaDecoderLayer):
     def __init__(self, config: LowkeyConfig, layer_idx: int) -> None:
         super(LlamaDecoderLayer, self).__init__()  # Llama's own would build an attention that is not wanted
         self.hidden_size = config.hidden_size
-        own = config if config.attention_layers is None or layer_idx in config.attention_layers else config.others
-        self.self_attn = ATTENTION[own.attention](own, layer_idx)
-        if own is not config:
+        others = config.others
+        if others is None or layer_idx in config.attention_layers:
+            self.self_attn = ATTENTION[config.attention](config, layer_idx)
+        else:
+            self.self_attn = ATTENTION[others.attention](others, layer_idx)
             self.self_attn.whole = config
         self.mlp = LlamaMLP(config)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

@@ -48,7 +48,7 @@ def _lost(model: PreTrainedModel, config: LowkeyConfig, stored: int) -> tuple[st
         same = {"attention": kind} | ({"num_key_value_heads": groups} if kind == "gqa" else {})
         return lost, grouped if groups % stored else same
     if kind == "mea":
-        count = config.mea_num_component_heads
+        count = config.mea_num_component_heads or stored
         lost = f"{count} component heads stand for the source's {stored}" if count < stored else None
         return lost, {"attention": kind, "mea_num_component_heads": stored}
     return _lost_mla(config, stored, grouped) if kind == "mla" else _lost_lrkv(model, config, stored, d)

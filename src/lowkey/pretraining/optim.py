@@ -58,7 +58,8 @@ def matched(pattern: str, names: Iterable[str]) -> list[str]:
 def factors(model: PreTrainedModel, training: Training) -> dict[str, float]:
     """What the rate of every trained parameter is multiplied by, by name. Errors: LowkeyError for a pattern that is no parameter's, and
     for a parameter of two patterns."""
-    names, found = [name for name, p in model.named_parameters() if p.requires_grad], {}
+    names: list[str] = [name for name, p in model.named_parameters() if p.requires_grad]
+    found: dict[str, float] = {}
     for pattern, factor in training.lr_factors.items():
         mine = matched(pattern, names)
         if not mine:
