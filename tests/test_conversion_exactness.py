@@ -76,12 +76,12 @@ def test_what_is_said_of_a_start_is_so(name: str) -> None:
 def test_the_biased_full_rank_start_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
     """Qwen2's keys have biases, of which one shared head cannot hold those of two."""
     model = build("qwen2")
-    with caplog.at_level("WARNING"):
+    with caplog.at_level("WARNING", "lowkey.conversion"):
         convert(model, "lrkv", lrkv_rank=D)
     (told,) = (record.getMessage() for record in caplog.records)
     assert "keys have biases" in told and told.endswith("exact with attention=lrkv lrkv_rank=16 lrkv_rope_mode=full num_key_value_heads=2")
     caplog.clear()
-    with caplog.at_level("WARNING"):
+    with caplog.at_level("WARNING", "lowkey.conversion"):
         convert(model, "lrkv", lrkv_rank=D, num_key_value_heads=2)
         convert(model, "lrkv", lrkv_rank=2)  # smaller than the source: a loss is what was asked for
     assert not caplog.records
