@@ -12,8 +12,12 @@ import torch
 from pico import attached, padding, prompt
 
 import lowkey
+from lowkey.allocate import ALLOCATORS as ALLOCATORS_OF_RANKS
 from lowkey.cache import make_cache
+from lowkey.calibrate import Sample
 from lowkey.layers.budgets import Costs
+from lowkey.layers.exact import Exact
+from lowkey.methods.pca import PCA
 from lowkey.policies import POLICIES
 from lowkey.types import LowkeyError
 
@@ -78,7 +82,8 @@ def test_what_is_held_is_within_the_budget_and_uses_it(name, budget):
 @pytest.mark.parametrize("budget", ["71 KiB", "333 B/token"])
 def test_however_it_is_split_and_over_rows_of_any_length(allocator, budget):
     split = POLICIES["headkv-r2"]("50%").allocator if allocator == "headkv" else allocator
-    holds("snapkv", attached("llama"), budget, [50, 0, 17], allocator=split)
+    for name in ("snapkv", "think"):
+        holds(name, attached("llama"), budget, [50, 0, 17], allocator=split)
 
 
 @pytest.mark.parametrize("name", ["gemma3_text", "gemma2"])
@@ -115,7 +120,7 @@ def test_a_question_is_not_counted_twice():
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("budget", ["1 KiB", "7 B/token"])
-@pytest.mark.parametrize("kind", ["snapkv", "razor", "h2o", "kvzip"])
+@pytest.mark.parametrize("kind", ["snapkv", "razor", "h2o", "kvzip", "think"])
 def test_too_small_a_budget_is_refused_with_the_smallest_that_works(name, budget, kind):
     """By trying: that one holds, and a little less does not."""
     model, ids = attached(name), prompt(50, 2)
@@ -132,6 +137,21 @@ def test_too_small_a_budget_is_refused_with_the_smallest_that_works(name, budget
     assert counted(fill(f"{amount} {unit}")) <= limit * (92 if per_token else 1)
     with pytest.raises(LowkeyError, match="give that, or lower sinks"):
         fill(f"{float(amount) - (1 if unit.startswith('B') else 0.2):g} {unit}")
+
+
+@pytest.mark.parametrize("allocator", ["greedy", "uniform", "threshold"])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_a_plans_rate_is_what_one_more_token_adds(name, allocator):
+    """To the layers it compresses, of 1536 B in full, or 1024 beside a sliding layer; the tokens that are kept exact have come before."""
+    model, text = attached(name), "".join(chr(97 + i * i % 26) for i in range(700))
+    plan = lowkey.calibrate(
+        model, pico.tokenizer(), text, budget="700 B/token", method=PCA(), allocator=ALLOCATORS_OF_RANKS[allocator](), sample=Sample(4, 64)
+    )
+    cache = make_cache(model, plan, exact=Exact(2, 5))
+    pico.feed(model, prompt(40, 1), cache)
+    before = cache.nbytes()
+    pico.feed(model, prompt(10, 1), cache)
+    assert 0.8 * 700 <= (cache.nbytes() - before) / 10 <= 700
 
 
 def test_rows_pay_for_themselves():

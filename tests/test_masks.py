@@ -308,6 +308,32 @@ def test_a_row_is_counted_from_its_first_token(name, every):
         assert (again - logits).abs().max() < 5e-3, where
 
 
+OPTIONS = {
+    "h2o per query": {"per_query": True},
+    "kv-compress all": {"window": 0},
+    "curdkv projected": {"rank": 5},
+    "snapkv mean": {"pooling": "mean"},
+}
+
+
+@pytest.mark.parametrize("name", [*FED, *OPTIONS])
+def test_a_row_is_what_it_is_alone(name):
+    """Whatever lies beside it in the batch: in chunks of which the first may be all padding, and with evictions in decoding."""
+    model, pads, sizes = attached("llama"), [31, 0, 44], [40, 15, 1, 1, 1, 1]
+    made = POLICIES[name.split()[0]]("30%", sinks=3, recent=4, every=2, **OPTIONS.get(name, {}))
+    made = dataclasses.replace(made, allocator=made.split().fitted(HEADS))
+    ids = torch.stack([1 + torch.randperm(96, generator=torch.Generator().manual_seed(row))[:59] for row in range(3)])
+    together = make_cache(model, policy=made)
+    got = pico.feed(model, ids, together, pads, sizes)
+    for row, pad in enumerate(pads):
+        alone = make_cache(model, policy=made)
+        parts = [40 - pad, 15] if pad < 40 else [55 - pad]
+        want = pico.feed(model, ids[row : row + 1, pad:], alone, None, parts + sizes[2:])
+        assert (got[row, pad:] - want[0]).abs().max() < 1e-3
+        for layer, other in zip(together.evicting, alone.evicting, strict=True):
+            assert [p.tolist() for p in layer.kept_positions(row)] == [p.tolist() for p in other.kept_positions(0)]
+
+
 def test_a_budget_of_tokens_spends_none_on_padding():
     """Rows of 60 and 20 tokens, without position_ids: half of each is kept."""
     model, cache = attached("llama"), make_cache(attached("llama"), policy=POLICIES["snapkv"]("50%", sinks=2, recent=2))
