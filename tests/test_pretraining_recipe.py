@@ -109,7 +109,7 @@ def test_bad_files_and_settings_are_one_line(tmp_path, text, message):
         ({"hidden_size": 32, "hidden_act": "foo"}, "no model can be made of"),
         ({"attention": "gqa", "model_type": "bert"}, "model_type 'bert': a model with attention 'gqa' is lowkey's own"),
         ({"path": "./nowhere"}, "model './nowhere': no such folder"),
-        ({"hidden_size": 32, "vocab_size": 50}, "the tokenizer has 97"),
+        ({"hidden_size": 32, "vocab_size": 50}, "the tokenizer's ids go up to 96"),
         ({"hidden_size": 32, "max_position_embeddings": 8}, "the model has 8 positions"),
     ],
 )

@@ -6,9 +6,11 @@ Every call finds its storage out of the processor's caches, as a layer of a real
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import cycle
@@ -83,6 +85,7 @@ def decode_bench(
     shape = Shape(context, head_dim, heads, kv_heads, dtype, repeats, seed)
     lengths = _lengths(shape, Budget.parse(budget), seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    _check_memory(shape, device)
     times = _rounds(_contestants(shape, lengths, device, seed), repeats, device)
     read = [READ / s / 1e9 for s in times.pop("read")]
     settings = {"context": context, "head_dim": head_dim, "heads": heads, "kv_heads": kv_heads, "dtype": dtype, "budget": str(budget)}
@@ -107,6 +110,26 @@ def _lengths(shape: Shape, budget: Budget, seed: int) -> Tensor:
     weights = torch.randn(shape.kv_heads, generator=torch.Generator().manual_seed(seed)).mul(SPREAD).exp()
     ones = torch.ones(shape.kv_heads, dtype=torch.long)
     return apportion(weights, round(total), ones, ones * shape.context)
+
+
+def _check_memory(shape: Shape, device: str) -> None:
+    """Errors: LowkeyError for a storage that this machine cannot hold, before any of it is made."""
+    needed = 4 * shape.nbytes  # the random rows and two copies of them, and what the budget keeps
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else _free_memory()
+    if needed > free:
+        what = f"context {shape.context}, head_dim {shape.head_dim} and kv_heads {shape.kv_heads}"
+        raise LowkeyError(f"{what}: need {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free; give less of one of them")
+
+
+def _free_memory() -> int:
+    """Bytes that may be taken: what the system says is available, and no more than the control group may use."""
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError):
+        said = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+        free = min(free, int(said.split()[1]) * 2**10)
+    with suppress(OSError, ValueError):
+        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return free
 
 
 def _contestants(shape: Shape, lengths: Tensor, device: str, seed: int) -> dict[str, Step]:

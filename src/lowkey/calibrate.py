@@ -223,7 +223,7 @@ def _errors(bases: dict[int, LayerBases], pairs: dict[int, list[Pair]], course: 
 def windows_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: str | Sequence[str] | None, sample: Sample) -> Tensor:
     """Ids (n, t) of the sample, no longer than the model reads. Errors: LowkeyError for too short a text."""
     length = min(sample.length, getattr(model.config.get_text_config(), "max_position_embeddings", sample.length))
-    ids = text.encode(tokenizer, text.joined(texts))
+    ids = text.encode(tokenizer, text.joined(texts), model)
     return text.sample_windows(ids, tokenizer, length, sample.windows, sample.seed, "calibration text")
 
 

@@ -205,7 +205,7 @@ def diversity(
     Errors: LowkeyError for text too short, a family that is not supported, windows < 1, context < 2, inits < 0.
     """
     Compared(windows, context, inits, seed)
-    ids = text.encode(tokenizer, text.embedded("evaluation") if corpus is None else corpus)
+    ids = text.encode(tokenizer, text.embedded("evaluation") if corpus is None else corpus, model)
     rows = text.windows(ids, tokenizer, context, "data", least=windows)[:windows]
     layers = _measured(model, rows, progress, "")
     fresh = [_measured(_initialised(model, seed + i), rows, progress, f"at random {i + 1}: ") for i in range(inits)]

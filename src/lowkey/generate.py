@@ -8,7 +8,7 @@ from typing import TextIO
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from lowkey import families
+from lowkey import families, text
 from lowkey.cache import LowkeyCache, make_cache
 from lowkey.prefill import prefill
 from lowkey.printable import printable
@@ -39,9 +39,11 @@ def stream(
     Returns text, new_tokens, tokens_per_s, bytes_held, bytes_full. Errors: LowkeyError for an empty prompt, or for more tokens than the
     model has positions.
     """
+    text.check_unicode("prompt", prompt)
     ids = tokenizer(prompt, return_tensors="pt").input_ids.to(device_of(model))
     if not ids.shape[1]:
         raise LowkeyError("prompt '': is empty; give some text to continue")
+    text.check_ids(ids, model)
     longest = families.positions(model)
     if longest is not None and ids.shape[1] + tokens > longest:
         remedy = f"give at most {longest - ids.shape[1]}" if ids.shape[1] < longest else "give a shorter prompt"

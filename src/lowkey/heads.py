@@ -323,6 +323,7 @@ def estimate_heads(
     sizes = tuple(lengths) if lengths is not None else tuple(round(context * i / 5) for i in range(1, 6))
     _check_request(model, kind, task, cases, sizes, depths, accept)
     hay = Haystack(tokenizer, haystack if haystack is not None else text.embedded("calibration"))
+    text.check_ids(torch.tensor(hay.ids), model)
     job = _Job(model, tokenizer, KINDS[kind].score, accept, families.geometry(model).compressible)
     for name in [task] if task else KINDS[kind].tasks:
         drawn = _cases(name, hay, cases, sizes, depths, seed)

@@ -152,8 +152,9 @@ def described(hint: Any, allowed: Range) -> str:
     return str(Range(choices=words)) if words else WORDS[bool] if hint is bool else str(allowed)
 
 
-def default_of(kind: Any, name: str) -> Any:
-    return _default(next(f for f in fields(kind) if f.name == name))
+def defaults_of(kind: Any) -> dict[str, Any]:
+    """The defaults of those fields that have one."""
+    return {f.name: default for f in fields(kind) if (default := _default(f)) is not MISSING}
 
 
 def range_of(f: Field) -> Range:

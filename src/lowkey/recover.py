@@ -109,6 +109,7 @@ def recover(
     _check(settings, model)
     plan.check(model)
     data = Windows.of(tokenizer, text.joined(texts), settings)
+    text.check_ids(data.ids, model)
     folder = files.job_folder(work, _describe(plan, data, settings))
     training = Training.of(model, plan, data, settings)
     if folder is not None and (found := files.read_work(folder, CHECKPOINT)) is not None:

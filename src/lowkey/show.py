@@ -12,8 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lowkey.allocate import ALLOCATORS
 from lowkey.heads import HeadScores
-from lowkey.options import ranges, shown
+from lowkey.methods import METHODS
+from lowkey.options import defaults_of, ranges, shown
 from lowkey.plan import Plan
 from lowkey.printable import printable
 
@@ -60,6 +62,10 @@ def show_plan(plan: Plan, place: Path, as_json: bool) -> None:
     for i, (k, v) in plan.ranks.items():
         table.add_row(str(i), f"{k} of {g['head_dim']}", f"{v} of {g['head_dim']}")
     screen.print(table)
+    for what, told, table_of in (("method", plan.method, METHODS), ("allocator", plan.allocator, ALLOCATORS)):
+        if told.get("parameters"):
+            kind = table_of.get(told["name"])
+            say(f"options of {what} {told['name']}: {options_of(kind, told['parameters'], '; ') if kind else told['parameters']}")
     say(f"{place}: keeps {held} of {whole} bytes per token in bfloat16 ({100 * held / whole:.1f}%)")
 
 
@@ -169,8 +175,19 @@ def _number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def options_of(kind: Any, values: Mapping[str, Any]) -> str:
-    """A line for each option of a class: its value and, in brackets, what it may be."""
-    known = ranges(kind)
-    words = {name: shown(value) if isinstance(value, str) and not value.isprintable() else value for name, value in values.items()}
-    return "\n".join(f"{name}={value}" + (f" ({known[name]})" if known.get(name) else "") for name, value in words.items())
+def options_of(kind: Any, values: Mapping[str, Any], between: str = "\n") -> str:
+    """Options of a class: each one's value and, in brackets, its default, where that is another, and what it may be."""
+    known, defaults = ranges(kind), defaults_of(kind)
+    return between.join(
+        f"{name}={_word(value)}{_told(value, defaults.get(name, value), known.get(name, ''))}" for name, value in values.items()
+    )
+
+
+def _told(value: object, default: object, known: str) -> str:
+    words = [f"default {_word(default)}"] if value != default else []
+    words += [known] if known else []
+    return f" ({', '.join(words)})" if words else ""
+
+
+def _word(value: object) -> object:
+    return shown(value) if isinstance(value, str) and not value.isprintable() else value

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey import files
+from lowkey.options import shown
 from lowkey.types import LowkeyError
 
 EMBEDDED = {"calibration": "alice.txt", "evaluation": "time_machine.txt"}
@@ -46,9 +47,38 @@ def read_text(path: str | Path, argument: str) -> str:
     return text
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """Ids (n,) without special tokens; long texts are expected, so the tokenizer's length warning is not for them."""
-    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.long)
+def vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest id, which is more than the number of tokens where ids have gaps."""
+    return max([len(tokenizer) - 1, *tokenizer.get_vocab().values()]) + 1
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, model: PreTrainedModel | None = None) -> Tensor:
+    """Ids (n,) without special tokens; long texts are expected, so the tokenizer's length warning is not for them.
+
+    model: which is to read them. Errors: LowkeyError for a text that is no Unicode, or for tokens that the model does not have.
+    """
+    check_unicode("text", text)
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.long)
+    if model is not None:
+        check_ids(ids, model)
+    return ids
+
+
+def check_unicode(argument: str, text: str) -> None:
+    """Errors: LowkeyError for halves of surrogate pairs, which Python's strings may hold and tokenizers refuse."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise LowkeyError(f"{argument} {shown(text)}: holds a lone surrogate at {error.start}, which is no text; give UTF-8 text") from None
+
+
+def check_ids(ids: Tensor, model: PreTrainedModel) -> None:
+    """Errors: LowkeyError for ids beyond the embedding, which a tokenizer has when tokens were added to it and not to the model."""
+    rows, largest = model.get_input_embeddings().weight.shape[0], int(ids.max()) if ids.numel() else 0
+    if largest >= rows:
+        raise LowkeyError(
+            f"tokenizer: gives the id {largest}, and the model's embedding has {rows} rows; use the model's own tokenizer, or resize it"
+        )
 
 
 def windows(ids: Tensor, tokenizer: PreTrainedTokenizerBase, length: int, argument: str, least: int = MIN_WINDOWS) -> Tensor:

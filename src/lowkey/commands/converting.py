@@ -96,7 +96,7 @@ def convert(
 
 
 def _rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: str, sample: Sample) -> torch.Tensor:
-    ids = text.encode(tokenizer, corpus)
+    ids = text.encode(tokenizer, corpus, model)
     length = min(sample.length, model.config.max_position_embeddings)
     return text.sample_windows(ids, tokenizer, length, sample.windows, sample.seed, "calibration text")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from transformers import PreTrainedModel
 
 from lowkey import families, files, text
 from lowkey.bench import Shape, decode_bench
@@ -33,6 +34,8 @@ from lowkey.loading import load
 from lowkey.plan import Plan
 from lowkey.progress import bars
 from lowkey.show import show_bench, show_rows
+
+QUESTION = 32  # tokens
 
 
 def eval_(
@@ -75,7 +78,7 @@ def eval_(
     policies = policies_of(policy, budget, option, allocator_option, heads)
     corpus = text.read_text(data, "data") if data else text.embedded("evaluation")
     loaded, tokenizer = load(model, dtype, device)
-    context = min(Task.context, families.positions(loaded) or Task.context) if context is None else context
+    context = _usual_context(loaded) if context is None else context
     plans = [plan_at(p, loaded) for p in plan or []]
     scores = head_scores(heads, loaded)
     settings = [full(loaded)] + [p.setting(loaded) for p in plans]
@@ -88,6 +91,12 @@ def eval_(
     files.write_json(place, result, "result")
     err.print(f"result written to {place}", highlight=False, soft_wrap=True)
     print(json.dumps(result)) if as_json else show_rows(result)
+
+
+def _usual_context(model: PreTrainedModel) -> int:
+    """512, or what leaves a short model room for a question and its answer."""
+    longest = families.positions(model)
+    return Task.context if longest is None else max(8, min(Task.context, longest - QUESTION))
 
 
 def decode(

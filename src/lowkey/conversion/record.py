@@ -33,7 +33,7 @@ class Loss:
 
 def held_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: str | None, context: int, windows: int) -> Tensor:
     """Ids (n, t): the first windows of the text, the embedded evaluation text when there is none."""
-    ids = text.encode(tokenizer, text.embedded("evaluation") if corpus is None else corpus)
+    ids = text.encode(tokenizer, text.embedded("evaluation") if corpus is None else corpus, model)
     length = min(context, model.config.max_position_embeddings)
     return text.windows(ids, tokenizer, length, "data", least=1)[:windows]
 

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lowkey import families
 from lowkey.evaluate.settings import Setting
 from lowkey.needles import KEYS, Encode, draw_facts, weave
 from lowkey.needles import Fact as Fact
 from lowkey.prefill import prefill
 from lowkey.progress import Progress
-from lowkey.types import device_of
+from lowkey.types import LowkeyError, device_of
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,18 @@ def measure(
         for setting in settings:
             hits[setting.name] += answers(model, tokenizer, setting, episode, refeed)
     return {name: {"exact_match": count / cases} for name, count in hits.items()}
+
+
+def check_positions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: int) -> None:
+    """Errors: LowkeyError for a context that leaves no room for a question, asked twice, and its answer."""
+    fact = draw_facts(random.Random(0), 1)[0]
+    asked, answer = (len(tokenizer(words, add_special_tokens=False).input_ids) for words in (fact.question, fact.answer))
+    longest, room = families.positions(model), 1 + 2 * asked + answer
+    if longest is not None and context + room > longest:
+        raise LowkeyError(
+            f"context {context}: a question and its answer take {room} tokens more, beyond the model's {longest} positions; "
+            f"give at most {longest - room}, or another task than recall"
+        )
 
 
 def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setting: Setting, episode: Episode, refeed: bool) -> bool:

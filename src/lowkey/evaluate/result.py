@@ -49,7 +49,7 @@ class _Run:
     progress: Progress
 
     def __post_init__(self) -> None:
-        self.ids = text.encode(self.tokenizer, self.task.text)
+        self.ids = text.encode(self.tokenizer, self.task.text, self.model)
         self.rows = text.windows(self.ids, self.tokenizer, self.task.context, f"data {self.task.text_name!r}", 1)[: self.task.windows]
 
 
@@ -65,6 +65,7 @@ def _layers(run: _Run) -> dict[str, dict]:
 
 def _recall(run: _Run) -> dict[str, dict]:
     t = run.task
+    recall.check_positions(run.model, run.tokenizer, t.context)
     return recall.measure(run.model, run.tokenizer, run.settings, run.ids.tolist(), t.context, t.cases, t.seed, run.progress, t.refeed)
 
 

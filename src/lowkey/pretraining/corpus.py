@@ -237,7 +237,7 @@ def _batches(found: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 def _write(folder: Path, data: Data, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> None:
     """First all documents in one file, then the parts, since which documents are held out depends on how long all are."""
-    kind = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+    kind = np.dtype(np.uint16 if text.vocabulary(tokenizer) <= 2**16 else np.uint32)
     lengths, sizes = _spool(folder / "all.bin", kind, data, tokenizer, progress)
     ids = np.memmap(folder / "all.bin", dtype=kind, mode="r")
     lengths, sizes, chosen = _choose(ids, lengths, sizes, data.held_out, tokenizer)
@@ -316,7 +316,7 @@ def _read(folder: Path, named: PreTrainedTokenizerBase | None) -> Corpus:
     except Exception as error:  # transformers raises many kinds; each is a damaged folder here
         raise refuse(f"its tokenizer cannot be loaded ({_line(error)})") from None
     try:
-        streams = [_stream(folder, part, about, len(tokenizer)) for part in PARTS]
+        streams = [_stream(folder, part, about, text.vocabulary(tokenizer)) for part in PARTS]
         fingerprint = str(about["sha256"])
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
         raise refuse(_line(error)) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from difflib import get_close_matches
@@ -12,10 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lowkey import loading
-from lowkey.options import nearest
+from lowkey.options import nearest, shown
+from lowkey.text import vocabulary
 from lowkey.types import LowkeyError
 
-SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
+SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"),
+    "max_position_embeddings",
+)
 
 
 def validate(table: Mapping[str, Any]) -> str:
@@ -50,11 +55,17 @@ def validate(table: Mapping[str, Any]) -> str:
 def _check_sizes(table: Mapping[str, Any]) -> None:
     """What transformers takes and nobody means."""
     for name in SIZES:
-        if name in table and not (type(table[name]) is int and table[name] >= 1):
-            raise LowkeyError(f"model.{name} {table[name]!r}: must be a whole number of at least 1")
+        most = 10_000 if name == "num_hidden_layers" else 2**24
+        if name in table and not (type(table[name]) is int and 1 <= table[name] <= most):
+            raise LowkeyError(f"model.{name} {shown(table[name])}: must be a whole number of at least 1 and at most {most}")
+    heads, kv_heads = table.get("num_attention_heads"), table.get("num_key_value_heads")
+    if heads and kv_heads and heads % kv_heads:
+        raise LowkeyError(f"model.num_key_value_heads {kv_heads}: must divide the {heads} attention heads; give a divisor, or leave it out")
     for name, value in table.items():
         if name.endswith("dropout") and not (isinstance(value, int | float) and 0 <= value < 1):
-            raise LowkeyError(f"model.{name} {value!r}: must be a number from 0 and below 1")
+            raise LowkeyError(f"model.{name} {shown(value)}: must be a number from 0 and below 1")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise LowkeyError(f"model.{name} {value}: must be a finite number; leave it out for the default")
         if name in ("dtype", "torch_dtype"):
             raise LowkeyError(f"model.{name} {value!r}: weights are trained in fp32; leave it out, and see training.precision")
 
@@ -75,7 +86,7 @@ def build(table: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, length: 
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     pad = None if pad in (bos, eos) else pad  # transformers would never train the embedding of such a token
     ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
-    given = {"vocab_size": len(tokenizer), "max_position_embeddings": length, **ids, **table}
+    given = {"vocab_size": vocabulary(tokenizer), "max_position_embeddings": length, **ids, **table}
     given.pop("model_type", None)
     config = _made(kind, given)
     check(config, tokenizer, length)
@@ -87,9 +98,9 @@ def build(table: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, length: 
 
 def check(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
     """That a model of this config can read such rows."""
-    vocabulary, longest = config.vocab_size, getattr(config, "max_position_embeddings", None) or length
-    if vocabulary < len(tokenizer):
-        raise LowkeyError(f"model.vocab_size {vocabulary}: the tokenizer has {len(tokenizer)} tokens; leave it out, or give at least that")
+    rows, longest, needed = config.vocab_size, getattr(config, "max_position_embeddings", None) or length, vocabulary(tokenizer)
+    if rows < needed:
+        raise LowkeyError(f"model.vocab_size {rows}: the tokenizer's ids go up to {needed - 1}; leave it out, or give at least {needed}")
     if longest < length:
         raise LowkeyError(f"training.length {length}: the model has {longest} positions; give at most that")
 
