@@ -11,9 +11,14 @@ import numpy as np
 import pico
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from lowkey import text
+import lowkey
+from lowkey import loading, text
+from lowkey.generate import stream as stream_text
 from lowkey.pretraining.corpus import documents, prepare
+from lowkey.pretraining.models import build
 from lowkey.pretraining.recipe import Data
 from lowkey.pretraining.rows import IGNORED, Order, Stream
 from lowkey.types import LowkeyError
@@ -241,3 +246,51 @@ def test_bad_data_is_one_line(tmp_path, make, message):
         prepare(make(tmp_path), tmp_path / "tokens")
     assert "\n" not in str(error.value)
     assert not list((tmp_path / "tokens").glob("*"))
+
+
+# -- a tokenizer whose ids have gaps
+
+
+def with_gaps(folder: Path) -> Path:
+    """A folder with a tokenizer of 28 tokens whose ids go up to 70000, more than 16 bits."""
+    known = {c: i for i, c in enumerate("abcdefghijklmnopqrstuvwxy ")} | {"z": 70000, "?": 200}
+    raw = Tokenizer(models.WordLevel(known, unk_token="?"))
+    raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="?").save_pretrained(folder)
+    return folder
+
+
+def test_token_files_are_as_wide_as_the_largest_id(tmp_path):
+    (tmp_path / "text.txt").write_text("a zoo " * 200)
+    data = Data(path=str(tmp_path / "text.txt"), tokenizer=str(with_gaps(tmp_path / "tokenizer")), held_out=0)
+    found = prepare(data, tmp_path / "tokens")
+    assert found.training.ids[:6].tolist() == [0, 25, 70000, 14, 14, 25]
+
+
+def test_a_model_has_a_row_for_every_id(tmp_path):
+    tokenizer = loading.load_tokenizer(str(with_gaps(tmp_path)))
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    assert build(small, tokenizer, 16).config.vocab_size == 70001
+    with pytest.raises(
+        LowkeyError, match=r"model.vocab_size 300: the tokenizer's ids go up to 70000; leave it out, or give at least 70001"
+    ):
+        build({**small, "vocab_size": 300}, tokenizer, 16)
+
+
+def test_ids_beyond_the_embedding_are_refused(tmp_path):
+    model, tokenizer = pico.attached("llama"), loading.load_tokenizer(str(with_gaps(tmp_path)))
+    assert text.encode(tokenizer, "abc", model).tolist() == [0, 1, 2]
+    for run in (
+        lambda: text.encode(tokenizer, "a zoo", model),
+        lambda: lowkey.calibrate(model, tokenizer, "a zoo " * 500, sample=lowkey.Sample(4, 16)),
+        lambda: stream_text(model, tokenizer, "a zoo", lowkey.make_cache(model), 1, None),
+        lambda: lowkey.recover(model, tokenizer, pico.plan(model), "a zoo " * 500, settings=lowkey.Recovery(length=16)),
+    ):
+        with pytest.raises(LowkeyError, match="tokenizer: gives the id 70000, and the model's embedding has 97 rows"):
+            run()
+
+
+@pytest.mark.parametrize("wrong", ["a\udcff", "\ud800"])
+def test_a_text_that_is_no_unicode_is_refused(wrong):
+    with pytest.raises(LowkeyError, match="holds a lone surrogate"):
+        text.encode(pico.tokenizer(), wrong)

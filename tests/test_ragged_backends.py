@@ -294,3 +294,12 @@ def test_bench_refuses_with_one_line(wrong, words):
     with pytest.raises(LowkeyError, match="^" + words.replace("(", r"\(")) as error:
         bench.decode_bench(**{"context": 64, "head_dim": 16, "heads": 4, "kv_heads": 2, **wrong})
     assert "\n" not in str(error.value)
+
+
+def test_bench_makes_nothing_that_the_machine_cannot_hold(monkeypatch):
+    """An error and no tensor: what it would take is far more than a machine has."""
+    monkeypatch.setattr(bench, "_contestants", lambda *given: pytest.fail("made"))
+    with pytest.raises(LowkeyError, match=r"context 16777216, head_dim 16384 and kv_heads 8: need [\d,.]+ GiB, and [\d,.]+ GiB are free"):
+        bench.decode_bench(context=2**24, head_dim=2**14)
+    with pytest.raises(LowkeyError, match="context 999999999999: must be at least 1 and at most 16777216"):
+        bench.decode_bench(context=999_999_999_999)
