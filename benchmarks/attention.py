@@ -72,7 +72,7 @@ def main(
     trained = [training(dtype, rounds, rows, tokens) for dtype in ("float32", "bfloat16")]
     decoded = [decoding(batch, stored, repeats) for batch in (1, 4)]
     if out:
-        write_json(out, {"training": trained, "decoding": decoded})
+        write_json(out, {"training": trained, "decoding": decoded}, "benchmark", ours=True)
 
 
 def turns(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

@@ -134,7 +134,7 @@ def run(
 
 def _append(found: dict, out: Path, rows: list[dict]) -> None:
     found["rows"] += [{k: v for k, v in r.items() if k != "profile"} | {"chosen": (r.get("profile") or {}).get("chosen")} for r in rows]
-    files.write_json(out, found)
+    files.write_json(out, found, "benchmark", ours=True)
 
 
 def _method(

@@ -52,7 +52,7 @@ def run(
     importance = [heads_of(loaded, tokenizer, seed) for seed in range(seeds)] if todo else []
     for context in todo:
         found["answers"] += answers(loaded, tokenizer, context, cases, refeed, settings_of(loaded, context, options, importance))
-        files.write_text(out, json.dumps(found) + "\n")
+        files.write_text(out, json.dumps(found) + "\n", ours=True)
     print(table(found["answers"]))
 
 

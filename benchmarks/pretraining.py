@@ -167,8 +167,8 @@ def prepare_texts(texts: Path, out: Path) -> tuple[Path, Path]:
         passages = [p for file in found if file not in aside for p in _passages(file.read_text(encoding="utf-8"))]
         random.Random(0).shuffle(passages)
         out.mkdir(parents=True, exist_ok=True)
-        files.write_text(corpus, "".join(json.dumps({"text": p}) + "\n" for p in passages))
-        files.write_text(held, "\n".join(file.read_text(encoding="utf-8")[50_000:250_000] for file in aside))
+        files.write_text(corpus, "".join(json.dumps({"text": p}) + "\n" for p in passages), ours=True)
+        files.write_text(held, "\n".join(file.read_text(encoding="utf-8")[50_000:250_000] for file in aside), ours=True)
     return corpus, held
 
 
@@ -217,7 +217,7 @@ def one(job: Job, out: Path, corpus: Path, held: Path) -> float:
         "cache_numbers_per_token": sum(layer.stored for layer in layer_costs(config)),
         "result": trained.result,
     }
-    files.write_json(folder / "measured.json", numbers)
+    files.write_json(folder / "measured.json", numbers, "benchmark", ours=True)
     return numbers["test_loss"]
 
 

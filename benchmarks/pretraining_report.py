@@ -47,7 +47,7 @@ def report(out: Path, results: Path) -> None:
     rows = runs(out)
     lengths = sorted({r["tokens"] for r in rows})
     kept = [{k: v for k, v in r.items() if k != "result"} | {"result": _kept(r["result"])} for r in rows]
-    files.write_json(results, {"rows": kept})
+    files.write_json(results, {"rows": kept}, "benchmark", ours=True)
     draw(rows, results.with_suffix(".png"))
     kinds = {
         "learning rates": ("a", sweep_table),
@@ -86,7 +86,7 @@ def draw(rows: list[dict], place: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=7)
-    with files.replacing(place) as temporary:
+    with files.replacing(place, ours=True) as temporary:
         figure.savefig(temporary, format="png", dpi=90)
 
 

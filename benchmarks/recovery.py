@@ -72,7 +72,7 @@ def main(
                 settings = Recovery(stages(schedule, steps), length=length, lr=lr, seed=seed) if schedule else None
                 row = measured(loaded, tokenizer, corpus, plan, settings, task)
                 found["rows"].append({"label": label, "schedule": schedule, "seed": seed, **row})
-                files.write_json(out, found)
+                files.write_json(out, found, "benchmark", ours=True)
     print(table(found["rows"]))
 
 

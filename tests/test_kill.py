@@ -156,11 +156,14 @@ COMMANDS = {  # with the files that must be the same after a kill
         ["model.safetensors", "losses.json", "plan/plan.json"],
     ),
     "pretrain": (["pretrain", "r.toml", "-o", "OUT", "--device", "cpu"], ["model.safetensors", "config.json", "recipe.toml"]),
-    "convert": (["convert", "model", "OUT", "--attention", "mqa", "--context", "32", "--windows", "2"], ["convert.json", "model.safetensors"]),
+    "convert": (
+        ["convert", "model", "OUT", "--attention", "mqa", "--context", "32", "--windows", "2"],
+        ["convert.json", "model.safetensors"],
+    ),
     "export": (["export", "model", "halved", "OUT"], ["model.safetensors", "config.json"]),
     "profile": (["profile", "model", "-o", "OUT", "--windows", "4", "--calibration", "text.txt"], ["profile.json"]),
     "diversity": (["diversity", "model", "-o", "OUT", "--context", "16", "--windows", "1", "--inits", "1"], ["diversity.json"]),
-    "eval": (["eval", "model", "--out", "OUT", "--task", "kl", "--context", "16", "--windows", "2"], [""]),
+    "eval": (["eval", "model", "--out", "OUT", "--task", "perplexity", "--context", "16", "--windows", "2"], [""]),
     "report": (["report", "result.json", "-o", "OUT"], [""]),
 }
 
@@ -176,7 +179,7 @@ def command(name: str, out: str) -> Callable[[], None]:
 def same(name: str, a: Path, b: Path) -> bool:
     if name == "eval":
         rows = [files.read_json(p, "result", "result", 1)["rows"] for p in (a, b)]
-        return [r["kl"] for r in rows[0]] == [r["kl"] for r in rows[1]]
+        return [r["perplexity"] for r in rows[0]] == [r["perplexity"] for r in rows[1]]
     return all((a / part).read_bytes() == (b / part).read_bytes() for part in COMMANDS[name][1])
 
 

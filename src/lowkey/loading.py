@@ -118,7 +118,7 @@ def _check_folder(name: str, place: Path | str) -> None:
     path = Path(place)
     if path.exists() and not (path / "config.json").is_file():
         raise LowkeyError(f"model {name!r} is no model: it has no config.json; give a folder made by save_pretrained, a Hub id or 'tiny'")
-    for part in path.iterdir() if path.exists() else ():
+    for part in path.iterdir() if path.is_dir() else ():
         if part.exists() and not (part.is_file() or part.is_dir()):
             raise LowkeyError(f"model {name!r}: its {part.name} is neither a file nor a folder; save or download it again")
     if not path.exists() and is_local(name):

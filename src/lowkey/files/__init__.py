@@ -27,7 +27,7 @@ from lowkey.files.reading import (
     sealed,
     sha256,
 )
-from lowkey.files.swapping import steady
+from lowkey.files.swapping import is_passing, steady
 from lowkey.files.work import check_output, damaged, fits, job_folder, read_work, remove_work, write_work
 from lowkey.files.writing import (
     explained,
@@ -56,6 +56,7 @@ __all__ = [
     "explained",
     "fits",
     "foreign",
+    "is_passing",
     "job_folder",
     "join_folder",
     "kind_of",

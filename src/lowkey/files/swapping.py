@@ -92,6 +92,11 @@ def settle(path: Path, sweep: bool = False) -> bool:
     return moving
 
 
+def is_passing(path: Path) -> bool:
+    """A folder of what is being written, to whatever name."""
+    return bool(re.fullmatch(r"\..+\.[0-9a-f]{16}\.tmp", path.name)) and path.is_dir() and not path.is_symlink()
+
+
 @contextmanager
 def _abandoned(folder: Path) -> Iterator[bool]:
     """Whether its writer is dead: nobody holds its lock, which is held here meanwhile."""

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from lowkey.files.outputs import check_folder, check_writable, kind_of, target
 from lowkey.files.reading import read_json, read_tensors
+from lowkey.files.swapping import is_passing
 from lowkey.files.writing import write_json, write_tensors
 from lowkey.types import LowkeyError
 
 JOB, WORK = "job", "work"  # kinds of files
 NAMES = r"job\.json|(statistics|gates|training|(layer|tuned)-\d+)\.safetensors"  # of one job
-PASSING = r"\..+\.[0-9a-f]{16}\.tmp"  # folders of what is being written
 
 
 def job_folder(work: Path | None, job: Mapping) -> Path | None:
@@ -81,9 +81,7 @@ def _is_job(folder: Path) -> bool:
 
 
 def _is_work(path: Path) -> bool:
-    if re.fullmatch(PASSING, path.name):
-        return path.is_dir() and not path.is_symlink()
-    return bool(re.fullmatch(NAMES, path.name)) and kind_of(path) in (JOB, WORK)
+    return is_passing(path) or (bool(re.fullmatch(NAMES, path.name)) and kind_of(path) in (JOB, WORK))
 
 
 def remove_work(work: Path) -> None:

@@ -70,10 +70,10 @@ def write_marked(path: Path, text: str, kind: str, comment: tuple[str, str]) -> 
     write_text(path, marked(text, kind, comment))
 
 
-def write_json(path: Path, value: Mapping[str, Any], kind: str, indent: int | None = 2) -> str:
+def write_json(path: Path, value: Mapping[str, Any], kind: str, indent: int | None = 2, ours: bool = False) -> str:
     """A JSON object that says what it is and has a checksum, which is returned. What is not finite becomes null."""
     whole = sealed(value, kind)
-    write_text(path, json.dumps(whole, indent=indent) + "\n")
+    write_text(path, json.dumps(whole, indent=indent) + "\n", ours)
     return whole[CHECKSUM]
 
 

@@ -51,7 +51,7 @@ def check_folder(out: Path, force: bool, source: str | None = None) -> None:
     if not out.is_dir():
         return
     marked = files.kind_of(out / JOB) == KIND
-    if not marked and any(p.name != TOKENS for p in out.iterdir()):
+    if not marked and any(p.name != TOKENS and not files.is_passing(p) for p in out.iterdir()):
         raise LowkeyError(f"output {str(out)!r} already holds files, and no run of lowkey's; choose another folder")
     for name in files.others(out):
         if re.fullmatch(PUBLISHED, name) or (name == CHECKPOINT and files.kind_of(out / name) != "checkpoint"):
