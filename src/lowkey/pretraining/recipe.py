@@ -71,7 +71,7 @@ class Training:
     batch_tokens: int = option(8192, at_least=1, at_most=2**40)
     length: int = option(256, at_least=2, at_most=2**24)
     micro_batch: int = option(0, at_least=0, at_most=2**24)
-    lr: float = option(3e-3, above=0, at_most=10)
+    lr: float = option(3e-3, above=0)
     schedule: str = option("wsd", choices=("wsd", "cosine", "linear"))
     warmup: float = option(0.05, at_least=0)
     decay: float = option(0.2, at_least=0, at_most=1)
