@@ -29,7 +29,7 @@ def storages(root: object, skip: tuple[str, ...] = ()) -> dict[int, int]:
             storage = item.untyped_storage()
             if storage.nbytes():
                 found[storage.data_ptr()] = storage.nbytes()
-            todo += [item.grad, *vars(item).values()]
+            todo += [item.grad if item.is_leaf else None, *vars(item).values()]
         elif isinstance(item, types.FunctionType):  # not its globals
             todo += [*(cell.cell_contents for cell in item.__closure__ or ()), item.__defaults__, item.__kwdefaults__]
         elif hasattr(item, "__dict__") and not isinstance(item, types.BuiltinFunctionType):

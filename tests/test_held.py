@@ -139,6 +139,19 @@ def test_an_interrupt_is_counted_and_then_undone(kind, name):
         assert (cache.nbytes(), agree(cache, "undone")) == before
 
 
+@pytest.mark.parametrize("kind", ["plan", "dynamic", "rule", "bits-hadamard4", "plan-snapkv"])
+def test_a_copy_shares_maps_and_holds_tokens_of_its_own(kind):
+    """Also where gradients are recorded, whose tensors Python's deepcopy refuses."""
+    model = attached("llama")
+    cache = KINDS[kind](model)
+    model(prompt(30, batch=1), past_key_values=cache)
+    twin = copy.deepcopy(cache)
+    assert twin.nbytes() == cache.nbytes() and len({id(layer.forward_pass) for layer in (*twin.layers, *cache.layers)}) == 2
+    assert sum(reach.storages([twin, cache]).values()) == 2 * agree(cache, "copied") + reach.maps(cache)
+    expected = feed(model, twin, prompt(5, batch=1))
+    assert cache.get_seq_length() == 30 and torch.equal(feed(model, cache, prompt(5, batch=1)), expected)
+
+
 @pytest.mark.parametrize("kind", ["plan", "plan-exact", "dynamic", "rule", "bits-hadamard4"])
 def test_a_plans_maps_do_not_grow_with_the_prompt(kind):
     """What the count leaves out: maps of the plan (or gates, or sink points), once as saved and once as the model's dtype wants them."""

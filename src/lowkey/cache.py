@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from lowkey.seam import UNCOMPILED, Incoming, attached
 from lowkey.types import LowkeyError, identity
 
 LAYERS: dict[str, type[EvictingLayer]] = {"evicting": EvictingLayer, "compensating": CompensatingLayer, "pruning": PruningLayer}
+SHARED = ("policy", "rope", "codec", "codecs", "gate", "exact", "points", "packing")  # what a layer has and never changes
 CountedLayer = StoringLayer | StockLayer | StockSlidingLayer
 
 
@@ -58,6 +60,17 @@ class LowkeyCache(Cache):
         self.forward_pass = ForwardPass()
         for layer in self.layers:
             layer.forward_pass = self.forward_pass
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LowkeyCache:
+        """Independent in all that it holds; maps, policies and the model's rotary embeddings, which never change, are shared."""
+        self.forward_pass.undo()
+        memo[id(self.origin)] = self.origin
+        for layer in self.layers:
+            memo |= {id(part): part for name in SHARED if (part := getattr(layer, name, None)) is not None}
+            memo |= {id(t): t.clone() for t in layer.tensors().values()}  # deepcopy refuses what has a gradient to pass on
+        twin = memo[id(self)] = object.__new__(type(self))
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
 
     @torch.compiler.disable(reason=UNCOMPILED)
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
