@@ -136,6 +136,13 @@ def test_two_layers_that_change_places_are_another_model():
     assert model_fingerprint(model) != model_fingerprint(other)
 
 
+def test_compiling_makes_no_other_model():
+    model = pico.build("llama")
+    before = model_fingerprint(model)
+    model.model.layers[1] = torch.compile(model.model.layers[1])
+    assert model_fingerprint(model) == model_fingerprint(torch.compile(model)) == before
+
+
 # -- adapters
 
 
@@ -145,6 +152,7 @@ KINDS = {
         target_modules=["k_proj", "embed_tokens"], r=4, init_lora_weights=False, use_dora=True, modules_to_save=["lm_head"]
     ),
     "tokens": peft.LoraConfig(target_modules=["k_proj"], r=4, init_lora_weights=False, trainable_token_indices=[3, 5]),
+    "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
     "ia3": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False),
 }
 
@@ -152,10 +160,12 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_counts_while_it_is_active(kind):
     base, model = model_fingerprint(pico.build("llama")), wrapped(KINDS[kind])
-    active = model_fingerprint(model)
-    assert active != base and active == model_fingerprint(model.get_base_model()) == model_fingerprint(wrapped(KINDS[kind], "other"))
+    active, inside = model_fingerprint(model), base if kind == "prompt" else model_fingerprint(model)
+    assert active != base and active == model_fingerprint(wrapped(KINDS[kind], "other"))
+    assert model_fingerprint(model.get_base_model()) == inside, "a trained prompt is outside of the base model"
     with model.disable_adapter():
-        assert model_fingerprint(model) == model_fingerprint(model.get_base_model()) == base
+        assert model_fingerprint(model.get_base_model()) == base
+        assert kind == "prompt" or model_fingerprint(model) == base
     assert model_fingerprint(model) == active != model_fingerprint(wrapped(KINDS[kind], seed=1))
 
 

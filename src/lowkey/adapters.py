@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+COMPILED = "_orig_mod"  # what torch.compile calls what it wraps
 INNER = ("base_layer", "original_module")  # what a wrapper wraps
 
 
@@ -34,7 +35,7 @@ class Adapters:
                 inner.add(depth)
                 continue
             return self._adapter(wrapper, path, ".".join(parts[depth:]))
-        return ".".join(part for i, part in enumerate(parts) if i not in inner)
+        return ".".join(part for i, part in enumerate(parts) if i not in inner and part != COMPILED)
 
     def _adapter(self, wrapper: Any, path: str, rest: str) -> str | None:
         active, kinds = self.active(wrapper), _kinds(wrapper)

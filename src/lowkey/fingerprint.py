@@ -8,7 +8,7 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lowkey import families, weights
@@ -51,9 +51,10 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     adapters = Adapters(base)
     parts = {"config": config_words(base.config).encode(), "adapters": repr(sorted(adapters.words())).encode()}
     read: Read = {weights.place(p): {} for p in base.parameters() if not p.is_meta}  # tied weights are read once
-    prompts: Any = getattr(model, "prompt_encoder", None)  # of a peft model that adds tokens of its own to every text
-    for name, value in [*prompts.state_dict(prefix="prompt_encoder.").items()] if isinstance(prompts, nn.Module) else []:
-        parts[name] = _digest(value, name, read)
+    prompts = getattr(wrapped, "prompt_encoder", {})  # of a peft model that adds tokens of its own to every text
+    for i, adapter in enumerate(sorted(wrapped.active_adapters) if prompts else ()):
+        for name, value in prompts[adapter].state_dict().items() if adapter in prompts else ():
+            parts[f"prompt {i} {name}"] = _digest(value, name, read)
     for name, value in weights.entries(base):
         plain = adapters.plain(name)
         if plain is not None:
