@@ -281,3 +281,114 @@ def test_razors_other_heads_keep_sinks_and_the_newest():
     for at in others:
         own = sorted(p for i, j, p in kept if (i, j) == at)
         assert abs(len(own) - left / len(others)) < 1 and own == [0, 1, 2, *range(n - len(own) + 3, n)]
+
+
+# -- every other policy, from the prompt to what each head holds
+
+N, SINKS, RECENT = 50, 2, 3
+PROTECTED = {*range(SINKS), *range(N - RECENT, N)}
+IMPORTANCE = {"copy": [[1.0, 2.0, 0.5, 5.0]] * 3, "r2": [[4.0, 1.0, 1.0, 2.0], [0.0, 1.0, 1.0, 1.0], [3.0, 0.5, 1.0, 1.0]]}
+
+
+def by_window(weights, power=1):
+    """Attention of the last eight queries to each prompt token, the largest of the seven around it; to the window's own, as it is."""
+    looked = (weights[..., -8:, :] ** power).sum((2, 3))
+    out = looked.clone()
+    for p in range(N - 8):
+        out[..., p] = looked[..., max(0, p - 3) : min(N - 8, p + 4)].amax(-1)
+    return out
+
+
+def by_leverage(keys, values):
+    out = []
+    for x in (keys, values):
+        norms = (x**2).sum(-1)
+        out.append(torch.cat([part / part.sum(-1, keepdim=True) for part in norms.split(16, -1)], -1))
+    both = out[0] * out[1]
+    return both / both.sum(-1, keepdim=True)
+
+
+def by_difference(keys):
+    unit = keys / keys.norm(dim=-1, keepdim=True)
+    anchor = unit.mean(2, keepdim=True)
+    return -(unit * anchor).sum(-1) / anchor.norm(dim=-1)
+
+
+SCORED = {
+    "streamingllm": lambda w, k, v: torch.arange(N).double().expand(LAYERS, HEADS, N),
+    "tova": lambda w, k, v: w[..., -1, :].mean((1, 2))[:, None].expand(-1, HEADS, -1),
+    "h2o": lambda w, k, v: w.sum(3).mean(2),
+    "snapkv": lambda w, k, v: by_window(w),
+    "kv-compress": lambda w, k, v: by_window(w, 2),
+    "curdkv": lambda w, k, v: by_leverage(k, v),
+    "knorm": lambda w, k, v: -k.norm(dim=-1),
+    "keydiff": lambda w, k, v: by_difference(k),
+}
+SAME = {"pyramidkv": "snapkv", "ada-kv": "snapkv", "headkv-r": "snapkv", "headkv-r2": "snapkv", "think": "snapkv", "ada-curdkv": "curdkv"}
+
+
+def equal(scores, mean):
+    return torch.full((LAYERS, HEADS), mean)
+
+
+def sloping(scores, mean):
+    """Beyond what is protected, from 2b - b/20 in the first layer to b/20 in the last."""
+    b = mean - len(PROTECTED)
+    return len(PROTECTED) + torch.tensor([2 * b - b / 20, b, b / 20]).unsqueeze(1).expand(-1, HEADS)
+
+
+def competing(scores, mean):
+    """Each layer's best over all heads, and a fifth dealt equally."""
+    order = [s.flatten().argsort(descending=True, stable=True)[: int(mean * HEADS)].tolist() for s in scores]
+    best = torch.tensor([[sum(at // N == j for at in chosen) for j in range(HEADS)] for chosen in order])
+    return 0.8 * best + 0.2 * mean
+
+
+def by_importance(kind):
+    def shares(scores, mean):
+        """A part 1 / 1.2 of what is not protected goes by importance; what a head cannot take goes to the others by theirs."""
+        weight, free = torch.tensor(IMPORTANCE[kind]).double().flatten(), mean - len(PROTECTED)
+        floor, pool = len(PROTECTED) + free - free / 1.2, free / 1.2 * LAYERS * HEADS
+        full = torch.zeros(LAYERS * HEADS, dtype=torch.bool)
+        for _ in range(LAYERS * HEADS):
+            counts = floor + weight / weight[~full].sum() * (pool - (N - floor) * int(full.sum()))
+            full = full | (counts > N)
+        return counts.where(~full, float(N)).view(LAYERS, HEADS)
+
+    return shares
+
+
+SHARED = {
+    "pyramidkv": sloping,
+    "ada-kv": competing,
+    "ada-curdkv": competing,
+    "headkv-r": by_importance("copy"),
+    "headkv-r2": by_importance("r2"),
+    "kv-compress": None,
+}
+
+
+@pytest.mark.parametrize("name", [*SCORED, *SAME])
+def test_what_each_head_keeps_is_its_best_tokens_in_its_share(name):
+    ids = prompt(N, batch=1, seed=7)
+    kept = kept_by(attached("llama"), name, ids, "40%", IMPORTANCE, sinks=SINKS, recent=RECENT)[0]
+    with torch.no_grad():
+        layers = stock("llama")(ids, use_cache=True).past_key_values.layers
+    keys, values = (torch.stack([getattr(x, part)[0] for x in layers]).double() for part in ("keys", "values"))
+    scores = SCORED[SAME.get(name, name)](eager(ids).unflatten(1, (HEADS, GROUP)), keys, values).clone()
+    scores[..., sorted(PROTECTED)] = torch.inf
+    held = {(i, j): {p for a, b, p in kept if (a, b) == (i, j)} for i in range(LAYERS) for j in range(HEADS)}
+    for (i, j), own in held.items():
+        assert own == set(scores[i, j].sort(descending=True, stable=True).indices[: len(own)].tolist())
+    counts = torch.tensor([[len(held[i, j]) for j in range(HEADS)] for i in range(LAYERS)])
+    mean = 0.4 * N * (1.25 if name == "think" else 1)
+    if name == "kv-compress":  # whole blocks of 16, of which the best fit
+        assert all((c - len(PROTECTED)) % 16 == 0 or c == N for c in counts.flatten().tolist())
+        last = torch.stack([scores[i, j].sort(descending=True).values[len(own) - 1] for (i, j), own in held.items() if len(own) > 5])
+        assert mean * 12 - 16 < counts.sum() <= mean * 12
+        assert float(last.min()) >= max(
+            float(scores[i, j].sort(descending=True).values[20]) for (i, j), own in held.items() if len(own) == 5
+        )
+    else:
+        assert counts.sum() == mean * LAYERS * HEADS
+        assert bool(((counts - SHARED.get(name, equal)(scores, mean)).abs() < 1 + 1e-6).all())
