@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowkey.ops.apportion import apportion
-from lowkey.policies.allocators import ALLOCATORS, Ada, Ask, Blocks, Global, HeadKV, Pyramid, Uniform
+from lowkey.policies.allocators import ALLOCATORS, Ada, Ask, AtLeast, Blocks, Classes, Global, HeadKV, Pyramid, Uniform
 from lowkey.types import LowkeyError
 
 quick = settings(max_examples=40, deadline=None)
@@ -317,3 +317,24 @@ def test_blocks_drop_whole_blocks_and_stay_within_the_budget(n, h, tokens, mean,
 def test_blocks_of_one_are_one_threshold():
     a = ask(2, 3, 20, 7.0, protected=3)
     assert torch.equal(Blocks(1).counts(a), Global().counts(a))
+
+
+@quick
+@given(st.integers(1, 4), st.integers(1, 4), st.floats(6, 40), st.integers(0, 99))
+def test_retrieval_heads_take_all_they_can_and_the_others_share_the_rest(n, h, mean, seed):
+    protected, tokens = 5, 40
+    retrieval = torch.rand(n, h, generator=torch.Generator().manual_seed(seed)) < 0.3
+    split = Classes(importance=tuple(map(tuple, retrieval.double().tolist())))
+    counts = torch.cat([split.counts(a) for a in layerwise(n, h, tokens, mean, protected)])
+    total, best = round(min(mean, tokens) * n * h), int(retrieval.sum())
+    top = min(tokens, (total - protected * (n * h - best)) / best) if best else 0
+    rest = (total - top * best) / (n * h - best) if best < n * h else 0
+    assert int(counts.sum()) == total
+    assert bool(((counts - torch.where(retrieval, top, rest)).abs() < 1 + 1e-3).all())
+
+
+def test_a_level_keeps_all_above_it_and_what_stays_in_any_case():
+    a = ask(2, 3, 20, 1.0, protected=4, gaps=5)
+    assert torch.equal(
+        AtLeast(score=50.0).counts(a), torch.tensor([[sum(x >= 50 for x in head) for head in layer] for layer in a.scores.tolist()])
+    )
