@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,19 +25,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning"
 
 
 def child(act: Callable[[], object]) -> int:
-    """The number of a process that does it, quietly."""
+    """The number of a process that does it."""
     number = os.fork()
     if number:
         return number
     status = 1
     try:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-            os.dup2(nowhere.fileno(), 2)
         act()
         status = 0
     except SystemExit as error:
         status = int(error.code or 0)
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(status)
 
