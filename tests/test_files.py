@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -238,6 +239,42 @@ def test_work_of_somebody_else_stays(tmp_path):
     (job / "training.safetensors").unlink()
     files.remove_work(work)
     assert not work.exists()
+
+
+def test_work_that_another_process_at_it_clears_away_is_written_again(tmp_path, monkeypatch):
+    job, gone = files.job_folder(tmp_path / "work", {"a": 1}), []
+    real = swapping.sync
+
+    def sync(path):
+        if not gone:
+            gone.append(path)
+            shutil.rmtree(job)
+        real(path)
+
+    monkeypatch.setattr("lowkey.files.writing.sync", sync)
+    files.write_work(job, "statistics", {"done": torch.tensor(1)})
+    assert gone and int(files.read_work(job, "statistics")["done"]) == 1
+
+
+def test_a_card_may_be_edited_but_nothing_else(tmp_path):
+    with files.replacing_folder(tmp_path / "model") as folder:
+        pico.save(folder)
+        (folder / "README.md").write_text("a card")
+    (tmp_path / "model" / "README.md").write_text("a better card")
+    files.verify(tmp_path / "model", "model")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(LowkeyError, match=r"config\.json is not what lowkey wrote"):
+        files.verify(tmp_path / "model", "model")
+
+
+@pytest.mark.parametrize("line", ["x = nan", "x = 1979-05-27", f"x = {10**400}", "x = " + "[" * 200 + "]" * 200, "x = [" * 3000])
+def test_a_recipe_of_values_that_nobody_means_is_one_line(tmp_path, line):
+    (tmp_path / "r.toml").write_text(f"[model]\n{line}\n")
+    with pytest.raises(LowkeyError, match="recipe") as error:
+        Recipe.read(tmp_path / "r.toml")
+    assert "\n" not in str(error.value)
+    with pytest.raises(LowkeyError):
+        Recipe.read(tmp_path / "r.toml", [f"model.{line.replace(' ', '')}"])
 
 
 def test_jobs_do_not_read_each_others_work(tmp_path):

@@ -175,7 +175,10 @@ def _flaw(fields: dict) -> str | None:
     for name in ("provenance", "profile"):
         if not isinstance(fields[name], dict):
             return f"{name} is no object"
-    if not isinstance(fields["provenance"].get("model_sha256"), str):
+    known = fields["provenance"]
+    if not all(isinstance(known.get(name, kind()), kind) for name, kind in (("model", str), ("versions", dict))):
+        return "provenance garbles a field"
+    if not isinstance(known.get("model_sha256"), str):
         return "provenance names no model"
     try:
         Exact(fields["sinks"], fields["recent"])

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from transformers import PreTrainedModel
 
-from lowkey import dynamic
+from lowkey import dynamic, files
 from lowkey.cache import LowkeyCache, make_cache
 from lowkey.dynamic import DynaPlan, dyna_cache
 from lowkey.evaluate.settings import Setting, identity, planned
@@ -85,6 +85,10 @@ class Dynamic:
 
 def plan_at(path: Path, model: PreTrainedModel | None = None) -> Folder:
     """Which kind a folder is, its files say. Errors: LowkeyError as `Plan.load` and `DynaPlan.load` have them."""
+    return files.steady(path, lambda: _at(path, model))
+
+
+def _at(path: Path, model: PreTrainedModel | None) -> Folder:
     if (path / dynamic.JSON).exists():
         return Dynamic(path, DynaPlan.load(path, model))
     return Ordinary(path, Plan.load(path, model))

@@ -99,12 +99,12 @@ def parse_json(text: str, infinite: bool = False) -> Any:
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """As strictly; dates are refused too, for nothing of ours has any. Errors: ValueError."""
+    """As strictly; dates are refused too, for nothing of ours has any, and nan and inf. Errors: ValueError."""
     try:
         found = tomllib.loads(text)
     except RecursionError:
         raise ValueError("it is nested without end") from None
-    _check_depth(found)
+    _check_depth(found, finite=True)
     return found
 
 
@@ -121,14 +121,16 @@ def _whole(written: str) -> int:
     return int(written)
 
 
-def _check_depth(value: object, left: int = DEEPEST) -> None:
+def _check_depth(value: object, left: int = DEEPEST, finite: bool = False) -> None:
     if isinstance(value, dict | list):
         if not left:
             raise ValueError("it is nested without end")
         for inside in value.values() if isinstance(value, dict) else value:
-            _check_depth(inside, left - 1)
+            _check_depth(inside, left - 1, finite)
     elif isinstance(value, int) and abs(value) >= LARGEST:
         raise ValueError("a whole number is larger than any that is meant")
+    elif finite and isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is no number that can be meant")
     elif not (value is None or isinstance(value, str | int | float)):
         raise ValueError(f"{value} is neither text nor a number")
 

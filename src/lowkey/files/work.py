@@ -20,6 +20,7 @@ from lowkey.files.writing import write_json, write_tensors
 from lowkey.types import LowkeyError
 
 JOB, WORK = "job", "work"  # kinds of files
+TRIES = 3
 NAMES = r"job\.json|(statistics|gates|training|(layer|tuned)-\d+)\.safetensors"  # of one job
 
 
@@ -39,7 +40,14 @@ def job_folder(work: Path | None, job: Mapping) -> Path | None:
 
 
 def write_work(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
-    write_tensors(folder / f"{name}.safetensors", tensors, WORK)
+    """Another process at the same job may end first and clear the folder away: then once more."""
+    for left in reversed(range(TRIES)):
+        try:
+            write_tensors(folder / f"{name}.safetensors", tensors, WORK)
+            return
+        except LowkeyError as error:
+            if not (left and isinstance(error.__cause__, FileNotFoundError)):
+                raise
 
 
 def read_work(folder: Path | None, name: str) -> dict[str, Tensor] | None:

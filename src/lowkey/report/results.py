@@ -43,7 +43,7 @@ def _files(path: Path) -> list[Path]:
         raise LowkeyError(f"result {str(path)!r} does not exist; {REMEDY}")
     if not path.is_dir():
         return [path]
-    files = sorted(path.glob("*.json"))
+    files = sorted(p for p in path.glob("*.json") if not p.name.startswith("."))
     if not files:
         raise LowkeyError(f"result folder {str(path)!r} holds no .json file; {REMEDY}")
     return files
