@@ -62,7 +62,9 @@ def equal(model: PreTrainedModel, made: PreTrainedModel, still: bool = False, to
 
 # -- exact starts
 
-FULL_RANK = {"lrkv_rank": D}
+FULL_RANK, LATENT = {"lrkv_rank": D}, {"lrkv_rope_mode": "latent"}
+PAST = {"rope_parameters": {**ROPES["longrope"], "original_max_position_embeddings": 16}, "original_max_position_embeddings": 16}
+NTK = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, "max_position_embeddings": 16}  # 24 tokens pass it
 GATED = {"attention": "gqa", "num_key_value_heads": 4, "attn_output_gate": True, "head_norm": "own"}
 THIN = {"attention": "gqa", "num_key_value_heads": 4, "q_lora_rank": 24, "mla_latent_scale": True, "qk_norm": True, "head_dim": D}
 COOLED = {**pico.YARN, "mscale": 1.0, "mscale_all_dim": 0.5}  # a part of the factor is in `mla`'s scores, not in cos and sin
@@ -76,7 +78,8 @@ EXACT = [
     *[("llama", {}, "lrkv", {**FULL_RANK, "num_key_value_heads": g, "lrkv_rope_mode": m}) for g in (1, 2) for m in ("full", "latent")],
     ("llama-yarn", {}, "lrkv", {**FULL_RANK, "lrkv_rope_mode": "latent"}),
     *[("llama", {"rope_parameters": ROPES[kind]}, "lrkv", FULL_RANK) for kind in ("llama3", "linear")],
-    ("phi3", {"rope_parameters": ROPES["longrope"], "original_max_position_embeddings": 64}, "mha", {}),
+    *[("phi3", PAST, kind, fields) for kind, fields in (("mha", {}), ("lrkv", {"lrkv_rank": 16}), ("mea", {"mea_num_component_heads": 2}))],
+    *[("llama", NTK, kind, fields) for kind, fields in (("mha", {}), ("lrkv", FULL_RANK), ("lrkv", {**FULL_RANK, **LATENT}))],
     ("llama-mqa", {}, "lrkv", {"lrkv_rank": 0, "lrkv_rope_mode": "latent"}),
     *[("qwen2", {}, "lrkv", {"lrkv_rank": r, "num_key_value_heads": 2}) for r in (0, 4)],  # nothing is left over, biases neither
     *[(name, {}, "mea", {"mea_num_component_heads": n}) for name, n in (("llama", 4), ("llama-mha", 8), ("qwen2", 2), ("qwen3", 4))],
@@ -100,6 +103,25 @@ def test_the_start_is_the_source_where_nothing_is_lost(name: str, overrides: dic
     made = convert(model, kind, **fields)
     assert made.config.attention == kind and made.dtype == torch.float64 and not made.training
     assert equal(model, made)
+
+
+@pytest.mark.parametrize("overrides", [NTK, {"max_position_embeddings": 512}])
+@pytest.mark.parametrize(("kind", "fields"), [("mha", {}), ("gqa", {"num_key_value_heads": 4}), ("mea", {"mea_num_component_heads": 4})])
+def test_generation_past_the_limit_is_the_sources(kind: str, fields: dict, overrides: dict) -> None:
+    """Through a cache, where stored keys keep the frequencies of their time: as in the stock model."""
+    model = build("llama", **overrides).float()
+    made = convert(model, kind, **fields)
+    assert torch.equal(pico.generate(made, IDS[:, :10], 20), pico.generate(model, IDS[:, :10], 20))
+
+
+@pytest.mark.parametrize(("kind", "fields"), [("mha", {}), ("lrkv", {"lrkv_rank": D, **LATENT}), ("lrkv", {"lrkv_rank": 4})])
+def test_a_conversion_does_not_depend_on_what_the_source_has_read(kind: str, fields: dict) -> None:
+    """Rotary embeddings that follow the length keep the frequencies of the longest text."""
+    model = build("llama", **NTK)
+    fresh = convert(model, kind, **fields).state_dict()
+    model(pico.prompt(300, batch=1))
+    again = convert(model, kind, **fields).state_dict()
+    assert all(torch.equal(fresh[name], again[name]) for name in fresh)
 
 
 SUBSET = [

@@ -82,8 +82,9 @@ def gated(config: PreTrainedConfig) -> bool:
 
 
 def frequencies(model: PreTrainedModel) -> Tensor:
-    """(p / 2) angles per position, by which pair (f, f + p / 2) of a head's p rotated channels turns; fp64 on the CPU."""
-    return model.get_decoder().rotary_emb.inv_freq.detach().double().cpu()  # type: ignore[union-attr]
+    """(p / 2) angles per position, by which pair (f, f + p / 2) of a head's p rotated channels turns; fp64 on the CPU. Those of a text
+    within the limit, whatever was read before: frequencies that follow the length stay in the module."""
+    return model.get_decoder().rotary_emb.original_inv_freq.detach().double().cpu()  # type: ignore[union-attr]
 
 
 def rope_scaling(model: PreTrainedModel) -> float:
