@@ -160,6 +160,13 @@ def here(tmp_path, monkeypatch):
         (["--windows", 3], ["windows 3", "at least 4"]),
         (["--rank-multiple", 17], ["rank multiple 17", "between 1 and the head dim 16"]),
         (["--rank-multiple", 0], ["rank multiple 0", "between 1 and the head dim 16"]),
+        (["--ranks", "banana"], ["ranks 'banana'", "16,32,64"]),
+        (["--ranks", "8,17"], ["ranks '8,17'", "17 is not one of"]),
+        (["--ranks", "8,12", "--rank-multiple", 8], ["ranks '8,12'", "12 is not one of 8, 16"]),
+        (["--budget", "49%"], ["49.0%", "50.0%", "--ranks"]),
+        (["--budget", "64 KiB/token"], ["64 KiB/token", "of the full cache", "100%"]),
+        (["--budget", "1 KiB"], ["budget 1 KiB", "per token"]),
+        (["--judge", "loss", "--error-budget", 0], ["error budget 0", "nats"]),
         (["--sinks", -1], ["sinks -1", "at least 0"]),
         (["--recent", -1], ["recent -1", "at least 0"]),
         (["--seed", -1], ["--seed", "'-1'", "--help"]),
@@ -836,6 +843,22 @@ def test_methods_lists_everything():
 def test_methods_without_json():
     out = done("methods").out
     assert [name for name in (*METHODS, *ALLOCATORS, "dynakv", "lowkey dynamic") if name not in out] == []
+
+
+def test_methods_says_what_a_method_starts_from_and_what_an_error_budget_bounds():
+    told = printed("methods")
+    assert {told["methods"]["stiefattention"][name] for name in ("allocator", "layout", "ranks")} == {
+        *("weighted-pareto", "pre_rope", "50%,60%,70%,80%,90%")
+    }
+    assert "weight" in told["allocators"]["weighted-pareto"]["bounds"] and "tail" in told["allocators"]["tail"]["bounds"]
+    assert "largest error of a layer" in " ".join(done("methods").out.split())
+
+
+def test_compress_takes_ranks_and_an_error_budget(model, here):
+    words = ("compress", model, "out", *SMALL[2:], "--method", "pca", "--allocator", "uniform", "--error-budget", "0.9", "--ranks", "25%,7")
+    told = printed(*words)
+    assert told["profile"]["ranks"] == [4, 7, 16] and told["budget"] == "error 0.9"
+    assert set(told["profile"]["bounded"]) == {"what", "error", "budget", "reached"}
 
 
 def test_profile_writes_the_surface_and_two_plots(here):

@@ -203,6 +203,7 @@ def cumulated(spectrum: Sequence[float], energy: Energy) -> list[float]:
 class Threshold(Allocator):
     """EigenAttention's rule (arXiv:2408.05646): one energy threshold for keys and values per layer, lowered from 1 by `step` while the
     layer's error stays within budget; a layer takes the largest rank over its heads. The layer's error is measured at just these ranks.
+    Where not every rank may be chosen (trained bases, whole heads, a rank multiple), the next larger one that may is taken.
 
     energy: `squared` as in the paper, or `singular`, sums of singular values, as the official code has it.
     """
