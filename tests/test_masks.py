@@ -182,6 +182,23 @@ def test_masks_of_another_shape_are_refused(kind, shape):
         attached("llama")(prompt(40), attention_mask=torch.ones(shape, dtype=torch.bool), past_key_values=cache_of(kind, attached("llama")))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_refused_mask_changes_nothing(kind):
+    """The corrected call goes on as if the other had not been made."""
+    model, tried, straight = attached("llama"), cache_of(kind, attached("llama")), cache_of(kind, attached("llama"))
+    apart = torch.ones(2, 8, 5, 25, dtype=torch.bool)
+    apart[0, 3] = False
+    with torch.no_grad():
+        for cache in (tried, straight):
+            model(prompt(20), past_key_values=cache)
+        before = tried.get_seq_length(), tried.nbytes()
+        for mask in (apart, torch.ones(2, 1, 5, 24, dtype=torch.bool), torch.ones(2, 1, 5, 25)):
+            with pytest.raises(LowkeyError, match="attention_mask"):
+                model(prompt(5), attention_mask=mask, past_key_values=tried)
+            assert before == (tried.get_seq_length(), tried.nbytes())
+        assert torch.equal(*(model(prompt(5), past_key_values=cache).logits for cache in (tried, straight)))
+
+
 def test_under_soft_capping_a_stock_cache_honours_the_mask_of_every_head():
     """SDPA would do so for other families; this one goes through our own attention."""
     ids, mask = prompt(14), causal(14).expand(2, 8, 14, 14).clone()
