@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any, cast
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -248,7 +249,9 @@ class Rope:
     def embeddings(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """(cos, sin), each (b, s, p), in the dtype of `like`, as the decoder layer wants them."""
         args = (like, positions) if self.layer_type is None else (like, positions, self.layer_type)
-        return self.module(*args)  # type: ignore[operator]
+        found = self.module(*args)
+        # accelerate leaves it where the rotary module is, which on several devices is not where every layer is
+        return found if found[0].device == like.device else send_to_device(found, like.device)
 
     def __call__(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """(cos, sin), each (b, 1, s, p) in fp32, rounded as the model rounds them for `like`."""
