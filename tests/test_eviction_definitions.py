@@ -6,10 +6,12 @@ import pico
 import pytest
 import torch
 from pico import attached, prompt, stock
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowkey
 from lowkey.heads import HeadScores
 from lowkey.loading import make_policy
+from lowkey.policies import base
 from lowkey.types import LowkeyError
 
 LAYERS, HEADS, GROUP = 3, 4, 2
@@ -392,3 +394,31 @@ def test_what_each_head_keeps_is_its_best_tokens_in_its_share(name):
     else:
         assert counts.sum() == mean * LAYERS * HEADS
         assert bool(((counts - SHARED.get(name, equal)(scores, mean)).abs() < 1 + 1e-6).all())
+
+
+# -- memory
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that any operation gave."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = out if isinstance(out, tuple | list) else [out]
+        self.numel = max([self.numel, *(x.numel() for x in given if isinstance(x, torch.Tensor))])
+        return out
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("h2o", {}), ("kv-compress", {"window": 0}), ("fastgen", {"sample": 800}), ("snapkv", {"window": 800}), ("kvzip", {"chunk": 400})],
+)
+def test_no_matrix_of_prompt_by_prompt_is_formed(name, options, monkeypatch):
+    """For all heads; a mask of booleans for one is what transformers makes."""
+    monkeypatch.setattr(base, "CACHED", 2**17)
+    ids = prompt(800, batch=1)
+    with Largest() as seen:
+        kept_by(attached("llama"), name, ids, "10%", **options)
+    assert seen.numel < 800 * 1300 < HEADS * GROUP * 800 * 800 / 4
