@@ -10,6 +10,10 @@ from lowkey.policies.base import Policy
 from lowkey.types import Budget, LowkeyError
 
 
+def budget_of(policy: Policy) -> Budget:
+    return Budget.parse("100%" if policy.budget is None else policy.budget)  # none bounds nothing
+
+
 @dataclass(frozen=True)
 class Costs:
     """Bytes that a cache with a policy takes for one row of the batch.
@@ -26,7 +30,7 @@ class Costs:
 
     def left(self, policy: Policy, tokens: int) -> float:
         """Of a budget of bytes, what the kept tokens of a row that has seen so many may take."""
-        budget = Budget.parse(policy.budget)
+        budget = budget_of(policy)
         recent = self.heads * min(tokens, policy.recent) * self.whole
         return (budget.amount / self.rows if budget.unit == "bytes" else budget.amount * tokens) - self.fixed - recent
 
@@ -40,7 +44,7 @@ class Costs:
 
     def check(self, policy: Policy, seen: Sequence[int]) -> None:
         """Refuse a budget of bytes that is too small for rows that have seen so many tokens, with the smallest that is not."""
-        budget, rows = Budget.parse(policy.budget), [n for n in seen if n]
+        budget, rows = budget_of(policy), [n for n in seen if n]
         if budget.unit not in ("bytes", "bytes/token"):
             return
         lacking = [self.least(policy, n) - self.left(policy, n) for n in rows]
