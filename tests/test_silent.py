@@ -163,7 +163,7 @@ def test_a_calibration_goes_on_with_the_same_batches_only(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         calibrate(model, pico.tokenizer(), TEXT, sample=Sample(16, 32, batch=1), work=work, progress=stopping)
-    assert json.loads((work / "job.json").read_text())["batch"] == 1
+    assert json.loads(next(work.glob("*/job.json")).read_text())["job"]["batch"] == 1
 
 
 def test_calibration_is_not_done_with_dropout():
