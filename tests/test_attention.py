@@ -302,6 +302,13 @@ def test_names_of_subsets_are_the_papers(layers, count, meant):
     assert found == (None if meant is None else list(meant))
 
 
+def test_layers_left_out_store_what_mea_composes_or_every_head():
+    """And nothing of the kind that is named: no head norm, no latents."""
+    mea, lrkv = (config(name, attention_layers=[0], other_attention=None).others for name in ("mea-some", "lrkv-some"))
+    assert (mea.attention, mea.num_key_value_heads, mea.head_norm) == ("gqa", 2, "none")
+    assert (lrkv.attention, lrkv.num_key_value_heads, lrkv.lrkv_rank) == ("gqa", 4, 0)
+
+
 def test_layers_left_out_follow_the_models_choice_of_a_kernel():
     model = build("mea-some")
     fused, other = logits(model, ids()), model.model.layers[1].self_attn
