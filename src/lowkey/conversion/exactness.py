@@ -70,7 +70,7 @@ def _lost_lrkv(model: PreTrainedModel, config: LowkeyConfig, stored: int, d: int
 
 
 def _lost_mla(config: LowkeyConfig, stored: int, grouped: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
-    d, e, c = config.head_dim, config.rope_width, config.kv_lora_rank or 0
+    d, e, c = config.head_dim or 0, config.rope_width, config.kv_lora_rank or 0
     if stored > 1:
         return f"one rotated slice stands for the rotated keys of {stored} heads", grouped
     faults = [
