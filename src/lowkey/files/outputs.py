@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 import stat
-import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from lowkey.files.reading import CHECKSUM, KIND, MOST_HEADER, MOST_JSON, json_digest, marks, parse_json, read_json, sha256
-from lowkey.files.swapping import settle, steady
+from lowkey.files.swapping import NEW, beside, settle, steady
 from lowkey.types import LowkeyError
 
 MANIFEST = ".lowkey.json"
@@ -144,13 +143,11 @@ def check_writable(path: Path) -> None:
         if place.is_symlink() or os.path.ismount(place):
             raise LowkeyError(f"output {str(path)!r}: is a link to itself, or where a disk is mounted; {ELSEWHERE}")
         ground = next(p for p in place.parents if os.path.lexists(p))
-        made = Path(tempfile.mkdtemp(prefix=".lowkey.", dir=ground))
-        try:
-            inside = made / place.relative_to(ground)
-            inside.parent.mkdir(parents=True, exist_ok=True)
+        near = ground == place.parent  # then a kill leaves what the next writer sweeps
+        with beside(place) if near else TemporaryDirectory(prefix=".lowkey.", dir=ground, ignore_cleanup_errors=True) as made:
+            inside = Path(made) / NEW / place.relative_to(ground)
+            inside.parent.mkdir(parents=True)
             inside.write_bytes(b"tried")
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
     except LowkeyError:
         raise
     except (OSError, ValueError) as error:

@@ -45,20 +45,34 @@ def beside(path: Path) -> Iterator[Path]:
 
 
 def _locked(path: Path) -> tuple[Path, int]:
+    """A folder of its own and its lock. Until that is held, another writer may take the folder for abandoned: then a new one."""
     for _ in range(TRIES):
         folder = path.with_name(f".{_short(path.name)}.{secrets.token_hex(8)}.tmp")
         folder.mkdir()
-        lock = os.open(folder, os.O_RDONLY)
-        with suppress(OSError):  # a file system without locks: then nobody sweeps
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        try:
-            (folder / MARK).touch()
-            if os.path.samestat(folder.stat(), os.fstat(lock)):
+        with suppress(FileNotFoundError):
+            lock = os.open(folder, os.O_RDONLY)
+            if _holds(lock, folder):
                 return folder, lock
-        except FileNotFoundError:  # swept between two lines above
-            pass
-        os.close(lock)
+            os.close(lock)
     raise OSError(errno.EBUSY, "others remove what is written", str(path))
+
+
+def _holds(lock: int, folder: Path) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks: then nobody sweeps
+        pass
+    try:
+        (folder / MARK).touch()
+        return os.path.samestat(folder.stat(), os.fstat(lock))
+    except FileNotFoundError:
+        return False
+
+
+def _short(name: str) -> str:
+    return os.fsencode(name)[:LONGEST].decode(errors="ignore")
 
 
 def folders_of(path: Path) -> list[Path]:
@@ -67,10 +81,6 @@ def folders_of(path: Path) -> list[Path]:
     with suppress(OSError):
         return [path.with_name(name) for name in os.listdir(path.parent) if pattern.fullmatch(name)]
     return []
-
-
-def _short(name: str) -> str:
-    return os.fsencode(name)[:LONGEST].decode(errors="ignore")
 
 
 def settle(path: Path, sweep: bool = False) -> bool:
