@@ -9,6 +9,7 @@ import pico
 import pytest
 import reach
 import torch
+import variants
 from pico import attached, prompt
 from test_bucketed import make_plan
 from test_evicting import HEADS
@@ -161,3 +162,18 @@ def test_a_plans_maps_do_not_grow_with_the_prompt(kind):
         fill(model, cache, length)
         sizes.append(reach.maps(cache))
     assert sizes[0] == sizes[1] > 0
+
+
+@pytest.mark.parametrize("name", variants.VARIANTS)
+def test_our_own_attention_in_the_stock_form(name):
+    """Parts of any width, empty ones too; a call that is interrupted is undone, and the next one is as if it had not been."""
+    model = lowkey.attach(variants.build(name))
+    cache, straight = make_cache(model), make_cache(model)
+    for held in (cache, straight):
+        feed(model, held, variants.ids(12))
+        feed(model, held, variants.ids(1))
+    agree(cache, "filled")
+    interrupted(model, cache, variants.ids(3), layer=0)
+    agree(cache, "interrupted")
+    assert torch.equal(*(feed(model, held, variants.ids(3)) for held in (cache, straight)))
+    assert agree(cache, "after a second turn") == straight.nbytes()
