@@ -175,7 +175,7 @@ def profile(
     from lowkey.report import plots
 
     files.check_folder(out, force=False, again="profile.json")
-    sample, form = sample_of(windows, None, seed), layout_of(layout) if layout else None
+    sample, form = sample_of(windows, None, seed), None if layout is None else layout_of(layout)
     chosen = make_method(method, options_of(option))
     loaded, tokenizer, corpus = opened(model, dtype, device, calibration)
     plan = calibrate(
