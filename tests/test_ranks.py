@@ -438,6 +438,14 @@ def test_a_budget_that_ranks_cannot_keep_is_refused_before_anything_is_read(budg
     assert chosen(calibrate(Palu(), budget="96 B/token")) == [(1, 1)] * LAYERS
 
 
+@pytest.mark.parametrize("allocator", ["greedy", "pareto", Uniform("measured")])
+def test_below_what_is_measured_allocators_that_compare_errors_refuse_before_anything_is_read(allocator):
+    """The least measured rank is 2 of 16; the others may choose 1."""
+    with pytest.raises(LowkeyError, match=r"7\.0%.*is below 192 \(12\.5%\)"):
+        lowkey.calibrate(pico.attached("llama"), None, "", method=PCA(), budget="7%", allocator=allocator)
+    assert chosen(calibrate(budget="7%", allocator="uniform")) == [(1, 1)] * LAYERS
+
+
 def test_exact_tokens_come_on_top_of_the_budget_as_the_docstring_says():
     plan = calibrate(budget="25%", sinks=2, recent=3)
     past = lowkey.make_cache(pico.attached("llama"), plan=plan)
