@@ -52,11 +52,11 @@ class Attending(Protocol):
 
     def answered(self) -> None:
         """`attend` ended well."""
-        ...
+        return None
 
     def failed(self) -> None:
         """It did not, or the call was refused: what this forward pass has stored is undone, in every layer."""
-        ...
+        return None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.resources import files as package_files
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +75,8 @@ def check_unicode(argument: str, text: str) -> None:
 
 def check_ids(ids: Tensor, model: PreTrainedModel) -> None:
     """Errors: LowkeyError for ids beyond the embedding, which a tokenizer has when tokens were added to it and not to the model."""
-    rows, largest = model.get_input_embeddings().weight.shape[0], int(ids.max()) if ids.numel() else 0
+    embedding: Any = model.get_input_embeddings()
+    rows, largest = len(embedding.weight), int(ids.max()) if ids.numel() else 0
     if largest >= rows:
         raise LowkeyError(
             f"tokenizer: gives the id {largest}, and the model's embedding has {rows} rows; use the model's own tokenizer, or resize it"
