@@ -116,6 +116,15 @@ def test_any_score_may_be_kept_above_a_level():
     assert kept == {(i, j, p) for i in range(LAYERS) for j in range(HEADS) for p in range(40) if always[p] or weights[i, j, p] >= 0.05}
 
 
+def test_fastgen_with_a_budget_lets_all_heads_compete():
+    """Nothing but the always kept recovers 99 % here, so every token is in its head's rung, and the most looked-at of the cache stay."""
+    n, ids = 50, prompt(50, batch=1)
+    kept = kept_by(attached("llama"), "fastgen", ids, "40%", sinks=2, recent=4, recovery=0.99, sample=16)[0]
+    scores = eager(ids).unflatten(1, (HEADS, GROUP))[..., -16:, :].mean((2, 3))
+    scores[..., [0, 1, *range(n - 4, n)]] = torch.inf
+    assert kept == highest(scores, round(0.4 * n * LAYERS * HEADS))
+
+
 # -- Razor
 
 

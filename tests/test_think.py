@@ -143,3 +143,20 @@ def test_think_goes_on_with_its_channels_while_it_decodes():
     for layer in cache.evicting:
         assert layer.until.tolist() == [[76], [76]] and layer.starts.diff().tolist() == [4] * 8
     assert cache.nbytes() == cache.predicted_nbytes()
+
+
+def test_a_row_that_fits_is_left_whole_beside_one_that_does_not():
+    model, cache, _ = thinking("50 tokens")
+    pico.feed(model, prompt(80), cache, [50, 0])
+    for i in range(LAYERS):
+        assert not any(pruned(cache, i, 0, j) for j in range(HEADS))
+        assert [len(pruned(cache, i, 1, j)) for j in range(HEADS)] == [46] * HEADS
+
+
+def test_channels_that_few_queries_chose_are_not_used_again():
+    """Nine queries where sixteen are asked for: the next nine choose for themselves; nine after twenty do not."""
+    for first, prunings in ((9, 2), (20, 1)):
+        model, cache, _ = thinking("60%", looked=16)
+        pico.feed(model, prompt(first), cache)
+        pico.feed(model, prompt(9, seed=2), cache)
+        assert [layer.prunings for layer in cache.evicting] == [prunings] * LAYERS
