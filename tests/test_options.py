@@ -12,9 +12,11 @@ import lowkey
 from lowkey import bench, loading, options
 from lowkey.allocate import ALLOCATORS as RANK_ALLOCATORS
 from lowkey.conversion import Options
+from lowkey.diversity import Compared
 from lowkey.evaluate.result import Task
 from lowkey.methods import KQSVD, METHODS, Method, StiefAttention
 from lowkey.methods.dynakv import GateTraining
+from lowkey.needles import Drawing
 from lowkey.options import Range, checked, option
 from lowkey.policies import SCORES, SnapKV
 from lowkey.policies.allocators import ALLOCATORS as TOKEN_ALLOCATORS
@@ -24,7 +26,7 @@ from lowkey.types import Budget, LowkeyError
 
 SETTABLE = {
     *(*METHODS.values(), *RANK_ALLOCATORS.values(), *TOKEN_ALLOCATORS.values(), *SCORES.values()),
-    *(Budget, lowkey.Exact, lowkey.Sample, lowkey.Recovery, GateTraining, Options, Data, Training, Task, bench.Shape),
+    *(Budget, lowkey.Exact, lowkey.Sample, lowkey.Recovery, GateTraining, Options, Data, Training, Task, bench.Shape, Compared, Drawing),
 }
 FREE = {  # of another kind than numbers and words, and checked where they are used
     ("Policy", "budget"),
