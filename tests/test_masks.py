@@ -158,6 +158,49 @@ def test_blocks_do_not_show_padding_that_a_later_mask_reveals(kind):
             model(prompt(1), past_key_values=cache)
 
 
+COUNTING = {
+    "kivi": lambda m: make_cache(m, bits="kivi4", exact=Exact(2, 0)),
+    "kivi recent": lambda m: make_cache(m, bits="kivi8"),
+    "kivi plan": lambda m: make_cache(m, whole_rank(m, "pre_rope"), bits="kivi8", exact=Exact(2, 0)),
+    "int8 recent": lambda m: make_cache(m, bits=8, exact=Exact(0, 7)),
+    "plan recent": lambda m: make_cache(m, pico.plan(m, recent=7)),
+    "exact prefill": lambda m: make_cache(m, pico.plan(m), exact=Exact(2, 7, "exact")),
+}
+
+
+@pytest.mark.parametrize("kind", COUNTING)
+def test_a_recent_window_and_blocks_do_not_count_padding_behind_tokens(kind):
+    """A row of which 5 tokens came would be as far as its neighbour of 40: refused before anything changes, in a prompt and in a turn."""
+    model = attached("llama")
+    tried, straight = (COUNTING[kind](model) for _ in range(2))
+    mask, whole = torch.ones(2, 40).long(), torch.ones(2, 60).long()
+    mask[0, 5:] = whole[0, 55:] = 0
+    with torch.no_grad():
+        with pytest.raises(LowkeyError, match=r"attention_mask: a row ends in padding.*pad on the left"):
+            model(prompt(40), attention_mask=mask, past_key_values=tried)
+        assert tried.get_seq_length() == tried.nbytes() == 0
+        for cache in (tried, straight):
+            model(prompt(40), past_key_values=cache)
+        before = tried.nbytes()
+        with pytest.raises(LowkeyError, match=r"attention_mask: a row ends in padding.*pad on the left"):
+            model(prompt(20, seed=1), attention_mask=whole, past_key_values=tried)
+        assert tried.get_seq_length() == 40 and tried.nbytes() == before
+        assert torch.equal(*(model(prompt(20, seed=1), past_key_values=cache).logits for cache in (tried, straight)))
+
+
+@pytest.mark.parametrize("kind", ["plain", "int8", "hadamard8", "plan"])
+def test_what_counts_no_tokens_reads_turns_of_uneven_length(kind):
+    """Positions count the padding, as transformers' own do when none are given."""
+    model, cache, ids = attached("llama"), cache_of(kind, attached("llama")), prompt(60)
+    mask = torch.ones(2, 60).long()
+    mask[0, 5:40] = mask[1, 50:] = 0
+    seen = mask.bool()[:, None, None] & causal(60)
+    want = stock_logits(ids, seen, positions=torch.arange(60).expand(2, -1))
+    with torch.no_grad():
+        parts = [model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache).logits for a, b in ((0, 40), (40, 59), (59, 60))]
+    assert (torch.cat(parts, 1) - want)[mask.bool()].abs().max() <= NOISE.get(kind, 2e-4)
+
+
 # -- shapes
 
 
@@ -234,20 +277,22 @@ def test_a_row_may_begin_after_the_first_chunks(kind):
 
 
 @pytest.mark.parametrize("which", MASKS)
-@pytest.mark.parametrize("name", ["snapkv", "h2o", "tova"])
+@pytest.mark.parametrize("name", ["snapkv", "h2o", "h2o per query", "tova"])
 def test_scores_look_where_the_mask_lets_them(name, which):
     """By hand, from the attention maps of a stock model under the same mask: the mean over the last 8 queries or the newest one, or the
-    sum over all, then over the query heads of a KV head (TOVA: of the layer); the best 30 of 120 stay."""
+    sum over all, or that over the number of queries that see the token, then over the query heads of a KV head (TOVA: of the layer); the
+    best 30 of 120 stay."""
     ids, mask, model = prompt(120, 1), MASKS[which], attached("llama")
-    options = {"window": 8, "kernel": 1} if name == "snapkv" else {}
-    cache = make_cache(model, policy=POLICIES[name]("30 tokens", sinks=0, recent=0, **options))
+    options = {"snapkv": {"window": 8, "kernel": 1}, "h2o per query": {"per_query": True}}.get(name, {})
+    cache = make_cache(model, policy=POLICIES[name.split()[0]]("30 tokens", sinks=0, recent=0, **options))
     fed(model, ids, mask, cache)
     added = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
     with torch.no_grad():
         maps = pico.stock("llama")(ids, attention_mask=added, output_attentions=True, use_cache=False).attentions
     for i, found in enumerate(maps):
-        queries = {"snapkv": slice(-8, None), "h2o": slice(None), "tova": slice(-1, None)}[name]
+        queries = {"snapkv": slice(-8, None), "tova": slice(-1, None)}.get(name, slice(None))
         scores = found[0, :, queries].sum(1).unflatten(0, (4, 2)).mean(1)  # (h, s)
+        scores = scores / mask[0, 0].sum(0) if name == "h2o per query" else scores
         scores = scores.mean(0, keepdim=True).expand(4, -1) if name == "tova" else scores
         for head, kept in enumerate(cache.kept_positions(i)):
             least = scores[head].topk(30).values[-1]

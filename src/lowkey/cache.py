@@ -311,7 +311,8 @@ def _evicting(model: PreTrainedModel, plan: Plan | None, policy: Policy, exact: 
 
 
 def _sliding(model: PreTrainedModel) -> tuple[tuple[int, int], ...]:
-    """Of every sliding layer, how many tokens it holds at most, and the numbers that one of them takes."""
+    """Of every sliding layer, how many tokens it holds at most, and the numbers that one of them takes: as many as in the other layers,
+    since every supported family gives all its layers the KV heads and the head dimension of its config."""
     shape, window = families.geometry(model), int(getattr(model.config.get_text_config(), "sliding_window", None) or 1)
     return tuple((window - 1, 2 * shape.kv_heads * shape.head_dim) for _ in range(shape.layers - len(shape.compressible)))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowkey.backends import fused, grouped
 from lowkey.backends.segment import Segment
-from lowkey.layers.codec import Codec
+from lowkey.layers.codec import Codec, Plain
 from lowkey.layers.exact import Exact, FixedPoints
 from lowkey.layers.packing import Packing, Whole, joined
 from lowkey.layers.placed import PlacedLayer
@@ -102,10 +102,23 @@ class CodedLayer(PlacedLayer):
     # -- which tokens are stored
 
     def check_mask(self, call: Call, start: int, real: Tensor, first: Tensor) -> None:
-        """Blocks are cut from a row's first real token on, and some of what comes before it is in none."""
-        hidden = torch.arange(start, device=first.device) < first
+        """The recent window and the blocks count a row's tokens from its first real one on; some of what comes before it is in no block."""
+        if not self._counts():
+            return
+        before = torch.arange(self.seen, device=first.device) < first
+        if bool((real == before[:, start:]).any()):
+            raise LowkeyError(
+                "attention_mask: a row ends in padding, which a recent window or blocks of tokens (kivi) would count; pad on the left, or "
+                "give rows of uneven turns a cache each"
+            )
+        hidden = before[:, :start]
         if self.block > 1 and start and bool((hidden if call.mask is None else hidden & call.mask[:, :, :start].any(1)).any()):
             raise LowkeyError("attention_mask: shows tokens that were padding when they came; repeat the earlier mask")
+
+    def _counts(self) -> bool:
+        """Whether the numbers that a query sees depend on how many tokens came since."""
+        same = (self.codec, *self.packing.values()) == (Plain(), Whole(), Whole())  # recent or stored, it is the token as it came
+        return self.block > 1 or (self.exact.recent > 0 and not same)
 
     def _shift(self) -> Tensor:
         """(b|1, 1): at which index each row begins to be cut into blocks; before its first real token, the last that it may be."""

@@ -253,7 +253,7 @@ class EvictingLayer(RaggedLayer):
         if self.policy.every and self.policy.looks and not self.frozen:
             self.asked = torch.cat([self.asked, call.query], 3) if self.asked.numel() else call.query.clone()
         if self.policy.every and self.steps % self.policy.every == 0 and not self.frozen:
-            self._evict(replace(call, query=call.query[:, :, :, :0]), self._stored())
+            self._evict(replace(call, query=call.query[:, :, :, :0]), self._padded(self.seen))
         elif self.fresh - self.moved >= TAIL:
             self._join()
 
@@ -276,11 +276,8 @@ class EvictingLayer(RaggedLayer):
 
     # -- evicting
 
-    def _stored(self) -> Candidates:
-        """Kept tokens and tail; the tail ends with the newest token."""
-        return self._padded(self.seen)
-
     def _padded(self, stop: int) -> Candidates:
+        """Kept tokens and tail, which ends at token `stop`."""
         b, h = self.tail_k.shape[:2]
         rows = [padded(x, self.starts)[0].unflatten(0, (b, h)) for x in (self.keys, self.values, self.where.long())]
         real = padded(self.where, self.starts)[1].unflatten(0, (b, h))
@@ -308,7 +305,7 @@ class EvictingLayer(RaggedLayer):
 
     def evict(self) -> None:
         """Now, by the scores that the tokens carry."""
-        self._evict(self.quiet, self._stored())
+        self._evict(self.quiet, self._padded(self.seen))
 
     def _evict(self, call: Call, found: Candidates, repeating: Tensor | None = None) -> None:
         """Score what is there and let the round decide; the call's queries are the newest."""

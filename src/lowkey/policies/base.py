@@ -156,6 +156,11 @@ def attention_sums(scene: Scene, last: int = 0, squared: bool = False) -> Tensor
     return total
 
 
+def norms(x: Tensor) -> Tensor:
+    """(..., d) -> (...), in fp32 or in what is finer."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
 def _exact(x: Tensor) -> Tensor:
     """In fp32 on a CPU, where products of fewer bits are slow; elsewhere as it is."""
     return x.float() if x.device.type == "cpu" else x

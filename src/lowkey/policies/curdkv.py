@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from lowkey.ops.rope import unrotate
 from lowkey.options import option
-from lowkey.policies.base import Policy, Scene
+from lowkey.policies.base import Policy, Scene, norms
 
 KINDS = ("keys", "values", "product")
 TINY = torch.finfo(torch.float32).tiny
@@ -55,7 +55,7 @@ class CurDKV(Policy):
         """(b, h, s, d) -> (b, h, s)."""
         if self.rank:
             vectors = vectors.float() @ self._projection(vectors.shape[-1]).to(vectors.device)
-        squared = torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float32).square().masked_fill(~valid, 0.0)
+        squared = norms(vectors).square().masked_fill(~valid, 0.0)
         return _local_shares(squared, valid, self.local) if self.local else squared
 
     def _projection(self, d: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowkey.ops.rope import rotate, unrotate
 from lowkey.options import option
-from lowkey.policies.base import Policy, Scene
+from lowkey.policies.base import Policy, Scene, norms
 
 BLOCK = 1024  # queries held in fp32 at once
 
@@ -46,7 +46,7 @@ class ExpectedAttention(Policy):
         candidates = scene.valid & (scene.positions >= self.sinks)
         logits = self._expected(scene).masked_fill(~candidates.unsqueeze(2), -torch.inf)
         attention = logits.softmax(-1).nan_to_num(0.0).mean(2)
-        return (attention + self.epsilon) * torch.linalg.vector_norm(scene.values, dim=-1, dtype=torch.float32)
+        return (attention + self.epsilon) * norms(scene.values)
 
     def _expected(self, scene: Scene) -> Tensor:
         """log E[exp(c q.k)], (b, h, g, s)."""

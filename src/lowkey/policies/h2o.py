@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from lowkey.options import option
@@ -42,7 +43,12 @@ class H2O(Policy):
 
 
 def _averaged(scene: Scene, new: Tensor) -> Tensor:
-    """The carried mean and the new sum (b, h, s) as one mean over the queries that could see each token: those from its position on."""
+    """The carried mean and the new sum (b, h, s) as one mean over the queries that saw each token. Those of earlier rounds are all that
+    came from its position on."""
     queries = (scene.query_positions >= 0).sum(1)[:, None, None]
     could = scene.query_positions.amax(1)[:, None, None] + 1 - scene.positions
-    return (scene.carried * (could - queries).clamp_min(0) + new) / could.clamp_min(1)
+    before, now = (could - queries).clamp_min(0), could.minimum(queries).clamp_min(0)
+    if scene.sight is not None:
+        saw = (scene.sight & (scene.query_positions >= 0).unsqueeze(2)).sum(1)  # (b, c)
+        now = torch.cat([now[..., : now.shape[2] - saw.shape[1]], saw.unsqueeze(1).expand(-1, now.shape[1], -1)], 2)
+    return (scene.carried * before + new) / (before + now).clamp_min(1)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from lowkey.policies.base import Policy, Scene
+from lowkey.policies.base import Policy, Scene, norms
 
 
 @dataclass(frozen=True)
@@ -20,4 +19,4 @@ class Knorm(Policy):
     looks: ClassVar[bool] = False
 
     def score(self, scene: Scene) -> Tensor:
-        return -torch.linalg.vector_norm(scene.keys, dim=-1, dtype=torch.float32)
+        return -norms(scene.keys)
