@@ -90,6 +90,15 @@ def test_another_seed_is_another_sample():
     assert a.provenance["data_sha256"] != b.provenance["data_sha256"]
 
 
+def test_every_layer_is_fitted_with_the_seed_of_the_sample(monkeypatch):
+    told, fit = [], PCA.fit
+    monkeypatch.setattr(
+        PCA, "fit", lambda self, statistics, probe, ranks, seed: told.append(seed) or fit(self, statistics, probe, ranks, seed)
+    )
+    calibrate(sample=Sample(8, 24, seed=5))
+    assert told == [5] * pico.LAYERS
+
+
 def test_an_unattached_model_is_attached():
     model = pico.build("llama")
     calibrate(model)

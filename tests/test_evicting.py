@@ -224,11 +224,13 @@ def test_dropped_channels_are_gone_and_the_newest_tokens_whole():
     assert held[0.5] == (32 + 0.5 * 68) / 100 * held[1.0]
 
 
-def test_a_budget_that_channels_can_pay_keeps_every_token():
+@pytest.mark.parametrize(("budget", "width"), [("80%", 0.6 * 16), ("90%", 0.8 * 16), ("95%", 0.9 * 16)])
+def test_a_budget_that_channels_can_pay_keeps_every_token(budget, width):
+    """Values, half of the bytes, stay whole, and no more channels go than must."""
     model = attached("llama")
-    cache = evicting_cache(model, policy("think", "80%"))
+    cache = evicting_cache(model, policy("think", budget))
     feed(model, prompt(100), cache)
-    assert lengths(cache, 0) == [[100] * 4] * 3 and cache.evicting[0].thin_k.shape[1] == round(0.6 * 16)
+    assert lengths(cache, 0) == [[100] * 4] * 3 and cache.evicting[0].thin_k.shape[1] == round(width)
 
 
 def test_decoding_over_pruned_channels_is_attention_with_zeros_there():

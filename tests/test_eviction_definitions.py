@@ -67,6 +67,24 @@ def test_kvzip_keeps_what_repeating_each_piece_looks_at_most(softmax):
         assert kept[row] == highest(scores, round(0.3 * n * LAYERS * HEADS))
 
 
+@pytest.mark.parametrize("softmax", ["piece", "context"])
+def test_kvzip_finds_its_pieces_wherever_positions_begin(softmax):
+    """Rotary attention is relative, so the same text from position 1000 on keeps the same tokens."""
+    ids = 1 + torch.randperm(96, generator=torch.Generator().manual_seed(0))[:50].unsqueeze(0)  # no ties
+    model, options = attached("llama"), {"chunk": "20", "sinks": "3", "recent": "0", "softmax": softmax}
+
+    def kept(begins):
+        def placed(ids, past_key_values, **known):
+            at = begins + past_key_values.get_seq_length() + torch.arange(ids.shape[1]).unsqueeze(0)
+            return model(ids, position_ids=at, past_key_values=past_key_values, **known)
+
+        cache = lowkey.make_cache(model, policy=make_policy("kvzip", "30%", options))
+        lowkey.prefill(placed, pico.tokenizer(), cache, ids)
+        return [[(at - begins).tolist() for at in cache.kept_positions(i)] for i in range(LAYERS)]
+
+    assert kept(1000) == kept(0)
+
+
 # -- without a budget
 
 
