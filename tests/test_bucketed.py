@@ -111,6 +111,13 @@ def close(a: Tensor, b: Tensor, pads=None) -> bool:
     return torch.allclose(pico.real(a, pads), pico.real(b, pads), atol=1e-5, rtol=1e-5)
 
 
+def test_a_gate_takes_a_huge_coordinate_for_a_large_one():
+    gate, draw = random_gate(heads=2, seed=0), torch.Generator().manual_seed(0)
+    keys, values = (20 * torch.randn(2, 2, 40, HEAD_DIM, generator=draw) for _ in range(2))
+    found = gate(keys, values).argmax(-1).flatten().tolist()
+    assert found == [level_of(gate, keys[i, :, m], values[i, :, m]) for i, m in itertools.product(range(2), range(40))]
+
+
 @pytest.mark.parametrize("name", ["llama", "llama-mha", "llama-mqa", "gemma2", "gemma3_text", "qwen3", "phi3-partial", "llama-yarn"])
 def test_the_cache_is_dense_attention_over_rebuilt_tokens(name, layout):
     plan, ids, used = make_plan(name, layout), prompt(LENGTH), []
