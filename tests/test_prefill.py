@@ -93,6 +93,9 @@ REFUSED = {
     r"attention_mask of shape \(2, 9\)": {"attention_mask": MASK[:, 1:]},
     r"attention_mask of shape \(2, 10\)": {"attention_mask": MASK * 2},
     "padding behind tokens": {"attention_mask": MASK.flip(1)},
+    "ids of type list": {"ids": [[1, 2], [3, 4]]},
+    "the id 97": {"ids": torch.full((2, 10), 97)},
+    "-1 is no token": {"ids": torch.full((2, 10), -1)},
     "row 1 has no token": {"attention_mask": MASK * torch.tensor([[1], [0]])},
 }
 

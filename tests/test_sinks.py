@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import forging
@@ -258,6 +259,16 @@ def test_the_rule_travels_with_a_saved_cache(tmp_path):
     assert torch.equal(feed(planted(), more, again, PADS), feed(planted(), more, cache, PADS))
     assert [slots(again.layers[1], row) for row in range(2)] == [[30, 41, 58], [20, 33, LENGTH + 3]]
     again.save(tmp_path / "d")
+
+
+def test_a_rule_whose_layers_share_their_points_travels_too(tmp_path):
+    points = next(iter(rule().layers.values()))
+    shared = replace(rule(), layers=dict.fromkeys(rule().layers, points))
+    cache = lowkey.make_cache(planted(), bits=8, exact=Exact(sinks=3, rule=shared))
+    feed(planted(), text(AT), cache)
+    cache.save(tmp_path / "c")
+    kept = lowkey.load_cache(tmp_path / "c", planted()).origin.exact.rule.layers
+    assert all(torch.equal(p.centres, points.centres) and torch.equal(p.radius, points.radius) for p in kept.values())
 
 
 def test_a_damaged_rule_is_refused(tmp_path):

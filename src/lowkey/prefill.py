@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lowkey import text
 from lowkey.cache import LowkeyCache
 from lowkey.policies.base import Policy
 from lowkey.types import LowkeyError
@@ -32,6 +33,7 @@ def prefill(
     """
     policy = _policy_of(cache, question)
     mask = _checked(ids, question, attention_mask)
+    text.check_ids(ids, model)
     with cache.all_or_nothing():
         if policy is not None and policy.repeats:
             context = ids.shape[1] - question
@@ -57,6 +59,8 @@ def _policy_of(cache: LowkeyCache, question: int) -> Policy | None:
 
 def _checked(ids: Tensor, question: int, mask: Tensor | None) -> Tensor:
     """The mask (b, t) as integers."""
+    if not isinstance(ids, Tensor):
+        raise LowkeyError(f"ids of type {type(ids).__name__}: give a tensor of token ids (rows, tokens)")
     if ids.ndim != 2 or not ids.numel() or ids.is_floating_point():
         raise LowkeyError(f"ids of shape {tuple(ids.shape)} and dtype {ids.dtype}: give token ids (rows, tokens), at least one of each")
     mask = torch.ones_like(ids) if mask is None else mask.to(ids.device)

@@ -35,7 +35,7 @@ def read_text(path: str | Path, argument: str) -> str:
     path = Path(path)
     if path.is_dir():
         raise LowkeyError(f"{argument} {str(path)!r}: is a folder; give a UTF-8 text file")
-    if not path.is_file():
+    if not path.exists():
         raise LowkeyError(f"{argument} {str(path)!r}: no such file; give a UTF-8 text file or leave it out for the embedded text")
     try:
         text = files.read_bytes(path, argument, files.MOST_TEXT, "give a plain text file").decode("utf-8")
@@ -74,9 +74,12 @@ def check_unicode(argument: str, text: str) -> None:
 
 
 def check_ids(ids: Tensor, model: PreTrainedModel) -> None:
-    """Errors: LowkeyError for ids beyond the embedding, which a tokenizer has when tokens were added to it and not to the model."""
+    """Errors: LowkeyError for ids beyond the embedding, which a tokenizer has when tokens were added to it and not to the model, and for
+    ids below 0."""
     embedding: Any = model.get_input_embeddings()
     rows, largest = len(embedding.weight), int(ids.max()) if ids.numel() else 0
+    if ids.numel() and int(ids.min()) < 0:
+        raise LowkeyError(f"ids: {int(ids.min())} is no token; ids are counted from 0")
     if largest >= rows:
         raise LowkeyError(
             f"tokenizer: gives the id {largest}, and the model's embedding has {rows} rows; use the model's own tokenizer, or resize it"

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -78,8 +79,13 @@ def write_json(path: Path, value: Mapping[str, Any], kind: str, indent: int | No
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], kind: str) -> str:
-    """A safetensors file that says what it is and has a checksum, which is returned."""
-    whole = {name: t.contiguous() for name, t in tensors.items()}
+    """A safetensors file that says what it is and has a checksum, which is returned. Tensors that share memory are written each by itself."""
+    whole: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, t in tensors.items():
+        place = t.untyped_storage().data_ptr()
+        whole[name] = t.contiguous() if place not in seen else t.clone(memory_format=torch.contiguous_format)
+        seen.add(place)
     checksum = digest(whole)
     with replacing(path) as temporary:
         save_file(whole, temporary, metadata={KIND: f"{kind} {checksum}"})
