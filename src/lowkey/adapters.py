@@ -25,7 +25,8 @@ class Adapters:
         return [] if off else sorted(wrapper.active_adapters)
 
     def plain(self, name: str) -> str | None:
-        """What a state-dict entry would be called without wrappers; None for an adapter that is not active. Adapters are numbered."""
+        """What a state-dict entry would be called without wrappers; None for an adapter that is not active.
+        Active ones are called by number, so that the name that a user gave them does not count."""
         parts, inner = name.split("."), set()
         for path, wrapper in self.wrappers.items():
             if not name.startswith(f"{path}."):

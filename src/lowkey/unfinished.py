@@ -61,5 +61,5 @@ def _flaw(bases: LayerBases, surface: Tensor) -> str | None:
         if b.mean is not None and (b.mean.ndim != 2 or b.mean.shape[1] != c.shape[1] // t):
             return f"{name} have means that do not fit"
     if bases.order is not None and sorted(bases.order.tolist()) != list(range(len(bases.order))):
-        return "order names no head once"
+        return "order does not name each head once"
     return None

@@ -155,8 +155,8 @@ def check_writable(path: Path) -> None:
 
 
 def check_folder(path: Path, force: bool, again: str | None = None) -> None:
-    """A folder can be written at `path`: nothing is there, or only what lowkey wrote and `force` gives up. again: the name of a file that
-    makes it one of the same kind, which needs no `force`.
+    """A folder can be written at `path`: nothing is there, or only files that lowkey wrote, which are replaced with `force`. again: the
+    name of a file by which a folder of the same kind is known; such a folder is replaced without `force`.
 
     Errors: LowkeyError; also with `force` for whatever lowkey did not write.
     """
@@ -184,7 +184,7 @@ def check_removable(folder: Path) -> None:
 
 
 def check_file(path: Path, kind: str | None = None, force: bool = False) -> None:
-    """A file can be written at `path`: nothing is there, or what lowkey wrote and `force` (or its being of this kind) gives up.
+    """A file can be written at `path`: nothing is there, or a file that lowkey wrote and that is of this `kind` or given up by `force`.
 
     Errors: LowkeyError; also with `force` for what lowkey did not write.
     """

@@ -156,7 +156,7 @@ def json_digest(plain: Mapping[str, Any]) -> str:
 
 def read_json(path: Path, what: str, kind: str, newest: int | None = None, *, loose: bool = False, source: str = OURS) -> dict[str, Any]:
     """What `write_json` wrote as this kind, of format `newest` at most, if it has formats. loose: also what others wrote, without a
-    checksum and with infinite numbers. source: where to get one that exists.
+    checksum and with infinite numbers. source: the remedy in the message when there is no such file.
 
     Errors: LowkeyError for what does not exist, is damaged, of a newer format, or something else.
     """

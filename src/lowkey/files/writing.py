@@ -79,7 +79,7 @@ def write_json(path: Path, value: Mapping[str, Any], kind: str, indent: int | No
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], kind: str) -> str:
-    """A safetensors file that says what it is and has a checksum, which is returned. Tensors that share memory are written each by itself."""
+    """A safetensors file that says what it is and has a checksum, which is returned. Tensors that share memory are written apart."""
     whole: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, t in tensors.items():
@@ -124,8 +124,9 @@ def finish(folder: Path) -> None:
 
 
 def join_folder(new: Path, path: Path) -> None:
-    """The files of `new`, a folder of ours, take their places in `path` one by one; those that an earlier call brought and this does not
-    go. What a kill leaves half done, the same call after it ends. Readers that look at the list meanwhile see that it is not complete.
+    """The files of `new`, a folder of ours, take their places in `path` one by one. Files that an earlier call put there and that `new`
+    does not have are removed. After a kill in between, the same call again completes the work; until then the list in `path` says that it
+    is not complete.
 
     Errors: LowkeyError when lowkey did not write what is in their place.
     """

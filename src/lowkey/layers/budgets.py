@@ -11,7 +11,8 @@ from lowkey.types import Budget, LowkeyError
 
 
 def budget_of(policy: Policy) -> Budget:
-    return Budget.parse("100%" if policy.budget is None else policy.budget)  # none bounds nothing
+    """The policy's budget; 100%, which bounds nothing, where it has none."""
+    return Budget.parse("100%" if policy.budget is None else policy.budget)
 
 
 @dataclass(frozen=True)
@@ -29,17 +30,17 @@ class Costs:
     whole: int = 0
 
     def left(self, policy: Policy, tokens: int) -> float:
-        """Of a budget of bytes, what the kept tokens of a row that has seen so many may take."""
+        """Bytes that a budget leaves for the kept tokens of one row that has seen `tokens` tokens."""
         budget = budget_of(policy)
         recent = self.heads * min(tokens, policy.recent) * self.whole
         return (budget.amount / self.rows if budget.unit == "bytes" else budget.amount * tokens) - self.fixed - recent
 
     def least(self, policy: Policy, tokens: int) -> float:
-        """What they take in any case: sinks and recent tokens."""
+        """Bytes of the sinks and recent tokens of such a row, which are kept in any case."""
         return self.heads * min(tokens, policy.sinks + policy.recent) * self.entry
 
     def pay(self, policy: Policy, tokens: int) -> float:
-        """How many tokens each head may keep, on average: whole tokens over all heads."""
+        """How many tokens each head of such a row may keep, on average over heads; in all heads together a whole number."""
         return (self.left(policy, tokens) + 1e-6) // self.entry / self.heads
 
     def check(self, policy: Policy, seen: Sequence[int]) -> None:
@@ -54,6 +55,13 @@ class Costs:
         least = budget.amount + more - 1e-6
         smallest = f"{math.ceil(least)} B" if least < 10 * 1024 else f"{math.ceil(least / 102.4) / 10:g} KiB"
         raise LowkeyError(
-            f"budget {budget}: {self.rows} rows of {min(rows)} to {max(rows)} tokens take {smallest}{budget.unit.removeprefix('bytes')} "
+            f"budget {budget}: {_described(self.rows, rows)} take {smallest}{budget.unit.removeprefix('bytes')} "
             f"for {policy.sinks} sinks and {policy.recent} recent tokens, indices and sliding layers; give that, or lower sinks or recent"
         )
+
+
+def _described(count: int, lengths: Sequence[int]) -> str:
+    """A batch in words."""
+    short, long = min(lengths), max(lengths)
+    tokens = f"{long} tokens" if short == long else f"{short} to {long} tokens"
+    return f"{tokens} in one row" if count == 1 else f"{count} rows of {tokens}"

@@ -21,6 +21,7 @@ from lowkey.layers.budgets import Costs
 from lowkey.layers.codec import Codec, Plain
 from lowkey.layers.placed import RaggedLayer
 from lowkey.layers.undoing import Snapshot, storage_bytes
+from lowkey.ops.precision import for_products
 from lowkey.ops.ragged import appended, best, padded, picked, row_of, starts_of
 from lowkey.policies.allocators import Ask
 from lowkey.policies.base import Policy, Rope, Scene
@@ -201,7 +202,7 @@ class EvictingLayer(RaggedLayer):
                 parts.append((self.codec.out(out.view(*shape, -1)), lse.view(shape)))
         if self.fresh:
             keys = self.codec.readable(self.tail_k[:, :, : self.fresh], self.positions(stop - self.fresh, stop).unsqueeze(1))
-            tail = (_quick(x) for x in (query, keys, self.tail_v[:, :, : self.fresh]))
+            tail = (for_products(x) for x in (query, keys, self.tail_v[:, :, : self.fresh]))
             out, lse = grouped.partial([Segment(*tail)], call.scaling, call.softcap)
             parts.append((self.codec.out(out), lse))
         return parts
@@ -392,8 +393,3 @@ class EvictingLayer(RaggedLayer):
         super().reset()
         self.fresh = self.kept = self.steps = self.moved = 0
         self.frozen, self.piece = False, None
-
-
-def _quick(x: Tensor) -> Tensor:
-    """Small products of strided bf16 are many times slower on a CPU than a copy in fp32 and its products."""
-    return x.float() if x.device.type == "cpu" else x

@@ -75,7 +75,8 @@ class RaggedLayer(PlacedLayer):
     looking = 0
 
     def check_mask(self, call: Call, start: int, real: Tensor, first: Tensor) -> None:
-        """Every new token must see all that is stored of its row, and nothing else from before; a row goes on until it ends."""
+        """Every new token must see all that is stored of its row and nothing else from before its chunk, and no padding may come behind
+        a row's first real token: padding is not held, so neither could be honoured."""
         tokens = torch.arange(self.seen, device=first.device)
         if start and not _sees(call, real, tokens[:start] >= first):
             raise LowkeyError("attention_mask: differs from that of earlier turns, and padding is not held here; repeat the earlier mask")

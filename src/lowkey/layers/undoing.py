@@ -42,7 +42,7 @@ class ForwardPass:
     def __init__(self) -> None:
         self.before: dict[UndoableLayer, Snapshot] = {}
         self.index, self.last = -1, False  # of the layer that was entered last; whether it is the last of the cache
-        self.cut: int | None = None  # the layer at which a question ended a pass
+        self.cut: int | None = None  # index of the last layer entered, where asking for the length has undone a pass
 
     def enter(self, index: int, layer: UndoableLayer, last: bool) -> None:
         """A layer is about to be given new tokens."""
@@ -98,8 +98,10 @@ class UndoableLayer(CacheLayerMixin):
         now.update(then)
 
     def undo_unfinished(self) -> None:
-        """Called when the layer is asked or changed from outside. A question within a running pass looks the same as one after a pass that
-        was interrupted; `cut` tells when that pass goes on."""
+        """Called when the layer is asked for its length or changed from outside: a pass that has begun and not ended is undone.
+
+        Whether such a pass was interrupted or still runs cannot be told here. If it still runs, its next layer finds `cut` and refuses.
+        """
         running = self.forward_pass
         if running is not None and self in running.before:
             running.undo()

@@ -47,7 +47,7 @@ class Method(Checked, ABC):
 
     summary, paper: what it is and its source; allocator: the rule that its paper splits a budget by, or `greedy`; layout: the one its paper
     stores keys in; grid: the candidate ranks of its paper, as `--ranks` takes them, or 8, at which errors are measured. every: whether
-    its bases serve all ranks alike, so that any may be chosen that no allocator has to see measured; else the grid is all there is.
+    its bases serve any rank, so that allocators that compare no measured errors may choose any; if not, only ranks of the grid are chosen.
     tunes, finishes: whether it has the two stages of the same names, which look at the whole model.
     """
 

@@ -61,7 +61,8 @@ def merged_basis(joint: Float[Tensor, "n n"], heads: int, t: int) -> Basis:
 
 
 def group_size(heads: int, wanted: int, usual: int = 0) -> int:
-    """How many heads share a latent: `wanted`, which must divide their number; if it is the `usual` one, what of it divides will do."""
+    """How many heads share a latent: `wanted`, which must divide their number. Where `wanted` is the method's `usual` number, the largest
+    divisor up to it."""
     if wanted == usual > 0:
         return next(t for t in range(min(usual, heads), 0, -1) if heads % t == 0)
     if wanted < 1 or heads % wanted:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
+from lowkey.ops.precision import for_products
 from lowkey.options import check, option
 from lowkey.policies.allocators import ALLOCATORS, Allocator, HeadImportance
 from lowkey.types import Budget, LowkeyError
@@ -61,12 +62,12 @@ class Scene:
         b, h, g, w = self.queries.shape[:4]
         there = self.positions.masked_fill(~self.valid, torch.iinfo(torch.int64).max)
         lowest, highest = there.amin((0, 1)), there.amax((0, 1))  # over rows and heads; a candidate that one lacks is never clear
-        keys = _exact(self.keys).mT
+        keys = for_products(self.keys).mT
         step = max(LEAST, (CACHED if keys.device.type == "cpu" else BLOCK) // max(1, b * h * g * keys.shape[3]))
         newest = self.newest(last)
         for start in range(_before((newest >= 0).any(0)), w, step):
             some = slice(start, start + step)
-            at, queries = newest[:, some], _exact(self.queries[:, :, :, some]) * self.scaling
+            at, queries = newest[:, some], for_products(self.queries[:, :, :, some]) * self.scaling
             stop, clear = _after(lowest <= at.max()), int((highest <= at.min()).long().cumprod(0).sum())
             if self.sight is not None:
                 stop, clear = keys.shape[3], min(clear, keys.shape[3] - self.sight.shape[2])
@@ -159,11 +160,6 @@ def attention_sums(scene: Scene, last: int = 0, squared: bool = False) -> Tensor
 def norms(x: Tensor) -> Tensor:
     """(..., d) -> (...), in fp32 or in what is finer."""
     return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-def _exact(x: Tensor) -> Tensor:
-    """In fp32 on a CPU, where products of fewer bits are slow; elsewhere as it is."""
-    return x.float() if x.device.type == "cpu" else x
 
 
 def _before(seen: Tensor) -> int:

@@ -197,7 +197,7 @@ class Run:
         path = self.out / checkpoint.CHECKPOINT
         about = checkpoint.restore(path, self.plain, inner)
         if not _is_progress(about, self.settings.steps):
-            raise LowkeyError(f"checkpoint {str(path)!r}: says nothing of its steps; delete it, or start anew with --force")
+            raise LowkeyError(f"checkpoint {str(path)!r}: lacks or garbles its progress; delete it, or start anew with --force")
         for name in HELD:
             setattr(self, name, about[name])
 
