@@ -148,7 +148,7 @@ class LowkeyConfig(LlamaConfig):
         count = self.num_hidden_layers
         if not layers or any(type(i) is not int or not 0 <= i < count for i in layers) or len(set(layers)) < len(layers):
             names = " or ".join(SUBSETS)
-            raise ValueError(f"attention_layers {layers!r}: give some of the layers 0 to {count - 1}, each once, or {names}")
+            raise ValueError(f"attention_layers {layers!r:.60}: give some of the layers 0 to {count - 1}, each once, or {names}")
         known = {*LowkeyConfig.__annotations__, "num_key_value_heads", "rope_parameters"} - {"attention_layers", "other_attention"}
         for name in sorted(set(other or {}) - known):
             raise ValueError(f"other_attention: {name!r} is no field of an attention; give some of {', '.join(sorted(known))}")
