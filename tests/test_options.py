@@ -122,6 +122,12 @@ def test_a_message_names_option_value_rule_and_remedy():
         Budget.parse("10000000000000000000 KiB/token")
 
 
+def test_of_many_names_a_message_lists_the_first_few():
+    assert options.nearest("x", ["one", "two"]) == "choose one of one, two"
+    many = options.nearest("x", [f"name{i}" for i in range(10_000)])
+    assert many.startswith("choose one of name0, name1, ") and many.endswith(", ...") and len(many) < 1000
+
+
 def test_numbers_take_the_type_of_their_annotation():
     method = KQSVD(ridge=1, group=2.0)
     assert (method.ridge, type(method.ridge), method.group, type(method.group)) == (1.0, float, 2, int)

@@ -103,6 +103,7 @@ def test_bad_files_and_settings_are_one_line(tmp_path, text, message):
         ({"hidden_size": 30, "num_attention_heads": 4}, "is refused"),
         ({"hidden_size": "x"}, "hidden_size 'x': must be a whole number"),
         *[({name: 0}, f"{name} 0: must be a whole number of at least 1") for name in models.SIZES],
+        ({"attention": "lrkv", "lrkv_rank": 10**6}, "lrkv_rank 1000000: must be at most 65536"),
         ({"attention": "gqa", "num_hidden_layers": -1}, "num_hidden_layers -1: must be"),
         ({"hidden_size": 32, "attention_dropout": 1.0}, "attention_dropout 1.0: must be a number from 0 and below 1"),
         ({"hidden_size": 32, "dtype": "int8"}, "dtype 'int8': weights are trained in fp32"),

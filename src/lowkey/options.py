@@ -23,6 +23,7 @@ RANGE = "lowkey.range"  # where a field's metadata has its Range
 MOST = 2**63 - 1  # whole numbers end here, as they do in tensors, files and seeds
 WORDS = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false", tuple: "a list"}
 SHOWN = 60  # characters of a value in a message
+LISTED = 40  # names in a message
 
 
 @dataclass(frozen=True)
@@ -170,9 +171,11 @@ def hints_of(kind: Any) -> Mapping[str, Any]:
 
 
 def nearest(name: str, known: Any) -> str:
-    """The remedy for a name that is not known."""
-    near = get_close_matches(str(name), list(known), 1)
-    return f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)}"
+    """The remedy for a name that is not known; of many known names the first few."""
+    names = list(known)
+    near = get_close_matches(str(name), names, 1)
+    rest = ", ..." if len(names) > LISTED else ""
+    return f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(names[:LISTED])}{rest}"
 
 
 def shown(value: object) -> str:

@@ -21,6 +21,7 @@ SIZES = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"),
     "max_position_embeddings",
 )
+WIDEST = 2**16  # a rank, a head's width or a number of heads
 
 
 def validate(table: Mapping[str, Any]) -> str:
@@ -58,6 +59,9 @@ def _check_sizes(table: Mapping[str, Any]) -> None:
         most = 10_000 if name == "num_hidden_layers" else 2**24
         if name in table and not (type(table[name]) is int and 1 <= table[name] <= most):
             raise LowkeyError(f"model.{name} {shown(table[name])}: must be a whole number of at least 1 and at most {most}")
+    for name, value in table.items():
+        if name.endswith(("_rank", "_dim", "_heads")) and type(value) is int and value > WIDEST:
+            raise LowkeyError(f"model.{name} {shown(value)}: must be at most {WIDEST}; give less")
     heads, kv_heads = table.get("num_attention_heads"), table.get("num_key_value_heads")
     if heads and kv_heads and heads % kv_heads:
         raise LowkeyError(f"model.num_key_value_heads {kv_heads}: must divide the {heads} attention heads; give a divisor, or leave it out")
