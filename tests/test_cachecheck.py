@@ -64,9 +64,34 @@ def repeated(name):
     return change
 
 
+def cast(name, dtype):
+    def change(tensors):
+        tensors[f"1.{name}"] = tensors[f"1.{name}"].to(dtype)
+
+    return change
+
+
+def added(name):
+    def change(tensors):
+        tensors[name] = torch.zeros(1)
+
+    return change
+
+
+def emptied(layer):
+    def change(tensors):
+        for name in [name for name in tensors if name.startswith(f"{layer}.")]:
+            del tensors[name]
+
+    return change
+
+
 def counted(name, more):
+    """more: on top of the count, or None for a name that is none."""
+
     def change(about):
-        about["layers"][1][name] += more
+        counts = about["layers"][1]
+        counts[name] = 0 if more is None else counts[name] + more
 
     return change
 
@@ -124,6 +149,17 @@ BROKEN = [
     ("snapkv", counted("kept", 1), "keys is of shape"),
     ("think", counted("prunings", 1), "channels is of shape"),
     ("think", counted("thin", 1), "thin_k is of shape"),
+    ("snapkv", counted("kept", -(2**20)), "counters of its layers are missing or no counts"),
+    ("snapkv", counted("kept", 2**31), "counters of its layers are missing or no counts"),
+    ("snapkv", counted("kept", 0.0), "counters of its layers are missing or no counts"),
+    ("snapkv", counted("frozen", 2), "counters of its layers are missing or no counts"),
+    ("snapkv", counted("new", None), "counters of its layers are missing or no counts"),
+    ("snapkv", cast("where", torch.float32), "where is of torch.float32"),
+    ("snapkv", cast("keys", torch.int32), "keys is of torch.int32"),
+    ("snapkv", added("3.keys"), "which is of no layer"),
+    ("snapkv", added("01.keys"), "which is of no layer"),
+    ("snapkv", added("1.thin_k"), "layer 1 holds other things"),
+    ("snapkv", emptied(1), "some of its layers hold something and others nothing"),
 ]
 
 
