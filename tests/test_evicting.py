@@ -328,6 +328,30 @@ def test_decoding_evicts_every_so_many_steps(every):
     assert cache.nbytes() == cache.predicted_nbytes()
 
 
+def test_while_decoding_the_smallest_keys_of_all_layers_stay():
+    """Heads and layers of different length compete for one budget, by scores that are all negative."""
+    model = attached("llama")
+    cache = evicting_cache(model, policy("knorm", "12 tokens", allocator="global", sinks=2, recent=3, every=2))
+    logs = record(cache)
+    held = [[set(range(40)) for _ in range(4)] for _ in logs]
+    for seen in (40, 42, 44, 46):
+        feed(model, prompt(seen, batch=1)[:, 0 if seen == 40 else seen - 2 :], cache, splits=[40] if seen == 40 else [1, 1])
+        always = {0, 1, seen - 3, seen - 2, seen - 1}
+        keys = [torch.cat([entry[0] for entry in log], 2)[0] for log in logs]
+        free = [
+            (float(keys[i][j, p].norm()), i, j, p)
+            for i, heads in enumerate(held)
+            for j, tokens in enumerate(heads)
+            for p in (tokens | {seen - 2, seen - 1}) - always
+        ]
+        held = [[set(always) for _ in range(4)] for _ in logs]
+        for _, i, j, p in sorted(free)[: 12 * 12 - 12 * 5]:
+            held[i][j].add(p)
+        assert [[set(p.tolist()) for p in layer.kept_positions(0)] for layer in cache.evicting] == held
+        assert cache.nbytes() == cache.predicted_nbytes()
+    assert len({max(map(len, heads)) for heads in held}) > 1
+
+
 def test_a_long_tail_joins_the_rows_and_changes_nothing(monkeypatch):
     model, ids = attached("llama"), prompt(60)
     plain = evicting_cache(model, SnapKV("30%"))
