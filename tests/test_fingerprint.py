@@ -288,6 +288,7 @@ def test_turns_under_different_adapters_make_a_cache_of_no_one_model(tmp_path):
     with pytest.raises(LowkeyError, match=r"changed since .*; fill a cache again"):
         cache.save(tmp_path / "cache")
     cache.reset()
+    cache.save(tmp_path / "empty")
     pico.feed(model, pico.prompt(5, seed=3), cache)
     cache.save(tmp_path / "cache")
 
