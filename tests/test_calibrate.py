@@ -37,6 +37,7 @@ def test_the_plan_holds_what_the_budget_allows_and_saves_and_runs(tmp_path, name
     plan = calibrate(model, EigenAttention(), layout=layout, budget="50%", sinks=2, recent=3)
     shape = families.geometry(model)
     assert sorted(plan.factors) == list(shape.compressible)
+    assert (plan.sinks, plan.recent) == (2, 3)
     assert 0 < plan.bytes_per_token(4) <= 0.5 * shape.full_bytes_per_token(4)
     plan.save(tmp_path)
     cache = lowkey.make_cache(model, plan=Plan.load(tmp_path, model))
