@@ -396,6 +396,72 @@ def test_a_row_is_what_it_is_alone(name):
             assert [p.tolist() for p in layer.kept_positions(row)] == [p.tolist() for p in other.kept_positions(0)]
 
 
+UNEVEN, PIECES = [31, 0, 44], [30, 1, 1, 13, 14]  # a piece of one token before a row begins, one as it does, one token of a piece
+
+
+def alone(row, ids, cache):
+    """What the model says of a row by itself, in the pieces in which it came beside the others."""
+    start, sizes = 0, []
+    for size in PIECES:
+        start += size
+        sizes.append(max(0, min(size, start - UNEVEN[row])))
+    return pico.feed(attached("llama"), ids[row : row + 1, UNEVEN[row] :], cache, None, [n for n in sizes if n])[0]
+
+
+def three():
+    return torch.stack([1 + torch.randperm(96, generator=torch.Generator().manual_seed(row))[:59] for row in range(3)])
+
+
+@pytest.mark.parametrize("name", FED)
+def test_a_single_token_beside_padding_is_what_it_is_alone(name):
+    """A step of decoding, which evicts nothing, or a row's first token, which is a prompt; never both as its neighbours please."""
+    model, ids, made = attached("llama"), three(), small(name)
+    together = make_cache(model, policy=made)
+    got = pico.feed(model, ids, together, UNEVEN, PIECES)
+    assert together.nbytes() == together.predicted_nbytes()
+    for row, pad in enumerate(UNEVEN):
+        own = make_cache(model, policy=made)
+        assert (got[row, pad:] - alone(row, ids, own)).abs().max() < 1e-3
+        for layer, other in zip(together.evicting, own.evicting, strict=True):
+            assert [p.tolist() for p in layer.kept_positions(row)] == [p.tolist() for p in other.kept_positions(0)]
+
+
+def test_steps_of_some_rows_alone_are_refused_where_all_are_counted_together():
+    model, cache = attached("llama"), make_cache(attached("llama"), policy=small("h2o", every=2))
+    with pytest.raises(LowkeyError, match=r"attention_mask: one token while another row has not begun, and every=2"):
+        pico.feed(model, three(), cache, UNEVEN, PIECES)
+    assert cache.get_seq_length() == 30
+
+
+LOSSY = {
+    "plan": lambda m: make_cache(m, pico.plan(m, 6, 9)),
+    "plan exact": lambda m: make_cache(m, pico.plan(m, 6, 9, layout="pre_rope", sinks=2, recent=3)),
+    "int4": lambda m: make_cache(m, bits=4),
+    "dynamic": lambda m: dyna_cache(m, make_plan("llama", "post_rope")),
+    "policy": lambda m: make_cache(m, pico.plan(m, 6, 9), POLICIES["snapkv"]("100%")),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSY)
+def test_under_exact_prefill_a_single_token_sees_what_will_be_stored(kind):
+    """Whether it comes alone or in a piece of which the rest is padding."""
+    model, ids = attached("llama"), three()
+    together, *own = (LOSSY[kind](model) for _ in range(4))
+    for cache in (together, *own):
+        cache.exact_prefill(True)
+    got = pico.feed(model, ids, together, UNEVEN, PIECES)
+    for row, cache in enumerate(own):
+        assert (got[row, UNEVEN[row] :] - alone(row, ids, cache)).abs().max() < (0.2 if kind == "int4" else 2e-3)
+
+
+def test_a_question_of_one_token_only_looks():
+    model, cache = attached("llama"), make_cache(attached("llama"), policy=POLICIES["snapkv"]("100%"))
+    pico.feed(model, prompt(20), cache)
+    cache.only_look(1)
+    pico.feed(model, prompt(1), cache)
+    assert cache.get_seq_length() == 20 and all(len(p) == 20 for p in cache.kept_positions(0))
+
+
 def test_a_budget_of_tokens_spends_none_on_padding():
     """Rows of 60 and 20 tokens, without position_ids: half of each is kept."""
     model, cache = attached("llama"), make_cache(attached("llama"), policy=POLICIES["snapkv"]("50%", sinks=2, recent=2))

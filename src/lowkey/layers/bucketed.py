@@ -146,7 +146,10 @@ class BucketedLayer(RaggedLayer):
         positions = self.positions(self.seen - t, self.seen)
         stored = self.codecs[0].encode(keys, values, positions)
         levels = self.gate(*stored).argmax(-1).masked_fill(~real, -1)
-        own = (keys, values) if self.exact_prefill and t > 1 else self._as_read(*stored, levels, positions)
+        own, exact = (keys, values), self.exact_rows(real)[:, None, None, None]
+        if not bool(exact.all()):
+            k, v = self._as_read(*stored, levels, positions)
+            own = torch.where(exact, keys, k), torch.where(exact, values, v)
         out = merge([*self._older(call), self._own(*own, call)])[0]
         self._store(*stored, levels, positions)
         return out.to(values.dtype)

@@ -79,13 +79,15 @@ class CodedLayer(PlacedLayer):
         return b * (kept + near + indices)
 
     def attend(self, keys: Tensor, values: Tensor, call: Call) -> Tensor:
-        self._find_sinks(values, self.place(call, keys.shape[2]))
+        real = self.place(call, keys.shape[2])
+        self._find_sinks(values, real)
         keys, values = self._grouped(keys), self._grouped(values)
         call = replace(call, query=self._grouped(call.query))
         buffer_k, buffer_v = torch.cat([self.recent_k, keys], 2), torch.cat([self.recent_v, values], 2)
         self._write(buffer_k, buffer_v)
         self._write_sinks(keys, values)
-        return self._ungrouped(grouped.attend(self._segments(call, buffer_k, buffer_v), call.scaling, call.softcap))
+        segments = self._segments(call, buffer_k, buffer_v, self.exact_rows(real))
+        return self._ungrouped(grouped.attend(segments, call.scaling, call.softcap))
 
     def pick(self, choose: Callable[[Tensor], Tensor]) -> None:
         super().pick(choose)
@@ -194,13 +196,14 @@ class CodedLayer(PlacedLayer):
 
     # -- reading
 
-    def _segments(self, call: Call, buffer_k: Tensor, buffer_v: Tensor) -> list[Segment]:
-        mask, alone = call.full_mask(self.seen), self._alone(call)
+    def _segments(self, call: Call, buffer_k: Tensor, buffer_v: Tensor, exact: Tensor) -> list[Segment]:
+        """exact (b): which rows see this chunk exactly."""
+        mask, alone = call.full_mask(self.seen), self._alone(exact)
         stored = self._stored(call, buffer_k, buffer_v, expand=not alone and call.query.shape[3] >= fused.QUERIES)
         if alone:
             return [replace(stored, mask=mask)]
         mask = mask if mask is not None else self.offset.new_ones(1, 1, self.seen, dtype=torch.bool)
-        near, index = self._near(call), self.sink_at.long()
+        near, index = self._near(call, exact), self.sink_at.long()
         far = mask & ~near
         is_sink = (index.unsqueeze(2) == torch.arange(self.seen, device=index.device)).any(1, keepdim=True)
         start = self.seen - buffer_k.shape[2]
@@ -210,8 +213,8 @@ class CodedLayer(PlacedLayer):
             *([Segment(call.query, self.sink_k, self.sink_v, self._at(far, index))] if self.exact.sinks else []),
         ]
 
-    def _alone(self, call: Call) -> bool:
-        return not self.exact.sinks and not self.exact.recent and self.block == 1 and not self._exact_chunk(call)
+    def _alone(self, exact: Tensor) -> bool:
+        return not self.exact.sinks and not self.exact.recent and self.block == 1 and not (self.exact_prefill and bool(exact.any()))
 
     def _stored(self, call: Call, buffer_k: Tensor, buffer_v: Tensor, expand: bool) -> Segment:
         stored, ahead = self._ready()
@@ -222,16 +225,13 @@ class CodedLayer(PlacedLayer):
         at = self.positions(self.seen - call.query.shape[3], self.seen)
         return self.codec.segment(call.query, keys, values, self._slots(0, ahead) - self.offset, at, expand)
 
-    def _exact_chunk(self, call: Call) -> bool:
-        return self.exact_prefill and call.query.shape[3] > 1
-
-    def _near(self, call: Call) -> Tensor:
+    def _near(self, call: Call, exact: Tensor) -> Tensor:
         """(b|1, t, s): which tokens each query sees exactly, being within its recent window (or its own chunk)."""
         t, device = call.query.shape[3], self.offset.device
         left = self._left(torch.arange(self.seen - t + 1, self.seen + 1, device=device))  # each query has seen itself, too
         tokens = torch.arange(self.seen, device=device)
         near = (tokens - self._shift()).unsqueeze(1) >= left.unsqueeze(2)
-        return near | (tokens >= self.seen - t) if self._exact_chunk(call) else near
+        return near | ((tokens >= self.seen - t) & exact[:, None, None]) if self.exact_prefill else near
 
     def _in_slots(self, mask: Tensor, stop: int) -> Tensor:
         return mask[..., :stop] if self.block == 1 else self._at(mask, self._slots(0, stop))

@@ -178,12 +178,13 @@ class EvictingLayer(RaggedLayer):
     def attend(self, keys: Tensor, values: Tensor, call: Call) -> Tensor:
         t = keys.shape[2]
         real = self.place(call, t)
-        if t == 1 and bool(real.all()):
+        if bool(self.steps_of(t).all()):
             self._append(keys, values)
             out = merge(self._stored_parts(call, self.seen))[0]
             self._after_step(call)
         else:
-            parts = [*self._stored_parts(call, self.seen - t), self._own_part(keys, values, call)]
+            self.check_steps(t, self.policy.every)
+            parts = [*self._stored_parts(call, self.seen - t), self._own_part(keys, values, call, self.exact_rows(real))]
             out = merge(parts)[0] if len(parts) > 1 else parts[0][0]
             repeating = None if self.piece is None else torch.logaddexp(parts[0][1], parts[-1][1])
             self._evict(call, self._with_chunk(keys, values, real), repeating)
@@ -218,11 +219,12 @@ class EvictingLayer(RaggedLayer):
         both = (inside, counts), (~inside, self.starts.diff() - counts)
         return [(keys[chosen], self.values[chosen], starts_of(lengths)) for chosen, lengths in both]
 
-    def _own_part(self, keys: Tensor, values: Tensor, call: Call) -> Part:
-        """Attention of a chunk's queries over the chunk itself, before anything of it is evicted."""
-        t = keys.shape[2]
-        if not self.exact_prefill:
-            keys, values = self._as_stored(keys, values)
+    def _own_part(self, keys: Tensor, values: Tensor, call: Call, exact: Tensor) -> Part:
+        """Attention of a chunk's queries over the chunk itself, before anything of it is evicted; in rows `exact` (b) as it came."""
+        t, exact = keys.shape[2], exact[:, None, None, None]
+        if not bool(exact.all()):
+            k, v = self._as_stored(keys, values)
+            keys, values = torch.where(exact, keys, k), torch.where(exact, values, v)
         if self.seen == t and call.softcap is None:
             out = stock.attend(call.query, keys, values, call.mask, call.scaling)
             return out, out.new_zeros(out.shape[:-1])
@@ -315,17 +317,17 @@ class EvictingLayer(RaggedLayer):
         self.quiet = Call(nothing, None, None, call.scaling, call.softcap)
         scores = found.carried if self._all_stay(tokens) else self.policy.score(self._scene(call, found, repeating)).float()
         number = found.positions - self._begins()  # counted from each row's first token
-        found = replace(found, carried=scores, valid=found.valid & (number < tokens[:, None, None]))
-        stays = (number < self.policy.sinks) | (number >= (tokens - self.policy.recent)[:, None, None])
+        steps = self.steps_of(call.query.shape[3])[:, None, None]
+        carried = torch.where(steps, found.carried, scores)  # a step beside padding evicts nothing, as it would not alone
+        found = replace(found, carried=carried, valid=found.valid & (number < tokens[:, None, None]))
+        stays = steps | (number < self.policy.sinks) | (number >= (tokens - self.policy.recent)[:, None, None])
         scores = scores.nan_to_num(0.0).clamp(-FAR, FAR).masked_fill(stays, torch.inf).masked_fill(~found.valid, -torch.inf)
         self.keep(found, scores, found.valid.sum(-1)) if self.frozen else self.round.enter(self, found, scores)
 
     def _all_stay(self, tokens: Tensor) -> bool:
         """Whether scores decide nothing, now or later."""
-        if self.frozen and not self.looking:
-            return True
-        if self.policy.budget is None:
-            return False
+        if self.policy.budget is None or (self.frozen and not self.looking):
+            return bool(self.frozen and not self.looking)
         self.costs(tokens).check(self.policy, tokens.tolist())
         fits = all(self.mean_tokens(n) >= n for n in tokens.tolist())
         return fits and (self.policy.repeats or not self.policy.carries)

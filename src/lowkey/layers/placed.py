@@ -58,6 +58,10 @@ class PlacedLayer(StoringLayer):
         self.offset, self.first = offset, first
         return real
 
+    def exact_rows(self, real: Tensor) -> Tensor:
+        """(b): which rows see this chunk exactly; a row of which a single token came, beside padding or alone, sees what will be stored."""
+        return (real.sum(1) > 1) & bool(self.exact_prefill)  # a number in saved layers
+
     def check_mask(self, call: Call, start: int, real: Tensor, first: Tensor) -> None:
         """Refuse what this layer cannot honour, before anything is learnt. real (b, t): of the new tokens, from index `start` on."""
 
@@ -83,6 +87,18 @@ class RaggedLayer(PlacedLayer):
         stay = real.shape[1] - self.looking
         if stay > 0 and bool((real[:, :stay] != (tokens[start : start + stay] >= first)).any()):
             raise LowkeyError("attention_mask: a row ends in padding, which this kind of cache cannot follow; pad on the left")
+
+    def steps_of(self, t: int) -> Tensor:
+        """(b): the rows for which these t tokens are a step of decoding: one, and not their first. Others may still be in their padding."""
+        return (self.first[:, 0] < self.seen - 1) & (t == 1) & (self.looking == 0)
+
+    def check_steps(self, t: int, every: int) -> None:
+        """Refuse a step of some rows alone where something is done after `every` steps of all."""
+        if every and bool(self.steps_of(t).any()):
+            raise LowkeyError(
+                f"attention_mask: one token while another row has not begun, and every={every} counts the steps of all rows together; "
+                "give the prompt in one call, or in pieces of several tokens"
+            )
 
     def reset(self) -> None:
         super().reset()

@@ -167,7 +167,7 @@ class PruningLayer(EvictingLayer):
     def _pruning(self, call: Call, found: Candidates, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(up to where each row is pruned (b), the energy of its newest queries (b, h, d), of how many these are (b))"""
         before = self.until[:, -1].long() if self.prunings else self._begins().view(-1)
-        fits = torch.tensor([self._fits(n) for n in tokens.tolist()], device=self.device)
+        fits = self.steps_of(call.query.shape[3]) | torch.tensor([self._fits(n) for n in tokens.tolist()], device=self.device)
         stop = before.maximum(self._begins().view(-1) + tokens - self.policy.recent)
         scene = self._scene(call, found, None)
         newest = scene.newest(self.policy.looked) >= 0
