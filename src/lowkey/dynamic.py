@@ -24,6 +24,7 @@ from lowkey.layers.codec import LowRank
 from lowkey.methods import dynakv
 from lowkey.methods.dynakv import GateTraining
 from lowkey.ops.bases import is_orthonormal
+from lowkey.plan import cache_shape
 from lowkey.progress import Progress, silent
 from lowkey.seam import attach, attached
 from lowkey.statistics import gather
@@ -32,7 +33,6 @@ from lowkey.types import LAYOUTS, Budget, Factors, Heads, Layout, LowkeyError
 FORMAT = 1
 METHOD = "dynakv"
 JSON, TENSORS, KIND = "dynaplan.json", "dynaplan.safetensors", "dynamic-plan"
-LARGEST = 2**20  # of a model's sizes
 FIELDS = ("layout", "levels", "share", "divergence", "training", "geometry", "provenance")
 
 
@@ -120,21 +120,20 @@ def _read(folder: Path) -> DynaPlan:
 def _build(about: dict, tensors: dict[str, Tensor]) -> DynaPlan:
     """Errors: KeyError, TypeError or ValueError for what is missing or does not fit."""
     known = {name: about[name] for name in FIELDS} | {"levels": tuple(about["levels"])}
-    counts = (about["geometry"][name] for name in ("kv_heads", "head_dim", "heads", "layers", "hidden"))
-    heads, d, *_, deep, _ = (_count(n) for n in counts)
+    heads, d = cache_shape(about["geometry"])
     if known["layout"] not in LAYOUTS:
         raise ValueError(f"layout {known['layout']!r:.40} is none of {', '.join(LAYOUTS)}")
-    levels = [_count(r) for r in about["levels"]]
-    if not levels or levels[0] != d or sorted(set(levels), reverse=True) != levels:
+    levels = about["levels"]
+    if not (all(type(r) is int and r > 0 for r in levels) and levels and levels[0] == d and sorted(set(levels), reverse=True) == levels):
         raise ValueError(f"levels {levels} are not ranks that fall from the head dim {d}")
     if not all(t.dtype == torch.float32 for t in tensors.values()):
         raise ValueError("its tensors are not of fp32")
     share, divergence, target = (about[name] if name in about else about["training"][name] for name in ("share", "divergence", "target"))
     if not all(type(n) in (int, float) for n in (share, divergence, target)) or not (0 < target <= 1 and 0 <= share <= 1):
         raise ValueError("share, divergence or target is not a number that it can be")
-    layers = about["layers"]
+    layers, count = about["layers"], about["geometry"]["layers"]
     if not (
-        isinstance(layers, list) and layers and all(type(i) is int and 0 <= i < deep for i in layers) and sorted(set(layers)) == layers
+        isinstance(layers, list) and layers and all(type(i) is int and 0 <= i < count for i in layers) and sorted(set(layers)) == layers
     ):
         raise ValueError("layers are not indices that rise")
     if not isinstance(about["provenance"]["model_sha256"], str):
@@ -144,12 +143,6 @@ def _build(about: dict, tensors: dict[str, Tensor]) -> DynaPlan:
     if len(tensors) != len(layers) * (2 + len(fields(Gate))):
         raise ValueError("its tensors are more than those of its layers")
     return DynaPlan(factors, gates, **known)
-
-
-def _count(value: object) -> int:
-    if type(value) is not int or not 1 <= value <= LARGEST:
-        raise ValueError(f"{value!r:.40} is no count")
-    return value
 
 
 def _factors(k: Tensor, v: Tensor, heads: int, d: int) -> Factors:

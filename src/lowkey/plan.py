@@ -125,7 +125,7 @@ def _read(folder: Path) -> Plan:
         fields = {n: meta[n] for n in FIELDS if n != "heads"} | {"heads": meta.get("heads", {})}  # the first plans had none
         ranks = {_index(i): pair for i, pair in meta["ranks"].items()}
         order = {_index(i): heads for i, heads in meta.get("order", {}).items()}
-        heads, d = _shape(fields["geometry"])
+        heads, d = cache_shape(fields["geometry"])
         checksum = meta["tensors_sha256"]
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise refuse(f"plan.json lacks or garbles a field ({error})") from None
@@ -151,8 +151,8 @@ def _index(written: str) -> int:
     return int(written)
 
 
-def _shape(geometry: dict) -> tuple[int, int]:
-    """KV heads and head dim, of a geometry that can be."""
+def cache_shape(geometry: dict) -> tuple[int, int]:
+    """KV heads and head dim, as a file describes the model. Errors: KeyError, TypeError or ValueError for what no model can be."""
     for name in ("layers", "heads", "kv_heads", "head_dim", "hidden"):
         if type(geometry[name]) is not int or not 1 <= geometry[name] <= LARGEST:
             raise ValueError(f"{name} {geometry[name]!r:.40} of geometry is no count")
