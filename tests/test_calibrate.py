@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import string
+from dataclasses import replace
+from typing import ClassVar
 
 import pico
 import pytest
@@ -80,6 +82,22 @@ def test_candidates_are_few_and_end_at_the_head_dim(d):
 def test_an_impossible_rank_multiple_is_refused(multiple):
     with pytest.raises(LowkeyError, match="rank multiple"):
         calibrate(rank_multiple=multiple)
+
+
+class Scaled(PCA):
+    """Ends with maps that are each other's transposes and not orthonormal."""
+
+    finishes: ClassVar[bool] = True
+
+    def finish(self, factors, course):
+        return {i: replace(f, k_down=2 * f.k_down, k_up=2 * f.k_up) for i, f in factors.items()}
+
+
+def test_a_plan_that_is_not_orthonormal_is_loaded_as_it_was(tmp_path):
+    plan = calibrate(method=Scaled())
+    plan.save(tmp_path)
+    again = Plan.load(tmp_path, pico.attached("llama"))
+    assert not again.orthonormal and torch.equal(again.factors[0].k_up, plan.factors[0].k_up)
 
 
 def test_a_seed_gives_the_same_plan():
