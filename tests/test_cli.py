@@ -529,7 +529,7 @@ def stopped_at(layer: int) -> Iterator[None]:
 
 def test_ctrl_c_leaves_no_plan_but_its_work(model, here):
     with stopped_at(1):
-        assert "resume when given again" in refused("compress", model, "out", *SMALL, status=130)
+        assert "compress, dynamic, recover and pretrain resume when given again" in refused("compress", model, "out", *SMALL, status=130)
     assert not (here / "out").exists()
     assert {p.name for p in (here / "out.partial").glob("*/*")} == {"job.json", "layer-0.safetensors"}
 
@@ -585,6 +585,11 @@ def test_output_that_cannot_be_written(made):
 def test_alone_it_prints_its_help():
     ran = lowkey()
     assert ran.status == 2 and "Usage: lowkey" in ran.err
+
+
+def test_a_group_of_commands_alone_prints_its_help():
+    ran = lowkey("bench")
+    assert (ran.status, ran.out) == (2, "") and ran.err.splitlines()[0].startswith("Usage: lowkey bench") and "\n  decode " in ran.err
 
 
 def test_help_lists_the_commands():

@@ -63,7 +63,7 @@ def main() -> None:
             raise
         _fail("memory: there is not enough for this; choose a smaller batch, context or model, or another --device", 2)
     if status == 130:
-        _fail("interrupted; nothing half-written is left, and compress, recover and pretrain resume when given again", 130)
+        _fail("interrupted; nothing half-written is left, and compress, dynamic, recover and pretrain resume when given again", 130)
     sys.exit(status or 0)
 
 
@@ -94,7 +94,7 @@ def _memory_ran_out(error: Exception) -> bool:
 
 def _usage(error: Exception) -> str:
     """What is wrong with the command line, with the value, which some versions of typer leave out, and where help is."""
-    if len(sys.argv) < 2:
+    if type(error).__name__ == "NoArgsIsHelpError":  # only a group of commands was named; typer does not export this one either
         print(error, file=sys.stderr)
         sys.exit(2)
     found: list[dict] = getattr(error.__cause__, "errors", list)()
