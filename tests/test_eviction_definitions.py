@@ -74,12 +74,16 @@ def test_kvzip_finds_its_pieces_wherever_positions_begin(softmax):
     model, options = attached("llama"), {"chunk": "20", "sinks": "3", "recent": "0", "softmax": softmax}
 
     def kept(begins):
-        def placed(ids, past_key_values, **known):
-            at = begins + past_key_values.get_seq_length() + torch.arange(ids.shape[1]).unsqueeze(0)
-            return model(ids, position_ids=at, past_key_values=past_key_values, **known)
+        def placed(module, args, known):
+            at = begins + known["past_key_values"].get_seq_length() + torch.arange(args[0].shape[1]).unsqueeze(0)
+            return args, known | {"position_ids": at}
 
         cache = lowkey.make_cache(model, policy=make_policy("kvzip", "30%", options))
-        lowkey.prefill(placed, pico.tokenizer(), cache, ids)
+        handle = model.register_forward_pre_hook(placed, with_kwargs=True)
+        try:
+            lowkey.prefill(model, pico.tokenizer(), cache, ids)
+        finally:
+            handle.remove()
         return [[(at - begins).tolist() for at in cache.kept_positions(i)] for i in range(LAYERS)]
 
     assert kept(1000) == kept(0)
