@@ -352,6 +352,18 @@ def test_while_decoding_the_smallest_keys_of_all_layers_stay():
     assert len({max(map(len, heads)) for heads in held}) > 1
 
 
+def test_a_frozen_cache_collects_no_queries():
+    """It evicts nothing that they could decide: it holds what one does that never evicts while decoding."""
+    model, held = attached("llama"), []
+    for every in (0, 100):
+        cache = evicting_cache(model, SnapKV("32 tokens", every=every))
+        feed(model, prompt(60), cache)
+        cache.freeze()
+        feed(model, prompt(10, seed=1), cache, splits=[1] * 10)
+        held.append(cache.nbytes())
+    assert held[0] == held[1]
+
+
 def test_a_long_tail_joins_the_rows_and_changes_nothing(monkeypatch):
     model, ids = attached("llama"), prompt(60)
     plain = evicting_cache(model, SnapKV("30%"))
