@@ -364,6 +364,18 @@ def test_a_frozen_cache_collects_no_queries():
     assert held[0] == held[1]
 
 
+@pytest.mark.parametrize("name", ["snapkv", "h2o"])
+def test_queries_that_decided_are_let_go(name):
+    """After every eviction of decoding the cache holds what it held after the first one."""
+    model = attached("llama")
+    cache = evicting_cache(model, policy(name, "32 tokens", every=2))
+    feed(model, prompt(60), cache)
+    held = cache.nbytes()
+    for seed in (1, 2, 3):
+        feed(model, prompt(2, seed=seed), cache, splits=[1, 1])
+        assert cache.nbytes() == held
+
+
 def test_a_long_tail_joins_the_rows_and_changes_nothing(monkeypatch):
     model, ids = attached("llama"), prompt(60)
     plain = evicting_cache(model, SnapKV("30%"))
