@@ -177,3 +177,21 @@ def test_our_own_attention_in_the_stock_form(name):
     agree(cache, "interrupted")
     assert torch.equal(*(feed(model, held, variants.ids(3)) for held in (cache, straight)))
     assert agree(cache, "after a second turn") == straight.nbytes()
+
+
+@pytest.mark.parametrize("kind", ["bits-8", "kivi8", "plan", "exact", "snapkv", "h2o", "think", "dynamic"])
+def test_autocast_stores_keys_and_values_in_one_dtype(kind):
+    """Keys that were rotated in fp32 come wider than values; SDPA casts both, and so does a cache."""
+    model, stock = attached("llama"), pico.stock("llama")
+    make = {
+        "kivi8": lambda m: make_cache(m, bits="kivi8"),
+        "plan": lambda m: make_cache(m, pico.plan(m, pico.HEAD_DIM, pico.HEAD_DIM)),
+        **{name: partial(lambda n, m: make_cache(m, policy=POLICIES[n]("100%")), name) for name in ("snapkv", "h2o", "think")},
+    }.get(kind, KINDS[kind if kind in KINDS else "plan"])
+    cache, ids = make(model), prompt(LENGTH, batch=1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        turns = [model(part, past_key_values=cache).logits for part in (ids[:, :40], ids[:, 40:41], ids[:, 41:])]
+        want = stock(ids).logits
+    agree(cache, kind)
+    if kind != "dynamic":
+        assert (torch.cat(turns, 1) - want).abs().mean() < 0.1

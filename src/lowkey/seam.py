@@ -68,6 +68,13 @@ class Incoming:
     values: Tensor
 
 
+def as_cast(x: Tensor) -> Tensor:
+    """In the dtype that SDPA gives its arguments: under autocast rotated keys may still be wider than values."""
+    device = x.device.type
+    casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(device)) if casts else x
+
+
 def attach(model: PreTrainedModel) -> PreTrainedModel:
     """Make the text decoder of `model` use our attention function, through transformers' public call; a stock cache behaves as before.
 
@@ -106,9 +113,12 @@ def attention(
 
 @torch.compiler.disable(reason=UNCOMPILED)
 def _through_layer(module: torch.nn.Module, query: Tensor, key: Incoming, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    """A layer of ours is told whether it answered well. Under `torch.compile` it runs as it is, between compiled parts."""
+    """A layer of ours is told whether it answered well. Under `torch.compile` it runs as it is, between compiled parts.
+
+    Autocast ends here: the layer has taken keys and values in its dtype, and computes in that or wider."""
     try:
-        found = _attention(module, query, key, *args, **kwargs)
+        with torch.autocast(query.device.type, enabled=False):
+            found = _attention(module, query.to(key.keys.dtype), key, *args, **kwargs)
     except BaseException:
         key.layer.failed()
         raise

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lowkey.layers.undoing import UndoableLayer, storage_bytes
-from lowkey.seam import Call, Incoming
+from lowkey.seam import Call, Incoming, as_cast
 from lowkey.types import LowkeyError
 
 
@@ -42,6 +42,7 @@ class StoringLayer(UndoableLayer):
         return storage_bytes(self.tensors().values())
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Incoming, Incoming]:  # type: ignore[override]
+        key_states, value_states = as_cast(key_states), as_cast(value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.dtype = key_states.dtype

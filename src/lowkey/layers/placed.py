@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowkey.layers.base import StoringLayer, batch_positions
 from lowkey.layers.codec import token_positions
-from lowkey.seam import Call, Incoming
+from lowkey.seam import Call, Incoming, as_cast
 from lowkey.types import LowkeyError
 
 ROWS = 512  # queries whose masks are compared at a time
@@ -32,7 +32,7 @@ class PlacedLayer(StoringLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Incoming, Incoming]:  # type: ignore[override]
         if self.is_initialized:
-            self.check_fits(key_states, len(self.offset), self.dtype)
+            self.check_fits(as_cast(key_states), len(self.offset), self.dtype)
         return super().update(key_states, value_states, *args, **kwargs)
 
     def place(self, call: Call, t: int) -> Tensor:
