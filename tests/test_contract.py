@@ -344,13 +344,14 @@ def test_held_bytes_are_the_predicted_bytes(name, rank, exact, layout):
 
 @pytest.mark.parametrize("exact", [Exact(), Exact(sinks=4, recent=6)], ids=["plain", "both"])
 def test_held_bytes_by_hand(exact):
-    """2 rows, 4 heads, 30 tokens, ranks 6 and 9 in fp32, 3 layers; offset and first are 8 bytes per row each, the index of a sink 4."""
+    """2 rows, 4 heads, 30 tokens, ranks 6 and 9 in fp32, 3 layers. Of every row, 8 bytes each for where it begins, its position
+    and, beside recent tokens, where it ended; 4 for each index of a sink."""
     model = attached("llama")
     cache = lowrank(model, pico.layer_factors(model, 6, 9), "post_rope", exact)
     feed(model, prompt(30), cache)
     latents = 2 * 4 * (30 - exact.recent) * (6 + 9) * 4
     dense_rows = 2 * 4 * (exact.recent + exact.sinks) * (16 + 16) * 4
-    assert cache.nbytes() == 3 * (latents + dense_rows + 2 * (16 + 4 * exact.sinks))
+    assert cache.nbytes() == 3 * (latents + dense_rows + 2 * ((24 if exact.recent else 16) + 4 * exact.sinks))
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -169,23 +169,39 @@ COUNTING = {
 
 
 @pytest.mark.parametrize("kind", COUNTING)
+def test_a_row_may_end_in_padding_beside_a_recent_window_and_blocks(kind):
+    """As when a batch of texts is scored: each row is what it is alone."""
+    model, mask = attached("llama"), torch.ones(2, 40).long()
+    mask[0, 5:] = 0
+    with torch.no_grad():
+        both, short, long = (COUNTING[kind](model) for _ in range(3))
+        found = model(prompt(40), attention_mask=mask, past_key_values=both).logits
+        alone = model(prompt(40)[:1, :5], past_key_values=short).logits, model(prompt(40)[1:], past_key_values=long).logits
+    assert (found[0, :5] - alone[0][0]).abs().max() <= 1e-4 and (found[1] - alone[1][0]).abs().max() <= 1e-4
+    assert both.nbytes() == both.predicted_nbytes()
+
+
+@pytest.mark.parametrize("kind", COUNTING)
 def test_a_recent_window_and_blocks_do_not_count_padding_behind_tokens(kind):
-    """A row of which 5 tokens came would be as far as its neighbour of 40: refused before anything changes, in a prompt and in a turn."""
+    """A row of which 5 tokens came would be as far as its neighbour of 40: it may not go on, in a chunk or behind one."""
     model = attached("llama")
     tried, straight = (COUNTING[kind](model) for _ in range(2))
-    mask, whole = torch.ones(2, 40).long(), torch.ones(2, 60).long()
-    mask[0, 5:] = whole[0, 55:] = 0
+    mask, whole, gap = torch.ones(2, 40).long(), torch.ones(2, 60).long(), torch.ones(2, 40).long()
+    mask[0, 5:] = whole[0, 5:40] = gap[0, 5:9] = 0
     with torch.no_grad():
-        with pytest.raises(LowkeyError, match=r"attention_mask: a row ends in padding.*pad on the left"):
-            model(prompt(40), attention_mask=mask, past_key_values=tried)
+        with pytest.raises(LowkeyError, match=r"attention_mask: a row goes on behind padding.*pad on the left"):
+            model(prompt(40), attention_mask=gap, past_key_values=tried)
         assert tried.get_seq_length() == tried.nbytes() == 0
         for cache in (tried, straight):
-            model(prompt(40), past_key_values=cache)
+            model(prompt(40), attention_mask=mask, past_key_values=cache)
         before = tried.nbytes()
-        with pytest.raises(LowkeyError, match=r"attention_mask: a row ends in padding.*pad on the left"):
-            model(prompt(20, seed=1), attention_mask=whole, past_key_values=tried)
+        for later in (whole, None):
+            with pytest.raises(LowkeyError, match=r"attention_mask: a row goes on behind padding.*pad on the left"):
+                model(prompt(20, seed=1), attention_mask=later, past_key_values=tried)
         assert tried.get_seq_length() == 40 and tried.nbytes() == before
-        assert torch.equal(*(model(prompt(20, seed=1), past_key_values=cache).logits for cache in (tried, straight)))
+        whole[0, 5:] = 0  # the other row goes on
+        turn = {"attention_mask": whole, "position_ids": torch.arange(40, 60).expand(2, -1)}
+        assert torch.equal(*(model(prompt(20, seed=1), past_key_values=cache, **turn).logits[1] for cache in (tried, straight)))
 
 
 @pytest.mark.parametrize("kind", ["plain", "int8", "hadamard8", "plan"])

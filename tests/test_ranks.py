@@ -450,7 +450,7 @@ def test_exact_tokens_come_on_top_of_the_budget_as_the_docstring_says():
     plan = calibrate(budget="25%", sinks=2, recent=3)
     past = lowkey.make_cache(pico.attached("llama"), plan=plan)
     pico.feed(pico.attached("llama"), pico.prompt(20, batch=1), past)
-    positions = LAYERS * (2 * 8 + 2 * 4)  # two of a row and one of each sink
+    positions = LAYERS * (3 * 8 + 2 * 4)  # three of a row and one of each sink
     assert plan.bytes_per_token(4) <= 0.25 * FULL
     assert past.nbytes() == (3 + 2) * FULL + (20 - 3) * plan.bytes_per_token(4) + positions
 

@@ -75,6 +75,7 @@ def _coded(layer: CodedLayer, shape: Shape) -> str | None:
         _unlike("sink_k", layer.sink_k, b, heads, exact.sinks, k),
         _unlike("sink_v", layer.sink_v, b, heads, exact.sinks, v),
         _unlike("sink_at", layer.sink_at, b, exact.sinks) if "sink_at" in layer.tensors() else None,
+        _unlike("ended", layer.ended, b, 1) if layer.counts else None,
     ]
     for name, packing in layer.packing.items():
         groups, width = layer.shapes[name]
@@ -84,6 +85,10 @@ def _coded(layer: CodedLayer, shape: Shape) -> str | None:
     at = layer.sink_at
     if not bool((((at >= 0) & (at < layer.seen)) | (at == EMPTY)).all()):
         rules.append("sink_at is not among the tokens seen")
+    if layer.counts and _first(*rules) is None:
+        begun = layer.first < layer.seen
+        if bool(torch.where(begun, (layer.ended <= layer.first) | (layer.ended > layer.seen), layer.ended != 0).any()):
+            rules.append("ended is not behind the tokens seen")
     return _first(*rules)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -78,7 +79,7 @@ def eval_(
     policies = policies_of(policy, budget, option, allocator_option, heads)
     corpus = text.read_text(data, "data") if data else text.embedded("evaluation")
     loaded, tokenizer = load(model, dtype, device)
-    context = _usual_context(loaded) if context is None else context
+    context = _usual_context(loaded, names) if context is None else context
     plans = [plan_at(p, loaded) for p in plan or []]
     scores = head_scores(heads, loaded)
     settings = [full(loaded)] + [p.setting(loaded) for p in plans]
@@ -93,10 +94,10 @@ def eval_(
     print(json.dumps(result)) if as_json else show_rows(result)
 
 
-def _usual_context(model: PreTrainedModel) -> int:
-    """512, or what leaves a short model room for a question and its answer."""
-    longest = families.positions(model)
-    return Task.context if longest is None else max(8, min(Task.context, longest - QUESTION))
+def _usual_context(model: PreTrainedModel, tasks: Sequence[str]) -> int:
+    """512, or all that a short model has positions for, where recall leaves room for a question and its answer."""
+    longest, room = families.positions(model), QUESTION if "recall" in tasks else 0
+    return Task.context if longest is None else max(8, min(Task.context, longest - room))
 
 
 def decode(

@@ -30,7 +30,8 @@ class CodedLayer(PlacedLayer):
 
     Held: what the packings of keys and values hold; recent_k, recent_v (b, h, recent, d);
     sink_k, sink_v (b, h, sinks, d); sink_at (b, sinks), the index of the token in each slot; offset and first, as in any
-    `PlacedLayer`. points: they say what a sink is; without them a row's first real tokens are its sinks.
+    `PlacedLayer`; where tokens are counted (`counts`), also ended (b, 1), the index behind each row's last real token, 0 while there is
+    none. points: they say what a sink is; without them a row's first real tokens are its sinks.
     """
 
     def __init__(
@@ -53,6 +54,8 @@ class CodedLayer(PlacedLayer):
         self.sink_k, self.sink_v = key_states.new_zeros(b, h, n, d), value_states.new_zeros(b, h, n, d)
         self.sink_at = torch.full((b, n), EMPTY, dtype=torch.int32, device=self.device)
         self.begin(b)
+        if self.counts:
+            self.ended = torch.zeros_like(self.first)
         none = self.codec.encode(self._grouped(self.recent_k), self._grouped(self.recent_v), self.positions(0, 0))
         self.shapes = {name: (x.shape[1], x.shape[3]) for name, x in zip(self.packing, none, strict=True)}
         for name, x in zip(self.packing, none, strict=True):
@@ -61,7 +64,7 @@ class CodedLayer(PlacedLayer):
 
     def tensors(self) -> dict[str, Tensor]:
         stored = [attribute for name in self.packing for attribute in self._attributes(name)]
-        names = (*stored, "recent_k", "recent_v", "sink_k", "sink_v", "sink_at", "offset", "first")
+        names = (*stored, "recent_k", "recent_v", "sink_k", "sink_v", "sink_at", "offset", "first", *(("ended",) if self.counts else ()))
         return {name: getattr(self, name) for name in names} if self.is_initialized else {}
 
     def growing(self) -> dict[str, int]:
@@ -75,11 +78,13 @@ class CodedLayer(PlacedLayer):
         size, (stored, _) = self.recent_k.element_size(), self._ready()
         near = (self.seen - stored + self.exact.sinks) * 2 * d * h * size
         kept = sum(heads * self.packing[name].nbytes(stored, width, size) for name, (heads, width) in self.shapes.items())
-        indices = 2 * self.offset.element_size() + self.exact.sinks * self.sink_at.element_size()
+        indices = (3 if self.counts else 2) * self.offset.element_size() + self.exact.sinks * self.sink_at.element_size()
         return b * (kept + near + indices)
 
     def attend(self, keys: Tensor, values: Tensor, call: Call) -> Tensor:
         real = self.place(call, keys.shape[2])
+        if self.counts:
+            self.ended = _ended(real, self.seen, self.ended)
         self._find_sinks(values, real)
         keys, values = self._grouped(keys), self._grouped(values)
         call = replace(call, query=self._grouped(call.query))
@@ -104,20 +109,24 @@ class CodedLayer(PlacedLayer):
     # -- which tokens are stored
 
     def check_mask(self, call: Call, start: int, real: Tensor, first: Tensor) -> None:
-        """The recent window and the blocks count a row's tokens from its first real one on; some of what comes before it is in no block."""
-        if not self._counts():
+        """The recent window and the blocks count a row's tokens from its first real one on, so that a row may end in padding but not go on
+        behind it; some of what comes before it is in no block."""
+        if not self.counts:
             return
-        before = torch.arange(self.seen, device=first.device) < first
-        if bool((real == before[:, start:]).any()):
+        tokens = torch.arange(self.seen, device=first.device)
+        follows = (self.ended == start) | (first >= start)  # nothing lies between a row's tokens and the new ones
+        within = (tokens[start:] >= first) & (tokens[start:] < _ended(real, self.seen, self.ended))
+        if bool((real.any(1, keepdim=True) & ~follows).any()) or bool((real != within).any()):
             raise LowkeyError(
-                "attention_mask: a row ends in padding, which a recent window or blocks of tokens (kivi) would count; pad on the left, or "
-                "give rows of uneven turns a cache each"
+                "attention_mask: a row goes on behind padding, which a recent window or blocks of tokens (kivi) would count; pad on the "
+                "left, or give rows of uneven turns a cache each"
             )
-        hidden = before[:, :start]
+        hidden = tokens[:start] < first
         if self.block > 1 and start and bool((hidden if call.mask is None else hidden & call.mask[:, :, :start].any(1)).any()):
             raise LowkeyError("attention_mask: shows tokens that were padding when they came; repeat the earlier mask")
 
-    def _counts(self) -> bool:
+    @property
+    def counts(self) -> bool:
         """Whether the numbers that a query sees depend on how many tokens came since."""
         same = (self.codec, *self.packing.values()) == (Plain(), Whole(), Whole())  # recent or stored, it is the token as it came
         return self.block > 1 or (self.exact.recent > 0 and not same)
@@ -241,6 +250,12 @@ class CodedLayer(PlacedLayer):
         b, t = max(len(mask), len(index)), mask.shape[1]
         at = index.clamp(max=self.seen - 1).unsqueeze(1).expand(b, t, -1)
         return mask.expand(b, -1, -1).gather(2, at) & (index < self.seen).unsqueeze(1)
+
+
+def _ended(real: Tensor, seen: int, before: Tensor) -> Tensor:
+    """(b, 1): the index behind each row's last real token, given which of the newest are real (b, t) and what it was before them."""
+    last = seen - real.flip(1).int().argmax(1, keepdim=True)
+    return torch.where(real.any(1, keepdim=True), last, before)
 
 
 def _taken(x: Tensor, at: Tensor) -> Tensor:
