@@ -45,7 +45,8 @@ class Exact(Checked):
 
     The sinks are a row's first tokens, padding not counted; with a `rule`, the first of its tokens that the rule takes for attention
     sinks, wherever they are (in layers where it cannot tell, again the first).
-    Recent are the newest tokens seen, so that a row may end in padding but not go on behind it, unless tokens are stored as they are anyway.
+    Recent are the newest tokens seen, so that a row may end in padding but not go on behind it, unless tokens are stored as they
+    are anyway.
     prefill: what a chunk of several tokens sees of itself: `compressed` what will be stored (compression everywhere),
     `exact` its own exact keys, which are compressed afterwards (decode-only compression).
     """
