@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ import torch
 
 import lowkey
 from lowkey import cli, files
-from lowkey.files import swapping
+from lowkey.files import outputs, swapping
 from lowkey.heads import HeadScores
 from lowkey.plan import Plan
 from lowkey.pretraining import Recipe, pretrain
@@ -412,6 +413,18 @@ def test_counts_of_a_plan_are_bounded(tmp_path, name, number):
         Plan.load(tmp_path / "plan")
 
 
+def test_a_file_of_another_size_is_not_read_to_its_end(tmp_path):
+    """A sparse file of 4 TiB would take an hour to read: its size alone says that it is not what was written."""
+    (tmp_path / "whole").write_bytes(b"tokens")
+    known = [files.file_checksum(tmp_path / "whole")]
+    assert known == [f"6:{hashlib.sha256(b'tokens').hexdigest()}"]
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(2**42)
+    began = time.monotonic()
+    assert outputs.unchanged(tmp_path / "whole", known) and not outputs.unchanged(tmp_path / "sparse", known)
+    assert time.monotonic() - began < 5
+
+
 def test_a_finished_run_without_a_weight_is_damaged(tmp_path):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 60)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -426,7 +439,9 @@ def test_a_finished_run_without_a_weight_is_damaged(tmp_path):
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(LowkeyError, match="changed since"):
         pretrain(wanted, out, device="cpu")
-    forging.edit_json(out / files.MANIFEST, lambda m: m["files"].update({"model.safetensors": [files.sha256(out / "model.safetensors")]}))
+    forging.edit_json(
+        out / files.MANIFEST, lambda m: m["files"].update({"model.safetensors": [files.file_checksum(out / "model.safetensors")]})
+    )
     with pytest.raises(LowkeyError, match=r"damaged .*lacks model\.layers\.0\.mlp\.up_proj\.weight"):
         pretrain(wanted, out, device="cpu")
 

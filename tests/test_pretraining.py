@@ -278,7 +278,8 @@ def test_force_keeps_what_is_there_until_there_is_something_new(tmp_path):
     shard.write_text("somebody's")
     with pytest.raises(LowkeyError, match="did not write 'model-00001"):
         pretrain(wanted, out, device="cpu", force=True)
-    forging.edit_json(out / files.MANIFEST, lambda known: known["files"].update({shard.name: [files.sha256(shard)]}))  # an older run's
+    older = {shard.name: [files.file_checksum(shard)]}  # of an earlier run
+    forging.edit_json(out / files.MANIFEST, lambda known: known["files"].update(older))
     there = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
     with pytest.raises(LowkeyError, match="micro_batch 3"):
         pretrain(replace(wanted, training=replace(wanted.training, micro_batch=3)), out, device="cpu", force=True)

@@ -18,6 +18,7 @@ from lowkey.files.reading import (
     all_finite,
     checksum,
     digest,
+    file_checksum,
     opened,
     parse_json,
     parse_toml,
@@ -25,7 +26,6 @@ from lowkey.files.reading import (
     read_json,
     read_tensors,
     sealed,
-    sha256,
 )
 from lowkey.files.swapping import is_passing, steady
 from lowkey.files.work import check_output, damaged, fits, job_folder, read_work, remove_work, write_work
@@ -42,6 +42,7 @@ from lowkey.files.writing import (
 
 __all__ = [
     "ANY_SIZE",
+    "file_checksum",
     "MANIFEST",
     "MOST_TEXT",
     "MOST_TOML",
@@ -73,7 +74,6 @@ __all__ = [
     "replacing",
     "replacing_folder",
     "sealed",
-    "sha256",
     "steady",
     "verify",
     "write_json",

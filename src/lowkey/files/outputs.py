@@ -14,7 +14,18 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from lowkey.files.reading import CHECKSUM, KIND, MOST_HEADER, MOST_JSON, json_digest, marks, parse_json, read_json, sha256
+from lowkey.files.reading import (
+    CHECKSUM,
+    KIND,
+    MOST_HEADER,
+    MOST_JSON,
+    file_checksum,
+    has_checksum,
+    json_digest,
+    marks,
+    parse_json,
+    read_json,
+)
 from lowkey.files.swapping import NEW, beside, settle, steady
 from lowkey.types import LowkeyError
 
@@ -66,7 +77,7 @@ def marked(text: str, kind: str, comment: tuple[str, str]) -> str:
 
 def manifest(folder: Path) -> dict:
     """The checksums of all files below a folder."""
-    return {"complete": True, "files": {str(p.relative_to(folder)): [sha256(p)] for p in sorted(folder.rglob("*")) if p.is_file()}}
+    return {"complete": True, "files": {str(p.relative_to(folder)): [file_checksum(p)] for p in sorted(folder.rglob("*")) if p.is_file()}}
 
 
 def listed(folder: Path) -> dict[str, list[str]]:
@@ -105,7 +116,7 @@ def others(folder: Path) -> list[str]:
 def unchanged(file: Path, sums: Collection[str]) -> bool:
     """Whether this is a file, and has one of the checksums."""
     try:
-        return bool(sums) and stat.S_ISREG(os.lstat(file).st_mode) and sha256(file) in sums
+        return bool(sums) and stat.S_ISREG(os.lstat(file).st_mode) and has_checksum(file, sums)
     except (OSError, LowkeyError):
         return False
 
@@ -119,7 +130,7 @@ def verify(folder: Path, what: str) -> None:
     if not known.get("complete"):
         raise LowkeyError(f"{what} {str(folder)!r}: is just being written, or its writer was killed; give its command again")
     for name, sums in listed(folder).items():
-        if not name.endswith(".md") and sha256(folder / name, what) not in sums:
+        if not name.endswith(".md") and not has_checksum(folder / name, sums, what):
             rule = "is not what lowkey wrote; make it again"
             raise LowkeyError(f"{what} {str(folder)!r}: {name} {rule}, or delete {MANIFEST} there if you changed it on purpose")
 
