@@ -119,6 +119,7 @@ BROKEN = [
     ("snapkv", narrowed("starts"), "starts is of shape"),
     ("h2o", narrowed("carried"), "carried is of shape"),
     ("every", narrowed("asked"), "asked is of shape"),
+    ("every", narrowed("asked", 2), "asked is of shape"),  # another number of query heads
     ("razor", put("dropped", (0, 0, 0), -1), "less than nothing dropped"),
     ("razor", narrowed("mean_k"), "mean_k is of shape"),
     ("razor", narrowed("mean_v", 1), "mean_v is of shape"),

@@ -26,6 +26,7 @@ from lowkey.layers.exact import SinkRule
 from lowkey.layers.packing import Scheme, scheme
 from lowkey.layers.pruning import PruningLayer
 from lowkey.layers.undoing import ForwardPass
+from lowkey.options import shown
 from lowkey.plan import Plan, versions
 from lowkey.policies import policy_from, policy_words
 from lowkey.policies.base import Policy
@@ -239,7 +240,7 @@ def make_cache(
 def cache_from(model: PreTrainedModel, origin: Origin) -> LowkeyCache:
     """As `make_cache`, for a plan that was checked before: the model's weights are not looked at again, and the cache cannot be saved."""
     if origin.bits is not None and origin.policy:
-        raise LowkeyError(f"bits={origin.bits} together with a policy is not supported yet; give one of them")
+        raise LowkeyError(f"bits={shown(origin.bits)} together with a policy is not supported yet; give one of them")
     stock = origin == Origin(origin.model)
     if stock and families.stores_its_own(model.config):
         cache = LowkeyCache(layers=[StockLayer() for _ in families.decoder_layers(model)])

@@ -18,12 +18,12 @@ from lowkey.ops.ragged import row_of
 Shape = tuple[int, int, int]  # heads, and the widths of a key and of a value
 
 
-def flaw(layer: Any, own: dict[str, Tensor], shape: Shape) -> str | None:
-    """The first rule that a layer with the tensors `own` breaks."""
+def flaw(layer: Any, own: dict[str, Tensor], shape: Shape, groups: int) -> str | None:
+    """The first rule that a layer with the tensors `own` breaks. groups: query heads per KV head."""
     if any(t.is_floating_point() and name != "carried" and not bool(t.isfinite().all()) for name, t in own.items()):
         return "it holds NaN or infinite numbers"
     if isinstance(layer, EvictingLayer):
-        return _placed(layer) or _evicting(layer, shape)
+        return _placed(layer) or _evicting(layer, shape, groups)
     if isinstance(layer, CodedLayer):
         return _placed(layer) or _coded(layer, shape)
     return _stock(layer, shape)
@@ -92,7 +92,7 @@ def _coded(layer: CodedLayer, shape: Shape) -> str | None:
     return _first(*rules)
 
 
-def _evicting(layer: EvictingLayer, shape: Shape) -> str | None:
+def _evicting(layer: EvictingLayer, shape: Shape, groups: int) -> str | None:
     heads, b = shape[0], len(layer.offset)
     room = layer.moved + -(-(layer.fresh - layer.moved) // STEP) * STEP
     if not 0 <= layer.moved <= layer.fresh <= layer.seen or layer.steps > layer.seen:
@@ -112,7 +112,7 @@ def _evicting(layer: EvictingLayer, shape: Shape) -> str | None:
         _unlike("where", layer.where, layer.kept),
         _unlike("carried", layer.carried, layer.kept if layer.policy.carries else 0),
         _unlike("starts", layer.starts, b * heads + 1),
-        _asked(layer, b, heads, shape[1]),
+        _asked(layer, (b, heads, groups), shape[1]),
         *more,
     ) or _first(
         _rows(layer, heads, layer.starts, layer.where, layer.kept),
@@ -145,11 +145,11 @@ def _pruned(layer: PruningLayer, b: int, heads: int, width: int) -> str | None:
     return "tokens lost channels that no pruning took" if bool(late.any()) else None
 
 
-def _asked(layer: EvictingLayer, b: int, heads: int, width: int) -> str | None:
+def _asked(layer: EvictingLayer, rows: tuple[int, int, int], width: int) -> str | None:
     asked = layer.asked
     if not asked.numel():
         return None if asked.ndim == 1 else f"asked is of shape {tuple(asked.shape)}"
-    fits = asked.ndim == 5 and asked.shape[:2] == (b, heads) and asked.shape[4] == width and asked.shape[3] <= layer.seen
+    fits = asked.ndim == 5 and asked.shape[:3] == rows and asked.shape[4] == width and asked.shape[3] <= layer.seen
     return None if fits else f"asked is of shape {tuple(asked.shape)}"
 
 

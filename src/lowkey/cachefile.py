@@ -67,6 +67,7 @@ def restore(path: Path, layers: Sequence[Any], about: dict, tensors: dict[str, T
     if any(held) and not all(held):
         raise damaged(path, "some of its layers hold something and others nothing")
     shapes = _shapes(model) if any(held) else []
+    groups = 1 if families.stores_its_own(model.config) else families.geometry(model).groups
     for i, (layer, own, counts) in enumerate(zip(layers, held, numbers, strict=True)):
         if own:
             _fill(path, i, layer, own, counts, shapes[i], model)
@@ -74,7 +75,7 @@ def restore(path: Path, layers: Sequence[Any], about: dict, tensors: dict[str, T
             raise damaged(path, f"layer {i} counts tokens and holds none")
         for name, value in counts.items():
             setattr(layer, name, value)
-        if own and (rule := flaw(layer, own, shapes[i])):
+        if own and (rule := flaw(layer, own, shapes[i], groups)):
             raise damaged(path, f"layer {i}: {rule}")
     if any(held) and len({(layer.get_seq_length(), len(_first(own))) for layer, own in zip(layers, held, strict=True)}) > 1:
         raise damaged(path, "its layers have seen different numbers of tokens or rows")
