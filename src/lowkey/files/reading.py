@@ -73,18 +73,19 @@ def read_bytes(path: Path, what: str, most: int, remedy: str = OURS) -> bytes:
 def file_checksum(path: Path, what: str = "file") -> str:
     """The size of a file in bytes and its sha256."""
     with opened(path, what, ANY_SIZE) as file:
-        return f"{_size(file)}:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        return _size(file) + hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def has_checksum(path: Path, sums: Collection[str], what: str = "file") -> bool:
     """Whether a file has one of these checksums. One of another size is not read, since a sparse file may be endless to read."""
     with opened(path, what, ANY_SIZE) as file:
-        known = any(str(wanted).startswith(f"{_size(file)}:") for wanted in sums)
-    return known and file_checksum(path, what) in sums
+        size = _size(file)
+        known = any(str(wanted).startswith(size) for wanted in sums)
+        return known and size + hashlib.file_digest(file, "sha256").hexdigest() in sums
 
 
-def _size(file: BufferedReader) -> int:
-    return os.fstat(file.fileno()).st_size
+def _size(file: BufferedReader) -> str:
+    return f"{os.fstat(file.fileno()).st_size}:"
 
 
 # -- JSON and TOML

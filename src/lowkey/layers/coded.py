@@ -30,8 +30,9 @@ class CodedLayer(PlacedLayer):
 
     Held: what the packings of keys and values hold; recent_k, recent_v (b, h, recent, d);
     sink_k, sink_v (b, h, sinks, d); sink_at (b, sinks), the index of the token in each slot; offset and first, as in any
-    `PlacedLayer`; where tokens are counted (`counts`), also ended (b, 1), the index behind each row's last real token, 0 while there is
-    none. points: they say what a sink is; without them a row's first real tokens are its sinks.
+    `PlacedLayer`; with `counts`, also ended (b, 1), the index behind each row's last real token, 0 while there is
+    none. points: they say what a sink is; without them a row's first real tokens are its sinks. counts: whether the numbers that a query
+    sees depend on how many tokens came since.
     """
 
     def __init__(
@@ -45,6 +46,8 @@ class CodedLayer(PlacedLayer):
         self.codec, self.exact, self.points = codec, exact or Exact(), points
         self.packing = dict(zip(("keys", "values"), packing or (Whole(), Whole()), strict=True))
         self.block = max(p.block for p in self.packing.values())
+        same = (self.codec, *self.packing.values()) == (Plain(), Whole(), Whole())  # recent or stored, it is the token as it came
+        self.counts = self.block > 1 or (self.exact.recent > 0 and not same)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         b, h, _, d = key_states.shape
@@ -124,12 +127,6 @@ class CodedLayer(PlacedLayer):
         hidden = tokens[:start] < first
         if self.block > 1 and start and bool((hidden if call.mask is None else hidden & call.mask[:, :, :start].any(1)).any()):
             raise LowkeyError("attention_mask: shows tokens that were padding when they came; repeat the earlier mask")
-
-    @property
-    def counts(self) -> bool:
-        """Whether the numbers that a query sees depend on how many tokens came since."""
-        same = (self.codec, *self.packing.values()) == (Plain(), Whole(), Whole())  # recent or stored, it is the token as it came
-        return self.block > 1 or (self.exact.recent > 0 and not same)
 
     def _shift(self) -> Tensor:
         """(b|1, 1): at which index each row begins to be cut into blocks; before its first real token, the last that it may be."""
