@@ -305,7 +305,7 @@ def test_commuting_maps_are_the_same_in_both_layouts(prepared):
 @pytest.mark.parametrize("method", ["commuting", "four", "similar", "mean"])
 def test_decoding_with_merged_heads_is_attention_with_fewer_heads(prepared, layout, method):
     """The dense definition of a model with h / t heads: merged keys are rotated as they are, and no head is ever expanded."""
-    f = WHOLE[method].fit(*prepared(layout=layout), RANKS, 0).at(16 // WHOLE[method].group, 16 // WHOLE[method].group)
+    f = WHOLE[method].fit(*prepared(layout=layout), RANKS, 0).at(16 // WHOLE[method].group_of(4), 16 // WHOLE[method].group_of(4))
     model, maps = attached("llama"), dict.fromkeys(range(3), f)
     ours = feed(model, ROWS, pico.lowrank(model, maps, layout), splits=[9] + [1] * 11)
     assert torch.allclose(ours, gqa_logits(f), atol=5e-5)
@@ -462,7 +462,8 @@ def test_whole_heads_are_removed_unless_any_rank_is_asked_for():
     ranks = [2, 4, 6, 8, 10, 12, 14, 16]
     assert KVHeadSVD().candidates(4, 16, ranks) == [8, 16]
     assert KVHeadSVD(4).candidates(4, 16, ranks) == [4, 8, 12, 16]
-    assert KVHeadSVD(3).candidates(6, 16, ranks) == [16], "a third of a head is no whole number of channels"
+    assert KVHeadSVD(3).candidates(6, 16, [5, 6, 11, 12, 16]) == [6, 11, 16], "a third of a head is 16/3 channels of each"
+    assert [KVHeadSVD(3).numbers(r, 6, 16) for r in (6, 11, 16)] == [2 * 16, 4 * 16, 6 * 16], "which is what they take"
     assert KVHeadSVD(whole=False).candidates(4, 16, ranks) == ranks
     assert KVHeadSVD(keys="commuting", whole=False).candidates(4, 16, ranks) == [8, 16]
 
@@ -472,11 +473,13 @@ def test_virtual_heads_come_whole():
     assert MEA().candidates(4, 16, ranks) == [4, 8, 12, 16]
     assert MEA().candidates(8, 16, ranks) == ranks
     assert MEA().candidates(1, 16, ranks) == [16]
+    assert MEA().candidates(5, 16, list(range(1, 17))) == [4, 7, 10, 13, 16]
+    assert [MEA().numbers(r, 5, 16) for r in (4, 7, 10, 13, 16)] == [16, 32, 48, 64, 80]
 
 
 @pytest.mark.parametrize("group", [3, 8])
 def test_a_group_that_does_not_divide_the_heads_is_refused_with_those_that_do(prepared, group):
-    with pytest.raises(LowkeyError, match=rf"^group {group}: .* 4 KV heads; choose one of 1, 2, 4$"):
+    with pytest.raises(LowkeyError, match=rf"^group {group}: .* 4 KV heads; choose one of 2, 4$"):
         KVHeadSVD(group).fit(*prepared(), RANKS, 0)
     with pytest.raises(LowkeyError, match=rf"^group {group}: "):
         KVHeadSVD(group).candidates(4, 16, RANKS)

@@ -475,7 +475,7 @@ DEFAULTS = {  # of the papers: allocator, layout, candidate ranks, options
         "uniform",
         "post_rope",
         "8",
-        {"group": 2, "keys": "layer", "heads": "consecutive", "basis": "activations", "whole": True},
+        {"group": 0, "keys": "layer", "heads": "consecutive", "basis": "activations", "whole": True},
     ),
     "mea": ("uniform", "post_rope", "8", {"basis": "weights"}),
 }

@@ -91,7 +91,10 @@ def calibrate(
     _check(model, sinks, recent, form, judge, split)
     shape = families.geometry(model)
     measured, choices = _candidates(chosen, shape, ranks, rank_multiple)
-    limit = _limit(budget, error_budget, shape, model, judge, measured[0] if split.measured else choices[0])
+    least, none = (measured if split.measured else choices)[0], [[]] * len(shape.compressible)
+    numbers = _numbers(chosen, shape, [least])
+    empty = Profile((least, shape.head_dim), none, shape.kv_heads, model.dtype.itemsize, [], numbers=numbers)
+    limit = _limit(budget, error_budget, judge, empty, lambda: _smaller(chosen, shape, least, ranks, rank_multiple))
     rows = windows_of(attach(model), tokenizer, texts, sample)
     course = Course(model, rows, max(1, round(HELD * len(rows))), form, measured, sample.seed, sample.batch, progress, choices)
     provenance, ours = provenance_of(model, rows, sample), describe(chosen)
@@ -166,6 +169,20 @@ def _candidates(method: Method, shape: families.Geometry, asked: Asked | None, m
     return measured, tuple(served if asked is None and method.every else measured)
 
 
+def _numbers(method: Method, shape: families.Geometry, ranks: Sequence[int]) -> dict[int, int]:
+    """What a token takes at those ranks at which it takes less than the rank for each head."""
+    found = {r: method.numbers(r, shape.kv_heads, shape.head_dim) for r in ranks}
+    return {r: n for r, n in found.items() if n != r * shape.kv_heads}
+
+
+def _smaller(method: Method, shape: families.Geometry, least: int, asked: Asked | None, multiple: int) -> str:
+    """What else than a larger budget there is to say where the rank `least` is too large: nothing, where no smaller one is served."""
+    served, any_multiple = (method.candidates(shape.kv_heads, shape.head_dim, multiples(shape.head_dim, m))[0] for m in (multiple, 1))
+    if served < least:
+        return f", or give smaller --ranks, down to {served}"
+    return ", or lower --rank-multiple" if any_multiple < least else ""
+
+
 def fit_layers(method: Method, course: Course, work: Path | None = None, judge: str = "layers") -> tuple[dict[int, LayerBases], Profile]:
     """Bases and error surface of every compressible layer. Only one layer's inputs are held at a time."""
     model, sides = course.model, course.training.split(course.batch)
@@ -185,7 +202,10 @@ def fit_layers(method: Method, course: Course, work: Path | None = None, judge: 
     surfaces = [surface for _, surface in found.values()] if inside else _surfaces(bases, course, judge)
     shape = families.geometry(model)
     spectra = [(_spectrum(b.keys), _spectrum(b.values)) for b in bases.values()]
-    return bases, Profile(tuple(course.ranks), surfaces, shape.kv_heads, model.dtype.itemsize, spectra, choices=course.choices)
+    numbers = _numbers(method, shape, course.served)
+    return bases, Profile(
+        tuple(course.ranks), surfaces, shape.kv_heads, model.dtype.itemsize, spectra, choices=course.choices, numbers=numbers
+    )
 
 
 def _probes(course: Course, text: str, known: Callable[[int], T | None]) -> Iterator[tuple[int, Probe | T]]:
@@ -227,10 +247,9 @@ def windows_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts
     return text.sample_windows(ids, tokenizer, length, sample.windows, sample.seed, "calibration text")
 
 
-def _limit(
-    budget: str | Budget | None, error: float | None, shape: families.Geometry, model: PreTrainedModel, judge: str, least: int
-) -> Budget | float:
-    """The budget that is given, 50% when none is; refused before anything is fitted when the rank `least` everywhere is above it."""
+def _limit(budget: str | Budget | None, error: float | None, judge: str, empty: Profile, otherwise: Callable[[], str]) -> Budget | float:
+    """The budget that is given, 50% when none is; refused before anything is fitted when the least rank of the profile, which holds no
+    errors yet, is above it everywhere. otherwise: what else can be done."""
     if budget is not None and error is not None:
         raise LowkeyError(f"budget {budget} and error budget {error}: give one of them")
     if error is not None:
@@ -239,14 +258,13 @@ def _limit(
         if not 0 < error < math.inf:
             raise LowkeyError(f"error budget {error}: with judge 'loss' these are nats of cross-entropy, a finite number above 0; try 0.01")
         return error
-    parsed, full = Budget.parse("50%" if budget is None else budget), shape.full_bytes_per_token(model.dtype.itemsize)
-    wanted, layers = parsed.bytes_per_token(full), len(shape.compressible)
+    parsed, full = Budget.parse("50%" if budget is None else budget), empty.bytes([empty.full] * empty.layers)
+    wanted, least = parsed.bytes_per_token(full), empty.ranks[0]
     if wanted > full:
         whole = Budget(full, "bytes/token")
         raise LowkeyError(f"budget {parsed}: more than the {whole} of the full cache, in the layers to compress; give less, or 100%")
-    empty = Profile((least, shape.head_dim), [[]] * layers, shape.kv_heads, model.dtype.itemsize, [])
-    if wanted < (reached := empty.bytes([(least, least)] * layers)):
-        raise too_small(empty, wanted, reached)
+    if wanted < (reached := empty.bytes([(least, least)] * empty.layers)):
+        raise too_small(empty, wanted, reached, otherwise())
     return parsed
 
 

@@ -60,7 +60,7 @@ class Plan:
 
     def bytes_per_token(self, itemsize: int) -> int:
         """Predicted bytes that one more token takes in the compressed layers."""
-        return sum(k + v for k, v in self.ranks.values()) * self.geometry["kv_heads"] * itemsize
+        return sum(f.numbers(self.geometry["kv_heads"]) for f in self.factors.values()) * itemsize
 
     def check(self, model: PreTrainedModel) -> None:
         """Refuse another model, by fingerprint and by shape. Errors: LowkeyError."""
@@ -238,11 +238,13 @@ def _check_factors(f: Factors, rank: tuple[int, int], heads: int, d: int, orthon
 
 
 def _fit(down: tuple[int, ...], up: tuple[int, ...], heads: int, d: int, r: int) -> bool:
-    """Heads by themselves, each map shared or not, or so many side by side as divide them all."""
+    """Heads by themselves, each map shared or not, or so many side by side as divide them all, in a width of which r is the part of
+    one head, rounded up."""
     t = max(1, down[1] // d)
     if t == 1:
         return down[0] in (1, heads) and up[0] in (1, heads) and (down[1:], up[1:]) == ((d, r), (r, d))
-    return heads % t == 0 and (down, up) == ((heads // t, t * d, t * r), (heads, t * r, d))
+    width = down[2]
+    return heads % t == 0 and -(-width // t) == r and (down, up) == ((heads // t, t * d, width), (heads, width, d))
 
 
 def versions() -> dict[str, str]:

@@ -19,7 +19,7 @@ class Profile:
     spectra: per layer the energies of keys and of values, (heads, d) as nested lists, which energy rules read. signals: by name, per
     layer a number for keys and one for values, as `lowkey.sensitivity` measures them. choices: every rank that may be chosen, in
     ascending order, when bases serve more ranks than were measured (`ranks` otherwise). points: per layer what was measured at other
-    pairs.
+    pairs. numbers: what a token takes, of all heads, at ranks at which it takes less than the rank for each of them.
     """
 
     ranks: tuple[int, ...]
@@ -30,6 +30,7 @@ class Profile:
     signals: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     choices: tuple[int, ...] = ()
     points: list[dict[Pair, float]] = field(default_factory=list)
+    numbers: dict[int, int] = field(default_factory=dict)
 
     def error(self, layer: int, pair: Pair) -> float:
         """What was measured; between measured ranks the bilinear interpolation of what was."""
@@ -73,7 +74,7 @@ class Profile:
 
     def bytes(self, ranks: Ranks) -> int:
         """Of one more token in all layers together."""
-        return sum(k + v for k, v in ranks) * self.heads * self.itemsize
+        return sum(self.numbers.get(r, r * self.heads) for pair in ranks for r in pair) * self.itemsize
 
     def room(self, limit: float) -> int:
         """How many ranks, summed over layers, keys and values, `limit` bytes per token hold."""
@@ -104,9 +105,12 @@ class Profile:
         return found
 
 
-def too_small(profile: Profile, limit: float, reached: int) -> LowkeyError:
+def too_small(profile: Profile, limit: float, reached: int, otherwise: str = "") -> LowkeyError:
+    """otherwise: what else than a larger budget can be given."""
     full = profile.bytes([profile.full] * profile.layers)
-    return LowkeyError(
-        f"budget of {limit:.0f} bytes per token ({100 * limit / full:.1f}%) is below {reached} ({100 * reached / full:.1f}%), "
-        "the least these candidate ranks allow; raise the budget, lower --rank-multiple or give smaller --ranks"
-    )
+    if reached == full:
+        rule, remedy = "for here only full rank is served", f"choose another method{otherwise}"
+    else:
+        rule, remedy = "the least that the ranks allow", f"give a budget of {math.ceil(1000 * reached / full) / 10:g}% or more{otherwise}"
+    least = f"{reached} ({100 * reached / full:.1f}%)"
+    return LowkeyError(f"budget of {limit:.0f} bytes per token ({100 * limit / full:.1f}%) is below {least}, {rule}; {remedy}")

@@ -87,7 +87,8 @@ class Budget(Checked):
 @dataclass(frozen=True)
 class Factors:
     """One layer's maps into and out of the stored basis. Every `t` KV heads side by side share one latent of width t r, so that r is the
-    rank per head; a `1` in the place of `G` or `h`, possible when t is 1, means shared by all KV heads.
+    rank per head (rounded up where the width is no multiple of t: 2 of 3 heads of 64 are 128 numbers, rank 43); a `1` in the place of `G`
+    or `h`, possible when t is 1, means shared by all KV heads.
 
     With t = 1: `k ~= (k @ k_down) @ k_up` and `v ~= (v @ v_down) @ v_up`, so `q . k ~= (q @ k_up^T) . (k @ k_down)`.
     k_down (G|1, t d, t r_K), k_up (h|1, t r_K, d), v_down (G|1, t d, t r_V), v_up (h|1, t r_V, d); t may differ between keys and values.
@@ -114,9 +115,14 @@ class Factors:
 
     @property
     def ranks(self) -> tuple[int, int]:
-        """Numbers kept per KV head and token."""
+        """Numbers kept per KV head and token, rounded up."""
         t_k, t_v = self.merge
-        return self.k_down.shape[-1] // t_k, self.v_down.shape[-1] // t_v
+        return -(-self.k_down.shape[-1] // t_k), -(-self.v_down.shape[-1] // t_v)
+
+    def numbers(self, heads: int) -> int:
+        """Numbers that a token takes in this layer, of so many KV heads."""
+        t_k, t_v = self.merge
+        return heads // t_k * self.k_down.shape[-1] + heads // t_v * self.v_down.shape[-1]
 
     @property
     def per_head(self) -> bool:
@@ -151,6 +157,7 @@ class Basis:
     """Nested maps for every rank: of t = `merge` heads side by side, the first t r columns serve rank r. `exact` holds ranks fitted alone.
 
     columns (G|1, t d, t d), orthonormal when `rows` is None, else `rows` (G|1, t d, t d) maps back; mean (h, d) or None.
+    unit: only whole multiples of so many columns are taken, so that a rank that is rounded up holds whole heads and no more.
     """
 
     columns: Tensor
@@ -159,10 +166,11 @@ class Basis:
     spectrum: Tensor | None = None  # (G|1, d) energies of t columns each, largest first; what energy rules read
     merge: int = 1
     mean: Tensor | None = None
+    unit: int = 1
 
     def at(self, rank: int) -> tuple[Tensor, Tensor]:
-        """(down, up) of shapes (G|1, t d, t rank) and (h|1, t rank, d)."""
-        width = rank * self.merge
+        """(down, up) of shapes (G|1, t d, w) and (h|1, w, d), with the width w = t rank, or the next multiple of `unit` below."""
+        width = rank * self.merge // self.unit * self.unit
         down = dict(self.exact).get(rank, self.columns[..., :width])
         up = down.mT if self.rows is None else self.rows[..., :width, :]
         return down, blocks(up, self.merge)

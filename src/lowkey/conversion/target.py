@@ -84,11 +84,20 @@ def _check_fields(config: PreTrainedConfig, kind: str, fields: Mapping[str, Any]
         if type(value) is not FIELDS[kind][name] and not (name == "attention_layers" and value in SUBSETS):
             raise LowkeyError(f"field {name} {value!r}: must be of type {FIELDS[kind][name].__name__}")
     if kind in NEEDED and NEEDED[kind] not in fields:
-        raise LowkeyError(f"attention {kind!r} needs {NEEDED[kind]}; give it, like {NEEDED[kind]}=2")
+        raise LowkeyError(f"attention {kind!r} needs {NEEDED[kind]}; give it, like {NEEDED[kind]}={_like(config, kind)}")
     if kind == "lrkv" and "qk_rope_head_dim" in fields and fields.get("lrkv_rope_mode") != "partial":
         raise LowkeyError(f"qk_rope_head_dim {fields['qk_rope_head_dim']}: is for lrkv_rope_mode='partial'; leave it out")
     if "head_norm" in fields and source.gated(config) and fields["head_norm"] != config.head_norm:
         raise LowkeyError(f"head_norm {fields['head_norm']!r}: the source has {config.head_norm!r}, which stays; leave it out")
+
+
+def _like(config: PreTrainedConfig, kind: str) -> int:
+    """A size that can be given: fewer heads than the source has, where it can, which queries share evenly; or half a head."""
+    stored = config.num_key_value_heads or config.num_attention_heads
+    if kind == "mea":
+        return max(1, stored - 1)
+    fewer = [n for n in range(1, stored) if stored % n == 0]
+    return (fewer[-1] if fewer else 1) if kind == "gqa" else source.head_dim(config) // 2
 
 
 def _list(kind: str) -> str:

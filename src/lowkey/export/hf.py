@@ -19,14 +19,13 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lowkey import families, files, weights
 from lowkey.attention import register
-from lowkey.families import Part, Projections, Rope
+from lowkey.families import Geometry, Part, Projections, Rope
 from lowkey.ops.commuting import commutes
 from lowkey.ops.rope import rotate
 from lowkey.plan import Plan
 from lowkey.types import Factors, LowkeyError
 from lowkey.version import __version__
 
-REMEDY = "compress with --method kv-head-svd -O keys=commuting --budget 50% (25% with -O group=4)"
 EQUAL = 1e-4  # largest difference of two rotations of unit vectors that are taken to be the same
 
 
@@ -69,32 +68,42 @@ def target(model: PreTrainedModel, plan: Plan) -> tuple[int, int]:
             "and a plain checkpoint has as many KV heads in all of them; use the plan"
         )
     found = list(plan.factors.values())
-    forms = sorted({(f.merge, f.ranks) for f in found})
-    (t, t_v), (r, r_v) = forms[0]
+    forms = sorted({(f.merge, f.ranks, f.k_down.shape[-1]) for f in found})
+    (t, t_v), (r, r_v), width = forms[0]
+    remedy = _remedy(shape, turning := families.changing_rope(model))
     if plan.sinks or plan.recent:
         raise _refused(plan, f"it keeps {plan.sinks} sinks and {plan.recent} recent tokens exact", "compress with --sinks 0 --recent 0")
     if any(f.frequencies is not None for f in found):
         raise _refused(plan, "it turns keys at frequencies of its own", "compress with -O rope=kept")
-    turning = families.changing_rope(model)
     reasons = {
-        f"it narrows heads whose rope_type {turning!r} changes its frequencies with the length": bool(turning) and t * r < d,
+        f"it narrows heads whose rope_type {turning!r} changes its frequencies with the length": bool(turning) and width < d,
         "it takes means off keys or values": any(f.k_mean is not None or f.v_mean is not None for f in found),
         "its layers have other ranks than one another": len(forms) > 1,
         f"it merges the keys of {t} heads and the values of {t_v}": t != t_v,
         f"it keeps rank {r} of keys and {r_v} of values": r != r_v,
         f"it keeps every channel of every head (rank {r})": r == d,
-        f"it leaves latents of width {t * r} where a head is {d} wide": t > 1 and t * r != d,
+        f"it leaves latents of width {width} where a head is {d} wide": t > 1 and width != d,
     }
     for reason, bad in reasons.items():
         if bad:
-            raise _refused(plan, reason)
-    if not all(carries(model, f, t, t * r) for f in found):
+            raise _refused(plan, reason, remedy)
+    if not all(carries(model, f, t, width) for f in found):
         narrow = f"it does not keep the channels that a rotary embedding of width {r} turns at the same frequencies"
-        raise _refused(plan, "its key maps do not commute with rotary embedding" if t > 1 else narrow)
-    return t, t * r
+        raise _refused(plan, "its key maps do not commute with rotary embedding" if t > 1 else narrow, remedy)
+    return t, width
 
 
-def _refused(plan: Plan, reason: str, remedy: str = REMEDY) -> LowkeyError:
+def _remedy(shape: Geometry, changing: str | None) -> str:
+    """What to compress a model of this shape with, so that it can be exported."""
+    exact = "--sinks 0 --recent 0"
+    if shape.kv_heads == 1:  # none to merge, so that its one head becomes narrower
+        return "use the plan" if changing else f"compress with --method kv-latent -O rope=kept --budget 50% {exact}"
+    group = next(n for n in range(2, shape.kv_heads + 1) if shape.kv_heads % n == 0)
+    more = "" if group != 2 or shape.kv_heads % 4 else " (25% with -O group=4)"
+    return f"compress with --method kv-head-svd -O keys=commuting {exact} --budget {-(-100 // group)}%{more}"
+
+
+def _refused(plan: Plan, reason: str, remedy: str) -> LowkeyError:
     options = "".join(f" {n}={v}" for n, v in plan.method["parameters"].items())
     return LowkeyError(f"plan of method {plan.method['name']!r}{options and f' with{options}'} is not GQA-shaped: {reason}; {remedy}")
 

@@ -68,6 +68,10 @@ class Method(Checked, ABC):
         """Which of these ranks this method can serve, in a model of so many KV heads; always with the full rank, which is among them."""
         return ranks
 
+    def numbers(self, rank: int, heads: int, head_dim: int) -> int:
+        """What a token takes in a layer, of keys or of values of all heads, at a rank that is served."""
+        return rank * heads
+
     def tune(self, bases: dict[int, LayerBases], course: Course) -> dict[int, LayerBases]:
         """Better bases of all layers, before ranks are chosen."""
         return bases
@@ -75,3 +79,14 @@ class Method(Checked, ABC):
     def finish(self, factors: dict[int, Factors], course: Course) -> dict[int, Factors]:
         """Better factors, of the ranks that were chosen."""
         return factors
+
+
+def whole_heads(group: int, head_dim: int, ranks: list[int]) -> list[int]:
+    """The ranks among these that stand for 1, 2, ... whole heads of each group, rounded up where the group does not divide them."""
+    wanted = {-(-n * head_dim // group) for n in range(1, group + 1)}
+    return [r for r in ranks if r in wanted]
+
+
+def whole_numbers(rank: int, group: int, head_dim: int) -> int:
+    """What the whole heads of a group take that such a rank stands for."""
+    return rank * group // head_dim * head_dim

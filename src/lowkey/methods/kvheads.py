@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lowkey.methods.base import Method
+from lowkey.methods.base import Method, whole_heads, whole_numbers
 from lowkey.ops.bases import principal
 from lowkey.ops.commuting import commuting_basis, spread
 from lowkey.ops.products import joint_moments
@@ -24,6 +24,8 @@ Form = Literal["joint", "commuting", "mean"]
 class KVHeadSVD(Method):
     """Of every `group` = t KV heads side by side, the d directions of their joint (t d, t d) Gram that hold most ("SVD-a").
 
+    group: must divide the KV heads; 0 is the least number above 1 that does, 2 where they are even.
+
     keys: `layer` is the paper's form under RoPE (its Eq. 17-18, as others report them): one projection of all heads' keys to the width
     that is left, h d / t numbers that every query head meets; `grouped` has a projection for each group; `commuting` (ours) mixes the
     heads by one complex number per frequency, so that what is left is a key head that RoPE can rotate and `export` can write.
@@ -31,7 +33,8 @@ class KVHeadSVD(Method):
     heads: which are grouped, `consecutive` ones as in the paper or `similar` ones (ours): grouped so that the least energy is lost.
     basis: `weights` (the SVD of the projections, which is the Gram under white inputs, biases included, rotated at the positions of the
     windows under `post_rope`) and `mean` (heads are averaged, whatever `keys` says) are the paper's rivals.
-    whole: only ranks that leave whole heads, d/t for one of each group, as in the paper; otherwise any rank, where the form has it.
+    whole: only ranks that leave whole heads, d/t (rounded up) for one of each group, as in the paper; otherwise any rank, where the form
+    has it.
     The paper continues with LoRA training: `lowkey.recover`.
     """
 
@@ -39,30 +42,44 @@ class KVHeadSVD(Method):
     paper: ClassVar[str] = "arXiv:2406.07056"
     allocator: ClassVar[str] = "uniform"
 
-    group: int = option(2, at_least=1, at_most=1024)
+    group: int = option(0, at_least=0, at_most=1024)
     keys: Literal["layer", "grouped", "commuting"] = "layer"
     heads: Literal["consecutive", "similar"] = "consecutive"
     basis: Literal["activations", "weights", "mean"] = "activations"
     whole: bool = True
 
     def candidates(self, heads: int, head_dim: int, ranks: list[int]) -> list[int]:
-        self._check(heads)
-        if not self.whole and self._key_form != "commuting":
-            return ranks
-        return [r for r in ranks if r * self.group % head_dim == 0]
+        group = self.group_of(heads)
+        return whole_heads(group, head_dim, ranks) if self._whole_heads else ranks
+
+    def numbers(self, rank: int, heads: int, head_dim: int) -> int:
+        group = self.group_of(heads)
+        return heads // group * whole_numbers(rank, group, head_dim) if self._whole_heads else rank * heads
 
     def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
-        self._check(statistics.heads)
         h, rotary = statistics.heads, probe.rotary
+        group = self.group_of(h)
         d = len(statistics.values) // h
         keys, values = self._moments(statistics, probe)
-        order = self._order(keys, values, h, rotary)
+        order = self._order(keys, values, h, group, rotary)
         if order is not None:
             index = (order.unsqueeze(1) * d + torch.arange(d)).flatten()
             keys, values = keys[index][:, index], values[index][:, index]
-        wide = h if self._whole_layer else self.group
-        found = merging(keys, h, wide, self._key_form, rotary), merging(values, h, self.group, self._value_form, rotary)
-        return LayerBases(*found, order)
+        wide, unit = h if self._whole_layer else group, d if self._whole_heads else 1
+        keys_merged = merging(keys, h, wide, self._key_form, rotary, unit * wide // group)
+        return LayerBases(keys_merged, merging(values, h, group, self._value_form, rotary, unit), order)
+
+    def group_of(self, heads: int) -> int:
+        """How many of so many KV heads become one. Errors: LowkeyError for a group that does not divide them."""
+        divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+        if self.group and self.group not in divisors:
+            remedy = f"choose one of {', '.join(map(str, divisors[1:]))}" if heads > 1 else "choose another method"
+            raise LowkeyError(f"group {self.group}: must divide the model's {heads} KV heads; {remedy}")
+        return self.group or divisors[:2][-1]
+
+    @property
+    def _whole_heads(self) -> bool:
+        return self.whole or self._key_form == "commuting"
 
     @property
     def _key_form(self) -> Form:
@@ -78,32 +95,27 @@ class KVHeadSVD(Method):
     def _whole_layer(self) -> bool:
         return self.keys == "layer" and self.basis != "mean"
 
-    def _check(self, heads: int) -> None:
-        if self.group < 1 or heads % self.group:
-            divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-            raise LowkeyError(f"group {self.group}: must divide the model's {heads} KV heads; choose one of {divisors}")
-
     def _moments(self, statistics: LayerStatistics, probe: Probe) -> tuple[Tensor, Tensor]:
         """(h d, h d) of keys and of values."""
         if self.basis == "weights":
             return probe.white_moments(probe.layout, "basis 'weights'", "use basis 'activations'")
         return joint_moments(statistics, probe.layout)
 
-    def _order(self, keys: Tensor, values: Tensor, h: int, rotary: int) -> Tensor | None:
+    def _order(self, keys: Tensor, values: Tensor, h: int, group: int, rotary: int) -> Tensor | None:
         """The heads by groups; how the keys of a whole layer are grouped makes no difference."""
         if self.heads == "consecutive":
             return None
         cost = pair_losses(values, h, self._value_form, rotary) / values.trace()
         if not self._whole_layer:
             cost = cost + pair_losses(keys, h, self._key_form, rotary) / keys.trace()
-        found = cheapest_groups(cost, self.group)
+        found = cheapest_groups(cost, group)
         return None if torch.equal(found, torch.arange(h)) else found
 
 
-def merging(moment: Tensor, h: int, t: int, form: Form, rotary: int) -> Basis:
+def merging(moment: Tensor, h: int, t: int, form: Form, rotary: int, unit: int) -> Basis:
     """Of each t of h heads side by side, with their joint second moment (h d, h d)."""
     columns, energy = reduced(head_blocks(moment, h // t), t, form, rotary)
-    return Basis(columns.float(), spectrum=energy, merge=t)
+    return Basis(columns.float(), spectrum=energy, merge=t, unit=unit)
 
 
 def reduced(moments: Tensor, t: int, form: Form, rotary: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lowkey.methods.base import Method
+from lowkey.methods.base import Method, whole_heads, whole_numbers
 from lowkey.ops.bases import principal
 from lowkey.ops.commuting import spread, turning
 from lowkey.ops.products import joint_moments
@@ -21,7 +21,7 @@ GAIN = 1e-4  # of all energy: a sweep that gains less is the last
 
 @dataclass(frozen=True)
 class MEA(Method):
-    """H' = r h / d component heads stand for h KV heads, keys and values apart (Eq. 10-11); only ranks that make H' whole can be served.
+    """H' component heads stand for h KV heads, keys and values apart (Eq. 10-11): H' d numbers, and a rank of H' d / h, rounded up.
 
     basis: `weights` is the paper's, without data: the SVD over heads of the flattened projections (Eq. 36-38; components are scaled to an
     orthonormal mixing, so that the singular values stand in neither side; biases, of which the paper has none, count as the weights of one
@@ -39,7 +39,10 @@ class MEA(Method):
     basis: Literal["weights", "activations", "aligned"] = "weights"
 
     def candidates(self, heads: int, head_dim: int, ranks: list[int]) -> list[int]:
-        return [r for r in ranks if r * heads % head_dim == 0]
+        return whole_heads(heads, head_dim, ranks)
+
+    def numbers(self, rank: int, heads: int, head_dim: int) -> int:
+        return whole_numbers(rank, heads, head_dim)
 
     def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
         h = statistics.heads
@@ -66,7 +69,7 @@ def mixed(gram: Tensor, d: int) -> Basis:
     """The eigenvectors of the head Gram (h, h), whole component heads one after another."""
     mixing, energy = principal(gram)
     columns = torch.kron(mixing.contiguous(), torch.eye(d, dtype=mixing.dtype))
-    return Basis(columns.unsqueeze(0).float(), spectrum=spread(energy.unsqueeze(0), d), merge=len(gram))
+    return Basis(columns.unsqueeze(0).float(), spectrum=spread(energy.unsqueeze(0), d), merge=len(gram), unit=d)
 
 
 def aligned(blocks: Tensor, counts: list[int], rotary: int) -> Basis:
@@ -79,7 +82,7 @@ def aligned(blocks: Tensor, counts: list[int], rotary: int) -> Basis:
         kept[n] = max(held, float(alone[:n].sum()))
         if held == kept[n]:
             columns = (turns.unsqueeze(2) * mixing[:, None, :, None]).flatten(0, 1).flatten(1)
-            exact.append((n * d // h, columns.unsqueeze(0).float()))
+            exact.append((-(-n * d // h), columns.unsqueeze(0).float()))
     return replace(mixed(head_gram(blocks), d), exact=tuple(exact), spectrum=spread(_energies(kept), d))
 
 
