@@ -17,7 +17,8 @@ demo: .venv/.ready
 		-O parametrisation=free -O epochs=20 --force
 	$(LOWKEY) compress tiny $(DEMO)/kq-svd --method kq-svd --layout pre_rope --allocator greedy -O group=6 --budget 50% --windows 24 --force
 	$(LOWKEY) compress tiny $(DEMO)/pca --method pca --budget 50% --windows 24 --force
-	$(LOWKEY) eval tiny --plan $(DEMO)/stiefattention --plan $(DEMO)/kq-svd --plan $(DEMO)/pca --out $(DEMO)/results/tiny.json
+	$(LOWKEY) eval tiny --plan $(DEMO)/stiefattention --plan $(DEMO)/kq-svd --plan $(DEMO)/pca --task perplexity,recall,speed \
+		--out $(DEMO)/results/tiny.json
 	$(LOWKEY) report $(DEMO)/results -o $(DEMO)/report.html
 	@echo "open $(DEMO)/report.html"
 

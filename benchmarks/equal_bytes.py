@@ -92,7 +92,7 @@ def run(
     dtype: str = "auto",
     allocator: str = "greedy",
     methods: Annotated[str, typer.Option(help="labels, separated by semicolons; all when not given")] = "",
-    tasks: str = "perplexity,layers,recall",
+    tasks: str = "perplexity,decode,layers,recall,speed",
     recent: Annotated[
         int, typer.Option(help="last tokens kept exact in every setting, in the place of KIVI's own; give another OUT.json")
     ] = 0,
@@ -102,7 +102,7 @@ def run(
     loaded, tokenizer = load(model, dtype, "cpu")
     corpus = text.read_text(calibration, "calibration") if calibration else text.embedded("calibration")
     judged = text.read_text(data, "data") if data else text.embedded("evaluation")
-    task = Task(judged, str(data or "embedded"), context, windows, cases)
+    task = Task({str(data or "embedded"): judged}, context, windows, cases)
     found = json.loads(out.read_text()) if out.exists() else {"rows": []}
     done = {(row["label"], row["seed"]) for row in found["rows"]}
     names_done = {label for label, _ in done}

@@ -62,7 +62,7 @@ def main(
     loaded, tokenizer = load(model, "auto", "cpu")
     corpus = text.read_text(calibration, "calibration") if calibration else text.embedded("calibration")
     judged = text.read_text(data, "data") if data else text.embedded("evaluation")
-    task = Task(judged, str(data or "embedded"), context, windows, cases)
+    task = Task({str(data or "embedded"): judged}, context, windows, cases)
     found = json.loads(out.read_text()) if out.exists() else {"rows": []}
     done = {(r["label"], r["schedule"], r["seed"]) for r in found["rows"]}
     for label, seed in product(plans.split(";") if plans else PLANS, range(seeds)):
@@ -98,7 +98,7 @@ def measured(
         trained = recover(model, tokenizer, plan, corpus, settings=settings, progress=bars)
         model, plan, losses = trained.model, trained.plan, trained.losses
     seconds = time.perf_counter() - start
-    row = evaluate(model, tokenizer, [full(model), planned(model, plan, "")], task, ["perplexity", "recall"], bars)["rows"][1]
+    row = evaluate(model, tokenizer, [full(model), planned(model, plan, "")], task, ["perplexity", "decode", "recall"], bars)["rows"][1]
     kept = row["bytes_held"] / row["bytes_full"]
     return {
         **{name: row[name] for name in SHOWN},

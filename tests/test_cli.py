@@ -29,13 +29,13 @@ from lowkey import cli, dynamic, files, loading, text
 from lowkey.allocate import ALLOCATORS
 from lowkey.commands import common
 from lowkey.dynamic import DynaPlan, dyna_cache
-from lowkey.evaluate.result import TASKS
 from lowkey.methods import METHODS, PCA, StiefAttention
 from lowkey.plan import JSON, TENSORS, Plan
 from lowkey.types import LowkeyError
 
 SMALL = ("--method", "pca", "--windows", 8, "--context", 32)
 SCORE = ("--windows", 2, "--context", 192, "--cases", 1)
+EVERYTHING = ("--task", "perplexity,layers,recall,speed")
 ALL = ("compress", "dynamic", "eval", "generate", "profile", "methods", "policies", "heads", "inspect", "report")
 ROW = (
     *("name", "method", "plan", "policy", "budget", "task", "perplexity", "kl", "top1_agreement", "layer_error", "exact_match"),
@@ -105,7 +105,7 @@ def made(model, tmp_path_factory):
 def scored(model, made, tmp_path_factory):
     """(result file, what `eval --json` did)."""
     out = tmp_path_factory.mktemp("results") / "pico.json"
-    return out, done("eval", model, "--plan", made[0], *SCORE, "--out", out, "--json")
+    return out, done("eval", model, "--plan", made[0], *SCORE, *EVERYTHING, "--out", out, "--json")
 
 
 @pytest.fixture
@@ -529,7 +529,8 @@ def stopped_at(layer: int) -> Iterator[None]:
 
 def test_ctrl_c_leaves_no_plan_but_its_work(model, here):
     with stopped_at(1):
-        assert "compress, dynamic, recover and pretrain resume when given again" in refused("compress", model, "out", *SMALL, status=130)
+        line = refused("compress", model, "out", *SMALL, status=130)
+        assert "compress, dynamic, eval, recover and pretrain resume when given again" in line
     assert not (here / "out").exists()
     assert {p.name for p in (here / "out.partial").glob("*/*")} == {"job.json", "layer-0.safetensors"}
 
@@ -734,10 +735,16 @@ def test_bytes_are_held_as_predicted(scored):
     assert len({row["bytes_held"] for row in rows}) == len(rows)
 
 
-def test_everything_is_measured_when_no_task_is_given(scored):
+def test_everything_that_was_asked_for_is_measured(scored):
     unmeasured = {key for row in json.loads(scored[1].out)["rows"] for key in ROW[6:] if row[key] is None}
     assert unmeasured == set()
-    assert json.loads(scored[1].out)["rows"][0]["task"] == ",".join(TASKS)
+    assert json.loads(scored[1].out)["rows"][0]["task"] == EVERYTHING[1]
+
+
+def test_without_a_task_perplexity_and_bytes_are_measured(model, here):
+    for row in printed("eval", model, *SCORE, "--out", "r.json")["rows"]:
+        assert row["task"] == "perplexity" and row["bytes_held"] and row["kl"] is not None
+        assert {row[key] for key in ("layer_error", "exact_match", "perplexity_decode", "prefill_ms", "step_ms")} == {None}
 
 
 @pytest.mark.parametrize("words", [["--task", "layers"], ["--task", "layers,speed"], ["--task", "layers", "--task", "speed"]], ids=str)
@@ -757,7 +764,7 @@ def test_plans_of_the_same_name_keep_rows_of_their_own(model, made, here):
     done("compress", model, "wide", *SMALL, "--rank-multiple", 8)
     words = ("--plan", made[0], "--plan", "wide", "--bits", 8, "--task", "layers", "--out", "r.json")
     rows = printed("eval", model, *SCORE, *words)["rows"]
-    assert [row["name"] for row in rows] == ["full", "pca 50%", "pca 50% (2)", "pca 50% int8", "pca 50% int8 (2)", "int8"]
+    assert [row["name"] for row in rows] == ["full", "pca 50% pca", "pca 50% wide", "pca 50% int8 pca", "pca 50% int8 wide", "int8"]
     assert [row["plan"] for row in rows] == [None, *[str(made[0]), "wide"] * 2, None]
     assert rows[1]["layer_error"] != rows[2]["layer_error"]
     assert rows[3]["bytes_held"] < rows[1]["bytes_held"] and (rows[3]["bits"], rows[3]["packing"]) == (8, "int8")

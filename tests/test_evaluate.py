@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import string
 
@@ -12,16 +13,17 @@ import torch
 
 import lowkey
 from lowkey import LowkeyError, Sample, families
-from lowkey.evaluate import layerwise, likelihood, speed
+from lowkey.evaluate import footprint, layerwise, likelihood
 from lowkey.evaluate.result import TASKS, Task, evaluate
 from lowkey.evaluate.settings import distinct, full, packed, planned
+from lowkey.intervals import t95
 from lowkey.layers.coded import Exact
 from lowkey.methods import PCA
 from lowkey.progress import silent
 
 TEXT = "".join(string.printable[(i * i + 7 * i) % 95] for i in range(1000))
 OTHER = "".join(string.printable[(i * i * 3 + 11 * i) % 95] for i in range(300))
-LENGTH, COUNT, BATCH = 25, 5, 2  # an odd length, and a last batch of one
+LENGTH, COUNT, BATCH = 25, 5, 2  # an odd length
 TIMES = ("prefill_ms", "step_ms")
 
 
@@ -32,8 +34,8 @@ def windows() -> torch.Tensor:
 
 
 def calibrated(budget: str, **kwargs: object) -> lowkey.Plan:
-    sample = Sample(windows=8, length=24, batch=4)
-    return lowkey.calibrate(pico.attached("llama"), pico.tokenizer(), TEXT, method=PCA(), budget=budget, sample=sample, **kwargs)
+    sample, words = Sample(windows=8, length=24, batch=4), kwargs.pop("seed_text", TEXT)
+    return lowkey.calibrate(pico.attached("llama"), pico.tokenizer(), words, method=PCA(), budget=budget, sample=sample, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +51,9 @@ def settings(half):
     return [full(model), planned(model, whole, "whole"), planned(model, half, "half"), packed(model, 8), packed(model, 4)]
 
 
-def run(settings, names=("perplexity",), **task: object) -> dict:
-    what = Task(OTHER, "other", **{"context": LENGTH, "windows": COUNT, "batch": BATCH, "cases": 1, **task})
-    return evaluate(pico.attached("llama"), pico.tokenizer(), settings, what, names)
+def run(settings, names=("perplexity",), work=None, **task: object) -> dict:
+    what = Task({"other": OTHER}, **{"context": LENGTH, "windows": COUNT, "batch": BATCH, "cases": 1, **task})
+    return evaluate(pico.attached("llama"), pico.tokenizer(), settings, what, names, work=work)
 
 
 def by_name(result: dict) -> dict[str, dict]:
@@ -66,6 +68,7 @@ def test_a_window_of_exact_tokens_beside_what_is_compressed(half):
     ]
     rows = by_name(run([full(model), *found, packed(model, 4), planned(model, half, "half")]))
     assert list(rows)[1:5] == ["int4 + 4 recent", "pca 50% + 4 recent", f"int4 + {LENGTH} recent", f"pca 50% + {LENGTH} recent"]
+    assert [rows[name]["recent"] for name in list(rows)[1:]] == [4, 4, LENGTH, LENGTH, 0, 0]
     for name in ("int4", "pca 50%"):
         assert rows[name]["bytes_held"] < rows[f"{name} + 4 recent"]["bytes_held"] < rows[f"{name} + {LENGTH} recent"]["bytes_held"]
         assert rows[f"{name} + {LENGTH} recent"]["kl"] < 1e-6 < rows[f"{name} + 4 recent"]["kl"]
@@ -74,7 +77,7 @@ def test_a_window_of_exact_tokens_beside_what_is_compressed(half):
 @pytest.fixture(scope="module")
 def rows(settings):
     """Rows by name, with likelihoods, layer errors and bytes."""
-    return by_name(run(settings, ("perplexity", "layers")))
+    return by_name(run(settings, ("perplexity", "decode", "layers")))
 
 
 def reference() -> torch.Tensor:
@@ -153,16 +156,159 @@ def test_more_bits_are_closer(rows):
     assert 0 < rows["int8"]["kl"] < rows["int4"]["kl"]
 
 
-def test_the_batch_size_does_not_matter(rows, settings):
-    other = by_name(run(settings, batch=3))
-    for name, row in other.items():
-        assert row["perplexity"] == pytest.approx(rows[name]["perplexity"], rel=1e-5)
-        assert row["kl"] == pytest.approx(rows[name]["kl"], rel=1e-3, abs=1e-7)
+def test_every_window_has_its_sums(rows, half):
+    logs, full, per = compressed(half, Exact(), [LENGTH]), reference(), rows["pca 50%"]["per_window"]
+    for n, row in enumerate(windows()):
+        assert per["nll"][n] == pytest.approx(-sum(float(logs[n, t - 1, row[t]]) for t in range(1, LENGTH)), rel=1e-4)
+        kl = (full[n].double().exp() * (full[n] - logs[n]).double())[:-1].sum()
+        assert per["kl"][n] == pytest.approx(float(kl), rel=1e-3)
+    assert per["tokens"] == [LENGTH - 1] * COUNT
+
+
+def test_intervals_are_over_windows(rows, settings):
+    """Student's t from a table: 2.776 for five windows."""
+    row = rows["pca 50%"]
+    kl = [x / (LENGTH - 1) for x in row["per_window"]["kl"]]
+    spread = math.sqrt(sum((x - sum(kl) / 5) ** 2 for x in kl) / 4 / 5)
+    assert row["kl_95"] == pytest.approx(2.776 * spread, rel=5e-3)
+    nll = [x / (LENGTH - 1) for x in row["per_window"]["nll"]]
+    spread = math.sqrt(sum((x - sum(nll) / 5) ** 2 for x in nll) / 4 / 5)
+    assert row["perplexity_95"] == pytest.approx(row["perplexity"] * 2.776 * spread, rel=5e-3)
+    assert by_name(run(settings[:1], windows=2))["full"]["kl_95"] is None
+
+
+@pytest.mark.parametrize("freedom, t", [(2, 4.303), (3, 3.182), (4, 2.776), (6, 2.447), (11, 2.201), (30, 2.042)])
+def test_students_t(freedom, t):
+    assert t95(freedom) == pytest.approx(t, rel=0.012 if freedom < 4 else 3e-3)
+
+
+def test_windows_are_taken_from_each_text_in_turn(settings):
+    """Three of one text, of which the second has one only."""
+    ids = [pico.tokenizer()(words).input_ids for words in (OTHER, TEXT[:30])]
+    body = LENGTH - 1
+    expected = [ids[0][:body], ids[1][:body], ids[0][body : 2 * body], ids[0][2 * body : 3 * body]]
+    what = Task({"a": OTHER, "b": TEXT[:30]}, LENGTH, 4)
+    result = evaluate(pico.attached("llama"), pico.tokenizer(), settings[:1], what)
+    logs = [pico.feed(pico.stock("llama"), torch.tensor([[0, *row]])).log_softmax(-1)[0] for row in expected]
+    nll = [-sum(float(log[t, row[t]]) for t in range(body)) for log, row in zip(logs, expected, strict=True)]
+    assert result["rows"][0]["per_window"]["nll"] == pytest.approx(nll, rel=1e-4)
+    assert list(result["environment"]["data"]["texts"]) == ["a", "b"]
 
 
 def test_a_hopeless_perplexity_is_infinite():
-    assert likelihood.Tally(nll=1e6, nll_decode=1e6, tokens=1, tokens_decode=1).row()["perplexity"] == math.inf
-    assert math.isnan(likelihood.Tally(nll=math.nan, nll_decode=1.0, tokens=1, tokens_decode=1).row()["perplexity"])
+    window = {"nll": 1e6, "kl": 1.0, "agree": 0, "tokens": 1}
+    assert likelihood.row([window])["perplexity"] == math.inf
+    assert math.isnan(likelihood.row([window | {"nll": None}])["perplexity"])
+
+
+# -- only what was asked for, and no more forward passes than that takes
+
+
+class Counted:
+    """How many tokens a model reads."""
+
+    def __init__(self, model, monkeypatch):
+        self.tokens, forward = 0, model.forward
+
+        def counting(input_ids, **kwargs):
+            self.tokens += input_ids.numel()
+            return forward(input_ids, **kwargs)
+
+        monkeypatch.setattr(model, "forward", counting)
+
+
+def test_perplexity_is_one_pass_for_each_setting_and_window(settings, monkeypatch):
+    """Bytes come from the same passes."""
+    counted = Counted(pico.attached("llama"), monkeypatch)
+    rows = run(settings)["rows"]
+    assert counted.tokens == len(settings) * COUNT * LENGTH
+    assert all(row["bytes_held"] for row in rows) and {
+        row[key] for row in rows for key in (*TIMES, "layer_error", "perplexity_decode")
+    } == {None}
+
+
+def test_without_a_task_that_fills_caches_bytes_take_one_prompt(settings, monkeypatch):
+    counted = Counted(pico.attached("llama"), monkeypatch)
+    assert all(row["bytes_held"] for row in run(settings, ())["rows"])
+    assert counted.tokens == len(settings) * LENGTH
+
+
+# -- unfinished work
+
+
+class StopError(Exception):
+    pass
+
+
+def stopping(after: int):
+    """Progress that ends the work after so many items in all."""
+    count = itertools.count()
+
+    def progress(items, label, total=None):
+        for item in items:
+            if next(count) == after:
+                raise StopError
+            yield item
+
+    return progress
+
+
+EVERYTHING = ("perplexity", "decode", "layers", "recall", "speed")
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_interrupted_work_goes_on_to_the_same_rows(settings, name, tmp_path, monkeypatch):
+    task = Task({"other": OTHER}, 192 if name == "recall" else LENGTH, 1 if name == "recall" else COUNT, 2)
+    model = pico.attached("llama")
+
+    def again(progress=silent, work=tmp_path / "work"):
+        return evaluate(model, pico.tokenizer(), settings, task, (name,), progress, work)["rows"]
+
+    straight = again(work=None)
+    for after in (2, 3):
+        with pytest.raises(StopError):
+            again(stopping(after))
+    counted = Counted(model, monkeypatch)
+    rest = again()
+    partial, counted.tokens = counted.tokens, 0
+    again(work=None)
+    assert partial < counted.tokens or name == "layers"  # one layer at a time, which no forward pass of the model does
+    assert [{k: v for k, v in row.items() if k not in TIMES} for row in rest] == [
+        {k: v for k, v in row.items() if k not in TIMES} for row in straight
+    ]
+
+
+def test_finished_work_is_not_done_again(settings, tmp_path, monkeypatch):
+    first = run(settings, EVERYTHING, tmp_path / "work", context=192, windows=1)["rows"]
+    counted = Counted(pico.attached("llama"), monkeypatch)
+    assert run(settings, EVERYTHING, tmp_path / "work", context=192, windows=1)["rows"] == first
+    assert counted.tokens == 0
+
+
+@pytest.mark.parametrize("change", ["text", "context", "settings", "plan", "names"])
+def test_another_job_starts_anew(settings, half, change, tmp_path, monkeypatch):
+    model = pico.attached("llama")
+    run(settings, work=tmp_path / "work")
+    counted = Counted(model, monkeypatch)
+    if change == "plan":  # another one of the same name in the same place
+        other = calibrated("50%", allocator="uniform", seed_text=OTHER)
+        run([*settings[:2], planned(model, other, "half"), *settings[3:]], work=tmp_path / "work")
+    elif change == "text":
+        what = Task({"other": TEXT}, LENGTH, COUNT, 1, batch=BATCH)
+        evaluate(model, pico.tokenizer(), settings, what, work=tmp_path / "work")
+    else:
+        run(settings[:-1] if change == "settings" else settings, ("decode",) if change == "names" else ("perplexity",), tmp_path / "work",
+            context=24 if change == "context" else LENGTH)  # fmt: skip
+    assert counted.tokens >= 4 * COUNT * 24
+    assert len(list((tmp_path / "work").iterdir())) == 1
+
+
+def test_damaged_work_is_told(settings, tmp_path):
+    run(settings, work=tmp_path / "work")
+    (file,) = tmp_path.glob("work/*/measured.json")
+    file.write_text(file.read_text().replace("1", "2", 1))
+    with pytest.raises(LowkeyError, match="unfinished work"):
+        run(settings, work=tmp_path / "work")
 
 
 # -- layers
@@ -226,15 +372,15 @@ def test_bytes_are_held_as_predicted(rows):
 
 def test_sliding_layers_hold_as_predicted():
     model = pico.attached("gemma2")
-    found = speed.measure(model, pico.tokenizer(), [full(model), packed(model, 8)], pico.prompt(40, 1), silent)
+    found = footprint.measure(model, pico.tokenizer(), [full(model), packed(model, 8)], pico.prompt(40, 1), silent)
     for row in found.values():
         assert row["bytes_held"] == row["bytes_predicted"]
     slides = 2 * 4 * (pico.WINDOW - 1) * pico.HEAD_DIM * 4
     assert found["full"]["bytes_held"] == slides + 2 * 2 * 4 * 40 * pico.HEAD_DIM * 4
 
 
-def test_bytes_and_times_are_measured_whatever_is_asked(settings):
-    row = run(settings, ("layers",))["rows"][2]
+def test_times_are_measured_when_asked_for(settings):
+    row = run(settings, ("speed",))["rows"][2]
     assert row["bytes_held"] > 0 and row["prefill_ms"] > 0 and row["step_ms"] > 0
     assert row["perplexity"] is None and row["exact_match"] is None
 
@@ -258,12 +404,37 @@ def test_the_same_again_gives_the_same(settings):
 
 def test_settings_of_the_same_name_are_told_apart(half, settings):
     model = pico.attached("llama")
-    twice = [full(model), planned(model, half, "a"), planned(model, half, "b"), packed(model, 8), packed(model, 8)]
+    twice = [full(model), planned(model, half, "x/a"), planned(model, half, "x/b"), packed(model, 8), packed(model, 8, Exact(4, 32))]
     result = run(twice, ("layers",))["rows"]
-    assert [row["name"] for row in result] == ["full", "pca 50%", "pca 50% (2)", "int8", "int8 (2)"]
-    assert [row["plan"] for row in result] == [None, "a", "b", None, None]
+    assert [row["name"] for row in result] == ["full", "pca 50% a", "pca 50% b", "int8", "int8 + 4 sinks + 32 recent"]
+    assert [row["plan"] for row in result] == [None, "x/a", "x/b", None, None]
     assert result[1]["layer_error"] == result[2]["layer_error"]
     assert [s.name for s in distinct(settings)] == [s.name for s in settings]
+
+
+def test_a_name_says_in_what_plans_differ():
+    model = pico.attached("llama")
+    sample = Sample(windows=8, length=24, batch=4)
+
+    def made(layout, **options):
+        method = lowkey.methods.KQSVD(**options)
+        plan = lowkey.calibrate(
+            model, pico.tokenizer(), TEXT, method=method, budget="50%", layout=layout, sample=sample, allocator="uniform"
+        )
+        return planned(model, plan, f"plans/{layout}-{options}")
+
+    plans = [made("pre_rope", group=2), made("pre_rope"), made("post_rope")]
+    names = [s.name for s in distinct([full(model), *plans])]
+    assert names == ["full", "kq-svd 50% pre_rope group=2", "kq-svd 50% pre_rope", "kq-svd 50% post_rope"]
+    assert [s.name for s in distinct([full(model), plans[0]])] == ["full", "kq-svd 50%"]
+
+
+def test_a_setting_given_twice_is_refused(half):
+    model = pico.attached("llama")
+    with pytest.raises(LowkeyError, match="'int8': is given twice"):
+        distinct([full(model), packed(model, 8), packed(model, "int8")])
+    with pytest.raises(LowkeyError, match="given twice"):
+        distinct([planned(model, half, "a"), planned(model, half, "a")])
 
 
 def test_a_plan_row_carries_its_profile(settings, half):

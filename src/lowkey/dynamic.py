@@ -89,6 +89,10 @@ class DynaPlan:
         sizes = {dtype: self.bytes_per_token(size) for dtype, size in (("float32", 4), ("bfloat16", 2))}
         return {"format": FORMAT, "method": METHOD, "budget": self.budget, **known, "bytes_per_token": sizes}
 
+    def digest(self) -> str:
+        """A checksum of the maps and gates."""
+        return files.digest(self._tensors())
+
     def _tensors(self) -> dict[str, Tensor]:
         """The down maps, whose transposes are the up maps, and the gates."""
         maps = {f"{i}.{name}": getattr(f, name) for i, f in self.factors.items() for name in ("k_down", "v_down")}

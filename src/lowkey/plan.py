@@ -96,6 +96,10 @@ class Plan:
         sizes = {dtype: self.bytes_per_token(size) for dtype, size in (("float32", 4), ("bfloat16", 2))}
         return {"format": FORMAT, **{n: getattr(self, n) for n in FIELDS}, "ranks": ranks, "order": order, "bytes_per_token": sizes}
 
+    def digest(self) -> str:
+        """A checksum of the maps."""
+        return files.digest(self._tensors())
+
     def _tensors(self) -> dict[str, Tensor]:
         """Orthonormal plans store the down maps only: the up maps are their transposes."""
         names = (*(("k_down", "v_down") if self.orthonormal else MAPS), "k_mean", "v_mean", "frequencies")

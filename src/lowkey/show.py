@@ -105,9 +105,15 @@ def show_rows(result: dict) -> None:
     shown = [c for c in COLUMNS if any(row[c] is not None for row in result["rows"])]
     table = Table("setting", *[COLUMNS[c][0] for c in shown], "kept", title=f"{result['model']}, {result['environment']['dtype']}")
     for row in result["rows"]:
-        cells = ["-" if row[c] is None else format(row[c], COLUMNS[c][1]) for c in shown]
+        cells = [_cell(row, c) for c in shown]
         table.add_row(row["name"], *cells, f"{100 * row['bytes_held'] / row['bytes_full']:.1f}%")
     screen.print(table)
+
+
+def _cell(row: dict, name: str) -> str:
+    """A number, with half of its 95 % interval where windows tell one."""
+    value, off, how = row[name], row.get(f"{name}_95"), COLUMNS[name][1]
+    return "-" if value is None else format(value, how) + ("" if off is None else f" ± {off:{how}}")
 
 
 def show_heads(found: HeadScores, place: Path, asked: int) -> None:

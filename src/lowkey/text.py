@@ -102,6 +102,11 @@ def windows(ids: Tensor, tokenizer: PreTrainedTokenizerBase, length: int, argume
     return torch.cat([torch.tensor(start, dtype=torch.long).expand(count, -1), rows], dim=1)
 
 
+def in_turn(parts: Sequence[Tensor]) -> Tensor:
+    """Windows (n, t) of several texts as one: the first of each, then the second of each that has one, and so on."""
+    return torch.stack([rows[i] for i in range(max(map(len, parts))) for rows in parts if i < len(rows)])
+
+
 def sample_windows(ids: Tensor, tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int, argument: str) -> Tensor:
     """At most `count` of the windows, in random order, cut from a random phase: another seed is another sample."""
     generator = torch.Generator().manual_seed(seed)

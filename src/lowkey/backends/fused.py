@@ -13,7 +13,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from lowkey.backends.segment import Part, Segment, joint_mask, kv_heads
 
 QUERIES = 16  # from so many on it is faster than products that form scores
-ROWS = 512  # queries taken at once: what none of them sees is not read
+ROWS = 128  # queries taken at once: what none of them sees is not read
 
 
 def fits(segments: Sequence[Segment], softcap: float | None) -> bool:

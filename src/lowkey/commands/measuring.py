@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import time
 from collections.abc import Sequence
@@ -29,14 +30,16 @@ from lowkey.commands.common import (
     word_of,
 )
 from lowkey.commands.plans import plan_at
-from lowkey.evaluate.result import TASKS, Task, evaluate
-from lowkey.evaluate.settings import evicted, full, packed
+from lowkey.evaluate.result import TASKS, USUAL, Task, evaluate, job_of
+from lowkey.evaluate.settings import BESIDE, distinct, evicted, full, packed
+from lowkey.layers.exact import Exact
 from lowkey.loading import load
 from lowkey.plan import Plan
 from lowkey.progress import bars
 from lowkey.show import show_bench, show_rows
 
 QUESTION = 32  # tokens
+OWN = "(default: the plan's own; integers alone"
 
 
 def eval_(
@@ -55,8 +58,15 @@ def eval_(
     option: Annotated[list[str] | None, typer.Option("--option", "-O", help="an option of the policies, like recent=4")] = None,
     allocator_option: AllocatorOptions = None,
     refeed: Annotated[bool, typer.Option(help="recall: ask again over what was kept, so that the first answer token is tested too")] = True,
-    data: Annotated[Path | None, typer.Option(help="a UTF-8 text file (default: the embedded text)")] = None,
-    task: Annotated[list[str] | None, typer.Option(help=f"{', '.join(TASKS)} (all when not given)")] = None,
+    sinks: Annotated[
+        int | None,
+        typer.Option(help=within(Exact, "sinks", f"first tokens kept exact by plans and integers {OWN} {BESIDE.sinks})")),
+    ] = None,
+    recent: Annotated[int | None, typer.Option(help=within(Exact, "recent", f"last tokens kept exact, too {OWN} {BESIDE.recent})"))] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="a UTF-8 text file (default: the embedded text); repeat to take windows from each in turn")
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option(help=f"only these are run: {', '.join(TASKS)} (default: {', '.join(USUAL)})")] = None,
     context: Annotated[int | None, typer.Option(help="tokens per window and per recall case (default: 512, or all a model takes)")] = None,
     windows: Annotated[int, typer.Option(help=within(Task, "windows", "windows of text to score at most, as far as it goes"))] = 16,
     cases: Annotated[int, typer.Option(help=within(Task, "cases", "recall cases"))] = 20,
@@ -66,32 +76,48 @@ def eval_(
     out: Annotated[Path | None, typer.Option(help="result file (default: results/eval-MODEL-TIME.json)")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the full cache, plans, policies and packed integers on the same text: quality, bytes really held, speed.
+    """Measure the full cache, plans, policies and packed integers on the same text: quality, bytes really held, and speed if asked for.
 
-    One row for each policy and budget; with one --plan, policies evict on top of it.
+    One row for each policy and budget; with a --plan, policies evict on top of it. Interrupted work resumes when the same command is
+    given again.
     """
     place = out or Path("results") / f"eval-{Path(model).name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
     files.check_file(place, "result")
+    work = files.work_beside(place)
     hold(Task, windows=windows, cases=cases, seed=seed)
     if context is not None:
         hold(Task, context=context)
-    names = [word_of("task", name, TASKS) for item in task or TASKS for name in item.split(",")]
+    hold(Exact, **{name: value for name, value in (("sinks", sinks), ("recent", recent)) if value is not None})
+    names = [word_of("task", name, TASKS) for item in task or USUAL for name in item.split(",")]
     policies = policies_of(policy, budget, option, allocator_option, heads)
-    corpus = text.read_text(data, "data") if data else text.embedded("evaluation")
+    texts = {str(path): text.read_text(path, "data") for path in data or ()} or {"embedded": text.embedded("evaluation")}
     loaded, tokenizer = load(model, dtype, device)
     context = _usual_context(loaded, names) if context is None else context
     plans = [plan_at(p, loaded) for p in plan or []]
     scores = head_scores(heads, loaded)
-    settings = [full(loaded)] + [p.setting(loaded) for p in plans]
+    settings = [full(loaded)] + [p.setting(loaded, None, sinks, recent) for p in plans]
     below: list[tuple[Plan | None, str | None]] = [(p.ordinary("policy"), str(p.path)) for p in plans if policies] or [(None, None)]
     settings += [evicted(loaded, wanted, name, context, *p, heads=scores) for name, wanted in policies for p in below]
-    settings += [p.setting(loaded, b) for p in plans for b in bits or ()]
-    settings += [packed(loaded, b) for b in bits or (() if families.stores_its_own(loaded.config) else (8, 4))]
-    what = Task(corpus, str(data) if data else "embedded", context, windows, cases, seed, refeed=refeed)
-    result = evaluate(loaded, tokenizer, settings, what, names, bars)
+    settings += [p.setting(loaded, b, sinks, recent) for p in plans for b in bits or ()]
+    beside = Exact(BESIDE.sinks if sinks is None else sinks, BESIDE.recent if recent is None else recent)
+    settings += [packed(loaded, b, beside) for b in bits or (() if families.stores_its_own(loaded.config) else (8, 4))]
+    what = Task(texts, context, windows, cases, seed, refeed=refeed)
+    if out is None:
+        place, work = _begun(place, job_of(loaded, tokenizer, distinct(settings), what, names)) or (place, work)
+    result = evaluate(loaded, tokenizer, settings, what, names, bars, work)
     files.write_json(place, result, "result")
+    files.remove_work(work)
     err.print(f"result written to {place}", highlight=False, soft_wrap=True)
     print(json.dumps(result)) if as_json else show_rows(result)
+
+
+def _begun(place: Path, job: dict) -> tuple[Path, Path] | None:
+    """The result file, with the folder for its unfinished work, that this very job was to write when it was stopped, if it was."""
+    name = place.name[: -len("YYYYmmdd-HHMMSS.json")]
+    for work in sorted(place.parent.glob(f"{glob.escape(name)}*.json.partial")):
+        if (work / files.job_name(job)).is_dir() and not (begun := work.with_suffix("")).exists():
+            return begun, files.work_beside(begun)
+    return None
 
 
 def _usual_context(model: PreTrainedModel, tasks: Sequence[str]) -> int:

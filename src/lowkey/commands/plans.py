@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from lowkey import dynamic, files
 from lowkey.cache import LowkeyCache, make_cache
 from lowkey.dynamic import DynaPlan, dyna_cache
-from lowkey.evaluate.settings import Setting, identity, planned
+from lowkey.evaluate.settings import Setting, identity, place_of, planned, window_of
 from lowkey.plan import Plan
 from lowkey.policies.base import Policy
 from lowkey.show import show_dynamic, show_plan
@@ -19,7 +19,8 @@ from lowkey.types import LowkeyError
 
 
 class Folder(Protocol):
-    """`wanted` says on whose behalf an ordinary plan is asked for. Errors: LowkeyError for what this kind of plan cannot do."""
+    """`wanted` says on whose behalf an ordinary plan is asked for; sinks and recent, of `setting`, stand in the place of the plan's own
+    where it keeps exact tokens. Errors: LowkeyError for what this kind of plan cannot do."""
 
     @property
     def path(self) -> Path: ...
@@ -28,7 +29,7 @@ class Folder(Protocol):
 
     def cache(self, model: PreTrainedModel, policy: Policy | None, bits: str | None) -> LowkeyCache: ...
 
-    def setting(self, model: PreTrainedModel, bits: str | None = None) -> Setting: ...
+    def setting(self, model: PreTrainedModel, bits: str | None = None, sinks: int | None = None, recent: int | None = None) -> Setting: ...
 
     def show(self, as_json: bool) -> None: ...
 
@@ -46,8 +47,8 @@ class Ordinary:
     def cache(self, model: PreTrainedModel, policy: Policy | None, bits: str | None) -> LowkeyCache:
         return make_cache(model, self.plan, policy, bits=bits)
 
-    def setting(self, model: PreTrainedModel, bits: str | None = None) -> Setting:
-        return planned(model, self.plan, str(self.path), bits)
+    def setting(self, model: PreTrainedModel, bits: str | None = None, sinks: int | None = None, recent: int | None = None) -> Setting:
+        return planned(model, self.plan, str(self.path), bits, window_of(model, self.plan, bits, sinks, recent))
 
     def show(self, as_json: bool) -> None:
         show_plan(self.plan, self.path, as_json)
@@ -68,11 +69,16 @@ class Dynamic:
         self._alone(policy, bits)
         return dyna_cache(model, self.plan)
 
-    def setting(self, model: PreTrainedModel, bits: str | None = None) -> Setting:
+    def setting(self, model: PreTrainedModel, bits: str | None = None, sinks: int | None = None, recent: int | None = None) -> Setting:
         self._alone(None, bits)
         self.plan.check(model)
         known = identity(method=dynamic.METHOD, plan=str(self.path), budget=self.plan.budget, layout=self.plan.layout)
-        return Setting(f"{dynamic.METHOD} {self.plan.budget}", known, lambda: dynamic.fresh(model, self.plan))
+        marks = {"layout": self.plan.layout, "seed": f"seed={self.plan.provenance.get('seed')}", **place_of(str(self.path))}
+        return Setting(
+            *(f"{dynamic.METHOD} {self.plan.budget}", known, lambda: dynamic.fresh(model, self.plan)),
+            marks=marks,
+            made_of=self.plan.digest(),
+        )
 
     def show(self, as_json: bool) -> None:
         show_dynamic(self.plan.describe(), self.path, as_json)

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowkey import families
+from lowkey.evaluate.measured import Measured
 from lowkey.evaluate.settings import Setting
 from lowkey.probe import Probe
 from lowkey.progress import Progress
@@ -17,20 +18,20 @@ from lowkey.types import device_of
 
 
 @torch.no_grad()
-def measure(model: PreTrainedModel, settings: Sequence[Setting], rows: Tensor, batch: int, progress: Progress) -> dict[str, dict]:
+def measure(
+    model: PreTrainedModel, settings: Sequence[Setting], rows: Tensor, batch: int, progress: Progress, measured: Measured | None = None
+) -> dict[str, dict]:
     """Mean over compressible layers and windows of ||f - f~||_F / ||f||_F and of the cosine per token (arXiv:2601.21686).
 
     Settings that evict are left out: a window read in one piece sees nothing of it.
     """
-    settings = [s for s in settings if not s.evicts]
-    shape = families.geometry(model)
-    found: dict[str, list[tuple[float, float]]] = {s.name: [] for s in settings}
-    for i, inputs in progress(layer_inputs(model, rows, batch), "layer error", shape.layers):
-        if i in shape.compressible:
-            probe = Probe.of(model, i, "post_rope", inputs, 0, batch)
-            for setting in settings:
-                found[setting.name].append(_compare(probe, setting, batch))
-    return {name: _means(pairs) for name, pairs in found.items()}
+    measured, settings, shape = measured or Measured(), [s for s in settings if not s.evicts], families.geometry(model)
+    todo = {i: [s for s in settings if f"layers {i} {s.name}" not in measured] for i in shape.compressible}
+    for i, inputs in progress(layer_inputs(model, rows, batch), "layer error", shape.layers) if any(todo.values()) else ():
+        probe = Probe.of(model, i, "post_rope", inputs, 0, batch) if todo.get(i) else None
+        for setting in todo.get(i, ()):
+            measured.once(f"layers {i} {setting.name}", lambda: _compare(probe, setting, batch))  # noqa: B023
+    return {s.name: _means([measured[f"layers {i} {s.name}"] for i in shape.compressible]) for s in settings}
 
 
 def _means(pairs: list[tuple[float, float]]) -> dict:
@@ -38,7 +39,8 @@ def _means(pairs: list[tuple[float, float]]) -> dict:
     return {"layer_error": sum(errors) / len(errors), "layer_cosine": sum(cosines) / len(cosines)}
 
 
-def _compare(probe: Probe, setting: Setting, batch: int) -> tuple[float, float]:
+def _compare(probe: Probe | None, setting: Setting, batch: int) -> tuple[float, float]:
+    assert probe is not None
     parts = [_pair(probe, setting, w) for w in torch.arange(len(probe.inputs)).split(batch)]
     errors, cosines = (torch.cat(p) for p in zip(*parts, strict=True))
     return float(errors.mean()), float(cosines.mean())

@@ -1,4 +1,4 @@
-"""Perplexity, KL to the full model, top-1 agreement: with compression everywhere, and decode-only."""
+"""Perplexity, KL to the full model, top-1 agreement: with compression everywhere; and perplexity of decoding alone."""
 
 from __future__ import annotations
 
@@ -11,95 +11,145 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey.cache import LowkeyCache
+from lowkey.evaluate import footprint
+from lowkey.evaluate.measured import Measured
 from lowkey.evaluate.settings import Setting
+from lowkey.intervals import half_width
 from lowkey.prefill import prefill
 from lowkey.progress import Progress
 from lowkey.types import device_of
 
-CHUNK = 32
-
-
-@dataclass
-class Tally:
-    """Sums over scored tokens."""
-
-    nll: float = 0.0
-    nll_decode: float = 0.0
-    kl: float = 0.0
-    agree: int = 0
-    tokens: int = 0
-    tokens_decode: int = 0
-
-    def row(self) -> dict:
-        late = {"perplexity_decode": _exp(self.nll_decode / self.tokens_decode)}
-        if not self.tokens:
-            return late
-        return late | {
-            "perplexity": _exp(self.nll / self.tokens),
-            "kl": self.kl / self.tokens,
-            "top1_agreement": self.agree / self.tokens,
-        }
+CHUNK = 32  # tokens that a setting which evicts reads at a time
+ROWS = 64  # tokens whose distributions are compared at a time: what they take stays near the processor
 
 
 @torch.no_grad()
 def measure(
+    model: PreTrainedModel, settings: Sequence[Setting], rows: Tensor, progress: Progress, measured: Measured | None = None
+) -> dict[str, dict]:
+    """Token perplexity, kl and top1_agreement of every setting over windows (n, t) of ids, by the setting's name.
+
+    The first setting is the reference, whose logits are formed once per window for all others: kl is KL(reference || setting) in nats
+    per token. A setting that evicts reads a window in pieces of CHUNK tokens and evicts after each; one that must repeat its context
+    first is left out: `measure_decode` scores it. Every (window, setting) is one forward pass and one measurement of `measured`, and
+    the first window's cache tells the bytes of settings that evict nothing.
+    """
+    measured, scored = measured or Measured(), [s for s in settings if not s.repeats]
+    todo = [(w, s) for w in range(len(rows)) for s in scored if _name(w, s) not in measured]
+    reference: tuple[int, Reference] | None = None
+    for w, setting in progress(todo, lambda unit: f"perplexity, {unit[1].name}"):
+        ids = rows[w : w + 1].to(device_of(model))
+        if reference is None or reference[0] != w:
+            reference = None  # two are not held at once
+            reference = w, Reference(_logits(model, settings[0], ids, measured))
+        logits = reference[1].logits if setting is settings[0] else _logits(model, setting, ids, measured)
+        measured.once(_name(w, setting), lambda: reference[1].score(logits, ids[0, 1:]))  # noqa: B023
+    return {s.name: row([measured[_name(w, s)] for w in range(len(rows))]) for s in scored}
+
+
+def _name(window: int, setting: Setting) -> str:
+    return f"perplexity {window} {setting.name}"
+
+
+def _logits(model: PreTrainedModel, setting: Setting, ids: Tensor, measured: Measured) -> Tensor:
+    """(t - 1, V): of every token but the last, which has no successor."""
+    cache = setting.make()
+    pieces = ids.split(CHUNK, dim=1) if setting.evicts else [ids]
+    logits = [model(piece, past_key_values=cache).logits[0] for piece in pieces]
+    if not setting.evicts:
+        footprint.note(setting, cache, measured)
+    return (logits[0] if len(logits) == 1 else torch.cat(logits))[:-1]
+
+
+class Reference:
+    """What all settings are compared with in one window: logits (t - 1, V) in the model's dtype."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+        parts = [(x.logsumexp(-1), x.argmax(-1)) for x in (part.float() for part in logits.split(ROWS))]
+        self.total, self.top = (torch.cat(each) for each in zip(*parts, strict=True))
+
+    def score(self, logits: Tensor, targets: Tensor) -> dict:
+        """Sums over the window's tokens in fp64. KL = E[r - q] + log sum exp q - log sum exp r under the reference r: exactly 0 for its own
+        logits."""
+        nll, kl, agree = [], [], 0
+        for r, q, target, total, top in zip(*(x.split(ROWS) for x in (self.logits, logits, targets, self.total, self.top)), strict=True):
+            r, q = r.float(), q.float()
+            mine = q.logsumexp(-1)
+            nll.append((mine - q.gather(1, target.unsqueeze(1))[:, 0]).double().sum())
+            agree += int((q.argmax(-1) == top).sum())
+            kl.append(((r - total.unsqueeze(1)).exp_().mul_(r - q).sum(-1) + mine - total).double().sum())
+        return {"nll": float(sum(nll)), "kl": float(sum(kl)), "agree": agree, "tokens": len(targets)}
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Of every window."""
+
+    nll: list[float]
+    kl: list[float]
+    agree: list[int]
+    tokens: list[int]
+
+
+def row(windows: Sequence[dict]) -> dict:
+    """What a row of the result says, given each window's sums; perplexity_95 and kl_95 are half of the 95 % intervals over windows, as long
+    as there are at least three."""
+    sums = _Sums(**{name: [_number(w[name]) for w in windows] for name in ("nll", "kl", "agree", "tokens")})  # type: ignore[arg-type]
+    tokens = sum(sums.tokens)
+    perplexity = _exp(sum(sums.nll) / tokens)
+    spread, kl_95 = (half_width([x / n for x, n in zip(each, sums.tokens, strict=True)]) for each in (sums.nll, sums.kl))
+    return {
+        "perplexity": perplexity,
+        "perplexity_95": None if spread is None else perplexity * spread,  # to first order
+        "kl": sum(sums.kl) / tokens,
+        "kl_95": kl_95,
+        "top1_agreement": sum(sums.agree) / tokens,
+        "per_window": vars(sums),
+    }
+
+
+def _number(x: float | None) -> float:
+    """Measurements hold None in the place of what is not finite."""
+    return math.nan if x is None else x
+
+
+# -- decoding alone
+
+
+@torch.no_grad()
+def measure_decode(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     settings: Sequence[Setting],
     rows: Tensor,
-    batch: int,
     progress: Progress,
+    measured: Measured | None = None,
 ) -> dict[str, dict]:
-    """Token perplexity etc. of every setting over windows (n, t) of ids, by the setting's name.
-
-    The full model's logits are formed once per batch. kl is KL(full || setting) in nats per token. perplexity_decode
-    scores the second half of each window: the first half is read exactly, then stored compressed, and every later token
-    sees compressed predecessors only. A setting that evicts reads a window in pieces of CHUNK tokens and evicts after each; one that
-    must repeat its context first has perplexity_decode alone.
-    """
-    tallies = {s.name: Tally() for s in settings}
-    for ids in progress(rows.to(device_of(model)).split(batch), "perplexity"):
-        reference = model(ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-        for setting in settings:
-            _score(tallies[setting.name], model, tokenizer, setting, ids, reference)
-    return {name: tally.row() for name, tally in tallies.items()}
+    """perplexity_decode of every setting over windows (n, t) of ids: the second half of each is scored, after the first half was read
+    exactly and then stored compressed, so that every later token sees compressed predecessors only."""
+    measured = measured or Measured()
+    todo = [(w, s) for w in range(len(rows)) for s in settings if f"decode {w} {s.name}" not in measured]
+    for w, setting in progress(todo, lambda unit: f"decode, {unit[1].name}"):
+        ids = rows[w : w + 1].to(device_of(model))
+        measured.once(f"decode {w} {setting.name}", lambda: _decode(model, tokenizer, setting.make(), ids))  # noqa: B023
+    found = {s.name: [_number(measured[f"decode {w} {s.name}"]) for w in range(len(rows))] for s in settings}
+    tokens = len(rows) * (rows.shape[1] - rows.shape[1] // 2 - 1)
+    return {name: {"perplexity_decode": _exp(sum(nll) / tokens)} for name, nll in found.items()}
 
 
-def _score(
-    tally: Tally, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setting: Setting, ids: Tensor, reference: Tensor
-) -> None:
-    if not setting.repeats:
-        logits = _logits(model, setting, ids)[:, :-1].float().log_softmax(-1)
-        tally.nll += _nll(logits, ids[:, 1:])
-        tally.kl += float((reference.exp() * (reference - logits)).sum())
-        tally.agree += int((logits.argmax(-1) == reference.argmax(-1)).sum())
-        tally.tokens += ids[:, 1:].numel()
-    late = _decode_logits(model, tokenizer, setting.make(), ids)
-    targets = ids[:, ids.shape[1] // 2 + 1 :]
-    tally.nll_decode += _nll(late, targets)
-    tally.tokens_decode += targets.numel()
-
-
-def _logits(model: PreTrainedModel, setting: Setting, ids: Tensor) -> Tensor:
-    cache = setting.make()
-    pieces = ids.split(CHUNK, dim=1) if setting.evicts else [ids]
-    return torch.cat([model(piece, past_key_values=cache).logits for piece in pieces], dim=1)
-
-
-def _decode_logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache: LowkeyCache, ids: Tensor) -> Tensor:
-    """Log-probabilities (b, t/2 - 1, V) of the second half over a cache whose first half was read exactly."""
+def _decode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache: LowkeyCache, ids: Tensor) -> float:
+    """The sum of the negative log-likelihoods of the second half, but for its first token."""
     half = ids.shape[1] // 2
     cache.exact_prefill(True)
     prefill(model, tokenizer, cache, ids[:, :half])
     cache.exact_prefill(False)
     cache.freeze()  # a policy has chosen; the second half is decoding
-    return model(ids[:, half:], past_key_values=cache).logits[:, :-1].float().log_softmax(-1)
+    logits, targets = model(ids[:, half:], past_key_values=cache).logits[0, :-1], ids[0, half + 1 :]
+    parts = zip(logits.split(ROWS), targets.split(ROWS), strict=True)
+    return float(sum(torch.nn.functional.cross_entropy(x.float(), y, reduction="none").double().sum() for x, y in parts))
 
 
 def _exp(x: float) -> float:
     """Infinite where math.exp would raise."""
     return math.exp(x) if not x > 700 else math.inf
-
-
-def _nll(log_probabilities: Tensor, targets: Tensor) -> float:
-    return -float(log_probabilities.gather(-1, targets.unsqueeze(-1)).double().sum())

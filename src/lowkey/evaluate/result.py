@@ -6,15 +6,18 @@ import datetime
 import hashlib
 import platform
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey import families, text
-from lowkey.evaluate import layerwise, likelihood, recall, speed
+from lowkey.evaluate import footprint, layerwise, likelihood, recall, speed
+from lowkey.evaluate.measured import Measured
 from lowkey.evaluate.settings import Setting, distinct
+from lowkey.fingerprint import model_fingerprint
 from lowkey.options import Checked, option
 from lowkey.plan import versions
 from lowkey.progress import Progress, silent
@@ -25,11 +28,10 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Task(Checked):
-    """What to measure on: windows of `context` tokens of `text_name`, at most `windows` of them; `cases` of recall, with the
-    question fed again over what was kept or not."""
+    """What to measure on: at most `windows` windows of `context` tokens, taken from each of the `texts` (by name) in turn; `cases` of
+    recall, with the question fed again over what was kept or not."""
 
-    text: str = option(any_text=True)
-    text_name: str = option(any_text=True)
+    texts: Mapping[str, str] = option(any_text=True)
     context: int = option(512, at_least=8, at_most=2**24)
     windows: int = option(16, at_least=1, at_most=2**20)
     cases: int = option(20, at_least=1, at_most=10**6)
@@ -39,46 +41,77 @@ class Task(Checked):
 
 
 @dataclass
-class _Run:
-    """Everything a measurement needs, tokenised once."""
+class Run:
+    """Everything a task needs, tokenised once: windows `rows` (n, t), and all `ids` (m) of the texts one behind the other."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     settings: Sequence[Setting]
     task: Task
     progress: Progress
+    measured: Measured
 
     def __post_init__(self) -> None:
-        self.ids = text.encode(self.tokenizer, self.task.text, self.model)
-        self.rows = text.windows(self.ids, self.tokenizer, self.task.context, f"data {self.task.text_name!r}", 1)[: self.task.windows]
+        ids = {name: text.encode(self.tokenizer, words, self.model) for name, words in self.task.texts.items()}
+        cut = [text.windows(own, self.tokenizer, self.task.context, f"data {name!r}", 1) for name, own in ids.items()]
+        self.ids, self.rows = torch.cat(list(ids.values())), text.in_turn(cut)[: self.task.windows]
+
+    def each(self, name: str, measure: Callable[[Run], dict[str, dict]]) -> dict[str, dict]:
+        """`measure` for one setting at a time, each saved as a whole: for tasks in which settings need nothing of one another."""
+        found = {}
+        for i, s in enumerate(self.settings, start=1):
+            where = f"{s.name} ({i} of {len(self.settings)})"
+            alone = replace(self, settings=[s], progress=_told(self.progress, where))
+            found[s.name] = self.measured.once(f"{name} {s.name}", lambda: measure(alone)[s.name])  # noqa: B023
+        return found
 
 
-def _perplexity(run: _Run) -> dict[str, dict]:
-    return likelihood.measure(run.model, run.tokenizer, run.settings, run.rows, run.task.batch, run.progress)
+def _told(progress: Progress, where: str) -> Progress:
+    """The same progress, which says of what it is."""
+
+    def told(items, label, total=None):  # type: ignore[no-untyped-def]
+        return progress(items, lambda item: f"{label(item) if callable(label) else label}, {where}", total)
+
+    return told
 
 
-def _layers(run: _Run) -> dict[str, dict]:
+def _perplexity(run: Run) -> dict[str, dict]:
+    return likelihood.measure(run.model, run.settings, run.rows, run.progress, run.measured)
+
+
+def _decode(run: Run) -> dict[str, dict]:
+    return likelihood.measure_decode(run.model, run.tokenizer, run.settings, run.rows, run.progress, run.measured)
+
+
+def _layers(run: Run) -> dict[str, dict]:
     if families.stores_its_own(run.model.config):  # nothing stands in for its cache, so there is nothing to compare
         return {}
-    return layerwise.measure(run.model, run.settings, run.rows[: max(1, len(run.rows) // 2)], run.task.batch, run.progress)
+    rows = run.rows[: max(1, len(run.rows) // 2)]
+    return layerwise.measure(run.model, run.settings, rows, run.task.batch, run.progress, run.measured)
 
 
-def _recall(run: _Run) -> dict[str, dict]:
+def _recall(run: Run) -> dict[str, dict]:
     t = run.task
     recall.check_positions(run.model, run.tokenizer, t.context)
-    return recall.measure(run.model, run.tokenizer, run.settings, run.ids.tolist(), t.context, t.cases, t.seed, run.progress, t.refeed)
+    ids = run.ids.tolist()
+    return run.each(
+        "recall",
+        lambda own: recall.measure(own.model, own.tokenizer, own.settings, ids, t.context, t.cases, t.seed, own.progress, t.refeed),
+    )
 
 
-def _speed(run: _Run) -> dict[str, dict]:
-    return speed.measure(run.model, run.tokenizer, run.settings, run.rows[:1], run.progress)
+def _speed(run: Run) -> dict[str, dict]:
+    return speed.measure(run.model, run.tokenizer, run.settings, run.rows[:1], run.progress, run.measured)
 
 
-TASKS: dict[str, Callable[[_Run], dict[str, dict]]] = {
+TASKS: dict[str, Callable[[Run], dict[str, dict]]] = {
     "perplexity": _perplexity,
+    "decode": _decode,
     "layers": _layers,
     "recall": _recall,
     "speed": _speed,
 }
+USUAL = ("perplexity",)  # the tasks when none is named
 
 
 def evaluate(
@@ -86,13 +119,15 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     settings: Sequence[Setting],
     task: Task,
-    names: Sequence[str] = tuple(TASKS),
+    names: Sequence[str] = USUAL,
     progress: Progress = silent,
+    work: Path | None = None,
 ) -> dict:
     """A Result: {"format", "model", "environment", "rows"}; rows[0] is the first setting, which should be the full cache.
 
-    names: keys of TASKS; bytes are always measured, whatever is asked. Errors: LowkeyError for an unknown task, a text that is
-    too short, or a context longer than the model's.
+    names: keys of TASKS, of which no other is run; every row has its bytes, whatever is asked. work: a folder to save what was measured
+    into, and to resume from when the same job is given again. Errors: LowkeyError for an unknown task, settings of which two are the
+    same, a text that is too short, or a context longer than the model's.
     """
     for name in names:
         if name not in TASKS:
@@ -100,11 +135,18 @@ def evaluate(
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and not 8 <= task.context <= longest:
         raise LowkeyError(f"context {task.context}: must lie between 8 and the model's {longest}; choose a context in that range")
-    run = _Run(model, tokenizer, distinct(settings), task, progress)
-    rows = {s.name: s.row() | {"task": ",".join(names)} for s in run.settings}
-    for name in dict.fromkeys([*names, "speed"]):
-        for row, measured in TASKS[name](run).items():
-            rows[row] |= measured
+    settings = distinct(settings)
+    measured = Measured(work, job_of(model, tokenizer, settings, task, names) if work else None)
+    run = Run(model, tokenizer, settings, task, progress, measured)
+    rows = {s.name: s.row() | {"task": ",".join(names)} for s in settings}
+    try:
+        for name in dict.fromkeys(names):
+            for row, found in TASKS[name](run).items():
+                rows[row] |= found
+        for row, found in footprint.measure(model, tokenizer, settings, run.rows[:1], progress, measured).items():
+            rows[row] |= found
+    finally:
+        measured.write()
     return {
         "format": FORMAT,
         "model": model.config._name_or_path,
@@ -113,11 +155,35 @@ def evaluate(
     }
 
 
-def environment(model: PreTrainedModel, task: Task, run: _Run) -> dict:
+def job_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Sequence[Setting], task: Task, names: Sequence[str]
+) -> dict:
+    """All that decides what is measured: the work of another job is not gone on with."""
+    return {
+        "model_sha256": model_fingerprint(model),
+        "vocabulary": hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest(),
+        "dtype": str(model.dtype),
+        "device": str(device_of(model)),
+        "versions": versions(),
+        "texts": {name: _sha256(words) for name, words in task.texts.items()},
+        "task": {name: value for name, value in vars(task).items() if name != "texts"},
+        "names": list(names),
+        "settings": [[s.name, s.made_of] for s in settings],
+    }
+
+
+def _sha256(words: str) -> str:
+    return hashlib.sha256(words.encode()).hexdigest()
+
+
+def environment(model: PreTrainedModel, task: Task, run: Run) -> dict:
+    sums = {name: _sha256(words) for name, words in task.texts.items()}
     data = {
-        "name": task.text_name,
-        "sha256": hashlib.sha256(task.text.encode()).hexdigest(),
+        "name": ", ".join(sums),
+        "sha256": next(iter(sums.values())) if len(sums) == 1 else _sha256("".join(sums.values())),
+        **({"texts": sums} if len(sums) > 1 else {}),
         "tokens": run.rows.numel(),
+        "windows": len(run.rows),
         "context": task.context,
         "recall_cases": task.cases,
         "refeed": task.refeed,

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import weakref
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
+from lowkey.allocate import ALLOCATORS
 from lowkey.cache import LowkeyCache, Origin, cache_from, make_cache
 from lowkey.layers.base import StoringLayer
 from lowkey.layers.exact import Exact
 from lowkey.layers.packing import scheme, scheme_name
+from lowkey.methods import METHODS
+from lowkey.naming import told_apart
+from lowkey.options import defaults_of
 from lowkey.plan import Plan
 from lowkey.policies import policy_words
 from lowkey.policies.allocators import HeadImportance
 from lowkey.policies.base import Policy
 from lowkey.types import Budget, LowkeyError
 
+BESIDE = Exact(sinks=4, recent=32)  # what `lowkey eval` keeps beside integers that no plan says anything of
 UNMEASURED = (
-    *("perplexity", "perplexity_decode", "kl", "top1_agreement", "layer_error", "layer_cosine", "exact_match"),
+    *("perplexity", "perplexity_95", "perplexity_decode", "kl", "kl_95", "top1_agreement", "layer_error", "layer_cosine", "exact_match"),
     *("bytes_per_token", "bytes_held", "bytes_predicted", "bytes_full", "prefill_ms", "step_ms"),
 )
 
@@ -29,17 +37,23 @@ UNMEASURED = (
 @dataclass(frozen=True)
 class Setting:
     """name: the row's name; identity: the row's keys that describe it; make: a fresh cache; evicts: what it drops is chosen after a
-    chunk was read, so a chunk by itself shows nothing of it; repeats: and only after the whole context was repeated (`lowkey.prefill`)."""
+    chunk was read, so a chunk by itself shows nothing of it; repeats: and only after the whole context was repeated (`lowkey.prefill`).
+
+    short, marks: what the name is made of (`lowkey.naming`). made_of: a checksum of all that decides what the caches hold.
+    """
 
     name: str
     identity: dict
     make: Callable[[], LowkeyCache]
     evicts: bool = False
     repeats: bool = False
+    marks: Mapping[str, str] = field(default_factory=dict)
+    made_of: str = ""
+    short: str = ""
 
     def row(self) -> dict:
         """The row with nothing measured yet."""
-        return {"name": self.name, **self.identity, **dict.fromkeys(UNMEASURED)}
+        return {"name": self.name, "short": self.short, "marks": dict(self.marks), **self.identity, **dict.fromkeys(UNMEASURED)}
 
     def storage(self, index: int) -> StoringLayer | None:
         """A fresh storage of one layer alone, or None when this setting stores it as transformers does."""
@@ -48,7 +62,7 @@ class Setting:
 
 
 def identity(**known: object) -> dict:
-    names = ("method", "plan", "policy", "budget", "bits", "packing", "layout", "task")
+    names = ("method", "plan", "policy", "budget", "bits", "packing", "layout", "sinks", "recent", "task")
     return dict.fromkeys(names) | known
 
 
@@ -59,7 +73,10 @@ def full(model: PreTrainedModel) -> Setting:
 def packed(model: PreTrainedModel, bits: int | str, exact: Exact | None = None) -> Setting:
     """exact: tokens kept as they are beside the packed ones, in the place of the scheme's own."""
     scheme(bits)  # refuses now what would be refused at the first case
-    return Setting(scheme_name(bits) + _beside(exact), identity(**_packing(bits)), lambda: make_cache(model, bits=bits, exact=exact))
+    origin = Origin(weakref.ref(model), bits=bits, exact=exact)
+    near = _window(model, origin)
+    known = identity(**_packing(bits), sinks=near.sinks, recent=near.recent)
+    return Setting(scheme_name(bits), known, lambda: cache_from(model, origin), marks={"window": _beside(near)}, made_of=_hash(known))
 
 
 def _packing(bits: int | str | None) -> dict:
@@ -70,15 +87,70 @@ def planned(model: PreTrainedModel, plan: Plan, path: str, bits: int | str | Non
     """A plan, checked once; its caches skip the fingerprint. bits: its latents in packed integers. exact: tokens kept as they are, in the
     place of what the plan or the scheme says."""
     plan.check(model)
-    known = identity(method=plan.method["name"], plan=path, budget=plan.budget, layout=plan.layout, **_packing(bits))
-    known["profile"] = {**plan.profile, "layers": list(plan.factors)}
     origin = Origin(weakref.ref(model), plan, bits=bits, exact=exact)
-    name = f"{plan.method['name']} {plan.budget}" + ("" if bits is None else f" {scheme_name(bits)}") + _beside(exact)
-    return Setting(name, known, lambda: cache_from(model, origin))
+    near = _window(model, origin)
+    known = identity(method=plan.method["name"], plan=path, budget=plan.budget, layout=plan.layout, **_packing(bits))
+    known |= {"sinks": near.sinks, "recent": near.recent}
+    name = f"{plan.method['name']} {plan.budget}" + ("" if bits is None else f" {scheme_name(bits)}")
+    marks, made_of = {"window": _beside(near), **marks_of(plan, path)}, _hash(known, plan.digest())
+    known["profile"] = {**plan.profile, "layers": list(plan.factors)}
+    return Setting(name, known, lambda: cache_from(model, origin), marks=marks, made_of=made_of)
 
 
-def _beside(exact: Exact | None) -> str:
-    return "" if exact is None else f" + {exact.recent} recent"
+def window_of(
+    model: PreTrainedModel, plan: Plan | None, bits: int | str | None, sinks: int | None = None, recent: int | None = None
+) -> Exact | None:
+    """The exact tokens of a plan or a scheme with another count of sinks or recent ones; None where neither is given."""
+    if sinks is None and recent is None:
+        return None
+    own = _window(model, Origin(weakref.ref(model), plan, bits=bits))
+    return replace(own, sinks=own.sinks if sinks is None else sinks, recent=own.recent if recent is None else recent)
+
+
+def _window(model: PreTrainedModel, origin: Origin) -> Exact:
+    """Which tokens its caches hold as they are."""
+    kept = (getattr(layer, "exact", None) for layer in cache_from(model, origin).layers)
+    return next((exact for exact in kept if exact is not None), Exact())
+
+
+def _beside(exact: Exact) -> str:
+    return " ".join(f"+ {n} {word}" for n, word in ((exact.sinks, "sinks"), (exact.recent, "recent")) if n)
+
+
+def marks_of(plan: Plan, path: str) -> dict[str, str]:
+    """What tells a plan from others of its method and budget, in words."""
+    named = {"method": METHODS.get(plan.method["name"]), "allocator": ALLOCATORS.get(plan.allocator["name"])}
+    options = {
+        f"{what}.{name}": f"{name}={value}"
+        for what, told in (("method", plan.method), ("allocator", plan.allocator))
+        for name, value in changed(named[what], told["parameters"]).items()
+    }
+    seed = plan.provenance.get("seed")
+    return {
+        "layout": plan.layout,
+        "allocator": plan.allocator["name"],
+        **options,
+        "seed": "" if seed is None else f"seed={seed}",
+        **place_of(path),
+    }
+
+
+def place_of(path: str) -> dict[str, str]:
+    return {"folder": Path(path).name, "path": path} if path else {}
+
+
+def changed(kind: Any, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are not a class's defaults, as plain JSON has both; all of them where the class is not known."""
+    usual = {} if kind is None else defaults_of(kind)
+    return {name: value for name, value in parameters.items() if name not in usual or _plain(usual[name]) != _plain(value)}
+
+
+def _plain(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def _hash(*what: object) -> str:
+    return hashlib.sha256(_plain(what).encode()).hexdigest()
 
 
 def evicted(
@@ -98,18 +170,24 @@ def evicted(
     if plan is not None:
         plan.check(model)
     policy = policy.fitted({**(plan.heads if plan else {}), **(heads or {})})
-    known = identity(method=plan and plan.method["name"], plan=path, policy=policy_words(policy), budget=budget and str(budget))
+    words = policy_words(policy)
+    known = identity(method=plan and plan.method["name"], plan=path, policy=words, budget=budget and str(budget))
     origin = Origin(weakref.ref(model), plan, policy)
     cache_from(model, origin)  # refuses now what would be refused at the first case
     label = (f"{name} {budget}" if budget else name) + (f" on {plan.method['name']} {plan.budget}" if plan else "")
-    return Setting(label, known, lambda: cache_from(model, origin), True, policy.repeats)
+    marks = {key: f"{key}={value}" for key, value in words["parameters"].items()} | (marks_of(plan, path or "") if plan else {})
+    made_of = _hash(known, repr(policy), plan and plan.digest())
+    return Setting(label, known, lambda: cache_from(model, origin), True, policy.repeats, marks, made_of)
 
 
 def distinct(settings: Sequence[Setting]) -> list[Setting]:
-    """The same settings under names of their own: a second `pca 50%` becomes `pca 50% (2)`."""
-    seen: Counter[str] = Counter()
-    found = []
-    for s in settings:
-        seen[s.name] += 1
-        found.append(s if seen[s.name] == 1 else replace(s, name=f"{s.name} ({seen[s.name]})"))
+    """The same settings under names that tell them apart: two of `pca 50%` become `pca 50% pre_rope` and `pca 50% post_rope`.
+
+    Errors: LowkeyError for one that is given twice.
+    """
+    names, found = told_apart([s.name for s in settings], [s.marks for s in settings]), list[Setting]()
+    for name, s in zip(names, settings, strict=True):
+        if any(name == other.name for other in found):
+            raise LowkeyError(f"setting {name!r}: is given twice; give it once")
+        found.append(replace(s, name=name, short=s.name))
     return found

@@ -150,15 +150,16 @@ def _check_depth(value: object, left: int = DEEPEST, finite: bool = False) -> No
 
 def sealed(value: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """As JSON has it, with what it is and a checksum of all the rest; null in the place of numbers that are not finite."""
-    plain = {KIND: kind, **json.loads(json.dumps(_finite(value)))}
+    plain = {KIND: kind, **json.loads(json.dumps(jsonable(value)))}
     return plain | {CHECKSUM: json_digest(plain)}
 
 
-def _finite(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """As JSON has it: null in the place of numbers that are not finite."""
     if isinstance(value, Mapping):
-        return {name: _finite(inside) for name, inside in value.items()}
+        return {name: jsonable(inside) for name, inside in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inside) for inside in value]
+        return [jsonable(inside) for inside in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

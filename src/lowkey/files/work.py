@@ -7,9 +7,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import overload
 
 from torch import Tensor
 
@@ -21,15 +22,20 @@ from lowkey.types import LowkeyError
 
 JOB, WORK = "job", "work"  # kinds of files
 TRIES = 3
-NAMES = r"job\.json|(statistics|gates|training|(layer|tuned)-\d+)\.safetensors"  # of one job
+NAMES = r"(job|measured)\.json|(statistics|gates|training|(layer|tuned)-\d+)\.safetensors"  # of one job
 
 
+@overload
+def job_folder(work: None, job: Mapping) -> None: ...
+@overload
+def job_folder(work: Path, job: Mapping) -> Path: ...
+@overload
+def job_folder(work: Path | None, job: Mapping) -> Path | None: ...
 def job_folder(work: Path | None, job: Mapping) -> Path | None:
     """The folder of this very job below `work`; those of other jobs go. Two jobs at once do not read each other's files."""
     if work is None:
         return None
-    plain = json.loads(json.dumps(job))
-    folder = work / hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+    plain, folder = json.loads(json.dumps(job)), work / job_name(job)
     for other in set(work.iterdir() if work.is_dir() else ()) - {folder}:
         remove_job(other)
     if not (folder / "job.json").exists():
@@ -39,11 +45,25 @@ def job_folder(work: Path | None, job: Mapping) -> Path | None:
     return folder
 
 
+def job_name(job: Mapping) -> str:
+    """Of a job's folder."""
+    return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def write_work(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Another process at the same job may end first and clear the folder away: then once more."""
+    _trying(lambda: write_tensors(folder / f"{name}.safetensors", tensors, WORK))
+
+
+def write_work_json(folder: Path, name: str, value: Mapping) -> None:
+    """As `write_work`, of plain JSON; name: of the file."""
+    _trying(lambda: write_json(folder / name, value, WORK, indent=None))
+
+
+def _trying(write: Callable[[], object]) -> None:
     for left in reversed(range(TRIES)):
         try:
-            write_tensors(folder / f"{name}.safetensors", tensors, WORK)
+            write()
             return
         except LowkeyError as error:
             if not (left and isinstance(error.__cause__, FileNotFoundError)):
@@ -56,6 +76,11 @@ def read_work(folder: Path | None, name: str) -> dict[str, Tensor] | None:
     if path is None or not path.exists():
         return None
     return read_tensors(path, "unfinished work", WORK, remedy="delete it and start anew")
+
+
+def read_work_json(folder: Path, name: str) -> dict:
+    """What `write_work_json` wrote. Errors: LowkeyError for a damaged file."""
+    return read_json(folder / name, "unfinished work", WORK, source="delete it and start anew")
 
 
 def fits(found: Mapping[str, Tensor], name: str, like: Tensor | tuple[int, ...], folder: Path) -> Tensor:
@@ -74,10 +99,15 @@ def damaged(folder: Path, rule: str) -> LowkeyError:
 def check_output(path: Path, force: bool) -> Path:
     """As `check_folder`. Returns the folder for unfinished work beside it, `path`.partial, which must be ours."""
     check_folder(path, force)
+    return work_beside(path)
+
+
+def work_beside(path: Path) -> Path:
+    """`path`.partial, where unfinished work goes. Errors: LowkeyError when it cannot be written, or holds anything that is not ours."""
     work = target(path).with_name(f"{target(path).name}.partial")
     check_writable(work)
     if os.path.lexists(work) and (work.is_symlink() or not work.is_dir() or not all(map(_is_job, work.iterdir()))):
-        raise LowkeyError(f"output {str(path)!r}: {str(work)!r}, where unfinished work goes, holds other files; choose another folder")
+        raise LowkeyError(f"output {str(path)!r}: {str(work)!r}, where unfinished work goes, holds other files; choose another place")
     return work
 
 

@@ -1,0 +1,51 @@
+"""Bytes really held after a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lowkey.cache import LowkeyCache
+from lowkey.evaluate.measured import Measured
+from lowkey.evaluate.settings import Setting
+from lowkey.prefill import prefill
+from lowkey.progress import Progress
+from lowkey.types import device_of
+
+
+def note(setting: Setting, cache: LowkeyCache, measured: Measured) -> None:
+    """What a cache holds that has just read one window as a prompt."""
+    kept = [[len(p) for p in layer.kept_positions(0)] for layer in cache.evicting]
+    held = {"bytes_held": cache.nbytes(), "bytes_predicted": cache.predicted_nbytes(), "kept_per_head": kept}
+    measured.once(f"bytes {setting.name}", lambda: held)
+
+
+@torch.no_grad()
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Sequence[Setting],
+    ids: Tensor,
+    progress: Progress,
+    measured: Measured | None = None,
+) -> dict[str, dict]:
+    """Bytes held and predicted of every setting after the prompt ids (1, t); of settings that evict, the tokens kept per compressible layer
+    and KV head. bytes_full is what the first setting holds. A prompt is read only where no task has told the bytes already."""
+    measured = measured or Measured()
+    todo = [s for s in settings if f"bytes {s.name}" not in measured]
+    for setting in progress(todo, lambda s: f"bytes, {s.name}"):
+        cache = setting.make()
+        prefill(model, tokenizer, cache, ids.to(device_of(model)))
+        note(setting, cache, measured)
+    found = {s.name: measured[f"bytes {s.name}"] for s in settings}
+    whole = found[settings[0].name]["bytes_held"]
+    return {name: _row(held, whole, ids.shape[1]) for name, held in found.items()}
+
+
+def _row(held: dict, whole: int, tokens: int) -> dict:
+    kept = {"kept_per_head": held["kept_per_head"]} if held["kept_per_head"] else {}
+    told = {name: held[name] for name in ("bytes_held", "bytes_predicted")}
+    return {"bytes_per_token": held["bytes_held"] / tokens, **told, "bytes_full": whole, **kept}
