@@ -11,7 +11,7 @@ from contextlib import suppress
 import torch
 import typer
 
-from lowkey.commands import analysing, converting, making, measuring, using
+from lowkey.commands import analysing, converting, downloading, making, measuring, using
 from lowkey.options import shown
 from lowkey.printable import printable
 from lowkey.types import LowkeyError
@@ -23,6 +23,7 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # what a command li
 for command in (
     *(making.compress, making.dynamic, measuring.eval_, using.generate, making.recover, making.pretrain, converting.convert),
     *(making.export, making.profile, making.heads, analysing.diversity, using.methods, using.policies, using.inspect, measuring.report),
+    downloading.download,
 ):
     app.command(command.__name__.rstrip("_"))(command)
 bench.command()(measuring.decode)

@@ -1,4 +1,4 @@
-"""Models by local folder, Hub id or `tiny`, with one clear line when it cannot be done."""
+"""Models by folder, Hub id, GGUF file, or the name of one that comes with lowkey; one clear line when it cannot be done."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from importlib.resources import as_file
@@ -17,39 +17,39 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowkey import files, options
+from lowkey import files, ggufs, options, packaged
 from lowkey.allocate import ALLOCATORS, PARTS, Allocator
 from lowkey.attention import register
 from lowkey.families import family
 from lowkey.methods import METHODS, Method
+from lowkey.packaged import PACKAGED
 from lowkey.policies import POLICIES
 from lowkey.policies.base import Policy
 from lowkey.seam import attach
 from lowkey.types import Budget, LowkeyError
 
 TINY = "tiny"
+NEAR = 0.8  # how alike a name must be to one of ours not to be asked of the Hub
+GIVE = f"give a model folder, a Hub id, a .gguf file, or one of {', '.join(map(repr, (TINY, *PACKAGED)))}"
 NEEDED = ("fit", "summary", "paper", "allocator", "layout", "grid", "candidates")  # of a method
 
 
 def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """(attached model in eval mode, tokenizer). dtype: auto (as saved), float32, bfloat16, float16. device: auto, cpu,
-    cuda, or `balanced` to spread over several GPUs.
+    """(attached model in eval mode, tokenizer). dtype: auto (as saved; bfloat16 for a quantised GGUF file), float32, bfloat16, float16.
+    device: auto, cpu, cuda, or `balanced` to spread over several GPUs.
 
-    Errors: LowkeyError for a folder that is no model, an unknown Hub id, an unsupported family or dtype.
+    Errors: LowkeyError for a folder that is no model, an unknown Hub id, a damaged file, an unsupported family or dtype.
     """
     check(name)
     with _location(name) as place:
-        _verify(Path(place))
+        _verify(name, place)
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                place, dtype=_dtype(dtype), device_map=_device(device), output_loading_info=True, trust_remote_code=False
-            )
-            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+            model, found = _read(place, _dtype(dtype), _device(device))
+            tokenizer = _read_tokenizer(place)
         except LowkeyError:
             raise
         except Exception as error:  # transformers raises many kinds; each is bad input here
             raise _no_model(name, error) from error
-    model, found = loaded
     if found["missing_keys"]:  # transformers would leave random numbers in their place
         raise LowkeyError(f"model {name!r} lacks weights ({sorted(found['missing_keys'])[0]}); it is incomplete: save or download it again")
     model.config._name_or_path = name
@@ -62,51 +62,66 @@ def check(name: str) -> None:
     with _location(name) as place:
         _check_folder(name, place)
         try:
-            config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+            config = ggufs.load_config(Path(place)) if ggufs.is_gguf(place) else AutoConfig.from_pretrained(place, trust_remote_code=False)
         except Exception as error:  # transformers raises many kinds; each is bad input here
             raise _no_model(name, error) from error
     family(config)
 
 
-def _verify(folder: Path) -> None:
+def _read(place: Path | str, dtype: torch.dtype | str, device: str) -> tuple[Any, dict]:
+    """(model, what transformers says of its loading)."""
+    if ggufs.is_gguf(place):
+        return ggufs.load_plain(Path(place), ggufs.header(Path(place)).dtype if isinstance(dtype, str) else dtype, device)
+    return AutoModelForCausalLM.from_pretrained(  # type: ignore[return-value]
+        place, dtype=dtype, device_map=device, output_loading_info=True, trust_remote_code=False
+    )
+
+
+def _read_tokenizer(place: Path | str) -> Any:
+    return ggufs.load_tokenizer(Path(place)) if ggufs.is_gguf(place) else AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+
+
+def _verify(name: str, place: Path | str) -> None:
     """A folder that lowkey wrote is as it was written."""
-    if (folder / files.MANIFEST).exists():
+    folder = Path(place)
+    if not (folder / files.MANIFEST).exists():
+        return
+    try:
         files.steady(folder, lambda: files.verify(folder, "model"))
+    except LowkeyError as error:
+        raise packaged.damaged(name, error) if name in PACKAGED else error from None
 
 
 def _no_model(name: str, error: Exception) -> LowkeyError:
-    return LowkeyError(f"model {name!r} cannot be loaded: {_first_line(error)}; give a model folder, a Hub id or 'tiny'")
+    if name in PACKAGED:
+        return packaged.damaged(name, error)
+    return LowkeyError(f"model {name!r} cannot be loaded: {_first_line(error)}; {GIVE}")
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model. Errors: LowkeyError when there is none, or none that the tokenizers library runs."""
     with _location(name) as place:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+            tokenizer = _read_tokenizer(place)
+        except LowkeyError:
+            raise
         except Exception as error:  # transformers raises many kinds; each is bad input here
-            raise LowkeyError(f"tokenizer {name!r} cannot be loaded: {_first_line(error)}; give a folder, a Hub id or 'tiny'") from error
+            raise LowkeyError(f"tokenizer {name!r} cannot be loaded: {_first_line(error)}; {GIVE}") from error
     if not tokenizer.is_fast:
         raise LowkeyError(f"tokenizer {name!r} is not one of the tokenizers library; give another")
     return tokenizer
 
 
 def _location(name: str) -> AbstractContextManager[Path | str]:
+    """The folder or file of a model, or its Hub id. Errors: LowkeyError for one that has to be downloaded, and for a name that is nearly
+    that of one."""
     if name == TINY:
         return as_file(package_files("lowkey") / "data" / "tiny")
-    return _Given(name)
-
-
-class _Given(AbstractContextManager[str]):
-    """A place that needs no unpacking."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> str:
-        return self.name
-
-    def __exit__(self, *exc: object) -> None:
-        return None
+    if name in PACKAGED:
+        return nullcontext(packaged.place_of(name))
+    if not Path(name).exists() and (near := get_close_matches(name, [TINY, *PACKAGED], 1, NEAR)):
+        raise LowkeyError(f"model {name!r} is unknown; did you mean {near[0]!r}?")
+    return nullcontext(name)
 
 
 def is_local(name: str) -> bool:
@@ -116,13 +131,16 @@ def is_local(name: str) -> bool:
 
 def _check_folder(name: str, place: Path | str) -> None:
     path = Path(place)
+    if ggufs.is_gguf(place):
+        ggufs.header(path)
+        return
     if path.exists() and not (path / "config.json").is_file():
-        raise LowkeyError(f"model {name!r} is no model: it has no config.json; give a folder made by save_pretrained, a Hub id or 'tiny'")
+        raise LowkeyError(f"model {name!r} is no model: it has no config.json; {GIVE}")
     for part in path.iterdir() if path.is_dir() else ():
         if part.exists() and not (part.is_file() or part.is_dir()):
             raise LowkeyError(f"model {name!r}: its {part.name} is neither a file nor a folder; save or download it again")
     if not path.exists() and is_local(name):
-        raise LowkeyError(f"model {name!r}: no such folder; give a folder made by save_pretrained, a Hub id or 'tiny'")
+        raise LowkeyError(f"model {name!r}: no such folder; {GIVE}")
 
 
 def _dtype(name: str) -> torch.dtype | str:
