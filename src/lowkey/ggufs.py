@@ -153,7 +153,7 @@ def load_plain(path: Path, dtype: torch.dtype, device: str) -> tuple[PreTrainedM
     """
     from transformers import GgufConfig
 
-    packed, found = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         path.parent,
         gguf_file=path.name,
         dtype=dtype,
@@ -161,6 +161,7 @@ def load_plain(path: Path, dtype: torch.dtype, device: str) -> tuple[PreTrainedM
         output_loading_info=True,
         trust_remote_code=False,
     )
+    packed, found = loaded
     config = _without_quantisation(packed.config)
     plain = type(packed).from_pretrained(None, config=config, state_dict=packed.state_dict(), dtype=dtype, device_map=device)
     plain.generation_config = packed.generation_config

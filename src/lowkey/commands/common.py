@@ -24,7 +24,9 @@ from lowkey.types import LAYOUTS, Budget, Heads, Layout, LowkeyError
 err = Aside(stderr=True, markup=False, emoji=False)
 
 BITS = f"also rows of packed integers, alone and for each plan's latents: {', '.join(SCHEMES)} (int8 and int4, alone, when not given)"
-Model = Annotated[str, typer.Argument(help="a model folder, a Hub id, a .gguf file, 'tiny' (embedded), or 'smollm2' (`lowkey download smollm2`)")]
+Model = Annotated[
+    str, typer.Argument(help="a model folder, a Hub id, a .gguf file, 'tiny' (embedded), or 'smollm2' (`lowkey download smollm2`)")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
 Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, or balanced over several GPUs")]
