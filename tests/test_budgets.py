@@ -110,12 +110,49 @@ def test_it_holds_again_after_every_eviction_of_decoding():
             assert counted(cache) <= 40 * 1024 or step % 4
 
 
-def test_a_question_is_not_counted_twice():
+def test_a_question_is_counted_once():
     """Allocators that wait for all layers reckon when the first ones have forgotten the question already."""
     for allocator in ("uniform", "global"):
         cache = make_cache(attached("llama"), policy=policy("snapkv", "50%", allocator=allocator))
         lowkey.prefill(attached("llama"), pico.tokenizer(), cache, prompt(60, 1), question=20)
-        assert sum(len(p) for i in range(3) for p in cache.kept_positions(i)) == 20 * 12
+        assert sum(len(p) for i in range(3) for p in cache.kept_positions(i)) == (30 - 20) * 12
+
+
+def asked_again(name, model, budget, question, length=100):
+    """A cache that has read a prompt whose last tokens are the question, and then these again."""
+    cache, ids = make_cache(model, policy=policy(name, budget)), prompt(length, 1)
+    lowkey.prefill(model, pico.tokenizer(), cache, ids, question)
+    with torch.no_grad():
+        model(ids[:, length - question :], past_key_values=cache)
+    assert counted(cache) == cache.nbytes() == cache.predicted_nbytes()
+    return cache
+
+
+@pytest.mark.parametrize("question", [5, 12])
+@pytest.mark.parametrize("name", ["snapkv", "ada-kv", "kvzip", "h2o", "streamingllm"])
+def test_a_question_asked_again_is_within_a_budget_of_tokens(name, question):
+    """A quarter of 100 tokens for each of 12 heads, the question among them."""
+    for budget in ("25%", "25 tokens"):
+        cache = asked_again(name, attached("llama"), budget, question)
+        assert sum(len(p) for i in range(3) for p in cache.kept_positions(i)) == 25 * 12
+
+
+@pytest.mark.parametrize("question", [1, 12])
+@pytest.mark.parametrize("model", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("name", ["snapkv", "ada-kv", "kvzip", "think", "razor"])
+def test_and_within_a_budget_of_bytes(name, model, question):
+    """Also where a single token begins a tail with room for more, and where layers slide."""
+    for budget, limit in (("64 KiB", 64 * 1024), ("600 B/token", 60_000)):
+        cache = asked_again(name, attached(model), budget, question)
+        assert limit - 3 * 4 * 140 <= cache.nbytes() <= limit
+
+
+@pytest.mark.parametrize("budget", ["15 tokens", "20 KiB"])
+def test_a_budget_that_does_not_hold_the_question_is_refused(budget):
+    cache = make_cache(attached("llama"), policy=policy("snapkv", budget))
+    with pytest.raises(LowkeyError, match=f"budget {budget}: .* question of 12 tokens, 2 sinks and 3 recent"):
+        lowkey.prefill(attached("llama"), pico.tokenizer(), cache, prompt(100, 1), 12)
+    assert cache.get_seq_length() == 0 and cache.evicting[0].to_come == 0
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])

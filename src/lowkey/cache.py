@@ -157,6 +157,12 @@ class LowkeyCache(Cache):
             if isinstance(layer, EvictingLayer):
                 layer.piece = piece
 
+    def expect(self, tokens: int) -> None:
+        """From now on, an eviction leaves room in the budget for so many tokens that are to be stored besides: a question asked again."""
+        self.forward_pass.undo()
+        for layer in self.evicting:
+            layer.to_come = tokens
+
     def freeze(self, on: bool = True) -> None:
         """From now on, evict nothing more."""
         self.forward_pass.undo()

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey import text
 from lowkey.cache import LowkeyCache
+from lowkey.layers.budgets import budget_of, check_question
 from lowkey.policies.base import Policy
 from lowkey.types import LowkeyError
 
@@ -26,24 +27,30 @@ def prefill(
 ) -> None:
     """Read ids (b, t) into a fresh cache and evict.
 
-    question: so many tokens at the end only say what to keep; they are not stored and are to be given again, with what follows.
+    question: so many tokens at the end only say what to keep; they are not stored and are to be given again, with what follows. The
+    budget counts them: it is held when they have been given again.
     A policy that repeats its context (KVzip) does without them. After a question or a repetition the cache evicts nothing more.
     attention_mask (b, t): 1 for tokens and 0 for padding, which comes first in its row. A row's result does not depend on the others.
-    Errors: LowkeyError, before anything is read, for a used cache, a question that leaves a row without context, or padding elsewhere.
+    Errors: LowkeyError, before anything is read, for a used cache, a question that leaves a row without context or
+    does not fit into the budget, or padding elsewhere.
     """
     policy = _policy_of(cache, question)
     mask = _checked(ids, question, attention_mask)
+    if policy is not None and budget_of(policy).unit == "tokens":  # where a percentage is less, sinks and recent tokens stay all the same
+        check_question(policy, int(mask.sum(1).min()), question)
     text.check_ids(ids, model)
     with cache.all_or_nothing():
+        cache.expect(question)
         if policy is not None and policy.repeats:
             context = ids.shape[1] - question
             _repeated(model, tokenizer, cache, ids[:, :context], mask[:, :context], policy)
-            return
-        cache.only_look(question)
-        _read(model, cache, ids, mask)
-        cache.only_look(0)
+        else:
+            cache.only_look(question)
+            _read(model, cache, ids, mask)
+            cache.only_look(0)
         if question:
             cache.freeze()
+        cache.expect(0)
 
 
 def _policy_of(cache: LowkeyCache, question: int) -> Policy | None:

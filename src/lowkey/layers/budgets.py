@@ -15,12 +15,25 @@ def budget_of(policy: Policy) -> Budget:
     return Budget.parse("100%" if policy.budget is None else policy.budget)
 
 
+def check_question(policy: Policy, tokens: int, question: int) -> None:
+    """Errors: LowkeyError where a budget of tokens, of a row of so many with its question, does not hold the question, sinks and recent
+    tokens. One of bytes is checked when it evicts."""
+    budget = budget_of(policy)
+    held = {"%": budget.amount / 100 * tokens, "tokens": budget.amount}.get(budget.unit, math.inf)
+    if question and held < question + policy.sinks + policy.recent:
+        raise LowkeyError(
+            f"budget {budget}: {held:g} tokens per head do not hold a question of {question} tokens, {policy.sinks} sinks and "
+            f"{policy.recent} recent tokens; raise the budget or lower sinks or recent"
+        )
+
+
 @dataclass(frozen=True)
 class Costs:
     """Bytes that a cache with a policy takes for one row of the batch.
 
     heads: over all layers that evict. rows: of the batch. entry: a kept token of one head. whole: how much more a head's recent tokens
-    take, each. fixed: what no kept token pays for: indices, and the layers that slide.
+    take, each. fixed: what no kept token pays for: indices, and the layers that slide. to_come: tokens that will be given again and stay,
+    which a budget counts as seen; coming: what they will take.
     """
 
     heads: int
@@ -28,12 +41,15 @@ class Costs:
     entry: int
     fixed: float
     whole: int = 0
+    to_come: int = 0
+    coming: float = 0
 
     def left(self, policy: Policy, tokens: int) -> float:
         """Bytes that a budget leaves for the kept tokens of one row that has seen `tokens` tokens."""
         budget = budget_of(policy)
         recent = self.heads * min(tokens, policy.recent) * self.whole
-        return (budget.amount / self.rows if budget.unit == "bytes" else budget.amount * tokens) - self.fixed - recent
+        paid = budget.amount / self.rows if budget.unit == "bytes" else budget.amount * (tokens + self.to_come)
+        return paid - self.fixed - self.coming - recent
 
     def least(self, policy: Policy, tokens: int) -> float:
         """Bytes of the sinks and recent tokens of such a row, which are kept in any case."""
@@ -51,12 +67,15 @@ class Costs:
         lacking = [self.least(policy, n) - self.left(policy, n) for n in rows]
         if max(lacking, default=0) <= 1e-6:
             return
-        more = max(lacking) * self.rows if budget.unit == "bytes" else max(x / n for x, n in zip(lacking, rows, strict=True))
+        each = zip(lacking, rows, strict=True)
+        more = max(lacking) * self.rows if budget.unit == "bytes" else max(x / (n + self.to_come) for x, n in each)
         least = budget.amount + more - 1e-6
         smallest = f"{math.ceil(least)} B" if least < 10 * 1024 else f"{math.ceil(least / 102.4) / 10:g} KiB"
+        asked = f"a question of {self.to_come} tokens, " if self.to_come else ""
         raise LowkeyError(
-            f"budget {budget}: {_described(self.rows, rows)} take {smallest}{budget.unit.removeprefix('bytes')} "
-            f"for {policy.sinks} sinks and {policy.recent} recent tokens, indices and sliding layers; give that, or lower sinks or recent"
+            f"budget {budget}: {_described(self.rows, rows)} take {smallest}{budget.unit.removeprefix('bytes')} for "
+            f"{asked}{policy.sinks} sinks and {policy.recent} recent tokens, indices and sliding layers; "
+            "give that, or lower sinks or recent"
         )
 
 

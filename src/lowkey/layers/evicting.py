@@ -84,7 +84,8 @@ class EvictingLayer(RaggedLayer):
 
     seat, round: which compressible layer of the cache this is, and where it meets the others. looking: so many tokens at the end of
     each chunk are used to score the others and are not stored, nor counted as seen. piece: which tokens they repeat, if they do, (from,
-    to) as counted from each row's first. frozen: nothing more is evicted.
+    to) as counted from each row's first. frozen: nothing more is evicted. to_come: so many tokens will be given again when all is
+    evicted; a budget holds them, too.
     """
 
     keys: Tensor  # type: ignore[assignment]
@@ -94,7 +95,7 @@ class EvictingLayer(RaggedLayer):
     def __init__(self, policy: Policy, rope: Rope, seat: int = 0, round: Round | None = None, codec: Codec | None = None) -> None:
         super().__init__()
         self.policy, self.rope, self.seat, self.round, self.codec = policy, rope, seat, round or Round(), codec or Plain()
-        self.fresh = self.kept = self.steps = self.moved = 0
+        self.fresh = self.kept = self.steps = self.moved = self.to_come = 0
         self.frozen = False
         self.piece: tuple[int, int] | None = None
 
@@ -141,8 +142,12 @@ class EvictingLayer(RaggedLayer):
     def costs(self, tokens: Tensor) -> Costs:
         """Of this cache, in a batch whose rows have seen so many tokens (b)."""
         b, h = self.tail_k.shape[:2]
-        beside = sum(min(self.seen - self.looking, most) * numbers for most, numbers in self.round.beside) * self.keys.element_size()
-        return Costs(h * self.round.layers, b, self.entry_bytes, self.round.layers * self.index_bytes() / b + beside)
+        stay = self.seen - self.looking + self.to_come
+        beside = sum(min(stay, most) * numbers for most, numbers in self.round.beside) * self.keys.element_size()
+        heads, step = h * self.round.layers, (self.tail_k.shape[-1] + self.tail_v.shape[-1]) * self.keys.element_size()
+        coming = STEP * step if self.to_come == 1 else self.to_come * self.entry_bytes  # a single one begins a tail
+        fixed = self.round.layers * self.index_bytes() / b + beside
+        return Costs(heads, b, self.entry_bytes, fixed, to_come=self.to_come, coming=heads * coming)
 
     def predicted_nbytes(self) -> int:
         if not self.is_initialized:
@@ -158,12 +163,13 @@ class EvictingLayer(RaggedLayer):
         return (self.seen - self.looking - self.first[:, 0]).clamp_min(0)
 
     def mean_tokens(self, tokens: int) -> float:
-        """The budget of a row that has seen so many tokens, per head on average."""
+        """The budget of a row that has seen so many tokens, per head on average, without what is to come."""
         if self.policy.budget is None:
             return tokens
         budget = Budget.parse(self.policy.budget)
         if budget.unit in ("%", "tokens"):
-            return budget.amount / 100 * tokens if budget.unit == "%" else budget.amount
+            whole = budget.amount / 100 * (tokens + self.to_come) if budget.unit == "%" else budget.amount
+            return max(0.0, whole - self.to_come)
         return self.costs(self.tokens()).pay(self.policy, tokens) if tokens else 0
 
     def kept_positions(self, row: int) -> list[Tensor]:
@@ -393,5 +399,5 @@ class EvictingLayer(RaggedLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.fresh = self.kept = self.steps = self.moved = 0
+        self.fresh = self.kept = self.steps = self.moved = self.to_come = 0
         self.frozen, self.piece = False, None
