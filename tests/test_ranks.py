@@ -327,6 +327,12 @@ def tails_by_hand(pairs):
     return found
 
 
+def beyond_by_hand(pairs):
+    """The share of all energies that lies beyond the ranks."""
+    sides = [(energies, rank) for layer, pair in enumerate(pairs) for (_, energies), rank in zip(by_hand(layer), pair, strict=True)]
+    return sum(e[:, rank:].sum() for e, rank in sides) / sum(e.sum() for e, _ in sides)
+
+
 @pytest.mark.parametrize("error", [0.05, 0.12, 0.3])
 @by_allocator
 def test_an_error_budget_bounds_what_the_allocator_says(allocator, error):
@@ -337,6 +343,9 @@ def test_an_error_budget_bounds_what_the_allocator_says(allocator, error):
     if allocator == "tail":
         assert "tail" in told["what"]
         reached = max(tails_by_hand(chosen(plan))) ** 0.5
+    elif allocator == "spectrum":
+        assert "share" in told["what"]
+        reached = beyond_by_hand(chosen(plan))
     elif allocator == "weighted-pareto":
         assert "weight" in told["what"]
         reached = max(w * e for w, e in zip(weights_by_hand(), errors_of(plan), strict=True))
@@ -466,6 +475,7 @@ DEFAULTS = {  # of the papers: allocator, layout, candidate ranks, options
         {"parametrisation": "mlp", "key_bases": "shared", "value_bases": "per_head"},
     ),
     "kq-svd": ("tail", "post_rope", "8", {"outputs": "stacked", "weighting": "none", "group": 1}),
+    "fisher-svd": ("spectrum", "pre_rope", "8", {"group": 0}),
     "palu": ("fisher", "pre_rope", "8", {"group": 4}),
     "lorc": ("condition", "pre_rope", "8", {"scope": "layer", "whiten": False}),
     "recalkv": ("fisher", "pre_rope", "8", {"group": 4, "iterations": 1}),

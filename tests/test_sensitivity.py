@@ -13,8 +13,9 @@ from transformers import DynamicCache
 
 from lowkey import families
 from lowkey.families import projection_parts, projections
-from lowkey.sensitivity import SIGNALS, condition, fisher, only
+from lowkey.sensitivity import SIGNALS, condition, fisher
 from lowkey.types import LowkeyError
+from lowkey.weights import only
 
 ROWS = prompt(12, batch=3)
 

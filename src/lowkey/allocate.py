@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, count, takewhile
+from itertools import accumulate, chain, count, pairwise, takewhile
 from typing import ClassVar, Literal
 
 from lowkey.filling import filled, normalised, settled
@@ -291,6 +292,47 @@ class Tail(Allocator):
 
 
 @dataclass(frozen=True)
+class Spectrum(Allocator):
+    """The largest energies of all layers' spectra, keys and values alike: the least sum of what lies beyond the ranks. Nothing is measured.
+
+    For energies of one unit, as `fisher-svd` has them. Those of other methods cannot be compared between layers.
+    """
+
+    summary: ClassVar[str] = "the ranks of the largest energies over all layers, keys and values"
+    bounds: ClassVar[str] = "the share of the energies of all spectra together that lies beyond the ranks"
+    measured: ClassVar[bool] = False
+
+    def under_error(self, profile: Profile, error: float) -> Ranks:
+        return self._grown(profile, profile.room(math.inf), error)
+
+    def under_bytes(self, profile: Profile, limit: float) -> Ranks:
+        return self._grown(profile, profile.room(limit), -1.0)
+
+    def bounded(self, profile: Profile, ranks: Ranks) -> float:
+        tails = self._tails(profile)
+        return sum(tail[r] for tail, r in zip(tails, chain(*ranks), strict=True)) / (sum(tail[0] for tail in tails) or 1.0)
+
+    def _grown(self, profile: Profile, room: int, error: float) -> Ranks:
+        """From the least ranks, the step of most energy per rank, until `error` is reached or the room is full."""
+        served, tails = profile.served, self._tails(profile)
+        gains = [[((tail[a] - tail[b]) / (b - a), b - a) for a, b in pairwise(served)] for tail in tails]
+        at, room = [0] * len(tails), room - served[0] * len(tails)
+        while True:
+            ranks = [served[i] for i in at]
+            pairs = list(zip(ranks[::2], ranks[1::2], strict=True))
+            fitting = [j for j, i in enumerate(at) if i < len(gains[j]) and gains[j][i][1] <= room]
+            if not fitting or (error >= 0 and self.bounded(profile, pairs) <= error):
+                return pairs
+            j = max(fitting, key=lambda j: gains[j][at[j]])
+            room, at[j] = room - gains[j][at[j]][1], at[j] + 1
+
+    def _tails(self, profile: Profile) -> list[list[float]]:
+        """Of every layer's keys and values in turn: the energy beyond 0, 1, 2, ... directions, summed over heads."""
+        sides = (side for i in range(profile.layers) for side in profile.energies(i, "spectrum"))
+        return [[*reversed(list(accumulate(map(sum, reversed(list(zip(*side, strict=True)))), initial=0.0)))] for side in sides]
+
+
+@dataclass(frozen=True)
 class Fisher(Allocator):
     """Palu's rule (arXiv:2407.21118), also ReCalKV's (arXiv:2505.24357): W_K and W_V get ranks in proportion to their Fisher information.
 
@@ -369,6 +411,7 @@ ALLOCATORS: dict[str, Callable[..., Allocator]] = {
     "greedy": Greedy,
     "threshold": Threshold,
     "tail": Tail,
+    "spectrum": Spectrum,
     "fisher": Fisher,
     "condition": Condition,
     "depth": Depth,

@@ -96,10 +96,12 @@ def calibrate(
     empty = Profile((least, shape.head_dim), none, shape.kv_heads, model.dtype.itemsize, [], numbers=numbers)
     limit = _limit(budget, error_budget, judge, empty, lambda: _smaller(chosen, shape, least, ranks, rank_multiple))
     rows = windows_of(attach(model), tokenizer, texts, sample)
-    course = Course(model, rows, max(1, round(HELD * len(rows))), form, measured, sample.seed, sample.batch, progress, choices)
     provenance, ours = provenance_of(model, rows, sample), describe(chosen)
-    what = {"method": ours, "layout": form, "ranks": [measured, choices], "judge": judge, "batch": sample.batch}
-    bases, profile = fit_layers(chosen, course, files.job_folder(work, {"provenance": provenance, **what}), judge)
+    what = {"method": ours, "layout": form, "ranks": [measured, choices], "judge": judge, "batch": sample.batch, "exact": [sinks, recent]}
+    folder, held = files.job_folder(work, {"provenance": provenance, **what}), max(1, round(HELD * len(rows)))
+    exact = Exact(sinks, recent)
+    course = Course(model, rows, held, form, measured, sample.seed, sample.batch, progress, choices, exact, folder)
+    bases, profile = fit_layers(chosen, course, folder, judge)
     factors, told = _chosen(chosen, split, bases, profile, limit, course, judge)
     return Plan(
         factors=factors,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 from lowkey import families, weights
 from lowkey.families import Part
 from lowkey.types import LowkeyError, device_of
+from lowkey.weights import only
 
 Signal = list[tuple[float, float]]  # per compressible layer a number for keys and one for values
 LEAST = torch.finfo(torch.float32).eps  # of a singular value, relative to the largest: what fp32 weights resolve
@@ -57,21 +57,6 @@ def check(model: PreTrainedModel, needs: Sequence[str]) -> None:
     parts = [p for i in families.geometry(model).compressible for p in families.projection_parts(model, i)[1:]]
     if "fisher" in needs and not all(weights.in_full(w := p.linear.weight) and not w.is_meta for p in parts):
         raise LowkeyError("allocator 'fisher': takes gradients, which offloaded or quantised weights have not; choose another allocator")
-
-
-@contextmanager
-def only(wanted: Sequence[Tensor], model: PreTrainedModel) -> Iterator[None]:
-    """Only the wanted parameters require gradients inside; afterwards every one does as before."""
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        for p, _ in before:
-            p.requires_grad_(False)
-        for weight in wanted:
-            weight.requires_grad_(True)
-        yield
-    finally:
-        for p, required in before:
-            p.requires_grad_(required)
 
 
 def _gradients(model: PreTrainedModel, row: Tensor, parts: list[Part]) -> list[Tensor]:

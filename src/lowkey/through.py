@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from lowkey import families
 from lowkey.layers.base import StockLayer, StockSlidingLayer
+from lowkey.layers.exact import NOTHING, Exact
 from lowkey.layers.rebuilding import Rebuilding, RebuildingLayer
 from lowkey.probe import Rebuilt
 from lowkey.profile import Pair
@@ -19,15 +20,15 @@ from lowkey.progress import Progress
 from lowkey.types import Factors, LayerBases, Layout, device_of
 
 
-def logits(model: PreTrainedModel, ids: Tensor, storages: dict[int, Rebuilding]) -> Tensor:
-    """Next-token logits (b, t, vocabulary) of unpadded ids, every layer that is named through its storage."""
+def logits(model: PreTrainedModel, ids: Tensor, storages: dict[int, Rebuilding], exact: Exact = NOTHING) -> Tensor:
+    """Next-token logits (b, t, vocabulary) of unpadded ids, every layer that is named through its storage but for exact tokens."""
     config = model.config.get_text_config()
     full = families.geometry(model).compressible
     layers: list[Any] = [
         StockLayer() if i in full else StockSlidingLayer(config.sliding_window) for i in range(len(families.layer_types(config)))
     ]
     for i, storage in storages.items():
-        layers[i] = RebuildingLayer(storage)
+        layers[i] = RebuildingLayer(storage, exact)
     return model(ids, past_key_values=Cache(layers=layers)).logits
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -23,6 +23,21 @@ def at_hand(module: nn.Module) -> Iterator[None]:
         for part in module.modules():
             stack.enter_context(align_module_device(part))
         yield
+
+
+@contextmanager
+def only(wanted: Sequence[Tensor], model: nn.Module) -> Iterator[None]:
+    """Only the wanted parameters require gradients inside; afterwards every one does as before."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for p, _ in before:
+            p.requires_grad_(False)
+        for weight in wanted:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for p, required in before:
+            p.requires_grad_(required)
 
 
 def entries(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -22,7 +22,7 @@ from lowkey.types import LowkeyError
 
 JOB, WORK = "job", "work"  # kinds of files
 TRIES = 3
-NAMES = r"(job|measured)\.json|(statistics|gates|training|(layer|tuned)-\d+)\.safetensors"  # of one job
+NAMES = r"(job|measured)\.json|(statistics|gradients|gates|training|(layer|tuned)-\d+)\.safetensors"  # of one job
 
 
 @overload

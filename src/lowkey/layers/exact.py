@@ -55,3 +55,6 @@ class Exact(Checked):
     recent: int = option(0, at_least=0, at_most=2**24)
     prefill: Literal["compressed", "exact"] = "compressed"
     rule: SinkRule | None = None
+
+
+NOTHING = Exact()

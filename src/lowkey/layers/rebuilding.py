@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from lowkey.backends import grouped
+from lowkey.backends.segment import Segment
 from lowkey.layers.base import StockLayer
+from lowkey.layers.exact import NOTHING, Exact
+from lowkey.seam import Call, Incoming
 
 
 class Rebuilding(Protocol):
@@ -16,12 +21,34 @@ class Rebuilding(Protocol):
 
 
 class RebuildingLayer(StockLayer):
-    """Rebuilds in fp32, whatever the model's dtype, as training the maps needs; positions start at 0 and there is no padding."""
+    """Rebuilds in fp32, whatever the model's dtype, as training the maps needs; positions start at 0 and there is no padding.
 
-    def __init__(self, storage: Rebuilding) -> None:
+    exact: what each query sees as it is, as in a `CodedLayer`: the first `sinks` tokens and the `recent` up to itself.
+    """
+
+    def __init__(self, storage: Rebuilding, exact: Exact = NOTHING) -> None:
         super().__init__()
-        self.storage = storage
+        self.storage, self.exact = storage, exact
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        keys, values = self.storage.update(key_states.float(), value_states.float())
-        return keys.to(key_states.dtype), values.to(value_states.dtype)
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Any, Any]:
+        if not self.exact.sinks and not self.exact.recent:
+            return self._rebuilt(key_states, value_states)
+        incoming = Incoming(self, key_states, value_states)
+        return incoming, incoming
+
+    def attend(self, keys: Tensor, values: Tensor, call: Call) -> Tensor:
+        tokens = torch.arange(keys.shape[2], device=keys.device)
+        near = (tokens > tokens.unsqueeze(1) - self.exact.recent) | (tokens < self.exact.sinks)
+        mask = call.mask if call.mask is not None else (tokens <= tokens.unsqueeze(1)).unsqueeze(0)
+        far = Segment(call.query, *self._rebuilt(keys, values), mask & ~near)
+        return grouped.attend([far, Segment(call.query, keys, values, mask & near)], call.scaling, call.softcap)
+
+    def answered(self) -> None:
+        return None
+
+    def failed(self) -> None:
+        return None
+
+    def _rebuilt(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.storage.update(keys.float(), values.float())
+        return found[0].to(keys.dtype), found[1].to(values.dtype)

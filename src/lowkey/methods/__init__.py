@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from lowkey.methods.base import Course, Method
 from lowkey.methods.eigenattention import EigenAttention
+from lowkey.methods.fishersvd import FisherSVD
 from lowkey.methods.kqsvd import KQSVD
 from lowkey.methods.kvheads import KVHeadSVD
 from lowkey.methods.kvlatent import KVLatent
@@ -24,6 +25,7 @@ METHODS: dict[str, type[Method]] = {
     "eigenattention": EigenAttention,
     "stiefattention": StiefAttention,
     "kq-svd": KQSVD,
+    "fisher-svd": FisherSVD,
     "palu": Palu,
     "lorc": LoRC,
     "recalkv": ReCalKV,
@@ -41,6 +43,7 @@ __all__ = [
     "PCA",
     "Course",
     "EigenAttention",
+    "FisherSVD",
     "KVLatent",
     "MatryoshkaKV",
     "LoRC",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lowkey.layers.exact import NOTHING, Exact
 from lowkey.options import Checked
 from lowkey.probe import Probe
 from lowkey.progress import Progress, silent
@@ -20,6 +22,7 @@ class Course:
     """What a method that looks at the whole model works on. rows (n, t): ids of the calibration windows; the last `held` only judge.
 
     ranks: those at which bases are trained and errors measured; choices: every one that may be chosen, when these are more.
+    exact: tokens that the cache will hold as they are. work: the folder of this very job, to save into and to resume from.
     """
 
     model: PreTrainedModel
@@ -31,6 +34,8 @@ class Course:
     batch: int = 4
     progress: Progress = silent
     choices: tuple[int, ...] = ()
+    exact: Exact = NOTHING
+    work: Path | None = None
 
     @property
     def served(self) -> list[int]:
