@@ -91,9 +91,9 @@ def calibrate(
     _check(model, sinks, recent, form, judge, split)
     shape = families.geometry(model)
     measured, choices = _candidates(chosen, shape, ranks, rank_multiple)
-    least, none = (measured if split.measured else choices)[0], [[]] * len(shape.compressible)
+    least = (measured if split.measured else choices)[0]
     numbers = _numbers(chosen, shape, [least])
-    empty = Profile((least, shape.head_dim), none, shape.kv_heads, model.dtype.itemsize, [], numbers=numbers)
+    empty = Profile((least, shape.head_dim), [[]] * len(shape.compressible), shape.kv_heads, model.dtype.itemsize, [], numbers=numbers)
     limit = _limit(budget, error_budget, judge, empty, lambda: _smaller(chosen, shape, least, ranks, rank_multiple))
     rows = windows_of(attach(model), tokenizer, texts, sample)
     provenance, ours = provenance_of(model, rows, sample), describe(chosen)
