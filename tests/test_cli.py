@@ -1040,7 +1040,13 @@ def test_export_refuses_other_plans_and_formats(model, made, halved, here):
 
 def test_recover_writes_a_model_and_its_plan(model, halved, here):
     told = printed("recover", model, halved, "better", "--stages", "distill=1,ce=2", "--length", 16, "--batch", 2)
-    assert told["steps"] == 3 and len(json.loads((here / "better" / "losses.json").read_text())["losses"]) == 3
+    written = json.loads((here / "better" / "losses.json").read_text())["losses"]
+    assert told["steps"] == 3 and len(written) == 3
+    assert [(s["objective"], s["first"], s["last"]) for s in told["stages"]] == [
+        ("distill", written[0]["loss"], written[0]["loss"]),
+        ("ce", written[1]["loss"], written[2]["loss"]),
+    ]
+    assert told["held_out"].keys() == {"full", "before", "after"}
     again = printed("generate", "better", "--prompt", "Once upon a time", "--plan", "better/plan", "--tokens", 3)
     assert again["bytes_held"] < again["bytes_full"]
     assert not list(here.glob("*.partial")), "nothing is left of the work"

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import lowkey
-from lowkey import families, seam
+from lowkey import families, seam, text
 from lowkey.cache import cache_of
 from lowkey.fingerprint import model_fingerprint
 from lowkey.layers.rebuilding import RebuildingLayer
@@ -290,8 +290,34 @@ def test_the_new_model_is_a_plain_one(learned):
 def test_the_plan_says_what_was_done(learned):
     about = learned[True].plan.provenance["recovered"]
     assert about["settings"]["stages"] == [["ce", 40]] and about["settings"]["factors"]
-    assert about["tokens"] == 40 * 2 * 24 and about["loss"]["last"] == losses(learned[True])[-1]
+    assert about["tokens"] == 40 * 2 * 24 and about["stages"][0]["last"] == losses(learned[True])[-1]
+    assert about["stages"] == learned[True].stages and about["held_out"] == learned[True].held_out
     assert about["from_sha256"] == model_fingerprint(pico.attached("llama"))
+
+
+def test_every_stage_is_told_by_itself():
+    found = run(stages=(("distill", 2), ("ce", 3), ("kl", 1)))
+    of = losses(found)
+    told = [(s["objective"], s["steps"], s["first"], s["last"]) for s in found.stages]
+    assert told == [("distill", 2, of[0], of[1]), ("ce", 3, of[2], of[4]), ("kl", 1, of[5], of[5])]
+
+
+def test_one_objective_on_one_text_judges_before_and_after(learned):
+    """By hand: stock torch's cross-entropy on text that was not trained on, through caches made the public way."""
+    ids = pico.tokenizer()(text.embedded("evaluation")[: 8 * 23], add_special_tokens=False).input_ids
+    rows = torch.tensor(ids).view(8, 23)
+    rows = torch.cat([torch.ones(8, 1, dtype=torch.long) * pico.tokenizer().bos_token_id, rows], 1)
+
+    def loss(model, cache):
+        return float(F.cross_entropy(pico.feed(model, rows, cache)[:, :-1].flatten(0, 1), rows[:, 1:].flatten()))
+
+    old, found = pico.attached("llama"), learned[True]
+    want = {
+        "full": loss(pico.stock("llama"), None),
+        "before": loss(old, lowkey.make_cache(old, pico.plan(old))),
+        "after": loss(found.model, lowkey.make_cache(found.model, found.plan)),
+    }
+    assert found.held_out == pytest.approx(want, rel=1e-4)
 
 
 def test_model_and_plan_stay_as_they_were():

@@ -18,6 +18,7 @@ from lowkey import adapting, families, files, optimizing, text, through, weights
 from lowkey.adapting import Adapted
 from lowkey.cache import cache_of
 from lowkey.fingerprint import data_fingerprint, model_fingerprint
+from lowkey.judging import HeldOut
 from lowkey.layers.codec import LowRank
 from lowkey.layers.coded import CodedLayer
 from lowkey.layers.rebuilding import RebuildingLayer
@@ -78,12 +79,17 @@ class Recovery(Checked):
 @dataclass(frozen=True)
 class Recovered:
     """A plain model with what was learned in its weights, the plan re-issued for it, and one record per step:
-    {"step": 1.., "stage", "loss": before that step, "tokens": seen by then}. exact: the plan lost nothing, so that nothing was to be
-    recovered (its maps at full rank are identities); it is said in the new plan's provenance too."""
+    {"step": 1.., "stage", "loss": before that step, "tokens": seen by then}. stages: of each the objective, its steps and its first and
+    last loss; objectives differ, so that losses of two stages cannot be compared. held_out: what can: the next-token cross-entropy in nats
+    on the embedded evaluation text through the plan, `before` and `after`, and of the model `full`, as it was with the full cache.
+    exact: the plan lost nothing, so that nothing was to be recovered (its maps at full rank are identities). All but the records is said
+    in the new plan's provenance too."""
 
     model: PreTrainedModel
     plan: Plan
     losses: list[dict]
+    stages: list[dict]
+    held_out: dict[str, float]
     exact: bool = False
 
 
@@ -114,9 +120,12 @@ def recover(
     training = Training.of(model, plan, data, settings)
     if folder is not None and (found := files.read_work(folder, CHECKPOINT)) is not None:
         training.restore(found, folder)
+    judge = HeldOut.of(tokenizer, model, settings.length)
+    with training.student.adapted.original() as original:
+        held_out = {"full": judge.loss(original), "before": judge.loss(original, plan)}
     with torch.enable_grad():
         training.run(folder, progress)
-    return _finished(training, plan)
+    return _finished(training, plan, judge, held_out)
 
 
 def _check(settings: Recovery, model: PreTrainedModel) -> None:
@@ -336,8 +345,15 @@ class Training:
         size, names = self.settings.batch * self.settings.length, [entry[0] for entry in self.schedule]
         return [{"step": n, "stage": names[n - 1], "loss": loss, "tokens": n * size} for n, loss in enumerate(self.losses, 1)]
 
+    def stages(self) -> list[dict]:
+        found, start = [], 0
+        for name, steps in self.settings.stages:
+            own, start = self.losses[start : start + steps], start + steps
+            found += [{"objective": name, "steps": steps, "first": own[0], "last": own[-1]}] if own else []
+        return found
 
-def _finished(training: Training, plan: Plan) -> Recovered:
+
+def _finished(training: Training, plan: Plan, judge: HeldOut, held_out: dict[str, float]) -> Recovered:
     model = training.student.adapted.merged().eval().requires_grad_(False)
     records, exact = training.records(), all(_lossless(f) for f in plan.factors.values())
     about = {
@@ -346,14 +362,16 @@ def _finished(training: Training, plan: Plan) -> Recovered:
         "from_sha256": plan.provenance["model_sha256"],
         "data_sha256": training.data.fingerprint(),
         "tokens": records[-1]["tokens"],
-        "loss": {"first": records[0]["loss"], "last": records[-1]["loss"]},
+        "stages": training.stages(),
         "versions": versions(),
     }
     issued = replace(plan, provenance={**plan.provenance, "model_sha256": model_fingerprint(model), "recovered": about})
     if maps := training.maps:
         back = {i: {name: maps[f"{i}.{name}"].detach().to(t.device) for name, t in _maps(f).items()} for i, f in plan.factors.items()}
         issued = replace(issued, factors={i: replace(f, **back[i]) for i, f in plan.factors.items()}, orthonormal=False)
-    return Recovered(attach(model), issued, records, exact)
+    held_out["after"] = judge.loss(attach(model), issued)
+    issued.provenance["recovered"]["held_out"] = held_out
+    return Recovered(model, issued, records, about["stages"], held_out, exact)
 
 
 def _lossless(f: Factors) -> bool:

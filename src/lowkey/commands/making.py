@@ -271,14 +271,19 @@ def recover(
         found.plan.save(temporary / "plan")
         files.write_json(temporary / "losses.json", {"losses": found.losses}, "losses")
     files.remove_work(work)
-    first, last = (found.losses[i]["loss"] for i in (0, -1))
-    told = {"model": str(out), "plan": str(out / "plan"), "steps": len(found.losses), "first_loss": first, "last_loss": last}
+    told = {"model": str(out), "plan": str(out / "plan"), "steps": len(found.losses), "stages": found.stages, "held_out": found.held_out}
     told["exact"] = found.exact
-    if found.exact and not as_json:
+    if as_json:
+        print(json.dumps(told))
+        return
+    if found.exact:
         err.print("the plan is exact: it lost nothing, so there was nothing to recover", highlight=False)
-    print(json.dumps(told)) if as_json else err.print(
-        f"model and plan written to {out} after {len(found.losses)} steps: loss {first:.4f} -> {last:.4f}", highlight=False
-    )
+    for stage in found.stages:
+        err.print(f"{stage['objective']}, {stage['steps']} steps: {stage['first']:.4f} -> {stage['last']:.4f}", highlight=False)
+    full, before, after = (found.held_out[name] for name in ("full", "before", "after"))
+    told_loss = f"{before:.4f} -> {after:.4f} nats per token (full cache, untrained: {full:.4f})"
+    err.print(f"held-out loss through the plan: {told_loss}", highlight=False)
+    err.print(f"model and plan written to {out}", highlight=False, soft_wrap=True)
 
 
 def _stages(written: str, lr: float) -> tuple[tuple[tuple[str, int], ...], tuple[float, ...]]:
