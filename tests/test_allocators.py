@@ -280,6 +280,47 @@ def test_allocators_refuse_options_out_of_range(kind, options):
         kind(**options)
 
 
+@quick
+@given(st.integers(2, 6), st.integers(1, 4), st.floats(14, 40), st.floats(1, 10), st.floats(0, 1), st.integers(0, 99))
+def test_a_floor_holds_for_every_layer_and_is_taken_from_the_others_in_proportion(n, h, mean, beta, floor, seed):
+    protected, tokens = 12, 10_000
+    weights = torch.rand(n, h, generator=torch.Generator().manual_seed(seed)).double()
+    weights[0] = 0
+    given_ = tuple(map(tuple, weights.tolist()))
+    free, floored = (
+        torch.cat([HeadKV(beta=beta, floor=f, importance=given_).counts(a) for a in layerwise(n, h, tokens, mean, protected)])
+        for f in (0.0, floor)
+    )
+    assert int(floored.sum()) == int(free.sum()) == round(mean * n * h)
+    own, least = floored.sum(1), (protected + floor * (mean - protected)) * h
+    assert bool((own >= least - h).all()), "whole numbers: at most one less for each head"
+    assert bool((own >= free.sum(1).minimum(torch.tensor(int(least))) - h).all())
+    if floor == 0:
+        assert torch.equal(free, floored)
+
+
+def test_a_floor_of_one_deals_by_importance_within_layers_alone():
+    split = HeadKV(beta=1.0, floor=1.0, importance=((8.0, 2.0), (0.0, 0.0), (3.0, 1.0)))
+    counts = torch.cat([split.counts(a) for a in layerwise(3, 2, 100, 20.0, 0)])
+    assert counts.tolist() == [[32, 8], [20, 20], [30, 10]]
+
+
+def test_a_floor_by_hand():
+    """Layers have 90, 10 and 0 % of the scores; with a floor of a half each gets at least 50 of the 300: 50, 50, and 200 for the first."""
+    split = HeadKV(beta=1.0, floor=0.5, importance=((0.9,), (0.1,), (0.0,)))
+    counts = torch.cat([split.counts(a) for a in layerwise(3, 1, 1000, 100.0, 0)])
+    assert counts.flatten().tolist() == [200, 50, 50]
+
+
+def test_missing_scores_are_named_with_the_commands_that_make_them():
+    with pytest.raises(LowkeyError) as refusal:
+        Classes().fitted({"r2": [[1.0]]})
+    said = str(refusal.value)
+    assert "needs head scores of kind 'induction' and 'echo', and there are 'r2'; " in said
+    assert "`lowkey heads MODEL --kind induction --out induction.json` and `lowkey heads MODEL --kind echo --out echo.json`" in said
+    assert said.endswith("then pass --heads induction.json --heads echo.json")
+
+
 def test_headkv_asks_for_importance_that_fits():
     with pytest.raises(LowkeyError, match="beta"):
         HeadKV(beta=0.5)

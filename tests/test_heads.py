@@ -282,7 +282,7 @@ def test_what_is_no_object_is_refused(content, tmp_path):
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    refused(lambda: HeadScores.load(tmp_path / "none.json"), "none.json", "make it with `lowkey heads`")
+    refused(lambda: HeadScores.load(tmp_path / "none.json"), "none.json", "run `lowkey heads MODEL --kind r2 --out .*none.json`")
     refused(lambda: HeadScores.load(tmp_path), str(tmp_path), "no such file")
 
 
@@ -297,7 +297,9 @@ def test_another_models_scores_are_refused(tmp_path, accepting):
     found.save(tmp_path / "heads.json")
     assert torch.equal(HeadScores.load(tmp_path / "heads.json", attached("llama")).values, found.values)
     refused(
-        lambda: HeadScores.load(tmp_path / "heads.json", pico.build("llama", initializer_range=0.1)), "this one is", "run `lowkey heads`"
+        lambda: HeadScores.load(tmp_path / "heads.json", pico.build("llama", initializer_range=0.1)),
+        "this one is",
+        "run `lowkey heads .*--kind r2` and pass its file",
     )
 
 

@@ -31,6 +31,7 @@ from lowkey.types import LowkeyError, device_of
 
 FORMAT, KIND = 1, "head-scores"
 LEAST = 10  # solved cases; fewer say nothing about heads
+BY_KIND = ("copy", "r2", "er", "mass", "induction", "echo")
 BY_BEST = ("induction", "echo")  # a KV head is as good as the best of its group
 SPLITS = 10  # of the cases in two halves
 DIGITS = 6
@@ -177,7 +178,9 @@ class HeadScores:
         """
         place = Path(path)
         if not place.is_file():
-            raise LowkeyError(f"head scores {str(place)!r}: no such file; make it with `lowkey heads`")
+            raise LowkeyError(
+                f"head scores {str(place)!r}: no such file; run `lowkey heads MODEL --kind r2 --out {place}` (kinds: {', '.join(BY_KIND)})"
+            )
         scores = _parse(files.read_json(place, "head scores", KIND, FORMAT), f"head scores {str(place)!r}")
         if model is not None:
             scores.check(model)
@@ -186,9 +189,10 @@ class HeadScores:
     def check(self, model: PreTrainedModel) -> None:
         """Refuse another model, by fingerprint and by shape. Errors: LowkeyError."""
         shape = families.geometry(model)
-        check_model("file of head scores", self.model, self.model_sha256, model, "run `lowkey heads` on this model")
+        again = f"run `lowkey heads {model.config._name_or_path or 'MODEL'} --kind {self.kind}` and pass its file"
+        check_model("file of head scores", self.model, self.model_sha256, model, again)
         if (self.layers, self.values.shape[2], self.kv_heads) != (shape.compressible, shape.heads, shape.kv_heads):
-            raise LowkeyError("head scores do not cover the layers and heads of this model; the file is damaged: make it again")
+            raise LowkeyError(f"head scores do not cover the layers and heads of this model; the file is damaged: {again}")
 
 
 def _rounded(values: Tensor) -> Tensor:
@@ -211,8 +215,10 @@ def _flaw(scores: HeadScores) -> str | None:
 
 
 def _parse(meta: dict, where: str) -> HeadScores:
+    known = meta.get("kind") if meta.get("kind") in BY_KIND else "r2"
+
     def refuse(rule: str) -> LowkeyError:
-        return LowkeyError(f"{where}: {rule}; it is damaged or not one of ours: make it with `lowkey heads`")
+        return LowkeyError(f"{where}: {rule}; it is damaged or not one of ours: run `lowkey heads MODEL --kind {known} --out` anew")
 
     for name, kind in TYPES.items():
         if type(meta.get(name)) is not kind:

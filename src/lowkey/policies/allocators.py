@@ -152,6 +152,8 @@ class HeadKV(Allocator):
 
     kind: which importance to take from a plan or a file of head scores: `copy` (HeadKV-R), `r2` (HeadKV-R2), `er`, `mass`.
     importance: per layer, its KV heads' scores, when given directly; they need not add up to one.
+    floor (ours): the share that each layer gets at least of what it would get if all layers got the same, beyond what is protected; 1 deals
+    by importance within layers alone. Scores are of heads that look at the answer: layers that read the question may have none.
     A head's share beyond what there is goes to the others in proportion to their importance; the published code loses it.
     """
 
@@ -160,16 +162,22 @@ class HeadKV(Allocator):
 
     kind: str = option("r2", any_text=True)
     beta: float = option(1.2, at_least=1, at_most=1e9)  # 1 deals everything by importance, larger values deal more equally
+    floor: float = option(0.0, at_least=0, at_most=1)
     importance: tuple[tuple[float, ...], ...] = option((), at_least=0)
 
     def fitted(self, heads: HeadImportance) -> Self:
-        return replace(self, importance=_importance(self.importance, self.kind, heads, "headkv"))
+        if self.importance:
+            return self
+        (found,) = _importance((self.kind,), heads, "headkv")
+        return replace(self, importance=found)
 
     def counts(self, ask: Ask) -> Tensor:
-        weights = _checked(self.importance, ask)
-        floor = float(ask.low.max())
-        free = max(0.0, min(ask.mean, ask.tokens) - floor)
-        return _static(ask, weights, floor + free - free / self.beta)
+        weights = _checked(self.importance, ask, (self.kind,))
+        if self.floor:
+            weights = _with_floor(weights, (self.floor - 1) * self.beta + 1)
+        protected = float(ask.low.max())
+        free = max(0.0, min(ask.mean, ask.tokens) - protected)
+        return _static(ask, weights, protected + free - free / self.beta)
 
 
 @dataclass(frozen=True)
@@ -190,14 +198,13 @@ class Classes(Allocator):
     def fitted(self, heads: HeadImportance) -> Self:
         if self.importance:
             return self
-        chosen = [
-            _top(_importance((), kind, heads, "classes"), share) for kind, share in (("induction", self.induction), ("echo", self.echo))
-        ]
+        found = _importance(("induction", "echo"), heads, "classes")
+        chosen = [_top(scores, share) for scores, share in zip(found, (self.induction, self.echo), strict=True)]
         either = (chosen[0] | chosen[1]).double().tolist()
         return replace(self, importance=tuple(tuple(row) for row in either))
 
     def counts(self, ask: Ask) -> Tensor:
-        retrieval = _checked(self.importance, ask) > 0
+        retrieval = _checked(self.importance, ask, ("induction", "echo")) > 0
         return _static(ask, torch.where(retrieval, 1.0, 1e-9), float(ask.low.max()))
 
 
@@ -227,12 +234,32 @@ ALLOCATORS: dict[str, type[Allocator]] = {
 }
 
 
-def _importance(given: tuple[tuple[float, ...], ...], kind: str, heads: HeadImportance, name: str) -> tuple[tuple[float, ...], ...]:
-    if given:
-        return given
-    if kind not in heads:
-        raise LowkeyError(f"allocator {name!r}: needs head scores of kind {kind!r}; make them with `lowkey heads` and pass --heads")
-    return tuple(tuple(float(x) for x in row) for row in heads[kind])
+def _importance(kinds: Sequence[str], heads: HeadImportance, name: str) -> list[tuple[tuple[float, ...], ...]]:
+    """Of each kind, per layer its KV heads' scores. Errors: LowkeyError that names what makes all that are missing."""
+    if missing := [kind for kind in kinds if kind not in heads]:
+        there = f", and there are {', '.join(map(repr, heads))}" if heads else ""
+        passed = " ".join(f"--heads {kind}.json" for kind in missing)
+        wanted = " and ".join(map(repr, missing))
+        raise LowkeyError(f"allocator {name!r}: needs head scores of kind {wanted}{there}; {_commands(missing)}, then pass {passed}")
+    return [tuple(tuple(float(x) for x in row) for row in heads[kind]) for kind in kinds]
+
+
+def _commands(kinds: Sequence[str]) -> str:
+    return "run " + " and ".join(f"`lowkey heads MODEL --kind {kind} --out {kind}.json`" for kind in kinds)
+
+
+def _with_floor(weights: Tensor, least: float) -> Tensor:
+    """Weights (layers, h) adding up to 1, of which no layer has less than `least` of the mean layer; the others are less for it, in
+    proportion. A layer without any weight deals evenly."""
+    weights = weights / weights.sum().clamp_min(1e-300)
+    sums, least = weights.sum(1), max(0.0, least) / len(weights)
+    raised = sums < 0  # none yet
+    while bool((more := ~raised & (sums < least * (1 - 1e-9))).any()):
+        raised = raised | more
+        rest = weights.sum(1).masked_fill(raised, 0.0)
+        sums = torch.where(raised, least, rest * (1 - least * raised.sum()) / rest.sum().clamp_min(1e-300))
+    within = torch.where(weights.sum(1, keepdim=True) > 0, weights, 1.0)
+    return within / within.sum(1, keepdim=True) * sums.unsqueeze(1)
 
 
 def _top(importance: Sequence[Sequence[float]], share: float) -> Tensor:
@@ -242,11 +269,11 @@ def _top(importance: Sequence[Sequence[float]], share: float) -> Tensor:
     return torch.zeros(len(flat), dtype=torch.bool).index_fill(0, best, True).view(len(importance), -1)
 
 
-def _checked(importance: tuple[tuple[float, ...], ...], ask: Ask) -> Tensor:
+def _checked(importance: tuple[tuple[float, ...], ...], ask: Ask, kinds: Sequence[str]) -> Tensor:
     weights, h = torch.tensor(importance, dtype=torch.float64), ask.scores.shape[1]
     if weights.shape != (ask.layers, h):
         raise LowkeyError(
-            f"head importance of shape {tuple(weights.shape)}: the model has {ask.layers} layers of {h} KV heads; see `lowkey heads`"
+            f"head importance of shape {tuple(weights.shape)}: the model has {ask.layers} layers of {h} KV heads; {_commands(kinds)}"
         )
     return weights
 
