@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, chain, count, pairwise, takewhile
+from itertools import accumulate, chain, count, takewhile
 from typing import ClassVar, Literal
 
 from lowkey.filling import filled, normalised, settled
@@ -17,6 +17,7 @@ from lowkey.types import LowkeyError
 
 Energy = Literal["squared", "singular"]
 PARTS = ("summary", "bounds", "needs", "measured", "under_error", "under_bytes", "bounded", "pairs")  # of an allocator
+AHEAD = (1, 2, 4, 8)  # ranks at a time: packed latents grow by jumps, so that one rank more may cost as much as eight
 Step = tuple[float, int, Pair]  # error added per byte freed, layer, its new ranks
 
 
@@ -67,7 +68,7 @@ def tightest(rule: Callable[[Profile, float], Ranks], profile: Profile, limit: f
 def worst(profile: Profile) -> float:
     """An error budget that every measured pair is within, whatever it is weighted with."""
     points = [error for layer in profile.points for error in layer.values()]
-    return 16 * max(*(max(map(max, layer)) for layer in profile.surface), *points, 1e-9)
+    return 16 * max(*(max(row) for layer in profile.surface for row in layer), *points, 1e-9)
 
 
 def fewest(rule: Callable[[Profile, float], Ranks], profile: Profile, error: float) -> Ranks:
@@ -75,7 +76,7 @@ def fewest(rule: Callable[[Profile, float], Ranks], profile: Profile, error: flo
     `error`. Full rank where none is. The errors of such a rule may rise a little with the bytes, and then fewer bytes may fit too.
     """
     profile = replace(profile, choices=())
-    unit = profile.heads * profile.itemsize
+    unit = profile.unit
     low, high = (2 * profile.layers * r for r in (profile.ranks[0], profile.ranks[-1]))
     while low < high:
         middle = (low + high) // 2
@@ -191,7 +192,7 @@ class Greedy(Allocator):
         return [(self._cost(profile, layer, pair, new), layer, new) for new in lower]
 
     def _cost(self, profile: Profile, layer: int, pair: Pair, new: Pair) -> float:
-        return (profile.error(layer, new) - profile.error(layer, pair)) / (sum(pair) - sum(new))
+        return (profile.error(layer, new) - profile.error(layer, pair)) / (profile.bytes([pair]) - profile.bytes([new]))
 
 
 def cumulated(spectrum: Sequence[float], energy: Energy) -> list[float]:
@@ -303,28 +304,37 @@ class Spectrum(Allocator):
     measured: ClassVar[bool] = False
 
     def under_error(self, profile: Profile, error: float) -> Ranks:
-        return self._grown(profile, profile.room(math.inf), error)
+        return self._grown(profile, math.inf, error)
 
     def under_bytes(self, profile: Profile, limit: float) -> Ranks:
-        return self._grown(profile, profile.room(limit), -1.0)
+        return self._grown(profile, limit, -1.0)
 
     def bounded(self, profile: Profile, ranks: Ranks) -> float:
         tails = self._tails(profile)
         return sum(tail[r] for tail, r in zip(tails, chain(*ranks), strict=True)) / (sum(tail[0] for tail in tails) or 1.0)
 
-    def _grown(self, profile: Profile, room: int, error: float) -> Ranks:
-        """From the least ranks, the step of most energy per rank, until `error` is reached or the room is full."""
+    def _grown(self, profile: Profile, limit: float, error: float) -> Ranks:
+        """From the least ranks, the step of most energy per byte that fits, until `error` is reached or none fits."""
         served, tails = profile.served, self._tails(profile)
-        gains = [[((tail[a] - tail[b]) / (b - a), b - a) for a, b in pairwise(served)] for tail in tails]
-        at, room = [0] * len(tails), room - served[0] * len(tails)
+        costs = [[profile.cost(side, rank) for rank in served] for side in (0, 1)]
+        at, used = [0] * len(tails), profile.bytes([(served[0], served[0])] * profile.layers)
+        if used > limit:
+            raise too_small(profile, limit, used)
         while True:
             ranks = [served[i] for i in at]
             pairs = list(zip(ranks[::2], ranks[1::2], strict=True))
-            fitting = [j for j, i in enumerate(at) if i < len(gains[j]) and gains[j][i][1] <= room]
-            if not fitting or (error >= 0 and self.bounded(profile, pairs) <= error):
+            if error >= 0 and self.bounded(profile, pairs) <= error:
                 return pairs
-            j = max(fitting, key=lambda j: gains[j][at[j]])
-            room, at[j] = room - gains[j][at[j]][1], at[j] + 1
+            steps = []
+            for j, i in enumerate(at):
+                for to in (i + n for n in AHEAD if i + n < len(served)):
+                    cost = costs[j % 2][to] - costs[j % 2][i]
+                    if used + cost <= limit + 1e-6:
+                        steps.append(((tails[j][served[i]] - tails[j][served[to]]) / max(cost, 1e-9), -cost, j, to))
+            if not steps:
+                return pairs
+            _, cost, j, at[j] = max(steps)
+            used -= cost
 
     def _tails(self, profile: Profile) -> list[list[float]]:
         """Of every layer's keys and values in turn: the energy beyond 0, 1, 2, ... directions, summed over heads."""

@@ -22,8 +22,8 @@ from lowkey.layers.codec import Codec, LowRank, Plain
 from lowkey.layers.coded import CodedLayer, Exact
 from lowkey.layers.compensating import CompensatingLayer
 from lowkey.layers.evicting import EvictingLayer, Round
-from lowkey.layers.exact import SinkRule
-from lowkey.layers.packing import Scheme, scheme
+from lowkey.layers.exact import WINDOW, SinkRule
+from lowkey.layers.packing import Scheme, scheme_or_none
 from lowkey.layers.pruning import PruningLayer
 from lowkey.layers.undoing import ForwardPass
 from lowkey.options import shown
@@ -228,8 +228,10 @@ def make_cache(
     """A fresh cache for one batch of sequences.
 
     plan: low rank as calibrated. policy: which tokens each head keeps, alone or on top of a plan. bits: 8, 4 or another name of SCHEMES:
-    keys and values, or a plan's latents, in packed integers. exact: overrides the plan's sinks, recent window and prefill mode; its rule
-    comes from `sinks.find_sinks`. All None: transformers' own form, counted.
+    keys and values, or a plan's latents, in packed integers; None: as the plan says, `none`: in none. exact: overrides the plan's sinks,
+    recent window and prefill mode, and the 4 sinks and 32 recent tokens that integers alone come with; its rule comes from
+    `sinks.find_sinks`. With a policy on top, which keeps sinks and recent tokens of its own, a plan's window is left out.
+    All None: transformers' own form, counted.
     Errors: LowkeyError when the model is not attached, the plan is another model's, bits are unknown, or two do not go together.
     """
     if not attached(model):
@@ -245,8 +247,10 @@ def make_cache(
 
 def cache_from(model: PreTrainedModel, origin: Origin) -> LowkeyCache:
     """As `make_cache`, for a plan that was checked before: the model's weights are not looked at again, and the cache cannot be saved."""
-    if origin.bits is not None and origin.policy:
+    if origin.policy and scheme_or_none(origin.bits) is not None:
         raise LowkeyError(f"bits={shown(origin.bits)} together with a policy is not supported yet; give one of them")
+    if origin.policy and origin.plan and origin.bits is None and origin.plan.bits is not None:
+        raise LowkeyError(f"plan in {origin.plan.bits} together with a policy is not supported yet; give bits='none', or one of them")
     stock = origin == Origin(origin.model)
     if stock and families.stores_its_own(model.config):
         cache = LowkeyCache(layers=[StockLayer() for _ in families.decoder_layers(model)])
@@ -260,10 +264,10 @@ def _builder(model: PreTrainedModel, origin: Origin) -> Callable[[int], CountedL
     plan, policy = origin.plan, origin.policy
     if policy is not None:
         return _evicting(model, plan, policy, origin.exact)
-    if plan is None and origin.bits is None and origin.exact is None:
+    if plan is None and origin.exact is None and scheme_or_none(origin.bits) is None:
         return lambda i: StockLayer()
-    packed = scheme(origin.bits) if origin.bits is not None else None
-    sinks, recent = (plan.sinks, plan.recent) if plan else (0, 0)
+    packed = scheme_or_none(plan.bits if plan and origin.bits is None else origin.bits)
+    sinks, recent = (plan.sinks, plan.recent) if plan else (WINDOW.sinks, WINDOW.recent)
     keep = origin.exact or Exact(sinks, max(recent, packed.recent if packed else 0))
     packings = (packed.keys, packed.values) if packed else None
     points = keep.rule.layers if keep.rule else {}
@@ -291,10 +295,8 @@ def _codec(model: PreTrainedModel, i: int, plan: Plan | None, packed: Scheme | N
 
 
 def _evicting(model: PreTrainedModel, plan: Plan | None, policy: Policy, exact: Exact | None) -> Callable[[int], CountedLayer]:
-    if exact or (plan and (plan.sinks or plan.recent)):
-        raise LowkeyError(
-            "exact tokens of a plan together with a policy are not supported; the policy's sinks and recent tokens are kept in low rank"
-        )
+    if exact:
+        raise LowkeyError("exact tokens together with a policy are not supported; the policy keeps sinks and recent tokens of its own")
     if plan and policy.layer == "pruning":
         raise LowkeyError("policy 'think' drops key channels, of which a plan has its own; use another policy on top of a plan")
     if plan and policy.layer == "compensating" and plan.layout == "pre_rope":

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,9 @@ from lowkey import families, files, sensitivity, text
 from lowkey.allocate import ALLOCATORS, PARTS, Allocator
 from lowkey.fingerprint import data_fingerprint, model_fingerprint
 from lowkey.grid import Asked, grid, multiples
-from lowkey.layers.exact import Exact
+from lowkey.holding import Holding
+from lowkey.layers.exact import WINDOW, Exact
+from lowkey.layers.packing import scheme_name, scheme_or_none
 from lowkey.merging import blocks
 from lowkey.methods import METHODS, Course, Method
 from lowkey.ops.bases import is_orthonormal
@@ -26,6 +28,7 @@ from lowkey.policies.allocators import HeadImportance
 from lowkey.probe import Probe
 from lowkey.profile import Pair, Profile, Ranks, too_small
 from lowkey.progress import Progress, silent
+from lowkey.recommended import recommended
 from lowkey.seam import attach
 from lowkey.sensitivity import SIGNALS
 from lowkey.statistics import gather
@@ -39,6 +42,8 @@ JUDGES = {  # what a layer's error is
     "layers": "the relative error of the layer's output",
     "loss": "nats by which the cross-entropy grows when that layer alone is compressed",
 }
+AT = 1024  # tokens of the cache that a budget is counted for
+Measuring = Literal["pairs", "sides", "none"]
 T = TypeVar("T")
 
 
@@ -66,16 +71,23 @@ def calibrate(
     ranks: Asked | None = None,
     rank_multiple: int = 1,
     judge: str = "layers",
-    sinks: int = 0,
-    recent: int = 0,
+    sinks: int = WINDOW.sinks,
+    recent: int = WINDOW.recent,
+    bits: int | str | None = None,
+    at: int = AT,
     heads: HeadImportance | None = None,
+    pairs: bool = False,
     work: Path | None = None,
     progress: Progress = silent,
 ) -> Plan:
     """Fit `method` on `texts` (the embedded text when None) and choose ranks. allocator, layout: the method's own when None.
 
-    budget: bytes that one more token takes, in the model's dtype, in the layers that are compressed (sliding ones are not), `50%` when
-    neither budget is given; never exceeded. Not in it: `recent` last tokens are held whole instead, `sinks` first ones whole besides.
+    method: None for what does best on a real model at the budget: `recommended` says what that is.
+    budget: bytes of the layers that are compressed (sliding ones are not), in the model's dtype, as a share of the full cache's or per
+    token; `50%` when neither budget is given. A cache of `at` tokens or more never exceeds it, with its exact tokens: the first `sinks` of
+    a row, which are held whole besides, and the last `recent`, which are held whole instead.
+    bits: the packing of latents, as `make_cache` takes it; None: the model's own numbers, or with no method what is recommended; `none`:
+    the model's own numbers.
     error_budget: instead, the largest value of what the allocator's `bounds` names, for most the largest error of a layer, measured on
     held-out windows with that layer alone compressed; `plan.profile["bounded"]` says what was reached.
     judge: a layer's error is that of its output (`layers`, relative) or the nats by which the cross-entropy grows (`loss`,
@@ -83,32 +95,48 @@ def calibrate(
     ranks: candidates, as `lowkey.grid.grid` takes them: a count, ranks, shares of the head dim, or `all`. When None, errors are measured at
     the method's own grid, and a byte budget is met with any rank that the method serves, unless the allocator compares measured pairs.
     rank_multiple: every rank per KV head is a multiple of it, or the head dim. heads: importance of KV heads by kind, for policies on top.
+    pairs: measure errors at all pairs of candidate ranks. Else they are measured for keys and values apart where a byte budget is split by
+    them, and not at all where it is split by something else.
     work: a folder to resume from and save progress into.
     Errors: LowkeyError for an unsupported model, too short a text, or a budget out of reach.
     """
-    chosen = method or METHODS["stiefattention"]()
+    shape, limit = families.geometry(model), _limit(budget, error_budget, judge)
+    full, longest = shape.full_bytes_per_token(model.dtype.itemsize), families.positions(model)
+    at = at if longest is None else min(at, longest)
+    if method is None:
+        best = recommended(model, limit.share(full, at) if isinstance(limit, Budget) else None)
+        layout, allocator, bits = layout or best.layout, allocator or best.allocator, best.bits if bits is None else bits
+    chosen = best.method if method is None else method
     form, split = layout or chosen.layout, _allocator(allocator or chosen.allocator)
-    _check(model, sinks, recent, form, judge, split)
-    shape = families.geometry(model)
+    window = _check(model, sinks, recent, form, judge, split)
     measured, choices = _candidates(chosen, shape, ranks, rank_multiple)
-    least = (measured if split.measured else choices)[0]
-    numbers = _numbers(chosen, shape, [least])
-    empty = Profile((least, shape.head_dim), [[]] * len(shape.compressible), shape.kv_heads, model.dtype.itemsize, [], numbers=numbers)
-    limit = _limit(budget, error_budget, judge, empty, lambda: _smaller(chosen, shape, least, ranks, rank_multiple))
+    packed, itemsize = scheme_or_none(bits), model.dtype.itemsize
+    holding = Holding(len(shape.compressible), shape.kv_heads, shape.head_dim, itemsize, window, packed, at)
+    room = holding.latents(limit) if isinstance(limit, Budget) else None
+    if room is not None and packed is None:
+        least = (measured if split.measured else choices)[0]
+        _check_room(room, chosen, shape, itemsize, least, lambda: _smaller(chosen, shape, least, ranks, rank_multiple))
     rows = windows_of(attach(model), tokenizer, texts, sample)
+    seen = window.visible(rows.shape[1])
     provenance, ours = provenance_of(model, rows, sample), describe(chosen)
-    what = {"method": ours, "layout": form, "ranks": [measured, choices], "judge": judge, "batch": sample.batch, "exact": [sinks, recent]}
+    surface: Measuring = "pairs" if pairs or room is None else "sides" if split.measured else "none"
+    what: dict = {"method": ours, "layout": form, "ranks": [measured, choices], "judge": judge, "batch": sample.batch}
+    what |= {"exact": [seen.sinks, seen.recent], "surface": surface}
     folder, held = files.job_folder(work, {"provenance": provenance, **what}), max(1, round(HELD * len(rows)))
-    exact = Exact(sinks, recent)
-    course = Course(model, rows, held, form, measured, sample.seed, sample.batch, progress, choices, exact, folder)
-    bases, profile = fit_layers(chosen, course, folder, judge)
-    factors, told = _chosen(chosen, split, bases, profile, limit, course, judge)
+    course = Course(model, rows, held, form, measured, sample.seed, sample.batch, progress, choices, seen, folder)
+    bases, profile = fit_layers(chosen, course, folder, judge, surface)
+    if packed is not None:
+        sizes = holding.sizes(next(iter(bases.values())), lambda r: chosen.numbers(r, shape.kv_heads, shape.head_dim))
+        profile = replace(profile, sizes=sizes)
+    factors, told = _chosen(chosen, split, bases, profile, room, limit, course, judge)
+    told["at"] = at
     return Plan(
         factors=factors,
         layout=form,
         method=ours,
         allocator=describe(split),
         budget=str(limit) if isinstance(limit, Budget) else f"error {limit:g}" + (" nats" if judge == "loss" else ""),
+        bits=None if bits is None or packed is None else scheme_name(bits),
         geometry=asdict(shape),
         provenance=provenance,
         profile=told,
@@ -120,12 +148,19 @@ def calibrate(
 
 
 def _chosen(
-    method: Method, split: Allocator, bases: dict[int, LayerBases], profile: Profile, limit: Budget | float, course: Course, judge: str
+    method: Method,
+    split: Allocator,
+    bases: dict[int, LayerBases],
+    profile: Profile,
+    room: float | None,
+    limit: Budget | float,
+    course: Course,
+    judge: str,
 ) -> tuple[dict[int, Factors], dict]:
-    """Factors at the ranks that the allocator chose, and what the plan says of the choice."""
+    """Factors at the ranks that the allocator chose, and what the plan says of the choice. room: bytes per stored token of latents."""
     profile = replace(profile, signals={name: SIGNALS[name](course.model, course.training, course.batch) for name in split.needs})
     profile = _measured(profile, split.pairs(profile), bases, course, judge)
-    ranks = _allocate(split, profile, limit)
+    ranks = split.under_error(profile, limit) if room is None else split.under_bytes(profile, room)  # type: ignore[arg-type]
     factors = {i: found.at(*pair) for (i, found), pair in zip(bases.items(), ranks, strict=True)}
     told = _described(profile, ranks, bases)
     if not isinstance(limit, Budget):
@@ -152,16 +187,17 @@ def _transposed(f: Factors) -> bool:
     return all(torch.equal(blocks(down.mT, t), up) and is_orthonormal(down) for (down, up), t in zip(sides, f.merge, strict=True))
 
 
-def _check(model: PreTrainedModel, sinks: int, recent: int, layout: Layout, judge: str, split: Allocator) -> None:
+def _check(model: PreTrainedModel, sinks: int, recent: int, layout: Layout, judge: str, split: Allocator) -> Exact:
     if model.training:
         raise LowkeyError("model: is in training mode, where dropout would be measured too; call model.eval() first")
-    Exact(sinks, recent)  # has their ranges
+    window = Exact(sinks, recent)  # has their ranges
     if layout not in LAYOUTS:
         raise LowkeyError(f"layout {layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
     families.check_layout(model, layout)
     if judge not in JUDGES:
         raise LowkeyError(f"judge {judge!r} is unknown; choose one of {', '.join(JUDGES)}")
     sensitivity.check(model, split.needs)
+    return window
 
 
 def _candidates(method: Method, shape: families.Geometry, asked: Asked | None, multiple: int) -> tuple[list[int], tuple[int, ...]]:
@@ -185,23 +221,30 @@ def _smaller(method: Method, shape: families.Geometry, least: int, asked: Asked 
     return ", or lower --rank-multiple" if any_multiple < least else ""
 
 
-def fit_layers(method: Method, course: Course, work: Path | None = None, judge: str = "layers") -> tuple[dict[int, LayerBases], Profile]:
+def fit_layers(
+    method: Method, course: Course, work: Path | None = None, judge: str = "layers", measuring: Measuring = "pairs"
+) -> tuple[dict[int, LayerBases], Profile]:
     """Bases and error surface of every compressible layer. Only one layer's inputs are held at a time."""
-    model, sides = course.model, course.training.split(course.batch)
-    statistics = gather(model, course.progress(sides, "second moments"), work)
+    model, ranks, pairs = course.model, course.ranks, _pairs(course.ranks, measuring)
     inside = judge == "layers" and not method.tunes  # the surface can be had while a layer's inputs are at hand
     found: dict[int, tuple[LayerBases, Surface]] = {}
-    for i, probe in _probes(course, f"fitting {name_of(method)}", lambda i: load_layer(work, f"layer-{i}")):
-        if not isinstance(probe, Probe):
-            found[i] = probe
-            continue
-        fitted = method.fit(statistics[i], probe, course.served, course.seed)
-        found[i] = fitted, probe.surface(fitted, course.ranks, course.ranks) if inside else []
-        save_layer(work, f"layer-{i}", *found[i])
+    if not method.whole:
+        batches = course.training.split(course.batch)
+        statistics = gather(model, course.progress(batches, "second moments"), work, course.exact.sinks)
+        for i, probe in _probes(course, f"fitting {name_of(method)}", lambda i: load_layer(work, f"layer-{i}")):
+            if not isinstance(probe, Probe):
+                found[i] = probe
+                continue
+            fitted = method.fit(statistics[i], probe, course.served, course.seed)
+            found[i] = fitted, _surface(ranks, pairs, probe.errors_at(fitted, pairs), judge) if inside and pairs else []
+            save_layer(work, f"layer-{i}", *found[i])
     bases = {i: fitted for i, (fitted, _) in found.items()}
     if method.tunes:
         bases = _tuned(method, bases, course, work)
-    surfaces = [surface for _, surface in found.values()] if inside else _surfaces(bases, course, judge)
+    surfaces = [found[i][1] if i in found else [] for i in bases]
+    if pairs and not inside:
+        errors = _errors(bases, dict.fromkeys(bases, pairs), course, judge)
+        surfaces = [_surface(ranks, pairs, errors[i], judge) for i in bases]
     shape = families.geometry(model)
     spectra = [(_spectrum(b.keys), _spectrum(b.values)) for b in bases.values()]
     numbers = _numbers(method, shape, course.served)
@@ -215,11 +258,11 @@ def _probes(course: Course, text: str, known: Callable[[int], T | None]) -> Iter
     model, shape = course.model, families.geometry(course.model)
     for i, inputs in course.progress(layer_inputs(model, course.rows, course.batch), text, shape.layers):
         if i in shape.compressible:
-            yield i, known(i) or Probe.of(model, i, course.layout, inputs, course.held, course.batch)
+            yield i, known(i) or Probe.of(model, i, course.layout, inputs, course.held, course.batch, course.exact)
 
 
 def _tuned(method: Method, bases: dict[int, LayerBases], course: Course, work: Path | None) -> dict[int, LayerBases]:
-    saved = {i: load_layer(work, f"tuned-{i}") for i in bases}
+    saved = {i: load_layer(work, f"tuned-{i}") for i in families.geometry(course.model).compressible}
     if all(saved.values()):
         return {i: found[0] for i, found in saved.items() if found}
     tuned = method.tune(bases, course)
@@ -228,17 +271,33 @@ def _tuned(method: Method, bases: dict[int, LayerBases], course: Course, work: P
     return tuned
 
 
-def _surfaces(bases: dict[int, LayerBases], course: Course, judge: str) -> list[Surface]:
-    """At every pair of the course's ranks."""
-    n, pairs = len(course.ranks), [(k, v) for k in course.ranks for v in course.ranks]
-    found = _errors(bases, dict.fromkeys(bases, pairs), course, judge)
-    return [[found[i][n * k : n * (k + 1)] for k in range(n)] for i in bases]
+def _pairs(ranks: list[int], measuring: Measuring) -> list[Pair]:
+    """What is measured of a layer: all pairs of ranks, or keys and values with the other side in full, or nothing."""
+    if measuring == "none":
+        return []
+    full = ranks[-1]
+    return [(k, v) for k in ranks for v in ranks if measuring == "pairs" or full in (k, v)]
+
+
+def _surface(ranks: list[int], pairs: list[Pair], errors: list[float], judge: str) -> Surface:
+    """The error at every pair. What was not measured is put together from its two sides: errors of keys and values are nearly
+    independent, so that their squares add up, and nats do so themselves."""
+    known, full = dict(zip(pairs, errors, strict=True)), ranks[-1]
+
+    def both(k: int, v: int) -> float:
+        if (k, v) in known:
+            return known[k, v]
+        one, other = known[k, full], known[full, v]
+        return one + other if judge == "loss" else math.hypot(one, other)
+
+    return [[both(k, v) for v in ranks] for k in ranks]
 
 
 def _errors(bases: dict[int, LayerBases], pairs: dict[int, list[Pair]], course: Course, judge: str) -> dict[int, list[float]]:
     """Of every layer alone, at its pairs."""
     if judge == "loss":
-        return losses_grown(course.model, course.rows[-course.held :], bases, pairs, course.layout, course.progress)
+        held = course.rows[-course.held :]
+        return losses_grown(course.model, held, bases, pairs, course.layout, course.progress, course.exact)
     return {i: probe.errors_at(bases[i], pairs[i]) for i, probe in _probes(course, "measuring", lambda i: None)}
 
 
@@ -249,9 +308,8 @@ def windows_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts
     return text.sample_windows(ids, tokenizer, length, sample.windows, sample.seed, "calibration text")
 
 
-def _limit(budget: str | Budget | None, error: float | None, judge: str, empty: Profile, otherwise: Callable[[], str]) -> Budget | float:
-    """The budget that is given, 50% when none is; refused before anything is fitted when the least rank of the profile, which holds no
-    errors yet, is above it everywhere. otherwise: what else can be done."""
+def _limit(budget: str | Budget | None, error: float | None, judge: str) -> Budget | float:
+    """The budget that is given, 50% when none is."""
     if budget is not None and error is not None:
         raise LowkeyError(f"budget {budget} and error budget {error}: give one of them")
     if error is not None:
@@ -260,21 +318,16 @@ def _limit(budget: str | Budget | None, error: float | None, judge: str, empty: 
         if not 0 < error < math.inf:
             raise LowkeyError(f"error budget {error}: with judge 'loss' these are nats of cross-entropy, a finite number above 0; try 0.01")
         return error
-    parsed, full = Budget.parse("50%" if budget is None else budget), empty.bytes([empty.full] * empty.layers)
-    wanted, least = parsed.bytes_per_token(full), empty.ranks[0]
-    if wanted > full:
-        whole = Budget(full, "bytes/token")
-        raise LowkeyError(f"budget {parsed}: more than the {whole} of the full cache, in the layers to compress; give less, or 100%")
-    if wanted < (reached := empty.bytes([(least, least)] * empty.layers)):
-        raise too_small(empty, wanted, reached, otherwise())
-    return parsed
+    return Budget.parse("50%" if budget is None else budget)
 
 
-def _allocate(split: Allocator, profile: Profile, limit: Budget | float) -> Ranks:
-    if isinstance(limit, Budget):
-        full = profile.bytes([profile.full] * profile.layers)
-        return split.under_bytes(profile, limit.bytes_per_token(full))
-    return split.under_error(profile, limit)
+def _check_room(room: float, method: Method, shape: families.Geometry, itemsize: int, least: int, otherwise: Callable[[], str]) -> None:
+    """Before anything is fitted. Errors: LowkeyError when the rank `least` everywhere takes more than `room` bytes per token; otherwise:
+    what else can be done."""
+    layers, numbers = len(shape.compressible), _numbers(method, shape, [least])
+    empty = Profile((least, shape.head_dim), [[]] * layers, shape.kv_heads, itemsize, [], numbers=numbers)
+    if room < (reached := empty.bytes([(least, least)] * layers)):
+        raise too_small(empty, room, reached, otherwise())
 
 
 def _allocator(chosen: str | Allocator) -> Allocator:
@@ -314,7 +367,8 @@ def provenance_of(model: PreTrainedModel, rows: Tensor, sample: Sample) -> dict:
 
 def _described(profile: Profile, allocated: Ranks, bases: dict[int, LayerBases]) -> dict:
     chosen = [list(p) for p in allocated]
-    return {"ranks": list(profile.ranks), "surface": profile.surface, "chosen": chosen, "spectra": _mean_spectra(bases)}
+    surface = profile.surface if any(profile.surface) else None
+    return {"ranks": list(profile.ranks), "surface": surface, "chosen": chosen, "spectra": _mean_spectra(bases)}
 
 
 def _spectrum(basis: Basis) -> list[list[float]]:

@@ -15,14 +15,16 @@ from transformers import PreTrainedModel
 from lowkey import files
 from lowkey.families import check_layout, geometry
 from lowkey.fingerprint import check_model
+from lowkey.holding import Holding
 from lowkey.layers.exact import Exact
+from lowkey.layers.packing import scheme_or_none
 from lowkey.merging import blocks
 from lowkey.ops.bases import is_orthonormal
 from lowkey.types import LAYOUTS, Factors, Layout, LowkeyError
 from lowkey.version import __version__
 
-FORMAT = 2
-FIELDS = ("layout", "method", "allocator", "budget", "geometry", "provenance", "profile", "orthonormal", "sinks", "recent", "heads")
+FORMAT = 3
+FIELDS = ("layout", "method", "allocator", "budget", "geometry", "provenance", "profile", "orthonormal", "sinks", "recent", "heads", "bits")
 Refusal = Callable[[str], LowkeyError]
 MAPS = ("k_down", "k_up", "v_down", "v_up")
 JSON, TENSORS, CARD, KIND = "plan.json", "plan.safetensors", "README.md", "plan"
@@ -37,7 +39,8 @@ class Plan:
 
     method and allocator: {"name": ..., "parameters": {...}}, verbatim; budget: what was asked for; profile: candidate
     ranks, the error surface and the chosen pairs per layer; heads: importance of KV heads by kind (`r2`, ...), which HeadKV policies read,
-    for every compressed layer; provenance: model and data fingerprints, seed, versions.
+    for every compressed layer; bits: the packing of latents, as `make_cache` takes it, or None for the model's own
+    numbers; provenance: model and data fingerprints, seed, versions.
     """
 
     factors: dict[int, Factors]
@@ -52,15 +55,25 @@ class Plan:
     sinks: int = 0
     recent: int = 0
     heads: dict = field(default_factory=dict)
+    bits: str | None = None
 
     @property
     def ranks(self) -> dict[int, tuple[int, int]]:
         """(r_K, r_V) per compressed layer."""
         return {i: f.ranks for i, f in self.factors.items()}
 
-    def bytes_per_token(self, itemsize: int) -> int:
+    def bytes_per_token(self, itemsize: int) -> float:
         """Predicted bytes that one more token takes in the compressed layers."""
-        return sum(f.numbers(self.geometry["kv_heads"]) for f in self.factors.values()) * itemsize
+        whole = self.holding(itemsize, 1)
+        total = sum(
+            whole.latent(0, f.merge[0], f.k_down.shape[-1]) + whole.latent(1, f.merge[1], f.v_down.shape[-1]) for f in self.factors.values()
+        )
+        return int(total) if total == int(total) else total
+
+    def holding(self, itemsize: int, tokens: int) -> Holding:
+        """What a cache of so many tokens holds in the compressed layers."""
+        g, exact = self.geometry, Exact(self.sinks, self.recent)
+        return Holding(len(self.factors), g["kv_heads"], g["head_dim"], itemsize, exact, scheme_or_none(self.bits), tokens)
 
     def check(self, model: PreTrainedModel) -> None:
         """Refuse another model, by fingerprint and by shape. Errors: LowkeyError."""
@@ -126,7 +139,8 @@ def _read(folder: Path) -> Plan:
         return LowkeyError(f"plan {str(folder)!r}: {rule}; it is damaged: make it again")
 
     try:
-        fields = {n: meta[n] for n in FIELDS if n != "heads"} | {"heads": meta.get("heads", {})}  # the first plans had none
+        fields = {n: meta[n] for n in FIELDS if n not in ("heads", "bits")}
+        fields |= {"heads": meta.get("heads", {}), "bits": meta.get("bits")}  # older plans had none
         ranks = {_index(i): pair for i, pair in meta["ranks"].items()}
         order = {_index(i): heads for i, heads in meta.get("order", {}).items()}
         heads, d = cache_shape(fields["geometry"])
@@ -174,6 +188,12 @@ def _flaw(fields: dict) -> str | None:
     for name in ("method", "allocator"):
         if not (isinstance(fields[name], dict) and _is_name(fields[name].get("name")) and isinstance(fields[name].get("parameters"), dict)):
             return f"{name} has no name or no parameters"
+    try:
+        scheme_or_none(None if fields["bits"] is None else str(fields["bits"])[:60])
+    except LowkeyError as error:
+        return f"bits are none of ours ({error})"
+    if not (fields["bits"] is None or isinstance(fields["bits"], str)):
+        return "bits are no text"
     if not _is_name(fields["budget"]):
         return "budget is no text"
     for name in ("provenance", "profile"):
@@ -268,8 +288,9 @@ def card(plan: Plan) -> str:
     return f"""# KV-cache plan for {known.get("model")}
 
 Made by lowkey {known.get("versions", {}).get("lowkey")}: method `{plan.method["name"]}`, allocator `{plan.allocator["name"]}`,
-layout `{plan.layout}`, budget {plan.budget}. In bfloat16 it keeps {held} of {full} bytes per token ({100 * held / full:.1f} %)
-in {len(plan.factors)} layers of {g["kv_heads"]} KV heads x {g["head_dim"]}; {plan.sinks} sink and {plan.recent} recent tokens stay exact.
+layout `{plan.layout}`, latents in {plan.bits or "the model's own numbers"}, budget {plan.budget}.
+In bfloat16 it keeps {held:g} of {full} bytes per token ({100 * held / full:.1f} %) in {len(plan.factors)} layers of
+{g["kv_heads"]} KV heads x {g["head_dim"]}; {plan.sinks} sink and {plan.recent} recent tokens stay exact.
 
 ```python
 lowkey.attach(model)

@@ -20,6 +20,8 @@ class Profile:
     layer a number for keys and one for values, as `lowkey.sensitivity` measures them. choices: every rank that may be chosen, in
     ascending order, when bases serve more ranks than were measured (`ranks` otherwise). points: per layer what was measured at other
     pairs. numbers: what a token takes, of all heads, at ranks at which it takes less than the rank for each of them.
+    sizes: bytes of one stored token of a layer's keys and of its values at ranks 0, 1, 2, ..., where latents are packed in integers;
+    `heads * itemsize` per rank otherwise. A surface may be empty, when nothing was measured on it.
     """
 
     ranks: tuple[int, ...]
@@ -31,6 +33,7 @@ class Profile:
     choices: tuple[int, ...] = ()
     points: list[dict[Pair, float]] = field(default_factory=list)
     numbers: dict[int, int] = field(default_factory=dict)
+    sizes: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
     def error(self, layer: int, pair: Pair) -> float:
         """What was measured; between measured ranks the bilinear interpolation of what was."""
@@ -54,7 +57,9 @@ class Profile:
         return row[j] + b * (row[j + 1] - row[j]) if b else row[j]
 
     def is_measured(self, layer: int, pair: Pair) -> bool:
-        return bool(self.points and pair in self.points[layer]) or (pair[0] in self.ranks and pair[1] in self.ranks)
+        if self.points and pair in self.points[layer]:
+            return True
+        return bool(self.surface[layer]) and pair[0] in self.ranks and pair[1] in self.ranks
 
     def pairs(self) -> list[Pair]:
         """Of the measured surface."""
@@ -72,16 +77,30 @@ class Profile:
     def layers(self) -> int:
         return len(self.surface)
 
-    def bytes(self, ranks: Ranks) -> int:
+    def bytes(self, ranks: Ranks) -> float:
         """Of one more token in all layers together."""
-        return sum(self.numbers.get(r, r * self.heads) for pair in ranks for r in pair) * self.itemsize
+        return sum(self.cost(side, rank) for pair in ranks for side, rank in enumerate(pair))
+
+    def cost(self, side: int, rank: int) -> float:
+        """Bytes of one more token of a layer's keys (side 0) or values (1)."""
+        if self.sizes is None:
+            return self.numbers.get(rank, rank * self.heads) * self.itemsize
+        return self.sizes[side][rank]
+
+    @property
+    def unit(self) -> float:
+        """The most bytes that one rank more takes per token."""
+        if self.sizes is None:
+            return self.heads * self.itemsize
+        return max(side[r] / r for side in self.sizes for r in self.served)
 
     def room(self, limit: float) -> int:
-        """How many ranks, summed over layers, keys and values, `limit` bytes per token hold."""
+        """How many ranks, summed over layers, keys and values, `limit` bytes per token hold, whichever they are."""
         least = self.bytes([(self.served[0],) * 2] * self.layers)
         if limit < least:
             raise too_small(self, limit, least)
-        return int(min(limit, self.bytes([self.full] * self.layers)) // (self.heads * self.itemsize))
+        full = 2 * self.layers * self.full[0]
+        return full if limit >= self.bytes([self.full] * self.layers) else min(full, int(limit / self.unit + 1e-9))
 
     def signal(self, name: str) -> list[tuple[float, float]]:
         """The numbers of one signal; refused when they were not measured or cannot be what they should be."""
@@ -105,12 +124,12 @@ class Profile:
         return found
 
 
-def too_small(profile: Profile, limit: float, reached: int, otherwise: str = "") -> LowkeyError:
+def too_small(profile: Profile, limit: float, reached: float, otherwise: str = "") -> LowkeyError:
     """otherwise: what else than a larger budget can be given."""
     full = profile.bytes([profile.full] * profile.layers)
     if reached == full:
         rule, remedy = "for here only full rank is served", f"choose another method{otherwise}"
     else:
         rule, remedy = "the least that the ranks allow", f"give a budget of {math.ceil(1000 * reached / full) / 10:g}% or more{otherwise}"
-    least = f"{reached} ({100 * reached / full:.1f}%)"
+    least = f"{reached:.0f} ({100 * reached / full:.1f}%)"
     return LowkeyError(f"budget of {limit:.0f} bytes per token ({100 * limit / full:.1f}%) is below {least}, {rule}; {remedy}")

@@ -66,7 +66,7 @@ def show_plan(plan: Plan, place: Path, as_json: bool) -> None:
         if told.get("parameters"):
             kind = table_of.get(told["name"])
             say(f"options of {what} {told['name']}: {options_of(kind, told['parameters'], '; ') if kind else told['parameters']}")
-    say(f"{place}: keeps {held} of {whole} bytes per token in bfloat16 ({100 * held / whole:.1f}%)")
+    say(f"{place}: keeps {held:g} of {whole} bytes per token in bfloat16 ({100 * held / whole:.1f}%)")
 
 
 def show_dynamic(about: dict, place: Path, as_json: bool) -> None:

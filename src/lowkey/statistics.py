@@ -18,8 +18,8 @@ Sums = dict[int, dict[str, Tensor]]
 SAVE_EVERY = 16  # batches between two saves of a resumable pass
 
 
-def gather(model: PreTrainedModel, batches: Iterable[Tensor], work: Path | None = None) -> dict[int, LayerStatistics]:
-    """Second moments per compressible layer over `batches` of unpadded ids (b, t).
+def gather(model: PreTrainedModel, batches: Iterable[Tensor], work: Path | None = None, sinks: int = 0) -> dict[int, LayerStatistics]:
+    """Second moments per compressible layer over `batches` of unpadded ids (b, t), but for the first `sinks` of each row.
 
     work: a folder to resume from and save into every few batches; the caller vouches that it belongs to this very job.
     """
@@ -27,21 +27,21 @@ def gather(model: PreTrainedModel, batches: Iterable[Tensor], work: Path | None 
     for count, ids in enumerate(batches):
         if count < done:
             continue
-        _add(sums, _observe(model, ids.to(device_of(model))))
+        _add(sums, _observe(model, ids.to(device_of(model)), sinks))
         if work is not None and (count + 1) % SAVE_EVERY == 0:
             _save(work, sums, count + 1)
     return {i: _statistics(layer) for i, layer in sums.items()}
 
 
 @torch.no_grad()
-def _observe(model: PreTrainedModel, ids: Tensor) -> Sums:
-    layers = {i: ObservingLayer(families.rope(model, i)) for i in families.geometry(model).compressible}
+def _observe(model: PreTrainedModel, ids: Tensor, sinks: int) -> Sums:
+    layers = {i: ObservingLayer(families.rope(model, i), sinks) for i in families.geometry(model).compressible}
     cache = cache_of(model, layers.__getitem__)
     hidden = model(ids, past_key_values=cache, output_hidden_states=True, logits_to_keep=1).hidden_states
     for i, layer in layers.items():
-        x = families.attention_input(model, i, hidden[i]).float().flatten(0, 1)
+        x = families.attention_input(model, i, hidden[i])[:, sinks:].float().flatten(0, 1)
         layer.sums["inputs"] = (x.mT @ x).double().cpu()
-        layer.sums["tokens"] = torch.tensor(ids.numel(), dtype=torch.long)
+        layer.sums["tokens"] = torch.tensor(len(x), dtype=torch.long)
     return {i: layer.sums for i, layer in layers.items()}
 
 

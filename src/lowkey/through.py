@@ -37,9 +37,9 @@ def storages(model: PreTrainedModel, factors: dict[int, Factors], layout: Layout
 
 
 @torch.no_grad()
-def loss(model: PreTrainedModel, rows: Tensor, found: dict[int, Rebuilding], batch: int = 4) -> float:
+def loss(model: PreTrainedModel, rows: Tensor, found: dict[int, Rebuilding], batch: int = 4, exact: Exact = NOTHING) -> float:
     """Mean cross-entropy per token of ids (n, t), in nats."""
-    losses = [float(next_token_loss(logits(model, x, found), x)) * len(x) for x in rows.to(device_of(model)).split(batch)]
+    losses = [float(next_token_loss(logits(model, x, found, exact), x)) * len(x) for x in rows.to(device_of(model)).split(batch)]
     return sum(losses) / len(rows)
 
 
@@ -54,13 +54,19 @@ def divergence(found: Tensor, original: Tensor, temperature: float = 1.0) -> Ten
 
 
 def losses_grown(
-    model: PreTrainedModel, rows: Tensor, bases: dict[int, LayerBases], pairs: dict[int, list[Pair]], layout: Layout, progress: Progress
+    model: PreTrainedModel,
+    rows: Tensor,
+    bases: dict[int, LayerBases],
+    pairs: dict[int, list[Pair]],
+    layout: Layout,
+    progress: Progress,
+    exact: Exact = NOTHING,
 ) -> dict[int, list[float]]:
     """For every layer and pair (r_K, r_V), how much the cross-entropy grows when that layer alone is compressed, at least 0."""
     whole = loss(model, rows, {})
 
     def grown(i: int, k: int, v: int) -> float:
-        return max(0.0, loss(model, rows, storages(model, {i: bases[i].at(k, v).to(like(model))}, layout)) - whole)
+        return max(0.0, loss(model, rows, storages(model, {i: bases[i].at(k, v).to(like(model))}, layout), exact=exact) - whole)
 
     return {i: [grown(i, *pair) for pair in pairs[i]] for i in progress(list(pairs), "one layer at a time")}
 

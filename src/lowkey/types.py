@@ -77,6 +77,10 @@ class Budget(Checked):
             return self.amount
         raise LowkeyError(f"budget {self}: ranks cost bytes per token; say it as '50%' or '64 KiB/token'")
 
+    def share(self, full: int, tokens: int) -> float:
+        """Of a cache of so many tokens with `full` bytes each, for a budget of bytes."""
+        return self.amount / tokens / full if self.unit == "bytes" else self.bytes_per_token(full) / full
+
     def __str__(self) -> str:
         if self.unit in ("%", "tokens"):
             return f"{self.amount:.12g}" + ("%" if self.unit == "%" else " tokens")

@@ -11,7 +11,7 @@ import typer
 
 from lowkey import files
 from lowkey.allocate import ALLOCATORS
-from lowkey.calibrate import JUDGES, Sample, calibrate
+from lowkey.calibrate import AT, JUDGES, Sample, calibrate
 from lowkey.commands.common import (
     AllocatorOptions,
     AsJson,
@@ -40,7 +40,8 @@ from lowkey.dynamic import dyna_plan
 from lowkey.echo import ECHOES, estimate_echo
 from lowkey.export import FORMATS
 from lowkey.heads import KINDS, estimate_heads
-from lowkey.layers.exact import Exact
+from lowkey.layers.exact import WINDOW, Exact
+from lowkey.layers.packing import SCHEMES, scheme_or_none
 from lowkey.loading import load, make_allocator, make_method
 from lowkey.methods.dynakv import GateTraining
 from lowkey.needles import TASKS as NEEDLES
@@ -56,7 +57,10 @@ WINDOWS = within(Sample, "windows", "calibration windows at most, as far as the 
 CONTEXT = within(Sample, "length", "tokens per calibration window (default: 512, or all a model takes)")
 
 PlanBudget = Annotated[
-    str | None, typer.Option(help="bytes of one more token in the compressed layers: '50%' or '64 KiB/token' (50% when no budget is given)")
+    str | None,
+    typer.Option(
+        help="bytes that the compressed layers may hold: '50%', '64 KiB/token' or '1.5 GiB' of one sequence (50% when none is given)"
+    ),
 ]
 ErrorBudget = Annotated[
     float | None, typer.Option(help="instead, like 0.03: the largest layer error, or what else the allocator bounds (`lowkey methods`)")
@@ -65,6 +69,7 @@ RankAllocator = Annotated[
     str | None, typer.Option(help=f"how ranks are split: {', '.join(ALLOCATORS)} or package.module:Class (default: the method's)")
 ]
 Judge = Annotated[str, typer.Option(help="a layer's error: layers (relative, of its output) or loss (nats, that layer alone compressed)")]
+BITS_DEFAULT = "(none with a method that is named)"
 CandidateRanks = Annotated[
     str | None,
     typer.Option(help="candidates: a count like 8, ranks like 16,32,64, shares like 50%,75%, or all (the method's own when not given)"),
@@ -74,8 +79,16 @@ CandidateRanks = Annotated[
 def compress(
     model: Model,
     out: Annotated[Path, typer.Argument(help="folder to write the plan to")],
-    method: Annotated[str, typer.Option(help="a name that `lowkey methods` lists, or package.module:Class")] = "stiefattention",
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="a name that `lowkey methods` lists, with its paper's defaults, or package.module:Class (default: what does best on a "
+            "real model at the budget, integers included)"
+        ),
+    ] = None,
     budget: PlanBudget = None,
+    bits: Annotated[str | None, typer.Option(help=f"latents in packed integers: {', '.join(SCHEMES)} or none {BITS_DEFAULT}")] = None,
+    at: Annotated[int, typer.Option(help="tokens of the cache that the budget is counted for, exact tokens included", min=1)] = AT,
     error_budget: ErrorBudget = None,
     allocator: RankAllocator = None,
     allocator_option: AllocatorOptions = None,
@@ -86,8 +99,8 @@ def compress(
     judge: Judge = "layers",
     ranks: CandidateRanks = None,
     rank_multiple: Annotated[int, typer.Option(help="hold every rank per KV head to a multiple of this, or to the head dim")] = 1,
-    sinks: Annotated[int, typer.Option(help=within(Exact, "sinks", "first tokens kept exact"))] = 0,
-    recent: Annotated[int, typer.Option(help=within(Exact, "recent", "last tokens kept exact"))] = 0,
+    sinks: Annotated[int, typer.Option(help=within(Exact, "sinks", "first tokens kept exact"))] = WINDOW.sinks,
+    recent: Annotated[int, typer.Option(help=within(Exact, "recent", "last tokens kept exact"))] = WINDOW.recent,
     heads: Annotated[list[Path] | None, typer.Option(help="a file of head scores to keep in the plan, for policies on top of it")] = None,
     option: Options = None,
     seed: Seed = 0,
@@ -99,8 +112,15 @@ def compress(
     """Fit a method on text and write a plan. Interrupted work resumes when the same command is given again."""
     work = files.check_output(out, force)
     sample, form = sample_of(windows, context, seed), None if layout is None else layout_of(layout)
-    chosen = make_method(method, options_of(option))
-    split = make_allocator(chosen.allocator if allocator is None else allocator, options_of(allocator_option, "allocator option"))
+    given, of_split = options_of(option), options_of(allocator_option, "allocator option")
+    if method is None and given:
+        raise LowkeyError(f"option {shown(next(iter(given)))}: belongs to a method; name it with --method (`lowkey methods` lists them)")
+    chosen = None if method is None else make_method(method, given)
+    name = allocator or (chosen.allocator if chosen else None)
+    if name is None and of_split:
+        raise LowkeyError(f"allocator option {shown(next(iter(of_split)))}: belongs to an allocator; name it with --allocator")
+    split = None if name is None else make_allocator(name, of_split)
+    scheme_or_none(bits)
     asked = None if budget is None else Budget.parse(budget)
     hold(Exact, sinks=sinks, recent=recent)
     word_of("judge", judge, JUDGES)
@@ -119,6 +139,8 @@ def compress(
         judge=judge,
         sinks=sinks,
         recent=recent,
+        bits=bits,
+        at=at,
         heads=head_scores(heads, loaded),
         work=work,
         progress=bars,
@@ -184,6 +206,7 @@ def profile(
         budget="100%",  # nothing is chosen
         allocator="uniform",
         layout=form,
+        pairs=True,
         ranks=ranks,
         sample=sample,
         progress=bars,

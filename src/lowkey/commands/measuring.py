@@ -31,8 +31,8 @@ from lowkey.commands.common import (
 )
 from lowkey.commands.plans import plan_at
 from lowkey.evaluate.result import TASKS, USUAL, Task, evaluate, job_of
-from lowkey.evaluate.settings import BESIDE, distinct, evicted, full, packed
-from lowkey.layers.exact import Exact
+from lowkey.evaluate.settings import distinct, evicted, full, packed
+from lowkey.layers.exact import WINDOW, Exact
 from lowkey.loading import load
 from lowkey.plan import Plan
 from lowkey.progress import bars
@@ -60,9 +60,9 @@ def eval_(
     refeed: Annotated[bool, typer.Option(help="recall: ask again over what was kept, so that the first answer token is tested too")] = True,
     sinks: Annotated[
         int | None,
-        typer.Option(help=within(Exact, "sinks", f"first tokens kept exact by plans and integers {OWN} {BESIDE.sinks})")),
+        typer.Option(help=within(Exact, "sinks", f"first tokens kept exact by plans and integers {OWN} {WINDOW.sinks})")),
     ] = None,
-    recent: Annotated[int | None, typer.Option(help=within(Exact, "recent", f"last tokens kept exact, too {OWN} {BESIDE.recent})"))] = None,
+    recent: Annotated[int | None, typer.Option(help=within(Exact, "recent", f"last tokens kept exact, too {OWN} {WINDOW.recent})"))] = None,
     data: Annotated[
         list[Path] | None, typer.Option(help="a UTF-8 text file (default: the embedded text); repeat to take windows from each in turn")
     ] = None,
@@ -99,7 +99,7 @@ def eval_(
     below: list[tuple[Plan | None, str | None]] = [(p.ordinary("policy"), str(p.path)) for p in plans if policies] or [(None, None)]
     settings += [evicted(loaded, wanted, name, context, *p, heads=scores) for name, wanted in policies for p in below]
     settings += [p.setting(loaded, b, sinks, recent) for p in plans for b in bits or ()]
-    beside = Exact(BESIDE.sinks if sinks is None else sinks, BESIDE.recent if recent is None else recent)
+    beside = Exact(WINDOW.sinks if sinks is None else sinks, WINDOW.recent if recent is None else recent)
     settings += [packed(loaded, b, beside) for b in bits or (() if families.stores_its_own(loaded.config) else (8, 4))]
     what = Task(texts, context, windows, cases, seed, refeed=refeed)
     if out is None:

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from lowkey import families
 from lowkey.evaluate.measured import Measured
 from lowkey.evaluate.settings import Setting
-from lowkey.probe import Probe
+from lowkey.layers.exact import NOTHING
+from lowkey.probe import Probe, relative_errors
 from lowkey.progress import Progress
 from lowkey.stream import layer_inputs
 from lowkey.types import device_of
@@ -21,7 +22,7 @@ from lowkey.types import device_of
 def measure(
     model: PreTrainedModel, settings: Sequence[Setting], rows: Tensor, batch: int, progress: Progress, measured: Measured | None = None
 ) -> dict[str, dict]:
-    """Mean over compressible layers and windows of ||f - f~||_F / ||f||_F and of the cosine per token (arXiv:2601.21686).
+    """Mean over compressible layers, windows and tokens of ||f_t - f~_t|| / ||f_t|| and of the cosine of f_t and f~_t.
 
     Settings that evict are left out: a window read in one piece sees nothing of it.
     """
@@ -51,5 +52,4 @@ def _pair(probe: Probe, setting: Setting, windows: Tensor) -> tuple[Tensor, Tens
     target, device = probe.outputs[windows], device_of(probe.block)
     storage = setting.storage(probe.index)
     out = target if storage is None else probe.run(probe.inputs[windows].to(device), storage).cpu()
-    error = (out - target).flatten(1).norm(dim=1) / target.flatten(1).norm(dim=1)
-    return error, torch.cosine_similarity(out, target, dim=-1).mean(1)
+    return relative_errors(out, target, NOTHING), torch.cosine_similarity(out, target, dim=-1).mean(1)

@@ -17,7 +17,7 @@ from lowkey.allocate import ALLOCATORS
 from lowkey.cache import LowkeyCache, Origin, cache_from, make_cache
 from lowkey.layers.base import StoringLayer
 from lowkey.layers.exact import Exact
-from lowkey.layers.packing import scheme, scheme_name
+from lowkey.layers.packing import NO_BITS, scheme, scheme_name
 from lowkey.methods import METHODS
 from lowkey.naming import told_apart
 from lowkey.options import defaults_of
@@ -27,7 +27,6 @@ from lowkey.policies.allocators import HeadImportance
 from lowkey.policies.base import Policy
 from lowkey.types import Budget, LowkeyError
 
-BESIDE = Exact(sinks=4, recent=32)  # what `lowkey eval` keeps beside integers that no plan says anything of
 UNMEASURED = (
     *("perplexity", "perplexity_95", "perplexity_decode", "kl", "kl_95", "top1_agreement", "layer_error", "layer_cosine", "exact_match"),
     *("bytes_per_token", "bytes_held", "bytes_predicted", "bytes_full", "prefill_ms", "step_ms"),
@@ -84,10 +83,11 @@ def _packing(bits: int | str | None) -> dict:
 
 
 def planned(model: PreTrainedModel, plan: Plan, path: str, bits: int | str | None = None, exact: Exact | None = None) -> Setting:
-    """A plan, checked once; its caches skip the fingerprint. bits: its latents in packed integers. exact: tokens kept as they are, in the
-    place of what the plan or the scheme says."""
+    """A plan, checked once; its caches skip the fingerprint. bits: the packing of its latents, the plan's own when None. exact: tokens kept
+    as they are, in the place of what the plan or the scheme says."""
     plan.check(model)
-    origin = Origin(weakref.ref(model), plan, bits=bits, exact=exact)
+    bits = plan.bits if bits is None else None if bits == NO_BITS else bits
+    origin = Origin(weakref.ref(model), plan, bits=NO_BITS if bits is None else bits, exact=exact)
     near = _window(model, origin)
     known = identity(method=plan.method["name"], plan=path, budget=plan.budget, layout=plan.layout, **_packing(bits))
     known |= {"sinks": near.sinks, "recent": near.recent}

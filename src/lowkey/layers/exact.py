@@ -56,5 +56,15 @@ class Exact(Checked):
     prefill: Literal["compressed", "exact"] = "compressed"
     rule: SinkRule | None = None
 
+    def visible(self, tokens: int) -> Exact:
+        """What of this shows in windows of so many tokens: nothing, where no token would be left to compress."""
+        return self if tokens > self.sinks + self.recent else NOTHING
+
+    def near(self, tokens: int, device: torch.device | None = None) -> Tensor:
+        """(tokens, tokens): which earlier tokens each token sees exactly, when a row's sinks are its first tokens."""
+        at = torch.arange(tokens, device=device)
+        return (at < self.sinks) | (at.unsqueeze(1) - at < self.recent)
+
 
 NOTHING = Exact()
+WINDOW = Exact(sinks=4, recent=32)  # beside every low-rank or integer cache, unless one asks for another

@@ -14,14 +14,16 @@ from lowkey.seam import Call
 
 
 class ObservingLayer(StoringLayer):
-    """Sums outer products over tokens, in fp64 on the CPU; attends to what the call brings and forgets it.
+    """Sums outer products over tokens but the first `sinks`, in fp64 on the CPU; attends to what the call brings and forgets it.
+
+    Sinks are kept as they are, so that no map need serve them, and they are unlike all other tokens.
 
     sums: keys_pre, keys_post, values (h d, h d); queries_pre, queries_post (h, d, d); keys_pre_mean, keys_post_mean, values_mean (h d).
     """
 
-    def __init__(self, rope: Rope) -> None:
+    def __init__(self, rope: Rope, sinks: int = 0) -> None:
         super().__init__()
-        self.rope = rope
+        self.rope, self.sinks = rope, sinks
         self.sums: dict[str, Tensor] = {}
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -39,12 +41,11 @@ class ObservingLayer(StoringLayer):
         queries = call.query.float()
         plain_k, plain_q = unrotate(keys.float(), cos, sin), unrotate(queries, cos.unsqueeze(1), sin.unsqueeze(1))
         for name, x in (("keys_pre", plain_k), ("keys_post", keys.float()), ("values", values.float())):
-            self._add(name, joint_moment(x))
-        self._add("queries_pre", query_moment(plain_q))
-        self._add("queries_post", query_moment(queries))
-        self._add("keys_pre_mean", plain_k.sum((0, 2)).flatten())
-        self._add("keys_post_mean", keys.float().sum((0, 2)).flatten())
-        self._add("values_mean", values.float().sum((0, 2)).flatten())
+            kept = x[:, :, self.sinks :]
+            self._add(name, joint_moment(kept))
+            self._add(f"{name}_mean", kept.sum((0, 2)).flatten())
+        for name, x in (("queries_pre", plain_q), ("queries_post", queries)):
+            self._add(name, query_moment(x[:, :, :, self.sinks :]))
         if call.softcap is None:
             return stock.attend(call.query, keys, values, call.mask, call.scaling)
         return grouped.attend([Segment(call.query, keys, values, call.full_mask(keys.shape[2]))], call.scaling, call.softcap)

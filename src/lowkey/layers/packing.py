@@ -14,6 +14,7 @@ from lowkey.ops.quantize import Packed, dequantize, quantize
 from lowkey.types import LowkeyError
 
 GROUP = 32  # numbers that share a scale
+NO_BITS = "none"  # no integers, where a plan says otherwise
 
 
 class Packing(Protocol):
@@ -142,6 +143,11 @@ def scheme(bits: int | str) -> Scheme:
     if name not in SCHEMES:
         raise LowkeyError(f"bits {bits!r}: packed storage is one of 8, 4, 2, {', '.join(SCHEMES)}")
     return SCHEMES[name]()
+
+
+def scheme_or_none(bits: int | str | None) -> Scheme | None:
+    """A scheme by name, or None for the model's own numbers: None or `none`."""
+    return None if bits is None or bits == NO_BITS else scheme(bits)
 
 
 def scheme_name(bits: int | str) -> str:

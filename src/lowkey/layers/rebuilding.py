@@ -15,8 +15,8 @@ from lowkey.seam import Call, Incoming
 
 
 class Rebuilding(Protocol):
-    def update(self, keys: Tensor, values: Tensor, /) -> tuple[Tensor, Tensor]:
-        """Keys and values (b, h, t, d) after they went through the compressed form; differentiable."""
+    def update(self, keys: Tensor, values: Tensor, /) -> tuple[Tensor, Tensor] | tuple[Incoming, Incoming]:
+        """Keys and values (b, h, t, d) after they went through the compressed form, or what attends to them; differentiable."""
         ...
 
 
@@ -38,7 +38,7 @@ class RebuildingLayer(StockLayer):
 
     def attend(self, keys: Tensor, values: Tensor, call: Call) -> Tensor:
         tokens = torch.arange(keys.shape[2], device=keys.device)
-        near = (tokens > tokens.unsqueeze(1) - self.exact.recent) | (tokens < self.exact.sinks)
+        near = self.exact.near(keys.shape[2], keys.device)
         mask = call.mask if call.mask is not None else (tokens <= tokens.unsqueeze(1)).unsqueeze(0)
         far = Segment(call.query, *self._rebuilt(keys, values), mask & ~near)
         return grouped.attend([far, Segment(call.query, keys, values, mask & near)], call.scaling, call.softcap)
@@ -50,5 +50,5 @@ class RebuildingLayer(StockLayer):
         return None
 
     def _rebuilt(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        found = self.storage.update(keys.float(), values.float())
+        found: Any = self.storage.update(keys.float(), values.float())
         return found[0].to(keys.dtype), found[1].to(values.dtype)

@@ -22,7 +22,8 @@ class Course:
     """What a method that looks at the whole model works on. rows (n, t): ids of the calibration windows; the last `held` only judge.
 
     ranks: those at which bases are trained and errors measured; choices: every one that may be chosen, when these are more.
-    exact: tokens that the cache will hold as they are. work: the folder of this very job, to save into and to resume from.
+    exact: the tokens that the cache will keep as they are, as far as these windows show any other. work: the folder of this very job, to
+    save into and to resume from.
     """
 
     model: PreTrainedModel
@@ -53,7 +54,8 @@ class Method(Checked, ABC):
     summary, paper: what it is and its source; allocator: the rule that its paper splits a budget by, or `greedy`; layout: the one its paper
     stores keys in; grid: the candidate ranks of its paper, as `--ranks` takes them, or 8, at which errors are measured. every: whether
     its bases serve any rank, so that allocators that compare no measured errors may choose any; if not, only ranks of the grid are chosen.
-    tunes, finishes: whether it has the two stages of the same names, which look at the whole model.
+    tunes, finishes: whether it has the two stages of the same names, which look at the whole model. whole: whether `tune` needs nothing of
+    `fit`, which is then not asked.
     """
 
     summary: ClassVar[str]
@@ -63,6 +65,7 @@ class Method(Checked, ABC):
     grid: ClassVar[str] = "8"
     every: ClassVar[bool] = True
     tunes: ClassVar[bool] = False
+    whole: ClassVar[bool] = False
     finishes: ClassVar[bool] = False
 
     @abstractmethod

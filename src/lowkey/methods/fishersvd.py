@@ -8,7 +8,7 @@ from typing import ClassVar
 from lowkey import families
 from lowkey.gradients import fisher_bases, gather
 from lowkey.methods.base import Course, Method
-from lowkey.ops.products import group_size, joint_moments, merged_basis
+from lowkey.ops.products import group_size
 from lowkey.options import option
 from lowkey.probe import Probe
 from lowkey.types import LayerBases, LayerStatistics, Layout
@@ -34,6 +34,7 @@ class FisherSVD(Method):
     allocator: ClassVar[str] = "spectrum"
     layout: ClassVar[Layout] = "pre_rope"
     tunes: ClassVar[bool] = True
+    whole: ClassVar[bool] = True
 
     group: int = option(0, at_least=0, at_most=1024)
     ridge: float = option(1e-6, at_least=0, at_most=1)
@@ -43,10 +44,7 @@ class FisherSVD(Method):
         return ranks
 
     def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
-        """PCA, until `tune` has seen the whole model."""
-        heads = statistics.heads
-        keys, values = (merged_basis(m, heads, self.group or heads) for m in joint_moments(statistics, probe.layout))
-        return LayerBases(keys, values)
+        raise NotImplementedError("no layer says by itself what the loss is; see tune")
 
     def tune(self, bases: dict[int, LayerBases], course: Course) -> dict[int, LayerBases]:
         heads = families.geometry(course.model).kv_heads

@@ -32,8 +32,8 @@ class KQSVD(Method):
     if what they read is uncorrelated, and `averaged` if they all attend alike.
     weighting: `outputs` (ours; not in the paper) weights a query by c_m = sum_n a_mn^2 ||(v_n - o_m) W_O||^2: how much the output of
     attention moves, to first order, when its scores are off by independent errors of one size. Norms after attention are left out.
-    group: how many KV heads share one latent (ours; 1 in the paper), a divisor of their number; then the same errors are minimised in sum
-    over these heads.
+    group: how many KV heads share one latent (ours; 1 in the paper), a divisor of their number, or 0 for all of a layer; then the
+    same errors are minimised in sum over these heads.
     ridge: what is added to the moments of keys and values, relative to their mean eigenvalue.
 
     Under `pre_rope` all this is about un-rotated keys and queries, whose product is no score; the paper has rotated ones. It chooses ranks
@@ -46,15 +46,15 @@ class KQSVD(Method):
 
     outputs: Literal["stacked", "averaged"] = "stacked"
     weighting: Literal["none", "outputs"] = "none"
-    group: int = option(1, at_least=1, at_most=1024)
+    group: int = option(1, at_least=0, at_most=1024)
     ridge: float = option(1e-6, at_least=0, at_most=1)
 
     def candidates(self, heads: int, head_dim: int, ranks: list[int]) -> list[int]:
-        group_size(heads, self.group)
+        group_size(heads, self.group or heads)
         return ranks
 
     def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
-        heads, t = statistics.heads, group_size(statistics.heads, self.group)
+        heads, t = statistics.heads, group_size(statistics.heads, self.group or statistics.heads)
         weights = families.projections(probe.model, probe.index).o.double().unflatten(0, (heads, -1))  # (h, g, D, d)
         queries = statistics.queries(probe.layout) if self.weighting == "none" else weighted_queries(probe, grams(weights))
         read = grams(weights).sum(1) if self.outputs == "stacked" else grams(weights.mean(1))

@@ -145,7 +145,7 @@ class _Training:
         model, ids = self.course.model, rows.to(device_of(self.course.model))
         with torch.no_grad():
             original = model(ids, use_cache=False).logits
-        found = through.logits(model, ids, through.storages(model, self.factors(ranks), self.course.layout))
+        found = through.logits(model, ids, through.storages(model, self.factors(ranks), self.course.layout), self.course.exact)
         return self.kl * through.divergence(found, original) + (1 - self.kl) * through.next_token_loss(found, ids)
 
     def factors(self, ranks: Tensor) -> dict[int, Factors]:

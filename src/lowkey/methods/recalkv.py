@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowkey import families
 from lowkey.layers.observing import joint_moment
+from lowkey.layers.rebuilding import RebuildingLayer
 from lowkey.merging import blocks
 from lowkey.methods.base import Course, Method
 from lowkey.ops.bases import principal
@@ -66,7 +67,8 @@ class ReCalKV(Method):
                 seen = Values(found[i].v_down.shape[1])
                 passed(model, i, block, hidden, seen, course.batch)
                 found[i] = calibrated(found[i], seen.moment, self.iterations)
-                storage = Rebuilt(found[i].to(next(block.parameters())), course.layout, families.rope(model, i))
+                maps = found[i].to(next(block.parameters()))
+                storage = RebuildingLayer(Rebuilt(maps, course.layout, families.rope(model, i)), course.exact)
             hidden = passed(model, i, block, hidden, storage, course.batch)
         return found
 
