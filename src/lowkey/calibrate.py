@@ -228,7 +228,7 @@ def fit_layers(
     model, ranks, pairs = course.model, course.ranks, _pairs(course.ranks, measuring)
     inside = judge == "layers" and not method.tunes  # the surface can be had while a layer's inputs are at hand
     found: dict[int, tuple[LayerBases, Surface]] = {}
-    if not method.whole:
+    if method.fits:
         batches = course.training.split(course.batch)
         statistics = gather(model, course.progress(batches, "second moments"), work, course.exact.sinks)
         for i, probe in _probes(course, f"fitting {name_of(method)}", lambda i: load_layer(work, f"layer-{i}")):

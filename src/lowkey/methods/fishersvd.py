@@ -34,7 +34,7 @@ class FisherSVD(Method):
     allocator: ClassVar[str] = "spectrum"
     layout: ClassVar[Layout] = "pre_rope"
     tunes: ClassVar[bool] = True
-    whole: ClassVar[bool] = True
+    fits: ClassVar[bool] = False
 
     group: int = option(0, at_least=0, at_most=1024)
     ridge: float = option(1e-6, at_least=0, at_most=1)
