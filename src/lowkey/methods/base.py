@@ -54,8 +54,8 @@ class Method(Checked, ABC):
     summary, paper: what it is and its source; allocator: the rule that its paper splits a budget by, or `greedy`; layout: the one its paper
     stores keys in; grid: the candidate ranks of its paper, as `--ranks` takes them, or 8, at which errors are measured. every: whether
     its bases serve any rank, so that allocators that compare no measured errors may choose any; if not, only ranks of the grid are chosen.
-    tunes, finishes: whether it has the two stages of the same names, which look at the whole model. fits: whether `fit` is asked; it is not where `tune` needs
-    nothing of it.
+    tunes, finishes: whether it has the two stages of the same names, which look at the whole model. fits: whether `fit` is asked; not
+    where `tune` needs nothing of it.
     """
 
     summary: ClassVar[str]
