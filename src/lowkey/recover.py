@@ -21,6 +21,7 @@ from lowkey.fingerprint import data_fingerprint, model_fingerprint
 from lowkey.judging import HeldOut
 from lowkey.layers.codec import LowRank
 from lowkey.layers.coded import CodedLayer
+from lowkey.layers.exact import Exact
 from lowkey.layers.rebuilding import RebuildingLayer
 from lowkey.ops.schedule import falling
 from lowkey.options import Checked, nearest, option, shown
@@ -105,7 +106,8 @@ def recover(
 ) -> Recovered:
     """Train a copy of `model` through `plan` on `texts` (the embedded calibration text when None); model and plan stay as they are.
 
-    Every token is compressed while training, a plan's exact sinks and recent window too. work: a folder to save progress into and resume
+    A query sees the plan's sinks and recent tokens exactly, as in a cache, and all others in low rank; the plan's integers are left out,
+    since rounding has no gradient. work: a folder to save progress into and resume
     from; on a CPU a resumed training gives the numbers of an uninterrupted one bit for bit.
     Errors: LowkeyError when peft is missing, the plan is another model's, settings are out of range, the text is shorter than
     a window, or the loss is no longer finite.
@@ -114,6 +116,11 @@ def recover(
     weights.check_plain("recover", model, families.decoder_layers(model))
     _check(settings, model)
     plan.check(model)
+    if settings.length <= plan.sinks + plan.recent:
+        raise LowkeyError(
+            f"length {settings.length}: the plan keeps {plan.sinks + plan.recent} tokens exact, so that nothing would be compressed; give "
+            "longer windows"
+        )
     data = Windows.of(tokenizer, text.joined(texts), settings)
     text.check_ids(data.ids, model)
     folder = files.job_folder(work, _describe(plan, data, settings))
@@ -186,9 +193,10 @@ class Student:
     def layer(self, i: int) -> RebuildingLayer | CodedLayer:
         """Keys that turn at frequencies of their own cannot be rebuilt, only attended to."""
         factors, layout, rope = self.factors[i], self.plan.layout, families.rope(self.model, i)
+        exact = Exact(self.plan.sinks, self.plan.recent)
         if factors.frequencies is not None:
-            return CodedLayer(LowRank(factors, layout, rope))
-        return RebuildingLayer(Rebuilt(factors, layout, rope))
+            return CodedLayer(LowRank(factors, layout, rope), exact)
+        return RebuildingLayer(Rebuilt(factors, layout, rope), exact)
 
     def logits(self, ids: Tensor) -> Tensor:
         """(b, t, V) in fp32, compressed everywhere."""
