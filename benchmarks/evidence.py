@@ -47,7 +47,7 @@ class Fit:
     layout: str | None = None
     allocator: str | None = None
     bits: str | None = "none"
-    budgets: tuple[str, ...] = BUDGETS
+    budgets: tuple[str, ...] = ("50%", "25%")
     draws: int = 1
 
 
@@ -58,9 +58,10 @@ FITS: dict[str, tuple[Fit, ...]] = {
         Fit("pca", "pca"),
         Fit("pca (pre-RoPE)", "pca", layout="pre_rope"),
         Fit("eigenattention", "eigenattention", draws=3),
+        Fit("eigenattention, uniform", "eigenattention", allocator="uniform"),
         Fit("kq-svd", "kq-svd"),
-        Fit("kq-svd (joint, pre-RoPE), uniform", "kq-svd", JOINT, "pre_rope", "uniform", draws=3),
-        Fit("kq-svd (joint, pre-RoPE), greedy", "kq-svd", JOINT, "pre_rope", "greedy"),
+        Fit("kq-svd (joint, pre-RoPE), uniform", "kq-svd", JOINT, "pre_rope", "uniform", budgets=BUDGETS, draws=3),
+        Fit("kq-svd (joint, pre-RoPE), greedy", "kq-svd", JOINT, "pre_rope", "greedy", budgets=BUDGETS),
         Fit("palu", "palu"),
         Fit("recalkv", "recalkv"),
         Fit("lorc", "lorc"),
@@ -68,8 +69,8 @@ FITS: dict[str, tuple[Fit, ...]] = {
         Fit("kv-latent", "kv-latent"),
         Fit("kv-head-svd", "kv-head-svd", (("whole", "false"),)),
         Fit("mea", "mea"),
-        Fit("fisher-svd, uniform", "fisher-svd", allocator="uniform"),
-        Fit("fisher-svd", "fisher-svd", draws=3),
+        Fit("fisher-svd, uniform", "fisher-svd", allocator="uniform", budgets=BUDGETS),
+        Fit("fisher-svd", "fisher-svd", budgets=BUDGETS, draws=3),
     ),
     "default": (Fit("default", None, bits=None, budgets=("50%", "25%", "18.75%", "12.5%", "8%"), draws=3),),
     "combined": (
