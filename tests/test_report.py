@@ -236,6 +236,28 @@ def test_runs_on_one_text_share_a_table_and_others_do_not() -> None:
     assert "<h3>Run 3: tiny</h3>" in other
 
 
+def test_rows_of_several_runs_are_told_apart_by_what_differs_and_else_by_their_run() -> None:
+    marked = [
+        HALF | {"name": "kq-svd 50%", "short": "kq-svd 50%", "marks": {"layout": layout, "group": group, "folder": folder}}
+        for layout, group, folder in (("pre_rope", "group=3", "a"), ("pre_rope", "", "a"), ("post_rope", "group=3", "b"))
+    ]
+    page = Page(render([result(FULL, row) for row in (*marked, POOR)]))
+    rows = {page.cell(i, "Row") for i in range(1, 9)}
+    labels = {"kq-svd 50% pre_rope group=3", "kq-svd 50% pre_rope", "kq-svd 50% post_rope group=3", "pca 25%"}
+    assert rows == labels | {f"full (run {n})" for n in range(1, 5)}
+
+
+def test_a_mark_that_is_no_text_is_left_out() -> None:
+    odd = HALF | {"short": 7, "marks": {"layout": [1], "group": "group=3"}}
+    assert "stiefattention 50%" in render([result(FULL, odd), result(FULL, HALF | {"marks": "x"})])
+
+
+def test_intervals_stand_behind_their_numbers() -> None:
+    page = Page(render([result(FULL, HALF | {"perplexity_95": 0.71, "kl_95": 0.00412})]))
+    assert (page.cell(2, "Perplexity"), page.cell(2, "KL")) == ("12.31 ± 0.71", "0.0312 ± 0.00412")
+    assert page.cell(1, "Perplexity") == "11.92"
+
+
 def test_environment_is_shown_with_nested_values(text: str) -> None:
     assert "<dt>cpu</dt><dd>EPYC</dd>" in text
     assert "<dt>data tokens</dt><dd>40960</dd>" in text

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lowkey.report.policies import allocator_words, score_words
-from lowkey.report.results import Row, kept
+from lowkey.report.results import Row, kept, measured
 
 DASH = "—"  # no number was measured
+HALVES = {"Perplexity": "perplexity_95", "KL": "kl_95"}  # where half of the interval of a column's numbers is
 
 
 class Column(NamedTuple):
@@ -59,11 +60,21 @@ def _column(key: str, title: str, write: Callable[[float], str] | None, meaning:
 
 
 COLUMNS = [
-    _column("name", "Row", None, "What was measured; “full” is the uncompressed cache that every other row is compared with."),
+    Column(
+        "Row",
+        lambda row: row.get("label", row["name"]),
+        str,
+        "What was measured; “full” is the uncompressed cache that every other row is compared with.",
+    ),
     _column("run", "Run", None, "Which result file the row comes from; the Environment section lists it under the same number."),
     Column("Kept", kept, _number(format_percent), "Bytes held as a share of what the full cache holds for the same tokens."),
     _column("bytes_per_token", "Bytes/token", format_bytes, "Cache bytes that each further token costs, summed over all layers."),
-    _column("perplexity", "Perplexity", format_perplexity, "Exponential of the mean loss per token of the text; lower is better."),
+    _column(
+        "perplexity",
+        "Perplexity",
+        format_perplexity,
+        "Exponential of the mean loss per token of the text; lower is better. Behind ±: half of the 95 % interval over windows of text.",
+    ),
     _column(
         "perplexity_decode",
         "Perplexity, decode",
@@ -95,6 +106,8 @@ COLUMNS = [
     Column("Allocator", allocator_words, str, "How the policy's budget was split over layers and heads, with its parameters."),
     _column("budget", "Budget", None, "What was asked to be kept; “kept” is what was really held."),
     _column("bits", "Bits", _three_digits, "Bits per stored number; a dash means the model's own number format."),
+    _column("sinks", "Sinks", _three_digits, "First tokens of the text that are kept exact, counted in the bytes."),
+    _column("recent", "Recent", _three_digits, "Last tokens that are kept exact, counted in the bytes."),
     _column("layout", "Layout", None, "How the cache layers store what is kept."),
     _column("task", "Task", None, "The tasks that the row was measured on."),
     _column("plan", "Plan", None, "Where the plan was read from."),
@@ -107,5 +120,5 @@ def shown_columns(rows: list[Row], several: bool) -> list[Column]:
 
 
 def show(column: Column, row: Row) -> str:
-    value = column.read(row)
-    return DASH if value is None else column.write(value)
+    value, off = column.read(row), measured(row, HALVES.get(column.title, ""))
+    return DASH if value is None else column.write(value) + ("" if off is None else f" ± {column.write(off)}")

@@ -13,10 +13,11 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 
+from lowkey.naming import LAST
 from lowkey.report.columns import format_bytes
 from lowkey.report.drawing import INK, LAYERS, MARKERS, MUTED, SERIES, SURFACE, WIDTH, colour_bar, is_wide, plain_log, quality_scale, style
 from lowkey.report.labels import Label, place_labels
-from lowkey.report.results import Row, full_row, is_full, measured
+from lowkey.report.results import Row, full_row, is_full, marks_of, measured
 
 PANELS = [  # (key, title, the better end)
     ("perplexity", "Perplexity", "lower is better"),
@@ -66,7 +67,10 @@ def _point(row: Row, key: str) -> tuple[float, float] | None:
 
 def _series_key(row: Row) -> tuple[str, ...]:
     """Rows that differ in their budget alone are one line."""
-    return tuple(str(row.get(part)) for part in ("method", "policy", "bits", "layout", "run")) if not is_full(row) else ("full",)
+    if is_full(row):
+        return ("full",)
+    marks = [f"{key}={word}" for key, word in marks_of(row).items() if key not in LAST]
+    return (*(str(row.get(part)) for part in ("method", "policy", "bits", "packing", "layout", "run")), *marks)
 
 
 def _series(rows: list[Row]) -> dict[tuple[str, ...], tuple[str, str]]:

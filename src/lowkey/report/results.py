@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,12 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lowkey.files import read_json
+from lowkey.naming import told_apart
 from lowkey.types import LowkeyError
 
 FORMAT, KIND = 1, "result"
 REMEDY = "give a file that lowkey eval wrote, or a folder of them"
 NUMBERS = [
-    *("bits", "perplexity", "perplexity_decode", "kl", "top1_agreement", "layer_error", "layer_cosine", "exact_match"),
+    *("bits", "sinks", "recent", "perplexity", "perplexity_95", "perplexity_decode", "kl", "kl_95", "top1_agreement"),
+    *("layer_error", "layer_cosine", "exact_match"),
     *("bytes_per_token", "bytes_held", "bytes_predicted", "bytes_full", "prefill_ms", "step_ms"),
 ]
 MOST_CELLS = 2**18  # layers x heads in one heat map
@@ -166,13 +169,24 @@ def sections(results: Sequence[dict]) -> list[Section]:
 
 def _section(results: Sequence[dict], numbers: list[int]) -> Section:
     first, several = results[numbers[0]], len(numbers) > 1
-    rows = [_numbered(row, n + 1, several) for n in numbers for row in results[n]["rows"]]
+    rows = _labelled([{**row, "run": n + 1} for n in numbers for row in results[n]["rows"]])
     order = sorted(rows, key=lambda row: (not is_full(row), _bytes_or_last(row)))
     return Section(str(first["model"]), str(_data(first).get("name") or "unnamed text"), order, several)
 
 
-def _numbered(row: Row, run: int, several: bool) -> Row:
-    return {**row, "run": run, "label": f"{row['name']} (run {run})" if several else row["name"]}
+def _labelled(rows: list[Row]) -> list[Row]:
+    """Every row with a label of its own: what tells it from the others, or else its run."""
+    if len({row["run"] for row in rows}) == 1:
+        return [{**row, "label": row["name"]} for row in rows]
+    labels = told_apart([str(row.get("short") or row["name"]) for row in rows], [marks_of(row) for row in rows])
+    count = Counter(labels)
+    return [{**row, "label": f"{x} (run {row['run']})" if count[x] > 1 else x} for x, row in zip(labels, rows, strict=True)]
+
+
+def marks_of(row: Row) -> dict[str, str]:
+    """Of a row that says them; a file may say anything."""
+    found = row.get("marks")
+    return {key: value for key, value in found.items() if isinstance(value, str)} if isinstance(found, dict) else {}
 
 
 def _bytes_or_last(row: Row) -> float:
