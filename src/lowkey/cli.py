@@ -11,7 +11,7 @@ from contextlib import suppress
 import torch
 import typer
 
-from lowkey.commands import analysing, converting, downloading, making, measuring, using
+from lowkey.commands import analysing, common, converting, downloading, making, measuring, using
 from lowkey.options import shown
 from lowkey.printable import printable
 from lowkey.types import LowkeyError
@@ -26,6 +26,7 @@ for command in (
     downloading.download,
 ):
     app.command(command.__name__.rstrip("_"))(command)
+app.callback()(common.every_command)
 bench.command()(measuring.decode)
 app.add_typer(bench, name="bench")
 

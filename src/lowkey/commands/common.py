@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
+import torch
 import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,16 +15,18 @@ from lowkey.calibrate import Sample
 from lowkey.heads import HeadScores
 from lowkey.layers.packing import SCHEMES
 from lowkey.loading import load, make_policy
-from lowkey.options import check_field, nearest, ranges, shown
+from lowkey.options import Range, check_field, checked, nearest, ranges, shown
 from lowkey.plan import Plan
 from lowkey.policies.allocators import HeadImportance
 from lowkey.policies.base import Policy
 from lowkey.show import Aside
 from lowkey.types import LAYOUTS, Budget, Heads, Layout, LowkeyError
+from lowkey.version import __version__
 
 err = Aside(stderr=True, markup=False, emoji=False)
 
 BITS = f"also rows of packed integers, alone and for each plan's latents: {', '.join(SCHEMES)} (int8 and int4, alone, when not given)"
+CORES = Range(at_least=1, at_most=2**10)
 Model = Annotated[
     str, typer.Argument(help="a model folder, a Hub id, a .gguf file, 'tiny' (embedded), or 'smollm2' (`lowkey download smollm2`)")
 ]
@@ -37,6 +40,23 @@ AllocatorOptions = Annotated[
     list[str] | None, typer.Option("--allocator-option", "-A", help="an option of the allocator, like energy=singular or beta=10; repeat")
 ]
 Options = Annotated[list[str] | None, typer.Option("--option", "-O", help="an option of the method, like epochs=5")]
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"lowkey {__version__}")
+        raise typer.Exit
+
+
+def every_command(
+    threads: Annotated[
+        int | None, typer.Option(help=f"cores to compute on ({CORES}; default: $OMP_NUM_THREADS, or all); before the command")
+    ] = None,
+    version: Annotated[bool, typer.Option("--version", help="print the version", is_eager=True, callback=show_version)] = False,
+) -> None:
+    """What can be said before any command."""
+    if threads is not None:
+        torch.set_num_threads(checked("threads", threads, int, CORES))
 
 
 def opened(
