@@ -31,6 +31,7 @@ from lowkey.methods import (
     Palu,
     ReCalKV,
     StiefAttention,
+    StiefJoint,
 )
 from lowkey.methods import stiefattention as stief
 from lowkey.ops.bases import is_orthonormal
@@ -52,6 +53,7 @@ CHEAP = {
     "kq-svd": KQSVD(),
     "kq-svd-outputs": KQSVD(weighting="outputs"),
     "fisher-svd": FisherSVD(),
+    "stiefattention-joint": StiefJoint(steps=2),
     "palu": Palu(),
     "lorc": LoRC(),
     "recalkv": ReCalKV(),

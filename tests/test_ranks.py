@@ -21,7 +21,7 @@ from lowkey.calibrate import windows_of
 from lowkey.grid import grid, multiples
 from lowkey.layers.codec import LowRank
 from lowkey.layers.coded import CodedLayer
-from lowkey.methods import KQSVD, MEA, METHODS, PCA, KVHeadSVD, KVLatent, MatryoshkaKV, Palu, ReCalKV, StiefAttention
+from lowkey.methods import KQSVD, MEA, METHODS, PCA, KVHeadSVD, KVLatent, MatryoshkaKV, Palu, ReCalKV, StiefAttention, StiefJoint
 from lowkey.types import Factors, LowkeyError
 
 TEXT = "".join(string.printable[(i * i + 7 * i) % 95] for i in range(1000))
@@ -396,8 +396,9 @@ def test_a_last_stage_after_the_choice_is_named_beside_the_bound():
 # -- what a byte budget promises
 
 
-CHEAP = {name: kind() for name, kind in METHODS.items() if name not in ("stiefattention", "matryoshka")}
+CHEAP = {name: kind() for name, kind in METHODS.items() if name not in ("stiefattention", "stiefattention-joint", "matryoshka")}
 CHEAP |= {"stiefattention": StiefAttention(epochs=1), "matryoshka": MatryoshkaKV(steps=1), "mea": MEA("activations")}
+CHEAP |= {"stiefattention-joint": StiefJoint(steps=1)}
 
 
 @pytest.mark.parametrize("budget", ["93.7%", "1234 B/token", "0.8 KiB/token"])
@@ -475,6 +476,7 @@ DEFAULTS = {  # of the papers: allocator, layout, candidate ranks, options
         {"parametrisation": "mlp", "key_bases": "shared", "value_bases": "per_head"},
     ),
     "kq-svd": ("tail", "post_rope", "8", {"outputs": "stacked", "weighting": "none", "group": 1}),
+    "stiefattention-joint": ("spectrum", "pre_rope", "8", {"group": 0, "steps": 96}),
     "fisher-svd": ("spectrum", "pre_rope", "8", {"group": 0}),
     "palu": ("fisher", "pre_rope", "8", {"group": 4}),
     "lorc": ("condition", "pre_rope", "8", {"scope": "layer", "whiten": False}),

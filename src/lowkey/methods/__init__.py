@@ -19,11 +19,13 @@ from lowkey.methods.palu import Palu
 from lowkey.methods.pca import PCA
 from lowkey.methods.recalkv import ReCalKV
 from lowkey.methods.stiefattention import StiefAttention
+from lowkey.methods.stiefjoint import StiefJoint
 
 METHODS: dict[str, type[Method]] = {
     "pca": PCA,
     "eigenattention": EigenAttention,
     "stiefattention": StiefAttention,
+    "stiefattention-joint": StiefJoint,
     "kq-svd": KQSVD,
     "fisher-svd": FisherSVD,
     "palu": Palu,
@@ -51,4 +53,5 @@ __all__ = [
     "Palu",
     "ReCalKV",
     "StiefAttention",
+    "StiefJoint",
 ]

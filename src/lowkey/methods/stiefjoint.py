@@ -1,0 +1,199 @@
+"""StiefAttention's idea (arXiv:2601.21686) over all heads and the whole model: maps trained on what the compressed model puts out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowkey import families, files, optimizing, through
+from lowkey.gradients import fisher_bases, gather
+from lowkey.merging import beside, blocks
+from lowkey.methods.base import Course, Method
+from lowkey.ops.products import group_size, joint_moments, merged_basis, signs
+from lowkey.ops.schedule import falling
+from lowkey.options import option
+from lowkey.probe import Probe
+from lowkey.types import Factors, LayerBases, LayerStatistics, Layout, device_of, head_blocks
+
+LOOKS = 4  # how often held-out windows judge
+JUDGING = 8  # of them, at most
+WARMUP = 0.1  # of the steps
+BETAS = (0.9, 0.98)
+RIDGE = 1e-6
+
+
+@dataclass(frozen=True)
+class StiefJoint(Method):
+    """Oblique projectors of a layer's heads together, trained at the chosen ranks on KL(original || compressed) of the next tokens.
+
+    arXiv:2601.21686 trains orthonormal bases per layer, on the relative error of that layer's output, in which massive tokens drown the
+    others and which the cache's exact tokens dominate. Here latents are joint over heads and kept before rotation, every layer is
+    compressed at once, queries see exactly what the cache keeps exactly, and the error is that of the model's own distribution.
+
+    Start: `fisher-svd`, in closed form, which also gives the spectra by which ranks are chosen. Then, at those ranks, `steps` steps of
+    Adam, each on one window of the fitting text, with a peak rate `lr`, a warm-up and a cosine. Trained are the maps in coordinates in
+    which keys (values) are white: with C their second moment, down = C^{-1/2} U and up = W C^{1/2}. At the start U is orthonormal and
+    W = U^T; both then move freely. Held-out windows judge a few times, and the best maps seen are kept, the start among them. Little
+    text is soon learnt by heart: more windows help more than more steps.
+
+    group: how many KV heads share one latent, a divisor of their number, or 0 for all.
+    """
+
+    summary: ClassVar[str] = "fisher-svd, then maps of all layers trained on the divergence of the whole model"
+    paper: ClassVar[str] = "arXiv:2601.21686"
+    allocator: ClassVar[str] = "spectrum"
+    layout: ClassVar[Layout] = "pre_rope"
+    tunes: ClassVar[bool] = True
+    finishes: ClassVar[bool] = True
+
+    group: int = option(0, at_least=0, at_most=1024)
+    steps: int = option(96, at_least=0, at_most=10**7)
+    lr: float = option(2e-4, above=0, at_most=10)
+
+    def candidates(self, heads: int, head_dim: int, ranks: list[int]) -> list[int]:
+        group_size(heads, self.group or heads)
+        return ranks
+
+    def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
+        """PCA, until `tune` has seen the whole model."""
+        heads = statistics.heads
+        keys, values = (merged_basis(m, heads, self.group or heads) for m in joint_moments(statistics, probe.layout))
+        return LayerBases(keys, values)
+
+    def tune(self, bases: dict[int, LayerBases], course: Course) -> dict[int, LayerBases]:
+        heads = families.geometry(course.model).kv_heads
+        found = gather(course.model, course.training, course.layout, course.exact, course.seed, course.work, course.progress)
+        return fisher_bases(found, heads, self.group or heads, RIDGE)
+
+    def finish(self, factors: dict[int, Factors], course: Course) -> dict[int, Factors]:
+        heads = families.geometry(course.model).kv_heads
+        found = gather(course.model, course.training, course.layout, course.exact, course.seed, course.work, course.progress)
+        training = Training.of(factors, found, heads // (self.group or heads), course)
+        with torch.enable_grad():
+            return training.run(self.steps, self.lr)
+
+
+class White:
+    """Maps down (G, n, r) and up (h, r, d) in coordinates in which what they map, of second moment (G, n, n), is white. Trained: down and
+    up, (G, n, r) and (G, r, n)."""
+
+    def __init__(self, moment: Tensor, down: Tensor, up: Tensor, device: torch.device) -> None:
+        values, vectors = torch.linalg.eigh(moment.double())
+        values = values.clamp_min(0) + (RIDGE * values.mean(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
+        root, inverse = (vectors * v.unsqueeze(-2) @ vectors.mT for v in (values.sqrt(), values.rsqrt()))
+        self.t = moment.shape[-1] // up.shape[-1]
+        inside, back = root @ down.double(), beside(up, self.t).double() @ inverse
+        length = inside.norm(dim=-2, keepdim=True)
+        self.root, self.inverse = root.float().to(device), inverse.float().to(device)
+        self.down, self.up = ((inside / length).float().to(device).requires_grad_(), (back * length.mT).float().to(device).requires_grad_())
+
+    def maps(self) -> tuple[Tensor, Tensor]:
+        return self.inverse @ self.down, blocks(self.up @ self.root, self.t)
+
+    @torch.no_grad()
+    def balanced(self) -> tuple[Tensor, Tensor]:
+        """On the CPU, each pair of columns of equal norms, as `fisher-svd` stores them."""
+        down, up = (self.inverse @ self.down).cpu(), (self.up @ self.root).cpu()
+        scale = (up.norm(dim=-1, keepdim=True).mT / down.norm(dim=-2, keepdim=True)).sqrt() * signs(down)
+        return down * scale, blocks(up / scale.mT, self.t)
+
+
+@dataclass
+class Training:
+    """The maps of all layers, and how far their training is."""
+
+    course: Course
+    sides: dict[int, tuple[White, White]]
+
+    @classmethod
+    def of(cls, factors: dict[int, Factors], found: dict[int, dict[str, Tensor]], groups: int, course: Course) -> Training:
+        def white(i: int, of: str, down: Tensor, up: Tensor) -> White:
+            return White(head_blocks(found[i][of], groups), down, up, device_of(families.decoder_layers(course.model)[i]))
+
+        sides = {i: (white(i, "keys", f.k_down, f.k_up), white(i, "values", f.v_down, f.v_up)) for i, f in factors.items()}
+        return cls(course, sides)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [p for pair in self.sides.values() for side in pair for p in (side.down, side.up)]
+
+    def run(self, steps: int, lr: float) -> dict[int, Factors]:
+        """The maps that the held-out windows found best. What is done is saved at every look, to go on from to the same maps."""
+        optimizer, done = torch.optim.Adam(self.parameters, lr=lr, betas=BETAS), 0
+        if (found := self._saved()) is not None:
+            best, kept, done = self._restored(found, optimizer, steps)
+        else:
+            best, kept = self.judged(), copies(self.parameters)
+        order = self._order(steps)
+        for k in self.course.progress(range(done, steps), "training maps", steps - done):
+            gradients = torch.autograd.grad(self.loss(self.course.training[order[k]].unsqueeze(0)), self.parameters)
+            for p, gradient in zip(self.parameters, gradients, strict=True):
+                p.grad = gradient
+            for group in optimizer.param_groups:
+                group["lr"] = lr * falling(k, steps, WARMUP)
+            optimizer.step()
+            if (k + 1) % max(1, steps // LOOKS) == 0 or k + 1 == steps:
+                if (now := self.judged()) < best:
+                    best, kept = now, copies(self.parameters)
+                self._save(optimizer, kept, best, k + 1)
+        with torch.no_grad():
+            for p, value in zip(self.parameters, kept, strict=True):
+                p.copy_(value)
+        return {i: Factors(*keys.balanced(), *values.balanced()) for i, (keys, values) in self.sides.items()}
+
+    def loss(self, rows: Tensor) -> Tensor:
+        """KL(original || compressed) per token of windows (b, t)."""
+        model, ids = self.course.model, rows.to(device_of(self.course.model))
+        with torch.no_grad():
+            original = model(ids, use_cache=False).logits
+        maps = {i: Factors(*keys.maps(), *values.maps()) for i, (keys, values) in self.sides.items()}
+        found = through.logits(model, ids, through.storages(model, maps, self.course.layout), self.course.exact)
+        return through.divergence(found, original)
+
+    @torch.no_grad()
+    def judged(self) -> float:
+        """The loss over held-out windows, of which a few are enough."""
+        rows = self.course.rows[-self.course.held :][:JUDGING]
+        return sum(float(self.loss(row.unsqueeze(0))) for row in rows) / len(rows)
+
+    def _order(self, steps: int) -> list[int]:
+        """Every window once, in random order, before any comes again."""
+        generator, n = torch.Generator().manual_seed(self.course.seed), len(self.course.training)
+        return torch.cat([torch.randperm(n, generator=generator) for _ in range(-(-steps // n))]).tolist()[:steps] if steps else []
+
+    def _save(self, optimizer: torch.optim.Optimizer, kept: list[Tensor], best: float, done: int) -> None:
+        if self.course.work is not None:
+            found = {f"parameter.{n}": p.detach() for n, p in enumerate(self.parameters)} | {f"best.{n}": p for n, p in enumerate(kept)}
+            found |= {"judged": torch.tensor(best, dtype=torch.float64), "done": torch.tensor(done), "widths": self._widths()}
+            found |= optimizing.tensors_of(optimizer)
+            files.write_work(self.course.work, "training", found)
+
+    def _widths(self) -> Tensor:
+        """Of all latents. The job is the same for every budget, so these tell whose training was saved."""
+        return torch.tensor([side.down.shape[-1] for pair in self.sides.values() for side in pair])
+
+    def _saved(self) -> dict[str, Tensor] | None:
+        found, own = files.read_work(self.course.work, "training"), self._widths()
+        same = found is not None and torch.equal(files.fits(found, "widths", own, self.course.work or Path()), own)
+        return found if same else None
+
+    @torch.no_grad()
+    def _restored(self, found: dict[str, Tensor], optimizer: torch.optim.Optimizer, steps: int) -> tuple[float, list[Tensor], int]:
+        work = self.course.work or Path()
+        kept = [files.fits(found, f"best.{n}", p, work).to(p.device) for n, p in enumerate(self.parameters)]
+        for n, p in enumerate(self.parameters):
+            p.copy_(files.fits(found, f"parameter.{n}", p, work))
+        optimizing.fill(optimizer, found, str(work))
+        done = int(files.fits(found, "done", torch.tensor(0), work))
+        if not 0 < done <= steps:
+            raise files.damaged(work, f"{done} of {steps} steps are done")
+        return float(files.fits(found, "judged", torch.zeros((), dtype=torch.float64), work)), kept, done
+
+
+def copies(parameters: Iterable[Tensor]) -> list[Tensor]:
+    return [p.detach().clone() for p in parameters]
