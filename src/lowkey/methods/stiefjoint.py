@@ -14,7 +14,7 @@ from lowkey import families, files, optimizing, through
 from lowkey.gradients import fisher_bases, gather
 from lowkey.merging import beside, blocks
 from lowkey.methods.base import Course, Method
-from lowkey.ops.products import group_size, joint_moments, merged_basis, signs
+from lowkey.ops.products import group_size, signs
 from lowkey.ops.schedule import falling
 from lowkey.options import option
 from lowkey.probe import Probe
@@ -49,6 +49,7 @@ class StiefJoint(Method):
     allocator: ClassVar[str] = "spectrum"
     layout: ClassVar[Layout] = "pre_rope"
     tunes: ClassVar[bool] = True
+    fits: ClassVar[bool] = False
     finishes: ClassVar[bool] = True
 
     group: int = option(0, at_least=0, at_most=1024)
@@ -60,10 +61,7 @@ class StiefJoint(Method):
         return ranks
 
     def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
-        """PCA, until `tune` has seen the whole model."""
-        heads = statistics.heads
-        keys, values = (merged_basis(m, heads, self.group or heads) for m in joint_moments(statistics, probe.layout))
-        return LayerBases(keys, values)
+        raise NotImplementedError("no layer says by itself what the loss is; see tune")
 
     def tune(self, bases: dict[int, LayerBases], course: Course) -> dict[int, LayerBases]:
         heads = families.geometry(course.model).kv_heads
