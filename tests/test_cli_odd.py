@@ -70,6 +70,7 @@ VERBS: dict[str, tuple[list[str], dict[str, list[str]]]] = {
         ["MODEL", "--policy", "ada-kv", "--budget", "50%"],
         {
             **{"--context": NUMBERS, "--windows": NUMBERS, "--cases": NUMBERS, "--seed": NUMBERS, "--task": WORDS, "--data": PATHS},
+            **{"--sinks": NUMBERS, "--recent": NUMBERS},
             **{"--budget": BUDGETS, "-O": PAIRS, "-A": [*PAIRS, "alpha=nan", "alpha=2"], "--plan": PATHS, "--heads": PATHS},
         },
     ),

@@ -20,7 +20,7 @@ from lowkey.progress import Progress
 from lowkey.types import device_of
 
 CHUNK = 32  # tokens that a setting which evicts reads at a time
-ROWS = 64  # tokens whose distributions are compared at a time: what they take stays near the processor
+ROWS = 8  # tokens whose distributions are compared at a time: what they take stays near the processor
 
 
 @torch.no_grad()

@@ -1,0 +1,166 @@
+"""`lowkey eval`: resuming, several texts, the window of exact tokens, and what is told while it runs."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from unittest import mock
+
+import pico
+import pytest
+from rich.console import Console
+
+from lowkey import cli, files, progress
+from lowkey.evaluate import likelihood
+from lowkey.layers.exact import WINDOW
+
+SCORE = ("--windows", 2, "--context", 64, "--bits", 8, "--bits", 4)
+
+
+def lowkey(*words: object) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    argv = mock.patch.object(sys, "argv", ["lowkey", *map(str, words)])
+    with argv, redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as exit:
+        cli.main()
+    return exit.value.code, out.getvalue(), err.getvalue()
+
+
+def printed(*words: object) -> dict:
+    status, out, err = lowkey(*words, "--json")
+    assert status == 0, err
+    return json.loads(out)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return pico.save(tmp_path_factory.mktemp("model") / "pico")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def stopped_after(windows: int):
+    """Ctrl-C when so many windows were scored, over all settings."""
+    score, calls = likelihood.Reference.score, []
+
+    def stopping(*args):
+        calls.append(1)
+        if len(calls) > windows:
+            raise KeyboardInterrupt
+        return score(*args)
+
+    return mock.patch.object(likelihood.Reference, "score", stopping)
+
+
+@pytest.mark.parametrize("out", [(), ("--out", "r.json")], ids=["named by time", "named"])
+def test_after_ctrl_c_the_same_command_goes_on_to_the_same_rows(model, here, out, monkeypatch):
+    straight = printed("eval", model, *SCORE, "--out", "straight.json")["rows"]
+    with stopped_after(4):
+        status, said, err = lowkey("eval", model, *SCORE, *out)
+    assert (status, said) == (130, "") and "eval" in err and "resume when given again" in err
+    assert [p.suffix for p in here.rglob("*.json*") if p.parent != here / "straight.json" and p.is_dir()] == [".partial"]
+    scored, score = [], likelihood.Reference.score
+    monkeypatch.setattr(likelihood.Reference, "score", lambda *a: scored.append(1) or score(*a))
+    assert printed("eval", model, *SCORE, *out)["rows"] == straight
+    assert len(scored) == 2  # of six
+    assert not list(here.rglob("*.partial"))
+    (found,) = [p for p in here.rglob("*.json") if p.name != "straight.json"]
+    assert files.read_json(found, "result", "result", 1)["rows"] == straight
+
+
+def test_another_command_starts_a_result_of_its_own(model, here):
+    with stopped_after(4):
+        lowkey("eval", model, *SCORE)
+    (work,) = here.rglob("*.partial")
+    printed("eval", model, *SCORE, "--sinks", 2)
+    assert work.exists() and len(list((here / "results").iterdir())) == 2
+
+
+def test_windows_come_from_several_texts_in_turn(model, here):
+    for name, words in (("a.txt", "It was a dark night. "), ("b.txt", "The sun rose early. ")):
+        (here / name).write_text(words * 40)
+    both = printed("eval", model, *SCORE, "--data", "a.txt", "--data", "b.txt", "--out", "r.json")
+    apart = [printed("eval", model, *SCORE, "--windows", 1, "--data", name, "--out", "r.json") for name in ("a.txt", "b.txt")]
+    for row, *own in zip(both["rows"], *(found["rows"] for found in apart), strict=True):
+        assert row["per_window"]["nll"] == [r["per_window"]["nll"][0] for r in own]
+    data = both["environment"]["data"]
+    assert data["name"] == "a.txt, b.txt" and list(data["texts"]) == ["a.txt", "b.txt"] and data["windows"] == 2
+    assert data["sha256"] not in [found["environment"]["data"]["sha256"] for found in apart]
+
+
+def test_one_window_of_exact_tokens_for_every_row(model, here):
+    made = ("--method", "pca", "--windows", 8, "--context", 32)
+    printed("compress", model, "plan", *made)
+    printed("compress", model, "bare", *made, "--sinks", 0, "--recent", 0)
+    words = ("--plan", "plan", "--plan", "bare", *SCORE)
+
+    def kept(*more: object) -> list[tuple]:
+        rows = printed("eval", model, *words, *more, "--out", "r.json")["rows"]
+        assert all(row["bytes_held"] == row["bytes_predicted"] for row in rows)
+        return [(row["name"], row["sinks"], row["recent"]) for row in rows if row["packing"] is None or row["method"] is None]
+
+    own = (WINDOW.sinks, WINDOW.recent)
+    assert kept() == [("full", None, None), ("pca 50% + 4 sinks + 32 recent", *own), ("pca 50%", 0, 0), ("int8", *own), ("int4", *own)]
+    assert [row[1:] for row in kept("--sinks", 2, "--recent", 7)[1:]] == [(2, 7)] * 4
+    assert [row[1:] for row in kept("--recent", 7)[1:]] == [(4, 7), (0, 7), (4, 7), (4, 7)]
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--sinks", -1], ["sinks -1", "at least 0"]),
+        (["--recent", -1], ["recent -1", "at least 0"]),
+        (["--bits", 8, "--bits", "int8"], ["'int8'", "given twice"]),
+        (["--data", "none.txt"], ["none.txt", "no such file"]),
+    ],
+    ids=str,
+)
+def test_bad_arguments(model, here, words, says):
+    status, out, err = lowkey("eval", model, *words)
+    assert (status, out) == (2, "") and all(word in err for word in says) and len(err.splitlines()) == 1
+    assert not list(here.iterdir())
+
+
+def test_the_table_has_intervals_over_windows(model, here):
+    three = lowkey("eval", model, *SCORE, "--windows", 3, "--out", "r.json")[1]
+    assert three.count("±") >= 4
+    assert "±" not in lowkey("eval", model, *SCORE, "--out", "r.json")[1]
+
+
+# -- progress
+
+
+def test_without_a_terminal_a_line_says_where_it_is_and_how_long_is_left(monkeypatch, capsys):
+    """Ten items of a minute each, on a clock of our own."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    for _ in progress.bars(list("abcdefghij"), lambda item: f"perplexity, {item}"):
+        now[0] += 60
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "perplexity, b: 1 of 10, about 9 min left" and lines[-1] == "perplexity, j: 9 of 10, about 1 min left"
+
+
+@pytest.mark.parametrize("seconds, said", [(8, "8 s"), (40, "1 min"), (3541, "59 min"), (7800, "2 h 10 min")])
+def test_how_long_in_words(seconds, said):
+    assert progress._left(seconds) == f", about {said} left"
+
+
+def test_a_count_without_an_end_has_no_time_left(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    for _ in progress.bars(iter("abc"), "tokenizing"):
+        now[0] += 60
+    assert capsys.readouterr().err.splitlines() == ["tokenizing: 1", "tokenizing: 2"]
+
+
+def test_on_a_terminal_the_bar_names_the_item(monkeypatch):
+    drawn = io.StringIO()
+    monkeypatch.setattr("rich.console.Console", lambda **_: Console(file=drawn, force_terminal=True, width=80))
+    assert list(progress.bars(["a", "b"], lambda item: f"perplexity, [{item}]")) == ["a", "b"]
+    assert "perplexity, [b]" in drawn.getvalue() and "2/2" in drawn.getvalue()
+    assert list(progress.bars([], "nothing")) == []
