@@ -73,7 +73,9 @@ def test_after_ctrl_c_the_same_command_goes_on_to_the_same_rows(model, here, out
     assert files.read_json(found, "result", "result", 1)["rows"] == straight
 
 
-def test_another_command_starts_a_result_of_its_own(model, here):
+def test_another_command_starts_a_result_of_its_own(model, here, monkeypatch):
+    """Even in the same second."""
+    monkeypatch.setattr("lowkey.commands.measuring.time.strftime", lambda _: "20260101-000000")
     with stopped_after(4):
         lowkey("eval", model, *SCORE)
     (work,) = here.rglob("*.partial")

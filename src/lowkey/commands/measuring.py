@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ from lowkey.progress import bars
 from lowkey.show import show_bench, show_rows
 
 QUESTION = 32  # tokens
+RESULTS = Path("results")
 OWN = "(default: the plan's own; integers alone"
 
 
@@ -81,7 +83,7 @@ def eval_(
     One row for each policy and budget; with a --plan, policies evict on top of it. Interrupted work resumes when the same command is
     given again.
     """
-    place = out or Path("results") / f"eval-{Path(model).name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    place = out or _fresh(f"eval-{Path(model).name}-")
     files.check_file(place, "result")
     work = files.work_beside(place)
     hold(Task, windows=windows, cases=cases, seed=seed)
@@ -103,7 +105,8 @@ def eval_(
     settings += [packed(loaded, b, beside) for b in bits or (() if families.stores_its_own(loaded.config) else (8, 4))]
     what = Task(texts, context, windows, cases, seed, refeed=refeed)
     if out is None:
-        place, work = _begun(place, job_of(loaded, tokenizer, distinct(settings), what, names)) or (place, work)
+        job = job_of(loaded, tokenizer, distinct(settings), what, names)
+        place, work = _begun(f"eval-{Path(model).name}-", job) or (place, work)
     result = evaluate(loaded, tokenizer, settings, what, names, bars, work)
     files.write_json(place, result, "result")
     files.remove_work(work)
@@ -111,10 +114,16 @@ def eval_(
     print(json.dumps(result)) if as_json else show_rows(result)
 
 
-def _begun(place: Path, job: dict) -> tuple[Path, Path] | None:
+def _fresh(name: str) -> Path:
+    """A result file named by the time, which no other command of the same second has taken."""
+    stamp = f"{name}{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (RESULTS / f"{stamp}{more}.json" for more in itertools.chain([""], (f"-{n}" for n in itertools.count(2))))
+    return next(p for p in names if not (p.exists() or p.with_name(f"{p.name}.partial").exists()))
+
+
+def _begun(name: str, job: dict) -> tuple[Path, Path] | None:
     """The result file, with the folder for its unfinished work, that this very job was to write when it was stopped, if it was."""
-    name = place.name[: -len("YYYYmmdd-HHMMSS.json")]
-    for work in sorted(place.parent.glob(f"{glob.escape(name)}*.json.partial")):
+    for work in sorted(RESULTS.glob(f"{glob.escape(name)}*.json.partial")):
         if (work / files.job_name(job)).is_dir() and not (begun := work.with_suffix("")).exists():
             return begun, files.work_beside(begun)
     return None
