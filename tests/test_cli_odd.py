@@ -54,6 +54,7 @@ VERBS: dict[str, tuple[list[str], dict[str, list[str]]]] = {
         },
     ),
     "diversity": (["MODEL"], {"--data": PATHS, "--windows": NUMBERS, "--context": NUMBERS, "--inits": NUMBERS, "--seed": NUMBERS}),
+    "sinks": (["MODEL"], {"--data": PATHS, "--windows": NUMBERS, "--context": NUMBERS, "--seed": NUMBERS}),
     "generate": (
         ["MODEL", "--prompt", "abc", "--policy", "snapkv", "--budget", "50%"],
         {

@@ -10,13 +10,14 @@ import pico
 import pytest
 import torch
 from pico import feed, prompt, real
+from test_cli import done, printed
 from test_packing import close, oracle, plan
 
 import lowkey
 from lowkey import Exact, families
 from lowkey.layers.coded import EMPTY
 from lowkey.loading import load
-from lowkey.sinks import find_sinks, fixed_points, prominence, sink_kinds, stable_channels
+from lowkey.sinks import find_sinks, fixed_points, located, prominence, sink_kinds, stable_channels
 from lowkey.types import LowkeyError
 
 CHANNEL, MASSIVE = 7, torch.tensor([5, 11])  # a channel of the residual stream, and the tokens that are huge in it
@@ -85,6 +86,33 @@ def test_the_sinks_are_the_planted_tokens_and_no_others(name):
         assert [slots(cache.layers[i], row) for row in range(2)] == AT
 
 
+def test_located_are_the_planted_tokens_in_every_layer():
+    rows = text(AT)
+    found = located(planted(), rows, rule(), batch=1)
+    assert found.keys() == rule().layers.keys()
+    assert all(torch.equal(x, torch.isin(rows, MASSIVE)) for x in found.values())
+
+
+def test_the_command_tells_sinks_that_are_not_the_first_token(tmp_path):
+    """Tokens 5 and 11 are the characters # and ) of the tokenizer."""
+    model, tokenizer = plant(pico.build("llama", pad_token_id=None)), pico.tokenizer()
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    signs = "".join(tokenizer.decode([int(i)]) for i in MASSIVE)
+    (tmp_path / "text").write_text("".join(f"the cat sat on the mat{signs[n % 2]} and " for n in range(60)))
+    words = ("sinks", tmp_path / "model", "--data", tmp_path / "text", "--context", 48, "--windows", 4)
+    told = printed(*words)
+    assert told["channels"] == [CHANNEL] and told["layers"] and told["tokens"]
+    assert {t["token"] for t in told["tokens"]} == set(signs) and all(t["position"] > 0 for t in told["tokens"])
+    assert all(w["first"] == 0 and w["later"] == len(told["tokens"]) for w in told["layers"].values())
+    assert signs[0] in done(*words).out
+
+
+def test_the_command_says_why_there_are_none(tmp_path):
+    told = printed("sinks", pico.save(tmp_path / "model", pad_token_id=None), "--context", 32)
+    assert told["layers"] == {} and "no attention sinks to predict" in told["why"]
+
+
 def test_sinks_that_emerge_within_the_model_are_found_from_there_on():
     """A neuron of the first layer's MLP that only the planted tokens wake writes the channel."""
     model = pico.build("llama")
@@ -142,10 +170,19 @@ def test_a_stable_channel_stays_an_outlier():
 
 
 def test_kinds_are_channels_and_signs():
-    hidden = torch.ones(6, 64)
+    hidden = torch.ones(20, 64)
     hidden[0, 3], hidden[1, 3], hidden[2, 8], hidden[3, 5], hidden[4, 3] = 500.0, -500.0, 500.0, 500.0, 50.0
     kinds = sink_kinds(hidden, [3, 8], 100.0).tolist()
-    assert len(set(kinds[:3])) == 3 and min(kinds[:3]) > 0 and kinds[3:] == [0, -1, 0]
+    assert len(set(kinds[:3])) == 3 and min(kinds[:3]) > 0 and kinds[3:] == [0, -1, *[0] * 15]
+
+
+def test_an_outlier_channel_in_which_every_token_is_large_does_not_hide_the_sinks():
+    """As in SmolLM2-135M from layer 12 on: 50 times the median everywhere, 14,000 times in the sinks, a stray 110."""
+    hidden = torch.randn(100, 64, generator=torch.Generator().manual_seed(0)).sign()
+    hidden[:, 3] = torch.linspace(40, 60, 100)
+    hidden[7, 3], hidden[50, 3], hidden[51, 3] = 14_000.0, 13_000.0, 110.0
+    kinds = sink_kinds(hidden, [3], 100.0)
+    assert (kinds > 0).nonzero().flatten().tolist() == [7, 50] and int((kinds == 0).sum()) == 98
 
 
 def test_points_lie_where_no_others_do_also_in_their_midst():

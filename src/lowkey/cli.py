@@ -22,8 +22,8 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # what a command li
 
 for command in (
     *(making.compress, making.dynamic, measuring.eval_, using.generate, making.recover, making.pretrain, converting.convert),
-    *(making.export, making.profile, making.heads, analysing.diversity, using.methods, using.policies, using.inspect, measuring.report),
-    downloading.download,
+    *(making.export, making.profile, making.heads, analysing.diversity, analysing.sinks),
+    *(using.methods, using.policies, using.inspect, measuring.report, downloading.download),
 ):
     app.command(command.__name__.rstrip("_"))(command)
 app.callback()(common.every_command)

@@ -125,6 +125,23 @@ def show_heads(found: HeadScores, place: Path, asked: int) -> None:
     say(f"{place}: {found.accepted} of {asked} cases right, split-half correlation {told['split_half']:.2f}, {told['zero_heads']:.0%} zero")
 
 
+def show_sinks(found: dict) -> None:
+    if not found["layers"]:
+        say(found["why"])
+        return
+    table = Table("layer", "first token", "later tokens", title=f"sinks in {found['windows']} windows of {found['context']} tokens")
+    for i, where in found["layers"].items():
+        table.add_row(str(i), f"{where['first']} of {found['windows']}", str(where["later"]))
+    screen.print(table)
+    table = Table("window", "position", "token", "sink in layers")
+    for token in found["tokens"][:20]:
+        table.add_row(
+            str(token["window"]), str(token["position"]), repr(token["token"]), f"{len(token['layers'])} of {len(found['layers'])}"
+        )
+    screen.print(table)
+    say(f"channels {', '.join(map(str, found['channels']))} of the residual stream are outliers, from layer {found['emergence']} on")
+
+
 def show_bench(found: dict) -> None:
     title = f"{found['context']} tokens, {found['heads']}/{found['kv_heads']} heads of {found['head_dim']}, {found['dtype']}"
     table = Table("backend", "ms", "GB/s", "of reads", "sdpa full / this", f"ms at {found['budget']}", "of full", title=title)
