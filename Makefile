@@ -15,8 +15,7 @@ SCORED := --context 1024 --windows 8
 
 # Halve the cache of the embedded model three ways, compare with INT8, INT4 and the full cache, write the report.
 demo: .venv/.ready
-	$(LOWKEY) compress tiny $(DEMO)/stiefattention --method stiefattention --layout post_rope --allocator greedy --ranks 8 --budget 50% --windows 24 \
-		-O parametrisation=free -O epochs=20 --force
+	$(LOWKEY) compress tiny $(DEMO)/stiefattention --method stiefattention-joint -O steps=48 --budget 50% --windows 24 --force
 	$(LOWKEY) compress tiny $(DEMO)/kq-svd --method kq-svd --layout pre_rope --allocator greedy -O group=6 --budget 50% --windows 24 --force
 	$(LOWKEY) compress tiny $(DEMO)/pca --method pca --budget 50% --windows 24 --force
 	$(LOWKEY) eval tiny --plan $(DEMO)/stiefattention --plan $(DEMO)/kq-svd --plan $(DEMO)/pca --task perplexity,recall,speed \

@@ -1,7 +1,7 @@
 """Make the key-value cache of a Hugging Face decoder smaller, and show honestly what that cost.
 
 lowkey.attach(model)
-plan = lowkey.calibrate(model, tokenizer, texts, method=lowkey.methods.StiefAttention("free"), ranks=8, budget="50%")
+plan = lowkey.calibrate(model, tokenizer, texts, budget="25%")
 cache = lowkey.make_cache(model, plan=plan)
 model.generate(**inputs, past_key_values=cache)
 cache.nbytes(), cache.predicted_nbytes()
