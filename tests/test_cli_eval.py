@@ -134,6 +134,15 @@ def test_the_table_has_intervals_over_windows(model, here):
     assert "±" not in lowkey("eval", model, *SCORE, "--out", "r.json")[1]
 
 
+def test_a_policy_that_repeats_its_context_has_perplexity_of_decoding_only(model, here):
+    words = ("eval", model, "--windows", 1, "--context", 64, "--policy", "kvzip", "--budget", "50%", "--out", "r.json")
+    status, _, err = lowkey(*words)
+    assert status == 0 and "kvzip 50% has no perplexity" in err and "--task decode" in err
+    _, out, err = lowkey(*words, "--task", "perplexity,decode", "--json")
+    row = json.loads(out)["rows"][1]
+    assert "no perplexity" not in err and row["perplexity"] is None and row["perplexity_decode"] > 1
+
+
 # -- progress
 
 

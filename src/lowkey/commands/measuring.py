@@ -110,6 +110,9 @@ def eval_(
     result = evaluate(loaded, tokenizer, settings, what, names, bars, work)
     files.write_json(place, result, "result")
     files.remove_work(work)
+    if late := [s.name for s in settings if s.repeats and "perplexity" in names and "decode" not in names]:
+        told = "keeps what repeating the whole context says, which a text read once does not show; add --task decode"
+        err.print(f"{late[0]} has no perplexity: it {told}", highlight=False, soft_wrap=True)
     err.print(f"result written to {place}", highlight=False, soft_wrap=True)
     print(json.dumps(result)) if as_json else show_rows(result)
 
