@@ -10,7 +10,6 @@ cases; `shuffled` deals the R2 scores of that seed to other heads. Writes each a
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from typing import Annotated
 
@@ -19,8 +18,7 @@ import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey import files, text
-from lowkey.evaluate.recall import answers as right_answer
-from lowkey.evaluate.recall import draw_episode
+from lowkey.evaluate.recall import answered, draw_episodes
 from lowkey.evaluate.settings import Setting, evicted, full
 from lowkey.heads import estimate_heads
 from lowkey.loading import load, make_policy
@@ -83,16 +81,12 @@ def settings_of(model: PreTrainedModel, context: int, options: dict, importance:
 def answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: int, cases: int, refeed: bool, settings: dict[tuple, Setting]
 ) -> list[dict]:
-    rng, ids = random.Random(context), text.encode(tokenizer, text.embedded("evaluation")).tolist()
-
-    def encode(words: str) -> list[int]:
-        return tokenizer(words, add_special_tokens=False).input_ids
-
+    ids = text.encode(tokenizer, text.embedded("evaluation")).tolist()
+    episodes = draw_episodes(tokenizer, ids, context, cases, context, "plain")
     rows = []
-    for case in bars(range(cases), f"context {context}"):
-        episode = draw_episode(rng, encode, ids, context)
+    for case, episode in enumerate(bars(episodes, f"context {context}")):
         for (name, budget, seed), setting in settings.items():
-            right = right_answer(model, tokenizer, setting, episode, refeed)
+            right = answered(model, tokenizer, setting, episode, "plain", refeed)["right"]
             rows.append({"context": context, "case": case, "name": name, "budget": budget, "seed": seed, "right": int(right)})
     return rows
 

@@ -448,10 +448,10 @@ def test_the_environment_names_the_data(settings):
     assert (data["name"], data["tokens"], data["context"]) == ("other", COUNT * LENGTH, LENGTH)
 
 
-def test_recall_is_scored_through_generate(settings, monkeypatch):
-    model = pico.attached("llama")
-    monkeypatch.setattr(model, "generate", lambda ids, **_: ids)
-    assert [row["exact_match"] for row in run(settings, ("recall",), context=192, windows=1)["rows"]] == [0.0] * 5
+def test_recall_through_a_model_that_knows_nothing_is_no_evidence(settings):
+    rows = run(settings, ("recall",), context=192, windows=1)["rows"]
+    assert [row["exact_match"] for row in rows] == [0.0] * 5 and not any(row["recall_evidence"] for row in rows)
+    assert "no evidence" in rows[0]["recall_note"] and [row["recall_kept"] for row in rows[:3]] == pytest.approx([1, 1, 0.5], rel=1e-3)
 
 
 @pytest.mark.parametrize(

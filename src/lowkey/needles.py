@@ -65,16 +65,21 @@ class Fact:
         return f" {self.value}"
 
 
-def draw_facts(rng: random.Random, count: int, keys: Sequence[str] = KEYS) -> list[Fact]:
-    """`count` facts with distinct keys and three-digit values."""
-    return [Fact(key, f"{rng.randrange(1000):03d}") for key in rng.sample(list(keys), count)]
+def draw_facts(rng: random.Random, count: int, keys: Sequence[str] = KEYS, digits: int = 3) -> list[Fact]:
+    """`count` facts with distinct keys and values of so many digits."""
+    return [Fact(key, f"{rng.randrange(10**digits):0{digits}d}") for key in rng.sample(list(keys), count)]
 
 
-def weave(rng: random.Random, haystack: Sequence[int], inserts: Sequence[Sequence[int]], length: int) -> list[int]:
-    """Exactly `length` ids: a random stretch of `haystack` with `inserts` put in, in order, at random places."""
+def weave(
+    rng: random.Random, haystack: Sequence[int], inserts: Sequence[Sequence[int]], length: int, ends: Sequence[int] = ()
+) -> list[int]:
+    """Exactly `length` ids: a random stretch of `haystack` with `inserts` put in, in order, at random places. ends: where in the haystack
+    sentences end, if the stretch is to begin at such a place and the inserts to stand at others, as far as there are any."""
     room = _room(length, sum(map(len, inserts)), f"{len(inserts)} facts", len(haystack))
-    start = rng.randrange(len(haystack) - room + 1)
-    cuts = sorted(rng.randrange(room + 1) for _ in inserts)
+    starts = [at for at in ends if at + room <= len(haystack)]
+    start = rng.choice(starts) if starts else rng.randrange(len(haystack) - room + 1)
+    places = [at - start for at in ends if start <= at <= start + room] or range(room + 1)
+    cuts = sorted(rng.choice(places) for _ in inserts)
     return _join(haystack[start : start + room], inserts, cuts)[0]
 
 
@@ -134,6 +139,12 @@ class Story:
     question: list[int]
 
 
+def sentence_ends(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
+    """The places in the ids where a sentence has just ended."""
+    closing = {i for i in set(ids) if str(tokenizer.decode([i])).rstrip(QUOTES).endswith(CLOSING)}
+    return [at + 1 for at, i in enumerate(ids) if i in closing]
+
+
 class Haystack:
     """A text as one tokenizer sees it. ids: of the text; ends: the places in it where a sentence has just ended."""
 
@@ -142,8 +153,7 @@ class Haystack:
         self.start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self.ids = self._plain(text)
         self.distinct = sorted(set(self.ids))
-        closing = {i for i in self.distinct if str(tokenizer.decode([i])).rstrip(QUOTES).endswith(CLOSING)}
-        self.ends = [at + 1 for at, i in enumerate(self.ids) if i in closing]
+        self.ends = sentence_ends(tokenizer, self.ids)
 
     def _plain(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids

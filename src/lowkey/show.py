@@ -94,6 +94,9 @@ COLUMNS = {  # key of a row: (heading, format)
     "top1_agreement": ("top-1", ".3f"),
     "layer_error": ("layer error", ".4f"),
     "exact_match": ("recall", ".2f"),
+    "recall_kept": ("recall kept", ".1%"),
+    "questions": ("questions", ".2f"),
+    "questions_kept": ("questions kept", ".1%"),
     "bytes_per_token": ("B/token", ".0f"),
     "bytes_held": ("bytes held", ",d"),
     "step_ms": ("step ms", ".2f"),
@@ -110,10 +113,24 @@ def show_rows(result: dict) -> None:
     screen.print(table)
 
 
+def notes(result: dict) -> list[str]:
+    """A line for each task that says nothing of this model."""
+    found = [row.get(f"{task}_note") for row in result["rows"] for task in ("recall", "questions")]
+    return [note for note in found if note]
+
+
 def _cell(row: dict, name: str) -> str:
-    """A number, with half of its 95 % interval where windows tell one."""
+    """A number, with half of its 95 % interval where windows tell one; in brackets where it is no evidence."""
+    if name == "questions" and row[name] is not None:
+        return _weak(f"{row['questions_right']} of {row['questions_of']}", row["questions_evidence"])
+    if name == "exact_match" and row[name] is not None:
+        return _weak(format(row[name], COLUMNS[name][1]), row["recall_evidence"])
     value, off, how = row[name], row.get(f"{name}_95"), COLUMNS[name][1]
     return "-" if value is None else format(value, how) + ("" if off is None else f" ± {off:{how}}")
+
+
+def _weak(shown: str, evidence: bool | None) -> str:
+    return f"({shown})" if evidence is False else shown
 
 
 def show_heads(found: HeadScores, place: Path, asked: int) -> None:

@@ -30,18 +30,31 @@ from lowkey.commands.common import (
     within,
     word_of,
 )
-from lowkey.commands.plans import plan_at
+from lowkey.commands.plans import Folder, plan_at
+from lowkey.evaluate.recall import FORMS
 from lowkey.evaluate.result import TASKS, USUAL, Task, evaluate, job_of
-from lowkey.evaluate.settings import distinct, evicted, full, packed
+from lowkey.evaluate.settings import Setting, distinct, evicted, full, packed
 from lowkey.layers.exact import WINDOW, Exact
 from lowkey.loading import load
 from lowkey.plan import Plan
 from lowkey.progress import bars
-from lowkey.show import show_bench, show_rows
+from lowkey.show import notes, show_bench, show_rows
 
 QUESTION = 32  # tokens
 RESULTS = Path("results")
+FORMS_TOLD = "how recall asks: " + "; ".join(f"{name}: {form.summary}" for name, form in FORMS.items())
 OWN = "(default: the plan's own; integers alone"
+Sinks = Annotated[
+    int | None, typer.Option(help=within(Exact, "sinks", f"first tokens kept exact by plans and integers {OWN} {WINDOW.sinks})"))
+]
+Refeed = Annotated[bool, typer.Option(help="recall, questions: ask again over what was kept, to test the first answer token, too")]
+Budgets = Annotated[
+    str | None,
+    typer.Option(
+        help="what policies keep: '10%', '64 tokens', or '40 KiB' of all that is held after a prompt; several separated by commas; "
+        "fastgen may do without"
+    ),
+]
 
 
 def eval_(
@@ -49,21 +62,12 @@ def eval_(
     plan: Annotated[list[Path] | None, typer.Option(help="a plan folder; repeat to compare several")] = None,
     bits: Annotated[list[str] | None, typer.Option(help=BITS)] = None,
     policy: Annotated[str | None, typer.Option(help="eviction policies that `lowkey policies` lists, separated by commas")] = None,
-    budget: Annotated[
-        str | None,
-        typer.Option(
-            help="what policies keep: '10%', '64 tokens', or '40 KiB' of all that is held after a prompt; several separated by commas; "
-            "fastgen may do without"
-        ),
-    ] = None,
+    budget: Budgets = None,
     heads: Annotated[list[Path] | None, typer.Option(help="a file of head scores that `lowkey heads` wrote")] = None,
     option: Annotated[list[str] | None, typer.Option("--option", "-O", help="an option of the policies, like recent=4")] = None,
     allocator_option: AllocatorOptions = None,
-    refeed: Annotated[bool, typer.Option(help="recall: ask again over what was kept, so that the first answer token is tested too")] = True,
-    sinks: Annotated[
-        int | None,
-        typer.Option(help=within(Exact, "sinks", f"first tokens kept exact by plans and integers {OWN} {WINDOW.sinks})")),
-    ] = None,
+    refeed: Refeed = True,
+    sinks: Sinks = None,
     recent: Annotated[int | None, typer.Option(help=within(Exact, "recent", f"last tokens kept exact, too {OWN} {WINDOW.recent})"))] = None,
     data: Annotated[
         list[Path] | None, typer.Option(help="a UTF-8 text file (default: the embedded text); repeat to take windows from each in turn")
@@ -72,6 +76,8 @@ def eval_(
     context: Annotated[int | None, typer.Option(help="tokens per window and per recall case (default: 512, or all a model takes)")] = None,
     windows: Annotated[int, typer.Option(help=within(Task, "windows", "windows of text to score at most, as far as it goes"))] = 16,
     cases: Annotated[int, typer.Option(help=within(Task, "cases", "recall cases"))] = 20,
+    recall_form: Annotated[str | None, typer.Option(help=f"{FORMS_TOLD} (default: lines with a chat template, else plain)")] = None,
+    questions: Annotated[int, typer.Option(help=within(Task, "questions", "questions that the full cache is to answer first"))] = 64,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -86,9 +92,8 @@ def eval_(
     place = out or _fresh(f"eval-{Path(model).name}-")
     files.check_file(place, "result")
     work = files.work_beside(place)
-    hold(Task, windows=windows, cases=cases, seed=seed)
-    if context is not None:
-        hold(Task, context=context)
+    given = {} if context is None else {"context": context}
+    hold(Task, windows=windows, cases=cases, seed=seed, questions=questions, recall_form=("recall form", recall_form), **given)
     hold(Exact, **{name: value for name, value in (("sinks", sinks), ("recent", recent)) if value is not None})
     names = [word_of("task", name, TASKS) for item in task or USUAL for name in item.split(",")]
     policies = policies_of(policy, budget, option, allocator_option, heads)
@@ -96,25 +101,37 @@ def eval_(
     loaded, tokenizer = load(model, dtype, device)
     context = _usual_context(loaded, names) if context is None else context
     plans = [plan_at(p, loaded) for p in plan or []]
-    scores = head_scores(heads, loaded)
     settings = [full(loaded)] + [p.setting(loaded, None, sinks, recent) for p in plans]
     below: list[tuple[Plan | None, str | None]] = [(p.ordinary("policy"), str(p.path)) for p in plans if policies] or [(None, None)]
-    settings += [evicted(loaded, wanted, name, context, *p, heads=scores) for name, wanted in policies for p in below]
-    settings += [p.setting(loaded, b, sinks, recent) for p in plans for b in bits or ()]
-    beside = Exact(WINDOW.sinks if sinks is None else sinks, WINDOW.recent if recent is None else recent)
-    settings += [packed(loaded, b, beside) for b in bits or (() if families.stores_its_own(loaded.config) else (8, 4))]
-    what = Task(texts, context, windows, cases, seed, refeed=refeed)
+    scores = head_scores(heads, loaded)
+    under = [evicted(loaded, wanted, name, context, *p, heads=scores) for name, wanted in policies for p in below]
+    settings += under + _integers(loaded, plans, bits, sinks, recent)
+    what = Task(texts, context, windows, cases, seed, refeed=refeed, questions=questions, recall_form=recall_form)
     if out is None:
         job = job_of(loaded, tokenizer, distinct(settings), what, names)
         place, work = _begun(f"eval-{Path(model).name}-", job) or (place, work)
     result = evaluate(loaded, tokenizer, settings, what, names, bars, work)
     files.write_json(place, result, "result")
     files.remove_work(work)
-    if late := [s.name for s in settings if s.repeats and "perplexity" in names and "decode" not in names]:
-        told = "keeps what repeating the whole context says, which a text read once does not show; add --task decode"
-        err.print(f"{late[0]} has no perplexity: it {told}", highlight=False, soft_wrap=True)
-    err.print(f"result written to {place}", highlight=False, soft_wrap=True)
     print(json.dumps(result)) if as_json else show_rows(result)
+    for line in (f"result written to {place}", *_late(settings, names), *notes(result)):
+        err.print(line, highlight=False, soft_wrap=True)
+
+
+def _late(settings: Sequence[Setting], names: Sequence[str]) -> list[str]:
+    """Why a setting has no perplexity, if one has none."""
+    late = [s.name for s in settings if s.repeats and "perplexity" in names and "decode" not in names]
+    told = "keeps what repeating the whole context says, which a text read once does not show; add --task decode"
+    return [f"{late[0]} has no perplexity: it {told}"] if late else []
+
+
+def _integers(
+    model: PreTrainedModel, plans: Sequence[Folder], bits: Sequence[str] | None, sinks: int | None, recent: int | None
+) -> list[Setting]:
+    """Each plan's latents in packed integers, and integers alone."""
+    beside = Exact(WINDOW.sinks if sinks is None else sinks, WINDOW.recent if recent is None else recent)
+    alone: Sequence[int | str] = bits or (() if families.stores_its_own(model.config) else (8, 4))
+    return [p.setting(model, b, sinks, recent) for p in plans for b in bits or ()] + [packed(model, b, beside) for b in alone]
 
 
 def _fresh(name: str) -> Path:

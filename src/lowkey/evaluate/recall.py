@@ -1,49 +1,117 @@
-"""1-hop recall: facts hidden in running text, asked for at the end.
+"""1-hop recall: facts hidden in running text, one of them asked for at the end.
 
-A fact says ` Remember oak 482.`; its question is ` Recall oak` and the answer ` 482`. The key is the word right before
-the value in both, so that any model which copies in context can answer and the score measures the cache, not knowledge.
-Works on token ids, with any tokenizer and any haystack text. The embedded model was trained on the same sentences.
+Key and value stand side by side in the text, and where the answer is to begin the key stands again: any model that copies in context
+can answer, so that the score measures the cache and not knowledge. Which words a model can follow differs: FORMS has several, and the
+row of the full cache tells whether a form is evidence for a model. Works on token ids, with any tokenizer and any haystack text.
 """
 
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey import families
+from lowkey.evaluate.asking import Frame, Once, anew, check_budgets, read, tensor_of, write
 from lowkey.evaluate.settings import Setting
-from lowkey.needles import KEYS, Encode, draw_facts, weave
+from lowkey.needles import KEYS, Encode, draw_facts, sentence_ends, weave
 from lowkey.needles import Fact as Fact
-from lowkey.prefill import prefill
 from lowkey.progress import Progress
-from lowkey.types import LowkeyError, device_of
+from lowkey.types import LowkeyError
+
+SOLVED = 0.9  # where the full cache recalls less than this, the others' recall tells nothing of them
+TRIES = 5  # cases, all to be right, by which another form or context is recommended
+
+
+@dataclass(frozen=True)
+class Form:
+    """How `facts` facts are told and one is asked, with {key} and {value}. opening: words that the model's answer begins with.
+    chat: through the tokenizer's chat template, where it has one."""
+
+    summary: str
+    statement: str
+    question: str
+    opening: str = ""
+    chat: bool = True
+    facts: int = 8
+    digits: int = 3
+
+
+PLAIN = Form("what the embedded model was trained on, without a template", " Remember {key} {value}.", " Recall {key}", chat=False)
+FORMS: dict[str, Form] = {
+    "plain": PLAIN,
+    "lines": Form(
+        "four facts on lines of their own",
+        "\n{key}: {value}\n",
+        '\n\nWhat number stands after "{key}:" in the text?',
+        'In the text it says "{key}:',
+        facts=4,
+    ),
+    "prose": Form(
+        "four facts in sentences",
+        " The code of the {key} is {value}.",
+        "\n\nWhat is the code of the {key}?",
+        "The code of the {key} is",
+        facts=4,
+    ),
+    "passkey": Form(
+        "one fact, a number of five digits",
+        " The pass key is {value}. Remember it.",
+        "\n\nWhat is the pass key that the text names?",
+        'In the text it says "The pass key is',
+        facts=1,
+        digits=5,
+    ),
+}
+
+
+def usual_form(tokenizer: PreTrainedTokenizerBase) -> str:
+    return "lines" if Frame.of(tokenizer).chat else "plain"
+
+
+def frame_of(tokenizer: PreTrainedTokenizerBase, form: Form) -> Frame:
+    return Frame.of(tokenizer) if form.chat else Frame(tokenizer, False)
 
 
 @dataclass(frozen=True)
 class Episode:
-    """`prompt` ends with the question; `answer` is the text that a correct model writes next."""
+    """`prompt` ends with `question`; a correct model writes `answer` next, which reads as `value`."""
 
     prompt: list[int]
     question: list[int]
     answer: list[int]
+    value: str
 
 
 def draw_episode(
-    rng: random.Random, encode: Encode, haystack: Sequence[int], context: int, facts: int = 8, keys: Sequence[str] = KEYS
+    rng: random.Random,
+    encode: Encode,
+    haystack: Sequence[int],
+    context: int,
+    facts: int | None = None,
+    keys: Sequence[str] = KEYS,
+    form: Form = PLAIN,
+    frame: Frame | None = None,
+    ends: Sequence[int] = (),
 ) -> Episode:
-    """One case of `context` ids (beginning-of-text and question not counted) with `facts` facts, one of them asked."""
-    drawn = draw_facts(rng, facts, keys)
+    """One case of `context` ids with `facts` facts (the form's number when None), one of them asked.
+
+    In a chat the template and the question are among the `context` ids, else the question and the beginning-of-text token are not;
+    without a frame there is no such token. ends: see `weave`.
+    """
+    drawn = draw_facts(rng, form.facts if facts is None else facts, keys, form.digits)
     asked = rng.choice(drawn)
-    body = weave(rng, haystack, [encode(f.statement) for f in drawn], context)
-    question = encode(asked.question)
-    return Episode(body + question, question, encode(asked.answer))
+    start = frame.start if frame else []
+    words, opening = form.question.format(key=asked.key), form.opening.format(key=asked.key)
+    question = frame.question(words, opening) if frame else encode(words)
+    room = context - (len(start) + len(question) if frame and frame.chat else 0)
+    body = weave(rng, haystack, [encode(form.statement.format(key=f.key, value=f.value)) for f in drawn], room, ends)
+    return Episode(start + body + question, question, encode(asked.answer), asked.value)
 
 
-@torch.no_grad()
 def measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -54,49 +122,108 @@ def measure(
     seed: int,
     progress: Progress,
     refeed: bool = True,
+    form: str | None = None,
+    once: Once = anew,
 ) -> dict[str, dict]:
-    """Share of `cases` in which greedy decoding writes exactly the asked value, by the setting's name.
+    """Share of `cases` in which greedy writing gives exactly the asked value, by the setting's name.
 
     A setting that evicts chooses with the question in view. refeed: the question is then asked again over what was kept, so that every
     token of the answer depends on it; else, as the papers of this field do, the question saw the whole context and the first token is free.
+    recall_kept: bytes held with the question when the answer was begun, as a share of the first setting's. recall_evidence: whether the
+    first setting, the full cache, reaches SOLVED; where not, its row has recall_note with a form or context that it solves.
     """
-    rng = random.Random(seed)
+    name = form or usual_form(tokenizer)
+    episodes = draw_episodes(tokenizer, haystack, context, cases, seed, name)
+    for episode in episodes:
+        check_budgets(settings, refeed, len(episode.prompt), len(episode.question))
+    todo = [(s, i) for s in settings for i in range(cases)]
+    found: dict[str, list[dict]] = {s.name: [] for s in settings}
+    for setting, i in progress(todo, lambda unit: f"recall, {unit[0].name}"):
+        case = once(f"recall {i} {setting.name}", lambda: answered(model, tokenizer, setting, episodes[i], name, refeed))  # noqa: B023
+        found[setting.name].append(case)
+    whole = statistics.fmean(case["held"] for case in found[settings[0].name])
+    share = {s: statistics.fmean(case["right"] for case in cases) for s, cases in found.items()}
+    evidence = share[settings[0].name] >= SOLVED
+    rows: dict[str, dict] = {
+        s: {
+            "exact_match": share[s],
+            "recall_form": name,
+            "recall_evidence": evidence,
+            "recall_kept": statistics.fmean(case["held"] for case in cases) / whole,
+        }
+        for s, cases in found.items()
+    }
+    if not evidence:
+        told = once("recall note", lambda: _note(model, tokenizer, settings[0], haystack, context, seed, name, share[settings[0].name]))
+        rows[settings[0].name]["recall_note"] = told
+    return rows
 
-    def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False).input_ids
 
-    episodes = [draw_episode(rng, encode, haystack, context) for _ in range(cases)]
-    hits = {s.name: 0 for s in settings}
-    for episode in progress(episodes, "recall"):
-        for setting in settings:
-            hits[setting.name] += answers(model, tokenizer, setting, episode, refeed)
-    return {name: {"exact_match": count / cases} for name, count in hits.items()}
+def draw_episodes(
+    tokenizer: PreTrainedTokenizerBase, haystack: Sequence[int], context: int, cases: int, seed: int, form: str
+) -> list[Episode]:
+    rng, how = random.Random(seed), FORMS[form]
+    frame, ends = frame_of(tokenizer, how), sentence_ends(tokenizer, haystack) if how.chat else ()
+    return [draw_episode(rng, frame.encode, haystack, context, form=how, frame=frame, ends=ends) for _ in range(cases)]
 
 
-def check_positions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: int) -> None:
-    """Errors: LowkeyError for a context that leaves no room for a question, asked twice, and its answer."""
-    fact = draw_facts(random.Random(0), 1)[0]
-    asked, answer = (len(tokenizer(words, add_special_tokens=False).input_ids) for words in (fact.question, fact.answer))
-    longest, room = families.positions(model), 1 + 2 * asked + answer
+def answered(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setting: Setting, episode: Episode, form: str, refeed: bool
+) -> dict:
+    """Whether the asked value was written, and the bytes held when that was begun. One token more than the answer has shows that the
+    number has ended, unless the model has ended before."""
+    ids = tensor_of(model, episode.prompt)
+    cache = read(model, tokenizer, setting, ids, len(episode.question), refeed)
+    said = write(model, cache, ids, frame_of(tokenizer, FORMS[form]).ends(model), len(episode.answer) + 1)
+    return {"right": is_right(str(tokenizer.decode(said.ids)), episode.value), "held": said.held}
+
+
+def is_right(said: str, value: str) -> bool:
+    """The value, and then no further digit."""
+    said = said.lstrip(" ")
+    return said.startswith(value) and not said[len(value) : len(value) + 1].isdigit()
+
+
+def _note(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    control: Setting,
+    haystack: Sequence[int],
+    context: int,
+    seed: int,
+    form: str,
+    share: float,
+) -> str:
+    """Why recall is no evidence, and what would be: the first other form, or shorter context, that the full cache solves."""
+
+    def solves(name: str, length: int) -> bool:
+        try:
+            check_positions(model, tokenizer, length, name)
+            episodes = draw_episodes(tokenizer, haystack, length, TRIES, seed, name)
+        except LowkeyError:  # the facts do not fit
+            return False
+        return all(answered(model, tokenizer, control, e, name, False)["right"] for e in episodes)
+
+    others = [(name, context) for name in FORMS if name != form]
+    shorter = [(form, length) for length in (context // 2, context // 4) if length >= 128]
+    works = next((pair for pair in others + shorter if solves(*pair)), None)
+    if works is None:
+        remedy = "no other form nor a shorter context was solved either"
+    elif works[0] != form:
+        remedy = f"give --recall-form {works[0]}, which it solves"
+    else:
+        remedy = f"give --context {works[1]}, which it solves"
+    return f"recall: the full cache itself has {share:.2f} in form {form!r} at context {context}, so this recall is no evidence; {remedy}"
+
+
+def check_positions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: int, form: str | None = None) -> None:
+    """Errors: LowkeyError for a context that leaves no room for an answer and, where it does not count it, a question."""
+    how = FORMS[form or usual_form(tokenizer)]
+    frame, fact = frame_of(tokenizer, how), draw_facts(random.Random(0), 1, digits=how.digits)[0]
+    question = frame.question(how.question.format(key=fact.key), how.opening.format(key=fact.key))
+    longest, room = families.positions(model), len(frame.encode(fact.answer)) + 1 + (0 if frame.chat else 2 * len(question))
     if longest is not None and context + room > longest:
         raise LowkeyError(
             f"context {context}: a question and its answer take {room} tokens more, beyond the model's {longest} positions; "
             f"give at most {longest - room}, or another task than recall"
         )
-
-
-def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setting: Setting, episode: Episode, refeed: bool) -> bool:
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = torch.tensor([start + episode.prompt], device=device_of(model))
-    cache = setting.make()
-    if setting.evicts and (refeed or setting.repeats):
-        prefill(model, tokenizer, cache, ids, len(episode.question))
-    out = model.generate(  # type: ignore[operator]
-        ids,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
-        max_new_tokens=len(episode.answer),
-        do_sample=False,
-        pad_token_id=0,
-    )
-    return out[0, ids.shape[1] :].tolist() == episode.answer

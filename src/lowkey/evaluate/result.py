@@ -7,14 +7,14 @@ import hashlib
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey import families, text
-from lowkey.evaluate import footprint, layerwise, likelihood, recall, speed
+from lowkey.evaluate import footprint, layerwise, likelihood, questions, recall, speed
 from lowkey.evaluate.measured import Measured
 from lowkey.evaluate.settings import Setting, distinct
 from lowkey.fingerprint import model_fingerprint
@@ -29,7 +29,8 @@ FORMAT = 1
 @dataclass(frozen=True)
 class Task(Checked):
     """What to measure on: at most `windows` windows of `context` tokens, taken from each of the `texts` (by name) in turn; `cases` of
-    recall, with the question fed again over what was kept or not."""
+    recall in one of its forms (None: what suits the tokenizer); as many questions as the full cache is to answer; both fed again over what
+    was kept, or not."""
 
     texts: Mapping[str, str] = option(any_text=True)
     context: int = option(512, at_least=8, at_most=2**24)
@@ -38,6 +39,8 @@ class Task(Checked):
     seed: int = option(0, at_least=0)
     batch: int = option(2, at_least=1, at_most=4096)
     refeed: bool = True
+    questions: int = option(64, at_least=1, at_most=10**6)
+    recall_form: str | None = option(None, choices=tuple(recall.FORMS))
 
 
 @dataclass
@@ -55,24 +58,6 @@ class Run:
         ids = {name: text.encode(self.tokenizer, words, self.model) for name, words in self.task.texts.items()}
         cut = [text.windows(own, self.tokenizer, self.task.context, f"data {name!r}", 1) for name, own in ids.items()]
         self.ids, self.rows = torch.cat(list(ids.values())), text.in_turn(cut)[: self.task.windows]
-
-    def each(self, name: str, measure: Callable[[Run], dict[str, dict]]) -> dict[str, dict]:
-        """`measure` for one setting at a time, each saved as a whole: for tasks in which settings need nothing of one another."""
-        found = {}
-        for i, s in enumerate(self.settings, start=1):
-            where = f"{s.name} ({i} of {len(self.settings)})"
-            alone = replace(self, settings=[s], progress=_told(self.progress, where))
-            found[s.name] = self.measured.once(f"{name} {s.name}", lambda: measure(alone)[s.name])  # noqa: B023
-        return found
-
-
-def _told(progress: Progress, where: str) -> Progress:
-    """The same progress, which says of what it is."""
-
-    def told(items, label, total=None):  # type: ignore[no-untyped-def]
-        return progress(items, lambda item: f"{label(item) if callable(label) else label}, {where}", total)
-
-    return told
 
 
 def _perplexity(run: Run) -> dict[str, dict]:
@@ -92,12 +77,14 @@ def _layers(run: Run) -> dict[str, dict]:
 
 def _recall(run: Run) -> dict[str, dict]:
     t = run.task
-    recall.check_positions(run.model, run.tokenizer, t.context)
-    ids = run.ids.tolist()
-    return run.each(
-        "recall",
-        lambda own: recall.measure(own.model, own.tokenizer, own.settings, ids, t.context, t.cases, t.seed, own.progress, t.refeed),
-    )
+    recall.check_positions(run.model, run.tokenizer, t.context, t.recall_form)
+    where = (run.ids.tolist(), t.context, t.cases, t.seed)
+    return recall.measure(run.model, run.tokenizer, run.settings, *where, run.progress, t.refeed, t.recall_form, run.measured.once)
+
+
+def _questions(run: Run) -> dict[str, dict]:
+    t = run.task
+    return questions.measure(run.model, run.tokenizer, run.settings, t.questions, t.seed, run.progress, t.refeed, once=run.measured.once)
 
 
 def _speed(run: Run) -> dict[str, dict]:
@@ -109,6 +96,7 @@ TASKS: dict[str, Callable[[Run], dict[str, dict]]] = {
     "decode": _decode,
     "layers": _layers,
     "recall": _recall,
+    "questions": _questions,
     "speed": _speed,
 }
 USUAL = ("perplexity",)  # the tasks when none is named
@@ -186,6 +174,8 @@ def environment(model: PreTrainedModel, task: Task, run: Run) -> dict:
         "windows": len(run.rows),
         "context": task.context,
         "recall_cases": task.cases,
+        "recall_form": task.recall_form,
+        "questions": task.questions,
         "refeed": task.refeed,
         "seed": task.seed,
     }

@@ -29,6 +29,8 @@ from lowkey.types import Budget, LowkeyError
 
 UNMEASURED = (
     *("perplexity", "perplexity_95", "perplexity_decode", "kl", "kl_95", "top1_agreement", "layer_error", "layer_cosine", "exact_match"),
+    *("recall_form", "recall_evidence", "recall_kept"),
+    *("questions", "questions_right", "questions_of", "questions_evidence", "questions_kept"),
     *("bytes_per_token", "bytes_held", "bytes_predicted", "bytes_full", "prefill_ms", "step_ms"),
 )
 

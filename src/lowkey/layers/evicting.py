@@ -84,8 +84,7 @@ class EvictingLayer(RaggedLayer):
 
     seat, round: which compressible layer of the cache this is, and where it meets the others. looking: so many tokens at the end of
     each chunk are used to score the others and are not stored, nor counted as seen. piece: which tokens they repeat, if they do, (from,
-    to) as counted from each row's first. frozen: nothing more is evicted. to_come: so many tokens will be given again when all is
-    evicted; a budget holds them, too.
+    to) as counted from each row's first. frozen: nothing more is evicted. to_come: so many are given again behind, within the budget.
     """
 
     keys: Tensor  # type: ignore[assignment]
@@ -141,13 +140,12 @@ class EvictingLayer(RaggedLayer):
 
     def costs(self, tokens: Tensor) -> Costs:
         """Of this cache, in a batch whose rows have seen so many tokens (b)."""
-        b, h = self.tail_k.shape[:2]
-        stay = self.seen - self.looking + self.to_come
-        beside = sum(min(stay, most) * numbers for most, numbers in self.round.beside) * self.keys.element_size()
-        heads, step = h * self.round.layers, (self.tail_k.shape[-1] + self.tail_v.shape[-1]) * self.keys.element_size()
-        coming = STEP * step if self.to_come == 1 else self.to_come * self.entry_bytes  # a single one begins a tail
-        fixed = self.round.layers * self.index_bytes() / b + beside
-        return Costs(heads, b, self.entry_bytes, fixed, to_come=self.to_come, coming=heads * coming)
+        b, h, _, width = self.tail_k.shape
+        size, stay, heads = self.keys.element_size(), self.seen - self.looking + self.to_come, h * self.round.layers
+        beside = size * sum(min(stay, most) * numbers for most, numbers in self.round.beside)
+        tail = STEP * size * (width + self.tail_v.shape[-1])  # which a single token begins
+        coming = heads * (tail if self.to_come == 1 else self.to_come * self.entry_bytes)
+        return Costs(heads, b, self.entry_bytes, self.round.layers * self.index_bytes() / b + beside, 0, self.to_come, coming)
 
     def predicted_nbytes(self) -> int:
         if not self.is_initialized:
@@ -168,8 +166,7 @@ class EvictingLayer(RaggedLayer):
             return tokens
         budget = Budget.parse(self.policy.budget)
         if budget.unit in ("%", "tokens"):
-            whole = budget.amount / 100 * (tokens + self.to_come) if budget.unit == "%" else budget.amount
-            return max(0.0, whole - self.to_come)
+            return max(0.0, (budget.amount / 100 * (tokens + self.to_come) if budget.unit == "%" else budget.amount) - self.to_come)
         return self.costs(self.tokens()).pay(self.policy, tokens) if tokens else 0
 
     def kept_positions(self, row: int) -> list[Tensor]:

@@ -95,7 +95,20 @@ COLUMNS = [
         "Relative Frobenius error of the decoder layer outputs against the full cache; 0 is identical.",
     ),
     _column("layer_cosine", "Layer cosine", _four_places, "Cosine between those outputs and the full cache's; 1 is identical."),
-    _column("exact_match", "Exact match", format_percent, "Share of 1-hop recall questions whose answer is reproduced exactly."),
+    _column(
+        "exact_match",
+        "Exact match",
+        format_percent,
+        "Share of 1-hop recall questions whose answer is reproduced exactly; in brackets where the full cache fails itself.",
+    ),
+    _column("recall_kept", "Recall kept", format_percent, "Bytes held, question included, when those answers were begun."),
+    Column(
+        "Questions",
+        lambda row: None if row.get("questions") is None else row,
+        lambda row: f"{row.get('questions_right')} of {row.get('questions_of')}",
+        "Of the questions that the full cache answers, those answered here too; in brackets where these are too few.",
+    ),
+    _column("questions_kept", "Questions kept", format_percent, "Bytes held, question included, when those answers were begun."),
     _column("prefill_ms", "Prefill ms", _three_digits, "Milliseconds to read the prompt; timings are only comparable inside one run."),
     _column("step_ms", "Step ms", _three_digits, "Milliseconds per decoded token; timings are only comparable inside one run."),
     _column("bytes_held", "Bytes held", format_bytes, "Bytes really allocated: every distinct tensor storage in the cache, counted once."),
@@ -119,6 +132,10 @@ def shown_columns(rows: list[Row], several: bool) -> list[Column]:
     return [c for c in COLUMNS if any(c.read(row) is not None for row in rows) and (several or c.title != "Run")]
 
 
+EVIDENCE = {"Exact match": "recall_evidence", "Questions": "questions_evidence"}  # which key says whether a column's number is any
+
+
 def show(column: Column, row: Row) -> str:
     value, off = column.read(row), measured(row, HALVES.get(column.title, ""))
-    return DASH if value is None else column.write(value) + ("" if off is None else f" ± {column.write(off)}")
+    shown = DASH if value is None else column.write(value) + ("" if off is None else f" ± {column.write(off)}")
+    return f"({shown})" if value is not None and row.get(EVIDENCE.get(column.title, "")) is False else shown

@@ -19,7 +19,7 @@ FORMAT, KIND = 1, "result"
 REMEDY = "give a file that lowkey eval wrote, or a folder of them"
 NUMBERS = [
     *("bits", "sinks", "recent", "perplexity", "perplexity_95", "perplexity_decode", "kl", "kl_95", "top1_agreement"),
-    *("layer_error", "layer_cosine", "exact_match"),
+    *("layer_error", "layer_cosine", "exact_match", "recall_kept", "questions", "questions_right", "questions_of", "questions_kept"),
     *("bytes_per_token", "bytes_held", "bytes_predicted", "bytes_full", "prefill_ms", "step_ms"),
 ]
 MOST_CELLS = 2**18  # layers x heads in one heat map

@@ -11,7 +11,7 @@ NEAR = 0.05  # a perplexity this much above the full cache's still counts as nea
 def summary(rows: list[Row]) -> str:
     """The smallest row that stays near the full cache's perplexity (its recall where there is none), or the closest one, or why not."""
     full = full_row(rows)
-    if full is not None and not measured(full, "perplexity") and measured(full, "exact_match") and measured(full, "bytes_per_token"):
+    if full is not None and not measured(full, "perplexity") and _recalls(full) and measured(full, "bytes_per_token"):
         return _recall_summary(rows, full)
     others = [row for row in rows if not is_full(row) and measured(row, "perplexity") and measured(row, "bytes_per_token")]
     if full is None or not measured(full, "perplexity") or not measured(full, "bytes_per_token"):
@@ -55,8 +55,13 @@ def _held(row: Row, full: Row) -> str:
 
 
 def _recall(row: Row, full: Row) -> str:
-    mine, theirs = measured(row, "exact_match"), measured(full, "exact_match")
+    mine, theirs = measured(row, "exact_match"), _recalls(full)
     return "" if mine is None or theirs is None else f" at recall {format_percent(mine)} against {format_percent(theirs)}"
+
+
+def _recalls(full: Row) -> float | None:
+    """The full cache's recall, where that is evidence."""
+    return None if full.get("recall_evidence") is False else measured(full, "exact_match")
 
 
 def _count(rows: list[Row]) -> str:

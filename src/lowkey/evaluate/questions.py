@@ -1,0 +1,202 @@
+"""Questions about a text, with short answers that stand in it: the share of those that the full cache answers.
+
+A text is some dozen paragraphs about invented things, put together in random order; each question is about one of them, and the others
+distract. Small models answer but a part of such questions, so the full cache is asked first and only what it gets right is asked of
+every other setting: the score is then the cache's and not the model's.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import statistics
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files as package_files
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lowkey import families
+from lowkey.cache import LowkeyCache
+from lowkey.evaluate.asking import Frame, Once, Written, anew, check_budgets, read, tensor_of, write
+from lowkey.evaluate.settings import Setting
+from lowkey.progress import Progress
+from lowkey.types import LowkeyError
+
+LENGTH = 1300  # tokens of a text
+NEW = 16  # tokens of an answer at most
+ASKING = 64  # tokens that a question and its template may take
+LEAST = 20  # questions below which a share says little
+WORDS = "\n\nAnswer this question about the text in a few words: {question}"
+ARTICLES = ("a", "an", "the")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question and the answers that count, each of which stands in the paragraph. number: which of all it is."""
+
+    number: int
+    question: str
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    text: str
+    items: tuple[Item, ...]
+
+
+@dataclass(frozen=True)
+class Text:
+    """ids: template and paragraphs, to which a question is added; items: those asked about it."""
+
+    ids: list[int]
+    items: list[Item]
+
+
+def embedded() -> list[Paragraph]:
+    """The paragraphs that ship with lowkey, written for it."""
+    told = json.loads((package_files("lowkey") / "data" / "questions.json").read_text(encoding="utf-8"))["paragraphs"]
+    found, number = [], 0
+    for paragraph in told:
+        items = [Item(number + i, q["question"], tuple(q["answers"])) for i, q in enumerate(paragraph["questions"])]
+        found.append(Paragraph(paragraph["text"], tuple(items)))
+        number += len(items)
+    return found
+
+
+def draw_texts(frame: Frame, paragraphs: Sequence[Paragraph], seed: int, length: int = LENGTH) -> list[Text]:
+    """All paragraphs dealt in random order into texts of at most `length` ids; the last is filled up with paragraphs that are not asked."""
+    rng = random.Random(seed)
+    deck = rng.sample(list(paragraphs), len(paragraphs))
+    sizes = {id(p): len(frame.encode(p.text + "\n\n")) for p in deck}
+    room = length - len(frame.start)
+    if any(size > room for size in sizes.values()):
+        raise LowkeyError(f"questions: a text of {length} tokens does not hold the longest paragraph; use a model with more positions")
+    dealt: list[list[Paragraph]] = [[]]
+    for paragraph in deck:
+        if sum(sizes[id(p)] for p in (*dealt[-1], paragraph)) > room:
+            dealt.append([])
+        dealt[-1].append(paragraph)
+    last = list(dealt[-1])
+    for more in (p for p in deck if p not in last):
+        if sum(sizes[id(p)] for p in (*dealt[-1], more)) <= room:
+            dealt[-1].append(more)
+    rng.shuffle(dealt[-1])
+    asked = [*dealt[:-1], last]
+    return [_text(rng, frame, told, own) for told, own in zip(dealt, asked, strict=True)]
+
+
+def _text(rng: random.Random, frame: Frame, told: list[Paragraph], asked: list[Paragraph]) -> Text:
+    items = [item for p in asked for item in p.items]
+    return Text(frame.start + frame.encode("\n\n".join(p.text for p in told)), rng.sample(items, len(items)))
+
+
+def _question(frame: Frame, item: Item) -> list[int]:
+    return frame.question(WORDS.format(question=item.question))
+
+
+def normalised(text: str) -> list[str]:
+    """Words in lower case without punctuation and articles, as SQuAD compares them (arXiv:1606.05250)."""
+    plain = "".join(c for c in text.lower() if c not in string.punctuation)
+    return [word for word in plain.split() if word not in ARTICLES]
+
+
+def is_right(said: str, answers: Sequence[str]) -> bool:
+    """Whether one of the answers stands in what was said, as whole words."""
+    words = f" {' '.join(normalised(said))} "
+    return any(f" {' '.join(normalised(answer))} " in words for answer in answers)
+
+
+class _Asker:
+    """Asks over caches of one setting. One that evicts nothing reads a text once and answers over copies of that."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, frame: Frame, setting: Setting, refeed: bool) -> None:
+        self.model, self.tokenizer, self.frame, self.setting, self.refeed = model, tokenizer, frame, setting, refeed
+        self.ends = frame.ends(model)
+        self.known: tuple[Text, LowkeyCache] | None = None
+
+    def ask(self, text: Text, item: Item) -> dict:
+        question = _question(self.frame, item)
+        said = self._written(text, text.ids + question, len(question))
+        words = str(self.tokenizer.decode(said.ids))
+        return {"right": is_right(words, item.answers), "held": said.held, "said": words}
+
+    def _written(self, text: Text, ids: list[int], question: int) -> Written:
+        tensor = tensor_of(self.model, ids)
+        if self.setting.evicts:
+            cache = read(self.model, self.tokenizer, self.setting, tensor, question, self.refeed)
+        else:
+            cache = copy.deepcopy(self._read(text))
+        return write(self.model, cache, tensor, self.ends, NEW)
+
+    def _read(self, text: Text) -> LowkeyCache:
+        if self.known is None or self.known[0] is not text:
+            self.known, cache = None, self.setting.make()
+            write(self.model, cache, tensor_of(self.model, text.ids), set(), 1)
+            self.known = text, cache
+        return self.known[1]
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Sequence[Setting],
+    wanted: int,
+    seed: int,
+    progress: Progress,
+    refeed: bool = True,
+    paragraphs: Sequence[Paragraph] | None = None,
+    once: Once = anew,
+) -> dict[str, dict]:
+    """Share of the questions that the first setting, which should be the full cache, answers, and a setting answers too, by its name.
+
+    The first setting is asked until it has answered `wanted` of them, or all there are. refeed: see `recall.measure`. Every row has
+    questions, the share, questions_right of questions_of, questions_kept (bytes held with the question when the answer was begun, as
+    a share of the first setting's) and questions_evidence (whether they are at least LEAST); the first one has questions_asked and the
+    questions_items that it answered, by their number, and, where these are fewer than LEAST, questions_note.
+    """
+    frame = Frame.of(tokenizer)
+    texts = draw_texts(frame, embedded() if paragraphs is None else paragraphs, seed, _length(model))
+    for text in texts:
+        longest = max((_question(frame, item) for item in text.items), key=len)
+        check_budgets(settings, refeed, len(text.ids) + len(longest), len(longest))
+    full, *others = settings
+    asker = _Asker(model, tokenizer, frame, full, refeed)
+    kept: list[tuple[Text, Item]] = []
+    found: dict[str, list[dict]] = {s.name: [] for s in settings}
+    asked = 0
+    every = [(text, item) for text in texts for item in text.items]
+    for text, item in progress(every, f"questions, {full.name}"):
+        told = once(f"questions {item.number} {full.name}", lambda: asker.ask(text, item))  # noqa: B023
+        asked += 1
+        if told["right"]:
+            kept.append((text, item))
+            found[full.name].append(told)
+        if len(kept) == wanted:
+            break
+    for setting in others:
+        asker = _Asker(model, tokenizer, frame, setting, refeed)
+        for text, item in progress(kept, f"questions, {setting.name}"):
+            found[setting.name].append(once(f"questions {item.number} {setting.name}", lambda: asker.ask(text, item)))  # noqa: B023
+    rows = {name: _row(answers, found[full.name]) for name, answers in found.items()}
+    rows[full.name] |= {"questions_asked": asked, "questions_items": [item.number for _, item in kept]}
+    if len(kept) < LEAST:
+        rows[full.name]["questions_note"] = (
+            f"questions: the full cache answers {len(kept)} of {asked}, too few to tell caches apart; use a model that answers more"
+        )
+    return rows
+
+
+def _length(model: PreTrainedModel) -> int:
+    longest = families.positions(model)
+    return LENGTH if longest is None else min(LENGTH, longest - ASKING - NEW)
+
+
+def _row(answers: list[dict], full: list[dict]) -> dict:
+    right, of = sum(a["right"] for a in answers), len(answers)
+    held = statistics.fmean(a["held"] for a in answers) / statistics.fmean(a["held"] for a in full) if answers else None
+    share = right / of if of else None
+    return {"questions": share, "questions_right": right, "questions_of": of, "questions_kept": held, "questions_evidence": of >= LEAST}
