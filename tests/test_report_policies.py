@@ -236,7 +236,7 @@ def test_the_table_tells_parameters_and_allocator() -> None:
     row = evicted(6, policy=policy_words(SnapKV("6%", allocator=HeadKV("copy", importance=((0.123456,) * 8,) * 4), window=16)))
     page = Page(render([result(FULL, row)]))
     assert page.cell(2, "Policy") == "snapkv (sinks=4, recent=8, every=0, window=16, kernel=7, pooling=max)"
-    assert page.cell(2, "Allocator") == "headkv (kind=copy, beta=1.2, importance=[4 lists])"
+    assert page.cell(2, "Allocator") == "headkv (kind=copy, beta=1.2, floor=0.0, importance=[4 lists])"
     assert (page.cell(1, "Policy"), page.cell(1, "Allocator")) == ("—", "—")
 
 
