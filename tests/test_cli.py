@@ -761,7 +761,7 @@ def test_bits_choose_the_packed_rows(model, here, bits):
 
 
 def test_plans_of_the_same_name_keep_rows_of_their_own(model, made, here):
-    done("compress", model, "wide", *SMALL, "--rank-multiple", 8)
+    done("compress", model, "wide", *SMALL, "--ranks", "2,16")
     words = ("--plan", made[0], "--plan", "wide", "--bits", 8, "--task", "layers", "--out", "r.json")
     rows = printed("eval", model, *SCORE, *words)["rows"]
     assert [row["name"] for row in rows] == ["full", "pca 50% pca", "pca 50% wide", "pca 50% int8 pca", "pca 50% int8 wide", "int8"]
