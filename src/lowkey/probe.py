@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -98,11 +99,11 @@ def relative_errors(out: Tensor, target: Tensor, exact: Exact) -> Tensor:
 
     Not the relative error of the whole window (arXiv:2601.21686, Eq. 11-12): in a real model a few tokens have outputs a hundred times as
     large as the others (massive activations, arXiv:2402.17762) and would be all that counts. The first tokens, which see nothing but
-    exact tokens, are left out.
+    exact tokens, are left out. Where the output is zero, as after a padding token's embedding, nothing is relative to it: that counts 0.
     """
     first = exact.visible(out.shape[1])
     away, size = (x[:, first.sinks + first.recent :].norm(dim=-1) for x in (out - target, target))
-    return (away / size.clamp_min(torch.finfo(size.dtype).tiny)).mean(1)
+    return (away / size.masked_fill(size == 0, math.inf)).mean(1)
 
 
 def _white(weight: Tensor, bias: Tensor | None) -> Tensor:
