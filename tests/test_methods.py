@@ -70,6 +70,7 @@ ORTHONORMAL = [name for name, method in CHEAP.items() if not isinstance(method, 
 RANKS = [4, 8, 16]
 WINDOWS, HELD, LENGTH = 8, 2, 20
 KV_HEADS = 4
+BARE = {"sinks": 0, "recent": 0}  # no window of exact tokens, so that every token takes the same bytes
 TEXT = "".join(string.printable[(i * i + 7 * i) % 95] for i in range(1000))
 ROWS = prompt(LENGTH, batch=WINDOWS)  # longer than the window of the sliding layers
 
@@ -203,8 +204,10 @@ def test_training_that_goes_astray_ends_at_its_pca_start():
 
 def test_training_lowers_the_error():
     data = prepared("llama", "post_rope", 1)
-    start, trained = (m.fit(*data, RANKS, 0) for m in (PCA("shared", "per_head"), StiefAttention("free", epochs=80, patience=80, lr=2e-2)))
-    assert data[1].held_error(trained.at(4, 4)) < 0.98 * data[1].held_error(start.at(4, 4))
+    start, trained = (m.fit(*data, RANKS, 0) for m in (PCA("shared", "per_head"), StiefAttention("free", epochs=80, patience=80, lr=5e-3)))
+    seen = torch.arange(data[1].training)
+    assert data[1].held_error(trained.at(8, 8)) < 0.98 * data[1].held_error(start.at(8, 8))
+    assert float(data[1].errors(seen, trained.at(4, 4)).mean()) < 0.9 * float(data[1].errors(seen, start.at(4, 4)).mean())
 
 
 # -- each method's own definition
@@ -277,7 +280,7 @@ def test_the_probes_error_is_that_of_the_layers_output(name, layout):
     with torch.no_grad():
         ours = model(ids, past_key_values=cache, output_hidden_states=True).hidden_states[layer + 1]
         exact = stock(name)(ids, output_hidden_states=True).hidden_states[layer + 1]
-    expected = torch.stack([(a - b).norm() / b.norm() for a, b in zip(ours, exact, strict=True)]).mean()
+    expected = torch.stack([(a - b).norm() / b.norm() for a, b in zip(ours.flatten(0, 1), exact.flatten(0, 1), strict=True)]).mean()
     assert abs(probe.held_error(f) - float(expected)) < 1e-4
 
 
@@ -340,7 +343,7 @@ def test_every_method_becomes_a_plan_that_holds_what_it_says(method, tmp_path):
     """Calibrated, saved, loaded; fed in pieces, continued, with padded rows."""
     model, ids, pads = attached("llama"), prompt(30), [7, 0]
     sample = Sample(WINDOWS, LENGTH)
-    plan = lowkey.calibrate(model, pico.tokenizer(), TEXT, method=CHEAP[method], budget="50%", allocator="greedy", sample=sample)
+    plan = lowkey.calibrate(model, pico.tokenizer(), TEXT, method=CHEAP[method], budget="50%", allocator="greedy", sample=sample, **BARE)
     assert plan.bytes_per_token(4) <= 0.5 * families.geometry(model).full_bytes_per_token(4)
     plan.save(tmp_path / "plan")
     caches = [lowkey.make_cache(model, plan=Plan.load(tmp_path / "plan", model)) for _ in range(2)]
