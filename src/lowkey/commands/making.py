@@ -116,7 +116,7 @@ def compress(
     if method is None and given:
         raise LowkeyError(f"option {shown(next(iter(given)))}: belongs to a method; name it with --method (`lowkey methods` lists them)")
     chosen = None if method is None else make_method(method, given)
-    name = allocator or (chosen.allocator if chosen else None)
+    name = chosen.allocator if allocator is None and chosen else allocator
     if name is None and of_split:
         raise LowkeyError(f"allocator option {shown(next(iter(of_split)))}: belongs to an allocator; name it with --allocator")
     split = None if name is None else make_allocator(name, of_split)
