@@ -34,6 +34,8 @@ from lowkey.plan import JSON, TENSORS, Plan
 from lowkey.types import LowkeyError
 
 SMALL = ("--method", "pca", "--windows", 8, "--context", 32)
+STIEF = ("--method", "stiefattention")
+BARE = ("--sinks", 0, "--recent", 0)
 SCORE = ("--windows", 2, "--context", 192, "--cases", 1)
 EVERYTHING = ("--task", "perplexity,layers,recall,speed")
 ALL = ("compress", "dynamic", "eval", "generate", "profile", "methods", "policies", "heads", "inspect", "report")
@@ -138,10 +140,10 @@ def here(tmp_path, monkeypatch):
         (["--method", "os:path"], ["method 'os:path'", "dataclass", "fit"]),
         (["--allocator", "best"], ["allocator 'best'", "greedy"]),
         (["--layout", "rope"], ["layout 'rope'", "post_rope, pre_rope"]),
-        (["-O", "epoch=5"], ["'epoch'", "'stiefattention'", "epochs"]),
-        (["-O", "epochs=many"], ["epochs='many'", "whole number"]),
-        (["-O", "parametrisation=lucky"], ["parametrisation='lucky'", "mlp, free"]),
-        (["-O", "key_bases=none"], ["key_bases='none'", "shared, per_head"]),
+        ([*STIEF, "-O", "epoch=5"], ["'epoch'", "'stiefattention'", "epochs"]),
+        ([*STIEF, "-O", "epochs=many"], ["epochs='many'", "whole number"]),
+        ([*STIEF, "-O", "parametrisation=lucky"], ["parametrisation='lucky'", "mlp, free"]),
+        ([*STIEF, "-O", "key_bases=none"], ["key_bases='none'", "shared, per_head"]),
         (["-O", "epochs"], ["'epochs'", "name=value"]),
         (["--budget", "150%"], ["budget '150%'", "100%", "50%"]),
         (["--budget", "0%"], ["budget '0%'", "50%"]),
@@ -163,9 +165,9 @@ def here(tmp_path, monkeypatch):
         (["--ranks", "banana"], ["ranks 'banana'", "16,32,64"]),
         (["--ranks", "8,17"], ["ranks '8,17'", "17 is not one of"]),
         (["--ranks", "8,12", "--rank-multiple", 8], ["ranks '8,12'", "12 is not one of 8, 16"]),
-        (["--budget", "49%"], ["49.0%", "50.0%", "--ranks"]),
+        ([*STIEF, *BARE, "--budget", "49%"], ["49.0%", "50.0%", "--ranks"]),
         (["--budget", "64 KiB/token"], ["64 KiB/token", "of the full cache", "100%"]),
-        (["--budget", "1 KiB"], ["budget 1 KiB", "per token"]),
+        (["--budget", "1 KiB"], ["budget 1 KiB of a cache of 512 tokens", "alone take 7%", "--at"]),
         (["--judge", "loss", "--error-budget", 0], ["error budget 0", "nats"]),
         (["--sinks", -1], ["sinks -1", "at least 0"]),
         (["--recent", -1], ["recent -1", "at least 0"]),
@@ -244,7 +246,9 @@ def test_arguments_are_judged_before_the_model_is_loaded(here, monkeypatch):
 
 def test_a_budget_that_no_rank_can_reach(model, here):
     line = refused("compress", model, "out", *SMALL, "--budget", "1%")
-    assert "1.0%" in line and "12.5%" in line and "raise the budget" in line
+    assert "budget 1%" in line and "512 tokens" in line and "4 sinks and 32 recent" in line and "--at" in line
+    line = refused("compress", model, "out", *SMALL, *BARE, "--budget", "1%")
+    assert "1.0%" in line and "give a budget of 12.5% or more" in line
     assert not (here / "out").exists()
 
 
@@ -610,7 +614,7 @@ def test_compress_prints_the_plan_it_wrote(model, made):
     out, told = made
     held = Plan.load(out)
     assert told["plan"] == str(out)
-    assert (told["method"]["name"], told["budget"], told["format"]) == ("pca", "50%", 2)
+    assert (told["method"]["name"], told["budget"], told["format"]) == ("pca", "50%", 3)
     assert told["ranks"] == {str(i): list(r) for i, r in held.ranks.items()}
     assert told["provenance"]["model"] == str(model)
 
@@ -644,7 +648,7 @@ def test_an_error_budget(model, here):
 
 
 def test_options_reach_the_method(model, here):
-    words = ("--windows", 8, "--context", 32, "-O", "epochs=1", "-O", "lr=0.5", "-O", "key_bases=per_head")
+    words = (*STIEF, "--budget", "60%", "--windows", 8, "--context", 32, "-O", "epochs=1", "-O", "lr=0.5", "-O", "key_bases=per_head")
     parameters = printed("compress", model, "out", *words)["method"]["parameters"]
     assert (parameters["epochs"], parameters["lr"], parameters["key_bases"]) == (1, 0.5, "per_head")
 
@@ -805,7 +809,7 @@ def test_another_dtype(model, here):
 
 
 def test_generate_prints_what_it_wrote_and_held(model, made):
-    told = printed("generate", model, "--prompt", "Once upon a time", "--plan", made[0], "--tokens", 5)
+    told = printed("generate", model, "--prompt", "Once upon a time" * 8, "--plan", made[0], "--tokens", 5)
     assert told["new_tokens"] == 5 and told["tokens_per_s"] > 0
     assert 0 < told["bytes_held"] < told["bytes_full"]
 
@@ -818,9 +822,12 @@ def test_generate_streams_the_same_text(model, made):
 
 
 def test_generate_over_packed_integers(model):
-    told = printed("generate", model, "--prompt", "Once upon a time", "--bits", 8, "--tokens", 5)
-    places = pico.LAYERS * 2 * 8  # two row positions per layer
-    assert (told["bytes_held"] - places) / told["bytes_full"] == (16 + 8) / 64
+    """Beside the first 4 tokens and the last 32, which are held whole."""
+    told = printed("generate", model, "--prompt", "Once upon a time" * 8, "--bits", 8, "--tokens", 5)
+    tokens, whole = 16 * 8 + 5 - 1, 2 * 4 * pico.HEAD_DIM * 4
+    places = 3 * 8 + 4 * 4  # of a row, and of each of its sinks
+    assert told["bytes_full"] == pico.LAYERS * tokens * whole
+    assert told["bytes_held"] == pico.LAYERS * ((tokens - 32) * whole * (16 + 8) / 64 + (4 + 32) * whole + places)
 
 
 @pytest.mark.parametrize("bits", ["int4", "kivi4", "hadamard4"])
@@ -1022,7 +1029,7 @@ def test_another_models_head_scores_are_refused(model, scores, here):
 def halved(model, tmp_path_factory):
     """A plan that merges every two KV heads in a form that a plain checkpoint can have."""
     folder = tmp_path_factory.mktemp("halved")
-    done("compress", model, folder / "plan", *SMALL, "--method", "kv-head-svd", "-O", "keys=commuting")
+    done("compress", model, folder / "plan", *SMALL, *BARE, "--method", "kv-head-svd", "-O", "keys=commuting")
     return folder / "plan"
 
 
@@ -1035,7 +1042,9 @@ def test_export_writes_a_plain_checkpoint_with_half_the_kv_heads(model, halved, 
 
 
 def test_export_refuses_other_plans_and_formats(model, made, halved, here):
-    assert "commuting" in refused("export", model, made[0], "out")
+    assert "--sinks 0 --recent 0" in refused("export", model, made[0], "out")
+    done("compress", model, "bare", *SMALL, *BARE)
+    assert "commuting" in refused("export", model, "bare", "out")
     assert "hf" in refused("export", model, halved, "out", "--format", "gguf")
 
 
