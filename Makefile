@@ -29,9 +29,9 @@ models: .venv/.ready
 
 # The same on the real model, by the defaults at three budgets, beside integers and an eviction policy: under 20 minutes on two cores.
 demo-real: models
-	$(LOWKEY) compress smollm2 $(REAL)/half --budget 50% --windows 16 --force
-	$(LOWKEY) compress smollm2 $(REAL)/quarter --budget 25% --windows 16 --force
-	$(LOWKEY) compress smollm2 $(REAL)/eighth --budget 12.5% --windows 16 --force
+	$(LOWKEY) compress smollm2 $(REAL)/half --budget 50% --force
+	$(LOWKEY) compress smollm2 $(REAL)/quarter --budget 25% --force
+	$(LOWKEY) compress smollm2 $(REAL)/eighth --budget 12.5% --force
 	$(LOWKEY) eval smollm2 --plan $(REAL)/half --plan $(REAL)/quarter --plan $(REAL)/eighth $(SCORED) --out $(REAL)/results/plans.json
 	$(LOWKEY) eval smollm2 --bits kivi2 --policy snapkv --budget 25% $(SCORED) --out $(REAL)/results/others.json
 	$(LOWKEY) report $(REAL)/results -o $(REAL)/report.html
