@@ -42,8 +42,9 @@ def measure(
         if reference is None or reference[0] != w:
             reference = None  # two are not held at once
             reference = w, Reference(_logits(model, settings[0], ids, measured))
-        logits = reference[1].logits if setting is settings[0] else _logits(model, setting, ids, measured)
-        measured.once(_name(w, setting), lambda: reference[1].score(logits, ids[0, 1:]))  # noqa: B023
+        of = reference[1]
+        scores = of.own if setting is settings[0] else lambda y: of.score(_logits(model, setting, ids, measured), y)  # noqa: B023
+        measured.once(_name(w, setting), lambda: scores(ids[0, 1:]))  # noqa: B023
     return {s.name: row([measured[_name(w, s)] for w in range(len(rows))]) for s in scored}
 
 
@@ -69,9 +70,13 @@ class Reference:
         parts = [(x.logsumexp(-1), x.argmax(-1)) for x in (part.float() for part in logits.split(ROWS))]
         self.total, self.top = (torch.cat(each) for each in zip(*parts, strict=True))
 
+    def own(self, targets: Tensor) -> dict:
+        """As `score`, of the reference itself."""
+        nll = self.total.double() - self.logits.gather(1, targets.unsqueeze(1))[:, 0].double()
+        return {"nll": float(nll.sum()), "kl": 0.0, "agree": len(targets), "tokens": len(targets)}
+
     def score(self, logits: Tensor, targets: Tensor) -> dict:
-        """Sums over the window's tokens in fp64. KL = E[r - q] + log sum exp q - log sum exp r under the reference r: exactly 0 for its own
-        logits."""
+        """Sums over the window's tokens in fp64. KL = E[r - q] + log sum exp q - log sum exp r under the reference r."""
         nll, kl, agree = [], [], 0
         for r, q, target, total, top in zip(*(x.split(ROWS) for x in (self.logits, logits, targets, self.total, self.top)), strict=True):
             r, q = r.float(), q.float()
