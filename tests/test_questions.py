@@ -118,7 +118,7 @@ class Fake(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight, self.tokens = torch.nn.Parameter(torch.zeros(1)), 0
+        self.weight, self.tokens, self.asks, self.later = torch.nn.Parameter(torch.zeros(1)), 0, 0, False
 
     def forward(self, ids, *, past_key_values, logits_to_keep):
         cache = past_key_values
@@ -128,21 +128,25 @@ class Fake(torch.nn.Module):
             name = cache.text.rsplit("of the ", 1)[-1].rstrip("?")
             i = NAMES.index(name) if name in NAMES else 0
             knows = "leaves of" in cache.text and (cache.name == "full" or i % 2 == 0)
+            self.asks += " of the " in cache.text
+            if self.later and self.asks > 16 and "age of" in cache.text:
+                i, knows = i + 100, True
             cache.script = [*TOKENIZER(f"{100 + i}" if knows else "who knows").input_ids, END]
         logits = torch.zeros(1, 1, 97)
         logits[0, 0, cache.script.pop(0)] = 1.0
         return SimpleNamespace(logits=logits)
 
 
-def ask(wanted: int, names=("full", "int8"), once=questions.anew):
+def ask(wanted: int, names=("full", "int8"), once=questions.anew, later=False):
     model = Fake()
+    model.later = later
     settings = [Setting(name, identity(), lambda name=name: FakeCache(name)) for name in names]
     return questions.measure(model, TOKENIZER, settings, wanted, 0, silent, paragraphs=paragraphs(), once=once), model
 
 
 def test_a_setting_is_asked_what_the_full_cache_answers():
     found, _ = ask(100)
-    assert (found["full"]["questions_right"], found["full"]["questions_of"], found["full"]["questions_asked"]) == (8, 8, 16)
+    assert (found["full"]["questions_right"], found["full"]["questions_of"], found["full"]["questions_asked"]) == (8, 8, 16 + 8)
     assert (found["int8"]["questions_right"], found["int8"]["questions_of"], found["int8"]["questions"]) == (4, 8, 0.5)
     assert sorted(found["full"]["questions_items"]) == list(range(0, 16, 2))
     assert found["int8"]["questions_kept"] == 0.5
@@ -153,16 +157,22 @@ def test_screening_ends_when_there_are_enough():
     assert found["full"]["questions_of"] == found["int8"]["questions_of"] == 3 and found["full"]["questions_asked"] < 16
 
 
+def test_what_was_not_answered_is_asked_again_in_another_text():
+    found, _ = ask(100, later=True)
+    assert (found["full"]["questions_of"], found["full"]["questions_asked"]) == (16, 16 + 8)
+    assert sorted(found["full"]["questions_items"]) == list(range(16))
+
+
 def test_few_questions_are_no_evidence_and_say_so():
     found, _ = ask(100)
     assert not found["full"]["questions_evidence"] and not found["int8"]["questions_evidence"]
-    assert found["full"]["questions_note"].startswith("questions: the full cache answers 8 of 16, too few")
+    assert found["full"]["questions_note"].startswith("questions: the full cache answers 8 of 24 askings, too few")
 
 
 def test_a_text_is_read_once_for_all_its_questions():
     """And each answer is written over a cache that has seen no other question."""
     _, model = ask(100, names=("full",))
-    texts = draw_texts(Frame.of(TOKENIZER), paragraphs(), 0, questions.LENGTH)
+    texts = 2 * draw_texts(Frame.of(TOKENIZER), paragraphs(), 0, questions.LENGTH)  # what is not answered, in another text again
     asked = [len(questions._question(Frame.of(TOKENIZER), item)) + questions.NEW for text in texts for item in text.items]
     assert model.tokens <= sum(len(text.ids) for text in texts) + sum(asked)
 

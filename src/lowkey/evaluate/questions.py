@@ -28,6 +28,7 @@ from lowkey.types import LowkeyError
 LENGTH = 1300  # tokens of a text
 NEW = 16  # tokens of an answer at most
 ASKING = 64  # tokens that a question and its template may take
+DEALS = 3  # times that the paragraphs are dealt into texts at most
 LEAST = 20  # questions below which a share says little
 WORDS = "\n\nAnswer this question about the text in a few words: {question}"
 ARTICLES = ("a", "an", "the")
@@ -153,39 +154,46 @@ def measure(
 ) -> dict[str, dict]:
     """Share of the questions that the first setting, which should be the full cache, answers, and a setting answers too, by its name.
 
-    The first setting is asked until it has answered `wanted` of them, or all there are. refeed: see `recall.measure`. Every row has
-    questions, the share, questions_right of questions_of, questions_kept (bytes held with the question when the answer was begun, as
-    a share of the first setting's) and questions_evidence (whether they are at least LEAST); the first one has questions_asked and the
-    questions_items that it answered, by their number, and, where these are fewer than LEAST, questions_note.
+    The first setting is asked until it has answered `wanted` of them. After all there are, paragraphs are dealt into other texts and
+    what it has not answered is asked again, up to DEALS times in all and as long as that finds more. refeed: see `recall.measure`.
+
+    Every row has questions, the share, questions_right of questions_of, questions_kept (bytes held with the question when the answer
+    was begun, as a share of the first setting's) and questions_evidence (whether they are at least LEAST). The first row has
+    questions_asked, how often it was asked, the questions_items that it answered, by their number, and, where these are fewer than LEAST,
+    questions_note.
     """
-    frame = Frame.of(tokenizer)
-    texts = draw_texts(frame, embedded() if paragraphs is None else paragraphs, seed, _length(model))
-    for text in texts:
-        longest = max((_question(frame, item) for item in text.items), key=len)
-        check_budgets(settings, refeed, len(text.ids) + len(longest), len(longest))
-    full, *others = settings
+    frame, full, others = Frame.of(tokenizer), settings[0], settings[1:]
+    told = embedded() if paragraphs is None else paragraphs
     asker = _Asker(model, tokenizer, frame, full, refeed)
-    kept: list[tuple[Text, Item]] = []
+    kept: dict[int, tuple[str, Text, Item]] = {}  # by the item's number
     found: dict[str, list[dict]] = {s.name: [] for s in settings}
     asked = 0
-    every = [(text, item) for text in texts for item in text.items]
-    for text, item in progress(every, f"questions, {full.name}"):
-        told = once(f"questions {item.number} {full.name}", lambda: asker.ask(text, item))  # noqa: B023
-        asked += 1
-        if told["right"]:
-            kept.append((text, item))
-            found[full.name].append(told)
-        if len(kept) == wanted:
+    for deal in range(DEALS):
+        before, texts = len(kept), draw_texts(frame, told, seed + 2**32 * deal, _length(model))
+        for text in texts:
+            longest = max((_question(frame, item) for item in text.items), key=len)
+            check_budgets(settings, refeed, len(text.ids) + len(longest), len(longest))
+        every = [(text, item) for text in texts for item in text.items if item.number not in kept]
+        for text, item in progress(every, f"questions, {full.name}"):
+            name = f"questions {deal} {item.number}"
+            answer = once(f"{name} {full.name}", lambda: asker.ask(text, item))  # noqa: B023
+            asked += 1
+            if answer["right"]:
+                kept[item.number] = name, text, item
+                found[full.name].append(answer)
+            if len(kept) == wanted:
+                break
+        if len(kept) == wanted or len(kept) == before:
             break
     for setting in others:
         asker = _Asker(model, tokenizer, frame, setting, refeed)
-        for text, item in progress(kept, f"questions, {setting.name}"):
-            found[setting.name].append(once(f"questions {item.number} {setting.name}", lambda: asker.ask(text, item)))  # noqa: B023
+        for name, text, item in progress(list(kept.values()), f"questions, {setting.name}"):
+            found[setting.name].append(once(f"{name} {setting.name}", lambda: asker.ask(text, item)))  # noqa: B023
     rows = {name: _row(answers, found[full.name]) for name, answers in found.items()}
-    rows[full.name] |= {"questions_asked": asked, "questions_items": [item.number for _, item in kept]}
+    rows[full.name] |= {"questions_asked": asked, "questions_items": list(kept)}
     if len(kept) < LEAST:
         rows[full.name]["questions_note"] = (
-            f"questions: the full cache answers {len(kept)} of {asked}, too few to tell caches apart; use a model that answers more"
+            f"questions: the full cache answers {len(kept)} of {asked} askings, too few to tell caches apart; use a model that answers more"
         )
     return rows
 
