@@ -299,10 +299,10 @@ def test_a_floor_holds_for_every_layer_and_is_taken_from_the_others_in_proportio
         assert torch.equal(free, floored)
 
 
-def test_a_floor_of_one_deals_by_importance_within_layers_alone():
+def test_what_a_floor_adds_is_dealt_evenly_within_the_layer():
     split = HeadKV(beta=1.0, floor=1.0, importance=((8.0, 2.0), (0.0, 0.0), (3.0, 1.0)))
     counts = torch.cat([split.counts(a) for a in layerwise(3, 2, 100, 20.0, 0)])
-    assert counts.tolist() == [[32, 8], [20, 20], [30, 10]]
+    assert counts.tolist() == [[32, 8], [20, 20], [29, 11]], "of 120: 3/14 and 1/14, and (1/3 - 4/14) / 2 for each"
 
 
 def test_a_floor_by_hand():

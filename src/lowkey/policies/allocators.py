@@ -152,8 +152,9 @@ class HeadKV(Allocator):
 
     kind: which importance to take from a plan or a file of head scores: `copy` (HeadKV-R), `r2` (HeadKV-R2), `er`, `mass`.
     importance: per layer, its KV heads' scores, when given directly; they need not add up to one.
-    floor (ours): the share that each layer gets at least of what it would get if all layers got the same, beyond what is protected; 1 deals
-    by importance within layers alone. Scores are of heads that look at the answer: layers that read the question may have none.
+    floor (ours): the share that each layer gets at least of what it would get if all layers got the same, beyond what is protected; what
+    that adds to a layer is dealt evenly to its heads. Scores are of heads that look at the answer: layers that read the question may
+    have none.
     A head's share beyond what there is goes to the others in proportion to their importance; the published code loses it.
     """
 
@@ -250,16 +251,17 @@ def _commands(kinds: Sequence[str]) -> str:
 
 def _with_floor(weights: Tensor, least: float) -> Tensor:
     """Weights (layers, h) adding up to 1, of which no layer has less than `least` of the mean layer; the others are less for it, in
-    proportion. A layer without any weight deals evenly."""
+    proportion. What a layer is given on top is dealt evenly: all its heads read the question, whatever they score."""
     weights = weights / weights.sum().clamp_min(1e-300)
     sums, least = weights.sum(1), max(0.0, least) / len(weights)
     raised = sums < 0  # none yet
     while bool((more := ~raised & (sums < least * (1 - 1e-9))).any()):
         raised = raised | more
         rest = weights.sum(1).masked_fill(raised, 0.0)
-        sums = torch.where(raised, least, rest * (1 - least * raised.sum()) / rest.sum().clamp_min(1e-300))
-    within = torch.where(weights.sum(1, keepdim=True) > 0, weights, 1.0)
-    return within / within.sum(1, keepdim=True) * sums.unsqueeze(1)
+        sums = torch.where(raised, least, rest * (1 - least * int(raised.sum())) / rest.sum().clamp_min(1e-300))
+    own = weights.sum(1)
+    on_top = weights + ((sums - own) / weights.shape[1]).unsqueeze(1)
+    return torch.where(raised.unsqueeze(1), on_top, weights * (sums / own.clamp_min(1e-300)).unsqueeze(1))
 
 
 def _top(importance: Sequence[Sequence[float]], share: float) -> Tensor:
