@@ -305,7 +305,7 @@ def recover(
         err.print(f"{stage['objective']}, {stage['steps']} steps: {stage['first']:.4f} -> {stage['last']:.4f}", highlight=False)
     whole, before, after = (found.held_out[name] for name in ("full", "before", "after"))
     told_loss = f"{before:.4f} -> {after:.4f} nats per token (full cache, untrained: {whole:.4f})"
-    err.print(f"held-out loss through the plan: {told_loss}", highlight=False)
+    err.print(f"held-out loss through the plan: {told_loss}", highlight=False, soft_wrap=True)
     err.print(f"model and plan written to {out}", highlight=False, soft_wrap=True)
 
 
