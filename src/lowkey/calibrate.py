@@ -85,7 +85,8 @@ def calibrate(
     method: None for what does best on a real model at the budget: `recommended` says what that is.
     budget: bytes of the layers that are compressed (sliding ones are not), in the model's dtype, as a share of the full cache's or per
     token; `50%` when neither budget is given. A cache of `at` tokens or more never exceeds it, with its exact tokens: the first `sinks` of
-    a row, which are held whole besides, and the last `recent`, which are held whole instead.
+    a row, which are held whole besides, and the last `recent`, which are held whole instead. (Where 32 tokens are packed together, up to
+    31 more wait whole in a cache of more than `at` tokens.)
     bits: the packing of latents, as `make_cache` takes it; None: the model's own numbers, or with no method what is recommended; `none`:
     the model's own numbers.
     error_budget: instead, the largest value of what the allocator's `bounds` names, for most the largest error of a layer, measured on
@@ -102,6 +103,8 @@ def calibrate(
     """
     shape, limit = families.geometry(model), _limit(budget, error_budget, judge)
     full, longest = shape.full_bytes_per_token(model.dtype.itemsize), families.positions(model)
+    if at < 1:
+        raise LowkeyError(f"at {at}: a budget is counted for a cache of at least 1 token; give the length that matters, like {AT}")
     at = at if longest is None else min(at, longest)
     if method is None:
         best = recommended(model, limit.share(full, at) if isinstance(limit, Budget) else None)

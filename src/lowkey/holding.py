@@ -31,6 +31,11 @@ class Holding:
         return 2 * self.layers * self.heads * self.head_dim * self.itemsize
 
     @property
+    def recent(self) -> int:
+        """How many last tokens are kept as they are: as many as the packing's own, at least."""
+        return max(self.exact.recent, self.packed.recent if self.packed else 0)
+
+    @property
     def plain(self) -> bool:
         """Whether there are neither windows nor integers, so that every token takes the same bytes."""
         return self.packed is None and not self.exact.sinks and not self.exact.recent
@@ -39,7 +44,7 @@ class Holding:
     def stored(self) -> int:
         """How many tokens have left the recent window; in whole blocks, where keys are packed in blocks of tokens."""
         block = max(self.packed.keys.block, self.packed.values.block) if self.packed else 1
-        return max(0, self.tokens - self.exact.recent) // block * block
+        return max(0, self.tokens - self.recent) // block * block
 
     def latents(self, budget: Budget) -> float:
         """Bytes that the latents of one stored token may take in all layers together, so that the whole cache holds `budget`.
@@ -55,9 +60,8 @@ class Holding:
         beside = self.full * (self.tokens - self.stored + self.exact.sinks)
         beside += self.layers * (24 + 4 * self.exact.sinks)  # where rows begin and end, and where each one's sinks are
         if not self.stored or beside >= wanted:
-            e = self.exact
             raise LowkeyError(
-                f"budget {budget} of a cache of {self.tokens} tokens: {e.sinks} sinks and {e.recent} recent tokens alone take "
+                f"budget {budget} of a cache of {self.tokens} tokens: {self.exact.sinks} sinks and {self.recent} recent tokens alone take "
                 f"{100 * beside / self.full / self.tokens:.0f}%; count for a longer cache (--at), or keep fewer of them exact"
             )
         return min((wanted - beside) / self.stored, float(self.full))
