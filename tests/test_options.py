@@ -70,7 +70,7 @@ def test_a_field_without_a_range_would_be_found():
 
 def made(kind: type, given: dict) -> Any:
     """An object with what has no default filled in."""
-    needed = {"budget": "50%", "amount": 50.0, "unit": "%", "text": "a", "text_name": "a"}
+    needed = {"budget": "50%", "amount": 50.0, "unit": "%", "texts": {"a": "a"}}
     names = {f.name for f in fields(kind)}
     return kind(**({k: v for k, v in needed.items() if k in names} | given))
 

@@ -32,6 +32,7 @@ from lowkey.commands.common import (
 )
 from lowkey.commands.plans import Folder, plan_at
 from lowkey.evaluate.recall import FORMS
+from lowkey.evaluate.recall import USUAL as USUAL_FORM
 from lowkey.evaluate.result import TASKS, USUAL, Task, evaluate, job_of
 from lowkey.evaluate.settings import Setting, distinct, evicted, full, packed
 from lowkey.layers.exact import WINDOW, Exact
@@ -76,7 +77,7 @@ def eval_(
     context: Annotated[int | None, typer.Option(help="tokens per window and per recall case (default: 512, or all a model takes)")] = None,
     windows: Annotated[int, typer.Option(help=within(Task, "windows", "windows of text to score at most, as far as it goes"))] = 16,
     cases: Annotated[int, typer.Option(help=within(Task, "cases", "recall cases"))] = 20,
-    recall_form: Annotated[str | None, typer.Option(help=f"{FORMS_TOLD} (default: lines with a chat template, else plain)")] = None,
+    recall_form: Annotated[str, typer.Option(help=f"{FORMS_TOLD} (usual: lines with a chat template, else plain)")] = USUAL_FORM,
     questions: Annotated[int, typer.Option(help=within(Task, "questions", "questions that the full cache is to answer first"))] = 64,
     seed: Seed = 0,
     dtype: Dtype = "auto",
@@ -93,7 +94,7 @@ def eval_(
     files.check_file(place, "result")
     work = files.work_beside(place)
     given = {} if context is None else {"context": context}
-    hold(Task, windows=windows, cases=cases, seed=seed, questions=questions, recall_form=("recall form", recall_form), **given)
+    hold(Task, windows=windows, cases=cases, seed=seed, questions=questions, recall_form=("recall_form", recall_form), **given)
     hold(Exact, **{name: value for name, value in (("sinks", sinks), ("recent", recent)) if value is not None})
     names = [word_of("task", name, TASKS) for item in task or USUAL for name in item.split(",")]
     policies = policies_of(policy, budget, option, allocator_option, heads)

@@ -23,6 +23,7 @@ from lowkey.progress import Progress
 from lowkey.types import LowkeyError
 
 SOLVED = 0.9  # where the full cache recalls less than this, the others' recall tells nothing of them
+USUAL = "usual"  # the form that suits the tokenizer
 TRIES = 5  # cases, all to be right, by which another form or context is recommended
 
 
@@ -122,7 +123,7 @@ def measure(
     seed: int,
     progress: Progress,
     refeed: bool = True,
-    form: str | None = None,
+    form: str = USUAL,
     once: Once = anew,
 ) -> dict[str, dict]:
     """Share of `cases` in which greedy writing gives exactly the asked value, by the setting's name.
@@ -132,7 +133,7 @@ def measure(
     recall_kept: bytes held with the question when the answer was begun, as a share of the first setting's. recall_evidence: whether the
     first setting, the full cache, reaches SOLVED; where not, its row has recall_note with a form or context that it solves.
     """
-    name = form or usual_form(tokenizer)
+    name = usual_form(tokenizer) if form == USUAL else form
     episodes = draw_episodes(tokenizer, haystack, context, cases, seed, name)
     for episode in episodes:
         check_budgets(settings, refeed, len(episode.prompt), len(episode.question))
@@ -216,9 +217,9 @@ def _note(
     return f"recall: the full cache itself has {share:.2f} in form {form!r} at context {context}, so this recall is no evidence; {remedy}"
 
 
-def check_positions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: int, form: str | None = None) -> None:
+def check_positions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: int, form: str = USUAL) -> None:
     """Errors: LowkeyError for a context that leaves no room for an answer and, where it does not count it, a question."""
-    how = FORMS[form or usual_form(tokenizer)]
+    how = FORMS[usual_form(tokenizer) if form == USUAL else form]
     frame, fact = frame_of(tokenizer, how), draw_facts(random.Random(0), 1, digits=how.digits)[0]
     question = frame.question(how.question.format(key=fact.key), how.opening.format(key=fact.key))
     longest, room = families.positions(model), len(frame.encode(fact.answer)) + 1 + (0 if frame.chat else 2 * len(question))

@@ -29,7 +29,7 @@ FORMAT = 1
 @dataclass(frozen=True)
 class Task(Checked):
     """What to measure on: at most `windows` windows of `context` tokens, taken from each of the `texts` (by name) in turn; `cases` of
-    recall in one of its forms (None: what suits the tokenizer); as many questions as the full cache is to answer; both fed again over what
+    recall in one of its forms (usual: what suits the tokenizer); as many questions as the full cache is to answer; both fed again over what
     was kept, or not."""
 
     texts: Mapping[str, str] = option(any_text=True)
@@ -40,7 +40,7 @@ class Task(Checked):
     batch: int = option(2, at_least=1, at_most=4096)
     refeed: bool = True
     questions: int = option(64, at_least=1, at_most=10**6)
-    recall_form: str | None = option(None, choices=tuple(recall.FORMS))
+    recall_form: str = option(recall.USUAL, choices=(recall.USUAL, *recall.FORMS))
 
 
 @dataclass
