@@ -140,7 +140,7 @@ def _plans(
     """Settings of the plans of every budget and draw, and what the table says of them; plans are read back when they were made before."""
     for draw in range(fit.draws):
         for budget in fit.budgets:
-            name = "".join(c if c.isalnum() else "-" for c in f"{fit.label}-{fit.bits}-{budget}-{draw}")
+            name = _slug(f"{fit.label}-{fit.bits}-{budget}-{draw}")
             folder, timed, start = work / name, work / f"{name}.json", time.perf_counter()
             try:
                 if not timed.exists():
@@ -153,7 +153,7 @@ def _plans(
                         bits=fit.bits,
                         ranks=None,
                         sample=replace(sample, seed=draw),
-                        work=work / f"fitting-{name.rsplit('-', 2)[0]}-{draw}",
+                        work=work / _slug(f"fitting-{fit.label}-{draw}"),  # the same for every budget
                         progress=bars,
                     ).save(folder, force=True)
                     timed.write_text(json.dumps(time.perf_counter() - start))
@@ -164,6 +164,10 @@ def _plans(
             label = fit.label if plan.bits is None or fit.method is None else f"{fit.label} + {plan.bits}"
             known = {"label": f"{label} {budget}", "draw": draw, "fit_seconds": json.loads(timed.read_text())}
             yield planned(model, plan, str(folder)), known
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name)
 
 
 def _policies(
