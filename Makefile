@@ -13,13 +13,14 @@ SCORED := --context 1024 --windows 8
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-# Halve the cache of the embedded model three ways, compare with INT8, INT4 and the full cache, write the report.
+# Compress the cache of the embedded model four ways, compare with INT8, INT4 and the full cache, write the report.
 demo: .venv/.ready
-	$(LOWKEY) compress tiny $(DEMO)/stiefattention --method stiefattention-joint -O steps=48 --budget 50% --windows 24 --force
-	$(LOWKEY) compress tiny $(DEMO)/kq-svd --method kq-svd --layout pre_rope --allocator greedy -O group=6 --budget 50% --windows 24 --force
-	$(LOWKEY) compress tiny $(DEMO)/pca --method pca --budget 50% --windows 24 --force
-	$(LOWKEY) eval tiny --plan $(DEMO)/stiefattention --plan $(DEMO)/kq-svd --plan $(DEMO)/pca --task perplexity,recall,speed \
-		--out $(DEMO)/results/tiny.json
+	$(LOWKEY) compress tiny $(DEMO)/quarter --budget 25% --at 512 --force
+	$(LOWKEY) compress tiny $(DEMO)/eighth --budget 12.5% --at 512 --force
+	$(LOWKEY) compress tiny $(DEMO)/trained --method stiefattention-joint -O steps=48 --budget 25% --at 512 --force
+	$(LOWKEY) compress tiny $(DEMO)/eigenattention --method eigenattention --budget 25% --at 512 --force
+	$(LOWKEY) eval tiny --plan $(DEMO)/quarter --plan $(DEMO)/eighth --plan $(DEMO)/trained --plan $(DEMO)/eigenattention \
+		--task perplexity,recall,speed --out $(DEMO)/results/tiny.json
 	$(LOWKEY) report $(DEMO)/results -o $(DEMO)/report.html
 	@echo "open $(DEMO)/report.html"
 
