@@ -166,6 +166,8 @@ def test_what_was_not_answered_is_asked_again_in_another_text():
 def test_few_questions_are_no_evidence_and_say_so():
     found, _ = ask(100)
     assert not found["full"]["questions_evidence"] and not found["int8"]["questions_evidence"]
+    assert found["full"]["questions_note"].endswith("use a model that answers more")
+    assert ask(3)[0]["full"]["questions_note"].endswith("give --questions 20 or more")
     assert found["full"]["questions_note"].startswith("questions: the full cache answers 8 of 24 askings, too few")
 
 

@@ -192,8 +192,9 @@ def measure(
     rows = {name: _row(answers, found[full.name]) for name, answers in found.items()}
     rows[full.name] |= {"questions_asked": asked, "questions_items": list(kept)}
     if len(kept) < LEAST:
+        remedy = f"give --questions {LEAST} or more" if len(kept) == wanted else "use a model that answers more"
         rows[full.name]["questions_note"] = (
-            f"questions: the full cache answers {len(kept)} of {asked} askings, too few to tell caches apart; use a model that answers more"
+            f"questions: the full cache answers {len(kept)} of {asked} askings, too few to tell caches apart; {remedy}"
         )
     return rows
 
