@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
 
 def calibrated(model, method, budget):
     sample = Sample(4, 24)
-    return lowkey.calibrate(model, pico.tokenizer(), method=method, budget=budget, sample=sample)
+    return lowkey.calibrate(model, pico.tokenizer(), method=method, budget=budget, sample=sample, sinks=0, recent=0)
 
 
 @pytest.mark.parametrize(("heads", "kept"), [(3, 1), (3, 2), (5, 3), (7, 6)])

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowkey import families, files, sensitivity, text
-from lowkey.allocate import ALLOCATORS, PARTS, Allocator
+from lowkey import families, files, text
+from lowkey.allocate import ALLOCATORS, Allocator
+from lowkey.asked import AT, JUDGES, Asked, asked_for, limit_of, numbers_of
 from lowkey.fingerprint import data_fingerprint, model_fingerprint
-from lowkey.grid import Asked, grid, multiples
-from lowkey.holding import Holding
+from lowkey.grid import Asked as Grid
 from lowkey.layers.exact import WINDOW, Exact
-from lowkey.layers.packing import scheme_name, scheme_or_none
 from lowkey.merging import blocks
 from lowkey.methods import METHODS, Course, Method
 from lowkey.ops.bases import is_orthonormal
@@ -26,23 +25,17 @@ from lowkey.options import Checked, option
 from lowkey.plan import Plan, versions
 from lowkey.policies.allocators import HeadImportance
 from lowkey.probe import Probe
-from lowkey.profile import Pair, Profile, Ranks, too_small
+from lowkey.profile import Pair, Profile, Ranks
 from lowkey.progress import Progress, silent
-from lowkey.recommended import recommended
 from lowkey.seam import attach
 from lowkey.sensitivity import SIGNALS
 from lowkey.statistics import gather
 from lowkey.stream import layer_inputs
 from lowkey.through import losses_grown
-from lowkey.types import LAYOUTS, Basis, Budget, Factors, LayerBases, Layout, LowkeyError
+from lowkey.types import Basis, Budget, Factors, LayerBases, Layout
 from lowkey.unfinished import Surface, load_layer, save_layer
 
 HELD = 0.25  # share of the calibration windows that only judge: the error surface and early stopping
-JUDGES = {  # what a layer's error is
-    "layers": "the relative error of the layer's output",
-    "loss": "nats by which the cross-entropy grows when that layer alone is compressed",
-}
-AT = 1024  # tokens of the cache that a budget is counted for
 Measuring = Literal["pairs", "sides", "none"]
 T = TypeVar("T")
 
@@ -68,7 +61,7 @@ def calibrate(
     allocator: str | Allocator | None = None,
     layout: Layout | None = None,
     sample: Sample = Sample(),
-    ranks: Asked | None = None,
+    ranks: Grid | None = None,
     rank_multiple: int = 1,
     judge: str = "layers",
     sinks: int = WINDOW.sinks,
@@ -101,74 +94,70 @@ def calibrate(
     work: a folder to resume from and save progress into.
     Errors: LowkeyError for an unsupported model, too short a text, or a budget out of reach.
     """
-    shape, limit = families.geometry(model), _limit(budget, error_budget, judge)
-    full, longest = shape.full_bytes_per_token(model.dtype.itemsize), families.positions(model)
-    if at < 1:
-        raise LowkeyError(f"at {at}: a budget is counted for a cache of at least 1 token; give the length that matters, like {AT}")
-    at = at if longest is None else min(at, longest)
-    if method is None:
-        best = recommended(model, limit.share(full, at) if isinstance(limit, Budget) else None)
-        layout, allocator, bits = layout or best.layout, allocator or best.allocator, best.bits if bits is None else bits
-    chosen = best.method if method is None else method
-    form, split = layout or chosen.layout, _allocator(allocator or chosen.allocator)
-    window = _check(model, sinks, recent, form, judge, split)
-    measured, choices = _candidates(chosen, shape, ranks, rank_multiple)
-    packed, itemsize = scheme_or_none(bits), model.dtype.itemsize
-    holding = Holding(len(shape.compressible), shape.kv_heads, shape.head_dim, itemsize, window, packed, at)
-    room = holding.latents(limit) if isinstance(limit, Budget) else None
-    if room is not None and packed is None:
-        least = (measured if split.measured else choices)[0]
-        _check_room(room, chosen, shape, itemsize, least, lambda: _smaller(chosen, shape, least, ranks, rank_multiple))
+    limit, window = limit_of(budget, error_budget, judge), Exact(sinks, recent)
+    asked = asked_for(model, limit, judge, window, at, bits, method, allocator, layout, ranks, rank_multiple)
     rows = windows_of(attach(model), tokenizer, texts, sample)
-    seen = window.visible(rows.shape[1])
-    provenance, ours = provenance_of(model, rows, sample), describe(chosen)
-    surface: Measuring = "pairs" if pairs or room is None else "sides" if split.measured else "none"
-    what: dict = {"method": ours, "layout": form, "ranks": [measured, choices], "judge": judge, "batch": sample.batch}
-    what |= {"exact": [seen.sinks, seen.recent], "surface": surface}
-    folder, held = files.job_folder(work, {"provenance": provenance, **what}), max(1, round(HELD * len(rows)))
-    course = Course(model, rows, held, form, measured, sample.seed, sample.batch, progress, choices, seen, folder)
-    bases, profile = fit_layers(chosen, course, folder, judge, surface)
-    if packed is not None:
-        sizes = holding.sizes(next(iter(bases.values())), lambda r: chosen.numbers(r, shape.kv_heads, shape.head_dim))
-        profile = replace(profile, sizes=sizes)
-    factors, told = _chosen(chosen, split, bases, profile, room, limit, course, judge)
-    told["at"] = at
+    known = provenance_of(model, rows, sample)
+    surface: Measuring = "pairs" if pairs or asked.room is None else "sides" if asked.allocator.measured else "none"
+    course = _course(asked, model, rows, sample, surface, known, work, progress)
+    bases, profile = fit_layers(asked.method, course, course.work, judge, surface)
+    factors, told = _chosen(asked, bases, profile, course)
+    return _plan(asked, factors, told, known, asdict(families.geometry(model)), heads or {})
+
+
+def _course(
+    asked: Asked,
+    model: PreTrainedModel,
+    rows: Tensor,
+    sample: Sample,
+    surface: Measuring,
+    known: dict,
+    work: Path | None,
+    progress: Progress,
+) -> Course:
+    """What the method works on, with a folder of its own for unfinished work."""
+    seen = asked.holding.exact.visible(rows.shape[1])
+    what: dict = {"method": describe(asked.method), "layout": asked.layout, "ranks": [asked.measured, asked.choices], "judge": asked.judge}
+    what |= {"batch": sample.batch, "exact": [seen.sinks, seen.recent], "surface": surface}
+    folder, held = files.job_folder(work, {"provenance": known, **what}), max(1, round(HELD * len(rows)))
+    return Course(model, rows, held, asked.layout, asked.measured, sample.seed, sample.batch, progress, asked.choices, seen, folder)
+
+
+def _plan(asked: Asked, factors: dict[int, Factors], told: dict, known: dict, geometry: dict, heads: HeadImportance) -> Plan:
+    limit, window = asked.limit, asked.holding.exact
     return Plan(
         factors=factors,
-        layout=form,
-        method=ours,
-        allocator=describe(split),
-        budget=str(limit) if isinstance(limit, Budget) else f"error {limit:g}" + (" nats" if judge == "loss" else ""),
-        bits=None if bits is None or packed is None else scheme_name(bits),
-        geometry=asdict(shape),
-        provenance=provenance,
-        profile=told,
+        layout=asked.layout,
+        method=describe(asked.method),
+        allocator=describe(asked.allocator),
+        budget=str(limit) if isinstance(limit, Budget) else f"error {limit:g}" + (" nats" if asked.judge == "loss" else ""),
+        bits=asked.bits,
+        geometry=geometry,
+        provenance=known,
+        profile=told | {"at": asked.holding.tokens},
         orthonormal=all(_transposed(f) for f in factors.values()),
-        sinks=sinks,
-        recent=recent,
-        heads={kind: [list(row) for row in rows] for kind, rows in (heads or {}).items()},
+        sinks=window.sinks,
+        recent=window.recent,
+        heads={kind: [list(row) for row in rows] for kind, rows in heads.items()},
     )
 
 
-def _chosen(
-    method: Method,
-    split: Allocator,
-    bases: dict[int, LayerBases],
-    profile: Profile,
-    room: float | None,
-    limit: Budget | float,
-    course: Course,
-    judge: str,
-) -> tuple[dict[int, Factors], dict]:
-    """Factors at the ranks that the allocator chose, and what the plan says of the choice. room: bytes per stored token of latents."""
+def _chosen(asked: Asked, bases: dict[int, LayerBases], profile: Profile, course: Course) -> tuple[dict[int, Factors], dict]:
+    """Factors at the ranks that the allocator chose, and what the plan says of the choice."""
+    method, split, limit = asked.method, asked.allocator, asked.limit
+    if asked.bits is not None:
+        shape = families.geometry(course.model)
+        sizes = asked.holding.sizes(next(iter(bases.values())), lambda r: method.numbers(r, shape.kv_heads, shape.head_dim))
+        profile = replace(profile, sizes=sizes)
     profile = replace(profile, signals={name: SIGNALS[name](course.model, course.training, course.batch) for name in split.needs})
-    profile = _measured(profile, split.pairs(profile), bases, course, judge)
-    ranks = split.under_error(profile, limit) if room is None else split.under_bytes(profile, room)  # type: ignore[arg-type]
+    profile = _measured(profile, split.pairs(profile), bases, course, asked.judge)
+    ranks = split.under_error(profile, limit) if asked.room is None else split.under_bytes(profile, asked.room)  # type: ignore[arg-type]
     factors = {i: found.at(*pair) for (i, found), pair in zip(bases.items(), ranks, strict=True)}
     told = _described(profile, ranks, bases)
     if not isinstance(limit, Budget):
         when = " (before the method's last stage)" if method.finishes else ""
-        told["bounded"] = {"what": split.bounds + when, "error": JUDGES[judge], "budget": limit, "reached": split.bounded(profile, ranks)}
+        error, reached = JUDGES[asked.judge], split.bounded(profile, ranks)
+        told["bounded"] = {"what": split.bounds + when, "error": error, "budget": limit, "reached": reached}
     return method.finish(factors, course) if method.finishes else factors, told
 
 
@@ -188,40 +177,6 @@ def _transposed(f: Factors) -> bool:
     """Whether the up maps are the orthonormal down maps turned over, so that a plan need not hold them."""
     sides = (f.k_down, f.k_up), (f.v_down, f.v_up)
     return all(torch.equal(blocks(down.mT, t), up) and is_orthonormal(down) for (down, up), t in zip(sides, f.merge, strict=True))
-
-
-def _check(model: PreTrainedModel, sinks: int, recent: int, layout: Layout, judge: str, split: Allocator) -> Exact:
-    if model.training:
-        raise LowkeyError("model: is in training mode, where dropout would be measured too; call model.eval() first")
-    window = Exact(sinks, recent)  # has their ranges
-    if layout not in LAYOUTS:
-        raise LowkeyError(f"layout {layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
-    families.check_layout(model, layout)
-    if judge not in JUDGES:
-        raise LowkeyError(f"judge {judge!r} is unknown; choose one of {', '.join(JUDGES)}")
-    sensitivity.check(model, split.needs)
-    return window
-
-
-def _candidates(method: Method, shape: families.Geometry, asked: Asked | None, multiple: int) -> tuple[list[int], tuple[int, ...]]:
-    """The ranks to measure errors at, and all that may be chosen."""
-    served = method.candidates(shape.kv_heads, shape.head_dim, multiples(shape.head_dim, multiple))
-    measured = grid(method.grid if asked is None else asked, served)
-    return measured, tuple(served if asked is None and method.every else measured)
-
-
-def _numbers(method: Method, shape: families.Geometry, ranks: Sequence[int]) -> dict[int, int]:
-    """What a token takes at those ranks at which it takes less than the rank for each head."""
-    found = {r: method.numbers(r, shape.kv_heads, shape.head_dim) for r in ranks}
-    return {r: n for r, n in found.items() if n != r * shape.kv_heads}
-
-
-def _smaller(method: Method, shape: families.Geometry, least: int, asked: Asked | None, multiple: int) -> str:
-    """What else than a larger budget there is to say where the rank `least` is too large: nothing, where no smaller one is served."""
-    served, any_multiple = (method.candidates(shape.kv_heads, shape.head_dim, multiples(shape.head_dim, m))[0] for m in (multiple, 1))
-    if served < least:
-        return f", or give smaller --ranks, down to {served}"
-    return ", or lower --rank-multiple" if any_multiple < least else ""
 
 
 def fit_layers(
@@ -250,7 +205,7 @@ def fit_layers(
         surfaces = [_surface(ranks, pairs, errors[i], judge) for i in bases]
     shape = families.geometry(model)
     spectra = [(_spectrum(b.keys), _spectrum(b.values)) for b in bases.values()]
-    numbers = _numbers(method, shape, course.served)
+    numbers = numbers_of(method, shape, course.served)
     return bases, Profile(
         tuple(course.ranks), surfaces, shape.kv_heads, model.dtype.itemsize, spectra, choices=course.choices, numbers=numbers
     )
@@ -309,38 +264,6 @@ def windows_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts
     length = min(sample.length, getattr(model.config.get_text_config(), "max_position_embeddings", sample.length))
     ids = text.encode(tokenizer, text.joined(texts), model)
     return text.sample_windows(ids, tokenizer, length, sample.windows, sample.seed, "calibration text")
-
-
-def _limit(budget: str | Budget | None, error: float | None, judge: str) -> Budget | float:
-    """The budget that is given, 50% when none is."""
-    if budget is not None and error is not None:
-        raise LowkeyError(f"budget {budget} and error budget {error}: give one of them")
-    if error is not None:
-        if judge == "layers" and not 0 < error <= 1:
-            raise LowkeyError(f"error budget {error}: a relative layer-output error above 0 and up to 1; the paper uses 0.03")
-        if not 0 < error < math.inf:
-            raise LowkeyError(f"error budget {error}: with judge 'loss' these are nats of cross-entropy, a finite number above 0; try 0.01")
-        return error
-    return Budget.parse("50%" if budget is None else budget)
-
-
-def _check_room(room: float, method: Method, shape: families.Geometry, itemsize: int, least: int, otherwise: Callable[[], str]) -> None:
-    """Before anything is fitted. Errors: LowkeyError when the rank `least` everywhere takes more than `room` bytes per token; otherwise:
-    what else can be done."""
-    layers, numbers = len(shape.compressible), _numbers(method, shape, [least])
-    empty = Profile((least, shape.head_dim), [[]] * layers, shape.kv_heads, itemsize, [], numbers=numbers)
-    if room < (reached := empty.bytes([(least, least)] * layers)):
-        raise too_small(empty, room, reached, otherwise())
-
-
-def _allocator(chosen: str | Allocator) -> Allocator:
-    if not isinstance(chosen, str):
-        if missing := [part for part in PARTS if not hasattr(chosen, part)]:
-            raise LowkeyError(f"allocator {type(chosen).__name__}: lacks {', '.join(missing)}; derive it from lowkey.allocate.Allocator")
-        return chosen
-    if chosen not in ALLOCATORS:
-        raise LowkeyError(f"allocator {chosen!r} is unknown; choose one of {', '.join(ALLOCATORS)}")
-    return ALLOCATORS[chosen]()
 
 
 def name_of(thing: object) -> str:

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey import files, ggufs, options, packaged
-from lowkey.allocate import ALLOCATORS, PARTS, Allocator
+from lowkey.allocate import ALLOCATORS
 from lowkey.attention import register
 from lowkey.families import family
 from lowkey.methods import METHODS, Method
@@ -26,6 +26,7 @@ from lowkey.packaged import PACKAGED
 from lowkey.policies import POLICIES
 from lowkey.policies.base import Policy
 from lowkey.seam import attach
+from lowkey.splitting import PARTS, Allocator
 from lowkey.types import Budget, LowkeyError
 
 TINY = "tiny"

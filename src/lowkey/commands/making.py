@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from lowkey import files
-from lowkey.allocate import ALLOCATORS
-from lowkey.calibrate import AT, JUDGES, Sample, calibrate
+from lowkey.allocate import ALLOCATORS, Allocator
+from lowkey.asked import AT, JUDGES
+from lowkey.calibrate import Sample, calibrate
 from lowkey.commands.common import (
     AllocatorOptions,
     AsJson,
@@ -43,6 +44,7 @@ from lowkey.heads import KINDS, estimate_heads
 from lowkey.layers.exact import WINDOW, Exact
 from lowkey.layers.packing import SCHEMES, scheme_or_none
 from lowkey.loading import load, make_allocator, make_method
+from lowkey.methods import Method
 from lowkey.methods.dynakv import GateTraining
 from lowkey.needles import TASKS as NEEDLES
 from lowkey.needles import Drawing
@@ -112,14 +114,7 @@ def compress(
     """Fit a method on text and write a plan. Interrupted work resumes when the same command is given again."""
     work = files.check_output(out, force)
     sample, form = sample_of(windows, context, seed), None if layout is None else layout_of(layout)
-    given, of_split = options_of(option), options_of(allocator_option, "allocator option")
-    if method is None and given:
-        raise LowkeyError(f"option {shown(next(iter(given)))}: belongs to a method; name it with --method (`lowkey methods` lists them)")
-    chosen = None if method is None else make_method(method, given)
-    name = chosen.allocator if allocator is None and chosen else allocator
-    if name is None and of_split:
-        raise LowkeyError(f"allocator option {shown(next(iter(of_split)))}: belongs to an allocator; name it with --allocator")
-    split = None if name is None else make_allocator(name, of_split)
+    chosen, split = _method_and_allocator(method, options_of(option), allocator, options_of(allocator_option, "allocator option"))
     scheme_or_none(bits)
     asked = None if budget is None else Budget.parse(budget)
     hold(Exact, sinks=sinks, recent=recent)
@@ -127,27 +122,24 @@ def compress(
     loaded, tokenizer, corpus = opened(model, dtype, device, calibration)
     check_context(context, loaded)
     plan = calibrate(
-        *(loaded, tokenizer, corpus),
-        method=chosen,
-        budget=asked,
-        error_budget=error_budget,
-        allocator=split,
-        layout=form,
-        sample=sample,
-        ranks=ranks,
-        rank_multiple=rank_multiple,
-        judge=judge,
-        sinks=sinks,
-        recent=recent,
-        bits=bits,
-        at=at,
-        heads=head_scores(heads, loaded),
-        work=work,
-        progress=bars,
-    )
+        *(loaded, tokenizer, corpus), method=chosen, budget=asked, error_budget=error_budget, allocator=split, layout=form, sample=sample,
+        ranks=ranks, rank_multiple=rank_multiple, judge=judge, sinks=sinks, recent=recent, bits=bits, at=at,
+        heads=head_scores(heads, loaded), work=work, progress=bars,
+    )  # fmt: skip
     plan.save(out, force)
     files.remove_work(work)
     show_plan(plan, out, as_json)
+
+
+def _method_and_allocator(method: str | None, given: dict, allocator: str | None, of_split: dict) -> tuple[Method | None, Allocator | None]:
+    """Those that are named, or None, with their options: the method's own allocator where only a method is named."""
+    if method is None and given:
+        raise LowkeyError(f"option {shown(next(iter(given)))}: belongs to a method; name it with --method (`lowkey methods` lists them)")
+    chosen = None if method is None else make_method(method, given)
+    name = chosen.allocator if allocator is None and chosen else allocator
+    if name is None and of_split:
+        raise LowkeyError(f"allocator option {shown(next(iter(of_split)))}: belongs to an allocator; name it with --allocator")
+    return chosen, None if name is None else make_allocator(name, of_split)
 
 
 def dynamic(
