@@ -363,7 +363,7 @@ class Training:
 
 def _finished(training: Training, plan: Plan, judge: HeldOut, held_out: dict[str, float]) -> Recovered:
     model = training.student.adapted.merged().eval().requires_grad_(False)
-    records, exact = training.records(), all(_lossless(f) for f in plan.factors.values())
+    records, exact = training.records(), all(f.lossless for f in plan.factors.values())
     about = {
         "exact": exact,
         "settings": json.loads(json.dumps(asdict(training.settings))),  # as it comes back from a file
@@ -380,19 +380,6 @@ def _finished(training: Training, plan: Plan, judge: HeldOut, held_out: dict[str
     held_out["after"] = judge.loss(attach(model), issued)
     issued.provenance["recovered"]["held_out"] = held_out
     return Recovered(model, issued, records, about["stages"], held_out, exact)
-
-
-def _lossless(f: Factors) -> bool:
-    """Whether keys and values come back as they were: latents of full rank, of maps that undo one another."""
-    if f.frequencies is not None:
-        return False
-
-    def undone(down: Tensor, up: Tensor, together: int) -> bool:
-        joint = torch.cat(list(up.unflatten(0, (-1, together)).transpose(0, 1)), -1)  # (G, t r, t d)
-        back = down.double() @ joint.double()
-        return bool((back - torch.eye(back.shape[-1], dtype=back.dtype, device=back.device)).abs().max() < 1e-4)
-
-    return undone(f.k_down, f.k_up, f.merge[0]) and undone(f.v_down, f.v_up, f.merge[1])
 
 
 def _describe(plan: Plan, data: Windows, settings: Recovery) -> dict:

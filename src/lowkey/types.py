@@ -150,6 +150,19 @@ class Factors:
         kept = {name: t.to(like.device) for name, t in (("order", self.order), ("frequencies", self.frequencies)) if t is not None}
         return replace(self, **moved, **kept)
 
+    @property
+    def lossless(self) -> bool:
+        """Whether keys and values come back as they were: latents of full rank, of maps that undo one another."""
+        if self.frequencies is not None:
+            return False
+
+        def undone(down: Tensor, up: Tensor, together: int) -> bool:
+            joint = torch.cat(list(up.unflatten(0, (-1, together)).transpose(0, 1)), -1)  # (G, t r, t d)
+            back = down.double() @ joint.double()
+            return bool((back - torch.eye(back.shape[-1], dtype=back.dtype, device=back.device)).abs().max() < 1e-4)
+
+        return undone(self.k_down, self.k_up, self.merge[0]) and undone(self.v_down, self.v_up, self.merge[1])
+
 
 def identity(d: int) -> Factors:
     """Of full rank, shared by all heads."""
