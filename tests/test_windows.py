@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import string
 
 import pico
 import pytest
 import torch
+from forging import edit_json
 from pico import LAYERS, attached, prompt
+from test_cli import printed, refused
+from transformers import AutoModelForCausalLM
 
 import lowkey
 from lowkey import Exact, LowkeyError, Sample, families
@@ -34,11 +36,12 @@ def calibrate(method=None, **kwargs) -> Plan:
     return lowkey.calibrate(attached("llama"), pico.tokenizer(), TEXT, **given)
 
 
-def held(plan: Plan, tokens: int) -> int:
+def held(plan: Plan, tokens: int, model=None) -> int:
     """Bytes of a real cache that has read so many tokens, as it says itself before and after the fact."""
-    cache = lowkey.make_cache(attached("llama"), plan)
+    model = model or attached("llama")
+    cache = lowkey.make_cache(model, plan)
     for ids in prompt(tokens, batch=1).split(200, dim=1):
-        pico.feed(attached("llama"), ids, cache)
+        pico.feed(model, ids, cache)
     assert cache.nbytes() == cache.predicted_nbytes()
     return cache.nbytes()
 
@@ -166,11 +169,45 @@ def test_a_cache_over_a_packed_plan_is_saved_and_goes_on(tmp_path):
 @pytest.mark.parametrize("bits", [4, "int3", "", ["int4"], {"a": 1}, True, "x" * 5000, "int4\n"])
 def test_garbled_bits_are_refused_in_one_line(tmp_path, bits):
     packed().save(tmp_path)
-    written = json.loads((tmp_path / JSON).read_text())
-    (tmp_path / JSON).write_text(json.dumps(written | {"bits": bits}))
-    with pytest.raises(LowkeyError) as refusal:
+    edit_json(tmp_path / JSON, bits=bits)
+    with pytest.raises(LowkeyError, match="bits are") as refusal:
         Plan.load(tmp_path)
     assert len(str(refusal.value).splitlines()) == 1 and len(str(refusal.value)) < 1000
+
+
+def test_a_plan_of_format_2_says_nothing_of_bits_and_is_loaded(tmp_path):
+    packed(bits=None, sinks=0, recent=0).save(tmp_path)
+    edit_json(tmp_path / JSON, lambda written: written.pop("bits"), format=2)
+    plan = Plan.load(tmp_path, attached("llama"))
+    assert (plan.bits, plan.sinks, plan.recent) == (None, 0, 0)
+    assert torch.equal(logits(plan), logits(packed(bits=None, sinks=0, recent=0)))
+
+
+# -- the command line
+
+SMALL = ("--windows", 8, "--context", 48)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return pico.save(tmp_path_factory.mktemp("model") / "pico", pad_token_id=None)
+
+
+def test_compress_takes_bits_and_the_length_that_a_budget_in_bytes_is_for(folder, tmp_path):
+    words = ("--method", "pca", "--allocator", "uniform", "--budget", "102 KiB", "--bits", 4, "--at", 256, *SMALL)
+    told = printed("compress", folder, tmp_path / "plan", *words)
+    assert (told["bits"], told["profile"]["at"], told["budget"], told["sinks"], told["recent"]) == ("int4", 256, "102 KiB", 4, 32)
+    model = lowkey.attach(AutoModelForCausalLM.from_pretrained(folder))
+    assert held(Plan.load(tmp_path / "plan", model), 256, model) <= 102 * 2**10
+
+
+def test_compress_without_a_method_takes_what_is_recommended(folder, tmp_path):
+    words = ("compress", folder, tmp_path / "plan", *SMALL)
+    told = printed(*words, "--budget", "25%")
+    assert (told["method"]["name"], told["layout"], told["bits"]) == ("fisher-svd", "pre_rope", "kivi4")
+    assert printed(*words, "--force", "--bits", "none", "--budget", "40%")["bits"] is None
+    assert "name it with --method" in refused(*words, "--force", "-O", "group=2")
+    assert "name it with --allocator" in refused(*words, "--force", "-A", "step=0.1")
 
 
 # -- errors beside exact tokens
