@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, count, takewhile
@@ -232,11 +232,15 @@ class Spectrum(Allocator):
     """The largest energies of all layers' spectra, keys and values alike: the least sum of what lies beyond the ranks. Nothing is measured.
 
     For energies of one unit, as `fisher-svd` has them. Those of other methods cannot be compared between layers.
+    floor: under a byte budget no rank is below this share of the rank that all could have, since what a layer does for other texts than
+    the calibration's does not show in its energies.
     """
 
     summary: ClassVar[str] = "the ranks of the largest energies over all layers, keys and values"
     bounds: ClassVar[str] = "the share of the energies of all spectra together that lies beyond the ranks"
     measured: ClassVar[bool] = False
+
+    floor: float = option(0.0, at_least=0, at_most=1)
 
     def under_error(self, profile: Profile, error: float) -> Ranks:
         return self._grown(profile, math.inf, error)
@@ -252,9 +256,12 @@ class Spectrum(Allocator):
         """From the least ranks, the step of most energy per byte that fits, until `error` is reached or none fits."""
         served, tails = profile.served, self._tails(profile)
         costs = [[profile.cost(side, rank) for rank in served] for side in (0, 1)]
-        at, used = [0] * len(tails), profile.bytes([(served[0], served[0])] * profile.layers)
-        if used > limit:
-            raise too_small(profile, limit, used)
+        even = [profile.bytes([(rank, rank)] * profile.layers) for rank in served]
+        if even[0] > limit:
+            raise too_small(profile, limit, even[0])
+        equal = served[bisect_right(even, limit) - 1] if limit < math.inf else served[0]
+        least = max(0, bisect_right(served, self.floor * equal) - 1)
+        at, used = [least] * len(tails), even[least]
         while True:
             ranks = [served[i] for i in at]
             pairs = list(zip(ranks[::2], ranks[1::2], strict=True))
