@@ -193,8 +193,8 @@ def table(rows: list[dict]) -> str:
         group = [r for r in rows if r["label"] == label]
         kept = statistics.mean(r["bytes_held"] / r["bytes_full"] for r in group)
         fit = [r["fit_seconds"] for r in group if r["fit_seconds"] is not None]
-        cells = [_cell(group, c) for c in shown]
-        lines.append(f"| {label} | {100 * kept:.1f} % | " + " | ".join(cells) + f" | {statistics.mean(fit):.0f} |" if fit else " | |")
+        cells = [_cell(group, c) for c in shown] + [f"{max(fit):.0f}" if fit else ""]
+        lines.append(f"| {label} | {100 * kept:.1f} % | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
