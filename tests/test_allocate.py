@@ -543,7 +543,7 @@ def test_error_budgets_are_held_at_measured_ranks(name):
 
 def test_greedy_goes_no_lower_than_what_was_measured():
     p = replace(bowl(), choices=EXACT)
-    with pytest.raises(LowkeyError, match="the least these candidate ranks allow"):
+    with pytest.raises(LowkeyError, match="the least that the ranks allow"):
         Greedy().under_bytes(p, p.bytes([(1, 1)] * 3))
 
 
@@ -587,3 +587,14 @@ def test_what_was_measured_is_read_and_not_computed():
 def test_one_rank_is_a_profile_too():
     p = Profile((8,), [[[0.25]]], HEADS, ITEMSIZE, [decaying(0)])
     assert p.error(0, (8, 8)) == 0.25 and p.full == (8, 8) and p.served == (8,)
+
+
+def test_spectrum_leaves_no_rank_below_its_share_of_the_even_one():
+    """Of two layers one has all the energy: without a floor the other keeps the least rank, with one its share of the even rank."""
+    ranks = tuple(range(1, 9))
+    energies = [([[1.0] * 8], [[1.0] * 8]), ([[1e-9] * 8], [[1e-9] * 8])]
+    p = Profile(ranks, [[], []], 1, 1, energies)
+    for floor, least in ((0.0, 1), (0.5, 2), (0.75, 3), (1.0, 4)):
+        found = ALLOCATORS["spectrum"](floor=floor).under_bytes(p, 16.0)  # rank 4 everywhere
+        assert found[1] == (least, least)
+        assert sum(map(sum, found)) == 16

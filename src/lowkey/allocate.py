@@ -240,7 +240,7 @@ class Spectrum(Allocator):
     bounds: ClassVar[str] = "the share of the energies of all spectra together that lies beyond the ranks"
     measured: ClassVar[bool] = False
 
-    floor: float = option(0.0, at_least=0, at_most=1)
+    floor: float = option(0.75, at_least=0, at_most=1)
 
     def under_error(self, profile: Profile, error: float) -> Ranks:
         return self._grown(profile, math.inf, error)
