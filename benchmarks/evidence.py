@@ -130,6 +130,7 @@ def run(
     result = evaluate(loaded, tokenizer, settings, task, names, bars, files.job_folder(work, {"part": part, "only": only}))
     for row in result["rows"]:
         row |= about.get(row["plan"], {"label": row["name"], "draw": 0, "fit_seconds": None})
+        row["chosen"] = (row.pop("profile", None) or {}).get("chosen")  # surfaces and spectra are in the plans
     files.write_json(place, result, "result", ours=True)
     print(table(result["rows"]))
 
