@@ -175,3 +175,29 @@ def test_on_a_terminal_the_bar_names_the_item(monkeypatch):
     assert list(progress.bars(["a", "b"], lambda item: f"perplexity, [{item}]")) == ["a", "b"]
     assert "perplexity, [b]" in drawn.getvalue() and "2/2" in drawn.getvalue()
     assert list(progress.bars([], "nothing")) == []
+
+
+def test_bits_pack_only_plans_that_have_none(model, here):
+    """A plan's own integers are part of it: no second row of its latents in others, and none that is given twice."""
+    for name, more in (("whole", ()), ("packed", ("--bits", "kivi4"))):
+        status, _, err = lowkey(
+            "compress",
+            model,
+            name,
+            "--method",
+            "pca",
+            "--budget",
+            "90%",
+            "--windows",
+            4,
+            "--context",
+            64,
+            "--sinks",
+            0,
+            "--recent",
+            0,
+            *more,
+        )
+        assert status == 0, err
+    found = printed("eval", model, "--plan", "whole", "--plan", "packed", "--windows", 1, "--context", 64, "--bits", "kivi4")
+    assert [row["short"] for row in found["rows"]] == ["full", "pca 90%", "pca 90% kivi4", "pca 90% kivi4", "kivi4"]

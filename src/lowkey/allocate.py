@@ -122,9 +122,14 @@ class Greedy(Allocator):
         return ranks
 
     def _steps(self, profile: Profile, choices: Sequence[int], layer: int, pair: Pair) -> list[Step]:
-        k, v = (bisect_left(choices, r) for r in pair)
-        lower = ([(choices[k - 1], pair[1])] if k else []) + ([(pair[0], choices[v - 1])] if v else [])
-        return [(self._cost(profile, layer, pair, new), layer, new) for new in lower]
+        lower = [self._lower(profile, choices, side, rank) for side, rank in enumerate(pair)]
+        pairs = [(r, pair[1]) if side == 0 else (pair[0], r) for side, r in enumerate(lower) if r is not None]
+        return [(self._cost(profile, layer, pair, new), layer, new) for new in pairs]
+
+    def _lower(self, profile: Profile, choices: Sequence[int], side: int, rank: int) -> int | None:
+        """The next lower rank that takes fewer bytes: packed latents grow by jumps."""
+        held = profile.cost(side, rank)
+        return next((r for r in reversed(choices[: bisect_left(choices, rank)]) if profile.cost(side, r) < held), None)
 
     def _cost(self, profile: Profile, layer: int, pair: Pair, new: Pair) -> float:
         return (profile.error(layer, new) - profile.error(layer, pair)) / (profile.bytes([pair]) - profile.bytes([new]))

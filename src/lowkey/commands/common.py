@@ -25,7 +25,7 @@ from lowkey.version import __version__
 
 err = Aside(stderr=True, markup=False, emoji=False)
 
-BITS = f"also rows of packed integers, alone and for each plan's latents: {', '.join(SCHEMES)} (int8 and int4, alone, when not given)"
+BITS = f"also rows of packed integers, alone and in plans that have none: {', '.join(SCHEMES)} (int8 and int4, alone, when not given)"
 CORES = Range(at_least=1, at_most=2**10)
 Model = Annotated[
     str, typer.Argument(help="a model folder, a Hub id, a .gguf file, 'tiny' (embedded), or 'smollm2' (`lowkey download smollm2`)")

@@ -129,10 +129,12 @@ def _late(settings: Sequence[Setting], names: Sequence[str]) -> list[str]:
 def _integers(
     model: PreTrainedModel, plans: Sequence[Folder], bits: Sequence[str] | None, sinks: int | None, recent: int | None
 ) -> list[Setting]:
-    """Each plan's latents in packed integers, and integers alone."""
+    """Latents in packed integers, of the plans that have none of their own, and integers alone."""
     beside = Exact(WINDOW.sinks if sinks is None else sinks, WINDOW.recent if recent is None else recent)
     alone: Sequence[int | str] = bits or (() if families.stores_its_own(model.config) else (8, 4))
-    return [p.setting(model, b, sinks, recent) for p in plans for b in bits or ()] + [packed(model, b, beside) for b in alone]
+    return [p.setting(model, b, sinks, recent) for p in plans if p.bits is None for b in bits or ()] + [
+        packed(model, b, beside) for b in alone
+    ]
 
 
 def _fresh(name: str) -> Path:

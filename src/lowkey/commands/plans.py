@@ -20,10 +20,13 @@ from lowkey.types import LowkeyError
 
 class Folder(Protocol):
     """`wanted` says on whose behalf an ordinary plan is asked for; sinks and recent, of `setting`, stand in the place of the plan's own
-    where it keeps exact tokens. Errors: LowkeyError for what this kind of plan cannot do."""
+    where it keeps exact tokens. bits: the packing that it has itself. Errors: LowkeyError for what this kind of plan cannot do."""
 
     @property
     def path(self) -> Path: ...
+
+    @property
+    def bits(self) -> str | None: ...
 
     def ordinary(self, wanted: str) -> Plan: ...
 
@@ -40,6 +43,10 @@ class Ordinary:
 
     path: Path
     plan: Plan
+
+    @property
+    def bits(self) -> str | None:
+        return self.plan.bits
 
     def ordinary(self, wanted: str) -> Plan:
         return self.plan
@@ -60,6 +67,10 @@ class Dynamic:
 
     path: Path
     plan: DynaPlan
+
+    @property
+    def bits(self) -> str | None:
+        return None
 
     def ordinary(self, wanted: str) -> Plan:
         rule = "gives every token a rank of its own, which only eval and generate can use, without a policy and bits"
