@@ -267,7 +267,9 @@ def plans():
     made, sample = {}, Sample(8, 24)
     for how in ("aware", "kept"):
         method = KVLatent(rope=how)
-        made[how] = lowkey.calibrate(attached("llama"), pico.tokenizer(), TEXT, method=method, budget="50%", sample=sample, rank_multiple=4)
+        made[how] = lowkey.calibrate(
+            attached("llama"), pico.tokenizer(), TEXT, method=method, budget="50%", sample=sample, rank_multiple=4, sinks=0, recent=0
+        )
     return made
 
 

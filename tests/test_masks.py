@@ -30,7 +30,7 @@ def cache_of(kind, model):
     """Kinds of cache that give stock logits, those of packed numbers but for their noise."""
     made = {
         "plain": lambda: make_cache(model, exact=Exact(3, 7)),
-        "int8": lambda: make_cache(model, bits=8),
+        "int8": lambda: make_cache(model, bits=8, exact=Exact(3)),
         "kivi8": lambda: make_cache(model, bits="kivi8", exact=Exact(3, 7)),
         "kivi8-plan": lambda: make_cache(model, whole_rank(model, "pre_rope"), bits="kivi8", exact=Exact(2, 0)),
         "hadamard8": lambda: make_cache(model, bits="hadamard8", exact=Exact(3)),

@@ -10,6 +10,7 @@ from lowkey import families, packaged
 from lowkey.cache import cache_of, make_cache
 from lowkey.layers.codec import LowRank
 from lowkey.layers.coded import CodedLayer
+from lowkey.layers.exact import Exact
 from lowkey.policies import SnapKV
 from lowkey.text import embedded, encode
 from lowkey.types import Factors
@@ -70,7 +71,7 @@ def test_all_directions_of_every_head_are_the_stock_cache(smollm2, ids):
 def test_bytes(smollm2, ids):
     """By hand: 30 layers, keys and values, 3 heads of 64, two bytes each; at int8 a byte each, with two bfloat16 for every 32."""
     model, _ = smollm2
-    plain, packed, cut = make_cache(model), make_cache(model, bits=8), make_cache(model, policy=SnapKV("32 tokens"))
+    plain, packed, cut = make_cache(model), make_cache(model, bits=8, exact=Exact()), make_cache(model, policy=SnapKV("32 tokens"))
     for cache in (plain, packed, cut):
         logits(model, ids, cache)
         assert cache.nbytes() == cache.predicted_nbytes()

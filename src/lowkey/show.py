@@ -39,7 +39,7 @@ class Aside(Screen):
 
 def wide() -> int | None:
     """The terminal's own width, or what a file may hold."""
-    return None if sys.stdout is not None and sys.stdout.isatty() else 150
+    return None if sys.stdout is not None and sys.stdout.isatty() else 160
 
 
 screen = Screen(width=wide(), markup=False, emoji=False)
