@@ -330,3 +330,9 @@ def test_a_packed_plan_with_a_policy_says_how_it_can_be():
     with pytest.raises(LowkeyError, match="bits='int8' together with a policy"):
         lowkey.make_cache(model, packed(), policy, bits="int8")
     assert torch.equal(logits(packed(), policy, bits="none"), logits(packed(bits=None), policy))
+
+
+def test_an_error_budget_without_a_method_is_one_of_measured_errors():
+    plan = lowkey.calibrate(attached("llama"), pico.tokenizer(), TEXT, error_budget=0.3, sample=Sample(8, 48), sinks=0, recent=0)
+    assert plan.allocator["name"] == "greedy" and plan.bits is None
+    assert plan.profile["bounded"]["what"] == "the largest error of a layer" and plan.profile["bounded"]["reached"] <= 0.3

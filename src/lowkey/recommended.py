@@ -26,7 +26,8 @@ class Recommended:
 
 
 def recommended(model: PreTrainedModel, share: float | None) -> Recommended:
-    """share: of the full cache's bytes that is to be kept; None under an error budget, which integers would add to."""
+    """share: of the full cache's bytes that is to be kept; None under an error budget, which integers would add to, and which is one of
+    measured errors, so that they choose the ranks."""
     try:
         families.check_layout(model, "pre_rope")
         layout: Layout = "pre_rope"
@@ -36,7 +37,7 @@ def recommended(model: PreTrainedModel, share: float | None) -> Recommended:
         sensitivity.check(model, ("fisher",))
     except LowkeyError:  # weights that give no gradients
         return Recommended(KQSVD(group=0), layout, "uniform", _bits(share))
-    return Recommended(FisherSVD(), layout, "spectrum", _bits(share))
+    return Recommended(FisherSVD(), layout, "spectrum" if share is not None else "greedy", _bits(share))
 
 
 def _bits(share: float | None) -> str:
