@@ -54,7 +54,7 @@ bench: .venv/.ready
 	$(BIN)/python benchmarks/fitting.py
 	$(BIN)/python benchmarks/calibration_memory.py
 
-# The tables of docs/results.md.
+# The tables of docs/results-toys.md; benchmarks/evidence.py makes those of docs/results.md.
 results: .venv/.ready
 	$(BIN)/python benchmarks/equal_bytes.py tiny docs/results/tiny.json
 
