@@ -23,9 +23,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey import files, text
 from lowkey.calibrate import Sample, calibrate
+from lowkey.echo import ECHOES, estimate_echo
 from lowkey.evaluate.result import Task, evaluate
 from lowkey.evaluate.settings import Setting, evicted, full, packed, planned
-from lowkey.heads import estimate_heads
+from lowkey.heads import HeadScores, estimate_heads
 from lowkey.intervals import half_width
 from lowkey.layers.exact import WINDOW
 from lowkey.loading import load, make_method, make_policy
@@ -72,6 +73,10 @@ FITS: dict[str, tuple[Fit, ...]] = {
         Fit("fisher-svd, uniform", "fisher-svd", allocator="uniform", budgets=BUDGETS),
         Fit("fisher-svd", "fisher-svd", budgets=BUDGETS, draws=3),
     ),
+    "trained": (
+        Fit("fisher-svd", "fisher-svd", budgets=("25%", "12.5%"), draws=3),
+        Fit("stiefattention-joint", "stiefattention-joint", budgets=("25%", "12.5%"), draws=3),
+    ),
     "default": (Fit("default", None, bits=None, budgets=("50%", "25%", "18.75%", "12.5%", "8%"), draws=3),),
     "combined": (
         Fit("kq-svd (joint, pre-RoPE), uniform", "kq-svd", JOINT, "pre_rope", "uniform", "kivi4", ("25%", "12.5%")),
@@ -87,6 +92,7 @@ POLICIES = (
     *("snapkv", "pyramidkv", "ada-kv", "headkv-r", "headkv-r2", "kvzip", "expected-attention", "curdkv", "h2o", "tova", "streamingllm"),
     *("kv-compress", "fastgen", "razor", "think", "knorm", "keydiff"),
 )
+SCORES = {"headkv-r": ("copy",), "headkv-r2": ("r2",), "razor": ("induction", "echo")}  # of heads, that a policy reads
 TASKS = {"policies": "recall,questions"}  # of a part; a window read in one piece says nothing of what is evicted
 app = typer.Typer(add_completion=False)
 
@@ -178,12 +184,20 @@ def _policies(
         if only and name not in only.split(";"):
             continue
         try:
-            policy, scores = make_policy(name, budget, {}), {}
-            for kind in getattr(policy.split(), "kinds", ()):
-                scores[kind] = estimate_heads(model, tokenizer, kind=kind, cases=20, context=context // 2, progress=bars).scores
-            yield evicted(model, policy, name, context, heads=scores or None)
+            scores = {kind: _scores(model, tokenizer, kind, context, work) for kind in SCORES.get(name, ())}
+            yield evicted(model, make_policy(name, budget, {}), name, context, heads=scores or None)
         except LowkeyError as error:
             print(f"{name}: {error}", flush=True)
+
+
+def _scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kind: str, context: int, work: Path) -> list[list[float]]:
+    """Importance of the model's own heads, from cases half as long as the context; read back when it was measured before."""
+    place = work / f"heads-{kind}.json"
+    if not place.exists():
+        how = {"kind": kind, "context": context // 2, "progress": bars}
+        found = estimate_echo(model, tokenizer, **how) if kind in ECHOES else estimate_heads(model, tokenizer, cases=40, **how)
+        found.save(place)
+    return HeadScores.load(place, model).per_kv_head().tolist()
 
 
 def table(rows: list[dict]) -> str:
