@@ -10,8 +10,11 @@ from typing import ClassVar
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lowkey import families
+from lowkey.gradients import Moments, fisher_bases, gather
 from lowkey.layers.exact import NOTHING, Exact
-from lowkey.options import Checked
+from lowkey.ops.products import group_size
+from lowkey.options import Checked, option
 from lowkey.probe import Probe
 from lowkey.progress import Progress, silent
 from lowkey.types import Factors, LayerBases, LayerStatistics, Layout
@@ -98,3 +101,33 @@ def whole_heads(group: int, head_dim: int, ranks: list[int]) -> list[int]:
 def whole_numbers(rank: int, group: int, head_dim: int) -> int:
     """What the whole heads of a group take that such a rank stands for."""
     return rank * group // head_dim * head_dim
+
+
+@dataclass(frozen=True)
+class GradientMethod(Method):
+    """A method whose bases come from the gradients of the whole model's loss.
+
+    group: how many KV heads share one latent, a divisor of their number, or 0 for all.
+    """
+
+    allocator: ClassVar[str] = "spectrum"
+    layout: ClassVar[Layout] = "pre_rope"
+    tunes: ClassVar[bool] = True
+    fits: ClassVar[bool] = False
+
+    group: int = option(0, at_least=0, at_most=1024)
+
+    def candidates(self, heads: int, head_dim: int, ranks: list[int]) -> list[int]:
+        group_size(heads, self.group or heads)
+        return ranks
+
+    def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
+        raise NotImplementedError("no layer says by itself what the loss is; see tune")
+
+    def moments(self, course: Course) -> Moments:
+        """Of keys, values and their gradients over the fitting windows."""
+        return gather(course.model, course.training, course.layout, course.exact, course.seed, course.work, course.progress)
+
+    def closed_form(self, course: Course, ridge: float) -> dict[int, LayerBases]:
+        heads = families.geometry(course.model).kv_heads
+        return fisher_bases(self.moments(course), heads, self.group or heads, ridge)

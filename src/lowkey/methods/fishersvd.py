@@ -5,17 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lowkey import families
-from lowkey.gradients import fisher_bases, gather
-from lowkey.methods.base import Course, Method
-from lowkey.ops.products import group_size
+from lowkey.methods.base import Course, GradientMethod
 from lowkey.options import option
-from lowkey.probe import Probe
-from lowkey.types import LayerBases, LayerStatistics, Layout
+from lowkey.types import LayerBases
 
 
 @dataclass(frozen=True)
-class FisherSVD(Method):
+class FisherSVD(GradientMethod):
     """The oblique projectors P_K, P_V that minimise tr(F E C E^T), E = I - P, per layer and for keys and for values apart.
 
     C is the second moment of keys (values), and F that of the gradients of the loss with respect to them, labels drawn from the model:
@@ -31,22 +27,8 @@ class FisherSVD(Method):
     """
 
     summary: ClassVar[str] = "the best rank-r maps in the metric of the model's loss (Fisher information), of heads together"
-    allocator: ClassVar[str] = "spectrum"
-    layout: ClassVar[Layout] = "pre_rope"
-    tunes: ClassVar[bool] = True
-    fits: ClassVar[bool] = False
 
-    group: int = option(0, at_least=0, at_most=1024)
     ridge: float = option(1e-6, at_least=0, at_most=1)
 
-    def candidates(self, heads: int, head_dim: int, ranks: list[int]) -> list[int]:
-        group_size(heads, self.group or heads)
-        return ranks
-
-    def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
-        raise NotImplementedError("no layer says by itself what the loss is; see tune")
-
     def tune(self, bases: dict[int, LayerBases], course: Course) -> dict[int, LayerBases]:
-        heads = families.geometry(course.model).kv_heads
-        found = gather(course.model, course.training, course.layout, course.exact, course.seed, course.work, course.progress)
-        return fisher_bases(found, heads, self.group or heads, self.ridge)
+        return self.closed_form(course, self.ridge)

@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 
 from lowkey import families, files, optimizing, through
-from lowkey.gradients import fisher_bases, gather
 from lowkey.merging import beside, blocks
-from lowkey.methods.base import Course, Method
-from lowkey.ops.products import group_size, signs
+from lowkey.methods.base import Course, GradientMethod
+from lowkey.ops.products import signs
 from lowkey.ops.schedule import falling
 from lowkey.options import option
-from lowkey.probe import Probe
-from lowkey.types import Factors, LayerBases, LayerStatistics, Layout, device_of, head_blocks
+from lowkey.types import Factors, LayerBases, device_of, head_blocks
 
 LOOKS = 4  # how often held-out windows judge
 JUDGING = 8  # of them, at most
@@ -28,7 +26,7 @@ RIDGE = 1e-6
 
 
 @dataclass(frozen=True)
-class StiefJoint(Method):
+class StiefJoint(GradientMethod):
     """Oblique projectors of a layer's heads together, trained at the chosen ranks on KL(original || compressed) of the next tokens.
 
     arXiv:2601.21686 trains orthonormal bases per layer, on the relative error of that layer's output, in which massive tokens drown the
@@ -46,32 +44,17 @@ class StiefJoint(Method):
 
     summary: ClassVar[str] = "fisher-svd, then maps of all layers trained on the divergence of the whole model"
     paper: ClassVar[str] = "arXiv:2601.21686"
-    allocator: ClassVar[str] = "spectrum"
-    layout: ClassVar[Layout] = "pre_rope"
-    tunes: ClassVar[bool] = True
-    fits: ClassVar[bool] = False
     finishes: ClassVar[bool] = True
 
-    group: int = option(0, at_least=0, at_most=1024)
     steps: int = option(96, at_least=0, at_most=10**7)
     lr: float = option(2e-4, above=0, at_most=10)
 
-    def candidates(self, heads: int, head_dim: int, ranks: list[int]) -> list[int]:
-        group_size(heads, self.group or heads)
-        return ranks
-
-    def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
-        raise NotImplementedError("no layer says by itself what the loss is; see tune")
-
     def tune(self, bases: dict[int, LayerBases], course: Course) -> dict[int, LayerBases]:
-        heads = families.geometry(course.model).kv_heads
-        found = gather(course.model, course.training, course.layout, course.exact, course.seed, course.work, course.progress)
-        return fisher_bases(found, heads, self.group or heads, RIDGE)
+        return self.closed_form(course, RIDGE)
 
     def finish(self, factors: dict[int, Factors], course: Course) -> dict[int, Factors]:
         heads = families.geometry(course.model).kv_heads
-        found = gather(course.model, course.training, course.layout, course.exact, course.seed, course.work, course.progress)
-        training = Training.of(factors, found, heads // (self.group or heads), course)
+        training = Training.of(factors, self.moments(course), heads // (self.group or heads), course)
         with torch.enable_grad():
             return training.run(self.steps, self.lr)
 
