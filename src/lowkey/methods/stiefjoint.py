@@ -13,7 +13,7 @@ from torch import Tensor
 from lowkey import families, files, optimizing, through
 from lowkey.merging import beside, blocks
 from lowkey.methods.base import Course, GradientMethod
-from lowkey.ops.products import signs
+from lowkey.ops.products import roots, signs
 from lowkey.ops.schedule import falling
 from lowkey.options import option
 from lowkey.types import Factors, LayerBases, device_of, head_blocks
@@ -64,9 +64,7 @@ class White:
     up, (G, n, r) and (G, r, n)."""
 
     def __init__(self, moment: Tensor, down: Tensor, up: Tensor, device: torch.device) -> None:
-        values, vectors = torch.linalg.eigh(moment.double())
-        values = values.clamp_min(0) + (RIDGE * values.mean(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
-        root, inverse = (vectors * v.unsqueeze(-2) @ vectors.mT for v in (values.sqrt(), values.rsqrt()))
+        root, inverse = roots(moment, RIDGE)
         self.t = moment.shape[-1] // up.shape[-1]
         inside, back = root @ down.double(), beside(up, self.t).double() @ inverse
         length = inside.norm(dim=-2, keepdim=True)

@@ -22,14 +22,20 @@ def oblique_basis(left: Float[Tensor, "G n n"], right: Float[Tensor, "G n n"], r
     scaling by S^{1/2}, which also levels keys and queries in the basis, sends b_i to infinity where S vanishes.
     spectrum: S^2, the energy of each direction of X Y^T, of t directions at a time.
     """
-    values, vectors = torch.linalg.eigh(left.double())
-    values = values.clamp_min(0) + (ridge * values.mean(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
-    root, inverse = (vectors * v.unsqueeze(-2) @ vectors.mT for v in (values.sqrt(), values.rsqrt()))
+    root, inverse = roots(left, ridge)
     u, singular, _ = torch.linalg.svd(root @ square_root(right))
     down, up = inverse @ u, root @ u
     scale = (up.norm(dim=-2, keepdim=True) / down.norm(dim=-2, keepdim=True)).sqrt() * signs(down)
     energy = singular.square().unflatten(-1, (-1, t)).sum(-1)
     return Basis((down * scale).float(), (up / scale).mT.float(), spectrum=energy, merge=t)
+
+
+def roots(moment: Float[Tensor, "G n n"], ridge: float) -> tuple[Tensor, Tensor]:
+    """The symmetric root and its inverse, in fp64, after `ridge` times the mean eigenvalue is added, so that there is an inverse."""
+    values, vectors = torch.linalg.eigh(moment.double())
+    values = values.clamp_min(0) + (ridge * values.mean(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
+    root, inverse = (vectors * v.unsqueeze(-2) @ vectors.mT for v in (values.sqrt(), values.rsqrt()))
+    return root, inverse
 
 
 def beside_one_another(moments: Float[Tensor, "h d d"], t: int) -> Float[Tensor, "G n n"]:
