@@ -13,9 +13,10 @@ from pico import attached, feed, prompt, stock
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import lowkey
-from lowkey import families, heads
+from lowkey import echo, families, heads
 from lowkey.cache import cache_of
 from lowkey.echo import estimate_echo
+from lowkey.files import measured
 from lowkey.heads import KINDS, HeadScores, estimate_heads, f1, spearman
 from lowkey.layers.watching import WatchingLayer
 from lowkey.loading import load
@@ -405,6 +406,48 @@ def test_a_seed_gives_the_same_scores_and_another_does_not(accepting):
     assert torch.equal(first.values, again.values) and not torch.equal(first.values, other.values)
     assert (first.seed, other.seed) == (0, 1) and first.data_sha256 == other.data_sha256
     assert small(attached("llama"), haystack="Another day. " * 60).data_sha256 != first.data_sha256
+
+
+class Stopping:
+    """A progress that is interrupted before item `at`."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def __call__(self, items, *_):
+        for number, item in enumerate(items):
+            if number == self.at:
+                raise KeyboardInterrupt
+            yield item
+
+
+def estimate(kind: str, **given) -> HeadScores:
+    if kind == "echo":
+        return estimate_echo(attached("llama"), pico.tokenizer(), kind="echo", cases=10, context=41, **given)
+    return small(attached("llama"), **given)
+
+
+@pytest.mark.parametrize("seed, again", [(0, 5), (1, 10)], ids=["the same", "another"])
+@pytest.mark.parametrize("kind, looks", [("echo", (echo, "_values")), ("r2", (heads._Job, "values"))])
+def test_a_stopped_estimate_goes_on_and_another_begins_anew(tmp_path, monkeypatch, accepting, kind, looks, seed, again):
+    straight, seen, look = estimate(kind, seed=seed), [], getattr(*looks)
+    monkeypatch.setattr(measured, "EVERY", 0.0)
+    monkeypatch.setattr(*looks, lambda *given: seen.append(1) or look(*given))
+    with pytest.raises(KeyboardInterrupt):
+        estimate(kind, work=tmp_path, progress=Stopping(5))
+    assert len(seen) == 5
+    assert torch.equal(estimate(kind, work=tmp_path, seed=seed).values, straight.values) and len(seen) == 5 + again
+
+
+@pytest.mark.parametrize("bad", [[[0.5]], "no table"])
+def test_unfinished_scores_that_are_damaged_are_refused(tmp_path, bad):
+    saved = measured.Measured(tmp_path, {"job": 1})
+    saved.once("case 1", lambda: bad)
+    refused(lambda: saved.tensor("case 1", (2, 3), lambda: None), "'case 1' is no table of shape")
+
+
+def test_numbers_that_are_not_finite_are_told_at_once():
+    refused(lambda: measured.Measured().tensor("case 1", (1,), lambda: torch.tensor([float("nan")])), "case 1: the model's numbers are not")
 
 
 @pytest.mark.parametrize(

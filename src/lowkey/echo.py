@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey import families
 from lowkey.cache import cache_of
+from lowkey.files.measured import Measured
 from lowkey.fingerprint import data_fingerprint, model_fingerprint
 from lowkey.heads import HeadScores
 from lowkey.layers.watching import WatchingLayer
@@ -28,13 +33,15 @@ def estimate_echo(
     context: int = 1024,
     seed: int = 0,
     progress: Progress = silent,
+    work: Path | None = None,
 ) -> HeadScores:
     """Per case and query head, the mean attention from the tokens of the last repetition to their earlier equals (`echo`) or to the tokens
     right after these (`induction`). No text is needed. A case has at most `context` tokens.
+    work: a folder to save every case in, from which the same call goes on.
 
     Errors: LowkeyError for an unknown kind, fewer than 1 case, or a context that the model is too short for.
     """
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", context)
+    longest = families.positions(model) or context
     if kind not in ECHOES or cases < 1 or not 4 * REPEATS < context <= longest:
         raise LowkeyError(
             f"kind {kind!r}, cases {cases}, context {context}: give {' or '.join(ECHOES)}, at least 1 case and a context of "
@@ -44,20 +51,27 @@ def estimate_echo(
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     size = (context - len(start)) // REPEATS
     blocks = torch.randint(len(tokenizer), (cases, size), generator=generator)
-    values = [_values(model, torch.tensor(start), block, ECHOES[kind]) for block in progress(blocks, kind)]
-    shape = families.geometry(model)
+    known: dict[str, Any] = {
+        "kind": kind,
+        "drawn": cases,
+        "model": model.config._name_or_path,
+        "model_sha256": model_fingerprint(model),
+        "data_sha256": data_fingerprint(blocks),
+        "seed": seed,
+        "settings": {"block": size, "repeats": REPEATS},
+    }
+    measured, shape, values = Measured(work, known), families.geometry(model), list[Tensor]()
+    for number, block in enumerate(progress(blocks, kind), 1):
+        look = partial(_values, model, torch.tensor(start), block, ECHOES[kind])
+        found = measured.tensor(f"{kind}, case {number}", (len(shape.compressible), shape.heads), look)
+        values += [] if found is None else [found]
+    measured.write()
     return HeadScores(
-        kind=kind,
         task="repetition",
         values=torch.stack(values),
         layers=shape.compressible,
         kv_heads=shape.kv_heads,
-        drawn=cases,
-        model=model.config._name_or_path,
-        model_sha256=model_fingerprint(model),
-        data_sha256=data_fingerprint(blocks),
-        seed=seed,
-        settings={"block": size, "repeats": REPEATS},
+        **known,
     )
 
 

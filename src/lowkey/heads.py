@@ -12,9 +12,10 @@ import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey import families, files, text
 from lowkey.cache import cache_of
+from lowkey.files.measured import Measured
 from lowkey.fingerprint import check_model, data_fingerprint, model_fingerprint
 from lowkey.layers.watching import WatchingLayer
 from lowkey.needles import TASKS, Case, Haystack, draw_case
@@ -269,13 +271,11 @@ class _Job:
         for _ in case.answer:
             token = self.model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
             written.append(int(token))
-            total = total + torch.stack([self._score(layer, case, written[-1]) for layer in watching.values()])
+            looks = (layer.weights[0].flatten(0, 1) for layer in watching.values())
+            total = total + torch.stack([self.score(weights, case, written[-1]).cpu() for weights in looks])
             if self._over(written, case):
                 break
         return total if self._right(written, case) else None
-
-    def _score(self, layer: WatchingLayer, case: Case, token: int) -> Tensor:
-        return self.score(layer.weights[0].flatten(0, 1), case, token).cpu()
 
     def _over(self, written: list[int], case: Case) -> bool:
         """Nothing can follow that counts."""
@@ -317,23 +317,33 @@ def estimate_heads(
     seed: int = 0,
     accept: Accept = "exact",
     progress: Progress = silent,
+    work: Path | None = None,
 ) -> HeadScores:
     """Score every query head of the full-attention layers on `cases` needle cases.
 
     task: a key of TASKS; None takes the first task of the kind that the model can do. haystack: a text (None: the embedded one).
     lengths: tokens of a case (None: five, a fifth of `context` and so on up to it), crossed with `depths` places of the needle and
     the forms of the task's question. accept: which answers count, `exact` or `f1` (above 0.5, as in the published code).
+    work: a folder to save the scores of every case in, from which the same call goes on.
     Errors: LowkeyError when fewer than 10 cases are answered right, for an unknown name, a context that the model or the
     haystack is too short for, or a model that is not attached.
     """
     sizes = tuple(lengths) if lengths is not None else tuple(round(context * i / 5) for i in range(1, 6))
     _check_request(model, kind, task, cases, sizes, depths, accept)
     hay = Haystack(tokenizer, haystack if haystack is not None else text.embedded("calibration"))
-    text.check_ids(torch.tensor(hay.ids), model)
+    text.check_ids(ids := torch.tensor(hay.ids), model)
     job = _Job(model, tokenizer, KINDS[kind].score, accept, families.geometry(model).compressible)
+    known: dict[str, Any] = {
+        "model": model.config._name_or_path,
+        "model_sha256": model_fingerprint(model),
+        "data_sha256": data_fingerprint(ids),
+        "seed": seed,
+        "settings": {"lengths": list(sizes), "depths": depths, "accept": accept},
+    }
+    measured = Measured(work, {**known, "kind": kind, "drawn": cases})
     for name in [task] if task else KINDS[kind].tasks:
         drawn = _cases(name, hay, cases, sizes, depths, seed)
-        found = _solve(job, progress(drawn, f"{kind} on {name}", cases), cases)
+        found = _solve(job, progress(drawn, f"{kind} on {name}", cases), cases, name, measured)
         if len(found) >= LEAST:
             break
     else:
@@ -348,11 +358,7 @@ def estimate_heads(
         layers=job.layers,
         kv_heads=families.geometry(model).kv_heads,
         drawn=cases,
-        model=model.config._name_or_path,
-        model_sha256=model_fingerprint(model),
-        data_sha256=data_fingerprint(torch.tensor(hay.ids)),
-        seed=seed,
-        settings={"lengths": list(sizes), "depths": depths, "accept": accept},
+        **known,
     )
 
 
@@ -366,8 +372,7 @@ def _check_request(
         raise LowkeyError("model is not attached: call lowkey.attach(model) before estimate_heads")
     if cases < LEAST or depths < 1 or not lengths:
         raise LowkeyError(f"cases {cases}, depths {depths}: scores need {LEAST} cases, one depth and one length at least; give more")
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and max(lengths) > longest:
+    if (longest := families.positions(model)) is not None and max(lengths) > longest:
         raise LowkeyError(f"context {max(lengths)}: the model reads {longest} tokens at most; give a shorter context")
 
 
@@ -383,12 +388,13 @@ def _cases(task: str, hay: Haystack, count: int, lengths: tuple[int, ...], depth
         raise LowkeyError(f"task {task!r}, lengths {', '.join(map(str, lengths))}: {error}") from None
 
 
-def _solve(job: _Job, cases: Iterable[Case], count: int) -> list[Tensor]:
+def _solve(job: _Job, cases: Iterable[Case], count: int, task: str, measured: Measured) -> list[Tensor]:
     """The values of the cases answered right. Given up when none of the shortest fifth is, or too few are left."""
-    found: list[Tensor] = []
+    found, shape = list[Tensor](), (len(job.layers), families.geometry(job.model).heads)
     for number, case in enumerate(cases, 1):
-        values = job.values(case)
+        values = measured.tensor(f"{task}, case {number}", shape, partial(job.values, case))
         found += [] if values is None else [values]
         if len(found) + count - number < LEAST or (not found and number >= max(LEAST, count // 5)):
             break
+    measured.write()
     return found

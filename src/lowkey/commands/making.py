@@ -226,8 +226,10 @@ def heads(
     force: Annotated[bool, typer.Option(help="replace a file")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure which heads find the answer in a long text, for policies that split their budget by it."""
+    """Measure which heads find the answer in a long text, for policies that split their budget by it. Interrupted work resumes when the
+    same command is given again."""
     files.check_file(out, force=force)
+    work = files.work_beside(out)
     hold(Drawing, cases=cases, context=context, seed=seed)
     word_of("kind", kind, [*KINDS, *ECHOES])
     for what, given in (("task", task), ("haystack", haystack)):
@@ -235,12 +237,22 @@ def heads(
             raise LowkeyError(f"{what} {shown(str(given))}: kind {kind!r} is measured on random tokens; leave it out")
     loaded, tokenizer, corpus = opened(model, dtype, device, haystack, "haystack")
     if kind in ECHOES:
-        found = estimate_echo(loaded, tokenizer, kind=kind, cases=cases, context=context, seed=seed, progress=bars)
+        found = estimate_echo(loaded, tokenizer, kind=kind, cases=cases, context=context, seed=seed, progress=bars, work=work)
     else:
         found = estimate_heads(
-            loaded, tokenizer, kind=kind, task=task, haystack=corpus, cases=cases, context=context, seed=seed, progress=bars
+            loaded,
+            tokenizer,
+            kind=kind,
+            task=task,
+            haystack=corpus,
+            cases=cases,
+            context=context,
+            seed=seed,
+            progress=bars,
+            work=work,
         )
     found.save(out)
+    files.remove_work(work)
     print(json.dumps({"heads": str(out), **found.describe()})) if as_json else show_heads(found, out, cases)
 
 

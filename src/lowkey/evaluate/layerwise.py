@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowkey import families
-from lowkey.evaluate.measured import Measured
 from lowkey.evaluate.settings import Setting
+from lowkey.files.measured import Measured
 from lowkey.layers.exact import NOTHING
 from lowkey.probe import Probe, relative_errors
 from lowkey.progress import Progress

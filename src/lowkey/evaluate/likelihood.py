@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey.cache import LowkeyCache
 from lowkey.evaluate import footprint
-from lowkey.evaluate.measured import Measured
 from lowkey.evaluate.settings import Setting
+from lowkey.files.measured import Measured
 from lowkey.intervals import half_width
 from lowkey.prefill import prefill
 from lowkey.progress import Progress

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey import families, text
 from lowkey.evaluate import footprint, layerwise, likelihood, questions, recall, speed
-from lowkey.evaluate.measured import Measured
 from lowkey.evaluate.settings import Setting, distinct
+from lowkey.files.measured import Measured
 from lowkey.fingerprint import model_fingerprint
 from lowkey.options import Checked, option
 from lowkey.plan import versions

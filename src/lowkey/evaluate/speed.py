@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey.evaluate import footprint
-from lowkey.evaluate.measured import Measured
 from lowkey.evaluate.settings import Setting
+from lowkey.files.measured import Measured
 from lowkey.prefill import prefill
 from lowkey.progress import Progress
 from lowkey.types import device_of

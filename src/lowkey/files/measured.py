@@ -7,7 +7,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lowkey import files
+import torch
+from torch import Tensor
+
+from lowkey.files.reading import jsonable
+from lowkey.files.work import damaged, job_folder, job_name, read_work_json, write_work_json
+from lowkey.types import LowkeyError
 
 EVERY = 5.0  # seconds of work that a kill may cost, beside the measurement that it met
 NAME = "measured.json"
@@ -31,24 +36,43 @@ class Measured:
     def once(self, name: str, measure: Callable[[], Any]) -> Any:
         """What `measure` gives, which is called only where nothing of that name is known. Numbers that are not finite become None."""
         if name not in self.known:
-            self.known[name] = files.jsonable(measure())
+            self.known[name] = jsonable(measure())
             if time.monotonic() - self.written >= EVERY:
                 self.write()
         return self.known[name]
+
+    def tensor(self, name: str, shape: tuple[int, ...], measure: Callable[[], Tensor | None]) -> Tensor | None:
+        """As `once`, of a tensor of that shape, which comes back in fp64 exactly, or of None. Errors: LowkeyError when it is not finite, or
+        when a file holds something else."""
+
+        def plain() -> list | None:
+            if (found := measure()) is not None and not bool(found.isfinite().all()):
+                raise LowkeyError(f"{name}: the model's numbers are not finite; load it with --dtype float32, or check its weights")
+            return None if found is None else found.tolist()
+
+        if (known := self.once(name, plain)) is None:
+            return None
+        try:
+            found = torch.tensor(known, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            found = torch.empty(0)
+        if found.shape != shape:
+            raise LowkeyError(f"unfinished work: {name!r} is no table of shape {shape}; it is damaged: delete {self.work} and start anew")
+        return found
 
     def write(self) -> None:
         """What is new, in one step, as every file of lowkey's."""
         if self.work is None or self.saved == len(self.known):
             return
-        folder = files.job_folder(self.work, self.job)
-        files.write_work_json(folder, NAME, {"measured": self.known})
+        folder = job_folder(self.work, self.job)
+        write_work_json(folder, NAME, {"measured": self.known})
         self.saved, self.written = len(self.known), time.monotonic()
 
     def _read(self) -> dict[str, Any]:
-        if self.work is None or not (self.work / files.job_name(self.job) / NAME).exists():
+        if self.work is None or not (self.work / job_name(self.job) / NAME).exists():
             return {}
-        folder = files.job_folder(self.work, self.job)
-        found = files.read_work_json(folder, NAME).get("measured")
+        folder = job_folder(self.work, self.job)
+        found = read_work_json(folder, NAME).get("measured")
         if not isinstance(found, dict):
-            raise files.damaged(folder, f"{NAME} holds no measurements")
+            raise damaged(folder, f"{NAME} holds no measurements")
         return found
