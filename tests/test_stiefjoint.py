@@ -117,6 +117,18 @@ def test_a_stopped_training_goes_on_to_the_same_maps(tmp_path):
         assert all(torch.equal(t, getattr(resumed[i], name)) for name, t in vars(f).items() if t is not None)
 
 
+def test_gradients_are_taken_once_for_the_start_and_the_training():
+    told = []
+
+    def progress(items, label, total=None):
+        told.append(label)
+        return iter(items)
+
+    options = {"method": StiefJoint(steps=1), "budget": "30%", "sample": SMALL}
+    lowkey.calibrate(pico.attached("llama"), pico.tokenizer(), TEXT, **options, progress=progress)
+    assert told.count("Fisher information") == 1 and "training maps" in told
+
+
 def test_another_budget_of_the_same_job_trains_anew(tmp_path):
     """The job that a folder belongs to does not name the ranks, for all else is shared between budgets."""
     options = {"method": StiefJoint(steps=2, lr=1e-3), "sample": SMALL}

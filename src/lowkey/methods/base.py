@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -49,6 +50,11 @@ class Course:
     @property
     def training(self) -> Tensor:
         return self.rows[: -self.held]
+
+    @cached_property
+    def moments(self) -> Moments:
+        """Of keys, values and their gradients over the fitting windows: gathered once, however often they are asked for."""
+        return gather(self.model, self.training, self.layout, self.exact, self.seed, self.work, self.progress)
 
 
 class Method(Checked, ABC):
@@ -124,10 +130,6 @@ class GradientMethod(Method):
     def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
         raise NotImplementedError("no layer says by itself what the loss is; see tune")
 
-    def moments(self, course: Course) -> Moments:
-        """Of keys, values and their gradients over the fitting windows."""
-        return gather(course.model, course.training, course.layout, course.exact, course.seed, course.work, course.progress)
-
     def closed_form(self, course: Course, ridge: float) -> dict[int, LayerBases]:
         heads = families.geometry(course.model).kv_heads
-        return fisher_bases(self.moments(course), heads, self.group or heads, ridge)
+        return fisher_bases(course.moments, heads, self.group or heads, ridge)

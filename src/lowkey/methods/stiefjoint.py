@@ -54,7 +54,7 @@ class StiefJoint(GradientMethod):
 
     def finish(self, factors: dict[int, Factors], course: Course) -> dict[int, Factors]:
         heads = families.geometry(course.model).kv_heads
-        training = Training.of(factors, self.moments(course), heads // (self.group or heads), course)
+        training = Training.of(factors, course.moments, heads // (self.group or heads), course)
         with torch.enable_grad():
             return training.run(self.steps, self.lr)
 
