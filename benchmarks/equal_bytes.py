@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from intervals import half_width
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey import files, text
@@ -26,6 +25,7 @@ from lowkey.commands.plans import Dynamic
 from lowkey.dynamic import dyna_plan
 from lowkey.evaluate.result import Task, evaluate
 from lowkey.evaluate.settings import full, packed, planned
+from lowkey.intervals import half_width
 from lowkey.layers.exact import Exact
 from lowkey.loading import load, make_method
 from lowkey.methods.dynakv import GateTraining
@@ -225,9 +225,8 @@ def _cell(values: list) -> str:
         return "-"
     mean = statistics.mean(values)
     digits = 2 if mean >= 10 else 3 if mean >= 1 else 4
-    if len(values) < 3:  # an interval from two is no information
-        return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} ±{half_width(values):.{digits}f}"
+    off = half_width(values)
+    return f"{mean:.{digits}f}" + ("" if off is None else f" ±{off:.{digits}f}")
 
 
 if __name__ == "__main__":

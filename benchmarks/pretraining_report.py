@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from intervals import half_width
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lowkey import files
+from lowkey.intervals import half_width
 
 SMOOTH = 0.05  # of all steps, in a smoothed training loss
 WHOLE = 2 * 128 * 6  # numbers that MHA stores per token
@@ -245,9 +245,8 @@ def _interval(values: list[float], digits: int = 4) -> str:
     if not values:
         return "-"
     mean = statistics.mean(values)
-    if len(values) < 2:
-        return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} ±{half_width(values):.{digits}f}"
+    off = half_width(values, least=2)
+    return f"{mean:.{digits}f}" + ("" if off is None else f" ±{off:.{digits}f}")
 
 
 def _line(*cells: object) -> str:

@@ -16,7 +16,7 @@ from lowkey import LowkeyError, Sample, families
 from lowkey.evaluate import footprint, layerwise, likelihood
 from lowkey.evaluate.result import TASKS, Task, evaluate
 from lowkey.evaluate.settings import Setting, distinct, full, packed, planned
-from lowkey.intervals import t95
+from lowkey.intervals import half_width, t95
 from lowkey.layers.coded import Exact
 from lowkey.methods import PCA
 from lowkey.progress import silent
@@ -184,9 +184,15 @@ def test_intervals_are_over_windows(rows, settings):
     assert by_name(run(settings[:1], windows=2))["full"]["kl_95"] is None
 
 
-@pytest.mark.parametrize("freedom, t", [(2, 4.303), (3, 3.182), (4, 2.776), (6, 2.447), (11, 2.201), (30, 2.042)])
+@pytest.mark.parametrize("freedom, t", [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (6, 2.447), (11, 2.201), (30, 2.042)])
 def test_students_t(freedom, t):
-    assert t95(freedom) == pytest.approx(t, rel=0.012 if freedom < 4 else 3e-3)
+    assert t95(freedom) == pytest.approx(t, rel=2e-3)
+
+
+def test_an_interval_needs_three_values_unless_two_are_asked_for():
+    assert half_width([1.0, 2.0]) is None and half_width([1.0], least=1) is None
+    assert half_width([1.0, 2.0], least=2) == pytest.approx(12.706 * 0.5, rel=1e-3)
+    assert half_width([1.0, 2.0, 3.0]) == pytest.approx(4.303 / 3**0.5, rel=1e-3)
 
 
 def test_windows_are_taken_from_each_text_in_turn(settings):
