@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
@@ -76,7 +76,7 @@ def asked_for(
     room = holding.latents(limit) if isinstance(limit, Budget) else None
     if room is not None and packed is None:
         least = (measured if split.measured else choices)[0]
-        _check_room(room, chosen, shape, itemsize, least, lambda: _smaller(chosen, shape, least, ranks, multiple))
+        _check_room(holding, room, chosen, shape, least, lambda: _smaller(chosen, shape, least, ranks, multiple))
     name = None if bits is None or packed is None else scheme_name(bits)
     return Asked(limit, judge, chosen, split, form, name, holding, room, measured, choices)
 
@@ -112,12 +112,6 @@ def _candidates(method: Method, shape: families.Geometry, asked: Grid | None, mu
     return measured, tuple(served if asked is None and method.every else measured)
 
 
-def numbers_of(method: Method, shape: families.Geometry, ranks: Sequence[int]) -> dict[int, int]:
-    """What a token takes at those ranks at which it takes less than the rank for each head."""
-    found = {r: method.numbers(r, shape.kv_heads, shape.head_dim) for r in ranks}
-    return {r: n for r, n in found.items() if n != r * shape.kv_heads}
-
-
 def _smaller(method: Method, shape: families.Geometry, least: int, asked: Grid | None, multiple: int) -> str:
     """What else than a larger budget there is to say where the rank `least` is too large: nothing, where no smaller one is served."""
     served, any_multiple = (method.candidates(shape.kv_heads, shape.head_dim, multiples(shape.head_dim, m))[0] for m in (multiple, 1))
@@ -126,12 +120,13 @@ def _smaller(method: Method, shape: families.Geometry, least: int, asked: Grid |
     return ", or lower --rank-multiple" if any_multiple < least else ""
 
 
-def _check_room(room: float, method: Method, shape: families.Geometry, itemsize: int, least: int, otherwise: Callable[[], str]) -> None:
+def _check_room(holding: Holding, room: float, method: Method, shape: families.Geometry, least: int, otherwise: Callable[[], str]) -> None:
     """Before anything is fitted. Errors: LowkeyError when the rank `least` everywhere takes more than `room` bytes per token; otherwise:
     what else can be done."""
-    layers, numbers = len(shape.compressible), numbers_of(method, shape, [least])
-    empty = Profile((least, shape.head_dim), [[]] * layers, shape.kv_heads, itemsize, [], numbers=numbers)
-    if room < (reached := empty.bytes([(least, least)] * layers)):
+    heads, d = shape.kv_heads, shape.head_dim
+    sizes = holding.sizes((heads, heads), lambda rank: method.numbers(rank, heads, d))
+    empty = Profile((least, d), [[]] * holding.layers, heads, holding.itemsize, [], sizes=sizes)
+    if room < (reached := empty.bytes([(least, least)] * holding.layers)):
         raise too_small(empty, room, reached, otherwise())
 
 

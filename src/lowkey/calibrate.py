@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey import families, files, text
 from lowkey.allocate import ALLOCATORS, Allocator
-from lowkey.asked import AT, JUDGES, Asked, asked_for, limit_of, numbers_of
+from lowkey.asked import AT, JUDGES, Asked, asked_for, limit_of
 from lowkey.fingerprint import data_fingerprint, model_fingerprint
 from lowkey.grid import Asked as Grid
 from lowkey.layers.exact import WINDOW, Exact
@@ -145,11 +145,11 @@ def _plan(asked: Asked, factors: dict[int, Factors], told: dict, known: dict, ge
 def _chosen(asked: Asked, bases: dict[int, LayerBases], profile: Profile, course: Course) -> tuple[dict[int, Factors], dict]:
     """Factors at the ranks that the allocator chose, and what the plan says of the choice."""
     method, split, limit = asked.method, asked.allocator, asked.limit
-    if asked.bits is not None:
-        shape = families.geometry(course.model)
-        sizes = asked.holding.sizes(next(iter(bases.values())), lambda r: method.numbers(r, shape.kv_heads, shape.head_dim))
-        profile = replace(profile, sizes=sizes)
-    profile = replace(profile, signals={name: SIGNALS[name](course.model, course.training, course.batch) for name in split.needs})
+    shape, first = families.geometry(course.model), next(iter(bases.values()))
+    merge = first.keys.merge, first.values.merge
+    sizes = asked.holding.sizes(merge, lambda rank: method.numbers(rank, shape.kv_heads, shape.head_dim))
+    signals = {name: SIGNALS[name](course.model, course.training, course.batch) for name in split.needs}
+    profile = replace(profile, sizes=sizes, signals=signals)
     profile = _measured(profile, split.pairs(profile), bases, course, asked.judge)
     ranks = split.under_error(profile, limit) if asked.room is None else split.under_bytes(profile, asked.room)  # type: ignore[arg-type]
     factors = {i: found.at(*pair) for (i, found), pair in zip(bases.items(), ranks, strict=True)}
@@ -205,10 +205,7 @@ def fit_layers(
         surfaces = [_surface(ranks, pairs, errors[i], judge) for i in bases]
     shape = families.geometry(model)
     spectra = [(_spectrum(b.keys), _spectrum(b.values)) for b in bases.values()]
-    numbers = numbers_of(method, shape, course.served)
-    return bases, Profile(
-        tuple(course.ranks), surfaces, shape.kv_heads, model.dtype.itemsize, spectra, choices=course.choices, numbers=numbers
-    )
+    return bases, Profile(tuple(course.ranks), surfaces, shape.kv_heads, model.dtype.itemsize, spectra, choices=course.choices)
 
 
 def _probes(course: Course, text: str, known: Callable[[int], T | None]) -> Iterator[tuple[int, Probe | T]]:

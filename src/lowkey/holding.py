@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lowkey.layers.exact import Exact
 from lowkey.layers.packing import Packing, Scheme
-from lowkey.types import Budget, LayerBases, LowkeyError
+from lowkey.types import Budget, LowkeyError
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,15 @@ class Holding:
             )
         return min((wanted - beside) / self.stored, float(self.full))
 
-    def sizes(self, bases: LayerBases, numbers: Callable[[int], int]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Bytes of one stored token of a layer's keys and of its values at ranks 0, 1, ..., d, of which each takes so many numbers."""
+    def sizes(self, merge: tuple[int, int], numbers: Callable[[int], int]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Bytes of one stored token of a layer's keys and of its values at ranks 0, 1, ..., d, of which each takes so many numbers, when
+        so many KV heads share a latent of keys, and of values."""
 
         def side(which: int, merged: int) -> tuple[float, ...]:
             widths = (numbers(rank) * merged // self.heads for rank in range(self.head_dim + 1))
             return tuple(self.latent(which, merged, width) for width in widths)
 
-        return side(0, bases.keys.merge), side(1, bases.values.merge)
+        return side(0, merge[0]), side(1, merge[1])
 
     def latent(self, which: int, merged: int, width: int) -> float:
         """Bytes of one stored token of a layer's keys (0) or values (1), when every `merged` heads share a latent of this width."""

@@ -19,9 +19,8 @@ class Profile:
     spectra: per layer the energies of keys and of values, (heads, d) as nested lists, which energy rules read. signals: by name, per
     layer a number for keys and one for values, as `lowkey.sensitivity` measures them. choices: every rank that may be chosen, in
     ascending order, when bases serve more ranks than were measured (`ranks` otherwise). points: per layer what was measured at other
-    pairs. numbers: what a token takes, of all heads, at ranks at which it takes less than the rank for each of them.
-    sizes: bytes of one stored token of a layer's keys and of its values at ranks 0, 1, 2, ..., where latents are packed in integers;
-    `heads * itemsize` per rank otherwise. A surface may be empty, when nothing was measured on it.
+    pairs. sizes: bytes of one stored token of a layer's keys and of its values at ranks 0, 1, 2, ...; `heads * itemsize` per rank when
+    None. A surface may be empty, when nothing was measured on it.
     """
 
     ranks: tuple[int, ...]
@@ -32,7 +31,6 @@ class Profile:
     signals: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     choices: tuple[int, ...] = ()
     points: list[dict[Pair, float]] = field(default_factory=list)
-    numbers: dict[int, int] = field(default_factory=dict)
     sizes: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
     def error(self, layer: int, pair: Pair) -> float:
@@ -83,9 +81,7 @@ class Profile:
 
     def cost(self, side: int, rank: int) -> float:
         """Bytes of one more token of a layer's keys (side 0) or values (1)."""
-        if self.sizes is None:
-            return self.numbers.get(rank, rank * self.heads) * self.itemsize
-        return self.sizes[side][rank]
+        return rank * self.heads * self.itemsize if self.sizes is None else self.sizes[side][rank]
 
     @property
     def unit(self) -> float:
