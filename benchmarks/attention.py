@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from lowkey.attention import LowkeyConfig, LowkeyForCausalLM, costs
-from lowkey.files import write_json
+from lowkey.core.files import write_json
 
 SMALL = {"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 344, "vocab_size": 1024}
 KINDS: dict[str, dict[str, Any]] = {  # at half of MHA's cache where the kind has a choice

@@ -20,8 +20,8 @@ import typer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import lowkey
-from lowkey.cache import LowkeyCache
-from lowkey.loading import load
+from lowkey.cache.cache import LowkeyCache
+from lowkey.models.loading import load
 from lowkey.policies import SnapKV
 
 SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 9, "num_key_value_heads": 3}

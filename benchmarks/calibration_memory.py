@@ -14,10 +14,10 @@ import sys
 import torch
 import typer
 
-from lowkey import text
-from lowkey.families import geometry
-from lowkey.loading import load
-from lowkey.statistics import gather
+from lowkey.calibration.statistics import gather
+from lowkey.core import text
+from lowkey.models.families import geometry
+from lowkey.models.loading import load
 
 BATCH, LENGTH = 2, 256
 

@@ -18,12 +18,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from lowkey import text
-from lowkey.families import geometry
-from lowkey.loading import load
+from lowkey.calibration.statistics import gather
+from lowkey.core import text
+from lowkey.core.types import head_blocks
+from lowkey.models.families import geometry
+from lowkey.models.loading import load
 from lowkey.ops.bases import principal_basis
-from lowkey.statistics import gather
-from lowkey.types import head_blocks
 
 BATCH = 4
 Bases = dict[int, tuple[Tensor, Tensor]]

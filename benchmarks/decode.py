@@ -14,8 +14,8 @@ from typing import Annotated
 import torch
 import typer
 
-from lowkey.bench import decode_bench
-from lowkey.files import write_json
+from lowkey.core.files import write_json
+from lowkey.evaluate.decode_bench import decode_bench
 
 HEADS = ((32, 32), (32, 8))
 COLUMNS = (

@@ -19,18 +19,19 @@ from typing import Annotated
 import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowkey import files, text
-from lowkey.calibrate import Sample, calibrate
-from lowkey.commands.plans import Dynamic
-from lowkey.dynamic import dyna_plan
+from lowkey.calibration.calibrate import Sample, calibrate
+from lowkey.calibration.dynamic import dyna_plan
+from lowkey.catalog import make_method
+from lowkey.cli.plans import Dynamic
+from lowkey.core import files, text
+from lowkey.core.progress import bars
+from lowkey.core.types import Layout, LowkeyError
+from lowkey.evaluate.intervals import half_width
 from lowkey.evaluate.result import Task, evaluate
 from lowkey.evaluate.settings import full, packed, planned
-from lowkey.intervals import half_width
-from lowkey.layers.exact import Exact
-from lowkey.loading import load, make_method
 from lowkey.methods.dynakv import GateTraining
-from lowkey.progress import bars
-from lowkey.types import Layout, LowkeyError
+from lowkey.models.loading import load
+from lowkey.storage.exact import Exact
 
 METHODS: dict[str, tuple[str, dict[str, str], Layout]] = {  # label: method, options, layout
     "pca": ("pca", {}, "post_rope"),

@@ -21,18 +21,19 @@ from typing import Annotated
 import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowkey import files, text
-from lowkey.calibrate import Sample, calibrate
-from lowkey.echo import ECHOES, estimate_echo
+from lowkey.calibration.calibrate import Sample, calibrate
+from lowkey.catalog import make_method, make_policy
+from lowkey.core import files, text
+from lowkey.core.progress import bars
+from lowkey.core.types import LowkeyError
+from lowkey.evaluate.intervals import half_width
 from lowkey.evaluate.result import Task, evaluate
 from lowkey.evaluate.settings import Setting, evicted, full, packed, planned
-from lowkey.heads import HeadScores, estimate_heads
-from lowkey.intervals import half_width
-from lowkey.layers.exact import WINDOW
-from lowkey.loading import load, make_method, make_policy
-from lowkey.plan import Plan
-from lowkey.progress import bars
-from lowkey.types import LowkeyError
+from lowkey.heads.induction import ECHOES, estimate_echo
+from lowkey.heads.retrieval import HeadScores, estimate_heads
+from lowkey.models.loading import load
+from lowkey.plan.plan import Plan
+from lowkey.storage.exact import WINDOW
 
 BUDGETS = ("50%", "25%", "12.5%")
 INTEGERS = ("int8", "int4", "kivi4", "hadamard4", "int2", "kivi2", "hadamard2")

@@ -17,17 +17,17 @@ from typing import Annotated
 
 import typer
 
-from lowkey import text
-from lowkey.allocate import Greedy, Profile
-from lowkey.calibrate import fit_layers
-from lowkey.families import geometry
-from lowkey.grid import grid, multiples
-from lowkey.loading import load
+from lowkey.allocation.allocators import Greedy, Profile
+from lowkey.allocation.rank_grid import grid, multiples
+from lowkey.calibration.calibrate import fit_layers
+from lowkey.core import text
+from lowkey.core.progress import bars
+from lowkey.core.text import encode, sample_windows
+from lowkey.core.types import LayerBases, LayerStatistics
 from lowkey.methods import PCA, Course, Method, StiefAttention
-from lowkey.probe import Probe
-from lowkey.progress import bars
-from lowkey.text import encode, sample_windows
-from lowkey.types import LayerBases, LayerStatistics
+from lowkey.models.families import geometry
+from lowkey.models.loading import load
+from lowkey.probes.layer_probe import Probe
 
 BUDGETS = (75, 50, 37.5)
 

@@ -17,12 +17,13 @@ import torch
 import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowkey import files, text
+from lowkey.catalog import make_policy
+from lowkey.core import files, text
+from lowkey.core.progress import bars
 from lowkey.evaluate.recall import answered, draw_episodes
 from lowkey.evaluate.settings import Setting, evicted, full
-from lowkey.heads import estimate_heads
-from lowkey.loading import load, make_policy
-from lowkey.progress import bars
+from lowkey.heads.retrieval import estimate_heads
+from lowkey.models.loading import load
 
 BUDGETS = ("1.5%", "3%", "6%", "12%")
 ALONE = ("streamingllm", "snapkv", "pyramidkv", "ada-kv")

@@ -20,8 +20,9 @@ import typer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import lowkey
-from lowkey.families import geometry
-from lowkey.loading import load, make_policy
+from lowkey.catalog import make_policy
+from lowkey.models.families import geometry
+from lowkey.models.loading import load
 from lowkey.policies import POLICIES
 from lowkey.policies.base import Policy
 

@@ -20,13 +20,13 @@ import typer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import lowkey
-from lowkey import families
-from lowkey.cache import LowkeyCache, cache_of
-from lowkey.layers.codec import LowRank
-from lowkey.layers.coded import CodedLayer
-from lowkey.layers.exact import Exact
-from lowkey.loading import make_policy
-from lowkey.types import Factors, Layout
+from lowkey.cache.cache import LowkeyCache, cache_of
+from lowkey.catalog import make_policy
+from lowkey.core.types import Factors, Layout
+from lowkey.models import families
+from lowkey.storage.codec import LowRank
+from lowkey.storage.coded import CodedLayer
+from lowkey.storage.exact import Exact
 
 STEPS = 8  # of decoding
 POLICIES = (

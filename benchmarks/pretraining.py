@@ -29,10 +29,10 @@ import typer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowkey import files
 from lowkey.attention import LowkeyConfig, LowkeyForCausalLM, layer_costs, model_parameters
 from lowkey.conversion import Options, convert, input_moments
-from lowkey.loading import load
+from lowkey.core import files
+from lowkey.models.loading import load
 from lowkey.pretraining import pretrain
 from lowkey.pretraining.recipe import Recipe
 

@@ -18,15 +18,16 @@ from typing import Annotated
 import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowkey import files, text
-from lowkey.calibrate import Sample, calibrate
+from lowkey.calibration.calibrate import Sample, calibrate
+from lowkey.calibration.recover import Recovery, recover
+from lowkey.catalog import make_method
+from lowkey.core import files, text
+from lowkey.core.progress import bars
+from lowkey.core.types import Layout
 from lowkey.evaluate.result import Task, evaluate
 from lowkey.evaluate.settings import full, planned
-from lowkey.loading import load, make_method
-from lowkey.plan import Plan
-from lowkey.progress import bars
-from lowkey.recover import Recovery, recover
-from lowkey.types import Layout
+from lowkey.models.loading import load
+from lowkey.plan.plan import Plan
 
 PLANS: dict[str, tuple[str, dict[str, str], Layout, str]] = {  # label: method, options, layout, budget
     "full": ("pca", {}, "post_rope", "100%"),

@@ -10,6 +10,6 @@ def main() -> None:
     one busy program a matrix product took 100 times as long with two threads as with one. Asleep they cost nothing that can be measured.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from lowkey.cli import main as run
+    from lowkey.cli.app import main as run
 
     run()

@@ -20,7 +20,7 @@ transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)  # pico tensors: more threads only wait for each other
 
 
-from lowkey import loading, packaged  # noqa: E402
+from lowkey.models import loading, packaged  # noqa: E402
 
 REAL = "smollm2"
 

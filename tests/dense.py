@@ -11,8 +11,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lowkey.layers.coded import Exact
-from lowkey.types import Factors, Layout
+from lowkey.core.types import Factors, Layout
+from lowkey.storage.coded import Exact
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lowkey import files
-from lowkey.files.reading import CHECKSUM, json_digest, marks
+from lowkey.core import files
+from lowkey.core.files.reading import CHECKSUM, json_digest, marks
 
 
 def edit_json(path: Path, change: Callable[[dict], Any] | None = None, **fields: object) -> None:

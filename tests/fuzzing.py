@@ -18,21 +18,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lowkey
-from lowkey import files, optimizing, unfinished
-from lowkey.calibrate import Sample
-from lowkey.dynamic import DynaPlan, dyna_plan
-from lowkey.files.reading import CHECKSUM, KIND, digest, json_digest, marks
-from lowkey.heads import HeadScores
-from lowkey.layers.exact import Exact
+from lowkey.calibration import unfinished
+from lowkey.calibration.calibrate import Sample
+from lowkey.calibration.dynamic import DynaPlan, dyna_plan
+from lowkey.calibration.statistics import gather
+from lowkey.core import files, optimizer_state
+from lowkey.core.files.reading import CHECKSUM, KIND, digest, json_digest, marks
+from lowkey.core.types import LowkeyError
+from lowkey.heads.retrieval import HeadScores
 from lowkey.methods import PCA, Course
 from lowkey.methods.dynakv import GateTraining
-from lowkey.plan import Plan
+from lowkey.plan.plan import Plan
 from lowkey.policies import POLICIES
 from lowkey.pretraining import checkpoint, corpus, log
 from lowkey.pretraining.recipe import Data, Recipe
 from lowkey.report import load_results
-from lowkey.statistics import gather
-from lowkey.types import LowkeyError
+from lowkey.storage.exact import Exact
 
 HOSTILE: list[Any] = [
     *(None, True, False, -1, 0, 1, 2, 3, 7, 2**31, 2**63, 10**30, 10**400, 0.5, -0.0, 1e308, 1e-320, "", "x", "0", "1", "\ud800", "a\nb"),
@@ -231,7 +232,7 @@ def dynaplan_meaning(folder: Path) -> str:
 
 
 def dynaplan_used(folder: Path) -> None:
-    from lowkey.dynamic import dyna_cache
+    from lowkey.calibration.dynamic import dyna_cache
 
     model = attached("llama")
     with torch.no_grad():
@@ -318,7 +319,7 @@ def _jobs(root: Path) -> dict[str, Artefact]:
     rows = prompt(24, 18)
     gather(model, list(rows.split(1)), work)
     course = Course(model, rows[:4], 1, "post_rope", [8, 16], 0, 2)
-    from lowkey.calibrate import fit_layers
+    from lowkey.calibration.calibrate import fit_layers
 
     fit_layers(PCA(), course, work)
 
@@ -354,7 +355,7 @@ def _single(root: Path) -> dict[str, Artefact]:
     """Files by themselves, each in a folder of its own."""
     model = attached("llama")
     values = torch.rand(12, 3, 8, generator=torch.Generator().manual_seed(0)).double()
-    from lowkey.fingerprint import model_fingerprint
+    from lowkey.models.fingerprint import model_fingerprint
 
     scores = HeadScores("copy", "recall", values, (0, 1, 2), 4, 40, "pico", model_fingerprint(model), "0", 7, {"a": 1})
     (root / "heads").mkdir(parents=True)
@@ -407,7 +408,7 @@ def _training(root: Path) -> dict[str, Artefact]:
     def restored(folder: Path) -> object:
         net, optimizer = trained()
         found = checkpoint.restore(folder / "checkpoint.safetensors", net, [optimizer])
-        return _summary(checkpoint.weights(net) | optimizing.tensors_of(optimizer), found)
+        return _summary(checkpoint.weights(net) | optimizer_state.tensors_of(optimizer), found)
 
     return {
         "tokens": Artefact(tokens, read_tokens, names=("about.json", "training.bin", "training.npy", "held_out.bin", "tokenizer.json")),

@@ -12,15 +12,15 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import lowkey
-from lowkey import families
-from lowkey.cache import LowkeyCache, cache_of
-from lowkey.fingerprint import model_fingerprint
-from lowkey.layers.codec import LowRank, Plain
-from lowkey.layers.coded import CodedLayer, Exact
-from lowkey.layers.packing import PerToken
-from lowkey.merging import blocks
-from lowkey.plan import Plan, versions
-from lowkey.types import Factors, Layout
+from lowkey.cache.cache import LowkeyCache, cache_of
+from lowkey.core.head_groups import blocks
+from lowkey.core.types import Factors, Layout
+from lowkey.models import families
+from lowkey.models.fingerprint import model_fingerprint
+from lowkey.plan.plan import Plan, versions
+from lowkey.storage.codec import LowRank, Plain
+from lowkey.storage.coded import CodedLayer, Exact
+from lowkey.storage.packing import PerToken
 
 VOCAB, LAYERS, HIDDEN, HEAD_DIM = 97, 3, 64, 16
 WINDOW = 16  # of the sliding layers, shorter than the prompts used here

@@ -10,8 +10,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowkey.allocate import ALLOCATORS, Condition, Depth, Fisher, Greedy, Pareto, Profile, Tail, Threshold, Uniform, WeightedPareto
-from lowkey.types import LowkeyError
+from lowkey.allocation.allocators import (
+    ALLOCATORS,
+    Condition,
+    Depth,
+    Fisher,
+    Greedy,
+    Pareto,
+    Profile,
+    Tail,
+    Threshold,
+    Uniform,
+    WeightedPareto,
+)
+from lowkey.core.types import LowkeyError
 
 RANKS = (2, 4, 6, 8)
 HEADS, ITEMSIZE = 3, 2

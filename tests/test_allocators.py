@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lowkey.core.types import LowkeyError
 from lowkey.ops.apportion import apportion
 from lowkey.policies.allocators import ALLOCATORS, Ada, Ask, AtLeast, Blocks, Classes, Global, HeadKV, Pyramid, Uniform
-from lowkey.types import LowkeyError
 
 quick = settings(max_examples=40, deadline=None)
 EXACT = ["uniform", "pyramid", "ada", "global", "headkv"]

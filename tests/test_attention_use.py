@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 import lowkey
 from lowkey.attention import LowkeyConfig, LowkeyForCausalLM, register
-from lowkey.calibrate import Sample
-from lowkey.cli import app
+from lowkey.calibration.calibrate import Sample
+from lowkey.cli.app import app
+from lowkey.core.types import LowkeyError
 from lowkey.methods import METHODS
-from lowkey.types import LowkeyError
 
 SHAPE = {"vocab_size": pico.VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8}
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "initializer_range": 0.15, "max_position_embeddings": 512}

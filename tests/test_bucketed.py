@@ -21,17 +21,18 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 import lowkey
-from lowkey import families, through
-from lowkey.calibrate import Sample
-from lowkey.dynamic import JSON, TENSORS, DynaPlan, dyna_cache, dyna_plan
-from lowkey.fingerprint import model_fingerprint
-from lowkey.layers.bucketed import Bucket, BucketedLayer, Gate, cut, joined
-from lowkey.layers.coded import Exact
+from lowkey.calibration.calibrate import Sample
+from lowkey.calibration.dynamic import JSON, TENSORS, DynaPlan, dyna_cache, dyna_plan
+from lowkey.calibration.statistics import gather
+from lowkey.core.types import LowkeyError
 from lowkey.methods import dynakv
 from lowkey.methods.dynakv import GateTraining, Looked, levels_of, train_gate
+from lowkey.models import families
+from lowkey.models.fingerprint import model_fingerprint
 from lowkey.ops.ragged import starts_of
-from lowkey.statistics import gather
-from lowkey.types import LowkeyError
+from lowkey.probes import model_probe
+from lowkey.storage.bucketed import Bucket, BucketedLayer, Gate, cut, joined
+from lowkey.storage.coded import Exact
 
 LEVELS = (16, 8, 4, 2)
 WIDTH = 6  # of the gates' hidden layer
@@ -375,7 +376,7 @@ def level_of_tokens(gate: Gate, layout: str) -> list[int]:
     model = attached("llama")
     f = found_bases(layout)[0].at(HEAD_DIM, HEAD_DIM)
     with torch.no_grad():
-        through.logits(model, CYCLE[-1:], {0: Looked(f, layout, families.rope(model, 0), look)})
+        model_probe.logits(model, CYCLE[-1:], {0: Looked(f, layout, families.rope(model, 0), look)})
     return seen
 
 

@@ -13,14 +13,14 @@ import torch
 from pico import attached, padding, prompt
 
 import lowkey
-from lowkey.allocate import ALLOCATORS as ALLOCATORS_OF_RANKS
-from lowkey.cache import make_cache
-from lowkey.calibrate import Sample
-from lowkey.layers.budgets import Costs
-from lowkey.layers.exact import Exact
+from lowkey.allocation.allocators import ALLOCATORS as ALLOCATORS_OF_RANKS
+from lowkey.cache.cache import make_cache
+from lowkey.calibration.calibrate import Sample
+from lowkey.core.types import LowkeyError
 from lowkey.methods.pca import PCA
 from lowkey.policies import POLICIES
-from lowkey.types import LowkeyError
+from lowkey.storage.budgets import Costs
+from lowkey.storage.exact import Exact
 
 HEADS = {kind: [[1.0, 2.0, 0.0, 5.0]] * 3 for kind in ("copy", "r2", "er", "mass", "induction", "echo")}
 FED = [name for name in POLICIES if name != "kvzip"]
@@ -42,7 +42,7 @@ def counted(cache):
         known.add(id(thing))
         if isinstance(thing, torch.Tensor):
             storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
-        elif type(thing).__module__.startswith("lowkey.layers") or isinstance(thing, (dict, list, tuple)):
+        elif type(thing).__module__.startswith("lowkey.storage") or isinstance(thing, (dict, list, tuple)):
             todo += gc.get_referents(thing)
     return sum(storages.values())
 

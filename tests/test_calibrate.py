@@ -12,13 +12,14 @@ import pytest
 import torch
 
 import lowkey
-from lowkey import Sample, families, seam
-from lowkey.grid import grid, multiples
+from lowkey import Sample
+from lowkey.allocation.rank_grid import grid, multiples
+from lowkey.core.types import LowkeyError
 from lowkey.methods import PCA, EigenAttention, StiefAttention
-from lowkey.plan import Plan
-from lowkey.types import LowkeyError
+from lowkey.models import attention_interface, families
+from lowkey.plan.plan import Plan
 
-module = importlib.import_module("lowkey.calibrate")
+module = importlib.import_module("lowkey.calibration.calibrate")
 TEXT = "".join(string.printable[(i * i + 7 * i) % 95] for i in range(1000))
 SMALL = Sample(windows=8, length=24, batch=4)
 
@@ -123,7 +124,7 @@ def test_every_layer_is_fitted_with_the_seed_of_the_sample(monkeypatch):
 def test_an_unattached_model_is_attached():
     model = pico.build("llama")
     calibrate(model)
-    assert seam.attached(model)
+    assert attention_interface.attached(model)
 
 
 @pytest.mark.parametrize(

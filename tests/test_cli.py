@@ -25,13 +25,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from lowkey import cli, dynamic, files, loading, text
-from lowkey.allocate import ALLOCATORS
-from lowkey.commands import common
-from lowkey.dynamic import DynaPlan, dyna_cache
+from lowkey import catalog
+from lowkey.allocation.allocators import ALLOCATORS
+from lowkey.calibration import dynamic
+from lowkey.calibration.dynamic import DynaPlan, dyna_cache
+from lowkey.cli import app, common
+from lowkey.core import files, text
+from lowkey.core.types import LowkeyError
 from lowkey.methods import METHODS, PCA, StiefAttention
-from lowkey.plan import JSON, TENSORS, Plan
-from lowkey.types import LowkeyError
+from lowkey.models import loading
+from lowkey.plan.plan import JSON, TENSORS, Plan
 
 SMALL = ("--method", "pca", "--windows", 8, "--context", 32)
 STIEF = ("--method", "stiefattention")
@@ -56,7 +59,7 @@ def lowkey(*words: object) -> Ran:
     out, err = io.StringIO(), io.StringIO()
     argv = mock.patch.object(sys, "argv", ["lowkey", *map(str, words)])
     with argv, redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as exit:
-        cli.main()
+        app.main()
     return Ran(exit.value.code, out.getvalue(), err.getvalue())
 
 
@@ -475,7 +478,7 @@ def test_a_full_disk_keeps_the_old_plan(model, plan, monkeypatch, at):
 
 def test_a_full_disk_for_tensors_keeps_the_old_plan(model, plan, monkeypatch):
     before = tree(plan)
-    monkeypatch.setattr("lowkey.files.writing.save_file", full_disk)
+    monkeypatch.setattr("lowkey.core.files.writing.save_file", full_disk)
     assert "No space left" in refused("compress", model, plan, *SMALL, "--force")
     assert tree(plan) == before
 
@@ -483,7 +486,7 @@ def test_a_full_disk_for_tensors_keeps_the_old_plan(model, plan, monkeypatch):
 def test_the_old_plan_comes_back_when_the_new_one_cannot_take_its_place(model, plan, monkeypatch):
     """Where names cannot be exchanged in one step."""
     before, rename = tree(plan), os.rename
-    monkeypatch.setattr("lowkey.files.swapping.exchange", lambda a, b: False)
+    monkeypatch.setattr("lowkey.core.files.swapping.exchange", lambda a, b: False)
     monkeypatch.setattr(os, "rename", lambda a, b: full_disk() if Path(a).name == "new" and b == plan else rename(a, b))
     assert "No space left" in refused("compress", model, plan, *SMALL, "--force")
     assert tree(plan) == before
@@ -699,16 +702,16 @@ def test_a_method_file_that_does_not_import(here, monkeypatch, content):
 
 
 def test_options_are_read_by_the_type_of_their_default():
-    method = loading.make_method("stiefattention", {"epochs": "3", "lr": "1e-2", "parametrisation": "mlp"})
+    method = catalog.make_method("stiefattention", {"epochs": "3", "lr": "1e-2", "parametrisation": "mlp"})
     assert method == StiefAttention("mlp", epochs=3, lr=0.01)
 
 
 def test_a_flag_is_true_or_false(here, monkeypatch):
     (here / "flag_method.py").write_text(OUTSIDE)
     monkeypatch.syspath_prepend(here)
-    assert loading.make_method("flag_method:Mine", {"loud": "false"}).loud is False
+    assert catalog.make_method("flag_method:Mine", {"loud": "false"}).loud is False
     with pytest.raises(LowkeyError, match="true or false"):
-        loading.make_method("flag_method:Mine", {"loud": "maybe"})
+        catalog.make_method("flag_method:Mine", {"loud": "maybe"})
 
 
 # -- eval

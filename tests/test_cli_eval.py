@@ -12,9 +12,10 @@ import pico
 import pytest
 from rich.console import Console
 
-from lowkey import cli, files, progress
+from lowkey.cli import app
+from lowkey.core import files, progress
 from lowkey.evaluate import likelihood
-from lowkey.layers.exact import WINDOW
+from lowkey.storage.exact import WINDOW
 
 SCORE = ("--windows", 2, "--context", 64, "--bits", 8, "--bits", 4)
 
@@ -23,7 +24,7 @@ def lowkey(*words: object) -> tuple[int, str, str]:
     out, err = io.StringIO(), io.StringIO()
     argv = mock.patch.object(sys, "argv", ["lowkey", *map(str, words)])
     with argv, redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as exit:
-        cli.main()
+        app.main()
     return exit.value.code, out.getvalue(), err.getvalue()
 
 
@@ -75,7 +76,7 @@ def test_after_ctrl_c_the_same_command_goes_on_to_the_same_rows(model, here, out
 
 def test_another_command_starts_a_result_of_its_own(model, here, monkeypatch):
     """Even in the same second."""
-    monkeypatch.setattr("lowkey.commands.measuring.time.strftime", lambda _: "20260101-000000")
+    monkeypatch.setattr("lowkey.cli.measuring.time.strftime", lambda _: "20260101-000000")
     with stopped_after(3):
         lowkey("eval", model, *SCORE)
     (work,) = here.rglob("*.partial")

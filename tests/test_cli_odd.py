@@ -11,8 +11,8 @@ from unittest import mock
 import pico
 import pytest
 
-from lowkey import cli
-from lowkey.printable import printable
+from lowkey.cli import app
+from lowkey.core.printable import printable
 
 ESCAPE = "\x1b]0;owned\x07"
 NUMBERS = ["", "abc", "nan", "inf", "-1", "1.5", ESCAPE, "1" + "0" * 20, "9" * 5000]
@@ -121,7 +121,7 @@ def test_odd_values_are_refused_in_one_line(place, monkeypatch, verb, option):
             redirect_stderr(err),
             pytest.raises(SystemExit) as exit,
         ):
-            cli.main()
+            app.main()
         line = err.getvalue()
         assert (exit.value.code, out.getvalue(), len(line.splitlines())) == (2, "", 1), (value[:40], line)
         assert line.startswith("lowkey: ") and printable(line) == line, (value[:40], line)

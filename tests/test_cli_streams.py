@@ -14,9 +14,9 @@ from unittest import mock
 
 import pytest
 
-from lowkey import cli
-from lowkey.printable import printable
-from lowkey.show import screen, show_plan
+from lowkey.cli import app
+from lowkey.cli.tables import screen, show_plan
+from lowkey.core.printable import printable
 
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\u202e"
 
@@ -35,7 +35,7 @@ def forked(*words: str, out: int | None, err: int | None, encoding: str = "utf-8
                 os.close(place) if given is None else os.dup2(given, place)
             sys.stdout, sys.stderr = (opened(place, encoding) if given is not None else None for place, given in ((1, out), (2, err)))
             sys.argv = ["lowkey", *words]
-            cli.main()
+            app.main()
         except SystemExit as exit:
             status = exit.code
             for stream in (sys.stdout, sys.stderr):
@@ -117,7 +117,7 @@ def test_names_out_of_a_plan_are_printable(capsys):
 def test_messages_are_printable(words):
     err = io.StringIO()
     with mock.patch.object(sys, "argv", ["lowkey", *words]), mock.patch.object(sys, "stderr", err), pytest.raises(SystemExit) as exit:
-        cli.main()
+        app.main()
     line = err.getvalue()
     assert exit.value.code == 2 and line.startswith("lowkey: ") and printable(line) == line and len(line.splitlines()) == 1
 

@@ -16,22 +16,23 @@ from pico import HEAD_DIM, feed, prompt
 from torch import Tensor
 
 import lowkey
-from lowkey import Sample, families
-from lowkey.cache import cache_of
-from lowkey.layers.rebuilding import RebuildingLayer
-from lowkey.merging import beside
+from lowkey import Sample
+from lowkey.cache.cache import cache_of
+from lowkey.calibration.statistics import gather
+from lowkey.core.head_groups import beside
+from lowkey.core.types import LowkeyError, head_blocks
 from lowkey.methods import KQSVD, METHODS, Course, LoRC, Palu, ReCalKV
 from lowkey.methods import kqsvd as kq
 from lowkey.methods import recalkv as recal
+from lowkey.models import families
+from lowkey.models.attention_interface import Attending, Incoming
 from lowkey.ops.commuting import rotated_moment
 from lowkey.ops.products import group_size, oblique_basis, reordered
 from lowkey.ops.rope import rotate
-from lowkey.plan import Plan
-from lowkey.probe import Probe, Rebuilt
-from lowkey.seam import Attending, Incoming
-from lowkey.statistics import gather
-from lowkey.stream import first_inputs, layer_inputs
-from lowkey.types import LowkeyError, head_blocks
+from lowkey.plan.plan import Plan
+from lowkey.probes.layer_inputs import first_inputs, layer_inputs
+from lowkey.probes.layer_probe import Probe, Rebuilt
+from lowkey.storage.rebuilding import RebuildingLayer
 
 METHOD = {
     "kq-svd": KQSVD(),

@@ -7,7 +7,7 @@ import torch
 from pico import attached, prompt
 from test_held import KINDS, agree
 
-from lowkey.seam import attention
+from lowkey.models.attention_interface import attention
 
 
 @torch.no_grad()

@@ -14,16 +14,16 @@ import torch
 from pico import attached, feed, generate, lowrank, prompt, real, stock
 
 import lowkey
-from lowkey import families
 from lowkey.backends import naive
 from lowkey.backends.segment import Segment
-from lowkey.cache import cache_of
-from lowkey.layers.codec import LowRank, Plain
-from lowkey.layers.coded import CodedLayer, Exact
-from lowkey.layers.packing import PerToken
+from lowkey.cache.cache import cache_of
+from lowkey.core.types import LAYOUTS, LowkeyError
+from lowkey.models import families
+from lowkey.models.attention_interface import Call
 from lowkey.ops.quantize import dequantize, quantize
-from lowkey.seam import Call
-from lowkey.types import LAYOUTS, LowkeyError
+from lowkey.storage.codec import LowRank, Plain
+from lowkey.storage.coded import CodedLayer, Exact
+from lowkey.storage.packing import PerToken
 
 PADS = [7, 0]
 EXACTS = {
@@ -183,7 +183,7 @@ def test_every_exact_setting_is_the_dense_definition(layout, exact, splits):
 def test_up_maps_need_not_be_the_transposed_down_maps(layout):
     model, ids = attached("llama"), prompt(26)
     maps = {
-        i: lowkey.types.Factors(*(x + 0.1 * torch.randn_like(x) for x in vars(f).values() if x is not None))
+        i: lowkey.core.types.Factors(*(x + 0.1 * torch.randn_like(x) for x in vars(f).values() if x is not None))
         for i, f in pico.layer_factors(model, 6, 9).items()
     }
     expected = dense.logits(pico.build("llama"), ids, maps, layout, Exact(2, 3), pads=PADS)

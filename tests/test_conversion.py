@@ -14,10 +14,10 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Dynamic
 from typer.testing import CliRunner
 
 from lowkey.attention import LowkeyConfig, LowkeyForCausalLM, register
-from lowkey.cli import app
+from lowkey.cli.app import app
 from lowkey.conversion import Loss, Options, convert, describe, gauge, input_moments, kinds, source, starting_loss
-from lowkey.loading import load
-from lowkey.types import LowkeyError
+from lowkey.core.types import LowkeyError
+from lowkey.models.loading import load
 
 IDS = pico.prompt(24)
 D, H = pico.HEAD_DIM, 8
@@ -605,7 +605,7 @@ WRONG = [
 
 def test_what_cannot_be_converted_is_refused_before_the_text_is_read(tmp_path: Path) -> None:
     place = pico.save(tmp_path / "model")
-    with mock.patch("lowkey.commands.converting.input_moments", side_effect=AssertionError):
+    with mock.patch("lowkey.cli.converting.input_moments", side_effect=AssertionError):
         error = run("convert", place, tmp_path / "out", "--attention", "mla", "-O", "kv_lora_rank=0", "--whiten", *SMALL)[2]
     assert "kv_lora_rank 0" in error
 

@@ -11,12 +11,12 @@ import pytest
 from test_conversion import GATED, SMALL, D, build, equal, run
 from typer.testing import CliRunner
 
-from lowkey.cli import app
+from lowkey.cli.app import app
 from lowkey.conversion import Options, convert
 from lowkey.conversion import exactness as said_of
 from lowkey.conversion.convert import check
 from lowkey.conversion.exactness import Exactness
-from lowkey.types import LowkeyError
+from lowkey.core.types import LowkeyError
 
 SOURCES = {
     "llama": {},

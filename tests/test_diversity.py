@@ -11,14 +11,23 @@ import torch
 from test_cli import done, printed, refused
 from transformers import AttentionInterface
 
-from lowkey import diversity as div
-from lowkey import families
 from lowkey.attention import LowkeyConfig, LowkeyForCausalLM
-from lowkey.diversity import attention_divergence, centred, circuit, cosines, diversity, effective_rank, js_divergence, weight_diversity
+from lowkey.cli.tables import show_diversity
+from lowkey.core.types import LowkeyError
+from lowkey.heads import diversity as div
+from lowkey.heads.diversity import (
+    attention_divergence,
+    centred,
+    circuit,
+    cosines,
+    diversity,
+    effective_rank,
+    js_divergence,
+    weight_diversity,
+)
+from lowkey.models import families
+from lowkey.models.attention_interface import NAME
 from lowkey.report.diversity import cosines_figure, diversity_figure
-from lowkey.seam import NAME
-from lowkey.show import show_diversity
-from lowkey.types import LowkeyError
 
 D, HEADS, HIDDEN = 8, 4, 32
 MLA = {"attention": "mla", "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 10}

@@ -12,14 +12,15 @@ import pytest
 import torch
 
 import lowkey
-from lowkey import LowkeyError, Sample, families
+from lowkey import LowkeyError, Sample
+from lowkey.core.progress import silent
 from lowkey.evaluate import footprint, layerwise, likelihood
+from lowkey.evaluate.intervals import half_width, t95
 from lowkey.evaluate.result import TASKS, Task, evaluate
 from lowkey.evaluate.settings import Setting, distinct, full, packed, planned
-from lowkey.intervals import half_width, t95
-from lowkey.layers.coded import Exact
 from lowkey.methods import PCA
-from lowkey.progress import silent
+from lowkey.models import families
+from lowkey.storage.coded import Exact
 
 TEXT = "".join(string.printable[(i * i + 7 * i) % 95] for i in range(1000))
 OTHER = "".join(string.printable[(i * i * 3 + 11 * i) % 95] for i in range(300))

@@ -12,14 +12,14 @@ import torch
 from pico import attached, feed, generate, prompt, real, stock
 
 import lowkey
-from lowkey import families
-from lowkey.cache import LAYERS, cache_of
-from lowkey.layers import evicting
-from lowkey.layers.codec import LowRank
-from lowkey.layers.evicting import Round
-from lowkey.loading import make_policy
+from lowkey.cache.cache import LAYERS, cache_of
+from lowkey.catalog import make_policy
+from lowkey.core.types import LAYOUTS, LowkeyError
+from lowkey.models import families
 from lowkey.policies import POLICIES, SnapKV, policy_from, policy_words
-from lowkey.types import LAYOUTS, LowkeyError
+from lowkey.storage import evicting
+from lowkey.storage.codec import LowRank
+from lowkey.storage.evicting import Round
 
 PADS = [7, 0]
 LENGTH = 120

@@ -9,10 +9,10 @@ from pico import attached, prompt, stock
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowkey
-from lowkey.heads import HeadScores
-from lowkey.loading import make_policy
+from lowkey.catalog import make_policy
+from lowkey.core.types import LowkeyError
+from lowkey.heads.retrieval import HeadScores
 from lowkey.policies import base
-from lowkey.types import LowkeyError
 
 LAYERS, HEADS, GROUP = 3, 4, 2
 

@@ -15,14 +15,14 @@ from pico import HEAD_DIM, feed, generate, prompt
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 import lowkey
-from lowkey import families, loading
 from lowkey.attention import LowkeyConfig, LowkeyForCausalLM
-from lowkey.calibrate import describe, fit_layers
+from lowkey.calibration.calibrate import describe, fit_layers
+from lowkey.core.types import LAYOUTS, LowkeyError
 from lowkey.export import export_hf
-from lowkey.fingerprint import model_fingerprint
 from lowkey.methods import MEA, PCA, Course, KVHeadSVD, KVLatent
-from lowkey.plan import Plan, versions
-from lowkey.types import LAYOUTS, LowkeyError
+from lowkey.models import families, loading
+from lowkey.models.fingerprint import model_fingerprint
+from lowkey.plan.plan import Plan, versions
 
 COMMUTING = KVHeadSVD(keys="commuting")
 ROWS = prompt(24, batch=8, seed=1)

@@ -12,12 +12,12 @@ from test_cli import done, printed, refused
 from transformers import AutoModelForCausalLM
 
 import lowkey
-from lowkey.calibrate import Sample
+from lowkey.calibration.calibrate import Sample
+from lowkey.calibration.statistics import gather
 from lowkey.methods import MEA, KVHeadSVD
-from lowkey.plan import Plan
-from lowkey.probe import Probe
-from lowkey.statistics import gather
-from lowkey.stream import layer_inputs
+from lowkey.plan.plan import Plan
+from lowkey.probes.layer_inputs import layer_inputs
+from lowkey.probes.layer_probe import Probe
 
 SAMPLE = ("--windows", 4, "--context", 24, "--sinks", 0, "--recent", 0)
 WHOLE = {"mea": MEA("activations"), "layer": KVHeadSVD(), "commuting": KVHeadSVD(keys="commuting"), "grouped": KVHeadSVD(keys="grouped")}

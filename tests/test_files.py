@@ -19,13 +19,14 @@ import pytest
 import torch
 
 import lowkey
-from lowkey import cli, files
-from lowkey.files import outputs, swapping
-from lowkey.heads import HeadScores
-from lowkey.plan import Plan
+from lowkey.cli import app
+from lowkey.core import files
+from lowkey.core.files import outputs, swapping
+from lowkey.core.types import LowkeyError
+from lowkey.heads.retrieval import HeadScores
+from lowkey.plan.plan import Plan
 from lowkey.pretraining import Recipe, pretrain
 from lowkey.report import write_report
-from lowkey.types import LowkeyError
 
 
 def plan(rank: int = 6) -> Plan:
@@ -252,7 +253,7 @@ def test_work_that_another_process_at_it_clears_away_is_written_again(tmp_path, 
             shutil.rmtree(job)
         real(path)
 
-    monkeypatch.setattr("lowkey.files.writing.sync", sync)
+    monkeypatch.setattr("lowkey.core.files.writing.sync", sync)
     files.write_work(job, "statistics", {"done": torch.tensor(1)})
     assert gone and int(files.read_work(job, "statistics")["done"]) == 1
 
@@ -326,14 +327,14 @@ def test_every_command_looks_at_its_output_first(tmp_path, monkeypatch, capsys, 
     words = {"M": "tiny", "P": str(tmp_path / "plan"), "R": str(tmp_path / "r.toml"), "RESULT": str(tmp_path)}
     for name in ("load", "opened"):
         for module in ("making", "measuring", "converting", "analysing"):
-            monkeypatch.setattr(f"lowkey.commands.{module}.{name}", lambda *a, **k: pytest.fail("a model was loaded"), raising=False)
+            monkeypatch.setattr(f"lowkey.cli.{module}.{name}", lambda *a, **k: pytest.fail("a model was loaded"), raising=False)
     monkeypatch.setattr("lowkey.pretraining.loop.prepare", lambda *a, **k: pytest.fail("text was read"))
     for out in (tmp_path / "full" / "under", tmp_path / "mine", tmp_path / "full"):
         if out.name == "full" and command == "pretrain":
             continue
         monkeypatch.setattr(sys, "argv", ["lowkey", command, *(words.get(w, w) if w != "OUT" else str(out) for w in COMMANDS[command])])
         with pytest.raises(SystemExit) as status:
-            cli.main()
+            app.main()
         told = capsys.readouterr().err
         assert status.value.code == 2 and str(out) in told and len(told.splitlines()) == 1
     assert (tmp_path / "full").read_text() == "mine" and entries(tmp_path / "mine") == {"thesis.tex"}
@@ -365,7 +366,7 @@ def test_a_full_disk_in_pretraining_is_one_line_and_the_run_goes_on_later(tmp_pa
     spots = {
         "tokens": ("lowkey.pretraining.corpus.np.save", fail),
         "tokenizer": (f"{PreTrainedTokenizerFast.__module__}.PreTrainedTokenizerFast.save_pretrained", fail),
-        "checkpoint": ("lowkey.files.writing.save_file", fail),
+        "checkpoint": ("lowkey.core.files.writing.save_file", fail),
         "log": ("lowkey.pretraining.log.Path.open", fail),
         "model": (f"{PreTrainedModel.__module__}.PreTrainedModel.save_pretrained", fail),
     }
@@ -449,15 +450,15 @@ def test_a_finished_run_without_a_weight_is_damaged(tmp_path):
 def test_a_model_that_lowkey_wrote_and_somebody_damaged_is_refused(tmp_path):
     with files.replacing_folder(tmp_path / "model") as folder:
         pico.save(folder)
-    loaded, _ = lowkey.loading.load(str(tmp_path / "model"), device="cpu")
+    loaded, _ = lowkey.models.loading.load(str(tmp_path / "model"), device="cpu")
     assert loaded.config.hidden_size == pico.HIDDEN
     data = bytearray((tmp_path / "model" / "model.safetensors").read_bytes())
     data[-5] ^= 1
     (tmp_path / "model" / "model.safetensors").write_bytes(data)
     with pytest.raises(LowkeyError, match=r"model\.safetensors is not what lowkey wrote"):
-        lowkey.loading.load(str(tmp_path / "model"), device="cpu")
+        lowkey.models.loading.load(str(tmp_path / "model"), device="cpu")
     (tmp_path / "model" / files.MANIFEST).unlink()
-    lowkey.loading.load(str(tmp_path / "model"), device="cpu")
+    lowkey.models.loading.load(str(tmp_path / "model"), device="cpu")
 
 
 def test_a_plan_inside_a_cache_is_the_one_it_was_made_with(tmp_path):

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lowkey
-from lowkey.cache import load_cache, make_cache
-from lowkey.fingerprint import checksum, config_words, model_fingerprint
+from lowkey.cache.cache import load_cache, make_cache
+from lowkey.core.types import LowkeyError
+from lowkey.models.fingerprint import checksum, config_words, model_fingerprint
 from lowkey.policies import POLICIES
-from lowkey.types import LowkeyError
 
 LORA = peft.LoraConfig(target_modules=["k_proj", "v_proj"], r=4, init_lora_weights=False)
 

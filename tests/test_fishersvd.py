@@ -12,13 +12,15 @@ from pico import HEAD_DIM, LAYERS, VOCAB
 from torch.nn.functional import cross_entropy
 
 import lowkey
-from lowkey import families, files, gradients, through
-from lowkey.allocate import Profile, Spectrum
-from lowkey.layers.codec import LowRank
-from lowkey.layers.coded import CodedLayer
-from lowkey.layers.exact import NOTHING, Exact
+from lowkey.allocation.allocators import Profile, Spectrum
+from lowkey.core import files
+from lowkey.core.types import LowkeyError
 from lowkey.methods import KQSVD, Course, FisherSVD
-from lowkey.types import LowkeyError
+from lowkey.models import families
+from lowkey.probes import gradients, model_probe
+from lowkey.storage.codec import LowRank
+from lowkey.storage.coded import CodedLayer
+from lowkey.storage.exact import NOTHING, Exact
 
 ROWS, HELD, KV_HEADS = pico.prompt(20, batch=6), 2, 4
 
@@ -51,12 +53,12 @@ def test_what_is_trained_through_sees_the_tokens_that_a_cache_holds_exactly(name
     for i, f in maps.items():
         past.layers[i] = CodedLayer(LowRank(f, layout, families.rope(model, i)), exact)
     with torch.no_grad():
-        found = through.logits(model, ROWS, through.storages(model, maps, layout), exact)
+        found = model_probe.logits(model, ROWS, model_probe.storages(model, maps, layout), exact)
         reference = model(ROWS, past_key_values=past).logits
     assert torch.allclose(found, reference, atol=2e-4)
     if exact.sinks or exact.recent:
         with torch.no_grad():
-            plain = through.logits(model, ROWS, through.storages(model, maps, layout))
+            plain = model_probe.logits(model, ROWS, model_probe.storages(model, maps, layout))
         assert torch.allclose(found[:, :3], pico.feed(pico.stock(name), ROWS)[:, :3], atol=2e-4) or not exact.recent
         assert not torch.allclose(found, plain, atol=1e-3)
 
@@ -225,7 +227,7 @@ def test_sliding_layers_norms_and_partial_rotation(name):
     assert list(found) == list(families.geometry(model).compressible)
     full = {i: b.at(HEAD_DIM, HEAD_DIM) for i, b in found.items()}
     with torch.no_grad():
-        out = through.logits(model, ROWS, through.storages(model, full, "pre_rope"))
+        out = model_probe.logits(model, ROWS, model_probe.storages(model, full, "pre_rope"))
     assert out.shape[-1] == VOCAB and torch.allclose(out, pico.feed(pico.stock(name), ROWS), atol=2e-3)
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 import fuzzing
 import pytest
 
-from lowkey.types import LowkeyError
+from lowkey.core.types import LowkeyError
 
 UNSEALED = ("recipe", "log")  # what people write by hand, and what grows by lines
 

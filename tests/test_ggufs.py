@@ -9,12 +9,12 @@ import pico
 import pytest
 import torch
 
-from lowkey import ggufs, loading
-from lowkey.cache import make_cache
-from lowkey.calibrate import Sample, calibrate
-from lowkey.fingerprint import model_fingerprint
+from lowkey.cache.cache import make_cache
+from lowkey.calibration.calibrate import Sample, calibrate
+from lowkey.core.types import LowkeyError
 from lowkey.methods import PCA
-from lowkey.types import LowkeyError
+from lowkey.models import gguf, loading
+from lowkey.models.fingerprint import model_fingerprint
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}  # as wide as the model, as GGUF's llama has them
 IDS = pico.prompt(24, 1)
@@ -104,8 +104,8 @@ def test_text_is_cut_as_for_its_vocabulary(loaded, written, tmp_path):
 
 def test_it_is_known_by_its_first_bytes(file, tmp_path):
     other = shutil.copy(file, tmp_path / "blob")
-    assert ggufs.is_gguf(other) and loading.load(str(other))[0].config.model_type == "llama"
-    assert not ggufs.is_gguf(tmp_path) and not ggufs.is_gguf("org/name")
+    assert gguf.is_gguf(other) and loading.load(str(other))[0].config.model_type == "llama"
+    assert not gguf.is_gguf(tmp_path) and not gguf.is_gguf("org/name")
 
 
 # -- what is none
@@ -147,5 +147,5 @@ def test_an_architecture_that_is_not_known(written, tmp_path):
 
 
 def test_without_the_package(file, monkeypatch):
-    monkeypatch.setattr(ggufs, "find_spec", lambda name: None)
+    monkeypatch.setattr(gguf, "find_spec", lambda name: None)
     refused(lambda: loading.load(str(file)), "package gguf", "pip install 'lowkey[gguf]'")

@@ -9,7 +9,7 @@ from test_masks import KINDS, NOISE, cache_of
 from transformers import DynamicCache
 
 from lowkey.backends import naive, ragged
-from lowkey.cache import make_cache
+from lowkey.cache.cache import make_cache
 from lowkey.ops.ragged import starts_of
 from lowkey.policies import POLICIES
 

@@ -13,15 +13,16 @@ from pico import attached, feed, prompt, stock
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import lowkey
-from lowkey import echo, families, heads
-from lowkey.cache import cache_of
-from lowkey.echo import estimate_echo
-from lowkey.files import measured
-from lowkey.heads import KINDS, HeadScores, estimate_heads, f1, spearman
-from lowkey.layers.watching import WatchingLayer
-from lowkey.loading import load
-from lowkey.needles import TASKS, Case, Haystack
-from lowkey.types import LowkeyError
+from lowkey.cache.cache import cache_of
+from lowkey.core.files import measured
+from lowkey.core.types import LowkeyError
+from lowkey.heads import induction, retrieval
+from lowkey.heads.induction import estimate_echo
+from lowkey.heads.needles import TASKS, Case, Haystack
+from lowkey.heads.retrieval import KINDS, HeadScores, estimate_heads, f1, spearman
+from lowkey.models import families
+from lowkey.models.loading import load
+from lowkey.storage.watching import WatchingLayer
 
 TEXT = "It was a bright cold day in April, and the clocks were striking. " * 40
 CASE = Case(prompt=[9, 1, 2, 3, 4, 5, 1, 2, 7, 8], question=[7, 8], answer=[3, 4], needle=((2, 5), (6, 7)), right=(3, 5), wrong=((7, 8),))
@@ -322,8 +323,8 @@ def tiny():
 @pytest.fixture
 def accepting(monkeypatch):
     """Random models know nothing, so here every answer counts as right."""
-    monkeypatch.setattr(heads._Job, "_right", lambda self, written, case: True)
-    monkeypatch.setattr(heads._Job, "_over", lambda self, written, case: False)
+    monkeypatch.setattr(retrieval._Job, "_right", lambda self, written, case: True)
+    monkeypatch.setattr(retrieval._Job, "_over", lambda self, written, case: False)
 
 
 def small(model, kind="r2", **changes) -> HeadScores:
@@ -352,7 +353,7 @@ def looked(kind: str, weights: list[float], case: Case, token: int) -> float:
 
 
 def cases_of(tokenizer, task: str, haystack: str, count: int, lengths: tuple[int, ...]) -> list[Case]:
-    return heads._cases(task, Haystack(tokenizer, haystack), count, lengths, 3, 0)
+    return retrieval._cases(task, Haystack(tokenizer, haystack), count, lengths, 3, 0)
 
 
 def agree(found: HeadScores, model, kind: str, drawn: list[Case]) -> None:
@@ -388,7 +389,7 @@ def test_sliding_layers_have_no_scores(accepting):
 
 
 def test_cases_cover_the_grid_evenly():
-    drawn = heads._cases("comparison", Haystack(pico.tokenizer(), TEXT), 24, (400, 300), 4, 0)
+    drawn = retrieval._cases("comparison", Haystack(pico.tokenizer(), TEXT), 24, (400, 300), 4, 0)
     sizes = [len(c.prompt) + len(c.answer) for c in drawn]
     assert sizes == [300] * 12 + [400] * 12
     words = ["older" in pico.tokenizer().decode(c.question) for c in drawn]
@@ -397,7 +398,7 @@ def test_cases_cover_the_grid_evenly():
 
 
 def test_fewer_cases_than_places_still_reach_every_length():
-    drawn = heads._cases("recall", Haystack(pico.tokenizer(), TEXT), 10, (100, 150, 200, 250, 300), 10, 0)
+    drawn = retrieval._cases("recall", Haystack(pico.tokenizer(), TEXT), 10, (100, 150, 200, 250, 300), 10, 0)
     assert sorted({len(c.prompt) + len(c.answer) for c in drawn}) == [100, 150, 200, 250, 300]
 
 
@@ -428,7 +429,7 @@ def estimate(kind: str, **given) -> HeadScores:
 
 
 @pytest.mark.parametrize("seed, again", [(0, 5), (1, 10)], ids=["the same", "another"])
-@pytest.mark.parametrize("kind, looks", [("echo", (echo, "_values")), ("r2", (heads._Job, "values"))])
+@pytest.mark.parametrize("kind, looks", [("echo", (induction, "_values")), ("r2", (retrieval._Job, "values"))])
 def test_a_stopped_estimate_goes_on_and_another_begins_anew(tmp_path, monkeypatch, accepting, kind, looks, seed, again):
     straight, seen, look = estimate(kind, seed=seed), [], getattr(*looks)
     monkeypatch.setattr(measured, "EVERY", 0.0)
@@ -502,7 +503,7 @@ def test_f1_of_words(said, wanted, score):
 @pytest.mark.parametrize(("accept", "right"), [("exact", False), ("f1", True)])
 def test_what_counts_as_right(accept, right):
     encode = lambda text: pico.tokenizer()(text).input_ids  # noqa: E731
-    job = heads._Job(attached("llama"), pico.tokenizer(), heads.top_mass, accept, (0, 1, 2))
+    job = retrieval._Job(attached("llama"), pico.tokenizer(), retrieval.top_mass, accept, (0, 1, 2))
     case = Case(encode(" Question"), [], encode(" old lamp"), ((0, 1),), (0, 1), ())
     assert job._right(encode(" old lam."), case) is job._right(encode(" old lamp")[:-1], case) is False
     assert job._right(encode(" old lamp"), case) and job._right(encode(" Old lamp"), case) is right

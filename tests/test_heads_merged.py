@@ -15,19 +15,19 @@ from hypothesis import strategies as st
 from pico import HEAD_DIM, attached, feed, prompt, stock
 from test_statistics import activations
 
-from lowkey import families
 from lowkey.backends import naive
-from lowkey.layers.codec import LowRank
+from lowkey.calibration.statistics import gather
+from lowkey.core.types import LowkeyError, head_blocks
 from lowkey.methods import MEA, KVHeadSVD, mea
 from lowkey.methods.kvheads import cheapest_groups, cosines, pair_losses
-from lowkey.ops import commuting
+from lowkey.models import families
+from lowkey.models.attention_interface import attach
+from lowkey.ops import aligning, commuting
 from lowkey.ops.bases import is_orthonormal, orthonormal
 from lowkey.ops.rope import rotate
-from lowkey.probe import Probe
-from lowkey.seam import attach
-from lowkey.statistics import gather
-from lowkey.stream import layer_inputs
-from lowkey.types import LowkeyError, head_blocks
+from lowkey.probes.layer_inputs import layer_inputs
+from lowkey.probes.layer_probe import Probe
+from lowkey.storage.codec import LowRank
 
 RANKS = [4, 8, 12, 16]
 WINDOWS, HELD, LENGTH = 8, 2, 20
@@ -616,16 +616,16 @@ def test_heads_that_are_sums_of_two_already_are_not_spoilt_by_aligning_them():
 def test_every_sweep_keeps_more_and_heads_end_better_aligned_than_they_start(prepared, rotary):
     blocks = by_heads(seen()["keys_post"])
     turns = torch.eye(HEAD_DIM, dtype=torch.float64).repeat(4, 1, 1)
-    mixing, first = mea.best_mixing(blocks, turns, 2)
+    mixing, first = aligning.best_mixing(blocks, turns, 2)
     held = first
     for _ in range(5):
-        turns = mea.turned(blocks, turns, mixing, rotary)
-        (mixing, more), before = mea.best_mixing(blocks, turns, 2), held
+        turns = aligning.turned(blocks, turns, mixing, rotary)
+        (mixing, more), before = aligning.best_mixing(blocks, turns, 2), held
         assert more >= before * (1 - 1e-12)
         held = more
     assert held > 1.05 * first
-    start = mea.best_mixing(blocks, commuting.turning(blocks[:, int(mea.head_gram(blocks).diagonal().argmax())], rotary), 2)[1]
-    assert mea.alignment(blocks, 2, rotary)[2] > 1.01 * start
+    start = aligning.best_mixing(blocks, commuting.turning(blocks[:, int(aligning.head_gram(blocks).diagonal().argmax())], rotary), 2)[1]
+    assert aligning.alignment(blocks, 2, rotary)[2] > 1.01 * start
 
 
 def test_fitting_leaves_the_global_random_state_alone(prepared):

@@ -16,10 +16,10 @@ from test_evicting import HEADS
 
 import lowkey
 from lowkey import load_cache, make_cache
-from lowkey.dynamic import dyna_cache
-from lowkey.fingerprint import model_fingerprint
-from lowkey.layers.exact import Exact, FixedPoints, SinkRule
+from lowkey.calibration.dynamic import dyna_cache
+from lowkey.models.fingerprint import model_fingerprint
 from lowkey.policies import POLICIES
+from lowkey.storage.exact import Exact, FixedPoints, SinkRule
 
 BUDGET = "20 tokens"
 LENGTH = 60

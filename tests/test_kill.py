@@ -17,9 +17,10 @@ import pytest
 import torch
 
 import lowkey
-from lowkey import cli, files
-from lowkey.heads import HeadScores
-from lowkey.plan import Plan
+from lowkey.cli import app
+from lowkey.core import files
+from lowkey.heads.retrieval import HeadScores
+from lowkey.plan.plan import Plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # what forks may say in a process with threads
 
@@ -122,7 +123,7 @@ def test_a_killed_save_leaves_a_whole_version(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["plan", "cache"])
 def test_also_where_names_cannot_be_exchanged(tmp_path, kind, monkeypatch):
-    monkeypatch.setattr("lowkey.files.swapping.exchange", lambda a, b: False)
+    monkeypatch.setattr("lowkey.core.files.swapping.exchange", lambda a, b: False)
     r = random.Random(kind)
     for _ in range(3):
         kill_a_save(kind, tmp_path, r.uniform(0.0, 0.08))
@@ -171,7 +172,7 @@ COMMANDS = {  # with the files that must be the same after a kill
 def command(name: str, out: str) -> Callable[[], None]:
     def act() -> None:
         sys.argv = ["lowkey", *(out if word == "OUT" else word for word in COMMANDS[name][0])]
-        cli.main()
+        app.main()
 
     return act
 
@@ -189,9 +190,9 @@ def here(tmp_path, monkeypatch):
     pico.save(tmp_path / "model", max_position_embeddings=64)
     (tmp_path / "text.txt").write_text(TEXT)
     (tmp_path / "r.toml").write_text(RECIPE)
-    done(lambda: [sys.argv.__setitem__(slice(None), ["lowkey", "compress", "model", "plan", *SMALL]), cli.main()])
+    done(lambda: [sys.argv.__setitem__(slice(None), ["lowkey", "compress", "model", "plan", *SMALL]), app.main()])
     way = ["--method", "kv-head-svd", "-O", "keys=commuting", "--budget", "50%"]
-    done(lambda: [sys.argv.__setitem__(slice(None), ["lowkey", "compress", "model", "halved", *way, *SMALL]), cli.main()])
+    done(lambda: [sys.argv.__setitem__(slice(None), ["lowkey", "compress", "model", "halved", *way, *SMALL]), app.main()])
     row = {"name": "full", "bytes_held": 2, "bytes_full": 2, "perplexity": 3.0}
     files.write_json(tmp_path / "result.json", {"format": 1, "model": "m", "environment": {}, "rows": [row]}, "result")
     return tmp_path

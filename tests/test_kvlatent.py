@@ -15,17 +15,18 @@ from test_methods import HELD, RANKS, ROWS, TEXT, prepared
 from test_statistics import activations
 
 import lowkey
-from lowkey import Sample, families
-from lowkey.grid import grid, multiples
-from lowkey.layers.codec import LowRank
-from lowkey.layers.coded import CodedLayer
+from lowkey import Sample
+from lowkey.allocation.rank_grid import grid, multiples
+from lowkey.calibration.recover import Recovery, recover
+from lowkey.core.types import Basis, LowkeyError, head_blocks
 from lowkey.methods import Course, KVLatent, kvlatent
 from lowkey.methods.kvlatent import best_pairs, evenly, halving, nested, spaced, strided_pairs
+from lowkey.models import families
+from lowkey.models.attention_interface import Call
 from lowkey.ops.rope import rotate
-from lowkey.plan import Plan
-from lowkey.recover import Recovery, recover
-from lowkey.seam import Call
-from lowkey.types import Basis, LowkeyError, head_blocks
+from lowkey.plan.plan import Plan
+from lowkey.storage.codec import LowRank
+from lowkey.storage.coded import CodedLayer
 
 VARIANTS = {"stride": KVLatent(), "data": KVLatent(choose="data"), "pca": KVLatent(choose="data", values="pca")}
 

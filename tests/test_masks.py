@@ -12,11 +12,11 @@ from pico import attached, padding, prompt
 from test_bucketed import make_plan
 
 import lowkey
-from lowkey.cache import make_cache
-from lowkey.dynamic import dyna_cache
-from lowkey.layers.coded import Exact
+from lowkey.cache.cache import make_cache
+from lowkey.calibration.dynamic import dyna_cache
+from lowkey.core.types import LowkeyError
 from lowkey.policies import POLICIES
-from lowkey.types import LowkeyError
+from lowkey.storage.coded import Exact
 
 HEADS = {kind: [[1.0, 2.0, 0.0, 5.0]] * 3 for kind in ("copy", "r2", "er", "mass", "induction", "echo")}
 FED = [name for name in POLICIES if name != "kvzip"]  # it wants lowkey.prefill

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from pico import HEAD_DIM, attached, feed, prompt, stock
 from test_methods import prepared, stored_keys
 
-from lowkey import families, through
+from lowkey.core.types import LowkeyError
 from lowkey.methods import Course, MatryoshkaKV
 from lowkey.methods import matryoshka as module
 from lowkey.methods.matryoshka import Turning, cayley, judged_ranks
+from lowkey.models import families
 from lowkey.ops.bases import is_orthonormal
-from lowkey.types import LowkeyError
+from lowkey.probes import model_probe
 
 RANKS = [2, 4, 8, 16]
 ROWS = torch.stack([torch.arange(48).add(i).mul(5).remainder(23).add(1) for i in range(12)])  # a cycle, which can be learnt
@@ -38,10 +39,10 @@ def fitted(method: MatryoshkaKV, layout="post_rope", name="llama"):
 def loss_at(bases, rank: int, kl: float, name="llama", layout="post_rope") -> float:
     """The training loss of the held-out windows at one rank everywhere, written out: one window and one token after another."""
     model, total = attached(name), 0.0
-    maps = through.storages(model, {i: b.at(rank, rank) for i, b in bases.items()}, layout)
+    maps = model_probe.storages(model, {i: b.at(rank, rank) for i, b in bases.items()}, layout)
     with torch.no_grad():
         for row in ROWS[-HELD:]:
-            ours, theirs = through.logits(model, row[None], maps)[0], model(row[None], use_cache=False).logits[0]
+            ours, theirs = model_probe.logits(model, row[None], maps)[0], model(row[None], use_cache=False).logits[0]
             p, q = theirs.softmax(-1), ours.softmax(-1)
             divergence = sum(float((p[t] * (p[t] / q[t]).log()).sum()) for t in range(len(row))) / len(row)
             total += kl * divergence + (1 - kl) * float(F.cross_entropy(ours[:-1], row[1:]))
@@ -192,7 +193,7 @@ def test_training_sees_what_a_cache_of_the_bases_gives(tuned, layout):
     model, ids = attached("llama"), prompt(24)
     maps = {i: b.at(4, 8) for i, b in end.items()}
     with torch.no_grad():
-        trained = through.logits(model, ids, through.storages(model, maps, layout))
+        trained = model_probe.logits(model, ids, model_probe.storages(model, maps, layout))
     assert torch.allclose(trained, feed(model, ids, pico.lowrank(model, maps, layout)), atol=1e-5)
 
 
@@ -258,10 +259,10 @@ def test_a_window_has_ranks_of_its_own(layout):
     training = module._Training.of(start, course(layout), 0.25)
     ranks = torch.tensor([4, 16]).expand(3, 2, 2)
     with torch.no_grad():
-        both = through.logits(attached("llama"), ROWS[:2], through.storages(attached("llama"), training.factors(ranks), layout))
+        both = model_probe.logits(attached("llama"), ROWS[:2], model_probe.storages(attached("llama"), training.factors(ranks), layout))
         for j in range(2):
             maps = {i: b.at(int(ranks[0, 0, j]), int(ranks[0, 1, j])) for i, b in start.items()}
-            one = through.logits(attached("llama"), ROWS[j : j + 1], through.storages(attached("llama"), maps, layout))
+            one = model_probe.logits(attached("llama"), ROWS[j : j + 1], model_probe.storages(attached("llama"), maps, layout))
             assert torch.allclose(both[j], one[0], atol=1e-4)
 
 

@@ -11,11 +11,12 @@ import torch
 from pico import HEAD_DIM, attached, feed, prompt, stock
 
 import lowkey
-from lowkey import Sample, families
-from lowkey.allocate import ALLOCATORS, Profile
-from lowkey.layers.codec import LowRank
-from lowkey.layers.coded import CodedLayer
-from lowkey.merging import beside, blocks
+from lowkey import Sample
+from lowkey.allocation.allocators import ALLOCATORS, Profile
+from lowkey.calibration.sensitivity import SIGNALS
+from lowkey.calibration.statistics import gather
+from lowkey.core.head_groups import beside, blocks
+from lowkey.core.types import LAYOUTS, Basis, LayerBases, head_blocks
 from lowkey.methods import (
     KQSVD,
     MEA,
@@ -35,13 +36,13 @@ from lowkey.methods import (
     StiefJoint,
 )
 from lowkey.methods import stiefattention as stief
+from lowkey.models import families
 from lowkey.ops.bases import is_orthonormal
-from lowkey.plan import Plan
-from lowkey.probe import Probe
-from lowkey.sensitivity import SIGNALS
-from lowkey.statistics import gather
-from lowkey.stream import layer_inputs
-from lowkey.types import LAYOUTS, Basis, LayerBases, head_blocks
+from lowkey.plan.plan import Plan
+from lowkey.probes.layer_inputs import layer_inputs
+from lowkey.probes.layer_probe import Probe
+from lowkey.storage.codec import LowRank
+from lowkey.storage.coded import CodedLayer
 
 CHEAP = {
     "pca": PCA(),

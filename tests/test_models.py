@@ -12,17 +12,17 @@ from accelerate import cpu_offload, disk_offload
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 
 import lowkey
-from lowkey import families
-from lowkey.cache import load_cache, make_cache
-from lowkey.calibrate import Sample, calibrate
+from lowkey.cache.cache import load_cache, make_cache
+from lowkey.calibration.calibrate import Sample, calibrate
+from lowkey.calibration.dynamic import dyna_cache, dyna_plan
+from lowkey.calibration.recover import Recovery, recover
 from lowkey.conversion import convert
-from lowkey.dynamic import dyna_cache, dyna_plan
+from lowkey.core.types import LowkeyError
 from lowkey.export import export_hf
-from lowkey.fingerprint import model_fingerprint
 from lowkey.methods.dynakv import GateTraining
+from lowkey.models import families
+from lowkey.models.fingerprint import model_fingerprint
 from lowkey.policies import POLICIES
-from lowkey.recover import Recovery, recover
-from lowkey.types import LowkeyError
 
 TEXT = "".join(chr(97 + int(i) % 26) for i in torch.randint(0, 26, (3000,), generator=torch.Generator().manual_seed(0)))
 SAMPLE = Sample(4, 24)
@@ -309,7 +309,7 @@ def test_rotation_that_changes_with_the_length_is_found_where_gemma_keeps_it():
 def test_other_settings_of_gemma_are_taken_in_both_layouts(kind, rope):
     model = turning(kind, **rope)
     want = past_the_limit(model, DynamicCache(config=model.config))
-    for layout in lowkey.types.LAYOUTS:
+    for layout in lowkey.core.types.LAYOUTS:
         assert torch.allclose(past_the_limit(model, make_cache(model, pico.plan(model, 16, 16, layout=layout))), want, atol=1e-4)
 
 

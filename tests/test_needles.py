@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import lowkey
-from lowkey.needles import BLOCK, COPIED, CUE, TASKS, Case, Haystack, draw_case
-from lowkey.types import LowkeyError
+from lowkey.core.types import LowkeyError
+from lowkey.heads.needles import BLOCK, COPIED, CUE, TASKS, Case, Haystack, draw_case
 
 TEXT = "It was a bright cold day in April, and the clocks were striking. Was it? Nobody knew! So it went on and on. " * 60
 SEEDS = pytest.mark.parametrize("seed", range(8))

@@ -9,24 +9,39 @@ from typing import Any, ClassVar, Literal, get_args, get_origin
 import pytest
 
 import lowkey
-from lowkey import bench, loading, options
-from lowkey.allocate import ALLOCATORS as RANK_ALLOCATORS
+from lowkey import catalog
+from lowkey.allocation.allocators import ALLOCATORS as RANK_ALLOCATORS
 from lowkey.conversion import Options
-from lowkey.diversity import Compared
+from lowkey.core import options
+from lowkey.core.options import Range, checked, option
+from lowkey.core.types import Budget, LowkeyError
+from lowkey.evaluate import decode_bench
 from lowkey.evaluate.result import Task
+from lowkey.heads.diversity import Compared
+from lowkey.heads.needles import Drawing
 from lowkey.methods import KQSVD, METHODS, Method, StiefAttention
 from lowkey.methods.dynakv import GateTraining
-from lowkey.needles import Drawing
-from lowkey.options import Range, checked, option
 from lowkey.policies import SCORES, SnapKV
 from lowkey.policies.allocators import ALLOCATORS as TOKEN_ALLOCATORS
 from lowkey.policies.allocators import Ada
 from lowkey.pretraining.recipe import Data, Training
-from lowkey.types import Budget, LowkeyError
 
 SETTABLE = {
     *(*METHODS.values(), *RANK_ALLOCATORS.values(), *TOKEN_ALLOCATORS.values(), *SCORES.values()),
-    *(Budget, lowkey.Exact, lowkey.Sample, lowkey.Recovery, GateTraining, Options, Data, Training, Task, bench.Shape, Compared, Drawing),
+    *(
+        Budget,
+        lowkey.Exact,
+        lowkey.Sample,
+        lowkey.Recovery,
+        GateTraining,
+        Options,
+        Data,
+        Training,
+        Task,
+        decode_bench.Shape,
+        Compared,
+        Drawing,
+    ),
 }
 FREE = {  # of another kind than numbers and words, and checked where they are used
     ("Policy", "budget"),
@@ -54,7 +69,7 @@ def declared(kind: type, field: Any) -> bool:
 
 @by_field
 def test_every_field_a_user_can_set_has_a_range(kind, field):
-    assert declared(kind, field), f"{kind.__qualname__}.{field.name} has no range: declare it with lowkey.options.option"
+    assert declared(kind, field), f"{kind.__qualname__}.{field.name} has no range: declare it with lowkey.core.options.option"
 
 
 def test_a_field_without_a_range_would_be_found():
@@ -156,7 +171,7 @@ class Plain(StiefAttention):
 
 def test_outside_classes_need_no_declarations():
     assert Plain().share is None and Plain(count=10**6, anything=[]).anything == []
-    assert loading.make_method(f"{__name__}:Plain", {"count": "7"}).count == 7
+    assert catalog.make_method(f"{__name__}:Plain", {"count": "7"}).count == 7
 
 
 def test_an_annotation_that_cannot_be_resolved_is_no_error():
@@ -180,25 +195,25 @@ def test_an_annotation_that_cannot_be_resolved_is_no_error():
 def test_text_that_is_no_such_number(text):
     for name in ("group", "ridge"):
         with pytest.raises(LowkeyError, match=f"option {name}=.* of method 'kq-svd': must be") as refusal:
-            loading.make_method("kq-svd", {name: text})
+            catalog.make_method("kq-svd", {name: text})
         assert "\x1b" not in str(refusal.value) and len(str(refusal.value)) < 300
 
 
 def test_options_of_an_allocator_of_tokens():
-    policy = loading.make_policy("snapkv", "10%", {"allocator": "pyramid", "beta": "2"})
+    policy = catalog.make_policy("snapkv", "10%", {"allocator": "pyramid", "beta": "2"})
     assert policy.split().beta == 2.0
-    same = loading.make_policy("curdkv", "10%", {"allocator": "headkv", "kind": "keys"}, {"kind": "copy"})
+    same = catalog.make_policy("curdkv", "10%", {"allocator": "headkv", "kind": "keys"}, {"kind": "copy"})
     assert (same.kind, same.split().kind) == ("keys", "copy")
     with pytest.raises(LowkeyError, match="option 'beta' of the allocator of policy 'snapkv' is unknown; it has none"):
-        loading.make_policy("snapkv", "10%", {}, {"beta": "2"})
+        catalog.make_policy("snapkv", "10%", {}, {"beta": "2"})
 
 
 def test_options_of_an_allocator_of_ranks():
-    assert loading.make_allocator("threshold", {"energy": "singular", "step": "0.05"}).step == 0.05
+    assert catalog.make_allocator("threshold", {"energy": "singular", "step": "0.05"}).step == 0.05
     with pytest.raises(LowkeyError, match="option step='0' of allocator 'threshold'"):
-        loading.make_allocator("threshold", {"step": "0"})
+        catalog.make_allocator("threshold", {"step": "0"})
     with pytest.raises(LowkeyError, match="allocator 'treshold' is unknown; did you mean 'threshold'"):
-        loading.make_allocator("treshold", {})
+        catalog.make_allocator("treshold", {})
 
 
 def test_a_range_in_words():

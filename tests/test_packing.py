@@ -17,15 +17,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 import lowkey
-from lowkey import Exact, families
-from lowkey.cache import cache_of
-from lowkey.fingerprint import model_fingerprint
-from lowkey.layers.codec import LowRank, Plain
-from lowkey.layers.coded import CodedLayer
-from lowkey.layers.packing import SCHEMES, PerChannel, PerToken, Whole, joined, scheme
-from lowkey.plan import Plan
-from lowkey.seam import Call
-from lowkey.types import LowkeyError, identity
+from lowkey import Exact
+from lowkey.cache.cache import cache_of
+from lowkey.core.types import LowkeyError, identity
+from lowkey.models import families
+from lowkey.models.attention_interface import Call
+from lowkey.models.fingerprint import model_fingerprint
+from lowkey.plan.plan import Plan
+from lowkey.storage.codec import LowRank, Plain
+from lowkey.storage.coded import CodedLayer
+from lowkey.storage.packing import SCHEMES, PerChannel, PerToken, Whole, joined, scheme
 
 BLOCK, D, HEADS = 32, pico.HEAD_DIM, 4
 RECENT = {"kivi2": BLOCK, "kivi4": BLOCK, "kivi8": BLOCK}

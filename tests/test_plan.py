@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 import lowkey
-from lowkey import files
-from lowkey.fingerprint import model_fingerprint
-from lowkey.plan import FORMAT, JSON, MAPS, TENSORS, Plan, card
-from lowkey.types import Budget, Factors, LowkeyError
+from lowkey.core import files
+from lowkey.core.types import Budget, Factors, LowkeyError
+from lowkey.models.fingerprint import model_fingerprint
+from lowkey.plan.plan import FORMAT, JSON, MAPS, TENSORS, Plan, card
 
 MODEL = "llama"
 
@@ -199,7 +199,7 @@ def test_a_failure_while_tensors_are_written_leaves_the_old_file(folder, monkeyp
         path.write_bytes(b"half")
         raise OSError(28, "no space left on device")
 
-    monkeypatch.setattr("lowkey.files.writing.save_file", half)
+    monkeypatch.setattr("lowkey.core.files.writing.save_file", half)
     with pytest.raises(LowkeyError, match="no space"):
         make(4, 4).save(folder)
     assert (folder / TENSORS).read_bytes() == before

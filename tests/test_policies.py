@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lowkey.core.types import LowkeyError
 from lowkey.ops.ragged import best
 from lowkey.ops.rope import rotate
 from lowkey.policies import base, expected
@@ -23,7 +24,6 @@ from lowkey.policies.kvcompress import KVCompress
 from lowkey.policies.snapkv import SnapKV
 from lowkey.policies.streaming import StreamingLLM
 from lowkey.policies.tova import TOVA
-from lowkey.types import LowkeyError
 
 HEADS, GROUPS, DIM = 2, 3, 8
 SMALL = {"budget": "50%", "sinks": 2, "recent": 2}

@@ -11,10 +11,10 @@ from pico import attached, padding, prompt
 from transformers import DynamicCache
 
 import lowkey
-from lowkey.cache import make_cache
+from lowkey.cache.cache import make_cache
+from lowkey.core.types import LowkeyError
 from lowkey.generate import stream
 from lowkey.policies import POLICIES
-from lowkey.types import LowkeyError
 
 PADS, LENGTH = [31, 0, 12], 60
 CASES = [

@@ -26,13 +26,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lowkey
-from lowkey import cli, files, loading
+from lowkey.cli import app
+from lowkey.core import files
+from lowkey.core.types import LowkeyError
+from lowkey.models import loading
 from lowkey.pretraining import Recipe, Trained, models, pretrain
 from lowkey.pretraining.corpus import prepare
 from lowkey.pretraining.log import read
 from lowkey.pretraining.optim import rate
 from lowkey.pretraining.rows import IGNORED, Order
-from lowkey.types import LowkeyError
 
 MODEL = {
     "hidden_size": 32,
@@ -454,7 +456,7 @@ def command(*words: object) -> tuple[int, str, str]:
     out, err = StringIO(), StringIO()
     with mock.patch.object(sys, "argv", ["lowkey", *map(str, words)]), redirect_stdout(out), redirect_stderr(err):
         try:
-            cli.main()
+            app.main()
             status = 0
         except SystemExit as stop:
             status = int(stop.code or 0)

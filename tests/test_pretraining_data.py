@@ -15,13 +15,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import lowkey
-from lowkey import loading, text
+from lowkey.core import text
+from lowkey.core.types import LowkeyError
 from lowkey.generate import stream as stream_text
+from lowkey.models import loading
 from lowkey.pretraining.corpus import documents, prepare
 from lowkey.pretraining.models import build
 from lowkey.pretraining.recipe import Data
 from lowkey.pretraining.rows import IGNORED, Order, Stream
-from lowkey.types import LowkeyError
 
 LENGTH = 24
 

@@ -12,10 +12,10 @@ import torch
 from test_pretraining import MODEL, command, corpus, recipe
 from transformers import AutoModel, AutoModelForCausalLM
 
-from lowkey.loading import load
+from lowkey.core.types import LowkeyError
+from lowkey.models.loading import load
 from lowkey.pretraining import Recipe, models, pretrain
 from lowkey.pretraining.corpus import prepare
-from lowkey.types import LowkeyError
 
 
 def test_a_converted_model_is_trained_further(tmp_path):

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+from lowkey.core.types import LowkeyError
 from lowkey.pretraining import Recipe, models
 from lowkey.pretraining.health import diverged, spikes
 from lowkey.pretraining.optim import optimizers, rate, split
 from lowkey.pretraining.recipe import Training
-from lowkey.types import LowkeyError
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from test_recall import END, FakeCache, chatting
 
+from lowkey.catalog import make_policy
+from lowkey.core.progress import silent
+from lowkey.core.types import LowkeyError
 from lowkey.evaluate import questions
 from lowkey.evaluate.asking import Frame
 from lowkey.evaluate.questions import Item, Paragraph, draw_texts, embedded, is_right, normalised
 from lowkey.evaluate.settings import Setting, evicted, full, identity, packed
-from lowkey.loading import make_policy
-from lowkey.progress import silent
-from lowkey.types import LowkeyError
 
 TOKENIZER = pico.tokenizer()
 NAMES = ["oak", "elm", "ash", "fir", "yew", "box", "bay", "fig"]

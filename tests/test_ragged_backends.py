@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowkey import bench
 from lowkey.backends import numba_cpu, triton_gpu
-from lowkey.types import LowkeyError
+from lowkey.core.types import LowkeyError
+from lowkey.evaluate import decode_bench
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LENGTHS = (0, 1, 700, 3, 0, 64, 65, 17)  # empty rows first and within, one much longer than the rest
@@ -235,13 +235,13 @@ def test_triton_is_the_loops():
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(bench, "POOL", 2**16)
-    monkeypatch.setattr(bench, "READ", 2**20)
+    monkeypatch.setattr(decode_bench, "POOL", 2**16)
+    monkeypatch.setattr(decode_bench, "READ", 2**20)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bench_reports_what_it_promises(small, dtype):
-    found = bench.decode_bench(64, 16, 4, 2, dtype, "25%", repeats=2, seed=3)
+    found = decode_bench.decode_bench(64, 16, 4, 2, dtype, "25%", repeats=2, seed=3)
     assert {k: found[k] for k in ("context", "head_dim", "heads", "kv_heads", "dtype", "budget", "repeats", "seed")} == {
         **{"context": 64, "head_dim": 16, "heads": 4, "kv_heads": 2},
         **{"dtype": dtype, "budget": "25%", "repeats": 2, "seed": 3},
@@ -257,8 +257,8 @@ def test_bench_reports_what_it_promises(small, dtype):
 
 def test_bench_contestants_compute_the_same(small):
     """What is timed as attention is attention, in full and over what is kept."""
-    shape = bench.Shape(64, 16, 4, 2, "float32")
-    steps = bench._contestants(shape, torch.tensor([7, 30]), "cpu", 0)
+    shape = decode_bench.Shape(64, 16, 4, 2, "float32")
+    steps = decode_bench._contestants(shape, torch.tensor([7, 30]), "cpu", 0)
     wanted = steps["sdpa"]().view(2, 2, 16)
     backends = [name for name in steps if f"{name} budget" in steps]
     assert all(torch.allclose(steps[name]()[0], wanted, atol=1e-5) for name in backends)
@@ -268,12 +268,12 @@ def test_bench_contestants_compute_the_same(small):
 
 @pytest.mark.parametrize(("budget", "total"), [("10%", 819 * 8 + 2), ("512 tokens", 4096), ("100%", 8 * 8192), ("0.001%", 8)])
 def test_bench_heads_keep_unequal_lengths(budget, total):
-    shape = bench.Shape(8192, 64, 32, 8, "float32")
-    lengths = bench._lengths(shape, bench.Budget.parse(budget), 0)
+    shape = decode_bench.Shape(8192, 64, 32, 8, "float32")
+    lengths = decode_bench._lengths(shape, decode_bench.Budget.parse(budget), 0)
     assert total - 2 <= int(lengths.sum()) <= total and int(lengths.min()) >= 1 and int(lengths.max()) <= 8192
     if 8 < total < 8 * 8192:
         assert lengths.max() > 2 * lengths.min()
-        assert not torch.equal(lengths, bench._lengths(shape, bench.Budget.parse(budget), 1))
+        assert not torch.equal(lengths, decode_bench._lengths(shape, decode_bench.Budget.parse(budget), 1))
 
 
 @pytest.mark.parametrize(
@@ -292,14 +292,14 @@ def test_bench_heads_keep_unequal_lengths(budget, total):
 )
 def test_bench_refuses_with_one_line(wrong, words):
     with pytest.raises(LowkeyError, match="^" + words.replace("(", r"\(")) as error:
-        bench.decode_bench(**{"context": 64, "head_dim": 16, "heads": 4, "kv_heads": 2, **wrong})
+        decode_bench.decode_bench(**{"context": 64, "head_dim": 16, "heads": 4, "kv_heads": 2, **wrong})
     assert "\n" not in str(error.value)
 
 
 def test_bench_makes_nothing_that_the_machine_cannot_hold(monkeypatch):
     """An error and no tensor: what it would take is far more than a machine has."""
-    monkeypatch.setattr(bench, "_contestants", lambda *given: pytest.fail("made"))
+    monkeypatch.setattr(decode_bench, "_contestants", lambda *given: pytest.fail("made"))
     with pytest.raises(LowkeyError, match=r"context 16777216, head_dim 16384 and kv_heads 8: need [\d,.]+ GiB, and [\d,.]+ GiB are free"):
-        bench.decode_bench(context=2**24, head_dim=2**14)
+        decode_bench.decode_bench(context=2**24, head_dim=2**14)
     with pytest.raises(LowkeyError, match="context 999999999999: must be at least 1 and at most 16777216"):
-        bench.decode_bench(context=999_999_999_999)
+        decode_bench.decode_bench(context=999_999_999_999)

@@ -7,9 +7,9 @@ import torch
 
 from lowkey.backends import fused, grouped, naive, numba_cpu, ragged
 from lowkey.backends.segment import Segment
-from lowkey.bench import decode_bench
+from lowkey.core.types import LowkeyError
+from lowkey.evaluate.decode_bench import decode_bench
 from lowkey.ops.ragged import starts_of
-from lowkey.types import LowkeyError
 
 BACKENDS = {"grouped": grouped.ragged, "dispatched": ragged.ragged} | ({"numba": numba_cpu.ragged} if numba_cpu.available() else {})
 LENGTHS = {"unequal": [3, 700, 0, 41, 1], "empty": [0, 0], "equal": [64] * 4}

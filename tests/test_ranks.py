@@ -15,14 +15,15 @@ from pico import HEAD_DIM, LAYERS
 from torch.nn.functional import cross_entropy
 
 import lowkey
-from lowkey import Sample, families
-from lowkey.allocate import ALLOCATORS, Allocator, Tail, Threshold, Uniform
-from lowkey.calibrate import windows_of
-from lowkey.grid import grid, multiples
-from lowkey.layers.codec import LowRank
-from lowkey.layers.coded import CodedLayer
+from lowkey import Sample
+from lowkey.allocation.allocators import ALLOCATORS, Allocator, Tail, Threshold, Uniform
+from lowkey.allocation.rank_grid import grid, multiples
+from lowkey.calibration.calibrate import windows_of
+from lowkey.core.types import Factors, LowkeyError
 from lowkey.methods import KQSVD, MEA, METHODS, PCA, KVHeadSVD, KVLatent, MatryoshkaKV, Palu, ReCalKV, StiefAttention, StiefJoint
-from lowkey.types import Factors, LowkeyError
+from lowkey.models import families
+from lowkey.storage.codec import LowRank
+from lowkey.storage.coded import CodedLayer
 
 TEXT = "".join(string.printable[(i * i + 7 * i) % 95] for i in range(1000))
 SMALL = Sample(windows=8, length=24, batch=4)
@@ -428,7 +429,7 @@ def test_no_allocator_rounds_above_the_budget(allocator, budget):
 
 def test_a_share_is_not_rounded_down_by_floating_point():
     """55 % of 2048 bytes is 1126.4; of 2000 bytes exactly 1100, which 0.55 * 2000 misses by its last digit."""
-    from lowkey.types import Budget
+    from lowkey.core.types import Budget
 
     assert all(Budget.parse(f"{n}%").bytes_per_token(100) == n for n in range(1, 101))
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from lowkey import families, packaged
-from lowkey.cache import cache_of, make_cache
-from lowkey.layers.codec import LowRank
-from lowkey.layers.coded import CodedLayer
-from lowkey.layers.exact import Exact
+from lowkey.cache.cache import cache_of, make_cache
+from lowkey.core.text import embedded, encode
+from lowkey.core.types import Factors
+from lowkey.models import families, packaged
 from lowkey.policies import SnapKV
-from lowkey.text import embedded, encode
-from lowkey.types import Factors
+from lowkey.storage.codec import LowRank
+from lowkey.storage.coded import CodedLayer
+from lowkey.storage.exact import Exact
 
 pytestmark = pytest.mark.real
 LAYERS, HEADS, DIM = 30, 3, 64

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import lowkey
+from lowkey.catalog import make_policy
+from lowkey.core.progress import silent
+from lowkey.core.types import LowkeyError
 from lowkey.evaluate import recall
 from lowkey.evaluate.asking import Frame, write
 from lowkey.evaluate.recall import FORMS, KEYS, Fact, draw_episode, draw_facts, weave
 from lowkey.evaluate.settings import Setting, evicted, full, identity
-from lowkey.loading import make_policy
-from lowkey.needles import sentence_ends
-from lowkey.progress import silent
-from lowkey.types import LowkeyError
+from lowkey.heads.needles import sentence_ends
 
 TOKENIZER = pico.tokenizer()
 HAYSTACK = TOKENIZER("It was a bright cold day in April, and the clocks were striking. " * 20).input_ids

@@ -17,17 +17,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import lowkey
-from lowkey import families, seam, text
-from lowkey.cache import cache_of
-from lowkey.fingerprint import model_fingerprint
-from lowkey.layers.rebuilding import RebuildingLayer
-from lowkey.merging import blocks
-from lowkey.plan import Plan
-from lowkey.probe import Rebuilt
-from lowkey.recover import Recovered, Recovery, recover
-from lowkey.types import Factors, LowkeyError
+from lowkey.cache.cache import cache_of
+from lowkey.calibration.recover import Recovered, Recovery, recover
+from lowkey.core import text
+from lowkey.core.head_groups import blocks
+from lowkey.core.types import Factors, LowkeyError
+from lowkey.models import attention_interface, families
+from lowkey.models.fingerprint import model_fingerprint
+from lowkey.plan.plan import Plan
+from lowkey.probes.layer_probe import Rebuilt
+from lowkey.storage.rebuilding import RebuildingLayer
 
-module = importlib.import_module("lowkey.recover")
+module = importlib.import_module("lowkey.calibration.recover")
 TEXT = "the cat sat on the mat. " * 40
 SMALL = Recovery(stages=(("ce", 4),), rank=4, alpha=8, batch=2, length=24, lr=3e-3, save_every=2)
 
@@ -282,7 +283,7 @@ def test_the_plan_is_the_new_models_and_keeps_what_was_learned(learned, tmp_path
 
 def test_the_new_model_is_a_plain_one(learned):
     model = learned[False].model
-    assert type(model) is type(pico.attached("llama")) and seam.attached(model) and not model.training
+    assert type(model) is type(pico.attached("llama")) and attention_interface.attached(model) and not model.training
     assert not any(p.requires_grad for p in model.parameters())
     assert not any("lora" in name for name, _ in model.named_modules())
 
@@ -327,7 +328,7 @@ def test_model_and_plan_stay_as_they_were():
     said, flags = copy.deepcopy(plan.describe()), [p.requires_grad for p in model.parameters()]
     run(model, plan, factors=True, dropout=0.2)
     assert same(weights, model.state_dict()) and same(before, maps(plan)) and plan.describe() == said
-    assert [p.requires_grad for p in model.parameters()] == flags and not seam.attached(model)
+    assert [p.requires_grad for p in model.parameters()] == flags and not attention_interface.attached(model)
     assert torch.equal(torch.get_rng_state(), random)
 
 

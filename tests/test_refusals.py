@@ -15,9 +15,9 @@ from test_evicting import HEADS
 
 import lowkey
 from lowkey import LowkeyError, make_cache
-from lowkey.dynamic import dyna_cache
-from lowkey.layers.exact import Exact
+from lowkey.calibration.dynamic import dyna_cache
 from lowkey.policies import POLICIES
+from lowkey.storage.exact import Exact
 
 LENGTH = 30
 

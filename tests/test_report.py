@@ -13,10 +13,10 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
+from lowkey.core.types import LowkeyError
 from lowkey.report import load_results, render, write_report
 from lowkey.report.plots import error_surface_figure, quality_figure, quality_panels, ranks_figure, spectra_figure
 from lowkey.report.svg import inline_svg
-from lowkey.types import LowkeyError
 
 RANKS = [4, 8, 16, 32]
 PROFILE = {

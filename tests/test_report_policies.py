@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from test_report import ENVIRONMENT, FULL, HALF, HOSTILE, PROFILE, Page, result
 
+from lowkey.core.types import LowkeyError
 from lowkey.policies import policy_words
 from lowkey.policies.allocators import HeadKV
 from lowkey.policies.snapkv import SnapKV
@@ -31,7 +32,6 @@ from lowkey.report.policies import (
     without_budget,
 )
 from lowkey.report.svg import inline_svg
-from lowkey.types import LowkeyError
 
 TOKENS = 512
 WHOLE = FULL | {"exact_match": 1.0, "label": "full"}

@@ -27,10 +27,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import lowkey
-from lowkey import families, seam
-from lowkey.cache import cache_of
-from lowkey.layers.base import StockSlidingLayer, StoringLayer
-from lowkey.types import LowkeyError
+from lowkey.cache.cache import cache_of
+from lowkey.core.types import LowkeyError
+from lowkey.models import attention_interface, families
+from lowkey.storage.base import StockSlidingLayer, StoringLayer
 
 NAMES = list(families.FAMILIES)
 MIXED = ["gemma2", "gemma3_text"]
@@ -371,9 +371,9 @@ def test_a_stock_cache_behaves_as_before_after_attach(name):
 
 def test_attach_registers_both_functions_and_marks_the_model():
     model = lowkey.attach(pico.build("llama"))
-    assert ALL_ATTENTION_FUNCTIONS[seam.NAME] is seam.attention
-    assert ALL_MASK_ATTENTION_FUNCTIONS[seam.NAME] is sdpa_mask
-    assert seam.attached(model) and not seam.attached(pico.build("llama"))
+    assert ALL_ATTENTION_FUNCTIONS[attention_interface.NAME] is attention_interface.attention
+    assert ALL_MASK_ATTENTION_FUNCTIONS[attention_interface.NAME] is sdpa_mask
+    assert attention_interface.attached(model) and not attention_interface.attached(pico.build("llama"))
 
 
 def test_attach_twice_is_attach_once():
@@ -389,7 +389,7 @@ def test_output_attentions_is_refused():
 def test_attention_sinks_are_refused():
     x = torch.zeros(1, 1, 1, 16)
     with pytest.raises(LowkeyError, match="s_aux"):
-        seam.attention(torch.nn.Module(), x, x, x, None, s_aux=torch.zeros(1))
+        attention_interface.attention(torch.nn.Module(), x, x, x, None, s_aux=torch.zeros(1))
 
 
 def test_a_float_mask_is_refused():

@@ -11,11 +11,11 @@ import torch
 from pico import attached, build, prompt, stock
 from transformers import DynamicCache
 
-from lowkey import families
-from lowkey.families import projection_parts, projections
-from lowkey.sensitivity import SIGNALS, condition, fisher
-from lowkey.types import LowkeyError
-from lowkey.weights import only
+from lowkey.calibration.sensitivity import SIGNALS, condition, fisher
+from lowkey.core.types import LowkeyError
+from lowkey.models import families
+from lowkey.models.families import projection_parts, projections
+from lowkey.models.weights import only
 
 ROWS = prompt(12, batch=3)
 

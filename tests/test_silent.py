@@ -11,16 +11,16 @@ import torch
 from torch import nn
 
 import lowkey
-from lowkey import families
-from lowkey.cache import load_cache, make_cache
-from lowkey.calibrate import Sample, calibrate
-from lowkey.fingerprint import model_fingerprint
-from lowkey.layers.exact import Exact
+from lowkey.cache.cache import load_cache, make_cache
+from lowkey.calibration.calibrate import Sample, calibrate
+from lowkey.calibration.sinks import find_sinks
+from lowkey.core.types import LowkeyError
 from lowkey.methods.kvlatent import KVLatent
+from lowkey.models import families
+from lowkey.models.fingerprint import model_fingerprint
 from lowkey.policies import POLICIES
-from lowkey.sinks import find_sinks
-from lowkey.stream import layer_inputs
-from lowkey.types import LowkeyError
+from lowkey.probes.layer_inputs import layer_inputs
+from lowkey.storage.exact import Exact
 
 TEXT = "".join(chr(97 + int(i) % 26) for i in torch.randint(0, 26, (3000,), generator=torch.Generator().manual_seed(0)))
 SLIDING = [["full_attention", "sliding_attention", "full_attention"], ["sliding_attention", "full_attention", "full_attention"]]
@@ -130,7 +130,7 @@ def test_quantised_weights_are_not_calibrated():
     model = pico.build("llama")
     model.model.layers[0].mlp.up_proj.weight = nn.Parameter(torch.ones(96, 64, dtype=torch.int8), requires_grad=False)
     with pytest.raises(LowkeyError, match=r"mlp.up_proj.weight of layer 0 is quantised"):
-        lowkey.probe.layer_in_full(model, 0)
+        lowkey.probes.layer_probe.layer_in_full(model, 0)
 
 
 def test_a_reset_cache_evicts_again():

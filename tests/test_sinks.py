@@ -14,11 +14,12 @@ from test_cli import done, printed
 from test_packing import close, oracle, plan
 
 import lowkey
-from lowkey import Exact, families
-from lowkey.layers.coded import EMPTY
-from lowkey.loading import load
-from lowkey.sinks import find_sinks, fixed_points, located, prominence, sink_kinds, stable_channels
-from lowkey.types import LowkeyError
+from lowkey import Exact
+from lowkey.calibration.sinks import find_sinks, fixed_points, located, prominence, sink_kinds, stable_channels
+from lowkey.core.types import LowkeyError
+from lowkey.models import families
+from lowkey.models.loading import load
+from lowkey.storage.coded import EMPTY
 
 CHANNEL, MASSIVE = 7, torch.tensor([5, 11])  # a channel of the residual stream, and the tokens that are huge in it
 LENGTH, PADS = 60, [23, 0]

@@ -16,7 +16,7 @@ from lowkey import __version__
 START = """
 import sys, types
 sys.modules["lowkey"] = types.ModuleType("lowkey")
-sys.modules["lowkey.cli"] = cli = types.ModuleType("lowkey.cli")
+sys.modules["lowkey.cli.app"] = cli = types.ModuleType("lowkey.cli.app")
 cli.main = lambda: __import__("torch")
 import lowkey_start
 lowkey_start.main()

@@ -9,8 +9,9 @@ import pytest
 import torch
 from pico import attached, prompt, stock
 
-from lowkey import families, statistics
-from lowkey.statistics import gather
+from lowkey.calibration import statistics
+from lowkey.calibration.statistics import gather
+from lowkey.models import families
 
 IDS = prompt(24, batch=6)
 

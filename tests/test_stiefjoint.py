@@ -12,13 +12,16 @@ import torch
 from pico import HEAD_DIM
 
 import lowkey
-from lowkey import Sample, families, files, gradients
-from lowkey.layers.codec import LowRank
-from lowkey.layers.coded import CodedLayer
-from lowkey.layers.exact import Exact
-from lowkey.merging import beside
+from lowkey import Sample
+from lowkey.core import files
+from lowkey.core.head_groups import beside
+from lowkey.core.types import LowkeyError
 from lowkey.methods import Course, FisherSVD, StiefJoint, stiefjoint
-from lowkey.types import LowkeyError
+from lowkey.models import families
+from lowkey.probes import gradients
+from lowkey.storage.codec import LowRank
+from lowkey.storage.coded import CodedLayer
+from lowkey.storage.exact import Exact
 
 EXACT, HELD, KV_HEADS, RANKS = Exact(2, 4), 4, 4, (3, 5)
 TEXT = "".join(string.printable[(i * i + 7 * i) % 95] for i in range(3000))
@@ -27,7 +30,7 @@ SMALL = Sample(windows=16, length=32)
 
 @cache
 def course():
-    from lowkey.calibrate import windows_of
+    from lowkey.calibration.calibrate import windows_of
 
     rows = windows_of(pico.attached("llama"), pico.tokenizer(), TEXT, SMALL)
     return Course(pico.attached("llama"), rows, HELD, "pre_rope", [4, 8, 16], 0, exact=EXACT)

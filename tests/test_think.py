@@ -8,7 +8,7 @@ import torch
 from pico import attached, prompt, stock
 
 import lowkey
-from lowkey.loading import make_policy
+from lowkey.catalog import make_policy
 
 LAYERS, HEADS = 3, 4
 

@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowkey import families, text
-from lowkey.allocate import Greedy
-from lowkey.calibrate import Course, fit_layers
+from lowkey.allocation.allocators import Greedy
+from lowkey.calibration.calibrate import Course, fit_layers
+from lowkey.core import text
+from lowkey.core.progress import silent
 from lowkey.evaluate import recall
 from lowkey.evaluate.settings import full
-from lowkey.loading import load
 from lowkey.methods import PCA, EigenAttention, StiefAttention
-from lowkey.progress import silent
+from lowkey.models import families
+from lowkey.models.loading import load
 
 FOLDER = Path(recall.__file__).parents[1] / "data" / "tiny"
 

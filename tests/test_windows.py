@@ -13,19 +13,20 @@ from test_cli import printed, refused
 from transformers import AutoModelForCausalLM
 
 import lowkey
-from lowkey import Exact, LowkeyError, Sample, families
-from lowkey.holding import Holding
-from lowkey.layers.codec import LowRank
-from lowkey.layers.coded import CodedLayer
-from lowkey.layers.packing import scheme
-from lowkey.layers.rebuilding import RebuildingLayer
+from lowkey import Exact, LowkeyError, Sample
+from lowkey.calibration.statistics import gather
+from lowkey.core.types import Budget, Factors
 from lowkey.methods import KQSVD, PCA
-from lowkey.plan import JSON, Plan
+from lowkey.models import families
+from lowkey.plan.plan import JSON, Plan
+from lowkey.plan.window_bytes import Holding
 from lowkey.policies import POLICIES
-from lowkey.probe import Probe, Rebuilt
-from lowkey.statistics import gather
-from lowkey.stream import layer_inputs
-from lowkey.types import Budget, Factors
+from lowkey.probes.layer_inputs import layer_inputs
+from lowkey.probes.layer_probe import Probe, Rebuilt
+from lowkey.storage.codec import LowRank
+from lowkey.storage.coded import CodedLayer
+from lowkey.storage.packing import scheme
+from lowkey.storage.rebuilding import RebuildingLayer
 
 TEXT = "".join(string.printable[(i * i + 7 * i) % 95] for i in range(1000))
 FULL = 2 * 4 * pico.HEAD_DIM * 4 * LAYERS  # bytes per token of the pico llama in fp32

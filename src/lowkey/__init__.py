@@ -8,16 +8,16 @@ cache.nbytes(), cache.predicted_nbytes()
 """
 
 from lowkey import methods, policies
-from lowkey.cache import LowkeyCache, load_cache, make_cache
-from lowkey.calibrate import Sample, calibrate
+from lowkey.cache.cache import LowkeyCache, load_cache, make_cache
+from lowkey.cache.prefill import prefill
+from lowkey.calibration.calibrate import Sample, calibrate
+from lowkey.calibration.recover import Recovered, Recovery, recover
+from lowkey.calibration.sinks import find_sinks
+from lowkey.core.types import Budget, LowkeyError
 from lowkey.export import export_hf
-from lowkey.layers.coded import Exact
-from lowkey.plan import Plan
-from lowkey.prefill import prefill
-from lowkey.recover import Recovered, Recovery, recover
-from lowkey.seam import attach
-from lowkey.sinks import find_sinks
-from lowkey.types import Budget, LowkeyError
+from lowkey.models.attention_interface import attach
+from lowkey.plan.plan import Plan
+from lowkey.storage.coded import Exact
 from lowkey.version import __version__
 
 __all__ = [

@@ -8,11 +8,12 @@ from typing import TextIO
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from lowkey import families, text
-from lowkey.cache import LowkeyCache, make_cache
-from lowkey.prefill import prefill
-from lowkey.printable import printable
-from lowkey.types import LowkeyError, device_of
+from lowkey.cache.cache import LowkeyCache, make_cache
+from lowkey.cache.prefill import prefill
+from lowkey.core import text
+from lowkey.core.printable import printable
+from lowkey.core.types import LowkeyError, device_of
+from lowkey.models import families
 
 
 class _Writer(TextStreamer):

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lowkey import families
 from lowkey.attention import LowkeyConfig, LowkeyForCausalLM, layer_costs, model_bytes_per_token
 from lowkey.conversion import source
 from lowkey.conversion.exactness import exactness
 from lowkey.conversion.kinds import BASES, CONVERSIONS, FREQUENCIES, HEADS, POOLING, Layer, Options, Rope
 from lowkey.conversion.target import configuration
-from lowkey.progress import Progress, silent
-from lowkey.types import LowkeyError, device_of
+from lowkey.core.progress import Progress, silent
+from lowkey.core.types import LowkeyError, device_of
+from lowkey.models import families
 
 Moments = dict[int, Tensor]
 

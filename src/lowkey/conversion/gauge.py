@@ -1,7 +1,7 @@
 """Heads of a trained model are known up to turns that change nothing it computes; turned alike, they have more in common.
 
 Values of a KV head may be turned by any orthogonal matrix, which the output projection undoes, and keys by a phase per frequency, which
-commutes with rotation and which queries share (arXiv:2601.19611 mixes heads as they are; turning them first is ours, as in `methods.mea`).
+commutes with rotation and which queries share (arXiv:2601.19611 mixes heads as they are; turning them first is ours, as in `ops.aligning`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowkey.conversion.source import Weights
-from lowkey.methods.mea import alignment, head_gram
+from lowkey.ops.aligning import alignment, head_gram
 from lowkey.ops.bases import principal
 
 Kept = Callable[[Tensor], float]  # the energy that what becomes of heads holds, from their Gram

@@ -12,12 +12,12 @@ from lowkey.attention import LowkeyConfig
 from lowkey.attention.mla import temperature
 from lowkey.conversion.gauge import aligned, averaged, every, joint, mixed
 from lowkey.conversion.source import Weights
-from lowkey.methods.mea import head_gram
+from lowkey.core.options import Checked, option
+from lowkey.core.types import LowkeyError
+from lowkey.ops.aligning import head_gram
 from lowkey.ops.bases import principal
 from lowkey.ops.commuting import commuting_basis
 from lowkey.ops.products import square_root
-from lowkey.options import Checked, option
-from lowkey.types import LowkeyError
 
 HEADS = ("mean", "first")
 BASES = ("weights", "aligned")

@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowkey import files, text
 from lowkey.attention import LowkeyForCausalLM, layer_costs, model_bytes_per_token, register
 from lowkey.conversion import source
 from lowkey.conversion.exactness import Exactness, exactness
-from lowkey.fingerprint import model_fingerprint
-from lowkey.plan import versions
-from lowkey.progress import Progress, silent
-from lowkey.types import device_of
+from lowkey.core import files, text
+from lowkey.core.progress import Progress, silent
+from lowkey.core.types import device_of
+from lowkey.models.fingerprint import model_fingerprint
+from lowkey.plan.plan import versions
 from lowkey.version import __version__
 
 

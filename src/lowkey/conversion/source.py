@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lowkey import families
-from lowkey import weights as plain
 from lowkey.attention import GROUPED, LowkeyConfig
-from lowkey.families import Part
-from lowkey.types import LowkeyError
+from lowkey.core.types import LowkeyError
+from lowkey.models import families
+from lowkey.models import weights as plain
+from lowkey.models.families import Part
 
 OWN = LowkeyConfig.model_type
 SOURCES = ("llama", "mistral", "qwen2", "qwen3", "phi3", OWN)

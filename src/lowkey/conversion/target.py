@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lowkey import families
 from lowkey.attention import SUBSETS, LowkeyConfig
 from lowkey.conversion import source
-from lowkey.types import LowkeyError
+from lowkey.core.types import LowkeyError
+from lowkey.models import families
 
 SKELETON = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act"),

@@ -1,1 +1,1 @@
-"""Measure: (model, setting) x tasks -> rows of one Result."""
+"""Measure: settings x tasks give the rows of one result file. Imports every room but `cli`, `report` and `pretraining`."""

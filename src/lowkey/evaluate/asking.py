@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowkey.cache import LowkeyCache
+from lowkey.cache.cache import LowkeyCache
+from lowkey.cache.prefill import prefill
+from lowkey.core.types import LowkeyError, device_of
 from lowkey.evaluate.settings import Setting
-from lowkey.layers.budgets import check_question
-from lowkey.prefill import prefill
-from lowkey.types import LowkeyError, device_of
+from lowkey.storage.budgets import check_question
 
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for a message in a template
 Once = Callable[[str, Callable[[], Any]], Any]  # (name, measure): what `measure` gives, or gave earlier under that name

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowkey.cache import LowkeyCache
+from lowkey.cache.cache import LowkeyCache
+from lowkey.cache.prefill import prefill
+from lowkey.core.files.measured import Measured
+from lowkey.core.progress import Progress
+from lowkey.core.types import device_of
 from lowkey.evaluate.settings import Setting
-from lowkey.files.measured import Measured
-from lowkey.prefill import prefill
-from lowkey.progress import Progress
-from lowkey.types import device_of
 
 
 def note(setting: Setting, cache: LowkeyCache, measured: Measured) -> None:

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lowkey import families
+from lowkey.core.files.measured import Measured
+from lowkey.core.progress import Progress
+from lowkey.core.types import device_of
 from lowkey.evaluate.settings import Setting
-from lowkey.files.measured import Measured
-from lowkey.layers.exact import NOTHING
-from lowkey.probe import Probe, relative_errors
-from lowkey.progress import Progress
-from lowkey.stream import layer_inputs
-from lowkey.types import device_of
+from lowkey.models import families
+from lowkey.probes.layer_inputs import layer_inputs
+from lowkey.probes.layer_probe import Probe, relative_errors
+from lowkey.storage.exact import NOTHING
 
 
 @torch.no_grad()

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowkey.cache import LowkeyCache
+from lowkey.cache.cache import LowkeyCache
+from lowkey.cache.prefill import prefill
+from lowkey.core.files.measured import Measured
+from lowkey.core.progress import Progress
+from lowkey.core.types import device_of
 from lowkey.evaluate import footprint
+from lowkey.evaluate.intervals import half_width
 from lowkey.evaluate.settings import Setting
-from lowkey.files.measured import Measured
-from lowkey.intervals import half_width
-from lowkey.prefill import prefill
-from lowkey.progress import Progress
-from lowkey.types import device_of
 
 CHUNK = 32  # tokens that a setting which evicts reads at a time
 ROWS = 8  # tokens whose distributions are compared at a time: what they take stays near the processor

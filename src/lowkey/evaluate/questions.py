@@ -18,12 +18,12 @@ from importlib.resources import files as package_files
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowkey import families
-from lowkey.cache import LowkeyCache
+from lowkey.cache.cache import LowkeyCache
+from lowkey.core.progress import Progress
+from lowkey.core.types import LowkeyError
 from lowkey.evaluate.asking import Frame, Once, Written, anew, check_budgets, read, tensor_of, write
 from lowkey.evaluate.settings import Setting
-from lowkey.progress import Progress
-from lowkey.types import LowkeyError
+from lowkey.models import families
 
 LENGTH = 1300  # tokens of a text
 NEW = 16  # tokens of an answer at most

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowkey import families
+from lowkey.core.progress import Progress
+from lowkey.core.types import LowkeyError
 from lowkey.evaluate.asking import Frame, Once, anew, check_budgets, read, tensor_of, write
 from lowkey.evaluate.settings import Setting
-from lowkey.needles import KEYS, Encode, draw_facts, sentence_ends, weave
-from lowkey.needles import Fact as Fact
-from lowkey.progress import Progress
-from lowkey.types import LowkeyError
+from lowkey.heads.needles import KEYS, Encode, draw_facts, sentence_ends, weave
+from lowkey.heads.needles import Fact as Fact
+from lowkey.models import families
 
 SOLVED = 0.9  # where the full cache recalls less than this, the others' recall tells nothing of them
 USUAL = "usual"  # the form that suits the tokenizer

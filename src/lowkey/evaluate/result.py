@@ -13,15 +13,16 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowkey import families, text
+from lowkey.core import text
+from lowkey.core.files.measured import Measured
+from lowkey.core.options import Checked, option
+from lowkey.core.progress import Progress, silent
+from lowkey.core.types import LowkeyError, device_of
 from lowkey.evaluate import footprint, layerwise, likelihood, questions, recall, speed
 from lowkey.evaluate.settings import Setting, distinct
-from lowkey.files.measured import Measured
-from lowkey.fingerprint import model_fingerprint
-from lowkey.options import Checked, option
-from lowkey.plan import versions
-from lowkey.progress import Progress, silent
-from lowkey.types import LowkeyError, device_of
+from lowkey.models import families
+from lowkey.models.fingerprint import model_fingerprint
+from lowkey.plan.plan import versions
 
 FORMAT = 1
 

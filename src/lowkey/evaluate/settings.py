@@ -13,19 +13,19 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from lowkey.allocate import ALLOCATORS
-from lowkey.cache import LowkeyCache, Origin, cache_from, make_cache
-from lowkey.layers.base import StoringLayer
-from lowkey.layers.exact import Exact
-from lowkey.layers.packing import NO_BITS, scheme, scheme_name
+from lowkey.allocation.allocators import ALLOCATORS
+from lowkey.cache.cache import LowkeyCache, Origin, cache_from, make_cache
+from lowkey.core.options import defaults_of
+from lowkey.core.row_names import told_apart
+from lowkey.core.types import Budget, LowkeyError
 from lowkey.methods import METHODS
-from lowkey.naming import told_apart
-from lowkey.options import defaults_of
-from lowkey.plan import Plan
+from lowkey.plan.plan import Plan
 from lowkey.policies import policy_words
 from lowkey.policies.allocators import HeadImportance
 from lowkey.policies.base import Policy
-from lowkey.types import Budget, LowkeyError
+from lowkey.storage.base import StoringLayer
+from lowkey.storage.exact import Exact
+from lowkey.storage.packing import NO_BITS, scheme, scheme_name
 
 UNMEASURED = (
     *("perplexity", "perplexity_95", "perplexity_decode", "kl", "kl_95", "top1_agreement", "layer_error", "layer_cosine", "exact_match"),
@@ -40,7 +40,7 @@ class Setting:
     """name: the row's name; identity: the row's keys that describe it; make: a fresh cache; evicts: what it drops is chosen after a
     chunk was read, so a chunk by itself shows nothing of it; repeats: and only after the whole context was repeated (`lowkey.prefill`).
 
-    short, marks: what the name is made of (`lowkey.naming`). made_of: a checksum of all that decides what the caches hold.
+    short, marks: what the name is made of (`lowkey.core.row_names`). made_of: a checksum of all that decides what the caches hold.
     """
 
     name: str

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lowkey.cache.prefill import prefill
+from lowkey.core.files.measured import Measured
+from lowkey.core.progress import Progress
+from lowkey.core.types import device_of
 from lowkey.evaluate import footprint
 from lowkey.evaluate.settings import Setting
-from lowkey.files.measured import Measured
-from lowkey.prefill import prefill
-from lowkey.progress import Progress
-from lowkey.types import device_of
 
 STEPS, ROUNDS = 8, 3
 

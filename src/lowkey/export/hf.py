@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lowkey import families, files, weights
 from lowkey.attention import register
-from lowkey.families import Geometry, Part, Projections, Rope
+from lowkey.core import files
+from lowkey.core.types import Factors, LowkeyError
+from lowkey.models import families, weights
+from lowkey.models.families import Geometry, Part, Projections, Rope
 from lowkey.ops.commuting import commutes
 from lowkey.ops.rope import rotate
-from lowkey.plan import Plan
-from lowkey.types import Factors, LowkeyError
+from lowkey.plan.plan import Plan
 from lowkey.version import __version__
 
 EQUAL = 1e-4  # largest difference of two rotations of unit vectors that are taken to be the same

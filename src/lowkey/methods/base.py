@@ -11,14 +11,14 @@ from typing import ClassVar
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lowkey import families
-from lowkey.gradients import Moments, fisher_bases, gather
-from lowkey.layers.exact import NOTHING, Exact
+from lowkey.core.options import Checked, option
+from lowkey.core.progress import Progress, silent
+from lowkey.core.types import Factors, LayerBases, LayerStatistics, Layout
+from lowkey.models import families
 from lowkey.ops.products import group_size
-from lowkey.options import Checked, option
-from lowkey.probe import Probe
-from lowkey.progress import Progress, silent
-from lowkey.types import Factors, LayerBases, LayerStatistics, Layout
+from lowkey.probes.gradients import Moments, fisher_bases, gather
+from lowkey.probes.layer_probe import Probe
+from lowkey.storage.exact import NOTHING, Exact
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Course:
 
 
 class Method(Checked, ABC):
-    """A frozen dataclass whose fields are its options, with their ranges (see `lowkey.options`).
+    """A frozen dataclass whose fields are its options, with their ranges (see `lowkey.core.options`).
 
     summary, paper: what it is and its source; allocator: the rule that its paper splits a budget by, or `greedy`; layout: the one its paper
     stores keys in; grid: the candidate ranks of its paper, as `--ranks` takes them, or 8, at which errors are measured. every: whether

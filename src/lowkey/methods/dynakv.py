@@ -2,7 +2,7 @@
 
 Of the paper only the abstract is known: post-training, low rank, and a compression rate for each token. All that is below is OUR design:
 the bases (PCA), the levels (d, d/2, d/4, d/8), what the gate sees, its loss, and how its budget is met. It gives no ordinary plan, whose
-ranks are the same for all tokens: `lowkey.dynamic` makes caches of it.
+ranks are the same for all tokens: `lowkey.calibration.dynamic` makes caches of it.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lowkey import families, files, optimizing, through
-from lowkey.families import Rope
-from lowkey.layers.bucketed import Gate
-from lowkey.layers.rebuilding import Rebuilding
-from lowkey.merging import merged, split
+from lowkey.core import files, optimizer_state
+from lowkey.core.head_groups import merged, split
+from lowkey.core.options import Checked, option
+from lowkey.core.progress import Progress, silent
+from lowkey.core.types import Factors, Heads, LayerBases, LayerStatistics, Layout, LowkeyError, device_of, head_blocks
+from lowkey.models import families
+from lowkey.models.families import Rope
 from lowkey.ops.bases import principal_basis
 from lowkey.ops.rope import rotate, unrotate
 from lowkey.ops.schedule import falling
-from lowkey.options import Checked, option
-from lowkey.progress import Progress, silent
-from lowkey.types import Factors, Heads, LayerBases, LayerStatistics, Layout, LowkeyError, device_of, head_blocks
+from lowkey.probes import model_probe
+from lowkey.storage.bucketed import Gate
+from lowkey.storage.rebuilding import Rebuilding
 
 WARMUP = 0.05  # of the steps
 COLDEST = 0.2  # of the temperature, which falls to it in a line
@@ -155,7 +157,7 @@ def _squares(model: PreTrainedModel, maps: dict[int, Factors], rows: Tensor, lay
         return look
 
     for ids in rows.to(device_of(model)).split(batch):
-        through.logits(model, ids, {i: Looked(f, layout, families.rope(model, i), looking(i)) for i, f in maps.items()})
+        model_probe.logits(model, ids, {i: Looked(f, layout, families.rope(model, i), looking(i)) for i, f in maps.items()})
     return {i: s / rows.numel() for i, s in sums.items()}
 
 
@@ -220,7 +222,9 @@ class _Training:
         if self.work is None:
             return
         found = {f"{i}.{name}": t.detach() for i, gate in best.gates.items() for name, t in vars(gate).items()}
-        found |= {f"parameter.{index}": p.detach() for index, p in enumerate(self.parameters())} | optimizing.tensors_of(self.optimizer)
+        found |= {f"parameter.{index}": p.detach() for index, p in enumerate(self.parameters())} | optimizer_state.tensors_of(
+            self.optimizer
+        )
         judged = torch.tensor([best.share, best.divergence], dtype=torch.float64)
         found |= {"judged": judged, "random": self.generator.get_state(), "done": torch.tensor(self.done)}
         files.write_work(self.work, UNFINISHED, found)
@@ -235,7 +239,7 @@ class _Training:
     def restore(self, found: dict[str, Tensor]) -> None:
         for index, p in enumerate(self.parameters()):
             p.data.copy_(self._fits(found, f"parameter.{index}", p))
-        optimizing.fill(self.optimizer, found, str(self.work))
+        optimizer_state.fill(self.optimizer, found, str(self.work))
         self.generator.set_state(self._fits(found, "random", self.generator.get_state()))
         self.done = int(self._fits(found, "done", torch.tensor(0)))
         if self.work is not None and not 0 < self.done <= self.settings.steps:
@@ -259,7 +263,7 @@ class _Training:
         scores, share = self.through(ids, gates, choose)
         with torch.no_grad():
             original = self.model(ids, use_cache=False).logits
-        return through.divergence(scores, original), share
+        return model_probe.divergence(scores, original), share
 
     def through(self, ids: Tensor, gates: dict[int, Gate], choose: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Logits and mean share when every token of every layer takes the levels in the proportions that `choose` makes of its numbers."""
@@ -279,7 +283,7 @@ class _Training:
         storages: dict[int, Rebuilding] = {
             i: Looked(f, self.layout, families.rope(self.model, i), looking(gates[i])) for i, f in self.maps.items()
         }
-        scores = through.logits(self.model, ids, storages)
+        scores = model_probe.logits(self.model, ids, storages)
         return scores, torch.stack(shares).mean()
 
     # -- judging

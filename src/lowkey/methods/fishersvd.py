@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lowkey.core.options import option
+from lowkey.core.types import LayerBases
 from lowkey.methods.base import Course, GradientMethod
-from lowkey.options import option
-from lowkey.types import LayerBases
 
 
 @dataclass(frozen=True)

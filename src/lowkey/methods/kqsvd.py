@@ -8,16 +8,16 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lowkey import families
 from lowkey.backends import grouped
 from lowkey.backends.segment import Segment
+from lowkey.core.options import option
+from lowkey.core.types import LayerBases, LayerStatistics, device_of, head_blocks
 from lowkey.methods.base import Method
+from lowkey.models import families
+from lowkey.models.attention_interface import Attending, Call, Incoming
 from lowkey.ops.products import beside_one_another, group_size, joint_moments, oblique_basis
 from lowkey.ops.rope import unrotate
-from lowkey.options import option
-from lowkey.probe import Probe
-from lowkey.seam import Attending, Call, Incoming
-from lowkey.types import LayerBases, LayerStatistics, device_of, head_blocks
+from lowkey.probes.layer_probe import Probe
 
 BATCH = 4
 

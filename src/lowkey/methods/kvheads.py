@@ -9,13 +9,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lowkey.core.options import option
+from lowkey.core.types import Basis, LayerBases, LayerStatistics, LowkeyError, head_blocks
 from lowkey.methods.base import Method, whole_heads, whole_numbers
 from lowkey.ops.bases import principal
 from lowkey.ops.commuting import commuting_basis, spread
 from lowkey.ops.products import joint_moments
-from lowkey.options import option
-from lowkey.probe import Probe
-from lowkey.types import Basis, LayerBases, LayerStatistics, LowkeyError, head_blocks
+from lowkey.probes.layer_probe import Probe
 
 Form = Literal["joint", "commuting", "mean"]
 

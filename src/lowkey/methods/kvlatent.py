@@ -8,11 +8,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lowkey import families
+from lowkey.core.types import Basis, Factors, LayerBases, LayerStatistics, LowkeyError, head_blocks
 from lowkey.methods.base import Course, Method
+from lowkey.models import families
 from lowkey.ops.bases import principal_basis
-from lowkey.probe import Probe
-from lowkey.types import Basis, Factors, LayerBases, LayerStatistics, LowkeyError, head_blocks
+from lowkey.probes.layer_probe import Probe
 
 
 @dataclass(frozen=True)

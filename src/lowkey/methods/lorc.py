@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from lowkey.core.types import LayerBases, LayerStatistics, Layout
 from lowkey.methods.base import Method
 from lowkey.ops.products import joint_moments, merged_basis
-from lowkey.probe import Probe
-from lowkey.types import LayerBases, LayerStatistics, Layout
+from lowkey.probes.layer_probe import Probe
 
 
 @dataclass(frozen=True)

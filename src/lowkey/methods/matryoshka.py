@@ -8,13 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowkey import families, through
+from lowkey.core.options import option
+from lowkey.core.types import Basis, Factors, LayerBases, LayerStatistics, device_of, head_blocks
 from lowkey.methods.base import Course, Method
+from lowkey.models import families
 from lowkey.ops.bases import principal
 from lowkey.ops.schedule import falling
-from lowkey.options import option
-from lowkey.probe import Probe
-from lowkey.types import Basis, Factors, LayerBases, LayerStatistics, device_of, head_blocks
+from lowkey.probes import model_probe
+from lowkey.probes.layer_probe import Probe
 
 WARMUP = 0.1  # of the steps; the published code has 100 warm-up steps in an epoch
 LOOKS = 8  # how often the held-out windows judge
@@ -145,8 +146,8 @@ class _Training:
         model, ids = self.course.model, rows.to(device_of(self.course.model))
         with torch.no_grad():
             original = model(ids, use_cache=False).logits
-        found = through.logits(model, ids, through.storages(model, self.factors(ranks), self.course.layout), self.course.exact)
-        return self.kl * through.divergence(found, original) + (1 - self.kl) * through.next_token_loss(found, ids)
+        found = model_probe.logits(model, ids, model_probe.storages(model, self.factors(ranks), self.course.layout), self.course.exact)
+        return self.kl * model_probe.divergence(found, original) + (1 - self.kl) * model_probe.next_token_loss(found, ids)
 
     def factors(self, ranks: Tensor) -> dict[int, Factors]:
         pairs = zip(self.sides.items(), ranks, strict=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lowkey.core.options import option
+from lowkey.core.types import LayerBases, LayerStatistics, Layout
 from lowkey.methods.base import Method
 from lowkey.ops.products import group_size, joint_moments, merged_basis
-from lowkey.options import option
-from lowkey.probe import Probe
-from lowkey.types import LayerBases, LayerStatistics, Layout
+from lowkey.probes.layer_probe import Probe
 
 
 @dataclass(frozen=True)

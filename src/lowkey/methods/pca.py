@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lowkey.core.types import Heads, LayerBases, LayerStatistics, head_blocks
 from lowkey.methods.base import Method
 from lowkey.ops.bases import principal_basis
-from lowkey.probe import Probe
-from lowkey.types import Heads, LayerBases, LayerStatistics, head_blocks
+from lowkey.probes.layer_probe import Probe
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowkey import families
-from lowkey.layers.observing import joint_moment
-from lowkey.layers.rebuilding import RebuildingLayer
-from lowkey.merging import blocks
+from lowkey.core.head_groups import blocks
+from lowkey.core.options import option
+from lowkey.core.types import Factors, LayerBases, LayerStatistics, Layout
 from lowkey.methods.base import Course, Method
+from lowkey.models import families
 from lowkey.ops.bases import principal
 from lowkey.ops.products import group_size, joint_moments, merged_basis, reordered, signs
-from lowkey.options import option
-from lowkey.probe import Probe, Rebuilt, layer_in_full, passed
-from lowkey.stream import first_inputs
-from lowkey.types import Factors, LayerBases, LayerStatistics, Layout
+from lowkey.probes.layer_inputs import first_inputs
+from lowkey.probes.layer_probe import Probe, Rebuilt, layer_in_full, passed
+from lowkey.storage.observing import joint_moment
+from lowkey.storage.rebuilding import RebuildingLayer
 
 RIDGE = 1e-9  # relative to the mean eigenvalue: no direction of the values is wholly without energy
 

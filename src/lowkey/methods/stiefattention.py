@@ -10,12 +10,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from lowkey.core.options import option
+from lowkey.core.types import Basis, Factors, Heads, LayerBases, LayerStatistics, Layout, device_of, head_blocks
 from lowkey.methods.base import Method
 from lowkey.ops.bases import principal_basis
 from lowkey.ops.stiefel import Predictor, RankedMatrices
-from lowkey.options import option
-from lowkey.probe import Probe
-from lowkey.types import Basis, Factors, Heads, LayerBases, LayerStatistics, Layout, device_of, head_blocks
+from lowkey.probes.layer_probe import Probe
 
 BATCH = 4
 KEY_BATCH = 1  # the paper's windows per step, of keys; of values it has 4

@@ -10,13 +10,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowkey import families, files, optimizing, through
-from lowkey.merging import beside, blocks
+from lowkey.core import files, optimizer_state
+from lowkey.core.head_groups import beside, blocks
+from lowkey.core.options import option
+from lowkey.core.types import Factors, LayerBases, device_of, head_blocks
 from lowkey.methods.base import Course, GradientMethod
+from lowkey.models import families
 from lowkey.ops.products import roots, signs
 from lowkey.ops.schedule import falling
-from lowkey.options import option
-from lowkey.types import Factors, LayerBases, device_of, head_blocks
+from lowkey.probes import model_probe
 
 LOOKS = 4  # how often held-out windows judge
 JUDGING = 8  # of them, at most
@@ -131,8 +133,8 @@ class Training:
         with torch.no_grad():
             original = model(ids, use_cache=False).logits
         maps = {i: Factors(*keys.maps(), *values.maps()) for i, (keys, values) in self.sides.items()}
-        found = through.logits(model, ids, through.storages(model, maps, self.course.layout), self.course.exact)
-        return through.divergence(found, original)
+        found = model_probe.logits(model, ids, model_probe.storages(model, maps, self.course.layout), self.course.exact)
+        return model_probe.divergence(found, original)
 
     @torch.no_grad()
     def judged(self) -> float:
@@ -149,7 +151,7 @@ class Training:
         if self.course.work is not None:
             found = {f"parameter.{n}": p.detach() for n, p in enumerate(self.parameters)} | {f"best.{n}": p for n, p in enumerate(kept)}
             found |= {"judged": torch.tensor(best, dtype=torch.float64), "done": torch.tensor(done), "widths": self._widths()}
-            found |= optimizing.tensors_of(optimizer)
+            found |= optimizer_state.tensors_of(optimizer)
             files.write_work(self.course.work, "training", found)
 
     def _widths(self) -> Tensor:
@@ -167,7 +169,7 @@ class Training:
         kept = [files.fits(found, f"best.{n}", p, work).to(p.device) for n, p in enumerate(self.parameters)]
         for n, p in enumerate(self.parameters):
             p.copy_(files.fits(found, f"parameter.{n}", p, work))
-        optimizing.fill(optimizer, found, str(work))
+        optimizer_state.fill(optimizer, found, str(work))
         done = int(files.fits(found, "done", torch.tensor(0), work))
         if not 0 < done <= steps:
             raise files.damaged(work, f"{done} of {steps} steps are done")

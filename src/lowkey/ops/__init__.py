@@ -1,1 +1,1 @@
-"""Tensor functions; torch only."""
+"""Tensor functions without state: bases, products of second moments, rotations, quantisation. Imports torch, and of lowkey `core`."""

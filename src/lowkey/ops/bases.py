@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lowkey.types import Basis, Heads
+from lowkey.core.types import Basis, Heads
 
 
 def principal(moment: Float[Tensor, "*h d d"]) -> tuple[Float[Tensor, "*h d d"], Float[Tensor, "*h d"]]:

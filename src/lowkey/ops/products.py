@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lowkey.core.types import Basis, LayerStatistics, Layout, LowkeyError, head_blocks
 from lowkey.ops.bases import principal
-from lowkey.types import Basis, LayerStatistics, Layout, LowkeyError, head_blocks
 
 
 def oblique_basis(left: Float[Tensor, "G n n"], right: Float[Tensor, "G n n"], ridge: float, t: int = 1) -> Basis:

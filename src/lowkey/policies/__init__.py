@@ -7,6 +7,7 @@ from dataclasses import asdict, fields
 from functools import partial
 from typing import Any
 
+from lowkey.core.types import LowkeyError
 from lowkey.policies.allocators import ALLOCATORS, HeadKV
 from lowkey.policies.base import Policy
 from lowkey.policies.curdkv import CurDKV
@@ -22,7 +23,6 @@ from lowkey.policies.snapkv import SnapKV
 from lowkey.policies.streaming import StreamingLLM
 from lowkey.policies.think import ThinK
 from lowkey.policies.tova import TOVA
-from lowkey.types import LowkeyError
 
 SCORES: dict[str, type[Policy]] = {
     "streamingllm": StreamingLLM,

@@ -10,9 +10,9 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
+from lowkey.core.options import Checked, option
+from lowkey.core.types import LowkeyError
 from lowkey.ops.apportion import apportion
-from lowkey.options import Checked, option
-from lowkey.types import LowkeyError
 
 Scope = Literal["layer", "cache"]
 HeadImportance = Mapping[str, Sequence[Sequence[float]]]

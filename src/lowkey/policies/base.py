@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
+from lowkey.core.options import check, option
+from lowkey.core.types import Budget, LowkeyError
 from lowkey.ops.precision import for_products
-from lowkey.options import check, option
 from lowkey.policies.allocators import ALLOCATORS, Allocator, HeadImportance
-from lowkey.types import Budget, LowkeyError
 
 Pooling = Literal["max", "mean"]
 Rope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

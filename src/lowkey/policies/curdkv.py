@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lowkey.core.options import option
 from lowkey.ops.rope import unrotate
-from lowkey.options import option
 from lowkey.policies.base import Policy, Scene, norms
 
 KINDS = ("keys", "values", "product")

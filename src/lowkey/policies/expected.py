@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lowkey.core.options import option
 from lowkey.ops.rope import rotate, unrotate
-from lowkey.options import option
 from lowkey.policies.base import Policy, Scene, norms
 
 BLOCK = 1024  # queries held in fp32 at once

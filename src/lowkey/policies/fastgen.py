@@ -8,10 +8,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lowkey.options import option
+from lowkey.core.options import option
+from lowkey.core.types import Budget
 from lowkey.policies.allocators import Allocator
 from lowkey.policies.base import Policy, Scene, attention_sums
-from lowkey.types import Budget
 
 KINDS = ("local", "frequent")
 FULL = 3  # the last rung

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowkey.options import option
+from lowkey.core.options import option
+from lowkey.core.types import LowkeyError
 from lowkey.policies.base import Policy, Scene, attention_sums
-from lowkey.types import LowkeyError
 
 
 @dataclass(frozen=True)

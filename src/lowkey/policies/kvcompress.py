@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lowkey.options import option
+from lowkey.core.options import option
 from lowkey.policies.base import Policy, Pooling, Scene, attention_sums, pooled
 
 

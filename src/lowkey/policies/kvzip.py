@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lowkey.options import option
+from lowkey.core.options import option
+from lowkey.core.types import LowkeyError
 from lowkey.policies.base import Policy, Scene
-from lowkey.types import LowkeyError
 
 Softmax = Literal["piece", "context"]
 

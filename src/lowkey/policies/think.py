@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lowkey.options import option
+from lowkey.core.options import option
 from lowkey.policies.snapkv import SnapKV
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from lowkey import files
-from lowkey.types import LowkeyError
+from lowkey.core import files
+from lowkey.core.types import LowkeyError
 
 CHECKPOINT, JOB, RESULT, TOKENS, FINISHED = "checkpoint.safetensors", "job.json", "result.json", "tokens", ".finished"
 KIND = "run"  # of a job's file

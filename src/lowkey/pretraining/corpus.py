@@ -13,12 +13,12 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lowkey import files, text
-from lowkey.loading import is_local, load_tokenizer
+from lowkey.core import files, text
+from lowkey.core.progress import Progress, silent
+from lowkey.core.types import LowkeyError
+from lowkey.models.loading import is_local, load_tokenizer
 from lowkey.pretraining.recipe import Data
 from lowkey.pretraining.rows import Stream
-from lowkey.progress import Progress, silent
-from lowkey.types import LowkeyError
 
 BATCH = 2**20  # characters tokenized at once
 PER_TOKEN = 6  # characters at most, of a text's mean token

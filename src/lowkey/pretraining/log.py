@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lowkey import files
-from lowkey.types import LowkeyError
+from lowkey.core import files
+from lowkey.core.types import LowkeyError
 
 LOG = "log.jsonl"
 MOST = 2**30  # bytes

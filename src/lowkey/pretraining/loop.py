@@ -19,16 +19,17 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowkey import files, loading
 from lowkey.attention import register
-from lowkey.fingerprint import model_fingerprint
+from lowkey.core import files
+from lowkey.core.progress import Progress, silent
+from lowkey.core.types import LowkeyError
+from lowkey.models import loading
+from lowkey.models.fingerprint import model_fingerprint
 from lowkey.pretraining import checkpoint, health, models
 from lowkey.pretraining.corpus import Corpus, prepare
 from lowkey.pretraining.log import finite
 from lowkey.pretraining.recipe import Recipe
 from lowkey.pretraining.run import Run, check
-from lowkey.progress import Progress, silent
-from lowkey.types import LowkeyError
 
 KIND = "training"  # of a result's file
 

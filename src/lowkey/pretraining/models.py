@@ -12,10 +12,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lowkey import loading
-from lowkey.options import nearest, shown
-from lowkey.text import vocabulary
-from lowkey.types import LowkeyError
+from lowkey.core.options import nearest, shown
+from lowkey.core.text import vocabulary
+from lowkey.core.types import LowkeyError
+from lowkey.models import loading
 
 SIZES = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"),

@@ -15,9 +15,9 @@ from transformers.optimization import (
     get_wsd_schedule,
 )
 
-from lowkey.options import nearest
+from lowkey.core.options import nearest
+from lowkey.core.types import LowkeyError
 from lowkey.pretraining.recipe import Training
-from lowkey.types import LowkeyError
 
 HEAD_MIXES = ("k_mix", "v_mix")
 HEAD_GATE = "self_attn.gate_proj"  # not the MLP's gate, which is a hidden matrix like any other

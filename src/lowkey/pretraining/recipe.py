@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from lowkey import files
-from lowkey.options import check, nearest, option
-from lowkey.types import LowkeyError
+from lowkey.core import files
+from lowkey.core.options import check, nearest, option
+from lowkey.core.types import LowkeyError
 
 EXAMPLE = "give a TOML file like recipes/lrkv-tiny.toml"
 

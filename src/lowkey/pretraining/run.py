@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from lowkey.core.types import LowkeyError
 from lowkey.pretraining import checkpoint, health, optim
 from lowkey.pretraining.corpus import Corpus
 from lowkey.pretraining.log import Log, finite
 from lowkey.pretraining.recipe import Recipe, Training
 from lowkey.pretraining.rows import IGNORED, Batch, Order, Stream
-from lowkey.types import LowkeyError
 
 HELD = ("losses", "norms", "validation", "seconds", "logged")  # of a run, in its checkpoint
 

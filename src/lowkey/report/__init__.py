@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lowkey.files import check_file, write_marked
+from lowkey.core.files import check_file, write_marked
 from lowkey.report.page import render
 from lowkey.report.results import load_results
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from lowkey.core.types import LowkeyError
 from lowkey.report.columns import COLUMNS, DASH, Column, show, shown_columns
 from lowkey.report.curves import curve_qualities, curves_figure
 from lowkey.report.heads import heads_figure
@@ -18,7 +19,6 @@ from lowkey.report.results import Row, Section, is_full, sections
 from lowkey.report.summary import held_differs, summary
 from lowkey.report.svg import inline_svg
 from lowkey.report.template import FIGURE, GUIDE, PAGE, STYLE, TABLE
-from lowkey.types import LowkeyError
 
 TEXT_COLUMNS = {"Row", "Method", "Policy", "Allocator", "Budget", "Layout", "Task", "Plan"}
 

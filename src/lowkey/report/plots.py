@@ -13,7 +13,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 
-from lowkey.naming import LAST
+from lowkey.core.row_names import LAST
 from lowkey.report.columns import format_bytes
 from lowkey.report.drawing import INK, LAYERS, MARKERS, MUTED, SERIES, SURFACE, WIDTH, colour_bar, is_wide, plain_log, quality_scale, style
 from lowkey.report.labels import Label, place_labels

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lowkey.files import read_json
-from lowkey.naming import told_apart
-from lowkey.types import LowkeyError
+from lowkey.core.files import read_json
+from lowkey.core.row_names import told_apart
+from lowkey.core.types import LowkeyError
 
 FORMAT, KIND = 1, "result"
 REMEDY = "give a file that lowkey eval wrote, or a folder of them"

@@ -1,0 +1,8 @@
+"""The cache object that a user passes to `model.generate(past_key_values=...)`, how it is filled, and a cache on disk.
+
+Imports `plan`, `storage`, `policies` and the rooms below them.
+"""
+
+from lowkey.cache.cache import LowkeyCache, load_cache, make_cache
+
+__all__ = ["LowkeyCache", "load_cache", "make_cache"]

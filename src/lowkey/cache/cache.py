@@ -1,0 +1,337 @@
+"""`make_cache`: the cache object that one passes to `model.generate(past_key_values=...)`."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from lowkey.cache import cachefile
+from lowkey.core.options import shown
+from lowkey.core.types import LowkeyError, identity
+from lowkey.models import families
+from lowkey.models.attention_interface import UNCOMPILED, Incoming, attached
+from lowkey.models.fingerprint import FilledBy, check_model
+from lowkey.plan.plan import Plan, versions
+from lowkey.policies import policy_from, policy_words
+from lowkey.policies.base import Policy
+from lowkey.storage.base import StockLayer, StockSlidingLayer, StoringLayer
+from lowkey.storage.codec import Codec, LowRank, Plain
+from lowkey.storage.coded import CodedLayer, Exact
+from lowkey.storage.compensating import CompensatingLayer
+from lowkey.storage.evicting import EvictingLayer, Round
+from lowkey.storage.exact import WINDOW, SinkRule
+from lowkey.storage.packing import Scheme, scheme_or_none
+from lowkey.storage.pruning import PruningLayer
+from lowkey.storage.undoing import ForwardPass
+
+LAYERS: dict[str, type[EvictingLayer]] = {"evicting": EvictingLayer, "compensating": CompensatingLayer, "pruning": PruningLayer}
+SHARED = ("policy", "rope", "codec", "codecs", "gate", "exact", "points", "packing")  # what a layer has and never changes
+CountedLayer = StoringLayer | StockLayer | StockSlidingLayer
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a cache was made for and from, so that it can be saved and made again."""
+
+    model: weakref.ReferenceType[PreTrainedModel]
+    plan: Plan | None = None
+    policy: Policy | None = None
+    bits: int | str | None = None
+    exact: Exact | None = None
+
+
+class LowkeyCache(Cache):
+    """A transformers cache whose layers know what they hold."""
+
+    layers: list[CountedLayer]  # type: ignore[assignment]
+    origin: Origin | None = None
+    filled_by: FilledBy | None = None
+
+    def __init__(self, layers: Sequence[CountedLayer]) -> None:
+        super().__init__(layers=list(layers))
+        self.forward_pass = ForwardPass()
+        for layer in self.layers:
+            layer.forward_pass = self.forward_pass
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LowkeyCache:
+        """Independent in all that it holds; maps, policies and the model's rotary embeddings, which never change, are shared."""
+        self.forward_pass.undo()
+        memo[id(self.origin)] = self.origin
+        for layer in self.layers:
+            memo |= {id(part): part for name in SHARED if (part := getattr(layer, name, None)) is not None}
+            memo |= {id(t): t.clone() for t in layer.tensors().values()}  # deepcopy refuses what has a gradient to pass on
+        twin = memo[id(self)] = object.__new__(type(self))
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
+
+    @torch.compiler.disable(reason=UNCOMPILED)
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """As transformers'; a forward pass that fails before its last layer has answered leaves the cache as it was.
+
+        The first layer's call is the moment to see which model fills the cache."""
+        layer, first = self.layers[layer_idx], layer_idx == 0 and self.get_seq_length() == 0
+        self.forward_pass.enter(layer_idx, layer, layer_idx == len(self.layers) - 1)
+        try:
+            if layer_idx == 0 and self.filled_by is not None:
+                self.filled_by.look(key_states.shape[2], first)
+            found = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        except BaseException:
+            self.forward_pass.undo()
+            raise
+        if not isinstance(found[0], Incoming):
+            self.forward_pass.answered()
+        return found
+
+    @torch.compiler.disable(reason=UNCOMPILED)
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return super().get_seq_length(layer_idx)
+
+    @torch.compiler.disable(reason=UNCOMPILED)
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Several forward passes of which either all count or none: what fails in between leaves the cache as it was before them."""
+        self.forward_pass.undo()
+        before = [layer.snapshot() for layer in self.layers]
+        try:
+            yield
+        except BaseException:
+            self.forward_pass.before.clear()
+            for layer, snapshot in zip(self.layers, before, strict=True):
+                layer.restore(snapshot)
+            raise
+
+    def nbytes(self) -> int:
+        """Bytes of the storages really held, over all layers, and to undo a forward pass that has not ended."""
+        return sum(layer.nbytes() for layer in self.layers) + self.forward_pass.nbytes()
+
+    def predicted_nbytes(self) -> int:
+        """Bytes that the formula of each layer gives for the tokens seen; what is held to undo a pass that has not ended is counted."""
+        return sum(layer.predicted_nbytes() for layer in self.layers) + self.forward_pass.nbytes()
+
+    def reset(self) -> None:
+        self.forward_pass.undo()
+        super().reset()
+        if self.filled_by is not None and (model := self.filled_by.model()) is not None:
+            self.filled_by = FilledBy(model)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Only where every layer can. Errors: LowkeyError for a compressed cache, before anything is removed."""
+        for layer in self.layers:
+            if isinstance(layer, StoringLayer):
+                layer.crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+    def exact_prefill(self, on: bool) -> None:
+        """From now on, let chunks of several tokens see their own keys exactly (`on`) or as they will be stored."""
+        self.forward_pass.undo()
+        for layer in self.layers:
+            if isinstance(layer, StoringLayer):
+                layer.exact_prefill = on
+
+    @property
+    def evicting(self) -> list[EvictingLayer]:
+        return [layer for layer in self.layers if isinstance(layer, EvictingLayer)]
+
+    def only_look(self, tokens: int, piece: tuple[int, int] | None = None) -> None:
+        """From now on, the last `tokens` of each chunk say what to keep of the others and are then forgotten (0: stored as usual).
+
+        So a question can choose what is kept and be asked again, over what was kept. piece: what these tokens repeat, for a policy that
+        has its context repeated: the first token, counted from each row's first, and the one behind the last.
+        """
+        self.forward_pass.undo()
+        for layer in self.layers:
+            if isinstance(layer, EvictingLayer | StockSlidingLayer):
+                layer.looking = tokens
+            if isinstance(layer, EvictingLayer):
+                layer.piece = piece
+
+    def expect(self, tokens: int) -> None:
+        """From now on, an eviction leaves room in the budget for so many tokens that are to be stored besides: a question asked again."""
+        self.forward_pass.undo()
+        for layer in self.evicting:
+            layer.to_come = tokens
+
+    def freeze(self, on: bool = True) -> None:
+        """From now on, evict nothing more."""
+        self.forward_pass.undo()
+        for layer in self.evicting:
+            layer.frozen = on
+
+    def kept_positions(self, layer: int, batch: int = 0) -> list[Tensor]:
+        """Per KV head the positions that this layer holds of one row of the batch, ascending.
+
+        Errors: LowkeyError for a layer that evicts nothing.
+        """
+        found = self.layers[layer]
+        if not isinstance(found, EvictingLayer):
+            raise LowkeyError(f"layer {layer}: keeps every token; give a layer of a cache that was made with a policy")
+        self.forward_pass.undo()
+        return found.kept_positions(batch)
+
+    def save(self, path: str | Path, force: bool = False) -> None:
+        """Write what is held as the folder `path`, in one step: cache.json, cache.safetensors and, if there is one, the plan.
+
+        Errors: LowkeyError when the model is gone or has changed since it filled the cache, when `path` holds other files (unless
+        `force`), or cannot be written.
+        """
+        self.forward_pass.undo()
+        origin, filled_by = self.origin, self.filled_by
+        if origin is None or filled_by is None:
+            raise LowkeyError("cache: was not made by make_cache; save one that was")
+        fingerprint, model = filled_by.name(), origin.model()
+        about = {
+            "model": model.config._name_or_path if model else "",
+            "model_sha256": fingerprint,
+            "versions": versions(),
+            "bits": origin.bits,
+            "policy": origin.policy and policy_words(origin.policy),
+        }
+        cachefile.write(Path(path), self.layers, about, origin.plan, origin.exact, force)
+
+
+def load_cache(path: str | Path, model: PreTrainedModel) -> LowkeyCache:
+    """A cache that `save` wrote, ready to continue with the model it was made for.
+
+    Errors: LowkeyError for another model, a newer format, a damaged or truncated file.
+    """
+    folder = Path(path)
+    about, tensors, plan = cachefile.read(folder)
+    check_model("cache", about.get("model"), about["model_sha256"], model, "make it again")
+    exact = cachefile.exact_from(folder, about["exact"], tensors)
+    policy = policy_from(about["policy"]) if about["policy"] else None
+    cache = make_cache(model, plan, policy, bits=about["bits"], exact=exact)
+    cachefile.restore(folder, cache.layers, about, tensors, model)
+    cache.filled_by = FilledBy(model, about["model_sha256"])
+    return cache
+
+
+def make_cache(
+    model: PreTrainedModel,
+    plan: Plan | None = None,
+    policy: Policy | None = None,
+    *,
+    bits: int | str | None = None,
+    exact: Exact | None = None,
+) -> LowkeyCache:
+    """A fresh cache for one batch of sequences.
+
+    plan: low rank as calibrated. policy: which tokens each head keeps, alone or on top of a plan. bits: 8, 4 or another name of SCHEMES:
+    keys and values, or a plan's latents, in packed integers; None: as the plan says, `none`: in none. exact: overrides the plan's sinks,
+    recent window and prefill mode, and the 4 sinks and 32 recent tokens that integers alone come with; its rule comes from
+    `sinks.find_sinks`. With a policy on top, which keeps sinks and recent tokens of its own, a plan's window is left out.
+    All None: transformers' own form, counted.
+    Errors: LowkeyError when the model is not attached, the plan is another model's, bits are unknown, or two do not go together.
+    """
+    if not attached(model):
+        raise LowkeyError("model is not attached: call lowkey.attach(model) before make_cache")
+    if plan is not None:
+        plan.check(model)
+    if exact is not None and exact.rule is not None:
+        _check_rule(model, exact.rule, exact.sinks)
+    cache = cache_from(model, Origin(weakref.ref(model), plan, policy, bits, exact))
+    cache.filled_by = FilledBy(model)
+    return cache
+
+
+def cache_from(model: PreTrainedModel, origin: Origin) -> LowkeyCache:
+    """As `make_cache`, for a plan that was checked before: the model's weights are not looked at again, and the cache cannot be saved."""
+    if origin.policy and scheme_or_none(origin.bits) is not None:
+        raise LowkeyError(f"bits={shown(origin.bits)} together with a policy is not supported yet; give one of them")
+    if origin.policy and origin.plan and origin.bits is None and origin.plan.bits is not None:
+        raise LowkeyError(f"plan in {origin.plan.bits} together with a policy is not supported yet; give bits='none', or one of them")
+    stock = origin == Origin(origin.model)
+    if stock and families.stores_its_own(model.config):
+        cache = LowkeyCache(layers=[StockLayer() for _ in families.decoder_layers(model)])
+    else:
+        cache = cache_of(model, _builder(model, origin))
+    cache.origin = origin
+    return cache
+
+
+def _builder(model: PreTrainedModel, origin: Origin) -> Callable[[int], CountedLayer]:
+    plan, policy = origin.plan, origin.policy
+    if policy is not None:
+        return _evicting(model, plan, policy, origin.exact)
+    if plan is None and origin.exact is None and scheme_or_none(origin.bits) is None:
+        return lambda i: StockLayer()
+    packed = scheme_or_none(plan.bits if plan and origin.bits is None else origin.bits)
+    sinks, recent = (plan.sinks, plan.recent) if plan else (WINDOW.sinks, WINDOW.recent)
+    keep = origin.exact or Exact(sinks, max(recent, packed.recent if packed else 0))
+    packings = (packed.keys, packed.values) if packed else None
+    points = keep.rule.layers if keep.rule else {}
+    return lambda i: CodedLayer(_codec(model, i, plan, packed), keep, packings, points.get(i))
+
+
+def _check_rule(model: PreTrainedModel, rule: SinkRule, sinks: int) -> None:
+    if sinks < 1:
+        raise LowkeyError(f"exact: a sink rule with sinks={sinks} keeps nothing; give Exact(sinks=4, rule=...)")
+    check_model("exact: the sink rule", "?", rule.model_sha256, model, "call lowkey.calibration.sinks.find_sinks with this one")
+    shape = families.geometry(model)
+    if not all(p.centres.shape == (len(p.radius), shape.kv_heads, shape.head_dim) for p in rule.layers.values()):
+        raise LowkeyError(
+            "exact: the points of the sink rule do not fit the heads of this model; call lowkey.calibration.sinks.find_sinks again"
+        )
+
+
+def _codec(model: PreTrainedModel, i: int, plan: Plan | None, packed: Scheme | None) -> Codec:
+    """The Hadamard transform of a scheme is folded into the maps, so that it costs nothing on top of a plan."""
+    turned = packed is not None and packed.turned
+    rope = families.rope(model, i)
+    if plan is not None:
+        return LowRank(plan.factors[i].turned() if turned else plan.factors[i], plan.layout, rope)
+    if not turned:
+        return Plain()
+    return LowRank(identity(families.geometry(model).head_dim).turned(), "post_rope", rope)
+
+
+def _evicting(model: PreTrainedModel, plan: Plan | None, policy: Policy, exact: Exact | None) -> Callable[[int], CountedLayer]:
+    if exact:
+        raise LowkeyError("exact tokens together with a policy are not supported; the policy keeps sinks and recent tokens of its own")
+    if plan and policy.layer == "pruning":
+        raise LowkeyError("policy 'think' drops key channels, of which a plan has its own; use another policy on top of a plan")
+    if plan and policy.layer == "compensating" and plan.layout == "pre_rope":
+        raise LowkeyError("policy 'razor' keeps mean keys, which have no position to rotate them to; use a plan with layout 'post_rope'")
+    if plan and not all(f.per_head for f in plan.factors.values()):
+        raise LowkeyError(
+            f"plan of method {plan.method['name']!r} merges heads or centres them, and a policy gives each head tokens of its own; "
+            "use a plan with one latent per head, or no policy"
+        )
+    full = families.geometry(model).compressible
+    policy = policy.fitted(plan.heads if plan else {})
+    if policy.turns and (kind := families.changing_rope(model)):
+        raise LowkeyError(f"policy {type(policy).__name__}: rope_type {kind!r} changes its frequencies with the length; use another policy")
+    meeting = Round(len(full), _sliding(model))
+
+    def build(i: int) -> EvictingLayer:
+        rope = families.rope(model, i)
+        return LAYERS[policy.layer](policy, rope, full.index(i), meeting, LowRank(plan.factors[i], plan.layout, rope) if plan else None)
+
+    return build
+
+
+def _sliding(model: PreTrainedModel) -> tuple[tuple[int, int], ...]:
+    """Of every sliding layer, how many tokens it holds at most, and the numbers that one of them takes: as many as in the other layers,
+    since every supported family gives all its layers the KV heads and the head dimension of its config."""
+    shape, window = families.geometry(model), int(getattr(model.config.get_text_config(), "sliding_window", None) or 1)
+    return tuple((window - 1, 2 * shape.kv_heads * shape.head_dim) for _ in range(shape.layers - len(shape.compressible)))
+
+
+def cache_of(model: PreTrainedModel, build: Callable[[int], CountedLayer]) -> LowkeyCache:
+    """`build(i)` for every layer with full attention; sliding layers keep their stock form."""
+    config = model.config.get_text_config()
+    full = set(families.geometry(model).compressible)
+    count = len(families.layer_types(config))
+    return LowkeyCache(layers=[build(i) if i in full else StockSlidingLayer(config.sliding_window) for i in range(count)])

@@ -1,0 +1,191 @@
+"""A cache on disk: what every layer holds, and what it was made with. What is read is held to the model and to itself before it is used,
+since kernels read and write where a file's numbers tell them to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from lowkey.cache.cachecheck import flaw
+from lowkey.core import files
+from lowkey.core.types import LowkeyError, device_of
+from lowkey.models import families
+from lowkey.plan.plan import Plan
+from lowkey.storage.exact import Exact, FixedPoints, SinkRule
+
+FORMAT = 1
+JSON, TENSORS, PLAN, KIND = "cache.json", "cache.safetensors", "plan", "cache"
+FIELDS = {"model": str, "model_sha256": str, "versions": dict, "layers": list, "tensors_sha256": str}
+STOCK = ("keys", "values")  # what transformers' own layers hold
+FLAGS = ("exact_prefill", "frozen")
+MOST = 2**31  # what every count is below
+
+
+def write(path: Path, layers: Sequence[Any], about: dict, plan: Plan | None, exact: Exact | None, force: bool) -> None:
+    """All of it or nothing."""
+    files.check_folder(path, force, again=JSON)
+    with files.replacing_folder(path) as temporary:
+        tensors = {f"{i}.{name}": t for i, layer in enumerate(layers) for name, t in _tensors(layer).items()}
+        words, points = _exact_parts(exact)
+        checksum = files.write_tensors(temporary / TENSORS, tensors | points, KIND)
+        told = None if plan is None else plan.save(temporary / PLAN)
+        numbers = [{name: int(getattr(layer, name)) for name in _numbers(layer)} for layer in layers]
+        whole = {"format": FORMAT, **about, "exact": words, "layers": numbers, "plan": told, "tensors_sha256": checksum}
+        files.write_json(temporary / JSON, whole, KIND)
+
+
+def read(path: Path) -> tuple[dict, dict[str, Tensor], Plan | None]:
+    """What cache.json says, the tensors, and the plan if there is one, all of one version."""
+    return files.steady(path, lambda: _read(path))
+
+
+def _read(path: Path) -> tuple[dict, dict[str, Tensor], Plan | None]:
+    about = files.read_json(path / JSON, "cache", KIND, FORMAT)
+    if not all(isinstance(about.get(name), kind) for name, kind in FIELDS.items()) or not {"policy", "bits", "exact", "plan"} <= set(about):
+        raise damaged(path, "cache.json lacks or garbles a field")
+    tensors = files.read_tensors(path / TENSORS, "cache", KIND, about["tensors_sha256"], finite=False)
+    if about["plan"] is None:
+        return about, tensors, None
+    if files.checksum(path / PLAN / "plan.json", "plan") != about["plan"]:
+        raise damaged(path, "its plan is another one than it was made with")
+    return about, tensors, Plan.load(path / PLAN)
+
+
+def restore(path: Path, layers: Sequence[Any], about: dict, tensors: dict[str, Tensor], model: PreTrainedModel) -> None:
+    """Give fresh layers what the file says they held. Errors: LowkeyError for what does not fit the model or is at odds with itself."""
+    numbers = about["layers"]
+    if len(numbers) != len(layers):
+        raise damaged(path, f"it has {len(numbers)} layers, and the model {len(layers)}")
+    if not all(_are_counts(n, _numbers(layer)) for n, layer in zip(numbers, layers, strict=True)):
+        raise damaged(path, "counters of its layers are missing or no counts")
+    held = _by_layer(path, tensors, len(layers))
+    if any(held) and not all(held):
+        raise damaged(path, "some of its layers hold something and others nothing")
+    shapes = _shapes(model) if any(held) else []
+    groups = 1 if families.stores_its_own(model.config) else families.geometry(model).groups
+    for i, (layer, own, counts) in enumerate(zip(layers, held, numbers, strict=True)):
+        if own:
+            _fill(path, i, layer, own, counts, shapes[i], model)
+        elif any(value for name, value in counts.items() if name not in FLAGS):
+            raise damaged(path, f"layer {i} counts tokens and holds none")
+        for name, value in counts.items():
+            setattr(layer, name, value)
+        if own and (rule := flaw(layer, own, shapes[i], groups)):
+            raise damaged(path, f"layer {i}: {rule}")
+    if any(held) and len({(layer.get_seq_length(), len(_first(own))) for layer, own in zip(layers, held, strict=True)}) > 1:
+        raise damaged(path, "its layers have seen different numbers of tokens or rows")
+
+
+def _fill(
+    path: Path, i: int, layer: Any, own: dict[str, Tensor], counts: dict, shape: tuple[int, int, int], model: PreTrainedModel
+) -> None:
+    """One row that holds nothing says of which names, dtypes and dimensions the tensors are."""
+    device = device_of(families.decoder_layers(model)[i])
+    heads, k, v = shape
+    like = [torch.empty(1, heads, 0, d, dtype=model.dtype, device=device) for d in (k, v)]
+    layer.update(*like)
+    empty = _tensors(layer)
+    if set(own) != set(empty):
+        raise damaged(path, f"layer {i} holds other things than such a layer does")
+    for name, t in own.items():
+        dtype = empty[name].dtype
+        if t.dtype != dtype and not (t.is_floating_point() and dtype.is_floating_point):
+            raise damaged(path, f"layer {i}: {name} is of {t.dtype}")
+        new = t.to(device, dtype)  # what is in the model's dtype follows the model that goes on
+        if t.dtype != dtype and bool(t.isfinite().all()) and not bool(new.isfinite().all()):
+            raise LowkeyError(f"cache {str(path)!r}: holds numbers beyond those of {dtype}; load the model as bfloat16 or wider")
+        setattr(layer, name, new)
+
+
+def _by_layer(path: Path, tensors: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    found: list[dict[str, Tensor]] = [{} for _ in range(count)]
+    for whole, t in tensors.items():
+        index, _, name = whole.partition(".")
+        if index == "rule":
+            continue
+        if not (index.isdecimal() and str(int(index)) == index and int(index) < count and name):
+            raise damaged(path, f"it holds {whole!r:.60}, which is of no layer")
+        found[int(index)][name] = t
+    return found
+
+
+def _first(own: dict[str, Tensor]) -> Tensor:
+    """Something with as many rows as the batch."""
+    return next(own[name] for name in ("offset", "keys") if name in own)
+
+
+def _are_counts(found: object, names: Sequence[str]) -> bool:
+    if not isinstance(found, dict) or set(found) != set(names):
+        return False
+    return all(type(value) is int and 0 <= value < (2 if name in FLAGS else MOST) for name, value in found.items())
+
+
+def _shapes(model: PreTrainedModel) -> list[tuple[int, int, int]]:
+    """Heads and the widths of a key and of a value, of what every layer of the model stores: its own attention says so by storing one."""
+    if not families.stores_its_own(model.config):
+        shape = families.geometry(model)
+        return [(shape.kv_heads, shape.head_dim, shape.head_dim)] * shape.layers
+    cache: Any = DynamicCache()
+    with torch.no_grad():
+        model(torch.zeros(1, 1, dtype=torch.long, device=device_of(model)), past_key_values=cache)
+    return [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in cache.layers]
+
+
+def _exact_parts(exact: Exact | None) -> tuple[dict | None, dict[str, Tensor]]:
+    """In words, and the tensors of its rule."""
+    if exact is None:
+        return None, {}
+    words = {name: getattr(exact, name) for name in ("sinks", "recent", "prefill")}
+    rule = exact.rule
+    if rule is None:
+        return words, {}
+    known = {"channels": rule.channels, "emergence": rule.emergence, "model_sha256": rule.model_sha256}
+    points = {f"rule.{i}.{name}": t for i, found in rule.layers.items() for name, t in vars(found).items()}
+    return words | {"rule": known | {"layers": list(rule.layers)}}, points
+
+
+def exact_from(path: Path, words: dict | None, tensors: dict[str, Tensor]) -> Exact | None:
+    """The inverse of what `write` does."""
+    points = {name: t for name, t in tensors.items() if name.startswith("rule.")}
+    try:
+        rule = words.get("rule") if words is not None else None
+        if len(points) != (2 * len(rule["layers"]) if rule else 0):
+            raise ValueError("points of its sink rule are missing")
+        if words is None:
+            return None
+        if rule is not None:
+            found = {int(i): _points(points[f"rule.{i}.centres"], points[f"rule.{i}.radius"]) for i in rule["layers"]}
+            if not all(type(n) is int and n >= 0 for n in (*rule["channels"], rule["emergence"])):
+                raise ValueError("channels of its sink rule are no indices")
+            rule = SinkRule(found, tuple(rule["channels"]), rule["emergence"], str(rule["model_sha256"]))
+        return Exact(**(words | {"rule": rule}))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise damaged(path, f"exact tokens: {error}") from None
+
+
+def _points(centres: Tensor, radius: Tensor) -> FixedPoints:
+    if centres.ndim != 3 or radius.ndim != 1 or len(centres) != len(radius) or not len(radius):
+        raise ValueError("points of its sink rule are none")
+    if not files.all_finite((centres, radius)) or not (centres.is_floating_point() and radius.is_floating_point()):
+        raise ValueError("points of its sink rule are not finite")
+    return FixedPoints(centres, radius)
+
+
+def _tensors(layer: Any) -> dict[str, Tensor]:
+    if not layer.is_initialized:
+        return {}
+    return layer.tensors() if hasattr(layer, "tensors") else {name: getattr(layer, name) for name in STOCK}
+
+
+def _numbers(layer: Any) -> Sequence[str]:
+    return getattr(layer, "numbers", ("cumulative_length",) if layer.is_sliding else ())
+
+
+def damaged(path: Path, rule: str) -> LowkeyError:
+    return LowkeyError(f"cache {str(path)!r}: {rule:.200}; it is damaged or not one of ours: make it again")

@@ -1,0 +1,119 @@
+"""Fill a cache as its policy wants it filled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lowkey.cache.cache import LowkeyCache
+from lowkey.core import text
+from lowkey.core.types import LowkeyError
+from lowkey.policies.base import Policy
+from lowkey.storage.budgets import budget_of, check_question
+
+
+@torch.no_grad()
+def prefill(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: LowkeyCache,
+    ids: Tensor,
+    question: int = 0,
+    attention_mask: Tensor | None = None,
+) -> None:
+    """Read ids (b, t) into a fresh cache and evict.
+
+    question: so many tokens at the end only say what to keep; they are not stored and are to be given again, with what follows. The
+    budget counts them: it is held when they have been given again.
+    A policy that repeats its context (KVzip) does without them. After a question or a repetition the cache evicts nothing more.
+    attention_mask (b, t): 1 for tokens and 0 for padding, which comes first in its row. A row's result does not depend on the others.
+    Errors: LowkeyError, before anything is read, for a used cache, a question that leaves a row without context or
+    does not fit into the budget, or padding elsewhere.
+    """
+    policy = _policy_of(cache, question)
+    mask = _checked(ids, question, attention_mask)
+    if policy is not None and budget_of(policy).unit == "tokens":  # where a percentage is less, sinks and recent tokens stay all the same
+        check_question(policy, int(mask.sum(1).min()), question)
+    text.check_ids(ids, model)
+    with cache.all_or_nothing():
+        cache.expect(question)
+        if policy is not None and policy.repeats:
+            context = ids.shape[1] - question
+            _repeated(model, tokenizer, cache, ids[:, :context], mask[:, :context], policy)
+        else:
+            cache.only_look(question)
+            _read(model, cache, ids, mask)
+            cache.only_look(0)
+        if question:
+            cache.freeze()
+        cache.expect(0)
+
+
+def _policy_of(cache: LowkeyCache, question: int) -> Policy | None:
+    if not isinstance(cache, LowkeyCache):
+        raise LowkeyError(f"cache of type {type(cache).__name__}: prefill fills what lowkey.make_cache made")
+    if cache.get_seq_length():
+        raise LowkeyError(f"cache: has seen {cache.get_seq_length()} tokens already; make a fresh one, or call the model for a later turn")
+    policy = cache.origin.policy if cache.origin else None
+    if question and policy is None:
+        raise LowkeyError(f"question {question}: only a cache with a policy is told what to keep; leave the question out")
+    return policy
+
+
+def _checked(ids: Tensor, question: int, mask: Tensor | None) -> Tensor:
+    """The mask (b, t) as integers."""
+    if not isinstance(ids, Tensor):
+        raise LowkeyError(f"ids of type {type(ids).__name__}: give a tensor of token ids (rows, tokens)")
+    if ids.ndim != 2 or not ids.numel() or ids.is_floating_point():
+        raise LowkeyError(f"ids of shape {tuple(ids.shape)} and dtype {ids.dtype}: give token ids (rows, tokens), at least one of each")
+    mask = torch.ones_like(ids) if mask is None else mask.to(ids.device)
+    if mask.shape != ids.shape or not bool(((mask == 0) | (mask == 1)).all()):
+        raise LowkeyError(
+            f"attention_mask of shape {tuple(mask.shape)}: give 1 for tokens and 0 for padding, in the shape of ids {tuple(ids.shape)}"
+        )
+    mask = mask.long()
+    if bool((mask[:, 1:] < mask[:, :-1]).any()):
+        raise LowkeyError("attention_mask: padding behind tokens; pad on the left")
+    lengths = mask.sum(1)
+    row, least = int(lengths.argmin()), int(lengths.min())
+    if not least:
+        raise LowkeyError(f"attention_mask: row {row} has no token; leave the row out")
+    if not isinstance(question, int) or not 0 <= question < least:
+        raise LowkeyError(f"question {question}: row {row} has {least} tokens, of which one must be context; give 0 to {least - 1}")
+    return mask
+
+
+def _read(model: PreTrainedModel, cache: LowkeyCache, ids: Tensor, mask: Tensor) -> None:
+    """ids (b, t) over what was read before; mask over both."""
+    positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+    known: dict[str, Any] = {} if bool(mask.all()) else {"attention_mask": mask, "position_ids": positions}
+    model(ids, **known, past_key_values=cache, logits_to_keep=1)
+
+
+def _repeated(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache: LowkeyCache, ids: Tensor, mask: Tensor, policy: Policy
+) -> None:
+    """Read everything, let the model see each piece again behind a request to repeat it, then evict by what was looked at.
+
+    Pieces are counted from each row's first token. A shorter last piece is padded behind, since all of it is forgotten.
+    """
+    asking = tokenizer(policy.prompt, add_special_tokens=False, return_tensors="pt").input_ids[0].to(ids.device)  # type: ignore[attr-defined]
+    chunk, bridge = policy.chunk, policy.bridge  # type: ignore[attr-defined]
+    texts = [row[there] for row, there in zip(ids, mask.bool(), strict=True)]
+    cache.freeze()
+    _read(model, cache, ids, mask)
+    longest = max(map(len, texts))
+    for start in range(0, longest, chunk):
+        pieces = [torch.cat([asking, x[max(0, start - bridge) : start + chunk]]) if start < len(x) else x[:0] for x in texts]
+        again, there = (pad_sequence(rows, batch_first=True) for rows in (pieces, [torch.ones_like(x) for x in pieces]))
+        cache.only_look(again.shape[1], (start, start + chunk) if policy.softmax == "piece" else (0, longest))  # type: ignore[attr-defined]
+        _read(model, cache, again, torch.cat([mask, there], 1))
+    cache.only_look(0)
+    cache.freeze(False)
+    for layer in cache.evicting:
+        layer.evict()
+    cache.freeze()

@@ -1,0 +1,48 @@
+"""What `calibrate` and `lowkey compress` take when no method is named: what has the least KL on a real model at each budget.
+
+The evidence is in docs/results.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from lowkey.calibration import sensitivity
+from lowkey.core.types import Layout, LowkeyError
+from lowkey.methods import KQSVD, FisherSVD, Method
+from lowkey.models import families
+from lowkey.storage.packing import NO_BITS
+
+
+@dataclass(frozen=True)
+class Recommended:
+    """A method with what goes with it. bits: the packing of its latents, `none` for the model's own numbers."""
+
+    method: Method
+    layout: Layout
+    allocator: str
+    bits: str
+
+
+def recommended(model: PreTrainedModel, share: float | None) -> Recommended:
+    """share: of the full cache's bytes that is to be kept; None under an error budget, which integers would add to, and which is one of
+    measured errors, so that they choose the ranks."""
+    try:
+        families.check_layout(model, "pre_rope")
+        layout: Layout = "pre_rope"
+    except LowkeyError:
+        layout = "post_rope"
+    try:
+        sensitivity.check(model, ("fisher",))
+    except LowkeyError:  # weights that give no gradients
+        return Recommended(KQSVD(group=0), layout, "uniform", _bits(share))
+    return Recommended(FisherSVD(), layout, "spectrum" if share is not None else "greedy", _bits(share))
+
+
+def _bits(share: float | None) -> str:
+    """At equal bytes on SmolLM2-135M more ranks in fewer bits beat fewer ranks in more bits, down to 4 bits; 8 bits are as good as none."""
+    if share is None or share >= 1:
+        return NO_BITS
+    return "kivi8" if share > 0.45 else "kivi4"

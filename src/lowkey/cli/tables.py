@@ -1,0 +1,233 @@
+"""Plans, result rows and head scores as tables on the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lowkey.allocation.allocators import ALLOCATORS
+from lowkey.core.options import defaults_of, ranges, shown
+from lowkey.core.printable import printable
+from lowkey.heads.retrieval import HeadScores
+from lowkey.methods import METHODS
+from lowkey.plan.plan import Plan
+
+
+class Screen(Console):
+    """A console that writes names and paths as they are, except for what a terminal would obey."""
+
+    def render_str(self, text: str, **how: Any) -> Text:  # what rich makes of every string: of cells, titles and printed lines
+        return super().render_str(printable(text), **how)
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # rich would end the program with status 1
+
+
+class Aside(Screen):
+    """What is told on stderr beside the result: nobody need be listening."""
+
+    def on_broken_pipe(self) -> None:
+        pass
+
+
+def wide() -> int | None:
+    """The terminal's own width, or what a file may hold."""
+    return None if sys.stdout is not None and sys.stdout.isatty() else 160
+
+
+screen = Screen(width=wide(), markup=False, emoji=False)
+
+
+def say(line: str) -> None:
+    """A line of plain text on stdout."""
+    print(printable(line))
+
+
+def show_plan(plan: Plan, place: Path, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"plan": str(place), **plan.describe()}))
+        return
+    g, held = plan.geometry, plan.bytes_per_token(2)
+    whole = 2 * g["kv_heads"] * g["head_dim"] * 2 * len(plan.factors)
+    table = Table(
+        "layer", "key rank", "value rank", title=f"{plan.method['name']} · {plan.allocator['name']} · {plan.layout} · {plan.budget}"
+    )
+    for i, (k, v) in plan.ranks.items():
+        table.add_row(str(i), f"{k} of {g['head_dim']}", f"{v} of {g['head_dim']}")
+    screen.print(table)
+    for what, told, table_of in (("method", plan.method, METHODS), ("allocator", plan.allocator, ALLOCATORS)):
+        if told.get("parameters"):
+            kind = table_of.get(told["name"])
+            say(f"options of {what} {told['name']}: {options_of(kind, told['parameters'], '; ') if kind else told['parameters']}")
+    say(f"{place}: keeps {held:g} of {whole} bytes per token in bfloat16 ({100 * held / whole:.1f}%)")
+
+
+def show_dynamic(about: dict, place: Path, as_json: bool) -> None:
+    """A plan with a rank for every token, as its file describes it."""
+    if as_json:
+        print(json.dumps({"plan": str(place), **about}))
+        return
+    g, held = about["geometry"], about["bytes_per_token"]["bfloat16"]
+    whole = 2 * g["kv_heads"] * g["head_dim"] * 2 * len(about["layers"])
+    kept = f"a token keeps {_either(about['levels'])} of {g['head_dim']} coordinates"
+    say(f"{about['method']} · {about['layout']} · {about['budget']}: {kept}")
+    say(f"{place}: held-out tokens keep {100 * about['share']:.1f}% of them in the mean, with KL {about['divergence']:.4f} per token")
+    say(f"{held:.0f} of {whole} bytes per token in bfloat16 ({100 * held / whole:.1f}%), were all tokens like these")
+
+
+def _either(ranks: Sequence[int]) -> str:
+    *more, last = map(str, ranks)
+    return f"{', '.join(more)} or {last}" if more else last
+
+
+COLUMNS = {  # key of a row: (heading, format)
+    "perplexity": ("ppl", ".3f"),
+    "perplexity_decode": ("ppl decode", ".3f"),
+    "kl": ("KL", ".4f"),
+    "top1_agreement": ("top-1", ".3f"),
+    "layer_error": ("layer error", ".4f"),
+    "exact_match": ("recall", ".2f"),
+    "recall_kept": ("recall kept", ".1%"),
+    "questions": ("questions", ".2f"),
+    "questions_kept": ("questions kept", ".1%"),
+    "bytes_per_token": ("B/token", ".0f"),
+    "bytes_held": ("bytes held", ",d"),
+    "step_ms": ("step ms", ".2f"),
+}
+
+
+def show_rows(result: dict) -> None:
+    """The rows as a table, without the columns that nobody measured."""
+    shown = [c for c in COLUMNS if any(row[c] is not None for row in result["rows"])]
+    table = Table("setting", *[COLUMNS[c][0] for c in shown], "kept", title=f"{result['model']}, {result['environment']['dtype']}")
+    for row in result["rows"]:
+        cells = [_cell(row, c) for c in shown]
+        table.add_row(row["name"], *cells, f"{100 * row['bytes_held'] / row['bytes_full']:.1f}%")
+    screen.print(table)
+
+
+def notes(result: dict) -> list[str]:
+    """A line for each task that says nothing of this model."""
+    found = [row.get(f"{task}_note") for row in result["rows"] for task in ("recall", "questions")]
+    return [note for note in found if note]
+
+
+def _cell(row: dict, name: str) -> str:
+    """A number, with half of its 95 % interval where windows tell one; in brackets where it is no evidence."""
+    if name == "questions" and row[name] is not None:
+        return _weak(f"{row['questions_right']} of {row['questions_of']}", row["questions_evidence"])
+    if name == "exact_match" and row[name] is not None:
+        return _weak(format(row[name], COLUMNS[name][1]), row["recall_evidence"])
+    value, off, how = row[name], row.get(f"{name}_95"), COLUMNS[name][1]
+    return "-" if value is None else format(value, how) + ("" if off is None else f" ± {off:{how}}")
+
+
+def _weak(shown: str, evidence: bool | None) -> str:
+    return f"({shown})" if evidence is False else shown
+
+
+def show_heads(found: HeadScores, place: Path, asked: int) -> None:
+    told = found.describe()
+    table = Table("layer", "KV head", "share", title=f"{found.kind} on {found.task}: the heads with most weight")
+    for layer, head, share in found.top():
+        table.add_row(str(layer), str(head), f"{100 * share:.1f}%")
+    screen.print(table)
+    say(f"{place}: {found.accepted} of {asked} cases right, split-half correlation {told['split_half']:.2f}, {told['zero_heads']:.0%} zero")
+
+
+def show_sinks(found: dict) -> None:
+    if not found["layers"]:
+        say(found["why"])
+        return
+    table = Table("layer", "first token", "later tokens", title=f"sinks in {found['windows']} windows of {found['context']} tokens")
+    for i, where in found["layers"].items():
+        table.add_row(str(i), f"{where['first']} of {found['windows']}", str(where["later"]))
+    screen.print(table)
+    table = Table("window", "position", "token", "sink in layers")
+    for token in found["tokens"][:20]:
+        table.add_row(
+            str(token["window"]), str(token["position"]), repr(token["token"]), f"{len(token['layers'])} of {len(found['layers'])}"
+        )
+    screen.print(table)
+    say(f"channels {', '.join(map(str, found['channels']))} of the residual stream are outliers, from layer {found['emergence']} on")
+
+
+def show_bench(found: dict) -> None:
+    title = f"{found['context']} tokens, {found['heads']}/{found['kv_heads']} heads of {found['head_dim']}, {found['dtype']}"
+    table = Table("backend", "ms", "GB/s", "of reads", "sdpa full / this", f"ms at {found['budget']}", "of full", title=title)
+    for name, row in found["backends"].items():
+        kept = [f"{row['budget_ms']:.3f}", f"{row['budget_to_full']:.3f}"] if row["budget_ms"] is not None else ["-", "-"]
+        cells = (
+            f"{row['ms']:.3f}",
+            f"{row['gbs']:.1f}",
+            f"{100 * row['share_of_read_bandwidth']:.0f}%",
+            f"{row['ratio_to_sdpa_full']:.2f}",
+        )
+        table.add_row(name, *cells, *kept)
+    screen.print(table)
+    say(f"plain reads: {found['read_bandwidth_gbs']:.1f} GB/s with {found['environment']['threads']} threads")
+
+
+DIVERSITY = {  # number of a layer: heading
+    "qk_uncentred": "QK / H",
+    "qk_centred": "QK centred / (H-1)",
+    "vo_uncentred": "VO / H",
+    "vo_centred": "VO centred / (H-1)",
+    "js": "JS bits",
+}
+
+
+def show_diversity(found: dict) -> None:
+    """A row per layer: every number, and in brackets the mean of the same configuration at random."""
+    split = any(layer["residual"] for layer in found["layers"])
+    more = ["shared/residual K, V", "cosine K, V"] if split else []
+    table = Table("layer", *DIVERSITY.values(), *more, title=f"{found['model']}: {found['heads']} heads, (at random)")
+    for layer in found["layers"]:
+        numbers = {f"{kind}_{name}": value for kind in ("qk", "vo") for name, value in layer[kind].items()} | {"js": layer["js"]}
+        random = {name: band and band["mean"] for name, band in (layer["init"] or {}).items()}
+        cells = [_beside(numbers[name], random.get(name)) for name in DIVERSITY]
+        table.add_row(str(layer["layer"]), *cells, *(_split(layer["residual"]) if split else []))
+    table.add_section()
+    mean = found["mean"]
+    table.add_row("mean", *[_beside(mean[name], (mean["init"] or {}).get(name)) for name in DIVERSITY])
+    screen.print(table)
+
+
+def _split(residual: dict | None) -> list[str]:
+    if residual is None:
+        return ["-", "-"]
+    sides = [residual["keys"], residual["values"]]
+    return [", ".join(_number(side[name], digits) for side in sides) for name, digits in (("shared_over_residual", 2), ("cosine", 3))]
+
+
+def _beside(value: float | None, random: float | None) -> str:
+    return _number(value) + ("" if random is None else f" ({_number(random)})")
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def options_of(kind: Any, values: Mapping[str, Any], between: str = "\n") -> str:
+    """Options of a class: each one's value and, in brackets, its default, where that is another, and what it may be."""
+    known, defaults = ranges(kind), defaults_of(kind)
+    return between.join(
+        f"{name}={_word(value)}{_told(value, defaults.get(name, value), known.get(name, ''))}" for name, value in values.items()
+    )
+
+
+def _told(value: object, default: object, known: str) -> str:
+    words = [f"default {_word(default)}"] if value != default else []
+    words += [known] if known else []
+    return f" ({', '.join(words)})" if words else ""
+
+
+def _word(value: object) -> object:
+    return shown(value) if isinstance(value, str) and not value.isprintable() else value

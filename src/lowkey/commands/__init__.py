@@ -1,1 +1,0 @@
-"""The sub-commands of `lowkey`, by what they are for."""

@@ -1,0 +1,78 @@
+"""What has been measured so far, kept in a file beside the result, so that the same command goes on where it was stopped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowkey.core.files.reading import jsonable
+from lowkey.core.files.work import damaged, job_folder, job_name, read_work_json, write_work_json
+from lowkey.core.types import LowkeyError
+
+EVERY = 5.0  # seconds of work that a kill may cost, beside the measurement that it met
+NAME = "measured.json"
+
+
+class Measured:
+    """Measurements by name, each plain JSON: a window or a case under one setting. work: where to keep them, or None for memory alone; job:
+    all that decides what they are."""
+
+    def __init__(self, work: Path | None = None, job: Mapping[str, Any] | None = None) -> None:
+        self.work, self.job = work, job or {}
+        self.known, self.written = self._read(), time.monotonic()
+        self.saved = len(self.known)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.known
+
+    def __getitem__(self, name: str) -> Any:
+        return self.known[name]
+
+    def once(self, name: str, measure: Callable[[], Any]) -> Any:
+        """What `measure` gives, which is called only where nothing of that name is known. Numbers that are not finite become None."""
+        if name not in self.known:
+            self.known[name] = jsonable(measure())
+            if time.monotonic() - self.written >= EVERY:
+                self.write()
+        return self.known[name]
+
+    def tensor(self, name: str, shape: tuple[int, ...], measure: Callable[[], Tensor | None]) -> Tensor | None:
+        """As `once`, of a tensor of that shape, which comes back in fp64 exactly, or of None. Errors: LowkeyError when it is not finite, or
+        when a file holds something else."""
+
+        def plain() -> list | None:
+            if (found := measure()) is not None and not bool(found.isfinite().all()):
+                raise LowkeyError(f"{name}: the model's numbers are not finite; load it with --dtype float32, or check its weights")
+            return None if found is None else found.tolist()
+
+        if (known := self.once(name, plain)) is None:
+            return None
+        try:
+            found = torch.tensor(known, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            found = torch.empty(0)
+        if found.shape != shape:
+            raise LowkeyError(f"unfinished work: {name!r} is no table of shape {shape}; it is damaged: delete {self.work} and start anew")
+        return found
+
+    def write(self) -> None:
+        """What is new, in one step, as every file of lowkey's."""
+        if self.work is None or self.saved == len(self.known):
+            return
+        folder = job_folder(self.work, self.job)
+        write_work_json(folder, NAME, {"measured": self.known})
+        self.saved, self.written = len(self.known), time.monotonic()
+
+    def _read(self) -> dict[str, Any]:
+        if self.work is None or not (self.work / job_name(self.job) / NAME).exists():
+            return {}
+        folder = job_folder(self.work, self.job)
+        found = read_work_json(folder, NAME).get("measured")
+        if not isinstance(found, dict):
+            raise damaged(folder, f"{NAME} holds no measurements")
+        return found

@@ -1,0 +1,281 @@
+"""Files are not believed: what is read is a regular file of a plausible size, strict JSON or safetensors, with the checksum that it was
+written with. All kinds of files are read here; what their numbers must be to one another, each kind's own loader says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import stat
+import struct
+import tomllib
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lowkey.core.files.swapping import steady
+from lowkey.core.types import LowkeyError
+
+MOST_JSON, MOST_HEADER, MOST_TOML, MOST_TEXT = 2**26, 2**24, 2**20, 2**32  # bytes
+ANY_SIZE = 2**63
+LARGEST = 2**64  # what a whole number is below
+DEEPEST = 64  # tables inside tables
+KIND, CHECKSUM = "lowkey", "checksum"  # fields of our JSON files and of our tensors' metadata: what it is, and of all the rest
+TYPES = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
+OURS = "give one that lowkey wrote"
+REMEDY = "make it again"
+
+
+# -- bytes
+
+
+@contextmanager
+def opened(path: Path, what: str, most: int, remedy: str = OURS) -> Iterator[BufferedReader]:
+    """A regular file of at most so many bytes. Errors: LowkeyError for anything else, at once: pipes and devices are not waited for."""
+    try:
+        _check_regular(os.stat(path), path, what, most, remedy)
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            _check_regular(os.fstat(file.fileno()), path, what, most, remedy)
+            yield file
+    except (FileNotFoundError, NotADirectoryError):
+        raise LowkeyError(f"{what} {str(path)!r} does not exist; {remedy}") from None
+    except LowkeyError:
+        raise
+    except (OSError, ValueError, MemoryError, RecursionError) as error:
+        raise LowkeyError(f"{what} {str(path)!r} cannot be read ({_reason(error)}); it is damaged or not one of ours") from None
+
+
+def _check_regular(found: os.stat_result, path: Path, what: str, most: int, remedy: str) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise LowkeyError(f"{what} {str(path)!r} is {TYPES.get(stat.S_IFMT(found.st_mode), 'no regular file')}; {remedy}")
+    if found.st_size > most:
+        raise LowkeyError(f"{what} {str(path)!r} is larger than {most / 2**20:.0f} MiB; {remedy}")
+
+
+def _reason(error: BaseException) -> str:
+    told = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(told).split())[:120].rstrip(". ")
+
+
+def read_bytes(path: Path, what: str, most: int, remedy: str = OURS) -> bytes:
+    with opened(path, what, most, remedy) as file:
+        return file.read(most + 1)
+
+
+def file_checksum(path: Path, what: str = "file") -> str:
+    """The size of a file in bytes and its sha256."""
+    with opened(path, what, ANY_SIZE) as file:
+        return _size(file) + hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def has_checksum(path: Path, sums: Collection[str], what: str = "file") -> bool:
+    """Whether a file has one of these checksums. One of another size is not read, since a sparse file may be endless to read."""
+    with opened(path, what, ANY_SIZE) as file:
+        size = _size(file)
+        known = any(str(wanted).startswith(size) for wanted in sums)
+        return known and size + hashlib.file_digest(file, "sha256").hexdigest() in sums
+
+
+def _size(file: BufferedReader) -> str:
+    return f"{os.fstat(file.fileno()).st_size}:"
+
+
+# -- JSON and TOML
+
+
+def parse_json(text: str, infinite: bool = False) -> Any:
+    """Strictly: every name once, no number of hundreds of digits, nothing nested without end, and NaN and Infinity only when `infinite`.
+
+    Errors: ValueError.
+    """
+
+    def number(written: str) -> float:
+        value = float(written)
+        if not (infinite or math.isfinite(value)):
+            raise ValueError(f"{written[:20]} is no number of JSON")
+        return value
+
+    try:
+        found = json.loads(text, object_pairs_hook=_once, parse_int=_whole, parse_float=number, parse_constant=number)
+    except RecursionError:
+        raise ValueError("it is nested without end") from None
+    _check_depth(found)
+    return found
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """As strictly; dates are refused too, for nothing of ours has any, and nan and inf. Errors: ValueError."""
+    try:
+        found = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested without end") from None
+    _check_depth(found, finite=True)
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice in one object")
+    return found
+
+
+def _whole(written: str) -> int:
+    if len(written) > len(str(LARGEST)):
+        raise ValueError(f"a whole number of {len(written)} digits")
+    return int(written)
+
+
+def _check_depth(value: object, left: int = DEEPEST, finite: bool = False) -> None:
+    if isinstance(value, dict | list):
+        if not left:
+            raise ValueError("it is nested without end")
+        for inside in value.values() if isinstance(value, dict) else value:
+            _check_depth(inside, left - 1, finite)
+    elif isinstance(value, int) and abs(value) >= LARGEST:
+        raise ValueError("a whole number is larger than any that is meant")
+    elif finite and isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is no number that can be meant")
+    elif not (value is None or isinstance(value, str | int | float)):
+        raise ValueError(f"{value} is neither text nor a number")
+
+
+def sealed(value: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """As JSON has it, with what it is and a checksum of all the rest; null in the place of numbers that are not finite."""
+    plain = {KIND: kind, **json.loads(json.dumps(jsonable(value)))}
+    return plain | {CHECKSUM: json_digest(plain)}
+
+
+def jsonable(value: Any) -> Any:
+    """As JSON has it: null in the place of numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {name: jsonable(inside) for name, inside in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(inside) for inside in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def json_digest(plain: Mapping[str, Any]) -> str:
+    kept = {name: value for name, value in plain.items() if name != CHECKSUM}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def read_json(path: Path, what: str, kind: str, newest: int | None = None, *, loose: bool = False, source: str = OURS) -> dict[str, Any]:
+    """What `write_json` wrote as this kind, of format `newest` at most, if it has formats. loose: also what others wrote, without a
+    checksum and with infinite numbers. source: the remedy in the message when there is no such file.
+
+    Errors: LowkeyError for what does not exist, is damaged, of a newer format, or something else.
+    """
+
+    def refuse(rule: str) -> LowkeyError:
+        return LowkeyError(f"{what} {str(path)!r} {rule}; it is damaged or not one of ours: {REMEDY}")
+
+    try:
+        found = parse_json(read_bytes(path, what, MOST_JSON, source).decode(), infinite=loose)
+    except LowkeyError:
+        raise
+    except (ValueError, MemoryError) as error:
+        raise refuse(f"cannot be read ({_reason(error)})") from None
+    if not isinstance(found, dict):
+        raise refuse("holds no JSON object")
+    if newest is not None:
+        version = found.get("format")
+        if type(version) is not int or version < 1:
+            raise refuse(f"has format {version!r:.40}, which is not a number")
+        if version > newest:
+            raise LowkeyError(f"{what} {str(path)!r}: format {version} is newer than {newest}, the newest known here; upgrade lowkey")
+    if not (loose and CHECKSUM not in found):
+        if found.get(KIND) != kind:
+            raise refuse(f"is not marked as {kind!r}")
+        if found.get(CHECKSUM) != json_digest(found):
+            raise refuse("is not what was written there: its checksum differs")
+    return {name: value for name, value in found.items() if name not in (KIND, CHECKSUM)}
+
+
+def checksum(path: Path, what: str) -> str | None:
+    """That which a JSON file of ours says it has; `read_json` holds it to that."""
+    try:
+        found = parse_json(read_bytes(path, what, MOST_JSON).decode())
+    except ValueError as error:
+        raise LowkeyError(f"{what} {str(path)!r} cannot be read ({_reason(error)}); it is damaged: {REMEDY}") from None
+    return found.get(CHECKSUM) if isinstance(found, dict) else None
+
+
+# -- tensors
+
+
+def read_tensors(
+    path: Path, what: str, kind: str, checksum: str | None = None, *, finite: bool = True, remedy: str = REMEDY
+) -> dict[str, Tensor]:
+    """All tensors that `write_tensors` wrote as this kind, and, given it, with this checksum. finite: refuse NaN and infinite numbers.
+
+    Errors: LowkeyError for what does not exist, is damaged or something else.
+    """
+    return steady(path, lambda: _tensors(path, what, kind, checksum, finite, remedy))
+
+
+def _tensors(path: Path, what: str, kind: str, checksum: str | None, finite: bool, remedy: str) -> dict[str, Tensor]:
+    def refuse(rule: str) -> LowkeyError:
+        return LowkeyError(f"{what} {str(path)!r} {rule}; it is truncated, damaged or not one of ours: {remedy}")
+
+    marked, summed = marks(path, what, remedy)
+    if marked != kind:
+        raise refuse(f"is not marked as {kind!r}")
+    if checksum is not None and summed != checksum:
+        raise refuse("is not the file that the JSON beside it describes")
+    try:
+        found = load_file(path)
+    except (Exception, MemoryError) as error:  # safetensors has several kinds, for damage alone
+        raise refuse(f"cannot be read ({_reason(error)})") from None
+    if summed != digest(found):
+        raise refuse("is not what was written there: its checksum differs")
+    if finite and not all_finite(found.values()):
+        raise refuse("holds NaN or infinite numbers")
+    return found
+
+
+def marks(path: Path, what: str, remedy: str = REMEDY) -> tuple[str, str]:
+    """What a safetensors file says it is, and its checksum, or empty texts; the size of its header is checked before it is believed."""
+
+    def refuse(rule: str) -> LowkeyError:
+        return LowkeyError(f"{what} {str(path)!r} {rule}; it is truncated, damaged or not one of ours: {remedy}")
+
+    with opened(path, what, _memory()) as file:
+        length = file.read(8)
+        size = struct.unpack("<Q", length)[0] if len(length) == 8 else 0
+        if not 2 <= size <= min(os.fstat(file.fileno()).st_size - 8, MOST_HEADER):
+            raise refuse(f"has an impossible header of {size} bytes")
+        header = file.read(size)
+    try:
+        found = parse_json(header.decode())
+    except ValueError as error:
+        raise refuse(f"has a header that is none ({_reason(error)})") from None
+    known = found.get("__metadata__") if isinstance(found, dict) else None
+    kind, _, checksum = str(known.get(KIND, "")).partition(" ") if isinstance(known, dict) else ("", "", "")
+    return kind, checksum
+
+
+def _memory() -> int:
+    """Bytes of this machine: a file that is larger cannot be held."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of names, dtypes, shapes and numbers."""
+    found = hashlib.sha256()
+    for name, t in sorted(tensors.items()):
+        found.update(json.dumps([name, str(t.dtype), list(t.shape)]).encode())
+        found.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def all_finite(tensors: Any) -> bool:
+    return all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())

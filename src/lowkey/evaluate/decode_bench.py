@@ -1,0 +1,231 @@
+"""One decode step of attention, timed: ragged backends against torch's own attention and against the memory's bandwidth.
+
+Contestants take turns, so that what else the machine does meets all of them, and figures are medians over rounds of ratios within a round.
+Every call finds its storage out of the processor's caches, as a layer of a real model does: several copies take turns too.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from itertools import cycle
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from lowkey.backends import grouped, numba_cpu, triton_gpu
+from lowkey.core.options import Checked, option
+from lowkey.core.types import Budget, LowkeyError
+from lowkey.ops.apportion import apportion
+from lowkey.ops.ragged import starts_of
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+POOL = 2**29  # bytes in all copies of the storage together: more than caches hold
+MOST = 64  # copies
+READ = 2**28  # bytes of the plain read
+CALLS = 3  # a round's time is the best of these
+SPREAD = 1.0  # standard deviation of the logarithm of heads' lengths at a budget
+
+Ragged = Callable[..., tuple[Tensor, Tensor]]
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Shape(Checked):
+    """What is timed: a batch of one, a new token."""
+
+    context: int = option(8192, at_least=1, at_most=2**24)
+    head_dim: int = option(128, at_least=1, at_most=2**14)
+    heads: int = option(32, at_least=1, at_most=2**14)
+    kv_heads: int = option(8, at_least=1, at_most=2**14)
+    dtype: str = option("bfloat16", choices=tuple(DTYPES))
+    repeats: int = option(15, at_least=1, at_most=10**6)
+    seed: int = option(0, at_least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.heads % self.kv_heads:
+            remedy = f"try {-(-self.heads // self.kv_heads) * self.kv_heads}"
+            raise LowkeyError(f"heads {self.heads}: must be a multiple of kv_heads {self.kv_heads}; {remedy}")
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * self.context * self.kv_heads * self.head_dim * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Stored:
+    """keys and values (n, d), rows one after another, starts (h + 1)."""
+
+    keys: Tensor
+    values: Tensor
+    starts: Tensor
+
+
+@torch.no_grad()
+def decode_bench(
+    context: int = 8192,
+    head_dim: int = 128,
+    heads: int = 32,
+    kv_heads: int = 8,
+    dtype: str = "bfloat16",
+    budget: str | Budget = "10%",
+    repeats: int = 15,
+    seed: int = 0,
+) -> dict:
+    """Time a step over `context` tokens in full, and over what a budget keeps, with unequal heads; GB are 10^9 bytes that are stored."""
+    shape = Shape(context, head_dim, heads, kv_heads, dtype, repeats, seed)
+    lengths = _lengths(shape, Budget.parse(budget), seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    _check_memory(shape, device)
+    times = _rounds(_contestants(shape, lengths, device, seed), repeats, device)
+    read = [READ / s / 1e9 for s in times.pop("read")]
+    settings = {"context": context, "head_dim": head_dim, "heads": heads, "kv_heads": kv_heads, "dtype": dtype, "budget": str(budget)}
+    return {
+        **settings,
+        "repeats": repeats,
+        "seed": seed,
+        "kept": lengths.tolist(),
+        "environment": _environment(device),
+        "read_bandwidth_gbs": median(read),
+        "backends": {name: _row(name, times, read, shape.nbytes) for name in times if not name.endswith(" budget")},
+    }
+
+
+def _lengths(shape: Shape, budget: Budget, seed: int) -> Tensor:
+    """How many tokens each KV head keeps (h): unequal like real head budgets, exact in total."""
+    if budget.unit not in ("%", "tokens"):
+        raise LowkeyError(f"budget {budget}: this step keeps whole tokens; say it as '10%' or '512 tokens'")
+    total = shape.kv_heads * (budget.amount if budget.unit == "tokens" else budget.amount / 100 * shape.context)
+    if total > shape.kv_heads * shape.context:
+        raise LowkeyError(f"budget {budget}: is more than the context of {shape.context}; try '10%'")
+    weights = torch.randn(shape.kv_heads, generator=torch.Generator().manual_seed(seed)).mul(SPREAD).exp()
+    ones = torch.ones(shape.kv_heads, dtype=torch.long)
+    return apportion(weights, round(total), ones, ones * shape.context)
+
+
+def _check_memory(shape: Shape, device: str) -> None:
+    """Errors: LowkeyError for a storage that this machine cannot hold, before any of it is made."""
+    needed = 4 * shape.nbytes  # the random rows and two copies of them, and what the budget keeps
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else _free_memory()
+    if needed > free:
+        what = f"context {shape.context}, head_dim {shape.head_dim} and kv_heads {shape.kv_heads}"
+        raise LowkeyError(f"{what}: need {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free; give less of one of them")
+
+
+def _free_memory() -> int:
+    """Bytes that may be taken: what the system says is available, and no more than the control group may use."""
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError):
+        said = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+        free = min(free, int(said.split()[1]) * 2**10)
+    with suppress(OSError, ValueError):
+        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return free
+
+
+def _contestants(shape: Shape, lengths: Tensor, device: str, seed: int) -> dict[str, Step]:
+    """Name to one call; "read" is of memory alone, and "NAME budget" is a backend's step over what the budget keeps."""
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(shape.kv_heads, shape.heads // shape.kv_heads, shape.head_dim, generator=generator).to(device, DTYPES[shape.dtype])
+    full, kept = (_copies(rows, shape, generator, device) for rows in (torch.full_like(lengths, shape.context), lengths))
+    memory = torch.ones(READ // 4, device=device)
+    found: dict[str, Step] = {"read": memory.sum, "sdpa": lambda: _sdpa(query, next(full))}
+    for name, ragged in _backends(device).items():
+        found[name], found[f"{name} budget"] = _step(ragged, query, full), _step(ragged, query, kept)
+    return found
+
+
+def _copies(lengths: Tensor, shape: Shape, generator: torch.Generator, device: str) -> Iterator[Stored]:
+    """The same random rows in several places, in turn, forever."""
+    n = int(lengths.sum())
+    pair = [torch.randn(n, shape.head_dim, generator=generator).to(device, DTYPES[shape.dtype]) for _ in range(2)]
+    count = min(max(POOL // sum(x.nbytes for x in pair), 2), MOST)
+    return cycle([Stored(pair[0].clone(), pair[1].clone(), starts_of(lengths).to(device)) for _ in range(count)])
+
+
+def _backends(device: str) -> dict[str, Ragged]:
+    found: dict[str, Ragged] = {"grouped": grouped.ragged}
+    if device == "cpu" and numba_cpu.available():
+        found["numba"] = numba_cpu.ragged
+    if device == "cuda" and triton_gpu.available():
+        found["triton"] = triton_gpu.ragged
+    return found
+
+
+def _step(ragged: Ragged, query: Tensor, stored: Iterator[Stored]) -> Step:
+    def step() -> object:
+        s = next(stored)
+        return ragged(query, s.keys, s.values, s.starts, query.shape[-1] ** -0.5)
+
+    return step
+
+
+def _sdpa(query: Tensor, stored: Stored) -> Tensor:
+    h, g, d = query.shape
+    keys, values = (x.view(1, h, -1, d) for x in (stored.keys, stored.values))
+    return scaled_dot_product_attention(query.view(1, h * g, 1, d), keys, values, enable_gqa=g > 1)
+
+
+def _rounds(contestants: dict[str, Step], repeats: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each contestant in each round, after one that warms up and compiles."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(repeats + 1):
+        for name, step in contestants.items():
+            times[name].append(min(_timed(step, device) for _ in range(CALLS)))
+    return {name: found[1:] for name, found in times.items()}
+
+
+def _timed(step: Step, device: str) -> float:
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    step()
+    wait()
+    return time.perf_counter() - start
+
+
+def _row(name: str, times: dict[str, list[float]], read: list[float], nbytes: int) -> dict:
+    """Medians; ratios are within rounds. torch's own attention has no rows of different length, so no budget."""
+    full, kept = times[name], times.get(f"{name} budget")
+    return {
+        "ms": 1e3 * median(full),
+        "gbs": nbytes / median(full) / 1e9,
+        "ratio_to_sdpa_full": _ratio(times["sdpa"], full),
+        "budget_ms": 1e3 * median(kept) if kept else None,
+        "budget_to_full": _ratio(kept, full) if kept else None,
+        "share_of_read_bandwidth": median(nbytes / s / 1e9 / gbs for s, gbs in zip(full, read, strict=True)),
+    }
+
+
+def _ratio(above: list[float], below: list[float]) -> float:
+    return median(a / b for a, b in zip(above, below, strict=True))
+
+
+def _environment(device: str) -> dict:
+    versions = {name: _version(name) for name in ("numba", "triton")}
+    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    return {"torch": torch.__version__, **versions, "threads": torch.get_num_threads(), "device": device, "processor": name}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())

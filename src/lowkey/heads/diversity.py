@@ -1,0 +1,257 @@
+"""How different the heads of a layer are: from their weights (arXiv:2601.11471, head-diversity analysis), and from where they look.
+
+Head i matches tokens by A_i = W_Q^i (W_K^i)^T and moves what it finds by W_V^i W_O^i, both D x D and of rank d at most. The paper takes
+cosines of the A_i under the Frobenius inner product and counts heads by the effective rank of their Gram matrix, of all H heads and around
+their mean. Ours: the V-O maps, which the paper leaves out; a centred Gram matrix of H heads has rank H - 1, so the centred number is taken
+of H - 1 (of H, the paper's, it cannot pass 83 % for 6 heads); the same configuration at random, beside which every number must be read,
+for random heads come close to the ceiling, those of multi-query attention too; and the Jensen-Shannon divergence of attention maps, which
+sees inputs where weights do not.
+
+The numbers do not change under W_Q R, W_K R^-T for any invertible R. Nor does the layer, if it has neither rotary embeddings nor QK-norm.
+With them the group that leaves the layer alone is smaller: with the first, turns and scalings within each pair of rotated dimensions; with
+the second, orthogonal R at most. Such a layer is seen here at distance 0 and without what norms divide by: layers of different
+function may have equal numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from lowkey.attention import register
+from lowkey.attention.base import HeadMaps
+from lowkey.core import text
+from lowkey.core.options import Checked, option
+from lowkey.core.progress import Progress, silent
+from lowkey.core.types import device_of
+from lowkey.models import families
+
+FORMAT = 1
+LEAST = 1e-10  # variance per head below which heads are the same: fp64 leaves 1e-15
+MEASURES = (("qk", "uncentred"), ("qk", "centred"), ("vo", "uncentred"), ("vo", "centred"))
+
+
+# -- from weights
+
+
+def cosines(left: Tensor, right: Tensor) -> Tensor:
+    """Cosines (H, H) of the operators left[i]^T right[i] (D, D) under the Frobenius inner product, from left and right (H, d, D).
+
+    <A_i, A_j> = tr(A_i^T A_j) is the sum over the elementwise product of left_i left_j^T and right_i right_j^T, both (d, d): D x D is
+    never formed. An operator that is zero has cosine 0, with itself too.
+    """
+    left, right = left.double(), right.double()
+    inner = torch.stack([torch.einsum("hab,hab->h", a @ left.mT, b @ right.mT) for a, b in zip(left, right, strict=True)])
+    norms = inner.diagonal().clamp(min=0).sqrt()
+    inverse = torch.where(norms > 0, 1 / norms, 0.0)
+    return inner * inverse.outer(inverse)
+
+
+def centred(gram: Tensor) -> Tensor:
+    """J G J with J = I - 1/H: inner products of the operators less their mean."""
+    return gram - gram.mean(0, keepdim=True) - gram.mean(1, keepdim=True) + gram.mean()
+
+
+def effective_rank(gram: Tensor) -> float:
+    """exp of the entropy of the eigenvalues as shares of their sum; 1 when all are zero to rounding, as for the variance of equal heads."""
+    energies = torch.linalg.eigvalsh(gram.double()).clamp(min=0)
+    if float(energies.sum()) <= LEAST * len(gram):
+        return 1.0
+    return float(torch.special.entr(energies / energies.sum()).sum().exp())
+
+
+def circuit(left: Tensor, right: Tensor) -> dict:
+    """What `diversity` says of one kind of operator of a layer, from left and right (H, d, D).
+
+    uncentred: effective rank over H; centred: that of J G J over H - 1; centred_of_heads: over H, as the paper has it; mean_cosine: of
+    pairs; cosines (H, H). All in [0, 1] but cosines. None where it says nothing: centred numbers of one head, numbers of zero operators
+    (output projections that start at zero).
+    """
+    gram = cosines(left, right)
+    heads = len(gram)
+    found: dict = {"uncentred": None, "centred": None, "centred_of_heads": None, "mean_cosine": None, "cosines": gram.tolist()}
+    if not gram.any():
+        return found
+    found["uncentred"] = effective_rank(gram) / heads
+    if heads > 1:
+        around = effective_rank(centred(gram))
+        pairs = float(gram.sum() - gram.diagonal().sum()) / (heads * (heads - 1))
+        found |= {"centred": around / (heads - 1), "centred_of_heads": around / heads, "mean_cosine": pairs}
+    return found
+
+
+def shared_and_residual(maps: Tensor, residual: Tensor) -> dict:
+    """Of maps (H, d, D) = shared part + residual, means over heads: Frobenius norms of both parts, shared over residual (None when
+    that is zero), and their cosine. The decomposition is not unique: what moves between the parts changes these, not the model."""
+    shared, residual = (maps - residual).double().flatten(1), residual.double().flatten(1)
+    own, low = shared.norm(dim=1), residual.norm(dim=1)
+    cosine = torch.nn.functional.cosine_similarity(shared, residual, dim=1)
+    over = float((own / low).mean()) if bool((low > 0).all()) else None
+    return {
+        **{"shared_norm": float(own.mean()), "residual_norm": float(low.mean())},
+        **{"shared_over_residual": over, "cosine": float(cosine.mean()), "cosines": cosine.tolist()},
+    }
+
+
+@torch.no_grad()
+def of_maps(maps: HeadMaps) -> dict:
+    """All that weights say of one layer: `qk` and `vo` as `circuit` has them; `key_slice`, the queries' part that meets a key slice
+    shared by all heads, or None; `residual`, for keys and values what `shared_and_residual` says, or None."""
+    width = maps.k.shape[1]
+    found: dict = {"qk": circuit(maps.q[:, :width], maps.k), "vo": circuit(maps.v, maps.o.mT), "key_slice": None, "residual": None}
+    if maps.key_slice is not None:
+        shared = maps.key_slice.expand(len(maps.q), -1, -1)
+        found["key_slice"] = circuit(maps.q[:, -shared.shape[1] :], shared)
+    if maps.k_residual is not None and maps.v_residual is not None:
+        keys, values = shared_and_residual(maps.k, maps.k_residual), shared_and_residual(maps.v, maps.v_residual)
+        found["residual"] = {"keys": keys, "values": values}
+    return found
+
+
+@torch.no_grad()
+def weight_diversity(model: PreTrainedModel, progress: Progress = silent, label: str = "heads") -> list[dict]:
+    """`of_maps` of every layer, on the model's device in fp64. Time per layer: 4 H^2 d^2 D multiply-adds, for QK and V-O together."""
+    count = len(families.decoder_layers(model))
+    return [of_maps(_moved(families.head_maps(model, i), device_of(model))) for i in progress(range(count), label, count)]
+
+
+def _moved(maps: HeadMaps, device: torch.device) -> HeadMaps:
+    found = {name: m if m is None else m.to(device) for name, m in maps._asdict().items()}
+    return HeadMaps(**found)  # type: ignore[arg-type]
+
+
+# -- from attention
+
+
+def js_divergence(weights: Tensor) -> Tensor:
+    """Mean over pairs of heads of the Jensen-Shannon divergence in bits of attention weights (b, H, t, s): (b, t), in [0, 1]; H >= 2.
+
+    Rows are made to sum to 1 in fp32, as weights in bfloat16 do not.
+    """
+    shares = weights.float() / weights.float().sum(-1, keepdim=True)
+    entropy = torch.special.entr(shares).sum(-1)
+    heads = weights.shape[1]
+    total = torch.zeros_like(entropy[:, 0])
+    for i in range(heads - 1):
+        middle = torch.special.entr((shares[:, i : i + 1] + shares[:, i + 1 :]) / 2).sum(-1)
+        total += (middle - (entropy[:, i : i + 1] + entropy[:, i + 1 :]) / 2).sum(1)
+    return (total / (heads * (heads - 1) / 2 * math.log(2))).clamp(0, 1)
+
+
+@torch.no_grad()
+def attention_divergence(model: PreTrainedModel, rows: Tensor, progress: Progress = silent, label: str = "attention") -> list[float | None]:
+    """Per layer the mean of `js_divergence` over token ids (n, t), the first query of a row aside, as it sees one token alone.
+
+    None for a layer of one head. The model attends eagerly meanwhile, without dropout, and is set back.
+    """
+    totals: list[float | None] = [0.0] * len(families.decoder_layers(model))
+    with _eager(model):
+        for row in progress(rows.to(device_of(model)).split(1), label, len(rows)):
+            maps = model(row, output_attentions=True, use_cache=False).attentions
+            found = [float(js_divergence(w[:, :, 1:]).mean()) if w.shape[1] > 1 else None for w in maps]
+            totals = [None if new is None or old is None else old + new / len(rows) for old, new in zip(totals, found, strict=True)]
+    return totals
+
+
+@contextmanager
+def _eager(model: PreTrainedModel) -> Iterator[None]:
+    decoder, training = model.get_decoder(), model.training
+    before = decoder.config._attn_implementation
+    decoder.set_attn_implementation("eager")
+    model.eval()
+    try:
+        yield
+    finally:
+        decoder.set_attn_implementation(before)
+        model.train(training)
+
+
+# -- both, and at random
+
+
+@dataclass(frozen=True)
+class Compared(Checked):
+    """What is looked at: windows of text, and initialisations to stand beside."""
+
+    windows: int = option(8, at_least=1, at_most=2**20)
+    context: int = option(128, at_least=2, at_most=2**24)
+    inits: int = option(3, at_least=0, at_most=1000)
+    seed: int = option(0, at_least=0)
+
+
+def diversity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: str | None = None,
+    *,
+    windows: int = 8,
+    context: int = 128,
+    inits: int = 3,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> dict:
+    """How different the heads of every layer are, and how different they would be at random, as one JSON object.
+
+    corpus: text for attention maps (None: the embedded evaluation text), of which the first `windows` windows of `context` tokens are read;
+    inits: how many times the configuration is initialised anew, with seeds from `seed` on; 0: never. Each takes the memory of a model.
+    Of every layer: what `of_maps` gives, `js` (`attention_divergence`), and `init`: for each of the four effective ranks and js, mean, low
+    and high over initialisations, or None. `mean`: over layers.
+    Errors: LowkeyError for text too short, a family that is not supported, windows < 1, context < 2, inits < 0.
+    """
+    Compared(windows, context, inits, seed)
+    ids = text.encode(tokenizer, text.embedded("evaluation") if corpus is None else corpus, model)
+    rows = text.windows(ids, tokenizer, context, "data", least=windows)[:windows]
+    layers = _measured(model, rows, progress, "")
+    fresh = [_measured(_initialised(model, seed + i), rows, progress, f"at random {i + 1}: ") for i in range(inits)]
+    for place, layer in enumerate(layers):
+        layer |= {"layer": place, "init": _band([one[place] for one in fresh])}
+    config = model.config.get_text_config()
+    settings = {"windows": windows, "context": context, "inits": inits, "seed": seed}
+    about = {"model": str(config._name_or_path), "family": config.model_type, "heads": config.num_attention_heads}
+    return {"format": FORMAT, **about, **settings, "layers": layers, "mean": _mean(layers)}
+
+
+def _measured(model: PreTrainedModel, rows: Tensor, progress: Progress, label: str) -> list[dict]:
+    found = weight_diversity(model, progress, f"{label}heads")
+    divergence = attention_divergence(model, rows, progress, f"{label}attention")
+    return [layer | {"js": js} for layer, js in zip(found, divergence, strict=True)]
+
+
+def _initialised(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """A model of the same configuration with random weights; the caller's random state is left alone."""
+    register()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), attn_implementation="eager")
+    return fresh.to(device_of(model)).eval()
+
+
+def _numbers(layer: dict) -> dict[str, float | None]:
+    return {f"{kind}_{measure}": layer[kind][measure] for kind, measure in MEASURES} | {"js": layer["js"]}
+
+
+def _band(layers: Sequence[dict]) -> dict | None:
+    """Mean, low and high of every number over layers; None for what was not measured."""
+    if not layers:
+        return None
+    rows = [_numbers(layer) for layer in layers]
+    return {name: _spread([row[name] for row in rows if row[name] is not None]) for name in rows[0]}
+
+
+def _spread(values: list) -> dict | None:
+    return {"mean": sum(values) / len(values), "low": min(values), "high": max(values)} if values else None
+
+
+def _mean(layers: Sequence[dict]) -> dict:
+    """Over layers: of every number, and of its mean at random."""
+    found = {name: band and band["mean"] for name, band in (_band(layers) or {}).items()}
+    inits = [layer["init"] for layer in layers if layer["init"]]
+    bands = {name: _spread([init[name]["mean"] for init in inits if init[name]]) for name in (inits[0] if inits else {})}
+    return found | {"init": {name: band and band["mean"] for name, band in bands.items()} or None}

@@ -1,0 +1,306 @@
+"""The Plan: what calibration decided, as a file that reloads anywhere and refuses what it was not made for."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lowkey.core import files
+from lowkey.core.head_groups import blocks
+from lowkey.core.types import LAYOUTS, Factors, Layout, LowkeyError
+from lowkey.models.families import check_layout, geometry
+from lowkey.models.fingerprint import check_model
+from lowkey.ops.bases import is_orthonormal
+from lowkey.plan.window_bytes import Holding
+from lowkey.storage.exact import Exact
+from lowkey.storage.packing import scheme_or_none
+from lowkey.version import __version__
+
+FORMAT = 3
+FIELDS = ("layout", "method", "allocator", "budget", "geometry", "provenance", "profile", "orthonormal", "sinks", "recent", "heads", "bits")
+Refusal = Callable[[str], LowkeyError]
+MAPS = ("k_down", "k_up", "v_down", "v_up")
+JSON, TENSORS, CARD, KIND = "plan.json", "plan.safetensors", "README.md", "plan"
+NAMES = (*MAPS, "k_mean", "v_mean", "frequencies")  # of tensors
+LARGEST = 2**20  # of a model's sizes
+LONGEST = 1000  # characters of a name
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Factors per compressed layer and everything needed to judge them.
+
+    method and allocator: {"name": ..., "parameters": {...}}, verbatim; budget: what was asked for; profile: candidate
+    ranks, the error surface and the chosen pairs per layer; heads: importance of KV heads by kind (`r2`, ...), which HeadKV policies read,
+    for every compressed layer; bits: the packing of latents, as `make_cache` takes it, or None for the model's own
+    numbers; provenance: model and data fingerprints, seed, versions.
+    """
+
+    factors: dict[int, Factors]
+    layout: Layout
+    method: dict
+    allocator: dict
+    budget: str
+    geometry: dict
+    provenance: dict
+    profile: dict = field(default_factory=dict)
+    orthonormal: bool = True
+    sinks: int = 0
+    recent: int = 0
+    heads: dict = field(default_factory=dict)
+    bits: str | None = None
+
+    @property
+    def ranks(self) -> dict[int, tuple[int, int]]:
+        """(r_K, r_V) per compressed layer."""
+        return {i: f.ranks for i, f in self.factors.items()}
+
+    def bytes_per_token(self, itemsize: int) -> float:
+        """Predicted bytes that one more token takes in the compressed layers."""
+        whole = self.holding(itemsize, 1)
+        total = sum(
+            whole.latent(0, f.merge[0], f.k_down.shape[-1]) + whole.latent(1, f.merge[1], f.v_down.shape[-1]) for f in self.factors.values()
+        )
+        return int(total) if total == int(total) else total
+
+    def holding(self, itemsize: int, tokens: int) -> Holding:
+        """What a cache of so many tokens holds in the compressed layers."""
+        g, exact = self.geometry, Exact(self.sinks, self.recent)
+        return Holding(len(self.factors), g["kv_heads"], g["head_dim"], itemsize, exact, scheme_or_none(self.bits), tokens)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Refuse another model, by fingerprint and by shape. Errors: LowkeyError."""
+        known = self.provenance
+        check_model("plan", known.get("model", "?"), known.get("model_sha256"), model, "compress this model anew")
+        shape = geometry(model)
+        if (sorted(self.factors), self.geometry["kv_heads"], self.geometry["head_dim"]) != (
+            list(shape.compressible),
+            shape.kv_heads,
+            shape.head_dim,
+        ):
+            raise LowkeyError("plan does not cover the layers and heads of this model; it is damaged: make it again")
+        check_layout(model, self.layout)
+
+    def save(self, path: str | Path, force: bool = False) -> str:
+        """Write plan.json, plan.safetensors and a model card as the folder `path`, in one step: all of it or nothing. Returns the
+        checksum of all of it but the card.
+
+        Another plan of lowkey's there is replaced; `force`: also another folder that lowkey wrote, and nothing else ever.
+        Errors: LowkeyError when `path` holds something else, or cannot be written.
+        """
+        folder = Path(path)
+        files.check_folder(folder, force, again=JSON)
+        with files.replacing_folder(folder) as temporary:
+            checksum = files.write_tensors(temporary / TENSORS, self._tensors(), KIND)
+            files.write_text(temporary / CARD, card(self))
+            return files.write_json(temporary / JSON, {**self.describe(), "tensors_sha256": checksum}, KIND)
+
+    def describe(self) -> dict:
+        """Everything but the factors, as plan.json holds it."""
+        ranks = {str(i): list(r) for i, r in self.ranks.items()}
+        order = {str(i): f.order.tolist() for i, f in self.factors.items() if f.order is not None}
+        sizes = {dtype: self.bytes_per_token(size) for dtype, size in (("float32", 4), ("bfloat16", 2))}
+        return {"format": FORMAT, **{n: getattr(self, n) for n in FIELDS}, "ranks": ranks, "order": order, "bytes_per_token": sizes}
+
+    def digest(self) -> str:
+        """A checksum of the maps."""
+        return files.digest(self._tensors())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Orthonormal plans store the down maps only: the up maps are their transposes."""
+        names = (*(("k_down", "v_down") if self.orthonormal else MAPS), "k_mean", "v_mean", "frequencies")
+        found = {f"{i}.{n}": getattr(f, n) for i, f in self.factors.items() for n in names}
+        return {name: t.float().contiguous().clone() for name, t in found.items() if t is not None}  # layers may share maps
+
+    @classmethod
+    def load(cls, path: str | Path, model: PreTrainedModel | None = None) -> Plan:
+        """Read a plan and hold it to its promises; with `model`, refuse it unless it was made for that model.
+
+        Errors: LowkeyError for a newer format, a damaged or hostile file, NaNs, wrong shapes, another model.
+        """
+        folder = Path(path)
+        plan = files.steady(folder, lambda: _read(folder))
+        if model is not None:
+            plan.check(model)
+        return plan
+
+
+def _read(folder: Path) -> Plan:
+    meta = files.read_json(folder / JSON, "plan", KIND, FORMAT, source="give the folder that lowkey compress wrote")
+
+    def refuse(rule: str) -> LowkeyError:
+        return LowkeyError(f"plan {str(folder)!r}: {rule}; it is damaged: make it again")
+
+    try:
+        fields = {n: meta[n] for n in FIELDS if n not in ("heads", "bits")}
+        fields |= {"heads": meta.get("heads", {}), "bits": meta.get("bits")}  # older plans had none
+        ranks = {_index(i): pair for i, pair in meta["ranks"].items()}
+        order = {_index(i): heads for i, heads in meta.get("order", {}).items()}
+        heads, d = cache_shape(fields["geometry"])
+        checksum = meta["tensors_sha256"]
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise refuse(f"plan.json lacks or garbles a field ({error})") from None
+    if rule := _flaw(fields) or _flaw_of_ranks(ranks, order, fields["geometry"]):
+        raise refuse(rule)
+    _check_heads(fields["heads"], len(ranks), heads, refuse)
+    tensors, factors = files.read_tensors(folder / TENSORS, "plan", KIND, checksum), {}
+    for i, (k, v) in ranks.items():
+        try:
+            factors[i] = _factors(tensors, i, fields["orthonormal"], d, order.get(i))
+        except (KeyError, RuntimeError) as error:
+            raise refuse(f"plan.safetensors lacks or garbles {error}") from None
+        _check_factors(factors[i], (k, v), heads, d, fields["orthonormal"], refuse)
+    known = {f"{i}.{name}" for i in ranks for name in NAMES}
+    if extra := set(tensors) - known:
+        raise refuse(f"plan.safetensors holds {min(extra)!r:.60}, which is of none of its layers")
+    return Plan(factors, **fields)
+
+
+def _index(written: str) -> int:
+    if not (written.isascii() and written.isdecimal() and str(int(written)) == written):
+        raise ValueError(f"{written!r:.20} is no layer")
+    return int(written)
+
+
+def cache_shape(geometry: dict) -> tuple[int, int]:
+    """KV heads and head dim, as a file describes the model. Errors: KeyError, TypeError or ValueError for what no model can be."""
+    for name in ("layers", "heads", "kv_heads", "head_dim", "hidden"):
+        if type(geometry[name]) is not int or not 1 <= geometry[name] <= LARGEST:
+            raise ValueError(f"{name} {geometry[name]!r:.40} of geometry is no count")
+    if geometry["heads"] % geometry["kv_heads"]:
+        raise ValueError("heads of geometry are no multiple of kv_heads")
+    return geometry["kv_heads"], geometry["head_dim"]
+
+
+def _flaw(fields: dict) -> str | None:
+    """What is no such thing as its name says."""
+    if fields["layout"] not in LAYOUTS:
+        return f"layout {fields['layout']!r:.40} is none of {', '.join(LAYOUTS)}"
+    if type(fields["orthonormal"]) is not bool:
+        return "orthonormal is neither true nor false"
+    for name in ("method", "allocator"):
+        if not (isinstance(fields[name], dict) and _is_name(fields[name].get("name")) and isinstance(fields[name].get("parameters"), dict)):
+            return f"{name} has no name or no parameters"
+    try:
+        scheme_or_none(None if fields["bits"] is None else str(fields["bits"])[:60])
+    except LowkeyError as error:
+        return f"bits are none of ours ({error})"
+    if not (fields["bits"] is None or isinstance(fields["bits"], str)):
+        return "bits are no text"
+    if not _is_name(fields["budget"]):
+        return "budget is no text"
+    for name in ("provenance", "profile"):
+        if not isinstance(fields[name], dict):
+            return f"{name} is no object"
+    known = fields["provenance"]
+    if not all(isinstance(known.get(name, kind()), kind) for name, kind in (("model", str), ("versions", dict))):
+        return "provenance garbles a field"
+    if not isinstance(known.get("model_sha256"), str):
+        return "provenance names no model"
+    try:
+        Exact(fields["sinks"], fields["recent"])
+    except (LowkeyError, TypeError) as error:
+        return f"sinks and recent are counts of tokens ({error})"
+    return None if type(fields["sinks"]) is type(fields["recent"]) is int else "sinks and recent are counts of tokens"
+
+
+def _is_name(value: object) -> bool:
+    """Text that can be shown."""
+    return isinstance(value, str) and 0 < len(value) <= LONGEST and value.isprintable()
+
+
+def _flaw_of_ranks(ranks: dict, order: dict, geometry: dict) -> str | None:
+    heads, d = geometry["kv_heads"], geometry["head_dim"]
+    if not ranks or max(ranks) >= geometry["layers"]:
+        return "ranks are empty, or of a layer that the model does not have"
+    for pair in ranks.values():
+        if not (isinstance(pair, list) and len(pair) == 2 and all(type(r) is int and 1 <= r <= d for r in pair)):
+            return f"ranks lie between 1 and the head dim {d}"
+    for found in order.values():
+        if not (isinstance(found, list) and all(type(i) is int for i in found) and sorted(found) == list(range(heads))):
+            return f"order of heads {found!s:.60} does not name each of {heads} heads once"
+    return None
+
+
+def _check_heads(found: object, layers: int, heads: int, refuse: Refusal) -> None:
+    try:
+        tables = [torch.tensor(rows, dtype=torch.float64) for rows in found.values()]  # type: ignore[attr-defined]
+    except (AttributeError, TypeError, ValueError, OverflowError, RuntimeError):
+        raise refuse("head importance is no table of numbers") from None
+    if not all(t.shape == (layers, heads) and bool((t >= 0).all() & t.isfinite().all()) for t in tables):
+        raise refuse(f"head importance is one number of at least 0 for each of {layers} layers and {heads} heads")
+
+
+def _factors(tensors: dict[str, Tensor], i: int, orthonormal: bool, d: int, order: list[int] | None) -> Factors:
+    found = {name: tensors[f"{i}.{name}"] for name in (("k_down", "v_down") if orthonormal else MAPS)}
+    if not all(t.ndim == 3 and t.dtype == torch.float32 for t in found.values()):
+        raise KeyError(f"fp32 maps of three dimensions for layer {i}")
+    if orthonormal:
+        found |= {f"{x}_up": blocks(found[f"{x}_down"].mT, max(1, found[f"{x}_down"].shape[1] // d)).contiguous() for x in "kv"}
+    k_mean, v_mean, frequencies = (tensors.get(f"{i}.{name}") for name in ("k_mean", "v_mean", "frequencies"))
+    return Factors(**found, order=None if order is None else torch.tensor(order), k_mean=k_mean, v_mean=v_mean, frequencies=frequencies)
+
+
+def _check_factors(f: Factors, rank: tuple[int, int], heads: int, d: int, orthonormal: bool, refuse: Refusal) -> None:
+    own = f.frequencies
+    if own is not None and not (own.shape == (rank[0] // 2,) and f.merge[0] == 1 and bool(own.isfinite().all())):
+        raise refuse(f"frequencies of shape {tuple(own.shape)} do not fit rank {rank[0]} of single heads")
+    for name, r, down, up, mean in (("key", rank[0], f.k_down, f.k_up, f.k_mean), ("value", rank[1], f.v_down, f.v_up, f.v_mean)):
+        if not _fit(tuple(down.shape), tuple(up.shape), heads, d, r):
+            raise refuse(f"{name} factors of shape {tuple(down.shape)} do not fit rank {r} and {heads} heads of {d}")
+        if mean is not None and tuple(mean.shape) != (heads, d):
+            raise refuse(f"{name} means of shape {tuple(mean.shape)} do not fit {heads} heads of {d}")
+        if orthonormal and not is_orthonormal(down):
+            raise refuse(f"{name} factors are not orthonormal as promised")
+
+
+def _fit(down: tuple[int, ...], up: tuple[int, ...], heads: int, d: int, r: int) -> bool:
+    """Heads by themselves, each map shared or not, or so many side by side as divide them all, in a width of which r is the part of
+    one head, rounded up."""
+    t = max(1, down[1] // d)
+    if t == 1:
+        return down[0] in (1, heads) and up[0] in (1, heads) and (down[1:], up[1:]) == ((d, r), (r, d))
+    width = down[2]
+    return heads % t == 0 and -(-width // t) == r and (down, up) == ((heads // t, t * d, width), (heads, width, d))
+
+
+def versions() -> dict[str, str]:
+    return {
+        "lowkey": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def card(plan: Plan) -> str:
+    """A model card in Markdown."""
+    g, known = plan.geometry, plan.provenance
+    full, held = 4 * g["kv_heads"] * g["head_dim"] * len(plan.factors), plan.bytes_per_token(2)
+    rows = "\n".join(f"| {i} | {k} | {v} |" for i, (k, v) in plan.ranks.items())
+    return f"""# KV-cache plan for {known.get("model")}
+
+Made by lowkey {known.get("versions", {}).get("lowkey")}: method `{plan.method["name"]}`, allocator `{plan.allocator["name"]}`,
+layout `{plan.layout}`, latents in {plan.bits or "the model's own numbers"}, budget {plan.budget}.
+In bfloat16 it keeps {held:g} of {full} bytes per token ({100 * held / full:.1f} %) in {len(plan.factors)} layers of
+{g["kv_heads"]} KV heads x {g["head_dim"]}; {plan.sinks} sink and {plan.recent} recent tokens stay exact.
+
+```python
+lowkey.attach(model)
+plan = lowkey.Plan.load("THIS FOLDER", model)
+model.generate(**inputs, past_key_values=lowkey.make_cache(model, plan=plan))
+```
+
+| layer | key rank | value rank |
+|---|---|---|
+{rows}
+
+Calibrated on {known.get("tokens")} tokens (sha256 `{str(known.get("data_sha256"))[:16]}`, seed {known.get("seed")}).
+"""
