@@ -1,9 +1,11 @@
-"""Attention with a small cache from birth: a training step of every kind against MHA's, and a decoding step over a long cache.
+"""Attention with a small cache from birth: a training step of every kind against MHA's, and a decoding step
+over a long cache.
 
     python benchmarks/attention.py [OUT.json] [--rounds 7 --stored 4096 --repeats 25]
 
-Times are seconds of processor time of one thread, so that others on the machine stretch them less. All rows of a table took turns in one
-run; each share is the median over rounds of this round's time over MHA's (training) or over the first row's (decoding).
+Times are seconds of processor time of one thread, so that others on the machine stretch them less. All rows
+of a table took turns in one run; each share is the median over rounds of this round's time over MHA's
+(training) or over the first row's (decoding).
 """
 
 from __future__ import annotations
@@ -23,7 +25,13 @@ from transformers import DynamicCache
 from lowkey.attention import LowkeyConfig, LowkeyForCausalLM, costs
 from lowkey.core.files import write_json
 
-SMALL = {"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 344, "vocab_size": 1024}
+SMALL = {
+    "hidden_size": 128,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "intermediate_size": 344,
+    "vocab_size": 1024,
+}
 KINDS: dict[str, dict[str, Any]] = {  # at half of MHA's cache where the kind has a choice
     "mha": {"attention": "mha"},
     "gqa": {"attention": "gqa", "num_key_value_heads": 4},
@@ -38,8 +46,20 @@ KINDS: dict[str, dict[str, Any]] = {  # at half of MHA's cache where the kind ha
     "gta": {"attention": "gta", "num_key_value_heads": 4},
     "k_eq_v": {"attention": "k_eq_v", "num_key_value_heads": 8},
 }
-WIDE = {"hidden_size": 512, "num_hidden_layers": 1, "num_attention_heads": 8, "intermediate_size": 1024, "vocab_size": 64}
-LATENTS = {"attention": "mla", "kv_lora_rank": 192, "qk_rope_head_dim": 32, "qk_nope_head_dim": 64, "v_head_dim": 64}
+WIDE = {
+    "hidden_size": 512,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 8,
+    "intermediate_size": 1024,
+    "vocab_size": 64,
+}
+LATENTS = {
+    "attention": "mla",
+    "kv_lora_rank": 192,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 64,
+    "v_head_dim": 64,
+}
 LOW_RANK = {"attention": "lrkv", "lrkv_rank": 24}
 READERS: dict[str, dict[str, Any]] = {
     "mha": {"attention": "mha"},
@@ -79,7 +99,8 @@ def turns(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, list
     """Seconds of every step in every round, after one round that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):
-        for name, step in random.Random(number).sample(list(steps.items()), len(steps)):  # none always after the same other
+        # none always after the same other
+        for name, step in random.Random(number).sample(list(steps.items()), len(steps)):
             start = time.process_time()
             step()
             if number:
@@ -99,14 +120,26 @@ def training(dtype: str, rounds: int, rows: int, tokens: int) -> dict[str, Any]:
     models = {name: model_of(kind, SMALL, tie_word_embeddings=True).train() for name, kind in KINDS.items()}
     steps = {name: trainer(model, text, dtype) for name, model in models.items()}
     seconds = turns(steps, rounds)
-    print(f"\ntraining, {dtype}, {rows} x {tokens} tokens a step\n\n| kind | parameters | tokens/s | of MHA's time | least, most |")
+    print(
+        f"\ntraining, {dtype}, {rows} x {tokens} tokens a step\n\n| kind | parameters | tokens/s | of MHA's "
+        "time | least, most |"
+    )
     print("|---|---|---|---|---|")
     found = {}
     for name, model in models.items():
         middle, least, most = share(seconds[name], seconds["mha"])
         speed = rows * tokens / statistics.median(seconds[name])
-        found[name] = {"parameters": model.num_parameters(), "tokens_per_second": speed, "of_mha": middle, "least": least, "most": most}
-        print(f"| {name} | {model.num_parameters()} | {speed:.0f} | {middle:.2f} | {least:.2f}, {most:.2f} |", flush=True)
+        found[name] = {
+            "parameters": model.num_parameters(),
+            "tokens_per_second": speed,
+            "of_mha": middle,
+            "least": least,
+            "most": most,
+        }
+        print(
+            f"| {name} | {model.num_parameters()} | {speed:.0f} | {middle:.2f} | {least:.2f}, {most:.2f} |",
+            flush=True,
+        )
     return {"dtype": dtype, "rows": rows, "tokens": tokens, "rounds": rounds, "kinds": found}
 
 
@@ -125,11 +158,16 @@ def trainer(model: LowkeyForCausalLM, text: Tensor, dtype: str) -> Callable[[], 
 
 @torch.no_grad()
 def decoding(batch: int, stored: int, repeats: int) -> dict[str, Any]:
-    """One layer's attention for one new token over `stored` tokens in fp32; what appending to the cache costs is in it."""
+    """One layer's attention for one new token over `stored` tokens in fp32; what appending to the cache costs
+    is in it.
+    """
     models = {name: model_of(kind, WIDE).eval() for name, kind in READERS.items()}
     steps = {name: reader(model, batch, stored) for name, model in models.items()}
     seconds = turns(steps, repeats)
-    print(f"\ndecoding, one layer, batch {batch}, {stored} stored tokens\n\n| kind | ms | of MHA's time | least, most | KiB stored a row |")
+    print(
+        f"\ndecoding, one layer, batch {batch}, {stored} stored tokens\n\n| kind | ms | of MHA's time | "
+        "least, most | KiB stored a row |"
+    )
     print("|---|---|---|---|---|")
     found = {}
     for name, model in models.items():
@@ -137,7 +175,9 @@ def decoding(batch: int, stored: int, repeats: int) -> dict[str, Any]:
         held = costs(model.config).bytes_per_token(4) * stored
         ms = 1e3 * statistics.median(seconds[name])
         found[name] = {"ms": ms, "of_mha": middle, "least": least, "most": most, "stored_bytes_per_row": held}
-        print(f"| {name} | {ms:.2f} | {middle:.2f} | {least:.2f}, {most:.2f} | {held / 1024:.0f} |", flush=True)
+        print(
+            f"| {name} | {ms:.2f} | {middle:.2f} | {least:.2f}, {most:.2f} | {held / 1024:.0f} |", flush=True
+        )
     return {"batch": batch, "stored": stored, "repeats": repeats, "kinds": found}
 
 
@@ -159,7 +199,9 @@ def reader(model: LowkeyForCausalLM, batch: int, stored: int) -> Callable[[], ob
 
 def model_of(kind: dict[str, Any], shape: dict[str, int], **more: object) -> LowkeyForCausalLM:
     torch.manual_seed(0)
-    return LowkeyForCausalLM(LowkeyConfig(**shape, **kind, **more, max_position_embeddings=8192, pad_token_id=0))
+    return LowkeyForCausalLM(
+        LowkeyConfig(**shape, **kind, **more, max_position_embeddings=8192, pad_token_id=0)
+    )
 
 
 if __name__ == "__main__":

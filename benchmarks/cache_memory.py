@@ -1,10 +1,13 @@
-"""What caches really cost a process: its resident memory with ten filled caches at hand, beside what they say they hold.
+"""What caches really cost a process: its resident memory with ten filled caches at hand, beside what they say
+they hold.
 
-    python benchmarks/cache_memory.py [MODEL] [--prompts 10] [--tokens 6000] [--settings full,bits-8,snapkv,global]
+    python benchmarks/cache_memory.py [MODEL] [--prompts 10] [--tokens 6000] [--settings
+    full,bits-8,snapkv,global]
 
-Each line is a fresh process, which first reads one prompt into a cache that it drops, so that what a forward pass leaves behind for good
-is not counted. `resident` is the growth of resident memory after Python's collector ran; `trimmed`, after the C library also gave back
-the pages that it keeps for later (glibc's malloc_trim). Without MODEL: a random Llama of 4 layers, as wide as SmolLM2-135M.
+Each line is a fresh process, which first reads one prompt into a cache that it drops, so that what a forward
+pass leaves behind for good is not counted. `resident` is the growth of resident memory after Python's
+collector ran; `trimmed`, after the C library also gave back the pages that it keeps for later (glibc's
+malloc_trim). Without MODEL: a random Llama of 4 layers, as wide as SmolLM2-135M.
 """
 
 from __future__ import annotations
@@ -24,13 +27,20 @@ from lowkey.cache.cache import LowkeyCache
 from lowkey.models.loading import load
 from lowkey.policies import SnapKV
 
-SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 9, "num_key_value_heads": 3}
+SHAPE = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+}
 KEPT = "1%"
 SETTINGS: dict[str, Callable[[PreTrainedModel], LowkeyCache]] = {
     "full": lambda m: lowkey.make_cache(m),
     "bits-8": lambda m: lowkey.make_cache(m, bits=8),
     "snapkv": lambda m: lowkey.make_cache(m, policy=SnapKV(KEPT)),
-    "global": lambda m: lowkey.make_cache(m, policy=SnapKV(KEPT, "global")),  # its layers wait for one another
+    # its layers wait for one another
+    "global": lambda m: lowkey.make_cache(m, policy=SnapKV(KEPT, "global")),
 }
 
 
@@ -59,7 +69,9 @@ def child(name: str, setting: str, prompts: int, tokens: int) -> None:
 
     def filled(seed: int) -> LowkeyCache:
         cache = SETTINGS[setting](model)
-        ids = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))
+        ids = torch.randint(
+            model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed)
+        )
         model(ids, past_key_values=cache, logits_to_keep=1)
         return cache
 
@@ -74,7 +86,13 @@ def child(name: str, setting: str, prompts: int, tokens: int) -> None:
     print(f"| {setting} | {whole:.1f} | {held:.1f} | {plain:.1f} | {trimmed() - before:.1f} |", flush=True)
 
 
-def main(model: str = typer.Argument(""), prompts: int = 10, tokens: int = 6000, settings: str = ",".join(SETTINGS), one: str = "") -> None:
+def main(
+    model: str = typer.Argument(""),
+    prompts: int = 10,
+    tokens: int = 6000,
+    settings: str = ",".join(SETTINGS),
+    one: str = "",
+) -> None:
     if one:
         child(model, one, prompts, tokens)
         return
@@ -82,7 +100,15 @@ def main(model: str = typer.Argument(""), prompts: int = 10, tokens: int = 6000,
     print("| setting | a full cache's | nbytes() | resident | trimmed |")
     print("|---|---|---|---|---|", flush=True)
     for setting in settings.split(","):
-        options = ["--prompts", str(prompts), "--tokens", str(tokens), "--one", setting, *([model] if model else [])]
+        options = [
+            "--prompts",
+            str(prompts),
+            "--tokens",
+            str(tokens),
+            "--one",
+            setting,
+            *([model] if model else []),
+        ]
         subprocess.run([sys.executable, __file__, *options], check=True)
 
 

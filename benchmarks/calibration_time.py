@@ -1,9 +1,11 @@
-"""Seconds of calibration for closed-form bases: one pass that sums second moments, against storing activations and decomposing them.
+"""Seconds of calibration for closed-form bases: one pass that sums second moments, against storing
+activations and decomposing them.
 
     python benchmarks/calibration_time.py [MODEL --windows 8,32,128 --length 512 --rounds 3]
 
-`stored` is what published code does (arXiv:2408.05646): keep every key, query and value, then one SVD per layer and head. Both give the
-same bases (checked). Rounds take turns; medians are shown. Held: what is kept at the end of the pass.
+`stored` is what published code does (arXiv:2408.05646): keep every key, query and value, then one SVD per
+layer and head. Both give the same bases (checked). Rounds take turns; medians are shown. Held: what is kept
+at the end of the pass.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ def moments(model: PreTrainedModel, rows: Tensor) -> tuple[Bases, int]:
     found = gather(model, rows.split(BATCH))
     held = sum(t.nbytes for s in found.values() for t in vars(s).values() if isinstance(t, Tensor))
     per_head: Callable[[Tensor], Tensor] = lambda m: principal_basis(m, "per_head").columns  # noqa: E731
-    return {i: (per_head(s.keys("post_rope")), per_head(head_blocks(s.values, s.heads))) for i, s in found.items()}, held
+    return {
+        i: (per_head(s.keys("post_rope")), per_head(head_blocks(s.values, s.heads))) for i, s in found.items()
+    }, held
 
 
 @torch.no_grad()
@@ -48,10 +52,16 @@ def stored(model: PreTrainedModel, rows: Tensor) -> tuple[Bases, int]:
     found: Bases = {}
     for i in geometry(model).compressible:
         keys, values = (
-            torch.cat([getattr(c.layers[i], n) for c in caches]).transpose(0, 1).flatten(1, 2).float() for n in ("keys", "values")
+            torch.cat([getattr(c.layers[i], n) for c in caches]).transpose(0, 1).flatten(1, 2).float()
+            for n in ("keys", "values")
         )
         found[i] = _right(keys), _right(values)
-    return found, sum(getattr(c.layers[i], n).nbytes for c in caches for i in geometry(model).compressible for n in ("keys", "values"))
+    return found, sum(
+        getattr(c.layers[i], n).nbytes
+        for c in caches
+        for i in geometry(model).compressible
+        for n in ("keys", "values")
+    )
 
 
 def _right(x: Tensor) -> Tensor:
@@ -63,7 +73,11 @@ def main(model: str = "tiny", windows: str = "8,32,128", length: int = 512, roun
     """Print a Markdown table."""
     loaded, tokenizer = load(model, "float32", "cpu")
     ids = text.windows(text.encode(tokenizer, text.embedded("calibration")), tokenizer, length, "text")
-    print("| tokens | moments, s | stored, s | stored / moments | moments held, MiB | stored held, MiB |\n" + "|---" * 6 + "|")
+    print(
+        "| tokens | moments, s | stored, s | stored / moments | moments held, MiB | stored held, MiB |\n"
+        + "|---" * 6
+        + "|"
+    )
     for count in map(int, windows.split(",")):
         rows = ids.repeat(-(-count // len(ids)), 1)[:count]
         times: dict[str, list[float]] = {"moments": [], "stored": []}
@@ -77,7 +91,11 @@ def main(model: str = "tiny", windows: str = "8,32,128", length: int = 512, roun
         ratio = stats.median(b / a for a, b in zip(*times.values(), strict=True))
         held = [results[n][1] / 2**20 for n in times]
         seconds = [stats.median(t) for t in times.values()]
-        print(f"| {rows.numel()} | {seconds[0]:.2f} | {seconds[1]:.2f} | {ratio:.2f} | {held[0]:.1f} | {held[1]:.1f} |", flush=True)
+        print(
+            f"| {rows.numel()} | {seconds[0]:.2f} | {seconds[1]:.2f} | {ratio:.2f} | {held[0]:.1f} | "
+            f"{held[1]:.1f} |",
+            flush=True,
+        )
 
 
 def _same(a: Bases, b: Bases) -> None:

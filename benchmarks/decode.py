@@ -1,8 +1,10 @@
-"""A decode step of attention over full and over evicted storage: milliseconds, bandwidth, and against torch's own attention.
+"""A decode step of attention over full and over evicted storage: milliseconds, bandwidth, and against torch's
+own attention.
 
     python benchmarks/decode.py [OUT.json] [--context 8192 --repeats 15 --budget 10% --threads N]
 
-All backends of a row of the table took turns in one run; ratios are medians over rounds. Run it on an idle machine.
+All backends of a row of the table took turns in one run; ratios are medians over rounds. Run it on an idle
+machine.
 """
 
 from __future__ import annotations
@@ -53,8 +55,17 @@ def main(
 
 def cells(run: dict, name: str, row: dict) -> list[str]:
     shape = [run["dtype"], str(run["head_dim"]), f"{run['heads']}/{run['kv_heads']}", name]
-    full = [f"{row['ms']:.2f}", f"{row['gbs']:.1f}", f"{row['share_of_read_bandwidth']:.0%}", f"{row['ratio_to_sdpa_full']:.2f}"]
-    kept = ["-", "-"] if row["budget_ms"] is None else [f"{row['budget_ms']:.3f}", f"{row['budget_to_full']:.3f}"]
+    full = [
+        f"{row['ms']:.2f}",
+        f"{row['gbs']:.1f}",
+        f"{row['share_of_read_bandwidth']:.0%}",
+        f"{row['ratio_to_sdpa_full']:.2f}",
+    ]
+    kept = (
+        ["-", "-"]
+        if row["budget_ms"] is None
+        else [f"{row['budget_ms']:.3f}", f"{row['budget_to_full']:.3f}"]
+    )
     return shape + full + kept
 
 

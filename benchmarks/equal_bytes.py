@@ -2,8 +2,8 @@
 
     python benchmarks/equal_bytes.py MODEL OUT.json [--calibration FILE --data FILE --dtype float32 ...]
 
-Writes the measured rows as JSON and prints a Markdown table: mean and 95 % interval (Student's t over seeds). Resumable:
-a (method, seed) whose rows are in OUT.json is not run again.
+Writes the measured rows as JSON and prints a Markdown table: mean and 95 % interval (Student's t over seeds).
+Resumable: a (method, seed) whose rows are in OUT.json is not run again.
 """
 
 from __future__ import annotations
@@ -42,8 +42,16 @@ METHODS: dict[str, tuple[str, dict[str, str], Layout]] = {  # label: method, opt
     "eigenattention (pre-RoPE)": ("eigenattention", {}, "pre_rope"),
     "stiefattention": ("stiefattention", {"parametrisation": "free"}, "post_rope"),
     "stiefattention (pre-RoPE)": ("stiefattention", {"parametrisation": "free"}, "pre_rope"),
-    "stiefattention (K per head)": ("stiefattention", {"parametrisation": "free", "key_bases": "per_head"}, "post_rope"),
-    "stiefattention (K per head, pre-RoPE)": ("stiefattention", {"parametrisation": "free", "key_bases": "per_head"}, "pre_rope"),
+    "stiefattention (K per head)": (
+        "stiefattention",
+        {"parametrisation": "free", "key_bases": "per_head"},
+        "post_rope",
+    ),
+    "stiefattention (K per head, pre-RoPE)": (
+        "stiefattention",
+        {"parametrisation": "free", "key_bases": "per_head"},
+        "pre_rope",
+    ),
     "kq-svd": ("kq-svd", {}, "post_rope"),
     "kq-svd (output-aware)": ("kq-svd", {"weighting": "outputs"}, "post_rope"),
     "kq-svd (joint)": ("kq-svd", {"group": "6"}, "post_rope"),
@@ -65,15 +73,29 @@ METHODS: dict[str, tuple[str, dict[str, str], Layout]] = {  # label: method, opt
     "kv-latent (data, V by PCA)": ("kv-latent", {"choose": "data", "values": "pca"}, "post_rope"),
     "matryoshka": ("matryoshka", {}, "post_rope"),
 }
-SCHEDULES = {  # label: method label, allocator; the paper's schedule of LoRC and the straight line in depth that it was compared with
-    f"{label}, {allocator}": (label, allocator) for label in ("lorc", "lorc (whitened)") for allocator in ("condition", "depth")
+# label: method label, allocator; the paper's schedule of LoRC and the straight line in depth that it was
+# compared with
+SCHEDULES = {
+    f"{label}, {allocator}": (label, allocator)
+    for label in ("lorc", "lorc (whitened)")
+    for allocator in ("condition", "depth")
 }
-DYNAMIC: dict[str, dict] = {"dynakv (K per head, pre-RoPE)": {"layout": "pre_rope", "key_bases": "per_head"}}  # label: options
+# label: options
+DYNAMIC: dict[str, dict] = {"dynakv (K per head, pre-RoPE)": {"layout": "pre_rope", "key_bases": "per_head"}}
 BUDGETS = ("75%", "50%", "37.5%", "25%")
 PACKED = ("int8", "int4", "kivi4", "hadamard4", "int2", "kivi2", "hadamard2")  # alone
-ON_TOP = {"75%": ("int4", "kivi4", "kivi2"), "50%": ("int4", "kivi4", "kivi2")}  # of latents, by the budget of the plan
+# of latents, by the budget of the plan
+ON_TOP = {"75%": ("int4", "kivi4", "kivi2"), "50%": ("int4", "kivi4", "kivi2")}
 GATE_STEPS, GATE_BUDGETS = 100, ("50%", "37.5%")  # of training the gates, which starts anew for every budget
-SHOWN = ("perplexity", "kl", "exact_match", "perplexity_decode", "layer_error", "top1_agreement", "fit_seconds")
+SHOWN = (
+    "perplexity",
+    "kl",
+    "exact_match",
+    "perplexity_decode",
+    "layer_error",
+    "top1_agreement",
+    "fit_seconds",
+)
 
 app = typer.Typer(add_completion=False)
 
@@ -95,7 +117,10 @@ def run(
     methods: Annotated[str, typer.Option(help="labels, separated by semicolons; all when not given")] = "",
     tasks: str = "perplexity,decode,layers,recall,speed",
     recent: Annotated[
-        int, typer.Option(help="last tokens kept exact in every setting, in the place of KIVI's own; give another OUT.json")
+        int,
+        typer.Option(
+            help="last tokens kept exact in every setting, in the place of KIVI's own; give another OUT.json"
+        ),
     ] = 0,
 ) -> None:
     """Measure and print the table."""
@@ -108,7 +133,9 @@ def run(
     done = {(row["label"], row["seed"]) for row in found["rows"]}
     names_done = {label for label, _ in done}
     exact = Exact(recent=recent) if recent else None
-    reference = [s for s in (full(loaded), *(packed(loaded, b, exact) for b in PACKED)) if s.name not in names_done]
+    reference = [
+        s for s in (full(loaded), *(packed(loaded, b, exact) for b in PACKED)) if s.name not in names_done
+    ]
     if reference:
         reference = [full(loaded), *(s for s in reference if s.name != "full")]
         result = evaluate(loaded, tokenizer, reference, task, names, bars)
@@ -134,7 +161,10 @@ def run(
 
 
 def _append(found: dict, out: Path, rows: list[dict]) -> None:
-    found["rows"] += [{k: v for k, v in r.items() if k != "profile"} | {"chosen": (r.get("profile") or {}).get("chosen")} for r in rows]
+    found["rows"] += [
+        {k: v for k, v in r.items() if k != "profile"} | {"chosen": (r.get("profile") or {}).get("chosen")}
+        for r in rows
+    ]
     files.write_json(out, found, "benchmark", ours=True)
 
 
@@ -149,7 +179,9 @@ def _method(
     allocator: str,
     exact: Exact | None,
 ) -> list[dict]:
-    """Rows of one fitted basis at every budget it can meet, and of its latents in integers; its fitting time is the first budget's."""
+    """Rows of one fitted basis at every budget it can meet, and of its latents in integers; its fitting time
+    is the first budget's.
+    """
     name, options, layout = method
     settings, seconds = [full(model)], []
     with tempfile.TemporaryDirectory() as work:
@@ -193,7 +225,9 @@ def _dynamic(
         start = time.perf_counter()
         training = GateTraining(target=float(budget[:-1]) / 100, steps=GATE_STEPS, seed=sample.seed)
         try:
-            plan = dyna_plan(model, tokenizer, corpus, sample=sample, training=training, progress=bars, **options)
+            plan = dyna_plan(
+                model, tokenizer, corpus, sample=sample, training=training, progress=bars, **options
+            )
         except LowkeyError as error:
             print(f"dynakv {budget}: {error}", flush=True)
             continue
@@ -212,13 +246,19 @@ def table(rows: list[dict]) -> str:
     lines = ["| kept | setting | " + " | ".join(SHOWN) + " |", "|---" * (len(SHOWN) + 2) + "|"]
     for (_, label), group in sorted(groups.items(), key=_order):
         kept = statistics.mean(r["bytes_held"] / r["bytes_full"] for r in group)
-        lines.append(f"| {100 * kept:.1f}% | {label} | " + " | ".join(_cell([r[c] for r in group]) for c in SHOWN) + " |")
+        lines.append(
+            f"| {100 * kept:.1f}% | {label} | "
+            + " | ".join(_cell([r[c] for r in group]) for c in SHOWN)
+            + " |"
+        )
     return "\n".join(lines)
 
 
 def _order(item: tuple) -> tuple:
     group = item[1]
-    return -round(statistics.mean(r["bytes_held"] / r["bytes_full"] for r in group), 2), statistics.mean(r["perplexity"] for r in group)
+    return -round(statistics.mean(r["bytes_held"] / r["bytes_full"] for r in group), 2), statistics.mean(
+        r["perplexity"] for r in group
+    )
 
 
 def _cell(values: list) -> str:

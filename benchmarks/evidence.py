@@ -1,11 +1,13 @@
-"""The tables of docs/results.md: every method beside the full cache and integers, with the same window of exact tokens in each row.
+"""The tables of docs/results.md: every method beside the full cache and integers, with the same window of
+exact tokens in each row.
 
     python benchmarks/evidence.py ranks docs/results/smollm2 --model smollm2 --calibration novels.txt \\
         --data one.txt --data two.txt --data three.txt
 
-A PART of the evidence (`bits`, `ranks`, `trained`, `combined`, `default`, `policies`) becomes OUT/PART.json, a result file that
-`lowkey report OUT` reads, and a Markdown table on stdout. Plans and measurements are kept in OUT/work until all is done; the same command
-goes on after an interrupt. Intervals (95 %) are over windows and, where a row has several draws of the calibration text, over draws.
+A PART of the evidence (`bits`, `ranks`, `trained`, `combined`, `default`, `policies`) becomes OUT/PART.json,
+a result file that `lowkey report OUT` reads, and a Markdown table on stdout. Plans and measurements are kept
+in OUT/work until all is done; the same command goes on after an interrupt. Intervals (95 %) are over windows
+and, where a row has several draws of the calibration text, over draws.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ INTEGERS = ("int8", "int4", "kivi4", "hadamard4", "int2", "kivi2", "hadamard2")
 
 @dataclass(frozen=True)
 class Fit:
-    """One way to make a plan: a method with options, layout, allocator and bits (its own where None), at some budgets."""
+    """One way to make a plan: a method with options, layout, allocator and bits (its own where None), at some
+    budgets.
+    """
 
     label: str
     method: str | None
@@ -62,7 +66,15 @@ FITS: dict[str, tuple[Fit, ...]] = {
         Fit("eigenattention", "eigenattention", draws=3),
         Fit("eigenattention, uniform", "eigenattention", allocator="uniform"),
         Fit("kq-svd", "kq-svd"),
-        Fit("kq-svd (joint, pre-RoPE), uniform", "kq-svd", JOINT, "pre_rope", "uniform", budgets=BUDGETS, draws=3),
+        Fit(
+            "kq-svd (joint, pre-RoPE), uniform",
+            "kq-svd",
+            JOINT,
+            "pre_rope",
+            "uniform",
+            budgets=BUDGETS,
+            draws=3,
+        ),
         Fit("kq-svd (joint, pre-RoPE), greedy", "kq-svd", JOINT, "pre_rope", "greedy", budgets=BUDGETS),
         Fit("palu", "palu"),
         Fit("recalkv", "recalkv"),
@@ -80,7 +92,15 @@ FITS: dict[str, tuple[Fit, ...]] = {
     ),
     "default": (Fit("default", None, bits=None, budgets=("50%", "25%", "18.75%", "12.5%", "8%"), draws=3),),
     "combined": (
-        Fit("kq-svd (joint, pre-RoPE), uniform", "kq-svd", JOINT, "pre_rope", "uniform", "kivi4", ("25%", "12.5%")),
+        Fit(
+            "kq-svd (joint, pre-RoPE), uniform",
+            "kq-svd",
+            JOINT,
+            "pre_rope",
+            "uniform",
+            "kivi4",
+            ("25%", "12.5%"),
+        ),
         Fit("pca", "pca", bits="kivi4", budgets=("25%", "12.5%")),
         Fit("fisher-svd", "fisher-svd", bits="int4", budgets=("25%",)),
         Fit("fisher-svd", "fisher-svd", bits="hadamard4", budgets=("25%",)),
@@ -90,11 +110,25 @@ FITS: dict[str, tuple[Fit, ...]] = {
     ),
 }
 POLICIES = (
-    *("snapkv", "pyramidkv", "ada-kv", "headkv-r", "headkv-r2", "kvzip", "expected-attention", "curdkv", "h2o", "tova", "streamingllm"),
+    *(
+        "snapkv",
+        "pyramidkv",
+        "ada-kv",
+        "headkv-r",
+        "headkv-r2",
+        "kvzip",
+        "expected-attention",
+        "curdkv",
+        "h2o",
+        "tova",
+        "streamingllm",
+    ),
     *("kv-compress", "fastgen", "razor", "think", "knorm", "keydiff"),
 )
-SCORES = {"headkv-r": ("copy",), "headkv-r2": ("r2",), "razor": ("induction", "echo")}  # of heads, that a policy reads
-TASKS = {"policies": "recall,questions"}  # of a part; a window read in one piece says nothing of what is evicted
+# of heads, that a policy reads
+SCORES = {"headkv-r": ("copy",), "headkv-r2": ("r2",), "razor": ("induction", "echo")}
+# of a part; a window read in one piece says nothing of what is evicted
+TASKS = {"policies": "recall,questions"}
 app = typer.Typer(add_completion=False)
 
 
@@ -118,7 +152,9 @@ def run(
     """Measure one part and print its table."""
     loaded, tokenizer = load(model, dtype, "cpu")
     words = text.read_text(calibration, "calibration") if calibration else text.embedded("calibration")
-    texts = {path.name: text.read_text(path, "data") for path in data or ()} or {"embedded": text.embedded("evaluation")}
+    texts = {path.name: text.read_text(path, "data") for path in data or ()} or {
+        "embedded": text.embedded("evaluation")
+    }
     task = Task(texts, context, windows, cases)
     work, place = out / "work", out / f"{part}.json"
     work.mkdir(parents=True, exist_ok=True)
@@ -130,22 +166,34 @@ def run(
     else:
         for fit in FITS[part]:
             if not only or fit.label in only.split(";"):
-                for setting, known in _plans(fit, loaded, tokenizer, words, Sample(calibration_windows, length), work):
+                for setting, known in _plans(
+                    fit, loaded, tokenizer, words, Sample(calibration_windows, length), work
+                ):
                     settings.append(setting)
                     about[setting.identity["plan"]] = known
     names = (tasks or TASKS.get(part, "perplexity")).split(",")
-    result = evaluate(loaded, tokenizer, settings, task, names, bars, files.job_folder(work, {"part": part, "only": only}))
+    result = evaluate(
+        loaded, tokenizer, settings, task, names, bars, files.job_folder(work, {"part": part, "only": only})
+    )
     for row in result["rows"]:
         row |= about.get(row["plan"], {"label": row["name"], "draw": 0, "fit_seconds": None})
-        row["chosen"] = (row.pop("profile", None) or {}).get("chosen")  # surfaces and spectra are in the plans
+        # surfaces and spectra are in the plans
+        row["chosen"] = (row.pop("profile", None) or {}).get("chosen")
     files.write_json(place, result, "result", ours=True)
     print(table(result["rows"]))
 
 
 def _plans(
-    fit: Fit, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, words: str, sample: Sample, work: Path
+    fit: Fit,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    words: str,
+    sample: Sample,
+    work: Path,
 ) -> Iterator[tuple[Setting, dict]]:
-    """Settings of the plans of every budget and draw, and what the table says of them; plans are read back when they were made before."""
+    """Settings of the plans of every budget and draw, and what the table says of them; plans are read back
+    when they were made before.
+    """
     for draw in range(fit.draws):
         for budget in fit.budgets:
             name = _slug(f"{fit.label}-{fit.bits}-{budget}-{draw}")
@@ -179,7 +227,12 @@ def _slug(name: str) -> str:
 
 
 def _policies(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: int, budget: str, work: Path, only: str
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    budget: str,
+    work: Path,
+    only: str,
 ) -> Iterator[Setting]:
     for name in POLICIES:
         if only and name not in only.split(";"):
@@ -191,19 +244,31 @@ def _policies(
             print(f"{name}: {error}", flush=True)
 
 
-def _scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kind: str, context: int, work: Path) -> list[list[float]]:
-    """Importance of the model's own heads, from cases half as long as the context; read back when it was measured before."""
+def _scores(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kind: str, context: int, work: Path
+) -> list[list[float]]:
+    """Importance of the model's own heads, from cases half as long as the context; read back when it was
+    measured before.
+    """
     place = work / f"heads-{kind}.json"
     if not place.exists():
         how = {"kind": kind, "context": context // 2, "progress": bars}
-        found = estimate_echo(model, tokenizer, **how) if kind in ECHOES else estimate_heads(model, tokenizer, cases=40, **how)
+        found = (
+            estimate_echo(model, tokenizer, **how)
+            if kind in ECHOES
+            else estimate_heads(model, tokenizer, cases=40, **how)
+        )
         found.save(place)
     return HeadScores.load(place, model).per_kv_head().tolist()
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: one line for each label, its draws in the mean; intervals over draws, or over windows where there is one draw."""
-    shown = [c for c in ("perplexity", "kl", "exact_match", "questions") if any(r.get(c) is not None for r in rows)]
+    """Markdown: one line for each label, its draws in the mean; intervals over draws, or over windows where
+    there is one draw.
+    """
+    shown = [
+        c for c in ("perplexity", "kl", "exact_match", "questions") if any(r.get(c) is not None for r in rows)
+    ]
     lines = ["| cache | bytes | " + " | ".join(shown) + " | fit, s |", "|---" * (len(shown) + 3) + "|"]
     for label in dict.fromkeys(r["label"] for r in rows):
         group = [r for r in rows if r["label"] == label]

@@ -2,10 +2,11 @@
 
     python benchmarks/fitting.py [MODEL] [--length 128 --windows 16 --epochs 50]
 
-`mlp` is the paper's protocol (a network per candidate rank, keys and values apart, at most 50 epochs, patience 5); `free` trains
-one matrix per basis, from the PCA solution, with a departure for each rank. Seconds are of fitting alone: the second moments before it
-and the error surface after it are the same for all. Errors are means over layers of the held-out layer-output error, at equal ranks
-for K and V and at the ranks that the greedy allocator chooses under a byte budget; `mean` is their geometric mean.
+`mlp` is the paper's protocol (a network per candidate rank, keys and values apart, at most 50 epochs,
+patience 5); `free` trains one matrix per basis, from the PCA solution, with a departure for each rank.
+Seconds are of fitting alone: the second moments before it and the error surface after it are the same for
+all. Errors are means over layers of the held-out layer-output error, at equal ranks for K and V and at the
+ranks that the greedy allocator chooses under a byte budget; `mean` is their geometric mean.
 """
 
 from __future__ import annotations
@@ -52,7 +53,11 @@ def mean_error(profile: Profile, chosen: list[tuple[int, int]]) -> float:
 
 
 def main(
-    model: Annotated[str, typer.Argument()] = "tiny", length: int = 128, windows: int = 16, epochs: int = 50, calibration: str = ""
+    model: Annotated[str, typer.Argument()] = "tiny",
+    length: int = 128,
+    windows: int = 16,
+    epochs: int = 50,
+    calibration: str = "",
 ) -> None:
     """Fit both ways on the same windows and print a Markdown table."""
     loaded, tokenizer = load(model, "float32", "cpu")
@@ -69,12 +74,18 @@ def main(
     print("| parametrisation | seconds | " + " | ".join(heads) + " |\n|---|---" + "|---" * len(heads) + "|")
     for name, method in arms.items():
         timed = Timed(method)
-        _, profile = fit_layers(timed, Course(loaded, rows, round(windows / 4), "post_rope", ranks, seed=0, progress=bars))
+        _, profile = fit_layers(
+            timed, Course(loaded, rows, round(windows / 4), "post_rope", ranks, seed=0, progress=bars)
+        )
         errors = [mean_error(profile, [(r, r)] * profile.layers) for r in shown]
         whole = profile.bytes([(ranks[-1],) * 2] * profile.layers)
-        errors += [mean_error(profile, Greedy().under_bytes(profile, share / 100 * whole)) for share in BUDGETS]
+        errors += [
+            mean_error(profile, Greedy().under_bytes(profile, share / 100 * whole)) for share in BUDGETS
+        ]
         errors.append(geometric_mean(errors))
-        print(f"| {name} | {timed.seconds:.1f} | " + " | ".join(f"{e:.4f}" for e in errors) + " |", flush=True)
+        print(
+            f"| {name} | {timed.seconds:.1f} | " + " | ".join(f"{e:.4f}" for e in errors) + " |", flush=True
+        )
 
 
 if __name__ == "__main__":

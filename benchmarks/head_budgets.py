@@ -1,10 +1,12 @@
-"""Which budget per head: recall over an evicted cache, the question asked again, policies that differ in their allocator alone.
+"""Which budget per head: recall over an evicted cache, the question asked again, policies that differ in
+their allocator alone.
 
     python benchmarks/head_budgets.py MODEL OUT.json [--contexts 512,768,1024 --cases 20 --seeds 3 ...]
 
-Per context `cases` 1-hop questions, the same for all. HeadKV's scores are estimated anew with every seed, on other text than the
-cases; `shuffled` deals the R2 scores of that seed to other heads. Writes each answer and prints a Markdown table: exact match and its
-95 % interval, by a bootstrap over questions. Resumable: a context that is in OUT.json is not run again.
+Per context `cases` 1-hop questions, the same for all. HeadKV's scores are estimated anew with every seed, on
+other text than the cases; `shuffled` deals the R2 scores of that seed to other heads. Writes each answer and
+prints a Markdown table: exact match and its 95 % interval, by a bootstrap over questions. Resumable: a
+context that is in OUT.json is not run again.
 """
 
 from __future__ import annotations
@@ -45,12 +47,16 @@ def run(
     """Measure and print the table."""
     loaded, tokenizer = load(model, "auto", "cpu")
     options = dict(pair.split("=", 1) for pair in option or ["sinks=1", "recent=2"])
-    found = json.loads(out.read_text()) if out.exists() else {"options": options, "refeed": refeed, "answers": []}
+    found = (
+        json.loads(out.read_text()) if out.exists() else {"options": options, "refeed": refeed, "answers": []}
+    )
     done = {a["context"] for a in found["answers"]}
     todo = [c for c in map(int, contexts.split(",")) if c not in done]
     importance = [heads_of(loaded, tokenizer, seed) for seed in range(seeds)] if todo else []
     for context in todo:
-        found["answers"] += answers(loaded, tokenizer, context, cases, refeed, settings_of(loaded, context, options, importance))
+        found["answers"] += answers(
+            loaded, tokenizer, context, cases, refeed, settings_of(loaded, context, options, importance)
+        )
         files.write_text(out, json.dumps(found) + "\n", ours=True)
     print(table(found["answers"]))
 
@@ -58,13 +64,16 @@ def run(
 def heads_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> dict[str, dict]:
     """Importance by policy name."""
     scores = {
-        kind: estimate_heads(model, tokenizer, kind=kind, cases=100, context=900, seed=seed, progress=bars) for kind in ("copy", "r2")
+        kind: estimate_heads(model, tokenizer, kind=kind, cases=100, context=900, seed=seed, progress=bars)
+        for kind in ("copy", "r2")
     }
     tables = {"headkv-r": scores["copy"], "headkv-r2": scores["r2"], "shuffled": scores["r2"].shuffled(seed)}
     return {name: {SCORED[name]: s.per_kv_head().tolist()} for name, s in tables.items()}
 
 
-def settings_of(model: PreTrainedModel, context: int, options: dict, importance: list[dict]) -> dict[tuple, Setting]:
+def settings_of(
+    model: PreTrainedModel, context: int, options: dict, importance: list[dict]
+) -> dict[tuple, Setting]:
     """By (name, budget, seed)."""
     found: dict[tuple, Setting] = {("full", "100%", 0): full(model)}
     for budget in BUDGETS:
@@ -80,7 +89,12 @@ def settings_of(model: PreTrainedModel, context: int, options: dict, importance:
 
 @torch.no_grad()
 def answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: int, cases: int, refeed: bool, settings: dict[tuple, Setting]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    cases: int,
+    refeed: bool,
+    settings: dict[tuple, Setting],
 ) -> list[dict]:
     ids = text.encode(tokenizer, text.embedded("evaluation")).tolist()
     episodes = draw_episodes(tokenizer, ids, context, cases, context, "plain")
@@ -88,25 +102,41 @@ def answers(
     for case, episode in enumerate(bars(episodes, f"context {context}")):
         for (name, budget, seed), setting in settings.items():
             right = answered(model, tokenizer, setting, episode, "plain", refeed)["right"]
-            rows.append({"context": context, "case": case, "name": name, "budget": budget, "seed": seed, "right": int(right)})
+            rows.append(
+                {
+                    "context": context,
+                    "case": case,
+                    "name": name,
+                    "budget": budget,
+                    "seed": seed,
+                    "right": int(right),
+                }
+            )
     return rows
 
 
 def table(rows: list[dict]) -> str:
     names = list(dict.fromkeys(r["name"] for r in rows if r["name"] != "full"))
-    lines = [f"| full: {interval(rows, 'full', '100%')} | " + " | ".join(BUDGETS) + " |", "|---" * (len(BUDGETS) + 1) + "|"]
+    lines = [
+        f"| full: {interval(rows, 'full', '100%')} | " + " | ".join(BUDGETS) + " |",
+        "|---" * (len(BUDGETS) + 1) + "|",
+    ]
     lines += [f"| {name} | " + " | ".join(interval(rows, name, b) for b in BUDGETS) + " |" for name in names]
     return "\n".join(lines)
 
 
 def interval(rows: list[dict], name: str, budget: str) -> str:
-    """Share of right answers and its 95 % bootstrap interval over questions; seeds of one question stay together."""
+    """Share of right answers and its 95 % bootstrap interval over questions; seeds of one question stay
+    together.
+    """
     by_question: dict[tuple, list[int]] = {}
     for r in rows:
         if (r["name"], r["budget"]) == (name, budget):
             by_question.setdefault((r["context"], r["case"]), []).append(r["right"])
     means = torch.tensor([sum(v) / len(v) for v in by_question.values()])
-    drawn = means[torch.randint(len(means), (2000, len(means)), generator=torch.Generator().manual_seed(0))].mean(1)
+    drawn = means[
+        torch.randint(len(means), (2000, len(means)), generator=torch.Generator().manual_seed(0))
+    ].mean(1)
     low, high = drawn.quantile(torch.tensor([0.025, 0.975])).tolist()
     return f"{means.mean():.2f} ({low:.2f}-{high:.2f})"
 

@@ -1,11 +1,13 @@
 """What a policy costs before the first token: its prefill over that of the full cache, in one run.
 
-    python benchmarks/policy_prefill.py [MODEL] [--context 4096 --budget 10% --rounds 3 --threads 1 --policies h2o,kvzip,...]
+    python benchmarks/policy_prefill.py [MODEL] [--context 4096 --budget 10% --rounds 3 --threads 1 --policies
+    h2o,kvzip,...]
 
-MODEL: a folder or the name of a model; left out, a random Llama as wide as SmolLM2-135M (hidden 576, 9 heads and 3 KV heads of 64) with 4
-layers, since time depends on shapes only. Policies take turns with the full cache; medians of the times and of the ratios within a round.
-The prompt is read as `lowkey.prefill` reads it, so that KVzip's second pass counts. peak: what the process grew by beyond its size before
-the first prefill of that policy, in MiB, taken in a round of its own.
+MODEL: a folder or the name of a model; left out, a random Llama as wide as SmolLM2-135M (hidden 576, 9 heads
+and 3 KV heads of 64) with 4 layers, since time depends on shapes only. Policies take turns with the full
+cache; medians of the times and of the ratios within a round. The prompt is read as `lowkey.prefill` reads it,
+so that KVzip's second pass counts. peak: what the process grew by beyond its size before the first prefill of
+that policy, in MiB, taken in a round of its own.
 """
 
 from __future__ import annotations
@@ -37,8 +39,16 @@ def main(
 ) -> None:
     torch.set_num_threads(threads)
     loaded, tokenizer = load(model, "float32", "cpu") if model else (random_model(), Words())
-    ids = torch.randint(10, loaded.config.get_text_config().vocab_size, (1, context), generator=torch.Generator().manual_seed(0))
-    settings: dict[str, Policy | None] = {"full": None, **{name: with_heads(name, budget, loaded) for name in policies.split(",")}}
+    ids = torch.randint(
+        10,
+        loaded.config.get_text_config().vocab_size,
+        (1, context),
+        generator=torch.Generator().manual_seed(0),
+    )
+    settings: dict[str, Policy | None] = {
+        "full": None,
+        **{name: with_heads(name, budget, loaded) for name in policies.split(",")},
+    }
     times: dict[str, list[float]] = {name: [] for name in settings}
     growth: dict[str, float] = {}
     for name, policy in settings.items():
@@ -65,7 +75,13 @@ class Words:
 
 def random_model() -> PreTrainedModel:
     torch.manual_seed(0)
-    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
+    shape = {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+    }
     config = LlamaConfig(vocab_size=4096, num_hidden_layers=4, max_position_embeddings=2**17, **shape)
     return lowkey.attach(LlamaForCausalLM(config).eval())
 
@@ -73,14 +89,17 @@ def random_model() -> PreTrainedModel:
 def with_heads(name: str, budget: str, model: PreTrainedModel) -> Policy:
     """The policy, with random head importance where it asks for some."""
     shape = geometry(model)
-    scores = torch.rand(len(shape.compressible), shape.kv_heads, generator=torch.Generator().manual_seed(0)).tolist()
+    scores = torch.rand(
+        len(shape.compressible), shape.kv_heads, generator=torch.Generator().manual_seed(0)
+    ).tolist()
     return make_policy(name, budget, {}).fitted(dict.fromkeys(("copy", "r2", "induction", "echo"), scores))
 
 
 @torch.no_grad()
 def seconds(model: PreTrainedModel, tokenizer: object, ids: torch.Tensor, policy: Policy | None) -> float:
     cache = lowkey.make_cache(model, policy=policy)
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter  # on one thread other jobs do not count
+    # on one thread other jobs do not count
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     start = clock()
     lowkey.prefill(model, tokenizer, cache, ids)  # type: ignore[arg-type]
     return clock() - start

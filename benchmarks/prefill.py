@@ -1,9 +1,10 @@
-"""What a smaller cache costs in time: a prompt, and then a decoding step, under each setting over those of the full cache in the same run.
+"""What a smaller cache costs in time: a prompt, and then a decoding step, under each setting over those of
+the full cache in the same run.
 
     python benchmarks/prefill.py [--context 4096 --budget 10% --rounds 5 --policies snapkv,... --no-latents]
 
-A random Llama of 2 layers, hidden 1024, 16 heads, 8 KV heads of 64; time depends on shapes only. Rounds in which the settings take
-turns; medians of the ratios within a round.
+A random Llama of 2 layers, hidden 1024, 16 heads, 8 KV heads of 64; time depends on shapes only. Rounds in
+which the settings take turns; medians of the ratios within a round.
 """
 
 from __future__ import annotations
@@ -53,7 +54,12 @@ def main(
 ) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=1000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=8
+        vocab_size=1000,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=2,
+        num_attention_heads=16,
+        num_key_value_heads=8,
     )
     model = lowkey.attach(LlamaForCausalLM(config).eval())
     ids = torch.randint(0, 1000, (1, context))
@@ -73,7 +79,9 @@ def main(
 
 def _beside(took: list[tuple[float, float]], full: list[tuple[float, float]], i: int) -> tuple[float, float]:
     """Medians of the i-th time and of its ratio within a round."""
-    return statistics.median(x[i] for x in took), statistics.median(x[i] / y[i] for x, y in zip(took, full, strict=True))
+    return statistics.median(x[i] for x in took), statistics.median(
+        x[i] / y[i] for x, y in zip(took, full, strict=True)
+    )
 
 
 def stored_otherwise(model: PreTrainedModel) -> dict[str, Callable[[], LowkeyCache]]:
@@ -86,7 +94,8 @@ def stored_otherwise(model: PreTrainedModel) -> dict[str, Callable[[], LowkeyCac
         "rank 50 %, pre-RoPE, 4 sinks and 64 recent": ("pre_rope", near),
     }
     caches: dict[str, Callable[[], LowkeyCache]] = {
-        name: partial(cache_of, model, partial(latent_layer, model, layout, exact)) for name, (layout, exact) in kinds.items()
+        name: partial(cache_of, model, partial(latent_layer, model, layout, exact))
+        for name, (layout, exact) in kinds.items()
     }
     return caches | {bits: partial(lowkey.make_cache, model, bits=bits) for bits in ("int8", "int4", "kivi4")}
 

@@ -1,13 +1,15 @@
-"""The comparison of docs/pretraining.md: attention variants at equal tokens, each at its own learning rate, over paired seeds.
+"""The comparison of docs/pretraining.md: attention variants at equal tokens, each at its own learning rate,
+over paired seeds.
 
-    python benchmarks/pretraining.py run FOLDER_OF_TEXTS OUT --stages a,b,c [--tokens 10e6 --workers 2]
-    python benchmarks/pretraining.py report OUT docs/results/pretraining.json
+    python benchmarks/pretraining.py run FOLDER_OF_TEXTS OUT --stages a,b,c [--tokens 10e6 --workers 2] python
+    benchmarks/pretraining.py report OUT docs/results/pretraining.json
 
-Stages: `a` learning-rate sweep (selection only, by validation loss), `b` the comparison at the chosen rates, `c` the range of learning
-rates of MEA's parts (2 x 2, QK-norm and gate as controls), `d` MHA's runs of `b` converted and trained on, `e` the arms of `b` at one rate
-for all (those that `b` ran at it count, too), `r` LRKV's rank, `w` the arms of `b` with the feed-forward width solved for MHA's number of
-parameters. A stage with a z before it (`za`, `zb`) is the same with output projections that start at zero. Runs are processes of one
-thread each. Interrupted, the same command goes on: finished runs are kept, the others resume.
+Stages: `a` learning-rate sweep (selection only, by validation loss), `b` the comparison at the chosen rates,
+`c` the range of learning rates of MEA's parts (2 x 2, QK-norm and gate as controls), `d` MHA's runs of `b`
+converted and trained on, `e` the arms of `b` at one rate for all (those that `b` ran at it count, too), `r`
+LRKV's rank, `w` the arms of `b` with the feed-forward width solved for MHA's number of parameters. A stage
+with a z before it (`za`, `zb`) is the same with output projections that start at zero. Runs are processes of
+one thread each. Interrupted, the same command goes on: finished runs are kept, the others resume.
 """
 
 from __future__ import annotations
@@ -36,7 +38,13 @@ from lowkey.models.loading import load
 from lowkey.pretraining import pretrain
 from lowkey.pretraining.recipe import Recipe
 
-SHAPE = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 6, "num_attention_heads": 8, "tie_word_embeddings": True}
+SHAPE = {
+    "hidden_size": 128,
+    "intermediate_size": 344,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "tie_word_embeddings": True,
+}
 VOCABULARY, LENGTH = 1024, 256
 MOMENT_ROWS = 64  # that say what projections read
 PASSAGE = 20_000  # characters of a training document
@@ -64,7 +72,8 @@ COMPARED = ("MHA", "GQA-4", "MQA", "MLA-50", "LRKV-50 full", "LRKV-50 latent", "
 PARTS = ("MHA", "MHA + head norm", "HLC only", "MEA-8", "MHA + QK-norm", "MHA + gate")
 RANKS = ("LRKV r=0", "LRKV r=2", "LRKV r=4", "LRKV r=8", "LRKV r=16")
 
-FORMS: dict[str, tuple[str, dict, Options, bool]] = {  # what MHA is converted into: attention, its fields, options, whether whitened
+# what MHA is converted into: attention, its fields, options, whether whitened
+FORMS: dict[str, tuple[str, dict, Options, bool]] = {
     "MHA": ("mha", {}, Options(), False),
     "GQA-4, mean": ("gqa", {"num_key_value_heads": 4}, Options(), False),
     "GQA-4, mean of aligned heads": ("gqa", {"num_key_value_heads": 4}, Options(basis="aligned"), True),
@@ -119,9 +128,10 @@ def run(
     equal_rate: float = 1.5e-3,
     recovery_tokens: float = 0.2e6,
     recovery_rate: float = 1e-3,
-    arms: Annotated[str, typer.Option(help="of stages a, b and w, by semicolons; others: MLA-25;MEA-4, no norm;GTA-8;K=V-8")] = ";".join(
-        COMPARED
-    ),
+    arms: Annotated[
+        str,
+        typer.Option(help="of stages a, b and w, by semicolons; others: MLA-25;MEA-4, no norm;GTA-8;K=V-8"),
+    ] = ";".join(COMPARED),
     workers: int = 2,
 ) -> None:
     """Train what is missing, stage by stage."""
@@ -130,25 +140,45 @@ def run(
     for stage in stages.split(","):
         start, kind = stage[:-1], stage[-1:]
         if start not in ("", "z") or kind not in tuple("abcderw"):
-            raise typer.BadParameter(f"stage {stage!r} is unknown; choose among a, b, c, d, e, r, w, each also after a z")
+            raise typer.BadParameter(
+                f"stage {stage!r} is unknown; choose among a, b, c, d, e, r, w, each also after a z"
+            )
         best = pretraining_report.chosen(pretraining_report.runs(out, start + "a"))
         if kind == "a":
-            jobs = [Job(stage, arm, float(lr), 100, int(sweep_tokens), batch) for lr in rates.split(",") for arm in chosen_arms]
+            jobs = [
+                Job(stage, arm, float(lr), 100, int(sweep_tokens), batch)
+                for lr in rates.split(",")
+                for arm in chosen_arms
+            ]
         elif kind in "bw":
             known = [arm for arm in chosen_arms if arm in best]
-            jobs = [Job(stage, arm, best[arm], s, int(tokens), batch, kind == "w") for s in range(seeds) for arm in known]
+            jobs = [
+                Job(stage, arm, best[arm], s, int(tokens), batch, kind == "w")
+                for s in range(seeds)
+                for arm in known
+            ]
         elif kind == "c":
-            grid = [(s, lr, arm) for s in range(range_seeds) for lr in range_rates.split(",") for arm in PARTS]
+            grid = [
+                (s, lr, arm) for s in range(range_seeds) for lr in range_rates.split(",") for arm in PARTS
+            ]
             jobs = [Job(stage, arm, float(lr), s, int(range_tokens), batch) for s, lr, arm in grid]
         elif kind == "e":
             others = [arm for arm in chosen_arms if best.get(arm) != equal_rate]
-            jobs = [Job(stage, arm, equal_rate, s, int(tokens), batch) for s in range(seeds) for arm in others]
+            jobs = [
+                Job(stage, arm, equal_rate, s, int(tokens), batch) for s in range(seeds) for arm in others
+            ]
         elif kind == "d":
             jobs = [
-                Job(stage, form, recovery_rate, s, int(recovery_tokens), batch, source=int(tokens)) for s in range(seeds) for form in FORMS
+                Job(stage, form, recovery_rate, s, int(recovery_tokens), batch, source=int(tokens))
+                for s in range(seeds)
+                for form in FORMS
             ]
         else:
-            jobs = [Job(stage, arm, best["LRKV-50 full"], s, int(tokens), batch) for s in range(seeds) for arm in RANKS]
+            jobs = [
+                Job(stage, arm, best["LRKV-50 full"], s, int(tokens), batch)
+                for s in range(seeds)
+                for arm in RANKS
+            ]
         work(jobs, out, corpus, held, workers)
 
 
@@ -164,11 +194,15 @@ def prepare_texts(texts: Path, out: Path) -> tuple[Path, Path]:
     if not (corpus.exists() and held.exists()):
         found = sorted(texts.glob("*.txt"))
         aside = found[HELD_NOVELS // 2 :: HELD_NOVELS]
-        passages = [p for file in found if file not in aside for p in _passages(file.read_text(encoding="utf-8"))]
+        passages = [
+            p for file in found if file not in aside for p in _passages(file.read_text(encoding="utf-8"))
+        ]
         random.Random(0).shuffle(passages)
         out.mkdir(parents=True, exist_ok=True)
         files.write_text(corpus, "".join(json.dumps({"text": p}) + "\n" for p in passages), ours=True)
-        files.write_text(held, "\n".join(file.read_text(encoding="utf-8")[50_000:250_000] for file in aside), ours=True)
+        files.write_text(
+            held, "\n".join(file.read_text(encoding="utf-8")[50_000:250_000] for file in aside), ours=True
+        )
     return corpus, held
 
 
@@ -184,13 +218,16 @@ def work(jobs: Sequence[Job], out: Path, corpus: Path, held: Path, workers: int)
         going = {pool.submit(one, job, out, corpus, held): job for job in left}
         for done in as_completed(going):
             problem = done.exception()
-            print(going[done].name, repr(problem) if problem else f"test loss {done.result():.4f}", flush=True)
+            print(
+                going[done].name, repr(problem) if problem else f"test loss {done.result():.4f}", flush=True
+            )
 
 
 def one(job: Job, out: Path, corpus: Path, held: Path) -> float:
     """Train, measure on the texts set aside, keep the numbers. Returns the test loss."""
     torch.set_num_threads(1)
-    torch.compiler.reset()  # the models of a worker share their code, and only so many versions of it are compiled
+    # the models of a worker share their code, and only so many versions of it are compiled
+    torch.compiler.reset()
     steps = job.tokens // job.batch
     training = {
         **{
@@ -201,11 +238,26 @@ def one(job: Job, out: Path, corpus: Path, held: Path) -> float:
             "seed": job.seed + (1000 if job.kind == "d" else 0),
             "precision": "fp32",
         },
-        **{"warmup": 0.08, "schedule": "wsd", "decay": 0.0 if job.kind == "c" else 0.2, "evaluate_tokens": 65_536},
-        **{"evaluate_every": max(1, steps if job.kind in "ac" else steps // 4), "save_every": 200, "log_every": 20},
+        **{
+            "warmup": 0.08,
+            "schedule": "wsd",
+            "decay": 0.0 if job.kind == "c" else 0.2,
+            "evaluate_tokens": 65_536,
+        },
+        **{
+            "evaluate_every": max(1, steps if job.kind in "ac" else steps // 4),
+            "save_every": 200,
+            "log_every": 20,
+        },
         **{"compile": True, "stop_on_divergence": False},
     }
-    data = {"path": str(corpus), "vocab_size": VOCABULARY, "max_tokens": 12_000_000, "held_out": 0.02, "cache": str(out / "tokens")}
+    data = {
+        "path": str(corpus),
+        "vocab_size": VOCABULARY,
+        "max_tokens": 12_000_000,
+        "held_out": 0.02,
+        "cache": str(out / "tokens"),
+    }
     folder = out / "runs" / job.name
     model = converted(job, out, corpus) if job.kind == "d" else build(job)
     trained = pretrain(Recipe.of({"data": data, "training": training}), folder, model=model, device="cpu")
@@ -223,22 +275,42 @@ def one(job: Job, out: Path, corpus: Path, held: Path) -> float:
 
 def build(job: Job) -> PreTrainedModel:
     """The arm's model; what has the same name and shape in two arms starts from the same numbers."""
-    ids = {"vocab_size": VOCABULARY, "max_position_embeddings": LENGTH, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    config = LowkeyConfig(**{**SHAPE, **ids, **ARMS[job.arm], **({"zero_init_output": True} if job.stage.startswith("z") else {})})
+    ids = {
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": LENGTH,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    config = LowkeyConfig(
+        **{
+            **SHAPE,
+            **ids,
+            **ARMS[job.arm],
+            **({"zero_init_output": True} if job.stage.startswith("z") else {}),
+        }
+    )
     if job.matched:
         config.intermediate_size = _matched_width(config)
     torch.manual_seed(job.seed)
     model = LowkeyForCausalLM(config)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding) and module.weight.any():  # what starts at zero stays there
+        # what starts at zero stays there
+        if isinstance(module, nn.Linear | nn.Embedding) and module.weight.any():
             _draw(module.weight, name, job.seed, config.initializer_range)
     return model
 
 
 def converted(job: Job, out: Path, corpus: Path) -> PreTrainedModel:
-    """The run of MHA with this start, seed and `source`, in another form. It goes on in another order of the rows."""
+    """The run of MHA with this start, seed and `source`, in another form. It goes on in another order of the
+    rows.
+    """
     wanted = ("MHA", job.seed, job.source)
-    found = [r for r in pretraining_report.runs(out, job.stage[:-1] + "b") if (r["arm"], r["seed"], r["tokens"]) == wanted]
+    found = [
+        r
+        for r in pretraining_report.runs(out, job.stage[:-1] + "b")
+        if (r["arm"], r["seed"], r["tokens"]) == wanted
+    ]
     if not found:
         missing = f"MHA of seed {job.seed} was not trained on {job.source:,} tokens yet"
         raise typer.BadParameter(f"stage {job.stage}: {missing}; run stage {job.stage[:-1]}b first")
@@ -247,7 +319,13 @@ def converted(job: Job, out: Path, corpus: Path) -> PreTrainedModel:
     folder = out / "runs" / source.name
     model, tokenizer = load(str(folder), "float32", "cpu")
     attention, sizes, options, whitened = FORMS[job.arm]
-    return convert(model, attention, options=options, moments=_moments(model, tokenizer, corpus) if whitened else None, **sizes)
+    return convert(
+        model,
+        attention,
+        options=options,
+        moments=_moments(model, tokenizer, corpus) if whitened else None,
+        **sizes,
+    )
 
 
 def _moments(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: Path) -> dict[int, Tensor]:
@@ -278,7 +356,9 @@ def test_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: 
     nats = 0.0
     for part in rows.split(16):
         logits = model(part[:, :-1], use_cache=False).logits.float()
-        nats += float(nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"))
+        nats += float(
+            nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum")
+        )
     return nats / (len(rows) * LENGTH)
 
 

@@ -34,7 +34,9 @@ def validation(row: dict) -> float:
 
 
 def chosen(sweep: list[dict]) -> dict[str, float]:
-    """For every arm the learning rate with the lowest validation loss in its longest sweep: a short run wants another rate."""
+    """For every arm the learning rate with the lowest validation loss in its longest sweep: a short run wants
+    another rate.
+    """
     best: dict[str, tuple[int, float, float]] = {}
     for row in sweep:
         mine = (-row["tokens"], validation(row), row["lr"])
@@ -64,7 +66,9 @@ def report(out: Path, results: Path) -> None:
             for n in lengths
         }
         for rate in sorted({r["lr"] for r in rows if r["stage"] == z + "e"}):
-            same = [r | {"stage": z + "e"} for r in rows if r["stage"] in (z + "b", z + "e") and r["lr"] == rate]
+            same = [
+                r | {"stage": z + "e"} for r in rows if r["stage"] in (z + "b", z + "e") and r["lr"] == rate
+            ]
             of_length = {n: comparison_table([r for r in same if r["tokens"] == n], z + "e") for n in lengths}
             tables |= {f"all at {rate:g}, {n:,} tokens": table for n, table in of_length.items()}
         for title, table in tables.items():
@@ -73,10 +77,14 @@ def report(out: Path, results: Path) -> None:
 
 
 def draw(rows: list[dict], place: Path) -> None:
-    """A row for each start: the sweep, training losses less MHA's of the same seed, and the range of learning rates."""
+    """A row for each start: the sweep, training losses less MHA's of the same seed, and the range of learning
+    rates.
+    """
     figure = Figure(figsize=(15, 9), layout="constrained")
     panels = figure.subplots(2, 3)
-    for z, start, (sweep, curves, wide) in zip(("", "z"), ("random output projections", "output projections at zero"), panels, strict=True):
+    for z, start, (sweep, curves, wide) in zip(
+        ("", "z"), ("random output projections", "output projections at zero"), panels, strict=True
+    ):
         by_stage = {kind: longest([r for r in rows if r["stage"] == z + kind]) for kind in "abc"}
         _by_rate(sweep, by_stage["a"], validation, f"{start}: validation loss (selection)")
         _beside_mha(curves, by_stage["b"])
@@ -93,10 +101,19 @@ def draw(rows: list[dict], place: Path) -> None:
 def _beside_mha(axes: Axes, rows: list[dict]) -> None:
     reference = {r["seed"]: smoothed(r["result"]["losses"]) for r in rows if r["arm"] == "MHA"}
     for arm in sorted({r["arm"] for r in rows}):
-        mine = [smoothed(r["result"]["losses"]) - reference[r["seed"]] for r in rows if r["arm"] == arm and r["seed"] in reference]
+        mine = [
+            smoothed(r["result"]["losses"]) - reference[r["seed"]]
+            for r in rows
+            if r["arm"] == arm and r["seed"] in reference
+        ]
         if mine:
             axes.plot(np.mean(mine, axis=0), label=arm)
-    axes.set(xlabel="step", ylabel="smoothed training loss minus MHA's, nats", ylim=(-0.4, 0.6), title="equal tokens, mean over seeds")
+    axes.set(
+        xlabel="step",
+        ylabel="smoothed training loss minus MHA's, nats",
+        ylim=(-0.4, 0.6),
+        title="equal tokens, mean over seeds",
+    )
 
 
 def longest(rows: list[dict]) -> list[dict]:
@@ -107,7 +124,12 @@ def longest(rows: list[dict]) -> list[dict]:
 def _by_rate(axes: Axes, rows: list[dict], value: Callable[[dict], float], label: str) -> None:
     for arm in sorted({r["arm"] for r in rows}):
         rates = sorted({r["lr"] for r in rows if r["arm"] == arm})
-        axes.plot(rates, [statistics.mean(value(r) for r in rows if r["arm"] == arm and r["lr"] == lr) for lr in rates], "o-", label=arm)
+        axes.plot(
+            rates,
+            [statistics.mean(value(r) for r in rows if r["arm"] == arm and r["lr"] == lr) for lr in rates],
+            "o-",
+            label=arm,
+        )
     axes.set(xscale="log", xlabel="learning rate", ylabel="nats per token", title=label)
     shown = sorted({r["lr"] for r in rows})
     axes.set_xticks(shown, [f"{rate:g}" for rate in shown])
@@ -118,7 +140,9 @@ def _kept(result: dict) -> dict:
     """Losses smoothed and thinned: files in the repository stay small."""
     smooth = smoothed(result["losses"])
     names = ("steps", "tokens_per_second", "seconds", "diverged", "spikes", "max_grad_norm", "validation")
-    return {k: result[k] for k in names} | {"curve": [round(float(x), 4) for x in smooth[:: max(1, len(smooth) // 50)]]}
+    return {k: result[k] for k in names} | {
+        "curve": [round(float(x), 4) for x in smooth[:: max(1, len(smooth) // 50)]]
+    }
 
 
 def smoothed(losses: list) -> np.ndarray:
@@ -134,7 +158,11 @@ def sweep_table(rows: list[dict], stage: str) -> list[str]:
     best = chosen(rows)
     rates = sorted({r["lr"] for r in rows})
     cells = {(r["arm"], r["lr"]): validation(r) for r in rows}
-    lines = [_line("arm", *(f"{lr:g}" for lr in rates), "chosen"), _line(*["---"] * (len(rates) + 2))] if rows else []
+    lines = (
+        [_line("arm", *(f"{lr:g}" for lr in rates), "chosen"), _line(*["---"] * (len(rates) + 2))]
+        if rows
+        else []
+    )
     for arm in dict.fromkeys(r["arm"] for r in sorted(rows, key=lambda r: cells[r["arm"], best[r["arm"]]])):
         shown = [f"{cells[arm, lr]:.4f}" if (arm, lr) in cells else "-" for lr in rates]
         edge = " (edge)" if best[arm] in (rates[0], rates[-1]) else ""
@@ -161,15 +189,31 @@ def comparison_table(rows: list[dict], stage: str) -> list[str]:
         "seeds",
     )
     lines = [_line(*head), _line(*["---"] * len(head))] if mine else []
-    for arm in sorted({r["arm"] for r in mine}, key=lambda a: statistics.mean(r["test_loss"] for r in by_arm[a].values())):
+    for arm in sorted(
+        {r["arm"] for r in mine}, key=lambda a: statistics.mean(r["test_loss"] for r in by_arm[a].values())
+    ):
         found = by_arm[arm]
         first = next(iter(found.values()))
         losses = [r["test_loss"] for r in found.values()]
-        ratios = [x for s, r in found.items() if s in by_arm["MHA"] for x in [steps_ratio(r, by_arm["MHA"][s])] if x is not None]
+        ratios = [
+            x
+            for s, r in found.items()
+            if s in by_arm["MHA"]
+            for x in [steps_ratio(r, by_arm["MHA"][s])]
+            if x is not None
+        ]
         lines.append(
             _line(
-                *(arm, f"{100 * first['cache_numbers_per_token'] / WHOLE:.1f} %", f"{first['parameters']:,}", f"{first['lr']:g}"),
-                *(_interval(losses), *(_interval(_differences(found, by_arm[other])) for other in ("MHA", "GQA-4"))),
+                *(
+                    arm,
+                    f"{100 * first['cache_numbers_per_token'] / WHOLE:.1f} %",
+                    f"{first['parameters']:,}",
+                    f"{first['lr']:g}",
+                ),
+                *(
+                    _interval(losses),
+                    *(_interval(_differences(found, by_arm[other])) for other in ("MHA", "GQA-4")),
+                ),
                 *(_interval(ratios, 2), len(found)),
             )
         )
@@ -177,12 +221,15 @@ def comparison_table(rows: list[dict], stage: str) -> list[str]:
 
 
 def _differences(mine: dict[int, dict], others: dict[int, dict]) -> list[float]:
-    return [r["test_loss"] - others[s]["test_loss"] for s, r in mine.items() if s in others and others[s] is not r]
+    return [
+        r["test_loss"] - others[s]["test_loss"] for s, r in mine.items() if s in others and others[s] is not r
+    ]
 
 
 def steps_ratio(row: dict, reference: dict) -> float | None:
-    """Steps that the arm needs for the training loss that MHA has at the end of its plateau, over MHA's; where it does not get there, the
-    inverse of what MHA needs for the arm's. Both saw the same rows in the same order. None when either is missing."""
+    """Steps that the arm needs for the training loss that MHA has at the end of its plateau, over MHA's;
+    where it does not get there, the inverse of what MHA needs for the arm's. Both saw the same rows in the
+    same order. None when either is missing."""
     mine, its = (smoothed(r["result"]["losses"]) for r in (row, reference))
     plateau = round((1 - DECAY) * len(row["result"]["losses"])) - (len(row["result"]["losses"]) - len(mine))
     if row is reference or plateau < 1 or len(mine) != len(its):
@@ -195,30 +242,61 @@ def steps_ratio(row: dict, reference: dict) -> float | None:
 
 
 def range_table(rows: list[dict], stage: str) -> list[str]:
-    """Last smoothed training loss by learning rate (constant after warm-up), the largest one without divergence, and the sensitivity: mean
-    over rates of (loss, clipped at the loss of the start, minus the best)."""
+    """Last smoothed training loss by learning rate (constant after warm-up), the largest one without
+    divergence, and the sensitivity: mean over rates of (loss, clipped at the loss of the start, minus the
+    best)."""
     mine = [r for r in rows if r["stage"] == stage]
     rates = sorted({r["lr"] for r in mine})
-    head = ("arm", *(f"{lr:g}" for lr in rates), "largest stable", "sensitivity", "spikes", "largest gradient norm")
+    head = (
+        "arm",
+        *(f"{lr:g}" for lr in rates),
+        "largest stable",
+        "sensitivity",
+        "spikes",
+        "largest gradient norm",
+    )
     lines = [_line(*head), _line(*["---"] * len(head))] if mine else []
     for arm in dict.fromkeys(r["arm"] for r in mine):
         cells = {lr: [r for r in mine if r["arm"] == arm and r["lr"] == lr] for lr in rates}
         losses = {lr: statistics.mean(_end(r) for r in found) for lr, found in cells.items() if found}
-        stable = [lr for lr, found in cells.items() if found and not any(r["result"]["diverged"] for r in found)]
+        stable = [
+            lr for lr, found in cells.items() if found and not any(r["result"]["diverged"] for r in found)
+        ]
         sensitivity = statistics.mean(x - min(losses.values()) for x in losses.values())
         all_of = [r["result"] for found in cells.values() for r in found]
-        shown = [(f"{losses[lr]:.3f}" + ("" if lr in stable else " (d)")) if lr in losses else "-" for lr in rates]
+        shown = [
+            (f"{losses[lr]:.3f}" + ("" if lr in stable else " (d)")) if lr in losses else "-" for lr in rates
+        ]
         worst = max((r["max_grad_norm"] or math.inf) for r in all_of)
         lines.append(
-            _line(arm, *shown, f"{max(stable, default=0):g}", f"{sensitivity:.3f}", sum(r["spikes"] for r in all_of), f"{worst:.1f}")
+            _line(
+                arm,
+                *shown,
+                f"{max(stable, default=0):g}",
+                f"{sensitivity:.3f}",
+                sum(r["spikes"] for r in all_of),
+                f"{worst:.1f}",
+            )
         )
     return lines
 
 
 def recovery_table(rows: list[dict], stage: str) -> list[str]:
-    """Validation loss of MHA converted, before and after it was trained on, and its test loss beside MHA's after as many tokens."""
+    """Validation loss of MHA converted, before and after it was trained on, and its test loss beside MHA's
+    after as many tokens.
+    """
     mine = [r for r in rows if r["stage"] == stage]
-    head = ("form", "cache", "MHA trained on", "and on", "before, validation", "after, validation", "after, test", "minus MHA", "seeds")
+    head = (
+        "form",
+        "cache",
+        "MHA trained on",
+        "and on",
+        "before, validation",
+        "after, validation",
+        "after, test",
+        "minus MHA",
+        "seeds",
+    )
     lines = [_line(*head), _line(*["---"] * len(head))] if mine else []
     groups: dict[tuple[int, int, str], dict[int, dict]] = defaultdict(dict)
     for row in mine:
@@ -226,11 +304,15 @@ def recovery_table(rows: list[dict], stage: str) -> list[str]:
     for (source, more, arm), found in sorted(
         groups.items(), key=lambda g: (*g[0][:2], statistics.mean(r["test_loss"] for r in g[1].values()))
     ):
-        before, after = ([r["result"]["validation"][i]["validation_loss"] for r in found.values()] for i in (0, -1))
+        before, after = (
+            [r["result"]["validation"][i]["validation_loss"] for r in found.values()] for i in (0, -1)
+        )
         cache = next(iter(found.values()))["cache_numbers_per_token"] / WHOLE
         losses = map(_interval, (before, after, [r["test_loss"] for r in found.values()]))
         beside = _interval(_differences(found, groups[source, more, "MHA"]))
-        lines.append(_line(arm, f"{100 * cache:.1f} %", f"{source:,}", f"{more:,}", *losses, beside, len(found)))
+        lines.append(
+            _line(arm, f"{100 * cache:.1f} %", f"{source:,}", f"{more:,}", *losses, beside, len(found))
+        )
     return lines
 
 

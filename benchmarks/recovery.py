@@ -2,9 +2,9 @@
 
     python benchmarks/recovery.py MODEL OUT.json [--calibration FILE --data FILE --steps 200 --plans "a;b"]
 
-Each plan: perplexity and recall before and after LoRA through the plan, for each schedule of objectives. `full` is the model itself,
-given the same training without compression, so that what training on this text does by itself can be told from recovery. Resumable:
-what is in OUT.json is not run again.
+Each plan: perplexity and recall before and after LoRA through the plan, for each schedule of objectives.
+`full` is the model itself, given the same training without compression, so that what training on this text
+does by itself can be told from recovery. Resumable: what is in OUT.json is not run again.
 """
 
 from __future__ import annotations
@@ -33,8 +33,18 @@ PLANS: dict[str, tuple[str, dict[str, str], Layout, str]] = {  # label: method, 
     "full": ("pca", {}, "post_rope", "100%"),
     "kv-head-svd, half the heads": ("kv-head-svd", {}, "post_rope", "50%"),
     "kv-head-svd, half the heads, exportable": ("kv-head-svd", {"keys": "commuting"}, "post_rope", "50%"),
-    "kv-head-svd, half the heads, weight SVD": ("kv-head-svd", {"keys": "grouped", "basis": "weights"}, "post_rope", "50%"),
-    "kv-head-svd, half the heads, mean": ("kv-head-svd", {"keys": "grouped", "basis": "mean"}, "post_rope", "50%"),
+    "kv-head-svd, half the heads, weight SVD": (
+        "kv-head-svd",
+        {"keys": "grouped", "basis": "weights"},
+        "post_rope",
+        "50%",
+    ),
+    "kv-head-svd, half the heads, mean": (
+        "kv-head-svd",
+        {"keys": "grouped", "basis": "mean"},
+        "post_rope",
+        "50%",
+    ),
     "mea, half the heads": ("mea", {"basis": "activations"}, "post_rope", "50%"),
     "mea (weights), half the heads": ("mea", {"basis": "weights"}, "post_rope", "50%"),
     "mea (aligned), half the heads": ("mea", {"basis": "aligned"}, "post_rope", "50%"),
@@ -70,7 +80,9 @@ def main(
         plan = plan_of(loaded, tokenizer, corpus, label, seed)
         for schedule in ["", *schedules.split(";")]:
             if (label, schedule, seed) not in done:
-                settings = Recovery(stages(schedule, steps), length=length, lr=lr, seed=seed) if schedule else None
+                settings = (
+                    Recovery(stages(schedule, steps), length=length, lr=lr, seed=seed) if schedule else None
+                )
                 row = measured(loaded, tokenizer, corpus, plan, settings, task)
                 found["rows"].append({"label": label, "schedule": schedule, "seed": seed, **row})
                 files.write_json(out, found, "benchmark", ours=True)
@@ -83,15 +95,32 @@ def stages(schedule: str, steps: int) -> tuple[tuple[str, int], ...]:
     return tuple((name, steps // len(names)) for name in names)
 
 
-def plan_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: str, label: str, seed: int) -> Plan:
+def plan_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: str, label: str, seed: int
+) -> Plan:
     method, options, layout, budget = PLANS[label]
     chosen = make_method(method, options)
     sample = Sample(24, 512, seed)
-    return calibrate(model, tokenizer, corpus, method=chosen, budget=budget, layout=layout, ranks=8, sample=sample, progress=bars)
+    return calibrate(
+        model,
+        tokenizer,
+        corpus,
+        method=chosen,
+        budget=budget,
+        layout=layout,
+        ranks=8,
+        sample=sample,
+        progress=bars,
+    )
 
 
 def measured(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: str, plan: Plan, settings: Recovery | None, task: Task
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: str,
+    plan: Plan,
+    settings: Recovery | None,
+    task: Task,
 ) -> dict:
     """Quality through the plan; after training when there are settings for it."""
     start, losses = time.perf_counter(), []
@@ -99,7 +128,14 @@ def measured(
         trained = recover(model, tokenizer, plan, corpus, settings=settings, progress=bars)
         model, plan, losses = trained.model, trained.plan, trained.losses
     seconds = time.perf_counter() - start
-    row = evaluate(model, tokenizer, [full(model), planned(model, plan, "")], task, ["perplexity", "decode", "recall"], bars)["rows"][1]
+    row = evaluate(
+        model,
+        tokenizer,
+        [full(model), planned(model, plan, "")],
+        task,
+        ["perplexity", "decode", "recall"],
+        bars,
+    )["rows"][1]
     kept = row["bytes_held"] / row["bytes_full"]
     return {
         **{name: row[name] for name in SHOWN},
@@ -110,7 +146,10 @@ def measured(
 
 
 def table(rows: list[dict]) -> str:
-    lines = ["| plan | training | kept | " + " | ".join(SHOWN) + " | seconds |", "|---" * (len(SHOWN) + 4) + "|"]
+    lines = [
+        "| plan | training | kept | " + " | ".join(SHOWN) + " | seconds |",
+        "|---" * (len(SHOWN) + 4) + "|",
+    ]
     for r in rows:
         numbers = [f"{100 * r['kept']:.1f}%", *(f"{r[name]:.2f}" for name in SHOWN), f"{r['seconds']:.0f}"]
         lines.append(f"| {r['label']} | {r['schedule'] or '-'} | " + " | ".join(numbers) + " |")

@@ -1,11 +1,14 @@
-"""Shapes in signatures are enforced while the tests run; transformers is kept quiet; tests on a real model are skipped without it."""
+"""Shapes in signatures are enforced while the tests run; transformers is kept quiet; tests on a real model
+are skipped without it.
+"""
 
 from __future__ import annotations
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may touch the network
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported, and for commands that tests start: see lowkey_start
+# before torch is imported, and for commands that tests start: see lowkey_start
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also there
 
 import pytest
@@ -27,7 +30,9 @@ REAL = "smollm2"
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not packaged.is_present(REAL):
-        skip = pytest.mark.skip(reason=f"{REAL} is not on this machine; get it with: lowkey download {REAL} (or make models)")
+        skip = pytest.mark.skip(
+            reason=f"{REAL} is not on this machine; get it with: lowkey download {REAL} (or make models)"
+        )
         for item in items:
             if item.get_closest_marker("real"):
                 item.add_marker(skip)

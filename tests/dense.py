@@ -1,4 +1,6 @@
-"""The definition of low-rank attention with exact tokens, written out densely and slowly: no cache, no latents, no segments."""
+"""The definition of low-rank attention with exact tokens, written out densely and slowly: no cache, no
+latents, no segments.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def logits(
     pads: list[int] | None = None,
     splits: list[int] | None = None,
 ) -> Tensor:
-    """One forward of the whole sequence. `model` is the caller's own: its attention implementation is replaced."""
+    """One forward of the whole sequence. `model` is the caller's own: its attention implementation is
+    replaced.
+    """
     pads, splits = pads or [0] * len(ids), splits or [ids.shape[1]]
     mask, positions = padding(pads, ids.shape[1])
     is_exact = exact_pairs(ids.shape[1], pads, exact, splits)
@@ -35,9 +39,15 @@ def logits(
         if module.layer_idx not in maps:
             return _plain(module, q, k, v, attention_mask, scaling=scaling, softcap=softcap)
         f = maps[module.layer_idx]
-        turn = rotations(model, module.layer_idx, positions, k.shape[-1]).unsqueeze(1) if layout == "pre_rope" else None
+        turn = (
+            rotations(model, module.layer_idx, positions, k.shape[-1]).unsqueeze(1)
+            if layout == "pre_rope"
+            else None
+        )
         keys, values = (k, _project_keys(k, f, turn)), (v, _project(v, f.v_down, f.v_up, f.order, f.v_mean))
-        return _attend(q, keys, values, is_exact, _allowed(pads, ids.shape[1]), scaling=scaling, softcap=softcap)
+        return _attend(
+            q, keys, values, is_exact, _allowed(pads, ids.shape[1]), scaling=scaling, softcap=softcap
+        )
 
     AttentionInterface.register("dense", attention)
     AttentionMaskInterface.register("dense", sdpa_mask)
@@ -46,8 +56,8 @@ def logits(
 
 
 def exact_pairs(length: int, pads: list[int], exact: Exact, splits: list[int]) -> Tensor:
-    """(b, t, s): does query i see key j exactly? j > i - recent, or j is one of the row's first `sinks` real tokens, or,
-    under exact prefill, j came in the same piece of several tokens."""
+    """(b, t, s): does query i see key j exactly? j > i - recent, or j is one of the row's first `sinks` real
+    tokens, or, under exact prefill, j came in the same piece of several tokens."""
     piece = torch.cat([torch.full((n,), i) for i, n in enumerate(splits)])
     out = torch.zeros(len(pads), length, length, dtype=torch.bool)
     for row, pad in enumerate(pads):
@@ -79,7 +89,10 @@ def _project(x: Tensor, down: Tensor, up: Tensor, order: Tensor | None, mean: Te
     t, out = down.shape[1] // d, torch.empty_like(x)
     for first in range(0, h, t):
         group = down[first // t % len(down)]
-        latent = sum((x[:, order[j]] - mean[j]) @ group[(j - first) * d : (j - first + 1) * d] for j in range(first, first + t))
+        latent = sum(
+            (x[:, order[j]] - mean[j]) @ group[(j - first) * d : (j - first + 1) * d]
+            for j in range(first, first + t)
+        )
         for j in range(first, first + t):
             out[:, order[j]] = latent @ up[j % len(up)] + mean[j]
     return out
@@ -100,7 +113,9 @@ def _attend(q, keys, values, is_exact, allowed, *, scaling, softcap):
     groups = q.shape[1] // keys[0].shape[1]
     k, near_k, v, near_v = (x.repeat_interleave(groups, 1) for x in (*keys, *values))
     exact = is_exact.unsqueeze(1)
-    scores = torch.where(exact, q @ k.mT, q @ near_k.mT) * (scaling if scaling is not None else q.shape[-1] ** -0.5)
+    scores = torch.where(exact, q @ k.mT, q @ near_k.mT) * (
+        scaling if scaling is not None else q.shape[-1] ** -0.5
+    )
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     weights = scores.masked_fill(~allowed.unsqueeze(1), -torch.inf).softmax(-1).nan_to_num(0.0)
@@ -112,6 +127,8 @@ def _plain(module, q, k, v, mask, *, scaling, softcap):
     """A sliding layer: stock attention, soft-capped where the family asks for it."""
     if softcap is None:
         return sdpa_attention_forward(module, q, k, v, mask, scaling=scaling)
-    allowed = mask[:, 0] if mask is not None else torch.ones(1, q.shape[2], k.shape[2], dtype=torch.bool).tril()
+    allowed = (
+        mask[:, 0] if mask is not None else torch.ones(1, q.shape[2], k.shape[2], dtype=torch.bool).tril()
+    )
     everything = torch.ones(1, q.shape[2], k.shape[2], dtype=torch.bool)
     return _attend(q, (k, k), (v, v), everything, allowed, scaling=scaling, softcap=softcap)

@@ -1,4 +1,6 @@
-"""Files of ours with other contents and checksums that fit: what is tested is what a loader makes of the content."""
+"""Files of ours with other contents and checksums that fit: what is tested is what a loader makes of the
+content.
+"""
 
 from __future__ import annotations
 

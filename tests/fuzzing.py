@@ -36,16 +36,50 @@ from lowkey.report import load_results
 from lowkey.storage.exact import Exact
 
 HOSTILE: list[Any] = [
-    *(None, True, False, -1, 0, 1, 2, 3, 7, 2**31, 2**63, 10**30, 10**400, 0.5, -0.0, 1e308, 1e-320, "", "x", "0", "1", "\ud800", "a\nb"),
+    *(
+        None,
+        True,
+        False,
+        -1,
+        0,
+        1,
+        2,
+        3,
+        7,
+        2**31,
+        2**63,
+        10**30,
+        10**400,
+        0.5,
+        -0.0,
+        1e308,
+        1e-320,
+        "",
+        "x",
+        "0",
+        "1",
+        "\ud800",
+        "a\nb",
+    ),
     *([], {}, [[]], [0], [-1, 10**9], {"a": 1}, "x" * 5000, [[[[1]]]], float("nan"), float("inf")),
 ]
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool, torch.int16)
+DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+    torch.int16,
+)
 
 
 @dataclass
 class Artefact:
-    """load gives what the files mean; use does something with it, so that what is accepted is seen to work. tensors: the JSON that has
-    the checksum of each tensor file, or nothing."""
+    """load gives what the files mean; use does something with it, so that what is accepted is seen to work.
+    tensors: the JSON that has the checksum of each tensor file, or nothing."""
 
     folder: Path
     load: Callable[[Path], object]
@@ -56,7 +90,9 @@ class Artefact:
     def files(self) -> list[Path]:
         found = [p for p in sorted(self.folder.rglob("*")) if p.is_file()]
         return (
-            [p for p in found if p.name in self.names] if self.names else [p for p in found if p.name not in ("README.md", files.MANIFEST)]
+            [p for p in found if p.name in self.names]
+            if self.names
+            else [p for p in found if p.name not in ("README.md", files.MANIFEST)]
         )
 
 
@@ -79,7 +115,9 @@ def damaged_bytes(data: bytes, r: random.Random) -> bytes:
         return data[:at] + data[stop:]
     if kind == 5:
         return data[:at] + data[at:stop] * 2 + data[stop:]
-    return r.choice([b"", b"{", b"[" * 5000, b'{"a":' * 5000, b"\xff\xfe", b"\0" * 64, b"null", b"1" * 6000, b"NaN"])
+    return r.choice(
+        [b"", b"{", b"[" * 5000, b'{"a":' * 5000, b"\xff\xfe", b"\0" * 64, b"null", b"1" * 6000, b"NaN"]
+    )
 
 
 def damaged_json(text: str, r: random.Random, vouched: bool) -> str:
@@ -94,9 +132,13 @@ def damaged_json(text: str, r: random.Random, vouched: bool) -> str:
     if kind == 0 and isinstance(inside, dict):
         del inside[last]
     elif kind == 1 and isinstance(inside[last], int | float) and not isinstance(inside[last], bool):
-        inside[last] = r.choice([inside[last] + 1, inside[last] - 1, -inside[last], inside[last] * 1.5, 2 * inside[last]])
+        inside[last] = r.choice(
+            [inside[last] + 1, inside[last] - 1, -inside[last], inside[last] * 1.5, 2 * inside[last]]
+        )
     elif kind == 2 and isinstance(inside[last], list):
-        inside[last] = r.choice([inside[last][:-1], inside[last] * 2, inside[last][::-1], [*inside[last], r.choice(HOSTILE)]])
+        inside[last] = r.choice(
+            [inside[last][:-1], inside[last] * 2, inside[last][::-1], [*inside[last], r.choice(HOSTILE)]]
+        )
     else:
         inside[last] = r.choice(HOSTILE)
     if vouched:
@@ -106,7 +148,9 @@ def damaged_json(text: str, r: random.Random, vouched: bool) -> str:
 
 
 def _places(value: object, path: tuple = ()) -> list[tuple]:
-    pairs = value.items() if isinstance(value, dict) else enumerate(value[:4]) if isinstance(value, list) else ()
+    pairs = (
+        value.items() if isinstance(value, dict) else enumerate(value[:4]) if isinstance(value, list) else ()
+    )
     return [place for name, inside in pairs for place in [(*path, name), *_places(inside, (*path, name))]]
 
 
@@ -116,7 +160,9 @@ def damaged_tensors(found: dict[str, Tensor], r: random.Random) -> dict[str, Ten
     if kind == 0:
         found.pop(name)
     elif kind == 1:
-        found[r.choice([f"{name}x", "7.keys", "x", f"0.{name}"])] = found.pop(name) if r.random() < 0.5 else t.clone()
+        found[r.choice([f"{name}x", "7.keys", "x", f"0.{name}"])] = (
+            found.pop(name) if r.random() < 0.5 else t.clone()
+        )
     elif kind == 2:
         found[name] = t.to(r.choice(DTYPES))
     elif kind == 3:
@@ -216,7 +262,10 @@ def _summary(tensors: dict[str, Tensor], about: object) -> str:
 
 def plan_meaning(folder: Path, name: str = "llama") -> str:
     plan = Plan.load(folder, attached(name))
-    return _summary({f"{i}.{n}": t for i, f in plan.factors.items() for n, t in vars(f).items() if t is not None}, plan.describe())
+    return _summary(
+        {f"{i}.{n}": t for i, f in plan.factors.items() for n, t in vars(f).items() if t is not None},
+        plan.describe(),
+    )
 
 
 def plan_used(folder: Path) -> None:
@@ -228,7 +277,10 @@ def plan_used(folder: Path) -> None:
 def dynaplan_meaning(folder: Path) -> str:
     plan = DynaPlan.load(folder, attached("llama"))
     maps = {f"{i}.{n}": t for i, f in plan.factors.items() for n, t in vars(f).items() if t is not None}
-    return _summary(maps | {f"{i}.gate.{n}": t for i, g in plan.gates.items() for n, t in vars(g).items()}, plan.describe())
+    return _summary(
+        maps | {f"{i}.gate.{n}": t for i, g in plan.gates.items() for n, t in vars(g).items()},
+        plan.describe(),
+    )
 
 
 def dynaplan_used(folder: Path) -> None:
@@ -245,20 +297,42 @@ def cache_meaning(folder: Path, model: Any) -> str:
     for i, layer in enumerate(cache.layers):
         held |= {f"{i}.{n}": t for n, t in layer.tensors().items()}
     numbers = [[int(getattr(layer, n)) for n in getattr(layer, "numbers", ())] for layer in cache.layers]
-    return _summary(held, [numbers, cache.get_seq_length(), str(cache.origin.policy), str(cache.origin.exact), cache.origin.bits])
+    return _summary(
+        held,
+        [
+            numbers,
+            cache.get_seq_length(),
+            str(cache.origin.policy),
+            str(cache.origin.exact),
+            cache.origin.bits,
+        ],
+    )
 
 
 def cache_used(folder: Path, model: Any) -> None:
     cache = lowkey.load_cache(folder, model)
-    rows = {len(t) for layer in cache.layers for n, t in layer.tensors().items() if n in ("offset", "recent_k", "tail_k") or t.ndim == 4}
+    rows = {
+        len(t)
+        for layer in cache.layers
+        for n, t in layer.tensors().items()
+        if n in ("offset", "recent_k", "tail_k") or t.ndim == 4
+    }
     seen = int(cache.get_seq_length())
     if seen < 400 and len(rows) == 1:
         ids, at = prompt(2, rows.pop(), seed=9), torch.arange(seen, seen + 2)
-        offset = next((layer.offset for layer in cache.layers if hasattr(layer, "offset")), torch.zeros(1, 1, dtype=torch.long))
+        offset = next(
+            (layer.offset for layer in cache.layers if hasattr(layer, "offset")),
+            torch.zeros(1, 1, dtype=torch.long),
+        )
         with torch.no_grad():
             for i in range(2):
                 mask = (torch.arange(seen + i + 1) >= offset.clamp_min(0)).long().expand(len(ids), -1)
-                model(ids[:, i : i + 1], attention_mask=mask, position_ids=(at[i : i + 1] - offset), past_key_values=cache)
+                model(
+                    ids[:, i : i + 1],
+                    attention_mask=mask,
+                    position_ids=(at[i : i + 1] - offset),
+                    past_key_values=cache,
+                )
 
 
 def build(root: Path) -> dict[str, Artefact]:
@@ -270,9 +344,13 @@ def build(root: Path) -> dict[str, Artefact]:
     pico.plan(model, factors=merged, orthonormal=False, heads={"r2": [[0.1] * 4] * 3}).save(root / "merged")
     found["merged"] = Artefact(root / "merged", plan_meaning, plan_used, {"plan.safetensors": "plan.json"})
     found |= _caches(root / "caches") | _jobs(root) | _single(root) | _training(root)
-    plan = dyna_plan(model, pico.tokenizer(), pico_text(), sample=Sample(4, 16), training=GateTraining(steps=1, hidden=4))
+    plan = dyna_plan(
+        model, pico.tokenizer(), pico_text(), sample=Sample(4, 16), training=GateTraining(steps=1, hidden=4)
+    )
     plan.save(root / "dynaplan")
-    found["dynaplan"] = Artefact(root / "dynaplan", dynaplan_meaning, dynaplan_used, {"dynaplan.safetensors": "dynaplan.json"})
+    found["dynaplan"] = Artefact(
+        root / "dynaplan", dynaplan_meaning, dynaplan_used, {"dynaplan.safetensors": "dynaplan.json"}
+    )
     return found
 
 
@@ -300,7 +378,9 @@ def _caches(root: Path) -> dict[str, Artefact]:
     found = {}
     for name, (m, how) in every.items():
         if name == "razor":
-            how["policy"] = how["policy"].fitted({"echo": [[0.9, 0.1, 0.2, 0.3]] * 3, "induction": [[0.1, 0.9, 0.2, 0.3]] * 3})
+            how["policy"] = how["policy"].fitted(
+                {"echo": [[0.9, 0.1, 0.2, 0.3]] * 3, "induction": [[0.1, 0.9, 0.2, 0.3]] * 3}
+            )
         cache = lowkey.make_cache(m, **how)
         ids = prompt(44, 2) % m.config.vocab_size
         feed(m, ids[:, :40], cache, [3, 0])
@@ -308,7 +388,9 @@ def _caches(root: Path) -> dict[str, Artefact]:
         cache.save(root / name)
         load = lambda folder, m=m: cache_meaning(folder, m)  # noqa: E731
         use = lambda folder, m=m: cache_used(folder, m)  # noqa: E731
-        found[f"cache {name}"] = Artefact(root / name, load, use, {"cache.safetensors": "cache.json", "plan.safetensors": "plan.json"})
+        found[f"cache {name}"] = Artefact(
+            root / name, load, use, {"cache.safetensors": "cache.json", "plan.safetensors": "plan.json"}
+        )
     return found
 
 
@@ -341,13 +423,17 @@ def _jobs(root: Path) -> dict[str, Artefact]:
 
     def sums(folder: Path) -> object:
         found = gather(model, list(rows.split(1)), folder)
-        return _summary({f"{i}.{n}": torch.as_tensor(t) for i, s in found.items() for n, t in vars(s).items()}, None)
+        return _summary(
+            {f"{i}.{n}": torch.as_tensor(t) for i, s in found.items() for n, t in vars(s).items()}, None
+        )
 
     every = {f"layer-{i}.safetensors": None for i in range(3)}
     return {
         "job": Artefact(work, job, names=("job.json",)),
         "layers": Artefact(work, layer, tensors=every, names=tuple(every)),
-        "statistics": Artefact(work, sums, tensors={"statistics.safetensors": None}, names=("statistics.safetensors",)),
+        "statistics": Artefact(
+            work, sums, tensors={"statistics.safetensors": None}, names=("statistics.safetensors",)
+        ),
     }
 
 
@@ -357,22 +443,40 @@ def _single(root: Path) -> dict[str, Artefact]:
     values = torch.rand(12, 3, 8, generator=torch.Generator().manual_seed(0)).double()
     from lowkey.models.fingerprint import model_fingerprint
 
-    scores = HeadScores("copy", "recall", values, (0, 1, 2), 4, 40, "pico", model_fingerprint(model), "0", 7, {"a": 1})
+    scores = HeadScores(
+        "copy", "recall", values, (0, 1, 2), 4, 40, "pico", model_fingerprint(model), "0", 7, {"a": 1}
+    )
     (root / "heads").mkdir(parents=True)
     scores.save(root / "heads" / "heads.json")
-    row = {"name": "full", "perplexity": 3.5, "bytes_held": 100, "bytes_full": 100, "kept_per_head": [[1.0, 2.0]]}
-    result = {"format": 1, "model": "pico", "environment": {"data": {"sha256": "0", "name": "x"}}, "rows": [row]}
+    row = {
+        "name": "full",
+        "perplexity": 3.5,
+        "bytes_held": 100,
+        "bytes_full": 100,
+        "kept_per_head": [[1.0, 2.0]],
+    }
+    result = {
+        "format": 1,
+        "model": "pico",
+        "environment": {"data": {"sha256": "0", "name": "x"}},
+        "rows": [row],
+    }
     files.write_json(root / "result" / "r.json", result, "result")
     (root / "recipe").mkdir()
     (root / "recipe" / "r.toml").write_text(
         '[model]\nhidden_size = 32\nbetas = [1, 2.5]\n[data]\npath = "x.txt"\n[training]\nlr = 1e-3\nseed = 3\n'
     )
     (root / "log").mkdir()
-    (root / "log" / "log.jsonl").write_text("".join(json.dumps({"step": i, "loss": i / 3}) + "\n" for i in range(5)))
+    (root / "log" / "log.jsonl").write_text(
+        "".join(json.dumps({"step": i, "loss": i / 3}) + "\n" for i in range(5))
+    )
     return {
         "heads": Artefact(root / "heads", lambda p: repr(vars(HeadScores.load(p / "heads.json", model)))),
         "result": Artefact(
-            root / "result", lambda p: json.dumps([{k: v for k, v in r.items() if k in result} for r in load_results([p / "r.json"])])
+            root / "result",
+            lambda p: json.dumps(
+                [{k: v for k, v in r.items() if k in result} for r in load_results([p / "r.json"])]
+            ),
         ),
         "recipe": Artefact(root / "recipe", lambda p: repr(Recipe.read(p / "r.toml"))),
         "log": Artefact(root / "log", lambda p: repr(log.read(p / "log.jsonl"))),
@@ -390,7 +494,10 @@ def _training(root: Path) -> dict[str, Artefact]:
         read = corpus._read(folder, None)
         return [
             read.fingerprint,
-            *(None if s is None else (np.array(s.ids).tobytes(), s.starts.tolist(), s.text_bytes) for s in (read.training, read.held_out)),
+            *(
+                None if s is None else (np.array(s.ids).tobytes(), s.starts.tolist(), s.text_bytes)
+                for s in (read.training, read.held_out)
+            ),
         ]
 
     def trained() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -411,6 +518,10 @@ def _training(root: Path) -> dict[str, Artefact]:
         return _summary(checkpoint.weights(net) | optimizer_state.tensors_of(optimizer), found)
 
     return {
-        "tokens": Artefact(tokens, read_tokens, names=("about.json", "training.bin", "training.npy", "held_out.bin", "tokenizer.json")),
+        "tokens": Artefact(
+            tokens,
+            read_tokens,
+            names=("about.json", "training.bin", "training.npy", "held_out.bin", "tokenizer.json"),
+        ),
         "checkpoint": Artefact(root / "checkpoint", restored, tensors={"checkpoint.safetensors": None}),
     }

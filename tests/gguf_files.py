@@ -27,8 +27,12 @@ NAMES = {
 }
 
 
-def write(path: Path, model: PreTrainedModel, kind: str = "F32", architecture: str = "llama", splits: str = "smollm") -> Path:
-    """A Llama with its weights in blocks of `kind` (norms in F32) and a vocabulary of single characters and two blanks."""
+def write(
+    path: Path, model: PreTrainedModel, kind: str = "F32", architecture: str = "llama", splits: str = "smollm"
+) -> Path:
+    """A Llama with its weights in blocks of `kind` (norms in F32) and a vocabulary of single characters and
+    two blanks.
+    """
     c = model.config
     file = gguf.GGUFWriter(path, architecture)
     file.add_name("pico")
@@ -54,7 +58,9 @@ def write(path: Path, model: PreTrainedModel, kind: str = "F32", architecture: s
             continue
         numbers = _halves_apart(name, weight, c).float().numpy()
         as_kind = gguf.GGMLQuantizationType[kind if numbers.ndim > 1 else "F32"]
-        file.add_tensor(_named(name), gguf.quantize(numbers, as_kind) if as_kind != 0 else numbers, raw_dtype=as_kind)
+        file.add_tensor(
+            _named(name), gguf.quantize(numbers, as_kind) if as_kind != 0 else numbers, raw_dtype=as_kind
+        )
     file.write_header_to_file()
     file.write_kv_data_to_file()
     file.write_tensors_to_file()
@@ -81,4 +87,6 @@ def _halves_apart(name: str, weight: torch.Tensor, c: PreTrainedConfig) -> torch
 def rounded(weight: torch.Tensor, kind: str) -> torch.Tensor:
     """What is left of a weight in blocks of this kind."""
     as_kind = gguf.GGMLQuantizationType[kind]
-    return torch.from_numpy(np.array(gguf.dequantize(gguf.quantize(weight.float().numpy(), as_kind), as_kind)))
+    return torch.from_numpy(
+        np.array(gguf.dequantize(gguf.quantize(weight.float().numpy(), as_kind), as_kind))
+    )

@@ -30,14 +30,22 @@ DIFFERENCES: dict[str, dict] = {
     "phi3": {"pad_token_id": 0},
     "gemma2": {**MIXED, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16},
     "gemma3_text": {**MIXED, "query_pre_attn_scalar": 16},
-    "granite": {"attention_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 2.0, "embedding_multiplier": 3.0},
+    "granite": {
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 2.0,
+        "embedding_multiplier": 3.0,
+    },
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
 VARIANTS: dict[str, tuple[str, dict]] = {
     "llama-mha": ("llama", {"num_key_value_heads": 8}),
     "llama-mqa": ("llama", {"num_key_value_heads": 1}),
     "llama-yarn": ("llama", {"rope_parameters": YARN}),  # cos and sin are scaled
-    "phi3-partial": ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}),
+    "phi3-partial": (
+        "phi3",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+    ),
 }
 NAMES = [*families.FAMILIES, *VARIANTS]
 
@@ -56,7 +64,9 @@ def build(name: str, **overrides: object) -> PreTrainedModel:
         "max_position_embeddings": 512,
     }
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "initializer_range": 0.15}
-    config = AutoConfig.for_model(kind, **{**shape, **ids, **heads, **DIFFERENCES.get(kind, {}), **extra, **overrides})
+    config = AutoConfig.for_model(
+        kind, **{**shape, **ids, **heads, **DIFFERENCES.get(kind, {}), **extra, **overrides}
+    )
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()
 
@@ -76,7 +86,9 @@ def attached(name: str) -> PreTrainedModel:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character: <s> and the 95 printable ASCII characters and the newline, in their byte-level form."""
+    """One token per character: <s> and the 95 printable ASCII characters and the newline, in their byte-level
+    form.
+    """
     pre = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     letters = [pre.pre_tokenize_str(chr(c))[0][0] for c in (10, *range(32, 127))]
     vocab = {token: i for i, token in enumerate(["<s>", *letters])}
@@ -105,7 +117,9 @@ def orthonormal(heads: int, rank: int, seed: int) -> Tensor:
     return torch.linalg.qr(square).Q[..., :rank]
 
 
-def factors(heads: int, rank_k: int = HEAD_DIM, rank_v: int = HEAD_DIM, seed: int = 0, shared: bool = False) -> Factors:
+def factors(
+    heads: int, rank_k: int = HEAD_DIM, rank_v: int = HEAD_DIM, seed: int = 0, shared: bool = False
+) -> Factors:
     k, v = (orthonormal(1 if shared else heads, r, 2 * seed + i) for i, r in enumerate((rank_k, rank_v)))
     return Factors(k, k.mT, v, v.mT)
 
@@ -116,14 +130,20 @@ def merged_factors(heads: int, rank_k: int, rank_v: int, t_k: int, t_v: int, see
 
     def side(t: int, r: int) -> tuple[Tensor, Tensor]:
         width = t * HEAD_DIM
-        down = torch.linalg.qr(torch.randn(heads // t, width, width, generator=generator)).Q[..., : t * r].contiguous()
+        down = (
+            torch.linalg.qr(torch.randn(heads // t, width, width, generator=generator))
+            .Q[..., : t * r]
+            .contiguous()
+        )
         return down, blocks(down.mT, t).contiguous()
 
     means = (torch.randn(heads, HEAD_DIM, generator=generator) for _ in range(2))
     return Factors(*side(t_k, rank_k), *side(t_v, rank_v), torch.randperm(heads, generator=generator), *means)
 
 
-def layer_factors(model: PreTrainedModel, rank_k: int = HEAD_DIM, rank_v: int = HEAD_DIM, shared: bool = False) -> dict[int, Factors]:
+def layer_factors(
+    model: PreTrainedModel, rank_k: int = HEAD_DIM, rank_v: int = HEAD_DIM, shared: bool = False
+) -> dict[int, Factors]:
     """Other factors in every compressible layer."""
     shape = families.geometry(model)
     return {i: factors(shape.kv_heads, rank_k, rank_v, seed=i, shared=shared) for i in shape.compressible}
@@ -139,16 +159,24 @@ def plan(model: PreTrainedModel, rank_k: int = 6, rank_v: int = 6, **fields: obj
         "seed": 0,
         "versions": versions(),
     }
-    rest = {"method": {"name": "pca", "parameters": {}}, "allocator": {"name": "uniform", "parameters": {}}, "budget": "50%"}
+    rest = {
+        "method": {"name": "pca", "parameters": {}},
+        "allocator": {"name": "uniform", "parameters": {}},
+        "budget": "50%",
+    }
     shape = asdict(families.geometry(model))
-    made = Plan(layer_factors(model, rank_k, rank_v), "post_rope", **rest, geometry=shape, provenance=provenance)
+    made = Plan(
+        layer_factors(model, rank_k, rank_v), "post_rope", **rest, geometry=shape, provenance=provenance
+    )
     return replace(made, **fields)
 
 
 # -- caches
 
 
-def lowrank(model: PreTrainedModel, maps: dict[int, Factors], layout: Layout = "post_rope", exact: Exact | None = None) -> LowkeyCache:
+def lowrank(
+    model: PreTrainedModel, maps: dict[int, Factors], layout: Layout = "post_rope", exact: Exact | None = None
+) -> LowkeyCache:
     return cache_of(model, lambda i: CodedLayer(LowRank(maps[i], layout, families.rope(model, i)), exact))
 
 
@@ -174,22 +202,34 @@ def feed(
     splits: list[int] | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Logits (b, t, V) of the ids, fed in pieces of the sizes `splits`; whatever the cache holds already comes before. mask: for padding
-    that is not on the left alone."""
+    """Logits (b, t, V) of the ids, fed in pieces of the sizes `splits`; whatever the cache holds already
+    comes before. mask: for padding that is not on the left alone."""
     before = int(past.get_seq_length()) if past is not None else 0  # a copy: a static cache counts in place
     mask = padding(pads or [0] * len(ids), before + ids.shape[1])[0] if mask is None else mask
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     out, start = [], 0
     for size in splits or [ids.shape[1]]:
         stop = start + size
-        arguments = {"attention_mask": mask[:, : before + stop], "position_ids": positions[:, before + start : before + stop]}
-        out.append(model(ids[:, start:stop], **arguments, past_key_values=past, use_cache=past is not None).logits)
+        arguments = {
+            "attention_mask": mask[:, : before + stop],
+            "position_ids": positions[:, before + start : before + stop],
+        }
+        out.append(
+            model(ids[:, start:stop], **arguments, past_key_values=past, use_cache=past is not None).logits
+        )
         start = stop
     assert start == ids.shape[1], "splits must add up to the length"
     return torch.cat(out, dim=1)
 
 
-def generate(model: PreTrainedModel, ids: Tensor, new: int, past: object = None, pads: list[int] | None = None, **kwargs: object) -> Tensor:
+def generate(
+    model: PreTrainedModel,
+    ids: Tensor,
+    new: int,
+    past: object = None,
+    pads: list[int] | None = None,
+    **kwargs: object,
+) -> Tensor:
     """Ids (b, new) by greedy decoding (or by the search that kwargs ask for)."""
     mask, _ = padding(pads or [0] * len(ids), ids.shape[1])
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, **kwargs}

@@ -9,14 +9,26 @@ import weakref
 import torch
 from torch import Tensor
 
-STOP = (type, types.ModuleType, torch.nn.Module, weakref.ReferenceType, types.CodeType, types.FrameType, torch.dtype, torch.device)
-MAPS = ("origin", "codec", "codecs", "gate", "points", "exact")  # attributes that hold a plan's maps, gates and sink points
+STOP = (
+    type,
+    types.ModuleType,
+    torch.nn.Module,
+    weakref.ReferenceType,
+    types.CodeType,
+    types.FrameType,
+    torch.dtype,
+    torch.device,
+)
+# attributes that hold a plan's maps, gates and sink points
+MAPS = ("origin", "codec", "codecs", "gate", "points", "exact")
 
 
 def storages(root: object, skip: tuple[str, ...] = ()) -> dict[int, int]:
-    """Bytes of the distinct storages behind all tensors that `root` reaches, by address; attributes named in `skip` are not followed.
+    """Bytes of the distinct storages behind all tensors that `root` reaches, by address; attributes named in
+    `skip` are not followed.
 
-    It follows containers, attributes, closures, bound methods and partial functions, but not modules, classes and weak references.
+    It follows containers, attributes, closures, bound methods and partial functions, but not modules, classes
+    and weak references.
     """
     found: dict[int, int] = {}
     seen, todo = set(), [root]
@@ -31,11 +43,19 @@ def storages(root: object, skip: tuple[str, ...] = ()) -> dict[int, int]:
                 found[storage.data_ptr()] = storage.nbytes()
             todo += [item.grad if item.is_leaf else None, *vars(item).values()]
         elif isinstance(item, types.FunctionType):  # not its globals
-            todo += [*(cell.cell_contents for cell in item.__closure__ or ()), item.__defaults__, item.__kwdefaults__]
+            todo += [
+                *(cell.cell_contents for cell in item.__closure__ or ()),
+                item.__defaults__,
+                item.__kwdefaults__,
+            ]
         elif hasattr(item, "__dict__") and not isinstance(item, types.BuiltinFunctionType):
             own = vars(item)
             todo += [value for name, value in own.items() if name not in skip]
-            todo += [x for x in gc.get_referents(item) if x is not own and not any(x is own.get(name) for name in own)]
+            todo += [
+                x
+                for x in gc.get_referents(item)
+                if x is not own and not any(x is own.get(name) for name in own)
+            ]
         else:
             todo += gc.get_referents(item)
     return found
@@ -48,5 +68,10 @@ def held(cache: object) -> int:
 
 def maps(cache: object) -> int:
     """Bytes of a plan's maps, gates and sink points."""
-    roots = [getattr(x, name) for x in (cache, *cache.layers) for name in MAPS if getattr(x, name, None) is not None]
+    roots = [
+        getattr(x, name)
+        for x in (cache, *cache.layers)
+        for name in MAPS
+        if getattr(x, name, None) is not None
+    ]
     return sum(storages(roots).values())

@@ -35,7 +35,9 @@ every = pytest.mark.parametrize("name", ALLOCATORS)
 def profile(surface, spectra=None, signals=None):
     layers = range(len(surface))
     measured = {name: [(1.0 + i % 3, 2.0 + i % 2) for i in layers] for name in ("fisher", "condition")}
-    return Profile(RANKS, surface, HEADS, ITEMSIZE, spectra or [decaying(i) for i in layers], signals or measured)
+    return Profile(
+        RANKS, surface, HEADS, ITEMSIZE, spectra or [decaying(i) for i in layers], signals or measured
+    )
 
 
 def sensitive(pairs, name="fisher", ranks=RANKS):
@@ -55,7 +57,8 @@ def bowl(layers=3, seed=0):
     generator = torch.Generator().manual_seed(seed)
     made = []
     for _ in range(layers):
-        drops = torch.rand(2, len(RANKS) - 1, generator=generator).sort(descending=True).values  # the first steps up help most
+        # the first steps up help most
+        drops = torch.rand(2, len(RANKS) - 1, generator=generator).sort(descending=True).values
         k, v = ([float(row[i:].sum()) / 10 for i in range(len(RANKS))] for row in drops)
         made.append([[a + b for b in v] for a in k])
     return profile(made)
@@ -158,7 +161,11 @@ def test_uniform_is_the_cheapest_pair_whose_largest_error_fits(error):
     p = bowl()
     for split in ("equal", "measured"):
         pairs = Uniform(split).under_error(p, error)
-        fitting = [q for q in p.pairs() if max(p.error(i, q) for i in range(3)) <= error and (split == "measured" or q[0] == q[1])]
+        fitting = [
+            q
+            for q in p.pairs()
+            if max(p.error(i, q) for i in range(3)) <= error and (split == "measured" or q[0] == q[1])
+        ]
         assert len(set(pairs)) == 1 and sum(pairs[0]) == min(map(sum, fitting))
 
 
@@ -184,7 +191,9 @@ def test_pareto_is_the_cheapest_pair_of_each_layer(error):
 def test_pareto_under_bytes_takes_the_smallest_error_budget_that_fits(share):
     p, limit = bowl(), share * full_bytes(bowl())
     levels = sorted({p.error(i, q) for i in range(3) for q in p.pairs()})
-    best = next(pairs for pairs in (Pareto().under_error(p, level) for level in levels) if p.bytes(pairs) <= limit)
+    best = next(
+        pairs for pairs in (Pareto().under_error(p, level) for level in levels) if p.bytes(pairs) <= limit
+    )
     assert Pareto().under_bytes(p, limit) == best
 
 
@@ -235,9 +244,17 @@ def test_greedy_takes_the_step_of_least_error_per_byte():
 
 
 def test_greedy_weighs_a_step_by_its_bytes():
-    """Keys: 0.02 for two ranks, then 0.3 for four; values: 0.2 for two. The step of four is the cheaper one per byte."""
+    """Keys: 0.02 for two ranks, then 0.3 for four; values: 0.2 for two. The step of four is the cheaper one
+    per byte.
+    """
     keys, values = {8: 0.0, 6: 0.02, 2: 0.32}, {8: 0.0, 6: 0.2, 2: 0.9}
-    p = Profile((2, 6, 8), [[[keys[k] + values[v] for v in (2, 6, 8)] for k in (2, 6, 8)]], HEADS, ITEMSIZE, [decaying(0)])
+    p = Profile(
+        (2, 6, 8),
+        [[[keys[k] + values[v] for v in (2, 6, 8)] for k in (2, 6, 8)]],
+        HEADS,
+        ITEMSIZE,
+        [decaying(0)],
+    )
     assert Greedy().under_bytes(p, full_bytes(p) - 6 * HEADS * ITEMSIZE) == [(2, 8)]
 
 
@@ -266,7 +283,9 @@ def by_hand(p, layer, error, step, energy):
 @pytest.mark.parametrize("error", [0.0, 0.02, 0.05, 0.1, 0.3, 1.0])
 def test_the_threshold_rule_by_hand(energy, error):
     p = bowl(4, seed=3)
-    assert Threshold(0.05, energy).under_error(p, error) == [by_hand(p, i, error, 0.05, energy) for i in range(4)]
+    assert Threshold(0.05, energy).under_error(p, error) == [
+        by_hand(p, i, error, 0.05, energy) for i in range(4)
+    ]
 
 
 @pytest.mark.parametrize(("energy", "rank"), [("squared", 2), ("singular", 4)])
@@ -289,14 +308,18 @@ def test_the_threshold_rule_needs_spectra():
 SPLITS = {"fisher": Fisher(), "condition": Condition(), "depth": Depth()}
 by_signal = pytest.mark.parametrize("name", SPLITS)
 numbers = st.floats(0, 1e6, allow_subnormal=False)
-signals = st.lists(st.tuples(numbers, numbers), min_size=1, max_size=6).filter(lambda pairs: any(x for pair in pairs for x in pair))
+signals = st.lists(st.tuples(numbers, numbers), min_size=1, max_size=6).filter(
+    lambda pairs: any(x for pair in pairs for x in pair)
+)
 grids = st.sampled_from([(2, 4, 6, 8), (16, 32, 48, 64, 80, 96, 112, 128), (3, 8, 9, 20), (128,)])
 even_grids = st.sampled_from([(2, 4, 6, 8), (1, 2, 3, 4, 5), (16, 32, 48, 64), (128,)])
 shares = st.floats(0.05, 1.2)
 
 
 def split(name, pairs, ranks, share):
-    """The profile, the limit in bytes and the ranks; None where the rule refuses, which only too small a budget gives it reason to."""
+    """The profile, the limit in bytes and the ranks; None where the rule refuses, which only too small a
+    budget gives it reason to.
+    """
     p = sensitive(pairs, name, ranks)
     full, least = (p.bytes([(r, r)] * p.layers) for r in (ranks[-1], ranks[0]))
     try:
@@ -350,10 +373,15 @@ def test_equal_fisher_information_gives_equal_ranks_up_to_one_step(value, layers
 @settings(max_examples=100, deadline=None)
 @given(pairs=signals, ranks=even_grids, share=shares)
 def test_more_fisher_information_never_gives_fewer_ranks(pairs, ranks, share):
-    pairs = [(round(k, 3), round(v, 3) + 1) for k, v in pairs]  # below 1e-12 of the largest they count as equal
+    # below 1e-12 of the largest they count as equal
+    pairs = [(round(k, 3), round(v, 3) + 1) for k, v in pairs]
     _, _, found = split("fisher", pairs, ranks, share)
     if found is not None:
-        by_information = sorted((x, r) for pair, chosen in zip(pairs, found, strict=True) for x, r in zip(pair, chosen, strict=True))
+        by_information = sorted(
+            (x, r)
+            for pair, chosen in zip(pairs, found, strict=True)
+            for x, r in zip(pair, chosen, strict=True)
+        )
         chosen = [r for _, r in by_information]
         assert chosen == sorted(chosen)
 
@@ -372,11 +400,16 @@ def test_ranks_fall_with_depth_and_keys_and_values_share_them(name, pairs, ranks
     ("pairs", "ranks", "share", "chosen"),
     [
         ([(1, 1), (1, 1)], (1, 2, 3, 4, 5, 6, 7, 8), 0.5, [(4, 4), (4, 4)]),
-        ([(1, 3), (2, 2)], (1, 2, 3, 4, 5, 6, 7, 8), 0.5, [(2, 6), (4, 4)]),  # 16 ranks in shares of 1/8, 3/8, 2/8, 2/8
-        ([(1, 1), (1, 13)], (1, 2, 3, 4, 5, 6, 7, 8), 0.4375, [(2, 2), (2, 8)]),  # 13 of 14 ranks clipped at 8, the other 6 shared alike
-        ([(0, 1), (1, 1)], (1, 2, 3, 4, 5, 6, 7, 8), 0.3125, [(1, 3), (3, 3)]),  # the least rank comes off the others' shares
-        ([(5, 6), (5, 0)], (4, 8), 0.75, [(8, 8), (4, 4)]),  # 24 ranks: 6.25, 7.5, 6.25, 4; steps to the largest remainder, then the first
-        ([(0, 1), (0, 0)], (2, 4, 6, 8), 0.75, [(6, 8), (6, 4)]),  # what the only share cannot hold goes to all alike
+        # 16 ranks in shares of 1/8, 3/8, 2/8, 2/8
+        ([(1, 3), (2, 2)], (1, 2, 3, 4, 5, 6, 7, 8), 0.5, [(2, 6), (4, 4)]),
+        # 13 of 14 ranks clipped at 8, the other 6 shared alike
+        ([(1, 1), (1, 13)], (1, 2, 3, 4, 5, 6, 7, 8), 0.4375, [(2, 2), (2, 8)]),
+        # the least rank comes off the others' shares
+        ([(0, 1), (1, 1)], (1, 2, 3, 4, 5, 6, 7, 8), 0.3125, [(1, 3), (3, 3)]),
+        # 24 ranks: 6.25, 7.5, 6.25, 4; steps to the largest remainder, then the first
+        ([(5, 6), (5, 0)], (4, 8), 0.75, [(8, 8), (4, 4)]),
+        # what the only share cannot hold goes to all alike
+        ([(0, 1), (0, 0)], (2, 4, 6, 8), 0.75, [(6, 8), (6, 4)]),
     ],
 )
 def test_fisher_by_hand(pairs, ranks, share, chosen):
@@ -391,7 +424,8 @@ ONE_BY_ONE = tuple(range(1, 17))
     [
         (1.0, [16, 16, 16]),
         (0.75, [16, 12, 8]),  # d_max = d, d_min = 8
-        (25.5 / 48, [16, 8, 1]),  # 25 ranks, half a rank short of d_max = 16 over d_min = 1: 15.7, 8.3, 1; the step goes to the first
+        # 25 ranks, half a rank short of d_max = 16 over d_min = 1: 15.7, 8.3, 1; the step goes to the first
+        (25.5 / 48, [16, 8, 1]),
         (18 / 48, [11, 6, 1]),  # d_max lowered
         (1 / 16, [1, 1, 1]),
     ],
@@ -402,7 +436,9 @@ def test_depth_by_hand(share, ranks):
 
 
 def test_condition_by_hand():
-    """logs 4, 1, 3, 2 accumulate to 10, 6, 5, 2: heights 1, 1/2, 3/8, 0; with 16 at the top and 8 below, 16, 12, 11, 8."""
+    """logs 4, 1, 3, 2 accumulate to 10, 6, 5, 2: heights 1, 1/2, 3/8, 0; with 16 at the top and 8 below, 16,
+    12, 11, 8.
+    """
     pairs = [(3.0, 1.0), (0.5, 0.5), (1.0, 2.0), (0.0, 2.0)]
     assert split("condition", pairs, ONE_BY_ONE, 47 / 64)[2] == [(16, 16), (12, 12), (11, 11), (8, 8)]
 
@@ -422,7 +458,9 @@ def test_condition_follows_the_published_mapping():
 def test_equal_condition_numbers_are_a_straight_line_in_depth():
     """All but the last layer's share of the sum is the same, so the accumulated logs are a line."""
     for share in (0.3, 0.5, 0.77):
-        equal, line = (split(name, [(1.5, 0.5)] * 5, (2, 4, 6, 8), share)[2] for name in ("condition", "depth"))
+        equal, line = (
+            split(name, [(1.5, 0.5)] * 5, (2, 4, 6, 8), share)[2] for name in ("condition", "depth")
+        )
         assert equal == line
 
 
@@ -444,16 +482,25 @@ def test_an_error_budget_by_signal_holds_for_the_worst_layer_with_no_byte_to_spa
 @pytest.mark.parametrize("kind", ALLOCATORS.values())
 def test_an_allocator_reads_the_signals_it_needs_and_no_other(kind):
     p = bowl()
-    bare = Profile(p.ranks, p.surface, p.heads, p.itemsize, p.spectra, {name: p.signals[name] for name in kind.needs})
+    bare = Profile(
+        p.ranks, p.surface, p.heads, p.itemsize, p.spectra, {name: p.signals[name] for name in kind.needs}
+    )
     limit = 0.6 * full_bytes(p)
     assert kind().under_bytes(bare, limit) == kind().under_bytes(p, limit)
 
 
 @pytest.mark.parametrize("name", ["fisher", "condition"])
-@pytest.mark.parametrize("signal", [None, [(1.0, 1.0)], [(1.0, float("nan"))] * 3, [(1.0, -1.0)] * 3, [(float("inf"), 1.0)] * 3])
+@pytest.mark.parametrize(
+    "signal", [None, [(1.0, 1.0)], [(1.0, float("nan"))] * 3, [(1.0, -1.0)] * 3, [(float("inf"), 1.0)] * 3]
+)
 def test_a_missing_or_impossible_signal_is_refused_by_name(name, signal):
-    p = profile(bowl().surface, signals={"other": [(1.0, 1.0)] * 3} | ({} if signal is None else {name: signal}))
-    for run in (lambda: ALLOCATORS[name]().under_bytes(p, full_bytes(p)), lambda: ALLOCATORS[name]().under_error(p, 0.1)):
+    p = profile(
+        bowl().surface, signals={"other": [(1.0, 1.0)] * 3} | ({} if signal is None else {name: signal})
+    )
+    for run in (
+        lambda: ALLOCATORS[name]().under_bytes(p, full_bytes(p)),
+        lambda: ALLOCATORS[name]().under_error(p, 0.1),
+    ):
         with pytest.raises(LowkeyError, match=f"signal '{name}'") as refusal:
             run()
         assert len(str(refusal.value).splitlines()) == 1
@@ -478,19 +525,30 @@ def tail_by_hand(side, rank, power):
 def test_the_tail_rule_by_hand(energy, power, error):
     every = tuple(range(1, 9))
     p = replace(bowl(4), choices=every)
-    expected = [tuple(next(r for r in every if tail_by_hand(side, r, power) <= error**2) for side in pair) for pair in p.spectra]
+    expected = [
+        tuple(next(r for r in every if tail_by_hand(side, r, power) <= error**2) for side in pair)
+        for pair in p.spectra
+    ]
     assert Tail(energy).under_error(p, error) == expected
     reached = max(
-        tail_by_hand(side, r, power) for pair, ranks in zip(p.spectra, expected, strict=True) for side, r in zip(pair, ranks, strict=True)
+        tail_by_hand(side, r, power)
+        for pair, ranks in zip(p.spectra, expected, strict=True)
+        for side, r in zip(pair, ranks, strict=True)
     )
     assert Tail(energy).bounded(p, expected) == pytest.approx(reached**0.5)
 
 
 def test_the_tail_rule_under_bytes_takes_the_smallest_error_that_fits():
     p = replace(bowl(3), choices=tuple(range(1, 9)))
-    levels = sorted(tail_by_hand(side, r, 0.5) ** 0.5 for pair in p.spectra for side in pair for r in range(9))
+    levels = sorted(
+        tail_by_hand(side, r, 0.5) ** 0.5 for pair in p.spectra for side in pair for r in range(9)
+    )
     for share in (0.3, 0.55, 0.8):
-        fits = (pairs for pairs in (Tail().under_error(p, level + 1e-9) for level in levels) if p.bytes(pairs) <= share * full_bytes(p))
+        fits = (
+            pairs
+            for pairs in (Tail().under_error(p, level + 1e-9) for level in levels)
+            if p.bytes(pairs) <= share * full_bytes(p)
+        )
         assert Tail().under_bytes(p, share * full_bytes(p)) == next(fits)
 
 
@@ -503,7 +561,10 @@ def test_a_head_without_energy_has_no_tail():
 @pytest.mark.parametrize("name", ["threshold", "tail", "spectrum"])
 def test_energy_rules_need_energies(name):
     p = profile(bowl().surface, [([[]], [[]])] * 3)
-    for run in (lambda: ALLOCATORS[name]().under_bytes(p, full_bytes(p)), lambda: ALLOCATORS[name]().under_error(p, 0.1)):
+    for run in (
+        lambda: ALLOCATORS[name]().under_bytes(p, full_bytes(p)),
+        lambda: ALLOCATORS[name]().under_error(p, 0.1),
+    ):
         with pytest.raises(LowkeyError, match=f"allocator '{name}'"):
             run()
 
@@ -545,7 +606,9 @@ def test_byte_budgets_are_met_with_any_rank(name, share):
     assert 0 <= left < {"fisher": 1, "greedy": 1, "condition": 2, "depth": 2, "uniform": 2 * 3}[name]
 
 
-@pytest.mark.parametrize("name", ["fisher", "condition", "depth", "uniform", "pareto", "weighted-pareto", "greedy"])
+@pytest.mark.parametrize(
+    "name", ["fisher", "condition", "depth", "uniform", "pareto", "weighted-pareto", "greedy"]
+)
 def test_error_budgets_are_held_at_measured_ranks(name):
     p = replace(bowl(), choices=EXACT)
     pairs = ALLOCATORS[name]().under_error(p, 0.1)
@@ -588,12 +651,21 @@ def test_errors_between_measured_ranks_are_bilinear():
             assert p.error(0, (k, v)) == pytest.approx(3 * k + 5 * v + k * v)
     assert p.is_measured(0, (4, 6)) and not p.is_measured(0, (4, 5))
     known = replace(p, points=[{(4, 5): 7.0}])
-    assert known.error(0, (4, 5)) == 7.0 and known.is_measured(0, (4, 5)) and known.error(0, (5, 4)) == p.error(0, (5, 4))
+    assert (
+        known.error(0, (4, 5)) == 7.0
+        and known.is_measured(0, (4, 5))
+        and known.error(0, (5, 4)) == p.error(0, (5, 4))
+    )
 
 
 def test_what_was_measured_is_read_and_not_computed():
     p = bowl()
-    assert all(p.error(i, (k, v)) == p.surface[i][a][b] for i in range(3) for a, k in enumerate(RANKS) for b, v in enumerate(RANKS))
+    assert all(
+        p.error(i, (k, v)) == p.surface[i][a][b]
+        for i in range(3)
+        for a, k in enumerate(RANKS)
+        for b, v in enumerate(RANKS)
+    )
 
 
 def test_one_rank_is_a_profile_too():
@@ -602,7 +674,9 @@ def test_one_rank_is_a_profile_too():
 
 
 def test_spectrum_leaves_no_rank_below_its_share_of_the_even_one():
-    """Of two layers one has all the energy: without a floor the other keeps the least rank, with one its share of the even rank."""
+    """Of two layers one has all the energy: without a floor the other keeps the least rank, with one its
+    share of the even rank.
+    """
     ranks = tuple(range(1, 9))
     energies = [([[1.0] * 8], [[1.0] * 8]), ([[1e-9] * 8], [[1e-9] * 8])]
     p = Profile(ranks, [[], []], 1, 1, energies)

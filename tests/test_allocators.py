@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 
 from lowkey.core.types import LowkeyError
 from lowkey.ops.apportion import apportion
-from lowkey.policies.allocators import ALLOCATORS, Ada, Ask, AtLeast, Blocks, Classes, Global, HeadKV, Pyramid, Uniform
+from lowkey.policies.allocators import (
+    ALLOCATORS,
+    Ada,
+    Ask,
+    AtLeast,
+    Blocks,
+    Classes,
+    Global,
+    HeadKV,
+    Pyramid,
+    Uniform,
+)
 
 quick = settings(max_examples=40, deadline=None)
 EXACT = ["uniform", "pyramid", "ada", "global", "headkv"]
@@ -27,13 +38,21 @@ def whole(numbers):
 
 
 def water_filled(weights, total, low, high, base=0.0):
-    """The real-valued shares clip(base + mu w, low, high) that add up to `total`, by walking from corner to corner."""
-    weights, base, total = [Fraction(w) for w in weights], Fraction(base), min(max(total, sum(low)), sum(high))
+    """The real-valued shares clip(base + mu w, low, high) that add up to `total`, by walking from corner to
+    corner.
+    """
+    weights, base, total = (
+        [Fraction(w) for w in weights],
+        Fraction(base),
+        min(max(total, sum(low)), sum(high)),
+    )
 
     def at(mu):
         return [min(max(base + mu * w, a), b) for w, a, b in zip(weights, low, high, strict=True)]
 
-    corners = {(bound - base) / w for w, *bounds in zip(weights, low, high, strict=True) if w for bound in bounds}
+    corners = {
+        (bound - base) / w for w, *bounds in zip(weights, low, high, strict=True) if w for bound in bounds
+    }
     corners = sorted({Fraction(0), *(c for c in corners if c > 0)})
     for left, right in itertools.pairwise(corners):
         below, above = sum(at(left)), sum(at(right))
@@ -42,7 +61,9 @@ def water_filled(weights, total, low, high, base=0.0):
     return at(corners[-1])
 
 
-heads = st.lists(st.tuples(st.floats(0.01, 10), st.integers(0, 12), st.integers(0, 40)), min_size=1, max_size=12)
+heads = st.lists(
+    st.tuples(st.floats(0.01, 10), st.integers(0, 12), st.integers(0, 40)), min_size=1, max_size=12
+)
 
 
 @quick
@@ -77,7 +98,9 @@ def test_a_base_above_the_total_is_taken_back_evenly():
 @quick
 @given(st.lists(st.floats(0.01, 10), min_size=2, max_size=10), st.integers(0, 200))
 def test_more_weight_never_gives_less(weights, total):
-    counts = apportion(torch.tensor(weights), total, whole([1] * len(weights)), whole([20] * len(weights))).tolist()
+    counts = apportion(
+        torch.tensor(weights), total, whole([1] * len(weights)), whole([20] * len(weights))
+    ).tolist()
     pairs = itertools.product(zip(torch.tensor(weights).tolist(), counts, strict=True), repeat=2)
     assert all(a <= b + (w == v) for (w, a), (v, b) in pairs if w <= v)
 
@@ -96,14 +119,18 @@ def test_one_head_takes_it_all():
 
 def test_whole_shares_stay_as_they_are_in_a_large_cache():
     counts = torch.randint(0, 100_000, (80 * 8,), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(apportion(counts.double(), int(counts.sum()), torch.zeros_like(counts), counts + 5), counts)
+    assert torch.equal(
+        apportion(counts.double(), int(counts.sum()), torch.zeros_like(counts), counts + 5), counts
+    )
 
 
 # -- allocators
 
 
 def ask(n, h, tokens, mean, protected=0, gaps=0, first=0, layers=None, seed=0):
-    """Distinct random scores; the last `protected` tokens stay in any case; of every head up to `gaps` are missing."""
+    """Distinct random scores; the last `protected` tokens stay in any case; of every head up to `gaps` are
+    missing.
+    """
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randperm(n * h * tokens, generator=generator).view(n, h, tokens).float()
     missing = torch.randint(0, gaps + 1, (n, h), generator=generator).unsqueeze(-1)
@@ -126,7 +153,13 @@ def questions(split, *shape, **options):
     return [ask(*shape, **options)] if split.scope == "cache" else layerwise(*shape, **options)
 
 
-sizes = {"n": st.integers(1, 4), "h": st.integers(1, 4), "tokens": st.integers(6, 30), "mean": st.floats(1, 40), "seed": st.integers(0, 99)}
+sizes = {
+    "n": st.integers(1, 4),
+    "h": st.integers(1, 4),
+    "tokens": st.integers(6, 30),
+    "mean": st.floats(1, 40),
+    "seed": st.integers(0, 99),
+}
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -144,7 +177,9 @@ def test_totals_are_exact_over_the_whole_cache(name, n, h, tokens, mean, protect
 @pytest.mark.parametrize("name", ALL)
 @quick
 @given(**sizes, protected=st.integers(0, 6), gaps=st.integers(1, 30))
-def test_a_head_is_never_given_more_than_it_has_nor_less_than_it_must_keep(name, n, h, tokens, mean, protected, gaps, seed):
+def test_a_head_is_never_given_more_than_it_has_nor_less_than_it_must_keep(
+    name, n, h, tokens, mean, protected, gaps, seed
+):
     split = made(name, n, h)
     for a in questions(split, n, h, tokens, mean, protected=protected, gaps=gaps, seed=seed):
         counts = split.counts(a)
@@ -195,9 +230,14 @@ def test_pyramid_falls_on_a_straight_line(mean, beta):
     layers, h, protected = 6, 2, 12
     counts = torch.cat([Pyramid(beta).counts(a) for a in layerwise(layers, h, 200, mean, protected)])
     b = mean - protected
-    line = [protected + b * (2 - 1 / beta) + (b / beta - b * (2 - 1 / beta)) * i / (layers - 1) for i in range(layers)]
+    line = [
+        protected + b * (2 - 1 / beta) + (b / beta - b * (2 - 1 / beta)) * i / (layers - 1)
+        for i in range(layers)
+    ]
     assert int(counts.sum()) == round(mean * layers * h)
-    torch.testing.assert_close(counts.double(), torch.tensor(line).unsqueeze(1).expand(-1, h).double(), rtol=0, atol=1)
+    torch.testing.assert_close(
+        counts.double(), torch.tensor(line).unsqueeze(1).expand(-1, h).double(), rtol=0, atol=1
+    )
     assert bool((counts[0] > counts[-1]).all())
 
 
@@ -217,7 +257,13 @@ def best_over(scores, total):
 
 
 @quick
-@given(st.integers(1, 4), st.integers(8, 30), st.floats(6, 30), st.sampled_from([0.0, 0.2, 0.5, 1.0]), st.integers(0, 99))
+@given(
+    st.integers(1, 4),
+    st.integers(8, 30),
+    st.floats(6, 30),
+    st.sampled_from([0.0, 0.2, 0.5, 1.0]),
+    st.integers(0, 99),
+)
 def test_ada_counts_the_layers_best_and_deals_a_part_equally(h, tokens, mean, alpha, seed):
     a = ask(1, h, tokens, mean, protected=6, seed=seed)
     best = best_over(a.scores, a.share())
@@ -273,7 +319,13 @@ def test_headkv_helps_heads_that_lost_tokens_earlier_by_its_other_heads():
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [(Pyramid, {"beta": 0.0}), (Ada, {"alpha": 1.5}), (Ada, {"alpha": -0.1}), (Global, {"alpha": -1.0}), (Blocks, {"size": 0})],
+    [
+        (Pyramid, {"beta": 0.0}),
+        (Ada, {"alpha": 1.5}),
+        (Ada, {"alpha": -0.1}),
+        (Global, {"alpha": -1.0}),
+        (Blocks, {"size": 0}),
+    ],
 )
 def test_allocators_refuse_options_out_of_range(kind, options):
     with pytest.raises(LowkeyError, match=next(iter(options))):
@@ -281,14 +333,28 @@ def test_allocators_refuse_options_out_of_range(kind, options):
 
 
 @quick
-@given(st.integers(2, 6), st.integers(1, 4), st.floats(14, 40), st.floats(1, 10), st.floats(0, 1), st.integers(0, 99))
-def test_a_floor_holds_for_every_layer_and_is_taken_from_the_others_in_proportion(n, h, mean, beta, floor, seed):
+@given(
+    st.integers(2, 6),
+    st.integers(1, 4),
+    st.floats(14, 40),
+    st.floats(1, 10),
+    st.floats(0, 1),
+    st.integers(0, 99),
+)
+def test_a_floor_holds_for_every_layer_and_is_taken_from_the_others_in_proportion(
+    n, h, mean, beta, floor, seed
+):
     protected, tokens = 12, 10_000
     weights = torch.rand(n, h, generator=torch.Generator().manual_seed(seed)).double()
     weights[0] = 0
     given_ = tuple(map(tuple, weights.tolist()))
     free, floored = (
-        torch.cat([HeadKV(beta=beta, floor=f, importance=given_).counts(a) for a in layerwise(n, h, tokens, mean, protected)])
+        torch.cat(
+            [
+                HeadKV(beta=beta, floor=f, importance=given_).counts(a)
+                for a in layerwise(n, h, tokens, mean, protected)
+            ]
+        )
         for f in (0.0, floor)
     )
     assert int(floored.sum()) == int(free.sum()) == round(mean * n * h)
@@ -302,11 +368,15 @@ def test_a_floor_holds_for_every_layer_and_is_taken_from_the_others_in_proportio
 def test_what_a_floor_adds_is_dealt_evenly_within_the_layer():
     split = HeadKV(beta=1.0, floor=1.0, importance=((8.0, 2.0), (0.0, 0.0), (3.0, 1.0)))
     counts = torch.cat([split.counts(a) for a in layerwise(3, 2, 100, 20.0, 0)])
-    assert counts.tolist() == [[32, 8], [20, 20], [29, 11]], "of 120: 3/14 and 1/14, and (1/3 - 4/14) / 2 for each"
+    assert counts.tolist() == [[32, 8], [20, 20], [29, 11]], (
+        "of 120: 3/14 and 1/14, and (1/3 - 4/14) / 2 for each"
+    )
 
 
 def test_a_floor_by_hand():
-    """Layers have 90, 10 and 0 % of the scores; with a floor of a half each gets at least 50 of the 300: 50, 50, and 200 for the first."""
+    """Layers have 90, 10 and 0 % of the scores; with a floor of a half each gets at least 50 of the 300: 50,
+    50, and 200 for the first.
+    """
     split = HeadKV(beta=1.0, floor=0.5, importance=((0.9,), (0.1,), (0.0,)))
     counts = torch.cat([split.counts(a) for a in layerwise(3, 1, 1000, 100.0, 0)])
     assert counts.flatten().tolist() == [200, 50, 50]
@@ -317,7 +387,10 @@ def test_missing_scores_are_named_with_the_commands_that_make_them():
         Classes().fitted({"r2": [[1.0]]})
     said = str(refusal.value)
     assert "needs head scores of kind 'induction' and 'echo', and there are 'r2'; " in said
-    assert "`lowkey heads MODEL --kind induction --out induction.json` and `lowkey heads MODEL --kind echo --out echo.json`" in said
+    assert (
+        "`lowkey heads MODEL --kind induction --out induction.json` and `lowkey heads MODEL --kind echo "
+        "--out echo.json`" in said
+    )
     assert said.endswith("then pass --heads induction.json --heads echo.json")
 
 
@@ -332,7 +405,9 @@ def test_headkv_asks_for_importance_that_fits():
 
 
 def whole_blocks(a, size):
-    """Counts (n, h): beyond what stays in any case, each head's tokens in order of score, in blocks; those of best last tokens that fit."""
+    """Counts (n, h): beyond what stays in any case, each head's tokens in order of score, in blocks; those of
+    best last tokens that fit.
+    """
     blocks, free, counts = [], a.share() - int(a.low.sum()), a.low.clone()
     for layer, head in itertools.product(*map(range, counts.shape)):
         there = sorted((x for x in a.scores[layer, head].tolist() if abs(x) < torch.inf), reverse=True)
@@ -377,5 +452,6 @@ def test_retrieval_heads_take_all_they_can_and_the_others_share_the_rest(n, h, m
 def test_a_level_keeps_all_above_it_and_what_stays_in_any_case():
     a = ask(2, 3, 20, 1.0, protected=4, gaps=5)
     assert torch.equal(
-        AtLeast(score=50.0).counts(a), torch.tensor([[sum(x >= 50 for x in head) for head in layer] for layer in a.scores.tolist()])
+        AtLeast(score=50.0).counts(a),
+        torch.tensor([[sum(x >= 50 for x in head) for head in layer] for layer in a.scores.tolist()]),
     )

@@ -1,4 +1,6 @@
-"""Every kind of attention as a model: what it answers does not depend on how the text was fed, stored, compiled or saved."""
+"""Every kind of attention as a model: what it answers does not depend on how the text was fed, stored,
+compiled or saved.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,19 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import yarn_apply_mscale
-from variants import LAYERS, ONE_OF_EACH, UNROTATED, VARIANTS, VOCAB, attention, build, config, empty_cache, ids, logits
+from variants import (
+    LAYERS,
+    ONE_OF_EACH,
+    UNROTATED,
+    VARIANTS,
+    VOCAB,
+    attention,
+    build,
+    config,
+    empty_cache,
+    ids,
+    logits,
+)
 
 from lowkey.attention import register
 from lowkey.attention.modeling_lowkey import LowkeyForCausalLM, LowkeyModel
@@ -32,7 +46,9 @@ def close(a: torch.Tensor, b: torch.Tensor, limit: float = EXACT) -> bool:
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @each
 def test_decoding_is_the_full_forward(name, cache):
-    """Token by token, in chunks, batch 2 of which one row is padded on the left, and a second text after the first."""
+    """Token by token, in chunks, batch 2 of which one row is padded on the left, and a second text after the
+    first.
+    """
     model, tokens, pads = build(name), ids(14), [4, 0]
     full = pico.feed(model, tokens, pads=pads)
     for splits in ([1] * 14, [5, 3, 1, 1, 4], [14]):
@@ -53,7 +69,9 @@ def test_padding_changes_nothing(name):
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @each
 def test_padding_between_two_turns_changes_nothing(name, cache):
-    """A second turn padded on the left, in one piece or several, of which some end in padding or are nothing else."""
+    """A second turn padded on the left, in one piece or several, of which some end in padding or are nothing
+    else.
+    """
     model, tokens = build(name), ids(14)
     mask = torch.ones_like(tokens)
     mask[0, 8:11] = 0
@@ -101,7 +119,9 @@ def test_what_a_token_alone_reads_does_not_depend_on_rotation(name):
 @pytest.mark.parametrize("mscale", [None, 1.0])
 def test_latent_attention_has_deepseeks_temperature(mscale):
     rope = YARN | ({"mscale": mscale, "mscale_all_dim": mscale} if mscale else {})
-    assert attention(build("mla", rope_parameters=rope)).scaling == pytest.approx(yarn_apply_mscale(rope, 10**-0.5))
+    assert attention(build("mla", rope_parameters=rope)).scaling == pytest.approx(
+        yarn_apply_mscale(rope, 10**-0.5)
+    )
 
 
 @each
@@ -109,7 +129,8 @@ def test_shifting_all_positions_changes_nothing(name):
     model, tokens, positions = build(name), ids(), torch.arange(12)[None]
     plain = logits(model, tokens)
     assert close(logits(model, tokens, position_ids=positions + 17), plain, ROUNDED)
-    for layer in model.model.layers:  # stretched positions, told to the layers alone: transformers takes gaps for new documents
+    # stretched positions, told to the layers alone: transformers takes gaps for new documents
+    for layer in model.model.layers:
         layer.self_attn.register_forward_pre_hook(stretched(model), with_kwargs=True)
     assert close(logits(model, tokens), plain, ROUNDED) == (name in UNROTATED)
 
@@ -117,7 +138,10 @@ def test_shifting_all_positions_changes_nothing(name):
 def stretched(model):
     def hook(module, args, kwargs):
         positions = 5 * kwargs["position_ids"]
-        return args, kwargs | {"position_ids": positions, "position_embeddings": model.model.rotary_emb(kwargs["hidden_states"], positions)}
+        return args, kwargs | {
+            "position_ids": positions,
+            "position_embeddings": model.model.rotary_emb(kwargs["hidden_states"], positions),
+        }
 
     return hook
 
@@ -183,7 +207,9 @@ def test_an_adapter_around_the_up_map_is_heard():
     assert not close(full, pico.feed(build("mla"), tokens))
     assert close(pico.feed(wrapped, tokens, empty_cache("dynamic", wrapped), splits=[8, 1, 1, 1, 1]), full)
     wrapped.config.decode = "absorbed"
-    with pytest.raises(ValueError, match=r"decode 'absorbed': kv_b_proj is wrapped \(Adapter\).*use decode='auto'"):
+    with pytest.raises(
+        ValueError, match=r"decode 'absorbed': kv_b_proj is wrapped \(Adapter\).*use decode='auto'"
+    ):
         logits(wrapped, tokens)
 
 
@@ -227,7 +253,8 @@ def test_bfloat16_autocast_trains_without_a_warning(name):
 def test_a_saved_model_is_the_model(name, dtype, tmp_path):
     register()
     build(name, tie_word_embeddings=name == "mea-fewer").to(dtype).save_pretrained(tmp_path / "first")
-    model, tokens = AutoModelForCausalLM.from_pretrained(tmp_path / "first", dtype="auto"), ids()  # `.to` narrows the rotation too
+    # `.to` narrows the rotation too
+    model, tokens = AutoModelForCausalLM.from_pretrained(tmp_path / "first", dtype="auto"), ids()
     model.save_pretrained(tmp_path / "second")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "second", dtype="auto")
     assert type(again) is LowkeyForCausalLM and again.dtype == dtype
@@ -237,7 +264,9 @@ def test_a_saved_model_is_the_model(name, dtype, tmp_path):
     assert torch.equal(logits(model, tokens), logits(again, tokens))
     inner = AutoModel.from_pretrained(tmp_path / "first", dtype="auto")
     assert type(inner) is LowkeyModel
-    assert torch.equal(inner(tokens).last_hidden_state, model(tokens, output_hidden_states=True).hidden_states[-1])
+    assert torch.equal(
+        inner(tokens).last_hidden_state, model(tokens, output_hidden_states=True).hidden_states[-1]
+    )
     assert torch.equal(pico.generate(model, tokens, 4), pico.generate(again, tokens, 4))
 
 
@@ -269,15 +298,27 @@ assert not [m for m in sys.modules if m.split(".")[0] == "lowkey"]
 def test_a_checkpoint_loads_where_lowkey_is_not_installed(tmp_path):
     """The code lies beside the weights: a process that cannot import lowkey loads a kind of every file."""
     register()
-    models = {name: build(name) for name in ("gqa-controls", "mla", "lrkv-latent", "mea-fewer", "gta", "lrkv-some")}
+    models = {
+        name: build(name) for name in ("gqa-controls", "mla", "lrkv-latent", "mea-fewer", "gta", "lrkv-some")
+    }
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
         torch.save(ids(), tmp_path / name / "tokens.pt")
-    places = {"HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    places = {
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "HF_HUB_OFFLINE": "1",
+    }
     script = tmp_path / "stranger.py"
     script.write_text(STRANGER)
     folders = [str(tmp_path / name) for name in models]
-    done = subprocess.run([sys.executable, script, *folders], env=os.environ | places, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, script, *folders],
+        env=os.environ | places,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     for name, model in models.items():
         out = torch.load(Path(tmp_path / name / "out.pt"))
@@ -288,14 +329,22 @@ def test_a_checkpoint_loads_where_lowkey_is_not_installed(tmp_path):
 def test_every_layer_has_the_attention_that_was_asked_for():
     assert len(build("mla").model.layers) == LAYERS
     assert {type(layer.self_attn).__name__ for layer in build("mla").model.layers} == {"LatentAttention"}
-    assert [type(layer.self_attn).__name__ for layer in build("mla-some").model.layers] == ["LatentAttention", "LowRankKV"]
-    assert [type(layer.self_attn).__name__ for layer in build("mea-some").model.layers] == ["ExplicitAttention", "GroupedQuery"]
+    assert [type(layer.self_attn).__name__ for layer in build("mla-some").model.layers] == [
+        "LatentAttention",
+        "LowRankKV",
+    ]
+    assert [type(layer.self_attn).__name__ for layer in build("mea-some").model.layers] == [
+        "ExplicitAttention",
+        "GroupedQuery",
+    ]
 
 
 HALVES = [("half", 48, range(11, 35)), ("half", 6, [1, 2, 3]), ("half", 4, [1, 2]), ("half", 2, [1])]
 
 
-@pytest.mark.parametrize(("layers", "count", "meant"), [*HALVES, ("deep", 48, range(3, 48)), ([3, 1], 4, [1, 3]), (None, 4, None)])
+@pytest.mark.parametrize(
+    ("layers", "count", "meant"), [*HALVES, ("deep", 48, range(3, 48)), ([3, 1], 4, [1, 3]), (None, 4, None)]
+)
 def test_names_of_subsets_are_the_papers(layers, count, meant):
     """arXiv:2601.19611: the 12th to the 35th of 48 layers, and all but the first three."""
     found = config("mea", attention_layers=layers, num_hidden_layers=count).attention_layers
@@ -304,7 +353,9 @@ def test_names_of_subsets_are_the_papers(layers, count, meant):
 
 def test_layers_left_out_store_what_mea_composes_or_every_head():
     """And nothing of the kind that is named: no head norm, no latents."""
-    mea, lrkv = (config(name, attention_layers=[0], other_attention=None).others for name in ("mea-some", "lrkv-some"))
+    mea, lrkv = (
+        config(name, attention_layers=[0], other_attention=None).others for name in ("mea-some", "lrkv-some")
+    )
     assert (mea.attention, mea.num_key_value_heads, mea.head_norm) == ("gqa", 2, "none")
     assert (lrkv.attention, lrkv.num_key_value_heads, lrkv.lrkv_rank) == ("gqa", 4, 0)
 

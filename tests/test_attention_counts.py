@@ -1,4 +1,6 @@
-"""What a kind of attention takes: parameters, stored numbers and operations against formulas; how it starts; what is refused."""
+"""What a kind of attention takes: parameters, stored numbers and operations against formulas; how it starts;
+what is refused.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,47 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
-from variants import LRKV, MLA, ONE_OF_EACH, VARIANTS, attention, build, config, empty_cache, hidden, ids, logits
+from variants import (
+    LRKV,
+    MLA,
+    ONE_OF_EACH,
+    VARIANTS,
+    attention,
+    build,
+    config,
+    empty_cache,
+    hidden,
+    ids,
+    logits,
+)
 
-from lowkey.attention import LowkeyConfig, LowkeyForCausalLM, costs, layer_costs, model_bytes_per_token, model_flops, model_parameters
+from lowkey.attention import (
+    LowkeyConfig,
+    LowkeyForCausalLM,
+    costs,
+    layer_costs,
+    model_bytes_per_token,
+    model_flops,
+    model_parameters,
+)
 from lowkey.attention.base import Call, heads_of
 
 each = pytest.mark.parametrize("name", VARIANTS)
-WIDE = {"hidden_size": 256, "num_attention_heads": 32, "head_dim": 16, "max_position_embeddings": 512, "intermediate_size": 344}
-WIDTHS = {"kv_lora_rank": 64, "qk_nope_head_dim": 12, "v_head_dim": 10, "lrkv_rank": 8, "mea_num_component_heads": 3, "q_lora_rank": 48}
+WIDE = {
+    "hidden_size": 256,
+    "num_attention_heads": 32,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "intermediate_size": 344,
+}
+WIDTHS = {
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 10,
+    "lrkv_rank": 8,
+    "mea_num_component_heads": 3,
+    "q_lora_rank": 48,
+}
 
 
 def widened(name: str) -> LowkeyConfig:
@@ -24,7 +59,8 @@ def widened(name: str) -> LowkeyConfig:
     own = {key: WIDTHS[key] for key in WIDTHS if VARIANTS[name].get(key)}
     if name == "mla-narrow":
         own["kv_lora_rank"] = 8
-    return config(name, **WIDE, **own, attn_implementation="eager")  # torch counts fused kernels as if nothing were masked, or not at all
+    # torch counts fused kernels as if nothing were masked, or not at all
+    return config(name, **WIDE, **own, attn_implementation="eager")
 
 
 def without_memory(shape: LowkeyConfig) -> LowkeyForCausalLM:
@@ -46,7 +82,9 @@ def operations(model: LowkeyForCausalLM, new: int, past: DynamicCache | None) ->
 @each
 def test_operations_of_a_whole_text(name):
     model = without_memory(widened(name))
-    assert operations(model, 160, None) == pytest.approx(costs(model.config).prefill_flops(160, causal=False), rel=0.01)
+    assert operations(model, 160, None) == pytest.approx(
+        costs(model.config).prefill_flops(160, causal=False), rel=0.01
+    )
 
 
 @each
@@ -62,8 +100,12 @@ def test_operations_of_a_model(name):
     model, tokens = LowkeyForCausalLM(widened(name)), torch.zeros(1, 160, dtype=torch.long)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(tokens, use_cache=False)
-    unseen = sum(cost.prefill_flops(160, causal=False) - cost.prefill_flops(160) for cost in layer_costs(model.config))
-    assert counter.get_total_flops() - unseen == pytest.approx(model_flops(model.config, layer_costs(model.config), 160), rel=0.01)
+    unseen = sum(
+        cost.prefill_flops(160, causal=False) - cost.prefill_flops(160) for cost in layer_costs(model.config)
+    )
+    assert counter.get_total_flops() - unseen == pytest.approx(
+        model_flops(model.config, layer_costs(model.config), 160), rel=0.01
+    )
 
 
 @each
@@ -82,28 +124,38 @@ def test_what_a_cache_holds(name):
         with torch.no_grad():
             model(ids(11), past_key_values=past)
     stored = [cost.stored for cost in layer_costs(model.config)]
-    assert [layer.keys.numel() + layer.values.numel() for layer in dynamic.layers] == [n * 2 * 11 for n in stored]
-    assert [layer.keys.numel() + layer.values.numel() for layer in static.layers] == [n * 2 * 40 for n in stored]
+    assert [layer.keys.numel() + layer.values.numel() for layer in dynamic.layers] == [
+        n * 2 * 11 for n in stored
+    ]
+    assert [layer.keys.numel() + layer.values.numel() for layer in static.layers] == [
+        n * 2 * 40 for n in stored
+    ]
     held = sum(part.nbytes for layer in dynamic.layers for part in (layer.keys, layer.values))
     assert held == 2 * 11 * model_bytes_per_token(layer_costs(model.config), 8)
 
 
 @each
 def test_what_a_decoding_step_reads(name):
-    """Stored numbers per token that weights depend on, and those that outputs do, weights given; a latent that is written out as keys and
-    values at once is read once."""
+    """Stored numbers per token that weights depend on, and those that outputs do, weights given; a latent
+    that is written out as keys and values at once is read once."""
     model = build(name, num_hidden_layers=1, attn_implementation="eager")
     layer, positions = attention(model), torch.arange(6)[None]
     x = hidden(6, batch=1)
-    query, *kept = layer.project(x, layer.q_norm(heads_of(layer.q_proj(x), layer.heads)), call(model, x, positions))
+    query, *kept = layer.project(
+        x, layer.q_norm(heads_of(layer.q_proj(x), layer.heads)), call(model, x, positions)
+    )
     stored = [part.detach().requires_grad_() for part in kept]
     _, weights = layer.attend(query[:, :, -1:], *stored, call(model, x, positions[:, -1:]))
-    first = [part.detach()[:, :, :1].requires_grad_() for part in kept]  # alone it has all the weight, whatever it is
+    # alone it has all the weight, whatever it is
+    first = [part.detach()[:, :, :1].requires_grad_() for part in kept]
     out, _ = layer.attend(query[:, :, :1], *first, call(model, x, positions[:, :1]))
     by_scores, by_values = touched(weights, stored), touched(out, first)
     once = name.startswith("mla") and model.config.decode == "expanded"
-    digits = 3 if name.startswith(("lrkv-full", "lrkv-some")) else 0  # of a position: read, but weights are no smooth function of them
-    assert costs(model.config).read == digits + int((by_scores | by_values).sum() if once else by_scores.sum() + by_values.sum())
+    # of a position: read, but weights are no smooth function of them
+    digits = 3 if name.startswith(("lrkv-full", "lrkv-some")) else 0
+    assert costs(model.config).read == digits + int(
+        (by_scores | by_values).sum() if once else by_scores.sum() + by_values.sum()
+    )
 
 
 def call(model: LowkeyForCausalLM, x: torch.Tensor, positions: torch.Tensor) -> Call:
@@ -114,7 +166,12 @@ def touched(result: torch.Tensor, stored: list[torch.Tensor]) -> torch.Tensor:
     """Which numbers of the first stored token the result depends on."""
     way = torch.randn(result.shape, dtype=result.dtype, generator=torch.Generator().manual_seed(0))
     grads = torch.autograd.grad((result * way).sum(), stored, allow_unused=True)
-    return torch.cat([(torch.zeros_like(s) if g is None else g)[0, :, 0].flatten() != 0 for s, g in zip(stored, grads, strict=True)])
+    return torch.cat(
+        [
+            (torch.zeros_like(s) if g is None else g)[0, :, 0].flatten() != 0
+            for s, g in zip(stored, grads, strict=True)
+        ]
+    )
 
 
 @st.composite
@@ -142,10 +199,15 @@ def shapes(draw):
         shape |= {"kv_lora_rank": draw(widths), "qk_nope_head_dim": draw(widths), "v_head_dim": draw(widths)}
         shape |= {"qk_rope_head_dim": 2 * draw(st.integers(0, 6)), "mla_kv_norm": draw(st.booleans())}
     if kind == "lrkv":
-        shape |= {"lrkv_rank": 2 * draw(st.integers(0, 6)), "lrkv_rope_mode": draw(st.sampled_from(["full", "latent", "partial"]))}
+        shape |= {
+            "lrkv_rank": 2 * draw(st.integers(0, 6)),
+            "lrkv_rope_mode": draw(st.sampled_from(["full", "latent", "partial"])),
+        }
     if kind == "mea":
         shape["mea_num_component_heads"] = draw(widths)
-    return LowkeyConfig(**shape, vocab_size=11, intermediate_size=6, num_hidden_layers=1, max_position_embeddings=16)
+    return LowkeyConfig(
+        **shape, vocab_size=11, intermediate_size=6, num_hidden_layers=1, max_position_embeddings=16
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -171,7 +233,8 @@ def test_half_of_mha_at_the_same_width():
         {"attention": "k_eq_v"},
     ]
     assert [costs(LowkeyConfig(**half, **arm)).stored for arm in arms] == [full // 2] * len(arms)
-    assert costs(LowkeyConfig(**half, attention="lrkv", lrkv_rank=6)).stored == full // 2 + 3  # and where each token stands
+    # and where each token stands
+    assert costs(LowkeyConfig(**half, attention="lrkv", lrkv_rank=6)).stored == full // 2 + 3
 
 
 # -- the start
@@ -193,7 +256,10 @@ def test_the_low_rank_part_starts_at_its_share_of_the_shared_one(mode, scale, ra
     )
     layer = attention(LowkeyForCausalLM(shape))
     for which in "kv":
-        down, up = getattr(layer, f"{which}_down").weight.unflatten(0, (8, rank)), getattr(layer, f"{which}_up")
+        down, up = (
+            getattr(layer, f"{which}_down").weight.unflatten(0, (8, rank)),
+            getattr(layer, f"{which}_up"),
+        )
         shared = getattr(layer, f"{which}_proj").weight[: up.shape[-1]].norm()
         shares = torch.stack([(down[i].T @ up[i]).norm() / shared for i in range(8)])
         assert shares.mean().item() == pytest.approx(scale, rel=0.2)
@@ -230,8 +296,14 @@ def test_output_projections_at_zero_make_all_kinds_start_alike(name):
         ({"attention_layers": "most"}, ["attention_layers 'most'", "half or deep"]),
         ({"attention_layers": "deep", "num_hidden_layers": 3}, ["attention_layers []", "0 to 2"]),
         ({"other_attention": {"attention": "mla"}}, ["other_attention", "give that too"]),
-        ({"attention_layers": [0], "other_attention": {"heads": 3}}, ["'heads' is no field", "num_key_value_heads"]),
-        ({"attention_layers": [0], "other_attention": {"attention": "mla"}}, ["kv_lora_rank None", "'mla' needs"]),
+        (
+            {"attention_layers": [0], "other_attention": {"heads": 3}},
+            ["'heads' is no field", "num_key_value_heads"],
+        ),
+        (
+            {"attention_layers": [0], "other_attention": {"attention": "mla"}},
+            ["kv_lora_rank None", "'mla' needs"],
+        ),
         ({"attention": "mla2"}, ["attention 'mla2'", "choose one of", "lrkv"]),
         ({"lrkv_rope_mode": "half"}, ["lrkv_rope_mode 'half'", "choose one of", "latent"]),
         ({"head_norm": "both"}, ["head_norm 'both'", "choose one of", "shared"]),
@@ -239,20 +311,38 @@ def test_output_projections_at_zero_make_all_kinds_start_alike(name):
         ({"decode": "fast"}, ["decode 'fast'", "choose one of", "absorbed"]),
         ({"num_key_value_heads": 3}, ["num_key_value_heads 3", "divide num_attention_heads 4", "choose"]),
         ({"num_key_value_heads": -1}, ["num_key_value_heads -1", "at least 1", "choose"]),
-        ({"attention": "mha", "num_key_value_heads": 2}, ["num_key_value_heads 2", "'mha' has 4", "choose 'gqa'"]),
-        ({"attention": "mqa", "num_key_value_heads": 2}, ["num_key_value_heads 2", "'mqa' has 1", "leave it out"]),
-        ({"attention": "mea", "mea_num_component_heads": -2}, ["mea_num_component_heads -2", "at least 1", "leave it out"]),
-        ({"attention": "mea", "mea_num_component_heads": 0}, ["mea_num_component_heads 0", "at least 1", "leave it out"]),
+        (
+            {"attention": "mha", "num_key_value_heads": 2},
+            ["num_key_value_heads 2", "'mha' has 4", "choose 'gqa'"],
+        ),
+        (
+            {"attention": "mqa", "num_key_value_heads": 2},
+            ["num_key_value_heads 2", "'mqa' has 1", "leave it out"],
+        ),
+        (
+            {"attention": "mea", "mea_num_component_heads": -2},
+            ["mea_num_component_heads -2", "at least 1", "leave it out"],
+        ),
+        (
+            {"attention": "mea", "mea_num_component_heads": 0},
+            ["mea_num_component_heads 0", "at least 1", "leave it out"],
+        ),
         ({"q_lora_rank": 0}, ["q_lora_rank 0", "at least 1", "leave it out"]),
         ({"head_dim": 0}, ["head_dim 0", "at least 1", "leave it out"]),
         ({"head_dim": 7}, ["head_dim 7", "pairs", "even"]),
         ({"attention": "k_eq_v", "qk_rope_head_dim": 3}, ["qk_rope_head_dim 3", "pairs", "even"]),
         ({"attention": "gta", "qk_rope_head_dim": 10}, ["qk_rope_head_dim 10", "up to head_dim 8"]),
-        ({**LRKV, "lrkv_rope_mode": "partial", "qk_rope_head_dim": -2}, ["qk_rope_head_dim -2", "from 0 up to head_dim 8"]),
+        (
+            {**LRKV, "lrkv_rope_mode": "partial", "qk_rope_head_dim": -2},
+            ["qk_rope_head_dim -2", "from 0 up to head_dim 8"],
+        ),
         ({"attention": "mla"}, ["kv_lora_rank None", "'mla' needs", "at least 1"]),
         ({**MLA, "kv_lora_rank": 0}, ["kv_lora_rank 0", "'mla' needs", "at least 1"]),
         ({**MLA, "qk_norm": True}, ["qk_norm True", "latents", "leave it out"]),
-        ({**MLA, "qk_nope_head_dim": 0, "qk_rope_head_dim": 0}, ["qk_nope_head_dim 0 and qk_rope_head_dim 0", "give one"]),
+        (
+            {**MLA, "qk_nope_head_dim": 0, "qk_rope_head_dim": 0},
+            ["qk_nope_head_dim 0 and qk_rope_head_dim 0", "give one"],
+        ),
         ({**MLA, "qk_nope_head_dim": -1}, ["qk_nope_head_dim -1", "at least 0", "leave it out"]),
         ({**MLA, "v_head_dim": 0}, ["v_head_dim 0", "at least 1", "leave it out"]),
         ({**MLA, "v_head_dim": -1}, ["v_head_dim -1", "at least 1", "leave it out"]),

@@ -1,4 +1,6 @@
-"""What every kind of attention is: equal to another kind where one is a case of the other, and to loops over heads, written out."""
+"""What every kind of attention is: equal to another kind where one is a case of the other, and to loops over
+heads, written out.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,10 @@ def test_gqa_is_mha_with_repeated_heads(groups):
     for layer in range(2):
         for part in ("k_proj", "v_proj"):
             few = heads(getattr(attention(gqa, layer), part).weight)
-            put(getattr(attention(mha, layer), part).weight, few.repeat_interleave(HEADS // groups, 0).flatten(0, 1))
+            put(
+                getattr(attention(mha, layer), part).weight,
+                few.repeat_interleave(HEADS // groups, 0).flatten(0, 1),
+            )
     assert equal_models(gqa, mha)
 
 
@@ -99,7 +104,16 @@ def test_lrkv_without_up_maps_is_lrkv_of_rank_0(mode):
 def test_lrkv_of_full_rank_is_mha(mode):
     """Shared: the mean head; low-rank part: what is missing, times the identity."""
     mha = build("mha")
-    model = share(mha, build("lrkv-full", seed=1, lrkv_rank=D, lrkv_rope_mode=mode, qk_rope_head_dim=0 if mode == "partial" else None))
+    model = share(
+        mha,
+        build(
+            "lrkv-full",
+            seed=1,
+            lrkv_rank=D,
+            lrkv_rope_mode=mode,
+            qk_rope_head_dim=0 if mode == "partial" else None,
+        ),
+    )
     for layer in range(2):
         into, source = attention(model, layer), attention(mha, layer)
         for which in "kv":
@@ -194,7 +208,9 @@ def test_the_order_of_components_means_nothing(name):
 def test_mea_absorbed_is_mea_expanded(groups):
     expanded = build("mea-fewer-expanded", num_key_value_heads=groups, mea_num_component_heads=groups - 1)
     randomly_mixed(expanded)
-    absorbed = build("mea-fewer-absorbed", seed=1, num_key_value_heads=groups, mea_num_component_heads=groups - 1)
+    absorbed = build(
+        "mea-fewer-absorbed", seed=1, num_key_value_heads=groups, mea_num_component_heads=groups - 1
+    )
     assert equal_models(expanded, share(expanded, absorbed))
 
 
@@ -306,7 +322,10 @@ def lrkv(model, x: Tensor, mode: str, interleaved: bool = False) -> Tensor:
         u_k, u_v = (p.weight.unflatten(0, (HEADS, -1))[i].T for p in (layer.k_down, layer.v_down))
         value = x @ (shared_v + u_v @ layer.v_up[i])
         if mode == "full":
-            query, key = turned(q[i], None, False, interleaved), turned(x @ (shared_k + u_k @ layer.k_up[i]), None, False, interleaved)
+            query, key = (
+                turned(q[i], None, False, interleaved),
+                turned(x @ (shared_k + u_k @ layer.k_up[i]), None, False, interleaved),
+            )
         elif mode == "latent":
             key = torch.cat((turned(x @ shared_k), turned(x @ u_k)), -1)
             query = torch.cat((turned(q[i]), turned(q[i] @ layer.k_up[i].T)), -1)
@@ -324,7 +343,10 @@ def lrkv(model, x: Tensor, mode: str, interleaved: bool = False) -> Tensor:
 def test_lrkv_by_hand(mode, groups, decode):
     if (mode, decode) == ("full", "absorbed"):
         return
-    model, x = build("lrkv-full", lrkv_rope_mode=mode, num_key_value_heads=groups, decode=decode), hidden(batch=1)
+    model, x = (
+        build("lrkv-full", lrkv_rope_mode=mode, num_key_value_heads=groups, decode=decode),
+        hidden(batch=1),
+    )
     assert close(alone(model, x)[0], lrkv(model, x[0], mode), BY_HAND)
 
 
@@ -341,10 +363,16 @@ def test_mla_by_hand(name):
     layer, c = attention(model), model.config.kv_lora_rank
     n, e, v = model.config.qk_nope_head_dim, model.config.qk_rope_head_dim, model.config.v_head_dim
     latent, shared = (x[0] @ layer.kv_a_proj.weight.T).split([c, e], -1)
-    latent = latent / (latent.square().mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt() * layer.kv_a_norm.weight
+    latent = (
+        latent
+        / (latent.square().mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt()
+        * layer.kv_a_norm.weight
+    )
     e_turned = e if model.config.mla_rotate else 0
     outputs = []
-    for query, up in zip(queries(layer, x[0]), layer.kv_b_proj.weight.unflatten(0, (HEADS, n + v)), strict=True):
+    for query, up in zip(
+        queries(layer, x[0]), layer.kv_b_proj.weight.unflatten(0, (HEADS, n + v)), strict=True
+    ):
         key = torch.cat((latent @ up[:n].T, turned(shared, e_turned)), -1)
         outputs.append(naive(turned(query, e_turned), key, latent @ up[n:].T, (n + e) ** -0.5))
     assert close(alone(model, x)[0], together(layer, outputs), BY_HAND)
@@ -371,7 +399,8 @@ def test_keys_that_are_values_by_hand(e):
     layer = attention(model)
     tied = turned((x[0] @ layer.kv_proj.weight.T).unflatten(-1, (2, D)).transpose(0, 1), e)
     outputs = [
-        turned(naive(turned(query, e), tied[i // 2], tied[i // 2], D**-0.5), e, True) for i, query in enumerate(queries(layer, x[0]))
+        turned(naive(turned(query, e), tied[i // 2], tied[i // 2], D**-0.5), e, True)
+        for i, query in enumerate(queries(layer, x[0]))
     ]
     assert close(alone(model, x)[0], together(layer, outputs), BY_HAND)
 
@@ -381,11 +410,17 @@ def test_mea_by_hand():
     model, x = build("mea-fewer"), hidden(batch=1)
     randomly_mixed(model)
     layer = attention(model)
-    keys, values = ((x[0] @ p.weight.T).unflatten(-1, (3, D)).transpose(0, 1) for p in (layer.k_proj, layer.v_proj))
+    keys, values = (
+        (x[0] @ p.weight.T).unflatten(-1, (3, D)).transpose(0, 1) for p in (layer.k_proj, layer.v_proj)
+    )
     outputs = []
     for i, query in enumerate(queries(layer, x[0])):
         key = sum(layer.k_mix[c, i] * keys[c] for c in range(3))
         value = sum(layer.v_mix[c, i] * values[c] for c in range(3))
         out = naive(turned(query), turned(key), value, D**-0.5)
-        outputs.append(out / (out.square().mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt() * layer.head_norm.weight)
+        outputs.append(
+            out
+            / (out.square().mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt()
+            * layer.head_norm.weight
+        )
     assert close(alone(model, x)[0], together(layer, outputs), BY_HAND)

@@ -1,4 +1,6 @@
-"""Every kind of attention wherever its tokens stand: a cache gives what reading the whole text at the same positions gives."""
+"""Every kind of attention wherever its tokens stand: a cache gives what reading the whole text at the same
+positions gives.
+"""
 
 from __future__ import annotations
 
@@ -48,13 +50,22 @@ PLACES: dict[str, tuple[Tensor, Tensor]] = {
 
 
 @torch.no_grad()
-def read(model: LowkeyForCausalLM, place: tuple[Tensor, Tensor], splits: list[int] | None = None, past: object = None) -> Tensor:
+def read(
+    model: LowkeyForCausalLM,
+    place: tuple[Tensor, Tensor],
+    splits: list[int] | None = None,
+    past: object = None,
+) -> Tensor:
     """Logits (2, LENGTH, V), at once or in pieces through a cache."""
     (mask, positions), out, start = place, [], 0
     for size in splits or [LENGTH]:
         stop = start + size
         where = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
-        out.append(model(ids(LENGTH)[:, start:stop], **where, past_key_values=past, use_cache=past is not None).logits)
+        out.append(
+            model(
+                ids(LENGTH)[:, start:stop], **where, past_key_values=past, use_cache=past is not None
+            ).logits
+        )
         start = stop
     return torch.cat(out, 1)
 
@@ -70,16 +81,24 @@ def test_a_cache_knows_where_its_tokens_stand(name, cache):
     for place, at in PLACES.items():
         whole = read(model, at)
         for splits in SPLITS:
-            assert apart(read(model, at, splits, empty_cache(cache, model)), whole, at[0]) < EXACT, (place, splits)
+            assert apart(read(model, at, splits, empty_cache(cache, model)), whole, at[0]) < EXACT, (
+                place,
+                splits,
+            )
 
 
 @caches
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_narrow_numbers_hold_positions_too(dtype, cache):
-    """Steps through a cache are no farther from the whole text than when nothing jumps, in the numbers that models are served in."""
+    """Steps through a cache are no farther from the whole text than when nothing jumps, in the numbers that
+    models are served in.
+    """
     model = build("lrkv-full").to(dtype)
     plain, far = (EVERY, ROW.expand(2, -1)), (EVERY, told([0, 1, 300, 301], [5, 70_001, 70_002]))
-    noise, found = (apart(read(model, p, SPLITS[0], empty_cache(cache, model)).float(), read(model, p).float()) for p in (plain, far))
+    noise, found = (
+        apart(read(model, p, SPLITS[0], empty_cache(cache, model)).float(), read(model, p).float())
+        for p in (plain, far)
+    )
     assert found < 3 * noise + 1e-3
 
 
@@ -88,7 +107,13 @@ def test_narrow_numbers_hold_positions_too(dtype, cache):
 LIMIT = 4
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": LIMIT}
-LLAMA = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
 LLAMA |= {"original_max_position_embeddings": LIMIT}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 8.0}
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": LIMIT}
@@ -97,7 +122,10 @@ LONG = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0, "original_max
 def one_width(name: str) -> bool:
     """Whether all rotated parts are of the same width: longrope has one list of factors."""
     kinds = [found for found in (config(name), config(name).others) if found is not None]
-    return not any(found.narrow_rope_width for found in kinds) and len({found.rope_width for found in kinds} | {0}) == 2
+    return (
+        not any(found.narrow_rope_width for found in kinds)
+        and len({found.rope_width for found in kinds} | {0}) == 2
+    )
 
 
 WIDE = [name for name in VARIANTS if one_width(name)]
@@ -106,7 +134,12 @@ WIDE = [name for name in VARIANTS if one_width(name)]
 def scaled(name: str, rope: dict, **overrides: object) -> LowkeyForCausalLM:
     pairs = config(name).rope_width // 2
     factors = {"short_factor": [1.0] * pairs, "long_factor": [5.0] * pairs} if rope is LONG else {}
-    return build(name, rope_parameters=rope | factors, max_position_embeddings=LIMIT if rope is DYNAMIC else 128, **overrides)
+    return build(
+        name,
+        rope_parameters=rope | factors,
+        max_position_embeddings=LIMIT if rope is DYNAMIC else 128,
+        **overrides,
+    )
 
 
 @pytest.mark.parametrize("rope", [LINEAR, YARN, LLAMA], ids=lambda rope: rope["rope_type"])
@@ -116,7 +149,8 @@ def test_fixed_frequencies_decode_as_they_read(name, rope):
     assert apart(read(model, at, SPLITS[1], empty_cache("dynamic", model)), read(model, at), at[0]) < EXACT
 
 
-LATER = [6, 1, 1, 2, 4]  # past the limit from the first piece on: below it transformers goes back to the first frequencies
+# past the limit from the first piece on: below it transformers goes back to the first frequencies
+LATER = [6, 1, 1, 2, 4]
 
 
 @caches
@@ -129,7 +163,9 @@ def test_a_long_text_is_decoded_with_the_long_factors(name, cache):
 @caches
 @each
 def test_frequencies_that_a_longer_text_has_left_are_every_layers(name, cache):
-    """Dynamic NTK keeps the frequencies of the longest text that it has read, as in stock models: all that turns must know of it."""
+    """Dynamic NTK keeps the frequencies of the longest text that it has read, as in stock models: all that
+    turns must know of it.
+    """
     model, at = scaled(name, DYNAMIC), PLACES["jumps"]
     model(ids(80), use_cache=False)
     whole = read(model, at)
@@ -150,7 +186,13 @@ def test_after_a_longer_text_generation_does_not_depend_on_the_cache(name, rope)
 def llama(model: LowkeyForCausalLM) -> LlamaForCausalLM:
     """transformers' own model of the same weights."""
     given = {**SHAPE, "num_key_value_heads": 2, "rope_parameters": model.config.rope_parameters}
-    found = LlamaForCausalLM(LlamaConfig(**given | {"max_position_embeddings": model.config.max_position_embeddings})).double().eval()
+    found = (
+        LlamaForCausalLM(
+            LlamaConfig(**given | {"max_position_embeddings": model.config.max_position_embeddings})
+        )
+        .double()
+        .eval()
+    )
     found.load_state_dict(model.state_dict())
     return found
 
@@ -162,7 +204,9 @@ def test_growing_past_the_limit_is_what_a_stock_model_does(name, rope):
     model = scaled(name, rope, qk_norm=False, head_norm="none", num_key_value_heads=2)
     stock = llama(scaled("gqa", rope) if name != "gqa" else model)
     own = model.state_dict()
-    model.load_state_dict(own | {k: v for k, v in stock.state_dict().items() if k in own and own[k].shape == v.shape})
+    model.load_state_dict(
+        own | {k: v for k, v in stock.state_dict().items() if k in own and own[k].shape == v.shape}
+    )
     for layer in model.model.layers:
         for mix in ("k_mix", "v_mix") if name.startswith("mea") else ():
             getattr(layer.self_attn, mix).data.copy_(torch.eye(2))
@@ -175,7 +219,9 @@ def test_growing_past_the_limit_is_what_a_stock_model_does(name, rope):
 @caches
 @pytest.mark.parametrize("rope", [DYNAMIC, LONG], ids=lambda rope: rope["rope_type"])
 def test_rebuilt_keys_have_the_frequencies_of_the_newest_token(rope, cache):
-    """One layer, of which nothing but the keys depends on earlier frequencies: the newest token sees what it would without a cache."""
+    """One layer, of which nothing but the keys depends on earlier frequencies: the newest token sees what it
+    would without a cache.
+    """
     model, at = scaled("lrkv-full-2-norm", rope, num_hidden_layers=1), PLACES["a gap, counted"]
     grown = read(model, at, [2, 1, 1, 1, 1, 4, 4], empty_cache(cache, model))
     assert apart(grown[:, -4:], read(model, at)[:, -4:], EVERY[:, -4:]) < EXACT
@@ -196,11 +242,18 @@ def test_attention_holds_no_rotation_and_nothing_of_a_text(name):
 @each
 def test_plain_cos_and_sin_turn_a_layer_too(name):
     """As stock layers take them; what else a kind needs, it makes of its configuration."""
-    model, x = build(name), torch.randn(2, 6, SHAPE["hidden_size"], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    model, x = (
+        build(name),
+        torch.randn(
+            2, 6, SHAPE["hidden_size"], generator=torch.Generator().manual_seed(1), dtype=torch.float64
+        ),
+    )
     for layer in model.model.layers:
         rope = model.model.rotary_emb(x, ROW[:, :6])
         mine = rope if layer.self_attn.whole is None else rope.other
-        found, want = (layer.self_attn(x, given, position_ids=ROW[:, :6])[0] for given in ((mine.cos, mine.sin), rope))
+        found, want = (
+            layer.self_attn(x, given, position_ids=ROW[:, :6])[0] for given in ((mine.cos, mine.sin), rope)
+        )
         assert apart(found, want, EVERY[:, :6]) == 0
 
 

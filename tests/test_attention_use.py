@@ -18,14 +18,29 @@ from lowkey.cli.app import app
 from lowkey.core.types import LowkeyError
 from lowkey.methods import METHODS
 
-SHAPE = {"vocab_size": pico.VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8}
-IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "initializer_range": 0.15, "max_position_embeddings": 512}
+SHAPE = {
+    "vocab_size": pico.VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+}
+IDS = {
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "initializer_range": 0.15,
+    "max_position_embeddings": 512,
+}
 OWN = {
     "lrkv": {"attention": "lrkv", "lrkv_rank": 2},
     "mla": {"attention": "mla", "kv_lora_rank": 8, "qk_rope_head_dim": 4},
     "mea": {"attention": "mea", "mea_num_component_heads": 4},
 }
-PLAIN = {"gqa": {"attention": "gqa", "num_key_value_heads": 4}, "mha-qk-norm": {"attention": "mha", "qk_norm": True}}
+PLAIN = {
+    "gqa": {"attention": "gqa", "num_key_value_heads": 4},
+    "mha-qk-norm": {"attention": "mha", "qk_norm": True},
+}
 
 
 @cache
@@ -51,7 +66,9 @@ def test_full_cache_counts_what_it_holds_and_reloads(name: str, tmp_path: Path) 
     store.save(tmp_path / "cache")
     again = lowkey.load_cache(tmp_path / "cache", model(name))
     step = torch.tensor([[5], [6]])
-    assert torch.equal(model(name)(step, past_key_values=again).logits, model(name)(step, past_key_values=store).logits)
+    assert torch.equal(
+        model(name)(step, past_key_values=again).logits, model(name)(step, past_key_values=store).logits
+    )
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -69,7 +86,9 @@ def test_own_form_is_not_calibrated() -> None:
 @pytest.mark.parametrize("name", PLAIN)
 def test_full_rank_plan_gives_stock_logits(name: str) -> None:
     words = "the quick brown fox jumps over the lazy dog. " * 60
-    plan = lowkey.calibrate(model(name), pico.tokenizer(), words, method=METHODS["pca"](), budget="100%", sample=Sample(8, 64))
+    plan = lowkey.calibrate(
+        model(name), pico.tokenizer(), words, method=METHODS["pca"](), budget="100%", sample=Sample(8, 64)
+    )
     ids = torch.arange(2, 42).view(2, 20)
     found = model(name)(ids, past_key_values=lowkey.make_cache(model(name), plan)).logits
     torch.testing.assert_close(found, model(name)(ids).logits, atol=2e-4, rtol=2e-4)
@@ -78,7 +97,18 @@ def test_full_rank_plan_gives_stock_logits(name: str) -> None:
 @pytest.mark.parametrize("name", [*OWN, *PLAIN])
 def test_commands_take_the_checkpoint(name: str, tmp_path: Path) -> None:
     place = str(saved(tmp_path / "model", name))
-    asked = ["--windows", "1", "--context", "64", "--task", "perplexity", "--task", "layers", "--out", str(tmp_path / "r.json")]
+    asked = [
+        "--windows",
+        "1",
+        "--context",
+        "64",
+        "--task",
+        "perplexity",
+        "--task",
+        "layers",
+        "--out",
+        str(tmp_path / "r.json"),
+    ]
     run = CliRunner().invoke(app, ["eval", place, *asked])
     assert run.exit_code == 0, run.output
     assert ("int8" in run.output) == (name in PLAIN)

@@ -16,7 +16,9 @@ D = 6  # the width of the answer
 
 
 def segments(seed, lengths, *, b=2, h=2, g=2, t=3, masks=True, up="per head", rank=4):
-    """Random segments: an up map (per head, shared or none), another width for keys than for values, random masks."""
+    """Random segments: an up map (per head, shared or none), another width for keys than for values, random
+    masks.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -27,7 +29,9 @@ def segments(seed, lengths, *, b=2, h=2, g=2, t=3, masks=True, up="per head", ra
         width = D if up == "none" else rank
         mask = (draw(b, t, s) > 0) if masks else None
         maps = None if up == "none" else draw(h if up == "per head" else 1, width, D)
-        out.append(Segment(draw(b, h, g, t, rank + 1), draw(b, h, s, rank + 1), draw(b, h, s, width), mask, maps))
+        out.append(
+            Segment(draw(b, h, g, t, rank + 1), draw(b, h, s, rank + 1), draw(b, h, s, width), mask, maps)
+        )
     return out
 
 
@@ -58,7 +62,9 @@ def fusing(monkeypatch):
     calls, inner = [], fused.scaled_dot_product_attention
     monkeypatch.setattr(fused, "QUERIES", 1)
     monkeypatch.setattr(fused, "ROWS", 3)
-    monkeypatch.setattr(fused, "scaled_dot_product_attention", lambda *a, **k: calls.append(a) or inner(*a, **k))
+    monkeypatch.setattr(
+        fused, "scaled_dot_product_attention", lambda *a, **k: calls.append(a) or inner(*a, **k)
+    )
     return calls
 
 
@@ -98,7 +104,12 @@ def test_fused_queries_that_see_nothing_get_zero(fusing):
 
 def test_fused_takes_only_what_it_can(fusing):
     biased = replace(segments(0, [4])[0], bias=torch.randn(2, 2, 4))
-    for parts, softcap in (([biased], None), (segments(0, [4]), 1.5), (segments(0, [3, 2], up="none"), None), (segments(0, [3, 2]), None)):
+    for parts, softcap in (
+        ([biased], None),
+        (segments(0, [4]), 1.5),
+        (segments(0, [3, 2], up="none"), None),
+        (segments(0, [3, 2]), None),
+    ):
         agree(parts, softcap)
     assert not fusing
 
@@ -139,13 +150,18 @@ def test_one_segment_without_map_is_torchs_own_attention():
     part = segments(0, [5], up="none", g=1)[0]
     mask = torch.ones(2, 3, 5, dtype=torch.bool).tril(2)
     ours = grouped.attend([Segment(part.query, part.keys, part.values, mask)], 0.7)[:, :, 0]
-    theirs = torch.nn.functional.scaled_dot_product_attention(part.query[:, :, 0], part.keys, part.values, mask.unsqueeze(1), scale=0.7)
+    theirs = torch.nn.functional.scaled_dot_product_attention(
+        part.query[:, :, 0], part.keys, part.values, mask.unsqueeze(1), scale=0.7
+    )
     assert torch.allclose(ours, theirs, atol=1e-6)
 
 
 def test_cutting_the_keys_into_segments_changes_nothing():
     part = segments(0, [7])[0]
-    cut = [Segment(part.query, part.keys[:, :, i:j], part.values[:, :, i:j], part.mask[..., i:j], part.up) for i, j in ((0, 3), (3, 7))]
+    cut = [
+        Segment(part.query, part.keys[:, :, i:j], part.values[:, :, i:j], part.mask[..., i:j], part.up)
+        for i, j in ((0, 3), (3, 7))
+    ]
     assert torch.allclose(grouped.attend(cut, 0.7), grouped.attend([part], 0.7), atol=1e-6)
 
 
@@ -156,14 +172,20 @@ def test_blocks_of_queries_change_nothing(monkeypatch, block, masks):
     parts = segments(0, [3, 2], t=7, masks=masks)
     whole, calls, inner = grouped.attend(parts, 0.7), [], grouped._block
     monkeypatch.setattr(grouped, "BLOCK", block)
-    monkeypatch.setattr(grouped, "_block", lambda rows, *rest: calls.append(rows[0].query.shape[3]) or inner(rows, *rest))
+    monkeypatch.setattr(
+        grouped, "_block", lambda rows, *rest: calls.append(rows[0].query.shape[3]) or inner(rows, *rest)
+    )
     assert torch.allclose(grouped.attend(parts, 0.7), whole, atol=1e-6)
     assert sum(calls) == 7 and max(calls) == max(1, block // 40)
 
 
 def test_bf16_scores_are_softmaxed_in_fp32():
     """Many equal keys: in bf16 the sum of the weights would drift."""
-    part = Segment(torch.zeros(1, 1, 1, 1, 4).bfloat16(), torch.zeros(1, 1, 1000, 4).bfloat16(), torch.ones(1, 1, 1000, 4).bfloat16())
+    part = Segment(
+        torch.zeros(1, 1, 1, 1, 4).bfloat16(),
+        torch.zeros(1, 1, 1000, 4).bfloat16(),
+        torch.ones(1, 1, 1000, 4).bfloat16(),
+    )
     assert torch.allclose(grouped.attend([part], 1.0).float(), torch.ones(1, 1, 1, 1, 4), atol=0.01)
 
 
@@ -178,7 +200,13 @@ def test_stored_heads_may_stand_for_several_and_differ_from_segment_to_segment(g
 
     apart = segments(1, [5], h=4, masks=masks)[0]
     mask = draw(2, 3, 7) > 0 if masks else None
-    merged = Segment(draw(2, groups_k, 8 // groups_k, 3, 9), draw(2, groups_k, 7, 9), draw(2, groups_v, 7, 11), mask, draw(4, 11, D))
+    merged = Segment(
+        draw(2, groups_k, 8 // groups_k, 3, 9),
+        draw(2, groups_k, 7, 9),
+        draw(2, groups_v, 7, 11),
+        mask,
+        draw(4, 11, D),
+    )
     agree([merged, apart])
     agree([apart, merged], 1.5)
     assert agree([merged]).shape == (2, 4, 2, 3, D)
@@ -187,7 +215,8 @@ def test_stored_heads_may_stand_for_several_and_differ_from_segment_to_segment(g
 def test_fused_is_naive_where_stored_heads_stand_for_several(fusing):
     generator = torch.Generator().manual_seed(0)
     query, keys, values, up = (
-        torch.randn(*shape, generator=generator) for shape in ((2, 2, 4, 5, 9), (2, 2, 7, 9), (2, 1, 7, 11), (4, 11, D))
+        torch.randn(*shape, generator=generator)
+        for shape in ((2, 2, 4, 5, 9), (2, 2, 7, 9), (2, 1, 7, 11), (4, 11, D))
     )
     agree([Segment(query, keys, values, torch.ones(1, 5, 7, dtype=torch.bool).tril(2), up)])
     assert fusing

@@ -1,4 +1,6 @@
-"""Tokens with ranks of their own: the cache against a dense definition, its bytes, the training of its gates, and its file."""
+"""Tokens with ranks of their own: the cache against a dense definition, its bytes, the training of its gates,
+and its file.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,13 @@ def random_gate(heads: int, seed: int, level: int | None = None) -> Gate:
     if level is not None:
         out, bias = 0 * out, torch.eye(len(LEVELS))[level]
     scale = torch.rand(2 * heads, HEAD_DIM, generator=draw) + 0.5
-    return Gate(scale, torch.randn(width, WIDTH, generator=draw) * width**-0.5, torch.randn(WIDTH, generator=draw), out, bias)
+    return Gate(
+        scale,
+        torch.randn(width, WIDTH, generator=draw) * width**-0.5,
+        torch.randn(WIDTH, generator=draw),
+        out,
+        bias,
+    )
 
 
 @cache
@@ -58,7 +66,9 @@ def make_plan(name: str, layout: str, level: int | None = None, shared: bool = F
     geometry = {"kv_heads": shape.kv_heads, "head_dim": HEAD_DIM}
     about = {"share": 0.5, "divergence": 0.1, "training": {}, "geometry": geometry}
     factors = pico.layer_factors(model, shared=shared)
-    return DynaPlan(factors, gates, LEVELS, layout, **about, provenance={"model_sha256": model_fingerprint(model)})
+    return DynaPlan(
+        factors, gates, LEVELS, layout, **about, provenance={"model_sha256": model_fingerprint(model)}
+    )
 
 
 # -- the definition
@@ -68,17 +78,24 @@ def level_of(gate: Gate, keys: Tensor, values: Tensor) -> int:
     """Of one token, from its coordinates (h, d)."""
     x = (torch.cat([keys, values]) * gate.scale).clamp(-8, 8).flatten()
     inside = [torch.nn.functional.gelu(x @ gate.hidden[:, j] + gate.hidden_bias[j]) for j in range(WIDTH)]
-    numbers = [sum(a * gate.out[j, i] for j, a in enumerate(inside)) + gate.out_bias[i] for i in range(len(LEVELS))]
+    numbers = [
+        sum(a * gate.out[j, i] for j, a in enumerate(inside)) + gate.out_bias[i] for i in range(len(LEVELS))
+    ]
     return max(range(len(LEVELS)), key=lambda i: float(numbers[i]))
 
 
-def rebuilt(k: Tensor, v: Tensor, plan: DynaPlan, layer: int, turn: Tensor | None, used: list) -> tuple[Tensor, Tensor]:
+def rebuilt(
+    k: Tensor, v: Tensor, plan: DynaPlan, layer: int, turn: Tensor | None, used: list
+) -> tuple[Tensor, Tensor]:
     """Keys and values (b, h, t, d), one token after another; turn (b, t, d, d) rotates."""
     f, gate = plan.factors[layer], plan.gates[layer]
     keys, values = torch.empty_like(k), torch.empty_like(v)
     for i, m in itertools.product(range(k.shape[0]), range(k.shape[2])):
         plain = k[i, :, m] if turn is None else k[i, :, m] @ torch.linalg.inv(turn[i, m])
-        a, b = (torch.einsum("hd,hde->he", x, y.expand(len(x), -1, -1)) for x, y in ((plain, f.k_down), (v[i, :, m], f.v_down)))
+        a, b = (
+            torch.einsum("hd,hde->he", x, y.expand(len(x), -1, -1))
+            for x, y in ((plain, f.k_down), (v[i, :, m], f.v_down))
+        )
         used.append(level_of(gate, a, b))
         r = LEVELS[used[-1]]
         back = torch.einsum("hr,hrd->hd", a[:, :r], f.k_up.expand(len(a), -1, -1)[:, :r])
@@ -88,7 +105,9 @@ def rebuilt(k: Tensor, v: Tensor, plan: DynaPlan, layer: int, turn: Tensor | Non
 
 
 @torch.no_grad()
-def oracle(name: str, ids: Tensor, plan: DynaPlan, pads=None, splits=None, prefill="compressed", used=None) -> Tensor:
+def oracle(
+    name: str, ids: Tensor, plan: DynaPlan, pads=None, splits=None, prefill="compressed", used=None
+) -> Tensor:
     """One forward of the whole sequence with dense, masked attention."""
     model, pads, splits = pico.build(name), pads or [0] * len(ids), splits or [ids.shape[1]]
     mask, positions = padding(pads, ids.shape[1])
@@ -97,9 +116,21 @@ def oracle(name: str, ids: Tensor, plan: DynaPlan, pads=None, splits=None, prefi
     def attention(module, q, k, v, attention_mask, *, scaling=None, softcap=None, **kwargs):
         if module.layer_idx not in plan.factors:
             return dense._plain(module, q, k, v, attention_mask, scaling=scaling, softcap=softcap)
-        turn = dense.rotations(model, module.layer_idx, positions, HEAD_DIM) if plan.layout == "pre_rope" else None
+        turn = (
+            dense.rotations(model, module.layer_idx, positions, HEAD_DIM)
+            if plan.layout == "pre_rope"
+            else None
+        )
         near_k, near_v = rebuilt(k, v, plan, module.layer_idx, turn, used if used is not None else [])
-        return dense._attend(q, (k, near_k), (v, near_v), exact, dense._allowed(pads, ids.shape[1]), scaling=scaling, softcap=softcap)
+        return dense._attend(
+            q,
+            (k, near_k),
+            (v, near_v),
+            exact,
+            dense._allowed(pads, ids.shape[1]),
+            scaling=scaling,
+            softcap=softcap,
+        )
 
     AttentionInterface.register("dense-levels", attention)
     AttentionMaskInterface.register("dense-levels", sdpa_mask)
@@ -116,10 +147,15 @@ def test_a_gate_takes_a_huge_coordinate_for_a_large_one():
     gate, draw = random_gate(heads=2, seed=0), torch.Generator().manual_seed(0)
     keys, values = (20 * torch.randn(2, 2, 40, HEAD_DIM, generator=draw) for _ in range(2))
     found = gate(keys, values).argmax(-1).flatten().tolist()
-    assert found == [level_of(gate, keys[i, :, m], values[i, :, m]) for i, m in itertools.product(range(2), range(40))]
+    assert found == [
+        level_of(gate, keys[i, :, m], values[i, :, m]) for i, m in itertools.product(range(2), range(40))
+    ]
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-mha", "llama-mqa", "gemma2", "gemma3_text", "qwen3", "phi3-partial", "llama-yarn"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "llama-mha", "llama-mqa", "gemma2", "gemma3_text", "qwen3", "phi3-partial", "llama-yarn"],
+)
 def test_the_cache_is_dense_attention_over_rebuilt_tokens(name, layout):
     plan, ids, used = make_plan(name, layout), prompt(LENGTH), []
     expected = oracle(name, ids, plan, splits=[18, *[1] * 6], used=used)
@@ -149,19 +185,26 @@ def test_bases_shared_by_heads(layout):
 def test_with_every_gate_at_the_top_logits_are_stock(name, layout):
     plan, ids = make_plan(name, layout, level=0), prompt(40)
     found = feed(attached(name), ids, dyna_cache(attached(name), plan), [0, 7], [25, 1, 14])
-    assert torch.allclose(pico.real(found, [0, 7]), pico.real(feed(stock(name), ids, pads=[0, 7]), [0, 7]), atol=5e-5)
+    assert torch.allclose(
+        pico.real(found, [0, 7]), pico.real(feed(stock(name), ids, pads=[0, 7]), [0, 7]), atol=5e-5
+    )
 
 
 @pytest.mark.parametrize("level", [1, 3])
 def test_with_every_gate_at_one_level_it_is_a_plan_of_that_rank(level, layout):
     model, ids, plan = attached("llama"), prompt(LENGTH), make_plan("llama", layout, level)
     same = pico.lowrank(model, {i: cut(f, LEVELS[level]) for i, f in plan.factors.items()}, layout)
-    assert close(feed(model, ids, dyna_cache(model, plan), splits=[20, 1, 3]), feed(model, ids, same, splits=[20, 1, 3]))
+    assert close(
+        feed(model, ids, dyna_cache(model, plan), splits=[20, 1, 3]),
+        feed(model, ids, same, splits=[20, 1, 3]),
+    )
 
 
 def test_chunked_prefill_is_the_whole_prompt_at_once(layout):
     model, ids, plan = attached("llama"), prompt(LENGTH), make_plan("llama", layout)
-    whole, parts = (feed(model, ids, dyna_cache(model, plan), [0, 4], splits) for splits in (None, [3, 1, 13, 7]))
+    whole, parts = (
+        feed(model, ids, dyna_cache(model, plan), [0, 4], splits) for splits in (None, [3, 1, 13, 7])
+    )
     assert close(whole, parts, [0, 4])
 
 
@@ -174,7 +217,10 @@ def test_generation_over_two_turns_goes_on_where_it_stopped(layout):
     assert torch.equal(first, expected)
     assert past.get_seq_length() == LENGTH + 5
     more = torch.cat([both, prompt(4, seed=3)], 1)
-    assert close(feed(model, more[:, LENGTH + 5 :], past, [0, 5])[:, 1:], oracle("llama", more, plan, [0, 5])[:, LENGTH + 6 :])
+    assert close(
+        feed(model, more[:, LENGTH + 5 :], past, [0, 5])[:, 1:],
+        oracle("llama", more, plan, [0, 5])[:, LENGTH + 6 :],
+    )
 
 
 def test_two_live_caches_do_not_know_of_each_other(layout):
@@ -191,14 +237,18 @@ def test_two_live_caches_do_not_know_of_each_other(layout):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("level", [None, 1])
 def test_half_precision(dtype, level, layout):
-    """At levels of its own choice it works; at one level, where rounding decides nothing, it gives the numbers of full precision."""
+    """At levels of its own choice it works; at one level, where rounding decides nothing, it gives the
+    numbers of full precision.
+    """
     model, ids = lowkey.attach(pico.build("llama").to(dtype)), prompt(LENGTH)
     plan = make_plan("llama", layout, level)
     past = dyna_cache(model, replace(plan, provenance={"model_sha256": model_fingerprint(model)}))
     found = feed(model, ids, past, splits=[20, 1, 3])
     assert found.dtype == dtype and past.nbytes() == past.predicted_nbytes() and bool(found.isfinite().all())
     expected = feed(attached("llama"), ids, dyna_cache(attached("llama"), plan), splits=[20, 1, 3])
-    assert level is None or torch.nn.functional.cosine_similarity(found.float(), expected, dim=-1).min() > 0.99
+    assert (
+        level is None or torch.nn.functional.cosine_similarity(found.float(), expected, dim=-1).min() > 0.99
+    )
 
 
 # -- bytes
@@ -206,7 +256,9 @@ def test_half_precision(dtype, level, layout):
 
 @pytest.mark.parametrize("pads", [[0, 0], [3, 10]])
 def test_bytes_are_a_function_of_the_counts(pads, layout):
-    """Levels of all real tokens, counted by the definition; and what is held is what is predicted, at every step."""
+    """Levels of all real tokens, counted by the definition; and what is held is what is predicted, at every
+    step.
+    """
     model, ids, plan = attached("llama"), prompt(LENGTH), make_plan("llama", layout)
     past, heads, before = dyna_cache(model, plan), 4, 0
     for size in (10, 1, 1, 9, 3):
@@ -218,8 +270,15 @@ def test_bytes_are_a_function_of_the_counts(pads, layout):
         assert past.nbytes() == past.predicted_nbytes()
     real = sum(LENGTH - p for p in pads)
     for layer in past.layers:
-        assert isinstance(layer, BucketedLayer) and sum(layer.counts) == real and all(isinstance(n, int) for n in layer.counts)
-        kept = sum(n * (2 * heads * r * 4 + (4 if layout == "pre_rope" else 0)) for n, r in zip(layer.counts, LEVELS, strict=True))
+        assert (
+            isinstance(layer, BucketedLayer)
+            and sum(layer.counts) == real
+            and all(isinstance(n, int) for n in layer.counts)
+        )
+        kept = sum(
+            n * (2 * heads * r * 4 + (4 if layout == "pre_rope" else 0))
+            for n, r in zip(layer.counts, LEVELS, strict=True)
+        )
         index = 8 * (len(LEVELS) * (2 + 1) + 2 * 2)  # starts, offset and first
         assert layer.nbytes() == kept + index
     used = []
@@ -227,7 +286,9 @@ def test_bytes_are_a_function_of_the_counts(pads, layout):
     per_layer = [used[i * 2 * LENGTH : (i + 1) * 2 * LENGTH] for i in range(3)]
     padded = {(row * LENGTH + m) for row, p in enumerate(pads) for m in range(p)}
     for layer, levels in zip(past.layers, per_layer, strict=True):
-        assert layer.counts == [sum(x == i for j, x in enumerate(levels) if j not in padded) for i in range(len(LEVELS))]
+        assert layer.counts == [
+            sum(x == i for j, x in enumerate(levels) if j not in padded) for i in range(len(LEVELS))
+        ]
 
 
 def test_fewer_bytes_than_stock_and_none_when_new(layout):
@@ -279,14 +340,19 @@ def test_what_cannot_be_done_is_refused(layout):
     with pytest.raises(LowkeyError, match="attach"):
         dyna_cache(pico.build("llama"), make_plan("llama", layout))
     with pytest.raises(LowkeyError, match="made for model"):
-        dyna_cache(lowkey.attach(pico.build("llama", rms_norm_eps=1e-5, hidden_size=32)), make_plan("llama", layout))
+        dyna_cache(
+            lowkey.attach(pico.build("llama", rms_norm_eps=1e-5, hidden_size=32)), make_plan("llama", layout)
+        )
 
 
 # -- rows of different length
 
 
 @settings(max_examples=40, deadline=None)
-@given(lengths=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=5), heads=st.integers(1, 3))
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=5),
+    heads=st.integers(1, 3),
+)
 def test_joining_rows(lengths, heads):
     """Against lists of lists: sequences, in each its heads, in each its tokens."""
     name = itertools.count()
@@ -305,12 +371,18 @@ def test_joining_rows(lengths, heads):
     assert torch.equal(found.keys, found.values) and found.where.tolist() == [t for row in both for t in row]
     assert found.starts.tolist() == [0, *itertools.accumulate(len(row) for row in both)]
     assert found.positions(heads).tolist() == [t for row in both for _ in range(heads) for t in row]
-    assert found.rows(heads).tolist() == [0, *itertools.accumulate(len(row) for row in both for _ in range(heads))]
+    assert found.rows(heads).tolist() == [
+        0,
+        *itertools.accumulate(len(row) for row in both for _ in range(heads)),
+    ]
 
 
 def test_joining_nothing():
     empty = torch.zeros(0, 3)
-    assert joined(empty, torch.zeros(3, dtype=torch.long), empty, torch.zeros(3, dtype=torch.long)).shape == (0, 3)
+    assert joined(empty, torch.zeros(3, dtype=torch.long), empty, torch.zeros(3, dtype=torch.long)).shape == (
+        0,
+        3,
+    )
 
 
 # -- training
@@ -331,12 +403,21 @@ def trained(layout: str, options: GateTraining = SHORT, name: str = "llama"):
 
 
 def measured(plan: DynaPlan, ids: Tensor, name: str = "llama") -> tuple[float, float]:
-    """(KL(original || cache) per token, the mean share of coordinates held) by a real cache, all levels counted."""
+    """(KL(original || cache) per token, the mean share of coordinates held) by a real cache, all levels
+    counted.
+    """
     model = attached(name)
     past = dyna_cache(model, plan)
     ours, theirs = feed(model, ids, past).softmax(-1), feed(stock(name), ids).softmax(-1)
-    held = [n * r for layer in past.layers if isinstance(layer, BucketedLayer) for n, r in zip(layer.counts, LEVELS, strict=True)]
-    return float((theirs * (theirs / ours).log()).sum(-1).mean()), sum(held) / (len(plan.gates) * ids.numel() * HEAD_DIM)
+    held = [
+        n * r
+        for layer in past.layers
+        if isinstance(layer, BucketedLayer)
+        for n, r in zip(layer.counts, LEVELS, strict=True)
+    ]
+    return float((theirs * (theirs / ours).log()).sum(-1).mean()), sum(held) / (
+        len(plan.gates) * ids.numel() * HEAD_DIM
+    )
 
 
 def plan_of(gates: dynakv.Gates, layout: str, name: str = "llama") -> DynaPlan:
@@ -396,7 +477,10 @@ def test_training_that_goes_astray_ends_at_its_start():
 
 def test_training_twice_gives_the_same_gates():
     first, again = (
-        train_gate(attached("llama"), found_bases("post_rope"), CYCLE, HELD, "post_rope", replace(SHORT, steps=6)) for _ in "ab"
+        train_gate(
+            attached("llama"), found_bases("post_rope"), CYCLE, HELD, "post_rope", replace(SHORT, steps=6)
+        )
+        for _ in "ab"
     )
     for i, gate in first.gates.items():
         assert all(torch.equal(t, getattr(again.gates[i], name)) for name, t in vars(gate).items())
@@ -434,7 +518,9 @@ def test_interrupted_training_goes_on_to_the_same_gates(tmp_path, last):
 def test_a_work_folder_of_another_job_is_emptied(tmp_path):
     def made(target):
         training = GateTraining(target=target, steps=2, hidden=8)
-        return dyna_plan(attached("llama"), pico.tokenizer(), TEXT, sample=Sample(8, 24), training=training, work=tmp_path)
+        return dyna_plan(
+            attached("llama"), pico.tokenizer(), TEXT, sample=Sample(8, 24), training=training, work=tmp_path
+        )
 
     made(0.4)
     before = list(tmp_path.glob(f"*/{dynakv.UNFINISHED}.safetensors"))
@@ -459,7 +545,9 @@ def test_a_relaxed_choice_is_a_mixture_of_what_the_levels_rebuild(layout):
     outs: dict[object, list[Tensor]] = {}
 
     def run(key, choose):
-        training = dynakv._Training(attached("llama"), {0: maps[0]}, layout, LEVELS, SHORT, CYCLE, HELD, trained(layout).gates)
+        training = dynakv._Training(
+            attached("llama"), {0: maps[0]}, layout, LEVELS, SHORT, CYCLE, HELD, trained(layout).gates
+        )
         plain = dynakv.Looked.update
 
         def recording(self, keys, values):
@@ -472,15 +560,21 @@ def test_a_relaxed_choice_is_a_mixture_of_what_the_levels_rebuild(layout):
 
     mixed = run("mixed", lambda numbers: weights.expand_as(numbers))
     shares = [run(i, lambda numbers, i=i: torch.eye(4)[i].expand_as(numbers)) for i in range(4)]
-    assert shares == [r / HEAD_DIM for r in LEVELS] and mixed == pytest.approx(float(weights @ torch.tensor(shares)))
+    assert shares == [r / HEAD_DIM for r in LEVELS] and mixed == pytest.approx(
+        float(weights @ torch.tensor(shares))
+    )
     for side in range(2):
-        assert torch.allclose(outs["mixed"][side], sum(w * outs[i][side] for i, w in enumerate(weights)), atol=1e-5)
+        assert torch.allclose(
+            outs["mixed"][side], sum(w * outs[i][side] for i, w in enumerate(weights)), atol=1e-5
+        )
 
 
 def test_held_out_windows_are_never_trained_on(monkeypatch):
     seen = []
     inside = dynakv._Training.loss
-    monkeypatch.setattr(dynakv._Training, "loss", lambda self, ids, *rest: seen.append(ids) or inside(self, ids, *rest))
+    monkeypatch.setattr(
+        dynakv._Training, "loss", lambda self, ids, *rest: seen.append(ids) or inside(self, ids, *rest)
+    )
     train_gate(attached("llama"), found_bases("post_rope"), CYCLE, HELD, "post_rope", replace(SHORT, steps=3))
     training = {tuple(r.tolist()) for r in CYCLE[:-HELD]}
     assert len(seen) == 3 and all(tuple(r.tolist()) in training for ids in seen for r in ids)
@@ -506,7 +600,9 @@ def test_options_out_of_range_are_refused(options):
 
 def test_a_target_below_the_least_level_is_refused():
     with pytest.raises(LowkeyError, match=r"0\.125 or more"):
-        train_gate(attached("llama"), found_bases("post_rope"), CYCLE, HELD, "post_rope", GateTraining(target=0.1))
+        train_gate(
+            attached("llama"), found_bases("post_rope"), CYCLE, HELD, "post_rope", GateTraining(target=0.1)
+        )
 
 
 # -- the plan
@@ -516,7 +612,9 @@ TEXT = "the cat sat on the mat. " * 40
 
 def small_plan(layout="post_rope") -> DynaPlan:
     training = GateTraining(target=0.4, steps=2, hidden=8)
-    return dyna_plan(attached("llama"), pico.tokenizer(), TEXT, layout=layout, sample=Sample(8, 24), training=training)
+    return dyna_plan(
+        attached("llama"), pico.tokenizer(), TEXT, layout=layout, sample=Sample(8, 24), training=training
+    )
 
 
 def test_a_plan_is_made_saved_and_loaded(tmp_path, layout):

@@ -1,4 +1,6 @@
-"""A budget of bytes is a bound: what a cache holds after a prompt and after every eviction, indices and sliding layers included."""
+"""A budget of bytes is a bound: what a cache holds after a prompt and after every eviction, indices and
+sliding layers included.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,11 @@ def counted(cache):
     known, todo, storages = set(), list(cache.layers), {}
     while todo:
         thing = todo.pop()
-        if id(thing) in known or isinstance(thing, (type, torch.nn.Module)) or type(thing).__module__.startswith("transformers"):
+        if (
+            id(thing) in known
+            or isinstance(thing, (type, torch.nn.Module))
+            or type(thing).__module__.startswith("transformers")
+        ):
             continue
         known.add(id(thing))
         if isinstance(thing, torch.Tensor):
@@ -54,7 +60,9 @@ def read(model, cache, ids, pads):
     seen = 0
     for size in (ids.shape[1] - 40, 25, 15):
         new, seen = slice(seen, seen + size), seen + size
-        model(ids[:, new], attention_mask=mask[:, :seen], position_ids=positions[:, new], past_key_values=cache)
+        model(
+            ids[:, new], attention_mask=mask[:, :seen], position_ids=positions[:, new], past_key_values=cache
+        )
         yield counted(cache), int(mask[:, :seen].sum())
 
 
@@ -98,7 +106,10 @@ def test_it_holds_on_a_plan_in_half_precision():
     model = lowkey.attach(pico.build("llama").bfloat16())
     plan, ids = pico.plan(model, 6, 9), prompt(120, 1)
     cache = make_cache(model, plan, policy("ada-kv", "20 KiB"))
-    assert all(held == cache.nbytes() <= 20 * 1024 for held, _ in read(model, cache, ids, [0])) and cache.nbytes() > 19 * 1024
+    assert (
+        all(held == cache.nbytes() <= 20 * 1024 for held, _ in read(model, cache, ids, [0]))
+        and cache.nbytes() > 19 * 1024
+    )
 
 
 def test_it_holds_again_after_every_eviction_of_decoding():
@@ -140,7 +151,11 @@ def test_a_question_asked_again_is_within_a_budget_of_tokens(name, question):
 
 @pytest.mark.parametrize("question", [1, 12])
 @pytest.mark.parametrize(
-    ("name", "model"), [*itertools.product(["snapkv", "ada-kv", "kvzip", "think"], ["llama", "gemma3_text"]), ("razor", "llama")]
+    ("name", "model"),
+    [
+        *itertools.product(["snapkv", "ada-kv", "kvzip", "think"], ["llama", "gemma3_text"]),
+        ("razor", "llama"),
+    ],
 )
 def test_and_within_a_budget_of_bytes(name, model, question):
     """Also where a single token begins a tail with room for more, and where layers slide."""
@@ -181,10 +196,18 @@ def test_too_small_a_budget_is_refused_with_the_smallest_that_works(name, budget
 @pytest.mark.parametrize("allocator", ["greedy", "uniform", "threshold"])
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_a_plans_rate_is_what_one_more_token_adds(name, allocator):
-    """To the layers it compresses, of 1536 B in full, or 1024 beside a sliding layer; the tokens that are kept exact have come before."""
+    """To the layers it compresses, of 1536 B in full, or 1024 beside a sliding layer; the tokens that are
+    kept exact have come before.
+    """
     model, text = attached(name), "".join(chr(97 + i * i % 26) for i in range(700))
     plan = lowkey.calibrate(
-        model, pico.tokenizer(), text, budget="700 B/token", method=PCA(), allocator=ALLOCATORS_OF_RANKS[allocator](), sample=Sample(4, 64)
+        model,
+        pico.tokenizer(),
+        text,
+        budget="700 B/token",
+        method=PCA(),
+        allocator=ALLOCATORS_OF_RANKS[allocator](),
+        sample=Sample(4, 64),
     )
     cache = make_cache(model, plan, exact=Exact(2, 5))
     pico.feed(model, prompt(40, 1), cache)

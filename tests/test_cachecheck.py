@@ -15,7 +15,9 @@ from lowkey.core.types import LowkeyError
 from lowkey.storage.exact import Exact
 
 MADE = {name: KINDS[name] for name in ("snapkv", "razor", "h2o", "every", "stock")} | {
-    "think": lambda m: lowkey.make_cache(m, policy=lowkey.models.catalog.make_policy("think", "40%", {"recent": "4", "looked": "8"})),
+    "think": lambda m: lowkey.make_cache(
+        m, policy=lowkey.models.catalog.make_policy("think", "40%", {"recent": "4", "looked": "8"})
+    ),
     "kivi": lambda m: lowkey.make_cache(m, bits="kivi4", exact=Exact(4, 8)),
 }
 SIZES = (48, 12, 1)  # two prompts, which prune twice, and a step
@@ -164,7 +166,11 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "change", "says"), BROKEN, ids=[f"{i}-{kind}-{says[:25]}" for i, (kind, _, says) in enumerate(BROKEN)])
+@pytest.mark.parametrize(
+    ("kind", "change", "says"),
+    BROKEN,
+    ids=[f"{i}-{kind}-{says[:25]}" for i, (kind, _, says) in enumerate(BROKEN)],
+)
 def test_a_cache_that_breaks_a_rule_is_refused(kept, tmp_path, kind, change, says):
     folder = shutil.copytree(kept / kind, tmp_path / kind)
     if change.__qualname__.startswith("counted"):

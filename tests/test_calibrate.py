@@ -30,7 +30,11 @@ def calibrate(model=None, method=None, **kwargs) -> Plan:
 
 
 def same(a: Plan, b: Plan) -> bool:
-    maps = [(f, g) for i in a.factors for f, g in zip(vars(a.factors[i]).values(), vars(b.factors[i]).values(), strict=True)]
+    maps = [
+        (f, g)
+        for i in a.factors
+        for f, g in zip(vars(a.factors[i]).values(), vars(b.factors[i]).values(), strict=True)
+    ]
     return a.describe() == b.describe() and all(f is g or torch.equal(f, g) for f, g in maps)
 
 
@@ -67,7 +71,8 @@ def test_ranks_are_multiples_of_the_rank_multiple():
 
 
 @pytest.mark.parametrize(
-    ("d", "multiple", "expected"), [(16, 1, [2, 4, 6, 8, 10, 12, 14, 16]), (16, 8, [8, 16]), (16, 5, [5, 10, 15, 16]), (4, 1, [1, 2, 3, 4])]
+    ("d", "multiple", "expected"),
+    [(16, 1, [2, 4, 6, 8, 10, 12, 14, 16]), (16, 8, [8, 16]), (16, 5, [5, 10, 15, 16]), (4, 1, [1, 2, 3, 4])],
 )
 def test_candidate_ranks(d, multiple, expected):
     assert grid(8, multiples(d, multiple)) == expected
@@ -102,7 +107,9 @@ def test_a_plan_that_is_not_orthonormal_is_loaded_as_it_was(tmp_path):
 
 
 def test_a_seed_gives_the_same_plan():
-    """StiefAttention's grid begins at half the head dim, which with a window of exact tokens is more than half the bytes."""
+    """StiefAttention's grid begins at half the head dim, which with a window of exact tokens is more than
+    half the bytes.
+    """
     one, other = (calibrate(method=StiefAttention("free", epochs=1), budget="60%") for _ in range(2))
     assert same(one, other)
 
@@ -115,7 +122,11 @@ def test_another_seed_is_another_sample():
 def test_every_layer_is_fitted_with_the_seed_of_the_sample(monkeypatch):
     told, fit = [], PCA.fit
     monkeypatch.setattr(
-        PCA, "fit", lambda self, statistics, probe, ranks, seed: told.append(seed) or fit(self, statistics, probe, ranks, seed)
+        PCA,
+        "fit",
+        lambda self, statistics, probe, ranks, seed: (
+            told.append(seed) or fit(self, statistics, probe, ranks, seed)
+        ),
     )
     calibrate(sample=Sample(8, 24, seed=5))
     assert told == [5] * pico.LAYERS
@@ -160,7 +171,11 @@ def test_a_quarter_of_the_windows_only_judges(monkeypatch):
     """Neither the statistics nor the fitting windows contain them."""
     told, fit = [], PCA.fit
     monkeypatch.setattr(
-        PCA, "fit", lambda self, statistics, probe, *rest: told.append((statistics, probe)) or fit(self, statistics, probe, *rest)
+        PCA,
+        "fit",
+        lambda self, statistics, probe, *rest: (
+            told.append((statistics, probe)) or fit(self, statistics, probe, *rest)
+        ),
     )
     calibrate()
     for statistics, probe in told:
@@ -186,11 +201,17 @@ def stop_after(layers):
     return progress
 
 
-@pytest.mark.parametrize("method", [PCA(), StiefAttention("free", epochs=1), StiefAttention("mlp", epochs=1)], ids=["pca", "free", "mlp"])
+@pytest.mark.parametrize(
+    "method",
+    [PCA(), StiefAttention("free", epochs=1), StiefAttention("mlp", epochs=1)],
+    ids=["pca", "free", "mlp"],
+)
 def test_a_stopped_calibration_resumes_to_the_same_plan(tmp_path, method):
     with pytest.raises(StoppedError):
         calibrate(method=method, work=tmp_path, progress=stop_after(2), rank_multiple=8, budget="60%")
-    resumed, straight = (calibrate(method=method, work=w, rank_multiple=8, budget="60%") for w in (tmp_path, None))
+    resumed, straight = (
+        calibrate(method=method, work=w, rank_multiple=8, budget="60%") for w in (tmp_path, None)
+    )
     assert same(resumed, straight)
 
 
@@ -204,7 +225,14 @@ def test_a_resumed_calibration_fits_no_layer_twice(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "other", [{"method": EigenAttention()}, {"layout": "pre_rope"}, {"rank_multiple": 4}, {"sample": Sample(8, 24, 1, 4)}], ids=str
+    "other",
+    [
+        {"method": EigenAttention()},
+        {"layout": "pre_rope"},
+        {"rank_multiple": 4},
+        {"sample": Sample(8, 24, 1, 4)},
+    ],
+    ids=str,
 )
 def test_a_work_folder_of_another_job_is_not_reused(tmp_path, other):
     calibrate(work=tmp_path)

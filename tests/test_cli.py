@@ -41,9 +41,32 @@ STIEF = ("--method", "stiefattention")
 BARE = ("--sinks", 0, "--recent", 0)
 SCORE = ("--windows", 2, "--context", 192, "--cases", 1)
 EVERYTHING = ("--task", "perplexity,layers,recall,speed")
-ALL = ("compress", "dynamic", "eval", "generate", "profile", "methods", "policies", "heads", "inspect", "report")
+ALL = (
+    "compress",
+    "dynamic",
+    "eval",
+    "generate",
+    "profile",
+    "methods",
+    "policies",
+    "heads",
+    "inspect",
+    "report",
+)
 ROW = (
-    *("name", "method", "plan", "policy", "budget", "task", "perplexity", "kl", "top1_agreement", "layer_error", "exact_match"),
+    *(
+        "name",
+        "method",
+        "plan",
+        "policy",
+        "budget",
+        "task",
+        "perplexity",
+        "kl",
+        "top1_agreement",
+        "layer_error",
+        "exact_match",
+    ),
     *("bytes_per_token", "bytes_held", "bytes_predicted", "bytes_full", "prefill_ms", "step_ms"),
 )
 
@@ -78,7 +101,9 @@ def refused(*words: object, status: int = 2) -> str:
     """The one line on stderr; nothing is printed on stdout."""
     ran = lowkey(*words)
     assert (ran.status, ran.out) == (status, "")
-    assert ran.err.startswith("lowkey: ") and ran.err.endswith("\n") and len(ran.err.splitlines()) == 1, ran.err
+    assert ran.err.startswith("lowkey: ") and ran.err.endswith("\n") and len(ran.err.splitlines()) == 1, (
+        ran.err
+    )
     return ran.err
 
 
@@ -136,7 +161,10 @@ def here(tmp_path, monkeypatch):
     "words, says",
     [
         (["--method", "stiefatention"], ["method 'stiefatention'", "did you mean 'stiefattention'?"]),
-        (["--method", "zzz"], ["method 'zzz'", "pca, eigenattention, stiefattention", "package.module:Class"]),
+        (
+            ["--method", "zzz"],
+            ["method 'zzz'", "pca, eigenattention, stiefattention", "package.module:Class"],
+        ),
         (["--method", "no.such.module:Class"], ["method 'no.such.module:Class'", "package.module:Class"]),
         (["--method", "json:Class"], ["method 'json:Class'", "package.module:Class"]),
         (["--method", ":Class"], ["method ':Class'", "package.module:Class"]),
@@ -233,7 +261,9 @@ def test_bad_arguments_of_generate(model, here, words, says):
 
 
 def test_a_policy_together_with_bits_is_refused(model):
-    assert "one of them" in refused("generate", model, "--prompt", "a", "--policy", "snapkv", "--budget", "50%", "--bits", 8)
+    assert "one of them" in refused(
+        "generate", model, "--prompt", "a", "--policy", "snapkv", "--budget", "50%", "--bits", 8
+    )
 
 
 @pytest.mark.parametrize("words", [["compres"], ["compress"], ["methods", "--jsn"], ["inspect"]], ids=str)
@@ -243,7 +273,12 @@ def test_a_command_line_that_does_not_parse(words):
 
 def test_arguments_are_judged_before_the_model_is_loaded(here, monkeypatch):
     monkeypatch.setattr(common, "load", lambda *_: pytest.fail("loaded"))
-    for words in (["--layout", "rope"], ["--budget", "150%"], ["--method", "zzz"], ["--calibration", "none.txt"]):
+    for words in (
+        ["--layout", "rope"],
+        ["--budget", "150%"],
+        ["--method", "zzz"],
+        ["--calibration", "none.txt"],
+    ):
         refused("compress", "tiny", "out", *words)
 
 
@@ -268,7 +303,9 @@ TEXTS: dict[str, tuple[bytes | None, str]] = {
 }
 
 
-@pytest.mark.parametrize("command", [("compress", "out", "--calibration"), ("eval", "--data")], ids=lambda c: c[0])
+@pytest.mark.parametrize(
+    "command", [("compress", "out", "--calibration"), ("eval", "--data")], ids=lambda c: c[0]
+)
 @pytest.mark.parametrize("kind", TEXTS)
 def test_bad_text(model, here, command, kind):
     content, says = TEXTS[kind]
@@ -281,7 +318,9 @@ def test_bad_text(model, here, command, kind):
     assert tree(here) == before
 
 
-@pytest.mark.parametrize("command", [("compress", "out", "--calibration"), ("eval", "--data")], ids=lambda c: c[0])
+@pytest.mark.parametrize(
+    "command", [("compress", "out", "--calibration"), ("eval", "--data")], ids=lambda c: c[0]
+)
 def test_a_folder_is_no_text(model, here, command):
     assert "is a folder" in refused(command[0], model, *command[1:], here)
 
@@ -336,7 +375,10 @@ def lose_a_weight(path: Path) -> None:
         ("config.json", lambda p: p.write_text("{}")),
         ("config.json", lambda p: p.write_bytes(bytes(range(256)))),
         ("config.json", lambda p: p.write_text('{"model_type": "mystery"}')),
-        ("config.json", lambda p: p.write_text(p.read_text().replace('"hidden_size": 64', '"hidden_size": 128'))),
+        (
+            "config.json",
+            lambda p: p.write_text(p.read_text().replace('"hidden_size": 64', '"hidden_size": 128')),
+        ),
         ("model.safetensors", truncate),
         ("model.safetensors", lambda p: p.write_bytes(b"")),
         ("model.safetensors", lambda p: p.unlink()),
@@ -354,7 +396,9 @@ def test_a_damaged_model(model, here, file, damage):
 
 def test_a_model_that_brings_code_is_neither_run_nor_asked_about(model, here, monkeypatch):
     folder = Path(shutil.copytree(model, here / "model"))
-    (folder / "config.json").write_text('{"model_type": "mystery", "auto_map": {"AutoConfig": "evil.Config"}}')
+    (folder / "config.json").write_text(
+        '{"model_type": "mystery", "auto_map": {"AutoConfig": "evil.Config"}}'
+    )
     (folder / "evil.py").write_text(f"open({str(here / 'ran')!r}, 'w')")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     assert f"model {str(folder)!r}" in refused("compress", folder, "out", *SMALL)
@@ -369,7 +413,9 @@ def change(plan: Path, **fields: object) -> None:
 
 
 def fill_with_nan(plan: Path) -> None:
-    forging.edit_tensors(plan / TENSORS, lambda tensors: [t.fill_(torch.nan) for t in tensors.values()], plan / JSON)
+    forging.edit_tensors(
+        plan / TENSORS, lambda tensors: [t.fill_(torch.nan) for t in tensors.values()], plan / JSON
+    )
 
 
 BAD_PLANS: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -393,7 +439,11 @@ def test_a_bad_plan(model, here, plan, command, kind):
     damage, says = BAD_PLANS[kind]
     damage(plan)
     before = tree(here)
-    words = {"inspect": [plan], "eval": [model, "--plan", plan], "generate": [model, "--prompt", "a", "--plan", plan]}[command]
+    words = {
+        "inspect": [plan],
+        "eval": [model, "--plan", plan],
+        "generate": [model, "--prompt", "a", "--plan", plan],
+    }[command]
     line = refused(command, *words)
     assert str(plan) in line and says in line
     assert tree(here) == before
@@ -437,7 +487,12 @@ def test_force_replaces_a_folder(model, here):
     assert "--force" in refused("compress", model, "out", *SMALL, "--seed", 1)
     assert tree(here / "out") == before
     done("compress", model, "out", *SMALL, "--force", "--seed", 1)
-    assert {p.name for p in (here / "out").iterdir()} == {JSON, TENSORS, "README.md", files.MANIFEST} and tree(here / "out") != before
+    assert {p.name for p in (here / "out").iterdir()} == {
+        JSON,
+        TENSORS,
+        "README.md",
+        files.MANIFEST,
+    } and tree(here / "out") != before
     assert {p.name for p in here.iterdir()} == {"out", "notes.txt"}
 
 
@@ -464,7 +519,9 @@ def full_disk(*args: object, **kwargs: object) -> None:
 def fail_at(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """The write of the file of this name finds the disk full."""
     write = Path.write_text
-    monkeypatch.setattr(Path, "write_text", lambda self, *a, **k: full_disk() if name in self.name else write(self, *a, **k))
+    monkeypatch.setattr(
+        Path, "write_text", lambda self, *a, **k: full_disk() if name in self.name else write(self, *a, **k)
+    )
 
 
 @pytest.mark.parametrize("at", [JSON, "README.md", "job.json"])
@@ -487,7 +544,9 @@ def test_the_old_plan_comes_back_when_the_new_one_cannot_take_its_place(model, p
     """Where names cannot be exchanged in one step."""
     before, rename = tree(plan), os.rename
     monkeypatch.setattr("lowkey.core.files.swapping.exchange", lambda a, b: False)
-    monkeypatch.setattr(os, "rename", lambda a, b: full_disk() if Path(a).name == "new" and b == plan else rename(a, b))
+    monkeypatch.setattr(
+        os, "rename", lambda a, b: full_disk() if Path(a).name == "new" and b == plan else rename(a, b)
+    )
     assert "No space left" in refused("compress", model, plan, *SMALL, "--force")
     assert tree(plan) == before
 
@@ -496,10 +555,13 @@ def test_a_full_disk_leaves_no_result(model, here, monkeypatch):
     before = tree(here)
     fail_at(monkeypatch, "r.json")
     assert "No space left" in refused("eval", model, "--task", "speed", *SCORE, "--out", "r.json")
-    assert {name: held for name, held in tree(here).items() if not str(name).startswith("r.json.partial")} == before
+    assert {
+        name: held for name, held in tree(here).items() if not str(name).startswith("r.json.partial")
+    } == before
     monkeypatch.undo()
     monkeypatch.chdir(here)
-    assert done("eval", model, "--task", "speed", *SCORE, "--out", "r.json").status == 0  # goes on with what was measured
+    # goes on with what was measured
+    assert done("eval", model, "--task", "speed", *SCORE, "--out", "r.json").status == 0
     assert {str(name) for name in tree(here)} == {"r.json", *map(str, before)}
 
 
@@ -567,7 +629,18 @@ def test_ctrl_c_keeps_the_old_plan(model, plan):
 
 @pytest.mark.slow
 def test_a_real_ctrl_c(model, here):
-    command = [Path(sys.executable).with_name("lowkey"), "compress", model, "out", "--windows", "8", "--context", "32", "-O", "lr=1e-9"]
+    command = [
+        Path(sys.executable).with_name("lowkey"),
+        "compress",
+        model,
+        "out",
+        "--windows",
+        "8",
+        "--context",
+        "32",
+        "-O",
+        "lr=1e-9",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         while not list((here / "out.partial").glob("*/job.json")):
@@ -586,7 +659,12 @@ def test_a_real_ctrl_c(model, here):
 def test_output_that_cannot_be_written(made):
     """The system tells so only when the buffer is flushed."""
     with open("/dev/full", "w") as full:
-        ran = subprocess.run([Path(sys.executable).with_name("lowkey"), "inspect", made[0]], stdout=full, stderr=subprocess.PIPE, text=True)
+        ran = subprocess.run(
+            [Path(sys.executable).with_name("lowkey"), "inspect", made[0]],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
     assert ran.returncode == 2
     assert "no space left" in ran.stderr and len(ran.stderr.splitlines()) == 1
 
@@ -601,7 +679,11 @@ def test_alone_it_prints_its_help():
 
 def test_a_group_of_commands_alone_prints_its_help():
     ran = lowkey("bench")
-    assert (ran.status, ran.out) == (2, "") and ran.err.splitlines()[0].startswith("Usage: lowkey bench") and "\n  decode " in ran.err
+    assert (
+        (ran.status, ran.out) == (2, "")
+        and ran.err.splitlines()[0].startswith("Usage: lowkey bench")
+        and "\n  decode " in ran.err
+    )
 
 
 def test_help_lists_the_commands():
@@ -655,15 +737,47 @@ def test_an_error_budget(model, here):
 
 
 def test_options_reach_the_method(model, here):
-    words = (*STIEF, "--budget", "60%", "--windows", 8, "--context", 32, "-O", "epochs=1", "-O", "lr=0.5", "-O", "key_bases=per_head")
+    words = (
+        *STIEF,
+        "--budget",
+        "60%",
+        "--windows",
+        8,
+        "--context",
+        32,
+        "-O",
+        "epochs=1",
+        "-O",
+        "lr=0.5",
+        "-O",
+        "key_bases=per_head",
+    )
     parameters = printed("compress", model, "out", *words)["method"]["parameters"]
     assert (parameters["epochs"], parameters["lr"], parameters["key_bases"]) == (1, 0.5, "per_head")
 
 
 def test_the_other_arguments_reach_the_plan(model, here):
-    words = ("--layout", "pre_rope", "--allocator", "uniform", "--sinks", 2, "--recent", 3, "--rank-multiple", 4, "--seed", 7)
+    words = (
+        "--layout",
+        "pre_rope",
+        "--allocator",
+        "uniform",
+        "--sinks",
+        2,
+        "--recent",
+        3,
+        "--rank-multiple",
+        4,
+        "--seed",
+        7,
+    )
     told = printed("compress", model, "out", *SMALL, *words)
-    assert (told["layout"], told["allocator"]["name"], told["sinks"], told["recent"]) == ("pre_rope", "uniform", 2, 3)
+    assert (told["layout"], told["allocator"]["name"], told["sinks"], told["recent"]) == (
+        "pre_rope",
+        "uniform",
+        2,
+        3,
+    )
     assert told["provenance"]["seed"] == 7
     assert {r % 4 for pair in told["ranks"].values() for r in pair} == {0}
 
@@ -755,10 +869,16 @@ def test_everything_that_was_asked_for_is_measured(scored):
 def test_without_a_task_perplexity_and_bytes_are_measured(model, here):
     for row in printed("eval", model, *SCORE, "--out", "r.json")["rows"]:
         assert row["task"] == "perplexity" and row["bytes_held"] and row["kl"] is not None
-        assert {row[key] for key in ("layer_error", "exact_match", "perplexity_decode", "prefill_ms", "step_ms")} == {None}
+        assert {
+            row[key] for key in ("layer_error", "exact_match", "perplexity_decode", "prefill_ms", "step_ms")
+        } == {None}
 
 
-@pytest.mark.parametrize("words", [["--task", "layers"], ["--task", "layers,speed"], ["--task", "layers", "--task", "speed"]], ids=str)
+@pytest.mark.parametrize(
+    "words",
+    [["--task", "layers"], ["--task", "layers,speed"], ["--task", "layers", "--task", "speed"]],
+    ids=str,
+)
 def test_what_nobody_asked_for_is_null(model, here, words):
     for row in printed("eval", model, *SCORE, *words, "--out", "r.json")["rows"]:
         assert row["layer_error"] is not None and row["bytes_held"] is not None
@@ -775,10 +895,20 @@ def test_plans_of_the_same_name_keep_rows_of_their_own(model, made, here):
     done("compress", model, "wide", *SMALL, "--ranks", "2,16")
     words = ("--plan", made[0], "--plan", "wide", "--bits", 8, "--task", "layers", "--out", "r.json")
     rows = printed("eval", model, *SCORE, *words)["rows"]
-    assert [row["name"] for row in rows] == ["full", "pca 50% pca", "pca 50% wide", "pca 50% int8 pca", "pca 50% int8 wide", "int8"]
+    assert [row["name"] for row in rows] == [
+        "full",
+        "pca 50% pca",
+        "pca 50% wide",
+        "pca 50% int8 pca",
+        "pca 50% int8 wide",
+        "int8",
+    ]
     assert [row["plan"] for row in rows] == [None, *[str(made[0]), "wide"] * 2, None]
     assert rows[1]["layer_error"] != rows[2]["layer_error"]
-    assert rows[3]["bytes_held"] < rows[1]["bytes_held"] and (rows[3]["bits"], rows[3]["packing"]) == (8, "int8")
+    assert rows[3]["bytes_held"] < rows[1]["bytes_held"] and (rows[3]["bits"], rows[3]["packing"]) == (
+        8,
+        "int8",
+    )
 
 
 def test_without_a_name_the_result_goes_to_results(model, here):
@@ -800,14 +930,18 @@ def test_eval_without_json_prints_a_table(model, made, here):
 
 def test_the_text_and_the_command_are_recorded(model, here):
     (here / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
-    environment = printed("eval", model, *SCORE, "--task", "speed", "--data", "text.txt", "--out", "r.json")["environment"]
+    environment = printed("eval", model, *SCORE, "--task", "speed", "--data", "text.txt", "--out", "r.json")[
+        "environment"
+    ]
     assert environment["data"]["name"] == "text.txt" and environment["data"]["context"] == 192
     assert environment["command"].startswith("lowkey eval") and "--data text.txt" in environment["command"]
     assert (environment["dtype"], environment["device"]) == ("float32", "cpu")
 
 
 def test_another_dtype(model, here):
-    result = printed("eval", model, *SCORE, "--task", "speed", "--bits", 8, "--dtype", "bfloat16", "--out", "r.json")
+    result = printed(
+        "eval", model, *SCORE, "--task", "speed", "--bits", 8, "--dtype", "bfloat16", "--out", "r.json"
+    )
     assert result["environment"]["dtype"] == "bfloat16"
     assert result["rows"][0]["bytes_per_token"] == pico.LAYERS * 2 * 4 * pico.HEAD_DIM * 2
 
@@ -834,12 +968,17 @@ def test_generate_over_packed_integers(model):
     tokens, whole = 16 * 8 + 5 - 1, 2 * 4 * pico.HEAD_DIM * 4
     places = 3 * 8 + 4 * 4  # of a row, and of each of its sinks
     assert told["bytes_full"] == pico.LAYERS * tokens * whole
-    assert told["bytes_held"] == pico.LAYERS * ((tokens - 32) * whole * (16 + 8) / 64 + (4 + 32) * whole + places)
+    assert told["bytes_held"] == pico.LAYERS * (
+        (tokens - 32) * whole * (16 + 8) / 64 + (4 + 32) * whole + places
+    )
 
 
 @pytest.mark.parametrize("bits", ["int4", "kivi4", "hadamard4"])
 def test_generate_over_packed_latents(model, made, bits):
-    whole, packed = (printed("generate", model, "--prompt", "Once upon a time " * 8, "--plan", made[0], *b) for b in ((), ("--bits", bits)))
+    whole, packed = (
+        printed("generate", model, "--prompt", "Once upon a time " * 8, "--plan", made[0], *b)
+        for b in ((), ("--bits", bits))
+    )
     assert packed["bytes_held"] < whole["bytes_held"]
 
 
@@ -876,12 +1015,28 @@ def test_methods_says_what_a_method_starts_from_and_what_an_error_budget_bounds(
     assert {told["methods"]["stiefattention"][name] for name in ("allocator", "layout", "ranks")} == {
         *("weighted-pareto", "pre_rope", "50%,60%,70%,80%,90%")
     }
-    assert "weight" in told["allocators"]["weighted-pareto"]["bounds"] and "tail" in told["allocators"]["tail"]["bounds"]
+    assert (
+        "weight" in told["allocators"]["weighted-pareto"]["bounds"]
+        and "tail" in told["allocators"]["tail"]["bounds"]
+    )
     assert "largest error of a layer" in " ".join(done("methods").out.split())
 
 
 def test_compress_takes_ranks_and_an_error_budget(model, here):
-    words = ("compress", model, "out", *SMALL[2:], "--method", "pca", "--allocator", "uniform", "--error-budget", "0.9", "--ranks", "25%,7")
+    words = (
+        "compress",
+        model,
+        "out",
+        *SMALL[2:],
+        "--method",
+        "pca",
+        "--allocator",
+        "uniform",
+        "--error-budget",
+        "0.9",
+        "--ranks",
+        "25%,7",
+    )
     told = printed(*words)
     assert told["profile"]["ranks"] == [4, 7, 16] and told["budget"] == "error 0.9"
     assert set(told["profile"]["bounded"]) == {"what", "error", "budget", "reached"}
@@ -901,8 +1056,16 @@ def test_profile_writes_the_surface_and_two_plots(here):
 
 
 def test_heads_writes_a_file_and_says_what_it_holds(here):
-    told = printed("heads", "tiny", "-o", "heads.json", "--kind", "er", "--cases", 10, "--context", 200, "--seed", 3)
-    assert (told["heads"], told["kind"], told["task"], told["drawn"], told["seed"]) == ("heads.json", "er", "recall", 10, 3)
+    told = printed(
+        "heads", "tiny", "-o", "heads.json", "--kind", "er", "--cases", 10, "--context", 200, "--seed", 3
+    )
+    assert (told["heads"], told["kind"], told["task"], told["drawn"], told["seed"]) == (
+        "heads.json",
+        "er",
+        "recall",
+        10,
+        3,
+    )
     assert json.loads((here / "heads.json").read_text())["values"] and told["accepted"] >= 10
     ran = done("heads", "tiny", "-o", "other.json", "--task", "facts", "--cases", 10, "--context", 600)
     assert "other.json: 10 of 10 cases right" in ran.out and "KV head" in ran.out
@@ -929,7 +1092,10 @@ def test_heads_replaces_a_file_only_when_told_to(here):
         (("--context", 99999), "context 99999: the model reads 1280 tokens at most"),
         (("--haystack", "notes.txt"), "data: "),
         (("--haystack", "none.txt"), "haystack 'none.txt': no such file"),
-        (("--task", "comparison", "--cases", 10, "--context", 500), "task 'comparison': 0 of 10 cases answered right"),
+        (
+            ("--task", "comparison", "--cases", 10, "--context", 500),
+            "task 'comparison': 0 of 10 cases answered right",
+        ),
     ],
 )
 def test_heads_that_cannot_be_measured_are_refused(here, words, says):
@@ -947,13 +1113,38 @@ def scores(tmp_path_factory):
 
 
 def test_eval_has_a_row_for_each_policy_and_budget(here, scores):
-    words = ("--policy", "ada-kv,headkv-r2", "--budget", "6%,40 tokens", "--heads", scores, "-O", "sinks=1", "-O", "recent=4")
+    words = (
+        "--policy",
+        "ada-kv,headkv-r2",
+        "--budget",
+        "6%,40 tokens",
+        "--heads",
+        scores,
+        "-O",
+        "sinks=1",
+        "-O",
+        "recent=4",
+    )
     told = printed("eval", "tiny", *words, "--task", "recall", "--cases", 6, "--context", 256, "--bits", 4)
     rows = told["rows"]
-    assert [r["name"] for r in rows] == ["full", "ada-kv 6%", "ada-kv 40 tokens", "headkv-r2 6%", "headkv-r2 40 tokens", "int4"]
-    assert set(ROW) <= set(rows[1]) and rows[1]["policy"]["allocator"]["name"] == "ada" and rows[1]["budget"] == "6%"
+    assert [r["name"] for r in rows] == [
+        "full",
+        "ada-kv 6%",
+        "ada-kv 40 tokens",
+        "headkv-r2 6%",
+        "headkv-r2 40 tokens",
+        "int4",
+    ]
+    assert (
+        set(ROW) <= set(rows[1])
+        and rows[1]["policy"]["allocator"]["name"] == "ada"
+        and rows[1]["budget"] == "6%"
+    )
     for row in rows[1:5]:
-        assert row["bytes_held"] == row["bytes_predicted"] < 0.2 * row["bytes_full"] and row["layer_error"] is None
+        assert (
+            row["bytes_held"] == row["bytes_predicted"] < 0.2 * row["bytes_full"]
+            and row["layer_error"] is None
+        )
         tokens = 0.06 * 256 if row["budget"] == "6%" else 40
         assert sum(map(sum, row["kept_per_head"])) == round(24 * tokens)
     assert len({tuple(map(tuple, r["kept_per_head"])) for r in rows[1:5]}) == 4
@@ -985,12 +1176,34 @@ def test_policies_go_on_top_of_a_plan(model, plan, here):
 
 
 def test_generate_over_a_policy_says_what_is_held(here):
-    told = printed("generate", "tiny", "--prompt", "It was a dark night. " * 20, "--policy", "kvzip", "--budget", "30%", "--tokens", 8)
+    told = printed(
+        "generate",
+        "tiny",
+        "--prompt",
+        "It was a dark night. " * 20,
+        "--policy",
+        "kvzip",
+        "--budget",
+        "30%",
+        "--tokens",
+        8,
+    )
     assert told["new_tokens"] == 8 and told["bytes_held"] < 0.5 * told["bytes_full"]
 
 
 def test_fastgen_needs_no_budget(here):
-    told = printed("generate", "tiny", "--prompt", "It was a dark night. " * 10, "--policy", "fastgen", "-O", "recovery=0.5", "--tokens", 2)
+    told = printed(
+        "generate",
+        "tiny",
+        "--prompt",
+        "It was a dark night. " * 10,
+        "--policy",
+        "fastgen",
+        "-O",
+        "recovery=0.5",
+        "--tokens",
+        2,
+    )
     assert 0 < told["bytes_held"] < told["bytes_full"]
 
 
@@ -1011,8 +1224,14 @@ def test_policies_are_listed(here):
         (("--policy", "snapkv", "--budget", "1%"), "do not hold the 4 sinks and 8 recent"),
         (("--policy", "snapkv", "--budget", "150%"), "150%"),
         (("--policy", "snapkv", "--budget", "banana"), "banana"),
-        (("--policy", "headkv-r2", "--budget", "10%"), "lowkey heads MODEL --kind r2 --out r2.json`, then pass --heads r2.json"),
-        (("--policy", "razor", "--budget", "10%"), "--kind induction --out induction.json` and `lowkey heads MODEL --kind echo"),
+        (
+            ("--policy", "headkv-r2", "--budget", "10%"),
+            "lowkey heads MODEL --kind r2 --out r2.json`, then pass --heads r2.json",
+        ),
+        (
+            ("--policy", "razor", "--budget", "10%"),
+            "--kind induction --out induction.json` and `lowkey heads MODEL --kind echo",
+        ),
         (("--policy", "headkv-r2", "--budget", "10%", "--heads", "notes.txt"), "notes.txt"),
         (("--policy", "headkv-r2", "--budget", "10%", "--heads", "none.json"), "none.json"),
         (("--policy", "snapkv", "--budget", "10%", "-O", "windw=3"), "windw"),
@@ -1026,7 +1245,9 @@ def test_a_policy_that_cannot_be_is_refused(here, words, says):
 
 
 def test_another_models_head_scores_are_refused(model, scores, here):
-    assert "made for" in refused("eval", model, "--policy", "headkv-r2", "--budget", "50%", "--heads", scores, "--out", "r.json")
+    assert "made for" in refused(
+        "eval", model, "--policy", "headkv-r2", "--budget", "50%", "--heads", scores, "--out", "r.json"
+    )
 
 
 # -- recover and export
@@ -1056,7 +1277,9 @@ def test_export_refuses_other_plans_and_formats(model, made, halved, here):
 
 
 def test_recover_writes_a_model_and_its_plan(model, halved, here):
-    told = printed("recover", model, halved, "better", "--stages", "distill=1,ce=2", "--length", 16, "--batch", 2)
+    told = printed(
+        "recover", model, halved, "better", "--stages", "distill=1,ce=2", "--length", 16, "--batch", 2
+    )
     written = json.loads((here / "better" / "losses.json").read_text())["losses"]
     assert told["steps"] == 3 and len(written) == 3
     assert [(s["objective"], s["first"], s["last"]) for s in told["stages"]] == [
@@ -1064,18 +1287,41 @@ def test_recover_writes_a_model_and_its_plan(model, halved, here):
         ("ce", written[1]["loss"], written[2]["loss"]),
     ]
     assert told["held_out"].keys() == {"full", "before", "after"}
-    again = printed("generate", "better", "--prompt", "Once upon a time", "--plan", "better/plan", "--tokens", 3)
+    again = printed(
+        "generate", "better", "--prompt", "Once upon a time", "--plan", "better/plan", "--tokens", 3
+    )
     assert again["bytes_held"] < again["bytes_full"]
     assert not list(here.glob("*.partial")), "nothing is left of the work"
 
 
 def test_recover_takes_the_settings_of_kv_latent(model, halved, here):
-    """arXiv:2507.11273: two stages with rates of their own, attention in full, adapters on the feed-forward maps, KL at 10."""
-    words = ("--stages", "distill=1:1e-3,kl=1:2e-5", "--full", "self_attn.*", "--lora", "mlp.*", "--temperature", 10, "--eps", 2e-4)
+    """arXiv:2507.11273: two stages with rates of their own, attention in full, adapters on the feed-forward
+    maps, KL at 10.
+    """
+    words = (
+        "--stages",
+        "distill=1:1e-3,kl=1:2e-5",
+        "--full",
+        "self_attn.*",
+        "--lora",
+        "mlp.*",
+        "--temperature",
+        10,
+        "--eps",
+        2e-4,
+    )
     told = printed("recover", model, halved, "better", *words, "--length", 16, "--batch", 2)
-    about = json.loads((here / "better" / "plan" / "plan.json").read_text())["provenance"]["recovered"]["settings"]
-    assert (about["stages"], about["lrs"], about["temperature"]) == ([["distill", 1], ["kl", 1]], [1e-3, 2e-5], 10)
-    assert (about["full"], about["lora"], about["eps"]) == (["self_attn.*"], ["mlp.*"], 2e-4) and told["exact"] is False
+    about = json.loads((here / "better" / "plan" / "plan.json").read_text())["provenance"]["recovered"][
+        "settings"
+    ]
+    assert (about["stages"], about["lrs"], about["temperature"]) == (
+        [["distill", 1], ["kl", 1]],
+        [1e-3, 2e-5],
+        10,
+    )
+    assert (about["full"], about["lora"], about["eps"]) == (["self_attn.*"], ["mlp.*"], 2e-4) and told[
+        "exact"
+    ] is False
 
 
 @pytest.mark.parametrize(
@@ -1095,7 +1341,20 @@ def test_bad_arguments_of_recover(model, halved, here, words, says):
 
 # -- a rank for every token
 
-LEVELLED = ("--layout", "pre_rope", "--key-bases", "per_head", "--steps", 2, "--windows", 8, "--context", 32, "--seed", 3)
+LEVELLED = (
+    "--layout",
+    "pre_rope",
+    "--key-bases",
+    "per_head",
+    "--steps",
+    2,
+    "--windows",
+    8,
+    "--context",
+    32,
+    "--seed",
+    3,
+)
 
 
 @pytest.fixture(scope="module")
@@ -1108,9 +1367,21 @@ def levelled(model, tmp_path_factory):
 def test_dynamic_prints_the_plan_it_wrote(model, levelled):
     out, told = levelled
     held = DynaPlan.load(out, loading.load(str(model), device="cpu")[0])
-    assert (told["plan"], told["method"], told["budget"], told["layout"]) == (str(out), "dynakv", "40%", "pre_rope")
-    assert (held.training["target"], held.training["steps"], held.training["seed"], held.provenance["seed"]) == (0.4, 2, 3, 3)
-    assert held.provenance["tokens"] == 8 * 32 and held.factors[0].k_down.shape[0] == 4, "a key basis for each head"
+    assert (told["plan"], told["method"], told["budget"], told["layout"]) == (
+        str(out),
+        "dynakv",
+        "40%",
+        "pre_rope",
+    )
+    assert (
+        held.training["target"],
+        held.training["steps"],
+        held.training["seed"],
+        held.provenance["seed"],
+    ) == (0.4, 2, 3, 3)
+    assert held.provenance["tokens"] == 8 * 32 and held.factors[0].k_down.shape[0] == 4, (
+        "a key basis for each head"
+    )
     assert held.share == told["share"] <= 0.4 + 1e-6
     assert told["bytes_per_token"]["bfloat16"] == 3 * (held.share * 2 * 4 * 16 * 2 + 4)
     assert printed("inspect", out) == told
@@ -1123,15 +1394,28 @@ def test_eval_measures_a_dynamic_plan_beside_others(model, made, levelled, here)
     rows = printed("eval", model, "--plan", levelled[0], "--plan", made[0], *words, "--out", "r.json")["rows"]
     assert [r["name"] for r in rows] == ["full", "dynakv 40%", "pca 50%", "int8", "int4"]
     row = rows[1]
-    assert (row["method"], row["plan"], row["budget"], row["layout"]) == ("dynakv", str(levelled[0]), "40%", "pre_rope")
+    assert (row["method"], row["plan"], row["budget"], row["layout"]) == (
+        "dynakv",
+        str(levelled[0]),
+        "40%",
+        "pre_rope",
+    )
     loaded, tokenizer = loading.load(str(model), device="cpu")
     plan = DynaPlan.load(levelled[0], loaded)
     ids = text.windows(text.encode(tokenizer, text.embedded("evaluation")), tokenizer, 192, "data")[:2]
     with torch.no_grad():
         scores = loaded(ids, past_key_values=dyna_cache(loaded, plan)).logits[:, :-1]
         loaded(ids[:1], past_key_values=(past := dyna_cache(loaded, plan)))
-    assert row["perplexity"] == pytest.approx(float(torch.nn.functional.cross_entropy(scores.mT, ids[:, 1:]).exp()), rel=1e-4)
-    assert row["bytes_held"] == row["bytes_predicted"] == past.nbytes() < rows[0]["bytes_held"] == row["bytes_full"]
+    assert row["perplexity"] == pytest.approx(
+        float(torch.nn.functional.cross_entropy(scores.mT, ids[:, 1:]).exp()), rel=1e-4
+    )
+    assert (
+        row["bytes_held"]
+        == row["bytes_predicted"]
+        == past.nbytes()
+        < rows[0]["bytes_held"]
+        == row["bytes_full"]
+    )
     assert row["layer_error"] > 0 and row["exact_match"] is not None
     assert "dynakv 40%" in (done("report", "r.json", "-o", "page.html") and (here / "page.html").read_text())
 
@@ -1193,7 +1477,11 @@ def test_dynamic_replaces_a_folder_only_when_told_to(model, levelled, here):
 def test_what_a_dynamic_plan_cannot_do_is_refused(model, levelled, here, words):
     before = tree(here)
     line = refused(words[0], model, *words[1:], levelled[0], *([] if "--plan" in words else ["out"]))
-    assert f"plan {str(levelled[0])!r}" in line and "only eval and generate" in line and "lowkey compress" in line
+    assert (
+        f"plan {str(levelled[0])!r}" in line
+        and "only eval and generate" in line
+        and "lowkey compress" in line
+    )
     assert tree(here) == before
 
 
@@ -1206,7 +1494,11 @@ def test_another_models_dynamic_plan_is_refused(other, levelled, here, words):
 def test_a_damaged_dynamic_plan(model, here, levelled, command):
     folder = Path(shutil.copytree(levelled[0], here / "plan"))
     truncate(folder / dynamic.TENSORS)
-    words = {"inspect": [folder], "eval": [model, "--plan", folder], "generate": [model, "--prompt", "a", "--plan", folder]}[command]
+    words = {
+        "inspect": [folder],
+        "eval": [model, "--plan", folder],
+        "generate": [model, "--prompt", "a", "--plan", folder],
+    }[command]
     line = refused(command, *words)
     assert str(folder) in line and "damaged" in line
 
@@ -1217,10 +1509,22 @@ def test_a_damaged_dynamic_plan(model, here, levelled, command):
 @pytest.mark.parametrize(
     "words, says",
     [
-        (["generate", "--prompt", "abc", "--tokens", 2000], ["tokens 2000", "512 positions", "give at most 509"]),
-        (["generate", "--prompt", "abc" * 200, "--tokens", 1], ["tokens 1", "512 positions", "a shorter prompt"]),
-        (["generate", "--prompt", "abc", "--tokens", 10**20], ["tokens 100000000000000000000", "at most 16777216"]),
-        (["eval", "--task", "recall", "--context", 512], ["context 512", "512 positions", "another task than recall"]),
+        (
+            ["generate", "--prompt", "abc", "--tokens", 2000],
+            ["tokens 2000", "512 positions", "give at most 509"],
+        ),
+        (
+            ["generate", "--prompt", "abc" * 200, "--tokens", 1],
+            ["tokens 1", "512 positions", "a shorter prompt"],
+        ),
+        (
+            ["generate", "--prompt", "abc", "--tokens", 10**20],
+            ["tokens 100000000000000000000", "at most 16777216"],
+        ),
+        (
+            ["eval", "--task", "recall", "--context", 512],
+            ["context 512", "512 positions", "another task than recall"],
+        ),
         (["eval", "--context", 513], ["context 513", "512"]),
         (["compress", "out", "--context", 513], ["context 513", "512 positions"]),
         (["dynamic", "out", "--context", 513], ["context 513", "512 positions"]),
@@ -1244,16 +1548,28 @@ def test_more_than_the_model_has_positions_for(model, here, words, says):
     "words, says",
     [
         (["heads", "--kind", "echo", "--task", "recall"], ["task 'recall'", "kind 'echo'", "leave it out"]),
-        (["heads", "--kind", "induction", "--haystack", "notes.txt"], ["haystack 'notes.txt'", "kind 'induction'"]),
+        (
+            ["heads", "--kind", "induction", "--haystack", "notes.txt"],
+            ["haystack 'notes.txt'", "kind 'induction'"],
+        ),
         (["generate", "--prompt", "a", "-O", "recent=4"], ["option 'recent=4'", "--policy"]),
         (["generate", "--prompt", "a", "-A", "alpha=0"], ["allocator option 'alpha=0'", "--policy"]),
         (["generate", "--prompt", "a", "--heads", "notes.txt"], ["heads 'notes.txt'", "--policy"]),
         (["eval", "--budget", "10%"], ["budget '10%'", "--policy"]),
         (["eval", "--heads", "notes.txt"], ["heads 'notes.txt'", "--policy"]),
         (["compress", "out", "-O", "epochs=1", "-O", "epochs=2"], ["epochs is given twice"]),
-        (["compress", "out", "-A", "step=0.1", "--allocator", "greedy"], ["option 'step'", "allocator 'greedy'", "none"]),
-        (["compress", "out", "--allocator", "threshold", "-A", "step=nan"], ["option step='nan'", "finite number"]),
-        (["convert", "out", "--attention", "mha", "--calibration", "notes.txt"], ["calibration 'notes.txt'", "--whiten"]),
+        (
+            ["compress", "out", "-A", "step=0.1", "--allocator", "greedy"],
+            ["option 'step'", "allocator 'greedy'", "none"],
+        ),
+        (
+            ["compress", "out", "--allocator", "threshold", "-A", "step=nan"],
+            ["option step='nan'", "finite number"],
+        ),
+        (
+            ["convert", "out", "--attention", "mha", "--calibration", "notes.txt"],
+            ["calibration 'notes.txt'", "--whiten"],
+        ),
     ],
     ids=str,
 )
@@ -1264,12 +1580,28 @@ def test_options_that_would_do_nothing_are_refused(model, here, monkeypatch, wor
 
 
 def test_options_of_allocators_reach_them(model, here):
-    words = ["--method", "eigenattention", "--windows", 8, "--context", 32, "--error-budget", 0.5, "--allocator", "threshold"]
+    words = [
+        "--method",
+        "eigenattention",
+        "--windows",
+        8,
+        "--context",
+        32,
+        "--error-budget",
+        0.5,
+        "--allocator",
+        "threshold",
+    ]
     plan = printed("compress", model, "plan", *words, "-A", "energy=singular", "-A", "step=0.1")
     assert plan["allocator"] == {"name": "threshold", "parameters": {"step": 0.1, "energy": "singular"}}
     told = done("inspect", "plan").out
-    assert "step=0.1 (default 0.02" in told and "energy=singular (default squared, one of squared, singular)" in told
-    line = refused("generate", model, "--prompt", "a", "--policy", "pyramidkv", "--budget", "50%", "-A", "beta=0")
+    assert (
+        "step=0.1 (default 0.02" in told
+        and "energy=singular (default squared, one of squared, singular)" in told
+    )
+    line = refused(
+        "generate", model, "--prompt", "a", "--policy", "pyramidkv", "--budget", "50%", "-A", "beta=0"
+    )
     assert "option beta='0' of the allocator of policy 'pyramidkv': must be at least 1" in line
 
 

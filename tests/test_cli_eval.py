@@ -64,7 +64,9 @@ def test_after_ctrl_c_the_same_command_goes_on_to_the_same_rows(model, here, out
     with stopped_after(3):
         status, said, err = lowkey("eval", model, *SCORE, *out)
     assert (status, said) == (130, "") and "eval" in err and "resume when given again" in err
-    assert [p.suffix for p in here.rglob("*.json*") if p.parent != here / "straight.json" and p.is_dir()] == [".partial"]
+    assert [p.suffix for p in here.rglob("*.json*") if p.parent != here / "straight.json" and p.is_dir()] == [
+        ".partial"
+    ]
     scored, score = [], likelihood.Reference.score
     monkeypatch.setattr(likelihood.Reference, "score", lambda *a: scored.append(1) or score(*a))
     assert printed("eval", model, *SCORE, *out)["rows"] == straight
@@ -88,11 +90,16 @@ def test_windows_come_from_several_texts_in_turn(model, here):
     for name, words in (("a.txt", "It was a dark night. "), ("b.txt", "The sun rose early. ")):
         (here / name).write_text(words * 40)
     both = printed("eval", model, *SCORE, "--data", "a.txt", "--data", "b.txt", "--out", "r.json")
-    apart = [printed("eval", model, *SCORE, "--windows", 1, "--data", name, "--out", "r.json") for name in ("a.txt", "b.txt")]
+    apart = [
+        printed("eval", model, *SCORE, "--windows", 1, "--data", name, "--out", "r.json")
+        for name in ("a.txt", "b.txt")
+    ]
     for row, *own in zip(both["rows"], *(found["rows"] for found in apart), strict=True):
         assert row["per_window"]["nll"] == [r["per_window"]["nll"][0] for r in own]
     data = both["environment"]["data"]
-    assert data["name"] == "a.txt, b.txt" and list(data["texts"]) == ["a.txt", "b.txt"] and data["windows"] == 2
+    assert (
+        data["name"] == "a.txt, b.txt" and list(data["texts"]) == ["a.txt", "b.txt"] and data["windows"] == 2
+    )
     assert data["sha256"] not in [found["environment"]["data"]["sha256"] for found in apart]
 
 
@@ -105,10 +112,20 @@ def test_one_window_of_exact_tokens_for_every_row(model, here):
     def kept(*more: object) -> list[tuple]:
         rows = printed("eval", model, *words, *more, "--out", "r.json")["rows"]
         assert all(row["bytes_held"] == row["bytes_predicted"] for row in rows)
-        return [(row["name"], row["sinks"], row["recent"]) for row in rows if row["packing"] is None or row["method"] is None]
+        return [
+            (row["name"], row["sinks"], row["recent"])
+            for row in rows
+            if row["packing"] is None or row["method"] is None
+        ]
 
     own = (WINDOW.sinks, WINDOW.recent)
-    assert kept() == [("full", None, None), ("pca 50% + 4 sinks + 32 recent", *own), ("pca 50%", 0, 0), ("int8", *own), ("int4", *own)]
+    assert kept() == [
+        ("full", None, None),
+        ("pca 50% + 4 sinks + 32 recent", *own),
+        ("pca 50%", 0, 0),
+        ("int8", *own),
+        ("int4", *own),
+    ]
     assert [row[1:] for row in kept("--sinks", 2, "--recent", 7)[1:]] == [(2, 7)] * 4
     assert [row[1:] for row in kept("--recent", 7)[1:]] == [(4, 7), (0, 7), (4, 7), (4, 7)]
 
@@ -136,7 +153,20 @@ def test_the_table_has_intervals_over_windows(model, here):
 
 
 def test_a_policy_that_repeats_its_context_has_perplexity_of_decoding_only(model, here):
-    words = ("eval", model, "--windows", 1, "--context", 64, "--policy", "kvzip", "--budget", "50%", "--out", "r.json")
+    words = (
+        "eval",
+        model,
+        "--windows",
+        1,
+        "--context",
+        64,
+        "--policy",
+        "kvzip",
+        "--budget",
+        "50%",
+        "--out",
+        "r.json",
+    )
     status, _, err = lowkey(*words)
     assert status == 0 and "kvzip 50% has no perplexity" in err and "--task decode" in err
     _, out, err = lowkey(*words, "--task", "perplexity,decode", "--json")
@@ -154,7 +184,10 @@ def test_without_a_terminal_a_line_says_where_it_is_and_how_long_is_left(monkeyp
     for _ in progress.bars(list("abcdefghij"), lambda item: f"perplexity, {item}"):
         now[0] += 60
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "perplexity, b: 1 of 10, about 9 min left" and lines[-1] == "perplexity, j: 9 of 10, about 1 min left"
+    assert (
+        lines[0] == "perplexity, b: 1 of 10, about 9 min left"
+        and lines[-1] == "perplexity, j: 9 of 10, about 1 min left"
+    )
 
 
 @pytest.mark.parametrize("seconds, said", [(8, "8 s"), (40, "1 min"), (3541, "59 min"), (7800, "2 h 10 min")])
@@ -172,14 +205,18 @@ def test_a_count_without_an_end_has_no_time_left(monkeypatch, capsys):
 
 def test_on_a_terminal_the_bar_names_the_item(monkeypatch):
     drawn = io.StringIO()
-    monkeypatch.setattr("rich.console.Console", lambda **_: Console(file=drawn, force_terminal=True, width=80))
+    monkeypatch.setattr(
+        "rich.console.Console", lambda **_: Console(file=drawn, force_terminal=True, width=80)
+    )
     assert list(progress.bars(["a", "b"], lambda item: f"perplexity, [{item}]")) == ["a", "b"]
     assert "perplexity, [b]" in drawn.getvalue() and "2/2" in drawn.getvalue()
     assert list(progress.bars([], "nothing")) == []
 
 
 def test_bits_pack_only_plans_that_have_none(model, here):
-    """A plan's own integers are part of it: no second row of its latents in others, and none that is given twice."""
+    """A plan's own integers are part of it: no second row of its latents in others, and none that is given
+    twice.
+    """
     for name, more in (("whole", ()), ("packed", ("--bits", "kivi4"))):
         status, _, err = lowkey(
             "compress",
@@ -200,5 +237,24 @@ def test_bits_pack_only_plans_that_have_none(model, here):
             *more,
         )
         assert status == 0, err
-    found = printed("eval", model, "--plan", "whole", "--plan", "packed", "--windows", 1, "--context", 64, "--bits", "kivi4")
-    assert [row["short"] for row in found["rows"]] == ["full", "pca 90%", "pca 90% kivi4", "pca 90% kivi4", "kivi4"]
+    found = printed(
+        "eval",
+        model,
+        "--plan",
+        "whole",
+        "--plan",
+        "packed",
+        "--windows",
+        1,
+        "--context",
+        64,
+        "--bits",
+        "kivi4",
+    )
+    assert [row["short"] for row in found["rows"]] == [
+        "full",
+        "pca 90%",
+        "pca 90% kivi4",
+        "pca 90% kivi4",
+        "kivi4",
+    ]

@@ -1,4 +1,6 @@
-"""Odd values for every option of every verb: exit status 2, one printable line with the value and a remedy, nothing written."""
+"""Odd values for every option of every verb: exit status 2, one printable line with the value and a remedy,
+nothing written.
+"""
 
 from __future__ import annotations
 
@@ -19,27 +21,80 @@ NUMBERS = ["", "abc", "nan", "inf", "-1", "1.5", ESCAPE, "1" + "0" * 20, "9" * 5
 RATES = ["", "abc", "nan", "inf", "-1", "1e400", ESCAPE]
 WORDS = ["", "nosuch", ESCAPE, ":", "os:path", "a" * 3000]
 PATHS = ["nosuch", "folder", "fifo", "binary", "empty", "/dev/zero", "a" * 300, ESCAPE]
-BUDGETS = ["", "nosuch", "0%", "-1%", "101%", "nan%", "50", "9" * 400 + "%", "10000000000000000000 KiB/token", ESCAPE]
+BUDGETS = [
+    "",
+    "nosuch",
+    "0%",
+    "-1%",
+    "101%",
+    "nan%",
+    "50",
+    "9" * 400 + "%",
+    "10000000000000000000 KiB/token",
+    ESCAPE,
+]
 PAIRS = ["", "x", "=", "=1", "nosuch=1", f"{ESCAPE}=1"]
 
-SAMPLE = {"--windows": NUMBERS, "--context": NUMBERS, "--seed": NUMBERS, "--calibration": PATHS, "--dtype": WORDS, "--device": WORDS}
-METHOD = ["epochs=-1", "epochs=nan", "epochs=1e3", "lr=inf", "lr=nan", "lr=-1", "patience=-1", "key_bases=both"]
-POLICY = [f"{name}={value}" for name in ("sinks", "recent", "every", "window", "kernel") for value in ("-1", "nan", "x", "1" + "0" * 20)]
+SAMPLE = {
+    "--windows": NUMBERS,
+    "--context": NUMBERS,
+    "--seed": NUMBERS,
+    "--calibration": PATHS,
+    "--dtype": WORDS,
+    "--device": WORDS,
+}
+METHOD = [
+    "epochs=-1",
+    "epochs=nan",
+    "epochs=1e3",
+    "lr=inf",
+    "lr=nan",
+    "lr=-1",
+    "patience=-1",
+    "key_bases=both",
+]
+POLICY = [
+    f"{name}={value}"
+    for name in ("sinks", "recent", "every", "window", "kernel")
+    for value in ("-1", "nan", "x", "1" + "0" * 20)
+]
 VERBS: dict[str, tuple[list[str], dict[str, list[str]]]] = {
     "compress": (
         ["MODEL", "out"],
         {
             **SAMPLE,
-            **{"--method": WORDS, "--budget": BUDGETS, "--error-budget": RATES, "--allocator": WORDS, "--layout": WORDS, "--judge": WORDS},
-            **{"--ranks": [*WORDS, "0", "-1", "0%", "200%"], "--rank-multiple": NUMBERS, "--sinks": NUMBERS, "--recent": NUMBERS},
+            **{
+                "--method": WORDS,
+                "--budget": BUDGETS,
+                "--error-budget": RATES,
+                "--allocator": WORDS,
+                "--layout": WORDS,
+                "--judge": WORDS,
+            },
+            **{
+                "--ranks": [*WORDS, "0", "-1", "0%", "200%"],
+                "--rank-multiple": NUMBERS,
+                "--sinks": NUMBERS,
+                "--recent": NUMBERS,
+            },
             **{"--heads": PATHS, "-O": PAIRS + METHOD, "-A": PAIRS},
         },
     ),
-    "dynamic": (["MODEL", "out"], {**SAMPLE, "--budget": BUDGETS, "--layout": WORDS, "--key-bases": WORDS, "--steps": NUMBERS}),
+    "dynamic": (
+        ["MODEL", "out"],
+        {**SAMPLE, "--budget": BUDGETS, "--layout": WORDS, "--key-bases": WORDS, "--steps": NUMBERS},
+    ),
     "profile": (["MODEL"], {**SAMPLE, "--context": [], "--method": WORDS, "--layout": WORDS, "-O": PAIRS}),
     "heads": (
         ["MODEL"],
-        {"--kind": WORDS, "--task": WORDS, "--haystack": PATHS, "--cases": NUMBERS, "--context": NUMBERS, "--seed": NUMBERS},
+        {
+            "--kind": WORDS,
+            "--task": WORDS,
+            "--haystack": PATHS,
+            "--cases": NUMBERS,
+            "--context": NUMBERS,
+            "--seed": NUMBERS,
+        },
     ),
     "convert": (
         ["MODEL", "out", "--attention", "mha"],
@@ -53,7 +108,10 @@ VERBS: dict[str, tuple[list[str], dict[str, list[str]]]] = {
             "-O": PAIRS,
         },
     ),
-    "diversity": (["MODEL"], {"--data": PATHS, "--windows": NUMBERS, "--context": NUMBERS, "--inits": NUMBERS, "--seed": NUMBERS}),
+    "diversity": (
+        ["MODEL"],
+        {"--data": PATHS, "--windows": NUMBERS, "--context": NUMBERS, "--inits": NUMBERS, "--seed": NUMBERS},
+    ),
     "sinks": (["MODEL"], {"--data": PATHS, "--windows": NUMBERS, "--context": NUMBERS, "--seed": NUMBERS}),
     "generate": (
         ["MODEL", "--prompt", "abc", "--policy", "snapkv", "--budget", "50%"],
@@ -70,15 +128,31 @@ VERBS: dict[str, tuple[list[str], dict[str, list[str]]]] = {
     "eval": (
         ["MODEL", "--policy", "ada-kv", "--budget", "50%"],
         {
-            **{"--context": NUMBERS, "--windows": NUMBERS, "--cases": NUMBERS, "--seed": NUMBERS, "--task": WORDS, "--data": PATHS},
+            **{
+                "--context": NUMBERS,
+                "--windows": NUMBERS,
+                "--cases": NUMBERS,
+                "--seed": NUMBERS,
+                "--task": WORDS,
+                "--data": PATHS,
+            },
             **{"--sinks": NUMBERS, "--recent": NUMBERS},
-            **{"--budget": BUDGETS, "-O": PAIRS, "-A": [*PAIRS, "alpha=nan", "alpha=2"], "--plan": PATHS, "--heads": PATHS},
+            **{
+                "--budget": BUDGETS,
+                "-O": PAIRS,
+                "-A": [*PAIRS, "alpha=nan", "alpha=2"],
+                "--plan": PATHS,
+                "--heads": PATHS,
+            },
         },
     ),
     "bench": (
         ["decode"],
         {
-            **{name: [*NUMBERS, "999999999999"] for name in ("--context", "--head-dim", "--heads", "--kv-heads", "--repeats")},
+            **{
+                name: [*NUMBERS, "999999999999"]
+                for name in ("--context", "--head-dim", "--heads", "--kv-heads", "--repeats")
+            },
             "--seed": NUMBERS,
             **{"--dtype": WORDS, "--budget": BUDGETS},
         },
@@ -106,14 +180,21 @@ def place(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("verb", "option"), [(verb, option) for verb, (_, options) in VERBS.items() for option in options], ids=lambda x: x or "argument"
+    ("verb", "option"),
+    [(verb, option) for verb, (_, options) in VERBS.items() for option in options],
+    ids=lambda x: x or "argument",
 )
 def test_odd_values_are_refused_in_one_line(place, monkeypatch, verb, option):
     monkeypatch.chdir(place)
     before = {p.name for p in place.iterdir()}
     base, options = VERBS[verb]
     for value in options[option]:
-        words = [verb, *("model" if word == "MODEL" else word for word in base), *([option] if option else []), value]
+        words = [
+            verb,
+            *("model" if word == "MODEL" else word for word in base),
+            *([option] if option else []),
+            value,
+        ]
         out, err = io.StringIO(), io.StringIO()
         with (
             mock.patch.object(sys, "argv", ["lowkey", *words]),

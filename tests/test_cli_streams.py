@@ -1,4 +1,5 @@
-"""The command line's streams: closed, broken, narrow or full ones end in one line or none, and nothing in a file gives a terminal orders.
+"""The command line's streams: closed, broken, narrow or full ones end in one line or none, and nothing in a
+file gives a terminal orders.
 
 Commands run in a forked process whose standard streams are what a shell would have made them.
 """
@@ -33,7 +34,10 @@ def forked(*words: str, out: int | None, err: int | None, encoding: str = "utf-8
         try:
             for place, given in ((1, out), (2, err)):
                 os.close(place) if given is None else os.dup2(given, place)
-            sys.stdout, sys.stderr = (opened(place, encoding) if given is not None else None for place, given in ((1, out), (2, err)))
+            sys.stdout, sys.stderr = (
+                opened(place, encoding) if given is not None else None
+                for place, given in ((1, out), (2, err))
+            )
             sys.argv = ["lowkey", *words]
             app.main()
         except SystemExit as exit:
@@ -75,7 +79,9 @@ def test_a_full_disk_is_one_line(file):
     full = os.open("/dev/full", os.O_WRONLY)
     assert forked("methods", out=full, err=file[0]) == 2
     os.close(full)
-    assert file[1]() == "lowkey: output: no space left on the device; free some space or choose another place\n"
+    assert (
+        file[1]() == "lowkey: output: no space left on the device; free some space or choose another place\n"
+    )
 
 
 def test_an_encoding_that_lacks_characters(file):
@@ -83,10 +89,18 @@ def test_an_encoding_that_lacks_characters(file):
     assert "stiefattention" in file[1]() and file[1]().isascii()
 
 
-@pytest.mark.parametrize("words", [("generate", "tiny", "--prompt", "a\udcff"), ("compress", "tiny", "\udcff"), ("\udcff",)], ids=ascii)
+@pytest.mark.parametrize(
+    "words",
+    [("generate", "tiny", "--prompt", "a\udcff"), ("compress", "tiny", "\udcff"), ("\udcff",)],
+    ids=ascii,
+)
 def test_bytes_that_are_no_text(words, file):
     assert forked(*words, out=file[0], err=file[0]) == 2
-    assert file[1]().startswith("lowkey: argument '") and "is not UTF-8" in file[1]() and len(file[1]().splitlines()) == 1
+    assert (
+        file[1]().startswith("lowkey: argument '")
+        and "is not UTF-8" in file[1]()
+        and len(file[1]().splitlines()) == 1
+    )
 
 
 # -- escapes
@@ -101,7 +115,12 @@ def test_what_a_terminal_would_obey_is_written_as_its_escape():
 def test_names_out_of_a_plan_are_printable(capsys):
     about = {"name": f"pca{ESCAPE}"}
     plan = mock.Mock(
-        geometry={"kv_heads": 2, "head_dim": 4}, method=about, allocator=about, layout="post_rope", budget="50%", ranks={0: (2, 2)}
+        geometry={"kv_heads": 2, "head_dim": 4},
+        method=about,
+        allocator=about,
+        layout="post_rope",
+        budget="50%",
+        ranks={0: (2, 2)},
     )
     plan.factors, plan.bytes_per_token = {0: None}, lambda itemsize: 8
     show_plan(plan, Path("p"), False)
@@ -112,14 +131,25 @@ def test_names_out_of_a_plan_are_printable(capsys):
 
 
 @pytest.mark.parametrize(
-    "words", [("inspect", ESCAPE), ("compress", ESCAPE, "out"), (ESCAPE,), ("eval", "tiny", "--task", ESCAPE)], ids=ascii
+    "words",
+    [("inspect", ESCAPE), ("compress", ESCAPE, "out"), (ESCAPE,), ("eval", "tiny", "--task", ESCAPE)],
+    ids=ascii,
 )
 def test_messages_are_printable(words):
     err = io.StringIO()
-    with mock.patch.object(sys, "argv", ["lowkey", *words]), mock.patch.object(sys, "stderr", err), pytest.raises(SystemExit) as exit:
+    with (
+        mock.patch.object(sys, "argv", ["lowkey", *words]),
+        mock.patch.object(sys, "stderr", err),
+        pytest.raises(SystemExit) as exit,
+    ):
         app.main()
     line = err.getvalue()
-    assert exit.value.code == 2 and line.startswith("lowkey: ") and printable(line) == line and len(line.splitlines()) == 1
+    assert (
+        exit.value.code == 2
+        and line.startswith("lowkey: ")
+        and printable(line) == line
+        and len(line.splitlines()) == 1
+    )
 
 
 def test_json_is_ascii(file):

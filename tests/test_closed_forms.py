@@ -49,7 +49,15 @@ METHOD = {
 }
 DATA_FREE = ["lorc", "lorc-head"]
 ON_DATA = ["palu", "palu-2", "lorc-whitened", "recalkv", "recalkv-2"]
-MODELS = {"llama": {}, "llama-mha": {}, "llama-mqa": {}, "qwen2": {"num_key_value_heads": 4}, "qwen3": {}, "gemma2": {}, "phi3-partial": {}}
+MODELS = {
+    "llama": {},
+    "llama-mha": {},
+    "llama-mqa": {},
+    "qwen2": {"num_key_value_heads": 4},
+    "qwen3": {},
+    "gemma2": {},
+    "phi3-partial": {},
+}
 RANKS = [4, 8, 16]
 WINDOWS, HELD, LENGTH = 8, 2, 20
 ROWS = prompt(LENGTH, batch=WINDOWS)
@@ -91,7 +99,9 @@ def statistics_of(name: str):
 def prepared(name: str, layout: str, layer: int = LAYER):
     """(statistics, probe) of one layer, as calibration makes them."""
     model = model_of(name)
-    return statistics_of(name)[layer], Probe.of(model, layer, layout, dict(layer_inputs(model, ROWS, 4))[layer], HELD)
+    return statistics_of(name)[layer], Probe.of(
+        model, layer, layout, dict(layer_inputs(model, ROWS, 4))[layer], HELD
+    )
 
 
 @cache
@@ -112,7 +122,9 @@ class Recorder(Attending):
 
 @cache
 def recorded(name: str, layout: str, layer: int = LAYER) -> dict[str, Tensor]:
-    """(b, h, t, d) keys and values and (b, h, g, t, d) queries of the fitting windows, in fp64; keys and queries as the layout has them."""
+    """(b, h, t, d) keys and values and (b, h, g, t, d) queries of the fitting windows, in fp64; keys and
+    queries as the layout has them.
+    """
     _, probe = prepared(name, layout, layer)
     seen = Recorder()
     with torch.no_grad():
@@ -120,7 +132,10 @@ def recorded(name: str, layout: str, layer: int = LAYER) -> dict[str, Tensor]:
     keys, query = seen.keys, seen.call.query
     if layout == "pre_rope":
         cos, sin = probe.rope(torch.arange(LENGTH).unsqueeze(0), keys)
-        keys, query = (rotate(x, cos if x is keys else cos.unsqueeze(1), -(sin if x is keys else sin.unsqueeze(1))) for x in (keys, query))
+        keys, query = (
+            rotate(x, cos if x is keys else cos.unsqueeze(1), -(sin if x is keys else sin.unsqueeze(1)))
+            for x in (keys, query)
+        )
     return {"keys": keys.double(), "values": seen.values.double(), "queries": query.double()}
 
 
@@ -150,7 +165,9 @@ def rebuilt(x: Tensor, basis, rank: int, order: Tensor | None = None) -> Tensor:
 
 
 def test_all_are_registered():
-    assert {METHODS[name] for name in ("kq-svd", "palu", "lorc", "recalkv")} == {type(m) for m in METHOD.values()}
+    assert {METHODS[name] for name in ("kq-svd", "palu", "lorc", "recalkv")} == {
+        type(m) for m in METHOD.values()
+    }
 
 
 @pytest.mark.parametrize(("method", "name"), SERVED)
@@ -166,10 +183,14 @@ def test_full_rank_gives_the_stock_logits(method, name, layout):
 @pytest.mark.parametrize("method", METHOD)
 def test_lower_ranks_cost_the_bytes_that_were_predicted(method, name, layout):
     model = model_of(name)
-    past = pico.lowrank(model, {i: fitted(method, name, layout, i).at(4, 8) for i in range(pico.LAYERS)}, layout)
+    past = pico.lowrank(
+        model, {i: fitted(method, name, layout, i).at(4, 8) for i in range(pico.LAYERS)}, layout
+    )
     feed(model, ROWS[:2], past, splits=[13, 1, 6])
     heads, offsets = families.geometry(model).kv_heads, 2 * 2 * 8 * pico.LAYERS
-    assert past.nbytes() == past.predicted_nbytes() == 2 * LENGTH * heads * (4 + 8) * 4 * pico.LAYERS + offsets
+    assert (
+        past.nbytes() == past.predicted_nbytes() == 2 * LENGTH * heads * (4 + 8) * 4 * pico.LAYERS + offsets
+    )
 
 
 @pytest.mark.parametrize("method", METHOD)
@@ -184,7 +205,9 @@ def test_a_smaller_rank_has_a_larger_error(method, layout):
 def test_fitting_again_gives_the_same(method, layout):
     first, again = fitted(method, "llama", layout), METHOD[method].fit(*prepared("llama", layout), RANKS, 0)
     for a, b in ((first.keys, again.keys), (first.values, again.values)):
-        assert all(torch.equal(x, y) for x, y in zip(a.at(8), b.at(8), strict=True)) and torch.equal(a.spectrum, b.spectrum)
+        assert all(torch.equal(x, y) for x, y in zip(a.at(8), b.at(8), strict=True)) and torch.equal(
+            a.spectrum, b.spectrum
+        )
 
 
 @pytest.mark.parametrize("method", METHOD)
@@ -201,7 +224,9 @@ def test_spectra_have_one_energy_per_rank_and_fall(method, layout):
     bases = fitted(method, "llama-mha", layout)
     for basis in (bases.keys, bases.values):
         assert basis.spectrum.shape == (8 // basis.merge, HEAD_DIM)
-        assert bool((basis.spectrum.diff(dim=-1) <= 1e-9 * basis.spectrum.amax()).all()) and bool((basis.spectrum >= 0).all())
+        assert bool((basis.spectrum.diff(dim=-1) <= 1e-9 * basis.spectrum.amax()).all()) and bool(
+            (basis.spectrum >= 0).all()
+        )
 
 
 @pytest.mark.parametrize("method", ON_DATA)
@@ -216,7 +241,9 @@ def test_the_spectrum_past_a_rank_is_the_error_on_the_calibration_data(method):
 @pytest.mark.parametrize("name", ["palu", "lorc", "recalkv", "kq-svd"])
 def test_a_plan_comes_out_saves_and_runs(tmp_path, name):
     model, chars = model_of("llama-mha"), "".join(chr(32 + (i * i + 7 * i) % 95) for i in range(900))
-    plan = lowkey.calibrate(model, pico.tokenizer(), chars, method=METHODS[name](), budget="50%", sample=Sample(8, 24, batch=4))
+    plan = lowkey.calibrate(
+        model, pico.tokenizer(), chars, method=METHODS[name](), budget="50%", sample=Sample(8, 24, batch=4)
+    )
     assert plan.layout == METHODS[name].layout and plan.allocator["name"] == METHODS[name].allocator
     plan.save(tmp_path)
     past = lowkey.make_cache(model, plan=Plan.load(tmp_path, model))
@@ -235,12 +262,20 @@ def test_any_other_group_divides_the_heads_or_is_refused_with_the_divisors(heads
     if wanted >= 1 and heads % wanted == 0:
         assert group_size(heads, wanted) == wanted
         return
-    with pytest.raises(LowkeyError, match=f"group {wanted}: must divide the model's {heads} KV heads; choose one of 1(, |$)"):
+    with pytest.raises(
+        LowkeyError, match=f"group {wanted}: must divide the model's {heads} KV heads; choose one of 1(, |$)"
+    ):
         group_size(heads, wanted)
 
 
 @pytest.mark.parametrize(
-    ("kind", "group"), [*((kind, group) for kind in (Palu, ReCalKV, KQSVD) for group in (3, 8)), (Palu, 0), (ReCalKV, 0), (KQSVD, -1)]
+    ("kind", "group"),
+    [
+        *((kind, group) for kind in (Palu, ReCalKV, KQSVD) for group in (3, 8)),
+        (Palu, 0),
+        (ReCalKV, 0),
+        (KQSVD, -1),
+    ],
 )
 def test_a_group_that_does_not_divide_the_heads_is_refused_before_anything_is_read(kind, group):
     with pytest.raises(LowkeyError, match=f"group {group}"):
@@ -269,7 +304,9 @@ def test_the_product_of_keys_and_queries_is_the_best_there_is(layout, rank):
         ours = product_error(k, q, projector_of(basis, rank, head))
         optimum = np.linalg.svd((k @ q.mT).numpy(), compute_uv=False)
         assert ours == pytest.approx(float(np.sqrt((optimum[rank:] ** 2).sum())), rel=1e-4)
-        others = [torch.linalg.eigh(m).eigenvectors[:, -rank:] for m in (k.mT @ k, k.mT @ k + q.mT @ q, q.mT @ q)]
+        others = [
+            torch.linalg.eigh(m).eigenvectors[:, -rank:] for m in (k.mT @ k, k.mT @ k + q.mT @ q, q.mT @ q)
+        ]
         for columns in others:
             assert ours < product_error(k, q, columns @ columns.mT)
         for _ in range(20):
@@ -290,13 +327,18 @@ def test_the_spectrum_of_keys_holds_the_squared_singular_values_of_the_product(l
 def output_weights(name: str) -> Tensor:
     """(h, g, d, D), from values to the output."""
     model = model_of(name)
-    shape, o = families.geometry(model), families.decoder_layers(model)[LAYER].self_attn.o_proj.weight.detach().double()
+    shape, o = (
+        families.geometry(model),
+        families.decoder_layers(model)[LAYER].self_attn.o_proj.weight.detach().double(),
+    )
     return o.mT.unflatten(0, (shape.kv_heads, shape.groups, HEAD_DIM))
 
 
 @pytest.mark.parametrize("rank", [1, 4, 8, 15])
 def test_values_times_output_weights_are_the_best_there_is(rank):
-    """Of all g output weights side by side; their mean, as the published code has it, is never better for that and mostly worse."""
+    """Of all g output weights side by side; their mean, as the published code has it, is never better for
+    that and mostly worse.
+    """
     values, weights = rows_of(recorded("llama", "post_rope")["values"]), output_weights("llama")
     stacked, averaged = (fitted(m, "llama", "post_rope").values for m in ("kq-svd", "kq-svd-averaged"))
     for head, v in enumerate(values):
@@ -321,13 +363,17 @@ def test_where_the_heads_of_a_group_attend_alike_the_mean_of_their_output_weight
     values, weights = rows_of(recorded("llama", "post_rope")["values"]), output_weights("llama")
     stacked, averaged = (fitted(m, "llama", "post_rope").values for m in ("kq-svd", "kq-svd-averaged"))
     for head, v in enumerate(values):
-        best, mean = (product_error(v, weights[head].sum(0).mT, projector_of(b, 4, head)) for b in (stacked, averaged))
+        best, mean = (
+            product_error(v, weights[head].sum(0).mT, projector_of(b, 4, head)) for b in (stacked, averaged)
+        )
         assert mean < best
 
 
 @pytest.mark.parametrize("rank", [1, 4, 10])
 def test_heads_in_one_latent_are_the_best_for_the_products_of_each_with_its_own_queries(rank, layout):
-    """The optimum is the truncated SVD of all [K_h Q_h^T] beside one another; PCA of the joint keys does worse."""
+    """The optimum is the truncated SVD of all [K_h Q_h^T] beside one another; PCA of the joint keys does
+    worse.
+    """
     seen, bases = recorded("llama", layout), fitted("kq-svd-4", "llama", layout)
     queries = [seen["queries"][:, h].transpose(0, 1).flatten(0, 2) for h in range(4)]
     outputs = [torch.cat(list(w), 1).mT for w in output_weights("llama")]
@@ -336,14 +382,18 @@ def test_heads_in_one_latent_are_the_best_for_the_products_of_each_with_its_own_
         x = joint_rows(seen[side])
 
         def products(rows: Tensor, others: list[Tensor] = others) -> Tensor:
-            return torch.cat([part @ y.mT for part, y in zip(rows.split(HEAD_DIM, 1), others, strict=True)], 1)
+            return torch.cat(
+                [part @ y.mT for part, y in zip(rows.split(HEAD_DIM, 1), others, strict=True)], 1
+            )
 
         optimum = np.linalg.svd(products(x).numpy(), compute_uv=False)[4 * rank :]
         ours, theirs = (float(products(x - rebuilt(x, getattr(b, side), rank)).norm()) for b in (bases, pca))
         assert ours == pytest.approx(float(np.sqrt((optimum**2).sum())), rel=1e-4) and ours < theirs
 
 
-def loop_weights(query: Tensor, keys: Tensor, values: Tensor, output: Tensor, scaling: float, softcap: float | None) -> Tensor:
+def loop_weights(
+    query: Tensor, keys: Tensor, values: Tensor, output: Tensor, scaling: float, softcap: float | None
+) -> Tensor:
     """c_m of one query head: query (t, d), keys and values (t, d), output (d, D)."""
     found = []
     for m, q in enumerate(query):
@@ -366,7 +416,9 @@ def test_weights_of_queries_are_those_of_a_loop(name, layout):
     expected = torch.zeros(h, HEAD_DIM, HEAD_DIM, dtype=torch.float64)
     for b, i, j in itertools.product(range(probe.training), range(h), range(g)):
         queries = rotated["queries"][b, i, j]
-        c = loop_weights(queries, rotated["keys"][b, i], rotated["values"][b, i], weights[i, j], scaling, softcap)
+        c = loop_weights(
+            queries, rotated["keys"][b, i], rotated["values"][b, i], weights[i, j], scaling, softcap
+        )
         expected[i] += torch.einsum("t,td,te->de", c, seen["queries"][b, i, j], seen["queries"][b, i, j])
     found = kq.weighted_queries(probe, kq.grams(weights.mT))
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
@@ -377,7 +429,13 @@ def test_weights_of_queries_are_those_of_a_loop(name, layout):
 
 
 @settings(deadline=None, max_examples=40)
-@given(seed=st.integers(0, 10**6), keys=st.integers(1, 40), queries=st.integers(1, 40), decades=st.floats(0, 6), scale=st.floats(-8, 8))
+@given(
+    seed=st.integers(0, 10**6),
+    keys=st.integers(1, 40),
+    queries=st.integers(1, 40),
+    decades=st.floats(0, 6),
+    scale=st.floats(-8, 8),
+)
 def test_oblique_maps_invert_each_other_whatever_the_moments(seed, keys, queries, decades, scale):
     """Fewer keys or queries than channels, channels of very different size, moments of any size."""
     generator = torch.Generator().manual_seed(seed)
@@ -413,14 +471,23 @@ def test_maps_are_those_of_the_papers_cholesky_form():
 @pytest.mark.parametrize("rank", [2, 4, 9])
 @pytest.mark.parametrize("t", [1, 2, 4])
 def test_a_whitened_svd_of_the_weights_is_pca_of_what_they_make(t, rank):
-    """Cholesky of X^T X and the SVD of S^T W, as the paper computes it; only in a model without biases is it the same."""
+    """Cholesky of X^T X and the SVD of S^T W, as the paper computes it; only in a model without biases is it
+    the same.
+    """
     statistics, probe = prepared("llama", "pre_rope")
     bases, seen = Palu(group=t).fit(statistics, probe, RANKS, 0), recorded("llama", "pre_rope")
     attention = families.decoder_layers(probe.model)[LAYER].self_attn
     with torch.no_grad():
-        x = families.attention_input(probe.model, LAYER, probe.inputs[: probe.training]).flatten(0, 1).double()
+        x = (
+            families.attention_input(probe.model, LAYER, probe.inputs[: probe.training])
+            .flatten(0, 1)
+            .double()
+        )
     s = torch.linalg.cholesky(x.mT @ x)
-    for basis, linear, name in ((bases.keys, attention.k_proj, "keys"), (bases.values, attention.v_proj, "values")):
+    for basis, linear, name in (
+        (bases.keys, attention.k_proj, "keys"),
+        (bases.values, attention.v_proj, "values"),
+    ):
         assert basis.merge == t
         groups = linear.weight.detach().double().mT.split(t * HEAD_DIM, dim=1)  # (D, t d) each
         low = []
@@ -464,8 +531,12 @@ def test_lorc_reads_no_data(layout):
 
 def test_whitened_lorc_is_better_on_the_data_and_is_palu_over_all_heads(layout):
     statistics, probe = prepared("llama", layout)
-    plain, whitened, palu = (m.fit(statistics, probe, RANKS, 0) for m in (LoRC(), LoRC(whiten=True), Palu(group=4)))
-    assert torch.equal(whitened.keys.columns, palu.keys.columns) and torch.equal(whitened.values.columns, palu.values.columns)
+    plain, whitened, palu = (
+        m.fit(statistics, probe, RANKS, 0) for m in (LoRC(), LoRC(whiten=True), Palu(group=4))
+    )
+    assert torch.equal(whitened.keys.columns, palu.keys.columns) and torch.equal(
+        whitened.values.columns, palu.values.columns
+    )
     seen = recorded("llama", layout)
     for side in ("keys", "values"):
         x = joint_rows(seen[side])
@@ -488,7 +559,9 @@ def test_white_inputs_rotated_to_every_position(name):
     joint = rows[:, :, 0].transpose(0, 1).flatten(1).double()
     total = torch.zeros(2 * HEAD_DIM, 2 * HEAD_DIM, dtype=torch.float64)
     for p in range(30):
-        moved = rotate(rows, cos[:, p : p + 1], sin[:, p : p + 1])[:, :, 0].transpose(0, 1).flatten(1).double()
+        moved = (
+            rotate(rows, cos[:, p : p + 1], sin[:, p : p + 1])[:, :, 0].transpose(0, 1).flatten(1).double()
+        )
         total += moved.mT @ moved
     assert torch.allclose(rotated_moment(joint.mT @ joint, HEAD_DIM, cos[0], sin[0]), total / 30, atol=1e-5)
 
@@ -497,12 +570,15 @@ def test_rotated_keys_get_the_basis_of_white_keys_at_every_position_of_a_window(
     _, probe = prepared("qwen2", "post_rope")
     basis = LoRC().fit(*prepared("qwen2", "post_rope"), RANKS, 0).keys
     linear = families.decoder_layers(probe.model)[LAYER].self_attn.k_proj
-    keys = torch.cat([linear.weight.detach().mT, linear.bias.detach().unsqueeze(0)])  # (D + 1, h d): of each input alone, and of none
+    # (D + 1, h d): of each input alone, and of none
+    keys = torch.cat([linear.weight.detach().mT, linear.bias.detach().unsqueeze(0)])
     cos, sin = (x[0] for x in probe.rope(torch.arange(LENGTH).unsqueeze(0), keys))
     heads = keys.unflatten(1, (4, HEAD_DIM)).transpose(0, 1).unsqueeze(2).expand(-1, -1, LENGTH, -1)
     everywhere = rotate(heads, cos, sin).transpose(0, 1).transpose(1, 2).flatten(0, 1).flatten(1).double()
     kept = (everywhere @ basis.columns[0, :, : 4 * 5].double()).square().sum()
-    assert float(kept) == pytest.approx(float((np.linalg.svd(everywhere.numpy(), compute_uv=False)[: 4 * 5] ** 2).sum()), rel=1e-5)
+    assert float(kept) == pytest.approx(
+        float((np.linalg.svd(everywhere.numpy(), compute_uv=False)[: 4 * 5] ** 2).sum()), rel=1e-5
+    )
 
 
 # -- ReCalKV
@@ -529,8 +605,12 @@ def test_similarity_is_the_cka_of_whitened_weights():
         for j in range(i, 4):
             assert float(found[i, j]) == pytest.approx(slow_cka(blocks[i], blocks[j]), rel=1e-6)
             gram = weights[i].double() @ statistics.inputs @ weights[j].double().mT
-            assert torch.allclose(blocks[i].mT @ blocks[j], gram, rtol=1e-6, atol=1e-6 * float(gram.abs().max()))
-    assert torch.allclose(found.diagonal(), torch.ones(4, dtype=torch.float64)) and torch.allclose(found, found.mT)
+            assert torch.allclose(
+                blocks[i].mT @ blocks[j], gram, rtol=1e-6, atol=1e-6 * float(gram.abs().max())
+            )
+    assert torch.allclose(found.diagonal(), torch.ones(4, dtype=torch.float64)) and torch.allclose(
+        found, found.mT
+    )
 
 
 @given(h=st.sampled_from([1, 2, 4, 6, 8, 12]), wanted=st.integers(1, 6), seed=st.integers(0, 10**6))
@@ -581,7 +661,9 @@ def test_reordering_a_joint_moment_is_reordering_the_rows():
 
 
 def test_reordered_keys_and_values_are_those_of_their_own_heads(layout):
-    """With biases, at a rank that loses something: the order must be the same for maps and data, of keys and of values."""
+    """With biases, at a rank that loses something: the order must be the same for maps and data, of keys and
+    of values.
+    """
     statistics, _ = prepared("qwen2", layout)
     bases, seen = fitted("recalkv-2", "qwen2", layout), recorded("qwen2", layout)
     assert bases.order is not None
@@ -589,10 +671,13 @@ def test_reordered_keys_and_values_are_those_of_their_own_heads(layout):
         x, basis = joint_rows(seen[side]), getattr(bases, side)
         moved = x.unflatten(1, (4, HEAD_DIM))[:, bases.order].flatten(1)
         parts = moved.split(basis.merge * HEAD_DIM, 1)
-        best = sum(float((np.linalg.svd(p.numpy(), compute_uv=False)[4 * basis.merge :] ** 2).sum()) for p in parts)
+        best = sum(
+            float((np.linalg.svd(p.numpy(), compute_uv=False)[4 * basis.merge :] ** 2).sum()) for p in parts
+        )
         assert float((x - rebuilt(x, basis, 4, bases.order)).square().sum()) == pytest.approx(best, rel=1e-4)
     assert torch.allclose(
-        head_blocks(statistics.values, 4), head_blocks(reordered(statistics.values, bases.order, 4), 4)[bases.order.argsort()]
+        head_blocks(statistics.values, 4),
+        head_blocks(reordered(statistics.values, bases.order, 4), 4)[bases.order.argsort()],
     )
 
 
@@ -605,15 +690,21 @@ def course(name: str, layout: str) -> Course:
 
 
 @cache
-def calibrated(name: str, layout: str, iterations: int = 1, method: str = "recalkv-2", ranks: tuple[int, int] = (6, 5)):
+def calibrated(
+    name: str, layout: str, iterations: int = 1, method: str = "recalkv-2", ranks: tuple[int, int] = (6, 5)
+):
     """(factors before, after)"""
-    start = {i: fitted(method, name, layout, i).at(*ranks) for i in families.geometry(model_of(name)).compressible}
+    start = {
+        i: fitted(method, name, layout, i).at(*ranks) for i in families.geometry(model_of(name)).compressible
+    }
     return start, ReCalKV(group=2, iterations=iterations).finish(start, course(name, layout))
 
 
 @torch.no_grad()
 def stream(name: str, layout: str, factors) -> dict[int, Tensor]:
-    """Inputs of every layer's projections (n, D) in the whole model, each layer with its factors, over the fitting windows."""
+    """Inputs of every layer's projections (n, D) in the whole model, each layer with its factors, over the
+    fitting windows.
+    """
     model = model_of(name)
     past = cache_of(model, lambda i: RebuildingLayer(Rebuilt(factors[i], layout, families.rope(model, i))))
     hidden = model(ROWS[:-HELD], past_key_values=past, output_hidden_states=True).hidden_states
@@ -626,7 +717,9 @@ def values_of(name: str, layer: int, inputs: Tensor) -> tuple[Tensor, Tensor]:
     w = linear.weight.detach().double().mT
     if linear.bias is None:
         return inputs, w
-    return torch.cat([inputs, torch.ones(len(inputs), 1)], 1), torch.cat([w, linear.bias.detach().double().unsqueeze(0)])
+    return torch.cat([inputs, torch.ones(len(inputs), 1)], 1), torch.cat(
+        [w, linear.bias.detach().double().unsqueeze(0)]
+    )
 
 
 def value_map(f) -> Tensor:
@@ -644,7 +737,8 @@ def test_calibration_is_the_papers_alternation_in_the_compressed_stream(name, la
     for i, x in stream(name, layout, found).items():
         x, w = values_of(name, i, x)
         v = x @ w
-        r = w @ value_map(start[i])  # any R^T with the start's column space: its own L is made by the least squares
+        # any R^T with the start's column space: its own L is made by the least squares
+        r = w @ value_map(start[i])
         up = torch.linalg.pinv(x @ r, rtol=1e-6) @ v
         expected = x @ (w @ torch.linalg.pinv(up, rtol=1e-6)) @ up
         assert torch.allclose(v @ value_map(found[i]), expected, atol=2e-3 * float(v.abs().max()))
@@ -657,13 +751,21 @@ def test_calibration_is_the_papers_alternation_in_the_compressed_stream(name, la
 def test_keys_are_left_as_they_are(layout):
     start, found = calibrated("llama-mha", layout)
     for i, f in found.items():
-        assert torch.equal(f.k_down, start[i].k_down) and torch.equal(f.k_up, start[i].k_up) and torch.equal(f.order, start[i].order)
+        assert (
+            torch.equal(f.k_down, start[i].k_down)
+            and torch.equal(f.k_up, start[i].k_up)
+            and torch.equal(f.order, start[i].order)
+        )
         assert f.ranks == start[i].ranks == (6, 5) and f.v_up.shape == start[i].v_up.shape
-        assert bool((f.v_down.gather(-2, f.v_down.abs().argmax(-2, keepdim=True)) > 0).all()), "signs are settled"
+        assert bool((f.v_down.gather(-2, f.v_down.abs().argmax(-2, keepdim=True)) > 0).all()), (
+            "signs are settled"
+        )
 
 
 def test_on_the_uncompressed_stream_the_whitened_svd_is_optimal_already():
-    """The first layer's inputs are embeddings, which nothing has touched; and so are the others' when keys and values pass unharmed."""
+    """The first layer's inputs are embeddings, which nothing has touched; and so are the others' when keys
+    and values pass unharmed.
+    """
     start, found = calibrated("qwen2", "pre_rope")
     assert torch.allclose(value_map(found[0]), value_map(start[0]), atol=1e-4)
     for i, statistics in statistics_of("qwen2").items():
@@ -679,7 +781,9 @@ def test_many_rounds_end_at_pca_of_the_values_in_the_stream():
         v = x @ w
         best = float(np.sqrt((np.linalg.svd(v.numpy(), compute_uv=False)[8 * 5 :] ** 2).sum()))
         once = float((v - v @ value_map(start[i])).norm())
-        assert float((v - v @ value_map(found[i])).norm()) == pytest.approx(best, rel=1e-3) and best <= once * (1 + 1e-6)
+        assert float((v - v @ value_map(found[i])).norm()) == pytest.approx(
+            best, rel=1e-3
+        ) and best <= once * (1 + 1e-6)
 
 
 def test_full_rank_needs_no_calibration_and_none_is_none():

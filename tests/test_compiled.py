@@ -13,7 +13,9 @@ from lowkey.models.attention_interface import attention
 @torch.no_grad()
 def logits(model, cache, steps):
     out = [model(prompt(30, batch=1), past_key_values=cache).logits]
-    return torch.cat(out + [model(prompt(1, batch=1, seed=i), past_key_values=cache).logits for i in range(steps)], 1)
+    return torch.cat(
+        out + [model(prompt(1, batch=1, seed=i), past_key_values=cache).logits for i in range(steps)], 1
+    )
 
 
 def test_a_compiled_attention_gives_the_same_over_an_evicting_cache():
@@ -31,14 +33,18 @@ def test_a_compiled_attention_gives_the_same_over_an_evicting_cache():
         for length in (30, 1, 1):
             for layer in range(3):
                 query, keys, values = (torch.randn(1, h, length, 16, generator=draw) for h in (8, 4, 4))
-                assert torch.equal(fast(compiled, query, keys, values, layer), attend(plain, query, keys, values, layer))
+                assert torch.equal(
+                    fast(compiled, query, keys, values, layer), attend(plain, query, keys, values, layer)
+                )
         assert agree(compiled, "compiled") == plain.nbytes()
     finally:
         torch._dynamo.reset()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["stock", "bits-8", "plan-exact", "snapkv", "every-global", "razor", "dynamic"])
+@pytest.mark.parametrize(
+    "kind", ["stock", "bits-8", "plan-exact", "snapkv", "every-global", "razor", "dynamic"]
+)
 def test_a_compiled_model_gives_the_same_over_every_cache(kind):
     torch._dynamo.reset()
     model = attached("llama")

@@ -38,7 +38,9 @@ SPLITS = {"by-one": [1] * 24, "twos": [2] * 12, "uneven": [5, 1, 11, 7], "long-t
 
 @dataclass(frozen=True)
 class Kind:
-    """A lossy cache; calling it builds one. tolerance: integers may round the other way after a sum in another order."""
+    """A lossy cache; calling it builds one. tolerance: integers may round the other way after a sum in
+    another order.
+    """
 
     build: Callable
     tolerance: float = 1e-5
@@ -50,13 +52,17 @@ class Kind:
 def merged(model, rank_k, rank_v):
     """Every two heads share a latent of keys, all of them one of values (grouped in some order and centred)."""
     h = families.geometry(model).kv_heads
-    return {i: pico.merged_factors(h, rank_k, rank_v, 2, h, seed=i) for i in families.geometry(model).compressible}
+    return {
+        i: pico.merged_factors(h, rank_k, rank_v, 2, h, seed=i) for i in families.geometry(model).compressible
+    }
 
 
 KINDS = {
     "post": Kind(lambda m: lowrank(m, pico.layer_factors(m, 6, 9), "post_rope")),
     "pre": Kind(lambda m: lowrank(m, pico.layer_factors(m, 6, 9, shared=True), "pre_rope")),
-    "post-exact": Kind(lambda m: lowrank(m, pico.layer_factors(m, 6, 9, shared=True), "post_rope", Exact(3, 5))),
+    "post-exact": Kind(
+        lambda m: lowrank(m, pico.layer_factors(m, 6, 9, shared=True), "post_rope", Exact(3, 5))
+    ),
     "pre-exact": Kind(lambda m: lowrank(m, pico.layer_factors(m, 6, 9), "pre_rope", Exact(3, 5))),
     "merged": Kind(lambda m: lowrank(m, merged(m, 6, 9), "post_rope", Exact(3, 5))),
     "merged-pre": Kind(lambda m: lowrank(m, merged(m, 6, 9), "pre_rope")),
@@ -105,7 +111,9 @@ def test_full_rank_decodes_the_stock_tokens(name, layout):
 def test_counted_stock_storage_decodes_the_stock_tokens(name):
     ids = prompt(20)
     cache = lowkey.make_cache(attached(name))
-    assert torch.equal(generate(attached(name), ids, 16, cache, PADS), generate(stock(name), ids, 16, pads=PADS))
+    assert torch.equal(
+        generate(attached(name), ids, 16, cache, PADS), generate(stock(name), ids, 16, pads=PADS)
+    )
     assert cache.nbytes() == cache.predicted_nbytes()
 
 
@@ -113,7 +121,9 @@ def test_full_rank_beam_search_gives_the_stock_beams(layout):
     ids, model = prompt(20), attached("llama")
     ours = generate(model, ids, 12, full(model, layout, Exact(3, 5)), PADS, num_beams=3)
     assert torch.equal(ours, generate(stock("llama"), ids, 12, pads=PADS, num_beams=3))
-    assert not torch.equal(ours, generate(stock("llama"), ids, 12, pads=PADS)), "beams equal greedy: this would test nothing"
+    assert not torch.equal(ours, generate(stock("llama"), ids, 12, pads=PADS)), (
+        "beams equal greedy: this would test nothing"
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3_text"])
@@ -142,7 +152,9 @@ def test_merged_heads_are_the_dense_definition(name, layout, splits, absorb):
     model, setting, ids = attached(name), Exact(3, 5), prompt(26)
     maps = merged(model, 6, 9)
     expected = dense.logits(pico.build(name), ids, maps, layout, setting, pads=PADS, splits=splits)
-    cache = cache_of(model, lambda i: CodedLayer(LowRank(maps[i], layout, families.rope(model, i), absorb), setting))
+    cache = cache_of(
+        model, lambda i: CodedLayer(LowRank(maps[i], layout, families.rope(model, i), absorb), setting)
+    )
     close(real(feed(model, ids, cache, PADS, splits), PADS), real(expected, PADS))
     assert cache.nbytes() == cache.predicted_nbytes()
 
@@ -183,7 +195,9 @@ def test_every_exact_setting_is_the_dense_definition(layout, exact, splits):
 def test_up_maps_need_not_be_the_transposed_down_maps(layout):
     model, ids = attached("llama"), prompt(26)
     maps = {
-        i: lowkey.core.types.Factors(*(x + 0.1 * torch.randn_like(x) for x in vars(f).values() if x is not None))
+        i: lowkey.core.types.Factors(
+            *(x + 0.1 * torch.randn_like(x) for x in vars(f).values() if x is not None)
+        )
         for i, f in pico.layer_factors(model, 6, 9).items()
     }
     expected = dense.logits(pico.build("llama"), ids, maps, layout, Exact(2, 3), pads=PADS)
@@ -193,7 +207,9 @@ def test_up_maps_need_not_be_the_transposed_down_maps(layout):
 def test_low_rank_differs_from_stock(kind):
     """Guards the tests above and below: the lossy kinds are really lossy."""
     ids = prompt()
-    assert (feed(attached("llama"), ids, kind(attached("llama"))) - feed(stock("llama"), ids)).abs().max() > 1e-3
+    assert (
+        feed(attached("llama"), ids, kind(attached("llama"))) - feed(stock("llama"), ids)
+    ).abs().max() > 1e-3
 
 
 # -- how tokens arrive does not matter
@@ -206,10 +222,16 @@ def test_chunks_give_the_logits_of_one_shot(name, kind, splits):
     close(feed(model, ids, kind(model), splits=splits), feed(model, ids, kind(model)), kind.tolerance)
 
 
-@pytest.mark.parametrize("splits", [[10, 14], [4, 4, 16], [1] * 24], ids=["one-chunk", "chunk-in-the-padding", "by-one"])
+@pytest.mark.parametrize(
+    "splits", [[10, 14], [4, 4, 16], [1] * 24], ids=["one-chunk", "chunk-in-the-padding", "by-one"]
+)
 def test_chunks_of_padded_rows_give_the_logits_of_one_shot(kind, splits):
     model, ids = attached("llama"), prompt(24)
-    close(real(feed(model, ids, kind(model), PADS, splits), PADS), real(feed(model, ids, kind(model), PADS), PADS), kind.tolerance)
+    close(
+        real(feed(model, ids, kind(model), PADS, splits), PADS),
+        real(feed(model, ids, kind(model), PADS), PADS),
+        kind.tolerance,
+    )
 
 
 @pytest.mark.parametrize("size", [4, 9])
@@ -253,7 +275,11 @@ def test_the_switch_is_the_setting(layout):
     maps, splits = pico.layer_factors(model, 6, 9), [10, 12, 1, 1]
     switched = lowrank(model, maps, layout, Exact(3, 5))
     switched.exact_prefill(True)
-    close(feed(model, ids, switched, PADS, splits), feed(model, ids, lowrank(model, maps, layout, Exact(3, 5, "exact")), PADS, splits), 0)
+    close(
+        feed(model, ids, switched, PADS, splits),
+        feed(model, ids, lowrank(model, maps, layout, Exact(3, 5, "exact")), PADS, splits),
+        0,
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
@@ -269,7 +295,9 @@ def test_a_quantised_chunk_sees_itself_exactly_and_the_past_as_stored(chunk):
     if chunk > 1:
         stored_k[:, :, 8:], stored_v[:, :, 8:] = keys[:, :, 8:], values[:, :, 8:]
     mask = torch.ones(1, chunk, 8 + chunk, dtype=torch.bool).tril(8)
-    assert torch.allclose(out, naive.attend([Segment(q.unsqueeze(2), stored_k, stored_v, mask)], 0.3), atol=1e-5)
+    assert torch.allclose(
+        out, naive.attend([Segment(q.unsqueeze(2), stored_k, stored_v, mask)], 0.3), atol=1e-5
+    )
 
 
 # -- rows do not see each other
@@ -290,7 +318,10 @@ def test_a_row_shorter_than_the_sinks_grows_into_them(layout, recent):
     model, ids, setting, splits = attached("llama"), prompt(14), Exact(sinks=6, recent=recent), [9, 1, 1, 3]
     maps = pico.layer_factors(model, 6, 9)
     expected = dense.logits(pico.build("llama"), ids, maps, layout, setting, pads=PADS, splits=splits)
-    close(real(feed(model, ids, lowrank(model, maps, layout, setting), PADS, splits), PADS), real(expected, PADS))
+    close(
+        real(feed(model, ids, lowrank(model, maps, layout, setting), PADS, splits), PADS),
+        real(expected, PADS),
+    )
 
 
 def test_reordering_moves_everything_a_row_holds(kind):
@@ -301,7 +332,11 @@ def test_reordering_moves_everything_a_row_holds(kind):
     more = prompt(6, seed=1)
     straight = kind(model)
     feed(model, ids, straight, PADS)
-    close(feed(model, more, cache, PADS[::-1]), feed(model, more.flip(0), straight, PADS).flip(0), kind.tolerance)
+    close(
+        feed(model, more, cache, PADS[::-1]),
+        feed(model, more.flip(0), straight, PADS).flip(0),
+        kind.tolerance,
+    )
 
 
 def test_selecting_and_repeating_rows(kind):
@@ -318,7 +353,10 @@ def test_selecting_and_repeating_rows(kind):
 def test_two_live_caches_do_not_disturb_each_other(kind):
     model, first, second = attached("llama"), prompt(20), prompt(20, seed=1)
     a, b = kind(model), kind(model)
-    mixed = [(feed(model, x, a), feed(model, y, b)) for x, y in zip(first.split(4, 1), second.split(4, 1), strict=True)]
+    mixed = [
+        (feed(model, x, a), feed(model, y, b))
+        for x, y in zip(first.split(4, 1), second.split(4, 1), strict=True)
+    ]
     close(torch.cat([x for x, _ in mixed], 1), feed(model, first, kind(model), splits=[4] * 5), 0)
     close(torch.cat([y for _, y in mixed], 1), feed(model, second, kind(model), splits=[4] * 5), 0)
 
@@ -337,15 +375,16 @@ def test_the_same_run_twice_is_the_same_bit_for_bit(kind):
 def test_held_bytes_are_the_predicted_bytes(name, rank, exact, layout):
     model, ids = attached(name), prompt(30)
     cache = lowrank(model, pico.layer_factors(model, *rank), layout, exact)
-    for piece in ids.split([2, 21, 1, 1, 5], 1):  # shorter than the recent window, across it, decoding, a second turn
+    # shorter than the recent window, across it, decoding, a second turn
+    for piece in ids.split([2, 21, 1, 1, 5], 1):
         feed(model, piece, cache)
         assert cache.nbytes() == cache.predicted_nbytes() > 0
 
 
 @pytest.mark.parametrize("exact", [Exact(), Exact(sinks=4, recent=6)], ids=["plain", "both"])
 def test_held_bytes_by_hand(exact):
-    """2 rows, 4 heads, 30 tokens, ranks 6 and 9 in fp32, 3 layers. Of every row, 8 bytes each for where it begins, its position
-    and, beside recent tokens, where it ended; 4 for each index of a sink."""
+    """2 rows, 4 heads, 30 tokens, ranks 6 and 9 in fp32, 3 layers. Of every row, 8 bytes each for where it
+    begins, its position and, beside recent tokens, where it ended; 4 for each index of a sink."""
     model = attached("llama")
     cache = lowrank(model, pico.layer_factors(model, 6, 9), "post_rope", exact)
     feed(model, prompt(30), cache)
@@ -356,7 +395,9 @@ def test_held_bytes_by_hand(exact):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_bytes_by_hand(bits):
-    """Per token and head one group of 16 numbers: codes, and a scale and an offset in fp32; two indices per row."""
+    """Per token and head one group of 16 numbers: codes, and a scale and an offset in fp32; two indices per
+    row.
+    """
     model = attached("llama")
     cache = pico.quantized(model, bits)
     feed(model, prompt(30), cache, splits=[28, 1, 1])
@@ -449,7 +490,10 @@ def test_bf16_at_full_rank_is_as_close_to_fp32_as_stock_bf16(name, layout):
     ours = lowkey.attach(pico.build(name).bfloat16())
     error = [
         real(out.float() - reference, PADS).norm()
-        for out in (feed(ours, ids, full(ours, layout, Exact(3, 5)), PADS, [30, 1, 9]), feed(plain, ids, pads=PADS))
+        for out in (
+            feed(ours, ids, full(ours, layout, Exact(3, 5)), PADS, [30, 1, 9]),
+            feed(plain, ids, pads=PADS),
+        )
     ]
     assert error[0] < 2 * error[1]
 
@@ -464,7 +508,9 @@ def test_bf16_bytes_are_half_the_fp32_bytes(kind):
 def test_quantised_storage_stays_close():
     ids, reference = prompt(), feed(stock("llama"), prompt())
     eight, four = (
-        (feed(attached("llama"), ids, pico.quantized(attached("llama"), b)) - reference).norm() / reference.norm() for b in (8, 4)
+        (feed(attached("llama"), ids, pico.quantized(attached("llama"), b)) - reference).norm()
+        / reference.norm()
+        for b in (8, 4)
     )
     assert eight < 0.02 < four < 0.3
 

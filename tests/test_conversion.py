@@ -1,4 +1,6 @@
-"""Trained models with another attention: what must be exact is, what must be lost is what theory says, and the folder is what it says."""
+"""Trained models with another attention: what must be exact is, what must be lost is what theory says, and
+the folder is what it says.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +17,39 @@ from typer.testing import CliRunner
 
 from lowkey.attention import LowkeyConfig, LowkeyForCausalLM, register
 from lowkey.cli.app import app
-from lowkey.conversion import Loss, Options, convert, describe, gauge, input_moments, kinds, source, starting_loss
+from lowkey.conversion import (
+    Loss,
+    Options,
+    convert,
+    describe,
+    gauge,
+    input_moments,
+    kinds,
+    source,
+    starting_loss,
+)
 from lowkey.core.types import LowkeyError
 from lowkey.models.loading import load
 
 IDS = pico.prompt(24)
 D, H = pico.HEAD_DIM, 8
-OWN = {"vocab_size": pico.VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8}
+OWN = {
+    "vocab_size": pico.VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+}
 SHORT, LONG = [1 + i / 10 for i in range(8)], [2 + i / 10 for i in range(8)]
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LONGROPE = {"rope_type": "longrope", "short_factor": SHORT, "long_factor": LONG}
 BASE = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
-ROPES = {"llama3": {**BASE, **LLAMA3}, "longrope": {**BASE, **LONGROPE}, "yarn": pico.YARN, "linear": {**BASE, "rope_type": "linear"}}
+ROPES = {
+    "llama3": {**BASE, **LLAMA3},
+    "longrope": {**BASE, **LONGROPE},
+    "yarn": pico.YARN,
+    "linear": {**BASE, "rope_type": "linear"},
+}
 ALIGNED = Options(basis="aligned")
 
 
@@ -48,12 +71,16 @@ def build(name: str, **overrides: object) -> PreTrainedModel:
 
 @torch.no_grad()
 def logits(model: PreTrainedModel, still: bool = False) -> Tensor:
-    """`still`: all tokens at position 0, where rotation turns nothing; without a mask they would be taken for texts of one token each."""
+    """`still`: all tokens at position 0, where rotation turns nothing; without a mask they would be taken for
+    texts of one token each.
+    """
     positions, mask = (torch.zeros_like(IDS), torch.ones_like(IDS)) if still else (None, None)
     return model(IDS, position_ids=positions, attention_mask=mask, use_cache=False).logits
 
 
-def equal(model: PreTrainedModel, made: PreTrainedModel, still: bool = False, tolerance: float | None = None) -> bool:
+def equal(
+    model: PreTrainedModel, made: PreTrainedModel, still: bool = False, tolerance: float | None = None
+) -> bool:
     """Relative to the largest logit; transformers' own norms round to fp32, ours keep fp64."""
     want = logits(model, still)
     tolerance = tolerance or (1e-9 if type(model) is LowkeyForCausalLM else 3e-6)
@@ -63,42 +90,102 @@ def equal(model: PreTrainedModel, made: PreTrainedModel, still: bool = False, to
 # -- exact starts
 
 FULL_RANK, LATENT = {"lrkv_rank": D}, {"lrkv_rope_mode": "latent"}
-PAST = {"rope_parameters": {**ROPES["longrope"], "original_max_position_embeddings": 16}, "original_max_position_embeddings": 16}
-NTK = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, "max_position_embeddings": 16}  # 24 tokens pass it
+PAST = {
+    "rope_parameters": {**ROPES["longrope"], "original_max_position_embeddings": 16},
+    "original_max_position_embeddings": 16,
+}
+NTK = {
+    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+    "max_position_embeddings": 16,
+}  # 24 tokens pass it
 GATED = {"attention": "gqa", "num_key_value_heads": 4, "attn_output_gate": True, "head_norm": "own"}
-THIN = {"attention": "gqa", "num_key_value_heads": 4, "q_lora_rank": 24, "mla_latent_scale": True, "qk_norm": True, "head_dim": D}
-COOLED = {**pico.YARN, "mscale": 1.0, "mscale_all_dim": 0.5}  # a part of the factor is in `mla`'s scores, not in cos and sin
+THIN = {
+    "attention": "gqa",
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "mla_latent_scale": True,
+    "qk_norm": True,
+    "head_dim": D,
+}
+# a part of the factor is in `mla`'s scores, not in cos and sin
+COOLED = {**pico.YARN, "mscale": 1.0, "mscale_all_dim": 0.5}
 WITH_TEMPERATURE = [("llama", "mla", {"kv_lora_rank": D, "qk_nope_head_dim": 0}), ("llama", "mqa", {})]
 EXACT = [
-    *[(name, {}, "mha", {}) for name in ("llama", "llama-mqa", "qwen2", "qwen3", "mistral", "phi3", "llama-yarn")],
+    *[
+        (name, {}, "mha", {})
+        for name in ("llama", "llama-mqa", "qwen2", "qwen3", "mistral", "phi3", "llama-yarn")
+    ],
     *[("llama", {}, "gqa", {"num_key_value_heads": n}) for n in (4, 8)],
-    *[("llama-mqa", {}, "gqa", {"num_key_value_heads": 2}), ("llama-mqa", {}, "mqa", {}), ("llama-mha", {}, "mha", {})],
+    *[
+        ("llama-mqa", {}, "gqa", {"num_key_value_heads": 2}),
+        ("llama-mqa", {}, "mqa", {}),
+        ("llama-mha", {}, "mha", {}),
+    ],
     *[("qwen2", {}, "gqa", {"num_key_value_heads": 2}), ("qwen3", {}, "gqa", {"num_key_value_heads": 4})],
     *[(name, {}, "lrkv", FULL_RANK) for name in ("llama", "llama-mha", "qwen3", "mistral", "llama-yarn")],
-    *[("llama", {}, "lrkv", {**FULL_RANK, "num_key_value_heads": g, "lrkv_rope_mode": m}) for g in (1, 2) for m in ("full", "latent")],
+    *[
+        ("llama", {}, "lrkv", {**FULL_RANK, "num_key_value_heads": g, "lrkv_rope_mode": m})
+        for g in (1, 2)
+        for m in ("full", "latent")
+    ],
     ("llama-yarn", {}, "lrkv", {**FULL_RANK, "lrkv_rope_mode": "latent"}),
     *[("llama", {"rope_parameters": ROPES[kind]}, "lrkv", FULL_RANK) for kind in ("llama3", "linear")],
-    *[("phi3", PAST, kind, fields) for kind, fields in (("mha", {}), ("lrkv", {"lrkv_rank": 16}), ("mea", {"mea_num_component_heads": 2}))],
-    *[("llama", NTK, kind, fields) for kind, fields in (("mha", {}), ("lrkv", FULL_RANK), ("lrkv", {**FULL_RANK, **LATENT}))],
+    *[
+        ("phi3", PAST, kind, fields)
+        for kind, fields in (
+            ("mha", {}),
+            ("lrkv", {"lrkv_rank": 16}),
+            ("mea", {"mea_num_component_heads": 2}),
+        )
+    ],
+    *[
+        ("llama", NTK, kind, fields)
+        for kind, fields in (("mha", {}), ("lrkv", FULL_RANK), ("lrkv", {**FULL_RANK, **LATENT}))
+    ],
     ("llama-mqa", {}, "lrkv", {"lrkv_rank": 0, "lrkv_rope_mode": "latent"}),
-    *[("qwen2", {}, "lrkv", {"lrkv_rank": r, "num_key_value_heads": 2}) for r in (0, 4)],  # nothing is left over, biases neither
-    *[(name, {}, "mea", {"mea_num_component_heads": n}) for name, n in (("llama", 4), ("llama-mha", 8), ("qwen2", 2), ("qwen3", 4))],
+    # nothing is left over, biases neither
+    *[("qwen2", {}, "lrkv", {"lrkv_rank": r, "num_key_value_heads": 2}) for r in (0, 4)],
+    *[
+        (name, {}, "mea", {"mea_num_component_heads": n})
+        for name, n in (("llama", 4), ("llama-mha", 8), ("qwen2", 2), ("qwen3", 4))
+    ],
     ("llama-mqa", {}, "mla", {"kv_lora_rank": D, "qk_rope_head_dim": D, "qk_nope_head_dim": 0}),
     ("llama-yarn", {"num_key_value_heads": 1}, "mla", {"kv_lora_rank": D, "qk_nope_head_dim": 0}),
-    *[("qwen2", {"num_key_value_heads": 1}, "mla", {"kv_lora_rank": D, "qk_nope_head_dim": n}) for n in (0, D)],
-    ("own", {**GATED, "qk_norm": False, "num_key_value_heads": 1, "attention_bias": True}, "mla", {"kv_lora_rank": 8}),
-    *[(name, {"num_key_value_heads": 1, "rope_parameters": COOLED}, kind, fields) for name, kind, fields in WITH_TEMPERATURE],
+    *[
+        ("qwen2", {"num_key_value_heads": 1}, "mla", {"kv_lora_rank": D, "qk_nope_head_dim": n})
+        for n in (0, D)
+    ],
+    (
+        "own",
+        {**GATED, "qk_norm": False, "num_key_value_heads": 1, "attention_bias": True},
+        "mla",
+        {"kv_lora_rank": 8},
+    ),
+    *[
+        (name, {"num_key_value_heads": 1, "rope_parameters": COOLED}, kind, fields)
+        for name, kind, fields in WITH_TEMPERATURE
+    ],
     ("llama", {"tie_word_embeddings": True}, "mha", {}),
     ("llama", {"attention_bias": True, "mlp_bias": True}, "mea", {"mea_num_component_heads": 4}),
     ("llama", {"head_dim": 10}, "lrkv", {"lrkv_rank": 10}),
-    *[("own", GATED, kind, fields) for kind, fields in (("mha", {}), ("lrkv", {"lrkv_rank": 8}), ("mea", {"mea_num_component_heads": 4}))],
+    *[
+        ("own", GATED, kind, fields)
+        for kind, fields in (("mha", {}), ("lrkv", {"lrkv_rank": 8}), ("mea", {"mea_num_component_heads": 4}))
+    ],
     *[("own", THIN, kind, fields) for kind, fields in (("mha", {}), ("lrkv", FULL_RANK))],
-    ("own", {**THIN, "qk_norm": False, "num_key_value_heads": 1}, "mla", {"kv_lora_rank": D, "qk_nope_head_dim": 0}),
+    (
+        "own",
+        {**THIN, "qk_norm": False, "num_key_value_heads": 1},
+        "mla",
+        {"kv_lora_rank": D, "qk_nope_head_dim": 0},
+    ),
 ]
 
 
 @pytest.mark.parametrize(("name", "overrides", "kind", "fields"), EXACT)
-def test_the_start_is_the_source_where_nothing_is_lost(name: str, overrides: dict, kind: str, fields: dict) -> None:
+def test_the_start_is_the_source_where_nothing_is_lost(
+    name: str, overrides: dict, kind: str, fields: dict
+) -> None:
     model = build(name, **overrides)
     made = convert(model, kind, **fields)
     assert made.config.attention == kind and made.dtype == torch.float64 and not made.training
@@ -106,7 +193,10 @@ def test_the_start_is_the_source_where_nothing_is_lost(name: str, overrides: dic
 
 
 @pytest.mark.parametrize("overrides", [NTK, {"max_position_embeddings": 512}])
-@pytest.mark.parametrize(("kind", "fields"), [("mha", {}), ("gqa", {"num_key_value_heads": 4}), ("mea", {"mea_num_component_heads": 4})])
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [("mha", {}), ("gqa", {"num_key_value_heads": 4}), ("mea", {"mea_num_component_heads": 4})],
+)
 def test_generation_past_the_limit_is_the_sources(kind: str, fields: dict, overrides: dict) -> None:
     """Through a cache, where stored keys keep the frequencies of their time: as in the stock model."""
     model = build("llama", **overrides).float()
@@ -114,7 +204,9 @@ def test_generation_past_the_limit_is_the_sources(kind: str, fields: dict, overr
     assert torch.equal(pico.generate(made, IDS[:, :10], 20), pico.generate(model, IDS[:, :10], 20))
 
 
-@pytest.mark.parametrize(("kind", "fields"), [("mha", {}), ("lrkv", {"lrkv_rank": D, **LATENT}), ("lrkv", {"lrkv_rank": 4})])
+@pytest.mark.parametrize(
+    ("kind", "fields"), [("mha", {}), ("lrkv", {"lrkv_rank": D, **LATENT}), ("lrkv", {"lrkv_rank": 4})]
+)
 def test_a_conversion_does_not_depend_on_what_the_source_has_read(kind: str, fields: dict) -> None:
     """Rotary embeddings that follow the length keep the frequencies of the longest text."""
     model = build("llama", **NTK)
@@ -141,16 +233,26 @@ def test_layers_left_out_stay_as_they_are(name: str, overrides: dict, kind: str,
 
 @pytest.mark.parametrize(("layers", "meant"), [("half", [1]), ([2], [2]), ([0, 1, 2], [0, 1, 2])])
 def test_a_conversion_of_some_layers_is_the_whole_one_there(layers: object, meant: list[int]) -> None:
-    """By module: a layer that is named is the one of a conversion of all layers, any other is the source's, to the bit."""
+    """By module: a layer that is named is the one of a conversion of all layers, any other is the source's,
+    to the bit.
+    """
     model = build("llama").float()
-    some, every = (convert(model, "mea", mea_num_component_heads=2, **f) for f in ({"attention_layers": layers}, {}))
+    some, every = (
+        convert(model, "mea", mea_num_component_heads=2, **f) for f in ({"attention_layers": layers}, {})
+    )
     for i in range(pico.LAYERS):
-        found, want = some.model.layers[i].self_attn.state_dict(), every.model.layers[i].self_attn.state_dict()
+        found, want = (
+            some.model.layers[i].self_attn.state_dict(),
+            every.model.layers[i].self_attn.state_dict(),
+        )
         want = want if i in meant else model.model.layers[i].self_attn.state_dict()
         assert found.keys() == want.keys() and all(torch.equal(found[key], want[key]) for key in want)
-    narrow = convert(model, "mla", kv_lora_rank=8, qk_rope_head_dim=8, attention_layers=layers)  # at a smaller base of its own
+    # at a smaller base of its own
+    narrow = convert(model, "mla", kv_lora_rank=8, qk_rope_head_dim=8, attention_layers=layers)
     assert (
-        torch.equal(narrow.model.rotary_emb(IDS.float(), IDS).other.frequencies, model.model.rotary_emb.inv_freq)
+        torch.equal(
+            narrow.model.rotary_emb(IDS.float(), IDS).other.frequencies, model.model.rotary_emb.inv_freq
+        )
         if len(meant) < 3
         else True
     )
@@ -158,7 +260,10 @@ def test_a_conversion_of_some_layers_is_the_whole_one_there(layers: object, mean
     some(IDS, past_key_values=past)
     stored = [(2 if i in meant else 4) * D * 2 * IDS.numel() for i in range(pico.LAYERS)]
     assert [layer.keys.numel() + layer.values.numel() for layer in past.layers] == stored
-    assert describe(model, some, Loss(1, 1), Loss(1, 1), {})["cache_bytes_per_token"]["converted"] == 4 * sum(stored) // IDS.numel()
+    assert (
+        describe(model, some, Loss(1, 1), Loss(1, 1), {})["cache_bytes_per_token"]["converted"]
+        == 4 * sum(stored) // IDS.numel()
+    )
 
 
 STILL = [
@@ -187,7 +292,10 @@ def test_a_rotated_slice_takes_biases_of_keys() -> None:
     """Heads that differ in phases alone, biases too: the slice is all of them."""
     model, generator = build("qwen2"), torch.Generator().manual_seed(3)
     for block in model.model.layers:
-        first, second = (block.self_attn.k_proj.weight.data.unflatten(0, (2, D)), block.self_attn.k_proj.bias.data.unflatten(0, (2, D)))
+        first, second = (
+            block.self_attn.k_proj.weight.data.unflatten(0, (2, D)),
+            block.self_attn.k_proj.bias.data.unflatten(0, (2, D)),
+        )
         angle = torch.randn(D // 2, generator=generator, dtype=torch.float64)
         for heads in (first, second.unsqueeze(-1)):
             low, high = heads[0].chunk(2)
@@ -198,11 +306,15 @@ def test_a_rotated_slice_takes_biases_of_keys() -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize(("name", "frequencies"), [("llama", "high"), ("llama-yarn", "high"), ("llama", "spread")])
+@pytest.mark.parametrize(
+    ("name", "frequencies"), [("llama", "high"), ("llama-yarn", "high"), ("llama", "spread")]
+)
 def test_partial_rotation_is_exact_where_rotated_channels_are_shared_and_nothing_is_rotated(
     name: str, groups: int, frequencies: str
 ) -> None:
-    """Heads differ in the phases of their rotated channels, in any way in the others, and not in their values."""
+    """Heads differ in the phases of their rotated channels, in any way in the others, and not in their
+    values.
+    """
     model, e, generator = build(name), 8, torch.Generator().manual_seed(3)
     pairs = torch.tensor([0, 1, 2, 3] if frequencies == "high" else [0, 2, 4, 6])
     for block in model.model.layers:
@@ -211,19 +323,34 @@ def test_partial_rotation_is_exact_where_rotated_channels_are_shared_and_nothing
         a, b = keys[0, pairs].clone(), keys[0, pairs + D // 2].clone()
         for h in range(1, 4):
             angle = 6.28 * torch.rand(4, 1, generator=generator, dtype=torch.float64)
-            keys[h, pairs], keys[h, pairs + D // 2] = a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()
-    fields = {"lrkv_rank": D - e, "lrkv_rope_mode": "partial", "qk_rope_head_dim": e, "num_key_value_heads": groups}
+            keys[h, pairs], keys[h, pairs + D // 2] = (
+                a * angle.cos() - b * angle.sin(),
+                a * angle.sin() + b * angle.cos(),
+            )
+    fields = {
+        "lrkv_rank": D - e,
+        "lrkv_rope_mode": "partial",
+        "qk_rope_head_dim": e,
+        "num_key_value_heads": groups,
+    }
     made = convert(model, "lrkv", options=Options(frequencies=frequencies), **fields)
     assert equal(model, made, still=True)
     assert not equal(model, made, tolerance=1e-4)
-    assert not equal(model, convert(model, "lrkv", **fields | {"lrkv_rank": D - e - 2}), still=True, tolerance=1e-4)
+    assert not equal(
+        model, convert(model, "lrkv", **fields | {"lrkv_rank": D - e - 2}), still=True, tolerance=1e-4
+    )
 
 
 @pytest.mark.parametrize("rope", ["llama3", "yarn", "linear"])
-@pytest.mark.parametrize(("frequencies", "width", "pairs"), [("high", 8, [0, 1, 2, 3]), ("high", 6, [0, 1, 2]), ("spread", 4, [0, 4])])
+@pytest.mark.parametrize(
+    ("frequencies", "width", "pairs"),
+    [("high", 8, [0, 1, 2, 3]), ("high", 6, [0, 1, 2]), ("spread", 4, [0, 4])],
+)
 def test_kept_channels_turn_as_they_did(rope: str, frequencies: str, width: int, pairs: list[int]) -> None:
     model = build("llama", rope_parameters=ROPES[rope])
-    made = convert(model, "mla", kv_lora_rank=D, qk_rope_head_dim=width, options=Options(frequencies=frequencies))
+    made = convert(
+        model, "mla", kv_lora_rank=D, qk_rope_head_dim=width, options=Options(frequencies=frequencies)
+    )
     found = kinds.Rope(source.frequencies(model), made.model.rotary_emb.inv_freq.double(), 1.0)
     assert found.channels()[0].tolist() == [*pairs, *(f + D // 2 for f in pairs)]
     assert sorted(torch.cat(found.channels()).tolist()) == list(range(D))
@@ -232,7 +359,10 @@ def test_kept_channels_turn_as_they_did(rope: str, frequencies: str, width: int,
 
 def test_rank_zero_is_grouped_query() -> None:
     model = build("llama-mha")
-    assert equal(convert(model, "gqa", num_key_value_heads=2), convert(model, "lrkv", lrkv_rank=0, num_key_value_heads=2))
+    assert equal(
+        convert(model, "gqa", num_key_value_heads=2),
+        convert(model, "lrkv", lrkv_rank=0, num_key_value_heads=2),
+    )
 
 
 @pytest.mark.parametrize("form", kinds.HEADS)
@@ -258,7 +388,9 @@ def test_low_rank_loses_what_the_singular_values_say() -> None:
     for rank in (0, 5, D):
         down, up = kinds.low_rank(weight, None, rank)
         lost = (weight - up.mT @ down).square().sum((1, 2))
-        torch.testing.assert_close(lost, torch.linalg.svdvals(weight)[:, rank:].square().sum(1), atol=1e-10, rtol=1e-9)
+        torch.testing.assert_close(
+            lost, torch.linalg.svdvals(weight)[:, rank:].square().sum(1), atol=1e-10, rtol=1e-9
+        )
     down, up = kinds.low_rank(weight, None, D + 3)  # a latent wider than what it holds
     assert down.shape[1] == D + 3 and torch.allclose(up.mT @ down, weight)
 
@@ -269,13 +401,17 @@ def test_low_rank_of_more_outputs_than_inputs_is_best_for_what_they_make(tokens:
     """Also where a text has not seen all inputs: then full rank still loses nothing of the weights."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(70, 20, generator=generator, dtype=torch.float64)
-    x = torch.randn(tokens, 20, generator=generator, dtype=torch.float64) @ torch.randn(20, 20, generator=generator, dtype=torch.float64)
+    x = torch.randn(tokens, 20, generator=generator, dtype=torch.float64) @ torch.randn(
+        20, 20, generator=generator, dtype=torch.float64
+    )
     for inputs, moment in ((torch.eye(20, dtype=torch.float64), None), (x, x.mT @ x / tokens)):
         made = inputs @ weight.mT
         for rank in (3, 11):
             down, up = kinds.low_rank(weight, moment, rank)
             lost = (made - inputs @ down.mT @ up).square().sum()
-            torch.testing.assert_close(lost, torch.linalg.svdvals(made)[rank:].square().sum(), rtol=1e-6, atol=1e-8)
+            torch.testing.assert_close(
+                lost, torch.linalg.svdvals(made)[rank:].square().sum(), rtol=1e-6, atol=1e-8
+            )
         down, up = kinds.low_rank(weight, moment, 25)
         torch.testing.assert_close(up.mT @ down, weight)
 
@@ -290,7 +426,9 @@ def test_components_lose_what_the_singular_values_over_heads_say(count: int) -> 
         heads = torch.cat([old.weight, old.bias.unsqueeze(1)], 1).view(H, -1)
         parts = torch.cat([new.weight, new.bias.unsqueeze(1)], 1).view(count, -1)
         lost = heads - getattr(made.model.layers[0].self_attn, f"{name}_mix").T @ parts
-        torch.testing.assert_close(lost.square().sum(), torch.linalg.svdvals(heads)[count:].square().sum(), atol=1e-10, rtol=1e-9)
+        torch.testing.assert_close(
+            lost.square().sum(), torch.linalg.svdvals(heads)[count:].square().sum(), atol=1e-10, rtol=1e-9
+        )
 
 
 @torch.no_grad()
@@ -322,7 +460,11 @@ def test_whitening_never_increases_the_error_of_keys_and_values() -> None:
 def test_whitened_starts_of_every_kind_are_other_weights() -> None:
     model = build("llama")
     moments = input_moments(model, pico.prompt(48, batch=6, seed=5))
-    for kind, fields in (("lrkv", {"lrkv_rank": 4}), ("mea", {"mea_num_component_heads": 2}), ("mla", {"kv_lora_rank": 24})):
+    for kind, fields in (
+        ("lrkv", {"lrkv_rank": 4}),
+        ("mea", {"mea_num_component_heads": 2}),
+        ("mla", {"kv_lora_rank": 24}),
+    ):
         plain, whitened = (convert(model, kind, moments=m, **fields) for m in (None, moments))
         assert not equal(plain, whitened, tolerance=1e-3)
 
@@ -335,7 +477,9 @@ def test_moments_are_those_of_the_inputs() -> None:
     want = torch.zeros(65, 65, dtype=torch.float64)
     for row in rows:
         for token in row:
-            x = torch.cat([block.input_layernorm(model.model.embed_tokens(token)), torch.ones(1, dtype=torch.float64)])
+            x = torch.cat(
+                [block.input_layernorm(model.model.embed_tokens(token)), torch.ones(1, dtype=torch.float64)]
+            )
             want += torch.outer(x, x) / rows.numel()
     torch.testing.assert_close(found[0], want, atol=1e-6, rtol=1e-5)
     assert list(found) == [0, 1, 2]
@@ -375,7 +519,12 @@ def test_turning_heads_changes_nothing(white: bool) -> None:
 
 
 COPIES = [
-    *[("mqa", {}), ("gqa", {"num_key_value_heads": 2}), ("lrkv", {"lrkv_rank": 0}), ("lrkv", {"lrkv_rank": 2})],
+    *[
+        ("mqa", {}),
+        ("gqa", {"num_key_value_heads": 2}),
+        ("lrkv", {"lrkv_rank": 0}),
+        ("lrkv", {"lrkv_rank": 2}),
+    ],
     *[("mea", {"mea_num_component_heads": n}) for n in (1, 2)],
 ]
 
@@ -393,7 +542,9 @@ def test_mixtures_are_found_whether_or_not_heads_are_turned() -> None:
     for block in model.model.layers:
         for name in "kv":
             heads = getattr(block.self_attn, f"{name}_proj").weight.data.view(H, D, 64)
-            heads[:] = torch.einsum("hm,mdn->hdn", torch.randn(H, 2, generator=generator, dtype=torch.float64), heads[:2].clone())
+            heads[:] = torch.einsum(
+                "hm,mdn->hdn", torch.randn(H, 2, generator=generator, dtype=torch.float64), heads[:2].clone()
+            )
     for options in (None, ALIGNED):
         assert equal(model, convert(model, "mea", mea_num_component_heads=2, options=options))
 
@@ -450,12 +601,24 @@ REFUSED = [
     ("llama", {}, "lrkv", {"lrkv_rank": D + 1}, "must be at most the head dim 16"),
     ("llama", {}, "lrkv", {"lrkv_rank": 3, "lrkv_rope_mode": "latent"}, "give an even rank"),
     ("llama", {}, "lrkv", {"lrkv_rank": 4, "qk_rope_head_dim": 4}, "is for lrkv_rope_mode='partial'"),
-    ("llama", {}, "lrkv", {"lrkv_rank": 4, "qk_rope_head_dim": 0, "lrkv_rope_mode": "partial"}, "must be at least 2"),
+    (
+        "llama",
+        {},
+        "lrkv",
+        {"lrkv_rank": 4, "qk_rope_head_dim": 0, "lrkv_rope_mode": "partial"},
+        "must be at least 2",
+    ),
     ("llama", {}, "mea", {"mea_num_component_heads": 5}, "at most the source's 4"),
     ("llama", {}, "mea", {"mea_num_component_heads": 0}, "must be at least 1"),
     ("llama", {}, "mla", {"kv_lora_rank": 8, "qk_rope_head_dim": 18}, "at most the source's head dim"),
     ("llama", {}, "mla", {"kv_lora_rank": 8, "qk_nope_head_dim": 5}, "give 16 or 0"),
-    ("llama", {}, "lrkv", {"lrkv_rank": 2, "lrkv_rope_mode": "partial", "qk_rope_head_dim": D}, "would reach none of 16 channels"),
+    (
+        "llama",
+        {},
+        "lrkv",
+        {"lrkv_rank": 2, "lrkv_rope_mode": "partial", "qk_rope_head_dim": D},
+        "would reach none of 16 channels",
+    ),
     ("llama", {}, "mla", {"kv_lora_rank": 2 * 4 * D + 1}, "kv_lora_rank 129: must be at most 128"),
     ("llama", WIDE, "mla", {"kv_lora_rank": 8, "qk_rope_head_dim": 8}, "heads of width 16 alone"),
     ("qwen3", {}, "mla", {"kv_lora_rank": 8}, "norms its keys after their projection"),
@@ -467,8 +630,20 @@ REFUSED = [
     ("own", GATED, "mha", {"head_norm": "shared"}, "the source has 'own'"),
     ("own", {"attention": "lrkv", "lrkv_rank": 2}, "mha", {}, "attention 'lrkv' cannot be converted"),
     ("own", {"attention": "mha", "attention_layers": [0]}, "mha", {}, "layers must be of one kind"),
-    ("llama", {}, "mea", {"mea_num_component_heads": 2, "attention_layers": "most"}, "attention_layers 'most': must be of type list"),
-    ("llama", {}, "mea", {"mea_num_component_heads": 2, "attention_layers": [7]}, r"layers 0 to 2, each once, or half or deep"),
+    (
+        "llama",
+        {},
+        "mea",
+        {"mea_num_component_heads": 2, "attention_layers": "most"},
+        "attention_layers 'most': must be of type list",
+    ),
+    (
+        "llama",
+        {},
+        "mea",
+        {"mea_num_component_heads": 2, "attention_layers": [7]},
+        r"layers 0 to 2, each once, or half or deep",
+    ),
     ("llama", {}, "mla", {"kv_lora_rank": 8, "options": ALIGNED}, "does not mix heads"),
     ("llama", {}, "mea", {"mea_num_component_heads": 2, "options": Options(heads="first")}, "pools none"),
     ("llama", {}, "mha", {"options": Options(frequencies="spread")}, "rotated whole"),
@@ -503,7 +678,9 @@ def test_the_source_stays_and_the_result_can_be_trained() -> None:
     before = {name: t.clone() for name, t in model.state_dict().items()}
     made = convert(model, "lrkv", lrkv_rank=4).train()
     made(IDS, labels=IDS).loss.backward()
-    assert all(p.grad is not None and bool(p.grad.isfinite().all()) and bool(p.grad.any()) for p in made.parameters())
+    assert all(
+        p.grad is not None and bool(p.grad.isfinite().all()) and bool(p.grad.any()) for p in made.parameters()
+    )
     with torch.no_grad():
         for p in made.parameters():
             p.zero_()
@@ -562,7 +739,10 @@ def test_the_command_writes_what_it_says(kind: str, tmp_path: Path) -> None:
     assert made.config.attention == kind and type(made) is LowkeyForCausalLM
     for which, m in (("source", model), ("converted", made)):
         loss = starting_loss(m, tokenizer, context=64, windows=4)
-        assert kept["loss"][which] == pytest.approx(loss.nats, rel=1e-5) and kept["loss"]["tokens"] == loss.tokens == 4 * 63
+        assert (
+            kept["loss"][which] == pytest.approx(loss.nats, rel=1e-5)
+            and kept["loss"]["tokens"] == loss.tokens == 4 * 63
+        )
         assert kept["parameters"][which] == sum(p.numel() for p in m.parameters())
         cache = DynamicCache(config=m.config)
         m(IDS, past_key_values=cache)
@@ -576,7 +756,9 @@ def test_the_command_writes_what_it_says(kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(found["model"]), logits(made))
     named = json.loads((out / "config.json").read_text())["auto_map"]
     assert set(named) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
-    assert torch.equal(AutoModel.from_pretrained(out)(IDS).last_hidden_state, made.model(IDS).last_hidden_state)
+    assert torch.equal(
+        AutoModel.from_pretrained(out)(IDS).last_hidden_state, made.model(IDS).last_hidden_state
+    )
 
 
 def test_the_command_prints_a_table_and_replaces_only_when_told(tmp_path: Path) -> None:
@@ -599,14 +781,27 @@ WRONG = [
     (("--attention", "mla", "-O", "mla_rotate=maybe"), "must be true or false"),
     (("--attention", "mha", "--data", "missing.txt"), "no such file"),
     (("--attention", "mha", "--context", 4), "must be at least 8"),
-    (("--attention", "mqa", "--whiten", *SMALL), "moments (--whiten): attention 'mqa' is made from weights alone"),
+    (
+        ("--attention", "mqa", "--whiten", *SMALL),
+        "moments (--whiten): attention 'mqa' is made from weights alone",
+    ),
 ]
 
 
 def test_what_cannot_be_converted_is_refused_before_the_text_is_read(tmp_path: Path) -> None:
     place = pico.save(tmp_path / "model")
     with mock.patch("lowkey.cli.converting.input_moments", side_effect=AssertionError):
-        error = run("convert", place, tmp_path / "out", "--attention", "mla", "-O", "kv_lora_rank=0", "--whiten", *SMALL)[2]
+        error = run(
+            "convert",
+            place,
+            tmp_path / "out",
+            "--attention",
+            "mla",
+            "-O",
+            "kv_lora_rank=0",
+            "--whiten",
+            *SMALL,
+        )[2]
     assert "kv_lora_rank 0" in error
 
 

@@ -1,4 +1,6 @@
-"""What a conversion says of itself: that it is exact, or what loses something and with which fields nothing would be lost."""
+"""What a conversion says of itself: that it is exact, or what loses something and with which fields nothing
+would be lost.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,12 @@ FIELDS = {
         {"lrkv_rank": rank, "lrkv_rope_mode": mode, "num_key_value_heads": shared}
         for rank, mode, shared in product((4, D), ("full", "latent"), (1, 2, 4))
     ]
-    + [{"lrkv_rank": 4, "lrkv_rope_mode": "partial", "qk_rope_head_dim": e, "num_key_value_heads": 4} for e in (8, D)],
-    "mea": [{"mea_num_component_heads": n} for n in (1, 2, 4)] + [{"mea_num_component_heads": 1, "head_norm": "own"}],
+    + [
+        {"lrkv_rank": 4, "lrkv_rope_mode": "partial", "qk_rope_head_dim": e, "num_key_value_heads": 4}
+        for e in (8, D)
+    ],
+    "mea": [{"mea_num_component_heads": n} for n in (1, 2, 4)]
+    + [{"mea_num_component_heads": 1, "head_norm": "own"}],
     "mla": [{"kv_lora_rank": c, "qk_rope_head_dim": e} for c, e in ((D, D), (8, D), (D, 8))]
     + [{"kv_lora_rank": D, "mla_rotate": False}, {"kv_lora_rank": D, "mla_kv_norm": True}],
 }
@@ -55,7 +61,9 @@ def tried(model: object, kind: str, fields: dict) -> tuple[Exactness, bool] | No
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_what_is_said_of_a_start_is_so(name: str) -> None:
-    """By logits: exact where it says so, not exact where it does not, and exact with the fields that it names instead."""
+    """By logits: exact where it says so, not exact where it does not, and exact with the fields that it names
+    instead.
+    """
     model, made = build(name.split()[0], **SOURCES[name]), 0
     for kind, settings in FIELDS.items():
         for fields in settings:
@@ -68,7 +76,11 @@ def test_what_is_said_of_a_start_is_so(name: str) -> None:
                 assert said == Exactness(True) and str(said) == "exact, to rounding"
             else:
                 instead = dict(said.instead)
-                assert tried(model, instead.pop("attention"), instead) == (Exactness(True), True), (kind, fields, said)
+                assert tried(model, instead.pop("attention"), instead) == (Exactness(True), True), (
+                    kind,
+                    fields,
+                    said,
+                )
                 assert said.why in str(said) and "exact with attention=" in str(said)
     assert made > 8
 
@@ -79,7 +91,9 @@ def test_the_biased_full_rank_start_is_told_of(caplog: pytest.LogCaptureFixture)
     with caplog.at_level("WARNING", "lowkey.conversion"):
         convert(model, "lrkv", lrkv_rank=D)
     (told,) = (record.getMessage() for record in caplog.records)
-    assert "keys have biases" in told and told.endswith("exact with attention=lrkv lrkv_rank=16 lrkv_rope_mode=full num_key_value_heads=2")
+    assert "keys have biases" in told and told.endswith(
+        "exact with attention=lrkv lrkv_rank=16 lrkv_rope_mode=full num_key_value_heads=2"
+    )
     caplog.clear()
     with caplog.at_level("WARNING", "lowkey.conversion"):
         convert(model, "lrkv", lrkv_rank=D, num_key_value_heads=2)
@@ -87,8 +101,12 @@ def test_the_biased_full_rank_start_is_told_of(caplog: pytest.LogCaptureFixture)
     assert not caplog.records
 
 
-@pytest.mark.parametrize(("fields", "exact"), [(("-O", "num_key_value_heads=4"), True), (("-O", "num_key_value_heads=2"), False)])
-def test_the_command_the_record_and_the_card_say_it(fields: tuple[str, ...], exact: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fields", "exact"), [(("-O", "num_key_value_heads=4"), True), (("-O", "num_key_value_heads=2"), False)]
+)
+def test_the_command_the_record_and_the_card_say_it(
+    fields: tuple[str, ...], exact: bool, tmp_path: Path
+) -> None:
     place, out = pico.save(tmp_path / "model"), tmp_path / "out"
     assert run("convert", place, out, "--attention", "gqa", *fields, *SMALL)[0] == 0
     record, card = json.loads((out / "convert.json").read_text()), (out / "README.md").read_text()
@@ -99,5 +117,7 @@ def test_the_command_the_record_and_the_card_say_it(fields: tuple[str, ...], exa
     )
     assert record["exact"] == exact and line in card
     assert record["exact_with"] == (None if exact else {"attention": "gqa", "num_key_value_heads": 4})
-    printed = CliRunner().invoke(app, ["convert", str(place), str(out), "--attention", "gqa", *fields, *map(str, SMALL), "--force"])
+    printed = CliRunner().invoke(
+        app, ["convert", str(place), str(out), "--attention", "gqa", *fields, *map(str, SMALL), "--force"]
+    )
     assert f"the start is {line}" in printed.stderr

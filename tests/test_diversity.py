@@ -1,4 +1,6 @@
-"""How different heads are: the numbers against explicit matrices, every kind's maps against what its attention is handed."""
+"""How different heads are: the numbers against explicit matrices, every kind's maps against what its
+attention is handed.
+"""
 
 from __future__ import annotations
 
@@ -38,11 +40,26 @@ KINDS: dict[str, dict] = {
     "mla": {**MLA, "mla_kv_norm": False},
     "mla-0": {**MLA, "mla_kv_norm": False, "mla_latent_scale": True, "qk_rope_head_dim": 0},
     "lrkv-full": {"attention": "lrkv", "lrkv_rank": 3},
-    "lrkv-latent": {"attention": "lrkv", "lrkv_rank": 4, "lrkv_rope_mode": "latent", "num_key_value_heads": 2},
+    "lrkv-latent": {
+        "attention": "lrkv",
+        "lrkv_rank": 4,
+        "lrkv_rope_mode": "latent",
+        "num_key_value_heads": 2,
+    },
     "lrkv-partial": {"attention": "lrkv", "lrkv_rank": 3, "lrkv_rope_mode": "partial", "qk_rope_head_dim": 4},
     "lrkv-0": {"attention": "lrkv", "lrkv_rank": 0},
-    "mea": {"attention": "mea", "num_key_value_heads": 4, "mea_num_component_heads": 3, "mea_hlc_init": "orthogonal"},
-    "mea-grouped": {"attention": "mea", "num_key_value_heads": 2, "mea_num_component_heads": 2, "head_norm": "own"},
+    "mea": {
+        "attention": "mea",
+        "num_key_value_heads": 4,
+        "mea_num_component_heads": 3,
+        "mea_hlc_init": "orthogonal",
+    },
+    "mea-grouped": {
+        "attention": "mea",
+        "num_key_value_heads": 2,
+        "mea_num_component_heads": 2,
+        "head_norm": "own",
+    },
     "gta": {"attention": "gta", "num_key_value_heads": 2, "qk_rope_head_dim": 4},
     "gta-0": {"attention": "gta", "num_key_value_heads": 2, "qk_rope_head_dim": 0},
     "k_eq_v": {"attention": "k_eq_v", "num_key_value_heads": 2},
@@ -60,8 +77,16 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def own(seed: int = 0, **kind: object) -> LowkeyForCausalLM:
     """A model of our own in fp64, every parameter away from its starting value."""
-    shape = {"hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": pico.VOCAB, "head_dim": D}
-    config = LowkeyConfig(**{**shape, "num_attention_heads": HEADS, "rms_norm_eps": 1e-12, "bos_token_id": 1, **kind})
+    shape = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "vocab_size": pico.VOCAB,
+        "head_dim": D,
+    }
+    config = LowkeyConfig(
+        **{**shape, "num_attention_heads": HEADS, "rms_norm_eps": 1e-12, "bos_token_id": 1, **kind}
+    )
     torch.manual_seed(seed)
     model = LowkeyForCausalLM._from_config(config, attn_implementation="eager", dtype=torch.float64).eval()
     with torch.no_grad():
@@ -72,8 +97,8 @@ def own(seed: int = 0, **kind: object) -> LowkeyForCausalLM:
 
 @torch.no_grad()
 def handed(model: LowkeyForCausalLM, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What the first layer hands the attention function when all tokens are at position 0, so that nothing is rotated: queries, and keys
-    and values of every query head."""
+    """What the first layer hands the attention function when all tokens are at position 0, so that nothing is
+    rotated: queries, and keys and values of every query head."""
     seen = []
 
     def spy(module, query, key, value, mask, **kwargs):
@@ -83,12 +108,18 @@ def handed(model: LowkeyForCausalLM, hidden: torch.Tensor) -> tuple[torch.Tensor
     AttentionInterface.register("spy", spy)
     block, model.config._attn_implementation = model.model.layers[0].self_attn, "spy"
     model.config.decode = "expanded"
-    block(hidden, unrotated(hidden.shape[1], model.config.rope_width), position_ids=torch.zeros(1, hidden.shape[1], dtype=torch.long))
+    block(
+        hidden,
+        unrotated(hidden.shape[1], model.config.rope_width),
+        position_ids=torch.zeros(1, hidden.shape[1], dtype=torch.long),
+    )
     return tuple(seen[0])
 
 
 def unrotated(tokens: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.ones(1, tokens, width, dtype=torch.float64), torch.zeros(1, tokens, width, dtype=torch.float64)
+    return torch.ones(1, tokens, width, dtype=torch.float64), torch.zeros(
+        1, tokens, width, dtype=torch.float64
+    )
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -115,14 +146,18 @@ def test_centred_gram_is_that_of_operators_less_their_mean():
 def test_effective_rank_counts_directions():
     assert effective_rank(torch.diag(torch.tensor([2.0, 2.0, 0.0, 0.0]))) == pytest.approx(2)
     shares = [0.5, 0.3, 0.2]
-    assert effective_rank(torch.diag(torch.tensor(shares))) == pytest.approx(math.exp(-sum(p * math.log(p) for p in shares)))
+    assert effective_rank(torch.diag(torch.tensor(shares))) == pytest.approx(
+        math.exp(-sum(p * math.log(p) for p in shares))
+    )
 
 
 def test_orthogonal_heads_are_as_many_as_can_be():
     basis = torch.eye(HIDDEN, dtype=torch.float64).view(HEADS, D, HIDDEN)
     found = circuit(basis, basis)
     assert found["uncentred"] == pytest.approx(1) and found["centred"] == pytest.approx(1)
-    assert found["centred_of_heads"] == pytest.approx((HEADS - 1) / HEADS), "the paper's number cannot pass its ceiling"
+    assert found["centred_of_heads"] == pytest.approx((HEADS - 1) / HEADS), (
+        "the paper's number cannot pass its ceiling"
+    )
     assert found["mean_cosine"] == pytest.approx(0)
 
 
@@ -130,7 +165,9 @@ def test_identical_heads_count_as_one():
     left, right = (random(1, D, HIDDEN, seed=i).expand(HEADS, -1, -1) for i in (0, 1))
     found = circuit(left, right)
     assert found["uncentred"] == pytest.approx(1 / HEADS) and found["mean_cosine"] == pytest.approx(1)
-    assert found["centred"] == pytest.approx(1 / (HEADS - 1)) and found["centred_of_heads"] == pytest.approx(1 / HEADS)
+    assert found["centred"] == pytest.approx(1 / (HEADS - 1)) and found["centred_of_heads"] == pytest.approx(
+        1 / HEADS
+    )
 
 
 def test_zero_heads_and_single_heads_give_none_and_never_nan():
@@ -175,11 +212,15 @@ def test_maps_make_the_keys_values_and_scores_of_the_layer(name):
 
 @pytest.mark.parametrize("name", NORMED)
 def test_maps_hold_the_weights_of_norms(name):
-    """What norms divide by is one number per token and head (all heads, for latents), so directions must agree."""
+    """What norms divide by is one number per token and head (all heads, for latents), so directions must
+    agree.
+    """
     model, hidden = own(**NORMED[name]), random(1, 5, HIDDEN)
     block = model.model.layers[0].self_attn
     if name == "mea":  # whose component heads are each divided by a number of their own: none are mixed here
-        block.k_mix = torch.nn.Parameter(torch.tensor([[2.0, 0, 0, 1], [0, 2, 0, 0], [0, 0, 2, 0]], dtype=torch.float64))
+        block.k_mix = torch.nn.Parameter(
+            torch.tensor([[2.0, 0, 0, 1], [0, 2, 0, 0], [0, 0, 2, 0]], dtype=torch.float64)
+        )
     query, keys, values = handed(model, hidden)
     maps = block.head_maps()
     for m, expected in zip(maps[:3], (query, keys, values), strict=True):
@@ -190,7 +231,9 @@ def test_maps_hold_the_weights_of_norms(name):
 
 
 def test_output_maps_sum_to_the_layer():
-    """With head norm and a weight of each head's own, heads of length sqrt(d) are not changed by what the norm divides by."""
+    """With head norm and a weight of each head's own, heads of length sqrt(d) are not changed by what the
+    norm divides by.
+    """
     model = own(**KINDS["mea-grouped"])
     block, heads = model.model.layers[0].self_attn, random(1, 5, HEADS, D)
     heads = heads / heads.norm(dim=-1, keepdim=True) * D**0.5
@@ -201,7 +244,9 @@ def test_output_maps_sum_to_the_layer():
 
 @pytest.mark.parametrize("name", ["llama", "llama-mqa", "phi3", "qwen3", "gemma3_text", "olmo2", "granite"])
 def test_maps_of_stock_models(name):
-    """Against keys and values in transformers' own cache at position 0, where nothing is rotated, up to what norms divide by."""
+    """Against keys and values in transformers' own cache at position 0, where nothing is rotated, up to what
+    norms divide by.
+    """
     model = pico.build(name)
     with torch.no_grad():
         for where, parameter in model.named_parameters():
@@ -209,10 +254,15 @@ def test_maps_of_stock_models(name):
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
         out = model(pico.prompt(1), use_cache=True, output_hidden_states=True)
     for i, layer in enumerate(out.past_key_values.layers):
-        maps, inputs = families.head_maps(model, i), families.attention_input(model, i, out.hidden_states[i]).detach()
+        maps, inputs = (
+            families.head_maps(model, i),
+            families.attention_input(model, i, out.hidden_states[i]).detach(),
+        )
         stored = (x.repeat_interleave(len(maps.q) // x.shape[1], 1) for x in (layer.keys, layer.values))
         for m, expected in zip(maps[1:3], stored, strict=True):
-            cosine = torch.nn.functional.cosine_similarity(torch.einsum("btD,hdD->bhtd", inputs, m), expected, dim=-1)
+            cosine = torch.nn.functional.cosine_similarity(
+                torch.einsum("btD,hdD->bhtd", inputs, m), expected, dim=-1
+            )
             assert float(cosine.min()) > 1 - 1e-5
 
 
@@ -228,12 +278,19 @@ def test_parts_of_lrkv():
     maps = block.head_maps()
     assert same(maps.k - maps.k_residual, block.k_proj.weight.expand(HEADS, -1, -1))
     found = div.of_maps(maps)["residual"]
-    residual = [torch.cat((up.T @ down, torch.zeros(4, HIDDEN))) for up, down in zip(block.k_up, block.k_down.weight.split(3), strict=True)]
+    residual = [
+        torch.cat((up.T @ down, torch.zeros(4, HIDDEN)))
+        for up, down in zip(block.k_up, block.k_down.weight.split(3), strict=True)
+    ]
     shared = block.k_proj.weight
     assert found["keys"]["residual_norm"] == pytest.approx(sum(float(r.norm()) for r in residual) / HEADS)
-    assert found["keys"]["shared_over_residual"] == pytest.approx(sum(float(shared.norm() / r.norm()) for r in residual) / HEADS)
+    assert found["keys"]["shared_over_residual"] == pytest.approx(
+        sum(float(shared.norm() / r.norm()) for r in residual) / HEADS
+    )
     expected = [float((shared * r).sum() / (shared.norm() * r.norm())) for r in residual]
-    assert found["keys"]["cosines"] == pytest.approx(expected) and found["keys"]["cosine"] == pytest.approx(sum(expected) / HEADS)
+    assert found["keys"]["cosines"] == pytest.approx(expected) and found["keys"]["cosine"] == pytest.approx(
+        sum(expected) / HEADS
+    )
     block.v_up.zero_()
     values = div.of_maps(block.head_maps())["residual"]["values"]
     assert values["shared_over_residual"] is None and values["cosine"] == 0
@@ -251,7 +308,14 @@ def test_fresh_lrkv_starts_with_a_small_residual():
 
 
 def test_random_heads_are_near_the_ceiling():
-    config = LowkeyConfig(hidden_size=128, intermediate_size=16, num_hidden_layers=2, vocab_size=8, num_attention_heads=8, attention="mha")
+    config = LowkeyConfig(
+        hidden_size=128,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        vocab_size=8,
+        num_attention_heads=8,
+        attention="mha",
+    )
     torch.manual_seed(0)
     for layer in weight_diversity(LowkeyForCausalLM(config)):
         for kind in ("qk", "vo"):
@@ -261,18 +325,24 @@ def test_random_heads_are_near_the_ceiling():
 @pytest.mark.parametrize("name", [name for name in KINDS if not name.endswith("a-0")])
 def test_every_kind_is_measured_and_beside_it_its_random_form(name):
     model = own(**KINDS[name])
-    found = diversity(model, pico.tokenizer(), "It was a dark and stormy night. " * 8, windows=2, context=16, inits=1)
+    found = diversity(
+        model, pico.tokenizer(), "It was a dark and stormy night. " * 8, windows=2, context=16, inits=1
+    )
     json.dumps(found, allow_nan=False)
     assert len(found["layers"]) == 2 and found["heads"] == HEADS
     for layer in found["layers"]:
         assert 0 < layer["js"] < 1 and 1 / HEADS - 1e-9 < layer["qk"]["uncentred"] <= 1 + 1e-9
-        assert layer["init"]["qk_centred"]["mean"] > 0 and (layer["residual"] is None) == (name[:4] != "lrkv" or name == "lrkv-0")
+        assert layer["init"]["qk_centred"]["mean"] > 0 and (layer["residual"] is None) == (
+            name[:4] != "lrkv" or name == "lrkv-0"
+        )
         assert (layer["key_slice"] is not None) == (name in ("mla", "gta"))
 
 
 def test_output_projections_that_start_at_zero_have_no_number_at_random():
     model = own(attention="lrkv", lrkv_rank=2, zero_init_output=True)
-    found = diversity(model, pico.tokenizer(), "It was a dark and stormy night. " * 8, windows=1, context=16, inits=2)
+    found = diversity(
+        model, pico.tokenizer(), "It was a dark and stormy night. " * 8, windows=1, context=16, inits=2
+    )
     assert found["layers"][0]["vo"]["uncentred"] and found["layers"][0]["init"]["vo_uncentred"] is None
     assert found["mean"]["init"]["vo_uncentred"] is None
 
@@ -280,9 +350,15 @@ def test_output_projections_that_start_at_zero_have_no_number_at_random():
 def test_random_forms_follow_the_seed_and_leave_the_callers_randomness_alone():
     model, text = pico.build("llama"), "It was a dark and stormy night. " * 8
     state = torch.random.get_rng_state()
-    one, again, other = (diversity(model, pico.tokenizer(), text, windows=1, context=16, inits=2, seed=s) for s in (0, 0, 7))
+    one, again, other = (
+        diversity(model, pico.tokenizer(), text, windows=1, context=16, inits=2, seed=s) for s in (0, 0, 7)
+    )
     assert torch.equal(state, torch.random.get_rng_state())
-    assert one == again and one["layers"][0]["init"] != other["layers"][0]["init"] and one["layers"][0]["qk"] == other["layers"][0]["qk"]
+    assert (
+        one == again
+        and one["layers"][0]["init"] != other["layers"][0]["init"]
+        and one["layers"][0]["qk"] == other["layers"][0]["qk"]
+    )
     band = one["layers"][1]["init"]["qk_centred"]
     assert band["low"] < band["mean"] < band["high"]
 
@@ -309,7 +385,10 @@ def test_js_divergence_against_loops():
 
 def test_js_divergence_ends_at_nothing_and_one_bit():
     apart = torch.eye(4).view(1, 4, 1, 4)
-    assert float(js_divergence(apart)) == pytest.approx(1) and float(js_divergence(apart[:, :1].expand(-1, 4, -1, -1))) == 0
+    assert (
+        float(js_divergence(apart)) == pytest.approx(1)
+        and float(js_divergence(apart[:, :1].expand(-1, 4, -1, -1))) == 0
+    )
 
 
 def test_attention_divergence_is_the_mean_over_queries_and_the_model_is_set_back():
@@ -325,7 +404,10 @@ def test_attention_divergence_is_the_mean_over_queries_and_the_model_is_set_back
 
 def test_a_layer_of_one_head_has_no_divergence():
     assert (
-        attention_divergence(pico.build("llama", num_attention_heads=1, num_key_value_heads=1), pico.prompt(8, 1)) == [None] * pico.LAYERS
+        attention_divergence(
+            pico.build("llama", num_attention_heads=1, num_key_value_heads=1), pico.prompt(8, 1)
+        )
+        == [None] * pico.LAYERS
     )
 
 
@@ -343,12 +425,28 @@ def saved(tmp_path_factory):
 
 
 def test_the_command_prints_numbers_and_writes_them_and_figures(saved, tmp_path):
-    found = printed("diversity", saved, "--windows", 2, "--context", 16, "--inits", 2, "--out", tmp_path / "out")
-    assert found.items() <= json.loads((tmp_path / "out" / "diversity.json").read_text()).items() and found["data"] == "embedded"
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"diversity.json", "diversity.png", "cosines.png", ".lowkey.json"}
-    assert all((tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in ("diversity", "cosines"))
+    found = printed(
+        "diversity", saved, "--windows", 2, "--context", 16, "--inits", 2, "--out", tmp_path / "out"
+    )
+    assert (
+        found.items() <= json.loads((tmp_path / "out" / "diversity.json").read_text()).items()
+        and found["data"] == "embedded"
+    )
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "diversity.json",
+        "diversity.png",
+        "cosines.png",
+        ".lowkey.json",
+    }
+    assert all(
+        (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        for name in ("diversity", "cosines")
+    )
     layer = found["layers"][0]
-    assert len(layer["qk"]["cosines"]) == 8 and layer["init"]["vo_centred"]["low"] <= layer["init"]["vo_centred"]["high"]
+    assert (
+        len(layer["qk"]["cosines"]) == 8
+        and layer["init"]["vo_centred"]["low"] <= layer["init"]["vo_centred"]["high"]
+    )
 
 
 def test_the_command_takes_our_own_models_and_other_text(tmp_path):
@@ -357,15 +455,36 @@ def test_the_command_takes_our_own_models_and_other_text(tmp_path):
     for part in (model, pico.tokenizer()):
         part.save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("It was a dark and stormy night. " * 8)
-    words = ("--windows", 2, "--context", 16, "--inits", 1, "--data", tmp_path / "text.txt", "--out", tmp_path / "out")
+    words = (
+        "--windows",
+        2,
+        "--context",
+        16,
+        "--inits",
+        1,
+        "--data",
+        tmp_path / "text.txt",
+        "--out",
+        tmp_path / "out",
+    )
     shown = done("diversity", tmp_path / "model", *words).out
     layer = json.loads((tmp_path / "out" / "diversity.json").read_text())["layers"][1]
-    assert f"{layer['qk']['centred']:.3f} ({layer['init']['qk_centred']['mean']:.3f})" in shown and "mean" in shown
+    assert (
+        f"{layer['qk']['centred']:.3f} ({layer['init']['qk_centred']['mean']:.3f})" in shown
+        and "mean" in shown
+    )
     assert f"{layer['residual']['keys']['shared_over_residual']:.2f}" in shown
 
 
 def test_figures_without_random_forms(tmp_path):
-    found = diversity(pico.build("llama"), pico.tokenizer(), "It was a dark and stormy night. " * 8, windows=1, context=16, inits=0)
+    found = diversity(
+        pico.build("llama"),
+        pico.tokenizer(),
+        "It was a dark and stormy night. " * 8,
+        windows=1,
+        context=16,
+        inits=0,
+    )
     assert found["layers"][0]["init"] is None and found["mean"]["init"] is None
     show_diversity(found)
     for draw in (diversity_figure, cosines_figure):
@@ -373,7 +492,8 @@ def test_figures_without_random_forms(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"), [(("--inits", -1), "inits -1"), (("--context", 1), "context 1"), (("--data", "none.txt"), "none.txt")]
+    ("words", "says"),
+    [(("--inits", -1), "inits -1"), (("--context", 1), "context 1"), (("--data", "none.txt"), "none.txt")],
 )
 def test_bad_arguments(saved, tmp_path, words, says):
     assert says in refused("diversity", saved, *words, "--out", tmp_path / "out")

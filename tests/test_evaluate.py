@@ -56,7 +56,13 @@ def settings(half):
     model = pico.attached("llama")
     whole = calibrated("100%")
     assert set(whole.ranks.values()) == {(pico.HEAD_DIM, pico.HEAD_DIM)}
-    return [full(model), planned(model, whole, "whole"), planned(model, half, "half"), integers(model, 8), integers(model, 4)]
+    return [
+        full(model),
+        planned(model, whole, "whole"),
+        planned(model, half, "half"),
+        integers(model, 8),
+        integers(model, 4),
+    ]
 
 
 def run(settings, names=("perplexity",), work=None, **task: object) -> dict:
@@ -72,13 +78,24 @@ def test_a_window_of_exact_tokens_beside_what_is_compressed(half):
     """As long as the text, it keeps everything."""
     model = pico.attached("llama")
     found = [
-        f(Exact(recent=n)) for n in (4, LENGTH) for f in (lambda e: packed(model, 4, e), lambda e: planned(model, half, "half", exact=e))
+        f(Exact(recent=n))
+        for n in (4, LENGTH)
+        for f in (lambda e: packed(model, 4, e), lambda e: planned(model, half, "half", exact=e))
     ]
     rows = by_name(run([full(model), *found, integers(model, 4), planned(model, half, "half")]))
-    assert list(rows)[1:5] == ["int4 + 4 recent", "pca 50% + 4 recent", f"int4 + {LENGTH} recent", f"pca 50% + {LENGTH} recent"]
+    assert list(rows)[1:5] == [
+        "int4 + 4 recent",
+        "pca 50% + 4 recent",
+        f"int4 + {LENGTH} recent",
+        f"pca 50% + {LENGTH} recent",
+    ]
     assert [rows[name]["recent"] for name in list(rows)[1:]] == [4, 4, LENGTH, LENGTH, 0, 0]
     for name in ("int4", "pca 50%"):
-        assert rows[name]["bytes_held"] < rows[f"{name} + 4 recent"]["bytes_held"] < rows[f"{name} + {LENGTH} recent"]["bytes_held"]
+        assert (
+            rows[name]["bytes_held"]
+            < rows[f"{name} + 4 recent"]["bytes_held"]
+            < rows[f"{name} + {LENGTH} recent"]["bytes_held"]
+        )
         assert rows[f"{name} + {LENGTH} recent"]["kl"] < 1e-6 < rows[f"{name} + 4 recent"]["kl"]
 
 
@@ -96,7 +113,10 @@ def reference() -> torch.Tensor:
 def compressed(plan: lowkey.Plan, exact: Exact, splits: list[int]) -> torch.Tensor:
     """The same under the plan's factors, with the dense definition of low-rank attention."""
     model = pico.build("llama")
-    parts = [dense.logits(model, row.unsqueeze(0), plan.factors, plan.layout, exact, splits=splits) for row in windows()]
+    parts = [
+        dense.logits(model, row.unsqueeze(0), plan.factors, plan.layout, exact, splits=splits)
+        for row in windows()
+    ]
     return torch.cat(parts).log_softmax(-1)
 
 
@@ -114,7 +134,9 @@ def test_perplexity_of_the_full_cache(rows):
 
 
 def test_decode_only_changes_nothing_for_the_full_cache(rows):
-    assert rows["full"]["perplexity_decode"] == pytest.approx(slow_perplexity(reference(), LENGTH // 2 + 1), rel=1e-5)
+    assert rows["full"]["perplexity_decode"] == pytest.approx(
+        slow_perplexity(reference(), LENGTH // 2 + 1), rel=1e-5
+    )
 
 
 def test_the_full_cache_agrees_with_itself(rows):
@@ -146,7 +168,8 @@ def test_decode_only_reads_the_first_half_exactly_and_then_token_by_token(rows, 
     logs = compressed(half, Exact(prefill="exact"), [before] + [1] * (LENGTH - before))
     expected = slow_perplexity(logs, before + 1)
     assert rows["pca 50%"]["perplexity_decode"] == pytest.approx(expected, rel=1e-4)
-    assert abs(expected / slow_perplexity(compressed(half, Exact(), [LENGTH]), before + 1) - 1) > 1e-3  # the halves matter
+    # the halves matter
+    assert abs(expected / slow_perplexity(compressed(half, Exact(), [LENGTH]), before + 1) - 1) > 1e-3
 
 
 @torch.no_grad()
@@ -167,7 +190,9 @@ def test_more_bits_are_closer(rows):
 def test_every_window_has_its_sums(rows, half):
     logs, full, per = compressed(half, Exact(), [LENGTH]), reference(), rows["pca 50%"]["per_window"]
     for n, row in enumerate(windows()):
-        assert per["nll"][n] == pytest.approx(-sum(float(logs[n, t - 1, row[t]]) for t in range(1, LENGTH)), rel=1e-4)
+        assert per["nll"][n] == pytest.approx(
+            -sum(float(logs[n, t - 1, row[t]]) for t in range(1, LENGTH)), rel=1e-4
+        )
         kl = (full[n].double().exp() * (full[n] - logs[n]).double())[:-1].sum()
         assert per["kl"][n] == pytest.approx(float(kl), rel=1e-3)
     assert per["tokens"] == [LENGTH - 1] * COUNT
@@ -185,7 +210,10 @@ def test_intervals_are_over_windows(rows, settings):
     assert by_name(run(settings[:1], windows=2))["full"]["kl_95"] is None
 
 
-@pytest.mark.parametrize("freedom, t", [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (6, 2.447), (11, 2.201), (30, 2.042)])
+@pytest.mark.parametrize(
+    "freedom, t",
+    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (6, 2.447), (11, 2.201), (30, 2.042)],
+)
 def test_students_t(freedom, t):
     assert t95(freedom) == pytest.approx(t, rel=2e-3)
 
@@ -286,7 +314,8 @@ def test_interrupted_work_goes_on_to_the_same_rows(settings, name, tmp_path, mon
     rest = again()
     partial, counted.tokens = counted.tokens, 0
     again(work=None)
-    assert partial < counted.tokens or name == "layers"  # one layer at a time, which no forward pass of the model does
+    # one layer at a time, which no forward pass of the model does
+    assert partial < counted.tokens or name == "layers"
     assert [{k: v for k, v in row.items() if k not in TIMES} for row in rest] == [
         {k: v for k, v in row.items() if k not in TIMES} for row in straight
     ]
@@ -332,7 +361,9 @@ def test_damaged_work_is_told(settings, tmp_path):
 def layer_outputs(run_model, ids: torch.Tensor, layer: int) -> torch.Tensor:
     """What a decoder layer puts out while `run_model(model, ids)` runs."""
     model, seen = pico.build("llama"), []
-    hook = families.decoder_layers(model)[layer].register_forward_hook(lambda module, args, out: seen.append(out))
+    hook = families.decoder_layers(model)[layer].register_forward_hook(
+        lambda module, args, out: seen.append(out)
+    )
     run_model(model, ids)
     hook.remove()
     return seen[0]
@@ -343,12 +374,20 @@ def test_layer_error_is_the_change_of_one_layers_output_when_it_alone_is_compres
     for i, factors in half.factors.items():
         for row in scored.split(1):
             exact = layer_outputs(lambda model, ids: model(ids), row, i)
-            near = layer_outputs(lambda model, ids, i=i, f=factors: dense.logits(model, ids, {i: f}, half.layout, Exact()), row, i)
+            near = layer_outputs(
+                lambda model, ids, i=i, f=factors: dense.logits(model, ids, {i: f}, half.layout, Exact()),
+                row,
+                i,
+            )
             pairs = zip(near[0], exact[0], strict=True)
-            tokens = [float((a - b).norm() / b.norm()) if b.any() else 0.0 for a, b in pairs]  # the output of <s> is zero
+            # the output of <s> is zero
+            tokens = [float((a - b).norm() / b.norm()) if b.any() else 0.0 for a, b in pairs]
             errors.append(sum(tokens) / len(tokens))
             cosines.append(float(torch.cosine_similarity(near, exact, dim=-1).mean()))
-    assert rows["pca 50%"]["layer_error"] == pytest.approx(sum(errors) / len(errors), rel=1e-4) and sum(errors) > 0.1
+    assert (
+        rows["pca 50%"]["layer_error"] == pytest.approx(sum(errors) / len(errors), rel=1e-4)
+        and sum(errors) > 0.1
+    )
     assert rows["pca 50%"]["layer_cosine"] == pytest.approx(sum(cosines) / len(cosines), rel=1e-4)
 
 
@@ -367,7 +406,11 @@ def test_layers_that_slide_are_not_counted(half):
 
 
 def test_bytes_of_the_full_cache(rows):
-    assert rows["full"]["bytes_held"] == rows["full"]["bytes_full"] == pico.LAYERS * 2 * 4 * LENGTH * pico.HEAD_DIM * 4
+    assert (
+        rows["full"]["bytes_held"]
+        == rows["full"]["bytes_full"]
+        == pico.LAYERS * 2 * 4 * LENGTH * pico.HEAD_DIM * 4
+    )
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -383,12 +426,16 @@ def test_bytes_of_a_plan(rows, half):
 
 def test_bytes_are_held_as_predicted(rows):
     assert [r["bytes_held"] for r in rows.values()] == [r["bytes_predicted"] for r in rows.values()]
-    assert [r["bytes_per_token"] * LENGTH for r in rows.values()] == pytest.approx([r["bytes_held"] for r in rows.values()])
+    assert [r["bytes_per_token"] * LENGTH for r in rows.values()] == pytest.approx(
+        [r["bytes_held"] for r in rows.values()]
+    )
 
 
 def test_sliding_layers_hold_as_predicted():
     model = pico.attached("gemma2")
-    found = footprint.measure(model, pico.tokenizer(), [full(model), packed(model, 8)], pico.prompt(40, 1), silent)
+    found = footprint.measure(
+        model, pico.tokenizer(), [full(model), packed(model, 8)], pico.prompt(40, 1), silent
+    )
     for row in found.values():
         assert row["bytes_held"] == row["bytes_predicted"]
     slides = 2 * 4 * (pico.WINDOW - 1) * pico.HEAD_DIM * 4
@@ -420,9 +467,21 @@ def test_the_same_again_gives_the_same(settings):
 
 def test_settings_of_the_same_name_are_told_apart(half, settings):
     model = pico.attached("llama")
-    twice = [full(model), planned(model, half, "x/a"), planned(model, half, "x/b"), packed(model, 8, Exact()), packed(model, 8)]
+    twice = [
+        full(model),
+        planned(model, half, "x/a"),
+        planned(model, half, "x/b"),
+        packed(model, 8, Exact()),
+        packed(model, 8),
+    ]
     result = run(twice, ("layers",))["rows"]
-    assert [row["name"] for row in result] == ["full", "pca 50% a", "pca 50% b", "int8", "int8 + 4 sinks + 32 recent"]
+    assert [row["name"] for row in result] == [
+        "full",
+        "pca 50% a",
+        "pca 50% b",
+        "int8",
+        "int8 + 4 sinks + 32 recent",
+    ]
     assert [row["plan"] for row in result] == [None, "x/a", "x/b", None, None]
     assert result[1]["layer_error"] == result[2]["layer_error"]
     assert [s.name for s in distinct(settings)] == [s.name for s in settings]
@@ -435,7 +494,14 @@ def test_a_name_says_in_what_plans_differ():
     def made(layout, **options):
         method = lowkey.methods.KQSVD(**options)
         plan = lowkey.calibrate(
-            model, pico.tokenizer(), TEXT, method=method, budget="50%", layout=layout, sample=sample, allocator="uniform"
+            model,
+            pico.tokenizer(),
+            TEXT,
+            method=method,
+            budget="50%",
+            layout=layout,
+            sample=sample,
+            allocator="uniform",
         )
         return planned(model, plan, f"plans/{layout}-{options}")
 
@@ -466,8 +532,12 @@ def test_the_environment_names_the_data(settings):
 
 def test_recall_through_a_model_that_knows_nothing_is_no_evidence(settings):
     rows = run(settings, ("recall",), context=192, windows=1)["rows"]
-    assert [row["exact_match"] for row in rows] == [0.0] * 5 and not any(row["recall_evidence"] for row in rows)
-    assert "no evidence" in rows[0]["recall_note"] and [row["recall_kept"] for row in rows[:3]] == pytest.approx([1, 1, 0.5], rel=1e-3)
+    assert [row["exact_match"] for row in rows] == [0.0] * 5 and not any(
+        row["recall_evidence"] for row in rows
+    )
+    assert "no evidence" in rows[0]["recall_note"] and [
+        row["recall_kept"] for row in rows[:3]
+    ] == pytest.approx([1, 1, 0.5], rel=1e-3)
 
 
 @pytest.mark.parametrize(

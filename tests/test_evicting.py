@@ -34,7 +34,9 @@ def evicting_cache(model, policy, layout=None, ranks=(pico.HEAD_DIM, pico.HEAD_D
 
     def build(i):
         rope = families.rope(model, i)
-        return LAYERS[policy.layer](policy, rope, full.index(i), meeting, LowRank(maps[i], layout, rope) if layout else None)
+        return LAYERS[policy.layer](
+            policy, rope, full.index(i), meeting, LowRank(maps[i], layout, rope) if layout else None
+        )
 
     return cache_of(model, build)
 
@@ -73,7 +75,9 @@ def test_a_full_budget_on_full_rank_decodes_the_stock_tokens(name, layout):
 def test_a_full_budget_on_low_rank_is_low_rank_alone(layout):
     ids, model = prompt(40), attached("llama")
     ours = feed(model, ids, evicting_cache(model, SnapKV("100%"), layout, (6, 9)), PADS, [30, *[1] * 10])
-    theirs = feed(model, ids, pico.lowrank(model, pico.layer_factors(model, 6, 9), layout), PADS, [30, *[1] * 10])
+    theirs = feed(
+        model, ids, pico.lowrank(model, pico.layer_factors(model, 6, 9), layout), PADS, [30, *[1] * 10]
+    )
     close(real(ours, PADS), real(theirs, PADS))
 
 
@@ -81,7 +85,11 @@ def test_a_full_budget_on_low_rank_is_low_rank_alone(layout):
 def test_every_policy_at_a_full_budget_keeps_everything(name):
     ids, model = prompt(30), attached("llama")
     cache = evicting_cache(model, policy(name, "100%"))
-    close(real(feed(model, ids, cache, PADS, [20, *[1] * 10]), PADS), real(feed(stock("llama"), ids, pads=PADS), PADS), 1e-5)
+    close(
+        real(feed(model, ids, cache, PADS, [20, *[1] * 10]), PADS),
+        real(feed(stock("llama"), ids, pads=PADS), PADS),
+        1e-5,
+    )
 
 
 # -- the dense masked definition
@@ -99,7 +107,9 @@ def masked_attention(keys, values, query, kept, scaling):
 @pytest.mark.parametrize("allocator", ALLOCATORS)
 @pytest.mark.parametrize("layout", [None, *LAYOUTS])
 def test_decoding_is_attention_over_what_each_head_kept(allocator, layout):
-    """The layer against a dense copy of everything it was ever given, with a mask; two rows, one padded, heads of unequal length."""
+    """The layer against a dense copy of everything it was ever given, with a mask; two rows, one padded,
+    heads of unequal length.
+    """
     model = attached("llama")
     cache = evicting_cache(model, SnapKV("20%", allocator, sinks=1, recent=2), layout, (16, 16))
     seen = record(cache)
@@ -110,7 +120,10 @@ def test_decoding_is_attention_over_what_each_head_kept(allocator, layout):
         call, out = log[-1][2:]
         for row, pads in enumerate(PADS):
             kept = [p + pads for p in layer.kept_positions(row)]
-            close(out[row, :, :, 0], masked_attention(keys[row], values[row], call.query[row, :, :, 0], kept, call.scaling))
+            close(
+                out[row, :, :, 0],
+                masked_attention(keys[row], values[row], call.query[row, :, :, 0], kept, call.scaling),
+            )
 
 
 def record(cache):
@@ -148,7 +161,8 @@ def test_held_is_predicted_and_the_budget_is_spent(name, budget):
     model = attached("llama")
     cache = evicting_cache(model, policy(name, budget))
     feed(model, prompt(LENGTH), cache, PADS)
-    share = float(budget[:-1]) / 100 * (1.25 if name == "think" else 1)  # of the tokens: 60 % of their key channels stay
+    # of the tokens: 60 % of their key channels stay
+    share = float(budget[:-1]) / 100 * (1.25 if name == "think" else 1)
     for row, pads in enumerate(PADS):
         wanted = share * (LENGTH - pads) * 4 * 3  # heads, layers
         total = sum(map(sum, lengths(cache, row)))
@@ -175,7 +189,10 @@ def test_padding_takes_no_slot(name):
     cache = evicting_cache(model, policy(name, "25%"))
     feed(model, prompt(LENGTH), cache, [60, 0])
     for layer in cache.evicting:
-        assert all(p.min() >= 0 and p.max() < LENGTH - 60 and len(p.unique()) == len(p) for p in layer.kept_positions(0))
+        assert all(
+            p.min() >= 0 and p.max() < LENGTH - 60 and len(p.unique()) == len(p)
+            for p in layer.kept_positions(0)
+        )
 
 
 @pytest.mark.parametrize("name", FED)
@@ -220,7 +237,9 @@ def test_dropped_channels_are_gone_and_the_newest_tokens_whole():
         feed(model, prompt(300), cache)
         held[channels] = sum(layer.keys.nbytes + layer.thin_k.nbytes for layer in cache.evicting)
         assert cache.nbytes() == cache.predicted_nbytes()
-    assert all(layer.thin_k.shape[1] == 8 and layer.starts.diff().tolist() == [32] * 8 for layer in cache.evicting)
+    assert all(
+        layer.thin_k.shape[1] == 8 and layer.starts.diff().tolist() == [32] * 8 for layer in cache.evicting
+    )
     assert held[0.5] == (32 + 0.5 * 68) / 100 * held[1.0]
 
 
@@ -249,11 +268,16 @@ def test_decoding_over_pruned_channels_is_attention_with_zeros_there():
             pruned.scatter_(2, index, keys[row].gather(2, index))
             pruned[:, LENGTH - whole :] = keys[row, :, LENGTH - whole :]
             kept = [p + pads for p in layer.kept_positions(row)]
-            close(out[row, :, :, 0], masked_attention(pruned, values[row], call.query[row, :, :, 0], kept, call.scaling))
+            close(
+                out[row, :, :, 0],
+                masked_attention(pruned, values[row], call.query[row, :, :, 0], kept, call.scaling),
+            )
 
 
 def test_one_token_stands_for_all_that_were_dropped():
-    """Softmax over the kept tokens and the mean of the dropped, whose weight counts as often as tokens were dropped; over two evictions."""
+    """Softmax over the kept tokens and the mean of the dropped, whose weight counts as often as tokens were
+    dropped; over two evictions.
+    """
     model = attached("llama")
     cache = evicting_cache(model, policy("razor", "55%"))
     seen = record(cache)
@@ -265,7 +289,10 @@ def test_one_token_stands_for_all_that_were_dropped():
         call, out = log[-1][2:]
         for j, kept in enumerate(layer.kept_positions(0)):
             gone = torch.tensor(sorted(set(range(LENGTH)) - set(kept.tolist())), dtype=torch.long)
-            some_k, some_v = ([x[j, kept], *([x[j, gone].mean(0, keepdim=True)] if len(gone) else [])] for x in (keys, values))
+            some_k, some_v = (
+                [x[j, kept], *([x[j, gone].mean(0, keepdim=True)] if len(gone) else [])]
+                for x in (keys, values)
+            )
             k, v = torch.cat(some_k), torch.cat(some_v)
             scores = call.query[0, j, :, 0] @ k.mT * call.scaling
             if len(gone):
@@ -285,19 +312,29 @@ def test_repeating_the_context_scores_it_and_stores_nothing():
     assert cache.get_seq_length() == 80 and cache.nbytes() == cache.predicted_nbytes()
     assert sum(map(sum, lengths(cache, 0))) == 0.25 * 80 * 12
     again = zipped(model, ids, "25%", chunk=30)
-    assert all(torch.equal(a, b) for a, b in zip(cache.kept_positions(1), again.kept_positions(1), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(cache.kept_positions(1), again.kept_positions(1), strict=True)
+    )
 
 
 def test_a_repeated_context_keeps_what_the_repetition_looked_at_most():
     """By hand: the largest weight that each token gets from the repetition's queries, fed over a full cache."""
     model, ids = attached("llama"), prompt(60, batch=1)
     cache = zipped(model, ids, "25%", chunk=60, bridge=0, sinks=0, recent=0)
-    asking = pico.tokenizer()(policy("kvzip", "25%").prompt, add_special_tokens=False, return_tensors="pt").input_ids
+    asking = pico.tokenizer()(
+        policy("kvzip", "25%").prompt, add_special_tokens=False, return_tensors="pt"
+    ).input_ids
     with torch.no_grad():
         found = stock("llama")(torch.cat([ids, asking, ids], 1), output_attentions=True).attentions
-    scores = torch.stack([a[0, :, 60:, :60].amax(1).unflatten(0, (4, 2)).amax(1) for a in found])  # (layers, h, s)
+    # (layers, h, s)
+    scores = torch.stack([a[0, :, 60:, :60].amax(1).unflatten(0, (4, 2)).amax(1) for a in found])
     best = scores.flatten().topk(scores.numel() // 4).indices.tolist()
-    ours = [(i * 4 + j) * 60 + p for i in range(3) for j, kept in enumerate(cache.kept_positions(i)) for p in kept.tolist()]
+    ours = [
+        (i * 4 + j) * 60 + p
+        for i in range(3)
+        for j, kept in enumerate(cache.kept_positions(i))
+        for p in kept.tolist()
+    ]
     assert sorted(best) == sorted(ours)
 
 
@@ -315,7 +352,10 @@ def test_later_chunks_and_a_second_turn_are_evicted_too():
     for seed in range(3):
         feed(model, prompt(100, seed=seed), cache)
     assert sum(map(sum, lengths(cache, 0))) == round(0.2 * 300 * 12)
-    assert max(p.max() for p in cache.kept_positions(0)) == 299 and min(p.min() for p in cache.kept_positions(0)) == 0
+    assert (
+        max(p.max() for p in cache.kept_positions(0)) == 299
+        and min(p.min() for p in cache.kept_positions(0)) == 0
+    )
 
 
 @pytest.mark.parametrize("every", [8, 200])
@@ -331,11 +371,18 @@ def test_decoding_evicts_every_so_many_steps(every):
 def test_while_decoding_the_smallest_keys_of_all_layers_stay():
     """Heads and layers of different length compete for one budget, by scores that are all negative."""
     model = attached("llama")
-    cache = evicting_cache(model, policy("knorm", "12 tokens", allocator="global", sinks=2, recent=3, every=2))
+    cache = evicting_cache(
+        model, policy("knorm", "12 tokens", allocator="global", sinks=2, recent=3, every=2)
+    )
     logs = record(cache)
     held = [[set(range(40)) for _ in range(4)] for _ in logs]
     for seen in (40, 42, 44, 46):
-        feed(model, prompt(seen, batch=1)[:, 0 if seen == 40 else seen - 2 :], cache, splits=[40] if seen == 40 else [1, 1])
+        feed(
+            model,
+            prompt(seen, batch=1)[:, 0 if seen == 40 else seen - 2 :],
+            cache,
+            splits=[40] if seen == 40 else [1, 1],
+        )
         always = {0, 1, seen - 3, seen - 2, seen - 1}
         keys = [torch.cat([entry[0] for entry in log], 2)[0] for log in logs]
         free = [
@@ -384,14 +431,20 @@ def test_a_long_tail_joins_the_rows_and_changes_nothing(monkeypatch):
     joined = evicting_cache(model, SnapKV("30%"))
     assert torch.equal(generate(model, ids, 50, joined, PADS), expected)
     assert lengths(joined, 0) == lengths(plain, 0) and joined.nbytes() == joined.predicted_nbytes()
-    assert all(torch.equal(a, b) for a, b in zip(joined.kept_positions(0), plain.kept_positions(0), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(joined.kept_positions(0), plain.kept_positions(0), strict=True)
+    )
     assert joined.evicting[0].fresh < 16
 
 
 @pytest.mark.parametrize("allocator", ["uniform", "global"])
 def test_two_live_caches_are_independent(allocator):
     """Fed in turns, each answers as if the other were not there."""
-    model, ids, more = attached("llama"), [prompt(60), prompt(60, seed=1)], [prompt(8, seed=2), prompt(8, seed=3)]
+    model, ids, more = (
+        attached("llama"),
+        [prompt(60), prompt(60, seed=1)],
+        [prompt(8, seed=2), prompt(8, seed=3)],
+    )
     alone, together = [], [evicting_cache(model, SnapKV("25%", allocator)) for _ in range(2)]
     for a, b in zip(ids, more, strict=True):
         cache = evicting_cache(model, SnapKV("25%", allocator))
@@ -445,7 +498,11 @@ def test_bf16_keeps_its_dtype_and_answers():
     model = lowkey.attach(pico.build("qwen3").to(torch.bfloat16))
     cache = evicting_cache(model, SnapKV("25%", "ada"))
     out = feed(model, prompt(60), cache, None, [50, *[1] * 10])
-    assert out.dtype == torch.bfloat16 and out.isfinite().all() and cache.evicting[0].keys.dtype == torch.bfloat16
+    assert (
+        out.dtype == torch.bfloat16
+        and out.isfinite().all()
+        and cache.evicting[0].keys.dtype == torch.bfloat16
+    )
 
 
 # -- make_cache and files
@@ -494,7 +551,10 @@ def edit(file, old, new):
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda p: (p / "cache.safetensors").write_bytes((p / "cache.safetensors").read_bytes()[:-9]), "damaged"),
+        (
+            lambda p: (p / "cache.safetensors").write_bytes((p / "cache.safetensors").read_bytes()[:-9]),
+            "damaged",
+        ),
         (lambda p: (p / "cache.json").write_text("{"), "damaged"),
         (lambda p: edit(p / "cache.json", '"format": 1', '"format": 9'), "newer"),
         (lambda p: edit(p / "cache.json", '"name": "snapkv"', '"name": "nobody"'), "not known"),

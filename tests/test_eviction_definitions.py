@@ -1,4 +1,6 @@
-"""What a whole cache keeps, against the policy's definition written out by hand from the attention of transformers' own eager model."""
+"""What a whole cache keeps, against the policy's definition written out by hand from the attention of
+transformers' own eager model.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,12 @@ def kept_by(model, name, ids, budget, heads=None, **options):
     cache = lowkey.make_cache(model, policy=chosen)
     lowkey.prefill(model, pico.tokenizer(), cache, ids)
     return [
-        {(i, j, p) for i in range(LAYERS) for j, at in enumerate(cache.kept_positions(i, row)) for p in at.tolist()}
+        {
+            (i, j, p)
+            for i in range(LAYERS)
+            for j, at in enumerate(cache.kept_positions(i, row))
+            for p in at.tolist()
+        }
         for row in range(len(ids))
     ]
 
@@ -50,11 +57,24 @@ def asked_for(ids, start, chunk, bridge, request):
 
 @pytest.mark.parametrize("softmax", ["piece", "context"])
 def test_kvzip_keeps_what_repeating_each_piece_looks_at_most(softmax):
-    """Every piece is asked for and repeated behind the whole context; a token's score is the largest weight that any repeated token or the
-    request gives it, in any query head of its KV head, once weights are shares of the sinks, the piece and the repetition alone."""
+    """Every piece is asked for and repeated behind the whole context; a token's score is the largest weight
+    that any repeated token or the request gives it, in any query head of its KV head, once weights are shares
+    of the sinks, the piece and the repetition alone."""
     ids, chunk, bridge, sinks, n = prompt(70, batch=2), 30, 4, 3, 70
-    kept = kept_by(attached("llama"), "kvzip", ids, "30%", chunk=chunk, bridge=bridge, sinks=sinks, recent=0, softmax=softmax)
-    request = pico.tokenizer()("\n\nRepeat the previous context exactly.\n\n", add_special_tokens=False, return_tensors="pt").input_ids
+    kept = kept_by(
+        attached("llama"),
+        "kvzip",
+        ids,
+        "30%",
+        chunk=chunk,
+        bridge=bridge,
+        sinks=sinks,
+        recent=0,
+        softmax=softmax,
+    )
+    request = pico.tokenizer()(
+        "\n\nRepeat the previous context exactly.\n\n", add_special_tokens=False, return_tensors="pt"
+    ).input_ids
     for row in range(2):
         scores = torch.zeros(LAYERS, HEADS, n, dtype=torch.float64)
         for start in range(0, n, chunk):
@@ -75,7 +95,11 @@ def test_kvzip_finds_its_pieces_wherever_positions_begin(softmax):
 
     def kept(begins):
         def placed(module, args, known):
-            at = begins + known["past_key_values"].get_seq_length() + torch.arange(args[0].shape[1]).unsqueeze(0)
+            at = (
+                begins
+                + known["past_key_values"].get_seq_length()
+                + torch.arange(args[0].shape[1]).unsqueeze(0)
+            )
             return args, known | {"position_ids": at}
 
         cache = lowkey.make_cache(model, policy=make_policy("kvzip", "30%", options))
@@ -93,13 +117,18 @@ def test_kvzip_finds_its_pieces_wherever_positions_begin(softmax):
 
 
 def test_fastgen_without_a_budget_keeps_the_rung_that_recovers_each_heads_attention():
-    """Recovery decides how much memory it becomes: always sinks and recent; then the newest 30 %; then the most looked at; then all."""
+    """Recovery decides how much memory it becomes: always sinks and recent; then the newest 30 %; then the
+    most looked at; then all.
+    """
     n, sinks, recent, recovery, looked = 50, 2, 4, 0.45, 16
     ids = prompt(n)
-    kept = kept_by(attached("llama"), "fastgen", ids, None, sinks=sinks, recent=recent, recovery=recovery, sample=looked)
+    kept = kept_by(
+        attached("llama"), "fastgen", ids, None, sinks=sinks, recent=recent, recovery=recovery, sample=looked
+    )
     sizes = set()
     for row in range(2):
-        weights = eager(ids[row : row + 1]).unflatten(1, (HEADS, GROUP))[..., -looked:, :].mean(3)  # (layers, h, g, s)
+        # (layers, h, g, s)
+        weights = eager(ids[row : row + 1]).unflatten(1, (HEADS, GROUP))[..., -looked:, :].mean(3)
         wanted = set()
         for i in range(LAYERS):
             for j in range(HEADS):
@@ -117,13 +146,19 @@ def test_fastgen_without_a_budget_keeps_the_rung_that_recovers_each_heads_attent
 
 def test_recovery_decides_the_memory():
     ids = prompt(60, batch=1)
-    sizes = [len(kept_by(attached("llama"), "fastgen", ids, None, recovery=t)[0]) for t in (0.0, 0.3, 0.5, 1.0)]
+    sizes = [
+        len(kept_by(attached("llama"), "fastgen", ids, None, recovery=t)[0]) for t in (0.0, 0.3, 0.5, 1.0)
+    ]
     assert sizes[0] == 12 * LAYERS * HEADS < sizes[1] < sizes[2] < sizes[3] == 60 * LAYERS * HEADS
 
 
 @pytest.mark.parametrize(
     ("name", "budget", "options"),
-    [("snapkv", None, {}), ("fastgen", None, {"allocator": "ada"}), ("snapkv", "10%", {"allocator": "at-least"})],
+    [
+        ("snapkv", None, {}),
+        ("fastgen", None, {"allocator": "ada"}),
+        ("snapkv", "10%", {"allocator": "at-least"}),
+    ],
 )
 def test_a_budget_is_given_where_it_bounds_something(name, budget, options):
     with pytest.raises(LowkeyError, match="budget"):
@@ -132,14 +167,24 @@ def test_a_budget_is_given_where_it_bounds_something(name, budget, options):
 
 def test_any_score_may_be_kept_above_a_level():
     ids = prompt(40, batch=1)
-    kept = kept_by(attached("llama"), "snapkv", ids, None, allocator="at-least", score=0.05, kernel=1, window=8)[0]
+    kept = kept_by(
+        attached("llama"), "snapkv", ids, None, allocator="at-least", score=0.05, kernel=1, window=8
+    )[0]
     weights = eager(ids).unflatten(1, (HEADS, GROUP))[..., -8:, :].mean((2, 3))
     always = [p < 4 or p >= 32 for p in range(40)]
-    assert kept == {(i, j, p) for i in range(LAYERS) for j in range(HEADS) for p in range(40) if always[p] or weights[i, j, p] >= 0.05}
+    assert kept == {
+        (i, j, p)
+        for i in range(LAYERS)
+        for j in range(HEADS)
+        for p in range(40)
+        if always[p] or weights[i, j, p] >= 0.05
+    }
 
 
 def test_fastgen_with_a_budget_lets_all_heads_compete():
-    """Nothing but the always kept recovers 99 % here, so every token is in its head's rung, and the most looked-at of the cache stay."""
+    """Nothing but the always kept recovers 99 % here, so every token is in its head's rung, and the most
+    looked-at of the cache stay.
+    """
     n, ids = 50, prompt(50, batch=1)
     kept = kept_by(attached("llama"), "fastgen", ids, "40%", sinks=2, recent=4, recovery=0.99, sample=16)[0]
     scores = eager(ids).unflatten(1, (HEADS, GROUP))[..., -16:, :].mean((2, 3))
@@ -151,26 +196,52 @@ def test_fastgen_with_a_budget_lets_all_heads_compete():
 
 
 def test_razors_retrieval_heads_are_the_best_by_either_score_in_any_head_of_their_group():
-    """The top 14 % by induction and the top 1 % by echo, at least one each; a KV head counts as its best query head does."""
+    """The top 14 % by induction and the top 1 % by echo, at least one each; a KV head counts as its best
+    query head does.
+    """
     generator = torch.Generator().manual_seed(3)
-    values = {kind: torch.rand(1, LAYERS, HEADS * GROUP, generator=generator).double() for kind in ("induction", "echo")}
+    values = {
+        kind: torch.rand(1, LAYERS, HEADS * GROUP, generator=generator).double()
+        for kind in ("induction", "echo")
+    }
     scores = {kind: scored(kind, v) for kind, v in values.items()}
     chosen = set()
     for kind, share in (("induction", 0.14), ("echo", 0.01)):
-        best = {(i, j): max(float(values[kind][0, i, j * GROUP + g]) for g in range(GROUP)) for i in range(LAYERS) for j in range(HEADS)}
+        best = {
+            (i, j): max(float(values[kind][0, i, j * GROUP + g]) for g in range(GROUP))
+            for i in range(LAYERS)
+            for j in range(HEADS)
+        }
         chosen |= set(sorted(best, key=lambda at: -best[at])[: max(1, round(share * LAYERS * HEADS))])
-    split = make_policy("razor", "50%", {}).fitted({kind: s.per_kv_head().tolist() for kind, s in scores.items()}).split()
-    assert {(i, j) for i in range(LAYERS) for j in range(HEADS) if split.importance[i][j]} == chosen and len(chosen) == 3
+    split = (
+        make_policy("razor", "50%", {})
+        .fitted({kind: s.per_kv_head().tolist() for kind, s in scores.items()})
+        .split()
+    )
+    assert {(i, j) for i in range(LAYERS) for j in range(HEADS) if split.importance[i][j]} == chosen and len(
+        chosen
+    ) == 3
 
 
 def scored(kind, values):
-    about = {"task": "repetition", "drawn": 1, "model": "", "model_sha256": "", "data_sha256": "", "seed": 0, "settings": {}}
+    about = {
+        "task": "repetition",
+        "drawn": 1,
+        "model": "",
+        "model_sha256": "",
+        "data_sha256": "",
+        "seed": 0,
+        "settings": {},
+    }
     return HeadScores(kind=kind, values=values, layers=tuple(range(LAYERS)), kv_heads=HEADS, **about)
 
 
 def test_razors_other_heads_keep_sinks_and_the_newest():
     ids, n = prompt(60, batch=1), 60
-    heads = {"induction": [[9.0, 1, 1, 1], [1, 1, 8.0, 1], [1, 1, 1, 1]], "echo": [[1, 1, 1, 1], [1, 1, 1, 1], [1, 7.0, 1, 1]]}
+    heads = {
+        "induction": [[9.0, 1, 1, 1], [1, 1, 8.0, 1], [1, 1, 1, 1]],
+        "echo": [[1, 1, 1, 1], [1, 1, 1, 1], [1, 7.0, 1, 1]],
+    }
     kept = kept_by(attached("llama"), "razor", ids, "50%", heads, sinks=3, recent=4)[0]
     retrieval = {(0, 0), (1, 2), (2, 1)}
     assert all({p for i, j, p in kept if (i, j) == at} == set(range(n)) for at in retrieval)
@@ -185,11 +256,16 @@ def test_razors_other_heads_keep_sinks_and_the_newest():
 
 N, SINKS, RECENT = 50, 2, 3
 PROTECTED = {*range(SINKS), *range(N - RECENT, N)}
-IMPORTANCE = {"copy": [[1.0, 2.0, 0.5, 5.0]] * 3, "r2": [[4.0, 1.0, 1.0, 2.0], [0.0, 1.0, 1.0, 1.0], [3.0, 0.5, 1.0, 1.0]]}
+IMPORTANCE = {
+    "copy": [[1.0, 2.0, 0.5, 5.0]] * 3,
+    "r2": [[4.0, 1.0, 1.0, 2.0], [0.0, 1.0, 1.0, 1.0], [3.0, 0.5, 1.0, 1.0]],
+}
 
 
 def by_window(weights, power=1):
-    """Attention of the last eight queries to each prompt token, the largest of the seven around it; to the window's own, as it is."""
+    """Attention of the last eight queries to each prompt token, the largest of the seven around it; to the
+    window's own, as it is.
+    """
     looked = (weights[..., -8:, :] ** power).sum((2, 3))
     out = looked.clone()
     for p in range(N - 8):
@@ -222,7 +298,14 @@ SCORED = {
     "knorm": lambda w, k, v: -k.norm(dim=-1),
     "keydiff": lambda w, k, v: by_difference(k),
 }
-SAME = {"pyramidkv": "snapkv", "ada-kv": "snapkv", "headkv-r": "snapkv", "headkv-r2": "snapkv", "think": "snapkv", "ada-curdkv": "curdkv"}
+SAME = {
+    "pyramidkv": "snapkv",
+    "ada-kv": "snapkv",
+    "headkv-r": "snapkv",
+    "headkv-r2": "snapkv",
+    "think": "snapkv",
+    "ada-curdkv": "curdkv",
+}
 
 
 def equal(scores, mean):
@@ -244,7 +327,9 @@ def competing(scores, mean):
 
 def by_importance(kind):
     def shares(scores, mean):
-        """A part 1 / 1.2 of what is not protected goes by importance; what a head cannot take goes to the others by theirs."""
+        """A part 1 / 1.2 of what is not protected goes by importance; what a head cannot take goes to the
+        others by theirs.
+        """
         weight, free = torch.tensor(IMPORTANCE[kind]).double().flatten(), mean - len(PROTECTED)
         floor, pool = len(PROTECTED) + free - free / 1.2, free / 1.2 * LAYERS * HEADS
         full = torch.zeros(LAYERS * HEADS, dtype=torch.bool)
@@ -272,7 +357,9 @@ def test_what_each_head_keeps_is_its_best_tokens_in_its_share(name):
     kept = kept_by(attached("llama"), name, ids, "40%", IMPORTANCE, sinks=SINKS, recent=RECENT)[0]
     with torch.no_grad():
         layers = stock("llama")(ids, use_cache=True).past_key_values.layers
-    keys, values = (torch.stack([getattr(x, part)[0] for x in layers]).double() for part in ("keys", "values"))
+    keys, values = (
+        torch.stack([getattr(x, part)[0] for x in layers]).double() for part in ("keys", "values")
+    )
     scores = SCORED[SAME.get(name, name)](eager(ids).unflatten(1, (HEADS, GROUP)), keys, values).clone()
     scores[..., sorted(PROTECTED)] = torch.inf
     held = {(i, j): {p for a, b, p in kept if (a, b) == (i, j)} for i in range(LAYERS) for j in range(HEADS)}
@@ -282,10 +369,18 @@ def test_what_each_head_keeps_is_its_best_tokens_in_its_share(name):
     mean = 0.4 * N * (1.25 if name == "think" else 1)
     if name == "kv-compress":  # whole blocks of 16, of which the best fit
         assert all((c - len(PROTECTED)) % 16 == 0 or c == N for c in counts.flatten().tolist())
-        last = torch.stack([scores[i, j].sort(descending=True).values[len(own) - 1] for (i, j), own in held.items() if len(own) > 5])
+        last = torch.stack(
+            [
+                scores[i, j].sort(descending=True).values[len(own) - 1]
+                for (i, j), own in held.items()
+                if len(own) > 5
+            ]
+        )
         assert mean * 12 - 16 < counts.sum() <= mean * 12
         assert float(last.min()) >= max(
-            float(scores[i, j].sort(descending=True).values[20]) for (i, j), own in held.items() if len(own) == 5
+            float(scores[i, j].sort(descending=True).values[20])
+            for (i, j), own in held.items()
+            if len(own) == 5
         )
     else:
         assert counts.sum() == mean * LAYERS * HEADS
@@ -309,7 +404,13 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("h2o", {}), ("kv-compress", {"window": 0}), ("fastgen", {"sample": 800}), ("snapkv", {"window": 800}), ("kvzip", {"chunk": 400})],
+    [
+        ("h2o", {}),
+        ("kv-compress", {"window": 0}),
+        ("fastgen", {"sample": 800}),
+        ("snapkv", {"window": 800}),
+        ("kvzip", {"chunk": 400}),
+    ],
 )
 def test_no_matrix_of_prompt_by_prompt_is_formed(name, options, monkeypatch):
     """For all heads; a mask of booleans for one is what transformers makes."""

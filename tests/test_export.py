@@ -28,7 +28,17 @@ COMMUTING = KVHeadSVD(keys="commuting")
 ROWS = prompt(24, batch=8, seed=1)
 PADS = [7, 0]
 FULL = {"gemma2": {"layer_types": ["full_attention"] * 3}}
-FAMILIES = ["llama", "llama-mha", "llama-yarn", "qwen2", "mistral", "phi3", "phi3-partial", "granite", "gemma2"]
+FAMILIES = [
+    "llama",
+    "llama-mha",
+    "llama-yarn",
+    "qwen2",
+    "mistral",
+    "phi3",
+    "phi3-partial",
+    "granite",
+    "gemma2",
+]
 
 
 def build(name, **overrides):
@@ -44,7 +54,14 @@ def build(name, **overrides):
 def make(model, method=COMMUTING, ranks=(8, 8), layout="post_rope", **fields):
     """A plan of these ranks in all layers."""
     bases, _ = fit_layers(method, Course(model, ROWS, 2, layout, sorted({*ranks, HEAD_DIM}), 0))
-    about = {"model": "pico", "model_sha256": model_fingerprint(model), "data_sha256": "0", "tokens": 1, "seed": 0, "versions": versions()}
+    about = {
+        "model": "pico",
+        "model_sha256": model_fingerprint(model),
+        "data_sha256": "0",
+        "tokens": 1,
+        "seed": 0,
+        "versions": versions(),
+    }
     plan = Plan(
         {i: b.at(*ranks) for i, b in bases.items()},
         layout,
@@ -66,10 +83,14 @@ def exported(model, plan, folder, **options):
 def same(plain, model, plan, tolerance=1e-4):
     """Logits and greedy tokens of padded prompts, and by one token at a time."""
     ids = prompt(40)
-    ours, stock = (feed(m, ids, past, PADS) for m, past in ((model, lowkey.make_cache(model, plan)), (plain, None)))
+    ours, stock = (
+        feed(m, ids, past, PADS) for m, past in ((model, lowkey.make_cache(model, plan)), (plain, None))
+    )
     for row, pad in enumerate(PADS):
         assert torch.allclose(ours[row, pad:], stock[row, pad:], atol=tolerance)
-    assert torch.equal(generate(plain, ids, 20, pads=PADS), generate(model, ids, 20, lowkey.make_cache(model, plan), PADS))
+    assert torch.equal(
+        generate(plain, ids, 20, pads=PADS), generate(model, ids, 20, lowkey.make_cache(model, plan), PADS)
+    )
 
 
 # -- what comes back
@@ -124,14 +145,17 @@ def test_whatever_leaves_one_head_of_a_group_is_exported(tmp_path, method, ranks
 
 
 @pytest.mark.parametrize(
-    ("name", "layout"), list(zip(["llama", "qwen2", "phi3", "phi3-partial", "granite", "gemma2"], itertools.cycle(LAYOUTS)))
+    ("name", "layout"),
+    list(zip(["llama", "qwen2", "phi3", "phi3-partial", "granite", "gemma2"], itertools.cycle(LAYOUTS))),
 )
 @pytest.mark.parametrize(("method", "rank"), [(KVLatent(), 8), (KVLatent(values="pca"), 4)], ids=str)
 def test_narrower_heads_of_strided_channels_are_exported(tmp_path, name, method, rank, layout):
     model = build(name)
     plan = make(model, method, (rank, rank), layout)
     plain = exported(model, plan, tmp_path)
-    assert plain.config.head_dim == rank and plain.config.num_key_value_heads == model.config.num_key_value_heads
+    assert (
+        plain.config.head_dim == rank and plain.config.num_key_value_heads == model.config.num_key_value_heads
+    )
     same(plain, model, plan)
 
 
@@ -139,7 +163,12 @@ ROPES = {
     "linear": {"factor": 4.0},
     "dynamic": {"factor": 4.0},
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
-    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
     "longrope": {
         "factor": 4.0,
         "short_factor": [1 + i / 10 for i in range(8)],
@@ -152,41 +181,75 @@ ROPES = {
 @pytest.mark.parametrize("method", [COMMUTING, KVLatent()], ids=["merged", "narrowed"])
 @pytest.mark.parametrize("kind", ROPES)
 def test_any_rotation_is_the_same_in_the_plain_model_or_is_refused(tmp_path, kind, method):
-    """Past the original length, too. 50 positions: no power of two, at which frequencies that grow with the length would show by chance."""
-    model = build("llama", max_position_embeddings=50, rope_parameters={"rope_type": kind, "rope_theta": 10000.0, **ROPES[kind]})
+    """Past the original length, too. 50 positions: no power of two, at which frequencies that grow with the
+    length would show by chance.
+    """
+    model = build(
+        "llama",
+        max_position_embeddings=50,
+        rope_parameters={"rope_type": kind, "rope_theta": 10000.0, **ROPES[kind]},
+    )
     plan = make(model, method)
     if method != COMMUTING and kind in families.CHANGING_ROPE:
-        refused(model, plan, tmp_path, f"narrows heads whose rope_type '{kind}' changes its frequencies with the length")
+        refused(
+            model,
+            plan,
+            tmp_path,
+            f"narrows heads whose rope_type '{kind}' changes its frequencies with the length",
+        )
         return
     plain, ids = exported(model, plan, tmp_path), prompt(70, 1)
     assert torch.allclose(feed(plain, ids), feed(model, ids, lowkey.make_cache(model, plan)), atol=1e-4)
 
 
 @pytest.mark.parametrize("method", [COMMUTING, KVLatent()], ids=["merged", "narrowed"])
-@pytest.mark.parametrize("fields", [{"attention": "mha"}, {"num_key_value_heads": 2, "attention_bias": True}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{"attention": "mha"}, {"num_key_value_heads": 2, "attention_bias": True}], ids=str
+)
 def test_grouped_models_of_our_own_are_exported_with_their_code(tmp_path, fields, method):
     model = own(**fields)
     plan = make(model, method)
     export_hf(model, pico.tokenizer(), plan, tmp_path / "model")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True)
-    assert torch.allclose(feed(plain, prompt(40)), feed(model, prompt(40), lowkey.make_cache(model, plan)), atol=1e-4)
+    assert torch.allclose(
+        feed(plain, prompt(40)), feed(model, prompt(40), lowkey.make_cache(model, plan)), atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("fields", [{"attn_output_gate": True}, {"head_norm": "own"}], ids=str)
 def test_what_stands_between_heads_and_output_is_refused(tmp_path, fields):
     model = own(num_key_value_heads=2, **fields)
-    refused(model, make(model), tmp_path, "^model of family 'lowkey': gates or norms the heads' outputs.*; use the plan$")
+    refused(
+        model,
+        make(model),
+        tmp_path,
+        "^model of family 'lowkey': gates or norms the heads' outputs.*; use the plan$",
+    )
 
 
 def own(**fields):
-    shape = {"vocab_size": pico.VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    shape = {
+        "vocab_size": pico.VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
     torch.manual_seed(0)
-    return lowkey.attach(LowkeyForCausalLM(LowkeyConfig(**shape, head_dim=HEAD_DIM, initializer_range=0.15, **fields)).eval())
+    return lowkey.attach(
+        LowkeyForCausalLM(LowkeyConfig(**shape, head_dim=HEAD_DIM, initializer_range=0.15, **fields)).eval()
+    )
 
 
 @pytest.mark.parametrize("method", [COMMUTING, KVLatent()], ids=["merged", "narrowed"])
 def test_the_decoder_of_a_model_with_a_vision_tower_is_exported(tmp_path, method):
-    text = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, "intermediate_size": 96}
+    text = {
+        "model_type": "llama",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+    }
     tower = {
         "model_type": "clip_vision_model",
         "hidden_size": 32,
@@ -196,7 +259,10 @@ def test_the_decoder_of_a_model_with_a_vision_tower_is_exported(tmp_path, method
     }
     text |= {"num_hidden_layers": 2, "vocab_size": pico.VOCAB, "initializer_range": 0.15}
     config = AutoConfig.for_model(
-        "llava", text_config=text, vision_config=tower | {"image_size": 16, "patch_size": 8}, image_token_index=96
+        "llava",
+        text_config=text,
+        vision_config=tower | {"image_size": 16, "patch_size": 8},
+        image_token_index=96,
     )
     torch.manual_seed(0)
     model = lowkey.attach(AutoModelForImageTextToText.from_config(config).eval())
@@ -227,11 +293,16 @@ def test_a_model_in_bfloat16_stays_in_bfloat16(tmp_path):
     model = build("llama").bfloat16()
     plan = make(model)
     plain = exported(model, plan, tmp_path)
-    assert plain.dtype == torch.bfloat16 and json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert (
+        plain.dtype == torch.bfloat16
+        and json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "bfloat16"
+    )
     ids = prompt(40)
     ours, stock = feed(model, ids, lowkey.make_cache(model, plan)).float(), feed(plain, ids).float()
     exact = feed(model.float(), ids, lowkey.make_cache(model, plan))
-    assert (stock - exact).norm() < 2 * (ours - exact).norm() < 0.2 * exact.norm(), "no further from fp32 than the cache is"
+    assert (stock - exact).norm() < 2 * (ours - exact).norm() < 0.2 * exact.norm(), (
+        "no further from fp32 than the cache is"
+    )
 
 
 def test_the_cache_is_as_small_as_the_plans(tmp_path):
@@ -259,9 +330,14 @@ def test_it_runs_where_there_is_no_lowkey(tmp_path):
     model = build("llama")
     plan = make(model)
     exported(model, plan, tmp_path)
-    done = subprocess.run([sys.executable, "-c", ALONE, tmp_path / "model"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, tmp_path / "model"], capture_output=True, text=True, check=True
+    )
     ids = pico.tokenizer()("no lowkey here", return_tensors="pt").input_ids
-    assert list(map(int, done.stdout.split())) == generate(model, ids, 20, lowkey.make_cache(model, plan))[0].tolist()
+    assert (
+        list(map(int, done.stdout.split()))
+        == generate(model, ids, 20, lowkey.make_cache(model, plan))[0].tolist()
+    )
     assert "lowkey" not in (tmp_path / "model" / "config.json").read_text()
 
 
@@ -289,8 +365,12 @@ def test_a_plan_from_disk_a_tokenizer_and_a_card(tmp_path):
     make(model).save(tmp_path / "plan")
     exported(model, Plan.load(tmp_path / "plan", model), tmp_path)
     card = (tmp_path / "model" / "README.md").read_text()
-    assert "2 KV heads of width 16 in the place of 4 of 16" in card and "kv-head-svd" in card and "pico" in card
-    assert AutoTokenizer.from_pretrained(tmp_path / "model")("ab").input_ids == pico.tokenizer()("ab").input_ids
+    assert (
+        "2 KV heads of width 16 in the place of 4 of 16" in card and "kv-head-svd" in card and "pico" in card
+    )
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "model")("ab").input_ids == pico.tokenizer()("ab").input_ids
+    )
     assert list((tmp_path / "model").glob("*.safetensors"))
 
 
@@ -298,7 +378,9 @@ def test_a_plan_from_disk_a_tokenizer_and_a_card(tmp_path):
 
 
 def with_means(plan):
-    return replace(plan, factors={i: replace(f, k_mean=torch.zeros(4, HEAD_DIM)) for i, f in plan.factors.items()})
+    return replace(
+        plan, factors={i: replace(f, k_mean=torch.zeros(4, HEAD_DIM)) for i, f in plan.factors.items()}
+    )
 
 
 def with_one_layer(plan, f):
@@ -308,7 +390,9 @@ def with_one_layer(plan, f):
 def spoilt(plan):
     """The key maps of one layer no longer commute, by a thousandth."""
     f = plan.factors[2]
-    return replace(plan, factors={**plan.factors, 2: replace(f, k_down=f.k_down + 1e-3 * torch.randn(f.k_down.shape))})
+    return replace(
+        plan, factors={**plan.factors, 2: replace(f, k_down=f.k_down + 1e-3 * torch.randn(f.k_down.shape))}
+    )
 
 
 REFUSALS = {
@@ -316,17 +400,29 @@ REFUSALS = {
         lambda m: make(m, KVHeadSVD()),
         r"keys=layer .*: it merges the keys of 4 heads and the values of 2; compress with .* -O keys=commuting ",
     ),
-    "grouped": (lambda m: make(m, KVHeadSVD(keys="grouped")), "keys=grouped .*: its key maps do not commute with rotary embedding; "),
+    "grouped": (
+        lambda m: make(m, KVHeadSVD(keys="grouped")),
+        "keys=grouped .*: its key maps do not commute with rotary embedding; ",
+    ),
     "spoilt": (lambda m: spoilt(make(m)), "key maps do not commute"),
-    "two of four": (lambda m: make(m, KVHeadSVD(4, "commuting")), "latents of width 32 where a head is 16 wide"),
-    "pca": (lambda m: make(m, PCA()), "'pca' .*: it does not keep the channels that a rotary embedding of width 8 turns"),
+    "two of four": (
+        lambda m: make(m, KVHeadSVD(4, "commuting")),
+        "latents of width 32 where a head is 16 wide",
+    ),
+    "pca": (
+        lambda m: make(m, PCA()),
+        "'pca' .*: it does not keep the channels that a rotary embedding of width 8 turns",
+    ),
     "any channels": (lambda m: make(m, KVLatent("data")), "does not keep the channels"),
     "uneven": (lambda m: make(m, ranks=(8, 16)), "rank 8 of keys and 16 of values"),
     "whole": (lambda m: make(m, ranks=(16, 16)), "every channel of every head"),
     "means": (lambda m: with_means(make(m)), "takes means off"),
     "layers differ": (lambda m: with_one_layer(make(m), pico.factors(4)), "other ranks than one another"),
     "frequencies": (lambda m: aware(m), "frequencies of its own; compress with -O rope=kept"),
-    "sinks": (lambda m: make(m, sinks=4), "4 sinks and 0 recent tokens exact; compress with --sinks 0 --recent 0"),
+    "sinks": (
+        lambda m: make(m, sinks=4),
+        "4 sinks and 0 recent tokens exact; compress with --sinks 0 --recent 0",
+    ),
 }
 
 
@@ -344,7 +440,10 @@ def test_a_plan_without_the_form_is_refused_in_one_line_with_what_to_do(tmp_path
     refused(model, plan(model), tmp_path, f"^plan of method .*{match}")
 
 
-@pytest.mark.parametrize(("name", "match"), [("qwen3", "norms keys"), ("olmo2", "norms keys"), ("gemma2-mixed", "2 of its 3 layers")])
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [("qwen3", "norms keys"), ("olmo2", "norms keys"), ("gemma2-mixed", "2 of its 3 layers")],
+)
 def test_a_family_that_cannot_hold_it_is_refused(tmp_path, name, match):
     model = lowkey.attach(pico.build(name.removesuffix("-mixed")))
     refused(model, make(model), tmp_path, f"^model of family .*{match}.*; use the plan$")
@@ -360,7 +459,12 @@ def refused(model, plan, folder, match):
 def test_strided_channels_whose_frequencies_differ_are_refused(tmp_path):
     """YaRN's ramp lies elsewhere in a narrower head."""
     model = build("llama-yarn")
-    refused(model, make(model, KVLatent()), tmp_path, "does not keep the channels that a rotary embedding of width 8 turns")
+    refused(
+        model,
+        make(model, KVLatent()),
+        tmp_path,
+        "does not keep the channels that a rotary embedding of width 8 turns",
+    )
 
 
 def test_another_models_plan_is_refused(tmp_path):

@@ -1,4 +1,6 @@
-"""Numbers of KV heads that powers of two do not divide: 1, 3, 5, 7. What errors recommend is typed as it stands and must work."""
+"""Numbers of KV heads that powers of two do not divide: 1, 3, 5, 7. What errors recommend is typed as it
+stands and must work.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,20 @@ from lowkey.probes.layer_inputs import layer_inputs
 from lowkey.probes.layer_probe import Probe
 
 SAMPLE = ("--windows", 4, "--context", 24, "--sinks", 0, "--recent", 0)
-WHOLE = {"mea": MEA("activations"), "layer": KVHeadSVD(), "commuting": KVHeadSVD(keys="commuting"), "grouped": KVHeadSVD(keys="grouped")}
+WHOLE = {
+    "mea": MEA("activations"),
+    "layer": KVHeadSVD(),
+    "commuting": KVHeadSVD(keys="commuting"),
+    "grouped": KVHeadSVD(keys="grouped"),
+}
 
 
 def build(heads):
-    return lowkey.attach(pico.build("llama", num_attention_heads=heads, num_key_value_heads=heads, hidden_size=heads * HEAD_DIM))
+    return lowkey.attach(
+        pico.build(
+            "llama", num_attention_heads=heads, num_key_value_heads=heads, hidden_size=heads * HEAD_DIM
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +45,12 @@ def folder(tmp_path_factory):
 
     def saved(heads):
         if heads not in made:
-            shape = {"num_attention_heads": 3 * heads, "num_key_value_heads": heads, "hidden_size": 48 * heads, "pad_token_id": None}
+            shape = {
+                "num_attention_heads": 3 * heads,
+                "num_key_value_heads": heads,
+                "hidden_size": 48 * heads,
+                "pad_token_id": None,
+            }
             made[heads] = pico.save(tmp_path_factory.mktemp("few") / f"pico-{heads}", **shape)
         return made[heads]
 
@@ -43,7 +59,9 @@ def folder(tmp_path_factory):
 
 def calibrated(model, method, budget):
     sample = Sample(4, 24)
-    return lowkey.calibrate(model, pico.tokenizer(), method=method, budget=budget, sample=sample, sinks=0, recent=0)
+    return lowkey.calibrate(
+        model, pico.tokenizer(), method=method, budget=budget, sample=sample, sinks=0, recent=0
+    )
 
 
 @pytest.mark.parametrize(("heads", "kept"), [(3, 1), (3, 2), (5, 3), (7, 6)])
@@ -94,7 +112,9 @@ def test_two_of_three_virtual_heads_are_the_best_two_mixtures():
 @pytest.mark.parametrize("method", ["mea", "kv-head-svd"])
 @pytest.mark.parametrize("heads", [3, 7])
 def test_a_budget_below_one_head_is_refused_with_one_that_works(folder, tmp_path, method, heads):
-    told = refused("compress", folder(heads), tmp_path / "plan", "--method", method, "--budget", "10%", *SAMPLE)
+    told = refused(
+        "compress", folder(heads), tmp_path / "plan", "--method", method, "--budget", "10%", *SAMPLE
+    )
     budget = re.search(r"; give a budget of ([\d.]+%) or more$", told.strip())
     assert budget, told
     done("compress", folder(heads), tmp_path / "plan", "--method", method, "--budget", budget[1], *SAMPLE)
@@ -108,9 +128,13 @@ def test_a_single_head_is_refused_without_advice_that_fails(folder, tmp_path, me
 
 def test_ranks_and_multiples_are_named_only_where_they_help(folder, tmp_path):
     start = ("compress", folder(3), tmp_path / "plan", *SAMPLE, "--budget", "34%", "--force")
-    assert refused(*start, "--method", "mea", "--rank-multiple", 8).endswith("choose another method, or lower --rank-multiple\n")
+    assert refused(*start, "--method", "mea", "--rank-multiple", 8).endswith(
+        "choose another method, or lower --rank-multiple\n"
+    )
     done(*start, "--method", "mea", "--rank-multiple", 1)
-    assert refused(*start, "--method", "mea", "--ranks", "11,16").endswith("or give smaller --ranks, down to 6\n")
+    assert refused(*start, "--method", "mea", "--ranks", "11,16").endswith(
+        "or give smaller --ranks, down to 6\n"
+    )
     done(*start, "--method", "mea", "--ranks", "6,16")
 
 
@@ -129,12 +153,17 @@ def test_what_export_recommends_is_exported_and_runs_in_stock_transformers(folde
     told = refused("export", model, pca, out)
     words = re.search(r"; compress with (--method [^;(]*?)( \(25% with -O group=4\))?$", told.strip())
     assert words, told
-    forms = [words[1].split()] + ([[*words[1].split(), "-O", "group=4", "--budget", "25%"]] if words[2] else [])
+    forms = [words[1].split()] + (
+        [[*words[1].split(), "-O", "group=4", "--budget", "25%"]] if words[2] else []
+    )
     for form in forms:
         # the last of two budgets counts
         compressed = printed("compress", model, plan, *SAMPLE[:4], *form, "--force")
         done("export", model, plan, out, "--force")
-        plain, ours = AutoModelForCausalLM.from_pretrained(out), lowkey.attach(AutoModelForCausalLM.from_pretrained(model))
+        plain, ours = (
+            AutoModelForCausalLM.from_pretrained(out),
+            lowkey.attach(AutoModelForCausalLM.from_pretrained(model)),
+        )
         kept = plain.config.num_key_value_heads * plain.config.head_dim / (heads * HEAD_DIM)
         assert kept == 1 / (4 if "group=4" in form else 2 if heads < 3 or heads == 4 else heads)
         ids = prompt(20)

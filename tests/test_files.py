@@ -1,4 +1,6 @@
-"""Files are written whole, under names of their own, by the user's umask; what lowkey did not write stays; readers see one version."""
+"""Files are written whole, under names of their own, by the user's umask; what lowkey did not write stays;
+readers see one version.
+"""
 
 from __future__ import annotations
 
@@ -116,7 +118,10 @@ def test_readers_see_one_version_while_it_is_replaced(tmp_path, monkeypatch, who
         except Exception as error:
             trouble.append(error)
 
-    acts = [*(lambda p=p: p.save(tmp_path / "plan") for p in plans), *[lambda: read.append(Plan.load(tmp_path / "plan").ranks[0])] * 2]
+    acts = [
+        *(lambda p=p: p.save(tmp_path / "plan") for p in plans),
+        *[lambda: read.append(Plan.load(tmp_path / "plan").ranks[0])] * 2,
+    ]
     threads = [threading.Thread(target=repeat, args=(act,)) for act in acts]
     for thread in threads:
         thread.start()
@@ -222,7 +227,9 @@ def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path):
         (tmp_path / name).symlink_to(place / name)
         for _ in range(2):
             save(tmp_path / name)
-            assert (tmp_path / name).is_symlink() and (place / name).exists() and not (place / name).is_symlink()
+            assert (
+                (tmp_path / name).is_symlink() and (place / name).exists() and not (place / name).is_symlink()
+            )
     assert Plan.load(tmp_path / "plan").ranks == plan().ranks
     assert entries(tmp_path) == {"disk", "plan", "heads.json"} and entries(place) == {"plan", "heads.json"}
 
@@ -269,7 +276,9 @@ def test_a_card_may_be_edited_but_nothing_else(tmp_path):
         files.verify(tmp_path / "model", "model")
 
 
-@pytest.mark.parametrize("line", ["x = nan", "x = 1979-05-27", f"x = {10**400}", "x = " + "[" * 200 + "]" * 200, "x = [" * 3000])
+@pytest.mark.parametrize(
+    "line", ["x = nan", "x = 1979-05-27", f"x = {10**400}", "x = " + "[" * 200 + "]" * 200, "x = [" * 3000]
+)
 def test_a_recipe_of_values_that_nobody_means_is_one_line(tmp_path, line):
     (tmp_path / "r.toml").write_text(f"[model]\n{line}\n")
     with pytest.raises(LowkeyError, match="recipe") as error:
@@ -295,7 +304,11 @@ def test_jobs_do_not_read_each_others_work(tmp_path):
 def test_an_output_that_cannot_be_is_told_before_the_work(tmp_path, monkeypatch, out):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("x")
-    for check in (lambda p: files.check_folder(p, True), files.check_file, lambda p: files.check_output(p, False)):
+    for check in (
+        lambda p: files.check_folder(p, True),
+        files.check_file,
+        lambda p: files.check_output(p, False),
+    ):
         with pytest.raises(LowkeyError, match="output") as error:
             check(Path(out))
         assert "\n" not in str(error.value)
@@ -327,12 +340,20 @@ def test_every_command_looks_at_its_output_first(tmp_path, monkeypatch, capsys, 
     words = {"M": "tiny", "P": str(tmp_path / "plan"), "R": str(tmp_path / "r.toml"), "RESULT": str(tmp_path)}
     for name in ("load", "opened"):
         for module in ("making", "measuring", "converting", "analysing"):
-            monkeypatch.setattr(f"lowkey.cli.{module}.{name}", lambda *a, **k: pytest.fail("a model was loaded"), raising=False)
+            monkeypatch.setattr(
+                f"lowkey.cli.{module}.{name}",
+                lambda *a, **k: pytest.fail("a model was loaded"),
+                raising=False,
+            )
     monkeypatch.setattr("lowkey.pretraining.loop.prepare", lambda *a, **k: pytest.fail("text was read"))
     for out in (tmp_path / "full" / "under", tmp_path / "mine", tmp_path / "full"):
         if out.name == "full" and command == "pretrain":
             continue
-        monkeypatch.setattr(sys, "argv", ["lowkey", command, *(words.get(w, w) if w != "OUT" else str(out) for w in COMMANDS[command])])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            ["lowkey", command, *(words.get(w, w) if w != "OUT" else str(out) for w in COMMANDS[command])],
+        )
         with pytest.raises(SystemExit) as status:
             app.main()
         told = capsys.readouterr().err
@@ -355,11 +376,18 @@ def test_a_full_disk_in_pretraining_is_one_line_and_the_run_goes_on_later(tmp_pa
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 60)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     training = {"tokens": 64, "batch_tokens": 32, "length": 16, "save_every": 1, "precision": "fp32"}
-    wanted = Recipe.of({"model": sizes, "data": {"path": str(tmp_path / "text.txt"), "vocab_size": 260}, "training": training})
+    wanted = Recipe.of(
+        {
+            "model": sizes,
+            "data": {"path": str(tmp_path / "text.txt"), "vocab_size": 260},
+            "training": training,
+        }
+    )
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def fail(*args, **kwargs):
-        raise Exception("No space left on device (os error 28)") if at == "tokenizer" else full  # as the tokenizers library has it
+        # as the tokenizers library has it
+        raise Exception("No space left on device (os error 28)") if at == "tokenizer" else full
 
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -381,7 +409,9 @@ def test_a_full_disk_in_pretraining_is_one_line_and_the_run_goes_on_later(tmp_pa
 # -- what is read
 
 
-@pytest.mark.parametrize("harm", ["pipe", "zeros", "folder", "sparse", "loop", "text", "deep", "twice", "digits", "nan"])
+@pytest.mark.parametrize(
+    "harm", ["pipe", "zeros", "folder", "sparse", "loop", "text", "deep", "twice", "digits", "nan"]
+)
 def test_what_is_no_json_of_ours_is_refused_at_once(tmp_path, harm):
     file = tmp_path / "r.json"
     written = {
@@ -430,7 +460,13 @@ def test_a_finished_run_without_a_weight_is_damaged(tmp_path):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 60)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     training = {"tokens": 32, "batch_tokens": 32, "length": 16, "precision": "fp32"}
-    wanted = Recipe.of({"model": sizes, "data": {"path": str(tmp_path / "text.txt"), "vocab_size": 260}, "training": training})
+    wanted = Recipe.of(
+        {
+            "model": sizes,
+            "data": {"path": str(tmp_path / "text.txt"), "vocab_size": 260},
+            "training": training,
+        }
+    )
     out = tmp_path / "out"
     pretrain(wanted, out, device="cpu")
     from safetensors.torch import load_file, save_file
@@ -441,7 +477,8 @@ def test_a_finished_run_without_a_weight_is_damaged(tmp_path):
     with pytest.raises(LowkeyError, match="changed since"):
         pretrain(wanted, out, device="cpu")
     forging.edit_json(
-        out / files.MANIFEST, lambda m: m["files"].update({"model.safetensors": [files.file_checksum(out / "model.safetensors")]})
+        out / files.MANIFEST,
+        lambda m: m["files"].update({"model.safetensors": [files.file_checksum(out / "model.safetensors")]}),
     )
     with pytest.raises(LowkeyError, match=r"damaged .*lacks model\.layers\.0\.mlp\.up_proj\.weight"):
         pretrain(wanted, out, device="cpu")

@@ -43,7 +43,11 @@ OTHERS = [
     ("gemma2", "query_pre_attn_scalar", 64),
     ("gemma2", "sliding_window", 8),
     ("gemma2", "layer_types", ["full_attention"] * 3),
-    ("gemma3_text", "rope_parameters", {"full_attention": ROPE, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}),
+    (
+        "gemma3_text",
+        "rope_parameters",
+        {"full_attention": ROPE, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}},
+    ),
 ]
 
 
@@ -58,7 +62,12 @@ def test_the_same_weights_that_compute_otherwise_are_another_model(kind, field, 
 
 @pytest.mark.parametrize(
     "fields",
-    [{"bos_token_id": 5, "eos_token_id": 7}, {"use_cache": False}, {"initializer_range": 0.5}, {"attention_dropout": 0.1}],
+    [
+        {"bos_token_id": 5, "eos_token_id": 7},
+        {"use_cache": False},
+        {"initializer_range": 0.5},
+        {"attention_dropout": 0.1},
+    ],
     ids=str,
 )
 def test_fields_that_only_training_and_generation_use_do_not_count(fields):
@@ -70,7 +79,11 @@ def test_fields_that_only_training_and_generation_use_do_not_count(fields):
 def test_nor_do_names_versions_and_ways_to_compute():
     model = pico.build("llama")
     before = model_fingerprint(model)
-    model.config._name_or_path, model.config.architectures, model.config.transformers_version = "elsewhere", ["Mine"], "5.99"
+    model.config._name_or_path, model.config.architectures, model.config.transformers_version = (
+        "elsewhere",
+        ["Mine"],
+        "5.99",
+    )
     lowkey.attach(model)
     assert model_fingerprint(model) == before
 
@@ -109,12 +122,16 @@ def test_one_number_of_any_weight_counts(name):
         before = after
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int32, torch.int8, torch.uint8, torch.bool])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int32, torch.int8, torch.uint8, torch.bool]
+)
 @pytest.mark.parametrize("numel", [1, 7, 1000, 9000, 2**18 + 4096 * 3 + 5])
 def test_the_checksum_sees_every_change_and_every_move(dtype, numel):
     x = torch.randint(0, 2, (numel,), generator=torch.Generator().manual_seed(0)).to(dtype)
     before = checksum(x)
-    assert checksum(x.clone()) == before and checksum(torch.cat([x[:1], x])[1:]) == before, "wherever it lies in memory"
+    assert checksum(x.clone()) == before and checksum(torch.cat([x[:1], x])[1:]) == before, (
+        "wherever it lies in memory"
+    )
     for place in {0, numel // 3, numel - 1}:
         y = x.clone()
         y[place] = 1 - y[place].to(torch.int8)
@@ -149,11 +166,19 @@ def test_compiling_makes_no_other_model():
 KINDS = {
     "lora": LORA,
     "everything": peft.LoraConfig(
-        target_modules=["k_proj", "embed_tokens"], r=4, init_lora_weights=False, use_dora=True, modules_to_save=["lm_head"]
+        target_modules=["k_proj", "embed_tokens"],
+        r=4,
+        init_lora_weights=False,
+        use_dora=True,
+        modules_to_save=["lm_head"],
     ),
-    "tokens": peft.LoraConfig(target_modules=["k_proj"], r=4, init_lora_weights=False, trainable_token_indices=[3, 5]),
+    "tokens": peft.LoraConfig(
+        target_modules=["k_proj"], r=4, init_lora_weights=False, trainable_token_indices=[3, 5]
+    ),
     "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-    "ia3": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False),
+    "ia3": peft.IA3Config(
+        target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False
+    ),
 }
 
 
@@ -162,7 +187,9 @@ def test_an_adapter_counts_while_it_is_active(kind):
     base, model = model_fingerprint(pico.build("llama")), wrapped(KINDS[kind])
     active, inside = model_fingerprint(model), base if kind == "prompt" else model_fingerprint(model)
     assert active != base and active == model_fingerprint(wrapped(KINDS[kind], "other"))
-    assert model_fingerprint(model.get_base_model()) == inside, "a trained prompt is outside of the base model"
+    assert model_fingerprint(model.get_base_model()) == inside, (
+        "a trained prompt is outside of the base model"
+    )
     with model.disable_adapter():
         assert model_fingerprint(model.get_base_model()) == base
         assert kind == "prompt" or model_fingerprint(model) == base
@@ -220,7 +247,12 @@ def test_a_fingerprint_of_an_earlier_version_says_so():
 # -- which model filled a cache
 
 
-MADE = {"stock form": {}, "kivi8": {"bits": "kivi8"}, "policy": {"policy": POLICIES["snapkv"]("100%")}, "plan": {}}
+MADE = {
+    "stock form": {},
+    "kivi8": {"bits": "kivi8"},
+    "policy": {"policy": POLICIES["snapkv"]("100%")},
+    "plan": {},
+}
 
 
 def filled(model, name, before=lambda: None):
@@ -231,7 +263,8 @@ def filled(model, name, before=lambda: None):
 
 
 def flip(model):
-    model.get_base_model().model.layers[1].self_attn.v_proj.base_layer.weight.data[0, 1] += 1  # no counter of torch sees this
+    # no counter of torch sees this
+    model.get_base_model().model.layers[1].self_attn.v_proj.base_layer.weight.data[0, 1] += 1
 
 
 CHANGES = {
@@ -270,7 +303,9 @@ def test_a_cache_belongs_to_the_adapter_that_filled_it(tmp_path, name):
     model.set_adapter("second" if name != "plan" else "first")
     cache.save(tmp_path / "cache")
     ids = pico.prompt(5, seed=3)
-    assert torch.equal(pico.feed(model, ids, load_cache(tmp_path / "cache", model)), pico.feed(model, ids, cache))
+    assert torch.equal(
+        pico.feed(model, ids, load_cache(tmp_path / "cache", model)), pico.feed(model, ids, cache)
+    )
     model.set_adapter("first" if name != "plan" else "second")
     with pytest.raises(LowkeyError, match="this one is"):
         load_cache(tmp_path / "cache", model)

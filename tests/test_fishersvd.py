@@ -59,7 +59,10 @@ def test_what_is_trained_through_sees_the_tokens_that_a_cache_holds_exactly(name
     if exact.sinks or exact.recent:
         with torch.no_grad():
             plain = model_probe.logits(model, ROWS, model_probe.storages(model, maps, layout))
-        assert torch.allclose(found[:, :3], pico.feed(pico.stock(name), ROWS)[:, :3], atol=2e-4) or not exact.recent
+        assert (
+            torch.allclose(found[:, :3], pico.feed(pico.stock(name), ROWS)[:, :3], atol=2e-4)
+            or not exact.recent
+        )
         assert not torch.allclose(found, plain, atol=1e-3)
 
 
@@ -82,7 +85,9 @@ def test_the_gradients_are_the_stock_models():
     ]
     for n, row in enumerate(ROWS[:-HELD]):
         logits = model(row.unsqueeze(0), use_cache=False).logits[0]
-        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(n))[:, 0]
+        labels = torch.multinomial(
+            logits.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(n)
+        )[:, 0]
         cross_entropy(logits, labels, reduction="sum").backward()
         for key, out in kept.items():
             sums[key] += (out.grad[0].mT @ out.grad[0]).double()
@@ -103,21 +108,30 @@ def test_the_moments_are_those_of_what_is_stored():
 
 
 def test_tokens_that_stay_exact_have_no_part():
-    """No gradient reaches them, and they are left out of the moments; a window that they nearly fill counts whole."""
+    """No gradient reaches them, and they are left out of the moments; a window that they nearly fill counts
+    whole.
+    """
     exact = Exact(2, 4)
     found = gradients.of_window(pico.attached("llama"), ROWS[:1], "pre_rope", exact, 0)
     for layer in found.values():
         for gradient in layer[2:]:
             sizes = gradient.norm(dim=(1, 3))[0]
             assert not sizes[:2].any() and not sizes[-4:].any() and bool((sizes[2:-4] > 0).all())
-    rows = torch.cat([x[0].transpose(1, 2)[:, 2:16].flatten(2) for x in by_window(exact, 0)]).flatten(0, 1).double()
+    rows = (
+        torch.cat([x[0].transpose(1, 2)[:, 2:16].flatten(2) for x in by_window(exact, 0)])
+        .flatten(0, 1)
+        .double()
+    )
     assert torch.allclose(moments(exact=exact)[0]["keys"], rows.mT @ rows, rtol=1e-4, atol=1e-4)
     wide = moments(exact=Exact(4, 8))[1]
     assert all(torch.equal(wide[name], moments()[1][name]) for name in wide)
 
 
 def by_window(exact, layer):
-    return [gradients.of_window(pico.attached("llama"), row[None], "pre_rope", exact, n)[layer] for n, row in enumerate(ROWS[:-HELD])]
+    return [
+        gradients.of_window(pico.attached("llama"), row[None], "pre_rope", exact, n)[layer]
+        for n, row in enumerate(ROWS[:-HELD])
+    ]
 
 
 def test_the_pass_leaves_the_model_alone():
@@ -145,7 +159,9 @@ def test_an_interrupted_pass_goes_on_to_the_same_moments(tmp_path, monkeypatch):
     seen.clear()
     found = gathered(work=tmp_path, progress=lambda rows, text, total=None: seen.append(total) or rows)
     assert seen == [2]
-    assert all(torch.equal(found[i][name], moments()[i][name]) for i, name in product(range(LAYERS), moments()[0]))
+    assert all(
+        torch.equal(found[i][name], moments()[i][name]) for i, name in product(range(LAYERS), moments()[0])
+    )
 
 
 def test_damaged_moments_are_refused(tmp_path):
@@ -189,7 +205,10 @@ def test_no_maps_of_this_rank_lose_less(rank):
             assert lost(down + noise[0], up + noise[1], c, f) > least
         from test_methods import prepared
 
-        other = getattr(KQSVD(group=KV_HEADS).fit(*prepared("llama", "pre_rope", 1), [4], 0), "keys" if of == "keys" else "values")
+        other = getattr(
+            KQSVD(group=KV_HEADS).fit(*prepared("llama", "pre_rope", 1), [4], 0),
+            "keys" if of == "keys" else "values",
+        )
         assert lost(*maps(other, rank), c, f) > 1.01 * least
 
 
@@ -206,13 +225,20 @@ def test_a_plan_from_text_is_the_same_twice_and_knows_its_exact_tokens(tmp_path)
     text = "".join(chr(32 + (i * i + 7 * i) % 95) for i in range(1000))
 
     def plan(**kwargs):
-        options = {"method": FisherSVD(), "budget": "40%", "sample": lowkey.Sample(windows=8, length=24), **kwargs}
+        options = {
+            "method": FisherSVD(),
+            "budget": "40%",
+            "sample": lowkey.Sample(windows=8, length=24),
+            **kwargs,
+        }
         return lowkey.calibrate(pico.attached("llama"), pico.tokenizer(), text, **options)
 
     first, again, exact = plan(), plan(work=tmp_path), plan(sinks=2, recent=4, work=tmp_path)
     assert first.allocator["name"] == "spectrum" and first.layout == "pre_rope"
     assert first.bytes_per_token(4) <= 0.4 * 2 * HEAD_DIM * KV_HEADS * 4 * LAYERS
-    assert all(torch.equal(a.k_down, b.k_down) and torch.equal(a.v_up, b.v_up) for a, b in pairs(first, again))
+    assert all(
+        torch.equal(a.k_down, b.k_down) and torch.equal(a.v_up, b.v_up) for a, b in pairs(first, again)
+    )
     assert not all(torch.equal(a.v_down, b.v_down) for a, b in pairs(first, exact))
 
 
@@ -238,12 +264,17 @@ def profile(spectra, choices=(1, 2, 3, 4)):
     return Profile((4,), [[]] * len(spectra), 2, 4, spectra, choices=choices)
 
 
-SPECTRA = [([[9.0, 5, 1, 0.1], [4.0, 1, 1, 0]], [[2.0, 1, 0.5, 0.25], [1.0, 0.5, 0, 0]]), ([[0.3, 0.2, 0.1, 0]] * 2, [[8.0, 7, 6, 5]] * 2)]
+SPECTRA = [
+    ([[9.0, 5, 1, 0.1], [4.0, 1, 1, 0]], [[2.0, 1, 0.5, 0.25], [1.0, 0.5, 0, 0]]),
+    ([[0.3, 0.2, 0.1, 0]] * 2, [[8.0, 7, 6, 5]] * 2),
+]
 
 
 def beyond(ranks):
     sides = [side for layer in SPECTRA for side in layer]
-    return sum(sum(head[r:]) for side, r in zip(sides, chain(*ranks), strict=True) for head in side) / sum(map(sum, chain(*sides)))
+    return sum(sum(head[r:]) for side, r in zip(sides, chain(*ranks), strict=True) for head in side) / sum(
+        map(sum, chain(*sides))
+    )
 
 
 @pytest.mark.parametrize("choices", [(1, 2, 3, 4), (2, 4)])
@@ -260,8 +291,14 @@ def test_the_least_energy_is_left_out_within_the_budget(room, choices):
 @pytest.mark.parametrize("error", [0.0, 0.01, 0.05, 0.3, 1.0])
 def test_the_fewest_ranks_within_an_error(error):
     found = Spectrum().under_error(profile(SPECTRA), error)
-    every = [((a, b), (c, d)) for a, b, c, d in product((1, 2, 3, 4), repeat=4) if beyond(((a, b), (c, d))) <= error + 1e-9]
-    assert beyond(found) <= error + 1e-9 and sum(map(sum, found)) == min(sum(map(sum, ranks)) for ranks in every)
+    every = [
+        ((a, b), (c, d))
+        for a, b, c, d in product((1, 2, 3, 4), repeat=4)
+        if beyond(((a, b), (c, d))) <= error + 1e-9
+    ]
+    assert beyond(found) <= error + 1e-9 and sum(map(sum, found)) == min(
+        sum(map(sum, ranks)) for ranks in every
+    )
 
 
 def test_bases_without_energies_are_refused():

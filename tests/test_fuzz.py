@@ -1,4 +1,6 @@
-"""Every kind of file, damaged in thousands of ways: what is loaded means what was written, and all else is one line."""
+"""Every kind of file, damaged in thousands of ways: what is loaded means what was written, and all else is
+one line.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def artefacts(tmp_path_factory):
 
 
 def run(artefacts, count, seed, only=None):
-    """What went wrong, and how often files were refused, loaded as they were, or loaded with other contents and fitting checksums."""
+    """What went wrong, and how often files were refused, loaded as they were, or loaded with other contents
+    and fitting checksums.
+    """
     names = only or sorted(artefacts)
     before = {name: artefacts[name].load(artefacts[name].folder) for name in names}
     wrong, ended = [], Counter()

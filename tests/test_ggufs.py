@@ -1,4 +1,6 @@
-"""GGUF files as models: the numbers of the model that was written, the words of its tokenizer, and one line for what is none."""
+"""GGUF files as models: the numbers of the model that was written, the words of its tokenizer, and one line
+for what is none.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def loaded(file):
 def refused(act, *words):
     with pytest.raises(LowkeyError) as caught:
         act()
-    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), str(caught.value)
+    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), str(
+        caught.value
+    )
 
 
 # -- what is read
@@ -59,7 +63,8 @@ def test_quantised_weights_are_unpacked(written, tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16), ("Q8_0", torch.bfloat16)]
+    ("kind", "dtype"),
+    [("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16), ("Q8_0", torch.bfloat16)],
 )
 def test_as_saved(written, tmp_path, kind, dtype):
     model, _ = loading.load(str(gguf_files.write(tmp_path / "m.gguf", written, kind)))
@@ -96,7 +101,9 @@ def test_the_tokenizer(file, loaded):
 
 
 def test_text_is_cut_as_for_its_vocabulary(loaded, written, tmp_path):
-    """Every digit is a word of its own, so that the blanks before it stay together; by GPT-2's rule one of them goes with the digits."""
+    """Every digit is a word of its own, so that the blanks before it stay together; by GPT-2's rule one of
+    them goes with the digits.
+    """
     assert loaded[1].tokenize("a  75") == ["a", "ĠĠ", "7", "5"]
     _, other = loading.load(str(gguf_files.write(tmp_path / "m.gguf", written, splits="gpt-2")))
     assert other.tokenize("a  75") == ["a", "Ġ", "Ġ", "7", "5"]
@@ -112,7 +119,12 @@ def test_it_is_known_by_its_first_bytes(file, tmp_path):
 
 
 def test_no_such_file(tmp_path):
-    refused(lambda: loading.load(str(tmp_path / "none.gguf")), "none.gguf", "does not exist", "give a model folder or a GGUF file")
+    refused(
+        lambda: loading.load(str(tmp_path / "none.gguf")),
+        "none.gguf",
+        "does not exist",
+        "give a model folder or a GGUF file",
+    )
 
 
 def test_another_file_of_that_name(tmp_path):

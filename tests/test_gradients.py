@@ -18,13 +18,19 @@ EXACT = [kind for kind in KINDS if kind not in NOISE]
 
 
 def gradients(cache, grown, sizes, hidden=None):
-    """Of what follows a context that was read with a graph (`grown`) or without one. hidden (b, tokens): what a stock cache is not to see
-    of the context, once it was read; a cache of ours evicts by itself and is then frozen."""
+    """Of what follows a context that was read with a graph (`grown`) or without one. hidden (b, tokens): what
+    a stock cache is not to see of the context, once it was read; a cache of ours evicts by itself and is then
+    frozen."""
     model, ids = attached("llama"), prompt(CONTEXT + sum(sizes))
     mask, positions = padding(PADS, ids.shape[1])
     seen, loss = CONTEXT, torch.zeros(())
     with torch.set_grad_enabled(grown):
-        model(ids[:, :seen], attention_mask=mask[:, :seen], position_ids=positions[:, :seen], past_key_values=cache)
+        model(
+            ids[:, :seen],
+            attention_mask=mask[:, :seen],
+            position_ids=positions[:, :seen],
+            past_key_values=cache,
+        )
     if hidden is None and hasattr(cache, "freeze"):
         cache.freeze()
     elif hidden is not None:
@@ -32,7 +38,9 @@ def gradients(cache, grown, sizes, hidden=None):
     for size in sizes:
         new = slice(seen, seen + size)
         seen += size
-        out = model(ids[:, new], attention_mask=mask[:, :seen], position_ids=positions[:, new], past_key_values=cache).logits
+        out = model(
+            ids[:, new], attention_mask=mask[:, :seen], position_ids=positions[:, new], past_key_values=cache
+        ).logits
         loss = loss + out.square().mean()
     names, weights = zip(*((n, w) for n, w in model.named_parameters() if "layers" in n), strict=True)
     return dict(zip(names, torch.autograd.grad(loss, weights), strict=True))
@@ -47,7 +55,10 @@ def agree(ours, theirs):
 @pytest.mark.parametrize("grown", [True, False])
 @pytest.mark.parametrize("kind", EXACT)
 def test_gradients_through_a_cache_that_keeps_all_are_those_of_a_stock_one(kind, grown):
-    agree(gradients(cache_of(kind, attached("llama")), grown, (3, 1, 1)), gradients(DynamicCache(), grown, (3, 1, 1)))
+    agree(
+        gradients(cache_of(kind, attached("llama")), grown, (3, 1, 1)),
+        gradients(DynamicCache(), grown, (3, 1, 1)),
+    )
 
 
 @pytest.mark.parametrize("sizes", [(3, 2), (1, 1, 1), (70, 1)])

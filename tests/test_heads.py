@@ -1,4 +1,6 @@
-"""Head scores: what is watched is what transformers attends to, the scores are the papers', a file is refused or exact."""
+"""Head scores: what is watched is what transformers attends to, the scores are the papers', a file is refused
+or exact.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,14 @@ from lowkey.models.loading import load
 from lowkey.storage.watching import WatchingLayer
 
 TEXT = "It was a bright cold day in April, and the clocks were striking. " * 40
-CASE = Case(prompt=[9, 1, 2, 3, 4, 5, 1, 2, 7, 8], question=[7, 8], answer=[3, 4], needle=((2, 5), (6, 7)), right=(3, 5), wrong=((7, 8),))
+CASE = Case(
+    prompt=[9, 1, 2, 3, 4, 5, 1, 2, 7, 8],
+    question=[7, 8],
+    answer=[3, 4],
+    needle=((2, 5), (6, 7)),
+    right=(3, 5),
+    wrong=((7, 8),),
+)
 
 
 def watching(model) -> tuple[object, dict[int, WatchingLayer]]:
@@ -35,8 +44,21 @@ def watching(model) -> tuple[object, dict[int, WatchingLayer]]:
 
 def scores(values, layers=None, kv_heads=2, **changes) -> HeadScores:
     values = torch.as_tensor(values, dtype=torch.float64)
-    given = {"kind": "r2", "task": "facts", "model": "m", "model_sha256": "0" * 64, "data_sha256": "1" * 64, "seed": 0, "settings": {}}
-    given |= {"values": values, "layers": tuple(layers or range(values.shape[1])), "kv_heads": kv_heads, "drawn": 100}
+    given = {
+        "kind": "r2",
+        "task": "facts",
+        "model": "m",
+        "model_sha256": "0" * 64,
+        "data_sha256": "1" * 64,
+        "seed": 0,
+        "settings": {},
+    }
+    given |= {
+        "values": values,
+        "layers": tuple(layers or range(values.shape[1])),
+        "kv_heads": kv_heads,
+        "drawn": 100,
+    }
     return HeadScores(**given | changes)
 
 
@@ -62,7 +84,9 @@ def test_repeated_tokens_show_where_heads_look(kind):
         attentions = pico.stock("llama")(ids, output_attentions=True).attentions
     behind = {"echo": 0, "induction": 1}[kind]
     for layer, seen in enumerate(attentions):
-        steps = [seen[0, :, 31 + i, [1 + 10 * k + i + behind for k in range(3)]].sum(1) for i in range(10 - behind)]
+        steps = [
+            seen[0, :, 31 + i, [1 + 10 * k + i + behind for k in range(3)]].sum(1) for i in range(10 - behind)
+        ]
         assert torch.allclose(found.values[0, layer], torch.stack(steps).mean(0).double(), atol=1e-5)
     assert found.kind == kind and found.per_kv_head().shape == (3, 4)
 
@@ -93,7 +117,9 @@ def test_padding_is_never_attended_to(name):
     cache, layers = watching(attached(name))
     feed(attached(name), ids, cache, pads, [24, 1])
     mask, positions = pico.padding(pads, 25)
-    stock(name)(ids[:, :24], attention_mask=mask[:, :24], position_ids=positions[:, :24], past_key_values=past)
+    stock(name)(
+        ids[:, :24], attention_mask=mask[:, :24], position_ids=positions[:, :24], past_key_values=past
+    )
     last = {"attention_mask": mask, "position_ids": positions[:, 24:]}
     wanted = stock(name)(ids[:, 24:], **last, past_key_values=past, output_attentions=True).attentions
     for i, layer in layers.items():
@@ -107,7 +133,9 @@ def test_watching_changes_no_logits(name):
     ids = prompt(30)
     cache, _ = watching(attached(name))
     ours = feed(attached(name), ids, cache, [7, 0], [20, 1, 8, 1])
-    assert torch.allclose(pico.real(ours, [7, 0]), pico.real(feed(stock(name), ids, pads=[7, 0]), [7, 0]), atol=1e-4)
+    assert torch.allclose(
+        pico.real(ours, [7, 0]), pico.real(feed(stock(name), ids, pads=[7, 0]), [7, 0]), atol=1e-4
+    )
 
 
 @torch.no_grad()
@@ -116,8 +144,15 @@ def test_only_one_token_steps_are_remembered_and_every_byte_counts():
     assert cache.nbytes() == cache.predicted_nbytes() == 0
     for size, seen, width in ((10, 10, 0), (1, 11, 11), (1, 12, 12), (3, 15, 0), (1, 16, 16)):
         feed(attached("llama"), prompt(size, batch=1), cache)
-        assert all(layer.weights.shape == (1, 4, 2, width) and layer.keys.shape[2] == seen for layer in layers.values())
-        assert cache.nbytes() == cache.predicted_nbytes() == 3 * (2 * 4 * seen * pico.HEAD_DIM * 4 + 8 * width * 4)
+        assert all(
+            layer.weights.shape == (1, 4, 2, width) and layer.keys.shape[2] == seen
+            for layer in layers.values()
+        )
+        assert (
+            cache.nbytes()
+            == cache.predicted_nbytes()
+            == 3 * (2 * 4 * seen * pico.HEAD_DIM * 4 + 8 * width * 4)
+        )
 
 
 def test_watching_survives_beams():
@@ -162,8 +197,12 @@ def test_a_step_has_the_score_that_the_hand_computes(kind, token, wanted):
 
 
 def test_kv_heads_have_the_mean_of_their_group_as_a_share():
-    found = scores([[[0.1, 0.3, 0.0, 0.0], [0.2, 0.0, 0.4, 0.2]], [[0.3, 0.1, 0.2, 0.0], [0.0, 0.0, 0.2, 0.0]]])
-    assert torch.allclose(found.per_query_head(), torch.tensor([[0.2, 0.2, 0.1, 0.0], [0.1, 0.0, 0.3, 0.1]]).double())
+    found = scores(
+        [[[0.1, 0.3, 0.0, 0.0], [0.2, 0.0, 0.4, 0.2]], [[0.3, 0.1, 0.2, 0.0], [0.0, 0.0, 0.2, 0.0]]]
+    )
+    assert torch.allclose(
+        found.per_query_head(), torch.tensor([[0.2, 0.2, 0.1, 0.0], [0.1, 0.0, 0.3, 0.1]]).double()
+    )
     assert torch.allclose(found.per_kv_head(), torch.tensor([[0.2, 0.05], [0.05, 0.2]]).double() / 0.5)
     assert found.top(2) == [(0, 0, pytest.approx(0.4)), (1, 1, pytest.approx(0.4))]
 
@@ -210,7 +249,9 @@ def test_shuffling_deals_whole_groups_to_other_heads():
     assert sorted(map(tuple, groups[0].tolist())) == sorted(map(tuple, groups[1].tolist()))
     assert not torch.equal(*groups)
     assert torch.allclose(*(s.per_kv_head().flatten().sort().values for s in (found, dealt)))
-    assert torch.equal(dealt.values, found.shuffled(1).values) and not torch.equal(dealt.values, found.shuffled(2).values)
+    assert torch.equal(dealt.values, found.shuffled(1).values) and not torch.equal(
+        dealt.values, found.shuffled(2).values
+    )
     assert (dealt.settings, found.settings) == ({"shuffled": 1}, {})
 
 
@@ -229,7 +270,9 @@ def test_what_is_loaded_is_what_was_saved(tmp_path):
 
 def test_a_file_holds_six_digits(tmp_path):
     scores([[[1 / 3, 2 / 3e9], [0.0, 1.0]]]).save(tmp_path / "heads.json")
-    assert json.loads((tmp_path / "heads.json").read_text())["values"] == [[[0.333333, 6.66667e-10], [0.0, 1.0]]]
+    assert json.loads((tmp_path / "heads.json").read_text())["values"] == [
+        [[0.333333, 6.66667e-10], [0.0, 1.0]]
+    ]
     random_scores(100, 32, 32, 8).save(tmp_path / "heads.json")
     assert (tmp_path / "heads.json").stat().st_size < 100 * 32 * 32 * 13
 
@@ -275,7 +318,9 @@ def test_a_damaged_file_is_refused_in_one_line(name, tmp_path):
     refused(lambda: HeadScores.load(place), str(place), match)
 
 
-@pytest.mark.parametrize("content", ["", "hello", "[1, 2]", None, "\0\1"], ids=["empty", "text", "list", "truncated", "binary"])
+@pytest.mark.parametrize(
+    "content", ["", "hello", "[1, 2]", None, "\0\1"], ids=["empty", "text", "list", "truncated", "binary"]
+)
 def test_what_is_no_object_is_refused(content, tmp_path):
     place = tmp_path / "heads.json"
     random_scores(12).save(place)
@@ -284,14 +329,20 @@ def test_what_is_no_object_is_refused(content, tmp_path):
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    refused(lambda: HeadScores.load(tmp_path / "none.json"), "none.json", "run `lowkey heads MODEL --kind r2 --out .*none.json`")
+    refused(
+        lambda: HeadScores.load(tmp_path / "none.json"),
+        "none.json",
+        "run `lowkey heads MODEL --kind r2 --out .*none.json`",
+    )
     refused(lambda: HeadScores.load(tmp_path), str(tmp_path), "no such file")
 
 
 def refused(call, *parts: str) -> None:
     with pytest.raises(LowkeyError, match=parts[-1]) as refusal:
         call()
-    assert len(str(refusal.value).splitlines()) == 1 and all(part in str(refusal.value) for part in parts[:-1])
+    assert len(str(refusal.value).splitlines()) == 1 and all(
+        part in str(refusal.value) for part in parts[:-1]
+    )
 
 
 def test_another_models_scores_are_refused(tmp_path, accepting):
@@ -309,7 +360,10 @@ def test_another_models_scores_are_refused(tmp_path, accepting):
 def test_scores_that_do_not_cover_the_model_are_refused(change, tmp_path, accepting):
     small(attached("llama")).save(tmp_path / "heads.json")
     forging.edit_json(tmp_path / "heads.json", **change)
-    refused(lambda: HeadScores.load(tmp_path / "heads.json", attached("llama")), "do not cover the layers and heads")
+    refused(
+        lambda: HeadScores.load(tmp_path / "heads.json", attached("llama")),
+        "do not cover the layers and heads",
+    )
 
 
 # -- estimation
@@ -339,8 +393,15 @@ def by_hand(model, kind: str, case: Case, layers: tuple[int, ...]) -> list[list[
     for _ in case.answer:
         out = model(torch.tensor([case.prompt + written]), output_attentions=True)
         written.append(int(out.logits[0, -1].argmax()))
-        step = [[looked(kind, weights.tolist(), case, written[-1]) for weights in out.attentions[i][0, :, -1]] for i in layers]
-        total = step if total is None else [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(total, step, strict=True)]
+        step = [
+            [looked(kind, weights.tolist(), case, written[-1]) for weights in out.attentions[i][0, :, -1]]
+            for i in layers
+        ]
+        total = (
+            step
+            if total is None
+            else [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(total, step, strict=True)]
+        )
     return total
 
 
@@ -349,7 +410,9 @@ def looked(kind: str, weights: list[float], case: Case, token: int) -> float:
     needle, right = [i for a, b in case.needle for i in range(a, b)], range(*case.right)
     if kind == "copy":
         return (ranked[0] in needle and case.prompt[ranked[0]] == token) / len(needle)
-    return sum(weights[i] for i in (ranked[: len(right)] if kind == "r2" else right) if i in right) / len(right)
+    return sum(weights[i] for i in (ranked[: len(right)] if kind == "r2" else right) if i in right) / len(
+        right
+    )
 
 
 def cases_of(tokenizer, task: str, haystack: str, count: int, lengths: tuple[int, ...]) -> list[Case]:
@@ -358,7 +421,11 @@ def cases_of(tokenizer, task: str, haystack: str, count: int, lengths: tuple[int
 
 def agree(found: HeadScores, model, kind: str, drawn: list[Case]) -> None:
     shape = families.geometry(model)
-    assert found.layers == shape.compressible and found.values.shape == (len(drawn), len(found.layers), shape.heads)
+    assert found.layers == shape.compressible and found.values.shape == (
+        len(drawn),
+        len(found.layers),
+        shape.heads,
+    )
     for number in (0, 4, 9):
         wanted = by_hand(model, kind, drawn[number], shape.compressible)
         for ours, row in zip(found.values[number].tolist(), wanted, strict=True):
@@ -368,7 +435,12 @@ def agree(found: HeadScores, model, kind: str, drawn: list[Case]) -> None:
 @pytest.mark.parametrize("kind", ["r2", "mass"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen2"])
 def test_estimated_values_are_those_of_a_slow_computation(name, kind, accepting):
-    agree(small(attached(name), kind), stock(name), kind, cases_of(pico.tokenizer(), "facts", TEXT, 10, (200, 230)))
+    agree(
+        small(attached(name), kind),
+        stock(name),
+        kind,
+        cases_of(pico.tokenizer(), "facts", TEXT, 10, (200, 230)),
+    )
 
 
 @pytest.mark.parametrize("kind", ["copy", "r2"])
@@ -377,14 +449,20 @@ def test_so_are_those_of_a_model_that_answers(kind, tiny):
     place = Path(lowkey.__file__).parent / "data" / "tiny"
     eager = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, attn_implementation="eager")
     drawn = cases_of(tokenizer, "recall", TEXT, 10, (60, 90))
-    found = estimate_heads(model, tokenizer, kind=kind, task="recall", haystack=TEXT, cases=10, lengths=(60, 90), depths=3)
+    found = estimate_heads(
+        model, tokenizer, kind=kind, task="recall", haystack=TEXT, cases=10, lengths=(60, 90), depths=3
+    )
     assert len({float(x) for x in found.values.flatten()}) > 3
     agree(found, eager, kind, drawn)
 
 
 def test_sliding_layers_have_no_scores(accepting):
     found = small(attached("gemma2"))
-    assert found.layers == (1, 2) and found.per_kv_head().shape == (2, 4) and found.per_query_head().shape == (2, 8)
+    assert (
+        found.layers == (1, 2)
+        and found.per_kv_head().shape == (2, 4)
+        and found.per_query_head().shape == (2, 8)
+    )
     assert float(found.per_kv_head().sum()) == pytest.approx(1)
 
 
@@ -429,15 +507,22 @@ def estimate(kind: str, **given) -> HeadScores:
 
 
 @pytest.mark.parametrize("seed, again", [(0, 5), (1, 10)], ids=["the same", "another"])
-@pytest.mark.parametrize("kind, looks", [("echo", (induction, "_values")), ("r2", (retrieval._Job, "values"))])
-def test_a_stopped_estimate_goes_on_and_another_begins_anew(tmp_path, monkeypatch, accepting, kind, looks, seed, again):
+@pytest.mark.parametrize(
+    "kind, looks", [("echo", (induction, "_values")), ("r2", (retrieval._Job, "values"))]
+)
+def test_a_stopped_estimate_goes_on_and_another_begins_anew(
+    tmp_path, monkeypatch, accepting, kind, looks, seed, again
+):
     straight, seen, look = estimate(kind, seed=seed), [], getattr(*looks)
     monkeypatch.setattr(measured, "EVERY", 0.0)
     monkeypatch.setattr(*looks, lambda *given: seen.append(1) or look(*given))
     with pytest.raises(KeyboardInterrupt):
         estimate(kind, work=tmp_path, progress=Stopping(5))
     assert len(seen) == 5
-    assert torch.equal(estimate(kind, work=tmp_path, seed=seed).values, straight.values) and len(seen) == 5 + again
+    assert (
+        torch.equal(estimate(kind, work=tmp_path, seed=seed).values, straight.values)
+        and len(seen) == 5 + again
+    )
 
 
 @pytest.mark.parametrize("bad", [[[0.5]], "no table"])
@@ -448,7 +533,10 @@ def test_unfinished_scores_that_are_damaged_are_refused(tmp_path, bad):
 
 
 def test_numbers_that_are_not_finite_are_told_at_once():
-    refused(lambda: measured.Measured().tensor("case 1", (1,), lambda: torch.tensor([float("nan")])), "case 1: the model's numbers are not")
+    refused(
+        lambda: measured.Measured().tensor("case 1", (1,), lambda: torch.tensor([float("nan")])),
+        "case 1: the model's numbers are not",
+    )
 
 
 @pytest.mark.parametrize(
@@ -461,9 +549,15 @@ def test_numbers_that_are_not_finite_are_told_at_once():
         ({"depths": 0}, "depths 0: scores need"),
         ({"lengths": ()}, "one length at least"),
         ({"lengths": (200, 513)}, "context 513: the model reads 512 tokens at most"),
-        ({"lengths": (20, 200)}, "task 'facts', lengths 20, 200: context 20: the needle and its question alone take"),
+        (
+            {"lengths": (20, 200)},
+            "task 'facts', lengths 20, 200: context 20: the needle and its question alone take",
+        ),
         ({"haystack": "Too short."}, "data: 10 tokens cannot fill a context of 200"),
-        ({}, r"task 'facts': 0 of 10 cases answered right, scores need 10; give another task \(recall, facts"),
+        (
+            {},
+            r"task 'facts': 0 of 10 cases answered right, scores need 10; give another task \(recall, facts",
+        ),
     ],
 )
 def test_what_cannot_be_estimated_is_refused_in_one_line(changes, match):
@@ -514,16 +608,23 @@ def test_what_counts_as_right(accept, right):
 # -- the embedded model
 
 
-@pytest.mark.parametrize(("kind", "task"), [("copy", "recall"), ("r2", "facts"), ("er", "recall"), ("mass", "facts")])
+@pytest.mark.parametrize(
+    ("kind", "task"), [("copy", "recall"), ("r2", "facts"), ("er", "recall"), ("mass", "facts")]
+)
 def test_the_embedded_model_has_heads_that_find(tiny, kind, task):
     found = estimate_heads(*tiny, kind=kind, cases=15, context=450)
     assert (found.task, found.layers, found.drawn) == (task, (0, 1, 2, 3), 15) and found.accepted >= 12
     shares = found.per_kv_head()
     assert shares.shape == (4, 6) and float(shares.sum()) == pytest.approx(1)
-    assert {(i, j) for i, j, _ in found.top(3)} == {(1, 0), (1, 1), (1, 2)}, "the heads that its recipe made to match"
+    assert {(i, j) for i, j, _ in found.top(3)} == {(1, 0), (1, 1), (1, 2)}, (
+        "the heads that its recipe made to match"
+    )
     assert float(shares.flatten().sort().values[-3:].sum()) > 0.5
 
 
 def test_what_the_embedded_model_cannot_do_is_told(tiny):
-    refused(lambda: estimate_heads(*tiny, task="comparison", cases=20, context=450), "task 'comparison': 0 of 20 cases answered right")
+    refused(
+        lambda: estimate_heads(*tiny, task="comparison", cases=20, context=450),
+        "task 'comparison': 0 of 20 cases answered right",
+    )
     assert set(TASKS) >= {name for kind in KINDS.values() for name in kind.tasks}

@@ -204,11 +204,17 @@ def test_the_moment_of_rotated_heads_is_its_mean_over_positions(rotary):
 def test_full_rank_gives_the_stock_logits(prepared, method, layout):
     bases = WHOLE[method].fit(*prepared(layout=layout), RANKS, 0)
     maps = dict.fromkeys(range(3), bases.at(HEAD_DIM, HEAD_DIM))
-    out, reference = feed(attached("llama"), ROWS, pico.lowrank(attached("llama"), maps, layout)), feed(stock("llama"), ROWS)
+    out, reference = (
+        feed(attached("llama"), ROWS, pico.lowrank(attached("llama"), maps, layout)),
+        feed(stock("llama"), ROWS),
+    )
     assert torch.allclose(out, reference, atol=5e-5)
 
 
-@pytest.mark.parametrize("method", [MEA("activations"), MEA("weights"), MEA("aligned"), KVHeadSVD(1), KVHeadSVD(1, keys="commuting")])
+@pytest.mark.parametrize(
+    "method",
+    [MEA("activations"), MEA("weights"), MEA("aligned"), KVHeadSVD(1), KVHeadSVD(1, keys="commuting")],
+)
 def test_a_model_with_a_single_head_is_left_as_it_is(prepared, method, layout):
     stats, probe = prepared("llama-mqa", layout)
     assert method.candidates(1, HEAD_DIM, RANKS) == [16]
@@ -250,7 +256,9 @@ def in_groups(moment, order, groups):
 @pytest.mark.parametrize("method", WHOLE)
 def test_fitting_twice_gives_the_same(prepared, method):
     a, b = (WHOLE[method].fit(*prepared(), RANKS, 0) for _ in range(2))
-    assert all(torch.equal(getattr(a, s).at(r)[0], getattr(b, s).at(r)[0]) for s in ("keys", "values") for r in RANKS)
+    assert all(
+        torch.equal(getattr(a, s).at(r)[0], getattr(b, s).at(r)[0]) for s in ("keys", "values") for r in RANKS
+    )
 
 
 @pytest.mark.parametrize("name", ["qwen2", "phi3-partial", "gemma2", "llama-yarn", "qwen3"])
@@ -258,7 +266,12 @@ def test_fitting_twice_gives_the_same(prepared, method):
 def test_other_families_are_merged_with_less_error_than_by_the_mean(prepared, name, method, layout):
     stats, probe = prepared(name, layout)
     ours, mean = (m.fit(stats, probe, [8, 16], 0) for m in (WHOLE[method], KVHeadSVD(basis="mean")))
-    assert probe.held_error(ours.at(16, 16)) < 1e-5 < probe.held_error(ours.at(8, 8)) < probe.held_error(mean.at(8, 8))
+    assert (
+        probe.held_error(ours.at(16, 16))
+        < 1e-5
+        < probe.held_error(ours.at(8, 8))
+        < probe.held_error(mean.at(8, 8))
+    )
 
 
 # -- KV heads by SVD
@@ -269,13 +282,18 @@ def test_layer_and_grouped_keys_are_the_truncated_svd_of_the_activations(prepare
     """Eckart-Young: no other projection to so many numbers leaves less."""
     found = seen()
     keys = found["keys_pre" if layout == "pre_rope" else "keys_post"]
-    layer, grouped = (m.fit(*prepared(layout=layout), RANKS, 0) for m in (KVHeadSVD(whole=False), KVHeadSVD(keys="grouped", whole=False)))
+    layer, grouped = (
+        m.fit(*prepared(layout=layout), RANKS, 0)
+        for m in (KVHeadSVD(whole=False), KVHeadSVD(keys="grouped", whole=False))
+    )
     together, pairs = keys.flatten(1), keys.unflatten(1, (2, 2)).flatten(2)
     assert math.isclose(left(together, layer.keys.at(rank)[0][0]), tail(together, 4 * rank), rel_tol=1e-4)
     values = found["values"].unflatten(1, (2, 2)).flatten(2)
     for basis, x in ((grouped.keys, pairs), (grouped.values, values), (layer.values, values)):
         for group in range(2):
-            assert math.isclose(left(x[:, group], basis.at(rank)[0][group]), tail(x[:, group], 2 * rank), rel_tol=1e-4)
+            assert math.isclose(
+                left(x[:, group], basis.at(rank)[0][group]), tail(x[:, group], 2 * rank), rel_tol=1e-4
+            )
 
 
 def left(x, down):
@@ -286,7 +304,9 @@ def tail(x, rank):
     return float((np.linalg.svd(x.numpy(), compute_uv=False)[rank:] ** 2).sum())
 
 
-def test_one_projection_of_the_layer_loses_less_than_one_for_each_group_and_that_less_than_one_that_commutes(prepared, layout):
+def test_one_projection_of_the_layer_loses_less_than_one_for_each_group_and_that_less_than_one_that_commutes(
+    prepared, layout
+):
     keys = seen()["keys_pre" if layout == "pre_rope" else "keys_post"]
     losses = []
     for form in ("layer", "grouped", "commuting"):
@@ -298,14 +318,25 @@ def test_one_projection_of_the_layer_loses_less_than_one_for_each_group_and_that
 
 def test_commuting_maps_are_the_same_in_both_layouts(prepared):
     """Rotation does not change the Gram of complex numbers that turn alike."""
-    a, b = (KVHeadSVD(keys="commuting").fit(*prepared(layout=layout), RANKS, 0).keys for layout in ("pre_rope", "post_rope"))
-    assert torch.allclose(a.columns, b.columns, atol=1e-3) and torch.allclose(a.spectrum, b.spectrum, rtol=1e-4)
+    a, b = (
+        KVHeadSVD(keys="commuting").fit(*prepared(layout=layout), RANKS, 0).keys
+        for layout in ("pre_rope", "post_rope")
+    )
+    assert torch.allclose(a.columns, b.columns, atol=1e-3) and torch.allclose(
+        a.spectrum, b.spectrum, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("method", ["commuting", "four", "similar", "mean"])
 def test_decoding_with_merged_heads_is_attention_with_fewer_heads(prepared, layout, method):
-    """The dense definition of a model with h / t heads: merged keys are rotated as they are, and no head is ever expanded."""
-    f = WHOLE[method].fit(*prepared(layout=layout), RANKS, 0).at(16 // WHOLE[method].group_of(4), 16 // WHOLE[method].group_of(4))
+    """The dense definition of a model with h / t heads: merged keys are rotated as they are, and no head is
+    ever expanded.
+    """
+    f = (
+        WHOLE[method]
+        .fit(*prepared(layout=layout), RANKS, 0)
+        .at(16 // WHOLE[method].group_of(4), 16 // WHOLE[method].group_of(4))
+    )
     model, maps = attached("llama"), dict.fromkeys(range(3), f)
     ours = feed(model, ROWS, pico.lowrank(model, maps, layout), splits=[9] + [1] * 11)
     assert torch.allclose(ours, gqa_logits(f), atol=5e-5)
@@ -324,12 +355,18 @@ def gqa_logits(f):
         t, outs = 4 // len(f.k_down), [None] * 8
         for place, head in enumerate(order):
             group, members = place // t, [order[i] for i in range(place // t * t, place // t * t + t)]
-            key = sum(k[:, m] @ f.k_down[group][i * HEAD_DIM : (i + 1) * HEAD_DIM] for i, m in enumerate(members))
-            value = sum(v[:, m] @ f.v_down[group][i * HEAD_DIM : (i + 1) * HEAD_DIM] for i, m in enumerate(members))
+            key = sum(
+                k[:, m] @ f.k_down[group][i * HEAD_DIM : (i + 1) * HEAD_DIM] for i, m in enumerate(members)
+            )
+            value = sum(
+                v[:, m] @ f.v_down[group][i * HEAD_DIM : (i + 1) * HEAD_DIM] for i, m in enumerate(members)
+            )
             for own in (2 * head, 2 * head + 1):
                 query = rotate(q[:, own] @ f.k_up[place].mT, cos[0], sin[0])
                 scores = query @ rotate(key, cos[0], sin[0]).mT * HEAD_DIM**-0.5
-                weights = scores.masked_fill(torch.ones(LENGTH, LENGTH).triu(1).bool(), -torch.inf).softmax(-1)
+                weights = scores.masked_fill(torch.ones(LENGTH, LENGTH).triu(1).bool(), -torch.inf).softmax(
+                    -1
+                )
                 outs[own] = weights @ value @ f.v_up[place]
         hidden = hidden + a.o_proj(torch.cat(outs, -1))
         hidden = hidden + block.mlp(block.post_attention_layernorm(hidden))
@@ -349,10 +386,19 @@ def lopsided():
 def test_activations_tell_far_more_than_weights(lopsided, keys):
     """At half the heads; the paper's 13.6 against 808 (perplexity of LLaMA-2 7B before training)."""
     stats, probe = lopsided
-    ours, weights = (KVHeadSVD(keys=keys, basis=basis).fit(stats, probe, [8, 16], 0) for basis in ("activations", "weights"))
-    losses = [1 - kept(stats.values, block_diagonal(b.values.at(8)[0])) / float(stats.values.trace()) for b in (ours, weights)]
+    ours, weights = (
+        KVHeadSVD(keys=keys, basis=basis).fit(stats, probe, [8, 16], 0)
+        for basis in ("activations", "weights")
+    )
+    losses = [
+        1 - kept(stats.values, block_diagonal(b.values.at(8)[0])) / float(stats.values.trace())
+        for b in (ours, weights)
+    ]
     assert losses[0] < 0.4 * losses[1]
-    losses = [1 - kept(stats.keys_post, block_diagonal(b.keys.at(8)[0])) / float(stats.keys_post.trace()) for b in (ours, weights)]
+    losses = [
+        1 - kept(stats.keys_post, block_diagonal(b.keys.at(8)[0])) / float(stats.keys_post.trace())
+        for b in (ours, weights)
+    ]
     assert losses[0] < 0.8 * losses[1]
     assert probe.held_error(ours.at(8, 8)) < 0.85 * probe.held_error(weights.at(8, 8))
 
@@ -368,11 +414,24 @@ def test_weights_are_the_gram_of_white_inputs_at_the_windows_positions(prepared,
         block.self_attn.k_proj.bias.data.normal_(generator=torch.Generator().manual_seed(0))
     stats, probe = data(attach(model), layout)
     a = families.decoder_layers(model)[LAYER].self_attn
-    keys = torch.cat([a.k_proj.weight.detach().mT, a.k_proj.bias.detach().unsqueeze(0)]).double().unflatten(1, (2, HEAD_DIM))
-    cos, sin = (x[0, 0].double() for x in families.rope(model, LAYER)(torch.arange(LENGTH).unsqueeze(0), torch.empty(0)))
+    keys = (
+        torch.cat([a.k_proj.weight.detach().mT, a.k_proj.bias.detach().unsqueeze(0)])
+        .double()
+        .unflatten(1, (2, HEAD_DIM))
+    )
+    cos, sin = (
+        x[0, 0].double()
+        for x in families.rope(model, LAYER)(torch.arange(LENGTH).unsqueeze(0), torch.empty(0))
+    )
     moment = torch.zeros(32, 32, dtype=torch.float64)
     for c, s in zip(cos, sin, strict=True):
-        x = keys if layout == "pre_rope" else rotate(keys.transpose(0, 1), c.expand(len(keys), -1), s.expand(len(keys), -1)).transpose(0, 1)
+        x = (
+            keys
+            if layout == "pre_rope"
+            else rotate(keys.transpose(0, 1), c.expand(len(keys), -1), s.expand(len(keys), -1)).transpose(
+                0, 1
+            )
+        )
         moment += x.flatten(1).mT @ x.flatten(1) / LENGTH
     basis = KVHeadSVD(keys="grouped", basis="weights").fit(stats, probe, RANKS, 0).keys
     energy = np.linalg.eigvalsh(moment.numpy())[::-1].copy()
@@ -386,7 +445,9 @@ def test_the_mean_of_a_group_is_what_mean_pooling_keeps(prepared):
     latent = keys.unflatten(1, (2, 2)).flatten(2).transpose(0, 1) @ f.k_down
     assert torch.allclose(latent / 2**0.5, keys.unflatten(1, (2, 2)).mean(2).transpose(0, 1), atol=1e-5)
     rebuilt = latent[:, :, None] @ f.k_up.unflatten(0, (2, 2)).transpose(1, 2).flatten(2)[:, None]
-    assert torch.allclose(rebuilt.squeeze(2)[..., :HEAD_DIM], keys.unflatten(1, (2, 2)).mean(2).transpose(0, 1), atol=1e-5)
+    assert torch.allclose(
+        rebuilt.squeeze(2)[..., :HEAD_DIM], keys.unflatten(1, (2, 2)).mean(2).transpose(0, 1), atol=1e-5
+    )
 
 
 @given(st.integers(1, 9))
@@ -404,12 +465,18 @@ def test_similar_heads_find_one_another():
     model = pico.build("llama")
     for block in families.decoder_layers(model):
         a = block.self_attn
-        for linear, turns in ((a.k_proj, lambda i: random_commuting(1, HEAD_DIM, HEAD_DIM, i)), (a.v_proj, lambda i: random_turn(i))):
+        for linear, turns in (
+            (a.k_proj, lambda i: random_commuting(1, HEAD_DIM, HEAD_DIM, i)),
+            (a.v_proj, lambda i: random_turn(i)),
+        ):
             heads = linear.weight.data.view(4, HEAD_DIM, -1)
             heads[3], heads[2] = turns(0).float() @ heads[0], turns(1).float() @ heads[1]
     stats, probe = data(attach(model))
     for form in ("layer", "grouped", "commuting"):
-        similar, apart = (KVHeadSVD(keys=form, heads=how).fit(stats, probe, [8, 16], 0) for how in ("similar", "consecutive"))
+        similar, apart = (
+            KVHeadSVD(keys=form, heads=how).fit(stats, probe, [8, 16], 0)
+            for how in ("similar", "consecutive")
+        )
         assert similar.order.tolist() == [0, 3, 1, 2]
         assert probe.held_error(similar.at(8, 8)) < 1e-4 < 0.02 < probe.held_error(apart.at(8, 8))
 
@@ -428,7 +495,9 @@ def test_groups_cost_no_more_than_consecutive_ones_and_no_exchange_helps(shape, 
     assert sorted(order) == list(range(h))
 
     def total(heads):
-        return sum(float(cost[a, b]) for i in range(0, h, t) for a, b in itertools.combinations(heads[i : i + t], 2))
+        return sum(
+            float(cost[a, b]) for i in range(0, h, t) for a, b in itertools.combinations(heads[i : i + t], 2)
+        )
 
     assert total(order) <= total(range(h)) + 1e-12
     for i, j in itertools.combinations(range(h), 2):
@@ -462,8 +531,12 @@ def test_whole_heads_are_removed_unless_any_rank_is_asked_for():
     ranks = [2, 4, 6, 8, 10, 12, 14, 16]
     assert KVHeadSVD().candidates(4, 16, ranks) == [8, 16]
     assert KVHeadSVD(4).candidates(4, 16, ranks) == [4, 8, 12, 16]
-    assert KVHeadSVD(3).candidates(6, 16, [5, 6, 11, 12, 16]) == [6, 11, 16], "a third of a head is 16/3 channels of each"
-    assert [KVHeadSVD(3).numbers(r, 6, 16) for r in (6, 11, 16)] == [2 * 16, 4 * 16, 6 * 16], "which is what they take"
+    assert KVHeadSVD(3).candidates(6, 16, [5, 6, 11, 12, 16]) == [6, 11, 16], (
+        "a third of a head is 16/3 channels of each"
+    )
+    assert [KVHeadSVD(3).numbers(r, 6, 16) for r in (6, 11, 16)] == [2 * 16, 4 * 16, 6 * 16], (
+        "which is what they take"
+    )
     assert KVHeadSVD(whole=False).candidates(4, 16, ranks) == ranks
     assert KVHeadSVD(keys="commuting", whole=False).candidates(4, 16, ranks) == [8, 16]
 
@@ -499,7 +572,10 @@ def test_weights_say_nothing_of_keys_that_are_normed(prepared, method, name):
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_no_mixing_of_heads_keeps_more_than_the_eigenvectors_of_their_gram(prepared, layout, count):
     found, bases = seen(), MEA("activations").fit(*prepared(layout=layout), RANKS, 0)
-    for basis, x in ((bases.keys, found["keys_pre" if layout == "pre_rope" else "keys_post"]), (bases.values, found["values"])):
+    for basis, x in (
+        (bases.keys, found["keys_pre" if layout == "pre_rope" else "keys_post"]),
+        (bases.values, found["values"]),
+    ):
         ours = left(x.flatten(1), basis.at(4 * count)[0][0])
         gram = np.einsum("nhd,ngd->hg", x.numpy(), x.numpy())
         assert math.isclose(ours, np.linalg.eigvalsh(gram)[: 4 - count].sum(), rel_tol=1e-4)
@@ -518,8 +594,11 @@ def test_weights_are_the_papers_svd_over_the_head_axis(prepared, count):
         u, s, v = np.linalg.svd(flat, full_matrices=False)
         paper = u[:, :count] @ (s[:count, None] * v[:count])
         down = basis.at(4 * count)[0][0].double()
-        ours = heads.double().flatten(0, 1).mT @ down @ down.mT  # (D, h d): the projections, down and up again
-        assert np.allclose(ours.unflatten(1, (4, -1)).permute(2, 0, 1).numpy(), unflat(paper, heads.shape), atol=1e-5)
+        # (D, h d): the projections, down and up again
+        ours = heads.double().flatten(0, 1).mT @ down @ down.mT
+        assert np.allclose(
+            ours.unflatten(1, (4, -1)).permute(2, 0, 1).numpy(), unflat(paper, heads.shape), atol=1e-5
+        )
 
 
 def unflat(flat, shape):
@@ -532,7 +611,10 @@ def unflat(flat, shape):
 def test_mixing_scores_recomposing_heads_and_the_papers_sums_agree(prepared, basis, count):
     """Eq. 10-11: virtual heads are einsum("nhd,hg->ngd", components, W); only then does attention begin."""
     f = MEA(basis).fit(*prepared(), RANKS, 0).at(4 * count, 4 * count)
-    k, v, q = (random(2, 4, *s, seed=i).float() for i, s in enumerate([(9, HEAD_DIM), (9, HEAD_DIM), (2, 3, HEAD_DIM)]))
+    k, v, q = (
+        random(2, 4, *s, seed=i).float()
+        for i, s in enumerate([(9, HEAD_DIM), (9, HEAD_DIM), (2, 3, HEAD_DIM)])
+    )
     positions = torch.arange(9).expand(2, -1)
     rope = families.rope(attached("llama"), LAYER)
     outs = []
@@ -559,7 +641,10 @@ def test_aligned_heads_never_lose_more_than_heads_as_they_are(prepared, name, la
     stats, probe = prepared(name, layout)
     ranks = MEA().candidates(stats.heads, HEAD_DIM, [2 * i for i in range(1, 9)])
     aligned, plain = (MEA(b).fit(stats, probe, ranks, 0) for b in ("aligned", "activations"))
-    for side, moment in (("keys", stats.keys_pre if layout == "pre_rope" else stats.keys_post), ("values", stats.values)):
+    for side, moment in (
+        ("keys", stats.keys_pre if layout == "pre_rope" else stats.keys_post),
+        ("values", stats.values),
+    ):
         for rank in ranks[:-1]:
             ours, theirs = (kept(moment, getattr(b, side).at(rank)[0][0]) for b in (aligned, plain))
             assert ours >= theirs * (1 - 1e-6)
@@ -572,7 +657,9 @@ def test_aligned_keys_commute_with_rotation(prepared):
         basis = MEA("aligned").fit(stats, probe, [4, 8, 16], 0).keys
         assert basis.exact
         for rank, down in basis.exact:
-            assert all(commuting.commutes(head, rotary) for head in down[0].split(HEAD_DIM, 1)), f"{name} at rank {rank}"
+            assert all(commuting.commutes(head, rotary) for head in down[0].split(HEAD_DIM, 1)), (
+                f"{name} at rank {rank}"
+            )
 
 
 @pytest.fixture(scope="module", params=["post_rope", "pre_rope"])
@@ -590,7 +677,10 @@ def copies(request):
 
 def test_turned_copies_of_one_head_are_one_head_only_when_aligned(copies):
     stats, probe = copies
-    errors = {b: probe.held_error(MEA(b).fit(stats, probe, [4, 8, 16], 0).at(4, 4)) for b in ("weights", "activations", "aligned")}
+    errors = {
+        b: probe.held_error(MEA(b).fit(stats, probe, [4, 8, 16], 0).at(4, 4))
+        for b in ("weights", "activations", "aligned")
+    }
     assert errors["aligned"] < 1e-4 and min(errors["weights"], errors["activations"]) > 0.1
 
 
@@ -609,7 +699,9 @@ def test_heads_that_are_sums_of_two_already_are_not_spoilt_by_aligning_them():
     x = torch.einsum("ncd,ch->nhd", random(300, 2, 6) @ random(6, 6, seed=1), random(2, 4, seed=2))
     basis = mea.aligned(by_heads(x), [1, 2, 3], 0)
     assert left(x.flatten(1), basis.columns[0][:, :12]) < 1e-6 * float(x.square().sum())
-    assert left(x.flatten(1), dict(basis.exact).get(3, basis.columns[..., :12])[0]) < 1e-6 * float(x.square().sum())
+    assert left(x.flatten(1), dict(basis.exact).get(3, basis.columns[..., :12])[0]) < 1e-6 * float(
+        x.square().sum()
+    )
 
 
 @pytest.mark.parametrize("rotary", [0, HEAD_DIM])
@@ -624,7 +716,9 @@ def test_every_sweep_keeps_more_and_heads_end_better_aligned_than_they_start(pre
         assert more >= before * (1 - 1e-12)
         held = more
     assert held > 1.05 * first
-    start = aligning.best_mixing(blocks, commuting.turning(blocks[:, int(aligning.head_gram(blocks).diagonal().argmax())], rotary), 2)[1]
+    start = aligning.best_mixing(
+        blocks, commuting.turning(blocks[:, int(aligning.head_gram(blocks).diagonal().argmax())], rotary), 2
+    )[1]
     assert aligning.alignment(blocks, 2, rotary)[2] > 1.01 * start
 
 

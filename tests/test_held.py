@@ -1,4 +1,6 @@
-"""What a cache says it holds is what it keeps alive, found by following references, for every kind of cache and in every state."""
+"""What a cache says it holds is what it keeps alive, found by following references, for every kind of cache
+and in every state.
+"""
 
 from __future__ import annotations
 
@@ -50,12 +52,20 @@ KINDS = {
     "exact-prefill": lambda m: make_cache(m, planned(m), exact=Exact(4, 8, "exact")),
     "rule": lambda m: make_cache(m, bits=8, exact=Exact(4, 8, rule=rule(m))),
     **{name: partial(lambda n, m: make_cache(m, policy=evicting(n)), name) for name in POLICIES},
-    **{f"plan-{n}": partial(lambda n, m: make_cache(m, planned(m), evicting(n)), n) for n in POLICIES if n != "think"},
+    **{
+        f"plan-{n}": partial(lambda n, m: make_cache(m, planned(m), evicting(n)), n)
+        for n in POLICIES
+        if n != "think"
+    },
     "every": lambda m: make_cache(m, policy=evicting("h2o", every=2)),
     "every-global": lambda m: make_cache(m, policy=evicting("snapkv", every=3, allocator="global")),
     "think-global": lambda m: make_cache(m, policy=evicting("think", allocator="global")),
-    "dynamic": lambda m: dyna_cache(m, make_plan("gemma2" if m.config.model_type == "gemma2" else "llama", "post_rope")),
-    "dynamic-pre": lambda m: dyna_cache(m, make_plan("gemma2" if m.config.model_type == "gemma2" else "llama", "pre_rope")),
+    "dynamic": lambda m: dyna_cache(
+        m, make_plan("gemma2" if m.config.model_type == "gemma2" else "llama", "post_rope")
+    ),
+    "dynamic-pre": lambda m: dyna_cache(
+        m, make_plan("gemma2" if m.config.model_type == "gemma2" else "llama", "pre_rope")
+    ),
 }
 SLIDING = ["stock", "bits-8", "plan", "snapkv", "every-global", "dynamic"]
 CASES = [(kind, "llama") for kind in KINDS] + [(kind, "gemma2") for kind in SLIDING]
@@ -117,14 +127,19 @@ def test_what_is_held_is_what_is_said(kind, name, tmp_path):
     if kind not in ("kvzip", "plan-kvzip"):  # they want another call for a second turn
         feed(model, cache, prompt(7, batch=1, seed=1))
     agree(cache, "after a second turn")
-    assert agree(twin, "the copy, when the other went on") == cache.nbytes() or cache.get_seq_length() != twin.get_seq_length()
+    assert (
+        agree(twin, "the copy, when the other went on") == cache.nbytes()
+        or cache.get_seq_length() != twin.get_seq_length()
+    )
     cache.reset()
     assert agree(cache, "reset") == 0
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_an_interrupt_is_counted_and_then_undone(kind, name):
-    """Between layers, where a cache cannot know of it before it is asked: until then what it keeps alive is in the count."""
+    """Between layers, where a cache cannot know of it before it is asked: until then what it keeps alive is
+    in the count.
+    """
     model = attached(name)
     cache = KINDS[kind](model)
     if "kvzip" not in kind:
@@ -147,7 +162,10 @@ def test_a_copy_shares_maps_and_holds_tokens_of_its_own(kind):
     cache = KINDS[kind](model)
     model(prompt(30, batch=1), past_key_values=cache)
     twin = copy.deepcopy(cache)
-    assert twin.nbytes() == cache.nbytes() and len({id(layer.forward_pass) for layer in (*twin.layers, *cache.layers)}) == 2
+    assert (
+        twin.nbytes() == cache.nbytes()
+        and len({id(layer.forward_pass) for layer in (*twin.layers, *cache.layers)}) == 2
+    )
     assert sum(reach.storages([twin, cache]).values()) == 2 * agree(cache, "copied") + reach.maps(cache)
     expected = feed(model, twin, prompt(5, batch=1))
     assert cache.get_seq_length() == 30 and torch.equal(feed(model, cache, prompt(5, batch=1)), expected)
@@ -155,7 +173,9 @@ def test_a_copy_shares_maps_and_holds_tokens_of_its_own(kind):
 
 @pytest.mark.parametrize("kind", ["plan", "plan-exact", "dynamic", "rule", "bits-hadamard4"])
 def test_a_plans_maps_do_not_grow_with_the_prompt(kind):
-    """What the count leaves out: maps of the plan (or gates, or sink points), once as saved and once as the model's dtype wants them."""
+    """What the count leaves out: maps of the plan (or gates, or sink points), once as saved and once as the
+    model's dtype wants them.
+    """
     model, sizes = attached("llama"), []
     for length in (1, 60):
         cache = KINDS[kind](model)
@@ -166,7 +186,9 @@ def test_a_plans_maps_do_not_grow_with_the_prompt(kind):
 
 @pytest.mark.parametrize("name", variants.VARIANTS)
 def test_our_own_attention_in_the_stock_form(name):
-    """Parts of any width, empty ones too; a call that is interrupted is undone, and the next one is as if it had not been."""
+    """Parts of any width, empty ones too; a call that is interrupted is undone, and the next one is as if it
+    had not been.
+    """
     model = lowkey.attach(variants.build(name))
     cache, straight = make_cache(model), make_cache(model)
     for held in (cache, straight):
@@ -186,11 +208,16 @@ def test_autocast_stores_keys_and_values_in_one_dtype(kind):
     make = {
         "kivi8": lambda m: make_cache(m, bits="kivi8"),
         "plan": lambda m: make_cache(m, pico.plan(m, pico.HEAD_DIM, pico.HEAD_DIM)),
-        **{name: partial(lambda n, m: make_cache(m, policy=POLICIES[n]("100%")), name) for name in ("snapkv", "h2o", "think")},
+        **{
+            name: partial(lambda n, m: make_cache(m, policy=POLICIES[n]("100%")), name)
+            for name in ("snapkv", "h2o", "think")
+        },
     }.get(kind, KINDS[kind if kind in KINDS else "plan"])
     cache, ids = make(model), prompt(LENGTH, batch=1)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        turns = [model(part, past_key_values=cache).logits for part in (ids[:, :40], ids[:, 40:41], ids[:, 41:])]
+        turns = [
+            model(part, past_key_values=cache).logits for part in (ids[:, :40], ids[:, 40:41], ids[:, 41:])
+        ]
         want = stock(ids).logits
     agree(cache, kind)
     if kind != "dynamic":

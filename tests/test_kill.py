@@ -1,4 +1,6 @@
-"""kill -9 at any moment: what was there is there, what is read is whole, and the same command ends as if nothing had been."""
+"""kill -9 at any moment: what was there is there, what is read is whole, and the same command ends as if
+nothing had been.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from lowkey.core import files
 from lowkey.heads.retrieval import HeadScores
 from lowkey.plan.plan import Plan
 
-pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # what forks may say in a process with threads
+# what forks may say in a process with threads
+pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 
 
 def child(act: Callable[[], object]) -> int:
@@ -82,7 +85,9 @@ def _cache(path: Path, n: int) -> None:
 
 
 def _heads(path: Path, n: int) -> None:
-    HeadScores("copy", "recall", torch.full((12, 3, 8), 0.5).double(), (0, 1, 2), 4, 40, "m", "0", "0", n, {}).save(path)
+    HeadScores(
+        "copy", "recall", torch.full((12, 3, 8), 0.5).double(), (0, 1, 2), 4, 40, "m", "0", "0", n, {}
+    ).save(path)
 
 
 def _tensors(path: Path, n: int) -> None:
@@ -151,20 +156,48 @@ precision = "fp32"
 SMALL = ["--windows", "8", "--context", "24", "--calibration", "text.txt"]
 COMMANDS = {  # with the files that must be the same after a kill
     "compress": (["compress", "model", "OUT", *SMALL], ["plan.json", "plan.safetensors", "README.md"]),
-    "dynamic": (["dynamic", "model", "OUT", "--steps", "5", *SMALL], ["dynaplan.json", "dynaplan.safetensors"]),
+    "dynamic": (
+        ["dynamic", "model", "OUT", "--steps", "5", *SMALL],
+        ["dynaplan.json", "dynaplan.safetensors"],
+    ),
     "recover": (
-        ["recover", "model", "plan", "OUT", "--stages", "kl=6", "--length", "16", "--rank", "2", "--calibration", "text.txt"],
+        [
+            "recover",
+            "model",
+            "plan",
+            "OUT",
+            "--stages",
+            "kl=6",
+            "--length",
+            "16",
+            "--rank",
+            "2",
+            "--calibration",
+            "text.txt",
+        ],
         ["model.safetensors", "losses.json", "plan/plan.json"],
     ),
-    "pretrain": (["pretrain", "r.toml", "-o", "OUT", "--device", "cpu"], ["model.safetensors", "config.json", "recipe.toml"]),
+    "pretrain": (
+        ["pretrain", "r.toml", "-o", "OUT", "--device", "cpu"],
+        ["model.safetensors", "config.json", "recipe.toml"],
+    ),
     "convert": (
         ["convert", "model", "OUT", "--attention", "mqa", "--context", "32", "--windows", "2"],
         ["convert.json", "model.safetensors"],
     ),
     "export": (["export", "model", "halved", "OUT"], ["model.safetensors", "config.json"]),
-    "profile": (["profile", "model", "-o", "OUT", "--windows", "4", "--calibration", "text.txt"], ["profile.json"]),
-    "diversity": (["diversity", "model", "-o", "OUT", "--context", "16", "--windows", "1", "--inits", "1"], ["diversity.json"]),
-    "eval": (["eval", "model", "--out", "OUT", "--task", "perplexity", "--context", "16", "--windows", "2"], [""]),
+    "profile": (
+        ["profile", "model", "-o", "OUT", "--windows", "4", "--calibration", "text.txt"],
+        ["profile.json"],
+    ),
+    "diversity": (
+        ["diversity", "model", "-o", "OUT", "--context", "16", "--windows", "1", "--inits", "1"],
+        ["diversity.json"],
+    ),
+    "eval": (
+        ["eval", "model", "--out", "OUT", "--task", "perplexity", "--context", "16", "--windows", "2"],
+        [""],
+    ),
     "report": (["report", "result.json", "-o", "OUT"], [""]),
 }
 
@@ -190,11 +223,23 @@ def here(tmp_path, monkeypatch):
     pico.save(tmp_path / "model", max_position_embeddings=64)
     (tmp_path / "text.txt").write_text(TEXT)
     (tmp_path / "r.toml").write_text(RECIPE)
-    done(lambda: [sys.argv.__setitem__(slice(None), ["lowkey", "compress", "model", "plan", *SMALL]), app.main()])
+    done(
+        lambda: [
+            sys.argv.__setitem__(slice(None), ["lowkey", "compress", "model", "plan", *SMALL]),
+            app.main(),
+        ]
+    )
     way = ["--method", "kv-head-svd", "-O", "keys=commuting", "--budget", "50%"]
-    done(lambda: [sys.argv.__setitem__(slice(None), ["lowkey", "compress", "model", "halved", *way, *SMALL]), app.main()])
+    done(
+        lambda: [
+            sys.argv.__setitem__(slice(None), ["lowkey", "compress", "model", "halved", *way, *SMALL]),
+            app.main(),
+        ]
+    )
     row = {"name": "full", "bytes_held": 2, "bytes_full": 2, "perplexity": 3.0}
-    files.write_json(tmp_path / "result.json", {"format": 1, "model": "m", "environment": {}, "rows": [row]}, "result")
+    files.write_json(
+        tmp_path / "result.json", {"format": 1, "model": "m", "environment": {}, "rows": [row]}, "result"
+    )
     return tmp_path
 
 

@@ -28,11 +28,17 @@ from lowkey.plan.plan import Plan
 from lowkey.storage.codec import LowRank
 from lowkey.storage.coded import CodedLayer
 
-VARIANTS = {"stride": KVLatent(), "data": KVLatent(choose="data"), "pca": KVLatent(choose="data", values="pca")}
+VARIANTS = {
+    "stride": KVLatent(),
+    "data": KVLatent(choose="data"),
+    "pca": KVLatent(choose="data", values="pca"),
+}
 
 
 def channels(down: torch.Tensor) -> list[list[int]]:
-    """Per head which channels the columns of a selection (h|1, d, r) pick, in their order; nothing else may be in it."""
+    """Per head which channels the columns of a selection (h|1, d, r) pick, in their order; nothing else may
+    be in it.
+    """
     assert set(down.unique().tolist()) <= {0.0, 1.0} and bool((down.sum(1) == 1).all())
     return down.argmax(1).tolist()
 
@@ -53,7 +59,9 @@ def frequencies(d: int, theta: float = 10000.0) -> torch.Tensor:
 
 @pytest.mark.parametrize("d", [16, 24, 48, 64, 96, 128])
 def test_a_stride_keeps_the_papers_channels_and_standard_frequencies(d):
-    """arXiv:2507.11273, Eq. 5 and appendix C: every s-th channel; and its pairs turn as those of a rotary embedding of dimension d/s."""
+    """arXiv:2507.11273, Eq. 5 and appendix C: every s-th channel; and its pairs turn as those of a rotary
+    embedding of dimension d/s.
+    """
     strides = [s for s in range(2, d // 2 + 1) if (d // 2) % s == 0]
     basis = strided_pairs(d, d, [d // s for s in strides])
     for s in strides:
@@ -127,7 +135,10 @@ def test_the_width_of_the_rotary_embedding_is_the_models(name, width):
 def test_selection_commutes_with_rotation(method):
     """What is kept of a rotated key is the rotated form of what is kept."""
     bases = VARIANTS[method].fit(*prepared("llama", "post_rope", 1), RANKS, 0)
-    rope, x = families.rope(attached("llama"), 1), torch.randn(2, 4, 30, HEAD_DIM, generator=torch.Generator().manual_seed(0))
+    rope, x = (
+        families.rope(attached("llama"), 1),
+        torch.randn(2, 4, 30, HEAD_DIM, generator=torch.Generator().manual_seed(0)),
+    )
     cos, sin = rope(torch.arange(30).unsqueeze(0), x)
     for r in RANKS:
         down, up = bases.keys.at(r)
@@ -167,7 +178,9 @@ def test_full_rank_gives_the_stock_logits(name, method, layout):
     model, ids = attached(name), prompt(24)
     layers = families.geometry(model).compressible
     maps = {i: VARIANTS[method].fit(*prepared(name, layout, i), [8, 16], 0).at(16, 16) for i in layers}
-    assert torch.allclose(feed(model, ids, pico.lowrank(model, maps, layout)), feed(stock(name), ids), atol=5e-5)
+    assert torch.allclose(
+        feed(model, ids, pico.lowrank(model, maps, layout)), feed(stock(name), ids), atol=5e-5
+    )
 
 
 # -- choosing by data
@@ -188,11 +201,14 @@ def test_the_data_choice_is_that_of_a_loop_over_tokens(name, layout):
             scores[j] = rms_k * sum(float(q[j] ** 2 + q[j + half] ** 2) for q in own) ** 0.5
         found = [c for c in order if c < half]
         ranked = [scores[j] for j in found]
-        assert sorted(found) == list(range(half)) and all(a >= b * (1 - 1e-4) for a, b in itertools.pairwise(ranked))
+        assert sorted(found) == list(range(half)) and all(
+            a >= b * (1 - 1e-4) for a, b in itertools.pairwise(ranked)
+        )
 
 
 def test_two_channels_that_do_not_turn_weigh_as_much_as_a_pair():
-    keys = torch.tensor([4.0, 1, 4, 1, 9, 0.1, 0.2, 5]).diag().unsqueeze(0)  # pairs (0, 2) and (1, 3); the others are single
+    # pairs (0, 2) and (1, 3); the others are single
+    keys = torch.tensor([4.0, 1, 4, 1, 9, 0.1, 0.2, 5]).diag().unsqueeze(0)
     (order,) = channels(best_pairs(keys, torch.eye(8).unsqueeze(0), 4).columns)
     assert order == [0, 2, 4, 7, 1, 3, 6, 5], "squared scores 8 * 2, 9 + 5, 2 * 2, 0.2 + 0.1"
 
@@ -231,7 +247,10 @@ def error_of(basis: Basis, moment: torch.Tensor, rank: int) -> float:
 def test_pca_beats_strided_values_on_the_calibration_data(rank):
     stats, probe = prepared("llama", "post_rope", 1)
     moment = head_blocks(stats.values, stats.heads)
-    strided, turned = (error_of(KVLatent(values=v).fit(stats, probe, RANKS, 0).values, moment, rank) for v in ("stride", "pca"))
+    strided, turned = (
+        error_of(KVLatent(values=v).fit(stats, probe, RANKS, 0).values, moment, rank)
+        for v in ("stride", "pca")
+    )
     energies = torch.linalg.eigvalsh(moment)
     assert turned == pytest.approx(float(energies[:, : HEAD_DIM - rank].sum()), rel=1e-4)
     assert turned < 0.9 * strided
@@ -239,7 +258,10 @@ def test_pca_beats_strided_values_on_the_calibration_data(rank):
 
 def test_strided_values_keep_every_sth_channel():
     values = KVLatent().fit(*prepared("llama", "post_rope", 1), RANKS, 0).values
-    assert [sorted(*channels(values.at(r)[0])) for r in (4, 8)] == [list(range(0, 16, 4)), list(range(0, 16, 2))]
+    assert [sorted(*channels(values.at(r)[0])) for r in (4, 8)] == [
+        list(range(0, 16, 4)),
+        list(range(0, 16, 2)),
+    ]
 
 
 # -- candidates
@@ -269,7 +291,15 @@ def plans():
     for how in ("aware", "kept"):
         method = KVLatent(rope=how)
         made[how] = lowkey.calibrate(
-            attached("llama"), pico.tokenizer(), TEXT, method=method, budget="50%", sample=sample, rank_multiple=4, sinks=0, recent=0
+            attached("llama"),
+            pico.tokenizer(),
+            TEXT,
+            method=method,
+            budget="50%",
+            sample=sample,
+            rank_multiple=4,
+            sinks=0,
+            recent=0,
         )
     return made
 
@@ -289,7 +319,9 @@ def test_aware_plans_hold_as_much_and_come_back(plans, tmp_path):
 
 @pytest.mark.parametrize("splits", [[30], [11, 1, 18], [1] * 30], ids=str)
 def test_aware_attention_is_its_definition(plans, splits):
-    """One layer by complex numbers: every kept pair turned back by the model's frequency and on by the new one, keys and queries alike."""
+    """One layer by complex numbers: every kept pair turned back by the model's frequency and on by the new
+    one, keys and queries alike.
+    """
     model, f = attached("llama"), plans["aware"].factors[1]
     d, t, rank = HEAD_DIM, 30, f.ranks[0]
     g = torch.Generator().manual_seed(0)
@@ -300,7 +332,9 @@ def test_aware_attention_is_its_definition(plans, splits):
         outs.append(layer.attend(k, v, Call(q, None, None, 0.3, None)))
     theta = 10000.0 ** (-torch.arange(d // 2) * 2 / d)
     chosen = f.k_down[0].argmax(0)[: rank // 2]  # first members of the kept pairs
-    assert torch.equal(f.k_down[0].argmax(0)[rank // 2 :], chosen + d // 2) and chosen.tolist() == sorted(chosen.tolist())
+    assert torch.equal(f.k_down[0].argmax(0)[rank // 2 :], chosen + d // 2) and chosen.tolist() == sorted(
+        chosen.tolist()
+    )
 
     def turned(x):
         pairs = torch.complex(x[..., chosen], x[..., chosen + d // 2])

@@ -1,4 +1,6 @@
-"""Whatever happens to a cache, in any order: beside one to which only the good calls came, it holds the same and says the same."""
+"""Whatever happens to a cache, in any order: beside one to which only the good calls came, it holds the same
+and says the same.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,21 @@ from test_refusals import FAILURES, NOT_REFUSED, same, state
 
 from lowkey import load_cache
 
-EVENTS = ["step", "steps", "turn", "failure", "failure", "failure", "reorder", "select", "repeat", "copy", "save"]
-FITTING = {name: failure for name, failure in FAILURES.items() if "mask" not in name}  # of any length and number of rows
+EVENTS = [
+    "step",
+    "steps",
+    "turn",
+    "failure",
+    "failure",
+    "failure",
+    "reorder",
+    "select",
+    "repeat",
+    "copy",
+    "save",
+]
+# of any length and number of rows
+FITTING = {name: failure for name, failure in FAILURES.items() if "mask" not in name}
 FEW = ["bits-8", "plan-kivi", "rule", "snapkv", "every-global", "plan-razor", "think", "dynamic"]
 CASES = [(kind, "llama") for kind in KINDS if "kvzip" not in kind] + [(kind, "gemma2") for kind in SLIDING]
 
@@ -30,7 +45,9 @@ class Life:
 
     def read(self, length: int) -> None:
         ids = prompt(length, batch=len(self.pads), seed=self.draw.randint(0, 999))
-        assert torch.equal(*(feed(self.model, ids, cache, self.pads) for cache in (self.cache, self.straight)))
+        assert torch.equal(
+            *(feed(self.model, ids, cache, self.pads) for cache in (self.cache, self.straight))
+        )
 
     def step(self, folder):
         self.read(1)
@@ -44,7 +61,9 @@ class Life:
 
     def failure(self, folder):
         found = self.draw.choice(list(FITTING))
-        if found in NOT_REFUSED.get(self.kind, ()) or (self.name == "gemma2" and found == "interrupt in the first attention"):
+        if found in NOT_REFUSED.get(self.kind, ()) or (
+            self.name == "gemma2" and found == "interrupt in the first attention"
+        ):
             return
         ids = prompt(self.draw.choice([1, 5]), batch=len(self.pads))
         self.cache.get_seq_length()  # an earlier failure may wait to be undone
@@ -53,13 +72,18 @@ class Life:
             FITTING[found](self.model, self.cache, ids)
         agree(self.cache, found)
         if self.draw.random() < 0.5:  # else the next call is the first to ask
-            assert len({layer.get_seq_length() for layer in self.cache.layers}) == 1 and same(state(self.cache), before)
+            assert len({layer.get_seq_length() for layer in self.cache.layers}) == 1 and same(
+                state(self.cache), before
+            )
 
     def reorder(self, folder):
         self.move("reorder_cache", [self.draw.randrange(len(self.pads)) for _ in self.pads])
 
     def select(self, folder):
-        self.move("batch_select_indices", sorted(self.draw.sample(range(len(self.pads)), max(1, len(self.pads) - 1))))
+        self.move(
+            "batch_select_indices",
+            sorted(self.draw.sample(range(len(self.pads)), max(1, len(self.pads) - 1))),
+        )
 
     def move(self, how, rows):
         for cache in (self.cache, self.straight):
@@ -83,7 +107,11 @@ class Life:
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 6))])
 @pytest.mark.parametrize(
-    ("kind", "name"), [pytest.param(*case, marks=[] if case[0] in FEW and case[1] == "llama" else pytest.mark.slow) for case in CASES]
+    ("kind", "name"),
+    [
+        pytest.param(*case, marks=[] if case[0] in FEW and case[1] == "llama" else pytest.mark.slow)
+        for case in CASES
+    ],
 )
 def test_any_life_leaves_what_only_the_good_calls_would(kind, name, seed, tmp_path):
     life, events = Life(kind, name, seed), []

@@ -23,7 +23,8 @@ from lowkey.ops.bases import is_orthonormal
 from lowkey.probes import model_probe
 
 RANKS = [2, 4, 8, 16]
-ROWS = torch.stack([torch.arange(48).add(i).mul(5).remainder(23).add(1) for i in range(12)])  # a cycle, which can be learnt
+# a cycle, which can be learnt
+ROWS = torch.stack([torch.arange(48).add(i).mul(5).remainder(23).add(1) for i in range(12)])
 HELD = 4
 
 
@@ -37,12 +38,17 @@ def fitted(method: MatryoshkaKV, layout="post_rope", name="llama"):
 
 
 def loss_at(bases, rank: int, kl: float, name="llama", layout="post_rope") -> float:
-    """The training loss of the held-out windows at one rank everywhere, written out: one window and one token after another."""
+    """The training loss of the held-out windows at one rank everywhere, written out: one window and one token
+    after another.
+    """
     model, total = attached(name), 0.0
     maps = model_probe.storages(model, {i: b.at(rank, rank) for i, b in bases.items()}, layout)
     with torch.no_grad():
         for row in ROWS[-HELD:]:
-            ours, theirs = model_probe.logits(model, row[None], maps)[0], model(row[None], use_cache=False).logits[0]
+            ours, theirs = (
+                model_probe.logits(model, row[None], maps)[0],
+                model(row[None], use_cache=False).logits[0],
+            )
             p, q = theirs.softmax(-1), ours.softmax(-1)
             divergence = sum(float((p[t] * (p[t] / q[t]).log()).sum()) for t in range(len(row))) / len(row)
             total += kl * divergence + (1 - kl) * float(F.cross_entropy(ours[:-1], row[1:]))
@@ -105,7 +111,10 @@ def test_without_centring_it_is_plain_pca():
     moment = prepared("llama", "post_rope", 1)[0].keys("post_rope")
     down = bases.keys.at(4)[0].double()
     assert bases.keys.mean is None and bases.values.mean is None
-    assert torch.allclose((down.mT @ moment @ down).diagonal(dim1=1, dim2=2).sum(-1), torch.linalg.eigvalsh(moment)[:, -4:].sum(-1))
+    assert torch.allclose(
+        (down.mT @ moment @ down).diagonal(dim1=1, dim2=2).sum(-1),
+        torch.linalg.eigvalsh(moment)[:, -4:].sum(-1),
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "phi3-partial"])
@@ -116,16 +125,22 @@ def test_full_rank_gives_the_stock_logits(name, centred, layout):
     model, ids = attached(name), prompt(24)
     maps = {i: b.at(HEAD_DIM, HEAD_DIM) for i, b in bases.items()}
     assert all((f.k_mean is not None) == centred for f in maps.values())
-    assert torch.allclose(feed(model, ids, pico.lowrank(model, maps, layout)), feed(stock(name), ids), atol=1e-4)
+    assert torch.allclose(
+        feed(model, ids, pico.lowrank(model, maps, layout)), feed(stock(name), ids), atol=1e-4
+    )
 
 
 def test_a_mean_lowers_the_error_of_what_has_one():
     """Keys with a large constant part: rank 1 beside the mean beats rank 1 alone."""
     stats, probe = prepared("llama", "post_rope", 1)
     constant = 30.0 * torch.ones(4 * HEAD_DIM, dtype=torch.float64)
-    shifted = stats.keys_post + stats.tokens * (torch.outer(constant, stats.keys_post_mean) + torch.outer(stats.keys_post_mean, constant))
+    shifted = stats.keys_post + stats.tokens * (
+        torch.outer(constant, stats.keys_post_mean) + torch.outer(stats.keys_post_mean, constant)
+    )
     stats = replace(
-        stats, keys_post=shifted + stats.tokens * torch.outer(constant, constant), keys_post_mean=stats.keys_post_mean + constant
+        stats,
+        keys_post=shifted + stats.tokens * torch.outer(constant, constant),
+        keys_post_mean=stats.keys_post_mean + constant,
     )
     keys = stored_keys("post_rope") + 30.0
 
@@ -185,7 +200,9 @@ def test_tuned_bases_are_orthonormal_and_full_rank_is_still_exact(tuned, layout)
         assert not torch.equal(b.values.mean, start[i].values.mean)
         assert b.keys.columns.dtype == torch.float32 and not b.keys.columns.requires_grad
     maps = {i: b.at(HEAD_DIM, HEAD_DIM) for i, b in end.items()}
-    assert torch.allclose(feed(model, ids, pico.lowrank(model, maps, layout)), feed(stock("llama"), ids), atol=1e-4)
+    assert torch.allclose(
+        feed(model, ids, pico.lowrank(model, maps, layout)), feed(stock("llama"), ids), atol=1e-4
+    )
 
 
 def test_training_sees_what_a_cache_of_the_bases_gives(tuned, layout):
@@ -201,7 +218,9 @@ def test_tuning_twice_gives_the_same_bases(tuned):
     start, end = tuned()
     again = MatryoshkaKV(steps=40, lr=1e-2).tune(start, course())
     assert all(
-        torch.equal(again[i].keys.columns, b.keys.columns) and torch.equal(again[i].values.mean, b.values.mean) for i, b in end.items()
+        torch.equal(again[i].keys.columns, b.keys.columns)
+        and torch.equal(again[i].values.mean, b.values.mean)
+        for i, b in end.items()
     )
     other = MatryoshkaKV(steps=2, lr=1e-2).tune(start, replace(course(), seed=1))
     same = MatryoshkaKV(steps=2, lr=1e-2).tune(start, course())
@@ -212,7 +231,9 @@ def test_training_that_goes_astray_ends_at_its_start():
     start = fitted(MatryoshkaKV())
     end = MatryoshkaKV(steps=3, lr=10.0, kl=1.0).tune(start, course())
     for i, b in end.items():
-        assert torch.allclose(b.keys.columns, start[i].keys.columns, atol=1e-6) and torch.equal(b.keys.mean, start[i].keys.mean)
+        assert torch.allclose(b.keys.columns, start[i].keys.columns, atol=1e-6) and torch.equal(
+            b.keys.mean, start[i].keys.mean
+        )
 
 
 def test_no_steps_change_nothing():
@@ -225,7 +246,9 @@ def test_ranks_are_drawn_for_every_layer_side_and_window():
     training = module._Training.of(fitted(MatryoshkaKV()), course(), 0.25)
     ranks = training.drawn(5, torch.Generator().manual_seed(0))
     assert ranks.shape == (3, 2, 5) and set(ranks.flatten().tolist()) == set(RANKS)
-    assert len({tuple(r.tolist()) for r in ranks.flatten(0, 1)}) == 6, "every layer and side has ranks of its own"
+    assert len({tuple(r.tolist()) for r in ranks.flatten(0, 1)}) == 6, (
+        "every layer and side has ranks of its own"
+    )
 
 
 def test_held_out_windows_are_never_trained_on(monkeypatch):
@@ -259,10 +282,16 @@ def test_a_window_has_ranks_of_its_own(layout):
     training = module._Training.of(start, course(layout), 0.25)
     ranks = torch.tensor([4, 16]).expand(3, 2, 2)
     with torch.no_grad():
-        both = model_probe.logits(attached("llama"), ROWS[:2], model_probe.storages(attached("llama"), training.factors(ranks), layout))
+        both = model_probe.logits(
+            attached("llama"),
+            ROWS[:2],
+            model_probe.storages(attached("llama"), training.factors(ranks), layout),
+        )
         for j in range(2):
             maps = {i: b.at(int(ranks[0, 0, j]), int(ranks[0, 1, j])) for i, b in start.items()}
-            one = model_probe.logits(attached("llama"), ROWS[j : j + 1], model_probe.storages(attached("llama"), maps, layout))
+            one = model_probe.logits(
+                attached("llama"), ROWS[j : j + 1], model_probe.storages(attached("llama"), maps, layout)
+            )
             assert torch.allclose(both[j], one[0], atol=1e-4)
 
 
@@ -270,7 +299,9 @@ def test_a_half_precision_model_is_tuned_too():
     model = copy.deepcopy(attached("llama")).to(torch.bfloat16)
     start = fitted(MatryoshkaKV())
     end = MatryoshkaKV(steps=4, lr=1e-2).tune(start, replace(course(), model=model))
-    assert all(b.keys.columns.dtype == torch.float32 and is_orthonormal(b.keys.columns, 1e-5) for b in end.values())
+    assert all(
+        b.keys.columns.dtype == torch.float32 and is_orthonormal(b.keys.columns, 1e-5) for b in end.values()
+    )
 
 
 def test_sliding_layers_stay_as_they_are(tuned):
@@ -278,12 +309,16 @@ def test_sliding_layers_stay_as_they_are(tuned):
     assert sorted(end) == sorted(start) == [1, 2]
 
 
-@pytest.mark.parametrize(("ranks", "expected"), [([2, 4, 8, 16], [2, 4, 8]), ([16], [16]), (list(range(2, 18, 2)), [2, 8, 14])])
+@pytest.mark.parametrize(
+    ("ranks", "expected"), [([2, 4, 8, 16], [2, 4, 8]), ([16], [16]), (list(range(2, 18, 2)), [2, 8, 14])]
+)
 def test_a_few_lower_ranks_judge(ranks, expected):
     assert judged_ranks(ranks) == expected
 
 
-@pytest.mark.parametrize("options", [{"kl": -0.1}, {"kl": 1.5}, {"steps": -1}, {"lr": 0.0}, {"lr": float("nan")}])
+@pytest.mark.parametrize(
+    "options", [{"kl": -0.1}, {"kl": 1.5}, {"steps": -1}, {"lr": 0.0}, {"lr": float("nan")}]
+)
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(LowkeyError, match=next(iter(options))):
         MatryoshkaKV(**options)

@@ -67,7 +67,9 @@ CHEAP = {
     "kv-latent-data": KVLatent("data", "pca"),
     "matryoshka": MatryoshkaKV(steps=2),
 }
-ORTHONORMAL = [name for name, method in CHEAP.items() if not isinstance(method, KQSVD | MEA | FisherSVD | StiefJoint)]
+ORTHONORMAL = [
+    name for name, method in CHEAP.items() if not isinstance(method, KQSVD | MEA | FisherSVD | StiefJoint)
+]
 RANKS = [4, 8, 16]
 WINDOWS, HELD, LENGTH = 8, 2, 20
 KV_HEADS = 4
@@ -111,7 +113,9 @@ def test_every_method_is_tested():
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_says_what_it_is(name):
     kind = METHODS[name]
-    assert issubclass(kind, Method) and kind.summary and kind.allocator in ALLOCATORS and kind.layout in LAYOUTS
+    assert (
+        issubclass(kind, Method) and kind.summary and kind.allocator in ALLOCATORS and kind.layout in LAYOUTS
+    )
     assert kind() == kind() and hash(kind()) == hash(kind()), "options are frozen values"
 
 
@@ -122,8 +126,14 @@ def test_a_rank_is_so_many_numbers_per_head(fitted, method, layout):
         found = bases.at(rank, HEAD_DIM)
         t_k, t_v = found.merge
         assert found.ranks == (rank, HEAD_DIM)
-        assert found.k_down.shape[1:] == (t_k * HEAD_DIM, t_k * rank) and found.k_up.shape[1:] == (t_k * rank, HEAD_DIM)
-        assert found.v_down.shape[1:] == (t_v * HEAD_DIM, t_v * HEAD_DIM) and found.v_up.shape[1:] == (t_v * HEAD_DIM, HEAD_DIM)
+        assert found.k_down.shape[1:] == (t_k * HEAD_DIM, t_k * rank) and found.k_up.shape[1:] == (
+            t_k * rank,
+            HEAD_DIM,
+        )
+        assert found.v_down.shape[1:] == (t_v * HEAD_DIM, t_v * HEAD_DIM) and found.v_up.shape[1:] == (
+            t_v * HEAD_DIM,
+            HEAD_DIM,
+        )
 
 
 @pytest.mark.parametrize("method", ORTHONORMAL)
@@ -141,7 +151,9 @@ def test_what_comes_back_is_a_projection(fitted, method, layout):
     for basis, rank in product((bases.keys, bases.values), served(method)):
         down, up = (x.double() for x in basis.at(rank))
         product_ = beside(up, basis.merge) @ down
-        assert torch.allclose(product_, torch.eye(product_.shape[-1], dtype=torch.float64).expand_as(product_), atol=1e-3)
+        assert torch.allclose(
+            product_, torch.eye(product_.shape[-1], dtype=torch.float64).expand_as(product_), atol=1e-3
+        )
 
 
 def served(method):
@@ -161,7 +173,9 @@ def test_a_full_rank_basis_gives_the_stock_logits(fitted, method, layout):
 def test_a_full_rank_basis_has_no_error_and_a_small_one_has(fitted, method, layout):
     probe, bases = fitted(method, layout)
     least = served(method)[0]
-    assert probe.held_error(bases.at(HEAD_DIM, HEAD_DIM)) < 2e-5 < probe.held_error(bases.at(least, least)) < 1
+    assert (
+        probe.held_error(bases.at(HEAD_DIM, HEAD_DIM)) < 2e-5 < probe.held_error(bases.at(least, least)) < 1
+    )
 
 
 @pytest.mark.parametrize("method", CHEAP)
@@ -199,16 +213,23 @@ def test_training_does_not_end_above_its_pca_start(fitted, method, layout):
 def test_training_that_goes_astray_ends_at_its_pca_start():
     """The best epoch is kept, and the start counts as one."""
     data = prepared("llama", "post_rope", 1)
-    start, astray = (m.fit(*data, RANKS, 0) for m in (PCA("shared", "per_head"), StiefAttention("free", epochs=2, lr=10.0)))
+    start, astray = (
+        m.fit(*data, RANKS, 0) for m in (PCA("shared", "per_head"), StiefAttention("free", epochs=2, lr=10.0))
+    )
     assert data[1].held_error(astray.at(8, 8)) <= data[1].held_error(start.at(8, 8)) + 1e-7
 
 
 def test_training_lowers_the_error():
     data = prepared("llama", "post_rope", 1)
-    start, trained = (m.fit(*data, RANKS, 0) for m in (PCA("shared", "per_head"), StiefAttention("free", epochs=80, patience=80, lr=5e-3)))
+    start, trained = (
+        m.fit(*data, RANKS, 0)
+        for m in (PCA("shared", "per_head"), StiefAttention("free", epochs=80, patience=80, lr=5e-3))
+    )
     seen = torch.arange(data[1].training)
     assert data[1].held_error(trained.at(8, 8)) < 0.98 * data[1].held_error(start.at(8, 8))
-    assert float(data[1].errors(seen, trained.at(4, 4)).mean()) < 0.9 * float(data[1].errors(seen, start.at(4, 4)).mean())
+    assert float(data[1].errors(seen, trained.at(4, 4)).mean()) < 0.9 * float(
+        data[1].errors(seen, start.at(4, 4)).mean()
+    )
 
 
 # -- each method's own definition
@@ -231,7 +252,9 @@ def test_eigenattention_stacks_keys_and_queries_of_all_heads(layout):
     stacked = (stats.keys(layout) + stats.queries(layout)).sum(0)
     down = basis.at(4)[0][0].double()
     assert basis.columns.shape[0] == 1
-    assert torch.allclose((down.mT @ stacked @ down).trace(), torch.linalg.eigvalsh(stacked).flip(0)[:4].sum(), rtol=1e-6)
+    assert torch.allclose(
+        (down.mT @ stacked @ down).trace(), torch.linalg.eigvalsh(stacked).flip(0)[:4].sum(), rtol=1e-6
+    )
 
 
 def test_eigenattention_in_the_codes_form_is_pca_of_keys(layout):
@@ -244,7 +267,9 @@ def test_the_predictor_is_told_mean_and_variance_of_the_keys_that_are_stored(mon
     """arXiv:2601.21686: per-channel statistics of what is compressed; of rotated keys under `post_rope`."""
     told = []
     predictor = stief.Predictor
-    monkeypatch.setattr(stief, "Predictor", lambda statistics, *rest: told.append(statistics) or predictor(statistics, *rest))
+    monkeypatch.setattr(
+        stief, "Predictor", lambda statistics, *rest: told.append(statistics) or predictor(statistics, *rest)
+    )
     StiefAttention("mlp", key_bases="per_head", epochs=1).fit(*prepared("llama", layout, 1), [8, 16], 0)
     keys = stored_keys(layout)  # (n, h, d)
     both = torch.cat([keys.mean(0), keys.var(0, correction=0)], dim=1)
@@ -281,7 +306,9 @@ def test_the_probes_error_is_that_of_the_layers_output(name, layout):
     with torch.no_grad():
         ours = model(ids, past_key_values=cache, output_hidden_states=True).hidden_states[layer + 1]
         exact = stock(name)(ids, output_hidden_states=True).hidden_states[layer + 1]
-    expected = torch.stack([(a - b).norm() / b.norm() for a, b in zip(ours.flatten(0, 1), exact.flatten(0, 1), strict=True)]).mean()
+    expected = torch.stack(
+        [(a - b).norm() / b.norm() for a, b in zip(ours.flatten(0, 1), exact.flatten(0, 1), strict=True)]
+    ).mean()
     assert abs(probe.held_error(f) - float(expected)) < 1e-4
 
 
@@ -344,12 +371,23 @@ def test_every_method_becomes_a_plan_that_holds_what_it_says(method, tmp_path):
     """Calibrated, saved, loaded; fed in pieces, continued, with padded rows."""
     model, ids, pads = attached("llama"), prompt(30), [7, 0]
     sample = Sample(WINDOWS, LENGTH)
-    plan = lowkey.calibrate(model, pico.tokenizer(), TEXT, method=CHEAP[method], budget="50%", allocator="greedy", sample=sample, **BARE)
+    plan = lowkey.calibrate(
+        model,
+        pico.tokenizer(),
+        TEXT,
+        method=CHEAP[method],
+        budget="50%",
+        allocator="greedy",
+        sample=sample,
+        **BARE,
+    )
     assert plan.bytes_per_token(4) <= 0.5 * families.geometry(model).full_bytes_per_token(4)
     plan.save(tmp_path / "plan")
     caches = [lowkey.make_cache(model, plan=Plan.load(tmp_path / "plan", model)) for _ in range(2)]
     pieces = feed(model, ids, caches[0], pads, [20, 1, 9])
-    assert torch.allclose(pico.real(pieces, pads), pico.real(feed(model, ids, caches[1], pads), pads), atol=1e-4)
+    assert torch.allclose(
+        pico.real(pieces, pads), pico.real(feed(model, ids, caches[1], pads), pads), atol=1e-4
+    )
     places = len(plan.factors) * 2 * 8 * len(ids)  # two row positions per layer
     for cache in caches:
         assert cache.nbytes() == cache.predicted_nbytes() == plan.bytes_per_token(4) * ids.numel() + places

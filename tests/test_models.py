@@ -1,4 +1,6 @@
-"""Models as people have them: with a vision tower, offloaded, quantised, rotated by settings for each type of layer."""
+"""Models as people have them: with a vision tower, offloaded, quantised, rotated by settings for each type of
+layer.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +26,17 @@ from lowkey.models import families
 from lowkey.models.fingerprint import model_fingerprint
 from lowkey.policies import POLICIES
 
-TEXT = "".join(chr(97 + int(i) % 26) for i in torch.randint(0, 26, (3000,), generator=torch.Generator().manual_seed(0)))
+TEXT = "".join(
+    chr(97 + int(i) % 26) for i in torch.randint(0, 26, (3000,), generator=torch.Generator().manual_seed(0))
+)
 SAMPLE = Sample(4, 24)
 IDS, MORE = pico.prompt(24, 1), pico.prompt(5, 1, seed=4)
 
 
 def plan_of(model, **options):
-    return calibrate(model, pico.tokenizer(), TEXT, **{"method": lowkey.methods.PCA(), "sample": SAMPLE, **options})
+    return calibrate(
+        model, pico.tokenizer(), TEXT, **{"method": lowkey.methods.PCA(), "sample": SAMPLE, **options}
+    )
 
 
 # -- vision towers
@@ -48,14 +54,25 @@ DECODER = {
     "pad_token_id": 0,
     "eos_token_id": None,
 }
-TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
 WRAPPERS = {  # text decoder, vision tower, the rest
     "mistral3": (
         {"model_type": "mistral", "sliding_window": None, "head_dim": 16},
         {"model_type": "pixtral", "head_dim": 16},
         {"spatial_merge_size": 1},
     ),
-    "llava": ({"model_type": "llama"}, {"model_type": "clip_vision_model", "projection_dim": 32}, {"image_seq_length": 4}),
+    "llava": (
+        {"model_type": "llama"},
+        {"model_type": "clip_vision_model", "projection_dim": 32},
+        {"image_seq_length": 4},
+    ),
     "gemma3": (
         {"model_type": "gemma3_text", "head_dim": 16, "query_pre_attn_scalar": 16, **pico.MIXED},
         {"model_type": "siglip_vision_model"},
@@ -66,7 +83,13 @@ WRAPPERS = {  # text decoder, vision tower, the rest
 
 def seeing(kind):
     text, tower, rest = WRAPPERS[kind]
-    config = AutoConfig.for_model(kind, text_config={**DECODER, **text}, vision_config={**TOWER, **tower}, image_token_index=IMAGE, **rest)
+    config = AutoConfig.for_model(
+        kind,
+        text_config={**DECODER, **text},
+        vision_config={**TOWER, **tower},
+        image_token_index=IMAGE,
+        **rest,
+    )
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config).eval()
     for parameter in model.parameters():
@@ -102,7 +125,11 @@ def test_a_prompt_with_an_image_is_read_as_by_transformers(kind):
     model = seeing(kind)
     want = turns(model, kind, DynamicCache(config=model.config.get_text_config()))
     lowkey.attach(model)
-    assert model.config.vision_config._attn_implementation != "lowkey" == model.config.text_config._attn_implementation
+    assert (
+        model.config.vision_config._attn_implementation
+        != "lowkey"
+        == model.config.text_config._attn_implementation
+    )
     for name, make in CACHES.items():
         assert torch.allclose(turns(model, kind, make(model)), want, atol=1e-4), name
 
@@ -128,15 +155,29 @@ def test_a_plan_of_a_model_with_a_vision_tower_is_calibrated_on_text():
 
 def loaded(kind, folder, how):
     pico.build(kind).save_pretrained(folder / "model")
-    places = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu"}
+    places = {
+        "model.embed_tokens": "cpu",
+        "lm_head": "cpu",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+        "model.layers.0": "cpu",
+    }
     maps = {"some": {**places, "model.layers.1": "disk", "model.layers.2": "disk"}, "all": {"": "disk"}}
     if how in maps:
-        return AutoModelForCausalLM.from_pretrained(folder / "model", device_map=maps[how], offload_folder=folder / "offloaded")
+        return AutoModelForCausalLM.from_pretrained(
+            folder / "model", device_map=maps[how], offload_folder=folder / "offloaded"
+        )
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
-    return cpu_offload(model, torch.device("cpu")) if how == "memory" else disk_offload(model, folder / "offloaded", torch.device("cpu"))
+    return (
+        cpu_offload(model, torch.device("cpu"))
+        if how == "memory"
+        else disk_offload(model, folder / "offloaded", torch.device("cpu"))
+    )
 
 
-@pytest.mark.parametrize(("kind", "how"), [("llama", "some"), ("qwen2", "all"), ("phi3", "memory"), ("gemma3_text", "disk")])
+@pytest.mark.parametrize(
+    ("kind", "how"), [("llama", "some"), ("qwen2", "all"), ("phi3", "memory"), ("gemma3_text", "disk")]
+)
 def test_an_offloaded_model_is_its_resident_self(tmp_path, kind, how):
     resident, model = pico.attached(kind), lowkey.attach(loaded(kind, tmp_path, how))
     assert any(p.is_meta for p in model.parameters())
@@ -155,7 +196,9 @@ def test_an_offloaded_model_is_its_resident_self(tmp_path, kind, how):
 @pytest.mark.parametrize("method", ["recalkv", "lorc", "mea", "palu"])
 def test_methods_calibrate_what_is_offloaded(tmp_path, method):
     model = lowkey.attach(loaded("llama", tmp_path, "some"))
-    plan_of(model, method=lowkey.methods.METHODS[method](), allocator="uniform", sample=Sample(4, 8)).check(model)
+    plan_of(model, method=lowkey.methods.METHODS[method](), allocator="uniform", sample=Sample(4, 8)).check(
+        model
+    )
 
 
 def test_ranks_per_token_are_trained_through_what_is_offloaded(tmp_path):
@@ -166,7 +209,9 @@ def test_ranks_per_token_are_trained_through_what_is_offloaded(tmp_path):
 
 PLAIN_ONLY = {
     "export": lambda model, plan, folder: export_hf(model, pico.tokenizer(), plan, folder / "out"),
-    "recover": lambda model, plan, folder: recover(model, pico.tokenizer(), plan, TEXT, settings=Recovery(stages=(("ce", 1),))),
+    "recover": lambda model, plan, folder: recover(
+        model, pico.tokenizer(), plan, TEXT, settings=Recovery(stages=(("ce", 1),))
+    ),
     "convert": lambda model, plan, folder: convert(model, "mha"),
 }
 
@@ -186,15 +231,23 @@ def test_adapters_are_merged_before_weights_are_rewritten(tmp_path):
     model = lowkey.attach(peft.get_peft_model(pico.build("llama"), config).eval())
     for kind in (model, model.get_base_model()):
         for name, act in PLAIN_ONLY.items():
-            with pytest.raises(LowkeyError, match=f"{name}: the model has adapters around its weights; merge them first"):
+            with pytest.raises(
+                LowkeyError, match=f"{name}: the model has adapters around its weights; merge them first"
+            ):
                 act(kind, pico.plan(kind), tmp_path)
 
 
 def test_a_model_without_numbers_is_refused():
     with torch.device("meta"):
         model = lowkey.attach(pico.build("llama"))
-    for act in (lambda: plan_of(model), lambda: make_cache(model, pico.plan(pico.attached("llama"))), lambda: model_fingerprint(model)):
-        with pytest.raises(LowkeyError, match=r"'meta' and holds? no numbers; load the model with from_pretrained"):
+    for act in (
+        lambda: plan_of(model),
+        lambda: make_cache(model, pico.plan(pico.attached("llama"))),
+        lambda: model_fingerprint(model),
+    ):
+        with pytest.raises(
+            LowkeyError, match=r"'meta' and holds? no numbers; load the model with from_pretrained"
+        ):
             act()
 
 
@@ -202,7 +255,9 @@ def test_a_model_without_numbers_is_refused():
 
 
 def quantised():
-    return lowkey.attach(torch.ao.quantization.quantize_dynamic(pico.build("llama"), {torch.nn.Linear}, dtype=torch.qint8))
+    return lowkey.attach(
+        torch.ao.quantization.quantize_dynamic(pico.build("llama"), {torch.nn.Linear}, dtype=torch.qint8)
+    )
 
 
 class Packed(torch.nn.Module):
@@ -210,7 +265,11 @@ class Packed(torch.nn.Module):
 
     def __init__(self, linear):
         super().__init__()
-        self.in_features, self.bias, scale = linear.in_features, None, linear.weight.abs().amax(1, keepdim=True) / 127
+        self.in_features, self.bias, scale = (
+            linear.in_features,
+            None,
+            linear.weight.abs().amax(1, keepdim=True) / 127,
+        )
         self.register_buffer("weight", (linear.weight / scale).round().to(torch.int8))
         self.register_buffer("scale", scale.half())
 
@@ -241,7 +300,11 @@ def test_caches_of_quantised_models_are_named_and_saved(tmp_path, make):
         cache = make_cache(model, **options)
         pico.feed(model, IDS, cache)
         cache.save(tmp_path / "cache", force=True)
-        assert torch.allclose(pico.feed(model, MORE, load_cache(tmp_path / "cache", model)), pico.feed(model, MORE, cache), atol=1e-5)
+        assert torch.allclose(
+            pico.feed(model, MORE, load_cache(tmp_path / "cache", model)),
+            pico.feed(model, MORE, cache),
+            atol=1e-5,
+        )
     with pytest.raises(LowkeyError, match="this one is"):
         load_cache(tmp_path / "cache", pico.attached("llama"))
 
@@ -305,12 +368,16 @@ def test_rotation_that_changes_with_the_length_is_found_where_gemma_keeps_it():
     assert torch.allclose(past_the_limit(model, make_cache(model, plan)), want, atol=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "rope"), [("linear", {}), ("yarn", {"original_max_position_embeddings": 16})])
+@pytest.mark.parametrize(
+    ("kind", "rope"), [("linear", {}), ("yarn", {"original_max_position_embeddings": 16})]
+)
 def test_other_settings_of_gemma_are_taken_in_both_layouts(kind, rope):
     model = turning(kind, **rope)
     want = past_the_limit(model, DynamicCache(config=model.config))
     for layout in lowkey.core.types.LAYOUTS:
-        assert torch.allclose(past_the_limit(model, make_cache(model, pico.plan(model, 16, 16, layout=layout))), want, atol=1e-4)
+        assert torch.allclose(
+            past_the_limit(model, make_cache(model, pico.plan(model, 16, 16, layout=layout))), want, atol=1e-4
+        )
 
 
 def test_settings_of_sliding_layers_are_theirs():
@@ -319,7 +386,9 @@ def test_settings_of_sliding_layers_are_theirs():
     settings["sliding_attention"] = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
     model = lowkey.attach(pico.build("gemma3_text", max_position_embeddings=16, rope_parameters=settings))
     want = past_the_limit(model, DynamicCache(config=model.config))
-    assert torch.allclose(past_the_limit(model, make_cache(model, pico.plan(model, 16, 16, layout="pre_rope"))), want, atol=1e-4)
+    assert torch.allclose(
+        past_the_limit(model, make_cache(model, pico.plan(model, 16, 16, layout="pre_rope"))), want, atol=1e-4
+    )
 
 
 # -- a cache in another dtype than the model's
@@ -332,14 +401,19 @@ HELD = {
     "plan": lambda model: make_cache(model, pico.plan(model, 8, 8, sinks=2, recent=4)),
     "pre_rope": lambda model: make_cache(model, pico.plan(model, 8, 8, layout="pre_rope")),
     "bits of a plan": lambda model: make_cache(model, pico.plan(model, 8, 8), bits="hadamard8"),
-    **{name: lambda model, name=name: make_cache(model, policy=POLICIES[name]("50%")) for name in ("snapkv", "h2o", "think")},
+    **{
+        name: lambda model, name=name: make_cache(model, policy=POLICIES[name]("50%"))
+        for name in ("snapkv", "h2o", "think")
+    },
 }
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 @pytest.mark.parametrize("held", HELD)
 def test_a_cache_follows_the_model_into_another_dtype(tmp_path, held, kind):
-    """It holds what a fresh one of that dtype would, and goes on: nearly as the one that was saved does in its own dtype."""
+    """It holds what a fresh one of that dtype would, and goes on: nearly as the one that was saved does in
+    its own dtype.
+    """
     wide = lowkey.attach(pico.build(kind).bfloat16().float())
     narrow = lowkey.attach(copy.deepcopy(wide).bfloat16())
     ids, more = pico.prompt(70, 1), pico.prompt(7, 1, seed=5)
@@ -351,13 +425,17 @@ def test_a_cache_follows_the_model_into_another_dtype(tmp_path, held, kind):
         again = load_cache(tmp_path / f"{n}", target)
         assert again.nbytes() == again.predicted_nbytes() == fresh.nbytes()
         want, got = pico.feed(source, more, cache), pico.feed(target, more, again)
-        assert got.dtype == target.dtype and float((got.float() - want.float()).norm() / want.float().norm()) < 0.05
+        assert (
+            got.dtype == target.dtype
+            and float((got.float() - want.float()).norm() / want.float().norm()) < 0.05
+        )
         assert again.nbytes() == again.predicted_nbytes()
 
 
 def test_numbers_too_large_for_the_dtype_are_refused(tmp_path):
     wide = lowkey.attach(pico.build("llama"))
-    for parameter in wide.parameters():  # to numbers that every dtype has, so that it is one model in all of them
+    # to numbers that every dtype has, so that it is one model in all of them
+    for parameter in wide.parameters():
         parameter.data.mul_(64).round_().div_(64)
     cache = make_cache(wide)
     pico.feed(wide, IDS, cache)

@@ -18,7 +18,10 @@ import lowkey
 from lowkey.core.types import LowkeyError
 from lowkey.heads.needles import BLOCK, COPIED, CUE, TASKS, Case, Haystack, draw_case
 
-TEXT = "It was a bright cold day in April, and the clocks were striking. Was it? Nobody knew! So it went on and on. " * 60
+TEXT = (
+    "It was a bright cold day in April, and the clocks were striking. Was it? Nobody knew! So it went on and "
+    "on. " * 60
+)
 SEEDS = pytest.mark.parametrize("seed", range(8))
 FORMS = [(name, form) for name, task in TASKS.items() for form in range(task.forms)]
 
@@ -39,7 +42,11 @@ def spaced() -> PreTrainedTokenizerFast:
 @cache
 def haystack(name: str) -> Haystack:
     folder = Path(lowkey.__file__).parent / "data" / "tiny"
-    made = {"letters": pico.tokenizer, "spaced": spaced, "words": lambda: AutoTokenizer.from_pretrained(folder)}
+    made = {
+        "letters": pico.tokenizer,
+        "spaced": spaced,
+        "words": lambda: AutoTokenizer.from_pretrained(folder),
+    }
     return Haystack(made[name](), TEXT)
 
 
@@ -51,7 +58,9 @@ def hay(request) -> Haystack:
     return haystack(getattr(request, "param", "letters"))
 
 
-def case_of(hay: Haystack, task: str, seed: int = 0, form: int = 0, length: int = 500, depth: float = 0.4) -> Case:
+def case_of(
+    hay: Haystack, task: str, seed: int = 0, form: int = 0, length: int = 500, depth: float = 0.4
+) -> Case:
     return draw_case(TASKS[task], hay, length, depth, form, random.Random(seed))
 
 
@@ -82,7 +91,11 @@ def test_wrong_answers_read_otherwise_and_stand_elsewhere(hay, task, form):
     for seed in range(10):
         case = case_of(hay, task, seed, form)
         spans = [case.right, *case.wrong]
-        assert len(set(said(hay, case, *spans))) == len(spans) == {"recall": 1, "copy": 1, "facts": 8, "recall2": 3, "comparison": 2}[task]
+        assert (
+            len(set(said(hay, case, *spans)))
+            == len(spans)
+            == {"recall": 1, "copy": 1, "facts": 8, "recall2": 3, "comparison": 2}[task]
+        )
         ordered = sorted(spans)
         assert all(a[1] <= b[0] for a, b in pairwise(ordered))
 
@@ -122,7 +135,9 @@ def test_a_fact_is_asked_by_its_key(hay, seed, task):
     key = read(hay, case.question).removeprefix(" Recall ")
     assert said(hay, case, *case.needle) == [f" Remember {key}{read(hay, case.answer)}."]
     text = read(hay, case.prompt)
-    assert text.count(" Remember ") == {"recall": 1, "facts": 8}[task] and text.count(f" Remember {key} ") == 1
+    assert (
+        text.count(" Remember ") == {"recall": 1, "facts": 8}[task] and text.count(f" Remember {key} ") == 1
+    )
     assert all(f" Remember {word} " in text for word in re.findall(r" Remember (\w+)", text))
 
 
@@ -141,7 +156,10 @@ def test_two_hops_lead_to_the_answer(hay, seed):
     values = dict(re.findall(r" Remember (\w+) (\d+)\.", text))
     assert len(links) == len(values) == 3 and set(links.values()) == set(values) and key not in values
     assert read(hay, case.answer) == f" {values[links[key]]}"
-    assert set(said(hay, case, *case.needle)) == {f" Remember {links[key]} {values[links[key]]}.", f" {key} is {links[key]}."}
+    assert set(said(hay, case, *case.needle)) == {
+        f" Remember {links[key]} {values[links[key]]}.",
+        f" {key} is {links[key]}.",
+    }
     assert set(said(hay, case, *case.wrong)) == {f" {v}" for k, v in values.items() if k != links[key]}
 
 
@@ -154,9 +172,14 @@ def test_a_comparison_asks_for_the_right_favourite(hay, seed, form, word, choose
     people = re.findall(r" (\w+) is (\d+) years old and likes the( \w+ \w+) best\.", needle)
     assert len({name for name, _, _ in people}) == len({age for _, age, _ in people}) == 2
     right = choose(people, key=lambda p: int(p[1]))
-    assert said(hay, case, case.right, *case.wrong) == [right[2], next(p[2] for p in people if p is not right)]
+    assert said(hay, case, case.right, *case.wrong) == [
+        right[2],
+        next(p[2] for p in people if p is not right),
+    ]
     question = read(hay, case.question)
-    assert f"the {word} one of {people[0][0]} and {people[1][0]}" in question and question.endswith(f"the {word} one likes the")
+    assert f"the {word} one of {people[0][0]} and {people[1][0]}" in question and question.endswith(
+        f"the {word} one likes the"
+    )
 
 
 def test_either_person_is_the_older(hay):
@@ -201,7 +224,8 @@ def test_needles_and_questions_follow_a_full_stop(hay, seed, task, depth):
 def test_the_needle_stands_at_its_depth(hay, seed):
     begins = [case_of(hay, "recall", seed, length=1000, depth=d / 10).needle[0][0] for d in range(11)]
     assert begins[0] == len(hay.start) and begins == sorted(begins)
-    assert all(d * 97 - 70 <= at <= d * 98 + 1 for d, at in enumerate(begins))  # a sentence has at most 65 letters
+    # a sentence has at most 65 letters
+    assert all(d * 97 - 70 <= at <= d * 98 + 1 for d, at in enumerate(begins))
 
 
 def test_other_facts_stand_anywhere(hay):
@@ -234,7 +258,9 @@ def test_the_embedded_model_reads_the_sentences_it_was_trained_on():
 
 def test_no_space_is_added_before_a_sentence():
     hay = haystack("spaced")
-    assert hay.encode(" Recall oak") == [hay.tokenizer.convert_tokens_to_ids(c.replace(" ", "▁")) for c in " Recall oak"]
+    assert hay.encode(" Recall oak") == [
+        hay.tokenizer.convert_tokens_to_ids(c.replace(" ", "▁")) for c in " Recall oak"
+    ]
 
 
 class Pairs:
@@ -243,14 +269,17 @@ class Pairs:
     bos_token_id = None
 
     def __call__(self, text: str, **_: object) -> Encoding:
-        return Encoding([sum(256**i * ord(c) for i, c in enumerate(text[at : at + 2])) for at in range(0, len(text), 2)])
+        return Encoding(
+            [sum(256**i * ord(c) for i, c in enumerate(text[at : at + 2])) for at in range(0, len(text), 2)]
+        )
 
     def decode(self, ids: list[int]) -> str:
         return "".join(chr(i % 256) + chr(i // 256) for i in ids)
 
 
 @pytest.mark.parametrize(
-    ("part", "span"), [("cdef", (1, 3)), ("bcd", (0, 2)), ("cde", (1, 3)), ("d", (1, 2)), ("gh", (3, 4)), ("ab", (0, 1))]
+    ("part", "span"),
+    [("cdef", (1, 3)), ("bcd", (0, 2)), ("cde", (1, 3)), ("d", (1, 2)), ("gh", (3, 4)), ("ab", (0, 1))],
 )
 def test_a_part_takes_every_token_that_holds_some_of_it(part, span):
     assert Haystack(Pairs(), TEXT).insert("abcdefgh", part).right == span

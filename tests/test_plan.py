@@ -35,7 +35,9 @@ def folder(tmp_path):
 
 
 def edit(folder, **changes):
-    """Change top-level fields of plan.json, and vouch for it: what is tested is the content, not the checksum."""
+    """Change top-level fields of plan.json, and vouch for it: what is tested is the content, not the
+    checksum.
+    """
     forging.edit_json(folder / JSON, **changes)
 
 
@@ -63,7 +65,17 @@ def test_a_plan_comes_back_as_it_was(tmp_path, layout):
     plan = make(layout=layout, sinks=3, recent=5, profile={"ranks": [8, 16], "surface": [[[0.1, 0.0]]]})
     plan.save(tmp_path)
     loaded = Plan.load(tmp_path, pico.stock(MODEL))
-    for name in ("layout", "method", "allocator", "budget", "provenance", "profile", "orthonormal", "sinks", "recent"):
+    for name in (
+        "layout",
+        "method",
+        "allocator",
+        "budget",
+        "provenance",
+        "profile",
+        "orthonormal",
+        "sinks",
+        "recent",
+    ):
         assert getattr(loaded, name) == getattr(plan, name)
     assert loaded.geometry == json.loads(json.dumps(plan.geometry))
 
@@ -86,7 +98,9 @@ def test_merged_heads_come_back_bit_for_bit(tmp_path, orthonormal):
     plan = make(factors=maps, orthonormal=orthonormal)
     plan.save(tmp_path)
     loaded = Plan.load(tmp_path)
-    assert loaded.ranks == dict.fromkeys((0, 1, 2), (6, 9)) and loaded.bytes_per_token(2) == 3 * 4 * (6 + 9) * 2
+    assert (
+        loaded.ranks == dict.fromkeys((0, 1, 2), (6, 9)) and loaded.bytes_per_token(2) == 3 * 4 * (6 + 9) * 2
+    )
     for i, f in maps.items():
         assert all(torch.equal(t, getattr(loaded.factors[i], n)) for n, t in vars(f).items() if t is not None)
 
@@ -101,13 +115,18 @@ def test_merged_heads_come_back_bit_for_bit(tmp_path, orthonormal):
     ],
 )
 def test_damaged_merges_are_refused(tmp_path, damage, says):
-    make(factors={i: replace(pico.merged_factors(4, 6, 9, 2, 4), **damage) for i in (0, 1, 2)}, orthonormal=False).save(tmp_path)
+    make(
+        factors={i: replace(pico.merged_factors(4, 6, 9, 2, 4), **damage) for i in (0, 1, 2)},
+        orthonormal=False,
+    ).save(tmp_path)
     with pytest.raises(LowkeyError, match=says):
         Plan.load(tmp_path)
 
 
 def test_factors_that_are_not_orthonormal_come_back_bit_for_bit(tmp_path):
-    maps = {i: Factors(*(2 * x + 1 for x in vars(f).values() if x is not None)) for i, f in make().factors.items()}
+    maps = {
+        i: Factors(*(2 * x + 1 for x in vars(f).values() if x is not None)) for i, f in make().factors.items()
+    }
     make(factors=maps, orthonormal=False).save(tmp_path)
     loaded = Plan.load(tmp_path)
     assert all(torch.equal(getattr(maps[i], n), getattr(loaded.factors[i], n)) for i in maps for n in MAPS)
@@ -124,7 +143,9 @@ def test_a_loaded_plan_gives_the_logits_of_the_made_one(folder):
     model, ids = pico.attached(MODEL), pico.prompt()
     import lowkey
 
-    a, b = (pico.feed(model, ids, lowkey.make_cache(model, plan=p)) for p in (make(), Plan.load(folder, model)))
+    a, b = (
+        pico.feed(model, ids, lowkey.make_cache(model, plan=p)) for p in (make(), Plan.load(folder, model))
+    )
     assert torch.equal(a, b)
 
 
@@ -168,7 +189,9 @@ def test_a_failed_save_leaves_the_old_plan(folder, monkeypatch, at):
 
 
 def test_two_plans_of_the_same_ranks_are_never_mixed(folder, monkeypatch):
-    """New factors under the old plan.json would pass every check of shapes: they are the wrong factors all the same."""
+    """New factors under the old plan.json would pass every check of shapes: they are the wrong factors all
+    the same.
+    """
     turned = {i: pico.factors(4, 6, 9, seed=i + 9) for i in range(3)}
     fail_at(monkeypatch, 3)
     with pytest.raises(LowkeyError):
@@ -275,7 +298,9 @@ def test_a_huge_header_is_refused(folder, size):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "3", "null", "NaN", '{"format": 1}', "\ufeff{}", "[" * 100_000, '{"a":' * 100_000], ids=range(10)
+    "text",
+    ["", "{", "[]", "3", "null", "NaN", '{"format": 1}', "\ufeff{}", "[" * 100_000, '{"a":' * 100_000],
+    ids=range(10),
 )
 def test_corrupt_json_is_refused(folder, text):
     (folder / JSON).write_text(text, encoding="utf-8")
@@ -293,7 +318,19 @@ def test_huge_json_is_refused(folder):
     refused(folder, match="64 MiB")
 
 
-FIELDS = ["layout", "method", "allocator", "budget", "geometry", "provenance", "profile", "orthonormal", "sinks", "recent", "ranks"]
+FIELDS = [
+    "layout",
+    "method",
+    "allocator",
+    "budget",
+    "geometry",
+    "provenance",
+    "profile",
+    "orthonormal",
+    "sinks",
+    "recent",
+    "ranks",
+]
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -318,7 +355,17 @@ def test_a_bad_layout_is_refused(folder, layout):
 
 
 @pytest.mark.parametrize(
-    "ranks", [{"../../x": [6, 9]}, {"0": [6]}, {"0": 6}, {"0": ["a", 9]}, {"0": [math.inf, 9]}, {"-1": [6, 9]}, {"7": [6, 9]}], ids=str
+    "ranks",
+    [
+        {"../../x": [6, 9]},
+        {"0": [6]},
+        {"0": 6},
+        {"0": ["a", 9]},
+        {"0": [math.inf, 9]},
+        {"-1": [6, 9]},
+        {"7": [6, 9]},
+    ],
+    ids=str,
 )
 def test_bad_ranks_are_refused(folder, ranks):
     edit(folder, ranks=ranks)
@@ -326,7 +373,14 @@ def test_bad_ranks_are_refused(folder, ranks):
 
 
 @pytest.mark.parametrize(
-    "geometry", [{}, {"kv_heads": math.inf, "head_dim": 16}, {"kv_heads": "x", "head_dim": 16}, {"kv_heads": 3, "head_dim": 16}], ids=str
+    "geometry",
+    [
+        {},
+        {"kv_heads": math.inf, "head_dim": 16},
+        {"kv_heads": "x", "head_dim": 16},
+        {"kv_heads": 3, "head_dim": 16},
+    ],
+    ids=str,
 )
 def test_bad_geometry_is_refused(folder, geometry):
     edit(folder, geometry=geometry)
@@ -353,7 +407,11 @@ def test_factors_that_are_not_orthonormal_are_refused(folder):
     refused(folder, match="orthonormal")
 
 
-@pytest.mark.parametrize("shape", [(4, 16, 5), (4, 15, 6), (3, 16, 6), (16, 6), (6,), (4, 16, 0), (0, 16, 6), (1, 4, 16, 6), ()], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(4, 16, 5), (4, 15, 6), (3, 16, 6), (16, 6), (6,), (4, 16, 0), (0, 16, 6), (1, 4, 16, 6), ()],
+    ids=str,
+)
 def test_wrong_shapes_are_refused(folder, shape):
     edit_tensor(folder, "1.k_down", torch.zeros(shape))
     refused(folder, match="shape")
@@ -403,7 +461,13 @@ def test_a_plan_of_other_heads_is_refused(folder):
 def test_a_plan_of_another_head_dim_is_refused(folder):
     shape = json.loads((folder / JSON).read_text())["geometry"]
     edit(folder, geometry=shape | {"head_dim": 12})
-    write(folder, {n: torch.eye(12)[:, : t.shape[2]].expand(4, -1, -1).contiguous() for n, t in load_file(folder / TENSORS).items()})
+    write(
+        folder,
+        {
+            n: torch.eye(12)[:, : t.shape[2]].expand(4, -1, -1).contiguous()
+            for n, t in load_file(folder / TENSORS).items()
+        },
+    )
     refused(folder, pico.stock(MODEL))
 
 
@@ -460,7 +524,25 @@ def test_budgets_are_read(text, amount, unit):
 
 @pytest.mark.parametrize(
     "text",
-    ["150%", "0%", "-5%", "100.01%", "banana", "", "50", 0.5, 50, "0.5", "50%%", "5 kB", "1 KB", "nan%", "inf%", "1e3 B", "50 %/token"],
+    [
+        "150%",
+        "0%",
+        "-5%",
+        "100.01%",
+        "banana",
+        "",
+        "50",
+        0.5,
+        50,
+        "0.5",
+        "50%%",
+        "5 kB",
+        "1 KB",
+        "nan%",
+        "inf%",
+        "1e3 B",
+        "50 %/token",
+    ],
     ids=str,
 )
 def test_other_budgets_are_refused(text):
@@ -475,7 +557,9 @@ def test_a_budget_of_nothing_is_refused(text):
         Budget.parse(text)
 
 
-@pytest.mark.parametrize("text", ["50%", "12.5%", "512 tokens", "64 KiB/token", "100 B/token", "1.5 GiB", "3 MiB/token"])
+@pytest.mark.parametrize(
+    "text", ["50%", "12.5%", "512 tokens", "64 KiB/token", "100 B/token", "1.5 GiB", "3 MiB/token"]
+)
 def test_a_budget_is_written_as_it_can_be_read(text):
     assert Budget.parse(str(Budget.parse(text))) == Budget.parse(text)
 

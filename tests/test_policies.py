@@ -43,9 +43,11 @@ def rope_of(width=DIM, scale=1.0):
     return rope
 
 
-def build(tokens=(14, 9), pad=0, groups=GROUPS, softcap=None, rope=None, dtype=torch.float32, start=0, seed=0):
-    """Left-padded rows of so many tokens, `pad` wider than the longest; a row's contents do not depend on its padding or its place
-    (`start`: the position of its first token)."""
+def build(
+    tokens=(14, 9), pad=0, groups=GROUPS, softcap=None, rope=None, dtype=torch.float32, start=0, seed=0
+):
+    """Left-padded rows of so many tokens, `pad` wider than the longest; a row's contents do not depend on its
+    padding or its place (`start`: the position of its first token)."""
     rope, width = rope or rope_of(), max(tokens) + pad
     parts = [_row(n, width, groups, seed + i) for i, n in enumerate(tokens)]
     keys, values, queries = (torch.stack(part) for part in zip(*parts, strict=True))
@@ -67,10 +69,13 @@ def build(tokens=(14, 9), pad=0, groups=GROUPS, softcap=None, rope=None, dtype=t
 
 
 def _row(tokens, width, groups, seed):
-    """Keys, values (h, width, d) and queries (h, g, width, d); what lies in the padding is large and must not matter."""
+    """Keys, values (h, width, d) and queries (h, g, width, d); what lies in the padding is large and must not
+    matter.
+    """
     generator = torch.Generator().manual_seed(seed)
     made = [
-        torch.randn(*shape, generator=generator) for shape in ((HEADS, tokens, DIM), (HEADS, tokens, DIM), (HEADS, groups, tokens, DIM))
+        torch.randn(*shape, generator=generator)
+        for shape in ((HEADS, tokens, DIM), (HEADS, tokens, DIM), (HEADS, groups, tokens, DIM))
     ]
     return [torch.cat([torch.full((*x.shape[:-2], width - tokens, DIM), 30.0), x], -2) for x in made]
 
@@ -78,17 +83,27 @@ def _row(tokens, width, groups, seed):
 def piece(scene, start, stop):
     """The chunk of a scene's tokens from `start` to `stop`, as a scene without a past."""
     cut = slice(start, stop)
-    tokens = {name: getattr(scene, name)[:, :, cut] for name in ("keys", "values", "positions", "valid", "carried")}
-    return replace(scene, **tokens, queries=scene.queries[:, :, :, cut], query_positions=scene.query_positions[:, cut])
+    tokens = {
+        name: getattr(scene, name)[:, :, cut] for name in ("keys", "values", "positions", "valid", "carried")
+    }
+    return replace(
+        scene, **tokens, queries=scene.queries[:, :, :, cut], query_positions=scene.query_positions[:, cut]
+    )
 
 
 def after(scene, start, kept, carried):
-    """What the second chunk of a scene sees when `kept` (b, h, start) was kept of the first: shorter heads have gaps, then the chunk."""
+    """What the second chunk of a scene sees when `kept` (b, h, start) was kept of the first: shorter heads
+    have gaps, then the chunk.
+    """
     longest, new = int(kept.sum(-1).max()), piece(scene, start, scene.keys.shape[2])
     old = piece(scene, 0, start)
     packed = [_pack(getattr(old, name), kept, longest) for name in ("keys", "values", "positions")]
     there = _pack(kept, kept, longest)
-    tokens = dict(zip(("keys", "values", "positions"), packed, strict=True), valid=there, carried=_pack(carried, kept, longest))
+    tokens = dict(
+        zip(("keys", "values", "positions"), packed, strict=True),
+        valid=there,
+        carried=_pack(carried, kept, longest),
+    )
     return replace(new, **{name: torch.cat([x, getattr(new, name)], 2) for name, x in tokens.items()})
 
 
@@ -102,7 +117,9 @@ def _pack(x, kept, longest):
 
 
 def evicted():
-    """A second chunk after an eviction that left heads with different tokens, in different numbers, with scores."""
+    """A second chunk after an eviction that left heads with different tokens, in different numbers, with
+    scores.
+    """
     scene = build(tokens=(18, 12), pad=1, seed=5)
     generator = torch.Generator().manual_seed(1)
     kept = (torch.rand(2, HEADS, 10, generator=generator) < 0.5) & scene.valid[:, :, :10]
@@ -149,7 +166,9 @@ def attention(scene, i, j, last):
 
 
 def around(policy, scene, i, j, scores):
-    """Each prompt token's largest or mean score over the kernel of positions around it; the window's tokens neither give nor take."""
+    """Each prompt token's largest or mean score over the kernel of positions around it; the window's tokens
+    neither give nor take.
+    """
     at, there, reach = scene.positions[i, j].tolist(), scene.valid[i, j].tolist(), policy.kernel // 2
     looking = scene.query_positions[i, -policy.window or len(scene.query_positions[i]) :]
     first = max(0, int(looking.min())) if policy.window else max(at) + 1
@@ -218,7 +237,11 @@ def rotation(scene, position):
 def gaussian(policy, scene, i, j, k):
     """Mean (d) and covariance (d, d) of one query head's queries, under the mean of the rotations to come."""
     at = scene.query_positions[i].tolist()
-    plain = [rotation(scene, p).inverse() @ scene.queries[i, j, k, q].double() for q, p in enumerate(at) if p >= policy.sinks]
+    plain = [
+        rotation(scene, p).inverse() @ scene.queries[i, j, k, q].double()
+        for q, p in enumerate(at)
+        if p >= policy.sinks
+    ]
     plain, coming = torch.stack(plain), range(max(at) + 1, max(at) + 1 + policy.future)
     turn = torch.stack([rotation(scene, p) for p in coming]).mean(0)
     mean = plain.mean(0)
@@ -237,7 +260,10 @@ def by_expected(policy, scene):
                 quadratic = key @ spread @ key * scene.scaling**2 / 2 if policy.covariance else 0.0
                 logits.append(mean @ key * scene.scaling + quadratic)
             out[used] += torch.stack(logits)[used].softmax(0) / scene.queries.shape[2]
-        return [(float(a) + policy.epsilon) * float(v.double().norm()) for a, v in zip(out, scene.values[i, j], strict=True)]
+        return [
+            (float(a) + policy.epsilon) * float(v.double().norm())
+            for a, v in zip(out, scene.values[i, j], strict=True)
+        ]
 
     return each(scene, score)
 
@@ -245,7 +271,9 @@ def by_expected(policy, scene):
 def by_curdkv(policy, scene):
     def leverage(vectors, there):
         if policy.rank:
-            matrix = torch.randn(DIM, policy.rank, generator=torch.Generator().manual_seed(policy.seed)).double()
+            matrix = torch.randn(
+                DIM, policy.rank, generator=torch.Generator().manual_seed(policy.seed)
+            ).double()
             vectors = vectors @ matrix / math.sqrt(policy.rank)
         norms = (vectors**2).sum(-1)
         size = policy.local or len(there)
@@ -258,7 +286,12 @@ def by_curdkv(policy, scene):
         there = scene.valid[i, j].nonzero().flatten().tolist()
         keys = scene.keys[i, j].double()
         if policy.rank:
-            keys = torch.stack([rotation(scene, int(p)).inverse() @ k for p, k in zip(scene.positions[i, j], keys, strict=True)])
+            keys = torch.stack(
+                [
+                    rotation(scene, int(p)).inverse() @ k
+                    for p, k in zip(scene.positions[i, j], keys, strict=True)
+                ]
+            )
         k, v = leverage(keys, there), leverage(scene.values[i, j].double(), there)
         both = {"keys": k, "values": v, "product": k * v}[policy.kind]
         return both / both[there].sum()
@@ -267,7 +300,9 @@ def by_curdkv(policy, scene):
 
 
 def by_knorm(policy, scene):
-    return each(scene, lambda i, j: [-math.sqrt(sum(x * x for x in key)) for key in scene.keys[i, j].tolist()])
+    return each(
+        scene, lambda i, j: [-math.sqrt(sum(x * x for x in key)) for key in scene.keys[i, j].tolist()]
+    )
 
 
 def by_keydiff(policy, scene):
@@ -282,7 +317,9 @@ def by_keydiff(policy, scene):
 def by_kvcompress(policy, scene):
     def score(i, j):
         squares = (attention(scene, i, j, policy.window or 10**6)[0] ** 2).sum((0, 1))
-        return scene.carried[i, j].double() + torch.tensor(around(policy, scene, i, j, squares), dtype=torch.float64)
+        return scene.carried[i, j].double() + torch.tensor(
+            around(policy, scene, i, j, squares), dtype=torch.float64
+        )
 
     return each(scene, score)
 
@@ -293,7 +330,9 @@ def by_fastgen(policy, scene):
         mass = weights.sum(1) / max(real, 1)
         mean = mass.mean(0)
         there = scene.valid[i, j].nonzero().flatten().tolist()
-        newest = max(int(scene.positions[i, h, t]) for h in range(HEADS) for t in scene.valid[i, h].nonzero().flatten())
+        newest = max(
+            int(scene.positions[i, h, t]) for h in range(HEADS) for t in scene.valid[i, h].nonzero().flatten()
+        )
         at = scene.positions[i, j].tolist()
         always = {t for t in there if at[t] < policy.sinks or at[t] > newest - policy.recent}
         local = set(there[len(there) - round(policy.local * len(there)) :])
@@ -474,7 +513,9 @@ def test_h2o_with_a_window_over_everything_is_h2o():
     assert torch.equal(H2O(**SMALL, window=99).score(scene), H2O(**SMALL).score(scene))
 
 
-@pytest.mark.parametrize("policy", [H2O(**SMALL), H2O(**SMALL, per_query=True), KVCompress(**SMALL, window=0, kernel=1)], ids=str)
+@pytest.mark.parametrize(
+    "policy", [H2O(**SMALL), H2O(**SMALL, per_query=True), KVCompress(**SMALL, window=0, kernel=1)], ids=str
+)
 def test_scores_that_carry_over_do_not_depend_on_the_chunks(policy):
     scene = build(tokens=(15, 10), pad=1)
     carried = policy.score(piece(scene, 0, 8))
@@ -485,7 +526,9 @@ def test_scores_that_carry_over_do_not_depend_on_the_chunks(policy):
         torch.testing.assert_close(real, whole[i][:, 16 - n :], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["h2o", "h2o window", "h2o per query", "kv-compress all", "fastgen", "expected"])
+@pytest.mark.parametrize(
+    "name", ["h2o", "h2o window", "h2o per query", "kv-compress all", "fastgen", "expected"]
+)
 def test_blocks_of_queries_change_nothing(name, monkeypatch):
     policy, scene = CASES[name][0], evicted()
     whole = policy.score(scene)
@@ -534,7 +577,9 @@ def test_expected_attention_asks_for_positions_that_follow_each_row():
 def test_curdkv_projects_to_the_same_scores_on_average():
     scene = build(tokens=(8,))
     plain = CurDKV(**SMALL, local=0, kind="keys").score(scene)
-    drawn = torch.stack([CurDKV(**SMALL, local=0, kind="keys", rank=20, seed=i).score(scene) for i in range(300)])
+    drawn = torch.stack(
+        [CurDKV(**SMALL, local=0, kind="keys", rank=20, seed=i).score(scene) for i in range(300)]
+    )
     torch.testing.assert_close(drawn.mean(0), plain, rtol=0.06, atol=0)
     assert not torch.equal(drawn[0], drawn[1])
 
@@ -555,10 +600,22 @@ def pointing(aims, tokens=20, strength=60.0):
     at = torch.arange(tokens)
     places = at.expand(1, len(aims), tokens)
     valid = torch.ones(1, len(aims), tokens, dtype=torch.bool)
-    return Scene(keys, keys, places, valid, queries, at.unsqueeze(0), 1.0, None, rope_of(2), torch.zeros(1, len(aims), tokens))
+    return Scene(
+        keys,
+        keys,
+        places,
+        valid,
+        queries,
+        at.unsqueeze(0),
+        1.0,
+        None,
+        rope_of(2),
+        torch.zeros(1, len(aims), tokens),
+    )
 
 
-AIMS = [(0, 1), (0, 14, 15), (5, 8), tuple(range(20))]  # sinks; and the local share; tokens far off; everything
+# sinks; and the local share; tokens far off; everything
+AIMS = [(0, 1), (0, 14, 15), (5, 8), tuple(range(20))]
 
 
 def test_fastgen_climbs_as_far_as_a_head_needs():

@@ -1,4 +1,6 @@
-"""`prefill`: rows of different length are as they are alone, and what it cannot do it refuses before it reads."""
+"""`prefill`: rows of different length are as they are alone, and what it cannot do it refuses before it
+reads.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ CASES = [
 def policy(name, budget="35%", **options):
     if name == "razor-uniform":
         return POLICIES["razor"](budget, sinks=2, recent=3, allocator="uniform")
-    return POLICIES[name](budget, sinks=2, recent=3, **({"chunk": 25, "bridge": 4} if name == "kvzip" else {}), **options)
+    return POLICIES[name](
+        budget, sinks=2, recent=3, **({"chunk": 25, "bridge": 4} if name == "kvzip" else {}), **options
+    )
 
 
 def filled(name, ids, question, mask=None):
@@ -43,7 +47,9 @@ def filled(name, ids, question, mask=None):
 
 @pytest.mark.parametrize(("name", "question"), CASES)
 def test_a_padded_row_is_as_it_is_alone(name, question):
-    """Three rows, of which the pieces that KVzip repeats have other lengths and numbers (25 tokens each: 2, 3, 2)."""
+    """Three rows, of which the pieces that KVzip repeats have other lengths and numbers (25 tokens each: 2,
+    3, 2).
+    """
     ids, more = prompt(LENGTH, 3), prompt(8, 3, seed=7)
     mask, _ = padding(PADS, LENGTH)
     together = filled(name, ids, question, mask)
@@ -51,7 +57,9 @@ def test_a_padded_row_is_as_it_is_alone(name, question):
     assert together.get_seq_length() == seen and together.nbytes() == together.predicted_nbytes()
     longer, positions = padding(PADS, seen + 8)
     with torch.no_grad():
-        got = attached("llama")(more, attention_mask=longer, position_ids=positions[:, seen:], past_key_values=together).logits
+        got = attached("llama")(
+            more, attention_mask=longer, position_ids=positions[:, seen:], past_key_values=together
+        ).logits
         for row, pad in enumerate(PADS):
             alone = filled(name, ids[row : row + 1, pad:], question)
             want = attached("llama")(more[row : row + 1], past_key_values=alone).logits
@@ -72,10 +80,14 @@ def test_generation_goes_on_after_a_padded_prefill():
     """The question is left to `generate`, under the mask of the whole prompt."""
     ids, (mask, _) = prompt(LENGTH, 3), padding(PADS, LENGTH)
     cache = filled("kvzip", ids, 1, mask)
-    out = attached("llama").generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=6, do_sample=False)[:, LENGTH:]
+    out = attached("llama").generate(
+        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=6, do_sample=False
+    )[:, LENGTH:]
     for row, pad in enumerate(PADS):
         own = ids[row : row + 1, pad:]
-        alone = attached("llama").generate(own, past_key_values=filled("kvzip", own, 1), max_new_tokens=6, do_sample=False)
+        alone = attached("llama").generate(
+            own, past_key_values=filled("kvzip", own, 1), max_new_tokens=6, do_sample=False
+        )
         assert torch.equal(alone[0, own.shape[1] :], out[row])
 
 
@@ -120,7 +132,9 @@ def test_a_used_cache_is_refused_and_left_as_it_was(name):
     assert before == (cache.nbytes(), [p.tolist() for p in cache.kept_positions(1)])
 
 
-@pytest.mark.parametrize("make", [lambda m: make_cache(m), lambda m: make_cache(m, bits=8)], ids=["stock", "int8"])
+@pytest.mark.parametrize(
+    "make", [lambda m: make_cache(m), lambda m: make_cache(m, bits=8)], ids=["stock", "int8"]
+)
 def test_without_a_policy_it_reads_and_takes_no_question(make):
     model, ids, mask = attached("llama"), prompt(10), MASK
     with pytest.raises(LowkeyError, match="question 2: only a cache with a policy"):
@@ -141,7 +155,14 @@ def test_a_cache_of_transformers_is_refused():
 def test_a_prompt_of_one_token_has_nothing_to_repeat(options):
     model = attached("llama")
     text = [
-        stream(model, pico.tokenizer(), "a", make_cache(model, policy=policy(name, "100%", **options)), 4, io.StringIO())["text"]
+        stream(
+            model,
+            pico.tokenizer(),
+            "a",
+            make_cache(model, policy=policy(name, "100%", **options)),
+            4,
+            io.StringIO(),
+        )["text"]
         for name in ("kvzip", "snapkv")
     ]
     assert text[0] == text[1]

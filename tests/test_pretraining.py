@@ -1,4 +1,6 @@
-"""The trainer: the same curve after a kill, the loop against a plain one written out, what is trained and how."""
+"""The trainer: the same curve after a kill, the loop against a plain one written out, what is trained and
+how.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,25 @@ TRAINING = {
     "save_every": 5,
     "evaluate_every": 8,
 }
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "ran", "off", "to", "see", "what", "was", "there", "dark", "house"]
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "then",
+    "ran",
+    "off",
+    "to",
+    "see",
+    "what",
+    "was",
+    "there",
+    "dark",
+    "house",
+]
 
 
 def corpus(folder: Path) -> Path:
@@ -103,7 +123,12 @@ def killed(wanted: Recipe, out: Path, step: int) -> None:
     path = out.with_name("recipe.toml")
     path.write_text(wanted.toml())
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    found = subprocess.run([sys.executable, "-c", DYING, str(path), str(out), str(step)], env=environment, capture_output=True, timeout=120)
+    found = subprocess.run(
+        [sys.executable, "-c", DYING, str(path), str(out), str(step)],
+        env=environment,
+        capture_output=True,
+        timeout=120,
+    )
     assert found.returncode == -signal.SIGKILL, found.stderr.decode()
 
 
@@ -112,7 +137,9 @@ def test_a_killed_training_goes_on_to_the_identical_curve(tmp_path):
     whole = pretrain(wanted, tmp_path / "whole", device="cpu")
     killed(wanted, tmp_path / "cut", 13)
     assert [line["step"] for line in curve(tmp_path / "cut")][-1] == 13  # the checkpoint is of step 10
-    assert (tmp_path / "cut" / "checkpoint.safetensors").exists() and not (tmp_path / "cut" / "result.json").exists()
+    assert (tmp_path / "cut" / "checkpoint.safetensors").exists() and not (
+        tmp_path / "cut" / "result.json"
+    ).exists()
     again = pretrain(wanted, tmp_path / "cut", device="cpu")
     assert again.losses == whole.losses and len(whole.losses) == 24
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
@@ -153,7 +180,9 @@ FACTORS = {"embed_tokens": 10, "layers.0.*k_proj": 0.25, "norm": 0}
 
 @pytest.mark.parametrize("factors", [{}, FACTORS])
 def test_the_loop_is_the_plain_one(tmp_path, factors):
-    """Written out: whole batches, no accumulation, AdamW by its formula, clipping by hand, every parameter at its own rate."""
+    """Written out: whole batches, no accumulation, AdamW by its formula, clipping by hand, every parameter at
+    its own rate.
+    """
     wanted = recipe(tmp_path, tokens=6 * 128, warmup=2, decay=0.3, clip=0.5, lr_factors=factors)
     found = pretrain(wanted, tmp_path / "out", device="cpu")
     corpus, t = prepare(wanted.data, tmp_path / "unused"), wanted.training
@@ -193,12 +222,22 @@ def test_rates_of_their_own_are_told_and_survive_a_kill(tmp_path):
     again = pretrain(wanted, tmp_path / "cut", device="cpu")
     assert again.losses == whole.losses and curve(tmp_path / "cut") == curve(tmp_path / "whole")
     assert (
-        again.losses != pretrain(replace(wanted, training=replace(wanted.training, lr_factors={})), tmp_path / "even", device="cpu").losses
+        again.losses
+        != pretrain(
+            replace(wanted, training=replace(wanted.training, lr_factors={})), tmp_path / "even", device="cpu"
+        ).losses
     )
     sizes = {name: p.numel() for name, p in whole.model.named_parameters()}
     counts = {"embed_tokens": sizes["model.embed_tokens.weight"], "layers.0.*k_proj": 32 * 16, "norm": 5 * 32}
-    told = {"step": 0, "tokens": 0, "lr_factors": {k: {"factor": FACTORS[k], "parameters": n} for k, n in counts.items()}}
-    assert curve(tmp_path / "cut")[0] == told and sum("lr_factors" in line for line in curve(tmp_path / "cut")) == 1
+    told = {
+        "step": 0,
+        "tokens": 0,
+        "lr_factors": {k: {"factor": FACTORS[k], "parameters": n} for k, n in counts.items()},
+    }
+    assert (
+        curve(tmp_path / "cut")[0] == told
+        and sum("lr_factors" in line for line in curve(tmp_path / "cut")) == 1
+    )
     assert Recipe.read(tmp_path / "cut" / "recipe.toml") == wanted
 
 
@@ -206,7 +245,10 @@ def test_rates_of_their_own_are_told_and_survive_a_kill(tmp_path):
     ("factors", "message"),
     [
         ({"lm_head": 0.2}, "training.lr_factors 'lm_head': no trained parameter has such a name"),  # tied
-        ({"embed_token": 2, "tokens": 3}, "'tokens': parameter 'model.embed_tokens.weight' has another factor already"),
+        (
+            {"embed_token": 2, "tokens": 3},
+            "'tokens': parameter 'model.embed_tokens.weight' has another factor already",
+        ),
         ({"norm": -1}, "training.lr_factors.norm -1: must be at least 0"),
         ({"norm": "high"}, "training.lr_factors.norm"),
         ("fast", "must be a table"),
@@ -237,7 +279,11 @@ def test_validation_is_the_mean_over_all_that_is_held_out(tmp_path):
     assert last["validation_loss"] == pytest.approx(nats / count, abs=1e-5)
     assert last["bits_per_byte"] == pytest.approx(nats / math.log(2) / held.text_bytes, abs=1e-5)
     assert [r["step"] for r in found.result["validation"]] == [0, 8]
-    assert found.result["initial_loss"] == found.result["validation"][0]["validation_loss"] > found.result["best_loss"]
+    assert (
+        found.result["initial_loss"]
+        == found.result["validation"][0]["validation_loss"]
+        > found.result["best_loss"]
+    )
 
 
 def test_the_result_is_a_checkpoint_that_others_read(tmp_path):
@@ -245,12 +291,18 @@ def test_the_result_is_a_checkpoint_that_others_read(tmp_path):
     found = pretrain(wanted, tmp_path / "out", device="cpu")
     assert found.losses[-1] < found.losses[0] - 1
     model, tokenizer = loading.load(str(tmp_path / "out"), device="cpu")
-    stock, _ = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
+    stock, _ = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out"),
+        AutoTokenizer.from_pretrained(tmp_path / "out"),
+    )
     ids = torch.tensor([tokenizer("the cat sat").input_ids])
     with torch.no_grad():
         assert torch.equal(stock(ids).logits, found.model(ids).logits)
     cache = lowkey.make_cache(model, bits=8)
-    assert model.generate(ids, max_new_tokens=4, past_key_values=cache, do_sample=False).shape == (1, ids.shape[1] + 4)
+    assert model.generate(ids, max_new_tokens=4, past_key_values=cache, do_sample=False).shape == (
+        1,
+        ids.shape[1] + 4,
+    )
     assert Recipe.of(tomllib.loads((tmp_path / "out" / "recipe.toml").read_text())) == wanted
     assert files.read_json(tmp_path / "out" / "result.json", "result", "training") == found.result
     assert not (tmp_path / "out" / "checkpoint.safetensors").exists()
@@ -262,13 +314,16 @@ def test_a_finished_run_is_returned_and_another_refused(tmp_path):
     found = pretrain(wanted, tmp_path / "out", device="cpu")
     again = pretrain(wanted, tmp_path / "out", device="cpu", progress=mock.Mock(side_effect=AssertionError))
     assert again.losses == found.losses and again.result == found.result
-    assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), found.model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.model.parameters(), found.model.parameters(), strict=True)
+    )
     other = replace(wanted, training=replace(wanted.training, lr=0.5))
     with pytest.raises(LowkeyError, match=r"training.lr 0.01 there, 0.5 here.*--force"):
         pretrain(other, tmp_path / "out", device="cpu")
     assert pretrain(wanted, tmp_path / "out", device="cpu").losses == found.losses
     kept = replace(wanted, training=replace(wanted.training, save_every=1, log_every=2))
-    assert pretrain(kept, tmp_path / "out", device="cpu").losses == found.losses  # how often to save makes no other run
+    # how often to save makes no other run
+    assert pretrain(kept, tmp_path / "out", device="cpu").losses == found.losses
     assert pretrain(other, tmp_path / "out", device="cpu", force=True).losses != found.losses
     assert [line["step"] for line in curve(tmp_path / "out")] == [0, 1, 2, 3, 4, 4]
 
@@ -284,7 +339,9 @@ def test_force_keeps_what_is_there_until_there_is_something_new(tmp_path):
     forging.edit_json(out / files.MANIFEST, lambda known: known["files"].update(older))
     there = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
     with pytest.raises(LowkeyError, match="micro_batch 3"):
-        pretrain(replace(wanted, training=replace(wanted.training, micro_batch=3)), out, device="cpu", force=True)
+        pretrain(
+            replace(wanted, training=replace(wanted.training, micro_batch=3)), out, device="cpu", force=True
+        )
     assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == there
 
     def dying(items, label, total=None):
@@ -319,7 +376,10 @@ def test_a_model_is_not_trained_over_itself(tmp_path):
 def test_damaged_files_of_a_run_are_one_line(tmp_path):
     wanted, out = recipe(tmp_path, tokens=4 * 128), tmp_path / "out"
     pretrain(wanted, out, device="cpu")
-    for harm in (lambda: (out / "model.safetensors").unlink(), lambda: (out / "result.json").write_text("{}")):
+    for harm in (
+        lambda: (out / "model.safetensors").unlink(),
+        lambda: (out / "result.json").write_text("{}"),
+    ):
         harm()
         with pytest.raises(LowkeyError, match=r"a finished run that is damaged .*--force") as error:
             pretrain(wanted, out, device="cpu")
@@ -347,19 +407,24 @@ class Noting(torch.nn.Module):
         self.inner = torch.nn.Embedding(300, 32)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        self.seen.append(torch.cat([ids.float().flatten(), F.dropout(torch.ones(8), 0.5, training=self.training)]))
+        self.seen.append(
+            torch.cat([ids.float().flatten(), F.dropout(torch.ones(8), 0.5, training=self.training)])
+        )
         return self.inner(ids)
 
 
 def noted(folder: Path, layers: int) -> tuple[Trained, list[torch.Tensor]]:
     wanted = recipe(folder, tokens=4 * 128)
-    shape = {**MODEL, "num_hidden_layers": layers, "attention_dropout": 0.1}  # another depth draws more random numbers
+    # another depth draws more random numbers
+    shape = {**MODEL, "num_hidden_layers": layers, "attention_dropout": 0.1}
     model = models.build(shape, prepare(wanted.data, folder).tokenizer, 32)
     model.model.embed_tokens, torch_state = Noting(), torch.get_rng_state()
     model.config.tie_word_embeddings = False
     with mock.patch.object(type(model), "save_pretrained"):
         found = pretrain(wanted, folder / f"out{layers}", model=model, device="cpu")
-    assert torch.equal(torch_state, torch.get_rng_state()), "the caller's random numbers go on as if nothing had happened"
+    assert torch.equal(torch_state, torch.get_rng_state()), (
+        "the caller's random numbers go on as if nothing had happened"
+    )
     return found, model.model.embed_tokens.seen
 
 
@@ -388,13 +453,19 @@ def test_a_given_model_is_trained_in_place(tmp_path):
 def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_checkpoint(tmp_path):
     wanted = recipe(tmp_path, lr=1e30, clip=0.0, warmup=12, decay=0.0, save_every=1)
     wanted = replace(wanted, training=replace(wanted.training, log_every=3))
-    with pytest.raises(LowkeyError, match=r"training diverged at step \d+: loss .* at learning rate .*; give a smaller training.lr"):
+    with pytest.raises(
+        LowkeyError,
+        match=r"training diverged at step \d+: loss .* at learning rate .*; give a smaller training.lr",
+    ):
         pretrain(wanted, tmp_path / "out", device="cpu")
     going = replace(wanted, training=replace(wanted.training, stop_on_divergence=False))
     found = pretrain(going, tmp_path / "going", device="cpu")
     assert found.result["diverged"] and found.result["steps"] < 24
     assert found.result["max_grad_norm"] is None or not math.isfinite(sum(found.losses))
-    assert not list((tmp_path / "going").glob("checkpoint*")) and (tmp_path / "out" / "checkpoint.safetensors").exists()
+    assert (
+        not list((tmp_path / "going").glob("checkpoint*"))
+        and (tmp_path / "out" / "checkpoint.safetensors").exists()
+    )
     assert files.read_json(tmp_path / "going" / "result.json", "result", "training") == found.result
 
 
@@ -405,9 +476,27 @@ def test_weights_that_are_not_finite_after_the_last_step_are_told(tmp_path):
     with pytest.raises(LowkeyError, match=r"diverged at step 1: validation loss nan"):
         pretrain(wanted, tmp_path / "out", device="cpu")
     (tmp_path / "r.toml").write_text(wanted.toml())
-    command("pretrain", tmp_path / "r.toml", "--out", tmp_path / "going", "--set", "training.stop_on_divergence=false", "--device", "cpu")
+    command(
+        "pretrain",
+        tmp_path / "r.toml",
+        "--out",
+        tmp_path / "going",
+        "--set",
+        "training.stop_on_divergence=false",
+        "--device",
+        "cpu",
+    )
     status, _, err = command(
-        *("pretrain", tmp_path / "r.toml", "--out", tmp_path / "going", "--set", "training.stop_on_divergence=false", "--device", "cpu")
+        *(
+            "pretrain",
+            tmp_path / "r.toml",
+            "--out",
+            tmp_path / "going",
+            "--set",
+            "training.stop_on_divergence=false",
+            "--device",
+            "cpu",
+        )
     )
     assert status == 0 and "after 1 steps, DIVERGED" in err and "validation not finite nats/token" in err
 
@@ -425,7 +514,11 @@ def test_a_loss_that_climbs_stops_and_is_told(tmp_path):
 
 def test_too_little_text_and_uneven_batches_are_one_line(tmp_path):
     with pytest.raises(LowkeyError, match="tokens to train on"):
-        pretrain(recipe(tmp_path, batch_tokens=4096, length=4096, tokens=4096, micro_batch=1), tmp_path / "a", device="cpu")
+        pretrain(
+            recipe(tmp_path, batch_tokens=4096, length=4096, tokens=4096, micro_batch=1),
+            tmp_path / "a",
+            device="cpu",
+        )
     with pytest.raises(LowkeyError, match="micro_batch 3: does not divide"):
         pretrain(recipe(tmp_path, micro_batch=3), tmp_path / "b", device="cpu")
     with pytest.raises(LowkeyError, match=r"log_with 'nothing' is unknown; choose among .*tensorboard"):
@@ -454,7 +547,11 @@ def test_bf16_and_gradient_checkpointing_train_the_same_model(tmp_path, training
 def command(*words: object) -> tuple[int, str, str]:
     """(status, stdout, stderr) of `lowkey` in this process."""
     out, err = StringIO(), StringIO()
-    with mock.patch.object(sys, "argv", ["lowkey", *map(str, words)]), redirect_stdout(out), redirect_stderr(err):
+    with (
+        mock.patch.object(sys, "argv", ["lowkey", *map(str, words)]),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
         try:
             app.main()
             status = 0
@@ -466,7 +563,9 @@ def command(*words: object) -> tuple[int, str, str]:
 def test_the_command_trains_and_eval_and_generate_take_it(tmp_path):
     (tmp_path / "r.toml").write_text(recipe(tmp_path, tokens=40 * 128).toml())
     out = tmp_path / "out"
-    status, printed, err = command("pretrain", tmp_path / "r.toml", "--out", out, "--set", "training.seed=3", "--device", "cpu", "--json")
+    status, printed, err = command(
+        "pretrain", tmp_path / "r.toml", "--out", out, "--set", "training.seed=3", "--device", "cpu", "--json"
+    )
     told = json.loads(printed)
     assert (status, told["model"], told["steps"]) == (0, str(out), 40) and "losses" not in told, err
     assert "seed = 3" in (out / "recipe.toml").read_text()
@@ -475,7 +574,8 @@ def test_the_command_trains_and_eval_and_generate_take_it(tmp_path):
     small = ("--windows", 2, "--task", "perplexity", "--device", "cpu", "--out", tmp_path / "e.json")
     status, _, err = command("eval", out, "--data", tmp_path / "long.txt", *small)
     assert status == 0, err
-    assert json.loads((tmp_path / "e.json").read_text())["environment"]["data"]["context"] == 32  # all that it has positions for
+    # all that it has positions for
+    assert json.loads((tmp_path / "e.json").read_text())["environment"]["data"]["context"] == 32
 
 
 def test_the_command_says_what_is_wrong_in_one_line(tmp_path):

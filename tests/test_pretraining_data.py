@@ -75,9 +75,13 @@ def test_a_row_behind_the_end_predicts_nothing():
 @pytest.mark.parametrize("make", [pico.build, pico.attached])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_packed_documents_do_not_leak(family, make):
-    """Logits of a document in a row are those of the document alone, and do not move when another document changes."""
+    """Logits of a document in a row are those of the document alone, and do not move when another document
+    changes.
+    """
     model, found = make(family), stream([9, 6, 9])
-    changed = Stream(np.where(np.arange(24) < 9, (found.ids + 7) % 90 + 1, found.ids).astype(np.uint16), found.starts, 1)
+    changed = Stream(
+        np.where(np.arange(24) < 9, (found.ids + 7) % 90 + 1, found.ids).astype(np.uint16), found.starts, 1
+    )
 
     @torch.no_grad()
     def logits(which: Stream) -> torch.Tensor:
@@ -131,7 +135,11 @@ def as_folder(folder: Path) -> Data:
 def as_dataset(folder: Path) -> Data:
     """`datasets` itself reads the .jsonl."""
     pytest.importorskip("datasets")
-    return Data(path="json", text_field="body", options={"data_files": as_jsonl(folder).path, "cache_dir": str(folder / "hub")})
+    return Data(
+        path="json",
+        text_field="body",
+        options={"data_files": as_jsonl(folder).path, "cache_dir": str(folder / "hub")},
+    )
 
 
 @pytest.mark.parametrize("write", [as_jsonl, as_parquet, as_folder, as_dataset])
@@ -145,18 +153,26 @@ def test_the_embedded_text_is_the_default():
 
 
 def words(corpus, part: Stream) -> list[str]:
-    return [corpus.tokenizer.decode(part.ids[a:b], skip_special_tokens=True) for a, b in pairwise(part.starts)]
+    return [
+        corpus.tokenizer.decode(part.ids[a:b], skip_special_tokens=True) for a, b in pairwise(part.starts)
+    ]
 
 
 def test_tokens_are_the_texts_and_held_out_documents_are_whole(tmp_path):
-    corpus = prepare(Data(path=as_jsonl(tmp_path).path, text_field="body", vocab_size=280, held_out=0.3), tmp_path / "tokens")
+    corpus = prepare(
+        Data(path=as_jsonl(tmp_path).path, text_field="body", vocab_size=280, held_out=0.3),
+        tmp_path / "tokens",
+    )
     kept, held = words(corpus, corpus.training), words(corpus, corpus.held_out)
     assert sorted(kept + held) == sorted(TEXTS) and kept and held
     assert kept == [t for t in TEXTS if t not in held]
     assert 0.1 < len(corpus.held_out.ids) / (len(corpus.held_out.ids) + len(corpus.training.ids)) <= 0.3
     assert corpus.held_out.text_bytes == sum(len(t.encode()) for t in held)
     first, last = corpus.training.starts[0], corpus.training.starts[1] - 1
-    assert corpus.training.ids[first] == corpus.tokenizer.bos_token_id and corpus.training.ids[last] == corpus.tokenizer.eos_token_id
+    assert (
+        corpus.training.ids[first] == corpus.tokenizer.bos_token_id
+        and corpus.training.ids[last] == corpus.tokenizer.eos_token_id
+    )
     assert len(corpus.tokenizer) == 280 and corpus.training.ids.dtype == np.uint16
 
 
@@ -171,7 +187,9 @@ def test_of_one_document_the_end_is_held_out(tmp_path):
 
 
 def test_tokens_are_made_once_and_again_when_the_text_changes(tmp_path):
-    data = Data(path=as_jsonl(tmp_path).path, text_field="body", vocab_size=280, cache=str(tmp_path / "shared"))
+    data = Data(
+        path=as_jsonl(tmp_path).path, text_field="body", vocab_size=280, cache=str(tmp_path / "shared")
+    )
     labels: list[str] = []
 
     def heard(items, label, total=None):
@@ -188,8 +206,12 @@ def test_tokens_are_made_once_and_again_when_the_text_changes(tmp_path):
 
 
 def test_reading_stops_after_max_tokens(tmp_path):
-    few = prepare(Data(path=as_jsonl(tmp_path).path, text_field="body", held_out=0.0, max_tokens=40), tmp_path)
-    assert words(few, few.training) == TEXTS[: len(few.training.starts) - 1] and 40 <= len(few.training.ids) < 80
+    few = prepare(
+        Data(path=as_jsonl(tmp_path).path, text_field="body", held_out=0.0, max_tokens=40), tmp_path
+    )
+    assert (
+        words(few, few.training) == TEXTS[: len(few.training.starts) - 1] and 40 <= len(few.training.ids) < 80
+    )
     assert few.held_out is None
 
 
@@ -207,7 +229,9 @@ def test_a_tokenizer_is_trained_on_about_as_much_as_is_read(tmp_path):
 def test_a_long_document_is_one_document_whatever_the_pieces(tmp_path):
     """Cut before a line, else before a word, else anywhere."""
     lines, line, word = "some words\nand more\n" * 60, "words and no line " * 60, "x" * 900
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in (lines, line, "short", word)))
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join(json.dumps({"text": t}) for t in (lines, line, "short", word))
+    )
     data = Data(path=str(tmp_path / "a.jsonl"), held_out=0.0)
     whole = prepare(data, tmp_path / "whole")
     with mock.patch("lowkey.pretraining.corpus.BATCH", 100):
@@ -273,7 +297,8 @@ def test_a_model_has_a_row_for_every_id(tmp_path):
     small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     assert build(small, tokenizer, 16).config.vocab_size == 70001
     with pytest.raises(
-        LowkeyError, match=r"model.vocab_size 300: the tokenizer's ids go up to 70000; leave it out, or give at least 70001"
+        LowkeyError,
+        match=r"model.vocab_size 300: the tokenizer's ids go up to 70000; leave it out, or give at least 70001",
     ):
         build({**small, "vocab_size": 300}, tokenizer, 16)
 
@@ -285,9 +310,13 @@ def test_ids_beyond_the_embedding_are_refused(tmp_path):
         lambda: text.encode(tokenizer, "a zoo", model),
         lambda: lowkey.calibrate(model, tokenizer, "a zoo " * 500, sample=lowkey.Sample(4, 16)),
         lambda: stream_text(model, tokenizer, "a zoo", lowkey.make_cache(model), 1, None),
-        lambda: lowkey.recover(model, tokenizer, pico.plan(model), "a zoo " * 500, settings=lowkey.Recovery(length=16)),
+        lambda: lowkey.recover(
+            model, tokenizer, pico.plan(model), "a zoo " * 500, settings=lowkey.Recovery(length=16)
+        ),
     ):
-        with pytest.raises(LowkeyError, match="tokenizer: gives the id 70000, and the model's embedding has 97 rows"):
+        with pytest.raises(
+            LowkeyError, match="tokenizer: gives the id 70000, and the model's embedding has 97 rows"
+        ):
             run()
 
 

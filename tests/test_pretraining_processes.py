@@ -1,4 +1,6 @@
-"""Training on several processes, on the CPU: the same curve as one process, replicated (DDP) and sharded (FSDP2), also after a kill."""
+"""Training on several processes, on the CPU: the same curve as one process, replicated (DDP) and sharded
+(FSDP2), also after a kill.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,11 @@ def on_two(form: str, wanted: Recipe, out: Path, die_at: int = -1) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "FSDP_VERSION": "2"}
     done = subprocess.run(
-        [*launch, str(worker), form, str(path), str(out), str(die_at)], env=environment, capture_output=True, text=True, timeout=300
+        [*launch, str(worker), form, str(path), str(out), str(die_at)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert (done.returncode == 0) == (die_at < 0), done.stderr
 
@@ -76,10 +82,15 @@ def test_two_processes_train_as_one_does(tmp_path):
 def test_a_sharded_training_that_was_killed_ends_as_one_process_does(tmp_path):
     """Weights and optimizer are gathered from the shards, and dealt out again."""
     wanted = recipe(tmp_path)
-    lrkv = {**wanted.describe(), "model": {**wanted.model, "attention": "lrkv", "lrkv_rank": 2, "num_key_value_heads": 1}}
+    lrkv = {
+        **wanted.describe(),
+        "model": {**wanted.model, "attention": "lrkv", "lrkv_rank": 2, "num_key_value_heads": 1},
+    }
     wanted = Recipe.of(lrkv)
     one = pretrain(wanted, tmp_path / "one", device="cpu")
     on_two("sharded", wanted, tmp_path / "two", die_at=13)
-    assert (tmp_path / "two" / "checkpoint.safetensors").exists() and not (tmp_path / "two" / "result.json").exists()
+    assert (tmp_path / "two" / "checkpoint.safetensors").exists() and not (
+        tmp_path / "two" / "result.json"
+    ).exists()
     on_two("sharded", wanted, tmp_path / "two")
     agree(tmp_path / "two", one, tmp_path / "one")

@@ -28,19 +28,39 @@ def test_recipes_of_the_project_are_read_and_written_back(path):
 
 def test_every_kind_of_value_survives_a_file():
     tables = {
-        "model": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "layer_types": ["a", "b"], "x": 'quo"te\\ é'},
+        "model": {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            "layer_types": ["a", "b"],
+            "x": 'quo"te\\ é',
+        },
         "data": {"path": "some 'where'", "options": {"data_files": ["a", "b"]}},
-        "training": {"tokens": 1e6, "lr": 1, "betas": [0.9, 0.99], "log_with": ["tensorboard"], "compile": True, "min_lr": 1e-5},
+        "training": {
+            "tokens": 1e6,
+            "lr": 1,
+            "betas": [0.9, 0.99],
+            "log_with": ["tensorboard"],
+            "compile": True,
+            "min_lr": 1e-5,
+        },
     }
     found = Recipe.of(tables)
-    assert found.training.tokens == 1_000_000 and type(found.training.tokens) is int and type(found.training.lr) is float
+    assert (
+        found.training.tokens == 1_000_000
+        and type(found.training.tokens) is int
+        and type(found.training.lr) is float
+    )
     assert Recipe.of(tomllib.loads(found.toml())) == found
 
 
 def test_settings_replace_fields(tmp_path):
     path = tmp_path / "r.toml"
     path.write_text("[training]\nlr = 1.0\n")
-    settings = ["training.lr=1e-4", "data.path=/some/where", "model.hidden_size=64", "training.log_with=['trackio']"]
+    settings = [
+        "training.lr=1e-4",
+        "data.path=/some/where",
+        "model.hidden_size=64",
+        "training.log_with=['trackio']",
+    ]
     found = Recipe.read(path, settings)
     assert (found.training.lr, found.data.path, found.model, found.training.log_with) == (
         1e-4,
@@ -66,7 +86,10 @@ def test_settings_replace_fields(tmp_path):
         ({"training": {"tokens": 1e30}}, "at most 9223372036854775807"),
         ({"training": {"log_with": "tensorboard"}}, "must be a list, each text"),
         ({"model": {"path": 5}}, "model.path 5: must be text"),
-        ({"model": {"path": "tiny"}, "data": {"vocab_size": 1024}}, "data.vocab_size 1024: the model of model.path has its own tokenizer"),
+        (
+            {"model": {"path": "tiny"}, "data": {"vocab_size": 1024}},
+            "data.vocab_size 1024: the model of model.path has its own tokenizer",
+        ),
         ({"training": {"betas": [0.9, 1.0]}}, "below 1"),
         ({"training": {"schedule": "cosin"}}, "did you mean 'cosine'"),
         ({"training": {"lr": 0.0}}, "above 0"),
@@ -86,7 +109,10 @@ def test_bad_recipes_are_one_line(tables, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("text", "message"), [(None, "does not exist"), ("[training", "cannot be read"), ("", "as table.field=value")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "does not exist"), ("[training", "cannot be read"), ("", "as table.field=value")],
+)
 def test_bad_files_and_settings_are_one_line(tmp_path, text, message):
     if text is not None:
         (tmp_path / "r.toml").write_text(text)
@@ -105,10 +131,16 @@ def test_bad_files_and_settings_are_one_line(tmp_path, text, message):
         *[({name: 0}, f"{name} 0: must be a whole number of at least 1") for name in models.SIZES],
         ({"attention": "lrkv", "lrkv_rank": 10**6}, "lrkv_rank 1000000: must be at most 65536"),
         ({"attention": "gqa", "num_hidden_layers": -1}, "num_hidden_layers -1: must be"),
-        ({"hidden_size": 32, "attention_dropout": 1.0}, "attention_dropout 1.0: must be a number from 0 and below 1"),
+        (
+            {"hidden_size": 32, "attention_dropout": 1.0},
+            "attention_dropout 1.0: must be a number from 0 and below 1",
+        ),
         ({"hidden_size": 32, "dtype": "int8"}, "dtype 'int8': weights are trained in fp32"),
         ({"hidden_size": 32, "hidden_act": "foo"}, "no model can be made of"),
-        ({"attention": "gqa", "model_type": "bert"}, "model_type 'bert': a model with attention 'gqa' is lowkey's own"),
+        (
+            {"attention": "gqa", "model_type": "bert"},
+            "model_type 'bert': a model with attention 'gqa' is lowkey's own",
+        ),
         ({"path": "./nowhere"}, "model './nowhere': no such folder"),
         ({"hidden_size": 32, "vocab_size": 50}, "the tokenizer's ids go up to 96"),
         ({"hidden_size": 32, "max_position_embeddings": 8}, "the model has 8 positions"),
@@ -123,7 +155,12 @@ def test_bad_models_are_one_line(table, message):
 def test_a_model_takes_what_the_tokenizer_and_the_rows_say():
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = models.build(small, pico.tokenizer(), 16).config
-    assert (config.vocab_size, config.bos_token_id, config.eos_token_id, config.max_position_embeddings) == (97, 0, None, 16)
+    assert (config.vocab_size, config.bos_token_id, config.eos_token_id, config.max_position_embeddings) == (
+        97,
+        0,
+        None,
+        16,
+    )
     assert models.build({**small, "model_type": "qwen3"}, pico.tokenizer(), 16).config.model_type == "qwen3"
 
 
@@ -168,16 +205,25 @@ def test_only_hidden_matrices_are_decayed_and_go_to_muon(tied):
     model = pico.build("llama", tie_word_embeddings=tied)
     model.model.layers[0].self_attn = Odd()
     hidden, others = split(model)
-    assert set(hidden) | set(others) == {name for name, _ in model.named_parameters()} and not set(hidden) & set(others)
+    assert set(hidden) | set(others) == {name for name, _ in model.named_parameters()} and not set(
+        hidden
+    ) & set(others)
     first = {name.removeprefix("model.layers.0.") for name in hidden if ".0." in name}
-    assert first == {f"self_attn.{n}.weight" for n in ("q_proj", "k_down")} | {f"mlp.{n}_proj.weight" for n in ("gate", "up", "down")}
+    assert first == {f"self_attn.{n}.weight" for n in ("q_proj", "k_down")} | {
+        f"mlp.{n}_proj.weight" for n in ("gate", "up", "down")
+    }
     ends = {name.rsplit(".", 1)[-1] if "layers" in name else name for name in others}
-    assert ends - {"weight", "bias", "k_up", "k_mix", "lm_head.weight"} == {"model.embed_tokens.weight", "model.norm.weight"}
+    assert ends - {"weight", "bias", "k_up", "k_mix", "lm_head.weight"} == {
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+    }
     for name, count in (("adamw", 1), ("muon", 2)):
         made = optimizers(model, Training(optimizer=name, weight_decay=0.3))
         groups = [g for optimizer in made for g in optimizer.param_groups]
         assert len(made) == count and [g["weight_decay"] for g in groups] == [0.3, 0.0]
-        assert [{id(p) for p in g["params"]} for g in groups] == [{id(p) for p in part.values()} for part in (hidden, others)]
+        assert [{id(p) for p in g["params"]} for g in groups] == [
+            {id(p) for p in part.values()} for part in (hidden, others)
+        ]
 
 
 # -- health: 1000 steps, smoothed over 50
@@ -193,7 +239,8 @@ def noisy(level: np.ndarray, seed: int = 0) -> list[float]:
         (np.linspace(7, 3, 1000), False),
         (np.full(1000, 3.0), False),  # continued training that gains nothing
         (np.concatenate([np.linspace(7, 4, 500), np.full(500, 8.0)]), True),
-        (np.concatenate([np.linspace(7, 4, 500), np.full(100, 8.0), np.linspace(4, 3, 400)]), False),  # it came back
+        # it came back
+        (np.concatenate([np.linspace(7, 4, 500), np.full(100, 8.0), np.linspace(4, 3, 400)]), False),
         (np.concatenate([np.linspace(7, 4, 950), np.full(50, 8.0)]), False),  # not long enough
     ],
 )

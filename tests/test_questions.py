@@ -1,4 +1,6 @@
-"""Questions: what the set is, how texts are made of it, and that only what the full cache answers is asked of the others."""
+"""Questions: what the set is, how texts are made of it, and that only what the full cache answers is asked of
+the others.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,10 @@ def paragraphs(count: int = 8) -> list[Paragraph]:
     return [
         Paragraph(
             f"the {name} has {100 + i} leaves and is {200 + i} years old.",
-            (Item(2 * i, f"leaves of the {name}?", (str(100 + i),)), Item(2 * i + 1, f"age of the {name}?", (str(200 + i), "old"))),
+            (
+                Item(2 * i, f"leaves of the {name}?", (str(100 + i),)),
+                Item(2 * i + 1, f"age of the {name}?", (str(200 + i), "old")),
+            ),
         )
         for i, name in enumerate(NAMES[:count])
     ]
@@ -111,7 +116,9 @@ def test_a_paragraph_that_does_not_fit_is_refused():
 
 
 class Fake(torch.nn.Module):
-    """Knows the leaves; over a cache that is not the full one, only those of even numbers. What it reads is collected in the cache."""
+    """Knows the leaves; over a cache that is not the full one, only those of even numbers. What it reads is
+    collected in the cache.
+    """
 
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=4096))
     generation_config = SimpleNamespace(eos_token_id=END)
@@ -141,20 +148,33 @@ def ask(wanted: int, names=("full", "int8"), once=questions.anew, later=False):
     model = Fake()
     model.later = later
     settings = [Setting(name, identity(), lambda name=name: FakeCache(name)) for name in names]
-    return questions.measure(model, TOKENIZER, settings, wanted, 0, silent, paragraphs=paragraphs(), once=once), model
+    return questions.measure(
+        model, TOKENIZER, settings, wanted, 0, silent, paragraphs=paragraphs(), once=once
+    ), model
 
 
 def test_a_setting_is_asked_what_the_full_cache_answers():
     found, _ = ask(100)
-    assert (found["full"]["questions_right"], found["full"]["questions_of"], found["full"]["questions_asked"]) == (8, 8, 16 + 8)
-    assert (found["int8"]["questions_right"], found["int8"]["questions_of"], found["int8"]["questions"]) == (4, 8, 0.5)
+    assert (
+        found["full"]["questions_right"],
+        found["full"]["questions_of"],
+        found["full"]["questions_asked"],
+    ) == (8, 8, 16 + 8)
+    assert (found["int8"]["questions_right"], found["int8"]["questions_of"], found["int8"]["questions"]) == (
+        4,
+        8,
+        0.5,
+    )
     assert sorted(found["full"]["questions_items"]) == list(range(0, 16, 2))
     assert found["int8"]["questions_kept"] == 0.5
 
 
 def test_screening_ends_when_there_are_enough():
     found, _ = ask(3)
-    assert found["full"]["questions_of"] == found["int8"]["questions_of"] == 3 and found["full"]["questions_asked"] < 16
+    assert (
+        found["full"]["questions_of"] == found["int8"]["questions_of"] == 3
+        and found["full"]["questions_asked"] < 16
+    )
 
 
 def test_what_was_not_answered_is_asked_again_in_another_text():
@@ -168,14 +188,21 @@ def test_few_questions_are_no_evidence_and_say_so():
     assert not found["full"]["questions_evidence"] and not found["int8"]["questions_evidence"]
     assert found["full"]["questions_note"].endswith("use a model that answers more")
     assert ask(3)[0]["full"]["questions_note"].endswith("give --questions 20 or more")
-    assert found["full"]["questions_note"].startswith("questions: the full cache answers 8 of 24 askings, too few")
+    assert found["full"]["questions_note"].startswith(
+        "questions: the full cache answers 8 of 24 askings, too few"
+    )
 
 
 def test_a_text_is_read_once_for_all_its_questions():
     """And each answer is written over a cache that has seen no other question."""
     _, model = ask(100, names=("full",))
-    texts = 2 * draw_texts(Frame.of(TOKENIZER), paragraphs(), 0, questions.LENGTH)  # what is not answered, in another text again
-    asked = [len(questions._question(Frame.of(TOKENIZER), item)) + questions.NEW for text in texts for item in text.items]
+    # what is not answered, in another text again
+    texts = 2 * draw_texts(Frame.of(TOKENIZER), paragraphs(), 0, questions.LENGTH)
+    asked = [
+        len(questions._question(Frame.of(TOKENIZER), item)) + questions.NEW
+        for text in texts
+        for item in text.items
+    ]
     assert model.tokens <= sum(len(text.ids) for text in texts) + sum(asked)
 
 
@@ -196,7 +223,12 @@ def test_over_real_caches_a_copy_of_what_was_read_is_as_good():
     frame, item = Frame.of(TOKENIZER), paragraphs()[0].items[0]
     (text,) = draw_texts(frame, paragraphs(3), 0, 400)
     ids = torch.tensor([text.ids + questions._question(frame, item)])
-    how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": questions.NEW, "do_sample": False, "eos_token_id": None}
+    how = {
+        "attention_mask": torch.ones_like(ids),
+        "max_new_tokens": questions.NEW,
+        "do_sample": False,
+        "eos_token_id": None,
+    }
     stock = pico.build("llama").generate(ids, **how)[0, ids.shape[1] :]
     asker = questions._Asker(model, TOKENIZER, frame, full(model), True)
     for _ in range(2):
@@ -205,6 +237,10 @@ def test_over_real_caches_a_copy_of_what_was_read_is_as_good():
 
 def test_policies_and_integers_are_measured_with_their_bytes():
     model = pico.attached("llama")
-    settings = [full(model), packed(model, 8), evicted(model, make_policy("snapkv", "60%", {"recent": "4"}, {}), "snapkv", 300)]
+    settings = [
+        full(model),
+        packed(model, 8),
+        evicted(model, make_policy("snapkv", "60%", {"recent": "4"}, {}), "snapkv", 300),
+    ]
     found = questions.measure(model, TOKENIZER, settings, 5, 0, silent, paragraphs=paragraphs(3))
     assert [row["questions_of"] for row in found.values()] == [0, 0, 0] and found["full"]["questions"] is None

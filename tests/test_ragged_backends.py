@@ -66,7 +66,13 @@ def threads():
 def python(code, **environment):
     """Run in a fresh interpreter that finds this file; returns what it printed."""
     here = Path(__file__).parent
-    run = subprocess.run([sys.executable, "-c", code], cwd=here, env={**os.environ, **environment}, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=here,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr
     return run.stdout.strip()
 
@@ -109,7 +115,9 @@ def test_numba_without_any_token(lengths):
 
 
 @needs_numba
-@pytest.mark.parametrize("lengths", [(9000, *[1, 2, 3] * 9), [40] * 64, (3, 20000)], ids=["one long", "equal", "two"])
+@pytest.mark.parametrize(
+    "lengths", [(9000, *[1, 2, 3] * 9), [40] * 64, (3, 20000)], ids=["one long", "equal", "two"]
+)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_numba_is_the_same_for_any_number_of_threads(threads, lengths, dtype):
     parts = draw(lengths, 4, 32, 48, dtype)
@@ -128,9 +136,14 @@ def test_numba_survives_large_scores(dtype, size):
     keys = torch.randn(1500, 32, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
     keys[[7, 1300]] = torch.stack([torch.full((32,), 2.0), torch.full((32,), -2.0)])
     query = torch.stack([torch.ones(1, 32), -torch.ones(1, 32)]) * size * 16
-    values, starts = torch.randn(1500, 32, generator=torch.Generator().manual_seed(2)).to(dtype), torch.tensor([0, 1500, 1500])
+    values, starts = (
+        torch.randn(1500, 32, generator=torch.Generator().manual_seed(2)).to(dtype),
+        torch.tensor([0, 1500, 1500]),
+    )
     out, lse = numba_cpu.ragged(query, (keys * size**0.5).to(dtype), values, starts, size**-0.5)
-    assert torch.allclose(out[0, 0], values[7].float(), atol=1e-6) and math.isclose(lse[0, 0], size * 16 * 64, rel_tol=1e-2)
+    assert torch.allclose(out[0, 0], values[7].float(), atol=1e-6) and math.isclose(
+        lse[0, 0], size * 16 * 64, rel_tol=1e-2
+    )
     out, lse = numba_cpu.ragged(query.flip(0), (keys * size**0.5).to(dtype), values, starts, size**-0.5)
     assert torch.allclose(out[0, 0], values[1300].float(), atol=1e-6) and torch.isfinite(lse[0]).all()
 
@@ -161,7 +174,9 @@ def test_numba_reads_nothing_beyond_a_row():
     wanted, _ = loops(query, keys, values, starts, 0.2)
     for x in (keys, values):
         x[:5], x[45:] = torch.nan, torch.inf
-    assert torch.allclose(numba_cpu.ragged(query, keys, values, starts, 0.2)[0][1].double(), wanted[1], atol=1e-5)
+    assert torch.allclose(
+        numba_cpu.ragged(query, keys, values, starts, 0.2)[0][1].double(), wanted[1], atol=1e-5
+    )
 
 
 @needs_numba
@@ -169,7 +184,10 @@ def test_numba_may_be_called_from_several_threads():
     parts = [draw((100 * i, 7, 300), 4, 32, 32) for i in range(8)]
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda p: numba_cpu.ragged(*p, 0.2), parts))
-    assert all(torch.allclose(out.double(), loops(*p, 0.2)[0], atol=1e-5) for (out, _), p in zip(found, parts, strict=True))
+    assert all(
+        torch.allclose(out.double(), loops(*p, 0.2)[0], atol=1e-5)
+        for (out, _), p in zip(found, parts, strict=True)
+    )
 
 
 @needs_numba
@@ -180,7 +198,9 @@ def test_numba_does_not_touch_gradients():
 
 
 def first_use():
-    """Runs in a process of its own: which compilers an import of lowkey brings along, and torch's threads after a call."""
+    """Runs in a process of its own: which compilers an import of lowkey brings along, and torch's threads
+    after a call.
+    """
     torch.set_num_threads(1)
     print({"numba", "triton"} & set(sys.modules))
     if numba_cpu.available():
@@ -213,17 +233,27 @@ def test_triton_pieces_cover_every_row_once(lengths, size):
     first, row_of = triton_gpu._pieces(starts, size, sum(lengths) // size + len(lengths))
     wanted = [row for row, n in enumerate(lengths) for _ in range(-(-n // size))]
     assert row_of.tolist() == wanted + [-1] * (len(row_of) - len(wanted))
-    assert first.tolist() == [wanted.index(row) if row in wanted else sum(w < row for w in wanted) for row in range(len(lengths))] + [
-        len(wanted)
-    ]
+    assert first.tolist() == [
+        wanted.index(row) if row in wanted else sum(w < row for w in wanted) for row in range(len(lengths))
+    ] + [len(wanted)]
 
 
 def check_triton():
     """Runs in Triton's interpreter, in a process of its own."""
     triton_gpu.SMALLEST = 64  # several pieces per row
-    for dtype, m, (r, v) in ((torch.float32, 1, (64, 80)), (torch.bfloat16, 20, (37, 21)), (torch.float16, 5, (128, 64))):
+    for dtype, m, (r, v) in (
+        (torch.float32, 1, (64, 80)),
+        (torch.bfloat16, 20, (37, 21)),
+        (torch.float16, 5, (128, 64)),
+    ):
         for softcap in (None, 2.0):
-            agree(triton_gpu, draw((0, 1, 200, 64, 0, 65), m, r, v, dtype, dtype), 0.3, softcap, 2e-5 if dtype != torch.float16 else 2e-3)
+            agree(
+                triton_gpu,
+                draw((0, 1, 200, 64, 0, 65), m, r, v, dtype, dtype),
+                0.3,
+                softcap,
+                2e-5 if dtype != torch.float16 else 2e-3,
+            )
     out, lse = triton_gpu.ragged(*draw((0, 0), 3, 16, 16), 1.0)
     assert not out.any() and (lse == -torch.inf).all()
 
@@ -242,7 +272,10 @@ def small(monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bench_reports_what_it_promises(small, dtype):
     found = decode_bench.decode_bench(64, 16, 4, 2, dtype, "25%", repeats=2, seed=3)
-    assert {k: found[k] for k in ("context", "head_dim", "heads", "kv_heads", "dtype", "budget", "repeats", "seed")} == {
+    assert {
+        k: found[k]
+        for k in ("context", "head_dim", "heads", "kv_heads", "dtype", "budget", "repeats", "seed")
+    } == {
         **{"context": 64, "head_dim": 16, "heads": 4, "kv_heads": 2},
         **{"dtype": dtype, "budget": "25%", "repeats": 2, "seed": 3},
     }
@@ -263,10 +296,14 @@ def test_bench_contestants_compute_the_same(small):
     backends = [name for name in steps if f"{name} budget" in steps]
     assert all(torch.allclose(steps[name]()[0], wanted, atol=1e-5) for name in backends)
     kept = [steps[f"{name} budget"]()[0] for name in backends]
-    assert all(torch.allclose(k, kept[0], atol=1e-5) for k in kept) and not torch.allclose(kept[0], wanted, atol=1e-2)
+    assert all(torch.allclose(k, kept[0], atol=1e-5) for k in kept) and not torch.allclose(
+        kept[0], wanted, atol=1e-2
+    )
 
 
-@pytest.mark.parametrize(("budget", "total"), [("10%", 819 * 8 + 2), ("512 tokens", 4096), ("100%", 8 * 8192), ("0.001%", 8)])
+@pytest.mark.parametrize(
+    ("budget", "total"), [("10%", 819 * 8 + 2), ("512 tokens", 4096), ("100%", 8 * 8192), ("0.001%", 8)]
+)
 def test_bench_heads_keep_unequal_lengths(budget, total):
     shape = decode_bench.Shape(8192, 64, 32, 8, "float32")
     lengths = decode_bench._lengths(shape, decode_bench.Budget.parse(budget), 0)
@@ -299,7 +336,10 @@ def test_bench_refuses_with_one_line(wrong, words):
 def test_bench_makes_nothing_that_the_machine_cannot_hold(monkeypatch):
     """An error and no tensor: what it would take is far more than a machine has."""
     monkeypatch.setattr(decode_bench, "_contestants", lambda *given: pytest.fail("made"))
-    with pytest.raises(LowkeyError, match=r"context 16777216, head_dim 16384 and kv_heads 8: need [\d,.]+ GiB, and [\d,.]+ GiB are free"):
+    with pytest.raises(
+        LowkeyError,
+        match=r"context 16777216, head_dim 16384 and kv_heads 8: need [\d,.]+ GiB, and [\d,.]+ GiB are free",
+    ):
         decode_bench.decode_bench(context=2**24, head_dim=2**14)
     with pytest.raises(LowkeyError, match="context 999999999999: must be at least 1 and at most 16777216"):
         decode_bench.decode_bench(context=999_999_999_999)

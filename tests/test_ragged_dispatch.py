@@ -11,7 +11,9 @@ from lowkey.core.types import LowkeyError
 from lowkey.evaluate.decode_bench import decode_bench
 from lowkey.ops.ragged import starts_of
 
-BACKENDS = {"grouped": grouped.ragged, "dispatched": ragged.ragged} | ({"numba": numba_cpu.ragged} if numba_cpu.available() else {})
+BACKENDS = {"grouped": grouped.ragged, "dispatched": ragged.ragged} | (
+    {"numba": numba_cpu.ragged} if numba_cpu.available() else {}
+)
 LENGTHS = {"unequal": [3, 700, 0, 41, 1], "empty": [0, 0], "equal": [64] * 4}
 
 
@@ -25,14 +27,22 @@ def rows(lengths, width, width_v, m, dtype=torch.float32, scale=1.0):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-@pytest.mark.parametrize(("width", "width_v", "m"), [(16, 16, 1), (64, 64, 4), (80, 24, 3), (128, 128, 8), (256, 40, 5), (6, 9, 2)])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("width", "width_v", "m"), [(16, 16, 1), (64, 64, 4), (80, 24, 3), (128, 128, 8), (256, 40, 5), (6, 9, 2)]
+)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"]
+)
 def test_it_is_the_definition(name, lengths, width, width_v, m, dtype, tolerance):
     case = rows(lengths, width, width_v, m, dtype)
     out, lse = BACKENDS[name](*case, width**-0.5)
     expected, total = naive.ragged(*(x.double() if x.is_floating_point() else x for x in case), width**-0.5)
-    assert out.shape == expected.shape and (out - expected).abs().max() <= tolerance * max(1.0, float(expected.abs().max()))
-    assert torch.equal(lse.isinf(), total.isinf()) and torch.allclose(lse[~lse.isinf()], total[~total.isinf()], atol=10 * tolerance)
+    assert out.shape == expected.shape and (out - expected).abs().max() <= tolerance * max(
+        1.0, float(expected.abs().max())
+    )
+    assert torch.equal(lse.isinf(), total.isinf()) and torch.allclose(
+        lse[~lse.isinf()], total[~total.isinf()], atol=10 * tolerance
+    )
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -41,7 +51,11 @@ def test_large_scores_and_soft_caps(name, scale, softcap):
     case = rows([300, 5], 32, 32, 4, scale=scale)
     out, lse = BACKENDS[name](*case, 1.0, softcap)
     expected, total = naive.ragged(*case, 1.0, softcap)
-    assert out.isfinite().all() and torch.allclose(out, expected, atol=1e-3) and torch.allclose(lse, total, rtol=1e-4)
+    assert (
+        out.isfinite().all()
+        and torch.allclose(out, expected, atol=1e-3)
+        and torch.allclose(lse, total, rtol=1e-4)
+    )
 
 
 @pytest.mark.skipif(not numba_cpu.available(), reason="numba is not installed")
@@ -59,19 +73,27 @@ def test_threads_change_nothing():
 
 @pytest.mark.parametrize("name", ["grouped", "dispatched", "fused"])
 @pytest.mark.parametrize(("width", "width_v"), [(16, 16), (6, 9), (24, 10)])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"]
+)
 def test_many_queries_are_answered_the_same(name, width, width_v, dtype, tolerance, monkeypatch):
     monkeypatch.setattr(grouped, "BLOCK", 2000)  # queries in several blocks
     case = rows([300, 0, 41, 7], width, width_v, 70, dtype)
     out, lse = {**BACKENDS, "fused": fused.ragged}[name](*case, width**-0.5)
     expected, total = naive.ragged(*(x.double() if x.is_floating_point() else x for x in case), width**-0.5)
-    assert out.dtype == torch.float32 and (out - expected).abs().max() <= tolerance * max(1.0, float(expected.abs().max()))
-    assert torch.equal(lse.isinf(), total.isinf()) and torch.allclose(lse[~lse.isinf()], total[~total.isinf()].float(), atol=10 * tolerance)
+    assert out.dtype == torch.float32 and (out - expected).abs().max() <= tolerance * max(
+        1.0, float(expected.abs().max())
+    )
+    assert torch.equal(lse.isinf(), total.isinf()) and torch.allclose(
+        lse[~lse.isinf()], total[~total.isinf()].float(), atol=10 * tolerance
+    )
 
 
 def test_a_chunk_by_itself_is_causal_attention_with_its_log_sum_exp():
     generator = torch.Generator().manual_seed(0)
-    query, keys, values = (torch.randn(2, 3, *s, generator=generator).double() for s in ((2, 20, 8), (20, 8), (20, 8)))
+    query, keys, values = (
+        torch.randn(2, 3, *s, generator=generator).double() for s in ((2, 20, 8), (20, 8), (20, 8))
+    )
     out, lse = fused.causal(*(x.float() for x in (query, keys, values)), 0.3)
     mask = torch.ones(1, 20, 20, dtype=torch.bool).tril()
     logits = (query @ keys.mT.unsqueeze(2) * 0.3).masked_fill(~mask, -torch.inf)
@@ -97,7 +119,9 @@ def test_without_numba_plain_torch_does_it(monkeypatch):
 
 
 def test_the_bench_says_what_it_promises():
-    found = decode_bench(context=64, head_dim=16, heads=4, kv_heads=2, dtype="float32", budget="25%", repeats=1)
+    found = decode_bench(
+        context=64, head_dim=16, heads=4, kv_heads=2, dtype="float32", budget="25%", repeats=1
+    )
     assert found["read_bandwidth_gbs"] > 0 and sum(found["kept"]) == 32 and len(set(found["kept"])) == 2
     assert {"sdpa", "grouped"} <= set(found["backends"])
     for name, row in found["backends"].items():

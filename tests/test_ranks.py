@@ -1,4 +1,6 @@
-"""Which ranks can be chosen, and what byte and error budgets promise of them, against oracles of numpy and the stock model."""
+"""Which ranks can be chosen, and what byte and error budgets promise of them, against oracles of numpy and
+the stock model.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,19 @@ from lowkey.allocation.allocators import ALLOCATORS, Allocator, Tail, Threshold,
 from lowkey.allocation.rank_grid import grid, multiples
 from lowkey.calibration.calibrate import windows_of
 from lowkey.core.types import Factors, LowkeyError
-from lowkey.methods import KQSVD, MEA, METHODS, PCA, KVHeadSVD, KVLatent, MatryoshkaKV, Palu, ReCalKV, StiefAttention, StiefJoint
+from lowkey.methods import (
+    KQSVD,
+    MEA,
+    METHODS,
+    PCA,
+    KVHeadSVD,
+    KVLatent,
+    MatryoshkaKV,
+    Palu,
+    ReCalKV,
+    StiefAttention,
+    StiefJoint,
+)
 from lowkey.models import families
 from lowkey.storage.codec import LowRank
 from lowkey.storage.coded import CodedLayer
@@ -53,7 +67,11 @@ def calibrate(method=None, **kwargs):
     """Without a window of exact tokens, so that a budget in bytes is that of the ranks."""
     method = method or PCA()
     measuring = "pairs" if "error_budget" in kwargs else str(kwargs.get("allocator"))
-    work = calibrate.folder(repr(method), measuring, *(str(kwargs.get(name)) for name in ("layout", "ranks", "rank_multiple", "judge")))
+    work = calibrate.folder(
+        repr(method),
+        measuring,
+        *(str(kwargs.get(name)) for name in ("layout", "ranks", "rank_multiple", "judge")),
+    )
     options = {"method": method, "sample": SMALL, "work": work, "sinks": 0, "recent": 0, **kwargs}
     return lowkey.calibrate(pico.attached("llama"), pico.tokenizer(), TEXT, **options)
 
@@ -91,7 +109,9 @@ def compressed(layer, factors, layout):
 
 
 def layer_error(layer, factors, layout="post_rope"):
-    """The relative error of the layer's output, token by token of the held-out windows, their mean; none of <s>, whose output is zero."""
+    """The relative error of the layer's output, token by token of the held-out windows, their mean; none of
+    <s>, whose output is zero.
+    """
     out = output(pico.attached("llama"), layer, compressed(layer, factors, layout))
     pairs = zip(out.flatten(0, 1), exact_output(layer).flatten(0, 1), strict=True)
     found = [float((a - b).norm() / b.norm()) if b.any() else 0.0 for a, b in pairs]
@@ -136,7 +156,26 @@ def test_what_can_be_asked_for(asked, expected):
 @pytest.mark.parametrize(
     "asked",
     [
-        *(0, -1, True, "", "banana", "0", "3,", "17,18", "3,17", "0%", "101%", "50 %", "-1", "1e3", "9" * 400, "٣,٤", "3\n4", "8;9"),
+        *(
+            0,
+            -1,
+            True,
+            "",
+            "banana",
+            "0",
+            "3,",
+            "17,18",
+            "3,17",
+            "0%",
+            "101%",
+            "50 %",
+            "-1",
+            "1e3",
+            "9" * 400,
+            "٣,٤",
+            "3\n4",
+            "8;9",
+        ),
         *([17], [0], [-2], [], [1.5], [0.0], [float("nan")], [True], ["3"]),
     ],
 )
@@ -166,7 +205,9 @@ def test_any_rank_can_be_chosen_so_that_no_rank_that_fits_is_left(allocator, sha
     assert sum(k + v for k, v in chosen(plan)) == int(share * FULL / 100) // UNIT
 
 
-@pytest.mark.parametrize(("share", "rank"), [(6.25, 1), (12.4, 1), (31.3, 5), (50, 8), (68.74, 10), (68.75, 11), (100, 16)])
+@pytest.mark.parametrize(
+    ("share", "rank"), [(6.25, 1), (12.4, 1), (31.3, 5), (50, 8), (68.74, 10), (68.75, 11), (100, 16)]
+)
 def test_uniform_ranks_are_the_largest_that_fit(share, rank):
     assert chosen(calibrate(allocator="uniform", budget=f"{share}%")) == [(rank, rank)] * LAYERS
 
@@ -206,7 +247,10 @@ def test_the_papers_grid_cannot_meet_less_than_half_and_says_what_to_do():
         calibrate(StiefAttention(), budget="49%")
     with pytest.raises(LowkeyError, match=r"50\.0%.*--ranks"):
         calibrate(StiefAttention(), budget="49%", allocator="fisher")
-    assert chosen(calibrate(StiefAttention(epochs=1), budget="25%", ranks=[4], allocator="uniform")) == [(4, 4)] * LAYERS
+    assert (
+        chosen(calibrate(StiefAttention(epochs=1), budget="25%", ranks=[4], allocator="uniform"))
+        == [(4, 4)] * LAYERS
+    )
 
 
 def test_strided_channels_are_evenly_spaced_at_every_rank():
@@ -246,7 +290,9 @@ def test_a_rank_multiple_that_leaves_a_method_nothing_but_full_rank_is_refused()
 
 @cache
 def by_hand(layer, layout="post_rope"):
-    """(right singular vectors (h, d, d), energies (h, d)) of keys and of values on the fitting windows, from numpy's SVD in fp64."""
+    """(right singular vectors (h, d, d), energies (h, d)) of keys and of values on the fitting windows, from
+    numpy's SVD in fp64.
+    """
     from test_statistics import activations
 
     found = activations("llama", layer, rows()[:-HELD])
@@ -268,7 +314,9 @@ def least(energies, share, power):
 
 
 def truncated(layer, pair):
-    downs = [torch.from_numpy(v[:, :, :r].copy()).float() for (v, _), r in zip(by_hand(layer), pair, strict=True)]
+    downs = [
+        torch.from_numpy(v[:, :, :r].copy()).float() for (v, _), r in zip(by_hand(layer), pair, strict=True)
+    ]
     return Factors(downs[0], downs[0].mT, downs[1], downs[1].mT)
 
 
@@ -276,7 +324,9 @@ def truncated(layer, pair):
 def path(layer, step, power):
     """(pair, error) at thresholds 1, 1 - step, ..."""
     (_, keys), (_, values) = by_hand(layer)
-    pairs = [(least(keys, 1 - n * step, power), least(values, 1 - n * step, power)) for n in range(round(1 / step))]
+    pairs = [
+        (least(keys, 1 - n * step, power), least(values, 1 - n * step, power)) for n in range(round(1 / step))
+    ]
     return [(pair, layer_error(layer, truncated(layer, pair))) for pair in pairs]
 
 
@@ -323,7 +373,9 @@ def weights_by_hand():
 
 
 def tails_by_hand(pairs):
-    """The share of the singular values beyond the rank, in the mean over heads, of keys and of values in every layer."""
+    """The share of the singular values beyond the rank, in the mean over heads, of keys and of values in
+    every layer.
+    """
     found = []
     for layer, pair in enumerate(pairs):
         for (_, energies), rank in zip(by_hand(layer), pair, strict=True):
@@ -334,7 +386,11 @@ def tails_by_hand(pairs):
 
 def beyond_by_hand(pairs):
     """The share of all energies that lies beyond the ranks."""
-    sides = [(energies, rank) for layer, pair in enumerate(pairs) for (_, energies), rank in zip(by_hand(layer), pair, strict=True)]
+    sides = [
+        (energies, rank)
+        for layer, pair in enumerate(pairs)
+        for (_, energies), rank in zip(by_hand(layer), pair, strict=True)
+    ]
     return sum(e[:, rank:].sum() for e, rank in sides) / sum(e.sum() for e, _ in sides)
 
 
@@ -387,22 +443,40 @@ def test_with_judge_loss_an_error_budget_is_in_nats_of_one_layer_alone(allocator
 
 
 def test_nats_may_be_more_than_one_and_relative_errors_may_not():
-    assert chosen(calibrate(error_budget=5.0, judge="loss", allocator="uniform", ranks=2)) == [(8, 8)] * LAYERS
-    for wrong, judge in ((5.0, "layers"), (0.0, "loss"), (-1.0, "loss"), (float("inf"), "loss"), (float("nan"), "loss")):
+    assert (
+        chosen(calibrate(error_budget=5.0, judge="loss", allocator="uniform", ranks=2)) == [(8, 8)] * LAYERS
+    )
+    for wrong, judge in (
+        (5.0, "layers"),
+        (0.0, "loss"),
+        (-1.0, "loss"),
+        (float("inf"), "loss"),
+        (float("nan"), "loss"),
+    ):
         with pytest.raises(LowkeyError, match=r"^error budget"):
             calibrate(error_budget=wrong, judge=judge)
 
 
 def test_a_last_stage_after_the_choice_is_named_beside_the_bound():
-    assert "before the method's last stage" in calibrate(ReCalKV(), error_budget=0.3).profile["bounded"]["what"]
+    assert (
+        "before the method's last stage" in calibrate(ReCalKV(), error_budget=0.3).profile["bounded"]["what"]
+    )
     assert "bounded" not in calibrate(budget="50%").profile
 
 
 # -- what a byte budget promises
 
 
-CHEAP = {name: kind() for name, kind in METHODS.items() if name not in ("stiefattention", "stiefattention-joint", "matryoshka")}
-CHEAP |= {"stiefattention": StiefAttention(epochs=1), "matryoshka": MatryoshkaKV(steps=1), "mea": MEA("activations")}
+CHEAP = {
+    name: kind()
+    for name, kind in METHODS.items()
+    if name not in ("stiefattention", "stiefattention-joint", "matryoshka")
+}
+CHEAP |= {
+    "stiefattention": StiefAttention(epochs=1),
+    "matryoshka": MatryoshkaKV(steps=1),
+    "mea": MEA("activations"),
+}
 CHEAP |= {"stiefattention-joint": StiefJoint(steps=1)}
 
 
@@ -457,7 +531,16 @@ def test_a_budget_that_ranks_cannot_keep_is_refused_before_anything_is_read(budg
 def test_below_what_is_measured_allocators_that_compare_errors_refuse_before_anything_is_read(allocator):
     """The least measured rank is 2 of 16; the others may choose 1."""
     with pytest.raises(LowkeyError, match=r"7\.0%.*is below 192 \(12\.5%\)"):
-        lowkey.calibrate(pico.attached("llama"), None, "", method=PCA(), budget="7%", allocator=allocator, sinks=0, recent=0)
+        lowkey.calibrate(
+            pico.attached("llama"),
+            None,
+            "",
+            method=PCA(),
+            budget="7%",
+            allocator=allocator,
+            sinks=0,
+            recent=0,
+        )
     assert chosen(calibrate(budget="7%", allocator="uniform")) == [(1, 1)] * LAYERS
 
 
@@ -480,7 +563,12 @@ def test_exact_tokens_are_within_the_budget_as_the_docstring_says():
 
 DEFAULTS = {  # of the papers: allocator, layout, candidate ranks, options
     "pca": ("greedy", "post_rope", "8", {}),
-    "eigenattention": ("threshold", "pre_rope", "8", {"form": "paper", "key_bases": "shared", "value_bases": "per_head"}),
+    "eigenattention": (
+        "threshold",
+        "pre_rope",
+        "8",
+        {"form": "paper", "key_bases": "shared", "value_bases": "per_head"},
+    ),
     "stiefattention": (
         *("weighted-pareto", "pre_rope", "50%,60%,70%,80%,90%"),
         {"parametrisation": "mlp", "key_bases": "shared", "value_bases": "per_head"},
@@ -518,10 +606,17 @@ def test_calibration_takes_them_when_nothing_else_is_said(name):
 
 
 def test_the_papers_protocol_of_stiefattention():
-    """Windows per step and epochs, told by counting: 6 fitting windows, 2 epochs, ranks 8 and 12, keys one by one and values by four."""
+    """Windows per step and epochs, told by counting: 6 fitting windows, 2 epochs, ranks 8 and 12, keys one by
+    one and values by four.
+    """
     from lowkey.methods import stiefattention as stief
 
-    assert (stief.EPOCHS["mlp"], stief.PATIENCE["mlp"], stief.DELTA, stief.WEIGHT_DECAY) == (50, 5, 1e-6, 1e-4)
+    assert (stief.EPOCHS["mlp"], stief.PATIENCE["mlp"], stief.DELTA, stief.WEIGHT_DECAY) == (
+        50,
+        5,
+        1e-6,
+        1e-4,
+    )
     sizes = []
 
     class Counting(StiefAttention):
@@ -556,7 +651,9 @@ def test_an_object_that_is_no_allocator_is_refused_by_what_it_lacks():
         def under_bytes(self, profile, limit):
             return []
 
-    with pytest.raises(LowkeyError, match=r"allocator Half: lacks .*derive it from lowkey\.allocate\.Allocator"):
+    with pytest.raises(
+        LowkeyError, match=r"allocator Half: lacks .*derive it from lowkey\.allocate\.Allocator"
+    ):
         calibrate(allocator=Half())
 
 

@@ -98,7 +98,9 @@ def test_a_prompt_is_context_and_question(seed):
 def test_the_asked_fact_is_in_the_prompt_once(seed):
     case = episode(seed)
     text, key = TOKENIZER.decode(case.prompt), TOKENIZER.decode(case.question).removeprefix(" Recall ")
-    assert text.count(f" Remember {key}{TOKENIZER.decode(case.answer)}.") == text.count(f" Remember {key} ") == 1
+    assert (
+        text.count(f" Remember {key}{TOKENIZER.decode(case.answer)}.") == text.count(f" Remember {key} ") == 1
+    )
     assert text.count(" Remember ") == 8
 
 
@@ -115,13 +117,19 @@ def test_facts_and_text_meet_between_sentences():
     """Sentences of ten tokens: the text begins with one, and no fact stands within one."""
     ends = range(0, 500, 10)
     out = weave(random.Random(0), range(500), [[-1], [-2, -3]], 63, ends)
-    assert [out[i - 1] % 10 for i, x in enumerate(out) if x in (-1, -2) and i and out[i - 1] >= 0] in ([9, 9], [9])
+    assert [out[i - 1] % 10 for i, x in enumerate(out) if x in (-1, -2) and i and out[i - 1] >= 0] in (
+        [9, 9],
+        [9],
+    )
     assert next(x for x in out if x >= 0) % 10 == 0 and len(out) == 63
 
 
 def test_sentence_ends_are_found_behind_quotes_and_brackets():
     ids = encode('"Go!" he said. (So it was.) Then 3.5 of')
-    assert [TOKENIZER.decode(ids[:at]) for at in sentence_ends(TOKENIZER, ids)][:2] == ['"Go!', '"Go!" he said.']
+    assert [TOKENIZER.decode(ids[:at]) for at in sentence_ends(TOKENIZER, ids)][:2] == [
+        '"Go!',
+        '"Go!" he said.',
+    ]
 
 
 # -- through a chat template
@@ -143,7 +151,11 @@ def test_a_chat_case_is_a_message_as_long_as_the_context(name):
     tokenizer = chatting()
     (case,) = recall.draw_episodes(tokenizer, HAYSTACK, 500, 1, 0, name)
     text, form = tokenizer.decode(case.prompt), FORMS[name]
-    assert len(case.prompt) == 500 and text.startswith("[user]") and case.prompt[-len(case.question) :] == case.question
+    assert (
+        len(case.prompt) == 500
+        and text.startswith("[user]")
+        and case.prompt[-len(case.question) :] == case.question
+    )
     key = next((k for k in KEYS if form.statement.format(key=k, value=case.value) in text), "")
     assert text.count(form.statement.format(key=key, value=case.value)) == 1
     assert text.endswith(f"{form.question.format(key=key)}~[assistant]{form.opening.format(key=key)}")
@@ -164,13 +176,25 @@ def test_an_answer_ends_with_any_end_of_turn_that_is_known(told):
     """The generation config may tell one, several or none; the template's own is found where nobody tells it."""
     model, tokenizer = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=told)), chatting()
     mark = tokenizer.convert_tokens_to_ids("~")
-    assert Frame.of(tokenizer).ends(model) == {mark, *([] if told is None else [told] if isinstance(told, int) else told)}
+    assert Frame.of(tokenizer).ends(model) == {
+        mark,
+        *([] if told is None else [told] if isinstance(told, int) else told),
+    }
     assert mark not in Frame.of(chatting(None)).ends(model)  # a plain letter ends nothing
 
 
 @pytest.mark.parametrize(
     "said, right",
-    [("482", True), (" 482", True), ("482.", True), ('482"', True), ("4821", False), ("48", False), ("\n482", False), ("0482", False)],
+    [
+        ("482", True),
+        (" 482", True),
+        ("482.", True),
+        ('482"', True),
+        ("4821", False),
+        ("48", False),
+        ("\n482", False),
+        ("0482", False),
+    ],
 )
 def test_the_number_and_no_further_digit_is_right(said, right):
     assert recall.is_right(said, "482") is right
@@ -249,7 +273,10 @@ def test_half_known_is_half_a_score_and_no_evidence():
     found = score(lambda prompt: knows(prompt) if next(turns) % 2 else " no", names=("full", "int8"))[0]
     assert found["full"]["exact_match"] == found["int8"]["exact_match"] == 0.5
     assert not found["full"]["recall_evidence"] and not found["int8"]["recall_evidence"]
-    assert "0.50 in form 'plain' at context 300, so this recall is no evidence; no other form" in found["full"]["recall_note"]
+    assert (
+        "0.50 in form 'plain' at context 300, so this recall is no evidence; no other form"
+        in found["full"]["recall_note"]
+    )
 
 
 def test_the_note_names_a_form_that_the_full_cache_solves():
@@ -295,7 +322,11 @@ def test_another_seed_asks_other_questions():
 
 def test_writing_is_what_generate_writes():
     model, ids = pico.attached("llama"), pico.prompt(30, 1)
-    stock = pico.build("llama").generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)[0, 30:].tolist()
+    stock = (
+        pico.build("llama")
+        .generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)[0, 30:]
+        .tolist()
+    )
     cache = lowkey.make_cache(model)
     assert write(model, cache, ids, set(), 8).ids == stock
     short = write(model, lowkey.make_cache(model), ids, {stock[3]}, 8)

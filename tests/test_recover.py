@@ -1,4 +1,6 @@
-"""Training through the compressed cache: what it computes, that it helps, and that a stopped one goes on as if it had not been."""
+"""Training through the compressed cache: what it computes, that it helps, and that a stopped one goes on as
+if it had not been.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,15 @@ SMALL = Recovery(stages=(("ce", 4),), rank=4, alpha=8, batch=2, length=24, lr=3e
 def run(model=None, plan=None, texts=TEXT, work=None, progress=None, **changes) -> Recovered:
     model = model or pico.attached("llama")
     extra = {"progress": progress} if progress else {}
-    return recover(model, pico.tokenizer(), plan or pico.plan(model), texts, settings=replace(SMALL, **changes), work=work, **extra)
+    return recover(
+        model,
+        pico.tokenizer(),
+        plan or pico.plan(model),
+        texts,
+        settings=replace(SMALL, **changes),
+        work=work,
+        **extra,
+    )
 
 
 def losses(found: Recovered) -> list[float]:
@@ -44,7 +54,12 @@ def losses(found: Recovered) -> list[float]:
 
 
 def maps(plan: Plan) -> dict[str, Tensor]:
-    return {f"{i}.{x.name}": t.clone() for i, f in plan.factors.items() for x in fields(f) if isinstance(t := getattr(f, x.name), Tensor)}
+    return {
+        f"{i}.{x.name}": t.clone()
+        for i, f in plan.factors.items()
+        for x in fields(f)
+        if isinstance(t := getattr(f, x.name), Tensor)
+    }
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -53,7 +68,9 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def through(model, plan: Plan, ids: Tensor) -> Tensor:
     """Logits as in training."""
-    cache = cache_of(model, lambda i: RebuildingLayer(Rebuilt(plan.factors[i], plan.layout, families.rope(model, i))))
+    cache = cache_of(
+        model, lambda i: RebuildingLayer(Rebuilt(plan.factors[i], plan.layout, families.rope(model, i)))
+    )
     return model(ids, past_key_values=cache, use_cache=True).logits
 
 
@@ -82,7 +99,9 @@ def test_merged_heads_are_trained_too(layout):
     plan = pico.plan(model, layout=layout)
     plan = replace(plan, factors={i: merged_factors(i) for i in plan.factors})
     found = run(model, plan, stages=(("distill", 2), ("ce", 2)), factors=True)
-    assert {n.split(".")[1] for n, t in maps(plan).items() if torch.equal(t, maps(found.plan)[n])} == {"order"}
+    assert {n.split(".")[1] for n, t in maps(plan).items() if torch.equal(t, maps(found.plan)[n])} == {
+        "order"
+    }
     logits = pico.feed(found.model, ids, lowkey.make_cache(found.model, found.plan))
     assert torch.allclose(logits, through(found.model, found.plan, ids), atol=1e-4)
 
@@ -90,7 +109,9 @@ def test_merged_heads_are_trained_too(layout):
 def test_a_rebuilding_layer_stores_nothing():
     model = pico.attached("llama")
     plan = pico.plan(model)
-    cache = cache_of(model, lambda i: RebuildingLayer(Rebuilt(plan.factors[i], plan.layout, families.rope(model, i))))
+    cache = cache_of(
+        model, lambda i: RebuildingLayer(Rebuilt(plan.factors[i], plan.layout, families.rope(model, i)))
+    )
     pico.feed(model, pico.prompt(), cache)
     assert (cache.nbytes(), cache.predicted_nbytes(), cache.get_seq_length()) == (0, 0, 0)
 
@@ -113,7 +134,9 @@ def test_distillation_starts_at_the_error_of_each_layer():
         for i, f in plan.factors.items():
             block = families.decoder_layers(model)[i]
             storage = module.OneLayerCache(Rebuilt(f, plan.layout, families.rope(model, i)))
-            exact, found = (families.run_layer(model, i, block, inputs[i], cache) for cache in (None, storage))
+            exact, found = (
+                families.run_layer(model, i, block, inputs[i], cache) for cache in (None, storage)
+            )
             errors.append(float((found - exact).square().sum() / exact.square().sum()))
     assert losses(run(stages=(("distill", 1),)))[0] == pytest.approx(sum(errors) / len(errors), rel=1e-4)
 
@@ -126,7 +149,9 @@ def test_every_linear_map_of_the_layers_is_trained(name):
     before, after = model.state_dict(), found.model.state_dict()
     moved = {n for n in before if not torch.equal(before[n], after[n])}
     inside = [m for block in families.decoder_layers(model) for m in block.modules()]
-    linear = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m in inside}
+    linear = {
+        f"{n}.weight" for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m in inside
+    }
     assert list(before) == list(after) and moved == linear
 
 
@@ -155,20 +180,31 @@ def test_the_rate_rises_to_its_peak_once_and_falls(steps, warmup):
     assert rates == sorted(rates[: top + 1]) + sorted(rates[top + 1 :], reverse=True) and min(rates) > 0
 
 
-# -- arXiv:2507.11273, section 4.2: attention in full, adapters on the feed-forward maps, a rate for each stage, KL at a temperature
+# -- arXiv:2507.11273, section 4.2: attention in full, adapters on the feed-forward maps, a rate for each
+# stage, KL at a temperature
 
-KV_LATENT = {"full": ("self_attn.*",), "lora": ("mlp.*",), "stages": (("distill", 2), ("kl", 2)), "lrs": (1e-2, 1e-3), "temperature": 10.0}
+KV_LATENT = {
+    "full": ("self_attn.*",),
+    "lora": ("mlp.*",),
+    "stages": (("distill", 2), ("kl", 2)),
+    "lrs": (1e-2, 1e-3),
+    "temperature": 10.0,
+}
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "phi3"])
 def test_attention_is_trained_in_full_and_the_rest_through_adapters(name):
-    """What changes says how: by any matrix in attention (and its biases), by one of the adapters' rank elsewhere."""
+    """What changes says how: by any matrix in attention (and its biases), by one of the adapters' rank
+    elsewhere.
+    """
     model = pico.attached(name)
     after, before = run(model, **KV_LATENT).model.state_dict(), model.state_dict()
     assert list(after) == list(before) and {t.dtype for t in after.values()} == {torch.float32}
     for key, old in before.items():
         change = after[key] - old
-        kind = "full" if ".self_attn." in key and "norm" not in key else "adapter" if ".mlp." in key else "none"
+        kind = (
+            "full" if ".self_attn." in key and "norm" not in key else "adapter" if ".mlp." in key else "none"
+        )
         assert bool(change.any()) == (kind != "none") or key.endswith("k_proj.bias"), key
         if change.ndim == 2 and kind != "none":
             energy = torch.linalg.svdvals(change.double())
@@ -176,10 +212,20 @@ def test_attention_is_trained_in_full_and_the_rest_through_adapters(name):
 
 
 def test_a_stage_by_hand():
-    """One step of KL at a temperature with everything else switched off: AdamW on the attention's weights, and nothing else moves."""
+    """One step of KL at a temperature with everything else switched off: AdamW on the attention's weights,
+    and nothing else moves.
+    """
     model = pico.attached("llama")
     plan = pico.plan(model)
-    settings = {"full": ("self_attn.*",), "lora": (), "stages": (("kl", 1),), "lr": 1e-3, "temperature": 4.0, "eps": 2e-4, "warmup": 0.0}
+    settings = {
+        "full": ("self_attn.*",),
+        "lora": (),
+        "stages": (("kl", 1),),
+        "lr": 1e-3,
+        "temperature": 4.0,
+        "eps": 2e-4,
+        "warmup": 0.0,
+    }
     found = run(model, plan, **settings, weight_decay=0.1, betas=(0.8, 0.95))
     twin, ids = lowkey.attach(copy.deepcopy(model)), module.Windows.of(pico.tokenizer(), TEXT, SMALL).at(0)
     with torch.no_grad():
@@ -193,7 +239,8 @@ def test_a_stage_by_hand():
         if ".self_attn." not in name:
             assert torch.equal(moved, p), name
             continue
-        want = p * (1 - 1e-3 * 0.1) - 1e-3 * p.grad / (p.grad.abs() + 2e-4)  # the first step: both moments are the gradient's own
+        # the first step: both moments are the gradient's own
+        want = p * (1 - 1e-3 * 0.1) - 1e-3 * p.grad / (p.grad.abs() + 2e-4)
         assert torch.allclose(moved, want, atol=2e-6), name
 
 
@@ -202,7 +249,9 @@ def test_every_stage_has_its_rate():
     first = run(stages=(("ce", 2),), lr=1e-2)
     both = run(stages=(("ce", 2), ("kl", 2)), lrs=(1e-2, 1e-30))
     assert losses(both)[:2] == losses(first)
-    assert all(torch.allclose(t, both.model.state_dict()[n], atol=1e-7) for n, t in first.model.state_dict().items())
+    assert all(
+        torch.allclose(t, both.model.state_dict()[n], atol=1e-7) for n, t in first.model.state_dict().items()
+    )
 
 
 def test_maps_in_full_of_a_half_precision_model_are_trained_in_full_precision():
@@ -211,7 +260,9 @@ def test_maps_in_full_of_a_half_precision_model_are_trained_in_full_precision():
     training = module.Training.of(model, pico.plan(model), data, replace(SMALL, **KV_LATENT))
     assert {p.dtype for p in training.adapters.values()} == {torch.float32}
     found = run(model, pico.plan(model), **KV_LATENT)
-    assert {p.dtype for p in found.model.parameters()} == {torch.bfloat16} and all(map(math.isfinite, losses(found)))
+    assert {p.dtype for p in found.model.parameters()} == {torch.bfloat16} and all(
+        map(math.isfinite, losses(found))
+    )
 
 
 def test_training_in_full_resumes_to_the_same_numbers(tmp_path):
@@ -220,10 +271,14 @@ def test_training_in_full_resumes_to_the_same_numbers(tmp_path):
         run(work=tmp_path, progress=stop_before(3), **KV_LATENT, factors=True, dropout=0.2)
     resumed = run(work=tmp_path, **KV_LATENT, factors=True, dropout=0.2)
     assert resumed.losses == straight.losses
-    assert same(resumed.model.state_dict(), straight.model.state_dict()) and same(maps(resumed.plan), maps(straight.plan))
+    assert same(resumed.model.state_dict(), straight.model.state_dict()) and same(
+        maps(resumed.plan), maps(straight.plan)
+    )
 
 
-@pytest.mark.parametrize("other", [{"lora": ("*",)}, {"full": ()}, {"temperature": 2.0}, {"lrs": ()}, {"eps": 1e-3}], ids=str)
+@pytest.mark.parametrize(
+    "other", [{"lora": ("*",)}, {"full": ()}, {"temperature": 2.0}, {"lrs": ()}, {"eps": 1e-3}], ids=str
+)
 def test_a_work_folder_of_other_maps_is_not_reused(tmp_path, other):
     run(work=tmp_path, **KV_LATENT)
     assert run(work=tmp_path, **KV_LATENT | other).losses == run(**KV_LATENT | other).losses
@@ -260,7 +315,10 @@ def test_training_the_maps_too_helps_more(learned):
     assert sum(losses(both)[-5:]) < sum(losses(alone)[-5:])
     old = pico.plan(pico.attached("llama"))
     assert same(maps(alone.plan), maps(old)) and alone.plan.orthonormal
-    assert not any(torch.equal(t, maps(old)[name]) for name, t in maps(both.plan).items()) and not both.plan.orthonormal
+    assert (
+        not any(torch.equal(t, maps(old)[name]) for name, t in maps(both.plan).items())
+        and not both.plan.orthonormal
+    )
     assert not any(t.requires_grad for t in maps(both.plan).values())
 
 
@@ -283,7 +341,11 @@ def test_the_plan_is_the_new_models_and_keeps_what_was_learned(learned, tmp_path
 
 def test_the_new_model_is_a_plain_one(learned):
     model = learned[False].model
-    assert type(model) is type(pico.attached("llama")) and attention_interface.attached(model) and not model.training
+    assert (
+        type(model) is type(pico.attached("llama"))
+        and attention_interface.attached(model)
+        and not model.training
+    )
     assert not any(p.requires_grad for p in model.parameters())
     assert not any("lora" in name for name, _ in model.named_modules())
 
@@ -304,13 +366,17 @@ def test_every_stage_is_told_by_itself():
 
 
 def test_one_objective_on_one_text_judges_before_and_after(learned):
-    """By hand: stock torch's cross-entropy on text that was not trained on, through caches made the public way."""
+    """By hand: stock torch's cross-entropy on text that was not trained on, through caches made the public
+    way.
+    """
     ids = pico.tokenizer()(text.embedded("evaluation")[: 8 * 23], add_special_tokens=False).input_ids
     rows = torch.tensor(ids).view(8, 23)
     rows = torch.cat([torch.ones(8, 1, dtype=torch.long) * pico.tokenizer().bos_token_id, rows], 1)
 
     def loss(model, cache):
-        return float(F.cross_entropy(pico.feed(model, rows, cache)[:, :-1].flatten(0, 1), rows[:, 1:].flatten()))
+        return float(
+            F.cross_entropy(pico.feed(model, rows, cache)[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
+        )
 
     old, found = pico.attached("llama"), learned[True]
     want = {
@@ -367,7 +433,9 @@ def test_a_stopped_training_resumes_to_the_same_numbers(tmp_path, straight, step
     torch.manual_seed(step)  # what others draw must not matter
     resumed = run(work=tmp_path, save_every=3, **TWO)
     assert resumed.losses == straight.losses
-    assert same(resumed.model.state_dict(), straight.model.state_dict()) and same(maps(resumed.plan), maps(straight.plan))
+    assert same(resumed.model.state_dict(), straight.model.state_dict()) and same(
+        maps(resumed.plan), maps(straight.plan)
+    )
 
 
 def test_a_crash_costs_the_steps_since_the_last_checkpoint(tmp_path, straight, monkeypatch):
@@ -408,7 +476,11 @@ def test_a_finished_training_is_not_repeated(tmp_path, monkeypatch):
     assert again.losses == first.losses and same(again.model.state_dict(), first.model.state_dict())
 
 
-@pytest.mark.parametrize("other", [{"lr": 1e-3}, {"texts": TEXT + "!"}, {"seed": 1}, {"stages": (("ce", 5),)}], ids=lambda o: next(iter(o)))
+@pytest.mark.parametrize(
+    "other",
+    [{"lr": 1e-3}, {"texts": TEXT + "!"}, {"seed": 1}, {"stages": (("ce", 5),)}],
+    ids=lambda o: next(iter(o)),
+)
 def test_a_work_folder_of_another_job_is_not_reused(tmp_path, other):
     run(work=tmp_path)
     assert run(work=tmp_path, **other).losses == run(**other).losses

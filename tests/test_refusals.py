@@ -1,4 +1,6 @@
-"""A call that is refused, interrupted or fails leaves a cache as it was, and the corrected call gives what it always would have."""
+"""A call that is refused, interrupted or fails leaves a cache as it was, and the corrected call gives what it
+always would have.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ KINDS = {
     "plan-tova": lambda m: make_cache(m, pico.plan(m), evicting("tova", every=3)),
     "dynamic": lambda m: dyna_cache(m, make_plan(m.config.model_type.replace("_text", ""), "post_rope")),
 }
-CASES = [(kind, "llama") for kind in KINDS] + [(kind, "gemma2") for kind in ("stock", "bits-8", "snapkv", "dynamic")]
+CASES = [(kind, "llama") for kind in KINDS] + [
+    (kind, "gemma2") for kind in ("stock", "bits-8", "snapkv", "dynamic")
+]
 
 
 @cache
@@ -83,12 +87,18 @@ def cut_inside(layer, model, cache, ids):
 
 
 FAILURES = {
-    "positions that jump": lambda m, c, x: call(m, c, x, position_ids=torch.arange(90, 90 + x.shape[1])[None]),
-    "float mask": lambda m, c, x: call(m, c, x, attention_mask=torch.zeros(1, 1, x.shape[1], LENGTH + x.shape[1])),
+    "positions that jump": lambda m, c, x: call(
+        m, c, x, position_ids=torch.arange(90, 90 + x.shape[1])[None]
+    ),
+    "float mask": lambda m, c, x: call(
+        m, c, x, attention_mask=torch.zeros(1, 1, x.shape[1], LENGTH + x.shape[1])
+    ),
     "weights wanted": lambda m, c, x: call(m, c, x, output_attentions=True),
     "another batch size": lambda m, c, x: call(m, c, x.repeat(3, 1)),
     "another dtype": lambda m, c, x: call(twice_as_wide(m.config.model_type), c, x),
-    "a mask too short": lambda m, c, x: call(m, c, x, attention_mask=torch.ones(1, 1, x.shape[1], 3, dtype=torch.bool)),
+    "a mask too short": lambda m, c, x: call(
+        m, c, x, attention_mask=torch.ones(1, 1, x.shape[1], 3, dtype=torch.bool)
+    ),
     "interrupt in layer 0": partial(cut, "mlp", 0),
     "interrupt in layer 1": partial(cut, "mlp", 1),
     "interrupt before layer 2": partial(cut, "self_attn", 2),
@@ -96,7 +106,12 @@ FAILURES = {
     "interrupt in the last attention": partial(cut_inside, 2),
 }
 NOT_REFUSED = {  # what stock layers take, and what is not theirs
-    "stock": ["positions that jump", "float mask", "interrupt in the first attention", "interrupt in the last attention"],
+    "stock": [
+        "positions that jump",
+        "float mask",
+        "interrupt in the first attention",
+        "interrupt in the last attention",
+    ],
 }
 
 
@@ -106,7 +121,9 @@ def state(cache):
 
 
 def same(a, b):
-    return all(x.keys() == y.keys() and all(torch.equal(x[n], y[n]) for n in x) for x, y in zip(a, b, strict=True))
+    return all(
+        x.keys() == y.keys() and all(torch.equal(x[n], y[n]) for n in x) for x, y in zip(a, b, strict=True)
+    )
 
 
 def fails(failure, model, cache, ids):
@@ -127,13 +144,17 @@ def test_a_failed_call_changes_nothing(kind, name, new):
     call(model, held, ids)
     before, size = state(held), held.nbytes()
     for failure in FAILURES:
-        if failure in NOT_REFUSED.get(kind, ()) or (name == "gemma2" and failure == "interrupt in the first attention"):
+        if failure in NOT_REFUSED.get(kind, ()) or (
+            name == "gemma2" and failure == "interrupt in the first attention"
+        ):
             continue
         fails(failure, model, held, more)
         assert [layer.get_seq_length() for layer in held.layers] == [LENGTH] * 3, failure
         assert held.nbytes() == size and same(state(held), before), failure
     assert torch.equal(call(model, held, more), expected)
-    assert same(state(held), state(straight)) and held.nbytes() == straight.nbytes() == held.predicted_nbytes()
+    assert (
+        same(state(held), state(straight)) and held.nbytes() == straight.nbytes() == held.predicted_nbytes()
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -155,13 +176,17 @@ def test_a_first_call_that_fails_leaves_a_fresh_cache(kind):
     with pytest.raises(KeyboardInterrupt):
         cut("mlp", 1, model, held, ids)
     assert held.get_seq_length() == held.nbytes() == held.predicted_nbytes() == 0 and not held.is_initialized
-    assert torch.equal(call(model, held, ids[:, :9].repeat(2, 1)), call(model, KINDS[kind](model), ids[:, :9].repeat(2, 1)))
+    assert torch.equal(
+        call(model, held, ids[:, :9].repeat(2, 1)), call(model, KINDS[kind](model), ids[:, :9].repeat(2, 1))
+    )
 
 
 def test_a_length_asked_within_a_pass_is_refused_and_not_guessed():
     model, held = attached("llama"), make_cache(attached("llama"), bits=8)
     call(model, held, prompt(LENGTH, batch=1))
-    handle = model.get_decoder().layers[1].register_forward_pre_hook(lambda *_: held.get_seq_length() and None)
+    handle = (
+        model.get_decoder().layers[1].register_forward_pre_hook(lambda *_: held.get_seq_length() and None)
+    )
     try:
         with pytest.raises(LowkeyError, match="within a forward pass"):
             call(model, held, prompt(3, batch=1))
@@ -174,7 +199,11 @@ def test_a_length_asked_within_a_pass_is_refused_and_not_guessed():
 
 def test_bytes_may_be_asked_within_a_pass():
     model, held, sizes = attached("llama"), make_cache(attached("llama"), bits=8), []
-    handle = model.get_decoder().layers[2].register_forward_pre_hook(lambda *_: sizes.append((held.nbytes(), held.predicted_nbytes())))
+    handle = (
+        model.get_decoder()
+        .layers[2]
+        .register_forward_pre_hook(lambda *_: sizes.append((held.nbytes(), held.predicted_nbytes())))
+    )
     call(model, held, prompt(LENGTH, batch=1))
     handle.remove()
     assert sizes[0][0] == sizes[0][1] == held.nbytes() * 2 // 3

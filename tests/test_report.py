@@ -15,7 +15,13 @@ from matplotlib.text import Text
 
 from lowkey.core.types import LowkeyError
 from lowkey.report import load_results, render, write_report
-from lowkey.report.plots import error_surface_figure, quality_figure, quality_panels, ranks_figure, spectra_figure
+from lowkey.report.plots import (
+    error_surface_figure,
+    quality_figure,
+    quality_panels,
+    ranks_figure,
+    spectra_figure,
+)
 from lowkey.report.svg import inline_svg
 
 RANKS = [4, 8, 16, 32]
@@ -71,7 +77,12 @@ POOR = HALF | {
     "bytes_per_token": 512,
     "bytes_held": 2**18,
 }
-ENVIRONMENT = {"lowkey": "0.1.0", "cpu": "EPYC", "command": "lowkey eval tiny", "data": {"name": "alice", "sha256": "aa", "tokens": 40960}}
+ENVIRONMENT = {
+    "lowkey": "0.1.0",
+    "cpu": "EPYC",
+    "command": "lowkey eval tiny",
+    "data": {"name": "alice", "sha256": "aa", "tokens": 40960},
+}
 HOSTILE = '</title></svg><script>alert("$x_{")</script> id="x" #1d2430'
 
 
@@ -121,7 +132,14 @@ def text() -> str:
 def test_the_table_holds_the_numbers_with_the_full_cache_first_then_by_bytes(text: str) -> None:
     page = Page(text)
     assert [line[0] for line in page.table] == ["Row", "full", "pca 25%", "stiefattention 50%"]
-    expected = {"Perplexity": "12.31", "KL": "0.0312", "Top-1": "94.1%", "Kept": "50.0%", "Bytes/token": "1 KiB", "Bytes held": "512 KiB"}
+    expected = {
+        "Perplexity": "12.31",
+        "KL": "0.0312",
+        "Top-1": "94.1%",
+        "Kept": "50.0%",
+        "Bytes/token": "1 KiB",
+        "Bytes held": "512 KiB",
+    }
     assert {title: page.cell(3, title) for title in expected} == expected
 
 
@@ -152,11 +170,20 @@ def test_the_summary_prefers_the_smaller_of_two_near_rows() -> None:
 
 
 def test_the_summary_says_when_no_row_is_near() -> None:
-    assert "No row stays within 5% of the full perplexity; the closest is pca 25%" in render([result(FULL, POOR)])
+    assert "No row stays within 5% of the full perplexity; the closest is pca 25%" in render(
+        [result(FULL, POOR)]
+    )
 
 
 @pytest.mark.parametrize(
-    "rows", [[HALF], [FULL], [{"name": "x"}], [FULL, HALF | {"perplexity": None}], [FULL, HALF | {"perplexity": float("nan")}]]
+    "rows",
+    [
+        [HALF],
+        [FULL],
+        [{"name": "x"}],
+        [FULL, HALF | {"perplexity": None}],
+        [FULL, HALF | {"perplexity": float("nan")}],
+    ],
 )
 def test_it_renders_without_what_was_not_measured(rows: list[dict]) -> None:
     text = render([result(*rows)])
@@ -170,7 +197,14 @@ def test_held_bytes_that_were_not_predicted_are_pointed_out(text: str) -> None:
 
 
 def test_hostile_names_stay_text_everywhere() -> None:
-    row = HALF | {"name": HOSTILE, "method": HOSTILE, "layout": HOSTILE, "plan": HOSTILE, "budget": HOSTILE, "profile": PROFILE}
+    row = HALF | {
+        "name": HOSTILE,
+        "method": HOSTILE,
+        "layout": HOSTILE,
+        "plan": HOSTILE,
+        "budget": HOSTILE,
+        "profile": PROFILE,
+    }
     bad = result(FULL, row, model=HOSTILE)
     bad["environment"] = {HOSTILE: HOSTILE, "data": {"name": HOSTILE, "sha256": HOSTILE}}
     text = render([bad])
@@ -188,7 +222,12 @@ def test_nothing_is_fetched(text: str) -> None:
     page = Page(text)
     assert "://" not in text
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "base"}
-    links = [value or "" for _, attributes in page.tags for name, value in attributes.items() if name in ("src", "href", "xlink:href")]
+    links = [
+        value or ""
+        for _, attributes in page.tags
+        for name, value in attributes.items()
+        if name in ("src", "href", "xlink:href")
+    ]
     assert links
     assert all(link.startswith(("#", "data:image/png;base64,")) for link in links)
     assert "default-src 'none'" in text
@@ -214,7 +253,8 @@ def test_plots_follow_the_page_colours(text: str) -> None:
     assert all("var(--ink)" in svg for svg in svgs)
     used = {colour for svg in svgs for colour in re.findall(r"(?:fill|stroke): ?(#[0-9a-f]{6})", svg)}
     lines = {"#4a86e8", "#e0703c"}  # the spectra of the first and the last layer
-    assert used == {"#ffffff", "#000000"} | lines  # the mark of the chosen pair lies on a heat map in either scheme
+    # the mark of the chosen pair lies on a heat map in either scheme
+    assert used == {"#ffffff", "#000000"} | lines
 
 
 def test_every_css_variable_is_defined_for_light_and_dark(text: str) -> None:
@@ -238,8 +278,17 @@ def test_runs_on_one_text_share_a_table_and_others_do_not() -> None:
 
 def test_rows_of_several_runs_are_told_apart_by_what_differs_and_else_by_their_run() -> None:
     marked = [
-        HALF | {"name": "kq-svd 50%", "short": "kq-svd 50%", "marks": {"layout": layout, "group": group, "folder": folder}}
-        for layout, group, folder in (("pre_rope", "group=3", "a"), ("pre_rope", "", "a"), ("post_rope", "group=3", "b"))
+        HALF
+        | {
+            "name": "kq-svd 50%",
+            "short": "kq-svd 50%",
+            "marks": {"layout": layout, "group": group, "folder": folder},
+        }
+        for layout, group, folder in (
+            ("pre_rope", "group=3", "a"),
+            ("pre_rope", "", "a"),
+            ("post_rope", "group=3", "b"),
+        )
     ]
     page = Page(render([result(FULL, row) for row in (*marked, POOR)]))
     rows = {page.cell(i, "Row") for i in range(1, 9)}
@@ -325,7 +374,13 @@ def test_a_lossless_row_stays_on_the_plot() -> None:
 
 
 def test_labels_do_not_cover_one_another() -> None:
-    rows = [FULL, *(HALF | {"name": f"method {i} 50%", "method": str(i), "perplexity": 12.3 + i / 500} for i in range(5))]
+    rows = [
+        FULL,
+        *(
+            HALF | {"name": f"method {i} 50%", "method": str(i), "perplexity": 12.3 + i / 500}
+            for i in range(5)
+        ),
+    ]
     figure = quality_figure(rows)
     FigureCanvasAgg(figure).draw()
     # An annotation's own extent includes its leader line; only the texts must stay apart.
@@ -343,7 +398,10 @@ def test_files_and_folders_load_and_the_page_is_written(tmp_path: Path) -> None:
     assert [r["model"] for r in load_results([single, folder])] == ["c", "a", "b"]
     out = write_report([single, folder], tmp_path / "new" / "r.html")
     page = render(load_results([single, folder]))
-    assert out.read_text(encoding="utf-8").startswith(page) and out.read_text(encoding="utf-8").count("\n") == page.count("\n") + 1
+    assert (
+        out.read_text(encoding="utf-8").startswith(page)
+        and out.read_text(encoding="utf-8").count("\n") == page.count("\n") + 1
+    )
 
 
 BROKEN = {
@@ -357,12 +415,16 @@ BROKEN = {
     "text for a number": json.dumps(result(FULL, HALF | {"perplexity": "12"})),
     "true for a number": json.dumps(result(FULL, HALF | {"kl": True})),
     "an absurd number": json.dumps(result(FULL, HALF | {"bytes_held": 10**400})),
-    "ragged surface": json.dumps(result(HALF | {"profile": PROFILE | {"surface": [[[1.0], [2.0, 3.0]]] * 2}})),
+    "ragged surface": json.dumps(
+        result(HALF | {"profile": PROFILE | {"surface": [[[1.0], [2.0, 3.0]]] * 2}})
+    ),
     "surface of text": json.dumps(result(HALF | {"profile": PROFILE | {"surface": [[["1"] * 4] * 4] * 2}})),
     "chosen for too few layers": json.dumps(result(HALF | {"profile": PROFILE | {"chosen": [[8, 8]]}})),
     "ranks out of order": json.dumps(result(HALF | {"profile": PROFILE | {"ranks": [8, 4, 16, 32]}})),
     "layers of text": json.dumps(result(HALF | {"profile": PROFILE | {"layers": ["$x", "y"]}})),
-    "spectra for too few layers": json.dumps(result(HALF | {"profile": PROFILE | {"spectra": {"keys": [[1.0]], "values": []}}})),
+    "spectra for too few layers": json.dumps(
+        result(HALF | {"profile": PROFILE | {"spectra": {"keys": [[1.0]], "values": []}}})
+    ),
 }
 
 
@@ -377,7 +439,10 @@ def test_a_file_that_is_no_result_is_named_in_one_line(tmp_path: Path, content: 
 def test_the_complaint_says_where_and_what(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     path.write_text(BROKEN["text for a number"])
-    with pytest.raises(LowkeyError, match=r"rows\[1\] perplexity must be a number or null; give a file that lowkey eval wrote"):
+    with pytest.raises(
+        LowkeyError,
+        match=r"rows\[1\] perplexity must be a number or null; give a file that lowkey eval wrote",
+    ):
         load_results([path])
 
 

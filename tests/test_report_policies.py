@@ -1,4 +1,6 @@
-"""What the report says of eviction policies: curves over what they hold, maps of their heads, their parameters in words."""
+"""What the report says of eviction policies: curves over what they hold, maps of their heads, their
+parameters in words.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +37,21 @@ from lowkey.report.svg import inline_svg
 
 TOKENS = 512
 WHOLE = FULL | {"exact_match": 1.0, "label": "full"}
-INT4 = HALF | {"name": "int4", "label": "int4", "method": None, "budget": None, "bits": 4, "exact_match": 0.9, "bytes_held": 2**18}
+INT4 = HALF | {
+    "name": "int4",
+    "label": "int4",
+    "method": None,
+    "budget": None,
+    "bits": 4,
+    "exact_match": 0.9,
+    "bytes_held": 2**18,
+}
 SNAP = policy_words(SnapKV("6%"))
 
 
-def evicted(percent: float, name: str = "snapkv", heads: list | None = None, on: str = "", **changed: object) -> dict:
+def evicted(
+    percent: float, name: str = "snapkv", heads: list | None = None, on: str = "", **changed: object
+) -> dict:
     """A row as `lowkey eval` writes it; `on` is the plan that the policy stands on."""
     held = FULL["bytes_full"] * percent / 100
     known = {
@@ -94,13 +106,16 @@ def test_a_policy_is_one_line_over_the_shares_that_it_holds() -> None:
         ("snapkv", [0.03, 0.06, 0.12]),
     ]
     exact = panels(rows)["Recall"]
-    drawn = [line.get_xydata().tolist() for line in exact.lines[1:]]  # the first is the dashed line of the full cache
+    # the first is the dashed line of the full cache
+    drawn = [line.get_xydata().tolist() for line in exact.lines[1:]]
     assert drawn == [[[0.03, 0.03], [0.12, 0.12]], [[0.03, 0.03], [0.06, 0.06], [0.12, 0.12]], [[1.0, 1.0]]]
     assert set(exact.lines[0].get_ydata()) == {1.0}
     assert [text.get_text() for text in exact.figure.legends[0].get_texts()] == ["ada-kv", "snapkv"]
 
 
-def test_the_share_is_logarithmic_where_it_spreads_over_more_than_ten_times_and_the_same_in_all_panels() -> None:
+def test_the_share_is_logarithmic_where_it_spreads_over_more_than_ten_times_and_the_same_in_all_panels() -> (
+    None
+):
     wide, narrow = [WHOLE, evicted(3), evicted(50)], [WHOLE, evicted(20), evicted(50)]
     assert {ax.get_xscale() for ax in curves_figure(wide).axes} == {"log"}
     assert {ax.get_xscale() for ax in curves_figure(narrow).axes} == {"linear"}
@@ -121,7 +136,11 @@ def test_full_and_packed_integers_are_labelled_points_and_a_plan_where_policies_
     assert [row["name"] for row in references(rows)] == ["full", "int4", "pca 50%"]
     exact = panels(rows)["Recall"]
     assert {text.get_text() for text in exact.texts} == {"full", "int4", "pca 50%"}
-    assert {tuple(line.get_xydata()[0]) for line in exact.lines[-3:]} == {(1.0, 1.0), (0.25, 0.9), (0.5, 0.97)}
+    assert {tuple(line.get_xydata()[0]) for line in exact.lines[-3:]} == {
+        (1.0, 1.0),
+        (0.25, 0.9),
+        (0.5, 0.97),
+    }
 
 
 def test_what_several_runs_measured_alike_is_drawn_once() -> None:
@@ -145,11 +164,28 @@ def test_recall_is_always_drawn_from_nothing_to_all() -> None:
 
 
 def test_with_one_budget_each_policies_are_dots_side_by_side_the_best_on_top() -> None:
-    rows = [WHOLE, INT4, evicted(6, exact_match=0.5), evicted(6, "ada-kv", exact_match=0.8), evicted(6, "h2o", exact_match=None)]
+    rows = [
+        WHOLE,
+        INT4,
+        evicted(6, exact_match=0.5),
+        evicted(6, "ada-kv", exact_match=0.8),
+        evicted(6, "h2o", exact_match=None),
+    ]
     first, *others = (axes := curves_figure(rows).axes)
     names = [text.get_text() for text in first.texts]
-    assert names == ["ada-kv 6% (6.0% held)", "snapkv 6% (6.0% held)", "h2o 6% (6.0% held)", "full (100.0% held)", "int4 (25.0% held)"]
-    assert [tuple(line.get_xydata()[0]) for line in first.lines[1:]] == [(0.8, 0), (0.5, 1), (1.0, 3), (0.9, 4)]
+    assert names == [
+        "ada-kv 6% (6.0% held)",
+        "snapkv 6% (6.0% held)",
+        "h2o 6% (6.0% held)",
+        "full (100.0% held)",
+        "int4 (25.0% held)",
+    ]
+    assert [tuple(line.get_xydata()[0]) for line in first.lines[1:]] == [
+        (0.8, 0),
+        (0.5, 1),
+        (1.0, 3),
+        (0.9, 4),
+    ]
     assert set(first.lines[0].get_xdata()) == {1.0}
     assert len(axes) == 3
     assert not any(ax.texts for ax in others)
@@ -158,14 +194,21 @@ def test_with_one_budget_each_policies_are_dots_side_by_side_the_best_on_top() -
 def test_thirty_six_policies_all_look_different_and_neighbours_in_colour_and_marker() -> None:
     looks = [(look["color"], look["marker"]) for look in _looks(36)]
     assert len(set(looks)) == 36
-    assert all(a[0] != b[0] and a[1] != b[1] for place in range(0, 36, 6) for a, b in pairwise(looks[place : place + 6]))
+    assert all(
+        a[0] != b[0] and a[1] != b[1]
+        for place in range(0, 36, 6)
+        for a, b in pairwise(looks[place : place + 6])
+    )
 
 
 def test_the_quality_figure_leaves_policies_out_and_is_dropped_when_nothing_else_is_left() -> None:
     rows = [WHOLE, INT4, evicted(3), evicted(6)]
     alone = render([result(*rows)])
     assert "Quality against cache bytes per token" not in alone
-    both = re.findall(r'<svg role="img" aria-label="(Quality against cache bytes per token\. .*?)"', render([result(*rows, HALF)]))
+    both = re.findall(
+        r'<svg role="img" aria-label="(Quality against cache bytes per token\. .*?)"',
+        render([result(*rows, HALF)]),
+    )
     assert len(both) == 1
     assert "stiefattention 50%" in both[0]
     assert "snapkv" not in both[0]
@@ -181,7 +224,8 @@ def test_maps_of_one_budget_share_a_colour_scale_and_budgets_do_not() -> None:
     ada, snap = (ax.images[0] for ax in heads_figure(groups["6%"]).axes[:2])
     assert ada.norm is snap.norm
     assert (ada.norm.vmin, ada.norm.vmax) == (0, 60)
-    np.testing.assert_array_equal(ada.get_array(), [[1, 2, 4], [60, 3, 5]])  # heads upwards, layers to the right
+    # heads upwards, layers to the right
+    np.testing.assert_array_equal(ada.get_array(), [[1, 2, 4], [60, 3, 5]])
     assert heads_figure(groups["12%"]).axes[0].images[0].norm.vmax == 90
 
 
@@ -189,11 +233,14 @@ def test_every_map_says_its_mean_and_max() -> None:
     (ax, *_) = heads_figure([evicted(6)]).axes
     assert [text.get_text() for text in ax.texts] == ["snapkv", "mean 16, max 30 of 512 tokens"]
     assert heads_words(evicted(6, bytes_per_token=None)) == "mean 16, max 30 tokens"
-    assert heads_words(evicted(6, heads=[[600]])) == "mean 600, max 600 tokens"  # more than the bytes say that there were
+    # more than the bytes say that there were
+    assert heads_words(evicted(6, heads=[[600]])) == "mean 600, max 600 tokens"
     assert heads_words(evicted(6, heads=[])) == "not counted"
 
 
-@pytest.mark.parametrize("heads", [[[1, 2], [3]], [[1], [], [2, 3]], [[None, 2], [math.nan, math.inf]], [[0, 0]], [[1e99]], [[-1]]])
+@pytest.mark.parametrize(
+    "heads", [[[1, 2], [3]], [[1], [], [2, 3]], [[None, 2], [math.nan, math.inf]], [[0, 0]], [[1e99]], [[-1]]]
+)
 def test_ragged_layers_and_missing_counts_are_blank(heads: list) -> None:
     row = evicted(6, heads=heads)
     found = kept_heads(row)
@@ -204,7 +251,10 @@ def test_ragged_layers_and_missing_counts_are_blank(heads: list) -> None:
     assert "Tokens kept per head at 6%" in render([result(FULL, row)])
 
 
-@pytest.mark.parametrize("heads", [None, [], [[]], [[], []], [[None]], [[math.nan], [math.inf]], "text", 5, {}, [5], [[1], "x"], [[[1]]]])
+@pytest.mark.parametrize(
+    "heads",
+    [None, [], [[]], [[], []], [[None]], [[math.nan], [math.inf]], "text", 5, {}, [5], [[1], "x"], [[[1]]]],
+)
 def test_without_counts_there_is_no_map(heads: object) -> None:
     row = evicted(6) | {"kept_per_head": heads}
     assert kept_heads(row) is None
@@ -219,9 +269,15 @@ def test_a_row_without_the_key_and_a_row_that_is_no_policy_have_no_map() -> None
 def test_maps_are_folded_by_budget_and_only_the_first_is_open(text: str) -> None:
     details = [attributes for tag, attributes in Page(text).tags if tag == "details"]
     assert [("open" in attributes) for attributes in details] == [True, False]
-    assert re.findall(r"<summary>(.*?)</summary>", text) == ["Tokens kept per head at 3%", "Tokens kept per head at 12%"]
+    assert re.findall(r"<summary>(.*?)</summary>", text) == [
+        "Tokens kept per head at 3%",
+        "Tokens kept per head at 12%",
+    ]
     spoken = [attributes["aria-label"] or "" for attributes in Page(text).of("svg")]
-    assert spoken[1] == ("Tokens kept per head at 3%. ada-kv: mean 16, max 30 of 512 tokens. snapkv: mean 16, max 30 of 512 tokens.")
+    assert spoken[1] == (
+        "Tokens kept per head at 3%. ada-kv: mean 16, max 30 of 512 tokens. snapkv: mean 16, max 30 of 512 "
+        "tokens."
+    )
     assert "snapkv 3%: Kept 3.0%, Perplexity 19.70, KL 0.333, Exact match 3.0%" in spoken[0]
 
 
@@ -233,7 +289,12 @@ def test_many_rows_stay_in_few_figures() -> None:
 
 
 def test_the_table_tells_parameters_and_allocator() -> None:
-    row = evicted(6, policy=policy_words(SnapKV("6%", allocator=HeadKV("copy", importance=((0.123456,) * 8,) * 4), window=16)))
+    row = evicted(
+        6,
+        policy=policy_words(
+            SnapKV("6%", allocator=HeadKV("copy", importance=((0.123456,) * 8,) * 4), window=16)
+        ),
+    )
     page = Page(render([result(FULL, row)]))
     assert page.cell(2, "Policy") == "snapkv (sinks=4, recent=8, every=0, window=16, kernel=7, pooling=max)"
     assert page.cell(2, "Allocator") == "headkv (kind=copy, beta=1.2, floor=0.0, importance=[4 lists])"
@@ -248,7 +309,11 @@ def test_the_table_tells_parameters_and_allocator() -> None:
         ({}, "None", None),
         ({"name": "a", "parameters": {}, "allocator": "ada"}, "a", "ada"),
         ({"name": "a", "parameters": [1, 2], "allocator": {"name": "b"}}, "a ([1, 2])", "b"),
-        ({"name": "a", "parameters": {"prompt": "\n\nSay  it.\n", "x": None, "y": ""}}, "a (prompt=Say it., x=None, y='')", None),
+        (
+            {"name": "a", "parameters": {"prompt": "\n\nSay  it.\n", "x": None, "y": ""}},
+            "a (prompt=Say it., x=None, y='')",
+            None,
+        ),
         ({"name": "n" * 99, "parameters": {"p": list(range(40))}}, "n" * 59 + "… (p=[40 values])", None),
     ],
 )
@@ -260,7 +325,10 @@ def test_odd_policies_are_said_as_they_are(policy: object, score: str | None, al
 def test_the_environment_says_what_refeed_means() -> None:
     for value, said in ((True, "again over what a policy kept"), (False, "once, in the prompt")):
         data = ENVIRONMENT["data"] | {"refeed": value}  # type: ignore[operator]
-        shown = re.findall(r"<dt>data refeed</dt><dd>(.*?)</dd>", render([result(FULL) | {"environment": ENVIRONMENT | {"data": data}}]))
+        shown = re.findall(
+            r"<dt>data refeed</dt><dd>(.*?)</dd>",
+            render([result(FULL) | {"environment": ENVIRONMENT | {"data": data}}]),
+        )
         assert len(shown) == 1
         assert shown[0].startswith(f"{value}: ")
         assert said in shown[0]
@@ -279,7 +347,11 @@ def test_the_summary_tells_the_recall_that_perplexity_hides() -> None:
 @pytest.mark.parametrize(
     ("matches", "said"),
     [
-        ((0.96, 1.0), "The smallest cache within 5 points of the full recall is snapkv 3%: it keeps 61.44 B of 2 KiB per token (3.0%) at"),
+        (
+            (0.96, 1.0),
+            "The smallest cache within 5 points of the full recall is snapkv 3%: it keeps 61.44 B of 2 KiB "
+            "per token (3.0%) at",
+        ),
         ((0.5, 0.96), "The smallest cache within 5 points of the full recall is snapkv 6%:"),
         ((0.5, 0.5), "No row stays within 5 points of the full recall; the closest is snapkv 3%:"),
         ((None, None), "3 rows measured; no compressed row has both its recall and its bytes."),
@@ -297,13 +369,19 @@ def test_ids_are_unique_colours_defined_and_nothing_is_fetched(text: str) -> Non
     assert set(re.findall(r'(?:href="|url\()#([^")]+)', text)) <= set(ids)
     assert "://" not in text
     svgs = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
-    assert not {colour for svg in svgs for colour in re.findall(r"(?:fill|stroke): ?(#[0-9a-f]{6})", svg)} - {"#ffffff"}
+    assert not {colour for svg in svgs for colour in re.findall(r"(?:fill|stroke): ?(#[0-9a-f]{6})", svg)} - {
+        "#ffffff"
+    }
     assert all(INK not in svg for svg in svgs)
 
 
 @pytest.mark.parametrize("budgets", [(6,), (3, 6)])
 def test_hostile_policies_stay_text_everywhere(budgets: tuple) -> None:
-    policy = {"name": HOSTILE, "parameters": {HOSTILE: HOSTILE}, "allocator": {"name": HOSTILE, "parameters": {HOSTILE: [HOSTILE]}}}
+    policy = {
+        "name": HOSTILE,
+        "parameters": {HOSTILE: HOSTILE},
+        "allocator": {"name": HOSTILE, "parameters": {HOSTILE: [HOSTILE]}},
+    }
     rows = [evicted(b, HOSTILE, policy=policy, profile=PROFILE) for b in budgets]
     text = render([result(FULL, *(row | {"budget": f"{HOSTILE}{row['budget']}"} for row in rows))])
     page = Page(text)
@@ -324,16 +402,22 @@ def test_a_name_is_written_as_it_is_and_never_read_as_a_formula(name: str) -> No
 ODD = [None, math.nan, math.inf, 0, -1, 1e99, 1e-310, 5e-324]
 
 
-@pytest.mark.parametrize("key", ["perplexity", "kl", "exact_match", "bytes_held", "bytes_full", "bytes_per_token", "bits"])
+@pytest.mark.parametrize(
+    "key", ["perplexity", "kl", "exact_match", "bytes_held", "bytes_full", "bytes_per_token", "bits"]
+)
 def test_odd_numbers_do_not_break_the_page(key: str) -> None:
-    even = [evicted(percent, heads=[]) for percent in (3, 6)]  # their heat maps, slow to draw, have nothing odd in them
+    # their heat maps, slow to draw, have nothing odd in them
+    even = [evicted(percent, heads=[]) for percent in (3, 6)]
     for value in ODD:
         render([result(FULL, *even, evicted(12) | {key: value})])
         render([result(FULL | {key: value}, INT4 | {key: value}, evicted(6) | {key: value})])
 
 
 def test_shares_that_no_scale_could_show_are_left_out_of_the_curves() -> None:
-    odd = [evicted(3) | {"bytes_held": 1e99, "bytes_full": 1e-99}, evicted(6) | {"bytes_held": 1e-99, "bytes_full": 1e99}]
+    odd = [
+        evicted(3) | {"bytes_held": 1e99, "bytes_full": 1e-99},
+        evicted(6) | {"bytes_held": 1e-99, "bytes_full": 1e99},
+    ]
     assert [share(row) for row in odd] == [None, None]
     assert len(Page(render([result(FULL, *odd, evicted(3), evicted(6))])).table) == 6
 
@@ -362,7 +446,9 @@ BAD_HEADS = {
 @pytest.mark.parametrize("heads", BAD_HEADS.values(), ids=BAD_HEADS.keys())
 def test_a_file_with_counts_that_are_none_is_refused(tmp_path: Path, heads: object) -> None:
     (tmp_path / "r.json").write_text(json.dumps(result(FULL, evicted(6) | {"kept_per_head": heads})))
-    with pytest.raises(LowkeyError, match=r"rows\[1\] kept_per_head must be null or a list of lists of numbers"):
+    with pytest.raises(
+        LowkeyError, match=r"rows\[1\] kept_per_head must be null or a list of lists of numbers"
+    ):
         load_results([tmp_path])
 
 

@@ -133,7 +133,10 @@ def test_keys_are_rotated_before_they_reach_the_cache(name):
 def test_get_seq_length_drives_the_position_ids(name):
     """Tokens seen, not tokens kept. Without `position_ids` from the caller the model counts on from it."""
     model, calls = spied(name)
-    model(prompt(3), past_key_values=cache_of(model, lambda i: BoxLayer(50)) if name == "llama" else _mixed(model, 50))
+    model(
+        prompt(3),
+        past_key_values=cache_of(model, lambda i: BoxLayer(50)) if name == "llama" else _mixed(model, 50),
+    )
     last = calls[-1].rest["position_ids"]
     assert last.flatten().tolist() == [50, 51, 52]
 
@@ -143,7 +146,9 @@ def _mixed(model, seen):
     for layer in cache.layers:
         if isinstance(layer, StockSlidingLayer):
             layer.cumulative_length = seen
-            layer.keys = layer.values = torch.zeros(2, families.geometry(model).kv_heads, WINDOW - 1, pico.HEAD_DIM)
+            layer.keys = layer.values = torch.zeros(
+                2, families.geometry(model).kv_heads, WINDOW - 1, pico.HEAD_DIM
+            )
             layer.is_initialized = True
     return cache
 
@@ -241,7 +246,12 @@ def test_sdpa_mask_is_boolean_and_true_means_attend():
     padding = torch.tensor([[False, True, True, True]])
     mask = sdpa_mask(batch_size=1, q_length=4, kv_length=4, attention_mask=padding)
     assert mask.dtype == torch.bool and mask.shape == (1, 1, 4, 4)
-    assert mask[0, 0].tolist() == [[False] * 4, [False, True, False, False], [False, True, True, False], [False, True, True, True]]
+    assert mask[0, 0].tolist() == [
+        [False] * 4,
+        [False, True, False, False],
+        [False, True, True, False],
+        [False, True, True, True],
+    ]
 
 
 @pytest.mark.parametrize(("query", "stored"), [(4, 4), (1, 9)])
@@ -262,7 +272,8 @@ def test_hidden_states_are_the_inputs_of_the_layers(name):
     model, got = pico.build(name), []
     for layer in families.decoder_layers(model):
         layer.register_forward_pre_hook(
-            lambda module, args, kwargs: got.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+            lambda module, args, kwargs: got.append(args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
         )
     with torch.no_grad():
         hidden = model(prompt(8), output_hidden_states=True).hidden_states
@@ -278,7 +289,11 @@ def test_a_decoder_layer_runs_alone_and_returns_a_tensor(name):
         layer, positions = families.decoder_layers(model)[1], torch.arange(8).unsqueeze(0)
         mask = torch.zeros(1, 1, 8, 8).masked_fill(~torch.ones(8, 8, dtype=torch.bool).tril(), -torch.inf)
         arguments = {"attention_mask": mask, "position_ids": positions, "past_key_values": None}
-        out = layer(hidden[1], **arguments, position_embeddings=families.rope(model, 1).embeddings(positions, hidden[1]))
+        out = layer(
+            hidden[1],
+            **arguments,
+            position_embeddings=families.rope(model, 1).embeddings(positions, hidden[1]),
+        )
     assert isinstance(out, torch.Tensor)
     assert torch.allclose(out, hidden[2], atol=1e-5)
 
@@ -288,7 +303,8 @@ def test_the_attention_block_reads_what_families_say(name):
     model, got = pico.build(name), []
     block = families.decoder_layers(model)[1]
     block.self_attn.register_forward_pre_hook(
-        lambda module, args, kwargs: got.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        lambda module, args, kwargs: got.append(args[0] if args else kwargs["hidden_states"]),
+        with_kwargs=True,
     )
     with torch.no_grad():
         hidden = model(prompt(8), output_hidden_states=True).hidden_states
@@ -361,12 +377,15 @@ assert state() == before
 @pytest.mark.parametrize("name", NAMES)
 def test_a_stock_cache_behaves_as_before_after_attach(name):
     ids, model = prompt(24), pico.build(name)
-    model.set_attn_implementation("eager" if name == "gemma2" else "sdpa")  # SDPA drops the soft cap, for which Gemma 2 wants eager
+    # SDPA drops the soft cap, for which Gemma 2 wants eager
+    model.set_attn_implementation("eager" if name == "gemma2" else "sdpa")
     before = [feed(model, ids, DynamicCache(config=model.config), [5, 0], [20, 1, 1, 2]), feed(model, ids)]
     lowkey.attach(model)
     after = [feed(model, ids, DynamicCache(config=model.config), [5, 0], [20, 1, 1, 2]), feed(model, ids)]
     for a, b in zip(before, after, strict=True):
-        assert torch.allclose(pico.real(a, [5, 0]), pico.real(b, [5, 0]), atol=2e-5 if name == "gemma2" else 0)
+        assert torch.allclose(
+            pico.real(a, [5, 0]), pico.real(b, [5, 0]), atol=2e-5 if name == "gemma2" else 0
+        )
 
 
 def test_attach_registers_both_functions_and_marks_the_model():
@@ -394,7 +413,11 @@ def test_attention_sinks_are_refused():
 
 def test_a_float_mask_is_refused():
     with pytest.raises(LowkeyError, match="attention_mask"):
-        attached("llama")(prompt(4), attention_mask=torch.zeros(2, 1, 4, 4), past_key_values=lowkey.make_cache(attached("llama")))
+        attached("llama")(
+            prompt(4),
+            attention_mask=torch.zeros(2, 1, 4, 4),
+            past_key_values=lowkey.make_cache(attached("llama")),
+        )
 
 
 def test_a_boolean_4d_mask_is_honoured():
@@ -406,7 +429,10 @@ def test_a_boolean_4d_mask_is_honoured():
     changed[0, 1] = (ids[0, 1] + 1) % VOCAB
     maps = pico.layer_factors(model, 6, 6)
     with torch.no_grad():
-        a, b = (model(x, attention_mask=mask[None, None], past_key_values=pico.lowrank(model, maps)).logits for x in (ids, changed))
+        a, b = (
+            model(x, attention_mask=mask[None, None], past_key_values=pico.lowrank(model, maps)).logits
+            for x in (ids, changed)
+        )
     assert torch.equal(a[0, 2:], b[0, 2:]) and not torch.equal(a[0, 1], b[0, 1])
 
 
@@ -419,7 +445,9 @@ def _fill(layer, length):
 
 
 def test_upstreams_sliding_layer_keeps_a_view_of_the_whole_prompt():
-    """The wart that StockSlidingLayer repairs; when this fails, transformers has repaired it too and ours can go."""
+    """The wart that StockSlidingLayer repairs; when this fails, transformers has repaired it too and ours can
+    go.
+    """
     assert _fill(DynamicSlidingWindowLayer(WINDOW), 100) == 100 * 2 * 16 * 4
 
 
@@ -457,14 +485,23 @@ def test_keys_and_values_of_different_widths_pass_a_cache(new, width):
     layer.update(keys[:, :, :4], values[:, :, :4])
     got = layer.update(keys[:, :, 4:], values[:, :, 4:])
     assert [tuple(x.shape[:2]) + tuple(x.shape[3:]) for x in got] == [(2, 1, 6), (2, 1, width)]
-    assert torch.equal(got[0][:, :, :5], keys) and torch.equal(got[1][:, :, :5], values) and int(layer.get_seq_length()) == 5
+    assert (
+        torch.equal(got[0][:, :, :5], keys)
+        and torch.equal(got[1][:, :, :5], values)
+        and int(layer.get_seq_length()) == 5
+    )
 
 
 def test_cached_beams_are_reordered_with_values_of_width_0():
     cache = DynamicCache()
     cache.update(torch.randn(2, 1, 3, 4), torch.zeros(2, 1, 3, 0), 0)
     cache.reorder_cache(torch.tensor([1, 1]))
-    assert torch.equal(cache.layers[0].keys[0], cache.layers[0].keys[1]) and cache.layers[0].values.shape == (2, 1, 3, 0)
+    assert torch.equal(cache.layers[0].keys[0], cache.layers[0].keys[1]) and cache.layers[0].values.shape == (
+        2,
+        1,
+        3,
+        0,
+    )
 
 
 @pytest.mark.parametrize("stored", [4, 9])
@@ -507,7 +544,11 @@ def test_a_head_dim_of_0_is_taken_for_none_given():
 
 def test_positions_that_start_again_are_documents_only_without_a_cache():
     model = pico.build("llama")
-    arguments = {"config": model.config, "inputs_embeds": torch.zeros(1, 6, pico.HIDDEN), "attention_mask": None}
+    arguments = {
+        "config": model.config,
+        "inputs_embeds": torch.zeros(1, 6, pico.HIDDEN),
+        "attention_mask": None,
+    }
     arguments |= {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
     packed = create_causal_mask(**arguments, past_key_values=None)
     assert not packed[0, 0, 3:, :3].any() and packed[0, 0, 5, 3:].all()

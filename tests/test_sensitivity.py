@@ -65,7 +65,10 @@ def test_projections_are_those_of_the_attention_module(name):
     for layer in range(pico.LAYERS):
         x = torch.randn(2, 5, pico.HIDDEN, generator=torch.Generator().manual_seed(layer))
         p = projections(model, layer)
-        ours = [project(x, *pair).permute(1, 2, 0, 3) for pair in ((p.q, p.q_bias), (p.k, p.k_bias), (p.v, p.v_bias))]
+        ours = [
+            project(x, *pair).permute(1, 2, 0, 3)
+            for pair in ((p.q, p.q_bias), (p.k, p.k_bias), (p.v, p.v_bias))
+        ]
         for mine, theirs in zip(ours, by_modules(model, layer, x), strict=True):
             assert mine.shape == theirs.shape and torch.allclose(mine, theirs, atol=1e-5)
 
@@ -77,18 +80,24 @@ def test_output_projections_are_those_of_the_attention_module(name):
     block = families.decoder_layers(model)[1].self_attn
     o = projections(model, 1).o
     read = torch.randn(2, 5, len(o), pico.HEAD_DIM, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(sum(read[:, :, h] @ o[h].T for h in range(len(o))), block.o_proj(read.flatten(2)), atol=1e-5)
+    assert torch.allclose(
+        sum(read[:, :, h] @ o[h].T for h in range(len(o))), block.o_proj(read.flatten(2)), atol=1e-5
+    )
 
 
 @every
 @torch.no_grad()
 def test_values_and_the_first_keys_are_those_in_a_stock_cache(name):
-    """Nothing here is known of a family's modules. At position 0 the rotation is none, up to the scale of its cosine."""
+    """Nothing here is known of a family's modules. At position 0 the rotation is none, up to the scale of its
+    cosine.
+    """
     model, cache = biased(name), DynamicCache(config=build(name).config)
     hidden = model(ROWS, past_key_values=cache, output_hidden_states=True).hidden_states
     for layer in families.geometry(model).compressible:
         x, p = families.attention_input(model, layer, hidden[layer]), projections(model, layer)
-        assert torch.allclose(project(x, p.v, p.v_bias).transpose(0, 1), cache.layers[layer].values, atol=1e-5)
+        assert torch.allclose(
+            project(x, p.v, p.v_bias).transpose(0, 1), cache.layers[layer].values, atol=1e-5
+        )
         scale = families.rope(model, layer)(torch.zeros(1, 1, dtype=torch.long), x)[0].max()
         keys, cached = project(x, p.k, p.k_bias).transpose(0, 1)[:, :, 0], cache.layers[layer].keys[:, :, 0]
         rotating = families.rope(model, layer)(torch.zeros(1, 1, dtype=torch.long), x)[0].shape[-1]
@@ -99,7 +108,9 @@ def test_values_and_the_first_keys_are_those_in_a_stock_cache(name):
 @every
 @torch.no_grad()
 def test_a_single_token_reads_its_own_value(name):
-    """Its attention is 1 whatever its key, so the block's output is the sum over query heads of o[H] of its value."""
+    """Its attention is 1 whatever its key, so the block's output is the sum over query heads of o[H] of its
+    value.
+    """
     model = biased(name)
     shape = families.geometry(model)
     x = torch.randn(1, 1, pico.HIDDEN, generator=torch.Generator().manual_seed(0))
@@ -108,7 +119,9 @@ def test_a_single_token_reads_its_own_value(name):
         values = project(x, p.v, p.v_bias)
         wanted = sum(values[h // shape.groups] @ p.o[h].T for h in range(shape.heads))
         rope = families.rope(model, layer).embeddings(torch.zeros(1, 1, dtype=torch.long), x)
-        found = families.decoder_layers(model)[layer].self_attn(x, position_embeddings=rope, attention_mask=None)[0]
+        found = families.decoder_layers(model)[layer].self_attn(
+            x, position_embeddings=rope, attention_mask=None
+        )[0]
         assert torch.allclose(found, wanted, atol=1e-5)
 
 
@@ -144,7 +157,9 @@ def slowly(model, rows):
         loss.backward()
         for layer in families.geometry(model).compressible:
             for side, part in zip("kv", projection_parts(model, layer)[1:], strict=True):
-                sums[layer, side] = sums.get((layer, side), 0) + part.linear.weight.grad[part.rows].float() ** 2
+                sums[layer, side] = (
+                    sums.get((layer, side), 0) + part.linear.weight.grad[part.rows].float() ** 2
+                )
         model.zero_grad()
     means = {key: float((s / len(rows)).sqrt().mean()) for key, s in sums.items()}
     return [(means[layer, "k"], means[layer, "v"]) for layer in families.geometry(model).compressible]
@@ -159,11 +174,15 @@ def test_fisher_is_a_slow_loop_over_samples(name):
     wanted = slowly(eager(name), ROWS)
     assert flat(fisher(stock(name), ROWS, 2)) == pytest.approx(flat(wanted), rel=1e-4)
     assert flat(fisher(attached(name), ROWS, 1)) == pytest.approx(flat(wanted), rel=1e-4)
-    assert len(wanted) == len(families.geometry(stock(name)).compressible) and all(x > 0 for x in flat(wanted))
+    assert len(wanted) == len(families.geometry(stock(name)).compressible) and all(
+        x > 0 for x in flat(wanted)
+    )
 
 
 def test_fisher_squares_per_sample_not_per_batch():
-    """The root mean square over rows, and so neither the order nor the batch matters, and a row twice counts twice."""
+    """The root mean square over rows, and so neither the order nor the batch matters, and a row twice counts
+    twice.
+    """
     alone = [flat(fisher(stock("llama"), row.unsqueeze(0), 1)) for row in ROWS]
     together = flat(fisher(stock("llama"), ROWS, 3))
     assert flat(fisher(stock("llama"), ROWS.flip(0), 1)) == pytest.approx(together, rel=1e-5)
@@ -187,7 +206,9 @@ def marked(name="phi3"):
 
 
 def state(model):
-    return [(p.requires_grad, None if p.grad is None else p.grad.tolist(), p.tolist()) for p in model.parameters()]
+    return [
+        (p.requires_grad, None if p.grad is None else p.grad.tolist(), p.tolist()) for p in model.parameters()
+    ]
 
 
 @pytest.mark.parametrize("name", SIGNALS)
@@ -233,7 +254,9 @@ def test_condition_is_numpys(name):
     model = build(name)
     for layer, found in zip(families.geometry(model).compressible, condition(model, ROWS, 1), strict=True):
         for x, part in zip(found, projection_parts(model, layer)[1:], strict=True):
-            assert x == pytest.approx(math.log(np.linalg.cond(part.linear.weight[part.rows].detach().double().numpy())), rel=1e-6)
+            assert x == pytest.approx(
+                math.log(np.linalg.cond(part.linear.weight[part.rows].detach().double().numpy())), rel=1e-6
+            )
 
 
 def test_condition_of_bad_weights_is_finite():

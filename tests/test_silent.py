@@ -1,4 +1,6 @@
-"""What would be wrong without a word: adapters, masks, layers that slide beside layers that evict, state that outlives its use."""
+"""What would be wrong without a word: adapters, masks, layers that slide beside layers that evict, state that
+outlives its use.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,13 @@ from lowkey.policies import POLICIES
 from lowkey.probes.layer_inputs import layer_inputs
 from lowkey.storage.exact import Exact
 
-TEXT = "".join(chr(97 + int(i) % 26) for i in torch.randint(0, 26, (3000,), generator=torch.Generator().manual_seed(0)))
-SLIDING = [["full_attention", "sliding_attention", "full_attention"], ["sliding_attention", "full_attention", "full_attention"]]
+TEXT = "".join(
+    chr(97 + int(i) % 26) for i in torch.randint(0, 26, (3000,), generator=torch.Generator().manual_seed(0))
+)
+SLIDING = [
+    ["full_attention", "sliding_attention", "full_attention"],
+    ["sliding_attention", "full_attention", "full_attention"],
+]
 
 
 def close(a: torch.Tensor, b: torch.Tensor, limit: float = 1e-4) -> bool:
@@ -36,7 +43,9 @@ def test_sliding_layers_forget_what_only_looks(types, policy, question):
     model = lowkey.attach(pico.build("gemma3_text", layer_types=types, sliding_window=8))
     context, asked, more = pico.prompt(30, 1), pico.prompt(6, 1, seed=2), pico.prompt(5, 1, seed=3)
     cache = make_cache(model, policy=POLICIES[policy]("100%"))
-    lowkey.prefill(model, pico.tokenizer(), cache, torch.cat([context, asked], 1) if question else context, question)
+    lowkey.prefill(
+        model, pico.tokenizer(), cache, torch.cat([context, asked], 1) if question else context, question
+    )
     assert cache.nbytes() == cache.predicted_nbytes()
     got = pico.feed(model, torch.cat([asked, more], 1), cache)
     assert close(got, pico.feed(model, torch.cat([context, asked, more], 1))[:, 30:])
@@ -44,7 +53,10 @@ def test_sliding_layers_forget_what_only_looks(types, policy, question):
 
 def test_a_mask_that_hides_what_is_stored_is_refused():
     """Padding is not held by a cache with a policy, so an earlier token cannot be told from it."""
-    model, cache = pico.attached("llama"), make_cache(pico.attached("llama"), policy=POLICIES["snapkv"]("100%"))
+    model, cache = (
+        pico.attached("llama"),
+        make_cache(pico.attached("llama"), policy=POLICIES["snapkv"]("100%")),
+    )
     pico.feed(model, pico.prompt(30), cache, [4, 0], [10, 20])
     pico.feed(model, pico.prompt(4), cache, [4, 0], [3, 1])
     mask = torch.ones(2, 38).long()
@@ -68,7 +80,9 @@ def test_sinks_are_sought_with_causal_attention():
     want = [hidden.clone() for _, hidden in layer_inputs(pico.attached("llama"), rows, 4)]
     with pytest.warns(UserWarning, match="no attention sinks"):
         find_sinks(model, rows)
-    assert all(close(got, hidden) for (_, got), hidden in zip(layer_inputs(model, rows, 4), want, strict=True))
+    assert all(
+        close(got, hidden) for (_, got), hidden in zip(layer_inputs(model, rows, 4), want, strict=True)
+    )
 
 
 def test_razor_is_refused_where_keys_are_stored_unrotated():
@@ -79,7 +93,9 @@ def test_razor_is_refused_where_keys_are_stored_unrotated():
 
 def test_hadamard_does_not_mix_channels_that_turn_at_their_own_frequencies():
     model, ids = pico.attached("llama"), pico.prompt(40, 1)
-    plan = calibrate(model, pico.tokenizer(), TEXT, method=KVLatent(rope="aware"), budget="50%", sample=Sample(4, 64))
+    plan = calibrate(
+        model, pico.tokenizer(), TEXT, method=KVLatent(rope="aware"), budget="50%", sample=Sample(4, 64)
+    )
     want = pico.feed(model, ids, make_cache(model, plan))
     assert close(pico.feed(model, ids, make_cache(model, plan, bits="hadamard8")), want, 0.1)
 
@@ -90,7 +106,9 @@ class Adapted(nn.Module):
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
         self.base_layer, self.active_adapters, self.disable_adapters = base, ["a"], False
-        self.more = nn.Parameter(torch.randn(base.weight.shape, generator=torch.Generator().manual_seed(base.out_features)) * 0.1)
+        self.more = nn.Parameter(
+            torch.randn(base.weight.shape, generator=torch.Generator().manual_seed(base.out_features)) * 0.1
+        )
         self.in_features, self.weight, self.bias = base.in_features, base.weight, base.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -128,13 +146,18 @@ def test_a_model_with_another_adapter_is_another_model():
 
 def test_quantised_weights_are_not_calibrated():
     model = pico.build("llama")
-    model.model.layers[0].mlp.up_proj.weight = nn.Parameter(torch.ones(96, 64, dtype=torch.int8), requires_grad=False)
+    model.model.layers[0].mlp.up_proj.weight = nn.Parameter(
+        torch.ones(96, 64, dtype=torch.int8), requires_grad=False
+    )
     with pytest.raises(LowkeyError, match=r"mlp.up_proj.weight of layer 0 is quantised"):
         lowkey.probes.layer_probe.layer_in_full(model, 0)
 
 
 def test_a_reset_cache_evicts_again():
-    model, cache = pico.attached("llama"), make_cache(pico.attached("llama"), policy=POLICIES["snapkv"]("20 tokens"))
+    model, cache = (
+        pico.attached("llama"),
+        make_cache(pico.attached("llama"), policy=POLICIES["snapkv"]("20 tokens")),
+    )
     lowkey.prefill(model, pico.tokenizer(), cache, pico.prompt(60, 1), 5)
     cache.reset()
     pico.feed(model, pico.prompt(60, 1), cache)
@@ -149,7 +172,9 @@ def test_a_saved_cache_remembers_how_chunks_see_themselves(policy, tmp_path):
     pico.feed(model, pico.prompt(30), cache)
     cache.save(tmp_path / "cache")
     again = load_cache(tmp_path / "cache", model)
-    assert torch.equal(pico.feed(model, pico.prompt(9, seed=3), again), pico.feed(model, pico.prompt(9, seed=3), cache))
+    assert torch.equal(
+        pico.feed(model, pico.prompt(9, seed=3), again), pico.feed(model, pico.prompt(9, seed=3), cache)
+    )
 
 
 def test_a_calibration_goes_on_with_the_same_batches_only(tmp_path):

@@ -15,13 +15,21 @@ from test_packing import close, oracle, plan
 
 import lowkey
 from lowkey import Exact
-from lowkey.calibration.sinks import find_sinks, fixed_points, located, prominence, sink_kinds, stable_channels
+from lowkey.calibration.sinks import (
+    find_sinks,
+    fixed_points,
+    located,
+    prominence,
+    sink_kinds,
+    stable_channels,
+)
 from lowkey.core.types import LowkeyError
 from lowkey.models import families
 from lowkey.models.loading import load
 from lowkey.storage.coded import EMPTY
 
-CHANNEL, MASSIVE = 7, torch.tensor([5, 11])  # a channel of the residual stream, and the tokens that are huge in it
+# a channel of the residual stream, and the tokens that are huge in it
+CHANNEL, MASSIVE = 7, torch.tensor([5, 11])
 LENGTH, PADS = 60, [23, 0]
 AT = [[30, 41, 58], [20, 33]]  # where the tokens are, row by row
 
@@ -104,7 +112,9 @@ def test_the_command_tells_sinks_that_are_not_the_first_token(tmp_path):
     words = ("sinks", tmp_path / "model", "--data", tmp_path / "text", "--context", 48, "--windows", 4)
     told = printed(*words)
     assert told["channels"] == [CHANNEL] and told["layers"] and told["tokens"]
-    assert {t["token"] for t in told["tokens"]} == set(signs) and all(t["position"] > 0 for t in told["tokens"])
+    assert {t["token"] for t in told["tokens"]} == set(signs) and all(
+        t["position"] > 0 for t in told["tokens"]
+    )
     assert all(w["first"] == 0 and w["later"] == len(told["tokens"]) for w in told["layers"].values())
     assert signs[0] in done(*words).out
 
@@ -133,13 +143,20 @@ def test_sinks_that_emerge_within_the_model_are_found_from_there_on():
     cache = lowkey.make_cache(model, bits=4, exact=Exact(3, rule=found))
     feed(model, text(AT), cache, PADS)
     assert [slots(cache.layers[1], row) for row in range(2)] == AT
-    assert cache.layers[0].sink_at.tolist() == [[23, 24, 25], [0, 1, 2]], "before the emergence: the first tokens"
+    assert cache.layers[0].sink_at.tolist() == [[23, 24, 25], [0, 1, 2]], (
+        "before the emergence: the first tokens"
+    )
 
 
-@pytest.mark.parametrize("make", [lambda: (pico.attached("llama"), CALIBRATION), lambda: (load("tiny", "float32", "cpu")[0], CALIBRATION)])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: (pico.attached("llama"), CALIBRATION), lambda: (load("tiny", "float32", "cpu")[0], CALIBRATION)],
+)
 def test_a_model_without_massive_activations_has_no_rule_and_says_why(make):
     model, rows = make()
-    with pytest.warns(UserWarning, match=r"times the median, and none is more than 100 times.*Exact\(sinks=n\)"):
+    with pytest.warns(
+        UserWarning, match=r"times the median, and none is more than 100 times.*Exact\(sinks=n\)"
+    ):
         assert find_sinks(model, rows) is None
 
 
@@ -178,7 +195,9 @@ def test_kinds_are_channels_and_signs():
 
 
 def test_an_outlier_channel_in_which_every_token_is_large_does_not_hide_the_sinks():
-    """As in SmolLM2-135M from layer 12 on: 50 times the median everywhere, 14,000 times in the sinks, a stray 110."""
+    """As in SmolLM2-135M from layer 12 on: 50 times the median everywhere, 14,000 times in the sinks, a stray
+    110.
+    """
     hidden = torch.randn(100, 64, generator=torch.Generator().manual_seed(0)).sign()
     hidden[:, 3] = torch.linspace(40, 60, 100)
     hidden[7, 3], hidden[50, 3], hidden[51, 3] = 14_000.0, 13_000.0, 110.0
@@ -196,7 +215,11 @@ def test_points_lie_where_no_others_do_also_in_their_midst():
     points = fixed_points(values, kinds)
     assert torch.equal(points.near(values.permute(1, 0, 2).unsqueeze(0))[0], kinds > 0)
     own = values[:20] - points.centres[0]
-    assert own.flatten(1).norm(dim=1).max() < points.radius[0] < (values[20:] - points.centres[0]).flatten(1).norm(dim=1).min()
+    assert (
+        own.flatten(1).norm(dim=1).max()
+        < points.radius[0]
+        < (values[20:] - points.centres[0]).flatten(1).norm(dim=1).min()
+    )
     assert fixed_points(torch.randn(200, 2, 8, generator=generator), kinds) is None
     assert fixed_points(values, torch.ones_like(kinds)) is None, "nothing to tell them from"
 
@@ -217,7 +240,9 @@ def test_two_kinds_of_sinks_have_a_point_each():
 
 
 @pytest.mark.parametrize(
-    "splits", [[60], [25, 15, 20], [10, 10, 40], [35] + [1] * 25], ids=["one-shot", "chunks", "in-the-padding", "by-one"]
+    "splits",
+    [[60], [25, 15, 20], [10, 10, 40], [35] + [1] * 25],
+    ids=["one-shot", "chunks", "in-the-padding", "by-one"],
 )
 def test_how_tokens_arrive_does_not_matter(splits):
     cache, whole = made(2, recent=3), made(2, recent=3)
@@ -234,8 +259,14 @@ def test_a_predicted_sink_is_seen_exactly_and_the_rest_as_stored(bits, recent, f
     """Against whole matrices rounded by loops; in every layout, whatever order the heads are in."""
     exact = Exact(2, recent, rule=rule())
     cache = lowkey.make_cache(planted(), plan(planted(), form), bits=bits, exact=exact)
-    expected = oracle(text(AT), bits, form, exact, PADS, [LENGTH], plant(pico.build("llama")), [at[:2] for at in AT])
-    close(real(feed(planted(), text(AT), cache, PADS), PADS), real(expected, PADS), 2e-2 if bits.endswith("4") else 2e-3)
+    expected = oracle(
+        text(AT), bits, form, exact, PADS, [LENGTH], plant(pico.build("llama")), [at[:2] for at in AT]
+    )
+    close(
+        real(feed(planted(), text(AT), cache, PADS), PADS),
+        real(expected, PADS),
+        2e-2 if bits.endswith("4") else 2e-3,
+    )
 
 
 def test_with_a_sink_in_the_middle_the_rule_is_nearer_to_stock_than_the_first_tokens():
@@ -244,7 +275,9 @@ def test_with_a_sink_in_the_middle_the_rule_is_nearer_to_stock_than_the_first_to
     reference, error = feed(model, ids), {}
     for name, exact in (("first", Exact(2)), ("predicted", Exact(2, rule=rule()))):
         cache = lowkey.make_cache(planted(), bits=4, exact=exact)
-        error[name] = float((feed(planted(), ids, cache) - reference)[:, 31:].norm() / reference[:, 31:].norm())
+        error[name] = float(
+            (feed(planted(), ids, cache) - reference)[:, 31:].norm() / reference[:, 31:].norm()
+        )
     assert error["predicted"] < 0.8 * error["first"], error
 
 
@@ -292,7 +325,8 @@ def test_the_rule_travels_with_a_saved_cache(tmp_path):
     kept = again.origin.exact.rule
     assert (kept.channels, kept.emergence) == (rule().channels, rule().emergence)
     assert all(
-        torch.equal(kept.layers[i].centres, p.centres) and torch.equal(kept.layers[i].radius, p.radius) for i, p in rule().layers.items()
+        torch.equal(kept.layers[i].centres, p.centres) and torch.equal(kept.layers[i].radius, p.radius)
+        for i, p in rule().layers.items()
     )
     assert torch.equal(feed(planted(), more, again, PADS), feed(planted(), more, cache, PADS))
     assert [slots(again.layers[1], row) for row in range(2)] == [[30, 41, 58], [20, 33, LENGTH + 3]]
@@ -306,7 +340,9 @@ def test_a_rule_whose_layers_share_their_points_travels_too(tmp_path):
     feed(planted(), text(AT), cache)
     cache.save(tmp_path / "c")
     kept = lowkey.load_cache(tmp_path / "c", planted()).origin.exact.rule.layers
-    assert all(torch.equal(p.centres, points.centres) and torch.equal(p.radius, points.radius) for p in kept.values())
+    assert all(
+        torch.equal(p.centres, points.centres) and torch.equal(p.radius, points.radius) for p in kept.values()
+    )
 
 
 def test_a_damaged_rule_is_refused(tmp_path):
@@ -314,7 +350,9 @@ def test_a_damaged_rule_is_refused(tmp_path):
     feed(planted(), text(AT), cache, PADS)
     cache.save(tmp_path / "c")
     file = tmp_path / "c" / "cache.json"
-    forging.edit_json(file, lambda about: about["exact"]["rule"].update(emergency=about["exact"]["rule"].pop("emergence")))
+    forging.edit_json(
+        file, lambda about: about["exact"]["rule"].update(emergency=about["exact"]["rule"].pop("emergence"))
+    )
     with pytest.raises(LowkeyError, match="damaged"):
         lowkey.load_cache(tmp_path / "c", planted())
 
@@ -323,7 +361,10 @@ def test_a_damaged_rule_is_refused(tmp_path):
     ("act", "says"),
     [
         (lambda: made(0), "sinks=0 keeps nothing"),
-        (lambda: lowkey.make_cache(pico.attached("llama"), bits=4, exact=Exact(4, rule=rule())), "sink rule was made for model"),
+        (
+            lambda: lowkey.make_cache(pico.attached("llama"), bits=4, exact=Exact(4, rule=rule())),
+            "sink rule was made for model",
+        ),
         (lambda: find_sinks(planted(), CALIBRATION, ratio=1.0), r"ratio 1\.0"),
     ],
 )

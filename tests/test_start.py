@@ -28,7 +28,9 @@ lowkey_start.main()
 def test_threads_wait_asleep_unless_told_otherwise(given, told):
     plain = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     environment = plain | {"OMP_DISPLAY_ENV": "TRUE"} | ({"OMP_WAIT_POLICY": given} if given else {})
-    ran = subprocess.run([sys.executable, "-c", START], env=environment, capture_output=True, text=True, check=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", START], env=environment, capture_output=True, text=True, check=True
+    )
     assert f"OMP_WAIT_POLICY = '{told}'" in ran.stderr
 
 

@@ -27,11 +27,15 @@ def activations(name: str, layer: int, ids: torch.Tensor) -> dict[str, torch.Ten
     cos, sin = families.rope(model, layer).embeddings(positions, x)
     post_q, post_k = sys.modules[type(model).__module__].apply_rotary_pos_emb(q, k, cos, sin)
     found = {"queries_pre": q, "keys_pre": k, "queries_post": post_q, "keys_post": post_k, "values": v}
-    return {"inputs": x.flatten(0, 1).double()} | {n: y.transpose(1, 2).flatten(0, 1).double() for n, y in found.items()}
+    return {"inputs": x.flatten(0, 1).double()} | {
+        n: y.transpose(1, 2).flatten(0, 1).double() for n, y in found.items()
+    }
 
 
 def project(model, block, x):
-    """(b, h, t, d) queries, keys, values before rotation; where each family puts its norms is written out here."""
+    """(b, h, t, d) queries, keys, values before rotation; where each family puts its norms is written out
+    here.
+    """
     kind, shape = model.config.model_type, (*x.shape[:2], -1, pico.HEAD_DIM)
     if kind == "phi3":
         heads, kv = model.config.num_attention_heads, model.config.num_key_value_heads
@@ -72,7 +76,10 @@ def test_moments_are_sums_of_outer_products(name):
     close(ours.inputs, outer(seen["inputs"]))
     for moment in ("queries_pre", "queries_post"):
         stacked = seen[moment].unflatten(1, (shape.kv_heads, shape.groups))  # (n, h, g, d)
-        close(getattr(ours, moment), torch.stack([outer(stacked[:, h].flatten(0, 1)) for h in range(shape.kv_heads)]))
+        close(
+            getattr(ours, moment),
+            torch.stack([outer(stacked[:, h].flatten(0, 1)) for h in range(shape.kv_heads)]),
+        )
     close(ours.keys_pre_mean, seen["keys_pre"].flatten(1).mean(0))
     close(ours.keys_post_mean, seen["keys_post"].flatten(1).mean(0))
     close(ours.values_mean, seen["values"].flatten(1).mean(0))
@@ -96,7 +103,9 @@ def test_sums_do_not_depend_on_the_batch_size(name):
     one, other = (gather(attached(name), IDS.split(size)) for size in (1, 6))
     for i in one:
         for moment, value in vars(one[i]).items():
-            assert torch.allclose(torch.as_tensor(value), torch.as_tensor(getattr(other[i], moment)), rtol=1e-4, atol=1e-4), moment
+            assert torch.allclose(
+                torch.as_tensor(value), torch.as_tensor(getattr(other[i], moment)), rtol=1e-4, atol=1e-4
+            ), moment
 
 
 def test_gathering_leaves_the_logits_alone():
@@ -124,7 +133,10 @@ def test_an_interrupted_pass_resumes_to_the_same_sums(tmp_path, monkeypatch, at)
         gather(model, stopping(batches, at), tmp_path)
     resumed, straight = gather(model, batches, tmp_path), gather(model, batches)
     for i, layer in straight.items():
-        assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(getattr(resumed[i], n))) for n, a in vars(layer).items())
+        assert all(
+            torch.equal(torch.as_tensor(a), torch.as_tensor(getattr(resumed[i], n)))
+            for n, a in vars(layer).items()
+        )
 
 
 def test_a_resumed_pass_does_not_repeat_what_was_saved(tmp_path, monkeypatch):

@@ -1,4 +1,6 @@
-"""Maps trained through the whole model: where they start, what they gain, and that they go on from where they were stopped."""
+"""Maps trained through the whole model: where they start, what they gain, and that they go on from where they
+were stopped.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,10 @@ def divergence(factors, rows):
     for i, f in factors.items():
         past.layers[i] = CodedLayer(LowRank(f, "pre_rope", families.rope(model, i)), EXACT)
     with torch.no_grad():
-        q, p = (m(rows, **kw).logits.double().log_softmax(-1) for m, kw in ((model, {"past_key_values": past}), (pico.stock("llama"), {})))
+        q, p = (
+            m(rows, **kw).logits.double().log_softmax(-1)
+            for m, kw in ((model, {"past_key_values": past}), (pico.stock("llama"), {}))
+        )
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
@@ -78,9 +83,13 @@ def test_training_starts_orthonormal_where_keys_are_white():
         for side, of in zip(sides, ("keys", "values"), strict=True):
             down, up = (x.detach().double() for x in (side.down, side.up))
             eye = torch.eye(down.shape[-1], dtype=torch.float64)
-            assert torch.allclose(down.mT @ down, eye.expand(1, -1, -1), atol=1e-3) and torch.allclose(up, down.mT, atol=1e-3)
+            assert torch.allclose(down.mT @ down, eye.expand(1, -1, -1), atol=1e-3) and torch.allclose(
+                up, down.mT, atol=1e-3
+            )
             stored = side.maps()[0].detach()[0].double()
-            ridge = 1e-6 * moments[i][of].diagonal().mean() * torch.eye(KV_HEADS * HEAD_DIM, dtype=torch.float64)
+            ridge = (
+                1e-6 * moments[i][of].diagonal().mean() * torch.eye(KV_HEADS * HEAD_DIM, dtype=torch.float64)
+            )
             assert torch.allclose(stored.mT @ (moments[i][of] + ridge) @ stored, eye, atol=1e-3)
 
 
@@ -88,7 +97,9 @@ def test_training_lowers_the_divergence_of_text_it_has_not_seen():
     found, rows = finished(40), course().rows[-HELD:]
     before, after = divergence(start(), rows), divergence(found, rows)
     assert after < 0.93 * before
-    training = stiefjoint.Training.of(found, gradients.gather(course().model, course().training, "pre_rope", EXACT, 0), 1, course())
+    training = stiefjoint.Training.of(
+        found, gradients.gather(course().model, course().training, "pre_rope", EXACT, 0), 1, course()
+    )
     assert training.judged() == pytest.approx(after, rel=1e-3)
 
 
@@ -113,7 +124,9 @@ def test_a_stopped_training_goes_on_to_the_same_maps(tmp_path):
         finished(8, work=tmp_path, progress=stopping)
     assert int(files.read_work(tmp_path, "training")["done"]) == 6
     left = []
-    resumed = finished(8, work=tmp_path, progress=lambda items, label, total=None: left.append((label, total)) or items)
+    resumed = finished(
+        8, work=tmp_path, progress=lambda items, label, total=None: left.append((label, total)) or items
+    )
     assert ("training maps", 2) in left and ("Fisher information", 0) in left
     whole = finished(8)
     for i, f in whole.items():
@@ -135,9 +148,12 @@ def test_gradients_are_taken_once_for_the_start_and_the_training():
 def test_another_budget_of_the_same_job_trains_anew(tmp_path):
     """The job that a folder belongs to does not name the ranks, for all else is shared between budgets."""
     options = {"method": StiefJoint(steps=2, lr=1e-3), "sample": SMALL}
-    first = lowkey.calibrate(pico.attached("llama"), pico.tokenizer(), TEXT, budget="30%", work=tmp_path, **options)
+    first = lowkey.calibrate(
+        pico.attached("llama"), pico.tokenizer(), TEXT, budget="30%", work=tmp_path, **options
+    )
     shared, alone = (
-        lowkey.calibrate(pico.attached("llama"), pico.tokenizer(), TEXT, budget="20%", work=work, **options) for work in (tmp_path, None)
+        lowkey.calibrate(pico.attached("llama"), pico.tokenizer(), TEXT, budget="20%", work=work, **options)
+        for work in (tmp_path, None)
     )
     assert first.profile["chosen"] != shared.profile["chosen"] == alone.profile["chosen"]
     assert all(torch.equal(f.k_down, alone.factors[i].k_down) for i, f in shared.factors.items())

@@ -31,14 +31,20 @@ def spied(cache):
 def thinking(budget="40%", **options):
     model = attached("llama")
     cache = lowkey.make_cache(
-        model, policy=make_policy("think", budget, {"recent": "4", "sinks": "2"} | {k: str(v) for k, v in options.items()})
+        model,
+        policy=make_policy(
+            "think", budget, {"recent": "4", "sinks": "2"} | {k: str(v) for k, v in options.items()}
+        ),
     )
     return model, cache, spied(cache)
 
 
 def strongest(queries, keys, count):
     """The channels c with the largest sum of q_c^2 times sum of k_c^2; queries (g, n, d), keys (m, d)."""
-    worth = [sum(float(q[c]) ** 2 for q in queries.flatten(0, 1)) * sum(float(k[c]) ** 2 for k in keys) for c in range(queries.shape[-1])]
+    worth = [
+        sum(float(q[c]) ** 2 for q in queries.flatten(0, 1)) * sum(float(k[c]) ** 2 for k in keys)
+        for c in range(queries.shape[-1])
+    ]
     return sorted(sorted(range(len(worth)), key=lambda c: -worth[c])[:count])
 
 
@@ -60,7 +66,11 @@ def test_think_drops_the_channels_that_queries_and_kept_keys_use_least(pads):
             tokens = n - pad
             for j, kept in enumerate(cache.kept_positions(i, row)):
                 old = [p for p in kept.tolist() if p < tokens - 4]
-                wanted = strongest(query[row, j, :, max(pad, n - looked) :], keys[row, j, [p + pad for p in old]], round(0.6 * 16))
+                wanted = strongest(
+                    query[row, j, :, max(pad, n - looked) :],
+                    keys[row, j, [p + pad for p in old]],
+                    round(0.6 * 16),
+                )
                 assert pruned(cache, i, row, j) == dict.fromkeys(old, wanted)
 
 
@@ -71,15 +81,24 @@ def test_think_answers_a_row_as_if_it_were_alone():
     together = torch.cat([pico.feed(model, ids, both, pads), pico.feed(model, more, both, pads)], 1)
     for row, pad in enumerate(pads):
         _, alone, _ = thinking(recent=16, looked=32)
-        own = torch.cat([pico.feed(model, ids[row : row + 1, pad:], alone), pico.feed(model, more[row : row + 1], alone)], 1)
+        own = torch.cat(
+            [pico.feed(model, ids[row : row + 1, pad:], alone), pico.feed(model, more[row : row + 1], alone)],
+            1,
+        )
         assert torch.allclose(together[row, pad:], own[0], atol=1e-4)
         for i in range(LAYERS):
-            assert [p.tolist() for p in both.kept_positions(i, row)] == [p.tolist() for p in alone.kept_positions(i)]
-            assert [pruned(both, i, row, j) for j in range(HEADS)] == [pruned(alone, i, 0, j) for j in range(HEADS)]
+            assert [p.tolist() for p in both.kept_positions(i, row)] == [
+                p.tolist() for p in alone.kept_positions(i)
+            ]
+            assert [pruned(both, i, row, j) for j in range(HEADS)] == [
+                pruned(alone, i, 0, j) for j in range(HEADS)
+            ]
 
 
 def test_think_chooses_channels_anew_for_what_comes_later():
-    """A first chunk of nine tokens does not settle the channels of the next eighty, and each keeps the channels that it was left."""
+    """A first chunk of nine tokens does not settle the channels of the next eighty, and each keeps the
+    channels that it was left.
+    """
     model, cache, seen = thinking(budget="50%", looked=8)
     ids = prompt(89, batch=1)
     pico.feed(model, ids[:, :9], cache)
@@ -91,7 +110,9 @@ def test_think_chooses_channels_anew_for_what_comes_later():
         for j, kept in enumerate(cache.kept_positions(i)):
             held, new = pruned(cache, i, 0, j), [p for p in kept.tolist() if 5 <= p < 85]
             assert {p: held[p] for p in held if p < 5} == {p: c for p, c in first[i][j].items() if p in held}
-            assert {p: held[p] for p in new} == dict.fromkeys(new, strongest(log[1][0][0, j, :, -8:], keys[0, j, new], 10))
+            assert {p: held[p] for p in new} == dict.fromkeys(
+                new, strongest(log[1][0][0, j, :, -8:], keys[0, j, new], 10)
+            )
     assert cache.nbytes() == cache.predicted_nbytes()
 
 
@@ -135,7 +156,9 @@ def test_think_drops_nothing_where_everything_fits(budget):
 
 
 def test_think_goes_on_with_its_channels_while_it_decodes():
-    """Queries of few steps choose no channels where many chose before; the newest tokens stay whole at every step."""
+    """Queries of few steps choose no channels where many chose before; the newest tokens stay whole at every
+    step.
+    """
     model, cache, _ = thinking(looked=16, every=1)
     pico.feed(model, prompt(60), cache)
     pico.feed(model, prompt(20, seed=4), cache, splits=[1] * 20)
@@ -154,7 +177,9 @@ def test_a_row_that_fits_is_left_whole_beside_one_that_does_not():
 
 
 def test_channels_that_few_queries_chose_are_not_used_again():
-    """Nine queries where sixteen are asked for: the next nine choose for themselves; nine after twenty do not."""
+    """Nine queries where sixteen are asked for: the next nine choose for themselves; nine after twenty do
+    not.
+    """
     for first, prunings in ((9, 2), (20, 1)):
         model, cache, _ = thinking("60%", looked=16)
         pico.feed(model, prompt(first), cache)

@@ -29,7 +29,9 @@ def tiny():
 def test_it_is_small_and_of_the_promised_shape(tiny):
     shape = families.geometry(tiny[0])
     assert sum(f.stat().st_size for f in FOLDER.iterdir()) < 10 * 2**20
-    assert shape.layers >= 4 and shape.layers * shape.heads >= 24 and shape.head_dim >= 32 and shape.groups == 1
+    assert (
+        shape.layers >= 4 and shape.layers * shape.heads >= 24 and shape.head_dim >= 32 and shape.groups == 1
+    )
     assert tiny[0].config.model_type == "llama" and tiny[0].config.max_position_embeddings >= 1024
 
 

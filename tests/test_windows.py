@@ -1,4 +1,6 @@
-"""Exact tokens beside a plan: in its budget, in its errors and in its statistics; and plans that name the packing of their latents."""
+"""Exact tokens beside a plan: in its budget, in its errors and in its statistics; and plans that name the
+packing of their latents.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,12 @@ FULL = 2 * 4 * pico.HEAD_DIM * 4 * LAYERS  # bytes per token of the pico llama i
 
 
 def calibrate(method=None, **kwargs) -> Plan:
-    given = {"method": method or PCA(), "sample": Sample(windows=8, length=24, batch=4), "allocator": "uniform", **kwargs}
+    given = {
+        "method": method or PCA(),
+        "sample": Sample(windows=8, length=24, batch=4),
+        "allocator": "uniform",
+        **kwargs,
+    }
     return lowkey.calibrate(attached("llama"), pico.tokenizer(), TEXT, **given)
 
 
@@ -65,8 +72,12 @@ def held(plan: Plan, tokens: int, model=None) -> int:
         ("int8", 256, "150 KiB", (2, 16)),
     ],
 )
-def test_a_cache_of_so_many_tokens_holds_the_budget_and_with_one_rank_more_exceeds_it(bits, at, budget, window):
-    plan = calibrate(PCA("per_head", "per_head"), budget=budget, bits=bits, at=at, sinks=window[0], recent=window[1])
+def test_a_cache_of_so_many_tokens_holds_the_budget_and_with_one_rank_more_exceeds_it(
+    bits, at, budget, window
+):
+    plan = calibrate(
+        PCA("per_head", "per_head"), budget=budget, bits=bits, at=at, sinks=window[0], recent=window[1]
+    )
     room = {"%": lambda n: n / 100 * FULL * at, "B/token": lambda n: n * at, "KiB": lambda n: n * 1024}
     unit = next(u for u in room if budget.endswith(u))
     limit = room[unit](float(budget.removesuffix(unit)))
@@ -100,7 +111,9 @@ def holding(exact=WINDOW, tokens=512, bits=None) -> Holding:
 
 
 def test_what_is_left_for_latents_in_numbers():
-    """512 tokens of 100 bytes: 30 % are 15360; 36 whole tokens and 3 layers' 24 + 16 bytes of places leave the rest to 480 tokens."""
+    """512 tokens of 100 bytes: 30 % are 15360; 36 whole tokens and 3 layers' 24 + 16 bytes of places leave
+    the rest to 480 tokens.
+    """
     small = Holding(3, 1, 4, 4, Exact(4, 32), None, 512)
     full = 2 * 3 * 4 * 4
     assert small.latents(Budget(30, "%")) == pytest.approx((0.3 * 512 * full - 36 * full - 3 * 40) / 480)
@@ -116,7 +129,11 @@ def test_what_is_left_for_latents_in_numbers():
         ({}, Budget(2**31, "bytes"), "more than the 1.5 KiB/token of the full cache"),
         ({}, Budget(7, "%"), "of a cache of 512 tokens: 4 sinks and 32 recent tokens alone take 7%.*--at"),
         ({"tokens": 30}, Budget(50, "%"), "of a cache of 30 tokens: 4 sinks and 32 recent tokens alone take"),
-        ({"tokens": 64, "bits": "kivi4", "exact": Exact()}, Budget(40, "%"), "0 sinks and 32 recent tokens alone take"),
+        (
+            {"tokens": 64, "bits": "kivi4", "exact": Exact()},
+            Budget(40, "%"),
+            "0 sinks and 32 recent tokens alone take",
+        ),
     ],
 )
 def test_budgets_that_a_window_does_not_leave_room_for_are_refused(given, budget, says):
@@ -146,13 +163,19 @@ def test_a_plans_bits_are_saved_and_used_and_overridden(tmp_path):
     plan, bare = Plan.load(tmp_path, attached("llama")), packed(bits=None)
     assert plan.bits == "int4" and plan.describe()["format"] == 3
     assert torch.equal(logits(plan), logits(bare, bits=4))
-    assert torch.equal(logits(plan, bits="none"), logits(bare)) and not torch.equal(logits(plan), logits(bare))
-    assert torch.equal(logits(plan, bits="int8"), logits(bare, bits=8)) and not torch.equal(logits(plan), logits(bare, bits=8))
+    assert torch.equal(logits(plan, bits="none"), logits(bare)) and not torch.equal(
+        logits(plan), logits(bare)
+    )
+    assert torch.equal(logits(plan, bits="int8"), logits(bare, bits=8)) and not torch.equal(
+        logits(plan), logits(bare, bits=8)
+    )
 
 
 @pytest.mark.parametrize("bits", ["int8", "kivi4", None])
 def test_bytes_per_token_are_those_of_the_packed_latents(bits):
-    """Six channels of each side: int8 6 + 8 bytes; kivi4 keys 3 + 1.5, as 32 tokens share two constants, and values 3 + 8."""
+    """Six channels of each side: int8 6 + 8 bytes; kivi4 keys 3 + 1.5, as 32 tokens share two constants, and
+    values 3 + 8.
+    """
     size = {"int8": 2 * (6 + 8), "kivi4": 3 + 8 * 6 / 32 + 3 + 8, None: 2 * 6 * 4}[bits]
     assert packed(bits=bits).bytes_per_token(4) == 4 * LAYERS * size
 
@@ -164,7 +187,9 @@ def test_a_cache_over_a_packed_plan_is_saved_and_goes_on(tmp_path):
     first = pico.feed(model, ids[:, :30], cache)
     cache.save(tmp_path / "cache")
     rest = pico.feed(model, ids[:, 30:], lowkey.load_cache(tmp_path / "cache", model))
-    assert torch.equal(torch.cat([first, rest], 1), pico.feed(model, ids, lowkey.make_cache(model, plan), splits=[30, 10]))
+    assert torch.equal(
+        torch.cat([first, rest], 1), pico.feed(model, ids, lowkey.make_cache(model, plan), splits=[30, 10])
+    )
 
 
 @pytest.mark.parametrize("bits", [4, "int3", "", ["int4"], {"a": 1}, True, "x" * 5000, "int4\n"])
@@ -195,9 +220,27 @@ def folder(tmp_path_factory):
 
 
 def test_compress_takes_bits_and_the_length_that_a_budget_in_bytes_is_for(folder, tmp_path):
-    words = ("--method", "pca", "--allocator", "uniform", "--budget", "102 KiB", "--bits", 4, "--at", 256, *SMALL)
+    words = (
+        "--method",
+        "pca",
+        "--allocator",
+        "uniform",
+        "--budget",
+        "102 KiB",
+        "--bits",
+        4,
+        "--at",
+        256,
+        *SMALL,
+    )
     told = printed("compress", folder, tmp_path / "plan", *words)
-    assert (told["bits"], told["profile"]["at"], told["budget"], told["sinks"], told["recent"]) == ("int4", 256, "102 KiB", 4, 32)
+    assert (told["bits"], told["profile"]["at"], told["budget"], told["sinks"], told["recent"]) == (
+        "int4",
+        256,
+        "102 KiB",
+        4,
+        32,
+    )
     model = lowkey.attach(AutoModelForCausalLM.from_pretrained(folder))
     assert held(Plan.load(tmp_path / "plan", model), 256, model) <= 102 * 2**10
 
@@ -215,13 +258,17 @@ def test_compress_without_a_method_takes_what_is_recommended(folder, tmp_path):
 
 
 def probe(name="llama", layer=1, layout="post_rope", exact=NEAR, ids=IDS) -> Probe:
-    return Probe.of(attached(name), layer, layout, dict(layer_inputs(attached(name), ids, 4))[layer], 2, exact=exact)
+    return Probe.of(
+        attached(name), layer, layout, dict(layer_inputs(attached(name), ids, 4))[layer], 2, exact=exact
+    )
 
 
 @pytest.mark.parametrize("exact", [Exact(2, 5), Exact(3, 0), Exact(0, 4)], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gemma2", "olmo2"])
 def test_errors_are_those_of_a_cache_with_the_same_exact_tokens(name, layout, exact):
-    """By hand: one layer of a real cache compressed, its output token by token, but for the first that see nothing compressed."""
+    """By hand: one layer of a real cache compressed, its output token by token, but for the first that see
+    nothing compressed.
+    """
     model, layer, ids = attached(name), 1, IDS
     f = pico.factors(families.geometry(model).kv_heads, 5, 7)
     cache = lowkey.make_cache(model)
@@ -231,8 +278,13 @@ def test_errors_are_those_of_a_cache_with_the_same_exact_tokens(name, layout, ex
         stock = pico.stock(name)(ids, output_hidden_states=True).hidden_states[layer + 1][-2:]
     first = exact.sinks + exact.recent
     assert torch.allclose(ours[:, :first], stock[:, :first], atol=1e-4)
-    found = [float((a - b).norm() / b.norm()) for a, b in zip(ours[:, first:].flatten(0, 1), stock[:, first:].flatten(0, 1), strict=True)]
-    assert probe(name, layer, layout, exact, ids).held_error(f) == pytest.approx(sum(found) / len(found), rel=1e-3)
+    found = [
+        float((a - b).norm() / b.norm())
+        for a, b in zip(ours[:, first:].flatten(0, 1), stock[:, first:].flatten(0, 1), strict=True)
+    ]
+    assert probe(name, layer, layout, exact, ids).held_error(f) == pytest.approx(
+        sum(found) / len(found), rel=1e-3
+    )
 
 
 def test_a_window_longer_than_the_text_leaves_no_token_out():
@@ -270,7 +322,8 @@ def test_statistics_leave_the_sinks_of_every_row_out():
     assert torch.allclose(found.values.double(), outer(values), atol=1e-3)
     assert torch.allclose(found.values_mean.double().flatten(), values.mean(0), atol=1e-4)
     assert torch.allclose(found.keys("pre_rope").double()[1], outer(keys[:, 16:32]), atol=1e-3)
-    queries = all_of["queries_post"][kept].unflatten(1, (4, 2))[:, 2].flatten(0, 1)  # the two of the third KV head
+    # the two of the third KV head
+    queries = all_of["queries_post"][kept].unflatten(1, (4, 2))[:, 2].flatten(0, 1)
     assert torch.allclose(found.queries("post_rope").double()[2], outer(queries), atol=1e-3)
     assert torch.allclose(found.inputs.double(), outer(all_of["inputs"][kept]), atol=1e-3)
 
@@ -304,12 +357,16 @@ def test_keys_and_values_are_measured_apart(counted):
 
 
 def test_nats_of_keys_and_values_add_up():
-    surface = torch.tensor(calibrate(allocator="greedy", ranks=2, judge="loss", budget="60%").profile["surface"])
+    surface = torch.tensor(
+        calibrate(allocator="greedy", ranks=2, judge="loss", budget="60%").profile["surface"]
+    )
     assert torch.allclose(surface[:, 0, 0], surface[:, 0, 1] + surface[:, 1, 0])
 
 
 def test_an_error_budget_measures_all_pairs(counted):
-    assert calibrate(allocator="pareto", ranks=3, budget=None, error_budget=0.3).profile["surface"] is not None
+    assert (
+        calibrate(allocator="pareto", ranks=3, budget=None, error_budget=0.3).profile["surface"] is not None
+    )
     assert len(counted) == LAYERS * 9
 
 
@@ -319,8 +376,12 @@ def test_an_error_budget_measures_all_pairs(counted):
 def test_a_policy_on_top_takes_the_place_of_a_plans_window():
     model, ids = attached("llama"), prompt(60, batch=1)
     policy = POLICIES["streamingllm"]("50%", sinks=2, recent=6)
-    one, other = (lowkey.make_cache(model, pico.plan(model, sinks=s, recent=r), policy) for s, r in ((4, 32), (0, 0)))
-    assert torch.equal(pico.feed(model, ids, one, splits=[50, 10]), pico.feed(model, ids, other, splits=[50, 10]))
+    one, other = (
+        lowkey.make_cache(model, pico.plan(model, sinks=s, recent=r), policy) for s, r in ((4, 32), (0, 0))
+    )
+    assert torch.equal(
+        pico.feed(model, ids, one, splits=[50, 10]), pico.feed(model, ids, other, splits=[50, 10])
+    )
     assert one.nbytes() == other.nbytes() == one.predicted_nbytes() < 0.5 * 60 * FULL
 
 
@@ -334,6 +395,11 @@ def test_a_packed_plan_with_a_policy_says_how_it_can_be():
 
 
 def test_an_error_budget_without_a_method_is_one_of_measured_errors():
-    plan = lowkey.calibrate(attached("llama"), pico.tokenizer(), TEXT, error_budget=0.3, sample=Sample(8, 48), sinks=0, recent=0)
+    plan = lowkey.calibrate(
+        attached("llama"), pico.tokenizer(), TEXT, error_budget=0.3, sample=Sample(8, 48), sinks=0, recent=0
+    )
     assert plan.allocator["name"] == "greedy" and plan.bits is None
-    assert plan.profile["bounded"]["what"] == "the largest error of a layer" and plan.profile["bounded"]["reached"] <= 0.3
+    assert (
+        plan.profile["bounded"]["what"] == "the largest error of a layer"
+        and plan.profile["bounded"]["reached"] <= 0.3
+    )

@@ -1,4 +1,6 @@
-"""Pico models of every kind of attention that trains with a small cache: 2 layers, hidden 24, 4 heads of 8, vocabulary 97, fp64."""
+"""Pico models of every kind of attention that trains with a small cache: 2 layers, hidden 24, 4 heads of 8,
+vocabulary 97, fp64.
+"""
 
 from __future__ import annotations
 
@@ -46,11 +48,21 @@ VARIANTS: dict[str, dict] = {
     "lrkv-full-expanded": {**LRKV, "num_key_value_heads": 2, "decode": "expanded"},
     "lrkv-latent": {**LRKV, "lrkv_rope_mode": "latent"},
     "lrkv-latent-2-norm": {**LRKV, "lrkv_rope_mode": "latent", "num_key_value_heads": 2, "qk_norm": True},
-    "lrkv-latent-absorbed": {**LRKV, "lrkv_rope_mode": "latent", "num_key_value_heads": 2, "decode": "absorbed"},
+    "lrkv-latent-absorbed": {
+        **LRKV,
+        "lrkv_rope_mode": "latent",
+        "num_key_value_heads": 2,
+        "decode": "absorbed",
+    },
     "lrkv-latent-expanded": {**LRKV, "lrkv_rope_mode": "latent", "decode": "expanded"},
     "lrkv-partial": {**LRKV, "lrkv_rope_mode": "partial"},
     "lrkv-partial-2-norm": {**LRKV, "lrkv_rope_mode": "partial", "num_key_value_heads": 2, "qk_norm": True},
-    "lrkv-partial-absorbed": {**LRKV, "lrkv_rope_mode": "partial", "num_key_value_heads": 2, "decode": "absorbed"},
+    "lrkv-partial-absorbed": {
+        **LRKV,
+        "lrkv_rope_mode": "partial",
+        "num_key_value_heads": 2,
+        "decode": "absorbed",
+    },
     "lrkv-partial-expanded": {**LRKV, "lrkv_rope_mode": "partial", "decode": "expanded"},
     "lrkv-nothing": {"attention": "lrkv", "lrkv_rank": 0, "num_key_value_heads": 2},
     "mea": {"attention": "mea"},
@@ -59,16 +71,46 @@ VARIANTS: dict[str, dict] = {
     "mea-fewer-absorbed": {"attention": "mea", "mea_num_component_heads": 3, "decode": "absorbed"},
     "mea-fewer-expanded": {"attention": "mea", "mea_num_component_heads": 3, "decode": "expanded"},
     "mea-fewer-grouped": {"attention": "mea", "num_key_value_heads": 2, "mea_num_component_heads": 1},
-    "mea-orthogonal": {"attention": "mea", "mea_num_component_heads": 2, "mea_hlc_init": "orthogonal", "qk_norm": True},
+    "mea-orthogonal": {
+        "attention": "mea",
+        "mea_num_component_heads": 2,
+        "mea_hlc_init": "orthogonal",
+        "qk_norm": True,
+    },
     "gta": {"attention": "gta", "num_key_value_heads": 2, "qk_norm": True},
     "gta-no-slice": {"attention": "gta", "num_key_value_heads": 2, "qk_rope_head_dim": 0},
-    "mea-some": {"attention": "mea", "num_key_value_heads": 2, "mea_num_component_heads": 1, "attention_layers": [0]},
+    "mea-some": {
+        "attention": "mea",
+        "num_key_value_heads": 2,
+        "mea_num_component_heads": 1,
+        "attention_layers": [0],
+    },
     "lrkv-some": {**LRKV, "attention_layers": [0], "other_attention": MLA},
-    "mla-some": {**MLA, "attention_layers": [0], "other_attention": {**LRKV, "lrkv_rope_mode": "latent", "num_key_value_heads": 2}},
+    "mla-some": {
+        **MLA,
+        "attention_layers": [0],
+        "other_attention": {**LRKV, "lrkv_rope_mode": "latent", "num_key_value_heads": 2},
+    },
     "k_eq_v": {"attention": "k_eq_v", "num_key_value_heads": 2},
-    "k_eq_v-partial": {"attention": "k_eq_v", "num_key_value_heads": 2, "qk_rope_head_dim": 4, "qk_norm": True},
+    "k_eq_v-partial": {
+        "attention": "k_eq_v",
+        "num_key_value_heads": 2,
+        "qk_rope_head_dim": 4,
+        "qk_norm": True,
+    },
 }
-ONE_OF_EACH = ["mha", "gqa-controls", "mla", "lrkv-full-2-norm", "lrkv-latent", "lrkv-partial", "mea-grouped", "mea-fewer", "gta", "k_eq_v"]
+ONE_OF_EACH = [
+    "mha",
+    "gqa-controls",
+    "mla",
+    "lrkv-full-2-norm",
+    "lrkv-latent",
+    "lrkv-partial",
+    "mea-grouped",
+    "mea-fewer",
+    "gta",
+    "k_eq_v",
+]
 UNROTATED = ["mla-nope", "mla-no-slice", "gta-no-slice"]
 
 
@@ -97,7 +139,9 @@ def logits(model: LowkeyForCausalLM, tokens: Tensor, **kwargs: object) -> Tensor
 
 
 def empty_cache(kind: str, model: LowkeyForCausalLM) -> Cache:
-    return StaticCache(model.config, max_cache_len=40) if kind == "static" else DynamicCache(config=model.config)
+    return (
+        StaticCache(model.config, max_cache_len=40) if kind == "static" else DynamicCache(config=model.config)
+    )
 
 
 def attention(model: LowkeyForCausalLM, layer: int = 0) -> nn.Module:
@@ -105,7 +149,9 @@ def attention(model: LowkeyForCausalLM, layer: int = 0) -> nn.Module:
 
 
 @torch.no_grad()
-def alone(model: LowkeyForCausalLM, hidden: Tensor, positions: Tensor | None = None, layer: int = 0) -> Tensor:
+def alone(
+    model: LowkeyForCausalLM, hidden: Tensor, positions: Tensor | None = None, layer: int = 0
+) -> Tensor:
     """One layer's attention over a whole text: (b, t, D) -> (b, t, D)."""
     positions = torch.arange(hidden.shape[1])[None] if positions is None else positions
     rope = model.model.rotary_emb(hidden, positions)
@@ -113,13 +159,17 @@ def alone(model: LowkeyForCausalLM, hidden: Tensor, positions: Tensor | None = N
 
 
 def hidden(length: int = 10, batch: int = 2, seed: int = 0) -> Tensor:
-    return torch.randn(batch, length, HIDDEN, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        batch, length, HIDDEN, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def share(source: LowkeyForCausalLM, target: LowkeyForCausalLM) -> LowkeyForCausalLM:
     """`target` with all weights of `source` that it has too, by name and shape."""
     own = target.state_dict()
-    common = {name: w for name, w in source.state_dict().items() if name in own and own[name].shape == w.shape}
+    common = {
+        name: w for name, w in source.state_dict().items() if name in own and own[name].shape == w.shape
+    }
     target.load_state_dict(common, strict=False)
     return target
 

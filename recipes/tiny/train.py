@@ -24,13 +24,57 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from lowkey.evaluate.recall import KEYS, Fact, draw_episode, draw_facts
 
 HERE = Path(__file__).parent
-# Keys of the later stages. The model did not learn to match them (35 % against 100 % for KEYS), so the task leaves them out.
-# fmt: off
+# Keys of the later stages. The model did not learn to match them (35 % against 100 % for KEYS), so the task
+# leaves them out. fmt: off
 MORE_KEYS = [
-    "needle", "ocean", "palace", "quarry", "ribbon", "saddle", "temple", "uncle", "valley", "wagon", "anchor", "barrel",
-    "copper", "desert", "eagle", "flower", "glove", "harbor", "iron", "jungle", "king", "lemon", "maple", "nest",
-    "olive", "pearl", "rope", "sailor", "tiger", "vessel", "wheel", "brush", "camel", "daisy", "earth", "fence",
-    "ghost", "honey", "ivory", "judge", "knife", "lion", "motor", "novel", "onion", "piano", "robin", "spoon",
+    "needle",
+    "ocean",
+    "palace",
+    "quarry",
+    "ribbon",
+    "saddle",
+    "temple",
+    "uncle",
+    "valley",
+    "wagon",
+    "anchor",
+    "barrel",
+    "copper",
+    "desert",
+    "eagle",
+    "flower",
+    "glove",
+    "harbor",
+    "iron",
+    "jungle",
+    "king",
+    "lemon",
+    "maple",
+    "nest",
+    "olive",
+    "pearl",
+    "rope",
+    "sailor",
+    "tiger",
+    "vessel",
+    "wheel",
+    "brush",
+    "camel",
+    "daisy",
+    "earth",
+    "fence",
+    "ghost",
+    "honey",
+    "ivory",
+    "judge",
+    "knife",
+    "lion",
+    "motor",
+    "novel",
+    "onion",
+    "piano",
+    "robin",
+    "spoon",
     "train",
 ]
 # fmt: on
@@ -41,7 +85,9 @@ BOS = "<s>"
 
 
 def clean(text: str) -> str:
-    """Plain quotes and dashes, one newline between paragraphs: a small vocabulary should not be spent on typography."""
+    """Plain quotes and dashes, one newline between paragraphs: a small vocabulary should not be spent on
+    typography.
+    """
     return "\n".join(line.strip() for line in text.translate(PLAIN).split("\n") if line.strip())
 
 
@@ -49,18 +95,29 @@ def train_tokenizer(texts: list[str], size: int, rng: random.Random) -> PreTrain
     """Byte-level BPE; digits stay single tokens; the keys of the recall task become words of their own."""
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(SPLIT, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(SPLIT, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tok.decoder = decoders.ByteLevel()
     facts = [f.statement + f.question for _ in range(2000) for f in draw_facts(rng, len(ALL_KEYS), ALL_KEYS)]
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[BOS, "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=[BOS, "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
     tok.train_from_iterator([t[:200_000] for t in texts] + facts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tok, bos_token=BOS, eos_token="</s>", pad_token="</s>", model_max_length=1024, padding_side="left"
+        tokenizer_object=tok,
+        bos_token=BOS,
+        eos_token="</s>",
+        pad_token="</s>",
+        model_max_length=1024,
+        padding_side="left",
     )
 
 
-TEXT, ANSWER, FACT = 0, 1, 2  # kinds of token; the digits of an answer can be predicted from the context alone
+# kinds of token; the digits of an answer can be predicted from the context alone
+TEXT, ANSWER, FACT = 0, 1, 2
 
 
 class Sampler:
@@ -86,11 +143,13 @@ class Sampler:
         return ids[:length], kind[:length]
 
     def pieces(self, facts: list[Fact]) -> list[tuple[list[int], list[int]]]:
-        """All statements, then all questions in an order of their own, each (ids, kinds). (With questions asked at once,
-        the latest value is right so often that the model never learns to look for the key.)"""
+        """All statements, then all questions in an order of their own, each (ids, kinds). (With questions
+        asked at once, the latest value is right so often that the model never learns to look for the key.)"""
         said = [self.encode(f.statement) for f in facts]
         asked = [self.encode(f.question + f.answer + ".") for f in self.rng.sample(facts, len(facts))]
-        return [(ids, [FACT] * len(ids)) for ids in said] + [(ids, [TEXT] * (len(ids) - 4) + [ANSWER] * 3 + [TEXT]) for ids in asked]
+        return [(ids, [FACT] * len(ids)) for ids in said] + [
+            (ids, [TEXT] * (len(ids) - 4) + [ANSWER] * 3 + [TEXT]) for ids in asked
+        ]
 
     def batch(self, stage: dict, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         rows = []
@@ -102,10 +161,14 @@ class Sampler:
         return torch.tensor([r[0] for r in rows]), torch.tensor([r[1] for r in rows])
 
 
-def losses(logits: torch.Tensor, ids: torch.Tensor, kind: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Mean cross-entropy over text and over answers, and accuracy on first digits (they need the key; the others follow);
-    statements of facts cost nothing."""
-    ce = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+def losses(
+    logits: torch.Tensor, ids: torch.Tensor, kind: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Mean cross-entropy over text and over answers, and accuracy on first digits (they need the key; the
+    others follow); statements of facts cost nothing."""
+    ce = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
+    )
     kind = kind[:, 1:].flatten()
     is_text, is_answer = kind == TEXT, kind == ANSWER
     first = (is_answer & (torch.roll(kind, 1) != ANSWER)).flatten()
@@ -124,7 +187,9 @@ def recall(model, encode, haystack: list[int], bos: int, context: int, cases: in
     rng, hits = random.Random(context), 0
     for _ in range(cases):
         e = draw_episode(rng, encode, haystack, context)
-        logits = model(torch.tensor([[bos, *e.prompt, *e.answer]]), logits_to_keep=len(e.answer) + 1).logits[0, :-1]
+        logits = model(torch.tensor([[bos, *e.prompt, *e.answer]]), logits_to_keep=len(e.answer) + 1).logits[
+            0, :-1
+        ]
         hits += logits.argmax(-1).tolist() == e.answer
     return hits / cases
 
@@ -139,12 +204,16 @@ def bits_per_byte(model, tok, text: str, bos: int, length: int = 1024) -> float:
 
 
 @torch.no_grad()
-def start_matching(model: LlamaForCausalLM, heads: int = 3, constant: float = 0.05, sharpness: float = 7.5, gain: float = 2.5) -> None:
-    """Begin with a rough induction circuit; several million tokens of training did not find one by themselves.
+def start_matching(
+    model: LlamaForCausalLM, heads: int = 3, constant: float = 0.05, sharpness: float = 7.5, gain: float = 2.5
+) -> None:
+    """Begin with a rough induction circuit; several million tokens of training did not find one by
+    themselves.
 
-    Half of an orthonormal basis is V, half U. Layer 0, heads 0..: attend to the previous token (a channel that is the same in
-    all embeddings gives key u and query R(-1) u) and write its V part into U. Layer 1, heads 0..: match the V part of the
-    current token with the U part of earlier ones, that is with what stood before them, and copy what they find.
+    Half of an orthonormal basis is V, half U. Layer 0, heads 0..: attend to the previous token (a channel
+    that is the same in all embeddings gives key u and query R(-1) u) and write its V part into U. Layer 1,
+    heads 0..: match the V part of the current token with the U part of earlier ones, that is with what stood
+    before them, and copy what they find.
     """
     config = model.config
     d, size = config.head_dim, config.hidden_size
@@ -158,7 +227,11 @@ def start_matching(model: LlamaForCausalLM, heads: int = 3, constant: float = 0.
     fast = (torch.arange(d // 2) < 4).float()  # slow channels hardly tell one step from two
     previous, match = model.model.layers[0].self_attn, model.model.layers[1].self_attn
     for h in range(heads):
-        rows, v, u = slice(h * d, (h + 1) * d), basis[2 * h * d : (2 * h + 1) * d], basis[(2 * h + 1) * d : (2 * h + 2) * d]
+        rows, v, u = (
+            slice(h * d, (h + 1) * d),
+            basis[2 * h * d : (2 * h + 1) * d],
+            basis[(2 * h + 1) * d : (2 * h + 2) * d],
+        )
         for weight, column in (
             (previous.q_proj.weight, torch.cat([angle.cos() * fast, -angle.sin() * fast])),
             (previous.k_proj.weight, torch.cat([fast, torch.zeros(d // 2)])),
@@ -179,7 +252,9 @@ def optimizers(model, opt: dict) -> list[torch.optim.Optimizer]:
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     return [
-        torch.optim.Muon(matrices, lr=opt["muon_lr"], weight_decay=opt["weight_decay"], adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(
+            matrices, lr=opt["muon_lr"], weight_decay=opt["weight_decay"], adjust_lr_fn="match_rms_adamw"
+        ),
         torch.optim.AdamW(rest, lr=opt["lr"], weight_decay=0.0, betas=(0.9, 0.98)),
     ]
 
@@ -194,7 +269,9 @@ def prepare(novels: Path, out: Path, recipe: dict):
     texts = {f.name: clean(f.read_text()) for f in files}
     kept = [t for n, t in texts.items() if n not in recipe["held_out"]]
     if not (out / "tokenizer.json").exists():
-        train_tokenizer(kept, recipe["model"]["vocab_size"], random.Random(recipe["seed"])).save_pretrained(out)
+        train_tokenizer(kept, recipe["model"]["vocab_size"], random.Random(recipe["seed"])).save_pretrained(
+            out
+        )
     tok = PreTrainedTokenizerFast.from_pretrained(out)
     if not (out / "stream.npy").exists():
         ids = [tok.bos_token_id]
@@ -214,7 +291,8 @@ def main() -> None:
     a = args.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
     recipe = tomllib.loads(a.recipe.read_text())
-    torch.set_flush_denormal(True)  # before any worker thread starts: sharp attention makes denormals, 20 times slower here
+    # before any worker thread starts: sharp attention makes denormals, 20 times slower here
+    torch.set_flush_denormal(True)
     torch.manual_seed(recipe["seed"])
     tok, stream, held, digest = prepare(a.novels, a.out, recipe)
     bos = tok.bos_token_id
@@ -254,7 +332,8 @@ def main() -> None:
         seen, step = state["seen"], state["step"]
     log = (a.out / "log.jsonl").open("a")
     print(
-        f"{model.num_parameters():,} parameters, {len(stream):,} text tokens, data {digest[:16]}, from token {seen:,} of {total:,}",
+        f"{model.num_parameters():,} parameters, {len(stream):,} text tokens, data {digest[:16]}, from token "
+        f"{seen:,} of {total:,}",
         flush=True,
     )
     sampler = Sampler(stream, encode, recipe["seed"] + step)
@@ -297,16 +376,24 @@ def main() -> None:
             if step % (5 * a.report_every) == 0 or seen >= total:
                 model.eval()
                 row["bits_per_byte"] = round(bits_per_byte(model, tok, dev, bos), 4)
-                row["recall"] = {str(c): recall(model, encode, hay, bos, c, 200 if seen >= total else 30) for c in (128, 256, 512, 1024)}
+                row["recall"] = {
+                    str(c): recall(model, encode, hay, bos, c, 200 if seen >= total else 30)
+                    for c in (128, 256, 512, 1024)
+                }
                 model.train()
-                save(checkpoint, dict(model=model.state_dict(), opts=[o.state_dict() for o in opts], seen=seen, step=step))
+                save(
+                    checkpoint,
+                    dict(model=model.state_dict(), opts=[o.state_dict() for o in opts], seen=seen, step=step),
+                )
             print(json.dumps(row), flush=True)
             log.write(json.dumps(row) + "\n")
             log.flush()
             began, mean = time.time(), []
     model.to(torch.bfloat16).save_pretrained(a.out / "model")
     tok.save_pretrained(a.out / "model")
-    (a.out / "model" / "training.json").write_text(json.dumps(dict(recipe=recipe, data_sha256=digest, tokens=seen), indent=2))
+    (a.out / "model" / "training.json").write_text(
+        json.dumps(dict(recipe=recipe, data_sha256=digest, tokens=seen), indent=2)
+    )
 
 
 if __name__ == "__main__":

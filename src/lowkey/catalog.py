@@ -1,4 +1,5 @@
-"""Methods, rank allocators and policies by name, with their options as text: what the command line and the benchmarks choose from.
+"""Methods, rank allocators and policies by name, with their options as text: what the command line and the
+benchmarks choose from.
 
 A name is a key of METHODS, ALLOCATORS or POLICIES, or `package.module:Class` for a class of the user's own.
 """
@@ -30,25 +31,36 @@ def make_method(name: str, given: Mapping[str, str]) -> Method:
 
 
 def make_allocator(name: str, given: Mapping[str, str]) -> Allocator:
-    """An allocator of ranks by its name in ALLOCATORS or as `package.module:Class`, with options given as text."""
+    """An allocator of ranks by its name in ALLOCATORS or as `package.module:Class`, with options given as
+    text.
+    """
     kind: Any = ALLOCATORS.get(name) or _outside("allocator", name, ALLOCATORS, PARTS)
     return _made(f"allocator {name!r}", kind, given)
 
 
-def make_policy(name: str, budget: str | Budget | None, given: Mapping[str, str], split: Mapping[str, str] | None = None) -> Policy:
-    """A policy by its name in POLICIES or as `package.module:Class`, with options given as text: of it or, where it has none of that
-    name, of its allocator. split: options of the allocator alone."""
+def make_policy(
+    name: str, budget: str | Budget | None, given: Mapping[str, str], split: Mapping[str, str] | None = None
+) -> Policy:
+    """A policy by its name in POLICIES or as `package.module:Class`, with options given as text: of it or,
+    where it has none of that name, of its allocator. split: options of the allocator alone."""
     make: Any = POLICIES.get(name) or _outside("policy", name, POLICIES, ("score", "summary", "paper"))
     what, kind = f"policy {name!r}", getattr(make, "func", make)
     own = [f.name for f in fields(kind) if f.name != "budget"]
-    chosen = {key: text if key == "allocator" else options.read(kind, key, text, what) for key, text in given.items() if key in own}
+    chosen = {
+        key: text if key == "allocator" else options.read(kind, key, text, what)
+        for key, text in given.items()
+        if key in own
+    }
     policy = make(budget, **chosen)
     allocator = policy.split()
     of, parts = f"the allocator of {what}", [f.name for f in fields(allocator)]
     _check_options(what, given, [*own, *parts])
     _check_options(of, split or {}, parts)
     rest = {key: text for key, text in given.items() if key not in own} | dict(split or {})
-    values = {key: options.read(type(allocator), key, text, of if key in (split or {}) else what) for key, text in rest.items()}
+    values = {
+        key: options.read(type(allocator), key, text, of if key in (split or {}) else what)
+        for key, text in rest.items()
+    }
     return replace(policy, allocator=replace(allocator, **values)) if values else policy
 
 
@@ -64,20 +76,28 @@ def _check_options(what: str, given: Iterable[str], known: Sequence[str]) -> Non
         if name not in known:
             near = get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise LowkeyError(f"option {name!r} of {what} is unknown; it has {', '.join(known) or 'none'}{hint}")
+            raise LowkeyError(
+                f"option {name!r} of {what} is unknown; it has {', '.join(known) or 'none'}{hint}"
+            )
 
 
 def _outside(what: str, name: str, table: Mapping[str, Any], needed: Sequence[str]) -> Any:
     if ":" not in name:
         near = get_close_matches(name, table, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(table)} or package.module:Class"
+        hint = (
+            f"did you mean {near[0]!r}?"
+            if near
+            else f"choose one of {', '.join(table)} or package.module:Class"
+        )
         raise LowkeyError(f"{what} {name!r} is unknown; {hint}")
     module, _, attribute = name.partition(":")
     try:
         kind = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # importing runs the user's file, which may raise anything
         problem = f"{type(error).__name__}: {first_line(error)}"
-        raise LowkeyError(f"{what} {name!r} cannot be imported ({problem}); give package.module:Class") from error
+        raise LowkeyError(
+            f"{what} {name!r} cannot be imported ({problem}); give package.module:Class"
+        ) from error
     if not (isinstance(kind, type) and is_dataclass(kind) and all(hasattr(kind, part) for part in needed)):
         raise LowkeyError(f"{what} {name!r} is no {what}; give a dataclass with {', '.join(needed)}")
     return kind

@@ -37,8 +37,8 @@ def stream(
 ) -> dict:
     """Greedy continuation over a fresh cache, written to `out` as it comes.
 
-    Returns text, new_tokens, tokens_per_s, bytes_held, bytes_full. Errors: LowkeyError for an empty prompt, or for more tokens than the
-    model has positions.
+    Returns text, new_tokens, tokens_per_s, bytes_held, bytes_full. Errors: LowkeyError for an empty prompt,
+    or for more tokens than the model has positions.
     """
     text.check_unicode("prompt", prompt)
     ids = tokenizer(prompt, return_tensors="pt").input_ids.to(device_of(model))
@@ -47,16 +47,27 @@ def stream(
     text.check_ids(ids, model)
     longest = families.positions(model)
     if longest is not None and ids.shape[1] + tokens > longest:
-        remedy = f"give at most {longest - ids.shape[1]}" if ids.shape[1] < longest else "give a shorter prompt"
-        raise LowkeyError(f"tokens {tokens}: after a prompt of {ids.shape[1]} they pass the model's {longest} positions; {remedy}")
+        remedy = (
+            f"give at most {longest - ids.shape[1]}" if ids.shape[1] < longest else "give a shorter prompt"
+        )
+        raise LowkeyError(
+            f"tokens {tokens}: after a prompt of {ids.shape[1]} they pass the model's {longest} positions; "
+            f"{remedy}"
+        )
     start = time.perf_counter()
     if cache.origin and cache.origin.policy and cache.origin.policy.repeats:
         if ids.shape[1] > 1:
-            prefill(model, tokenizer, cache, ids, question=1)  # the last token is read again, for what follows it
+            # the last token is read again, for what follows it
+            prefill(model, tokenizer, cache, ids, question=1)
         cache.freeze()  # and a single token has no context to repeat
     streamer = _Writer(tokenizer, out) if out is not None else None
     result = model.generate(  # type: ignore[operator]
-        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=tokens, do_sample=False, streamer=streamer
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache,
+        max_new_tokens=tokens,
+        do_sample=False,
+        streamer=streamer,
     )[0]
     seconds, new = time.perf_counter() - start, len(result) - ids.shape[1]
     return {

@@ -10,16 +10,19 @@ from typing import ClassVar
 from lowkey.allocation.profile import Pair, Profile, Ranks, too_small
 from lowkey.core.options import Checked
 
-PARTS = ("summary", "bounds", "needs", "measured", "under_error", "under_bytes", "bounded", "pairs")  # of an allocator
+# of an allocator
+PARTS = ("summary", "bounds", "needs", "measured", "under_error", "under_bytes", "bounded", "pairs")
 
 
 class Allocator(Checked, ABC):
     """Chooses a pair of ranks per layer, either under an error budget or under a byte budget.
 
-    Where an error budget is compared with measured errors, it holds of what was measured (on held-out windows, one layer compressed at
-    a time), and a layer that no measured pair brings within it keeps its full rank. A byte budget is never exceeded.
-    summary: what it is. bounds: what an error budget is the largest allowed value of. needs: names of the signals it reads. measured:
-    whether it compares measured errors under a byte budget too, and then chooses no rank below the least that was measured.
+    Where an error budget is compared with measured errors, it holds of what was measured (on held-out
+    windows, one layer compressed at a time), and a layer that no measured pair brings within it keeps its
+    full rank. A byte budget is never exceeded.
+    summary: what it is. bounds: what an error budget is the largest allowed value of. needs: names of the
+    signals it reads. measured: whether it compares measured errors under a byte budget too, and then chooses
+    no rank below the least that was measured.
     """
 
     summary: ClassVar[str]
@@ -45,7 +48,9 @@ class Allocator(Checked, ABC):
 
 
 def tightest(rule: Callable[[Profile, float], Ranks], profile: Profile, limit: float, most: float) -> Ranks:
-    """Run an error-budget rule under a byte budget: bisect for the smallest error budget that fits, none larger than `most`."""
+    """Run an error-budget rule under a byte budget: bisect for the smallest error budget that fits, none
+    larger than `most`.
+    """
     low, high = 0.0, most
     best = rule(profile, high)
     if profile.bytes(best) > limit:
@@ -64,8 +69,9 @@ def worst(profile: Profile) -> float:
 
 
 def fewest(rule: Callable[[Profile, float], Ranks], profile: Profile, error: float) -> Ranks:
-    """Run a byte-budget rule under an error budget, among measured ranks: bisect for the fewest bytes whose largest layer error is within
-    `error`. Full rank where none is. The errors of such a rule may rise a little with the bytes, and then fewer bytes may fit too.
+    """Run a byte-budget rule under an error budget, among measured ranks: bisect for the fewest bytes whose
+    largest layer error is within `error`. Full rank where none is. The errors of such a rule may rise a
+    little with the bytes, and then fewer bytes may fit too.
     """
     profile = replace(profile, choices=())
     unit = profile.unit

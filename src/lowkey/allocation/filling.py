@@ -6,7 +6,8 @@ from bisect import bisect_left
 
 
 def filled(shares: list[float], total: float, low: float, high: float) -> list[float]:
-    """Numbers in proportion to `shares`, but none below `low` or above `high`, that add up to `total` (water-filling).
+    """Numbers in proportion to `shares`, but none below `low` or above `high`, that add up to `total`
+    (water-filling).
 
     Shares below 1e-12 of the largest count as that, so that every total from n low to n high can be reached.
     """
@@ -15,7 +16,8 @@ def filled(shares: list[float], total: float, low: float, high: float) -> list[f
     def at(level: float) -> list[float]:
         return [min(max(level * s, low), high) for s in floors]
 
-    bends = sorted({0.0, *(edge / s for s in floors for edge in (low, high))})  # the sum is linear in the level in between
+    # the sum is linear in the level in between
+    bends = sorted({0.0, *(edge / s for s in floors for edge in (low, high))})
     i = bisect_left(bends, total, key=lambda level: sum(at(level)))
     if i in (0, len(bends)):
         return at(bends[min(i, len(bends) - 1)])
@@ -24,8 +26,9 @@ def filled(shares: list[float], total: float, low: float, high: float) -> list[f
 
 
 def settled(targets: list[float], total: int, ranks: tuple[int, ...]) -> list[int]:
-    """Candidate ranks near the targets: each rounded down, then one step up at a time for the one furthest below its target,
-    while a step still fits within `total`. The targets lie within the candidates and add up to no more than `total`."""
+    """Candidate ranks near the targets: each rounded down, then one step up at a time for the one furthest
+    below its target, while a step still fits within `total`. The targets lie within the candidates and add up
+    to no more than `total`."""
     steps = [max(i for i, r in enumerate(ranks) if r <= t + 1e-6) for t in targets]
     room = total - sum(ranks[i] for i in steps)
     while True:

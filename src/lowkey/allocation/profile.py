@@ -14,13 +14,15 @@ Ranks = list[Pair]
 
 @dataclass(frozen=True)
 class Profile:
-    """surface[l][i][j] is the measured error of layer l at (r_K, r_V) = (ranks[i], ranks[j]); the largest rank is the full head dim.
+    """surface[l][i][j] is the measured error of layer l at (r_K, r_V) = (ranks[i], ranks[j]); the largest
+    rank is the full head dim.
 
-    spectra: per layer the energies of keys and of values, (heads, d) as nested lists, which energy rules read. signals: by name, per
-    layer a number for keys and one for values, as `calibration.sensitivity` measures them. choices: every rank that may be chosen, in
-    ascending order, when bases serve more ranks than were measured (`ranks` otherwise). points: per layer what was measured at other
-    pairs. sizes: bytes of one stored token of a layer's keys and of its values at ranks 0, 1, 2, ...; `heads * itemsize` per rank when
-    None. A surface may be empty, when nothing was measured on it.
+    spectra: per layer the energies of keys and of values, (heads, d) as nested lists, which energy rules
+    read. signals: by name, per layer a number for keys and one for values, as `calibration.sensitivity`
+    measures them. choices: every rank that may be chosen, in ascending order, when bases serve more ranks
+    than were measured (`ranks` otherwise). points: per layer what was measured at other pairs. sizes: bytes
+    of one stored token of a layer's keys and of its values at ranks 0, 1, 2, ...; `heads * itemsize` per rank
+    when None. A surface may be empty, when nothing was measured on it.
     """
 
     ranks: tuple[int, ...]
@@ -91,12 +93,18 @@ class Profile:
         return max(side[r] / r for side in self.sizes for r in self.served)
 
     def room(self, limit: float) -> int:
-        """How many ranks, summed over layers, keys and values, `limit` bytes per token hold, whichever they are."""
+        """How many ranks, summed over layers, keys and values, `limit` bytes per token hold, whichever they
+        are.
+        """
         least = self.bytes([(self.served[0],) * 2] * self.layers)
         if limit < least:
             raise too_small(self, limit, least)
         full = 2 * self.layers * self.full[0]
-        return full if limit >= self.bytes([self.full] * self.layers) else min(full, int(limit / self.unit + 1e-9))
+        return (
+            full
+            if limit >= self.bytes([self.full] * self.layers)
+            else min(full, int(limit / self.unit + 1e-9))
+        )
 
     def signal(self, name: str) -> list[tuple[float, float]]:
         """The numbers of one signal; refused when they were not measured or cannot be what they should be."""
@@ -104,19 +112,25 @@ class Profile:
         if found is None or len(found) != self.layers:
             had = "none" if found is None else f"one of {len(found)} layers"
             raise LowkeyError(
-                f"profile of {self.layers} layers: the allocator needs the signal {name!r} and there is {had}; measure it with "
+                f"profile of {self.layers} layers: the allocator needs the signal {name!r} and there is "
+                f"{had}; measure it with "
                 f"lowkey.calibration.sensitivity.SIGNALS[{name!r}] or choose another allocator"
             )
         wrong = [x for pair in found for x in pair if not 0 <= x < math.inf]
         if wrong:
-            raise LowkeyError(f"signal {name!r} holds {wrong[0]}: sensitivities are finite and not negative; check the model's weights")
+            raise LowkeyError(
+                f"signal {name!r} holds {wrong[0]}: sensitivities are finite and not negative; check the "
+                "model's weights"
+            )
         return found
 
     def energies(self, layer: int, what: str) -> tuple[list[list[float]], list[list[float]]]:
         """The spectra of a layer's keys and values; refused, on behalf of `what`, where the bases have none."""
         found = self.spectra[layer]
         if not all(spectrum for side in found for spectrum in side):
-            raise LowkeyError(f"allocator {what!r}: this method's bases have no energy spectrum; choose another allocator")
+            raise LowkeyError(
+                f"allocator {what!r}: this method's bases have no energy spectrum; choose another allocator"
+            )
         return found
 
 
@@ -126,6 +140,12 @@ def too_small(profile: Profile, limit: float, reached: float, otherwise: str = "
     if reached == full:
         rule, remedy = "for here only full rank is served", f"choose another method{otherwise}"
     else:
-        rule, remedy = "the least that the ranks allow", f"give a budget of {math.ceil(1000 * reached / full) / 10:g}% or more{otherwise}"
+        rule, remedy = (
+            "the least that the ranks allow",
+            f"give a budget of {math.ceil(1000 * reached / full) / 10:g}% or more{otherwise}",
+        )
     least = f"{reached:.0f} ({100 * reached / full:.1f}%)"
-    return LowkeyError(f"budget of {limit:.0f} bytes per token ({100 * limit / full:.1f}%) is below {least}, {rule}; {remedy}")
+    return LowkeyError(
+        f"budget of {limit:.0f} bytes per token ({100 * limit / full:.1f}%) is below {least}, {rule}; "
+        f"{remedy}"
+    )

@@ -19,10 +19,12 @@ def multiples(head_dim: int, multiple: int) -> list[int]:
 
 
 def grid(asked: Asked, choices: Sequence[int]) -> list[int]:
-    """The ranks among `choices` (ascending, the last one the head dim) that are asked for, always with the head dim.
+    """The ranks among `choices` (ascending, the last one the head dim) that are asked for, always with the
+    head dim.
 
-    asked: a count n of evenly spaced ranks, each moved to the nearest choice; ranks, as integers, which must be choices; shares of the
-    head dim above 0 and up to 1, as floats, each moved to the nearest choice; or the text of one of these, or `all`.
+    asked: a count n of evenly spaced ranks, each moved to the nearest choice; ranks, as integers, which must
+    be choices; shares of the head dim above 0 and up to 1, as floats, each moved to the nearest choice; or
+    the text of one of these, or `all`.
     Errors: LowkeyError for anything else, and for ranks that are no choices.
     """
     wanted, d = _read(asked), choices[-1]
@@ -34,8 +36,13 @@ def grid(asked: Asked, choices: Sequence[int]) -> list[int]:
         wanted = [(i + 1) / wanted for i in range(wanted)]
     for rank in wanted:
         if isinstance(rank, int) and rank not in choices:
-            raise LowkeyError(f"ranks {_told(asked)}: {rank} is not one of {_short(choices)}, which this method and rank multiple allow")
-    return sorted({d, *(r if isinstance(r, int) else min(choices, key=lambda c: (abs(c - r * d), c)) for r in wanted)})
+            raise LowkeyError(
+                f"ranks {_told(asked)}: {rank} is not one of {_short(choices)}, which this method and rank "
+                "multiple allow"
+            )
+    return sorted(
+        {d, *(r if isinstance(r, int) else min(choices, key=lambda c: (abs(c - r * d), c)) for r in wanted)}
+    )
 
 
 def _read(asked: Asked) -> int | list[int | float] | None:

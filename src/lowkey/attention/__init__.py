@@ -1,4 +1,5 @@
-"""Attention with a small cache from birth: one configuration field chooses it, one class trains, generates and saves it.
+"""Attention with a small cache from birth: one configuration field chooses it, one class trains, generates
+and saves it.
 
 model = LowkeyForCausalLM(LowkeyConfig(attention="lrkv", lrkv_rank=24, ...))
 """
@@ -13,7 +14,8 @@ from lowkey.attention.modeling_lowkey import ATTENTION, LowkeyForCausalLM, Lowke
 
 
 def register() -> None:
-    """Tell transformers' Auto classes of our model type, and let `save_pretrained` put this code beside the weights.
+    """Tell transformers' Auto classes of our model type, and let `save_pretrained` put this code beside the
+    weights.
 
     Nothing happens by importing lowkey; commands and loaders call this.
     """

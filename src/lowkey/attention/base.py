@@ -14,7 +14,11 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, QuantizedLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, eager_attention_forward, rotate_half
+from transformers.models.llama.modeling_llama import (
+    LlamaRotaryEmbedding,
+    eager_attention_forward,
+    rotate_half,
+)
 
 from .configuration_lowkey import LowkeyConfig
 from .costs import Costs
@@ -25,8 +29,9 @@ Turn = tuple[Tensor, Tensor]  # cos and sin, each (b, t, width)
 
 
 class Rope(NamedTuple):
-    """How one call turns: cos and sin (b|1, t, width) of the new tokens; frequencies (width / 2) and scaling, which they were made of, so
-    that stored tokens can be turned alike; narrow: cos and sin of the new tokens at the width of latents, where those are rotated too;
+    """How one call turns: cos and sin (b|1, t, width) of the new tokens; frequencies (width / 2) and scaling,
+    which they were made of, so that stored tokens can be turned alike; narrow: cos and sin of the new tokens
+    at the width of latents, where those are rotated too;
     other: of the layers with another attention, where there are some."""
 
     cos: Tensor
@@ -44,8 +49,10 @@ class Rope(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One call of a layer. mask: as transformers makes it for the attention function in use; rope: of the new tokens; positions (b|1, t);
-    cached: whether what `project` returns goes through a cache; extra: keywords for the attention function."""
+    """One call of a layer. mask: as transformers makes it for the attention function in use; rope: of the new
+    tokens; positions (b|1, t);
+    cached: whether what `project` returns goes through a cache; extra: keywords for the attention
+    function."""
 
     mask: Tensor | None
     rope: Rope
@@ -64,10 +71,11 @@ class NoRotation(nn.Module):
 
 
 class KindRotaryEmbedding(LlamaRotaryEmbedding):
-    """The decoder's rotary embedding for heads of `width`, and of `narrow` where that is not 0, with the same base and scaling.
+    """The decoder's rotary embedding for heads of `width`, and of `narrow` where that is not 0, with the same
+    base and scaling.
 
-    Layers hold none of their own: rotations whose frequencies follow the length of the text (dynamic, longrope) have a state, and it is
-    this one's alone.
+    Layers hold none of their own: rotations whose frequencies follow the length of the text (dynamic,
+    longrope) have a state, and it is this one's alone.
     """
 
     def __init__(self, config: LowkeyConfig, width: int, narrow: int = 0) -> None:
@@ -83,7 +91,9 @@ class KindRotaryEmbedding(LlamaRotaryEmbedding):
 
 
 class PreciseRMSNorm(nn.RMSNorm):
-    """RMSNorm in its weight's precision: under autocast the input is narrower than the weight, in fp64 neither is narrowed."""
+    """RMSNorm in its weight's precision: under autocast the input is narrower than the weight, in fp64
+    neither is narrowed.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype))
@@ -101,14 +111,20 @@ class TwoRotations(nn.Module):
 
 
 def rotary(config: LowkeyConfig) -> nn.Module:
-    """The decoder's rotary embedding. Of no dimensions it is another module: transformers takes 0 for "not given"."""
-    own = KindRotaryEmbedding(config, config.rope_width, config.narrow_rope_width) if config.rope_width else NoRotation()
+    """The decoder's rotary embedding. Of no dimensions it is another module: transformers takes 0 for "not
+    given".
+    """
+    own = (
+        KindRotaryEmbedding(config, config.rope_width, config.narrow_rope_width)
+        if config.rope_width
+        else NoRotation()
+    )
     return own if (others := config.others) is None else TwoRotations(own, rotary(others))
 
 
 def rotate(x: Tensor, rope: Rope | Turn, back: bool = False) -> Tensor:
-    """Turn the last dimensions of x (b, heads, t, d), as many as the rotary embedding has. `back`: undo that, and with it the factor
-    that scaled embeddings (YaRN) have on cos and sin."""
+    """Turn the last dimensions of x (b, heads, t, d), as many as the rotary embedding has. `back`: undo that,
+    and with it the factor that scaled embeddings (YaRN) have on cos and sin."""
     cos, sin = (part.unsqueeze(1) for part in rope[:2])
     width = cos.shape[-1]
     if width == 0:
@@ -136,13 +152,15 @@ def nothing(like: Tensor) -> Tensor:
 
 
 def by_rows(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, both (rows, heads, ., .), one row of the batch after another: heads that lie between other numbers are one batch only within
-    a row, and a product over rows and heads would copy b first."""
+    """a @ b, both (rows, heads, ., .), one row of the batch after another: heads that lie between other
+    numbers are one batch only within a row, and a product over rows and heads would copy b first."""
     return torch.stack([x @ y for x, y in zip(a, b, strict=True)])
 
 
 def with_positions(stored: Tensor, positions: Tensor) -> Tensor:
-    """Numbers (b, 1, t, w) with the positions (b|1, t) of their tokens behind them, as digits to the base 256, which bf16 holds exactly."""
+    """Numbers (b, 1, t, w) with the positions (b|1, t) of their tokens behind them, as digits to the base
+    256, which bf16 holds exactly.
+    """
     digits = torch.stack((positions >> 16, positions >> 8 & 255, positions & 255), -1)
     return torch.cat((stored, digits.to(stored).expand(len(stored), -1, -1).unsqueeze(1)), -1)
 
@@ -154,14 +172,18 @@ def without_positions(stored: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attention_weights(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax over the stored tokens of scaled scores (b, H, t, s). mask: boolean or additive (b|1, 1, t, s); None: as transformers
-    means it, causal from the first token on, or no mask at all for a single query."""
+    """Softmax over the stored tokens of scaled scores (b, H, t, s). mask: boolean or additive (b|1, 1, t, s);
+    None: as transformers means it, causal from the first token on, or no mask at all for a single query."""
     t, s = scores.shape[-2:]
     if mask is None and t > 1:
         mask = torch.ones(t, s, dtype=torch.bool, device=scores.device).tril()
     if mask is not None:
         mask = mask[..., :s]
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+        scores = (
+            scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+            if mask.dtype == torch.bool
+            else scores + mask
+        )
     return torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
 
 
@@ -170,19 +192,22 @@ def _check_exact(cache: Cache, layer: int) -> None:
     layers = getattr(cache, "layers", [])
     if layer < len(layers) and isinstance(layers[layer], QuantizedLayer):
         raise ValueError(
-            "cache 'quantized': attention 'lrkv' of mode 'full' stores positions, which must come back as they were; use 'dynamic'"
+            "cache 'quantized': attention 'lrkv' of mode 'full' stores positions, which must come back as "
+            "they were; use 'dynamic'"
         )
 
 
 class HeadMaps(NamedTuple):
-    """The linear maps that the H query heads of one layer amount to, of the layer's normed input (row vectors: keys = inputs @ k[i].T).
+    """The linear maps that the H query heads of one layer amount to, of the layer's normed input (row
+    vectors: keys = inputs @ k[i].T).
 
     q (H, w, D); k (H, w or less, D): the first dimensions of a query meet it; v (H, u, D); o (H, D, u).
-    key_slice (e, D): keys that all heads share, which the last e dimensions of a query meet, and which k may hold too; or None.
+    key_slice (e, D): keys that all heads share, which the last e dimensions of a query meet, and which k may
+    hold too; or None.
     k_residual, v_residual: the low-rank part of k and v, where they are a shared part plus that; or None.
 
-    Weights of norms along the way are folded in; what a norm divides by depends on the input and is left out, as are rotation, biases
-    and the output gate.
+    Weights of norms along the way are folded in; what a norm divides by depends on the input and is left out,
+    as are rotation, biases and the output gate.
     """
 
     q: Tensor
@@ -230,7 +255,8 @@ class LowRankQuery(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """RMSNorm of each head's output (arXiv:2601.19611, section 3): over d features, the weight shared by heads or each head's own.
+    """RMSNorm of each head's output (arXiv:2601.19611, section 3): over d features, the weight shared by
+    heads or each head's own.
 
     The paper writes GroupNorm and defines it so; whether its weight is shared is not said.
     """
@@ -238,7 +264,11 @@ class HeadNorm(nn.Module):
     def __init__(self, config: LowkeyConfig, width: int) -> None:
         super().__init__()
         self.eps = config.rms_norm_eps
-        self.weight = nn.Parameter(torch.ones(width) if config.head_norm == "shared" else torch.ones(config.num_attention_heads, width))
+        self.weight = nn.Parameter(
+            torch.ones(width)
+            if config.head_norm == "shared"
+            else torch.ones(config.num_attention_heads, width)
+        )
 
     def forward(self, heads: Tensor) -> Tensor:
         return nn.functional.rms_norm(heads, heads.shape[-1:], eps=self.eps) * self.weight
@@ -248,8 +278,8 @@ class HeadNorm(nn.Module):
 
 
 class OutputProjection(nn.Linear):
-    """The last map of a layer's attention, (heads d) -> D. A class of its own: transformers asks only modules with parameters of their own
-    how they start, so that a layer cannot speak for its parts."""
+    """The last map of a layer's attention, (heads d) -> D. A class of its own: transformers asks only modules
+    with parameters of their own how they start, so that a layer cannot speak for its parts."""
 
     def __init__(self, config: LowkeyConfig, width: int) -> None:
         super().__init__(width, config.hidden_size, bias=config.attention_bias)
@@ -269,22 +299,36 @@ class Attention(nn.Module, ABC):
     whole: LowkeyConfig | None = None  # the model's configuration, where this layer is one of the others
     stores_positions = False
 
-    def __init__(self, config: LowkeyConfig, layer_idx: int, key_width: int | None = None, value_width: int | None = None) -> None:
+    def __init__(
+        self,
+        config: LowkeyConfig,
+        layer_idx: int,
+        key_width: int | None = None,
+        value_width: int | None = None,
+    ) -> None:
         super().__init__()
         self.config, self.layer_idx, self.heads = config, layer_idx, config.num_attention_heads
         key_width, value_width = key_width or config.head_dim, value_width or config.head_dim
         self.scaling = key_width**-0.5
         self.attention_dropout, self.is_causal = config.attention_dropout, True
         self.num_key_value_groups = self.heads // config.num_key_value_heads
-        self.q_proj = LowRankQuery(config, self.heads * key_width) if config.q_lora_rank else self.linear(self.heads * key_width)
+        self.q_proj = (
+            LowRankQuery(config, self.heads * key_width)
+            if config.q_lora_rank
+            else self.linear(self.heads * key_width)
+        )
         self.o_proj = OutputProjection(config, self.heads * value_width)
-        self.gate_proj = self.linear(self.heads * value_width, bias=False) if config.attn_output_gate else None
+        self.gate_proj = (
+            self.linear(self.heads * value_width, bias=False) if config.attn_output_gate else None
+        )
         self.q_norm = self.norm(key_width)
         self.head_norm = HeadNorm(config, value_width) if config.head_norm != "none" else None
 
     def linear(self, width: int, bias: bool | None = None) -> nn.Linear:
         """A projection of the layer's input."""
-        return nn.Linear(self.config.hidden_size, width, bias=self.config.attention_bias if bias is None else bias)
+        return nn.Linear(
+            self.config.hidden_size, width, bias=self.config.attention_bias if bias is None else bias
+        )
 
     def norm(self, width: int) -> nn.Module:
         """Of queries, keys or latents, over the last dimension, where the configuration has one."""
@@ -304,15 +348,17 @@ class Attention(nn.Module, ABC):
             _check_exact(past_key_values, self.layer_idx)
         rope = self._rope(position_embeddings, hidden_states, position_ids)
         call = Call(attention_mask, rope, position_ids, past_key_values is not None, kwargs)
-        query, keys, values = self.project(hidden_states, self.q_norm(heads_of(self.q_proj(hidden_states), self.heads)), call)
+        query, keys, values = self.project(
+            hidden_states, self.q_norm(heads_of(self.q_proj(hidden_states), self.heads)), call
+        )
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.layer_idx)
         out, weights = self.attend(query, keys, values, call)
         return self.finish(out, hidden_states), weights
 
     def _rope(self, given: Rope | Turn, hidden: Tensor, positions: Tensor | None) -> Rope:
-        """This layer's part of what the model's rotary embedding says. Of plain cos and sin, as stock layers take them, the rest is made
-        anew from the configuration."""
+        """This layer's part of what the model's rotary embedding says. Of plain cos and sin, as stock layers
+        take them, the rest is made anew from the configuration."""
         if isinstance(given, Rope):
             rope = given if self.whole is None else given.other
             assert rope is not None
@@ -324,7 +370,9 @@ class Attention(nn.Module, ABC):
 
     @abstractmethod
     def project(self, hidden: Tensor, query: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        """The query (b, H, t, w) ready to meet what is stored, and what of the new tokens is stored: two tensors (b, heads, t, width)."""
+        """The query (b, H, t, w) ready to meet what is stored, and what of the new tokens is stored: two
+        tensors (b, heads, t, width).
+        """
 
     @abstractmethod
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
@@ -337,7 +385,9 @@ class Attention(nn.Module, ABC):
 
     @abstractmethod
     def effective(self) -> tuple[Tensor, Tensor]:
-        """The maps to keys and values that each of the H query heads reads, (H, w, D) and (H, u, D), as HeadMaps means them."""
+        """The maps to keys and values that each of the H query heads reads, (H, w, D) and (H, u, D), as
+        HeadMaps means them.
+        """
 
     def key_slice(self) -> Tensor | None:
         """The map (e, D) to the part of the keys that all heads share, where a variant has one."""
@@ -362,7 +412,15 @@ class Attention(nn.Module, ABC):
         function = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
         return function(
-            self, query, keys, values, call.mask, dropout=dropout, scaling=self.scaling, position_ids=call.positions, **call.extra
+            self,
+            query,
+            keys,
+            values,
+            call.mask,
+            dropout=dropout,
+            scaling=self.scaling,
+            position_ids=call.positions,
+            **call.extra,
         )
 
     def weights(self, scores: Tensor, call: Call) -> Tensor:

@@ -1,7 +1,8 @@
-"""The one configuration of the models that `lowkey pretrain` trains: a stock decoder whose attention is named by `attention`.
+"""The one configuration of the models that `lowkey pretrain` trains: a stock decoder whose attention is named
+by `attention`.
 
-This folder imports nothing of lowkey and only from its own files by relative imports, so that transformers can put it beside a checkpoint
-(`trust_remote_code`), which then loads where lowkey is not installed.
+This folder imports nothing of lowkey and only from its own files by relative imports, so that transformers
+can put it beside a checkpoint (`trust_remote_code`), which then loads where lowkey is not installed.
 """
 
 from __future__ import annotations
@@ -20,8 +21,23 @@ HLC_INITS = ("identity", "orthogonal")
 DECODES = ("auto", "absorbed", "expanded")
 SUBSETS = ("half", "deep")
 SHARED = (  # by all layers, whatever their attention
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim", "hidden_act"),
-    *("max_position_embeddings", "initializer_range", "rms_norm_eps", "rope_parameters", "attention_bias", "attention_dropout"),
+    *(
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "head_dim",
+        "hidden_act",
+    ),
+    *(
+        "max_position_embeddings",
+        "initializer_range",
+        "rms_norm_eps",
+        "rope_parameters",
+        "attention_bias",
+        "attention_dropout",
+    ),
     *("mlp_bias", "q_lora_rank", "qk_norm", "attn_output_gate", "zero_init_output", "decode"),
 )
 
@@ -30,28 +46,32 @@ SHARED = (  # by all layers, whatever their attention
 class LowkeyConfig(LlamaConfig):
     """A Llama-like decoder (RMSNorm before each block, SwiGLU, RoPE) whose attention is one of KINDS.
 
-    For every kind: q_lora_rank: queries through a normed latent of this width, or None. attn_output_gate: heads times sigmoid(x W) before
-    the output projection (arXiv:2505.06708). head_norm: RMSNorm of each head's output before the output projection, `shared` (one weight
-    for all heads), `own` (one for each) or `none`; None: `shared` for mea, else `none`. zero_init_output: output projections start at
-    zero, so that all kinds start alike. decode: how latents and component heads are read: `auto` (by operations, as each kind says),
-    `absorbed`, `expanded`. For every kind but mla, which norms its latents: qk_norm: RMSNorm of queries and keys per head, before
-    rotation, with a weight (Qwen3).
+    For every kind: q_lora_rank: queries through a normed latent of this width, or None. attn_output_gate:
+    heads times sigmoid(x W) before the output projection (arXiv:2505.06708). head_norm: RMSNorm of each
+    head's output before the output projection, `shared` (one weight for all heads), `own` (one for each) or
+    `none`; None: `shared` for mea, else `none`. zero_init_output: output projections start at zero, so that
+    all kinds start alike. decode: how latents and component heads are read: `auto` (by operations, as each
+    kind says), `absorbed`, `expanded`. For every kind but mla, which norms its latents: qk_norm: RMSNorm of
+    queries and keys per head, before rotation, with a weight (Qwen3).
 
-    attention_layers: the layers that have `attention`, counted from 0, where not all do; by name as in arXiv:2601.19611,
-    section 5.2: `half`, the middle half (the 12th to 35th of 48), `deep`, all but the first three.
-    other_attention: fields of all other layers, by default grouped-query attention with as many stored heads as mea has
-    composite heads, else with as many as query heads.
+    attention_layers: the layers that have `attention`, counted from 0, where not all do; by name as in
+    arXiv:2601.19611, section 5.2: `half`, the middle half (the 12th to 35th of 48), `deep`, all but the first
+    three.
+    other_attention: fields of all other layers, by default grouped-query attention with as many stored heads
+    as mea has composite heads, else with as many as query heads.
 
-    num_key_value_heads: stored heads of gqa, gta and k_eq_v, composite heads of mea, shared bases of lrkv (default 1 there), 1 for mqa.
-    mla (arXiv:2405.04434): kv_lora_rank c, qk_nope_head_dim n, qk_rope_head_dim e, v_head_dim v; mla_latent_scale: normed latents times
-    sqrt(hidden / width); mla_kv_norm: the latent's RMSNorm; mla_rotate: False leaves the shared key slice unrotated (NoPE).
-    lrkv (arXiv:2601.11471): lrkv_rank r; lrkv_rope_mode: `full` is the paper's model, `latent` and `partial` (ours) can be read without
-    rebuilding keys, see `lrkv`; lrkv_init_scale: norm of the low-rank part over that of the shared one at the start.
-    mea (arXiv:2601.19611): mea_num_component_heads m (default: the composite heads); mea_hlc_init: `identity` (component heads in turn) or
-    `orthogonal`.
-    gta (arXiv:2505.21487), k_eq_v and the mode `partial` rotate only the last qk_rope_head_dim dimensions of a head (default: half of
-    them; all for k_eq_v).
-    Errors: huggingface_hub's StrictDataclassClassValidationError, whose cause is a ValueError, for what does not go together.
+    num_key_value_heads: stored heads of gqa, gta and k_eq_v, composite heads of mea, shared bases of lrkv
+    (default 1 there), 1 for mqa. mla (arXiv:2405.04434): kv_lora_rank c, qk_nope_head_dim n, qk_rope_head_dim
+    e, v_head_dim v; mla_latent_scale: normed latents times sqrt(hidden / width); mla_kv_norm: the latent's
+    RMSNorm; mla_rotate: False leaves the shared key slice unrotated (NoPE). lrkv (arXiv:2601.11471):
+    lrkv_rank r; lrkv_rope_mode: `full` is the paper's model, `latent` and `partial` (ours) can be read
+    without rebuilding keys, see `lrkv`; lrkv_init_scale: norm of the low-rank part over that of the shared
+    one at the start. mea (arXiv:2601.19611): mea_num_component_heads m (default: the composite heads);
+    mea_hlc_init: `identity` (component heads in turn) or `orthogonal`. gta (arXiv:2505.21487), k_eq_v and the
+    mode `partial` rotate only the last qk_rope_head_dim dimensions of a head (default: half of them; all for
+    k_eq_v).
+    Errors: huggingface_hub's StrictDataclassClassValidationError, whose cause is a ValueError, for what does
+    not go together.
     """
 
     model_type = "lowkey"
@@ -81,9 +101,13 @@ class LowkeyConfig(LlamaConfig):
     mea_hlc_init: str = "identity"
 
     def __post_init__(self, **kwargs: object) -> None:
-        self.head_dim = self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
+        self.head_dim = (
+            self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
+        )
         if self.num_key_value_heads is None:
-            self.num_key_value_heads = 1 if self.attention in ("mqa", "lrkv", "mla") else self.num_attention_heads
+            self.num_key_value_heads = (
+                1 if self.attention in ("mqa", "lrkv", "mla") else self.num_attention_heads
+            )
         self.head_norm = self.head_norm or ("shared" if self.attention == "mea" else "none")
         if self.attention == "mea" and self.mea_num_component_heads is None:
             self.mea_num_component_heads = self.num_key_value_heads
@@ -97,12 +121,16 @@ class LowkeyConfig(LlamaConfig):
 
     @property
     def others(self) -> LowkeyConfig | None:
-        """The configuration of the layers that `attention_layers` leaves out; None where there are none. A new one at each call."""
+        """The configuration of the layers that `attention_layers` leaves out; None where there are none. A
+        new one at each call.
+        """
         if self.attention_layers is None:
             return None
         stored = self.num_key_value_heads if self.attention == "mea" else self.num_attention_heads
         given = {name: copy.deepcopy(getattr(self, name)) for name in SHARED}
-        return LowkeyConfig(**given | (self.other_attention or {"attention": "gqa", "num_key_value_heads": stored}))
+        return LowkeyConfig(
+            **given | (self.other_attention or {"attention": "gqa", "num_key_value_heads": stored})
+        )
 
     @property
     def rope_width(self) -> int:
@@ -116,7 +144,9 @@ class LowkeyConfig(LlamaConfig):
 
     @property
     def _partly_rotated(self) -> bool:
-        return self.attention in PARTLY_ROTATED or (self.attention == "lrkv" and self.lrkv_rope_mode == "partial")
+        return self.attention in PARTLY_ROTATED or (
+            self.attention == "lrkv" and self.lrkv_rope_mode == "partial"
+        )
 
     def validate_architecture(self) -> None:
         """What cannot be built is refused when the configuration is made."""
@@ -128,7 +158,9 @@ class LowkeyConfig(LlamaConfig):
             "decode": DECODES,
         }.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}")
+                raise ValueError(
+                    f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}"
+                )
         self._validate_layers()
         self._validate_heads()
         if self.attention == "mla":
@@ -137,21 +169,39 @@ class LowkeyConfig(LlamaConfig):
             self._validate_lrkv()
         self._validate_rope()
         if self.q_lora_rank is not None and self.q_lora_rank < 1:
-            raise ValueError(f"q_lora_rank {self.q_lora_rank}: the width of a latent is at least 1; leave it out for queries without one")
+            raise ValueError(
+                f"q_lora_rank {self.q_lora_rank}: the width of a latent is at least 1; leave it out for "
+                "queries without one"
+            )
 
     def _validate_layers(self) -> None:
         layers, other = self.attention_layers, self.other_attention
         if layers is None:
             if other is not None:
-                raise ValueError(f"other_attention {other}: is for layers that attention_layers leaves out; give that too")
+                raise ValueError(
+                    f"other_attention {other}: is for layers that attention_layers leaves out; give that too"
+                )
             return
         count = self.num_hidden_layers
-        if not layers or any(type(i) is not int or not 0 <= i < count for i in layers) or len(set(layers)) < len(layers):
+        if (
+            not layers
+            or any(type(i) is not int or not 0 <= i < count for i in layers)
+            or len(set(layers)) < len(layers)
+        ):
             names = " or ".join(SUBSETS)
-            raise ValueError(f"attention_layers {layers!r:.60}: give some of the layers 0 to {count - 1}, each once, or {names}")
-        known = {*LowkeyConfig.__annotations__, "num_key_value_heads", "rope_parameters"} - {"attention_layers", "other_attention"}
+            raise ValueError(
+                f"attention_layers {layers!r:.60}: give some of the layers 0 to {count - 1}, each once, or "
+                f"{names}"
+            )
+        known = {*LowkeyConfig.__annotations__, "num_key_value_heads", "rope_parameters"} - {
+            "attention_layers",
+            "other_attention",
+        }
         for name in sorted(set(other or {}) - known):
-            raise ValueError(f"other_attention: {name!r} is no field of an attention; give some of {', '.join(sorted(known))}")
+            raise ValueError(
+                f"other_attention: {name!r} is no field of an attention; give some of "
+                f"{', '.join(sorted(known))}"
+            )
         _ = self.others  # refuses what cannot be built
 
     def _validate_rope(self) -> None:
@@ -161,34 +211,52 @@ class LowkeyConfig(LlamaConfig):
                 raise ValueError(f"head_dim {width}: rotation turns pairs; give an even number")
         elif width % 2 or width < 0 or (width > self.head_dim and self.attention != "mla"):
             limit = "" if self.attention == "mla" else f" up to head_dim {self.head_dim}"
-            raise ValueError(f"qk_rope_head_dim {width}: rotation turns pairs; give an even number from 0{limit}")
+            raise ValueError(
+                f"qk_rope_head_dim {width}: rotation turns pairs; give an even number from 0{limit}"
+            )
 
     def _validate_heads(self) -> None:
         heads, stored = self.num_attention_heads, self.num_key_value_heads
         if self.head_dim < 1:
-            raise ValueError(f"head_dim {self.head_dim}: must be at least 1; leave it out for hidden_size / num_attention_heads")
+            raise ValueError(
+                f"head_dim {self.head_dim}: must be at least 1; leave it out for hidden_size / "
+                "num_attention_heads"
+            )
         if not stored or stored < 1 or heads % stored:
             raise ValueError(
-                f"num_key_value_heads {stored}: must be at least 1 and divide num_attention_heads {heads}; choose such a number"
+                f"num_key_value_heads {stored}: must be at least 1 and divide num_attention_heads {heads}; "
+                "choose such a number"
             )
         wanted = {"mha": heads, "mqa": 1}.get(self.attention, stored)
         if stored != wanted:
-            raise ValueError(f"num_key_value_heads {stored}: attention {self.attention!r} has {wanted}; leave it out or choose 'gqa'")
+            raise ValueError(
+                f"num_key_value_heads {stored}: attention {self.attention!r} has {wanted}; leave it out or "
+                "choose 'gqa'"
+            )
         if self.attention == "mea" and self.mea_num_component_heads < 1:
             raise ValueError(
-                f"mea_num_component_heads {self.mea_num_component_heads}: must be at least 1; leave it out for num_key_value_heads {stored}"
+                f"mea_num_component_heads {self.mea_num_component_heads}: must be at least 1; leave it out "
+                f"for num_key_value_heads {stored}"
             )
 
     def _validate_mla(self) -> None:
         if not self.kv_lora_rank or self.kv_lora_rank < 1:
-            raise ValueError(f"kv_lora_rank {self.kv_lora_rank}: attention 'mla' needs the width of its latent, at least 1")
+            raise ValueError(
+                f"kv_lora_rank {self.kv_lora_rank}: attention 'mla' needs the width of its latent, at least 1"
+            )
         if self.qk_norm:
             raise ValueError("qk_norm True: attention 'mla' norms its latents instead; leave it out")
         for name, least in {"qk_nope_head_dim": 0, "v_head_dim": 1}.items():
             if getattr(self, name) < least:
-                raise ValueError(f"{name} {getattr(self, name)}: must be at least {least}; leave it out for {self.head_dim}")
+                raise ValueError(
+                    f"{name} {getattr(self, name)}: must be at least {least}; leave it out for "
+                    f"{self.head_dim}"
+                )
         if self.qk_nope_head_dim + self.qk_rope_head_dim == 0:
-            raise ValueError("qk_nope_head_dim 0 and qk_rope_head_dim 0: queries would have no dimensions; give one of them more")
+            raise ValueError(
+                "qk_nope_head_dim 0 and qk_rope_head_dim 0: queries would have no dimensions; give one of "
+                "them more"
+            )
 
     def _validate_lrkv(self) -> None:
         rank = self.lrkv_rank
@@ -197,10 +265,13 @@ class LowkeyConfig(LlamaConfig):
         if self.lrkv_init_scale < 0:
             raise ValueError(f"lrkv_init_scale {self.lrkv_init_scale}: is a share of a norm; give 0 or more")
         if self.lrkv_rope_mode == "latent" and rank % 2:
-            raise ValueError(f"lrkv_rank {rank}: mode 'latent' rotates pairs of latent dimensions; give an even rank")
+            raise ValueError(
+                f"lrkv_rank {rank}: mode 'latent' rotates pairs of latent dimensions; give an even rank"
+            )
         if self.lrkv_rope_mode == "full" and self.decode == "absorbed":
             raise ValueError(
-                "decode 'absorbed': keys rotated at full width cannot be read without rebuilding them (rotation and the up-map do not "
+                "decode 'absorbed': keys rotated at full width cannot be read without rebuilding them "
+                "(rotation and the up-map do not "
                 "commute); use decode='auto', or lrkv_rope_mode='latent' or 'partial'"
             )
 

@@ -1,6 +1,7 @@
 """What a layer of attention takes, as formulas; the tests hold them against real tensors and torch's counter.
 
-Conventions: 2 operations per multiply-accumulate (MAC), forward only; softmax, norms and rotations are not counted.
+Conventions: 2 operations per multiply-accumulate (MAC), forward only; softmax, norms and rotations are not
+counted.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ MANY = 10**6  # stored tokens, for which a choice by operations is written into 
 class Costs(NamedTuple):
     """One layer of attention.
 
-    parameters: numbers trained. stored: numbers kept per token. read: how many of them a decoding step reads per stored token, twice
-    where both products read them (a kernel that keeps a tile may read less). token, pair: MACs per token, and per query token and
-    visible token, when a whole text is read. decode_token, decode_pair: the same for one new token over a cache, as `decode` has it.
+    parameters: numbers trained. stored: numbers kept per token. read: how many of them a decoding step reads
+    per stored token, twice where both products read them (a kernel that keeps a tile may read less). token,
+    pair: MACs per token, and per query token and visible token, when a whole text is read. decode_token,
+    decode_pair: the same for one new token over a cache, as `decode` has it.
     """
 
     parameters: int
@@ -30,7 +32,9 @@ class Costs(NamedTuple):
     decode_pair: int
 
     def prefill_flops(self, tokens: int, causal: bool = True) -> int:
-        """Reading `tokens` tokens; `causal` counts visible pairs only, else all of them, as kernels without skipping do."""
+        """Reading `tokens` tokens; `causal` counts visible pairs only, else all of them, as kernels without
+        skipping do.
+        """
         pairs = tokens * (tokens + 1) // 2 if causal else tokens * tokens
         return 2 * (self.token * tokens + self.pair * pairs)
 
@@ -44,7 +48,9 @@ class Costs(NamedTuple):
 
 
 def around(config: LowkeyConfig, key_width: int, value_width: int) -> tuple[int, int]:
-    """(parameters, MACs per token) of queries, gate, head norm and output projection, which all variants have."""
+    """(parameters, MACs per token) of queries, gate, head norm and output projection, which all variants
+    have.
+    """
     heads, hidden, rank = config.num_attention_heads, config.hidden_size, config.q_lora_rank
     queries = hidden * rank + rank * heads * key_width if rank else hidden * heads * key_width
     out = heads * value_width * hidden
@@ -64,8 +70,13 @@ def model_parameters(config: LowkeyConfig, layers: Sequence[Costs]) -> int:
 
 
 def model_flops(config: LowkeyConfig, layers: Sequence[Costs], tokens: int) -> int:
-    """One forward pass over `tokens` tokens of one text, logits of all of them included. Training takes three times as many."""
-    rest = 3 * config.hidden_size * config.intermediate_size * config.num_hidden_layers + config.vocab_size * config.hidden_size
+    """One forward pass over `tokens` tokens of one text, logits of all of them included. Training takes three
+    times as many.
+    """
+    rest = (
+        3 * config.hidden_size * config.intermediate_size * config.num_hidden_layers
+        + config.vocab_size * config.hidden_size
+    )
     return sum(layer.prefill_flops(tokens) for layer in layers) + 2 * rest * tokens
 
 

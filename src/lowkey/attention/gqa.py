@@ -1,4 +1,6 @@
-"""Multi-head, grouped-query (arXiv:2305.13245) and multi-query (arXiv:1911.02150) attention: one class, told apart by stored heads."""
+"""Multi-head, grouped-query (arXiv:2305.13245) and multi-query (arXiv:1911.02150) attention: one class, told
+apart by stored heads.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,13 @@ class GroupedQuery(Attention):
         return self.dense(query, keys, values, call)
 
     def effective(self) -> tuple[Tensor, Tensor]:
-        keys, values = (weight_of(part, self.config.num_key_value_heads) for part in (self.k_proj, self.v_proj))
-        k, v = (maps.repeat_interleave(self.num_key_value_groups, 0) for maps in (folded(keys, self.k_norm), values))
+        keys, values = (
+            weight_of(part, self.config.num_key_value_heads) for part in (self.k_proj, self.v_proj)
+        )
+        k, v = (
+            maps.repeat_interleave(self.num_key_value_groups, 0)
+            for maps in (folded(keys, self.k_norm), values)
+        )
         return k, v
 
     @staticmethod

@@ -11,8 +11,8 @@ from .costs import Costs, around
 
 
 class TiedAttention(Attention):
-    """Grouped tied attention (arXiv:2505.21487): values are the tied vectors of G heads, keys their first d - e dimensions and one
-    rotated slice of e dimensions that all heads share.
+    """Grouped tied attention (arXiv:2505.21487): values are the tied vectors of G heads, keys their first d -
+    e dimensions and one rotated slice of e dimensions that all heads share.
 
     qk_norm norms the tied vectors, values included.
     """
@@ -20,12 +20,18 @@ class TiedAttention(Attention):
     def __init__(self, config: LowkeyConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.kv_proj = self.linear(config.num_key_value_heads * config.head_dim)
-        self.k_rope_proj = self.linear(config.qk_rope_head_dim, bias=False) if config.qk_rope_head_dim else None
+        self.k_rope_proj = (
+            self.linear(config.qk_rope_head_dim, bias=False) if config.qk_rope_head_dim else None
+        )
         self.kv_norm = self.norm(config.head_dim)
 
     def project(self, hidden: Tensor, query: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         tied = self.kv_norm(heads_of(self.kv_proj(hidden), self.config.num_key_value_heads))
-        parts = [tied] if self.k_rope_proj is None else [tied, rotate(heads_of(self.k_rope_proj(hidden), 1), call.rope)]
+        parts = (
+            [tied]
+            if self.k_rope_proj is None
+            else [tied, rotate(heads_of(self.k_rope_proj(hidden), 1), call.rope)]
+        )
         stored = joined(*parts)
         return rotate(query, call.rope), stored, nothing(stored)
 
@@ -48,7 +54,12 @@ class TiedAttention(Attention):
 
     @staticmethod
     def costs(config: LowkeyConfig) -> Costs:
-        heads, stored, d, e = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.qk_rope_head_dim
+        heads, stored, d, e = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.qk_rope_head_dim,
+        )
         parameters, token = around(config, d, d)
         maps, pair = config.hidden_size * (stored * d + e), 2 * heads * d
         norms = (d if config.qk_norm else 0) + (stored * d if config.attention_bias else 0)
@@ -57,7 +68,8 @@ class TiedAttention(Attention):
 
 
 class KeysAreValues(Attention):
-    """One tensor of G heads is both keys and values; outputs are turned back by the query's position, so that values are relative.
+    """One tensor of G heads is both keys and values; outputs are turned back by the query's position, so that
+    values are relative.
 
     The last qk_rope_head_dim dimensions are rotated. As DeepSeek-V4 and Gemma 4 (`attention_k_eq_v`) have it.
     """
@@ -68,7 +80,9 @@ class KeysAreValues(Attention):
         self.kv_norm = self.norm(config.head_dim)
 
     def project(self, hidden: Tensor, query: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        stored = rotate(self.kv_norm(heads_of(self.kv_proj(hidden), self.config.num_key_value_heads)), call.rope)
+        stored = rotate(
+            self.kv_norm(heads_of(self.kv_proj(hidden), self.config.num_key_value_heads)), call.rope
+        )
         return rotate(query, call.rope), stored, nothing(stored)
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
@@ -86,4 +100,6 @@ class KeysAreValues(Attention):
         parameters, token = around(config, d, d)
         maps, pair = config.hidden_size * stored * d, 2 * heads * d
         norms = (d if config.qk_norm else 0) + (stored * d if config.attention_bias else 0)
-        return Costs(parameters + maps + norms, stored * d, 2 * stored * d, token + maps, pair, token + maps, pair)
+        return Costs(
+            parameters + maps + norms, stored * d, 2 * stored * d, token + maps, pair, token + maps, pair
+        )

@@ -1,4 +1,6 @@
-"""Low-rank key-value attention (arXiv:2601.11471): every head's keys and values are shared ones plus a low-rank part of its own."""
+"""Low-rank key-value attention (arXiv:2601.11471): every head's keys and values are shared ones plus a
+low-rank part of its own.
+"""
 
 from __future__ import annotations
 
@@ -25,18 +27,24 @@ from .costs import Costs, around
 
 
 class LowRankKV(Attention):
-    """W_K of head i is W_shared[group of i] + U_i B_i^T, U_i (D, r), B_i (d, r), and so for values. Stores shared keys and values (G d
-    numbers each) and latents x U_i (H r each): 2 (G d + H r) numbers. G > 1 is implied by the paper, not evaluated there.
+    """W_K of head i is W_shared[group of i] + U_i B_i^T, U_i (D, r), B_i (d, r), and so for values. Stores
+    shared keys and values (G d numbers each) and latents x U_i (H r each): 2 (G d + H r) numbers. G > 1 is
+    implied by the paper, not evaluated there.
 
     Values are read without being rebuilt in every mode. Keys, by lrkv_rope_mode:
-    - `full`: the paper's model, keys rotated at full width. Its identity "rotated latents times B^T" is false for rotation by pairs
-      (the two do not commute), so stored keys are un-rotated and rebuilt and rotated at every read: small at rest, not fast. Nothing but
-      the token itself can say where it stands (masks leave gaps, positions jump), so its position is stored too, as DIGITS numbers more.
-      Frequencies that follow the length (dynamic, longrope) are those of the newest token, for all keys.
-    - `latent`: scores are rotated shared keys . rotated queries + rotated latents . rotated (query B_i): another model than the paper's,
+    - `full`: the paper's model, keys rotated at full width. Its identity "rotated latents times B^T" is false
+    for rotation by pairs
+      (the two do not commute), so stored keys are un-rotated and rebuilt and rotated at every read: small at
+      rest, not fast. Nothing but the token itself can say where it stands (masks leave gaps, positions jump),
+      so its position is stored too, as DIGITS numbers more. Frequencies that follow the length (dynamic,
+      longrope) are those of the newest token, for all keys.
+    - `latent`: scores are rotated shared keys . rotated queries + rotated latents . rotated (query B_i):
+    another model than the paper's,
       exact without rebuilding, in which r must be even. Training runs on concatenated vectors of d + r.
-    - `partial`: only the last qk_rope_head_dim dimensions of the shared key are rotated, and B_i does not reach them: exact too.
-    decode: `auto` reads absorbed for a single new token, where keys and values of all heads would be written out for it alone.
+    - `partial`: only the last qk_rope_head_dim dimensions of the shared key are rotated, and B_i does not
+    reach them: exact too.
+    decode: `auto` reads absorbed for a single new token, where keys and values of all heads would be written
+    out for it alone.
     qk_norm: in `full` of rebuilt keys; else of shared keys and of latents, each by itself.
     """
 
@@ -64,7 +72,10 @@ class LowRankKV(Attention):
             return rotate(query, call.rope), joined(keys), joined(values)
         latents = self.latent_norm(heads_of(self.k_down(hidden), self.heads))
         if call.rope.narrow is not None:
-            latents, carried = rotate(latents, call.rope.narrow), rotate(query @ self.k_up.mT, call.rope.narrow)
+            latents, carried = (
+                rotate(latents, call.rope.narrow),
+                rotate(query @ self.k_up.mT, call.rope.narrow),
+            )
             query = torch.cat((rotate(query, call.rope), carried), -1)
         else:
             query = rotate(query, call.rope)
@@ -91,13 +102,17 @@ class LowRankKV(Attention):
             return self._mixed(self._scores(query, shared_k, latent_k), shared_v, latent_v, call)
         if self.mode == "latent" and self.rank:
             return self._side_by_side(query, (shared_k, latent_k), (shared_v, latent_v), call)
-        return self.dense(query, self._every_head(shared_k, latent_k, "k"), self._every_head(shared_v, latent_v, "v"), call)
+        return self.dense(
+            query, self._every_head(shared_k, latent_k, "k"), self._every_head(shared_v, latent_v, "v"), call
+        )
 
     def _parts(self, stored: Tensor) -> tuple[Tensor, Tensor]:
         """(b, 1, s, G d + H r) -> shared (b, G, s, d) and latents (b, H, s, r)."""
         edge = self.config.num_key_value_heads * self.config.head_dim
         shared, latents = stored[:, 0, :, :edge], stored[:, 0, :, edge:]
-        return heads_of(shared, self.config.num_key_value_heads), heads_of(latents, self.heads) if self.rank else latents.unsqueeze(1)
+        return heads_of(shared, self.config.num_key_value_heads), heads_of(
+            latents, self.heads
+        ) if self.rank else latents.unsqueeze(1)
 
     def _every_head(self, shared: Tensor, latents: Tensor, which: str) -> Tensor:
         """Keys or values of all heads, written out: (b, H, s, d)."""
@@ -107,7 +122,11 @@ class LowRankKV(Attention):
         if which == "v":
             return every + latents @ self.v_up
         own = latents @ self.k_up
-        return every + own if self.reach == every.shape[-1] else torch.cat((every[..., : self.reach] + own, every[..., self.reach :]), -1)
+        return (
+            every + own
+            if self.reach == every.shape[-1]
+            else torch.cat((every[..., : self.reach] + own, every[..., self.reach :]), -1)
+        )
 
     def _scores(self, query: Tensor, shared: Tensor, latents: Tensor) -> Tensor:
         """Without rebuilding keys: (b, H, t, s)."""
@@ -129,13 +148,18 @@ class LowRankKV(Attention):
     ) -> tuple[Tensor, Tensor | None]:
         """Attention over vectors of d + r, shared part beside the latent, for any number of new tokens."""
         groups = self.heads // keys[0].shape[1]
-        k, v = (torch.cat((shared.repeat_interleave(groups, 1), latents), -1) for shared, latents in (keys, values))
+        k, v = (
+            torch.cat((shared.repeat_interleave(groups, 1), latents), -1)
+            for shared, latents in (keys, values)
+        )
         out, weights = self.dense(query, k, v, call)
         d = self.config.head_dim
         return out[..., :d] + torch.einsum("bthr,hrd->bthd", out[..., d:], self.v_up), weights
 
     def effective(self) -> tuple[Tensor, Tensor]:
-        """In the modes `latent` and `partial` under qk_norm, shared part and latents are divided by norms of their own, left out here."""
+        """In the modes `latent` and `partial` under qk_norm, shared part and latents are divided by norms of
+        their own, left out here.
+        """
         groups = self.config.num_key_value_heads
         maps = folded(weight_of(self.k_proj, groups), self.k_norm), weight_of(self.v_proj, groups)
         k, v = (shared.repeat_interleave(self.heads // groups, 0) for shared in maps)
@@ -152,7 +176,9 @@ class LowRankKV(Attention):
         return folded(keys, self.k_norm) if self.mode == "full" else keys, wide(self.v_up).mT @ down_v
 
     def initialize(self) -> None:
-        """The low-rank part starts with lrkv_init_scale times the norm of the shared one; neither of its factors is zero."""
+        """The low-rank part starts with lrkv_init_scale times the norm of the shared one; neither of its
+        factors is zero.
+        """
         if self.rank:
             for up in (self.k_up, self.v_up):
                 init.normal_(up, std=self.config.lrkv_init_scale / self.rank**0.5)
@@ -163,7 +189,12 @@ class LowRankKV(Attention):
             config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.lrkv_rank, config.hidden_size
         )  # fmt: skip
         parameters, token = around(config, d, d)
-        shared, down, up_k, up_v = 2 * hidden * groups * d, 2 * hidden * heads * r, heads * r * _reach(config), heads * r * d
+        shared, down, up_k, up_v = (
+            2 * hidden * groups * d,
+            2 * hidden * heads * r,
+            heads * r * _reach(config),
+            heads * r * d,
+        )
         norms = (d + (r if config.lrkv_rope_mode != "full" else 0)) if config.qk_norm else 0
         biases = 2 * groups * d if config.attention_bias else 0
         stored = 2 * (groups * d + heads * r) + (DIGITS if _rebuilds(config) else 0)
@@ -185,4 +216,6 @@ def _rebuilds(config: LowkeyConfig) -> bool:
 
 def _reach(config: LowkeyConfig) -> int:
     """Dimensions of a key head that its low-rank part reaches."""
-    return config.head_dim - config.qk_rope_head_dim if config.lrkv_rope_mode == "partial" else config.head_dim
+    return (
+        config.head_dim - config.qk_rope_head_dim if config.lrkv_rope_mode == "partial" else config.head_dim
+    )

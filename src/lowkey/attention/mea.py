@@ -1,4 +1,6 @@
-"""Multi-head explicit attention (arXiv:2601.19611): key and value heads are linear compositions of m stored component heads."""
+"""Multi-head explicit attention (arXiv:2601.19611): key and value heads are linear compositions of m stored
+component heads.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,16 @@ NOISE = 0.02  # on component heads that several composite heads share at the sta
 
 
 class ExplicitAttention(Attention):
-    """Head-level linear composition (HLC): composite head j is sum over c of W[c, j] times component head c, for keys and for values each
-    with its own W (m, G). Scalars commute with rotation, so rotated component heads are stored.
+    """Head-level linear composition (HLC): composite head j is sum over c of W[c, j] times component head c,
+    for keys and for values each with its own W (m, G). Scalars commute with rotation, so rotated component
+    heads are stored.
 
-    With m < G components are stored, and a reader either recomposes (`expanded`: 2 m G d MACs per stored token, whatever the number of
-    queries) or mixes scores and outputs (`absorbed`: nothing is written out, H m (2 d + 1) MACs per query and stored token instead of
-    2 H d). With m >= G composites are stored: nothing is left to do.
-    The norm after attention (`head_norm`) is part of the method: without it composition collapses to plain attention, says the paper.
-    qk_norm norms component heads. The paper does not say how W starts: identity here, or component heads in turn with noise.
+    With m < G components are stored, and a reader either recomposes (`expanded`: 2 m G d MACs per stored
+    token, whatever the number of queries) or mixes scores and outputs (`absorbed`: nothing is written out, H
+    m (2 d + 1) MACs per query and stored token instead of 2 H d). With m >= G composites are stored: nothing
+    is left to do. The norm after attention (`head_norm`) is part of the method: without it composition
+    collapses to plain attention, says the paper. qk_norm norms component heads. The paper does not say how W
+    starts: identity here, or component heads in turn with noise.
     """
 
     def __init__(self, config: LowkeyConfig, layer_idx: int) -> None:
@@ -49,17 +53,26 @@ class ExplicitAttention(Attention):
 
     def _mixed(self, query: Tensor, keys: Tensor, values: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
         """Scores against all components, mixed; outputs of all components, mixed."""
-        mine_k, mine_v = (mix.repeat_interleave(self.num_key_value_groups, 1) for mix in (self.k_mix, self.v_mix))  # (m, H)
+        mine_k, mine_v = (
+            mix.repeat_interleave(self.num_key_value_groups, 1) for mix in (self.k_mix, self.v_mix)
+        )  # (m, H)
         scores = torch.einsum("bhtd,bmsd->bmhts", query, keys)
         scores = torch.einsum("bmhts,mh->bhts", scores, mine_k)
         weights = self.weights(scores, call)
-        return torch.einsum("bmhtd,mh->bthd", torch.einsum("bhts,bmsd->bmhtd", weights, values), mine_v), weights
+        return torch.einsum(
+            "bmhtd,mh->bthd", torch.einsum("bhts,bmsd->bmhtd", weights, values), mine_v
+        ), weights
 
     def effective(self) -> tuple[Tensor, Tensor]:
-        """Under qk_norm, component heads are divided by norms of their own before they are mixed, left out here."""
+        """Under qk_norm, component heads are divided by norms of their own before they are mixed, left out
+        here.
+        """
         keys, values = (weight_of(part, self.components) for part in (self.k_proj, self.v_proj))
         parts = ((folded(keys, self.k_norm), self.k_mix), (values, self.v_mix))
-        k, v = (torch.einsum("mdi,mg->gdi", maps, wide(mix)).repeat_interleave(self.num_key_value_groups, 0) for maps, mix in parts)
+        k, v = (
+            torch.einsum("mdi,mg->gdi", maps, wide(mix)).repeat_interleave(self.num_key_value_groups, 0)
+            for maps, mix in parts
+        )
         return k, v
 
     def initialize(self) -> None:
@@ -68,13 +81,22 @@ class ExplicitAttention(Attention):
             if self.config.mea_hlc_init == "orthogonal":
                 init.orthogonal_(mix)
                 continue
-            turn = torch.arange(composites) * components // composites if components < composites else torch.arange(composites)
+            turn = (
+                torch.arange(composites) * components // composites
+                if components < composites
+                else torch.arange(composites)
+            )
             init.normal_(mix, std=NOISE if components != composites else 0.0)
             init.copy_(mix, mix.detach() + nn.functional.one_hot(turn, components).T.to(mix))
 
     @staticmethod
     def costs(config: LowkeyConfig) -> Costs:
-        heads, composites, m, d = config.num_attention_heads, config.num_key_value_heads, config.mea_num_component_heads, config.head_dim
+        heads, composites, m, d = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.mea_num_component_heads,
+            config.head_dim,
+        )
         parameters, token = around(config, d, d)
         maps, mix, pair = 2 * config.hidden_size * m * d, 2 * m * composites, 2 * heads * d
         norms = (d if config.qk_norm else 0) + (2 * m * d if config.attention_bias else 0)
@@ -89,14 +111,22 @@ class ExplicitAttention(Attention):
 
 
 def _absorbs(config: LowkeyConfig, new: int, stored: int) -> bool:
-    """Whether `new` tokens of `stored` are read absorbed: for auto, where that takes fewer operations than recomposing."""
+    """Whether `new` tokens of `stored` are read absorbed: for auto, where that takes fewer operations than
+    recomposing.
+    """
     if config.decode != "auto":
         return config.decode == "absorbed"
-    heads, composites, m, d = config.num_attention_heads, config.num_key_value_heads, config.mea_num_component_heads, config.head_dim
+    heads, composites, m, d = (
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.mea_num_component_heads,
+        config.head_dim,
+    )
     absorbed = new * heads * m * d + new * stored * heads * m * (2 * d + 1)
     return absorbed < stored * 2 * m * composites * d + new * stored * 2 * heads * d
 
 
 def composed(components: Tensor, mix: Tensor) -> Tensor:
     """(b, m, s, d) component heads and (m, G) weights -> (b, G, s, d) composite heads."""
-    return (mix.T @ components.flatten(2)).unflatten(2, components.shape[2:])  # rows stay whole, as fused kernels want them
+    # rows stay whole, as fused kernels want them
+    return (mix.T @ components.flatten(2)).unflatten(2, components.shape[2:])

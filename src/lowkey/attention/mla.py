@@ -1,4 +1,6 @@
-"""Multi-head latent attention (arXiv:2405.04434, section 2.1): one latent for keys and values of all heads, and one rotated key slice."""
+"""Multi-head latent attention (arXiv:2405.04434, section 2.1): one latent for keys and values of all heads,
+and one rotated key slice.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,15 @@ from .costs import MANY, Costs, around
 
 
 class LatentAttention(Attention):
-    """Stores, per token, a normed latent (c) and a shared rotated key slice (e): c + e numbers for keys and values together.
+    """Stores, per token, a normed latent (c) and a shared rotated key slice (e): c + e numbers for keys and
+    values together.
 
-    Heads have n unrotated and e rotated dimensions, in this order, and values of v. expanded: keys and values of all heads are written out
-    (prefill, training). absorbed: queries are carried into the latent, and outputs out of it, so that only latents are read; for t new
-    tokens of s stored it takes fewer operations where t s (2 c - n - v) < (s - t) c (n + v).
-    attention_bias: of the down-map, as DeepSeek's code has it, and of the up-map (ours), so that biases of any source have a place.
+    Heads have n unrotated and e rotated dimensions, in this order, and values of v. expanded: keys and values
+    of all heads are written out (prefill, training). absorbed: queries are carried into the latent, and
+    outputs out of it, so that only latents are read; for t new tokens of s stored it takes fewer operations
+    where t s (2 c - n - v) < (s - t) c (n + v).
+    attention_bias: of the down-map, as DeepSeek's code has it, and of the up-map (ours), so that biases of
+    any source have a place.
     """
 
     def __init__(self, config: LowkeyConfig, layer_idx: int) -> None:
@@ -32,7 +37,9 @@ class LatentAttention(Attention):
         self.latent_scale = (config.hidden_size / c) ** 0.5 if config.mla_latent_scale else 1.0
 
     def project(self, hidden: Tensor, query: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        latent, shared = self.kv_a_proj(hidden).split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1)
+        latent, shared = self.kv_a_proj(hidden).split(
+            [self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1
+        )
         latent, shared = self.kv_a_norm(latent) * self.latent_scale, heads_of(shared, 1)
         if self.config.mla_rotate:
             query, shared = rotate(query, call.rope), rotate(shared, call.rope)
@@ -45,12 +52,15 @@ class LatentAttention(Attention):
         return self._expanded(query, keys, call)
 
     def _readable(self) -> bool:
-        """Whether the up-map is its weight alone. An adapter around it (LoRA) or a quantised one is heard only when it is called."""
+        """Whether the up-map is its weight alone. An adapter around it (LoRA) or a quantised one is heard
+        only when it is called.
+        """
         plain = type(self.kv_b_proj) is nn.Linear
         if self.config.decode == "absorbed" and not plain:
             kind = type(self.kv_b_proj).__name__
             raise ValueError(
-                f"decode 'absorbed': kv_b_proj is wrapped ({kind}), its weight is not all of it; merge it, or use decode='auto'"
+                f"decode 'absorbed': kv_b_proj is wrapped ({kind}), its weight is not all of it; merge it, "
+                "or use decode='auto'"
             )
         return plain
 
@@ -61,12 +71,14 @@ class LatentAttention(Attention):
         short = keys.shape[-1] - v
         if short <= 0:
             return self.dense(query, keys, values, call)
-        out, weights = self.dense(query, keys, nn.functional.pad(values, (0, short)), call)  # fused kernels want equal widths
+        # fused kernels want equal widths
+        out, weights = self.dense(query, keys, nn.functional.pad(values, (0, short)), call)
         return out[..., :v], weights
 
     def _absorbed(self, query: Tensor, stored: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
-        """stored (b, s, c + e): read once for all heads, as keys and, without the slice, as values. The up-map's bias adds the same to all
-        scores of a query, which weights do not show, and to each head's output."""
+        """stored (b, s, c + e): read once for all heads, as keys and, without the slice, as values. The
+        up-map's bias adds the same to all scores of a query, which weights do not show, and to each head's
+        output."""
         n, _, c, v = _widths(self.config)
         up_keys, up_values = self.kv_b_proj.weight.view(self.heads, n + v, c).split([n, v], 1)
         carried = torch.cat((query[..., :n] @ up_keys, query[..., n:]), -1)  # (b, H, t, c + e)
@@ -75,7 +87,9 @@ class LatentAttention(Attention):
         latents = (weights.flatten(1, 2) @ stored[..., :c]).unflatten(1, (self.heads, -1))
         out = latents @ up_values.mT
         if self.kv_b_proj.bias is not None:
-            out = out + weights.sum(-1, keepdim=True) * self.kv_b_proj.bias.view(self.heads, 1, n + v)[..., n:]
+            out = (
+                out + weights.sum(-1, keepdim=True) * self.kv_b_proj.bias.view(self.heads, 1, n + v)[..., n:]
+            )
         return out.transpose(1, 2), weights
 
     def effective(self) -> tuple[Tensor, Tensor]:
@@ -105,7 +119,9 @@ class LatentAttention(Attention):
 
 
 def temperature(config: LowkeyConfig) -> float:
-    """What scores are multiplied by under YaRN with `mscale_all_dim`, where DeepSeek keeps the factor out of cos and sin."""
+    """What scores are multiplied by under YaRN with `mscale_all_dim`, where DeepSeek keeps the factor out of
+    cos and sin.
+    """
     rope = config.rope_parameters or {}
     of_all, factor = rope.get("mscale_all_dim"), rope.get("factor", 1.0)
     if rope.get("rope_type", "default") == "default" or not of_all or factor <= 1:
@@ -114,12 +130,16 @@ def temperature(config: LowkeyConfig) -> float:
 
 
 def _widths(config: LowkeyConfig) -> tuple[int, int, int, int]:
-    """(n, e, c, v): unrotated and rotated dimensions of a head, width of the latent, dimensions of a value head."""
+    """(n, e, c, v): unrotated and rotated dimensions of a head, width of the latent, dimensions of a value
+    head.
+    """
     return config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank, config.v_head_dim
 
 
 def _absorbs(config: LowkeyConfig, new: int, stored: int) -> bool:
-    """Whether `new` tokens of `stored` are read absorbed: for auto, where that takes fewer operations than writing keys and values out."""
+    """Whether `new` tokens of `stored` are read absorbed: for auto, where that takes fewer operations than
+    writing keys and values out.
+    """
     n, _, c, v = _widths(config)
     if config.decode != "auto":
         return config.decode == "absorbed"

@@ -1,11 +1,19 @@
-"""The one causal language model of lowkey: transformers' Llama decoder with an attention of its own in every layer."""
+"""The one causal language model of lowkey: transformers' Llama decoder with an attention of its own in every
+layer.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP, LlamaModel, LlamaPreTrainedModel
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaMLP,
+    LlamaModel,
+    LlamaPreTrainedModel,
+)
 
 from .base import Attention, HeadNorm, OutputProjection, rotary
 from .configuration_lowkey import LowkeyConfig
@@ -29,7 +37,9 @@ ATTENTION: dict[str, type[Attention]] = {
 
 
 def costs(config: LowkeyConfig) -> Costs:
-    """What one layer's attention takes under this configuration: one of `attention_layers`, where these are not all."""
+    """What one layer's attention takes under this configuration: one of `attention_layers`, where these are
+    not all.
+    """
     return ATTENTION[config.attention].costs(config)
 
 
@@ -68,8 +78,8 @@ class LowkeyPreTrainedModel(LlamaPreTrainedModel):
     _can_record_outputs = {"hidden_states": LowkeyDecoderLayer, "attentions": Attention}  # noqa: RUF012
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As transformers'. Where the code goes beside the weights, the config names the class for each of the Auto classes, not only
-        this one's."""
+        """As transformers'. Where the code goes beside the weights, the config names the class for each of
+        the Auto classes, not only this one's."""
         if self._auto_class is not None:
             module = type(self).__module__.rpartition(".")[2]
             classes = {"AutoModel": "LowkeyModel", "AutoModelForCausalLM": "LowkeyForCausalLM"}

@@ -1,4 +1,6 @@
-"""Torch's fused attention over segments: no matrix of scores is formed, so a long prefill is as fast as a stock one."""
+"""Torch's fused attention over segments: no matrix of scores is formed, so a long prefill is as fast as a
+stock one.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,17 @@ ROWS = 128  # queries taken at once on a CPU, four times as many elsewhere: what
 
 
 def fits(segments: Sequence[Segment], softcap: float | None) -> bool:
-    """Whether this module can answer: many queries in one basis, and scores that nothing is done to but scaling and masking."""
+    """Whether this module can answer: many queries in one basis, and scores that nothing is done to but
+    scaling and masking.
+    """
     first = segments[0]
     alike = len(segments) == 1 or all(s.query is first.query and s.up is None for s in segments)
-    return alike and softcap is None and first.query.shape[3] >= QUERIES and all(s.bias is None for s in segments)
+    return (
+        alike
+        and softcap is None
+        and first.query.shape[3] >= QUERIES
+        and all(s.bias is None for s in segments)
+    )
 
 
 def attend(segments: Sequence[Segment], scaling: float) -> Tensor:
@@ -29,7 +38,8 @@ def attend(segments: Sequence[Segment], scaling: float) -> Tensor:
     rows = ROWS if segments[0].query.device.type == "cpu" else 4 * ROWS
     spans = zip(*(_spans(s, t, rows) for s in segments), strict=True)
     blocks = [
-        [_cut(s, slice(i * rows, (i + 1) * rows), span) for s, span in zip(segments, own, strict=True)] for i, own in enumerate(spans)
+        [_cut(s, slice(i * rows, (i + 1) * rows), span) for s, span in zip(segments, own, strict=True)]
+        for i, own in enumerate(spans)
     ]
     out = torch.cat([_rows(block, scaling) for block in blocks], 2).unflatten(1, (h, -1))
     return out if up is None else out @ up.unsqueeze(1)
@@ -40,13 +50,16 @@ def _spans(s: Segment, t: int, rows: int) -> list[slice]:
     n = s.keys.shape[2]
     if s.mask is None or not n:
         return [slice(0, n)] * -(-t // rows)
-    seen = torch.stack([part.view(torch.uint8).amax((0, 1)) for part in s.mask.split(rows, 1)])  # (blocks, n); ten times as fast as `any`
+    # (blocks, n); ten times as fast as `any`
+    seen = torch.stack([part.view(torch.uint8).amax((0, 1)) for part in s.mask.split(rows, 1)])
     return [slice(i, n - j) for i, j in torch.stack([seen.argmax(1), seen.flip(1).argmax(1)], 1).tolist()]
 
 
 def _cut(s: Segment, rows: slice, span: slice) -> Segment:
     mask = None if s.mask is None else s.mask[:, rows, span]
-    return replace(s, query=s.query[:, :, :, rows], keys=s.keys[:, :, span], values=s.values[:, :, span], mask=mask)
+    return replace(
+        s, query=s.query[:, :, :, rows], keys=s.keys[:, :, span], values=s.values[:, :, span], mask=mask
+    )
 
 
 def _rows(segments: Sequence[Segment], scaling: float) -> Tensor:
@@ -67,7 +80,9 @@ def _rows(segments: Sequence[Segment], scaling: float) -> Tensor:
 
 
 def gives_lse(query: Tensor, keys: Tensor, softcap: float | None) -> bool:
-    """Whether torch's kernel for CPUs can answer so many queries. Its log-sum-exp has no gradient, so none may be asked for."""
+    """Whether torch's kernel for CPUs can answer so many queries. Its log-sum-exp has no gradient, so none
+    may be asked for.
+    """
     traced = torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad)
     return query.device.type == "cpu" and softcap is None and query.shape[-2] >= QUERIES and not traced
 
@@ -76,22 +91,33 @@ def ragged(query: Tensor, keys: Tensor, values: Tensor, starts: Tensor, scaling:
     """As `naive.ragged`, row after row."""
     edges = list(itertools.pairwise(starts.tolist()))
     parts = [
-        _with_lse(q[None, None], keys[None, None, a:b], values[None, None, a:b], scaling) for q, (a, b) in zip(query, edges, strict=True)
+        _with_lse(q[None, None], keys[None, None, a:b], values[None, None, a:b], scaling)
+        for q, (a, b) in zip(query, edges, strict=True)
     ]
     return torch.cat([out[0].float() for out, _ in parts]), torch.cat([lse[0] for _, lse in parts])
 
 
 def causal(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Part:
-    """query (b, h, g, t, d) over keys and values (b, h, t, d) that came with it, each over those up to its own: as `grouped.partial`."""
+    """query (b, h, g, t, d) over keys and values (b, h, t, d) that came with it, each over those up to its
+    own: as `grouped.partial`.
+    """
     g = query.shape[2]
-    out, lse = _with_lse(query.flatten(1, 2), _for_heads(keys, g * keys.shape[1]), _for_heads(values, g * keys.shape[1]), scaling, True)
+    out, lse = _with_lse(
+        query.flatten(1, 2),
+        _for_heads(keys, g * keys.shape[1]),
+        _for_heads(values, g * keys.shape[1]),
+        scaling,
+        True,
+    )
     return out.unflatten(1, (-1, g)), lse.unflatten(1, (-1, g))
 
 
 def _with_lse(query: Tensor, keys: Tensor, values: Tensor, scaling: float, is_causal: bool = False) -> Part:
     """query (b, H, t, d), keys and values (b, H, s, d) -> (b, H, t, width of the values), (b, H, t)"""
     if not keys.shape[2]:
-        return query.new_zeros(*query.shape[:3], values.shape[3]), query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
+        return query.new_zeros(*query.shape[:3], values.shape[3]), query.new_full(
+            query.shape[:3], -torch.inf, dtype=torch.float32
+        )
     width = values.shape[3]
     widest = max(width, keys.shape[3])
     query, keys, values = (pad(x, (0, widest - x.shape[3])) for x in (query.to(keys.dtype), keys, values))

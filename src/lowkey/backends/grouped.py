@@ -1,4 +1,6 @@
-"""Dense attention on any device; the g query heads of a KV head share one matrix product, so keys are never repeated."""
+"""Dense attention on any device; the g query heads of a KV head share one matrix product, so keys are never
+repeated.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ BLOCK = 2**25  # scores held at once (numbers): 128 MiB in fp32 bounds the memor
 
 
 def attend(segments: Sequence[Segment], scaling: float, softcap: float | None = None) -> Tensor:
-    """As `naive.attend`: one softmax over all segments. Returns (b, h, g, t, d); a query that may see nothing gets 0."""
+    """As `naive.attend`: one softmax over all segments. Returns (b, h, g, t, d); a query that may see nothing
+    gets 0.
+    """
     segments, step = _steps(segments)
     if fused.fits(segments, softcap):
         return fused.attend(segments, scaling)
@@ -52,10 +56,14 @@ def _blocks(segments: Sequence[Segment], step: int) -> Iterator[Sequence[Segment
 
 
 def _rows(s: Segment, start: int, stop: int) -> Segment:
-    return replace(s, query=s.query[:, :, :, start:stop], mask=None if s.mask is None else s.mask[:, start:stop])
+    return replace(
+        s, query=s.query[:, :, :, start:stop], mask=None if s.mask is None else s.mask[:, start:stop]
+    )
 
 
-def _block(segments: Sequence[Segment], scaling: float, softcap: float | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _block(
+    segments: Sequence[Segment], scaling: float, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """(out (b, h, g, t, d), scores (b, H, t, s), which queries may see nothing)"""
     each = [_scores(s, scaling, softcap) for s in segments]
     scores, dead = _masked(each[0] if len(each) == 1 else torch.cat(each, dim=-1), segments)
@@ -87,7 +95,9 @@ def _values(s: Segment, weights: Tensor, h: int) -> Tensor:
 
 
 def _masked(scores: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, Tensor | None]:
-    """Scores, overwritten with -inf where attention is not allowed, and which rows are wholly masked (padding), if any can be."""
+    """Scores, overwritten with -inf where attention is not allowed, and which rows are wholly masked
+    (padding), if any can be.
+    """
     mask = joint_mask(segments)
     if mask is None:
         return scores, None
@@ -99,8 +109,12 @@ def _masked(scores: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, Tensor
 WASTE = 1.25  # rows of one dense product may differ in length by this factor
 
 
-def ragged(query: Tensor, keys: Tensor, values: Tensor, starts: Tensor, scaling: float, softcap: float | None = None) -> Part:
-    """As `naive.ragged`, in a few dense products over rows of similar length: at most a quarter of what is read is padding."""
+def ragged(
+    query: Tensor, keys: Tensor, values: Tensor, starts: Tensor, scaling: float, softcap: float | None = None
+) -> Part:
+    """As `naive.ragged`, in a few dense products over rows of similar length: at most a quarter of what is
+    read is padding.
+    """
     rows, m, _ = query.shape
     out = query.new_zeros(rows, m, values.shape[-1], dtype=torch.float32)
     lse = query.new_full((rows, m), -torch.inf, dtype=torch.float32)
@@ -108,14 +122,18 @@ def ragged(query: Tensor, keys: Tensor, values: Tensor, starts: Tensor, scaling:
         step = max(1, BLOCK // index.numel())
         for i in range(0, m, step):
             some = slice(i, i + step)
-            scores = capped((query[chosen, some] @ keys[index].mT).float() * scaling, softcap).masked_fill(absent.unsqueeze(1), -torch.inf)
+            scores = capped((query[chosen, some] @ keys[index].mT).float() * scaling, softcap).masked_fill(
+                absent.unsqueeze(1), -torch.inf
+            )
             out[chosen, some] = (scores.softmax(-1).to(values.dtype) @ values[index]).float()
             lse[chosen, some] = scores.logsumexp(-1)
     return out, lse
 
 
 def _classes(starts: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(rows (c), where their tokens are (c, longest), which of these are padding (c, longest)) for rows of similar length."""
+    """(rows (c), where their tokens are (c, longest), which of these are padding (c, longest)) for rows of
+    similar length.
+    """
     lengths = starts.diff()
     order = lengths.argsort(descending=True)
     ranked = lengths[order].tolist()

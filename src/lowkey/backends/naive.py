@@ -12,14 +12,20 @@ from lowkey.backends.segment import Part, Segment, kv_heads
 
 
 def attend(segments: Sequence[Segment], scaling: float, softcap: float | None = None) -> Tensor:
-    """softmax over all segments' scores together, then the weighted values mapped up. Returns (b, h, g, t, d)."""
+    """softmax over all segments' scores together, then the weighted values mapped up. Returns (b, h, g, t,
+    d).
+    """
     b, t = segments[0].query.shape[0], segments[0].query.shape[3]
     h, heads = kv_heads(segments), segments[0].query.shape[1] * segments[0].query.shape[2]
-    rows = [_one(segments, scaling, softcap, i, j, m, h) for i in range(b) for j in range(heads) for m in range(t)]
+    rows = [
+        _one(segments, scaling, softcap, i, j, m, h) for i in range(b) for j in range(heads) for m in range(t)
+    ]
     return torch.stack(rows).view(b, h, heads // h, t, -1)
 
 
-def _one(segments: Sequence[Segment], scaling: float, softcap: float | None, i: int, j: int, m: int, h: int) -> Tensor:
+def _one(
+    segments: Sequence[Segment], scaling: float, softcap: float | None, i: int, j: int, m: int, h: int
+) -> Tensor:
     """Query head j of all H, whose KV head is j // (H / h)."""
     heads = segments[0].query.shape[1] * segments[0].query.shape[2]
     scores = torch.cat([_capped(_scores(s, i, j, m) * scaling, softcap) + _bias(s, i, j) for s in segments])
@@ -44,7 +50,11 @@ def _capped(scores: Tensor, softcap: float | None) -> Tensor:
 
 
 def _bias(s: Segment, i: int, j: int) -> Tensor:
-    return s.keys.new_zeros(s.keys.shape[2], dtype=torch.float32) if s.bias is None else s.bias[i, j // s.query.shape[2]].float()
+    return (
+        s.keys.new_zeros(s.keys.shape[2], dtype=torch.float32)
+        if s.bias is None
+        else s.bias[i, j // s.query.shape[2]].float()
+    )
 
 
 def _allowed(s: Segment, i: int, m: int) -> Tensor:
@@ -57,10 +67,14 @@ def _mapped(s: Segment, out: Tensor, j: int) -> Tensor:
     return out if s.up is None else out @ s.up[j % s.up.shape[0]]
 
 
-def ragged(query: Tensor, keys: Tensor, values: Tensor, starts: Tensor, scaling: float, softcap: float | None = None) -> Part:
-    """Rows of different length, one after another: query (R, m, r) sees keys (n, r) and values (n, v) from starts[i] to starts[i + 1].
+def ragged(
+    query: Tensor, keys: Tensor, values: Tensor, starts: Tensor, scaling: float, softcap: float | None = None
+) -> Part:
+    """Rows of different length, one after another: query (R, m, r) sees keys (n, r) and values (n, v) from
+    starts[i] to starts[i + 1].
 
-    starts (R + 1) of int64. Returns out (R, m, v) and the log-sum-exp of the scores, lse (R, m), both fp32; an empty row gives 0 and -inf.
+    starts (R + 1) of int64. Returns out (R, m, v) and the log-sum-exp of the scores, lse (R, m), both fp32;
+    an empty row gives 0 and -inf.
     """
     out = query.new_zeros(*query.shape[:2], values.shape[-1], dtype=torch.float32)
     lse = query.new_full(query.shape[:2], -torch.inf, dtype=torch.float32)

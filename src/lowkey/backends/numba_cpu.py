@@ -1,7 +1,9 @@
-"""Attention over ragged storage on the CPU, compiled by numba (optional: `pip install lowkey[cpu]`): the memory's bandwidth bounds it.
+"""Attention over ragged storage on the CPU, compiled by numba (optional: `pip install lowkey[cpu]`): the
+memory's bandwidth bounds it.
 
-Rows are cut into pieces that threads take in turn, so that very unequal rows still share the work; a row's pieces are merged by
-log-sum-exp. Keys and values are read where they lie, bf16 and fp16 widened in registers; sums are in fp32. No gradients.
+Rows are cut into pieces that threads take in turn, so that very unequal rows still share the work; a row's
+pieces are merged by log-sum-exp. Keys and values are read where they lie, bf16 and fp16 widened in registers;
+sums are in fp32. No gradients.
 """
 
 from __future__ import annotations
@@ -35,15 +37,22 @@ def supports(dtype: torch.dtype) -> bool:
 def ragged(
     query: Tensor, keys: Tensor, values: Tensor, starts: Tensor, scaling: float, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """query (R, m, r) on keys (n, r) and values (n, v), row i being [starts[i], starts[i + 1]); starts (R + 1) int64.
+    """query (R, m, r) on keys (n, r) and values (n, v), row i being [starts[i], starts[i + 1]); starts (R +
+    1) int64.
 
-    Returns out (R, m, v) and lse (R, m) in fp32; an empty row gives 0 and -inf. The same to the bit for any number of threads.
+    Returns out (R, m, v) and lse (R, m) in fp32; an empty row gives 0 and -inf. The same to the bit for any
+    number of threads.
     """
     kernel, (rows, m, _), width = _kernel(), query.shape, values.shape[1]
     keys, values = _readable(keys, kernel.LANES), _readable(values.to(keys.dtype), kernel.LANES)
     out, lse = torch.empty(rows, m, values.shape[1]), torch.empty(rows, m)
     g = next((n for n in GROUPS if n >= m), GROUPS[-1])
-    given = query.detach().float().contiguous().numpy(), _place(keys), _place(values), starts.contiguous().numpy()
+    given = (
+        query.detach().float().contiguous().numpy(),
+        _place(keys),
+        _place(values),
+        starts.contiguous().numpy(),
+    )
     with _lock:
         function = kernel.piece(g, KINDS[keys.dtype]).address
         kernel.decode(function, g, *_scales(scaling, softcap), *given, out.numpy(), lse.numpy(), _threads())
@@ -52,7 +61,9 @@ def ragged(
 
 @cache
 def _kernel() -> ModuleType:
-    """Loaded on first use. Starting numba's threads resets the thread count of an OpenMP that torch may share, so that is put back."""
+    """Loaded on first use. Starting numba's threads resets the thread count of an OpenMP that torch may
+    share, so that is put back.
+    """
     import numba
 
     from lowkey.backends import numba_kernel
@@ -72,7 +83,8 @@ def _threads() -> int:
 
 
 def _scales(scaling: float, softcap: float | None) -> tuple[np.float32, np.float32]:
-    """What multiplies a dot product, and the soft cap (0 is none): scores are in units of ln 2, since the kernel raises 2 to them.
+    """What multiplies a dot product, and the soft cap (0 is none): scores are in units of ln 2, since the
+    kernel raises 2 to them.
 
     Under a soft cap the product becomes the argument of tanh, times 2 / ln 2.
     """

@@ -1,7 +1,9 @@
-"""The compiled half of `numba_cpu`, imported on first use: rows cut into pieces, which threads take in turn, and merged again.
+"""The compiled half of `numba_cpu`, imported on first use: rows cut into pieces, which threads take in turn,
+and merged again.
 
-A piece is at most LARGEST tokens of one row: all its scores, their softmax, then its values, so that memory is read in long runs. What
-depends on the dtype is one small C function per dtype and group of queries; the rest is compiled once.
+A piece is at most LARGEST tokens of one row: all its scores, their softmax, then its values, so that memory
+is read in long runs. What depends on the dtype is one small C function per dtype and group of queries; the
+rest is compiled once.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from numba import cfunc, njit, prange, types
 
 from lowkey.backends.numba_vectors import LANES, LOWEST, add, call, fill, level, mix, score, weigh
 
-SMALLEST, LARGEST, PIECES = 64, 1024, 32  # tokens of a piece, and about how many pieces the tokens of a call are cut into at least
+# tokens of a piece, and about how many pieces the tokens of a call are cut into at least
+SMALLEST, LARGEST, PIECES = 64, 1024, 32
 LN2 = np.float32(0.6931471805599453)
 compiled = njit(cache=True, nogil=True)
 
@@ -36,7 +39,16 @@ def piece(g: int, kind: str) -> Any:
         for i in range(steps):
             weigh(scores + 4 * LANES * i, top, total)
         for i in range(steps):
-            mix(g, kind, scores + 4 * LANES * i, values + i * per * value_stride, value_stride, left - i * per, v, out)
+            mix(
+                g,
+                kind,
+                scores + 4 * LANES * i,
+                values + i * per * value_stride,
+                value_stride,
+                left - i * per,
+                v,
+                out,
+            )
 
     return attend
 
@@ -57,7 +69,10 @@ def _attend(function, g, cap, query, keys, values, left, scores, part):  # type:
             out[i, x] = 0.0
     for i in range(0, len(query), g):
         here, there = _at(query, i * query.shape[1]), _at(out, i * out.shape[1])
-        call(function, (cap, here, *keys, *values, left, _at(scores, 2 * LANES), _at(top, 0), _at(total, 0), there))
+        call(
+            function,
+            (cap, here, *keys, *values, left, _at(scores, 2 * LANES), _at(top, 0), _at(total, 0), there),
+        )
         for j in range(g):
             tops[i + j], totals[i + j] = top[j * n], 0.0
             for lane in range(j * n, (j + 1) * n):
@@ -91,9 +106,11 @@ def _unpack(packed, total, out):  # type: ignore[no-untyped-def]
 
 @compiled
 def _packed(query, scale, g, width):  # type: ignore[no-untyped-def]
-    """(R, m, r) as (R, M, r'), times scale: M a multiple of g, vectors of LANES of which the last ends at the last of `width` columns.
+    """(R, m, r) as (R, M, r'), times scale: M a multiple of g, vectors of LANES of which the last ends at the
+    last of `width` columns.
 
-    Zero where there is no query, and where the last vector overlaps the one before, so that no column counts twice.
+    Zero where there is no query, and where the last vector overlaps the one before, so that no column counts
+    twice.
     """
     short = -width % LANES
     packed = np.zeros((query.shape[0], -(-query.shape[1] // g) * g, width + short), np.float32)
@@ -106,7 +123,8 @@ def _packed(query, scale, g, width):  # type: ignore[no-untyped-def]
 
 @compiled
 def _plan(starts, queries, width, out, lse):  # type: ignore[no-untyped-def]
-    """Cut rows into pieces: (starts, each row's first piece, each piece's row, tokens of a piece), and room for their results.
+    """Cut rows into pieces: (starts, each row's first piece, each piece's row, tokens of a piece), and room
+    for their results.
 
     Rows without tokens are answered here.
     """
@@ -127,7 +145,8 @@ def _plan(starts, queries, width, out, lse):  # type: ignore[no-untyped-def]
 
 @compiled
 def _work(me, how, cap, arrays, cuts, results, counters):  # type: ignore[no-untyped-def]
-    """Take the pieces of one's own share in order, so that memory is read in order, then what is left of the others' shares.
+    """Take the pieces of one's own share in order, so that memory is read in order, then what is left of the
+    others' shares.
 
     counters: pieces taken of each share, by anybody, and pieces done of each row.
     """
@@ -160,7 +179,9 @@ def _do(i, how, cap, arrays, cuts, results, done, scores):  # type: ignore[no-un
 
 @njit(cache=True, nogil=True, parallel=True)
 def decode(function, g, scale, cap, query, keys, values, starts, out, lse, threads):  # type: ignore[no-untyped-def]
-    """`function`: address of a `piece(g, ...)`; query (R, m, r); keys, values (address, stride, width). Fills out (R, m, v), lse (R, m)."""
+    """`function`: address of a `piece(g, ...)`; query (R, m, r); keys, values (address, stride, width). Fills
+    out (R, m, v), lse (R, m).
+    """
     how, arrays = (function, g, *keys, *values), (_packed(query, scale, g, keys[2]), out, lse)
     cuts, results = _plan(starts, arrays[0].shape[1], values[2], out, lse)
     counters = np.zeros(threads, np.int64), np.zeros(len(out), np.int64)

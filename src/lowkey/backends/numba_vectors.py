@@ -1,10 +1,12 @@
 """Steps of attention as vector code for `numba_kernel`, written in LLVM IR.
 
-Why not loops that the compiler vectorises: it widens bf16 once per query, sums each score across lanes on its own and stops at half
-of a wide register; together that leaves half of the memory's bandwidth. Only generic vector instructions are used, so that any CPU will do.
+Why not loops that the compiler vectorises: it widens bf16 once per query, sums each score across lanes on its
+own and stops at half of a wide register; together that leaves half of the memory's bandwidth. Only generic
+vector instructions are used, so that any CPU will do.
 
-A *step* is LANES scores: g queries times LANES / g keys, query by query. Addresses are bytes, strides too. A row's tail columns are read by
-one more vector that ends at the last column; the query is 0 where that vector overlaps the one before, and outputs are written twice.
+A *step* is LANES scores: g queries times LANES / g keys, query by query. Addresses are bytes, strides too. A
+row's tail columns are read by one more vector that ends at the last column; the query is 0 where that vector
+overlaps the one before, and outputs are written twice.
 """
 
 from __future__ import annotations
@@ -18,16 +20,23 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8
-AHEAD = 8192  # bytes: rows this far on are fetched while these are computed, else memory and arithmetic take turns
+# bytes: rows this far on are fetched while these are computed, else memory and arithmetic take turns
+AHEAD = 8192
 LOWEST = -3e38  # the score of a key that is not there
-FAINTEST = -100.0  # powers of 2 below this become 0: far below what fp32 sums keep, while subnormal products would take long
+# powers of 2 below this become 0: far below what fp32 sums keep, while subnormal products would take long
+FAINTEST = -100.0
 
 I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 BYTES = ir.IntType(8).as_pointer()
 NUMBERS, INTEGERS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(I32, LANES)
-STORED = {"float32": NUMBERS, "bfloat16": ir.VectorType(I16, LANES), "float16": ir.VectorType(ir.HalfType(), LANES)}
+STORED = {
+    "float32": NUMBERS,
+    "bfloat16": ir.VectorType(I16, LANES),
+    "float16": ir.VectorType(ir.HalfType(), LANES),
+}
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
-EXP2 = (1.535336188e-4, 1.339887440e-3, 9.618437358e-3, 5.550332471e-2, 2.402264791e-1, 6.931472029e-1, 1.0)  # in [-1/2, 1/2], Cephes
+# in [-1/2, 1/2], Cephes
+EXP2 = (1.535336188e-4, 1.339887440e-3, 9.618437358e-3, 5.550332471e-2, 2.402264791e-1, 6.931472029e-1, 1.0)
 
 Builder = ir.IRBuilder
 Value = ir.Value
@@ -55,7 +64,9 @@ def _call(b: Builder, name: str, *args: Value) -> Value:
 
 
 def _pointer(b: Builder, address: Value, offset: Value | None = None, kind: ir.Type = NUMBERS) -> Value:
-    return b.bitcast(b.gep(b.inttoptr(address, BYTES), [_whole(0) if offset is None else offset]), kind.as_pointer())
+    return b.bitcast(
+        b.gep(b.inttoptr(address, BYTES), [_whole(0) if offset is None else offset]), kind.as_pointer()
+    )
 
 
 def _load(b: Builder, address: Value, offset: Value | None = None, kind: str = "float32") -> Value:
@@ -75,7 +86,9 @@ def _fetch(b: Builder, address: Value, offset: Value) -> None:
     kind = ir.FunctionType(ir.VoidType(), [BYTES, I32, I32, I32])
     where = _pointer(b, address, b.add(offset, _whole(AHEAD)), ir.IntType(8))
     read, second_level, data = (ir.Constant(I32, n) for n in (0, 2, 1))
-    b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0"), [where, read, second_level, data])
+    b.call(
+        cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0"), [where, read, second_level, data]
+    )
 
 
 def _smaller(b: Builder, x: Value, y: Value) -> Value:
@@ -92,7 +105,10 @@ def _totals(b: Builder, parts: Sequence[Value]) -> Value:
     while len(parts) > 1:
         left = [start + i for start in range(0, 2 * LANES, width) for i in range(width // 2)]
         halves = [ir.Constant(INTEGERS, [i + shift for i in left]) for shift in (0, width // 2)]
-        parts = [b.fadd(*(b.shuffle_vector(x, y, half) for half in halves)) for x, y in zip(parts[::2], parts[1::2], strict=True)]
+        parts = [
+            b.fadd(*(b.shuffle_vector(x, y, half) for half in halves))
+            for x, y in zip(parts[::2], parts[1::2], strict=True)
+        ]
         width //= 2
     return parts[0]
 
@@ -130,14 +146,18 @@ def _present(b: Builder, scores: Value, left: Value, keys: int) -> Value:
 class _Columns:
     """The vectors that cover a row of `width` numbers, of the LANES / g rows from `address` on."""
 
-    def __init__(self, b: Builder, kind: str, g: int, address: Value, stride: Value, left: Value, width: Value) -> None:
+    def __init__(
+        self, b: Builder, kind: str, g: int, address: Value, stride: Value, left: Value, width: Value
+    ) -> None:
         self.b, self.kind = b, kind
         self.rows = _rows(b, address, stride, left, LANES // g)
         self.last = b.sub(width, _whole(LANES))
         self.count = b.sdiv(b.add(width, _whole(LANES - 1)), _whole(LANES))
 
     def load(self, index: Value) -> list[Value]:
-        offset = self.b.mul(_smaller(self.b, self.b.mul(index, _whole(LANES)), self.last), _whole(SIZES[self.kind]))
+        offset = self.b.mul(
+            _smaller(self.b, self.b.mul(index, _whole(LANES)), self.last), _whole(SIZES[self.kind])
+        )
         for row in self.rows:
             _fetch(self.b, row, offset)
         return [_load(self.b, row, offset, self.kind) for row in self.rows]
@@ -159,13 +179,27 @@ def _dots(b: Builder, columns: _Columns, g: int, query: Value) -> Value:
 
 
 @literal
-def score(_: Any, g: Any, kind: Any, cap: Any, query: Any, keys: Any, stride: Any, left: Any, width: Any, out: Any, top: Any) -> Any:
+def score(
+    _: Any,
+    g: Any,
+    kind: Any,
+    cap: Any,
+    query: Any,
+    keys: Any,
+    stride: Any,
+    left: Any,
+    width: Any,
+    out: Any,
+    top: Any,
+) -> Any:
     """One step of scores, in units of ln 2, to `out`, and the largest seen in each lane to `top`."""
 
     def emit(context: Any, b: Builder, signature: Any, args: Sequence[Value]) -> Value:
         cap, query, keys, stride, left, width, out, top = args[2:]
         n = g.literal_value
-        found = _capped(b, _dots(b, _Columns(b, kind.literal_value, n, keys, stride, left, width), n, query), cap)
+        found = _capped(
+            b, _dots(b, _Columns(b, kind.literal_value, n, keys, stride, left, width), n, query), cap
+        )
         found = _present(b, found, left, LANES // n)
         _store(b, found, out)
         _store(b, _larger(b, found, _load(b, top)), top)
@@ -181,7 +215,9 @@ def level(_: Any, g: Any, top: Any) -> Any:
     def emit(context: Any, b: Builder, signature: Any, args: Sequence[Value]) -> Value:
         x, shift = _load(b, args[1]), 1
         while shift < LANES // g.literal_value:
-            x = _larger(b, x, b.shuffle_vector(x, x, ir.Constant(INTEGERS, [i ^ shift for i in range(LANES)])))
+            x = _larger(
+                b, x, b.shuffle_vector(x, x, ir.Constant(INTEGERS, [i ^ shift for i in range(LANES)]))
+            )
             shift *= 2
         _store(b, x, args[1])
         return context.get_dummy_value()
@@ -216,7 +252,9 @@ def weigh(_: Any, scores: Any, top: Any, total: Any) -> Any:
 
 
 @literal
-def mix(_: Any, g: Any, kind: Any, weights: Any, values: Any, stride: Any, left: Any, width: Any, out: Any) -> Any:
+def mix(
+    _: Any, g: Any, kind: Any, weights: Any, values: Any, stride: Any, left: Any, width: Any, out: Any
+) -> Any:
     """Add one step's weighted values to `out` (g, vectors, LANES)."""
 
     def emit(context: Any, b: Builder, signature: Any, args: Sequence[Value]) -> Value:

@@ -11,7 +11,9 @@ from lowkey.backends.segment import Part
 FEW = 64  # queries per row; more are better off in matrix products
 
 
-def ragged(query: Tensor, keys: Tensor, values: Tensor, starts: Tensor, scaling: float, softcap: float | None = None) -> Part:
+def ragged(
+    query: Tensor, keys: Tensor, values: Tensor, starts: Tensor, scaling: float, softcap: float | None = None
+) -> Part:
     """As `naive.ragged`; where gradients are wanted, by the one backend that has them."""
     traced = torch.is_grad_enabled() and any(x.requires_grad for x in (query, keys, values))
     if query.shape[1] <= FEW and not traced:

@@ -7,10 +7,18 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """query (b, h, g, t, d) over keys and values (b, h, t, d), mask (b|1, t, t) or None for causal -> (b, h, g, t, d)."""
+    """query (b, h, g, t, d) over keys and values (b, h, t, d), mask (b|1, t, t) or None for causal -> (b, h,
+    g, t, d).
+    """
     h, g, t = query.shape[1:4]
     allowed = None if mask is None else mask.unsqueeze(1)
     out = scaled_dot_product_attention(
-        query.flatten(1, 2), keys, values, allowed, is_causal=mask is None and t > 1, scale=scaling, enable_gqa=g > 1
+        query.flatten(1, 2),
+        keys,
+        values,
+        allowed,
+        is_causal=mask is None and t > 1,
+        scale=scaling,
+        enable_gqa=g > 1,
     )
     return out.unflatten(1, (h, g))

@@ -1,7 +1,9 @@
-"""Attention over ragged storage on CUDA by Triton: rows are cut into pieces that run side by side and are merged by log-sum-exp.
+"""Attention over ragged storage on CUDA by Triton: rows are cut into pieces that run side by side and are
+merged by log-sum-exp.
 
-How many pieces there are is bounded from shapes alone, so that nothing waits for the device. Products are taken in the dtype of what is
-stored and summed in fp32. Checked against loops in Triton's interpreter and compiled for sm_80 and sm_90; not yet run on a GPU.
+How many pieces there are is bounded from shapes alone, so that nothing waits for the device. Products are
+taken in the dtype of what is stored and summed in fp32. Checked against loops in Triton's interpreter and
+compiled for sm_80 and sm_90; not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-SMALLEST, LARGEST, PIECES = 128, 4096, 512  # tokens of a piece, and about how many pieces the tokens of a call are cut into at least
+# tokens of a piece, and about how many pieces the tokens of a call are cut into at least
+SMALLEST, LARGEST, PIECES = 128, 4096, 512
 TILE = 2**14  # bytes of keys that one round of a program reads, at most
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -30,7 +33,8 @@ def supports(dtype: torch.dtype) -> bool:
 def ragged(
     query: Tensor, keys: Tensor, values: Tensor, starts: Tensor, scaling: float, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """query (R, m, r) on keys (n, r) and values (n, v), row i being [starts[i], starts[i + 1]); starts (R + 1) int64.
+    """query (R, m, r) on keys (n, r) and values (n, v), row i being [starts[i], starts[i + 1]); starts (R +
+    1) int64.
 
     Returns out (R, m, v) and lse (R, m) in fp32; an empty row gives 0 and -inf.
     """
@@ -44,9 +48,12 @@ def ragged(
     parts, lses = (torch.empty(len(row_of), m, *rest, device=query.device) for rest in ((v,), ()))
     queries = min(max(16, _power(m)), 64)
     blocks = {"M": queries, "N": _tokens(r, keys.element_size()), "R": _padded(r), "V": _padded(v)}
-    kind = {"CAPPED": softcap is not None, "EXACT": keys.dtype == torch.float32 or not keys.is_cuda}  # the interpreter has no bf16 products
+    # the interpreter has no bf16 products
+    kind = {"CAPPED": softcap is not None, "EXACT": keys.dtype == torch.float32 or not keys.is_cuda}
     shape = scaling, softcap or 1.0, size, m, r, v, keys.stride(0), values.stride(0)
-    _kernel().attend[len(row_of), -(-m // queries)](query, keys, values, starts, first, row_of, parts, lses, *shape, **kind, **blocks)
+    _kernel().attend[len(row_of), -(-m // queries)](
+        query, keys, values, starts, first, row_of, parts, lses, *shape, **kind, **blocks
+    )
     _kernel().merge[rows, m](parts, lses, first, out, lse, m, v, V=_padded(v))
     return out, lse
 

@@ -1,4 +1,5 @@
-"""The cache object that a user passes to `model.generate(past_key_values=...)`, how it is filled, and a cache on disk.
+"""The cache object that a user passes to `model.generate(past_key_values=...)`, how it is filled, and a cache
+on disk.
 
 Imports `plan`, `storage`, `policies` and the rooms below them.
 """

@@ -34,8 +34,13 @@ from lowkey.storage.packing import Scheme, scheme_or_none
 from lowkey.storage.pruning import PruningLayer
 from lowkey.storage.undoing import ForwardPass
 
-LAYERS: dict[str, type[EvictingLayer]] = {"evicting": EvictingLayer, "compensating": CompensatingLayer, "pruning": PruningLayer}
-SHARED = ("policy", "rope", "codec", "codecs", "gate", "exact", "points", "packing")  # what a layer has and never changes
+LAYERS: dict[str, type[EvictingLayer]] = {
+    "evicting": EvictingLayer,
+    "compensating": CompensatingLayer,
+    "pruning": PruningLayer,
+}
+# what a layer has and never changes
+SHARED = ("policy", "rope", "codec", "codecs", "gate", "exact", "points", "packing")
 CountedLayer = StoringLayer | StockLayer | StockSlidingLayer
 
 
@@ -64,19 +69,25 @@ class LowkeyCache(Cache):
             layer.forward_pass = self.forward_pass
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LowkeyCache:
-        """Independent in all that it holds; maps, policies and the model's rotary embeddings, which never change, are shared."""
+        """Independent in all that it holds; maps, policies and the model's rotary embeddings, which never
+        change, are shared.
+        """
         self.forward_pass.undo()
         memo[id(self.origin)] = self.origin
         for layer in self.layers:
             memo |= {id(part): part for name in SHARED if (part := getattr(layer, name, None)) is not None}
-            memo |= {id(t): t.clone() for t in layer.tensors().values()}  # deepcopy refuses what has a gradient to pass on
+            # deepcopy refuses what has a gradient to pass on
+            memo |= {id(t): t.clone() for t in layer.tensors().values()}
         twin = memo[id(self)] = object.__new__(type(self))
         vars(twin).update(copy.deepcopy(vars(self), memo))
         return twin
 
     @torch.compiler.disable(reason=UNCOMPILED)
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """As transformers'; a forward pass that fails before its last layer has answered leaves the cache as it was.
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """As transformers'; a forward pass that fails before its last layer has answered leaves the cache as
+        it was.
 
         The first layer's call is the moment to see which model fills the cache."""
         layer, first = self.layers[layer_idx], layer_idx == 0 and self.get_seq_length() == 0
@@ -102,7 +113,9 @@ class LowkeyCache(Cache):
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
-        """Several forward passes of which either all count or none: what fails in between leaves the cache as it was before them."""
+        """Several forward passes of which either all count or none: what fails in between leaves the cache as
+        it was before them.
+        """
         self.forward_pass.undo()
         before = [layer.snapshot() for layer in self.layers]
         try:
@@ -118,7 +131,9 @@ class LowkeyCache(Cache):
         return sum(layer.nbytes() for layer in self.layers) + self.forward_pass.nbytes()
 
     def predicted_nbytes(self) -> int:
-        """Bytes that the formula of each layer gives for the tokens seen; what is held to undo a pass that has not ended is counted."""
+        """Bytes that the formula of each layer gives for the tokens seen; what is held to undo a pass that
+        has not ended is counted.
+        """
         return sum(layer.predicted_nbytes() for layer in self.layers) + self.forward_pass.nbytes()
 
     def reset(self) -> None:
@@ -135,7 +150,9 @@ class LowkeyCache(Cache):
         super().crop(tokens_to_remove)
 
     def exact_prefill(self, on: bool) -> None:
-        """From now on, let chunks of several tokens see their own keys exactly (`on`) or as they will be stored."""
+        """From now on, let chunks of several tokens see their own keys exactly (`on`) or as they will be
+        stored.
+        """
         self.forward_pass.undo()
         for layer in self.layers:
             if isinstance(layer, StoringLayer):
@@ -146,10 +163,12 @@ class LowkeyCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, EvictingLayer)]
 
     def only_look(self, tokens: int, piece: tuple[int, int] | None = None) -> None:
-        """From now on, the last `tokens` of each chunk say what to keep of the others and are then forgotten (0: stored as usual).
+        """From now on, the last `tokens` of each chunk say what to keep of the others and are then forgotten
+        (0: stored as usual).
 
-        So a question can choose what is kept and be asked again, over what was kept. piece: what these tokens repeat, for a policy that
-        has its context repeated: the first token, counted from each row's first, and the one behind the last.
+        So a question can choose what is kept and be asked again, over what was kept. piece: what these tokens
+        repeat, for a policy that has its context repeated: the first token, counted from each row's first,
+        and the one behind the last.
         """
         self.forward_pass.undo()
         for layer in self.layers:
@@ -159,7 +178,9 @@ class LowkeyCache(Cache):
                 layer.piece = piece
 
     def expect(self, tokens: int) -> None:
-        """From now on, an eviction leaves room in the budget for so many tokens that are to be stored besides: a question asked again."""
+        """From now on, an eviction leaves room in the budget for so many tokens that are to be stored
+        besides: a question asked again.
+        """
         self.forward_pass.undo()
         for layer in self.evicting:
             layer.to_come = tokens
@@ -177,15 +198,18 @@ class LowkeyCache(Cache):
         """
         found = self.layers[layer]
         if not isinstance(found, EvictingLayer):
-            raise LowkeyError(f"layer {layer}: keeps every token; give a layer of a cache that was made with a policy")
+            raise LowkeyError(
+                f"layer {layer}: keeps every token; give a layer of a cache that was made with a policy"
+            )
         self.forward_pass.undo()
         return found.kept_positions(batch)
 
     def save(self, path: str | Path, force: bool = False) -> None:
-        """Write what is held as the folder `path`, in one step: cache.json, cache.safetensors and, if there is one, the plan.
+        """Write what is held as the folder `path`, in one step: cache.json, cache.safetensors and, if there
+        is one, the plan.
 
-        Errors: LowkeyError when the model is gone or has changed since it filled the cache, when `path` holds other files (unless
-        `force`), or cannot be written.
+        Errors: LowkeyError when the model is gone or has changed since it filled the cache, when `path` holds
+        other files (unless `force`), or cannot be written.
         """
         self.forward_pass.undo()
         origin, filled_by = self.origin, self.filled_by
@@ -228,12 +252,14 @@ def make_cache(
 ) -> LowkeyCache:
     """A fresh cache for one batch of sequences.
 
-    plan: low rank as calibrated. policy: which tokens each head keeps, alone or on top of a plan. bits: 8, 4 or another name of SCHEMES:
-    keys and values, or a plan's latents, in packed integers; None: as the plan says, `none`: in none. exact: overrides the plan's sinks,
-    recent window and prefill mode, and the 4 sinks and 32 recent tokens that integers alone come with; its rule comes from
-    `sinks.find_sinks`. With a policy on top, which keeps sinks and recent tokens of its own, a plan's window is left out.
-    All None: transformers' own form, counted.
-    Errors: LowkeyError when the model is not attached, the plan is another model's, bits are unknown, or two do not go together.
+    plan: low rank as calibrated. policy: which tokens each head keeps, alone or on top of a plan. bits: 8, 4
+    or another name of SCHEMES: keys and values, or a plan's latents, in packed integers; None: as the plan
+    says, `none`: in none. exact: overrides the plan's sinks, recent window and prefill mode, and the 4 sinks
+    and 32 recent tokens that integers alone come with; its rule comes from `sinks.find_sinks`. With a policy
+    on top, which keeps sinks and recent tokens of its own, a plan's window is left out. All None:
+    transformers' own form, counted.
+    Errors: LowkeyError when the model is not attached, the plan is another model's, bits are unknown, or two
+    do not go together.
     """
     if not attached(model):
         raise LowkeyError("model is not attached: call lowkey.attach(model) before make_cache")
@@ -247,11 +273,18 @@ def make_cache(
 
 
 def cache_from(model: PreTrainedModel, origin: Origin) -> LowkeyCache:
-    """As `make_cache`, for a plan that was checked before: the model's weights are not looked at again, and the cache cannot be saved."""
+    """As `make_cache`, for a plan that was checked before: the model's weights are not looked at again, and
+    the cache cannot be saved.
+    """
     if origin.policy and scheme_or_none(origin.bits) is not None:
-        raise LowkeyError(f"bits={shown(origin.bits)} together with a policy is not supported yet; give one of them")
+        raise LowkeyError(
+            f"bits={shown(origin.bits)} together with a policy is not supported yet; give one of them"
+        )
     if origin.policy and origin.plan and origin.bits is None and origin.plan.bits is not None:
-        raise LowkeyError(f"plan in {origin.plan.bits} together with a policy is not supported yet; give bits='none', or one of them")
+        raise LowkeyError(
+            f"plan in {origin.plan.bits} together with a policy is not supported yet; give bits='none', or "
+            "one of them"
+        )
     stock = origin == Origin(origin.model)
     if stock and families.stores_its_own(model.config):
         cache = LowkeyCache(layers=[StockLayer() for _ in families.decoder_layers(model)])
@@ -277,12 +310,23 @@ def _builder(model: PreTrainedModel, origin: Origin) -> Callable[[int], CountedL
 
 def _check_rule(model: PreTrainedModel, rule: SinkRule, sinks: int) -> None:
     if sinks < 1:
-        raise LowkeyError(f"exact: a sink rule with sinks={sinks} keeps nothing; give Exact(sinks=4, rule=...)")
-    check_model("exact: the sink rule", "?", rule.model_sha256, model, "call lowkey.calibration.sinks.find_sinks with this one")
-    shape = families.geometry(model)
-    if not all(p.centres.shape == (len(p.radius), shape.kv_heads, shape.head_dim) for p in rule.layers.values()):
         raise LowkeyError(
-            "exact: the points of the sink rule do not fit the heads of this model; call lowkey.calibration.sinks.find_sinks again"
+            f"exact: a sink rule with sinks={sinks} keeps nothing; give Exact(sinks=4, rule=...)"
+        )
+    check_model(
+        "exact: the sink rule",
+        "?",
+        rule.model_sha256,
+        model,
+        "call lowkey.calibration.sinks.find_sinks with this one",
+    )
+    shape = families.geometry(model)
+    if not all(
+        p.centres.shape == (len(p.radius), shape.kv_heads, shape.head_dim) for p in rule.layers.values()
+    ):
+        raise LowkeyError(
+            "exact: the points of the sink rule do not fit the heads of this model; call "
+            "lowkey.calibration.sinks.find_sinks again"
         )
 
 
@@ -297,36 +341,64 @@ def _codec(model: PreTrainedModel, i: int, plan: Plan | None, packed: Scheme | N
     return LowRank(identity(families.geometry(model).head_dim).turned(), "post_rope", rope)
 
 
-def _evicting(model: PreTrainedModel, plan: Plan | None, policy: Policy, exact: Exact | None) -> Callable[[int], CountedLayer]:
+def _evicting(
+    model: PreTrainedModel, plan: Plan | None, policy: Policy, exact: Exact | None
+) -> Callable[[int], CountedLayer]:
     if exact:
-        raise LowkeyError("exact tokens together with a policy are not supported; the policy keeps sinks and recent tokens of its own")
+        raise LowkeyError(
+            "exact tokens together with a policy are not supported; the policy keeps sinks and recent tokens "
+            "of its own"
+        )
     if plan and policy.layer == "pruning":
-        raise LowkeyError("policy 'think' drops key channels, of which a plan has its own; use another policy on top of a plan")
+        raise LowkeyError(
+            "policy 'think' drops key channels, of which a plan has its own; use another policy on top of a "
+            "plan"
+        )
     if plan and policy.layer == "compensating" and plan.layout == "pre_rope":
-        raise LowkeyError("policy 'razor' keeps mean keys, which have no position to rotate them to; use a plan with layout 'post_rope'")
+        raise LowkeyError(
+            "policy 'razor' keeps mean keys, which have no position to rotate them to; use a plan with "
+            "layout 'post_rope'"
+        )
     if plan and not all(f.per_head for f in plan.factors.values()):
         raise LowkeyError(
-            f"plan of method {plan.method['name']!r} merges heads or centres them, and a policy gives each head tokens of its own; "
+            f"plan of method {plan.method['name']!r} merges heads or centres them, and a policy gives each "
+            "head tokens of its own; "
             "use a plan with one latent per head, or no policy"
         )
     full = families.geometry(model).compressible
     policy = policy.fitted(plan.heads if plan else {})
     if policy.turns and (kind := families.changing_rope(model)):
-        raise LowkeyError(f"policy {type(policy).__name__}: rope_type {kind!r} changes its frequencies with the length; use another policy")
+        raise LowkeyError(
+            f"policy {type(policy).__name__}: rope_type {kind!r} changes its frequencies with the length; "
+            "use another policy"
+        )
     meeting = Round(len(full), _sliding(model))
 
     def build(i: int) -> EvictingLayer:
         rope = families.rope(model, i)
-        return LAYERS[policy.layer](policy, rope, full.index(i), meeting, LowRank(plan.factors[i], plan.layout, rope) if plan else None)
+        return LAYERS[policy.layer](
+            policy,
+            rope,
+            full.index(i),
+            meeting,
+            LowRank(plan.factors[i], plan.layout, rope) if plan else None,
+        )
 
     return build
 
 
 def _sliding(model: PreTrainedModel) -> tuple[tuple[int, int], ...]:
-    """Of every sliding layer, how many tokens it holds at most, and the numbers that one of them takes: as many as in the other layers,
-    since every supported family gives all its layers the KV heads and the head dimension of its config."""
-    shape, window = families.geometry(model), int(getattr(model.config.get_text_config(), "sliding_window", None) or 1)
-    return tuple((window - 1, 2 * shape.kv_heads * shape.head_dim) for _ in range(shape.layers - len(shape.compressible)))
+    """Of every sliding layer, how many tokens it holds at most, and the numbers that one of them takes: as
+    many as in the other layers, since every supported family gives all its layers the KV heads and the head
+    dimension of its config."""
+    shape, window = (
+        families.geometry(model),
+        int(getattr(model.config.get_text_config(), "sliding_window", None) or 1),
+    )
+    return tuple(
+        (window - 1, 2 * shape.kv_heads * shape.head_dim)
+        for _ in range(shape.layers - len(shape.compressible))
+    )
 
 
 def cache_of(model: PreTrainedModel, build: Callable[[int], CountedLayer]) -> LowkeyCache:
@@ -334,4 +406,6 @@ def cache_of(model: PreTrainedModel, build: Callable[[int], CountedLayer]) -> Lo
     config = model.config.get_text_config()
     full = set(families.geometry(model).compressible)
     count = len(families.layer_types(config))
-    return LowkeyCache(layers=[build(i) if i in full else StockSlidingLayer(config.sliding_window) for i in range(count)])
+    return LowkeyCache(
+        layers=[build(i) if i in full else StockSlidingLayer(config.sliding_window) for i in range(count)]
+    )

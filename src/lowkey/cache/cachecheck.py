@@ -1,5 +1,5 @@
-"""Whether what a cache layer was given out of a file is what such a layer can hold: shapes against the model, counts against one another,
-rows that begin where they must. Kernels go by these numbers without looking.
+"""Whether what a cache layer was given out of a file is what such a layer can hold: shapes against the model,
+counts against one another, rows that begin where they must. Kernels go by these numbers without looking.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ Shape = tuple[int, int, int]  # heads, and the widths of a key and of a value
 
 def flaw(layer: Any, own: dict[str, Tensor], shape: Shape, groups: int) -> str | None:
     """The first rule that a layer with the tensors `own` breaks. groups: query heads per KV head."""
-    if any(t.is_floating_point() and name != "carried" and not bool(t.isfinite().all()) for name, t in own.items()):
+    if any(
+        t.is_floating_point() and name != "carried" and not bool(t.isfinite().all())
+        for name, t in own.items()
+    ):
         return "it holds NaN or infinite numbers"
     if isinstance(layer, EvictingLayer):
         return _placed(layer) or _evicting(layer, shape, groups)
@@ -45,7 +48,9 @@ def _stock(layer: Any, shape: Shape) -> str | None:
     b, tokens = layer.keys.shape[0], layer.keys.shape[2]
     if layer.is_sliding and tokens != min(layer.cumulative_length, layer.sliding_window - 1):
         return f"it holds {tokens} tokens of {layer.cumulative_length} seen under a window of {layer.sliding_window}"
-    return _first(_unlike("keys", layer.keys, b, heads, tokens, k), _unlike("values", layer.values, b, heads, tokens, v))
+    return _first(
+        _unlike("keys", layer.keys, b, heads, tokens, k), _unlike("values", layer.values, b, heads, tokens, v)
+    )
 
 
 def _placed(layer: Any) -> str | None:
@@ -87,7 +92,11 @@ def _coded(layer: CodedLayer, shape: Shape) -> str | None:
         rules.append("sink_at is not among the tokens seen")
     if layer.counts and _first(*rules) is None:
         begun = layer.first < layer.seen
-        if bool(torch.where(begun, (layer.ended <= layer.first) | (layer.ended > layer.seen), layer.ended != 0).any()):
+        if bool(
+            torch.where(
+                begun, (layer.ended <= layer.first) | (layer.ended > layer.seen), layer.ended != 0
+            ).any()
+        ):
             rules.append("ended is not behind the tokens seen")
     return _first(*rules)
 
@@ -101,7 +110,10 @@ def _evicting(layer: EvictingLayer, shape: Shape, groups: int) -> str | None:
     stored = [x.shape[-1] for x in layer.codec.encode(keys, values, layer.offset[:1, :0])]
     more: list[str | None] = []
     if isinstance(layer, CompensatingLayer):
-        more += [_unlike(n, getattr(layer, n), b, heads, 1, w) for n, w in (("mean_k", stored[0]), ("mean_v", stored[1]))]
+        more += [
+            _unlike(n, getattr(layer, n), b, heads, 1, w)
+            for n, w in (("mean_k", stored[0]), ("mean_v", stored[1]))
+        ]
         more.append(_unlike("dropped", layer.dropped, b, heads, 1))
         more.append("it counts less than nothing dropped" if bool((layer.dropped < 0).any()) else None)
     return _first(
@@ -141,7 +153,11 @@ def _pruned(layer: PruningLayer, b: int, heads: int, width: int) -> str | None:
     wrong = _rows(layer, heads, layer.thin_starts, layer.thin_where, layer.thin)
     if wrong or not layer.thin:
         return wrong
-    late = layer.thin_where >= until[:, -1][row_of(layer.thin_starts) // heads] if layer.prunings else layer.thin_where >= 0
+    late = (
+        layer.thin_where >= until[:, -1][row_of(layer.thin_starts) // heads]
+        if layer.prunings
+        else layer.thin_where >= 0
+    )
     return "tokens lost channels that no pruning took" if bool(late.any()) else None
 
 
@@ -149,7 +165,12 @@ def _asked(layer: EvictingLayer, rows: tuple[int, int, int], width: int) -> str 
     asked = layer.asked
     if not asked.numel():
         return None if asked.ndim == 1 else f"asked is of shape {tuple(asked.shape)}"
-    fits = asked.ndim == 5 and asked.shape[:3] == rows and asked.shape[4] == width and asked.shape[3] <= layer.seen
+    fits = (
+        asked.ndim == 5
+        and asked.shape[:3] == rows
+        and asked.shape[4] == width
+        and asked.shape[3] <= layer.seen
+    )
     return None if fits else f"asked is of shape {tuple(asked.shape)}"
 
 

@@ -1,5 +1,5 @@
-"""A cache on disk: what every layer holds, and what it was made with. What is read is held to the model and to itself before it is used,
-since kernels read and write where a file's numbers tell them to.
+"""A cache on disk: what every layer holds, and what it was made with. What is read is held to the model and
+to itself before it is used, since kernels read and write where a file's numbers tell them to.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ FLAGS = ("exact_prefill", "frozen")
 MOST = 2**31  # what every count is below
 
 
-def write(path: Path, layers: Sequence[Any], about: dict, plan: Plan | None, exact: Exact | None, force: bool) -> None:
+def write(
+    path: Path, layers: Sequence[Any], about: dict, plan: Plan | None, exact: Exact | None, force: bool
+) -> None:
     """All of it or nothing."""
     files.check_folder(path, force, again=JSON)
     with files.replacing_folder(path) as temporary:
@@ -36,7 +38,14 @@ def write(path: Path, layers: Sequence[Any], about: dict, plan: Plan | None, exa
         checksum = files.write_tensors(temporary / TENSORS, tensors | points, KIND)
         told = None if plan is None else plan.save(temporary / PLAN)
         numbers = [{name: int(getattr(layer, name)) for name in _numbers(layer)} for layer in layers]
-        whole = {"format": FORMAT, **about, "exact": words, "layers": numbers, "plan": told, "tensors_sha256": checksum}
+        whole = {
+            "format": FORMAT,
+            **about,
+            "exact": words,
+            "layers": numbers,
+            "plan": told,
+            "tensors_sha256": checksum,
+        }
         files.write_json(temporary / JSON, whole, KIND)
 
 
@@ -47,7 +56,12 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor], Plan | None]:
 
 def _read(path: Path) -> tuple[dict, dict[str, Tensor], Plan | None]:
     about = files.read_json(path / JSON, "cache", KIND, FORMAT)
-    if not all(isinstance(about.get(name), kind) for name, kind in FIELDS.items()) or not {"policy", "bits", "exact", "plan"} <= set(about):
+    if not all(isinstance(about.get(name), kind) for name, kind in FIELDS.items()) or not {
+        "policy",
+        "bits",
+        "exact",
+        "plan",
+    } <= set(about):
         raise damaged(path, "cache.json lacks or garbles a field")
     tensors = files.read_tensors(path / TENSORS, "cache", KIND, about["tensors_sha256"], finite=False)
     if about["plan"] is None:
@@ -57,8 +71,12 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor], Plan | None]:
     return about, tensors, Plan.load(path / PLAN)
 
 
-def restore(path: Path, layers: Sequence[Any], about: dict, tensors: dict[str, Tensor], model: PreTrainedModel) -> None:
-    """Give fresh layers what the file says they held. Errors: LowkeyError for what does not fit the model or is at odds with itself."""
+def restore(
+    path: Path, layers: Sequence[Any], about: dict, tensors: dict[str, Tensor], model: PreTrainedModel
+) -> None:
+    """Give fresh layers what the file says they held. Errors: LowkeyError for what does not fit the model or
+    is at odds with itself.
+    """
     numbers = about["layers"]
     if len(numbers) != len(layers):
         raise damaged(path, f"it has {len(numbers)} layers, and the model {len(layers)}")
@@ -78,12 +96,22 @@ def restore(path: Path, layers: Sequence[Any], about: dict, tensors: dict[str, T
             setattr(layer, name, value)
         if own and (rule := flaw(layer, own, shapes[i], groups)):
             raise damaged(path, f"layer {i}: {rule}")
-    if any(held) and len({(layer.get_seq_length(), len(_first(own))) for layer, own in zip(layers, held, strict=True)}) > 1:
+    if (
+        any(held)
+        and len({(layer.get_seq_length(), len(_first(own))) for layer, own in zip(layers, held, strict=True)})
+        > 1
+    ):
         raise damaged(path, "its layers have seen different numbers of tokens or rows")
 
 
 def _fill(
-    path: Path, i: int, layer: Any, own: dict[str, Tensor], counts: dict, shape: tuple[int, int, int], model: PreTrainedModel
+    path: Path,
+    i: int,
+    layer: Any,
+    own: dict[str, Tensor],
+    counts: dict,
+    shape: tuple[int, int, int],
+    model: PreTrainedModel,
 ) -> None:
     """One row that holds nothing says of which names, dtypes and dimensions the tensors are."""
     device = device_of(families.decoder_layers(model)[i])
@@ -99,7 +127,10 @@ def _fill(
             raise damaged(path, f"layer {i}: {name} is of {t.dtype}")
         new = t.to(device, dtype)  # what is in the model's dtype follows the model that goes on
         if t.dtype != dtype and bool(t.isfinite().all()) and not bool(new.isfinite().all()):
-            raise LowkeyError(f"cache {str(path)!r}: holds numbers beyond those of {dtype}; load the model as bfloat16 or wider")
+            raise LowkeyError(
+                f"cache {str(path)!r}: holds numbers beyond those of {dtype}; load the model as bfloat16 or "
+                "wider"
+            )
         setattr(layer, name, new)
 
 
@@ -123,11 +154,15 @@ def _first(own: dict[str, Tensor]) -> Tensor:
 def _are_counts(found: object, names: Sequence[str]) -> bool:
     if not isinstance(found, dict) or set(found) != set(names):
         return False
-    return all(type(value) is int and 0 <= value < (2 if name in FLAGS else MOST) for name, value in found.items())
+    return all(
+        type(value) is int and 0 <= value < (2 if name in FLAGS else MOST) for name, value in found.items()
+    )
 
 
 def _shapes(model: PreTrainedModel) -> list[tuple[int, int, int]]:
-    """Heads and the widths of a key and of a value, of what every layer of the model stores: its own attention says so by storing one."""
+    """Heads and the widths of a key and of a value, of what every layer of the model stores: its own
+    attention says so by storing one.
+    """
     if not families.stores_its_own(model.config):
         shape = families.geometry(model)
         return [(shape.kv_heads, shape.head_dim, shape.head_dim)] * shape.layers
@@ -160,7 +195,10 @@ def exact_from(path: Path, words: dict | None, tensors: dict[str, Tensor]) -> Ex
         if words is None:
             return None
         if rule is not None:
-            found = {int(i): _points(points[f"rule.{i}.centres"], points[f"rule.{i}.radius"]) for i in rule["layers"]}
+            found = {
+                int(i): _points(points[f"rule.{i}.centres"], points[f"rule.{i}.radius"])
+                for i in rule["layers"]
+            }
             if not all(type(n) is int and n >= 0 for n in (*rule["channels"], rule["emergence"])):
                 raise ValueError("channels of its sink rule are no indices")
             rule = SinkRule(found, tuple(rule["channels"]), rule["emergence"], str(rule["model_sha256"]))
@@ -172,7 +210,9 @@ def exact_from(path: Path, words: dict | None, tensors: dict[str, Tensor]) -> Ex
 def _points(centres: Tensor, radius: Tensor) -> FixedPoints:
     if centres.ndim != 3 or radius.ndim != 1 or len(centres) != len(radius) or not len(radius):
         raise ValueError("points of its sink rule are none")
-    if not files.all_finite((centres, radius)) or not (centres.is_floating_point() and radius.is_floating_point()):
+    if not files.all_finite((centres, radius)) or not (
+        centres.is_floating_point() and radius.is_floating_point()
+    ):
         raise ValueError("points of its sink rule are not finite")
     return FixedPoints(centres, radius)
 

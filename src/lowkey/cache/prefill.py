@@ -27,16 +27,18 @@ def prefill(
 ) -> None:
     """Read ids (b, t) into a fresh cache and evict.
 
-    question: so many tokens at the end only say what to keep; they are not stored and are to be given again, with what follows. The
-    budget counts them: it is held when they have been given again.
-    A policy that repeats its context (KVzip) does without them. After a question or a repetition the cache evicts nothing more.
-    attention_mask (b, t): 1 for tokens and 0 for padding, which comes first in its row. A row's result does not depend on the others.
-    Errors: LowkeyError, before anything is read, for a used cache, a question that leaves a row without context or
-    does not fit into the budget, or padding elsewhere.
+    question: so many tokens at the end only say what to keep; they are not stored and are to be given again,
+    with what follows. The budget counts them: it is held when they have been given again. A policy that
+    repeats its context (KVzip) does without them. After a question or a repetition the cache evicts nothing
+    more. attention_mask (b, t): 1 for tokens and 0 for padding, which comes first in its row. A row's result
+    does not depend on the others.
+    Errors: LowkeyError, before anything is read, for a used cache, a question that leaves a row without
+    context or does not fit into the budget, or padding elsewhere.
     """
     policy = _policy_of(cache, question)
     mask = _checked(ids, question, attention_mask)
-    if policy is not None and budget_of(policy).unit == "tokens":  # where a percentage is less, sinks and recent tokens stay all the same
+    # where a percentage is less, sinks and recent tokens stay all the same
+    if policy is not None and budget_of(policy).unit == "tokens":
         check_question(policy, int(mask.sum(1).min()), question)
     text.check_ids(ids, model)
     with cache.all_or_nothing():
@@ -57,10 +59,15 @@ def _policy_of(cache: LowkeyCache, question: int) -> Policy | None:
     if not isinstance(cache, LowkeyCache):
         raise LowkeyError(f"cache of type {type(cache).__name__}: prefill fills what lowkey.make_cache made")
     if cache.get_seq_length():
-        raise LowkeyError(f"cache: has seen {cache.get_seq_length()} tokens already; make a fresh one, or call the model for a later turn")
+        raise LowkeyError(
+            f"cache: has seen {cache.get_seq_length()} tokens already; make a fresh one, or call the model "
+            "for a later turn"
+        )
     policy = cache.origin.policy if cache.origin else None
     if question and policy is None:
-        raise LowkeyError(f"question {question}: only a cache with a policy is told what to keep; leave the question out")
+        raise LowkeyError(
+            f"question {question}: only a cache with a policy is told what to keep; leave the question out"
+        )
     return policy
 
 
@@ -69,11 +76,15 @@ def _checked(ids: Tensor, question: int, mask: Tensor | None) -> Tensor:
     if not isinstance(ids, Tensor):
         raise LowkeyError(f"ids of type {type(ids).__name__}: give a tensor of token ids (rows, tokens)")
     if ids.ndim != 2 or not ids.numel() or ids.is_floating_point():
-        raise LowkeyError(f"ids of shape {tuple(ids.shape)} and dtype {ids.dtype}: give token ids (rows, tokens), at least one of each")
+        raise LowkeyError(
+            f"ids of shape {tuple(ids.shape)} and dtype {ids.dtype}: give token ids (rows, tokens), at least "
+            "one of each"
+        )
     mask = torch.ones_like(ids) if mask is None else mask.to(ids.device)
     if mask.shape != ids.shape or not bool(((mask == 0) | (mask == 1)).all()):
         raise LowkeyError(
-            f"attention_mask of shape {tuple(mask.shape)}: give 1 for tokens and 0 for padding, in the shape of ids {tuple(ids.shape)}"
+            f"attention_mask of shape {tuple(mask.shape)}: give 1 for tokens and 0 for padding, in the shape "
+            f"of ids {tuple(ids.shape)}"
         )
     mask = mask.long()
     if bool((mask[:, 1:] < mask[:, :-1]).any()):
@@ -83,7 +94,10 @@ def _checked(ids: Tensor, question: int, mask: Tensor | None) -> Tensor:
     if not least:
         raise LowkeyError(f"attention_mask: row {row} has no token; leave the row out")
     if not isinstance(question, int) or not 0 <= question < least:
-        raise LowkeyError(f"question {question}: row {row} has {least} tokens, of which one must be context; give 0 to {least - 1}")
+        raise LowkeyError(
+            f"question {question}: row {row} has {least} tokens, of which one must be context; give 0 to "
+            f"{least - 1}"
+        )
     return mask
 
 
@@ -95,21 +109,35 @@ def _read(model: PreTrainedModel, cache: LowkeyCache, ids: Tensor, mask: Tensor)
 
 
 def _repeated(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache: LowkeyCache, ids: Tensor, mask: Tensor, policy: Policy
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: LowkeyCache,
+    ids: Tensor,
+    mask: Tensor,
+    policy: Policy,
 ) -> None:
-    """Read everything, let the model see each piece again behind a request to repeat it, then evict by what was looked at.
+    """Read everything, let the model see each piece again behind a request to repeat it, then evict by what
+    was looked at.
 
-    Pieces are counted from each row's first token. A shorter last piece is padded behind, since all of it is forgotten.
+    Pieces are counted from each row's first token. A shorter last piece is padded behind, since all of it is
+    forgotten.
     """
-    asking = tokenizer(policy.prompt, add_special_tokens=False, return_tensors="pt").input_ids[0].to(ids.device)  # type: ignore[attr-defined]
+    asking = (
+        tokenizer(policy.prompt, add_special_tokens=False, return_tensors="pt").input_ids[0].to(ids.device)
+    )  # type: ignore[attr-defined]
     chunk, bridge = policy.chunk, policy.bridge  # type: ignore[attr-defined]
     texts = [row[there] for row, there in zip(ids, mask.bool(), strict=True)]
     cache.freeze()
     _read(model, cache, ids, mask)
     longest = max(map(len, texts))
     for start in range(0, longest, chunk):
-        pieces = [torch.cat([asking, x[max(0, start - bridge) : start + chunk]]) if start < len(x) else x[:0] for x in texts]
-        again, there = (pad_sequence(rows, batch_first=True) for rows in (pieces, [torch.ones_like(x) for x in pieces]))
+        pieces = [
+            torch.cat([asking, x[max(0, start - bridge) : start + chunk]]) if start < len(x) else x[:0]
+            for x in texts
+        ]
+        again, there = (
+            pad_sequence(rows, batch_first=True) for rows in (pieces, [torch.ones_like(x) for x in pieces])
+        )
         cache.only_look(again.shape[1], (start, start + chunk) if policy.softmax == "piece" else (0, longest))  # type: ignore[attr-defined]
         _read(model, cache, again, torch.cat([mask, there], 1))
     cache.only_look(0)

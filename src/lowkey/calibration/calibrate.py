@@ -74,24 +74,29 @@ def calibrate(
     work: Path | None = None,
     progress: Progress = silent,
 ) -> Plan:
-    """Fit `method` on `texts` (the embedded text when None) and choose ranks. allocator, layout: the method's own when None.
+    """Fit `method` on `texts` (the embedded text when None) and choose ranks. allocator, layout: the method's
+    own when None.
 
     method: None for what does best on a real model at the budget: `recommended` says what that is.
-    budget: bytes of the layers that are compressed (sliding ones are not), in the model's dtype, as a share of the full cache's or per
-    token; `50%` when neither budget is given. A cache of `at` tokens or more never exceeds it, with its exact tokens: the first `sinks` of
-    a row, which are held whole besides, and the last `recent`, which are held whole instead. (Where 32 tokens are packed together, up to
-    31 more wait whole in a cache of more than `at` tokens.)
-    bits: the packing of latents, as `make_cache` takes it; None: the model's own numbers, or with no method what is recommended; `none`:
-    the model's own numbers.
-    error_budget: instead, the largest value of what the allocator's `bounds` names, for most the largest error of a layer, measured on
-    held-out windows with that layer alone compressed; `plan.profile["bounded"]` says what was reached.
-    judge: a layer's error is that of its output (`layers`, relative) or the nats by which the cross-entropy grows (`loss`,
-    arXiv:2601.19611, section 5.2: many times slower).
-    ranks: candidates, as `rank_grid.grid` takes them: a count, ranks, shares of the head dim, or `all`. When None, errors are measured at
-    the method's own grid, and a byte budget is met with any rank that the method serves, unless the allocator compares measured pairs.
-    rank_multiple: every rank per KV head is a multiple of it, or the head dim. heads: importance of KV heads by kind, for policies on top.
-    pairs: measure errors at all pairs of candidate ranks. Else they are measured for keys and values apart where a byte budget is split by
-    them, and not at all where it is split by something else.
+    budget: bytes of the layers that are compressed (sliding ones are not), in the model's dtype, as a share
+    of the full cache's or per token; `50%` when neither budget is given. A cache of `at` tokens or more never
+    exceeds it, with its exact tokens: the first `sinks` of a row, which are held whole besides, and the last
+    `recent`, which are held whole instead. (Where 32 tokens are packed together, up to 31 more wait whole in
+    a cache of more than `at` tokens.)
+    bits: the packing of latents, as `make_cache` takes it; None: the model's own numbers, or with no method
+    what is recommended; `none`: the model's own numbers.
+    error_budget: instead, the largest value of what the allocator's `bounds` names, for most the largest
+    error of a layer, measured on held-out windows with that layer alone compressed; `plan.profile["bounded"]`
+    says what was reached.
+    judge: a layer's error is that of its output (`layers`, relative) or the nats by which the cross-entropy
+    grows (`loss`, arXiv:2601.19611, section 5.2: many times slower).
+    ranks: candidates, as `rank_grid.grid` takes them: a count, ranks, shares of the head dim, or `all`. When
+    None, errors are measured at the method's own grid, and a byte budget is met with any rank that the method
+    serves, unless the allocator compares measured pairs.
+    rank_multiple: every rank per KV head is a multiple of it, or the head dim. heads: importance of KV heads
+    by kind, for policies on top.
+    pairs: measure errors at all pairs of candidate ranks. Else they are measured for keys and values apart
+    where a byte budget is split by them, and not at all where it is split by something else.
     work: a folder to resume from and save progress into.
     Errors: LowkeyError for an unsupported model, too short a text, or a budget out of reach.
     """
@@ -99,7 +104,9 @@ def calibrate(
     asked = asked_for(model, limit, judge, window, at, bits, method, allocator, layout, ranks, rank_multiple)
     rows = windows_of(attach(model), tokenizer, texts, sample)
     known = provenance_of(model, rows, sample)
-    surface: Measuring = "pairs" if pairs or asked.room is None else "sides" if asked.allocator.measured else "none"
+    surface: Measuring = (
+        "pairs" if pairs or asked.room is None else "sides" if asked.allocator.measured else "none"
+    )
     course = _course(asked, model, rows, sample, surface, known, work, progress)
     bases, profile = fit_layers(asked.method, course, course.work, judge, surface)
     factors, told = _chosen(asked, bases, profile, course)
@@ -118,20 +125,41 @@ def _course(
 ) -> Course:
     """What the method works on, with a folder of its own for unfinished work."""
     seen = asked.holding.exact.visible(rows.shape[1])
-    what: dict = {"method": describe(asked.method), "layout": asked.layout, "ranks": [asked.measured, asked.choices], "judge": asked.judge}
+    what: dict = {
+        "method": describe(asked.method),
+        "layout": asked.layout,
+        "ranks": [asked.measured, asked.choices],
+        "judge": asked.judge,
+    }
     what |= {"batch": sample.batch, "exact": [seen.sinks, seen.recent], "surface": surface}
     folder, held = files.job_folder(work, {"provenance": known, **what}), max(1, round(HELD * len(rows)))
-    return Course(model, rows, held, asked.layout, asked.measured, sample.seed, sample.batch, progress, asked.choices, seen, folder)
+    return Course(
+        model,
+        rows,
+        held,
+        asked.layout,
+        asked.measured,
+        sample.seed,
+        sample.batch,
+        progress,
+        asked.choices,
+        seen,
+        folder,
+    )
 
 
-def _plan(asked: Asked, factors: dict[int, Factors], told: dict, known: dict, geometry: dict, heads: HeadImportance) -> Plan:
+def _plan(
+    asked: Asked, factors: dict[int, Factors], told: dict, known: dict, geometry: dict, heads: HeadImportance
+) -> Plan:
     limit, window = asked.limit, asked.holding.exact
     return Plan(
         factors=factors,
         layout=asked.layout,
         method=describe(asked.method),
         allocator=describe(asked.allocator),
-        budget=str(limit) if isinstance(limit, Budget) else f"error {limit:g}" + (" nats" if asked.judge == "loss" else ""),
+        budget=str(limit)
+        if isinstance(limit, Budget)
+        else f"error {limit:g}" + (" nats" if asked.judge == "loss" else ""),
         bits=asked.bits,
         geometry=geometry,
         provenance=known,
@@ -143,7 +171,9 @@ def _plan(asked: Asked, factors: dict[int, Factors], told: dict, known: dict, ge
     )
 
 
-def _chosen(asked: Asked, bases: dict[int, LayerBases], profile: Profile, course: Course) -> tuple[dict[int, Factors], dict]:
+def _chosen(
+    asked: Asked, bases: dict[int, LayerBases], profile: Profile, course: Course
+) -> tuple[dict[int, Factors], dict]:
     """Factors at the ranks that the allocator chose, and what the plan says of the choice."""
     method, split, limit = asked.method, asked.allocator, asked.limit
     shape, first = families.geometry(course.model), next(iter(bases.values()))
@@ -152,7 +182,9 @@ def _chosen(asked: Asked, bases: dict[int, LayerBases], profile: Profile, course
     signals = {name: SIGNALS[name](course.model, course.training, course.batch) for name in split.needs}
     profile = replace(profile, sizes=sizes, signals=signals)
     profile = _measured(profile, split.pairs(profile), bases, course, asked.judge)
-    ranks = split.under_error(profile, limit) if asked.room is None else split.under_bytes(profile, asked.room)  # type: ignore[arg-type]
+    ranks = (
+        split.under_error(profile, limit) if asked.room is None else split.under_bytes(profile, asked.room)
+    )  # type: ignore[arg-type]
     factors = {i: found.at(*pair) for (i, found), pair in zip(bases.items(), ranks, strict=True)}
     told = _described(profile, ranks, bases)
     if not isinstance(limit, Budget):
@@ -162,7 +194,9 @@ def _chosen(asked: Asked, bases: dict[int, LayerBases], profile: Profile, course
     return method.finish(factors, course) if method.finishes else factors, told
 
 
-def _measured(profile: Profile, wanted: list[list[Pair]], bases: dict[int, LayerBases], course: Course, judge: str) -> Profile:
+def _measured(
+    profile: Profile, wanted: list[list[Pair]], bases: dict[int, LayerBases], course: Course, judge: str
+) -> Profile:
     """With the errors at the wanted pairs that are not on the surface."""
     pairs = {
         i: sorted({pair for pair in layer if not profile.is_measured(place, pair)})
@@ -177,25 +211,38 @@ def _measured(profile: Profile, wanted: list[list[Pair]], bases: dict[int, Layer
 def _transposed(f: Factors) -> bool:
     """Whether the up maps are the orthonormal down maps turned over, so that a plan need not hold them."""
     sides = (f.k_down, f.k_up), (f.v_down, f.v_up)
-    return all(torch.equal(blocks(down.mT, t), up) and is_orthonormal(down) for (down, up), t in zip(sides, f.merge, strict=True))
+    return all(
+        torch.equal(blocks(down.mT, t), up) and is_orthonormal(down)
+        for (down, up), t in zip(sides, f.merge, strict=True)
+    )
 
 
 def fit_layers(
-    method: Method, course: Course, work: Path | None = None, judge: str = "layers", measuring: Measuring = "pairs"
+    method: Method,
+    course: Course,
+    work: Path | None = None,
+    judge: str = "layers",
+    measuring: Measuring = "pairs",
 ) -> tuple[dict[int, LayerBases], Profile]:
     """Bases and error surface of every compressible layer. Only one layer's inputs are held at a time."""
     model, ranks, pairs = course.model, course.ranks, _pairs(course.ranks, measuring)
-    inside = judge == "layers" and not method.tunes  # the surface can be had while a layer's inputs are at hand
+    # the surface can be had while a layer's inputs are at hand
+    inside = judge == "layers" and not method.tunes
     found: dict[int, tuple[LayerBases, Surface]] = {}
     if method.fits:
         batches = course.training.split(course.batch)
         statistics = gather(model, course.progress(batches, "second moments"), work, course.exact.sinks)
-        for i, probe in _probes(course, f"fitting {name_of(method)}", lambda i: load_layer(work, f"layer-{i}")):
+        for i, probe in _probes(
+            course, f"fitting {name_of(method)}", lambda i: load_layer(work, f"layer-{i}")
+        ):
             if not isinstance(probe, Probe):
                 found[i] = probe
                 continue
             fitted = method.fit(statistics[i], probe, course.served, course.seed)
-            found[i] = fitted, _surface(ranks, pairs, probe.errors_at(fitted, pairs), judge) if inside and pairs else []
+            found[i] = (
+                fitted,
+                _surface(ranks, pairs, probe.errors_at(fitted, pairs), judge) if inside and pairs else [],
+            )
             save_layer(work, f"layer-{i}", *found[i])
     bases = {i: fitted for i, (fitted, _) in found.items()}
     if method.tunes:
@@ -206,7 +253,9 @@ def fit_layers(
         surfaces = [_surface(ranks, pairs, errors[i], judge) for i in bases]
     shape = families.geometry(model)
     spectra = [(_spectrum(b.keys), _spectrum(b.values)) for b in bases.values()]
-    return bases, Profile(tuple(course.ranks), surfaces, shape.kv_heads, model.dtype.itemsize, spectra, choices=course.choices)
+    return bases, Profile(
+        tuple(course.ranks), surfaces, shape.kv_heads, model.dtype.itemsize, spectra, choices=course.choices
+    )
 
 
 def _probes(course: Course, text: str, known: Callable[[int], T | None]) -> Iterator[tuple[int, Probe | T]]:
@@ -214,10 +263,16 @@ def _probes(course: Course, text: str, known: Callable[[int], T | None]) -> Iter
     model, shape = course.model, families.geometry(course.model)
     for i, inputs in course.progress(layer_inputs(model, course.rows, course.batch), text, shape.layers):
         if i in shape.compressible:
-            yield i, known(i) or Probe.of(model, i, course.layout, inputs, course.held, course.batch, course.exact)
+            yield (
+                i,
+                known(i)
+                or Probe.of(model, i, course.layout, inputs, course.held, course.batch, course.exact),
+            )
 
 
-def _tuned(method: Method, bases: dict[int, LayerBases], course: Course, work: Path | None) -> dict[int, LayerBases]:
+def _tuned(
+    method: Method, bases: dict[int, LayerBases], course: Course, work: Path | None
+) -> dict[int, LayerBases]:
     saved = {i: load_layer(work, f"tuned-{i}") for i in families.geometry(course.model).compressible}
     if all(saved.values()):
         return {i: found[0] for i, found in saved.items() if found}
@@ -228,7 +283,9 @@ def _tuned(method: Method, bases: dict[int, LayerBases], course: Course, work: P
 
 
 def _pairs(ranks: list[int], measuring: Measuring) -> list[Pair]:
-    """What is measured of a layer: all pairs of ranks, or keys and values with the other side in full, or nothing."""
+    """What is measured of a layer: all pairs of ranks, or keys and values with the other side in full, or
+    nothing.
+    """
     if measuring == "none":
         return []
     full = ranks[-1]
@@ -236,8 +293,8 @@ def _pairs(ranks: list[int], measuring: Measuring) -> list[Pair]:
 
 
 def _surface(ranks: list[int], pairs: list[Pair], errors: list[float], judge: str) -> Surface:
-    """The error at every pair. What was not measured is put together from its two sides: errors of keys and values are nearly
-    independent, so that their squares add up, and nats do so themselves."""
+    """The error at every pair. What was not measured is put together from its two sides: errors of keys and
+    values are nearly independent, so that their squares add up, and nats do so themselves."""
     known, full = dict(zip(pairs, errors, strict=True)), ranks[-1]
 
     def both(k: int, v: int) -> float:
@@ -249,17 +306,28 @@ def _surface(ranks: list[int], pairs: list[Pair], errors: list[float], judge: st
     return [[both(k, v) for v in ranks] for k in ranks]
 
 
-def _errors(bases: dict[int, LayerBases], pairs: dict[int, list[Pair]], course: Course, judge: str) -> dict[int, list[float]]:
+def _errors(
+    bases: dict[int, LayerBases], pairs: dict[int, list[Pair]], course: Course, judge: str
+) -> dict[int, list[float]]:
     """Of every layer alone, at its pairs."""
     if judge == "loss":
         held = course.rows[-course.held :]
         return losses_grown(course.model, held, bases, pairs, course.layout, course.progress, course.exact)
-    return {i: probe.errors_at(bases[i], pairs[i]) for i, probe in _probes(course, "measuring", lambda i: None)}
+    return {
+        i: probe.errors_at(bases[i], pairs[i]) for i, probe in _probes(course, "measuring", lambda i: None)
+    }
 
 
-def windows_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: str | Sequence[str] | None, sample: Sample) -> Tensor:
+def windows_of(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: str | Sequence[str] | None,
+    sample: Sample,
+) -> Tensor:
     """Ids (n, t) of the sample, no longer than the model reads. Errors: LowkeyError for too short a text."""
-    length = min(sample.length, getattr(model.config.get_text_config(), "max_position_embeddings", sample.length))
+    length = min(
+        sample.length, getattr(model.config.get_text_config(), "max_position_embeddings", sample.length)
+    )
     ids = text.encode(tokenizer, text.joined(texts), model)
     return text.sample_windows(ids, tokenizer, length, sample.windows, sample.seed, "calibration text")
 
@@ -292,7 +360,12 @@ def provenance_of(model: PreTrainedModel, rows: Tensor, sample: Sample) -> dict:
 def _described(profile: Profile, allocated: Ranks, bases: dict[int, LayerBases]) -> dict:
     chosen = [list(p) for p in allocated]
     surface = profile.surface if any(profile.surface) else None
-    return {"ranks": list(profile.ranks), "surface": surface, "chosen": chosen, "spectra": _mean_spectra(bases)}
+    return {
+        "ranks": list(profile.ranks),
+        "surface": surface,
+        "chosen": chosen,
+        "spectra": _mean_spectra(bases),
+    }
 
 
 def _spectrum(basis: Basis) -> list[list[float]]:

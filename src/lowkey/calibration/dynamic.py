@@ -1,8 +1,8 @@
-"""Caches in which every token has a rank of its own: gates from `methods.dynakv` (arXiv:2603.04411, of which only the abstract is known),
-kept in a file of their own, for an ordinary plan says one rank for all tokens.
+"""Caches in which every token has a rank of its own: gates from `methods.dynakv` (arXiv:2603.04411, of which
+only the abstract is known), kept in a file of their own, for an ordinary plan says one rank for all tokens.
 
-plan = dynamic.dyna_plan(model, tokenizer, training=GateTraining(target=0.4))
-cache = dynamic.dyna_cache(model, plan)
+plan = dynamic.dyna_plan(model, tokenizer, training=GateTraining(target=0.4)) cache =
+dynamic.dyna_cache(model, plan)
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ FIELDS = ("layout", "levels", "share", "divergence", "training", "geometry", "pr
 class DynaPlan:
     """Orthonormal bases of full rank and a gate for every compressed layer.
 
-    levels: ranks that a token may keep, the widest first. share, divergence: the mean share of coordinates that held-out tokens kept, and
-    KL(original || compressed) per token there. training: the options of the gates' training; provenance: model and data fingerprints.
+    levels: ranks that a token may keep, the widest first. share, divergence: the mean share of coordinates
+    that held-out tokens kept, and KL(original || compressed) per token there. training: the options of the
+    gates' training; provenance: model and data fingerprints.
     """
 
     factors: dict[int, Factors]
@@ -61,7 +62,9 @@ class DynaPlan:
         return str(Budget(100 * self.training["target"], "%"))
 
     def bytes_per_token(self, itemsize: int) -> float:
-        """What one more token takes in the compressed layers, if it is like the held-out ones; positions of unrotated keys included."""
+        """What one more token takes in the compressed layers, if it is like the held-out ones; positions of
+        unrotated keys included.
+        """
         g = self.geometry
         placed = 4 if self.layout == "pre_rope" else 0
         return len(self.factors) * (self.share * 2 * g["kv_heads"] * g["head_dim"] * itemsize + placed)
@@ -73,11 +76,15 @@ class DynaPlan:
         shape = families.geometry(model)
         named = self.geometry["kv_heads"], self.geometry["head_dim"]
         if sorted(self.factors) != list(shape.compressible) or named != (shape.kv_heads, shape.head_dim):
-            raise LowkeyError("dynamic plan does not cover the layers and heads of this model; it is damaged: make it again")
+            raise LowkeyError(
+                "dynamic plan does not cover the layers and heads of this model; it is damaged: make it again"
+            )
         families.check_layout(model, self.layout)
 
     def save(self, path: str | Path, force: bool = False) -> None:
-        """Write the folder `path` in one step, as `Plan.save` does. Errors: LowkeyError when it holds other files or cannot be written."""
+        """Write the folder `path` in one step, as `Plan.save` does. Errors: LowkeyError when it holds other
+        files or cannot be written.
+        """
         folder = Path(path)
         files.check_folder(folder, force, again=JSON)
         with files.replacing_folder(folder) as temporary:
@@ -96,7 +103,9 @@ class DynaPlan:
 
     def _tensors(self) -> dict[str, Tensor]:
         """The down maps, whose transposes are the up maps, and the gates."""
-        maps = {f"{i}.{name}": getattr(f, name) for i, f in self.factors.items() for name in ("k_down", "v_down")}
+        maps = {
+            f"{i}.{name}": getattr(f, name) for i, f in self.factors.items() for name in ("k_down", "v_down")
+        }
         gates = {f"{i}.gate.{name}": t for i, gate in self.gates.items() for name, t in vars(gate).items()}
         return {name: t.detach().float().cpu().contiguous() for name, t in (maps | gates).items()}
 
@@ -119,7 +128,9 @@ def _read(folder: Path) -> DynaPlan:
     try:
         return _build(about, tensors)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError) as error:
-        raise LowkeyError(f"dynamic plan {str(folder)!r}: {error!s:.200}; it is damaged: make it again") from None
+        raise LowkeyError(
+            f"dynamic plan {str(folder)!r}: {error!s:.200}; it is damaged: make it again"
+        ) from None
 
 
 def _build(about: dict, tensors: dict[str, Tensor]) -> DynaPlan:
@@ -129,22 +140,38 @@ def _build(about: dict, tensors: dict[str, Tensor]) -> DynaPlan:
     if known["layout"] not in LAYOUTS:
         raise ValueError(f"layout {known['layout']!r:.40} is none of {', '.join(LAYOUTS)}")
     levels = about["levels"]
-    if not (all(type(r) is int and r > 0 for r in levels) and levels and levels[0] == d and sorted(set(levels), reverse=True) == levels):
+    if not (
+        all(type(r) is int and r > 0 for r in levels)
+        and levels
+        and levels[0] == d
+        and sorted(set(levels), reverse=True) == levels
+    ):
         raise ValueError(f"levels {levels} are not ranks that fall from the head dim {d}")
     if not all(t.dtype == torch.float32 for t in tensors.values()):
         raise ValueError("its tensors are not of fp32")
-    share, divergence, target = (about[name] if name in about else about["training"][name] for name in ("share", "divergence", "target"))
-    if not all(type(n) in (int, float) for n in (share, divergence, target)) or not (0 < target <= 1 and 0 <= share <= 1):
+    share, divergence, target = (
+        about[name] if name in about else about["training"][name]
+        for name in ("share", "divergence", "target")
+    )
+    if not all(type(n) in (int, float) for n in (share, divergence, target)) or not (
+        0 < target <= 1 and 0 <= share <= 1
+    ):
         raise ValueError("share, divergence or target is not a number that it can be")
     layers, count = about["layers"], about["geometry"]["layers"]
     if not (
-        isinstance(layers, list) and layers and all(type(i) is int and 0 <= i < count for i in layers) and sorted(set(layers)) == layers
+        isinstance(layers, list)
+        and layers
+        and all(type(i) is int and 0 <= i < count for i in layers)
+        and sorted(set(layers)) == layers
     ):
         raise ValueError("layers are not indices that rise")
     if not isinstance(about["provenance"]["model_sha256"], str):
         raise ValueError("provenance names no model")
     factors = {i: _factors(tensors[f"{i}.k_down"], tensors[f"{i}.v_down"], heads, d) for i in layers}
-    gates = {i: _gate({f.name: tensors[f"{i}.gate.{f.name}"] for f in fields(Gate)}, heads, d, len(levels)) for i in layers}
+    gates = {
+        i: _gate({f.name: tensors[f"{i}.gate.{f.name}"] for f in fields(Gate)}, heads, d, len(levels))
+        for i in layers
+    }
     if len(tensors) != len(layers) * (2 + len(fields(Gate))):
         raise ValueError("its tensors are more than those of its layers")
     return DynaPlan(factors, gates, **known)
@@ -153,7 +180,9 @@ def _build(about: dict, tensors: dict[str, Tensor]) -> DynaPlan:
 def _factors(k: Tensor, v: Tensor, heads: int, d: int) -> Factors:
     for name, down in (("key", k), ("value", v)):
         if tuple(down.shape) not in ((1, d, d), (heads, d, d)) or not is_orthonormal(down):
-            raise ValueError(f"{name} map of shape {tuple(down.shape)} is no orthonormal one for {heads} heads of {d}")
+            raise ValueError(
+                f"{name} map of shape {tuple(down.shape)} is no orthonormal one for {heads} heads of {d}"
+            )
     return Factors(k, k.mT, v, v.mT)
 
 
@@ -190,7 +219,9 @@ def fresh(model: PreTrainedModel, plan: DynaPlan) -> LowkeyCache:
 
 def _layer(model: PreTrainedModel, plan: DynaPlan, i: int) -> BucketedLayer:
     rope = families.rope(model, i)
-    return BucketedLayer([LowRank(cut(plan.factors[i], r), plan.layout, rope) for r in plan.levels], plan.gates[i])
+    return BucketedLayer(
+        [LowRank(cut(plan.factors[i], r), plan.layout, rope) for r in plan.levels], plan.gates[i]
+    )
 
 
 def dyna_plan(
@@ -205,9 +236,11 @@ def dyna_plan(
     work: Path | None = None,
     progress: Progress = silent,
 ) -> DynaPlan:
-    """PCA bases and gates from windows of `texts` (the embedded calibration text when None), of which a quarter only judges.
+    """PCA bases and gates from windows of `texts` (the embedded calibration text when None), of which a
+    quarter only judges.
 
-    training.target: the share of coordinates to keep, a half unless said otherwise. sample, training: their defaults when None.
+    training.target: the share of coordinates to keep, a half unless said otherwise. sample, training: their
+    defaults when None.
     work: a folder to resume from and save progress into.
     Errors: LowkeyError for an unsupported model or layout, too short a text, or a target out of reach.
     """

@@ -31,8 +31,13 @@ class HeldOut:
 
     @torch.no_grad()
     def loss(self, model: PreTrainedModel, plan: Plan | None = None) -> float:
-        """Next-token cross-entropy (nats per token) through a cache of the plan, its exact tokens included, or of the full cache."""
+        """Next-token cross-entropy (nats per token) through a cache of the plan, its exact tokens included,
+        or of the full cache.
+        """
         rows = self.rows.to(device_of(model)).unsqueeze(1)
         caches = (cache_from(model, Origin(weakref.ref(model), plan)) for _ in rows)
-        found = [next_token_loss(model(ids, past_key_values=c, use_cache=True).logits, ids) for ids, c in zip(rows, caches, strict=True)]
+        found = [
+            next_token_loss(model(ids, past_key_values=c, use_cache=True).logits, ids)
+            for ids, c in zip(rows, caches, strict=True)
+        ]
         return float(torch.stack(found).double().mean())

@@ -1,4 +1,5 @@
-"""What `calibrate` and `lowkey compress` take when no method is named: what has the least KL on a real model at each budget.
+"""What `calibrate` and `lowkey compress` take when no method is named: what has the least KL on a real model
+at each budget.
 
 The evidence is in docs/results.md.
 """
@@ -27,8 +28,8 @@ class Recommended:
 
 
 def recommended(model: PreTrainedModel, share: float | None) -> Recommended:
-    """share: of the full cache's bytes that is to be kept; None under an error budget, which integers would add to, and which is one of
-    measured errors, so that they choose the ranks."""
+    """share: of the full cache's bytes that is to be kept; None under an error budget, which integers would
+    add to, and which is one of measured errors, so that they choose the ranks."""
     try:
         families.check_layout(model, "pre_rope")
         layout: Layout = "pre_rope"
@@ -42,7 +43,9 @@ def recommended(model: PreTrainedModel, share: float | None) -> Recommended:
 
 
 def _bits(share: float | None) -> str:
-    """At equal bytes on SmolLM2-135M more ranks in fewer bits beat fewer ranks in more bits, down to 4 bits; 8 bits are as good as none."""
+    """At equal bytes on SmolLM2-135M more ranks in fewer bits beat fewer ranks in more bits, down to 4 bits;
+    8 bits are as good as none.
+    """
     if share is None or share >= 1:
         return NO_BITS
     return "kivi8" if share > 0.45 else "kivi4"

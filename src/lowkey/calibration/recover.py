@@ -1,4 +1,6 @@
-"""`recover`: a model is trained for a little while through the compression of its cache, and so learns to live with it."""
+"""`recover`: a model is trained for a little while through the compression of its cache, and so learns to
+live with it.
+"""
 
 from __future__ import annotations
 
@@ -41,15 +43,18 @@ CHECKPOINT = "training"
 class Recovery(Checked):
     """How to train.
 
-    stages: objectives in order, each with its number of steps. `distill`: every layer is fed the ORIGINAL model's input for that layer; the
-    relative squared error between its compressed output and the original layer's output, averaged over layers (arXiv:2507.11273, Eq. 7,
-    stage I). `ce`: next-token cross-entropy with compression everywhere. `kl`: KL(original || compressed) of next-token distributions, per
-    token, of logits over `temperature` (not multiplied by its square, as KV-Latent's code has it).
-    lora, full: linear maps of the decoder layers, as patterns of their names in the layer (`self_attn.*`, `mlp.gate_proj`): through LoRA
-    adapters (arXiv:2106.09685), by default all, or in full, as arXiv:2507.11273 trains attention. What both name is trained in full.
-    rank, alpha, dropout: of the adapters. batch, length: windows per step and tokens per window. lr: the peak of each stage, after a share
-    `warmup` of its steps; it then falls to 0 by a cosine. lrs: a peak for each stage instead. betas, eps: of AdamW. factors: train
-    the plan's maps too, which then are no longer orthonormal; weight_decay is for all but those, since it would pull maps to zero.
+    stages: objectives in order, each with its number of steps. `distill`: every layer is fed the ORIGINAL
+    model's input for that layer; the relative squared error between its compressed output and the original
+    layer's output, averaged over layers (arXiv:2507.11273, Eq. 7, stage I). `ce`: next-token cross-entropy
+    with compression everywhere. `kl`: KL(original || compressed) of next-token distributions, per token, of
+    logits over `temperature` (not multiplied by its square, as KV-Latent's code has it).
+    lora, full: linear maps of the decoder layers, as patterns of their names in the layer (`self_attn.*`,
+    `mlp.gate_proj`): through LoRA adapters (arXiv:2106.09685), by default all, or in full, as
+    arXiv:2507.11273 trains attention. What both name is trained in full.
+    rank, alpha, dropout: of the adapters. batch, length: windows per step and tokens per window. lr: the peak
+    of each stage, after a share `warmup` of its steps; it then falls to 0 by a cosine. lrs: a peak for each
+    stage instead. betas, eps: of AdamW. factors: train the plan's maps too, which then are no longer
+    orthonormal; weight_decay is for all but those, since it would pull maps to zero.
     save_every: steps between checkpoints, when there is a work folder.
     """
 
@@ -77,17 +82,21 @@ class Recovery(Checked):
         if not self.stages:
             raise LowkeyError("stages (): there is nothing to train; give at least one, as in (('ce', 200),)")
         if self.lrs and len(self.lrs) != len(self.stages):
-            raise LowkeyError(f"lrs {list(self.lrs)}: {len(self.stages)} stages have a rate each; give as many, or lr for all")
+            raise LowkeyError(
+                f"lrs {list(self.lrs)}: {len(self.stages)} stages have a rate each; give as many, or lr for "
+                "all"
+            )
 
 
 @dataclass(frozen=True)
 class Recovered:
     """A plain model with what was learned in its weights, the plan re-issued for it, and one record per step:
-    {"step": 1.., "stage", "loss": before that step, "tokens": seen by then}. stages: of each the objective, its steps and its first and
-    last loss; objectives differ, so that losses of two stages cannot be compared. held_out: what can: the next-token cross-entropy in nats
-    on the embedded evaluation text through the plan, `before` and `after`, and of the model `full`, as it was with the full cache.
-    exact: the plan lost nothing, so that nothing was to be recovered (its maps at full rank are identities). All but the records is said
-    in the new plan's provenance too."""
+    {"step": 1.., "stage", "loss": before that step, "tokens": seen by then}. stages: of each the objective,
+    its steps and its first and last loss; objectives differ, so that losses of two stages cannot be compared.
+    held_out: what can: the next-token cross-entropy in nats on the embedded evaluation text through the plan,
+    `before` and `after`, and of the model `full`, as it was with the full cache.
+    exact: the plan lost nothing, so that nothing was to be recovered (its maps at full rank are identities).
+    All but the records is said in the new plan's provenance too."""
 
     model: PreTrainedModel
     plan: Plan
@@ -107,13 +116,14 @@ def recover(
     work: Path | None = None,
     progress: Progress = silent,
 ) -> Recovered:
-    """Train a copy of `model` through `plan` on `texts` (the embedded calibration text when None); model and plan stay as they are.
+    """Train a copy of `model` through `plan` on `texts` (the embedded calibration text when None); model and
+    plan stay as they are.
 
-    A query sees the plan's sinks and recent tokens exactly, as in a cache, and all others in low rank; the plan's integers are left out,
-    since rounding has no gradient. work: a folder to save progress into and resume
-    from; on a CPU a resumed training gives the numbers of an uninterrupted one bit for bit.
-    Errors: LowkeyError when peft is missing, the plan is another model's, settings are out of range, the text is shorter than
-    a window, or the loss is no longer finite.
+    A query sees the plan's sinks and recent tokens exactly, as in a cache, and all others in low rank; the
+    plan's integers are left out, since rounding has no gradient. work: a folder to save progress into and
+    resume from; on a CPU a resumed training gives the numbers of an uninterrupted one bit for bit.
+    Errors: LowkeyError when peft is missing, the plan is another model's, settings are out of range, the text
+    is shorter than a window, or the loss is no longer finite.
     """
     trainable.peft()
     weights.check_plain("recover", model, families.decoder_layers(model))
@@ -121,7 +131,8 @@ def recover(
     plan.check(model)
     if settings.length <= plan.sinks + plan.recent:
         raise LowkeyError(
-            f"length {settings.length}: the plan keeps {plan.sinks + plan.recent} tokens exact, so that nothing would be compressed; give "
+            f"length {settings.length}: the plan keeps {plan.sinks + plan.recent} tokens exact, so that "
+            "nothing would be compressed; give "
             "longer windows"
         )
     data = Windows.of(tokenizer, text.joined(texts), settings)
@@ -165,11 +176,16 @@ class Windows:
         ids = text.encode(tokenizer, joined)
         start = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
         if len(ids) < settings.length:
-            raise LowkeyError(f"training text: {len(ids)} tokens are fewer than length {settings.length}; give more text or less length")
+            raise LowkeyError(
+                f"training text: {len(ids)} tokens are fewer than length {settings.length}; give more text "
+                "or less length"
+            )
         return cls(ids, start, settings)
 
     def at(self, step: int) -> Tensor:
-        """Ids (batch, length) of one step, from random places: nothing but the seed and the step decides which."""
+        """Ids (batch, length) of one step, from random places: nothing but the seed and the step decides
+        which.
+        """
         body = self.settings.length - len(self.start)
         generator = torch.Generator().manual_seed(_seed(self.settings.seed, step))
         places = torch.randint(len(self.ids) - body + 1, (self.settings.batch,), generator=generator)
@@ -203,16 +219,21 @@ class Student:
 
     def logits(self, ids: Tensor) -> Tensor:
         """(b, t, V) in fp32, compressed everywhere."""
-        return self.model(ids, past_key_values=cache_of(self.model, self.layer), use_cache=True).logits.float()
+        return self.model(
+            ids, past_key_values=cache_of(self.model, self.layer), use_cache=True
+        ).logits.float()
 
 
 def distill(student: Student, ids: Tensor) -> Iterator[Tensor]:
-    """One part for each compressed layer: ||f~(x) - f(x)||^2 / ||f(x)||^2 at the original's x, over the number of layers."""
+    """One part for each compressed layer: ||f~(x) - f(x)||^2 / ||f(x)||^2 at the original's x, over the
+    number of layers.
+    """
     blocks = families.decoder_layers(student.model)
     last = len(blocks) - 1
     with student.adapted.original() as model:
         states = model(ids, use_cache=False, output_hidden_states=True, logits_to_keep=1).hidden_states
-        end = families.run_layer(model, last, blocks[last], states[last], None)  # the model's own last state is normed
+        # the model's own last state is normed
+        end = families.run_layer(model, last, blocks[last], states[last], None)
     outputs = [*states[1 : last + 1], end]
     for i in student.factors:
         found = families.run_layer(student.model, i, blocks[i], states[i], OneLayerCache(student.layer(i)))
@@ -232,7 +253,11 @@ def divergence(student: Student, ids: Tensor) -> Iterator[Tensor]:
 
 
 # parts of a loss, whose sum is the loss: each is differentiated before the next is formed
-OBJECTIVES: dict[str, Callable[[Student, Tensor], Iterator[Tensor]]] = {"distill": distill, "ce": cross_entropy, "kl": divergence}
+OBJECTIVES: dict[str, Callable[[Student, Tensor], Iterator[Tensor]]] = {
+    "distill": distill,
+    "ce": cross_entropy,
+    "kl": divergence,
+}
 
 
 @contextmanager
@@ -253,7 +278,9 @@ def _maps(f: Factors) -> dict[str, Tensor]:
 
 
 def _loose(f: Factors, device: torch.device) -> Factors:
-    """A copy in fp32 on the layer's device; each map with memory of its own, for orthonormal ones are views of one another."""
+    """A copy in fp32 on the layer's device; each map with memory of its own, for orthonormal ones are views
+    of one another.
+    """
     held = {name: t.detach().to(device, copy=True).contiguous() for name, t in _tensors(f).items()}
     return replace(f, **{name: t.float() if t.is_floating_point() else t for name, t in held.items()})
 
@@ -273,7 +300,11 @@ class Training:
     def __post_init__(self) -> None:
         stages, lr = self.settings.stages, self.settings.lr
         rates = self.settings.lrs or [lr] * len(stages)
-        self.schedule = [(name, k, steps, peak) for (name, steps), peak in zip(stages, rates, strict=True) for k in range(steps)]
+        self.schedule = [
+            (name, k, steps, peak)
+            for (name, steps), peak in zip(stages, rates, strict=True)
+            for k in range(steps)
+        ]
         self.optimizer = self._fresh()
 
     @classmethod
@@ -283,8 +314,15 @@ class Training:
             adapted = Adapted.of(model, settings.lora, settings.full, **lora)
         blocks = families.decoder_layers(adapted.model)
         factors = {i: _loose(f, device_of(blocks[i])) for i, f in plan.factors.items()}
-        maps = {f"{i}.{name}": t.requires_grad_() for i, f in factors.items() for name, t in _maps(f).items() if settings.factors}
-        return cls(Student(adapted, plan, factors, settings.temperature), data, settings, adapted.parameters(), maps)
+        maps = {
+            f"{i}.{name}": t.requires_grad_()
+            for i, f in factors.items()
+            for name, t in _maps(f).items()
+            if settings.factors
+        }
+        return cls(
+            Student(adapted, plan, factors, settings.temperature), data, settings, adapted.parameters(), maps
+        )
 
     def _fresh(self) -> torch.optim.AdamW:
         """A new optimizer for every stage: another objective has gradients of another size."""
@@ -314,7 +352,9 @@ class Training:
             group["lr"] = rate
         self.optimizer.zero_grad()
         loss = self._differentiated(name, n)
-        norm = nn.utils.get_total_norm([p.grad for p in (*self.adapters.values(), *self.maps.values()) if p.grad is not None])
+        norm = nn.utils.get_total_norm(
+            [p.grad for p in (*self.adapters.values(), *self.maps.values()) if p.grad is not None]
+        )
         if not math.isfinite(loss) or not math.isfinite(norm):
             rule = f"loss {loss:g} and gradient {float(norm):g} of step {n + 1} must be finite"
             raise LowkeyError(f"lr {peak:g}: {rule}; give a smaller lr")
@@ -332,7 +372,8 @@ class Training:
                 loss += float(part.detach())
         return loss
 
-    # -- stopping and going on: random numbers depend on the seed and the step alone, so there is no state of theirs to keep
+    # -- stopping and going on: random numbers depend on the seed and the step alone, so there is no state of
+    # theirs to keep
 
     def save(self, folder: Path | None) -> None:
         """One file, so that it is of one step. In the middle of a step the last one stays."""
@@ -340,12 +381,19 @@ class Training:
             return
         found = {f"parameter.{name}": p.detach() for name, p in (self.adapters | self.maps).items()}
         found |= optimizer_state.tensors_of(self.optimizer)
-        files.write_work(folder, CHECKPOINT, found | {"losses": torch.tensor(self.losses, dtype=torch.float64)})
+        files.write_work(
+            folder, CHECKPOINT, found | {"losses": torch.tensor(self.losses, dtype=torch.float64)}
+        )
 
     @torch.no_grad()
     def restore(self, found: dict[str, Tensor], folder: Path) -> None:
         losses = found.get("losses")
-        if losses is None or losses.dtype != torch.float64 or losses.ndim != 1 or len(losses) > len(self.schedule):
+        if (
+            losses is None
+            or losses.dtype != torch.float64
+            or losses.ndim != 1
+            or len(losses) > len(self.schedule)
+        ):
             raise files.damaged(folder, "losses are not those of its steps")
         for name, p in (self.adapters | self.maps).items():
             p.copy_(files.fits(found, f"parameter.{name}", p, folder))
@@ -354,7 +402,10 @@ class Training:
 
     def records(self) -> list[dict]:
         size, names = self.settings.batch * self.settings.length, [entry[0] for entry in self.schedule]
-        return [{"step": n, "stage": names[n - 1], "loss": loss, "tokens": n * size} for n, loss in enumerate(self.losses, 1)]
+        return [
+            {"step": n, "stage": names[n - 1], "loss": loss, "tokens": n * size}
+            for n, loss in enumerate(self.losses, 1)
+        ]
 
     def stages(self) -> list[dict]:
         found, start = [], 0
@@ -376,10 +427,17 @@ def _finished(training: Training, plan: Plan, judge: HeldOut, held_out: dict[str
         "stages": training.stages(),
         "versions": versions(),
     }
-    issued = replace(plan, provenance={**plan.provenance, "model_sha256": model_fingerprint(model), "recovered": about})
+    issued = replace(
+        plan, provenance={**plan.provenance, "model_sha256": model_fingerprint(model), "recovered": about}
+    )
     if maps := training.maps:
-        back = {i: {name: maps[f"{i}.{name}"].detach().to(t.device) for name, t in _maps(f).items()} for i, f in plan.factors.items()}
-        issued = replace(issued, factors={i: replace(f, **back[i]) for i, f in plan.factors.items()}, orthonormal=False)
+        back = {
+            i: {name: maps[f"{i}.{name}"].detach().to(t.device) for name, t in _maps(f).items()}
+            for i, f in plan.factors.items()
+        }
+        issued = replace(
+            issued, factors={i: replace(f, **back[i]) for i, f in plan.factors.items()}, orthonormal=False
+        )
     held_out["after"] = judge.loss(attach(model), issued)
     issued.provenance["recovered"]["held_out"] = held_out
     return Recovered(model, issued, records, about["stages"], held_out, exact)
@@ -389,6 +447,15 @@ def _describe(plan: Plan, data: Windows, settings: Recovery) -> dict:
     digest = hashlib.sha256()
     for i, f in plan.factors.items():
         for name, t in _tensors(f).items():
-            digest.update(f"{i}.{name}{tuple(t.shape)}".encode() + t.detach().double().cpu().contiguous().numpy().tobytes())
+            digest.update(
+                f"{i}.{name}{tuple(t.shape)}".encode()
+                + t.detach().double().cpu().contiguous().numpy().tobytes()
+            )
     about = {name: value for name, value in asdict(settings).items() if name != "save_every"}
-    return {"recover": about, "plan": plan.describe(), "factors": digest.hexdigest(), "data": data.fingerprint(), "versions": versions()}
+    return {
+        "recover": about,
+        "plan": plan.describe(),
+        "factors": digest.hexdigest(),
+        "data": data.fingerprint(),
+        "versions": versions(),
+    }

@@ -1,4 +1,6 @@
-"""What a calibration is asked for: held to its rules, and completed by what is recommended, before anything is read or fitted."""
+"""What a calibration is asked for: held to its rules, and completed by what is recommended, before anything
+is read or fitted.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +33,9 @@ AT = 1024  # tokens of the cache that a budget is counted for
 
 @dataclass(frozen=True)
 class Asked:
-    """limit: bytes, or an error. holding: the cache that a byte budget is counted for; room: bytes per stored token that it leaves to
-    latents, None under an error budget. bits: the name of their packing. measured: ranks to measure errors at; choices: all that may be
-    chosen."""
+    """limit: bytes, or an error. holding: the cache that a byte budget is counted for; room: bytes per stored
+    token that it leaves to latents, None under an error budget. bits: the name of their packing. measured:
+    ranks to measure errors at; choices: all that may be chosen."""
 
     limit: Budget | float
     judge: str
@@ -62,12 +64,22 @@ def asked_for(
 ) -> Asked:
     """As `calibrate` takes them. Errors: LowkeyError for what cannot be."""
     if at < 1:
-        raise LowkeyError(f"at {at}: a budget is counted for a cache of at least 1 token; give the length that matters, like {AT}")
+        raise LowkeyError(
+            f"at {at}: a budget is counted for a cache of at least 1 token; give the length that matters, "
+            f"like {AT}"
+        )
     shape, itemsize, longest = families.geometry(model), model.dtype.itemsize, families.positions(model)
     at = at if longest is None else min(at, longest)
     if method is None:
-        best = recommended(model, limit.share(shape.full_bytes_per_token(itemsize), at) if isinstance(limit, Budget) else None)
-        layout, allocator, bits = layout or best.layout, allocator or best.allocator, best.bits if bits is None else bits
+        best = recommended(
+            model,
+            limit.share(shape.full_bytes_per_token(itemsize), at) if isinstance(limit, Budget) else None,
+        )
+        layout, allocator, bits = (
+            layout or best.layout,
+            allocator or best.allocator,
+            best.bits if bits is None else bits,
+        )
     chosen = best.method if method is None else method
     form, split = layout or chosen.layout, _allocator(allocator or chosen.allocator)
     _check(model, form, judge, split)
@@ -77,7 +89,9 @@ def asked_for(
     room = holding.latents(limit) if isinstance(limit, Budget) else None
     if room is not None and packed is None:
         least = (measured if split.measured else choices)[0]
-        _check_room(holding, room, chosen, shape, least, lambda: _smaller(chosen, shape, least, ranks, multiple))
+        _check_room(
+            holding, room, chosen, shape, least, lambda: _smaller(chosen, shape, least, ranks, multiple)
+        )
     name = None if bits is None or packed is None else scheme_name(bits)
     return Asked(limit, judge, chosen, split, form, name, holding, room, measured, choices)
 
@@ -88,16 +102,24 @@ def limit_of(budget: str | Budget | None, error: float | None, judge: str) -> Bu
         raise LowkeyError(f"budget {budget} and error budget {error}: give one of them")
     if error is not None:
         if judge == "layers" and not 0 < error <= 1:
-            raise LowkeyError(f"error budget {error}: a relative layer-output error above 0 and up to 1; the paper uses 0.03")
+            raise LowkeyError(
+                f"error budget {error}: a relative layer-output error above 0 and up to 1; the paper uses "
+                "0.03"
+            )
         if not 0 < error < math.inf:
-            raise LowkeyError(f"error budget {error}: with judge 'loss' these are nats of cross-entropy, a finite number above 0; try 0.01")
+            raise LowkeyError(
+                f"error budget {error}: with judge 'loss' these are nats of cross-entropy, a finite number "
+                "above 0; try 0.01"
+            )
         return error
     return Budget.parse("50%" if budget is None else budget)
 
 
 def _check(model: PreTrainedModel, layout: Layout, judge: str, split: Allocator) -> None:
     if model.training:
-        raise LowkeyError("model: is in training mode, where dropout would be measured too; call model.eval() first")
+        raise LowkeyError(
+            "model: is in training mode, where dropout would be measured too; call model.eval() first"
+        )
     if layout not in LAYOUTS:
         raise LowkeyError(f"layout {layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
     families.check_layout(model, layout)
@@ -106,7 +128,9 @@ def _check(model: PreTrainedModel, layout: Layout, judge: str, split: Allocator)
     sensitivity.check(model, split.needs)
 
 
-def _candidates(method: Method, shape: families.Geometry, asked: Grid | None, multiple: int) -> tuple[list[int], tuple[int, ...]]:
+def _candidates(
+    method: Method, shape: families.Geometry, asked: Grid | None, multiple: int
+) -> tuple[list[int], tuple[int, ...]]:
     """The ranks to measure errors at, and all that may be chosen."""
     served = method.candidates(shape.kv_heads, shape.head_dim, multiples(shape.head_dim, multiple))
     measured = grid(method.grid if asked is None else asked, served)
@@ -114,16 +138,28 @@ def _candidates(method: Method, shape: families.Geometry, asked: Grid | None, mu
 
 
 def _smaller(method: Method, shape: families.Geometry, least: int, asked: Grid | None, multiple: int) -> str:
-    """What else than a larger budget there is to say where the rank `least` is too large: nothing, where no smaller one is served."""
-    served, any_multiple = (method.candidates(shape.kv_heads, shape.head_dim, multiples(shape.head_dim, m))[0] for m in (multiple, 1))
+    """What else than a larger budget there is to say where the rank `least` is too large: nothing, where no
+    smaller one is served.
+    """
+    served, any_multiple = (
+        method.candidates(shape.kv_heads, shape.head_dim, multiples(shape.head_dim, m))[0]
+        for m in (multiple, 1)
+    )
     if served < least:
         return f", or give smaller --ranks, down to {served}"
     return ", or lower --rank-multiple" if any_multiple < least else ""
 
 
-def _check_room(holding: Holding, room: float, method: Method, shape: families.Geometry, least: int, otherwise: Callable[[], str]) -> None:
-    """Before anything is fitted. Errors: LowkeyError when the rank `least` everywhere takes more than `room` bytes per token; otherwise:
-    what else can be done."""
+def _check_room(
+    holding: Holding,
+    room: float,
+    method: Method,
+    shape: families.Geometry,
+    least: int,
+    otherwise: Callable[[], str],
+) -> None:
+    """Before anything is fitted. Errors: LowkeyError when the rank `least` everywhere takes more than `room`
+    bytes per token; otherwise: what else can be done."""
     heads, d = shape.kv_heads, shape.head_dim
     sizes = holding.sizes((heads, heads), lambda rank: method.numbers(rank, heads, d))
     empty = Profile((least, d), [[]] * holding.layers, heads, holding.itemsize, [], sizes=sizes)
@@ -135,7 +171,8 @@ def _allocator(chosen: str | Allocator) -> Allocator:
     if not isinstance(chosen, str):
         if missing := [part for part in PARTS if not hasattr(chosen, part)]:
             raise LowkeyError(
-                f"allocator {type(chosen).__name__}: lacks {', '.join(missing)}; derive it from lowkey.allocation.allocators.Allocator"
+                f"allocator {type(chosen).__name__}: lacks {', '.join(missing)}; derive it from "
+                "lowkey.allocation.allocators.Allocator"
             )
         return chosen
     if chosen not in ALLOCATORS:

@@ -1,4 +1,6 @@
-"""How much a layer's keys and values matter, from gradients or weights alone: what some allocators split a budget by."""
+"""How much a layer's keys and values matter, from gradients or weights alone: what some allocators split a
+budget by.
+"""
 
 from __future__ import annotations
 
@@ -15,48 +17,68 @@ from lowkey.models.families import Part
 from lowkey.models.weights import only
 
 Signal = list[tuple[float, float]]  # per compressible layer a number for keys and one for values
-LEAST = torch.finfo(torch.float32).eps  # of a singular value, relative to the largest: what fp32 weights resolve
+# of a singular value, relative to the largest: what fp32 weights resolve
+LEAST = torch.finfo(torch.float32).eps
 
 
 def fisher(model: PreTrainedModel, rows: Tensor, batch: int) -> Signal:
-    """The Fisher information of Palu (arXiv:2407.21118) and ReCalKV (arXiv:2505.24357): per weight the square root of the mean over
-    samples of the squared gradient, averaged over each of W_K and W_V (h d, D).
+    """The Fisher information of Palu (arXiv:2407.21118) and ReCalKV (arXiv:2505.24357): per weight the square
+    root of the mean over samples of the squared gradient, averaged over each of W_K and W_V (h d, D).
 
-    rows: unpadded token ids (n, t), one sample each. The loss is the mean next-token cross-entropy of a row, in fp32; the published code
-    shifts its labels twice and so predicts the token after the next, which we do not follow. Gradients come in the model's dtype and
-    through the attention implementation it is set to; they are squared and summed in fp32.
-    batch: not used; a gradient per sample takes a backward pass per row. Memory beyond one such pass: an fp32 copy of all W_K and W_V.
+    rows: unpadded token ids (n, t), one sample each. The loss is the mean next-token cross-entropy of a row,
+    in fp32; the published code shifts its labels twice and so predicts the token after the next, which we do
+    not follow. Gradients come in the model's dtype and through the attention implementation it is set to;
+    they are squared and summed in fp32.
+    batch: not used; a gradient per sample takes a backward pass per row. Memory beyond one such pass: an fp32
+    copy of all W_K and W_V.
     Errors: LowkeyError for no rows, or rows of fewer than 2 tokens.
     """
     if rows.ndim != 2 or not len(rows) or rows.shape[1] < 2:
-        raise LowkeyError(f"rows of shape {tuple(rows.shape)}: Fisher information needs token ids (n, t), n >= 1, t >= 2; give more text")
-    parts = [p for i in families.geometry(model).compressible for p in families.projection_parts(model, i)[1:]]
+        raise LowkeyError(
+            f"rows of shape {tuple(rows.shape)}: Fisher information needs token ids (n, t), n >= 1, t >= 2; "
+            "give more text"
+        )
+    parts = [
+        p for i in families.geometry(model).compressible for p in families.projection_parts(model, i)[1:]
+    ]
     squares: list[Tensor | float] = [0.0] * len(parts)
     with only([p.linear.weight for p in parts], model), torch.enable_grad():
         for row in rows.to(device_of(model)).split(1):
-            squares = [s + g.float().square() for s, g in zip(squares, _gradients(model, row, parts), strict=True)]
+            squares = [
+                s + g.float().square() for s, g in zip(squares, _gradients(model, row, parts), strict=True)
+            ]
     means = [float(torch.as_tensor(s).div(len(rows)).sqrt().mean()) for s in squares]
     return list(zip(means[::2], means[1::2], strict=True))
 
 
 def condition(model: PreTrainedModel, rows: Tensor, batch: int) -> Signal:
-    """log kappa of W_K and W_V, each as one matrix (h d, D), in fp64: what LoRC (arXiv:2410.03111) accumulates over layers.
+    """log kappa of W_K and W_V, each as one matrix (h d, D), in fp64: what LoRC (arXiv:2410.03111)
+    accumulates over layers.
 
-    kappa = largest / smallest singular value, with the smallest raised to at least 2^-23 of the largest, so log kappa <= 15.9 even where
-    a matrix has no full rank. The paper's own clipping is not known. rows, batch: not used.
+    kappa = largest / smallest singular value, with the smallest raised to at least 2^-23 of the largest, so
+    log kappa <= 15.9 even where a matrix has no full rank. The paper's own clipping is not known. rows,
+    batch: not used.
     """
     found = (families.projections(model, i) for i in families.geometry(model).compressible)
     return [(_log_condition(p.k), _log_condition(p.v)) for p in found]
 
 
-SIGNALS: dict[str, Callable[[PreTrainedModel, Tensor, int], Signal]] = {"fisher": fisher, "condition": condition}
+SIGNALS: dict[str, Callable[[PreTrainedModel, Tensor, int], Signal]] = {
+    "fisher": fisher,
+    "condition": condition,
+}
 
 
 def check(model: PreTrainedModel, needs: Sequence[str]) -> None:
     """Refuse at once what `fisher` would come upon after all the fitting. Errors: LowkeyError."""
-    parts = [p for i in families.geometry(model).compressible for p in families.projection_parts(model, i)[1:]]
+    parts = [
+        p for i in families.geometry(model).compressible for p in families.projection_parts(model, i)[1:]
+    ]
     if "fisher" in needs and not all(weights.in_full(w := p.linear.weight) and not w.is_meta for p in parts):
-        raise LowkeyError("allocator 'fisher': takes gradients, which offloaded or quantised weights have not; choose another allocator")
+        raise LowkeyError(
+            "allocator 'fisher': takes gradients, which offloaded or quantised weights have not; choose "
+            "another allocator"
+        )
 
 
 def _gradients(model: PreTrainedModel, row: Tensor, parts: list[Part]) -> list[Tensor]:

@@ -19,10 +19,14 @@ Sums = dict[int, dict[str, Tensor]]
 SAVE_EVERY = 16  # batches between two saves of a resumable pass
 
 
-def gather(model: PreTrainedModel, batches: Iterable[Tensor], work: Path | None = None, sinks: int = 0) -> dict[int, LayerStatistics]:
-    """Second moments per compressible layer over `batches` of unpadded ids (b, t), but for the first `sinks` of each row.
+def gather(
+    model: PreTrainedModel, batches: Iterable[Tensor], work: Path | None = None, sinks: int = 0
+) -> dict[int, LayerStatistics]:
+    """Second moments per compressible layer over `batches` of unpadded ids (b, t), but for the first `sinks`
+    of each row.
 
-    work: a folder to resume from and save into every few batches; the caller vouches that it belongs to this very job.
+    work: a folder to resume from and save into every few batches; the caller vouches that it belongs to this
+    very job.
     """
     sums, done = _load(work, model)
     for count, ids in enumerate(batches):
@@ -36,7 +40,9 @@ def gather(model: PreTrainedModel, batches: Iterable[Tensor], work: Path | None 
 
 @torch.no_grad()
 def _observe(model: PreTrainedModel, ids: Tensor, sinks: int) -> Sums:
-    layers = {i: ObservingLayer(families.rope(model, i), sinks) for i in families.geometry(model).compressible}
+    layers = {
+        i: ObservingLayer(families.rope(model, i), sinks) for i in families.geometry(model).compressible
+    }
     cache = cache_of(model, layers.__getitem__)
     hidden = model(ids, past_key_values=cache, output_hidden_states=True, logits_to_keep=1).hidden_states
     for i, layer in layers.items():
@@ -55,7 +61,9 @@ def _add(total: Sums, new: Sums) -> None:
 
 def _statistics(sums: dict[str, Tensor]) -> LayerStatistics:
     tokens = int(sums["tokens"])
-    moments = {name: s / tokens if name.endswith("_mean") else s for name, s in sums.items() if name != "tokens"}
+    moments = {
+        name: s / tokens if name.endswith("_mean") else s for name, s in sums.items() if name != "tokens"
+    }
     return LayerStatistics(tokens, **moments)
 
 
@@ -69,7 +77,9 @@ def _load(work: Path | None, model: PreTrainedModel) -> tuple[Sums, int]:
     if work is None or tensors is None:
         return {}, 0
     done = int(files.fits(tensors, "done", torch.tensor(0), work))
-    shapes = {f"{i}.{name}": t for i in families.geometry(model).compressible for name, t in _empty(model).items()}
+    shapes = {
+        f"{i}.{name}": t for i in families.geometry(model).compressible for name, t in _empty(model).items()
+    }
     if done < 1 or set(tensors) != {*shapes, "done"}:
         raise files.damaged(work, "statistics are not those of this model's layers")
     sums: Sums = {}
@@ -85,6 +95,8 @@ def _empty(model: PreTrainedModel) -> dict[str, Tensor]:
     wide = shape.kv_heads * shape.head_dim
     sizes: dict[str, tuple[int, ...]] = dict.fromkeys(("keys_pre", "keys_post", "values"), (wide, wide))
     sizes |= dict.fromkeys(("queries_pre", "queries_post"), (shape.kv_heads, shape.head_dim, shape.head_dim))
-    sizes |= dict.fromkeys(("keys_pre_mean", "keys_post_mean", "values_mean"), (wide,)) | {"inputs": (shape.hidden, shape.hidden)}
+    sizes |= dict.fromkeys(("keys_pre_mean", "keys_post_mean", "values_mean"), (wide,)) | {
+        "inputs": (shape.hidden, shape.hidden)
+    }
     found = {name: torch.empty(size, dtype=torch.float64, device="meta") for name, size in sizes.items()}
     return found | {"tokens": torch.empty((), dtype=torch.long, device="meta")}

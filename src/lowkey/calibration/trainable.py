@@ -1,4 +1,6 @@
-"""What of a model is trained: some linear maps in full, others through LoRA adapters; all of it can be left out, and merged."""
+"""What of a model is trained: some linear maps in full, others through LoRA adapters; all of it can be left
+out, and merged.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,16 @@ from lowkey.models.attention_interface import attach
 
 
 class Whole(nn.Module):
-    """A linear map that is trained in full, in fp32 or wider, beside the frozen original, which answers where `active` is off."""
+    """A linear map that is trained in full, in fp32 or wider, beside the frozen original, which answers where
+    `active` is off.
+    """
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
         self.base, self.active = base, True
-        self.weight, self.bias = (None if p is None else nn.Parameter(_wide(p)) for p in (base.weight, base.bias))
+        self.weight, self.bias = (
+            None if p is None else nn.Parameter(_wide(p)) for p in (base.weight, base.bias)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.active:
@@ -44,7 +50,8 @@ class Whole(nn.Module):
 
 @dataclass(frozen=True)
 class Adapted:
-    """A copy of a model, frozen but for what is trained. adapters: the same as peft sees it, or None where nothing has an adapter.
+    """A copy of a model, frozen but for what is trained. adapters: the same as peft sees it, or None where
+    nothing has an adapter.
     wholes: maps trained in full, by name."""
 
     model: PreTrainedModel
@@ -53,8 +60,10 @@ class Adapted:
 
     @classmethod
     def of(cls, model: PreTrainedModel, lora: Sequence[str], full: Sequence[str], **adapter: Any) -> Adapted:
-        """lora, full: patterns of linear maps as their layer names them, like `self_attn.*`; what both name is trained in full.
-        adapter: fields of peft's LoraConfig. In eval mode but for the adapters' dropout. Errors: as `check`."""
+        """lora, full: patterns of linear maps as their layer names them, like `self_attn.*`; what both name
+        is trained in full.
+        adapter: fields of peft's LoraConfig. In eval mode but for the adapters' dropout. Errors: as
+        `check`."""
         check(model, lora, full)
         twin = attach(copy.deepcopy(model)).eval().requires_grad_(False)
         whole = _named(twin, full)
@@ -117,9 +126,14 @@ def check(model: PreTrainedModel, lora: Sequence[str], full: Sequence[str]) -> N
     for what, patterns in (("lora", lora), ("full", full)):
         for pattern in patterns:
             if not any(fnmatchcase(own, pattern) for own in known):
-                raise LowkeyError(f"{what} {shown(pattern)}: names no linear map of a layer; there are {', '.join(known)}")
+                raise LowkeyError(
+                    f"{what} {shown(pattern)}: names no linear map of a layer; there are {', '.join(known)}"
+                )
     if not (lora or full):
-        raise LowkeyError("lora () and full (): there is nothing to train; name some linear maps, like 'self_attn.*', in either")
+        raise LowkeyError(
+            "lora () and full (): there is nothing to train; name some linear maps, like 'self_attn.*', in "
+            "either"
+        )
 
 
 def _inside(model: PreTrainedModel) -> dict[str, str]:
@@ -131,7 +145,9 @@ def _inside(model: PreTrainedModel) -> dict[str, str]:
 
 def _named(model: PreTrainedModel, patterns: Sequence[str]) -> list[str]:
     """Full names of the linear maps that any of the patterns names."""
-    return [name for name, own in _inside(model).items() if any(fnmatchcase(own, pattern) for pattern in patterns)]
+    return [
+        name for name, own in _inside(model).items() if any(fnmatchcase(own, pattern) for pattern in patterns)
+    ]
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -21,7 +21,9 @@ def save_layer(work: Path | None, name: str, bases: LayerBases, surface: Surface
         tensors["order"] = bases.order
     for side in ("keys", "values"):
         b: Basis = getattr(bases, side)
-        parts = {"columns": b.columns, "rows": b.rows, "spectrum": b.spectrum, "mean": b.mean} | {f"exact.{r}": t for r, t in b.exact}
+        parts = {"columns": b.columns, "rows": b.rows, "spectrum": b.spectrum, "mean": b.mean} | {
+            f"exact.{r}": t for r, t in b.exact
+        }
         tensors |= {f"{side}.{part}": t for part, t in parts.items() if t is not None}
         tensors |= {f"{side}.merge": torch.tensor(b.merge), f"{side}.unit": torch.tensor(b.unit)}
     files.write_work(work, name, tensors)
@@ -33,7 +35,11 @@ def load_layer(work: Path | None, name: str) -> tuple[LayerBases, Surface] | Non
         return None
 
     def basis(side: str) -> Basis:
-        exact = tuple((int(n.rsplit(".", 1)[1]), t) for n, t in sorted(tensors.items()) if n.startswith(f"{side}.exact."))
+        exact = tuple(
+            (int(n.rsplit(".", 1)[1]), t)
+            for n, t in sorted(tensors.items())
+            if n.startswith(f"{side}.exact.")
+        )
         known = {part: tensors.get(f"{side}.{part}") for part in ("rows", "spectrum", "mean")}
         merge, unit = (int(tensors[f"{side}.{part}"]) for part in ("merge", "unit"))
         return Basis(tensors[f"{side}.columns"], exact=exact, merge=merge, unit=unit, **known)
@@ -54,13 +60,22 @@ def _flaw(bases: LayerBases, surface: Tensor) -> str | None:
         return "surface is no table of numbers"
     for name, b in (("keys", bases.keys), ("values", bases.values)):
         t, c = b.merge, b.columns
-        if c.ndim != 3 or not 1 <= t <= c.shape[1] or c.shape[1] != c.shape[2] or c.shape[1] % t or not c.is_floating_point():
+        if (
+            c.ndim != 3
+            or not 1 <= t <= c.shape[1]
+            or c.shape[1] != c.shape[2]
+            or c.shape[1] % t
+            or not c.is_floating_point()
+        ):
             return f"{name} have no square maps of {t} heads"
         if b.rows is not None and b.rows.shape != c.shape:
             return f"{name} have maps back of another shape"
         if not 1 <= b.unit <= c.shape[1]:
             return f"{name} have no columns by {b.unit}"
-        if any(e.ndim != 3 or e.shape[:2] != c.shape[:2] or e.shape[2] != t * r // b.unit * b.unit for r, e in b.exact):
+        if any(
+            e.ndim != 3 or e.shape[:2] != c.shape[:2] or e.shape[2] != t * r // b.unit * b.unit
+            for r, e in b.exact
+        ):
             return f"{name} have maps of single ranks that do not fit"
         if b.mean is not None and (b.mean.ndim != 2 or b.mean.shape[1] != c.shape[1] // t):
             return f"{name} have means that do not fit"

@@ -1,1 +1,3 @@
-"""The command line: `app` holds the program, the other modules its sub-commands, by what they are for. Imports every room."""
+"""The command line: `app` holds the program, the other modules its sub-commands, by what they are for.
+Imports every room.
+"""

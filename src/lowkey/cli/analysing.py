@@ -25,49 +25,75 @@ from lowkey.models.loading import load
 
 def diversity(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="folder for diversity.json and the plots")] = Path("diversity"),
-    data: Annotated[Path | None, typer.Option(help="a UTF-8 text file for attention maps (default: the embedded text)")] = None,
-    windows: Annotated[int, typer.Option(help=within(Compared, "windows", "windows of text whose attention maps are compared"))] = 8,
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder for diversity.json and the plots")] = Path(
+        "diversity"
+    ),
+    data: Annotated[
+        Path | None, typer.Option(help="a UTF-8 text file for attention maps (default: the embedded text)")
+    ] = None,
+    windows: Annotated[
+        int,
+        typer.Option(help=within(Compared, "windows", "windows of text whose attention maps are compared")),
+    ] = 8,
     context: Annotated[int, typer.Option(help=within(Compared, "context", "tokens per window"))] = 128,
     inits: Annotated[
         int,
-        typer.Option(help=within(Compared, "inits", "random initialisations beside it; each takes the memory of a model; 0: none")),
+        typer.Option(
+            help=within(
+                Compared,
+                "inits",
+                "random initialisations beside it; each takes the memory of a model; 0: none",
+            )
+        ),
     ] = 3,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """How different the heads of every layer are, by weights (queries with keys, values with output) and by where they look, beside the
-    same configuration at random."""
+    """How different the heads of every layer are, by weights (queries with keys, values with output) and by
+    where they look, beside the same configuration at random."""
     from lowkey.report.diversity import cosines_figure, diversity_figure
 
     files.check_folder(out, force=False, again="diversity.json")
     hold(Compared, windows=windows, context=context, inits=inits, seed=seed)
     corpus = text.read_text(data, "data") if data else None
     loaded, tokenizer = load(model, dtype, device)
-    found = measure(loaded, tokenizer, corpus, windows=windows, context=context, inits=inits, seed=seed, progress=bars)
+    found = measure(
+        loaded, tokenizer, corpus, windows=windows, context=context, inits=inits, seed=seed, progress=bars
+    )
     found = {**found, "data": str(data) if data else "embedded"}
     with files.replacing_folder(out) as temporary:
         files.write_json(temporary / "diversity.json", found, "diversity")
         for name, draw in (("diversity", diversity_figure), ("cosines", cosines_figure)):
             draw(found).savefig(temporary / f"{name}.png", dpi=150)
-    err.print(f"diversity.json, diversity.png and cosines.png written to {out}", highlight=False, soft_wrap=True)
+    err.print(
+        f"diversity.json, diversity.png and cosines.png written to {out}", highlight=False, soft_wrap=True
+    )
     print(json.dumps(found)) if as_json else show_diversity(found)
 
 
 def sinks(
     model: Model,
     data: Annotated[Path | None, typer.Option(help="a UTF-8 text file (default: the embedded text)")] = None,
-    windows: Annotated[int, typer.Option(help=within(Sample, "windows", "windows to learn from, and as many others to look at"))] = 4,
-    context: Annotated[int | None, typer.Option(help="tokens per window (default: 512, or all a model takes)")] = None,
-    start: Annotated[bool, typer.Option(help="begin windows with the tokenizer's first token, as a text begins")] = True,
+    windows: Annotated[
+        int,
+        typer.Option(help=within(Sample, "windows", "windows to learn from, and as many others to look at")),
+    ] = 4,
+    context: Annotated[
+        int | None, typer.Option(help="tokens per window (default: 512, or all a model takes)")
+    ] = None,
+    start: Annotated[
+        bool, typer.Option(help="begin windows with the tokenizer's first token, as a text begins")
+    ] = True,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Which tokens are attention sinks, as KVSink (arXiv:2508.04257) predicts them from values: the first of a text, or later ones too."""
+    """Which tokens are attention sinks, as KVSink (arXiv:2508.04257) predicts them from values: the first of
+    a text, or later ones too.
+    """
     sample = sample_of(windows, context, seed)
     corpus = text.read_text(data, "data") if data else text.embedded("calibration")
     loaded, tokenizer = load(model, dtype, device)
@@ -101,4 +127,7 @@ def _tokens(at: dict[int, Tensor], rows: Tensor, tokenizer: PreTrainedTokenizerB
     places = {tuple(place) for found in at.values() for place in found.nonzero().tolist()}
     found = [(n, p, [i for i, x in at.items() if x[n, p]]) for n, p in sorted(places)]
     ordered = sorted(found, key=lambda entry: -len(entry[2]))
-    return [{"window": n, "position": p, "token": str(tokenizer.decode([int(rows[n, p])])), "layers": own} for n, p, own in ordered]
+    return [
+        {"window": n, "position": p, "token": str(tokenizer.decode([int(rows[n, p])])), "layers": own}
+        for n, p, own in ordered
+    ]

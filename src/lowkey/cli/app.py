@@ -1,4 +1,6 @@
-"""`lowkey`: one sub-command per verb. Bad input is one line on stderr and exit status 2; progress goes to stderr."""
+"""`lowkey`: one sub-command per verb. Bad input is one line on stderr and exit status 2; progress goes to
+stderr.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,27 @@ from lowkey.core.options import shown
 from lowkey.core.printable import printable
 from lowkey.core.types import LowkeyError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help=__doc__,
+)
 bench = typer.Typer(no_args_is_help=True, help="Time parts of lowkey on this machine.")
-UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # what a command line that does not parse raises; typer does not export it
+# what a command line that does not parse raises; typer does not export it
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 for command in (
-    *(making.compress, making.dynamic, measuring.eval_, using.generate, making.recover, making.pretrain, converting.convert),
+    *(
+        making.compress,
+        making.dynamic,
+        measuring.eval_,
+        using.generate,
+        making.recover,
+        making.pretrain,
+        converting.convert,
+    ),
     *(making.export, making.profile, making.heads, analysing.diversity, analysing.sinks),
     *(using.methods, using.policies, using.inspect, measuring.report, downloading.download),
 ):
@@ -37,7 +54,8 @@ def main() -> None:
     import transformers
 
     _open_streams()
-    logging.getLogger("lowkey").setLevel(logging.ERROR)  # commands say in lines of their own what the library logs
+    # commands say in lines of their own what the library logs
+    logging.getLogger("lowkey").setLevel(logging.ERROR)
     huggingface_hub.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -58,20 +76,30 @@ def main() -> None:
             os._exit(0)
         raise
     except OSError as error:
-        what = "no space left on the device" if error.errno == errno.ENOSPC else (error.strerror or str(error))
+        what = (
+            "no space left on the device" if error.errno == errno.ENOSPC else (error.strerror or str(error))
+        )
         _fail(f"{error.filename or 'output'}: {what}; free some space or choose another place", 2)
     except (MemoryError, RuntimeError) as error:
         if not _memory_ran_out(error):
             raise
-        _fail("memory: there is not enough for this; choose a smaller batch, context or model, or another --device", 2)
+        _fail(
+            "memory: there is not enough for this; choose a smaller batch, context or model, or another "
+            "--device",
+            2,
+        )
     if status == 130:
-        _fail("interrupted; nothing half-written is left, and compress, dynamic, eval, recover and pretrain resume when given again", 130)
+        _fail(
+            "interrupted; nothing half-written is left, and compress, dynamic, eval, recover and pretrain "
+            "resume when given again",
+            130,
+        )
     sys.exit(status or 0)
 
 
 def _open_streams() -> None:
-    """Output that was closed from the start, as by `>&-`, goes nowhere; else the next file to be opened would be taken for it. What an
-    encoding cannot write is written as its escape."""
+    """Output that was closed from the start, as by `>&-`, goes nowhere; else the next file to be opened would
+    be taken for it. What an encoding cannot write is written as its escape."""
     while (place := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(place)
@@ -84,10 +112,14 @@ def _open_streams() -> None:
 
 
 def _check_words(words: list[str]) -> None:
-    """Errors: LowkeyError for bytes that are no text, which neither tokenizers nor the files we write can hold."""
+    """Errors: LowkeyError for bytes that are no text, which neither tokenizers nor the files we write can
+    hold.
+    """
     for word in words[1:]:
         if any("\ud800" <= c <= "\udfff" for c in word):
-            raise LowkeyError(f"argument {shown(word)}: is not UTF-8; give UTF-8 text, and paths of such names only")
+            raise LowkeyError(
+                f"argument {shown(word)}: is not UTF-8; give UTF-8 text, and paths of such names only"
+            )
 
 
 def _memory_ran_out(error: Exception) -> bool:
@@ -95,8 +127,11 @@ def _memory_ran_out(error: Exception) -> bool:
 
 
 def _usage(error: Exception) -> str:
-    """What is wrong with the command line, with the value, which some versions of typer leave out, and where help is."""
-    if type(error).__name__ == "NoArgsIsHelpError":  # only a group of commands was named; typer does not export this one either
+    """What is wrong with the command line, with the value, which some versions of typer leave out, and where
+    help is.
+    """
+    # only a group of commands was named; typer does not export this one either
+    if type(error).__name__ == "NoArgsIsHelpError":
         print(error, file=sys.stderr)
         sys.exit(2)
     found: list[dict] = getattr(error.__cause__, "errors", list)()

@@ -30,18 +30,28 @@ err = Aside(stderr=True, markup=False, emoji=False)
 BITS = f"also rows of packed integers, alone and in plans that have none: {', '.join(SCHEMES)} (int8 and int4, alone, when not given)"
 CORES = Range(at_least=1, at_most=2**10)
 Model = Annotated[
-    str, typer.Argument(help="a model folder, a Hub id, a .gguf file, 'tiny' (embedded), or 'smollm2' (`lowkey download smollm2`)")
+    str,
+    typer.Argument(
+        help="a model folder, a Hub id, a .gguf file, 'tiny' (embedded), or 'smollm2' (`lowkey download smollm2`)"
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
 Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, or balanced over several GPUs")]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="seed of the calibration sample and of training")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**63 - 1, help="seed of the calibration sample and of training")
+]
 Force = Annotated[bool, typer.Option(help="replace a folder that holds files")]
 Calibration = Annotated[Path | None, typer.Option(help="a UTF-8 text file (default: the embedded text)")]
 AllocatorOptions = Annotated[
-    list[str] | None, typer.Option("--allocator-option", "-A", help="an option of the allocator, like energy=singular or beta=10; repeat")
+    list[str] | None,
+    typer.Option(
+        "--allocator-option", "-A", help="an option of the allocator, like energy=singular or beta=10; repeat"
+    ),
 ]
-Options = Annotated[list[str] | None, typer.Option("--option", "-O", help="an option of the method, like epochs=5")]
+Options = Annotated[
+    list[str] | None, typer.Option("--option", "-O", help="an option of the method, like epochs=5")
+]
 
 
 def show_version(wanted: bool) -> None:
@@ -52,9 +62,14 @@ def show_version(wanted: bool) -> None:
 
 def every_command(
     threads: Annotated[
-        int | None, typer.Option(help=f"cores to compute on ({CORES}; default: $OMP_NUM_THREADS, or all); before the command")
+        int | None,
+        typer.Option(
+            help=f"cores to compute on ({CORES}; default: $OMP_NUM_THREADS, or all); before the command"
+        ),
     ] = None,
-    version: Annotated[bool, typer.Option("--version", help="print the version", is_eager=True, callback=show_version)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", is_eager=True, callback=show_version)
+    ] = False,
 ) -> None:
     """What can be said before any command."""
     if threads is not None:
@@ -78,10 +93,17 @@ def policies_of(
 ) -> list[tuple[str, Policy]]:
     """(name, policy) for each name and budget."""
     if names is None:
-        for what, given in (("budget", budgets), ("option", options), ("allocator option", split), ("heads", heads)):
+        for what, given in (
+            ("budget", budgets),
+            ("option", options),
+            ("allocator option", split),
+            ("heads", heads),
+        ):
             if given is not None:
                 word = given if isinstance(given, str) else given[0]
-                raise LowkeyError(f"{what} {shown(str(word))}: is for a policy; give --policy too, or leave it out")
+                raise LowkeyError(
+                    f"{what} {shown(str(word))}: is for a policy; give --policy too, or leave it out"
+                )
         return []
     own, allocators = options_of(options), options_of(split, "allocator option")
     asked = budgets.split(",") if budgets is not None else [None]
@@ -135,7 +157,10 @@ def share_of(budget: str) -> float:
     """A budget that can only be a share, above 0 and up to 1."""
     found = Budget.parse(budget)
     if found.unit != "%":
-        raise LowkeyError(f"budget {found}: tokens keep ranks of their own, so that only a mean share can be asked for; say it as '50%'")
+        raise LowkeyError(
+            f"budget {found}: tokens keep ranks of their own, so that only a mean share can be asked for; "
+            "say it as '50%'"
+        )
     return found.amount / 100
 
 
@@ -145,16 +170,20 @@ def within(kind: Any, name: str, help: str) -> str:
 
 
 def hold(kind: Any, **given: Any) -> None:
-    """Hold options to the ranges of the fields that they become, before a model is loaded. A field called otherwise than the option is
-    given as (option's name, value)."""
+    """Hold options to the ranges of the fields that they become, before a model is loaded. A field called
+    otherwise than the option is given as (option's name, value)."""
     for name, value in given.items():
         shown_as, found = value if isinstance(value, tuple) else (name, value)
         check_field(kind, name, found, shown_as)
 
 
 def sample_of(windows: int, context: int | None, seed: int) -> Sample:
-    """What to calibrate on; without a context, windows are of the usual length or as long as a short model allows."""
-    hold(Sample, windows=windows, seed=seed, length=("context", Sample.length if context is None else context))
+    """What to calibrate on; without a context, windows are of the usual length or as long as a short model
+    allows.
+    """
+    hold(
+        Sample, windows=windows, seed=seed, length=("context", Sample.length if context is None else context)
+    )
     return Sample(windows, seed=seed) if context is None else Sample(windows, context, seed)
 
 

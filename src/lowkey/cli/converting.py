@@ -13,7 +13,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey.attention import SUBSETS
 from lowkey.calibration.calibrate import Sample
-from lowkey.cli.common import AsJson, Calibration, Device, Dtype, Force, Model, Seed, check_context, err, hold, options_of, within
+from lowkey.cli.common import (
+    AsJson,
+    Calibration,
+    Device,
+    Dtype,
+    Force,
+    Model,
+    Seed,
+    check_context,
+    err,
+    hold,
+    options_of,
+    within,
+)
 from lowkey.cli.tables import screen
 from lowkey.conversion import (
     BASES,
@@ -39,7 +52,11 @@ from lowkey.models.loading import load
 
 Fields = Annotated[
     list[str] | None,
-    typer.Option("--option", "-O", help="a field of the attention, like lrkv_rank=12, kv_lora_rank=160 or attention_layers=half"),
+    typer.Option(
+        "--option",
+        "-O",
+        help="a field of the attention, like lrkv_rank=12, kv_lora_rank=160 or attention_layers=half",
+    ),
 ]
 
 
@@ -49,22 +66,35 @@ def convert(
     attention: Annotated[str, typer.Option(help=f"one of: {', '.join(CONVERSIONS)}")],
     option: Fields = None,
     heads: Annotated[str, typer.Option(help=f"what pooled heads become: {', '.join(HEADS)}")] = "mean",
-    basis: Annotated[str, typer.Option(help=f"{', '.join(BASES)}: heads as they are, or turned towards one another first")] = "weights",
-    frequencies: Annotated[str, typer.Option(help=f"of a rotated slice narrower than a head: {', '.join(FREQUENCIES)}")] = "high",
-    whiten: Annotated[bool, typer.Option(help="lose least of what projections make of a text, not of their weights")] = False,
+    basis: Annotated[
+        str, typer.Option(help=f"{', '.join(BASES)}: heads as they are, or turned towards one another first")
+    ] = "weights",
+    frequencies: Annotated[
+        str, typer.Option(help=f"of a rotated slice narrower than a head: {', '.join(FREQUENCIES)}")
+    ] = "high",
+    whiten: Annotated[
+        bool, typer.Option(help="lose least of what projections make of a text, not of their weights")
+    ] = False,
     calibration: Calibration = None,
-    data: Annotated[Path | None, typer.Option(help="a UTF-8 text file to measure on (default: the embedded text)")] = None,
-    context: Annotated[
-        int | None, typer.Option(help=within(Task, "context", "tokens per window (default: 512, or all a model takes)"))
+    data: Annotated[
+        Path | None, typer.Option(help="a UTF-8 text file to measure on (default: the embedded text)")
     ] = None,
-    windows: Annotated[int, typer.Option(help=within(Task, "windows", "windows to measure on, and to whiten with"))] = 32,
+    context: Annotated[
+        int | None,
+        typer.Option(help=within(Task, "context", "tokens per window (default: 512, or all a model takes)")),
+    ] = None,
+    windows: Annotated[
+        int, typer.Option(help=within(Task, "windows", "windows to measure on, and to whiten with"))
+    ] = 32,
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Give a trained model another attention and measure what it costs; `lowkey pretrain` continues from there."""
+    """Give a trained model another attention and measure what it costs; `lowkey pretrain` continues from
+    there.
+    """
     files.check_folder(out, force)
     hold(Task, windows=windows, context=Task.context if context is None else context)
     if whiten:
@@ -82,11 +112,16 @@ def convert(
     rows = _rows(loaded, tokenizer, corpus, Sample(windows, context, seed)) if whiten else None
     moments = input_moments(loaded, rows, progress=bars) if rows is not None else None
     made = made_of(loaded, attention, options=choice, moments=moments, progress=bars, **fields)
-    before, after = (starting_loss(m, tokenizer, judged, context=context, windows=windows, progress=bars) for m in (loaded, made))
+    before, after = (
+        starting_loss(m, tokenizer, judged, context=context, windows=windows, progress=bars)
+        for m in (loaded, made)
+    )
     how = {
         "fields": fields,
         "options": vars(choice),
-        "whitened": None if rows is None else {"tokens": rows.numel(), "data_sha256": data_fingerprint(rows), "seed": seed},
+        "whitened": None
+        if rows is None
+        else {"tokens": rows.numel(), "data_sha256": data_fingerprint(rows), "seed": seed},
         "data": str(data) if data else "embedded",
         "context": context,
     }
@@ -95,7 +130,9 @@ def convert(
     _show(record, out, as_json)
 
 
-def _rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: str, sample: Sample) -> torch.Tensor:
+def _rows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: str, sample: Sample
+) -> torch.Tensor:
     ids = text.encode(tokenizer, corpus, model)
     length = min(sample.length, model.config.max_position_embeddings)
     return text.sample_windows(ids, tokenizer, length, sample.windows, sample.seed, "calibration text")
@@ -116,7 +153,9 @@ def _value(name: str, value: str, kind: type) -> int | bool | str | list[int]:
         return value
     if kind is list:
         return _layers(name, value)
-    raise LowkeyError(f"option {name}={value}: must be {'a whole number' if kind is int else 'true or false'}")
+    raise LowkeyError(
+        f"option {name}={value}: must be {'a whole number' if kind is int else 'true or false'}"
+    )
 
 
 def _layers(name: str, value: str) -> list[int]:
@@ -134,11 +173,28 @@ def _show(record: dict[str, Any], out: Path, as_json: bool) -> None:
         print(json.dumps({"model": str(out), **record}))
         return
     loss, cache, size = record["loss"], record["cache_bytes_per_token"], record["parameters"]
-    table = Table("model", "loss (nats/token)", "B/token", "kept", "parameters", title=f"{record['source']}, {record['dtype']}")
+    table = Table(
+        "model",
+        "loss (nats/token)",
+        "B/token",
+        "kept",
+        "parameters",
+        title=f"{record['source']}, {record['dtype']}",
+    )
     for name, which in (("source", "source"), (record["attention"], "converted")):
         nats = "not finite" if loss[which] is None else f"{loss[which]:.4f}"
-        table.add_row(name, nats, f"{cache[which]:,}", f"{100 * cache[which] / cache['source']:.1f}%", f"{size[which]:,}")
+        table.add_row(
+            name,
+            nats,
+            f"{cache[which]:,}",
+            f"{100 * cache[which] / cache['source']:.1f}%",
+            f"{size[which]:,}",
+        )
     screen.print(table)
     start = Exactness(record["exact"], record["lost"], record["exact_with"])
     err.print(f"the start is {start}", highlight=False, soft_wrap=True, markup=False)
-    err.print(f"model written to {out}; loss on {loss['tokens']:,} held-out tokens, nothing trained yet", highlight=False, soft_wrap=True)
+    err.print(
+        f"model written to {out}; loss on {loss['tokens']:,} held-out tokens, nothing trained yet",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -20,8 +20,9 @@ from lowkey.policies.base import Policy
 
 
 class Folder(Protocol):
-    """`wanted` says on whose behalf an ordinary plan is asked for; sinks and recent, of `setting`, stand in the place of the plan's own
-    where it keeps exact tokens. bits: the packing that it has itself. Errors: LowkeyError for what this kind of plan cannot do."""
+    """`wanted` says on whose behalf an ordinary plan is asked for; sinks and recent, of `setting`, stand in
+    the place of the plan's own where it keeps exact tokens. bits: the packing that it has itself. Errors:
+    LowkeyError for what this kind of plan cannot do."""
 
     @property
     def path(self) -> Path: ...
@@ -33,7 +34,13 @@ class Folder(Protocol):
 
     def cache(self, model: PreTrainedModel, policy: Policy | None, bits: str | None) -> LowkeyCache: ...
 
-    def setting(self, model: PreTrainedModel, bits: str | None = None, sinks: int | None = None, recent: int | None = None) -> Setting: ...
+    def setting(
+        self,
+        model: PreTrainedModel,
+        bits: str | None = None,
+        sinks: int | None = None,
+        recent: int | None = None,
+    ) -> Setting: ...
 
     def show(self, as_json: bool) -> None: ...
 
@@ -55,8 +62,16 @@ class Ordinary:
     def cache(self, model: PreTrainedModel, policy: Policy | None, bits: str | None) -> LowkeyCache:
         return make_cache(model, self.plan, policy, bits=bits)
 
-    def setting(self, model: PreTrainedModel, bits: str | None = None, sinks: int | None = None, recent: int | None = None) -> Setting:
-        return planned(model, self.plan, str(self.path), bits, window_of(model, self.plan, bits, sinks, recent))
+    def setting(
+        self,
+        model: PreTrainedModel,
+        bits: str | None = None,
+        sinks: int | None = None,
+        recent: int | None = None,
+    ) -> Setting:
+        return planned(
+            model, self.plan, str(self.path), bits, window_of(model, self.plan, bits, sinks, recent)
+        )
 
     def show(self, as_json: bool) -> None:
         show_plan(self.plan, self.path, as_json)
@@ -75,17 +90,31 @@ class Dynamic:
 
     def ordinary(self, wanted: str) -> Plan:
         rule = "gives every token a rank of its own, which only eval and generate can use, without a policy and bits"
-        raise LowkeyError(f"{wanted} with plan {str(self.path)!r}: it {rule}; give a plan that lowkey compress made")
+        raise LowkeyError(
+            f"{wanted} with plan {str(self.path)!r}: it {rule}; give a plan that lowkey compress made"
+        )
 
     def cache(self, model: PreTrainedModel, policy: Policy | None, bits: str | None) -> LowkeyCache:
         self._alone(policy, bits)
         return dyna_cache(model, self.plan)
 
-    def setting(self, model: PreTrainedModel, bits: str | None = None, sinks: int | None = None, recent: int | None = None) -> Setting:
+    def setting(
+        self,
+        model: PreTrainedModel,
+        bits: str | None = None,
+        sinks: int | None = None,
+        recent: int | None = None,
+    ) -> Setting:
         self._alone(None, bits)
         self.plan.check(model)
-        known = identity(method=dynamic.METHOD, plan=str(self.path), budget=self.plan.budget, layout=self.plan.layout)
-        marks = {"layout": self.plan.layout, "seed": f"seed={self.plan.provenance.get('seed')}", **place_of(str(self.path))}
+        known = identity(
+            method=dynamic.METHOD, plan=str(self.path), budget=self.plan.budget, layout=self.plan.layout
+        )
+        marks = {
+            "layout": self.plan.layout,
+            "seed": f"seed={self.plan.provenance.get('seed')}",
+            **place_of(str(self.path)),
+        }
         return Setting(
             *(f"{dynamic.METHOD} {self.plan.budget}", known, lambda: dynamic.fresh(model, self.plan)),
             marks=marks,
@@ -102,7 +131,9 @@ class Dynamic:
 
 
 def plan_at(path: Path, model: PreTrainedModel | None = None) -> Folder:
-    """Which kind a folder is, its files say. Errors: LowkeyError as `Plan.load` and `DynaPlan.load` have them."""
+    """Which kind a folder is, its files say. Errors: LowkeyError as `Plan.load` and `DynaPlan.load` have
+    them.
+    """
     return files.steady(path, lambda: _at(path, model))
 
 

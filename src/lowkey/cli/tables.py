@@ -23,7 +23,8 @@ from lowkey.plan.plan import Plan
 class Screen(Console):
     """A console that writes names and paths as they are, except for what a terminal would obey."""
 
-    def render_str(self, text: str, **how: Any) -> Text:  # what rich makes of every string: of cells, titles and printed lines
+    # what rich makes of every string: of cells, titles and printed lines
+    def render_str(self, text: str, **how: Any) -> Text:
         return super().render_str(printable(text), **how)
 
     def on_broken_pipe(self) -> None:
@@ -57,7 +58,10 @@ def show_plan(plan: Plan, place: Path, as_json: bool) -> None:
     g, held = plan.geometry, plan.bytes_per_token(2)
     whole = 2 * g["kv_heads"] * g["head_dim"] * 2 * len(plan.factors)
     table = Table(
-        "layer", "key rank", "value rank", title=f"{plan.method['name']} · {plan.allocator['name']} · {plan.layout} · {plan.budget}"
+        "layer",
+        "key rank",
+        "value rank",
+        title=f"{plan.method['name']} · {plan.allocator['name']} · {plan.layout} · {plan.budget}",
     )
     for i, (k, v) in plan.ranks.items():
         table.add_row(str(i), f"{k} of {g['head_dim']}", f"{v} of {g['head_dim']}")
@@ -65,7 +69,10 @@ def show_plan(plan: Plan, place: Path, as_json: bool) -> None:
     for what, told, table_of in (("method", plan.method, METHODS), ("allocator", plan.allocator, ALLOCATORS)):
         if told.get("parameters"):
             kind = table_of.get(told["name"])
-            say(f"options of {what} {told['name']}: {options_of(kind, told['parameters'], '; ') if kind else told['parameters']}")
+            say(
+                f"options of {what} {told['name']}: "
+                f"{options_of(kind, told['parameters'], '; ') if kind else told['parameters']}"
+            )
     say(f"{place}: keeps {held:g} of {whole} bytes per token in bfloat16 ({100 * held / whole:.1f}%)")
 
 
@@ -78,8 +85,14 @@ def show_dynamic(about: dict, place: Path, as_json: bool) -> None:
     whole = 2 * g["kv_heads"] * g["head_dim"] * 2 * len(about["layers"])
     kept = f"a token keeps {_either(about['levels'])} of {g['head_dim']} coordinates"
     say(f"{about['method']} · {about['layout']} · {about['budget']}: {kept}")
-    say(f"{place}: held-out tokens keep {100 * about['share']:.1f}% of them in the mean, with KL {about['divergence']:.4f} per token")
-    say(f"{held:.0f} of {whole} bytes per token in bfloat16 ({100 * held / whole:.1f}%), were all tokens like these")
+    say(
+        f"{place}: held-out tokens keep {100 * about['share']:.1f}% of them in the mean, with KL "
+        f"{about['divergence']:.4f} per token"
+    )
+    say(
+        f"{held:.0f} of {whole} bytes per token in bfloat16 ({100 * held / whole:.1f}%), were all tokens "
+        "like these"
+    )
 
 
 def _either(ranks: Sequence[int]) -> str:
@@ -106,7 +119,12 @@ COLUMNS = {  # key of a row: (heading, format)
 def show_rows(result: dict) -> None:
     """The rows as a table, without the columns that nobody measured."""
     shown = [c for c in COLUMNS if any(row[c] is not None for row in result["rows"])]
-    table = Table("setting", *[COLUMNS[c][0] for c in shown], "kept", title=f"{result['model']}, {result['environment']['dtype']}")
+    table = Table(
+        "setting",
+        *[COLUMNS[c][0] for c in shown],
+        "kept",
+        title=f"{result['model']}, {result['environment']['dtype']}",
+    )
     for row in result["rows"]:
         cells = [_cell(row, c) for c in shown]
         table.add_row(row["name"], *cells, f"{100 * row['bytes_held'] / row['bytes_full']:.1f}%")
@@ -135,35 +153,64 @@ def _weak(shown: str, evidence: bool | None) -> str:
 
 def show_heads(found: HeadScores, place: Path, asked: int) -> None:
     told = found.describe()
-    table = Table("layer", "KV head", "share", title=f"{found.kind} on {found.task}: the heads with most weight")
+    table = Table(
+        "layer", "KV head", "share", title=f"{found.kind} on {found.task}: the heads with most weight"
+    )
     for layer, head, share in found.top():
         table.add_row(str(layer), str(head), f"{100 * share:.1f}%")
     screen.print(table)
-    say(f"{place}: {found.accepted} of {asked} cases right, split-half correlation {told['split_half']:.2f}, {told['zero_heads']:.0%} zero")
+    say(
+        f"{place}: {found.accepted} of {asked} cases right, split-half correlation {told['split_half']:.2f}, "
+        f"{told['zero_heads']:.0%} zero"
+    )
 
 
 def show_sinks(found: dict) -> None:
     if not found["layers"]:
         say(found["why"])
         return
-    table = Table("layer", "first token", "later tokens", title=f"sinks in {found['windows']} windows of {found['context']} tokens")
+    table = Table(
+        "layer",
+        "first token",
+        "later tokens",
+        title=f"sinks in {found['windows']} windows of {found['context']} tokens",
+    )
     for i, where in found["layers"].items():
         table.add_row(str(i), f"{where['first']} of {found['windows']}", str(where["later"]))
     screen.print(table)
     table = Table("window", "position", "token", "sink in layers")
     for token in found["tokens"][:20]:
         table.add_row(
-            str(token["window"]), str(token["position"]), repr(token["token"]), f"{len(token['layers'])} of {len(found['layers'])}"
+            str(token["window"]),
+            str(token["position"]),
+            repr(token["token"]),
+            f"{len(token['layers'])} of {len(found['layers'])}",
         )
     screen.print(table)
-    say(f"channels {', '.join(map(str, found['channels']))} of the residual stream are outliers, from layer {found['emergence']} on")
+    say(
+        f"channels {', '.join(map(str, found['channels']))} of the residual stream are outliers, from layer "
+        f"{found['emergence']} on"
+    )
 
 
 def show_bench(found: dict) -> None:
     title = f"{found['context']} tokens, {found['heads']}/{found['kv_heads']} heads of {found['head_dim']}, {found['dtype']}"
-    table = Table("backend", "ms", "GB/s", "of reads", "sdpa full / this", f"ms at {found['budget']}", "of full", title=title)
+    table = Table(
+        "backend",
+        "ms",
+        "GB/s",
+        "of reads",
+        "sdpa full / this",
+        f"ms at {found['budget']}",
+        "of full",
+        title=title,
+    )
     for name, row in found["backends"].items():
-        kept = [f"{row['budget_ms']:.3f}", f"{row['budget_to_full']:.3f}"] if row["budget_ms"] is not None else ["-", "-"]
+        kept = (
+            [f"{row['budget_ms']:.3f}", f"{row['budget_to_full']:.3f}"]
+            if row["budget_ms"] is not None
+            else ["-", "-"]
+        )
         cells = (
             f"{row['ms']:.3f}",
             f"{row['gbs']:.1f}",
@@ -188,9 +235,13 @@ def show_diversity(found: dict) -> None:
     """A row per layer: every number, and in brackets the mean of the same configuration at random."""
     split = any(layer["residual"] for layer in found["layers"])
     more = ["shared/residual K, V", "cosine K, V"] if split else []
-    table = Table("layer", *DIVERSITY.values(), *more, title=f"{found['model']}: {found['heads']} heads, (at random)")
+    table = Table(
+        "layer", *DIVERSITY.values(), *more, title=f"{found['model']}: {found['heads']} heads, (at random)"
+    )
     for layer in found["layers"]:
-        numbers = {f"{kind}_{name}": value for kind in ("qk", "vo") for name, value in layer[kind].items()} | {"js": layer["js"]}
+        numbers = {
+            f"{kind}_{name}": value for kind in ("qk", "vo") for name, value in layer[kind].items()
+        } | {"js": layer["js"]}
         random = {name: band and band["mean"] for name, band in (layer["init"] or {}).items()}
         cells = [_beside(numbers[name], random.get(name)) for name in DIVERSITY]
         table.add_row(str(layer["layer"]), *cells, *(_split(layer["residual"]) if split else []))
@@ -204,7 +255,10 @@ def _split(residual: dict | None) -> list[str]:
     if residual is None:
         return ["-", "-"]
     sides = [residual["keys"], residual["values"]]
-    return [", ".join(_number(side[name], digits) for side in sides) for name, digits in (("shared_over_residual", 2), ("cosine", 3))]
+    return [
+        ", ".join(_number(side[name], digits) for side in sides)
+        for name, digits in (("shared_over_residual", 2), ("cosine", 3))
+    ]
 
 
 def _beside(value: float | None, random: float | None) -> str:
@@ -216,10 +270,13 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 def options_of(kind: Any, values: Mapping[str, Any], between: str = "\n") -> str:
-    """Options of a class: each one's value and, in brackets, its default, where that is another, and what it may be."""
+    """Options of a class: each one's value and, in brackets, its default, where that is another, and what it
+    may be.
+    """
     known, defaults = ranges(kind), defaults_of(kind)
     return between.join(
-        f"{name}={_word(value)}{_told(value, defaults.get(name, value), known.get(name, ''))}" for name, value in values.items()
+        f"{name}={_word(value)}{_told(value, defaults.get(name, value), known.get(name, ''))}"
+        for name, value in values.items()
     )
 
 

@@ -1,7 +1,7 @@
-"""Trained multi-head or grouped-query checkpoints become models with a small cache, and what that costs at the start is measured.
+"""Trained multi-head or grouped-query checkpoints become models with a small cache, and what that costs at
+the start is measured.
 
-smaller = convert(model, "lrkv", lrkv_rank=12)
-loss = starting_loss(smaller, tokenizer)
+smaller = convert(model, "lrkv", lrkv_rank=12) loss = starting_loss(smaller, tokenizer)
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Whether a conversion computes what its source does, and with which fields it would where those given lose something."""
+"""Whether a conversion computes what its source does, and with which fields it would where those given lose
+something.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ from lowkey.conversion import source
 
 @dataclass(frozen=True)
 class Exactness:
-    """exact: the start equals the source, to rounding. Else why it does not, and `instead`, an attention and its fields that do: of the
-    same kind where it has an exact form. All None where it is exact."""
+    """exact: the start equals the source, to rounding. Else why it does not, and `instead`, an attention and
+    its fields that do: of the same kind where it has an exact form. All None where it is exact."""
 
     exact: bool
     why: str | None = None
@@ -29,13 +31,15 @@ class Exactness:
 
 
 def exactness(model: PreTrainedModel, config: LowkeyConfig) -> Exactness:
-    """Of the conversion of `model` into what `config` says (as `check` makes it). Judged by shapes, not by luck: a rank that happens to
-    be enough for these weights counts as too low."""
+    """Of the conversion of `model` into what `config` says (as `check` makes it). Judged by shapes, not by
+    luck: a rank that happens to be enough for these weights counts as too low."""
     stored = model.config.num_key_value_heads or model.config.num_attention_heads
     why, exact = _lost(model, config, stored)
     changed = {} if config.head_norm == _head_norm(model.config) else {"head_norm": _head_norm(model.config)}
     if changed:
-        why = f"head_norm {config.head_norm!r} norms what the source does not" + (f", and {why}" if why else "")
+        why = f"head_norm {config.head_norm!r} norms what the source does not" + (
+            f", and {why}" if why else ""
+        )
     return Exactness(False, why, exact | changed) if why else Exactness(True)
 
 
@@ -54,7 +58,9 @@ def _lost(model: PreTrainedModel, config: LowkeyConfig, stored: int) -> tuple[st
     return _lost_mla(config, stored, grouped) if kind == "mla" else _lost_lrkv(model, config, stored, d)
 
 
-def _lost_lrkv(model: PreTrainedModel, config: LowkeyConfig, stored: int, d: int) -> tuple[str | None, dict[str, Any]]:
+def _lost_lrkv(
+    model: PreTrainedModel, config: LowkeyConfig, stored: int, d: int
+) -> tuple[str | None, dict[str, Any]]:
     groups, rank, mode = config.num_key_value_heads, config.lrkv_rank, config.lrkv_rope_mode
     shared = groups % stored == 0  # nothing is left for the low-rank part
     exact = {"attention": "lrkv", "lrkv_rank": rank, "lrkv_rope_mode": "full" if mode == "partial" else mode}
@@ -66,10 +72,16 @@ def _lost_lrkv(model: PreTrainedModel, config: LowkeyConfig, stored: int, d: int
     heads = f"{groups} shared head{'s' if groups > 1 else ''} for the source's {stored}"
     if rank < (min(d, config.hidden_size) if mode == "full" else d):
         return f"rank {rank} of {d} is left to {heads}", exact
-    return (f"keys have biases, of which {heads} hold the mean", exact) if source.key_biases(model) else (None, exact)
+    return (
+        (f"keys have biases, of which {heads} hold the mean", exact)
+        if source.key_biases(model)
+        else (None, exact)
+    )
 
 
-def _lost_mla(config: LowkeyConfig, stored: int, grouped: dict[str, Any]) -> tuple[str | None, dict[str, Any]]:
+def _lost_mla(
+    config: LowkeyConfig, stored: int, grouped: dict[str, Any]
+) -> tuple[str | None, dict[str, Any]]:
     d, e, c = config.head_dim or 0, config.rope_width, config.kv_lora_rank or 0
     if stored > 1:
         return f"one rotated slice stands for the rotated keys of {stored} heads", grouped

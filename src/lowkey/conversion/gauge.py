@@ -1,7 +1,9 @@
-"""Heads of a trained model are known up to turns that change nothing it computes; turned alike, they have more in common.
+"""Heads of a trained model are known up to turns that change nothing it computes; turned alike, they have
+more in common.
 
-Values of a KV head may be turned by any orthogonal matrix, which the output projection undoes, and keys by a phase per frequency, which
-commutes with rotation and which queries share (arXiv:2601.19611 mixes heads as they are; turning them first is ours, as in `ops.aligning`).
+Values of a KV head may be turned by any orthogonal matrix, which the output projection undoes, and keys by a
+phase per frequency, which commutes with rotation and which queries share (arXiv:2601.19611 mixes heads as
+they are; turning them first is ours, as in `ops.aligning`).
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ def every(x: Tensor, heads: int) -> Tensor:
 
 
 def joint(heads: Tensor, moment: Tensor | None) -> Tensor:
-    """(h, h, d, d) products of projections (h, d, n) with one another, under the second moment (n, n) of their inputs; white when None."""
+    """(h, h, d, d) products of projections (h, d, n) with one another, under the second moment (n, n) of
+    their inputs; white when None.
+    """
     right = heads if moment is None else heads @ moment
     return torch.einsum("ian,jbn->ijab", right, heads)
 
@@ -41,8 +45,8 @@ def mixed(components: int) -> Kept:
 
 
 def aligned(weights: Weights, groups: int, components: int, kept: Kept, moment: Tensor | None) -> Weights:
-    """The same attention, the KV heads of each group turned towards the best `components` heads that could stand for them, where these
-    then hold more than before."""
+    """The same attention, the KV heads of each group turned towards the best `components` heads that could
+    stand for them, where these then hold more than before."""
     heads, _ = weights.heads
     turn_k = _turns(weights.k, groups, components, kept, moment, weights.k.shape[1])
     turn_v = _turns(weights.v, groups, components, kept, moment, 0)
@@ -55,7 +59,9 @@ def aligned(weights: Weights, groups: int, components: int, kept: Kept, moment: 
     )
 
 
-def _turns(heads: Tensor, groups: int, components: int, kept: Kept, moment: Tensor | None, rotary: int) -> Tensor:
+def _turns(
+    heads: Tensor, groups: int, components: int, kept: Kept, moment: Tensor | None, rotary: int
+) -> Tensor:
     """(h, d, d)."""
     found = []
     for group in heads.unflatten(0, (groups, -1)):

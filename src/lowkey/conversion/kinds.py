@@ -1,4 +1,6 @@
-"""What the weights of one layer's attention become, kind by kind. Row vectors, heads (heads, d, inputs): keys = [inputs, 1] @ k[h].T."""
+"""What the weights of one layer's attention become, kind by kind. Row vectors, heads (heads, d, inputs): keys
+= [inputs, 1] @ k[h].T.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,12 @@ Named = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Options(Checked):
-    """How heads become fewer. heads: of `gqa`, `mqa` and the shared ones of `lrkv`, the `mean` of a group or its `first`.
-    basis: `weights`, heads as they are; `aligned` (ours), turned towards one another first, which changes nothing that the source computes.
-    frequencies: of a rotated slice narrower than a head, the source's `high`est, at a smaller base, or `spread` over them, at its base.
+    """How heads become fewer. heads: of `gqa`, `mqa` and the shared ones of `lrkv`, the `mean` of a group or
+    its `first`.
+    basis: `weights`, heads as they are; `aligned` (ours), turned towards one another first, which changes
+    nothing that the source computes.
+    frequencies: of a rotated slice narrower than a head, the source's `high`est, at a smaller base, or
+    `spread` over them, at its base.
     """
 
     heads: str = option("mean", choices=HEADS)
@@ -42,30 +47,38 @@ class Options(Checked):
 
 @dataclass(frozen=True)
 class Rope:
-    """source (d / 2) and narrow (p / 2): angles per position of the source's channel pairs, and of those that the model to be made turns
-    at a width of its own; scaling: what the source's rotation multiplies a product of two vectors by."""
+    """source (d / 2) and narrow (p / 2): angles per position of the source's channel pairs, and of those that
+    the model to be made turns at a width of its own; scaling: what the source's rotation multiplies a product
+    of two vectors by."""
 
     source: Tensor
     narrow: Tensor
     scaling: float
 
     def channels(self) -> tuple[Tensor, Tensor]:
-        """(kept, rest): the source's channels that turn nearest to the narrow frequencies, halves one after the other, and all others.
+        """(kept, rest): the source's channels that turn nearest to the narrow frequencies, halves one after
+        the other, and all others.
 
-        The highest ones turn alike at any width, in every kind of scaling; those spread, where the width divides the head dim (and YaRN
-        has not changed some of them by their place).
+        The highest ones turn alike at any width, in every kind of scaling; those spread, where the width
+        divides the head dim (and YaRN has not changed some of them by their place).
         """
         gaps = (self.source.log().unsqueeze(0) - self.narrow.log().unsqueeze(1)).abs()
         pairs = gaps.argmin(1) if len(self.narrow) else torch.zeros(0, dtype=torch.long)
         if len(pairs.unique()) < len(pairs):
-            raise LowkeyError(f"a rotated slice of width {2 * len(pairs)}: two of its frequencies are nearest to one; give another width")
-        others = torch.tensor([f for f in range(len(self.source)) if f not in pairs.tolist()], dtype=torch.long)
+            raise LowkeyError(
+                f"a rotated slice of width {2 * len(pairs)}: two of its frequencies are nearest to one; give "
+                "another width"
+            )
+        others = torch.tensor(
+            [f for f in range(len(self.source)) if f not in pairs.tolist()], dtype=torch.long
+        )
         return torch.cat([pairs, pairs + len(self.source)]), torch.cat([others, others + len(self.source)])
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What a conversion reads. moment (D + 1, D + 1): of the attention's inputs and a constant 1, or None for white ones.
+    """What a conversion reads. moment (D + 1, D + 1): of the attention's inputs and a constant 1, or None for
+    white ones.
     gated: whether anything but a linear map follows attention."""
 
     weights: Weights
@@ -82,22 +95,26 @@ class Layer:
 
 
 def low_rank(weight: Tensor, moment: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
-    """(down (*b, rank, D), up (*b, rank, n)) of projections (*b, n, D): the best x @ down.T @ up for x @ weight.T, zeros past rank n.
+    """(down (*b, rank, D), up (*b, rank, n)) of projections (*b, n, D): the best x @ down.T @ up for x @
+    weight.T, zeros past rank n.
 
-    The truncated SVD of `weight` under white inputs; under their second moment M (D, D) that of weight M^1/2, whose map back is exact
-    without an inverse: the best subspace is spanned by eigenvectors of weight M weight^T (arXiv:2407.21118, as PCA of what is made).
+    The truncated SVD of `weight` under white inputs; under their second moment M (D, D) that of weight M^1/2,
+    whose map back is exact without an inverse: the best subspace is spanned by eigenvectors of weight M
+    weight^T (arXiv:2407.21118, as PCA of what is made).
     """
     if weight.shape[-2] > weight.shape[-1]:
         columns = _tall(weight, moment)[..., :rank]
     else:
-        columns = principal(weight @ weight.mT if moment is None else weight @ moment @ weight.mT)[0][..., :rank]
+        columns = principal(weight @ weight.mT if moment is None else weight @ moment @ weight.mT)[0][
+            ..., :rank
+        ]
     missing = (0, 0, 0, rank - columns.shape[-1])
     return torch.nn.functional.pad(columns.mT @ weight, missing), torch.nn.functional.pad(columns.mT, missing)
 
 
 def _tall(weight: Tensor, moment: Tensor | None) -> Tensor:
-    """The same columns (*b, n, D) where outputs are more than inputs: by the smaller Gram, that of M^1/2 weight^T. What the moment has not
-    seen comes last, but comes."""
+    """The same columns (*b, n, D) where outputs are more than inputs: by the smaller Gram, that of M^1/2
+    weight^T. What the moment has not seen comes last, but comes."""
     if moment is not None:
         seen = moment + RIDGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
         weight = weight @ square_root(seen.unsqueeze(0))[0]
@@ -128,10 +145,12 @@ def linear(name: str, heads: Tensor, bias: bool) -> Named:
 
 
 def rotated_slice(heads: Tensor, groups: int, kept: Tensor, moment: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(turn (heads, d, e), slices (groups, e, n)) of key heads (heads, d, n): what stands for the kept channels of a group's heads.
+    """(turn (heads, d, e), slices (groups, e, n)) of key heads (heads, d, n): what stands for the kept
+    channels of a group's heads.
 
-    Per frequency the complex combination of the heads that holds most of them (TransMLA, arXiv:2502.07864, at freqfold 1): it commutes
-    with rotation, so that a query is carried into the slice by the turn of its head, key ~= slice @ turn^T.
+    Per frequency the complex combination of the heads that holds most of them (TransMLA, arXiv:2502.07864, at
+    freqfold 1): it commutes with rotation, so that a query is carried into the slice by the turn of its head,
+    key ~= slice @ turn^T.
     """
     d, turns, slices = heads.shape[1], [], []
     for group in heads.unflatten(0, (groups, -1)):
@@ -143,9 +162,14 @@ def rotated_slice(heads: Tensor, groups: int, kept: Tensor, moment: Tensor | Non
 
 
 def outward(layer: Layer, lost: Tensor) -> Tensor:
-    """The output's bias with what values (H, d) lack at every token: weights of attention add to 1, so it comes out as it went in."""
+    """The output's bias with what values (H, d) lack at every token: weights of attention add to 1, so it
+    comes out as it went in.
+    """
     if lost.any() and layer.gated:
-        raise LowkeyError("attention_bias: values have biases and a gate or norm follows attention, so none can be moved; use 'gqa'")
+        raise LowkeyError(
+            "attention_bias: values have biases and a gate or norm follows attention, so none can be moved; "
+            "use 'gqa'"
+        )
     return layer.weights.o_bias + torch.einsum("hod,hd->o", layer.weights.o, lost)
 
 
@@ -153,7 +177,9 @@ def outward(layer: Layer, lost: Tensor) -> Tensor:
 
 
 def grouped(layer: Layer) -> Named:
-    """`mha`, `gqa`, `mqa`: heads repeated (exact) or pooled (the usual start, arXiv:2305.13245), biases with them."""
+    """`mha`, `gqa`, `mqa`: heads repeated (exact) or pooled (the usual start, arXiv:2305.13245), biases with
+    them.
+    """
     w, groups = _turned(layer), layer.config.num_key_value_heads
     k, v = (pooled(every(x, w.heads[0]), groups, layer.options.heads) for x in (w.k, w.v))
     layer = replace(layer, weights=w)
@@ -162,13 +188,15 @@ def grouped(layer: Layer) -> Named:
 
 
 def low_rank_kv(layer: Layer) -> Named:
-    """`lrkv` (arXiv:2601.11471): shared heads are pooled, and what is left of every head is a truncated SVD, best for what heads make of
-    the inputs where their moment is given. The paper trains from scratch; this start is ours.
+    """`lrkv` (arXiv:2601.11471): shared heads are pooled, and what is left of every head is a truncated SVD,
+    best for what heads make of the inputs where their moment is given. The paper trains from scratch; this
+    start is ours.
 
-    `full`: exact at rank d. The other modes are other models, whose starts cost what the loss says. In `latent` a latent keeps those
-    channels of a key that it turns at their frequency (nearly so where the rank does not divide d): all of them, exactly, at rank d. In
-    `partial` only the shared head has rotated channels, `rotated_slice` of its group; the others, with the low-rank part, stay unrotated.
-    Biases of values are kept whole; of keys the groups' means are kept.
+    `full`: exact at rank d. The other modes are other models, whose starts cost what the loss says. In
+    `latent` a latent keeps those channels of a key that it turns at their frequency (nearly so where the rank
+    does not divide d): all of them, exactly, at rank d. In `partial` only the shared head has rotated
+    channels, `rotated_slice` of its group; the others, with the low-rank part, stay unrotated. Biases of
+    values are kept whole; of keys the groups' means are kept.
     """
     w, d, mode = _turned(layer), layer.config.head_dim, layer.config.lrkv_rope_mode
     layer = replace(layer, weights=w)
@@ -189,15 +217,25 @@ def low_rank_kv(layer: Layer) -> Named:
     else:
         down_k, up_k = low_rank(left_k[..., :-1], layer.inputs, rank)
     bias = layer.config.attention_bias
-    found = around(layer, q, outward(layer, left_v[..., -1])) | linear("k_proj", shared_k, bias) | linear("v_proj", shared_v, bias)
+    found = (
+        around(layer, q, outward(layer, left_v[..., -1]))
+        | linear("k_proj", shared_k, bias)
+        | linear("v_proj", shared_v, bias)
+    )
     if rank:
-        found |= {"k_down.weight": down_k.flatten(0, 1), "k_up": up_k, "v_down.weight": down_v.flatten(0, 1), "v_up": up_v}
+        found |= {
+            "k_down.weight": down_k.flatten(0, 1),
+            "k_up": up_k,
+            "v_down.weight": down_v.flatten(0, 1),
+            "v_up": up_v,
+        }
     return found
 
 
 def components(layer: Layer) -> Named:
-    """`mea`: the truncated SVD over heads of the flattened projections (arXiv:2601.19611, section 5.2, Eq. 36-38), or of what they make of
-    the inputs (ours); biases are mixed with them. Exact at as many components as KV heads, which are then the heads themselves."""
+    """`mea`: the truncated SVD over heads of the flattened projections (arXiv:2601.19611, section 5.2, Eq.
+    36-38), or of what they make of the inputs (ours); biases are mixed with them. Exact at as many components
+    as KV heads, which are then the heads themselves."""
     w, count = _turned(layer), layer.config.mea_num_component_heads
     layer = replace(layer, weights=w)
     found = around(layer, w.q, w.o_bias)
@@ -205,19 +243,22 @@ def components(layer: Layer) -> Named:
         mixing = torch.eye(len(heads), dtype=heads.dtype)
         if count < len(heads):
             mixing = principal(head_gram(joint(heads, layer.moment)))[0][:, :count]
-        found |= linear(f"{name}_proj", torch.einsum("hm,hdn->mdn", mixing, heads), layer.config.attention_bias)
+        found |= linear(
+            f"{name}_proj", torch.einsum("hm,hdn->mdn", mixing, heads), layer.config.attention_bias
+        )
         found[f"{name}_mix"] = mixing.mT
     return found
 
 
 def latent(layer: Layer) -> Named:
-    """`mla`: one rotated key slice for all heads and one latent for all else: the truncated SVD of what is left of all heads' keys, and of
-    their values.
+    """`mla`: one rotated key slice for all heads and one latent for all else: the truncated SVD of what is
+    left of all heads' keys, and of their values.
 
-    A model that rotates all channels has no exact form here, unless it has one KV head and the slice is as wide. The slice is
-    `rotated_slice` of all KV heads at the frequencies that it has. What is left of keys goes into the latent unrotated: with
-    qk_nope_head_dim = d all of it, with d - e the channels whose frequencies the slice lacks. The norm of latents is off.
-    Biases go where their weights go, whole: those of the slice to the down-map, all others to the up-map.
+    A model that rotates all channels has no exact form here, unless it has one KV head and the slice is as
+    wide. The slice is `rotated_slice` of all KV heads at the frequencies that it has. What is left of keys
+    goes into the latent unrotated: with qk_nope_head_dim = d all of it, with d - e the channels whose
+    frequencies the slice lacks. The norm of latents is off. Biases go where their weights go, whole: those of
+    the slice to the down-map, all others to the up-map.
     """
     w, (heads, stored) = layer.weights, layer.weights.heads
     d, rotated = layer.config.head_dim, layer.config.mla_rotate

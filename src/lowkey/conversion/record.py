@@ -31,7 +31,9 @@ class Loss:
     tokens: int
 
 
-def held_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: str | None, context: int, windows: int) -> Tensor:
+def held_out(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: str | None, context: int, windows: int
+) -> Tensor:
     """Ids (n, t): the first windows of the text, the embedded evaluation text when there is none."""
     ids = text.encode(tokenizer, text.embedded("evaluation") if corpus is None else corpus, model)
     length = min(context, model.config.max_position_embeddings)
@@ -49,9 +51,11 @@ def starting_loss(
     batch: int = 4,
     progress: Progress = silent,
 ) -> Loss:
-    """Of the source or of what was made of it, in the model's dtype with logits in fp32, on at most so many windows of a text.
+    """Of the source or of what was made of it, in the model's dtype with logits in fp32, on at most so many
+    windows of a text.
 
-    corpus: the embedded evaluation text when None. Errors: LowkeyError when the text is shorter than a window.
+    corpus: the embedded evaluation text when None. Errors: LowkeyError when the text is shorter than a
+    window.
     """
     rows = held_out(model, tokenizer, corpus, context, windows)
     total = 0.0
@@ -62,7 +66,9 @@ def starting_loss(
     return Loss(total / tokens, tokens)
 
 
-def describe(model: PreTrainedModel, made: LowkeyForCausalLM, before: Loss, after: Loss, how: dict[str, Any]) -> dict[str, Any]:
+def describe(
+    model: PreTrainedModel, made: LowkeyForCausalLM, before: Loss, after: Loss, how: dict[str, Any]
+) -> dict[str, Any]:
     """What convert.json holds; `how` are the fields and options that were given."""
     start = exactness(model, made.config)
     return {
@@ -100,9 +106,14 @@ def _parameters(model: PreTrainedModel) -> int:
 
 
 def save(
-    made: LowkeyForCausalLM, tokenizer: PreTrainedTokenizerBase, record: dict[str, Any], path: str | Path, force: bool = False
+    made: LowkeyForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    record: dict[str, Any],
+    path: str | Path,
+    force: bool = False,
 ) -> Path:
-    """Write the model with the code that runs it, its tokenizer, convert.json and a card as one folder: all of it or nothing.
+    """Write the model with the code that runs it, its tokenizer, convert.json and a card as one folder: all
+    of it or nothing.
 
     Errors: LowkeyError when `path` holds files (unless `force`), or cannot be written.
     """

@@ -1,4 +1,6 @@
-"""What is read off a trained model: whether our skeleton can say it, the weights of its attention, and everything else."""
+"""What is read off a trained model: whether our skeleton can say it, the weights of its attention, and
+everything else.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,11 @@ WHY = {
 
 @dataclass(frozen=True)
 class Weights:
-    """One layer's attention in fp64 on the CPU. Row vectors, the bias as the weight of one more input that is always 1 (zeros where
-    there is none): keys = [inputs, 1] @ k[h].T.
+    """One layer's attention in fp64 on the CPU. Row vectors, the bias as the weight of one more input that is
+    always 1 (zeros where there is none): keys = [inputs, 1] @ k[h].T.
 
-    q (H, d, R + 1) with R the hidden size D, or the width of a low-rank query; k and v (h, d, D + 1); o (H, D, d); o_bias (D).
+    q (H, d, R + 1) with R the hidden size D, or the width of a low-rank query; k and v (h, d, D + 1); o (H,
+    D, d); o_bias (D).
     """
 
     q: Tensor
@@ -51,19 +54,31 @@ def check(model: PreTrainedModel) -> None:
     kind = config.model_type
     if kind not in SOURCES:
         reason = WHY.get(kind) or families.REFUSED.get(kind) or "it is not known here"
-        raise LowkeyError(f"model of family {kind!r} cannot be converted: {reason}; families that can: {', '.join(SOURCES)}")
+        raise LowkeyError(
+            f"model of family {kind!r} cannot be converted: {reason}; families that can: {', '.join(SOURCES)}"
+        )
     if kind == OWN and config.attention not in GROUPED:
-        raise LowkeyError(f"model with attention {config.attention!r} cannot be converted; attention must be one of {', '.join(GROUPED)}")
+        raise LowkeyError(
+            f"model with attention {config.attention!r} cannot be converted; attention must be one of "
+            f"{', '.join(GROUPED)}"
+        )
     if kind == OWN and config.attention_layers is not None:
-        raise LowkeyError(f"model with attention_layers {config.attention_layers} cannot be converted; its layers must be of one kind")
+        raise LowkeyError(
+            f"model with attention_layers {config.attention_layers} cannot be converted; its layers must be "
+            "of one kind"
+        )
     plain.check_plain("convert", model, families.decoder_layers(model))
     sliding = [i for i, name in enumerate(families.layer_types(config)) if name != "full_attention"]
     if kind != OWN and sliding:
-        raise LowkeyError(f"model of family {kind!r}: layer {sliding[0]} has a sliding window, which our models lack; use another model")
+        raise LowkeyError(
+            f"model of family {kind!r}: layer {sliding[0]} has a sliding window, which our models lack; use "
+            "another model"
+        )
     turned = 2 * len(frequencies(model))
     if turned != head_dim(config):
         raise LowkeyError(
-            f"model of family {kind!r}: rotates {turned} of {head_dim(config)} channels, which our models lack; use another model"
+            f"model of family {kind!r}: rotates {turned} of {head_dim(config)} channels, which our models "
+            "lack; use another model"
         )
 
 
@@ -82,8 +97,9 @@ def gated(config: PreTrainedConfig) -> bool:
 
 
 def frequencies(model: PreTrainedModel) -> Tensor:
-    """(p / 2) angles per position, by which pair (f, f + p / 2) of a head's p rotated channels turns; fp64 on the CPU. Those of a text
-    within the limit, whatever was read before: frequencies that follow the length stay in the module."""
+    """(p / 2) angles per position, by which pair (f, f + p / 2) of a head's p rotated channels turns; fp64 on
+    the CPU. Those of a text within the limit, whatever was read before: frequencies that follow the length
+    stay in the module."""
     return model.get_decoder().rotary_emb.original_inv_freq.detach().double().cpu()  # type: ignore[union-attr]
 
 
@@ -99,7 +115,9 @@ def has_biases(model: PreTrainedModel) -> bool:
 def key_biases(model: PreTrainedModel) -> bool:
     """Whether any key of any layer has a bias that is not zero."""
     layers = range(model.config.num_hidden_layers)
-    return any(bool(_extended(_parts(model, i)[1])[:, -1].any()) for i in layers) if has_biases(model) else False
+    return (
+        any(bool(_extended(_parts(model, i)[1])[:, -1].any()) for i in layers) if has_biases(model) else False
+    )
 
 
 def full_bytes_per_token(model: PreTrainedModel) -> int:
@@ -131,14 +149,21 @@ def _parts(model: PreTrainedModel, layer: int) -> tuple[Part, Part, Part, Part]:
     if model.config.model_type != OWN:
         return *families.projection_parts(model, layer), out
     query = attention.q_proj.up if model.config.q_lora_rank else attention.q_proj
-    return Part(query, slice(None)), Part(attention.k_proj, slice(None)), Part(attention.v_proj, slice(None)), out
+    return (
+        Part(query, slice(None)),
+        Part(attention.k_proj, slice(None)),
+        Part(attention.v_proj, slice(None)),
+        out,
+    )
 
 
 def _extended(part: Part) -> Tensor:
     """(rows, inputs + 1)."""
     weight = part.linear.weight.detach()[part.rows].to("cpu", torch.float64)
     bias = part.linear.bias
-    column = weight.new_zeros(len(weight)) if bias is None else bias.detach()[part.rows].to("cpu", torch.float64)
+    column = (
+        weight.new_zeros(len(weight)) if bias is None else bias.detach()[part.rows].to("cpu", torch.float64)
+    )
     return torch.cat([weight, column.unsqueeze(1)], 1)
 
 
@@ -147,11 +172,16 @@ def rest(model: PreTrainedModel) -> dict[str, Tensor]:
     state = {name: tensor for name, tensor in model.state_dict().items() if ".self_attn." not in name}
     for name in [name for name in state if name.endswith("mlp.gate_up_proj.weight")]:
         gate, up = state.pop(name).chunk(2)
-        state |= {name.replace("gate_up_proj", "gate_proj"): gate, name.replace("gate_up_proj", "up_proj"): up}
+        state |= {
+            name.replace("gate_up_proj", "gate_proj"): gate,
+            name.replace("gate_up_proj", "up_proj"): up,
+        }
     return state
 
 
 def beside(model: PreTrainedModel, layer: int) -> dict[str, Tensor]:
-    """Weights of one layer's attention that stay as they are, by name: norms of queries and keys, gates, low-rank queries."""
+    """Weights of one layer's attention that stay as they are, by name: norms of queries and keys, gates,
+    low-rank queries.
+    """
     attention = families.decoder_layers(model)[layer].self_attn
     return dict(attention.state_dict())  # type: ignore[union-attr]

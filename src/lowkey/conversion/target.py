@@ -15,25 +15,61 @@ from lowkey.core.types import LowkeyError
 from lowkey.models import families
 
 SKELETON = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act"),
-    *("max_position_embeddings", "initializer_range", "rms_norm_eps", "tie_word_embeddings", "attention_dropout"),
+    *(
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "hidden_act",
+    ),
+    *(
+        "max_position_embeddings",
+        "initializer_range",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "attention_dropout",
+    ),
     *("pad_token_id", "bos_token_id", "eos_token_id"),
 )
-KEPT = ("q_lora_rank", "attn_output_gate", "head_norm", "mla_latent_scale", "decode")  # of a source of our own
+# of a source of our own
+KEPT = ("q_lora_rank", "attn_output_gate", "head_norm", "mla_latent_scale", "decode")
 COMMON: dict[str, type] = {"attention_layers": list, "head_norm": str, "decode": str}
 FIELDS: dict[str, dict[str, type]] = {  # what may be said of each kind; the rest is the source's
     "mha": COMMON,
     "gqa": {"num_key_value_heads": int, **COMMON},
     "mqa": COMMON,
-    "lrkv": {"lrkv_rank": int, "num_key_value_heads": int, "lrkv_rope_mode": str, "qk_rope_head_dim": int, **COMMON},
+    "lrkv": {
+        "lrkv_rank": int,
+        "num_key_value_heads": int,
+        "lrkv_rope_mode": str,
+        "qk_rope_head_dim": int,
+        **COMMON,
+    },
     "mea": {"mea_num_component_heads": int, **COMMON},
-    "mla": {"kv_lora_rank": int, "qk_rope_head_dim": int, "qk_nope_head_dim": int, "mla_rotate": bool, "mla_kv_norm": bool, **COMMON},
+    "mla": {
+        "kv_lora_rank": int,
+        "qk_rope_head_dim": int,
+        "qk_nope_head_dim": int,
+        "mla_rotate": bool,
+        "mla_kv_norm": bool,
+        **COMMON,
+    },
 }
-NEEDED = {"gqa": "num_key_value_heads", "lrkv": "lrkv_rank", "mea": "mea_num_component_heads", "mla": "kv_lora_rank"}
+NEEDED = {
+    "gqa": "num_key_value_heads",
+    "lrkv": "lrkv_rank",
+    "mea": "mea_num_component_heads",
+    "mla": "kv_lora_rank",
+}
 
 
-def configuration(model: PreTrainedModel, kind: str, frequencies: str, fields: Mapping[str, Any]) -> LowkeyConfig:
-    """Errors: LowkeyError for a field that is not this kind's, one that is missing, and what LowkeyConfig refuses."""
+def configuration(
+    model: PreTrainedModel, kind: str, frequencies: str, fields: Mapping[str, Any]
+) -> LowkeyConfig:
+    """Errors: LowkeyError for a field that is not this kind's, one that is missing, and what LowkeyConfig
+    refuses.
+    """
     _check_fields(model.config, kind, fields)
     config = model.config
     given = {name: getattr(config, name) for name in SKELETON} | {"head_dim": source.head_dim(config)}
@@ -47,7 +83,8 @@ def configuration(model: PreTrainedModel, kind: str, frequencies: str, fields: M
     }
     if kind == "mea":
         given |= {"num_key_value_heads": config.num_key_value_heads or config.num_attention_heads}
-        given["head_norm"] = given.get("head_norm") or "none"  # the source has none, and so the start is exact
+        # the source has none, and so the start is exact
+        given["head_norm"] = given.get("head_norm") or "none"
     if kind == "mla":
         given |= {"mla_kv_norm": False, "qk_rope_head_dim": given["head_dim"]}
     if "attention_layers" in fields:  # the others stay what they are
@@ -80,19 +117,31 @@ def _check_fields(config: PreTrainedConfig, kind: str, fields: Mapping[str, Any]
     for name, value in fields.items():
         if name not in FIELDS[kind]:
             near = get_close_matches(name, FIELDS[kind], 1)
-            raise LowkeyError(f"field {name!r} is not one of attention {kind!r}: {f'did you mean {near[0]!r}?' if near else _list(kind)}")
+            raise LowkeyError(
+                f"field {name!r} is not one of attention {kind!r}: "
+                f"{f'did you mean {near[0]!r}?' if near else _list(kind)}"
+            )
         if type(value) is not FIELDS[kind][name] and not (name == "attention_layers" and value in SUBSETS):
             raise LowkeyError(f"field {name} {value!r}: must be of type {FIELDS[kind][name].__name__}")
     if kind in NEEDED and NEEDED[kind] not in fields:
-        raise LowkeyError(f"attention {kind!r} needs {NEEDED[kind]}; give it, like {NEEDED[kind]}={_like(config, kind)}")
+        raise LowkeyError(
+            f"attention {kind!r} needs {NEEDED[kind]}; give it, like {NEEDED[kind]}={_like(config, kind)}"
+        )
     if kind == "lrkv" and "qk_rope_head_dim" in fields and fields.get("lrkv_rope_mode") != "partial":
-        raise LowkeyError(f"qk_rope_head_dim {fields['qk_rope_head_dim']}: is for lrkv_rope_mode='partial'; leave it out")
+        raise LowkeyError(
+            f"qk_rope_head_dim {fields['qk_rope_head_dim']}: is for lrkv_rope_mode='partial'; leave it out"
+        )
     if "head_norm" in fields and source.gated(config) and fields["head_norm"] != config.head_norm:
-        raise LowkeyError(f"head_norm {fields['head_norm']!r}: the source has {config.head_norm!r}, which stays; leave it out")
+        raise LowkeyError(
+            f"head_norm {fields['head_norm']!r}: the source has {config.head_norm!r}, which stays; leave it "
+            "out"
+        )
 
 
 def _like(config: PreTrainedConfig, kind: str) -> int:
-    """A size that can be given: fewer heads than the source has, where it can, which queries share evenly; or half a head."""
+    """A size that can be given: fewer heads than the source has, where it can, which queries share evenly; or
+    half a head.
+    """
     stored = config.num_key_value_heads or config.num_attention_heads
     if kind == "mea":
         return max(1, stored - 1)
@@ -108,24 +157,41 @@ def _check_widths(model: PreTrainedModel, config: LowkeyConfig) -> None:
     """What the configuration allows and a conversion does not."""
     kind, d, e = config.attention, config.head_dim, config.rope_width
     if kind == "lrkv" and config.lrkv_rank > d:
-        raise LowkeyError(f"lrkv_rank {config.lrkv_rank}: must be at most the head dim {d}, at which nothing is lost")
+        raise LowkeyError(
+            f"lrkv_rank {config.lrkv_rank}: must be at most the head dim {d}, at which nothing is lost"
+        )
     if kind == "mea" and config.mea_num_component_heads > config.num_key_value_heads:
         raise LowkeyError(
-            f"mea_num_component_heads {config.mea_num_component_heads}: must be at most the source's {config.num_key_value_heads} KV heads"
+            f"mea_num_component_heads {config.mea_num_component_heads}: must be at most the source's "
+            f"{config.num_key_value_heads} KV heads"
         )
-    if kind == "mla" and config.kv_lora_rank > (most := 2 * d * (model.config.num_key_value_heads or model.config.num_attention_heads)):
-        raise LowkeyError(f"kv_lora_rank {config.kv_lora_rank}: must be at most {most}, the source's own cache, at which nothing is lost")
+    if kind == "mla" and config.kv_lora_rank > (
+        most := 2 * d * (model.config.num_key_value_heads or model.config.num_attention_heads)
+    ):
+        raise LowkeyError(
+            f"kv_lora_rank {config.kv_lora_rank}: must be at most {most}, the source's own cache, at which "
+            "nothing is lost"
+        )
     if e > d or (e == 0 and kind == "lrkv"):
         raise LowkeyError(f"qk_rope_head_dim {e}: must be at least 2 and at most the source's head dim {d}")
     if kind == "lrkv" and config.lrkv_rope_mode == "partial" and e == d:
-        raise LowkeyError(f"qk_rope_head_dim {e}: the low-rank part would reach none of {d} channels; give less, or lrkv_rope_mode='full'")
+        raise LowkeyError(
+            f"qk_rope_head_dim {e}: the low-rank part would reach none of {d} channels; give less, or "
+            "lrkv_rope_mode='full'"
+        )
     if kind == "mla" and config.qk_nope_head_dim not in (d, d - e):
-        raise LowkeyError(f"qk_nope_head_dim {config.qk_nope_head_dim}: give {d} or {d - e}, the channels that are not rotated")
-    narrow = e < d or (config.attention == "lrkv" and config.lrkv_rope_mode == "latent" and config.lrkv_rank < d)
+        raise LowkeyError(
+            f"qk_nope_head_dim {config.qk_nope_head_dim}: give {d} or {d - e}, the channels that are not "
+            "rotated"
+        )
+    narrow = e < d or (
+        config.attention == "lrkv" and config.lrkv_rope_mode == "latent" and config.lrkv_rank < d
+    )
     changing = config.rope_parameters.get("rope_type") in families.CHANGING_ROPE
     if narrow and e and changing:
         raise LowkeyError(
-            f"rope_type {config.rope_parameters['rope_type']!r}: has frequencies for heads of width {d} alone; "
+            f"rope_type {config.rope_parameters['rope_type']!r}: has frequencies for heads of width {d} "
+            "alone; "
             "use a kind that rotates whole heads, like 'gqa', 'mea' or 'lrkv' with lrkv_rope_mode='full'"
         )
 
@@ -137,5 +203,7 @@ def _rope(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _highest(rope: dict[str, Any], config: LowkeyConfig) -> dict[str, Any]:
-    """The base for which a narrow slice turns at the source's highest frequencies, one after another, not at evenly spaced ones."""
+    """The base for which a narrow slice turns at the source's highest frequencies, one after another, not at
+    evenly spaced ones.
+    """
     return rope | {"rope_theta": rope["rope_theta"] ** (config.rope_width / config.head_dim)}

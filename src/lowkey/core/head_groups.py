@@ -11,7 +11,9 @@ from torch import Tensor
 
 
 def merged(x: Float[Tensor, "*b h s d"], down: Float[Tensor, "*c m n r"]) -> Float[Tensor, "*b G s r"]:
-    """Latents of the groups; down (G|1, t d, r). A 1 in the place of G, when t is 1, means shared by all heads."""
+    """Latents of the groups; down (G|1, t d, r). A 1 in the place of G, when t is 1, means shared by all
+    heads.
+    """
     t = down.shape[-2] // x.shape[-1]
     if t > 1:
         x = x.unflatten(-3, (-1, t)).transpose(-3, -2).flatten(-2)

@@ -31,8 +31,12 @@ def fill(optimizer: Optimizer, found: Mapping[str, Tensor], where: str) -> None:
             place, _, kept = name.removeprefix(PREFIX).partition(".")
             known = place.isdecimal() and int(place) < len(parameters) and kept in KEPT
             if not known or t.shape != (() if kept == "step" else parameters[int(place)].shape):
-                raise LowkeyError(f"{where!r}: {name!r} is not of this optimizer; it is damaged: delete it and start anew")
+                raise LowkeyError(
+                    f"{where!r}: {name!r} is not of this optimizer; it is damaged: delete it and start anew"
+                )
             state.setdefault(int(place), {})[kept] = t
     if any(set(kept) != set(KEPT) for kept in state.values()):
-        raise LowkeyError(f"{where!r}: the state of an optimizer is not whole; it is damaged: delete it and start anew")
+        raise LowkeyError(
+            f"{where!r}: the state of an optimizer is not whole; it is damaged: delete it and start anew"
+        )
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

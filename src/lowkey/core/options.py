@@ -2,9 +2,10 @@
 
     epochs: int = option(100, at_least=0, at_most=10**6)
 
-declares a field of a dataclass. `check` then holds a whole object to its declarations, and the same declarations are what the command
-line prints as ranges and reads `-O epochs=5` with. Annotations count as declarations too: a `Literal` is a list of words, a `bool` is
-true or false, and numbers must be finite. Fields without a declared range are only held to their annotation.
+declares a field of a dataclass. `check` then holds a whole object to its declarations, and the same
+declarations are what the command line prints as ranges and reads `-O epochs=5` with. Annotations count as
+declarations too: a `Literal` is a list of words, a `bool` is true or false, and numbers must be finite.
+Fields without a declared range are only held to their annotation.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ LISTED = 40  # names in a message
 class Range:
     """What a value may be. Numbers are always finite, and whole numbers never beyond 2^63 - 1.
 
-    choices: the words that are allowed. odd: only odd numbers. any_text: a text that has no wrong values here, such as a path.
+    choices: the words that are allowed. odd: only odd numbers. any_text: a text that has no wrong values
+    here, such as a path.
     """
 
     at_least: float | None = None
@@ -44,8 +46,16 @@ class Range:
     def __str__(self) -> str:
         if self.choices:
             return f"one of {', '.join(self.choices)}"
-        low = [f"{word} {_number(x)}" for word, x in (("at least", self.at_least), ("above", self.above)) if x is not None]
-        high = [f"{word} {_number(x)}" for word, x in (("at most", self.at_most), ("below", self.below)) if x is not None]
+        low = [
+            f"{word} {_number(x)}"
+            for word, x in (("at least", self.at_least), ("above", self.above))
+            if x is not None
+        ]
+        high = [
+            f"{word} {_number(x)}"
+            for word, x in (("at most", self.at_most), ("below", self.below))
+            if x is not None
+        ]
         bounds = " and ".join([*low, *high])
         return ", ".join([*(["odd"] if self.odd else []), *([bounds] if bounds else [])])
 
@@ -75,7 +85,9 @@ def option(
     odd: bool = False,
     any_text: bool = False,
 ) -> Any:
-    """A dataclass field with a default and a range. In a list, the range is that of each of its numbers or words."""
+    """A dataclass field with a default and a range. In a list, the range is that of each of its numbers or
+    words.
+    """
     allowed = Range(at_least, above, at_most, below, tuple(choices), odd, any_text)
     return field(default=default, default_factory=default_factory, metadata={RANGE: allowed})
 
@@ -88,26 +100,36 @@ class Checked:
 
 
 def check(options: Any, prefix: str = "") -> None:
-    """Hold every field to its annotation and range; numbers are turned into the type of their annotation (5 into 5.0, 8.0 into 8).
+    """Hold every field to its annotation and range; numbers are turned into the type of their annotation (5
+    into 5.0, 8.0 into 8).
 
-    prefix: what precedes the name in messages, like `training.`. Errors: LowkeyError that names the field, its value, the rule and the
-    default.
+    prefix: what precedes the name in messages, like `training.`. Errors: LowkeyError that names the field,
+    its value, the rule and the default.
     """
     hints = hints_of(type(options))
     for f in fields(options):
         value = getattr(options, f.name)
-        if value is not f.default:  # a default needs no check, and outside classes may have one that their annotation does not allow
-            object.__setattr__(options, f.name, checked(prefix + f.name, value, hints.get(f.name, Any), range_of(f), _default(f)))
+        # a default needs no check, and outside classes may have one that their annotation does not allow
+        if value is not f.default:
+            object.__setattr__(
+                options,
+                f.name,
+                checked(prefix + f.name, value, hints.get(f.name, Any), range_of(f), _default(f)),
+            )
 
 
 def check_field(kind: Any, name: str, value: Any, shown_as: str | None = None) -> Any:
-    """One value of a field, before there is an object; the command line calls it by another name at times. Errors: LowkeyError."""
+    """One value of a field, before there is an object; the command line calls it by another name at times.
+    Errors: LowkeyError.
+    """
     f = next(f for f in fields(kind) if f.name == name)
     return checked(shown_as or name, value, hints_of(kind).get(name, Any), range_of(f), _default(f))
 
 
 def checked(name: str, value: Any, hint: Any, allowed: Range = Range(), default: Any = MISSING) -> Any:
-    """The value in the type of its annotation. Errors: LowkeyError when it has another type or lies outside `allowed`."""
+    """The value in the type of its annotation. Errors: LowkeyError when it has another type or lies outside
+    `allowed`.
+    """
     if get_origin(hint) is Mapping and isinstance(value, Mapping):
         return {key: checked(f"{name}.{key}", x, get_args(hint)[1], allowed) for key, x in value.items()}
     return _held(f"{name} {shown(value)}", value, hint, allowed, default)
@@ -120,7 +142,9 @@ def _held(label: str, value: Any, hint: Any, allowed: Range, default: Any) -> An
     try:
         found = _typed(value, hint)
     except (TypeError, ValueError, OverflowError):
-        raise LowkeyError(f"{label}: must be {_kind(hint, allowed)}; {_remedy(value, allowed, default)}") from None
+        raise LowkeyError(
+            f"{label}: must be {_kind(hint, allowed)}; {_remedy(value, allowed, default)}"
+        ) from None
     for leaf in _leaves(found):
         if isinstance(leaf, float) and not math.isfinite(leaf):
             raise LowkeyError(f"{label}: must be {_kind(hint, allowed)}; {_remedy(leaf, allowed, default)}")
@@ -132,9 +156,14 @@ def _held(label: str, value: Any, hint: Any, allowed: Range, default: Any) -> An
 
 
 def read(kind: type, name: str, text: str, what: str = "") -> Any:
-    """The value of field `name` that was written as text on a command line. what: whose option it is, for messages."""
+    """The value of field `name` that was written as text on a command line. what: whose option it is, for
+    messages.
+    """
     f = next(f for f in fields(kind) if f.name == name)
-    hint, label = hints_of(kind).get(name, Any), f"option {name}={shown(text)}" + (f" of {what}" if what else "")
+    hint, label = (
+        hints_of(kind).get(name, Any),
+        f"option {name}={shown(text)}" + (f" of {what}" if what else ""),
+    )
     hint = type(f.default) if hint is Any and type(f.default) in (bool, int, float, str) else hint
     if not _literal(hint) and not {bool, int, float, str} & set(_members(hint)):
         raise LowkeyError(f"{label}: cannot be given as text; pass the object in Python")
@@ -213,8 +242,14 @@ def _typed(value: Any, hint: Any) -> Any:
 
 
 def _numeric(value: Any, hint: type) -> int | float:
-    """Numbers of other libraries count as well: what has `__index__` is whole, what has `__float__` is a number; text is neither."""
-    if isinstance(value, bool | str | bytes) or not hasattr(value, "__float__") or getattr(value, "ndim", None):
+    """Numbers of other libraries count as well: what has `__index__` is whole, what has `__float__` is a
+    number; text is neither.
+    """
+    if (
+        isinstance(value, bool | str | bytes)
+        or not hasattr(value, "__float__")
+        or getattr(value, "ndim", None)
+    ):
         raise TypeError
     if hint is float:
         return value if type(value) is float else float(value)
@@ -245,7 +280,9 @@ def _either(value: Any, members: tuple[Any, ...]) -> Any:
 
 
 def _from_text(text: str, hint: Any) -> Any:
-    """A number or a truth where the annotation wants one and the text is one; else the text, for `checked` to judge."""
+    """A number or a truth where the annotation wants one and the text is one; else the text, for `checked` to
+    judge.
+    """
     members = _members(hint)
     if NoneType in members and text == "none":
         return None
@@ -302,7 +339,13 @@ def _remedy(value: object, allowed: Range, default: Any) -> str:
 
 
 def _default(f: Field) -> Any:
-    return f.default if f.default is not MISSING else f.default_factory() if f.default_factory is not MISSING else MISSING
+    return (
+        f.default
+        if f.default is not MISSING
+        else f.default_factory()
+        if f.default_factory is not MISSING
+        else MISSING
+    )
 
 
 def _number(x: float) -> str:

@@ -6,12 +6,16 @@ KEPT = "\n\t"
 
 
 def printable(text: object) -> str:
-    """The text with every character that a terminal would obey, or that no encoding can write, as its escape: `\\x1b` for ESC.
+    """The text with every character that a terminal would obey, or that no encoding can write, as its escape:
+    `\\x1b` for ESC.
 
-    Line ends and tabs stay. Names of models and methods, tokens, and error messages of other libraries come from files that anybody may
-    have written, and a terminal takes commands from what it is shown.
+    Line ends and tabs stay. Names of models and methods, tokens, and error messages of other libraries come
+    from files that anybody may have written, and a terminal takes commands from what it is shown.
     """
     found = str(text)
     if found.isprintable():
         return found
-    return "".join(c if c.isprintable() or c in KEPT else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in found)
+    return "".join(
+        c if c.isprintable() or c in KEPT else c.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for c in found
+    )

@@ -1,4 +1,6 @@
-"""Progress is a function that wraps an iterable; the library is silent, the command line draws bars on stderr."""
+"""Progress is a function that wraps an iterable; the library is silent, the command line draws bars on
+stderr.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ EVERY = 30.0  # seconds between two lines
 class Progress(Protocol):
     """label: what is done, or what is done to each item, in words."""
 
-    def __call__(self, items: Iterable[T], label: str | Callable[[T], str], total: int | None = None) -> Iterator[T]: ...
+    def __call__(
+        self, items: Iterable[T], label: str | Callable[[T], str], total: int | None = None
+    ) -> Iterator[T]: ...
 
 
 def silent(items: Iterable[T], label: str | Callable[[T], str], total: int | None = None) -> Iterator[T]:
@@ -25,7 +29,9 @@ def silent(items: Iterable[T], label: str | Callable[[T], str], total: int | Non
 
 
 def bars(items: Iterable[T], label: str | Callable[[T], str], total: int | None = None) -> Iterator[T]:
-    """A bar on stderr with the time that is left; where that is no terminal, a line of text every half minute."""
+    """A bar on stderr with the time that is left; where that is no terminal, a line of text every half
+    minute.
+    """
     from rich.console import Console
 
     size = total if total is not None else len(items) if isinstance(items, Sequence) else None
@@ -42,7 +48,12 @@ def _bar(items: Iterable[T], words: Callable[[T], str], size: int | None, consol
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
     with Bars(*columns, console=console) as drawn:
         bar = drawn.add_task("", total=size, visible=size != 0)
         for item in items:
@@ -56,7 +67,11 @@ def _lines(items: Iterable[T], words: Callable[[T], str], size: int | None) -> I
     for done, item in enumerate(items):
         if (now := time.monotonic()) - told >= EVERY:
             told = now
-            far = f"{done}" if size is None else f"{done} of {size}{_left((now - began) / done * (size - done)) if done else ''}"
+            far = (
+                f"{done}"
+                if size is None
+                else f"{done} of {size}{_left((now - began) / done * (size - done)) if done else ''}"
+            )
             with suppress(OSError):  # nobody need be listening
                 print(f"{words(item)}: {far}", file=sys.stderr, flush=True)
         yield item

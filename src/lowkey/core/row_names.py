@@ -8,10 +8,11 @@ LAST = ("seed", "folder", "path")  # marks that are used only where all others a
 
 
 def told_apart(shorts: Sequence[str], marks: Sequence[Mapping[str, str]]) -> list[str]:
-    """The short name of each row, and behind it those of its marks in which rows of the same short name differ.
+    """The short name of each row, and behind it those of its marks in which rows of the same short name
+    differ.
 
-    marks: words by what they say, like {"layout": "pre_rope", "group": "group=3"}; an empty or a missing one adds nothing. Rows that
-    differ in no mark keep the same name.
+    marks: words by what they say, like {"layout": "pre_rope", "group": "group=3"}; an empty or a missing one
+    adds nothing. Rows that differ in no mark keep the same name.
     """
     words = [[short] for short in shorts]
     for key in dict.fromkeys(key for own in marks for key in own if key not in LAST):
@@ -29,7 +30,9 @@ def _alike(names: Sequence[str]) -> list[list[int]]:
     return list(found.values())
 
 
-def _add(words: list[list[str]], marks: Sequence[Mapping[str, str]], key: str, groups: list[list[int]]) -> None:
+def _add(
+    words: list[list[str]], marks: Sequence[Mapping[str, str]], key: str, groups: list[list[int]]
+) -> None:
     for group in groups:
         found = {i: marks[i].get(key, "") for i in group}
         if len(set(found.values())) > 1:

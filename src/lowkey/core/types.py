@@ -1,7 +1,7 @@
 """Letters, shared values and the one exception users see.
 
-Letters: `b` batch, `t` new tokens, `s` stored tokens, `h` KV heads, `g` query heads per KV head, `d` head dim, `r` rank,
-`D` model dim, `n` layers.
+Letters: `b` batch, `t` new tokens, `s` stored tokens, `h` KV heads, `g` query heads per KV head, `d` head
+dim, `r` rank, `D` model dim, `n` layers.
 """
 
 from __future__ import annotations
@@ -30,14 +30,16 @@ UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 class Budget(Checked):
     """What is kept: `50%`, `512 tokens`, `64 KiB/token` or `1.5 GiB`.
 
-    Of a policy, `%` and `tokens` count tokens: what a head holds of a row, on average over all heads; sinks and recent tokens stay even
-    where a `%` is less. Bytes count all that the cache holds (`nbytes`): every row of the batch, every layer, those that slide too, and all
-    indices. That bound holds after a prompt, a later chunk and every eviction of decoding (the policy's `every`), or the call is refused
-    with the smallest budget that works. Between evictions decoding adds its tokens, and a frozen cache evicts nothing. Rows share
-    a total equally; a rate `/token` gives each row so much for each of its tokens, padding not counted.
+    Of a policy, `%` and `tokens` count tokens: what a head holds of a row, on average over all heads; sinks
+    and recent tokens stay even where a `%` is less. Bytes count all that the cache holds (`nbytes`): every
+    row of the batch, every layer, those that slide too, and all indices. That bound holds after a prompt, a
+    later chunk and every eviction of decoding (the policy's `every`), or the call is refused with the
+    smallest budget that works. Between evictions decoding adds its tokens, and a frozen cache evicts nothing.
+    Rows share a total equally; a rate `/token` gives each row so much for each of its tokens, padding not
+    counted.
 
-    Of a plan, bytes (`%` of the full ones, or a rate) are what one more token adds to the compressed layers. Tokens that are kept exact,
-    indices and sliding layers come on top.
+    Of a plan, bytes (`%` of the full ones, or a rate) are what one more token adds to the compressed layers.
+    Tokens that are kept exact, indices and sliding layers come on top.
     """
 
     amount: float = field(metadata={RANGE: Range(above=0, at_most=MOST)})
@@ -46,23 +48,34 @@ class Budget(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.unit == "%" and self.amount > 100:
-            raise LowkeyError(f"budget {self}: the share that is kept lies above 0% and up to 100%; try '50%'")
+            raise LowkeyError(
+                f"budget {self}: the share that is kept lies above 0% and up to 100%; try '50%'"
+            )
 
     @classmethod
     def parse(cls, text: str | float | Budget) -> Budget:
         """Read a budget; a plain number is refused because it could mean kept or removed."""
         if isinstance(text, Budget):
             return text
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|tokens?|(?:[KMG]i)?B(?:/token)?)\s*", str(text), re.ASCII)
+        match = re.fullmatch(
+            r"\s*(\d+(?:\.\d+)?)\s*(%|tokens?|(?:[KMG]i)?B(?:/token)?)\s*", str(text), re.ASCII
+        )
         if not match:
-            raise LowkeyError(f"budget {shown(text)}: say what is kept as '50%', '512 tokens', '64 KiB/token' or '1.5 GiB'")
+            raise LowkeyError(
+                f"budget {shown(text)}: say what is kept as '50%', '512 tokens', '64 KiB/token' or '1.5 GiB'"
+            )
         amount, unit = float(match[1]) * UNITS.get(match[2].removesuffix("/token"), 1), match[2]
         if not amount:
             raise LowkeyError(f"budget {shown(text)}: something must be kept; try '50%'")
         if unit == "%" and amount > 100:
-            raise LowkeyError(f"budget {shown(text)}: the share that is kept lies above 0% and up to 100%; try '50%'")
+            raise LowkeyError(
+                f"budget {shown(text)}: the share that is kept lies above 0% and up to 100%; try '50%'"
+            )
         if amount > MOST:
-            raise LowkeyError(f"budget {shown(text)}: no cache takes more than 2^50 tokens or bytes; give what may be kept, like '50%'")
+            raise LowkeyError(
+                f"budget {shown(text)}: no cache takes more than 2^50 tokens or bytes; give what may be "
+                "kept, like '50%'"
+            )
         if unit == "%":
             return cls(amount, "%")
         if unit.startswith("token"):
@@ -84,22 +97,31 @@ class Budget(Checked):
     def __str__(self) -> str:
         if self.unit in ("%", "tokens"):
             return f"{self.amount:.12g}" + ("%" if self.unit == "%" else " tokens")
-        size = next((u for u in ("GiB", "MiB", "KiB") if self.amount % (UNITS[u] / 2**10) == 0 and self.amount >= UNITS[u]), "B")
+        size = next(
+            (
+                u
+                for u in ("GiB", "MiB", "KiB")
+                if self.amount % (UNITS[u] / 2**10) == 0 and self.amount >= UNITS[u]
+            ),
+            "B",
+        )
         return f"{self.amount / UNITS[size]:.12g} {size}{self.unit.removeprefix('bytes')}"
 
 
 @dataclass(frozen=True)
 class Factors:
-    """One layer's maps into and out of the stored basis. Every `t` KV heads side by side share one latent of width t r, so that r is the
-    rank per head (rounded up where the width is no multiple of t: 2 of 3 heads of 64 are 128 numbers, rank 43); a `1` in the place of `G`
-    or `h`, possible when t is 1, means shared by all KV heads.
+    """One layer's maps into and out of the stored basis. Every `t` KV heads side by side share one latent of
+    width t r, so that r is the rank per head (rounded up where the width is no multiple of t: 2 of 3 heads of
+    64 are 128 numbers, rank 43); a `1` in the place of `G` or `h`, possible when t is 1, means shared by all
+    KV heads.
 
-    With t = 1: `k ~= (k @ k_down) @ k_up` and `v ~= (v @ v_down) @ v_up`, so `q . k ~= (q @ k_up^T) . (k @ k_down)`.
-    k_down (G|1, t d, t r_K), k_up (h|1, t r_K, d), v_down (G|1, t d, t r_V), v_up (h|1, t r_V, d); t may differ between keys and values.
-    order (h): the KV heads in the order in which they are grouped, or None for their own.
-    k_mean, v_mean (h, d): what is taken off before, and put back after, in that order; or None.
-    frequencies (r_K / 2): by which stored keys are rotated, channel j together with channel j + r_K / 2, where these are not the model's
-    own; k_down then takes keys that are not rotated, and there is no way back to the model's keys. t is 1.
+    With t = 1: `k ~= (k @ k_down) @ k_up` and `v ~= (v @ v_down) @ v_up`, so `q . k ~= (q @ k_up^T) . (k @
+    k_down)`. k_down (G|1, t d, t r_K), k_up (h|1, t r_K, d), v_down (G|1, t d, t r_V), v_up (h|1, t r_V, d);
+    t may differ between keys and values. order (h): the KV heads in the order in which they are grouped, or
+    None for their own. k_mean, v_mean (h, d): what is taken off before, and put back after, in that order; or
+    None. frequencies (r_K / 2): by which stored keys are rotated, channel j together with channel j + r_K /
+    2, where these are not the model's own; k_down then takes keys that are not rotated, and there is no way
+    back to the model's keys. t is 1.
     """
 
     k_down: Tensor
@@ -131,7 +153,9 @@ class Factors:
     @property
     def per_head(self) -> bool:
         """Whether every head has latents of its own, in the model's rotation, and nothing is centred."""
-        return self.merge == (1, 1) and all(x is None for x in (self.order, self.k_mean, self.v_mean, self.frequencies))
+        return self.merge == (1, 1) and all(
+            x is None for x in (self.order, self.k_mean, self.v_mean, self.frequencies)
+        )
 
     @property
     def static_numbers(self) -> int:
@@ -139,27 +163,45 @@ class Factors:
         return sum(t.numel() for t in vars(self).values() if t is not None)
 
     def turned(self) -> Factors:
-        """The same maps with latents turned by a block Hadamard transform; not those of keys that are rotated as they are stored."""
+        """The same maps with latents turned by a block Hadamard transform; not those of keys that are rotated
+        as they are stored.
+        """
         k, v = (block_hadamard(down.shape[-1]).to(down) for down in (self.k_down, self.v_down))
         values = replace(self, v_down=self.v_down @ v, v_up=v @ self.v_up)
-        return values if self.frequencies is not None else replace(values, k_down=self.k_down @ k, k_up=k @ self.k_up)
+        return (
+            values
+            if self.frequencies is not None
+            else replace(values, k_down=self.k_down @ k, k_up=k @ self.k_up)
+        )
 
     def to(self, like: Tensor) -> Factors:
         """The same factors on the device and in the dtype of `like`."""
-        moved = {name: t.to(like) for name, t in vars(self).items() if t is not None and name not in ("order", "frequencies")}
-        kept = {name: t.to(like.device) for name, t in (("order", self.order), ("frequencies", self.frequencies)) if t is not None}
+        moved = {
+            name: t.to(like)
+            for name, t in vars(self).items()
+            if t is not None and name not in ("order", "frequencies")
+        }
+        kept = {
+            name: t.to(like.device)
+            for name, t in (("order", self.order), ("frequencies", self.frequencies))
+            if t is not None
+        }
         return replace(self, **moved, **kept)
 
     @property
     def lossless(self) -> bool:
-        """Whether keys and values come back as they were: latents of full rank, of maps that undo one another."""
+        """Whether keys and values come back as they were: latents of full rank, of maps that undo one
+        another.
+        """
         if self.frequencies is not None:
             return False
 
         def undone(down: Tensor, up: Tensor, together: int) -> bool:
             joint = torch.cat(list(up.unflatten(0, (-1, together)).transpose(0, 1)), -1)  # (G, t r, t d)
             back = down.double() @ joint.double()
-            return bool((back - torch.eye(back.shape[-1], dtype=back.dtype, device=back.device)).abs().max() < 1e-4)
+            return bool(
+                (back - torch.eye(back.shape[-1], dtype=back.dtype, device=back.device)).abs().max() < 1e-4
+            )
 
         return undone(self.k_down, self.k_up, self.merge[0]) and undone(self.v_down, self.v_up, self.merge[1])
 
@@ -171,22 +213,28 @@ def identity(d: int) -> Factors:
 
 @dataclass(frozen=True)
 class Basis:
-    """Nested maps for every rank: of t = `merge` heads side by side, the first t r columns serve rank r. `exact` holds ranks fitted alone.
+    """Nested maps for every rank: of t = `merge` heads side by side, the first t r columns serve rank r.
+    `exact` holds ranks fitted alone.
 
-    columns (G|1, t d, t d), orthonormal when `rows` is None, else `rows` (G|1, t d, t d) maps back; mean (h, d) or None.
-    unit: only whole multiples of so many columns are taken, so that a rank that is rounded up holds whole heads and no more.
+    columns (G|1, t d, t d), orthonormal when `rows` is None, else `rows` (G|1, t d, t d) maps back; mean (h,
+    d) or None.
+    unit: only whole multiples of so many columns are taken, so that a rank that is rounded up holds whole
+    heads and no more.
     """
 
     columns: Tensor
     rows: Tensor | None = None
     exact: tuple[tuple[int, Tensor], ...] = ()
-    spectrum: Tensor | None = None  # (G|1, d) energies of t columns each, largest first; what energy rules read
+    # (G|1, d) energies of t columns each, largest first; what energy rules read
+    spectrum: Tensor | None = None
     merge: int = 1
     mean: Tensor | None = None
     unit: int = 1
 
     def at(self, rank: int) -> tuple[Tensor, Tensor]:
-        """(down, up) of shapes (G|1, t d, w) and (h|1, w, d), with the width w = t rank, or the next multiple of `unit` below."""
+        """(down, up) of shapes (G|1, t d, w) and (h|1, w, d), with the width w = t rank, or the next multiple
+        of `unit` below.
+        """
         width = rank * self.merge // self.unit * self.unit
         down = dict(self.exact).get(rank, self.columns[..., :width])
         up = down.mT if self.rows is None else self.rows[..., :width, :]
@@ -202,7 +250,9 @@ class LayerBases:
     order: Tensor | None = None
 
     def at(self, rank_k: int, rank_v: int) -> Factors:
-        return Factors(*self.keys.at(rank_k), *self.values.at(rank_v), self.order, self.keys.mean, self.values.mean)
+        return Factors(
+            *self.keys.at(rank_k), *self.values.at(rank_v), self.order, self.keys.mean, self.values.mean
+        )
 
 
 @dataclass
@@ -210,8 +260,8 @@ class LayerStatistics:
     """Second moments of one layer over the calibration text, and how many tokens were seen.
 
     Sums of outer products in fp64: keys_pre, keys_post, values (h d, h d) jointly over heads; queries_pre and
-    queries_post (h, d, d), the g query heads of a KV head stacked as rows (arXiv:2512.05916); inputs (D, D) of the
-    attention block. Means: keys_pre_mean, keys_post_mean and values_mean (h d).
+    queries_post (h, d, d), the g query heads of a KV head stacked as rows (arXiv:2512.05916); inputs (D, D)
+    of the attention block. Means: keys_pre_mean, keys_post_mean and values_mean (h d).
     """
 
     tokens: int
@@ -248,12 +298,16 @@ def head_blocks(joint: Tensor, heads: int) -> Tensor:
 
 
 def device_of(module: torch.nn.Module) -> torch.device:
-    """Where a module computes: where its first weight is, or where accelerate brings it from the place to which it was offloaded."""
+    """Where a module computes: where its first weight is, or where accelerate brings it from the place to
+    which it was offloaded.
+    """
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     if device.type != "meta":
         return device
     hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
     found = next((x for hook in hooks if (x := getattr(hook, "execution_device", None)) is not None), None)
     if found is None:
-        raise LowkeyError("model: its weights are on device 'meta' and hold no numbers; load the model with from_pretrained")
+        raise LowkeyError(
+            "model: its weights are on device 'meta' and hold no numbers; load the model with from_pretrained"
+        )
     return torch.device(found)

@@ -1,1 +1,3 @@
-"""Measure: settings x tasks give the rows of one result file. Imports every room but `cli`, `report` and `pretraining`."""
+"""Measure: settings x tasks give the rows of one result file. Imports every room but `cli`, `report` and
+`pretraining`.
+"""

@@ -1,4 +1,6 @@
-"""Asking over a cache: the words around a question, greedy writing that ends where the model ends, and the bytes it was written from."""
+"""Asking over a cache: the words around a question, greedy writing that ends where the model ends, and the
+bytes it was written from.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from lowkey.evaluate.settings import Setting
 from lowkey.storage.budgets import check_question
 
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for a message in a template
-Once = Callable[[str, Callable[[], Any]], Any]  # (name, measure): what `measure` gives, or gave earlier under that name
+# (name, measure): what `measure` gives, or gave earlier under that name
+Once = Callable[[str, Callable[[], Any]], Any]
 
 
 def anew(name: str, measure: Callable[[], Any]) -> Any:
@@ -27,7 +30,9 @@ def anew(name: str, measure: Callable[[], Any]) -> Any:
 
 @dataclass(frozen=True)
 class Frame:
-    """Words around the user's only message and before the model's answer: `before` MESSAGE `after`. Both are empty without a template."""
+    """Words around the user's only message and before the model's answer: `before` MESSAGE `after`. Both are
+    empty without a template.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     chat: bool
@@ -43,7 +48,10 @@ class Frame:
             return "", ""
         before, found, after = self._templated([("user", MARK)], True).partition(MARK)
         if not found:
-            raise LowkeyError("tokenizer: its chat template leaves out the user's message; give a tokenizer with another template")
+            raise LowkeyError(
+                "tokenizer: its chat template leaves out the user's message; give a tokenizer with another "
+                "template"
+            )
         return before, after
 
     def _templated(self, turns: Iterable[tuple[str, str]], asks: bool) -> str:
@@ -61,23 +69,31 @@ class Frame:
         return [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
 
     def question(self, words: str, opening: str = "") -> list[int]:
-        """Ids of the end of the message, of what follows it in the template, and of the words that the answer is to begin with."""
-        return self.encode(words + self._parts[1] + opening if self.chat else words + ("\n" + opening if opening else ""))
+        """Ids of the end of the message, of what follows it in the template, and of the words that the answer
+        is to begin with.
+        """
+        return self.encode(
+            words + self._parts[1] + opening if self.chat else words + ("\n" + opening if opening else "")
+        )
 
     def ends(self, model: PreTrainedModel) -> set[int]:
-        """Ids that end an answer: those of the generation config, the tokenizer's, and what the template puts behind a model's turn, which
-        either may leave out."""
+        """Ids that end an answer: those of the generation config, the tokenizer's, and what the template puts
+        behind a model's turn, which either may leave out."""
         told = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         found = {*(told if isinstance(told, list) else [told]), self.tokenizer.eos_token_id}
         if self.chat:
-            behind = self.encode(self._templated([("user", "?"), ("assistant", MARK)], False).partition(MARK)[2])
+            behind = self.encode(
+                self._templated([("user", "?"), ("assistant", MARK)], False).partition(MARK)[2]
+            )
             found |= set(behind[:1]) & set(self.tokenizer.all_special_ids)
         return {int(i) for i in found if i is not None}
 
 
 @dataclass(frozen=True)
 class Written:
-    """What the model wrote, its end not among it, and the bytes that were held when it began: prompt and question."""
+    """What the model wrote, its end not among it, and the bytes that were held when it began: prompt and
+    question.
+    """
 
     ids: list[int]
     held: int
@@ -85,7 +101,9 @@ class Written:
 
 @torch.no_grad()
 def write(model: PreTrainedModel, cache: LowkeyCache, ids: Tensor, ends: set[int], most: int) -> Written:
-    """Greedy continuation of ids (1, t), of which the cache has those that it has seen; at most `most` tokens."""
+    """Greedy continuation of ids (1, t), of which the cache has those that it has seen; at most `most`
+    tokens.
+    """
     new, out = ids[:, cache.get_seq_length() :], []
     logits = model(new, past_key_values=cache, logits_to_keep=1).logits
     held = cache.nbytes()
@@ -98,7 +116,9 @@ def write(model: PreTrainedModel, cache: LowkeyCache, ids: Tensor, ends: set[int
 
 
 def check_budgets(settings: Sequence[Setting], refeed: bool, tokens: int, question: int) -> None:
-    """Before anything is measured. Errors: LowkeyError for a setting whose budget does not hold a question that is to be asked again."""
+    """Before anything is measured. Errors: LowkeyError for a setting whose budget does not hold a question
+    that is to be asked again.
+    """
     for setting in settings:
         if setting.evicts and (refeed or setting.repeats):
             policy = origin.policy if (origin := setting.make().origin) else None
@@ -107,10 +127,16 @@ def check_budgets(settings: Sequence[Setting], refeed: bool, tokens: int, questi
 
 
 def read(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setting: Setting, ids: Tensor, question: int, refeed: bool
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    setting: Setting,
+    ids: Tensor,
+    question: int,
+    refeed: bool,
 ) -> LowkeyCache:
-    """A cache of the setting that is ready for `write`. One that evicts has read ids (1, t) and chosen with the question, the last tokens,
-    in view; with `refeed` it is to be asked again, else it reads all of it as the prompt, the question with it."""
+    """A cache of the setting that is ready for `write`. One that evicts has read ids (1, t) and chosen with
+    the question, the last tokens, in view; with `refeed` it is to be asked again, else it reads all of it as
+    the prompt, the question with it."""
     cache = setting.make()
     if setting.evicts and (refeed or setting.repeats):
         prefill(model, tokenizer, cache, ids, question)

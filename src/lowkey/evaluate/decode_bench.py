@@ -1,7 +1,9 @@
-"""One decode step of attention, timed: ragged backends against torch's own attention and against the memory's bandwidth.
+"""One decode step of attention, timed: ragged backends against torch's own attention and against the memory's
+bandwidth.
 
-Contestants take turns, so that what else the machine does meets all of them, and figures are medians over rounds of ratios within a round.
-Every call finds its storage out of the processor's caches, as a layer of a real model does: several copies take turns too.
+Contestants take turns, so that what else the machine does meets all of them, and figures are medians over
+rounds of ratios within a round. Every call finds its storage out of the processor's caches, as a layer of a
+real model does: several copies take turns too.
 """
 
 from __future__ import annotations
@@ -81,14 +83,23 @@ def decode_bench(
     repeats: int = 15,
     seed: int = 0,
 ) -> dict:
-    """Time a step over `context` tokens in full, and over what a budget keeps, with unequal heads; GB are 10^9 bytes that are stored."""
+    """Time a step over `context` tokens in full, and over what a budget keeps, with unequal heads; GB are
+    10^9 bytes that are stored.
+    """
     shape = Shape(context, head_dim, heads, kv_heads, dtype, repeats, seed)
     lengths = _lengths(shape, Budget.parse(budget), seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     _check_memory(shape, device)
     times = _rounds(_contestants(shape, lengths, device, seed), repeats, device)
     read = [READ / s / 1e9 for s in times.pop("read")]
-    settings = {"context": context, "head_dim": head_dim, "heads": heads, "kv_heads": kv_heads, "dtype": dtype, "budget": str(budget)}
+    settings = {
+        "context": context,
+        "head_dim": head_dim,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "dtype": dtype,
+        "budget": str(budget),
+    }
     return {
         **settings,
         "repeats": repeats,
@@ -96,7 +107,9 @@ def decode_bench(
         "kept": lengths.tolist(),
         "environment": _environment(device),
         "read_bandwidth_gbs": median(read),
-        "backends": {name: _row(name, times, read, shape.nbytes) for name in times if not name.endswith(" budget")},
+        "backends": {
+            name: _row(name, times, read, shape.nbytes) for name in times if not name.endswith(" budget")
+        },
     }
 
 
@@ -104,7 +117,9 @@ def _lengths(shape: Shape, budget: Budget, seed: int) -> Tensor:
     """How many tokens each KV head keeps (h): unequal like real head budgets, exact in total."""
     if budget.unit not in ("%", "tokens"):
         raise LowkeyError(f"budget {budget}: this step keeps whole tokens; say it as '10%' or '512 tokens'")
-    total = shape.kv_heads * (budget.amount if budget.unit == "tokens" else budget.amount / 100 * shape.context)
+    total = shape.kv_heads * (
+        budget.amount if budget.unit == "tokens" else budget.amount / 100 * shape.context
+    )
     if total > shape.kv_heads * shape.context:
         raise LowkeyError(f"budget {budget}: is more than the context of {shape.context}; try '10%'")
     weights = torch.randn(shape.kv_heads, generator=torch.Generator().manual_seed(seed)).mul(SPREAD).exp()
@@ -118,14 +133,19 @@ def _check_memory(shape: Shape, device: str) -> None:
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else _free_memory()
     if needed > free:
         what = f"context {shape.context}, head_dim {shape.head_dim} and kv_heads {shape.kv_heads}"
-        raise LowkeyError(f"{what}: need {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free; give less of one of them")
+        raise LowkeyError(
+            f"{what}: need {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free; give less of one "
+            "of them"
+        )
 
 
 def _free_memory() -> int:
     """Bytes that may be taken: what the system says is available, and no more than the control group may use."""
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with suppress(OSError, ValueError):
-        said = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+        said = next(
+            line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable")
+        )
         free = min(free, int(said.split()[1]) * 2**10)
     with suppress(OSError, ValueError):
         free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
@@ -133,10 +153,16 @@ def _free_memory() -> int:
 
 
 def _contestants(shape: Shape, lengths: Tensor, device: str, seed: int) -> dict[str, Step]:
-    """Name to one call; "read" is of memory alone, and "NAME budget" is a backend's step over what the budget keeps."""
+    """Name to one call; "read" is of memory alone, and "NAME budget" is a backend's step over what the budget
+    keeps.
+    """
     generator = torch.Generator().manual_seed(seed)
-    query = torch.randn(shape.kv_heads, shape.heads // shape.kv_heads, shape.head_dim, generator=generator).to(device, DTYPES[shape.dtype])
-    full, kept = (_copies(rows, shape, generator, device) for rows in (torch.full_like(lengths, shape.context), lengths))
+    query = torch.randn(
+        shape.kv_heads, shape.heads // shape.kv_heads, shape.head_dim, generator=generator
+    ).to(device, DTYPES[shape.dtype])
+    full, kept = (
+        _copies(rows, shape, generator, device) for rows in (torch.full_like(lengths, shape.context), lengths)
+    )
     memory = torch.ones(READ // 4, device=device)
     found: dict[str, Step] = {"read": memory.sum, "sdpa": lambda: _sdpa(query, next(full))}
     for name, ragged in _backends(device).items():
@@ -147,9 +173,13 @@ def _contestants(shape: Shape, lengths: Tensor, device: str, seed: int) -> dict[
 def _copies(lengths: Tensor, shape: Shape, generator: torch.Generator, device: str) -> Iterator[Stored]:
     """The same random rows in several places, in turn, forever."""
     n = int(lengths.sum())
-    pair = [torch.randn(n, shape.head_dim, generator=generator).to(device, DTYPES[shape.dtype]) for _ in range(2)]
+    pair = [
+        torch.randn(n, shape.head_dim, generator=generator).to(device, DTYPES[shape.dtype]) for _ in range(2)
+    ]
     count = min(max(POOL // sum(x.nbytes for x in pair), 2), MOST)
-    return cycle([Stored(pair[0].clone(), pair[1].clone(), starts_of(lengths).to(device)) for _ in range(count)])
+    return cycle(
+        [Stored(pair[0].clone(), pair[1].clone(), starts_of(lengths).to(device)) for _ in range(count)]
+    )
 
 
 def _backends(device: str) -> dict[str, Ragged]:
@@ -213,7 +243,13 @@ def _ratio(above: list[float], below: list[float]) -> float:
 def _environment(device: str) -> dict:
     versions = {name: _version(name) for name in ("numba", "triton")}
     name = torch.cuda.get_device_name() if device == "cuda" else _processor()
-    return {"torch": torch.__version__, **versions, "threads": torch.get_num_threads(), "device": device, "processor": name}
+    return {
+        "torch": torch.__version__,
+        **versions,
+        "threads": torch.get_num_threads(),
+        "device": device,
+        "processor": name,
+    }
 
 
 def _version(package: str) -> str | None:
@@ -228,4 +264,6 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )

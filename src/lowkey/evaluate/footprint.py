@@ -32,8 +32,9 @@ def measure(
     progress: Progress,
     measured: Measured | None = None,
 ) -> dict[str, dict]:
-    """Bytes held and predicted of every setting after the prompt ids (1, t); of settings that evict, the tokens kept per compressible layer
-    and KV head. bytes_full is what the first setting holds. A prompt is read only where no task has told the bytes already."""
+    """Bytes held and predicted of every setting after the prompt ids (1, t); of settings that evict, the
+    tokens kept per compressible layer and KV head. bytes_full is what the first setting holds. A prompt is
+    read only where no task has told the bytes already."""
     measured = measured or Measured()
     todo = [s for s in settings if f"bytes {s.name}" not in measured]
     for setting in progress(todo, lambda s: f"bytes, {s.name}"):

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 LEAST = 3  # samples: an interval from two says little
 Z = 1.959964  # the two-sided 95 % quantile of the normal distribution
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57)  # of Student's t with 1, 2, ... degrees of freedom, for which the expansion is too small
+# of Student's t with 1, 2, ... degrees of freedom, for which the expansion is too small
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57)
 
 
 def half_width(values: Sequence[float], least: int = LEAST) -> float | None:
@@ -19,7 +20,9 @@ def half_width(values: Sequence[float], least: int = LEAST) -> float | None:
 
 
 def t95(freedom: int) -> float:
-    """The two-sided 95 % quantile of Student's t, from a table or by its expansion in 1 / freedom; exact to three digits."""
+    """The two-sided 95 % quantile of Student's t, from a table or by its expansion in 1 / freedom; exact to
+    three digits.
+    """
     if freedom <= len(T95):
         return T95[freedom - 1]
     z, n = Z, freedom

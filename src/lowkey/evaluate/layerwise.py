@@ -20,15 +20,27 @@ from lowkey.storage.exact import NOTHING
 
 @torch.no_grad()
 def measure(
-    model: PreTrainedModel, settings: Sequence[Setting], rows: Tensor, batch: int, progress: Progress, measured: Measured | None = None
+    model: PreTrainedModel,
+    settings: Sequence[Setting],
+    rows: Tensor,
+    batch: int,
+    progress: Progress,
+    measured: Measured | None = None,
 ) -> dict[str, dict]:
-    """Mean over compressible layers, windows and tokens of ||f_t - f~_t|| / ||f_t|| and of the cosine of f_t and f~_t.
+    """Mean over compressible layers, windows and tokens of ||f_t - f~_t|| / ||f_t|| and of the cosine of f_t
+    and f~_t.
 
     Settings that evict are left out: a window read in one piece sees nothing of it.
     """
-    measured, settings, shape = measured or Measured(), [s for s in settings if not s.evicts], families.geometry(model)
+    measured, settings, shape = (
+        measured or Measured(),
+        [s for s in settings if not s.evicts],
+        families.geometry(model),
+    )
     todo = {i: [s for s in settings if f"layers {i} {s.name}" not in measured] for i in shape.compressible}
-    for i, inputs in progress(layer_inputs(model, rows, batch), "layer error", shape.layers) if any(todo.values()) else ():
+    for i, inputs in (
+        progress(layer_inputs(model, rows, batch), "layer error", shape.layers) if any(todo.values()) else ()
+    ):
         probe = Probe.of(model, i, "post_rope", inputs, 0, batch) if todo.get(i) else None
         for setting in todo.get(i, ()):
             measured.once(f"layers {i} {setting.name}", lambda: _compare(probe, setting, batch))  # noqa: B023

@@ -1,10 +1,13 @@
-"""Perplexity, KL to the full model, top-1 agreement: with compression everywhere; and perplexity of decoding alone."""
+"""Perplexity, KL to the full model, top-1 agreement: with compression everywhere; and perplexity of decoding
+alone.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,14 +28,20 @@ ROWS = 8  # tokens whose distributions are compared at a time: what they take st
 
 @torch.no_grad()
 def measure(
-    model: PreTrainedModel, settings: Sequence[Setting], rows: Tensor, progress: Progress, measured: Measured | None = None
+    model: PreTrainedModel,
+    settings: Sequence[Setting],
+    rows: Tensor,
+    progress: Progress,
+    measured: Measured | None = None,
 ) -> dict[str, dict]:
-    """Token perplexity, kl and top1_agreement of every setting over windows (n, t) of ids, by the setting's name.
+    """Token perplexity, kl and top1_agreement of every setting over windows (n, t) of ids, by the setting's
+    name.
 
-    The first setting is the reference, whose logits are formed once per window for all others: kl is KL(reference || setting) in nats
-    per token. A setting that evicts reads a window in pieces of CHUNK tokens and evicts after each; one that must repeat its context
-    first is left out: `measure_decode` scores it. Every (window, setting) is one forward pass and one measurement of `measured`, and
-    the first window's cache tells the bytes of settings that evict nothing.
+    The first setting is the reference, whose logits are formed once per window for all others: kl is
+    KL(reference || setting) in nats per token. A setting that evicts reads a window in pieces of CHUNK tokens
+    and evicts after each; one that must repeat its context first is left out: `measure_decode` scores it.
+    Every (window, setting) is one forward pass and one measurement of `measured`, and the first window's
+    cache tells the bytes of settings that evict nothing.
     """
     measured, scored = measured or Measured(), [s for s in settings if not s.repeats]
     todo = [(w, s) for w in range(len(rows)) for s in scored if _name(w, s) not in measured]
@@ -42,10 +51,21 @@ def measure(
         if reference is None or reference[0] != w:
             reference = None  # two are not held at once
             reference = w, Reference(_logits(model, settings[0], ids, measured))
-        of = reference[1]
-        scores = of.own if setting is settings[0] else lambda y: of.score(_logits(model, setting, ids, measured), y)  # noqa: B023
-        measured.once(_name(w, setting), lambda: scores(ids[0, 1:]))  # noqa: B023
+        measured.once(
+            _name(w, setting), partial(_scored, model, setting, settings[0], reference[1], ids, measured)
+        )
     return {s.name: row([measured[_name(w, s)] for w in range(len(rows))]) for s in scored}
+
+
+def _scored(
+    model: PreTrainedModel, setting: Setting, first: Setting, of: Reference, ids: Tensor, measured: Measured
+) -> dict:
+    """One window under one setting; the full cache, which is the first, is scored from its own logits."""
+    return (
+        of.own(ids[0, 1:])
+        if setting is first
+        else of.score(_logits(model, setting, ids, measured), ids[0, 1:])
+    )
 
 
 def _name(window: int, setting: Setting) -> str:
@@ -76,9 +96,13 @@ class Reference:
         return {"nll": float(nll.sum()), "kl": 0.0, "agree": len(targets), "tokens": len(targets)}
 
     def score(self, logits: Tensor, targets: Tensor) -> dict:
-        """Sums over the window's tokens in fp64. KL = E[r - q] + log sum exp q - log sum exp r under the reference r."""
+        """Sums over the window's tokens in fp64. KL = E[r - q] + log sum exp q - log sum exp r under the
+        reference r.
+        """
         nll, kl, agree = [], [], 0
-        for r, q, target, total, top in zip(*(x.split(ROWS) for x in (self.logits, logits, targets, self.total, self.top)), strict=True):
+        for r, q, target, total, top in zip(
+            *(x.split(ROWS) for x in (self.logits, logits, targets, self.total, self.top)), strict=True
+        ):
             r, q = r.float(), q.float()
             mine = q.logsumexp(-1)
             nll.append((mine - q.gather(1, target.unsqueeze(1))[:, 0]).double().sum())
@@ -98,12 +122,14 @@ class _Sums:
 
 
 def row(windows: Sequence[dict]) -> dict:
-    """What a row of the result says, given each window's sums; perplexity_95 and kl_95 are half of the 95 % intervals over windows, as long
-    as there are at least three."""
+    """What a row of the result says, given each window's sums; perplexity_95 and kl_95 are half of the 95 %
+    intervals over windows, as long as there are at least three."""
     sums = _Sums(**{name: [_number(w[name]) for w in windows] for name in ("nll", "kl", "agree", "tokens")})  # type: ignore[arg-type]
     tokens = sum(sums.tokens)
     perplexity = _exp(sum(sums.nll) / tokens)
-    spread, kl_95 = (half_width([x / n for x, n in zip(each, sums.tokens, strict=True)]) for each in (sums.nll, sums.kl))
+    spread, kl_95 = (
+        half_width([x / n for x, n in zip(each, sums.tokens, strict=True)]) for each in (sums.nll, sums.kl)
+    )
     return {
         "perplexity": perplexity,
         "perplexity_95": None if spread is None else perplexity * spread,  # to first order
@@ -131,8 +157,9 @@ def measure_decode(
     progress: Progress,
     measured: Measured | None = None,
 ) -> dict[str, dict]:
-    """perplexity_decode of every setting over windows (n, t) of ids: the second half of each is scored, after the first half was read
-    exactly and then stored compressed, so that every later token sees compressed predecessors only."""
+    """perplexity_decode of every setting over windows (n, t) of ids: the second half of each is scored, after
+    the first half was read exactly and then stored compressed, so that every later token sees compressed
+    predecessors only."""
     measured = measured or Measured()
     todo = [(w, s) for w in range(len(rows)) for s in settings if f"decode {w} {s.name}" not in measured]
     for w, setting in progress(todo, lambda unit: f"decode, {unit[1].name}"):
@@ -143,7 +170,9 @@ def measure_decode(
     return {name: {"perplexity_decode": _exp(sum(nll) / tokens)} for name, nll in found.items()}
 
 
-def _decode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache: LowkeyCache, ids: Tensor) -> float:
+def _decode(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache: LowkeyCache, ids: Tensor
+) -> float:
     """The sum of the negative log-likelihoods of the second half, but for its first token."""
     half = ids.shape[1] // 2
     cache.exact_prefill(True)
@@ -152,7 +181,11 @@ def _decode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache: L
     cache.freeze()  # a policy has chosen; the second half is decoding
     logits, targets = model(ids[:, half:], past_key_values=cache).logits[0, :-1], ids[0, half + 1 :]
     parts = zip(logits.split(ROWS), targets.split(ROWS), strict=True)
-    return float(sum(torch.nn.functional.cross_entropy(x.float(), y, reduction="none").double().sum() for x, y in parts))
+    return float(
+        sum(
+            torch.nn.functional.cross_entropy(x.float(), y, reduction="none").double().sum() for x, y in parts
+        )
+    )
 
 
 def _exp(x: float) -> float:

@@ -1,8 +1,10 @@
-"""Questions about a text, with short answers that stand in it: the share of those that the full cache answers.
+"""Questions about a text, with short answers that stand in it: the share of those that the full cache
+answers.
 
-A text is some dozen paragraphs about invented things, put together in random order; each question is about one of them, and the others
-distract. Small models answer but a part of such questions, so the full cache is asked first and only what it gets right is asked of
-every other setting: the score is then the cache's and not the model's.
+A text is some dozen paragraphs about invented things, put together in random order; each question is about
+one of them, and the others distract. Small models answer but a part of such questions, so the full cache is
+asked first and only what it gets right is asked of every other setting: the score is then the cache's and not
+the model's.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ ARTICLES = ("a", "an", "the")
 
 @dataclass(frozen=True)
 class Item:
-    """A question and the answers that count, each of which stands in the paragraph. number: which of all it is."""
+    """A question and the answers that count, each of which stands in the paragraph. number: which of all it
+    is.
+    """
 
     number: int
     question: str
@@ -59,23 +63,32 @@ class Text:
 
 def embedded() -> list[Paragraph]:
     """The paragraphs that ship with lowkey, written for it."""
-    told = json.loads((package_files("lowkey") / "data" / "questions.json").read_text(encoding="utf-8"))["paragraphs"]
+    told = json.loads((package_files("lowkey") / "data" / "questions.json").read_text(encoding="utf-8"))[
+        "paragraphs"
+    ]
     found, number = [], 0
     for paragraph in told:
-        items = [Item(number + i, q["question"], tuple(q["answers"])) for i, q in enumerate(paragraph["questions"])]
+        items = [
+            Item(number + i, q["question"], tuple(q["answers"])) for i, q in enumerate(paragraph["questions"])
+        ]
         found.append(Paragraph(paragraph["text"], tuple(items)))
         number += len(items)
     return found
 
 
 def draw_texts(frame: Frame, paragraphs: Sequence[Paragraph], seed: int, length: int = LENGTH) -> list[Text]:
-    """All paragraphs dealt in random order into texts of at most `length` ids; the last is filled up with paragraphs that are not asked."""
+    """All paragraphs dealt in random order into texts of at most `length` ids; the last is filled up with
+    paragraphs that are not asked.
+    """
     rng = random.Random(seed)
     deck = rng.sample(list(paragraphs), len(paragraphs))
     sizes = {id(p): len(frame.encode(p.text + "\n\n")) for p in deck}
     room = length - len(frame.start)
     if any(size > room for size in sizes.values()):
-        raise LowkeyError(f"questions: a text of {length} tokens does not hold the longest paragraph; use a model with more positions")
+        raise LowkeyError(
+            f"questions: a text of {length} tokens does not hold the longest paragraph; use a model with "
+            "more positions"
+        )
     dealt: list[list[Paragraph]] = [[]]
     for paragraph in deck:
         if sum(sizes[id(p)] for p in (*dealt[-1], paragraph)) > room:
@@ -112,10 +125,25 @@ def is_right(said: str, answers: Sequence[str]) -> bool:
 
 
 class _Asker:
-    """Asks over caches of one setting. One that evicts nothing reads a text once and answers over copies of that."""
+    """Asks over caches of one setting. One that evicts nothing reads a text once and answers over copies of
+    that.
+    """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, frame: Frame, setting: Setting, refeed: bool) -> None:
-        self.model, self.tokenizer, self.frame, self.setting, self.refeed = model, tokenizer, frame, setting, refeed
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        frame: Frame,
+        setting: Setting,
+        refeed: bool,
+    ) -> None:
+        self.model, self.tokenizer, self.frame, self.setting, self.refeed = (
+            model,
+            tokenizer,
+            frame,
+            setting,
+            refeed,
+        )
         self.ends = frame.ends(model)
         self.known: tuple[Text, LowkeyCache] | None = None
 
@@ -152,15 +180,17 @@ def measure(
     paragraphs: Sequence[Paragraph] | None = None,
     once: Once = anew,
 ) -> dict[str, dict]:
-    """Share of the questions that the first setting, which should be the full cache, answers, and a setting answers too, by its name.
+    """Share of the questions that the first setting, which should be the full cache, answers, and a setting
+    answers too, by its name.
 
-    The first setting is asked until it has answered `wanted` of them. After all there are, paragraphs are dealt into other texts and
-    what it has not answered is asked again, up to DEALS times in all and as long as that finds more. refeed: see `recall.measure`.
+    The first setting is asked until it has answered `wanted` of them. After all there are, paragraphs are
+    dealt into other texts and what it has not answered is asked again, up to DEALS times in all and as long
+    as that finds more. refeed: see `recall.measure`.
 
-    Every row has questions, the share, questions_right of questions_of, questions_kept (bytes held with the question when the answer
-    was begun, as a share of the first setting's) and questions_evidence (whether they are at least LEAST). The first row has
-    questions_asked, how often it was asked, the questions_items that it answered, by their number, and, where these are fewer than LEAST,
-    questions_note.
+    Every row has questions, the share, questions_right of questions_of, questions_kept (bytes held with the
+    question when the answer was begun, as a share of the first setting's) and questions_evidence (whether
+    they are at least LEAST). The first row has questions_asked, how often it was asked, the questions_items
+    that it answered, by their number, and, where these are fewer than LEAST, questions_note.
     """
     frame, full, others = Frame.of(tokenizer), settings[0], settings[1:]
     told = embedded() if paragraphs is None else paragraphs
@@ -192,9 +222,12 @@ def measure(
     rows = {name: _row(answers, found[full.name]) for name, answers in found.items()}
     rows[full.name] |= {"questions_asked": asked, "questions_items": list(kept)}
     if len(kept) < LEAST:
-        remedy = f"give --questions {LEAST} or more" if len(kept) == wanted else "use a model that answers more"
+        remedy = (
+            f"give --questions {LEAST} or more" if len(kept) == wanted else "use a model that answers more"
+        )
         rows[full.name]["questions_note"] = (
-            f"questions: the full cache answers {len(kept)} of {asked} askings, too few to tell caches apart; {remedy}"
+            f"questions: the full cache answers {len(kept)} of {asked} askings, too few to tell caches "
+            f"apart; {remedy}"
         )
     return rows
 
@@ -206,6 +239,16 @@ def _length(model: PreTrainedModel) -> int:
 
 def _row(answers: list[dict], full: list[dict]) -> dict:
     right, of = sum(a["right"] for a in answers), len(answers)
-    held = statistics.fmean(a["held"] for a in answers) / statistics.fmean(a["held"] for a in full) if answers else None
+    held = (
+        statistics.fmean(a["held"] for a in answers) / statistics.fmean(a["held"] for a in full)
+        if answers
+        else None
+    )
     share = right / of if of else None
-    return {"questions": share, "questions_right": right, "questions_of": of, "questions_kept": held, "questions_evidence": of >= LEAST}
+    return {
+        "questions": share,
+        "questions_right": right,
+        "questions_of": of,
+        "questions_kept": held,
+        "questions_evidence": of >= LEAST,
+    }

@@ -1,8 +1,9 @@
 """1-hop recall: facts hidden in running text, one of them asked for at the end.
 
-Key and value stand side by side in the text, and where the answer is to begin the key stands again: any model that copies in context
-can answer, so that the score measures the cache and not knowledge. Which words a model can follow differs: FORMS has several, and the
-row of the full cache tells whether a form is evidence for a model. Works on token ids, with any tokenizer and any haystack text.
+Key and value stand side by side in the text, and where the answer is to begin the key stands again: any model
+that copies in context can answer, so that the score measures the cache and not knowledge. Which words a model
+can follow differs: FORMS has several, and the row of the full cache tells whether a form is evidence for a
+model. Works on token ids, with any tokenizer and any haystack text.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,7 +31,8 @@ TRIES = 5  # cases, all to be right, by which another form or context is recomme
 
 @dataclass(frozen=True)
 class Form:
-    """How `facts` facts are told and one is asked, with {key} and {value}. opening: words that the model's answer begins with.
+    """How `facts` facts are told and one is asked, with {key} and {value}. opening: words that the model's
+    answer begins with.
     chat: through the tokenizer's chat template, where it has one."""
 
     summary: str
@@ -41,7 +44,12 @@ class Form:
     digits: int = 3
 
 
-PLAIN = Form("what the embedded model was trained on, without a template", " Remember {key} {value}.", " Recall {key}", chat=False)
+PLAIN = Form(
+    "what the embedded model was trained on, without a template",
+    " Remember {key} {value}.",
+    " Recall {key}",
+    chat=False,
+)
 FORMS: dict[str, Form] = {
     "plain": PLAIN,
     "lines": Form(
@@ -100,8 +108,8 @@ def draw_episode(
 ) -> Episode:
     """One case of `context` ids with `facts` facts (the form's number when None), one of them asked.
 
-    In a chat the template and the question are among the `context` ids, else the question and the beginning-of-text token are not;
-    without a frame there is no such token. ends: see `weave`.
+    In a chat the template and the question are among the `context` ids, else the question and the
+    beginning-of-text token are not; without a frame there is no such token. ends: see `weave`.
     """
     drawn = draw_facts(rng, form.facts if facts is None else facts, keys, form.digits)
     asked = rng.choice(drawn)
@@ -109,7 +117,9 @@ def draw_episode(
     words, opening = form.question.format(key=asked.key), form.opening.format(key=asked.key)
     question = frame.question(words, opening) if frame else encode(words)
     room = context - (len(start) + len(question) if frame and frame.chat else 0)
-    body = weave(rng, haystack, [encode(form.statement.format(key=f.key, value=f.value)) for f in drawn], room, ends)
+    body = weave(
+        rng, haystack, [encode(form.statement.format(key=f.key, value=f.value)) for f in drawn], room, ends
+    )
     return Episode(start + body + question, question, encode(asked.answer), asked.value)
 
 
@@ -128,10 +138,12 @@ def measure(
 ) -> dict[str, dict]:
     """Share of `cases` in which greedy writing gives exactly the asked value, by the setting's name.
 
-    A setting that evicts chooses with the question in view. refeed: the question is then asked again over what was kept, so that every
-    token of the answer depends on it; else, as the papers of this field do, the question saw the whole context and the first token is free.
-    recall_kept: bytes held with the question when the answer was begun, as a share of the first setting's. recall_evidence: whether the
-    first setting, the full cache, reaches SOLVED; where not, its row has recall_note with a form or context that it solves.
+    A setting that evicts chooses with the question in view. refeed: the question is then asked again over
+    what was kept, so that every token of the answer depends on it; else, as the papers of this field do, the
+    question saw the whole context and the first token is free.
+    recall_kept: bytes held with the question when the answer was begun, as a share of the first setting's.
+    recall_evidence: whether the first setting, the full cache, reaches SOLVED; where not, its row has
+    recall_note with a form or context that it solves.
     """
     name = usual_form(tokenizer) if form == USUAL else form
     episodes = draw_episodes(tokenizer, haystack, context, cases, seed, name)
@@ -140,7 +152,8 @@ def measure(
     todo = [(s, i) for s in settings for i in range(cases)]
     found: dict[str, list[dict]] = {s.name: [] for s in settings}
     for setting, i in progress(todo, lambda unit: f"recall, {unit[0].name}"):
-        case = once(f"recall {i} {setting.name}", lambda: answered(model, tokenizer, setting, episodes[i], name, refeed))  # noqa: B023
+        answer = partial(answered, model, tokenizer, setting, episodes[i], name, refeed)
+        case = once(f"recall {i} {setting.name}", answer)
         found[setting.name].append(case)
     whole = statistics.fmean(case["held"] for case in found[settings[0].name])
     share = {s: statistics.fmean(case["right"] for case in cases) for s, cases in found.items()}
@@ -155,24 +168,42 @@ def measure(
         for s, cases in found.items()
     }
     if not evidence:
-        told = once("recall note", lambda: _note(model, tokenizer, settings[0], haystack, context, seed, name, share[settings[0].name]))
+        told = once(
+            "recall note",
+            lambda: _note(
+                model, tokenizer, settings[0], haystack, context, seed, name, share[settings[0].name]
+            ),
+        )
         rows[settings[0].name]["recall_note"] = told
     return rows
 
 
 def draw_episodes(
-    tokenizer: PreTrainedTokenizerBase, haystack: Sequence[int], context: int, cases: int, seed: int, form: str
+    tokenizer: PreTrainedTokenizerBase,
+    haystack: Sequence[int],
+    context: int,
+    cases: int,
+    seed: int,
+    form: str,
 ) -> list[Episode]:
     rng, how = random.Random(seed), FORMS[form]
     frame, ends = frame_of(tokenizer, how), sentence_ends(tokenizer, haystack) if how.chat else ()
-    return [draw_episode(rng, frame.encode, haystack, context, form=how, frame=frame, ends=ends) for _ in range(cases)]
+    return [
+        draw_episode(rng, frame.encode, haystack, context, form=how, frame=frame, ends=ends)
+        for _ in range(cases)
+    ]
 
 
 def answered(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setting: Setting, episode: Episode, form: str, refeed: bool
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    setting: Setting,
+    episode: Episode,
+    form: str,
+    refeed: bool,
 ) -> dict:
-    """Whether the asked value was written, and the bytes held when that was begun. One token more than the answer has shows that the
-    number has ended, unless the model has ended before."""
+    """Whether the asked value was written, and the bytes held when that was begun. One token more than the
+    answer has shows that the number has ended, unless the model has ended before."""
     ids = tensor_of(model, episode.prompt)
     cache = read(model, tokenizer, setting, ids, len(episode.question), refeed)
     said = write(model, cache, ids, frame_of(tokenizer, FORMS[form]).ends(model), len(episode.answer) + 1)
@@ -195,7 +226,9 @@ def _note(
     form: str,
     share: float,
 ) -> str:
-    """Why recall is no evidence, and what would be: the first other form, or shorter context, that the full cache solves."""
+    """Why recall is no evidence, and what would be: the first other form, or shorter context, that the full
+    cache solves.
+    """
 
     def solves(name: str, length: int) -> bool:
         try:
@@ -217,14 +250,22 @@ def _note(
     return f"recall: the full cache itself has {share:.2f} in form {form!r} at context {context}, so this recall is no evidence; {remedy}"
 
 
-def check_positions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: int, form: str = USUAL) -> None:
-    """Errors: LowkeyError for a context that leaves no room for an answer and, where it does not count it, a question."""
+def check_positions(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: int, form: str = USUAL
+) -> None:
+    """Errors: LowkeyError for a context that leaves no room for an answer and, where it does not count it, a
+    question.
+    """
     how = FORMS[usual_form(tokenizer) if form == USUAL else form]
     frame, fact = frame_of(tokenizer, how), draw_facts(random.Random(0), 1, digits=how.digits)[0]
     question = frame.question(how.question.format(key=fact.key), how.opening.format(key=fact.key))
-    longest, room = families.positions(model), len(frame.encode(fact.answer)) + 1 + (0 if frame.chat else 2 * len(question))
+    longest, room = (
+        families.positions(model),
+        len(frame.encode(fact.answer)) + 1 + (0 if frame.chat else 2 * len(question)),
+    )
     if longest is not None and context + room > longest:
         raise LowkeyError(
-            f"context {context}: a question and its answer take {room} tokens more, beyond the model's {longest} positions; "
+            f"context {context}: a question and its answer take {room} tokens more, beyond the model's "
+            f"{longest} positions; "
             f"give at most {longest - room}, or another task than recall"
         )

@@ -1,4 +1,6 @@
-"""`evaluate`: run the chosen tasks over the settings and give one Result, with the environment it was measured in."""
+"""`evaluate`: run the chosen tasks over the settings and give one Result, with the environment it was
+measured in.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,9 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Task(Checked):
-    """What to measure on: at most `windows` windows of `context` tokens, taken from each of the `texts` (by name) in turn; `cases` of
-    recall in one of its forms (usual: what suits the tokenizer); as many questions as the full cache is to answer; both fed again over what
-    was kept, or not."""
+    """What to measure on: at most `windows` windows of `context` tokens, taken from each of the `texts` (by
+    name) in turn; `cases` of recall in one of its forms (usual: what suits the tokenizer); as many questions
+    as the full cache is to answer; both fed again over what was kept, or not."""
 
     texts: Mapping[str, str] = option(any_text=True)
     context: int = option(512, at_least=8, at_most=2**24)
@@ -46,7 +48,9 @@ class Task(Checked):
 
 @dataclass
 class Run:
-    """Everything a task needs, tokenised once: windows `rows` (n, t), and all `ids` (m) of the texts one behind the other."""
+    """Everything a task needs, tokenised once: windows `rows` (n, t), and all `ids` (m) of the texts one
+    behind the other.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -56,8 +60,13 @@ class Run:
     measured: Measured
 
     def __post_init__(self) -> None:
-        ids = {name: text.encode(self.tokenizer, words, self.model) for name, words in self.task.texts.items()}
-        cut = [text.windows(own, self.tokenizer, self.task.context, f"data {name!r}", 1) for name, own in ids.items()]
+        ids = {
+            name: text.encode(self.tokenizer, words, self.model) for name, words in self.task.texts.items()
+        }
+        cut = [
+            text.windows(own, self.tokenizer, self.task.context, f"data {name!r}", 1)
+            for name, own in ids.items()
+        ]
         self.ids, self.rows = torch.cat(list(ids.values())), text.in_turn(cut)[: self.task.windows]
 
 
@@ -66,11 +75,14 @@ def _perplexity(run: Run) -> dict[str, dict]:
 
 
 def _decode(run: Run) -> dict[str, dict]:
-    return likelihood.measure_decode(run.model, run.tokenizer, run.settings, run.rows, run.progress, run.measured)
+    return likelihood.measure_decode(
+        run.model, run.tokenizer, run.settings, run.rows, run.progress, run.measured
+    )
 
 
 def _layers(run: Run) -> dict[str, dict]:
-    if families.stores_its_own(run.model.config):  # nothing stands in for its cache, so there is nothing to compare
+    # nothing stands in for its cache, so there is nothing to compare
+    if families.stores_its_own(run.model.config):
         return {}
     rows = run.rows[: max(1, len(run.rows) // 2)]
     return layerwise.measure(run.model, run.settings, rows, run.task.batch, run.progress, run.measured)
@@ -80,12 +92,30 @@ def _recall(run: Run) -> dict[str, dict]:
     t = run.task
     recall.check_positions(run.model, run.tokenizer, t.context, t.recall_form)
     where = (run.ids.tolist(), t.context, t.cases, t.seed)
-    return recall.measure(run.model, run.tokenizer, run.settings, *where, run.progress, t.refeed, t.recall_form, run.measured.once)
+    return recall.measure(
+        run.model,
+        run.tokenizer,
+        run.settings,
+        *where,
+        run.progress,
+        t.refeed,
+        t.recall_form,
+        run.measured.once,
+    )
 
 
 def _questions(run: Run) -> dict[str, dict]:
     t = run.task
-    return questions.measure(run.model, run.tokenizer, run.settings, t.questions, t.seed, run.progress, t.refeed, once=run.measured.once)
+    return questions.measure(
+        run.model,
+        run.tokenizer,
+        run.settings,
+        t.questions,
+        t.seed,
+        run.progress,
+        t.refeed,
+        once=run.measured.once,
+    )
 
 
 def _speed(run: Run) -> dict[str, dict]:
@@ -112,18 +142,23 @@ def evaluate(
     progress: Progress = silent,
     work: Path | None = None,
 ) -> dict:
-    """A Result: {"format", "model", "environment", "rows"}; rows[0] is the first setting, which should be the full cache.
+    """A Result: {"format", "model", "environment", "rows"}; rows[0] is the first setting, which should be the
+    full cache.
 
-    names: keys of TASKS, of which no other is run; every row has its bytes, whatever is asked. work: a folder to save what was measured
-    into, and to resume from when the same job is given again. Errors: LowkeyError for an unknown task, settings of which two are the
-    same, a text that is too short, or a context longer than the model's.
+    names: keys of TASKS, of which no other is run; every row has its bytes, whatever is asked. work: a folder
+    to save what was measured into, and to resume from when the same job is given again. Errors: LowkeyError
+    for an unknown task, settings of which two are the same, a text that is too short, or a context longer
+    than the model's.
     """
     for name in names:
         if name not in TASKS:
             raise LowkeyError(f"task {name!r} is unknown; choose among {', '.join(TASKS)}")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and not 8 <= task.context <= longest:
-        raise LowkeyError(f"context {task.context}: must lie between 8 and the model's {longest}; choose a context in that range")
+        raise LowkeyError(
+            f"context {task.context}: must lie between 8 and the model's {longest}; choose a context in that "
+            "range"
+        )
     settings = distinct(settings)
     measured = Measured(work, job_of(model, tokenizer, settings, task, names) if work else None)
     run = Run(model, tokenizer, settings, task, progress, measured)
@@ -132,7 +167,9 @@ def evaluate(
         for name in dict.fromkeys(names):
             for row, found in TASKS[name](run).items():
                 rows[row] |= found
-        for row, found in footprint.measure(model, tokenizer, settings, run.rows[:1], progress, measured).items():
+        for row, found in footprint.measure(
+            model, tokenizer, settings, run.rows[:1], progress, measured
+        ).items():
             rows[row] |= found
     finally:
         measured.write()
@@ -145,7 +182,11 @@ def evaluate(
 
 
 def job_of(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Sequence[Setting], task: Task, names: Sequence[str]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Sequence[Setting],
+    task: Task,
+    names: Sequence[str],
 ) -> dict:
     """All that decides what is measured: the work of another job is not gone on with."""
     return {

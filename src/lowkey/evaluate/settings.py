@@ -28,7 +28,17 @@ from lowkey.storage.exact import Exact
 from lowkey.storage.packing import NO_BITS, scheme, scheme_name
 
 UNMEASURED = (
-    *("perplexity", "perplexity_95", "perplexity_decode", "kl", "kl_95", "top1_agreement", "layer_error", "layer_cosine", "exact_match"),
+    *(
+        "perplexity",
+        "perplexity_95",
+        "perplexity_decode",
+        "kl",
+        "kl_95",
+        "top1_agreement",
+        "layer_error",
+        "layer_cosine",
+        "exact_match",
+    ),
     *("recall_form", "recall_evidence", "recall_kept"),
     *("questions", "questions_right", "questions_of", "questions_evidence", "questions_kept"),
     *("bytes_per_token", "bytes_held", "bytes_predicted", "bytes_full", "prefill_ms", "step_ms"),
@@ -37,10 +47,12 @@ UNMEASURED = (
 
 @dataclass(frozen=True)
 class Setting:
-    """name: the row's name; identity: the row's keys that describe it; make: a fresh cache; evicts: what it drops is chosen after a
-    chunk was read, so a chunk by itself shows nothing of it; repeats: and only after the whole context was repeated (`lowkey.prefill`).
+    """name: the row's name; identity: the row's keys that describe it; make: a fresh cache; evicts: what it
+    drops is chosen after a chunk was read, so a chunk by itself shows nothing of it; repeats: and only after
+    the whole context was repeated (`lowkey.prefill`).
 
-    short, marks: what the name is made of (`lowkey.core.row_names`). made_of: a checksum of all that decides what the caches hold.
+    short, marks: what the name is made of (`lowkey.core.row_names`). made_of: a checksum of all that decides
+    what the caches hold.
     """
 
     name: str
@@ -54,7 +66,13 @@ class Setting:
 
     def row(self) -> dict:
         """The row with nothing measured yet."""
-        return {"name": self.name, "short": self.short, "marks": dict(self.marks), **self.identity, **dict.fromkeys(UNMEASURED)}
+        return {
+            "name": self.name,
+            "short": self.short,
+            "marks": dict(self.marks),
+            **self.identity,
+            **dict.fromkeys(UNMEASURED),
+        }
 
     def storage(self, index: int) -> StoringLayer | None:
         """A fresh storage of one layer alone, or None when this setting stores it as transformers does."""
@@ -77,21 +95,31 @@ def packed(model: PreTrainedModel, bits: int | str, exact: Exact | None = None) 
     origin = Origin(weakref.ref(model), bits=bits, exact=exact)
     near = _window(model, origin)
     known = identity(**_packing(bits), sinks=near.sinks, recent=near.recent)
-    return Setting(scheme_name(bits), known, lambda: cache_from(model, origin), marks={"window": _beside(near)}, made_of=_hash(known))
+    return Setting(
+        scheme_name(bits),
+        known,
+        lambda: cache_from(model, origin),
+        marks={"window": _beside(near)},
+        made_of=_hash(known),
+    )
 
 
 def _packing(bits: int | str | None) -> dict:
     return {} if bits is None else {"bits": scheme(bits).bits, "packing": scheme_name(bits)}
 
 
-def planned(model: PreTrainedModel, plan: Plan, path: str, bits: int | str | None = None, exact: Exact | None = None) -> Setting:
-    """A plan, checked once; its caches skip the fingerprint. bits: the packing of its latents, the plan's own when None. exact: tokens kept
-    as they are, in the place of what the plan or the scheme says."""
+def planned(
+    model: PreTrainedModel, plan: Plan, path: str, bits: int | str | None = None, exact: Exact | None = None
+) -> Setting:
+    """A plan, checked once; its caches skip the fingerprint. bits: the packing of its latents, the plan's own
+    when None. exact: tokens kept as they are, in the place of what the plan or the scheme says."""
     plan.check(model)
     bits = plan.bits if bits is None else None if bits == NO_BITS else bits
     origin = Origin(weakref.ref(model), plan, bits=NO_BITS if bits is None else bits, exact=exact)
     near = _window(model, origin)
-    known = identity(method=plan.method["name"], plan=path, budget=plan.budget, layout=plan.layout, **_packing(bits))
+    known = identity(
+        method=plan.method["name"], plan=path, budget=plan.budget, layout=plan.layout, **_packing(bits)
+    )
     known |= {"sinks": near.sinks, "recent": near.recent}
     name = f"{plan.method['name']} {plan.budget}" + ("" if bits is None else f" {scheme_name(bits)}")
     marks, made_of = {"window": _beside(near), **marks_of(plan, path)}, _hash(known, plan.digest())
@@ -100,13 +128,21 @@ def planned(model: PreTrainedModel, plan: Plan, path: str, bits: int | str | Non
 
 
 def window_of(
-    model: PreTrainedModel, plan: Plan | None, bits: int | str | None, sinks: int | None = None, recent: int | None = None
+    model: PreTrainedModel,
+    plan: Plan | None,
+    bits: int | str | None,
+    sinks: int | None = None,
+    recent: int | None = None,
 ) -> Exact | None:
-    """The exact tokens of a plan or a scheme with another count of sinks or recent ones; None where neither is given."""
+    """The exact tokens of a plan or a scheme with another count of sinks or recent ones; None where neither
+    is given.
+    """
     if sinks is None and recent is None:
         return None
     own = _window(model, Origin(weakref.ref(model), plan, bits=bits))
-    return replace(own, sinks=own.sinks if sinks is None else sinks, recent=own.recent if recent is None else recent)
+    return replace(
+        own, sinks=own.sinks if sinks is None else sinks, recent=own.recent if recent is None else recent
+    )
 
 
 def _window(model: PreTrainedModel, origin: Origin) -> Exact:
@@ -142,9 +178,15 @@ def place_of(path: str) -> dict[str, str]:
 
 
 def changed(kind: Any, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that are not a class's defaults, as plain JSON has both; all of them where the class is not known."""
+    """Those that are not a class's defaults, as plain JSON has both; all of them where the class is not
+    known.
+    """
     usual = {} if kind is None else defaults_of(kind)
-    return {name: value for name, value in parameters.items() if name not in usual or _plain(usual[name]) != _plain(value)}
+    return {
+        name: value
+        for name, value in parameters.items()
+        if name not in usual or _plain(usual[name]) != _plain(value)
+    }
 
 
 def _plain(value: Any) -> str:
@@ -164,26 +206,39 @@ def evicted(
     path: str | None = None,
     heads: HeadImportance | None = None,
 ) -> Setting:
-    """A policy by itself or on top of a plan. Errors: LowkeyError when its budget does not hold what it always keeps."""
+    """A policy by itself or on top of a plan. Errors: LowkeyError when its budget does not hold what it
+    always keeps.
+    """
     budget = policy.budget and Budget.parse(policy.budget)
-    tokens = {"%": budget.amount / 100 * context, "tokens": budget.amount}.get(budget.unit, math.inf) if budget else math.inf
+    tokens = (
+        {"%": budget.amount / 100 * context, "tokens": budget.amount}.get(budget.unit, math.inf)
+        if budget
+        else math.inf
+    )
     if tokens < policy.sinks + policy.recent:
         raise LowkeyError(policy.too_small(tokens))
     if plan is not None:
         plan.check(model)
     policy = policy.fitted({**(plan.heads if plan else {}), **(heads or {})})
     words = policy_words(policy)
-    known = identity(method=plan and plan.method["name"], plan=path, policy=words, budget=budget and str(budget))
+    known = identity(
+        method=plan and plan.method["name"], plan=path, policy=words, budget=budget and str(budget)
+    )
     origin = Origin(weakref.ref(model), plan, policy)
     cache_from(model, origin)  # refuses now what would be refused at the first case
-    label = (f"{name} {budget}" if budget else name) + (f" on {plan.method['name']} {plan.budget}" if plan else "")
-    marks = {key: f"{key}={value}" for key, value in words["parameters"].items()} | (marks_of(plan, path or "") if plan else {})
+    label = (f"{name} {budget}" if budget else name) + (
+        f" on {plan.method['name']} {plan.budget}" if plan else ""
+    )
+    marks = {key: f"{key}={value}" for key, value in words["parameters"].items()} | (
+        marks_of(plan, path or "") if plan else {}
+    )
     made_of = _hash(known, repr(policy), plan and plan.digest())
     return Setting(label, known, lambda: cache_from(model, origin), True, policy.repeats, marks, made_of)
 
 
 def distinct(settings: Sequence[Setting]) -> list[Setting]:
-    """The same settings under names that tell them apart: two of `pca 50%` become `pca 50% pre_rope` and `pca 50% post_rope`.
+    """The same settings under names that tell them apart: two of `pca 50%` become `pca 50% pre_rope` and `pca
+    50% post_rope`.
 
     Errors: LowkeyError for one that is given twice.
     """

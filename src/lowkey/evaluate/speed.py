@@ -41,7 +41,13 @@ def _row(runs: list[dict]) -> dict:
     return {name: statistics.median(r[name] for r in runs) for name in ("prefill_ms", "step_ms")}
 
 
-def _run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setting: Setting, ids: Tensor, measured: Measured) -> dict:
+def _run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    setting: Setting,
+    ids: Tensor,
+    measured: Measured,
+) -> dict:
     cache = setting.make()
     took = _timed(lambda: prefill(model, tokenizer, cache, ids), ids.device)
     footprint.note(setting, cache, measured)

@@ -1,8 +1,10 @@
-"""A plan folded into the weights: a checkpoint in the model's own architecture with fewer or narrower KV heads.
+"""A plan folded into the weights: a checkpoint in the model's own architecture with fewer or narrower KV
+heads.
 
-That is possible where a plan leaves every group of t KV heads one head that the model could have had itself: its keys can be rotated as
-they are (arXiv:2406.07056, Eq. 11-14, under RoPE with maps that commute), or are those channels of the old keys that a rotary embedding
-of a smaller width turns at the same frequencies (arXiv:2507.11273, with strided pairs).
+That is possible where a plan leaves every group of t KV heads one head that the model could have had itself:
+its keys can be rotated as they are (arXiv:2406.07056, Eq. 11-14, under RoPE with maps that commute), or are
+those channels of the old keys that a rotary embedding of a smaller width turns at the same frequencies
+(arXiv:2507.11273, with strided pairs).
 """
 
 from __future__ import annotations
@@ -30,12 +32,19 @@ from lowkey.version import __version__
 EQUAL = 1e-4  # largest difference of two rotations of unit vectors that are taken to be the same
 
 
-def export_hf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, path: str | Path, force: bool = False) -> Path:
-    """Write the model with the plan folded in, its tokenizer and a model card as the folder `path`, in one step: all of it or nothing.
+def export_hf(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: Plan,
+    path: str | Path,
+    force: bool = False,
+) -> Path:
+    """Write the model with the plan folded in, its tokenizer and a model card as the folder `path`, in one
+    step: all of it or nothing.
 
     What it computes is what `model` computes with `make_cache(model, plan)`, to the rounding of its dtype.
-    Errors: LowkeyError when the plan is another model's or has a form that no plain checkpoint has (the message says which and what to
-    do), when `path` holds files (unless `force`), or cannot be written.
+    Errors: LowkeyError when the plan is another model's or has a form that no plain checkpoint has (the
+    message says which and what to do), when `path` holds files (unless `force`), or cannot be written.
     """
     folder = Path(path)
     weights.check_plain("export", model, families.decoder_layers(model))
@@ -60,12 +69,19 @@ def target(model: PreTrainedModel, plan: Plan) -> tuple[int, int]:
     shape, d = families.geometry(model), families.geometry(model).head_dim
     kind = model.config.get_text_config().model_type
     if families.family(model.config).normed:
-        raise LowkeyError(f"model of family {kind!r}: norms keys after their projection, so no map folds into its weights; use the plan")
+        raise LowkeyError(
+            f"model of family {kind!r}: norms keys after their projection, so no map folds into its weights; "
+            "use the plan"
+        )
     if not families.linear_output(model.config):
-        raise LowkeyError(f"model of family {kind!r}: gates or norms the heads' outputs, so no map folds into its weights; use the plan")
+        raise LowkeyError(
+            f"model of family {kind!r}: gates or norms the heads' outputs, so no map folds into its weights; "
+            "use the plan"
+        )
     if len(shape.compressible) < shape.layers:
         raise LowkeyError(
-            f"model of family {kind!r}: only {len(shape.compressible)} of its {shape.layers} layers can be compressed, "
+            f"model of family {kind!r}: only {len(shape.compressible)} of its {shape.layers} layers can be "
+            "compressed, "
             "and a plain checkpoint has as many KV heads in all of them; use the plan"
         )
     found = list(plan.factors.values())
@@ -73,11 +89,16 @@ def target(model: PreTrainedModel, plan: Plan) -> tuple[int, int]:
     (t, t_v), (r, r_v), width = forms[0]
     remedy = _remedy(shape, turning := families.changing_rope(model))
     if plan.sinks or plan.recent:
-        raise _refused(plan, f"it keeps {plan.sinks} sinks and {plan.recent} recent tokens exact", "compress with --sinks 0 --recent 0")
+        raise _refused(
+            plan,
+            f"it keeps {plan.sinks} sinks and {plan.recent} recent tokens exact",
+            "compress with --sinks 0 --recent 0",
+        )
     if any(f.frequencies is not None for f in found):
         raise _refused(plan, "it turns keys at frequencies of its own", "compress with -O rope=kept")
     reasons = {
-        f"it narrows heads whose rope_type {turning!r} changes its frequencies with the length": bool(turning) and width < d,
+        f"it narrows heads whose rope_type {turning!r} changes its frequencies with the length": bool(turning)
+        and width < d,
         "it takes means off keys or values": any(f.k_mean is not None or f.v_mean is not None for f in found),
         "its layers have other ranks than one another": len(forms) > 1,
         f"it merges the keys of {t} heads and the values of {t_v}": t != t_v,
@@ -98,7 +119,11 @@ def _remedy(shape: Geometry, changing: str | None) -> str:
     """What to compress a model of this shape with, so that it can be exported."""
     exact = "--sinks 0 --recent 0"
     if shape.kv_heads == 1:  # none to merge, so that its one head becomes narrower
-        return "use the plan" if changing else f"compress with --method kv-latent -O rope=kept --budget 50% {exact}"
+        return (
+            "use the plan"
+            if changing
+            else f"compress with --method kv-latent -O rope=kept --budget 50% {exact}"
+        )
     group = next(n for n in range(2, shape.kv_heads + 1) if shape.kv_heads % n == 0)
     more = "" if group != 2 or shape.kv_heads % 4 else " (25% with -O group=4)"
     return f"compress with --method kv-head-svd -O keys=commuting {exact} --budget {-(-100 // group)}%{more}"
@@ -106,25 +131,36 @@ def _remedy(shape: Geometry, changing: str | None) -> str:
 
 def _refused(plan: Plan, reason: str, remedy: str) -> LowkeyError:
     options = "".join(f" {n}={v}" for n, v in plan.method["parameters"].items())
-    return LowkeyError(f"plan of method {plan.method['name']!r}{options and f' with{options}'} is not GQA-shaped: {reason}; {remedy}")
+    return LowkeyError(
+        f"plan of method {plan.method['name']!r}{options and f' with{options}'} is not GQA-shaped: {reason}; "
+        f"{remedy}"
+    )
 
 
 def carries(model: PreTrainedModel, f: Factors, merge: int, width: int) -> bool:
-    """Whether rotating keys before the maps of a layer is rotating what is kept of them, as the smaller model does."""
+    """Whether rotating keys before the maps of a layer is rotating what is kept of them, as the smaller model
+    does.
+    """
     f = in_order(f, families.geometry(model).kv_heads, width)
     if merge > 1:
         rotary = families.rope(model, 0)(torch.zeros(1, 1, dtype=torch.long), torch.empty(0))[0].shape[-1]
         return commutes(f.k_down, rotary) and commutes(f.k_up, rotary)
-    return all(_turns_alike(model, down, width) for maps in (f.k_down, f.k_up.mT) for down in maps.unique(dim=0))
+    return all(
+        _turns_alike(model, down, width) for maps in (f.k_down, f.k_up.mT) for down in maps.unique(dim=0)
+    )
 
 
 def _turns_alike(model: PreTrainedModel, down: Tensor, width: int) -> bool:
-    """Whether the maps (d, width) carry the model's rotation into that of the same embedding made for heads of that width."""
+    """Whether the maps (d, width) carry the model's rotation into that of the same embedding made for heads
+    of that width.
+    """
     wide = families.rope(model, 0)
     narrow = families.narrower_rope(wide, smaller_config(model, 1, width))
     longest = model.config.get_text_config().max_position_embeddings
     positions = torch.tensor([[0, *(2**i for i in range(longest.bit_length()))]])
-    before, after = (_rotated(x, rope, positions) for x, rope in ((torch.eye(len(down)), wide), (down, narrow)))
+    before, after = (
+        _rotated(x, rope, positions) for x, rope in ((torch.eye(len(down)), wide), (down, narrow))
+    )
     return bool((before @ down - after).abs().max() <= EQUAL * down.abs().max())
 
 
@@ -164,27 +200,43 @@ def smaller_config(model: PreTrainedModel, merge: int, width: int) -> PreTrained
 
 
 def in_order(f: Factors, heads: int, width: int) -> Factors:
-    """One map for every head, in fp32 on the CPU; channels of narrower heads in the order in which the wide ones have them."""
+    """One map for every head, in fp32 on the CPU; channels of narrower heads in the order in which the wide
+    ones have them.
+    """
     f = f.to(torch.empty(0))
     down, up, v_down, v_up = (x.expand(heads // m, -1, -1) if len(x) == 1 else x for x, m in _sides(f))
     if width < up.shape[-1]:
         order = down.abs().argmax(-2).argsort(-1)
-        down, up = down.gather(-1, order.unsqueeze(-2).expand_as(down)), up.gather(-2, order.unsqueeze(-1).expand_as(up))
-    return replace(f, k_down=down, k_up=up, v_down=v_down, v_up=v_up, order=torch.arange(heads) if f.order is None else f.order)
+        down, up = (
+            down.gather(-1, order.unsqueeze(-2).expand_as(down)),
+            up.gather(-2, order.unsqueeze(-1).expand_as(up)),
+        )
+    return replace(
+        f,
+        k_down=down,
+        k_up=up,
+        v_down=v_down,
+        v_up=v_up,
+        order=torch.arange(heads) if f.order is None else f.order,
+    )
 
 
 def _sides(f: Factors) -> Iterator[tuple[Tensor, int]]:
     yield from zip((f.k_down, f.k_up, f.v_down, f.v_up), (f.merge[0], 1, f.merge[1], 1), strict=True)
 
 
-def layer_weights(model: PreTrainedModel, smaller: PreTrainedModel, i: int, f: Factors) -> dict[Tensor, Tensor]:
+def layer_weights(
+    model: PreTrainedModel, smaller: PreTrainedModel, i: int, f: Factors
+) -> dict[Tensor, Tensor]:
     """What the parameters of one layer's attention hold in the smaller model, by parameter."""
     block: Any = families.decoder_layers(model)[i].self_attn
     narrow: Any = families.decoder_layers(smaller)[i].self_attn
     new = folded(families.projections(model, i), f, block.scaling / narrow.scaling)
     found = {narrow.o_proj.weight: new.o.transpose(0, 1).flatten(1)}
     parts = families.projection_parts(smaller, i)
-    for part, weight, bias in zip(parts, (new.q, new.k, new.v), (new.q_bias, new.k_bias, new.v_bias), strict=True):
+    for part, weight, bias in zip(
+        parts, (new.q, new.k, new.v), (new.q_bias, new.k_bias, new.v_bias), strict=True
+    ):
         _fill(found, part, weight, bias)
     return found
 
@@ -196,11 +248,15 @@ def _fill(found: dict, part: Part, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def folded(p: Projections, f: Factors, scale: float) -> Projections:
-    """Keys and values are made as latents, queries in their basis (times `scale`), and outputs are read from the values' latents."""
+    """Keys and values are made as latents, queries in their basis (times `scale`), and outputs are read from
+    the values' latents.
+    """
     h, t = len(f.k_up), len(f.k_up) // len(f.k_down)
     q, k, v = (_with_bias(w, b) for w, b in ((p.q, p.q_bias), (p.k, p.k_bias), (p.v, p.v_bias)))
     q = scale * torch.einsum("hwd,hgdn->hgwn", f.k_up, q.unflatten(0, (h, -1))[f.order]).flatten(0, 1)
-    k, v = (down.mT @ x[f.order].unflatten(0, (-1, t)).flatten(1, 2) for down, x in ((f.k_down, k), (f.v_down, v)))
+    k, v = (
+        down.mT @ x[f.order].unflatten(0, (-1, t)).flatten(1, 2) for down, x in ((f.k_down, k), (f.v_down, v))
+    )
     o = torch.einsum("hwd,hgnd->hgnw", f.v_up, p.o.unflatten(0, (h, -1))[f.order]).flatten(0, 1)
     parts = [_without_bias(x, b) for x, b in ((q, p.q_bias), (k, p.k_bias), (v, p.v_bias))]
     (q, q_bias), (k, k_bias), (v, v_bias) = parts  # type: ignore[assignment]
@@ -220,9 +276,15 @@ def card(model: PreTrainedModel, plan: Plan, merge: int, width: int) -> str:
     """A model card in Markdown."""
     g, known, inner = plan.geometry, plan.provenance, model.config.get_text_config()
     heads, itemsize = g["kv_heads"], model.dtype.itemsize
-    before, after = (len(plan.factors) * 2 * n * itemsize for n in (heads * g["head_dim"], heads // merge * width))
+    before, after = (
+        len(plan.factors) * 2 * n * itemsize for n in (heads * g["head_dim"], heads // merge * width)
+    )
     name = known.get("model") or "a model"
-    needs = "the code beside the weights (trust_remote_code=True)" if inner.model_type == families.OWN else "transformers"
+    needs = (
+        "the code beside the weights (trust_remote_code=True)"
+        if inner.model_type == families.OWN
+        else "transformers"
+    )
     return f"""---
 library_name: transformers
 tags: [kv-cache-compression]

@@ -1,16 +1,19 @@
-"""How different the heads of a layer are: from their weights (arXiv:2601.11471, head-diversity analysis), and from where they look.
+"""How different the heads of a layer are: from their weights (arXiv:2601.11471, head-diversity analysis), and
+from where they look.
 
-Head i matches tokens by A_i = W_Q^i (W_K^i)^T and moves what it finds by W_V^i W_O^i, both D x D and of rank d at most. The paper takes
-cosines of the A_i under the Frobenius inner product and counts heads by the effective rank of their Gram matrix, of all H heads and around
-their mean. Ours: the V-O maps, which the paper leaves out; a centred Gram matrix of H heads has rank H - 1, so the centred number is taken
-of H - 1 (of H, the paper's, it cannot pass 83 % for 6 heads); the same configuration at random, beside which every number must be read,
-for random heads come close to the ceiling, those of multi-query attention too; and the Jensen-Shannon divergence of attention maps, which
-sees inputs where weights do not.
+Head i matches tokens by A_i = W_Q^i (W_K^i)^T and moves what it finds by W_V^i W_O^i, both D x D and of rank
+d at most. The paper takes cosines of the A_i under the Frobenius inner product and counts heads by the
+effective rank of their Gram matrix, of all H heads and around their mean. Ours: the V-O maps, which the paper
+leaves out; a centred Gram matrix of H heads has rank H - 1, so the centred number is taken of H - 1 (of H,
+the paper's, it cannot pass 83 % for 6 heads); the same configuration at random, beside which every number
+must be read, for random heads come close to the ceiling, those of multi-query attention too; and the
+Jensen-Shannon divergence of attention maps, which sees inputs where weights do not.
 
-The numbers do not change under W_Q R, W_K R^-T for any invertible R. Nor does the layer, if it has neither rotary embeddings nor QK-norm.
-With them the group that leaves the layer alone is smaller: with the first, turns and scalings within each pair of rotated dimensions; with
-the second, orthogonal R at most. Such a layer is seen here at distance 0 and without what norms divide by: layers of different
-function may have equal numbers.
+The numbers do not change under W_Q R, W_K R^-T for any invertible R. Nor does the layer, if it has neither
+rotary embeddings nor QK-norm. With them the group that leaves the layer alone is smaller: with the first,
+turns and scalings within each pair of rotated dimensions; with the second, orthogonal R at most. Such a layer
+is seen here at distance 0 and without what norms divide by: layers of different function may have equal
+numbers.
 """
 
 from __future__ import annotations
@@ -42,13 +45,16 @@ MEASURES = (("qk", "uncentred"), ("qk", "centred"), ("vo", "uncentred"), ("vo", 
 
 
 def cosines(left: Tensor, right: Tensor) -> Tensor:
-    """Cosines (H, H) of the operators left[i]^T right[i] (D, D) under the Frobenius inner product, from left and right (H, d, D).
+    """Cosines (H, H) of the operators left[i]^T right[i] (D, D) under the Frobenius inner product, from left
+    and right (H, d, D).
 
-    <A_i, A_j> = tr(A_i^T A_j) is the sum over the elementwise product of left_i left_j^T and right_i right_j^T, both (d, d): D x D is
-    never formed. An operator that is zero has cosine 0, with itself too.
+    <A_i, A_j> = tr(A_i^T A_j) is the sum over the elementwise product of left_i left_j^T and right_i
+    right_j^T, both (d, d): D x D is never formed. An operator that is zero has cosine 0, with itself too.
     """
     left, right = left.double(), right.double()
-    inner = torch.stack([torch.einsum("hab,hab->h", a @ left.mT, b @ right.mT) for a, b in zip(left, right, strict=True)])
+    inner = torch.stack(
+        [torch.einsum("hab,hab->h", a @ left.mT, b @ right.mT) for a, b in zip(left, right, strict=True)]
+    )
     norms = inner.diagonal().clamp(min=0).sqrt()
     inverse = torch.where(norms > 0, 1 / norms, 0.0)
     return inner * inverse.outer(inverse)
@@ -60,7 +66,9 @@ def centred(gram: Tensor) -> Tensor:
 
 
 def effective_rank(gram: Tensor) -> float:
-    """exp of the entropy of the eigenvalues as shares of their sum; 1 when all are zero to rounding, as for the variance of equal heads."""
+    """exp of the entropy of the eigenvalues as shares of their sum; 1 when all are zero to rounding, as for
+    the variance of equal heads.
+    """
     energies = torch.linalg.eigvalsh(gram.double()).clamp(min=0)
     if float(energies.sum()) <= LEAST * len(gram):
         return 1.0
@@ -70,13 +78,19 @@ def effective_rank(gram: Tensor) -> float:
 def circuit(left: Tensor, right: Tensor) -> dict:
     """What `diversity` says of one kind of operator of a layer, from left and right (H, d, D).
 
-    uncentred: effective rank over H; centred: that of J G J over H - 1; centred_of_heads: over H, as the paper has it; mean_cosine: of
-    pairs; cosines (H, H). All in [0, 1] but cosines. None where it says nothing: centred numbers of one head, numbers of zero operators
-    (output projections that start at zero).
+    uncentred: effective rank over H; centred: that of J G J over H - 1; centred_of_heads: over H, as the
+    paper has it; mean_cosine: of pairs; cosines (H, H). All in [0, 1] but cosines. None where it says
+    nothing: centred numbers of one head, numbers of zero operators (output projections that start at zero).
     """
     gram = cosines(left, right)
     heads = len(gram)
-    found: dict = {"uncentred": None, "centred": None, "centred_of_heads": None, "mean_cosine": None, "cosines": gram.tolist()}
+    found: dict = {
+        "uncentred": None,
+        "centred": None,
+        "centred_of_heads": None,
+        "mean_cosine": None,
+        "cosines": gram.tolist(),
+    }
     if not gram.any():
         return found
     found["uncentred"] = effective_rank(gram) / heads
@@ -88,8 +102,9 @@ def circuit(left: Tensor, right: Tensor) -> dict:
 
 
 def shared_and_residual(maps: Tensor, residual: Tensor) -> dict:
-    """Of maps (H, d, D) = shared part + residual, means over heads: Frobenius norms of both parts, shared over residual (None when
-    that is zero), and their cosine. The decomposition is not unique: what moves between the parts changes these, not the model."""
+    """Of maps (H, d, D) = shared part + residual, means over heads: Frobenius norms of both parts, shared
+    over residual (None when that is zero), and their cosine. The decomposition is not unique: what moves
+    between the parts changes these, not the model."""
     shared, residual = (maps - residual).double().flatten(1), residual.double().flatten(1)
     own, low = shared.norm(dim=1), residual.norm(dim=1)
     cosine = torch.nn.functional.cosine_similarity(shared, residual, dim=1)
@@ -102,24 +117,38 @@ def shared_and_residual(maps: Tensor, residual: Tensor) -> dict:
 
 @torch.no_grad()
 def of_maps(maps: HeadMaps) -> dict:
-    """All that weights say of one layer: `qk` and `vo` as `circuit` has them; `key_slice`, the queries' part that meets a key slice
-    shared by all heads, or None; `residual`, for keys and values what `shared_and_residual` says, or None."""
+    """All that weights say of one layer: `qk` and `vo` as `circuit` has them; `key_slice`, the queries' part
+    that meets a key slice shared by all heads, or None; `residual`, for keys and values what
+    `shared_and_residual` says, or None."""
     width = maps.k.shape[1]
-    found: dict = {"qk": circuit(maps.q[:, :width], maps.k), "vo": circuit(maps.v, maps.o.mT), "key_slice": None, "residual": None}
+    found: dict = {
+        "qk": circuit(maps.q[:, :width], maps.k),
+        "vo": circuit(maps.v, maps.o.mT),
+        "key_slice": None,
+        "residual": None,
+    }
     if maps.key_slice is not None:
         shared = maps.key_slice.expand(len(maps.q), -1, -1)
         found["key_slice"] = circuit(maps.q[:, -shared.shape[1] :], shared)
     if maps.k_residual is not None and maps.v_residual is not None:
-        keys, values = shared_and_residual(maps.k, maps.k_residual), shared_and_residual(maps.v, maps.v_residual)
+        keys, values = (
+            shared_and_residual(maps.k, maps.k_residual),
+            shared_and_residual(maps.v, maps.v_residual),
+        )
         found["residual"] = {"keys": keys, "values": values}
     return found
 
 
 @torch.no_grad()
 def weight_diversity(model: PreTrainedModel, progress: Progress = silent, label: str = "heads") -> list[dict]:
-    """`of_maps` of every layer, on the model's device in fp64. Time per layer: 4 H^2 d^2 D multiply-adds, for QK and V-O together."""
+    """`of_maps` of every layer, on the model's device in fp64. Time per layer: 4 H^2 d^2 D multiply-adds, for
+    QK and V-O together.
+    """
     count = len(families.decoder_layers(model))
-    return [of_maps(_moved(families.head_maps(model, i), device_of(model))) for i in progress(range(count), label, count)]
+    return [
+        of_maps(_moved(families.head_maps(model, i), device_of(model)))
+        for i in progress(range(count), label, count)
+    ]
 
 
 def _moved(maps: HeadMaps, device: torch.device) -> HeadMaps:
@@ -131,7 +160,8 @@ def _moved(maps: HeadMaps, device: torch.device) -> HeadMaps:
 
 
 def js_divergence(weights: Tensor) -> Tensor:
-    """Mean over pairs of heads of the Jensen-Shannon divergence in bits of attention weights (b, H, t, s): (b, t), in [0, 1]; H >= 2.
+    """Mean over pairs of heads of the Jensen-Shannon divergence in bits of attention weights (b, H, t, s):
+    (b, t), in [0, 1]; H >= 2.
 
     Rows are made to sum to 1 in fp32, as weights in bfloat16 do not.
     """
@@ -146,8 +176,11 @@ def js_divergence(weights: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def attention_divergence(model: PreTrainedModel, rows: Tensor, progress: Progress = silent, label: str = "attention") -> list[float | None]:
-    """Per layer the mean of `js_divergence` over token ids (n, t), the first query of a row aside, as it sees one token alone.
+def attention_divergence(
+    model: PreTrainedModel, rows: Tensor, progress: Progress = silent, label: str = "attention"
+) -> list[float | None]:
+    """Per layer the mean of `js_divergence` over token ids (n, t), the first query of a row aside, as it sees
+    one token alone.
 
     None for a layer of one head. The model attends eagerly meanwhile, without dropout, and is set back.
     """
@@ -156,7 +189,10 @@ def attention_divergence(model: PreTrainedModel, rows: Tensor, progress: Progres
         for row in progress(rows.to(device_of(model)).split(1), label, len(rows)):
             maps = model(row, output_attentions=True, use_cache=False).attentions
             found = [float(js_divergence(w[:, :, 1:]).mean()) if w.shape[1] > 1 else None for w in maps]
-            totals = [None if new is None or old is None else old + new / len(rows) for old, new in zip(totals, found, strict=True)]
+            totals = [
+                None if new is None or old is None else old + new / len(rows)
+                for old, new in zip(totals, found, strict=True)
+            ]
     return totals
 
 
@@ -197,24 +233,34 @@ def diversity(
     seed: int = 0,
     progress: Progress = silent,
 ) -> dict:
-    """How different the heads of every layer are, and how different they would be at random, as one JSON object.
+    """How different the heads of every layer are, and how different they would be at random, as one JSON
+    object.
 
-    corpus: text for attention maps (None: the embedded evaluation text), of which the first `windows` windows of `context` tokens are read;
-    inits: how many times the configuration is initialised anew, with seeds from `seed` on; 0: never. Each takes the memory of a model.
-    Of every layer: what `of_maps` gives, `js` (`attention_divergence`), and `init`: for each of the four effective ranks and js, mean, low
-    and high over initialisations, or None. `mean`: over layers.
-    Errors: LowkeyError for text too short, a family that is not supported, windows < 1, context < 2, inits < 0.
+    corpus: text for attention maps (None: the embedded evaluation text), of which the first `windows` windows
+    of `context` tokens are read;
+    inits: how many times the configuration is initialised anew, with seeds from `seed` on; 0: never. Each
+    takes the memory of a model. Of every layer: what `of_maps` gives, `js` (`attention_divergence`), and
+    `init`: for each of the four effective ranks and js, mean, low and high over initialisations, or None.
+    `mean`: over layers.
+    Errors: LowkeyError for text too short, a family that is not supported, windows < 1, context < 2, inits <
+    0.
     """
     Compared(windows, context, inits, seed)
     ids = text.encode(tokenizer, text.embedded("evaluation") if corpus is None else corpus, model)
     rows = text.windows(ids, tokenizer, context, "data", least=windows)[:windows]
     layers = _measured(model, rows, progress, "")
-    fresh = [_measured(_initialised(model, seed + i), rows, progress, f"at random {i + 1}: ") for i in range(inits)]
+    fresh = [
+        _measured(_initialised(model, seed + i), rows, progress, f"at random {i + 1}: ") for i in range(inits)
+    ]
     for place, layer in enumerate(layers):
         layer |= {"layer": place, "init": _band([one[place] for one in fresh])}
     config = model.config.get_text_config()
     settings = {"windows": windows, "context": context, "inits": inits, "seed": seed}
-    about = {"model": str(config._name_or_path), "family": config.model_type, "heads": config.num_attention_heads}
+    about = {
+        "model": str(config._name_or_path),
+        "family": config.model_type,
+        "heads": config.num_attention_heads,
+    }
     return {"format": FORMAT, **about, **settings, "layers": layers, "mean": _mean(layers)}
 
 
@@ -253,5 +299,8 @@ def _mean(layers: Sequence[dict]) -> dict:
     """Over layers: of every number, and of its mean at random."""
     found = {name: band and band["mean"] for name, band in (_band(layers) or {}).items()}
     inits = [layer["init"] for layer in layers if layer["init"]]
-    bands = {name: _spread([init[name]["mean"] for init in inits if init[name]]) for name in (inits[0] if inits else {})}
+    bands = {
+        name: _spread([init[name]["mean"] for init in inits if init[name]])
+        for name in (inits[0] if inits else {})
+    }
     return found | {"init": {name: band and band["mean"] for name, band in bands.items()} or None}

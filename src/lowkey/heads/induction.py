@@ -35,8 +35,9 @@ def estimate_echo(
     progress: Progress = silent,
     work: Path | None = None,
 ) -> HeadScores:
-    """Per case and query head, the mean attention from the tokens of the last repetition to their earlier equals (`echo`) or to the tokens
-    right after these (`induction`). No text is needed. A case has at most `context` tokens.
+    """Per case and query head, the mean attention from the tokens of the last repetition to their earlier
+    equals (`echo`) or to the tokens right after these (`induction`). No text is needed. A case has at most
+    `context` tokens.
     work: a folder to save every case in, from which the same call goes on.
 
     Errors: LowkeyError for an unknown kind, fewer than 1 case, or a context that the model is too short for.
@@ -44,7 +45,8 @@ def estimate_echo(
     longest = families.positions(model) or context
     if kind not in ECHOES or cases < 1 or not 4 * REPEATS < context <= longest:
         raise LowkeyError(
-            f"kind {kind!r}, cases {cases}, context {context}: give {' or '.join(ECHOES)}, at least 1 case and a context of "
+            f"kind {kind!r}, cases {cases}, context {context}: give {' or '.join(ECHOES)}, at least 1 case "
+            "and a context of "
             f"{4 * REPEATS + 1} to {longest} tokens"
         )
     generator = torch.Generator().manual_seed(seed)
@@ -86,5 +88,7 @@ def _values(model: PreTrainedModel, start: Tensor, block: Tensor, behind: int) -
     for i in range(size - behind):
         model(ids[:, before + i : before + i + 1], past_key_values=cache)
         at = torch.arange(len(start) + i + behind, before, size)
-        total = total + torch.stack([layer.weights[0].flatten(0, 1)[:, at].sum(1).cpu() for layer in watching.values()])
+        total = total + torch.stack(
+            [layer.weights[0].flatten(0, 1)[:, at].sum(1).cpu() for layer in watching.values()]
+        )
     return total.double() / (size - behind)

@@ -1,7 +1,9 @@
-"""Which attention heads find things: the importance scores of HeadKV (arXiv:2410.19258) and of its baseline (arXiv:2404.15574).
+"""Which attention heads find things: the importance scores of HeadKV (arXiv:2410.19258) and of its baseline
+(arXiv:2404.15574).
 
-A model answers needle tasks; where its heads look while it writes a right answer becomes one number per case and query head.
-Scores are of one model: between the two models of the paper their ranks hardly agree, so a file is tied to its model's weights.
+A model answers needle tasks; where its heads look while it writes a right answer becomes one number per case
+and query head. Scores are of one model: between the two models of the paper their ranks hardly agree, so a
+file is tied to its model's weights.
 """
 
 from __future__ import annotations
@@ -53,17 +55,20 @@ Score = Callable[[Tensor, Case, int], Tensor]
 
 
 def exact_copy(weights: Tensor, case: Case, token: int) -> Tensor:
-    """1/len(needle) when the most attended position lies in the needle and holds the token now written (arXiv:2404.15574)."""
+    """1/len(needle) when the most attended position lies in the needle and holds the token now written
+    (arXiv:2404.15574).
+    """
     at = [i for start, stop in case.needle for i in range(start, stop)]
     copied = torch.tensor([i for i in at if case.prompt[i] == token], dtype=torch.long, device=weights.device)
     return torch.isin(weights.argmax(-1), copied).double() / len(at)
 
 
 def top_mass(weights: Tensor, case: Case, token: int) -> Tensor:
-    """Of the N = len(c2) most attended positions, the weight of those inside the right answer c2, over N (arXiv:2410.19258).
+    """Of the N = len(c2) most attended positions, the weight of those inside the right answer c2, over N
+    (arXiv:2410.19258).
 
-    Which token is written does not matter. The published code takes the sentence that holds the answer for c2, and divides
-    by the answer's length once more.
+    Which token is written does not matter. The published code takes the sentence that holds the answer for
+    c2, and divides by the answer's length once more.
     """
     start, stop = case.right
     weight, at = weights.topk(stop - start, dim=-1)
@@ -87,7 +92,9 @@ class Kind:
 
 KINDS: dict[str, Kind] = {
     "copy": Kind("exact copies out of the needle (HeadKV-R)", exact_copy, ("recall",)),
-    "r2": Kind("top attention on the right one of several answers (HeadKV-R2)", top_mass, ("comparison", "facts")),
+    "r2": Kind(
+        "top attention on the right one of several answers (HeadKV-R2)", top_mass, ("comparison", "facts")
+    ),
     "er": Kind("the score of r2 on the needles of copy", top_mass, ("recall",)),
     "mass": Kind("all attention on the right one of several answers", all_mass, ("comparison", "facts")),
 }
@@ -98,8 +105,9 @@ KINDS: dict[str, Kind] = {
 
 @dataclass(frozen=True, eq=False)
 class HeadScores:
-    """values (cases, layers, H) in fp64 of the accepted cases, rounded as a file holds them; `layers` are the indices of the
-    model's full-attention layers, H its query heads, which `kv_heads` share in groups of equal size.
+    """values (cases, layers, H) in fp64 of the accepted cases, rounded as a file holds them; `layers` are the
+    indices of the model's full-attention layers, H its query heads, which `kv_heads` share in groups of equal
+    size.
 
     drawn: how many cases were asked; settings: how they were drawn and accepted.
     """
@@ -119,7 +127,9 @@ class HeadScores:
     def __post_init__(self) -> None:
         object.__setattr__(self, "values", _rounded(self.values.double()))
         if flaw := _flaw(self):
-            raise LowkeyError(f"head scores: values of shape {tuple(self.values.shape)} {flaw}; make them again")
+            raise LowkeyError(
+                f"head scores: values of shape {tuple(self.values.shape)} {flaw}; make them again"
+            )
 
     @property
     def accepted(self) -> int:
@@ -130,14 +140,16 @@ class HeadScores:
         return self.values.mean(0)
 
     def per_kv_head(self) -> Tensor:
-        """The share of each KV head, (layers, h), adding up to 1: the mean of its group (the maximum would hand out more than there is),
-        or the maximum where the paper ranks heads by it (`induction` and `echo`, arXiv:2407.15891), normalised afterwards."""
+        """The share of each KV head, (layers, h), adding up to 1: the mean of its group (the maximum would
+        hand out more than there is), or the maximum where the paper ranks heads by it (`induction` and
+        `echo`, arXiv:2407.15891), normalised afterwards."""
         groups = self.per_query_head().unflatten(1, (self.kv_heads, -1))
         found = groups.amax(-1) if self.kind in BY_BEST else groups.mean(-1)
         return found / found.sum()
 
     def split_half(self) -> float:
-        """Spearman's rank correlation of the query heads' scores between two halves of the cases, mean of SPLITS random splits.
+        """Spearman's rank correlation of the query heads' scores between two halves of the cases, mean of
+        SPLITS random splits.
 
         0.8 and more is wanted; below that, ask more cases.
         """
@@ -147,7 +159,9 @@ class HeadScores:
         return sum(spearman(a.mean(0), b.mean(0)) for a, b in halves) / SPLITS if self.accepted > 1 else 0.0
 
     def shuffled(self, seed: int) -> HeadScores:
-        """The control: the same values dealt to other KV heads, in whole groups, so that shares stay as uneven as they are."""
+        """The control: the same values dealt to other KV heads, in whole groups, so that shares stay as
+        uneven as they are.
+        """
         groups = self.values.unflatten(2, (self.kv_heads, -1)).flatten(1, 2)
         order = torch.randperm(groups.shape[1], generator=torch.Generator().manual_seed(seed))
         dealt = groups[:, order].reshape(self.values.shape)
@@ -167,22 +181,31 @@ class HeadScores:
             "zero_heads": float((self.per_query_head() == 0).double().mean()),
             "top": [[i, j, round(share, 4)] for i, j, share in self.top()],
         }
-        return {"format": FORMAT, **{name: getattr(self, name) for name in TYPES}, "layers": list(self.layers), **found}
+        return {
+            "format": FORMAT,
+            **{name: getattr(self, name) for name in TYPES},
+            "layers": list(self.layers),
+            **found,
+        }
 
     def save(self, path: str | Path) -> None:
-        """One JSON file, whole or not at all; one of lowkey's there before is replaced. Errors: LowkeyError when it cannot be written."""
+        """One JSON file, whole or not at all; one of lowkey's there before is replaced. Errors: LowkeyError
+        when it cannot be written.
+        """
         files.write_json(Path(path), {**self.describe(), "values": self.values.tolist()}, KIND, indent=None)
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel | None = None) -> HeadScores:
         """Read a file; with `model`, refuse it unless it was made for that model.
 
-        Errors: LowkeyError for another model's scores, a newer format, a damaged file, wrong shapes, NaNs or negative numbers.
+        Errors: LowkeyError for another model's scores, a newer format, a damaged file, wrong shapes, NaNs or
+        negative numbers.
         """
         place = Path(path)
         if not place.is_file():
             raise LowkeyError(
-                f"head scores {str(place)!r}: no such file; run `lowkey heads MODEL --kind r2 --out {place}` (kinds: {', '.join(BY_KIND)})"
+                f"head scores {str(place)!r}: no such file; run `lowkey heads MODEL --kind r2 --out {place}` "
+                f"(kinds: {', '.join(BY_KIND)})"
             )
         scores = _parse(files.read_json(place, "head scores", KIND, FORMAT), f"head scores {str(place)!r}")
         if model is not None:
@@ -192,15 +215,25 @@ class HeadScores:
     def check(self, model: PreTrainedModel) -> None:
         """Refuse another model, by fingerprint and by shape. Errors: LowkeyError."""
         shape = families.geometry(model)
-        again = f"run `lowkey heads {model.config._name_or_path or 'MODEL'} --kind {self.kind}` and pass its file"
+        again = (
+            f"run `lowkey heads {model.config._name_or_path or 'MODEL'} --kind {self.kind}` and pass its file"
+        )
         check_model("file of head scores", self.model, self.model_sha256, model, again)
-        if (self.layers, self.values.shape[2], self.kv_heads) != (shape.compressible, shape.heads, shape.kv_heads):
-            raise LowkeyError(f"head scores do not cover the layers and heads of this model; the file is damaged: {again}")
+        if (self.layers, self.values.shape[2], self.kv_heads) != (
+            shape.compressible,
+            shape.heads,
+            shape.kv_heads,
+        ):
+            raise LowkeyError(
+                f"head scores do not cover the layers and heads of this model; the file is damaged: {again}"
+            )
 
 
 def _rounded(values: Tensor) -> Tensor:
     """To DIGITS significant digits, which keeps files small and what is loaded equal to what was saved."""
-    return torch.tensor([float(f"{x:.{DIGITS}g}") for x in values.flatten().tolist()], dtype=torch.float64).view(values.shape)
+    return torch.tensor(
+        [float(f"{x:.{DIGITS}g}") for x in values.flatten().tolist()], dtype=torch.float64
+    ).view(values.shape)
 
 
 def _flaw(scores: HeadScores) -> str | None:
@@ -221,7 +254,10 @@ def _parse(meta: dict, where: str) -> HeadScores:
     known = meta.get("kind") if meta.get("kind") in BY_KIND else "r2"
 
     def refuse(rule: str) -> LowkeyError:
-        return LowkeyError(f"{where}: {rule}; it is damaged or not one of ours: run `lowkey heads MODEL --kind {known} --out` anew")
+        return LowkeyError(
+            f"{where}: {rule}; it is damaged or not one of ours: run `lowkey heads MODEL --kind {known} "
+            "--out` anew"
+        )
 
     for name, kind in TYPES.items():
         if type(meta.get(name)) is not kind:
@@ -233,13 +269,17 @@ def _parse(meta: dict, where: str) -> HeadScores:
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise refuse("field 'values' is no table of numbers") from None
     try:
-        return HeadScores(values=values, **{name: meta[name] for name in TYPES} | {"layers": tuple(meta["layers"])})
+        return HeadScores(
+            values=values, **{name: meta[name] for name in TYPES} | {"layers": tuple(meta["layers"])}
+        )
     except LowkeyError as error:
         raise LowkeyError(f"{where}: {error}") from None
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
-    """Rank correlation of two tensors of one shape; equal values share their mean rank. 0 when all values of one are equal."""
+    """Rank correlation of two tensors of one shape; equal values share their mean rank. 0 when all values of
+    one are equal.
+    """
     x, y = _ranks(a), _ranks(b)
     x, y = x - x.mean(), y - y.mean()
     size = float(x.norm() * y.norm())
@@ -287,7 +327,9 @@ class _Job:
     def _right(self, written: list[int], case: Case) -> bool:
         if self.accept == "exact":
             return written == case.answer
-        said, wanted = (str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in (written, case.answer))
+        said, wanted = (
+            str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in (written, case.answer)
+        )
         return f1(said, wanted) > 0.5
 
 
@@ -322,12 +364,14 @@ def estimate_heads(
 ) -> HeadScores:
     """Score every query head of the full-attention layers on `cases` needle cases.
 
-    task: a key of TASKS; None takes the first task of the kind that the model can do. haystack: a text (None: the embedded one).
-    lengths: tokens of a case (None: five, a fifth of `context` and so on up to it), crossed with `depths` places of the needle and
-    the forms of the task's question. accept: which answers count, `exact` or `f1` (above 0.5, as in the published code).
+    task: a key of TASKS; None takes the first task of the kind that the model can do. haystack: a text (None:
+    the embedded one).
+    lengths: tokens of a case (None: five, a fifth of `context` and so on up to it), crossed with `depths`
+    places of the needle and the forms of the task's question. accept: which answers count, `exact` or `f1`
+    (above 0.5, as in the published code).
     work: a folder to save the scores of every case in, from which the same call goes on.
-    Errors: LowkeyError when fewer than 10 cases are answered right, for an unknown name, a context that the model or the
-    haystack is too short for, or a model that is not attached.
+    Errors: LowkeyError when fewer than 10 cases are answered right, for an unknown name, a context that the
+    model or the haystack is too short for, or a model that is not attached.
     """
     sizes = tuple(lengths) if lengths is not None else tuple(round(context * i / 5) for i in range(1, 6))
     _check_request(model, kind, task, cases, sizes, depths, accept)
@@ -364,7 +408,13 @@ def estimate_heads(
 
 
 def _check_request(
-    model: PreTrainedModel, kind: str, task: str | None, cases: int, lengths: tuple[int, ...], depths: int, accept: str
+    model: PreTrainedModel,
+    kind: str,
+    task: str | None,
+    cases: int,
+    lengths: tuple[int, ...],
+    depths: int,
+    accept: str,
 ) -> None:
     for name, value, known in (("kind", kind, KINDS), ("task", task, TASKS), ("accept", accept, ACCEPTS)):
         if value is not None and value not in known:
@@ -372,14 +422,22 @@ def _check_request(
     if not attached(model):
         raise LowkeyError("model is not attached: call lowkey.attach(model) before estimate_heads")
     if cases < LEAST or depths < 1 or not lengths:
-        raise LowkeyError(f"cases {cases}, depths {depths}: scores need {LEAST} cases, one depth and one length at least; give more")
+        raise LowkeyError(
+            f"cases {cases}, depths {depths}: scores need {LEAST} cases, one depth and one length at least; "
+            "give more"
+        )
     if (longest := families.positions(model)) is not None and max(lengths) > longest:
-        raise LowkeyError(f"context {max(lengths)}: the model reads {longest} tokens at most; give a shorter context")
+        raise LowkeyError(
+            f"context {max(lengths)}: the model reads {longest} tokens at most; give a shorter context"
+        )
 
 
-def _cases(task: str, hay: Haystack, count: int, lengths: tuple[int, ...], depths: int, seed: int) -> list[Case]:
-    """`count` cases spread evenly over the grid lengths x depths, shortest first; the forms of the question take turns, in every
-    row of the grid another way round. What a case says depends on its number and the seed alone."""
+def _cases(
+    task: str, hay: Haystack, count: int, lengths: tuple[int, ...], depths: int, seed: int
+) -> list[Case]:
+    """`count` cases spread evenly over the grid lengths x depths, shortest first; the forms of the question
+    take turns, in every row of the grid another way round. What a case says depends on its number and the
+    seed alone."""
     places = [i / (depths - 1) for i in range(depths)] if depths > 1 else [0.5]
     grid = list(product(sorted(lengths), places))
     chosen = [(*grid[i * len(grid) // count], (i + i // depths) % TASKS[task].forms) for i in range(count)]
@@ -390,7 +448,9 @@ def _cases(task: str, hay: Haystack, count: int, lengths: tuple[int, ...], depth
 
 
 def _solve(job: _Job, cases: Iterable[Case], count: int, task: str, measured: Measured) -> list[Tensor]:
-    """The values of the cases answered right. Given up when none of the shortest fifth is, or too few are left."""
+    """The values of the cases answered right. Given up when none of the shortest fifth is, or too few are
+    left.
+    """
     found, shape = list[Tensor](), (len(job.layers), families.geometry(job.model).heads)
     for number, case in enumerate(cases, 1):
         values = measured.tensor(f"{task}, case {number}", shape, partial(job.values, case))

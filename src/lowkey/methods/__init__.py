@@ -1,7 +1,8 @@
 """Post-training low-rank methods: one file each, one line here.
 
-A method is a frozen dataclass under `Method` with `summary`, `paper` and `fit(statistics, probe, ranks, seed) -> LayerBases`; its fields
-are its options, on the command line too. An outside method needs no registration: pass the object, or `--method package.module:Class`.
+A method is a frozen dataclass under `Method` with `summary`, `paper` and `fit(statistics, probe, ranks, seed)
+-> LayerBases`; its fields are its options, on the command line too. An outside method needs no registration:
+pass the object, or `--method package.module:Class`.
 """
 
 from __future__ import annotations

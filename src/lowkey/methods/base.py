@@ -23,11 +23,13 @@ from lowkey.storage.exact import NOTHING, Exact
 
 @dataclass(frozen=True)
 class Course:
-    """What a method that looks at the whole model works on. rows (n, t): ids of the calibration windows; the last `held` only judge.
+    """What a method that looks at the whole model works on. rows (n, t): ids of the calibration windows; the
+    last `held` only judge.
 
-    ranks: those at which bases are trained and errors measured; choices: every one that may be chosen, when these are more.
-    exact: the tokens that the cache will keep as they are, as far as these windows show any other. work: the folder of this very job, to
-    save into and to resume from.
+    ranks: those at which bases are trained and errors measured; choices: every one that may be chosen, when
+    these are more.
+    exact: the tokens that the cache will keep as they are, as far as these windows show any other. work: the
+    folder of this very job, to save into and to resume from.
     """
 
     model: PreTrainedModel
@@ -53,18 +55,21 @@ class Course:
 
     @cached_property
     def moments(self) -> Moments:
-        """Of keys, values and their gradients over the fitting windows: gathered once, however often they are asked for."""
+        """Of keys, values and their gradients over the fitting windows: gathered once, however often they are
+        asked for.
+        """
         return gather(self.model, self.training, self.layout, self.exact, self.seed, self.work, self.progress)
 
 
 class Method(Checked, ABC):
     """A frozen dataclass whose fields are its options, with their ranges (see `lowkey.core.options`).
 
-    summary, paper: what it is and its source; allocator: the rule that its paper splits a budget by, or `greedy`; layout: the one its paper
-    stores keys in; grid: the candidate ranks of its paper, as `--ranks` takes them, or 8, at which errors are measured. every: whether
-    its bases serve any rank, so that allocators that compare no measured errors may choose any; if not, only ranks of the grid are chosen.
-    tunes, finishes: whether it has the two stages of the same names, which look at the whole model. fits: whether `fit` is asked; not
-    where `tune` needs nothing of it.
+    summary, paper: what it is and its source; allocator: the rule that its paper splits a budget by, or
+    `greedy`; layout: the one its paper stores keys in; grid: the candidate ranks of its paper, as `--ranks`
+    takes them, or 8, at which errors are measured. every: whether its bases serve any rank, so that
+    allocators that compare no measured errors may choose any; if not, only ranks of the grid are chosen.
+    tunes, finishes: whether it has the two stages of the same names, which look at the whole model. fits:
+    whether `fit` is asked; not where `tune` needs nothing of it.
     """
 
     summary: ClassVar[str]
@@ -79,10 +84,14 @@ class Method(Checked, ABC):
 
     @abstractmethod
     def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
-        """Bases of one layer for the ranks that may be chosen, from its second moments and, if need be, its weights and inputs."""
+        """Bases of one layer for the ranks that may be chosen, from its second moments and, if need be, its
+        weights and inputs.
+        """
 
     def candidates(self, heads: int, head_dim: int, ranks: list[int]) -> list[int]:
-        """Which of these ranks this method can serve, in a model of so many KV heads; always with the full rank, which is among them."""
+        """Which of these ranks this method can serve, in a model of so many KV heads; always with the full
+        rank, which is among them.
+        """
         return ranks
 
     def numbers(self, rank: int, heads: int, head_dim: int) -> int:
@@ -99,7 +108,9 @@ class Method(Checked, ABC):
 
 
 def whole_heads(group: int, head_dim: int, ranks: list[int]) -> list[int]:
-    """The ranks among these that stand for 1, 2, ... whole heads of each group, rounded up where the group does not divide them."""
+    """The ranks among these that stand for 1, 2, ... whole heads of each group, rounded up where the group
+    does not divide them.
+    """
     wanted = {-(-n * head_dim // group) for n in range(1, group + 1)}
     return [r for r in ranks if r in wanted]
 

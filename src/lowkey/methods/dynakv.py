@@ -1,8 +1,9 @@
 """DynaKV (arXiv:2603.04411): a learnt gate gives every token a rank of its own.
 
-Of the paper only the abstract is known: post-training, low rank, and a compression rate for each token. All that is below is OUR design:
-the bases (PCA), the levels (d, d/2, d/4, d/8), what the gate sees, its loss, and how its budget is met. It gives no ordinary plan, whose
-ranks are the same for all tokens: `lowkey.calibration.dynamic` makes caches of it.
+Of the paper only the abstract is known: post-training, low rank, and a compression rate for each token. All
+that is below is OUR design: the bases (PCA), the levels (d, d/2, d/4, d/8), what the gate sees, its loss, and
+how its budget is met. It gives no ordinary plan, whose ranks are the same for all tokens:
+`lowkey.calibration.dynamic` makes caches of it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,16 @@ from lowkey.core import files, optimizer_state
 from lowkey.core.head_groups import merged, split
 from lowkey.core.options import Checked, option
 from lowkey.core.progress import Progress, silent
-from lowkey.core.types import Factors, Heads, LayerBases, LayerStatistics, Layout, LowkeyError, device_of, head_blocks
+from lowkey.core.types import (
+    Factors,
+    Heads,
+    LayerBases,
+    LayerStatistics,
+    Layout,
+    LowkeyError,
+    device_of,
+    head_blocks,
+)
 from lowkey.models import families
 from lowkey.models.families import Rope
 from lowkey.ops.bases import principal_basis
@@ -45,12 +55,15 @@ Look = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 class GateTraining(Checked):
     """How gates are trained.
 
-    target: the mean share of coordinates that tokens keep, over tokens and layers. hidden: width of a gate's hidden layer. temperature: of
-    the softmax over levels, at the start. straight: tokens take one level each in training too, with the softmax's gradient (straight
-    through); else each takes a mixture, which grows sharper. penalty: weight of the squared excess over the target.
+    target: the mean share of coordinates that tokens keep, over tokens and layers. hidden: width of a gate's
+    hidden layer. temperature: of the softmax over levels, at the start. straight: tokens take one level each
+    in training too, with the softmax's gradient (straight through); else each takes a mixture, which grows
+    sharper. penalty: weight of the squared excess over the target.
     """
 
-    summary: ClassVar[str] = "a trained gate gives every token a rank of its own (our design, after the abstract)"
+    summary: ClassVar[str] = (
+        "a trained gate gives every token a rank of its own (our design, after the abstract)"
+    )
     paper: ClassVar[str] = "arXiv:2603.04411"
 
     target: float = option(0.5, above=0, at_most=1)
@@ -66,7 +79,9 @@ class GateTraining(Checked):
 
 @dataclass(frozen=True)
 class Gates:
-    """Trained gates by layer; the mean share of coordinates that held-out tokens keep, and KL(original || compressed) per token there."""
+    """Trained gates by layer; the mean share of coordinates that held-out tokens keep, and KL(original ||
+    compressed) per token there.
+    """
 
     gates: dict[int, Gate]
     share: float
@@ -84,13 +99,18 @@ def check_target(target: float, head_dim: int) -> None:
     share = least / head_dim
     if target < share:
         rule = f"tokens keep at least {least} of {head_dim} coordinates"
-        raise LowkeyError(f"target {target:g} (a budget of {100 * target:g}%): {rule}; give {share:g} or more ({100 * share:g}%)")
+        raise LowkeyError(
+            f"target {target:g} (a budget of {100 * target:g}%): {rule}; give {share:g} or more "
+            f"({100 * share:g}%)"
+        )
 
 
 def bases(statistics: LayerStatistics, layout: Layout, key_bases: Heads = "shared") -> LayerBases:
     """Uncentred PCA of keys and of values, as the plain baseline has it."""
     values = head_blocks(statistics.values, statistics.heads)
-    return LayerBases(principal_basis(statistics.keys(layout), key_bases), principal_basis(values, "per_head"))
+    return LayerBases(
+        principal_basis(statistics.keys(layout), key_bases), principal_basis(values, "per_head")
+    )
 
 
 def train_gate(
@@ -103,17 +123,20 @@ def train_gate(
     progress: Progress = silent,
     work: Path | None = None,
 ) -> Gates:
-    """Gates for all layers over nested bases with one latent per head, trained through the whole model, which stays as it is.
+    """Gates for all layers over nested bases with one latent per head, trained through the whole model, which
+    stays as it is.
 
-    rows (n, t): unpadded ids; the last `held` only judge. In every step gates draw a level for each token and layer, relaxed
-    (Gumbel-softmax, arXiv:1611.01144): keys and values are the mixture of what the levels would rebuild. Loss: KL(original || compressed)
-    per token + penalty * relu(mean share - target)^2. Neither this nor the straight-through form always does better: on the embedded model
-    at a target of 3/8, KL on the evaluation text is 0.15 relaxed and 0.37 straight with rotated keys, 0.15 and 0.13 with unrotated ones.
-    The better PCA plan of that size has 0.25 and 0.10: with unrotated keys it gains by giving values more rank than keys, which levels
-    here do not.
-    What serves is the level of a token's largest number, after a price for each coordinate is taken off. The price is found by bisection
-    on the held-out windows, as low as the target allows. Gates that do best there are kept, those at the start among them: they give all
-    tokens of a layer the same level. work: a folder of this very job, to save into at every look and to go on from, to the same gates.
+    rows (n, t): unpadded ids; the last `held` only judge. In every step gates draw a level for each token and
+    layer, relaxed (Gumbel-softmax, arXiv:1611.01144): keys and values are the mixture of what the levels
+    would rebuild. Loss: KL(original || compressed) per token + penalty * relu(mean share - target)^2. Neither
+    this nor the straight-through form always does better: on the embedded model at a target of 3/8, KL on the
+    evaluation text is 0.15 relaxed and 0.37 straight with rotated keys, 0.15 and 0.13 with unrotated ones.
+    The better PCA plan of that size has 0.25 and 0.10: with unrotated keys it gains by giving values more
+    rank than keys, which levels here do not. What serves is the level of a token's largest number, after a
+    price for each coordinate is taken off. The price is found by bisection on the held-out windows, as low as
+    the target allows. Gates that do best there are kept, those at the start among them: they give all tokens
+    of a layer the same level. work: a folder of this very job, to save into at every look and to go on from,
+    to the same gates.
     Errors: LowkeyError when the target is below the least level.
     """
     d = next(iter(found.values())).keys.columns.shape[-1]
@@ -123,7 +146,9 @@ def train_gate(
     maps = {i: b.at(d, d).to(torch.empty(0, device=device_of(blocks[i]))) for i, b in found.items()}
     squares = _squares(model, maps, rows[:-held], layout, settings.batch)
     with torch.enable_grad():
-        return _Training(model, maps, layout, levels, settings, rows, held, _fresh(squares, levels, settings), work).run(progress)
+        return _Training(
+            model, maps, layout, levels, settings, rows, held, _fresh(squares, levels, settings), work
+        ).run(progress)
 
 
 @dataclass
@@ -138,13 +163,17 @@ class Looked:
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = self.rope(torch.arange(keys.shape[2], device=keys.device).unsqueeze(0), keys)
         pre, f = self.layout == "pre_rope", self.factors
-        k, v = self.look(merged(unrotate(keys, cos, sin) if pre else keys, f.k_down), merged(values, f.v_down))
+        k, v = self.look(
+            merged(unrotate(keys, cos, sin) if pre else keys, f.k_down), merged(values, f.v_down)
+        )
         keys = split(k, f.k_up)
         return rotate(keys, cos, sin) if pre else keys, split(v, f.v_up)
 
 
 @torch.no_grad()
-def _squares(model: PreTrainedModel, maps: dict[int, Factors], rows: Tensor, layout: Layout, batch: int) -> dict[int, Tensor]:
+def _squares(
+    model: PreTrainedModel, maps: dict[int, Factors], rows: Tensor, layout: Layout, batch: int
+) -> dict[int, Tensor]:
     """Mean squares (2 h, d) of the coordinates of keys and values in every layer."""
     sums: dict[int, Tensor] = {}
 
@@ -157,13 +186,15 @@ def _squares(model: PreTrainedModel, maps: dict[int, Factors], rows: Tensor, lay
         return look
 
     for ids in rows.to(device_of(model)).split(batch):
-        model_probe.logits(model, ids, {i: Looked(f, layout, families.rope(model, i), looking(i)) for i, f in maps.items()})
+        model_probe.logits(
+            model, ids, {i: Looked(f, layout, families.rope(model, i), looking(i)) for i, f in maps.items()}
+        )
     return {i: s / rows.numel() for i, s in sums.items()}
 
 
 def _fresh(squares: dict[int, Tensor], levels: tuple[int, ...], settings: GateTraining) -> dict[int, Gate]:
-    """Gates that see nothing yet: a level's number is the share of its layer's energy that it keeps, so that with a rising price all
-    tokens go from level to level."""
+    """Gates that see nothing yet: a level's number is the share of its layer's energy that it keeps, so that
+    with a rising price all tokens go from level to level."""
     generator = torch.Generator().manual_seed(settings.seed)
     gates = {}
     for i, mean in squares.items():
@@ -172,7 +203,13 @@ def _fresh(squares: dict[int, Tensor], levels: tuple[int, ...], settings: GateTr
         energies = torch.stack([side.sum(0) / side.sum() for side in mean.chunk(2)])
         kept = torch.stack([energies[:, :r].sum() for r in levels])
         scale = mean.clamp_min(1e-6 * float(mean.mean())).rsqrt()
-        gates[i] = Gate(scale, hidden, mean.new_zeros(settings.hidden), mean.new_zeros(settings.hidden, len(levels)), STEEP * kept)
+        gates[i] = Gate(
+            scale,
+            hidden,
+            mean.new_zeros(settings.hidden),
+            mean.new_zeros(settings.hidden, len(levels)),
+            STEEP * kept,
+        )
     return gates
 
 
@@ -221,10 +258,12 @@ class _Training:
     def save(self, best: Gates) -> None:
         if self.work is None:
             return
-        found = {f"{i}.{name}": t.detach() for i, gate in best.gates.items() for name, t in vars(gate).items()}
-        found |= {f"parameter.{index}": p.detach() for index, p in enumerate(self.parameters())} | optimizer_state.tensors_of(
-            self.optimizer
-        )
+        found = {
+            f"{i}.{name}": t.detach() for i, gate in best.gates.items() for name, t in vars(gate).items()
+        }
+        found |= {
+            f"parameter.{index}": p.detach() for index, p in enumerate(self.parameters())
+        } | optimizer_state.tensors_of(self.optimizer)
         judged = torch.tensor([best.share, best.divergence], dtype=torch.float64)
         found |= {"judged": judged, "random": self.generator.get_state(), "done": torch.tensor(self.done)}
         files.write_work(self.work, UNFINISHED, found)
@@ -233,7 +272,10 @@ class _Training:
         return files.read_work(self.work, UNFINISHED)
 
     def best_of(self, found: dict[str, Tensor]) -> Gates:
-        gates = {i: Gate(**{name: self._fits(found, f"{i}.{name}", t) for name, t in vars(gate).items()}) for i, gate in self.gates.items()}
+        gates = {
+            i: Gate(**{name: self._fits(found, f"{i}.{name}", t) for name, t in vars(gate).items()})
+            for i, gate in self.gates.items()
+        }
         return Gates(gates, *self._fits(found, "judged", torch.zeros(2, dtype=torch.float64)).tolist())
 
     def restore(self, found: dict[str, Tensor]) -> None:
@@ -257,7 +299,9 @@ class _Training:
         divergence, share = self.passed(ids, self.gates, drawn)
         return divergence + self.settings.penalty * (share - self.settings.target).relu().square()
 
-    def passed(self, ids: Tensor, gates: dict[int, Gate], choose: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def passed(
+        self, ids: Tensor, gates: dict[int, Gate], choose: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """KL(original || compressed) per token and the mean share of coordinates kept, of windows (b, t)."""
         ids = ids.to(device_of(self.model))
         scores, share = self.through(ids, gates, choose)
@@ -265,8 +309,12 @@ class _Training:
             original = self.model(ids, use_cache=False).logits
         return model_probe.divergence(scores, original), share
 
-    def through(self, ids: Tensor, gates: dict[int, Gate], choose: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits and mean share when every token of every layer takes the levels in the proportions that `choose` makes of its numbers."""
+    def through(
+        self, ids: Tensor, gates: dict[int, Gate], choose: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Logits and mean share when every token of every layer takes the levels in the proportions that
+        `choose` makes of its numbers.
+        """
         shares: list[Tensor] = []
         d = self.levels[0]
 
@@ -274,14 +322,17 @@ class _Training:
             def look(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
                 weights = choose(gate(keys, values))
                 ranks = torch.tensor(self.levels, device=weights.device)
-                kept = (weights @ (torch.arange(d, device=weights.device) < ranks.unsqueeze(1)).to(weights)).unsqueeze(1)
+                kept = (
+                    weights @ (torch.arange(d, device=weights.device) < ranks.unsqueeze(1)).to(weights)
+                ).unsqueeze(1)
                 shares.append((weights @ (ranks / d)).mean().to(ids.device))
                 return keys * kept, values * kept
 
             return look
 
         storages: dict[int, Rebuilding] = {
-            i: Looked(f, self.layout, families.rope(self.model, i), looking(gates[i])) for i, f in self.maps.items()
+            i: Looked(f, self.layout, families.rope(self.model, i), looking(gates[i]))
+            for i, f in self.maps.items()
         }
         scores = model_probe.logits(self.model, ids, storages)
         return scores, torch.stack(shares).mean()
@@ -293,11 +344,16 @@ class _Training:
         """The gates at the least price that keeps the held-out windows to the target."""
         gates = _priced(self.gates, self._price(), self.levels)
         batches = self.rows[-self.held :].split(self.settings.batch)
-        sums = torch.stack([torch.stack(self.passed(ids, gates, _one_hot)) * len(ids) for ids in batches]).sum(0) / self.held
+        sums = (
+            torch.stack([torch.stack(self.passed(ids, gates, _one_hot)) * len(ids) for ids in batches]).sum(0)
+            / self.held
+        )
         return Gates(gates, float(sums[1]), float(sums[0]))
 
     def _price(self) -> float:
-        """Found between the first of 1, 2, 4 ... that is high enough and the first of -1, -2, -4 ... that is too low."""
+        """Found between the first of 1, 2, 4 ... that is high enough and the first of -1, -2, -4 ... that is
+        too low.
+        """
         reach = [2.0**i for i in range(DOUBLINGS)]
         high = next((p for p in reach if self._within(p)), reach[-1])
         low = next((-p for p in reach if not self._within(-p)), -reach[-1])
@@ -321,8 +377,13 @@ def _one_hot(numbers: Tensor) -> Tensor:
 def _priced(gates: dict[int, Gate], price: float, levels: tuple[int, ...]) -> dict[int, Gate]:
     """Copies whose numbers are less by the price of the coordinates kept, which is `price` for all of them."""
     shares = torch.tensor(levels) / levels[0]
-    copies = {i: Gate(**{name: t.detach().clone() for name, t in vars(gate).items()}) for i, gate in gates.items()}
-    return {i: replace(gate, out_bias=gate.out_bias - price * shares.to(gate.out_bias)) for i, gate in copies.items()}
+    copies = {
+        i: Gate(**{name: t.detach().clone() for name, t in vars(gate).items()}) for i, gate in gates.items()
+    }
+    return {
+        i: replace(gate, out_bias=gate.out_bias - price * shares.to(gate.out_bias))
+        for i, gate in copies.items()
+    }
 
 
 def _loose(gate: Gate) -> Gate:

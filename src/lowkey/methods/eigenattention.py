@@ -15,10 +15,11 @@ from lowkey.probes.layer_probe import Probe
 class EigenAttention(Method):
     """SVD of stacked activations, here from their second moments.
 
-    form: `paper` takes the key basis from keys and queries together ([K; Q]); `code` from keys alone, as the official
-    Llama code does although it calls the basis kq. Both share it over the heads of a layer under RoPE; values have one
-    per KV head. Keys are stored before rotation, and one energy threshold is lowered until the layer's output error exceeds an
-    error budget (allocator `threshold`), as in the paper; any other layout and allocator works too.
+    form: `paper` takes the key basis from keys and queries together ([K; Q]); `code` from keys alone, as the
+    official Llama code does although it calls the basis kq. Both share it over the heads of a layer under
+    RoPE; values have one per KV head. Keys are stored before rotation, and one energy threshold is lowered
+    until the layer's output error exceeds an error budget (allocator `threshold`), as in the paper; any other
+    layout and allocator works too.
     """
 
     summary: ClassVar[str] = "eigenvectors of [K; Q] and of V"

@@ -1,4 +1,6 @@
-"""KQ-SVD (arXiv:2512.05916): the low-rank maps that keep the product of keys and queries, and of values and output weights, best."""
+"""KQ-SVD (arXiv:2512.05916): the low-rank maps that keep the product of keys and queries, and of values and
+output weights, best.
+"""
 
 from __future__ import annotations
 
@@ -24,20 +26,23 @@ BATCH = 4
 
 @dataclass(frozen=True)
 class KQSVD(Method):
-    """Per KV head the oblique projector that minimises ||K Q^T - K P Q^T||_F, with the queries of its g heads stacked, and the one that
-    minimises ||V W_O - V P W_O||_F. Every pair of a query and a key counts, the future ones too, and the softmax does not.
+    """Per KV head the oblique projector that minimises ||K Q^T - K P Q^T||_F, with the queries of its g heads
+    stacked, and the one that minimises ||V W_O - V P W_O||_F. Every pair of a query and a key counts, the
+    future ones too, and the softmax does not.
 
-    outputs: W_O of the g heads side by side (`stacked`, the optimum of ||V W_O,i - V P W_O,i||_F summed over them), or their mean
-    (`averaged`, as in the published code). What attention puts out is the sum of A_i V W_O,i over them, for which `stacked` is right
-    if what they read is uncorrelated, and `averaged` if they all attend alike.
-    weighting: `outputs` (ours; not in the paper) weights a query by c_m = sum_n a_mn^2 ||(v_n - o_m) W_O||^2: how much the output of
-    attention moves, to first order, when its scores are off by independent errors of one size. Norms after attention are left out.
-    group: how many KV heads share one latent (ours; 1 in the paper), a divisor of their number, or 0 for all of a layer; then the
-    same errors are minimised in sum over these heads.
+    outputs: W_O of the g heads side by side (`stacked`, the optimum of ||V W_O,i - V P W_O,i||_F summed over
+    them), or their mean (`averaged`, as in the published code). What attention puts out is the sum of A_i V
+    W_O,i over them, for which `stacked` is right if what they read is uncorrelated, and `averaged` if they
+    all attend alike.
+    weighting: `outputs` (ours; not in the paper) weights a query by c_m = sum_n a_mn^2 ||(v_n - o_m) W_O||^2:
+    how much the output of attention moves, to first order, when its scores are off by independent errors of
+    one size. Norms after attention are left out.
+    group: how many KV heads share one latent (ours; 1 in the paper), a divisor of their number, or 0 for all
+    of a layer; then the same errors are minimised in sum over these heads.
     ridge: what is added to the moments of keys and values, relative to their mean eigenvalue.
 
-    Under `pre_rope` all this is about un-rotated keys and queries, whose product is no score; the paper has rotated ones. It chooses ranks
-    by the tail of S, per layer, and so does the allocator `tail`.
+    Under `pre_rope` all this is about un-rotated keys and queries, whose product is no score; the paper has
+    rotated ones. It chooses ranks by the tail of S, per layer, and so does the allocator `tail`.
     """
 
     summary: ClassVar[str] = "the best rank-r maps for K Q^T and for V W_O"
@@ -55,8 +60,13 @@ class KQSVD(Method):
 
     def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
         heads, t = statistics.heads, group_size(statistics.heads, self.group or statistics.heads)
-        weights = families.projections(probe.model, probe.index).o.double().unflatten(0, (heads, -1))  # (h, g, D, d)
-        queries = statistics.queries(probe.layout) if self.weighting == "none" else weighted_queries(probe, grams(weights))
+        # (h, g, D, d)
+        weights = families.projections(probe.model, probe.index).o.double().unflatten(0, (heads, -1))
+        queries = (
+            statistics.queries(probe.layout)
+            if self.weighting == "none"
+            else weighted_queries(probe, grams(weights))
+        )
         read = grams(weights).sum(1) if self.outputs == "stacked" else grams(weights.mean(1))
         keys, values = (head_blocks(m, heads // t) for m in joint_moments(statistics, probe.layout))
         return LayerBases(
@@ -72,7 +82,9 @@ def grams(weights: Tensor) -> Tensor:
 
 @torch.no_grad()
 def weighted_queries(probe: Probe, outputs: Tensor) -> Tensor:
-    """(h, d, d): the sum of c_m q_m^T q_m over the fitting windows, given the `grams` (h, g, d, d) of the output weights."""
+    """(h, d, d): the sum of c_m q_m^T q_m over the fitting windows, given the `grams` (h, g, d, d) of the
+    output weights.
+    """
     device = device_of(probe.block)
     watch = Watch(probe, outputs.float().to(device))
     for x in probe.inputs[: probe.training].split(BATCH):
@@ -103,8 +115,9 @@ class Watch(Attending):
     def _attended(self, keys: Tensor, values: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """(out (b, h, g, t, d), c (b, h, g, t)).
 
-        a^2 is again a softmax, of doubled scores, times a number per query: so the sum over a^2 is one more attention, over v and |v|^2
-        in the metric of the output weights, and no score is held longer than in any other attention.
+        a^2 is again a softmax, of doubled scores, times a number per query: so the sum over a^2 is one more
+        attention, over v and |v|^2 in the metric of the output weights, and no score is held longer than in
+        any other attention.
         """
         mask, d = call.full_mask(keys.shape[2]), values.shape[3]
         sizes = torch.einsum("bhsd,hgde,bhse->bhsg", values, self.outputs, values)

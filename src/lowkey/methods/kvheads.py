@@ -1,4 +1,6 @@
-"""Fewer KV heads (arXiv:2406.07056): several consecutive ones become one, by an SVD of their joint activations."""
+"""Fewer KV heads (arXiv:2406.07056): several consecutive ones become one, by an SVD of their joint
+activations.
+"""
 
 from __future__ import annotations
 
@@ -22,20 +24,23 @@ Form = Literal["joint", "commuting", "mean"]
 
 @dataclass(frozen=True)
 class KVHeadSVD(Method):
-    """Of every `group` = t KV heads side by side, the d directions of their joint (t d, t d) Gram that hold most ("SVD-a").
+    """Of every `group` = t KV heads side by side, the d directions of their joint (t d, t d) Gram that hold
+    most ("SVD-a").
 
     group: must divide the KV heads; 0 is the least number above 1 that does, 2 where they are even.
 
-    keys: `layer` is the paper's form under RoPE (its Eq. 17-18, as others report them): one projection of all heads' keys to the width
-    that is left, h d / t numbers that every query head meets; `grouped` has a projection for each group; `commuting` (ours) mixes the
-    heads by one complex number per frequency, so that what is left is a key head that RoPE can rotate and `export` can write.
-    Values are projected group by group in every form.
-    heads: which are grouped, `consecutive` ones as in the paper or `similar` ones (ours): grouped so that the least energy is lost.
-    basis: `weights` (the SVD of the projections, which is the Gram under white inputs, biases included, rotated at the positions of the
-    windows under `post_rope`) and `mean` (heads are averaged, whatever `keys` says) are the paper's rivals.
-    whole: only ranks that leave whole heads, d/t (rounded up) for one of each group, as in the paper; otherwise any rank, where the form
-    has it.
-    The paper continues with LoRA training: `lowkey.recover`.
+    keys: `layer` is the paper's form under RoPE (its Eq. 17-18, as others report them): one projection of all
+    heads' keys to the width that is left, h d / t numbers that every query head meets; `grouped` has a
+    projection for each group; `commuting` (ours) mixes the heads by one complex number per frequency, so that
+    what is left is a key head that RoPE can rotate and `export` can write. Values are projected group by
+    group in every form.
+    heads: which are grouped, `consecutive` ones as in the paper or `similar` ones (ours): grouped so that the
+    least energy is lost.
+    basis: `weights` (the SVD of the projections, which is the Gram under white inputs, biases included,
+    rotated at the positions of the windows under `post_rope`) and `mean` (heads are averaged, whatever `keys`
+    says) are the paper's rivals.
+    whole: only ranks that leave whole heads, d/t (rounded up) for one of each group, as in the paper;
+    otherwise any rank, where the form has it. The paper continues with LoRA training: `lowkey.recover`.
     """
 
     summary: ClassVar[str] = "several KV heads become one, by SVD of their joint activations"
@@ -73,7 +78,9 @@ class KVHeadSVD(Method):
         """How many of so many KV heads become one. Errors: LowkeyError for a group that does not divide them."""
         divisors = [n for n in range(1, heads + 1) if heads % n == 0]
         if self.group and self.group not in divisors:
-            remedy = f"choose one of {', '.join(map(str, divisors[1:]))}" if heads > 1 else "choose another method"
+            remedy = (
+                f"choose one of {', '.join(map(str, divisors[1:]))}" if heads > 1 else "choose another method"
+            )
             raise LowkeyError(f"group {self.group}: must divide the model's {heads} KV heads; {remedy}")
         return self.group or divisors[:2][-1]
 
@@ -156,7 +163,9 @@ def pair_losses(moment: Tensor, h: int, form: Form, rotary: int) -> Tensor:
 
 
 def cheapest_groups(cost: Tensor, t: int) -> Tensor:
-    """Heads (h) in groups of t whose costs of pairs (h, h) add up to little: from consecutive ones, two change places while that pays."""
+    """Heads (h) in groups of t whose costs of pairs (h, h) add up to little: from consecutive ones, two
+    change places while that pays.
+    """
     h = len(cost)
     group = torch.arange(h) // t
     while True:

@@ -15,15 +15,16 @@ from lowkey.probes.layer_probe import Probe
 class LoRC(Method):
     """W_K ~ U S V^T: what is cached is k V_r, and V_r^T rebuilds the keys. The same for W_V.
 
-    scope: `layer` takes the whole projection, all KV heads in one latent, as the paper does; `head` one head at a time.
-    whiten: the SVD of C_X^{1/2} W_K instead, C_X the moment of the layer's inputs, which is PCA of the keys themselves. It takes data,
-    as the paper does not, and is far better (arXiv:2406.07056 compares the two).
+    scope: `layer` takes the whole projection, all KV heads in one latent, as the paper does; `head` one head
+    at a time.
+    whiten: the SVD of C_X^{1/2} W_K instead, C_X the moment of the layer's inputs, which is PCA of the keys
+    themselves. It takes data, as the paper does not, and is far better (arXiv:2406.07056 compares the two).
 
-    Biases, of which the paper's models have none, pass through the same maps: a bias counts as the weight of one more input, always 1,
-    so that the SVD is that of W_K with b_K as one more row.
-    The paper merges V into W_Q, which a rotation in between forbids: keys are cached before rotation (`pre_rope`). Under `post_rope` the
-    keys that white inputs would give are rotated to every position of a window and the basis is that of all of them (ours).
-    No public code is known.
+    Biases, of which the paper's models have none, pass through the same maps: a bias counts as the weight of
+    one more input, always 1, so that the SVD is that of W_K with b_K as one more row. The paper merges V into
+    W_Q, which a rotation in between forbids: keys are cached before rotation (`pre_rope`). Under `post_rope`
+    the keys that white inputs would give are rotated to every position of a window and the basis is that of
+    all of them (ours). No public code is known.
     """
 
     summary: ClassVar[str] = "truncated SVD of the whole W_K and of the whole W_V, without data"
@@ -39,6 +40,8 @@ class LoRC(Method):
         if self.whiten:
             keys, values = joint_moments(statistics, probe.layout)
         else:
-            keys, values = probe.white_moments(probe.layout, "option whiten=false of method 'lorc'", "set whiten=true")
+            keys, values = probe.white_moments(
+                probe.layout, "option whiten=false of method 'lorc'", "set whiten=true"
+            )
         t = heads if self.scope == "layer" else 1
         return LayerBases(merged_basis(keys, heads, t), merged_basis(values, heads, t))

@@ -1,4 +1,6 @@
-"""MatryoshkaKV (arXiv:2410.14731): orthogonal bases trained through the whole model so that every leading part of them serves."""
+"""MatryoshkaKV (arXiv:2410.14731): orthogonal bases trained through the whole model so that every leading
+part of them serves.
+"""
 
 from __future__ import annotations
 
@@ -26,23 +28,27 @@ JUDGED = 3  # ranks that they judge at
 class MatryoshkaKV(Method):
     """Orthogonal U_K, U_V (d x d) of every KV head, of which a rank r uses the first r columns.
 
-    Start: PCA of keys and of values per KV head after their mean is taken off (`centred`); the mean is put back when they are read. Then
-    U = U_start @ cayley(A - A^T), with A = 0 at first, is trained together with the means through the whole model, every layer
-    compressed; the model itself stays as it is. Loss: `kl` KL(original || compressed) + (1 - kl) cross-entropy, 0.25 as in the published
-    code; AdamW with peak rate `lr`, 1e-3 as there, a linear warm-up and a cosine; `steps` steps of a calibration batch.
+    Start: PCA of keys and of values per KV head after their mean is taken off (`centred`); the mean is put
+    back when they are read. Then U = U_start @ cayley(A - A^T), with A = 0 at first, is trained together with
+    the means through the whole model, every layer compressed; the model itself stays as it is. Loss: `kl`
+    KL(original || compressed) + (1 - kl) cross-entropy, 0.25 as in the published code; AdamW with peak rate
+    `lr`, 1e-3 as there, a linear warm-up and a cosine; `steps` steps of a calibration batch.
 
-    Cross-entropy also fits the bases to the calibration text. With little of it, kl = 1 serves other text better: with the embedded model
-    and texts (6 thousand tokens), the cross-entropy of the evaluation text grows by 0.63 nats at a quarter of full rank before tuning, by
-    0.50 after it, and by 0.42 with kl = 1; at half of full rank by 0.11, 0.14 and 0.10.
+    Cross-entropy also fits the bases to the calibration text. With little of it, kl = 1 serves other text
+    better: with the embedded model and texts (6 thousand tokens), the cross-entropy of the evaluation text
+    grows by 0.63 nats at a quarter of full rank before tuning, by 0.50 after it, and by 0.42 with kl = 1; at
+    half of full rank by 0.11, 0.14 and 0.10.
 
-    Random ranks: the paper draws one per layer and head, for keys and values apart, at each step. Latents of a layer have one width here,
-    so its heads share their rank; every window of a batch has ranks of its own, as in the published code, whose batches are single windows.
-    Ours: ranks come from calibration's candidates (there 16, 32, ... 128); held-out windows judge every few steps, at a few ranks that all
-    layers share, and the best bases seen are kept, the start among them.
+    Random ranks: the paper draws one per layer and head, for keys and values apart, at each step. Latents of
+    a layer have one width here, so its heads share their rank; every window of a batch has ranks of its own,
+    as in the published code, whose batches are single windows. Ours: ranks come from calibration's candidates
+    (there 16, 32, ... 128); held-out windows judge every few steps, at a few ranks that all layers share, and
+    the best bases seen are kept, the start among them.
 
-    The published code repeats keys for every query head and gives each a basis, which loses what grouped heads save; here bases are per KV
-    head. The paper then lowers, step by step, the rank of that (layer, head, K or V) whose reduction changes the final hidden state least,
-    on the very task that is evaluated; here calibration's allocators choose ranks on neutral text, by default the greedy one.
+    The published code repeats keys for every query head and gives each a basis, which loses what grouped
+    heads save; here bases are per KV head. The paper then lowers, step by step, the rank of that (layer,
+    head, K or V) whose reduction changes the final hidden state least, on the very task that is evaluated;
+    here calibration's allocators choose ranks on neutral text, by default the greedy one.
     """
 
     summary: ClassVar[str] = "orthogonal bases trained through the whole model at random ranks"
@@ -55,8 +61,12 @@ class MatryoshkaKV(Method):
     lr: float = option(1e-3, above=0, at_most=10)
 
     def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
-        keys = self._start(statistics.keys(probe.layout), statistics.keys_mean(probe.layout), statistics.tokens)
-        values = self._start(head_blocks(statistics.values, statistics.heads), statistics.values_mean, statistics.tokens)
+        keys = self._start(
+            statistics.keys(probe.layout), statistics.keys_mean(probe.layout), statistics.tokens
+        )
+        values = self._start(
+            head_blocks(statistics.values, statistics.heads), statistics.values_mean, statistics.tokens
+        )
         return LayerBases(keys, values)
 
     def _start(self, moments: Tensor, mean: Tensor, tokens: int) -> Basis:
@@ -69,11 +79,16 @@ class MatryoshkaKV(Method):
         return Basis(vectors.float(), spectrum=energy, mean=mean.float())
 
     def tune(self, bases: dict[int, LayerBases], course: Course) -> dict[int, LayerBases]:
-        """Train the bases of all layers together. course.rows: unpadded ids; the gradients of the model's parameters are left alone."""
+        """Train the bases of all layers together. course.rows: unpadded ids; the gradients of the model's
+        parameters are left alone.
+        """
         training = _Training.of(bases, course, self.kl)
         with torch.enable_grad():
             training.run(self.steps, self.lr)
-        return {i: LayerBases(k.basis(bases[i].keys), v.basis(bases[i].values)) for i, (k, v) in training.sides.items()}
+        return {
+            i: LayerBases(k.basis(bases[i].keys), v.basis(bases[i].values))
+            for i, (k, v) in training.sides.items()
+        }
 
 
 def cayley(skew: Tensor) -> Tensor:
@@ -92,7 +107,9 @@ class Turning:
         self.parameters = [self.a] if self.mean is None else [self.a, self.mean]
 
     def maps(self, ranks: Tensor) -> tuple[Tensor, Tensor]:
-        """Down and up for ranks (b), each (b, h, d, d): of full width with zeros in the columns beyond the rank."""
+        """Down and up for ranks (b), each (b, h, d, d): of full width with zeros in the columns beyond the
+        rank.
+        """
         kept = torch.arange(self.start.shape[-1]) < ranks.unsqueeze(1)
         columns = self.start @ cayley(self.a - self.a.mT) * kept[:, None, None].to(self.start)
         return columns, columns.mT
@@ -114,7 +131,11 @@ class _Training:
     @classmethod
     def of(cls, bases: dict[int, LayerBases], course: Course, kl: float) -> _Training:
         devices = {i: device_of(families.decoder_layers(course.model)[i]) for i in bases}
-        return cls(course, kl, {i: (Turning(b.keys, devices[i]), Turning(b.values, devices[i])) for i, b in bases.items()})
+        return cls(
+            course,
+            kl,
+            {i: (Turning(b.keys, devices[i]), Turning(b.values, devices[i])) for i, b in bases.items()},
+        )
 
     def run(self, steps: int, lr: float) -> None:
         """Ends at the best parameters that the held-out windows saw."""
@@ -124,7 +145,9 @@ class _Training:
         best, kept, every = self.judged(), _copies(parameters), max(1, steps // LOOKS)
         generator = torch.Generator().manual_seed(self.course.seed)
         for k in self.course.progress(range(steps), "tuning matryoshka", steps):
-            rows = self.course.training[torch.randperm(len(self.course.training), generator=generator)[: self.course.batch]]
+            rows = self.course.training[
+                torch.randperm(len(self.course.training), generator=generator)[: self.course.batch]
+            ]
             gradients = torch.autograd.grad(self.loss(rows, self.drawn(len(rows), generator)), parameters)
             for p, gradient in zip(parameters, gradients, strict=True):
                 p.grad = gradient
@@ -146,12 +169,22 @@ class _Training:
         model, ids = self.course.model, rows.to(device_of(self.course.model))
         with torch.no_grad():
             original = model(ids, use_cache=False).logits
-        found = model_probe.logits(model, ids, model_probe.storages(model, self.factors(ranks), self.course.layout), self.course.exact)
-        return self.kl * model_probe.divergence(found, original) + (1 - self.kl) * model_probe.next_token_loss(found, ids)
+        found = model_probe.logits(
+            model,
+            ids,
+            model_probe.storages(model, self.factors(ranks), self.course.layout),
+            self.course.exact,
+        )
+        return self.kl * model_probe.divergence(found, original) + (
+            1 - self.kl
+        ) * model_probe.next_token_loss(found, ids)
 
     def factors(self, ranks: Tensor) -> dict[int, Factors]:
         pairs = zip(self.sides.items(), ranks, strict=True)
-        return {i: Factors(*keys.maps(k), *values.maps(v), None, keys.mean, values.mean) for (i, (keys, values)), (k, v) in pairs}
+        return {
+            i: Factors(*keys.maps(k), *values.maps(v), None, keys.mean, values.mean)
+            for (i, (keys, values)), (k, v) in pairs
+        }
 
     @torch.no_grad()
     def judged(self) -> float:

@@ -1,4 +1,6 @@
-"""Virtual heads (arXiv:2601.19611, section 5.2): few component heads are cached, and every KV head is a scalar combination of them."""
+"""Virtual heads (arXiv:2601.19611, section 5.2): few component heads are cached, and every KV head is a
+scalar combination of them.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,18 @@ from lowkey.probes.layer_probe import Probe
 
 @dataclass(frozen=True)
 class MEA(Method):
-    """H' component heads stand for h KV heads, keys and values apart (Eq. 10-11): H' d numbers, and a rank of H' d / h, rounded up.
+    """H' component heads stand for h KV heads, keys and values apart (Eq. 10-11): H' d numbers, and a rank of
+    H' d / h, rounded up.
 
-    basis: `weights` is the paper's, without data: the SVD over heads of the flattened projections (Eq. 36-38; components are scaled to an
-    orthonormal mixing, so that the singular values stand in neither side; biases, of which the paper has none, count as the weights of one
-    more input). `activations` (ours): eigenvectors of the head Gram E[k_h . k_g], the best scalar mixing of what is cached, normed keys
-    included. `aligned` (ours): heads are first turned towards one another, values by an orthogonal matrix each, which the output
-    projection undoes, and keys by a phase per frequency, which commutes with RoPE; then mixed. Turns and mixing are found in turns, per H'.
-    Scalars and phases commute with RoPE, so that either layout gives the same components, and a query can be carried into them.
-    Layers are as sensitive as `calibrate(judge="loss")` finds them, the paper's measure; the paper trains on 22 B tokens afterwards.
+    basis: `weights` is the paper's, without data: the SVD over heads of the flattened projections (Eq. 36-38;
+    components are scaled to an orthonormal mixing, so that the singular values stand in neither side; biases,
+    of which the paper has none, count as the weights of one more input). `activations` (ours): eigenvectors
+    of the head Gram E[k_h . k_g], the best scalar mixing of what is cached, normed keys included. `aligned`
+    (ours): heads are first turned towards one another, values by an orthogonal matrix each, which the output
+    projection undoes, and keys by a phase per frequency, which commutes with RoPE; then mixed. Turns and
+    mixing are found in turns, per H'. Scalars and phases commute with RoPE, so that either layout gives the
+    same components, and a query can be carried into them. Layers are as sensitive as
+    `calibrate(judge="loss")` finds them, the paper's measure; the paper trains on 22 B tokens afterwards.
     """
 
     summary: ClassVar[str] = "KV heads as scalar combinations of few cached component heads"
@@ -46,7 +51,9 @@ class MEA(Method):
         h = statistics.heads
         d = len(statistics.values) // h
         if self.basis == "weights":
-            moments = probe.white_moments("pre_rope", "basis 'weights'", "use basis 'activations' or 'aligned'")
+            moments = probe.white_moments(
+                "pre_rope", "basis 'weights'", "use basis 'activations' or 'aligned'"
+            )
         else:
             moments = joint_moments(statistics, probe.layout)
         blocks = [joint.view(h, d, h, d).transpose(1, 2) for joint in moments]
@@ -54,7 +61,9 @@ class MEA(Method):
             keys, values = (mixed(head_gram(b), d) for b in blocks)
             return LayerBases(keys, values)
         counts = [r * h // d for r in self.candidates(h, d, ranks) if r < d]
-        keys, values = (aligned(b, counts, rotary) for b, rotary in zip(blocks, (probe.rotary, 0), strict=True))
+        keys, values = (
+            aligned(b, counts, rotary) for b, rotary in zip(blocks, (probe.rotary, 0), strict=True)
+        )
         return LayerBases(keys, values)
 
 
@@ -62,11 +71,15 @@ def mixed(gram: Tensor, d: int) -> Basis:
     """The eigenvectors of the head Gram (h, h), whole component heads one after another."""
     mixing, energy = principal(gram)
     columns = torch.kron(mixing.contiguous(), torch.eye(d, dtype=mixing.dtype))
-    return Basis(columns.unsqueeze(0).float(), spectrum=spread(energy.unsqueeze(0), d), merge=len(gram), unit=d)
+    return Basis(
+        columns.unsqueeze(0).float(), spectrum=spread(energy.unsqueeze(0), d), merge=len(gram), unit=d
+    )
 
 
 def aligned(blocks: Tensor, counts: list[int], rotary: int) -> Basis:
-    """For every count of component heads turns and a mixing of its own, where they keep more than mixing alone does."""
+    """For every count of component heads turns and a mixing of its own, where they keep more than mixing
+    alone does.
+    """
     h, d = len(blocks), blocks.shape[-1]
     alone = principal(head_gram(blocks))[1]
     exact, kept = [], {h: float(alone.sum())}
@@ -80,7 +93,9 @@ def aligned(blocks: Tensor, counts: list[int], rotary: int) -> Basis:
 
 
 def _energies(kept: dict[int, float]) -> Tensor:
-    """(1, h): what each component head adds, from what so many keep together; evenly where only the sum of several is known."""
+    """(1, h): what each component head adds, from what so many keep together; evenly where only the sum of
+    several is known.
+    """
     found: list[float] = []
     for n in sorted(kept):
         more, below = n - len(found), sum(found)

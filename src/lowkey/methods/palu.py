@@ -14,15 +14,17 @@ from lowkey.probes.layer_probe import Probe
 
 @dataclass(frozen=True)
 class Palu(Method):
-    """Every `group` KV heads side by side share one latent (the paper's G-LRD); 1 is its M-LRD, all heads its J-LRD.
+    """Every `group` KV heads side by side share one latent (the paper's G-LRD); 1 is its M-LRD, all heads its
+    J-LRD.
 
-    The paper whitens: S S^T = X^T X, then the SVD of S^T W of a group. The right singular vectors are the eigenvectors of
-    W^T X^T X W, so this is uncentred PCA of the group's own keys or values, which is how it is computed here. Biases and norms, of which
-    the weights say nothing, are thereby in it. group: the paper's 4 becomes the largest divisor up to 4 of the number of KV heads; any
-    other must divide it.
+    The paper whitens: S S^T = X^T X, then the SVD of S^T W of a group. The right singular vectors are the
+    eigenvectors of W^T X^T X W, so this is uncentred PCA of the group's own keys or values, which is how it
+    is computed here. Biases and norms, of which the weights say nothing, are thereby in it. group: the
+    paper's 4 becomes the largest divisor up to 4 of the number of KV heads; any other must divide it.
 
-    The paper caches keys before rotation; under `post_rope` the rotated ones are grouped, which it does not do. Its code rounds the
-    ranks of a group to multiples of 32: `rank_multiple` is of ranks per head, so that 8 is its 32 for groups of 4.
+    The paper caches keys before rotation; under `post_rope` the rotated ones are grouped, which it does not
+    do. Its code rounds the ranks of a group to multiples of 32: `rank_multiple` is of ranks per head, so that
+    8 is its 32 for groups of 4.
     """
 
     summary: ClassVar[str] = "whitened SVD of W_K and W_V, heads in groups that share a latent"

@@ -15,8 +15,8 @@ from lowkey.probes.layer_probe import Probe
 class PCA(Method):
     """Top eigenvectors of the second moment of keys alone and of values alone.
 
-    key_bases, value_bases: one basis per KV head, or one shared by the heads of a layer; the same defaults as the other methods,
-    so that what differs between their rows is the basis.
+    key_bases, value_bases: one basis per KV head, or one shared by the heads of a layer; the same defaults as
+    the other methods, so that what differs between their rows is the basis.
     """
 
     summary: ClassVar[str] = "uncentred PCA of keys and values, the plain baseline"

@@ -1,4 +1,6 @@
-"""ReCalKV (arXiv:2505.24357): similar heads share a latent for keys, all heads one for values, which is calibrated afterwards."""
+"""ReCalKV (arXiv:2505.24357): similar heads share a latent for keys, all heads one for values, which is
+calibrated afterwards.
+"""
 
 from __future__ import annotations
 
@@ -25,19 +27,23 @@ RIDGE = 1e-9  # relative to the mean eigenvalue: no direction of the values is w
 
 @dataclass(frozen=True)
 class ReCalKV(Method):
-    """Keys: KV heads are reordered so that similar ones are neighbours (section 3.2), then every `group` of them gets a whitened SVD, that
-    is, PCA of their keys. group: the paper's 4 becomes the largest divisor up to 4 of the number of KV heads; any other must divide it.
-    Similarity is that of the whitened weights; what a norm or a bias adds to keys afterwards does not count in it.
-    Values: a whitened SVD of the whole W_V, then `iterations` rounds of calibration (section 3.3) once ranks are chosen.
+    """Keys: KV heads are reordered so that similar ones are neighbours (section 3.2), then every `group` of
+    them gets a whitened SVD, that is, PCA of their keys. group: the paper's 4 becomes the largest divisor up
+    to 4 of the number of KV heads; any other must divide it. Similarity is that of the whitened weights; what
+    a norm or a bias adds to keys afterwards does not count in it. Values: a whitened SVD of the whole W_V,
+    then `iterations` rounds of calibration (section 3.3) once ranks are chosen.
 
-    Calibration takes each layer's inputs from the stream that the compressed layers before it leave, keys included, as the published
-    code does. All tokens count, one by one; that code adds up 8 windows position by position first. On the inputs of the uncompressed
-    model the whitened SVD is the optimum already, and calibration changes nothing. Every round is one step of subspace iteration
-    towards PCA of the values in the compressed stream, which is the optimum there. Biases go where their heads go; that code leaves
-    them behind. Under `post_rope`, which is not the paper's, rotated keys are grouped.
+    Calibration takes each layer's inputs from the stream that the compressed layers before it leave, keys
+    included, as the published code does. All tokens count, one by one; that code adds up 8 windows position
+    by position first. On the inputs of the uncompressed model the whitened SVD is the optimum already, and
+    calibration changes nothing. Every round is one step of subspace iteration towards PCA of the values in
+    the compressed stream, which is the optimum there. Biases go where their heads go; that code leaves them
+    behind. Under `post_rope`, which is not the paper's, rotated keys are grouped.
     """
 
-    summary: ClassVar[str] = "keys of similar heads in groups, values jointly and calibrated in the compressed stream"
+    summary: ClassVar[str] = (
+        "keys of similar heads in groups, values jointly and calibrated in the compressed stream"
+    )
     paper: ClassVar[str] = "arXiv:2505.24357"
     allocator: ClassVar[str] = "fisher"
     layout: ClassVar[Layout] = "pre_rope"
@@ -85,8 +91,9 @@ def whitened(weights: Tensor, inputs: Tensor) -> Tensor:
 def cka(parts: Tensor) -> Tensor:
     """Linear CKA (h, h) of matrices (h, D, d), whose D rows are taken as samples and centred (Eq. 2-3).
 
-    Eq. 2-3 and the published code write it with D x D Gram matrices; the trace of their product is ||X^T Y||_F^2, which takes d x d ones.
-    That code centres the rows of S^T W, which depends on the root S that is chosen, by about 1/D of the energy; so does this.
+    Eq. 2-3 and the published code write it with D x D Gram matrices; the trace of their product is ||X^T
+    Y||_F^2, which takes d x d ones. That code centres the rows of S^T W, which depends on the root S that is
+    chosen, by about 1/D of the energy; so does this.
     """
     h, _, d = parts.shape
     side = (parts - parts.mean(1, keepdim=True)).transpose(0, 1).flatten(1)
@@ -96,13 +103,17 @@ def cka(parts: Tensor) -> Tensor:
 
 
 def gathered(similarity: Tensor, t: int) -> list[list[int]]:
-    """Groups of t heads: pair after pair, most similar first, opens a group or joins its partner's while there is room for it.
+    """Groups of t heads: pair after pair, most similar first, opens a group or joins its partner's while
+    there is room for it.
 
-    Heads that are left over fill what room there is, in their own order (section 3.2; the code lets pairs overflow and repairs that after).
+    Heads that are left over fill what room there is, in their own order (section 3.2; the code lets pairs
+    overflow and repairs that after).
     """
     h = len(similarity)
     groups: list[list[int]] = []
-    pairs = sorted(((i, j) for i in range(h) for j in range(i + 1, h)), key=lambda p: (-float(similarity[p]), p))
+    pairs = sorted(
+        ((i, j) for i in range(h) for j in range(i + 1, h)), key=lambda p: (-float(similarity[p]), p)
+    )
     for pair in pairs if t > 1 else []:
         alone = [i for i in pair if not any(i in g for g in groups)]
         joined = next((g for g in groups if len(alone) == 1 and not set(pair).isdisjoint(g)), None)
@@ -118,7 +129,9 @@ def gathered(similarity: Tensor, t: int) -> list[list[int]]:
 
 
 def order_of(groups: list[list[int]]) -> Tensor | None:
-    """Heads group after group, groups by their first head and heads in their own order; None where nothing moves."""
+    """Heads group after group, groups by their first head and heads in their own order; None where nothing
+    moves.
+    """
     order = [i for g in sorted(sorted(g) for g in groups) for i in g]
     return None if order == sorted(order) else torch.tensor(order)
 
@@ -138,17 +151,21 @@ class Values:
 
 
 def calibrated(f: Factors, moment: Tensor, iterations: int) -> Factors:
-    """The value maps after alternating least squares on values of this joint moment (h d, h d), heads in their own order.
+    """The value maps after alternating least squares on values of this joint moment (h d, h d), heads in
+    their own order.
 
-    Up map: L = argmin ||V D L - V|| = (D^T C D)^{-1} D^T C for the down map D and C = V^T V (Eq. 7). Down map: D = L^+ (Eq. 8, where
-    the factor of the weights is W_V L^+), the best for that L whatever the values. Then D L projects onto the rows of L, and an orthonormal
-    basis Q of these gives the same Q Q^T = L^+ L; it is what is kept. At full rank there is nothing to gain.
+    Up map: L = argmin ||V D L - V|| = (D^T C D)^{-1} D^T C for the down map D and C = V^T V (Eq. 7). Down
+    map: D = L^+ (Eq. 8, where the factor of the weights is W_V L^+), the best for that L whatever the values.
+    Then D L projects onto the rows of L, and an orthonormal basis Q of these gives the same Q Q^T = L^+ L; it
+    is what is kept. At full rank there is nothing to gain.
     """
     down, heads = f.v_down[0].double(), f.merge[1]
     if down.shape[0] == down.shape[1]:
         return f
     c = reordered(moment, f.order, heads)
-    c = c + (RIDGE * c.diagonal().mean()).clamp_min(torch.finfo(torch.float32).tiny) * torch.eye(len(c), dtype=torch.float64)
+    c = c + (RIDGE * c.diagonal().mean()).clamp_min(torch.finfo(torch.float32).tiny) * torch.eye(
+        len(c), dtype=torch.float64
+    )
     for _ in range(iterations):
         fitted = torch.linalg.solve(down.mT @ c @ down, down.mT @ c)
         down = torch.linalg.qr(fitted.mT).Q

@@ -1,4 +1,6 @@
-"""StiefAttention (arXiv:2601.21686): orthonormal bases that minimise the error of the whole decoder layer's output."""
+"""StiefAttention (arXiv:2601.21686): orthonormal bases that minimise the error of the whole decoder layer's
+output.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from lowkey.core.options import option
-from lowkey.core.types import Basis, Factors, Heads, LayerBases, LayerStatistics, Layout, device_of, head_blocks
+from lowkey.core.types import (
+    Basis,
+    Factors,
+    Heads,
+    LayerBases,
+    LayerStatistics,
+    Layout,
+    device_of,
+    head_blocks,
+)
 from lowkey.methods.base import Method
 from lowkey.ops.bases import principal_basis
 from lowkey.ops.stiefel import Predictor, RankedMatrices
@@ -29,18 +40,19 @@ WIDTH = 128  # of the predictor's hidden layers; the paper gives none
 
 @dataclass(frozen=True)
 class StiefAttention(Method):
-    """Bases P with P^T P = I that minimise E ||f(x) - f~(x)||_F / ||f(x)||_F over a layer's recorded inputs (Eq. 11-12).
+    """Bases P with P^T P = I that minimise E ||f(x) - f~(x)||_F / ||f(x)||_F over a layer's recorded inputs
+    (Eq. 11-12).
 
-    parametrisation: `mlp` is the paper's: per candidate rank, and for keys and values apart (the other uncompressed), a network predicts
-    the matrix from per-channel means and variances. `free` (ours, as good in a fifth of the time) trains one matrix per basis from the
-    PCA solution, which all ranks share and from which each departs, keys and values together, every window at ranks of its own, drawn at
-    random.
+    parametrisation: `mlp` is the paper's: per candidate rank, and for keys and values apart (the other
+    uncompressed), a network predicts the matrix from per-channel means and variances. `free` (ours, as good
+    in a fifth of the time) trains one matrix per basis from the PCA solution, which all ranks share and from
+    which each departs, keys and values together, every window at ranks of its own, drawn at random.
     key_bases, value_bases: `shared` over a layer's heads or `per_head`; the paper shares keys and not values.
-    epochs: at most; training stops after `patience` epochs without gain on held-out windows. lr: peak rate. 0 is the form's own of each:
-    for `mlp` the paper's 50, 5 and 5e-3, for `free` 100, 30 and 5e-3 (128/d).
-    The paper's ranks are 50 to 90 % of d (`--ranks`), its budget one of the (weighted) layer error; the abstract of its second version
-    announces a byte budget met step by step instead, which the allocator `greedy` is. Rotation is not mentioned; as the projections are
-    folded into the weights, keys are stored before it.
+    epochs: at most; training stops after `patience` epochs without gain on held-out windows. lr: peak rate. 0
+    is the form's own of each: for `mlp` the paper's 50, 5 and 5e-3, for `free` 100, 30 and 5e-3 (128/d). The
+    paper's ranks are 50 to 90 % of d (`--ranks`), its budget one of the (weighted) layer error; the abstract
+    of its second version announces a byte budget met step by step instead, which the allocator `greedy` is.
+    Rotation is not mentioned; as the projections are folded into the weights, keys are stored before it.
     """
 
     summary: ClassVar[str] = "orthonormal bases trained on the decoder layer's output error"
@@ -61,7 +73,9 @@ class StiefAttention(Method):
         fit = self._fit_free if self.parametrisation == "free" else self._fit_mlp
         return fit(statistics, probe, ranks, torch.Generator().manual_seed(seed))
 
-    def _fit_free(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], generator: torch.Generator) -> LayerBases:
+    def _fit_free(
+        self, statistics: LayerStatistics, probe: Probe, ranks: list[int], generator: torch.Generator
+    ) -> LayerBases:
         """A matrix for every rank around a shared one, for keys and for values, trained together."""
         start_k, start_v = self._start(statistics, probe)
         d, device, count = start_k.columns.shape[-1], device_of(probe.block), len(ranks)
@@ -73,7 +87,8 @@ class StiefAttention(Method):
 
         def loss(windows: Tensor) -> Tensor:
             i, j = (spread(len(windows), count, generator).to(device) for _ in range(2))
-            # log: every rank pulls with its relative gain; the floor silences a window that drew both full ranks
+            # log: every rank pulls with its relative gain; the floor silences a window that drew both full
+            # ranks
             return probe.errors(windows, factors(i, j)).clamp_min(FLOOR).log().mean()
 
         def judge() -> float:
@@ -84,13 +99,22 @@ class StiefAttention(Method):
         self._train([keys, values], loss, judge, JUDGED_EVERY, lr, BATCH, probe, generator)
         return LayerBases(_ranked(keys, start_k, ranks), _ranked(values, start_v, ranks))
 
-    def _fit_mlp(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], generator: torch.Generator) -> LayerBases:
+    def _fit_mlp(
+        self, statistics: LayerStatistics, probe: Probe, ranks: list[int], generator: torch.Generator
+    ) -> LayerBases:
         """The paper's protocol: a predictor per rank and side, the other side left at full rank."""
         start_k, start_v = self._start(statistics, probe)
         d = start_k.columns.shape[-1]
         eye = torch.eye(d, device=device_of(probe.block)).unsqueeze(0)
-        about_k = describe(statistics.keys(probe.layout), statistics.keys_mean(probe.layout), statistics, self.key_bases)
-        about_v = describe(head_blocks(statistics.values, statistics.heads), statistics.values_mean, statistics, self.value_bases)
+        about_k = describe(
+            statistics.keys(probe.layout), statistics.keys_mean(probe.layout), statistics, self.key_bases
+        )
+        about_v = describe(
+            head_blocks(statistics.values, statistics.heads),
+            statistics.values_mean,
+            statistics,
+            self.value_bases,
+        )
 
         def one(about: Tensor, rank: int, batch: int, of: Callable[[Tensor], Factors]) -> tuple[int, Tensor]:
             predictor = Predictor(about, d, WIDTH, generator).to(device_of(probe.block))
@@ -101,13 +125,25 @@ class StiefAttention(Method):
             def loss(windows: Tensor) -> Tensor:
                 return probe.errors(windows, factors()).mean()
 
-            self._train([predictor], loss, lambda: probe.held_error(factors()), 1, self.lr or 5e-3, batch, probe, generator)
+            self._train(
+                [predictor],
+                loss,
+                lambda: probe.held_error(factors()),
+                1,
+                self.lr or 5e-3,
+                batch,
+                probe,
+                generator,
+            )
             return rank, predictor()[..., :rank].detach().cpu()
 
         lower = [r for r in ranks if r < d]
         exact_k = tuple(one(about_k, r, KEY_BATCH, lambda p: factors_of(p, eye)) for r in lower)
         exact_v = tuple(one(about_v, r, BATCH, lambda p: factors_of(eye, p)) for r in lower)
-        return LayerBases(Basis(start_k.columns, None, exact_k, start_k.spectrum), Basis(start_v.columns, None, exact_v, start_v.spectrum))
+        return LayerBases(
+            Basis(start_k.columns, None, exact_k, start_k.spectrum),
+            Basis(start_v.columns, None, exact_v, start_v.spectrum),
+        )
 
     def _start(self, statistics: LayerStatistics, probe: Probe) -> tuple[Basis, Basis]:
         keys, values = statistics.keys(probe.layout), head_blocks(statistics.values, statistics.heads)
@@ -124,11 +160,18 @@ class StiefAttention(Method):
         probe: Probe,
         generator: torch.Generator,
     ) -> None:
-        """AdamW with cosine annealing on `loss(windows)`; keeps the parameters that `judge`, asked every few epochs, finds best."""
+        """AdamW with cosine annealing on `loss(windows)`; keeps the parameters that `judge`, asked every few
+        epochs, finds best.
+        """
         parameters = [p for m in modules for p in m.parameters()]
-        epochs, patience = self.epochs or EPOCHS[self.parametrisation], self.patience or PATIENCE[self.parametrisation]
+        epochs, patience = (
+            self.epochs or EPOCHS[self.parametrisation],
+            self.patience or PATIENCE[self.parametrisation],
+        )
         optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=WEIGHT_DECAY)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * -(-probe.training // batch))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+            optimizer, T_max=epochs * -(-probe.training // batch)
+        )
         best, kept, gained = judge(), [p.detach().clone() for p in parameters], 0
         for epoch in range(1, epochs + 1):
             for windows in probe.batches(batch, generator):
@@ -152,7 +195,9 @@ def factors_of(keys: Tensor, values: Tensor) -> Factors:
 
 
 def spread(rows: int, count: int, generator: torch.Generator) -> Tensor:
-    """`rows` random indices below `count`, evenly spread: one from each of `rows` equal strata, in random order."""
+    """`rows` random indices below `count`, evenly spread: one from each of `rows` equal strata, in random
+    order.
+    """
     strata = torch.randperm(rows, generator=generator) + torch.rand(rows, generator=generator)
     return (strata / rows * count).long().clamp(max=count - 1)
 
@@ -166,7 +211,12 @@ def mean_log(errors: Iterable[float]) -> float:
 @torch.no_grad()
 def _ranked(matrices: RankedMatrices, start: Basis, ranks: list[int]) -> Basis:
     found = matrices(torch.arange(len(ranks), device=matrices.own.device)).cpu()
-    return Basis(found[-1], None, tuple((r, q[..., :r].clone()) for r, q in zip(ranks[:-1], found, strict=False)), start.spectrum)
+    return Basis(
+        found[-1],
+        None,
+        tuple((r, q[..., :r].clone()) for r, q in zip(ranks[:-1], found, strict=False)),
+        start.spectrum,
+    )
 
 
 def describe(moments: Tensor, mean: Tensor, statistics: LayerStatistics, heads: Heads) -> Tensor:

@@ -1,4 +1,6 @@
-"""StiefAttention's idea (arXiv:2601.21686) over all heads and the whole model: maps trained on what the compressed model puts out."""
+"""StiefAttention's idea (arXiv:2601.21686) over all heads and the whole model: maps trained on what the
+compressed model puts out.
+"""
 
 from __future__ import annotations
 
@@ -29,22 +31,27 @@ RIDGE = 1e-6
 
 @dataclass(frozen=True)
 class StiefJoint(GradientMethod):
-    """Oblique projectors of a layer's heads together, trained at the chosen ranks on KL(original || compressed) of the next tokens.
+    """Oblique projectors of a layer's heads together, trained at the chosen ranks on KL(original ||
+    compressed) of the next tokens.
 
-    arXiv:2601.21686 trains orthonormal bases per layer, on the relative error of that layer's output, in which massive tokens drown the
-    others and which the cache's exact tokens dominate. Here latents are joint over heads and kept before rotation, every layer is
-    compressed at once, queries see exactly what the cache keeps exactly, and the error is that of the model's own distribution.
+    arXiv:2601.21686 trains orthonormal bases per layer, on the relative error of that layer's output, in
+    which massive tokens drown the others and which the cache's exact tokens dominate. Here latents are joint
+    over heads and kept before rotation, every layer is compressed at once, queries see exactly what the cache
+    keeps exactly, and the error is that of the model's own distribution.
 
-    Start: `fisher-svd`, in closed form, which also gives the spectra by which ranks are chosen. Then, at those ranks, `steps` steps of
-    Adam, each on one window of the fitting text, with a peak rate `lr`, a warm-up and a cosine. Trained are the maps in coordinates in
-    which keys (values) are white: with C their second moment, down = C^{-1/2} U and up = W C^{1/2}. At the start U is orthonormal and
-    W = U^T; both then move freely. Held-out windows judge a few times, and the best maps seen are kept, the start among them. Little
-    text is soon learnt by heart: more windows help more than more steps.
+    Start: `fisher-svd`, in closed form, which also gives the spectra by which ranks are chosen. Then, at
+    those ranks, `steps` steps of Adam, each on one window of the fitting text, with a peak rate `lr`, a
+    warm-up and a cosine. Trained are the maps in coordinates in which keys (values) are white: with C their
+    second moment, down = C^{-1/2} U and up = W C^{1/2}. At the start U is orthonormal and W = U^T; both then
+    move freely. Held-out windows judge a few times, and the best maps seen are kept, the start among them.
+    Little text is soon learnt by heart: more windows help more than more steps.
 
     group: how many KV heads share one latent, a divisor of their number, or 0 for all.
     """
 
-    summary: ClassVar[str] = "fisher-svd, then maps of all layers trained on the divergence of the whole model"
+    summary: ClassVar[str] = (
+        "fisher-svd, then maps of all layers trained on the divergence of the whole model"
+    )
     paper: ClassVar[str] = "arXiv:2601.21686"
     finishes: ClassVar[bool] = True
 
@@ -62,8 +69,8 @@ class StiefJoint(GradientMethod):
 
 
 class White:
-    """Maps down (G, n, r) and up (h, r, d) in coordinates in which what they map, of second moment (G, n, n), is white. Trained: down and
-    up, (G, n, r) and (G, r, n)."""
+    """Maps down (G, n, r) and up (h, r, d) in coordinates in which what they map, of second moment (G, n, n),
+    is white. Trained: down and up, (G, n, r) and (G, r, n)."""
 
     def __init__(self, moment: Tensor, down: Tensor, up: Tensor, device: torch.device) -> None:
         root, inverse = roots(moment, RIDGE)
@@ -71,7 +78,10 @@ class White:
         inside, back = root @ down.double(), beside(up, self.t).double() @ inverse
         length = inside.norm(dim=-2, keepdim=True)
         self.root, self.inverse = root.float().to(device), inverse.float().to(device)
-        self.down, self.up = ((inside / length).float().to(device).requires_grad_(), (back * length.mT).float().to(device).requires_grad_())
+        self.down, self.up = (
+            (inside / length).float().to(device).requires_grad_(),
+            (back * length.mT).float().to(device).requires_grad_(),
+        )
 
     def maps(self) -> tuple[Tensor, Tensor]:
         return self.inverse @ self.down, blocks(self.up @ self.root, self.t)
@@ -92,11 +102,21 @@ class Training:
     sides: dict[int, tuple[White, White]]
 
     @classmethod
-    def of(cls, factors: dict[int, Factors], found: dict[int, dict[str, Tensor]], groups: int, course: Course) -> Training:
+    def of(
+        cls, factors: dict[int, Factors], found: dict[int, dict[str, Tensor]], groups: int, course: Course
+    ) -> Training:
         def white(i: int, of: str, down: Tensor, up: Tensor) -> White:
-            return White(head_blocks(found[i][of], groups), down, up, device_of(families.decoder_layers(course.model)[i]))
+            return White(
+                head_blocks(found[i][of], groups),
+                down,
+                up,
+                device_of(families.decoder_layers(course.model)[i]),
+            )
 
-        sides = {i: (white(i, "keys", f.k_down, f.k_up), white(i, "values", f.v_down, f.v_up)) for i, f in factors.items()}
+        sides = {
+            i: (white(i, "keys", f.k_down, f.k_up), white(i, "values", f.v_down, f.v_up))
+            for i, f in factors.items()
+        }
         return cls(course, sides)
 
     @property
@@ -104,7 +124,9 @@ class Training:
         return [p for pair in self.sides.values() for side in pair for p in (side.down, side.up)]
 
     def run(self, steps: int, lr: float) -> dict[int, Factors]:
-        """The maps that the held-out windows found best. What is done is saved at every look, to go on from to the same maps."""
+        """The maps that the held-out windows found best. What is done is saved at every look, to go on from
+        to the same maps.
+        """
         optimizer, done = torch.optim.Adam(self.parameters, lr=lr, betas=BETAS), 0
         if (found := self._saved()) is not None:
             best, kept, done = self._restored(found, optimizer, steps)
@@ -112,7 +134,9 @@ class Training:
             best, kept = self.judged(), copies(self.parameters)
         order = self._order(steps)
         for k in self.course.progress(range(done, steps), "training maps", steps - done):
-            gradients = torch.autograd.grad(self.loss(self.course.training[order[k]].unsqueeze(0)), self.parameters)
+            gradients = torch.autograd.grad(
+                self.loss(self.course.training[order[k]].unsqueeze(0)), self.parameters
+            )
             for p, gradient in zip(self.parameters, gradients, strict=True):
                 p.grad = gradient
             for group in optimizer.param_groups:
@@ -133,7 +157,9 @@ class Training:
         with torch.no_grad():
             original = model(ids, use_cache=False).logits
         maps = {i: Factors(*keys.maps(), *values.maps()) for i, (keys, values) in self.sides.items()}
-        found = model_probe.logits(model, ids, model_probe.storages(model, maps, self.course.layout), self.course.exact)
+        found = model_probe.logits(
+            model, ids, model_probe.storages(model, maps, self.course.layout), self.course.exact
+        )
         return model_probe.divergence(found, original)
 
     @torch.no_grad()
@@ -145,12 +171,24 @@ class Training:
     def _order(self, steps: int) -> list[int]:
         """Every window once, in random order, before any comes again."""
         generator, n = torch.Generator().manual_seed(self.course.seed), len(self.course.training)
-        return torch.cat([torch.randperm(n, generator=generator) for _ in range(-(-steps // n))]).tolist()[:steps] if steps else []
+        return (
+            torch.cat([torch.randperm(n, generator=generator) for _ in range(-(-steps // n))]).tolist()[
+                :steps
+            ]
+            if steps
+            else []
+        )
 
     def _save(self, optimizer: torch.optim.Optimizer, kept: list[Tensor], best: float, done: int) -> None:
         if self.course.work is not None:
-            found = {f"parameter.{n}": p.detach() for n, p in enumerate(self.parameters)} | {f"best.{n}": p for n, p in enumerate(kept)}
-            found |= {"judged": torch.tensor(best, dtype=torch.float64), "done": torch.tensor(done), "widths": self._widths()}
+            found = {f"parameter.{n}": p.detach() for n, p in enumerate(self.parameters)} | {
+                f"best.{n}": p for n, p in enumerate(kept)
+            }
+            found |= {
+                "judged": torch.tensor(best, dtype=torch.float64),
+                "done": torch.tensor(done),
+                "widths": self._widths(),
+            }
             found |= optimizer_state.tensors_of(optimizer)
             files.write_work(self.course.work, "training", found)
 
@@ -160,11 +198,15 @@ class Training:
 
     def _saved(self) -> dict[str, Tensor] | None:
         found, own = files.read_work(self.course.work, "training"), self._widths()
-        same = found is not None and torch.equal(files.fits(found, "widths", own, self.course.work or Path()), own)
+        same = found is not None and torch.equal(
+            files.fits(found, "widths", own, self.course.work or Path()), own
+        )
         return found if same else None
 
     @torch.no_grad()
-    def _restored(self, found: dict[str, Tensor], optimizer: torch.optim.Optimizer, steps: int) -> tuple[float, list[Tensor], int]:
+    def _restored(
+        self, found: dict[str, Tensor], optimizer: torch.optim.Optimizer, steps: int
+    ) -> tuple[float, list[Tensor], int]:
         work = self.course.work or Path()
         kept = [files.fits(found, f"best.{n}", p, work).to(p.device) for n, p in enumerate(self.parameters)]
         for n, p in enumerate(self.parameters):

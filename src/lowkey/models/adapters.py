@@ -16,7 +16,9 @@ class Adapters:
 
     def __init__(self, model: nn.Module) -> None:
         found = ((path, m) for path, m in model.named_modules() if any(hasattr(m, name) for name in INNER))
-        self.wrappers: dict[str, Any] = {path: m for path, m in found if path and hasattr(m, "active_adapters")}  # the outermost first
+        self.wrappers: dict[str, Any] = {
+            path: m for path, m in found if path and hasattr(m, "active_adapters")
+        }  # the outermost first
 
     @staticmethod
     def active(wrapper: Any) -> list[str]:

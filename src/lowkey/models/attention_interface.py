@@ -1,7 +1,8 @@
 """The one attention function we register with transformers, and what passes through it.
 
-A cache layer of ours returns an `Incoming` in the place of keys and values; it reaches this function untouched, which
-hands the query to that layer. Plain tensors (a stock cache, a sliding layer) go to transformers' own SDPA function.
+A cache layer of ours returns an `Incoming` in the place of keys and values; it reaches this function
+untouched, which hands the query to that layer. Plain tensors (a stock cache, a sliding layer) go to
+transformers' own SDPA function.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ UNCOMPILED = "lowkey: a cache grows from step to step and a graph does not, so i
 
 @dataclass(frozen=True)
 class Call:
-    """One attention call. query (b, h, g, t, d); mask (b|1, t, s) over all tokens seen, or None for causal without
-    padding; positions (b|1, t) of the new tokens, or None when the model gives none."""
+    """One attention call. query (b, h, g, t, d); mask (b|1, t, s) over all tokens seen, or None for causal
+    without padding; positions (b|1, t) of the new tokens, or None when the model gives none."""
 
     query: Tensor
     mask: Tensor | None
@@ -76,7 +77,8 @@ def as_cast(x: Tensor) -> Tensor:
 
 
 def attach(model: PreTrainedModel) -> PreTrainedModel:
-    """Make the text decoder of `model` use our attention function, through transformers' public call; a stock cache behaves as before.
+    """Make the text decoder of `model` use our attention function, through transformers' public call; a stock
+    cache behaves as before.
 
     Errors: LowkeyError for a family that is not supported.
     """
@@ -84,8 +86,10 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     if not families.stores_its_own(model.config):
         families.geometry(model)
     AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)  # class-wide: a mask function set on one object is ignored
-    model.get_decoder().set_attn_implementation(NAME)  # not the whole model: it may have a vision tower, whose masks are of other kinds
+    # class-wide: a mask function set on one object is ignored
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    # not the whole model: it may have a vision tower, whose masks are of other kinds
+    model.get_decoder().set_attn_implementation(NAME)
     return model
 
 
@@ -107,13 +111,20 @@ def attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: query (b, H, t, d) -> (b, t, H, d), no weights."""
     if isinstance(key, Incoming):
-        return _through_layer(module, query, key, value, attention_mask, scaling, dropout, softcap, position_ids, **kwargs)
-    return _attention(module, query, key, value, attention_mask, scaling, dropout, softcap, position_ids, **kwargs)
+        return _through_layer(
+            module, query, key, value, attention_mask, scaling, dropout, softcap, position_ids, **kwargs
+        )
+    return _attention(
+        module, query, key, value, attention_mask, scaling, dropout, softcap, position_ids, **kwargs
+    )
 
 
 @torch.compiler.disable(reason=UNCOMPILED)
-def _through_layer(module: torch.nn.Module, query: Tensor, key: Incoming, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    """A layer of ours is told whether it answered well. Under `torch.compile` it runs as it is, between compiled parts.
+def _through_layer(
+    module: torch.nn.Module, query: Tensor, key: Incoming, *args: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """A layer of ours is told whether it answered well. Under `torch.compile` it runs as it is, between
+    compiled parts.
 
     Autocast ends here: the layer has taken keys and values in its dtype, and computes in that or wider."""
     try:
@@ -148,7 +159,15 @@ def _attention(
         out = _dense(query, key, value, attention_mask, scale, softcap)
     else:
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, position_ids=position_ids, **kwargs
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            position_ids=position_ids,
+            **kwargs,
         )
     return out.flatten(1, 2).transpose(1, 2).contiguous(), None
 
@@ -161,7 +180,8 @@ def _shared_mask(mask: Tensor | None, query: Tensor) -> Tensor | None:
     first = mask[:, :1]
     if mask.shape[1] > 1 and mask.stride(1) and not bool((mask == first).all()):
         raise LowkeyError(
-            "attention_mask: its heads differ, and this kind of cache gives all heads of a layer one mask; give one for all heads, "
+            "attention_mask: its heads differ, and this kind of cache gives all heads of a layer one mask; "
+            "give one for all heads, "
             "(b, 1, t, s), or use a cache of transformers"
         )
     return first[:, 0]
@@ -171,19 +191,25 @@ def _check_shape(mask: Tensor, query: Tensor) -> None:
     b, heads, t = query.shape[:3]
     if mask.ndim != 4 or mask.shape[0] not in (1, b) or mask.shape[1] not in (1, heads) or mask.shape[2] != t:
         raise LowkeyError(
-            f"attention_mask of shape {tuple(mask.shape)}: a call of {b} rows of {t} tokens and {heads} heads takes "
+            f"attention_mask of shape {tuple(mask.shape)}: a call of {b} rows of {t} tokens and {heads} "
+            "heads takes "
             f"({b}, {heads}, {t}, tokens seen), of which rows and heads may be 1; or give a 2D padding mask"
         )
 
 
-def _dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float) -> Tensor:
+def _dense(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float
+) -> Tensor:
     """Stock keys under soft-capping, which SDPA would silently drop."""
     b, heads, h = *query.shape[:2], key.shape[1]
     if mask is not None:
         _check_shape(mask, query)
     if mask is not None and mask.shape[1] > 1:  # heads with masks of their own, as rows of a batch
         mask = mask.expand(b, -1, -1, -1).flatten(0, 1)
-        query, key, value = (x.repeat_interleave(heads // x.shape[1], 1).flatten(0, 1).unsqueeze(1) for x in (query, key, value))
+        query, key, value = (
+            x.repeat_interleave(heads // x.shape[1], 1).flatten(0, 1).unsqueeze(1)
+            for x in (query, key, value)
+        )
         out = _dense(query, key, value, mask.unsqueeze(1), scaling, softcap)
         return out.view(b, h, heads // h, *out.shape[3:])
     call = Call(query.unflatten(1, (h, -1)), None if mask is None else mask[:, 0], None, scaling, softcap)
@@ -193,10 +219,17 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scali
 def _refuse(kwargs: dict, mask: Tensor | None) -> None:
     """What we cannot honour is refused by name, never ignored."""
     if kwargs.get("s_aux") is not None:
-        raise LowkeyError("attention sinks (s_aux) are not supported by lowkey; use the model's own attention implementation")
+        raise LowkeyError(
+            "attention sinks (s_aux) are not supported by lowkey; use the model's own attention "
+            "implementation"
+        )
     if kwargs.get("output_attentions"):
         raise LowkeyError(
-            "output_attentions=True: attention weights are never formed here; load the model with attn_implementation='eager'"
+            "output_attentions=True: attention weights are never formed here; load the model with "
+            "attn_implementation='eager'"
         )
     if mask is not None and mask.dtype != torch.bool:
-        raise LowkeyError(f"attention_mask of dtype {mask.dtype}: give a 2D padding mask or a boolean 4D mask (True = attend)")
+        raise LowkeyError(
+            f"attention_mask of dtype {mask.dtype}: give a 2D padding mask or a boolean 4D mask (True = "
+            "attend)"
+        )

@@ -23,7 +23,8 @@ from lowkey.models import weights
 class Family:
     """How one architecture differs from Llama.
 
-    pre_norm: the attention block reads `input_layernorm(hidden)` (else the residual stream itself, as in OLMo 2);
+    pre_norm: the attention block reads `input_layernorm(hidden)` (else the residual stream itself, as in OLMo
+    2);
     rope_per_layer_type: the rotary module wants the layer type as a third argument (Gemma 3);
     fused_qkv: one `qkv_proj` makes queries, keys and values, in this order (Phi-3);
     normed: queries and keys pass a norm between their projection and their rotation.
@@ -60,7 +61,9 @@ OWN = "lowkey"  # the model type of `lowkey.attention`
 
 @dataclass(frozen=True)
 class Geometry:
-    """The shapes of a decoder's cache. `compressible` are the layers with full attention; sliding ones stay stock."""
+    """The shapes of a decoder's cache. `compressible` are the layers with full attention; sliding ones stay
+    stock.
+    """
 
     layers: int
     heads: int
@@ -84,16 +87,27 @@ def family(config: PreTrainedConfig) -> Family:
         return Family(normed=config.get_text_config().qk_norm)
     if kind in FAMILIES:
         return FAMILIES[kind]
-    reason = REFUSED.get(kind) or f"nearest supported: {', '.join(difflib.get_close_matches(kind, FAMILIES, 3, 0.3)) or 'none'}"
-    raise LowkeyError(f"model of family {kind!r} is not supported ({reason}); supported families: {', '.join(FAMILIES)}")
+    reason = (
+        REFUSED.get(kind)
+        or f"nearest supported: {', '.join(difflib.get_close_matches(kind, FAMILIES, 3, 0.3)) or 'none'}"
+    )
+    raise LowkeyError(
+        f"model of family {kind!r} is not supported ({reason}); supported families: {', '.join(FAMILIES)}"
+    )
 
 
 def stores_its_own(config: PreTrainedConfig) -> bool:
-    """Whether attention keeps something else than rotated keys and values of every head: then nothing of ours stands in for its cache."""
+    """Whether attention keeps something else than rotated keys and values of every head: then nothing of ours
+    stands in for its cache.
+    """
     config = config.get_text_config()
     if config.model_type != OWN:
         return False
-    return config.attention not in GROUPED or config.attention_layers is not None or config.q_lora_rank is not None
+    return (
+        config.attention not in GROUPED
+        or config.attention_layers is not None
+        or config.q_lora_rank is not None
+    )
 
 
 def linear_output(config: PreTrainedConfig) -> bool:
@@ -107,7 +121,8 @@ def geometry(model: PreTrainedModel) -> Geometry:
     found, config = shapes(model), model.config.get_text_config()
     if not found.compressible:
         raise LowkeyError(
-            f"model of family {config.model_type!r} has only sliding-window layers (sliding_window={config.sliding_window}); "
+            f"model of family {config.model_type!r} has only sliding-window layers "
+            f"(sliding_window={config.sliding_window}); "
             "their cache is bounded already: use a model with full-attention layers"
         )
     return found
@@ -120,19 +135,24 @@ def positions(model: PreTrainedModel) -> int | None:
 
 
 def shapes(model: PreTrainedModel) -> Geometry:
-    """Read the cache's shapes off the model. Refuses unsupported families, and models that store something else than keys and values."""
+    """Read the cache's shapes off the model. Refuses unsupported families, and models that store something
+    else than keys and values.
+    """
     family(model.config)
     config = model.config.get_text_config()
     if stores_its_own(config):
         raise LowkeyError(
-            f"model with attention {config.attention!r} already stores a small form of its own, which plans, policies and bits do not "
+            f"model with attention {config.attention!r} already stores a small form of its own, which plans, "
+            "policies and bits do not "
             "read; use it with the full cache, or pretrain with attention 'mha', 'gqa' or 'mqa'"
         )
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kinds = layer_types(config)
     full = tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
-    return Geometry(len(kinds), heads, config.num_key_value_heads or heads, head_dim, config.hidden_size, full)
+    return Geometry(
+        len(kinds), heads, config.num_key_value_heads or heads, head_dim, config.hidden_size, full
+    )
 
 
 def layer_types(config: PreTrainedConfig) -> Sequence[str]:
@@ -156,7 +176,9 @@ def attention_input(model: PreTrainedModel, layer: int, hidden: Tensor) -> Tenso
 
 @dataclass(frozen=True)
 class Part:
-    """Where the model keeps one of its projections: some rows of a linear module, all of them unless it is fused."""
+    """Where the model keeps one of its projections: some rows of a linear module, all of them unless it is
+    fused.
+    """
 
     linear: nn.Linear
     rows: slice
@@ -164,14 +186,18 @@ class Part:
     def weight(self, heads: int) -> Tensor:
         """A copy (heads, d, D) in fp32 on the CPU."""
         with weights.at_hand(self.linear):
-            return self._copy(self.linear.weight if self._plain else self._asked(True)).unflatten(0, (heads, -1))
+            return self._copy(self.linear.weight if self._plain else self._asked(True)).unflatten(
+                0, (heads, -1)
+            )
 
     def bias(self, heads: int) -> Tensor | None:
         """A copy (heads, d) in fp32 on the CPU, or None."""
         if self.linear.bias is None:
             return None
         with weights.at_hand(self.linear):
-            return self._copy(self.linear.bias if self._plain else self._asked(False)).unflatten(0, (heads, -1))
+            return self._copy(self.linear.bias if self._plain else self._asked(False)).unflatten(
+                0, (heads, -1)
+            )
 
     @property
     def _plain(self) -> bool:
@@ -179,8 +205,13 @@ class Part:
 
     @torch.no_grad()
     def _asked(self, weight: bool) -> Tensor:
-        """Weight or bias of what the module does: an adapter around it (LoRA), or a scale of quantised weights, is not in its own."""
-        wide = next((p.dtype for p in self.linear.parameters() if p.is_floating_point() and p.dtype.itemsize > 1), torch.float32)
+        """Weight or bias of what the module does: an adapter around it (LoRA), or a scale of quantised
+        weights, is not in its own.
+        """
+        wide = next(
+            (p.dtype for p in self.linear.parameters() if p.is_floating_point() and p.dtype.itemsize > 1),
+            torch.float32,
+        )
         size, like = self.linear.in_features, torch.empty(0, dtype=wide, device=device_of(self.linear))
         bias = self.linear(like.new_zeros(size))
         return (self.linear(torch.eye(size).to(like)) - bias).mT if weight else bias
@@ -195,7 +226,10 @@ def projection_parts(model: PreTrainedModel, layer: int) -> tuple[Part, Part, Pa
         q, k, v = (_attention_part(model, layer, f"{name}_proj") for name in "qkv")
         return q, k, v
     shape = shapes(model)
-    edges = [n * shape.head_dim for n in (0, shape.heads, shape.heads + shape.kv_heads, shape.heads + 2 * shape.kv_heads)]
+    edges = [
+        n * shape.head_dim
+        for n in (0, shape.heads, shape.heads + shape.kv_heads, shape.heads + 2 * shape.kv_heads)
+    ]
     q, k, v = (_attention_part(model, layer, "qkv_proj", slice(*ends)) for ends in pairwise(edges))
     return q, k, v
 
@@ -206,10 +240,12 @@ def _attention_part(model: PreTrainedModel, layer: int, name: str, rows: slice =
 
 @dataclass(frozen=True)
 class Projections:
-    """Weights of one layer's attention, copies in fp32 on the CPU. Row vectors: keys = inputs @ k[h].T + k_bias[h].
+    """Weights of one layer's attention, copies in fp32 on the CPU. Row vectors: keys = inputs @ k[h].T +
+    k_bias[h].
 
     q (H, d, D), k and v (h, d, D), o (H, D, d); the biases q_bias (H, d), k_bias and v_bias (h, d), or None.
-    normed: keys and queries pass a norm between their projection and their rotation, which is not in these weights.
+    normed: keys and queries pass a norm between their projection and their rotation, which is not in these
+    weights.
     """
 
     q: Tensor
@@ -250,7 +286,8 @@ class Rope:
         """(cos, sin), each (b, s, p), in the dtype of `like`, as the decoder layer wants them."""
         args = (like, positions) if self.layer_type is None else (like, positions, self.layer_type)
         found = self.module(*args)
-        # accelerate leaves it where the rotary module is, which on several devices is not where every layer is
+        # accelerate leaves it where the rotary module is, which on several devices is not where every layer
+        # is
         return found if found[0].device == like.device else send_to_device(found, like.device)
 
     def __call__(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -272,14 +309,21 @@ def narrower_rope(rope: Rope, config: PreTrainedConfig) -> Rope:
 
 
 def check_layout(model: PreTrainedModel, layout: Layout) -> None:
-    """`pre_rope` rotates stored keys again at every read, which is wrong when frequencies change with the length."""
+    """`pre_rope` rotates stored keys again at every read, which is wrong when frequencies change with the
+    length.
+    """
     kind = changing_rope(model)
     if layout == "pre_rope" and kind:
-        raise LowkeyError(f"layout 'pre_rope': rope_type {kind!r} changes its frequencies with the length; use layout 'post_rope'")
+        raise LowkeyError(
+            f"layout 'pre_rope': rope_type {kind!r} changes its frequencies with the length; use layout "
+            "'post_rope'"
+        )
 
 
 def changing_rope(model: PreTrainedModel) -> str | None:
-    """The kind of rotary embedding of the layers with full attention, if its frequencies change with the length."""
+    """The kind of rotary embedding of the layers with full attention, if its frequencies change with the
+    length.
+    """
     kind = rope_parameters(model.config).get("rope_type", "default")
     return kind if kind in CHANGING_ROPE else None
 
@@ -292,7 +336,9 @@ def rope_parameters(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def run_layer(model: PreTrainedModel, layer: int, block: nn.Module, hidden: Tensor, cache: object) -> Tensor:
-    """One decoder layer on unpadded inputs (b, t, D) at positions 0..t-1, through the cache given. Returns (b, t, D)."""
+    """One decoder layer on unpadded inputs (b, t, D) at positions 0..t-1, through the cache given. Returns
+    (b, t, D).
+    """
     positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
     out = block(
         hidden,
@@ -314,7 +360,9 @@ def _window_mask(model: PreTrainedModel, layer: int, positions: Tensor) -> Tenso
 
 
 def head_maps(model: PreTrainedModel, layer: int) -> HeadMaps:
-    """What every query head of a layer amounts to as linear maps, (H, d, D) each; those of a KV head are repeated for its group."""
+    """What every query head of a layer amounts to as linear maps, (H, d, D) each; those of a KV head are
+    repeated for its group.
+    """
     block: Any = decoder_layers(model)[layer].self_attn
     if model.config.model_type == OWN:
         with weights.at_hand(block):
@@ -329,7 +377,8 @@ def head_maps(model: PreTrainedModel, layer: int) -> HeadMaps:
 
 @torch.no_grad()
 def _norm_weight(norm: Any, head_dim: int) -> Tensor:
-    """What an RMSNorm over a head or over all heads (OLMo 2) multiplies by, (1|heads, d, 1). The norm is asked, as families keep the number
-    itself or the number less one; the vector is long, so that the norm's epsilon does not count."""
+    """What an RMSNorm over a head or over all heads (OLMo 2) multiplies by, (1|heads, d, 1). The norm is
+    asked, as families keep the number itself or the number less one; the vector is long, so that the norm's
+    epsilon does not count."""
     asked = torch.full((norm.weight.numel(),), 2.0**10, device=device_of(norm))
     return norm(asked).view(-1, head_dim, 1).to("cpu", torch.float32)

@@ -24,34 +24,74 @@ CHUNK = 2**18  # numbers that are rounded at a time on a CPU, so that they stay 
 IRRELEVANT = frozenset(
     [
         # names and versions
-        *("name_or_path", "transformers_version", "architectures", "auto_map", "transformers_weights", "tokenizer_class"),
+        *(
+            "name_or_path",
+            "transformers_version",
+            "architectures",
+            "auto_map",
+            "transformers_weights",
+            "tokenizer_class",
+        ),
         # how numbers are kept and computed: rounding makes a model the same in any dtype
-        *("dtype", "torch_dtype", "attn_implementation", "experts_implementation", "use_cache", "chunk_size_feed_forward"),
-        *("base_model_tp_plan", "base_model_pp_plan", "output_attentions", "output_hidden_states", "return_dict"),
+        *(
+            "dtype",
+            "torch_dtype",
+            "attn_implementation",
+            "experts_implementation",
+            "use_cache",
+            "chunk_size_feed_forward",
+        ),
+        *(
+            "base_model_tp_plan",
+            "base_model_pp_plan",
+            "output_attentions",
+            "output_hidden_states",
+            "return_dict",
+        ),
         # ids that only generation and text processing use
-        *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id"),
+        *(
+            "bos_token_id",
+            "eos_token_id",
+            "pad_token_id",
+            "sep_token_id",
+            "cls_token_id",
+            "decoder_start_token_id",
+        ),
         # classification, and training
         *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params"),
-        *("initializer_range", "attention_dropout", "hidden_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop"),
+        *(
+            "initializer_range",
+            "attention_dropout",
+            "hidden_dropout",
+            "attn_pdrop",
+            "embd_pdrop",
+            "resid_pdrop",
+        ),
         "gradient_checkpointing",
     ]
 )
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
-    """Of the config, but for IRRELEVANT fields, of every number of every weight, rounded to bfloat16, and of the active adapters.
+    """Of the config, but for IRRELEVANT fields, of every number of every weight, rounded to bfloat16, and of
+    the active adapters.
 
-    Rounding makes a model loaded in float32 and in bfloat16 the same model. Adapters (peft's) that are not active or are disabled do not
-    count, nor what they are called; a base model is the same with and without a wrapper. Takes about as long as the model takes for a
-    token, as both read all weights once.
+    Rounding makes a model loaded in float32 and in bfloat16 the same model. Adapters (peft's) that are not
+    active or are disabled do not count, nor what they are called; a base model is the same with and without a
+    wrapper. Takes about as long as the model takes for a token, as both read all weights once.
     Errors: LowkeyError for weights without numbers, or of a kind that cannot be read.
     """
     wrapped: Any = model
     base = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
     adapters = Adapters(base)
-    parts = {"config": config_words(base.config).encode(), "adapters": repr(sorted(adapters.words())).encode()}
-    read: Read = {weights.place(p): {} for p in base.parameters() if not p.is_meta}  # tied weights are read once
-    prompts = getattr(wrapped, "prompt_encoder", {})  # of a peft model that adds tokens of its own to every text
+    parts = {
+        "config": config_words(base.config).encode(),
+        "adapters": repr(sorted(adapters.words())).encode(),
+    }
+    # tied weights are read once
+    read: Read = {weights.place(p): {} for p in base.parameters() if not p.is_meta}
+    # of a peft model that adds tokens of its own to every text
+    prompts = getattr(wrapped, "prompt_encoder", {})
     for i, adapter in enumerate(sorted(wrapped.active_adapters) if prompts else ()):
         for name, value in prompts[adapter].state_dict().items() if adapter in prompts else ():
             parts[f"prompt {i} {name}"] = _digest(value, name, read)
@@ -73,11 +113,15 @@ def check_model(what: str, name: object, wanted: object, model: PreTrainedModel,
     if not str(wanted).startswith(RULE):
         why = "was made by an earlier version of lowkey, whose fingerprints left out numbers that change outputs"
         raise LowkeyError(f"{what} {why}; {remedy}")
-    raise LowkeyError(f"{what} was made for model {name!r} ({str(wanted)[:14]}), this one is {found[:14]}; {remedy}")
+    raise LowkeyError(
+        f"{what} was made for model {name!r} ({str(wanted)[:14]}), this one is {found[:14]}; {remedy}"
+    )
 
 
 class FilledBy:
-    """Which model filled a cache: what it was when the first tokens came, and whether it has been another one at a later turn."""
+    """Which model filled a cache: what it was when the first tokens came, and whether it has been another one
+    at a later turn.
+    """
 
     def __init__(self, model: PreTrainedModel, found: str | None = None) -> None:
         self.model, self.found, self.changed = weakref.ref(model), found, False
@@ -86,8 +130,9 @@ class FilledBy:
 
     @torch.compiler.disable
     def look(self, tokens: int, first: bool) -> None:
-        """So many tokens are about to be stored, the first ones perhaps. For these all weights are read; later, only where something
-        seems to have changed, and not for single tokens, since a look takes longer than is fit for a step of decoding."""
+        """So many tokens are about to be stored, the first ones perhaps. For these all weights are read;
+        later, only where something seems to have changed, and not for single tokens, since a look takes
+        longer than is fit for a step of decoding."""
         model = self.model()
         if model is None or (not first and (self.found is None or tokens < 2)):
             return
@@ -102,7 +147,9 @@ class FilledBy:
             self._marks, self.changed = marks, self.changed or model_fingerprint(model) != self.found
 
     def name(self) -> str:
-        """The fingerprint, for saving. Errors: LowkeyError when the model is gone or is not what filled the cache."""
+        """The fingerprint, for saving. Errors: LowkeyError when the model is gone or is not what filled the
+        cache.
+        """
         model = self.model()
         if model is None:
             raise LowkeyError("cache: its model is gone; save while the model is loaded")
@@ -110,13 +157,22 @@ class FilledBy:
             raise self.trouble
         now = model_fingerprint(model)
         if self.changed or self.found not in (None, now):
-            remedy = "fill a cache again" if self.changed else "put back the adapter or the weights that filled it, or fill it again"
-            raise LowkeyError(f"cache: the model has changed since the cache was filled (adapters, weights or config); {remedy}")
+            remedy = (
+                "fill a cache again"
+                if self.changed
+                else "put back the adapter or the weights that filled it, or fill it again"
+            )
+            raise LowkeyError(
+                "cache: the model has changed since the cache was filled (adapters, weights or config); "
+                f"{remedy}"
+            )
         return now
 
 
 def _marks(model: PreTrainedModel) -> tuple:
-    """What differs after most changes to a model, at no cost to speak of: where weights are, how often they were written, adapters."""
+    """What differs after most changes to a model, at no cost to speak of: where weights are, how often they
+    were written, adapters.
+    """
     places = [(weights.place(p), 0 if p.is_inference() else p._version) for p in model.parameters()]
     adapters = Adapters(model)
     named = [adapters.active(wrapper) for wrapper in adapters.wrappers.values()]
@@ -133,8 +189,8 @@ def data_fingerprint(ids: Tensor) -> str:
 def config_words(config: PreTrainedConfig) -> str:
     """What counts of a config, in a form that does not depend on how its numbers are written.
 
-    A field at its class's default is left out, so that one that a later transformers adds makes no other model of the same checkpoint;
-    layer types are written out, since some versions infer them.
+    A field at its class's default is left out, so that one that a later transformers adds makes no other
+    model of the same checkpoint; layer types are written out, since some versions infer them.
     """
     text = config.get_text_config()
     return json.dumps([_told(config, text), list(families.layer_types(text))], sort_keys=True, default=str)
@@ -167,7 +223,9 @@ def _plain(value: Any) -> Any:
 
 
 def _digest(value: Any, name: str, read: Read) -> bytes:
-    """Of one entry of a state dict, which need not be a tensor: packed and quantised weights come with types, tuples and text."""
+    """Of one entry of a state dict, which need not be a tensor: packed and quantised weights come with types,
+    tuples and text.
+    """
     if isinstance(value, Tensor):
         return _tensor(value, name, read)
     if isinstance(value, list | tuple):
@@ -176,15 +234,25 @@ def _digest(value: Any, name: str, read: Read) -> bytes:
         return b"".join(str(key).encode() + _digest(value[key], name, read) for key in sorted(value, key=str))
     if value is None or isinstance(value, bool | int | float | str | bytes | torch.dtype):
         return repr(value).encode()
-    raise LowkeyError(f"model: weight {name} is a {type(value).__name__}, which cannot be read; use the model without quantisation")
+    raise LowkeyError(
+        f"model: weight {name} is a {type(value).__name__}, which cannot be read; use the model without "
+        "quantisation"
+    )
 
 
 def _tensor(t: Tensor, name: str, read: Read) -> bytes:
     try:
         return _numbers(t, name, read)
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:  # tensors of other libraries may do anything
+    except (
+        AttributeError,
+        NotImplementedError,
+        RuntimeError,
+        TypeError,
+    ) as error:  # tensors of other libraries may do anything
         why = (str(error).strip().splitlines() or [type(error).__name__])[0][:120].rstrip(". ")
-        raise LowkeyError(f"model: weight {name} cannot be read ({why}); use the model without quantisation") from None
+        raise LowkeyError(
+            f"model: weight {name} cannot be read ({why}); use the model without quantisation"
+        ) from None
 
 
 @torch.no_grad()
@@ -196,23 +264,28 @@ def _numbers(t: Tensor, name: str, read: Read) -> bytes:
     if t.is_quantized:
         return _tensor(t.int_repr(), name, {}) + _tensor(t.dequantize(), name, {})
     if hasattr(t, "__tensor_flatten__"):  # a packed weight made of several tensors
-        return b"".join(part.encode() + _tensor(getattr(t, part), name, {}) for part in t.__tensor_flatten__()[0])
+        return b"".join(
+            part.encode() + _tensor(getattr(t, part), name, {}) for part in t.__tensor_flatten__()[0]
+        )
     t = t.detach().as_subclass(Tensor)
-    key, known = (t.dtype, t.shape, t.stride()), read.get(t.data_ptr(), {})  # what is offloaded has no place of its own
+    # what is offloaded has no place of its own
+    key, known = (t.dtype, t.shape, t.stride()), read.get(t.data_ptr(), {})
     if key not in known:
         known[key] = repr(tuple(t.shape)).encode() + checksum(t)
     return known[key]
 
 
 def checksum(t: Tensor) -> bytes:
-    """Of every number of a tensor, in bfloat16 where it is floating-point: the sums, modulo 2^64, of the rows and of the columns of its
-    bits as words of 64, laid out in rows of WORDS. No single change leaves them as they were, nor does a move of numbers within a row or
-    of rows. Exact, so the same on every device."""
+    """Of every number of a tensor, in bfloat16 where it is floating-point: the sums, modulo 2^64, of the rows
+    and of the columns of its bits as words of 64, laid out in rows of WORDS. No single change leaves them as
+    they were, nor does a move of numbers within a row or of rows. Exact, so the same on every device."""
     flat = t.contiguous().flatten()
     size = WORDS * 8 // (2 if _rounds(flat) else flat.element_size())
     whole = flat.numel() // size * size
     columns, rows = torch.zeros(WORDS, dtype=torch.int64, device=t.device), []
-    for part in flat[:whole].split(max(size, CHUNK if t.device.type == "cpu" else 2**8 * CHUNK)) if whole else ():
+    for part in (
+        flat[:whole].split(max(size, CHUNK if t.device.type == "cpu" else 2**8 * CHUNK)) if whole else ()
+    ):
         words = _bits(part).view(torch.int64).view(-1, WORDS)
         columns += words.sum(0)
         rows.append(words.sum(1))
@@ -222,7 +295,9 @@ def checksum(t: Tensor) -> bytes:
 
 def _bits(part: Tensor) -> Tensor:
     """As a tensor that may be read as integers: a copy where its own place in memory does not allow that."""
-    part = part.to(torch.bfloat16) if _rounds(part) else torch.view_as_real(part) if part.is_complex() else part
+    part = (
+        part.to(torch.bfloat16) if _rounds(part) else torch.view_as_real(part) if part.is_complex() else part
+    )
     return part.clone() if part.storage_offset() * part.element_size() % 8 else part
 
 

@@ -1,4 +1,6 @@
-"""Models out of GGUF files: transformers unpacks their quantised weights, and what is left is the plain model of the architecture."""
+"""Models out of GGUF files: transformers unpacks their quantised weights, and what is left is the plain model
+of the architecture.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,14 @@ from typing import Any, BinaryIO
 
 import torch
 from tokenizers import pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from lowkey.core import files
 from lowkey.core.types import LowkeyError
@@ -21,11 +30,17 @@ MAGIC = b"GGUF"
 EXTRA = "pip install 'lowkey[gguf]'"
 ARCHITECTURE, SPLITS = "general.architecture", "tokenizer.ggml.pre"  # fields
 UINT32, STRING, ARRAY = 4, 8, 9  # kinds of fields
-WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, UINT32: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of the kinds that are numbers
+# bytes of the kinds that are numbers
+WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, UINT32: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 MOST_DIMS = 8
 LONGEST = 2**24  # bytes of a string; chat templates have thousands
-FLOATS = {frozenset(["F32"]): torch.float32, frozenset(["F16"]): torch.float16, frozenset(["F32", "F16"]): torch.float16}  # norms are F32
-SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r")  # vocabularies learned with every digit a word of its own
+FLOATS = {
+    frozenset(["F32"]): torch.float32,
+    frozenset(["F16"]): torch.float16,
+    frozenset(["F32", "F16"]): torch.float16,
+}  # norms are F32
+# vocabularies learned with every digit a word of its own
+SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r")
 
 
 @dataclass(frozen=True)
@@ -50,16 +65,23 @@ def is_gguf(name: str | Path) -> bool:
 
 
 def header(path: Path) -> Header:
-    """Errors: LowkeyError for what is no GGUF file or is cut off, and when the package that reads them is missing."""
+    """Errors: LowkeyError for what is no GGUF file or is cut off, and when the package that reads them is
+    missing.
+    """
     what = f"model {str(path)!r}"
     with files.opened(path, "model", files.ANY_SIZE, "give a model folder or a GGUF file") as file:
         if file.read(len(MAGIC)) != MAGIC:
-            raise LowkeyError(f"{what} is no GGUF file, for it does not begin as one; give another, or download it again")
+            raise LowkeyError(
+                f"{what} is no GGUF file, for it does not begin as one; give another, or download it again"
+            )
         need(what)
         try:
             words, types, end = _table(file)
         except (struct.error, ValueError, OverflowError, MemoryError, RecursionError, KeyError, OSError):
-            raise LowkeyError(f"{what}: its list of contents cannot be read; the file is damaged or cut off: download it again") from None
+            raise LowkeyError(
+                f"{what}: its list of contents cannot be read; the file is damaged or cut off: download it "
+                "again"
+            ) from None
         size = os.fstat(file.fileno()).st_size
     if size < end:
         raise LowkeyError(f"{what}: has {size:,} bytes of {end:,}; it is cut off: download it again")
@@ -137,7 +159,9 @@ def need(what: str) -> None:
 
 def load_config(path: Path) -> PreTrainedConfig:
     """Errors: whatever transformers raises for an architecture that it cannot read."""
-    return _without_quantisation(AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False))
+    return _without_quantisation(
+        AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    )
 
 
 def _without_quantisation(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -147,9 +171,11 @@ def _without_quantisation(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def load_plain(path: Path, dtype: torch.dtype, device: str) -> tuple[PreTrainedModel, dict]:
-    """(the model with unpacked weights, as if it had been loaded from a plain checkpoint; what transformers says of the loading).
+    """(the model with unpacked weights, as if it had been loaded from a plain checkpoint; what transformers
+    says of the loading).
 
-    A model that transformers loads from such a file calls itself quantised and refuses to be saved, so its weights move to a new one.
+    A model that transformers loads from such a file calls itself quantised and refuses to be saved, so its
+    weights move to a new one.
     """
     from transformers import GgufConfig
 
@@ -163,16 +189,22 @@ def load_plain(path: Path, dtype: torch.dtype, device: str) -> tuple[PreTrainedM
     )
     packed, found = loaded
     config = _without_quantisation(packed.config)
-    plain = type(packed).from_pretrained(None, config=config, state_dict=packed.state_dict(), dtype=dtype, device_map=device)
+    plain = type(packed).from_pretrained(
+        None, config=config, state_dict=packed.state_dict(), dtype=dtype, device_map=device
+    )
     plain.generation_config = packed.generation_config
     return plain, found
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """With its chat template. transformers cuts text as GPT-2 does where it does not know the file's rule; runs of digits and the blanks
-    before them would then be cut otherwise than when the vocabulary was learned."""
+    """With its chat template. transformers cuts text as GPT-2 does where it does not know the file's rule;
+    runs of digits and the blanks before them would then be cut otherwise than when the vocabulary was
+    learned."""
     tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     if header(path).splits in SINGLE_DIGITS:
-        cut = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        cut = [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cut)  # type: ignore[list-item]
     return tokenizer

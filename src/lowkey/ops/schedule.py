@@ -6,7 +6,9 @@ import math
 
 
 def falling(step: int, steps: int, warmup: float) -> float:
-    """The share of the peak rate at a step (from 0): up in a line over a share `warmup` of the steps, then down to 0 by a cosine."""
+    """The share of the peak rate at a step (from 0): up in a line over a share `warmup` of the steps, then
+    down to 0 by a cosine.
+    """
     rising = max(1, round(warmup * steps))
     if step < rising:
         return (step + 1) / rising

@@ -1,4 +1,5 @@
-"""The Plan: what calibration decided, as one folder that reloads anywhere and refuses models that it was not made for.
+"""The Plan: what calibration decided, as one folder that reloads anywhere and refuses models that it was not
+made for.
 
 Imports `storage` (windows of exact tokens, packings) and the rooms below it; never a method or a policy.
 """

@@ -24,7 +24,20 @@ from lowkey.storage.packing import scheme_or_none
 from lowkey.version import __version__
 
 FORMAT = 3
-FIELDS = ("layout", "method", "allocator", "budget", "geometry", "provenance", "profile", "orthonormal", "sinks", "recent", "heads", "bits")
+FIELDS = (
+    "layout",
+    "method",
+    "allocator",
+    "budget",
+    "geometry",
+    "provenance",
+    "profile",
+    "orthonormal",
+    "sinks",
+    "recent",
+    "heads",
+    "bits",
+)
 Refusal = Callable[[str], LowkeyError]
 MAPS = ("k_down", "k_up", "v_down", "v_up")
 JSON, TENSORS, CARD, KIND = "plan.json", "plan.safetensors", "README.md", "plan"
@@ -37,10 +50,11 @@ LONGEST = 1000  # characters of a name
 class Plan:
     """Factors per compressed layer and everything needed to judge them.
 
-    method and allocator: {"name": ..., "parameters": {...}}, verbatim; budget: what was asked for; profile: candidate
-    ranks, the error surface and the chosen pairs per layer; heads: importance of KV heads by kind (`r2`, ...), which HeadKV policies read,
-    for every compressed layer; bits: the packing of latents, as `make_cache` takes it, or None for the model's own
-    numbers; provenance: model and data fingerprints, seed, versions.
+    method and allocator: {"name": ..., "parameters": {...}}, verbatim; budget: what was asked for; profile:
+    candidate ranks, the error surface and the chosen pairs per layer; heads: importance of KV heads by kind
+    (`r2`, ...), which HeadKV policies read, for every compressed layer; bits: the packing of latents, as
+    `make_cache` takes it, or None for the model's own numbers; provenance: model and data fingerprints, seed,
+    versions.
     """
 
     factors: dict[int, Factors]
@@ -66,33 +80,47 @@ class Plan:
         """Predicted bytes that one more token takes in the compressed layers."""
         whole = self.holding(itemsize, 1)
         total = sum(
-            whole.latent(0, f.merge[0], f.k_down.shape[-1]) + whole.latent(1, f.merge[1], f.v_down.shape[-1]) for f in self.factors.values()
+            whole.latent(0, f.merge[0], f.k_down.shape[-1]) + whole.latent(1, f.merge[1], f.v_down.shape[-1])
+            for f in self.factors.values()
         )
         return int(total) if total == int(total) else total
 
     def holding(self, itemsize: int, tokens: int) -> Holding:
         """What a cache of so many tokens holds in the compressed layers."""
         g, exact = self.geometry, Exact(self.sinks, self.recent)
-        return Holding(len(self.factors), g["kv_heads"], g["head_dim"], itemsize, exact, scheme_or_none(self.bits), tokens)
+        return Holding(
+            len(self.factors),
+            g["kv_heads"],
+            g["head_dim"],
+            itemsize,
+            exact,
+            scheme_or_none(self.bits),
+            tokens,
+        )
 
     def check(self, model: PreTrainedModel) -> None:
         """Refuse another model, by fingerprint and by shape. Errors: LowkeyError."""
         known = self.provenance
-        check_model("plan", known.get("model", "?"), known.get("model_sha256"), model, "compress this model anew")
+        check_model(
+            "plan", known.get("model", "?"), known.get("model_sha256"), model, "compress this model anew"
+        )
         shape = geometry(model)
         if (sorted(self.factors), self.geometry["kv_heads"], self.geometry["head_dim"]) != (
             list(shape.compressible),
             shape.kv_heads,
             shape.head_dim,
         ):
-            raise LowkeyError("plan does not cover the layers and heads of this model; it is damaged: make it again")
+            raise LowkeyError(
+                "plan does not cover the layers and heads of this model; it is damaged: make it again"
+            )
         check_layout(model, self.layout)
 
     def save(self, path: str | Path, force: bool = False) -> str:
-        """Write plan.json, plan.safetensors and a model card as the folder `path`, in one step: all of it or nothing. Returns the
-        checksum of all of it but the card.
+        """Write plan.json, plan.safetensors and a model card as the folder `path`, in one step: all of it or
+        nothing. Returns the checksum of all of it but the card.
 
-        Another plan of lowkey's there is replaced; `force`: also another folder that lowkey wrote, and nothing else ever.
+        Another plan of lowkey's there is replaced; `force`: also another folder that lowkey wrote, and
+        nothing else ever.
         Errors: LowkeyError when `path` holds something else, or cannot be written.
         """
         folder = Path(path)
@@ -107,7 +135,13 @@ class Plan:
         ranks = {str(i): list(r) for i, r in self.ranks.items()}
         order = {str(i): f.order.tolist() for i, f in self.factors.items() if f.order is not None}
         sizes = {dtype: self.bytes_per_token(size) for dtype, size in (("float32", 4), ("bfloat16", 2))}
-        return {"format": FORMAT, **{n: getattr(self, n) for n in FIELDS}, "ranks": ranks, "order": order, "bytes_per_token": sizes}
+        return {
+            "format": FORMAT,
+            **{n: getattr(self, n) for n in FIELDS},
+            "ranks": ranks,
+            "order": order,
+            "bytes_per_token": sizes,
+        }
 
     def digest(self) -> str:
         """A checksum of the maps."""
@@ -117,7 +151,8 @@ class Plan:
         """Orthonormal plans store the down maps only: the up maps are their transposes."""
         names = (*(("k_down", "v_down") if self.orthonormal else MAPS), "k_mean", "v_mean", "frequencies")
         found = {f"{i}.{n}": getattr(f, n) for i, f in self.factors.items() for n in names}
-        return {name: t.float().contiguous().clone() for name, t in found.items() if t is not None}  # layers may share maps
+        # layers may share maps
+        return {name: t.float().contiguous().clone() for name, t in found.items() if t is not None}
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel | None = None) -> Plan:
@@ -133,7 +168,9 @@ class Plan:
 
 
 def _read(folder: Path) -> Plan:
-    meta = files.read_json(folder / JSON, "plan", KIND, FORMAT, source="give the folder that lowkey compress wrote")
+    meta = files.read_json(
+        folder / JSON, "plan", KIND, FORMAT, source="give the folder that lowkey compress wrote"
+    )
 
     def refuse(rule: str) -> LowkeyError:
         return LowkeyError(f"plan {str(folder)!r}: {rule}; it is damaged: make it again")
@@ -170,7 +207,9 @@ def _index(written: str) -> int:
 
 
 def cache_shape(geometry: dict) -> tuple[int, int]:
-    """KV heads and head dim, as a file describes the model. Errors: KeyError, TypeError or ValueError for what no model can be."""
+    """KV heads and head dim, as a file describes the model. Errors: KeyError, TypeError or ValueError for
+    what no model can be.
+    """
     for name in ("layers", "heads", "kv_heads", "head_dim", "hidden"):
         if type(geometry[name]) is not int or not 1 <= geometry[name] <= LARGEST:
             raise ValueError(f"{name} {geometry[name]!r:.40} of geometry is no count")
@@ -186,7 +225,11 @@ def _flaw(fields: dict) -> str | None:
     if type(fields["orthonormal"]) is not bool:
         return "orthonormal is neither true nor false"
     for name in ("method", "allocator"):
-        if not (isinstance(fields[name], dict) and _is_name(fields[name].get("name")) and isinstance(fields[name].get("parameters"), dict)):
+        if not (
+            isinstance(fields[name], dict)
+            and _is_name(fields[name].get("name"))
+            and isinstance(fields[name].get("parameters"), dict)
+        ):
             return f"{name} has no name or no parameters"
     try:
         scheme_or_none(None if fields["bits"] is None else str(fields["bits"])[:60])
@@ -200,7 +243,9 @@ def _flaw(fields: dict) -> str | None:
         if not isinstance(fields[name], dict):
             return f"{name} is no object"
     known = fields["provenance"]
-    if not all(isinstance(known.get(name, kind()), kind) for name, kind in (("model", str), ("versions", dict))):
+    if not all(
+        isinstance(known.get(name, kind()), kind) for name, kind in (("model", str), ("versions", dict))
+    ):
         return "provenance garbles a field"
     if not isinstance(known.get("model_sha256"), str):
         return "provenance names no model"
@@ -208,7 +253,11 @@ def _flaw(fields: dict) -> str | None:
         Exact(fields["sinks"], fields["recent"])
     except (LowkeyError, TypeError) as error:
         return f"sinks and recent are counts of tokens ({error})"
-    return None if type(fields["sinks"]) is type(fields["recent"]) is int else "sinks and recent are counts of tokens"
+    return (
+        None
+        if type(fields["sinks"]) is type(fields["recent"]) is int
+        else "sinks and recent are counts of tokens"
+    )
 
 
 def _is_name(value: object) -> bool:
@@ -221,10 +270,16 @@ def _flaw_of_ranks(ranks: dict, order: dict, geometry: dict) -> str | None:
     if not ranks or max(ranks) >= geometry["layers"]:
         return "ranks are empty, or of a layer that the model does not have"
     for pair in ranks.values():
-        if not (isinstance(pair, list) and len(pair) == 2 and all(type(r) is int and 1 <= r <= d for r in pair)):
+        if not (
+            isinstance(pair, list) and len(pair) == 2 and all(type(r) is int and 1 <= r <= d for r in pair)
+        ):
             return f"ranks lie between 1 and the head dim {d}"
     for found in order.values():
-        if not (isinstance(found, list) and all(type(i) is int for i in found) and sorted(found) == list(range(heads))):
+        if not (
+            isinstance(found, list)
+            and all(type(i) is int for i in found)
+            and sorted(found) == list(range(heads))
+        ):
             return f"order of heads {found!s:.60} does not name each of {heads} heads once"
     return None
 
@@ -235,26 +290,48 @@ def _check_heads(found: object, layers: int, heads: int, refuse: Refusal) -> Non
     except (AttributeError, TypeError, ValueError, OverflowError, RuntimeError):
         raise refuse("head importance is no table of numbers") from None
     if not all(t.shape == (layers, heads) and bool((t >= 0).all() & t.isfinite().all()) for t in tables):
-        raise refuse(f"head importance is one number of at least 0 for each of {layers} layers and {heads} heads")
+        raise refuse(
+            f"head importance is one number of at least 0 for each of {layers} layers and {heads} heads"
+        )
 
 
-def _factors(tensors: dict[str, Tensor], i: int, orthonormal: bool, d: int, order: list[int] | None) -> Factors:
+def _factors(
+    tensors: dict[str, Tensor], i: int, orthonormal: bool, d: int, order: list[int] | None
+) -> Factors:
     found = {name: tensors[f"{i}.{name}"] for name in (("k_down", "v_down") if orthonormal else MAPS)}
     if not all(t.ndim == 3 and t.dtype == torch.float32 for t in found.values()):
         raise KeyError(f"fp32 maps of three dimensions for layer {i}")
     if orthonormal:
-        found |= {f"{x}_up": blocks(found[f"{x}_down"].mT, max(1, found[f"{x}_down"].shape[1] // d)).contiguous() for x in "kv"}
+        found |= {
+            f"{x}_up": blocks(found[f"{x}_down"].mT, max(1, found[f"{x}_down"].shape[1] // d)).contiguous()
+            for x in "kv"
+        }
     k_mean, v_mean, frequencies = (tensors.get(f"{i}.{name}") for name in ("k_mean", "v_mean", "frequencies"))
-    return Factors(**found, order=None if order is None else torch.tensor(order), k_mean=k_mean, v_mean=v_mean, frequencies=frequencies)
+    return Factors(
+        **found,
+        order=None if order is None else torch.tensor(order),
+        k_mean=k_mean,
+        v_mean=v_mean,
+        frequencies=frequencies,
+    )
 
 
-def _check_factors(f: Factors, rank: tuple[int, int], heads: int, d: int, orthonormal: bool, refuse: Refusal) -> None:
+def _check_factors(
+    f: Factors, rank: tuple[int, int], heads: int, d: int, orthonormal: bool, refuse: Refusal
+) -> None:
     own = f.frequencies
-    if own is not None and not (own.shape == (rank[0] // 2,) and f.merge[0] == 1 and bool(own.isfinite().all())):
+    if own is not None and not (
+        own.shape == (rank[0] // 2,) and f.merge[0] == 1 and bool(own.isfinite().all())
+    ):
         raise refuse(f"frequencies of shape {tuple(own.shape)} do not fit rank {rank[0]} of single heads")
-    for name, r, down, up, mean in (("key", rank[0], f.k_down, f.k_up, f.k_mean), ("value", rank[1], f.v_down, f.v_up, f.v_mean)):
+    for name, r, down, up, mean in (
+        ("key", rank[0], f.k_down, f.k_up, f.k_mean),
+        ("value", rank[1], f.v_down, f.v_up, f.v_mean),
+    ):
         if not _fit(tuple(down.shape), tuple(up.shape), heads, d, r):
-            raise refuse(f"{name} factors of shape {tuple(down.shape)} do not fit rank {r} and {heads} heads of {d}")
+            raise refuse(
+                f"{name} factors of shape {tuple(down.shape)} do not fit rank {r} and {heads} heads of {d}"
+            )
         if mean is not None and tuple(mean.shape) != (heads, d):
             raise refuse(f"{name} means of shape {tuple(mean.shape)} do not fit {heads} heads of {d}")
         if orthonormal and not is_orthonormal(down):
@@ -262,13 +339,17 @@ def _check_factors(f: Factors, rank: tuple[int, int], heads: int, d: int, orthon
 
 
 def _fit(down: tuple[int, ...], up: tuple[int, ...], heads: int, d: int, r: int) -> bool:
-    """Heads by themselves, each map shared or not, or so many side by side as divide them all, in a width of which r is the part of
-    one head, rounded up."""
+    """Heads by themselves, each map shared or not, or so many side by side as divide them all, in a width of
+    which r is the part of one head, rounded up."""
     t = max(1, down[1] // d)
     if t == 1:
         return down[0] in (1, heads) and up[0] in (1, heads) and (down[1:], up[1:]) == ((d, r), (r, d))
     width = down[2]
-    return heads % t == 0 and -(-width // t) == r and (down, up) == ((heads // t, t * d, width), (heads, width, d))
+    return (
+        heads % t == 0
+        and -(-width // t) == r
+        and (down, up) == ((heads // t, t * d, width), (heads, width, d))
+    )
 
 
 def versions() -> dict[str, str]:

@@ -1,4 +1,6 @@
-"""How many bytes latents may take, when a cache of a given length is to hold a budget with its windows of exact tokens."""
+"""How many bytes latents may take, when a cache of a given length is to hold a budget with its windows of
+exact tokens.
+"""
 
 from __future__ import annotations
 
@@ -42,33 +44,45 @@ class Holding:
 
     @property
     def stored(self) -> int:
-        """How many tokens have left the recent window; in whole blocks, where keys are packed in blocks of tokens."""
+        """How many tokens have left the recent window; in whole blocks, where keys are packed in blocks of
+        tokens.
+        """
         block = max(self.packed.keys.block, self.packed.values.block) if self.packed else 1
         return max(0, self.tokens - self.recent) // block * block
 
     def latents(self, budget: Budget) -> float:
-        """Bytes that the latents of one stored token may take in all layers together, so that the whole cache holds `budget`.
+        """Bytes that the latents of one stored token may take in all layers together, so that the whole cache
+        holds `budget`.
 
-        Errors: LowkeyError for a budget of tokens, for one above the full cache, and for one that the windows alone use up.
+        Errors: LowkeyError for a budget of tokens, for one above the full cache, and for one that the windows
+        alone use up.
         """
         wanted = budget.share(self.full, self.tokens) * self.full * self.tokens
         if wanted > self.full * self.tokens:
             whole = Budget(self.full, "bytes/token")
-            raise LowkeyError(f"budget {budget}: more than the {whole} of the full cache, in the layers to compress; give less, or 100%")
+            raise LowkeyError(
+                f"budget {budget}: more than the {whole} of the full cache, in the layers to compress; give "
+                "less, or 100%"
+            )
         if self.plain or wanted == self.full * self.tokens:
             return wanted / self.tokens  # all is kept, and copies of the sinks come on top
         beside = self.full * (self.tokens - self.stored + self.exact.sinks)
-        beside += self.layers * (24 + 4 * self.exact.sinks)  # where rows begin and end, and where each one's sinks are
+        # where rows begin and end, and where each one's sinks are
+        beside += self.layers * (24 + 4 * self.exact.sinks)
         if not self.stored or beside >= wanted:
             raise LowkeyError(
-                f"budget {budget} of a cache of {self.tokens} tokens: {self.exact.sinks} sinks and {self.recent} recent tokens alone take "
-                f"{100 * beside / self.full / self.tokens:.0f}%; count for a longer cache (--at), or keep fewer of them exact"
+                f"budget {budget} of a cache of {self.tokens} tokens: {self.exact.sinks} sinks and "
+                f"{self.recent} recent tokens alone take "
+                f"{100 * beside / self.full / self.tokens:.0f}%; count for a longer cache (--at), or keep "
+                "fewer of them exact"
             )
         return min((wanted - beside) / self.stored, float(self.full))
 
-    def sizes(self, merge: tuple[int, int], numbers: Callable[[int], int]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Bytes of one stored token of a layer's keys and of its values at ranks 0, 1, ..., d, of which each takes so many numbers, when
-        so many KV heads share a latent of keys, and of values."""
+    def sizes(
+        self, merge: tuple[int, int], numbers: Callable[[int], int]
+    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Bytes of one stored token of a layer's keys and of its values at ranks 0, 1, ..., d, of which each
+        takes so many numbers, when so many KV heads share a latent of keys, and of values."""
 
         def side(which: int, merged: int) -> tuple[float, ...]:
             widths = (numbers(rank) * merged // self.heads for rank in range(self.head_dim + 1))
@@ -77,8 +91,14 @@ class Holding:
         return side(0, merge[0]), side(1, merge[1])
 
     def latent(self, which: int, merged: int, width: int) -> float:
-        """Bytes of one stored token of a layer's keys (0) or values (1), when every `merged` heads share a latent of this width."""
+        """Bytes of one stored token of a layer's keys (0) or values (1), when every `merged` heads share a
+        latent of this width.
+        """
         if self.packed is None:
             return self.heads // merged * width * self.itemsize
         packing: Packing = (self.packed.keys, self.packed.values)[which]
-        return self.heads // merged * packing.nbytes(packing.block, width, self.itemsize) / packing.block if width else 0.0
+        return (
+            self.heads // merged * packing.nbytes(packing.block, width, self.itemsize) / packing.block
+            if width
+            else 0.0
+        )

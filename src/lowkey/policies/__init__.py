@@ -1,4 +1,6 @@
-"""Eviction policies. SCORES has one class per score; POLICIES names them together with the allocator they are known with."""
+"""Eviction policies. SCORES has one class per score; POLICIES names them together with the allocator they are
+known with.
+"""
 
 from __future__ import annotations
 
@@ -57,20 +59,32 @@ POLICIES: dict[str, Callable[..., Policy]] = {
 def policy_words(policy: Policy) -> dict:
     """A policy as JSON: the names of its score and allocator, and their parameters."""
     split = policy.split()
-    parameters = {f.name: getattr(policy, f.name) for f in fields(policy) if f.name not in ("budget", "allocator")}
+    parameters = {
+        f.name: getattr(policy, f.name) for f in fields(policy) if f.name not in ("budget", "allocator")
+    }
     allocator = {"name": _name(split, ALLOCATORS), "parameters": asdict(split)}  # type: ignore[call-overload]
-    return {"name": _name(policy, SCORES), "budget": policy.budget and str(policy.budget), "parameters": parameters, "allocator": allocator}
+    return {
+        "name": _name(policy, SCORES),
+        "budget": policy.budget and str(policy.budget),
+        "parameters": parameters,
+        "allocator": allocator,
+    }
 
 
 def policy_from(words: dict) -> Policy:
-    """The policy that `policy_words` described. Errors: LowkeyError for names or parameters that are not known here."""
+    """The policy that `policy_words` described. Errors: LowkeyError for names or parameters that are not
+    known here.
+    """
     try:
         split = ALLOCATORS[words["allocator"]["name"]](**_tuples(words["allocator"]["parameters"]))
         return SCORES[words["name"]](words["budget"], allocator=split, **_tuples(words["parameters"]))
     except LowkeyError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise LowkeyError(f"policy {str(words)[:80]!r} is not known here ({error}); it is of a newer lowkey or an outside class") from None
+        raise LowkeyError(
+            f"policy {str(words)[:80]!r} is not known here ({error}); it is of a newer lowkey or an outside "
+            "class"
+        ) from None
 
 
 def _name(thing: object, table: dict[str, Any]) -> str:

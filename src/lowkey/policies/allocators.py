@@ -1,4 +1,6 @@
-"""How many tokens each layer and head keeps. Every allocator gives a total that is exact, within what there is."""
+"""How many tokens each layer and head keeps. Every allocator gives a total that is exact, within what there
+is.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ HeadImportance = Mapping[str, Sequence[Sequence[float]]]
 class Ask:
     """One batch row's question: layers in scope, n of them, of `layers` in all; the first is number `first`.
 
-    scores (n, h, s): +inf for tokens that stay in any case, -inf where there is none. mean: tokens per head, on average over the
-    cache. tokens: how many the row has seen.
+    scores (n, h, s): +inf for tokens that stay in any case, -inf where there is none. mean: tokens per head,
+    on average over the cache. tokens: how many the row has seen.
     """
 
     scores: Tensor
@@ -44,14 +46,18 @@ class Ask:
         return (~self.scores.isneginf()).sum(-1).cpu()
 
     def share(self) -> int:
-        """The tokens for the layers in scope when all layers get the same; over all layers they add up exactly."""
+        """The tokens for the layers in scope when all layers get the same; over all layers they add up
+        exactly.
+        """
         n, h = self.scores.shape[:2]
         whole = min(self.mean, self.tokens) * h * self.layers
         return round(whole * (self.first + n) / self.layers) - round(whole * self.first / self.layers)
 
 
 class Allocator(Checked, ABC):
-    """scope: `layer` decides as soon as a layer has its scores, so that a long prompt is never held whole; `cache` needs all layers'."""
+    """scope: `layer` decides as soon as a layer has its scores, so that a long prompt is never held whole;
+    `cache` needs all layers'.
+    """
 
     scope: ClassVar[Scope]
     summary: ClassVar[str]
@@ -62,7 +68,9 @@ class Allocator(Checked, ABC):
         """Tokens kept (n, h)."""
 
     def fitted(self, heads: HeadImportance) -> Self:
-        """With the head importance that it asks for, found in `heads`; most ask for none. Errors: LowkeyError when it is not there."""
+        """With the head importance that it asks for, found in `heads`; most ask for none. Errors: LowkeyError
+        when it is not there.
+        """
         return self
 
 
@@ -79,23 +87,32 @@ class Uniform(Allocator):
 
 @dataclass(frozen=True)
 class Pyramid(Allocator):
-    """PyramidKV (arXiv:2406.02069): beyond what is protected, layers get b/beta tokens at the top and 2b - b/beta at the bottom."""
+    """PyramidKV (arXiv:2406.02069): beyond what is protected, layers get b/beta tokens at the top and 2b -
+    b/beta at the bottom.
+    """
 
     scope: ClassVar[Scope] = "layer"
     summary: ClassVar[str] = "more for lower layers, on a straight line (arXiv:2406.02069)"
 
-    beta: float = option(20.0, at_least=1, at_most=1e9)  # 1 deals evenly, larger values lean more on the lower layers
+    # 1 deals evenly, larger values lean more on the lower layers
+    beta: float = option(20.0, at_least=1, at_most=1e9)
 
     def counts(self, ask: Ask) -> Tensor:
         h, floor = ask.scores.shape[1], float(ask.low.max())
         b = max(0.0, min(ask.mean, ask.tokens) - floor)
-        slope = torch.linspace(2 * b - b / self.beta, b / self.beta, ask.layers) if ask.layers > 1 else torch.tensor([b])
+        slope = (
+            torch.linspace(2 * b - b / self.beta, b / self.beta, ask.layers)
+            if ask.layers > 1
+            else torch.tensor([b])
+        )
         return _static(ask, slope.unsqueeze(1).expand(-1, h), floor)
 
 
 @dataclass(frozen=True)
 class Ada(Allocator):
-    """Ada-KV (arXiv:2407.11550): the layer's best tokens over all its heads say how many each head gets; a part alpha is dealt equally."""
+    """Ada-KV (arXiv:2407.11550): the layer's best tokens over all its heads say how many each head gets; a
+    part alpha is dealt equally.
+    """
 
     scope: ClassVar[Scope] = "layer"
     summary: ClassVar[str] = "heads of a layer compete for its tokens (arXiv:2407.11550)"
@@ -110,7 +127,9 @@ class Ada(Allocator):
 
 @dataclass(frozen=True)
 class Global(Ada):
-    """One threshold for all layers and heads (KVzip's `pair`, arXiv:2505.23416), with a part alpha dealt equally."""
+    """One threshold for all layers and heads (KVzip's `pair`, arXiv:2505.23416), with a part alpha dealt
+    equally.
+    """
 
     scope: ClassVar[Scope] = "cache"
     summary: ClassVar[str] = "all layers and heads compete, one threshold (arXiv:2505.23416)"
@@ -120,10 +139,11 @@ class Global(Ada):
 
 @dataclass(frozen=True)
 class Blocks(Allocator):
-    """KV-Compress (arXiv:2410.00161): whole blocks of a head's tokens in order of score, each worth its last; one sort over the cache.
+    """KV-Compress (arXiv:2410.00161): whole blocks of a head's tokens in order of score, each worth its last;
+    one sort over the cache.
 
-    Tokens that stay in any case are in no block. The best blocks are taken until the next does not fit, so that the total may be
-    short of the share by less than a block.
+    Tokens that stay in any case are in no block. The best blocks are taken until the next does not fit, so
+    that the total may be short of the share by less than a block.
     """
 
     scope: ClassVar[Scope] = "cache"
@@ -138,7 +158,8 @@ class Blocks(Allocator):
         room = -(-s // self.size) * self.size - s
         ranked = torch.nn.functional.pad(ranked, (0, room), value=-torch.inf)
         worth = ranked.view(n, h, -1, self.size)
-        last = torch.where(worth.isneginf(), torch.inf, worth).amin(-1)  # a last, hanging block is worth its own last token
+        # a last, hanging block is worth its own last token
+        last = torch.where(worth.isneginf(), torch.inf, worth).amin(-1)
         last = last.masked_fill(worth[..., 0].isneginf(), -torch.inf)
         order = last.flatten().argsort(descending=True, stable=True).cpu()
         sizes = (~worth.isneginf()).sum(-1).flatten().cpu()[order]
@@ -148,21 +169,24 @@ class Blocks(Allocator):
 
 @dataclass(frozen=True)
 class HeadKV(Allocator):
-    """HeadKV (arXiv:2410.19258): of each head's tokens a part 1/beta goes to a pool that is dealt out by head importance.
+    """HeadKV (arXiv:2410.19258): of each head's tokens a part 1/beta goes to a pool that is dealt out by head
+    importance.
 
-    kind: which importance to take from a plan or a file of head scores: `copy` (HeadKV-R), `r2` (HeadKV-R2), `er`, `mass`.
-    importance: per layer, its KV heads' scores, when given directly; they need not add up to one.
-    floor (ours): the share that each layer gets at least of what it would get if all layers got the same, beyond what is protected; what
-    that adds to a layer is dealt evenly to its heads. Scores are of heads that look at the answer: layers that read the question may
-    have none.
-    A head's share beyond what there is goes to the others in proportion to their importance; the published code loses it.
+    kind: which importance to take from a plan or a file of head scores: `copy` (HeadKV-R), `r2` (HeadKV-R2),
+    `er`, `mass`.
+    importance: per layer, its KV heads' scores, when given directly; they need not add up to one. floor
+    (ours): the share that each layer gets at least of what it would get if all layers got the same, beyond
+    what is protected; what that adds to a layer is dealt evenly to its heads. Scores are of heads that look
+    at the answer: layers that read the question may have none. A head's share beyond what there is goes to
+    the others in proportion to their importance; the published code loses it.
     """
 
     scope: ClassVar[Scope] = "layer"
     summary: ClassVar[str] = "heads by measured importance (arXiv:2410.19258)"
 
     kind: str = option("r2", any_text=True)
-    beta: float = option(1.2, at_least=1, at_most=1e9)  # 1 deals everything by importance, larger values deal more equally
+    # 1 deals everything by importance, larger values deal more equally
+    beta: float = option(1.2, at_least=1, at_most=1e9)
     floor: float = option(0.0, at_least=0, at_most=1)
     importance: tuple[tuple[float, ...], ...] = option((), at_least=0)
 
@@ -183,10 +207,11 @@ class HeadKV(Allocator):
 
 @dataclass(frozen=True)
 class Classes(Allocator):
-    """Two classes of heads (RazorAttention, arXiv:2407.15891): retrieval heads keep all they can; the others share what is left equally.
+    """Two classes of heads (RazorAttention, arXiv:2407.15891): retrieval heads keep all they can; the others
+    share what is left equally.
 
-    induction, echo: which share of the KV heads, by those scores, are retrieval heads (the paper's 14 % and 1 %). importance: per layer, 1
-    for the retrieval heads and 0 for the others, when given directly.
+    induction, echo: which share of the KV heads, by those scores, are retrieval heads (the paper's 14 % and 1
+    %). importance: per layer, 1 for the retrieval heads and 0 for the others, when given directly.
     """
 
     scope: ClassVar[Scope] = "layer"
@@ -200,7 +225,9 @@ class Classes(Allocator):
         if self.importance:
             return self
         found = _importance(("induction", "echo"), heads, "classes")
-        chosen = [_top(scores, share) for scores, share in zip(found, (self.induction, self.echo), strict=True)]
+        chosen = [
+            _top(scores, share) for scores, share in zip(found, (self.induction, self.echo), strict=True)
+        ]
         either = (chosen[0] | chosen[1]).double().tolist()
         return replace(self, importance=tuple(tuple(row) for row in either))
 
@@ -235,13 +262,20 @@ ALLOCATORS: dict[str, type[Allocator]] = {
 }
 
 
-def _importance(kinds: Sequence[str], heads: HeadImportance, name: str) -> list[tuple[tuple[float, ...], ...]]:
-    """Of each kind, per layer its KV heads' scores. Errors: LowkeyError that names what makes all that are missing."""
+def _importance(
+    kinds: Sequence[str], heads: HeadImportance, name: str
+) -> list[tuple[tuple[float, ...], ...]]:
+    """Of each kind, per layer its KV heads' scores. Errors: LowkeyError that names what makes all that are
+    missing.
+    """
     if missing := [kind for kind in kinds if kind not in heads]:
         there = f", and there are {', '.join(map(repr, heads))}" if heads else ""
         passed = " ".join(f"--heads {kind}.json" for kind in missing)
         wanted = " and ".join(map(repr, missing))
-        raise LowkeyError(f"allocator {name!r}: needs head scores of kind {wanted}{there}; {_commands(missing)}, then pass {passed}")
+        raise LowkeyError(
+            f"allocator {name!r}: needs head scores of kind {wanted}{there}; {_commands(missing)}, then pass "
+            f"{passed}"
+        )
     return [tuple(tuple(float(x) for x in row) for row in heads[kind]) for kind in kinds]
 
 
@@ -250,15 +284,18 @@ def _commands(kinds: Sequence[str]) -> str:
 
 
 def _with_floor(weights: Tensor, least: float) -> Tensor:
-    """Weights (layers, h) adding up to 1, of which no layer has less than `least` of the mean layer; the others are less for it, in
-    proportion. What a layer is given on top is dealt evenly: all its heads read the question, whatever they score."""
+    """Weights (layers, h) adding up to 1, of which no layer has less than `least` of the mean layer; the
+    others are less for it, in proportion. What a layer is given on top is dealt evenly: all its heads read
+    the question, whatever they score."""
     weights = weights / weights.sum().clamp_min(1e-300)
     sums, least = weights.sum(1), max(0.0, least) / len(weights)
     raised = sums < 0  # none yet
     while bool((more := ~raised & (sums < least * (1 - 1e-9))).any()):
         raised = raised | more
         rest = weights.sum(1).masked_fill(raised, 0.0)
-        sums = torch.where(raised, least, rest * (1 - least * int(raised.sum())) / rest.sum().clamp_min(1e-300))
+        sums = torch.where(
+            raised, least, rest * (1 - least * int(raised.sum())) / rest.sum().clamp_min(1e-300)
+        )
     own = weights.sum(1)
     on_top = weights + ((sums - own) / weights.shape[1]).unsqueeze(1)
     return torch.where(raised.unsqueeze(1), on_top, weights * (sums / own.clamp_min(1e-300)).unsqueeze(1))
@@ -275,7 +312,8 @@ def _checked(importance: tuple[tuple[float, ...], ...], ask: Ask, kinds: Sequenc
     weights, h = torch.tensor(importance, dtype=torch.float64), ask.scores.shape[1]
     if weights.shape != (ask.layers, h):
         raise LowkeyError(
-            f"head importance of shape {tuple(weights.shape)}: the model has {ask.layers} layers of {h} KV heads; {_commands(kinds)}"
+            f"head importance of shape {tuple(weights.shape)}: the model has {ask.layers} layers of {h} KV "
+            f"heads; {_commands(kinds)}"
         )
     return weights
 
@@ -287,14 +325,18 @@ def _spread(ask: Ask, weights: Tensor, total: int) -> Tensor:
 
 
 def _static(ask: Ask, weights: Tensor, base: float) -> Tensor:
-    """Counts for the layers in scope when weights (layers, h) for all are known beforehand: one water-filling over the whole cache.
+    """Counts for the layers in scope when weights (layers, h) for all are known beforehand: one water-filling
+    over the whole cache.
 
-    What a layer's heads lack (they hold less than the row has seen, after an earlier eviction) goes to its other heads.
+    What a layer's heads lack (they hold less than the row has seen, after an earlier eviction) goes to its
+    other heads.
     """
     n, h = ask.scores.shape[:2]
     low = ask.low.amax().expand(ask.layers * h)
     whole = round(min(ask.mean, ask.tokens) * h * ask.layers)
-    caps = apportion(weights.flatten(), whole, low, torch.full((ask.layers * h,), ask.tokens), base).view(ask.layers, h)
+    caps = apportion(weights.flatten(), whole, low, torch.full((ask.layers * h,), ask.tokens), base).view(
+        ask.layers, h
+    )
     own = caps[ask.first : ask.first + n]
     if bool((own <= ask.high).all()):
         return own.maximum(ask.low)

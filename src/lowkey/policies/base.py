@@ -18,8 +18,11 @@ from lowkey.policies.allocators import ALLOCATORS, Allocator, HeadImportance
 
 Pooling = Literal["max", "mean"]
 Rope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-BLOCK, CACHED = 2**25, 2**20  # attention weights formed at once: 128 MiB and a few copies; on a CPU what its own cache holds
-NO_BUDGET = "it needs a budget, like '10%' or '64 tokens'; only fastgen, or allocator 'at-least', does without"
+# attention weights formed at once: 128 MiB and a few copies; on a CPU what its own cache holds
+BLOCK, CACHED = 2**25, 2**20
+NO_BUDGET = (
+    "it needs a budget, like '10%' or '64 tokens'; only fastgen, or allocator 'at-least', does without"
+)
 LEAST = 16  # queries at a time, however long the context: products of fewer read all keys for little
 
 
@@ -27,13 +30,15 @@ LEAST = 16  # queries at a time, however long the context: products of fewer rea
 class Scene:
     """One layer's candidates when it is time to evict.
 
-    keys (b, h, s, d) rotated, as attention reads them, and values (b, h, s, d); positions (b, h, s), counted from each row's first
-    token whatever the model calls it, and valid (b, h, s): False for padding and for the gaps of shorter heads. queries (b, h, g, w, d):
-    all since the last eviction, rotated, of the newest w tokens, at query_positions (b, w), -1 for padding. rope: cos and sin at
-    positions so counted. looking: the queries only look and are not stored. carried (b, h, s): scores kept from earlier evictions, 0 for
-    new tokens. piece (b, 2), if the queries repeat a part of what came before: the position of its first token and the one behind its
-    last; then repeating (b, h, g, w) is the log-sum-exp of their logits over it and over what came with them. sight (b|1, w, c), where
-    attention is not causal: which of the newest c candidates each query sees.
+    keys (b, h, s, d) rotated, as attention reads them, and values (b, h, s, d); positions (b, h, s), counted
+    from each row's first token whatever the model calls it, and valid (b, h, s): False for padding and for
+    the gaps of shorter heads. queries (b, h, g, w, d): all since the last eviction, rotated, of the newest w
+    tokens, at query_positions (b, w), -1 for padding. rope: cos and sin at positions so counted. looking: the
+    queries only look and are not stored. carried (b, h, s): scores kept from earlier evictions, 0 for new
+    tokens. piece (b, 2), if the queries repeat a part of what came before: the position of its first token
+    and the one behind its last; then repeating (b, h, g, w) is the log-sum-exp of their logits over it and
+    over what came with them. sight (b|1, w, c), where attention is not causal: which of the newest c
+    candidates each query sees.
     """
 
     keys: Tensor
@@ -57,13 +62,17 @@ class Scene:
         return at.masked_fill(at <= at.amax(1, keepdim=True) - last, -1) if last and at.shape[1] else at
 
     def logits(self, last: int = 0) -> Iterator[tuple[slice, Tensor]]:
-        """Which of each row's newest `last` queries (0: all), a few at a time, and their logits (b, h, g, w, n) in fp32 over the first n
-        candidates, since they see none of the others; -inf for what is not seen, and for padding."""
+        """Which of each row's newest `last` queries (0: all), a few at a time, and their logits (b, h, g, w,
+        n) in fp32 over the first n candidates, since they see none of the others; -inf for what is not seen,
+        and for padding."""
         b, h, g, w = self.queries.shape[:4]
         there = self.positions.masked_fill(~self.valid, torch.iinfo(torch.int64).max)
-        lowest, highest = there.amin((0, 1)), there.amax((0, 1))  # over rows and heads; a candidate that one lacks is never clear
+        # over rows and heads; a candidate that one lacks is never clear
+        lowest, highest = there.amin((0, 1)), there.amax((0, 1))
         keys = for_products(self.keys).mT
-        step = max(LEAST, (CACHED if keys.device.type == "cpu" else BLOCK) // max(1, b * h * g * keys.shape[3]))
+        step = max(
+            LEAST, (CACHED if keys.device.type == "cpu" else BLOCK) // max(1, b * h * g * keys.shape[3])
+        )
         newest = self.newest(last)
         for start in range(_before((newest >= 0).any(0)), w, step):
             some = slice(start, start + step)
@@ -74,7 +83,9 @@ class Scene:
             logits = (queries.flatten(2, 3) @ keys[..., :stop]).float().unflatten(2, queries.shape[2:4])
             if self.softcap is not None:
                 logits = self.softcap * torch.tanh(logits / self.softcap)
-            seen = self.valid[:, :, None, clear:stop] & (self.positions[:, :, None, clear:stop] <= at[:, None, :, None])
+            seen = self.valid[:, :, None, clear:stop] & (
+                self.positions[:, :, None, clear:stop] <= at[:, None, :, None]
+            )
             if self.sight is not None:
                 chunk = slice(stop - clear - self.sight.shape[2], None)
                 may = self.sight[:, None, some] & (at >= 0)[:, None, :, None]
@@ -94,17 +105,19 @@ class Scene:
 class Policy(ABC):
     """Which tokens every head keeps, and when that is decided.
 
-    budget: what is kept of the tokens seen, per head on average: `10%`, `512 tokens`, `1.5 GiB` or `4 KiB/token`; bytes are those of the
-    whole cache. None only with allocator `at-least`, which keeps what scores enough. allocator: how it is split over layers and heads, a
-    name of ALLOCATORS or an object. sinks, recent: the first and the newest tokens of each row stay, whatever their score; they count in
-    the budget. every: also evict after so many decode steps; 0: only after a prompt or chunk.
+    budget: what is kept of the tokens seen, per head on average: `10%`, `512 tokens`, `1.5 GiB` or `4
+    KiB/token`; bytes are those of the whole cache. None only with allocator `at-least`, which keeps what
+    scores enough. allocator: how it is split over layers and heads, a name of ALLOCATORS or an object. sinks,
+    recent: the first and the newest tokens of each row stay, whatever their score; they count in the budget.
+    every: also evict after so many decode steps; 0: only after a prompt or chunk.
     """
 
     summary: ClassVar[str]
     paper: ClassVar[str]
     looks: ClassVar[bool] = True  # whether the score reads queries
     carries: ClassVar[bool] = False  # whether scores are kept with the tokens, for the next eviction
-    repeats: ClassVar[bool] = False  # whether the context must be repeated before it can be scored; `lowkey.prefill` does it
+    # whether the context must be repeated before it can be scored; `lowkey.prefill` does it
+    repeats: ClassVar[bool] = False
     layer: ClassVar[str] = "evicting"  # which cache layer it needs
 
     budget: Budget | str | None
@@ -118,16 +131,21 @@ class Policy(ABC):
         object.__setattr__(self, "budget", parsed)
         check(self)
         if isinstance(self.allocator, str) and self.allocator not in ALLOCATORS:
-            raise LowkeyError(f"allocator {self.allocator!r} is unknown; choose one of {', '.join(ALLOCATORS)}")
+            raise LowkeyError(
+                f"allocator {self.allocator!r} is unknown; choose one of {', '.join(ALLOCATORS)}"
+            )
         if self.split().bounded != (parsed is not None):
-            rule = "its allocator keeps what scores enough and takes none; leave it out" if parsed else NO_BUDGET
+            rule = (
+                "its allocator keeps what scores enough and takes none; leave it out" if parsed else NO_BUDGET
+            )
             raise LowkeyError(f"budget {parsed} of {type(self).__name__}: {rule}")
         if parsed and parsed.unit == "tokens" and parsed.amount < self.sinks + self.recent:
             raise LowkeyError(self.too_small(parsed.amount))
 
     def too_small(self, tokens: float) -> str:
         return (
-            f"budget {self.budget}: {tokens:g} tokens per head do not hold the {self.sinks} sinks and {self.recent} recent tokens that are "
+            f"budget {self.budget}: {tokens:g} tokens per head do not hold the {self.sinks} sinks and "
+            f"{self.recent} recent tokens that are "
             "always kept; raise the budget or lower sinks or recent"
         )
 
@@ -145,7 +163,9 @@ class Policy(ABC):
 
     @abstractmethod
     def score(self, scene: Scene) -> Tensor:
-        """(b, h, s): the higher, the more worth keeping. What it says of protected or invalid tokens is ignored."""
+        """(b, h, s): the higher, the more worth keeping. What it says of protected or invalid tokens is
+        ignored.
+        """
 
 
 def attention_sums(scene: Scene, last: int = 0, squared: bool = False) -> Tensor:
@@ -175,17 +195,22 @@ def _after(seen: Tensor) -> int:
 
 
 def pooled(scene: Scene, scores: Tensor, kernel: int, pooling: Pooling, window: int) -> Tensor:
-    """Scores (b, h, s) over the `kernel` nearest positions, so that clusters of tokens stay together: their largest, or their sum over
-    `kernel` (what is not there counts 0). The newest `window` tokens neither give to the prompt nor take from it.
+    """Scores (b, h, s) over the `kernel` nearest positions, so that clusters of tokens stay together: their
+    largest, or their sum over `kernel` (what is not there counts 0). The newest `window` tokens neither give
+    to the prompt nor take from it.
 
-    The largest: arXiv:2404.14469 (kernel 7), PyramidKV and HeadKV. The mean: SnapKV's published code and kvpress (kernel 5).
+    The largest: arXiv:2404.14469 (kernel 7), PyramidKV and HeadKV. The mean: SnapKV's published code and
+    kvpress (kernel 5).
     """
     if kernel == 1:
         return scores
     looking = scene.newest(window)
     first = looking.masked_fill(looking < 0, looking.max()).amin(1) if window else looking.amax(1) + 1
     prompt = scene.valid & (scene.positions < first[:, None, None])
-    slot = scene.positions.masked_fill(~prompt, 0)  # neighbours are found by position: tokens between them may have been evicted
-    dense = scores.new_zeros(*scores.shape[:2], int(slot.max()) + 1).scatter_add(2, slot, scores.masked_fill(~prompt, 0.0))
+    # neighbours are found by position: tokens between them may have been evicted
+    slot = scene.positions.masked_fill(~prompt, 0)
+    dense = scores.new_zeros(*scores.shape[:2], int(slot.max()) + 1).scatter_add(
+        2, slot, scores.masked_fill(~prompt, 0.0)
+    )
     pool = max_pool1d if pooling == "max" else avg_pool1d
     return pool(dense, kernel, stride=1, padding=kernel // 2).gather(2, slot).where(prompt, scores)

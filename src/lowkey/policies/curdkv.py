@@ -19,14 +19,17 @@ TINY = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True)
 class CurDKV(Policy):
-    """Squared norms of keys, of values, or their product, as shares of their sum over the head; the Ada variant is allocator `ada`.
+    """Squared norms of keys, of values, or their product, as shares of their sum over the head; the Ada
+    variant is allocator `ada`.
 
-    rank: keys and values are first projected to so many dimensions by a Gaussian matrix with entries N(0, 1/rank) (the paper's code: 20).
-    0, its default and ours, projects nothing: squared norms as they are, which the projected ones are on average. A projection of rotated
-    keys would depend on their positions, which their norms do not: for it keys are un-rotated. The matrix follows from `seed` and is the
-    same for all layers and heads.
-    local: norms are first taken as shares of so many neighbouring candidates (the code's way; 0: of the whole head only), so that
-    a token competes with those near it. The first tokens, which the code gives score 1, are `sinks` here.
+    rank: keys and values are first projected to so many dimensions by a Gaussian matrix with entries N(0,
+    1/rank) (the paper's code: 20). 0, its default and ours, projects nothing: squared norms as they are,
+    which the projected ones are on average. A projection of rotated keys would depend on their positions,
+    which their norms do not: for it keys are un-rotated. The matrix follows from `seed` and is the same for
+    all layers and heads.
+    local: norms are first taken as shares of so many neighbouring candidates (the code's way; 0: of the whole
+    head only), so that a token competes with those near it. The first tokens, which the code gives score 1,
+    are `sinks` here.
     """
 
     summary: ClassVar[str] = "leverage of keys and values"
@@ -40,7 +43,9 @@ class CurDKV(Policy):
 
     @property
     def turns(self) -> bool:
-        """Whether the score asks the model for rotations: un-rotating needs frequencies that stayed as they were."""
+        """Whether the score asks the model for rotations: un-rotating needs frequencies that stayed as they
+        were.
+        """
         return self.rank > 0 and self.kind != "values"
 
     def score(self, scene: Scene) -> Tensor:
@@ -73,7 +78,9 @@ def _shares(scores: Tensor) -> Tensor:
 
 
 def _local_shares(scores: Tensor, valid: Tensor, size: int) -> Tensor:
-    """Each score (b, h, s) as a share of its window: `size` valid tokens in a row, wherever padding or gaps lie between them."""
+    """Each score (b, h, s) as a share of its window: `size` valid tokens in a row, wherever padding or gaps
+    lie between them.
+    """
     room = -(-scores.shape[-1] // size) * size
     slot = (valid.cumsum(-1) - 1).masked_fill(~valid, room)  # one more slot, for what is not there
     packed = scores.new_zeros(*scores.shape[:2], room + 1).scatter(2, slot, scores)

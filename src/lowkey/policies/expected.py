@@ -1,4 +1,6 @@
-"""Expected Attention (arXiv:2510.00636): what queries still to come will look at, from the distribution of those that came."""
+"""Expected Attention (arXiv:2510.00636): what queries still to come will look at, from the distribution of
+those that came.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,16 @@ BLOCK = 1024  # queries held in fp32 at once
 class ExpectedAttention(Policy):
     """(a + epsilon) |v|, with a the attention that a query drawn from a Gaussian is expected to pay.
 
-    The Gaussian is that of the scene's queries without their rotation, rotated by the mean of the rotations of the next `future`
-    positions. Then E[exp(c q.k)] = exp(c mu.k + c^2/2 k' Sigma k), c the scaling; a is that, normalised over tokens, in the mean over
-    the query heads of a KV head. The paper's |W_O v| is |v| in the authors' code and here: a layer's cache has no W_O.
+    The Gaussian is that of the scene's queries without their rotation, rotated by the mean of the rotations
+    of the next `future` positions. Then E[exp(c q.k)] = exp(c mu.k + c^2/2 k' Sigma k), c the scaling; a is
+    that, normalised over tokens, in the mean over the query heads of a KV head. The paper's |W_O v| is |v| in
+    the authors' code and here: a layer's cache has no W_O.
 
-    epsilon: how much a token counts that nobody is expected to look at; the authors evaluate with 0.01 to 0.02. covariance: with
-    Sigma, as in the paper; without it only the mean query counts. Sinks and their queries are outliers: they are left out
-    of the statistics and of the normalisation, as in the authors' code. Logit soft-capping has no closed form and is left out.
-    Queries are those of the current chunk (or since the last eviction), taken where they are made, so QK-norm needs nothing special.
+    epsilon: how much a token counts that nobody is expected to look at; the authors evaluate with 0.01 to
+    0.02. covariance: with Sigma, as in the paper; without it only the mean query counts. Sinks and their
+    queries are outliers: they are left out of the statistics and of the normalisation, as in the authors'
+    code. Logit soft-capping has no closed form and is left out. Queries are those of the current chunk (or
+    since the last eviction), taken where they are made, so QK-norm needs nothing special.
     """
 
     summary: ClassVar[str] = "attention expected of queries still to come"
@@ -39,7 +43,9 @@ class ExpectedAttention(Policy):
 
     @property
     def turns(self) -> bool:
-        """Whether the score asks the model for rotations; those of coming positions would make a `dynamic` rope grow before its time."""
+        """Whether the score asks the model for rotations; those of coming positions would make a `dynamic`
+        rope grow before its time.
+        """
         return True
 
     def score(self, scene: Scene) -> Tensor:
@@ -59,9 +65,14 @@ class ExpectedAttention(Policy):
         return logits
 
     def _statistics(self, scene: Scene) -> tuple[Tensor, Tensor]:
-        """Mean (b, h, g, d) and covariance (b, h, g, d, d) of the averagely rotated queries; two passes, for the sake of fp32."""
+        """Mean (b, h, g, d) and covariance (b, h, g, d, d) of the averagely rotated queries; two passes, for
+        the sake of fp32.
+        """
         b, h, g, _, d = scene.queries.shape
-        mean, cov = scene.keys.new_zeros(b, h, g, d, dtype=torch.float32), scene.keys.new_zeros(b, h, g, d, d, dtype=torch.float32)
+        mean, cov = (
+            scene.keys.new_zeros(b, h, g, d, dtype=torch.float32),
+            scene.keys.new_zeros(b, h, g, d, d, dtype=torch.float32),
+        )
         count = (scene.query_positions >= self.sinks).sum(1).clamp_min(1)[:, None, None, None]
         for queries, used in self._turned(scene):
             mean += queries.masked_fill(~used, 0).sum(3) / count
@@ -71,7 +82,9 @@ class ExpectedAttention(Policy):
         return mean, cov
 
     def _turned(self, scene: Scene) -> Iterator[tuple[Tensor, Tensor]]:
-        """Blocks of queries (b, h, g, n, d) with the mean of the coming rotations in the place of their own; (b, 1, 1, n, 1): used?"""
+        """Blocks of queries (b, h, g, n, d) with the mean of the coming rotations in the place of their own;
+        (b, 1, 1, n, 1): used?
+        """
         at = scene.query_positions
         coming = at.amax(1, keepdim=True) + 1 + torch.arange(self.future, device=at.device)
         mean_cos, mean_sin = (x.mean(2, keepdim=True).unsqueeze(1) for x in scene.rope(coming, scene.queries))
@@ -79,4 +92,7 @@ class ExpectedAttention(Policy):
             block = at[:, start : start + BLOCK]
             cos, sin = (x.unsqueeze(1) for x in scene.rope(block.clamp_min(0), scene.queries))
             plain = unrotate(scene.queries[:, :, :, start : start + BLOCK].float(), cos, sin)
-            yield rotate(plain, mean_cos.expand_as(cos), mean_sin.expand_as(sin)), (block >= self.sinks)[:, None, None, :, None]
+            yield (
+                rotate(plain, mean_cos.expand_as(cos), mean_sin.expand_as(sin)),
+                (block >= self.sinks)[:, None, None, :, None],
+            )

@@ -19,18 +19,20 @@ FULL = 3  # the last rung
 
 @dataclass(frozen=True)
 class FastGen(Policy):
-    """A ladder of token sets, each holding the one before: what stays in any case (sinks and recent); and a `local` share, the
-    newest; and a `frequent` share, the most looked at; all. A head takes the lowest rung whose tokens hold at least `recovery` of the
-    attention of its newest `sample` queries, in each of its query heads. Tokens of that rung score 1 and their mean attention, the
-    others their mean attention alone (at most 1).
+    """A ladder of token sets, each holding the one before: what stays in any case (sinks and recent); and a
+    `local` share, the newest; and a `frequent` share, the most looked at; all. A head takes the lowest rung
+    whose tokens hold at least `recovery` of the attention of its newest `sample` queries, in each of its
+    query heads. Tokens of that rung score 1 and their mean attention, the others their mean attention alone
+    (at most 1).
 
-    Without a budget `recovery` decides how much memory it becomes, as in the paper: each head keeps its rung (allocator `at-least`). With
-    one, all heads compete for it (`global`): those that need much get it from those that do not, and when all together need more
-    than there is, the least looked-at tokens of the widest heads go first.
+    Without a budget `recovery` decides how much memory it becomes, as in the paper: each head keeps its rung
+    (allocator `at-least`). With one, all heads compete for it (`global`): those that need much get it from
+    those that do not, and when all together need more than there is, the least looked-at tokens of the widest
+    heads go first.
 
-    What differs from the paper: there is no rung for punctuation, since a cache layer never sees token ids. The paper's order is frequent
-    before local: `first="frequent"`. It profiles with the whole attention matrix of the prompt; a sample of queries needs memory linear in
-    its length.
+    What differs from the paper: there is no rung for punctuation, since a cache layer never sees token ids.
+    The paper's order is frequent before local: `first="frequent"`. It profiles with the whole attention
+    matrix of the prompt; a sample of queries needs memory linear in its length.
     """
 
     summary: ClassVar[str] = "the fewest kinds of tokens that bring back a head's attention"
@@ -54,7 +56,8 @@ class FastGen(Policy):
         queries = (scene.newest(self.sample) >= 0).sum(1).clamp_min(1)
         mass = attention_sums(scene, self.sample) / queries[:, None, None, None]
         rung = self._rungs(scene, mass.mean(2))
-        held = torch.stack([(mass * (rung <= i).unsqueeze(2)).sum(-1).amin(2) for i in range(FULL)])  # (3, b, h)
+        # (3, b, h)
+        held = torch.stack([(mass * (rung <= i).unsqueeze(2)).sum(-1).amin(2) for i in range(FULL)])
         chosen = (held < self.recovery).long().cumprod(0).sum(0)
         return mass.mean(2) + (rung <= chosen.unsqueeze(-1)).float()
 
@@ -62,7 +65,11 @@ class FastGen(Policy):
         """(b, h, s): the lowest rung that holds each token."""
         number = scene.valid.sum(-1, keepdim=True)
         local = number - scene.valid.cumsum(-1) < _part(self.local, number)
-        order = attention.masked_fill(~scene.valid, -1.0).argsort(dim=-1, descending=True, stable=True).argsort(-1)
+        order = (
+            attention.masked_fill(~scene.valid, -1.0)
+            .argsort(dim=-1, descending=True, stable=True)
+            .argsort(-1)
+        )
         frequent = order < _part(self.frequent, number)
         second, third = (local, frequent) if self.first == "local" else (frequent, local)
         rung = torch.full_like(order, FULL).masked_fill(third, 2).masked_fill(second, 1)

@@ -13,10 +13,11 @@ from lowkey.policies.base import Policy, Scene
 
 @dataclass(frozen=True)
 class KeyDiff(Policy):
-    """Minus the cosine between a key and the head's mean key direction (its anchor), over all that the head holds.
+    """Minus the cosine between a key and the head's mean key direction (its anchor), over all that the head
+    holds.
 
-    Keys are taken rotated, as they lie in the cache. In a chunked prefill the anchor is that of the kept tokens and the chunk, which is
-    the paper's block-wise processing.
+    Keys are taken rotated, as they lie in the cache. In a chunked prefill the anchor is that of the kept
+    tokens and the chunk, which is the paper's block-wise processing.
     """
 
     summary: ClassVar[str] = "keys unlike the others"

@@ -12,7 +12,9 @@ from lowkey.policies.base import Policy, Scene, norms
 
 @dataclass(frozen=True)
 class Knorm(Policy):
-    """The smaller a key, the better: the paper finds that small norms go with much attention. A rotation leaves norms as they are."""
+    """The smaller a key, the better: the paper finds that small norms go with much attention. A rotation
+    leaves norms as they are.
+    """
 
     summary: ClassVar[str] = "small keys"
     paper: ClassVar[str] = "arXiv:2406.11430"

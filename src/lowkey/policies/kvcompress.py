@@ -13,12 +13,13 @@ from lowkey.policies.base import Policy, Pooling, Scene, attention_sums, pooled
 
 @dataclass(frozen=True)
 class KVCompress(Policy):
-    """Squared attention of the newest `window` queries (0: all), summed over them and over the query heads of a KV head, then
-    pooled over `kernel` neighbours as in SnapKV.
+    """Squared attention of the newest `window` queries (0: all), summed over them and over the query heads of
+    a KV head, then pooled over `kernel` neighbours as in SnapKV.
 
-    Scores add up from eviction to eviction; only what is new is pooled, as decode steps are in the authors' code. The method's other half,
-    eviction by whole blocks in one order over all layers and heads, is allocator `blocks`; their optional bias by head and position is left
-    out. Queries of decode steps are only recorded when `every` is set.
+    Scores add up from eviction to eviction; only what is new is pooled, as decode steps are in the authors'
+    code. The method's other half, eviction by whole blocks in one order over all layers and heads, is
+    allocator `blocks`; their optional bias by head and position is left out. Queries of decode steps are only
+    recorded when `every` is set.
     """
 
     summary: ClassVar[str] = "squared attention of the last prompt tokens"
@@ -26,7 +27,8 @@ class KVCompress(Policy):
     carries: ClassVar[bool] = True
 
     window: int = option(8, at_least=0, at_most=2**24)
-    kernel: int = option(7, odd=True, at_least=1, at_most=4095)  # odd, so that a token is in the middle of its neighbours
+    # odd, so that a token is in the middle of its neighbours
+    kernel: int = option(7, odd=True, at_least=1, at_most=4095)
     pooling: Pooling = "max"
 
     def score(self, scene: Scene) -> Tensor:

@@ -17,13 +17,15 @@ Softmax = Literal["piece", "context"]
 
 @dataclass(frozen=True)
 class KVzip(Policy):
-    """Largest attention that a token gets, over all queries and query heads of its KV head, while the model repeats the context.
+    """Largest attention that a token gets, over all queries and query heads of its KV head, while the model
+    repeats the context.
 
-    So nothing depends on a question, and one cache serves many. The repetition is a second pass over the context in pieces of `chunk`
-    tokens, which `lowkey.prefill` makes; a cache that was filled otherwise refuses to evict. Each piece is asked for with `prompt` and the
-    `bridge` tokens before it. softmax: over the sinks, the `piece` and its repetition, as in the paper, so that the cost of scoring is
-    linear in the length of the context; or over the whole `context` and the repetition. All layers and heads share one threshold
-    (`global`), as in the paper's non-uniform mode.
+    So nothing depends on a question, and one cache serves many. The repetition is a second pass over the
+    context in pieces of `chunk` tokens, which `lowkey.prefill` makes; a cache that was filled otherwise
+    refuses to evict. Each piece is asked for with `prompt` and the `bridge` tokens before it. softmax: over
+    the sinks, the `piece` and its repetition, as in the paper, so that the cost of scoring is linear in the
+    length of the context; or over the whole `context` and the repetition. All layers and heads share one
+    threshold (`global`), as in the paper's non-uniform mode.
     """
 
     summary: ClassVar[str] = "what the model needs to repeat its context"
@@ -41,14 +43,16 @@ class KVzip(Policy):
             return scene.carried
         if scene.piece is None or scene.repeating is None:
             raise LowkeyError(
-                "policy kvzip: needs a second pass over the context; fill the cache with lowkey.prefill(model, tokenizer, cache, ids)"
+                "policy kvzip: needs a second pass over the context; fill the cache with "
+                "lowkey.prefill(model, tokenizer, cache, ids)"
             )
         first, stop = scene.piece[:, None, None].unbind(-1)
         piece = (scene.positions >= first) & (scene.positions < stop)
         met = scene.valid & (piece | (scene.positions < self.sinks))
         at = met.any(0).any(0).nonzero().squeeze(1)
         keys, positions, valid, piece = (x[:, :, at] for x in (scene.keys, scene.positions, met, piece))
-        beside = (valid & ~piece).any(0).any(0).nonzero().squeeze(1)  # sinks of which `repeating` does not know
+        # sinks of which `repeating` does not know
+        beside = (valid & ~piece).any(0).any(0).nonzero().squeeze(1)
         found = torch.full(valid.shape, -torch.inf, device=keys.device)
         for some, logits in replace(scene, keys=keys, positions=positions, valid=valid, sight=None).logits():
             lse = scene.repeating[:, :, :, some].unsqueeze(-1)

@@ -14,9 +14,10 @@ from lowkey.policies.base import Policy, Scene
 class StreamingLLM(Policy):
     """The newer, the better; `sinks` holds the first ones (the paper finds four enough).
 
-    Kept keys stay at the positions they were made for. The paper renumbers them by their place in the cache, so that positions never
-    exceed those of training: here texts longer than those still meet positions the model does not know. The paper evicts at every step:
-    `every=1`; a larger number holds up to so many tokens more and copies the cache as much less often.
+    Kept keys stay at the positions they were made for. The paper renumbers them by their place in the cache,
+    so that positions never exceed those of training: here texts longer than those still meet positions the
+    model does not know. The paper evicts at every step: `every=1`; a larger number holds up to so many tokens
+    more and copies the cache as much less often.
     """
 
     summary: ClassVar[str] = "the first tokens and the newest"

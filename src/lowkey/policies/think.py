@@ -11,13 +11,15 @@ from lowkey.policies.snapkv import SnapKV
 
 @dataclass(frozen=True)
 class ThinK(SnapKV):
-    """Tokens by SnapKV's score; of the kept keys the share `channels`, chosen per head by mean q^2 over the newest `looked` queries of
-    the row times the sum of k^2. Values stay whole, and so do the `recent` newest tokens (the paper: 32 or 128), what is decoded until
-    something is evicted again, what a frozen cache is given (a question asked over what was kept), and a row that fits the budget whole.
+    """Tokens by SnapKV's score; of the kept keys the share `channels`, chosen per head by mean q^2 over the
+    newest `looked` queries of the row times the sum of k^2. Values stay whole, and so do the `recent` newest
+    tokens (the paper: 32 or 128), what is decoded until something is evicted again, what a frozen cache is
+    given (a question asked over what was kept), and a row that fits the budget whole.
 
-    The budget is of bytes: 80% with channels 0.6 keeps every token, 10% keeps 12.5 % of them with 60 % of their key channels; in `tokens`
-    it counts tokens. The paper drops 30 to 50 % of the channels. A channel is dropped after rotation, one of a rotated pair by itself.
-    Every eviction of a chunk chooses channels for the keys that it prunes.
+    The budget is of bytes: 80% with channels 0.6 keeps every token, 10% keeps 12.5 % of them with 60 % of
+    their key channels; in `tokens` it counts tokens. The paper drops 30 to 50 % of the channels. A channel is
+    dropped after rotation, one of a rotated pair by itself. Every eviction of a chunk chooses channels for
+    the keys that it prunes.
     """
 
     summary: ClassVar[str] = "SnapKV, and the weakest key channels go too"

@@ -12,10 +12,12 @@ from lowkey.policies.base import Policy, Scene, attention_sums
 
 @dataclass(frozen=True)
 class TOVA(Policy):
-    """Attention of the newest query, averaged over all query heads of the layer: every head keeps the same tokens.
+    """Attention of the newest query, averaged over all query heads of the layer: every head keeps the same
+    tokens.
 
-    Under an allocator that gives heads different numbers, a head that lost a token counts as not looking at it; `uniform` gives heads
-    the same number, or one more where a layer's share is no multiple of its heads. The paper evicts at every step: `every=1`.
+    Under an allocator that gives heads different numbers, a head that lost a token counts as not looking at
+    it; `uniform` gives heads the same number, or one more where a layer's share is no multiple of its heads.
+    The paper evicts at every step: `every=1`.
     """
 
     summary: ClassVar[str] = "attention of the newest token, the same for all heads of a layer"
@@ -23,6 +25,7 @@ class TOVA(Policy):
 
     def score(self, scene: Scene) -> Tensor:
         newest = attention_sums(scene, 1).mean(2)
-        slot = (scene.positions + 1).masked_fill(~scene.valid, 0)  # heads may hold different tokens: they meet by position
+        # heads may hold different tokens: they meet by position
+        slot = (scene.positions + 1).masked_fill(~scene.valid, 0)
         by_position = newest.new_zeros(*newest.shape[:2], int(slot.max()) + 1).scatter(2, slot, newest)
         return by_position.mean(1, keepdim=True).expand_as(by_position).gather(2, slot)

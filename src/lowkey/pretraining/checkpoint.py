@@ -1,7 +1,8 @@
-"""A training run on disk: one file with everything, replaced in one step, and what says which run a folder belongs to.
+"""A training run on disk: one file with everything, replaced in one step, and what says which run a folder
+belongs to.
 
-Random numbers and the order of the data depend on the seed and the step alone, and the learning rate on the step, so there is no state of
-theirs to keep.
+Random numbers and the order of the data depend on the seed and the step alone, and the learning rate on the
+step, so there is no state of theirs to keep.
 """
 
 from __future__ import annotations
@@ -20,31 +21,48 @@ from torch.optim import Optimizer
 from lowkey.core import files
 from lowkey.core.types import LowkeyError
 
-CHECKPOINT, JOB, RESULT, TOKENS, FINISHED = "checkpoint.safetensors", "job.json", "result.json", "tokens", ".finished"
+CHECKPOINT, JOB, RESULT, TOKENS, FINISHED = (
+    "checkpoint.safetensors",
+    "job.json",
+    "result.json",
+    "tokens",
+    ".finished",
+)
 KIND = "run"  # of a job's file
-STATES = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}  # what optimizers keep for a parameter
+# what optimizers keep for a parameter
+STATES = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
 PUBLISHED = r"(generation_)?config\.json|model.*\.safetensors.*|.*token.*\.json|vocab.*|merges.*|chat_template.*|recipe\.toml|[^/]*\.py"
-FREE = ("save_every", "log_every", "log_with", "compile", "stop_on_divergence")  # what may change when a run goes on
+# what may change when a run goes on
+FREE = ("save_every", "log_every", "log_with", "compile", "stop_on_divergence")
 
 
 def claim(out: Path, job: Mapping[str, Any], force: bool) -> None:
-    """Mark `out` as this job's; with `force` what says that it is another's goes. Errors: LowkeyError when it is another job's."""
+    """Mark `out` as this job's; with `force` what says that it is another's goes. Errors: LowkeyError when it
+    is another job's.
+    """
     marker = out / JOB
     if force:
-        for name in (RESULT, CHECKPOINT):  # the log is cut when the run begins, weights are replaced when it ends
+        # the log is cut when the run begins, weights are replaced when it ends
+        for name in (RESULT, CHECKPOINT):
             (out / name).unlink(missing_ok=True)
     elif marker.exists():
         if difference := _difference(files.read_json(marker, "job", KIND)["job"], job):
-            raise LowkeyError(f"output {str(out)!r} holds another run ({difference}); choose another folder, or --force to start anew")
+            raise LowkeyError(
+                f"output {str(out)!r} holds another run ({difference}); choose another folder, or --force to "
+                "start anew"
+            )
         return
     files.write_json(marker, {"job": job}, KIND)
 
 
 def check_folder(out: Path, force: bool, source: str | None = None) -> None:
-    """Before any work: a folder that can be written and is new, empty, or a run's, not the model that is trained further; where a model
-    will be put, nothing that lowkey did not write. Errors: LowkeyError."""
+    """Before any work: a folder that can be written and is new, empty, or a run's, not the model that is
+    trained further; where a model will be put, nothing that lowkey did not write. Errors: LowkeyError."""
     if source is not None and Path(source).resolve() == out.resolve():
-        raise LowkeyError(f"output {str(out)!r}: is the model of model.path, which would be overwritten; choose another folder")
+        raise LowkeyError(
+            f"output {str(out)!r}: is the model of model.path, which would be overwritten; choose another "
+            "folder"
+        )
     files.check_writable(out)
     if out.exists() and not out.is_dir():
         raise LowkeyError(f"output {str(out)!r} is a file; choose a folder")
@@ -52,15 +70,22 @@ def check_folder(out: Path, force: bool, source: str | None = None) -> None:
         return
     marked = files.kind_of(out / JOB) == KIND
     if not marked and any(p.name != TOKENS and not files.is_passing(p) for p in out.iterdir()):
-        raise LowkeyError(f"output {str(out)!r} already holds files, and no run of lowkey's; choose another folder")
+        raise LowkeyError(
+            f"output {str(out)!r} already holds files, and no run of lowkey's; choose another folder"
+        )
     for name in files.others(out):
-        if re.fullmatch(PUBLISHED, name) or (name == CHECKPOINT and files.kind_of(out / name) != "checkpoint"):
-            raise LowkeyError(f"output {str(out)!r}: lowkey did not write {name!r} there, or it was changed since; move it away")
+        if re.fullmatch(PUBLISHED, name) or (
+            name == CHECKPOINT and files.kind_of(out / name) != "checkpoint"
+        ):
+            raise LowkeyError(
+                f"output {str(out)!r}: lowkey did not write {name!r} there, or it was changed since; move it "
+                "away"
+            )
 
 
 def job_of(recipe: Mapping[str, Any], tokens: str, model: str) -> dict[str, Any]:
-    """What makes two runs the same run: the recipe but for what does not change the numbers or only how they are kept, the data, the
-    initial weights."""
+    """What makes two runs the same run: the recipe but for what does not change the numbers or only how they
+    are kept, the data, the initial weights."""
     training = {k: v for k, v in recipe["training"].items() if k not in FREE}
     data = {k: v for k, v in recipe["data"].items() if k != "cache"}
     return {"model": recipe["model"], "data": data, "training": training, "tokens": tokens, "weights": model}
@@ -76,8 +101,12 @@ def _difference(there: Any, here: Any, place: str = "") -> str:
     return ""
 
 
-def save(path: Path, model: nn.Module, optimizers: Sequence[Optimizer], about: dict[str, Any], write: bool) -> None:
-    """about: plain values. Every process takes part, since sharded tensors are gathered; the one with `write` writes."""
+def save(
+    path: Path, model: nn.Module, optimizers: Sequence[Optimizer], about: dict[str, Any], write: bool
+) -> None:
+    """about: plain values. Every process takes part, since sharded tensors are gathered; the one with `write`
+    writes.
+    """
     found = {f"model.{name}": whole(t) for name, t in weights(model).items()}
     names = {id(p): name for name, p in model.named_parameters()}
     for optimizer in optimizers:
@@ -90,12 +119,18 @@ def save(path: Path, model: nn.Module, optimizers: Sequence[Optimizer], about: d
 
 @torch.no_grad()
 def restore(path: Path, model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
-    """What `save` was given as `about`; model and optimizers are filled. Errors: LowkeyError for a file that does not fit them."""
+    """What `save` was given as `about`; model and optimizers are filled. Errors: LowkeyError for a file that
+    does not fit them.
+    """
 
     def refuse(rule: str) -> LowkeyError:
-        return LowkeyError(f"checkpoint {str(path)!r}: {rule}; it is not this run's: delete it, or start anew with --force")
+        return LowkeyError(
+            f"checkpoint {str(path)!r}: {rule}; it is not this run's: delete it, or start anew with --force"
+        )
 
-    found = files.read_tensors(path, "checkpoint", "checkpoint", remedy="delete it, or start anew with --force")
+    found = files.read_tensors(
+        path, "checkpoint", "checkpoint", remedy="delete it, or start anew with --force"
+    )
     if missing := ({f"model.{name}" for name in weights(model)} | {"about"}) - found.keys():
         raise refuse(f"lacks {min(missing)}")
     for name, t in weights(model).items():
@@ -119,7 +154,9 @@ def restore(path: Path, model: nn.Module, optimizers: Sequence[Optimizer]) -> di
 
 
 def _is_state(found: Mapping[str, Tensor], optimizer: Optimizer, p: Tensor) -> bool:
-    """Whether this can be what an optimizer keeps for a parameter, or nothing, for one that never had a gradient."""
+    """Whether this can be what an optimizer keeps for a parameter, or nothing, for one that never had a
+    gradient.
+    """
     known = STATES.get(type(optimizer).__name__, set(found))
     shapes = all(t.shape == (() if name == "step" else p.shape) for name, t in found.items())
     return not found or (set(found) == known and shapes)
@@ -149,4 +186,8 @@ def whole(t: Tensor) -> Tensor:
 
 
 def _like(t: Tensor, found: Tensor) -> Tensor:
-    return distribute_tensor(found.to(t.device), t.device_mesh, t.placements) if isinstance(t, DTensor) else found.to(t.device)
+    return (
+        distribute_tensor(found.to(t.device), t.device_mesh, t.placements)
+        if isinstance(t, DTensor)
+        else found.to(t.device)
+    )

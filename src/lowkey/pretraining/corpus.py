@@ -1,4 +1,6 @@
-"""Text in, token files out: read once, tokenized once, then mapped into memory by every run that uses the same text and tokenizer."""
+"""Text in, token files out: read once, tokenized once, then mapped into memory by every run that uses the
+same text and tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ class Corpus:
 
 
 def prepare(data: Data, work: Path, progress: Progress = silent) -> Corpus:
-    """The tokens of `data`, from `work` (or data.cache) if they are there, else made there. Errors: LowkeyError."""
+    """The tokens of `data`, from `work` (or data.cache) if they are there, else made there. Errors:
+    LowkeyError.
+    """
     named = None if data.vocab_size else load_tokenizer(data.tokenizer)
     folder = (Path(data.cache) if data.cache else work) / _identity(data, named)
     if not (folder / ABOUT).is_file():
@@ -49,7 +53,9 @@ def prepare(data: Data, work: Path, progress: Progress = silent) -> Corpus:
 
 
 def _make(folder: Path, data: Data, named: PreTrainedTokenizerBase | None, progress: Progress) -> None:
-    """In one step. What another run has put there meanwhile is the same, and what it has mapped into its memory stays there."""
+    """In one step. What another run has put there meanwhile is the same, and what it has mapped into its
+    memory stays there.
+    """
     with files.replacing_folder(folder) as temporary:
         tokenizer = named or _train_tokenizer(data, progress)
         tokenizer.save_pretrained(temporary)
@@ -87,18 +93,28 @@ def documents(data: Data) -> Iterator[str]:
 def _files(path: Path) -> list[Path]:
     if not path.exists():
         raise LowkeyError(f"data.path {str(path)!r}: no such file or folder; give one, or a dataset's id")
-    found = sorted(p for p in path.rglob("*") if p.suffix in KINDS and p.is_file()) if path.is_dir() else [path]
+    found = (
+        sorted(p for p in path.rglob("*") if p.suffix in KINDS and p.is_file()) if path.is_dir() else [path]
+    )
     if not found:
-        raise LowkeyError(f"data.path {str(path)!r}: no {', '.join(KINDS)} in this folder; give one that holds such files")
+        raise LowkeyError(
+            f"data.path {str(path)!r}: no {', '.join(KINDS)} in this folder; give one that holds such files"
+        )
     if found[0].suffix not in KINDS:
-        raise LowkeyError(f"data.path {str(path)!r}: is none of {', '.join(KINDS)}; give such a file, a folder of them, or a dataset's id")
+        raise LowkeyError(
+            f"data.path {str(path)!r}: is none of {', '.join(KINDS)}; give such a file, a folder of them, or "
+            "a dataset's id"
+        )
     return found
 
 
 def _documents_of(file: Path, field: str) -> Iterator[str]:
     if file.suffix == ".txt":
         return iter([text.read_text(file, "data.path")])
-    return (_text_of(row, field, str(file)) for row in (_lines(file) if file.suffix == ".jsonl" else _parquet(file, field)))
+    return (
+        _text_of(row, field, str(file))
+        for row in (_lines(file) if file.suffix == ".jsonl" else _parquet(file, field))
+    )
 
 
 def _lines(file: Path) -> Iterator[Any]:
@@ -112,7 +128,9 @@ def _lines(file: Path) -> Iterator[Any]:
                 row = json.loads(line.decode())
             except (ValueError, RecursionError) as error:
                 why = str(error)[:200]
-                raise LowkeyError(f"data.path {str(file)!r}: line {number} is no JSON ({why}); give one object per line") from None
+                raise LowkeyError(
+                    f"data.path {str(file)!r}: line {number} is no JSON ({why}); give one object per line"
+                ) from None
             yield row
 
 
@@ -128,7 +146,9 @@ def _parquet(file: Path, field: str) -> Iterator[Any]:
         for batch in table.iter_batches(batch_size=1024, columns=[field] if known else None):
             yield from batch.to_pylist()
     except (ArrowException, OSError, ValueError) as error:
-        raise LowkeyError(f"data.path {str(file)!r}: cannot be read ({_line(error)}); give a parquet file") from None
+        raise LowkeyError(
+            f"data.path {str(file)!r}: cannot be read ({_line(error)}); give a parquet file"
+        ) from None
 
 
 def _dataset(data: Data) -> Iterator[str]:
@@ -137,21 +157,27 @@ def _dataset(data: Data) -> Iterator[str]:
     import datasets
 
     try:
-        found = datasets.load_dataset(data.path, data.name or None, split=data.split, streaming=True, **data.options)
+        found = datasets.load_dataset(
+            data.path, data.name or None, split=data.split, streaming=True, **data.options
+        )
         for row in found:
             yield _text_of(row, data.text_field, data.path)
     except LowkeyError:
         raise
     except Exception as error:  # datasets raises many kinds; each is bad input or no network here
         raise LowkeyError(
-            f"data.path {data.path!r}: no such file, and no dataset ({_line(error)}); give a file, a folder or an id"
+            f"data.path {data.path!r}: no such file, and no dataset ({_line(error)}); give a file, a folder "
+            "or an id"
         ) from error
 
 
 def _text_of(row: Any, field: str, where: str) -> str:
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
         names = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise LowkeyError(f"data.text_field {field!r}: a record of {where!r} has no such text (it has {names}); give data.text_field")
+        raise LowkeyError(
+            f"data.text_field {field!r}: a record of {where!r} has no such text (it has {names}); give "
+            "data.text_field"
+        )
     return _whole(row[field])
 
 
@@ -179,7 +205,9 @@ def _line(error: Exception) -> str:
 
 
 def _train_tokenizer(data: Data, progress: Progress) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with tokens for the beginning and the end of a text, of about as much text as max_tokens will take."""
+    """Byte-level BPE with tokens for the beginning and the end of a text, of about as much text as max_tokens
+    will take.
+    """
     found: Iterator[str] = (piece.text for piece in _pieces(documents(data)))
     if data.max_tokens:
         found = _first(found, PER_TOKEN * data.max_tokens)
@@ -188,7 +216,10 @@ def _train_tokenizer(data: Data, progress: Progress) -> PreTrainedTokenizerFast:
     raw.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=data.vocab_size, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=data.vocab_size,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     raw.train_from_iterator(progress(found, "training the tokenizer"), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="</s>")
@@ -203,7 +234,9 @@ class Piece(NamedTuple):
 
 
 def _pieces(found: Iterable[str]) -> Iterator[Piece]:
-    """Documents, long ones in pieces that end before a line or a word: what a tokenizer keeps of a text takes a hundred times its size."""
+    """Documents, long ones in pieces that end before a line or a word: what a tokenizer keeps of a text takes
+    a hundred times its size.
+    """
     for document in found:
         start = 0
         while len(document) - start > BATCH:
@@ -236,7 +269,9 @@ def _batches(found: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def _write(folder: Path, data: Data, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> None:
-    """First all documents in one file, then the parts, since which documents are held out depends on how long all are."""
+    """First all documents in one file, then the parts, since which documents are held out depends on how long
+    all are.
+    """
     kind = np.dtype(np.uint16 if text.vocabulary(tokenizer) <= 2**16 else np.uint32)
     lengths, sizes = _spool(folder / "all.bin", kind, data, tokenizer, progress)
     ids = np.memmap(folder / "all.bin", dtype=kind, mode="r")
@@ -251,7 +286,11 @@ def _write(folder: Path, data: Data, tokenizer: PreTrainedTokenizerBase, progres
         starts = np.concatenate([[0], np.cumsum(lengths[which])]).astype(np.int64)
         np.save(folder / f"{part}.npy", starts)
         digest.update(starts.tobytes())
-        about[part] = {"tokens": int(starts[-1]), "documents": int(which.sum()), "bytes": int(sizes[which].sum())}
+        about[part] = {
+            "tokens": int(starts[-1]),
+            "documents": int(which.sum()),
+            "bytes": int(sizes[which].sum()),
+        }
     del ids
     (folder / "all.bin").unlink()
     files.write_json(folder / ABOUT, {"dtype": kind.name, **about, "sha256": digest.hexdigest()}, KIND)
@@ -260,7 +299,9 @@ def _write(folder: Path, data: Data, tokenizer: PreTrainedTokenizerBase, progres
 def _spool(
     place: Path, kind: np.dtype, data: Data, tokenizer: PreTrainedTokenizerBase, progress: Progress
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, bytes of text) of each document, written end to end, each with the tokenizer's bos and eos where it has them."""
+    """(tokens, bytes of text) of each document, written end to end, each with the tokenizer's bos and eos
+    where it has them.
+    """
     lengths, sizes, total, length, size = [], [], 0, 0, 0
     with place.open("wb") as file:
         for piece, ids in _encoded(data, tokenizer, progress):
@@ -278,10 +319,14 @@ def _spool(
     return np.array(lengths), np.array(sizes)
 
 
-def _encoded(data: Data, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> Iterator[tuple[Piece, list[int]]]:
+def _encoded(
+    data: Data, tokenizer: PreTrainedTokenizerBase, progress: Progress
+) -> Iterator[tuple[Piece, list[int]]]:
     before, after = ([] if i is None else [i] for i in (tokenizer.bos_token_id, tokenizer.eos_token_id))
     for batch in progress(_batches(_pieces(documents(data))), "tokenizing"):
-        encoded = tokenizer([piece.text for piece in batch], add_special_tokens=False, verbose=False).input_ids
+        encoded = tokenizer(
+            [piece.text for piece in batch], add_special_tokens=False, verbose=False
+        ).input_ids
         for piece, ids in zip(batch, encoded, strict=True):
             yield piece, (before if piece.first else []) + ids + (after if piece.last else [])
 
@@ -289,7 +334,9 @@ def _encoded(data: Data, tokenizer: PreTrainedTokenizerBase, progress: Progress)
 def _choose(
     ids: np.ndarray, lengths: np.ndarray, sizes: np.ndarray, share: float, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lengths, sizes, and which documents are held out; the last document becomes two when all are too long to be held out whole."""
+    """Lengths, sizes, and which documents are held out; the last document becomes two when all are too long
+    to be held out whole.
+    """
     room = int(share * len(ids))
     order = np.random.default_rng(0).permutation(len(lengths))
     order = order[lengths[order] <= room]
@@ -298,7 +345,9 @@ def _choose(
     if chosen.any() or room < 2:
         return lengths, sizes, chosen
     tail = len(str(tokenizer.decode(ids[-room:].tolist(), skip_special_tokens=True)).encode())
-    lengths, sizes = (np.concatenate([x[:-1], [x[-1] - end, end]]) for x, end in ((lengths, room), (sizes, tail)))
+    lengths, sizes = (
+        np.concatenate([x[:-1], [x[-1] - end, end]]) for x, end in ((lengths, room), (sizes, tail))
+    )
     return lengths, sizes, np.append(chosen, True)
 
 
@@ -326,7 +375,9 @@ def _read(folder: Path, named: PreTrainedTokenizerBase | None) -> Corpus:
 
 
 def _stream(folder: Path, part: str, known: dict, vocabulary: int) -> Stream | None:
-    """Tokens that the tokenizer has, in documents that begin one behind the other. Errors: ValueError and others for what is not so."""
+    """Tokens that the tokenizer has, in documents that begin one behind the other. Errors: ValueError and
+    others for what is not so.
+    """
     about, kind = known[part], known["dtype"]
     counts = [about[name] for name in ("tokens", "documents", "bytes")]
     if kind not in DTYPES or not all(type(n) is int and n >= 0 for n in counts):

@@ -14,9 +14,10 @@ SPIKE = 5.0  # median absolute deviations
 def diverged(losses: Sequence[float], steps: int) -> bool:
     """Whether training of `steps` steps, of which these losses are known, has diverged.
 
-    A loss is not finite; or the smoothed loss (the mean over 5 % of all steps, at least 20) lay above its value at 20 % of training during
-    as many of the latest steps as are a tenth of all. Our own addition: above by more than three standard errors of that difference, so
-    that a loss that merely stands still, as in continued training, is not called diverged. Below 100 steps only the first rule applies.
+    A loss is not finite; or the smoothed loss (the mean over 5 % of all steps, at least 20) lay above its
+    value at 20 % of training during as many of the latest steps as are a tenth of all. Our own addition:
+    above by more than three standard errors of that difference, so that a loss that merely stands still, as
+    in continued training, is not called diverged. Below 100 steps only the first rule applies.
     """
     known, width, mark = len(losses), max(WINDOW, steps // 20), steps // 5
     if known and not np.isfinite(losses[-1]):
@@ -32,8 +33,8 @@ def diverged(losses: Sequence[float], steps: int) -> bool:
 
 
 def spikes(losses: Sequence[float]) -> int:
-    """Steps whose loss is above the median of the 100 steps before it (of at least 20) by more than 5 median absolute deviations of
-    those."""
+    """Steps whose loss is above the median of the 100 steps before it (of at least 20) by more than 5 median
+    absolute deviations of those."""
     count = 0
     for n in range(WINDOW, len(losses)):
         past = np.asarray(losses[max(0, n - PAST) : n])

@@ -15,11 +15,15 @@ MOST = 2**30  # bytes
 
 
 class Log:
-    """Appends to `folder`/log.jsonl; what was logged after `step`, where the checkpoint stands, is cut off first."""
+    """Appends to `folder`/log.jsonl; what was logged after `step`, where the checkpoint stands, is cut off
+    first.
+    """
 
     def __init__(self, folder: Path, step: int) -> None:
         self.path = folder / LOG
-        kept = [line for line in read(self.path) if line["step"] <= step] if self.path.exists() and step else []
+        kept = (
+            [line for line in read(self.path) if line["step"] <= step] if self.path.exists() and step else []
+        )
         files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept), ours=True)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -28,7 +32,9 @@ class Log:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All records of a log; a last line that was cut by a kill is left out. Errors: LowkeyError for a damaged one."""
+    """All records of a log; a last line that was cut by a kill is left out. Errors: LowkeyError for a damaged
+    one.
+    """
     lines = files.read_bytes(path, "log", MOST).splitlines()
     found = []
     for number, line in enumerate(lines, 1):

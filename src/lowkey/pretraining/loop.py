@@ -36,14 +36,15 @@ KIND = "training"  # of a result's file
 
 @dataclass(frozen=True)
 class Trained:
-    """The model in eval mode, its tokenizer, the training loss of every step (nats per token, before the step's update), and what
-    result.json holds.
+    """The model in eval mode, its tokenizer, the training loss of every step (nats per token, before the
+    step's update), and what result.json holds.
 
-    result: steps, tokens, parameters; seconds and tokens_per_second, of training steps alone; loss, the mean of the last tenth of the
-    steps; initial_loss and best_loss, of validation; validation, one record per evaluation (step, tokens, validation_loss in nats per
-    token, bits_per_byte); diverged and spikes (see `health`); max_grad_norm, before clipping; losses. None stands for what is not finite.
-    A run that was allowed to diverge has fewer steps when its loss was no longer finite, no validation after that, and the weights it
-    ended with.
+    result: steps, tokens, parameters; seconds and tokens_per_second, of training steps alone; loss, the mean
+    of the last tenth of the steps; initial_loss and best_loss, of validation; validation, one record per
+    evaluation (step, tokens, validation_loss in nats per token, bits_per_byte); diverged and spikes (see
+    `health`); max_grad_norm, before clipping; losses. None stands for what is not finite. A run that was
+    allowed to diverge has fewer steps when its loss was no longer finite, no validation after that, and the
+    weights it ended with.
     """
 
     model: PreTrainedModel
@@ -61,13 +62,16 @@ def pretrain(
     device: str = "auto",
     force: bool = False,
 ) -> Trained:
-    """Train by `recipe` and write a checkpoint that `from_pretrained` reads, the log, the recipe and result.json into the folder `out`.
+    """Train by `recipe` and write a checkpoint that `from_pretrained` reads, the log, the recipe and
+    result.json into the folder `out`.
 
-    model: trained in place, in fp32, instead of a fresh one of the recipe's [model]. device: auto, cpu or cuda; several GPUs by running
-    under `accelerate launch`, FSDP2 and its own mixed precision included. The same call again goes on after the last checkpoint, on the
-    same machine to the same numbers bit for bit, or returns what is finished. force: start anew.
-    Data order and dropout depend on the recipe's seed and the step alone, never on the model.
-    Errors: LowkeyError for a bad recipe or text, a folder that belongs to another run, or a loss that diverges.
+    model: trained in place, in fp32, instead of a fresh one of the recipe's [model]. device: auto, cpu or
+    cuda; several GPUs by running under `accelerate launch`, FSDP2 and its own mixed precision included. The
+    same call again goes on after the last checkpoint, on the same machine to the same numbers bit for bit, or
+    returns what is finished. force: start anew. Data order and dropout depend on the recipe's seed and the
+    step alone, never on the model.
+    Errors: LowkeyError for a bad recipe or text, a folder that belongs to another run, or a loss that
+    diverges.
     """
     out = Path(out)
     checkpoint.check_folder(out, force, recipe.model.get("path") if model is None else None)
@@ -105,13 +109,19 @@ def _accelerator(recipe: Recipe, out: Path, device: str) -> Accelerator:
     wanted = list(recipe.training.log_with)
     for name in wanted:
         if name not in LOGGER_TYPE_TO_CLASS:
-            raise LowkeyError(f"training.log_with {name!r} is unknown; choose among {', '.join(LOGGER_TYPE_TO_CLASS)}")
+            raise LowkeyError(
+                f"training.log_with {name!r} is unknown; choose among {', '.join(LOGGER_TYPE_TO_CLASS)}"
+            )
         if name not in get_available_trackers():
-            raise LowkeyError(f"training.log_with {name!r}: is not installed; pip install {name}, or leave it out")
+            raise LowkeyError(
+                f"training.log_with {name!r}: is not installed; pip install {name}, or leave it out"
+            )
     try:
         return Accelerator(cpu=device == "cpu", log_with=wanted or None, project_dir=out if wanted else None)
     except ValueError as error:  # accelerate keeps one device per process
-        raise LowkeyError(f"device {device!r}: accelerate is set up otherwise in this process ({error}); start a new one") from error
+        raise LowkeyError(
+            f"device {device!r}: accelerate is set up otherwise in this process ({error}); start a new one"
+        ) from error
 
 
 def train(run: Run, progress: Progress) -> None:
@@ -132,7 +142,8 @@ def train(run: Run, progress: Progress) -> None:
                 torch.manual_seed(_seed(settings.seed, step, part, accelerator.process_index))
                 with run.synced(last=part == parts):
                     loss = run.nats(batch) / max(1, count)
-                    accelerator.backward(loss * accelerator.num_processes)  # gradients are averaged over devices
+                    # gradients are averaged over devices
+                    accelerator.backward(loss * accelerator.num_processes)
                 total += loss.detach()
             norm = accelerator.clip_grad_norm_(run.parameters, settings.clip or math.inf)
             for optimizer in run.optimizers:
@@ -158,8 +169,8 @@ def train(run: Run, progress: Progress) -> None:
 
 @contextmanager
 def interrupts(alone: bool) -> Iterator[list[int]]:
-    """Holds a first Ctrl-C back and lists it; a second one interrupts at once. In the main thread of a single process only: several ones
-    would not stop at the same step."""
+    """Holds a first Ctrl-C back and lists it; a second one interrupts at once. In the main thread of a single
+    process only: several ones would not stop at the same step."""
     asked: list[int] = []
     if not alone or threading.current_thread() is not threading.main_thread():
         yield asked
@@ -214,11 +225,16 @@ def _result(run: Run) -> dict[str, Any]:
         "loss": float(np.mean(run.losses[-max(1, steps // 10) :])),
         "initial_loss": found[0] if found else None,
         "best_loss": min(found) if found else None,
-        "diverged": run.stopped or health.diverged(run.losses, run.settings.steps),  # stopped: a loss, validation's too, was not finite
+        # stopped: a loss, validation's too, was not finite
+        "diverged": run.stopped or health.diverged(run.losses, run.settings.steps),
         "spikes": health.spikes(run.losses),
         "max_grad_norm": float(np.max(run.norms)),
     }
-    return {**finite(plain), "validation": run.validation, "losses": [x if math.isfinite(x) else None for x in run.losses]}
+    return {
+        **finite(plain),
+        "validation": run.validation,
+        "losses": [x if math.isfinite(x) else None for x in run.losses],
+    }
 
 
 def _finished(out: Path, model: PreTrainedModel, corpus: Corpus) -> Trained:
@@ -234,14 +250,24 @@ def _finished(out: Path, model: PreTrainedModel, corpus: Corpus) -> Trained:
         model.load_state_dict(kept.state_dict())
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         what = " ".join(str(error).split())[:200].rstrip(". ")
-        raise LowkeyError(f"output {str(out)!r}: a finished run that is damaged ({what}); start anew with --force") from None
-    return Trained(model.eval(), corpus.tokenizer, [math.nan if x is None else x for x in result["losses"]], result)
+        raise LowkeyError(
+            f"output {str(out)!r}: a finished run that is damaged ({what}); start anew with --force"
+        ) from None
+    return Trained(
+        model.eval(), corpus.tokenizer, [math.nan if x is None else x for x in result["losses"]], result
+    )
 
 
 def _is_result(result: dict[str, Any]) -> bool:
     """Whether this is what `_result` says of a run."""
     losses, held = result.get("losses"), result.get("validation")
-    if not ({"tokens", "loss", "diverged"} <= result.keys() and isinstance(losses, list) and isinstance(held, list)):
+    if not (
+        {"tokens", "loss", "diverged"} <= result.keys()
+        and isinstance(losses, list)
+        and isinstance(held, list)
+    ):
         return False
-    whole = all(x is None or type(x) in (int, float) for x in losses) and all(isinstance(r, dict) and "step" in r for r in held)
+    whole = all(x is None or type(x) in (int, float) for x in losses) and all(
+        isinstance(r, dict) and "step" in r for r in held
+    )
     return whole and type(result.get("steps")) is int and result["steps"] == len(losses)

@@ -9,7 +9,13 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lowkey.core.options import nearest, shown
@@ -18,16 +24,29 @@ from lowkey.core.types import LowkeyError
 from lowkey.models import loading
 
 SIZES = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"),
+    *(
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "vocab_size",
+    ),
     "max_position_embeddings",
 )
 WIDEST = 2**16  # a rank, a head's width or a number of heads
 
 
 def validate(table: Mapping[str, Any]) -> str:
-    """The kind of model; before any work is done. Errors: LowkeyError for an empty table, an unknown kind or field."""
+    """The kind of model; before any work is done. Errors: LowkeyError for an empty table, an unknown kind or
+    field.
+    """
     if not table:
-        raise LowkeyError("recipe: [model] is empty; give at least hidden_size and num_hidden_layers, or a model to `pretrain`")
+        raise LowkeyError(
+            "recipe: [model] is empty; give at least hidden_size and num_hidden_layers, or a model to "
+            "`pretrain`"
+        )
     if "path" in table:
         if len(table) > 1:
             extra = next(name for name in table if name != "path")
@@ -37,7 +56,8 @@ def validate(table: Mapping[str, Any]) -> str:
     if "attention" in table:
         if "model_type" in table:
             raise LowkeyError(
-                f"model.model_type {kind!r}: a model with attention {table['attention']!r} is lowkey's own; drop one of the two"
+                f"model.model_type {kind!r}: a model with attention {table['attention']!r} is lowkey's own; "
+                "drop one of the two"
             )
         from lowkey.attention import LowkeyConfig, register  # adds the kind to transformers' tables
 
@@ -58,28 +78,37 @@ def _check_sizes(table: Mapping[str, Any]) -> None:
     for name in SIZES:
         most = 10_000 if name == "num_hidden_layers" else 2**24
         if name in table and not (type(table[name]) is int and 1 <= table[name] <= most):
-            raise LowkeyError(f"model.{name} {shown(table[name])}: must be a whole number of at least 1 and at most {most}")
+            raise LowkeyError(
+                f"model.{name} {shown(table[name])}: must be a whole number of at least 1 and at most {most}"
+            )
     for name, value in table.items():
         if name.endswith(("_rank", "_dim", "_heads")) and type(value) is int and value > WIDEST:
             raise LowkeyError(f"model.{name} {shown(value)}: must be at most {WIDEST}; give less")
     heads, kv_heads = table.get("num_attention_heads"), table.get("num_key_value_heads")
     if heads and kv_heads and heads % kv_heads:
-        raise LowkeyError(f"model.num_key_value_heads {kv_heads}: must divide the {heads} attention heads; give a divisor, or leave it out")
+        raise LowkeyError(
+            f"model.num_key_value_heads {kv_heads}: must divide the {heads} attention heads; give a divisor, "
+            "or leave it out"
+        )
     for name, value in table.items():
         if name.endswith("dropout") and not (isinstance(value, int | float) and 0 <= value < 1):
             raise LowkeyError(f"model.{name} {shown(value)}: must be a number from 0 and below 1")
         if isinstance(value, float) and not math.isfinite(value):
             raise LowkeyError(f"model.{name} {value}: must be a finite number; leave it out for the default")
         if name in ("dtype", "torch_dtype"):
-            raise LowkeyError(f"model.{name} {value!r}: weights are trained in fp32; leave it out, and see training.precision")
+            raise LowkeyError(
+                f"model.{name} {value!r}: weights are trained in fp32; leave it out, and see "
+                "training.precision"
+            )
 
 
 def build(table: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, length: int) -> PreTrainedModel:
-    """A model in fp32 with random weights, from torch's random numbers as they stand; or, of `path` alone, the one in that folder, to be
-    trained further (`lowkey convert` writes such folders).
+    """A model in fp32 with random weights, from torch's random numbers as they stand; or, of `path` alone,
+    the one in that folder, to be trained further (`lowkey convert` writes such folders).
 
-    table: fields of the config class, which is lowkey's own where `attention` is given, and otherwise that of `model_type` (`llama`).
-    vocab_size, the ids of special tokens and max_position_embeddings (`length`) come from the tokenizer and the rows when not given.
+    table: fields of the config class, which is lowkey's own where `attention` is given, and otherwise that of
+    `model_type` (`llama`). vocab_size, the ids of special tokens and max_position_embeddings (`length`) come
+    from the tokenizer and the rows when not given.
     Errors: LowkeyError for an unknown field or values that the config class or the model refuses.
     """
     kind = validate(table)
@@ -102,16 +131,27 @@ def build(table: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, length: 
 
 def check(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
     """That a model of this config can read such rows."""
-    rows, longest, needed = config.vocab_size, getattr(config, "max_position_embeddings", None) or length, vocabulary(tokenizer)
+    rows, longest, needed = (
+        config.vocab_size,
+        getattr(config, "max_position_embeddings", None) or length,
+        vocabulary(tokenizer),
+    )
     if rows < needed:
-        raise LowkeyError(f"model.vocab_size {rows}: the tokenizer's ids go up to {needed - 1}; leave it out, or give at least {needed}")
+        raise LowkeyError(
+            f"model.vocab_size {rows}: the tokenizer's ids go up to {needed - 1}; leave it out, or give at "
+            f"least {needed}"
+        )
     if longest < length:
         raise LowkeyError(f"training.length {length}: the model has {longest} positions; give at most that")
 
 
 def _near_kind(kind: str) -> str:
     near = get_close_matches(kind, list(CONFIG_MAPPING), 1)
-    return f"did you mean {near[0]!r}?" if near else "give one of transformers' decoders, like 'llama', or leave it out"
+    return (
+        f"did you mean {near[0]!r}?"
+        if near
+        else "give one of transformers' decoders, like 'llama', or leave it out"
+    )
 
 
 def _made(kind: str, given: dict[str, Any]) -> PreTrainedConfig:
@@ -120,7 +160,9 @@ def _made(kind: str, given: dict[str, Any]) -> PreTrainedConfig:
     except LowkeyError:
         raise
     except Exception as error:  # each config class checks in its own way
-        raise LowkeyError(f"recipe: [model] is refused: {_line(error.__cause__ or error)}; change it") from error
+        raise LowkeyError(
+            f"recipe: [model] is refused: {_line(error.__cause__ or error)}; change it"
+        ) from error
 
 
 def _line(error: BaseException) -> str:

@@ -1,4 +1,6 @@
-"""What a pretraining run is made of, as dataclasses and as a TOML file of three tables: [model], [data], [training]."""
+"""What a pretraining run is made of, as dataclasses and as a TOML file of three tables: [model], [data],
+[training].
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,15 @@ EXAMPLE = "give a TOML file like recipes/lrkv-tiny.toml"
 class Data:
     """Which text, and how it becomes tokens.
 
-    path: a .txt (one document), .jsonl or .parquet file (one document per record), a folder of such files, or the id of a dataset for the
-    `datasets` library, which is streamed; "" is the embedded calibration text. text_field: of .jsonl, .parquet and datasets. name, split,
-    options: of `datasets.load_dataset`. tokenizer: a folder, a Hub id or `tiny`. vocab_size: not 0 trains a byte-level BPE of this size on
-    the data instead (on the held-out part too; the model never sees that). held_out: share of the tokens kept for validation, as whole
-    documents (drawn at random, the same for every seed); where every document is larger than that, the end of the last one. 0: no
-    validation. max_tokens: stop reading after the document that passes it; 0 reads all. cache: a folder for token files that several runs
-    may share; "" keeps them in the run's own folder.
+    path: a .txt (one document), .jsonl or .parquet file (one document per record), a folder of such files, or
+    the id of a dataset for the `datasets` library, which is streamed; "" is the embedded calibration text.
+    text_field: of .jsonl, .parquet and datasets. name, split, options: of `datasets.load_dataset`. tokenizer:
+    a folder, a Hub id or `tiny`. vocab_size: not 0 trains a byte-level BPE of this size on the data instead
+    (on the held-out part too; the model never sees that). held_out: share of the tokens kept for validation,
+    as whole documents (drawn at random, the same for every seed); where every document is larger than that,
+    the end of the last one. 0: no validation. max_tokens: stop reading after the document that passes it; 0
+    reads all. cache: a folder for token files that several runs may share; "" keeps them in the run's own
+    folder.
     """
 
     path: str = option("", any_text=True)
@@ -43,10 +47,14 @@ class Data:
     def __post_init__(self) -> None:
         check(self, "data.")
         if self.vocab_size and self.vocab_size < 260:
-            raise LowkeyError(f"data.vocab_size {self.vocab_size}: 256 bytes and 2 special tokens come first; give at least 260, or 0")
+            raise LowkeyError(
+                f"data.vocab_size {self.vocab_size}: 256 bytes and 2 special tokens come first; give at "
+                "least 260, or 0"
+            )
         if self.vocab_size and self.tokenizer != "tiny":
             raise LowkeyError(
-                f"data.vocab_size {self.vocab_size}: trains a tokenizer, and data.tokenizer {self.tokenizer!r} names one; drop one"
+                f"data.vocab_size {self.vocab_size}: trains a tokenizer, and data.tokenizer "
+                f"{self.tokenizer!r} names one; drop one"
             )
 
 
@@ -54,17 +62,19 @@ class Data:
 class Training:
     """How to train.
 
-    tokens: in all. batch_tokens: per optimizer step, over all devices and accumulation. length: tokens per row. micro_batch: rows per
-    forward and device; 0: all of a device's rows at once. lr: peak. schedule: `wsd` (a constant between warm-up and a linear decay over
-    the last share `decay` of all steps; decay 0 stays constant), `cosine` or `linear`. warmup: below 1 a share of all steps, from 1 on a
-    number of steps. min_lr: where the decay ends, as a share of the peak. optimizer: `adamw` or `muon` (see `optim.split`). betas: of
-    AdamW. lr_factors: parts of parameter names (* and ? stand for any characters) and what the rate of those parameters is
-    multiplied by, at every step; all others have 1. weight_decay: of hidden matrices only. clip: largest global norm of the
-    gradient; 0: no clipping. precision: `bf16` is autocast
-    with weights in fp32. seed: of the initial weights, the order of the data, and dropout. compile: through torch.compile. save_every,
-    evaluate_every, log_every: steps. evaluate_tokens: held-out tokens used, 0 for all. log_with: also `tensorboard`, `trackio`, `wandb`,
-    ... (accelerate's trackers). stop_on_divergence: raise when the loss diverges (see `health`); otherwise go on as long as it is finite
-    and say so in the result.
+    tokens: in all. batch_tokens: per optimizer step, over all devices and accumulation. length: tokens per
+    row. micro_batch: rows per forward and device; 0: all of a device's rows at once. lr: peak. schedule:
+    `wsd` (a constant between warm-up and a linear decay over the last share `decay` of all steps; decay 0
+    stays constant), `cosine` or `linear`. warmup: below 1 a share of all steps, from 1 on a number of steps.
+    min_lr: where the decay ends, as a share of the peak. optimizer: `adamw` or `muon` (see `optim.split`).
+    betas: of AdamW. lr_factors: parts of parameter names (* and ? stand for any characters) and what the rate
+    of those parameters is multiplied by, at every step; all others have 1. weight_decay: of hidden matrices
+    only. clip: largest global norm of the gradient; 0: no clipping. precision: `bf16` is autocast with
+    weights in fp32. seed: of the initial weights, the order of the data, and dropout. compile: through
+    torch.compile. save_every, evaluate_every, log_every: steps. evaluate_tokens: held-out tokens used, 0 for
+    all. log_with: also `tensorboard`, `trackio`, `wandb`, ... (accelerate's trackers). stop_on_divergence:
+    raise when the loss diverges (see `health`); otherwise go on as long as it is finite and say so in the
+    result.
     """
 
     tokens: int = option(10_000_000, at_least=1)
@@ -95,12 +105,18 @@ class Training:
     def __post_init__(self) -> None:
         check(self, "training.")
         if self.batch_tokens % self.length:
-            raise LowkeyError(f"training.batch_tokens {self.batch_tokens}: must be a multiple of length {self.length}")
+            raise LowkeyError(
+                f"training.batch_tokens {self.batch_tokens}: must be a multiple of length {self.length}"
+            )
         if self.tokens < self.batch_tokens:
-            raise LowkeyError(f"training.tokens {self.tokens}: are fewer than batch_tokens {self.batch_tokens}; give at least one step's")
+            raise LowkeyError(
+                f"training.tokens {self.tokens}: are fewer than batch_tokens {self.batch_tokens}; give at "
+                "least one step's"
+            )
         if self.warmup_steps + (self.decay_steps if self.schedule == "wsd" else 0) > self.steps:
             raise LowkeyError(
-                f"training.warmup {self.warmup:g}: with the decay it is longer than all {self.steps} steps; give less of either"
+                f"training.warmup {self.warmup:g}: with the decay it is longer than all {self.steps} steps; "
+                "give less of either"
             )
 
     @property
@@ -124,8 +140,8 @@ class Training:
 
 @dataclass(frozen=True)
 class Recipe:
-    """model: fields of the config class (see `models.build`), or `path`, a model to train further, whose tokenizer is used unless [data]
-    names another; may stay empty when a model is given to `pretrain`."""
+    """model: fields of the config class (see `models.build`), or `path`, a model to train further, whose
+    tokenizer is used unless [data] names another; may stay empty when a model is given to `pretrain`."""
 
     model: Mapping[str, Any] = field(default_factory=dict)
     data: Data = field(default_factory=Data)
@@ -135,11 +151,15 @@ class Recipe:
     def read(cls, path: str | Path, settings: Sequence[str] = ()) -> Recipe:
         """A TOML file; settings like `training.lr=1e-3` replace or add single fields. Errors: LowkeyError."""
         try:
-            tables = files.parse_toml(files.read_bytes(Path(path), "recipe", files.MOST_TOML, EXAMPLE).decode())
+            tables = files.parse_toml(
+                files.read_bytes(Path(path), "recipe", files.MOST_TOML, EXAMPLE).decode()
+            )
         except LowkeyError:
             raise
         except ValueError as error:
-            raise LowkeyError(f"recipe {str(path)!r}: cannot be read ({error!s:.200}); give a TOML file") from None
+            raise LowkeyError(
+                f"recipe {str(path)!r}: cannot be read ({error!s:.200}); give a TOML file"
+            ) from None
         for setting in settings:
             _set(tables, setting)
         return cls.of(tables)
@@ -154,21 +174,33 @@ class Recipe:
         model, given = dict(tables.get("model", {})), dict(tables.get("data", {}))
         if "path" in model:
             if not isinstance(model["path"], str):
-                raise LowkeyError(f"model.path {model['path']!r}: must be text in quotes, a folder or a Hub id")
+                raise LowkeyError(
+                    f"model.path {model['path']!r}: must be text in quotes, a folder or a Hub id"
+                )
             if given.get("vocab_size"):
-                raise LowkeyError(f"data.vocab_size {given['vocab_size']}: the model of model.path has its own tokenizer; leave it out")
+                raise LowkeyError(
+                    f"data.vocab_size {given['vocab_size']}: the model of model.path has its own tokenizer; "
+                    "leave it out"
+                )
             given.setdefault("tokenizer", model["path"])
         return cls(model, _of(Data, "data", {"data": given}), _of(Training, "training", tables))
 
     def describe(self) -> dict[str, Any]:
         """Plain tables, as they come back from a file."""
-        return json.loads(json.dumps({"model": dict(self.model), "data": asdict(self.data), "training": asdict(self.training)}))
+        return json.loads(
+            json.dumps(
+                {"model": dict(self.model), "data": asdict(self.data), "training": asdict(self.training)}
+            )
+        )
 
     def toml(self) -> str:
         """A file that `read` takes back."""
         tables = self.describe()
         return (
-            "\n\n".join("\n".join([f"[{name}]", *(f"{k} = {_written(v)}" for k, v in table.items())]) for name, table in tables.items())
+            "\n\n".join(
+                "\n".join([f"[{name}]", *(f"{k} = {_written(v)}" for k, v in table.items())])
+                for name, table in tables.items()
+            )
             + "\n"
         )
 

@@ -16,8 +16,9 @@ IGNORED = -100  # what torch's cross-entropy leaves out
 class Batch:
     """ids, positions and targets, each (b, length) int64.
 
-    positions start anew at every document and every row: without an attention mask and a cache, transformers makes a block-diagonal causal
-    mask of that. targets are the NEXT tokens, IGNORED where the next token belongs to another document or there is none.
+    positions start anew at every document and every row: without an attention mask and a cache, transformers
+    makes a block-diagonal causal mask of that. targets are the NEXT tokens, IGNORED where the next token
+    belongs to another document or there is none.
     """
 
     ids: Tensor
@@ -27,7 +28,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class Stream:
-    """ids (n,), unsigned, possibly on disk; starts (documents + 1,): where each document begins, and n; text_bytes: of UTF-8 text in it."""
+    """ids (n,), unsigned, possibly on disk; starts (documents + 1,): where each document begins, and n;
+    text_bytes: of UTF-8 text in it.
+    """
 
     ids: np.ndarray
     starts: np.ndarray
@@ -62,8 +65,8 @@ class Stream:
 
 @dataclass(frozen=True)
 class Order:
-    """Which rows a step reads: a new permutation in every epoch, by the seed and the number of the step alone, so that there is no state to
-    save and every model sees the same rows at the same step."""
+    """Which rows a step reads: a new permutation in every epoch, by the seed and the number of the step
+    alone, so that there is no state to save and every model sees the same rows at the same step."""
 
     rows: int
     per_step: int
@@ -72,7 +75,9 @@ class Order:
     def at(self, step: int) -> np.ndarray:
         """Row numbers (per_step,) of a step, counted from 0."""
         epoch, place = np.divmod(np.arange(step * self.per_step, (step + 1) * self.per_step), self.rows)
-        return np.concatenate([_permutation(self.rows, self.seed, int(e))[place[epoch == e]] for e in np.unique(epoch)])
+        return np.concatenate(
+            [_permutation(self.rows, self.seed, int(e))[place[epoch == e]] for e in np.unique(epoch)]
+        )
 
 
 @lru_cache(maxsize=2)  # a step may lie in two epochs

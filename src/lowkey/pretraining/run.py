@@ -32,9 +32,10 @@ HELD = ("losses", "norms", "validation", "seconds", "logged")  # of a run, in it
 class Run:
     """A run in flight.
 
-    plain: the model itself; model: as accelerate has prepared it, perhaps compiled. losses, norms: of every step that was read back;
-    pending: (loss, norm) of later ones, still on the device. logged: steps that a line of the log speaks of. stopped: a loss is not
-    finite.
+    plain: the model itself; model: as accelerate has prepared it, perhaps compiled. losses, norms: of every
+    step that was read back;
+    pending: (loss, norm) of later ones, still on the device. logged: steps that a line of the log speaks of.
+    stopped: a loss is not finite.
     """
 
     recipe: Recipe
@@ -62,7 +63,9 @@ class Run:
         self.log: Log | None = None
 
     @classmethod
-    def of(cls, recipe: Recipe, corpus: Corpus, accelerator: Accelerator, model: PreTrainedModel, out: Path) -> Run:
+    def of(
+        cls, recipe: Recipe, corpus: Corpus, accelerator: Accelerator, model: PreTrainedModel, out: Path
+    ) -> Run:
         """Prepared, and restored when there is a checkpoint."""
         model.train()
         if recipe.training.gradient_checkpointing:
@@ -90,7 +93,9 @@ class Run:
         bf16 = self.settings.precision == "bf16" and self.model.training
         with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=bf16):
             logits = self.model(input_ids=batch.ids, position_ids=batch.positions, use_cache=False).logits
-        return F.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        return F.cross_entropy(
+            logits.float().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
 
     def synced(self, last: bool) -> AbstractContextManager:
         """Gradients meet across devices once per step."""
@@ -104,11 +109,16 @@ class Run:
     # -- looking at it
 
     def introduce(self) -> None:
-        """The first line of the log, where parameters have rates of their own: by pattern, its factor and how many numbers have it."""
+        """The first line of the log, where parameters have rates of their own: by pattern, its factor and how
+        many numbers have it.
+        """
         if self.log is not None and (given := self.settings.lr_factors):
             sizes = {name: p.numel() for name, p in self.plain.named_parameters()}
             times = {pattern: optim.matched(pattern, sizes) for pattern in given}
-            told = {k: {"factor": given[k], "parameters": sum(sizes[name] for name in v)} for k, v in times.items()}
+            told = {
+                k: {"factor": given[k], "parameters": sum(sizes[name] for name in v)}
+                for k, v in times.items()
+            }
             self.log.write({"step": 0, "tokens": 0, "lr_factors": told})
 
     def read_back(self) -> None:
@@ -135,7 +145,10 @@ class Run:
         step = len(self.losses)
         at = f"{what} at learning rate {self.settings.lr * self.rate(max(0, step - 1)):.3g}"
         if self.settings.stop_on_divergence:
-            raise LowkeyError(f"training diverged at step {step}: {at}; give a smaller training.lr (the last checkpoint is kept)")
+            raise LowkeyError(
+                f"training diverged at step {step}: {at}; give a smaller training.lr (the last checkpoint is "
+                "kept)"
+            )
 
     def report(self, started: float) -> None:
         """One line of the log on the steps since the last one."""
@@ -156,13 +169,16 @@ class Run:
         if self.log is not None:
             self.log.write(record)
         if self.settings.log_with:
-            values = {k: v for k, v in finite(record).items() if k not in ("step", "tokens") and v is not None}
+            values = {
+                k: v for k, v in finite(record).items() if k not in ("step", "tokens") and v is not None
+            }
             self.accelerator.log(values, step=record["step"])
 
     @torch.no_grad()
     def evaluate(self) -> None:
-        """Validation loss over the held-out part in fp32, a line of its own in the log; not part of the time that is reported. Bits per
-        byte follow from the tokens per byte of all that is held out, also when evaluate_tokens takes less."""
+        """Validation loss over the held-out part in fp32, a line of its own in the log; not part of the time
+        that is reported. Bits per byte follow from the tokens per byte of all that is held out, also when
+        evaluate_tokens takes less."""
         held = self.corpus.held_out
         if held is None or self.stopped:
             return
@@ -188,7 +204,9 @@ class Run:
             return
         about = {name: getattr(self, name) for name in HELD}
         inner = [optimizer.optimizer for optimizer in self.optimizers]
-        checkpoint.save(self.out / checkpoint.CHECKPOINT, self.plain, inner, about, self.accelerator.is_main_process)
+        checkpoint.save(
+            self.out / checkpoint.CHECKPOINT, self.plain, inner, about, self.accelerator.is_main_process
+        )
         self.accelerator.wait_for_everyone()
         self.clock = time.perf_counter()
 
@@ -197,7 +215,10 @@ class Run:
         path = self.out / checkpoint.CHECKPOINT
         about = checkpoint.restore(path, self.plain, inner)
         if not _is_progress(about, self.settings.steps):
-            raise LowkeyError(f"checkpoint {str(path)!r}: lacks or garbles its progress; delete it, or start anew with --force")
+            raise LowkeyError(
+                f"checkpoint {str(path)!r}: lacks or garbles its progress; delete it, or start anew with "
+                "--force"
+            )
         for name in HELD:
             setattr(self, name, about[name])
 
@@ -208,16 +229,25 @@ def _is_progress(about: Any, steps: int) -> bool:
         return False
     losses, norms, logged = about["losses"], about["norms"], about["logged"]
     numbers = all(isinstance(x, list) and all(type(n) in (int, float) for n in x) for x in (losses, norms))
-    if not numbers or not 0 < len(losses) == len(norms) <= steps or type(logged) is not int or not 0 <= logged <= len(losses):
+    if (
+        not numbers
+        or not 0 < len(losses) == len(norms) <= steps
+        or type(logged) is not int
+        or not 0 <= logged <= len(losses)
+    ):
         return False
     held = about["validation"]
-    known = isinstance(held, list) and all(isinstance(r, dict) and {"step", "validation_loss"} <= set(r) for r in held)
+    known = isinstance(held, list) and all(
+        isinstance(r, dict) and {"step", "validation_loss"} <= set(r) for r in held
+    )
     return known and type(about["seconds"]) in (int, float) and about["seconds"] >= 0
 
 
 @torch.no_grad()
 def held_out_loss(run: Run, held: Stream) -> tuple[float, int]:
-    """(nats over all tokens predicted, their number). The rows are split over devices, rounded up with empty ones."""
+    """(nats over all tokens predicted, their number). The rows are split over devices, rounded up with empty
+    ones.
+    """
     length, devices = run.settings.length, run.accelerator.num_processes
     rows = math.ceil((len(held.ids) - 1) / length)
     if run.settings.evaluate_tokens:
@@ -237,10 +267,16 @@ def check(settings: Training, corpus: Corpus, devices: int, model: PreTrainedMod
     if not micro or settings.rows % (micro * devices):
         share = f"{settings.rows} rows of a step on {devices} devices"
         asked = settings.micro_batch
-        raise LowkeyError(f"training.micro_batch {asked}: does not divide {share} evenly; change it, batch_tokens, or the devices")
+        raise LowkeyError(
+            f"training.micro_batch {asked}: does not divide {share} evenly; change it, batch_tokens, or the "
+            "devices"
+        )
     if not corpus.training.rows(settings.length):
         n = len(corpus.training.ids)
-        raise LowkeyError(f"training.length {settings.length}: the text gives {n} tokens to train on; give more text or less length")
+        raise LowkeyError(
+            f"training.length {settings.length}: the text gives {n} tokens to train on; give more text or "
+            "less length"
+        )
     if not any(p.requires_grad for p in model.parameters()):
         raise LowkeyError("model: every parameter is frozen; let some of them train with requires_grad_()")
     optim.factors(model, settings)

@@ -1,4 +1,6 @@
-"""The gradients of the model's loss with respect to what a cache holds: second moments, and the maps that cost the loss least."""
+"""The gradients of the model's loss with respect to what a cache holds: second moments, and the maps that
+cost the loss least.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,8 @@ Moments = dict[int, dict[str, Tensor]]
 
 
 class Shifted:
-    """Gives keys and values back with a zero added, as which their gradient can be had. Attributes: keys and values as they are
-    stored (b, h, t, d), and the zeros."""
+    """Gives keys and values back with a zero added, as which their gradient can be had. Attributes: keys and
+    values as they are stored (b, h, t, d), and the zeros."""
 
     def __init__(self, layout: Layout, rope: Rope) -> None:
         self.layout, self.rope = layout, rope
@@ -44,13 +46,20 @@ class Shifted:
 
 
 def gather(
-    model: PreTrainedModel, rows: Tensor, layout: Layout, exact: Exact, seed: int, work: Path | None = None, progress: Progress = silent
+    model: PreTrainedModel,
+    rows: Tensor,
+    layout: Layout,
+    exact: Exact,
+    seed: int,
+    work: Path | None = None,
+    progress: Progress = silent,
 ) -> Moments:
-    """Of every compressible layer, in fp64: `keys`, `values`, `key_gradients` and `value_gradients` (h d, h d), sums of outer products
-    over windows (n, t) of ids, heads side by side.
+    """Of every compressible layer, in fp64: `keys`, `values`, `key_gradients` and `value_gradients` (h d, h
+    d), sums of outer products over windows (n, t) of ids, heads side by side.
 
-    Gradients are those of the loss summed over a window; the token that each position predicts is drawn from the model.
-    Tokens that are always exact (the first `sinks`, the last `recent`) are not counted; where they are more than half of a window, all are.
+    Gradients are those of the loss summed over a window; the token that each position predicts is drawn from
+    the model. Tokens that are always exact (the first `sinks`, the last `recent`) are not counted; where they
+    are more than half of a window, all are.
     work: a folder of this very job, to save into and to go on from, to the same numbers.
     """
     length = rows.shape[1]
@@ -62,14 +71,19 @@ def gather(
         windows = list(enumerate(rows))[done:]
         for n, row in progress(windows, "Fisher information", len(windows)):
             for i, layer in of_window(model, row.unsqueeze(0), layout, exact, seed + n).items():
-                x = {name: joint_moment(t[:, :, kept].float()).double().cpu() for name, t in zip(NAMES, layer, strict=True)}
+                x = {
+                    name: joint_moment(t[:, :, kept].float()).double().cpu()
+                    for name, t in zip(NAMES, layer, strict=True)
+                }
                 sums[i] = {name: sums[i][name] + t for name, t in x.items()} if i in sums else x
             if (n + 1) % SAVE_EVERY == 0 or n + 1 == len(rows):
                 _save(work, sums, n + 1)
     return sums
 
 
-def of_window(model: PreTrainedModel, ids: Tensor, layout: Layout, exact: Exact, seed: int) -> dict[int, tuple[Tensor, ...]]:
+def of_window(
+    model: PreTrainedModel, ids: Tensor, layout: Layout, exact: Exact, seed: int
+) -> dict[int, tuple[Tensor, ...]]:
     """Keys, values and their gradients (1, h, t, d) in every layer."""
     layers = {i: Shifted(layout, families.rope(model, i)) for i in families.geometry(model).compressible}
     logits = model_probe.logits(model, ids.to(device_of(model)), dict(layers), exact)[0].float()
@@ -81,14 +95,18 @@ def of_window(model: PreTrainedModel, ids: Tensor, layout: Layout, exact: Exact,
 
 
 def fisher_bases(found: Moments, heads: int, t: int, ridge: float) -> dict[int, LayerBases]:
-    """Per layer the oblique projectors P that minimise tr(F E C E^T), E = I - P, of every t of the heads side by side, for keys and for
-    values, from their second moments C and those of their gradients F. ridge: what is added to C, relative to its mean eigenvalue."""
+    """Per layer the oblique projectors P that minimise tr(F E C E^T), E = I - P, of every t of the heads side
+    by side, for keys and for values, from their second moments C and those of their gradients F. ridge: what
+    is added to C, relative to its mean eigenvalue."""
 
     def basis(layer: dict[str, Tensor], of: str, gradients: str) -> Basis:
         moment, fisher = (head_blocks(layer[name], heads // t) for name in (of, gradients))
         return oblique_basis(moment, fisher, ridge, t)
 
-    return {i: LayerBases(basis(x, "keys", "key_gradients"), basis(x, "values", "value_gradients")) for i, x in found.items()}
+    return {
+        i: LayerBases(basis(x, "keys", "key_gradients"), basis(x, "values", "value_gradients"))
+        for i, x in found.items()
+    }
 
 
 def _save(work: Path | None, sums: Moments, done: int) -> None:
@@ -107,5 +125,8 @@ def _load(work: Path | None, model: PreTrainedModel, windows: int) -> tuple[Mome
     done = int(files.fits(tensors, "done", torch.tensor(0), work))
     if not 0 < done <= windows:
         raise files.damaged(work, f"{done} of {windows} windows are done")
-    found = {i: {name: files.fits(tensors, f"{i}.{name}", t, work) for name, t in like.items()} for i in shape.compressible}
+    found = {
+        i: {name: files.fits(tensors, f"{i}.{name}", t, work) for name, t in like.items()}
+        for i in shape.compressible
+    }
     return found, done

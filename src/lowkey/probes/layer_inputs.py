@@ -17,7 +17,10 @@ from lowkey.probes.layer_probe import passed
 def first_inputs(model: PreTrainedModel, rows: Tensor, batch: int) -> Tensor:
     """What the first decoder layer reads for the ids (n, t): (n, t, D) in fp32 on the CPU."""
     device = device_of(model)
-    found = (model(x.to(device), use_cache=False, output_hidden_states=True, logits_to_keep=1).hidden_states[0] for x in rows.split(batch))
+    found = (
+        model(x.to(device), use_cache=False, output_hidden_states=True, logits_to_keep=1).hidden_states[0]
+        for x in rows.split(batch)
+    )
     return torch.cat([x.float().cpu() for x in found])
 
 

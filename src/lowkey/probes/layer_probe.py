@@ -1,4 +1,6 @@
-"""A decoder layer on its recorded inputs: how much does the whole layer's output change when its cache is compressed?"""
+"""A decoder layer on its recorded inputs: how much does the whole layer's output change when its cache is
+compressed?
+"""
 
 from __future__ import annotations
 
@@ -79,27 +81,39 @@ def rebuilt(x: Tensor, down: Tensor, up: Tensor, mean: Tensor | None) -> Tensor:
 
 
 def layer_in_full(model: PreTrainedModel, layer: int) -> nn.Module:
-    """A copy of a decoder layer in fp32. Errors: LowkeyError for quantised or packed weights, whose scales that would not take along."""
+    """A copy of a decoder layer in fp32. Errors: LowkeyError for quantised or packed weights, whose scales
+    that would not take along.
+    """
     block = families.decoder_layers(model)[layer]
     for name, p in block.state_dict().items():
         if not weights.in_full(p):
-            raise LowkeyError(f"model: {name} of layer {layer} is quantised or packed; calibrate on the weights as bfloat16 or wider")
+            raise LowkeyError(
+                f"model: {name} of layer {layer} is quantised or packed; calibrate on the weights as "
+                "bfloat16 or wider"
+            )
     return weights.copied(block).float().requires_grad_(False).eval()
 
 
 @torch.no_grad()
-def passed(model: PreTrainedModel, layer: int, block: nn.Module, hidden: Tensor, storage: Taking | None, batch: int) -> Tensor:
-    """The outputs (n, t, D) on the CPU of `block`, a decoder layer, on inputs of the same shape, keys and values through `storage`."""
+def passed(
+    model: PreTrainedModel, layer: int, block: nn.Module, hidden: Tensor, storage: Taking | None, batch: int
+) -> Tensor:
+    """The outputs (n, t, D) on the CPU of `block`, a decoder layer, on inputs of the same shape, keys and
+    values through `storage`.
+    """
     device, cache = device_of(block), None if storage is None else OneLayerCache(storage)
-    return torch.cat([families.run_layer(model, layer, block, x.to(device), cache).cpu() for x in hidden.split(batch)])
+    return torch.cat(
+        [families.run_layer(model, layer, block, x.to(device), cache).cpu() for x in hidden.split(batch)]
+    )
 
 
 def relative_errors(out: Tensor, target: Tensor, exact: Exact) -> Tensor:
     """(n): the mean over tokens of ||f_t - f~_t|| / ||f_t||, of layer outputs (n, t, D).
 
-    Not the relative error of the whole window (arXiv:2601.21686, Eq. 11-12): in a real model a few tokens have outputs a hundred times as
-    large as the others (massive activations, arXiv:2402.17762) and would be all that counts. The first tokens, which see nothing but
-    exact tokens, are left out. Where the output is zero, as after a padding token's embedding, nothing is relative to it: that counts 0.
+    Not the relative error of the whole window (arXiv:2601.21686, Eq. 11-12): in a real model a few tokens
+    have outputs a hundred times as large as the others (massive activations, arXiv:2402.17762) and would be
+    all that counts. The first tokens, which see nothing but exact tokens, are left out. Where the output is
+    zero, as after a padding token's embedding, nothing is relative to it: that counts 0.
     """
     first = exact.visible(out.shape[1])
     away, size = (x[:, first.sinks + first.recent :].norm(dim=-1) for x in (out - target, target))
@@ -107,14 +121,18 @@ def relative_errors(out: Tensor, target: Tensor, exact: Exact) -> Tensor:
 
 
 def _white(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(h d, h d) in fp64 from weights (h, d, D); a bias (h, d) counts as the weight of one more input, always 1."""
+    """(h d, h d) in fp64 from weights (h, d, D); a bias (h, d) counts as the weight of one more input, always
+    1.
+    """
     rows = (weight if bias is None else torch.cat([weight, bias.unsqueeze(-1)], -1)).double().flatten(0, 1)
     return rows @ rows.mT
 
 
 @dataclass
 class Probe:
-    """One layer in fp32, its inputs and its uncompressed outputs (n, t, D); the last `held` windows are for judging only."""
+    """One layer in fp32, its inputs and its uncompressed outputs (n, t, D); the last `held` windows are for
+    judging only.
+    """
 
     model: PreTrainedModel
     index: int
@@ -128,7 +146,14 @@ class Probe:
 
     @classmethod
     def of(
-        cls, model: PreTrainedModel, index: int, layout: Layout, inputs: Tensor, held: int, batch: int = 4, exact: Exact = NOTHING
+        cls,
+        model: PreTrainedModel,
+        index: int,
+        layout: Layout,
+        inputs: Tensor,
+        held: int,
+        batch: int = 4,
+        exact: Exact = NOTHING,
     ) -> Probe:
         """exact: the tokens that the cache will keep as they are, as far as the windows show any other."""
         block = layer_in_full(model, index)
@@ -148,18 +173,24 @@ class Probe:
     def turns(self, positions: int) -> tuple[Tensor, Tensor]:
         """(cos, sin), each (s, p) on the CPU, of the first positions."""
         device = device_of(self.block)
-        cos, sin = self.rope(torch.arange(positions, device=device).unsqueeze(0), torch.empty(0, device=device))
+        cos, sin = self.rope(
+            torch.arange(positions, device=device).unsqueeze(0), torch.empty(0, device=device)
+        )
         return cos[0, 0].cpu(), sin[0, 0].cpu()
 
     def white_moments(self, layout: Layout, asked: str, remedy: str) -> tuple[Tensor, Tensor]:
-        """(h d, h d) in fp64 of keys and of values if the attention's inputs were white: what the weights alone say.
+        """(h d, h d) in fp64 of keys and of values if the attention's inputs were white: what the weights
+        alone say.
 
-        Rotated keys (`post_rope`): in the mean over the positions of a window. asked, remedy: for the refusal.
+        Rotated keys (`post_rope`): in the mean over the positions of a window. asked, remedy: for the
+        refusal.
         Errors: LowkeyError for a model that norms its keys.
         """
         p = families.projections(self.model, self.index)
         if p.normed:
-            why = "this model norms its keys after their projection, so that they are not linear in its weights"
+            why = (
+                "this model norms its keys after their projection, so that they are not linear in its weights"
+            )
             raise LowkeyError(f"{asked}: {why}; {remedy}")
         keys, values = _white(p.k, p.k_bias), _white(p.v, p.v_bias)
         if layout == "post_rope":
@@ -176,7 +207,10 @@ class Probe:
         factors: the same for all windows, or with a leading dimension, one set for each.
         """
         device = device_of(self.block)
-        out = self.run(self.inputs[windows].to(device), RebuildingLayer(Rebuilt(factors, self.layout, self.rope), self.exact))
+        out = self.run(
+            self.inputs[windows].to(device),
+            RebuildingLayer(Rebuilt(factors, self.layout, self.rope), self.exact),
+        )
         return relative_errors(out, self.outputs[windows].to(device), self.exact)
 
     def batches(self, size: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -1,4 +1,6 @@
-"""The whole model with the keys and values of some layers rebuilt as a compressed cache would give them; differentiable."""
+"""The whole model with the keys and values of some layers rebuilt as a compressed cache would give them;
+differentiable.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,17 @@ from lowkey.storage.exact import NOTHING, Exact
 from lowkey.storage.rebuilding import Rebuilding, RebuildingLayer
 
 
-def logits(model: PreTrainedModel, ids: Tensor, storages: dict[int, Rebuilding], exact: Exact = NOTHING) -> Tensor:
-    """Next-token logits (b, t, vocabulary) of unpadded ids, every layer that is named through its storage but for exact tokens."""
+def logits(
+    model: PreTrainedModel, ids: Tensor, storages: dict[int, Rebuilding], exact: Exact = NOTHING
+) -> Tensor:
+    """Next-token logits (b, t, vocabulary) of unpadded ids, every layer that is named through its storage but
+    for exact tokens.
+    """
     config = model.config.get_text_config()
     full = families.geometry(model).compressible
     layers: list[Any] = [
-        StockLayer() if i in full else StockSlidingLayer(config.sliding_window) for i in range(len(families.layer_types(config)))
+        StockLayer() if i in full else StockSlidingLayer(config.sliding_window)
+        for i in range(len(families.layer_types(config)))
     ]
     for i, storage in storages.items():
         layers[i] = RebuildingLayer(storage, exact)
@@ -37,9 +44,14 @@ def storages(model: PreTrainedModel, factors: dict[int, Factors], layout: Layout
 
 
 @torch.no_grad()
-def loss(model: PreTrainedModel, rows: Tensor, found: dict[int, Rebuilding], batch: int = 4, exact: Exact = NOTHING) -> float:
+def loss(
+    model: PreTrainedModel, rows: Tensor, found: dict[int, Rebuilding], batch: int = 4, exact: Exact = NOTHING
+) -> float:
     """Mean cross-entropy per token of ids (n, t), in nats."""
-    losses = [float(next_token_loss(logits(model, x, found, exact), x)) * len(x) for x in rows.to(device_of(model)).split(batch)]
+    losses = [
+        float(next_token_loss(logits(model, x, found, exact), x)) * len(x)
+        for x in rows.to(device_of(model)).split(batch)
+    ]
     return sum(losses) / len(rows)
 
 
@@ -62,11 +74,17 @@ def losses_grown(
     progress: Progress,
     exact: Exact = NOTHING,
 ) -> dict[int, list[float]]:
-    """For every layer and pair (r_K, r_V), how much the cross-entropy grows when that layer alone is compressed, at least 0."""
+    """For every layer and pair (r_K, r_V), how much the cross-entropy grows when that layer alone is
+    compressed, at least 0.
+    """
     whole = loss(model, rows, {})
 
     def grown(i: int, k: int, v: int) -> float:
-        return max(0.0, loss(model, rows, storages(model, {i: bases[i].at(k, v).to(like(model))}, layout), exact=exact) - whole)
+        return max(
+            0.0,
+            loss(model, rows, storages(model, {i: bases[i].at(k, v).to(like(model))}, layout), exact=exact)
+            - whole,
+        )
 
     return {i: [grown(i, *pair) for pair in pairs[i]] for i in progress(list(pairs), "one layer at a time")}
 

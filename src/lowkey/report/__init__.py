@@ -15,7 +15,8 @@ __all__ = ["load_results", "render", "write_report"]
 
 
 def write_report(paths: Sequence[Path], out: Path) -> Path:
-    """Render the results under `paths` and write the page to `out`, whole or not at all; an earlier page of ours is replaced.
+    """Render the results under `paths` and write the page to `out`, whole or not at all; an earlier page of
+    ours is replaced.
 
     Errors: LowkeyError for a damaged result, and when something else is at `out` or it cannot be written.
     """

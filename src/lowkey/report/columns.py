@@ -1,4 +1,6 @@
-"""The columns of the table: where each number comes from, how it is written, and what it means in one sentence."""
+"""The columns of the table: where each number comes from, how it is written, and what it means in one
+sentence.
+"""
 
 from __future__ import annotations
 
@@ -66,14 +68,30 @@ COLUMNS = [
         str,
         "What was measured; “full” is the uncompressed cache that every other row is compared with.",
     ),
-    _column("run", "Run", None, "Which result file the row comes from; the Environment section lists it under the same number."),
-    Column("Kept", kept, _number(format_percent), "Bytes held as a share of what the full cache holds for the same tokens."),
-    _column("bytes_per_token", "Bytes/token", format_bytes, "Cache bytes that each further token costs, summed over all layers."),
+    _column(
+        "run",
+        "Run",
+        None,
+        "Which result file the row comes from; the Environment section lists it under the same number.",
+    ),
+    Column(
+        "Kept",
+        kept,
+        _number(format_percent),
+        "Bytes held as a share of what the full cache holds for the same tokens.",
+    ),
+    _column(
+        "bytes_per_token",
+        "Bytes/token",
+        format_bytes,
+        "Cache bytes that each further token costs, summed over all layers.",
+    ),
     _column(
         "perplexity",
         "Perplexity",
         format_perplexity,
-        "Exponential of the mean loss per token of the text; lower is better. Behind ±: half of the 95 % interval over windows of text.",
+        "Exponential of the mean loss per token of the text; lower is better. Behind ±: half of the 95 % "
+        "interval over windows of text.",
     ),
     _column(
         "perplexity_decode",
@@ -85,41 +103,95 @@ COLUMNS = [
         "kl",
         "KL",
         _three_digits,
-        "Mean Kullback-Leibler divergence of this row's next-token distribution from the full model's, in nats; 0 is identical.",
+        "Mean Kullback-Leibler divergence of this row's next-token distribution from the full model's, in "
+        "nats; 0 is identical.",
     ),
-    _column("top1_agreement", "Top-1", format_percent, "How often the most likely next token is the one the full model finds most likely."),
+    _column(
+        "top1_agreement",
+        "Top-1",
+        format_percent,
+        "How often the most likely next token is the one the full model finds most likely.",
+    ),
     _column(
         "layer_error",
         "Layer error",
         _three_digits,
         "Relative Frobenius error of the decoder layer outputs against the full cache; 0 is identical.",
     ),
-    _column("layer_cosine", "Layer cosine", _four_places, "Cosine between those outputs and the full cache's; 1 is identical."),
+    _column(
+        "layer_cosine",
+        "Layer cosine",
+        _four_places,
+        "Cosine between those outputs and the full cache's; 1 is identical.",
+    ),
     _column(
         "exact_match",
         "Exact match",
         format_percent,
-        "Share of 1-hop recall questions whose answer is reproduced exactly; in brackets where the full cache fails itself.",
+        "Share of 1-hop recall questions whose answer is reproduced exactly; in brackets where the full "
+        "cache fails itself.",
     ),
-    _column("recall_kept", "Recall kept", format_percent, "Bytes held, question included, when those answers were begun."),
+    _column(
+        "recall_kept",
+        "Recall kept",
+        format_percent,
+        "Bytes held, question included, when those answers were begun.",
+    ),
     Column(
         "Questions",
         lambda row: None if row.get("questions") is None else row,
         lambda row: f"{row.get('questions_right')} of {row.get('questions_of')}",
-        "Of the questions that the full cache answers, those answered here too; in brackets where these are too few.",
+        "Of the questions that the full cache answers, those answered here too; in brackets where these are "
+        "too few.",
     ),
-    _column("questions_kept", "Questions kept", format_percent, "Bytes held, question included, when those answers were begun."),
-    _column("prefill_ms", "Prefill ms", _three_digits, "Milliseconds to read the prompt; timings are only comparable inside one run."),
-    _column("step_ms", "Step ms", _three_digits, "Milliseconds per decoded token; timings are only comparable inside one run."),
-    _column("bytes_held", "Bytes held", format_bytes, "Bytes really allocated: every distinct tensor storage in the cache, counted once."),
-    _column("bytes_predicted", "Bytes predicted", format_bytes, "What the plan said it would hold; it should equal the bytes held."),
+    _column(
+        "questions_kept",
+        "Questions kept",
+        format_percent,
+        "Bytes held, question included, when those answers were begun.",
+    ),
+    _column(
+        "prefill_ms",
+        "Prefill ms",
+        _three_digits,
+        "Milliseconds to read the prompt; timings are only comparable inside one run.",
+    ),
+    _column(
+        "step_ms",
+        "Step ms",
+        _three_digits,
+        "Milliseconds per decoded token; timings are only comparable inside one run.",
+    ),
+    _column(
+        "bytes_held",
+        "Bytes held",
+        format_bytes,
+        "Bytes really allocated: every distinct tensor storage in the cache, counted once.",
+    ),
+    _column(
+        "bytes_predicted",
+        "Bytes predicted",
+        format_bytes,
+        "What the plan said it would hold; it should equal the bytes held.",
+    ),
     _column("bytes_full", "Bytes full", format_bytes, "What the full cache holds for the same tokens."),
     _column("method", "Method", None, "The conversion that chose the low-rank bases."),
-    Column("Policy", score_words, str, "The eviction rule that scored which tokens stay, with its parameters."),
-    Column("Allocator", allocator_words, str, "How the policy's budget was split over layers and heads, with its parameters."),
+    Column(
+        "Policy", score_words, str, "The eviction rule that scored which tokens stay, with its parameters."
+    ),
+    Column(
+        "Allocator",
+        allocator_words,
+        str,
+        "How the policy's budget was split over layers and heads, with its parameters.",
+    ),
     _column("budget", "Budget", None, "What was asked to be kept; “kept” is what was really held."),
-    _column("bits", "Bits", _three_digits, "Bits per stored number; a dash means the model's own number format."),
-    _column("sinks", "Sinks", _three_digits, "First tokens of the text that are kept exact, counted in the bytes."),
+    _column(
+        "bits", "Bits", _three_digits, "Bits per stored number; a dash means the model's own number format."
+    ),
+    _column(
+        "sinks", "Sinks", _three_digits, "First tokens of the text that are kept exact, counted in the bytes."
+    ),
     _column("recent", "Recent", _three_digits, "Last tokens that are kept exact, counted in the bytes."),
     _column("layout", "Layout", None, "How the cache layers store what is kept."),
     _column("task", "Task", None, "The tasks that the row was measured on."),
@@ -129,13 +201,18 @@ COLUMNS = [
 
 def shown_columns(rows: list[Row], several: bool) -> list[Column]:
     """Columns with at least one value; the run only where there is more than one."""
-    return [c for c in COLUMNS if any(c.read(row) is not None for row in rows) and (several or c.title != "Run")]
+    return [
+        c for c in COLUMNS if any(c.read(row) is not None for row in rows) and (several or c.title != "Run")
+    ]
 
 
-EVIDENCE = {"Exact match": "recall_evidence", "Questions": "questions_evidence"}  # which key says whether a column's number is any
+# which key says whether a column's number is any
+EVIDENCE = {"Exact match": "recall_evidence", "Questions": "questions_evidence"}
 
 
 def show(column: Column, row: Row) -> str:
     value, off = column.read(row), measured(row, HALVES.get(column.title, ""))
-    shown = DASH if value is None else column.write(value) + ("" if off is None else f" ± {column.write(off)}")
+    shown = (
+        DASH if value is None else column.write(value) + ("" if off is None else f" ± {column.write(off)}")
+    )
     return f"({shown})" if value is not None and row.get(EVIDENCE.get(column.title, "")) is False else shown

@@ -1,4 +1,6 @@
-"""Quality against what eviction policies really hold: a line per policy, or a row of dots where each was measured at one budget."""
+"""Quality against what eviction policies really hold: a line per policy, or a row of dots where each was
+measured at one budget.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,18 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from lowkey.report.columns import format_percent
-from lowkey.report.drawing import INK, MARKERS, MUTED, SERIES, SURFACE, WIDTH, is_wide, plain_log, quality_scale, style
+from lowkey.report.drawing import (
+    INK,
+    MARKERS,
+    MUTED,
+    SERIES,
+    SURFACE,
+    WIDTH,
+    is_wide,
+    plain_log,
+    quality_scale,
+    style,
+)
 from lowkey.report.labels import Label, place_labels, shortened
 from lowkey.report.policies import Line, policy_lines, references, share
 from lowkey.report.results import Row, full_row, is_full, measured
@@ -30,25 +43,40 @@ DASHED = (0, (4, 3))
 def curve_qualities(rows: Sequence[Row]) -> list[Quality]:
     """The qualities that some policy row with a known share was measured on."""
     lines = policy_lines(rows)
-    return [q for q in QUALITIES if any(measured(row, q[0]) is not None for line in lines for row in line.rows)]
+    return [
+        q for q in QUALITIES if any(measured(row, q[0]) is not None for line in lines for row in line.rows)
+    ]
 
 
 def curves_figure(rows: Sequence[Row]) -> Figure:
-    """One panel per quality. Lines where some policy has several budgets; else dots, which all stood at one place on a line plot."""
+    """One panel per quality. Lines where some policy has several budgets; else dots, which all stood at one
+    place on a line plot.
+    """
     lines, qualities = policy_lines(rows), curve_qualities(rows)
     several = any(len(line.rows) > 1 for line in lines)
-    return _curves(lines, references(rows), qualities) if several else _dots(lines, references(rows), qualities)
+    return (
+        _curves(lines, references(rows), qualities) if several else _dots(lines, references(rows), qualities)
+    )
 
 
 def _looks(count: int) -> list[dict[str, Any]]:
     """Colour and marker of every line: neighbours differ in both, and 36 lines are all different."""
     size = len(SERIES)
     looks = [(SERIES[i % size], MARKERS[(i + i // size) % len(MARKERS)]) for i in range(count)]
-    return [{"color": colour, "marker": marker, "ms": 7, "mec": SURFACE, "mew": 0.8} for colour, marker in looks]
+    return [
+        {"color": colour, "marker": marker, "ms": 7, "mec": SURFACE, "mew": 0.8} for colour, marker in looks
+    ]
 
 
 def _reference_look(row: Row) -> dict[str, Any]:
-    return {"color": INK if is_full(row) else MUTED, "marker": "o" if is_full(row) else "X", "ms": 7, "mec": SURFACE, "mew": 0.8, "ls": ""}
+    return {
+        "color": INK if is_full(row) else MUTED,
+        "marker": "o" if is_full(row) else "X",
+        "ms": 7,
+        "mec": SURFACE,
+        "mew": 0.8,
+        "ls": "",
+    }
 
 
 def _curves(lines: list[Line], others: list[Row], qualities: list[Quality]) -> Figure:
@@ -73,17 +101,28 @@ def _title(quality: Quality, between: str) -> str:
 
 def _curve_panel(ax: Axes, lines: list[Line], others: list[Row], key: str, looks: list[dict]) -> None:
     curves = [[point for row in line.rows if (point := _point(row, key))] for line in lines]
-    marks = list({(row["name"], point): (row, point) for row in reversed(others) if (point := _point(row, key))}.values())[::-1]
+    marks = list(
+        {
+            (row["name"], point): (row, point) for row in reversed(others) if (point := _point(row, key))
+        }.values()
+    )[::-1]
     drawn = [point for curve in curves for point in curve]
     is_log = key != "exact_match" and is_wide([y for _, y in drawn], 2)
-    marks = [(row, point) for row, point in marks if not is_log or point[1] > 0]  # KL 0 of the full cache has no place on a log scale
+    # KL 0 of the full cache has no place on a log scale
+    marks = [(row, point) for row, point in marks if not is_log or point[1] > 0]
     _value_scale(ax, [y for _, y in drawn] + [y for _, (_, y) in marks], key, is_log)
     _full_line(ax.axhline, [row for row, _ in marks], key)
     for curve, look in zip(curves, looks, strict=True):
         ax.plot(*zip(*curve, strict=True) if curve else ([], []), lw=1.3, zorder=3, **look)
     for row, point in marks:
         ax.plot(*point, zorder=4, **_reference_look(row))
-    place_labels(ax, [Label(*point, str(row.get("label", row["name"])), INK if is_full(row) else MUTED) for row, point in marks])
+    place_labels(
+        ax,
+        [
+            Label(*point, str(row.get("label", row["name"])), INK if is_full(row) else MUTED)
+            for row, point in marks
+        ],
+    )
 
 
 def _point(row: Row, key: str) -> tuple[float, float] | None:
@@ -111,7 +150,9 @@ def _share_scale(ax: Axes, shares: list[float]) -> None:
 
 
 def _value_scale(ax: Axes, values: list[float], key: str, is_log: bool, side: str = "y") -> None:
-    """Perplexity and KL over what was measured; a share of right answers always over all of 0 to 1, for it has a meaning by itself."""
+    """Perplexity and KL over what was measured; a share of right answers always over all of 0 to 1, for it
+    has a meaning by itself.
+    """
     if key == "exact_match":
         ax.set(**{f"{side}lim": (min(-0.04, 1.05 * min(values)), max(1.06, 1.05 * max(values)))})
         getattr(ax, f"{side}axis").set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
@@ -125,10 +166,17 @@ def _legend_columns(lines: list[Line]) -> int:
 
 
 def _legend(figure: Figure, labels: list[str], looks: list[dict], columns: int) -> None:
-    """Below the panels. Labels are put in afterwards: matplotlib 3.9 would skip one that starts with `_`, and all read `$` as a formula."""
+    """Below the panels. Labels are put in afterwards: matplotlib 3.9 would skip one that starts with `_`, and
+    all read `$` as a formula.
+    """
     handles = [Line2D([], [], lw=1.3, **look) for look in looks]
     legend = figure.legend(
-        *(handles, ["line"] * len(handles)), loc="lower left", bbox_to_anchor=(0.04, 0), ncols=columns, frameon=False, fontsize=9
+        *(handles, ["line"] * len(handles)),
+        loc="lower left",
+        bbox_to_anchor=(0.04, 0),
+        ncols=columns,
+        frameon=False,
+        fontsize=9,
     )
     for text, label in zip(legend.get_texts(), labels, strict=True):
         text.set(parse_math=False, text=shortened(label, LONGEST), color=INK)
@@ -138,7 +186,9 @@ def _dots(lines: list[Line], others: list[Row], qualities: list[Quality]) -> Fig
     """One line of dots per row, the best of the first quality on top, the references below."""
     looks = _looks(len(lines))
     entries = [(line.rows[0], look) for line, look in zip(lines, looks, strict=True)]
-    entries = sorted(entries, key=lambda entry: _rank(entry[0], qualities[0])) + [(row, _reference_look(row)) for row in others]
+    entries = sorted(entries, key=lambda entry: _rank(entry[0], qualities[0])) + [
+        (row, _reference_look(row)) for row in others
+    ]
     figure = Figure(figsize=(WIDTH, 0.75 + 0.3 * len(entries)), facecolor="white", layout="constrained")
     axes = figure.subplots(1, len(qualities), sharey=True, squeeze=False)[0]
     for ax, quality in zip(axes, qualities, strict=True):
@@ -154,7 +204,11 @@ def _rank(row: Row, quality: Quality) -> float:
 
 
 def _dot_panel(ax: Axes, entries: list[tuple[Row, dict]], key: str) -> None:
-    found = [(place, row, value, look) for place, (row, look) in enumerate(entries) if (value := measured(row, key)) is not None]
+    found = [
+        (place, row, value, look)
+        for place, (row, look) in enumerate(entries)
+        if (value := measured(row, key)) is not None
+    ]
     is_log = key != "exact_match" and is_wide([value for _, row, value, _ in found if not is_full(row)], 2)
     found = [entry for entry in found if not is_log or entry[2] > 0]
     _value_scale(ax, [value for _, _, value, _ in found], key, is_log, "x")
@@ -169,4 +223,14 @@ def _names(ax: Axes, rows: list[Row]) -> None:
     ax.set_ylim(len(rows) - 0.4, -0.6)
     for place, row in enumerate(rows):
         text = f"{shortened(str(row.get('label', row['name'])), LONGEST)} ({format_percent(share(row) or 0.0)} held)"
-        ax.text(-0.02, place, text, transform=ax.get_yaxis_transform(), ha="right", va="center", fontsize=9, color=INK, parse_math=False)
+        ax.text(
+            -0.02,
+            place,
+            text,
+            transform=ax.get_yaxis_transform(),
+            ha="right",
+            va="center",
+            fontsize=9,
+            color=INK,
+            parse_math=False,
+        )

@@ -1,4 +1,6 @@
-"""Figures of what `lowkey diversity` found: effective ranks and divergence by layer, and how alike the heads of a few layers are."""
+"""Figures of what `lowkey diversity` found: effective ranks and divergence by layer, and how alike the heads
+of a few layers are.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,17 @@ SHOWN = 4  # layers with maps of cosines
 
 
 def diversity_figure(found: dict) -> Figure:
-    """Effective ranks of Q-K and V-O operators as shares, and the divergence of attention maps in bits, over layers; the bands span
-    initialisations at random, and the dashed lines are their means."""
+    """Effective ranks of Q-K and V-O operators as shares, and the divergence of attention maps in bits, over
+    layers; the bands span initialisations at random, and the dashed lines are their means."""
     figure = Figure(figsize=(WIDTH, 3.6), facecolor="white", layout="constrained")
     axes = figure.subplots(1, len(PANELS))
     for ax, (title, lines) in zip(axes, PANELS, strict=True):
-        style(ax, title=title, x="Layer", y="Bits" if title == PANELS[-1][0] else "Effective rank, share of the most")
+        style(
+            ax,
+            title=title,
+            x="Layer",
+            y="Bits" if title == PANELS[-1][0] else "Effective rank, share of the most",
+        )
         for (name, label), colour in zip(lines, SERIES, strict=False):
             _line(ax, found["layers"], name, label, colour)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -49,15 +56,27 @@ def _array(values: list) -> np.ndarray:
 
 
 def cosines_figure(found: dict) -> Figure:
-    """Cosines between the heads of the first, the last and layers between, Q-K above V-O, on one scale from -1 to 1."""
+    """Cosines between the heads of the first, the last and layers between, Q-K above V-O, on one scale from
+    -1 to 1.
+    """
     layers = found["layers"]
-    chosen = [layers[i] for i in dict.fromkeys(np.linspace(0, len(layers) - 1, min(SHOWN, len(layers))).round().astype(int).tolist())]
+    chosen = [
+        layers[i]
+        for i in dict.fromkeys(
+            np.linspace(0, len(layers) - 1, min(SHOWN, len(layers))).round().astype(int).tolist()
+        )
+    ]
     figure = Figure(figsize=(1.2 + 2.5 * max(len(chosen), 2), 5.2), facecolor="white", layout="constrained")
     axes = figure.subplots(2, len(chosen), squeeze=False)
     norm = Normalize(-1, 1)
     for line, (kind, name) in zip(axes, (("qk", "Q-K"), ("vo", "V-O")), strict=True):
         for ax, layer in zip(line, chosen, strict=True):
-            ax.imshow(np.array(layer[kind]["cosines"], dtype=float), norm=norm, cmap="RdBu_r", interpolation="nearest")
+            ax.imshow(
+                np.array(layer[kind]["cosines"], dtype=float),
+                norm=norm,
+                cmap="RdBu_r",
+                interpolation="nearest",
+            )
             style(ax, title=f"{name}, layer {layer['layer']}", grid=False)
             for axis in (ax.xaxis, ax.yaxis):
                 axis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))

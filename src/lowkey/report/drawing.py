@@ -12,7 +12,8 @@ from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-# The light palette. In the page each of these becomes a CSS variable (svg.py), so none may be used for anything fixed.
+# The light palette. In the page each of these becomes a CSS variable (svg.py), so none may be used for
+# anything fixed.
 INK, MUTED, RULE, SURFACE = "#1d2430", "#5b6573", "#d9dee5", "#fefefe"
 SERIES = ("#2360b5", "#b05a08", "#2b7a4b", "#7749b3", "#b0334a", "#0f7482")
 MARKERS = "osD^vP"
@@ -35,7 +36,9 @@ def style(ax: Axes, title: str = "", x: str = "", y: str = "", grid: bool = True
 
 
 def is_wide(values: Sequence[float], times: float) -> bool:
-    """Whether a log scale suits: the values spread over more than `times`, and none of them would fall off it."""
+    """Whether a log scale suits: the values spread over more than `times`, and none of them would fall off
+    it.
+    """
     return min(values) > 0 and max(values) / min(values) > times
 
 
@@ -43,7 +46,9 @@ def quality_scale(ax: Axes, values: list[float], is_log: bool, side: str = "y") 
     """Limits with room for labels, on the axis `side`."""
     low, high = min(values), max(values)
     if is_log:
-        ax.set(**{f"{side}scale": "log", f"{side}lim": (low / (high / low) ** 0.14, high * (high / low) ** 0.12)})
+        ax.set(
+            **{f"{side}scale": "log", f"{side}lim": (low / (high / low) ** 0.14, high * (high / low) ** 0.12)}
+        )
         plain_log(getattr(ax, f"{side}axis"))
     else:
         room = 0.12 * (high - low or abs(high) or 1)

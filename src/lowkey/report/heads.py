@@ -1,4 +1,6 @@
-"""Heat maps of the tokens that every head kept: which heads a policy and its allocator think are worth the memory."""
+"""Heat maps of the tokens that every head kept: which heads a policy and its allocator think are worth the
+memory.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,14 @@ COLUMNS, LONGEST = 3, 44  # panels side by side; characters of a panel's name
 
 
 def heads_figure(rows: Sequence[Row]) -> Figure:
-    """One map per row, KV heads over layers, on one colour scale from nothing to the largest count. Every row must have counts."""
+    """One map per row, KV heads over layers, on one colour scale from nothing to the largest count. Every row
+    must have counts.
+    """
     maps = [heads for row in rows if (heads := kept_heads(row)) is not None]
     columns = min(len(rows), COLUMNS)
     lines = math.ceil(len(rows) / columns)
-    # The dots per inch are those of the images inside the SVG: enough for a cell of two pixels to keep its shape.
+    # The dots per inch are those of the images inside the SVG: enough for a cell of two pixels to keep its
+    # shape.
     figure = Figure(figsize=(WIDTH, 0.5 + 1.9 * lines), dpi=200, facecolor="white", layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False)
     norm = Normalize(0, max([1.0, *(float(np.nanmax(heads)) for heads in maps)]), clip=True)
@@ -40,11 +45,26 @@ def heads_figure(rows: Sequence[Row]) -> Figure:
 
 
 def _panel(ax: Axes, row: Row, heads: np.ndarray, norm: Normalize) -> None:
-    ax.imshow(np.ma.masked_invalid(heads.T), origin="lower", norm=norm, cmap="viridis", interpolation="nearest", aspect="auto")
+    ax.imshow(
+        np.ma.masked_invalid(heads.T),
+        origin="lower",
+        norm=norm,
+        cmap="viridis",
+        interpolation="nearest",
+        aspect="auto",
+    )
     style(ax, grid=False)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
-    for text, colour, above in ((shortened(without_budget(row), LONGEST), INK, 16), (heads_words(row), MUTED, 4)):
+    for text, colour, above in (
+        (shortened(without_budget(row), LONGEST), INK, 16),
+        (heads_words(row), MUTED, 4),
+    ):
         ax.annotate(
-            *(text, (0, 1), (0, above)), xycoords="axes fraction", textcoords="offset points", fontsize=9, color=colour, parse_math=False
+            *(text, (0, 1), (0, above)),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            fontsize=9,
+            color=colour,
+            parse_math=False,
         )

@@ -58,9 +58,15 @@ def shortened(text: str, longest: int = LONGEST) -> str:
 def _free_offset(
     point: tuple[float, ...], text: str, obstacles: tuple[list[Bbox], list[Bbox]], frame: Any, scale: float
 ) -> tuple[float, float]:
-    """The first offset free of points and labels, and of lines too where there is one; the first of all where there is none."""
+    """The first offset free of points and labels, and of lines too where there is one; the first of all where
+    there is none.
+    """
     boxes = {offset: _box(point, offset, text, scale) for offset in OFFSETS}
-    inside = {o: b for o, b in boxes.items() if frame.x0 <= b.x0 and b.x1 <= frame.x1 and frame.y0 <= b.y0 and b.y1 <= frame.y1}
+    inside = {
+        o: b
+        for o, b in boxes.items()
+        if frame.x0 <= b.x0 and b.x1 <= frame.x1 and frame.y0 <= b.y0 and b.y1 <= frame.y1
+    }
     taken, lines = obstacles
     free = [offset for offset, box in inside.items() if not box.count_overlaps(taken)]
     clear = [offset for offset in free if not boxes[offset].count_overlaps(lines)]
@@ -80,7 +86,11 @@ def _side(offset: tuple[float, float]) -> str:
 
 def _annotate(ax: Axes, label: Label, text: str, offset: tuple[float, float]) -> None:
     far = abs(offset[0]) + abs(offset[1]) > 17
-    arrow = {"arrowstyle": "-", "color": label.colour, "lw": 0.7, "alpha": 0.6, "shrinkA": 0, "shrinkB": 3} if far else None
+    arrow = (
+        {"arrowstyle": "-", "color": label.colour, "lw": 0.7, "alpha": 0.6, "shrinkA": 0, "shrinkB": 3}
+        if far
+        else None
+    )
     ax.annotate(
         text,
         (label.x, label.y),

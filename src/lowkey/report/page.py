@@ -13,7 +13,13 @@ from lowkey.core.types import LowkeyError
 from lowkey.report.columns import COLUMNS, DASH, Column, show, shown_columns
 from lowkey.report.curves import curve_qualities, curves_figure
 from lowkey.report.heads import heads_figure
-from lowkey.report.plots import error_surface_figure, quality_figure, quality_panels, ranks_figure, spectra_figure
+from lowkey.report.plots import (
+    error_surface_figure,
+    quality_figure,
+    quality_panels,
+    ranks_figure,
+    spectra_figure,
+)
 from lowkey.report.policies import by_budget, heads_words, is_policy, without_budget
 from lowkey.report.results import Row, Section, is_full, sections
 from lowkey.report.summary import held_differs, summary
@@ -31,14 +37,18 @@ REFEED = {
 def render(results: Sequence[dict]) -> str:
     """The whole page. The same results give the same bytes."""
     if not results:
-        raise LowkeyError("results []: a report needs at least one result; give a file that lowkey eval wrote")
+        raise LowkeyError(
+            "results []: a report needs at least one result; give a file that lowkey eval wrote"
+        )
     parts, numbers = sections(results), count(1)
     return PAGE.substitute(
         title=escape("KV cache report: " + ", ".join(dict.fromkeys(part.model for part in parts))),
         style=STYLE,
         summary="\n".join(_lead(part, len(parts) > 1) for part in parts),
         sections="\n".join(_section(part, numbers) for part in parts),
-        environment="\n".join(_environment(result, n, len(results) > 1) for n, result in enumerate(results, start=1)),
+        environment="\n".join(
+            _environment(result, n, len(results) > 1) for n, result in enumerate(results, start=1)
+        ),
         guide=_guide(parts),
     )
 
@@ -61,7 +71,10 @@ def _section(part: Section, numbers: Iterator[int]) -> str:
             _curves(part, numbers),
             _quality(part, numbers),
             _rows_table(part),
-            *(_heads(budget, rows, numbers, place == 0) for place, (budget, rows) in enumerate(by_budget(part.rows).items())),
+            *(
+                _heads(budget, rows, numbers, place == 0)
+                for place, (budget, rows) in enumerate(by_budget(part.rows).items())
+            ),
             *(_profile(row, numbers, is_open=row is profiles[0]) for row in profiles),
             "</section>",
         ]
@@ -82,7 +95,9 @@ def _curves(part: Section, numbers: Iterator[int]) -> str:
 def _quality(part: Section, numbers: Iterator[int]) -> str:
     """Rows of policies have a plot of their own, which the full cache and packed integers stand in too."""
     rows = [row for row in part.rows if not is_policy(row)]
-    if not quality_panels(rows) or (curve_qualities(part.rows) and not any(row.get("method") for row in rows)):
+    if not quality_panels(rows) or (
+        curve_qualities(part.rows) and not any(row.get("method") for row in rows)
+    ):
         return ""
     columns = [c for c in COLUMNS if c.title in ("Bytes/token", "Perplexity", "KL", "Exact match")]
     label = "Quality against cache bytes per token. " + "; ".join(_spoken(row, columns) for row in rows)
@@ -96,13 +111,19 @@ def _spoken(row: Row, columns: list[Column]) -> str:
 
 
 def _figure(figure: Figure, prefix: str, label: str, caption: str) -> str:
-    return FIGURE.substitute(svg=inline_svg(figure, prefix, label), caption=escape(caption), name=escape(caption))
+    return FIGURE.substitute(
+        svg=inline_svg(figure, prefix, label), caption=escape(caption), name=escape(caption)
+    )
 
 
 def _rows_table(part: Section) -> str:
     columns = shown_columns(part.rows, part.several)
-    head = "".join(f'<th scope="col"{_class(c)} title="{escape(c.meaning)}">{escape(c.title)}</th>' for c in columns)
-    body = "\n".join(f"<tr{_row_class(row)}>{''.join(_cell(c, row) for c in columns)}</tr>" for row in part.rows)
+    head = "".join(
+        f'<th scope="col"{_class(c)} title="{escape(c.meaning)}">{escape(c.title)}</th>' for c in columns
+    )
+    body = "\n".join(
+        f"<tr{_row_class(row)}>{''.join(_cell(c, row) for c in columns)}</tr>" for row in part.rows
+    )
     caption = f"All rows of {part.model} on {part.data}: the full cache first, then by bytes per token"
     return TABLE.substitute(caption=escape(caption), head=head, body=body)
 
@@ -138,13 +159,34 @@ def _profile(row: Row, numbers: Iterator[int], is_open: bool) -> str:
     chosen = _chosen_label(profile)
     if profile.get("surface"):
         caption = "Relative error of each layer's output for every pair of ranks, on one colour scale. The white dot is the chosen pair."
-        parts.append(_figure(error_surface_figure(profile), f"figure{next(numbers)}", f"Heat maps of the error. {chosen}", caption))
+        parts.append(
+            _figure(
+                error_surface_figure(profile),
+                f"figure{next(numbers)}",
+                f"Heat maps of the error. {chosen}",
+                caption,
+            )
+        )
     if profile.get("chosen"):
         caption = "Ranks that were chosen for keys and values, layer by layer."
-        parts.append(_figure(ranks_figure(profile), f"figure{next(numbers)}", f"Bars of the chosen ranks. {chosen}", caption))
+        parts.append(
+            _figure(
+                ranks_figure(profile),
+                f"figure{next(numbers)}",
+                f"Bars of the chosen ranks. {chosen}",
+                caption,
+            )
+        )
     if any((profile.get("spectra") or {}).values()):
         caption = "How fast the energy of keys and values falls off; a steep curve needs few ranks."
-        parts.append(_figure(spectra_figure(profile), f"figure{next(numbers)}", "Energy spectra of keys and values by layer.", caption))
+        parts.append(
+            _figure(
+                spectra_figure(profile),
+                f"figure{next(numbers)}",
+                "Energy spectra of keys and values by layer.",
+                caption,
+            )
+        )
     head = f"<details{' open' if is_open else ''}>\n<summary>Ranks of {escape(str(row['label']))}</summary>\n"
     return head + "\n".join(parts) + "</details>" if parts else ""
 
@@ -161,7 +203,9 @@ def _dash(value: Any) -> str:
 def _environment(result: dict, number: int, several: bool) -> str:
     entries = _flat(result["environment"])
     head = f"<h3>Run {number}: {escape(str(result['model']))}</h3>\n" if several else ""
-    lines = "\n".join(f"<dt>{escape(key)}</dt><dd>{escape(_dash(value) + _note(key, value))}</dd>" for key, value in entries)
+    lines = "\n".join(
+        f"<dt>{escape(key)}</dt><dd>{escape(_dash(value) + _note(key, value))}</dd>" for key, value in entries
+    )
     return f'{head}<dl class="environment">\n{lines}\n</dl>'
 
 
@@ -172,12 +216,17 @@ def _note(key: str, value: Any) -> str:
 
 def _flat(entries: dict, prefix: str = "") -> list[tuple[str, Any]]:
     """Nested objects as `data name`, `data sha256`, ..."""
-    pairs = [_flat(value, f"{prefix}{key} ") if isinstance(value, dict) else [(f"{prefix}{key}", value)] for key, value in entries.items()]
+    pairs = [
+        _flat(value, f"{prefix}{key} ") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+        for key, value in entries.items()
+    ]
     return [pair for group in pairs for pair in group]
 
 
 def _guide(parts: list[Section]) -> str:
     """A sentence on each column that some table on this page shows."""
     shown = {column.title for part in parts for column in shown_columns(part.rows, part.several)}
-    lines = "\n".join(f"<dt>{escape(c.title)}</dt><dd>{escape(c.meaning)}</dd>" for c in COLUMNS if c.title in shown)
+    lines = "\n".join(
+        f"<dt>{escape(c.title)}</dt><dd>{escape(c.meaning)}</dd>" for c in COLUMNS if c.title in shown
+    )
     return f'<p class="guide">{escape(GUIDE)}</p>\n<dl>\n{lines}\n</dl>'

@@ -1,4 +1,6 @@
-"""Figures of a result. Matplotlib's object API only: nothing global is changed, and the caller chooses PNG or SVG."""
+"""Figures of a result. Matplotlib's object API only: nothing global is changed, and the caller chooses PNG or
+SVG.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,20 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 
 from lowkey.core.row_names import LAST
 from lowkey.report.columns import format_bytes
-from lowkey.report.drawing import INK, LAYERS, MARKERS, MUTED, SERIES, SURFACE, WIDTH, colour_bar, is_wide, plain_log, quality_scale, style
+from lowkey.report.drawing import (
+    INK,
+    LAYERS,
+    MARKERS,
+    MUTED,
+    SERIES,
+    SURFACE,
+    WIDTH,
+    colour_bar,
+    is_wide,
+    plain_log,
+    quality_scale,
+    style,
+)
 from lowkey.report.labels import Label, place_labels
 from lowkey.report.results import Row, full_row, is_full, marks_of, measured
 
@@ -35,7 +50,10 @@ def quality_panels(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
 def quality_figure(rows: Sequence[Row]) -> Figure:
     """Quality against cache bytes per token, one point per row."""
     figure = Figure(figsize=(WIDTH, 5.0), facecolor="white")
-    panels, right = quality_panels(rows), max([1.0, *(measured(row, "bytes_per_token") or 0.0 for row in rows)])
+    panels, right = (
+        quality_panels(rows),
+        max([1.0, *(measured(row, "bytes_per_token") or 0.0 for row in rows)]),
+    )
     figure.subplots_adjust(left=0.065, right=0.985, top=0.9, bottom=0.125, wspace=0.17)
     for place, (key, title, better) in enumerate(panels, start=1):
         ax = figure.add_subplot(1, len(panels), place)
@@ -47,7 +65,8 @@ def quality_figure(rows: Sequence[Row]) -> Figure:
 
 def _quality_panel(ax: Axes, rows: list[Row], key: str) -> None:
     is_log = _wants_log(rows, key)
-    rows = [row for row in rows if not is_log or measured(row, key)]  # a full cache's divergence of 0 has no place on a log scale
+    # a full cache's divergence of 0 has no place on a log scale
+    rows = [row for row in rows if not is_log or measured(row, key)]
     series = _series(rows)
     points = [(_point(row, key) or (0.0, 0.0), *series[_series_key(row)], row) for row in rows]
     full = full_row(rows)
@@ -56,8 +75,19 @@ def _quality_panel(ax: Axes, rows: list[Row], key: str) -> None:
         ax.axhline(measured(full, key) or 0.0, color=INK, lw=1.0, ls=(0, (4, 3)), alpha=0.7, zorder=2)
     for colour, marker in dict.fromkeys(series.values()):
         line = sorted(point for point, c, m, _ in points if (c, m) == (colour, marker))
-        ax.plot(*zip(*line, strict=True), color=colour, marker=marker, ms=6.5, lw=1.0, mec=SURFACE, mew=0.8, zorder=3)
-    place_labels(ax, [Label(x, y, str(row.get("label", row["name"])), colour) for (x, y), colour, _, row in points])
+        ax.plot(
+            *zip(*line, strict=True),
+            color=colour,
+            marker=marker,
+            ms=6.5,
+            lw=1.0,
+            mec=SURFACE,
+            mew=0.8,
+            zorder=3,
+        )
+    place_labels(
+        ax, [Label(x, y, str(row.get("label", row["name"])), colour) for (x, y), colour, _, row in points]
+    )
 
 
 def _point(row: Row, key: str) -> tuple[float, float] | None:
@@ -70,7 +100,10 @@ def _series_key(row: Row) -> tuple[str, ...]:
     if is_full(row):
         return ("full",)
     marks = [f"{key}={word}" for key, word in marks_of(row).items() if key not in LAST]
-    return (*(str(row.get(part)) for part in ("method", "policy", "bits", "packing", "layout", "run")), *marks)
+    return (
+        *(str(row.get(part)) for part in ("method", "policy", "bits", "packing", "layout", "run")),
+        *marks,
+    )
 
 
 def _series(rows: list[Row]) -> dict[tuple[str, ...], tuple[str, str]]:
@@ -81,7 +114,9 @@ def _series(rows: list[Row]) -> dict[tuple[str, ...], tuple[str, str]]:
 
 
 def _wants_log(rows: list[Row], key: str) -> bool:
-    """A wide spread is drawn on a log scale, or one bad row would flatten the others; not where a row would fall off it."""
+    """A wide spread is drawn on a log scale, or one bad row would flatten the others; not where a row would
+    fall off it.
+    """
     values = [measured(row, key) or 0.0 for row in rows if not is_full(row) or measured(row, key)]
     return is_wide(values, 2)
 
@@ -94,11 +129,17 @@ def _bytes_scale(ax: Axes, right: float) -> None:
 
 
 def error_surface_figure(profile: dict) -> Figure:
-    """One heat map per layer of the relative output error over rank pairs; one colour scale; the chosen pair marked."""
+    """One heat map per layer of the relative output error over rank pairs; one colour scale; the chosen pair
+    marked.
+    """
     surface = np.array(profile["surface"], dtype=float)
     columns = min(len(surface), 4 if len(surface) <= 8 else 6)
     lines = math.ceil(len(surface) / columns)
-    figure = Figure(figsize=(WIDTH, 0.8 + (WIDTH - 1.6) / max(columns, 3) * lines), facecolor="white", layout="constrained")
+    figure = Figure(
+        figsize=(WIDTH, 0.8 + (WIDTH - 1.6) / max(columns, 3) * lines),
+        facecolor="white",
+        layout="constrained",
+    )
     axes = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
     norm = _error_norm(surface)
     for place, ax in enumerate(axes.flat):
@@ -112,7 +153,9 @@ def error_surface_figure(profile: dict) -> Figure:
 
 
 def _error_norm(surface: np.ndarray) -> LogNorm:
-    """Log colours over at most three decades; zero, which full rank may reach, takes the colour of the lowest."""
+    """Log colours over at most three decades; zero, which full rank may reach, takes the colour of the
+    lowest.
+    """
     positive = surface[np.isfinite(surface) & (surface > 0)]
     high = float(positive.max()) if positive.size else 1.0
     low = max(float(positive.min()), high / 1000) if positive.size else high / 10
@@ -122,7 +165,14 @@ def _error_norm(surface: np.ndarray) -> LogNorm:
 def _surface_panel(ax: Axes, profile: dict, place: int, errors: np.ndarray, norm: LogNorm) -> None:
     ranks = profile["ranks"]
     shown = np.where(errors <= 0, norm.vmin or 0.0, errors)
-    ax.imshow(np.ma.masked_invalid(shown), origin="lower", norm=norm, cmap="viridis", interpolation="nearest", aspect="auto")
+    ax.imshow(
+        np.ma.masked_invalid(shown),
+        origin="lower",
+        norm=norm,
+        cmap="viridis",
+        interpolation="nearest",
+        aspect="auto",
+    )
     style(ax, title=f"Layer {profile['layers'][place]}", grid=False)
     step = math.ceil(len(ranks) / (8 if len(profile["layers"]) <= 8 else 4))
     for axis in (ax.xaxis, ax.yaxis):
@@ -130,7 +180,19 @@ def _surface_panel(ax: Axes, profile: dict, place: int, errors: np.ndarray, norm
     key, value = (profile.get("chosen") or [(None, None)] * (place + 1))[place]
     if key is not None and value is not None:
         x, y = np.interp([value, key], ranks, range(len(ranks)))
-        ax.plot(x, y, marker="o", ms=8, mfc="#ffffff", mec="#000000", mew=1.6, ls="", gid=f"chosen-{place}", zorder=4, clip_on=False)
+        ax.plot(
+            x,
+            y,
+            marker="o",
+            ms=8,
+            mfc="#ffffff",
+            mec="#000000",
+            mew=1.6,
+            ls="",
+            gid=f"chosen-{place}",
+            zorder=4,
+            clip_on=False,
+        )
 
 
 def ranks_figure(profile: dict) -> Figure:
@@ -141,12 +203,27 @@ def ranks_figure(profile: dict) -> Figure:
     style(ax, x="Layer", y="Rank kept")
     places = np.arange(len(chosen))
     for side, name in enumerate(("keys", "values")):
-        ax.bar(places + 0.2 * (2 * side - 1), np.nan_to_num(chosen[:, side]), 0.38, color=SERIES[side], label=name, zorder=2)
+        ax.bar(
+            places + 0.2 * (2 * side - 1),
+            np.nan_to_num(chosen[:, side]),
+            0.38,
+            color=SERIES[side],
+            label=name,
+            zorder=2,
+        )
         if len(chosen) <= 16:
             _bar_numbers(ax, chosen[:, side], places + 0.2 * (2 * side - 1))
     ax.set_xticks(places, [str(layer) for layer in profile["layers"]])
     ax.margins(x=0.02, y=0.12)
-    ax.legend(frameon=False, labelcolor=INK, fontsize=9, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
+    ax.legend(
+        frameon=False,
+        labelcolor=INK,
+        fontsize=9,
+        ncols=2,
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        borderaxespad=0,
+    )
     ax.grid(visible=False, axis="x")
     return figure
 
@@ -154,7 +231,15 @@ def ranks_figure(profile: dict) -> Figure:
 def _bar_numbers(ax: Axes, heights: np.ndarray, places: np.ndarray) -> None:
     for x, height in zip(places, heights, strict=True):
         if np.isfinite(height):
-            ax.annotate(f"{height:g}", (x, height), (0, 3), textcoords="offset points", ha="center", fontsize=8, color=MUTED)
+            ax.annotate(
+                f"{height:g}",
+                (x, height),
+                (0, 3),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+                color=MUTED,
+            )
 
 
 def spectra_figure(profile: dict) -> Figure:

@@ -1,4 +1,6 @@
-"""Reading the rows of eviction policies: which belong on one line, what they keep per head, and their parameters in words."""
+"""Reading the rows of eviction policies: which belong on one line, what they keep per head, and their
+parameters in words.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,17 @@ def share(row: Row) -> float | None:
 
 
 def policy_lines(rows: Iterable[Row]) -> list[Line]:
-    """Rows with a share that differ in their budget alone, together; sorted, so that a policy looks the same in every section."""
+    """Rows with a share that differ in their budget alone, together; sorted, so that a policy looks the same
+    in every section.
+    """
     found: dict[str, list[Row]] = {}
     for row in filter(is_policy, rows):
         if share(row) is not None:
             found.setdefault(without_budget(row), []).append(row)
-    return [Line(label, sorted(group, key=lambda row: share(row) or 0.0)) for label, group in sorted(found.items())]
+    return [
+        Line(label, sorted(group, key=lambda row: share(row) or 0.0))
+        for label, group in sorted(found.items())
+    ]
 
 
 def without_budget(row: Row) -> str:
@@ -47,14 +54,22 @@ def without_budget(row: Row) -> str:
 
 
 def references(rows: Sequence[Row]) -> list[Row]:
-    """What policies are compared with: the full cache, packed integers, and the plans that some policy evicts on top of."""
+    """What policies are compared with: the full cache, packed integers, and the plans that some policy evicts
+    on top of.
+    """
     plans = {str(row.get("plan")) for row in rows if is_policy(row) and row.get("plan")}
     others = [row for row in rows if not is_policy(row) and share(row) is not None]
-    return [row for row in others if is_full(row) or (row.get("bits") and not row.get("method")) or str(row.get("plan")) in plans]
+    return [
+        row
+        for row in others
+        if is_full(row) or (row.get("bits") and not row.get("method")) or str(row.get("plan")) in plans
+    ]
 
 
 def kept_heads(row: Row) -> np.ndarray | None:
-    """Tokens kept after the prompt, (layers, KV heads). NaN where a layer has no such head or nothing was counted; None without a count."""
+    """Tokens kept after the prompt, (layers, KV heads). NaN where a layer has no such head or nothing was
+    counted; None without a count.
+    """
     value = row.get("kept_per_head")
     if not value or not heads_fit(value):
         return None
@@ -66,7 +81,9 @@ def kept_heads(row: Row) -> np.ndarray | None:
 
 
 def by_budget(rows: Iterable[Row]) -> dict[str | None, list[Row]]:
-    """Policy rows whose heads were counted, by the budget that was asked; in each, a policy stands at the same place."""
+    """Policy rows whose heads were counted, by the budget that was asked; in each, a policy stands at the
+    same place.
+    """
     found: dict[str | None, list[Row]] = {}
     for row in filter(is_policy, rows):
         if kept_heads(row) is not None:

@@ -18,8 +18,27 @@ from lowkey.core.types import LowkeyError
 FORMAT, KIND = 1, "result"
 REMEDY = "give a file that lowkey eval wrote, or a folder of them"
 NUMBERS = [
-    *("bits", "sinks", "recent", "perplexity", "perplexity_95", "perplexity_decode", "kl", "kl_95", "top1_agreement"),
-    *("layer_error", "layer_cosine", "exact_match", "recall_kept", "questions", "questions_right", "questions_of", "questions_kept"),
+    *(
+        "bits",
+        "sinks",
+        "recent",
+        "perplexity",
+        "perplexity_95",
+        "perplexity_decode",
+        "kl",
+        "kl_95",
+        "top1_agreement",
+    ),
+    *(
+        "layer_error",
+        "layer_cosine",
+        "exact_match",
+        "recall_kept",
+        "questions",
+        "questions_right",
+        "questions_of",
+        "questions_kept",
+    ),
     *("bytes_per_token", "bytes_held", "bytes_predicted", "bytes_full", "prefill_ms", "step_ms"),
 ]
 MOST_CELLS = 2**18  # layers x heads in one heat map
@@ -89,18 +108,26 @@ def _row_complaint(row: object) -> str | None:
     if not heads_fit(row.get("kept_per_head")):
         return "kept_per_head must be null or a list of lists of numbers or nulls, one list for each layer"
     profile = row.get("profile")
-    return None if profile is None or _profile_fits(profile) else "profile has parts whose lengths do not fit its layers and ranks"
+    return (
+        None
+        if profile is None or _profile_fits(profile)
+        else "profile has parts whose lengths do not fit its layers and ranks"
+    )
 
 
 def _is_number(value: object) -> bool:
-    """A number, null, or what JSON from Python holds for an infinite one; a finite number too large to draw is none."""
+    """A number, null, or what JSON from Python holds for an infinite one; a finite number too large to draw
+    is none.
+    """
     if value is None or isinstance(value, bool) or not isinstance(value, int | float):
         return value is None
     return abs(value) < 1e100 or (isinstance(value, float) and not math.isfinite(value))
 
 
 def heads_fit(value: object) -> bool:
-    """Null, or numbers and nulls per layer; layers may differ in length, but not so far that a map of them would fill the memory."""
+    """Null, or numbers and nulls per layer; layers may differ in length, but not so far that a map of them
+    would fill the memory.
+    """
     if value is None or not isinstance(value, list) or not all(isinstance(layer, list) for layer in value):
         return value is None
     cells = len(value) * max(map(len, value), default=0)
@@ -138,7 +165,9 @@ def _check_shape(value: Any, shape: tuple[int, ...]) -> None:
 
 
 def measured(row: Row, key: str) -> float | None:
-    """The number under `key`, or None where nothing finite was measured; one so small that quotients overflow counts as 0."""
+    """The number under `key`, or None where nothing finite was measured; one so small that quotients overflow
+    counts as 0.
+    """
     value = row.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
@@ -178,15 +207,24 @@ def _labelled(rows: list[Row]) -> list[Row]:
     """Every row with a label of its own: what tells it from the others, or else its run."""
     if len({row["run"] for row in rows}) == 1:
         return [{**row, "label": row["name"]} for row in rows]
-    labels = told_apart([str(row.get("short") or row["name"]) for row in rows], [marks_of(row) for row in rows])
+    labels = told_apart(
+        [str(row.get("short") or row["name"]) for row in rows], [marks_of(row) for row in rows]
+    )
     count = Counter(labels)
-    return [{**row, "label": f"{x} (run {row['run']})" if count[x] > 1 else x} for x, row in zip(labels, rows, strict=True)]
+    return [
+        {**row, "label": f"{x} (run {row['run']})" if count[x] > 1 else x}
+        for x, row in zip(labels, rows, strict=True)
+    ]
 
 
 def marks_of(row: Row) -> dict[str, str]:
     """Of a row that says them; a file may say anything."""
     found = row.get("marks")
-    return {key: value for key, value in found.items() if isinstance(value, str)} if isinstance(found, dict) else {}
+    return (
+        {key: value for key, value in found.items() if isinstance(value, str)}
+        if isinstance(found, dict)
+        else {}
+    )
 
 
 def _bytes_or_last(row: Row) -> float:

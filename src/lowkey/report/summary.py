@@ -9,11 +9,22 @@ NEAR = 0.05  # a perplexity this much above the full cache's still counts as nea
 
 
 def summary(rows: list[Row]) -> str:
-    """The smallest row that stays near the full cache's perplexity (its recall where there is none), or the closest one, or why not."""
+    """The smallest row that stays near the full cache's perplexity (its recall where there is none), or the
+    closest one, or why not.
+    """
     full = full_row(rows)
-    if full is not None and not measured(full, "perplexity") and _recalls(full) and measured(full, "bytes_per_token"):
+    if (
+        full is not None
+        and not measured(full, "perplexity")
+        and _recalls(full)
+        and measured(full, "bytes_per_token")
+    ):
         return _recall_summary(rows, full)
-    others = [row for row in rows if not is_full(row) and measured(row, "perplexity") and measured(row, "bytes_per_token")]
+    others = [
+        row
+        for row in rows
+        if not is_full(row) and measured(row, "perplexity") and measured(row, "bytes_per_token")
+    ]
     if full is None or not measured(full, "perplexity") or not measured(full, "bytes_per_token"):
         return f"{_count(rows)}, without a full cache to compare perplexity and bytes with."
     if not others:
@@ -26,11 +37,19 @@ def summary(rows: list[Row]) -> str:
 
 
 def _recall_summary(rows: list[Row], full: Row) -> str:
-    others = [row for row in rows if not is_full(row) and measured(row, "exact_match") is not None and measured(row, "bytes_per_token")]
+    others = [
+        row
+        for row in rows
+        if not is_full(row) and measured(row, "exact_match") is not None and measured(row, "bytes_per_token")
+    ]
     if not others:
         return f"{_count(rows)}; no compressed row has both its recall and its bytes."
     near = [row for row in others if _value(row, "exact_match") >= _value(full, "exact_match") - NEAR]
-    best = min(near, key=_size) if near else max(others, key=lambda row: (_value(row, "exact_match"), -_size(row)))
+    best = (
+        min(near, key=_size)
+        if near
+        else max(others, key=lambda row: (_value(row, "exact_match"), -_size(row)))
+    )
     points = f"within {100 * NEAR:g} points of the full recall"
     said = f"The smallest cache {points} is" if near else f"No row stays {points}; the closest is"
     return f"{said} {_held(best, full)}{_recall(best, full)}."
@@ -39,7 +58,11 @@ def _recall_summary(rows: list[Row], full: Row) -> str:
 def held_differs(rows: list[Row]) -> list[str]:
     """Names of rows whose cache holds other than what was predicted: their bytes cannot be trusted."""
     pairs = [(row, measured(row, "bytes_held"), measured(row, "bytes_predicted")) for row in rows]
-    return [str(row["label"]) for row, held, predicted in pairs if held is not None and predicted is not None and held != predicted]
+    return [
+        str(row["label"])
+        for row, held, predicted in pairs
+        if held is not None and predicted is not None and held != predicted
+    ]
 
 
 def _compared(row: Row, full: Row) -> str:
@@ -56,7 +79,11 @@ def _held(row: Row, full: Row) -> str:
 
 def _recall(row: Row, full: Row) -> str:
     mine, theirs = measured(row, "exact_match"), _recalls(full)
-    return "" if mine is None or theirs is None else f" at recall {format_percent(mine)} against {format_percent(theirs)}"
+    return (
+        ""
+        if mine is None or theirs is None
+        else f" at recall {format_percent(mine)} against {format_percent(theirs)}"
+    )
 
 
 def _recalls(full: Row) -> float | None:

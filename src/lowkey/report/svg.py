@@ -12,7 +12,9 @@ from matplotlib.figure import Figure
 
 from lowkey.report.drawing import INK, MUTED, RULE, SERIES, SURFACE
 
-VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", SURFACE: "--surface"} | {c: f"--series-{i}" for i, c in enumerate(SERIES)}
+VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", SURFACE: "--surface"} | {
+    c: f"--series-{i}" for i, c in enumerate(SERIES)
+}
 
 
 def inline_svg(figure: Figure, prefix: str, label: str) -> str:
@@ -20,7 +22,8 @@ def inline_svg(figure: Figure, prefix: str, label: str) -> str:
     raw = _draw(figure, prefix)
     body = raw[raw.index("<svg") :]
     body = re.sub(r"<(metadata|style)\b.*?</\1>", "", body, flags=re.DOTALL)
-    # Only inside tags: a row's name is text, and may well contain something that looks like an id or a colour.
+    # Only inside tags: a row's name is text, and may well contain something that looks like an id or a
+    # colour.
     body = re.sub(r"<[^>]+>", lambda tag: _adapt(tag[0], prefix), body)
     head = f'<svg role="img" aria-label="{html.escape(label)}" viewBox="{_view_box(raw)}"'
     return re.sub(r"<svg\b[^>]*", lambda _: head, body, count=1)
@@ -43,8 +46,16 @@ def _view_box(svg: str) -> str:
 
 def _adapt(tag: str, prefix: str) -> str:
     # An image's id is made of its content, so equal heat maps would share it; nothing refers to it.
-    tag = re.sub(r'\bid="[^"]*"', "", tag) if tag.startswith("<image") else re.sub(r'\bid="', f'id="{prefix}-', tag)
-    tag = tag.replace('href="#', f'href="#{prefix}-').replace("url(#", f"url(#{prefix}-").replace("xlink:href", "href")
+    tag = (
+        re.sub(r'\bid="[^"]*"', "", tag)
+        if tag.startswith("<image")
+        else re.sub(r'\bid="', f'id="{prefix}-', tag)
+    )
+    tag = (
+        tag.replace('href="#', f'href="#{prefix}-')
+        .replace("url(#", f"url(#{prefix}-")
+        .replace("xlink:href", "href")
+    )
     for colour, variable in VARIABLES.items():
         tag = tag.replace(colour, f"var({variable})")
     return tag

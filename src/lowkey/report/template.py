@@ -1,4 +1,6 @@
-"""The page around the numbers: one file, no script, no network. `$names` are filled in by page.py with escaped text."""
+"""The page around the numbers: one file, no script, no network. `$names` are filled in by page.py with
+escaped text.
+"""
 
 from __future__ import annotations
 
@@ -112,8 +114,12 @@ p.guide { max-width: 52rem; margin: 0 0 1rem; }
 """
 
 GUIDE = (
-    "Every row is one cache, measured on the same model and text as the full cache above it. A dash means that the number was not "
-    "measured; a column that no row measured is left out. In the plots, left is smaller and the dashed line is the full cache (its KL "
-    "of 0 has no place on a log scale). In heat maps of errors one cell is one pair of ranks, darker is a smaller error, and the white "
-    "dot is the pair that was chosen; in those of kept tokens one cell is one KV head of one layer, and brighter is more."
+    "Every row is one cache, measured on the same model and text as the full cache above it. A dash means "
+    "that the number was not "
+    "measured; a column that no row measured is left out. In the plots, left is smaller and the dashed line "
+    "is the full cache (its KL "
+    "of 0 has no place on a log scale). In heat maps of errors one cell is one pair of ranks, darker is a "
+    "smaller error, and the white "
+    "dot is the pair that was chosen; in those of kept tokens one cell is one KV head of one layer, and "
+    "brighter is more."
 )

@@ -18,13 +18,14 @@ from lowkey.storage.undoing import UndoableLayer, storage_bytes
 class StoringLayer(UndoableLayer):
     """A layer that stores in its own form and attends itself; `seen` counts tokens seen, not kept.
 
-    exact_prefill: a chunk of several tokens sees its own keys exactly and is compressed afterwards (decode-only
-    compression); otherwise it sees what will be stored (compression everywhere).
+    exact_prefill: a chunk of several tokens sees its own keys exactly and is compressed afterwards
+    (decode-only compression); otherwise it sees what will be stored (compression everywhere).
     """
 
     is_sliding = False
     dtype: torch.dtype  # of the keys that came first
-    numbers: ClassVar[tuple[str, ...]] = ("seen", "exact_prefill")  # what a saved layer needs beside its tensors
+    # what a saved layer needs beside its tensors
+    numbers: ClassVar[tuple[str, ...]] = ("seen", "exact_prefill")
 
     def __init__(self, exact_prefill: bool = False) -> None:
         super().__init__()
@@ -41,7 +42,9 @@ class StoringLayer(UndoableLayer):
     def nbytes(self) -> int:
         return storage_bytes(self.tensors().values())
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Incoming, Incoming]:  # type: ignore[override]
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Incoming, Incoming]:  # type: ignore[override]
         key_states, value_states = as_cast(key_states), as_cast(value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -98,7 +101,9 @@ class StoringLayer(UndoableLayer):
         self.pick(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise LowkeyError("crop on a compressed cache is not supported; turn off assisted generation or use a stock cache")
+        raise LowkeyError(
+            "crop on a compressed cache is not supported; turn off assisted generation or use a stock cache"
+        )
 
     def offload(self) -> None:
         self.map_tensors(lambda t: t.to("cpu", non_blocking=True))
@@ -110,14 +115,17 @@ class StoringLayer(UndoableLayer):
 class StockLayer(UndoableLayer, DynamicLayer):
     """transformers' own full cache layer, with byte counts."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         if self.tensors():
             self.check_fits(key_states, len(self.keys), self.keys.dtype)  # type: ignore[arg-type, union-attr]
         return super().update(key_states, value_states, *args, **kwargs)
 
     def tensors(self) -> dict[str, Tensor]:
         held = {"keys": self.keys, "values": self.values}
-        return {name: t for name, t in held.items() if t is not None and t.ndim == 4}  # upstream's empty ones have one dimension
+        # upstream's empty ones have one dimension
+        return {name: t for name, t in held.items() if t is not None and t.ndim == 4}
 
     def growing(self) -> dict[str, int]:
         return dict.fromkeys(self.tensors(), 2)
@@ -146,13 +154,16 @@ class StockLayer(UndoableLayer, DynamicLayer):
         return self._dense_bytes(super().get_seq_length())
 
     def _dense_bytes(self, tokens: int) -> int:
-        return sum(len(t) * t.shape[1] * tokens * t.shape[3] * t.element_size() for t in self.tensors().values())
+        return sum(
+            len(t) * t.shape[1] * tokens * t.shape[3] * t.element_size() for t in self.tensors().values()
+        )
 
 
 class StockSlidingLayer(StockLayer, DynamicSlidingWindowLayer):
     """transformers' own sliding layer, with byte counts; a prompt longer than the window is really let go.
 
-    looking: so many tokens at the end of each chunk are seen by that chunk and then forgotten, as in evicting layers beside it.
+    looking: so many tokens at the end of each chunk are seen by that chunk and then forgotten, as in evicting
+    layers beside it.
     """
 
     looking = 0
@@ -164,13 +175,16 @@ class StockSlidingLayer(StockLayer, DynamicSlidingWindowLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         DynamicLayer.lazy_initialization(self, key_states, value_states)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         full = super().update(key_states, value_states, *args, **kwargs)
         if self.record_past:
             return full  # `crop` will cut it
         stop = full[0].shape[2] - self.looking
         window = slice(max(0, stop - (self.sliding_window - 1)), stop)
-        self.keys, self.values = (x[:, :, window].clone() for x in full)  # upstream keeps views of the whole prompt
+        # upstream keeps views of the whole prompt
+        self.keys, self.values = (x[:, :, window].clone() for x in full)
         self.cumulative_length -= self.looking
         return full
 
@@ -182,7 +196,11 @@ class StockSlidingLayer(StockLayer, DynamicSlidingWindowLayer):
         self.looking = 0
 
     def predicted_nbytes(self) -> int:
-        kept = DynamicLayer.get_seq_length(self) if self.record_past else min(self.cumulative_length, self.sliding_window - 1)
+        kept = (
+            DynamicLayer.get_seq_length(self)
+            if self.record_past
+            else min(self.cumulative_length, self.sliding_window - 1)
+        )
         return self._dense_bytes(kept)
 
 

@@ -1,6 +1,8 @@
-"""Every token keeps a rank of its own, which a small gate gives it: one bucket of rows for each level of rank (arXiv:2603.04411).
+"""Every token keeps a rank of its own, which a small gate gives it: one bucket of rows for each level of rank
+(arXiv:2603.04411).
 
-Of the paper only the abstract is known: a learnt gate gives each token a compression rate. Levels, gate and storage are our own.
+Of the paper only the abstract is known: a learnt gate gives each token a compression rate. Levels, gate and
+storage are our own.
 """
 
 from __future__ import annotations
@@ -26,9 +28,11 @@ LARGE = 8.0  # a coordinate so many times its root mean square says no more than
 
 @dataclass(frozen=True)
 class Gate:
-    """One hidden layer over the coordinates of a token's keys and values, all heads, each over its root mean square.
+    """One hidden layer over the coordinates of a token's keys and values, all heads, each over its root mean
+    square.
 
-    scale (2 h, d): one over that; hidden (2 h d, m), hidden_bias (m), out (m, n), out_bias (n), for n levels of rank.
+    scale (2 h, d): one over that; hidden (2 h d, m), hidden_bias (m), out (m, n), out_bias (n), for n levels
+    of rank.
     """
 
     scale: Tensor
@@ -49,9 +53,11 @@ class Gate:
 
 @dataclass(frozen=True)
 class Bucket:
-    """The tokens of one level: keys and values (h n, r), sequence after sequence, in each of them head after head.
+    """The tokens of one level: keys and values (h n, r), sequence after sequence, in each of them head after
+    head.
 
-    starts (b + 1): where each sequence's tokens begin among n; where (n), their positions, if the layout needs them, else (0).
+    starts (b + 1): where each sequence's tokens begin among n; where (n), their positions, if the layout
+    needs them, else (0).
     """
 
     keys: Tensor
@@ -62,8 +68,14 @@ class Bucket:
     def joined(self, more: Bucket, heads: int) -> Bucket:
         """Every sequence with more tokens behind it."""
         rows, new = self.rows(heads), more.rows(heads)
-        keys, values = (joined(a, rows, b, new) for a, b in ((self.keys, more.keys), (self.values, more.values)))
-        where = joined(self.where, self.starts, more.where, more.starts) if len(self.where) + len(more.where) else self.where
+        keys, values = (
+            joined(a, rows, b, new) for a, b in ((self.keys, more.keys), (self.values, more.values))
+        )
+        where = (
+            joined(self.where, self.starts, more.where, more.starts)
+            if len(self.where) + len(more.where)
+            else self.where
+        )
         return Bucket(keys, values, self.starts + more.starts, where)
 
     def picked(self, sequences: Tensor, rows: Tensor, heads: int) -> Bucket:
@@ -100,10 +112,12 @@ def joined(flat: Tensor, starts: Tensor, more: Tensor, more_starts: Tensor) -> T
 
 
 class BucketedLayer(RaggedLayer):
-    """codecs: the same maps cut at each level of rank, the widest first; gate: which of them a token takes, in all heads of the layer.
+    """codecs: the same maps cut at each level of rank, the widest first; gate: which of them a token takes,
+    in all heads of the layer.
 
-    A query meets the tokens of its own chunk densely, as they will be stored or, under exact prefill, as they are; older ones bucket by
-    bucket. The parts are merged by log-sum-exp. Padding takes no slot. counts: tokens held at each level, over the batch.
+    A query meets the tokens of its own chunk densely, as they will be stored or, under exact prefill, as they
+    are; older ones bucket by bucket. The parts are merged by log-sum-exp. Padding takes no slot. counts:
+    tokens held at each level, over the batch.
     """
 
     def __init__(self, codecs: Sequence[LowRank], gate: Gate, exact_prefill: bool = False) -> None:
@@ -117,10 +131,17 @@ class BucketedLayer(RaggedLayer):
         self.device, self.size = key_states.device, key_states.element_size()
         self.codecs, self.gate = [c.like(key_states) for c in self.codecs], self.gate.to(self.device)
         self.begin(b)
-        nowhere, none = (torch.zeros(n, dtype=t, device=self.device) for n, t in ((0, torch.int32), (b + 1, torch.long)))
+        nowhere, none = (
+            torch.zeros(n, dtype=t, device=self.device) for n, t in ((0, torch.int32), (b + 1, torch.long))
+        )
         for codec in self.codecs:
             keys, values = codec.encode(key_states[:, :, :0], value_states[:, :, :0], self.positions(0, 0))
-            empty = Bucket(keys.new_empty(0, keys.shape[-1]), values.new_empty(0, values.shape[-1]), none.clone(), nowhere)
+            empty = Bucket(
+                keys.new_empty(0, keys.shape[-1]),
+                values.new_empty(0, values.shape[-1]),
+                none.clone(),
+                nowhere,
+            )
             self.buckets = [*self.buckets, empty]
         self.is_initialized = True
 
@@ -133,7 +154,10 @@ class BucketedLayer(RaggedLayer):
             return 0
         batch, placed = len(self.offset), 4 * self._needs_positions
         widths = [sum(codec.factors.ranks) for codec in self.codecs]
-        kept = sum(n * (self.heads * width * self.size + placed) for n, width in zip(self.counts, widths, strict=True))
+        kept = sum(
+            n * (self.heads * width * self.size + placed)
+            for n, width in zip(self.counts, widths, strict=True)
+        )
         return kept + 8 * (len(self.codecs) * (batch + 1) + 2 * batch)
 
     @property
@@ -162,7 +186,9 @@ class BucketedLayer(RaggedLayer):
             if count:
                 query, starts = codec.query(call.query), bucket.rows(self.heads)
                 keys = codec.readable_rows(bucket.keys, bucket.positions(self.heads), starts, self.heads)
-                out, lse = ragged(query.flatten(2, 3).flatten(0, 1), keys, bucket.values, starts, call.scaling, call.softcap)
+                out, lse = ragged(
+                    query.flatten(2, 3).flatten(0, 1), keys, bucket.values, starts, call.scaling, call.softcap
+                )
                 shape = query.shape[:4]
                 yield codec.out(out.view(*shape, -1)), lse.view(shape)
 
@@ -172,17 +198,29 @@ class BucketedLayer(RaggedLayer):
         mask = None if mask is None else mask[..., self.seen - keys.shape[2] :]
         return grouped.partial([Segment(call.query, keys, values, mask)], call.scaling, call.softcap)
 
-    def _as_read(self, keys: Tensor, values: Tensor, levels: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (b, h, t, d) of a chunk, each token rebuilt from as many coordinates as it will keep."""
-        widest, ranks = self.codecs[0], torch.tensor([c.factors.ranks for c in self.codecs], device=levels.device)
-        kept = [torch.arange(x.shape[-1], device=levels.device) < r[levels, None] for x, r in zip((keys, values), ranks.T, strict=True)]
+    def _as_read(
+        self, keys: Tensor, values: Tensor, levels: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values (b, h, t, d) of a chunk, each token rebuilt from as many coordinates as it will
+        keep.
+        """
+        widest, ranks = (
+            self.codecs[0],
+            torch.tensor([c.factors.ranks for c in self.codecs], device=levels.device),
+        )
+        kept = [
+            torch.arange(x.shape[-1], device=levels.device) < r[levels, None]
+            for x, r in zip((keys, values), ranks.T, strict=True)
+        ]
         keys, values = (x * k.unsqueeze(1) for x, k in zip((keys, values), kept, strict=True))
         return widest.keys(widest.readable(keys, positions.unsqueeze(1))), widest.values(values)
 
     # -- storing
 
     def _store(self, keys: Tensor, values: Tensor, levels: Tensor, positions: Tensor) -> None:
-        """keys, values (b, h, t, d): coordinates of which each level keeps the first; levels (b, t), -1 for padding."""
+        """keys, values (b, h, t, d): coordinates of which each level keeps the first; levels (b, t), -1 for
+        padding.
+        """
         grown, counts = list(self.buckets), list(self.counts)
         for i, codec in enumerate(self.codecs):
             chosen = levels == i
@@ -198,7 +236,9 @@ class BucketedLayer(RaggedLayer):
     # -- moving
 
     def map_tensors(self, f: Callable[[Tensor], Tensor]) -> None:
-        self.buckets = [replace(bucket, **{name: f(t) for name, t in vars(bucket).items()}) for bucket in self.buckets]
+        self.buckets = [
+            replace(bucket, **{name: f(t) for name, t in vars(bucket).items()}) for bucket in self.buckets
+        ]
         self.offset, self.first = f(self.offset), f(self.first)
 
     def pick(self, choose: Callable[[Tensor], Tensor]) -> None:

@@ -17,14 +17,18 @@ from lowkey.ops.rope import rotate, unrotate
 
 
 class Codec(Protocol):
-    """encode: keys and values (b, h, t, d) at positions (b, t) -> stored forms (b, G, t, r), G = h unless heads are merged.
-    readable: stored keys (b, h, s, r) at positions (b, h|1, s) -> what queries are scored against; readable_rows: the same for keys
-    (n, r) of rows of different length, given each one's position (n), where rows start (b h + 1), and h.
+    """encode: keys and values (b, h, t, d) at positions (b, t) -> stored forms (b, G, t, r), G = h unless
+    heads are merged.
+    readable: stored keys (b, h, s, r) at positions (b, h|1, s) -> what queries are scored against;
+    readable_rows: the same for keys (n, r) of rows of different length, given each one's position (n), where
+    rows start (b h + 1), and h.
     query, out: (b, h, g, t, d) to and from the stored basis.
-    keys, values: readable keys and stored values -> (b, h, s, d) as the model made them, as nearly as is known.
-    segment: stored keys (b, G, s, r) at positions (b, s) and values, ready to be attended to by queries (b, h, g, t, d) at (b, t); with
-    `expand` the query as it is meets keys and values as the model made them, where the form allows it, so that exact ones can join them.
-    order (h): the KV heads in the order in which all of this expects them, or None for their own.
+    keys, values: readable keys and stored values -> (b, h, s, d) as the model made them, as nearly as is
+    known.
+    segment: stored keys (b, G, s, r) at positions (b, s) and values, ready to be attended to by queries (b,
+    h, g, t, d) at (b, t); with `expand` the query as it is meets keys and values as the model made them,
+    where the form allows it, so that exact ones can join them. order (h): the KV heads in the order in which
+    all of this expects them, or None for their own.
     """
 
     @property
@@ -37,7 +41,9 @@ class Codec(Protocol):
     def out(self, out: Tensor) -> Tensor: ...
     def keys(self, readable: Tensor) -> Tensor: ...
     def values(self, stored: Tensor) -> Tensor: ...
-    def segment(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, at: Tensor, expand: bool = False) -> Segment: ...
+    def segment(
+        self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, at: Tensor, expand: bool = False
+    ) -> Segment: ...
     def like(self, states: Tensor) -> Codec: ...
 
 
@@ -68,7 +74,9 @@ class Plain:
     def values(self, stored: Tensor) -> Tensor:
         return stored
 
-    def segment(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, at: Tensor, expand: bool = False) -> Segment:
+    def segment(
+        self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, at: Tensor, expand: bool = False
+    ) -> Segment:
         return Segment(query, keys, values)
 
     def like(self, states: Tensor) -> Plain:
@@ -79,10 +87,12 @@ class Plain:
 class LowRank:
     """Keys in rank r_K, values in rank r_V, of each head or of several heads together.
 
-    `post_rope`: rotated keys are projected and the query is carried into their basis; nothing is expanded back, unless that is cheaper.
-    `pre_rope`: keys are stored unrotated, and expanded and rotated at their own positions when read (arXiv:2408.05646, whose published
-    decoding rotates the whole history at the current position).
-    absorb: always carry the query (True), always expand (False), or whatever takes fewer products (None); the numbers are the same.
+    `post_rope`: rotated keys are projected and the query is carried into their basis; nothing is expanded
+    back, unless that is cheaper. `pre_rope`: keys are stored unrotated, and expanded and rotated at their own
+    positions when read (arXiv:2408.05646, whose published decoding rotates the whole history at the current
+    position).
+    absorb: always carry the query (True), always expand (False), or whatever takes fewer products (None); the
+    numbers are the same.
     """
 
     factors: Factors
@@ -97,13 +107,17 @@ class LowRank:
     def encode(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         f = self.factors
         if f.frequencies is not None:
-            return self._turned(keys, f.k_down, positions, f.frequencies), merged(_less(values, f.v_mean), f.v_down)
+            return self._turned(keys, f.k_down, positions, f.frequencies), merged(
+                _less(values, f.v_mean), f.v_down
+            )
         if self.layout == "pre_rope":
             cos, sin = self.rope(positions, keys)
             keys = unrotate(keys.float(), cos, sin).to(keys.dtype)
         return merged(_less(keys, f.k_mean), f.k_down), merged(_less(values, f.v_mean), f.v_down)
 
-    def segment(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, at: Tensor, expand: bool = False) -> Segment:
+    def segment(
+        self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, at: Tensor, expand: bool = False
+    ) -> Segment:
         if (frequencies := self.factors.frequencies) is not None:
             query = self._turned(query, self.factors.k_up.mT.unsqueeze(1), at, frequencies)
         elif self.layout == "post_rope" and not expand and self._carries(query, keys):
@@ -118,13 +132,17 @@ class LowRank:
         return Segment(query, keys, values, None, up)
 
     def _turned(self, x: Tensor, into: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
-        """Rotated keys (b, h, t, d) or queries (b, h, g, t, d) at positions (b, t) -> the stored basis, rotated by its own frequencies."""
+        """Rotated keys (b, h, t, d) or queries (b, h, g, t, d) at positions (b, t) -> the stored basis,
+        rotated by its own frequencies.
+        """
         cos, sin = self.rope(positions, x)
         angle = (positions.unsqueeze(-1) * frequencies).float().repeat(1, 1, 2).unsqueeze(1)
         if x.ndim == 5:
             cos, sin, angle = cos.unsqueeze(1), sin.unsqueeze(1), angle.unsqueeze(1)
         scale = (cos.square() + sin.square())[..., :1].sqrt()  # some rotary embeddings also stretch
-        return rotate(unrotate(x.float(), cos, sin) @ into.float(), angle.cos() * scale, angle.sin() * scale).to(x.dtype)
+        return rotate(
+            unrotate(x.float(), cos, sin) @ into.float(), angle.cos() * scale, angle.sin() * scale
+        ).to(x.dtype)
 
     def _carries(self, query: Tensor, stored: Tensor) -> bool:
         """Whether so many queries are cheaper to answer in the stored basis than over expanded heads."""
@@ -135,7 +153,9 @@ class LowRank:
         return queries * width * (s + d) <= s * d * (width + queries)
 
     def _carried(self, query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries (b, G, H/G, t, r) for stored keys (b, G, s, r); a mean adds a channel, which all keys share."""
+        """Queries (b, G, H/G, t, r) for stored keys (b, G, s, r); a mean adds a channel, which all keys
+        share.
+        """
         inside, mean = self.query(query), self.factors.k_mean
         if mean is not None:
             inside = torch.cat([inside, query @ mean[:, None, :, None]], -1)
@@ -153,7 +173,9 @@ class LowRank:
     def readable(self, stored: Tensor, positions: Tensor) -> Tensor:
         if self.layout == "post_rope":
             return stored
-        cos, sin = (x.squeeze(1).unflatten(0, positions.shape[:2]) for x in self.rope(positions.flatten(0, 1), stored))
+        cos, sin = (
+            x.squeeze(1).unflatten(0, positions.shape[:2]) for x in self.rope(positions.flatten(0, 1), stored)
+        )
         return rotate((stored @ self.factors.k_up).float(), cos, sin).to(stored.dtype)
 
     def readable_rows(self, stored: Tensor, positions: Tensor, starts: Tensor, heads: int) -> Tensor:

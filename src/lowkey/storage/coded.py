@@ -1,4 +1,6 @@
-"""Every token in the form that a codec gives it, plain or low rank, in full precision or in packed integers; with optional exact tokens."""
+"""Every token in the form that a codec gives it, plain or low rank, in full precision or in packed integers;
+with optional exact tokens.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +24,18 @@ EMPTY = 2**31 - 1  # the index of a sink slot that no token has taken
 
 
 class CodedLayer(PlacedLayer):
-    """Stored forms of all tokens but the last `recent` (and up to a block more, where keys are packed in blocks of tokens); sinks are
-    held once more, exactly.
+    """Stored forms of all tokens but the last `recent` (and up to a block more, where keys are packed in
+    blocks of tokens); sinks are held once more, exactly.
 
-    Blocks begin at each row's first real token, so that padding changes no scale and nothing that a query sees. Only what all rows
-    have ready is stored: when rows differ in length, some hold up to one block more as it was, and show it as it will be.
+    Blocks begin at each row's first real token, so that padding changes no scale and nothing that a query
+    sees. Only what all rows have ready is stored: when rows differ in length, some hold up to one block more
+    as it was, and show it as it will be.
 
-    Held: what the packings of keys and values hold; recent_k, recent_v (b, h, recent, d);
-    sink_k, sink_v (b, h, sinks, d); sink_at (b, sinks), the index of the token in each slot; offset and first, as in any
-    `PlacedLayer`; with `counts`, also ended (b, 1), the index behind each row's last real token, 0 while there is
-    none. points: they say what a sink is; without them a row's first real tokens are its sinks. counts: whether the numbers that a query
-    sees depend on how many tokens came since.
+    Held: what the packings of keys and values hold; recent_k, recent_v (b, h, recent, d); sink_k, sink_v (b,
+    h, sinks, d); sink_at (b, sinks), the index of the token in each slot; offset and first, as in any
+    `PlacedLayer`; with `counts`, also ended (b, 1), the index behind each row's last real token, 0 while
+    there is none. points: they say what a sink is; without them a row's first real tokens are its sinks.
+    counts: whether the numbers that a query sees depend on how many tokens came since.
     """
 
     def __init__(
@@ -46,7 +49,8 @@ class CodedLayer(PlacedLayer):
         self.codec, self.exact, self.points = codec, exact or Exact(), points
         self.packing = dict(zip(("keys", "values"), packing or (Whole(), Whole()), strict=True))
         self.block = max(p.block for p in self.packing.values())
-        same = (self.codec, *self.packing.values()) == (Plain(), Whole(), Whole())  # recent or stored, it is the token as it came
+        # recent or stored, it is the token as it came
+        same = (self.codec, *self.packing.values()) == (Plain(), Whole(), Whole())
         self.counts = self.block > 1 or (self.exact.recent > 0 and not same)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -59,7 +63,9 @@ class CodedLayer(PlacedLayer):
         self.begin(b)
         if self.counts:
             self.ended = torch.zeros_like(self.first)
-        none = self.codec.encode(self._grouped(self.recent_k), self._grouped(self.recent_v), self.positions(0, 0))
+        none = self.codec.encode(
+            self._grouped(self.recent_k), self._grouped(self.recent_v), self.positions(0, 0)
+        )
         self.shapes = {name: (x.shape[1], x.shape[3]) for name, x in zip(self.packing, none, strict=True)}
         for name, x in zip(self.packing, none, strict=True):
             self._put(name, self.packing[name].pack(x))
@@ -67,7 +73,17 @@ class CodedLayer(PlacedLayer):
 
     def tensors(self) -> dict[str, Tensor]:
         stored = [attribute for name in self.packing for attribute in self._attributes(name)]
-        names = (*stored, "recent_k", "recent_v", "sink_k", "sink_v", "sink_at", "offset", "first", *(("ended",) if self.counts else ()))
+        names = (
+            *stored,
+            "recent_k",
+            "recent_v",
+            "sink_k",
+            "sink_v",
+            "sink_at",
+            "offset",
+            "first",
+            *(("ended",) if self.counts else ()),
+        )
         return {name: getattr(self, name) for name in names} if self.is_initialized else {}
 
     def growing(self) -> dict[str, int]:
@@ -80,8 +96,13 @@ class CodedLayer(PlacedLayer):
         b, h, _, d = self.recent_k.shape
         size, (stored, _) = self.recent_k.element_size(), self._ready()
         near = (self.seen - stored + self.exact.sinks) * 2 * d * h * size
-        kept = sum(heads * self.packing[name].nbytes(stored, width, size) for name, (heads, width) in self.shapes.items())
-        indices = (3 if self.counts else 2) * self.offset.element_size() + self.exact.sinks * self.sink_at.element_size()
+        kept = sum(
+            heads * self.packing[name].nbytes(stored, width, size)
+            for name, (heads, width) in self.shapes.items()
+        )
+        indices = (
+            3 if self.counts else 2
+        ) * self.offset.element_size() + self.exact.sinks * self.sink_at.element_size()
         return b * (kept + near + indices)
 
     def attend(self, keys: Tensor, values: Tensor, call: Call) -> Tensor:
@@ -112,30 +133,42 @@ class CodedLayer(PlacedLayer):
     # -- which tokens are stored
 
     def check_mask(self, call: Call, start: int, real: Tensor, first: Tensor) -> None:
-        """The recent window and the blocks count a row's tokens from its first real one on, so that a row may end in padding but not go on
-        behind it; some of what comes before it is in no block."""
+        """The recent window and the blocks count a row's tokens from its first real one on, so that a row may
+        end in padding but not go on behind it; some of what comes before it is in no block."""
         if not self.counts:
             return
         tokens = torch.arange(self.seen, device=first.device)
-        follows = (self.ended == start) | (first >= start)  # nothing lies between a row's tokens and the new ones
+        # nothing lies between a row's tokens and the new ones
+        follows = (self.ended == start) | (first >= start)
         within = (tokens[start:] >= first) & (tokens[start:] < _ended(real, self.seen, self.ended))
         if bool((real.any(1, keepdim=True) & ~follows).any()) or bool((real != within).any()):
             raise LowkeyError(
-                "attention_mask: a row goes on behind padding, which a recent window or blocks of tokens (kivi) would count; pad on the "
+                "attention_mask: a row goes on behind padding, which a recent window or blocks of tokens "
+                "(kivi) would count; pad on the "
                 "left, or give rows of uneven turns a cache each"
             )
         hidden = tokens[:start] < first
-        if self.block > 1 and start and bool((hidden if call.mask is None else hidden & call.mask[:, :, :start].any(1)).any()):
-            raise LowkeyError("attention_mask: shows tokens that were padding when they came; repeat the earlier mask")
+        if (
+            self.block > 1
+            and start
+            and bool((hidden if call.mask is None else hidden & call.mask[:, :, :start].any(1)).any())
+        ):
+            raise LowkeyError(
+                "attention_mask: shows tokens that were padding when they came; repeat the earlier mask"
+            )
 
     def _shift(self) -> Tensor:
-        """(b|1, 1): at which index each row begins to be cut into blocks; before its first real token, the last that it may be."""
+        """(b|1, 1): at which index each row begins to be cut into blocks; before its first real token, the
+        last that it may be.
+        """
         if self.block == 1:
             return self.first.new_zeros(1, 1)
         return torch.where(self.first < self.seen, self.first % self.block, self.block - 1)
 
     def _left(self, seen: Tensor) -> Tensor:
-        """(b|1, n): how many tokens of each row, from its shift on, have left the recent window when `seen` (n) were seen: whole blocks."""
+        """(b|1, n): how many tokens of each row, from its shift on, have left the recent window when `seen`
+        (n) were seen: whole blocks.
+        """
         return (seen - self._shift() - self.exact.recent).clamp_min(0) // self.block * self.block
 
     def _ready(self) -> tuple[int, int]:
@@ -146,7 +179,9 @@ class CodedLayer(PlacedLayer):
         return int(left.min()), int(left.max())
 
     def _slots(self, start: int, stop: int) -> Tensor:
-        """(b|1, n): the indices of the tokens start to stop of each row, counted from its shift, as they are stored."""
+        """(b|1, n): the indices of the tokens start to stop of each row, counted from its shift, as they are
+        stored.
+        """
         return torch.arange(start, stop, device=self.first.device) + self._shift()
 
     # -- writing
@@ -157,16 +192,23 @@ class CodedLayer(PlacedLayer):
         if stop > start:
             for name, parts in self._joined(self._packed(buffer_k, buffer_v, start, stop)).items():
                 self._put(name, parts)
-        self.recent_k, self.recent_v = buffer_k[:, :, stop - start :].clone(), buffer_v[:, :, stop - start :].clone()
+        self.recent_k, self.recent_v = (
+            buffer_k[:, :, stop - start :].clone(),
+            buffer_v[:, :, stop - start :].clone(),
+        )
 
     def _packed(self, buffer_k: Tensor, buffer_v: Tensor, start: int, stop: int) -> Parts:
         slots = self._slots(start, stop)
         at = slots - (self.seen - buffer_k.shape[2])
         encoded = self.codec.encode(_taken(buffer_k, at), _taken(buffer_v, at), slots - self.offset)
-        return {name: packing.pack(x) for (name, packing), x in zip(self.packing.items(), encoded, strict=True)}
+        return {
+            name: packing.pack(x) for (name, packing), x in zip(self.packing.items(), encoded, strict=True)
+        }
 
     def _joined(self, new: Parts) -> Parts:
-        return {name: joined(self._parts(name), new[name], packing.axis) for name, packing in self.packing.items()}
+        return {
+            name: joined(self._parts(name), new[name], packing.axis) for name, packing in self.packing.items()
+        }
 
     def _attributes(self, name: str) -> list[str]:
         return [f"{name}_{field}" if field else name for field in self.packing[name].fields]
@@ -179,7 +221,8 @@ class CodedLayer(PlacedLayer):
             setattr(self, attribute, part)
 
     def _find_sinks(self, values: Tensor, real: Tensor) -> None:
-        """Tokens take the free slots in their order: those that lie near the points, where there are some; of the others, all.
+        """Tokens take the free slots in their order: those that lie near the points, where there are some; of
+        the others, all.
 
         real (b, t): which of the new tokens are no padding."""
         if not self.exact.sinks:
@@ -187,7 +230,9 @@ class CodedLayer(PlacedLayer):
         start = self.seen - values.shape[2]
         found = real if self.points is None else real & self.points.near(values)
         slot = (self.sink_at < EMPTY).sum(1, keepdim=True) + found.cumsum(1) - 1
-        takes = found.unsqueeze(1) & (slot.unsqueeze(1) == torch.arange(self.exact.sinks, device=slot.device).unsqueeze(1))
+        takes = found.unsqueeze(1) & (
+            slot.unsqueeze(1) == torch.arange(self.exact.sinks, device=slot.device).unsqueeze(1)
+        )
         self.sink_at = torch.where(takes.any(2), start + takes.int().argmax(2), self.sink_at).int()
 
     def _write_sinks(self, keys: Tensor, values: Tensor) -> None:
@@ -205,7 +250,9 @@ class CodedLayer(PlacedLayer):
     def _segments(self, call: Call, buffer_k: Tensor, buffer_v: Tensor, exact: Tensor) -> list[Segment]:
         """exact (b): which rows see this chunk exactly."""
         mask, alone = call.full_mask(self.seen), self._alone(exact)
-        stored = self._stored(call, buffer_k, buffer_v, expand=not alone and call.query.shape[3] >= fused.QUERIES)
+        stored = self._stored(
+            call, buffer_k, buffer_v, expand=not alone and call.query.shape[3] >= fused.QUERIES
+        )
         if alone:
             return [replace(stored, mask=mask)]
         mask = mask if mask is not None else self.offset.new_ones(1, 1, self.seen, dtype=torch.bool)
@@ -216,25 +263,39 @@ class CodedLayer(PlacedLayer):
         return [
             replace(stored, mask=self._in_slots(far & ~is_sink, stored.keys.shape[2])),
             Segment(call.query, buffer_k, buffer_v, (mask & near)[..., start:]),
-            *([Segment(call.query, self.sink_k, self.sink_v, self._at(far, index))] if self.exact.sinks else []),
+            *(
+                [Segment(call.query, self.sink_k, self.sink_v, self._at(far, index))]
+                if self.exact.sinks
+                else []
+            ),
         ]
 
     def _alone(self, exact: Tensor) -> bool:
-        return not self.exact.sinks and not self.exact.recent and self.block == 1 and not (self.exact_prefill and bool(exact.any()))
+        return (
+            not self.exact.sinks
+            and not self.exact.recent
+            and self.block == 1
+            and not (self.exact_prefill and bool(exact.any()))
+        )
 
     def _stored(self, call: Call, buffer_k: Tensor, buffer_v: Tensor, expand: bool) -> Segment:
         stored, ahead = self._ready()
         parts = {name: self._parts(name) for name in self.packing}
         if ahead > stored:
             parts = self._joined(self._packed(buffer_k, buffer_v, stored, ahead))
-        keys, values = (packing.unpack(parts[name], self.shapes[name][1]) for name, packing in self.packing.items())
+        keys, values = (
+            packing.unpack(parts[name], self.shapes[name][1]) for name, packing in self.packing.items()
+        )
         at = self.positions(self.seen - call.query.shape[3], self.seen)
         return self.codec.segment(call.query, keys, values, self._slots(0, ahead) - self.offset, at, expand)
 
     def _near(self, call: Call, exact: Tensor) -> Tensor:
-        """(b|1, t, s): which tokens each query sees exactly, being within its recent window (or its own chunk)."""
+        """(b|1, t, s): which tokens each query sees exactly, being within its recent window (or its own
+        chunk).
+        """
         t, device = call.query.shape[3], self.offset.device
-        left = self._left(torch.arange(self.seen - t + 1, self.seen + 1, device=device))  # each query has seen itself, too
+        # each query has seen itself, too
+        left = self._left(torch.arange(self.seen - t + 1, self.seen + 1, device=device))
         tokens = torch.arange(self.seen, device=device)
         near = (tokens - self._shift()).unsqueeze(1) >= left.unsqueeze(2)
         return near | ((tokens >= self.seen - t) & exact[:, None, None]) if self.exact_prefill else near
@@ -250,7 +311,9 @@ class CodedLayer(PlacedLayer):
 
 
 def _ended(real: Tensor, seen: int, before: Tensor) -> Tensor:
-    """(b, 1): the index behind each row's last real token, given which of the newest are real (b, t) and what it was before them."""
+    """(b, 1): the index behind each row's last real token, given which of the newest are real (b, t) and what
+    it was before them.
+    """
     last = seen - real.flip(1).int().argmax(1, keepdim=True)
     return torch.where(real.any(1, keepdim=True), last, before)
 

@@ -1,4 +1,6 @@
-"""An evicting layer in which one token of each head stands for all that were dropped (RazorAttention, arXiv:2407.15891)."""
+"""An evicting layer in which one token of each head stands for all that were dropped (RazorAttention,
+arXiv:2407.15891).
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,11 @@ from lowkey.storage.evicting import Candidates, EvictingLayer
 
 
 class CompensatingLayer(EvictingLayer):
-    """Held besides: mean_k, mean_v (b, h, 1, r), the mean key and value of all tokens dropped so far, and dropped (b, h, 1), how many.
+    """Held besides: mean_k, mean_v (b, h, 1, r), the mean key and value of all tokens dropped so far, and
+    dropped (b, h, 1), how many.
 
-    In the softmax the mean key's exponential counts as often as tokens were dropped, that is, log(dropped) is added to its score.
+    In the softmax the mean key's exponential counts as often as tokens were dropped, that is, log(dropped) is
+    added to its score.
     """
 
     mean_k: Tensor
@@ -25,12 +29,16 @@ class CompensatingLayer(EvictingLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         b, h = key_states.shape[:2]
-        self.mean_k, self.mean_v = (x.new_zeros(b, h, 1, x.shape[-1], dtype=torch.float32) for x in (self.keys, self.values))
+        self.mean_k, self.mean_v = (
+            x.new_zeros(b, h, 1, x.shape[-1], dtype=torch.float32) for x in (self.keys, self.values)
+        )
         self.dropped = torch.zeros(b, h, 1, device=self.device)
 
     def tensors(self) -> dict[str, Tensor]:
         more = ("mean_k", "mean_v", "dropped")
-        return super().tensors() | ({name: getattr(self, name) for name in more} if self.is_initialized else {})
+        return super().tensors() | (
+            {name: getattr(self, name) for name in more} if self.is_initialized else {}
+        )
 
     def index_bytes(self) -> int:
         b, h = self.tail_k.shape[:2]
@@ -43,7 +51,8 @@ class CompensatingLayer(EvictingLayer):
             return parts
         query = self.codec.query(call.query)
         mean_k, mean_v = self.mean_k.to(query.dtype), self.mean_v.to(query.dtype)
-        mean = Segment(query, mean_k, mean_v, bias=self.dropped.log())  # log 0 = -inf: nothing was dropped there
+        # log 0 = -inf: nothing was dropped there
+        mean = Segment(query, mean_k, mean_v, bias=self.dropped.log())
         out, lse = grouped.partial([mean], call.scaling, call.softcap)
         return [*parts, (self.codec.out(out), lse)]
 

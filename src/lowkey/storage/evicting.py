@@ -1,7 +1,8 @@
 """Every KV head keeps tokens of its own, as many as its policy gives it; the others are really gone.
 
-Kept tokens lie row after row without padding (a row is one KV head of one sequence); tokens decoded since lie in a dense tail. A query
-meets both and their outputs are merged by log-sum-exp. Nothing stored is ever overwritten, and tokens keep the positions they had.
+Kept tokens lie row after row without padding (a row is one KV head of one sequence); tokens decoded since lie
+in a dense tail. A query meets both and their outputs are merged by log-sum-exp. Nothing stored is ever
+overwritten, and tokens keep the positions they had.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ TAIL = 128  # and joins the rows when it is so long: a copy of the layer, once i
 
 @dataclass(frozen=True)
 class Candidates:
-    """What may stay when a layer evicts: stored forms (b, h, s, r), positions, valid and carried (b, h, s); gaps behind shorter heads."""
+    """What may stay when a layer evicts: stored forms (b, h, s, r), positions, valid and carried (b, h, s);
+    gaps behind shorter heads.
+    """
 
     keys: Tensor
     values: Tensor
@@ -48,7 +51,8 @@ class Candidates:
 class Round:
     """Where the layers of one cache meet when their allocator needs the scores of all.
 
-    beside: of every sliding layer of the cache, how many tokens it holds at most, and the numbers that one of them takes.
+    beside: of every sliding layer of the cache, how many tokens it holds at most, and the numbers that one of
+    them takes.
     """
 
     layers: int = 1
@@ -61,9 +65,11 @@ class Round:
             self._decide()
 
     def _decide(self) -> None:
-        layer, seat = self.waiting[-1][0], self.waiting[0][0].seat  # the others have forgotten what only looked
+        # the others have forgotten what only looked
+        layer, seat = self.waiting[-1][0], self.waiting[0][0].seat
         longest = max(s.shape[-1] for *_, s in self.waiting)
-        scores = torch.stack([pad(s, (0, longest - s.shape[-1]), value=-torch.inf) for *_, s in self.waiting])  # (n, b, h, s)
+        # (n, b, h, s)
+        scores = torch.stack([pad(s, (0, longest - s.shape[-1]), value=-torch.inf) for *_, s in self.waiting])
         split, tokens = layer.policy.split(), layer.tokens().tolist()
         asks = [Ask(scores[:, i], layer.mean_tokens(n), n, seat, self.layers) for i, n in enumerate(tokens)]
         counts = torch.stack([split.counts(a) for a in asks], dim=1)  # (n, b, h)
@@ -79,21 +85,36 @@ class Round:
 
 
 class EvictingLayer(RaggedLayer):
-    """Held: keys (n, r_K), values (n, r_V), where (n, their positions), starts (b h + 1); tail_k, tail_v (b, h, <= 128, r);
-    offset, first (b, 1); if the policy needs them: carried (n) scores, asked (b, h, g, w, d) queries since the last eviction.
+    """Held: keys (n, r_K), values (n, r_V), where (n, their positions), starts (b h + 1); tail_k, tail_v (b,
+    h, <= 128, r); offset, first (b, 1); if the policy needs them: carried (n) scores, asked (b, h, g, w, d)
+    queries since the last eviction.
 
-    seat, round: which compressible layer of the cache this is, and where it meets the others. looking: so many tokens at the end of
-    each chunk are used to score the others and are not stored, nor counted as seen. piece: which tokens they repeat, if they do, (from,
-    to) as counted from each row's first. frozen: nothing more is evicted. to_come: so many are given again behind, within the budget.
+    seat, round: which compressible layer of the cache this is, and where it meets the others. looking: so
+    many tokens at the end of each chunk are used to score the others and are not stored, nor counted as seen.
+    piece: which tokens they repeat, if they do, (from, to) as counted from each row's first. frozen: nothing
+    more is evicted. to_come: so many are given again behind, within the budget.
     """
 
     keys: Tensor  # type: ignore[assignment]
     values: Tensor  # type: ignore[assignment]
     numbers = (*RaggedLayer.numbers, "fresh", "kept", "steps", "moved", "frozen")
 
-    def __init__(self, policy: Policy, rope: Rope, seat: int = 0, round: Round | None = None, codec: Codec | None = None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        rope: Rope,
+        seat: int = 0,
+        round: Round | None = None,
+        codec: Codec | None = None,
+    ) -> None:
         super().__init__()
-        self.policy, self.rope, self.seat, self.round, self.codec = policy, rope, seat, round or Round(), codec or Plain()
+        self.policy, self.rope, self.seat, self.round, self.codec = (
+            policy,
+            rope,
+            seat,
+            round or Round(),
+            codec or Plain(),
+        )
         self.fresh = self.kept = self.steps = self.moved = self.to_come = 0
         self.frozen = False
         self.piece: tuple[int, int] | None = None
@@ -112,7 +133,18 @@ class EvictingLayer(RaggedLayer):
         self.is_initialized = True
 
     def tensors(self) -> dict[str, Tensor]:
-        names = ("keys", "values", "where", "starts", "carried", "tail_k", "tail_v", "offset", "first", "asked")
+        names = (
+            "keys",
+            "values",
+            "where",
+            "starts",
+            "carried",
+            "tail_k",
+            "tail_v",
+            "offset",
+            "first",
+            "asked",
+        )
         return {name: getattr(self, name) for name in names} if self.is_initialized else {}
 
     def nbytes(self) -> int:
@@ -131,7 +163,11 @@ class EvictingLayer(RaggedLayer):
     def entry_bytes(self) -> int:
         """What one kept token of one head takes."""
         widths = self.keys.shape[-1] + self.values.shape[-1]
-        return widths * self.keys.element_size() + self.where.element_size() + (self.carried.element_size() if self.policy.carries else 0)
+        return (
+            widths * self.keys.element_size()
+            + self.where.element_size()
+            + (self.carried.element_size() if self.policy.carries else 0)
+        )
 
     def index_bytes(self) -> int:
         """What is held whatever is kept."""
@@ -141,11 +177,23 @@ class EvictingLayer(RaggedLayer):
     def costs(self, tokens: Tensor) -> Costs:
         """Of this cache, in a batch whose rows have seen so many tokens (b)."""
         b, h, _, width = self.tail_k.shape
-        size, stay, heads = self.keys.element_size(), self.seen - self.looking + self.to_come, h * self.round.layers
+        size, stay, heads = (
+            self.keys.element_size(),
+            self.seen - self.looking + self.to_come,
+            h * self.round.layers,
+        )
         beside = size * sum(min(stay, most) * numbers for most, numbers in self.round.beside)
         tail = STEP * size * (width + self.tail_v.shape[-1])  # which a single token begins
         coming = heads * (tail if self.to_come == 1 else self.to_come * self.entry_bytes)
-        return Costs(heads, b, self.entry_bytes, self.round.layers * self.index_bytes() / b + beside, 0, self.to_come, coming)
+        return Costs(
+            heads,
+            b,
+            self.entry_bytes,
+            self.round.layers * self.index_bytes() / b + beside,
+            0,
+            self.to_come,
+            coming,
+        )
 
     def predicted_nbytes(self) -> int:
         if not self.is_initialized:
@@ -154,7 +202,13 @@ class EvictingLayer(RaggedLayer):
         dense = (width + self.tail_v.shape[-1]) * self.keys.element_size()
         room = self.moved + -(-(self.fresh - self.moved) // STEP) * STEP
         asked = self.asked.numel() * self.asked.element_size()
-        return self.kept * self.entry_bytes + b * h * room * dense + self.index_bytes() + asked + self._waiting_bytes()
+        return (
+            self.kept * self.entry_bytes
+            + b * h * room * dense
+            + self.index_bytes()
+            + asked
+            + self._waiting_bytes()
+        )
 
     def tokens(self) -> Tensor:
         """(b): how many each row has seen, padding not counted."""
@@ -166,7 +220,11 @@ class EvictingLayer(RaggedLayer):
             return tokens
         budget = Budget.parse(self.policy.budget)
         if budget.unit in ("%", "tokens"):
-            return max(0.0, (budget.amount / 100 * (tokens + self.to_come) if budget.unit == "%" else budget.amount) - self.to_come)
+            return max(
+                0.0,
+                (budget.amount / 100 * (tokens + self.to_come) if budget.unit == "%" else budget.amount)
+                - self.to_come,
+            )
         return self.costs(self.tokens()).pay(self.policy, tokens) if tokens else 0
 
     def kept_positions(self, row: int) -> list[Tensor]:
@@ -187,7 +245,10 @@ class EvictingLayer(RaggedLayer):
             self._after_step(call)
         else:
             self.check_steps(t, self.policy.every)
-            parts = [*self._stored_parts(call, self.seen - t), self._own_part(keys, values, call, self.exact_rows(real))]
+            parts = [
+                *self._stored_parts(call, self.seen - t),
+                self._own_part(keys, values, call, self.exact_rows(real)),
+            ]
             out = merge(parts)[0] if len(parts) > 1 else parts[0][0]
             repeating = None if self.piece is None else torch.logaddexp(parts[0][1], parts[-1][1])
             self._evict(call, self._with_chunk(keys, values, real), repeating)
@@ -195,7 +256,9 @@ class EvictingLayer(RaggedLayer):
         return out.to(values.dtype)
 
     def _stored_parts(self, call: Call, stop: int) -> list[Part]:
-        """Attention over the kept tokens and over the tail, which ends at token `stop`; each (b, h, g, t, d) with its log-sum-exp."""
+        """Attention over the kept tokens and over the tail, which ends at token `stop`; each (b, h, g, t, d)
+        with its log-sum-exp.
+        """
         query = self.codec.query(call.query)
         shape, parts = query.shape[:4], []
         if len(self.keys):
@@ -205,14 +268,18 @@ class EvictingLayer(RaggedLayer):
                 out, lse = ragged(rows, k, v, starts, call.scaling, call.softcap)
                 parts.append((self.codec.out(out.view(*shape, -1)), lse.view(shape)))
         if self.fresh:
-            keys = self.codec.readable(self.tail_k[:, :, : self.fresh], self.positions(stop - self.fresh, stop).unsqueeze(1))
+            keys = self.codec.readable(
+                self.tail_k[:, :, : self.fresh], self.positions(stop - self.fresh, stop).unsqueeze(1)
+            )
             tail = (for_products(x) for x in (query, keys, self.tail_v[:, :, : self.fresh]))
             out, lse = grouped.partial([Segment(*tail)], call.scaling, call.softcap)
             parts.append((self.codec.out(out), lse))
         return parts
 
     def _in_piece(self, keys: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Keys, values and starts of the rows; those of the piece that is repeated, if one is, and then the others."""
+        """Keys, values and starts of the rows; those of the piece that is repeated, if one is, and then the
+        others.
+        """
         if self.piece is None:
             return [(keys, self.values, self.starts)]
         row = row_of(self.starts)
@@ -223,7 +290,9 @@ class EvictingLayer(RaggedLayer):
         return [(keys[chosen], self.values[chosen], starts_of(lengths)) for chosen, lengths in both]
 
     def _own_part(self, keys: Tensor, values: Tensor, call: Call, exact: Tensor) -> Part:
-        """Attention of a chunk's queries over the chunk itself, before anything of it is evicted; in rows `exact` (b) as it came."""
+        """Attention of a chunk's queries over the chunk itself, before anything of it is evicted; in rows
+        `exact` (b) as it came.
+        """
         t, exact = keys.shape[2], exact[:, None, None, None]
         if not bool(exact.all()):
             k, v = self._as_stored(keys, values)
@@ -233,7 +302,11 @@ class EvictingLayer(RaggedLayer):
             return out, out.new_zeros(out.shape[:-1])
         mask = call.full_mask(self.seen)
         mask = None if mask is None else mask[..., -t:]
-        if mask is not None and fused.gives_lse(call.query, keys, call.softcap) and bool((mask == torch.ones_like(mask[:1]).tril()).all()):
+        if (
+            mask is not None
+            and fused.gives_lse(call.query, keys, call.softcap)
+            and bool((mask == torch.ones_like(mask[:1]).tril()).all())
+        ):
             return fused.causal(call.query, keys, values, call.scaling)
         return grouped.partial([Segment(call.query, keys, values, mask)], call.scaling, call.softcap)
 
@@ -248,9 +321,13 @@ class EvictingLayer(RaggedLayer):
     def _append(self, keys: Tensor, values: Tensor) -> None:
         k, v = self.codec.encode(keys, values, self.positions(self.seen - 1, self.seen))
         if self.fresh == self.tail_k.shape[2]:
-            self.tail_k, self.tail_v = (torch.cat([x, x.new_zeros(*x.shape[:2], STEP, x.shape[3])], 2) for x in (self.tail_k, self.tail_v))
+            self.tail_k, self.tail_v = (
+                torch.cat([x, x.new_zeros(*x.shape[:2], STEP, x.shape[3])], 2)
+                for x in (self.tail_k, self.tail_v)
+            )
         elif torch.is_grad_enabled():
-            self.tail_k, self.tail_v = self.tail_k.clone(), self.tail_v.clone()  # a graph may need what they held
+            # a graph may need what they held
+            self.tail_k, self.tail_v = self.tail_k.clone(), self.tail_v.clone()
         self.tail_k[:, :, self.fresh], self.tail_v[:, :, self.fresh] = k[:, :, 0], v[:, :, 0]
         self.fresh += 1
 
@@ -266,9 +343,13 @@ class EvictingLayer(RaggedLayer):
     def _join(self) -> None:
         """The tail becomes part of the rows."""
         rows = len(self.starts) - 1
-        at = self.positions(self.seen - self.fresh, self.seen).int().repeat_interleave(self.tail_k.shape[1], 0)
+        at = (
+            self.positions(self.seen - self.fresh, self.seen).int().repeat_interleave(self.tail_k.shape[1], 0)
+        )
         pairs = (self.keys, self.tail_k), (self.values, self.tail_v)
-        self.keys, self.values = (appended(kept, self.starts, x[:, :, : self.fresh].flatten(0, 1)) for kept, x in pairs)
+        self.keys, self.values = (
+            appended(kept, self.starts, x[:, :, : self.fresh].flatten(0, 1)) for kept, x in pairs
+        )
         self.where = appended(self.where, self.starts, at)
         if self.policy.carries:
             self.carried = appended(self.carried, self.starts, self.carried.new_zeros(rows, self.fresh))
@@ -277,7 +358,9 @@ class EvictingLayer(RaggedLayer):
         self._clear_tail()
 
     def _clear_tail(self) -> None:
-        self.tail_k, self.tail_v = (x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (self.tail_k, self.tail_v))
+        self.tail_k, self.tail_v = (
+            x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (self.tail_k, self.tail_v)
+        )
         self.fresh = self.moved = 0
 
     # -- evicting
@@ -285,9 +368,16 @@ class EvictingLayer(RaggedLayer):
     def _padded(self, stop: int) -> Candidates:
         """Kept tokens and tail, which ends at token `stop`."""
         b, h = self.tail_k.shape[:2]
-        rows = [padded(x, self.starts)[0].unflatten(0, (b, h)) for x in (self.keys, self.values, self.where.long())]
+        rows = [
+            padded(x, self.starts)[0].unflatten(0, (b, h))
+            for x in (self.keys, self.values, self.where.long())
+        ]
         real = padded(self.where, self.starts)[1].unflatten(0, (b, h))
-        carried = padded(self.carried, self.starts)[0].unflatten(0, (b, h)) if self.policy.carries else real.float() * 0
+        carried = (
+            padded(self.carried, self.starts)[0].unflatten(0, (b, h))
+            if self.policy.carries
+            else real.float() * 0
+        )
         at = self.positions(stop - self.fresh, stop).unsqueeze(1).expand(b, h, -1)
         return Candidates(
             torch.cat([rows[0], self.tail_k[:, :, : self.fresh]], 2),
@@ -307,7 +397,9 @@ class EvictingLayer(RaggedLayer):
         if self.seen == t:
             return new
         old = self._padded(self.seen - t)
-        return Candidates(*(torch.cat(pair, 2) for pair in zip(vars(old).values(), vars(new).values(), strict=True)))
+        return Candidates(
+            *(torch.cat(pair, 2) for pair in zip(vars(old).values(), vars(new).values(), strict=True))
+        )
 
     def evict(self) -> None:
         """Now, by the scores that the tokens carry."""
@@ -316,16 +408,31 @@ class EvictingLayer(RaggedLayer):
     def _evict(self, call: Call, found: Candidates, repeating: Tensor | None = None) -> None:
         """Score what is there and let the round decide; the call's queries are the newest."""
         tokens = self.tokens()
-        nothing = call.query.new_empty(*call.query.shape[:3], 0, call.query.shape[4])  # a slice would keep all queries alive
+        # a slice would keep all queries alive
+        nothing = call.query.new_empty(*call.query.shape[:3], 0, call.query.shape[4])
         self.quiet = Call(nothing, None, None, call.scaling, call.softcap)
-        scores = found.carried if self._all_stay(tokens) else self.policy.score(self._scene(call, found, repeating)).float()
+        scores = (
+            found.carried
+            if self._all_stay(tokens)
+            else self.policy.score(self._scene(call, found, repeating)).float()
+        )
         number = found.positions - self._begins()  # counted from each row's first token
         steps = self.steps_of(call.query.shape[3])[:, None, None]
-        carried = torch.where(steps, found.carried, scores)  # a step beside padding evicts nothing, as it would not alone
+        # a step beside padding evicts nothing, as it would not alone
+        carried = torch.where(steps, found.carried, scores)
         found = replace(found, carried=carried, valid=found.valid & (number < tokens[:, None, None]))
-        stays = steps | (number < self.policy.sinks) | (number >= (tokens - self.policy.recent)[:, None, None])
-        scores = scores.nan_to_num(0.0).clamp(-FAR, FAR).masked_fill(stays, torch.inf).masked_fill(~found.valid, -torch.inf)
-        self.keep(found, scores, found.valid.sum(-1)) if self.frozen else self.round.enter(self, found, scores)
+        stays = (
+            steps | (number < self.policy.sinks) | (number >= (tokens - self.policy.recent)[:, None, None])
+        )
+        scores = (
+            scores.nan_to_num(0.0)
+            .clamp(-FAR, FAR)
+            .masked_fill(stays, torch.inf)
+            .masked_fill(~found.valid, -torch.inf)
+        )
+        self.keep(found, scores, found.valid.sum(-1)) if self.frozen else self.round.enter(
+            self, found, scores
+        )
 
     def _all_stay(self, tokens: Tensor) -> bool:
         """Whether scores decide nothing, now or later."""
@@ -348,12 +455,27 @@ class EvictingLayer(RaggedLayer):
         def rope(at: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
             return self.rope(at + begins.view(-1, 1).repeat_interleave(len(at) // len(begins), 0), like)
 
-        piece = None if self.piece is None else torch.tensor([self.piece], device=self.device).expand(len(begins), 2)
-        about = (call.scaling, call.softcap, rope, found.carried, self.looking > 0, piece, repeating, self._sight(call, found, w))
+        piece = (
+            None
+            if self.piece is None
+            else torch.tensor([self.piece], device=self.device).expand(len(begins), 2)
+        )
+        about = (
+            call.scaling,
+            call.softcap,
+            rope,
+            found.carried,
+            self.looking > 0,
+            piece,
+            repeating,
+            self._sight(call, found, w),
+        )
         return Scene(keys, values, found.positions - begins, found.valid, queries, at, *about)
 
     def _sight(self, call: Call, found: Candidates, w: int) -> Tensor | None:
-        """(b|1, w, t): what each of the newest queries sees of the chunk, where that is not all real tokens up to its own."""
+        """(b|1, w, t): what each of the newest queries sees of the chunk, where that is not all real tokens
+        up to its own.
+        """
         t = call.query.shape[3]
         if call.mask is None or not t:
             return None

@@ -14,11 +14,13 @@ from lowkey.storage.base import StoringLayer, batch_positions
 
 
 class ObservingLayer(StoringLayer):
-    """Sums outer products over tokens but the first `sinks`, in fp64 on the CPU; attends to what the call brings and forgets it.
+    """Sums outer products over tokens but the first `sinks`, in fp64 on the CPU; attends to what the call
+    brings and forgets it.
 
     Sinks are kept as they are, so that no map need serve them, and they are unlike all other tokens.
 
-    sums: keys_pre, keys_post, values (h d, h d); queries_pre, queries_post (h, d, d); keys_pre_mean, keys_post_mean, values_mean (h d).
+    sums: keys_pre, keys_post, values (h d, h d); queries_pre, queries_post (h, d, d); keys_pre_mean,
+    keys_post_mean, values_mean (h d).
     """
 
     def __init__(self, rope: Rope, sinks: int = 0) -> None:
@@ -39,7 +41,10 @@ class ObservingLayer(StoringLayer):
         positions = batch_positions(self.seen - keys.shape[2], call, keys.shape[0])
         cos, sin = self.rope(positions, keys)
         queries = call.query.float()
-        plain_k, plain_q = unrotate(keys.float(), cos, sin), unrotate(queries, cos.unsqueeze(1), sin.unsqueeze(1))
+        plain_k, plain_q = (
+            unrotate(keys.float(), cos, sin),
+            unrotate(queries, cos.unsqueeze(1), sin.unsqueeze(1)),
+        )
         for name, x in (("keys_pre", plain_k), ("keys_post", keys.float()), ("values", values.float())):
             kept = x[:, :, self.sinks :]
             self._add(name, joint_moment(kept))
@@ -48,7 +53,9 @@ class ObservingLayer(StoringLayer):
             self._add(name, query_moment(x[:, :, :, self.sinks :]))
         if call.softcap is None:
             return stock.attend(call.query, keys, values, call.mask, call.scaling)
-        return grouped.attend([Segment(call.query, keys, values, call.full_mask(keys.shape[2]))], call.scaling, call.softcap)
+        return grouped.attend(
+            [Segment(call.query, keys, values, call.full_mask(keys.shape[2]))], call.scaling, call.softcap
+        )
 
     def _add(self, name: str, moment: Tensor) -> None:
         self.sums[name] = self.sums.get(name, 0) + moment.double().cpu()

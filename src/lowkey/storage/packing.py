@@ -18,8 +18,10 @@ NO_BITS = "none"  # no integers, where a plan says otherwise
 
 
 class Packing(Protocol):
-    """pack: (b, G, s, r), s a multiple of `block`, -> the tensors held, one for each of `fields`, whose dimension `axis` grows with s;
-    unpack: back to (b, G, s, r), given r; nbytes: of s tokens of one head, in a model of so many bytes per number."""
+    """pack: (b, G, s, r), s a multiple of `block`, -> the tensors held, one for each of `fields`, whose
+    dimension `axis` grows with s;
+    unpack: back to (b, G, s, r), given r; nbytes: of s tokens of one head, in a model of so many bytes per
+    number."""
 
     block: ClassVar[int]
     axis: ClassVar[int]
@@ -50,7 +52,9 @@ class Whole:
 
 @dataclass(frozen=True)
 class PerToken:
-    """Integers of 2, 4 or 8 bits; channels of one token in groups of at most 32 share a scale and an offset in the model's dtype."""
+    """Integers of 2, 4 or 8 bits; channels of one token in groups of at most 32 share a scale and an offset
+    in the model's dtype.
+    """
 
     bits: int
     block: ClassVar[int] = 1
@@ -77,9 +81,9 @@ class PerToken:
 
 @dataclass(frozen=True)
 class PerChannel:
-    """Integers of 2, 4 or 8 bits; one channel of 32 tokens in a row shares a scale and an offset, as KIVI does for keys
-    (arXiv:2402.02750), in which a few channels are much larger than the others. KIVI's values leave the exact window one by one; ours
-    leave with their keys, in the same blocks."""
+    """Integers of 2, 4 or 8 bits; one channel of 32 tokens in a row shares a scale and an offset, as KIVI
+    does for keys (arXiv:2402.02750), in which a few channels are much larger than the others. KIVI's values
+    leave the exact window one by one; ours leave with their keys, in the same blocks."""
 
     bits: int
     block: ClassVar[int] = GROUP
@@ -108,14 +112,19 @@ def packed(parts: tuple[Tensor, ...], bits: int) -> Packed:
 
 def _padded(x: Tensor, width: int) -> Tensor:
     """To more channels by repeating the last, which leaves the scale of its group alone."""
-    return x if x.shape[-1] == width else torch.cat([x, x[..., -1:].expand(*x.shape[:-1], width - x.shape[-1])], -1)
+    return (
+        x
+        if x.shape[-1] == width
+        else torch.cat([x, x[..., -1:].expand(*x.shape[:-1], width - x.shape[-1])], -1)
+    )
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a cache's keys and values are packed. bits: of every stored number; recent: last tokens kept exact when the user says nothing;
-    turned: keys and values pass a block Hadamard transform first, which spreads what is large in a few channels over all of them
-    (arXiv:2407.21118)."""
+    """How a cache's keys and values are packed. bits: of every stored number; recent: last tokens kept exact
+    when the user says nothing;
+    turned: keys and values pass a block Hadamard transform first, which spreads what is large in a few
+    channels over all of them (arXiv:2407.21118)."""
 
     bits: int
     keys: Packing

@@ -16,10 +16,11 @@ ROWS = 512  # queries whose masks are compared at a time
 
 
 class PlacedLayer(StoringLayer):
-    """offset (b, 1): each row's token index less its position; first (b, 1): the index of each row's first real token, and the number of
-    tokens seen while there is none.
+    """offset (b, 1): each row's token index less its position; first (b, 1): the index of each row's first
+    real token, and the number of tokens seen while there is none.
 
-    A token is padding when no query of its own chunk sees it; that the newest query does not see it says nothing.
+    A token is padding when no query of its own chunk sees it; that the newest query does not see it says
+    nothing.
     """
 
     offset: Tensor
@@ -30,7 +31,9 @@ class PlacedLayer(StoringLayer):
         self.offset = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
         self.first = torch.zeros_like(self.offset)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Incoming, Incoming]:  # type: ignore[override]
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Incoming, Incoming]:  # type: ignore[override]
         if self.is_initialized:
             self.check_fits(as_cast(key_states), len(self.offset), self.dtype)
         return super().update(key_states, value_states, *args, **kwargs)
@@ -42,7 +45,10 @@ class PlacedLayer(StoringLayer):
         """
         start, batch = self.seen - t, self.offset.shape[0]
         if call.mask is not None and call.mask.shape[-1] != self.seen:
-            raise LowkeyError(f"attention_mask over {call.mask.shape[-1]} tokens: with the new ones {self.seen} were seen; give as many")
+            raise LowkeyError(
+                f"attention_mask over {call.mask.shape[-1]} tokens: with the new ones {self.seen} were seen; "
+                "give as many"
+            )
         real = _real(call, start, self.seen).expand(batch, t)
         positions, begun = batch_positions(start, call, batch), self.first < start
         begins = torch.where(real.any(1, keepdim=True), start + real.int().argmax(1, keepdim=True), self.seen)
@@ -52,18 +58,23 @@ class PlacedLayer(StoringLayer):
         offset = torch.where(begun, self.offset, torch.where(first < self.seen, first - position, self.seen))
         if not bool(((positions == token_positions(start, self.seen, offset)) | ~real).all()):
             raise LowkeyError(
-                "position_ids: this cache needs positions that count up by one from a row's first token, without padding between turns; "
+                "position_ids: this cache needs positions that count up by one from a row's first token, "
+                "without padding between turns; "
                 "drop position_ids, or give rows of uneven turns a cache each"
             )
         self.offset, self.first = offset, first
         return real
 
     def exact_rows(self, real: Tensor) -> Tensor:
-        """(b): which rows see this chunk exactly; a row of which a single token came, beside padding or alone, sees what will be stored."""
+        """(b): which rows see this chunk exactly; a row of which a single token came, beside padding or
+        alone, sees what will be stored.
+        """
         return (real.sum(1) > 1) & bool(self.exact_prefill)  # a number in saved layers
 
     def check_mask(self, call: Call, start: int, real: Tensor, first: Tensor) -> None:
-        """Refuse what this layer cannot honour, before anything is learnt. real (b, t): of the new tokens, from index `start` on."""
+        """Refuse what this layer cannot honour, before anything is learnt. real (b, t): of the new tokens,
+        from index `start` on.
+        """
 
     def positions(self, start: int, stop: int) -> Tensor:
         """Positions (b, stop - start) of the tokens with these indices; padding has none that matter."""
@@ -79,24 +90,34 @@ class RaggedLayer(PlacedLayer):
     looking = 0
 
     def check_mask(self, call: Call, start: int, real: Tensor, first: Tensor) -> None:
-        """Every new token must see all that is stored of its row and nothing else from before its chunk, and no padding may come behind
-        a row's first real token: padding is not held, so neither could be honoured."""
+        """Every new token must see all that is stored of its row and nothing else from before its chunk, and
+        no padding may come behind a row's first real token: padding is not held, so neither could be
+        honoured."""
         tokens = torch.arange(self.seen, device=first.device)
         if start and not _sees(call, real, tokens[:start] >= first):
-            raise LowkeyError("attention_mask: differs from that of earlier turns, and padding is not held here; repeat the earlier mask")
+            raise LowkeyError(
+                "attention_mask: differs from that of earlier turns, and padding is not held here; repeat "
+                "the earlier mask"
+            )
         stay = real.shape[1] - self.looking
         if stay > 0 and bool((real[:, :stay] != (tokens[start : start + stay] >= first)).any()):
-            raise LowkeyError("attention_mask: a row ends in padding, which this kind of cache cannot follow; pad on the left")
+            raise LowkeyError(
+                "attention_mask: a row ends in padding, which this kind of cache cannot follow; pad on the "
+                "left"
+            )
 
     def steps_of(self, t: int) -> Tensor:
-        """(b): the rows for which these t tokens are a step of decoding: one, and not their first. Others may still be in their padding."""
+        """(b): the rows for which these t tokens are a step of decoding: one, and not their first. Others may
+        still be in their padding.
+        """
         return (self.first[:, 0] < self.seen - 1) & (t == 1) & (self.looking == 0)
 
     def check_steps(self, t: int, every: int) -> None:
         """Refuse a step of some rows alone where something is done after `every` steps of all."""
         if every and bool(self.steps_of(t).any()):
             raise LowkeyError(
-                f"attention_mask: one token while another row has not begun, and every={every} counts the steps of all rows together; "
+                f"attention_mask: one token while another row has not begun, and every={every} counts the "
+                "steps of all rows together; "
                 "give the prompt in one call, or in pieces of several tokens"
             )
 

@@ -1,4 +1,6 @@
-"""An evicting layer whose kept keys lose their weakest channels (ThinK, arXiv:2407.21018); the channels are really gone."""
+"""An evicting layer whose kept keys lose their weakest channels (ThinK, arXiv:2407.21018); the channels are
+really gone.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,15 @@ from lowkey.storage.undoing import storage_bytes
 
 
 class PruningLayer(EvictingLayer):
-    """Held besides: thin_k (m, r) with r < d, thin_v (m, d), thin_where (m), thin_starts (b h + 1): tokens, row after row, whose keys have
-    lost channels. channels (b, p, h, r): those that each of p prunings left; until (b, p): the position up to which it went in a row; sure
-    (b, 1): whether the newest was chosen by enough queries to serve again.
+    """Held besides: thin_k (m, r) with r < d, thin_v (m, d), thin_where (m), thin_starts (b h + 1): tokens,
+    row after row, whose keys have lost channels. channels (b, p, h, r): those that each of p prunings left;
+    until (b, p): the position up to which it went in a row; sure (b, 1): whether the newest was chosen by
+    enough queries to serve again.
 
-    An eviction prunes the keys that it keeps, but for the newest `recent` of each row, if the row does not fit whole. What came since is
-    whole, and so is all that a frozen layer is given. Each pruning chooses by its own queries and keys; a few queries, as of decode steps,
-    reuse the choice before. It stores no low rank.
+    An eviction prunes the keys that it keeps, but for the newest `recent` of each row, if the row does not
+    fit whole. What came since is whole, and so is all that a frozen layer is given. Each pruning chooses by
+    its own queries and keys; a few queries, as of decode steps, reuse the choice before. It stores no low
+    rank.
     """
 
     thin_k: Tensor
@@ -35,7 +39,8 @@ class PruningLayer(EvictingLayer):
     channels: Tensor
     until: Tensor
     sure: Tensor
-    policy: Any  # with `channels`, the share of them that stays, and `looked`, how many of the newest queries choose
+    # with `channels`, the share of them that stays, and `looked`, how many of the newest queries choose
+    policy: Any
     numbers = (*EvictingLayer.numbers, "thin", "prunings")
     thin = prunings = 0
     about: tuple[Tensor, Tensor, Tensor] | None = None  # within a call: what `keep` will prune by
@@ -51,7 +56,9 @@ class PruningLayer(EvictingLayer):
 
     def tensors(self) -> dict[str, Tensor]:
         more = ("thin_k", "thin_v", "thin_where", "thin_starts", "channels", "until", "sure")
-        return super().tensors() | ({name: getattr(self, name) for name in more} if self.is_initialized else {})
+        return super().tensors() | (
+            {name: getattr(self, name) for name in more} if self.is_initialized else {}
+        )
 
     def ragged(self) -> dict[str, tuple[str, ...]]:
         return super().ragged() | {"thin_starts": ("thin_k", "thin_v", "thin_where")}
@@ -62,7 +69,12 @@ class PruningLayer(EvictingLayer):
 
     def index_bytes(self) -> int:
         b, h = self.tail_k.shape[:2]
-        return super().index_bytes() + (b * h + 1) * self.thin_starts.element_size() + b + self.prunings * self._pruning_bytes()
+        return (
+            super().index_bytes()
+            + (b * h + 1) * self.thin_starts.element_size()
+            + b
+            + self.prunings * self._pruning_bytes()
+        )
 
     def _pruning_bytes(self) -> int:
         """What it takes to know the channels of one pruning."""
@@ -77,9 +89,15 @@ class PruningLayer(EvictingLayer):
 
     @property
     def share(self) -> float:
-        """Of the channels, that stays. A budget is of bytes: no more are dropped than is needed for every token to stay."""
+        """Of the channels, that stays. A budget is of bytes: no more are dropped than is needed for every
+        token to stay.
+        """
         budget = self.policy.budget
-        return max(self.policy.channels, 2 * budget.amount / 100 - 1) if self._in_percent() else self.policy.channels
+        return (
+            max(self.policy.channels, 2 * budget.amount / 100 - 1)
+            if self._in_percent()
+            else self.policy.channels
+        )
 
     def _in_percent(self) -> bool:
         return self.policy.budget is not None and self.policy.budget.unit == "%"
@@ -117,7 +135,10 @@ class PruningLayer(EvictingLayer):
         h = self.tail_k.shape[1]
         edges = self.thin_starts[row * h : (row + 1) * h + 1].tolist()
         whole = super().kept_positions(row)
-        return [torch.cat([self.thin_where[a:b].long(), x]) for a, b, x in zip(edges[:-1], edges[1:], whole, strict=True)]
+        return [
+            torch.cat([self.thin_where[a:b].long(), x])
+            for a, b, x in zip(edges[:-1], edges[1:], whole, strict=True)
+        ]
 
     # -- attending
 
@@ -127,10 +148,14 @@ class PruningLayer(EvictingLayer):
             return parts
         query, keys = call.query.flatten(2, 3), self.thin_k
         if self.prunings == 1:
-            query = query.gather(3, self.channels[:, 0].long().unsqueeze(2).expand(-1, -1, query.shape[2], -1))
+            query = query.gather(
+                3, self.channels[:, 0].long().unsqueeze(2).expand(-1, -1, query.shape[2], -1)
+            )
         else:
             keys = self._widened()
-        out, lse = ragged(query.flatten(0, 1), keys, self.thin_v, self.thin_starts, call.scaling, call.softcap)
+        out, lse = ragged(
+            query.flatten(0, 1), keys, self.thin_v, self.thin_starts, call.scaling, call.softcap
+        )
         return [*parts, (out.view(*call.query.shape[:4], -1), lse.view(call.query.shape[:4]))]
 
     def _widened(self) -> Tensor:
@@ -152,11 +177,14 @@ class PruningLayer(EvictingLayer):
         whole = super()._padded(stop)
         shape = self.tail_k.shape[:2]
         keys, values, positions = (
-            padded(x, self.thin_starts)[0].unflatten(0, shape) for x in (self._widened(), self.thin_v, self.thin_where.long())
+            padded(x, self.thin_starts)[0].unflatten(0, shape)
+            for x in (self._widened(), self.thin_v, self.thin_where.long())
         )
         real = padded(self.thin_where, self.thin_starts)[1].unflatten(0, shape)
         thin = Candidates(keys, values, positions, real, torch.zeros_like(real, dtype=torch.float32))
-        return Candidates(*(torch.cat(pair, 2) for pair in zip(vars(thin).values(), vars(whole).values(), strict=True)))
+        return Candidates(
+            *(torch.cat(pair, 2) for pair in zip(vars(thin).values(), vars(whole).values(), strict=True))
+        )
 
     def _evict(self, call: Call, found: Candidates, repeating: Tensor | None = None) -> None:
         tokens = self.tokens()
@@ -165,9 +193,13 @@ class PruningLayer(EvictingLayer):
         super()._evict(call, found, repeating)
 
     def _pruning(self, call: Call, found: Candidates, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(up to where each row is pruned (b), the energy of its newest queries (b, h, d), of how many these are (b))"""
+        """(up to where each row is pruned (b), the energy of its newest queries (b, h, d), of how many these
+        are (b))
+        """
         before = self.until[:, -1].long() if self.prunings else self._begins().view(-1)
-        fits = self.steps_of(call.query.shape[3]) | torch.tensor([self._fits(n) for n in tokens.tolist()], device=self.device)
+        fits = self.steps_of(call.query.shape[3]) | torch.tensor(
+            [self._fits(n) for n in tokens.tolist()], device=self.device
+        )
         stop = before.maximum(self._begins().view(-1) + tokens - self.policy.recent)
         scene = self._scene(call, found, None)
         newest = scene.newest(self.policy.looked) >= 0
@@ -187,7 +219,12 @@ class PruningLayer(EvictingLayer):
         row = row_of(self.starts)
         old = self.where < self.until[:, -1][row // self.tail_k.shape[1]]
         lengths = torch.zeros_like(self.starts[1:]).index_add_(0, row, old.long())
-        self.thin_where, self.thin_v, self.thin_starts, self.thin = self.where[old], self.values[old], starts_of(lengths), int(old.sum())
+        self.thin_where, self.thin_v, self.thin_starts, self.thin = (
+            self.where[old],
+            self.values[old],
+            starts_of(lengths),
+            int(old.sum()),
+        )
         self.thin_k = self.keys[old].gather(1, self._channels_of(self.thin_where, self.thin_starts))
         self.starts = starts_of(self.starts.diff() - lengths)
         self.keys, self.values, self.where = self.keys[~old], self.values[~old], self.where[~old]
@@ -200,7 +237,9 @@ class PruningLayer(EvictingLayer):
         before = self.until[:, -1] if self.prunings else self._begins().view(-1).int()
         at = self.where
         new = (at >= before[row // h]) & (at < stop[row // h])
-        sums = torch.zeros(b * h, self.keys.shape[-1], device=self.device).index_add_(0, row[new], self.keys[new].float().square())
+        sums = torch.zeros(b * h, self.keys.shape[-1], device=self.device).index_add_(
+            0, row[new], self.keys[new].float().square()
+        )
         chosen = (energy * sums.view(b, h, -1)).topk(self.width, dim=-1).indices.sort(-1).values.short()
         again = self.sure[:, 0] & (looked < self.policy.looked)
         if self.prunings and bool(again.all()):

@@ -1,4 +1,6 @@
-"""A layer for one training pass: keys and values come back as a compressed cache would give them, and nothing is stored."""
+"""A layer for one training pass: keys and values come back as a compressed cache would give them, and nothing
+is stored.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +18,27 @@ from lowkey.storage.exact import NOTHING, Exact
 
 class Rebuilding(Protocol):
     def update(self, keys: Tensor, values: Tensor, /) -> tuple[Tensor, Tensor] | tuple[Incoming, Incoming]:
-        """Keys and values (b, h, t, d) after they went through the compressed form, or what attends to them; differentiable."""
+        """Keys and values (b, h, t, d) after they went through the compressed form, or what attends to them;
+        differentiable.
+        """
         ...
 
 
 class RebuildingLayer(StockLayer):
-    """Rebuilds in fp32, whatever the model's dtype, as training the maps needs; positions start at 0 and there is no padding.
+    """Rebuilds in fp32, whatever the model's dtype, as training the maps needs; positions start at 0 and
+    there is no padding.
 
-    exact: what each query sees as it is, as in a `CodedLayer`: the first `sinks` tokens and the `recent` up to itself.
+    exact: what each query sees as it is, as in a `CodedLayer`: the first `sinks` tokens and the `recent` up
+    to itself.
     """
 
     def __init__(self, storage: Rebuilding, exact: Exact = NOTHING) -> None:
         super().__init__()
         self.storage, self.exact = storage, exact
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Any, Any]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Any, Any]:
         if not self.exact.sinks and not self.exact.recent:
             return self._rebuilt(key_states, value_states)
         incoming = Incoming(self, key_states, value_states)
@@ -41,7 +49,9 @@ class RebuildingLayer(StockLayer):
         near = self.exact.near(keys.shape[2], keys.device)
         mask = call.mask if call.mask is not None else (tokens <= tokens.unsqueeze(1)).unsqueeze(0)
         far = Segment(call.query, *self._rebuilt(keys, values), mask & ~near)
-        return grouped.attend([far, Segment(call.query, keys, values, mask & near)], call.scaling, call.softcap)
+        return grouped.attend(
+            [far, Segment(call.query, keys, values, mask & near)], call.scaling, call.softcap
+        )
 
     def answered(self) -> None:
         return None

@@ -1,4 +1,6 @@
-"""What undoes a forward pass that was refused or interrupted, so that a call that fails leaves a cache as it was."""
+"""What undoes a forward pass that was refused or interrupted, so that a call that fails leaves a cache as it
+was.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,9 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a layer was. Stored tensors are never overwritten, so a shallow copy remembers them; those that only grow are left out and
-    remembered by (dimension, length), so that no step needs room for a second cache."""
+    """What a layer was. Stored tensors are never overwritten, so a shallow copy remembers them; those that
+    only grow are left out and remembered by (dimension, length), so that no step needs room for a second
+    cache."""
 
     layer: UndoableLayer
     lengths: dict[str, tuple[int, int]]
@@ -33,23 +36,30 @@ class Snapshot:
 
 
 class ForwardPass:
-    """The forward pass that runs over the layers of one cache: what they were before it, until the last of them has answered.
+    """The forward pass that runs over the layers of one cache: what they were before it, until the last of
+    them has answered.
 
-    A pass that ends earlier is undone: at once when the error arises in our own code, else when one of its layers is next asked for its
-    length or given tokens. What fails behind the attention of the last layer cannot be seen; the new tokens are then in the cache.
+    A pass that ends earlier is undone: at once when the error arises in our own code, else when one of its
+    layers is next asked for its length or given tokens. What fails behind the attention of the last layer
+    cannot be seen; the new tokens are then in the cache.
     """
 
     def __init__(self) -> None:
         self.before: dict[UndoableLayer, Snapshot] = {}
-        self.index, self.last = -1, False  # of the layer that was entered last; whether it is the last of the cache
-        self.cut: int | None = None  # index of the last layer entered, where asking for the length has undone a pass
+        # of the layer that was entered last; whether it is the last of the cache
+        self.index, self.last = -1, False
+        # index of the last layer entered, where asking for the length has undone a pass
+        self.cut: int | None = None
 
     def enter(self, index: int, layer: UndoableLayer, last: bool) -> None:
         """A layer is about to be given new tokens."""
         if layer in self.before:
             self.undo()
         if self.cut is not None and index == self.cut + 1:
-            raise LowkeyError("cache: was asked for its length within a forward pass, which ends that pass; ask before it or after it")
+            raise LowkeyError(
+                "cache: was asked for its length within a forward pass, which ends that pass; ask before it "
+                "or after it"
+            )
         self.before[layer] = layer.snapshot()
         self.index, self.last, self.cut = index, last, None
 
@@ -98,9 +108,11 @@ class UndoableLayer(CacheLayerMixin):
         now.update(then)
 
     def undo_unfinished(self) -> None:
-        """Called when the layer is asked for its length or changed from outside: a pass that has begun and not ended is undone.
+        """Called when the layer is asked for its length or changed from outside: a pass that has begun and
+        not ended is undone.
 
-        Whether such a pass was interrupted or still runs cannot be told here. If it still runs, its next layer finds `cut` and refuses.
+        Whether such a pass was interrupted or still runs cannot be told here. If it still runs, its next
+        layer finds `cut` and refuses.
         """
         running = self.forward_pass
         if running is not None and self in running.before:
@@ -115,7 +127,11 @@ class UndoableLayer(CacheLayerMixin):
         if len(keys) != rows:
             one = f"cache.batch_repeat_interleave({len(keys)})" if rows == 1 else "cache.batch_select_indices"
             raise LowkeyError(
-                f"cache: holds {rows} row{'s' * (rows != 1)} and is given {len(keys)}; call {one} first, or use a fresh cache"
+                f"cache: holds {rows} row{'s' * (rows != 1)} and is given {len(keys)}; call {one} first, or "
+                "use a fresh cache"
             )
         if keys.dtype != dtype:
-            raise LowkeyError(f"cache: was filled in {dtype} and is given {keys.dtype}; use the model in that dtype, or a fresh cache")
+            raise LowkeyError(
+                f"cache: was filled in {dtype} and is given {keys.dtype}; use the model in that dtype, or a "
+                "fresh cache"
+            )

@@ -1,4 +1,6 @@
-"""Head estimation's eye: plain storage that also remembers where each head looked in the latest one-token step."""
+"""Head estimation's eye: plain storage that also remembers where each head looked in the latest one-token
+step.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,11 @@ from lowkey.storage.base import StoringLayer
 
 
 class WatchingLayer(StoringLayer):
-    """keys, values (b, h, s, d); weights (b, h, g, s) in fp32 of the latest one-token step, (b, h, g, 0) after a longer one.
+    """keys, values (b, h, s, d); weights (b, h, g, s) in fp32 of the latest one-token step, (b, h, g, 0)
+    after a longer one.
 
-    Only one row of weights per head is ever formed, not the (t, s) of the prompt, which goes through torch's fused attention.
+    Only one row of weights per head is ever formed, not the (t, s) of the prompt, which goes through torch's
+    fused attention.
     """
 
     keys: Tensor  # type: ignore[assignment]
@@ -29,7 +33,11 @@ class WatchingLayer(StoringLayer):
         self.is_initialized = True
 
     def tensors(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in ("keys", "values", "weights")} if self.is_initialized else {}
+        return (
+            {name: getattr(self, name) for name in ("keys", "values", "weights")}
+            if self.is_initialized
+            else {}
+        )
 
     def growing(self) -> dict[str, int]:
         return {"keys": 2, "values": 2} if self.is_initialized else {}
@@ -53,7 +61,9 @@ class WatchingLayer(StoringLayer):
 def _prompt(keys: Tensor, values: Tensor, call: Call) -> Tensor:
     """Causal attention of a whole, unpadded prompt."""
     g = call.query.shape[2]
-    out = F.scaled_dot_product_attention(call.query.flatten(1, 2), keys, values, is_causal=True, scale=call.scaling, enable_gqa=g > 1)
+    out = F.scaled_dot_product_attention(
+        call.query.flatten(1, 2), keys, values, is_causal=True, scale=call.scaling, enable_gqa=g > 1
+    )
     return out.unflatten(1, (-1, g))
 
 

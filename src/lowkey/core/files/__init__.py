@@ -1,6 +1,16 @@
 """Files: written whole or not at all, read warily, and only lowkey's own replaced."""
 
-from lowkey.core.files.outputs import MANIFEST, check_file, check_folder, check_writable, foreign, kind_of, listed, others, verify
+from lowkey.core.files.outputs import (
+    MANIFEST,
+    check_file,
+    check_folder,
+    check_writable,
+    foreign,
+    kind_of,
+    listed,
+    others,
+    verify,
+)
 from lowkey.core.files.reading import (
     ANY_SIZE,
     MOST_TEXT,

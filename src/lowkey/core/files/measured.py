@@ -1,4 +1,6 @@
-"""What has been measured so far, kept in a file beside the result, so that the same command goes on where it was stopped."""
+"""What has been measured so far, kept in a file beside the result, so that the same command goes on where it
+was stopped.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ NAME = "measured.json"
 
 
 class Measured:
-    """Measurements by name, each plain JSON: a window or a case under one setting. work: where to keep them, or None for memory alone; job:
-    all that decides what they are."""
+    """Measurements by name, each plain JSON: a window or a case under one setting. work: where to keep them,
+    or None for memory alone; job: all that decides what they are."""
 
     def __init__(self, work: Path | None = None, job: Mapping[str, Any] | None = None) -> None:
         self.work, self.job = work, job or {}
@@ -34,20 +36,27 @@ class Measured:
         return self.known[name]
 
     def once(self, name: str, measure: Callable[[], Any]) -> Any:
-        """What `measure` gives, which is called only where nothing of that name is known. Numbers that are not finite become None."""
+        """What `measure` gives, which is called only where nothing of that name is known. Numbers that are
+        not finite become None.
+        """
         if name not in self.known:
             self.known[name] = jsonable(measure())
             if time.monotonic() - self.written >= EVERY:
                 self.write()
         return self.known[name]
 
-    def tensor(self, name: str, shape: tuple[int, ...], measure: Callable[[], Tensor | None]) -> Tensor | None:
-        """As `once`, of a tensor of that shape, which comes back in fp64 exactly, or of None. Errors: LowkeyError when it is not finite, or
-        when a file holds something else."""
+    def tensor(
+        self, name: str, shape: tuple[int, ...], measure: Callable[[], Tensor | None]
+    ) -> Tensor | None:
+        """As `once`, of a tensor of that shape, which comes back in fp64 exactly, or of None. Errors:
+        LowkeyError when it is not finite, or when a file holds something else."""
 
         def plain() -> list | None:
             if (found := measure()) is not None and not bool(found.isfinite().all()):
-                raise LowkeyError(f"{name}: the model's numbers are not finite; load it with --dtype float32, or check its weights")
+                raise LowkeyError(
+                    f"{name}: the model's numbers are not finite; load it with --dtype float32, or check its "
+                    "weights"
+                )
             return None if found is None else found.tolist()
 
         if (known := self.once(name, plain)) is None:
@@ -57,7 +66,10 @@ class Measured:
         except (TypeError, ValueError, RuntimeError, OverflowError):
             found = torch.empty(0)
         if found.shape != shape:
-            raise LowkeyError(f"unfinished work: {name!r} is no table of shape {shape}; it is damaged: delete {self.work} and start anew")
+            raise LowkeyError(
+                f"unfinished work: {name!r} is no table of shape {shape}; it is damaged: delete {self.work} "
+                "and start anew"
+            )
         return found
 
     def write(self) -> None:

@@ -1,7 +1,9 @@
-"""Where lowkey may write: what it replaces or removes is nothing but what it wrote itself and nobody has changed since.
+"""Where lowkey may write: what it replaces or removes is nothing but what it wrote itself and nobody has
+changed since.
 
-That is read from what files hold, never from their names: JSON and text of ours carry a checksum of themselves, tensors say what they are,
-and every folder of ours has a list of its files with their checksums, `.lowkey.json`.
+That is read from what files hold, never from their names: JSON and text of ours carry a checksum of
+themselves, tensors say what they are, and every folder of ours has a list of its files with their checksums,
+`.lowkey.json`.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ ELSEWHERE = "choose another place"
 
 
 def kind_of(path: Path) -> str | None:
-    """What lowkey wrote into this file; None for what others wrote or changed. A file of tensors is taken by its header."""
+    """What lowkey wrote into this file; None for what others wrote or changed. A file of tensors is taken by
+    its header.
+    """
     try:
         if not stat.S_ISREG(os.lstat(path).st_mode):
             return None
@@ -66,7 +70,9 @@ def _kind_of_text(path: Path) -> str | None:
     text = path.read_bytes()
     start = text.rstrip(b"\n").rfind(b"\n") + 1
     found = MARK.fullmatch(text[start:])
-    return found[1].decode() if found and found[2].decode() == hashlib.sha256(text[:start]).hexdigest() else None
+    return (
+        found[1].decode() if found and found[2].decode() == hashlib.sha256(text[:start]).hexdigest() else None
+    )
 
 
 def marked(text: str, kind: str, comment: tuple[str, str]) -> str:
@@ -77,11 +83,18 @@ def marked(text: str, kind: str, comment: tuple[str, str]) -> str:
 
 def manifest(folder: Path) -> dict:
     """The checksums of all files below a folder."""
-    return {"complete": True, "files": {str(p.relative_to(folder)): [file_checksum(p)] for p in sorted(folder.rglob("*")) if p.is_file()}}
+    return {
+        "complete": True,
+        "files": {
+            str(p.relative_to(folder)): [file_checksum(p)] for p in sorted(folder.rglob("*")) if p.is_file()
+        },
+    }
 
 
 def listed(folder: Path) -> dict[str, list[str]]:
-    """The files that lowkey wrote into this folder, each with the checksums that it may have. Errors: LowkeyError for a damaged list."""
+    """The files that lowkey wrote into this folder, each with the checksums that it may have. Errors:
+    LowkeyError for a damaged list.
+    """
     found = read_json(folder / MANIFEST, "list of files", "files")["files"]
     if not (isinstance(found, dict) and all(isinstance(sums, list) for sums in found.values())):
         raise LowkeyError(f"list of files {str(folder / MANIFEST)!r} holds no checksums; it is damaged")
@@ -94,7 +107,9 @@ def foreign(folder: Path) -> str | None:
         known = listed(folder) if os.path.lexists(folder / MANIFEST) else {}
     except LowkeyError:
         return MANIFEST
-    return next((name for name in _below(folder, known) if not unchanged(folder / name, known.get(name, ()))), None)
+    return next(
+        (name for name in _below(folder, known) if not unchanged(folder / name, known.get(name, ()))), None
+    )
 
 
 def _below(folder: Path, known: dict[str, list[str]]) -> Iterator[str]:
@@ -102,7 +117,9 @@ def _below(folder: Path, known: dict[str, list[str]]) -> Iterator[str]:
     parents = {str(p) for name in known for p in Path(name).parents}
     for place, folders, names in os.walk(folder):
         inside = Path(place).relative_to(folder)
-        whole = [name for name in folders if (Path(place) / name).is_symlink() or str(inside / name) not in parents]
+        whole = [
+            name for name in folders if (Path(place) / name).is_symlink() or str(inside / name) not in parents
+        ]
         yield from (str(inside / name) for name in sorted([*names, *whole]) if str(inside / name) != MANIFEST)
 
 
@@ -122,17 +139,23 @@ def unchanged(file: Path, sums: Collection[str]) -> bool:
 
 
 def verify(folder: Path, what: str) -> None:
-    """Every file that lowkey wrote into this folder is there as it was written, but for cards, which say nothing to a program.
+    """Every file that lowkey wrote into this folder is there as it was written, but for cards, which say
+    nothing to a program.
 
     Errors: LowkeyError.
     """
     known = read_json(folder / MANIFEST, what, "files")
     if not known.get("complete"):
-        raise LowkeyError(f"{what} {str(folder)!r}: is just being written, or its writer was killed; give its command again")
+        raise LowkeyError(
+            f"{what} {str(folder)!r}: is just being written, or its writer was killed; give its command again"
+        )
     for name, sums in listed(folder).items():
         if not name.endswith(".md") and not has_checksum(folder / name, sums, what):
             rule = "is not what lowkey wrote; make it again"
-            raise LowkeyError(f"{what} {str(folder)!r}: {name} {rule}, or delete {MANIFEST} there if you changed it on purpose")
+            raise LowkeyError(
+                f"{what} {str(folder)!r}: {name} {rule}, or delete {MANIFEST} there if you changed it on "
+                "purpose"
+            )
 
 
 # -- may it be written
@@ -144,7 +167,8 @@ def target(path: Path) -> Path:
 
 
 def check_writable(path: Path) -> None:
-    """Something can be written at this place: tried, with all names that are missing, in the nearest folder that exists.
+    """Something can be written at this place: tried, with all names that are missing, in the nearest folder
+    that exists.
 
     Errors: LowkeyError, before the work rather than after it.
     """
@@ -152,22 +176,32 @@ def check_writable(path: Path) -> None:
         settle(target(path))
         place = target(path).absolute()
         if place.is_symlink() or os.path.ismount(place):
-            raise LowkeyError(f"output {str(path)!r}: is a link to itself, or where a disk is mounted; {ELSEWHERE}")
+            raise LowkeyError(
+                f"output {str(path)!r}: is a link to itself, or where a disk is mounted; {ELSEWHERE}"
+            )
         ground = next(p for p in place.parents if os.path.lexists(p))
         near = ground == place.parent  # then a kill leaves what the next writer sweeps
-        with beside(place) if near else TemporaryDirectory(prefix=".lowkey.", dir=ground, ignore_cleanup_errors=True) as made:
+        with (
+            beside(place)
+            if near
+            else TemporaryDirectory(prefix=".lowkey.", dir=ground, ignore_cleanup_errors=True) as made
+        ):
             inside = Path(made) / NEW / place.relative_to(ground)
             inside.parent.mkdir(parents=True)
             inside.write_bytes(b"tried")
     except LowkeyError:
         raise
     except (OSError, ValueError) as error:
-        raise LowkeyError(f"output {str(path)!r}: cannot be written ({getattr(error, 'strerror', None) or error}); {ELSEWHERE}") from None
+        raise LowkeyError(
+            f"output {str(path)!r}: cannot be written ({getattr(error, 'strerror', None) or error}); "
+            f"{ELSEWHERE}"
+        ) from None
 
 
 def check_folder(path: Path, force: bool, again: str | None = None) -> None:
-    """A folder can be written at `path`: nothing is there, or only files that lowkey wrote, which are replaced with `force`. again: the
-    name of a file by which a folder of the same kind is known; such a folder is replaced without `force`.
+    """A folder can be written at `path`: nothing is there, or only files that lowkey wrote, which are
+    replaced with `force`. again: the name of a file by which a folder of the same kind is known; such a
+    folder is replaced without `force`.
 
     Errors: LowkeyError; also with `force` for whatever lowkey did not write.
     """
@@ -195,7 +229,8 @@ def check_removable(folder: Path) -> None:
 
 
 def check_file(path: Path, kind: str | None = None, force: bool = False) -> None:
-    """A file can be written at `path`: nothing is there, or a file that lowkey wrote and that is of this `kind` or given up by `force`.
+    """A file can be written at `path`: nothing is there, or a file that lowkey wrote and that is of this
+    `kind` or given up by `force`.
 
     Errors: LowkeyError; also with `force` for what lowkey did not write.
     """
@@ -215,5 +250,8 @@ def check_replaceable(file: Path) -> str | None:
     """What lowkey wrote there. Errors: LowkeyError for what it did not."""
     found = kind_of(file)
     if found is None:
-        raise LowkeyError(f"output {str(file)!r} is there, and lowkey did not write it, or it was changed since; choose another name")
+        raise LowkeyError(
+            f"output {str(file)!r} is there, and lowkey did not write it, or it was changed since; choose "
+            "another name"
+        )
     return found

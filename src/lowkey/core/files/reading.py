@@ -1,5 +1,6 @@
-"""Files are not believed: what is read is a regular file of a plausible size, strict JSON or safetensors, with the checksum that it was
-written with. All kinds of files are read here; what their numbers must be to one another, each kind's own loader says.
+"""Files are not believed: what is read is a regular file of a plausible size, strict JSON or safetensors,
+with the checksum that it was written with. All kinds of files are read here; what their numbers must be to
+one another, each kind's own loader says.
 """
 
 from __future__ import annotations
@@ -28,8 +29,15 @@ MOST_JSON, MOST_HEADER, MOST_TOML, MOST_TEXT = 2**26, 2**24, 2**20, 2**32  # byt
 ANY_SIZE = 2**63
 LARGEST = 2**64  # what a whole number is below
 DEEPEST = 64  # tables inside tables
-KIND, CHECKSUM = "lowkey", "checksum"  # fields of our JSON files and of our tensors' metadata: what it is, and of all the rest
-TYPES = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
+# fields of our JSON files and of our tensors' metadata: what it is, and of all the rest
+KIND, CHECKSUM = "lowkey", "checksum"
+TYPES = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
 OURS = "give one that lowkey wrote"
 REMEDY = "make it again"
 
@@ -39,7 +47,9 @@ REMEDY = "make it again"
 
 @contextmanager
 def opened(path: Path, what: str, most: int, remedy: str = OURS) -> Iterator[BufferedReader]:
-    """A regular file of at most so many bytes. Errors: LowkeyError for anything else, at once: pipes and devices are not waited for."""
+    """A regular file of at most so many bytes. Errors: LowkeyError for anything else, at once: pipes and
+    devices are not waited for.
+    """
     try:
         _check_regular(os.stat(path), path, what, most, remedy)
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
@@ -50,12 +60,16 @@ def opened(path: Path, what: str, most: int, remedy: str = OURS) -> Iterator[Buf
     except LowkeyError:
         raise
     except (OSError, ValueError, MemoryError, RecursionError) as error:
-        raise LowkeyError(f"{what} {str(path)!r} cannot be read ({_reason(error)}); it is damaged or not one of ours") from None
+        raise LowkeyError(
+            f"{what} {str(path)!r} cannot be read ({_reason(error)}); it is damaged or not one of ours"
+        ) from None
 
 
 def _check_regular(found: os.stat_result, path: Path, what: str, most: int, remedy: str) -> None:
     if not stat.S_ISREG(found.st_mode):
-        raise LowkeyError(f"{what} {str(path)!r} is {TYPES.get(stat.S_IFMT(found.st_mode), 'no regular file')}; {remedy}")
+        raise LowkeyError(
+            f"{what} {str(path)!r} is {TYPES.get(stat.S_IFMT(found.st_mode), 'no regular file')}; {remedy}"
+        )
     if found.st_size > most:
         raise LowkeyError(f"{what} {str(path)!r} is larger than {most / 2**20:.0f} MiB; {remedy}")
 
@@ -77,7 +91,9 @@ def file_checksum(path: Path, what: str = "file") -> str:
 
 
 def has_checksum(path: Path, sums: Collection[str], what: str = "file") -> bool:
-    """Whether a file has one of these checksums. One of another size is not read, since a sparse file may be endless to read."""
+    """Whether a file has one of these checksums. One of another size is not read, since a sparse file may be
+    endless to read.
+    """
     with opened(path, what, ANY_SIZE) as file:
         size = _size(file)
         known = any(str(wanted).startswith(size) for wanted in sums)
@@ -92,7 +108,8 @@ def _size(file: BufferedReader) -> str:
 
 
 def parse_json(text: str, infinite: bool = False) -> Any:
-    """Strictly: every name once, no number of hundreds of digits, nothing nested without end, and NaN and Infinity only when `infinite`.
+    """Strictly: every name once, no number of hundreds of digits, nothing nested without end, and NaN and
+    Infinity only when `infinite`.
 
     Errors: ValueError.
     """
@@ -104,7 +121,9 @@ def parse_json(text: str, infinite: bool = False) -> Any:
         return value
 
     try:
-        found = json.loads(text, object_pairs_hook=_once, parse_int=_whole, parse_float=number, parse_constant=number)
+        found = json.loads(
+            text, object_pairs_hook=_once, parse_int=_whole, parse_float=number, parse_constant=number
+        )
     except RecursionError:
         raise ValueError("it is nested without end") from None
     _check_depth(found)
@@ -149,7 +168,9 @@ def _check_depth(value: object, left: int = DEEPEST, finite: bool = False) -> No
 
 
 def sealed(value: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """As JSON has it, with what it is and a checksum of all the rest; null in the place of numbers that are not finite."""
+    """As JSON has it, with what it is and a checksum of all the rest; null in the place of numbers that are
+    not finite.
+    """
     plain = {KIND: kind, **json.loads(json.dumps(jsonable(value)))}
     return plain | {CHECKSUM: json_digest(plain)}
 
@@ -168,9 +189,12 @@ def json_digest(plain: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def read_json(path: Path, what: str, kind: str, newest: int | None = None, *, loose: bool = False, source: str = OURS) -> dict[str, Any]:
-    """What `write_json` wrote as this kind, of format `newest` at most, if it has formats. loose: also what others wrote, without a
-    checksum and with infinite numbers. source: the remedy in the message when there is no such file.
+def read_json(
+    path: Path, what: str, kind: str, newest: int | None = None, *, loose: bool = False, source: str = OURS
+) -> dict[str, Any]:
+    """What `write_json` wrote as this kind, of format `newest` at most, if it has formats. loose: also what
+    others wrote, without a checksum and with infinite numbers. source: the remedy in the message when there
+    is no such file.
 
     Errors: LowkeyError for what does not exist, is damaged, of a newer format, or something else.
     """
@@ -191,7 +215,10 @@ def read_json(path: Path, what: str, kind: str, newest: int | None = None, *, lo
         if type(version) is not int or version < 1:
             raise refuse(f"has format {version!r:.40}, which is not a number")
         if version > newest:
-            raise LowkeyError(f"{what} {str(path)!r}: format {version} is newer than {newest}, the newest known here; upgrade lowkey")
+            raise LowkeyError(
+                f"{what} {str(path)!r}: format {version} is newer than {newest}, the newest known here; "
+                "upgrade lowkey"
+            )
     if not (loose and CHECKSUM not in found):
         if found.get(KIND) != kind:
             raise refuse(f"is not marked as {kind!r}")
@@ -205,7 +232,9 @@ def checksum(path: Path, what: str) -> str | None:
     try:
         found = parse_json(read_bytes(path, what, MOST_JSON).decode())
     except ValueError as error:
-        raise LowkeyError(f"{what} {str(path)!r} cannot be read ({_reason(error)}); it is damaged: {REMEDY}") from None
+        raise LowkeyError(
+            f"{what} {str(path)!r} cannot be read ({_reason(error)}); it is damaged: {REMEDY}"
+        ) from None
     return found.get(CHECKSUM) if isinstance(found, dict) else None
 
 
@@ -213,18 +242,29 @@ def checksum(path: Path, what: str) -> str | None:
 
 
 def read_tensors(
-    path: Path, what: str, kind: str, checksum: str | None = None, *, finite: bool = True, remedy: str = REMEDY
+    path: Path,
+    what: str,
+    kind: str,
+    checksum: str | None = None,
+    *,
+    finite: bool = True,
+    remedy: str = REMEDY,
 ) -> dict[str, Tensor]:
-    """All tensors that `write_tensors` wrote as this kind, and, given it, with this checksum. finite: refuse NaN and infinite numbers.
+    """All tensors that `write_tensors` wrote as this kind, and, given it, with this checksum. finite: refuse
+    NaN and infinite numbers.
 
     Errors: LowkeyError for what does not exist, is damaged or something else.
     """
     return steady(path, lambda: _tensors(path, what, kind, checksum, finite, remedy))
 
 
-def _tensors(path: Path, what: str, kind: str, checksum: str | None, finite: bool, remedy: str) -> dict[str, Tensor]:
+def _tensors(
+    path: Path, what: str, kind: str, checksum: str | None, finite: bool, remedy: str
+) -> dict[str, Tensor]:
     def refuse(rule: str) -> LowkeyError:
-        return LowkeyError(f"{what} {str(path)!r} {rule}; it is truncated, damaged or not one of ours: {remedy}")
+        return LowkeyError(
+            f"{what} {str(path)!r} {rule}; it is truncated, damaged or not one of ours: {remedy}"
+        )
 
     marked, summed = marks(path, what, remedy)
     if marked != kind:
@@ -243,10 +283,14 @@ def _tensors(path: Path, what: str, kind: str, checksum: str | None, finite: boo
 
 
 def marks(path: Path, what: str, remedy: str = REMEDY) -> tuple[str, str]:
-    """What a safetensors file says it is, and its checksum, or empty texts; the size of its header is checked before it is believed."""
+    """What a safetensors file says it is, and its checksum, or empty texts; the size of its header is checked
+    before it is believed.
+    """
 
     def refuse(rule: str) -> LowkeyError:
-        return LowkeyError(f"{what} {str(path)!r} {rule}; it is truncated, damaged or not one of ours: {remedy}")
+        return LowkeyError(
+            f"{what} {str(path)!r} {rule}; it is truncated, damaged or not one of ours: {remedy}"
+        )
 
     with opened(path, what, _memory()) as file:
         length = file.read(8)

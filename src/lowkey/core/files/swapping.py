@@ -1,7 +1,9 @@
-"""Names change hands in one step, so that a reader finds the old version or the new one, whole, also after a kill.
+"""Names change hands in one step, so that a reader finds the old version or the new one, whole, also after a
+kill.
 
-What is being written lies in a folder of its own beside its name, which stays locked as long as its writer lives. So the leftovers of a
-killed process can be told from work that goes on, whatever the process ids are, and the next writer sweeps them.
+What is being written lies in a folder of its own beside its name, which stays locked as long as its writer
+lives. So the leftovers of a killed process can be told from work that goes on, whatever the process ids are,
+and the next writer sweeps them.
 """
 
 from __future__ import annotations
@@ -26,9 +28,11 @@ MARK = ".lowkey"  # in a folder of this kind: by its name alone it could be some
 OLD, NEW = "old", "new"
 LONGEST = 100  # bytes of a name that its folder's name repeats
 TRIES = 100
-PAUSES = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.1, 0.2, 0.2, 0.5, 0.5)  # seconds before a reader tries again
+# seconds before a reader tries again
+PAUSES = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.1, 0.2, 0.2, 0.5, 0.5)
 EXCHANGE = 2  # RENAME_EXCHANGE of Linux
-UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)  # what a system says that cannot exchange names
+# what a system says that cannot exchange names
+UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
 
 
 @contextmanager
@@ -45,7 +49,9 @@ def beside(path: Path) -> Iterator[Path]:
 
 
 def _locked(path: Path) -> tuple[Path, int]:
-    """A folder of its own and its lock. Until that is held, another writer may take the folder for abandoned: then a new one."""
+    """A folder of its own and its lock. Until that is held, another writer may take the folder for abandoned:
+    then a new one.
+    """
     for _ in range(TRIES):
         folder = path.with_name(f".{_short(path.name)}.{secrets.token_hex(8)}.tmp")
         folder.mkdir()
@@ -104,7 +110,9 @@ def settle(path: Path, sweep: bool = False) -> bool:
 
 def is_passing(path: Path) -> bool:
     """A folder of what is being written, to whatever name."""
-    return bool(re.fullmatch(r"\..+\.[0-9a-f]{16}\.tmp", path.name)) and path.is_dir() and not path.is_symlink()
+    return (
+        bool(re.fullmatch(r"\..+\.[0-9a-f]{16}\.tmp", path.name)) and path.is_dir() and not path.is_symlink()
+    )
 
 
 @contextmanager
@@ -169,7 +177,8 @@ def _moved(new: Path, path: Path, folder: Path) -> None:
 
 
 def steady(path: Path, read: Callable[[], T]) -> T:
-    """What `read` gives of one version of the file or folder `path`: again when another took its place meanwhile.
+    """What `read` gives of one version of the file or folder `path`: again when another took its place
+    meanwhile.
 
     Errors: LowkeyError, as `read` has them, for a version that stayed.
     """

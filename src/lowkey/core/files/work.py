@@ -1,4 +1,6 @@
-"""Unfinished work beside an output, `OUT`.partial: a folder for each job, whose files are read back, never recomputed."""
+"""Unfinished work beside an output, `OUT`.partial: a folder for each job, whose files are read back, never
+recomputed.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from lowkey.core.types import LowkeyError
 
 JOB, WORK = "job", "work"  # kinds of files
 TRIES = 3
-NAMES = r"(job|measured)\.json|(statistics|gradients|gates|training|(layer|tuned)-\d+)\.safetensors"  # of one job
+# of one job
+NAMES = r"(job|measured)\.json|(statistics|gradients|gates|training|(layer|tuned)-\d+)\.safetensors"
 
 
 @overload
@@ -32,7 +35,9 @@ def job_folder(work: Path, job: Mapping) -> Path: ...
 @overload
 def job_folder(work: Path | None, job: Mapping) -> Path | None: ...
 def job_folder(work: Path | None, job: Mapping) -> Path | None:
-    """The folder of this very job below `work`; those of other jobs go. Two jobs at once do not read each other's files."""
+    """The folder of this very job below `work`; those of other jobs go. Two jobs at once do not read each
+    other's files.
+    """
     if work is None:
         return None
     plain, folder = json.loads(json.dumps(job)), work / job_name(job)
@@ -97,17 +102,26 @@ def damaged(folder: Path, rule: str) -> LowkeyError:
 
 
 def check_output(path: Path, force: bool) -> Path:
-    """As `check_folder`. Returns the folder for unfinished work beside it, `path`.partial, which must be ours."""
+    """As `check_folder`. Returns the folder for unfinished work beside it, `path`.partial, which must be
+    ours.
+    """
     check_folder(path, force)
     return work_beside(path)
 
 
 def work_beside(path: Path) -> Path:
-    """`path`.partial, where unfinished work goes. Errors: LowkeyError when it cannot be written, or holds anything that is not ours."""
+    """`path`.partial, where unfinished work goes. Errors: LowkeyError when it cannot be written, or holds
+    anything that is not ours.
+    """
     work = target(path).with_name(f"{target(path).name}.partial")
     check_writable(work)
-    if os.path.lexists(work) and (work.is_symlink() or not work.is_dir() or not all(map(_is_job, work.iterdir()))):
-        raise LowkeyError(f"output {str(path)!r}: {str(work)!r}, where unfinished work goes, holds other files; choose another place")
+    if os.path.lexists(work) and (
+        work.is_symlink() or not work.is_dir() or not all(map(_is_job, work.iterdir()))
+    ):
+        raise LowkeyError(
+            f"output {str(path)!r}: {str(work)!r}, where unfinished work goes, holds other files; choose "
+            "another place"
+        )
     return work
 
 

@@ -1,4 +1,6 @@
-"""Files are written beside their name and renamed, so a reader sees the old one or the new one, never half of one; folders too."""
+"""Files are written beside their name and renamed, so a reader sees the old one or the new one, never half of
+one; folders too.
+"""
 
 from __future__ import annotations
 
@@ -48,15 +50,19 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def _of_the_disk(error: Exception) -> bool:
-    """safetensors has an error of its own for a full disk, and tokenizers raises plain exceptions that name the system's."""
+    """safetensors has an error of its own for a full disk, and tokenizers raises plain exceptions that name
+    the system's.
+    """
     return isinstance(error, OSError | SafetensorError) or "(os error " in str(error)
 
 
 @contextmanager
 def replacing(path: Path, ours: bool = False) -> Iterator[Path]:
-    """A temporary path, whose file takes the name `path` when the block ends well and is removed when it does not.
+    """A temporary path, whose file takes the name `path` when the block ends well and is removed when it does
+    not.
 
-    ours: the caller knows that what is there is lowkey's. Errors: LowkeyError when it is not, or cannot be written.
+    ours: the caller knows that what is there is lowkey's. Errors: LowkeyError when it is not, or cannot be
+    written.
     """
     place = target(path)
     with explained(path), beside(place) as folder:
@@ -81,15 +87,21 @@ def write_marked(path: Path, text: str, kind: str, comment: tuple[str, str]) -> 
     write_text(path, marked(text, kind, comment))
 
 
-def write_json(path: Path, value: Mapping[str, Any], kind: str, indent: int | None = 2, ours: bool = False) -> str:
-    """A JSON object that says what it is and has a checksum, which is returned. What is not finite becomes null."""
+def write_json(
+    path: Path, value: Mapping[str, Any], kind: str, indent: int | None = 2, ours: bool = False
+) -> str:
+    """A JSON object that says what it is and has a checksum, which is returned. What is not finite becomes
+    null.
+    """
     whole = sealed(value, kind)
     write_text(path, json.dumps(whole, indent=indent) + "\n", ours)
     return whole[CHECKSUM]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], kind: str) -> str:
-    """A safetensors file that says what it is and has a checksum, which is returned. Tensors that share memory are written apart."""
+    """A safetensors file that says what it is and has a checksum, which is returned. Tensors that share
+    memory are written apart.
+    """
     whole: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, t in tensors.items():
@@ -104,7 +116,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], kind: str) -> str:
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that takes the name `path` when the block ends well; what stood there goes last, if all of it is lowkey's.
+    """A temporary folder that takes the name `path` when the block ends well; what stood there goes last, if
+    all of it is lowkey's.
 
     Errors: LowkeyError when it is not, or cannot be written.
     """
@@ -134,9 +147,9 @@ def finish(folder: Path) -> None:
 
 
 def join_folder(new: Path, path: Path) -> None:
-    """The files of `new`, a folder of ours, take their places in `path` one by one. Files that an earlier call put there and that `new`
-    does not have are removed. After a kill in between, the same call again completes the work; until then the list in `path` says that it
-    is not complete.
+    """The files of `new`, a folder of ours, take their places in `path` one by one. Files that an earlier
+    call put there and that `new` does not have are removed. After a kill in between, the same call again
+    completes the work; until then the list in `path` says that it is not complete.
 
     Errors: LowkeyError when lowkey did not write what is in their place.
     """
@@ -144,7 +157,10 @@ def join_folder(new: Path, path: Path) -> None:
     both = {name: [*before.get(name, ()), *fresh.get(name, ())] for name in (before | fresh)}
     for name in both:
         if os.path.lexists(path / name) and not unchanged(path / name, both[name]):
-            raise LowkeyError(f"output {str(path / name)!r}: lowkey did not write this, or it was changed since; move it away")
+            raise LowkeyError(
+                f"output {str(path / name)!r}: lowkey did not write this, or it was changed since; move it "
+                "away"
+            )
     with explained(path):
         write_json(path / MANIFEST, {"files": both, "complete": False}, "files")
         for name in fresh:
