@@ -182,9 +182,10 @@ def _chosen(
     signals = {name: SIGNALS[name](course.model, course.training, course.batch) for name in split.needs}
     profile = replace(profile, sizes=sizes, signals=signals)
     profile = _measured(profile, split.pairs(profile), bases, course, asked.judge)
-    ranks = (
-        split.under_error(profile, limit) if asked.room is None else split.under_bytes(profile, asked.room)
-    )  # type: ignore[arg-type]
+    if asked.room is None:
+        ranks = split.under_error(profile, limit)  # type: ignore[arg-type]
+    else:
+        ranks = split.under_bytes(profile, asked.room)
     factors = {i: found.at(*pair) for (i, found), pair in zip(bases.items(), ranks, strict=True)}
     told = _described(profile, ranks, bases)
     if not isinstance(limit, Budget):

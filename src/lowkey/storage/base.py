@@ -42,9 +42,9 @@ class StoringLayer(UndoableLayer):
     def nbytes(self) -> int:
         return storage_bytes(self.tensors().values())
 
-    def update(
+    def update(  # type: ignore[override]
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Incoming, Incoming]:  # type: ignore[override]
+    ) -> tuple[Incoming, Incoming]:
         key_states, value_states = as_cast(key_states), as_cast(value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

@@ -31,9 +31,9 @@ class PlacedLayer(StoringLayer):
         self.offset = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
         self.first = torch.zeros_like(self.offset)
 
-    def update(
+    def update(  # type: ignore[override]
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Incoming, Incoming]:  # type: ignore[override]
+    ) -> tuple[Incoming, Incoming]:
         if self.is_initialized:
             self.check_fits(as_cast(key_states), len(self.offset), self.dtype)
         return super().update(key_states, value_states, *args, **kwargs)
