@@ -25,14 +25,14 @@ from lowkey.methods import KQSVD, METHODS, Course, LoRC, Palu, ReCalKV
 from lowkey.methods import kqsvd as kq
 from lowkey.methods import recalkv as recal
 from lowkey.models import families
-from lowkey.models.attention_interface import Attending, Incoming
+from lowkey.models.attention_interface import AttendingLayer, Incoming
 from lowkey.ops.commuting import rotated_moment
 from lowkey.ops.products import group_size, oblique_basis, reordered
 from lowkey.ops.rope import rotate
 from lowkey.plan.plan import Plan
 from lowkey.probes.layer_inputs import first_inputs, layer_inputs
 from lowkey.probes.layer_probe import Probe, Rebuilt
-from lowkey.storage.rebuilding import RebuildingLayer
+from lowkey.storage.reconstruction import ReconstructionLayer
 
 METHOD = {
     "kq-svd": KQSVD(),
@@ -109,7 +109,7 @@ def fitted(method: str, name: str, layout: str, layer: int = LAYER):
     return METHOD[method].fit(*prepared(name, layout, layer), RANKS, 0)
 
 
-class Recorder(Attending):
+class Recorder(AttendingLayer):
     """Keeps what a layer hands to its cache, and the query."""
 
     def update(self, keys, values):
@@ -706,7 +706,9 @@ def stream(name: str, layout: str, factors) -> dict[int, Tensor]:
     fitting windows.
     """
     model = model_of(name)
-    past = cache_of(model, lambda i: RebuildingLayer(Rebuilt(factors[i], layout, families.rope(model, i))))
+    past = cache_of(
+        model, lambda i: ReconstructionLayer(Rebuilt(factors[i], layout, families.rope(model, i)))
+    )
     hidden = model(ROWS[:-HELD], past_key_values=past, output_hidden_states=True).hidden_states
     return {i: families.attention_input(model, i, hidden[i]).flatten(0, 1).double() for i in factors}
 

@@ -24,7 +24,7 @@ from lowkey.heads.needles import TASKS, Case, Haystack
 from lowkey.heads.retrieval import KINDS, HeadScores, estimate_heads, f1, spearman
 from lowkey.models import families
 from lowkey.models.loading import load
-from lowkey.storage.watching import WatchingLayer
+from lowkey.storage.attention_recording import AttentionRecordingLayer
 
 TEXT = "It was a bright cold day in April, and the clocks were striking. " * 40
 CASE = Case(
@@ -37,8 +37,8 @@ CASE = Case(
 )
 
 
-def watching(model) -> tuple[object, dict[int, WatchingLayer]]:
-    layers = {i: WatchingLayer() for i in families.geometry(model).compressible}
+def watching(model) -> tuple[object, dict[int, AttentionRecordingLayer]]:
+    layers = {i: AttentionRecordingLayer() for i in families.geometry(model).compressible}
     return cache_of(model, layers.__getitem__), layers
 
 

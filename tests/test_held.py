@@ -21,14 +21,14 @@ from lowkey import load_cache, make_cache
 from lowkey.calibration.dynamic import dyna_cache
 from lowkey.models.fingerprint import model_fingerprint
 from lowkey.policies import POLICIES
-from lowkey.storage.exact import Exact, FixedPoints, SinkRule
+from lowkey.storage.exact import Exact, SinkPoints, SinkRule
 
 BUDGET = "20 tokens"
 LENGTH = 60
 
 
 def rule(model):
-    points = {i: FixedPoints(torch.zeros(1, 4, pico.HEAD_DIM), torch.full((1,), 3.0)) for i in (1, 2)}
+    points = {i: SinkPoints(torch.zeros(1, 4, pico.HEAD_DIM), torch.full((1,), 3.0)) for i in (1, 2)}
     return SinkRule(points, (0,), 1, model_fingerprint(model))
 
 

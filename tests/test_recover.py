@@ -28,7 +28,7 @@ from lowkey.models import attention_interface, families
 from lowkey.models.fingerprint import model_fingerprint
 from lowkey.plan.plan import Plan
 from lowkey.probes.layer_probe import Rebuilt
-from lowkey.storage.rebuilding import RebuildingLayer
+from lowkey.storage.reconstruction import ReconstructionLayer
 
 module = importlib.import_module("lowkey.calibration.recover")
 TEXT = "the cat sat on the mat. " * 40
@@ -69,7 +69,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def through(model, plan: Plan, ids: Tensor) -> Tensor:
     """Logits as in training."""
     cache = cache_of(
-        model, lambda i: RebuildingLayer(Rebuilt(plan.factors[i], plan.layout, families.rope(model, i)))
+        model, lambda i: ReconstructionLayer(Rebuilt(plan.factors[i], plan.layout, families.rope(model, i)))
     )
     return model(ids, past_key_values=cache, use_cache=True).logits
 
@@ -110,7 +110,7 @@ def test_a_rebuilding_layer_stores_nothing():
     model = pico.attached("llama")
     plan = pico.plan(model)
     cache = cache_of(
-        model, lambda i: RebuildingLayer(Rebuilt(plan.factors[i], plan.layout, families.rope(model, i)))
+        model, lambda i: ReconstructionLayer(Rebuilt(plan.factors[i], plan.layout, families.rope(model, i)))
     )
     pico.feed(model, pico.prompt(), cache)
     assert (cache.nbytes(), cache.predicted_nbytes(), cache.get_seq_length()) == (0, 0, 0)

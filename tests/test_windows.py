@@ -28,7 +28,7 @@ from lowkey.probes.layer_probe import Probe, Rebuilt
 from lowkey.storage.codec import LowRank
 from lowkey.storage.coded import CodedLayer
 from lowkey.storage.packing import scheme
-from lowkey.storage.rebuilding import RebuildingLayer
+from lowkey.storage.reconstruction import ReconstructionLayer
 
 TEXT = "".join(string.printable[(i * i + 7 * i) % 95] for i in range(1000))
 FULL = 2 * 4 * pico.HEAD_DIM * 4 * LAYERS  # bytes per token of the pico llama in fp32
@@ -300,7 +300,7 @@ def test_rebuilding_beside_exact_tokens_is_differentiable(layout):
 
     def out(step: float, tracked: bool = False):
         moved = [(m + step * w).clone().requires_grad_(tracked) for m, w in zip(maps, ways, strict=True)]
-        layer = RebuildingLayer(Rebuilt(Factors(*moved), layout, it.rope), it.exact)
+        layer = ReconstructionLayer(Rebuilt(Factors(*moved), layout, it.rope), it.exact)
         return (it.run(it.inputs[:2], layer) * it.outputs[:2]).mean(), moved
 
     value, moved = out(0.0, True)

@@ -20,7 +20,7 @@ from lowkey.core.options import shown
 from lowkey.core.types import LowkeyError, identity
 from lowkey.models import families
 from lowkey.models.attention_interface import UNCOMPILED, Incoming, attached
-from lowkey.models.fingerprint import FilledBy, check_model
+from lowkey.models.fingerprint import FillingModel, check_model
 from lowkey.plan.plan import Plan, versions
 from lowkey.policies import policy_from, policy_words
 from lowkey.policies.base import Policy
@@ -28,11 +28,11 @@ from lowkey.storage.base import StockLayer, StockSlidingLayer, StoringLayer
 from lowkey.storage.codec import Codec, LowRank, Plain
 from lowkey.storage.coded import CodedLayer, Exact
 from lowkey.storage.compensating import CompensatingLayer
-from lowkey.storage.evicting import EvictingLayer, Round
+from lowkey.storage.evicting import CacheWideEviction, EvictingLayer
 from lowkey.storage.exact import WINDOW, SinkRule
 from lowkey.storage.packing import Scheme, scheme_or_none
 from lowkey.storage.pruning import PruningLayer
-from lowkey.storage.undoing import ForwardPass
+from lowkey.storage.rollback import ForwardPass
 
 LAYERS: dict[str, type[EvictingLayer]] = {
     "evicting": EvictingLayer,
@@ -60,7 +60,7 @@ class LowkeyCache(Cache):
 
     layers: list[CountedLayer]  # type: ignore[assignment]
     origin: Origin | None = None
-    filled_by: FilledBy | None = None
+    filled_by: FillingModel | None = None
 
     def __init__(self, layers: Sequence[CountedLayer]) -> None:
         super().__init__(layers=list(layers))
@@ -140,7 +140,7 @@ class LowkeyCache(Cache):
         self.forward_pass.undo()
         super().reset()
         if self.filled_by is not None and (model := self.filled_by.model()) is not None:
-            self.filled_by = FilledBy(model)
+            self.filled_by = FillingModel(model)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Only where every layer can. Errors: LowkeyError for a compressed cache, before anything is removed."""
@@ -238,7 +238,7 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> LowkeyCache:
     policy = policy_from(about["policy"]) if about["policy"] else None
     cache = make_cache(model, plan, policy, bits=about["bits"], exact=exact)
     cachefile.restore(folder, cache.layers, about, tensors, model)
-    cache.filled_by = FilledBy(model, about["model_sha256"])
+    cache.filled_by = FillingModel(model, about["model_sha256"])
     return cache
 
 
@@ -268,7 +268,7 @@ def make_cache(
     if exact is not None and exact.rule is not None:
         _check_rule(model, exact.rule, exact.sinks)
     cache = cache_from(model, Origin(weakref.ref(model), plan, policy, bits, exact))
-    cache.filled_by = FilledBy(model)
+    cache.filled_by = FillingModel(model)
     return cache
 
 
@@ -372,7 +372,7 @@ def _evicting(
             f"policy {type(policy).__name__}: rope_type {kind!r} changes its frequencies with the length; "
             "use another policy"
         )
-    meeting = Round(len(full), _sliding(model))
+    meeting = CacheWideEviction(len(full), _sliding(model))
 
     def build(i: int) -> EvictingLayer:
         rope = families.rope(model, i)

@@ -17,7 +17,7 @@ from lowkey.core import files
 from lowkey.core.types import LowkeyError, device_of
 from lowkey.models import families
 from lowkey.plan.plan import Plan
-from lowkey.storage.exact import Exact, FixedPoints, SinkRule
+from lowkey.storage.exact import Exact, SinkPoints, SinkRule
 
 FORMAT = 1
 JSON, TENSORS, PLAN, KIND = "cache.json", "cache.safetensors", "plan", "cache"
@@ -207,14 +207,14 @@ def exact_from(path: Path, words: dict | None, tensors: dict[str, Tensor]) -> Ex
         raise damaged(path, f"exact tokens: {error}") from None
 
 
-def _points(centres: Tensor, radius: Tensor) -> FixedPoints:
+def _points(centres: Tensor, radius: Tensor) -> SinkPoints:
     if centres.ndim != 3 or radius.ndim != 1 or len(centres) != len(radius) or not len(radius):
         raise ValueError("points of its sink rule are none")
     if not files.all_finite((centres, radius)) or not (
         centres.is_floating_point() and radius.is_floating_point()
     ):
         raise ValueError("points of its sink rule are not finite")
-    return FixedPoints(centres, radius)
+    return SinkPoints(centres, radius)
 
 
 def _tensors(layer: Any) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ from lowkey.probes.layer_probe import OneLayerCache, Rebuilt
 from lowkey.storage.codec import LowRank
 from lowkey.storage.coded import CodedLayer
 from lowkey.storage.exact import Exact
-from lowkey.storage.rebuilding import RebuildingLayer
+from lowkey.storage.reconstruction import ReconstructionLayer
 
 CHECKPOINT = "training"
 
@@ -209,13 +209,13 @@ class Student:
     def model(self) -> PreTrainedModel:
         return self.adapted.model
 
-    def layer(self, i: int) -> RebuildingLayer | CodedLayer:
+    def layer(self, i: int) -> ReconstructionLayer | CodedLayer:
         """Keys that turn at frequencies of their own cannot be rebuilt, only attended to."""
         factors, layout, rope = self.factors[i], self.plan.layout, families.rope(self.model, i)
         exact = Exact(self.plan.sinks, self.plan.recent)
         if factors.frequencies is not None:
             return CodedLayer(LowRank(factors, layout, rope), exact)
-        return RebuildingLayer(Rebuilt(factors, layout, rope), exact)
+        return ReconstructionLayer(Rebuilt(factors, layout, rope), exact)
 
     def logits(self, ids: Tensor) -> Tensor:
         """(b, t, V) in fp32, compressed everywhere."""

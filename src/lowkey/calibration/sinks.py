@@ -25,7 +25,7 @@ from lowkey.models import families
 from lowkey.models.attention_interface import attach
 from lowkey.models.fingerprint import model_fingerprint
 from lowkey.probes.layer_inputs import layer_inputs
-from lowkey.storage.exact import FixedPoints, SinkRule
+from lowkey.storage.exact import SinkPoints, SinkRule
 
 
 def find_sinks(model: PreTrainedModel, rows: Tensor, ratio: float = 100.0, batch: int = 4) -> SinkRule | None:
@@ -94,7 +94,7 @@ def stable_channels(outliers: Tensor) -> tuple[int, list[int]]:
 
 def _fit(
     model: PreTrainedModel, rows: Tensor, batch: int, channels: list[int], ratio: float
-) -> dict[int, FixedPoints]:
+) -> dict[int, SinkPoints]:
     """The points of every compressible layer in which sinks show in the values."""
     found = {}
     for i, hidden in layer_inputs(model, rows, batch):
@@ -135,7 +135,7 @@ def _values(model: PreTrainedModel, layer: int, hidden: Tensor) -> Tensor:
     return values if weights.v_bias is None else values + weights.v_bias
 
 
-def fixed_points(values: Tensor, kinds: Tensor) -> FixedPoints | None:
+def fixed_points(values: Tensor, kinds: Tensor) -> SinkPoints | None:
     """The mean of the values (n, h, d) of each kind of sink that no other token comes as near to as all of
     its own do; the radius of its ball lies halfway between the farthest of its own and the nearest other."""
     centres, radius = [], []
@@ -150,4 +150,4 @@ def fixed_points(values: Tensor, kinds: Tensor) -> FixedPoints | None:
         if spread < nearest:
             centres.append(centre)
             radius.append((spread + nearest) / 2)
-    return FixedPoints(torch.stack(centres), torch.stack(radius)) if centres else None
+    return SinkPoints(torch.stack(centres), torch.stack(radius)) if centres else None

@@ -13,7 +13,7 @@ from lowkey.cache.cache import cache_of
 from lowkey.core import files
 from lowkey.core.types import LayerStatistics, device_of
 from lowkey.models import families
-from lowkey.storage.observing import ObservingLayer
+from lowkey.storage.second_moments import SecondMomentLayer
 
 Sums = dict[int, dict[str, Tensor]]
 SAVE_EVERY = 16  # batches between two saves of a resumable pass
@@ -41,7 +41,7 @@ def gather(
 @torch.no_grad()
 def _observe(model: PreTrainedModel, ids: Tensor, sinks: int) -> Sums:
     layers = {
-        i: ObservingLayer(families.rope(model, i), sinks) for i in families.geometry(model).compressible
+        i: SecondMomentLayer(families.rope(model, i), sinks) for i in families.geometry(model).compressible
     }
     cache = cache_of(model, layers.__getitem__)
     hidden = model(ids, past_key_values=cache, output_hidden_states=True, logits_to_keep=1).hidden_states

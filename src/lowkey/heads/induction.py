@@ -17,7 +17,7 @@ from lowkey.core.types import LowkeyError, device_of
 from lowkey.heads.retrieval import HeadScores
 from lowkey.models import families
 from lowkey.models.fingerprint import data_fingerprint, model_fingerprint
-from lowkey.storage.watching import WatchingLayer
+from lowkey.storage.attention_recording import AttentionRecordingLayer
 
 ECHOES = {"induction": 1, "echo": 0}  # how far behind an earlier equal token a head of the kind looks
 REPEATS = 4
@@ -79,7 +79,7 @@ def estimate_echo(
 
 def _values(model: PreTrainedModel, start: Tensor, block: Tensor, behind: int) -> Tensor:
     """(layers, H) of one block (n) of ids."""
-    watching = {i: WatchingLayer() for i in families.geometry(model).compressible}
+    watching = {i: AttentionRecordingLayer() for i in families.geometry(model).compressible}
     cache = cache_of(model, watching.__getitem__)
     ids = torch.cat([start, block.repeat(REPEATS)]).unsqueeze(0).to(device_of(model))
     size, before = len(block), len(start) + len(block) * (REPEATS - 1)

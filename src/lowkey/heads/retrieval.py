@@ -32,7 +32,7 @@ from lowkey.heads.needles import TASKS, Case, Haystack, draw_case
 from lowkey.models import families
 from lowkey.models.attention_interface import attached
 from lowkey.models.fingerprint import check_model, data_fingerprint, model_fingerprint
-from lowkey.storage.watching import WatchingLayer
+from lowkey.storage.attention_recording import AttentionRecordingLayer
 
 FORMAT, KIND = 1, "head-scores"
 LEAST = 10  # solved cases; fewer say nothing about heads
@@ -304,7 +304,7 @@ class _Job:
 
     def values(self, case: Case) -> Tensor | None:
         """(layers, H), summed over the steps of a right answer; None when the model does not give it."""
-        watching = {i: WatchingLayer() for i in self.layers}
+        watching = {i: AttentionRecordingLayer() for i in self.layers}
         cache = cache_of(self.model, watching.__getitem__)
         ids = torch.tensor([case.prompt], device=device_of(self.model))
         self.model(ids[:, :-1], past_key_values=cache, logits_to_keep=1)

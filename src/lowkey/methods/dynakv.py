@@ -39,7 +39,7 @@ from lowkey.ops.rope import rotate, unrotate
 from lowkey.ops.schedule import falling
 from lowkey.probes import model_probe
 from lowkey.storage.bucketed import Gate
-from lowkey.storage.rebuilding import Rebuilding
+from lowkey.storage.reconstruction import KVTransform
 
 WARMUP = 0.05  # of the steps
 COLDEST = 0.2  # of the temperature, which falls to it in a line
@@ -330,7 +330,7 @@ class _Training:
 
             return look
 
-        storages: dict[int, Rebuilding] = {
+        storages: dict[int, KVTransform] = {
             i: Looked(f, self.layout, families.rope(self.model, i), looking(gates[i]))
             for i, f in self.maps.items()
         }

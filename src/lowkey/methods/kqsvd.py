@@ -16,7 +16,7 @@ from lowkey.core.options import option
 from lowkey.core.types import LayerBases, LayerStatistics, device_of, head_blocks
 from lowkey.methods.base import Method
 from lowkey.models import families
-from lowkey.models.attention_interface import Attending, Call, Incoming
+from lowkey.models.attention_interface import AttendingLayer, Call, Incoming
 from lowkey.ops.products import beside_one_another, group_size, joint_moments, oblique_basis
 from lowkey.ops.rope import unrotate
 from lowkey.probes.layer_probe import Probe
@@ -92,7 +92,7 @@ def weighted_queries(probe: Probe, outputs: Tensor) -> Tensor:
     return watch.moment
 
 
-class Watch(Attending):
+class Watch(AttendingLayer):
     """Stands in for a cache layer: attends to everything it is given, once, and adds up weighted queries."""
 
     def __init__(self, probe: Probe, outputs: Tensor) -> None:

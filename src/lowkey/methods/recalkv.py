@@ -19,8 +19,8 @@ from lowkey.ops.bases import principal
 from lowkey.ops.products import group_size, joint_moments, merged_basis, reordered, signs
 from lowkey.probes.layer_inputs import first_inputs
 from lowkey.probes.layer_probe import Probe, Rebuilt, layer_in_full, passed
-from lowkey.storage.observing import joint_moment
-from lowkey.storage.rebuilding import RebuildingLayer
+from lowkey.storage.reconstruction import ReconstructionLayer
+from lowkey.storage.second_moments import joint_moment
 
 RIDGE = 1e-9  # relative to the mean eigenvalue: no direction of the values is wholly without energy
 
@@ -74,7 +74,9 @@ class ReCalKV(Method):
                 passed(model, i, block, hidden, seen, course.batch)
                 found[i] = calibrated(found[i], seen.moment, self.iterations)
                 maps = found[i].to(next(block.parameters()))
-                storage = RebuildingLayer(Rebuilt(maps, course.layout, families.rope(model, i)), course.exact)
+                storage = ReconstructionLayer(
+                    Rebuilt(maps, course.layout, families.rope(model, i)), course.exact
+                )
             hidden = passed(model, i, block, hidden, storage, course.batch)
         return found
 

@@ -44,7 +44,7 @@ class Call:
         return torch.ones(t, seen, dtype=torch.bool, device=self.query.device).tril(seen - t).unsqueeze(0)
 
 
-class Attending(Protocol):
+class AttendingLayer(Protocol):
     """What a cache layer of ours offers the attention function."""
 
     def attend(self, keys: Tensor, values: Tensor, call: Call) -> Tensor:
@@ -64,7 +64,7 @@ class Attending(Protocol):
 class Incoming:
     """New keys and values (b, h, t, d) on their way to a layer; they are stored when the query arrives."""
 
-    layer: Attending
+    layer: AttendingLayer
     keys: Tensor
     values: Tensor
 

@@ -118,7 +118,7 @@ def check_model(what: str, name: object, wanted: object, model: PreTrainedModel,
     )
 
 
-class FilledBy:
+class FillingModel:
     """Which model filled a cache: what it was when the first tokens came, and whether it has been another one
     at a later turn.
     """

@@ -21,7 +21,7 @@ from lowkey.ops.products import oblique_basis
 from lowkey.ops.rope import rotate, unrotate
 from lowkey.probes import model_probe
 from lowkey.storage.exact import NOTHING, Exact
-from lowkey.storage.observing import joint_moment
+from lowkey.storage.second_moments import joint_moment
 
 SAVE_EVERY = 8  # windows between two saves of the pass
 NAMES = ("keys", "values", "key_gradients", "value_gradients")

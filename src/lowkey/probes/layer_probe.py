@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,22 +21,14 @@ from lowkey.models.families import Rope
 from lowkey.ops.commuting import rotated_moment
 from lowkey.ops.rope import rotate, unrotate
 from lowkey.storage.exact import NOTHING, Exact
-from lowkey.storage.rebuilding import RebuildingLayer
-
-
-class Taking(Protocol):
-    """What one layer's keys and values (b, h, t, d) can be handed to."""
-
-    def update(self, keys: Tensor, values: Tensor, /) -> tuple[Tensor, Tensor] | tuple[Incoming, Incoming]:
-        """What the attention function gets in their place."""
-        ...
+from lowkey.storage.reconstruction import KVTransform, ReconstructionLayer
 
 
 @dataclass
 class OneLayerCache:
     """Stands in for a cache while one layer runs alone."""
 
-    layer: Taking
+    layer: KVTransform
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -96,7 +87,12 @@ def layer_in_full(model: PreTrainedModel, layer: int) -> nn.Module:
 
 @torch.no_grad()
 def passed(
-    model: PreTrainedModel, layer: int, block: nn.Module, hidden: Tensor, storage: Taking | None, batch: int
+    model: PreTrainedModel,
+    layer: int,
+    block: nn.Module,
+    hidden: Tensor,
+    storage: KVTransform | None,
+    batch: int,
 ) -> Tensor:
     """The outputs (n, t, D) on the CPU of `block`, a decoder layer, on inputs of the same shape, keys and
     values through `storage`.
@@ -197,7 +193,7 @@ class Probe:
             keys = rotated_moment(keys, p.k.shape[1], *self.turns(self.inputs.shape[1]))
         return keys, values
 
-    def run(self, x: Tensor, storage: Taking) -> Tensor:
+    def run(self, x: Tensor, storage: KVTransform) -> Tensor:
         """The layer's output (b, t, D) on inputs (b, t, D) when keys and values pass through `storage`."""
         return families.run_layer(self.model, self.index, self.block, x, OneLayerCache(storage))
 
@@ -209,7 +205,7 @@ class Probe:
         device = device_of(self.block)
         out = self.run(
             self.inputs[windows].to(device),
-            RebuildingLayer(Rebuilt(factors, self.layout, self.rope), self.exact),
+            ReconstructionLayer(Rebuilt(factors, self.layout, self.rope), self.exact),
         )
         return relative_errors(out, self.outputs[windows].to(device), self.exact)
 

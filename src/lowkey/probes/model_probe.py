@@ -19,11 +19,11 @@ from lowkey.models import families
 from lowkey.probes.layer_probe import Rebuilt
 from lowkey.storage.base import StockLayer, StockSlidingLayer
 from lowkey.storage.exact import NOTHING, Exact
-from lowkey.storage.rebuilding import Rebuilding, RebuildingLayer
+from lowkey.storage.reconstruction import KVTransform, ReconstructionLayer
 
 
 def logits(
-    model: PreTrainedModel, ids: Tensor, storages: dict[int, Rebuilding], exact: Exact = NOTHING
+    model: PreTrainedModel, ids: Tensor, storages: dict[int, KVTransform], exact: Exact = NOTHING
 ) -> Tensor:
     """Next-token logits (b, t, vocabulary) of unpadded ids, every layer that is named through its storage but
     for exact tokens.
@@ -35,17 +35,21 @@ def logits(
         for i in range(len(families.layer_types(config)))
     ]
     for i, storage in storages.items():
-        layers[i] = RebuildingLayer(storage, exact)
+        layers[i] = ReconstructionLayer(storage, exact)
     return model(ids, past_key_values=Cache(layers=layers)).logits
 
 
-def storages(model: PreTrainedModel, factors: dict[int, Factors], layout: Layout) -> dict[int, Rebuilding]:
+def storages(model: PreTrainedModel, factors: dict[int, Factors], layout: Layout) -> dict[int, KVTransform]:
     return {i: Rebuilt(f, layout, families.rope(model, i)) for i, f in factors.items()}
 
 
 @torch.no_grad()
 def loss(
-    model: PreTrainedModel, rows: Tensor, found: dict[int, Rebuilding], batch: int = 4, exact: Exact = NOTHING
+    model: PreTrainedModel,
+    rows: Tensor,
+    found: dict[int, KVTransform],
+    batch: int = 4,
+    exact: Exact = NOTHING,
 ) -> float:
     """Mean cross-entropy per token of ids (n, t), in nats."""
     losses = [

@@ -12,10 +12,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lowkey.core.types import LowkeyError
 from lowkey.models.attention_interface import Call, Incoming, as_cast
-from lowkey.storage.undoing import UndoableLayer, storage_bytes
+from lowkey.storage.rollback import RestorableLayer, storage_bytes
 
 
-class StoringLayer(UndoableLayer):
+class StoringLayer(RestorableLayer):
     """A layer that stores in its own form and attends itself; `seen` counts tokens seen, not kept.
 
     exact_prefill: a chunk of several tokens sees its own keys exactly and is compressed afterwards
@@ -112,7 +112,7 @@ class StoringLayer(UndoableLayer):
         self.map_tensors(lambda t: t.to(self.device, non_blocking=True))
 
 
-class StockLayer(UndoableLayer, DynamicLayer):
+class StockLayer(RestorableLayer, DynamicLayer):
     """transformers' own full cache layer, with byte counts."""
 
     def update(

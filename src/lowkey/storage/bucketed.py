@@ -21,7 +21,7 @@ from lowkey.core.types import Factors
 from lowkey.models.attention_interface import Call
 from lowkey.ops.ragged import picked, row_of, starts_of
 from lowkey.storage.codec import LowRank
-from lowkey.storage.placed import RaggedLayer
+from lowkey.storage.positioned import RaggedLayer
 
 LARGE = 8.0  # a coordinate so many times its root mean square says no more than that it is large
 

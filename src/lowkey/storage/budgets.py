@@ -29,7 +29,7 @@ def check_question(policy: Policy, tokens: int, question: int) -> None:
 
 
 @dataclass(frozen=True)
-class Costs:
+class EvictionCosts:
     """Bytes that a cache with a policy takes for one row of the batch.
 
     heads: over all layers that evict. rows: of the batch. entry: a kept token of one head. whole: how much

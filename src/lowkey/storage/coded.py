@@ -15,15 +15,15 @@ from lowkey.backends.segment import Segment
 from lowkey.core.types import LowkeyError
 from lowkey.models.attention_interface import Call
 from lowkey.storage.codec import Codec, Plain
-from lowkey.storage.exact import Exact, FixedPoints
+from lowkey.storage.exact import Exact, SinkPoints
 from lowkey.storage.packing import Packing, Whole, joined
-from lowkey.storage.placed import PlacedLayer
+from lowkey.storage.positioned import PositionedLayer
 
 Parts = dict[str, tuple[Tensor, ...]]
 EMPTY = 2**31 - 1  # the index of a sink slot that no token has taken
 
 
-class CodedLayer(PlacedLayer):
+class CodedLayer(PositionedLayer):
     """Stored forms of all tokens but the last `recent` (and up to a block more, where keys are packed in
     blocks of tokens); sinks are held once more, exactly.
 
@@ -33,7 +33,7 @@ class CodedLayer(PlacedLayer):
 
     Held: what the packings of keys and values hold; recent_k, recent_v (b, h, recent, d); sink_k, sink_v (b,
     h, sinks, d); sink_at (b, sinks), the index of the token in each slot; offset and first, as in any
-    `PlacedLayer`; with `counts`, also ended (b, 1), the index behind each row's last real token, 0 while
+    `PositionedLayer`; with `counts`, also ended (b, 1), the index behind each row's last real token, 0 while
     there is none. points: they say what a sink is; without them a row's first real tokens are its sinks.
     counts: whether the numbers that a query sees depend on how many tokens came since.
     """
@@ -43,7 +43,7 @@ class CodedLayer(PlacedLayer):
         codec: Codec,
         exact: Exact | None = None,
         packing: tuple[Packing, Packing] | None = None,
-        points: FixedPoints | None = None,
+        points: SinkPoints | None = None,
     ) -> None:
         super().__init__(exact is not None and exact.prefill == "exact")
         self.codec, self.exact, self.points = codec, exact or Exact(), points

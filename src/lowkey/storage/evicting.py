@@ -24,10 +24,10 @@ from lowkey.ops.precision import for_products
 from lowkey.ops.ragged import appended, best, padded, picked, row_of, starts_of
 from lowkey.policies.allocators import Ask
 from lowkey.policies.base import Policy, Rope, Scene
-from lowkey.storage.budgets import Costs
+from lowkey.storage.budgets import EvictionCosts
 from lowkey.storage.codec import Codec, Plain
-from lowkey.storage.placed import RaggedLayer
-from lowkey.storage.undoing import Snapshot, storage_bytes
+from lowkey.storage.positioned import RaggedLayer
+from lowkey.storage.rollback import Snapshot, storage_bytes
 
 STEP = 16  # the tail grows by so many tokens at a time
 FAR = 1e30  # scores are held below it; infinite ones mean `stays` and `is not there`
@@ -48,7 +48,7 @@ class Candidates:
 
 
 @dataclass
-class Round:
+class CacheWideEviction:
     """Where the layers of one cache meet when their allocator needs the scores of all.
 
     beside: of every sliding layer of the cache, how many tokens it holds at most, and the numbers that one of
@@ -104,7 +104,7 @@ class EvictingLayer(RaggedLayer):
         policy: Policy,
         rope: Rope,
         seat: int = 0,
-        round: Round | None = None,
+        round: CacheWideEviction | None = None,
         codec: Codec | None = None,
     ) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class EvictingLayer(RaggedLayer):
             policy,
             rope,
             seat,
-            round or Round(),
+            round or CacheWideEviction(),
             codec or Plain(),
         )
         self.fresh = self.kept = self.steps = self.moved = self.to_come = 0
@@ -174,7 +174,7 @@ class EvictingLayer(RaggedLayer):
         b, h = self.tail_k.shape[:2]
         return (b * h + 1) * self.starts.element_size() + 2 * b * self.offset.element_size()
 
-    def costs(self, tokens: Tensor) -> Costs:
+    def costs(self, tokens: Tensor) -> EvictionCosts:
         """Of this cache, in a batch whose rows have seen so many tokens (b)."""
         b, h, _, width = self.tail_k.shape
         size, stay, heads = (
@@ -185,7 +185,7 @@ class EvictingLayer(RaggedLayer):
         beside = size * sum(min(stay, most) * numbers for most, numbers in self.round.beside)
         tail = STEP * size * (width + self.tail_v.shape[-1])  # which a single token begins
         coming = heads * (tail if self.to_come == 1 else self.to_come * self.entry_bytes)
-        return Costs(
+        return EvictionCosts(
             heads,
             b,
             self.entry_bytes,

@@ -12,7 +12,7 @@ from lowkey.core.options import Checked, option
 
 
 @dataclass(frozen=True, eq=False)
-class FixedPoints:
+class SinkPoints:
     """The values (h, d) of a layer's attention sinks lie within `radius` (m) of one of the m points `centres`
     (m, h, d).
     """
@@ -27,7 +27,7 @@ class FixedPoints:
         away = [(values.float() - c.unsqueeze(1)).square().sum((1, 3)) for c in self.centres]
         return (torch.stack(away) < self.radius.square()[:, None, None]).any(0)
 
-    def to(self, device: torch.device) -> FixedPoints:
+    def to(self, device: torch.device) -> SinkPoints:
         return replace(self, centres=self.centres.to(device), radius=self.radius.to(device))
 
 
@@ -37,7 +37,7 @@ class SinkRule:
     layer in which they show; channels: the outlier channels of the residual stream; emergence: the first
     layer whose input has them; model_sha256: of the model it was learnt from."""
 
-    layers: dict[int, FixedPoints]
+    layers: dict[int, SinkPoints]
     channels: tuple[int, ...]
     emergence: int
     model_sha256: str

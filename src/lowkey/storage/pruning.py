@@ -15,9 +15,9 @@ from lowkey.backends.ragged import ragged
 from lowkey.backends.segment import Part
 from lowkey.models.attention_interface import Call
 from lowkey.ops.ragged import padded, row_of, starts_of
-from lowkey.storage.budgets import Costs
+from lowkey.storage.budgets import EvictionCosts
 from lowkey.storage.evicting import Candidates, EvictingLayer
-from lowkey.storage.undoing import storage_bytes
+from lowkey.storage.rollback import storage_bytes
 
 
 class PruningLayer(EvictingLayer):
@@ -112,7 +112,7 @@ class PruningLayer(EvictingLayer):
         """What a token without its weakest channels takes."""
         return self.entry_bytes - (self.keys.shape[-1] - self.width) * self.keys.element_size()
 
-    def costs(self, tokens: Tensor) -> Costs:
+    def costs(self, tokens: Tensor) -> EvictionCosts:
         """With one more pruning, and the recent tokens whole."""
         whole = super().costs(tokens)
         fixed = whole.fixed + self.round.layers * self._pruning_bytes() / whole.rows

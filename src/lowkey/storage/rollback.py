@@ -28,7 +28,7 @@ class Snapshot:
     only grow are left out and remembered by (dimension, length), so that no step needs room for a second
     cache."""
 
-    layer: UndoableLayer
+    layer: RestorableLayer
     lengths: dict[str, tuple[int, int]]
 
     def tensors(self) -> list[Tensor]:
@@ -45,13 +45,13 @@ class ForwardPass:
     """
 
     def __init__(self) -> None:
-        self.before: dict[UndoableLayer, Snapshot] = {}
+        self.before: dict[RestorableLayer, Snapshot] = {}
         # of the layer that was entered last; whether it is the last of the cache
         self.index, self.last = -1, False
         # index of the last layer entered, where asking for the length has undone a pass
         self.cut: int | None = None
 
-    def enter(self, index: int, layer: UndoableLayer, last: bool) -> None:
+    def enter(self, index: int, layer: RestorableLayer, last: bool) -> None:
         """A layer is about to be given new tokens."""
         if layer in self.before:
             self.undo()
@@ -79,7 +79,7 @@ class ForwardPass:
         return sum(storage_bytes([*now, *then]) - storage_bytes(now) for now, then in pairs)
 
 
-class UndoableLayer(CacheLayerMixin):
+class RestorableLayer(CacheLayerMixin):
     """A cache layer whose part in an unfinished forward pass can be undone."""
 
     forward_pass: ForwardPass | None = None  # of the cache that the layer belongs to

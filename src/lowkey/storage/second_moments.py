@@ -13,7 +13,7 @@ from lowkey.ops.rope import unrotate
 from lowkey.storage.base import StoringLayer, batch_positions
 
 
-class ObservingLayer(StoringLayer):
+class SecondMomentLayer(StoringLayer):
     """Sums outer products over tokens but the first `sinks`, in fp64 on the CPU; attends to what the call
     brings and forgets it.
 

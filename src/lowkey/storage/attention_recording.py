@@ -14,7 +14,7 @@ from lowkey.models.attention_interface import Call
 from lowkey.storage.base import StoringLayer
 
 
-class WatchingLayer(StoringLayer):
+class AttentionRecordingLayer(StoringLayer):
     """keys, values (b, h, s, d); weights (b, h, g, s) in fp32 of the latest one-token step, (b, h, g, 0)
     after a longer one.
 

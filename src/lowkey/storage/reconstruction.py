@@ -16,7 +16,7 @@ from lowkey.storage.base import StockLayer
 from lowkey.storage.exact import NOTHING, Exact
 
 
-class Rebuilding(Protocol):
+class KVTransform(Protocol):
     def update(self, keys: Tensor, values: Tensor, /) -> tuple[Tensor, Tensor] | tuple[Incoming, Incoming]:
         """Keys and values (b, h, t, d) after they went through the compressed form, or what attends to them;
         differentiable.
@@ -24,7 +24,7 @@ class Rebuilding(Protocol):
         ...
 
 
-class RebuildingLayer(StockLayer):
+class ReconstructionLayer(StockLayer):
     """Rebuilds in fp32, whatever the model's dtype, as training the maps needs; positions start at 0 and
     there is no padding.
 
@@ -32,7 +32,7 @@ class RebuildingLayer(StockLayer):
     to itself.
     """
 
-    def __init__(self, storage: Rebuilding, exact: Exact = NOTHING) -> None:
+    def __init__(self, storage: KVTransform, exact: Exact = NOTHING) -> None:
         super().__init__()
         self.storage, self.exact = storage, exact
 

@@ -15,7 +15,7 @@ from lowkey.storage.codec import token_positions
 ROWS = 512  # queries whose masks are compared at a time
 
 
-class PlacedLayer(StoringLayer):
+class PositionedLayer(StoringLayer):
     """offset (b, 1): each row's token index less its position; first (b, 1): the index of each row's first
     real token, and the number of tokens seen while there is none.
 
@@ -81,7 +81,7 @@ class PlacedLayer(StoringLayer):
         return token_positions(start, stop, self.offset)
 
 
-class RaggedLayer(PlacedLayer):
+class RaggedLayer(PositionedLayer):
     """Rows of different length, which do not hold their padding.
 
     looking: tokens at the end of a chunk that will be forgotten; these alone may end in padding.
