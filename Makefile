@@ -6,7 +6,7 @@ DEMO := demo
 REAL := demo-real
 SCORED := --context 1024 --windows 8
 
-.PHONY: demo models demo-real test test-slow lint bench results clean
+.PHONY: demo models demo-real test test-slow lint docs bench results clean
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -39,8 +39,8 @@ demo-real: models
 	@echo "open $(REAL)/report.html"
 
 lint: .venv/.ready
-	$(BIN)/ruff check src tests recipes benchmarks
-	$(BIN)/ruff format --check src tests recipes benchmarks
+	$(BIN)/ruff check src tests recipes benchmarks docs
+	$(BIN)/ruff format --check src tests recipes benchmarks docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
@@ -50,13 +50,17 @@ test: lint
 test-slow: .venv/.ready
 	$(BIN)/python -m pytest -m slow
 
+# The documentation site, in site/; `$(BIN)/mkdocs serve` shows it while one writes.
+docs: .venv/.ready
+	$(BIN)/mkdocs build --strict
+
 bench: .venv/.ready
 	$(BIN)/python benchmarks/fitting.py
 	$(BIN)/python benchmarks/calibration_memory.py
 
-# The tables of docs/results-toys.md; benchmarks/evidence.py makes those of docs/results.md.
+# The tables of docs/results/toys.md; benchmarks/evidence.py makes those of docs/results.md.
 results: .venv/.ready
 	$(BIN)/python benchmarks/equal_bytes.py tiny docs/results/tiny.json
 
 clean:
-	rm -rf .venv $(DEMO) $(REAL) build dist
+	rm -rf .venv $(DEMO) $(REAL) build dist site

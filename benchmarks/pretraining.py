@@ -1,4 +1,4 @@
-"""The comparison of docs/pretraining.md: attention variants at equal tokens, each at its own learning rate,
+"""The comparison of docs/results/pretraining.md: attention variants at equal tokens, each at its own learning rate,
 over paired seeds.
 
     python benchmarks/pretraining.py run FOLDER_OF_TEXTS OUT --stages a,b,c [--tokens 10e6 --workers 2] python

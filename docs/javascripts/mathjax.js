@@ -1,0 +1,5 @@
+// Formulas that pymdownx.arithmatex marked; the reader's browser draws them.
+window.MathJax = {
+  tex: { inlineMath: [["\\(", "\\)"]], displayMath: [["\\[", "\\]"]], processEscapes: true },
+  options: { ignoreHtmlClass: ".*|", processHtmlClass: "arithmatex" },
+};
