@@ -535,7 +535,7 @@ def test_a_full_disk_keeps_the_old_plan(model, plan, monkeypatch, at):
 
 def test_a_full_disk_for_tensors_keeps_the_old_plan(model, plan, monkeypatch):
     before = tree(plan)
-    monkeypatch.setattr("lowkey.core.files.writing.save_file", full_disk)
+    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
     assert "No space left" in refused("compress", model, plan, *SMALL, "--force")
     assert tree(plan) == before
 

@@ -394,7 +394,7 @@ def test_a_full_disk_in_pretraining_is_one_line_and_the_run_goes_on_later(tmp_pa
     spots = {
         "tokens": ("lowkey.pretraining.corpus.np.save", fail),
         "tokenizer": (f"{PreTrainedTokenizerFast.__module__}.PreTrainedTokenizerFast.save_pretrained", fail),
-        "checkpoint": ("lowkey.core.files.writing.save_file", fail),
+        "checkpoint": ("safetensors.torch.save_file", fail),
         "log": ("lowkey.pretraining.log.Path.open", fail),
         "model": (f"{PreTrainedModel.__module__}.PreTrainedModel.save_pretrained", fail),
     }

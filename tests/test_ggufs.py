@@ -15,7 +15,7 @@ from lowkey.cache.cache import make_cache
 from lowkey.calibration.calibrate import Sample, calibrate
 from lowkey.core.types import LowkeyError
 from lowkey.methods import PCA
-from lowkey.models import gguf, loading
+from lowkey.models import gguf, loading, names
 from lowkey.models.fingerprint import model_fingerprint
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}  # as wide as the model, as GGUF's llama has them
@@ -111,8 +111,8 @@ def test_text_is_cut_as_for_its_vocabulary(loaded, written, tmp_path):
 
 def test_it_is_known_by_its_first_bytes(file, tmp_path):
     other = shutil.copy(file, tmp_path / "blob")
-    assert gguf.is_gguf(other) and loading.load(str(other))[0].config.model_type == "llama"
-    assert not gguf.is_gguf(tmp_path) and not gguf.is_gguf("org/name")
+    assert names.is_gguf(other) and loading.load(str(other))[0].config.model_type == "llama"
+    assert not names.is_gguf(tmp_path) and not names.is_gguf("org/name")
 
 
 # -- what is none

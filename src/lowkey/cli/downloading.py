@@ -11,7 +11,7 @@ import typer
 from lowkey.cli.common import AsJson, err, word_of
 from lowkey.core.types import LowkeyError
 from lowkey.models import packaged
-from lowkey.models.loading import TINY
+from lowkey.models.names import TINY
 from lowkey.models.packaged import PACKAGED
 
 

@@ -1,19 +1,22 @@
-"""Text in, windows of token ids out; and the few kilobytes of public-domain text that ship with the package."""
+"""Text in, windows of token ids out; and the few kilobytes of public-domain text that ship with the package.
+
+torch is imported by the functions that make tensors: the command line reads texts before it loads torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.resources import files as package_files
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from lowkey.core import files
+from lowkey.core.errors import LowkeyError
 from lowkey.core.options import shown
-from lowkey.core.types import LowkeyError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = {"calibration": "alice.txt", "evaluation": "time_machine.txt"}
 MIN_WINDOWS = 4
@@ -65,6 +68,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, model: PreTrainedModel
     model: which is to read them. Errors: LowkeyError for a text that is no Unicode, or for tokens that the
     model does not have.
     """
+    import torch
+
     check_unicode("text", text)
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.long)
     if model is not None:
@@ -107,6 +112,8 @@ def windows(
 
     Errors: LowkeyError when the text gives fewer than `least` windows.
     """
+    import torch
+
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     body = length - len(start)
     count = len(ids) // body
@@ -123,6 +130,8 @@ def in_turn(parts: Sequence[Tensor]) -> Tensor:
     """Windows (n, t) of several texts as one: the first of each, then the second of each that has one, and so
     on.
     """
+    import torch
+
     return torch.stack([rows[i] for i in range(max(map(len, parts))) for rows in parts if i < len(rows)])
 
 
@@ -132,6 +141,8 @@ def sample_windows(
     """At most `count` of the windows, in random order, cut from a random phase: another seed is another
     sample.
     """
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     spare = max(1, len(ids) - MIN_WINDOWS * length)
     phase = int(torch.randint(min(length, spare), (), generator=generator))

@@ -25,8 +25,8 @@ from transformers import (
 
 from lowkey.core import files
 from lowkey.core.types import LowkeyError
+from lowkey.models.names import GGUF_MAGIC
 
-MAGIC = b"GGUF"
 EXTRA = "pip install 'lowkey[gguf]'"
 ARCHITECTURE, SPLITS = "general.architecture", "tokenizer.ggml.pre"  # fields
 UINT32, STRING, ARRAY = 4, 8, 9  # kinds of fields
@@ -52,25 +52,13 @@ class Header:
     splits: str  # the name of the rule by which text is cut before its tokens are looked for
 
 
-def is_gguf(name: str | Path) -> bool:
-    """Whether this is, or by its name should be, a GGUF file."""
-    path = Path(name)
-    if path.suffix.lower() == ".gguf":
-        return True
-    try:
-        with path.open("rb") as file:
-            return path.is_file() and file.read(len(MAGIC)) == MAGIC
-    except (OSError, ValueError):
-        return False
-
-
 def header(path: Path) -> Header:
     """Errors: LowkeyError for what is no GGUF file or is cut off, and when the package that reads them is
     missing.
     """
     what = f"model {str(path)!r}"
     with files.opened(path, "model", files.ANY_SIZE, "give a model folder or a GGUF file") as file:
-        if file.read(len(MAGIC)) != MAGIC:
+        if file.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
             raise LowkeyError(
                 f"{what} is no GGUF file, for it does not begin as one; give another, or download it again"
             )

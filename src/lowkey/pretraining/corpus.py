@@ -18,7 +18,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from lowkey.core import files, text
 from lowkey.core.progress import Progress, silent
 from lowkey.core.types import LowkeyError
-from lowkey.models.loading import is_local, load_tokenizer
+from lowkey.models.loading import load_tokenizer
+from lowkey.models.names import is_local
 from lowkey.pretraining.recipe import Data
 from lowkey.pretraining.rows import Stream
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lowkey.core import files
+from lowkey.core.errors import LowkeyError
 from lowkey.core.options import check, nearest, option
-from lowkey.core.types import LowkeyError
 
 EXAMPLE = "give a TOML file like recipes/lrkv-tiny.toml"
 

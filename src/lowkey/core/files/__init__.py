@@ -1,4 +1,8 @@
-"""Files: written whole or not at all, read warily, and only lowkey's own replaced."""
+"""Files: written whole or not at all, read warily, and only lowkey's own replaced.
+
+torch is imported by the functions that read and write tensors: the command line checks folders and texts
+before it loads torch.
+"""
 
 from lowkey.core.files.outputs import (
     MANIFEST,

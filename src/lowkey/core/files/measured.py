@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowkey.core.errors import LowkeyError
 from lowkey.core.files.reading import jsonable
 from lowkey.core.files.work import damaged, job_folder, job_name, read_work_json, write_work_json
-from lowkey.core.types import LowkeyError
 
 EVERY = 5.0  # seconds of work that a kill may cost, beside the measurement that it met
 NAME = "measured.json"

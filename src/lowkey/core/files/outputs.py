@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from lowkey.core.errors import LowkeyError
 from lowkey.core.files.reading import (
     CHECKSUM,
     KIND,
@@ -29,7 +30,6 @@ from lowkey.core.files.reading import (
     read_json,
 )
 from lowkey.core.files.swapping import NEW, beside, settle, steady
-from lowkey.core.types import LowkeyError
 
 MANIFEST = ".lowkey.json"
 MARK = re.compile(rb"[^\n]*lowkey ([\w-]+) ([0-9a-f]{64})[^\n]*\n?")  # the last line of a text file of ours

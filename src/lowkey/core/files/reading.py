@@ -16,14 +16,13 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
-
+from lowkey.core.errors import LowkeyError
 from lowkey.core.files.swapping import steady
-from lowkey.core.types import LowkeyError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MOST_JSON, MOST_HEADER, MOST_TOML, MOST_TEXT = 2**26, 2**24, 2**20, 2**32  # bytes
 ANY_SIZE = 2**63
@@ -261,6 +260,8 @@ def read_tensors(
 def _tensors(
     path: Path, what: str, kind: str, checksum: str | None, finite: bool, remedy: str
 ) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
     def refuse(rule: str) -> LowkeyError:
         return LowkeyError(
             f"{what} {str(path)!r} {rule}; it is truncated, damaged or not one of ours: {remedy}"
@@ -314,6 +315,8 @@ def _memory() -> int:
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """sha256 of names, dtypes, shapes and numbers."""
+    import torch
+
     found = hashlib.sha256()
     for name, t in sorted(tensors.items()):
         found.update(json.dumps([name, str(t.dtype), list(t.shape)]).encode())

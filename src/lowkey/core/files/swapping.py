@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from lowkey.core.types import LowkeyError
+from lowkey.core.errors import LowkeyError
 
 T = TypeVar("T")
 MARK = ".lowkey"  # in a folder of this kind: by its name alone it could be somebody's

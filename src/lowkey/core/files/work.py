@@ -12,15 +12,16 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
-from torch import Tensor
-
+from lowkey.core.errors import LowkeyError
 from lowkey.core.files.outputs import check_folder, check_writable, kind_of, target
 from lowkey.core.files.reading import read_json, read_tensors
 from lowkey.core.files.swapping import is_passing
 from lowkey.core.files.writing import write_json, write_tensors
-from lowkey.core.types import LowkeyError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 JOB, WORK = "job", "work"  # kinds of files
 TRIES = 3
@@ -91,8 +92,8 @@ def read_work_json(folder: Path, name: str) -> dict:
 def fits(found: Mapping[str, Tensor], name: str, like: Tensor | tuple[int, ...], folder: Path) -> Tensor:
     """The tensor of this name, of the shape (and dtype) of another. Errors: LowkeyError when it is not."""
     t = found.get(name)
-    shape = tuple(like.shape) if isinstance(like, Tensor) else like
-    if t is None or tuple(t.shape) != shape or (isinstance(like, Tensor) and t.dtype != like.dtype):
+    shape, dtype = (like, None) if isinstance(like, tuple) else (tuple(like.shape), like.dtype)
+    if t is None or tuple(t.shape) != shape or (dtype is not None and t.dtype != dtype):
         raise damaged(folder, f"{name!r} is missing or not of shape {shape}")
     return t
 

@@ -10,13 +10,11 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
+from lowkey.core.errors import LowkeyError
 from lowkey.core.files.outputs import (
     MANIFEST,
     check_folder,
@@ -30,7 +28,9 @@ from lowkey.core.files.outputs import (
 )
 from lowkey.core.files.reading import CHECKSUM, KIND, digest, sealed
 from lowkey.core.files.swapping import NEW, beside, steady, swap, sync
-from lowkey.core.types import LowkeyError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 REMEDY = "choose another place or free some space"
 
@@ -102,6 +102,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], kind: str) -> str:
     """A safetensors file that says what it is and has a checksum, which is returned. Tensors that share
     memory are written apart.
     """
+    import torch
+    from safetensors.torch import save_file
+
     whole: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, t in tensors.items():

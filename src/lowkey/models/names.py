@@ -1,0 +1,82 @@
+"""What may stand for a model: a folder, a GGUF file, a Hub id, or the name of a model that comes with lowkey.
+
+Imports no torch: the command line refuses a name that cannot be a model before it loads torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from difflib import get_close_matches
+from pathlib import Path
+
+from lowkey.core import files
+from lowkey.core.errors import LowkeyError
+from lowkey.core.options import shown
+from lowkey.models import packaged
+from lowkey.models.packaged import PACKAGED
+
+TINY = "tiny"
+NEAR = 0.8  # how alike a name must be to one of ours not to be asked of the Hub
+GIVE = f"give a model folder, a Hub id, a .gguf file, or one of {', '.join(map(repr, (TINY, *PACKAGED)))}"
+GGUF_MAGIC = b"GGUF"  # the first bytes of a GGUF file
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]{0,95}", re.ASCII)  # owner/name
+
+
+def check_name(name: str) -> None:
+    """Refuse what cannot be a model, without asking the Hub.
+
+    A name that is written like a Hub id passes, although the Hub may not know it.
+    name: as a user gives it.
+    Raises: LowkeyError for a folder or file that is missing or no model, for a model that has to be downloaded
+    first, and for a word that is neither a path nor a Hub id.
+    """
+    if name == TINY:
+        return
+    if name in PACKAGED:
+        _check_folder(name, packaged.place_of(name))
+        return
+    check_spelling(name)
+    if is_gguf(name):
+        with files.opened(Path(name), "model", files.ANY_SIZE, "give a model folder or a GGUF file"):
+            return
+    if os.path.exists(name):
+        _check_folder(name, Path(name))
+    elif is_local(name):
+        raise LowkeyError(f"model {shown(name)}: no such folder; {GIVE}")
+    elif not HUB_ID.fullmatch(name):
+        raise LowkeyError(f"model {shown(name)}: no such folder, and a Hub id is written owner/name; {GIVE}")
+
+
+def check_spelling(name: str) -> None:
+    """Raises: LowkeyError for a name that is nearly that of a model that comes with lowkey."""
+    if not os.path.exists(name) and (near := get_close_matches(name.lower(), [TINY, *PACKAGED], 1, NEAR)):
+        raise LowkeyError(f"model {name!r} is unknown; did you mean {near[0]!r}?")
+
+
+def is_local(name: str) -> bool:
+    """Whether this can only be a place on this machine, and no id of the Hub."""
+    return name.startswith((".", "/", "~")) or name.count(os.sep) > 1
+
+
+def is_gguf(name: str | Path) -> bool:
+    """Whether this is, or by its name should be, a GGUF file."""
+    path = Path(name)
+    if path.suffix.lower() == ".gguf":
+        return True
+    try:
+        with path.open("rb") as file:
+            return path.is_file() and file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+    except (OSError, ValueError):
+        return False
+
+
+def _check_folder(name: str, path: Path) -> None:
+    """Raises: LowkeyError for a place that exists and holds no model that can be read."""
+    if not (path / "config.json").is_file():
+        raise LowkeyError(f"model {name!r} is no model: it has no config.json; {GIVE}")
+    for part in path.iterdir():
+        if part.exists() and not (part.is_file() or part.is_dir()):
+            raise LowkeyError(
+                f"model {name!r}: its {part.name} is neither a file nor a folder; save or download it again"
+            )
