@@ -82,7 +82,7 @@ def feed(model, cache, ids):
 
 def fill(model, cache, length=LENGTH, seed=0):
     ids = prompt(length, batch=1, seed=seed)
-    if cache.origin and cache.origin.policy and cache.origin.policy.repeats:
+    if cache.origin and cache.origin.policy and cache.origin.policy.needs_second_pass:
         lowkey.prefill(model, pico.tokenizer(), cache, ids)
     else:
         feed(model, cache, ids)

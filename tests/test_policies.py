@@ -436,9 +436,9 @@ def test_it_says_where_it_is_from(name):
 def test_scores_that_read_no_query_say_so(name):
     policy, scene = CASES[name][0], build()
     none = replace(scene, queries=scene.queries[:, :, :, :0], query_positions=scene.query_positions[:, :0])
-    if not policy.looks:
+    if not policy.uses_queries:
         assert torch.equal(policy.score(scene), policy.score(none))
-    if not policy.carries:
+    if not policy.stateful:
         assert torch.equal(policy.score(scene), policy.score(replace(scene, carried=scene.carried + 1)))
 
 

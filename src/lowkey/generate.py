@@ -55,7 +55,7 @@ def stream(
             f"{remedy}"
         )
     start = time.perf_counter()
-    if cache.origin and cache.origin.policy and cache.origin.policy.repeats:
+    if cache.origin and cache.origin.policy and cache.origin.policy.needs_second_pass:
         if ids.shape[1] > 1:
             # the last token is read again, for what follows it
             prefill(model, tokenizer, cache, ids, question=1)

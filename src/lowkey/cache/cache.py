@@ -367,7 +367,7 @@ def _evicting(
         )
     full = families.geometry(model).compressible
     policy = policy.fitted(plan.heads if plan else {})
-    if policy.turns and (kind := families.changing_rope(model)):
+    if policy.uses_rotations and (kind := families.changing_rope(model)):
         raise LowkeyError(
             f"policy {type(policy).__name__}: rope_type {kind!r} changes its frequencies with the length; "
             "use another policy"

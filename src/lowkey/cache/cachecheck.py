@@ -122,7 +122,7 @@ def _evicting(layer: EvictingLayer, shape: Shape, groups: int) -> str | None:
         _unlike("keys", layer.keys, layer.kept, stored[0]),
         _unlike("values", layer.values, layer.kept, stored[1]),
         _unlike("where", layer.where, layer.kept),
-        _unlike("carried", layer.carried, layer.kept if layer.policy.carries else 0),
+        _unlike("carried", layer.carried, layer.kept if layer.policy.stateful else 0),
         _unlike("starts", layer.starts, b * heads + 1),
         _asked(layer, (b, heads, groups), shape[1]),
         *more,

@@ -43,7 +43,7 @@ def prefill(
     text.check_ids(ids, model)
     with cache.all_or_nothing():
         cache.expect(question)
-        if policy is not None and policy.repeats:
+        if policy is not None and policy.needs_second_pass:
             context = ids.shape[1] - question
             _repeated(model, tokenizer, cache, ids[:, :context], mask[:, :context], policy)
         else:

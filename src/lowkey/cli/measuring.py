@@ -173,7 +173,9 @@ def eval_(
 
 def _late(settings: Sequence[Setting], names: Sequence[str]) -> list[str]:
     """Why a setting has no perplexity, if one has none."""
-    late = [s.name for s in settings if s.repeats and "perplexity" in names and "decode" not in names]
+    late = [
+        s.name for s in settings if s.needs_second_pass and "perplexity" in names and "decode" not in names
+    ]
     told = (
         "keeps what repeating the whole context says, which a text read once does not show; add --task decode"
     )

@@ -120,7 +120,7 @@ def check_budgets(settings: Sequence[Setting], refeed: bool, tokens: int, questi
     that is to be asked again.
     """
     for setting in settings:
-        if setting.evicts and (refeed or setting.repeats):
+        if setting.evicts and (refeed or setting.needs_second_pass):
             policy = origin.policy if (origin := setting.make().origin) else None
             if policy is not None:
                 check_question(policy, tokens, question)
@@ -138,7 +138,7 @@ def read(
     the question, the last tokens, in view; with `refeed` it is to be asked again, else it reads all of it as
     the prompt, the question with it."""
     cache = setting.make()
-    if setting.evicts and (refeed or setting.repeats):
+    if setting.evicts and (refeed or setting.needs_second_pass):
         prefill(model, tokenizer, cache, ids, question)
     return cache
 

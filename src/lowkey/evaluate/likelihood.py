@@ -43,7 +43,7 @@ def measure(
     Every (window, setting) is one forward pass and one measurement of `measured`, and the first window's
     cache tells the bytes of settings that evict nothing.
     """
-    measured, scored = measured or Measured(), [s for s in settings if not s.repeats]
+    measured, scored = measured or Measured(), [s for s in settings if not s.needs_second_pass]
     todo = [(w, s) for w in range(len(rows)) for s in scored if _name(w, s) not in measured]
     reference: tuple[int, Reference] | None = None
     for w, setting in progress(todo, lambda unit: f"perplexity, {unit[1].name}"):

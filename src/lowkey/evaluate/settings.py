@@ -48,7 +48,7 @@ UNMEASURED = (
 @dataclass(frozen=True)
 class Setting:
     """name: the row's name; identity: the row's keys that describe it; make: a fresh cache; evicts: what it
-    drops is chosen after a chunk was read, so a chunk by itself shows nothing of it; repeats: and only after
+    drops is chosen after a chunk was read, so a chunk by itself shows nothing of it; needs_second_pass: and only after
     the whole context was repeated (`lowkey.prefill`).
 
     short, marks: what the name is made of (`lowkey.core.row_names`). made_of: a checksum of all that decides
@@ -59,7 +59,7 @@ class Setting:
     identity: dict
     make: Callable[[], LowkeyCache]
     evicts: bool = False
-    repeats: bool = False
+    needs_second_pass: bool = False
     marks: Mapping[str, str] = field(default_factory=dict)
     made_of: str = ""
     short: str = ""
@@ -233,7 +233,9 @@ def evicted(
         marks_of(plan, path or "") if plan else {}
     )
     made_of = _hash(known, repr(policy), plan and plan.digest())
-    return Setting(label, known, lambda: cache_from(model, origin), True, policy.repeats, marks, made_of)
+    return Setting(
+        label, known, lambda: cache_from(model, origin), True, policy.needs_second_pass, marks, made_of
+    )
 
 
 def distinct(settings: Sequence[Setting]) -> list[Setting]:

@@ -114,10 +114,10 @@ class Policy(ABC):
 
     summary: ClassVar[str]
     paper: ClassVar[str]
-    looks: ClassVar[bool] = True  # whether the score reads queries
-    carries: ClassVar[bool] = False  # whether scores are kept with the tokens, for the next eviction
+    uses_queries: ClassVar[bool] = True  # whether the score reads queries
+    stateful: ClassVar[bool] = False  # whether scores are kept with the tokens, for the next eviction
     # whether the context must be repeated before it can be scored; `lowkey.prefill` does it
-    repeats: ClassVar[bool] = False
+    needs_second_pass: ClassVar[bool] = False
     layer: ClassVar[str] = "evicting"  # which cache layer it needs
 
     budget: Budget | str | None
@@ -153,7 +153,7 @@ class Policy(ABC):
         return ALLOCATORS[self.allocator]() if isinstance(self.allocator, str) else self.allocator
 
     @property
-    def turns(self) -> bool:
+    def uses_rotations(self) -> bool:
         """Whether the score asks the model for rotations at other times than the model does."""
         return False
 

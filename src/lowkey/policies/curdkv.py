@@ -34,7 +34,7 @@ class CurDKV(Policy):
 
     summary: ClassVar[str] = "leverage of keys and values"
     paper: ClassVar[str] = "arXiv:2509.15038"
-    looks: ClassVar[bool] = False
+    uses_queries: ClassVar[bool] = False
 
     kind: Literal["keys", "values", "product"] = "product"
     rank: int = option(0, at_least=0, at_most=2**16)
@@ -42,7 +42,7 @@ class CurDKV(Policy):
     seed: int = option(0, at_least=0)
 
     @property
-    def turns(self) -> bool:
+    def uses_rotations(self) -> bool:
         """Whether the score asks the model for rotations: un-rotating needs frequencies that stayed as they
         were.
         """

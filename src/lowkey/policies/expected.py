@@ -42,7 +42,7 @@ class ExpectedAttention(Policy):
     covariance: bool = True
 
     @property
-    def turns(self) -> bool:
+    def uses_rotations(self) -> bool:
         """Whether the score asks the model for rotations; those of coming positions would make a `dynamic`
         rope grow before its time.
         """

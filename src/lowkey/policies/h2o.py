@@ -28,7 +28,7 @@ class H2O(Policy):
 
     summary: ClassVar[str] = "attention summed over all queries"
     paper: ClassVar[str] = "arXiv:2306.14048"
-    carries: ClassVar[bool] = True
+    stateful: ClassVar[bool] = True
 
     window: int = option(0, at_least=0, at_most=2**24)
     per_query: bool = False

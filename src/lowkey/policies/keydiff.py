@@ -22,7 +22,7 @@ class KeyDiff(Policy):
 
     summary: ClassVar[str] = "keys unlike the others"
     paper: ClassVar[str] = "arXiv:2504.15364"
-    looks: ClassVar[bool] = False
+    uses_queries: ClassVar[bool] = False
 
     def score(self, scene: Scene) -> Tensor:
         directions = normalize(scene.keys.float(), dim=-1)

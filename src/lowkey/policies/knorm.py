@@ -18,7 +18,7 @@ class Knorm(Policy):
 
     summary: ClassVar[str] = "small keys"
     paper: ClassVar[str] = "arXiv:2406.11430"
-    looks: ClassVar[bool] = False
+    uses_queries: ClassVar[bool] = False
 
     def score(self, scene: Scene) -> Tensor:
         return -norms(scene.keys)

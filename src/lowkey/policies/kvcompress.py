@@ -24,7 +24,7 @@ class KVCompress(Policy):
 
     summary: ClassVar[str] = "squared attention of the last prompt tokens"
     paper: ClassVar[str] = "arXiv:2410.00161"
-    carries: ClassVar[bool] = True
+    stateful: ClassVar[bool] = True
 
     window: int = option(8, at_least=0, at_most=2**24)
     # odd, so that a token is in the middle of its neighbours

@@ -30,8 +30,8 @@ class KVzip(Policy):
 
     summary: ClassVar[str] = "what the model needs to repeat its context"
     paper: ClassVar[str] = "arXiv:2505.23416"
-    carries: ClassVar[bool] = True
-    repeats: ClassVar[bool] = True
+    stateful: ClassVar[bool] = True
+    needs_second_pass: ClassVar[bool] = True
 
     chunk: int = option(2000, at_least=1, at_most=2**24)
     bridge: int = option(8, at_least=0, at_most=2**24)

@@ -25,7 +25,7 @@ class Razor(Policy):
 
     summary: ClassVar[str] = "retrieval heads keep all, the others the newest and a mean of the rest"
     paper: ClassVar[str] = "arXiv:2407.15891"
-    looks: ClassVar[bool] = False
+    uses_queries: ClassVar[bool] = False
     layer: ClassVar[str] = "compensating"
 
     def score(self, scene: Scene) -> Tensor:

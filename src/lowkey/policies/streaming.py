@@ -22,7 +22,7 @@ class StreamingLLM(Policy):
 
     summary: ClassVar[str] = "the first tokens and the newest"
     paper: ClassVar[str] = "arXiv:2309.17453"
-    looks: ClassVar[bool] = False
+    uses_queries: ClassVar[bool] = False
 
     def score(self, scene: Scene) -> Tensor:
         return scene.positions.float()

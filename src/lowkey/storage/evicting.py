@@ -166,7 +166,7 @@ class EvictingLayer(RaggedLayer):
         return (
             widths * self.keys.element_size()
             + self.where.element_size()
-            + (self.carried.element_size() if self.policy.carries else 0)
+            + (self.carried.element_size() if self.policy.stateful else 0)
         )
 
     def index_bytes(self) -> int:
@@ -333,7 +333,7 @@ class EvictingLayer(RaggedLayer):
 
     def _after_step(self, call: Call) -> None:
         self.steps += 1
-        if self.policy.every and self.policy.looks and not self.frozen:
+        if self.policy.every and self.policy.uses_queries and not self.frozen:
             self.asked = torch.cat([self.asked, call.query], 3) if self.asked.numel() else call.query.clone()
         if self.policy.every and self.steps % self.policy.every == 0 and not self.frozen:
             self._evict(replace(call, query=call.query[:, :, :, :0]), self._padded(self.seen))
@@ -351,7 +351,7 @@ class EvictingLayer(RaggedLayer):
             appended(kept, self.starts, x[:, :, : self.fresh].flatten(0, 1)) for kept, x in pairs
         )
         self.where = appended(self.where, self.starts, at)
-        if self.policy.carries:
+        if self.policy.stateful:
             self.carried = appended(self.carried, self.starts, self.carried.new_zeros(rows, self.fresh))
         self.starts = self.starts + torch.arange(rows + 1, device=self.device) * self.fresh
         self.kept += rows * self.fresh
@@ -375,7 +375,7 @@ class EvictingLayer(RaggedLayer):
         real = padded(self.where, self.starts)[1].unflatten(0, (b, h))
         carried = (
             padded(self.carried, self.starts)[0].unflatten(0, (b, h))
-            if self.policy.carries
+            if self.policy.stateful
             else real.float() * 0
         )
         at = self.positions(stop - self.fresh, stop).unsqueeze(1).expand(b, h, -1)
@@ -440,7 +440,7 @@ class EvictingLayer(RaggedLayer):
             return bool(self.frozen and not self.looking)
         self.costs(tokens).check(self.policy, tokens.tolist())
         fits = all(self.mean_tokens(n) >= n for n in tokens.tolist())
-        return fits and (self.policy.repeats or not self.policy.carries)
+        return fits and (self.policy.needs_second_pass or not self.policy.stateful)
 
     def _scene(self, call: Call, found: Candidates, repeating: Tensor | None) -> Scene:
         queries = torch.cat([self.asked, call.query], 3) if self.asked.numel() else call.query
@@ -492,14 +492,14 @@ class EvictingLayer(RaggedLayer):
         chosen = best(scores, counts)
         self.keys, self.values = found.keys[chosen], found.values[chosen]
         self.where = found.positions[chosen].int()
-        self.carried = found.carried[chosen] if self.policy.carries else self.carried
+        self.carried = found.carried[chosen] if self.policy.stateful else self.carried
         self.starts, self.kept = starts_of(counts.flatten()), int(counts.sum())
         self.asked = self.asked.new_empty(0)
         self._clear_tail()
 
     def ragged(self) -> dict[str, tuple[str, ...]]:
         """What lies row after row, by the name of where the rows begin."""
-        return {"starts": ("keys", "values", "where", *(("carried",) if self.policy.carries else ()))}
+        return {"starts": ("keys", "values", "where", *(("carried",) if self.policy.stateful else ()))}
 
     def pick(self, choose: Callable[[Tensor], Tensor]) -> None:
         if not self.is_initialized:
