@@ -1,4 +1,4 @@
-"""Every score against its definition written out in loops, in double precision, on small random scenes."""
+"""Every score against its definition written out in loops, in double precision, on small random contexts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lowkey.ops.ragged import best
 from lowkey.ops.rope import rotate
 from lowkey.policies import base, expected
 from lowkey.policies.allocators import Ask, Global, Uniform
-from lowkey.policies.base import Policy, Scene
+from lowkey.policies.base import EvictionContext, Policy
 from lowkey.policies.curdkv import CurDKV
 from lowkey.policies.expected import ExpectedAttention
 from lowkey.policies.fastgen import FastGen
@@ -29,7 +29,7 @@ HEADS, GROUPS, DIM = 2, 3, 8
 SMALL = {"budget": "50%", "sinks": 2, "recent": 2}
 
 
-# -- scenes
+# -- contexts
 
 
 def rope_of(width=DIM, scale=1.0):
@@ -54,7 +54,7 @@ def build(
     at = torch.arange(width) - width + torch.tensor(tokens).unsqueeze(1) + start
     cos, sin = rope(at, keys)
     real = at >= start
-    return Scene(
+    return EvictionContext(
         keys=rotate(keys, cos, sin).to(dtype),
         values=values.to(dtype),
         positions=at.unsqueeze(1).expand(-1, HEADS, -1),
@@ -64,7 +64,7 @@ def build(
         scaling=0.6,
         softcap=softcap,
         rope=rope,
-        carried=torch.zeros(len(tokens), HEADS, width),
+        previous_scores=torch.zeros(len(tokens), HEADS, width),
     )
 
 
@@ -80,29 +80,33 @@ def _row(tokens, width, groups, seed):
     return [torch.cat([torch.full((*x.shape[:-2], width - tokens, DIM), 30.0), x], -2) for x in made]
 
 
-def piece(scene, start, stop):
-    """The chunk of a scene's tokens from `start` to `stop`, as a scene without a past."""
+def piece(context, start, stop):
+    """The chunk of a context's tokens from `start` to `stop`, as a context without a past."""
     cut = slice(start, stop)
     tokens = {
-        name: getattr(scene, name)[:, :, cut] for name in ("keys", "values", "positions", "valid", "carried")
+        name: getattr(context, name)[:, :, cut]
+        for name in ("keys", "values", "positions", "valid", "previous_scores")
     }
     return replace(
-        scene, **tokens, queries=scene.queries[:, :, :, cut], query_positions=scene.query_positions[:, cut]
+        context,
+        **tokens,
+        queries=context.queries[:, :, :, cut],
+        query_positions=context.query_positions[:, cut],
     )
 
 
-def after(scene, start, kept, carried):
-    """What the second chunk of a scene sees when `kept` (b, h, start) was kept of the first: shorter heads
+def after(context, start, kept, carried):
+    """What the second chunk of a context sees when `kept` (b, h, start) was kept of the first: shorter heads
     have gaps, then the chunk.
     """
-    longest, new = int(kept.sum(-1).max()), piece(scene, start, scene.keys.shape[2])
-    old = piece(scene, 0, start)
+    longest, new = int(kept.sum(-1).max()), piece(context, start, context.keys.shape[2])
+    old = piece(context, 0, start)
     packed = [_pack(getattr(old, name), kept, longest) for name in ("keys", "values", "positions")]
     there = _pack(kept, kept, longest)
     tokens = dict(
         zip(("keys", "values", "positions"), packed, strict=True),
         valid=there,
-        carried=_pack(carried, kept, longest),
+        previous_scores=_pack(carried, kept, longest),
     )
     return replace(new, **{name: torch.cat([x, getattr(new, name)], 2) for name, x in tokens.items()})
 
@@ -120,14 +124,14 @@ def evicted():
     """A second chunk after an eviction that left heads with different tokens, in different numbers, with
     scores.
     """
-    scene = build(tokens=(18, 12), pad=1, seed=5)
+    context = build(tokens=(18, 12), pad=1, seed=5)
     generator = torch.Generator().manual_seed(1)
-    kept = (torch.rand(2, HEADS, 10, generator=generator) < 0.5) & scene.valid[:, :, :10]
+    kept = (torch.rand(2, HEADS, 10, generator=generator) < 0.5) & context.valid[:, :, :10]
     kept[:, :, -1] = True
-    return after(scene, 10, kept, torch.rand(2, HEADS, 10, generator=generator))
+    return after(context, 10, kept, torch.rand(2, HEADS, 10, generator=generator))
 
 
-SCENES = {
+CONTEXTS = {
     "plain": lambda: build(tokens=(12,)),
     "padded": lambda: build(pad=2),
     "one query head per KV head": lambda: build(groups=1),
@@ -140,9 +144,9 @@ SCENES = {
 # -- definitions, in loops
 
 
-def each(scene, score):
+def each(context, score):
     """(b, h, s) from a function of one row's one head, which gives a list over its tokens."""
-    b, h, s, _ = scene.keys.shape
+    b, h, s, _ = context.keys.shape
     out = torch.zeros(b, h, s, dtype=torch.float64)
     for i in range(b):
         for j in range(h):
@@ -150,27 +154,29 @@ def each(scene, score):
     return out
 
 
-def attention(scene, i, j, last):
+def attention(context, i, j, last):
     """(g, w, s) of the newest `last` queries, and how many of these are real."""
-    g, w = scene.queries.shape[2:4]
+    g, w = context.queries.shape[2:4]
     newest = range(max(0, w - last), w)
-    out = torch.zeros(g, len(newest), scene.keys.shape[2], dtype=torch.float64)
+    out = torch.zeros(g, len(newest), context.keys.shape[2], dtype=torch.float64)
     for at, q in enumerate(newest):
-        seen = scene.valid[i, j] & (scene.positions[i, j] <= scene.query_positions[i, q])
+        seen = context.valid[i, j] & (context.positions[i, j] <= context.query_positions[i, q])
         for k in range(g):
-            logits = scene.keys[i, j].double() @ scene.queries[i, j, k, q].double() * scene.scaling
-            logits = logits if scene.softcap is None else scene.softcap * torch.tanh(logits / scene.softcap)
+            logits = context.keys[i, j].double() @ context.queries[i, j, k, q].double() * context.scaling
+            logits = (
+                logits if context.softcap is None else context.softcap * torch.tanh(logits / context.softcap)
+            )
             if bool(seen.any()):
                 out[k, at, seen] = logits[seen].softmax(0)
-    return out, sum(int(scene.query_positions[i, q]) >= 0 for q in newest)
+    return out, sum(int(context.query_positions[i, q]) >= 0 for q in newest)
 
 
-def around(policy, scene, i, j, scores):
+def around(policy, context, i, j, scores):
     """Each prompt token's largest or mean score over the kernel of positions around it; the window's tokens
     neither give nor take.
     """
-    at, there, reach = scene.positions[i, j].tolist(), scene.valid[i, j].tolist(), policy.kernel // 2
-    looking = scene.query_positions[i, -policy.window or len(scene.query_positions[i]) :]
+    at, there, reach = context.positions[i, j].tolist(), context.valid[i, j].tolist(), policy.kernel // 2
+    looking = context.query_positions[i, -policy.window or len(context.query_positions[i]) :]
     first = max(0, int(looking.min())) if policy.window else max(at) + 1
     prompt = {at[t]: float(scores[t]) for t in range(len(at)) if there[t] and at[t] < first}
     out = []
@@ -181,52 +187,52 @@ def around(policy, scene, i, j, scores):
     return out
 
 
-def by_snapkv(policy, scene):
+def by_snapkv(policy, context):
     def score(i, j):
-        weights, real = attention(scene, i, j, policy.window)
-        return around(policy, scene, i, j, weights.sum((0, 1)) / (max(real, 1) * len(weights)))
+        weights, real = attention(context, i, j, policy.window)
+        return around(policy, context, i, j, weights.sum((0, 1)) / (max(real, 1) * len(weights)))
 
-    return each(scene, score)
-
-
-def by_position(policy, scene):
-    return scene.positions.double()
+    return each(context, score)
 
 
-def by_tova(policy, scene):
+def by_position(policy, context):
+    return context.positions.double()
+
+
+def by_tova(policy, context):
     def score(i, j):
-        paid, g = {}, scene.queries.shape[2]
+        paid, g = {}, context.queries.shape[2]
         for other in range(HEADS):
-            newest = attention(scene, i, other, 1)[0][:, 0].sum(0)
-            for t in scene.valid[i, other].nonzero().flatten().tolist():
-                at = int(scene.positions[i, other, t])
+            newest = attention(context, i, other, 1)[0][:, 0].sum(0)
+            for t in context.valid[i, other].nonzero().flatten().tolist():
+                at = int(context.positions[i, other, t])
                 paid[at] = paid.get(at, 0.0) + float(newest[t]) / (HEADS * g)
-        return [paid.get(int(at), 0.0) for at in scene.positions[i, j]]
+        return [paid.get(int(at), 0.0) for at in context.positions[i, j]]
 
-    return each(scene, score)
+    return each(context, score)
 
 
-def by_h2o(policy, scene):
+def by_h2o(policy, context):
     def score(i, j):
-        weights, real = attention(scene, i, j, policy.window or 10**6)
-        sums, total = weights.sum((0, 1)) / weights.shape[0], int(scene.query_positions[i].max()) + 1
+        weights, real = attention(context, i, j, policy.window or 10**6)
+        sums, total = weights.sum((0, 1)) / weights.shape[0], int(context.query_positions[i].max()) + 1
         out = []
-        for t, at in enumerate(scene.positions[i, j].tolist()):
-            carried = float(scene.carried[i, j, t])
+        for t, at in enumerate(context.positions[i, j].tolist()):
+            carried = float(context.previous_scores[i, j, t])
             if policy.per_query:
                 could = len(range(at, total))
                 earlier = len(range(at, total - real))
-                out.append((carried * earlier + float(sums[t])) / could if scene.valid[i, j, t] else 0.0)
+                out.append((carried * earlier + float(sums[t])) / could if context.valid[i, j, t] else 0.0)
             else:
                 out.append(carried + float(sums[t]))
         return out
 
-    return each(scene, score)
+    return each(context, score)
 
 
-def rotation(scene, position):
+def rotation(context, position):
     """The (d, d) matrix that turns a column vector to this position."""
-    cos, sin = (x[0, 0, 0].double() for x in scene.rope(torch.tensor([[position]]), scene.keys))
+    cos, sin = (x[0, 0, 0].double() for x in context.rope(torch.tensor([[position]]), context.keys))
     half, matrix = len(cos) // 2, torch.eye(DIM, dtype=torch.float64)
     for a in range(half):
         b = a + half
@@ -234,41 +240,41 @@ def rotation(scene, position):
     return matrix
 
 
-def gaussian(policy, scene, i, j, k):
+def gaussian(policy, context, i, j, k):
     """Mean (d) and covariance (d, d) of one query head's queries, under the mean of the rotations to come."""
-    at = scene.query_positions[i].tolist()
+    at = context.query_positions[i].tolist()
     plain = [
-        rotation(scene, p).inverse() @ scene.queries[i, j, k, q].double()
+        rotation(context, p).inverse() @ context.queries[i, j, k, q].double()
         for q, p in enumerate(at)
         if p >= policy.sinks
     ]
     plain, coming = torch.stack(plain), range(max(at) + 1, max(at) + 1 + policy.future)
-    turn = torch.stack([rotation(scene, p) for p in coming]).mean(0)
+    turn = torch.stack([rotation(context, p) for p in coming]).mean(0)
     mean = plain.mean(0)
     spread = sum(torch.outer(x - mean, x - mean) for x in plain) / len(plain)
     return turn @ mean, turn @ spread @ turn.T
 
 
-def by_expected(policy, scene):
+def by_expected(policy, context):
     def score(i, j):
-        out = torch.zeros(scene.keys.shape[2], dtype=torch.float64)
-        used = scene.valid[i, j] & (scene.positions[i, j] >= policy.sinks)
-        for k in range(scene.queries.shape[2]):
-            mean, spread = gaussian(policy, scene, i, j, k)
+        out = torch.zeros(context.keys.shape[2], dtype=torch.float64)
+        used = context.valid[i, j] & (context.positions[i, j] >= policy.sinks)
+        for k in range(context.queries.shape[2]):
+            mean, spread = gaussian(policy, context, i, j, k)
             logits = []
-            for key in scene.keys[i, j].double():
-                quadratic = key @ spread @ key * scene.scaling**2 / 2 if policy.covariance else 0.0
-                logits.append(mean @ key * scene.scaling + quadratic)
-            out[used] += torch.stack(logits)[used].softmax(0) / scene.queries.shape[2]
+            for key in context.keys[i, j].double():
+                quadratic = key @ spread @ key * context.scaling**2 / 2 if policy.covariance else 0.0
+                logits.append(mean @ key * context.scaling + quadratic)
+            out[used] += torch.stack(logits)[used].softmax(0) / context.queries.shape[2]
         return [
             (float(a) + policy.epsilon) * float(v.double().norm())
-            for a, v in zip(out, scene.values[i, j], strict=True)
+            for a, v in zip(out, context.values[i, j], strict=True)
         ]
 
-    return each(scene, score)
+    return each(context, score)
 
 
-def by_curdkv(policy, scene):
+def by_curdkv(policy, context):
     def leverage(vectors, there):
         if policy.rank:
             matrix = torch.randn(
@@ -283,57 +289,59 @@ def by_curdkv(policy, scene):
         return norms
 
     def score(i, j):
-        there = scene.valid[i, j].nonzero().flatten().tolist()
-        keys = scene.keys[i, j].double()
+        there = context.valid[i, j].nonzero().flatten().tolist()
+        keys = context.keys[i, j].double()
         if policy.rank:
             keys = torch.stack(
                 [
-                    rotation(scene, int(p)).inverse() @ k
-                    for p, k in zip(scene.positions[i, j], keys, strict=True)
+                    rotation(context, int(p)).inverse() @ k
+                    for p, k in zip(context.positions[i, j], keys, strict=True)
                 ]
             )
-        k, v = leverage(keys, there), leverage(scene.values[i, j].double(), there)
+        k, v = leverage(keys, there), leverage(context.values[i, j].double(), there)
         both = {"keys": k, "values": v, "product": k * v}[policy.kind]
         return both / both[there].sum()
 
-    return each(scene, score)
+    return each(context, score)
 
 
-def by_knorm(policy, scene):
+def by_knorm(policy, context):
     return each(
-        scene, lambda i, j: [-math.sqrt(sum(x * x for x in key)) for key in scene.keys[i, j].tolist()]
+        context, lambda i, j: [-math.sqrt(sum(x * x for x in key)) for key in context.keys[i, j].tolist()]
     )
 
 
-def by_keydiff(policy, scene):
+def by_keydiff(policy, context):
     def score(i, j):
-        unit = [key / key.norm() if float(key.norm()) else key for key in scene.keys[i, j].double()]
-        anchor = sum(u for u, there in zip(unit, scene.valid[i, j], strict=True) if there)
+        unit = [key / key.norm() if float(key.norm()) else key for key in context.keys[i, j].double()]
+        anchor = sum(u for u, there in zip(unit, context.valid[i, j], strict=True) if there)
         return [-float(u @ anchor / anchor.norm()) for u in unit]
 
-    return each(scene, score)
+    return each(context, score)
 
 
-def by_kvcompress(policy, scene):
+def by_kvcompress(policy, context):
     def score(i, j):
-        squares = (attention(scene, i, j, policy.window or 10**6)[0] ** 2).sum((0, 1))
-        return scene.carried[i, j].double() + torch.tensor(
-            around(policy, scene, i, j, squares), dtype=torch.float64
+        squares = (attention(context, i, j, policy.window or 10**6)[0] ** 2).sum((0, 1))
+        return context.previous_scores[i, j].double() + torch.tensor(
+            around(policy, context, i, j, squares), dtype=torch.float64
         )
 
-    return each(scene, score)
+    return each(context, score)
 
 
-def by_fastgen(policy, scene):
+def by_fastgen(policy, context):
     def score(i, j):
-        weights, real = attention(scene, i, j, policy.sample)
+        weights, real = attention(context, i, j, policy.sample)
         mass = weights.sum(1) / max(real, 1)
         mean = mass.mean(0)
-        there = scene.valid[i, j].nonzero().flatten().tolist()
+        there = context.valid[i, j].nonzero().flatten().tolist()
         newest = max(
-            int(scene.positions[i, h, t]) for h in range(HEADS) for t in scene.valid[i, h].nonzero().flatten()
+            int(context.positions[i, h, t])
+            for h in range(HEADS)
+            for t in context.valid[i, h].nonzero().flatten()
         )
-        at = scene.positions[i, j].tolist()
+        at = context.positions[i, j].tolist()
         always = {t for t in there if at[t] < policy.sinks or at[t] > newest - policy.recent}
         local = set(there[len(there) - round(policy.local * len(there)) :])
         often = set(sorted(there, key=lambda t: (-float(mean[t]), t))[: round(policy.frequent * len(there))])
@@ -343,7 +351,7 @@ def by_fastgen(policy, scene):
                 break
         return [float(mean[t]) + (t in rung) for t in range(len(at))]
 
-    return each(scene, score)
+    return each(context, score)
 
 
 CASES = {
@@ -373,13 +381,13 @@ CASES = {
 every = pytest.mark.parametrize("name", CASES)
 
 
-@pytest.mark.parametrize("where", SCENES)
+@pytest.mark.parametrize("where", CONTEXTS)
 @every
 def test_scores_are_what_the_definition_says(name, where):
-    (policy, definition), scene = CASES[name], SCENES[where]()
-    got, valid = policy.score(scene), scene.valid
-    assert got.dtype == torch.float32 and got.shape == scene.valid.shape
-    torch.testing.assert_close(got[valid].double(), definition(policy, scene)[valid], rtol=2e-4, atol=2e-6)
+    (policy, definition), context = CASES[name], CONTEXTS[where]()
+    got, valid = policy.score(context), context.valid
+    assert got.dtype == torch.float32 and got.shape == context.valid.shape
+    torch.testing.assert_close(got[valid].double(), definition(policy, context)[valid], rtol=2e-4, atol=2e-6)
 
 
 # -- what holds for all
@@ -387,9 +395,9 @@ def test_scores_are_what_the_definition_says(name, where):
 
 @every
 def test_padding_changes_nothing(name):
-    policy, scene = CASES[name][0], build(tokens=(11,))
+    policy, context = CASES[name][0], build(tokens=(11,))
     padded = policy.score(build(tokens=(11,), pad=6))
-    torch.testing.assert_close(padded[:, :, 6:], policy.score(scene), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(padded[:, :, 6:], policy.score(context), rtol=1e-5, atol=1e-6)
 
 
 @every
@@ -400,7 +408,7 @@ def test_the_other_rows_change_nothing(name):
 
 
 @every
-def test_the_same_scene_gives_the_same_scores(name):
+def test_the_same_context_gives_the_same_scores(name):
     policy, state = CASES[name][0], torch.get_rng_state()
     assert torch.equal(policy.score(evicted()), policy.score(evicted()))
     assert torch.equal(state, torch.get_rng_state())
@@ -414,13 +422,13 @@ def test_bf16_gives_finite_fp32_scores(name):
 
 @every
 def test_a_row_of_padding_only_gives_finite_scores(name):
-    scene = build(tokens=(9, 9))
+    context = build(tokens=(9, 9))
     real = torch.tensor([False, True])[:, None]
     nothing = replace(
-        scene,
-        valid=scene.valid & real.unsqueeze(2),
-        positions=scene.positions.where(real.unsqueeze(2), scene.positions - 9),
-        query_positions=scene.query_positions.where(real, -1),
+        context,
+        valid=context.valid & real.unsqueeze(2),
+        positions=context.positions.where(real.unsqueeze(2), context.positions - 9),
+        query_positions=context.query_positions.where(real, -1),
     )
     scores = CASES[name][0].score(nothing)
     assert bool(scores.isfinite().all())
@@ -434,24 +442,28 @@ def test_it_says_where_it_is_from(name):
 
 @every
 def test_scores_that_read_no_query_say_so(name):
-    policy, scene = CASES[name][0], build()
-    none = replace(scene, queries=scene.queries[:, :, :, :0], query_positions=scene.query_positions[:, :0])
+    policy, context = CASES[name][0], build()
+    none = replace(
+        context, queries=context.queries[:, :, :, :0], query_positions=context.query_positions[:, :0]
+    )
     if not policy.uses_queries:
-        assert torch.equal(policy.score(scene), policy.score(none))
+        assert torch.equal(policy.score(context), policy.score(none))
     if not policy.stateful:
-        assert torch.equal(policy.score(scene), policy.score(replace(scene, carried=scene.carried + 1)))
+        assert torch.equal(
+            policy.score(context), policy.score(replace(context, previous_scores=context.previous_scores + 1))
+        )
 
 
 @every
 def test_scores_that_ask_for_rotations_say_so(name):
-    policy, scene, asked = CASES[name][0], build(), []
+    policy, context, asked = CASES[name][0], build(), []
 
     def rope(positions, like):
         asked.append(positions)
-        return scene.rope(positions, like)
+        return context.rope(positions, like)
 
-    policy.score(replace(scene, rope=rope))
-    assert bool(asked) == getattr(policy, "turns", False)
+    policy.score(replace(context, rope=rope))
+    assert bool(asked) == policy.uses_rotations
 
 
 @pytest.mark.parametrize(
@@ -482,47 +494,47 @@ def test_bad_options_are_refused_in_one_line(kind, options):
 # -- one by one
 
 
-def kept(policy, scene, mean, split):
-    """Which candidates (b, h, s) stay, as a layer decides it; the scene is the whole cache."""
-    scores, out = policy.score(scene), []
+def kept(policy, context, mean, split):
+    """Which candidates (b, h, s) stay, as a layer decides it; the context is the whole cache."""
+    scores, out = policy.score(context), []
     for i in range(len(scores)):
-        tokens = int(scene.positions[i][scene.valid[i]].max()) + 1
-        stays = (scene.positions[i] < policy.sinks) | (scene.positions[i] >= tokens - policy.recent)
-        row = scores[i].masked_fill(stays, torch.inf).masked_fill(~scene.valid[i], -torch.inf)
+        tokens = int(context.positions[i][context.valid[i]].max()) + 1
+        stays = (context.positions[i] < policy.sinks) | (context.positions[i] >= tokens - policy.recent)
+        row = scores[i].masked_fill(stays, torch.inf).masked_fill(~context.valid[i], -torch.inf)
         out.append(best(row, split.counts(Ask(row.unsqueeze(0), mean, tokens, 0, 1))[0]))
     return torch.stack(out)
 
 
 def test_streamingllm_keeps_sinks_and_the_newest():
-    scene = build(tokens=(14, 11), pad=1)
-    stays = kept(StreamingLLM(**SMALL), scene, 7, Uniform())
+    context = build(tokens=(14, 11), pad=1)
+    stays = kept(StreamingLLM(**SMALL), context, 7, Uniform())
     for i, n in enumerate((14, 11)):
-        assert scene.positions[i, 0][stays[i, 0]].tolist() == [0, 1, *range(n - 5, n)]
+        assert context.positions[i, 0][stays[i, 0]].tolist() == [0, 1, *range(n - 5, n)]
 
 
 def test_tova_keeps_the_same_tokens_in_every_head():
-    scene = build(tokens=(14, 11), pad=1)
-    scores = TOVA(**SMALL).score(scene)
+    context = build(tokens=(14, 11), pad=1)
+    scores = TOVA(**SMALL).score(context)
     assert torch.equal(scores[:, 0], scores[:, 1])
-    stays = kept(TOVA(**SMALL), scene, 6, Uniform())
+    stays = kept(TOVA(**SMALL), context, 6, Uniform())
     assert torch.equal(stays[:, 0], stays[:, 1])
 
 
 def test_h2o_with_a_window_over_everything_is_h2o():
-    scene = evicted()
-    assert torch.equal(H2O(**SMALL, window=99).score(scene), H2O(**SMALL).score(scene))
+    context = evicted()
+    assert torch.equal(H2O(**SMALL, window=99).score(context), H2O(**SMALL).score(context))
 
 
 @pytest.mark.parametrize(
     "policy", [H2O(**SMALL), H2O(**SMALL, per_query=True), KVCompress(**SMALL, window=0, kernel=1)], ids=str
 )
 def test_scores_that_carry_over_do_not_depend_on_the_chunks(policy):
-    scene = build(tokens=(15, 10), pad=1)
-    carried = policy.score(piece(scene, 0, 8))
-    chunked = policy.score(after(scene, 8, scene.valid[:, :, :8], carried))
-    whole = policy.score(scene)
+    context = build(tokens=(15, 10), pad=1)
+    carried = policy.score(piece(context, 0, 8))
+    chunked = policy.score(after(context, 8, context.valid[:, :, :8], carried))
+    whole = policy.score(context)
     for i, n in enumerate((15, 10)):
-        real = chunked[i][:, after(scene, 8, scene.valid[:, :, :8], carried).valid[i, 0]]
+        real = chunked[i][:, after(context, 8, context.valid[:, :, :8], carried).valid[i, 0]]
         torch.testing.assert_close(real, whole[i][:, 16 - n :], rtol=1e-5, atol=1e-6)
 
 
@@ -530,12 +542,12 @@ def test_scores_that_carry_over_do_not_depend_on_the_chunks(policy):
     "name", ["h2o", "h2o window", "h2o per query", "kv-compress all", "fastgen", "expected"]
 )
 def test_blocks_of_queries_change_nothing(name, monkeypatch):
-    policy, scene = CASES[name][0], evicted()
-    whole = policy.score(scene)
-    monkeypatch.setattr(base, "CACHED", 2 * scene.keys.shape[2] * 2 * HEADS * GROUPS)
+    policy, context = CASES[name][0], evicted()
+    whole = policy.score(context)
+    monkeypatch.setattr(base, "CACHED", 2 * context.keys.shape[2] * 2 * HEADS * GROUPS)
     monkeypatch.setattr(base, "LEAST", 1)
     monkeypatch.setattr(expected, "BLOCK", 3)
-    torch.testing.assert_close(policy.score(scene), whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(policy.score(context), whole, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["knorm", "curdkv", "curdkv keys", "h2o", "snapkv", "kv-compress", "tova"])
@@ -550,17 +562,17 @@ def test_expected_attention_does_not_depend_on_where_a_text_begins():
 
 
 def test_expected_attention_is_the_mean_over_sampled_queries():
-    scene, policy = build(tokens=(10,), groups=1), ExpectedAttention("50%", sinks=0, future=1, epsilon=0.0)
-    scene = replace(scene, values=torch.nn.functional.normalize(scene.values, dim=-1), scaling=0.25)
+    context, policy = build(tokens=(10,), groups=1), ExpectedAttention("50%", sinks=0, future=1, epsilon=0.0)
+    context = replace(context, values=torch.nn.functional.normalize(context.values, dim=-1), scaling=0.25)
     for j in range(HEADS):
-        plain = [rotation(scene, p).inverse() @ scene.queries[0, j, 0, p].double() for p in range(10)]
+        plain = [rotation(context, p).inverse() @ context.queries[0, j, 0, p].double() for p in range(10)]
         drawn = torch.distributions.MultivariateNormal(
             torch.stack(plain).mean(0), torch.cov(torch.stack(plain).T, correction=0) + 1e-9 * torch.eye(DIM)
         )
         torch.manual_seed(j)
-        queries = drawn.sample((200_000,)) @ rotation(scene, 10).T  # the next position
-        mean = (queries @ scene.keys[0, j].double().T * scene.scaling).exp().mean(0)
-        torch.testing.assert_close(policy.score(scene)[0, j].double(), mean / mean.sum(), rtol=0.03, atol=0)
+        queries = drawn.sample((200_000,)) @ rotation(context, 10).T  # the next position
+        mean = (queries @ context.keys[0, j].double().T * context.scaling).exp().mean(0)
+        torch.testing.assert_close(policy.score(context)[0, j].double(), mean / mean.sum(), rtol=0.03, atol=0)
 
 
 def test_expected_attention_asks_for_positions_that_follow_each_row():
@@ -575,24 +587,24 @@ def test_expected_attention_asks_for_positions_that_follow_each_row():
 
 
 def test_curdkv_projects_to_the_same_scores_on_average():
-    scene = build(tokens=(8,))
-    plain = CurDKV(**SMALL, local=0, kind="keys").score(scene)
+    context = build(tokens=(8,))
+    plain = CurDKV(**SMALL, local=0, kind="keys").score(context)
     drawn = torch.stack(
-        [CurDKV(**SMALL, local=0, kind="keys", rank=20, seed=i).score(scene) for i in range(300)]
+        [CurDKV(**SMALL, local=0, kind="keys", rank=20, seed=i).score(context) for i in range(300)]
     )
     torch.testing.assert_close(drawn.mean(0), plain, rtol=0.06, atol=0)
     assert not torch.equal(drawn[0], drawn[1])
 
 
 def test_keydiff_prefers_the_odd_one_out():
-    scene = build(tokens=(12,))
-    keys = torch.randn(DIM, generator=torch.Generator().manual_seed(0)) + 0.1 * scene.keys
+    context = build(tokens=(12,))
+    keys = torch.randn(DIM, generator=torch.Generator().manual_seed(0)) + 0.1 * context.keys
     keys[:, :, 5] = -keys[:, :, 5]
-    assert bool((KeyDiff(**SMALL).score(replace(scene, keys=keys)).argmax(-1) == 5).all())
+    assert bool((KeyDiff(**SMALL).score(replace(context, keys=keys)).argmax(-1) == 5).all())
 
 
 def pointing(aims, tokens=20, strength=60.0):
-    """A scene without rotation in which head j's queries look at the tokens of aims[j], equally."""
+    """A context without rotation in which head j's queries look at the tokens of aims[j], equally."""
     keys = torch.zeros(1, len(aims), tokens, 2)
     for j, aim in enumerate(aims):
         keys[0, j, list(aim), 0] = strength
@@ -600,7 +612,7 @@ def pointing(aims, tokens=20, strength=60.0):
     at = torch.arange(tokens)
     places = at.expand(1, len(aims), tokens)
     valid = torch.ones(1, len(aims), tokens, dtype=torch.bool)
-    return Scene(
+    return EvictionContext(
         keys,
         keys,
         places,
@@ -624,15 +636,15 @@ def test_fastgen_climbs_as_far_as_a_head_needs():
 
 
 def test_fastgen_gives_wide_heads_what_narrow_ones_do_not_need():
-    policy, scene = FastGen(**SMALL, sample=4), pointing(AIMS)
-    stays = kept(policy, scene, (4 + 8 + 12 + 20) / 4, Global())[0]
+    policy, context = FastGen(**SMALL, sample=4), pointing(AIMS)
+    stays = kept(policy, context, (4 + 8 + 12 + 20) / 4, Global())[0]
     assert stays.sum(-1).tolist() == [4, 8, 12, 20]
-    assert torch.equal(stays, policy.score(scene)[0] >= 1)
+    assert torch.equal(stays, policy.score(context)[0] >= 1)
 
 
 def test_fastgen_is_content_only_when_every_query_head_is():
-    scene = pointing([(0, 1)] * 2)
-    other = scene.queries.clone()
+    context = pointing([(0, 1)] * 2)
+    other = context.queries.clone()
     other[:, 1] = 0.0  # looks at everything alike
-    group = replace(scene, queries=torch.cat([scene.queries, other], 2))
+    group = replace(context, queries=torch.cat([context.queries, other], 2))
     assert (FastGen(**SMALL, sample=4).score(group) >= 1).sum(-1).tolist() == [[4, 20]]

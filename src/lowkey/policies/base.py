@@ -1,4 +1,4 @@
-"""What a policy is: a score, an allocator and a trigger. What a score sees: a Scene."""
+"""What a policy is: a score, an allocator and a trigger. What a score sees: a EvictionContext."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LEAST = 16  # queries at a time, however long the context: products of fewer rea
 
 
 @dataclass(frozen=True)
-class Scene:
+class EvictionContext:
     """One layer's candidates when it is time to evict.
 
     keys (b, h, s, d) rotated, as attention reads them, and values (b, h, s, d); positions (b, h, s), counted
@@ -50,13 +50,12 @@ class Scene:
     scaling: float
     softcap: float | None
     rope: Rope
-    carried: Tensor
-    looking: bool = False
-    piece: Tensor | None = None
-    repeating: Tensor | None = None
-    sight: Tensor | None = None
+    previous_scores: Tensor
+    repeated_span: Tensor | None = None
+    repetition_lse: Tensor | None = None
+    visible: Tensor | None = None
 
-    def newest(self, last: int = 0) -> Tensor:
+    def newest_query_positions(self, last: int = 0) -> Tensor:
         """Positions (b, w) of the newest `last` queries of each row (0: all); -1 for the others."""
         at = self.query_positions
         return at.masked_fill(at <= at.amax(1, keepdim=True) - last, -1) if last and at.shape[1] else at
@@ -73,22 +72,22 @@ class Scene:
         step = max(
             LEAST, (CACHED if keys.device.type == "cpu" else BLOCK) // max(1, b * h * g * keys.shape[3])
         )
-        newest = self.newest(last)
+        newest = self.newest_query_positions(last)
         for start in range(_before((newest >= 0).any(0)), w, step):
             some = slice(start, start + step)
             at, queries = newest[:, some], for_products(self.queries[:, :, :, some]) * self.scaling
             stop, clear = _after(lowest <= at.max()), int((highest <= at.min()).long().cumprod(0).sum())
-            if self.sight is not None:
-                stop, clear = keys.shape[3], min(clear, keys.shape[3] - self.sight.shape[2])
+            if self.visible is not None:
+                stop, clear = keys.shape[3], min(clear, keys.shape[3] - self.visible.shape[2])
             logits = (queries.flatten(2, 3) @ keys[..., :stop]).float().unflatten(2, queries.shape[2:4])
             if self.softcap is not None:
                 logits = self.softcap * torch.tanh(logits / self.softcap)
             seen = self.valid[:, :, None, clear:stop] & (
                 self.positions[:, :, None, clear:stop] <= at[:, None, :, None]
             )
-            if self.sight is not None:
-                chunk = slice(stop - clear - self.sight.shape[2], None)
-                may = self.sight[:, None, some] & (at >= 0)[:, None, :, None]
+            if self.visible is not None:
+                chunk = slice(stop - clear - self.visible.shape[2], None)
+                may = self.visible[:, None, some] & (at >= 0)[:, None, :, None]
                 seen[..., chunk] = self.valid[:, :, None, clear:][..., chunk] & may
             logits[..., clear:].masked_fill_(~seen.unsqueeze(2), -torch.inf)
             yield some, logits
@@ -97,7 +96,7 @@ class Scene:
         """The softmax of `logits`; padding gets 0."""
         for some, logits in self.logits(last):
             weights = logits.softmax(-1)
-            blind = self.sight is not None or bool((self.newest(last)[:, some] < 0).any())
+            blind = self.visible is not None or bool((self.newest_query_positions(last)[:, some] < 0).any())
             yield weights.nan_to_num_(0.0) if blind else weights
 
 
@@ -162,17 +161,17 @@ class Policy(ABC):
         return replace(self, allocator=self.split().fitted(heads))
 
     @abstractmethod
-    def score(self, scene: Scene) -> Tensor:
+    def score(self, context: EvictionContext) -> Tensor:
         """(b, h, s): the higher, the more worth keeping. What it says of protected or invalid tokens is
         ignored.
         """
 
 
-def attention_sums(scene: Scene, last: int = 0, squared: bool = False) -> Tensor:
+def attention_sums(context: EvictionContext, last: int = 0, squared: bool = False) -> Tensor:
     """Attention (b, h, g, s) or its square, summed over the newest `last` queries (0: all)."""
-    b, h, g, _ = scene.queries.shape[:4]
-    total = torch.zeros(b, h, g, scene.keys.shape[2], device=scene.keys.device)
-    for weights in scene.attention(last):
+    b, h, g, _ = context.queries.shape[:4]
+    total = torch.zeros(b, h, g, context.keys.shape[2], device=context.keys.device)
+    for weights in context.attention(last):
         total[..., : weights.shape[-1]] += (weights.square_() if squared else weights).sum(3)
     return total
 
@@ -194,7 +193,7 @@ def _after(seen: Tensor) -> int:
     return int(there[-1]) + 1 if len(there) else 0
 
 
-def pooled(scene: Scene, scores: Tensor, kernel: int, pooling: Pooling, window: int) -> Tensor:
+def pooled(context: EvictionContext, scores: Tensor, kernel: int, pooling: Pooling, window: int) -> Tensor:
     """Scores (b, h, s) over the `kernel` nearest positions, so that clusters of tokens stay together: their
     largest, or their sum over `kernel` (what is not there counts 0). The newest `window` tokens neither give
     to the prompt nor take from it.
@@ -204,11 +203,11 @@ def pooled(scene: Scene, scores: Tensor, kernel: int, pooling: Pooling, window: 
     """
     if kernel == 1:
         return scores
-    looking = scene.newest(window)
+    looking = context.newest_query_positions(window)
     first = looking.masked_fill(looking < 0, looking.max()).amin(1) if window else looking.amax(1) + 1
-    prompt = scene.valid & (scene.positions < first[:, None, None])
+    prompt = context.valid & (context.positions < first[:, None, None])
     # neighbours are found by position: tokens between them may have been evicted
-    slot = scene.positions.masked_fill(~prompt, 0)
+    slot = context.positions.masked_fill(~prompt, 0)
     dense = scores.new_zeros(*scores.shape[:2], int(slot.max()) + 1).scatter_add(
         2, slot, scores.masked_fill(~prompt, 0.0)
     )

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from lowkey.core.options import option
 from lowkey.ops.rope import unrotate
-from lowkey.policies.base import Policy, Scene, norms
+from lowkey.policies.base import EvictionContext, Policy, norms
 
 KINDS = ("keys", "values", "product")
 TINY = torch.finfo(torch.float32).tiny
@@ -48,13 +48,15 @@ class CurDKV(Policy):
         """
         return self.rank > 0 and self.kind != "values"
 
-    def score(self, scene: Scene) -> Tensor:
-        scores = torch.ones(scene.valid.shape, device=scene.keys.device)
+    def score(self, context: EvictionContext) -> Tensor:
+        scores = torch.ones(context.valid.shape, device=context.keys.device)
         if self.kind != "values":
-            scores = scores * self._leverage(_unrotated(scene) if self.rank else scene.keys, scene.valid)
+            scores = scores * self._leverage(
+                _unrotated(context) if self.rank else context.keys, context.valid
+            )
         if self.kind != "keys":
-            scores = scores * self._leverage(scene.values, scene.valid)
-        return _shares(scores.masked_fill(~scene.valid, 0.0))
+            scores = scores * self._leverage(context.values, context.valid)
+        return _shares(scores.masked_fill(~context.valid, 0.0))
 
     def _leverage(self, vectors: Tensor, valid: Tensor) -> Tensor:
         """(b, h, s, d) -> (b, h, s)."""
@@ -67,10 +69,12 @@ class CurDKV(Policy):
         return torch.randn(d, self.rank, generator=torch.Generator().manual_seed(self.seed)) / self.rank**0.5
 
 
-def _unrotated(scene: Scene) -> Tensor:
-    rows = scene.positions.clamp_min(0).flatten(0, 1)  # heads may hold different tokens
-    cos, sin = (x.squeeze(1).unflatten(0, scene.positions.shape[:2]) for x in scene.rope(rows, scene.keys))
-    return unrotate(scene.keys.float(), cos, sin)
+def _unrotated(context: EvictionContext) -> Tensor:
+    rows = context.positions.clamp_min(0).flatten(0, 1)  # heads may hold different tokens
+    cos, sin = (
+        x.squeeze(1).unflatten(0, context.positions.shape[:2]) for x in context.rope(rows, context.keys)
+    )
+    return unrotate(context.keys.float(), cos, sin)
 
 
 def _shares(scores: Tensor) -> Tensor:

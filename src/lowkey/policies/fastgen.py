@@ -11,7 +11,7 @@ from torch import Tensor
 from lowkey.core.options import option
 from lowkey.core.types import Budget
 from lowkey.policies.allocators import Allocator
-from lowkey.policies.base import Policy, Scene, attention_sums
+from lowkey.policies.base import EvictionContext, Policy, attention_sums
 
 KINDS = ("local", "frequent")
 FULL = 3  # the last rung
@@ -52,29 +52,31 @@ class FastGen(Policy):
             object.__setattr__(self, "allocator", "at-least" if self.budget is None else "global")
         super().__post_init__()
 
-    def score(self, scene: Scene) -> Tensor:
-        queries = (scene.newest(self.sample) >= 0).sum(1).clamp_min(1)
-        mass = attention_sums(scene, self.sample) / queries[:, None, None, None]
-        rung = self._rungs(scene, mass.mean(2))
+    def score(self, context: EvictionContext) -> Tensor:
+        queries = (context.newest_query_positions(self.sample) >= 0).sum(1).clamp_min(1)
+        mass = attention_sums(context, self.sample) / queries[:, None, None, None]
+        rung = self._rungs(context, mass.mean(2))
         # (3, b, h)
         held = torch.stack([(mass * (rung <= i).unsqueeze(2)).sum(-1).amin(2) for i in range(FULL)])
         chosen = (held < self.recovery).long().cumprod(0).sum(0)
         return mass.mean(2) + (rung <= chosen.unsqueeze(-1)).float()
 
-    def _rungs(self, scene: Scene, attention: Tensor) -> Tensor:
+    def _rungs(self, context: EvictionContext, attention: Tensor) -> Tensor:
         """(b, h, s): the lowest rung that holds each token."""
-        number = scene.valid.sum(-1, keepdim=True)
-        local = number - scene.valid.cumsum(-1) < _part(self.local, number)
+        number = context.valid.sum(-1, keepdim=True)
+        local = number - context.valid.cumsum(-1) < _part(self.local, number)
         order = (
-            attention.masked_fill(~scene.valid, -1.0)
+            attention.masked_fill(~context.valid, -1.0)
             .argsort(dim=-1, descending=True, stable=True)
             .argsort(-1)
         )
         frequent = order < _part(self.frequent, number)
         second, third = (local, frequent) if self.first == "local" else (frequent, local)
         rung = torch.full_like(order, FULL).masked_fill(third, 2).masked_fill(second, 1)
-        newest = scene.positions.masked_fill(~scene.valid, -1).amax((1, 2))[:, None, None]
-        return rung.masked_fill((scene.positions < self.sinks) | (scene.positions > newest - self.recent), 0)
+        newest = context.positions.masked_fill(~context.valid, -1).amax((1, 2))[:, None, None]
+        return rung.masked_fill(
+            (context.positions < self.sinks) | (context.positions > newest - self.recent), 0
+        )
 
 
 def _part(share: float, number: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowkey.core.options import option
 from lowkey.core.types import LowkeyError
-from lowkey.policies.base import Policy, Scene, attention_sums
+from lowkey.policies.base import EvictionContext, Policy, attention_sums
 
 
 @dataclass(frozen=True)
@@ -40,20 +40,20 @@ class H2O(Policy):
                 f"per_query with window {self.window}: the division needs all queries; set window to 0"
             )
 
-    def score(self, scene: Scene) -> Tensor:
-        new = attention_sums(scene, self.window).mean(2)
-        return _averaged(scene, new) if self.per_query else scene.carried + new
+    def score(self, context: EvictionContext) -> Tensor:
+        new = attention_sums(context, self.window).mean(2)
+        return _averaged(context, new) if self.per_query else context.previous_scores + new
 
 
-def _averaged(scene: Scene, new: Tensor) -> Tensor:
+def _averaged(context: EvictionContext, new: Tensor) -> Tensor:
     """The carried mean and the new sum (b, h, s) as one mean over the queries that saw each token. Those of
     earlier rounds are all that came from its position on."""
-    queries = (scene.query_positions >= 0).sum(1)[:, None, None]
-    could = scene.query_positions.amax(1)[:, None, None] + 1 - scene.positions
+    queries = (context.query_positions >= 0).sum(1)[:, None, None]
+    could = context.query_positions.amax(1)[:, None, None] + 1 - context.positions
     before, now = (could - queries).clamp_min(0), could.minimum(queries).clamp_min(0)
-    if scene.sight is not None:
-        saw = (scene.sight & (scene.query_positions >= 0).unsqueeze(2)).sum(1)  # (b, c)
+    if context.visible is not None:
+        saw = (context.visible & (context.query_positions >= 0).unsqueeze(2)).sum(1)  # (b, c)
         now = torch.cat(
             [now[..., : now.shape[2] - saw.shape[1]], saw.unsqueeze(1).expand(-1, now.shape[1], -1)], 2
         )
-    return (scene.carried * before + new) / (before + now).clamp_min(1)
+    return (context.previous_scores * before + new) / (before + now).clamp_min(1)

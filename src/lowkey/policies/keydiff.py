@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lowkey.policies.base import Policy, Scene
+from lowkey.policies.base import EvictionContext, Policy
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class KeyDiff(Policy):
     paper: ClassVar[str] = "arXiv:2504.15364"
     uses_queries: ClassVar[bool] = False
 
-    def score(self, scene: Scene) -> Tensor:
-        directions = normalize(scene.keys.float(), dim=-1)
-        anchor = normalize(directions.masked_fill(~scene.valid.unsqueeze(-1), 0.0).sum(2), dim=-1)
+    def score(self, context: EvictionContext) -> Tensor:
+        directions = normalize(context.keys.float(), dim=-1)
+        anchor = normalize(directions.masked_fill(~context.valid.unsqueeze(-1), 0.0).sum(2), dim=-1)
         return -(directions @ anchor.unsqueeze(-1)).squeeze(-1)

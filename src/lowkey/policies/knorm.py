@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lowkey.policies.base import Policy, Scene, norms
+from lowkey.policies.base import EvictionContext, Policy, norms
 
 
 @dataclass(frozen=True)
@@ -20,5 +20,5 @@ class Knorm(Policy):
     paper: ClassVar[str] = "arXiv:2406.11430"
     uses_queries: ClassVar[bool] = False
 
-    def score(self, scene: Scene) -> Tensor:
-        return -norms(scene.keys)
+    def score(self, context: EvictionContext) -> Tensor:
+        return -norms(context.keys)

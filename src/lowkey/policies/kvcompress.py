@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lowkey.core.options import option
-from lowkey.policies.base import Policy, Pooling, Scene, attention_sums, pooled
+from lowkey.policies.base import EvictionContext, Policy, Pooling, attention_sums, pooled
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,6 @@ class KVCompress(Policy):
     kernel: int = option(7, odd=True, at_least=1, at_most=4095)
     pooling: Pooling = "max"
 
-    def score(self, scene: Scene) -> Tensor:
-        new = attention_sums(scene, self.window, squared=True).sum(2)
-        return scene.carried + pooled(scene, new, self.kernel, self.pooling, self.window)
+    def score(self, context: EvictionContext) -> Tensor:
+        new = attention_sums(context, self.window, squared=True).sum(2)
+        return context.previous_scores + pooled(context, new, self.kernel, self.pooling, self.window)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowkey.core.options import option
 from lowkey.core.types import LowkeyError
-from lowkey.policies.base import Policy, Scene
+from lowkey.policies.base import EvictionContext, Policy
 
 Softmax = Literal["piece", "context"]
 
@@ -38,27 +38,31 @@ class KVzip(Policy):
     prompt: str = option("\n\nRepeat the previous context exactly.\n\n", any_text=True)
     softmax: Softmax = "piece"
 
-    def score(self, scene: Scene) -> Tensor:
-        if not scene.queries.shape[3]:
-            return scene.carried
-        if scene.piece is None or scene.repeating is None:
+    def score(self, context: EvictionContext) -> Tensor:
+        if not context.queries.shape[3]:
+            return context.previous_scores
+        if context.repeated_span is None or context.repetition_lse is None:
             raise LowkeyError(
                 "policy kvzip: needs a second pass over the context; fill the cache with "
                 "lowkey.prefill(model, tokenizer, cache, ids)"
             )
-        first, stop = scene.piece[:, None, None].unbind(-1)
-        piece = (scene.positions >= first) & (scene.positions < stop)
-        met = scene.valid & (piece | (scene.positions < self.sinks))
+        first, stop = context.repeated_span[:, None, None].unbind(-1)
+        piece = (context.positions >= first) & (context.positions < stop)
+        met = context.valid & (piece | (context.positions < self.sinks))
         at = met.any(0).any(0).nonzero().squeeze(1)
-        keys, positions, valid, piece = (x[:, :, at] for x in (scene.keys, scene.positions, met, piece))
+        keys, positions, valid, piece = (x[:, :, at] for x in (context.keys, context.positions, met, piece))
         # sinks of which `repeating` does not know
         beside = (valid & ~piece).any(0).any(0).nonzero().squeeze(1)
         found = torch.full(valid.shape, -torch.inf, device=keys.device)
-        for some, logits in replace(scene, keys=keys, positions=positions, valid=valid, sight=None).logits():
-            lse = scene.repeating[:, :, :, some].unsqueeze(-1)
+        for some, logits in replace(
+            context, keys=keys, positions=positions, valid=valid, visible=None
+        ).logits():
+            lse = context.repetition_lse[:, :, :, some].unsqueeze(-1)
             if len(beside):
                 sinks = logits[..., beside].masked_fill(piece[:, :, None, None, beside], -torch.inf)
                 lse = torch.logaddexp(lse, sinks.logsumexp(-1, keepdim=True))
             top = (logits - lse.masked_fill(lse.isneginf(), 0.0)).amax((2, 3))
             found[:, :, : top.shape[-1]] = found[:, :, : top.shape[-1]].maximum(top)
-        return scene.carried.index_copy(2, at, scene.carried[:, :, at].maximum(found.exp()))
+        return context.previous_scores.index_copy(
+            2, at, context.previous_scores[:, :, at].maximum(found.exp())
+        )

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lowkey.policies.base import Policy, Scene
+from lowkey.policies.base import EvictionContext, Policy
 
 
 @dataclass(frozen=True)
@@ -28,5 +28,5 @@ class Razor(Policy):
     uses_queries: ClassVar[bool] = False
     layer: ClassVar[str] = "compensating"
 
-    def score(self, scene: Scene) -> Tensor:
-        return scene.positions.float()
+    def score(self, context: EvictionContext) -> Tensor:
+        return context.positions.float()

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lowkey.core.options import option
-from lowkey.policies.base import Policy, Pooling, Scene, attention_sums, pooled
+from lowkey.policies.base import EvictionContext, Policy, Pooling, attention_sums, pooled
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class SnapKV(Policy):
     kernel: int = option(7, odd=True, at_least=1, at_most=4095)
     pooling: Pooling = "max"
 
-    def score(self, scene: Scene) -> Tensor:
-        looking = (scene.newest(self.window) >= 0).sum(1).clamp_min(1)
-        mean = attention_sums(scene, self.window).mean(2) / looking[:, None, None]
-        return pooled(scene, mean, self.kernel, self.pooling, self.window)
+    def score(self, context: EvictionContext) -> Tensor:
+        looking = (context.newest_query_positions(self.window) >= 0).sum(1).clamp_min(1)
+        mean = attention_sums(context, self.window).mean(2) / looking[:, None, None]
+        return pooled(context, mean, self.kernel, self.pooling, self.window)

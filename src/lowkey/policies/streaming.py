@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lowkey.policies.base import Policy, Scene
+from lowkey.policies.base import EvictionContext, Policy
 
 
 @dataclass(frozen=True)
@@ -24,5 +24,5 @@ class StreamingLLM(Policy):
     paper: ClassVar[str] = "arXiv:2309.17453"
     uses_queries: ClassVar[bool] = False
 
-    def score(self, scene: Scene) -> Tensor:
-        return scene.positions.float()
+    def score(self, context: EvictionContext) -> Tensor:
+        return context.positions.float()

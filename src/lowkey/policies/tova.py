@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lowkey.policies.base import Policy, Scene, attention_sums
+from lowkey.policies.base import EvictionContext, Policy, attention_sums
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class TOVA(Policy):
     summary: ClassVar[str] = "attention of the newest token, the same for all heads of a layer"
     paper: ClassVar[str] = "arXiv:2401.06104"
 
-    def score(self, scene: Scene) -> Tensor:
-        newest = attention_sums(scene, 1).mean(2)
+    def score(self, context: EvictionContext) -> Tensor:
+        newest = attention_sums(context, 1).mean(2)
         # heads may hold different tokens: they meet by position
-        slot = (scene.positions + 1).masked_fill(~scene.valid, 0)
+        slot = (context.positions + 1).masked_fill(~context.valid, 0)
         by_position = newest.new_zeros(*newest.shape[:2], int(slot.max()) + 1).scatter(2, slot, newest)
         return by_position.mean(1, keepdim=True).expand_as(by_position).gather(2, slot)

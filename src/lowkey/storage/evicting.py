@@ -23,7 +23,7 @@ from lowkey.models.attention_interface import Call
 from lowkey.ops.precision import for_products
 from lowkey.ops.ragged import appended, best, padded, picked, row_of, starts_of
 from lowkey.policies.allocators import Ask
-from lowkey.policies.base import Policy, Rope, Scene
+from lowkey.policies.base import EvictionContext, Policy, Rope
 from lowkey.storage.budgets import EvictionCosts
 from lowkey.storage.codec import Codec, Plain
 from lowkey.storage.positioned import RaggedLayer
@@ -414,7 +414,7 @@ class EvictingLayer(RaggedLayer):
         scores = (
             found.carried
             if self._all_stay(tokens)
-            else self.policy.score(self._scene(call, found, repeating)).float()
+            else self.policy.score(self._context(call, found, repeating)).float()
         )
         number = found.positions - self._begins()  # counted from each row's first token
         steps = self.steps_of(call.query.shape[3])[:, None, None]
@@ -442,7 +442,7 @@ class EvictingLayer(RaggedLayer):
         fits = all(self.mean_tokens(n) >= n for n in tokens.tolist())
         return fits and (self.policy.needs_second_pass or not self.policy.stateful)
 
-    def _scene(self, call: Call, found: Candidates, repeating: Tensor | None) -> Scene:
+    def _context(self, call: Call, found: Candidates, repeating: Tensor | None) -> EvictionContext:
         queries = torch.cat([self.asked, call.query], 3) if self.asked.numel() else call.query
         w, t = queries.shape[3], call.query.shape[3]
         begins = self._begins()
@@ -465,12 +465,11 @@ class EvictingLayer(RaggedLayer):
             call.softcap,
             rope,
             found.carried,
-            self.looking > 0,
             piece,
             repeating,
             self._sight(call, found, w),
         )
-        return Scene(keys, values, found.positions - begins, found.valid, queries, at, *about)
+        return EvictionContext(keys, values, found.positions - begins, found.valid, queries, at, *about)
 
     def _sight(self, call: Call, found: Candidates, w: int) -> Tensor | None:
         """(b|1, w, t): what each of the newest queries sees of the chunk, where that is not all real tokens

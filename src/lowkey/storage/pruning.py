@@ -201,10 +201,10 @@ class PruningLayer(EvictingLayer):
             [self._fits(n) for n in tokens.tolist()], device=self.device
         )
         stop = before.maximum(self._begins().view(-1) + tokens - self.policy.recent)
-        scene = self._scene(call, found, None)
-        newest = scene.newest(self.policy.looked) >= 0
+        context = self._context(call, found, None)
+        newest = context.newest_query_positions(self.policy.looked) >= 0
         some = newest.any(0)
-        queries = scene.queries[:, :, :, some].float().square().sum(2)
+        queries = context.queries[:, :, :, some].float().square().sum(2)
         energy = queries.masked_fill(~newest[:, None, some, None], 0.0).sum(2)
         return before.where(fits, stop), energy, newest.sum(1)
 
