@@ -92,7 +92,9 @@ def with_heads(name: str, budget: str, model: PreTrainedModel) -> Policy:
     scores = torch.rand(
         len(shape.compressible), shape.kv_heads, generator=torch.Generator().manual_seed(0)
     ).tolist()
-    return make_policy(name, budget, {}).fitted(dict.fromkeys(("copy", "r2", "induction", "echo"), scores))
+    return make_policy(name, budget, {}).with_head_scores(
+        dict.fromkeys(("copy", "r2", "induction", "echo"), scores)
+    )
 
 
 @torch.no_grad()

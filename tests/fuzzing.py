@@ -378,7 +378,7 @@ def _caches(root: Path) -> dict[str, Artefact]:
     found = {}
     for name, (m, how) in every.items():
         if name == "razor":
-            how["policy"] = how["policy"].fitted(
+            how["policy"] = how["policy"].with_head_scores(
                 {"echo": [[0.9, 0.1, 0.2, 0.3]] * 3, "induction": [[0.1, 0.9, 0.2, 0.3]] * 3}
             )
         cache = lowkey.make_cache(m, **how)

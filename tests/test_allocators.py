@@ -15,7 +15,7 @@ from lowkey.ops.apportion import apportion
 from lowkey.policies.allocators import (
     ALLOCATORS,
     Ada,
-    Ask,
+    AllocationRequest,
     AtLeast,
     Blocks,
     Classes,
@@ -127,7 +127,7 @@ def test_whole_shares_stay_as_they_are_in_a_large_cache():
 # -- allocators
 
 
-def ask(n, h, tokens, mean, protected=0, gaps=0, first=0, layers=None, seed=0):
+def request(n, h, tokens, mean, protected=0, gaps=0, first=0, layers=None, seed=0):
     """Distinct random scores; the last `protected` tokens stay in any case; of every head up to `gaps` are
     missing.
     """
@@ -136,12 +136,12 @@ def ask(n, h, tokens, mean, protected=0, gaps=0, first=0, layers=None, seed=0):
     missing = torch.randint(0, gaps + 1, (n, h), generator=generator).unsqueeze(-1)
     scores = scores.masked_fill(torch.arange(tokens) < missing.clamp_max(tokens - protected), -torch.inf)
     scores[..., tokens - protected :] = torch.inf
-    return Ask(scores, mean, tokens, first, layers or n)
+    return AllocationRequest(scores, mean, tokens, first, layers or n)
 
 
 def layerwise(n, h, tokens, mean, protected=0, gaps=0, seed=0):
     """The same cache, asked about layer by layer."""
-    return [ask(1, h, tokens, mean, protected, gaps, i, n, seed + i) for i in range(n)]
+    return [request(1, h, tokens, mean, protected, gaps, i, n, seed + i) for i in range(n)]
 
 
 def made(name, layers, h):
@@ -150,7 +150,7 @@ def made(name, layers, h):
 
 
 def questions(split, *shape, **options):
-    return [ask(*shape, **options)] if split.scope == "cache" else layerwise(*shape, **options)
+    return [request(*shape, **options)] if split.scope == "cache" else layerwise(*shape, **options)
 
 
 sizes = {
@@ -183,23 +183,23 @@ def test_a_head_is_never_given_more_than_it_has_nor_less_than_it_must_keep(
     split = made(name, n, h)
     for a in questions(split, n, h, tokens, mean, protected=protected, gaps=gaps, seed=seed):
         counts = split.counts(a)
-        assert bool((counts >= a.low).all()) and bool((counts <= a.high).all())
+        assert bool((counts >= a.minimum).all()) and bool((counts <= a.maximum).all())
         if name in ("uniform", "ada", "global"):
-            assert int(counts.sum()) == min(max(a.share(), int(a.low.sum())), int(a.high.sum()))
+            assert int(counts.sum()) == min(max(a.share(), int(a.minimum.sum())), int(a.maximum.sum()))
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_budget_of_everything_keeps_everything(name):
     split = made(name, 2, 3)
     for a in questions(split, 2, 3, 21, 99.0, protected=4, gaps=5):
-        assert torch.equal(split.counts(a), a.high)
+        assert torch.equal(split.counts(a), a.maximum)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_budget_below_what_is_protected_keeps_just_that(name):
     split = made(name, 2, 3)
     for a in questions(split, 2, 3, 16, 2.0, protected=5):
-        assert torch.equal(split.counts(a), a.low)
+        assert torch.equal(split.counts(a), a.minimum)
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -214,7 +214,7 @@ def test_one_layer_or_one_head(name, n, h):
 @given(**sizes)
 def test_layers_shares_add_up(n, h, tokens, mean, seed):
     shares = [a.share() for a in layerwise(n, h, tokens, mean)]
-    assert sum(shares) == round(min(mean, tokens) * n * h) == ask(n, h, tokens, mean).share()
+    assert sum(shares) == round(min(mean, tokens) * n * h) == request(n, h, tokens, mean).share()
     assert max(shares) - min(shares) <= 1
 
 
@@ -265,7 +265,7 @@ def best_over(scores, total):
     st.integers(0, 99),
 )
 def test_ada_counts_the_layers_best_and_deals_a_part_equally(h, tokens, mean, alpha, seed):
-    a = ask(1, h, tokens, mean, protected=6, seed=seed)
+    a = request(1, h, tokens, mean, protected=6, seed=seed)
     best = best_over(a.scores, a.share())
     counts = Ada(alpha).counts(a)
     assert int(counts.sum()) == a.share()
@@ -275,7 +275,7 @@ def test_ada_counts_the_layers_best_and_deals_a_part_equally(h, tokens, mean, al
 
 
 def test_adas_safeguard_holds_for_a_head_without_a_chance():
-    a = ask(1, 2, 100, 20.0, protected=4)
+    a = request(1, 2, 100, 20.0, protected=4)
     a.scores[0, 0, :96] -= 1e6
     assert Ada(0.0).counts(a).tolist() == [[4, 36]]
     assert Ada(0.25).counts(a).tolist() == [[8, 32]]
@@ -284,8 +284,8 @@ def test_adas_safeguard_holds_for_a_head_without_a_chance():
 @quick
 @given(**sizes, protected=st.integers(0, 4), gaps=st.integers(0, 10))
 def test_global_is_one_threshold(n, h, tokens, mean, protected, gaps, seed):
-    a = ask(n, h, tokens, mean, protected, gaps, seed=seed)
-    total = min(max(a.share(), int(a.low.sum())), int(a.high.sum()))
+    a = request(n, h, tokens, mean, protected, gaps, seed=seed)
+    total = min(max(a.share(), int(a.minimum.sum())), int(a.maximum.sum()))
     assert torch.equal(Global().counts(a).float(), best_over(a.scores, total))
 
 
@@ -312,7 +312,7 @@ def test_headkv_gives_on_what_a_strong_head_cannot_take():
 
 def test_headkv_helps_heads_that_lost_tokens_earlier_by_its_other_heads():
     split = HeadKV(beta=1.0, importance=((3.0, 1.0),))
-    a = ask(1, 2, 40, 12.0, protected=4)
+    a = request(1, 2, 40, 12.0, protected=4)
     a.scores[0, 0, :30] = -torch.inf  # the strong head holds ten
     assert split.counts(a).tolist() == [[10, 14]]
 
@@ -384,7 +384,7 @@ def test_a_floor_by_hand():
 
 def test_missing_scores_are_named_with_the_commands_that_make_them():
     with pytest.raises(LowkeyError) as refusal:
-        Classes().fitted({"r2": [[1.0]]})
+        Classes().with_head_scores({"r2": [[1.0]]})
     said = str(refusal.value)
     assert "needs head scores of kind 'induction' and 'echo', and there are 'r2'; " in said
     assert (
@@ -398,17 +398,17 @@ def test_headkv_asks_for_importance_that_fits():
     with pytest.raises(LowkeyError, match="beta"):
         HeadKV(beta=0.5)
     with pytest.raises(LowkeyError, match="copy"):
-        HeadKV("copy").fitted({"r2": [[1.0]]})
+        HeadKV("copy").with_head_scores({"r2": [[1.0]]})
     with pytest.raises(LowkeyError, match="importance"):
-        HeadKV(importance=((1.0, 2.0),)).counts(ask(1, 3, 9, 4.0))
-    assert HeadKV("r2").fitted({"r2": [[1.0, 2.0]]}).importance == ((1.0, 2.0),)
+        HeadKV(importance=((1.0, 2.0),)).counts(request(1, 3, 9, 4.0))
+    assert HeadKV("r2").with_head_scores({"r2": [[1.0, 2.0]]}).importance == ((1.0, 2.0),)
 
 
 def whole_blocks(a, size):
     """Counts (n, h): beyond what stays in any case, each head's tokens in order of score, in blocks; those of
     best last tokens that fit.
     """
-    blocks, free, counts = [], a.share() - int(a.low.sum()), a.low.clone()
+    blocks, free, counts = [], a.share() - int(a.minimum.sum()), a.minimum.clone()
     for layer, head in itertools.product(*map(range, counts.shape)):
         there = sorted((x for x in a.scores[layer, head].tolist() if abs(x) < torch.inf), reverse=True)
         blocks += [(there[i : i + size], layer, head) for i in range(0, len(there), size)]
@@ -422,16 +422,16 @@ def whole_blocks(a, size):
 @quick
 @given(**sizes, size=st.integers(1, 8), protected=st.integers(0, 6), gaps=st.integers(0, 10))
 def test_blocks_drop_whole_blocks_and_stay_within_the_budget(n, h, tokens, mean, seed, size, protected, gaps):
-    a = ask(n, h, tokens, mean, protected, gaps, seed=seed)
+    a = request(n, h, tokens, mean, protected, gaps, seed=seed)
     counts = Blocks(size).counts(a)
     assert torch.equal(counts, whole_blocks(a, size))
-    assert bool((((counts - a.low) % size == 0) | (counts == a.high)).all())
-    most = min(max(a.share(), int(a.low.sum())), int(a.high.sum()))
+    assert bool((((counts - a.minimum) % size == 0) | (counts == a.maximum)).all())
+    most = min(max(a.share(), int(a.minimum.sum())), int(a.maximum.sum()))
     assert most - size < int(counts.sum()) <= most
 
 
 def test_blocks_of_one_are_one_threshold():
-    a = ask(2, 3, 20, 7.0, protected=3)
+    a = request(2, 3, 20, 7.0, protected=3)
     assert torch.equal(Blocks(1).counts(a), Global().counts(a))
 
 
@@ -450,7 +450,7 @@ def test_retrieval_heads_take_all_they_can_and_the_others_share_the_rest(n, h, m
 
 
 def test_a_level_keeps_all_above_it_and_what_stays_in_any_case():
-    a = ask(2, 3, 20, 1.0, protected=4, gaps=5)
+    a = request(2, 3, 20, 1.0, protected=4, gaps=5)
     assert torch.equal(
         AtLeast(score=50.0).counts(a),
         torch.tensor([[sum(x >= 50 for x in head) for head in layer] for layer in a.scores.tolist()]),

@@ -31,7 +31,7 @@ ALLOCATORS = ["uniform", "pyramid", "ada", "global", "blocks", "headkv", "classe
 
 def policy(name, budget, **options):
     made = POLICIES[name](budget, **{"sinks": 2, "recent": 3, **options})
-    return dataclasses.replace(made, allocator=made.split().fitted(HEADS))
+    return dataclasses.replace(made, allocator=made.resolved_allocator().with_head_scores(HEADS))
 
 
 def counted(cache):
@@ -83,7 +83,12 @@ def limit_of(budget):
 def test_what_is_held_is_within_the_budget_and_uses_it(name, budget):
     """One row; of a full cache's 180 KiB or 1536 B for every token."""
     cache, held, limit = holds(name, attached("llama"), budget, [0])
-    spare = 3 * 4 * 140 * (16 if "block" in type(cache.evicting[0].policy.split()).__name__.lower() else 1)
+    spare = (
+        3
+        * 4
+        * 140
+        * (16 if "block" in type(cache.evicting[0].policy.resolved_allocator()).__name__.lower() else 1)
+    )
     assert held >= min(limit, 180 * 1024) - spare
 
 

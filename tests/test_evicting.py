@@ -16,7 +16,7 @@ from lowkey.cache.cache import LAYERS, cache_of
 from lowkey.catalog import make_policy
 from lowkey.core.types import LAYOUTS, LowkeyError
 from lowkey.models import families
-from lowkey.policies import POLICIES, SnapKV, policy_from, policy_words
+from lowkey.policies import POLICIES, SnapKV, policy_from_dict, policy_to_dict
 from lowkey.storage import evicting
 from lowkey.storage.codec import LowRank
 from lowkey.storage.evicting import Round
@@ -42,7 +42,7 @@ def evicting_cache(model, policy, layout=None, ranks=(pico.HEAD_DIM, pico.HEAD_D
 
 
 def policy(name, budget, **options):
-    return make_policy(name, budget, {k: str(v) for k, v in options.items()}).fitted(HEADS)
+    return make_policy(name, budget, {k: str(v) for k, v in options.items()}).with_head_scores(HEADS)
 
 
 def lengths(cache, row):
@@ -166,7 +166,7 @@ def test_held_is_predicted_and_the_budget_is_spent(name, budget):
     for row, pads in enumerate(PADS):
         wanted = share * (LENGTH - pads) * 4 * 3  # heads, layers
         total = sum(map(sum, lengths(cache, row)))
-        least = wanted - 16 if "blocks" in str(policy_words(cache.evicting[0].policy)) else wanted - 1
+        least = wanted - 16 if "blocks" in str(policy_to_dict(cache.evicting[0].policy)) else wanted - 1
         assert least <= total <= wanted + 1
     assert cache.nbytes() == cache.predicted_nbytes()
     feed(model, prompt(1, seed=3), cache, PADS)
@@ -583,7 +583,7 @@ def test_a_folder_of_other_files_is_not_overwritten(tmp_path):
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_policy_survives_json(name):
     one = policy(name, "12.5%", every=7)
-    assert policy_from(policy_words(one)).fitted(HEADS) == one
+    assert policy_from_dict(policy_to_dict(one)).with_head_scores(HEADS) == one
 
 
 # -- refusals

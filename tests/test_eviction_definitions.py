@@ -21,7 +21,7 @@ LAYERS, HEADS, GROUP = 3, 4, 2
 
 def kept_by(model, name, ids, budget, heads=None, **options):
     """Per row: {(layer, head, position)} after `lowkey.prefill`."""
-    chosen = make_policy(name, budget, {k: str(v) for k, v in options.items()}).fitted(heads or {})
+    chosen = make_policy(name, budget, {k: str(v) for k, v in options.items()}).with_head_scores(heads or {})
     cache = lowkey.make_cache(model, policy=chosen)
     lowkey.prefill(model, pico.tokenizer(), cache, ids)
     return [
@@ -215,8 +215,8 @@ def test_razors_retrieval_heads_are_the_best_by_either_score_in_any_head_of_thei
         chosen |= set(sorted(best, key=lambda at: -best[at])[: max(1, round(share * LAYERS * HEADS))])
     split = (
         make_policy("razor", "50%", {})
-        .fitted({kind: s.per_kv_head().tolist() for kind, s in scores.items()})
-        .split()
+        .with_head_scores({kind: s.per_kv_head().tolist() for kind, s in scores.items()})
+        .resolved_allocator()
     )
     assert {(i, j) for i in range(LAYERS) for j in range(HEADS) if split.importance[i][j]} == chosen and len(
         chosen

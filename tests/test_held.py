@@ -33,7 +33,7 @@ def rule(model):
 
 
 def evicting(name, **options):
-    return POLICIES[name](BUDGET, **options).fitted(HEADS)
+    return POLICIES[name](BUDGET, **options).with_head_scores(HEADS)
 
 
 def planned(model, **fields):

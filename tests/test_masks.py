@@ -398,7 +398,7 @@ def small(name, **options):
     # which rotated channels are weak depends on where the rotation began
     options |= {"channels": 1.0} if name == "think" else {}
     policy = POLICIES[name]("30%", sinks=3, recent=4, **options)
-    return dataclasses.replace(policy, allocator=policy.split().fitted(HEADS))
+    return dataclasses.replace(policy, allocator=policy.resolved_allocator().with_head_scores(HEADS))
 
 
 def continued(name, ids, mask, positions, more, every, pad=0):
@@ -466,7 +466,7 @@ def test_a_row_is_what_it_is_alone(name):
     """
     model, pads, sizes = attached("llama"), [31, 0, 44], [40, 15, 1, 1, 1, 1]
     made = POLICIES[name.split()[0]]("30%", sinks=3, recent=4, every=2, **OPTIONS.get(name, {}))
-    made = dataclasses.replace(made, allocator=made.split().fitted(HEADS))
+    made = dataclasses.replace(made, allocator=made.resolved_allocator().with_head_scores(HEADS))
     ids = torch.stack(
         [1 + torch.randperm(96, generator=torch.Generator().manual_seed(row))[:59] for row in range(3)]
     )

@@ -242,9 +242,9 @@ def test_text_that_is_no_such_number(text):
 
 def test_options_of_an_allocator_of_tokens():
     policy = catalog.make_policy("snapkv", "10%", {"allocator": "pyramid", "beta": "2"})
-    assert policy.split().beta == 2.0
+    assert policy.resolved_allocator().beta == 2.0
     same = catalog.make_policy("curdkv", "10%", {"allocator": "headkv", "kind": "keys"}, {"kind": "copy"})
-    assert (same.kind, same.split().kind) == ("keys", "copy")
+    assert (same.kind, same.resolved_allocator().kind) == ("keys", "copy")
     with pytest.raises(
         LowkeyError, match="option 'beta' of the allocator of policy 'snapkv' is unknown; it has none"
     ):

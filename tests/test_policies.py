@@ -12,7 +12,7 @@ from lowkey.core.types import LowkeyError
 from lowkey.ops.ragged import best
 from lowkey.ops.rope import rotate
 from lowkey.policies import base, expected
-from lowkey.policies.allocators import Ask, Global, Uniform
+from lowkey.policies.allocators import AllocationRequest, Global, Uniform
 from lowkey.policies.base import EvictionContext, Policy
 from lowkey.policies.curdkv import CurDKV
 from lowkey.policies.expected import ExpectedAttention
@@ -501,7 +501,7 @@ def kept(policy, context, mean, split):
         tokens = int(context.positions[i][context.valid[i]].max()) + 1
         stays = (context.positions[i] < policy.sinks) | (context.positions[i] >= tokens - policy.recent)
         row = scores[i].masked_fill(stays, torch.inf).masked_fill(~context.valid[i], -torch.inf)
-        out.append(best(row, split.counts(Ask(row.unsqueeze(0), mean, tokens, 0, 1))[0]))
+        out.append(best(row, split.counts(AllocationRequest(row.unsqueeze(0), mean, tokens, 0, 1))[0]))
     return torch.stack(out)
 
 

@@ -25,7 +25,7 @@ LENGTH = 30
 
 
 def evicting(name, **options):
-    return POLICIES[name]("20 tokens", **options).fitted(HEADS)
+    return POLICIES[name]("20 tokens", **options).with_head_scores(HEADS)
 
 
 KINDS = {

@@ -15,7 +15,7 @@ import pytest
 from test_report import ENVIRONMENT, FULL, HALF, HOSTILE, PROFILE, Page, result
 
 from lowkey.core.types import LowkeyError
-from lowkey.policies import policy_words
+from lowkey.policies import policy_to_dict
 from lowkey.policies.allocators import HeadKV
 from lowkey.policies.snapkv import SnapKV
 from lowkey.report import load_results, render
@@ -46,7 +46,7 @@ INT4 = HALF | {
     "exact_match": 0.9,
     "bytes_held": 2**18,
 }
-SNAP = policy_words(SnapKV("6%"))
+SNAP = policy_to_dict(SnapKV("6%"))
 
 
 def evicted(
@@ -291,7 +291,7 @@ def test_many_rows_stay_in_few_figures() -> None:
 def test_the_table_tells_parameters_and_allocator() -> None:
     row = evicted(
         6,
-        policy=policy_words(
+        policy=policy_to_dict(
             SnapKV("6%", allocator=HeadKV("copy", importance=((0.123456,) * 8,) * 4), window=16)
         ),
     )

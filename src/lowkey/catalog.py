@@ -52,7 +52,7 @@ def make_policy(
         if key in own
     }
     policy = make(budget, **chosen)
-    allocator = policy.split()
+    allocator = policy.resolved_allocator()
     of, parts = f"the allocator of {what}", [f.name for f in fields(allocator)]
     _check_options(what, given, [*own, *parts])
     _check_options(of, split or {}, parts)

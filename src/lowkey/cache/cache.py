@@ -22,7 +22,7 @@ from lowkey.models import families
 from lowkey.models.attention_interface import UNCOMPILED, Incoming, attached
 from lowkey.models.fingerprint import FillingModel, check_model
 from lowkey.plan.plan import Plan, versions
-from lowkey.policies import policy_from, policy_words
+from lowkey.policies import policy_from_dict, policy_to_dict
 from lowkey.policies.base import Policy
 from lowkey.storage.base import StockLayer, StockSlidingLayer, StoringLayer
 from lowkey.storage.codec import Codec, LowRank, Plain
@@ -221,7 +221,7 @@ class LowkeyCache(Cache):
             "model_sha256": fingerprint,
             "versions": versions(),
             "bits": origin.bits,
-            "policy": origin.policy and policy_words(origin.policy),
+            "policy": origin.policy and policy_to_dict(origin.policy),
         }
         cachefile.write(Path(path), self.layers, about, origin.plan, origin.exact, force)
 
@@ -235,7 +235,7 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> LowkeyCache:
     about, tensors, plan = cachefile.read(folder)
     check_model("cache", about.get("model"), about["model_sha256"], model, "make it again")
     exact = cachefile.exact_from(folder, about["exact"], tensors)
-    policy = policy_from(about["policy"]) if about["policy"] else None
+    policy = policy_from_dict(about["policy"]) if about["policy"] else None
     cache = make_cache(model, plan, policy, bits=about["bits"], exact=exact)
     cachefile.restore(folder, cache.layers, about, tensors, model)
     cache.filled_by = FillingModel(model, about["model_sha256"])
@@ -366,7 +366,7 @@ def _evicting(
             "use a plan with one latent per head, or no policy"
         )
     full = families.geometry(model).compressible
-    policy = policy.fitted(plan.heads if plan else {})
+    policy = policy.with_head_scores(plan.heads if plan else {})
     if policy.uses_rotations and (kind := families.changing_rope(model)):
         raise LowkeyError(
             f"policy {type(policy).__name__}: rope_type {kind!r} changes its frequencies with the length; "

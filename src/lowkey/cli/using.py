@@ -34,7 +34,7 @@ from lowkey.generate import stream
 from lowkey.methods import METHODS, Method
 from lowkey.methods.dynakv import GateTraining
 from lowkey.models.loading import load
-from lowkey.policies import POLICIES, policy_words
+from lowkey.policies import POLICIES, policy_to_dict
 from lowkey.policies.allocators import ALLOCATORS as HEAD_ALLOCATORS
 from lowkey.storage.packing import SCHEMES
 
@@ -85,7 +85,9 @@ def generate(
     loaded, tokenizer = load(model, dtype, device)
     chosen = plan_at(plan, loaded) if plan else None
     below = chosen.ordinary("policy") if chosen and wanted else None
-    evicting = wanted[0][1].fitted(importance(below, head_scores(heads, loaded))) if wanted else None
+    evicting = (
+        wanted[0][1].with_head_scores(importance(below, head_scores(heads, loaded))) if wanted else None
+    )
     cache = chosen.cache(loaded, evicting, bits) if chosen else make_cache(loaded, None, evicting, bits=bits)
     summary = stream(loaded, tokenizer, prompt, cache, tokens, None if as_json else sys.stdout)
     if as_json:
@@ -148,14 +150,14 @@ def policies(as_json: AsJson = False) -> None:
     splits = {name: {"summary": a.summary, **_options(a)} for name, a in HEAD_ALLOCATORS.items()}
     if as_json:
         words = {
-            name: {"summary": p.summary, "paper": p.paper, **policy_words(p), "ranges": ranges(type(p))}
+            name: {"summary": p.summary, "paper": p.paper, **policy_to_dict(p), "ranges": ranges(type(p))}
             for name, p in known.items()
         }
         print(json.dumps({"policies": words, "allocators": splits}))
         return
     table = Table("policy", "keeps by", "split", "paper", "options and their ranges (-O name=value)")
     for name, policy in known.items():
-        told = policy_words(policy)
+        told = policy_to_dict(policy)
         table.add_row(
             name,
             policy.summary,

@@ -20,7 +20,7 @@ from lowkey.core.row_names import told_apart
 from lowkey.core.types import Budget, LowkeyError
 from lowkey.methods import METHODS
 from lowkey.plan.plan import Plan
-from lowkey.policies import policy_words
+from lowkey.policies import policy_to_dict
 from lowkey.policies.allocators import HeadImportance
 from lowkey.policies.base import Policy
 from lowkey.storage.base import StoringLayer
@@ -216,11 +216,11 @@ def evicted(
         else math.inf
     )
     if tokens < policy.sinks + policy.recent:
-        raise LowkeyError(policy.too_small(tokens))
+        raise LowkeyError(policy.budget_too_small(tokens))
     if plan is not None:
         plan.check(model)
-    policy = policy.fitted({**(plan.heads if plan else {}), **(heads or {})})
-    words = policy_words(policy)
+    policy = policy.with_head_scores({**(plan.heads if plan else {}), **(heads or {})})
+    words = policy_to_dict(policy)
     known = identity(
         method=plan and plan.method["name"], plan=path, policy=words, budget=budget and str(budget)
     )

@@ -56,9 +56,9 @@ POLICIES: dict[str, Callable[..., Policy]] = {
 }
 
 
-def policy_words(policy: Policy) -> dict:
+def policy_to_dict(policy: Policy) -> dict:
     """A policy as JSON: the names of its score and allocator, and their parameters."""
-    split = policy.split()
+    split = policy.resolved_allocator()
     parameters = {
         f.name: getattr(policy, f.name) for f in fields(policy) if f.name not in ("budget", "allocator")
     }
@@ -71,8 +71,8 @@ def policy_words(policy: Policy) -> dict:
     }
 
 
-def policy_from(words: dict) -> Policy:
-    """The policy that `policy_words` described. Errors: LowkeyError for names or parameters that are not
+def policy_from_dict(words: dict) -> Policy:
+    """The policy that `policy_to_dict` described. Errors: LowkeyError for names or parameters that are not
     known here.
     """
     try:

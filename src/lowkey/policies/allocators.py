@@ -22,7 +22,7 @@ HeadImportance = Mapping[str, Sequence[Sequence[float]]]
 
 
 @dataclass(frozen=True)
-class Ask:
+class AllocationRequest:
     """One batch row's question: layers in scope, n of them, of `layers` in all; the first is number `first`.
 
     scores (n, h, s): +inf for tokens that stay in any case, -inf where there is none. mean: tokens per head,
@@ -30,18 +30,18 @@ class Ask:
     """
 
     scores: Tensor
-    mean: float
-    tokens: int
-    first: int
-    layers: int
+    mean_tokens: float
+    tokens_seen: int
+    first_layer: int
+    total_layers: int
 
     @property
-    def low(self) -> Tensor:
+    def minimum(self) -> Tensor:
         """(n, h): what each head keeps in any case."""
         return self.scores.isposinf().sum(-1).cpu()
 
     @property
-    def high(self) -> Tensor:
+    def maximum(self) -> Tensor:
         """(n, h): what each head has."""
         return (~self.scores.isneginf()).sum(-1).cpu()
 
@@ -50,8 +50,10 @@ class Ask:
         exactly.
         """
         n, h = self.scores.shape[:2]
-        whole = min(self.mean, self.tokens) * h * self.layers
-        return round(whole * (self.first + n) / self.layers) - round(whole * self.first / self.layers)
+        whole = min(self.mean_tokens, self.tokens_seen) * h * self.total_layers
+        return round(whole * (self.first_layer + n) / self.total_layers) - round(
+            whole * self.first_layer / self.total_layers
+        )
 
 
 class Allocator(Checked, ABC):
@@ -64,10 +66,10 @@ class Allocator(Checked, ABC):
     bounded: ClassVar[bool] = True  # whether a budget bounds it
 
     @abstractmethod
-    def counts(self, ask: Ask) -> Tensor:
+    def counts(self, request: AllocationRequest) -> Tensor:
         """Tokens kept (n, h)."""
 
-    def fitted(self, heads: HeadImportance) -> Self:
+    def with_head_scores(self, heads: HeadImportance) -> Self:
         """With the head importance that it asks for, found in `heads`; most ask for none. Errors: LowkeyError
         when it is not there.
         """
@@ -81,8 +83,8 @@ class Uniform(Allocator):
     scope: ClassVar[Scope] = "layer"
     summary: ClassVar[str] = "the same for every layer and head"
 
-    def counts(self, ask: Ask) -> Tensor:
-        return _spread(ask, torch.ones(ask.scores.shape[:2]), ask.share())
+    def counts(self, request: AllocationRequest) -> Tensor:
+        return _spread(request, torch.ones(request.scores.shape[:2]), request.share())
 
 
 @dataclass(frozen=True)
@@ -97,15 +99,15 @@ class Pyramid(Allocator):
     # 1 deals evenly, larger values lean more on the lower layers
     beta: float = option(20.0, at_least=1, at_most=1e9)
 
-    def counts(self, ask: Ask) -> Tensor:
-        h, floor = ask.scores.shape[1], float(ask.low.max())
-        b = max(0.0, min(ask.mean, ask.tokens) - floor)
+    def counts(self, request: AllocationRequest) -> Tensor:
+        h, floor = request.scores.shape[1], float(request.minimum.max())
+        b = max(0.0, min(request.mean_tokens, request.tokens_seen) - floor)
         slope = (
-            torch.linspace(2 * b - b / self.beta, b / self.beta, ask.layers)
-            if ask.layers > 1
+            torch.linspace(2 * b - b / self.beta, b / self.beta, request.total_layers)
+            if request.total_layers > 1
             else torch.tensor([b])
         )
-        return _static(ask, slope.unsqueeze(1).expand(-1, h), floor)
+        return _static(request, slope.unsqueeze(1).expand(-1, h), floor)
 
 
 @dataclass(frozen=True)
@@ -119,10 +121,10 @@ class Ada(Allocator):
 
     alpha: float = option(0.2, at_least=0, at_most=1)
 
-    def counts(self, ask: Ask) -> Tensor:
-        total = ask.share()
-        best = _best(ask.scores, total).double()
-        return _spread(ask, (1 - self.alpha) * best + self.alpha * best.mean(), total)
+    def counts(self, request: AllocationRequest) -> Tensor:
+        total = request.share()
+        best = _best(request.scores, total).double()
+        return _spread(request, (1 - self.alpha) * best + self.alpha * best.mean(), total)
 
 
 @dataclass(frozen=True)
@@ -151,10 +153,12 @@ class Blocks(Allocator):
 
     size: int = option(16, at_least=1, at_most=2**20)
 
-    def counts(self, ask: Ask) -> Tensor:
-        n, h, s = ask.scores.shape
-        free = max(0, ask.share() - int(ask.low.sum()))
-        ranked = ask.scores.masked_fill(ask.scores.isposinf(), -torch.inf).sort(-1, descending=True).values
+    def counts(self, request: AllocationRequest) -> Tensor:
+        n, h, s = request.scores.shape
+        free = max(0, request.share() - int(request.minimum.sum()))
+        ranked = (
+            request.scores.masked_fill(request.scores.isposinf(), -torch.inf).sort(-1, descending=True).values
+        )
         room = -(-s // self.size) * self.size - s
         ranked = torch.nn.functional.pad(ranked, (0, room), value=-torch.inf)
         worth = ranked.view(n, h, -1, self.size)
@@ -164,7 +168,7 @@ class Blocks(Allocator):
         order = last.flatten().argsort(descending=True, stable=True).cpu()
         sizes = (~worth.isneginf()).sum(-1).flatten().cpu()[order]
         taken = sizes * (sizes.cumsum(0) <= free)
-        return ask.low.flatten().index_add(0, order // last.shape[-1], taken).view(n, h)
+        return request.minimum.flatten().index_add(0, order // last.shape[-1], taken).view(n, h)
 
 
 @dataclass(frozen=True)
@@ -190,19 +194,19 @@ class HeadKV(Allocator):
     floor: float = option(0.0, at_least=0, at_most=1)
     importance: tuple[tuple[float, ...], ...] = option((), at_least=0)
 
-    def fitted(self, heads: HeadImportance) -> Self:
+    def with_head_scores(self, heads: HeadImportance) -> Self:
         if self.importance:
             return self
         (found,) = _importance((self.kind,), heads, "headkv")
         return replace(self, importance=found)
 
-    def counts(self, ask: Ask) -> Tensor:
-        weights = _checked(self.importance, ask, (self.kind,))
+    def counts(self, request: AllocationRequest) -> Tensor:
+        weights = _checked(self.importance, request, (self.kind,))
         if self.floor:
             weights = _with_floor(weights, (self.floor - 1) * self.beta + 1)
-        protected = float(ask.low.max())
-        free = max(0.0, min(ask.mean, ask.tokens) - protected)
-        return _static(ask, weights, protected + free - free / self.beta)
+        protected = float(request.minimum.max())
+        free = max(0.0, min(request.mean_tokens, request.tokens_seen) - protected)
+        return _static(request, weights, protected + free - free / self.beta)
 
 
 @dataclass(frozen=True)
@@ -221,7 +225,7 @@ class Classes(Allocator):
     echo: float = option(0.01, at_least=0, at_most=1)
     importance: tuple[tuple[float, ...], ...] = option((), at_least=0)
 
-    def fitted(self, heads: HeadImportance) -> Self:
+    def with_head_scores(self, heads: HeadImportance) -> Self:
         if self.importance:
             return self
         found = _importance(("induction", "echo"), heads, "classes")
@@ -231,9 +235,9 @@ class Classes(Allocator):
         either = (chosen[0] | chosen[1]).double().tolist()
         return replace(self, importance=tuple(tuple(row) for row in either))
 
-    def counts(self, ask: Ask) -> Tensor:
-        retrieval = _checked(self.importance, ask, ("induction", "echo")) > 0
-        return _static(ask, torch.where(retrieval, 1.0, 1e-9), float(ask.low.max()))
+    def counts(self, request: AllocationRequest) -> Tensor:
+        retrieval = _checked(self.importance, request, ("induction", "echo")) > 0
+        return _static(request, torch.where(retrieval, 1.0, 1e-9), float(request.minimum.max()))
 
 
 @dataclass(frozen=True)
@@ -246,8 +250,8 @@ class AtLeast(Allocator):
 
     score: float = option(1.0, at_least=-1e9, at_most=1e9)
 
-    def counts(self, ask: Ask) -> Tensor:
-        return (ask.scores >= self.score).sum(-1).cpu()
+    def counts(self, request: AllocationRequest) -> Tensor:
+        return (request.scores >= self.score).sum(-1).cpu()
 
 
 ALLOCATORS: dict[str, type[Allocator]] = {
@@ -308,39 +312,43 @@ def _top(importance: Sequence[Sequence[float]], share: float) -> Tensor:
     return torch.zeros(len(flat), dtype=torch.bool).index_fill(0, best, True).view(len(importance), -1)
 
 
-def _checked(importance: tuple[tuple[float, ...], ...], ask: Ask, kinds: Sequence[str]) -> Tensor:
-    weights, h = torch.tensor(importance, dtype=torch.float64), ask.scores.shape[1]
-    if weights.shape != (ask.layers, h):
+def _checked(
+    importance: tuple[tuple[float, ...], ...], request: AllocationRequest, kinds: Sequence[str]
+) -> Tensor:
+    weights, h = torch.tensor(importance, dtype=torch.float64), request.scores.shape[1]
+    if weights.shape != (request.total_layers, h):
         raise LowkeyError(
-            f"head importance of shape {tuple(weights.shape)}: the model has {ask.layers} layers of {h} KV "
+            f"head importance of shape {tuple(weights.shape)}: the model has {request.total_layers} layers of {h} KV "
             f"heads; {_commands(kinds)}"
         )
     return weights
 
 
-def _spread(ask: Ask, weights: Tensor, total: int) -> Tensor:
+def _spread(request: AllocationRequest, weights: Tensor, total: int) -> Tensor:
     """`total` over the heads in scope by weight, (n, h)."""
-    shape = ask.scores.shape[:2]
-    return apportion(weights.flatten(), total, ask.low.flatten(), ask.high.flatten()).view(shape)
+    shape = request.scores.shape[:2]
+    return apportion(weights.flatten(), total, request.minimum.flatten(), request.maximum.flatten()).view(
+        shape
+    )
 
 
-def _static(ask: Ask, weights: Tensor, base: float) -> Tensor:
+def _static(request: AllocationRequest, weights: Tensor, base: float) -> Tensor:
     """Counts for the layers in scope when weights (layers, h) for all are known beforehand: one water-filling
     over the whole cache.
 
     What a layer's heads lack (they hold less than the row has seen, after an earlier eviction) goes to its
     other heads.
     """
-    n, h = ask.scores.shape[:2]
-    low = ask.low.amax().expand(ask.layers * h)
-    whole = round(min(ask.mean, ask.tokens) * h * ask.layers)
-    caps = apportion(weights.flatten(), whole, low, torch.full((ask.layers * h,), ask.tokens), base).view(
-        ask.layers, h
-    )
-    own = caps[ask.first : ask.first + n]
-    if bool((own <= ask.high).all()):
-        return own.maximum(ask.low)
-    return _spread(ask, own.double(), int(own.sum()))
+    n, h = request.scores.shape[:2]
+    low = request.minimum.amax().expand(request.total_layers * h)
+    whole = round(min(request.mean_tokens, request.tokens_seen) * h * request.total_layers)
+    caps = apportion(
+        weights.flatten(), whole, low, torch.full((request.total_layers * h,), request.tokens_seen), base
+    ).view(request.total_layers, h)
+    own = caps[request.first_layer : request.first_layer + n]
+    if bool((own <= request.maximum).all()):
+        return own.maximum(request.minimum)
+    return _spread(request, own.double(), int(own.sum()))
 
 
 def _best(scores: Tensor, total: int) -> Tensor:

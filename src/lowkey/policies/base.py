@@ -133,22 +133,22 @@ class Policy(ABC):
             raise LowkeyError(
                 f"allocator {self.allocator!r} is unknown; choose one of {', '.join(ALLOCATORS)}"
             )
-        if self.split().bounded != (parsed is not None):
+        if self.resolved_allocator().bounded != (parsed is not None):
             rule = (
                 "its allocator keeps what scores enough and takes none; leave it out" if parsed else NO_BUDGET
             )
             raise LowkeyError(f"budget {parsed} of {type(self).__name__}: {rule}")
         if parsed and parsed.unit == "tokens" and parsed.amount < self.sinks + self.recent:
-            raise LowkeyError(self.too_small(parsed.amount))
+            raise LowkeyError(self.budget_too_small(parsed.amount))
 
-    def too_small(self, tokens: float) -> str:
+    def budget_too_small(self, tokens: float) -> str:
         return (
             f"budget {self.budget}: {tokens:g} tokens per head do not hold the {self.sinks} sinks and "
             f"{self.recent} recent tokens that are "
             "always kept; raise the budget or lower sinks or recent"
         )
 
-    def split(self) -> Allocator:
+    def resolved_allocator(self) -> Allocator:
         return ALLOCATORS[self.allocator]() if isinstance(self.allocator, str) else self.allocator
 
     @property
@@ -156,9 +156,9 @@ class Policy(ABC):
         """Whether the score asks the model for rotations at other times than the model does."""
         return False
 
-    def fitted(self, heads: HeadImportance) -> Self:
+    def with_head_scores(self, heads: HeadImportance) -> Self:
         """Ready to use: with an allocator that has the head importance it asks for."""
-        return replace(self, allocator=self.split().fitted(heads))
+        return replace(self, allocator=self.resolved_allocator().with_head_scores(heads))
 
     @abstractmethod
     def score(self, context: EvictionContext) -> Tensor:

@@ -22,7 +22,7 @@ from lowkey.core.types import Budget
 from lowkey.models.attention_interface import Call
 from lowkey.ops.precision import for_products
 from lowkey.ops.ragged import appended, best, padded, picked, row_of, starts_of
-from lowkey.policies.allocators import Ask
+from lowkey.policies.allocators import AllocationRequest
 from lowkey.policies.base import EvictionContext, Policy, Rope
 from lowkey.storage.budgets import EvictionCosts
 from lowkey.storage.codec import Codec, Plain
@@ -61,7 +61,7 @@ class CacheWideEviction:
 
     def enter(self, layer: EvictingLayer, found: Candidates, scores: Tensor) -> None:
         self.waiting.append((layer, found, scores))
-        if layer.policy.split().scope == "layer" or len(self.waiting) == self.layers:
+        if layer.policy.resolved_allocator().scope == "layer" or len(self.waiting) == self.layers:
             self._decide()
 
     def _decide(self) -> None:
@@ -70,9 +70,12 @@ class CacheWideEviction:
         longest = max(s.shape[-1] for *_, s in self.waiting)
         # (n, b, h, s)
         scores = torch.stack([pad(s, (0, longest - s.shape[-1]), value=-torch.inf) for *_, s in self.waiting])
-        split, tokens = layer.policy.split(), layer.tokens().tolist()
-        asks = [Ask(scores[:, i], layer.mean_tokens(n), n, seat, self.layers) for i, n in enumerate(tokens)]
-        counts = torch.stack([split.counts(a) for a in asks], dim=1)  # (n, b, h)
+        split, tokens = layer.policy.resolved_allocator(), layer.tokens().tolist()
+        requests = [
+            AllocationRequest(scores[:, i], layer.mean_tokens(n), n, seat, self.layers)
+            for i, n in enumerate(tokens)
+        ]
+        counts = torch.stack([split.counts(r) for r in requests], dim=1)  # (n, b, h)
         for (own, found, s), c in zip(self.waiting, counts, strict=True):
             own.keep(found, s, c.to(s.device))
         self.waiting.clear()
