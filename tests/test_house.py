@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from lowkey.models.families import FAMILIES, REFUSED
+
 SOURCE = Path(__file__).parent.parent / "src"
 FILES = sorted(SOURCE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
@@ -97,3 +99,17 @@ def test_every_module_says_what_it_is():
     assert (
         broken(lambda path, tree: [] if not tree.body or ast.get_docstring(tree) else ["no docstring"]) == {}
     )
+
+
+def test_only_families_knows_architectures():
+    """Model types, as literals or as imports of transformers' own modules, stand in one file; what
+    `lowkey.attention` builds on may come from Llama's module."""
+    known, attention = set(FAMILIES) | set(REFUSED), SOURCE / "lowkey" / "attention"
+
+    def named(path: Path, tree: ast.Module) -> list[str]:
+        texts = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+        modules = {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        classes = {m for m in modules if m.startswith("transformers.models.") and ".auto." not in m}
+        return sorted((texts & known) | (set() if path.is_relative_to(attention) else classes))
+
+    assert set(broken(named)) == {"lowkey/models/families.py"}

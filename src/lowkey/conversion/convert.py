@@ -98,8 +98,8 @@ def input_moments(
     found: Moments = {}
     for ids in progress(rows.to(device_of(model)).split(batch), "second moments", -(-len(rows) // batch)):
         hidden = model(ids, use_cache=False, output_hidden_states=True, logits_to_keep=1).hidden_states
-        for i, block in enumerate(families.decoder_layers(model)):
-            x = block.input_layernorm(hidden[i]).flatten(0, 1).float()  # type: ignore[operator]
+        for i in range(model.config.num_hidden_layers):
+            x = families.attention_input(model, i, hidden[i]).flatten(0, 1).float()
             x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
             found[i] = found.get(i, 0) + (x.mT @ x).double().cpu() / rows.numel()
     return found
@@ -126,7 +126,7 @@ def _check_options(model: PreTrainedModel, config: LowkeyConfig, options: Option
         )
     if options.basis == "aligned":
         _check_aligned(model, config)
-    if source.normed(model.config):
+    if families.family(model.config).normed:
         _check_normed(model, config)
     if whitened and kind not in ("lrkv", "mea", "mla") and options.basis == "weights":
         raise LowkeyError(
@@ -186,7 +186,7 @@ def _empty(config: LowkeyConfig, model: PreTrainedModel) -> LowkeyForCausalLM:
 
 def _outside(model: PreTrainedModel, made: LowkeyForCausalLM) -> dict[str, Tensor]:
     """Copy all but the attention, and return what is to be filled, by name."""
-    state, found = made.state_dict(), source.rest(model)
+    state, found = made.state_dict(), families.weights_outside_attention(model)
     wanted = {name for name in state if ".self_attn." not in name}
     if wanted != found.keys():
         name = sorted(wanted ^ found.keys())[0]

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lowkey.attention import GROUPED, LowkeyConfig
 from lowkey.conversion import source
+from lowkey.models import families
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Exactness:
 def exactness(model: PreTrainedModel, config: LowkeyConfig) -> Exactness:
     """Of the conversion of `model` into what `config` says (as `check` makes it). Judged by shapes, not by
     luck: a rank that happens to be enough for these weights counts as too low."""
-    stored = model.config.num_key_value_heads or model.config.num_attention_heads
+    stored = families.kv_heads(model.config)
     why, exact = _lost(model, config, stored)
     changed = {} if config.head_norm == _head_norm(model.config) else {"head_norm": _head_norm(model.config)}
     if changed:
@@ -96,7 +97,7 @@ def _lost_mla(
 
 
 def _head_norm(config: PreTrainedConfig) -> str:
-    return config.head_norm if config.model_type == source.OWN else "none"
+    return config.head_norm if families.is_own(config) else "none"
 
 
 def _written(value: object) -> str:

@@ -11,20 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lowkey.attention import GROUPED, LowkeyConfig
+from lowkey.attention import GROUPED
 from lowkey.core.types import LowkeyError
 from lowkey.models import families
 from lowkey.models import weights as plain
 from lowkey.models.families import Part
-
-OWN = LowkeyConfig.model_type
-SOURCES = ("llama", "mistral", "qwen2", "qwen3", "phi3", OWN)
-WHY = {
-    "gemma2": "it scales its embeddings and caps its scores",
-    "gemma3_text": "it scales its embeddings and has norms of its own",
-    "granite": "it scales embeddings, residuals and logits",
-    "olmo2": "its norms stand after the blocks",
-}
 
 
 @dataclass(frozen=True)
@@ -51,44 +42,31 @@ class Weights:
 def check(model: PreTrainedModel) -> None:
     """Errors: LowkeyError for what the skeleton of our models cannot say."""
     config = model.config
-    kind = config.model_type
-    if kind not in SOURCES:
-        reason = WHY.get(kind) or families.REFUSED.get(kind) or "it is not known here"
-        raise LowkeyError(
-            f"model of family {kind!r} cannot be converted: {reason}; families that can: {', '.join(SOURCES)}"
-        )
-    if kind == OWN and config.attention not in GROUPED:
+    families.check_convertible(config)
+    kind, own = config.model_type, families.is_own(config)
+    if own and config.attention not in GROUPED:
         raise LowkeyError(
             f"model with attention {config.attention!r} cannot be converted; attention must be one of "
             f"{', '.join(GROUPED)}"
         )
-    if kind == OWN and config.attention_layers is not None:
+    if own and config.attention_layers is not None:
         raise LowkeyError(
             f"model with attention_layers {config.attention_layers} cannot be converted; its layers must be "
             "of one kind"
         )
     plain.check_plain("convert", model, families.decoder_layers(model))
     sliding = [i for i, name in enumerate(families.layer_types(config)) if name != "full_attention"]
-    if kind != OWN and sliding:
+    if not own and sliding:
         raise LowkeyError(
             f"model of family {kind!r}: layer {sliding[0]} has a sliding window, which our models lack; use "
             "another model"
         )
-    turned = 2 * len(frequencies(model))
-    if turned != head_dim(config):
+    turned, width = 2 * len(frequencies(model)), families.head_dim(config)
+    if turned != width:
         raise LowkeyError(
-            f"model of family {kind!r}: rotates {turned} of {head_dim(config)} channels, which our models "
+            f"model of family {kind!r}: rotates {turned} of {width} channels, which our models "
             "lack; use another model"
         )
-
-
-def head_dim(config: PreTrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def normed(config: PreTrainedConfig) -> bool:
-    """Whether queries and keys pass a norm per head before they are rotated."""
-    return config.qk_norm if config.model_type == OWN else config.model_type == "qwen3"
 
 
 def gated(config: PreTrainedConfig) -> bool:
@@ -100,12 +78,12 @@ def frequencies(model: PreTrainedModel) -> Tensor:
     """(p / 2) angles per position, by which pair (f, f + p / 2) of a head's p rotated channels turns; fp64 on
     the CPU. Those of a text within the limit, whatever was read before: frequencies that follow the length
     stay in the module."""
-    return model.get_decoder().rotary_emb.original_inv_freq.detach().double().cpu()  # type: ignore[union-attr]
+    return families.rotary_module(model).original_inv_freq.detach().double().cpu()
 
 
 def rope_scaling(model: PreTrainedModel) -> float:
     """What rotation multiplies keys and queries by, each (YaRN)."""
-    return float(model.get_decoder().rotary_emb.attention_scaling)  # type: ignore[arg-type]
+    return float(families.rotary_module(model).attention_scaling)
 
 
 def has_biases(model: PreTrainedModel) -> bool:
@@ -123,16 +101,15 @@ def key_biases(model: PreTrainedModel) -> bool:
 def full_bytes_per_token(model: PreTrainedModel) -> int:
     """What stock storage of all layers takes."""
     config = model.config
-    stored = config.num_key_value_heads or config.num_attention_heads
-    return config.num_hidden_layers * 2 * stored * head_dim(config) * model.dtype.itemsize
+    stored = families.kv_heads(config) * families.head_dim(config)
+    return config.num_hidden_layers * 2 * stored * model.dtype.itemsize
 
 
 def weights(model: PreTrainedModel, layer: int) -> Weights:
     """Read one layer's attention."""
     config = model.config
     q, k, v, o = _parts(model, layer)
-    heads = config.num_attention_heads
-    stored = config.num_key_value_heads or heads
+    heads, stored = config.num_attention_heads, families.kv_heads(config)
     out, bias = _extended(o)[:, :-1], _extended(o)[:, -1]
     return Weights(
         q=_extended(q).unflatten(0, (heads, -1)),
@@ -146,7 +123,7 @@ def weights(model: PreTrainedModel, layer: int) -> Weights:
 def _parts(model: PreTrainedModel, layer: int) -> tuple[Part, Part, Part, Part]:
     attention: Any = families.decoder_layers(model)[layer].self_attn
     out = Part(attention.o_proj, slice(None))
-    if model.config.model_type != OWN:
+    if not families.is_own(model.config):
         return *families.projection_parts(model, layer), out
     query = attention.q_proj.up if model.config.q_lora_rank else attention.q_proj
     return (
@@ -165,18 +142,6 @@ def _extended(part: Part) -> Tensor:
         weight.new_zeros(len(weight)) if bias is None else bias.detach()[part.rows].to("cpu", torch.float64)
     )
     return torch.cat([weight, column.unsqueeze(1)], 1)
-
-
-def rest(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Weights outside attention by the names that our model has for them."""
-    state = {name: tensor for name, tensor in model.state_dict().items() if ".self_attn." not in name}
-    for name in [name for name in state if name.endswith("mlp.gate_up_proj.weight")]:
-        gate, up = state.pop(name).chunk(2)
-        state |= {
-            name.replace("gate_up_proj", "gate_proj"): gate,
-            name.replace("gate_up_proj", "up_proj"): up,
-        }
-    return state
 
 
 def beside(model: PreTrainedModel, layer: int) -> dict[str, Tensor]:

@@ -72,17 +72,17 @@ def configuration(
     """
     _check_fields(model.config, kind, fields)
     config = model.config
-    given = {name: getattr(config, name) for name in SKELETON} | {"head_dim": source.head_dim(config)}
-    given |= {name: getattr(config, name) for name in KEPT if config.model_type == source.OWN}
+    given = {name: getattr(config, name) for name in SKELETON} | {"head_dim": families.head_dim(config)}
+    given |= {name: getattr(config, name) for name in KEPT if families.is_own(config)}
     given |= {
         "attention": kind,
         "attention_bias": source.has_biases(model),
         "mlp_bias": getattr(config, "mlp_bias", False),
-        "qk_norm": source.normed(config) and kind != "mla",
+        "qk_norm": families.family(config).normed and kind != "mla",
         "rope_parameters": _rope(config),
     }
     if kind == "mea":
-        given |= {"num_key_value_heads": config.num_key_value_heads or config.num_attention_heads}
+        given |= {"num_key_value_heads": families.kv_heads(config)}
         # the source has none, and so the start is exact
         given["head_norm"] = given.get("head_norm") or "none"
     if kind == "mla":
@@ -90,9 +90,9 @@ def configuration(
     if "attention_layers" in fields:  # the others stay what they are
         given["other_attention"] = {
             "attention": "gqa",
-            "num_key_value_heads": config.num_key_value_heads or config.num_attention_heads,
+            "num_key_value_heads": families.kv_heads(config),
             "qk_norm": given["qk_norm"],
-            "head_norm": given.get("head_norm", "none") if config.model_type == source.OWN else "none",
+            "head_norm": given.get("head_norm", "none") if families.is_own(config) else "none",
             "rope_parameters": given["rope_parameters"],
         }
     made = _made(given | dict(fields))
@@ -142,11 +142,11 @@ def _like(config: PreTrainedConfig, kind: str) -> int:
     """A size that can be given: fewer heads than the source has, where it can, which queries share evenly; or
     half a head.
     """
-    stored = config.num_key_value_heads or config.num_attention_heads
+    stored = families.kv_heads(config)
     if kind == "mea":
         return max(1, stored - 1)
     fewer = [n for n in range(1, stored) if stored % n == 0]
-    return (fewer[-1] if fewer else 1) if kind == "gqa" else source.head_dim(config) // 2
+    return (fewer[-1] if fewer else 1) if kind == "gqa" else families.head_dim(config) // 2
 
 
 def _list(kind: str) -> str:
@@ -165,9 +165,7 @@ def _check_widths(model: PreTrainedModel, config: LowkeyConfig) -> None:
             f"mea_num_component_heads {config.mea_num_component_heads}: must be at most the source's "
             f"{config.num_key_value_heads} KV heads"
         )
-    if kind == "mla" and config.kv_lora_rank > (
-        most := 2 * d * (model.config.num_key_value_heads or model.config.num_attention_heads)
-    ):
+    if kind == "mla" and config.kv_lora_rank > (most := 2 * d * (families.kv_heads(model.config))):
         raise LowkeyError(
             f"kv_lora_rank {config.kv_lora_rank}: must be at most {most}, the source's own cache, at which "
             "nothing is lost"

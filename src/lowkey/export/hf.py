@@ -52,7 +52,7 @@ def export_hf(
     merge, width = target(model, plan)
     files.check_folder(folder, force)
     smaller = converted(model, plan, merge, width)
-    if model.config.model_type == families.OWN:
+    if families.is_own(model.config):
         register()  # so that its code is saved beside it
     with files.replacing_folder(folder) as temporary:
         smaller.save_pretrained(temporary)
@@ -192,7 +192,7 @@ def smaller_config(model: PreTrainedModel, merge: int, width: int) -> PreTrained
     config = copy.deepcopy(model.config)
     inner, shape = config.get_text_config(), families.geometry(model)
     inner.num_key_value_heads = shape.kv_heads // merge
-    if inner.model_type == families.OWN and merge > 1:
+    if families.is_own(inner) and merge > 1:
         inner.attention = "gqa"  # whatever grouped kind it was
     if width != shape.head_dim:
         inner.head_dim = width
@@ -281,9 +281,7 @@ def card(model: PreTrainedModel, plan: Plan, merge: int, width: int) -> str:
     )
     name = known.get("model") or "a model"
     needs = (
-        "the code beside the weights (trust_remote_code=True)"
-        if inner.model_type == families.OWN
-        else "transformers"
+        "the code beside the weights (trust_remote_code=True)" if families.is_own(inner) else "transformers"
     )
     return f"""---
 library_name: transformers

@@ -13,7 +13,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lowkey.attention import GROUPED
+from lowkey.attention import GROUPED, LowkeyConfig
 from lowkey.attention.base import HeadMaps, rotary
 from lowkey.core.types import Layout, LowkeyError, device_of
 from lowkey.models import weights
@@ -27,13 +27,17 @@ class Family:
     2);
     rope_per_layer_type: the rotary module wants the layer type as a third argument (Gemma 3);
     fused_qkv: one `qkv_proj` makes queries, keys and values, in this order (Phi-3);
-    normed: queries and keys pass a norm between their projection and their rotation.
+    fused_mlp: one `gate_up_proj` makes the gate and what it multiplies, in this order (Phi-3);
+    normed: queries and keys pass a norm between their projection and their rotation;
+    no_conversion: why `lowkey.conversion` cannot write it in the decoder of `lowkey.attention`; empty where it can.
     """
 
     pre_norm: bool = True
     rope_per_layer_type: bool = False
     fused_qkv: bool = False
+    fused_mlp: bool = False
     normed: bool = False
+    no_conversion: str = ""
 
 
 FAMILIES: dict[str, Family] = {
@@ -41,11 +45,15 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(),
     "qwen2": Family(),
     "qwen3": Family(normed=True),
-    "phi3": Family(fused_qkv=True),
-    "gemma2": Family(),
-    "gemma3_text": Family(rope_per_layer_type=True, normed=True),
-    "granite": Family(),
-    "olmo2": Family(pre_norm=False, normed=True),
+    "phi3": Family(fused_qkv=True, fused_mlp=True),
+    "gemma2": Family(no_conversion="it scales its embeddings and caps its scores"),
+    "gemma3_text": Family(
+        rope_per_layer_type=True,
+        normed=True,
+        no_conversion="it scales its embeddings and has norms of its own",
+    ),
+    "granite": Family(no_conversion="it scales embeddings, residuals and logits"),
+    "olmo2": Family(pre_norm=False, normed=True, no_conversion="its norms stand after the blocks"),
 }
 
 REFUSED = {
@@ -56,7 +64,8 @@ REFUSED = {
 }
 
 CHANGING_ROPE = ("dynamic", "longrope")
-OWN = "lowkey"  # the model type of `lowkey.attention`
+OWN = LowkeyConfig.model_type
+FROM_SCRATCH = "llama"  # what `pretrain` trains where a recipe names no model type
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,7 @@ class Geometry:
 
 def family(config: PreTrainedConfig) -> Family:
     kind = config.get_text_config().model_type
-    if kind == OWN:
+    if is_own(config):
         return Family(normed=config.get_text_config().qk_norm)
     if kind in FAMILIES:
         return FAMILIES[kind]
@@ -96,12 +105,33 @@ def family(config: PreTrainedConfig) -> Family:
     )
 
 
+def is_own(config: PreTrainedConfig) -> bool:
+    """Whether the model is one of `lowkey.attention`."""
+    return config.get_text_config().model_type == OWN
+
+
+def convertible() -> list[str]:
+    """The families that `lowkey.conversion` can write in the decoder of `lowkey.attention`."""
+    return [*(name for name, family in FAMILIES.items() if not family.no_conversion), OWN]
+
+
+def check_convertible(config: PreTrainedConfig) -> None:
+    """Errors: LowkeyError for a family that is not among `convertible`."""
+    kind = config.model_type
+    if kind in convertible():
+        return
+    reason = FAMILIES[kind].no_conversion if kind in FAMILIES else REFUSED.get(kind, "it is not known here")
+    raise LowkeyError(
+        f"model of family {kind!r} cannot be converted: {reason}; families that can: {', '.join(convertible())}"
+    )
+
+
 def stores_its_own(config: PreTrainedConfig) -> bool:
     """Whether attention keeps something else than rotated keys and values of every head: then nothing of ours
     stands in for its cache.
     """
     config = config.get_text_config()
-    if config.model_type != OWN:
+    if not is_own(config):
         return False
     return (
         config.attention not in GROUPED
@@ -113,7 +143,7 @@ def stores_its_own(config: PreTrainedConfig) -> bool:
 def linear_output(config: PreTrainedConfig) -> bool:
     """Whether nothing but a linear map follows attention."""
     config = config.get_text_config()
-    return config.model_type != OWN or not (config.attn_output_gate or config.head_norm != "none")
+    return not is_own(config) or not (config.attn_output_gate or config.head_norm != "none")
 
 
 def geometry(model: PreTrainedModel) -> Geometry:
@@ -146,13 +176,25 @@ def shapes(model: PreTrainedModel) -> Geometry:
             "policies and bits do not "
             "read; use it with the full cache, or pretrain with attention 'mha', 'gqa' or 'mqa'"
         )
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kinds = layer_types(config)
-    full = tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
     return Geometry(
-        len(kinds), heads, config.num_key_value_heads or heads, head_dim, config.hidden_size, full
+        layers=len(kinds),
+        heads=config.num_attention_heads,
+        kv_heads=kv_heads(config),
+        head_dim=head_dim(config),
+        hidden=config.hidden_size,
+        compressible=tuple(i for i, kind in enumerate(kinds) if kind == "full_attention"),
     )
+
+
+def kv_heads(config: PreTrainedConfig) -> int:
+    """How many heads of keys and values a layer stores."""
+    return config.num_key_value_heads or config.num_attention_heads
+
+
+def head_dim(config: PreTrainedConfig) -> int:
+    """The width of a head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def layer_types(config: PreTrainedConfig) -> Sequence[str]:
@@ -275,6 +317,17 @@ def projections(model: PreTrainedModel, layer: int) -> Projections:
     )
 
 
+def weights_outside_attention(model: PreTrainedModel) -> dict[str, Tensor]:
+    """All other weights, by the names that Llama has for them."""
+    state = {name: tensor for name, tensor in model.state_dict().items() if ".self_attn." not in name}
+    if not family(model.config).fused_mlp:
+        return state
+    for name in [name for name in state if name.endswith("mlp.gate_up_proj.weight")]:
+        for part, tensor in zip(("gate_proj", "up_proj"), state.pop(name).chunk(2), strict=True):
+            state[name.replace("gate_up_proj", part)] = tensor
+    return state
+
+
 @dataclass(frozen=True)
 class Rope:
     """The model's own rotary module, asked at chosen positions."""
@@ -299,13 +352,18 @@ class Rope:
 def rope(model: PreTrainedModel, layer: int) -> Rope:
     config = model.config.get_text_config()
     kind = layer_types(config)[layer] if family(config).rope_per_layer_type else None
-    return Rope(model.get_decoder().rotary_emb, kind)  # type: ignore[arg-type]
+    return Rope(rotary_module(model), kind)
+
+
+def rotary_module(model: PreTrainedModel) -> Any:
+    """What makes cos and sin of positions in all layers: a class of each architecture's own."""
+    return model.get_decoder().rotary_emb
 
 
 def narrower_rope(rope: Rope, config: PreTrainedConfig) -> Rope:
     """What a model of the same family would turn its heads with under another config."""
     inner, kind = cast(Any, config.get_text_config()), cast(Any, type(rope.module))
-    return replace(rope, module=rotary(inner) if inner.model_type == OWN else kind(config=inner))
+    return replace(rope, module=rotary(inner) if is_own(inner) else kind(config=inner))
 
 
 def check_layout(model: PreTrainedModel, layout: Layout) -> None:
@@ -364,7 +422,7 @@ def head_maps(model: PreTrainedModel, layer: int) -> HeadMaps:
     repeated for its group.
     """
     block: Any = decoder_layers(model)[layer].self_attn
-    if model.config.model_type == OWN:
+    if is_own(model.config):
         with weights.at_hand(block):
             return block.head_maps()
     found = projections(model, layer)

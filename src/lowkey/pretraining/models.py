@@ -21,7 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from lowkey.core.options import nearest, shown
 from lowkey.core.text import vocabulary
 from lowkey.core.types import LowkeyError
-from lowkey.models import loading
+from lowkey.models import families, loading
 
 SIZES = (
     *(
@@ -52,7 +52,7 @@ def validate(table: Mapping[str, Any]) -> str:
             extra = next(name for name in table if name != "path")
             raise LowkeyError(f"model.{extra}: a model from model.path has it already; drop one of the two")
         return "path"
-    kind = str(table.get("model_type", "llama"))
+    kind = str(table.get("model_type", families.FROM_SCRATCH))
     if "attention" in table:
         if "model_type" in table:
             raise LowkeyError(
