@@ -326,9 +326,7 @@ def windows_of(
     sample: Sample,
 ) -> Tensor:
     """Ids (n, t) of the sample, no longer than the model reads. Errors: LowkeyError for too short a text."""
-    length = min(
-        sample.length, getattr(model.config.get_text_config(), "max_position_embeddings", sample.length)
-    )
+    length = families.readable_length(model, sample.length)
     ids = text.encode(tokenizer, text.joined(texts), model)
     return text.sample_windows(ids, tokenizer, length, sample.windows, sample.seed, "calibration text")
 

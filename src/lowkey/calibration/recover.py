@@ -154,8 +154,8 @@ def _check(settings: Recovery, model: PreTrainedModel) -> None:
         if name not in OBJECTIVES:
             raise LowkeyError(f"stage {shown(name)} is unknown; {nearest(name, OBJECTIVES)}")
     trainable.check(model, settings.lora, settings.full)
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", settings.length)
-    if settings.length > longest:
+    longest = families.positions(model)
+    if longest is not None and settings.length > longest:
         raise LowkeyError(f"length {settings.length}: the model has {longest} positions; give at most that")
 
 

@@ -19,6 +19,7 @@ from lowkey.core import files, text
 from lowkey.core.progress import bars
 from lowkey.heads.diversity import Compared
 from lowkey.heads.diversity import diversity as measure
+from lowkey.models import families
 from lowkey.models.attention_interface import attach
 from lowkey.models.loading import load
 
@@ -98,7 +99,7 @@ def sinks(
     corpus = text.read_text(data, "data") if data else text.embedded("calibration")
     loaded, tokenizer = load(model, dtype, device)
     check_context(context, loaded)
-    length = min(sample.length, loaded.config.get_text_config().max_position_embeddings)
+    length = families.readable_length(loaded, sample.length)
     ids = text.encode(tokenizer, corpus, loaded)
     rows = text.sample_windows(ids, tokenizer, length, 2 * windows, seed, "data")
     if not start and tokenizer.bos_token_id is not None:

@@ -6,13 +6,11 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.table import Table
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey.attention import SUBSETS
-from lowkey.calibration.calibrate import Sample
+from lowkey.calibration.calibrate import Sample, windows_of
 from lowkey.cli.common import (
     AsJson,
     Calibration,
@@ -109,7 +107,7 @@ def convert(
     context = Task.context if context is None else context
     choice = Options(heads, basis, frequencies)
     check(loaded, attention, choice, whiten, fields)
-    rows = _rows(loaded, tokenizer, corpus, Sample(windows, context, seed)) if whiten else None
+    rows = windows_of(loaded, tokenizer, corpus, Sample(windows, context, seed)) if whiten else None
     moments = input_moments(loaded, rows, progress=bars) if rows is not None else None
     made = made_of(loaded, attention, options=choice, moments=moments, progress=bars, **fields)
     before, after = (
@@ -128,14 +126,6 @@ def convert(
     record = describe(loaded, made, before, after, how)
     save(made, tokenizer, record, out, force)
     _show(record, out, as_json)
-
-
-def _rows(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: str, sample: Sample
-) -> torch.Tensor:
-    ids = text.encode(tokenizer, corpus, model)
-    length = min(sample.length, model.config.max_position_embeddings)
-    return text.sample_windows(ids, tokenizer, length, sample.windows, sample.seed, "calibration text")
 
 
 def fields_of(attention: str, given: dict[str, str]) -> dict[str, Any]:

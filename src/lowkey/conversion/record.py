@@ -18,6 +18,7 @@ from lowkey.conversion.exactness import Exactness, exactness
 from lowkey.core import files, text
 from lowkey.core.progress import Progress, silent
 from lowkey.core.types import device_of
+from lowkey.models import families
 from lowkey.models.fingerprint import model_fingerprint
 from lowkey.plan.plan import versions
 from lowkey.version import __version__
@@ -36,7 +37,7 @@ def held_out(
 ) -> Tensor:
     """Ids (n, t): the first windows of the text, the embedded evaluation text when there is none."""
     ids = text.encode(tokenizer, text.embedded("evaluation") if corpus is None else corpus, model)
-    length = min(context, model.config.max_position_embeddings)
+    length = families.readable_length(model, context)
     return text.windows(ids, tokenizer, length, "data", least=1)[:windows]
 
 

@@ -153,7 +153,7 @@ def evaluate(
     for name in names:
         if name not in TASKS:
             raise LowkeyError(f"task {name!r} is unknown; choose among {', '.join(TASKS)}")
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = families.positions(model)
     if longest is not None and not 8 <= task.context <= longest:
         raise LowkeyError(
             f"context {task.context}: must lie between 8 and the model's {longest}; choose a context in that "

@@ -156,7 +156,7 @@ def _turns_alike(model: PreTrainedModel, down: Tensor, width: int) -> bool:
     """
     wide = families.rope(model, 0)
     narrow = families.narrower_rope(wide, smaller_config(model, 1, width))
-    longest = model.config.get_text_config().max_position_embeddings
+    longest = families.positions(model) or 1
     positions = torch.tensor([[0, *(2**i for i in range(longest.bit_length()))]])
     before, after = (
         _rotated(x, rope, positions) for x, rope in ((torch.eye(len(down)), wide), (down, narrow))

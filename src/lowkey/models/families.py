@@ -164,6 +164,11 @@ def positions(model: PreTrainedModel) -> int | None:
     return found if type(found) is int else None
 
 
+def readable_length(model: PreTrainedModel, length: int) -> int:
+    """`length`, or all of the model's positions where it has fewer."""
+    return min(length, positions(model) or length)
+
+
 def shapes(model: PreTrainedModel) -> Geometry:
     """Read the cache's shapes off the model. Refuses unsupported families, and models that store something
     else than keys and values.
