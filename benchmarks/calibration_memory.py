@@ -16,7 +16,7 @@ import sys
 import torch
 import typer
 
-from lowkey.calibration.statistics import gather
+from lowkey.calibration.statistics import gather_statistics
 from lowkey.core import text
 from lowkey.models.families import geometry
 from lowkey.models.loading import load
@@ -38,7 +38,7 @@ def child(model: str, batches: int) -> None:
         for _ in range(3):
             loaded(ids, output_hidden_states=True)
     before = peak_mib()
-    statistics = gather(loaded, (ids for _ in range(batches)))
+    statistics = gather_statistics(loaded, (ids for _ in range(batches)))
     held = sum(t.nbytes for s in statistics.values() for t in vars(s).values() if isinstance(t, torch.Tensor))
     shape = geometry(loaded)
     width = shape.kv_heads * shape.head_dim

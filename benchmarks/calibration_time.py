@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from lowkey.calibration.statistics import gather
+from lowkey.calibration.statistics import gather_statistics
 from lowkey.core import text
 from lowkey.core.types import head_blocks
 from lowkey.models.families import geometry
@@ -33,7 +33,7 @@ Bases = dict[int, tuple[Tensor, Tensor]]
 
 def moments(model: PreTrainedModel, rows: Tensor) -> tuple[Bases, int]:
     """Key and value bases per head, and the bytes held."""
-    found = gather(model, rows.split(BATCH))
+    found = gather_statistics(model, rows.split(BATCH))
     held = sum(t.nbytes for s in found.values() for t in vars(s).values() if isinstance(t, Tensor))
     per_head: Callable[[Tensor], Tensor] = lambda m: principal_basis(m, "per_head").columns  # noqa: E731
     return {

@@ -20,7 +20,7 @@ import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey.calibration.calibrate import Sample, calibrate
-from lowkey.calibration.dynamic import dyna_plan
+from lowkey.calibration.dynamic import make_dynamic_plan
 from lowkey.catalog import make_method
 from lowkey.cli.plans import Dynamic
 from lowkey.core import files, text
@@ -225,7 +225,7 @@ def _dynamic(
         start = time.perf_counter()
         training = GateTraining(target=float(budget[:-1]) / 100, steps=GATE_STEPS, seed=sample.seed)
         try:
-            plan = dyna_plan(
+            plan = make_dynamic_plan(
                 model, tokenizer, corpus, sample=sample, training=training, progress=bars, **options
             )
         except LowkeyError as error:

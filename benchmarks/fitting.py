@@ -25,10 +25,10 @@ from lowkey.core import text
 from lowkey.core.progress import bars
 from lowkey.core.text import encode, sample_windows
 from lowkey.core.types import LayerBases, LayerStatistics
-from lowkey.methods import PCA, Course, Method, StiefAttention
+from lowkey.methods import PCA, CalibrationContext, Method, StiefAttention
 from lowkey.models.families import geometry
 from lowkey.models.loading import load
-from lowkey.probes.layer_probe import Probe
+from lowkey.probes.layer_probe import LayerProbe
 
 BUDGETS = (75, 50, 37.5)
 
@@ -40,7 +40,7 @@ class Timed(Method):
     method: Method
     seconds: float = 0.0
 
-    def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
+    def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:
         start = time.perf_counter()
         bases = self.method.fit(statistics, probe, ranks, seed)
         self.seconds += time.perf_counter() - start
@@ -49,7 +49,7 @@ class Timed(Method):
 
 def mean_error(profile: Profile, chosen: list[tuple[int, int]]) -> float:
     """Held-out layer error at these ranks, averaged over layers."""
-    return sum(profile.error(i, pair) for i, pair in enumerate(chosen)) / profile.layers
+    return sum(profile.error(i, pair) for i, pair in enumerate(chosen)) / profile.layer_count
 
 
 def main(
@@ -75,10 +75,11 @@ def main(
     for name, method in arms.items():
         timed = Timed(method)
         _, profile = fit_layers(
-            timed, Course(loaded, rows, round(windows / 4), "post_rope", ranks, seed=0, progress=bars)
+            timed,
+            CalibrationContext(loaded, rows, round(windows / 4), "post_rope", ranks, seed=0, progress=bars),
         )
-        errors = [mean_error(profile, [(r, r)] * profile.layers) for r in shown]
-        whole = profile.bytes([(ranks[-1],) * 2] * profile.layers)
+        errors = [mean_error(profile, [(r, r)] * profile.layer_count) for r in shown]
+        whole = profile.bytes_per_token([(ranks[-1],) * 2] * profile.layer_count)
         errors += [
             mean_error(profile, Greedy().under_bytes(profile, share / 100 * whole)) for share in BUDGETS
         ]

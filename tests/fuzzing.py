@@ -18,15 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lowkey
-from lowkey.calibration import unfinished
+from lowkey.calibration import layer_checkpoint
 from lowkey.calibration.calibrate import Sample
-from lowkey.calibration.dynamic import DynaPlan, dyna_plan
-from lowkey.calibration.statistics import gather
+from lowkey.calibration.dynamic import DynamicPlan, make_dynamic_plan
+from lowkey.calibration.statistics import gather_statistics
 from lowkey.core import files, optimizer_state
 from lowkey.core.files.reading import CHECKSUM, KIND, digest, json_digest, marks
 from lowkey.core.types import LowkeyError
 from lowkey.heads.retrieval import HeadScores
-from lowkey.methods import PCA, Course
+from lowkey.methods import PCA, CalibrationContext
 from lowkey.methods.dynakv import GateTraining
 from lowkey.plan.plan import Plan
 from lowkey.policies import POLICIES
@@ -275,7 +275,7 @@ def plan_used(folder: Path) -> None:
 
 
 def dynaplan_meaning(folder: Path) -> str:
-    plan = DynaPlan.load(folder, attached("llama"))
+    plan = DynamicPlan.load(folder, attached("llama"))
     maps = {f"{i}.{n}": t for i, f in plan.factors.items() for n, t in vars(f).items() if t is not None}
     return _summary(
         maps | {f"{i}.gate.{n}": t for i, g in plan.gates.items() for n, t in vars(g).items()},
@@ -284,11 +284,11 @@ def dynaplan_meaning(folder: Path) -> str:
 
 
 def dynaplan_used(folder: Path) -> None:
-    from lowkey.calibration.dynamic import dyna_cache
+    from lowkey.calibration.dynamic import make_dynamic_cache
 
     model = attached("llama")
     with torch.no_grad():
-        model(prompt(6, 1), past_key_values=dyna_cache(model, DynaPlan.load(folder, model)))
+        model(prompt(6, 1), past_key_values=make_dynamic_cache(model, DynamicPlan.load(folder, model)))
 
 
 def cache_meaning(folder: Path, model: Any) -> str:
@@ -344,7 +344,7 @@ def build(root: Path) -> dict[str, Artefact]:
     pico.plan(model, factors=merged, orthonormal=False, heads={"r2": [[0.1] * 4] * 3}).save(root / "merged")
     found["merged"] = Artefact(root / "merged", plan_meaning, plan_used, {"plan.safetensors": "plan.json"})
     found |= _caches(root / "caches") | _jobs(root) | _single(root) | _training(root)
-    plan = dyna_plan(
+    plan = make_dynamic_plan(
         model, pico.tokenizer(), pico_text(), sample=Sample(4, 16), training=GateTraining(steps=1, hidden=4)
     )
     plan.save(root / "dynaplan")
@@ -399,17 +399,17 @@ def _jobs(root: Path) -> dict[str, Artefact]:
     model = attached("llama")
     work = files.job_folder(root / "work", {"a": [1, 2]})
     rows = prompt(24, 18)
-    gather(model, list(rows.split(1)), work)
-    course = Course(model, rows[:4], 1, "post_rope", [8, 16], 0, 2)
+    gather_statistics(model, list(rows.split(1)), work)
+    context = CalibrationContext(model, rows[:4], 1, "post_rope", [8, 16], 0, 2)
     from lowkey.calibration.calibrate import fit_layers
 
-    fit_layers(PCA(), course, work)
+    fit_layers(PCA(), context, work)
 
     def job(folder: Path) -> object:
         return str(files.job_folder(folder.parent, {"a": [1, 2]}))
 
     def layer(folder: Path) -> object:
-        found = [unfinished.load_layer(folder, f"layer-{i}") for i in range(3)]
+        found = [layer_checkpoint.load_layer(folder, f"layer-{i}") for i in range(3)]
         if None in found:
             raise LowkeyError("one is missing, and would be fitted again")
         held = {
@@ -422,7 +422,7 @@ def _jobs(root: Path) -> dict[str, Artefact]:
         return _summary(held, [f[1] for f in found])
 
     def sums(folder: Path) -> object:
-        found = gather(model, list(rows.split(1)), folder)
+        found = gather_statistics(model, list(rows.split(1)), folder)
         return _summary(
             {f"{i}.{n}": torch.as_tensor(t) for i, s in found.items() for n, t in vars(s).items()}, None
         )

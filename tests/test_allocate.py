@@ -69,11 +69,11 @@ def total(p, pairs):
 
 
 def everything(p):
-    return itertools.product(p.pairs(), repeat=p.layers)
+    return itertools.product(p.measured_pairs(), repeat=p.layer_count)
 
 
 def full_bytes(p):
-    return p.bytes([FULL] * p.layers)
+    return p.bytes_per_token([FULL] * p.layer_count)
 
 
 # -- budgets
@@ -88,9 +88,9 @@ def test_a_byte_budget_is_respected_or_refused(name, share, seed, layers):
     try:
         pairs = ALLOCATORS[name]().under_bytes(p, limit)
     except LowkeyError:
-        assert limit < p.bytes([(2, 2)] * layers) or name == "threshold"
+        assert limit < p.bytes_per_token([(2, 2)] * layers) or name == "threshold"
         return
-    assert p.bytes(pairs) <= limit and len(pairs) == layers
+    assert p.bytes_per_token(pairs) <= limit and len(pairs) == layers
 
 
 @every
@@ -118,13 +118,13 @@ def test_too_small_a_budget_is_refused_in_one_line_with_the_limit_and_the_least(
         ALLOCATORS[name]().under_bytes(p, 50)
     text = str(refusal.value)
     assert len(text.splitlines()) == 1
-    assert "budget of 50 bytes" in text and str(p.bytes([(2, 2)] * 3)) in text
+    assert "budget of 50 bytes" in text and str(p.bytes_per_token([(2, 2)] * 3)) in text
 
 
 @every
 def test_the_least_budget_is_enough(name):
     p = bowl()
-    assert ALLOCATORS[name]().under_bytes(p, p.bytes([(2, 2)] * 3)) == [(2, 2)] * 3
+    assert ALLOCATORS[name]().under_bytes(p, p.bytes_per_token([(2, 2)] * 3)) == [(2, 2)] * 3
 
 
 @every
@@ -151,7 +151,7 @@ def test_every_layer_stays_within_the_error_budget(name, error):
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
 def test_uniform_by_measurement_is_the_best_pair_for_all_layers(share):
     p = bowl()
-    fitting = [q for q in p.pairs() if p.bytes([q] * 3) <= share * full_bytes(p)]
+    fitting = [q for q in p.measured_pairs() if p.bytes_per_token([q] * 3) <= share * full_bytes(p)]
     best = min(total(p, [q] * 3) for q in fitting)
     assert total(p, Uniform("measured").under_bytes(p, share * full_bytes(p))) == pytest.approx(best)
 
@@ -163,7 +163,7 @@ def test_uniform_is_the_cheapest_pair_whose_largest_error_fits(error):
         pairs = Uniform(split).under_error(p, error)
         fitting = [
             q
-            for q in p.pairs()
+            for q in p.measured_pairs()
             if max(p.error(i, q) for i in range(3)) <= error and (split == "measured" or q[0] == q[1])
         ]
         assert len(set(pairs)) == 1 and sum(pairs[0]) == min(map(sum, fitting))
@@ -182,7 +182,7 @@ def test_uniform_ranks_need_no_measuring(share, rank):
 def test_pareto_is_the_cheapest_pair_of_each_layer(error):
     p = bowl()
     for i, pair in enumerate(Pareto().under_error(p, error)):
-        fitting = [q for q in p.pairs() if p.error(i, q) <= error]
+        fitting = [q for q in p.measured_pairs() if p.error(i, q) <= error]
         cheapest = [q for q in fitting if sum(q) == min(map(sum, fitting))]
         assert pair in cheapest and p.error(i, pair) == min(p.error(i, q) for q in cheapest)
 
@@ -190,9 +190,11 @@ def test_pareto_is_the_cheapest_pair_of_each_layer(error):
 @pytest.mark.parametrize("share", [0.3, 0.45, 0.6, 0.75, 0.95])
 def test_pareto_under_bytes_takes_the_smallest_error_budget_that_fits(share):
     p, limit = bowl(), share * full_bytes(bowl())
-    levels = sorted({p.error(i, q) for i in range(3) for q in p.pairs()})
+    levels = sorted({p.error(i, q) for i in range(3) for q in p.measured_pairs()})
     best = next(
-        pairs for pairs in (Pareto().under_error(p, level) for level in levels) if p.bytes(pairs) <= limit
+        pairs
+        for pairs in (Pareto().under_error(p, level) for level in levels)
+        if p.bytes_per_token(pairs) <= limit
     )
     assert Pareto().under_bytes(p, limit) == best
 
@@ -228,11 +230,11 @@ def test_greedy_is_optimal_on_convex_separable_errors(seed):
     p = bowl(2, seed)
     best = {}
     for pairs in everything(p):
-        size = p.bytes(list(pairs))
+        size = p.bytes_per_token(list(pairs))
         best[size] = min(best.get(size, torch.inf), total(p, pairs))
     for size, error in best.items():
         pairs = Greedy().under_bytes(p, size)
-        assert p.bytes(pairs) == size and total(p, pairs) == pytest.approx(error)
+        assert p.bytes_per_token(pairs) == size and total(p, pairs) == pytest.approx(error)
 
 
 def test_greedy_takes_the_step_of_least_error_per_byte():
@@ -321,7 +323,7 @@ def split(name, pairs, ranks, share):
     budget gives it reason to.
     """
     p = sensitive(pairs, name, ranks)
-    full, least = (p.bytes([(r, r)] * p.layers) for r in (ranks[-1], ranks[0]))
+    full, least = (p.bytes_per_token([(r, r)] * p.layer_count) for r in (ranks[-1], ranks[0]))
     try:
         return p, share * full, SPLITS[name].under_bytes(p, share * full)
     except LowkeyError:
@@ -335,7 +337,7 @@ def split(name, pairs, ranks, share):
 def test_ranks_by_signal_stay_within_the_bytes(name, pairs, ranks, share):
     p, limit, found = split(name, pairs, ranks, share)
     if found is not None:
-        assert p.bytes(found) <= limit and len(found) == p.layers
+        assert p.bytes_per_token(found) <= limit and len(found) == p.layer_count
         assert all(r in ranks for pair in found for r in pair)
 
 
@@ -349,7 +351,7 @@ def test_no_step_that_fits_is_left(name, pairs, ranks, share):
         return
     for r in (r for pair in found for r in pair if r < ranks[-1]):
         step = ranks[ranks.index(r) + 1] - r
-        assert p.bytes(found) + (step if name == "fisher" else 2 * step) * HEADS * ITEMSIZE > limit
+        assert p.bytes_per_token(found) + (step if name == "fisher" else 2 * step) * HEADS * ITEMSIZE > limit
 
 
 @by_signal
@@ -358,7 +360,7 @@ def test_no_step_that_fits_is_left(name, pairs, ranks, share):
 def test_more_bytes_never_buy_fewer_ranks(name, pairs, ranks, one, other):
     (p, _, less), (_, _, more) = (split(name, pairs, ranks, share) for share in sorted((one, other)))
     if less is not None:
-        assert p.bytes(less) <= p.bytes(more)
+        assert p.bytes_per_token(less) <= p.bytes_per_token(more)
 
 
 @settings(max_examples=100, deadline=None)
@@ -475,7 +477,7 @@ def test_an_error_budget_by_signal_holds_for_the_worst_layer_with_no_byte_to_spa
     found = ALLOCATORS[name]().under_error(p, error)
     assert all(p.error(i, pair) <= error for i, pair in enumerate(found))
     unit = HEADS * ITEMSIZE
-    less = ALLOCATORS[name]().under_bytes(p, p.bytes(found) - unit)
+    less = ALLOCATORS[name]().under_bytes(p, p.bytes_per_token(found) - unit)
     assert any(p.error(i, pair) > error for i, pair in enumerate(less))
 
 
@@ -483,7 +485,12 @@ def test_an_error_budget_by_signal_holds_for_the_worst_layer_with_no_byte_to_spa
 def test_an_allocator_reads_the_signals_it_needs_and_no_other(kind):
     p = bowl()
     bare = Profile(
-        p.ranks, p.surface, p.heads, p.itemsize, p.spectra, {name: p.signals[name] for name in kind.needs}
+        p.ranks,
+        p.surface,
+        p.heads,
+        p.itemsize,
+        p.spectra,
+        {name: p.signals[name] for name in kind.required_signals},
     )
     limit = 0.6 * full_bytes(p)
     assert kind().under_bytes(bare, limit) == kind().under_bytes(p, limit)
@@ -535,7 +542,7 @@ def test_the_tail_rule_by_hand(energy, power, error):
         for pair, ranks in zip(p.spectra, expected, strict=True)
         for side, r in zip(pair, ranks, strict=True)
     )
-    assert Tail(energy).bounded(p, expected) == pytest.approx(reached**0.5)
+    assert Tail(energy).bounded_value(p, expected) == pytest.approx(reached**0.5)
 
 
 def test_the_tail_rule_under_bytes_takes_the_smallest_error_that_fits():
@@ -547,7 +554,7 @@ def test_the_tail_rule_under_bytes_takes_the_smallest_error_that_fits():
         fits = (
             pairs
             for pairs in (Tail().under_error(p, level + 1e-9) for level in levels)
-            if p.bytes(pairs) <= share * full_bytes(p)
+            if p.bytes_per_token(pairs) <= share * full_bytes(p)
         )
         assert Tail().under_bytes(p, share * full_bytes(p)) == next(fits)
 
@@ -577,7 +584,7 @@ EXACT = tuple(range(1, 9))
 @pytest.mark.parametrize(("energy", "power"), [("squared", 1.0), ("singular", 0.5)])
 def test_thresholds_give_exact_ranks_and_ask_for_their_errors(energy, power):
     p = replace(bowl(3), choices=EXACT)
-    wanted = Threshold(0.05, energy).pairs(p)
+    wanted = Threshold(0.05, energy).extra_pairs(p)
     for layer, pairs in enumerate(wanted):
         assert len(pairs) == 20
         for n, pair in enumerate(pairs):
@@ -591,10 +598,10 @@ def test_thresholds_give_exact_ranks_and_ask_for_their_errors(energy, power):
 def test_a_threshold_stops_at_errors_that_were_measured_at_its_ranks():
     """What was measured there counts, not what lies between the errors of the surface."""
     p = replace(bowl(1), choices=EXACT)
-    path = Threshold(0.1).pairs(p)[0]
+    path = Threshold(0.1).extra_pairs(p)[0]
     wrong = path[3]
     points = [{pair: 0.9 if pair == wrong else 0.01 for pair in path}]
-    assert Threshold(0.1).under_error(replace(p, points=points), 0.5) == [path[2]]
+    assert Threshold(0.1).under_error(replace(p, extra_points=points), 0.5) == [path[2]]
 
 
 @pytest.mark.parametrize("name", ["fisher", "condition", "depth", "uniform", "greedy"])
@@ -613,13 +620,13 @@ def test_error_budgets_are_held_at_measured_ranks(name):
     p = replace(bowl(), choices=EXACT)
     pairs = ALLOCATORS[name]().under_error(p, 0.1)
     assert {r for pair in pairs for r in pair} <= set(RANKS)
-    assert ALLOCATORS[name]().bounded(p, pairs) <= 0.1
+    assert ALLOCATORS[name]().bounded_value(p, pairs) <= 0.1
 
 
 def test_greedy_goes_no_lower_than_what_was_measured():
     p = replace(bowl(), choices=EXACT)
     with pytest.raises(LowkeyError, match="the least that the ranks allow"):
-        Greedy().under_bytes(p, p.bytes([(1, 1)] * 3))
+        Greedy().under_bytes(p, p.bytes_per_token([(1, 1)] * 3))
 
 
 @pytest.mark.parametrize("error", [0.02, 0.05, 0.1, 0.2])
@@ -628,15 +635,15 @@ def test_weights_of_weighted_pareto_are_in_what_it_bounds(error):
     weights = [w * 3 / 5.75 for w in (2.0, 1.75, 2.0)]
     pairs = WeightedPareto().under_error(p, error)
     worst = max(w * p.error(i, pair) for i, (w, pair) in enumerate(zip(weights, pairs, strict=True)))
-    assert WeightedPareto().bounded(p, pairs) == pytest.approx(worst) and worst <= error
-    assert Pareto().bounded(p, pairs) == max(p.error(i, pair) for i, pair in enumerate(pairs))
+    assert WeightedPareto().bounded_value(p, pairs) == pytest.approx(worst) and worst <= error
+    assert Pareto().bounded_value(p, pairs) == max(p.error(i, pair) for i, pair in enumerate(pairs))
 
 
 # -- the profile
 
 
 def test_bytes_by_hand():
-    assert bowl().bytes([(2, 4), (6, 8), (8, 8)]) == (2 + 4 + 6 + 8 + 8 + 8) * HEADS * ITEMSIZE
+    assert bowl().bytes_per_token([(2, 4), (6, 8), (8, 8)]) == (2 + 4 + 6 + 8 + 8 + 8) * HEADS * ITEMSIZE
 
 
 def test_errors_are_read_by_rank():
@@ -650,7 +657,7 @@ def test_errors_between_measured_ranks_are_bilinear():
         for v in EXACT:
             assert p.error(0, (k, v)) == pytest.approx(3 * k + 5 * v + k * v)
     assert p.is_measured(0, (4, 6)) and not p.is_measured(0, (4, 5))
-    known = replace(p, points=[{(4, 5): 7.0}])
+    known = replace(p, extra_points=[{(4, 5): 7.0}])
     assert (
         known.error(0, (4, 5)) == 7.0
         and known.is_measured(0, (4, 5))
@@ -670,7 +677,7 @@ def test_what_was_measured_is_read_and_not_computed():
 
 def test_one_rank_is_a_profile_too():
     p = Profile((8,), [[[0.25]]], HEADS, ITEMSIZE, [decaying(0)])
-    assert p.error(0, (8, 8)) == 0.25 and p.full == (8, 8) and p.served == (8,)
+    assert p.error(0, (8, 8)) == 0.25 and p.full_pair == (8, 8) and p.selectable_ranks == (8,)
 
 
 def test_spectrum_leaves_no_rank_below_its_share_of_the_even_one():

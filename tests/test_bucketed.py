@@ -24,11 +24,11 @@ from transformers.masking_utils import sdpa_mask
 
 import lowkey
 from lowkey.calibration.calibrate import Sample
-from lowkey.calibration.dynamic import JSON, TENSORS, DynaPlan, dyna_cache, dyna_plan
-from lowkey.calibration.statistics import gather
+from lowkey.calibration.dynamic import JSON, TENSORS, DynamicPlan, make_dynamic_cache, make_dynamic_plan
+from lowkey.calibration.statistics import gather_statistics
 from lowkey.core.types import LowkeyError
 from lowkey.methods import dynakv
-from lowkey.methods.dynakv import GateTraining, Looked, levels_of, train_gate
+from lowkey.methods.dynakv import GateTraining, ObservedReconstruction, levels_of, train_gates
 from lowkey.models import families
 from lowkey.models.fingerprint import model_fingerprint
 from lowkey.ops.ragged import starts_of
@@ -59,14 +59,14 @@ def random_gate(heads: int, seed: int, level: int | None = None) -> Gate:
 
 
 @cache
-def make_plan(name: str, layout: str, level: int | None = None, shared: bool = False) -> DynaPlan:
+def make_plan(name: str, layout: str, level: int | None = None, shared: bool = False) -> DynamicPlan:
     model = attached(name)
     shape = families.geometry(model)
     gates = {i: random_gate(shape.kv_heads, i, level) for i in shape.compressible}
     geometry = {"kv_heads": shape.kv_heads, "head_dim": HEAD_DIM}
     about = {"share": 0.5, "divergence": 0.1, "training": {}, "geometry": geometry}
     factors = pico.layer_factors(model, shared=shared)
-    return DynaPlan(
+    return DynamicPlan(
         factors, gates, LEVELS, layout, **about, provenance={"model_sha256": model_fingerprint(model)}
     )
 
@@ -85,7 +85,7 @@ def level_of(gate: Gate, keys: Tensor, values: Tensor) -> int:
 
 
 def rebuilt(
-    k: Tensor, v: Tensor, plan: DynaPlan, layer: int, turn: Tensor | None, used: list
+    k: Tensor, v: Tensor, plan: DynamicPlan, layer: int, turn: Tensor | None, used: list
 ) -> tuple[Tensor, Tensor]:
     """Keys and values (b, h, t, d), one token after another; turn (b, t, d, d) rotates."""
     f, gate = plan.factors[layer], plan.gates[layer]
@@ -106,7 +106,7 @@ def rebuilt(
 
 @torch.no_grad()
 def oracle(
-    name: str, ids: Tensor, plan: DynaPlan, pads=None, splits=None, prefill="compressed", used=None
+    name: str, ids: Tensor, plan: DynamicPlan, pads=None, splits=None, prefill="compressed", used=None
 ) -> Tensor:
     """One forward of the whole sequence with dense, masked attention."""
     model, pads, splits = pico.build(name), pads or [0] * len(ids), splits or [ids.shape[1]]
@@ -160,7 +160,7 @@ def test_the_cache_is_dense_attention_over_rebuilt_tokens(name, layout):
     plan, ids, used = make_plan(name, layout), prompt(LENGTH), []
     expected = oracle(name, ids, plan, splits=[18, *[1] * 6], used=used)
     assert set(used) == set(range(len(LEVELS))), "every level is at work"
-    found = feed(attached(name), ids, dyna_cache(attached(name), plan), splits=[18, *[1] * 6])
+    found = feed(attached(name), ids, make_dynamic_cache(attached(name), plan), splits=[18, *[1] * 6])
     assert close(found, expected)
 
 
@@ -169,7 +169,7 @@ def test_the_cache_is_dense_attention_over_rebuilt_tokens(name, layout):
 @pytest.mark.parametrize("pads", [None, [0, 5], [9, 3]])
 def test_chunks_and_padding(splits, pads, prefill, layout):
     plan, ids = make_plan("llama", layout), prompt(LENGTH)
-    past = dyna_cache(attached("llama"), plan)
+    past = make_dynamic_cache(attached("llama"), plan)
     past.exact_prefill(prefill == "exact")
     expected = oracle("llama", ids, plan, pads, splits, prefill)
     assert close(feed(attached("llama"), ids, past, pads, splits), expected, pads)
@@ -177,14 +177,14 @@ def test_chunks_and_padding(splits, pads, prefill, layout):
 
 def test_bases_shared_by_heads(layout):
     plan, ids = make_plan("llama", layout, shared=True), prompt(LENGTH)
-    found = feed(attached("llama"), ids, dyna_cache(attached("llama"), plan), splits=[20, 4])
+    found = feed(attached("llama"), ids, make_dynamic_cache(attached("llama"), plan), splits=[20, 4])
     assert close(found, oracle("llama", ids, plan))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3-partial", "llama-mqa", "qwen2"])
 def test_with_every_gate_at_the_top_logits_are_stock(name, layout):
     plan, ids = make_plan(name, layout, level=0), prompt(40)
-    found = feed(attached(name), ids, dyna_cache(attached(name), plan), [0, 7], [25, 1, 14])
+    found = feed(attached(name), ids, make_dynamic_cache(attached(name), plan), [0, 7], [25, 1, 14])
     assert torch.allclose(
         pico.real(found, [0, 7]), pico.real(feed(stock(name), ids, pads=[0, 7]), [0, 7]), atol=5e-5
     )
@@ -195,7 +195,7 @@ def test_with_every_gate_at_one_level_it_is_a_plan_of_that_rank(level, layout):
     model, ids, plan = attached("llama"), prompt(LENGTH), make_plan("llama", layout, level)
     same = pico.lowrank(model, {i: cut(f, LEVELS[level]) for i, f in plan.factors.items()}, layout)
     assert close(
-        feed(model, ids, dyna_cache(model, plan), splits=[20, 1, 3]),
+        feed(model, ids, make_dynamic_cache(model, plan), splits=[20, 1, 3]),
         feed(model, ids, same, splits=[20, 1, 3]),
     )
 
@@ -203,14 +203,14 @@ def test_with_every_gate_at_one_level_it_is_a_plan_of_that_rank(level, layout):
 def test_chunked_prefill_is_the_whole_prompt_at_once(layout):
     model, ids, plan = attached("llama"), prompt(LENGTH), make_plan("llama", layout)
     whole, parts = (
-        feed(model, ids, dyna_cache(model, plan), [0, 4], splits) for splits in (None, [3, 1, 13, 7])
+        feed(model, ids, make_dynamic_cache(model, plan), [0, 4], splits) for splits in (None, [3, 1, 13, 7])
     )
     assert close(whole, parts, [0, 4])
 
 
 def test_generation_over_two_turns_goes_on_where_it_stopped(layout):
     model, ids, plan = attached("llama"), prompt(LENGTH), make_plan("llama", layout)
-    past = dyna_cache(model, plan)
+    past = make_dynamic_cache(model, plan)
     first = pico.generate(model, ids, 6, past, [0, 5])
     both = torch.cat([ids, first], 1)
     expected = oracle("llama", both, plan, [0, 5])[:, LENGTH - 1 : -1].argmax(-1)
@@ -225,7 +225,7 @@ def test_generation_over_two_turns_goes_on_where_it_stopped(layout):
 
 def test_two_live_caches_do_not_know_of_each_other(layout):
     model, plans = attached("llama"), [make_plan("llama", layout), make_plan("llama", layout, level=1)]
-    caches, texts = [dyna_cache(model, p) for p in plans], [prompt(LENGTH, seed=s) for s in (0, 1)]
+    caches, texts = [make_dynamic_cache(model, p) for p in plans], [prompt(LENGTH, seed=s) for s in (0, 1)]
     found: list[list[Tensor]] = [[], []]
     for start, stop in itertools.pairwise([0, 11, 12, 13, 20, 24]):
         for past, ids, out in zip(caches, texts, found, strict=True):
@@ -242,10 +242,10 @@ def test_half_precision(dtype, level, layout):
     """
     model, ids = lowkey.attach(pico.build("llama").to(dtype)), prompt(LENGTH)
     plan = make_plan("llama", layout, level)
-    past = dyna_cache(model, replace(plan, provenance={"model_sha256": model_fingerprint(model)}))
+    past = make_dynamic_cache(model, replace(plan, provenance={"model_sha256": model_fingerprint(model)}))
     found = feed(model, ids, past, splits=[20, 1, 3])
     assert found.dtype == dtype and past.nbytes() == past.predicted_nbytes() and bool(found.isfinite().all())
-    expected = feed(attached("llama"), ids, dyna_cache(attached("llama"), plan), splits=[20, 1, 3])
+    expected = feed(attached("llama"), ids, make_dynamic_cache(attached("llama"), plan), splits=[20, 1, 3])
     assert (
         level is None or torch.nn.functional.cosine_similarity(found.float(), expected, dim=-1).min() > 0.99
     )
@@ -260,7 +260,7 @@ def test_bytes_are_a_function_of_the_counts(pads, layout):
     step.
     """
     model, ids, plan = attached("llama"), prompt(LENGTH), make_plan("llama", layout)
-    past, heads, before = dyna_cache(model, plan), 4, 0
+    past, heads, before = make_dynamic_cache(model, plan), 4, 0
     for size in (10, 1, 1, 9, 3):
         mask, positions = padding(pads, before + size)
         new = {"attention_mask": mask, "position_ids": positions[:, before:]}
@@ -293,7 +293,7 @@ def test_bytes_are_a_function_of_the_counts(pads, layout):
 
 def test_fewer_bytes_than_stock_and_none_when_new(layout):
     model, plan = attached("llama"), make_plan("llama", layout)
-    past, full = dyna_cache(model, plan), lowkey.make_cache(model)
+    past, full = make_dynamic_cache(model, plan), lowkey.make_cache(model)
     assert past.nbytes() == past.predicted_nbytes() == 0
     for each in (past, full):
         feed(model, prompt(200), each)
@@ -303,7 +303,7 @@ def test_fewer_bytes_than_stock_and_none_when_new(layout):
 def test_a_row_of_padding_alone_holds_nothing(layout):
     """The first chunk holds no real token of the second row."""
     model, ids, plan = attached("llama"), prompt(LENGTH), make_plan("llama", layout)
-    past = dyna_cache(model, plan)
+    past = make_dynamic_cache(model, plan)
     found = feed(model, ids, past, [0, 8], [6, 1, 1, 4, 12])
     assert close(found, oracle("llama", ids, plan, [0, 8]), [0, 8])
     assert sum(past.layers[0].counts) == 2 * LENGTH - 8
@@ -311,7 +311,7 @@ def test_a_row_of_padding_alone_holds_nothing(layout):
 
 def test_a_reset_cache_is_a_new_one(layout):
     model, plan = attached("llama"), make_plan("llama", layout)
-    past = dyna_cache(model, plan)
+    past = make_dynamic_cache(model, plan)
     feed(model, prompt(9, batch=3, seed=4), past)
     past.reset()
     assert (past.nbytes(), past.predicted_nbytes(), past.get_seq_length()) == (0, 0, 0)
@@ -321,7 +321,7 @@ def test_a_reset_cache_is_a_new_one(layout):
 
 def test_what_is_held_can_be_moved(layout):
     model, plan, ids = attached("llama"), make_plan("llama", layout), prompt(LENGTH)
-    past = dyna_cache(model, plan)
+    past = make_dynamic_cache(model, plan)
     feed(model, ids[:, :10], past)
     for layer in past.layers:
         layer.offload()
@@ -332,15 +332,15 @@ def test_what_is_held_can_be_moved(layout):
 
 def test_what_cannot_be_done_is_refused(layout):
     model = attached("llama")
-    past = dyna_cache(model, make_plan("llama", layout))
+    past = make_dynamic_cache(model, make_plan("llama", layout))
     with pytest.raises(LowkeyError, match="crop"):
         past.crop(-2)
     with pytest.raises(LowkeyError, match="make_cache"):
         past.save("nowhere")
     with pytest.raises(LowkeyError, match="attach"):
-        dyna_cache(pico.build("llama"), make_plan("llama", layout))
+        make_dynamic_cache(pico.build("llama"), make_plan("llama", layout))
     with pytest.raises(LowkeyError, match="made for model"):
-        dyna_cache(
+        make_dynamic_cache(
             lowkey.attach(pico.build("llama", rms_norm_eps=1e-5, hidden_size=32)), make_plan("llama", layout)
         )
 
@@ -394,20 +394,23 @@ SHORT = GateTraining(target=0.3, steps=40, lr=2e-2, hidden=8)
 
 @cache
 def found_bases(layout: str, name: str = "llama"):
-    return {i: dynakv.bases(s, layout) for i, s in gather(attached(name), CYCLE[:-HELD].split(4)).items()}
+    return {
+        i: dynakv.bases(s, layout)
+        for i, s in gather_statistics(attached(name), CYCLE[:-HELD].split(4)).items()
+    }
 
 
 @cache
 def trained(layout: str, options: GateTraining = SHORT, name: str = "llama"):
-    return train_gate(attached(name), found_bases(layout, name), CYCLE, HELD, layout, options)
+    return train_gates(attached(name), found_bases(layout, name), CYCLE, HELD, layout, options)
 
 
-def measured(plan: DynaPlan, ids: Tensor, name: str = "llama") -> tuple[float, float]:
+def measured(plan: DynamicPlan, ids: Tensor, name: str = "llama") -> tuple[float, float]:
     """(KL(original || cache) per token, the mean share of coordinates held) by a real cache, all levels
     counted.
     """
     model = attached(name)
-    past = dyna_cache(model, plan)
+    past = make_dynamic_cache(model, plan)
     ours, theirs = feed(model, ids, past).softmax(-1), feed(stock(name), ids).softmax(-1)
     held = [
         n * r
@@ -420,7 +423,7 @@ def measured(plan: DynaPlan, ids: Tensor, name: str = "llama") -> tuple[float, f
     )
 
 
-def plan_of(gates: dynakv.Gates, layout: str, name: str = "llama") -> DynaPlan:
+def plan_of(gates: dynakv.TrainedGates, layout: str, name: str = "llama") -> DynamicPlan:
     factors = {i: b.at(HEAD_DIM, HEAD_DIM) for i, b in found_bases(layout, name).items()}
     return replace(make_plan(name, layout), factors=factors, gates=gates.gates)
 
@@ -457,7 +460,9 @@ def level_of_tokens(gate: Gate, layout: str) -> list[int]:
     model = attached("llama")
     f = found_bases(layout)[0].at(HEAD_DIM, HEAD_DIM)
     with torch.no_grad():
-        model_probe.logits(model, CYCLE[-1:], {0: Looked(f, layout, families.rope(model, 0), look)})
+        model_probe.logits(
+            model, CYCLE[-1:], {0: ObservedReconstruction(f, layout, families.rope(model, 0), look)}
+        )
     return seen
 
 
@@ -477,7 +482,7 @@ def test_training_that_goes_astray_ends_at_its_start():
 
 def test_training_twice_gives_the_same_gates():
     first, again = (
-        train_gate(
+        train_gates(
             attached("llama"), found_bases("post_rope"), CYCLE, HELD, "post_rope", replace(SHORT, steps=6)
         )
         for _ in "ab"
@@ -505,9 +510,9 @@ def test_interrupted_training_goes_on_to_the_same_gates(tmp_path, last):
     said = attached("llama"), found_bases("post_rope"), CYCLE, HELD, "post_rope", SHORT
     for stop in (last, last):
         with pytest.raises(KeyboardInterrupt):
-            train_gate(*said, stopping_at(stop), tmp_path)
+            train_gates(*said, stopping_at(stop), tmp_path)
     steps = []
-    found = train_gate(*said, lambda items, text, total: steps.append((text, total)) or items, tmp_path)
+    found = train_gates(*said, lambda items, text, total: steps.append((text, total)) or items, tmp_path)
     assert dict(steps)["training gates"] == 40 - last // 8 * 8
     whole = trained("post_rope")
     assert (found.share, found.divergence) == (whole.share, whole.divergence)
@@ -518,7 +523,7 @@ def test_interrupted_training_goes_on_to_the_same_gates(tmp_path, last):
 def test_a_work_folder_of_another_job_is_emptied(tmp_path):
     def made(target):
         training = GateTraining(target=target, steps=2, hidden=8)
-        return dyna_plan(
+        return make_dynamic_plan(
             attached("llama"), pico.tokenizer(), TEXT, sample=Sample(8, 24), training=training, work=tmp_path
         )
 
@@ -532,7 +537,7 @@ def test_a_work_folder_of_another_job_is_emptied(tmp_path):
 def test_training_leaves_the_model_and_the_random_state_alone():
     model = attached("llama")
     before, random = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
-    train_gate(model, found_bases("post_rope"), CYCLE, HELD, "post_rope", replace(SHORT, steps=2))
+    train_gates(model, found_bases("post_rope"), CYCLE, HELD, "post_rope", replace(SHORT, steps=2))
     assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert torch.equal(torch.random.get_rng_state(), random)
@@ -545,17 +550,17 @@ def test_a_relaxed_choice_is_a_mixture_of_what_the_levels_rebuild(layout):
     outs: dict[object, list[Tensor]] = {}
 
     def run(key, choose):
-        training = dynakv._Training(
+        training = dynakv._GateTrainer(
             attached("llama"), {0: maps[0]}, layout, LEVELS, SHORT, CYCLE, HELD, trained(layout).gates
         )
-        plain = dynakv.Looked.update
+        plain = dynakv.ObservedReconstruction.update
 
         def recording(self, keys, values):
             outs[key] = list(plain(self, keys, values))
             return keys, values
 
         with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-            patch.setattr(dynakv.Looked, "update", recording)
+            patch.setattr(dynakv.ObservedReconstruction, "update", recording)
             return float(training.through(CYCLE[:2], training.gates, choose)[1])
 
     mixed = run("mixed", lambda numbers: weights.expand_as(numbers))
@@ -571,11 +576,13 @@ def test_a_relaxed_choice_is_a_mixture_of_what_the_levels_rebuild(layout):
 
 def test_held_out_windows_are_never_trained_on(monkeypatch):
     seen = []
-    inside = dynakv._Training.loss
+    inside = dynakv._GateTrainer.loss
     monkeypatch.setattr(
-        dynakv._Training, "loss", lambda self, ids, *rest: seen.append(ids) or inside(self, ids, *rest)
+        dynakv._GateTrainer, "loss", lambda self, ids, *rest: seen.append(ids) or inside(self, ids, *rest)
     )
-    train_gate(attached("llama"), found_bases("post_rope"), CYCLE, HELD, "post_rope", replace(SHORT, steps=3))
+    train_gates(
+        attached("llama"), found_bases("post_rope"), CYCLE, HELD, "post_rope", replace(SHORT, steps=3)
+    )
     training = {tuple(r.tolist()) for r in CYCLE[:-HELD]}
     assert len(seen) == 3 and all(tuple(r.tolist()) in training for ids in seen for r in ids)
 
@@ -600,7 +607,7 @@ def test_options_out_of_range_are_refused(options):
 
 def test_a_target_below_the_least_level_is_refused():
     with pytest.raises(LowkeyError, match=r"0\.125 or more"):
-        train_gate(
+        train_gates(
             attached("llama"), found_bases("post_rope"), CYCLE, HELD, "post_rope", GateTraining(target=0.1)
         )
 
@@ -610,9 +617,9 @@ def test_a_target_below_the_least_level_is_refused():
 TEXT = "the cat sat on the mat. " * 40
 
 
-def small_plan(layout="post_rope") -> DynaPlan:
+def small_plan(layout="post_rope") -> DynamicPlan:
     training = GateTraining(target=0.4, steps=2, hidden=8)
-    return dyna_plan(
+    return make_dynamic_plan(
         attached("llama"), pico.tokenizer(), TEXT, layout=layout, sample=Sample(8, 24), training=training
     )
 
@@ -622,8 +629,10 @@ def test_a_plan_is_made_saved_and_loaded(tmp_path, layout):
     plan = small_plan(layout)
     assert plan.share <= 0.4 + 1e-6 and plan.levels == LEVELS and plan.training["target"] == 0.4
     plan.save(tmp_path / "plan")
-    again = DynaPlan.load(tmp_path / "plan", model)
-    assert torch.equal(feed(model, ids, dyna_cache(model, plan)), feed(model, ids, dyna_cache(model, again)))
+    again = DynamicPlan.load(tmp_path / "plan", model)
+    assert torch.equal(
+        feed(model, ids, make_dynamic_cache(model, plan)), feed(model, ids, make_dynamic_cache(model, again))
+    )
     for field in ("layout", "levels", "share", "divergence", "training", "provenance"):
         assert getattr(again, field) == getattr(plan, field)
     plan.save(tmp_path / "plan")
@@ -635,7 +644,7 @@ def test_bytes_per_token_are_those_of_a_cache(layout):
     plan = replace(make_plan("llama", layout, level=1), share=0.5)
     sizes = []
     for length in (12, 24):
-        past = dyna_cache(model, plan)
+        past = make_dynamic_cache(model, plan)
         feed(model, prompt(length), past)
         sizes.append(past.nbytes())
     assert (sizes[1] - sizes[0]) / (2 * 12) == plan.bytes_per_token(4)
@@ -644,7 +653,7 @@ def test_bytes_per_token_are_those_of_a_cache(layout):
 def test_another_models_plan_is_refused(tmp_path):
     small_plan().save(tmp_path / "plan")
     with pytest.raises(LowkeyError, match="made for model"):
-        DynaPlan.load(tmp_path / "plan", lowkey.attach(pico.build("llama-mha")))
+        DynamicPlan.load(tmp_path / "plan", lowkey.attach(pico.build("llama-mha")))
 
 
 def test_a_folder_of_other_files_is_refused(tmp_path):
@@ -679,7 +688,7 @@ def test_a_damaged_plan_is_refused_in_one_line(tmp_path, kind):
     else:
         forging.edit_json(about, lambda found: DAMAGE[kind](found, {}))
     with pytest.raises(LowkeyError, match="newer" if kind == "newer" else "damaged") as error:
-        DynaPlan.load(tmp_path / "plan")
+        DynamicPlan.load(tmp_path / "plan")
     assert "\n" not in str(error.value)
 
 
@@ -689,9 +698,9 @@ def test_tensors_of_another_plan_are_refused(tmp_path):
         file.seek(-1, 2)
         file.write(b"\x01")
     with pytest.raises(LowkeyError, match="damaged"):
-        DynaPlan.load(tmp_path / "plan")
+        DynamicPlan.load(tmp_path / "plan")
 
 
 def test_a_layout_that_does_not_exist_is_refused():
     with pytest.raises(LowkeyError, match="layout"):
-        dyna_plan(attached("llama"), pico.tokenizer(), TEXT, layout="sideways")
+        make_dynamic_plan(attached("llama"), pico.tokenizer(), TEXT, layout="sideways")

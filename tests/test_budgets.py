@@ -67,13 +67,16 @@ def read(model, cache, ids, pads):
 
 
 def holds(name, model, budget, pads, **options):
-    cache, (amount, per_token) = make_cache(model, policy=policy(name, budget, **options)), limit_of(budget)
+    cache, (amount, per_token) = (
+        make_cache(model, policy=policy(name, budget, **options)),
+        resolve_budget(budget),
+    )
     for held, tokens in read(model, cache, prompt(120, len(pads)), pads):
         assert held == cache.nbytes() == cache.predicted_nbytes() <= amount * (tokens if per_token else 1)
     return cache, held, amount * (tokens if per_token else 1)
 
 
-def limit_of(budget):
+def resolve_budget(budget):
     amount, unit = re.fullmatch(r"([\d.]+) (B|KiB)", budget.removesuffix("/token")).groups()
     return float(amount) * (1024 if unit == "KiB" else 1), budget.endswith("/token")
 
@@ -192,7 +195,7 @@ def test_too_small_a_budget_is_refused_with_the_smallest_that_works(name, budget
     with pytest.raises(LowkeyError, match=f"budget {budget}: 2 rows of 42 to 50 tokens") as refused:
         fill(budget)
     amount, unit = re.search(r"take ([\d.]+) (B|KiB|B/token|KiB/token) for", str(refused.value)).groups()
-    limit, per_token = limit_of(f"{amount} {unit}")
+    limit, per_token = resolve_budget(f"{amount} {unit}")
     assert counted(fill(f"{amount} {unit}")) <= limit * (92 if per_token else 1)
     with pytest.raises(LowkeyError, match="give that, or lower sinks"):
         fill(f"{float(amount) - (1 if unit.startswith('B') else 0.2):g} {unit}")

@@ -93,9 +93,9 @@ def test_an_impossible_rank_multiple_is_refused(multiple):
 class Scaled(PCA):
     """Ends with maps that are each other's transposes and not orthonormal."""
 
-    finishes: ClassVar[bool] = True
+    has_finish: ClassVar[bool] = True
 
-    def finish(self, factors, course):
+    def finish(self, factors, context):
         return {i: replace(f, k_down=2 * f.k_down, k_up=2 * f.k_up) for i, f in factors.items()}
 
 

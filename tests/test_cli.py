@@ -28,7 +28,7 @@ from transformers import AutoConfig
 from lowkey import catalog
 from lowkey.allocation.allocators import ALLOCATORS
 from lowkey.calibration import dynamic
-from lowkey.calibration.dynamic import DynaPlan, dyna_cache
+from lowkey.calibration.dynamic import DynamicPlan, make_dynamic_cache
 from lowkey.cli import app, common
 from lowkey.core import files, text
 from lowkey.core.types import LowkeyError
@@ -1366,7 +1366,7 @@ def levelled(model, tmp_path_factory):
 
 def test_dynamic_prints_the_plan_it_wrote(model, levelled):
     out, told = levelled
-    held = DynaPlan.load(out, loading.load(str(model), device="cpu")[0])
+    held = DynamicPlan.load(out, loading.load(str(model), device="cpu")[0])
     assert (told["plan"], told["method"], told["budget"], told["layout"]) == (
         str(out),
         "dynakv",
@@ -1401,11 +1401,11 @@ def test_eval_measures_a_dynamic_plan_beside_others(model, made, levelled, here)
         "pre_rope",
     )
     loaded, tokenizer = loading.load(str(model), device="cpu")
-    plan = DynaPlan.load(levelled[0], loaded)
+    plan = DynamicPlan.load(levelled[0], loaded)
     ids = text.windows(text.encode(tokenizer, text.embedded("evaluation")), tokenizer, 192, "data")[:2]
     with torch.no_grad():
-        scores = loaded(ids, past_key_values=dyna_cache(loaded, plan)).logits[:, :-1]
-        loaded(ids[:1], past_key_values=(past := dyna_cache(loaded, plan)))
+        scores = loaded(ids, past_key_values=make_dynamic_cache(loaded, plan)).logits[:, :-1]
+        loaded(ids[:1], past_key_values=(past := make_dynamic_cache(loaded, plan)))
     assert row["perplexity"] == pytest.approx(
         float(torch.nn.functional.cross_entropy(scores.mT, ids[:, 1:]).exp()), rel=1e-4
     )
@@ -1424,7 +1424,7 @@ def test_generate_over_a_dynamic_plan(model, levelled):
     told = printed("generate", model, "--prompt", "Once upon a time", "--plan", levelled[0], "--tokens", 5)
     loaded, tokenizer = loading.load(str(model), device="cpu")
     ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
-    past = dyna_cache(loaded, DynaPlan.load(levelled[0], loaded))
+    past = make_dynamic_cache(loaded, DynamicPlan.load(levelled[0], loaded))
     assert told["text"] == tokenizer.decode(pico.generate(loaded, ids, 5, past)[0], skip_special_tokens=True)
     assert told["bytes_held"] == past.nbytes() < told["bytes_full"]
 
@@ -1459,7 +1459,7 @@ def test_dynamic_replaces_a_folder_only_when_told_to(model, levelled, here):
     assert "--force" in refused("dynamic", model, "out", *LEVELLED)
     assert tree(here) == before
     assert "KL" in done("dynamic", model, "out", *LEVELLED, "--force").out
-    assert DynaPlan.load(here / "out").budget == "50%"
+    assert DynamicPlan.load(here / "out").budget == "50%"
 
 
 @pytest.mark.parametrize(

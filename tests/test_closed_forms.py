@@ -18,10 +18,10 @@ from torch import Tensor
 import lowkey
 from lowkey import Sample
 from lowkey.cache.cache import cache_of
-from lowkey.calibration.statistics import gather
+from lowkey.calibration.statistics import gather_statistics
 from lowkey.core.head_groups import beside
 from lowkey.core.types import LowkeyError, head_blocks
-from lowkey.methods import KQSVD, METHODS, Course, LoRC, Palu, ReCalKV
+from lowkey.methods import KQSVD, METHODS, CalibrationContext, LoRC, Palu, ReCalKV
 from lowkey.methods import kqsvd as kq
 from lowkey.methods import recalkv as recal
 from lowkey.models import families
@@ -31,7 +31,7 @@ from lowkey.ops.products import group_size, oblique_basis, reordered
 from lowkey.ops.rope import rotate
 from lowkey.plan.plan import Plan
 from lowkey.probes.layer_inputs import first_inputs, layer_inputs
-from lowkey.probes.layer_probe import Probe, Rebuilt
+from lowkey.probes.layer_probe import LayerProbe, LowRankReconstruction
 from lowkey.storage.reconstruction import ReconstructionLayer
 
 METHOD = {
@@ -92,14 +92,14 @@ def exact_logits(name: str) -> Tensor:
 
 @cache
 def statistics_of(name: str):
-    return gather(model_of(name), ROWS[:-HELD].split(4))
+    return gather_statistics(model_of(name), ROWS[:-HELD].split(4))
 
 
 @cache
 def prepared(name: str, layout: str, layer: int = LAYER):
     """(statistics, probe) of one layer, as calibration makes them."""
     model = model_of(name)
-    return statistics_of(name)[layer], Probe.of(
+    return statistics_of(name)[layer], LayerProbe.of(
         model, layer, layout, dict(layer_inputs(model, ROWS, 4))[layer], HELD
     )
 
@@ -646,8 +646,8 @@ def twins() -> torch.nn.Module:
 def test_heads_that_are_the_same_but_turned_share_a_latent():
     """And then half the rank serves both exactly."""
     model = twins()
-    statistics = gather(model, ROWS[:-HELD].split(4))[LAYER]
-    probe = Probe.of(model, LAYER, "pre_rope", dict(layer_inputs(model, ROWS, 4))[LAYER], HELD)
+    statistics = gather_statistics(model, ROWS[:-HELD].split(4))[LAYER]
+    probe = LayerProbe.of(model, LAYER, "pre_rope", dict(layer_inputs(model, ROWS, 4))[LAYER], HELD)
     bases = ReCalKV(group=2).fit(statistics, probe, RANKS, 0)
     assert bases.order.tolist() == [0, 3, 1, 2]
     neighbours = Palu(group=2).fit(statistics, probe, RANKS, 0)
@@ -685,8 +685,8 @@ def test_reordered_keys_and_values_are_those_of_their_own_heads(layout):
 
 
 @cache
-def course(name: str, layout: str) -> Course:
-    return Course(model_of(name), ROWS, HELD, layout, RANKS, 0)
+def context(name: str, layout: str) -> CalibrationContext:
+    return CalibrationContext(model_of(name), ROWS, HELD, layout, RANKS, 0)
 
 
 @cache
@@ -697,7 +697,7 @@ def calibrated(
     start = {
         i: fitted(method, name, layout, i).at(*ranks) for i in families.geometry(model_of(name)).compressible
     }
-    return start, ReCalKV(group=2, iterations=iterations).finish(start, course(name, layout))
+    return start, ReCalKV(group=2, iterations=iterations).finish(start, context(name, layout))
 
 
 @torch.no_grad()
@@ -707,7 +707,8 @@ def stream(name: str, layout: str, factors) -> dict[int, Tensor]:
     """
     model = model_of(name)
     past = cache_of(
-        model, lambda i: ReconstructionLayer(Rebuilt(factors[i], layout, families.rope(model, i)))
+        model,
+        lambda i: ReconstructionLayer(LowRankReconstruction(factors[i], layout, families.rope(model, i))),
     )
     hidden = model(ROWS[:-HELD], past_key_values=past, output_hidden_states=True).hidden_states
     return {i: families.attention_input(model, i, hidden[i]).flatten(0, 1).double() for i in factors}

@@ -51,7 +51,7 @@ def eager(ids):
 # -- KVzip
 
 
-def asked_for(ids, start, chunk, bridge, request):
+def resolve_request(ids, start, chunk, bridge, request):
     return torch.cat([ids, request, ids[:, max(0, start - bridge) : start + chunk]], 1)
 
 
@@ -78,7 +78,7 @@ def test_kvzip_keeps_what_repeating_each_piece_looks_at_most(softmax):
     for row in range(2):
         scores = torch.zeros(LAYERS, HEADS, n, dtype=torch.float64)
         for start in range(0, n, chunk):
-            weights = eager(asked_for(ids[row : row + 1], start, chunk, bridge, request))[:, :, n:]
+            weights = eager(resolve_request(ids[row : row + 1], start, chunk, bridge, request))[:, :, n:]
             met = [p for p in range(n) if p < sinks or start <= p < start + chunk or softmax == "context"]
             share = weights[..., met] / (weights[..., met].sum(-1) + weights[..., n:].sum(-1)).unsqueeze(-1)
             top = share.amax(2).unflatten(1, (HEADS, GROUP)).amax(2)

@@ -19,7 +19,7 @@ from lowkey.attention import LowkeyConfig, LowkeyForCausalLM
 from lowkey.calibration.calibrate import describe, fit_layers
 from lowkey.core.types import LAYOUTS, LowkeyError
 from lowkey.export import export_hf
-from lowkey.methods import MEA, PCA, Course, KVHeadSVD, KVLatent
+from lowkey.methods import MEA, PCA, CalibrationContext, KVHeadSVD, KVLatent
 from lowkey.models import families, loading
 from lowkey.models.fingerprint import model_fingerprint
 from lowkey.plan.plan import Plan, versions
@@ -53,7 +53,7 @@ def build(name, **overrides):
 
 def make(model, method=COMMUTING, ranks=(8, 8), layout="post_rope", **fields):
     """A plan of these ranks in all layers."""
-    bases, _ = fit_layers(method, Course(model, ROWS, 2, layout, sorted({*ranks, HEAD_DIM}), 0))
+    bases, _ = fit_layers(method, CalibrationContext(model, ROWS, 2, layout, sorted({*ranks, HEAD_DIM}), 0))
     about = {
         "model": "pico",
         "model_sha256": model_fingerprint(model),
@@ -429,8 +429,8 @@ REFUSALS = {
 def aware(model):
     """KV-Latent's own rotation, which is made after the ranks are known."""
     method = KVLatent(rope="aware")
-    plan, course = make(model, method), Course(model, ROWS, 2, "post_rope", [8, HEAD_DIM], 0)
-    return replace(plan, factors=method.finish(plan.factors, course))
+    plan, context = make(model, method), CalibrationContext(model, ROWS, 2, "post_rope", [8, HEAD_DIM], 0)
+    return replace(plan, factors=method.finish(plan.factors, context))
 
 
 @pytest.mark.parametrize("case", REFUSALS)

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 
 import lowkey
 from lowkey.calibration.calibrate import Sample
-from lowkey.calibration.statistics import gather
+from lowkey.calibration.statistics import gather_statistics
 from lowkey.methods import MEA, KVHeadSVD
 from lowkey.plan.plan import Plan
 from lowkey.probes.layer_inputs import layer_inputs
-from lowkey.probes.layer_probe import Probe
+from lowkey.probes.layer_probe import LayerProbe
 
 SAMPLE = ("--windows", 4, "--context", 24, "--sinks", 0, "--recent", 0)
 WHOLE = {
@@ -97,8 +97,8 @@ def test_such_a_plan_comes_back_from_disk_and_from_unfinished_work(method, tmp_p
 def test_two_of_three_virtual_heads_are_the_best_two_mixtures():
     """By a formula of its own: the two eigenvectors of the 3 x 3 Gram, each over all channels."""
     model, rows = build(3), prompt(20, batch=8)
-    inputs, stats = dict(layer_inputs(model, rows, 4))[1], gather(model, rows[:-2].split(4))[1]
-    probe = Probe.of(model, 1, "post_rope", inputs, 2)
+    inputs, stats = dict(layer_inputs(model, rows, 4))[1], gather_statistics(model, rows[:-2].split(4))[1]
+    probe = LayerProbe.of(model, 1, "post_rope", inputs, 2)
     down = MEA("activations").fit(stats, probe, [6, 11, 16], 0).values.at(11)[0][0].double()
     gram = torch.einsum("hdgd->hg", stats.values.view(3, HEAD_DIM, 3, HEAD_DIM))
     mixing = torch.linalg.eigh(gram).eigenvectors[:, 1:]
@@ -123,7 +123,7 @@ def test_a_budget_below_one_head_is_refused_with_one_that_works(folder, tmp_path
 @pytest.mark.parametrize("method", ["mea", "kv-head-svd"])
 def test_a_single_head_is_refused_without_advice_that_fails(folder, tmp_path, method):
     told = refused("compress", folder(1), tmp_path / "plan", "--method", method, *SAMPLE)
-    assert told.endswith("only full rank is served; choose another method\n")
+    assert told.endswith("only full rank can be chosen; choose another method\n")
 
 
 def test_ranks_and_multiples_are_named_only_where_they_help(folder, tmp_path):

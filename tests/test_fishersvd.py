@@ -15,7 +15,7 @@ import lowkey
 from lowkey.allocation.allocators import Profile, Spectrum
 from lowkey.core import files
 from lowkey.core.types import LowkeyError
-from lowkey.methods import KQSVD, Course, FisherSVD
+from lowkey.methods import KQSVD, CalibrationContext, FisherSVD
 from lowkey.models import families
 from lowkey.probes import gradients, model_probe
 from lowkey.storage.codec import LowRank
@@ -25,8 +25,8 @@ from lowkey.storage.exact import NOTHING, Exact
 ROWS, HELD, KV_HEADS = pico.prompt(20, batch=6), 2, 4
 
 
-def course(name="llama", layout="pre_rope", **kwargs):
-    return Course(pico.attached(name), ROWS, HELD, layout, [4, 8, 16], 0, **kwargs)
+def context(name="llama", layout="pre_rope", **kwargs):
+    return CalibrationContext(pico.attached(name), ROWS, HELD, layout, [4, 8, 16], 0, **kwargs)
 
 
 @cache
@@ -35,7 +35,7 @@ def moments(layout="pre_rope", exact=NOTHING):
 
 
 def gathered(layout="pre_rope", exact=NOTHING, **kwargs):
-    return gradients.gather(pico.attached("llama"), ROWS[:-HELD], layout, exact, 0, **kwargs)
+    return gradients.gather_gradient_moments(pico.attached("llama"), ROWS[:-HELD], layout, exact, 0, **kwargs)
 
 
 # -- exact tokens while training
@@ -112,7 +112,7 @@ def test_tokens_that_stay_exact_have_no_part():
     whole.
     """
     exact = Exact(2, 4)
-    found = gradients.of_window(pico.attached("llama"), ROWS[:1], "pre_rope", exact, 0)
+    found = gradients.window_gradients(pico.attached("llama"), ROWS[:1], "pre_rope", exact, 0)
     for layer in found.values():
         for gradient in layer[2:]:
             sizes = gradient.norm(dim=(1, 3))[0]
@@ -129,7 +129,7 @@ def test_tokens_that_stay_exact_have_no_part():
 
 def by_window(exact, layer):
     return [
-        gradients.of_window(pico.attached("llama"), row[None], "pre_rope", exact, n)[layer]
+        gradients.window_gradients(pico.attached("llama"), row[None], "pre_rope", exact, n)[layer]
         for n, row in enumerate(ROWS[:-HELD])
     ]
 
@@ -193,7 +193,7 @@ def maps(basis, rank):
 @pytest.mark.parametrize("rank", [1, 4, 12])
 def test_no_maps_of_this_rank_lose_less(rank):
     """Neither KQ-SVD's nor any near the optimum; and what is lost is the sum of the energies beyond."""
-    found, generator = FisherSVD().tune({}, course())[1], torch.Generator().manual_seed(0)
+    found, generator = FisherSVD().tune({}, context())[1], torch.Generator().manual_seed(0)
     for basis, of, by in ((found.keys, "keys", "key_gradients"), (found.values, "values", "value_gradients")):
         c, f = moments()[1][of], moments()[1][by]
         down, up = maps(basis, rank)
@@ -214,7 +214,7 @@ def test_no_maps_of_this_rank_lose_less(rank):
 
 @pytest.mark.parametrize("group", [0, 1, 2, 4])
 def test_heads_in_groups(group):
-    found = FisherSVD(group=group).tune({}, course())[0]
+    found = FisherSVD(group=group).tune({}, context())[0]
     assert found.keys.merge == found.values.merge == (group or KV_HEADS)
     assert found.keys.spectrum.shape == (KV_HEADS // (group or KV_HEADS), HEAD_DIM)
     with pytest.raises(LowkeyError, match="group 3"):
@@ -248,7 +248,7 @@ def pairs(one, other):
 
 @pytest.mark.parametrize("name", ["gemma3_text", "qwen3", "phi3-partial"])
 def test_sliding_layers_norms_and_partial_rotation(name):
-    found = FisherSVD().tune({}, course(name))
+    found = FisherSVD().tune({}, context(name))
     model = pico.attached(name)
     assert list(found) == list(families.geometry(model).compressible)
     full = {i: b.at(HEAD_DIM, HEAD_DIM) for i, b in found.items()}
@@ -284,7 +284,9 @@ def test_the_least_energy_is_left_out_within_the_budget(room, choices):
     p, unit = profile(SPECTRA, choices), 2 * 4
     found = Spectrum().under_bytes(p, room * unit)
     every = [((a, b), (c, d)) for a, b, c, d in product(choices, repeat=4) if a + b + c + d <= room]
-    assert p.bytes(found) <= room * unit and Spectrum().bounded(p, found) == pytest.approx(beyond(found))
+    assert p.bytes_per_token(found) <= room * unit and Spectrum().bounded_value(p, found) == pytest.approx(
+        beyond(found)
+    )
     assert beyond(found) == pytest.approx(min(map(beyond, every)))
 
 

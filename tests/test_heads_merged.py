@@ -16,7 +16,7 @@ from pico import HEAD_DIM, attached, feed, prompt, stock
 from test_statistics import activations
 
 from lowkey.backends import naive
-from lowkey.calibration.statistics import gather
+from lowkey.calibration.statistics import gather_statistics
 from lowkey.core.types import LowkeyError, head_blocks
 from lowkey.methods import MEA, KVHeadSVD, mea
 from lowkey.methods.kvheads import cheapest_groups, cosines, pair_losses
@@ -26,7 +26,7 @@ from lowkey.ops import aligning, commuting
 from lowkey.ops.bases import is_orthonormal, orthonormal
 from lowkey.ops.rope import rotate
 from lowkey.probes.layer_inputs import layer_inputs
-from lowkey.probes.layer_probe import Probe
+from lowkey.probes.layer_probe import LayerProbe
 from lowkey.storage.codec import LowRank
 
 RANKS = [4, 8, 12, 16]
@@ -52,7 +52,9 @@ WHOLE = {
 def data(model, layout="post_rope"):
     """(statistics, probe) of one layer, as calibration makes them."""
     inputs = dict(layer_inputs(model, ROWS, 4))[LAYER]
-    return gather(model, ROWS[:-HELD].split(4))[LAYER], Probe.of(model, LAYER, layout, inputs, HELD)
+    return gather_statistics(model, ROWS[:-HELD].split(4))[LAYER], LayerProbe.of(
+        model, LAYER, layout, inputs, HELD
+    )
 
 
 @pytest.fixture(scope="module")
@@ -534,7 +536,7 @@ def test_whole_heads_are_removed_unless_any_rank_is_asked_for():
     assert KVHeadSVD(3).candidates(6, 16, [5, 6, 11, 12, 16]) == [6, 11, 16], (
         "a third of a head is 16/3 channels of each"
     )
-    assert [KVHeadSVD(3).numbers(r, 6, 16) for r in (6, 11, 16)] == [2 * 16, 4 * 16, 6 * 16], (
+    assert [KVHeadSVD(3).numbers_per_token(r, 6, 16) for r in (6, 11, 16)] == [2 * 16, 4 * 16, 6 * 16], (
         "which is what they take"
     )
     assert KVHeadSVD(whole=False).candidates(4, 16, ranks) == ranks
@@ -547,7 +549,7 @@ def test_virtual_heads_come_whole():
     assert MEA().candidates(8, 16, ranks) == ranks
     assert MEA().candidates(1, 16, ranks) == [16]
     assert MEA().candidates(5, 16, list(range(1, 17))) == [4, 7, 10, 13, 16]
-    assert [MEA().numbers(r, 5, 16) for r in (4, 7, 10, 13, 16)] == [16, 32, 48, 64, 80]
+    assert [MEA().numbers_per_token(r, 5, 16) for r in (4, 7, 10, 13, 16)] == [16, 32, 48, 64, 80]
 
 
 @pytest.mark.parametrize("group", [3, 8])

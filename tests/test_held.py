@@ -18,7 +18,7 @@ from test_evicting import HEADS
 
 import lowkey
 from lowkey import load_cache, make_cache
-from lowkey.calibration.dynamic import dyna_cache
+from lowkey.calibration.dynamic import make_dynamic_cache
 from lowkey.models.fingerprint import model_fingerprint
 from lowkey.policies import POLICIES
 from lowkey.storage.exact import Exact, SinkPoints, SinkRule
@@ -60,10 +60,10 @@ KINDS = {
     "every": lambda m: make_cache(m, policy=evicting("h2o", every=2)),
     "every-global": lambda m: make_cache(m, policy=evicting("snapkv", every=3, allocator="global")),
     "think-global": lambda m: make_cache(m, policy=evicting("think", allocator="global")),
-    "dynamic": lambda m: dyna_cache(
+    "dynamic": lambda m: make_dynamic_cache(
         m, make_plan("gemma2" if m.config.model_type == "gemma2" else "llama", "post_rope")
     ),
-    "dynamic-pre": lambda m: dyna_cache(
+    "dynamic-pre": lambda m: make_dynamic_cache(
         m, make_plan("gemma2" if m.config.model_type == "gemma2" else "llama", "pre_rope")
     ),
 }

@@ -19,7 +19,7 @@ from lowkey import Sample
 from lowkey.allocation.rank_grid import grid, multiples
 from lowkey.calibration.recover import Recovery, recover
 from lowkey.core.types import Basis, LowkeyError, head_blocks
-from lowkey.methods import Course, KVLatent, kvlatent
+from lowkey.methods import CalibrationContext, KVLatent, kvlatent
 from lowkey.methods.kvlatent import best_pairs, evenly, halving, nested, spaced, strided_pairs
 from lowkey.models import families
 from lowkey.models.attention_interface import Call
@@ -358,4 +358,4 @@ def test_aware_plans_can_be_trained_through(plans):
 def test_aware_refuses_what_it_does_not_know():
     model = pico.build("llama", rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0})
     with pytest.raises(LowkeyError, match="use kept"):
-        KVLatent(rope="aware").finish({}, Course(model, ROWS, 1, "post_rope", [8, 16], 0))
+        KVLatent(rope="aware").finish({}, CalibrationContext(model, ROWS, 1, "post_rope", [8, 16], 0))

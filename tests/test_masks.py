@@ -15,7 +15,7 @@ from test_bucketed import make_plan
 
 import lowkey
 from lowkey.cache.cache import make_cache
-from lowkey.calibration.dynamic import dyna_cache
+from lowkey.calibration.dynamic import make_dynamic_cache
 from lowkey.core.types import LowkeyError
 from lowkey.policies import POLICIES
 from lowkey.storage.coded import Exact
@@ -40,8 +40,8 @@ def cache_of(kind, model):
         "hadamard8": lambda: make_cache(model, bits="hadamard8", exact=Exact(3)),
         "plan": lambda: make_cache(model, whole_rank(model)),
         "plan-exact": lambda: make_cache(model, whole_rank(model, "pre_rope", sinks=3, recent=7)),
-        "dynamic": lambda: dyna_cache(model, make_plan("llama", "post_rope", 0)),
-        "dynamic-pre": lambda: dyna_cache(model, make_plan("llama", "pre_rope", 0)),
+        "dynamic": lambda: make_dynamic_cache(model, make_plan("llama", "post_rope", 0)),
+        "dynamic-pre": lambda: make_dynamic_cache(model, make_plan("llama", "pre_rope", 0)),
         "policy-plan": lambda: make_cache(model, whole_rank(model, "pre_rope"), POLICIES["ada-kv"]("100%")),
         "think": lambda: make_cache(model, policy=POLICIES["think"]("100%", channels=1.0)),
         "razor": lambda: make_cache(
@@ -535,7 +535,7 @@ LOSSY = {
     "plan": lambda m: make_cache(m, pico.plan(m, 6, 9)),
     "plan exact": lambda m: make_cache(m, pico.plan(m, 6, 9, layout="pre_rope", sinks=2, recent=3)),
     "int4": lambda m: make_cache(m, bits=4),
-    "dynamic": lambda m: dyna_cache(m, make_plan("llama", "post_rope")),
+    "dynamic": lambda m: make_dynamic_cache(m, make_plan("llama", "post_rope")),
     "policy": lambda m: make_cache(m, pico.plan(m, 6, 9), POLICIES["snapkv"]("100%")),
 }
 

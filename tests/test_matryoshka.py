@@ -15,9 +15,9 @@ from pico import HEAD_DIM, attached, feed, prompt, stock
 from test_methods import prepared, stored_keys
 
 from lowkey.core.types import LowkeyError
-from lowkey.methods import Course, MatryoshkaKV
+from lowkey.methods import CalibrationContext, MatryoshkaKV
 from lowkey.methods import matryoshka as module
-from lowkey.methods.matryoshka import Turning, cayley, judged_ranks
+from lowkey.methods.matryoshka import CayleyBasis, cayley, evaluated_ranks
 from lowkey.models import families
 from lowkey.ops.bases import is_orthonormal
 from lowkey.probes import model_probe
@@ -28,8 +28,8 @@ ROWS = torch.stack([torch.arange(48).add(i).mul(5).remainder(23).add(1) for i in
 HELD = 4
 
 
-def course(layout="post_rope", name="llama", **changes) -> Course:
-    return Course(attached(name), ROWS, HELD, layout, RANKS, 0, **changes)
+def context(layout="post_rope", name="llama", **changes) -> CalibrationContext:
+    return CalibrationContext(attached(name), ROWS, HELD, layout, RANKS, 0, **changes)
 
 
 def fitted(method: MatryoshkaKV, layout="post_rope", name="llama"):
@@ -80,7 +80,7 @@ def test_cayley_of_nothing_is_the_identity_and_can_leave_it():
 def test_a_mask_truncates(layout):
     """Zeroed columns rebuild what a basis of fewer columns does, window by window."""
     basis = MatryoshkaKV().fit(*prepared("llama", layout, 1), RANKS, 0).keys
-    side = Turning(basis, torch.device("cpu"))
+    side = CayleyBasis(basis, torch.device("cpu"))
     with torch.no_grad():
         side.a += 0.3 * torch.randn(side.a.shape, generator=torch.Generator().manual_seed(0))
         down, up = side.maps(torch.tensor([4, 16]))
@@ -166,7 +166,7 @@ def tuned():
         if key not in made:
             method = MatryoshkaKV(**{"steps": 40, "lr": 1e-2, **options})
             start = fitted(method, layout, name)
-            made[key] = start, method.tune(start, course(layout, name))
+            made[key] = start, method.tune(start, context(layout, name))
         return made[key]
 
     return train
@@ -180,8 +180,8 @@ def test_tuning_lowers_the_loss_of_held_out_text(tuned, layout):
 @pytest.mark.parametrize("kl", [0.0, 1.0])
 def test_the_loss_is_what_the_option_says(kl):
     start = fitted(MatryoshkaKV())
-    training = module._Training.of(start, course(), kl)
-    judged = sum(loss_at(start, r, kl) for r in judged_ranks(RANKS)) * HELD
+    training = module._BasisTraining.of(start, context(), kl)
+    judged = sum(loss_at(start, r, kl) for r in evaluated_ranks(RANKS)) * HELD
     assert training.judged() == pytest.approx(judged, rel=1e-4)
 
 
@@ -216,20 +216,20 @@ def test_training_sees_what_a_cache_of_the_bases_gives(tuned, layout):
 
 def test_tuning_twice_gives_the_same_bases(tuned):
     start, end = tuned()
-    again = MatryoshkaKV(steps=40, lr=1e-2).tune(start, course())
+    again = MatryoshkaKV(steps=40, lr=1e-2).tune(start, context())
     assert all(
         torch.equal(again[i].keys.columns, b.keys.columns)
         and torch.equal(again[i].values.mean, b.values.mean)
         for i, b in end.items()
     )
-    other = MatryoshkaKV(steps=2, lr=1e-2).tune(start, replace(course(), seed=1))
-    same = MatryoshkaKV(steps=2, lr=1e-2).tune(start, course())
+    other = MatryoshkaKV(steps=2, lr=1e-2).tune(start, replace(context(), seed=1))
+    same = MatryoshkaKV(steps=2, lr=1e-2).tune(start, context())
     assert not torch.equal(other[1].keys.columns, same[1].keys.columns)
 
 
 def test_training_that_goes_astray_ends_at_its_start():
     start = fitted(MatryoshkaKV())
-    end = MatryoshkaKV(steps=3, lr=10.0, kl=1.0).tune(start, course())
+    end = MatryoshkaKV(steps=3, lr=10.0, kl=1.0).tune(start, context())
     for i, b in end.items():
         assert torch.allclose(b.keys.columns, start[i].keys.columns, atol=1e-6) and torch.equal(
             b.keys.mean, start[i].keys.mean
@@ -238,12 +238,12 @@ def test_training_that_goes_astray_ends_at_its_start():
 
 def test_no_steps_change_nothing():
     start = fitted(MatryoshkaKV())
-    end = MatryoshkaKV(steps=0).tune(start, course())
+    end = MatryoshkaKV(steps=0).tune(start, context())
     assert all(torch.allclose(end[i].keys.columns, b.keys.columns, atol=1e-6) for i, b in start.items())
 
 
 def test_ranks_are_drawn_for_every_layer_side_and_window():
-    training = module._Training.of(fitted(MatryoshkaKV()), course(), 0.25)
+    training = module._BasisTraining.of(fitted(MatryoshkaKV()), context(), 0.25)
     ranks = training.drawn(5, torch.Generator().manual_seed(0))
     assert ranks.shape == (3, 2, 5) and set(ranks.flatten().tolist()) == set(RANKS)
     assert len({tuple(r.tolist()) for r in ranks.flatten(0, 1)}) == 6, (
@@ -253,15 +253,15 @@ def test_ranks_are_drawn_for_every_layer_side_and_window():
 
 def test_held_out_windows_are_never_trained_on(monkeypatch):
     seen = []
-    inside = module._Training.loss
+    inside = module._BasisTraining.loss
 
     def watched(self, rows, ranks):
         if torch.is_grad_enabled():
             seen.append(rows)
         return inside(self, rows, ranks)
 
-    monkeypatch.setattr(module._Training, "loss", watched)
-    MatryoshkaKV(steps=3).tune(fitted(MatryoshkaKV()), course())
+    monkeypatch.setattr(module._BasisTraining, "loss", watched)
+    MatryoshkaKV(steps=3).tune(fitted(MatryoshkaKV()), context())
     training = {tuple(r.tolist()) for r in ROWS[:-HELD]}
     assert len(seen) == 3 and all(tuple(r.tolist()) in training for rows in seen for r in rows)
 
@@ -270,7 +270,7 @@ def test_the_model_is_left_alone(tuned):
     model = attached("llama")
     before = copy.deepcopy(model.state_dict())
     random = torch.random.get_rng_state()
-    MatryoshkaKV(steps=2).tune(fitted(MatryoshkaKV()), course())
+    MatryoshkaKV(steps=2).tune(fitted(MatryoshkaKV()), context())
     assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert torch.equal(torch.random.get_rng_state(), random)
@@ -279,7 +279,7 @@ def test_the_model_is_left_alone(tuned):
 def test_a_window_has_ranks_of_its_own(layout):
     """Two windows in one pass, at other ranks, are two passes."""
     start = fitted(MatryoshkaKV(), layout)
-    training = module._Training.of(start, course(layout), 0.25)
+    training = module._BasisTraining.of(start, context(layout), 0.25)
     ranks = torch.tensor([4, 16]).expand(3, 2, 2)
     with torch.no_grad():
         both = model_probe.logits(
@@ -298,7 +298,7 @@ def test_a_window_has_ranks_of_its_own(layout):
 def test_a_half_precision_model_is_tuned_too():
     model = copy.deepcopy(attached("llama")).to(torch.bfloat16)
     start = fitted(MatryoshkaKV())
-    end = MatryoshkaKV(steps=4, lr=1e-2).tune(start, replace(course(), model=model))
+    end = MatryoshkaKV(steps=4, lr=1e-2).tune(start, replace(context(), model=model))
     assert all(
         b.keys.columns.dtype == torch.float32 and is_orthonormal(b.keys.columns, 1e-5) for b in end.values()
     )
@@ -313,7 +313,7 @@ def test_sliding_layers_stay_as_they_are(tuned):
     ("ranks", "expected"), [([2, 4, 8, 16], [2, 4, 8]), ([16], [16]), (list(range(2, 18, 2)), [2, 8, 14])]
 )
 def test_a_few_lower_ranks_judge(ranks, expected):
-    assert judged_ranks(ranks) == expected
+    assert evaluated_ranks(ranks) == expected
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import lowkey
 from lowkey import Sample
 from lowkey.allocation.allocators import ALLOCATORS, Profile
 from lowkey.calibration.sensitivity import SIGNALS
-from lowkey.calibration.statistics import gather
+from lowkey.calibration.statistics import gather_statistics
 from lowkey.core.head_groups import beside, blocks
 from lowkey.core.types import LAYOUTS, Basis, LayerBases, head_blocks
 from lowkey.methods import (
@@ -22,7 +22,7 @@ from lowkey.methods import (
     MEA,
     METHODS,
     PCA,
-    Course,
+    CalibrationContext,
     EigenAttention,
     FisherSVD,
     KVHeadSVD,
@@ -40,7 +40,7 @@ from lowkey.models import families
 from lowkey.ops.bases import is_orthonormal
 from lowkey.plan.plan import Plan
 from lowkey.probes.layer_inputs import layer_inputs
-from lowkey.probes.layer_probe import Probe
+from lowkey.probes.layer_probe import LayerProbe
 from lowkey.storage.codec import LowRank
 from lowkey.storage.coded import CodedLayer
 
@@ -82,14 +82,16 @@ def prepared(name, layout, layer):
     """(statistics, probe) of one layer, as calibration makes them."""
     model = attached(name)
     inputs = dict(layer_inputs(model, ROWS, 4))[layer]
-    return gather(model, ROWS[:-HELD].split(4))[layer], Probe.of(model, layer, layout, inputs, HELD)
+    return gather_statistics(model, ROWS[:-HELD].split(4))[layer], LayerProbe.of(
+        model, layer, layout, inputs, HELD
+    )
 
 
 def found(method, data, layout, seed=0):
     """Of layer 1; a method that no layer is fitted for looks at the whole model."""
-    if method.fits:
+    if method.has_fit:
         return method.fit(*data, RANKS, seed)
-    return method.tune({}, Course(attached("llama"), ROWS, HELD, layout, RANKS, seed))[1]
+    return method.tune({}, CalibrationContext(attached("llama"), ROWS, HELD, layout, RANKS, seed))[1]
 
 
 @pytest.fixture(scope="module")
@@ -347,9 +349,9 @@ def test_every_basis_works_with_every_allocator(fitted, method, allocator):
     spectra = tuple([[]] if x is None else x.tolist() for x in known)
     signals = {name: [(1.0, 2.0), (3.0, 1.0)] for name in SIGNALS}
     profile = Profile(tuple(ranks), [probe.surface(bases, ranks, ranks)] * 2, 4, 4, [spectra] * 2, signals)
-    limit = 0.6 * profile.bytes([(HEAD_DIM, HEAD_DIM)] * 2)
+    limit = 0.6 * profile.bytes_per_token([(HEAD_DIM, HEAD_DIM)] * 2)
     pairs = ALLOCATORS[allocator]().under_bytes(profile, limit)
-    assert len(pairs) == 2 and profile.bytes(pairs) <= limit
+    assert len(pairs) == 2 and profile.bytes_per_token(pairs) <= limit
     assert all(k in ranks and v in ranks for k, v in pairs)
     assert isinstance(bases.at(*pairs[0]).ranks, tuple) and bases.at(*pairs[0]).ranks == pairs[0]
 

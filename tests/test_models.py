@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 import lowkey
 from lowkey.cache.cache import load_cache, make_cache
 from lowkey.calibration.calibrate import Sample, calibrate
-from lowkey.calibration.dynamic import dyna_cache, dyna_plan
+from lowkey.calibration.dynamic import make_dynamic_cache, make_dynamic_plan
 from lowkey.calibration.recover import Recovery, recover
 from lowkey.conversion import convert
 from lowkey.core.types import LowkeyError
@@ -203,8 +203,10 @@ def test_methods_calibrate_what_is_offloaded(tmp_path, method):
 
 def test_ranks_per_token_are_trained_through_what_is_offloaded(tmp_path):
     model = lowkey.attach(loaded("llama", tmp_path, "all"))
-    plan = dyna_plan(model, pico.tokenizer(), TEXT, sample=Sample(4, 8), training=GateTraining(steps=2))
-    pico.feed(model, IDS, dyna_cache(model, plan))
+    plan = make_dynamic_plan(
+        model, pico.tokenizer(), TEXT, sample=Sample(4, 8), training=GateTraining(steps=2)
+    )
+    pico.feed(model, IDS, make_dynamic_cache(model, plan))
 
 
 PLAIN_ONLY = {

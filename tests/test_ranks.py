@@ -20,7 +20,7 @@ import lowkey
 from lowkey import Sample
 from lowkey.allocation.allocators import ALLOCATORS, Allocator, Tail, Threshold, Uniform
 from lowkey.allocation.rank_grid import grid, multiples
-from lowkey.calibration.calibrate import windows_of
+from lowkey.calibration.calibrate import calibration_windows
 from lowkey.core.types import Factors, LowkeyError
 from lowkey.methods import (
     KQSVD,
@@ -82,7 +82,7 @@ def chosen(plan):
 
 @cache
 def rows():
-    return windows_of(pico.attached("llama"), pico.tokenizer(), TEXT, SMALL)
+    return calibration_windows(pico.attached("llama"), pico.tokenizer(), TEXT, SMALL)
 
 
 def output(model, layer, past=None):
@@ -646,13 +646,13 @@ def test_an_allocator_object_with_options():
 
 def test_an_object_that_is_no_allocator_is_refused_by_what_it_lacks():
     class Half:
-        summary, needs = "", ()
+        summary, required_signals = "", ()
 
         def under_bytes(self, profile, limit):
             return []
 
     with pytest.raises(
-        LowkeyError, match=r"allocator Half: lacks .*derive it from lowkey\.allocate\.Allocator"
+        LowkeyError, match=r"allocator Half: lacks .*derive it from lowkey\.allocation\.base\.Allocator"
     ):
         calibrate(allocator=Half())
 

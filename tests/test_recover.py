@@ -27,7 +27,7 @@ from lowkey.core.types import Factors, LowkeyError
 from lowkey.models import attention_interface, families
 from lowkey.models.fingerprint import model_fingerprint
 from lowkey.plan.plan import Plan
-from lowkey.probes.layer_probe import Rebuilt
+from lowkey.probes.layer_probe import LowRankReconstruction
 from lowkey.storage.reconstruction import ReconstructionLayer
 
 module = importlib.import_module("lowkey.calibration.recover")
@@ -69,7 +69,10 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def through(model, plan: Plan, ids: Tensor) -> Tensor:
     """Logits as in training."""
     cache = cache_of(
-        model, lambda i: ReconstructionLayer(Rebuilt(plan.factors[i], plan.layout, families.rope(model, i)))
+        model,
+        lambda i: ReconstructionLayer(
+            LowRankReconstruction(plan.factors[i], plan.layout, families.rope(model, i))
+        ),
     )
     return model(ids, past_key_values=cache, use_cache=True).logits
 
@@ -110,7 +113,10 @@ def test_a_rebuilding_layer_stores_nothing():
     model = pico.attached("llama")
     plan = pico.plan(model)
     cache = cache_of(
-        model, lambda i: ReconstructionLayer(Rebuilt(plan.factors[i], plan.layout, families.rope(model, i)))
+        model,
+        lambda i: ReconstructionLayer(
+            LowRankReconstruction(plan.factors[i], plan.layout, families.rope(model, i))
+        ),
     )
     pico.feed(model, pico.prompt(), cache)
     assert (cache.nbytes(), cache.predicted_nbytes(), cache.get_seq_length()) == (0, 0, 0)
@@ -127,13 +133,13 @@ def test_a_full_rank_plan_has_nothing_to_distil(name, stage):
 def test_distillation_starts_at_the_error_of_each_layer():
     model = pico.attached("llama")
     plan = pico.plan(model)
-    ids = module.Windows.of(pico.tokenizer(), TEXT, SMALL).at(0)
+    ids = module.TrainingWindows.of(pico.tokenizer(), TEXT, SMALL).at(0)
     with torch.no_grad():
         inputs = model(ids, output_hidden_states=True).hidden_states
         errors = []
         for i, f in plan.factors.items():
             block = families.decoder_layers(model)[i]
-            storage = module.OneLayerCache(Rebuilt(f, plan.layout, families.rope(model, i)))
+            storage = module.OneLayerCache(LowRankReconstruction(f, plan.layout, families.rope(model, i)))
             exact, found = (
                 families.run_layer(model, i, block, inputs[i], cache) for cache in (None, storage)
             )
@@ -158,8 +164,8 @@ def test_every_linear_map_of_the_layers_is_trained(name):
 def test_adapters_of_a_half_precision_model_are_in_full_precision():
     model = lowkey.attach(pico.build("llama").to(torch.bfloat16))
     plan = pico.plan(model, layout="pre_rope")
-    data = module.Windows.of(pico.tokenizer(), TEXT, SMALL)
-    training = module.Training.of(model, plan, data, SMALL)
+    data = module.TrainingWindows.of(pico.tokenizer(), TEXT, SMALL)
+    training = module.RecoveryTraining.of(model, plan, data, SMALL)
     assert {p.dtype for p in training.adapters.values()} == {torch.float32}
     found = run(model, plan, stages=(("distill", 2), ("kl", 2)), factors=True)
     assert {p.dtype for p in found.model.parameters()} == {torch.bfloat16}
@@ -167,7 +173,7 @@ def test_adapters_of_a_half_precision_model_are_in_full_precision():
 
 
 def test_the_windows_of_a_step_depend_on_the_seed_and_the_step_alone():
-    data, other = (module.Windows.of(pico.tokenizer(), TEXT, replace(SMALL, seed=s)) for s in (0, 1))
+    data, other = (module.TrainingWindows.of(pico.tokenizer(), TEXT, replace(SMALL, seed=s)) for s in (0, 1))
     assert data.at(3).shape == (2, 24) and bool((data.at(3)[:, 0] == pico.tokenizer().bos_token_id).all())
     assert torch.equal(data.at(3), data.at(3))
     assert not torch.equal(data.at(3), data.at(4)) and not torch.equal(data.at(3), other.at(3))
@@ -227,7 +233,10 @@ def test_a_stage_by_hand():
         "warmup": 0.0,
     }
     found = run(model, plan, **settings, weight_decay=0.1, betas=(0.8, 0.95))
-    twin, ids = lowkey.attach(copy.deepcopy(model)), module.Windows.of(pico.tokenizer(), TEXT, SMALL).at(0)
+    twin, ids = (
+        lowkey.attach(copy.deepcopy(model)),
+        module.TrainingWindows.of(pico.tokenizer(), TEXT, SMALL).at(0),
+    )
     with torch.no_grad():
         target = (model(ids).logits / 4).log_softmax(-1)
     mine = (through(twin, plan, ids) / 4).log_softmax(-1)
@@ -256,8 +265,8 @@ def test_every_stage_has_its_rate():
 
 def test_maps_in_full_of_a_half_precision_model_are_trained_in_full_precision():
     model = lowkey.attach(pico.build("llama").to(torch.bfloat16))
-    data = module.Windows.of(pico.tokenizer(), TEXT, SMALL)
-    training = module.Training.of(model, pico.plan(model), data, replace(SMALL, **KV_LATENT))
+    data = module.TrainingWindows.of(pico.tokenizer(), TEXT, SMALL)
+    training = module.RecoveryTraining.of(model, pico.plan(model), data, replace(SMALL, **KV_LATENT))
     assert {p.dtype for p in training.adapters.values()} == {torch.float32}
     found = run(model, pico.plan(model), **KV_LATENT)
     assert {p.dtype for p in found.model.parameters()} == {torch.bfloat16} and all(
@@ -330,7 +339,7 @@ def test_the_plan_is_the_new_models_and_keeps_what_was_learned(learned, tmp_path
     model = lowkey.attach(AutoModelForCausalLM.from_pretrained(tmp_path / "model"))
     plan = Plan.load(tmp_path / "plan", model)
     assert plan.provenance == found.plan.provenance
-    ids = module.Windows.of(pico.tokenizer(), TEXT, SMALL).at(1000)
+    ids = module.TrainingWindows.of(pico.tokenizer(), TEXT, SMALL).at(1000)
     logits = pico.feed(model, ids, lowkey.make_cache(model, plan))
     assert torch.allclose(logits, through(found.model, found.plan, ids), atol=1e-4)
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
@@ -439,7 +448,7 @@ def test_a_stopped_training_resumes_to_the_same_numbers(tmp_path, straight, step
 
 
 def test_a_crash_costs_the_steps_since_the_last_checkpoint(tmp_path, straight, monkeypatch):
-    step, done = module.Training.step, []
+    step, done = module.RecoveryTraining.step, []
 
     def failing(self, n):
         if n == 5 and len(done) == 5:
@@ -447,7 +456,7 @@ def test_a_crash_costs_the_steps_since_the_last_checkpoint(tmp_path, straight, m
         done.append(n)
         step(self, n)
 
-    monkeypatch.setattr(module.Training, "step", failing)
+    monkeypatch.setattr(module.RecoveryTraining, "step", failing)
     with pytest.raises(RuntimeError):
         run(work=tmp_path, **TWO)
     assert run(work=tmp_path, **TWO).losses == straight.losses
@@ -471,7 +480,7 @@ def test_a_step_that_was_interrupted_halfway_is_not_saved(tmp_path, straight, mo
 
 def test_a_finished_training_is_not_repeated(tmp_path, monkeypatch):
     first = run(work=tmp_path)
-    monkeypatch.setattr(module.Training, "step", None)
+    monkeypatch.setattr(module.RecoveryTraining, "step", None)
     again = run(work=tmp_path)
     assert again.losses == first.losses and same(again.model.state_dict(), first.model.state_dict())
 

@@ -100,7 +100,7 @@ def test_hadamard_does_not_mix_channels_that_turn_at_their_own_frequencies():
     assert close(pico.feed(model, ids, make_cache(model, plan, bits="hadamard8")), want, 0.1)
 
 
-class Adapted(nn.Module):
+class TrainableModel(nn.Module):
     """What peft makes of a linear map."""
 
     def __init__(self, base: nn.Linear) -> None:
@@ -119,7 +119,7 @@ def adapted(merge: bool) -> nn.Module:
     model = pico.build("qwen2")  # with biases
     for layer in model.model.layers:
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            wrapped = Adapted(getattr(layer.self_attn, name))
+            wrapped = TrainableModel(getattr(layer.self_attn, name))
             if merge:
                 wrapped.base_layer.weight.data.add_(wrapped.more.data)
             else:
@@ -150,7 +150,7 @@ def test_quantised_weights_are_not_calibrated():
         torch.ones(96, 64, dtype=torch.int8), requires_grad=False
     )
     with pytest.raises(LowkeyError, match=r"mlp.up_proj.weight of layer 0 is quantised"):
-        lowkey.probes.layer_probe.layer_in_full(model, 0)
+        lowkey.probes.layer_probe.layer_in_fp32(model, 0)
 
 
 def test_a_reset_cache_evicts_again():

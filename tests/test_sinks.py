@@ -16,10 +16,10 @@ from test_packing import close, oracle, plan
 import lowkey
 from lowkey import Exact
 from lowkey.calibration.sinks import (
+    channel_prominence,
     find_sinks,
     fixed_points,
-    located,
-    prominence,
+    locate_sinks,
     sink_kinds,
     stable_channels,
 )
@@ -97,7 +97,7 @@ def test_the_sinks_are_the_planted_tokens_and_no_others(name):
 
 def test_located_are_the_planted_tokens_in_every_layer():
     rows = text(AT)
-    found = located(planted(), rows, rule(), batch=1)
+    found = locate_sinks(planted(), rows, rule(), batch=1)
     assert found.keys() == rule().layers.keys()
     assert all(torch.equal(x, torch.isin(rows, MASSIVE)) for x in found.values())
 
@@ -175,7 +175,7 @@ def test_prominence_is_the_largest_over_the_median():
     with torch.no_grad():
         hidden = model(CALIBRATION, output_hidden_states=True).hidden_states[:3]
     expected = torch.stack([h.abs().amax((0, 1)) / h.abs().median() for h in hidden])
-    assert torch.allclose(prominence(model, CALIBRATION), expected, rtol=1e-3)
+    assert torch.allclose(channel_prominence(model, CALIBRATION), expected, rtol=1e-3)
 
 
 def test_a_stable_channel_stays_an_outlier():

@@ -10,7 +10,7 @@ import torch
 from pico import attached, prompt, stock
 
 from lowkey.calibration import statistics
-from lowkey.calibration.statistics import gather
+from lowkey.calibration.statistics import gather_statistics
 from lowkey.models import families
 
 IDS = prompt(24, batch=6)
@@ -66,7 +66,7 @@ def close(a, b):
 @pytest.mark.parametrize("name", [*families.FAMILIES, "llama-yarn", "phi3-partial"])
 def test_moments_are_sums_of_outer_products(name):
     shape = families.geometry(stock(name))
-    found = gather(attached(name), IDS.split(4))
+    found = gather_statistics(attached(name), IDS.split(4))
     assert sorted(found) == list(shape.compressible)
     layer = shape.compressible[-1]
     seen, ours = activations(name, layer, IDS), found[layer]
@@ -86,12 +86,12 @@ def test_moments_are_sums_of_outer_products(name):
 
 
 def test_every_sum_is_kept_in_fp64():
-    sums = gather(attached("llama"), IDS.split(1))[0]
+    sums = gather_statistics(attached("llama"), IDS.split(1))[0]
     assert {n: t.dtype for n, t in vars(sums).items() if n != "tokens" and t.dtype != torch.float64} == {}
 
 
 def test_each_head_reads_its_own_block():
-    ours, seen = gather(attached("llama"), [IDS])[1], activations("llama", 1, IDS)
+    ours, seen = gather_statistics(attached("llama"), [IDS])[1], activations("llama", 1, IDS)
     for layout, name in (("pre_rope", "pre"), ("post_rope", "post")):
         for h in range(4):
             close(ours.keys(layout)[h], outer(seen[f"keys_{name}"][:, h]))
@@ -100,7 +100,7 @@ def test_each_head_reads_its_own_block():
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_sums_do_not_depend_on_the_batch_size(name):
-    one, other = (gather(attached(name), IDS.split(size)) for size in (1, 6))
+    one, other = (gather_statistics(attached(name), IDS.split(size)) for size in (1, 6))
     for i in one:
         for moment, value in vars(one[i]).items():
             assert torch.allclose(
@@ -110,7 +110,7 @@ def test_sums_do_not_depend_on_the_batch_size(name):
 
 def test_gathering_leaves_the_logits_alone():
     """The observing layer attends as stock layers do: what later layers see is the uncompressed model."""
-    last = gather(attached("gemma2"), [IDS])[2]
+    last = gather_statistics(attached("gemma2"), [IDS])[2]
     close(last.inputs, outer(activations("gemma2", 2, IDS)["inputs"]))
 
 
@@ -130,8 +130,8 @@ def test_an_interrupted_pass_resumes_to_the_same_sums(tmp_path, monkeypatch, at)
     monkeypatch.setattr(statistics, "SAVE_EVERY", 2)
     model, batches = attached("llama"), IDS.split(1)
     with pytest.raises(StoppedError):
-        gather(model, stopping(batches, at), tmp_path)
-    resumed, straight = gather(model, batches, tmp_path), gather(model, batches)
+        gather_statistics(model, stopping(batches, at), tmp_path)
+    resumed, straight = gather_statistics(model, batches, tmp_path), gather_statistics(model, batches)
     for i, layer in straight.items():
         assert all(
             torch.equal(torch.as_tensor(a), torch.as_tensor(getattr(resumed[i], n)))
@@ -143,8 +143,8 @@ def test_a_resumed_pass_does_not_repeat_what_was_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(statistics, "SAVE_EVERY", 2)
     model, batches, count = attached("llama"), IDS.split(1), []
     with pytest.raises(StoppedError):
-        gather(model, stopping(batches, 5), tmp_path)
+        gather_statistics(model, stopping(batches, 5), tmp_path)
     observe = statistics._observe
     monkeypatch.setattr(statistics, "_observe", lambda *a: count.append(1) or observe(*a))
-    gather(model, batches, tmp_path)
+    gather_statistics(model, batches, tmp_path)
     assert len(count) == 2  # batches 4 and 5: four had been saved

@@ -18,7 +18,7 @@ from lowkey import Sample
 from lowkey.core import files
 from lowkey.core.head_groups import beside
 from lowkey.core.types import LowkeyError
-from lowkey.methods import Course, FisherSVD, StiefJoint, stiefjoint
+from lowkey.methods import CalibrationContext, FisherSVD, StiefJoint, stiefjoint
 from lowkey.models import families
 from lowkey.probes import gradients
 from lowkey.storage.codec import LowRank
@@ -31,20 +31,20 @@ SMALL = Sample(windows=16, length=32)
 
 
 @cache
-def course():
-    from lowkey.calibration.calibrate import windows_of
+def context():
+    from lowkey.calibration.calibrate import calibration_windows
 
-    rows = windows_of(pico.attached("llama"), pico.tokenizer(), TEXT, SMALL)
-    return Course(pico.attached("llama"), rows, HELD, "pre_rope", [4, 8, 16], 0, exact=EXACT)
+    rows = calibration_windows(pico.attached("llama"), pico.tokenizer(), TEXT, SMALL)
+    return CalibrationContext(pico.attached("llama"), rows, HELD, "pre_rope", [4, 8, 16], 0, exact=EXACT)
 
 
 @cache
 def start(group=0):
-    return {i: b.at(*RANKS) for i, b in FisherSVD(group=group).tune({}, course()).items()}
+    return {i: b.at(*RANKS) for i, b in FisherSVD(group=group).tune({}, context()).items()}
 
 
 def finished(steps, lr=1e-3, group=0, **changes):
-    return StiefJoint(steps=steps, lr=lr, group=group).finish(start(group), replace(course(), **changes))
+    return StiefJoint(steps=steps, lr=lr, group=group).finish(start(group), replace(context(), **changes))
 
 
 def projectors(factors):
@@ -77,8 +77,10 @@ def test_without_steps_they_are_those_of_fisher_svd(group):
 
 
 def test_training_starts_orthonormal_where_keys_are_white():
-    moments = gradients.gather(pico.attached("llama"), course().training, "pre_rope", EXACT, 0)
-    training = stiefjoint.Training.of(start(), moments, 1, course())
+    moments = gradients.gather_gradient_moments(
+        pico.attached("llama"), context().training_windows, "pre_rope", EXACT, 0
+    )
+    training = stiefjoint.MapTraining.of(start(), moments, 1, context())
     for i, sides in training.sides.items():
         for side, of in zip(sides, ("keys", "values"), strict=True):
             down, up = (x.detach().double() for x in (side.down, side.up))
@@ -94,11 +96,14 @@ def test_training_starts_orthonormal_where_keys_are_white():
 
 
 def test_training_lowers_the_divergence_of_text_it_has_not_seen():
-    found, rows = finished(40), course().rows[-HELD:]
+    found, rows = finished(40), context().windows[-HELD:]
     before, after = divergence(start(), rows), divergence(found, rows)
     assert after < 0.93 * before
-    training = stiefjoint.Training.of(
-        found, gradients.gather(course().model, course().training, "pre_rope", EXACT, 0), 1, course()
+    training = stiefjoint.MapTraining.of(
+        found,
+        gradients.gather_gradient_moments(context().model, context().training_windows, "pre_rope", EXACT, 0),
+        1,
+        context(),
     )
     assert training.judged() == pytest.approx(after, rel=1e-3)
 
@@ -109,7 +114,7 @@ def test_training_that_goes_astray_ends_at_its_start():
 
 
 def test_every_window_is_seen_before_one_comes_again():
-    order = stiefjoint.Training(course(), {})._order(30)
+    order = stiefjoint.MapTraining(context(), {})._order(30)
     assert sorted(order[:12]) == sorted(order[12:24]) == list(range(12)) and len(order) == 30
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lowkey.allocation.allocators import Greedy
-from lowkey.calibration.calibrate import Course, fit_layers
+from lowkey.calibration.calibrate import CalibrationContext, fit_layers
 from lowkey.core import text
 from lowkey.core.progress import silent
 from lowkey.evaluate import recall
@@ -68,7 +68,11 @@ def test_training_on_the_layer_output_beats_the_eigenbases(tiny):
     rows = text.windows(text.encode(tokenizer, text.embedded("calibration")), tokenizer, 256, "text")[:16]
     errors = {}
     for method in (PCA(key_bases="shared"), EigenAttention(), StiefAttention(epochs=30)):
-        _, profile = fit_layers(method, Course(model, rows, 4, "post_rope", [8, 16, 24, 32], seed=0))
-        chosen = Greedy().under_bytes(profile, 0.5 * profile.bytes([(32, 32)] * profile.layers))
+        _, profile = fit_layers(
+            method, CalibrationContext(model, rows, 4, "post_rope", [8, 16, 24, 32], seed=0)
+        )
+        chosen = Greedy().under_bytes(
+            profile, 0.5 * profile.bytes_per_token([(32, 32)] * profile.layer_count)
+        )
         errors[type(method)] = sum(profile.error(i, pair) for i, pair in enumerate(chosen))
     assert errors[StiefAttention] < min(errors[PCA], errors[EigenAttention])

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import lowkey
 from lowkey import Exact, LowkeyError, Sample
-from lowkey.calibration.statistics import gather
+from lowkey.calibration.statistics import gather_statistics
 from lowkey.core.types import Budget, Factors
 from lowkey.methods import KQSVD, PCA
 from lowkey.models import families
@@ -24,7 +24,7 @@ from lowkey.plan.plan import JSON, Plan
 from lowkey.plan.window_bytes import Holding
 from lowkey.policies import POLICIES
 from lowkey.probes.layer_inputs import layer_inputs
-from lowkey.probes.layer_probe import Probe, Rebuilt
+from lowkey.probes.layer_probe import LayerProbe, LowRankReconstruction
 from lowkey.storage.codec import LowRank
 from lowkey.storage.coded import CodedLayer
 from lowkey.storage.packing import scheme
@@ -257,8 +257,8 @@ def test_compress_without_a_method_takes_what_is_recommended(folder, tmp_path):
 # -- errors beside exact tokens
 
 
-def probe(name="llama", layer=1, layout="post_rope", exact=NEAR, ids=IDS) -> Probe:
-    return Probe.of(
+def probe(name="llama", layer=1, layout="post_rope", exact=NEAR, ids=IDS) -> LayerProbe:
+    return LayerProbe.of(
         attached(name), layer, layout, dict(layer_inputs(attached(name), ids, 4))[layer], 2, exact=exact
     )
 
@@ -300,7 +300,7 @@ def test_rebuilding_beside_exact_tokens_is_differentiable(layout):
 
     def out(step: float, tracked: bool = False):
         moved = [(m + step * w).clone().requires_grad_(tracked) for m, w in zip(maps, ways, strict=True)]
-        layer = ReconstructionLayer(Rebuilt(Factors(*moved), layout, it.rope), it.exact)
+        layer = ReconstructionLayer(LowRankReconstruction(Factors(*moved), layout, it.rope), it.exact)
         return (it.run(it.inputs[:2], layer) * it.outputs[:2]).mean(), moved
 
     value, moved = out(0.0, True)
@@ -316,7 +316,10 @@ def test_statistics_leave_the_sinks_of_every_row_out():
 
     ids, layer = prompt(10, batch=3), 1
     kept = torch.cat([torch.arange(3, 10) + 10 * row for row in range(3)])
-    found, all_of = gather(attached("llama"), ids.split(2), sinks=3)[layer], activations("llama", layer, ids)
+    found, all_of = (
+        gather_statistics(attached("llama"), ids.split(2), sinks=3)[layer],
+        activations("llama", layer, ids),
+    )
     keys, values = (all_of[name][kept].flatten(1) for name in ("keys_pre", "values"))
     assert found.tokens == len(kept)
     assert torch.allclose(found.values.double(), outer(values), atol=1e-3)
@@ -334,8 +337,8 @@ def test_statistics_leave_the_sinks_of_every_row_out():
 @pytest.fixture
 def counted(monkeypatch):
     """How many errors of a layer were measured."""
-    found, measure = [], Probe.held_error
-    monkeypatch.setattr(Probe, "held_error", lambda *args: found.append(1) or measure(*args))
+    found, measure = [], LayerProbe.held_error
+    monkeypatch.setattr(LayerProbe, "held_error", lambda *args: found.append(1) or measure(*args))
     return found
 
 

@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from lowkey.allocation.allocators import ALLOCATORS
-from lowkey.allocation.base import PARTS, Allocator
+from lowkey.allocation.base import REQUIRED_ATTRIBUTES, Allocator
 from lowkey.core import options
 from lowkey.core.errors import first_line
 from lowkey.core.types import Budget, LowkeyError
@@ -34,7 +34,7 @@ def make_allocator(name: str, given: Mapping[str, str]) -> Allocator:
     """An allocator of ranks by its name in ALLOCATORS or as `package.module:Class`, with options given as
     text.
     """
-    kind: Any = ALLOCATORS.get(name) or _outside("allocator", name, ALLOCATORS, PARTS)
+    kind: Any = ALLOCATORS.get(name) or _outside("allocator", name, ALLOCATORS, REQUIRED_ATTRIBUTES)
     return _made(f"allocator {name!r}", kind, given)
 
 

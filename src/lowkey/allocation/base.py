@@ -1,4 +1,4 @@
-"""What an allocator is, and how a rule for one kind of budget meets the other kind."""
+"""The base class of rank allocators, and searches that apply a rule for one kind of budget to the other."""
 
 from __future__ import annotations
 
@@ -7,77 +7,139 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import ClassVar
 
-from lowkey.allocation.profile import Pair, Profile, Ranks, too_small
+from lowkey.allocation.profile import Pair, Profile, Ranks, budget_too_small
 from lowkey.core.options import Checked
 
-# of an allocator
-PARTS = ("summary", "bounds", "needs", "measured", "under_error", "under_bytes", "bounded", "pairs")
+# What `catalog` and `calibrate` look for in an allocator class of the user's own.
+REQUIRED_ATTRIBUTES = (
+    "summary",
+    "bounds",
+    "required_signals",
+    "uses_measured_errors",
+    "under_error",
+    "under_bytes",
+    "bounded_value",
+    "extra_pairs",
+)
 
 
 class Allocator(Checked, ABC):
-    """Chooses a pair of ranks per layer, either under an error budget or under a byte budget.
+    """Chooses a pair of ranks (r_K, r_V) for every layer, under an error budget or under a byte budget.
 
-    Where an error budget is compared with measured errors, it holds of what was measured (on held-out
-    windows, one layer compressed at a time), and a layer that no measured pair brings within it keeps its
-    full rank. A byte budget is never exceeded.
-    summary: what it is. bounds: what an error budget is the largest allowed value of. needs: names of the
-    signals it reads. measured: whether it compares measured errors under a byte budget too, and then chooses
-    no rank below the least that was measured.
+    A subclass is a frozen dataclass whose fields are its options. A byte budget is never exceeded. An error
+    budget that is compared with measured errors holds for what was measured: held-out windows, one layer
+    compressed at a time. A layer that no measured pair brings within the error budget keeps its full rank.
+
+    Attributes:
+        summary: what the allocator does, in one line.
+        bounds: the quantity that an error budget is the largest allowed value of.
+        required_signals: names of the signals that the allocator reads (`calibration.sensitivity.SIGNALS`).
+        uses_measured_errors: whether the allocator compares measured errors under a byte budget too. It then
+            chooses no rank below the smallest one that was measured.
     """
 
     summary: ClassVar[str]
     bounds: ClassVar[str] = "the largest error of a layer"
-    needs: ClassVar[tuple[str, ...]] = ()
-    measured: ClassVar[bool] = True
+    required_signals: ClassVar[tuple[str, ...]] = ()
+    uses_measured_errors: ClassVar[bool] = True
 
     @abstractmethod
     def under_error(self, profile: Profile, error: float) -> Ranks:
-        """The fewest bytes that this rule finds with `bounded` within `error`."""
+        """Choose the cheapest ranks that this rule finds with `bounded_value` at most `error`.
+
+        Args:
+            profile: costs and errors of every layer.
+            error: the error budget, in the unit of what `bounds` names.
+
+        Returns:
+            One pair (r_K, r_V) per layer.
+        """
 
     @abstractmethod
     def under_bytes(self, profile: Profile, limit: float) -> Ranks:
-        """The smallest error that this rule reaches within `limit` bytes per token."""
+        """Choose the ranks with the smallest error that this rule finds within a byte budget.
 
-    def bounded(self, profile: Profile, ranks: Ranks) -> float:
-        """What `bounds` names, at these ranks."""
+        Args:
+            profile: costs and errors of every layer.
+            limit: bytes of one stored token in all layers together.
+
+        Returns:
+            One pair (r_K, r_V) per layer.
+
+        Raises:
+            LowkeyError: if even the smallest ranks take more bytes.
+        """
+
+    def bounded_value(self, profile: Profile, ranks: Ranks) -> float:
+        """Return the value of the quantity that `bounds` names, at these ranks."""
         return max(profile.error(i, pair) for i, pair in enumerate(ranks))
 
-    def pairs(self, profile: Profile) -> list[list[Pair]]:
-        """Per layer the pairs to measure besides the profile's surface."""
-        return [[] for _ in range(profile.layers)]
+    def extra_pairs(self, profile: Profile) -> list[list[Pair]]:
+        """Return, per layer, the pairs to measure in addition to the profile's error surface."""
+        return [[] for _ in range(profile.layer_count)]
 
 
-def tightest(rule: Callable[[Profile, float], Ranks], profile: Profile, limit: float, most: float) -> Ranks:
-    """Run an error-budget rule under a byte budget: bisect for the smallest error budget that fits, none
-    larger than `most`.
+def search_error_budget(
+    rule: Callable[[Profile, float], Ranks], profile: Profile, limit: float, largest: float
+) -> Ranks:
+    """Apply a rule for error budgets under a byte budget, by bisection over the error budget.
+
+    Args:
+        rule: (profile, error budget) -> ranks; a larger error budget gives fewer bytes.
+        profile: costs and errors of every layer.
+        limit: bytes of one stored token in all layers together.
+        largest: the largest error budget to try.
+
+    Returns:
+        The ranks at the smallest error budget whose ranks fit into `limit`.
+
+    Raises:
+        LowkeyError: if the ranks at `largest` take more than `limit` bytes.
     """
-    low, high = 0.0, most
+    low, high = 0.0, largest
     best = rule(profile, high)
-    if profile.bytes(best) > limit:
-        raise too_small(profile, limit, profile.bytes(best))
-    for _ in range(60):
+    if profile.bytes_per_token(best) > limit:
+        raise budget_too_small(profile, limit, profile.bytes_per_token(best))
+    for _ in range(60):  # more halvings than a double has bits of precision
         middle = (low + high) / 2
         ranks = rule(profile, middle)
-        low, high, best = (low, middle, ranks) if profile.bytes(ranks) <= limit else (middle, high, best)
+        if profile.bytes_per_token(ranks) <= limit:
+            high, best = middle, ranks
+        else:
+            low = middle
     return best
 
 
-def worst(profile: Profile) -> float:
-    """An error budget that every measured pair is within, whatever it is weighted with."""
-    points = [error for layer in profile.points for error in layer.values()]
-    return 16 * max(*(max(row) for layer in profile.surface for row in layer), *points, 1e-9)
-
-
-def fewest(rule: Callable[[Profile, float], Ranks], profile: Profile, error: float) -> Ranks:
-    """Run a byte-budget rule under an error budget, among measured ranks: bisect for the fewest bytes whose
-    largest layer error is within `error`. Full rank where none is. The errors of such a rule may rise a
-    little with the bytes, and then fewer bytes may fit too.
+def loosest_error_budget(profile: Profile) -> float:
+    """Return an error budget that every measured pair meets, even after its error is multiplied by a
+    weight.
     """
-    profile = replace(profile, choices=())
-    unit = profile.unit
-    low, high = (2 * profile.layers * r for r in (profile.ranks[0], profile.ranks[-1]))
+    extra = [error for layer in profile.extra_points for error in layer.values()]
+    largest = max(*(max(row) for layer in profile.surface for row in layer), *extra, 1e-9)
+    return 16 * largest  # well above the largest weight, the 2 of `weighted-pareto`
+
+
+def search_byte_budget(rule: Callable[[Profile, float], Ranks], profile: Profile, error: float) -> Ranks:
+    """Apply a rule for byte budgets under an error budget, by bisection over the byte budget.
+
+    Only measured ranks are chosen. The errors of such a rule may rise a little with the bytes, so a byte
+    budget below the one that bisection finds may meet the error budget too.
+
+    Args:
+        rule: (profile, bytes per token) -> ranks.
+        profile: costs and errors of every layer.
+        error: the largest error that a layer may have.
+
+    Returns:
+        The ranks at the smallest byte budget that bisection finds; full rank if no budget meets `error`.
+    """
+    profile = replace(profile, choices=())  # only measured ranks have a measured error
+    low, high = (2 * profile.layer_count * r for r in (profile.ranks[0], profile.ranks[-1]))
     while low < high:
         middle = (low + high) // 2
-        fits = all(profile.error(i, pair) <= error for i, pair in enumerate(rule(profile, middle * unit)))
-        low, high = (low, middle) if fits else (middle + 1, high)
-    return rule(profile, high * unit)
+        ranks = rule(profile, middle * profile.bytes_per_rank)
+        if all(profile.error(i, pair) <= error for i, pair in enumerate(ranks)):
+            high = middle
+        else:
+            low = middle + 1
+    return rule(profile, high * profile.bytes_per_rank)

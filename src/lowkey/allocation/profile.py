@@ -1,4 +1,4 @@
-"""What fitted bases cost at which ranks: all that allocators know."""
+"""What fitted bases cost at which ranks: all that a rank allocator knows of a model."""
 
 from __future__ import annotations
 
@@ -8,144 +8,188 @@ from dataclasses import dataclass, field
 
 from lowkey.core.types import LowkeyError
 
-Pair = tuple[int, int]
-Ranks = list[Pair]
+Pair = tuple[int, int]  # ranks (r_K, r_V) of one layer
+Ranks = list[Pair]  # one pair per layer
+Spectra = list[list[float]]  # energies of a layer's keys or values: (heads, d), largest first
 
 
 @dataclass(frozen=True)
 class Profile:
-    """surface[l][i][j] is the measured error of layer l at (r_K, r_V) = (ranks[i], ranks[j]); the largest
-    rank is the full head dim.
+    """Errors and bytes of every compressible layer at the ranks that its bases serve.
 
-    spectra: per layer the energies of keys and of values, (heads, d) as nested lists, which energy rules
-    read. signals: by name, per layer a number for keys and one for values, as `calibration.sensitivity`
-    measures them. choices: every rank that may be chosen, in ascending order, when bases serve more ranks
-    than were measured (`ranks` otherwise). points: per layer what was measured at other pairs. sizes: bytes
-    of one stored token of a layer's keys and of its values at ranks 0, 1, 2, ...; `heads * itemsize` per rank
-    when None. A surface may be empty, when nothing was measured on it.
+    Attributes:
+        ranks: the measured ranks in ascending order; the last one is the head dim, which is full rank.
+        surface: surface[l][i][j] is the error of layer l at (r_K, r_V) = (ranks[i], ranks[j]). The entry of a
+            layer is empty if nothing was measured on the surface.
+        heads: number of KV heads.
+        itemsize: bytes of one stored number.
+        spectra: per layer the energies of keys and of values, (heads, d) each.
+        signals: by name, per layer one number for keys and one for values, as
+            `calibration.sensitivity.SIGNALS` measures them.
+        choices: every rank that may be chosen, in ascending order, if the bases serve more ranks than were
+            measured. Empty means `ranks`.
+        extra_points: per layer the errors that were measured at pairs outside the surface.
+        bytes_by_rank: bytes of one stored token of a layer's keys, and of its values, at ranks 0, 1, 2, ...
+            None means `heads * itemsize` for each rank.
     """
 
     ranks: tuple[int, ...]
     surface: list[list[list[float]]]
     heads: int
     itemsize: int
-    spectra: list[tuple[list[list[float]], list[list[float]]]]
+    spectra: list[tuple[Spectra, Spectra]]
     signals: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     choices: tuple[int, ...] = ()
-    points: list[dict[Pair, float]] = field(default_factory=list)
-    sizes: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    extra_points: list[dict[Pair, float]] = field(default_factory=list)
+    bytes_by_rank: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
     def error(self, layer: int, pair: Pair) -> float:
-        """What was measured; between measured ranks the bilinear interpolation of what was."""
-        if self.points and pair in self.points[layer]:
-            return self.points[layer][pair]
+        """Return the measured error of a layer at a pair of ranks, interpolated bilinearly between measured
+        ranks.
+        """
+        if self.extra_points and pair in self.extra_points[layer]:
+            return self.extra_points[layer][pair]
         surface = self.surface[layer]
-        (i, a), (j, b) = map(self._place, pair)
+        (i, a), (j, b) = map(self._locate, pair)
         if a:
-            low, high = (self._between(row, j, b) for row in surface[i : i + 2])
+            low, high = (self._interpolate(row, j, b) for row in surface[i : i + 2])
             return low + a * (high - low)
-        return self._between(surface[i], j, b)
+        return self._interpolate(surface[i], j, b)
 
-    def _place(self, rank: int) -> tuple[int, float]:
-        """Index of the measured rank below (or at) this one, and how far it is on the way to the next."""
+    def _locate(self, rank: int) -> tuple[int, float]:
+        """Return the index of the measured rank at or below `rank`, and the fraction of the way to the
+        next.
+        """
         i = min(max(bisect_right(self.ranks, rank) - 1, 0), max(len(self.ranks) - 2, 0))
         if self.ranks[-1] == rank or len(self.ranks) == 1:
             return len(self.ranks) - 1, 0.0
         return i, (rank - self.ranks[i]) / (self.ranks[i + 1] - self.ranks[i])
 
-    def _between(self, row: list[float], j: int, b: float) -> float:
-        return row[j] + b * (row[j + 1] - row[j]) if b else row[j]
+    def _interpolate(self, row: list[float], j: int, fraction: float) -> float:
+        return row[j] + fraction * (row[j + 1] - row[j]) if fraction else row[j]
 
     def is_measured(self, layer: int, pair: Pair) -> bool:
-        if self.points and pair in self.points[layer]:
+        """Return whether the error of a layer at a pair was measured, so that `error` need not
+        interpolate.
+        """
+        if self.extra_points and pair in self.extra_points[layer]:
             return True
         return bool(self.surface[layer]) and pair[0] in self.ranks and pair[1] in self.ranks
 
-    def pairs(self) -> list[Pair]:
-        """Of the measured surface."""
+    def measured_pairs(self) -> list[Pair]:
+        """Return the pairs of the error surface."""
         return [(k, v) for k in self.ranks for v in self.ranks]
 
     @property
-    def served(self) -> tuple[int, ...]:
+    def selectable_ranks(self) -> tuple[int, ...]:
+        """Every rank that may be chosen, in ascending order."""
         return self.choices or self.ranks
 
     @property
-    def full(self) -> Pair:
+    def full_pair(self) -> Pair:
+        """Full rank for keys and for values."""
         return self.ranks[-1], self.ranks[-1]
 
     @property
-    def layers(self) -> int:
+    def layer_count(self) -> int:
+        """Number of compressible layers."""
         return len(self.surface)
 
-    def bytes(self, ranks: Ranks) -> float:
-        """Of one more token in all layers together."""
-        return sum(self.cost(side, rank) for pair in ranks for side, rank in enumerate(pair))
+    def bytes_per_token(self, ranks: Ranks) -> float:
+        """Return the bytes that one stored token takes in all layers together."""
+        return sum(self.side_bytes(side, rank) for pair in ranks for side, rank in enumerate(pair))
 
-    def cost(self, side: int, rank: int) -> float:
-        """Bytes of one more token of a layer's keys (side 0) or values (1)."""
-        return rank * self.heads * self.itemsize if self.sizes is None else self.sizes[side][rank]
+    def side_bytes(self, side: int, rank: int) -> float:
+        """Return the bytes that one stored token takes in one layer's keys (side 0) or values (side 1)."""
+        if self.bytes_by_rank is None:
+            return rank * self.heads * self.itemsize
+        return self.bytes_by_rank[side][rank]
 
     @property
-    def unit(self) -> float:
-        """The most bytes that one rank more takes per token."""
-        if self.sizes is None:
+    def bytes_per_rank(self) -> float:
+        """The most bytes per token that one rank takes, over all ranks, keys and values."""
+        if self.bytes_by_rank is None:
             return self.heads * self.itemsize
-        return max(side[r] / r for side in self.sizes for r in self.served)
+        return max(side[r] / r for side in self.bytes_by_rank for r in self.selectable_ranks)
 
-    def room(self, limit: float) -> int:
-        """How many ranks, summed over layers, keys and values, `limit` bytes per token hold, whichever they
-        are.
+    def ranks_within(self, limit: float) -> int:
+        """Return how many ranks fit into a byte budget, summed over layers, keys and values.
+
+        The answer holds for any split of these ranks, since each is counted at `bytes_per_rank`.
+
+        Args:
+            limit: bytes of one stored token in all layers together.
+
+        Raises:
+            LowkeyError: if the smallest rank everywhere takes more than `limit`.
         """
-        least = self.bytes([(self.served[0],) * 2] * self.layers)
-        if limit < least:
-            raise too_small(self, limit, least)
-        full = 2 * self.layers * self.full[0]
-        return (
-            full
-            if limit >= self.bytes([self.full] * self.layers)
-            else min(full, int(limit / self.unit + 1e-9))
-        )
+        smallest = self.bytes_per_token([(self.selectable_ranks[0],) * 2] * self.layer_count)
+        if limit < smallest:
+            raise budget_too_small(self, limit, smallest)
+        full = 2 * self.layer_count * self.full_pair[0]
+        if limit >= self.bytes_per_token([self.full_pair] * self.layer_count):
+            return full
+        return min(
+            full, int(limit / self.bytes_per_rank + 1e-9)
+        )  # 1e-9: a quotient just below a whole number
 
     def signal(self, name: str) -> list[tuple[float, float]]:
-        """The numbers of one signal; refused when they were not measured or cannot be what they should be."""
-        found = self.signals.get(name)
-        if found is None or len(found) != self.layers:
-            had = "none" if found is None else f"one of {len(found)} layers"
+        """Return a signal by name: per layer one number for keys and one for values.
+
+        Raises:
+            LowkeyError: if the signal was not measured for every layer, or is not finite and non-negative.
+        """
+        signal = self.signals.get(name)
+        if signal is None or len(signal) != self.layer_count:
+            present = "none" if signal is None else f"one of {len(signal)} layers"
             raise LowkeyError(
-                f"profile of {self.layers} layers: the allocator needs the signal {name!r} and there is "
-                f"{had}; measure it with "
+                f"profile of {self.layer_count} layers: the allocator needs the signal {name!r} and there is "
+                f"{present}; measure it with "
                 f"lowkey.calibration.sensitivity.SIGNALS[{name!r}] or choose another allocator"
             )
-        wrong = [x for pair in found for x in pair if not 0 <= x < math.inf]
+        wrong = [x for pair in signal for x in pair if not 0 <= x < math.inf]
         if wrong:
             raise LowkeyError(
                 f"signal {name!r} holds {wrong[0]}: sensitivities are finite and not negative; check the "
                 "model's weights"
             )
-        return found
+        return signal
 
-    def energies(self, layer: int, what: str) -> tuple[list[list[float]], list[list[float]]]:
-        """The spectra of a layer's keys and values; refused, on behalf of `what`, where the bases have none."""
-        found = self.spectra[layer]
-        if not all(spectrum for side in found for spectrum in side):
+    def layer_spectra(self, layer: int, allocator: str) -> tuple[Spectra, Spectra]:
+        """Return the energies of a layer's keys and of its values.
+
+        Args:
+            layer: position of the layer among the compressible ones.
+            allocator: name of the allocator that asks, for the error message.
+
+        Raises:
+            LowkeyError: if the method's bases have no energy spectrum.
+        """
+        spectra = self.spectra[layer]
+        if not all(head for side in spectra for head in side):
             raise LowkeyError(
-                f"allocator {what!r}: this method's bases have no energy spectrum; choose another allocator"
+                f"allocator {allocator!r}: this method's bases have no energy spectrum; choose "
+                "another allocator"
             )
-        return found
+        return spectra
 
 
-def too_small(profile: Profile, limit: float, reached: float, otherwise: str = "") -> LowkeyError:
-    """otherwise: what else than a larger budget can be given."""
-    full = profile.bytes([profile.full] * profile.layers)
-    if reached == full:
-        rule, remedy = "for here only full rank is served", f"choose another method{otherwise}"
+def budget_too_small(profile: Profile, limit: float, smallest: float, otherwise: str = "") -> LowkeyError:
+    """Return the error for a byte budget that the smallest ranks exceed.
+
+    Args:
+        profile: costs of every layer.
+        limit: the budget, in bytes per token.
+        smallest: bytes per token at the smallest ranks.
+        otherwise: a second remedy besides a larger budget, as the end of a sentence.
+    """
+    full = profile.bytes_per_token([profile.full_pair] * profile.layer_count)
+    if smallest == full:
+        rule, remedy = "since here only full rank can be chosen", f"choose another method{otherwise}"
     else:
-        rule, remedy = (
-            "the least that the ranks allow",
-            f"give a budget of {math.ceil(1000 * reached / full) / 10:g}% or more{otherwise}",
-        )
-    least = f"{reached:.0f} ({100 * reached / full:.1f}%)"
+        percent = math.ceil(1000 * smallest / full) / 10
+        rule, remedy = "the least that the ranks allow", f"give a budget of {percent:g}% or more{otherwise}"
     return LowkeyError(
-        f"budget of {limit:.0f} bytes per token ({100 * limit / full:.1f}%) is below {least}, {rule}; "
-        f"{remedy}"
+        f"budget of {limit:.0f} bytes per token ({100 * limit / full:.1f}%) is below "
+        f"{smallest:.0f} ({100 * smallest / full:.1f}%), {rule}; {remedy}"
     )

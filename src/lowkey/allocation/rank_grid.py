@@ -1,4 +1,4 @@
-"""Which ranks there are to choose from, and at which of them bases are fitted and errors measured."""
+"""The ranks there are to choose from, and those among them at which bases are fitted and errors measured."""
 
 from __future__ import annotations
 
@@ -7,27 +7,35 @@ from collections.abc import Sequence
 
 from lowkey.core.types import LowkeyError
 
-Asked = int | str | Sequence[int | float]
+RankRequest = int | str | Sequence[int | float]
 SYNTAX = "give a count like 8, ranks of one head like 16,32,64, shares of the head dim like 50%,75%, or all"
+LISTED = 8  # as many ranks are listed in full in a message
 
 
 def multiples(head_dim: int, multiple: int) -> list[int]:
-    """Every rank up to the head dim that is a multiple of `multiple`, and the head dim itself."""
+    """Return every rank up to the head dim that is a multiple of `multiple`, and the head dim itself.
+
+    Raises:
+        LowkeyError: if `multiple` is not between 1 and the head dim.
+    """
     if not 1 <= multiple <= head_dim:
         raise LowkeyError(f"rank multiple {multiple}: must lie between 1 and the head dim {head_dim}")
     return sorted({*range(multiple, head_dim, multiple), head_dim})
 
 
-def grid(asked: Asked, choices: Sequence[int]) -> list[int]:
-    """The ranks among `choices` (ascending, the last one the head dim) that are asked for, always with the
-    head dim.
+def grid(request: RankRequest, choices: Sequence[int]) -> list[int]:
+    """Return the requested ranks, in ascending order and always with the head dim.
 
-    asked: a count n of evenly spaced ranks, each moved to the nearest choice; ranks, as integers, which must
-    be choices; shares of the head dim above 0 and up to 1, as floats, each moved to the nearest choice; or
-    the text of one of these, or `all`.
-    Errors: LowkeyError for anything else, and for ranks that are no choices.
+    Args:
+        request: a count of evenly spaced ranks, each moved to the nearest choice; or a list of ranks (int),
+            which must be choices, and of shares of the head dim (float, above 0 and up to 1), each moved to
+            the nearest choice; or one of these as text; or `all`.
+        choices: the ranks that may be chosen, in ascending order; the last one is the head dim.
+
+    Raises:
+        LowkeyError: if the request is none of these, or names a rank that is not among `choices`.
     """
-    wanted, d = _read(asked), choices[-1]
+    wanted, d = _read(request), choices[-1]
     if wanted is None:
         return list(choices)
     if isinstance(wanted, int):
@@ -37,52 +45,56 @@ def grid(asked: Asked, choices: Sequence[int]) -> list[int]:
     for rank in wanted:
         if isinstance(rank, int) and rank not in choices:
             raise LowkeyError(
-                f"ranks {_told(asked)}: {rank} is not one of {_short(choices)}, which this method and rank "
-                "multiple allow"
+                f"ranks {_as_text(request)}: {rank} is not one of {_listed(choices)}, which this method and "
+                "rank multiple allow"
             )
-    return sorted(
-        {d, *(r if isinstance(r, int) else min(choices, key=lambda c: (abs(c - r * d), c)) for r in wanted)}
-    )
+    nearest = (r if isinstance(r, int) else min(choices, key=lambda c: (abs(c - r * d), c)) for r in wanted)
+    return sorted({d, *nearest})
 
 
-def _read(asked: Asked) -> int | list[int | float] | None:
-    """A count, ranks and shares, or None for all. Errors: LowkeyError."""
-    if isinstance(asked, str):
-        return _parsed(asked)
-    refusal = LowkeyError(f"ranks {_told(asked)}: {SYNTAX}")
-    if isinstance(asked, int):
-        if isinstance(asked, bool) or asked < 1:
+def _read(request: RankRequest) -> int | list[int | float] | None:
+    """Return a count, or a list of ranks and shares, or None for all ranks.
+
+    Raises:
+        LowkeyError: if the request is none of these.
+    """
+    if isinstance(request, str):
+        return _parse(request)
+    refusal = LowkeyError(f"ranks {_as_text(request)}: {SYNTAX}")
+    if isinstance(request, int):
+        if isinstance(request, bool) or request < 1:
             raise refusal
-        return asked
-    found = list(asked)
-    if not found or not all(_fits(x) for x in found):
+        return request
+    numbers = list(request)
+    if not numbers or not all(_is_rank_or_share(x) for x in numbers):
         raise refusal
-    return found
+    return numbers
 
 
-def _fits(wanted: object) -> bool:
-    if isinstance(wanted, float):
-        return 0 < wanted <= 1
-    return isinstance(wanted, int) and not isinstance(wanted, bool) and wanted >= 1
+def _is_rank_or_share(number: object) -> bool:
+    if isinstance(number, float):
+        return 0 < number <= 1
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 1
 
 
-def _parsed(text: str) -> int | list[int | float] | None:
+def _parse(text: str) -> int | list[int | float] | None:
+    """Read a request that was given as text; a single whole number is a count."""
     words = [w.strip() for w in text.split(",")]
     if words == ["all"]:
         return None
     if not all(re.fullmatch(r"[0-9]{1,9}|[0-9]{1,3}(\.[0-9]{1,9})?%", w) for w in words):
         raise LowkeyError(f"ranks {text[:60]!r}: {SYNTAX}")
-    found: list[int | float] = [float(w[:-1]) / 100 if w.endswith("%") else int(w) for w in words]
-    if not all(_fits(x) for x in found):
+    numbers: list[int | float] = [float(w[:-1]) / 100 if w.endswith("%") else int(w) for w in words]
+    if not all(_is_rank_or_share(x) for x in numbers):
         raise LowkeyError(f"ranks {text[:60]!r}: {SYNTAX}")
-    return found[0] if len(found) == 1 and isinstance(found[0], int) else found
+    return numbers[0] if len(numbers) == 1 and isinstance(numbers[0], int) else numbers
 
 
-def _told(asked: Asked) -> str:
-    return ",".join(map(str, asked)) if isinstance(asked, list | tuple) else repr(asked)
+def _as_text(request: RankRequest) -> str:
+    return ",".join(map(str, request)) if isinstance(request, list | tuple) else repr(request)
 
 
-def _short(choices: Sequence[int]) -> str:
-    if len(choices) <= 8:
+def _listed(choices: Sequence[int]) -> str:
+    if len(choices) <= LISTED:
         return ", ".join(map(str, choices))
     return f"{choices[0]}, {choices[1]}, {choices[2]}, ... {choices[-1]}"

@@ -14,17 +14,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey.allocation.allocators import ALLOCATORS, Allocator
 from lowkey.allocation.profile import Pair, Profile, Ranks
-from lowkey.allocation.rank_grid import Asked as Grid
-from lowkey.calibration.request import AT, JUDGES, Asked, asked_for, limit_of
+from lowkey.allocation.rank_grid import RankRequest
+from lowkey.calibration.layer_checkpoint import Surface, load_layer, save_layer
+from lowkey.calibration.request import (
+    BUDGET_LENGTH,
+    JUDGES,
+    CalibrationRequest,
+    resolve_budget,
+    resolve_request,
+)
 from lowkey.calibration.sensitivity import SIGNALS
-from lowkey.calibration.statistics import gather
-from lowkey.calibration.unfinished import Surface, load_layer, save_layer
+from lowkey.calibration.statistics import gather_statistics
 from lowkey.core import files, text
 from lowkey.core.head_groups import blocks
 from lowkey.core.options import Checked, option
 from lowkey.core.progress import Progress, silent
 from lowkey.core.types import Basis, Budget, Factors, LayerBases, Layout
-from lowkey.methods import METHODS, Course, Method
+from lowkey.methods import METHODS, CalibrationContext, Method
 from lowkey.models import families
 from lowkey.models.attention_interface import attach
 from lowkey.models.fingerprint import data_fingerprint, model_fingerprint
@@ -32,11 +38,13 @@ from lowkey.ops.bases import is_orthonormal
 from lowkey.plan.plan import Plan, versions
 from lowkey.policies.allocators import HeadImportance
 from lowkey.probes.layer_inputs import layer_inputs
-from lowkey.probes.layer_probe import Probe
-from lowkey.probes.model_probe import losses_grown
+from lowkey.probes.layer_probe import LayerProbe
+from lowkey.probes.model_probe import loss_increases
 from lowkey.storage.exact import WINDOW, Exact
 
-HELD = 0.25  # share of the calibration windows that only judge: the error surface and early stopping
+HELD_OUT_SHARE = (
+    0.25  # share of the calibration windows that only judge: the error surface and early stopping
+)
 Measuring = Literal["pairs", "sides", "none"]
 T = TypeVar("T")
 
@@ -62,13 +70,13 @@ def calibrate(
     allocator: str | Allocator | None = None,
     layout: Layout | None = None,
     sample: Sample = Sample(),
-    ranks: Grid | None = None,
+    ranks: RankRequest | None = None,
     rank_multiple: int = 1,
     judge: str = "layers",
     sinks: int = WINDOW.sinks,
     recent: int = WINDOW.recent,
     bits: int | str | None = None,
-    at: int = AT,
+    at: int = BUDGET_LENGTH,
     heads: HeadImportance | None = None,
     pairs: bool = False,
     work: Path | None = None,
@@ -100,21 +108,27 @@ def calibrate(
     work: a folder to resume from and save progress into.
     Errors: LowkeyError for an unsupported model, too short a text, or a budget out of reach.
     """
-    limit, window = limit_of(budget, error_budget, judge), Exact(sinks, recent)
-    asked = asked_for(model, limit, judge, window, at, bits, method, allocator, layout, ranks, rank_multiple)
-    rows = windows_of(attach(model), tokenizer, texts, sample)
+    limit, window = resolve_budget(budget, error_budget, judge), Exact(sinks, recent)
+    asked = resolve_request(
+        model, limit, judge, window, at, bits, method, allocator, layout, ranks, rank_multiple
+    )
+    rows = calibration_windows(attach(model), tokenizer, texts, sample)
     known = provenance_of(model, rows, sample)
     surface: Measuring = (
-        "pairs" if pairs or asked.room is None else "sides" if asked.allocator.measured else "none"
+        "pairs"
+        if pairs or asked.room is None
+        else "sides"
+        if asked.allocator.uses_measured_errors
+        else "none"
     )
-    course = _course(asked, model, rows, sample, surface, known, work, progress)
-    bases, profile = fit_layers(asked.method, course, course.work, judge, surface)
-    factors, told = _chosen(asked, bases, profile, course)
+    context = _course(asked, model, rows, sample, surface, known, work, progress)
+    bases, profile = fit_layers(asked.method, context, context.work, judge, surface)
+    factors, told = _chosen(asked, bases, profile, context)
     return _plan(asked, factors, told, known, asdict(families.geometry(model)), heads or {})
 
 
 def _course(
-    asked: Asked,
+    asked: CalibrationRequest,
     model: PreTrainedModel,
     rows: Tensor,
     sample: Sample,
@@ -122,7 +136,7 @@ def _course(
     known: dict,
     work: Path | None,
     progress: Progress,
-) -> Course:
+) -> CalibrationContext:
     """What the method works on, with a folder of its own for unfinished work."""
     seen = asked.holding.exact.visible(rows.shape[1])
     what: dict = {
@@ -132,8 +146,11 @@ def _course(
         "judge": asked.judge,
     }
     what |= {"batch": sample.batch, "exact": [seen.sinks, seen.recent], "surface": surface}
-    folder, held = files.job_folder(work, {"provenance": known, **what}), max(1, round(HELD * len(rows)))
-    return Course(
+    folder, held = (
+        files.job_folder(work, {"provenance": known, **what}),
+        max(1, round(HELD_OUT_SHARE * len(rows))),
+    )
+    return CalibrationContext(
         model,
         rows,
         held,
@@ -149,7 +166,12 @@ def _course(
 
 
 def _plan(
-    asked: Asked, factors: dict[int, Factors], told: dict, known: dict, geometry: dict, heads: HeadImportance
+    asked: CalibrationRequest,
+    factors: dict[int, Factors],
+    told: dict,
+    known: dict,
+    geometry: dict,
+    heads: HeadImportance,
 ) -> Plan:
     limit, window = asked.limit, asked.holding.exact
     return Plan(
@@ -172,16 +194,21 @@ def _plan(
 
 
 def _chosen(
-    asked: Asked, bases: dict[int, LayerBases], profile: Profile, course: Course
+    asked: CalibrationRequest, bases: dict[int, LayerBases], profile: Profile, context: CalibrationContext
 ) -> tuple[dict[int, Factors], dict]:
     """Factors at the ranks that the allocator chose, and what the plan says of the choice."""
     method, split, limit = asked.method, asked.allocator, asked.limit
-    shape, first = families.geometry(course.model), next(iter(bases.values()))
+    shape, first = families.geometry(context.model), next(iter(bases.values()))
     merge = first.keys.merge, first.values.merge
-    sizes = asked.holding.sizes(merge, lambda rank: method.numbers(rank, shape.kv_heads, shape.head_dim))
-    signals = {name: SIGNALS[name](course.model, course.training, course.batch) for name in split.needs}
-    profile = replace(profile, sizes=sizes, signals=signals)
-    profile = _measured(profile, split.pairs(profile), bases, course, asked.judge)
+    sizes = asked.holding.sizes(
+        merge, lambda rank: method.numbers_per_token(rank, shape.kv_heads, shape.head_dim)
+    )
+    signals = {
+        name: SIGNALS[name](context.model, context.training_windows, context.batch)
+        for name in split.required_signals
+    }
+    profile = replace(profile, bytes_by_rank=sizes, signals=signals)
+    profile = _measured(profile, split.extra_pairs(profile), bases, context, asked.judge)
     if asked.room is None:
         ranks = split.under_error(profile, limit)  # type: ignore[arg-type]
     else:
@@ -189,14 +216,18 @@ def _chosen(
     factors = {i: found.at(*pair) for (i, found), pair in zip(bases.items(), ranks, strict=True)}
     told = _described(profile, ranks, bases)
     if not isinstance(limit, Budget):
-        when = " (before the method's last stage)" if method.finishes else ""
-        error, reached = JUDGES[asked.judge], split.bounded(profile, ranks)
+        when = " (before the method's last stage)" if method.has_finish else ""
+        error, reached = JUDGES[asked.judge], split.bounded_value(profile, ranks)
         told["bounded"] = {"what": split.bounds + when, "error": error, "budget": limit, "reached": reached}
-    return method.finish(factors, course) if method.finishes else factors, told
+    return method.finish(factors, context) if method.has_finish else factors, told
 
 
 def _measured(
-    profile: Profile, wanted: list[list[Pair]], bases: dict[int, LayerBases], course: Course, judge: str
+    profile: Profile,
+    wanted: list[list[Pair]],
+    bases: dict[int, LayerBases],
+    context: CalibrationContext,
+    judge: str,
 ) -> Profile:
     """With the errors at the wanted pairs that are not on the surface."""
     pairs = {
@@ -205,8 +236,8 @@ def _measured(
     }
     if not any(pairs.values()):
         return profile
-    found = _errors(bases, pairs, course, judge)
-    return replace(profile, points=[dict(zip(pairs[i], found[i], strict=True)) for i in bases])
+    found = _errors(bases, pairs, context, judge)
+    return replace(profile, extra_points=[dict(zip(pairs[i], found[i], strict=True)) for i in bases])
 
 
 def _transposed(f: Factors) -> bool:
@@ -220,64 +251,77 @@ def _transposed(f: Factors) -> bool:
 
 def fit_layers(
     method: Method,
-    course: Course,
+    context: CalibrationContext,
     work: Path | None = None,
     judge: str = "layers",
     measuring: Measuring = "pairs",
 ) -> tuple[dict[int, LayerBases], Profile]:
     """Bases and error surface of every compressible layer. Only one layer's inputs are held at a time."""
-    model, ranks, pairs = course.model, course.ranks, _pairs(course.ranks, measuring)
+    model, ranks, pairs = context.model, context.measured_ranks, _pairs(context.measured_ranks, measuring)
     # the surface can be had while a layer's inputs are at hand
-    inside = judge == "layers" and not method.tunes
+    inside = judge == "layers" and not method.has_tune
     found: dict[int, tuple[LayerBases, Surface]] = {}
-    if method.fits:
-        batches = course.training.split(course.batch)
-        statistics = gather(model, course.progress(batches, "second moments"), work, course.exact.sinks)
+    if method.has_fit:
+        batches = context.training_windows.split(context.batch)
+        statistics = gather_statistics(
+            model, context.progress(batches, "second moments"), work, context.exact.sinks
+        )
         for i, probe in _probes(
-            course, f"fitting {name_of(method)}", lambda i: load_layer(work, f"layer-{i}")
+            context, f"fitting {name_of(method)}", lambda i: load_layer(work, f"layer-{i}")
         ):
-            if not isinstance(probe, Probe):
+            if not isinstance(probe, LayerProbe):
                 found[i] = probe
                 continue
-            fitted = method.fit(statistics[i], probe, course.served, course.seed)
+            fitted = method.fit(statistics[i], probe, context.selectable_ranks, context.seed)
             found[i] = (
                 fitted,
                 _surface(ranks, pairs, probe.errors_at(fitted, pairs), judge) if inside and pairs else [],
             )
             save_layer(work, f"layer-{i}", *found[i])
     bases = {i: fitted for i, (fitted, _) in found.items()}
-    if method.tunes:
-        bases = _tuned(method, bases, course, work)
+    if method.has_tune:
+        bases = _tuned(method, bases, context, work)
     surfaces = [found[i][1] if i in found else [] for i in bases]
     if pairs and not inside:
-        errors = _errors(bases, dict.fromkeys(bases, pairs), course, judge)
+        errors = _errors(bases, dict.fromkeys(bases, pairs), context, judge)
         surfaces = [_surface(ranks, pairs, errors[i], judge) for i in bases]
     shape = families.geometry(model)
     spectra = [(_spectrum(b.keys), _spectrum(b.values)) for b in bases.values()]
     return bases, Profile(
-        tuple(course.ranks), surfaces, shape.kv_heads, model.dtype.itemsize, spectra, choices=course.choices
+        tuple(context.measured_ranks),
+        surfaces,
+        shape.kv_heads,
+        model.dtype.itemsize,
+        spectra,
+        choices=context.choices,
     )
 
 
-def _probes(course: Course, text: str, known: Callable[[int], T | None]) -> Iterator[tuple[int, Probe | T]]:
+def _probes(
+    context: CalibrationContext, text: str, known: Callable[[int], T | None]
+) -> Iterator[tuple[int, LayerProbe | T]]:
     """(layer, its probe, or what is known of it already) for every compressible layer."""
-    model, shape = course.model, families.geometry(course.model)
-    for i, inputs in course.progress(layer_inputs(model, course.rows, course.batch), text, shape.layers):
+    model, shape = context.model, families.geometry(context.model)
+    for i, inputs in context.progress(
+        layer_inputs(model, context.windows, context.batch), text, shape.layers
+    ):
         if i in shape.compressible:
             yield (
                 i,
                 known(i)
-                or Probe.of(model, i, course.layout, inputs, course.held, course.batch, course.exact),
+                or LayerProbe.of(
+                    model, i, context.layout, inputs, context.held_out, context.batch, context.exact
+                ),
             )
 
 
 def _tuned(
-    method: Method, bases: dict[int, LayerBases], course: Course, work: Path | None
+    method: Method, bases: dict[int, LayerBases], context: CalibrationContext, work: Path | None
 ) -> dict[int, LayerBases]:
-    saved = {i: load_layer(work, f"tuned-{i}") for i in families.geometry(course.model).compressible}
+    saved = {i: load_layer(work, f"tuned-{i}") for i in families.geometry(context.model).compressible}
     if all(saved.values()):
         return {i: found[0] for i, found in saved.items() if found}
-    tuned = method.tune(bases, course)
+    tuned = method.tune(bases, context)
     for i, found in tuned.items():
         save_layer(work, f"tuned-{i}", found, [])
     return tuned
@@ -308,18 +352,20 @@ def _surface(ranks: list[int], pairs: list[Pair], errors: list[float], judge: st
 
 
 def _errors(
-    bases: dict[int, LayerBases], pairs: dict[int, list[Pair]], course: Course, judge: str
+    bases: dict[int, LayerBases], pairs: dict[int, list[Pair]], context: CalibrationContext, judge: str
 ) -> dict[int, list[float]]:
     """Of every layer alone, at its pairs."""
     if judge == "loss":
-        held = course.rows[-course.held :]
-        return losses_grown(course.model, held, bases, pairs, course.layout, course.progress, course.exact)
+        held = context.held_out_windows
+        return loss_increases(
+            context.model, held, bases, pairs, context.layout, context.progress, context.exact
+        )
     return {
-        i: probe.errors_at(bases[i], pairs[i]) for i, probe in _probes(course, "measuring", lambda i: None)
+        i: probe.errors_at(bases[i], pairs[i]) for i, probe in _probes(context, "measuring", lambda i: None)
     }
 
 
-def windows_of(
+def calibration_windows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: str | Sequence[str] | None,

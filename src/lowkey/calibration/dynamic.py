@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey.cache.cache import LowkeyCache, cache_of
-from lowkey.calibration.calibrate import HELD, Sample, provenance_of, windows_of
-from lowkey.calibration.statistics import gather
+from lowkey.calibration.calibrate import HELD_OUT_SHARE, Sample, calibration_windows, provenance_of
+from lowkey.calibration.statistics import gather_statistics
 from lowkey.core import files
 from lowkey.core.progress import Progress, silent
 from lowkey.core.types import LAYOUTS, Budget, Factors, Heads, Layout, LowkeyError
@@ -38,7 +38,7 @@ FIELDS = ("layout", "levels", "share", "divergence", "training", "geometry", "pr
 
 
 @dataclass(frozen=True)
-class DynaPlan:
+class DynamicPlan:
     """Orthonormal bases of full rank and a gate for every compressed layer.
 
     levels: ranks that a token may keep, the widest first. share, divergence: the mean share of coordinates
@@ -110,7 +110,7 @@ class DynaPlan:
         return {name: t.detach().float().cpu().contiguous() for name, t in (maps | gates).items()}
 
     @classmethod
-    def load(cls, path: str | Path, model: PreTrainedModel | None = None) -> DynaPlan:
+    def load(cls, path: str | Path, model: PreTrainedModel | None = None) -> DynamicPlan:
         """Read what `save` wrote; with `model`, refuse it unless it was made for that model.
 
         Errors: LowkeyError for a newer format, a damaged file, NaNs, wrong shapes, another model.
@@ -122,7 +122,7 @@ class DynaPlan:
         return plan
 
 
-def _read(folder: Path) -> DynaPlan:
+def _read(folder: Path) -> DynamicPlan:
     about = files.read_json(folder / JSON, "dynamic plan", KIND, FORMAT)
     tensors = files.read_tensors(folder / TENSORS, "dynamic plan", KIND, str(about.get("tensors_sha256")))
     try:
@@ -133,7 +133,7 @@ def _read(folder: Path) -> DynaPlan:
         ) from None
 
 
-def _build(about: dict, tensors: dict[str, Tensor]) -> DynaPlan:
+def _build(about: dict, tensors: dict[str, Tensor]) -> DynamicPlan:
     """Errors: KeyError, TypeError or ValueError for what is missing or does not fit."""
     known = {name: about[name] for name in FIELDS} | {"levels": tuple(about["levels"])}
     heads, d = cache_shape(about["geometry"])
@@ -174,7 +174,7 @@ def _build(about: dict, tensors: dict[str, Tensor]) -> DynaPlan:
     }
     if len(tensors) != len(layers) * (2 + len(fields(Gate))):
         raise ValueError("its tensors are more than those of its layers")
-    return DynaPlan(factors, gates, **known)
+    return DynamicPlan(factors, gates, **known)
 
 
 def _factors(k: Tensor, v: Tensor, heads: int, d: int) -> Factors:
@@ -201,30 +201,30 @@ def _gate(parts: dict[str, Tensor], heads: int, d: int, levels: int) -> Gate:
     return Gate(**parts)
 
 
-def dyna_cache(model: PreTrainedModel, plan: DynaPlan) -> LowkeyCache:
+def make_dynamic_cache(model: PreTrainedModel, plan: DynamicPlan) -> LowkeyCache:
     """A fresh cache for one batch of sequences. It cannot be saved.
 
     Errors: LowkeyError when the model is not attached or the plan is another model's.
     """
     if not attached(model):
-        raise LowkeyError("model is not attached: call lowkey.attach(model) before dyna_cache")
+        raise LowkeyError("model is not attached: call lowkey.attach(model) before make_dynamic_cache")
     plan.check(model)
     return fresh(model, plan)
 
 
-def fresh(model: PreTrainedModel, plan: DynaPlan) -> LowkeyCache:
-    """As `dyna_cache`, for a plan that was checked before: the model's weights are not looked at again."""
+def fresh(model: PreTrainedModel, plan: DynamicPlan) -> LowkeyCache:
+    """As `make_dynamic_cache`, for a plan that was checked before: the model's weights are not looked at again."""
     return cache_of(model, lambda i: _layer(model, plan, i))
 
 
-def _layer(model: PreTrainedModel, plan: DynaPlan, i: int) -> BucketedLayer:
+def _layer(model: PreTrainedModel, plan: DynamicPlan, i: int) -> BucketedLayer:
     rope = families.rope(model, i)
     return BucketedLayer(
         [LowRank(cut(plan.factors[i], r), plan.layout, rope) for r in plan.levels], plan.gates[i]
     )
 
 
-def dyna_plan(
+def make_dynamic_plan(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: str | Sequence[str] | None = None,
@@ -235,7 +235,7 @@ def dyna_plan(
     training: GateTraining | None = None,
     work: Path | None = None,
     progress: Progress = silent,
-) -> DynaPlan:
+) -> DynamicPlan:
     """PCA bases and gates from windows of `texts` (the embedded calibration text when None), of which a
     quarter only judges.
 
@@ -250,15 +250,15 @@ def dyna_plan(
     families.check_layout(model, layout)
     dynakv.check_target(training.target, shape.head_dim)
     attach(model)
-    rows = windows_of(model, tokenizer, texts, sample)
-    held, provenance = max(1, round(HELD * len(rows))), provenance_of(model, rows, sample)
+    rows = calibration_windows(model, tokenizer, texts, sample)
+    held, provenance = max(1, round(HELD_OUT_SHARE * len(rows))), provenance_of(model, rows, sample)
     what = {"layout": layout, "key_bases": key_bases, "training": asdict(training), "batch": sample.batch}
     work = files.job_folder(work, {"provenance": provenance, **what})
-    statistics = gather(model, progress(rows[:-held].split(sample.batch), "second moments"), work)
+    statistics = gather_statistics(model, progress(rows[:-held].split(sample.batch), "second moments"), work)
     found = {i: dynakv.bases(s, layout, key_bases) for i, s in statistics.items()}
-    gates = dynakv.train_gate(model, found, rows, held, layout, training, progress, work)
+    gates = dynakv.train_gates(model, found, rows, held, layout, training, progress, work)
     d = shape.head_dim
-    return DynaPlan(
+    return DynamicPlan(
         factors={i: b.at(d, d) for i, b in found.items()},
         gates={i: gate.to(torch.device("cpu")) for i, gate in gates.gates.items()},
         levels=dynakv.levels_of(d),

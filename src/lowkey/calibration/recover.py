@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey.cache.cache import cache_of
 from lowkey.calibration import trainable
-from lowkey.calibration.judging import HeldOut
-from lowkey.calibration.trainable import Adapted
+from lowkey.calibration.held_out import HeldOut
+from lowkey.calibration.trainable import TrainableModel
 from lowkey.core import files, optimizer_state, text
 from lowkey.core.options import Checked, nearest, option, shown
 from lowkey.core.progress import Progress, silent
@@ -30,7 +30,7 @@ from lowkey.models.fingerprint import data_fingerprint, model_fingerprint
 from lowkey.ops.schedule import falling
 from lowkey.plan.plan import Plan, versions
 from lowkey.probes import model_probe
-from lowkey.probes.layer_probe import OneLayerCache, Rebuilt
+from lowkey.probes.layer_probe import LowRankReconstruction, OneLayerCache
 from lowkey.storage.codec import LowRank
 from lowkey.storage.coded import CodedLayer
 from lowkey.storage.exact import Exact
@@ -135,10 +135,10 @@ def recover(
             "nothing would be compressed; give "
             "longer windows"
         )
-    data = Windows.of(tokenizer, text.joined(texts), settings)
+    data = TrainingWindows.of(tokenizer, text.joined(texts), settings)
     text.check_ids(data.ids, model)
     folder = files.job_folder(work, _describe(plan, data, settings))
-    training = Training.of(model, plan, data, settings)
+    training = RecoveryTraining.of(model, plan, data, settings)
     if folder is not None and (found := files.read_work(folder, CHECKPOINT)) is not None:
         training.restore(found, folder)
     judge = HeldOut.of(tokenizer, model, settings.length)
@@ -164,7 +164,7 @@ def _seed(*parts: object) -> int:
 
 
 @dataclass(frozen=True)
-class Windows:
+class TrainingWindows:
     """ids (n,) of the whole text; start: the beginning-of-text token, or nothing."""
 
     ids: Tensor
@@ -172,7 +172,7 @@ class Windows:
     settings: Recovery
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, joined: str, settings: Recovery) -> Windows:
+    def of(cls, tokenizer: PreTrainedTokenizerBase, joined: str, settings: Recovery) -> TrainingWindows:
         ids = text.encode(tokenizer, joined)
         start = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
         if len(ids) < settings.length:
@@ -200,7 +200,7 @@ class Windows:
 class Student:
     """The model with what is trained of it, as it runs through the compressed cache and as it was."""
 
-    adapted: Adapted
+    adapted: TrainableModel
     plan: Plan
     factors: dict[int, Factors]
     temperature: float = 1.0
@@ -215,7 +215,7 @@ class Student:
         exact = Exact(self.plan.sinks, self.plan.recent)
         if factors.frequencies is not None:
             return CodedLayer(LowRank(factors, layout, rope), exact)
-        return ReconstructionLayer(Rebuilt(factors, layout, rope), exact)
+        return ReconstructionLayer(LowRankReconstruction(factors, layout, rope), exact)
 
     def logits(self, ids: Tensor) -> Tensor:
         """(b, t, V) in fp32, compressed everywhere."""
@@ -286,11 +286,11 @@ def _loose(f: Factors, device: torch.device) -> Factors:
 
 
 @dataclass
-class Training:
+class RecoveryTraining:
     """Steps done are losses held. whole: no step is half done, so that what is held may be saved."""
 
     student: Student
-    data: Windows
+    data: TrainingWindows
     settings: Recovery
     adapters: dict[str, Tensor]
     maps: dict[str, Tensor]
@@ -308,10 +308,12 @@ class Training:
         self.optimizer = self._fresh()
 
     @classmethod
-    def of(cls, model: PreTrainedModel, plan: Plan, data: Windows, settings: Recovery) -> Training:
+    def of(
+        cls, model: PreTrainedModel, plan: Plan, data: TrainingWindows, settings: Recovery
+    ) -> RecoveryTraining:
         lora = {"r": settings.rank, "lora_alpha": settings.alpha, "lora_dropout": settings.dropout}
         with _randomness(device_of(model), _seed(settings.seed, "adapters")):
-            adapted = Adapted.of(model, settings.lora, settings.full, **lora)
+            adapted = TrainableModel.of(model, settings.lora, settings.full, **lora)
         blocks = families.decoder_layers(adapted.model)
         factors = {i: _loose(f, device_of(blocks[i])) for i, f in plan.factors.items()}
         maps = {
@@ -415,7 +417,9 @@ class Training:
         return found
 
 
-def _finished(training: Training, plan: Plan, judge: HeldOut, held_out: dict[str, float]) -> Recovered:
+def _finished(
+    training: RecoveryTraining, plan: Plan, judge: HeldOut, held_out: dict[str, float]
+) -> Recovered:
     model = training.student.adapted.merged().eval().requires_grad_(False)
     records, exact = training.records(), all(f.lossless for f in plan.factors.values())
     about = {
@@ -443,7 +447,7 @@ def _finished(training: Training, plan: Plan, judge: HeldOut, held_out: dict[str
     return Recovered(model, issued, records, about["stages"], held_out, exact)
 
 
-def _describe(plan: Plan, data: Windows, settings: Recovery) -> dict:
+def _describe(plan: Plan, data: TrainingWindows, settings: Recovery) -> dict:
     digest = hashlib.sha256()
     for i, f in plan.factors.items():
         for name, t in _tensors(f).items():

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from lowkey.allocation.allocators import ALLOCATORS
-from lowkey.allocation.base import PARTS, Allocator
-from lowkey.allocation.profile import Profile, too_small
-from lowkey.allocation.rank_grid import Asked as Grid
-from lowkey.allocation.rank_grid import grid, multiples
+from lowkey.allocation.base import REQUIRED_ATTRIBUTES, Allocator
+from lowkey.allocation.profile import Profile, budget_too_small
+from lowkey.allocation.rank_grid import RankRequest, grid, multiples
 from lowkey.calibration import sensitivity
 from lowkey.calibration.recommended import recommended
 from lowkey.core.types import LAYOUTS, Budget, Layout, LowkeyError
@@ -28,11 +27,11 @@ JUDGES = {  # what a layer's error is
     "layers": "the relative error of the layer's output",
     "loss": "nats by which the cross-entropy grows when that layer alone is compressed",
 }
-AT = 1024  # tokens of the cache that a budget is counted for
+BUDGET_LENGTH = 1024  # tokens of the cache that a budget is counted for
 
 
 @dataclass(frozen=True)
-class Asked:
+class CalibrationRequest:
     """limit: bytes, or an error. holding: the cache that a byte budget is counted for; room: bytes per stored
     token that it leaves to latents, None under an error budget. bits: the name of their packing. measured:
     ranks to measure errors at; choices: all that may be chosen."""
@@ -49,7 +48,7 @@ class Asked:
     choices: tuple[int, ...]
 
 
-def asked_for(
+def resolve_request(
     model: PreTrainedModel,
     limit: Budget | float,
     judge: str,
@@ -59,14 +58,14 @@ def asked_for(
     method: Method | None,
     allocator: str | Allocator | None,
     layout: Layout | None,
-    ranks: Grid | None,
+    ranks: RankRequest | None,
     multiple: int,
-) -> Asked:
+) -> CalibrationRequest:
     """As `calibrate` takes them. Errors: LowkeyError for what cannot be."""
     if at < 1:
         raise LowkeyError(
             f"at {at}: a budget is counted for a cache of at least 1 token; give the length that matters, "
-            f"like {AT}"
+            f"like {BUDGET_LENGTH}"
         )
     shape, itemsize, longest = families.geometry(model), model.dtype.itemsize, families.positions(model)
     at = at if longest is None else min(at, longest)
@@ -88,15 +87,15 @@ def asked_for(
     holding = Holding(len(shape.compressible), shape.kv_heads, shape.head_dim, itemsize, window, packed, at)
     room = holding.latents(limit) if isinstance(limit, Budget) else None
     if room is not None and packed is None:
-        least = (measured if split.measured else choices)[0]
+        least = (measured if split.uses_measured_errors else choices)[0]
         _check_room(
             holding, room, chosen, shape, least, lambda: _smaller(chosen, shape, least, ranks, multiple)
         )
     name = None if bits is None or packed is None else scheme_name(bits)
-    return Asked(limit, judge, chosen, split, form, name, holding, room, measured, choices)
+    return CalibrationRequest(limit, judge, chosen, split, form, name, holding, room, measured, choices)
 
 
-def limit_of(budget: str | Budget | None, error: float | None, judge: str) -> Budget | float:
+def resolve_budget(budget: str | Budget | None, error: float | None, judge: str) -> Budget | float:
     """The budget that is given, 50% when none is."""
     if budget is not None and error is not None:
         raise LowkeyError(f"budget {budget} and error budget {error}: give one of them")
@@ -125,19 +124,21 @@ def _check(model: PreTrainedModel, layout: Layout, judge: str, split: Allocator)
     families.check_layout(model, layout)
     if judge not in JUDGES:
         raise LowkeyError(f"judge {judge!r} is unknown; choose one of {', '.join(JUDGES)}")
-    sensitivity.check(model, split.needs)
+    sensitivity.check(model, split.required_signals)
 
 
 def _candidates(
-    method: Method, shape: families.Geometry, asked: Grid | None, multiple: int
+    method: Method, shape: families.Geometry, asked: RankRequest | None, multiple: int
 ) -> tuple[list[int], tuple[int, ...]]:
     """The ranks to measure errors at, and all that may be chosen."""
     served = method.candidates(shape.kv_heads, shape.head_dim, multiples(shape.head_dim, multiple))
     measured = grid(method.grid if asked is None else asked, served)
-    return measured, tuple(served if asked is None and method.every else measured)
+    return measured, tuple(served if asked is None and method.serves_any_rank else measured)
 
 
-def _smaller(method: Method, shape: families.Geometry, least: int, asked: Grid | None, multiple: int) -> str:
+def _smaller(
+    method: Method, shape: families.Geometry, least: int, asked: RankRequest | None, multiple: int
+) -> str:
     """What else than a larger budget there is to say where the rank `least` is too large: nothing, where no
     smaller one is served.
     """
@@ -161,15 +162,15 @@ def _check_room(
     """Before anything is fitted. Errors: LowkeyError when the rank `least` everywhere takes more than `room`
     bytes per token; otherwise: what else can be done."""
     heads, d = shape.kv_heads, shape.head_dim
-    sizes = holding.sizes((heads, heads), lambda rank: method.numbers(rank, heads, d))
-    empty = Profile((least, d), [[]] * holding.layers, heads, holding.itemsize, [], sizes=sizes)
-    if room < (reached := empty.bytes([(least, least)] * holding.layers)):
-        raise too_small(empty, room, reached, otherwise())
+    sizes = holding.sizes((heads, heads), lambda rank: method.numbers_per_token(rank, heads, d))
+    empty = Profile((least, d), [[]] * holding.layers, heads, holding.itemsize, [], bytes_by_rank=sizes)
+    if room < (reached := empty.bytes_per_token([(least, least)] * holding.layers)):
+        raise budget_too_small(empty, room, reached, otherwise())
 
 
 def _allocator(chosen: str | Allocator) -> Allocator:
     if not isinstance(chosen, str):
-        if missing := [part for part in PARTS if not hasattr(chosen, part)]:
+        if missing := [part for part in REQUIRED_ATTRIBUTES if not hasattr(chosen, part)]:
             raise LowkeyError(
                 f"allocator {type(chosen).__name__}: lacks {', '.join(missing)}; derive it from "
                 "lowkey.allocation.allocators.Allocator"

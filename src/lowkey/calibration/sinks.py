@@ -40,7 +40,7 @@ def find_sinks(model: PreTrainedModel, rows: Tensor, ratio: float = 100.0, batch
     if not ratio > 1:
         raise LowkeyError(f"ratio {ratio}: an outlier is larger than the median; leave it out for 100")
     attach(model)
-    table = prominence(model, rows, batch)
+    table = channel_prominence(model, rows, batch)
     emergence, channels = stable_channels(table > ratio)
     layers = _fit(model, rows, batch, channels, ratio) if channels else {}
     if layers:
@@ -54,7 +54,7 @@ def find_sinks(model: PreTrainedModel, rows: Tensor, ratio: float = 100.0, batch
     return None
 
 
-def located(model: PreTrainedModel, rows: Tensor, rule: SinkRule, batch: int = 4) -> dict[int, Tensor]:
+def locate_sinks(model: PreTrainedModel, rows: Tensor, rule: SinkRule, batch: int = 4) -> dict[int, Tensor]:
     """By layer of the rule, which tokens of the ids `rows` (n, t) it takes for sinks, (n, t); by one pass
     through the model.
     """
@@ -72,7 +72,7 @@ def _told(table: Tensor, ratio: float) -> str:
     return f"{most} is {float(table.max()):.1f} times the median, and none is more than {ratio:g} times in most layers"
 
 
-def prominence(model: PreTrainedModel, rows: Tensor, batch: int = 4) -> Tensor:
+def channel_prominence(model: PreTrainedModel, rows: Tensor, batch: int = 4) -> Tensor:
     """(layers, D): how many times the median of a layer's inputs the largest of each channel is."""
     largest = []
     for _, hidden in layer_inputs(model, rows, batch):

@@ -19,7 +19,7 @@ Sums = dict[int, dict[str, Tensor]]
 SAVE_EVERY = 16  # batches between two saves of a resumable pass
 
 
-def gather(
+def gather_statistics(
     model: PreTrainedModel, batches: Iterable[Tensor], work: Path | None = None, sinks: int = 0
 ) -> dict[int, LayerStatistics]:
     """Second moments per compressible layer over `batches` of unpadded ids (b, t), but for the first `sinks`

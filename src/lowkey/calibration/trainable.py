@@ -22,7 +22,7 @@ from lowkey.models import families
 from lowkey.models.attention_interface import attach
 
 
-class Whole(nn.Module):
+class FullLinear(nn.Module):
     """A linear map that is trained in full, in fp32 or wider, beside the frozen original, which answers where
     `active` is off.
     """
@@ -49,17 +49,19 @@ class Whole(nn.Module):
 
 
 @dataclass(frozen=True)
-class Adapted:
+class TrainableModel:
     """A copy of a model, frozen but for what is trained. adapters: the same as peft sees it, or None where
     nothing has an adapter.
     wholes: maps trained in full, by name."""
 
     model: PreTrainedModel
     adapters: Any
-    wholes: dict[str, Whole]
+    wholes: dict[str, FullLinear]
 
     @classmethod
-    def of(cls, model: PreTrainedModel, lora: Sequence[str], full: Sequence[str], **adapter: Any) -> Adapted:
+    def of(
+        cls, model: PreTrainedModel, lora: Sequence[str], full: Sequence[str], **adapter: Any
+    ) -> TrainableModel:
         """lora, full: patterns of linear maps as their layer names them, like `self_attn.*`; what both name
         is trained in full.
         adapter: fields of peft's LoraConfig. In eval mode but for the adapters' dropout. Errors: as
@@ -69,7 +71,7 @@ class Adapted:
         whole = _named(twin, full)
         names = [name for name in _named(twin, lora) if name not in whole]
         adapters = _lora(twin, names, adapter) if names else None
-        wholes = {name: Whole(twin.get_submodule(name)) for name in whole}  # type: ignore[arg-type]
+        wholes = {name: FullLinear(twin.get_submodule(name)) for name in whole}  # type: ignore[arg-type]
         for name, module in wholes.items():
             twin.set_submodule(name, module)
         return cls(twin, adapters, wholes)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lowkey.calibration.calibrate import Sample
-from lowkey.calibration.sinks import find_sinks, located
+from lowkey.calibration.sinks import find_sinks, locate_sinks
 from lowkey.cli.common import AsJson, Device, Dtype, Model, Seed, check_context, err, hold, sample_of, within
 from lowkey.cli.tables import show_diversity, show_sinks
 from lowkey.core import files, text
@@ -112,7 +112,7 @@ def sinks(
     if rule is None:
         found |= {"layers": {}, "tokens": [], "why": str(told[-1].message)}
     else:
-        at = located(loaded, others, rule, batch=1)
+        at = locate_sinks(loaded, others, rule, batch=1)
         found |= {"channels": list(rule.channels), "emergence": rule.emergence}
         found |= {"layers": {i: _where(x) for i, x in at.items()}, "tokens": _tokens(at, others, tokenizer)}
     print(json.dumps(found)) if as_json else show_sinks(found)

@@ -11,10 +11,10 @@ import typer
 
 from lowkey.allocation.allocators import ALLOCATORS, Allocator
 from lowkey.calibration.calibrate import Sample, calibrate
-from lowkey.calibration.dynamic import dyna_plan
+from lowkey.calibration.dynamic import make_dynamic_plan
 from lowkey.calibration.recover import OBJECTIVES, Recovery
 from lowkey.calibration.recover import recover as train
-from lowkey.calibration.request import AT, JUDGES
+from lowkey.calibration.request import BUDGET_LENGTH, JUDGES
 from lowkey.catalog import make_allocator, make_method
 from lowkey.cli.common import (
     AllocatorOptions,
@@ -110,7 +110,7 @@ def compress(
     at: Annotated[
         int,
         typer.Option(help="tokens of the cache that the budget is counted for, exact tokens included", min=1),
-    ] = AT,
+    ] = BUDGET_LENGTH,
     error_budget: ErrorBudget = None,
     allocator: RankAllocator = None,
     allocator_option: AllocatorOptions = None,
@@ -218,7 +218,7 @@ def dynamic(
     sample = sample_of(windows, context, seed)
     loaded, tokenizer, corpus = opened(model, dtype, device, calibration)
     check_context(context, loaded)
-    plan = dyna_plan(
+    plan = make_dynamic_plan(
         loaded,
         tokenizer,
         corpus,

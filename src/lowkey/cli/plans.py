@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from lowkey.cache.cache import LowkeyCache, make_cache
 from lowkey.calibration import dynamic
-from lowkey.calibration.dynamic import DynaPlan, dyna_cache
+from lowkey.calibration.dynamic import DynamicPlan, make_dynamic_cache
 from lowkey.cli.tables import show_dynamic, show_plan
 from lowkey.core import files
 from lowkey.core.types import LowkeyError
@@ -82,7 +82,7 @@ class Dynamic:
     """A plan that `lowkey dynamic` made."""
 
     path: Path
-    plan: DynaPlan
+    plan: DynamicPlan
 
     @property
     def bits(self) -> str | None:
@@ -96,7 +96,7 @@ class Dynamic:
 
     def cache(self, model: PreTrainedModel, policy: Policy | None, bits: str | None) -> LowkeyCache:
         self._alone(policy, bits)
-        return dyna_cache(model, self.plan)
+        return make_dynamic_cache(model, self.plan)
 
     def setting(
         self,
@@ -131,7 +131,7 @@ class Dynamic:
 
 
 def plan_at(path: Path, model: PreTrainedModel | None = None) -> Folder:
-    """Which kind a folder is, its files say. Errors: LowkeyError as `Plan.load` and `DynaPlan.load` have
+    """Which kind a folder is, its files say. Errors: LowkeyError as `Plan.load` and `DynamicPlan.load` have
     them.
     """
     return files.steady(path, lambda: _at(path, model))
@@ -139,5 +139,5 @@ def plan_at(path: Path, model: PreTrainedModel | None = None) -> Folder:
 
 def _at(path: Path, model: PreTrainedModel | None) -> Folder:
     if (path / dynamic.JSON).exists():
-        return Dynamic(path, DynaPlan.load(path, model))
+        return Dynamic(path, DynamicPlan.load(path, model))
     return Ordinary(path, Plan.load(path, model))

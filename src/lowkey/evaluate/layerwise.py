@@ -14,7 +14,7 @@ from lowkey.core.types import device_of
 from lowkey.evaluate.settings import Setting
 from lowkey.models import families
 from lowkey.probes.layer_inputs import layer_inputs
-from lowkey.probes.layer_probe import Probe, relative_errors
+from lowkey.probes.layer_probe import LayerProbe, relative_errors
 from lowkey.storage.exact import NOTHING
 
 
@@ -41,7 +41,7 @@ def measure(
     for i, inputs in (
         progress(layer_inputs(model, rows, batch), "layer error", shape.layers) if any(todo.values()) else ()
     ):
-        probe = Probe.of(model, i, "post_rope", inputs, 0, batch) if todo.get(i) else None
+        probe = LayerProbe.of(model, i, "post_rope", inputs, 0, batch) if todo.get(i) else None
         for setting in todo.get(i, ()):
             measured.once(f"layers {i} {setting.name}", lambda: _compare(probe, setting, batch))  # noqa: B023
     return {s.name: _means([measured[f"layers {i} {s.name}"] for i in shape.compressible]) for s in settings}
@@ -52,14 +52,14 @@ def _means(pairs: list[tuple[float, float]]) -> dict:
     return {"layer_error": sum(errors) / len(errors), "layer_cosine": sum(cosines) / len(cosines)}
 
 
-def _compare(probe: Probe | None, setting: Setting, batch: int) -> tuple[float, float]:
+def _compare(probe: LayerProbe | None, setting: Setting, batch: int) -> tuple[float, float]:
     assert probe is not None
     parts = [_pair(probe, setting, w) for w in torch.arange(len(probe.inputs)).split(batch)]
     errors, cosines = (torch.cat(p) for p in zip(*parts, strict=True))
     return float(errors.mean()), float(cosines.mean())
 
 
-def _pair(probe: Probe, setting: Setting, windows: Tensor) -> tuple[Tensor, Tensor]:
+def _pair(probe: LayerProbe, setting: Setting, windows: Tensor) -> tuple[Tensor, Tensor]:
     """(error, cosine) of each window; the storage is made anew because it keeps what it saw."""
     target, device = probe.outputs[windows], device_of(probe.block)
     storage = setting.storage(probe.index)

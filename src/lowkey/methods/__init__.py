@@ -7,7 +7,7 @@ pass the object, or `--method package.module:Class`.
 
 from __future__ import annotations
 
-from lowkey.methods.base import Course, Method
+from lowkey.methods.base import CalibrationContext, Method
 from lowkey.methods.eigenattention import EigenAttention
 from lowkey.methods.fishersvd import FisherSVD
 from lowkey.methods.kqsvd import KQSVD
@@ -44,7 +44,7 @@ __all__ = [
     "METHODS",
     "KVHeadSVD",
     "PCA",
-    "Course",
+    "CalibrationContext",
     "EigenAttention",
     "FisherSVD",
     "KVLatent",

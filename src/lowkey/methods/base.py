@@ -16,13 +16,13 @@ from lowkey.core.progress import Progress, silent
 from lowkey.core.types import Factors, LayerBases, LayerStatistics, Layout
 from lowkey.models import families
 from lowkey.ops.products import group_size
-from lowkey.probes.gradients import Moments, fisher_bases, gather
-from lowkey.probes.layer_probe import Probe
+from lowkey.probes.gradients import GradientMoments, fisher_bases, gather_gradient_moments
+from lowkey.probes.layer_probe import LayerProbe
 from lowkey.storage.exact import NOTHING, Exact
 
 
 @dataclass(frozen=True)
-class Course:
+class CalibrationContext:
     """What a method that looks at the whole model works on. rows (n, t): ids of the calibration windows; the
     last `held` only judge.
 
@@ -33,10 +33,10 @@ class Course:
     """
 
     model: PreTrainedModel
-    rows: Tensor
-    held: int
+    windows: Tensor
+    held_out: int
     layout: Layout
-    ranks: list[int]
+    measured_ranks: list[int]
     seed: int
     batch: int = 4
     progress: Progress = silent
@@ -45,20 +45,26 @@ class Course:
     work: Path | None = None
 
     @property
-    def served(self) -> list[int]:
+    def selectable_ranks(self) -> list[int]:
         """Every rank that may be chosen."""
-        return list(self.choices or self.ranks)
+        return list(self.choices or self.measured_ranks)
 
     @property
-    def training(self) -> Tensor:
-        return self.rows[: -self.held]
+    def training_windows(self) -> Tensor:
+        return self.windows[: -self.held_out]
+
+    @property
+    def held_out_windows(self) -> Tensor:
+        return self.windows[-self.held_out :]
 
     @cached_property
-    def moments(self) -> Moments:
+    def gradient_moments(self) -> GradientMoments:
         """Of keys, values and their gradients over the fitting windows: gathered once, however often they are
         asked for.
         """
-        return gather(self.model, self.training, self.layout, self.exact, self.seed, self.work, self.progress)
+        return gather_gradient_moments(
+            self.model, self.training_windows, self.layout, self.exact, self.seed, self.work, self.progress
+        )
 
 
 class Method(Checked, ABC):
@@ -77,13 +83,13 @@ class Method(Checked, ABC):
     allocator: ClassVar[str] = "greedy"
     layout: ClassVar[Layout] = "post_rope"
     grid: ClassVar[str] = "8"
-    every: ClassVar[bool] = True
-    tunes: ClassVar[bool] = False
-    fits: ClassVar[bool] = True
-    finishes: ClassVar[bool] = False
+    serves_any_rank: ClassVar[bool] = True
+    has_tune: ClassVar[bool] = False
+    has_fit: ClassVar[bool] = True
+    has_finish: ClassVar[bool] = False
 
     @abstractmethod
-    def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
+    def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:
         """Bases of one layer for the ranks that may be chosen, from its second moments and, if need be, its
         weights and inputs.
         """
@@ -94,20 +100,20 @@ class Method(Checked, ABC):
         """
         return ranks
 
-    def numbers(self, rank: int, heads: int, head_dim: int) -> int:
+    def numbers_per_token(self, rank: int, heads: int, head_dim: int) -> int:
         """What a token takes in a layer, of keys or of values of all heads, at a rank that is served."""
         return rank * heads
 
-    def tune(self, bases: dict[int, LayerBases], course: Course) -> dict[int, LayerBases]:
+    def tune(self, bases: dict[int, LayerBases], context: CalibrationContext) -> dict[int, LayerBases]:
         """Better bases of all layers, before ranks are chosen."""
         return bases
 
-    def finish(self, factors: dict[int, Factors], course: Course) -> dict[int, Factors]:
+    def finish(self, factors: dict[int, Factors], context: CalibrationContext) -> dict[int, Factors]:
         """Better factors, of the ranks that were chosen."""
         return factors
 
 
-def whole_heads(group: int, head_dim: int, ranks: list[int]) -> list[int]:
+def whole_head_ranks(group: int, head_dim: int, ranks: list[int]) -> list[int]:
     """The ranks among these that stand for 1, 2, ... whole heads of each group, rounded up where the group
     does not divide them.
     """
@@ -115,7 +121,7 @@ def whole_heads(group: int, head_dim: int, ranks: list[int]) -> list[int]:
     return [r for r in ranks if r in wanted]
 
 
-def whole_numbers(rank: int, group: int, head_dim: int) -> int:
+def whole_head_numbers(rank: int, group: int, head_dim: int) -> int:
     """What the whole heads of a group take that such a rank stands for."""
     return rank * group // head_dim * head_dim
 
@@ -129,8 +135,8 @@ class GradientMethod(Method):
 
     allocator: ClassVar[str] = "spectrum"
     layout: ClassVar[Layout] = "pre_rope"
-    tunes: ClassVar[bool] = True
-    fits: ClassVar[bool] = False
+    has_tune: ClassVar[bool] = True
+    has_fit: ClassVar[bool] = False
 
     group: int = option(0, at_least=0, at_most=1024)
 
@@ -138,9 +144,9 @@ class GradientMethod(Method):
         group_size(heads, self.group or heads)
         return ranks
 
-    def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
+    def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:
         raise NotImplementedError("no layer says by itself what the loss is; see tune")
 
-    def closed_form(self, course: Course, ridge: float) -> dict[int, LayerBases]:
-        heads = families.geometry(course.model).kv_heads
-        return fisher_bases(course.moments, heads, self.group or heads, ridge)
+    def closed_form(self, context: CalibrationContext, ridge: float) -> dict[int, LayerBases]:
+        heads = families.geometry(context.model).kv_heads
+        return fisher_bases(context.gradient_moments, heads, self.group or heads, ridge)

@@ -78,7 +78,7 @@ class GateTraining(Checked):
 
 
 @dataclass(frozen=True)
-class Gates:
+class TrainedGates:
     """Trained gates by layer; the mean share of coordinates that held-out tokens keep, and KL(original ||
     compressed) per token there.
     """
@@ -113,7 +113,7 @@ def bases(statistics: LayerStatistics, layout: Layout, key_bases: Heads = "share
     )
 
 
-def train_gate(
+def train_gates(
     model: PreTrainedModel,
     found: dict[int, LayerBases],
     rows: Tensor,
@@ -122,7 +122,7 @@ def train_gate(
     settings: GateTraining = GateTraining(),
     progress: Progress = silent,
     work: Path | None = None,
-) -> Gates:
+) -> TrainedGates:
     """Gates for all layers over nested bases with one latent per head, trained through the whole model, which
     stays as it is.
 
@@ -146,13 +146,13 @@ def train_gate(
     maps = {i: b.at(d, d).to(torch.empty(0, device=device_of(blocks[i]))) for i, b in found.items()}
     squares = _squares(model, maps, rows[:-held], layout, settings.batch)
     with torch.enable_grad():
-        return _Training(
+        return _GateTrainer(
             model, maps, layout, levels, settings, rows, held, _fresh(squares, levels, settings), work
         ).run(progress)
 
 
 @dataclass
-class Looked:
+class ObservedReconstruction:
     """A layer's keys and values rebuilt from coordinates that `look` has seen, and may have changed."""
 
     factors: Factors
@@ -187,7 +187,12 @@ def _squares(
 
     for ids in rows.to(device_of(model)).split(batch):
         model_probe.logits(
-            model, ids, {i: Looked(f, layout, families.rope(model, i), looking(i)) for i, f in maps.items()}
+            model,
+            ids,
+            {
+                i: ObservedReconstruction(f, layout, families.rope(model, i), looking(i))
+                for i, f in maps.items()
+            },
         )
     return {i: s / rows.numel() for i, s in sums.items()}
 
@@ -214,7 +219,7 @@ def _fresh(squares: dict[int, Tensor], levels: tuple[int, ...], settings: GateTr
 
 
 @dataclass
-class _Training:
+class _GateTrainer:
     model: PreTrainedModel
     maps: dict[int, Factors]
     layout: Layout
@@ -226,7 +231,7 @@ class _Training:
     work: Path | None = None
     done: int = 0
 
-    def run(self, progress: Progress) -> Gates:
+    def run(self, progress: Progress) -> TrainedGates:
         s, found = self.settings, self.saved()
         best = self.judged() if found is None else self.best_of(found)
         self.gates = {i: _loose(g) for i, g in best.gates.items()}
@@ -255,7 +260,7 @@ class _Training:
 
     # -- stopping and going on
 
-    def save(self, best: Gates) -> None:
+    def save(self, best: TrainedGates) -> None:
         if self.work is None:
             return
         found = {
@@ -271,12 +276,12 @@ class _Training:
     def saved(self) -> dict[str, Tensor] | None:
         return files.read_work(self.work, UNFINISHED)
 
-    def best_of(self, found: dict[str, Tensor]) -> Gates:
+    def best_of(self, found: dict[str, Tensor]) -> TrainedGates:
         gates = {
             i: Gate(**{name: self._fits(found, f"{i}.{name}", t) for name, t in vars(gate).items()})
             for i, gate in self.gates.items()
         }
-        return Gates(gates, *self._fits(found, "judged", torch.zeros(2, dtype=torch.float64)).tolist())
+        return TrainedGates(gates, *self._fits(found, "judged", torch.zeros(2, dtype=torch.float64)).tolist())
 
     def restore(self, found: dict[str, Tensor]) -> None:
         for index, p in enumerate(self.parameters()):
@@ -331,7 +336,7 @@ class _Training:
             return look
 
         storages: dict[int, KVTransform] = {
-            i: Looked(f, self.layout, families.rope(self.model, i), looking(gates[i]))
+            i: ObservedReconstruction(f, self.layout, families.rope(self.model, i), looking(gates[i]))
             for i, f in self.maps.items()
         }
         scores = model_probe.logits(self.model, ids, storages)
@@ -340,7 +345,7 @@ class _Training:
     # -- judging
 
     @torch.no_grad()
-    def judged(self) -> Gates:
+    def judged(self) -> TrainedGates:
         """The gates at the least price that keeps the held-out windows to the target."""
         gates = _priced(self.gates, self._price(), self.levels)
         batches = self.rows[-self.held :].split(self.settings.batch)
@@ -348,7 +353,7 @@ class _Training:
             torch.stack([torch.stack(self.passed(ids, gates, _one_hot)) * len(ids) for ids in batches]).sum(0)
             / self.held
         )
-        return Gates(gates, float(sums[1]), float(sums[0]))
+        return TrainedGates(gates, float(sums[1]), float(sums[0]))
 
     def _price(self) -> float:
         """Found between the first of 1, 2, 4 ... that is high enough and the first of -1, -2, -4 ... that is

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from lowkey.core.types import Heads, LayerBases, LayerStatistics, Layout, head_blocks
 from lowkey.methods.base import Method
 from lowkey.ops.bases import principal_basis
-from lowkey.probes.layer_probe import Probe
+from lowkey.probes.layer_probe import LayerProbe
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class EigenAttention(Method):
     key_bases: Heads = "shared"
     value_bases: Heads = "per_head"
 
-    def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
+    def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:
         keys = statistics.keys(probe.layout)
         if self.form == "paper":
             keys = keys + statistics.queries(probe.layout)

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from lowkey.core.options import option
 from lowkey.core.types import LayerBases
-from lowkey.methods.base import Course, GradientMethod
+from lowkey.methods.base import CalibrationContext, GradientMethod
 
 
 @dataclass(frozen=True)
@@ -39,5 +39,5 @@ class FisherSVD(GradientMethod):
 
     ridge: float = option(1e-6, at_least=0, at_most=1)
 
-    def tune(self, bases: dict[int, LayerBases], course: Course) -> dict[int, LayerBases]:
-        return self.closed_form(course, self.ridge)
+    def tune(self, bases: dict[int, LayerBases], context: CalibrationContext) -> dict[int, LayerBases]:
+        return self.closed_form(context, self.ridge)

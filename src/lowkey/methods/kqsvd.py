@@ -19,7 +19,7 @@ from lowkey.models import families
 from lowkey.models.attention_interface import AttendingLayer, Call, Incoming
 from lowkey.ops.products import beside_one_another, group_size, joint_moments, oblique_basis
 from lowkey.ops.rope import unrotate
-from lowkey.probes.layer_probe import Probe
+from lowkey.probes.layer_probe import LayerProbe
 
 BATCH = 4
 
@@ -58,7 +58,7 @@ class KQSVD(Method):
         group_size(heads, self.group or heads)
         return ranks
 
-    def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
+    def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:
         heads, t = statistics.heads, group_size(statistics.heads, self.group or statistics.heads)
         # (h, g, D, d)
         weights = families.projections(probe.model, probe.index).o.double().unflatten(0, (heads, -1))
@@ -81,7 +81,7 @@ def grams(weights: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def weighted_queries(probe: Probe, outputs: Tensor) -> Tensor:
+def weighted_queries(probe: LayerProbe, outputs: Tensor) -> Tensor:
     """(h, d, d): the sum of c_m q_m^T q_m over the fitting windows, given the `grams` (h, g, d, d) of the
     output weights.
     """
@@ -95,7 +95,7 @@ def weighted_queries(probe: Probe, outputs: Tensor) -> Tensor:
 class Watch(AttendingLayer):
     """Stands in for a cache layer: attends to everything it is given, once, and adds up weighted queries."""
 
-    def __init__(self, probe: Probe, outputs: Tensor) -> None:
+    def __init__(self, probe: LayerProbe, outputs: Tensor) -> None:
         self.probe, self.outputs = probe, outputs
         self.moment = torch.zeros(outputs.shape[0], *outputs.shape[2:], dtype=torch.float64)
 

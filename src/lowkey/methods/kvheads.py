@@ -13,11 +13,11 @@ from torch import Tensor
 
 from lowkey.core.options import option
 from lowkey.core.types import Basis, LayerBases, LayerStatistics, LowkeyError, head_blocks
-from lowkey.methods.base import Method, whole_heads, whole_numbers
+from lowkey.methods.base import Method, whole_head_numbers, whole_head_ranks
 from lowkey.ops.bases import principal
 from lowkey.ops.commuting import commuting_basis, spread
 from lowkey.ops.products import joint_moments
-from lowkey.probes.layer_probe import Probe
+from lowkey.probes.layer_probe import LayerProbe
 
 Form = Literal["joint", "commuting", "mean"]
 
@@ -55,13 +55,15 @@ class KVHeadSVD(Method):
 
     def candidates(self, heads: int, head_dim: int, ranks: list[int]) -> list[int]:
         group = self.group_of(heads)
-        return whole_heads(group, head_dim, ranks) if self._whole_heads else ranks
+        return whole_head_ranks(group, head_dim, ranks) if self._whole_heads else ranks
 
-    def numbers(self, rank: int, heads: int, head_dim: int) -> int:
+    def numbers_per_token(self, rank: int, heads: int, head_dim: int) -> int:
         group = self.group_of(heads)
-        return heads // group * whole_numbers(rank, group, head_dim) if self._whole_heads else rank * heads
+        return (
+            heads // group * whole_head_numbers(rank, group, head_dim) if self._whole_heads else rank * heads
+        )
 
-    def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
+    def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:
         h, rotary = statistics.heads, probe.rotary
         group = self.group_of(h)
         d = len(statistics.values) // h
@@ -102,7 +104,7 @@ class KVHeadSVD(Method):
     def _whole_layer(self) -> bool:
         return self.keys == "layer" and self.basis != "mean"
 
-    def _moments(self, statistics: LayerStatistics, probe: Probe) -> tuple[Tensor, Tensor]:
+    def _moments(self, statistics: LayerStatistics, probe: LayerProbe) -> tuple[Tensor, Tensor]:
         """(h d, h d) of keys and of values."""
         if self.basis == "weights":
             return probe.white_moments(probe.layout, "basis 'weights'", "use basis 'activations'")

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from lowkey.core.types import Basis, Factors, LayerBases, LayerStatistics, LowkeyError, head_blocks
-from lowkey.methods.base import Course, Method
+from lowkey.methods.base import CalibrationContext, Method
 from lowkey.models import families
 from lowkey.ops.bases import principal_basis
-from lowkey.probes.layer_probe import Probe
+from lowkey.probes.layer_probe import LayerProbe
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class KVLatent(Method):
     rope: Literal["kept", "aware"] = "kept"
 
     @property
-    def finishes(self) -> bool:  # type: ignore[override]
+    def has_finish(self) -> bool:  # type: ignore[override]
         return self.rope == "aware"
 
     def candidates(self, heads: int, head_dim: int, ranks: list[int]) -> list[int]:
         multiple = 4 if self.rope == "aware" else 2
         return [r for r in ranks if r % multiple == 0 or r == head_dim]
 
-    def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
+    def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:
         keys, values = statistics.keys(probe.layout), head_blocks(statistics.values, statistics.heads)
         d, turning = keys.shape[-1], probe.rotary
         chosen = strided_pairs(d, turning, ranks)
@@ -71,9 +71,9 @@ class KVLatent(Method):
             principal_basis(values, "per_head") if self.values == "pca" else strided_pairs(d, 0, ranks),
         )
 
-    def finish(self, factors: dict[int, Factors], course: Course) -> dict[int, Factors]:
+    def finish(self, factors: dict[int, Factors], context: CalibrationContext) -> dict[int, Factors]:
         """Frequency-aware rotation of what is kept; a layer of full rank keeps its own."""
-        parameters = families.rope_parameters(course.model.config)
+        parameters = families.rope_parameters(context.model.config)
         base, kind = parameters.get("rope_theta"), parameters.get("rope_type", "default")
         if base is None or kind != "default" or parameters.get("partial_rotary_factor", 1.0) != 1.0:
             raise LowkeyError(

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from lowkey.core.types import LayerBases, LayerStatistics, Layout
 from lowkey.methods.base import Method
 from lowkey.ops.products import joint_moments, merged_basis
-from lowkey.probes.layer_probe import Probe
+from lowkey.probes.layer_probe import LayerProbe
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class LoRC(Method):
     scope: Literal["layer", "head"] = "layer"
     whiten: bool = False
 
-    def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
+    def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:
         heads = statistics.heads
         if self.whiten:
             keys, values = joint_moments(statistics, probe.layout)

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from lowkey.core.options import option
 from lowkey.core.types import Basis, Factors, LayerBases, LayerStatistics, device_of, head_blocks
-from lowkey.methods.base import Course, Method
+from lowkey.methods.base import CalibrationContext, Method
 from lowkey.models import families
 from lowkey.ops.bases import principal
 from lowkey.ops.schedule import falling
 from lowkey.probes import model_probe
-from lowkey.probes.layer_probe import Probe
+from lowkey.probes.layer_probe import LayerProbe
 
 WARMUP = 0.1  # of the steps; the published code has 100 warm-up steps in an epoch
 LOOKS = 8  # how often the held-out windows judge
@@ -53,14 +53,14 @@ class MatryoshkaKV(Method):
 
     summary: ClassVar[str] = "orthogonal bases trained through the whole model at random ranks"
     paper: ClassVar[str] = "arXiv:2410.14731"
-    tunes: ClassVar[bool] = True
+    has_tune: ClassVar[bool] = True
 
     centred: bool = True
     kl: float = option(0.25, at_least=0, at_most=1)
     steps: int = option(200, at_least=0, at_most=10**7)
     lr: float = option(1e-3, above=0, at_most=10)
 
-    def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
+    def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:
         keys = self._start(
             statistics.keys(probe.layout), statistics.keys_mean(probe.layout), statistics.tokens
         )
@@ -78,11 +78,11 @@ class MatryoshkaKV(Method):
         vectors, energy = principal(moments - tokens * mean.unsqueeze(2) * mean.unsqueeze(1))
         return Basis(vectors.float(), spectrum=energy, mean=mean.float())
 
-    def tune(self, bases: dict[int, LayerBases], course: Course) -> dict[int, LayerBases]:
+    def tune(self, bases: dict[int, LayerBases], context: CalibrationContext) -> dict[int, LayerBases]:
         """Train the bases of all layers together. course.rows: unpadded ids; the gradients of the model's
         parameters are left alone.
         """
-        training = _Training.of(bases, course, self.kl)
+        training = _BasisTraining.of(bases, context, self.kl)
         with torch.enable_grad():
             training.run(self.steps, self.lr)
         return {
@@ -97,7 +97,7 @@ def cayley(skew: Tensor) -> Tensor:
     return torch.linalg.solve(eye + skew, eye - skew)  # the two factors commute
 
 
-class Turning:
+class CayleyBasis:
     """The keys or values of one layer: a basis turned away from its start, and a mean. Trained: `parameters`."""
 
     def __init__(self, basis: Basis, device: torch.device) -> None:
@@ -123,18 +123,21 @@ class Turning:
 
 
 @dataclass
-class _Training:
-    course: Course
+class _BasisTraining:
+    context: CalibrationContext
     kl: float
-    sides: dict[int, tuple[Turning, Turning]]
+    sides: dict[int, tuple[CayleyBasis, CayleyBasis]]
 
     @classmethod
-    def of(cls, bases: dict[int, LayerBases], course: Course, kl: float) -> _Training:
-        devices = {i: device_of(families.decoder_layers(course.model)[i]) for i in bases}
+    def of(cls, bases: dict[int, LayerBases], context: CalibrationContext, kl: float) -> _BasisTraining:
+        devices = {i: device_of(families.decoder_layers(context.model)[i]) for i in bases}
         return cls(
-            course,
+            context,
             kl,
-            {i: (Turning(b.keys, devices[i]), Turning(b.values, devices[i])) for i, b in bases.items()},
+            {
+                i: (CayleyBasis(b.keys, devices[i]), CayleyBasis(b.values, devices[i]))
+                for i, b in bases.items()
+            },
         )
 
     def run(self, steps: int, lr: float) -> None:
@@ -143,10 +146,10 @@ class _Training:
         optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)  # decay would pull the means to 0
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: falling(k, max(1, steps), WARMUP))
         best, kept, every = self.judged(), _copies(parameters), max(1, steps // LOOKS)
-        generator = torch.Generator().manual_seed(self.course.seed)
-        for k in self.course.progress(range(steps), "tuning matryoshka", steps):
-            rows = self.course.training[
-                torch.randperm(len(self.course.training), generator=generator)[: self.course.batch]
+        generator = torch.Generator().manual_seed(self.context.seed)
+        for k in self.context.progress(range(steps), "tuning matryoshka", steps):
+            rows = self.context.training_windows[
+                torch.randperm(len(self.context.training_windows), generator=generator)[: self.context.batch]
             ]
             gradients = torch.autograd.grad(self.loss(rows, self.drawn(len(rows), generator)), parameters)
             for p, gradient in zip(parameters, gradients, strict=True):
@@ -161,19 +164,19 @@ class _Training:
 
     def drawn(self, windows: int, generator: torch.Generator) -> Tensor:
         """Ranks (n, 2, b): of every layer, of keys and of values, in every window."""
-        ranks = torch.tensor(self.course.ranks)
+        ranks = torch.tensor(self.context.measured_ranks)
         return ranks[torch.randint(len(ranks), (len(self.sides), 2, windows), generator=generator)]
 
     def loss(self, rows: Tensor, ranks: Tensor) -> Tensor:
         """Of windows (b, t) at ranks (n, 2, b|1)."""
-        model, ids = self.course.model, rows.to(device_of(self.course.model))
+        model, ids = self.context.model, rows.to(device_of(self.context.model))
         with torch.no_grad():
             original = model(ids, use_cache=False).logits
         found = model_probe.logits(
             model,
             ids,
-            model_probe.storages(model, self.factors(ranks), self.course.layout),
-            self.course.exact,
+            model_probe.storages(model, self.factors(ranks), self.context.layout),
+            self.context.exact,
         )
         return self.kl * model_probe.divergence(found, original) + (
             1 - self.kl
@@ -189,12 +192,12 @@ class _Training:
     @torch.no_grad()
     def judged(self) -> float:
         """The loss of the held-out windows, summed over them and over a few ranks that all layers share."""
-        batches = self.course.rows[-self.course.held :].split(self.course.batch)
-        ranks = [torch.full((len(self.sides), 2, 1), r) for r in judged_ranks(self.course.ranks)]
+        batches = self.context.held_out_windows.split(self.context.batch)
+        ranks = [torch.full((len(self.sides), 2, 1), r) for r in evaluated_ranks(self.context.measured_ranks)]
         return float(torch.stack([self.loss(rows, r) * len(rows) for r in ranks for rows in batches]).sum())
 
 
-def judged_ranks(ranks: list[int]) -> list[int]:
+def evaluated_ranks(ranks: list[int]) -> list[int]:
     """Evenly spaced among the candidates below the full rank, which needs no judging."""
     lower = ranks[:-1] or ranks
     return lower[:: -(-len(lower) // JUDGED)]

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from lowkey.core.types import Basis, LayerBases, LayerStatistics
-from lowkey.methods.base import Method, whole_heads, whole_numbers
+from lowkey.methods.base import Method, whole_head_numbers, whole_head_ranks
 from lowkey.ops.aligning import alignment, head_gram
 from lowkey.ops.bases import principal
 from lowkey.ops.commuting import spread
 from lowkey.ops.products import joint_moments
-from lowkey.probes.layer_probe import Probe
+from lowkey.probes.layer_probe import LayerProbe
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class MEA(Method):
     basis: Literal["weights", "activations", "aligned"] = "weights"
 
     def candidates(self, heads: int, head_dim: int, ranks: list[int]) -> list[int]:
-        return whole_heads(heads, head_dim, ranks)
+        return whole_head_ranks(heads, head_dim, ranks)
 
-    def numbers(self, rank: int, heads: int, head_dim: int) -> int:
-        return whole_numbers(rank, heads, head_dim)
+    def numbers_per_token(self, rank: int, heads: int, head_dim: int) -> int:
+        return whole_head_numbers(rank, heads, head_dim)
 
-    def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
+    def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:
         h = statistics.heads
         d = len(statistics.values) // h
         if self.basis == "weights":

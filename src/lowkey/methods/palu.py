@@ -9,7 +9,7 @@ from lowkey.core.options import option
 from lowkey.core.types import LayerBases, LayerStatistics, Layout
 from lowkey.methods.base import Method
 from lowkey.ops.products import group_size, joint_moments, merged_basis
-from lowkey.probes.layer_probe import Probe
+from lowkey.probes.layer_probe import LayerProbe
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Palu(Method):
         group_size(heads, self.group, 4)
         return ranks
 
-    def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
+    def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:
         keys, values = joint_moments(statistics, probe.layout)
         t = group_size(statistics.heads, self.group, 4)
         return LayerBases(merged_basis(keys, statistics.heads, t), merged_basis(values, statistics.heads, t))

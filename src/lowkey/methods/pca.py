@@ -8,7 +8,7 @@ from typing import ClassVar
 from lowkey.core.types import Heads, LayerBases, LayerStatistics, head_blocks
 from lowkey.methods.base import Method
 from lowkey.ops.bases import principal_basis
-from lowkey.probes.layer_probe import Probe
+from lowkey.probes.layer_probe import LayerProbe
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,6 @@ class PCA(Method):
     key_bases: Heads = "shared"
     value_bases: Heads = "per_head"
 
-    def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
+    def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:
         keys, values = statistics.keys(probe.layout), head_blocks(statistics.values, statistics.heads)
         return LayerBases(principal_basis(keys, self.key_bases), principal_basis(values, self.value_bases))

@@ -13,12 +13,12 @@ from torch import Tensor
 from lowkey.core.head_groups import blocks
 from lowkey.core.options import option
 from lowkey.core.types import Factors, LayerBases, LayerStatistics, Layout
-from lowkey.methods.base import Course, Method
+from lowkey.methods.base import CalibrationContext, Method
 from lowkey.models import families
 from lowkey.ops.bases import principal
 from lowkey.ops.products import group_size, joint_moments, merged_basis, reordered, signs
 from lowkey.probes.layer_inputs import first_inputs
-from lowkey.probes.layer_probe import Probe, Rebuilt, layer_in_full, passed
+from lowkey.probes.layer_probe import LayerProbe, LowRankReconstruction, layer_in_fp32, passed
 from lowkey.storage.reconstruction import ReconstructionLayer
 from lowkey.storage.second_moments import joint_moment
 
@@ -47,7 +47,7 @@ class ReCalKV(Method):
     paper: ClassVar[str] = "arXiv:2505.24357"
     allocator: ClassVar[str] = "fisher"
     layout: ClassVar[Layout] = "pre_rope"
-    finishes: ClassVar[bool] = True
+    has_finish: ClassVar[bool] = True
 
     group: int = option(4, at_least=1, at_most=1024)
     iterations: int = option(1, at_least=0, at_most=1000)
@@ -56,7 +56,7 @@ class ReCalKV(Method):
         group_size(heads, self.group, 4)
         return ranks
 
-    def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
+    def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:
         heads = statistics.heads
         t = group_size(heads, self.group, 4)
         similarity = cka(whitened(families.projections(probe.model, probe.index).k, statistics.inputs))
@@ -64,20 +64,20 @@ class ReCalKV(Method):
         keys, values = (reordered(m, order, heads) for m in joint_moments(statistics, probe.layout))
         return LayerBases(merged_basis(keys, heads, t), merged_basis(values, heads, heads), order)
 
-    def finish(self, factors: dict[int, Factors], course: Course) -> dict[int, Factors]:
-        model, layers, found = course.model, sorted(factors), dict(factors)
-        hidden = first_inputs(model, course.training, course.batch)
-        for i in course.progress(range(layers[-1] + 1), "calibrating values"):
-            block, storage = layer_in_full(model, i), None
+    def finish(self, factors: dict[int, Factors], context: CalibrationContext) -> dict[int, Factors]:
+        model, layers, found = context.model, sorted(factors), dict(factors)
+        hidden = first_inputs(model, context.training_windows, context.batch)
+        for i in context.progress(range(layers[-1] + 1), "calibrating values"):
+            block, storage = layer_in_fp32(model, i), None
             if i in found:
                 seen = Values(found[i].v_down.shape[1])
-                passed(model, i, block, hidden, seen, course.batch)
+                passed(model, i, block, hidden, seen, context.batch)
                 found[i] = calibrated(found[i], seen.moment, self.iterations)
                 maps = found[i].to(next(block.parameters()))
                 storage = ReconstructionLayer(
-                    Rebuilt(maps, course.layout, families.rope(model, i)), course.exact
+                    LowRankReconstruction(maps, context.layout, families.rope(model, i)), context.exact
                 )
-            hidden = passed(model, i, block, hidden, storage, course.batch)
+            hidden = passed(model, i, block, hidden, storage, context.batch)
         return found
 
 

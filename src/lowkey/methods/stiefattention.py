@@ -26,7 +26,7 @@ from lowkey.core.types import (
 from lowkey.methods.base import Method
 from lowkey.ops.bases import principal_basis
 from lowkey.ops.stiefel import Predictor, RankedMatrices
-from lowkey.probes.layer_probe import Probe
+from lowkey.probes.layer_probe import LayerProbe
 
 BATCH = 4
 KEY_BATCH = 1  # the paper's windows per step, of keys; of values it has 4
@@ -60,7 +60,7 @@ class StiefAttention(Method):
     allocator: ClassVar[str] = "weighted-pareto"
     layout: ClassVar[Layout] = "pre_rope"
     grid: ClassVar[str] = "50%,60%,70%,80%,90%"
-    every: ClassVar[bool] = False
+    serves_any_rank: ClassVar[bool] = False
 
     parametrisation: Literal["mlp", "free"] = "mlp"
     key_bases: Heads = "shared"
@@ -69,12 +69,12 @@ class StiefAttention(Method):
     patience: int = option(0, at_least=0, at_most=10**6)
     lr: float = option(0.0, at_least=0, at_most=10)
 
-    def fit(self, statistics: LayerStatistics, probe: Probe, ranks: list[int], seed: int) -> LayerBases:
+    def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:
         fit = self._fit_free if self.parametrisation == "free" else self._fit_mlp
         return fit(statistics, probe, ranks, torch.Generator().manual_seed(seed))
 
     def _fit_free(
-        self, statistics: LayerStatistics, probe: Probe, ranks: list[int], generator: torch.Generator
+        self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], generator: torch.Generator
     ) -> LayerBases:
         """A matrix for every rank around a shared one, for keys and for values, trained together."""
         start_k, start_v = self._start(statistics, probe)
@@ -100,7 +100,7 @@ class StiefAttention(Method):
         return LayerBases(_ranked(keys, start_k, ranks), _ranked(values, start_v, ranks))
 
     def _fit_mlp(
-        self, statistics: LayerStatistics, probe: Probe, ranks: list[int], generator: torch.Generator
+        self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], generator: torch.Generator
     ) -> LayerBases:
         """The paper's protocol: a predictor per rank and side, the other side left at full rank."""
         start_k, start_v = self._start(statistics, probe)
@@ -145,7 +145,7 @@ class StiefAttention(Method):
             Basis(start_v.columns, None, exact_v, start_v.spectrum),
         )
 
-    def _start(self, statistics: LayerStatistics, probe: Probe) -> tuple[Basis, Basis]:
+    def _start(self, statistics: LayerStatistics, probe: LayerProbe) -> tuple[Basis, Basis]:
         keys, values = statistics.keys(probe.layout), head_blocks(statistics.values, statistics.heads)
         return principal_basis(keys, self.key_bases), principal_basis(values, self.value_bases)
 
@@ -157,7 +157,7 @@ class StiefAttention(Method):
         every: int,
         lr: float,
         batch: int,
-        probe: Probe,
+        probe: LayerProbe,
         generator: torch.Generator,
     ) -> None:
         """AdamW with cosine annealing on `loss(windows)`; keeps the parameters that `judge`, asked every few

@@ -16,7 +16,7 @@ from lowkey.core import files, optimizer_state
 from lowkey.core.head_groups import beside, blocks
 from lowkey.core.options import option
 from lowkey.core.types import Factors, LayerBases, device_of, head_blocks
-from lowkey.methods.base import Course, GradientMethod
+from lowkey.methods.base import CalibrationContext, GradientMethod
 from lowkey.models import families
 from lowkey.ops.products import roots, signs
 from lowkey.ops.schedule import falling
@@ -53,17 +53,17 @@ class StiefJoint(GradientMethod):
         "fisher-svd, then maps of all layers trained on the divergence of the whole model"
     )
     paper: ClassVar[str] = "arXiv:2601.21686"
-    finishes: ClassVar[bool] = True
+    has_finish: ClassVar[bool] = True
 
     steps: int = option(96, at_least=0, at_most=10**7)
     lr: float = option(2e-4, above=0, at_most=10)
 
-    def tune(self, bases: dict[int, LayerBases], course: Course) -> dict[int, LayerBases]:
-        return self.closed_form(course, RIDGE)
+    def tune(self, bases: dict[int, LayerBases], context: CalibrationContext) -> dict[int, LayerBases]:
+        return self.closed_form(context, RIDGE)
 
-    def finish(self, factors: dict[int, Factors], course: Course) -> dict[int, Factors]:
-        heads = families.geometry(course.model).kv_heads
-        training = Training.of(factors, course.moments, heads // (self.group or heads), course)
+    def finish(self, factors: dict[int, Factors], context: CalibrationContext) -> dict[int, Factors]:
+        heads = families.geometry(context.model).kv_heads
+        training = MapTraining.of(factors, context.gradient_moments, heads // (self.group or heads), context)
         with torch.enable_grad():
             return training.run(self.steps, self.lr)
 
@@ -95,29 +95,33 @@ class White:
 
 
 @dataclass
-class Training:
+class MapTraining:
     """The maps of all layers, and how far their training is."""
 
-    course: Course
+    context: CalibrationContext
     sides: dict[int, tuple[White, White]]
 
     @classmethod
     def of(
-        cls, factors: dict[int, Factors], found: dict[int, dict[str, Tensor]], groups: int, course: Course
-    ) -> Training:
+        cls,
+        factors: dict[int, Factors],
+        found: dict[int, dict[str, Tensor]],
+        groups: int,
+        context: CalibrationContext,
+    ) -> MapTraining:
         def white(i: int, of: str, down: Tensor, up: Tensor) -> White:
             return White(
                 head_blocks(found[i][of], groups),
                 down,
                 up,
-                device_of(families.decoder_layers(course.model)[i]),
+                device_of(families.decoder_layers(context.model)[i]),
             )
 
         sides = {
             i: (white(i, "keys", f.k_down, f.k_up), white(i, "values", f.v_down, f.v_up))
             for i, f in factors.items()
         }
-        return cls(course, sides)
+        return cls(context, sides)
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -133,9 +137,9 @@ class Training:
         else:
             best, kept = self.judged(), copies(self.parameters)
         order = self._order(steps)
-        for k in self.course.progress(range(done, steps), "training maps", steps - done):
+        for k in self.context.progress(range(done, steps), "training maps", steps - done):
             gradients = torch.autograd.grad(
-                self.loss(self.course.training[order[k]].unsqueeze(0)), self.parameters
+                self.loss(self.context.training_windows[order[k]].unsqueeze(0)), self.parameters
             )
             for p, gradient in zip(self.parameters, gradients, strict=True):
                 p.grad = gradient
@@ -153,24 +157,24 @@ class Training:
 
     def loss(self, rows: Tensor) -> Tensor:
         """KL(original || compressed) per token of windows (b, t)."""
-        model, ids = self.course.model, rows.to(device_of(self.course.model))
+        model, ids = self.context.model, rows.to(device_of(self.context.model))
         with torch.no_grad():
             original = model(ids, use_cache=False).logits
         maps = {i: Factors(*keys.maps(), *values.maps()) for i, (keys, values) in self.sides.items()}
         found = model_probe.logits(
-            model, ids, model_probe.storages(model, maps, self.course.layout), self.course.exact
+            model, ids, model_probe.storages(model, maps, self.context.layout), self.context.exact
         )
         return model_probe.divergence(found, original)
 
     @torch.no_grad()
     def judged(self) -> float:
         """The loss over held-out windows, of which a few are enough."""
-        rows = self.course.rows[-self.course.held :][:JUDGING]
+        rows = self.context.held_out_windows[:JUDGING]
         return sum(float(self.loss(row.unsqueeze(0))) for row in rows) / len(rows)
 
     def _order(self, steps: int) -> list[int]:
         """Every window once, in random order, before any comes again."""
-        generator, n = torch.Generator().manual_seed(self.course.seed), len(self.course.training)
+        generator, n = torch.Generator().manual_seed(self.context.seed), len(self.context.training_windows)
         return (
             torch.cat([torch.randperm(n, generator=generator) for _ in range(-(-steps // n))]).tolist()[
                 :steps
@@ -180,7 +184,7 @@ class Training:
         )
 
     def _save(self, optimizer: torch.optim.Optimizer, kept: list[Tensor], best: float, done: int) -> None:
-        if self.course.work is not None:
+        if self.context.work is not None:
             found = {f"parameter.{n}": p.detach() for n, p in enumerate(self.parameters)} | {
                 f"best.{n}": p for n, p in enumerate(kept)
             }
@@ -190,16 +194,16 @@ class Training:
                 "widths": self._widths(),
             }
             found |= optimizer_state.tensors_of(optimizer)
-            files.write_work(self.course.work, "training", found)
+            files.write_work(self.context.work, "training", found)
 
     def _widths(self) -> Tensor:
         """Of all latents. The job is the same for every budget, so these tell whose training was saved."""
         return torch.tensor([side.down.shape[-1] for pair in self.sides.values() for side in pair])
 
     def _saved(self) -> dict[str, Tensor] | None:
-        found, own = files.read_work(self.course.work, "training"), self._widths()
+        found, own = files.read_work(self.context.work, "training"), self._widths()
         same = found is not None and torch.equal(
-            files.fits(found, "widths", own, self.course.work or Path()), own
+            files.fits(found, "widths", own, self.context.work or Path()), own
         )
         return found if same else None
 
@@ -207,7 +211,7 @@ class Training:
     def _restored(
         self, found: dict[str, Tensor], optimizer: torch.optim.Optimizer, steps: int
     ) -> tuple[float, list[Tensor], int]:
-        work = self.course.work or Path()
+        work = self.context.work or Path()
         kept = [files.fits(found, f"best.{n}", p, work).to(p.device) for n, p in enumerate(self.parameters)]
         for n, p in enumerate(self.parameters):
             p.copy_(files.fits(found, f"parameter.{n}", p, work))

@@ -25,10 +25,10 @@ from lowkey.storage.second_moments import joint_moment
 
 SAVE_EVERY = 8  # windows between two saves of the pass
 NAMES = ("keys", "values", "key_gradients", "value_gradients")
-Moments = dict[int, dict[str, Tensor]]
+GradientMoments = dict[int, dict[str, Tensor]]
 
 
-class Shifted:
+class GradientCapture:
     """Gives keys and values back with a zero added, as which their gradient can be had. Attributes: keys and
     values as they are stored (b, h, t, d), and the zeros."""
 
@@ -45,7 +45,7 @@ class Shifted:
         return rotate(keys, cos, sin) if self.layout == "pre_rope" else keys, values
 
 
-def gather(
+def gather_gradient_moments(
     model: PreTrainedModel,
     rows: Tensor,
     layout: Layout,
@@ -53,7 +53,7 @@ def gather(
     seed: int,
     work: Path | None = None,
     progress: Progress = silent,
-) -> Moments:
+) -> GradientMoments:
     """Of every compressible layer, in fp64: `keys`, `values`, `key_gradients` and `value_gradients` (h d, h
     d), sums of outer products over windows (n, t) of ids, heads side by side.
 
@@ -70,7 +70,7 @@ def gather(
     with only([], model), torch.enable_grad():
         windows = list(enumerate(rows))[done:]
         for n, row in progress(windows, "Fisher information", len(windows)):
-            for i, layer in of_window(model, row.unsqueeze(0), layout, exact, seed + n).items():
+            for i, layer in window_gradients(model, row.unsqueeze(0), layout, exact, seed + n).items():
                 x = {
                     name: joint_moment(t[:, :, kept].float()).double().cpu()
                     for name, t in zip(NAMES, layer, strict=True)
@@ -81,11 +81,13 @@ def gather(
     return sums
 
 
-def of_window(
+def window_gradients(
     model: PreTrainedModel, ids: Tensor, layout: Layout, exact: Exact, seed: int
 ) -> dict[int, tuple[Tensor, ...]]:
     """Keys, values and their gradients (1, h, t, d) in every layer."""
-    layers = {i: Shifted(layout, families.rope(model, i)) for i in families.geometry(model).compressible}
+    layers = {
+        i: GradientCapture(layout, families.rope(model, i)) for i in families.geometry(model).compressible
+    }
     logits = model_probe.logits(model, ids.to(device_of(model)), dict(layers), exact)[0].float()
     generator = torch.Generator(logits.device).manual_seed(seed)
     labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
@@ -94,7 +96,7 @@ def of_window(
     return {i: (layer.keys, layer.values, next(gradients), next(gradients)) for i, layer in layers.items()}
 
 
-def fisher_bases(found: Moments, heads: int, t: int, ridge: float) -> dict[int, LayerBases]:
+def fisher_bases(found: GradientMoments, heads: int, t: int, ridge: float) -> dict[int, LayerBases]:
     """Per layer the oblique projectors P that minimise tr(F E C E^T), E = I - P, of every t of the heads side
     by side, for keys and for values, from their second moments C and those of their gradients F. ridge: what
     is added to C, relative to its mean eigenvalue."""
@@ -109,13 +111,13 @@ def fisher_bases(found: Moments, heads: int, t: int, ridge: float) -> dict[int, 
     }
 
 
-def _save(work: Path | None, sums: Moments, done: int) -> None:
+def _save(work: Path | None, sums: GradientMoments, done: int) -> None:
     if work is not None:
         tensors = {f"{i}.{name}": t for i, layer in sums.items() for name, t in layer.items()}
         files.write_work(work, "gradients", tensors | {"done": torch.tensor(done)})
 
 
-def _load(work: Path | None, model: PreTrainedModel, windows: int) -> tuple[Moments, int]:
+def _load(work: Path | None, model: PreTrainedModel, windows: int) -> tuple[GradientMoments, int]:
     tensors = files.read_work(work, "gradients")
     if work is None or tensors is None:
         return {}, 0

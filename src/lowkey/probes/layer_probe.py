@@ -37,7 +37,7 @@ class OneLayerCache:
 
 
 @dataclass
-class Rebuilt:
+class LowRankReconstruction:
     """Keys and values as a low-rank layer would give them back; the attention that follows is the stock one.
 
     The same numbers as through `CodedLayer`, at about half its cost, and the maps may differ from row to row.
@@ -71,7 +71,7 @@ def rebuilt(x: Tensor, down: Tensor, up: Tensor, mean: Tensor | None) -> Tensor:
     return split(merged(x - mean.unsqueeze(1), down), up) + mean.unsqueeze(1)
 
 
-def layer_in_full(model: PreTrainedModel, layer: int) -> nn.Module:
+def layer_in_fp32(model: PreTrainedModel, layer: int) -> nn.Module:
     """A copy of a decoder layer in fp32. Errors: LowkeyError for quantised or packed weights, whose scales
     that would not take along.
     """
@@ -125,7 +125,7 @@ def _white(weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @dataclass
-class Probe:
+class LayerProbe:
     """One layer in fp32, its inputs and its uncompressed outputs (n, t, D); the last `held` windows are for
     judging only.
     """
@@ -150,9 +150,9 @@ class Probe:
         held: int,
         batch: int = 4,
         exact: Exact = NOTHING,
-    ) -> Probe:
+    ) -> LayerProbe:
         """exact: the tokens that the cache will keep as they are, as far as the windows show any other."""
-        block = layer_in_full(model, index)
+        block = layer_in_fp32(model, index)
         outputs, shown = passed(model, index, block, inputs, None, batch), exact.visible(inputs.shape[1])
         return cls(model, index, layout, block, families.rope(model, index), inputs, outputs, held, shown)
 
@@ -205,7 +205,7 @@ class Probe:
         device = device_of(self.block)
         out = self.run(
             self.inputs[windows].to(device),
-            ReconstructionLayer(Rebuilt(factors, self.layout, self.rope), self.exact),
+            ReconstructionLayer(LowRankReconstruction(factors, self.layout, self.rope), self.exact),
         )
         return relative_errors(out, self.outputs[windows].to(device), self.exact)
 

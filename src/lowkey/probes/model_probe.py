@@ -16,7 +16,7 @@ from lowkey.allocation.profile import Pair
 from lowkey.core.progress import Progress
 from lowkey.core.types import Factors, LayerBases, Layout, device_of
 from lowkey.models import families
-from lowkey.probes.layer_probe import Rebuilt
+from lowkey.probes.layer_probe import LowRankReconstruction
 from lowkey.storage.base import StockLayer, StockSlidingLayer
 from lowkey.storage.exact import NOTHING, Exact
 from lowkey.storage.reconstruction import KVTransform, ReconstructionLayer
@@ -40,7 +40,7 @@ def logits(
 
 
 def storages(model: PreTrainedModel, factors: dict[int, Factors], layout: Layout) -> dict[int, KVTransform]:
-    return {i: Rebuilt(f, layout, families.rope(model, i)) for i, f in factors.items()}
+    return {i: LowRankReconstruction(f, layout, families.rope(model, i)) for i, f in factors.items()}
 
 
 @torch.no_grad()
@@ -69,7 +69,7 @@ def divergence(found: Tensor, original: Tensor, temperature: float = 1.0) -> Ten
     return kl_div(found, original, log_target=True, reduction="batchmean")
 
 
-def losses_grown(
+def loss_increases(
     model: PreTrainedModel,
     rows: Tensor,
     bases: dict[int, LayerBases],
