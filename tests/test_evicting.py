@@ -19,7 +19,7 @@ from lowkey.models import families
 from lowkey.policies import POLICIES, SnapKV, policy_from_dict, policy_to_dict
 from lowkey.storage import evicting
 from lowkey.storage.codec import LowRank
-from lowkey.storage.evicting import Round
+from lowkey.storage.evicting import CacheWideEviction
 
 PADS = [7, 0]
 LENGTH = 120
@@ -30,7 +30,7 @@ HEADS = {kind: [[1.0, 2.0, 0.0, 5.0]] * 3 for kind in ("copy", "r2", "er", "mass
 
 def evicting_cache(model, policy, layout=None, ranks=(pico.HEAD_DIM, pico.HEAD_DIM)):
     full = families.geometry(model).compressible
-    meeting, maps = Round(len(full)), pico.layer_factors(model, *ranks) if layout else {}
+    meeting, maps = CacheWideEviction(len(full)), pico.layer_factors(model, *ranks) if layout else {}
 
     def build(i):
         rope = families.rope(model, i)
