@@ -414,7 +414,7 @@ class Largest(TorchDispatchMode):
 )
 def test_no_matrix_of_prompt_by_prompt_is_formed(name, options, monkeypatch):
     """For all heads; a mask of booleans for one is what transformers makes."""
-    monkeypatch.setattr(base, "CACHED", 2**17)
+    monkeypatch.setattr(base, "BLOCK_ON_CPU", 2**17)
     ids = prompt(800, batch=1)
     with Largest() as seen:
         kept_by(attached("llama"), name, ids, "10%", **options)

@@ -544,9 +544,9 @@ def test_scores_that_carry_over_do_not_depend_on_the_chunks(policy):
 def test_blocks_of_queries_change_nothing(name, monkeypatch):
     policy, context = CASES[name][0], evicted()
     whole = policy.score(context)
-    monkeypatch.setattr(base, "CACHED", 2 * context.keys.shape[2] * 2 * HEADS * GROUPS)
-    monkeypatch.setattr(base, "LEAST", 1)
-    monkeypatch.setattr(expected, "BLOCK", 3)
+    monkeypatch.setattr(base, "BLOCK_ON_CPU", 2 * context.keys.shape[2] * 2 * HEADS * GROUPS)
+    monkeypatch.setattr(base, "MIN_QUERIES", 1)
+    monkeypatch.setattr(expected, "QUERY_BLOCK", 3)
     torch.testing.assert_close(policy.score(context), whole, rtol=1e-5, atol=1e-6)
 
 

@@ -1,5 +1,8 @@
-"""Eviction policies. SCORES has one class per score; POLICIES names them together with the allocator they are
-known with.
+"""Eviction policies: which tokens each head keeps. One score per file.
+
+`SCORES` has every score's class by name. `POLICIES` has what users choose from: a score with the allocator
+that its paper uses. May import `core` and `ops`; policies do not import one another, except that ThinK
+extends SnapKV.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from dataclasses import asdict, fields
 from functools import partial
 from typing import Any
 
-from lowkey.core.types import LowkeyError
+from lowkey.core.errors import LowkeyError
 from lowkey.policies.allocators import ALLOCATORS, HeadKV
 from lowkey.policies.base import Policy
 from lowkey.policies.curdkv import CurDKV
@@ -57,46 +60,54 @@ POLICIES: dict[str, Callable[..., Policy]] = {
 
 
 def policy_to_dict(policy: Policy) -> dict:
-    """A policy as JSON: the names of its score and allocator, and their parameters."""
-    split = policy.resolved_allocator()
+    """A policy as JSON has it.
+
+    Returns:
+        The names of its score and of its allocator (a class's path if it is not one of ours), the budget as
+        text or None, and the parameters of both.
+    """
+    allocator = policy.resolved_allocator()
     parameters = {
         f.name: getattr(policy, f.name) for f in fields(policy) if f.name not in ("budget", "allocator")
     }
-    allocator = {"name": _name(split, ALLOCATORS), "parameters": asdict(split)}  # type: ignore[call-overload]
     return {
         "name": _name(policy, SCORES),
         "budget": policy.budget and str(policy.budget),
         "parameters": parameters,
-        "allocator": allocator,
+        "allocator": {"name": _name(allocator, ALLOCATORS), "parameters": asdict(allocator)},  # type: ignore[call-overload]
     }
 
 
-def policy_from_dict(words: dict) -> Policy:
-    """The policy that `policy_to_dict` described. Errors: LowkeyError for names or parameters that are not
-    known here.
+def policy_from_dict(written: dict) -> Policy:
+    """The policy that `policy_to_dict` described.
+
+    Raises:
+        LowkeyError: a name or a parameter is not known here.
     """
     try:
-        split = ALLOCATORS[words["allocator"]["name"]](**_tuples(words["allocator"]["parameters"]))
-        return SCORES[words["name"]](words["budget"], allocator=split, **_tuples(words["parameters"]))
+        allocator = written["allocator"]
+        split = ALLOCATORS[allocator["name"]](**_tuples(allocator["parameters"]))
+        return SCORES[written["name"]](written["budget"], allocator=split, **_tuples(written["parameters"]))
     except LowkeyError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise LowkeyError(
-            f"policy {str(words)[:80]!r} is not known here ({error}); it is of a newer lowkey or an outside "
-            "class"
+            f"policy {str(written)[:80]!r} is not known here ({error}); it is of a newer lowkey or an "
+            "outside class"
         ) from None
 
 
 def _name(thing: object, table: dict[str, Any]) -> str:
-    """Its short name, or its class's path when it is not one of ours."""
+    """The name of an object's class in `table`, or the class's path if it is not one of ours."""
     known = (name for name, kind in table.items() if type(thing) is kind)
     return next(known, f"{type(thing).__module__}:{type(thing).__qualname__}")
 
 
 def _tuples(parameters: dict) -> dict:
-    """JSON's lists as the tuples that they were."""
+    """Parameters with tuples in the place of the lists that JSON makes of them."""
     return {name: _tuple(value) for name, value in parameters.items()}
 
 
 def _tuple(value: object) -> object:
+    """A value with tuples in the place of lists, at every depth."""
     return tuple(_tuple(v) for v in value) if isinstance(value, list) else value

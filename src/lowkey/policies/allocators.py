@@ -1,5 +1,7 @@
-"""How many tokens each layer and head keeps. Every allocator gives a total that is exact, within what there
-is.
+"""Token allocators: how many tokens each layer and each head keeps.
+
+Every allocator gives counts whose sum is exactly the budget, as far as there are that many tokens. (`Blocks`
+may stay below it by less than a block, and `AtLeast` has no budget.)
 """
 
 from __future__ import annotations
@@ -12,21 +14,26 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
+from lowkey.core.errors import LowkeyError
 from lowkey.core.options import Checked, option
-from lowkey.core.types import LowkeyError
 from lowkey.ops.apportion import apportion
 
 Scope = Literal["layer", "cache"]
 HeadImportance = Mapping[str, Sequence[Sequence[float]]]
-"""By kind (`copy`, `r2`, ...): one number for every compressed layer and KV head."""
+"""Head scores by kind (`copy`, `r2`, ...): one number for every compressed layer and KV head."""
 
 
 @dataclass(frozen=True)
 class AllocationRequest:
-    """One batch row's question: layers in scope, n of them, of `layers` in all; the first is number `first`.
+    """What an allocator is asked for one row of the batch: the scores of some consecutive layers.
 
-    scores (n, h, s): +inf for tokens that stay in any case, -inf where there is none. mean: tokens per head,
-    on average over the cache. tokens: how many the row has seen.
+    Args:
+        scores: (n, h, s) for the n layers in scope. +inf marks tokens that are always kept (sinks and recent
+            ones), -inf marks places that hold no token.
+        mean_tokens: the budget: tokens per head, on average over all layers and heads of the cache.
+        tokens_seen: number of tokens that the row has read.
+        first_layer: number of the first layer in scope, among the cache's compressible layers.
+        total_layers: number of compressible layers of the cache.
     """
 
     scores: Tensor
@@ -37,17 +44,18 @@ class AllocationRequest:
 
     @property
     def minimum(self) -> Tensor:
-        """(n, h): what each head keeps in any case."""
+        """Number of tokens that each head always keeps (n, h)."""
         return self.scores.isposinf().sum(-1).cpu()
 
     @property
     def maximum(self) -> Tensor:
-        """(n, h): what each head has."""
+        """Number of tokens that each head holds (n, h)."""
         return (~self.scores.isneginf()).sum(-1).cpu()
 
     def share(self) -> int:
-        """The tokens for the layers in scope when all layers get the same; over all layers they add up
-        exactly.
+        """Tokens for the layers in scope if all layers get the same.
+
+        Shares are differences of a rounded running total, so that those of all layers add up exactly.
         """
         n, h = self.scores.shape[:2]
         whole = min(self.mean_tokens, self.tokens_seen) * h * self.total_layers
@@ -57,63 +65,85 @@ class AllocationRequest:
 
 
 class Allocator(Checked, ABC):
-    """scope: `layer` decides as soon as a layer has its scores, so that a long prompt is never held whole;
-    `cache` needs all layers'.
+    """Splits a budget over layers and heads.
+
+    Attributes:
+        scope: what is decided at once. `layer`: each layer decides as soon as it has its scores, so that a
+            long prompt is never held whole. `cache`: the scores of all layers are needed.
+        summary: one line for the command line.
+        bounded: whether a budget bounds the counts.
     """
 
     scope: ClassVar[Scope]
     summary: ClassVar[str]
-    bounded: ClassVar[bool] = True  # whether a budget bounds it
+    bounded: ClassVar[bool] = True
 
     @abstractmethod
     def counts(self, request: AllocationRequest) -> Tensor:
-        """Tokens kept (n, h)."""
+        """Number of tokens that each layer in scope and each head keeps (n, h), on the CPU."""
 
     def with_head_scores(self, heads: HeadImportance) -> Self:
-        """With the head importance that it asks for, found in `heads`; most ask for none. Errors: LowkeyError
-        when it is not there.
+        """A copy that has the head scores it needs; most allocators need none.
+
+        Args:
+            heads: head scores by kind.
+
+        Raises:
+            LowkeyError: scores of a kind that is needed are missing.
         """
         return self
 
 
 @dataclass(frozen=True)
 class Uniform(Allocator):
-    """The same for every layer and head."""
+    """Uniform: every layer and head keeps the same number of tokens."""
 
     scope: ClassVar[Scope] = "layer"
     summary: ClassVar[str] = "the same for every layer and head"
 
     def counts(self, request: AllocationRequest) -> Tensor:
-        return _spread(request, torch.ones(request.scores.shape[:2]), request.share())
+        return _apportioned(request, torch.ones(request.scores.shape[:2]), request.share())
 
 
 @dataclass(frozen=True)
 class Pyramid(Allocator):
-    """PyramidKV (arXiv:2406.02069): beyond what is protected, layers get b/beta tokens at the top and 2b -
-    b/beta at the bottom.
+    """PyramidKV: lower layers keep more. All heads of a layer keep the same number.
+
+    With b the budget per head beyond sinks and recent tokens, layers get from `2b - b/beta` (the first) to
+    `b/beta` (the last), in equal steps.
+
+    Args:
+        beta: how much is shifted to lower layers; 1 gives all layers the same (default 20, as in the paper).
+
+    Source: arXiv:2406.02069.
     """
 
     scope: ClassVar[Scope] = "layer"
     summary: ClassVar[str] = "more for lower layers, on a straight line (arXiv:2406.02069)"
 
-    # 1 deals evenly, larger values lean more on the lower layers
     beta: float = option(20.0, at_least=1, at_most=1e9)
 
     def counts(self, request: AllocationRequest) -> Tensor:
-        h, floor = request.scores.shape[1], float(request.minimum.max())
-        b = max(0.0, min(request.mean_tokens, request.tokens_seen) - floor)
-        slope = (
-            torch.linspace(2 * b - b / self.beta, b / self.beta, request.total_layers)
-            if request.total_layers > 1
-            else torch.tensor([b])
-        )
-        return _static(request, slope.unsqueeze(1).expand(-1, h), floor)
+        h, protected = request.scores.shape[1], float(request.minimum.max())
+        b = max(0.0, min(request.mean_tokens, request.tokens_seen) - protected)
+        if request.total_layers > 1:
+            line = torch.linspace(2 * b - b / self.beta, b / self.beta, request.total_layers)
+        else:
+            line = torch.tensor([b])
+        return _apportioned_over_cache(request, line.unsqueeze(1).expand(-1, h), protected)
 
 
 @dataclass(frozen=True)
 class Ada(Allocator):
-    """Ada-KV (arXiv:2407.11550): the layer's best tokens over all its heads say how many each head gets; a
-    part alpha is dealt equally.
+    """Ada-KV: the heads of a layer compete for the layer's share.
+
+    The layer's best tokens over all its heads, as many as its share, are counted by head. A head gets
+    `(1 - alpha) * its count + alpha * the mean count`.
+
+    Args:
+        alpha: part that is split equally, a safeguard for heads of low scores (default 0.2).
+
+    Source: arXiv:2407.11550, algorithm 1.
     """
 
     scope: ClassVar[Scope] = "layer"
@@ -123,14 +153,20 @@ class Ada(Allocator):
 
     def counts(self, request: AllocationRequest) -> Tensor:
         total = request.share()
-        best = _best(request.scores, total).double()
-        return _spread(request, (1 - self.alpha) * best + self.alpha * best.mean(), total)
+        n, h, s = request.scores.shape
+        best = request.scores.flatten().argsort(descending=True, stable=True)[:total]
+        number = torch.bincount(best.cpu() // s, minlength=n * h).view(n, h).double()
+        return _apportioned(request, (1 - self.alpha) * number + self.alpha * number.mean(), total)
 
 
 @dataclass(frozen=True)
 class Global(Ada):
-    """One threshold for all layers and heads (KVzip's `pair`, arXiv:2505.23416), with a part alpha dealt
-    equally.
+    """Global threshold: all layers and heads compete, which is `Ada` over the whole cache.
+
+    Args:
+        alpha: part that is split equally (default 0).
+
+    Source: KVzip's non-uniform mode, arXiv:2505.23416.
     """
 
     scope: ClassVar[Scope] = "cache"
@@ -141,11 +177,16 @@ class Global(Ada):
 
 @dataclass(frozen=True)
 class Blocks(Allocator):
-    """KV-Compress (arXiv:2410.00161): whole blocks of a head's tokens in order of score, each worth its last;
-    one sort over the cache.
+    """KV-Compress: all layers and heads compete with whole blocks of tokens.
 
-    Tokens that stay in any case are in no block. The best blocks are taken until the next does not fit, so
-    that the total may be short of the share by less than a block.
+    The tokens of a head are sorted by score and cut into blocks; a block is worth its lowest score. Blocks of
+    the whole cache are taken in that order, and the first that does not fit ends it: the sum may be below the
+    budget by less than a block. Tokens that are always kept are in no block.
+
+    Args:
+        size: number of tokens of a block (default 16).
+
+    Source: arXiv:2410.00161.
     """
 
     scope: ClassVar[Scope] = "cache"
@@ -159,37 +200,44 @@ class Blocks(Allocator):
         ranked = (
             request.scores.masked_fill(request.scores.isposinf(), -torch.inf).sort(-1, descending=True).values
         )
-        room = -(-s // self.size) * self.size - s
-        ranked = torch.nn.functional.pad(ranked, (0, room), value=-torch.inf)
-        worth = ranked.view(n, h, -1, self.size)
-        # a last, hanging block is worth its own last token
-        last = torch.where(worth.isneginf(), torch.inf, worth).amin(-1)
-        last = last.masked_fill(worth[..., 0].isneginf(), -torch.inf)
-        order = last.flatten().argsort(descending=True, stable=True).cpu()
-        sizes = (~worth.isneginf()).sum(-1).flatten().cpu()[order]
+        padding = -(-s // self.size) * self.size - s
+        ranked = torch.nn.functional.pad(ranked, (0, padding), value=-torch.inf)
+        blocks = ranked.view(n, h, -1, self.size)
+        # The last block of a head may be short: it is worth its own last token. An empty block is worth
+        # nothing.
+        lowest = torch.where(blocks.isneginf(), torch.inf, blocks).amin(-1)
+        lowest = lowest.masked_fill(blocks[..., 0].isneginf(), -torch.inf)
+        order = lowest.flatten().argsort(descending=True, stable=True).cpu()
+        sizes = (~blocks.isneginf()).sum(-1).flatten().cpu()[order]
         taken = sizes * (sizes.cumsum(0) <= free)
-        return request.minimum.flatten().index_add(0, order // last.shape[-1], taken).view(n, h)
+        return request.minimum.flatten().index_add(0, order // lowest.shape[-1], taken).view(n, h)
 
 
 @dataclass(frozen=True)
 class HeadKV(Allocator):
-    """HeadKV (arXiv:2410.19258): of each head's tokens a part 1/beta goes to a pool that is dealt out by head
-    importance.
+    """HeadKV: heads get tokens by an importance that was measured beforehand.
 
-    kind: which importance to take from a plan or a file of head scores: `copy` (HeadKV-R), `r2` (HeadKV-R2),
-    `er`, `mass`.
-    importance: per layer, its KV heads' scores, when given directly; they need not add up to one. floor
-    (ours): the share that each layer gets at least of what it would get if all layers got the same, beyond
-    what is protected; what that adds to a layer is dealt evenly to its heads. Scores are of heads that look
-    at the answer: layers that read the question may have none. A head's share beyond what there is goes to
-    the others in proportion to their importance; the published code loses it.
+    Beyond sinks and recent tokens, `1/beta` of every head's budget goes to a pool that is split in proportion
+    to head importance; the rest stays with the head. What a head cannot use, since its share exceeds the
+    tokens there are, goes to the others in proportion to their importance.
+
+    Args:
+        kind: kind of head scores that is taken from a plan or from a file: `copy` (HeadKV-R), `r2`
+            (HeadKV-R2), `er` or `mass` (default `r2`).
+        beta: 1 splits everything by importance; larger values split more equally (default 1.2).
+        floor: share that each layer gets at least of what it would get if all layers got the same, beyond
+            sinks and recent tokens (default 0). What this adds to a layer is split equally among its heads.
+        importance: scores per layer and KV head, given directly; they need not add up to one (default: none).
+
+    Source: arXiv:2410.19258. Where we differ: the published code loses what a head cannot use. `floor`
+    is ours: scores measure the heads that attend to the answer, and layers that read the question may have
+    none.
     """
 
     scope: ClassVar[Scope] = "layer"
     summary: ClassVar[str] = "heads by measured importance (arXiv:2410.19258)"
 
     kind: str = option("r2", any_text=True)
-    # 1 deals everything by importance, larger values deal more equally
     beta: float = option(1.2, at_least=1, at_most=1e9)
     floor: float = option(0.0, at_least=0, at_most=1)
     importance: tuple[tuple[float, ...], ...] = option((), at_least=0)
@@ -197,25 +245,34 @@ class HeadKV(Allocator):
     def with_head_scores(self, heads: HeadImportance) -> Self:
         if self.importance:
             return self
-        (found,) = _importance((self.kind,), heads, "headkv")
-        return replace(self, importance=found)
+        (scores,) = _scores_of_kinds((self.kind,), heads, "headkv")
+        return replace(self, importance=scores)
 
     def counts(self, request: AllocationRequest) -> Tensor:
-        weights = _checked(self.importance, request, (self.kind,))
+        weights = _checked_importance(self.importance, request, (self.kind,))
         if self.floor:
+            # A layer whose weight is w times the mean gets 1 - 1/beta + w/beta of an even share. That is at
+            # least `floor` if w >= (floor - 1) beta + 1.
             weights = _with_floor(weights, (self.floor - 1) * self.beta + 1)
         protected = float(request.minimum.max())
         free = max(0.0, min(request.mean_tokens, request.tokens_seen) - protected)
-        return _static(request, weights, protected + free - free / self.beta)
+        return _apportioned_over_cache(request, weights, protected + free - free / self.beta)
 
 
 @dataclass(frozen=True)
 class Classes(Allocator):
-    """Two classes of heads (RazorAttention, arXiv:2407.15891): retrieval heads keep all they can; the others
-    share what is left equally.
+    """RazorAttention's two classes of heads: retrieval heads keep all they can, the others share the rest
+    equally.
 
-    induction, echo: which share of the KV heads, by those scores, are retrieval heads (the paper's 14 % and 1
-    %). importance: per layer, 1 for the retrieval heads and 0 for the others, when given directly.
+    A KV head is a retrieval head if it is among the highest by either of two scores.
+
+    Args:
+        induction: share of the KV heads that are retrieval heads by their induction score (default 0.14).
+        echo: share of the KV heads that are retrieval heads by their echo score (default 0.01).
+        importance: per layer and KV head, 1 for retrieval heads and 0 for the others, given directly
+            (default: none).
+
+    Source: arXiv:2407.15891, from which the defaults are.
     """
 
     scope: ClassVar[Scope] = "layer"
@@ -228,21 +285,25 @@ class Classes(Allocator):
     def with_head_scores(self, heads: HeadImportance) -> Self:
         if self.importance:
             return self
-        found = _importance(("induction", "echo"), heads, "classes")
-        chosen = [
-            _top(scores, share) for scores, share in zip(found, (self.induction, self.echo), strict=True)
-        ]
-        either = (chosen[0] | chosen[1]).double().tolist()
-        return replace(self, importance=tuple(tuple(row) for row in either))
+        induction, echo = _scores_of_kinds(("induction", "echo"), heads, "classes")
+        retrieval = _highest(induction, self.induction) | _highest(echo, self.echo)
+        return replace(self, importance=tuple(tuple(row) for row in retrieval.double().tolist()))
 
     def counts(self, request: AllocationRequest) -> Tensor:
-        retrieval = _checked(self.importance, request, ("induction", "echo")) > 0
-        return _static(request, torch.where(retrieval, 1.0, 1e-9), float(request.minimum.max()))
+        retrieval = _checked_importance(self.importance, request, ("induction", "echo")) > 0
+        # The small weight is met only after retrieval heads hold all their tokens.
+        weights = torch.where(retrieval, 1.0, 1e-9)
+        return _apportioned_over_cache(request, weights, float(request.minimum.max()))
 
 
 @dataclass(frozen=True)
 class AtLeast(Allocator):
-    """Every token that scores at least `score`, whatever that takes: for a policy without a budget."""
+    """Threshold: every token of a sufficient score is kept, whatever memory that takes. For policies without
+    a budget.
+
+    Args:
+        score: the lowest score that is kept (default 1).
+    """
 
     scope: ClassVar[Scope] = "layer"
     summary: ClassVar[str] = "every token that scores enough, without a budget"
@@ -266,34 +327,52 @@ ALLOCATORS: dict[str, type[Allocator]] = {
 }
 
 
-def _importance(
-    kinds: Sequence[str], heads: HeadImportance, name: str
+def _scores_of_kinds(
+    kinds: Sequence[str], heads: HeadImportance, allocator: str
 ) -> list[tuple[tuple[float, ...], ...]]:
-    """Of each kind, per layer its KV heads' scores. Errors: LowkeyError that names what makes all that are
-    missing.
+    """The scores of each kind, per layer and KV head.
+
+    Args:
+        kinds: which kinds are needed.
+        heads: head scores by kind.
+        allocator: the allocator's name, for the message.
+
+    Raises:
+        LowkeyError: kinds are missing; the message has the commands that measure them.
     """
     if missing := [kind for kind in kinds if kind not in heads]:
         there = f", and there are {', '.join(map(repr, heads))}" if heads else ""
         passed = " ".join(f"--heads {kind}.json" for kind in missing)
         wanted = " and ".join(map(repr, missing))
         raise LowkeyError(
-            f"allocator {name!r}: needs head scores of kind {wanted}{there}; {_commands(missing)}, then pass "
-            f"{passed}"
+            f"allocator {allocator!r}: needs head scores of kind {wanted}{there}; {_commands(missing)}, then "
+            f"pass {passed}"
         )
     return [tuple(tuple(float(x) for x in row) for row in heads[kind]) for kind in kinds]
 
 
 def _commands(kinds: Sequence[str]) -> str:
+    """How to measure head scores of these kinds, for messages."""
     return "run " + " and ".join(f"`lowkey heads MODEL --kind {kind} --out {kind}.json`" for kind in kinds)
 
 
 def _with_floor(weights: Tensor, least: float) -> Tensor:
-    """Weights (layers, h) adding up to 1, of which no layer has less than `least` of the mean layer; the
-    others are less for it, in proportion. What a layer is given on top is dealt evenly: all its heads read
-    the question, whatever they score."""
+    """Raise the weights of layers that get too little; the others pay for it in proportion.
+
+    What a layer gets on top is split equally among its heads: all of them read the question, whatever their
+    scores.
+
+    Args:
+        weights: (layers, h).
+        least: the lowest sum of a layer's weights, as a share of the mean layer's sum.
+
+    Returns:
+        Weights (layers, h) that add up to 1.
+    """
     weights = weights / weights.sum().clamp_min(1e-300)
     sums, least = weights.sum(1), max(0.0, least) / len(weights)
-    raised = sums < 0  # none yet
+    raised = torch.zeros_like(sums, dtype=torch.bool)
+    # Raising some layers lowers the others, which may then be too low themselves.
     while bool((more := ~raised & (sums < least * (1 - 1e-9))).any()):
         raised = raised | more
         rest = weights.sum(1).masked_fill(raised, 0.0)
@@ -305,54 +384,57 @@ def _with_floor(weights: Tensor, least: float) -> Tensor:
     return torch.where(raised.unsqueeze(1), on_top, weights * (sums / own.clamp_min(1e-300)).unsqueeze(1))
 
 
-def _top(importance: Sequence[Sequence[float]], share: float) -> Tensor:
-    """Which heads are among the highest `share` of all, at least one."""
-    flat = torch.tensor(importance).flatten()
+def _highest(scores: Sequence[Sequence[float]], share: float) -> Tensor:
+    """Which heads (layers, h) are among the highest `share` of all heads; at least one is."""
+    flat = torch.tensor(scores).flatten()
     best = flat.argsort(descending=True, stable=True)[: max(1, round(share * len(flat)))]
-    return torch.zeros(len(flat), dtype=torch.bool).index_fill(0, best, True).view(len(importance), -1)
+    return torch.zeros(len(flat), dtype=torch.bool).index_fill(0, best, True).view(len(scores), -1)
 
 
-def _checked(
+def _checked_importance(
     importance: tuple[tuple[float, ...], ...], request: AllocationRequest, kinds: Sequence[str]
 ) -> Tensor:
+    """Head importance as a tensor (layers, h) in fp64.
+
+    Raises:
+        LowkeyError: it has another number of layers or heads than the cache.
+    """
     weights, h = torch.tensor(importance, dtype=torch.float64), request.scores.shape[1]
     if weights.shape != (request.total_layers, h):
         raise LowkeyError(
-            f"head importance of shape {tuple(weights.shape)}: the model has {request.total_layers} layers of {h} KV "
-            f"heads; {_commands(kinds)}"
+            f"head importance of shape {tuple(weights.shape)}: the model has {request.total_layers} layers "
+            f"of {h} KV heads; {_commands(kinds)}"
         )
     return weights
 
 
-def _spread(request: AllocationRequest, weights: Tensor, total: int) -> Tensor:
-    """`total` over the heads in scope by weight, (n, h)."""
-    shape = request.scores.shape[:2]
-    return apportion(weights.flatten(), total, request.minimum.flatten(), request.maximum.flatten()).view(
-        shape
-    )
+def _apportioned(request: AllocationRequest, weights: Tensor, total: int) -> Tensor:
+    """Split `total` tokens over the heads in scope in proportion to weights (n, h), within what each can
+    hold.
+    """
+    counts = apportion(weights.flatten(), total, request.minimum.flatten(), request.maximum.flatten())
+    return counts.view(request.scores.shape[:2])
 
 
-def _static(request: AllocationRequest, weights: Tensor, base: float) -> Tensor:
-    """Counts for the layers in scope when weights (layers, h) for all are known beforehand: one water-filling
-    over the whole cache.
+def _apportioned_over_cache(request: AllocationRequest, weights: Tensor, base: float) -> Tensor:
+    """Counts (n, h) of the layers in scope when the weights of all layers are known beforehand.
 
-    What a layer's heads lack (they hold less than the row has seen, after an earlier eviction) goes to its
-    other heads.
+    The whole cache is split each time, so that every layer can decide by itself and all sums fit together.
+
+    Args:
+        request: the scores of the layers in scope.
+        weights: (layers, h) for all layers.
+        base: tokens that each head gets whatever its weight.
     """
     n, h = request.scores.shape[:2]
-    low = request.minimum.amax().expand(request.total_layers * h)
-    whole = round(min(request.mean_tokens, request.tokens_seen) * h * request.total_layers)
-    caps = apportion(
-        weights.flatten(), whole, low, torch.full((request.total_layers * h,), request.tokens_seen), base
-    ).view(request.total_layers, h)
-    own = caps[request.first_layer : request.first_layer + n]
+    heads = request.total_layers * h
+    whole = round(min(request.mean_tokens, request.tokens_seen) * heads)
+    low = request.minimum.amax().expand(heads)
+    high = torch.full((heads,), request.tokens_seen)
+    counts = apportion(weights.flatten(), whole, low, high, base).view(request.total_layers, h)
+    own = counts[request.first_layer : request.first_layer + n]
     if bool((own <= request.maximum).all()):
         return own.maximum(request.minimum)
-    return _spread(request, own.double(), int(own.sum()))
-
-
-def _best(scores: Tensor, total: int) -> Tensor:
-    """How many of the `total` highest scores (n, h, s) each head has, (n, h)."""
-    n, h, s = scores.shape
-    chosen = scores.flatten().argsort(descending=True, stable=True)[:total]
-    return torch.bincount(chosen.cpu() // s, minlength=n * h).view(n, h)
+    # After an earlier eviction heads hold fewer tokens than the row has seen: what some of a layer's heads
+    # lack goes to its other heads.
+    return _apportioned(request, own.double(), int(own.sum()))

@@ -1,4 +1,8 @@
-"""What a policy is: a score, an allocator and a trigger. What a score sees: a EvictionContext."""
+"""What an eviction policy is (`Policy`), and what its score is given (`EvictionContext`).
+
+Letters: b rows of the batch, h KV heads, g query heads per KV head, s candidate tokens, w queries, d head
+width.
+"""
 
 from __future__ import annotations
 
@@ -11,34 +15,49 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
+from lowkey.core.budget import Budget
+from lowkey.core.errors import LowkeyError
 from lowkey.core.options import check, option
-from lowkey.core.types import Budget, LowkeyError
 from lowkey.ops.precision import for_products
 from lowkey.policies.allocators import ALLOCATORS, Allocator, HeadImportance
 
 Pooling = Literal["max", "mean"]
 Rope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-# attention weights formed at once: 128 MiB and a few copies; on a CPU what its own cache holds
-BLOCK, CACHED = 2**25, 2**20
+
+# Attention weights that are formed at once. On an accelerator a block takes 128 MiB in fp32, and a few copies
+# of it exist for a moment. On a CPU a block is faster if it stays in the processor's own cache.
+BLOCK_ON_ACCELERATOR, BLOCK_ON_CPU = 2**25, 2**20
+# A product of few queries reads all keys for little work, so a block holds this many queries even if that
+# exceeds the limits above.
+MIN_QUERIES = 16
 NO_BUDGET = (
     "it needs a budget, like '10%' or '64 tokens'; only fastgen, or allocator 'at-least', does without"
 )
-LEAST = 16  # queries at a time, however long the context: products of fewer read all keys for little
 
 
 @dataclass(frozen=True)
 class EvictionContext:
-    """One layer's candidates when it is time to evict.
+    """What a score is given: the tokens of one layer that may be evicted, and the queries that were recorded.
 
-    keys (b, h, s, d) rotated, as attention reads them, and values (b, h, s, d); positions (b, h, s), counted
-    from each row's first token whatever the model calls it, and valid (b, h, s): False for padding and for
-    the gaps of shorter heads. queries (b, h, g, w, d): all since the last eviction, rotated, of the newest w
-    tokens, at query_positions (b, w), -1 for padding. rope: cos and sin at positions so counted. looking: the
-    queries only look and are not stored. carried (b, h, s): scores kept from earlier evictions, 0 for new
-    tokens. piece (b, 2), if the queries repeat a part of what came before: the position of its first token
-    and the one behind its last; then repeating (b, h, g, w) is the log-sum-exp of their logits over it and
-    over what came with them. sight (b|1, w, c), where attention is not causal: which of the newest c
-    candidates each query sees.
+    Positions are counted from the first token of each row, whatever position ids the model uses.
+
+    Args:
+        keys: candidate keys (b, h, s, d), rotated, as attention reads them.
+        values: candidate values (b, h, s, d).
+        positions: position of each candidate (b, h, s).
+        valid: (b, h, s), False for padding and for the gaps behind heads that hold fewer tokens.
+        queries: queries (b, h, g, w, d) of the newest w tokens, rotated: all since the last eviction.
+        query_positions: position of each query (b, w); -1 for padding.
+        scaling: factor that attention multiplies logits with.
+        softcap: attention's logit soft cap, or None.
+        rope: cos and sin of positions that are counted as here.
+        previous_scores: scores (b, h, s) that stateful policies gave at earlier evictions; 0 for new tokens.
+        repeated_span: (b, 2), given if the queries repeat an earlier part of the row: the position of its
+            first token and the one behind its last.
+        repetition_lse: (b, h, g, w), given with `repeated_span`: log-sum-exp of each query's logits over that
+            part and over the tokens of the repetition itself.
+        visible: (b or 1, w, c), given where attention is not causal: which of the newest c candidates each
+            query sees.
     """
 
     keys: Tensor
@@ -56,27 +75,45 @@ class EvictionContext:
     visible: Tensor | None = None
 
     def newest_query_positions(self, last: int = 0) -> Tensor:
-        """Positions (b, w) of the newest `last` queries of each row (0: all); -1 for the others."""
+        """Positions of the newest queries of each row.
+
+        Args:
+            last: number of queries; 0 for all.
+
+        Returns:
+            `query_positions` (b, w) with -1 for all queries that are not among the newest `last`.
+        """
         at = self.query_positions
         return at.masked_fill(at <= at.amax(1, keepdim=True) - last, -1) if last and at.shape[1] else at
 
     def logits(self, last: int = 0) -> Iterator[tuple[slice, Tensor]]:
-        """Which of each row's newest `last` queries (0: all), a few at a time, and their logits (b, h, g, w,
-        n) in fp32 over the first n candidates, since they see none of the others; -inf for what is not seen,
-        and for padding."""
+        """Attention logits of the newest queries, in blocks of queries, so that the whole matrix never
+        exists.
+
+        Args:
+            last: number of newest queries of each row; 0 for all.
+
+        Returns:
+            For each block, which queries it holds and their logits (b, h, g, block, n) in fp32. n is the
+            number of candidates up to the last that a query of the block can see; candidates behind it have
+            no logits. Padding, and what a query does not see, is -inf.
+        """
         b, h, g, w = self.queries.shape[:4]
-        there = self.positions.masked_fill(~self.valid, torch.iinfo(torch.int64).max)
-        # over rows and heads; a candidate that one lacks is never clear
-        lowest, highest = there.amin((0, 1)), there.amax((0, 1))
+        positions = self.positions.masked_fill(~self.valid, torch.iinfo(torch.int64).max)
+        # The lowest and highest position of each candidate over rows and heads. A candidate that some head
+        # lacks has the largest integer as its highest, so that it always takes the masked path below.
+        lowest, highest = positions.amin((0, 1)), positions.amax((0, 1))
         keys = for_products(self.keys).mT
-        step = max(
-            LEAST, (CACHED if keys.device.type == "cpu" else BLOCK) // max(1, b * h * g * keys.shape[3])
-        )
+        block = BLOCK_ON_CPU if keys.device.type == "cpu" else BLOCK_ON_ACCELERATOR
+        step = max(MIN_QUERIES, block // max(1, b * h * g * keys.shape[3]))
         newest = self.newest_query_positions(last)
-        for start in range(_before((newest >= 0).any(0)), w, step):
+        for start in range(_first_true((newest >= 0).any(0)), w, step):
             some = slice(start, start + step)
             at, queries = newest[:, some], for_products(self.queries[:, :, :, some]) * self.scaling
-            stop, clear = _after(lowest <= at.max()), int((highest <= at.min()).long().cumprod(0).sum())
+            # Causal attention: no query of the block sees candidates from `stop` on, every query sees the
+            # first # `clear` ones, and only those between need a mask.
+            stop = _behind_last_true(lowest <= at.max())
+            clear = int((highest <= at.min()).long().cumprod(0).sum())
             if self.visible is not None:
                 stop, clear = keys.shape[3], min(clear, keys.shape[3] - self.visible.shape[2])
             logits = (queries.flatten(2, 3) @ keys[..., :stop]).float().unflatten(2, queries.shape[2:4])
@@ -87,37 +124,61 @@ class EvictionContext:
             )
             if self.visible is not None:
                 chunk = slice(stop - clear - self.visible.shape[2], None)
-                may = self.visible[:, None, some] & (at >= 0)[:, None, :, None]
-                seen[..., chunk] = self.valid[:, :, None, clear:][..., chunk] & may
+                visible = self.visible[:, None, some] & (at >= 0)[:, None, :, None]
+                seen[..., chunk] = self.valid[:, :, None, clear:][..., chunk] & visible
             logits[..., clear:].masked_fill_(~seen.unsqueeze(2), -torch.inf)
             yield some, logits
 
     def attention(self, last: int = 0) -> Iterator[Tensor]:
-        """The softmax of `logits`; padding gets 0."""
+        """Attention weights of the newest queries, in blocks: the softmax of `logits`.
+
+        Args:
+            last: number of newest queries of each row; 0 for all.
+
+        Returns:
+            Weights (b, h, g, block, n) in fp32, as `logits`; the weights of padding are 0.
+        """
         for some, logits in self.logits(last):
             weights = logits.softmax(-1)
+            # The softmax of a query that sees nothing is NaN.
             blind = self.visible is not None or bool((self.newest_query_positions(last)[:, some] < 0).any())
             yield weights.nan_to_num_(0.0) if blind else weights
 
 
 @dataclass(frozen=True)
 class Policy(ABC):
-    """Which tokens every head keeps, and when that is decided.
+    """An eviction policy: a score for every token, an allocator that says how many each head keeps, and a
+    trigger.
 
-    budget: what is kept of the tokens seen, per head on average: `10%`, `512 tokens`, `1.5 GiB` or `4
-    KiB/token`; bytes are those of the whole cache. None only with allocator `at-least`, which keeps what
-    scores enough. allocator: how it is split over layers and heads, a name of ALLOCATORS or an object. sinks,
-    recent: the first and the newest tokens of each row stay, whatever their score; they count in the budget.
-    every: also evict after so many decode steps; 0: only after a prompt or chunk.
+    Every head keeps the tokens of the highest scores, as many as the allocator gives it. Eviction follows
+    each prompt or chunk, and each `every` decode steps.
+
+    Args:
+        budget: what is kept of the tokens seen, per head on average: `10%`, `512 tokens`, `1.5 GiB` or
+            `4 KiB/token`. Bytes are those of the whole cache. None only with an allocator that keeps every
+            token of a sufficient score (`at-least`).
+        allocator: how the budget is split over layers and heads: a name of `ALLOCATORS`, or an object
+            (default `uniform`).
+        sinks: number of first tokens of each row that are always kept; they count in the budget (default 4).
+        recent: number of newest tokens of each row that are always kept; they count in the budget (default
+            8).
+        every: evict after this many decode steps, too; 0 evicts after prompts and chunks only (default 0).
+
+    Raises:
+        LowkeyError: an option out of its range, a budget without need or missing, or one that does not hold
+            the sinks and recent tokens.
     """
 
     summary: ClassVar[str]
     paper: ClassVar[str]
-    uses_queries: ClassVar[bool] = True  # whether the score reads queries
-    stateful: ClassVar[bool] = False  # whether scores are kept with the tokens, for the next eviction
-    # whether the context must be repeated before it can be scored; `lowkey.prefill` does it
+    # Whether the score reads queries. Those of decode steps are recorded only for policies that do.
+    uses_queries: ClassVar[bool] = True
+    # Whether scores are stored with the tokens and given back at the next eviction (`previous_scores`).
+    stateful: ClassVar[bool] = False
+    # Whether the model must read the context a second time before it can be scored; `lowkey.prefill` does so.
     needs_second_pass: ClassVar[bool] = False
-    layer: ClassVar[str] = "evicting"  # which cache layer it needs
+    # The cache layer that stores what this policy keeps, a name of `lowkey.cache.cache.LAYERS`.
+    layer: ClassVar[str] = "evicting"
 
     budget: Budget | str | None
     allocator: str | Allocator = "uniform"
@@ -142,6 +203,11 @@ class Policy(ABC):
             raise LowkeyError(self.budget_too_small(parsed.amount))
 
     def budget_too_small(self, tokens: float) -> str:
+        """The message for a budget that does not hold the tokens which are always kept.
+
+        Args:
+            tokens: tokens per head that the budget gives.
+        """
         return (
             f"budget {self.budget}: {tokens:g} tokens per head do not hold the {self.sinks} sinks and "
             f"{self.recent} recent tokens that are "
@@ -149,26 +215,48 @@ class Policy(ABC):
         )
 
     def resolved_allocator(self) -> Allocator:
+        """The allocator as an object; one given by name has its default options."""
         return ALLOCATORS[self.allocator]() if isinstance(self.allocator, str) else self.allocator
 
     @property
     def uses_rotations(self) -> bool:
-        """Whether the score asks the model for rotations at other times than the model does."""
+        """Whether the score calls `EvictionContext.rope`.
+
+        A model whose rotations change with the length of the text cannot serve such a score: rotations
+        computed for the score would change what the model itself gets.
+        """
         return False
 
     def with_head_scores(self, heads: HeadImportance) -> Self:
-        """Ready to use: with an allocator that has the head importance it asks for."""
+        """A copy whose allocator has the head scores that it needs.
+
+        Args:
+            heads: head scores by kind.
+
+        Raises:
+            LowkeyError: scores of a kind that the allocator needs are not among `heads`.
+        """
         return replace(self, allocator=self.resolved_allocator().with_head_scores(heads))
 
     @abstractmethod
     def score(self, context: EvictionContext) -> Tensor:
-        """(b, h, s): the higher, the more worth keeping. What it says of protected or invalid tokens is
-        ignored.
+        """The score of every candidate (b, h, s); the tokens of the highest scores are kept.
+
+        Scores of invalid candidates, of sinks and of recent tokens are ignored.
         """
 
 
 def attention_sums(context: EvictionContext, last: int = 0, squared: bool = False) -> Tensor:
-    """Attention (b, h, g, s) or its square, summed over the newest `last` queries (0: all)."""
+    """Attention that each candidate gets, summed over queries.
+
+    Args:
+        context: keys and queries of one layer.
+        last: number of newest queries of each row; 0 for all.
+        squared: sum the squares of the attention weights instead.
+
+    Returns:
+        Sums (b, h, g, s) in fp32.
+    """
     b, h, g, _ = context.queries.shape[:4]
     total = torch.zeros(b, h, g, context.keys.shape[2], device=context.keys.device)
     for weights in context.attention(last):
@@ -177,39 +265,53 @@ def attention_sums(context: EvictionContext, last: int = 0, squared: bool = Fals
 
 
 def norms(x: Tensor) -> Tensor:
-    """(..., d) -> (...), in fp32 or in what is finer."""
+    """Euclidean norms of vectors (..., d): (...), in fp32 or in the dtype of `x` if that is finer."""
     return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def _before(seen: Tensor) -> int:
-    """The number of the first that is true."""
-    there = seen.nonzero()
-    return int(there[0]) if len(there) else len(seen)
-
-
-def _after(seen: Tensor) -> int:
-    """The number behind the last that is true."""
-    there = seen.nonzero()
-    return int(there[-1]) + 1 if len(there) else 0
-
-
 def pooled(context: EvictionContext, scores: Tensor, kernel: int, pooling: Pooling, window: int) -> Tensor:
-    """Scores (b, h, s) over the `kernel` nearest positions, so that clusters of tokens stay together: their
-    largest, or their sum over `kernel` (what is not there counts 0). The newest `window` tokens neither give
-    to the prompt nor take from it.
+    """Pool scores over neighbouring positions, so that clusters of tokens are kept together.
 
-    The largest: arXiv:2404.14469 (kernel 7), PyramidKV and HeadKV. The mean: SnapKV's published code and
-    kvpress (kernel 5).
+    Tokens of the observation window are not pooled: they neither raise scores of the prompt nor take from it.
+
+    Args:
+        context: gives the position of every score.
+        scores: (b, h, s).
+        kernel: number of positions that are pooled, an odd number; 1 changes nothing.
+        pooling: `max`, or `mean`: the sum over `kernel`, in which missing positions count as 0.
+        window: number of newest queries whose tokens are the observation window; 0 for none.
+
+    Returns:
+        Pooled scores (b, h, s).
+
+    Source: `max` with a kernel of 7 is arXiv:2404.14469, PyramidKV and HeadKV; `mean` with a kernel of 5 is
+    SnapKV's published code and kvpress.
     """
     if kernel == 1:
         return scores
-    looking = context.newest_query_positions(window)
-    first = looking.masked_fill(looking < 0, looking.max()).amin(1) if window else looking.amax(1) + 1
-    prompt = context.valid & (context.positions < first[:, None, None])
-    # neighbours are found by position: tokens between them may have been evicted
+    observing = context.newest_query_positions(window)
+    if window:
+        prompt_ends = observing.masked_fill(observing < 0, observing.max()).amin(1)
+    else:
+        prompt_ends = observing.amax(1) + 1
+    prompt = context.valid & (context.positions < prompt_ends[:, None, None])
+    # Scores are laid out by position first, because tokens between two candidates may have been evicted:
+    # neighbours in memory are not neighbours in the text.
     slot = context.positions.masked_fill(~prompt, 0)
-    dense = scores.new_zeros(*scores.shape[:2], int(slot.max()) + 1).scatter_add(
+    by_position = scores.new_zeros(*scores.shape[:2], int(slot.max()) + 1).scatter_add(
         2, slot, scores.masked_fill(~prompt, 0.0)
     )
     pool = max_pool1d if pooling == "max" else avg_pool1d
-    return pool(dense, kernel, stride=1, padding=kernel // 2).gather(2, slot).where(prompt, scores)
+    return pool(by_position, kernel, stride=1, padding=kernel // 2).gather(2, slot).where(prompt, scores)
+
+
+def _first_true(flags: Tensor) -> int:
+    """Index of the first true flag; their number if none is."""
+    found = flags.nonzero()
+    return int(found[0]) if len(found) else len(flags)
+
+
+def _behind_last_true(flags: Tensor) -> int:
+    """One more than the index of the last true flag; 0 if none is."""
+    found = flags.nonzero()
+    return int(found[-1]) + 1 if len(found) else 0

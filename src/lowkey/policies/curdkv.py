@@ -1,4 +1,4 @@
-"""CurDKV (arXiv:2509.15038): approximate leverage scores of keys and values, without any query."""
+"""CurDKV (arXiv:2509.15038): approximate leverage scores of keys and values."""
 
 from __future__ import annotations
 
@@ -13,23 +13,31 @@ from lowkey.core.options import option
 from lowkey.ops.rope import unrotate
 from lowkey.policies.base import EvictionContext, Policy, norms
 
-KINDS = ("keys", "values", "product")
 TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
 class CurDKV(Policy):
-    """Squared norms of keys, of values, or their product, as shares of their sum over the head; the Ada
-    variant is allocator `ada`.
+    """CurDKV (CUR decomposition of keys and values): a score of what is stored; it reads no queries.
 
-    rank: keys and values are first projected to so many dimensions by a Gaussian matrix with entries N(0,
-    1/rank) (the paper's code: 20). 0, its default and ours, projects nothing: squared norms as they are,
-    which the projected ones are on average. A projection of rotated keys would depend on their positions,
-    which their norms do not: for it keys are un-rotated. The matrix follows from `seed` and is the same for
-    all layers and heads.
-    local: norms are first taken as shares of so many neighbouring candidates (the code's way; 0: of the whole
-    head only), so that a token competes with those near it. The first tokens, which the code gives score 1,
-    are `sinks` here.
+    Score of token j: `l_k(j) * l_v(j)`, divided by its sum over the head. The leverage is `l_x(j) = |P
+    x_j|^2`, with a random projection P or none. Each leverage is first divided by its sum over `local`
+    neighbouring tokens, so that a token competes with those near it.
+
+    Args:
+        kind: `keys`, `values` or their `product` (default `product`).
+        rank: number of dimensions of a Gaussian projection with entries N(0, 1/rank); 0 projects nothing,
+            which is what projections give on average (default 0; the paper's code has 20 and, by default,
+            none).
+        local: number of neighbouring candidates over which leverages are normalised first; 0 for none
+            (default 16, as in the paper's code).
+        seed: seed of the projection, which is the same for all layers and heads (default 0).
+
+    The variant AdaCurDKV is policy `ada-curdkv`: allocator `ada`.
+
+    Source: arXiv:2509.15038. Where we differ: keys are un-rotated before they are projected. A norm does not
+    depend on a key's position, but the norm of a projected rotated key does. The first tokens, to which the
+    paper's code gives score 1, are `sinks` here.
     """
 
     summary: ClassVar[str] = "leverage of keys and values"
@@ -43,50 +51,51 @@ class CurDKV(Policy):
 
     @property
     def uses_rotations(self) -> bool:
-        """Whether the score asks the model for rotations: un-rotating needs frequencies that stayed as they
-        were.
+        """Whether keys are un-rotated: only for their projection, and only if the model's frequencies never
+        change.
         """
         return self.rank > 0 and self.kind != "values"
 
     def score(self, context: EvictionContext) -> Tensor:
         scores = torch.ones(context.valid.shape, device=context.keys.device)
         if self.kind != "values":
-            scores = scores * self._leverage(
-                _unrotated(context) if self.rank else context.keys, context.valid
-            )
+            keys = _unrotated_keys(context) if self.rank else context.keys
+            scores = scores * self._leverage(keys, context.valid)
         if self.kind != "keys":
             scores = scores * self._leverage(context.values, context.valid)
-        return _shares(scores.masked_fill(~context.valid, 0.0))
+        return _normalised(scores.masked_fill(~context.valid, 0.0))
 
     def _leverage(self, vectors: Tensor, valid: Tensor) -> Tensor:
-        """(b, h, s, d) -> (b, h, s)."""
+        """Leverage of vectors (b, h, s, d), normalised over neighbours: (b, h, s)."""
         if self.rank:
-            vectors = vectors.float() @ self._projection(vectors.shape[-1]).to(vectors.device)
+            generator = torch.Generator().manual_seed(self.seed)
+            projection = torch.randn(vectors.shape[-1], self.rank, generator=generator) / self.rank**0.5
+            vectors = vectors.float() @ projection.to(vectors.device)
         squared = norms(vectors).square().masked_fill(~valid, 0.0)
-        return _local_shares(squared, valid, self.local) if self.local else squared
-
-    def _projection(self, d: int) -> Tensor:
-        return torch.randn(d, self.rank, generator=torch.Generator().manual_seed(self.seed)) / self.rank**0.5
+        return _normalised_locally(squared, valid, self.local) if self.local else squared
 
 
-def _unrotated(context: EvictionContext) -> Tensor:
-    rows = context.positions.clamp_min(0).flatten(0, 1)  # heads may hold different tokens
+def _unrotated_keys(context: EvictionContext) -> Tensor:
+    """Keys (b, h, s, d) in fp32 without their rotation."""
+    # Heads may hold different tokens, so each head of each row is a row of positions.
+    rows = context.positions.clamp_min(0).flatten(0, 1)
     cos, sin = (
         x.squeeze(1).unflatten(0, context.positions.shape[:2]) for x in context.rope(rows, context.keys)
     )
     return unrotate(context.keys.float(), cos, sin)
 
 
-def _shares(scores: Tensor) -> Tensor:
+def _normalised(scores: Tensor) -> Tensor:
+    """Scores (..., s) divided by their sum."""
     return scores / scores.sum(-1, keepdim=True).clamp_min(TINY)
 
 
-def _local_shares(scores: Tensor, valid: Tensor, size: int) -> Tensor:
-    """Each score (b, h, s) as a share of its window: `size` valid tokens in a row, wherever padding or gaps
-    lie between them.
-    """
+def _normalised_locally(scores: Tensor, valid: Tensor, size: int) -> Tensor:
+    """Each score (b, h, s) divided by the sum of its window: `size` consecutive valid candidates."""
+    # Valid candidates are packed first, since padding and gaps may lie between them; invalid ones go into a
+    # last slot of their own.
     room = -(-scores.shape[-1] // size) * size
-    slot = (valid.cumsum(-1) - 1).masked_fill(~valid, room)  # one more slot, for what is not there
+    slot = (valid.cumsum(-1) - 1).masked_fill(~valid, room)
     packed = scores.new_zeros(*scores.shape[:2], room + 1).scatter(2, slot, scores)
     windows = packed[:, :, :room].unflatten(2, (-1, size))
-    return pad(_shares(windows).flatten(2), (0, 1)).gather(2, slot)
+    return pad(_normalised(windows).flatten(2), (0, 1)).gather(2, slot)

@@ -1,4 +1,4 @@
-"""FastGen (arXiv:2310.01801): each head keeps the fewest kinds of tokens that bring back its attention."""
+"""FastGen (arXiv:2310.01801): each head keeps the smallest set of tokens that recovers its attention."""
 
 from __future__ import annotations
 
@@ -8,38 +8,49 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lowkey.core.budget import Budget
 from lowkey.core.options import option
-from lowkey.core.types import Budget
 from lowkey.policies.allocators import Allocator
 from lowkey.policies.base import EvictionContext, Policy, attention_sums
 
-KINDS = ("local", "frequent")
-FULL = 3  # the last rung
+ALL_TOKENS = 3  # the number of the last set
 
 
 @dataclass(frozen=True)
 class FastGen(Policy):
-    """A ladder of token sets, each holding the one before: what stays in any case (sinks and recent); and a
-    `local` share, the newest; and a `frequent` share, the most looked at; all. A head takes the lowest rung
-    whose tokens hold at least `recovery` of the attention of its newest `sample` queries, in each of its
-    query heads. Tokens of that rung score 1 and their mean attention, the others their mean attention alone
-    (at most 1).
+    """FastGen: an adaptive policy. Each head takes the smallest of four nested token sets that recovers its
+    attention.
 
-    Without a budget `recovery` decides how much memory it becomes, as in the paper: each head keeps its rung
-    (allocator `at-least`). With one, all heads compete for it (`global`): those that need much get it from
-    those that do not, and when all together need more than there is, the least looked-at tokens of the widest
-    heads go first.
+    The sets, each of which contains the one before: 0, the sinks and recent tokens; 1, also the newest
+    tokens, a share `local` of all; 2, also those that get the most attention, a share `frequent`; 3, all
+    tokens. A head takes the first set that holds at least `recovery` of the attention mass of its recent
+    queries, in every query head.
 
-    What differs from the paper: there is no rung for punctuation, since a cache layer never sees token ids.
-    The paper's order is frequent before local: `first="frequent"`. It profiles with the whole attention
-    matrix of the prompt; a sample of queries needs memory linear in its length.
+    Score of token j: `m_j + [j is in the head's set]`, with m_j the mean attention (at most 1) that j gets
+    from the recent queries and the query heads of the KV head. So a score of 1 or more says that the head
+    needs the token.
+
+    Without a budget, memory follows from `recovery`, as in the paper: each head keeps its set (allocator
+    `at-least`). With a budget all heads compete (allocator `global`): heads whose set is large get what the
+    others leave. If all sets together exceed the budget, the tokens of least attention go first.
+
+    Args:
+        recovery: share of the attention that a head's set must hold (default 0.95).
+        local: share of the tokens that set 1 adds, the newest (default 0.3).
+        frequent: share of the tokens that set 2 adds, those of most attention (default 0.3).
+        first: which of `local` and `frequent` set 1 adds; the other is added by set 2 (default `local`).
+        sample: number of recent queries whose attention is measured (default 64).
+
+    Source: arXiv:2310.01801. Where we differ: there is no set for punctuation, since a cache layer never sees
+    token ids. The paper adds frequent tokens before local ones, which is `first="frequent"`. It measures the
+    whole attention matrix of the prompt; a sample of queries needs memory that is linear in the length.
     """
 
     summary: ClassVar[str] = "the fewest kinds of tokens that bring back a head's attention"
     paper: ClassVar[str] = "arXiv:2310.01801"
 
     budget: Budget | str | None = None
-    allocator: str | Allocator = ""
+    allocator: str | Allocator = ""  # replaced by `at-least` or `global`, depending on the budget
 
     recovery: float = option(0.95, at_least=0, at_most=1)
     local: float = option(0.3, at_least=0, at_most=1)
@@ -54,30 +65,34 @@ class FastGen(Policy):
 
     def score(self, context: EvictionContext) -> Tensor:
         queries = (context.newest_query_positions(self.sample) >= 0).sum(1).clamp_min(1)
-        mass = attention_sums(context, self.sample) / queries[:, None, None, None]
-        rung = self._rungs(context, mass.mean(2))
-        # (3, b, h)
-        held = torch.stack([(mass * (rung <= i).unsqueeze(2)).sum(-1).amin(2) for i in range(FULL)])
-        chosen = (held < self.recovery).long().cumprod(0).sum(0)
-        return mass.mean(2) + (rung <= chosen.unsqueeze(-1)).float()
+        mass = attention_sums(context, self.sample) / queries[:, None, None, None]  # (b, h, g, s)
+        smallest_set = self._smallest_sets(context, mass.mean(2))
+        # (3, b, h): attention mass that each set but the last recovers, in the query head that has least of
+        # it.
+        recovered = torch.stack(
+            [(mass * (smallest_set <= i).unsqueeze(2)).sum(-1).amin(2) for i in range(ALL_TOKENS)]
+        )
+        # The number of sets, from the first on, that do not suffice is the number of the set that does.
+        chosen = (recovered < self.recovery).long().cumprod(0).sum(0)
+        return mass.mean(2) + (smallest_set <= chosen.unsqueeze(-1)).float()
 
-    def _rungs(self, context: EvictionContext, attention: Tensor) -> Tensor:
-        """(b, h, s): the lowest rung that holds each token."""
+    def _smallest_sets(self, context: EvictionContext, attention: Tensor) -> Tensor:
+        """The number of the smallest set that holds each token (b, h, s).
+
+        Args:
+            context: the candidates.
+            attention: mean attention (b, h, s) that each token gets.
+        """
         number = context.valid.sum(-1, keepdim=True)
-        local = number - context.valid.cumsum(-1) < _part(self.local, number)
-        order = (
+        local = number - context.valid.cumsum(-1) < (number.double() * self.local).round()
+        rank_by_attention = (
             attention.masked_fill(~context.valid, -1.0)
             .argsort(dim=-1, descending=True, stable=True)
             .argsort(-1)
         )
-        frequent = order < _part(self.frequent, number)
+        frequent = rank_by_attention < (number.double() * self.frequent).round()
         second, third = (local, frequent) if self.first == "local" else (frequent, local)
-        rung = torch.full_like(order, FULL).masked_fill(third, 2).masked_fill(second, 1)
+        sets = torch.full_like(rank_by_attention, ALL_TOKENS).masked_fill(third, 2).masked_fill(second, 1)
         newest = context.positions.masked_fill(~context.valid, -1).amax((1, 2))[:, None, None]
-        return rung.masked_fill(
-            (context.positions < self.sinks) | (context.positions > newest - self.recent), 0
-        )
-
-
-def _part(share: float, number: Tensor) -> Tensor:
-    return (number.double() * share).round()
+        always = (context.positions < self.sinks) | (context.positions > newest - self.recent)
+        return sets.masked_fill(always, 0)

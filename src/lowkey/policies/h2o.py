@@ -1,4 +1,4 @@
-"""H2O (arXiv:2306.14048): heavy hitters, the tokens that were looked at most so far."""
+"""H2O (arXiv:2306.14048): keeps heavy hitters, the tokens that got the most attention so far."""
 
 from __future__ import annotations
 
@@ -8,22 +8,32 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lowkey.core.errors import LowkeyError
 from lowkey.core.options import option
-from lowkey.core.types import LowkeyError
 from lowkey.policies.base import EvictionContext, Policy, attention_sums
 
 
 @dataclass(frozen=True)
 class H2O(Policy):
-    """Attention summed over all queries (algorithm 1), in the mean over the query heads of a KV head. Sums go
-    on from eviction to eviction, each query over what was there when it came.
+    """H2O (heavy-hitter oracle): attention accumulated over all queries, from eviction to eviction.
 
-    window: 0 for all queries, as in the paper: the whole attention matrix is computed again, quadratic in
-    time though not in memory; else the newest so many of each round. per_query: divide by the number of
-    queries that could see a token. The paper's sum favours early tokens, since more queries came after them;
-    published code keeps the sum too. (With a window, tokens before it are seen by all its queries and there
-    is nothing to divide by.) The paper evicts at every step: `every=1`. Queries of decode steps are only
-    recorded when `every` is set.
+    Score of token j: `previous score of j + sum over q of (mean over g of a[g, q, j])`, with a the attention
+    weights of query head g of the KV head and query q. Each query is normalised over the tokens that were
+    there when it came.
+
+    Args:
+        window: number of recent queries of each round that are summed; 0 for all, as in the paper (default
+            0). With all of them the whole attention matrix is computed again: time is quadratic in the
+            length, memory is not.
+        per_query: divide each sum by the number of queries that could see the token (default False). The sum
+            favours early tokens, since more queries came after them. Needs `window=0`: with a window, all its
+            queries see the tokens before it and there is nothing to divide by.
+
+    Queries of decode steps are recorded only if `every` is set.
+
+    Source: arXiv:2306.14048, algorithm 1. The paper and its published code keep the plain sum. The paper
+    evicts at every step, which is `every=1`. Where we differ: the mean over the query heads of a KV head lets
+    a KV head store each token once.
     """
 
     summary: ClassVar[str] = "attention summed over all queries"
@@ -42,16 +52,23 @@ class H2O(Policy):
 
     def score(self, context: EvictionContext) -> Tensor:
         new = attention_sums(context, self.window).mean(2)
-        return _averaged(context, new) if self.per_query else context.previous_scores + new
+        return _mean_per_query(context, new) if self.per_query else context.previous_scores + new
 
 
-def _averaged(context: EvictionContext, new: Tensor) -> Tensor:
-    """The carried mean and the new sum (b, h, s) as one mean over the queries that saw each token. Those of
-    earlier rounds are all that came from its position on."""
+def _mean_per_query(context: EvictionContext, new: Tensor) -> Tensor:
+    """Mean attention (b, h, s) over all queries that saw each token, those of earlier rounds included.
+
+    Args:
+        context: its `previous_scores` are such means of earlier rounds.
+        new: sums (b, h, s) over the queries of this round.
+    """
     queries = (context.query_positions >= 0).sum(1)[:, None, None]
-    could = context.query_positions.amax(1)[:, None, None] + 1 - context.positions
-    before, now = (could - queries).clamp_min(0), could.minimum(queries).clamp_min(0)
+    # Every token from a candidate's position on has been a query that could see it; the last `queries` of
+    # them belong to this round.
+    could_see = context.query_positions.amax(1)[:, None, None] + 1 - context.positions
+    before, now = (could_see - queries).clamp_min(0), could_see.minimum(queries).clamp_min(0)
     if context.visible is not None:
+        # Attention is not causal within the newest tokens: count which queries really saw them.
         saw = (context.visible & (context.query_positions >= 0).unsqueeze(2)).sum(1)  # (b, c)
         now = torch.cat(
             [now[..., : now.shape[2] - saw.shape[1]], saw.unsqueeze(1).expand(-1, now.shape[1], -1)], 2

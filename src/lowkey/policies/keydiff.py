@@ -1,4 +1,4 @@
-"""KeyDiff (arXiv:2504.15364): keys unlike the others draw the attention."""
+"""KeyDiff (arXiv:2504.15364): keeps keys unlike the others, which tend to get the most attention."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from lowkey.policies.base import EvictionContext, Policy
 
 @dataclass(frozen=True)
 class KeyDiff(Policy):
-    """Minus the cosine between a key and the head's mean key direction (its anchor), over all that the head
-    holds.
+    """KeyDiff: a score of the keys alone, by their direction; it reads no queries.
 
-    Keys are taken rotated, as they lie in the cache. In a chunked prefill the anchor is that of the kept
-    tokens and the chunk, which is the paper's block-wise processing.
+    Score of token j: `-cos(k_j, mean over i of k_i / |k_i|)`, with the mean (the paper's anchor) over all
+    tokens that the head holds. It has no options of its own.
+
+    Source: arXiv:2504.15364. Keys are taken rotated, as the cache stores them. In a chunked prefill the
+    anchor is that of the kept tokens and the chunk, which is the paper's block-wise processing.
     """
 
     summary: ClassVar[str] = "keys unlike the others"

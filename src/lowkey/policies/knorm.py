@@ -1,4 +1,4 @@
-"""L2-norm eviction (arXiv:2406.11430): keys of small norm draw the attention."""
+"""L2-norm eviction (arXiv:2406.11430): keeps keys of small norm, which tend to get the most attention."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from lowkey.policies.base import EvictionContext, Policy, norms
 
 @dataclass(frozen=True)
 class Knorm(Policy):
-    """The smaller a key, the better: the paper finds that small norms go with much attention. A rotation
-    leaves norms as they are.
+    """L2-norm eviction: a score of the keys alone; it reads no queries.
+
+    Score of token j: `-|k_j|`. The paper finds that keys of small norm get much attention. It has no options
+    of its own.
+
+    Source: arXiv:2406.11430. Keys are taken rotated, which does not matter: a rotation keeps norms.
     """
 
     summary: ClassVar[str] = "small keys"

@@ -1,4 +1,4 @@
-"""KV-Compress (arXiv:2410.00161): squared attention, which favours tokens that someone looks at sharply."""
+"""KV-Compress (arXiv:2410.00161): squared attention, in which few strong weights outweigh many weak ones."""
 
 from __future__ import annotations
 
@@ -13,13 +13,22 @@ from lowkey.policies.base import EvictionContext, Policy, Pooling, attention_sum
 
 @dataclass(frozen=True)
 class KVCompress(Policy):
-    """Squared attention of the newest `window` queries (0: all), summed over them and over the query heads of
-    a KV head, then pooled over `kernel` neighbours as in SnapKV.
+    """KV-Compress: squared attention of recent queries, pooled and summed from eviction to eviction.
 
-    Scores add up from eviction to eviction; only what is new is pooled, as decode steps are in the authors'
-    code. The method's other half, eviction by whole blocks in one order over all layers and heads, is
-    allocator `blocks`; their optional bias by head and position is left out. Queries of decode steps are only
-    recorded when `every` is set.
+    Score of token j: `previous score of j + pool(sum over g, q of a[g, q, j]^2)`, with a the attention
+    weights of query head g of the KV head and query q of the window. Only the new sum is pooled, as in decode
+    steps of the authors' code.
+
+    Args:
+        window: number of recent queries of each round that score the tokens; 0 for all (default 8).
+        kernel: number of neighbouring positions that are pooled, an odd number (default 7).
+        pooling: `max` or `mean` over the kernel (default `max`).
+
+    Queries of decode steps are recorded only if `every` is set.
+
+    Source: arXiv:2410.00161. The other half of the method, eviction of whole blocks in one order over all
+    layers and heads, is allocator `blocks`, which policy `kv-compress` uses. Where we differ: the authors'
+    optional bias by head and position is left out.
     """
 
     summary: ClassVar[str] = "squared attention of the last prompt tokens"

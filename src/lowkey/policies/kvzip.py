@@ -1,4 +1,4 @@
-"""KVzip (arXiv:2505.23416): what the model needs to repeat its context."""
+"""KVzip (arXiv:2505.23416): keeps what the model attends to while it repeats its context."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lowkey.core.errors import LowkeyError
 from lowkey.core.options import option
-from lowkey.core.types import LowkeyError
 from lowkey.policies.base import EvictionContext, Policy
 
 Softmax = Literal["piece", "context"]
@@ -17,15 +17,24 @@ Softmax = Literal["piece", "context"]
 
 @dataclass(frozen=True)
 class KVzip(Policy):
-    """Largest attention that a token gets, over all queries and query heads of its KV head, while the model
-    repeats the context.
+    """KVzip: reconstruction attention. It depends on no question, so one compressed cache serves many.
 
-    So nothing depends on a question, and one cache serves many. The repetition is a second pass over the
-    context in pieces of `chunk` tokens, which `lowkey.prefill` makes; a cache that was filled otherwise
-    refuses to evict. Each piece is asked for with `prompt` and the `bridge` tokens before it. softmax: over
-    the sinks, the `piece` and its repetition, as in the paper, so that the cost of scoring is linear in the
-    length of the context; or over the whole `context` and the repetition. All layers and heads share one
-    threshold (`global`), as in the paper's non-uniform mode.
+    Score of token j: `max over g, q of a[g, q, j]`, with a the attention weights of query head g of the KV
+    head and query q, over all queries of a second pass in which the model repeats the context in pieces.
+    `lowkey.prefill` makes that pass; a cache that was filled in another way refuses to evict. With allocator
+    `global`, which policy `kvzip` uses, all layers and heads share one threshold: the paper's non-uniform
+    mode.
+
+    Args:
+        chunk: number of tokens of each piece (default 2000).
+        bridge: number of tokens before a piece that are given with the request, so that the model knows where
+            to begin (default 8).
+        prompt: text that asks for the repetition.
+        softmax: over which tokens weights add up to one. `piece`: the sinks, the piece and its repetition, as
+            in the paper; the cost of scoring is then linear in the length of the context. `context`: the
+            whole context and the repetition (default `piece`).
+
+    Source: arXiv:2505.23416.
     """
 
     summary: ClassVar[str] = "what the model needs to repeat its context"
@@ -47,22 +56,26 @@ class KVzip(Policy):
                 "lowkey.prefill(model, tokenizer, cache, ids)"
             )
         first, stop = context.repeated_span[:, None, None].unbind(-1)
-        piece = (context.positions >= first) & (context.positions < stop)
-        met = context.valid & (piece | (context.positions < self.sinks))
-        at = met.any(0).any(0).nonzero().squeeze(1)
-        keys, positions, valid, piece = (x[:, :, at] for x in (context.keys, context.positions, met, piece))
-        # sinks of which `repeating` does not know
-        beside = (valid & ~piece).any(0).any(0).nonzero().squeeze(1)
-        found = torch.full(valid.shape, -torch.inf, device=keys.device)
-        for some, logits in replace(
-            context, keys=keys, positions=positions, valid=valid, visible=None
-        ).logits():
-            lse = context.repetition_lse[:, :, :, some].unsqueeze(-1)
-            if len(beside):
-                sinks = logits[..., beside].masked_fill(piece[:, :, None, None, beside], -torch.inf)
-                lse = torch.logaddexp(lse, sinks.logsumexp(-1, keepdim=True))
-            top = (logits - lse.masked_fill(lse.isneginf(), 0.0)).amax((2, 3))
-            found[:, :, : top.shape[-1]] = found[:, :, : top.shape[-1]].maximum(top)
-        return context.previous_scores.index_copy(
-            2, at, context.previous_scores[:, :, at].maximum(found.exp())
+        in_piece = (context.positions >= first) & (context.positions < stop)
+        scored = context.valid & (in_piece | (context.positions < self.sinks))
+        # Only the columns that some row or head needs: the cost is that of the piece, not of the context.
+        columns = scored.any(0).any(0).nonzero().squeeze(1)
+        keys, positions, valid, in_piece = (
+            x[:, :, columns] for x in (context.keys, context.positions, scored, in_piece)
         )
+        # The columns of sinks outside the piece: `repetition_lse` does not include them.
+        sink_columns = (valid & ~in_piece).any(0).any(0).nonzero().squeeze(1)
+        best = torch.full(valid.shape, -torch.inf, device=keys.device)  # largest log weight of each token
+        narrowed = replace(context, keys=keys, positions=positions, valid=valid, visible=None)
+        for some, logits in narrowed.logits():
+            lse = context.repetition_lse[:, :, :, some].unsqueeze(-1)
+            if len(sink_columns):
+                sinks = logits[..., sink_columns].masked_fill(
+                    in_piece[:, :, None, None, sink_columns], -torch.inf
+                )
+                lse = torch.logaddexp(lse, sinks.logsumexp(-1, keepdim=True))
+            # A padding query has only -inf logits and an lse of -inf; their difference would be NaN.
+            top = (logits - lse.masked_fill(lse.isneginf(), 0.0)).amax((2, 3))
+            best[:, :, : top.shape[-1]] = best[:, :, : top.shape[-1]].maximum(top)
+        previous = context.previous_scores
+        return previous.index_copy(2, columns, previous[:, :, columns].maximum(best.exp()))

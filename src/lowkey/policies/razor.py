@@ -1,5 +1,5 @@
-"""RazorAttention (arXiv:2407.15891): retrieval heads keep everything, the others what is near, and a mean of
-what they dropped.
+"""RazorAttention (arXiv:2407.15891): retrieval heads keep everything, other heads the newest tokens and one
+token that stands for the rest.
 """
 
 from __future__ import annotations
@@ -14,13 +14,19 @@ from lowkey.policies.base import EvictionContext, Policy
 
 @dataclass(frozen=True)
 class Razor(Policy):
-    """Score: how new a token is. With the `classes` allocator the retrieval heads (echo and induction, found
-    with `lowkey heads --kind induction` and `--kind echo`) keep all they can within the budget, the others
-    share the rest equally, as sinks and newest tokens.
+    """RazorAttention: a policy of positions and head classes; it reads no queries.
 
-    The paper fixes the local window (at least 4000 tokens or a fifth of the prompt) and lets memory follow;
-    here the budget rules. All that a head drops becomes one token, the mean key and value, that counts as
-    often as tokens were dropped; every eviction updates it.
+    Score of the token at position p: `p`. With allocator `classes`, which policy `razor` uses, retrieval
+    heads keep as many tokens as the budget allows and the other heads share the rest equally, as sinks and
+    newest tokens. The head scores come from `lowkey heads --kind induction` and `--kind echo`. It has no
+    options of its own.
+
+    All tokens that a head has dropped are stored as one token, their mean key and mean value. In attention it
+    counts as often as tokens were dropped: log(number dropped) is added to its logit. Every eviction updates
+    it.
+
+    Source: arXiv:2407.15891. Where we differ: the paper fixes the local window (at least 4000 tokens or a
+    fifth of the prompt) and memory follows; here the budget is fixed and the window follows.
     """
 
     summary: ClassVar[str] = "retrieval heads keep all, the others the newest and a mean of the rest"

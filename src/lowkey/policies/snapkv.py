@@ -1,4 +1,4 @@
-"""SnapKV (arXiv:2404.14469): what the last prompt tokens look at."""
+"""SnapKV (arXiv:2404.14469): keeps what the last prompt tokens attend to."""
 
 from __future__ import annotations
 
@@ -13,13 +13,20 @@ from lowkey.policies.base import EvictionContext, Policy, Pooling, attention_sum
 
 @dataclass(frozen=True)
 class SnapKV(Policy):
-    """Mean attention of the last `window` queries, over them and over the query heads of a KV head, pooled
-    over `kernel` neighbours.
+    """SnapKV: attention of an observation window at the end of the prompt, pooled over neighbouring tokens.
 
-    The paper has window 32 and kernel 7 per query head; the mean over the group keeps storage at KV heads.
-    PyramidKV and HeadKV use this score with window 8, and so do we. pooling: `max` in the paper, PyramidKV
-    and HeadKV; `mean` in SnapKV's published code and in kvpress, with kernel 5. Attention to the window's own
-    tokens is not pooled into the prompt.
+    Score of token j: `pool(mean over g, q of a[g, q, j])`, with a the attention weights of query head g of
+    the KV head and query q of the window. The tokens of the window itself are not pooled.
+
+    Args:
+        window: number of recent queries whose attention scores the tokens (default 8).
+        kernel: number of neighbouring positions that are pooled, an odd number (default 7).
+        pooling: `max` or `mean` over the kernel (default `max`).
+
+    Source: arXiv:2404.14469. Where we differ: the paper's window is 32; 8 is the window of PyramidKV and
+    HeadKV, which use this score. The paper scores every query head by itself; the mean over the query heads
+    of a KV head lets a KV head store each token once. SnapKV's published code and kvpress pool with `mean`
+    and a kernel of 5.
     """
 
     summary: ClassVar[str] = "attention of the last prompt tokens"
@@ -31,6 +38,7 @@ class SnapKV(Policy):
     pooling: Pooling = "max"
 
     def score(self, context: EvictionContext) -> Tensor:
-        looking = (context.newest_query_positions(self.window) >= 0).sum(1).clamp_min(1)
-        mean = attention_sums(context, self.window).mean(2) / looking[:, None, None]
+        # A row may have fewer queries than the window.
+        queries = (context.newest_query_positions(self.window) >= 0).sum(1).clamp_min(1)
+        mean = attention_sums(context, self.window).mean(2) / queries[:, None, None]
         return pooled(context, mean, self.kernel, self.pooling, self.window)

@@ -1,4 +1,4 @@
-"""StreamingLLM (arXiv:2309.17453): the first tokens and the newest ones."""
+"""StreamingLLM (arXiv:2309.17453): keeps the first tokens and the newest ones."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from lowkey.policies.base import EvictionContext, Policy
 
 @dataclass(frozen=True)
 class StreamingLLM(Policy):
-    """The newer, the better; `sinks` holds the first ones (the paper finds four enough).
+    """StreamingLLM: attention sinks and a sliding window. A policy of positions; it reads no keys and no
+    queries.
 
-    Kept keys stay at the positions they were made for. The paper renumbers them by their place in the cache,
-    so that positions never exceed those of training: here texts longer than those still meet positions the
-    model does not know. The paper evicts at every step: `every=1`; a larger number holds up to so many tokens
-    more and copies the cache as much less often.
+    Score of the token at position p: `p`. Together with the protected `sinks` this keeps the first tokens and
+    the newest ones. It has no options of its own; the paper finds four sinks enough.
+
+    Source: arXiv:2309.17453. Where we differ: kept keys stay at the positions they were made for. The paper
+    renumbers them by their place in the cache, so that positions never exceed those of training; here a text
+    that is longer than those reaches positions the model does not know. The paper evicts at every step, which
+    is `every=1`; a larger number holds up to that many more tokens and copies the cache less often.
     """
 
     summary: ClassVar[str] = "the first tokens and the newest"

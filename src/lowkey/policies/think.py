@@ -1,4 +1,4 @@
-"""ThinK (arXiv:2407.21018): the key channels that queries hardly use are dropped, after the tokens."""
+"""ThinK (arXiv:2407.21018): drops the key channels that queries hardly use, after the tokens."""
 
 from __future__ import annotations
 
@@ -11,15 +11,25 @@ from lowkey.policies.snapkv import SnapKV
 
 @dataclass(frozen=True)
 class ThinK(SnapKV):
-    """Tokens by SnapKV's score; of the kept keys the share `channels`, chosen per head by mean q^2 over the
-    newest `looked` queries of the row times the sum of k^2. Values stay whole, and so do the `recent` newest
-    tokens (the paper: 32 or 128), what is decoded until something is evicted again, what a frozen cache is
-    given (a question asked over what was kept), and a row that fits the budget whole.
+    """ThinK: channel pruning of the keys that SnapKV keeps. Tokens are scored as by `SnapKV`, with its
+    options.
 
-    The budget is of bytes: 80% with channels 0.6 keeps every token, 10% keeps 12.5 % of them with 60 % of
-    their key channels; in `tokens` it counts tokens. The paper drops 30 to 50 % of the channels. A channel is
-    dropped after rotation, one of a rotated pair by itself. Every eviction of a chunk chooses channels for
-    the keys that it prunes.
+    Score of channel c of a head: `mean over q of q_c^2 * sum over kept j of k_jc^2`; the channels of the
+    highest scores are kept. Channels are chosen after rotation, each of a rotated pair by itself. Every
+    eviction of a chunk chooses channels for the keys that it prunes.
+
+    Args:
+        channels: share of the key channels that is kept (default 0.6; the paper drops 30 to 50 %).
+        looked: number of recent queries of a row whose squares choose the channels (default 32).
+
+    These stay whole: values; the `recent` newest tokens (32 or 128 in the paper); tokens decoded since the
+    last eviction; what a frozen cache is given, such as a question asked over what was kept; and a row that
+    fits the budget.
+
+    A budget in `%` or bytes is one of bytes: with `channels=0.6`, 80 % keeps every token, and 10 % keeps 12.5
+    % of them, with 60 % of their key channels. A budget in `tokens` counts tokens.
+
+    Source: arXiv:2407.21018.
     """
 
     summary: ClassVar[str] = "SnapKV, and the weakest key channels go too"

@@ -1,4 +1,4 @@
-"""TOVA (arXiv:2401.06104): what the newest token looks at, for all heads of a layer together."""
+"""TOVA (arXiv:2401.06104): keeps what the newest token attends to, alike in all heads of a layer."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from lowkey.policies.base import EvictionContext, Policy, attention_sums
 
 @dataclass(frozen=True)
 class TOVA(Policy):
-    """Attention of the newest query, averaged over all query heads of the layer: every head keeps the same
-    tokens.
+    """TOVA (token omission via attention): an attention score of the newest query, shared by a layer's heads.
 
-    Under an allocator that gives heads different numbers, a head that lost a token counts as not looking at
-    it; `uniform` gives heads the same number, or one more where a layer's share is no multiple of its heads.
-    The paper evicts at every step: `every=1`.
+    Score of token j: `mean over all query heads of the layer of a[newest query, j]`, with a the attention
+    weights. So every head of a layer ranks the tokens alike. It has no options of its own.
+
+    Heads hold different tokens under an allocator that gives them different numbers; a head that has lost a
+    token counts as paying it no attention. Allocator `uniform` gives the heads of a layer the same number, or
+    one more where the layer's share is no multiple of its heads.
+
+    Source: arXiv:2401.06104. The paper evicts at every step, which is `every=1`.
     """
 
     summary: ClassVar[str] = "attention of the newest token, the same for all heads of a layer"
@@ -25,7 +29,8 @@ class TOVA(Policy):
 
     def score(self, context: EvictionContext) -> Tensor:
         newest = attention_sums(context, 1).mean(2)
-        # heads may hold different tokens: they meet by position
+        # Heads may hold different tokens, so their weights are brought together by position. Slot 0 collects
+        # what is not valid.
         slot = (context.positions + 1).masked_fill(~context.valid, 0)
         by_position = newest.new_zeros(*newest.shape[:2], int(slot.max()) + 1).scatter(2, slot, newest)
         return by_position.mean(1, keepdim=True).expand_as(by_position).gather(2, slot)
