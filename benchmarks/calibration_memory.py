@@ -31,7 +31,7 @@ def peak_mib() -> float:
 def child(model: str, batches: int) -> None:
     """One measurement, printed as a table line."""
     loaded, tokenizer = load(model, "float32", "cpu")
-    ids = text.windows(text.encode(tokenizer, text.embedded("calibration")), tokenizer, LENGTH, "text")[
+    ids = text.windows(text.encode(tokenizer, text.embedded_text("calibration")), tokenizer, LENGTH, "text")[
         :BATCH
     ]
     with torch.no_grad():

@@ -72,7 +72,7 @@ def _right(x: Tensor) -> Tensor:
 def main(model: str = "tiny", windows: str = "8,32,128", length: int = 512, rounds: int = 3) -> None:
     """Print a Markdown table."""
     loaded, tokenizer = load(model, "float32", "cpu")
-    ids = text.windows(text.encode(tokenizer, text.embedded("calibration")), tokenizer, length, "text")
+    ids = text.windows(text.encode(tokenizer, text.embedded_text("calibration")), tokenizer, length, "text")
     print(
         "| tokens | moments, s | stored, s | stored / moments | moments held, MiB | stored held, MiB |\n"
         + "|---" * 6

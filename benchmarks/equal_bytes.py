@@ -126,8 +126,8 @@ def run(
     """Measure and print the table."""
     names = tasks.split(",")
     loaded, tokenizer = load(model, dtype, "cpu")
-    corpus = text.read_text(calibration, "calibration") if calibration else text.embedded("calibration")
-    judged = text.read_text(data, "data") if data else text.embedded("evaluation")
+    corpus = text.read_text(calibration, "calibration") if calibration else text.embedded_text("calibration")
+    judged = text.read_text(data, "data") if data else text.embedded_text("evaluation")
     task = Task({str(data or "embedded"): judged}, context, windows, cases)
     found = json.loads(out.read_text()) if out.exists() else {"rows": []}
     done = {(row["label"], row["seed"]) for row in found["rows"]}

@@ -35,7 +35,7 @@ from lowkey.heads.induction import ECHOES, estimate_echo
 from lowkey.heads.retrieval import HeadScores, estimate_heads
 from lowkey.models.loading import load
 from lowkey.plan.plan import Plan
-from lowkey.storage.exact import WINDOW
+from lowkey.storage.exact import DEFAULT_WINDOW
 
 BUDGETS = ("50%", "25%", "12.5%")
 INTEGERS = ("int8", "int4", "kivi4", "hadamard4", "int2", "kivi2", "hadamard2")
@@ -151,16 +151,16 @@ def run(
 ) -> None:
     """Measure one part and print its table."""
     loaded, tokenizer = load(model, dtype, "cpu")
-    words = text.read_text(calibration, "calibration") if calibration else text.embedded("calibration")
+    words = text.read_text(calibration, "calibration") if calibration else text.embedded_text("calibration")
     texts = {path.name: text.read_text(path, "data") for path in data or ()} or {
-        "embedded": text.embedded("evaluation")
+        "embedded": text.embedded_text("evaluation")
     }
     task = Task(texts, context, windows, cases)
     work, place = out / "work", out / f"{part}.json"
     work.mkdir(parents=True, exist_ok=True)
     settings, about = [full(loaded)], dict[str, dict]()
     if part == "bits":
-        settings += [packed(loaded, bits, WINDOW) for bits in INTEGERS]
+        settings += [packed(loaded, bits, DEFAULT_WINDOW) for bits in INTEGERS]
     elif part == "policies":
         settings += _policies(loaded, tokenizer, context, budget, work, only)
     else:

@@ -61,7 +61,7 @@ def main(
 ) -> None:
     """Fit both ways on the same windows and print a Markdown table."""
     loaded, tokenizer = load(model, "float32", "cpu")
-    corpus = text.read_text(calibration, "calibration") if calibration else text.embedded("calibration")
+    corpus = text.read_text(calibration, "calibration") if calibration else text.embedded_text("calibration")
     rows = sample_windows(encode(tokenizer, corpus), tokenizer, length, windows, 0, "calibration")
     ranks = grid(8, multiples(geometry(loaded).head_dim, 1))
     arms = {

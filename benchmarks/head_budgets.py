@@ -96,7 +96,7 @@ def answers(
     refeed: bool,
     settings: dict[tuple, Setting],
 ) -> list[dict]:
-    ids = text.encode(tokenizer, text.embedded("evaluation")).tolist()
+    ids = text.encode(tokenizer, text.embedded_text("evaluation")).tolist()
     episodes = draw_episodes(tokenizer, ids, context, cases, context, "plain")
     rows = []
     for case, episode in enumerate(bars(episodes, f"context {context}")):

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey.attention import LowkeyConfig, LowkeyForCausalLM, layer_costs, model_parameters
-from lowkey.conversion import Options, convert, input_moments
+from lowkey.conversion import ConversionOptions, convert, input_moments
 from lowkey.core import files
 from lowkey.models.loading import load
 from lowkey.pretraining import pretrain
@@ -73,16 +73,31 @@ PARTS = ("MHA", "MHA + head norm", "HLC only", "MEA-8", "MHA + QK-norm", "MHA + 
 RANKS = ("LRKV r=0", "LRKV r=2", "LRKV r=4", "LRKV r=8", "LRKV r=16")
 
 # what MHA is converted into: attention, its fields, options, whether whitened
-FORMS: dict[str, tuple[str, dict, Options, bool]] = {
-    "MHA": ("mha", {}, Options(), False),
-    "GQA-4, mean": ("gqa", {"num_key_value_heads": 4}, Options(), False),
-    "GQA-4, mean of aligned heads": ("gqa", {"num_key_value_heads": 4}, Options(basis="aligned"), True),
-    "GQA-4, first of two": ("gqa", {"num_key_value_heads": 4}, Options(heads="first"), False),
-    "MEA-4, weights": ("mea", {"mea_num_component_heads": 4}, Options(), False),
-    "MEA-4, aligned and whitened": ("mea", {"mea_num_component_heads": 4}, Options(basis="aligned"), True),
-    "LRKV-50 full, whitened": ("lrkv", {"lrkv_rank": 6}, Options(basis="aligned"), True),
-    "LRKV-50 latent, whitened": ("lrkv", {"lrkv_rank": 6, "lrkv_rope_mode": "latent"}, Options(), True),
-    "MLA-50, whitened": ("mla", {"kv_lora_rank": 120, "qk_rope_head_dim": 8}, Options(), True),
+FORMS: dict[str, tuple[str, dict, ConversionOptions, bool]] = {
+    "MHA": ("mha", {}, ConversionOptions(), False),
+    "GQA-4, mean": ("gqa", {"num_key_value_heads": 4}, ConversionOptions(), False),
+    "GQA-4, mean of aligned heads": (
+        "gqa",
+        {"num_key_value_heads": 4},
+        ConversionOptions(basis="aligned"),
+        True,
+    ),
+    "GQA-4, first of two": ("gqa", {"num_key_value_heads": 4}, ConversionOptions(heads="first"), False),
+    "MEA-4, weights": ("mea", {"mea_num_component_heads": 4}, ConversionOptions(), False),
+    "MEA-4, aligned and whitened": (
+        "mea",
+        {"mea_num_component_heads": 4},
+        ConversionOptions(basis="aligned"),
+        True,
+    ),
+    "LRKV-50 full, whitened": ("lrkv", {"lrkv_rank": 6}, ConversionOptions(basis="aligned"), True),
+    "LRKV-50 latent, whitened": (
+        "lrkv",
+        {"lrkv_rank": 6, "lrkv_rope_mode": "latent"},
+        ConversionOptions(),
+        True,
+    ),
+    "MLA-50, whitened": ("mla", {"kv_lora_rank": 120, "qk_rope_head_dim": 8}, ConversionOptions(), True),
 }
 
 app = typer.Typer(add_completion=False)

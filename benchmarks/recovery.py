@@ -71,8 +71,8 @@ def main(
 ) -> None:
     """Measure and print the table."""
     loaded, tokenizer = load(model, "auto", "cpu")
-    corpus = text.read_text(calibration, "calibration") if calibration else text.embedded("calibration")
-    judged = text.read_text(data, "data") if data else text.embedded("evaluation")
+    corpus = text.read_text(calibration, "calibration") if calibration else text.embedded_text("calibration")
+    judged = text.read_text(data, "data") if data else text.embedded_text("evaluation")
     task = Task({str(data or "embedded"): judged}, context, windows, cases)
     found = json.loads(out.read_text()) if out.exists() else {"rows": []}
     done = {(r["label"], r["schedule"], r["seed"]) for r in found["rows"]}

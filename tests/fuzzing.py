@@ -479,7 +479,7 @@ def _single(root: Path) -> dict[str, Artefact]:
             ),
         ),
         "recipe": Artefact(root / "recipe", lambda p: repr(Recipe.read(p / "r.toml"))),
-        "log": Artefact(root / "log", lambda p: repr(log.read(p / "log.jsonl"))),
+        "log": Artefact(root / "log", lambda p: repr(log.read_log(p / "log.jsonl"))),
     }
 
 
@@ -510,12 +510,12 @@ def _training(root: Path) -> dict[str, Artefact]:
 
     net, optimizer = trained()
     about = {"losses": [1.5, 1.25], "norms": [1.0, 0.5], "validation": [], "seconds": 1.5, "logged": 2}
-    checkpoint.save(root / "checkpoint" / "checkpoint.safetensors", net, [optimizer], about, True)
+    checkpoint.save_checkpoint(root / "checkpoint" / "checkpoint.safetensors", net, [optimizer], about, True)
 
     def restored(folder: Path) -> object:
         net, optimizer = trained()
-        found = checkpoint.restore(folder / "checkpoint.safetensors", net, [optimizer])
-        return _summary(checkpoint.weights(net) | optimizer_state.tensors_of(optimizer), found)
+        found = checkpoint.restore_checkpoint(folder / "checkpoint.safetensors", net, [optimizer])
+        return _summary(checkpoint.full_weights(net) | optimizer_state.tensors_of(optimizer), found)
 
     return {
         "tokens": Artefact(

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowkey.allocation.allocators import (
-    ALLOCATORS,
+    RANK_ALLOCATORS,
     Condition,
     Depth,
     Fisher,
@@ -20,7 +20,7 @@ from lowkey.allocation.allocators import (
     Profile,
     Tail,
     Threshold,
-    Uniform,
+    UniformRanks,
     WeightedPareto,
 )
 from lowkey.core.types import LowkeyError
@@ -29,7 +29,7 @@ RANKS = (2, 4, 6, 8)
 HEADS, ITEMSIZE = 3, 2
 FULL = (8, 8)
 
-every = pytest.mark.parametrize("name", ALLOCATORS)
+every = pytest.mark.parametrize("name", RANK_ALLOCATORS)
 
 
 def profile(surface, spectra=None, signals=None):
@@ -86,7 +86,7 @@ def test_a_byte_budget_is_respected_or_refused(name, share, seed, layers):
     p = bowl(layers, seed)
     limit = share * full_bytes(p)
     try:
-        pairs = ALLOCATORS[name]().under_bytes(p, limit)
+        pairs = RANK_ALLOCATORS[name]().under_bytes(p, limit)
     except LowkeyError:
         assert limit < p.bytes_per_token([(2, 2)] * layers) or name == "threshold"
         return
@@ -96,7 +96,7 @@ def test_a_byte_budget_is_respected_or_refused(name, share, seed, layers):
 @every
 def test_a_full_budget_keeps_full_rank_or_an_equal_error(name):
     p = bowl()
-    pairs = ALLOCATORS[name]().under_bytes(p, full_bytes(p))
+    pairs = RANK_ALLOCATORS[name]().under_bytes(p, full_bytes(p))
     assert total(p, pairs) == pytest.approx(0.0)
 
 
@@ -104,7 +104,10 @@ def test_a_full_budget_keeps_full_rank_or_an_equal_error(name):
 def test_more_bytes_never_cost_quality(name):
     p = bowl()
     worst = [
-        max(p.error(i, pair) for i, pair in enumerate(ALLOCATORS[name]().under_bytes(p, f * full_bytes(p))))
+        max(
+            p.error(i, pair)
+            for i, pair in enumerate(RANK_ALLOCATORS[name]().under_bytes(p, f * full_bytes(p)))
+        )
         for f in (0.3, 0.5, 0.7, 0.9, 1.0)
     ]
     assert name == "greedy" or worst == sorted(worst, reverse=True)
@@ -115,7 +118,7 @@ def test_more_bytes_never_cost_quality(name):
 def test_too_small_a_budget_is_refused_in_one_line_with_the_limit_and_the_least(name):
     p = bowl()
     with pytest.raises(LowkeyError) as refusal:
-        ALLOCATORS[name]().under_bytes(p, 50)
+        RANK_ALLOCATORS[name]().under_bytes(p, 50)
     text = str(refusal.value)
     assert len(text.splitlines()) == 1
     assert "budget of 50 bytes" in text and str(p.bytes_per_token([(2, 2)] * 3)) in text
@@ -124,25 +127,27 @@ def test_too_small_a_budget_is_refused_in_one_line_with_the_limit_and_the_least(
 @every
 def test_the_least_budget_is_enough(name):
     p = bowl()
-    assert ALLOCATORS[name]().under_bytes(p, p.bytes_per_token([(2, 2)] * 3)) == [(2, 2)] * 3
+    assert RANK_ALLOCATORS[name]().under_bytes(p, p.bytes_per_token([(2, 2)] * 3)) == [(2, 2)] * 3
 
 
 @every
 def test_an_error_budget_that_everything_fits_gives_the_least_ranks(name):
-    assert ALLOCATORS[name]().under_error(bowl(), 1e6) == [(2, 2)] * 3
+    assert RANK_ALLOCATORS[name]().under_error(bowl(), 1e6) == [(2, 2)] * 3
 
 
 @every
 def test_an_error_budget_that_nothing_fits_gives_full_rank(name):
     noisy = profile([[[0.5, 0.4, 0.3, 0.2]] * 4] * 2)  # full rank itself is at 0.2
-    assert ALLOCATORS[name]().under_error(noisy, 1e-4) == [FULL] * 2
+    assert RANK_ALLOCATORS[name]().under_error(noisy, 1e-4) == [FULL] * 2
 
 
 @pytest.mark.parametrize("name", ["pareto", "greedy", "threshold"])
 @pytest.mark.parametrize("error", [0.02, 0.05, 0.1, 0.2])
 def test_every_layer_stays_within_the_error_budget(name, error):
     p = bowl()
-    assert all(p.error(i, pair) <= error for i, pair in enumerate(ALLOCATORS[name]().under_error(p, error)))
+    assert all(
+        p.error(i, pair) <= error for i, pair in enumerate(RANK_ALLOCATORS[name]().under_error(p, error))
+    )
 
 
 # -- uniform
@@ -153,14 +158,14 @@ def test_uniform_by_measurement_is_the_best_pair_for_all_layers(share):
     p = bowl()
     fitting = [q for q in p.measured_pairs() if p.bytes_per_token([q] * 3) <= share * full_bytes(p)]
     best = min(total(p, [q] * 3) for q in fitting)
-    assert total(p, Uniform("measured").under_bytes(p, share * full_bytes(p))) == pytest.approx(best)
+    assert total(p, UniformRanks("measured").under_bytes(p, share * full_bytes(p))) == pytest.approx(best)
 
 
 @pytest.mark.parametrize("error", [0.02, 0.1, 0.2])
 def test_uniform_is_the_cheapest_pair_whose_largest_error_fits(error):
     p = bowl()
     for split in ("equal", "measured"):
-        pairs = Uniform(split).under_error(p, error)
+        pairs = UniformRanks(split).under_error(p, error)
         fitting = [
             q
             for q in p.measured_pairs()
@@ -172,7 +177,7 @@ def test_uniform_is_the_cheapest_pair_whose_largest_error_fits(error):
 @pytest.mark.parametrize(("share", "rank"), [(0.25, 2), (0.3, 2), (0.74, 5), (0.75, 6), (0.9, 7), (1.0, 8)])
 def test_uniform_ranks_need_no_measuring(share, rank):
     p = replace(bowl(), choices=tuple(range(1, 9)))
-    assert Uniform().under_bytes(p, share * full_bytes(p)) == [(rank, rank)] * 3
+    assert UniformRanks().under_bytes(p, share * full_bytes(p)) == [(rank, rank)] * 3
 
 
 # -- pareto
@@ -474,14 +479,14 @@ def test_perfectly_conditioned_weights_share_alike():
 @pytest.mark.parametrize("error", [0.02, 0.05, 0.1, 0.2])
 def test_an_error_budget_by_signal_holds_for_the_worst_layer_with_no_byte_to_spare(name, error):
     p = bowl(4)
-    found = ALLOCATORS[name]().under_error(p, error)
+    found = RANK_ALLOCATORS[name]().under_error(p, error)
     assert all(p.error(i, pair) <= error for i, pair in enumerate(found))
     unit = HEADS * ITEMSIZE
-    less = ALLOCATORS[name]().under_bytes(p, p.bytes_per_token(found) - unit)
+    less = RANK_ALLOCATORS[name]().under_bytes(p, p.bytes_per_token(found) - unit)
     assert any(p.error(i, pair) > error for i, pair in enumerate(less))
 
 
-@pytest.mark.parametrize("kind", ALLOCATORS.values())
+@pytest.mark.parametrize("kind", RANK_ALLOCATORS.values())
 def test_an_allocator_reads_the_signals_it_needs_and_no_other(kind):
     p = bowl()
     bare = Profile(
@@ -505,8 +510,8 @@ def test_a_missing_or_impossible_signal_is_refused_by_name(name, signal):
         bowl().surface, signals={"other": [(1.0, 1.0)] * 3} | ({} if signal is None else {name: signal})
     )
     for run in (
-        lambda: ALLOCATORS[name]().under_bytes(p, full_bytes(p)),
-        lambda: ALLOCATORS[name]().under_error(p, 0.1),
+        lambda: RANK_ALLOCATORS[name]().under_bytes(p, full_bytes(p)),
+        lambda: RANK_ALLOCATORS[name]().under_error(p, 0.1),
     ):
         with pytest.raises(LowkeyError, match=f"signal '{name}'") as refusal:
             run()
@@ -569,8 +574,8 @@ def test_a_head_without_energy_has_no_tail():
 def test_energy_rules_need_energies(name):
     p = profile(bowl().surface, [([[]], [[]])] * 3)
     for run in (
-        lambda: ALLOCATORS[name]().under_bytes(p, full_bytes(p)),
-        lambda: ALLOCATORS[name]().under_error(p, 0.1),
+        lambda: RANK_ALLOCATORS[name]().under_bytes(p, full_bytes(p)),
+        lambda: RANK_ALLOCATORS[name]().under_error(p, 0.1),
     ):
         with pytest.raises(LowkeyError, match=f"allocator '{name}'"):
             run()
@@ -608,7 +613,7 @@ def test_a_threshold_stops_at_errors_that_were_measured_at_its_ranks():
 @pytest.mark.parametrize("share", [0.3, 0.47, 0.71, 0.93])
 def test_byte_budgets_are_met_with_any_rank(name, share):
     p = replace(bowl(), choices=EXACT)
-    pairs = ALLOCATORS[name]().under_bytes(p, share * full_bytes(p))
+    pairs = RANK_ALLOCATORS[name]().under_bytes(p, share * full_bytes(p))
     left = share * full_bytes(p) / (HEADS * ITEMSIZE) - sum(map(sum, pairs))
     assert 0 <= left < {"fisher": 1, "greedy": 1, "condition": 2, "depth": 2, "uniform": 2 * 3}[name]
 
@@ -618,9 +623,9 @@ def test_byte_budgets_are_met_with_any_rank(name, share):
 )
 def test_error_budgets_are_held_at_measured_ranks(name):
     p = replace(bowl(), choices=EXACT)
-    pairs = ALLOCATORS[name]().under_error(p, 0.1)
+    pairs = RANK_ALLOCATORS[name]().under_error(p, 0.1)
     assert {r for pair in pairs for r in pair} <= set(RANKS)
-    assert ALLOCATORS[name]().bounded_value(p, pairs) <= 0.1
+    assert RANK_ALLOCATORS[name]().bounded_value(p, pairs) <= 0.1
 
 
 def test_greedy_goes_no_lower_than_what_was_measured():
@@ -688,6 +693,6 @@ def test_spectrum_leaves_no_rank_below_its_share_of_the_even_one():
     energies = [([[1.0] * 8], [[1.0] * 8]), ([[1e-9] * 8], [[1e-9] * 8])]
     p = Profile(ranks, [[], []], 1, 1, energies)
     for floor, least in ((0.0, 1), (0.5, 2), (0.75, 3), (1.0, 4)):
-        found = ALLOCATORS["spectrum"](floor=floor).under_bytes(p, 16.0)  # rank 4 everywhere
+        found = RANK_ALLOCATORS["spectrum"](floor=floor).under_bytes(p, 16.0)  # rank 4 everywhere
         assert found[1] == (least, least)
         assert sum(map(sum, found)) == 16

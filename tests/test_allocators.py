@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lowkey.core.types import LowkeyError
 from lowkey.ops.apportion import apportion
 from lowkey.policies.allocators import (
-    ALLOCATORS,
+    TOKEN_ALLOCATORS,
     Ada,
     AllocationRequest,
     AtLeast,
@@ -22,7 +22,7 @@ from lowkey.policies.allocators import (
     Global,
     HeadKV,
     Pyramid,
-    Uniform,
+    UniformTokens,
 )
 
 quick = settings(max_examples=40, deadline=None)
@@ -146,7 +146,7 @@ def layerwise(n, h, tokens, mean, protected=0, gaps=0, seed=0):
 
 def made(name, layers, h):
     importance = torch.rand(layers, h, generator=torch.Generator().manual_seed(layers)).pow(3).tolist()
-    return HeadKV(importance=tuple(map(tuple, importance))) if name == "headkv" else ALLOCATORS[name]()
+    return HeadKV(importance=tuple(map(tuple, importance))) if name == "headkv" else TOKEN_ALLOCATORS[name]()
 
 
 def questions(split, *shape, **options):
@@ -221,7 +221,9 @@ def test_layers_shares_add_up(n, h, tokens, mean, seed):
 @quick
 @given(**sizes, protected=st.integers(0, 6))
 def test_uniform_gives_all_the_same_up_to_one(n, h, tokens, mean, protected, seed):
-    counts = torch.cat([Uniform().counts(a) for a in layerwise(n, h, tokens, mean, protected, seed=seed)])
+    counts = torch.cat(
+        [UniformTokens().counts(a) for a in layerwise(n, h, tokens, mean, protected, seed=seed)]
+    )
     assert int(counts.max() - counts.min()) <= 1
 
 

@@ -34,7 +34,7 @@ from lowkey.attention import (
     model_flops,
     model_parameters,
 )
-from lowkey.attention.base import Call, heads_of
+from lowkey.attention.base import LayerCall, split_into_heads
 
 each = pytest.mark.parametrize("name", VARIANTS)
 WIDE = {
@@ -142,7 +142,7 @@ def test_what_a_decoding_step_reads(name):
     layer, positions = attention(model), torch.arange(6)[None]
     x = hidden(6, batch=1)
     query, *kept = layer.project(
-        x, layer.q_norm(heads_of(layer.q_proj(x), layer.heads)), call(model, x, positions)
+        x, layer.q_norm(split_into_heads(layer.q_proj(x), layer.heads)), call(model, x, positions)
     )
     stored = [part.detach().requires_grad_() for part in kept]
     _, weights = layer.attend(query[:, :, -1:], *stored, call(model, x, positions[:, -1:]))
@@ -158,8 +158,8 @@ def test_what_a_decoding_step_reads(name):
     )
 
 
-def call(model: LowkeyForCausalLM, x: torch.Tensor, positions: torch.Tensor) -> Call:
-    return Call(None, model.model.rotary_emb(x, positions), positions, True, {})
+def call(model: LowkeyForCausalLM, x: torch.Tensor, positions: torch.Tensor) -> LayerCall:
+    return LayerCall(None, model.model.rotary_emb(x, positions), positions, True, {})
 
 
 def touched(result: torch.Tensor, stored: list[torch.Tensor]) -> torch.Tensor:

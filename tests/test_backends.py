@@ -61,7 +61,7 @@ def fusing(monkeypatch):
     """Torch's attention at any length, three queries at a time; returns how often it was asked."""
     calls, inner = [], fused.scaled_dot_product_attention
     monkeypatch.setattr(fused, "QUERIES", 1)
-    monkeypatch.setattr(fused, "ROWS", 3)
+    monkeypatch.setattr(fused, "QUERIES_PER_PASS", 3)
     monkeypatch.setattr(
         fused, "scaled_dot_product_attention", lambda *a, **k: calls.append(a) or inner(*a, **k)
     )
@@ -171,7 +171,7 @@ def test_blocks_of_queries_change_nothing(monkeypatch, block, masks):
     """8 rows x heads and 5 keys: 40 scores per query, so blocks of 1, 1, 2 and 3 of the 7 queries."""
     parts = segments(0, [3, 2], t=7, masks=masks)
     whole, calls, inner = grouped.attend(parts, 0.7), [], grouped._block
-    monkeypatch.setattr(grouped, "BLOCK", block)
+    monkeypatch.setattr(grouped, "SCORES_AT_ONCE", block)
     monkeypatch.setattr(
         grouped, "_block", lambda rows, *rest: calls.append(rows[0].query.shape[3]) or inner(rows, *rest)
     )

@@ -24,7 +24,13 @@ from transformers.masking_utils import sdpa_mask
 
 import lowkey
 from lowkey.calibration.calibrate import Sample
-from lowkey.calibration.dynamic import JSON, TENSORS, DynamicPlan, make_dynamic_cache, make_dynamic_plan
+from lowkey.calibration.dynamic import (
+    DYNAMIC_PLAN_JSON,
+    DYNAMIC_PLAN_TENSORS,
+    DynamicPlan,
+    make_dynamic_cache,
+    make_dynamic_plan,
+)
 from lowkey.calibration.statistics import gather_statistics
 from lowkey.core.types import LowkeyError
 from lowkey.methods import dynakv
@@ -33,7 +39,7 @@ from lowkey.models import families
 from lowkey.models.fingerprint import model_fingerprint
 from lowkey.ops.ragged import starts_of
 from lowkey.probes import model_probe
-from lowkey.storage.bucketed import Bucket, BucketedLayer, Gate, cut, joined
+from lowkey.storage.bucketed import Bucket, BucketedLayer, Gate, cut, joined_rows
 from lowkey.storage.coded import Exact
 
 LEVELS = (16, 8, 4, 2)
@@ -379,7 +385,9 @@ def test_joining_rows(lengths, heads):
 
 def test_joining_nothing():
     empty = torch.zeros(0, 3)
-    assert joined(empty, torch.zeros(3, dtype=torch.long), empty, torch.zeros(3, dtype=torch.long)).shape == (
+    assert joined_rows(
+        empty, torch.zeros(3, dtype=torch.long), empty, torch.zeros(3, dtype=torch.long)
+    ).shape == (
         0,
         3,
     )
@@ -682,7 +690,7 @@ DAMAGE = {
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_plan_is_refused_in_one_line(tmp_path, kind):
     small_plan().save(tmp_path / "plan")
-    about, tensors = (tmp_path / "plan" / name for name in (JSON, TENSORS))
+    about, tensors = (tmp_path / "plan" / name for name in (DYNAMIC_PLAN_JSON, DYNAMIC_PLAN_TENSORS))
     if kind in ("nan", "shape", "skewed", "lacking"):
         forging.edit_tensors(tensors, lambda found: DAMAGE[kind]({}, found), about)
     else:
@@ -694,7 +702,7 @@ def test_a_damaged_plan_is_refused_in_one_line(tmp_path, kind):
 
 def test_tensors_of_another_plan_are_refused(tmp_path):
     small_plan().save(tmp_path / "plan")
-    with (tmp_path / "plan" / TENSORS).open("r+b") as file:
+    with (tmp_path / "plan" / DYNAMIC_PLAN_TENSORS).open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x01")
     with pytest.raises(LowkeyError, match="damaged"):

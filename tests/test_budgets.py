@@ -15,13 +15,13 @@ import torch
 from pico import attached, padding, prompt
 
 import lowkey
-from lowkey.allocation.allocators import ALLOCATORS as ALLOCATORS_OF_RANKS
+from lowkey.allocation.allocators import RANK_ALLOCATORS as ALLOCATORS_OF_RANKS
 from lowkey.cache.cache import make_cache
 from lowkey.calibration.calibrate import Sample
 from lowkey.core.types import LowkeyError
 from lowkey.methods.pca import PCA
 from lowkey.policies import POLICIES
-from lowkey.storage.budgets import Costs
+from lowkey.storage.budgets import EvictionCosts
 from lowkey.storage.exact import Exact
 
 HEADS = {kind: [[1.0, 2.0, 0.0, 5.0]] * 3 for kind in ("copy", "r2", "er", "mass", "induction", "echo")}
@@ -226,7 +226,7 @@ def test_a_plans_rate_is_what_one_more_token_adds(name, allocator):
 
 def test_rows_pay_for_themselves():
     """By hand: 1000 bytes over 2 rows, 100 of them for indices, 30 a token and 2 heads."""
-    costs = Costs(heads=2, rows=2, entry=30, fixed=100)
+    costs = EvictionCosts(heads=2, rows=2, entry=30, fixed=100)
     assert costs.pay(policy("snapkv", "1000 B"), 50) == 13 / 2
     assert costs.pay(policy("snapkv", "20 B/token"), 50) == 30 / 2
     costs.check(policy("snapkv", "800 B"), [50, 50])  # 2 heads of 5 tokens that stay

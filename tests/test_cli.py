@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from lowkey import catalog
-from lowkey.allocation.allocators import ALLOCATORS
+from lowkey.allocation.allocators import RANK_ALLOCATORS
 from lowkey.calibration import dynamic
 from lowkey.calibration.dynamic import DynamicPlan, make_dynamic_cache
 from lowkey.cli import app, common
@@ -34,7 +34,7 @@ from lowkey.core import files, text
 from lowkey.core.types import LowkeyError
 from lowkey.methods import METHODS, PCA, StiefAttention
 from lowkey.models import loading
-from lowkey.plan.plan import JSON, TENSORS, Plan
+from lowkey.plan.plan import PLAN_JSON, PLAN_TENSORS, Plan
 
 SMALL = ("--method", "pca", "--windows", 8, "--context", 32)
 STIEF = ("--method", "stiefattention")
@@ -409,27 +409,27 @@ def test_a_model_that_brings_code_is_neither_run_nor_asked_about(model, here, mo
 
 
 def change(plan: Path, **fields: object) -> None:
-    forging.edit_json(plan / JSON, **fields)
+    forging.edit_json(plan / PLAN_JSON, **fields)
 
 
 def fill_with_nan(plan: Path) -> None:
     forging.edit_tensors(
-        plan / TENSORS, lambda tensors: [t.fill_(torch.nan) for t in tensors.values()], plan / JSON
+        plan / PLAN_TENSORS, lambda tensors: [t.fill_(torch.nan) for t in tensors.values()], plan / PLAN_JSON
     )
 
 
 BAD_PLANS: dict[str, tuple[Callable[[Path], object], str]] = {
     "newer": (lambda p: change(p, format=99), "upgrade lowkey"),
-    "no json": (lambda p: (p / JSON).write_text("{"), "damaged"),
-    "deep json": (lambda p: (p / JSON).write_text("[" * 100_000), "damaged"),
-    "list": (lambda p: (p / JSON).write_text("[]"), "damaged"),
-    "truncated": (lambda p: truncate(p / TENSORS), "damaged"),
-    "other tensors": (lambda p: save_file({"a": torch.zeros(1)}, p / TENSORS), "damaged"),
-    "huge header": (lambda p: (p / TENSORS).write_bytes(b"\xff" * 64), "damaged"),
+    "no json": (lambda p: (p / PLAN_JSON).write_text("{"), "damaged"),
+    "deep json": (lambda p: (p / PLAN_JSON).write_text("[" * 100_000), "damaged"),
+    "list": (lambda p: (p / PLAN_JSON).write_text("[]"), "damaged"),
+    "truncated": (lambda p: truncate(p / PLAN_TENSORS), "damaged"),
+    "other tensors": (lambda p: save_file({"a": torch.zeros(1)}, p / PLAN_TENSORS), "damaged"),
+    "huge header": (lambda p: (p / PLAN_TENSORS).write_bytes(b"\xff" * 64), "damaged"),
     "nan": (fill_with_nan, "NaN"),
     "huge ranks": (lambda p: change(p, ranks={"0": [10**9, 1]}), "head dim"),
     "layout": (lambda p: change(p, layout="__import__('os')"), "post_rope"),
-    "gone": (lambda p: (p / TENSORS).unlink(), "does not exist"),
+    "gone": (lambda p: (p / PLAN_TENSORS).unlink(), "does not exist"),
 }
 
 
@@ -488,8 +488,8 @@ def test_force_replaces_a_folder(model, here):
     assert tree(here / "out") == before
     done("compress", model, "out", *SMALL, "--force", "--seed", 1)
     assert {p.name for p in (here / "out").iterdir()} == {
-        JSON,
-        TENSORS,
+        PLAN_JSON,
+        PLAN_TENSORS,
         "README.md",
         files.MANIFEST,
     } and tree(here / "out") != before
@@ -524,7 +524,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("at", [JSON, "README.md", "job.json"])
+@pytest.mark.parametrize("at", [PLAN_JSON, "README.md", "job.json"])
 def test_a_full_disk_keeps_the_old_plan(model, plan, monkeypatch, at):
     before = tree(plan)
     fail_at(monkeypatch, at)
@@ -1000,14 +1000,16 @@ def test_report_without_json(scored, here):
 
 def test_methods_lists_everything():
     told = printed("methods")
-    assert list(told["methods"]) == list(METHODS) and list(told["allocators"]) == list(ALLOCATORS)
+    assert list(told["methods"]) == list(METHODS) and list(told["allocators"]) == list(RANK_ALLOCATORS)
     assert told["methods"]["stiefattention"]["options"]["epochs"] == StiefAttention().epochs
     assert told["dynamic"]["dynakv"]["paper"] == "arXiv:2603.04411" and "dynakv" not in told["methods"]
 
 
 def test_methods_without_json():
     out = done("methods").out
-    assert [name for name in (*METHODS, *ALLOCATORS, "dynakv", "lowkey dynamic") if name not in out] == []
+    assert [
+        name for name in (*METHODS, *RANK_ALLOCATORS, "dynakv", "lowkey dynamic") if name not in out
+    ] == []
 
 
 def test_methods_says_what_a_method_starts_from_and_what_an_error_budget_bounds():
@@ -1402,7 +1404,7 @@ def test_eval_measures_a_dynamic_plan_beside_others(model, made, levelled, here)
     )
     loaded, tokenizer = loading.load(str(model), device="cpu")
     plan = DynamicPlan.load(levelled[0], loaded)
-    ids = text.windows(text.encode(tokenizer, text.embedded("evaluation")), tokenizer, 192, "data")[:2]
+    ids = text.windows(text.encode(tokenizer, text.embedded_text("evaluation")), tokenizer, 192, "data")[:2]
     with torch.no_grad():
         scores = loaded(ids, past_key_values=make_dynamic_cache(loaded, plan)).logits[:, :-1]
         loaded(ids[:1], past_key_values=(past := make_dynamic_cache(loaded, plan)))
@@ -1493,7 +1495,7 @@ def test_another_models_dynamic_plan_is_refused(other, levelled, here, words):
 @pytest.mark.parametrize("command", ["inspect", "eval", "generate"])
 def test_a_damaged_dynamic_plan(model, here, levelled, command):
     folder = Path(shutil.copytree(levelled[0], here / "plan"))
-    truncate(folder / dynamic.TENSORS)
+    truncate(folder / dynamic.DYNAMIC_PLAN_TENSORS)
     words = {
         "inspect": [folder],
         "eval": [model, "--plan", folder],

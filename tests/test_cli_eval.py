@@ -15,7 +15,7 @@ from rich.console import Console
 from lowkey.cli import app
 from lowkey.core import files, progress
 from lowkey.evaluate import likelihood
-from lowkey.storage.exact import WINDOW
+from lowkey.storage.exact import DEFAULT_WINDOW
 
 SCORE = ("--windows", 2, "--context", 64, "--bits", 8, "--bits", 4)
 
@@ -118,7 +118,7 @@ def test_one_window_of_exact_tokens_for_every_row(model, here):
             if row["packing"] is None or row["method"] is None
         ]
 
-    own = (WINDOW.sinks, WINDOW.recent)
+    own = (DEFAULT_WINDOW.sinks, DEFAULT_WINDOW.recent)
     assert kept() == [
         ("full", None, None),
         ("pca 50% + 4 sinks + 32 recent", *own),

@@ -19,7 +19,7 @@ import lowkey
 from lowkey import Sample
 from lowkey.cache.cache import cache_of
 from lowkey.calibration.statistics import gather_statistics
-from lowkey.core.head_groups import beside
+from lowkey.core.head_groups import side_by_side
 from lowkey.core.types import LowkeyError, head_blocks
 from lowkey.methods import KQSVD, METHODS, CalibrationContext, LoRC, Palu, ReCalKV
 from lowkey.methods import kqsvd as kq
@@ -156,7 +156,7 @@ def rebuilt(x: Tensor, basis, rank: int, order: Tensor | None = None) -> Tensor:
     order = torch.arange(h) if order is None else order
     heads = x.unflatten(1, (h, HEAD_DIM))[:, order]
     groups = heads.unflatten(1, (-1, basis.merge)).flatten(2)
-    maps = (down @ beside(up, basis.merge)).expand(groups.shape[1], -1, -1)
+    maps = (down @ side_by_side(up, basis.merge)).expand(groups.shape[1], -1, -1)
     out = torch.stack([groups[:, g] @ m for g, m in enumerate(maps)], 1)
     return out.unflatten(2, (basis.merge, HEAD_DIM)).flatten(1, 2)[:, order.argsort()].flatten(1)
 
@@ -618,7 +618,7 @@ def test_similarity_is_the_cka_of_whitened_weights():
 def test_heads_fall_into_groups_of_one_size(h, wanted, seed):
     t = max(t for t in range(1, min(h, wanted) + 1) if h % t == 0)
     likeness = torch.rand(h, h, generator=torch.Generator().manual_seed(seed))
-    groups = recal.gathered(likeness + likeness.mT, t)
+    groups = recal.grouped_by_similarity(likeness + likeness.mT, t)
     assert sorted(i for g in groups for i in g) == list(range(h)) and {len(g) for g in groups} == {t}
     if t > 1 and h > 1:
         both = (likeness + likeness.mT).fill_diagonal_(-1)
@@ -727,7 +727,7 @@ def values_of(name: str, layer: int, inputs: Tensor) -> tuple[Tensor, Tensor]:
 
 def value_map(f) -> Tensor:
     """(h d, h d), heads in the model's order."""
-    m = f.v_down[0].double() @ beside(f.v_up, f.merge[1])[0].double()
+    m = f.v_down[0].double() @ side_by_side(f.v_up, f.merge[1])[0].double()
     h = m.shape[0] // HEAD_DIM
     back = torch.arange(h) if f.order is None else f.order.argsort()
     return m.unflatten(0, (h, -1))[back].flatten(0, 1).unflatten(1, (h, -1))[:, back].flatten(1)

@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 from lowkey.attention import LowkeyConfig, LowkeyForCausalLM, register
 from lowkey.cli.app import app
 from lowkey.conversion import (
+    ConversionOptions,
     Loss,
-    Options,
+    conversion_record,
     convert,
-    describe,
     gauge,
     input_moments,
     kinds,
@@ -50,7 +50,7 @@ ROPES = {
     "yarn": pico.YARN,
     "linear": {**BASE, "rope_type": "linear"},
 }
-ALIGNED = Options(basis="aligned")
+ALIGNED = ConversionOptions(basis="aligned")
 
 
 def build(name: str, **overrides: object) -> PreTrainedModel:
@@ -261,7 +261,7 @@ def test_a_conversion_of_some_layers_is_the_whole_one_there(layers: object, mean
     stored = [(2 if i in meant else 4) * D * 2 * IDS.numel() for i in range(pico.LAYERS)]
     assert [layer.keys.numel() + layer.values.numel() for layer in past.layers] == stored
     assert (
-        describe(model, some, Loss(1, 1), Loss(1, 1), {})["cache_bytes_per_token"]["converted"]
+        conversion_record(model, some, Loss(1, 1), Loss(1, 1), {})["cache_bytes_per_token"]["converted"]
         == 4 * sum(stored) // IDS.numel()
     )
 
@@ -333,7 +333,7 @@ def test_partial_rotation_is_exact_where_rotated_channels_are_shared_and_nothing
         "qk_rope_head_dim": e,
         "num_key_value_heads": groups,
     }
-    made = convert(model, "lrkv", options=Options(frequencies=frequencies), **fields)
+    made = convert(model, "lrkv", options=ConversionOptions(frequencies=frequencies), **fields)
     assert equal(model, made, still=True)
     assert not equal(model, made, tolerance=1e-4)
     assert not equal(
@@ -349,9 +349,13 @@ def test_partial_rotation_is_exact_where_rotated_channels_are_shared_and_nothing
 def test_kept_channels_turn_as_they_did(rope: str, frequencies: str, width: int, pairs: list[int]) -> None:
     model = build("llama", rope_parameters=ROPES[rope])
     made = convert(
-        model, "mla", kv_lora_rank=D, qk_rope_head_dim=width, options=Options(frequencies=frequencies)
+        model,
+        "mla",
+        kv_lora_rank=D,
+        qk_rope_head_dim=width,
+        options=ConversionOptions(frequencies=frequencies),
     )
-    found = kinds.Rope(source.frequencies(model), made.model.rotary_emb.inv_freq.double(), 1.0)
+    found = kinds.RotaryFrequencies(source.frequencies(model), made.model.rotary_emb.inv_freq.double(), 1.0)
     assert found.channels()[0].tolist() == [*pairs, *(f + D // 2 for f in pairs)]
     assert sorted(torch.cat(found.channels()).tolist()) == list(range(D))
     torch.testing.assert_close(found.narrow, found.source[pairs], rtol=1e-6, atol=0)
@@ -368,7 +372,7 @@ def test_rank_zero_is_grouped_query() -> None:
 @pytest.mark.parametrize("form", kinds.HEADS)
 def test_pooled_heads_by_loops(form: str) -> None:
     model = build("llama-mha", attention_bias=True)
-    made = convert(model, "gqa", num_key_value_heads=2, options=Options(heads=form))
+    made = convert(model, "gqa", num_key_value_heads=2, options=ConversionOptions(heads=form))
     for name in ("k_proj", "v_proj"):
         old, new = (getattr(m.model.layers[1].self_attn, name) for m in (model, made))
         for g in range(2):
@@ -508,8 +512,8 @@ def test_turning_heads_changes_nothing(white: bool) -> None:
     model = build("llama")
     want = logits(model)
     moment = None if white else input_moments(model, IDS)[1]
-    w = source.weights(model, 1)
-    turned = gauge.aligned(w, 2, 1, gauge.averaged, moment)
+    w = source.attention_weights_of(model, 1)
+    turned = gauge.aligned_weights(w, 2, 1, gauge.averaged_energy, moment)
     assert not torch.allclose(turned.k, w.k) and not torch.allclose(turned.v, w.v)
     own = model.model.layers[1].self_attn
     for name in "qkv":
@@ -560,10 +564,10 @@ def test_a_rotated_slice_stands_for_keys_at_other_phases() -> None:
 def test_turning_never_loses_energy(white: bool) -> None:
     model = build("llama-mha")
     moment = None if white else input_moments(model, IDS)[0]
-    w = source.weights(model, 0)
+    w = source.attention_weights_of(model, 0)
     for count in (1, 2, 5):
-        kept = gauge.mixed(count)
-        turned = gauge.aligned(w, 1, count, kept, moment)
+        kept = gauge.mixed_energy(count)
+        turned = gauge.aligned_weights(w, 1, count, kept, moment)
         for before, after in ((w.k, turned.k), (w.v, turned.v)):
             grams = [gauge.joint(x, moment).diagonal(dim1=2, dim2=3).sum(-1) for x in (before, after)]
             assert kept(grams[1]) >= kept(grams[0])
@@ -645,8 +649,14 @@ REFUSED = [
         r"layers 0 to 2, each once, or half or deep",
     ),
     ("llama", {}, "mla", {"kv_lora_rank": 8, "options": ALIGNED}, "does not mix heads"),
-    ("llama", {}, "mea", {"mea_num_component_heads": 2, "options": Options(heads="first")}, "pools none"),
-    ("llama", {}, "mha", {"options": Options(frequencies="spread")}, "rotated whole"),
+    (
+        "llama",
+        {},
+        "mea",
+        {"mea_num_component_heads": 2, "options": ConversionOptions(heads="first")},
+        "pools none",
+    ),
+    ("llama", {}, "mha", {"options": ConversionOptions(frequencies="spread")}, "rotated whole"),
     (
         "llama",
         {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2},

@@ -14,9 +14,9 @@ from test_conversion import GATED, SMALL, D, build, equal, run
 from typer.testing import CliRunner
 
 from lowkey.cli.app import app
-from lowkey.conversion import Options, convert
+from lowkey.conversion import ConversionOptions, convert
 from lowkey.conversion import exactness as said_of
-from lowkey.conversion.convert import check
+from lowkey.conversion.convert import checked_configuration
 from lowkey.conversion.exactness import Exactness
 from lowkey.core.types import LowkeyError
 
@@ -53,7 +53,7 @@ FIELDS = {
 def tried(model: object, kind: str, fields: dict) -> tuple[Exactness, bool] | None:
     """What is said, and whether it is so by the logits; None where the conversion is refused."""
     try:
-        config = check(model, kind, Options(), False, fields)
+        config = checked_configuration(model, kind, ConversionOptions(), False, fields)
     except LowkeyError:
         return None
     return said_of(model, config), equal(model, convert(model, kind, **fields))

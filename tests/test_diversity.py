@@ -21,14 +21,14 @@ from lowkey.heads.diversity import (
     attention_divergence,
     centred,
     circuit,
-    cosines,
     diversity,
     effective_rank,
     js_divergence,
+    operator_cosines,
     weight_diversity,
 )
 from lowkey.models import families
-from lowkey.models.attention_interface import NAME
+from lowkey.models.attention_interface import ATTENTION_NAME
 from lowkey.report.diversity import cosines_figure, diversity_figure
 
 D, HEADS, HIDDEN = 8, 4, 32
@@ -133,7 +133,7 @@ def test_cosines_are_those_of_the_operators_written_out():
     left, right = random(HEADS, D, HIDDEN), random(HEADS, D, HIDDEN, seed=1)
     operators = [a.T @ b for a, b in zip(left, right, strict=True)]
     expected = [[float((a * b).sum() / (a.norm() * b.norm())) for a in operators] for b in operators]
-    assert same(cosines(left, right), torch.tensor(expected, dtype=torch.float64))
+    assert same(operator_cosines(left, right), torch.tensor(expected, dtype=torch.float64))
 
 
 def test_centred_gram_is_that_of_operators_less_their_mean():
@@ -183,8 +183,8 @@ def test_zero_heads_and_single_heads_give_none_and_never_nan():
 
 def test_numbers_do_not_depend_on_the_basis_of_a_head():
     q, k, turn = random(HEADS, D, HIDDEN), random(HEADS, D, HIDDEN, seed=1), random(HEADS, D, D, seed=2)
-    assert same(cosines(q, k), cosines(turn.mT @ q, torch.linalg.inv(turn) @ k))
-    assert not same(cosines(q, k), cosines(turn.mT @ q, k))
+    assert same(operator_cosines(q, k), operator_cosines(turn.mT @ q, torch.linalg.inv(turn) @ k))
+    assert not same(operator_cosines(q, k), operator_cosines(turn.mT @ q, k))
 
 
 # -- the maps of every kind
@@ -395,7 +395,7 @@ def test_attention_divergence_is_the_mean_over_queries_and_the_model_is_set_back
     model, ids = pico.attached("gemma3_text"), pico.prompt(24, 3)
     model.train()
     found = attention_divergence(model, ids)
-    assert model.config._attn_implementation == NAME and model.training
+    assert model.config._attn_implementation == ATTENTION_NAME and model.training
     model.eval()
     with torch.no_grad():
         maps = pico.stock("gemma3_text")(ids, output_attentions=True).attentions

@@ -398,7 +398,7 @@ def test_the_full_cache_has_no_layer_error(rows):
 def test_layers_that_slide_are_not_counted(half):
     """Gemma 2's first layer slides; only the others can be compressed."""
     model, ids = pico.attached("gemma2"), windows()
-    found = layerwise.measure(model, [full(model), integers(model, 4)], ids, BATCH, silent)
+    found = layerwise.measure_layers(model, [full(model), integers(model, 4)], ids, BATCH, silent)
     assert found["full"]["layer_error"] == 0.0 < found["int4"]["layer_error"]
 
 
@@ -433,7 +433,7 @@ def test_bytes_are_held_as_predicted(rows):
 
 def test_sliding_layers_hold_as_predicted():
     model = pico.attached("gemma2")
-    found = footprint.measure(
+    found = footprint.measure_footprint(
         model, pico.tokenizer(), [full(model), packed(model, 8)], pico.prompt(40, 1), silent
     )
     for row in found.values():

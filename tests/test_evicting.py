@@ -12,7 +12,7 @@ import torch
 from pico import attached, feed, generate, prompt, real, stock
 
 import lowkey
-from lowkey.cache.cache import LAYERS, cache_of
+from lowkey.cache.cache import EVICTING_LAYERS, cache_of
 from lowkey.catalog import make_policy
 from lowkey.core.types import LAYOUTS, LowkeyError
 from lowkey.models import families
@@ -34,7 +34,7 @@ def evicting_cache(model, policy, layout=None, ranks=(pico.HEAD_DIM, pico.HEAD_D
 
     def build(i):
         rope = families.rope(model, i)
-        return LAYERS[policy.layer](
+        return EVICTING_LAYERS[policy.layer](
             policy, rope, full.index(i), meeting, LowRank(maps[i], layout, rope) if layout else None
         )
 

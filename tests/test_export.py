@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 import lowkey
 from lowkey.attention import LowkeyConfig, LowkeyForCausalLM
-from lowkey.calibration.calibrate import describe, fit_layers
+from lowkey.calibration.calibrate import fit_layers, name_and_parameters
 from lowkey.core.types import LAYOUTS, LowkeyError
 from lowkey.export import export_hf
 from lowkey.methods import MEA, PCA, CalibrationContext, KVHeadSVD, KVLatent
@@ -65,7 +65,7 @@ def make(model, method=COMMUTING, ranks=(8, 8), layout="post_rope", **fields):
     plan = Plan(
         {i: b.at(*ranks) for i, b in bases.items()},
         layout,
-        describe(method),
+        name_and_parameters(method),
         {"name": "uniform", "parameters": {}},
         "50%",
         geometry=asdict(families.geometry(model)),

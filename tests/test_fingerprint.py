@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import lowkey
 from lowkey.cache.cache import load_cache, make_cache
 from lowkey.core.types import LowkeyError
-from lowkey.models.fingerprint import checksum, config_words, model_fingerprint
+from lowkey.models.fingerprint import config_words, model_fingerprint, tensor_checksum
 from lowkey.policies import POLICIES
 
 LORA = peft.LoraConfig(target_modules=["k_proj", "v_proj"], r=4, init_lora_weights=False)
@@ -128,15 +128,15 @@ def test_one_number_of_any_weight_counts(name):
 @pytest.mark.parametrize("numel", [1, 7, 1000, 9000, 2**18 + 4096 * 3 + 5])
 def test_the_checksum_sees_every_change_and_every_move(dtype, numel):
     x = torch.randint(0, 2, (numel,), generator=torch.Generator().manual_seed(0)).to(dtype)
-    before = checksum(x)
-    assert checksum(x.clone()) == before and checksum(torch.cat([x[:1], x])[1:]) == before, (
+    before = tensor_checksum(x)
+    assert tensor_checksum(x.clone()) == before and tensor_checksum(torch.cat([x[:1], x])[1:]) == before, (
         "wherever it lies in memory"
     )
     for place in {0, numel // 3, numel - 1}:
         y = x.clone()
         y[place] = 1 - y[place].to(torch.int8)
-        assert checksum(y) != before
-    assert numel < 1000 or (checksum(x.flip(0)) != before and checksum(x.roll(1)) != before)
+        assert tensor_checksum(y) != before
+    assert numel < 1000 or (tensor_checksum(x.flip(0)) != before and tensor_checksum(x.roll(1)) != before)
 
 
 def test_tied_weights_are_read_once_and_are_what_they_are():

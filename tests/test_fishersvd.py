@@ -143,7 +143,7 @@ def test_the_pass_leaves_the_model_alone():
 
 
 def test_an_interrupted_pass_goes_on_to_the_same_moments(tmp_path, monkeypatch):
-    monkeypatch.setattr(gradients, "SAVE_EVERY", 1)
+    monkeypatch.setattr(gradients, "WINDOWS_BETWEEN_SAVES", 1)
     seen = []
 
     def stopping(rows, text, total=None):

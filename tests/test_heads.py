@@ -20,8 +20,8 @@ from lowkey.core.files import measured
 from lowkey.core.types import LowkeyError
 from lowkey.heads import induction, retrieval
 from lowkey.heads.induction import estimate_echo
-from lowkey.heads.needles import TASKS, Case, Haystack
-from lowkey.heads.retrieval import KINDS, HeadScores, estimate_heads, f1, spearman
+from lowkey.heads.needles import NEEDLE_TASKS, Case, Haystack
+from lowkey.heads.retrieval import SCORE_KINDS, HeadScores, estimate_heads, f1, spearman
 from lowkey.models import families
 from lowkey.models.loading import load
 from lowkey.storage.attention_recording import AttentionRecordingLayer
@@ -188,7 +188,7 @@ WEIGHTS = torch.tensor(
     ],
 )
 def test_a_step_has_the_score_that_the_hand_computes(kind, token, wanted):
-    found = KINDS[kind].score(WEIGHTS, CASE, token)
+    found = SCORE_KINDS[kind].score(WEIGHTS, CASE, token)
     assert found.dtype == torch.float64
     assert torch.allclose(found, torch.tensor(wanted, dtype=torch.float64))
 
@@ -514,7 +514,7 @@ def test_a_stopped_estimate_goes_on_and_another_begins_anew(
     tmp_path, monkeypatch, accepting, kind, looks, seed, again
 ):
     straight, seen, look = estimate(kind, seed=seed), [], getattr(*looks)
-    monkeypatch.setattr(measured, "EVERY", 0.0)
+    monkeypatch.setattr(measured, "SECONDS_BETWEEN_WRITES", 0.0)
     monkeypatch.setattr(*looks, lambda *given: seen.append(1) or look(*given))
     with pytest.raises(KeyboardInterrupt):
         estimate(kind, work=tmp_path, progress=Stopping(5))
@@ -627,4 +627,4 @@ def test_what_the_embedded_model_cannot_do_is_told(tiny):
         lambda: estimate_heads(*tiny, task="comparison", cases=20, context=450),
         "task 'comparison': 0 of 20 cases answered right",
     )
-    assert set(TASKS) >= {name for kind in KINDS.values() for name in kind.tasks}
+    assert set(NEEDLE_TASKS) >= {name for kind in SCORE_KINDS.values() for name in kind.tasks}

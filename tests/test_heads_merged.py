@@ -19,7 +19,7 @@ from lowkey.backends import naive
 from lowkey.calibration.statistics import gather_statistics
 from lowkey.core.types import LowkeyError, head_blocks
 from lowkey.methods import MEA, KVHeadSVD, mea
-from lowkey.methods.kvheads import cheapest_groups, cosines, pair_losses
+from lowkey.methods.kvheads import cheapest_groups, cosine_transform, pair_losses
 from lowkey.models import families
 from lowkey.models.attention_interface import attach
 from lowkey.ops import aligning, commuting
@@ -168,8 +168,8 @@ def test_a_map_that_commutes_is_told_from_one_that_does_not():
 def test_the_nearest_commuting_map_is_a_projection(t, pairs, rest, seed):
     d = 2 * pairs + rest
     a, b = random(t, d, d, seed=seed), random(t, d, d, seed=seed + 1)
-    near, other = commuting.nearest(a, 2 * pairs), commuting.nearest(b, 2 * pairs)
-    assert torch.allclose(commuting.nearest(near, 2 * pairs), near)
+    near, other = commuting.nearest_commuting(a, 2 * pairs), commuting.nearest_commuting(b, 2 * pairs)
+    assert torch.allclose(commuting.nearest_commuting(near, 2 * pairs), near)
     assert abs(float(((a - near) * other).sum())) < 1e-9 * d**2, "what is left out stands on all that commute"
 
 
@@ -454,7 +454,7 @@ def test_the_mean_of_a_group_is_what_mean_pooling_keeps(prepared):
 
 @given(st.integers(1, 9))
 def test_cosines_are_orthonormal_and_start_with_the_mean(t):
-    found = cosines(t)
+    found = cosine_transform(t)
     assert torch.allclose(found.mT @ found, torch.eye(t, dtype=torch.float64), atol=1e-12)
     assert torch.allclose(found[:, 0], torch.full((t,), t**-0.5, dtype=torch.float64))
 
@@ -699,7 +699,7 @@ def by_heads(x):
 def test_heads_that_are_sums_of_two_already_are_not_spoilt_by_aligning_them():
     """Turned to one gauge they would need a little more than two components."""
     x = torch.einsum("ncd,ch->nhd", random(300, 2, 6) @ random(6, 6, seed=1), random(2, 4, seed=2))
-    basis = mea.aligned(by_heads(x), [1, 2, 3], 0)
+    basis = mea.aligned_basis(by_heads(x), [1, 2, 3], 0)
     assert left(x.flatten(1), basis.columns[0][:, :12]) < 1e-6 * float(x.square().sum())
     assert left(x.flatten(1), dict(basis.exact).get(3, basis.columns[..., :12])[0]) < 1e-6 * float(
         x.square().sum()

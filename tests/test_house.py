@@ -17,6 +17,7 @@ FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 PACKAGES = sorted(path.parent for path in FILES if path.name == "__init__.py" and path.parent.name != "data")
 MODULES_AT_THE_TOP = 6
 BANNED_WORDS = ("register_forward_hook", "register_forward_pre_hook", "compression_ratio", "torch.load")
+BACKEND_INTERFACE = {"attend", "available", "ragged", "supports"}
 BANNED_MODULES = {"pickle", "shelve", "marshal", "requests"}
 
 
@@ -113,3 +114,24 @@ def test_only_families_knows_architectures():
         return sorted((texts & known) | (set() if path.is_relative_to(attention) else classes))
 
     assert set(broken(named)) == {"lowkey/models/families.py"}
+
+
+def test_a_public_name_is_defined_in_one_module():
+    """Two kinds of names may stand twice: those of an interface that several modules offer, and a command of
+    the CLI named as the function that it calls."""
+    homes: dict[str, set[str]] = {}
+    for path, tree in TREES.items():
+        for name in public_names(tree):
+            homes.setdefault(name, set()).add(str(path.relative_to(SOURCE / "lowkey").with_suffix("")))
+    twice = {name: sorted(modules) for name, modules in homes.items() if len(modules) > 1}
+    commands = {n for n, m in twice.items() if any(x.startswith("cli/") for x in m)}
+    backends = {n for n, m in twice.items() if all(x.startswith("backends/") for x in m)}
+    assert backends <= BACKEND_INTERFACE and twice.keys() - commands - backends == set(), twice
+
+
+def public_names(tree: ast.Module) -> set[str]:
+    found = {n.name for n in tree.body if isinstance(n, FUNCTION | ast.ClassDef)}
+    targets = [t for n in tree.body if isinstance(n, ast.Assign) for t in n.targets]
+    targets += [n.target for n in tree.body if isinstance(n, ast.AnnAssign)]
+    stored = (n for target in targets for n in ast.walk(target) if isinstance(n, ast.Name))
+    return {name for name in found | {n.id for n in stored if isinstance(n.ctx, ast.Store)} if name[0] != "_"}

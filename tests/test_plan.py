@@ -18,7 +18,7 @@ import lowkey
 from lowkey.core import files
 from lowkey.core.types import Budget, Factors, LowkeyError
 from lowkey.models.fingerprint import model_fingerprint
-from lowkey.plan.plan import FORMAT, JSON, MAPS, TENSORS, Plan, card
+from lowkey.plan.plan import MAPS, PLAN_FORMAT, PLAN_JSON, PLAN_TENSORS, Plan, plan_card
 
 MODEL = "llama"
 
@@ -38,15 +38,19 @@ def edit(folder, **changes):
     """Change top-level fields of plan.json, and vouch for it: what is tested is the content, not the
     checksum.
     """
-    forging.edit_json(folder / JSON, **changes)
+    forging.edit_json(folder / PLAN_JSON, **changes)
 
 
 def edit_tensor(folder, name, tensor):
-    forging.edit_tensors(folder / TENSORS, lambda tensors: tensors.update({name: tensor}), folder / JSON)
+    forging.edit_tensors(
+        folder / PLAN_TENSORS, lambda tensors: tensors.update({name: tensor}), folder / PLAN_JSON
+    )
 
 
 def write(folder, tensors):
-    forging.edit_tensors(folder / TENSORS, lambda old: [old.clear(), old.update(tensors)], folder / JSON)
+    forging.edit_tensors(
+        folder / PLAN_TENSORS, lambda old: [old.clear(), old.update(tensors)], folder / PLAN_JSON
+    )
 
 
 def refused(path, model=None, match=None):
@@ -135,7 +139,7 @@ def test_factors_that_are_not_orthonormal_come_back_bit_for_bit(tmp_path):
 def test_saving_twice_gives_the_same_bytes(tmp_path):
     make().save(tmp_path / "a")
     Plan.load(tmp_path / "a").save(tmp_path / "b")
-    for name in (JSON, TENSORS, "README.md"):
+    for name in (PLAN_JSON, PLAN_TENSORS, "README.md"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
@@ -154,12 +158,12 @@ def test_bytes_per_token_by_hand():
 
 
 def test_the_card_says_the_numbers():
-    text = card(make(8, 8))
+    text = plan_card(make(8, 8))
     assert "384 of 768 bytes per token" in text and "(50.0 %)" in text and "| 2 | 8 | 8 |" in text
 
 
 def test_nothing_but_its_files_is_left_behind(folder):
-    assert sorted(p.name for p in folder.iterdir()) == [files.MANIFEST, "README.md", JSON, TENSORS]
+    assert sorted(p.name for p in folder.iterdir()) == [files.MANIFEST, "README.md", PLAN_JSON, PLAN_TENSORS]
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
 
 
@@ -216,7 +220,7 @@ def fail_at(monkeypatch, at):
 
 
 def test_a_failure_while_tensors_are_written_leaves_the_old_file(folder, monkeypatch):
-    before = (folder / TENSORS).read_bytes()
+    before = (folder / PLAN_TENSORS).read_bytes()
 
     def half(tensors, path, metadata):
         path.write_bytes(b"half")
@@ -225,7 +229,7 @@ def test_a_failure_while_tensors_are_written_leaves_the_old_file(folder, monkeyp
     monkeypatch.setattr("safetensors.torch.save_file", half)
     with pytest.raises(LowkeyError, match="no space"):
         make(4, 4).save(folder)
-    assert (folder / TENSORS).read_bytes() == before
+    assert (folder / PLAN_TENSORS).read_bytes() == before
     assert len(list(folder.iterdir())) == 4
 
 
@@ -258,7 +262,7 @@ def test_bf16_weights_are_the_same_model(folder):
 
 
 def test_a_newer_format_is_refused(folder):
-    edit(folder, format=FORMAT + 1)
+    edit(folder, format=PLAN_FORMAT + 1)
     refused(folder, match="newer")
 
 
@@ -268,7 +272,7 @@ def test_a_format_that_is_no_number_is_refused(folder, value):
     refused(folder, match="format")
 
 
-@pytest.mark.parametrize("name", [JSON, TENSORS])
+@pytest.mark.parametrize("name", [PLAN_JSON, PLAN_TENSORS])
 def test_a_missing_file_is_refused(folder, name):
     (folder / name).unlink()
     refused(folder, match="does not exist")
@@ -285,15 +289,15 @@ def test_an_impossible_path_is_refused(path):
 
 @pytest.mark.parametrize("keep", [0, 4, 8, 40, 0.5, 0.99])
 def test_truncated_tensors_are_refused(folder, keep):
-    data = (folder / TENSORS).read_bytes()
-    (folder / TENSORS).write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
+    data = (folder / PLAN_TENSORS).read_bytes()
+    (folder / PLAN_TENSORS).write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
     refused(folder)
 
 
 @pytest.mark.parametrize("size", [2**63, 2**24 + 1, 10**6])
 def test_a_huge_header_is_refused(folder, size):
-    data = (folder / TENSORS).read_bytes()
-    (folder / TENSORS).write_bytes(struct.pack("<Q", size) + data[8:])
+    data = (folder / PLAN_TENSORS).read_bytes()
+    (folder / PLAN_TENSORS).write_bytes(struct.pack("<Q", size) + data[8:])
     refused(folder)
 
 
@@ -303,17 +307,17 @@ def test_a_huge_header_is_refused(folder, size):
     ids=range(10),
 )
 def test_corrupt_json_is_refused(folder, text):
-    (folder / JSON).write_text(text, encoding="utf-8")
+    (folder / PLAN_JSON).write_text(text, encoding="utf-8")
     refused(folder)
 
 
 def test_json_that_is_not_utf8_is_refused(folder):
-    (folder / JSON).write_bytes(b'{"format": "\xff\xfe"}')
+    (folder / PLAN_JSON).write_bytes(b'{"format": "\xff\xfe"}')
     refused(folder)
 
 
 def test_huge_json_is_refused(folder):
-    with (folder / JSON).open("wb") as file:
+    with (folder / PLAN_JSON).open("wb") as file:
         file.truncate(2**26 + 1)
     refused(folder, match="64 MiB")
 
@@ -335,7 +339,7 @@ FIELDS = [
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_missing_field_is_refused(folder, name):
-    forging.edit_json(folder / JSON, lambda meta: meta.pop(name))
+    forging.edit_json(folder / PLAN_JSON, lambda meta: meta.pop(name))
     refused(folder, match=name)
 
 
@@ -389,21 +393,21 @@ def test_bad_geometry_is_refused(folder, geometry):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_numbers_that_are_not_finite_are_refused(folder, value):
-    bad = load_file(folder / TENSORS)["1.v_down"]
+    bad = load_file(folder / PLAN_TENSORS)["1.v_down"]
     bad[0, 0, 0] = value
     edit_tensor(folder, "1.v_down", bad)
     refused(folder, match="NaN")
 
 
 def test_infinities_that_cancel_are_refused(folder):
-    bad = load_file(folder / TENSORS)["1.v_down"]
+    bad = load_file(folder / PLAN_TENSORS)["1.v_down"]
     bad[0, 0, 0], bad[0, 1, 0] = math.inf, -math.inf
     edit_tensor(folder, "1.v_down", bad)
     refused(folder, match="NaN")
 
 
 def test_factors_that_are_not_orthonormal_are_refused(folder):
-    edit_tensor(folder, "1.k_down", load_file(folder / TENSORS)["1.k_down"] * 1.01)
+    edit_tensor(folder, "1.k_down", load_file(folder / PLAN_TENSORS)["1.k_down"] * 1.01)
     refused(folder, match="orthonormal")
 
 
@@ -420,7 +424,7 @@ def test_wrong_shapes_are_refused(folder, shape):
 @pytest.mark.parametrize("rank", [0, 17, -3])
 def test_impossible_ranks_are_refused(folder, rank):
     """JSON and tensors agree with each other, but no basis of 16 dimensions has this rank."""
-    meta = json.loads((folder / JSON).read_text())
+    meta = json.loads((folder / PLAN_JSON).read_text())
     edit(folder, ranks=meta["ranks"] | {"1": [rank, 9]})
     edit_tensor(folder, "1.k_down", torch.zeros(4, 16, max(0, rank)))
     refused(folder)
@@ -433,7 +437,7 @@ def test_tensors_of_integers_are_refused(folder):
 
 
 def test_tensors_that_are_missing_are_refused(folder):
-    tensors = load_file(folder / TENSORS)
+    tensors = load_file(folder / PLAN_TENSORS)
     del tensors["2.v_down"]
     write(folder, tensors)
     refused(folder, match="2.v_down")
@@ -445,27 +449,27 @@ def test_a_plan_without_up_maps_that_needs_them_is_refused(folder):
 
 
 def test_missing_layers_are_refused(folder):
-    meta = json.loads((folder / JSON).read_text())
+    meta = json.loads((folder / PLAN_JSON).read_text())
     edit(folder, ranks={i: r for i, r in meta["ranks"].items() if i != "1"})
     refused(folder, pico.stock(MODEL), "layers")
 
 
 def test_a_plan_of_other_heads_is_refused(folder):
     """Consistent in itself, with the right fingerprint, and still not this model's shape."""
-    shape = json.loads((folder / JSON).read_text())["geometry"]
+    shape = json.loads((folder / PLAN_JSON).read_text())["geometry"]
     edit(folder, geometry=shape | {"kv_heads": 2})
-    write(folder, {n: t[:2].contiguous() for n, t in load_file(folder / TENSORS).items()})
+    write(folder, {n: t[:2].contiguous() for n, t in load_file(folder / PLAN_TENSORS).items()})
     refused(folder, pico.stock(MODEL))
 
 
 def test_a_plan_of_another_head_dim_is_refused(folder):
-    shape = json.loads((folder / JSON).read_text())["geometry"]
+    shape = json.loads((folder / PLAN_JSON).read_text())["geometry"]
     edit(folder, geometry=shape | {"head_dim": 12})
     write(
         folder,
         {
             n: torch.eye(12)[:, : t.shape[2]].expand(4, -1, -1).contiguous()
-            for n, t in load_file(folder / TENSORS).items()
+            for n, t in load_file(folder / PLAN_TENSORS).items()
         },
     )
     refused(folder, pico.stock(MODEL))

@@ -12,7 +12,7 @@ from lowkey.core.types import LowkeyError
 from lowkey.ops.ragged import best
 from lowkey.ops.rope import rotate
 from lowkey.policies import base, expected
-from lowkey.policies.allocators import AllocationRequest, Global, Uniform
+from lowkey.policies.allocators import AllocationRequest, Global, UniformTokens
 from lowkey.policies.base import EvictionContext, Policy
 from lowkey.policies.curdkv import CurDKV
 from lowkey.policies.expected import ExpectedAttention
@@ -507,7 +507,7 @@ def kept(policy, context, mean, split):
 
 def test_streamingllm_keeps_sinks_and_the_newest():
     context = build(tokens=(14, 11), pad=1)
-    stays = kept(StreamingLLM(**SMALL), context, 7, Uniform())
+    stays = kept(StreamingLLM(**SMALL), context, 7, UniformTokens())
     for i, n in enumerate((14, 11)):
         assert context.positions[i, 0][stays[i, 0]].tolist() == [0, 1, *range(n - 5, n)]
 
@@ -516,7 +516,7 @@ def test_tova_keeps_the_same_tokens_in_every_head():
     context = build(tokens=(14, 11), pad=1)
     scores = TOVA(**SMALL).score(context)
     assert torch.equal(scores[:, 0], scores[:, 1])
-    stays = kept(TOVA(**SMALL), context, 6, Uniform())
+    stays = kept(TOVA(**SMALL), context, 6, UniformTokens())
     assert torch.equal(stays[:, 0], stays[:, 1])
 
 

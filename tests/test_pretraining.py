@@ -34,7 +34,7 @@ from lowkey.core.types import LowkeyError
 from lowkey.models import loading
 from lowkey.pretraining import Recipe, Trained, models, pretrain
 from lowkey.pretraining.corpus import prepare
-from lowkey.pretraining.log import read
+from lowkey.pretraining.log import read_log
 from lowkey.pretraining.optim import rate
 from lowkey.pretraining.rows import IGNORED, Order
 
@@ -98,7 +98,9 @@ def recipe(folder: Path, **training: object) -> Recipe:
 
 def curve(out: Path) -> list[dict]:
     """The log but for what a clock says."""
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in read(out / "log.jsonl")]
+    return [
+        {k: v for k, v in line.items() if k != "tokens_per_second"} for line in read_log(out / "log.jsonl")
+    ]
 
 
 DYING = """

@@ -149,7 +149,7 @@ def test_every_source_gives_the_same_documents(tmp_path, write):
 
 
 def test_the_embedded_text_is_the_default():
-    assert list(documents(Data())) == [text.embedded("calibration")]
+    assert list(documents(Data())) == [text.embedded_text("calibration")]
 
 
 def words(corpus, part: Stream) -> list[str]:
@@ -178,12 +178,12 @@ def test_tokens_are_the_texts_and_held_out_documents_are_whole(tmp_path):
 
 def test_of_one_document_the_end_is_held_out(tmp_path):
     corpus = prepare(Data(held_out=0.1), tmp_path)
-    whole = corpus.tokenizer(text.embedded("calibration"), add_special_tokens=False).input_ids
+    whole = corpus.tokenizer(text.embedded_text("calibration"), add_special_tokens=False).input_ids
     found = [*corpus.training.ids, *corpus.held_out.ids]
     assert [t for t in found if t not in corpus.tokenizer.all_special_ids] == whole
     assert len(corpus.held_out.ids) == pytest.approx(0.1 * len(found), abs=1)
     total = corpus.training.text_bytes + corpus.held_out.text_bytes
-    assert total == len(text.embedded("calibration").encode())
+    assert total == len(text.embedded_text("calibration").encode())
 
 
 def test_tokens_are_made_once_and_again_when_the_text_changes(tmp_path):
@@ -219,7 +219,7 @@ def test_a_tokenizer_is_trained_on_about_as_much_as_is_read(tmp_path):
     """What lies far behind max_tokens is not opened, damaged or not."""
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps({"text": t}) for t in TEXTS * 3) + "\nnot json")
-    with mock.patch("lowkey.pretraining.corpus.BATCH", 100):
+    with mock.patch("lowkey.pretraining.corpus.TOKENIZED_AT_ONCE", 100):
         few = prepare(Data(path=str(path), vocab_size=280, held_out=0.0, max_tokens=100), tmp_path)
     assert len(few.training.ids) >= 100 and len(few.tokenizer) == 280
     with pytest.raises(LowkeyError, match="line 37 is no JSON"):
@@ -234,7 +234,7 @@ def test_a_long_document_is_one_document_whatever_the_pieces(tmp_path):
     )
     data = Data(path=str(tmp_path / "a.jsonl"), held_out=0.0)
     whole = prepare(data, tmp_path / "whole")
-    with mock.patch("lowkey.pretraining.corpus.BATCH", 100):
+    with mock.patch("lowkey.pretraining.corpus.TOKENIZED_AT_ONCE", 100):
         cut = prepare(data, tmp_path / "cut")
     assert words(cut, cut.training) == words(whole, whole.training) == [lines, line, "short", word]
     assert cut.training.text_bytes == whole.training.text_bytes

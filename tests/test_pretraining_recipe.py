@@ -14,7 +14,7 @@ from torch import nn
 from lowkey.core.types import LowkeyError
 from lowkey.pretraining import Recipe, models
 from lowkey.pretraining.health import diverged, spikes
-from lowkey.pretraining.optim import optimizers, rate, split
+from lowkey.pretraining.optim import optimizers, rate, split_parameters
 from lowkey.pretraining.recipe import Training
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
@@ -128,7 +128,7 @@ def test_bad_files_and_settings_are_one_line(tmp_path, text, message):
         ({"model_type": "lama", "hidden_size": 32}, "did you mean 'llama'"),
         ({"hidden_size": 30, "num_attention_heads": 4}, "is refused"),
         ({"hidden_size": "x"}, "hidden_size 'x': must be a whole number"),
-        *[({name: 0}, f"{name} 0: must be a whole number of at least 1") for name in models.SIZES],
+        *[({name: 0}, f"{name} 0: must be a whole number of at least 1") for name in models.SIZE_FIELDS],
         ({"attention": "lrkv", "lrkv_rank": 10**6}, "lrkv_rank 1000000: must be at most 65536"),
         ({"attention": "gqa", "num_hidden_layers": -1}, "num_hidden_layers -1: must be"),
         (
@@ -204,7 +204,7 @@ class Odd(nn.Module):
 def test_only_hidden_matrices_are_decayed_and_go_to_muon(tied):
     model = pico.build("llama", tie_word_embeddings=tied)
     model.model.layers[0].self_attn = Odd()
-    hidden, others = split(model)
+    hidden, others = split_parameters(model)
     assert set(hidden) | set(others) == {name for name, _ in model.named_parameters()} and not set(
         hidden
     ) & set(others)

@@ -17,8 +17,15 @@ from lowkey.core.progress import silent
 from lowkey.core.types import LowkeyError
 from lowkey.evaluate import questions
 from lowkey.evaluate.asking import Frame
-from lowkey.evaluate.questions import Item, Paragraph, draw_texts, embedded, is_right, normalised
-from lowkey.evaluate.settings import Setting, evicted, full, identity, packed
+from lowkey.evaluate.questions import (
+    Item,
+    Paragraph,
+    draw_texts,
+    embedded_paragraphs,
+    is_right_answer,
+    normalised_words,
+)
+from lowkey.evaluate.settings import Setting, evicted, full, packed, row_identity
 
 TOKENIZER = pico.tokenizer()
 NAMES = ["oak", "elm", "ash", "fir", "yew", "box", "bay", "fig"]
@@ -42,21 +49,30 @@ def paragraphs(count: int = 8) -> list[Paragraph]:
 
 
 def test_each_answer_stands_in_its_own_paragraph():
-    for paragraph in embedded():
+    for paragraph in embedded_paragraphs():
         for item in paragraph.items:
-            assert is_right(paragraph.text, item.answers), item
+            assert is_right_answer(paragraph.text, item.answers), item
 
 
 def test_the_set_is_as_large_as_promised_and_small_on_disk():
-    items = [item for p in embedded() for item in p.items]
-    assert len(embedded()) >= 60 and len(items) >= 200 and all(3 <= len(p.items) <= 4 for p in embedded())
+    items = [item for p in embedded_paragraphs() for item in p.items]
+    assert (
+        len(embedded_paragraphs()) >= 60
+        and len(items) >= 200
+        and all(3 <= len(p.items) <= 4 for p in embedded_paragraphs())
+    )
     assert [item.number for item in items] == list(range(len(items)))
     assert len({item.question for item in items}) == len(items)
     assert len((files("lowkey") / "data" / "questions.json").read_bytes()) < 150_000
 
 
 def test_no_answer_stands_in_its_question():
-    assert not [item for p in embedded() for item in p.items if is_right(item.question, item.answers)]
+    assert not [
+        item
+        for p in embedded_paragraphs()
+        for item in p.items
+        if is_right_answer(item.question, item.answers)
+    ]
 
 
 # -- right and wrong
@@ -78,11 +94,11 @@ def test_no_answer_stands_in_its_question():
     ],
 )
 def test_an_answer_is_compared_by_whole_words(said, right):
-    assert is_right(said, ("The Grey Petrel", "seven", "7")) is right
+    assert is_right_answer(said, ("The Grey Petrel", "seven", "7")) is right
 
 
 def test_case_punctuation_and_articles_do_not_count():
-    assert normalised("The  Miller's Ghost, a play!") == ["millers", "ghost", "play"]
+    assert normalised_words("The  Miller's Ghost, a play!") == ["millers", "ghost", "play"]
 
 
 # -- texts
@@ -147,8 +163,8 @@ class Fake(torch.nn.Module):
 def ask(wanted: int, names=("full", "int8"), once=questions.anew, later=False):
     model = Fake()
     model.later = later
-    settings = [Setting(name, identity(), lambda name=name: FakeCache(name)) for name in names]
-    return questions.measure(
+    settings = [Setting(name, row_identity(), lambda name=name: FakeCache(name)) for name in names]
+    return questions.measure_questions(
         model, TOKENIZER, settings, wanted, 0, silent, paragraphs=paragraphs(), once=once
     ), model
 
@@ -197,9 +213,9 @@ def test_a_text_is_read_once_for_all_its_questions():
     """And each answer is written over a cache that has seen no other question."""
     _, model = ask(100, names=("full",))
     # what is not answered, in another text again
-    texts = 2 * draw_texts(Frame.of(TOKENIZER), paragraphs(), 0, questions.LENGTH)
+    texts = 2 * draw_texts(Frame.of(TOKENIZER), paragraphs(), 0, questions.TEXT_LENGTH)
     asked = [
-        len(questions._question(Frame.of(TOKENIZER), item)) + questions.NEW
+        len(questions._question(Frame.of(TOKENIZER), item)) + questions.ANSWER_LENGTH
         for text in texts
         for item in text.items
     ]
@@ -225,7 +241,7 @@ def test_over_real_caches_a_copy_of_what_was_read_is_as_good():
     ids = torch.tensor([text.ids + questions._question(frame, item)])
     how = {
         "attention_mask": torch.ones_like(ids),
-        "max_new_tokens": questions.NEW,
+        "max_new_tokens": questions.ANSWER_LENGTH,
         "do_sample": False,
         "eos_token_id": None,
     }
@@ -242,5 +258,5 @@ def test_policies_and_integers_are_measured_with_their_bytes():
         packed(model, 8),
         evicted(model, make_policy("snapkv", "60%", {"recent": "4"}, {}), "snapkv", 300),
     ]
-    found = questions.measure(model, TOKENIZER, settings, 5, 0, silent, paragraphs=paragraphs(3))
+    found = questions.measure_questions(model, TOKENIZER, settings, 5, 0, silent, paragraphs=paragraphs(3))
     assert [row["questions_of"] for row in found.values()] == [0, 0, 0] and found["full"]["questions"] is None

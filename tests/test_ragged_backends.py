@@ -240,7 +240,7 @@ def test_triton_pieces_cover_every_row_once(lengths, size):
 
 def check_triton():
     """Runs in Triton's interpreter, in a process of its own."""
-    triton_gpu.SMALLEST = 64  # several pieces per row
+    triton_gpu.SMALLEST_SPLIT = 64  # several pieces per row
     for dtype, m, (r, v) in (
         (torch.float32, 1, (64, 80)),
         (torch.bfloat16, 20, (37, 21)),
@@ -290,7 +290,7 @@ def test_bench_reports_what_it_promises(small, dtype):
 
 def test_bench_contestants_compute_the_same(small):
     """What is timed as attention is attention, in full and over what is kept."""
-    shape = decode_bench.Shape(64, 16, 4, 2, "float32")
+    shape = decode_bench.DecodeShape(64, 16, 4, 2, "float32")
     steps = decode_bench._contestants(shape, torch.tensor([7, 30]), "cpu", 0)
     wanted = steps["sdpa"]().view(2, 2, 16)
     backends = [name for name in steps if f"{name} budget" in steps]
@@ -305,7 +305,7 @@ def test_bench_contestants_compute_the_same(small):
     ("budget", "total"), [("10%", 819 * 8 + 2), ("512 tokens", 4096), ("100%", 8 * 8192), ("0.001%", 8)]
 )
 def test_bench_heads_keep_unequal_lengths(budget, total):
-    shape = decode_bench.Shape(8192, 64, 32, 8, "float32")
+    shape = decode_bench.DecodeShape(8192, 64, 32, 8, "float32")
     lengths = decode_bench._lengths(shape, decode_bench.Budget.parse(budget), 0)
     assert total - 2 <= int(lengths.sum()) <= total and int(lengths.min()) >= 1 and int(lengths.max()) <= 8192
     if 8 < total < 8 * 8192:

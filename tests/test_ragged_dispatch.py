@@ -77,7 +77,7 @@ def test_threads_change_nothing():
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"]
 )
 def test_many_queries_are_answered_the_same(name, width, width_v, dtype, tolerance, monkeypatch):
-    monkeypatch.setattr(grouped, "BLOCK", 2000)  # queries in several blocks
+    monkeypatch.setattr(grouped, "SCORES_AT_ONCE", 2000)  # queries in several blocks
     case = rows([300, 0, 41, 7], width, width_v, 70, dtype)
     out, lse = {**BACKENDS, "fused": fused.ragged}[name](*case, width**-0.5)
     expected, total = naive.ragged(*(x.double() if x.is_floating_point() else x for x in case), width**-0.5)

@@ -18,7 +18,8 @@ from torch.nn.functional import cross_entropy
 
 import lowkey
 from lowkey import Sample
-from lowkey.allocation.allocators import ALLOCATORS, Allocator, Tail, Threshold, Uniform
+from lowkey.allocation.allocators import RANK_ALLOCATORS, Tail, Threshold, UniformRanks
+from lowkey.allocation.base import RankAllocator
 from lowkey.allocation.rank_grid import grid, multiples
 from lowkey.calibration.calibrate import calibration_windows
 from lowkey.core.types import Factors, LowkeyError
@@ -45,7 +46,7 @@ HELD = 2
 FULL = 2 * HEAD_DIM * 4 * 4 * LAYERS  # bytes per token of the pico llama: keys and values of 4 heads in fp32
 UNIT = 4 * 4  # of one more rank
 
-by_allocator = pytest.mark.parametrize("allocator", ALLOCATORS)
+by_allocator = pytest.mark.parametrize("allocator", RANK_ALLOCATORS)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -399,7 +400,7 @@ def beyond_by_hand(pairs):
 def test_an_error_budget_bounds_what_the_allocator_says(allocator, error):
     plan = calibrate(PCA("per_head", "per_head"), error_budget=error, allocator=allocator)
     told = plan.profile["bounded"]
-    assert told["what"] == ALLOCATORS[allocator].bounds and told["budget"] == error
+    assert told["what"] == RANK_ALLOCATORS[allocator].bounds and told["budget"] == error
     assert told["error"] == "the relative error of the layer's output"
     if allocator == "tail":
         assert "tail" in told["what"]
@@ -527,7 +528,7 @@ def test_a_budget_that_ranks_cannot_keep_is_refused_before_anything_is_read(budg
     assert chosen(calibrate(Palu(), budget="96 B/token")) == [(1, 1)] * LAYERS
 
 
-@pytest.mark.parametrize("allocator", ["greedy", "pareto", Uniform("measured")])
+@pytest.mark.parametrize("allocator", ["greedy", "pareto", UniformRanks("measured")])
 def test_below_what_is_measured_allocators_that_compare_errors_refuse_before_anything_is_read(allocator):
     """The least measured rank is 2 of 16; the others may choose 1."""
     with pytest.raises(LowkeyError, match=r"7\.0%.*is below 192 \(12\.5%\)"):
@@ -640,7 +641,7 @@ def test_the_papers_protocol_of_stiefattention():
 def test_an_allocator_object_with_options():
     plan = calibrate(KQSVD(), budget="50%", allocator=Tail("squared"))
     assert plan.allocator == {"name": "tail", "parameters": {"energy": "squared"}}
-    plan = calibrate(budget="50%", allocator=Uniform("measured"))
+    plan = calibrate(budget="50%", allocator=UniformRanks("measured"))
     assert plan.allocator["parameters"] == {"split": "measured"}
 
 
@@ -658,5 +659,5 @@ def test_an_object_that_is_no_allocator_is_refused_by_what_it_lacks():
 
 
 def test_every_allocator_says_what_it_bounds_and_does_so():
-    for kind in ALLOCATORS.values():
-        assert issubclass(kind, Allocator) and kind.bounds and kind.summary
+    for kind in RANK_ALLOCATORS.values():
+        assert issubclass(kind, RankAllocator) and kind.bounds and kind.summary

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from lowkey.cache.cache import cache_of, make_cache
-from lowkey.core.text import embedded, encode
+from lowkey.core.text import embedded_text, encode
 from lowkey.core.types import Factors
 from lowkey.models import families, packaged
 from lowkey.policies import SnapKV
@@ -24,7 +24,7 @@ TOKENS = 96
 
 @pytest.fixture(scope="module")
 def ids(smollm2):
-    return encode(smollm2[1], embedded("evaluation"))[None, :TOKENS]
+    return encode(smollm2[1], embedded_text("evaluation"))[None, :TOKENS]
 
 
 @torch.no_grad()

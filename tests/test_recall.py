@@ -15,9 +15,9 @@ from lowkey.catalog import make_policy
 from lowkey.core.progress import silent
 from lowkey.core.types import LowkeyError
 from lowkey.evaluate import recall
-from lowkey.evaluate.asking import Frame, write
+from lowkey.evaluate.asking import Frame, write_answer
 from lowkey.evaluate.recall import FORMS, KEYS, Fact, draw_episode, draw_facts, weave
-from lowkey.evaluate.settings import Setting, evicted, full, identity
+from lowkey.evaluate.settings import Setting, evicted, full, row_identity
 from lowkey.heads.needles import sentence_ends
 
 TOKENIZER = pico.tokenizer()
@@ -197,7 +197,7 @@ def test_an_answer_ends_with_any_end_of_turn_that_is_known(told):
     ],
 )
 def test_the_number_and_no_further_digit_is_right(said, right):
-    assert recall.is_right(said, "482") is right
+    assert recall.is_right_value(said, "482") is right
 
 
 # -- scoring
@@ -247,8 +247,10 @@ def knows(prompt: str) -> str:
 
 def score(answer, cases=6, seed=0, names=("full",), context=300):
     model = Fake(answer)
-    settings = [Setting(name, identity(), lambda name=name: FakeCache(name)) for name in names]
-    return recall.measure(model, TOKENIZER, settings, HAYSTACK, context, cases, seed, silent), model.asked
+    settings = [Setting(name, row_identity(), lambda name=name: FakeCache(name)) for name in names]
+    return recall.measure_recall(
+        model, TOKENIZER, settings, HAYSTACK, context, cases, seed, silent
+    ), model.asked
 
 
 @pytest.mark.parametrize(
@@ -328,8 +330,8 @@ def test_writing_is_what_generate_writes():
         .tolist()
     )
     cache = lowkey.make_cache(model)
-    assert write(model, cache, ids, set(), 8).ids == stock
-    short = write(model, lowkey.make_cache(model), ids, {stock[3]}, 8)
+    assert write_answer(model, cache, ids, set(), 8).ids == stock
+    short = write_answer(model, lowkey.make_cache(model), ids, {stock[3]}, 8)
     assert short.ids == stock[: stock.index(stock[3])]
     held = lowkey.make_cache(model)
     model(ids, past_key_values=held)
@@ -340,7 +342,7 @@ def test_writing_is_what_generate_writes():
 def test_a_policy_holds_its_budget_when_the_answer_begins(name):
     model = pico.attached("llama")
     settings = [full(model), evicted(model, make_policy(name, "30%", {"recent": "4"}, {}), name, 300)]
-    found = recall.measure(model, TOKENIZER, settings, HAYSTACK, 300, 2, 0, silent)
+    found = recall.measure_recall(model, TOKENIZER, settings, HAYSTACK, 300, 2, 0, silent)
     kept = next(v for k, v in found.items() if k != "full")["recall_kept"]
     assert 0.30 <= kept <= 0.30 * (1 + 8 / 128) + 0.005  # 2 x 16 numbers in fp32, and a position and a score
 
@@ -354,5 +356,5 @@ def test_a_budget_that_does_not_hold_the_question_is_refused_before_any_case():
         return iter(items)
 
     with pytest.raises(LowkeyError, match=r"budget 6%: .* do not hold a question of"):
-        recall.measure(model, TOKENIZER, settings, HAYSTACK, 300, 2, 0, progress)
+        recall.measure_recall(model, TOKENIZER, settings, HAYSTACK, 300, 2, 0, progress)
     assert not read

@@ -378,7 +378,7 @@ def test_one_objective_on_one_text_judges_before_and_after(learned):
     """By hand: stock torch's cross-entropy on text that was not trained on, through caches made the public
     way.
     """
-    ids = pico.tokenizer()(text.embedded("evaluation")[: 8 * 23], add_special_tokens=False).input_ids
+    ids = pico.tokenizer()(text.embedded_text("evaluation")[: 8 * 23], add_special_tokens=False).input_ids
     rows = torch.tensor(ids).view(8, 23)
     rows = torch.cat([torch.ones(8, 1, dtype=torch.long) * pico.tokenizer().bos_token_id, rows], 1)
 

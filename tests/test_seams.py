@@ -390,8 +390,8 @@ def test_a_stock_cache_behaves_as_before_after_attach(name):
 
 def test_attach_registers_both_functions_and_marks_the_model():
     model = lowkey.attach(pico.build("llama"))
-    assert ALL_ATTENTION_FUNCTIONS[attention_interface.NAME] is attention_interface.attention
-    assert ALL_MASK_ATTENTION_FUNCTIONS[attention_interface.NAME] is sdpa_mask
+    assert ALL_ATTENTION_FUNCTIONS[attention_interface.ATTENTION_NAME] is attention_interface.attention
+    assert ALL_MASK_ATTENTION_FUNCTIONS[attention_interface.ATTENTION_NAME] is sdpa_mask
     assert attention_interface.attached(model) and not attention_interface.attached(pico.build("llama"))
 
 

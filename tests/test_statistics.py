@@ -127,7 +127,7 @@ def stopping(batches, at):
 
 @pytest.mark.parametrize("at", [1, 2, 3, 5])
 def test_an_interrupted_pass_resumes_to_the_same_sums(tmp_path, monkeypatch, at):
-    monkeypatch.setattr(statistics, "SAVE_EVERY", 2)
+    monkeypatch.setattr(statistics, "BATCHES_BETWEEN_SAVES", 2)
     model, batches = attached("llama"), IDS.split(1)
     with pytest.raises(StoppedError):
         gather_statistics(model, stopping(batches, at), tmp_path)
@@ -140,7 +140,7 @@ def test_an_interrupted_pass_resumes_to_the_same_sums(tmp_path, monkeypatch, at)
 
 
 def test_a_resumed_pass_does_not_repeat_what_was_saved(tmp_path, monkeypatch):
-    monkeypatch.setattr(statistics, "SAVE_EVERY", 2)
+    monkeypatch.setattr(statistics, "BATCHES_BETWEEN_SAVES", 2)
     model, batches, count = attached("llama"), IDS.split(1), []
     with pytest.raises(StoppedError):
         gather_statistics(model, stopping(batches, 5), tmp_path)

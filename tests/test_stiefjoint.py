@@ -16,7 +16,7 @@ from pico import HEAD_DIM
 import lowkey
 from lowkey import Sample
 from lowkey.core import files
-from lowkey.core.head_groups import beside
+from lowkey.core.head_groups import side_by_side
 from lowkey.core.types import LowkeyError
 from lowkey.methods import CalibrationContext, FisherSVD, StiefJoint, stiefjoint
 from lowkey.models import families
@@ -50,7 +50,7 @@ def finished(steps, lr=1e-3, group=0, **changes):
 def projectors(factors):
     for f in factors.values():
         for down, up, t in ((f.k_down, f.k_up, f.merge[0]), (f.v_down, f.v_up, f.merge[1])):
-            yield down.double() @ beside(up, t).double()
+            yield down.double() @ side_by_side(up, t).double()
 
 
 def divergence(factors, rows):

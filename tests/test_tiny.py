@@ -38,15 +38,17 @@ def test_it_is_small_and_of_the_promised_shape(tiny):
 @pytest.mark.parametrize("context", [512, 1024])
 def test_it_recalls_facts(tiny, context):
     model, tokenizer = tiny
-    haystack = text.encode(tokenizer, text.embedded("evaluation")).tolist()
-    row = recall.measure(model, tokenizer, [full(model)], haystack, context, 20, 1, silent)["full"]
+    haystack = text.encode(tokenizer, text.embedded_text("evaluation")).tolist()
+    row = recall.measure_recall(model, tokenizer, [full(model)], haystack, context, 20, 1, silent)["full"]
     assert row["exact_match"] >= 0.95
 
 
 @torch.no_grad()
 def test_it_reads_english(tiny):
     model, tokenizer = tiny
-    rows = text.windows(text.encode(tokenizer, text.embedded("evaluation")), tokenizer, 1024, "text", 1)[:4]
+    rows = text.windows(text.encode(tokenizer, text.embedded_text("evaluation")), tokenizer, 1024, "text", 1)[
+        :4
+    ]
     nats = model(rows, labels=rows).loss.item() * rows[:, 1:].numel()
     size = len("".join(tokenizer.decode(r[1:]) for r in rows).encode())
     assert nats / math.log(2) / size < 2.0
@@ -57,7 +59,7 @@ def test_each_key_is_one_token(tiny):
 
 
 def test_the_embedded_texts_are_disjoint():
-    lines = [set(text.embedded(kind).split("\n")) for kind in ("calibration", "evaluation")]
+    lines = [set(text.embedded_text(kind).split("\n")) for kind in ("calibration", "evaluation")]
     assert not {line for line in lines[0] & lines[1] if len(line) > 20}
 
 
@@ -65,7 +67,9 @@ def test_the_embedded_texts_are_disjoint():
 def test_training_on_the_layer_output_beats_the_eigenbases(tiny):
     """At half the bytes, same allocator, same sharing of bases; the held-out windows are of the same text."""
     model, tokenizer = tiny
-    rows = text.windows(text.encode(tokenizer, text.embedded("calibration")), tokenizer, 256, "text")[:16]
+    rows = text.windows(text.encode(tokenizer, text.embedded_text("calibration")), tokenizer, 256, "text")[
+        :16
+    ]
     errors = {}
     for method in (PCA(key_bases="shared"), EigenAttention(), StiefAttention(epochs=30)):
         _, profile = fit_layers(

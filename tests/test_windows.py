@@ -20,7 +20,7 @@ from lowkey.calibration.statistics import gather_statistics
 from lowkey.core.types import Budget, Factors
 from lowkey.methods import KQSVD, PCA
 from lowkey.models import families
-from lowkey.plan.plan import JSON, Plan
+from lowkey.plan.plan import PLAN_JSON, Plan
 from lowkey.plan.window_bytes import Holding
 from lowkey.policies import POLICIES
 from lowkey.probes.layer_inputs import layer_inputs
@@ -195,7 +195,7 @@ def test_a_cache_over_a_packed_plan_is_saved_and_goes_on(tmp_path):
 @pytest.mark.parametrize("bits", [4, "int3", "", ["int4"], {"a": 1}, True, "x" * 5000, "int4\n"])
 def test_garbled_bits_are_refused_in_one_line(tmp_path, bits):
     packed().save(tmp_path)
-    edit_json(tmp_path / JSON, bits=bits)
+    edit_json(tmp_path / PLAN_JSON, bits=bits)
     with pytest.raises(LowkeyError, match="bits are") as refusal:
         Plan.load(tmp_path)
     assert len(str(refusal.value).splitlines()) == 1 and len(str(refusal.value)) < 1000
@@ -203,7 +203,7 @@ def test_garbled_bits_are_refused_in_one_line(tmp_path, bits):
 
 def test_a_plan_of_format_2_says_nothing_of_bits_and_is_loaded(tmp_path):
     packed(bits=None, sinks=0, recent=0).save(tmp_path)
-    edit_json(tmp_path / JSON, lambda written: written.pop("bits"), format=2)
+    edit_json(tmp_path / PLAN_JSON, lambda written: written.pop("bits"), format=2)
     plan = Plan.load(tmp_path, attached("llama"))
     assert (plan.bits, plan.sinks, plan.recent) == (None, 0, 0)
     assert torch.equal(logits(plan), logits(packed(bits=None, sinks=0, recent=0)))

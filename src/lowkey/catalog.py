@@ -1,7 +1,7 @@
 """Methods, rank allocators and policies by name, with their options as text: what the command line and the
 benchmarks choose from.
 
-A name is a key of METHODS, ALLOCATORS or POLICIES, or `package.module:Class` for a class of the user's own.
+A name is a key of METHODS, RANK_ALLOCATORS or POLICIES, or `package.module:Class` for a class of the user's own.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
-from lowkey.allocation.allocators import ALLOCATORS
-from lowkey.allocation.base import REQUIRED_ATTRIBUTES, Allocator
+from lowkey.allocation.allocators import RANK_ALLOCATORS
+from lowkey.allocation.base import REQUIRED_ATTRIBUTES, RankAllocator
 from lowkey.core import options
 from lowkey.core.errors import first_line
 from lowkey.core.types import Budget, LowkeyError
@@ -21,20 +21,20 @@ from lowkey.methods import METHODS, Method
 from lowkey.policies import POLICIES
 from lowkey.policies.base import Policy
 
-NEEDED = ("fit", "summary", "paper", "allocator", "layout", "grid", "candidates")  # of a method
+METHOD_PARTS = ("fit", "summary", "paper", "allocator", "layout", "grid", "candidates")  # of a method
 
 
 def make_method(name: str, given: Mapping[str, str]) -> Method:
     """A method by its name in METHODS or as `package.module:Class`, with options given as text."""
-    kind: Any = METHODS.get(name) or _outside("method", name, METHODS, NEEDED)
+    kind: Any = METHODS.get(name) or _outside("method", name, METHODS, METHOD_PARTS)
     return _made(f"method {name!r}", kind, given)
 
 
-def make_allocator(name: str, given: Mapping[str, str]) -> Allocator:
-    """An allocator of ranks by its name in ALLOCATORS or as `package.module:Class`, with options given as
+def make_allocator(name: str, given: Mapping[str, str]) -> RankAllocator:
+    """An allocator of ranks by its name in RANK_ALLOCATORS or as `package.module:Class`, with options given as
     text.
     """
-    kind: Any = ALLOCATORS.get(name) or _outside("allocator", name, ALLOCATORS, REQUIRED_ATTRIBUTES)
+    kind: Any = RANK_ALLOCATORS.get(name) or _outside("allocator", name, RANK_ALLOCATORS, REQUIRED_ATTRIBUTES)
     return _made(f"allocator {name!r}", kind, given)
 
 
@@ -47,7 +47,7 @@ def make_policy(
     what, kind = f"policy {name!r}", getattr(make, "func", make)
     own = [f.name for f in fields(kind) if f.name != "budget"]
     chosen = {
-        key: text if key == "allocator" else options.read(kind, key, text, what)
+        key: text if key == "allocator" else options.read_option(kind, key, text, what)
         for key, text in given.items()
         if key in own
     }
@@ -58,7 +58,7 @@ def make_policy(
     _check_options(of, split or {}, parts)
     rest = {key: text for key, text in given.items() if key not in own} | dict(split or {})
     values = {
-        key: options.read(type(allocator), key, text, of if key in (split or {}) else what)
+        key: options.read_option(type(allocator), key, text, of if key in (split or {}) else what)
         for key, text in rest.items()
     }
     return replace(policy, allocator=replace(allocator, **values)) if values else policy
@@ -66,8 +66,8 @@ def make_policy(
 
 def _made(what: str, kind: Any, given: Mapping[str, str]) -> Any:
     _check_options(what, given, [f.name for f in fields(kind)])
-    made = kind(**{key: options.read(kind, key, text, what) for key, text in given.items()})
-    options.check(made)  # a class from outside need not do so itself
+    made = kind(**{key: options.read_option(kind, key, text, what) for key, text in given.items()})
+    options.check_options(made)  # a class from outside need not do so itself
     return made
 
 

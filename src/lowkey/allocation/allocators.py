@@ -10,7 +10,7 @@ from itertools import accumulate, chain, count, takewhile
 from typing import ClassVar, Literal
 
 from lowkey.allocation.base import (
-    Allocator,
+    RankAllocator,
     loosest_error_budget,
     search_byte_budget,
     search_error_budget,
@@ -21,14 +21,14 @@ from lowkey.core.options import option
 from lowkey.core.types import LowkeyError
 
 Energy = Literal["squared", "singular"]
-Step = tuple[float, int, Pair]  # error added per byte freed, layer, the layer's new ranks
+FrontierStep = tuple[float, int, Pair]  # error added per byte freed, layer, the layer's new ranks
 # How many selectable ranks `Spectrum` looks ahead. Packed latents grow in jumps, so one rank more may cost as
 # many bytes as eight ranks more.
 RANKS_AHEAD = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
-class Uniform(Allocator):
+class UniformRanks(RankAllocator):
     """Uniform allocation: the same pair of ranks in every layer.
 
     Attributes:
@@ -73,7 +73,7 @@ class Uniform(Allocator):
 
 
 @dataclass(frozen=True)
-class Pareto(Allocator):
+class Pareto(RankAllocator):
     """StiefAttention's Pareto allocation: per layer the cheapest measured pair within one error budget.
 
     A layer in which no measured pair is within the budget keeps full rank. Under a byte budget the error
@@ -127,7 +127,7 @@ class WeightedPareto(Pareto):
 
 
 @dataclass(frozen=True)
-class Greedy(Allocator):
+class Greedy(RankAllocator):
     """Greedy allocation: from full rank, take the step that adds the least error per byte freed, repeatedly.
 
     A step lowers the rank of one layer's keys or values. Under a byte budget a step leads to the next lower
@@ -141,7 +141,7 @@ class Greedy(Allocator):
     summary: ClassVar[str] = "from full rank, the step of least error per byte, until the budget is met"
 
     def under_error(self, profile: Profile, error: float) -> Ranks:
-        def allowed(step: Step) -> bool:
+        def allowed(step: FrontierStep) -> bool:
             return profile.error(step[1], step[2]) <= error
 
         return self._lower_step_by_step(profile, profile.ranks, lambda ranks: True, allowed)
@@ -162,7 +162,7 @@ class Greedy(Allocator):
         profile: Profile,
         choices: Sequence[int],
         unfinished: Callable[[Ranks], bool],
-        allowed: Callable[[Step], bool],
+        allowed: Callable[[FrontierStep], bool],
     ) -> Ranks:
         """Lower the ranks from full rank among `choices`, while `unfinished(ranks)` and a step is allowed."""
         ranks = [profile.full_pair] * profile.layer_count
@@ -172,7 +172,7 @@ class Greedy(Allocator):
             steps[i] = self._steps(profile, choices, i, ranks[i])
         return ranks
 
-    def _steps(self, profile: Profile, choices: Sequence[int], layer: int, pair: Pair) -> list[Step]:
+    def _steps(self, profile: Profile, choices: Sequence[int], layer: int, pair: Pair) -> list[FrontierStep]:
         """Return the steps that a layer can take: at most one for its keys and one for its values."""
         steps = []
         for side, rank in enumerate(pair):
@@ -208,7 +208,7 @@ def cumulative_shares(spectrum: Sequence[float], energy: Energy) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Threshold(Allocator):
+class Threshold(RankAllocator):
     """EigenAttention's allocation: per layer one energy threshold, lowered while the layer's error fits.
 
     Keys and values of a layer share the threshold. It starts at 1 and falls by `step` until the layer's error
@@ -271,7 +271,7 @@ class Threshold(Allocator):
 
 
 @dataclass(frozen=True)
-class Tail(Allocator):
+class Tail(RankAllocator):
     """KQ-SVD's allocation: the smallest rank whose tail of the spectrum is small, keys and values apart.
 
     The tail is the share of the spectrum beyond the rank, averaged over heads. It must be at most the square
@@ -327,7 +327,7 @@ class Tail(Allocator):
 
 
 @dataclass(frozen=True)
-class Spectrum(Allocator):
+class Spectrum(RankAllocator):
     """Spectrum allocation (ours): keep the largest energies of all layers' spectra, keys and values alike.
 
     The ranks minimise the sum of the energies beyond them. No error is measured. The energies must have one
@@ -404,7 +404,7 @@ class Spectrum(Allocator):
 
 
 @dataclass(frozen=True)
-class Fisher(Allocator):
+class Fisher(RankAllocator):
     """Palu's allocation, also ReCalKV's: ranks in proportion to the Fisher information of W_K and of W_V.
 
     What would exceed the head dim goes to the other sides in proportion. The published code hands it out one
@@ -435,7 +435,7 @@ class Fisher(Allocator):
 
 
 @dataclass(frozen=True)
-class Depth(Allocator):
+class Depth(RankAllocator):
     """Depth allocation: ranks on a straight line in depth, most in the first layer.
 
     It is `condition` without the condition numbers, to tell what these add. Keys and values of a layer have
@@ -494,8 +494,8 @@ class Condition(Depth):
         return [sum(logs[i:]) for i in range(len(logs))]
 
 
-ALLOCATORS: dict[str, type[Allocator]] = {
-    "uniform": Uniform,
+RANK_ALLOCATORS: dict[str, type[RankAllocator]] = {
+    "uniform": UniformRanks,
     "pareto": Pareto,
     "weighted-pareto": WeightedPareto,
     "greedy": Greedy,

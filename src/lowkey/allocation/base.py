@@ -23,7 +23,7 @@ REQUIRED_ATTRIBUTES = (
 )
 
 
-class Allocator(Checked, ABC):
+class RankAllocator(Checked, ABC):
     """Chooses a pair of ranks (r_K, r_V) for every layer, under an error budget or under a byte budget.
 
     A subclass is a frozen dataclass whose fields are its options. A byte budget is never exceeded. An error

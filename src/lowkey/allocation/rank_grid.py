@@ -9,7 +9,7 @@ from lowkey.core.types import LowkeyError
 
 RankRequest = int | str | Sequence[int | float]
 SYNTAX = "give a count like 8, ranks of one head like 16,32,64, shares of the head dim like 50%,75%, or all"
-LISTED = 8  # as many ranks are listed in full in a message
+LISTED_RANKS = 8  # as many ranks are listed in full in a message
 
 
 def multiples(head_dim: int, multiple: int) -> list[int]:
@@ -95,6 +95,6 @@ def _as_text(request: RankRequest) -> str:
 
 
 def _listed(choices: Sequence[int]) -> str:
-    if len(choices) <= LISTED:
+    if len(choices) <= LISTED_RANKS:
         return ", ".join(map(str, choices))
     return f"{choices[0]}, {choices[1]}, {choices[2]}, ... {choices[-1]}"

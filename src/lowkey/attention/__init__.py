@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from lowkey.attention.configuration_lowkey import GROUPED, KINDS, SUBSETS, LowkeyConfig
+from lowkey.attention.configuration_lowkey import ATTENTION_KINDS, GROUPED, SUBSETS, LowkeyConfig
 from lowkey.attention.costs import Costs, model_bytes_per_token, model_flops, model_parameters
 from lowkey.attention.modeling_lowkey import ATTENTION, LowkeyForCausalLM, LowkeyModel, costs, layer_costs
 
@@ -31,7 +31,7 @@ __all__ = [
     "ATTENTION",
     "Costs",
     "GROUPED",
-    "KINDS",
+    "ATTENTION_KINDS",
     "LowkeyConfig",
     "LowkeyForCausalLM",
     "LowkeyModel",

@@ -23,12 +23,12 @@ from transformers.models.llama.modeling_llama import (
 from .configuration_lowkey import LowkeyConfig
 from .costs import Costs
 
-DIGITS = 3  # numbers that say a token's position
+POSITION_NUMBERS = 3  # numbers that say a token's position
 
 Turn = tuple[Tensor, Tensor]  # cos and sin, each (b, t, width)
 
 
-class Rope(NamedTuple):
+class RotaryCall(NamedTuple):
     """How one call turns: cos and sin (b|1, t, width) of the new tokens; frequencies (width / 2) and scaling,
     which they were made of, so that stored tokens can be turned alike; narrow: cos and sin of the new tokens
     at the width of latents, where those are rotated too;
@@ -39,7 +39,7 @@ class Rope(NamedTuple):
     frequencies: Tensor
     scaling: float
     narrow: Turn | None
-    other: Rope | None = None
+    other: RotaryCall | None = None
 
     def at(self, positions: Tensor, like: Tensor) -> Turn:
         """cos and sin of other positions (b, s), in the dtype of `like`."""
@@ -48,14 +48,14 @@ class Rope(NamedTuple):
         return cos.to(like.dtype), sin.to(like.dtype)
 
 
-class Call(NamedTuple):
+class LayerCall(NamedTuple):
     """One call of a layer. mask: as transformers makes it for the attention function in use; rope: of the new
     tokens; positions (b|1, t);
     cached: whether what `project` returns goes through a cache; extra: keywords for the attention
     function."""
 
     mask: Tensor | None
-    rope: Rope
+    rope: RotaryCall
     positions: Tensor | None
     cached: bool
     extra: dict[str, Any]
@@ -64,10 +64,10 @@ class Call(NamedTuple):
 class NoRotation(nn.Module):
     """A rotary embedding of no dimensions."""
 
-    def forward(self, x: Tensor, position_ids: Tensor) -> Rope:
+    def forward(self, x: Tensor, position_ids: Tensor) -> RotaryCall:
         """cos and sin of width 0, for positions (b, t)."""
         nothing = x.new_empty(*position_ids.shape, 0)
-        return Rope(nothing, nothing, x.new_empty(0), 1.0, None)
+        return RotaryCall(nothing, nothing, x.new_empty(0), 1.0, None)
 
 
 class KindRotaryEmbedding(LlamaRotaryEmbedding):
@@ -84,10 +84,10 @@ class KindRotaryEmbedding(LlamaRotaryEmbedding):
         super().__init__(own)
         self.narrow = KindRotaryEmbedding(config, narrow) if narrow else None
 
-    def forward(self, x: Tensor, position_ids: Tensor) -> Rope:
+    def forward(self, x: Tensor, position_ids: Tensor) -> RotaryCall:
         cos, sin = super().forward(x, position_ids)
         narrow = None if self.narrow is None else self.narrow(x, position_ids)[:2]
-        return Rope(cos, sin, self.inv_freq, self.attention_scaling, narrow)
+        return RotaryCall(cos, sin, self.inv_freq, self.attention_scaling, narrow)
 
 
 class PreciseRMSNorm(nn.RMSNorm):
@@ -106,7 +106,7 @@ class TwoRotations(nn.Module):
         super().__init__()
         self.own, self.other = own, other
 
-    def forward(self, x: Tensor, position_ids: Tensor) -> Rope:
+    def forward(self, x: Tensor, position_ids: Tensor) -> RotaryCall:
         return self.own(x, position_ids)._replace(other=self.other(x, position_ids))
 
 
@@ -122,7 +122,7 @@ def rotary(config: LowkeyConfig) -> nn.Module:
     return own if (others := config.others) is None else TwoRotations(own, rotary(others))
 
 
-def rotate(x: Tensor, rope: Rope | Turn, back: bool = False) -> Tensor:
+def rotated_by(x: Tensor, rope: RotaryCall | Turn, back: bool = False) -> Tensor:
     """Turn the last dimensions of x (b, heads, t, d), as many as the rotary embedding has. `back`: undo that,
     and with it the factor that scaled embeddings (YaRN) have on cos and sin."""
     cos, sin = (part.unsqueeze(1) for part in rope[:2])
@@ -131,17 +131,17 @@ def rotate(x: Tensor, rope: Rope | Turn, back: bool = False) -> Tensor:
         return x
     turned = x[..., -width:]
     if back:
-        turned = turned / (wide(cos).square() + wide(sin).square()).to(x.dtype)
+        turned = turned / (in_fp32_or_wider(cos).square() + in_fp32_or_wider(sin).square()).to(x.dtype)
     turned = turned * cos + rotate_half(turned) * (-sin if back else sin)
     return turned if width == x.shape[-1] else torch.cat((x[..., :-width], turned), -1)
 
 
-def heads_of(x: Tensor, heads: int) -> Tensor:
+def split_into_heads(x: Tensor, heads: int) -> Tensor:
     """(b, t, heads d) -> (b, heads, t, d)."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def joined(*parts: Tensor) -> Tensor:
+def as_one_head(*parts: Tensor) -> Tensor:
     """(b, heads, t, d), ... -> one head (b, 1, t, sum of heads d), as caches store parts of different shapes."""
     return torch.cat([part.transpose(1, 2).flatten(2) for part in parts], -1).unsqueeze(1)
 
@@ -167,8 +167,8 @@ def with_positions(stored: Tensor, positions: Tensor) -> Tensor:
 
 def without_positions(stored: Tensor) -> tuple[Tensor, Tensor]:
     """What `with_positions` was given: the numbers, and the positions (b, s)."""
-    high, middle, low = stored[:, 0, :, -DIGITS:].long().unbind(-1)
-    return stored[..., :-DIGITS], (high << 16) + (middle << 8) + low
+    high, middle, low = stored[:, 0, :, -POSITION_NUMBERS:].long().unbind(-1)
+    return stored[..., :-POSITION_NUMBERS], (high << 16) + (middle << 8) + low
 
 
 def attention_weights(scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -221,17 +221,17 @@ class HeadMaps(NamedTuple):
 
 def weight_of(linear: nn.Linear, heads: int) -> Tensor:
     """The rows of a linear map by head, (heads, d, D), in fp32 or wider."""
-    return wide(linear.weight).unflatten(0, (heads, -1))
+    return in_fp32_or_wider(linear.weight).unflatten(0, (heads, -1))
 
 
-def wide(x: Tensor) -> Tensor:
+def in_fp32_or_wider(x: Tensor) -> Tensor:
     """In fp32 or wider: products of maps are not rounded to the dtype that the maps are kept in."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def folded(maps: Tensor, norm: nn.Module) -> Tensor:
+def norm_folded(maps: Tensor, norm: nn.Module) -> Tensor:
     """Maps (heads, d, D) times the weight of the norm over d that follows them, if one does."""
-    return maps * wide(norm.weight).unsqueeze(-1) if isinstance(norm, nn.RMSNorm) else maps
+    return maps * in_fp32_or_wider(norm.weight).unsqueeze(-1) if isinstance(norm, nn.RMSNorm) else maps
 
 
 class LowRankQuery(nn.Module):
@@ -251,7 +251,11 @@ class LowRankQuery(nn.Module):
 
     def effective(self) -> Tensor:
         """Both maps as one (width, D), without what the norm divides by."""
-        return wide(self.up.weight) @ folded(wide(self.down.weight), self.norm) * self.scale
+        return (
+            in_fp32_or_wider(self.up.weight)
+            @ norm_folded(in_fp32_or_wider(self.down.weight), self.norm)
+            * self.scale
+        )
 
 
 class HeadNorm(nn.Module):
@@ -337,7 +341,7 @@ class Attention(nn.Module, ABC):
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: Rope | Turn,
+        position_embeddings: RotaryCall | Turn,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         position_ids: Tensor | None = None,
@@ -347,35 +351,37 @@ class Attention(nn.Module, ABC):
         if past_key_values is not None and self.stores_positions:
             _check_exact(past_key_values, self.layer_idx)
         rope = self._rope(position_embeddings, hidden_states, position_ids)
-        call = Call(attention_mask, rope, position_ids, past_key_values is not None, kwargs)
+        call = LayerCall(attention_mask, rope, position_ids, past_key_values is not None, kwargs)
         query, keys, values = self.project(
-            hidden_states, self.q_norm(heads_of(self.q_proj(hidden_states), self.heads)), call
+            hidden_states, self.q_norm(split_into_heads(self.q_proj(hidden_states), self.heads)), call
         )
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.layer_idx)
         out, weights = self.attend(query, keys, values, call)
         return self.finish(out, hidden_states), weights
 
-    def _rope(self, given: Rope | Turn, hidden: Tensor, positions: Tensor | None) -> Rope:
+    def _rope(self, given: RotaryCall | Turn, hidden: Tensor, positions: Tensor | None) -> RotaryCall:
         """This layer's part of what the model's rotary embedding says. Of plain cos and sin, as stock layers
         take them, the rest is made anew from the configuration."""
-        if isinstance(given, Rope):
+        if isinstance(given, RotaryCall):
             rope = given if self.whole is None else given.other
             assert rope is not None
             return rope
         cos, sin = given
         if positions is None:
-            return Rope(cos, sin, cos.new_empty(0), 1.0, None)
+            return RotaryCall(cos, sin, cos.new_empty(0), 1.0, None)
         return rotary(self.config).to(cos.device)(hidden, positions)._replace(cos=cos, sin=sin)
 
     @abstractmethod
-    def project(self, hidden: Tensor, query: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, hidden: Tensor, query: Tensor, call: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
         """The query (b, H, t, w) ready to meet what is stored, and what of the new tokens is stored: two
         tensors (b, heads, t, width).
         """
 
     @abstractmethod
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall
+    ) -> tuple[Tensor, Tensor | None]:
         """The query over all that is stored: (b, t, H, d), and the weights where they were formed."""
 
     @staticmethod
@@ -399,14 +405,16 @@ class Attention(nn.Module, ABC):
 
     def head_maps(self) -> HeadMaps:
         """This layer's heads as linear maps, in fp32 or wider; gradients pass."""
-        query = self.q_proj.effective() if self.config.q_lora_rank else wide(self.q_proj.weight)
-        out = wide(self.o_proj.weight).unflatten(1, (self.heads, -1)).transpose(0, 1)
+        query = self.q_proj.effective() if self.config.q_lora_rank else in_fp32_or_wider(self.q_proj.weight)
+        out = in_fp32_or_wider(self.o_proj.weight).unflatten(1, (self.heads, -1)).transpose(0, 1)
         if self.head_norm is not None:
-            out = out * wide(self.head_norm.weight).unsqueeze(-2)
-        query = folded(query.unflatten(0, (self.heads, -1)), self.q_norm)
+            out = out * in_fp32_or_wider(self.head_norm.weight).unsqueeze(-2)
+        query = norm_folded(query.unflatten(0, (self.heads, -1)), self.q_norm)
         return HeadMaps(query, *self.effective(), out, self.key_slice(), *(self.residuals() or (None, None)))
 
-    def dense(self, query: Tensor, keys: Tensor, values: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+    def dense(
+        self, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall
+    ) -> tuple[Tensor, Tensor | None]:
         """transformers' attention function over written-out keys and values."""
         chosen = (self.whole or self.config)._attn_implementation  # of the model, whose user may change it
         function = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager_attention_forward)
@@ -423,7 +431,7 @@ class Attention(nn.Module, ABC):
             **call.extra,
         )
 
-    def weights(self, scores: Tensor, call: Call) -> Tensor:
+    def weights(self, scores: Tensor, call: LayerCall) -> Tensor:
         """From scores (b, H, t, s), formed without written-out keys, to what values are weighed by."""
         weights = attention_weights(scores * self.scaling, call.mask)
         return nn.functional.dropout(weights, self.attention_dropout, self.training)

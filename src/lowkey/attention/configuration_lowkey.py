@@ -13,14 +13,14 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
 GROUPED = ("mha", "gqa", "mqa")  # one class, told apart by the number of key-value heads
-KINDS = (*GROUPED, "mla", "lrkv", "mea", "gta", "k_eq_v")
+ATTENTION_KINDS = (*GROUPED, "mla", "lrkv", "mea", "gta", "k_eq_v")
 PARTLY_ROTATED = ("mla", "gta", "k_eq_v")
 ROPE_MODES = ("full", "latent", "partial")
 HEAD_NORMS = ("none", "shared", "own")
 HLC_INITS = ("identity", "orthogonal")
 DECODES = ("auto", "absorbed", "expanded")
 SUBSETS = ("half", "deep")
-SHARED = (  # by all layers, whatever their attention
+SHARED_FIELDS = (  # by all layers, whatever their attention
     *(
         "vocab_size",
         "hidden_size",
@@ -44,7 +44,7 @@ SHARED = (  # by all layers, whatever their attention
 
 @strict
 class LowkeyConfig(LlamaConfig):
-    """A Llama-like decoder (RMSNorm before each block, SwiGLU, RoPE) whose attention is one of KINDS.
+    """A Llama-like decoder (RMSNorm before each block, SwiGLU, RoPE) whose attention is one of ATTENTION_KINDS.
 
     For every kind: q_lora_rank: queries through a normed latent of this width, or None. attn_output_gate:
     heads times sigmoid(x W) before the output projection (arXiv:2505.06708). head_norm: RMSNorm of each
@@ -127,7 +127,7 @@ class LowkeyConfig(LlamaConfig):
         if self.attention_layers is None:
             return None
         stored = self.num_key_value_heads if self.attention == "mea" else self.num_attention_heads
-        given = {name: copy.deepcopy(getattr(self, name)) for name in SHARED}
+        given = {name: copy.deepcopy(getattr(self, name)) for name in SHARED_FIELDS}
         return LowkeyConfig(
             **given | (self.other_attention or {"attention": "gqa", "num_key_value_heads": stored})
         )
@@ -151,7 +151,7 @@ class LowkeyConfig(LlamaConfig):
     def validate_architecture(self) -> None:
         """What cannot be built is refused when the configuration is made."""
         for name, allowed in {
-            "attention": KINDS,
+            "attention": ATTENTION_KINDS,
             "lrkv_rope_mode": ROPE_MODES,
             "head_norm": HEAD_NORMS,
             "mea_hlc_init": HLC_INITS,

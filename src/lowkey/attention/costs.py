@@ -47,7 +47,7 @@ class Costs(NamedTuple):
         return self.stored * itemsize
 
 
-def around(config: LowkeyConfig, key_width: int, value_width: int) -> tuple[int, int]:
+def projection_costs(config: LowkeyConfig, key_width: int, value_width: int) -> tuple[int, int]:
     """(parameters, MACs per token) of queries, gate, head norm and output projection, which all variants
     have.
     """

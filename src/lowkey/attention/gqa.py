@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .base import Attention, Call, folded, heads_of, rotate, weight_of
+from .base import Attention, LayerCall, norm_folded, rotated_by, split_into_heads, weight_of
 from .configuration_lowkey import LowkeyConfig
-from .costs import Costs, around
+from .costs import Costs, projection_costs
 
 
 class GroupedQuery(Attention):
@@ -20,12 +20,14 @@ class GroupedQuery(Attention):
         self.k_proj, self.v_proj = self.linear(width), self.linear(width)
         self.k_norm = self.norm(config.head_dim)
 
-    def project(self, hidden: Tensor, query: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, hidden: Tensor, query: Tensor, call: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
         stored = self.config.num_key_value_heads
-        keys, values = (heads_of(part(hidden), stored) for part in (self.k_proj, self.v_proj))
-        return rotate(query, call.rope), rotate(self.k_norm(keys), call.rope), values
+        keys, values = (split_into_heads(part(hidden), stored) for part in (self.k_proj, self.v_proj))
+        return rotated_by(query, call.rope), rotated_by(self.k_norm(keys), call.rope), values
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall
+    ) -> tuple[Tensor, Tensor | None]:
         return self.dense(query, keys, values, call)
 
     def effective(self) -> tuple[Tensor, Tensor]:
@@ -34,14 +36,14 @@ class GroupedQuery(Attention):
         )
         k, v = (
             maps.repeat_interleave(self.num_key_value_groups, 0)
-            for maps in (folded(keys, self.k_norm), values)
+            for maps in (norm_folded(keys, self.k_norm), values)
         )
         return k, v
 
     @staticmethod
     def costs(config: LowkeyConfig) -> Costs:
         heads, stored, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        parameters, token = around(config, d, d)
+        parameters, token = projection_costs(config, d, d)
         maps, numbers = 2 * config.hidden_size * stored * d, 2 * stored * d
         norms = (d if config.qk_norm else 0) + (numbers if config.attention_bias else 0)
         pair = 2 * heads * d

@@ -5,9 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Attention, Call, folded, heads_of, joined, nothing, rotate, weight_of, wide
+from .base import (
+    Attention,
+    LayerCall,
+    as_one_head,
+    in_fp32_or_wider,
+    norm_folded,
+    nothing,
+    rotated_by,
+    split_into_heads,
+    weight_of,
+)
 from .configuration_lowkey import LowkeyConfig
-from .costs import Costs, around
+from .costs import Costs, projection_costs
 
 
 class TiedAttention(Attention):
@@ -25,24 +35,26 @@ class TiedAttention(Attention):
         )
         self.kv_norm = self.norm(config.head_dim)
 
-    def project(self, hidden: Tensor, query: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        tied = self.kv_norm(heads_of(self.kv_proj(hidden), self.config.num_key_value_heads))
+    def project(self, hidden: Tensor, query: Tensor, call: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
+        tied = self.kv_norm(split_into_heads(self.kv_proj(hidden), self.config.num_key_value_heads))
         parts = (
             [tied]
             if self.k_rope_proj is None
-            else [tied, rotate(heads_of(self.k_rope_proj(hidden), 1), call.rope)]
+            else [tied, rotated_by(split_into_heads(self.k_rope_proj(hidden), 1), call.rope)]
         )
-        stored = joined(*parts)
-        return rotate(query, call.rope), stored, nothing(stored)
+        stored = as_one_head(*parts)
+        return rotated_by(query, call.rope), stored, nothing(stored)
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall
+    ) -> tuple[Tensor, Tensor | None]:
         heads, d, e = self.config.num_key_value_heads, self.config.head_dim, self.config.qk_rope_head_dim
-        tied = heads_of(keys[:, 0, :, : heads * d], heads)
+        tied = split_into_heads(keys[:, 0, :, : heads * d], heads)
         shared = keys[..., heads * d :].expand(-1, heads, -1, -1)
         return self.dense(query, torch.cat((tied[..., : d - e], shared), -1), tied, call)
 
     def effective(self) -> tuple[Tensor, Tensor]:
-        tied = folded(weight_of(self.kv_proj, self.config.num_key_value_heads), self.kv_norm)
+        tied = norm_folded(weight_of(self.kv_proj, self.config.num_key_value_heads), self.kv_norm)
         tied = tied.repeat_interleave(self.num_key_value_groups, 0)
         shared = self.key_slice()
         if shared is None:
@@ -50,7 +62,7 @@ class TiedAttention(Attention):
         return torch.cat((tied[:, : -len(shared)], shared.expand(self.heads, -1, -1)), 1), tied
 
     def key_slice(self) -> Tensor | None:
-        return None if self.k_rope_proj is None else wide(self.k_rope_proj.weight)
+        return None if self.k_rope_proj is None else in_fp32_or_wider(self.k_rope_proj.weight)
 
     @staticmethod
     def costs(config: LowkeyConfig) -> Costs:
@@ -60,7 +72,7 @@ class TiedAttention(Attention):
             config.head_dim,
             config.qk_rope_head_dim,
         )
-        parameters, token = around(config, d, d)
+        parameters, token = projection_costs(config, d, d)
         maps, pair = config.hidden_size * (stored * d + e), 2 * heads * d
         norms = (d if config.qk_norm else 0) + (stored * d if config.attention_bias else 0)
         read = stored * (d - e) + e + stored * d
@@ -79,25 +91,27 @@ class KeysAreValues(Attention):
         self.kv_proj = self.linear(config.num_key_value_heads * config.head_dim)
         self.kv_norm = self.norm(config.head_dim)
 
-    def project(self, hidden: Tensor, query: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        stored = rotate(
-            self.kv_norm(heads_of(self.kv_proj(hidden), self.config.num_key_value_heads)), call.rope
+    def project(self, hidden: Tensor, query: Tensor, call: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
+        stored = rotated_by(
+            self.kv_norm(split_into_heads(self.kv_proj(hidden), self.config.num_key_value_heads)), call.rope
         )
-        return rotate(query, call.rope), stored, nothing(stored)
+        return rotated_by(query, call.rope), stored, nothing(stored)
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall
+    ) -> tuple[Tensor, Tensor | None]:
         out, weights = self.dense(query, keys, keys, call)
-        return rotate(out.transpose(1, 2), call.rope, back=True).transpose(1, 2), weights
+        return rotated_by(out.transpose(1, 2), call.rope, back=True).transpose(1, 2), weights
 
     def effective(self) -> tuple[Tensor, Tensor]:
-        tied = folded(weight_of(self.kv_proj, self.config.num_key_value_heads), self.kv_norm)
+        tied = norm_folded(weight_of(self.kv_proj, self.config.num_key_value_heads), self.kv_norm)
         tied = tied.repeat_interleave(self.num_key_value_groups, 0)
         return tied, tied
 
     @staticmethod
     def costs(config: LowkeyConfig) -> Costs:
         heads, stored, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        parameters, token = around(config, d, d)
+        parameters, token = projection_costs(config, d, d)
         maps, pair = config.hidden_size * stored * d, 2 * heads * d
         norms = (d if config.qk_norm else 0) + (stored * d if config.attention_bias else 0)
         return Costs(

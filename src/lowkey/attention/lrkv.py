@@ -9,21 +9,21 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .base import (
-    DIGITS,
+    POSITION_NUMBERS,
     Attention,
-    Call,
+    LayerCall,
+    as_one_head,
     by_rows,
-    folded,
-    heads_of,
-    joined,
-    rotate,
+    in_fp32_or_wider,
+    norm_folded,
+    rotated_by,
+    split_into_heads,
     weight_of,
-    wide,
     with_positions,
     without_positions,
 )
 from .configuration_lowkey import LowkeyConfig
-from .costs import Costs, around
+from .costs import Costs, projection_costs
 
 
 class LowRankKV(Attention):
@@ -36,7 +36,7 @@ class LowRankKV(Attention):
     for rotation by pairs
       (the two do not commute), so stored keys are un-rotated and rebuilt and rotated at every read: small at
       rest, not fast. Nothing but the token itself can say where it stands (masks leave gaps, positions jump),
-      so its position is stored too, as DIGITS numbers more. Frequencies that follow the length (dynamic,
+      so its position is stored too, as POSITION_NUMBERS numbers more. Frequencies that follow the length (dynamic,
       longrope) are those of the newest token, for all keys.
     - `latent`: scores are rotated shared keys . rotated queries + rotated latents . rotated (query B_i):
     another model than the paper's,
@@ -63,29 +63,31 @@ class LowRankKV(Attention):
             self.v_up = nn.Parameter(torch.empty(self.heads, rank, d))
             self.latent_norm = nn.Identity() if self.mode == "full" else self.norm(rank)
 
-    def project(self, hidden: Tensor, query: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, hidden: Tensor, query: Tensor, call: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
         groups = self.config.num_key_value_heads
-        keys, values = (heads_of(part(hidden), groups) for part in (self.k_proj, self.v_proj))
+        keys, values = (split_into_heads(part(hidden), groups) for part in (self.k_proj, self.v_proj))
         if not self.rebuilds:
-            keys = rotate(self.k_norm(keys), call.rope)
+            keys = rotated_by(self.k_norm(keys), call.rope)
         if not self.rank:
-            return rotate(query, call.rope), joined(keys), joined(values)
-        latents = self.latent_norm(heads_of(self.k_down(hidden), self.heads))
+            return rotated_by(query, call.rope), as_one_head(keys), as_one_head(values)
+        latents = self.latent_norm(split_into_heads(self.k_down(hidden), self.heads))
         if call.rope.narrow is not None:
             latents, carried = (
-                rotate(latents, call.rope.narrow),
-                rotate(query @ self.k_up.mT, call.rope.narrow),
+                rotated_by(latents, call.rope.narrow),
+                rotated_by(query @ self.k_up.mT, call.rope.narrow),
             )
-            query = torch.cat((rotate(query, call.rope), carried), -1)
+            query = torch.cat((rotated_by(query, call.rope), carried), -1)
         else:
-            query = rotate(query, call.rope)
-        stored = joined(keys, latents)
+            query = rotated_by(query, call.rope)
+        stored = as_one_head(keys, latents)
         if self.rebuilds and call.cached:
             assert call.positions is not None
             stored = with_positions(stored, call.positions)
-        return query, stored, joined(values, heads_of(self.v_down(hidden), self.heads))
+        return query, stored, as_one_head(values, split_into_heads(self.v_down(hidden), self.heads))
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall
+    ) -> tuple[Tensor, Tensor | None]:
         turn = call.rope[:2]
         if self.rebuilds and call.cached:
             keys, positions = without_positions(keys)
@@ -94,7 +96,7 @@ class LowRankKV(Attention):
         shared_v, latent_v = self._parts(values)
         one_by_one = query.shape[2] == 1 if self.config.decode == "auto" else self.config.decode == "absorbed"
         if self.rebuilds:
-            keys = rotate(self.k_norm(self._every_head(shared_k, latent_k, "k")), turn)
+            keys = rotated_by(self.k_norm(self._every_head(shared_k, latent_k, "k")), turn)
             if one_by_one:
                 return self._mixed(query @ keys.mT, shared_v, latent_v, call)
             return self.dense(query, keys, self._every_head(shared_v, latent_v, "v"), call)
@@ -110,7 +112,7 @@ class LowRankKV(Attention):
         """(b, 1, s, G d + H r) -> shared (b, G, s, d) and latents (b, H, s, r)."""
         edge = self.config.num_key_value_heads * self.config.head_dim
         shared, latents = stored[:, 0, :, :edge], stored[:, 0, :, edge:]
-        return heads_of(shared, self.config.num_key_value_heads), heads_of(
+        return split_into_heads(shared, self.config.num_key_value_heads), split_into_heads(
             latents, self.heads
         ) if self.rank else latents.unsqueeze(1)
 
@@ -136,7 +138,9 @@ class LowRankKV(Attention):
         first = by_rows(grouped.flatten(2, 3), shared.mT).unflatten(2, grouped.shape[2:4]).flatten(1, 2)
         return first + by_rows(carried, latents.mT)
 
-    def _mixed(self, scores: Tensor, shared: Tensor, latents: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    def _mixed(
+        self, scores: Tensor, shared: Tensor, latents: Tensor, call: LayerCall
+    ) -> tuple[Tensor, Tensor]:
         """From scores to outputs, values not rebuilt."""
         weights = self.weights(scores, call)
         grouped = weights.unflatten(1, (shared.shape[1], -1))
@@ -144,7 +148,7 @@ class LowRankKV(Attention):
         return (first + by_rows(weights, latents) @ self.v_up).transpose(1, 2), weights
 
     def _side_by_side(
-        self, query: Tensor, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor], call: Call
+        self, query: Tensor, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor], call: LayerCall
     ) -> tuple[Tensor, Tensor | None]:
         """Attention over vectors of d + r, shared part beside the latent, for any number of new tokens."""
         groups = self.heads // keys[0].shape[1]
@@ -161,7 +165,7 @@ class LowRankKV(Attention):
         their own, left out here.
         """
         groups = self.config.num_key_value_heads
-        maps = folded(weight_of(self.k_proj, groups), self.k_norm), weight_of(self.v_proj, groups)
+        maps = norm_folded(weight_of(self.k_proj, groups), self.k_norm), weight_of(self.v_proj, groups)
         k, v = (shared.repeat_interleave(self.heads // groups, 0) for shared in maps)
         own = self.residuals()
         return (k, v) if own is None else (k + own[0], v + own[1])
@@ -171,9 +175,11 @@ class LowRankKV(Attention):
         if not self.rank:
             return None
         down_k, down_v = (weight_of(part, self.heads) for part in (self.k_down, self.v_down))
-        keys = wide(self.k_up).mT @ folded(down_k, self.latent_norm)
+        keys = in_fp32_or_wider(self.k_up).mT @ norm_folded(down_k, self.latent_norm)
         keys = nn.functional.pad(keys, (0, 0, 0, self.config.head_dim - self.reach))
-        return folded(keys, self.k_norm) if self.mode == "full" else keys, wide(self.v_up).mT @ down_v
+        return norm_folded(keys, self.k_norm) if self.mode == "full" else keys, in_fp32_or_wider(
+            self.v_up
+        ).mT @ down_v
 
     def initialize(self) -> None:
         """The low-rank part starts with lrkv_init_scale times the norm of the shared one; neither of its
@@ -188,7 +194,7 @@ class LowRankKV(Attention):
         heads, groups, d, r, hidden = (
             config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.lrkv_rank, config.hidden_size
         )  # fmt: skip
-        parameters, token = around(config, d, d)
+        parameters, token = projection_costs(config, d, d)
         shared, down, up_k, up_v = (
             2 * hidden * groups * d,
             2 * hidden * heads * r,
@@ -197,7 +203,7 @@ class LowRankKV(Attention):
         )
         norms = (d + (r if config.lrkv_rope_mode != "full" else 0)) if config.qk_norm else 0
         biases = 2 * groups * d if config.attention_bias else 0
-        stored = 2 * (groups * d + heads * r) + (DIGITS if _rebuilds(config) else 0)
+        stored = 2 * (groups * d + heads * r) + (POSITION_NUMBERS if _rebuilds(config) else 0)
         total = parameters + shared + down + up_k + up_v + norms + biases
         token, up = token + shared + down, up_k + up_v
         plain, wide, mode = 2 * heads * d, 2 * heads * (d + r), config.lrkv_rope_mode

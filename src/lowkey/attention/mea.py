@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .base import Attention, Call, folded, heads_of, rotate, weight_of, wide
+from .base import Attention, LayerCall, in_fp32_or_wider, norm_folded, rotated_by, split_into_heads, weight_of
 from .configuration_lowkey import LowkeyConfig
-from .costs import MANY, Costs, around
+from .costs import MANY, Costs, projection_costs
 
 NOISE = 0.02  # on component heads that several composite heads share at the start
 
@@ -37,21 +37,27 @@ class ExplicitAttention(Attention):
         self.k_mix, self.v_mix = (nn.Parameter(torch.empty(self.components, composites)) for _ in range(2))
         self.mixed_before = self.components >= composites
 
-    def project(self, hidden: Tensor, query: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        keys, values = (heads_of(part(hidden), self.components) for part in (self.k_proj, self.v_proj))
+    def project(self, hidden: Tensor, query: Tensor, call: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
+        keys, values = (
+            split_into_heads(part(hidden), self.components) for part in (self.k_proj, self.v_proj)
+        )
         keys = self.k_norm(keys)
         if self.mixed_before:
             keys, values = composed(keys, self.k_mix), composed(values, self.v_mix)
-        return rotate(query, call.rope), rotate(keys, call.rope), values
+        return rotated_by(query, call.rope), rotated_by(keys, call.rope), values
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall
+    ) -> tuple[Tensor, Tensor | None]:
         if self.mixed_before:
             return self.dense(query, keys, values, call)
         if _absorbs(self.config, query.shape[2], keys.shape[2]):
             return self._mixed(query, keys, values, call)
         return self.dense(query, composed(keys, self.k_mix), composed(values, self.v_mix), call)
 
-    def _mixed(self, query: Tensor, keys: Tensor, values: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+    def _mixed(
+        self, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall
+    ) -> tuple[Tensor, Tensor | None]:
         """Scores against all components, mixed; outputs of all components, mixed."""
         mine_k, mine_v = (
             mix.repeat_interleave(self.num_key_value_groups, 1) for mix in (self.k_mix, self.v_mix)
@@ -68,9 +74,11 @@ class ExplicitAttention(Attention):
         here.
         """
         keys, values = (weight_of(part, self.components) for part in (self.k_proj, self.v_proj))
-        parts = ((folded(keys, self.k_norm), self.k_mix), (values, self.v_mix))
+        parts = ((norm_folded(keys, self.k_norm), self.k_mix), (values, self.v_mix))
         k, v = (
-            torch.einsum("mdi,mg->gdi", maps, wide(mix)).repeat_interleave(self.num_key_value_groups, 0)
+            torch.einsum("mdi,mg->gdi", maps, in_fp32_or_wider(mix)).repeat_interleave(
+                self.num_key_value_groups, 0
+            )
             for maps, mix in parts
         )
         return k, v
@@ -97,7 +105,7 @@ class ExplicitAttention(Attention):
             config.mea_num_component_heads,
             config.head_dim,
         )
-        parameters, token = around(config, d, d)
+        parameters, token = projection_costs(config, d, d)
         maps, mix, pair = 2 * config.hidden_size * m * d, 2 * m * composites, 2 * heads * d
         norms = (d if config.qk_norm else 0) + (2 * m * d if config.attention_bias else 0)
         stored, total = 2 * min(m, composites) * d, parameters + maps + mix + norms

@@ -9,9 +9,19 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .base import Attention, Call, PreciseRMSNorm, folded, heads_of, nothing, rotate, weight_of, wide
+from .base import (
+    Attention,
+    LayerCall,
+    PreciseRMSNorm,
+    in_fp32_or_wider,
+    norm_folded,
+    nothing,
+    rotated_by,
+    split_into_heads,
+    weight_of,
+)
 from .configuration_lowkey import LowkeyConfig
-from .costs import MANY, Costs, around
+from .costs import MANY, Costs, projection_costs
 
 
 class LatentAttention(Attention):
@@ -36,17 +46,19 @@ class LatentAttention(Attention):
         self.kv_b_proj = nn.Linear(c, self.heads * (n + v), bias=config.attention_bias)
         self.latent_scale = (config.hidden_size / c) ** 0.5 if config.mla_latent_scale else 1.0
 
-    def project(self, hidden: Tensor, query: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, hidden: Tensor, query: Tensor, call: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
         latent, shared = self.kv_a_proj(hidden).split(
             [self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1
         )
-        latent, shared = self.kv_a_norm(latent) * self.latent_scale, heads_of(shared, 1)
+        latent, shared = self.kv_a_norm(latent) * self.latent_scale, split_into_heads(shared, 1)
         if self.config.mla_rotate:
-            query, shared = rotate(query, call.rope), rotate(shared, call.rope)
+            query, shared = rotated_by(query, call.rope), rotated_by(shared, call.rope)
         stored = torch.cat((latent.unsqueeze(1), shared), -1)
         return query, stored, nothing(stored)
 
-    def attend(self, query: Tensor, keys: Tensor, values: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall
+    ) -> tuple[Tensor, Tensor | None]:
         if self._readable() and _absorbs(self.config, query.shape[2], keys.shape[2]):
             return self._absorbed(query, keys[:, 0], call)
         return self._expanded(query, keys, call)
@@ -64,9 +76,9 @@ class LatentAttention(Attention):
             )
         return plain
 
-    def _expanded(self, query: Tensor, stored: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+    def _expanded(self, query: Tensor, stored: Tensor, call: LayerCall) -> tuple[Tensor, Tensor | None]:
         n, _, c, v = _widths(self.config)
-        keys, values = heads_of(self.kv_b_proj(stored[:, 0, :, :c]), self.heads).split([n, v], -1)
+        keys, values = split_into_heads(self.kv_b_proj(stored[:, 0, :, :c]), self.heads).split([n, v], -1)
         keys = torch.cat((keys, stored[..., c:].expand(-1, self.heads, -1, -1)), -1)
         short = keys.shape[-1] - v
         if short <= 0:
@@ -75,7 +87,7 @@ class LatentAttention(Attention):
         out, weights = self.dense(query, keys, nn.functional.pad(values, (0, short)), call)
         return out[..., :v], weights
 
-    def _absorbed(self, query: Tensor, stored: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+    def _absorbed(self, query: Tensor, stored: Tensor, call: LayerCall) -> tuple[Tensor, Tensor | None]:
         """stored (b, s, c + e): read once for all heads, as keys and, without the slice, as values. The
         up-map's bias adds the same to all scores of a query, which weights do not show, and to each head's
         output."""
@@ -95,18 +107,18 @@ class LatentAttention(Attention):
     def effective(self) -> tuple[Tensor, Tensor]:
         """Keys on the n unrotated dimensions; the rotated ones are the key slice."""
         n, _, c, v = _widths(self.config)
-        down = folded(wide(self.kv_a_proj.weight)[:c], self.kv_a_norm) * self.latent_scale
+        down = norm_folded(in_fp32_or_wider(self.kv_a_proj.weight)[:c], self.kv_a_norm) * self.latent_scale
         k, v = weight_of(self.kv_b_proj, self.heads).split([n, v], 1)
         return k @ down, v @ down
 
     def key_slice(self) -> Tensor | None:
         _, e, c, _ = _widths(self.config)
-        return wide(self.kv_a_proj.weight)[c:] if e else None
+        return in_fp32_or_wider(self.kv_a_proj.weight)[c:] if e else None
 
     @staticmethod
     def costs(config: LowkeyConfig) -> Costs:
         (n, e, c, v), heads, hidden = _widths(config), config.num_attention_heads, config.hidden_size
-        parameters, token = around(config, n + e, v)
+        parameters, token = projection_costs(config, n + e, v)
         down, up = hidden * (c + e), heads * c * (n + v)
         others = (c if config.mla_kv_norm else 0) + (c + e + heads * (n + v) if config.attention_bias else 0)
         pair = heads * (n + e + max(v, n + e))  # values are padded to the keys' width

@@ -15,7 +15,9 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from lowkey.backends.segment import Part, Segment, joint_mask, kv_heads
 
 QUERIES = 16  # from so many on it is faster than products that form scores
-ROWS = 128  # queries taken at once on a CPU, four times as many elsewhere: what none of them sees is not read
+QUERIES_PER_PASS = (
+    128  # queries taken at once on a CPU, four times as many elsewhere: what none of them sees is not read
+)
 
 
 def fits(segments: Sequence[Segment], softcap: float | None) -> bool:
@@ -35,7 +37,7 @@ def fits(segments: Sequence[Segment], softcap: float | None) -> bool:
 def attend(segments: Sequence[Segment], scaling: float) -> Tensor:
     """As `naive.attend`: (b, h, g, t, d)."""
     h, t, up = kv_heads(segments), segments[0].query.shape[3], segments[0].up
-    rows = ROWS if segments[0].query.device.type == "cpu" else 4 * ROWS
+    rows = QUERIES_PER_PASS if segments[0].query.device.type == "cpu" else 4 * QUERIES_PER_PASS
     spans = zip(*(_spans(s, t, rows) for s in segments), strict=True)
     blocks = [
         [_cut(s, slice(i * rows, (i + 1) * rows), span) for s, span in zip(segments, own, strict=True)]

@@ -14,7 +14,7 @@ from torch import Tensor
 from lowkey.backends import fused
 from lowkey.backends.segment import Part, Segment, joint_mask, kv_heads
 
-BLOCK = 2**25  # scores held at once (numbers): 128 MiB in fp32 bounds the memory of a long prefill
+SCORES_AT_ONCE = 2**25  # scores held at once (numbers): 128 MiB in fp32 bounds the memory of a long prefill
 
 
 def attend(segments: Sequence[Segment], scaling: float, softcap: float | None = None) -> Tensor:
@@ -43,7 +43,7 @@ def _steps(segments: Sequence[Segment]) -> tuple[Sequence[Segment], int]:
     """The segments that hold something, and how many queries to take at a time."""
     segments = [s for s in segments if s.keys.shape[2]] or list(segments)[:1]
     b, h, g, _, _ = segments[0].query.shape
-    return segments, max(1, BLOCK // (b * h * g * sum(s.keys.shape[2] for s in segments) or 1))
+    return segments, max(1, SCORES_AT_ONCE // (b * h * g * sum(s.keys.shape[2] for s in segments) or 1))
 
 
 def _blocks(segments: Sequence[Segment], step: int) -> Iterator[Sequence[Segment]]:
@@ -119,7 +119,7 @@ def ragged(
     out = query.new_zeros(rows, m, values.shape[-1], dtype=torch.float32)
     lse = query.new_full((rows, m), -torch.inf, dtype=torch.float32)
     for chosen, index, absent in _classes(starts):
-        step = max(1, BLOCK // index.numel())
+        step = max(1, SCORES_AT_ONCE // index.numel())
         for i in range(0, m, step):
             some = slice(i, i + step)
             scores = capped((query[chosen, some] @ keys[index].mT).float() * scaling, softcap).masked_fill(

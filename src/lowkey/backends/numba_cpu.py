@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+KERNEL_KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 GROUPS = (1, 2, 4, 8)  # queries that share one reading of the keys; each is one more small compilation
 LN2 = math.log(2)
 _lock = Lock()  # one of numba's threading layers must not be entered twice at a time
@@ -31,7 +31,7 @@ def available() -> bool:
 
 
 def supports(dtype: torch.dtype) -> bool:
-    return dtype in KINDS
+    return dtype in KERNEL_KINDS
 
 
 def ragged(
@@ -54,7 +54,7 @@ def ragged(
         starts.contiguous().numpy(),
     )
     with _lock:
-        function = kernel.piece(g, KINDS[keys.dtype]).address
+        function = kernel.piece(g, KERNEL_KINDS[keys.dtype]).address
         kernel.decode(function, g, *_scales(scaling, softcap), *given, out.numpy(), lse.numpy(), _threads())
     return out if width == out.shape[2] else out[..., :width], lse
 

@@ -1,7 +1,7 @@
 """The compiled half of `numba_cpu`, imported on first use: rows cut into pieces, which threads take in turn,
 and merged again.
 
-A piece is at most LARGEST tokens of one row: all its scores, their softmax, then its values, so that memory
+A piece is at most LARGEST_PIECE tokens of one row: all its scores, their softmax, then its values, so that memory
 is read in long runs. What depends on the dtype is one small C function per dtype and group of queries; the
 rest is compiled once.
 """
@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from numba import cfunc, njit, prange, types
 
-from lowkey.backends.numba_vectors import LANES, LOWEST, add, call, fill, level, mix, score, weigh
+from lowkey.backends.numba_vectors import LANES, LOWEST, add, call, fill_memory, level, mix, score, weigh
 
 # tokens of a piece, and about how many pieces the tokens of a call are cut into at least
-SMALLEST, LARGEST, PIECES = 64, 1024, 32
-LN2 = np.float32(0.6931471805599453)
+SMALLEST_PIECE, LARGEST_PIECE, MOST_PIECES = 64, 1024, 32
+LN2_FP32 = np.float32(0.6931471805599453)
 compiled = njit(cache=True, nogil=True)
 
 
@@ -30,8 +30,8 @@ def piece(g: int, kind: str) -> Any:
     @cfunc(types.void(types.float32, *[types.int64] * 12), cache=True)
     def attend(cap, query, keys, key_stride, r, values, value_stride, v, left, scores, top, total, out):  # type: ignore[no-untyped-def]
         steps = (left + per - 1) // per
-        fill(top, LOWEST)
-        fill(total, 0.0)
+        fill_memory(top, LOWEST)
+        fill_memory(total, 0.0)
         for i in range(steps):
             at = keys + i * per * key_stride
             score(g, kind, cap, query, at, key_stride, left - i * per, r, scores + 4 * LANES * i, top)
@@ -91,7 +91,7 @@ def _merge(parts, tops, totals, out, lse):  # type: ignore[no-untyped-def]
             total += weight * totals[p, i]
             for x in range(parts.shape[2]):
                 parts[0, i, x] = weight * parts[p, i, x] + (parts[0, i, x] if p else np.float32(0.0))
-        lse[i] = (top + np.log2(total)) * LN2
+        lse[i] = (top + np.log2(total)) * LN2_FP32
         _unpack(parts[0, i], total, out[i])
 
 
@@ -128,7 +128,7 @@ def _plan(starts, queries, width, out, lse):  # type: ignore[no-untyped-def]
 
     Rows without tokens are answered here.
     """
-    size = min(max(starts[-1] // PIECES // LANES * LANES, SMALLEST), LARGEST)
+    size = min(max(starts[-1] // MOST_PIECES // LANES * LANES, SMALLEST_PIECE), LARGEST_PIECE)
     first = np.zeros(len(starts), np.int64)
     for row in range(len(out)):
         first[row + 1] = first[row] + (starts[row + 1] - starts[row] + size - 1) // size
@@ -178,7 +178,7 @@ def _do(i, how, cap, arrays, cuts, results, done, scores):  # type: ignore[no-un
 
 
 @njit(cache=True, nogil=True, parallel=True)
-def decode(function, g, scale, cap, query, keys, values, starts, out, lse, threads):  # type: ignore[no-untyped-def]
+def decode_rows(function, g, scale, cap, query, keys, values, starts, out, lse, threads):  # type: ignore[no-untyped-def]
     """`function`: address of a `piece(g, ...)`; query (R, m, r); keys, values (address, stride, width). Fills
     out (R, m, v), lse (R, m).
     """

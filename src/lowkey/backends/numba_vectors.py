@@ -21,20 +21,20 @@ from numba.extending import intrinsic
 
 LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8
 # bytes: rows this far on are fetched while these are computed, else memory and arithmetic take turns
-AHEAD = 8192
+PREFETCH_BYTES = 8192
 LOWEST = -3e38  # the score of a key that is not there
 # powers of 2 below this become 0: far below what fp32 sums keep, while subnormal products would take long
 FAINTEST = -100.0
 
 I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 BYTES = ir.IntType(8).as_pointer()
-NUMBERS, INTEGERS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(I32, LANES)
+FLOAT_VECTOR, INTEGER_VECTOR = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(I32, LANES)
 STORED = {
-    "float32": NUMBERS,
+    "float32": FLOAT_VECTOR,
     "bfloat16": ir.VectorType(I16, LANES),
     "float16": ir.VectorType(ir.HalfType(), LANES),
 }
-SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BYTES_PER_NUMBER = {"float32": 4, "bfloat16": 2, "float16": 2}
 # in [-1/2, 1/2], Cephes
 EXP2 = (1.535336188e-4, 1.339887440e-3, 9.618437358e-3, 5.550332471e-2, 2.402264791e-1, 6.931472029e-1, 1.0)
 
@@ -48,22 +48,22 @@ def _whole(value: int) -> Value:
 
 
 def _same(value: float) -> Value:
-    return ir.Constant(NUMBERS, [value] * LANES)
+    return ir.Constant(FLOAT_VECTOR, [value] * LANES)
 
 
 def _spread(b: Builder, x: Value) -> Value:
     """The scalar x in every lane."""
     one = b.insert_element(ir.Constant(ir.VectorType(x.type, LANES), ir.Undefined), x, ir.Constant(I32, 0))
-    return b.shuffle_vector(one, one, ir.Constant(INTEGERS, [0] * LANES))
+    return b.shuffle_vector(one, one, ir.Constant(INTEGER_VECTOR, [0] * LANES))
 
 
 def _call(b: Builder, name: str, *args: Value) -> Value:
     """An LLVM intrinsic on vectors of numbers."""
-    kind = ir.FunctionType(NUMBERS, [NUMBERS] * len(args))
+    kind = ir.FunctionType(FLOAT_VECTOR, [FLOAT_VECTOR] * len(args))
     return b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.{name}.v{LANES}f32"), args)
 
 
-def _pointer(b: Builder, address: Value, offset: Value | None = None, kind: ir.Type = NUMBERS) -> Value:
+def _pointer(b: Builder, address: Value, offset: Value | None = None, kind: ir.Type = FLOAT_VECTOR) -> Value:
     return b.bitcast(
         b.gep(b.inttoptr(address, BYTES), [_whole(0) if offset is None else offset]), kind.as_pointer()
     )
@@ -71,10 +71,12 @@ def _pointer(b: Builder, address: Value, offset: Value | None = None, kind: ir.T
 
 def _load(b: Builder, address: Value, offset: Value | None = None, kind: str = "float32") -> Value:
     """LANES stored numbers, widened."""
-    raw = b.load(_pointer(b, address, offset, STORED[kind]), align=SIZES[kind])
+    raw = b.load(_pointer(b, address, offset, STORED[kind]), align=BYTES_PER_NUMBER[kind])
     if kind == "bfloat16":
-        return b.bitcast(b.shl(b.zext(raw, INTEGERS), ir.Constant(INTEGERS, [16] * LANES)), NUMBERS)
-    return raw if kind == "float32" else b.fpext(raw, NUMBERS)
+        return b.bitcast(
+            b.shl(b.zext(raw, INTEGER_VECTOR), ir.Constant(INTEGER_VECTOR, [16] * LANES)), FLOAT_VECTOR
+        )
+    return raw if kind == "float32" else b.fpext(raw, FLOAT_VECTOR)
 
 
 def _store(b: Builder, x: Value, address: Value, offset: Value | None = None) -> None:
@@ -82,9 +84,9 @@ def _store(b: Builder, x: Value, address: Value, offset: Value | None = None) ->
 
 
 def _fetch(b: Builder, address: Value, offset: Value) -> None:
-    """Ask for the memory AHEAD of here; it may lie past the end, where asking is harmless."""
+    """Ask for the memory PREFETCH_BYTES of here; it may lie past the end, where asking is harmless."""
     kind = ir.FunctionType(ir.VoidType(), [BYTES, I32, I32, I32])
-    where = _pointer(b, address, b.add(offset, _whole(AHEAD)), ir.IntType(8))
+    where = _pointer(b, address, b.add(offset, _whole(PREFETCH_BYTES)), ir.IntType(8))
     read, second_level, data = (ir.Constant(I32, n) for n in (0, 2, 1))
     b.call(
         cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0"), [where, read, second_level, data]
@@ -104,7 +106,7 @@ def _totals(b: Builder, parts: Sequence[Value]) -> Value:
     width = LANES
     while len(parts) > 1:
         left = [start + i for start in range(0, 2 * LANES, width) for i in range(width // 2)]
-        halves = [ir.Constant(INTEGERS, [i + shift for i in left]) for shift in (0, width // 2)]
+        halves = [ir.Constant(INTEGER_VECTOR, [i + shift for i in left]) for shift in (0, width // 2)]
         parts = [
             b.fadd(*(b.shuffle_vector(x, y, half) for half in halves))
             for x, y in zip(parts[::2], parts[1::2], strict=True)
@@ -119,8 +121,8 @@ def _exp2(b: Builder, x: Value) -> Value:
     f, y = b.fsub(x, n), _same(EXP2[0])
     for c in EXP2[1:]:
         y = _call(b, "fmuladd", y, f, _same(c))
-    exponent = b.add(b.fptosi(n, INTEGERS), ir.Constant(INTEGERS, [127] * LANES))
-    return b.fmul(y, b.bitcast(b.shl(exponent, ir.Constant(INTEGERS, [23] * LANES)), NUMBERS))
+    exponent = b.add(b.fptosi(n, INTEGER_VECTOR), ir.Constant(INTEGER_VECTOR, [127] * LANES))
+    return b.fmul(y, b.bitcast(b.shl(exponent, ir.Constant(INTEGER_VECTOR, [23] * LANES)), FLOAT_VECTOR))
 
 
 def _capped(b: Builder, x: Value, cap: Value) -> Value:
@@ -156,7 +158,7 @@ class _Columns:
 
     def load(self, index: Value) -> list[Value]:
         offset = self.b.mul(
-            _smaller(self.b, self.b.mul(index, _whole(LANES)), self.last), _whole(SIZES[self.kind])
+            _smaller(self.b, self.b.mul(index, _whole(LANES)), self.last), _whole(BYTES_PER_NUMBER[self.kind])
         )
         for row in self.rows:
             _fetch(self.b, row, offset)
@@ -216,7 +218,7 @@ def level(_: Any, g: Any, top: Any) -> Any:
         x, shift = _load(b, args[1]), 1
         while shift < LANES // g.literal_value:
             x = _larger(
-                b, x, b.shuffle_vector(x, x, ir.Constant(INTEGERS, [i ^ shift for i in range(LANES)]))
+                b, x, b.shuffle_vector(x, x, ir.Constant(INTEGER_VECTOR, [i ^ shift for i in range(LANES)]))
             )
             shift *= 2
         _store(b, x, args[1])
@@ -226,7 +228,7 @@ def level(_: Any, g: Any, top: Any) -> Any:
 
 
 @intrinsic
-def fill(_: Any, to: Any, value: Any) -> Any:
+def fill_memory(_: Any, to: Any, value: Any) -> Any:
     """The same number in every lane."""
 
     def emit(context: Any, b: Builder, signature: Any, args: Sequence[Value]) -> Value:

@@ -51,7 +51,7 @@ Part = tuple[Tensor, Tensor]
 """
 
 
-def merge(parts: Sequence[Part]) -> Part:
+def merge_parts(parts: Sequence[Part]) -> Part:
     """One softmax over the tokens of all parts."""
     lse = torch.stack([p[1] for p in parts])
     total = lse.logsumexp(0)

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 # tokens of a piece, and about how many pieces the tokens of a call are cut into at least
-SMALLEST, LARGEST, PIECES = 128, 4096, 512
+SMALLEST_SPLIT, LARGEST_SPLIT, MOST_SPLITS = 128, 4096, 512
 TILE = 2**14  # bytes of keys that one round of a program reads, at most
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def available() -> bool:
@@ -27,7 +27,7 @@ def available() -> bool:
 
 
 def supports(dtype: torch.dtype) -> bool:
-    return dtype in DTYPES
+    return dtype in KERNEL_DTYPES
 
 
 def ragged(
@@ -73,7 +73,7 @@ def _pieces(starts: Tensor, size: int, most: int) -> tuple[Tensor, Tensor]:
 
 
 def _size(n: int) -> int:
-    return min(max(_power(n // PIECES), SMALLEST), LARGEST)
+    return min(max(_power(n // MOST_SPLITS), SMALLEST_SPLIT), LARGEST_SPLIT)
 
 
 def _tokens(r: int, element: int) -> int:

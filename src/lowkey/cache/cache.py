@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 
 from lowkey.cache import cachefile
 from lowkey.core.options import shown
-from lowkey.core.types import LowkeyError, identity
+from lowkey.core.types import LowkeyError, identity_factors
 from lowkey.models import families
 from lowkey.models.attention_interface import UNCOMPILED, Incoming, attached
 from lowkey.models.fingerprint import FillingModel, check_model
@@ -29,18 +29,18 @@ from lowkey.storage.codec import Codec, LowRank, Plain
 from lowkey.storage.coded import CodedLayer, Exact
 from lowkey.storage.compensating import CompensatingLayer
 from lowkey.storage.evicting import CacheWideEviction, EvictingLayer
-from lowkey.storage.exact import WINDOW, SinkRule
+from lowkey.storage.exact import DEFAULT_WINDOW, SinkRule
 from lowkey.storage.packing import Scheme, scheme_or_none
 from lowkey.storage.pruning import PruningLayer
 from lowkey.storage.rollback import ForwardPass
 
-LAYERS: dict[str, type[EvictingLayer]] = {
+EVICTING_LAYERS: dict[str, type[EvictingLayer]] = {
     "evicting": EvictingLayer,
     "compensating": CompensatingLayer,
     "pruning": PruningLayer,
 }
 # what a layer has and never changes
-SHARED = ("policy", "rope", "codec", "codecs", "gate", "exact", "points", "packing")
+SHARED_BY_COPIES = ("policy", "rope", "codec", "codecs", "gate", "exact", "points", "packing")
 CountedLayer = StoringLayer | StockLayer | StockSlidingLayer
 
 
@@ -75,7 +75,11 @@ class LowkeyCache(Cache):
         self.forward_pass.undo()
         memo[id(self.origin)] = self.origin
         for layer in self.layers:
-            memo |= {id(part): part for name in SHARED if (part := getattr(layer, name, None)) is not None}
+            memo |= {
+                id(part): part
+                for name in SHARED_BY_COPIES
+                if (part := getattr(layer, name, None)) is not None
+            }
             # deepcopy refuses what has a gradient to pass on
             memo |= {id(t): t.clone() for t in layer.tensors().values()}
         twin = memo[id(self)] = object.__new__(type(self))
@@ -223,7 +227,7 @@ class LowkeyCache(Cache):
             "bits": origin.bits,
             "policy": origin.policy and policy_to_dict(origin.policy),
         }
-        cachefile.write(Path(path), self.layers, about, origin.plan, origin.exact, force)
+        cachefile.write_cache(Path(path), self.layers, about, origin.plan, origin.exact, force)
 
 
 def load_cache(path: str | Path, model: PreTrainedModel) -> LowkeyCache:
@@ -232,12 +236,12 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> LowkeyCache:
     Errors: LowkeyError for another model, a newer format, a damaged or truncated file.
     """
     folder = Path(path)
-    about, tensors, plan = cachefile.read(folder)
+    about, tensors, plan = cachefile.read_cache(folder)
     check_model("cache", about.get("model"), about["model_sha256"], model, "make it again")
     exact = cachefile.exact_from(folder, about["exact"], tensors)
     policy = policy_from_dict(about["policy"]) if about["policy"] else None
     cache = make_cache(model, plan, policy, bits=about["bits"], exact=exact)
-    cachefile.restore(folder, cache.layers, about, tensors, model)
+    cachefile.restore_cache(folder, cache.layers, about, tensors, model)
     cache.filled_by = FillingModel(model, about["model_sha256"])
     return cache
 
@@ -301,7 +305,7 @@ def _builder(model: PreTrainedModel, origin: Origin) -> Callable[[int], CountedL
     if plan is None and origin.exact is None and scheme_or_none(origin.bits) is None:
         return lambda i: StockLayer()
     packed = scheme_or_none(plan.bits if plan and origin.bits is None else origin.bits)
-    sinks, recent = (plan.sinks, plan.recent) if plan else (WINDOW.sinks, WINDOW.recent)
+    sinks, recent = (plan.sinks, plan.recent) if plan else (DEFAULT_WINDOW.sinks, DEFAULT_WINDOW.recent)
     keep = origin.exact or Exact(sinks, max(recent, packed.recent if packed else 0))
     packings = (packed.keys, packed.values) if packed else None
     points = keep.rule.layers if keep.rule else {}
@@ -338,7 +342,7 @@ def _codec(model: PreTrainedModel, i: int, plan: Plan | None, packed: Scheme | N
         return LowRank(plan.factors[i].turned() if turned else plan.factors[i], plan.layout, rope)
     if not turned:
         return Plain()
-    return LowRank(identity(families.geometry(model).head_dim).turned(), "post_rope", rope)
+    return LowRank(identity_factors(families.geometry(model).head_dim).turned(), "post_rope", rope)
 
 
 def _evicting(
@@ -376,7 +380,7 @@ def _evicting(
 
     def build(i: int) -> EvictingLayer:
         rope = families.rope(model, i)
-        return LAYERS[policy.layer](
+        return EVICTING_LAYERS[policy.layer](
             policy,
             rope,
             full.index(i),

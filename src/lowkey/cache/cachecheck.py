@@ -15,10 +15,10 @@ from lowkey.storage.compensating import CompensatingLayer
 from lowkey.storage.evicting import STEP, EvictingLayer
 from lowkey.storage.pruning import PruningLayer
 
-Shape = tuple[int, int, int]  # heads, and the widths of a key and of a value
+HeadShape = tuple[int, int, int]  # heads, and the widths of a key and of a value
 
 
-def flaw(layer: Any, own: dict[str, Tensor], shape: Shape, groups: int) -> str | None:
+def flaw(layer: Any, own: dict[str, Tensor], shape: HeadShape, groups: int) -> str | None:
     """The first rule that a layer with the tensors `own` breaks. groups: query heads per KV head."""
     if any(
         t.is_floating_point() and name != "carried" and not bool(t.isfinite().all())
@@ -40,7 +40,7 @@ def _first(*rules: str | None) -> str | None:
     return next((rule for rule in rules if rule), None)
 
 
-def _stock(layer: Any, shape: Shape) -> str | None:
+def _stock(layer: Any, shape: HeadShape) -> str | None:
     """transformers' own layers, full and sliding."""
     heads, k, v = shape
     if layer.keys.ndim != 4 or not len(layer.keys):
@@ -68,7 +68,7 @@ def _placed(layer: Any) -> str | None:
     return None
 
 
-def _coded(layer: CodedLayer, shape: Shape) -> str | None:
+def _coded(layer: CodedLayer, shape: HeadShape) -> str | None:
     (heads, k, v), b, exact = shape, len(layer.offset), layer.exact
     stored, ahead = layer._ready()
     if not 0 <= stored <= ahead <= layer.seen:
@@ -101,7 +101,7 @@ def _coded(layer: CodedLayer, shape: Shape) -> str | None:
     return _first(*rules)
 
 
-def _evicting(layer: EvictingLayer, shape: Shape, groups: int) -> str | None:
+def _evicting(layer: EvictingLayer, shape: HeadShape, groups: int) -> str | None:
     heads, b = shape[0], len(layer.offset)
     room = layer.moved + -(-(layer.fresh - layer.moved) // STEP) * STEP
     if not 0 <= layer.moved <= layer.fresh <= layer.seen or layer.steps > layer.seen:

@@ -19,59 +19,61 @@ from lowkey.models import families
 from lowkey.plan.plan import Plan
 from lowkey.storage.exact import Exact, SinkPoints, SinkRule
 
-FORMAT = 1
-JSON, TENSORS, PLAN, KIND = "cache.json", "cache.safetensors", "plan", "cache"
-FIELDS = {"model": str, "model_sha256": str, "versions": dict, "layers": list, "tensors_sha256": str}
+CACHE_FORMAT = 1
+CACHE_JSON, CACHE_TENSORS, CACHE_PLAN, CACHE_FILE = "cache.json", "cache.safetensors", "plan", "cache"
+CACHE_FIELDS = {"model": str, "model_sha256": str, "versions": dict, "layers": list, "tensors_sha256": str}
 STOCK = ("keys", "values")  # what transformers' own layers hold
 FLAGS = ("exact_prefill", "frozen")
-MOST = 2**31  # what every count is below
+LARGEST_COUNT = 2**31  # what every count is below
 
 
-def write(
+def write_cache(
     path: Path, layers: Sequence[Any], about: dict, plan: Plan | None, exact: Exact | None, force: bool
 ) -> None:
     """All of it or nothing."""
-    files.check_folder(path, force, again=JSON)
+    files.check_folder(path, force, again=CACHE_JSON)
     with files.replacing_folder(path) as temporary:
         tensors = {f"{i}.{name}": t for i, layer in enumerate(layers) for name, t in _tensors(layer).items()}
         words, points = _exact_parts(exact)
-        checksum = files.write_tensors(temporary / TENSORS, tensors | points, KIND)
-        told = None if plan is None else plan.save(temporary / PLAN)
+        checksum = files.write_tensors(temporary / CACHE_TENSORS, tensors | points, CACHE_FILE)
+        told = None if plan is None else plan.save(temporary / CACHE_PLAN)
         numbers = [{name: int(getattr(layer, name)) for name in _numbers(layer)} for layer in layers]
         whole = {
-            "format": FORMAT,
+            "format": CACHE_FORMAT,
             **about,
             "exact": words,
             "layers": numbers,
             "plan": told,
             "tensors_sha256": checksum,
         }
-        files.write_json(temporary / JSON, whole, KIND)
+        files.write_json(temporary / CACHE_JSON, whole, CACHE_FILE)
 
 
-def read(path: Path) -> tuple[dict, dict[str, Tensor], Plan | None]:
+def read_cache(path: Path) -> tuple[dict, dict[str, Tensor], Plan | None]:
     """What cache.json says, the tensors, and the plan if there is one, all of one version."""
     return files.steady(path, lambda: _read(path))
 
 
 def _read(path: Path) -> tuple[dict, dict[str, Tensor], Plan | None]:
-    about = files.read_json(path / JSON, "cache", KIND, FORMAT)
-    if not all(isinstance(about.get(name), kind) for name, kind in FIELDS.items()) or not {
+    about = files.read_json(path / CACHE_JSON, "cache", CACHE_FILE, CACHE_FORMAT)
+    if not all(isinstance(about.get(name), kind) for name, kind in CACHE_FIELDS.items()) or not {
         "policy",
         "bits",
         "exact",
         "plan",
     } <= set(about):
-        raise damaged(path, "cache.json lacks or garbles a field")
-    tensors = files.read_tensors(path / TENSORS, "cache", KIND, about["tensors_sha256"], finite=False)
+        raise damaged_cache(path, "cache.json lacks or garbles a field")
+    tensors = files.read_tensors(
+        path / CACHE_TENSORS, "cache", CACHE_FILE, about["tensors_sha256"], finite=False
+    )
     if about["plan"] is None:
         return about, tensors, None
-    if files.checksum(path / PLAN / "plan.json", "plan") != about["plan"]:
-        raise damaged(path, "its plan is another one than it was made with")
-    return about, tensors, Plan.load(path / PLAN)
+    if files.stated_checksum(path / CACHE_PLAN / "plan.json", "plan") != about["plan"]:
+        raise damaged_cache(path, "its plan is another one than it was made with")
+    return about, tensors, Plan.load(path / CACHE_PLAN)
 
 
-def restore(
+def restore_cache(
     path: Path, layers: Sequence[Any], about: dict, tensors: dict[str, Tensor], model: PreTrainedModel
 ) -> None:
     """Give fresh layers what the file says they held. Errors: LowkeyError for what does not fit the model or
@@ -79,29 +81,29 @@ def restore(
     """
     numbers = about["layers"]
     if len(numbers) != len(layers):
-        raise damaged(path, f"it has {len(numbers)} layers, and the model {len(layers)}")
+        raise damaged_cache(path, f"it has {len(numbers)} layers, and the model {len(layers)}")
     if not all(_are_counts(n, _numbers(layer)) for n, layer in zip(numbers, layers, strict=True)):
-        raise damaged(path, "counters of its layers are missing or no counts")
+        raise damaged_cache(path, "counters of its layers are missing or no counts")
     held = _by_layer(path, tensors, len(layers))
     if any(held) and not all(held):
-        raise damaged(path, "some of its layers hold something and others nothing")
+        raise damaged_cache(path, "some of its layers hold something and others nothing")
     shapes = _shapes(model) if any(held) else []
     groups = 1 if families.stores_its_own(model.config) else families.geometry(model).groups
     for i, (layer, own, counts) in enumerate(zip(layers, held, numbers, strict=True)):
         if own:
             _fill(path, i, layer, own, counts, shapes[i], model)
         elif any(value for name, value in counts.items() if name not in FLAGS):
-            raise damaged(path, f"layer {i} counts tokens and holds none")
+            raise damaged_cache(path, f"layer {i} counts tokens and holds none")
         for name, value in counts.items():
             setattr(layer, name, value)
         if own and (rule := flaw(layer, own, shapes[i], groups)):
-            raise damaged(path, f"layer {i}: {rule}")
+            raise damaged_cache(path, f"layer {i}: {rule}")
     if (
         any(held)
         and len({(layer.get_seq_length(), len(_first(own))) for layer, own in zip(layers, held, strict=True)})
         > 1
     ):
-        raise damaged(path, "its layers have seen different numbers of tokens or rows")
+        raise damaged_cache(path, "its layers have seen different numbers of tokens or rows")
 
 
 def _fill(
@@ -120,11 +122,11 @@ def _fill(
     layer.update(*like)
     empty = _tensors(layer)
     if set(own) != set(empty):
-        raise damaged(path, f"layer {i} holds other things than such a layer does")
+        raise damaged_cache(path, f"layer {i} holds other things than such a layer does")
     for name, t in own.items():
         dtype = empty[name].dtype
         if t.dtype != dtype and not (t.is_floating_point() and dtype.is_floating_point):
-            raise damaged(path, f"layer {i}: {name} is of {t.dtype}")
+            raise damaged_cache(path, f"layer {i}: {name} is of {t.dtype}")
         new = t.to(device, dtype)  # what is in the model's dtype follows the model that goes on
         if t.dtype != dtype and bool(t.isfinite().all()) and not bool(new.isfinite().all()):
             raise LowkeyError(
@@ -141,7 +143,7 @@ def _by_layer(path: Path, tensors: dict[str, Tensor], count: int) -> list[dict[s
         if index == "rule":
             continue
         if not (index.isdecimal() and str(int(index)) == index and int(index) < count and name):
-            raise damaged(path, f"it holds {whole!r:.60}, which is of no layer")
+            raise damaged_cache(path, f"it holds {whole!r:.60}, which is of no layer")
         found[int(index)][name] = t
     return found
 
@@ -155,7 +157,8 @@ def _are_counts(found: object, names: Sequence[str]) -> bool:
     if not isinstance(found, dict) or set(found) != set(names):
         return False
     return all(
-        type(value) is int and 0 <= value < (2 if name in FLAGS else MOST) for name, value in found.items()
+        type(value) is int and 0 <= value < (2 if name in FLAGS else LARGEST_COUNT)
+        for name, value in found.items()
     )
 
 
@@ -186,7 +189,7 @@ def _exact_parts(exact: Exact | None) -> tuple[dict | None, dict[str, Tensor]]:
 
 
 def exact_from(path: Path, words: dict | None, tensors: dict[str, Tensor]) -> Exact | None:
-    """The inverse of what `write` does."""
+    """The inverse of what `write_cache` does."""
     points = {name: t for name, t in tensors.items() if name.startswith("rule.")}
     try:
         rule = words.get("rule") if words is not None else None
@@ -204,7 +207,7 @@ def exact_from(path: Path, words: dict | None, tensors: dict[str, Tensor]) -> Ex
             rule = SinkRule(found, tuple(rule["channels"]), rule["emergence"], str(rule["model_sha256"]))
         return Exact(**(words | {"rule": rule}))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise damaged(path, f"exact tokens: {error}") from None
+        raise damaged_cache(path, f"exact tokens: {error}") from None
 
 
 def _points(centres: Tensor, radius: Tensor) -> SinkPoints:
@@ -227,5 +230,5 @@ def _numbers(layer: Any) -> Sequence[str]:
     return getattr(layer, "numbers", ("cumulative_length",) if layer.is_sliding else ())
 
 
-def damaged(path: Path, rule: str) -> LowkeyError:
+def damaged_cache(path: Path, rule: str) -> LowkeyError:
     return LowkeyError(f"cache {str(path)!r}: {rule:.200}; it is damaged or not one of ours: make it again")

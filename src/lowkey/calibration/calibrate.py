@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowkey.allocation.allocators import ALLOCATORS, Allocator
+from lowkey.allocation.allocators import RANK_ALLOCATORS
+from lowkey.allocation.base import RankAllocator
 from lowkey.allocation.profile import Pair, Profile, Ranks
 from lowkey.allocation.rank_grid import RankRequest
 from lowkey.calibration.layer_checkpoint import Surface, load_layer, save_layer
@@ -40,13 +41,13 @@ from lowkey.policies.allocators import HeadImportance
 from lowkey.probes.layer_inputs import layer_inputs
 from lowkey.probes.layer_probe import LayerProbe
 from lowkey.probes.model_probe import loss_increases
-from lowkey.storage.exact import WINDOW, Exact
+from lowkey.storage.exact import DEFAULT_WINDOW, Exact
 
 HELD_OUT_SHARE = (
     0.25  # share of the calibration windows that only judge: the error surface and early stopping
 )
 Measuring = Literal["pairs", "sides", "none"]
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,14 @@ def calibrate(
     method: Method | None = None,
     budget: str | Budget | None = None,
     error_budget: float | None = None,
-    allocator: str | Allocator | None = None,
+    allocator: str | RankAllocator | None = None,
     layout: Layout | None = None,
     sample: Sample = Sample(),
     ranks: RankRequest | None = None,
     rank_multiple: int = 1,
     judge: str = "layers",
-    sinks: int = WINDOW.sinks,
-    recent: int = WINDOW.recent,
+    sinks: int = DEFAULT_WINDOW.sinks,
+    recent: int = DEFAULT_WINDOW.recent,
     bits: int | str | None = None,
     at: int = BUDGET_LENGTH,
     heads: HeadImportance | None = None,
@@ -140,7 +141,7 @@ def _course(
     """What the method works on, with a folder of its own for unfinished work."""
     seen = asked.holding.exact.visible(rows.shape[1])
     what: dict = {
-        "method": describe(asked.method),
+        "method": name_and_parameters(asked.method),
         "layout": asked.layout,
         "ranks": [asked.measured, asked.choices],
         "judge": asked.judge,
@@ -177,8 +178,8 @@ def _plan(
     return Plan(
         factors=factors,
         layout=asked.layout,
-        method=describe(asked.method),
-        allocator=describe(asked.allocator),
+        method=name_and_parameters(asked.method),
+        allocator=name_and_parameters(asked.allocator),
         budget=str(limit)
         if isinstance(limit, Budget)
         else f"error {limit:g}" + (" nats" if asked.judge == "loss" else ""),
@@ -298,8 +299,8 @@ def fit_layers(
 
 
 def _probes(
-    context: CalibrationContext, text: str, known: Callable[[int], T | None]
-) -> Iterator[tuple[int, LayerProbe | T]]:
+    context: CalibrationContext, text: str, known: Callable[[int], _T | None]
+) -> Iterator[tuple[int, LayerProbe | _T]]:
     """(layer, its probe, or what is known of it already) for every compressible layer."""
     model, shape = context.model, families.geometry(context.model)
     for i, inputs in context.progress(
@@ -373,20 +374,20 @@ def calibration_windows(
 ) -> Tensor:
     """Ids (n, t) of the sample, no longer than the model reads. Errors: LowkeyError for too short a text."""
     length = families.readable_length(model, sample.length)
-    ids = text.encode(tokenizer, text.joined(texts), model)
+    ids = text.encode(tokenizer, text.joined_texts(texts), model)
     return text.sample_windows(ids, tokenizer, length, sample.windows, sample.seed, "calibration text")
 
 
 def name_of(thing: object) -> str:
     """The short name of a method or allocator, or its class's path when it is not one of ours."""
-    for table in (METHODS, ALLOCATORS):
+    for table in (METHODS, RANK_ALLOCATORS):
         for name, kind in table.items():
             if type(thing) is kind:
                 return name
     return f"{type(thing).__module__}:{type(thing).__qualname__}"
 
 
-def describe(thing: object) -> dict:
+def name_and_parameters(thing: object) -> dict:
     return {"name": name_of(thing), "parameters": asdict(thing)}  # type: ignore[call-overload]
 
 

@@ -31,10 +31,14 @@ from lowkey.plan.plan import cache_shape
 from lowkey.storage.bucketed import BucketedLayer, Gate, cut
 from lowkey.storage.codec import LowRank
 
-FORMAT = 1
+DYNAMIC_PLAN_FORMAT = 1
 METHOD = "dynakv"
-JSON, TENSORS, KIND = "dynaplan.json", "dynaplan.safetensors", "dynamic-plan"
-FIELDS = ("layout", "levels", "share", "divergence", "training", "geometry", "provenance")
+DYNAMIC_PLAN_JSON, DYNAMIC_PLAN_TENSORS, DYNAMIC_PLAN_FILE = (
+    "dynaplan.json",
+    "dynaplan.safetensors",
+    "dynamic-plan",
+)
+DYNAMIC_PLAN_FIELDS = ("layout", "levels", "share", "divergence", "training", "geometry", "provenance")
 
 
 @dataclass(frozen=True)
@@ -86,16 +90,28 @@ class DynamicPlan:
         files or cannot be written.
         """
         folder = Path(path)
-        files.check_folder(folder, force, again=JSON)
+        files.check_folder(folder, force, again=DYNAMIC_PLAN_JSON)
         with files.replacing_folder(folder) as temporary:
-            checksum = files.write_tensors(temporary / TENSORS, self._tensors(), KIND)
-            files.write_json(temporary / JSON, {**self.describe(), "tensors_sha256": checksum}, KIND)
+            checksum = files.write_tensors(
+                temporary / DYNAMIC_PLAN_TENSORS, self._tensors(), DYNAMIC_PLAN_FILE
+            )
+            files.write_json(
+                temporary / DYNAMIC_PLAN_JSON,
+                {**self.describe(), "tensors_sha256": checksum},
+                DYNAMIC_PLAN_FILE,
+            )
 
     def describe(self) -> dict:
         """Everything but the factors and gates, as dynaplan.json holds it."""
-        known = {name: getattr(self, name) for name in FIELDS} | {"layers": sorted(self.factors)}
+        known = {name: getattr(self, name) for name in DYNAMIC_PLAN_FIELDS} | {"layers": sorted(self.factors)}
         sizes = {dtype: self.bytes_per_token(size) for dtype, size in (("float32", 4), ("bfloat16", 2))}
-        return {"format": FORMAT, "method": METHOD, "budget": self.budget, **known, "bytes_per_token": sizes}
+        return {
+            "format": DYNAMIC_PLAN_FORMAT,
+            "method": METHOD,
+            "budget": self.budget,
+            **known,
+            "bytes_per_token": sizes,
+        }
 
     def digest(self) -> str:
         """A checksum of the maps and gates."""
@@ -123,8 +139,12 @@ class DynamicPlan:
 
 
 def _read(folder: Path) -> DynamicPlan:
-    about = files.read_json(folder / JSON, "dynamic plan", KIND, FORMAT)
-    tensors = files.read_tensors(folder / TENSORS, "dynamic plan", KIND, str(about.get("tensors_sha256")))
+    about = files.read_json(
+        folder / DYNAMIC_PLAN_JSON, "dynamic plan", DYNAMIC_PLAN_FILE, DYNAMIC_PLAN_FORMAT
+    )
+    tensors = files.read_tensors(
+        folder / DYNAMIC_PLAN_TENSORS, "dynamic plan", DYNAMIC_PLAN_FILE, str(about.get("tensors_sha256"))
+    )
     try:
         return _build(about, tensors)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError) as error:
@@ -135,7 +155,7 @@ def _read(folder: Path) -> DynamicPlan:
 
 def _build(about: dict, tensors: dict[str, Tensor]) -> DynamicPlan:
     """Errors: KeyError, TypeError or ValueError for what is missing or does not fit."""
-    known = {name: about[name] for name in FIELDS} | {"levels": tuple(about["levels"])}
+    known = {name: about[name] for name in DYNAMIC_PLAN_FIELDS} | {"levels": tuple(about["levels"])}
     heads, d = cache_shape(about["geometry"])
     if known["layout"] not in LAYOUTS:
         raise ValueError(f"layout {known['layout']!r:.40} is none of {', '.join(LAYOUTS)}")

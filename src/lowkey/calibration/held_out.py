@@ -15,7 +15,7 @@ from lowkey.core.types import device_of
 from lowkey.plan.plan import Plan
 from lowkey.probes.model_probe import next_token_loss
 
-WINDOWS, LENGTH = 8, 512  # at most
+JUDGING_WINDOWS, JUDGING_LENGTH = 8, 512  # at most
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,12 @@ class HeldOut:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, length: int) -> HeldOut:
-        ids = text.encode(tokenizer, text.embedded("evaluation"), model)
-        return cls(text.windows(ids, tokenizer, min(length, LENGTH), "evaluation text", least=1)[:WINDOWS])
+        ids = text.encode(tokenizer, text.embedded_text("evaluation"), model)
+        return cls(
+            text.windows(ids, tokenizer, min(length, JUDGING_LENGTH), "evaluation text", least=1)[
+                :JUDGING_WINDOWS
+            ]
+        )
 
     @torch.no_grad()
     def loss(self, model: PreTrainedModel, plan: Plan | None = None) -> float:

@@ -48,9 +48,9 @@ def load_layer(work: Path | None, name: str) -> tuple[LayerBases, Surface] | Non
         bases = LayerBases(basis("keys"), basis("values"), tensors.get("order"))
         surface = tensors["surface"].tolist()
     except (KeyError, ValueError, RuntimeError) as error:
-        raise files.damaged(work, f"{name} lacks or garbles {error}") from None
+        raise files.damaged_work(work, f"{name} lacks or garbles {error}") from None
     if rule := _flaw(bases, tensors["surface"]):
-        raise files.damaged(work, f"{name}: {rule}")
+        raise files.damaged_work(work, f"{name}: {rule}")
     return bases, surface
 
 

@@ -36,7 +36,7 @@ def recommended(model: PreTrainedModel, share: float | None) -> Recommended:
     except LowkeyError:
         layout = "post_rope"
     try:
-        sensitivity.check(model, ("fisher",))
+        sensitivity.check_signals(model, ("fisher",))
     except LowkeyError:  # weights that give no gradients
         return Recommended(KQSVD(group=0), layout, "uniform", _bits(share))
     return Recommended(FisherSVD(), layout, "spectrum" if share is not None else "greedy", _bits(share))

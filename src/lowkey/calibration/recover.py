@@ -21,7 +21,7 @@ from lowkey.calibration import trainable
 from lowkey.calibration.held_out import HeldOut
 from lowkey.calibration.trainable import TrainableModel
 from lowkey.core import files, optimizer_state, text
-from lowkey.core.options import Checked, nearest, option, shown
+from lowkey.core.options import Checked, nearest_name, option, shown
 from lowkey.core.progress import Progress, silent
 from lowkey.core.types import Factors, LowkeyError, device_of
 from lowkey.models import families, weights
@@ -36,7 +36,7 @@ from lowkey.storage.coded import CodedLayer
 from lowkey.storage.exact import Exact
 from lowkey.storage.reconstruction import ReconstructionLayer
 
-CHECKPOINT = "training"
+RECOVERY_FILE = "training"
 
 
 @dataclass(frozen=True)
@@ -135,11 +135,11 @@ def recover(
             "nothing would be compressed; give "
             "longer windows"
         )
-    data = TrainingWindows.of(tokenizer, text.joined(texts), settings)
+    data = TrainingWindows.of(tokenizer, text.joined_texts(texts), settings)
     text.check_ids(data.ids, model)
     folder = files.job_folder(work, _describe(plan, data, settings))
     training = RecoveryTraining.of(model, plan, data, settings)
-    if folder is not None and (found := files.read_work(folder, CHECKPOINT)) is not None:
+    if folder is not None and (found := files.read_work(folder, RECOVERY_FILE)) is not None:
         training.restore(found, folder)
     judge = HeldOut.of(tokenizer, model, settings.length)
     with training.student.adapted.original() as original:
@@ -152,8 +152,8 @@ def recover(
 def _check(settings: Recovery, model: PreTrainedModel) -> None:
     for name, _ in settings.stages:
         if name not in OBJECTIVES:
-            raise LowkeyError(f"stage {shown(name)} is unknown; {nearest(name, OBJECTIVES)}")
-    trainable.check(model, settings.lora, settings.full)
+            raise LowkeyError(f"stage {shown(name)} is unknown; {nearest_name(name, OBJECTIVES)}")
+    trainable.check_trainable(model, settings.lora, settings.full)
     longest = families.positions(model)
     if longest is not None and settings.length > longest:
         raise LowkeyError(f"length {settings.length}: the model has {longest} positions; give at most that")
@@ -224,7 +224,7 @@ class Student:
         ).logits.float()
 
 
-def distill(student: Student, ids: Tensor) -> Iterator[Tensor]:
+def distillation_loss(student: Student, ids: Tensor) -> Iterator[Tensor]:
     """One part for each compressed layer: ||f~(x) - f(x)||^2 / ||f(x)||^2 at the original's x, over the
     number of layers.
     """
@@ -245,7 +245,7 @@ def cross_entropy(student: Student, ids: Tensor) -> Iterator[Tensor]:
     yield model_probe.next_token_loss(student.logits(ids), ids)
 
 
-def divergence(student: Student, ids: Tensor) -> Iterator[Tensor]:
+def divergence_loss(student: Student, ids: Tensor) -> Iterator[Tensor]:
     """KL(original || compressed) per token, at the student's temperature."""
     with student.adapted.original() as model:
         target = model(ids, use_cache=False).logits
@@ -254,9 +254,9 @@ def divergence(student: Student, ids: Tensor) -> Iterator[Tensor]:
 
 # parts of a loss, whose sum is the loss: each is differentiated before the next is formed
 OBJECTIVES: dict[str, Callable[[Student, Tensor], Iterator[Tensor]]] = {
-    "distill": distill,
+    "distill": distillation_loss,
     "ce": cross_entropy,
-    "kl": divergence,
+    "kl": divergence_loss,
 }
 
 
@@ -384,7 +384,7 @@ class RecoveryTraining:
         found = {f"parameter.{name}": p.detach() for name, p in (self.adapters | self.maps).items()}
         found |= optimizer_state.tensors_of(self.optimizer)
         files.write_work(
-            folder, CHECKPOINT, found | {"losses": torch.tensor(self.losses, dtype=torch.float64)}
+            folder, RECOVERY_FILE, found | {"losses": torch.tensor(self.losses, dtype=torch.float64)}
         )
 
     @torch.no_grad()
@@ -396,10 +396,10 @@ class RecoveryTraining:
             or losses.ndim != 1
             or len(losses) > len(self.schedule)
         ):
-            raise files.damaged(folder, "losses are not those of its steps")
+            raise files.damaged_work(folder, "losses are not those of its steps")
         for name, p in (self.adapters | self.maps).items():
-            p.copy_(files.fits(found, f"parameter.{name}", p, folder))
-        optimizer_state.fill(self.optimizer, found, str(folder))
+            p.copy_(files.checked_tensor(found, f"parameter.{name}", p, folder))
+        optimizer_state.fill_state(self.optimizer, found, str(folder))
         self.losses = losses.tolist()
 
     def records(self) -> list[dict]:

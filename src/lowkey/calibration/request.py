@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from lowkey.allocation.allocators import ALLOCATORS
-from lowkey.allocation.base import REQUIRED_ATTRIBUTES, Allocator
+from lowkey.allocation.allocators import RANK_ALLOCATORS
+from lowkey.allocation.base import REQUIRED_ATTRIBUTES, RankAllocator
 from lowkey.allocation.profile import Profile, budget_too_small
 from lowkey.allocation.rank_grid import RankRequest, grid, multiples
 from lowkey.calibration import sensitivity
@@ -39,7 +39,7 @@ class CalibrationRequest:
     limit: Budget | float
     judge: str
     method: Method
-    allocator: Allocator
+    allocator: RankAllocator
     layout: Layout
     bits: str | None
     holding: Holding
@@ -56,7 +56,7 @@ def resolve_request(
     at: int,
     bits: int | str | None,
     method: Method | None,
-    allocator: str | Allocator | None,
+    allocator: str | RankAllocator | None,
     layout: Layout | None,
     ranks: RankRequest | None,
     multiple: int,
@@ -114,7 +114,7 @@ def resolve_budget(budget: str | Budget | None, error: float | None, judge: str)
     return Budget.parse("50%" if budget is None else budget)
 
 
-def _check(model: PreTrainedModel, layout: Layout, judge: str, split: Allocator) -> None:
+def _check(model: PreTrainedModel, layout: Layout, judge: str, split: RankAllocator) -> None:
     if model.training:
         raise LowkeyError(
             "model: is in training mode, where dropout would be measured too; call model.eval() first"
@@ -124,7 +124,7 @@ def _check(model: PreTrainedModel, layout: Layout, judge: str, split: Allocator)
     families.check_layout(model, layout)
     if judge not in JUDGES:
         raise LowkeyError(f"judge {judge!r} is unknown; choose one of {', '.join(JUDGES)}")
-    sensitivity.check(model, split.required_signals)
+    sensitivity.check_signals(model, split.required_signals)
 
 
 def _candidates(
@@ -168,14 +168,14 @@ def _check_room(
         raise budget_too_small(empty, room, reached, otherwise())
 
 
-def _allocator(chosen: str | Allocator) -> Allocator:
+def _allocator(chosen: str | RankAllocator) -> RankAllocator:
     if not isinstance(chosen, str):
         if missing := [part for part in REQUIRED_ATTRIBUTES if not hasattr(chosen, part)]:
             raise LowkeyError(
                 f"allocator {type(chosen).__name__}: lacks {', '.join(missing)}; derive it from "
-                "lowkey.allocation.allocators.Allocator"
+                "lowkey.allocation.base.RankAllocator"
             )
         return chosen
-    if chosen not in ALLOCATORS:
-        raise LowkeyError(f"allocator {chosen!r} is unknown; choose one of {', '.join(ALLOCATORS)}")
-    return ALLOCATORS[chosen]()
+    if chosen not in RANK_ALLOCATORS:
+        raise LowkeyError(f"allocator {chosen!r} is unknown; choose one of {', '.join(RANK_ALLOCATORS)}")
+    return RANK_ALLOCATORS[chosen]()

@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 
 from lowkey.core.types import LowkeyError, device_of
 from lowkey.models import families, weights
-from lowkey.models.families import Part
+from lowkey.models.families import ProjectionPart
 from lowkey.models.weights import only
 
 Signal = list[tuple[float, float]]  # per compressible layer a number for keys and one for values
 # of a singular value, relative to the largest: what fp32 weights resolve
-LEAST = torch.finfo(torch.float32).eps
+LEAST_SHARE = torch.finfo(torch.float32).eps
 
 
 def fisher(model: PreTrainedModel, rows: Tensor, batch: int) -> Signal:
@@ -69,7 +69,7 @@ SIGNALS: dict[str, Callable[[PreTrainedModel, Tensor, int], Signal]] = {
 }
 
 
-def check(model: PreTrainedModel, needs: Sequence[str]) -> None:
+def check_signals(model: PreTrainedModel, needs: Sequence[str]) -> None:
     """Refuse at once what `fisher` would come upon after all the fitting. Errors: LowkeyError."""
     parts = [
         p for i in families.geometry(model).compressible for p in families.projection_parts(model, i)[1:]
@@ -81,7 +81,7 @@ def check(model: PreTrainedModel, needs: Sequence[str]) -> None:
         )
 
 
-def _gradients(model: PreTrainedModel, row: Tensor, parts: list[Part]) -> list[Tensor]:
+def _gradients(model: PreTrainedModel, row: Tensor, parts: list[ProjectionPart]) -> list[Tensor]:
     """Of the loss of one row (1, t): (h d, D) for every part."""
     logits = model(row, use_cache=False).logits
     loss = cross_entropy(logits[0, :-1].float(), row[0, 1:].to(logits.device))
@@ -92,4 +92,4 @@ def _gradients(model: PreTrainedModel, row: Tensor, parts: list[Part]) -> list[T
 def _log_condition(weight: Tensor) -> float:
     values = torch.linalg.svdvals(weight.flatten(0, 1).double())
     ratio = (values[-1] / values[0]).nan_to_num(0.0)  # a matrix of zeros
-    return -float(ratio.clamp_min(LEAST).log())
+    return -float(ratio.clamp_min(LEAST_SHARE).log())

@@ -16,7 +16,7 @@ from lowkey.models import families
 from lowkey.storage.second_moments import SecondMomentLayer
 
 Sums = dict[int, dict[str, Tensor]]
-SAVE_EVERY = 16  # batches between two saves of a resumable pass
+BATCHES_BETWEEN_SAVES = 16  # batches between two saves of a resumable pass
 
 
 def gather_statistics(
@@ -33,7 +33,7 @@ def gather_statistics(
         if count < done:
             continue
         _add(sums, _observe(model, ids.to(device_of(model)), sinks))
-        if work is not None and (count + 1) % SAVE_EVERY == 0:
+        if work is not None and (count + 1) % BATCHES_BETWEEN_SAVES == 0:
             _save(work, sums, count + 1)
     return {i: _statistics(layer) for i, layer in sums.items()}
 
@@ -76,16 +76,16 @@ def _load(work: Path | None, model: PreTrainedModel) -> tuple[Sums, int]:
     tensors = files.read_work(work, "statistics")
     if work is None or tensors is None:
         return {}, 0
-    done = int(files.fits(tensors, "done", torch.tensor(0), work))
+    done = int(files.checked_tensor(tensors, "done", torch.tensor(0), work))
     shapes = {
         f"{i}.{name}": t for i in families.geometry(model).compressible for name, t in _empty(model).items()
     }
     if done < 1 or set(tensors) != {*shapes, "done"}:
-        raise files.damaged(work, "statistics are not those of this model's layers")
+        raise files.damaged_work(work, "statistics are not those of this model's layers")
     sums: Sums = {}
     for key, like in shapes.items():
         layer, name = key.split(".", 1)
-        sums.setdefault(int(layer), {})[name] = files.fits(tensors, key, like, work)
+        sums.setdefault(int(layer), {})[name] = files.checked_tensor(tensors, key, like, work)
     return sums, done
 
 

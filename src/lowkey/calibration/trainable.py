@@ -65,8 +65,8 @@ class TrainableModel:
         """lora, full: patterns of linear maps as their layer names them, like `self_attn.*`; what both name
         is trained in full.
         adapter: fields of peft's LoraConfig. In eval mode but for the adapters' dropout. Errors: as
-        `check`."""
-        check(model, lora, full)
+        `check_trainable`."""
+        check_trainable(model, lora, full)
         twin = attach(copy.deepcopy(model)).eval().requires_grad_(False)
         whole = _named(twin, full)
         names = [name for name in _named(twin, lora) if name not in whole]
@@ -122,7 +122,7 @@ def _lora(model: PreTrainedModel, names: list[str], fields: dict[str, Any]) -> A
     return adapted
 
 
-def check(model: PreTrainedModel, lora: Sequence[str], full: Sequence[str]) -> None:
+def check_trainable(model: PreTrainedModel, lora: Sequence[str], full: Sequence[str]) -> None:
     """Errors: LowkeyError for a pattern that names nothing, and where there is no pattern at all."""
     known = dict.fromkeys(_inside(model).values())
     for what, patterns in (("lora", lora), ("full", full)):

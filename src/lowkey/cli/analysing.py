@@ -96,7 +96,7 @@ def sinks(
     a text, or later ones too.
     """
     sample = sample_of(windows, context, seed)
-    corpus = text.read_text(data, "data") if data else text.embedded("calibration")
+    corpus = text.read_text(data, "data") if data else text.embedded_text("calibration")
     loaded, tokenizer = load(model, dtype, device)
     check_context(context, loaded)
     length = families.readable_length(loaded, sample.length)

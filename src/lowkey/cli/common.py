@@ -14,7 +14,7 @@ from lowkey.calibration.calibrate import Sample
 from lowkey.catalog import make_policy
 from lowkey.cli.tables import Aside
 from lowkey.core import text
-from lowkey.core.options import Range, check_field, checked, nearest, ranges, shown
+from lowkey.core.options import Range, check_field, checked, nearest_name, ranges, shown
 from lowkey.core.types import LAYOUTS, Budget, Heads, Layout, LowkeyError
 from lowkey.heads.retrieval import HeadScores
 from lowkey.models import families
@@ -149,7 +149,7 @@ def heads_of(name: str) -> Heads:
 def word_of(what: str, word: str, known: Iterable[str]) -> str:
     """A word out of a list. Errors: LowkeyError with the nearest, or all."""
     if word not in known:
-        raise LowkeyError(f"{what} {shown(word)} is unknown; {nearest(word, known)}")
+        raise LowkeyError(f"{what} {shown(word)} is unknown; {nearest_name(word, known)}")
     return word
 
 

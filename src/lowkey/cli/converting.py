@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from lowkey.attention import SUBSETS
-from lowkey.calibration.calibrate import Sample, windows_of
+from lowkey.calibration.calibrate import Sample, calibration_windows
 from lowkey.cli.common import (
     AsJson,
     Calibration,
@@ -28,19 +28,19 @@ from lowkey.cli.common import (
 from lowkey.cli.tables import screen
 from lowkey.conversion import (
     BASES,
+    CONVERSION_FIELDS,
     CONVERSIONS,
-    FIELDS,
     FREQUENCIES,
     HEADS,
+    ConversionOptions,
     Exactness,
-    Options,
-    describe,
+    conversion_record,
     input_moments,
-    save,
+    save_conversion,
     starting_loss,
 )
 from lowkey.conversion import convert as made_of
-from lowkey.conversion.convert import check
+from lowkey.conversion.convert import checked_configuration
 from lowkey.core import files, text
 from lowkey.core.progress import bars
 from lowkey.core.types import LowkeyError
@@ -101,13 +101,13 @@ def convert(
         raise LowkeyError(f"calibration {str(calibration)!r}: is for --whiten; give it too")
     fields = fields_of(attention, options_of(option))
     judged = text.read_text(data, "data") if data else None
-    corpus = text.read_text(calibration, "calibration") if calibration else text.embedded("calibration")
+    corpus = text.read_text(calibration, "calibration") if calibration else text.embedded_text("calibration")
     loaded, tokenizer = load(model, dtype, device)
     check_context(context, loaded)
     context = Task.context if context is None else context
-    choice = Options(heads, basis, frequencies)
-    check(loaded, attention, choice, whiten, fields)
-    rows = windows_of(loaded, tokenizer, corpus, Sample(windows, context, seed)) if whiten else None
+    choice = ConversionOptions(heads, basis, frequencies)
+    checked_configuration(loaded, attention, choice, whiten, fields)
+    rows = calibration_windows(loaded, tokenizer, corpus, Sample(windows, context, seed)) if whiten else None
     moments = input_moments(loaded, rows, progress=bars) if rows is not None else None
     made = made_of(loaded, attention, options=choice, moments=moments, progress=bars, **fields)
     before, after = (
@@ -123,14 +123,14 @@ def convert(
         "data": str(data) if data else "embedded",
         "context": context,
     }
-    record = describe(loaded, made, before, after, how)
-    save(made, tokenizer, record, out, force)
+    record = conversion_record(loaded, made, before, after, how)
+    save_conversion(made, tokenizer, record, out, force)
     _show(record, out, as_json)
 
 
 def fields_of(attention: str, given: dict[str, str]) -> dict[str, Any]:
     """Options as text, each as its field has it; unknown ones are left for `convert` to refuse."""
-    known = FIELDS.get(attention, {})
+    known = CONVERSION_FIELDS.get(attention, {})
     return {name: _value(name, value, known.get(name, str)) for name, value in given.items()}
 
 

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lowkey.allocation.allocators import ALLOCATORS, Allocator
+from lowkey.allocation.allocators import RANK_ALLOCATORS
+from lowkey.allocation.base import RankAllocator
 from lowkey.calibration.calibrate import Sample, calibrate
 from lowkey.calibration.dynamic import make_dynamic_plan
 from lowkey.calibration.recover import OBJECTIVES, Recovery
@@ -47,13 +48,13 @@ from lowkey.core.progress import bars
 from lowkey.core.types import Budget, LowkeyError
 from lowkey.export import FORMATS
 from lowkey.heads.induction import ECHOES, estimate_echo
-from lowkey.heads.needles import TASKS as NEEDLES
+from lowkey.heads.needles import NEEDLE_TASKS as NEEDLES
 from lowkey.heads.needles import Drawing
-from lowkey.heads.retrieval import KINDS, estimate_heads
+from lowkey.heads.retrieval import SCORE_KINDS, estimate_heads
 from lowkey.methods import Method
 from lowkey.methods.dynakv import GateTraining
 from lowkey.models.loading import load
-from lowkey.storage.exact import WINDOW, Exact
+from lowkey.storage.exact import DEFAULT_WINDOW, Exact
 from lowkey.storage.packing import SCHEMES, scheme_or_none
 
 WINDOWS = within(Sample, "windows", "calibration windows at most, as far as the text goes")
@@ -71,10 +72,10 @@ ErrorBudget = Annotated[
         help="instead, like 0.03: the largest layer error, or what else the allocator bounds (`lowkey methods`)"
     ),
 ]
-RankAllocator = Annotated[
+RankAllocatorName = Annotated[
     str | None,
     typer.Option(
-        help=f"how ranks are split: {', '.join(ALLOCATORS)} or package.module:Class (default: the method's)"
+        help=f"how ranks are split: {', '.join(RANK_ALLOCATORS)} or package.module:Class (default: the method's)"
     ),
 ]
 Judge = Annotated[
@@ -112,7 +113,7 @@ def compress(
         typer.Option(help="tokens of the cache that the budget is counted for, exact tokens included", min=1),
     ] = BUDGET_LENGTH,
     error_budget: ErrorBudget = None,
-    allocator: RankAllocator = None,
+    allocator: RankAllocatorName = None,
     allocator_option: AllocatorOptions = None,
     layout: Annotated[
         str | None, typer.Option(help="post_rope or pre_rope (the method's own when not given)")
@@ -127,10 +128,10 @@ def compress(
     ] = 1,
     sinks: Annotated[
         int, typer.Option(help=within(Exact, "sinks", "first tokens kept exact"))
-    ] = WINDOW.sinks,
+    ] = DEFAULT_WINDOW.sinks,
     recent: Annotated[
         int, typer.Option(help=within(Exact, "recent", "last tokens kept exact"))
-    ] = WINDOW.recent,
+    ] = DEFAULT_WINDOW.recent,
     heads: Annotated[
         list[Path] | None,
         typer.Option(help="a file of head scores to keep in the plan, for policies on top of it"),
@@ -166,7 +167,7 @@ def compress(
 
 def _method_and_allocator(
     method: str | None, given: dict, allocator: str | None, of_split: dict
-) -> tuple[Method | None, Allocator | None]:
+) -> tuple[Method | None, RankAllocator | None]:
     """Those that are named, or None, with their options: the method's own allocator where only a method is
     named.
     """
@@ -292,7 +293,7 @@ def profile(
 def heads(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="the JSON file to write")] = Path("heads.json"),
-    kind: Annotated[str, typer.Option(help=f"the score: {', '.join([*KINDS, *ECHOES])}")] = "r2",
+    kind: Annotated[str, typer.Option(help=f"the score: {', '.join([*SCORE_KINDS, *ECHOES])}")] = "r2",
     task: Annotated[str | None, typer.Option(help=f"{', '.join(NEEDLES)} (default: the kind's own)")] = None,
     haystack: Annotated[
         Path | None, typer.Option(help="a UTF-8 text file (default: the embedded text)")
@@ -314,7 +315,7 @@ def heads(
     files.check_file(out, force=force)
     work = files.work_beside(out)
     hold(Drawing, cases=cases, context=context, seed=seed)
-    word_of("kind", kind, [*KINDS, *ECHOES])
+    word_of("kind", kind, [*SCORE_KINDS, *ECHOES])
     for what, given in (("task", task), ("haystack", haystack)):
         if given is not None and kind in ECHOES:
             raise LowkeyError(

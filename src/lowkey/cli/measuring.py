@@ -32,15 +32,15 @@ from lowkey.cli.plans import Folder, plan_at
 from lowkey.cli.tables import notes, show_bench, show_rows
 from lowkey.core import files, text
 from lowkey.core.progress import bars
-from lowkey.evaluate.decode_bench import Shape, decode_bench
+from lowkey.evaluate.decode_bench import DecodeShape, decode_bench
 from lowkey.evaluate.recall import FORMS
-from lowkey.evaluate.recall import USUAL as USUAL_FORM
-from lowkey.evaluate.result import TASKS, USUAL, Task, evaluate, job_of
+from lowkey.evaluate.recall import USUAL_FORM as USUAL_FORM
+from lowkey.evaluate.result import TASKS, USUAL_TASKS, Task, evaluate, evaluation_job
 from lowkey.evaluate.settings import Setting, distinct, evicted, full, packed
 from lowkey.models import families
 from lowkey.models.loading import load
 from lowkey.plan.plan import Plan
-from lowkey.storage.exact import WINDOW, Exact
+from lowkey.storage.exact import DEFAULT_WINDOW, Exact
 
 QUESTION = 32  # tokens
 RESULTS = Path("results")
@@ -49,7 +49,9 @@ OWN = "(default: the plan's own; integers alone"
 Sinks = Annotated[
     int | None,
     typer.Option(
-        help=within(Exact, "sinks", f"first tokens kept exact by plans and integers {OWN} {WINDOW.sinks})")
+        help=within(
+            Exact, "sinks", f"first tokens kept exact by plans and integers {OWN} {DEFAULT_WINDOW.sinks})"
+        )
     ),
 ]
 Refeed = Annotated[
@@ -84,7 +86,9 @@ def eval_(
     sinks: Sinks = None,
     recent: Annotated[
         int | None,
-        typer.Option(help=within(Exact, "recent", f"last tokens kept exact, too {OWN} {WINDOW.recent})")),
+        typer.Option(
+            help=within(Exact, "recent", f"last tokens kept exact, too {OWN} {DEFAULT_WINDOW.recent})")
+        ),
     ] = None,
     data: Annotated[
         list[Path] | None,
@@ -94,7 +98,7 @@ def eval_(
     ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(help=f"only these are run: {', '.join(TASKS)} (default: {', '.join(USUAL)})"),
+        typer.Option(help=f"only these are run: {', '.join(TASKS)} (default: {', '.join(USUAL_TASKS)})"),
     ] = None,
     context: Annotated[
         int | None,
@@ -140,10 +144,10 @@ def eval_(
     hold(
         Exact, **{name: value for name, value in (("sinks", sinks), ("recent", recent)) if value is not None}
     )
-    names = [word_of("task", name, TASKS) for item in task or USUAL for name in item.split(",")]
+    names = [word_of("task", name, TASKS) for item in task or USUAL_TASKS for name in item.split(",")]
     policies = policies_of(policy, budget, option, allocator_option, heads)
     texts = {str(path): text.read_text(path, "data") for path in data or ()} or {
-        "embedded": text.embedded("evaluation")
+        "embedded": text.embedded_text("evaluation")
     }
     loaded, tokenizer = load(model, dtype, device)
     context = _usual_context(loaded, names) if context is None else context
@@ -161,7 +165,7 @@ def eval_(
         texts, context, windows, cases, seed, refeed=refeed, questions=questions, recall_form=recall_form
     )
     if out is None:
-        job = job_of(loaded, tokenizer, distinct(settings), what, names)
+        job = evaluation_job(loaded, tokenizer, distinct(settings), what, names)
         place, work = _begun(f"eval-{Path(model).name}-", job) or (place, work)
     result = evaluate(loaded, tokenizer, settings, what, names, bars, work)
     files.write_json(place, result, "result")
@@ -190,7 +194,9 @@ def _integers(
     recent: int | None,
 ) -> list[Setting]:
     """Latents in packed integers, of the plans that have none of their own, and integers alone."""
-    beside = Exact(WINDOW.sinks if sinks is None else sinks, WINDOW.recent if recent is None else recent)
+    beside = Exact(
+        DEFAULT_WINDOW.sinks if sinks is None else sinks, DEFAULT_WINDOW.recent if recent is None else recent
+    )
     alone: Sequence[int | str] = bits or (() if families.stores_its_own(model.config) else (8, 4))
     return [p.setting(model, b, sinks, recent) for p in plans if p.bits is None for b in bits or ()] + [
         packed(model, b, beside) for b in alone
@@ -226,13 +232,17 @@ def _usual_context(model: PreTrainedModel, tasks: Sequence[str]) -> int:
 
 
 def decode(
-    context: Annotated[int, typer.Option(help=within(Shape, "context", "tokens stored per head"))] = 8192,
-    head_dim: Annotated[int, typer.Option(help=within(Shape, "head_dim", "channels of a head"))] = 128,
-    heads: Annotated[int, typer.Option(help=within(Shape, "heads", "query heads"))] = 32,
-    kv_heads: Annotated[int, typer.Option(help=within(Shape, "kv_heads", "KV heads"))] = 8,
+    context: Annotated[
+        int, typer.Option(help=within(DecodeShape, "context", "tokens stored per head"))
+    ] = 8192,
+    head_dim: Annotated[int, typer.Option(help=within(DecodeShape, "head_dim", "channels of a head"))] = 128,
+    heads: Annotated[int, typer.Option(help=within(DecodeShape, "heads", "query heads"))] = 32,
+    kv_heads: Annotated[int, typer.Option(help=within(DecodeShape, "kv_heads", "KV heads"))] = 8,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "bfloat16",
     budget: Annotated[str, typer.Option(help="what the evicted cache keeps: '10%' or '512 tokens'")] = "10%",
-    repeats: Annotated[int, typer.Option(help=within(Shape, "repeats", "rounds; medians are shown"))] = 15,
+    repeats: Annotated[
+        int, typer.Option(help=within(DecodeShape, "repeats", "rounds; medians are shown"))
+    ] = 15,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:

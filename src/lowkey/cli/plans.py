@@ -14,7 +14,7 @@ from lowkey.calibration.dynamic import DynamicPlan, make_dynamic_cache
 from lowkey.cli.tables import show_dynamic, show_plan
 from lowkey.core import files
 from lowkey.core.types import LowkeyError
-from lowkey.evaluate.settings import Setting, identity, place_of, planned, window_of
+from lowkey.evaluate.settings import Setting, plan_place, planned, row_identity, window_of
 from lowkey.plan.plan import Plan
 from lowkey.policies.base import Policy
 
@@ -107,13 +107,13 @@ class Dynamic:
     ) -> Setting:
         self._alone(None, bits)
         self.plan.check(model)
-        known = identity(
+        known = row_identity(
             method=dynamic.METHOD, plan=str(self.path), budget=self.plan.budget, layout=self.plan.layout
         )
         marks = {
             "layout": self.plan.layout,
             "seed": f"seed={self.plan.provenance.get('seed')}",
-            **place_of(str(self.path)),
+            **plan_place(str(self.path)),
         }
         return Setting(
             *(f"{dynamic.METHOD} {self.plan.budget}", known, lambda: dynamic.fresh(model, self.plan)),
@@ -138,6 +138,6 @@ def plan_at(path: Path, model: PreTrainedModel | None = None) -> Folder:
 
 
 def _at(path: Path, model: PreTrainedModel | None) -> Folder:
-    if (path / dynamic.JSON).exists():
+    if (path / dynamic.DYNAMIC_PLAN_JSON).exists():
         return Dynamic(path, DynamicPlan.load(path, model))
     return Ordinary(path, Plan.load(path, model))

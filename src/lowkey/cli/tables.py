@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowkey.allocation.allocators import ALLOCATORS
+from lowkey.allocation.allocators import RANK_ALLOCATORS
 from lowkey.core.options import defaults_of, ranges, shown
 from lowkey.core.printable import printable
 from lowkey.heads.retrieval import HeadScores
@@ -66,7 +66,10 @@ def show_plan(plan: Plan, place: Path, as_json: bool) -> None:
     for i, (k, v) in plan.ranks.items():
         table.add_row(str(i), f"{k} of {g['head_dim']}", f"{v} of {g['head_dim']}")
     screen.print(table)
-    for what, told, table_of in (("method", plan.method, METHODS), ("allocator", plan.allocator, ALLOCATORS)):
+    for what, told, table_of in (
+        ("method", plan.method, METHODS),
+        ("allocator", plan.allocator, RANK_ALLOCATORS),
+    ):
         if told.get("parameters"):
             kind = table_of.get(told["name"])
             say(

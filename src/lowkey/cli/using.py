@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from lowkey.allocation.allocators import ALLOCATORS
+from lowkey.allocation.allocators import RANK_ALLOCATORS
 from lowkey.cache.cache import make_cache
-from lowkey.calibration.calibrate import describe
+from lowkey.calibration.calibrate import name_and_parameters
 from lowkey.calibration.dynamic import METHOD
 from lowkey.catalog import make_policy
 from lowkey.cli.common import (
@@ -35,7 +35,7 @@ from lowkey.methods import METHODS, Method
 from lowkey.methods.dynakv import GateTraining
 from lowkey.models.loading import load
 from lowkey.policies import POLICIES, policy_to_dict
-from lowkey.policies.allocators import ALLOCATORS as HEAD_ALLOCATORS
+from lowkey.policies.allocators import TOKEN_ALLOCATORS as HEAD_ALLOCATORS
 from lowkey.storage.packing import SCHEMES
 
 TOKENS = Range(at_least=1, at_most=2**24)
@@ -113,7 +113,7 @@ def methods(as_json: AsJson = False) -> None:
         for name, m in METHODS.items()
     }
     splits = {
-        name: {"summary": a.summary, "bounds": a.bounds, **_options(a)} for name, a in ALLOCATORS.items()
+        name: {"summary": a.summary, "bounds": a.bounds, **_options(a)} for name, a in RANK_ALLOCATORS.items()
     }  # type: ignore[attr-defined]
     own = {"summary": GateTraining.summary, "paper": GateTraining.paper}
     if as_json:
@@ -129,15 +129,21 @@ def methods(as_json: AsJson = False) -> None:
     for name, kind in METHODS.items():
         others = ", ".join(_defaults(kind).values())
         table.add_row(
-            name, kind.summary, kind.paper, others, options_of(kind, describe(kind())["parameters"])
+            name,
+            kind.summary,
+            kind.paper,
+            others,
+            options_of(kind, name_and_parameters(kind())["parameters"]),
         )
     screen.print(table)
     table = Table(
         "allocator", "what it does", "what --error-budget bounds", "options and their ranges (-A name=value)"
     )
-    for name, rule in ALLOCATORS.items():
+    for name, rule in RANK_ALLOCATORS.items():
         made = rule()
-        table.add_row(name, made.summary, made.bounds, options_of(rule, describe(made)["parameters"]))
+        table.add_row(
+            name, made.summary, made.bounds, options_of(rule, name_and_parameters(made)["parameters"])
+        )
     screen.print(table)
     print(
         f"{METHOD} ({own['paper']}): {own['summary']}; made by lowkey dynamic, whose --help lists its options"
@@ -168,13 +174,13 @@ def policies(as_json: AsJson = False) -> None:
     screen.print(table)
     table = Table("allocator", "what it does", "options and their ranges (-A name=value)")
     for name, kind in HEAD_ALLOCATORS.items():
-        table.add_row(name, kind.summary, options_of(kind, describe(kind())["parameters"]))
+        table.add_row(name, kind.summary, options_of(kind, name_and_parameters(kind())["parameters"]))
     screen.print(table)
 
 
 def _options(kind: Any) -> dict[str, dict]:
     """Options of a method or an allocator with their defaults, and what each may be."""
-    return {"options": describe(kind())["parameters"], "ranges": ranges(kind)}
+    return {"options": name_and_parameters(kind())["parameters"], "ranges": ranges(kind)}
 
 
 def _defaults(method: type[Method]) -> dict[str, str]:

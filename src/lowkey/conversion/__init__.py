@@ -8,23 +8,23 @@ from __future__ import annotations
 
 from lowkey.conversion.convert import convert, input_moments
 from lowkey.conversion.exactness import Exactness, exactness
-from lowkey.conversion.kinds import BASES, CONVERSIONS, FREQUENCIES, HEADS, Options
-from lowkey.conversion.record import Loss, describe, save, starting_loss
-from lowkey.conversion.target import FIELDS
+from lowkey.conversion.kinds import BASES, CONVERSIONS, FREQUENCIES, HEADS, ConversionOptions
+from lowkey.conversion.record import Loss, conversion_record, save_conversion, starting_loss
+from lowkey.conversion.target import CONVERSION_FIELDS
 
 __all__ = [
     "BASES",
     "CONVERSIONS",
     "Exactness",
-    "FIELDS",
+    "CONVERSION_FIELDS",
     "FREQUENCIES",
     "HEADS",
     "Loss",
-    "Options",
+    "ConversionOptions",
     "convert",
-    "describe",
+    "conversion_record",
     "exactness",
     "input_moments",
-    "save",
+    "save_conversion",
     "starting_loss",
 ]

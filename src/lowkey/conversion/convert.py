@@ -13,13 +13,22 @@ from transformers import PreTrainedModel
 from lowkey.attention import LowkeyConfig, LowkeyForCausalLM, layer_costs, model_bytes_per_token
 from lowkey.conversion import source
 from lowkey.conversion.exactness import exactness
-from lowkey.conversion.kinds import BASES, CONVERSIONS, FREQUENCIES, HEADS, POOLING, Layer, Options, Rope
+from lowkey.conversion.kinds import (
+    BASES,
+    CONVERSIONS,
+    FREQUENCIES,
+    HEADS,
+    POOLING,
+    ConversionOptions,
+    Layer,
+    RotaryFrequencies,
+)
 from lowkey.conversion.target import configuration
 from lowkey.core.progress import Progress, silent
 from lowkey.core.types import LowkeyError, device_of
 from lowkey.models import families
 
-Moments = dict[int, Tensor]
+InputMoments = dict[int, Tensor]
 
 
 @torch.no_grad()
@@ -27,15 +36,15 @@ def convert(
     model: PreTrainedModel,
     attention: str,
     *,
-    options: Options | None = None,
-    moments: Moments | None = None,
+    options: ConversionOptions | None = None,
+    moments: InputMoments | None = None,
     progress: Progress = silent,
     **fields: Any,
 ) -> LowkeyForCausalLM:
     """The model with another attention, in its dtype, on its device and in eval mode; `model` stays as it is.
     Nothing is trained.
 
-    attention: one of CONVERSIONS. fields: what LowkeyConfig calls the sizes of that kind (FIELDS lists them);
+    attention: one of CONVERSIONS. fields: what LowkeyConfig calls the sizes of that kind (CONVERSION_FIELDS lists them);
     gqa needs num_key_value_heads, lrkv lrkv_rank, mea mea_num_component_heads, mla kv_lora_rank;
     attention_layers leaves all other layers as they are (`half` and `deep` are those of arXiv:2601.19611,
     section 5.2). head_norm and mla_kv_norm are off unless given: they change what the model computes.
@@ -50,8 +59,8 @@ def convert(
     Errors: LowkeyError for a source that our skeleton cannot say, or fields and options that do not go
     together.
     """
-    options = options or Options()
-    config = check(model, attention, options, moments is not None, fields)
+    options = options or ConversionOptions()
+    config = checked_configuration(model, attention, options, moments is not None, fields)
     start = exactness(model, config)
     if not start.exact and model_bytes_per_token(
         layer_costs(config), model.dtype.itemsize
@@ -65,23 +74,34 @@ def convert(
     others = config.others
     for i in progress(range(config.num_hidden_layers), f"converting to {attention}"):
         own, choice = (
-            (config, options) if others is None or i in config.attention_layers else (others, Options())
+            (config, options)
+            if others is None or i in config.attention_layers
+            else (others, ConversionOptions())
         )
         layer = Layer(
-            source.weights(model, i), own, choice, rope, None if moments is None else moments[i], gated
+            source.attention_weights_of(model, i),
+            own,
+            choice,
+            rope,
+            None if moments is None else moments[i],
+            gated,
         )
-        _fill(state, made, i, CONVERSIONS[own.attention](layer), source.beside(model, i))
+        _fill(state, made, i, CONVERSIONS[own.attention](layer), source.kept_weights(model, i))
     made.generation_config = model.generation_config
     return made.to(device_of(model)).eval()  # type: ignore[arg-type]
 
 
-def check(
-    model: PreTrainedModel, attention: str, options: Options, whitened: bool, fields: Mapping[str, Any]
+def checked_configuration(
+    model: PreTrainedModel,
+    attention: str,
+    options: ConversionOptions,
+    whitened: bool,
+    fields: Mapping[str, Any],
 ) -> LowkeyConfig:
     """The configuration of what `convert` will make, before any work. whitened: with moments. Errors: as in
     `convert`.
     """
-    source.check(model)
+    source.check_source(model)
     config = configuration(model, attention, options.frequencies, fields)
     _check_options(model, config, options, whitened)
     return config
@@ -90,12 +110,12 @@ def check(
 @torch.no_grad()
 def input_moments(
     model: PreTrainedModel, rows: Tensor, *, batch: int = 4, progress: Progress = silent
-) -> Moments:
+) -> InputMoments:
     """By layer, the mean second moment (D + 1, D + 1) of what its projections read and a constant 1, over
     unpadded ids (n, t); fp64.
     """
-    source.check(model)
-    found: Moments = {}
+    source.check_source(model)
+    found: InputMoments = {}
     for ids in progress(rows.to(device_of(model)).split(batch), "second moments", -(-len(rows) // batch)):
         hidden = model(ids, use_cache=False, output_hidden_states=True, logits_to_keep=1).hidden_states
         for i in range(model.config.num_hidden_layers):
@@ -105,7 +125,9 @@ def input_moments(
     return found
 
 
-def _check_options(model: PreTrainedModel, config: LowkeyConfig, options: Options, whitened: bool) -> None:
+def _check_options(
+    model: PreTrainedModel, config: LowkeyConfig, options: ConversionOptions, whitened: bool
+) -> None:
     kind, stored, narrow = (
         config.attention,
         config.num_key_value_heads,
@@ -214,9 +236,9 @@ def _fill(
             target.copy_(new[own] if own in new else kept[own])
 
 
-def _rope(model: PreTrainedModel, made: LowkeyForCausalLM) -> Rope:
+def _rope(model: PreTrainedModel, made: LowkeyForCausalLM) -> RotaryFrequencies:
     found, rotary = source.frequencies(model), made.model.rotary_emb
     rotary = rotary if made.config.attention_layers is None else rotary.own
     rotary = rotary.narrow if made.config.narrow_rope_width else rotary
     narrow = rotary.inv_freq if made.config.rope_width else found[:0]
-    return Rope(found, narrow.detach().double().cpu(), source.rope_scaling(model) ** 2)
+    return RotaryFrequencies(found, narrow.detach().double().cpu(), source.rope_scaling(model) ** 2)

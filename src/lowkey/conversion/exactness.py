@@ -34,7 +34,7 @@ class Exactness:
 def exactness(model: PreTrainedModel, config: LowkeyConfig) -> Exactness:
     """Of the conversion of `model` into what `config` says (as `check` makes it). Judged by shapes, not by
     luck: a rank that happens to be enough for these weights counts as too low."""
-    stored = families.kv_heads(model.config)
+    stored = families.stored_heads(model.config)
     why, exact = _lost(model, config, stored)
     changed = {} if config.head_norm == _head_norm(model.config) else {"head_norm": _head_norm(model.config)}
     if changed:

@@ -34,17 +34,19 @@ def joint(heads: Tensor, moment: Tensor | None) -> Tensor:
     return torch.einsum("ian,jbn->ijab", right, heads)
 
 
-def averaged(gram: Tensor) -> float:
+def averaged_energy(gram: Tensor) -> float:
     """What the mean of heads holds of them."""
     return float(gram.sum()) / len(gram)
 
 
-def mixed(components: int) -> Kept:
+def mixed_energy(components: int) -> Kept:
     """What the best so many components hold."""
     return lambda gram: float(principal(gram)[1][:components].sum())
 
 
-def aligned(weights: Weights, groups: int, components: int, kept: Kept, moment: Tensor | None) -> Weights:
+def aligned_weights(
+    weights: Weights, groups: int, components: int, kept: Kept, moment: Tensor | None
+) -> Weights:
     """The same attention, the KV heads of each group turned towards the best `components` heads that could
     stand for them, where these then hold more than before."""
     heads, _ = weights.heads

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowkey.attention import LowkeyConfig
 from lowkey.attention.mla import temperature
-from lowkey.conversion.gauge import aligned, averaged, every, joint, mixed
+from lowkey.conversion.gauge import aligned_weights, averaged_energy, every, joint, mixed_energy
 from lowkey.conversion.source import Weights
 from lowkey.core.options import Checked, option
 from lowkey.core.types import LowkeyError
@@ -25,13 +25,13 @@ HEADS = ("mean", "first")
 BASES = ("weights", "aligned")
 FREQUENCIES = ("high", "spread")
 POOLING = ("gqa", "mqa", "lrkv")
-RIDGE = 1e-12  # of the mean of a moment's diagonal: nothing that was seen is moved by it
+MOMENT_RIDGE = 1e-12  # of the mean of a moment's diagonal: nothing that was seen is moved by it
 
 Named = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Options(Checked):
+class ConversionOptions(Checked):
     """How heads become fewer. heads: of `gqa`, `mqa` and the shared ones of `lrkv`, the `mean` of a group or
     its `first`.
     basis: `weights`, heads as they are; `aligned` (ours), turned towards one another first, which changes
@@ -46,7 +46,7 @@ class Options(Checked):
 
 
 @dataclass(frozen=True)
-class Rope:
+class RotaryFrequencies:
     """source (d / 2) and narrow (p / 2): angles per position of the source's channel pairs, and of those that
     the model to be made turns at a width of its own; scaling: what the source's rotation multiplies a product
     of two vectors by."""
@@ -83,8 +83,8 @@ class Layer:
 
     weights: Weights
     config: LowkeyConfig
-    options: Options
-    rope: Rope
+    options: ConversionOptions
+    rope: RotaryFrequencies
     moment: Tensor | None
     gated: bool
 
@@ -116,12 +116,12 @@ def _tall(weight: Tensor, moment: Tensor | None) -> Tensor:
     """The same columns (*b, n, D) where outputs are more than inputs: by the smaller Gram, that of M^1/2
     weight^T. What the moment has not seen comes last, but comes."""
     if moment is not None:
-        seen = moment + RIDGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
+        seen = moment + MOMENT_RIDGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
         weight = weight @ square_root(seen.unsqueeze(0))[0]
     return torch.linalg.qr(weight @ principal(weight.mT @ weight)[0]).Q
 
 
-def pooled(heads: Tensor, groups: int, form: str) -> Tensor:
+def pooled_heads(heads: Tensor, groups: int, form: str) -> Tensor:
     """One of each group: (heads, ...) -> (groups, ...)."""
     split = heads.unflatten(0, (groups, -1))
     return split.mean(1) if form == "mean" else split[:, 0]
@@ -130,7 +130,7 @@ def pooled(heads: Tensor, groups: int, form: str) -> Tensor:
 # -- what all have
 
 
-def around(layer: Layer, q: Tensor, o_bias: Tensor) -> Named:
+def queries_and_output(layer: Layer, q: Tensor, o_bias: Tensor) -> Named:
     """Queries and the output projection."""
     low = layer.config.q_lora_rank is not None
     found = linear(f"q_proj{'.up' if low else ''}", q, layer.config.attention_bias)
@@ -181,10 +181,10 @@ def grouped(layer: Layer) -> Named:
     them.
     """
     w, groups = _turned(layer), layer.config.num_key_value_heads
-    k, v = (pooled(every(x, w.heads[0]), groups, layer.options.heads) for x in (w.k, w.v))
+    k, v = (pooled_heads(every(x, w.heads[0]), groups, layer.options.heads) for x in (w.k, w.v))
     layer = replace(layer, weights=w)
     bias = layer.config.attention_bias
-    return around(layer, w.q, w.o_bias) | linear("k_proj", k, bias) | linear("v_proj", v, bias)
+    return queries_and_output(layer, w.q, w.o_bias) | linear("k_proj", k, bias) | linear("v_proj", v, bias)
 
 
 def low_rank_kv(layer: Layer) -> Named:
@@ -201,7 +201,7 @@ def low_rank_kv(layer: Layer) -> Named:
     w, d, mode = _turned(layer), layer.config.head_dim, layer.config.lrkv_rope_mode
     layer = replace(layer, weights=w)
     heads, groups = w.heads[0], layer.config.num_key_value_heads
-    shared_k, shared_v = (pooled(every(x, heads), groups, layer.options.heads) for x in (w.k, w.v))
+    shared_k, shared_v = (pooled_heads(every(x, heads), groups, layer.options.heads) for x in (w.k, w.v))
     left_k, left_v = (every(x, heads) - every(s, heads) for x, s in ((w.k, shared_k), (w.v, shared_v)))
     q, rank = w.q, layer.config.lrkv_rank
     down_v, up_v = low_rank(left_v[..., :-1], layer.inputs, rank)
@@ -218,7 +218,7 @@ def low_rank_kv(layer: Layer) -> Named:
         down_k, up_k = low_rank(left_k[..., :-1], layer.inputs, rank)
     bias = layer.config.attention_bias
     found = (
-        around(layer, q, outward(layer, left_v[..., -1]))
+        queries_and_output(layer, q, outward(layer, left_v[..., -1]))
         | linear("k_proj", shared_k, bias)
         | linear("v_proj", shared_v, bias)
     )
@@ -238,7 +238,7 @@ def components(layer: Layer) -> Named:
     as KV heads, which are then the heads themselves."""
     w, count = _turned(layer), layer.config.mea_num_component_heads
     layer = replace(layer, weights=w)
-    found = around(layer, w.q, w.o_bias)
+    found = queries_and_output(layer, w.q, w.o_bias)
     for name, heads in (("k", w.k), ("v", w.v)):
         mixing = torch.eye(len(heads), dtype=heads.dtype)
         if count < len(heads):
@@ -274,7 +274,7 @@ def latent(layer: Layer) -> Named:
     if layer.config.mla_latent_scale:
         down = down / (layer.config.hidden_size / c) ** 0.5
     up = every(up.mT.unflatten(0, (stored, -1)), heads)
-    found = around(layer, q, w.o_bias)
+    found = queries_and_output(layer, q, w.o_bias)
     found |= {"kv_a_proj.weight": torch.cat([down, slice_k[:, :-1]]), "kv_b_proj.weight": up.flatten(0, 1)}
     if layer.config.attention_bias:
         found["kv_a_proj.bias"] = torch.cat([slice_k.new_zeros(c), slice_k[:, -1]])
@@ -289,9 +289,9 @@ def _turned(layer: Layer) -> Weights:
         return w
     if config.attention == "mea":
         count = config.mea_num_component_heads
-        return aligned(w, 1, count, mixed(count), layer.moment) if count < w.heads[1] else w
+        return aligned_weights(w, 1, count, mixed_energy(count), layer.moment) if count < w.heads[1] else w
     groups = config.num_key_value_heads
-    return aligned(w, groups, 1, averaged, layer.moment) if groups < w.heads[1] else w
+    return aligned_weights(w, groups, 1, averaged_energy, layer.moment) if groups < w.heads[1] else w
 
 
 CONVERSIONS: dict[str, Callable[[Layer], Named]] = {

@@ -36,7 +36,7 @@ def held_out(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: str | None, context: int, windows: int
 ) -> Tensor:
     """Ids (n, t): the first windows of the text, the embedded evaluation text when there is none."""
-    ids = text.encode(tokenizer, text.embedded("evaluation") if corpus is None else corpus, model)
+    ids = text.encode(tokenizer, text.embedded_text("evaluation") if corpus is None else corpus, model)
     length = families.readable_length(model, context)
     return text.windows(ids, tokenizer, length, "data", least=1)[:windows]
 
@@ -67,7 +67,7 @@ def starting_loss(
     return Loss(total / tokens, tokens)
 
 
-def describe(
+def conversion_record(
     model: PreTrainedModel, made: LowkeyForCausalLM, before: Loss, after: Loss, how: dict[str, Any]
 ) -> dict[str, Any]:
     """What convert.json holds; `how` are the fields and options that were given."""
@@ -106,7 +106,7 @@ def _parameters(model: PreTrainedModel) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def save(
+def save_conversion(
     made: LowkeyForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     record: dict[str, Any],
@@ -125,11 +125,11 @@ def save(
         made.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         files.write_json(temporary / "convert.json", record, "convert")
-        files.write_text(temporary / "README.md", card(record))
+        files.write_text(temporary / "README.md", conversion_card(record))
     return folder
 
 
-def card(record: dict[str, Any]) -> str:
+def conversion_card(record: dict[str, Any]) -> str:
     """A model card in Markdown."""
     loss, cache, name = record["loss"], record["cache_bytes_per_token"], record["source"] or "a model"
     fields = ", ".join(f"{k} {v}" for k, v in record.get("fields", {}).items())

@@ -15,7 +15,7 @@ from lowkey.attention import GROUPED
 from lowkey.core.types import LowkeyError
 from lowkey.models import families
 from lowkey.models import weights as plain
-from lowkey.models.families import Part
+from lowkey.models.families import ProjectionPart
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Weights:
         return len(self.q), len(self.k)
 
 
-def check(model: PreTrainedModel) -> None:
+def check_source(model: PreTrainedModel) -> None:
     """Errors: LowkeyError for what the skeleton of our models cannot say."""
     config = model.config
     families.check_convertible(config)
@@ -101,15 +101,15 @@ def key_biases(model: PreTrainedModel) -> bool:
 def full_bytes_per_token(model: PreTrainedModel) -> int:
     """What stock storage of all layers takes."""
     config = model.config
-    stored = families.kv_heads(config) * families.head_dim(config)
+    stored = families.stored_heads(config) * families.head_dim(config)
     return config.num_hidden_layers * 2 * stored * model.dtype.itemsize
 
 
-def weights(model: PreTrainedModel, layer: int) -> Weights:
+def attention_weights_of(model: PreTrainedModel, layer: int) -> Weights:
     """Read one layer's attention."""
     config = model.config
     q, k, v, o = _parts(model, layer)
-    heads, stored = config.num_attention_heads, families.kv_heads(config)
+    heads, stored = config.num_attention_heads, families.stored_heads(config)
     out, bias = _extended(o)[:, :-1], _extended(o)[:, -1]
     return Weights(
         q=_extended(q).unflatten(0, (heads, -1)),
@@ -120,21 +120,23 @@ def weights(model: PreTrainedModel, layer: int) -> Weights:
     )
 
 
-def _parts(model: PreTrainedModel, layer: int) -> tuple[Part, Part, Part, Part]:
+def _parts(
+    model: PreTrainedModel, layer: int
+) -> tuple[ProjectionPart, ProjectionPart, ProjectionPart, ProjectionPart]:
     attention: Any = families.decoder_layers(model)[layer].self_attn
-    out = Part(attention.o_proj, slice(None))
+    out = ProjectionPart(attention.o_proj, slice(None))
     if not families.is_own(model.config):
         return *families.projection_parts(model, layer), out
     query = attention.q_proj.up if model.config.q_lora_rank else attention.q_proj
     return (
-        Part(query, slice(None)),
-        Part(attention.k_proj, slice(None)),
-        Part(attention.v_proj, slice(None)),
+        ProjectionPart(query, slice(None)),
+        ProjectionPart(attention.k_proj, slice(None)),
+        ProjectionPart(attention.v_proj, slice(None)),
         out,
     )
 
 
-def _extended(part: Part) -> Tensor:
+def _extended(part: ProjectionPart) -> Tensor:
     """(rows, inputs + 1)."""
     weight = part.linear.weight.detach()[part.rows].to("cpu", torch.float64)
     bias = part.linear.bias
@@ -144,7 +146,7 @@ def _extended(part: Part) -> Tensor:
     return torch.cat([weight, column.unsqueeze(1)], 1)
 
 
-def beside(model: PreTrainedModel, layer: int) -> dict[str, Tensor]:
+def kept_weights(model: PreTrainedModel, layer: int) -> dict[str, Tensor]:
     """Weights of one layer's attention that stay as they are, by name: norms of queries and keys, gates,
     low-rank queries.
     """

@@ -33,9 +33,9 @@ SKELETON = (
     *("pad_token_id", "bos_token_id", "eos_token_id"),
 )
 # of a source of our own
-KEPT = ("q_lora_rank", "attn_output_gate", "head_norm", "mla_latent_scale", "decode")
+KEPT_OF_OUR_OWN = ("q_lora_rank", "attn_output_gate", "head_norm", "mla_latent_scale", "decode")
 COMMON: dict[str, type] = {"attention_layers": list, "head_norm": str, "decode": str}
-FIELDS: dict[str, dict[str, type]] = {  # what may be said of each kind; the rest is the source's
+CONVERSION_FIELDS: dict[str, dict[str, type]] = {  # what may be said of each kind; the rest is the source's
     "mha": COMMON,
     "gqa": {"num_key_value_heads": int, **COMMON},
     "mqa": COMMON,
@@ -56,7 +56,7 @@ FIELDS: dict[str, dict[str, type]] = {  # what may be said of each kind; the res
         **COMMON,
     },
 }
-NEEDED = {
+NEEDED_FIELDS = {
     "gqa": "num_key_value_heads",
     "lrkv": "lrkv_rank",
     "mea": "mea_num_component_heads",
@@ -73,7 +73,7 @@ def configuration(
     _check_fields(model.config, kind, fields)
     config = model.config
     given = {name: getattr(config, name) for name in SKELETON} | {"head_dim": families.head_dim(config)}
-    given |= {name: getattr(config, name) for name in KEPT if families.is_own(config)}
+    given |= {name: getattr(config, name) for name in KEPT_OF_OUR_OWN if families.is_own(config)}
     given |= {
         "attention": kind,
         "attention_bias": source.has_biases(model),
@@ -82,7 +82,7 @@ def configuration(
         "rope_parameters": _rope(config),
     }
     if kind == "mea":
-        given |= {"num_key_value_heads": families.kv_heads(config)}
+        given |= {"num_key_value_heads": families.stored_heads(config)}
         # the source has none, and so the start is exact
         given["head_norm"] = given.get("head_norm") or "none"
     if kind == "mla":
@@ -90,7 +90,7 @@ def configuration(
     if "attention_layers" in fields:  # the others stay what they are
         given["other_attention"] = {
             "attention": "gqa",
-            "num_key_value_heads": families.kv_heads(config),
+            "num_key_value_heads": families.stored_heads(config),
             "qk_norm": given["qk_norm"],
             "head_norm": given.get("head_norm", "none") if families.is_own(config) else "none",
             "rope_parameters": given["rope_parameters"],
@@ -112,20 +112,26 @@ def _made(given: dict[str, Any]) -> LowkeyConfig:
 
 
 def _check_fields(config: PreTrainedConfig, kind: str, fields: Mapping[str, Any]) -> None:
-    if kind not in FIELDS:
-        raise LowkeyError(f"attention {kind!r}: nothing converts into it; choose one of {', '.join(FIELDS)}")
+    if kind not in CONVERSION_FIELDS:
+        raise LowkeyError(
+            f"attention {kind!r}: nothing converts into it; choose one of {', '.join(CONVERSION_FIELDS)}"
+        )
     for name, value in fields.items():
-        if name not in FIELDS[kind]:
-            near = get_close_matches(name, FIELDS[kind], 1)
+        if name not in CONVERSION_FIELDS[kind]:
+            near = get_close_matches(name, CONVERSION_FIELDS[kind], 1)
             raise LowkeyError(
                 f"field {name!r} is not one of attention {kind!r}: "
                 f"{f'did you mean {near[0]!r}?' if near else _list(kind)}"
             )
-        if type(value) is not FIELDS[kind][name] and not (name == "attention_layers" and value in SUBSETS):
-            raise LowkeyError(f"field {name} {value!r}: must be of type {FIELDS[kind][name].__name__}")
-    if kind in NEEDED and NEEDED[kind] not in fields:
+        if type(value) is not CONVERSION_FIELDS[kind][name] and not (
+            name == "attention_layers" and value in SUBSETS
+        ):
+            raise LowkeyError(
+                f"field {name} {value!r}: must be of type {CONVERSION_FIELDS[kind][name].__name__}"
+            )
+    if kind in NEEDED_FIELDS and NEEDED_FIELDS[kind] not in fields:
         raise LowkeyError(
-            f"attention {kind!r} needs {NEEDED[kind]}; give it, like {NEEDED[kind]}={_like(config, kind)}"
+            f"attention {kind!r} needs {NEEDED_FIELDS[kind]}; give it, like {NEEDED_FIELDS[kind]}={_like(config, kind)}"
         )
     if kind == "lrkv" and "qk_rope_head_dim" in fields and fields.get("lrkv_rope_mode") != "partial":
         raise LowkeyError(
@@ -142,7 +148,7 @@ def _like(config: PreTrainedConfig, kind: str) -> int:
     """A size that can be given: fewer heads than the source has, where it can, which queries share evenly; or
     half a head.
     """
-    stored = families.kv_heads(config)
+    stored = families.stored_heads(config)
     if kind == "mea":
         return max(1, stored - 1)
     fewer = [n for n in range(1, stored) if stored % n == 0]
@@ -150,7 +156,7 @@ def _like(config: PreTrainedConfig, kind: str) -> int:
 
 
 def _list(kind: str) -> str:
-    return f"give one of {', '.join(FIELDS[kind])}"
+    return f"give one of {', '.join(CONVERSION_FIELDS[kind])}"
 
 
 def _check_widths(model: PreTrainedModel, config: LowkeyConfig) -> None:
@@ -165,7 +171,7 @@ def _check_widths(model: PreTrainedModel, config: LowkeyConfig) -> None:
             f"mea_num_component_heads {config.mea_num_component_heads}: must be at most the source's "
             f"{config.num_key_value_heads} KV heads"
         )
-    if kind == "mla" and config.kv_lora_rank > (most := 2 * d * (families.kv_heads(model.config))):
+    if kind == "mla" and config.kv_lora_rank > (most := 2 * d * (families.stored_heads(model.config))):
         raise LowkeyError(
             f"kv_lora_rank {config.kv_lora_rank}: must be at most {most}, the source's own cache, at which "
             "nothing is lost"

@@ -12,7 +12,7 @@ from typing import Literal
 from lowkey.core.errors import LowkeyError
 from lowkey.core.options import RANGE, Checked, Range, shown
 
-MOST = 2**50  # of a budget: more tokens, and more bytes than a PiB, are slips
+LARGEST_BUDGET = 2**50  # of a budget: more tokens, and more bytes than a PiB, are slips
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -32,7 +32,7 @@ class Budget(Checked):
     Tokens that are kept exact, indices and sliding layers come on top.
     """
 
-    amount: float = field(metadata={RANGE: Range(above=0, at_most=MOST)})
+    amount: float = field(metadata={RANGE: Range(above=0, at_most=LARGEST_BUDGET)})
     unit: Literal["%", "tokens", "bytes/token", "bytes"]
 
     def __post_init__(self) -> None:
@@ -61,7 +61,7 @@ class Budget(Checked):
             raise LowkeyError(
                 f"budget {shown(text)}: the share that is kept lies above 0% and up to 100%; try '50%'"
             )
-        if amount > MOST:
+        if amount > LARGEST_BUDGET:
             raise LowkeyError(
                 f"budget {shown(text)}: no cache takes more than 2^50 tokens or bytes; give what may be "
                 "kept, like '50%'"

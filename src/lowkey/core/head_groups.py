@@ -20,7 +20,9 @@ def merged(x: Float[Tensor, "*b h s d"], down: Float[Tensor, "*c m n r"]) -> Flo
     return x @ down
 
 
-def split(latent: Float[Tensor, "*b G s r"], up: Float[Tensor, "*c h r d"]) -> Float[Tensor, "*b h s d"]:
+def rebuilt_heads(
+    latent: Float[Tensor, "*b G s r"], up: Float[Tensor, "*c h r d"]
+) -> Float[Tensor, "*b h s d"]:
     """Every head as its own block of `up` (h|1, r, d) rebuilds it from its group's latent."""
     t = up.shape[-3] // latent.shape[-3]
     if t <= 1:
@@ -33,7 +35,7 @@ def blocks(rows: Float[Tensor, "G r n"], t: int) -> Float[Tensor, "h r d"]:
     return rows.unflatten(-1, (t, -1)).transpose(-3, -2).flatten(-4, -3) if t > 1 else rows
 
 
-def beside(heads: Float[Tensor, "h r d"], t: int) -> Float[Tensor, "G r n"]:
+def side_by_side(heads: Float[Tensor, "h r d"], t: int) -> Float[Tensor, "G r n"]:
     """The inverse of `blocks`."""
     return heads.unflatten(-3, (-1, t)).transpose(-3, -2).flatten(-2) if t > 1 else heads
 

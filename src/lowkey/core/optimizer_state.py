@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from lowkey.core.types import LowkeyError
 
 PREFIX = "adam."
-KEPT = ("step", "exp_avg", "exp_avg_sq")
+ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 def tensors_of(optimizer: Optimizer) -> dict[str, Tensor]:
@@ -19,7 +19,7 @@ def tensors_of(optimizer: Optimizer) -> dict[str, Tensor]:
     return {f"{PREFIX}{place}.{name}": t for place, kept in state.items() for name, t in kept.items()}
 
 
-def fill(optimizer: Optimizer, found: Mapping[str, Tensor], where: str) -> None:
+def fill_state(optimizer: Optimizer, found: Mapping[str, Tensor], where: str) -> None:
     """Give it what `tensors_of` had found, on its parameters' devices; other names are left alone.
 
     Errors: LowkeyError, which names the file or folder `where`, for what does not fit the parameters.
@@ -29,13 +29,13 @@ def fill(optimizer: Optimizer, found: Mapping[str, Tensor], where: str) -> None:
     for name, t in found.items():
         if name.startswith(PREFIX):
             place, _, kept = name.removeprefix(PREFIX).partition(".")
-            known = place.isdecimal() and int(place) < len(parameters) and kept in KEPT
+            known = place.isdecimal() and int(place) < len(parameters) and kept in ADAM_STATE
             if not known or t.shape != (() if kept == "step" else parameters[int(place)].shape):
                 raise LowkeyError(
                     f"{where!r}: {name!r} is not of this optimizer; it is damaged: delete it and start anew"
                 )
             state.setdefault(int(place), {})[kept] = t
-    if any(set(kept) != set(KEPT) for kept in state.values()):
+    if any(set(kept) != set(ADAM_STATE) for kept in state.values()):
         raise LowkeyError(
             f"{where!r}: the state of an optimizer is not whole; it is damaged: delete it and start anew"
         )

@@ -2,7 +2,7 @@
 
     epochs: int = option(100, at_least=0, at_most=10**6)
 
-declares a field of a dataclass. `check` then holds a whole object to its declarations, and the same
+declares a field of a dataclass. `check_options` then holds a whole object to its declarations, and the same
 declarations are what the command line prints as ranges and reads `-O epochs=5` with. Annotations count as
 declarations too: a `Literal` is a list of words, a `bool` is true or false, and numbers must be finite.
 Fields without a declared range are only held to their annotation.
@@ -21,9 +21,15 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from lowkey.core.errors import LowkeyError
 
 RANGE = "lowkey.range"  # where a field's metadata has its Range
-MOST = 2**63 - 1  # whole numbers end here, as they do in tensors, files and seeds
-WORDS = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false", tuple: "a list"}
-SHOWN = 60  # characters of a value in a message
+LARGEST_INTEGER = 2**63 - 1  # whole numbers end here, as they do in tensors, files and seeds
+TYPE_WORDS = {
+    int: "a whole number",
+    float: "a finite number",
+    str: "text",
+    bool: "true or false",
+    tuple: "a list",
+}
+CHARACTERS_SHOWN = 60  # characters of a value in a message
 LISTED = 40  # names in a message
 
 
@@ -96,10 +102,10 @@ class Checked:
     """A base for dataclasses of options: making an object checks it. Errors: LowkeyError."""
 
     def __post_init__(self) -> None:
-        check(self)
+        check_options(self)
 
 
-def check(options: Any, prefix: str = "") -> None:
+def check_options(options: Any, prefix: str = "") -> None:
     """Hold every field to its annotation and range; numbers are turned into the type of their annotation (5
     into 5.0, 8.0 into 8).
 
@@ -150,12 +156,14 @@ def _held(label: str, value: Any, hint: Any, allowed: Range, default: Any) -> An
             raise LowkeyError(f"{label}: must be {_kind(hint, allowed)}; {_remedy(leaf, allowed, default)}")
         if not allowed.holds(leaf):
             raise LowkeyError(f"{label}: must be {allowed}; {_remedy(leaf, allowed, default)}")
-        if isinstance(leaf, int) and abs(leaf) > MOST:
-            raise LowkeyError(f"{label}: must be at most {MOST}; {_remedy(leaf, allowed, default)}")
+        if isinstance(leaf, int) and abs(leaf) > LARGEST_INTEGER:
+            raise LowkeyError(
+                f"{label}: must be at most {LARGEST_INTEGER}; {_remedy(leaf, allowed, default)}"
+            )
     return found
 
 
-def read(kind: type, name: str, text: str, what: str = "") -> Any:
+def read_option(kind: type, name: str, text: str, what: str = "") -> Any:
     """The value of field `name` that was written as text on a command line. what: whose option it is, for
     messages.
     """
@@ -179,7 +187,7 @@ def ranges(kind: Any) -> dict[str, str]:
 def described(hint: Any, allowed: Range) -> str:
     """A range in words, for help texts and tables."""
     words = _literal(hint)
-    return str(Range(choices=words)) if words else WORDS[bool] if hint is bool else str(allowed)
+    return str(Range(choices=words)) if words else TYPE_WORDS[bool] if hint is bool else str(allowed)
 
 
 def defaults_of(kind: Any) -> dict[str, Any]:
@@ -199,7 +207,7 @@ def hints_of(kind: Any) -> Mapping[str, Any]:
         return {}
 
 
-def nearest(name: str, known: Any) -> str:
+def nearest_name(name: str, known: Any) -> str:
     """The remedy for a name that is not known; of many known names the first few."""
     names = list(known)
     near = get_close_matches(str(name), names, 1)
@@ -213,7 +221,7 @@ def shown(value: object) -> str:
         text = repr(value)
     except ValueError:  # a whole number of more than 4300 digits
         text = "(a number of thousands of digits)"
-    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+    return text if len(text) <= CHARACTERS_SHOWN else text[: CHARACTERS_SHOWN - 3] + "..."
 
 
 # -- types
@@ -321,7 +329,7 @@ def _kind(hint: Any, allowed: Range) -> str:
         return _list_of(get_args(hint), allowed)
     if get_origin(hint) is Mapping:
         return "a table" if get_args(hint)[1] is Any else f"a table, each {_kind(get_args(hint)[1], allowed)}"
-    words = next((WORDS[m] for m in _members(hint) if m in WORDS), "of another type")
+    words = next((TYPE_WORDS[m] for m in _members(hint) if m in TYPE_WORDS), "of another type")
     return ", ".join(filter(None, [words, str(allowed)]))
 
 

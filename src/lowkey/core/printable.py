@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-KEPT = "\n\t"
+PRINTED_AS_THEY_ARE = "\n\t"
 
 
 def printable(text: object) -> str:
@@ -16,6 +16,8 @@ def printable(text: object) -> str:
     if found.isprintable():
         return found
     return "".join(
-        c if c.isprintable() or c in KEPT else c.encode("unicode_escape", "surrogatepass").decode("ascii")
+        c
+        if c.isprintable() or c in PRINTED_AS_THEY_ARE
+        else c.encode("unicode_escape", "surrogatepass").decode("ascii")
         for c in found
     )

@@ -12,23 +12,23 @@ from typing import Any, Protocol, TypeVar
 
 from lowkey.core.printable import printable
 
-T = TypeVar("T")
-EVERY = 30.0  # seconds between two lines
+_T = TypeVar("_T")
+SECONDS_BETWEEN_LINES = 30.0  # seconds between two lines
 
 
 class Progress(Protocol):
     """label: what is done, or what is done to each item, in words."""
 
     def __call__(
-        self, items: Iterable[T], label: str | Callable[[T], str], total: int | None = None
-    ) -> Iterator[T]: ...
+        self, items: Iterable[_T], label: str | Callable[[_T], str], total: int | None = None
+    ) -> Iterator[_T]: ...
 
 
-def silent(items: Iterable[T], label: str | Callable[[T], str], total: int | None = None) -> Iterator[T]:
+def silent(items: Iterable[_T], label: str | Callable[[_T], str], total: int | None = None) -> Iterator[_T]:
     return iter(items)
 
 
-def bars(items: Iterable[T], label: str | Callable[[T], str], total: int | None = None) -> Iterator[T]:
+def bars(items: Iterable[_T], label: str | Callable[[_T], str], total: int | None = None) -> Iterator[_T]:
     """A bar on stderr with the time that is left; where that is no terminal, a line of text every half
     minute.
     """
@@ -37,13 +37,13 @@ def bars(items: Iterable[T], label: str | Callable[[T], str], total: int | None 
     size = total if total is not None else len(items) if isinstance(items, Sequence) else None
     console = Console(stderr=True)
 
-    def words(item: T) -> str:
+    def words(item: _T) -> str:
         return printable(label(item) if callable(label) else label)
 
     yield from _bar(items, words, size, console) if console.is_terminal else _lines(items, words, size)
 
 
-def _bar(items: Iterable[T], words: Callable[[T], str], size: int | None, console: Any) -> Iterator[T]:
+def _bar(items: Iterable[_T], words: Callable[[_T], str], size: int | None, console: Any) -> Iterator[_T]:
     from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
@@ -62,10 +62,10 @@ def _bar(items: Iterable[T], words: Callable[[T], str], size: int | None, consol
             drawn.advance(bar)
 
 
-def _lines(items: Iterable[T], words: Callable[[T], str], size: int | None) -> Iterator[T]:
+def _lines(items: Iterable[_T], words: Callable[[_T], str], size: int | None) -> Iterator[_T]:
     began = told = time.monotonic()
     for done, item in enumerate(items):
-        if (now := time.monotonic()) - told >= EVERY:
+        if (now := time.monotonic()) - told >= SECONDS_BETWEEN_LINES:
             told = now
             far = (
                 f"{done}"

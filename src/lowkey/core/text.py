@@ -22,15 +22,21 @@ EMBEDDED = {"calibration": "alice.txt", "evaluation": "time_machine.txt"}
 MIN_WINDOWS = 4
 
 
-def embedded(kind: str) -> str:
+def embedded_text(kind: str) -> str:
     """`calibration` (Alice's Adventures in Wonderland) or `evaluation` (The Time Machine), opening chapters;
     both disjoint from the training text of the embedded model."""
     return (package_files("lowkey") / "data" / EMBEDDED[kind]).read_text(encoding="utf-8")
 
 
-def joined(texts: str | Sequence[str] | None) -> str:
+def joined_texts(texts: str | Sequence[str] | None) -> str:
     """One text of several; the embedded calibration text when there is none."""
-    return texts if isinstance(texts, str) else embedded("calibration") if texts is None else "\n".join(texts)
+    return (
+        texts
+        if isinstance(texts, str)
+        else embedded_text("calibration")
+        if texts is None
+        else "\n".join(texts)
+    )
 
 
 def read_text(path: str | Path, argument: str) -> str:

@@ -119,7 +119,7 @@ class Factors:
         return undone(self.k_down, self.k_up, self.merge[0]) and undone(self.v_down, self.v_up, self.merge[1])
 
 
-def identity(d: int) -> Factors:
+def identity_factors(d: int) -> Factors:
     """Of full rank, shared by all heads."""
     return Factors(*(torch.eye(d).unsqueeze(0) for _ in range(4)))
 

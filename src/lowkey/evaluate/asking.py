@@ -19,7 +19,7 @@ from lowkey.core.types import LowkeyError, device_of
 from lowkey.evaluate.settings import Setting
 from lowkey.storage.budgets import check_question
 
-MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for a message in a template
+PLACEHOLDER = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for a message in a template
 # (name, measure): what `measure` gives, or gave earlier under that name
 Once = Callable[[str, Callable[[], Any]], Any]
 
@@ -46,7 +46,7 @@ class Frame:
     def _parts(self) -> tuple[str, str]:
         if not self.chat:
             return "", ""
-        before, found, after = self._templated([("user", MARK)], True).partition(MARK)
+        before, found, after = self._templated([("user", PLACEHOLDER)], True).partition(PLACEHOLDER)
         if not found:
             raise LowkeyError(
                 "tokenizer: its chat template leaves out the user's message; give a tokenizer with another "
@@ -83,7 +83,7 @@ class Frame:
         found = {*(told if isinstance(told, list) else [told]), self.tokenizer.eos_token_id}
         if self.chat:
             behind = self.encode(
-                self._templated([("user", "?"), ("assistant", MARK)], False).partition(MARK)[2]
+                self._templated([("user", "?"), ("assistant", PLACEHOLDER)], False).partition(PLACEHOLDER)[2]
             )
             found |= set(behind[:1]) & set(self.tokenizer.all_special_ids)
         return {int(i) for i in found if i is not None}
@@ -100,7 +100,9 @@ class Written:
 
 
 @torch.no_grad()
-def write(model: PreTrainedModel, cache: LowkeyCache, ids: Tensor, ends: set[int], most: int) -> Written:
+def write_answer(
+    model: PreTrainedModel, cache: LowkeyCache, ids: Tensor, ends: set[int], most: int
+) -> Written:
     """Greedy continuation of ids (1, t), of which the cache has those that it has seen; at most `most`
     tokens.
     """
@@ -126,7 +128,7 @@ def check_budgets(settings: Sequence[Setting], refeed: bool, tokens: int, questi
                 check_question(policy, tokens, question)
 
 
-def read(
+def read_context(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     setting: Setting,
@@ -134,7 +136,7 @@ def read(
     question: int,
     refeed: bool,
 ) -> LowkeyCache:
-    """A cache of the setting that is ready for `write`. One that evicts has read ids (1, t) and chosen with
+    """A cache of the setting that is ready for `write_answer`. One that evicts has read ids (1, t) and chosen with
     the question, the last tokens, in view; with `refeed` it is to be asked again, else it reads all of it as
     the prompt, the question with it."""
     cache = setting.make()

@@ -29,26 +29,26 @@ from lowkey.core.types import Budget, LowkeyError
 from lowkey.ops.apportion import apportion
 from lowkey.ops.ragged import starts_of
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CACHE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 POOL = 2**29  # bytes in all copies of the storage together: more than caches hold
-MOST = 64  # copies
+MOST_COPIES = 64  # copies
 READ = 2**28  # bytes of the plain read
 CALLS = 3  # a round's time is the best of these
 SPREAD = 1.0  # standard deviation of the logarithm of heads' lengths at a budget
 
 Ragged = Callable[..., tuple[Tensor, Tensor]]
-Step = Callable[[], object]
+DecodeStep = Callable[[], object]
 
 
 @dataclass(frozen=True)
-class Shape(Checked):
+class DecodeShape(Checked):
     """What is timed: a batch of one, a new token."""
 
     context: int = option(8192, at_least=1, at_most=2**24)
     head_dim: int = option(128, at_least=1, at_most=2**14)
     heads: int = option(32, at_least=1, at_most=2**14)
     kv_heads: int = option(8, at_least=1, at_most=2**14)
-    dtype: str = option("bfloat16", choices=tuple(DTYPES))
+    dtype: str = option("bfloat16", choices=tuple(CACHE_DTYPES))
     repeats: int = option(15, at_least=1, at_most=10**6)
     seed: int = option(0, at_least=0)
 
@@ -60,7 +60,7 @@ class Shape(Checked):
 
     @property
     def nbytes(self) -> int:
-        return 2 * self.context * self.kv_heads * self.head_dim * DTYPES[self.dtype].itemsize
+        return 2 * self.context * self.kv_heads * self.head_dim * CACHE_DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def decode_bench(
     """Time a step over `context` tokens in full, and over what a budget keeps, with unequal heads; GB are
     10^9 bytes that are stored.
     """
-    shape = Shape(context, head_dim, heads, kv_heads, dtype, repeats, seed)
+    shape = DecodeShape(context, head_dim, heads, kv_heads, dtype, repeats, seed)
     lengths = _lengths(shape, Budget.parse(budget), seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     _check_memory(shape, device)
@@ -113,7 +113,7 @@ def decode_bench(
     }
 
 
-def _lengths(shape: Shape, budget: Budget, seed: int) -> Tensor:
+def _lengths(shape: DecodeShape, budget: Budget, seed: int) -> Tensor:
     """How many tokens each KV head keeps (h): unequal like real head budgets, exact in total."""
     if budget.unit not in ("%", "tokens"):
         raise LowkeyError(f"budget {budget}: this step keeps whole tokens; say it as '10%' or '512 tokens'")
@@ -127,7 +127,7 @@ def _lengths(shape: Shape, budget: Budget, seed: int) -> Tensor:
     return apportion(weights, round(total), ones, ones * shape.context)
 
 
-def _check_memory(shape: Shape, device: str) -> None:
+def _check_memory(shape: DecodeShape, device: str) -> None:
     """Errors: LowkeyError for a storage that this machine cannot hold, before any of it is made."""
     needed = 4 * shape.nbytes  # the random rows and two copies of them, and what the budget keeps
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else _free_memory()
@@ -152,31 +152,32 @@ def _free_memory() -> int:
     return free
 
 
-def _contestants(shape: Shape, lengths: Tensor, device: str, seed: int) -> dict[str, Step]:
+def _contestants(shape: DecodeShape, lengths: Tensor, device: str, seed: int) -> dict[str, DecodeStep]:
     """Name to one call; "read" is of memory alone, and "NAME budget" is a backend's step over what the budget
     keeps.
     """
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(
         shape.kv_heads, shape.heads // shape.kv_heads, shape.head_dim, generator=generator
-    ).to(device, DTYPES[shape.dtype])
+    ).to(device, CACHE_DTYPES[shape.dtype])
     full, kept = (
         _copies(rows, shape, generator, device) for rows in (torch.full_like(lengths, shape.context), lengths)
     )
     memory = torch.ones(READ // 4, device=device)
-    found: dict[str, Step] = {"read": memory.sum, "sdpa": lambda: _sdpa(query, next(full))}
+    found: dict[str, DecodeStep] = {"read": memory.sum, "sdpa": lambda: _sdpa(query, next(full))}
     for name, ragged in _backends(device).items():
         found[name], found[f"{name} budget"] = _step(ragged, query, full), _step(ragged, query, kept)
     return found
 
 
-def _copies(lengths: Tensor, shape: Shape, generator: torch.Generator, device: str) -> Iterator[Stored]:
+def _copies(lengths: Tensor, shape: DecodeShape, generator: torch.Generator, device: str) -> Iterator[Stored]:
     """The same random rows in several places, in turn, forever."""
     n = int(lengths.sum())
     pair = [
-        torch.randn(n, shape.head_dim, generator=generator).to(device, DTYPES[shape.dtype]) for _ in range(2)
+        torch.randn(n, shape.head_dim, generator=generator).to(device, CACHE_DTYPES[shape.dtype])
+        for _ in range(2)
     ]
-    count = min(max(POOL // sum(x.nbytes for x in pair), 2), MOST)
+    count = min(max(POOL // sum(x.nbytes for x in pair), 2), MOST_COPIES)
     return cycle(
         [Stored(pair[0].clone(), pair[1].clone(), starts_of(lengths).to(device)) for _ in range(count)]
     )
@@ -191,7 +192,7 @@ def _backends(device: str) -> dict[str, Ragged]:
     return found
 
 
-def _step(ragged: Ragged, query: Tensor, stored: Iterator[Stored]) -> Step:
+def _step(ragged: Ragged, query: Tensor, stored: Iterator[Stored]) -> DecodeStep:
     def step() -> object:
         s = next(stored)
         return ragged(query, s.keys, s.values, s.starts, query.shape[-1] ** -0.5)
@@ -205,7 +206,7 @@ def _sdpa(query: Tensor, stored: Stored) -> Tensor:
     return scaled_dot_product_attention(query.view(1, h * g, 1, d), keys, values, enable_gqa=g > 1)
 
 
-def _rounds(contestants: dict[str, Step], repeats: int, device: str) -> dict[str, list[float]]:
+def _rounds(contestants: dict[str, DecodeStep], repeats: int, device: str) -> dict[str, list[float]]:
     """Seconds of each contestant in each round, after one that warms up and compiles."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(repeats + 1):
@@ -214,7 +215,7 @@ def _rounds(contestants: dict[str, Step], repeats: int, device: str) -> dict[str
     return {name: found[1:] for name, found in times.items()}
 
 
-def _timed(step: Step, device: str) -> float:
+def _timed(step: DecodeStep, device: str) -> float:
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     wait()
     start = time.perf_counter()

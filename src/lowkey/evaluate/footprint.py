@@ -24,7 +24,7 @@ def note(setting: Setting, cache: LowkeyCache, measured: Measured) -> None:
 
 
 @torch.no_grad()
-def measure(
+def measure_footprint(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     settings: Sequence[Setting],

@@ -6,13 +6,13 @@ import math
 import statistics
 from collections.abc import Sequence
 
-LEAST = 3  # samples: an interval from two says little
+LEAST_SAMPLES = 3  # samples: an interval from two says little
 Z = 1.959964  # the two-sided 95 % quantile of the normal distribution
 # of Student's t with 1, 2, ... degrees of freedom, for which the expansion is too small
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57)
 
 
-def half_width(values: Sequence[float], least: int = LEAST) -> float | None:
+def half_width(values: Sequence[float], least: int = LEAST_SAMPLES) -> float | None:
     """Half of the 95 % interval of the mean by Student's t, or None for fewer than `least` values, or than 2."""
     if len(values) < max(2, least):
         return None

@@ -19,7 +19,7 @@ from lowkey.storage.exact import NOTHING
 
 
 @torch.no_grad()
-def measure(
+def measure_layers(
     model: PreTrainedModel,
     settings: Sequence[Setting],
     rows: Tensor,

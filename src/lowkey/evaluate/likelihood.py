@@ -22,12 +22,14 @@ from lowkey.evaluate import footprint
 from lowkey.evaluate.intervals import half_width
 from lowkey.evaluate.settings import Setting
 
-CHUNK = 32  # tokens that a setting which evicts reads at a time
-ROWS = 8  # tokens whose distributions are compared at a time: what they take stays near the processor
+TOKENS_PER_PIECE = 32  # tokens that a setting which evicts reads at a time
+LOGITS_AT_ONCE = (
+    8  # tokens whose distributions are compared at a time: what they take stays near the processor
+)
 
 
 @torch.no_grad()
-def measure(
+def measure_likelihood(
     model: PreTrainedModel,
     settings: Sequence[Setting],
     rows: Tensor,
@@ -38,7 +40,7 @@ def measure(
     name.
 
     The first setting is the reference, whose logits are formed once per window for all others: kl is
-    KL(reference || setting) in nats per token. A setting that evicts reads a window in pieces of CHUNK tokens
+    KL(reference || setting) in nats per token. A setting that evicts reads a window in pieces of TOKENS_PER_PIECE tokens
     and evicts after each; one that must repeat its context first is left out: `measure_decode` scores it.
     Every (window, setting) is one forward pass and one measurement of `measured`, and the first window's
     cache tells the bytes of settings that evict nothing.
@@ -75,7 +77,7 @@ def _name(window: int, setting: Setting) -> str:
 def _logits(model: PreTrainedModel, setting: Setting, ids: Tensor, measured: Measured) -> Tensor:
     """(t - 1, V): of every token but the last, which has no successor."""
     cache = setting.make()
-    pieces = ids.split(CHUNK, dim=1) if setting.evicts else [ids]
+    pieces = ids.split(TOKENS_PER_PIECE, dim=1) if setting.evicts else [ids]
     logits = [model(piece, past_key_values=cache).logits[0] for piece in pieces]
     if not setting.evicts:
         footprint.note(setting, cache, measured)
@@ -87,7 +89,9 @@ class Reference:
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
-        parts = [(x.logsumexp(-1), x.argmax(-1)) for x in (part.float() for part in logits.split(ROWS))]
+        parts = [
+            (x.logsumexp(-1), x.argmax(-1)) for x in (part.float() for part in logits.split(LOGITS_AT_ONCE))
+        ]
         self.total, self.top = (torch.cat(each) for each in zip(*parts, strict=True))
 
     def own(self, targets: Tensor) -> dict:
@@ -101,7 +105,8 @@ class Reference:
         """
         nll, kl, agree = [], [], 0
         for r, q, target, total, top in zip(
-            *(x.split(ROWS) for x in (self.logits, logits, targets, self.total, self.top)), strict=True
+            *(x.split(LOGITS_AT_ONCE) for x in (self.logits, logits, targets, self.total, self.top)),
+            strict=True,
         ):
             r, q = r.float(), q.float()
             mine = q.logsumexp(-1)
@@ -180,7 +185,7 @@ def _decode(
     cache.exact_prefill(False)
     cache.freeze()  # a policy has chosen; the second half is decoding
     logits, targets = model(ids[:, half:], past_key_values=cache).logits[0, :-1], ids[0, half + 1 :]
-    parts = zip(logits.split(ROWS), targets.split(ROWS), strict=True)
+    parts = zip(logits.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE), strict=True)
     return float(
         sum(
             torch.nn.functional.cross_entropy(x.float(), y, reduction="none").double().sum() for x, y in parts

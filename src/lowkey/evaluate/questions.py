@@ -23,16 +23,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowkey.cache.cache import LowkeyCache
 from lowkey.core.progress import Progress
 from lowkey.core.types import LowkeyError
-from lowkey.evaluate.asking import Frame, Once, Written, anew, check_budgets, read, tensor_of, write
+from lowkey.evaluate.asking import (
+    Frame,
+    Once,
+    Written,
+    anew,
+    check_budgets,
+    read_context,
+    tensor_of,
+    write_answer,
+)
 from lowkey.evaluate.settings import Setting
 from lowkey.models import families
 
-LENGTH = 1300  # tokens of a text
-NEW = 16  # tokens of an answer at most
+TEXT_LENGTH = 1300  # tokens of a text
+ANSWER_LENGTH = 16  # tokens of an answer at most
 ASKING = 64  # tokens that a question and its template may take
 DEALS = 3  # times that the paragraphs are dealt into texts at most
-LEAST = 20  # questions below which a share says little
-WORDS = "\n\nAnswer this question about the text in a few words: {question}"
+LEAST_QUESTIONS = 20  # questions below which a share says little
+QUESTION_PROMPT = "\n\nAnswer this question about the text in a few words: {question}"
 ARTICLES = ("a", "an", "the")
 
 
@@ -61,7 +70,7 @@ class Text:
     items: list[Item]
 
 
-def embedded() -> list[Paragraph]:
+def embedded_paragraphs() -> list[Paragraph]:
     """The paragraphs that ship with lowkey, written for it."""
     told = json.loads((package_files("lowkey") / "data" / "questions.json").read_text(encoding="utf-8"))[
         "paragraphs"
@@ -76,7 +85,9 @@ def embedded() -> list[Paragraph]:
     return found
 
 
-def draw_texts(frame: Frame, paragraphs: Sequence[Paragraph], seed: int, length: int = LENGTH) -> list[Text]:
+def draw_texts(
+    frame: Frame, paragraphs: Sequence[Paragraph], seed: int, length: int = TEXT_LENGTH
+) -> list[Text]:
     """All paragraphs dealt in random order into texts of at most `length` ids; the last is filled up with
     paragraphs that are not asked.
     """
@@ -109,19 +120,19 @@ def _text(rng: random.Random, frame: Frame, told: list[Paragraph], asked: list[P
 
 
 def _question(frame: Frame, item: Item) -> list[int]:
-    return frame.question(WORDS.format(question=item.question))
+    return frame.question(QUESTION_PROMPT.format(question=item.question))
 
 
-def normalised(text: str) -> list[str]:
+def normalised_words(text: str) -> list[str]:
     """Words in lower case without punctuation and articles, as SQuAD compares them (arXiv:1606.05250)."""
     plain = "".join(c for c in text.lower() if c not in string.punctuation)
     return [word for word in plain.split() if word not in ARTICLES]
 
 
-def is_right(said: str, answers: Sequence[str]) -> bool:
+def is_right_answer(said: str, answers: Sequence[str]) -> bool:
     """Whether one of the answers stands in what was said, as whole words."""
-    words = f" {' '.join(normalised(said))} "
-    return any(f" {' '.join(normalised(answer))} " in words for answer in answers)
+    words = f" {' '.join(normalised_words(said))} "
+    return any(f" {' '.join(normalised_words(answer))} " in words for answer in answers)
 
 
 class _Asker:
@@ -151,25 +162,25 @@ class _Asker:
         question = _question(self.frame, item)
         said = self._written(text, text.ids + question, len(question))
         words = str(self.tokenizer.decode(said.ids))
-        return {"right": is_right(words, item.answers), "held": said.held, "said": words}
+        return {"right": is_right_answer(words, item.answers), "held": said.held, "said": words}
 
     def _written(self, text: Text, ids: list[int], question: int) -> Written:
         tensor = tensor_of(self.model, ids)
         if self.setting.evicts:
-            cache = read(self.model, self.tokenizer, self.setting, tensor, question, self.refeed)
+            cache = read_context(self.model, self.tokenizer, self.setting, tensor, question, self.refeed)
         else:
             cache = copy.deepcopy(self._read(text))
-        return write(self.model, cache, tensor, self.ends, NEW)
+        return write_answer(self.model, cache, tensor, self.ends, ANSWER_LENGTH)
 
     def _read(self, text: Text) -> LowkeyCache:
         if self.known is None or self.known[0] is not text:
             self.known, cache = None, self.setting.make()
-            write(self.model, cache, tensor_of(self.model, text.ids), set(), 1)
+            write_answer(self.model, cache, tensor_of(self.model, text.ids), set(), 1)
             self.known = text, cache
         return self.known[1]
 
 
-def measure(
+def measure_questions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     settings: Sequence[Setting],
@@ -185,15 +196,15 @@ def measure(
 
     The first setting is asked until it has answered `wanted` of them. After all there are, paragraphs are
     dealt into other texts and what it has not answered is asked again, up to DEALS times in all and as long
-    as that finds more. refeed: see `recall.measure`.
+    as that finds more. refeed: see `recall.measure_recall`.
 
     Every row has questions, the share, questions_right of questions_of, questions_kept (bytes held with the
     question when the answer was begun, as a share of the first setting's) and questions_evidence (whether
-    they are at least LEAST). The first row has questions_asked, how often it was asked, the questions_items
-    that it answered, by their number, and, where these are fewer than LEAST, questions_note.
+    they are at least LEAST_QUESTIONS). The first row has questions_asked, how often it was asked, the questions_items
+    that it answered, by their number, and, where these are fewer than LEAST_QUESTIONS, questions_note.
     """
     frame, full, others = Frame.of(tokenizer), settings[0], settings[1:]
-    told = embedded() if paragraphs is None else paragraphs
+    told = embedded_paragraphs() if paragraphs is None else paragraphs
     asker = _Asker(model, tokenizer, frame, full, refeed)
     kept: dict[int, tuple[str, Text, Item]] = {}  # by the item's number
     found: dict[str, list[dict]] = {s.name: [] for s in settings}
@@ -221,9 +232,11 @@ def measure(
             found[setting.name].append(once(f"{name} {setting.name}", lambda: asker.ask(text, item)))  # noqa: B023
     rows = {name: _row(answers, found[full.name]) for name, answers in found.items()}
     rows[full.name] |= {"questions_asked": asked, "questions_items": list(kept)}
-    if len(kept) < LEAST:
+    if len(kept) < LEAST_QUESTIONS:
         remedy = (
-            f"give --questions {LEAST} or more" if len(kept) == wanted else "use a model that answers more"
+            f"give --questions {LEAST_QUESTIONS} or more"
+            if len(kept) == wanted
+            else "use a model that answers more"
         )
         rows[full.name]["questions_note"] = (
             f"questions: the full cache answers {len(kept)} of {asked} askings, too few to tell caches "
@@ -234,7 +247,7 @@ def measure(
 
 def _length(model: PreTrainedModel) -> int:
     longest = families.positions(model)
-    return LENGTH if longest is None else min(LENGTH, longest - ASKING - NEW)
+    return TEXT_LENGTH if longest is None else min(TEXT_LENGTH, longest - ASKING - ANSWER_LENGTH)
 
 
 def _row(answers: list[dict], full: list[dict]) -> dict:
@@ -250,5 +263,5 @@ def _row(answers: list[dict], full: list[dict]) -> dict:
         "questions_right": right,
         "questions_of": of,
         "questions_kept": held,
-        "questions_evidence": of >= LEAST,
+        "questions_evidence": of >= LEAST_QUESTIONS,
     }

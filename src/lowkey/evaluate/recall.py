@@ -18,19 +18,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey.core.progress import Progress
 from lowkey.core.types import LowkeyError
-from lowkey.evaluate.asking import Frame, Once, anew, check_budgets, read, tensor_of, write
+from lowkey.evaluate.asking import Frame, Once, anew, check_budgets, read_context, tensor_of, write_answer
 from lowkey.evaluate.settings import Setting
 from lowkey.heads.needles import KEYS, Encode, draw_facts, sentence_ends, weave
 from lowkey.heads.needles import Fact as Fact
 from lowkey.models import families
 
 SOLVED = 0.9  # where the full cache recalls less than this, the others' recall tells nothing of them
-USUAL = "usual"  # the form that suits the tokenizer
-TRIES = 5  # cases, all to be right, by which another form or context is recommended
+USUAL_FORM = "usual"  # the form that suits the tokenizer
+TRIAL_CASES = 5  # cases, all to be right, by which another form or context is recommended
 
 
 @dataclass(frozen=True)
-class Form:
+class RecallForm:
     """How `facts` facts are told and one is asked, with {key} and {value}. opening: words that the model's
     answer begins with.
     chat: through the tokenizer's chat template, where it has one."""
@@ -44,29 +44,29 @@ class Form:
     digits: int = 3
 
 
-PLAIN = Form(
+PLAIN = RecallForm(
     "what the embedded model was trained on, without a template",
     " Remember {key} {value}.",
     " Recall {key}",
     chat=False,
 )
-FORMS: dict[str, Form] = {
+FORMS: dict[str, RecallForm] = {
     "plain": PLAIN,
-    "lines": Form(
+    "lines": RecallForm(
         "four facts on lines of their own",
         "\n{key}: {value}\n",
         '\n\nWhat number stands after "{key}:" in the text?',
         'In the text it says "{key}:',
         facts=4,
     ),
-    "prose": Form(
+    "prose": RecallForm(
         "four facts in sentences",
         " The code of the {key} is {value}.",
         "\n\nWhat is the code of the {key}?",
         "The code of the {key} is",
         facts=4,
     ),
-    "passkey": Form(
+    "passkey": RecallForm(
         "one fact, a number of five digits",
         " The pass key is {value}. Remember it.",
         "\n\nWhat is the pass key that the text names?",
@@ -81,7 +81,7 @@ def usual_form(tokenizer: PreTrainedTokenizerBase) -> str:
     return "lines" if Frame.of(tokenizer).chat else "plain"
 
 
-def frame_of(tokenizer: PreTrainedTokenizerBase, form: Form) -> Frame:
+def frame_of(tokenizer: PreTrainedTokenizerBase, form: RecallForm) -> Frame:
     return Frame.of(tokenizer) if form.chat else Frame(tokenizer, False)
 
 
@@ -102,7 +102,7 @@ def draw_episode(
     context: int,
     facts: int | None = None,
     keys: Sequence[str] = KEYS,
-    form: Form = PLAIN,
+    form: RecallForm = PLAIN,
     frame: Frame | None = None,
     ends: Sequence[int] = (),
 ) -> Episode:
@@ -123,7 +123,7 @@ def draw_episode(
     return Episode(start + body + question, question, encode(asked.answer), asked.value)
 
 
-def measure(
+def measure_recall(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     settings: Sequence[Setting],
@@ -133,7 +133,7 @@ def measure(
     seed: int,
     progress: Progress,
     refeed: bool = True,
-    form: str = USUAL,
+    form: str = USUAL_FORM,
     once: Once = anew,
 ) -> dict[str, dict]:
     """Share of `cases` in which greedy writing gives exactly the asked value, by the setting's name.
@@ -145,7 +145,7 @@ def measure(
     recall_evidence: whether the first setting, the full cache, reaches SOLVED; where not, its row has
     recall_note with a form or context that it solves.
     """
-    name = usual_form(tokenizer) if form == USUAL else form
+    name = usual_form(tokenizer) if form == USUAL_FORM else form
     episodes = draw_episodes(tokenizer, haystack, context, cases, seed, name)
     for episode in episodes:
         check_budgets(settings, refeed, len(episode.prompt), len(episode.question))
@@ -205,12 +205,14 @@ def answered(
     """Whether the asked value was written, and the bytes held when that was begun. One token more than the
     answer has shows that the number has ended, unless the model has ended before."""
     ids = tensor_of(model, episode.prompt)
-    cache = read(model, tokenizer, setting, ids, len(episode.question), refeed)
-    said = write(model, cache, ids, frame_of(tokenizer, FORMS[form]).ends(model), len(episode.answer) + 1)
-    return {"right": is_right(str(tokenizer.decode(said.ids)), episode.value), "held": said.held}
+    cache = read_context(model, tokenizer, setting, ids, len(episode.question), refeed)
+    said = write_answer(
+        model, cache, ids, frame_of(tokenizer, FORMS[form]).ends(model), len(episode.answer) + 1
+    )
+    return {"right": is_right_value(str(tokenizer.decode(said.ids)), episode.value), "held": said.held}
 
 
-def is_right(said: str, value: str) -> bool:
+def is_right_value(said: str, value: str) -> bool:
     """The value, and then no further digit."""
     said = said.lstrip(" ")
     return said.startswith(value) and not said[len(value) : len(value) + 1].isdigit()
@@ -233,7 +235,7 @@ def _note(
     def solves(name: str, length: int) -> bool:
         try:
             check_positions(model, tokenizer, length, name)
-            episodes = draw_episodes(tokenizer, haystack, length, TRIES, seed, name)
+            episodes = draw_episodes(tokenizer, haystack, length, TRIAL_CASES, seed, name)
         except LowkeyError:  # the facts do not fit
             return False
         return all(answered(model, tokenizer, control, e, name, False)["right"] for e in episodes)
@@ -251,12 +253,12 @@ def _note(
 
 
 def check_positions(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: int, form: str = USUAL
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: int, form: str = USUAL_FORM
 ) -> None:
     """Errors: LowkeyError for a context that leaves no room for an answer and, where it does not count it, a
     question.
     """
-    how = FORMS[usual_form(tokenizer) if form == USUAL else form]
+    how = FORMS[usual_form(tokenizer) if form == USUAL_FORM else form]
     frame, fact = frame_of(tokenizer, how), draw_facts(random.Random(0), 1, digits=how.digits)[0]
     question = frame.question(how.question.format(key=fact.key), how.opening.format(key=fact.key))
     longest, room = (

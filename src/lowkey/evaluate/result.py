@@ -26,7 +26,7 @@ from lowkey.models import families
 from lowkey.models.fingerprint import model_fingerprint
 from lowkey.plan.plan import versions
 
-FORMAT = 1
+RESULT_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Task(Checked):
     batch: int = option(2, at_least=1, at_most=4096)
     refeed: bool = True
     questions: int = option(64, at_least=1, at_most=10**6)
-    recall_form: str = option(recall.USUAL, choices=(recall.USUAL, *recall.FORMS))
+    recall_form: str = option(recall.USUAL_FORM, choices=(recall.USUAL_FORM, *recall.FORMS))
 
 
 @dataclass
-class Run:
+class TaskInput:
     """Everything a task needs, tokenised once: windows `rows` (n, t), and all `ids` (m) of the texts one
     behind the other.
     """
@@ -70,29 +70,29 @@ class Run:
         self.ids, self.rows = torch.cat(list(ids.values())), text.in_turn(cut)[: self.task.windows]
 
 
-def _perplexity(run: Run) -> dict[str, dict]:
-    return likelihood.measure(run.model, run.settings, run.rows, run.progress, run.measured)
+def _perplexity(run: TaskInput) -> dict[str, dict]:
+    return likelihood.measure_likelihood(run.model, run.settings, run.rows, run.progress, run.measured)
 
 
-def _decode(run: Run) -> dict[str, dict]:
+def _decode(run: TaskInput) -> dict[str, dict]:
     return likelihood.measure_decode(
         run.model, run.tokenizer, run.settings, run.rows, run.progress, run.measured
     )
 
 
-def _layers(run: Run) -> dict[str, dict]:
+def _layers(run: TaskInput) -> dict[str, dict]:
     # nothing stands in for its cache, so there is nothing to compare
     if families.stores_its_own(run.model.config):
         return {}
     rows = run.rows[: max(1, len(run.rows) // 2)]
-    return layerwise.measure(run.model, run.settings, rows, run.task.batch, run.progress, run.measured)
+    return layerwise.measure_layers(run.model, run.settings, rows, run.task.batch, run.progress, run.measured)
 
 
-def _recall(run: Run) -> dict[str, dict]:
+def _recall(run: TaskInput) -> dict[str, dict]:
     t = run.task
     recall.check_positions(run.model, run.tokenizer, t.context, t.recall_form)
     where = (run.ids.tolist(), t.context, t.cases, t.seed)
-    return recall.measure(
+    return recall.measure_recall(
         run.model,
         run.tokenizer,
         run.settings,
@@ -104,9 +104,9 @@ def _recall(run: Run) -> dict[str, dict]:
     )
 
 
-def _questions(run: Run) -> dict[str, dict]:
+def _questions(run: TaskInput) -> dict[str, dict]:
     t = run.task
-    return questions.measure(
+    return questions.measure_questions(
         run.model,
         run.tokenizer,
         run.settings,
@@ -118,11 +118,13 @@ def _questions(run: Run) -> dict[str, dict]:
     )
 
 
-def _speed(run: Run) -> dict[str, dict]:
-    return speed.measure(run.model, run.tokenizer, run.settings, run.rows[:1], run.progress, run.measured)
+def _speed(run: TaskInput) -> dict[str, dict]:
+    return speed.measure_speed(
+        run.model, run.tokenizer, run.settings, run.rows[:1], run.progress, run.measured
+    )
 
 
-TASKS: dict[str, Callable[[Run], dict[str, dict]]] = {
+TASKS: dict[str, Callable[[TaskInput], dict[str, dict]]] = {
     "perplexity": _perplexity,
     "decode": _decode,
     "layers": _layers,
@@ -130,7 +132,7 @@ TASKS: dict[str, Callable[[Run], dict[str, dict]]] = {
     "questions": _questions,
     "speed": _speed,
 }
-USUAL = ("perplexity",)  # the tasks when none is named
+USUAL_TASKS = ("perplexity",)  # the tasks when none is named
 
 
 def evaluate(
@@ -138,7 +140,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     settings: Sequence[Setting],
     task: Task,
-    names: Sequence[str] = USUAL,
+    names: Sequence[str] = USUAL_TASKS,
     progress: Progress = silent,
     work: Path | None = None,
 ) -> dict:
@@ -160,28 +162,28 @@ def evaluate(
             "range"
         )
     settings = distinct(settings)
-    measured = Measured(work, job_of(model, tokenizer, settings, task, names) if work else None)
-    run = Run(model, tokenizer, settings, task, progress, measured)
+    measured = Measured(work, evaluation_job(model, tokenizer, settings, task, names) if work else None)
+    run = TaskInput(model, tokenizer, settings, task, progress, measured)
     rows = {s.name: s.row() | {"task": ",".join(names)} for s in settings}
     try:
         for name in dict.fromkeys(names):
             for row, found in TASKS[name](run).items():
                 rows[row] |= found
-        for row, found in footprint.measure(
+        for row, found in footprint.measure_footprint(
             model, tokenizer, settings, run.rows[:1], progress, measured
         ).items():
             rows[row] |= found
     finally:
         measured.write()
     return {
-        "format": FORMAT,
+        "format": RESULT_FORMAT,
         "model": model.config._name_or_path,
         "environment": environment(model, task, run),
         "rows": list(rows.values()),
     }
 
 
-def job_of(
+def evaluation_job(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     settings: Sequence[Setting],
@@ -206,7 +208,7 @@ def _sha256(words: str) -> str:
     return hashlib.sha256(words.encode()).hexdigest()
 
 
-def environment(model: PreTrainedModel, task: Task, run: Run) -> dict:
+def environment(model: PreTrainedModel, task: Task, run: TaskInput) -> dict:
     sums = {name: _sha256(words) for name, words in task.texts.items()}
     data = {
         "name": ", ".join(sums),

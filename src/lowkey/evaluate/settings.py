@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from lowkey.allocation.allocators import ALLOCATORS
+from lowkey.allocation.allocators import RANK_ALLOCATORS
 from lowkey.cache.cache import LowkeyCache, Origin, cache_from, make_cache
 from lowkey.core.options import defaults_of
 from lowkey.core.row_names import told_apart
@@ -80,13 +80,13 @@ class Setting:
         return layer if isinstance(layer, StoringLayer) else None
 
 
-def identity(**known: object) -> dict:
+def row_identity(**known: object) -> dict:
     names = ("method", "plan", "policy", "budget", "bits", "packing", "layout", "sinks", "recent", "task")
     return dict.fromkeys(names) | known
 
 
 def full(model: PreTrainedModel) -> Setting:
-    return Setting("full", identity(budget="100%"), lambda: make_cache(model))
+    return Setting("full", row_identity(budget="100%"), lambda: make_cache(model))
 
 
 def packed(model: PreTrainedModel, bits: int | str, exact: Exact | None = None) -> Setting:
@@ -94,7 +94,7 @@ def packed(model: PreTrainedModel, bits: int | str, exact: Exact | None = None) 
     scheme(bits)  # refuses now what would be refused at the first case
     origin = Origin(weakref.ref(model), bits=bits, exact=exact)
     near = _window(model, origin)
-    known = identity(**_packing(bits), sinks=near.sinks, recent=near.recent)
+    known = row_identity(**_packing(bits), sinks=near.sinks, recent=near.recent)
     return Setting(
         scheme_name(bits),
         known,
@@ -117,12 +117,12 @@ def planned(
     bits = plan.bits if bits is None else None if bits == NO_BITS else bits
     origin = Origin(weakref.ref(model), plan, bits=NO_BITS if bits is None else bits, exact=exact)
     near = _window(model, origin)
-    known = identity(
+    known = row_identity(
         method=plan.method["name"], plan=path, budget=plan.budget, layout=plan.layout, **_packing(bits)
     )
     known |= {"sinks": near.sinks, "recent": near.recent}
     name = f"{plan.method['name']} {plan.budget}" + ("" if bits is None else f" {scheme_name(bits)}")
-    marks, made_of = {"window": _beside(near), **marks_of(plan, path)}, _hash(known, plan.digest())
+    marks, made_of = {"window": _beside(near), **plan_marks(plan, path)}, _hash(known, plan.digest())
     known["profile"] = {**plan.profile, "layers": list(plan.factors)}
     return Setting(name, known, lambda: cache_from(model, origin), marks=marks, made_of=made_of)
 
@@ -155,9 +155,12 @@ def _beside(exact: Exact) -> str:
     return " ".join(f"+ {n} {word}" for n, word in ((exact.sinks, "sinks"), (exact.recent, "recent")) if n)
 
 
-def marks_of(plan: Plan, path: str) -> dict[str, str]:
+def plan_marks(plan: Plan, path: str) -> dict[str, str]:
     """What tells a plan from others of its method and budget, in words."""
-    named = {"method": METHODS.get(plan.method["name"]), "allocator": ALLOCATORS.get(plan.allocator["name"])}
+    named = {
+        "method": METHODS.get(plan.method["name"]),
+        "allocator": RANK_ALLOCATORS.get(plan.allocator["name"]),
+    }
     options = {
         f"{what}.{name}": f"{name}={value}"
         for what, told in (("method", plan.method), ("allocator", plan.allocator))
@@ -169,11 +172,11 @@ def marks_of(plan: Plan, path: str) -> dict[str, str]:
         "allocator": plan.allocator["name"],
         **options,
         "seed": "" if seed is None else f"seed={seed}",
-        **place_of(path),
+        **plan_place(path),
     }
 
 
-def place_of(path: str) -> dict[str, str]:
+def plan_place(path: str) -> dict[str, str]:
     return {"folder": Path(path).name, "path": path} if path else {}
 
 
@@ -221,7 +224,7 @@ def evicted(
         plan.check(model)
     policy = policy.with_head_scores({**(plan.heads if plan else {}), **(heads or {})})
     words = policy_to_dict(policy)
-    known = identity(
+    known = row_identity(
         method=plan and plan.method["name"], plan=path, policy=words, budget=budget and str(budget)
     )
     origin = Origin(weakref.ref(model), plan, policy)
@@ -230,7 +233,7 @@ def evicted(
         f" on {plan.method['name']} {plan.budget}" if plan else ""
     )
     marks = {key: f"{key}={value}" for key, value in words["parameters"].items()} | (
-        marks_of(plan, path or "") if plan else {}
+        plan_marks(plan, path or "") if plan else {}
     )
     made_of = _hash(known, repr(policy), plan and plan.digest())
     return Setting(

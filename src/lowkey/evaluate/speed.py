@@ -21,7 +21,7 @@ STEPS, ROUNDS = 8, 3
 
 
 @torch.no_grad()
-def measure(
+def measure_speed(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     settings: Sequence[Setting],

@@ -23,7 +23,7 @@ from lowkey.attention import register
 from lowkey.core import files
 from lowkey.core.types import Factors, LowkeyError
 from lowkey.models import families, weights
-from lowkey.models.families import Geometry, Part, Projections, Rope
+from lowkey.models.families import Geometry, ProjectionPart, Projections, Rope
 from lowkey.ops.commuting import commutes
 from lowkey.ops.rope import rotate
 from lowkey.plan.plan import Plan
@@ -49,7 +49,7 @@ def export_hf(
     folder = Path(path)
     weights.check_plain("export", model, families.decoder_layers(model))
     plan.check(model)
-    merge, width = target(model, plan)
+    merge, width = plain_shape(model, plan)
     files.check_folder(folder, force)
     smaller = converted(model, plan, merge, width)
     if families.is_own(model.config):
@@ -57,14 +57,14 @@ def export_hf(
     with files.replacing_folder(folder) as temporary:
         smaller.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        files.write_text(temporary / "README.md", card(model, plan, merge, width))
+        files.write_text(temporary / "README.md", checkpoint_card(model, plan, merge, width))
     return folder
 
 
 # -- which plans
 
 
-def target(model: PreTrainedModel, plan: Plan) -> tuple[int, int]:
+def plain_shape(model: PreTrainedModel, plan: Plan) -> tuple[int, int]:
     """(how many KV heads become one, its width); refuses what no plain checkpoint can hold."""
     shape, d = families.geometry(model), families.geometry(model).head_dim
     kind = model.config.get_text_config().model_type
@@ -231,7 +231,7 @@ def layer_weights(
     """What the parameters of one layer's attention hold in the smaller model, by parameter."""
     block: Any = families.decoder_layers(model)[i].self_attn
     narrow: Any = families.decoder_layers(smaller)[i].self_attn
-    new = folded(families.projections(model, i), f, block.scaling / narrow.scaling)
+    new = factors_folded(families.projections(model, i), f, block.scaling / narrow.scaling)
     found = {narrow.o_proj.weight: new.o.transpose(0, 1).flatten(1)}
     parts = families.projection_parts(smaller, i)
     for part, weight, bias in zip(
@@ -241,13 +241,13 @@ def layer_weights(
     return found
 
 
-def _fill(found: dict, part: Part, weight: Tensor, bias: Tensor | None) -> None:
+def _fill(found: dict, part: ProjectionPart, weight: Tensor, bias: Tensor | None) -> None:
     for parameter, value in ((part.linear.weight, weight), (part.linear.bias, bias)):
         if value is not None:
             found.setdefault(parameter, torch.empty(parameter.shape))[part.rows] = value.flatten(0, 1)
 
 
-def folded(p: Projections, f: Factors, scale: float) -> Projections:
+def factors_folded(p: Projections, f: Factors, scale: float) -> Projections:
     """Keys and values are made as latents, queries in their basis (times `scale`), and outputs are read from
     the values' latents.
     """
@@ -272,7 +272,7 @@ def _without_bias(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None
     return (x, None) if bias is None else (x[..., :-1], x[..., -1])
 
 
-def card(model: PreTrainedModel, plan: Plan, merge: int, width: int) -> str:
+def checkpoint_card(model: PreTrainedModel, plan: Plan, merge: int, width: int) -> str:
     """A model card in Markdown."""
     g, known, inner = plan.geometry, plan.provenance, model.config.get_text_config()
     heads, itemsize = g["kv_heads"], model.dtype.itemsize

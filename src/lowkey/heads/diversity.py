@@ -36,15 +36,15 @@ from lowkey.core.progress import Progress, silent
 from lowkey.core.types import device_of
 from lowkey.models import families
 
-FORMAT = 1
-LEAST = 1e-10  # variance per head below which heads are the same: fp64 leaves 1e-15
+DIVERSITY_FORMAT = 1
+LEAST_VARIANCE = 1e-10  # variance per head below which heads are the same: fp64 leaves 1e-15
 MEASURES = (("qk", "uncentred"), ("qk", "centred"), ("vo", "uncentred"), ("vo", "centred"))
 
 
 # -- from weights
 
 
-def cosines(left: Tensor, right: Tensor) -> Tensor:
+def operator_cosines(left: Tensor, right: Tensor) -> Tensor:
     """Cosines (H, H) of the operators left[i]^T right[i] (D, D) under the Frobenius inner product, from left
     and right (H, d, D).
 
@@ -70,7 +70,7 @@ def effective_rank(gram: Tensor) -> float:
     the variance of equal heads.
     """
     energies = torch.linalg.eigvalsh(gram.double()).clamp(min=0)
-    if float(energies.sum()) <= LEAST * len(gram):
+    if float(energies.sum()) <= LEAST_VARIANCE * len(gram):
         return 1.0
     return float(torch.special.entr(energies / energies.sum()).sum().exp())
 
@@ -82,7 +82,7 @@ def circuit(left: Tensor, right: Tensor) -> dict:
     paper has it; mean_cosine: of pairs; cosines (H, H). All in [0, 1] but cosines. None where it says
     nothing: centred numbers of one head, numbers of zero operators (output projections that start at zero).
     """
-    gram = cosines(left, right)
+    gram = operator_cosines(left, right)
     heads = len(gram)
     found: dict = {
         "uncentred": None,
@@ -246,7 +246,7 @@ def diversity(
     0.
     """
     Compared(windows, context, inits, seed)
-    ids = text.encode(tokenizer, text.embedded("evaluation") if corpus is None else corpus, model)
+    ids = text.encode(tokenizer, text.embedded_text("evaluation") if corpus is None else corpus, model)
     rows = text.windows(ids, tokenizer, context, "data", least=windows)[:windows]
     layers = _measured(model, rows, progress, "")
     fresh = [
@@ -261,7 +261,7 @@ def diversity(
         "family": config.model_type,
         "heads": config.num_attention_heads,
     }
-    return {"format": FORMAT, **about, **settings, "layers": layers, "mean": _mean(layers)}
+    return {"format": DIVERSITY_FORMAT, **about, **settings, "layers": layers, "mean": _mean(layers)}
 
 
 def _measured(model: PreTrainedModel, rows: Tensor, progress: Progress, label: str) -> list[dict]:

@@ -72,7 +72,7 @@ KEYS = [
     "monkey",
 ]
 PEOPLE = ["Anna", "Tom", "Mary", "John", "Alice", "Peter", "Ruth", "David", "Sarah", "James", "Laura", "Paul"]
-KINDS = [
+KINDS_OF_THINGS = [
     "small",
     "golden",
     "wooden",
@@ -102,7 +102,7 @@ THINGS = [
 ]
 # fmt: on
 # of `copy`: tokens of the block, of it that are shown again, and to be written
-BLOCK, CUE, COPIED = 24, 16, 4
+COPIED_BLOCK, CUE, COPIED = 24, 16, 4
 # what ends a sentence, and what may follow it within a token
 CLOSING, QUOTES = (".", "!", "?"), " )\"'\u2019\u201d"
 
@@ -318,7 +318,7 @@ def _comparison(rng: random.Random, hay: Haystack, form: int) -> Story:
     """The reasoning needle of arXiv:2410.19258: who is older (form 0) or younger (form 1) decides which of
     two answers is right.
     """
-    people, kinds, things = (rng.sample(words, 2) for words in (PEOPLE, KINDS, THINGS))
+    people, kinds, things = (rng.sample(words, 2) for words in (PEOPLE, KINDS_OF_THINGS, THINGS))
     young = rng.randrange(18, 60)
     ages = rng.sample([young, young + rng.randrange(5, 30)], 2)
     likes = [f" {kind} {thing}" for kind, thing in zip(kinds, things, strict=True)]
@@ -334,17 +334,17 @@ def _comparison(rng: random.Random, hay: Haystack, form: int) -> Story:
 
 def _copy(rng: random.Random, hay: Haystack, form: int) -> Story:
     """Random tokens, all different; most of them are shown again, and the next are wanted."""
-    if len(hay.distinct) < BLOCK:
+    if len(hay.distinct) < COPIED_BLOCK:
         raise LowkeyError(
-            f"haystack: {len(hay.distinct)} different tokens cannot make a block of {BLOCK} to copy; give a "
+            f"haystack: {len(hay.distinct)} different tokens cannot make a block of {COPIED_BLOCK} to copy; give a "
             "longer text"
         )
-    block = rng.sample(hay.distinct, BLOCK)
+    block = rng.sample(hay.distinct, COPIED_BLOCK)
     return Story([Insert(block, right=(CUE, CUE + COPIED))], block[:CUE])
 
 
 @dataclass(frozen=True)
-class Task:
+class NeedleTask:
     """`draw` makes a story; `forms` is how many forms its question has."""
 
     summary: str
@@ -352,19 +352,19 @@ class Task:
     forms: int = 1
 
 
-TASKS: dict[str, Task] = {
-    "recall": Task("one fact, asked by its key", _facts(1)),
-    "facts": Task("eight facts, one of them asked by its key", _facts(8)),
-    "recall2": Task("three links and three facts; the asked key leads to the fact's key", _two_hops),
-    "comparison": Task(
+NEEDLE_TASKS: dict[str, NeedleTask] = {
+    "recall": NeedleTask("one fact, asked by its key", _facts(1)),
+    "facts": NeedleTask("eight facts, one of them asked by its key", _facts(8)),
+    "recall2": NeedleTask("three links and three facts; the asked key leads to the fact's key", _two_hops),
+    "comparison": NeedleTask(
         "two persons' ages and favourites; the favourite of the older or the younger is asked", _comparison, 2
     ),
-    "copy": Task("a block of random tokens, to be continued when it comes again", _copy),
+    "copy": NeedleTask("a block of random tokens, to be continued when it comes again", _copy),
 }
 
 
 def draw_case(
-    task: Task, haystack: Haystack, length: int, depth: float, form: int, rng: random.Random
+    task: NeedleTask, haystack: Haystack, length: int, depth: float, form: int, rng: random.Random
 ) -> Case:
     """One case; prompt and answer take `length` tokens in all.
 

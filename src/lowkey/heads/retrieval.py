@@ -28,19 +28,19 @@ from lowkey.core import files, text
 from lowkey.core.files.measured import Measured
 from lowkey.core.progress import Progress, silent
 from lowkey.core.types import LowkeyError, device_of
-from lowkey.heads.needles import TASKS, Case, Haystack, draw_case
+from lowkey.heads.needles import NEEDLE_TASKS, Case, Haystack, draw_case
 from lowkey.models import families
 from lowkey.models.attention_interface import attached
 from lowkey.models.fingerprint import check_model, data_fingerprint, model_fingerprint
 from lowkey.storage.attention_recording import AttentionRecordingLayer
 
-FORMAT, KIND = 1, "head-scores"
-LEAST = 10  # solved cases; fewer say nothing about heads
+HEADS_FORMAT, HEADS_FILE = 1, "head-scores"
+LEAST_CASES = 10  # solved cases; fewer say nothing about heads
 BY_KIND = ("copy", "r2", "er", "mass", "induction", "echo")
 BY_BEST = ("induction", "echo")  # a KV head is as good as the best of its group
 SPLITS = 10  # of the cases in two halves
-DIGITS = 6
-TYPES = {  # of the fields of a file, less the values
+SIGNIFICANT_DIGITS = 6
+SCORE_FIELDS = {  # of the fields of a file, less the values
     **dict.fromkeys(("kind", "task", "model", "model_sha256", "data_sha256"), str),
     **dict.fromkeys(("kv_heads", "drawn", "seed"), int),
     **{"layers": list, "settings": dict},
@@ -90,7 +90,7 @@ class Kind:
     tasks: tuple[str, ...]
 
 
-KINDS: dict[str, Kind] = {
+SCORE_KINDS: dict[str, Kind] = {
     "copy": Kind("exact copies out of the needle (HeadKV-R)", exact_copy, ("recall",)),
     "r2": Kind(
         "top attention on the right one of several answers (HeadKV-R2)", top_mass, ("comparison", "facts")
@@ -182,8 +182,8 @@ class HeadScores:
             "top": [[i, j, round(share, 4)] for i, j, share in self.top()],
         }
         return {
-            "format": FORMAT,
-            **{name: getattr(self, name) for name in TYPES},
+            "format": HEADS_FORMAT,
+            **{name: getattr(self, name) for name in SCORE_FIELDS},
             "layers": list(self.layers),
             **found,
         }
@@ -192,7 +192,9 @@ class HeadScores:
         """One JSON file, whole or not at all; one of lowkey's there before is replaced. Errors: LowkeyError
         when it cannot be written.
         """
-        files.write_json(Path(path), {**self.describe(), "values": self.values.tolist()}, KIND, indent=None)
+        files.write_json(
+            Path(path), {**self.describe(), "values": self.values.tolist()}, HEADS_FILE, indent=None
+        )
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel | None = None) -> HeadScores:
@@ -207,7 +209,9 @@ class HeadScores:
                 f"head scores {str(place)!r}: no such file; run `lowkey heads MODEL --kind r2 --out {place}` "
                 f"(kinds: {', '.join(BY_KIND)})"
             )
-        scores = _parse(files.read_json(place, "head scores", KIND, FORMAT), f"head scores {str(place)!r}")
+        scores = _parse(
+            files.read_json(place, "head scores", HEADS_FILE, HEADS_FORMAT), f"head scores {str(place)!r}"
+        )
         if model is not None:
             scores.check(model)
         return scores
@@ -230,9 +234,9 @@ class HeadScores:
 
 
 def _rounded(values: Tensor) -> Tensor:
-    """To DIGITS significant digits, which keeps files small and what is loaded equal to what was saved."""
+    """To SIGNIFICANT_DIGITS significant digits, which keeps files small and what is loaded equal to what was saved."""
     return torch.tensor(
-        [float(f"{x:.{DIGITS}g}") for x in values.flatten().tolist()], dtype=torch.float64
+        [float(f"{x:.{SIGNIFICANT_DIGITS}g}") for x in values.flatten().tolist()], dtype=torch.float64
     ).view(values.shape)
 
 
@@ -259,7 +263,7 @@ def _parse(meta: dict, where: str) -> HeadScores:
             "--out` anew"
         )
 
-    for name, kind in TYPES.items():
+    for name, kind in SCORE_FIELDS.items():
         if type(meta.get(name)) is not kind:
             raise refuse(f"field {name!r} is missing or no {kind.__name__}")
     if not all(type(i) is int and i >= 0 for i in meta["layers"]):
@@ -270,7 +274,7 @@ def _parse(meta: dict, where: str) -> HeadScores:
         raise refuse("field 'values' is no table of numbers") from None
     try:
         return HeadScores(
-            values=values, **{name: meta[name] for name in TYPES} | {"layers": tuple(meta["layers"])}
+            values=values, **{name: meta[name] for name in SCORE_FIELDS} | {"layers": tuple(meta["layers"])}
         )
     except LowkeyError as error:
         raise LowkeyError(f"{where}: {error}") from None
@@ -364,7 +368,7 @@ def estimate_heads(
 ) -> HeadScores:
     """Score every query head of the full-attention layers on `cases` needle cases.
 
-    task: a key of TASKS; None takes the first task of the kind that the model can do. haystack: a text (None:
+    task: a key of NEEDLE_TASKS; None takes the first task of the kind that the model can do. haystack: a text (None:
     the embedded one).
     lengths: tokens of a case (None: five, a fifth of `context` and so on up to it), crossed with `depths`
     places of the needle and the forms of the task's question. accept: which answers count, `exact` or `f1`
@@ -375,9 +379,9 @@ def estimate_heads(
     """
     sizes = tuple(lengths) if lengths is not None else tuple(round(context * i / 5) for i in range(1, 6))
     _check_request(model, kind, task, cases, sizes, depths, accept)
-    hay = Haystack(tokenizer, haystack if haystack is not None else text.embedded("calibration"))
+    hay = Haystack(tokenizer, haystack if haystack is not None else text.embedded_text("calibration"))
     text.check_ids(ids := torch.tensor(hay.ids), model)
-    job = _Job(model, tokenizer, KINDS[kind].score, accept, families.geometry(model).compressible)
+    job = _Job(model, tokenizer, SCORE_KINDS[kind].score, accept, families.geometry(model).compressible)
     known: dict[str, Any] = {
         "model": model.config._name_or_path,
         "model_sha256": model_fingerprint(model),
@@ -386,15 +390,15 @@ def estimate_heads(
         "settings": {"lengths": list(sizes), "depths": depths, "accept": accept},
     }
     measured = Measured(work, {**known, "kind": kind, "drawn": cases})
-    for name in [task] if task else KINDS[kind].tasks:
+    for name in [task] if task else SCORE_KINDS[kind].tasks:
         drawn = _cases(name, hay, cases, sizes, depths, seed)
         found = _solve(job, progress(drawn, f"{kind} on {name}", cases), cases, name, measured)
-        if len(found) >= LEAST:
+        if len(found) >= LEAST_CASES:
             break
     else:
         raise LowkeyError(
-            f"task {name!r}: {len(found)} of {cases} cases answered right, scores need {LEAST}; "
-            f"give another task ({', '.join(TASKS)}), more cases, a shorter context or another model"
+            f"task {name!r}: {len(found)} of {cases} cases answered right, scores need {LEAST_CASES}; "
+            f"give another task ({', '.join(NEEDLE_TASKS)}), more cases, a shorter context or another model"
         )
     return HeadScores(
         kind=kind,
@@ -416,14 +420,18 @@ def _check_request(
     depths: int,
     accept: str,
 ) -> None:
-    for name, value, known in (("kind", kind, KINDS), ("task", task, TASKS), ("accept", accept, ACCEPTS)):
+    for name, value, known in (
+        ("kind", kind, SCORE_KINDS),
+        ("task", task, NEEDLE_TASKS),
+        ("accept", accept, ACCEPTS),
+    ):
         if value is not None and value not in known:
             raise LowkeyError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
     if not attached(model):
         raise LowkeyError("model is not attached: call lowkey.attach(model) before estimate_heads")
-    if cases < LEAST or depths < 1 or not lengths:
+    if cases < LEAST_CASES or depths < 1 or not lengths:
         raise LowkeyError(
-            f"cases {cases}, depths {depths}: scores need {LEAST} cases, one depth and one length at least; "
+            f"cases {cases}, depths {depths}: scores need {LEAST_CASES} cases, one depth and one length at least; "
             "give more"
         )
     if (longest := families.positions(model)) is not None and max(lengths) > longest:
@@ -440,9 +448,14 @@ def _cases(
     seed alone."""
     places = [i / (depths - 1) for i in range(depths)] if depths > 1 else [0.5]
     grid = list(product(sorted(lengths), places))
-    chosen = [(*grid[i * len(grid) // count], (i + i // depths) % TASKS[task].forms) for i in range(count)]
+    chosen = [
+        (*grid[i * len(grid) // count], (i + i // depths) % NEEDLE_TASKS[task].forms) for i in range(count)
+    ]
     try:
-        return [draw_case(TASKS[task], hay, *at, random.Random(f"{seed} {i}")) for i, at in enumerate(chosen)]
+        return [
+            draw_case(NEEDLE_TASKS[task], hay, *at, random.Random(f"{seed} {i}"))
+            for i, at in enumerate(chosen)
+        ]
     except LowkeyError as error:
         raise LowkeyError(f"task {task!r}, lengths {', '.join(map(str, lengths))}: {error}") from None
 
@@ -455,7 +468,9 @@ def _solve(job: _Job, cases: Iterable[Case], count: int, task: str, measured: Me
     for number, case in enumerate(cases, 1):
         values = measured.tensor(f"{task}, case {number}", shape, partial(job.values, case))
         found += [] if values is None else [values]
-        if len(found) + count - number < LEAST or (not found and number >= max(LEAST, count // 5)):
+        if len(found) + count - number < LEAST_CASES or (
+            not found and number >= max(LEAST_CASES, count // 5)
+        ):
             break
     measured.write()
     return found

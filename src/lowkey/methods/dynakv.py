@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowkey.core import files, optimizer_state
-from lowkey.core.head_groups import merged, split
+from lowkey.core.head_groups import merged, rebuilt_heads
 from lowkey.core.options import Checked, option
 from lowkey.core.progress import Progress, silent
 from lowkey.core.types import (
@@ -41,12 +41,12 @@ from lowkey.probes import model_probe
 from lowkey.storage.bucketed import Gate
 from lowkey.storage.reconstruction import KVTransform
 
-WARMUP = 0.05  # of the steps
+LEVEL_WARMUP = 0.05  # of the steps
 COLDEST = 0.2  # of the temperature, which falls to it in a line
 UNFINISHED = "gates"  # in the work folder
-LOOKS = 5  # how often the held-out windows judge
+LEVEL_JUDGEMENTS = 5  # how often the held-out windows judge
 STEEP = 10.0  # of a gate at the start: how much a token minds to lose all its energy
-DOUBLINGS, HALVINGS = 12, 12  # of the price, to enclose it and to find it
+PRICE_DOUBLINGS, PRICE_HALVINGS = 12, 12  # of the price, to enclose it and to find it
 ROUNDING = 1e-6  # of a mean share
 Look = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -166,8 +166,8 @@ class ObservedReconstruction:
         k, v = self.look(
             merged(unrotate(keys, cos, sin) if pre else keys, f.k_down), merged(values, f.v_down)
         )
-        keys = split(k, f.k_up)
-        return rotate(keys, cos, sin) if pre else keys, split(v, f.v_up)
+        keys = rebuilt_heads(k, f.k_up)
+        return rotate(keys, cos, sin) if pre else keys, rebuilt_heads(v, f.v_up)
 
 
 @torch.no_grad()
@@ -241,7 +241,7 @@ class _GateTrainer:
             self.restore(found)
         for k in progress(range(self.done, s.steps), "training gates", s.steps - self.done):
             self.step(k, training[torch.randperm(len(training), generator=self.generator)[: s.batch]])
-            if (k + 1) % max(1, s.steps // LOOKS) == 0 or k + 1 == s.steps:
+            if (k + 1) % max(1, s.steps // LEVEL_JUDGEMENTS) == 0 or k + 1 == s.steps:
                 best, self.done = min(best, self.judged(), key=lambda found: found.divergence), k + 1
                 self.save(best)
         return best
@@ -249,7 +249,7 @@ class _GateTrainer:
     def step(self, k: int, ids: Tensor) -> None:
         s, parameters = self.settings, self.parameters()
         for group in self.optimizer.param_groups:
-            group["lr"] = s.lr * falling(k, max(1, s.steps), WARMUP)
+            group["lr"] = s.lr * falling(k, max(1, s.steps), LEVEL_WARMUP)
         loss = self.loss(ids, s.temperature * max(COLDEST, 1 - k / s.steps), self.generator)
         for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             p.grad = gradient
@@ -286,14 +286,14 @@ class _GateTrainer:
     def restore(self, found: dict[str, Tensor]) -> None:
         for index, p in enumerate(self.parameters()):
             p.data.copy_(self._fits(found, f"parameter.{index}", p))
-        optimizer_state.fill(self.optimizer, found, str(self.work))
+        optimizer_state.fill_state(self.optimizer, found, str(self.work))
         self.generator.set_state(self._fits(found, "random", self.generator.get_state()))
         self.done = int(self._fits(found, "done", torch.tensor(0)))
         if self.work is not None and not 0 < self.done <= self.settings.steps:
-            raise files.damaged(self.work, f"{self.done} of {self.settings.steps} steps are done")
+            raise files.damaged_work(self.work, f"{self.done} of {self.settings.steps} steps are done")
 
     def _fits(self, found: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
-        return files.fits(found, name, like, self.work or Path()).to(like.device)
+        return files.checked_tensor(found, name, like, self.work or Path()).to(like.device)
 
     def loss(self, ids: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
         def drawn(numbers: Tensor) -> Tensor:
@@ -359,10 +359,10 @@ class _GateTrainer:
         """Found between the first of 1, 2, 4 ... that is high enough and the first of -1, -2, -4 ... that is
         too low.
         """
-        reach = [2.0**i for i in range(DOUBLINGS)]
+        reach = [2.0**i for i in range(PRICE_DOUBLINGS)]
         high = next((p for p in reach if self._within(p)), reach[-1])
         low = next((-p for p in reach if not self._within(-p)), -reach[-1])
-        for _ in range(HALVINGS):
+        for _ in range(PRICE_HALVINGS):
             middle = (low + high) / 2
             low, high = (low, middle) if self._within(middle) else (middle, high)
         return high

@@ -21,7 +21,7 @@ from lowkey.ops.products import beside_one_another, group_size, joint_moments, o
 from lowkey.ops.rope import unrotate
 from lowkey.probes.layer_probe import LayerProbe
 
-BATCH = 4
+WINDOWS_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def weighted_queries(probe: LayerProbe, outputs: Tensor) -> Tensor:
     """
     device = device_of(probe.block)
     watch = Watch(probe, outputs.float().to(device))
-    for x in probe.inputs[: probe.training].split(BATCH):
+    for x in probe.inputs[: probe.training].split(WINDOWS_AT_ONCE):
         probe.run(x.to(device), watch)
     return watch.moment
 

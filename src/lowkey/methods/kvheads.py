@@ -15,11 +15,11 @@ from lowkey.core.options import option
 from lowkey.core.types import Basis, LayerBases, LayerStatistics, LowkeyError, head_blocks
 from lowkey.methods.base import Method, whole_head_numbers, whole_head_ranks
 from lowkey.ops.bases import principal
-from lowkey.ops.commuting import commuting_basis, spread
+from lowkey.ops.commuting import commuting_basis, spread_energy
 from lowkey.ops.products import joint_moments
 from lowkey.probes.layer_probe import LayerProbe
 
-Form = Literal["joint", "commuting", "mean"]
+KeyForm = Literal["joint", "commuting", "mean"]
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,13 @@ class KVHeadSVD(Method):
         return self.whole or self._key_form == "commuting"
 
     @property
-    def _key_form(self) -> Form:
+    def _key_form(self) -> KeyForm:
         if self.basis == "mean":
             return "mean"
         return "commuting" if self.keys == "commuting" else "joint"
 
     @property
-    def _value_form(self) -> Form:
+    def _value_form(self) -> KeyForm:
         return "mean" if self.basis == "mean" else "joint"
 
     @property
@@ -121,13 +121,13 @@ class KVHeadSVD(Method):
         return None if torch.equal(found, torch.arange(h)) else found
 
 
-def merging(moment: Tensor, h: int, t: int, form: Form, rotary: int, unit: int) -> Basis:
+def merging(moment: Tensor, h: int, t: int, form: KeyForm, rotary: int, unit: int) -> Basis:
     """Of each t of h heads side by side, with their joint second moment (h d, h d)."""
     columns, energy = reduced(head_blocks(moment, h // t), t, form, rotary)
     return Basis(columns.float(), spectrum=energy, merge=t, unit=unit)
 
 
-def reduced(moments: Tensor, t: int, form: Form, rotary: int) -> tuple[Tensor, Tensor]:
+def reduced(moments: Tensor, t: int, form: KeyForm, rotary: int) -> tuple[Tensor, Tensor]:
     """(columns (G, t d, t d), energies (G, d) of t columns each) from (G, t d, t d)."""
     d = moments.shape[-1] // t
     if form == "joint":
@@ -135,13 +135,13 @@ def reduced(moments: Tensor, t: int, form: Form, rotary: int) -> tuple[Tensor, T
         return columns, energy.unflatten(-1, (d, t)).sum(-1)
     if form == "commuting":
         columns, held = commuting_basis(moments, t, rotary)
-        return columns, spread(held, d)
-    columns = torch.kron(cosines(t), torch.eye(d, dtype=torch.float64)).expand(len(moments), -1, -1)
+        return columns, spread_energy(held, d)
+    columns = torch.kron(cosine_transform(t), torch.eye(d, dtype=torch.float64)).expand(len(moments), -1, -1)
     held = (columns.mT @ moments @ columns).diagonal(dim1=1, dim2=2).unflatten(-1, (t, d)).sum(-1)
-    return columns, spread(held, d)
+    return columns, spread_energy(held, d)
 
 
-def cosines(t: int) -> Tensor:
+def cosine_transform(t: int) -> Tensor:
     """(t, t) orthonormal, the first column constant: the cosine transform."""
     n = torch.arange(t, dtype=torch.float64)
     found = torch.cos(math.pi / t * torch.outer(n + 0.5, n)) * (2 / t) ** 0.5
@@ -149,7 +149,7 @@ def cosines(t: int) -> Tensor:
     return found
 
 
-def pair_losses(moment: Tensor, h: int, form: Form, rotary: int) -> Tensor:
+def pair_losses(moment: Tensor, h: int, form: KeyForm, rotary: int) -> Tensor:
     """(h, h): the energy that is lost when two heads of the joint moment (h d, h d) become one."""
     d = len(moment) // h
     blocks = moment.view(h, d, h, d).transpose(1, 2)

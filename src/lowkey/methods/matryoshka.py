@@ -19,8 +19,8 @@ from lowkey.ops.schedule import falling
 from lowkey.probes import model_probe
 from lowkey.probes.layer_probe import LayerProbe
 
-WARMUP = 0.1  # of the steps; the published code has 100 warm-up steps in an epoch
-LOOKS = 8  # how often the held-out windows judge
+WARMUP_SHARE = 0.1  # of the steps; the published code has 100 warm-up steps in an epoch
+JUDGEMENTS = 8  # how often the held-out windows judge
 JUDGED = 3  # ranks that they judge at
 
 
@@ -144,8 +144,10 @@ class _BasisTraining:
         """Ends at the best parameters that the held-out windows saw."""
         parameters = [p for pair in self.sides.values() for side in pair for p in side.parameters]
         optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)  # decay would pull the means to 0
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: falling(k, max(1, steps), WARMUP))
-        best, kept, every = self.judged(), _copies(parameters), max(1, steps // LOOKS)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda k: falling(k, max(1, steps), WARMUP_SHARE)
+        )
+        best, kept, every = self.judged(), _copies(parameters), max(1, steps // JUDGEMENTS)
         generator = torch.Generator().manual_seed(self.context.seed)
         for k in self.context.progress(range(steps), "tuning matryoshka", steps):
             rows = self.context.training_windows[

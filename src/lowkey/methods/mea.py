@@ -14,7 +14,7 @@ from lowkey.core.types import Basis, LayerBases, LayerStatistics
 from lowkey.methods.base import Method, whole_head_numbers, whole_head_ranks
 from lowkey.ops.aligning import alignment, head_gram
 from lowkey.ops.bases import principal
-from lowkey.ops.commuting import spread
+from lowkey.ops.commuting import spread_energy
 from lowkey.ops.products import joint_moments
 from lowkey.probes.layer_probe import LayerProbe
 
@@ -58,25 +58,25 @@ class MEA(Method):
             moments = joint_moments(statistics, probe.layout)
         blocks = [joint.view(h, d, h, d).transpose(1, 2) for joint in moments]
         if self.basis != "aligned":
-            keys, values = (mixed(head_gram(b), d) for b in blocks)
+            keys, values = (mixing_basis(head_gram(b), d) for b in blocks)
             return LayerBases(keys, values)
         counts = [r * h // d for r in self.candidates(h, d, ranks) if r < d]
         keys, values = (
-            aligned(b, counts, rotary) for b, rotary in zip(blocks, (probe.rotary, 0), strict=True)
+            aligned_basis(b, counts, rotary) for b, rotary in zip(blocks, (probe.rotary, 0), strict=True)
         )
         return LayerBases(keys, values)
 
 
-def mixed(gram: Tensor, d: int) -> Basis:
+def mixing_basis(gram: Tensor, d: int) -> Basis:
     """The eigenvectors of the head Gram (h, h), whole component heads one after another."""
     mixing, energy = principal(gram)
     columns = torch.kron(mixing.contiguous(), torch.eye(d, dtype=mixing.dtype))
     return Basis(
-        columns.unsqueeze(0).float(), spectrum=spread(energy.unsqueeze(0), d), merge=len(gram), unit=d
+        columns.unsqueeze(0).float(), spectrum=spread_energy(energy.unsqueeze(0), d), merge=len(gram), unit=d
     )
 
 
-def aligned(blocks: Tensor, counts: list[int], rotary: int) -> Basis:
+def aligned_basis(blocks: Tensor, counts: list[int], rotary: int) -> Basis:
     """For every count of component heads turns and a mixing of its own, where they keep more than mixing
     alone does.
     """
@@ -89,7 +89,9 @@ def aligned(blocks: Tensor, counts: list[int], rotary: int) -> Basis:
         if held == kept[n]:
             columns = (turns.unsqueeze(2) * mixing[:, None, :, None]).flatten(0, 1).flatten(1)
             exact.append((-(-n * d // h), columns.unsqueeze(0).float()))
-    return replace(mixed(head_gram(blocks), d), exact=tuple(exact), spectrum=spread(_energies(kept), d))
+    return replace(
+        mixing_basis(head_gram(blocks), d), exact=tuple(exact), spectrum=spread_energy(_energies(kept), d)
+    )
 
 
 def _energies(kept: dict[int, float]) -> Tensor:

@@ -22,7 +22,7 @@ from lowkey.probes.layer_probe import LayerProbe, LowRankReconstruction, layer_i
 from lowkey.storage.reconstruction import ReconstructionLayer
 from lowkey.storage.second_moments import joint_moment
 
-RIDGE = 1e-9  # relative to the mean eigenvalue: no direction of the values is wholly without energy
+VALUE_RIDGE = 1e-9  # relative to the mean eigenvalue: no direction of the values is wholly without energy
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class ReCalKV(Method):
         heads = statistics.heads
         t = group_size(heads, self.group, 4)
         similarity = cka(whitened(families.projections(probe.model, probe.index).k, statistics.inputs))
-        order = order_of(gathered(similarity, t))
+        order = order_of(grouped_by_similarity(similarity, t))
         keys, values = (reordered(m, order, heads) for m in joint_moments(statistics, probe.layout))
         return LayerBases(merged_basis(keys, heads, t), merged_basis(values, heads, heads), order)
 
@@ -104,7 +104,7 @@ def cka(parts: Tensor) -> Tensor:
     return hsic / own / own.unsqueeze(1)
 
 
-def gathered(similarity: Tensor, t: int) -> list[list[int]]:
+def grouped_by_similarity(similarity: Tensor, t: int) -> list[list[int]]:
     """Groups of t heads: pair after pair, most similar first, opens a group or joins its partner's while
     there is room for it.
 
@@ -165,7 +165,7 @@ def calibrated(f: Factors, moment: Tensor, iterations: int) -> Factors:
     if down.shape[0] == down.shape[1]:
         return f
     c = reordered(moment, f.order, heads)
-    c = c + (RIDGE * c.diagonal().mean()).clamp_min(torch.finfo(torch.float32).tiny) * torch.eye(
+    c = c + (VALUE_RIDGE * c.diagonal().mean()).clamp_min(torch.finfo(torch.float32).tiny) * torch.eye(
         len(c), dtype=torch.float64
     )
     for _ in range(iterations):

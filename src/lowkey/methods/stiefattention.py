@@ -28,14 +28,14 @@ from lowkey.ops.bases import principal_basis
 from lowkey.ops.stiefel import Predictor, RankedMatrices
 from lowkey.probes.layer_probe import LayerProbe
 
-BATCH = 4
+WINDOWS_PER_STEP = 4
 KEY_BATCH = 1  # the paper's windows per step, of keys; of values it has 4
 EPOCHS, PATIENCE = {"mlp": 50, "free": 100}, {"mlp": 5, "free": 30}
 WEIGHT_DECAY = 1e-4  # the paper's
 DELTA = 1e-6  # early stopping, the paper's
 JUDGED_EVERY = 10  # epochs of `free` between two looks at the held-out windows
 FLOOR = 1e-5  # a layer error below it is rounding
-WIDTH = 128  # of the predictor's hidden layers; the paper gives none
+HIDDEN_WIDTH = 128  # of the predictor's hidden layers; the paper gives none
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class StiefAttention(Method):
             return factors_of(keys(i) * kept[i], values(j) * kept[j])
 
         def loss(windows: Tensor) -> Tensor:
-            i, j = (spread(len(windows), count, generator).to(device) for _ in range(2))
+            i, j = (stratified_rows(len(windows), count, generator).to(device) for _ in range(2))
             # log: every rank pulls with its relative gain; the floor silences a window that drew both full
             # ranks
             return probe.errors(windows, factors(i, j)).clamp_min(FLOOR).log().mean()
@@ -96,7 +96,7 @@ class StiefAttention(Method):
             return mean_log(probe.held_error(factors(i, i)) for i in diagonal)
 
         lr = self.lr or 5e-3 * 128 / d
-        self._train([keys, values], loss, judge, JUDGED_EVERY, lr, BATCH, probe, generator)
+        self._train([keys, values], loss, judge, JUDGED_EVERY, lr, WINDOWS_PER_STEP, probe, generator)
         return LayerBases(_ranked(keys, start_k, ranks), _ranked(values, start_v, ranks))
 
     def _fit_mlp(
@@ -106,10 +106,10 @@ class StiefAttention(Method):
         start_k, start_v = self._start(statistics, probe)
         d = start_k.columns.shape[-1]
         eye = torch.eye(d, device=device_of(probe.block)).unsqueeze(0)
-        about_k = describe(
+        about_k = channel_statistics(
             statistics.keys(probe.layout), statistics.keys_mean(probe.layout), statistics, self.key_bases
         )
-        about_v = describe(
+        about_v = channel_statistics(
             head_blocks(statistics.values, statistics.heads),
             statistics.values_mean,
             statistics,
@@ -117,7 +117,7 @@ class StiefAttention(Method):
         )
 
         def one(about: Tensor, rank: int, batch: int, of: Callable[[Tensor], Factors]) -> tuple[int, Tensor]:
-            predictor = Predictor(about, d, WIDTH, generator).to(device_of(probe.block))
+            predictor = Predictor(about, d, HIDDEN_WIDTH, generator).to(device_of(probe.block))
 
             def factors() -> Factors:
                 return of(predictor()[..., :rank])
@@ -139,7 +139,7 @@ class StiefAttention(Method):
 
         lower = [r for r in ranks if r < d]
         exact_k = tuple(one(about_k, r, KEY_BATCH, lambda p: factors_of(p, eye)) for r in lower)
-        exact_v = tuple(one(about_v, r, BATCH, lambda p: factors_of(eye, p)) for r in lower)
+        exact_v = tuple(one(about_v, r, WINDOWS_PER_STEP, lambda p: factors_of(eye, p)) for r in lower)
         return LayerBases(
             Basis(start_k.columns, None, exact_k, start_k.spectrum),
             Basis(start_v.columns, None, exact_v, start_v.spectrum),
@@ -194,7 +194,7 @@ def factors_of(keys: Tensor, values: Tensor) -> Factors:
     return Factors(keys, keys.mT, values, values.mT)
 
 
-def spread(rows: int, count: int, generator: torch.Generator) -> Tensor:
+def stratified_rows(rows: int, count: int, generator: torch.Generator) -> Tensor:
     """`rows` random indices below `count`, evenly spread: one from each of `rows` equal strata, in random
     order.
     """
@@ -219,7 +219,7 @@ def _ranked(matrices: RankedMatrices, start: Basis, ranks: list[int]) -> Basis:
     )
 
 
-def describe(moments: Tensor, mean: Tensor, statistics: LayerStatistics, heads: Heads) -> Tensor:
+def channel_statistics(moments: Tensor, mean: Tensor, statistics: LayerStatistics, heads: Heads) -> Tensor:
     """Per-channel [mean; variance] (h|1, 2d), standardised so that the network's input has unit scale."""
     square = moments.diagonal(dim1=1, dim2=2) / statistics.tokens
     mean = mean.view_as(square)

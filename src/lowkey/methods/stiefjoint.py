@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowkey.core import files, optimizer_state
-from lowkey.core.head_groups import beside, blocks
+from lowkey.core.head_groups import blocks, side_by_side
 from lowkey.core.options import option
 from lowkey.core.types import Factors, LayerBases, device_of, head_blocks
 from lowkey.methods.base import CalibrationContext, GradientMethod
@@ -22,11 +22,11 @@ from lowkey.ops.products import roots, signs
 from lowkey.ops.schedule import falling
 from lowkey.probes import model_probe
 
-LOOKS = 4  # how often held-out windows judge
+JOINT_JUDGEMENTS = 4  # how often held-out windows judge
 JUDGING = 8  # of them, at most
-WARMUP = 0.1  # of the steps
+JOINT_WARMUP = 0.1  # of the steps
 BETAS = (0.9, 0.98)
-RIDGE = 1e-6
+GRADIENT_RIDGE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class StiefJoint(GradientMethod):
     lr: float = option(2e-4, above=0, at_most=10)
 
     def tune(self, bases: dict[int, LayerBases], context: CalibrationContext) -> dict[int, LayerBases]:
-        return self.closed_form(context, RIDGE)
+        return self.closed_form(context, GRADIENT_RIDGE)
 
     def finish(self, factors: dict[int, Factors], context: CalibrationContext) -> dict[int, Factors]:
         heads = families.geometry(context.model).kv_heads
@@ -73,9 +73,9 @@ class White:
     is white. Trained: down and up, (G, n, r) and (G, r, n)."""
 
     def __init__(self, moment: Tensor, down: Tensor, up: Tensor, device: torch.device) -> None:
-        root, inverse = roots(moment, RIDGE)
+        root, inverse = roots(moment, GRADIENT_RIDGE)
         self.t = moment.shape[-1] // up.shape[-1]
-        inside, back = root @ down.double(), beside(up, self.t).double() @ inverse
+        inside, back = root @ down.double(), side_by_side(up, self.t).double() @ inverse
         length = inside.norm(dim=-2, keepdim=True)
         self.root, self.inverse = root.float().to(device), inverse.float().to(device)
         self.down, self.up = (
@@ -144,9 +144,9 @@ class MapTraining:
             for p, gradient in zip(self.parameters, gradients, strict=True):
                 p.grad = gradient
             for group in optimizer.param_groups:
-                group["lr"] = lr * falling(k, steps, WARMUP)
+                group["lr"] = lr * falling(k, steps, JOINT_WARMUP)
             optimizer.step()
-            if (k + 1) % max(1, steps // LOOKS) == 0 or k + 1 == steps:
+            if (k + 1) % max(1, steps // JOINT_JUDGEMENTS) == 0 or k + 1 == steps:
                 if (now := self.judged()) < best:
                     best, kept = now, copies(self.parameters)
                 self._save(optimizer, kept, best, k + 1)
@@ -203,7 +203,7 @@ class MapTraining:
     def _saved(self) -> dict[str, Tensor] | None:
         found, own = files.read_work(self.context.work, "training"), self._widths()
         same = found is not None and torch.equal(
-            files.fits(found, "widths", own, self.context.work or Path()), own
+            files.checked_tensor(found, "widths", own, self.context.work or Path()), own
         )
         return found if same else None
 
@@ -212,14 +212,21 @@ class MapTraining:
         self, found: dict[str, Tensor], optimizer: torch.optim.Optimizer, steps: int
     ) -> tuple[float, list[Tensor], int]:
         work = self.context.work or Path()
-        kept = [files.fits(found, f"best.{n}", p, work).to(p.device) for n, p in enumerate(self.parameters)]
+        kept = [
+            files.checked_tensor(found, f"best.{n}", p, work).to(p.device)
+            for n, p in enumerate(self.parameters)
+        ]
         for n, p in enumerate(self.parameters):
-            p.copy_(files.fits(found, f"parameter.{n}", p, work))
-        optimizer_state.fill(optimizer, found, str(work))
-        done = int(files.fits(found, "done", torch.tensor(0), work))
+            p.copy_(files.checked_tensor(found, f"parameter.{n}", p, work))
+        optimizer_state.fill_state(optimizer, found, str(work))
+        done = int(files.checked_tensor(found, "done", torch.tensor(0), work))
         if not 0 < done <= steps:
-            raise files.damaged(work, f"{done} of {steps} steps are done")
-        return float(files.fits(found, "judged", torch.zeros((), dtype=torch.float64), work)), kept, done
+            raise files.damaged_work(work, f"{done} of {steps} steps are done")
+        return (
+            float(files.checked_tensor(found, "judged", torch.zeros((), dtype=torch.float64), work)),
+            kept,
+            done,
+        )
 
 
 def copies(parameters: Iterable[Tensor]) -> list[Tensor]:

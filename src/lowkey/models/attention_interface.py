@@ -21,7 +21,7 @@ from lowkey.backends.segment import Segment
 from lowkey.core.types import LowkeyError
 from lowkey.models import families
 
-NAME = "lowkey"
+ATTENTION_NAME = "lowkey"
 UNCOMPILED = "lowkey: a cache grows from step to step and a graph does not, so it runs between compiled parts; leave out fullgraph=True"
 
 
@@ -85,16 +85,16 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     families.family(model.config)
     if not families.stores_its_own(model.config):
         families.geometry(model)
-    AttentionInterface.register(NAME, attention)
+    AttentionInterface.register(ATTENTION_NAME, attention)
     # class-wide: a mask function set on one object is ignored
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
     # not the whole model: it may have a vision tower, whose masks are of other kinds
-    model.get_decoder().set_attn_implementation(NAME)
+    model.get_decoder().set_attn_implementation(ATTENTION_NAME)
     return model
 
 
 def attached(model: PreTrainedModel) -> bool:
-    return model.config.get_text_config()._attn_implementation == NAME
+    return model.config.get_text_config()._attn_implementation == ATTENTION_NAME
 
 
 def attention(

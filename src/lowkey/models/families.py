@@ -64,7 +64,7 @@ REFUSED = {
 }
 
 CHANGING_ROPE = ("dynamic", "longrope")
-OWN = LowkeyConfig.model_type
+OWN_TYPE = LowkeyConfig.model_type
 FROM_SCRATCH = "llama"  # what `pretrain` trains where a recipe names no model type
 
 
@@ -107,12 +107,12 @@ def family(config: PreTrainedConfig) -> Family:
 
 def is_own(config: PreTrainedConfig) -> bool:
     """Whether the model is one of `lowkey.attention`."""
-    return config.get_text_config().model_type == OWN
+    return config.get_text_config().model_type == OWN_TYPE
 
 
 def convertible() -> list[str]:
     """The families that `lowkey.conversion` can write in the decoder of `lowkey.attention`."""
-    return [*(name for name, family in FAMILIES.items() if not family.no_conversion), OWN]
+    return [*(name for name, family in FAMILIES.items() if not family.no_conversion), OWN_TYPE]
 
 
 def check_convertible(config: PreTrainedConfig) -> None:
@@ -185,14 +185,14 @@ def shapes(model: PreTrainedModel) -> Geometry:
     return Geometry(
         layers=len(kinds),
         heads=config.num_attention_heads,
-        kv_heads=kv_heads(config),
+        kv_heads=stored_heads(config),
         head_dim=head_dim(config),
         hidden=config.hidden_size,
         compressible=tuple(i for i, kind in enumerate(kinds) if kind == "full_attention"),
     )
 
 
-def kv_heads(config: PreTrainedConfig) -> int:
+def stored_heads(config: PreTrainedConfig) -> int:
     """How many heads of keys and values a layer stores."""
     return config.num_key_value_heads or config.num_attention_heads
 
@@ -222,7 +222,7 @@ def attention_input(model: PreTrainedModel, layer: int, hidden: Tensor) -> Tenso
 
 
 @dataclass(frozen=True)
-class Part:
+class ProjectionPart:
     """Where the model keeps one of its projections: some rows of a linear module, all of them unless it is
     fused.
     """
@@ -267,7 +267,9 @@ class Part:
         return parameter.detach()[self.rows].to("cpu", torch.float32, copy=True)
 
 
-def projection_parts(model: PreTrainedModel, layer: int) -> tuple[Part, Part, Part]:
+def projection_parts(
+    model: PreTrainedModel, layer: int
+) -> tuple[ProjectionPart, ProjectionPart, ProjectionPart]:
     """The live query, key and value projections of a layer: rows (H d, D), (h d, D) and (h d, D)."""
     if not family(model.config).fused_qkv:
         q, k, v = (_attention_part(model, layer, f"{name}_proj") for name in "qkv")
@@ -281,8 +283,10 @@ def projection_parts(model: PreTrainedModel, layer: int) -> tuple[Part, Part, Pa
     return q, k, v
 
 
-def _attention_part(model: PreTrainedModel, layer: int, name: str, rows: slice = slice(None)) -> Part:
-    return Part(getattr(decoder_layers(model)[layer].self_attn, name), rows)
+def _attention_part(
+    model: PreTrainedModel, layer: int, name: str, rows: slice = slice(None)
+) -> ProjectionPart:
+    return ProjectionPart(getattr(decoder_layers(model)[layer].self_attn, name), rows)
 
 
 @dataclass(frozen=True)

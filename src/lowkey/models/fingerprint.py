@@ -15,10 +15,12 @@ from lowkey.core.types import LowkeyError
 from lowkey.models import families, weights
 from lowkey.models.adapters import Adapters
 
-RULE = "2:"  # what a fingerprint says is as good as the rule it was taken by; the first rule had no mark
+RULE_VERSION = (
+    "2:"  # what a fingerprint says is as good as the rule it was taken by; the first rule had no mark
+)
 Read = dict[int, dict[tuple, bytes]]  # checksums of what lies at a place in memory
-WORDS = 1024  # 64-bit words in a row of the checksum
-CHUNK = 2**18  # numbers that are rounded at a time on a CPU, so that they stay in its cache
+WORDS_PER_ROW = 1024  # 64-bit words in a row of the checksum
+ROUNDED_AT_ONCE = 2**18  # numbers that are rounded at a time on a CPU, so that they stay in its cache
 
 # Fields of a config that cannot change what a model computes when it reads text. Everything else counts.
 IRRELEVANT = frozenset(
@@ -102,7 +104,7 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name in sorted(parts):
         digest.update(name.encode() + b"\0" + hashlib.sha256(parts[name]).digest())
-    return RULE + digest.hexdigest()
+    return RULE_VERSION + digest.hexdigest()
 
 
 def check_model(what: str, name: object, wanted: object, model: PreTrainedModel, remedy: str) -> None:
@@ -110,7 +112,7 @@ def check_model(what: str, name: object, wanted: object, model: PreTrainedModel,
     found = model_fingerprint(model)
     if wanted == found:
         return
-    if not str(wanted).startswith(RULE):
+    if not str(wanted).startswith(RULE_VERSION):
         why = "was made by an earlier version of lowkey, whose fingerprints left out numbers that change outputs"
         raise LowkeyError(f"{what} {why}; {remedy}")
     raise LowkeyError(
@@ -271,22 +273,24 @@ def _numbers(t: Tensor, name: str, read: Read) -> bytes:
     # what is offloaded has no place of its own
     key, known = (t.dtype, t.shape, t.stride()), read.get(t.data_ptr(), {})
     if key not in known:
-        known[key] = repr(tuple(t.shape)).encode() + checksum(t)
+        known[key] = repr(tuple(t.shape)).encode() + tensor_checksum(t)
     return known[key]
 
 
-def checksum(t: Tensor) -> bytes:
+def tensor_checksum(t: Tensor) -> bytes:
     """Of every number of a tensor, in bfloat16 where it is floating-point: the sums, modulo 2^64, of the rows
-    and of the columns of its bits as words of 64, laid out in rows of WORDS. No single change leaves them as
+    and of the columns of its bits as words of 64, laid out in rows of WORDS_PER_ROW. No single change leaves them as
     they were, nor does a move of numbers within a row or of rows. Exact, so the same on every device."""
     flat = t.contiguous().flatten()
-    size = WORDS * 8 // (2 if _rounds(flat) else flat.element_size())
+    size = WORDS_PER_ROW * 8 // (2 if _rounds(flat) else flat.element_size())
     whole = flat.numel() // size * size
-    columns, rows = torch.zeros(WORDS, dtype=torch.int64, device=t.device), []
+    columns, rows = torch.zeros(WORDS_PER_ROW, dtype=torch.int64, device=t.device), []
     for part in (
-        flat[:whole].split(max(size, CHUNK if t.device.type == "cpu" else 2**8 * CHUNK)) if whole else ()
+        flat[:whole].split(max(size, ROUNDED_AT_ONCE if t.device.type == "cpu" else 2**8 * ROUNDED_AT_ONCE))
+        if whole
+        else ()
     ):
-        words = _bits(part).view(torch.int64).view(-1, WORDS)
+        words = _bits(part).view(torch.int64).view(-1, WORDS_PER_ROW)
         columns += words.sum(0)
         rows.append(words.sum(1))
     sums = torch.cat([columns, *rows]).cpu().numpy().tobytes() if rows else b""

@@ -28,12 +28,12 @@ from lowkey.core.types import LowkeyError
 from lowkey.models.names import GGUF_MAGIC
 
 EXTRA = "pip install 'lowkey[gguf]'"
-ARCHITECTURE, SPLITS = "general.architecture", "tokenizer.ggml.pre"  # fields
+ARCHITECTURE, PRE_TOKENIZER = "general.architecture", "tokenizer.ggml.pre"  # fields
 UINT32, STRING, ARRAY = 4, 8, 9  # kinds of fields
 # bytes of the kinds that are numbers
 WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, UINT32: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 MOST_DIMS = 8
-LONGEST = 2**24  # bytes of a string; chat templates have thousands
+LONGEST_STRING = 2**24  # bytes of a string; chat templates have thousands
 FLOATS = {
     frozenset(["F32"]): torch.float32,
     frozenset(["F16"]): torch.float16,
@@ -57,7 +57,7 @@ def header(path: Path) -> Header:
     missing.
     """
     what = f"model {str(path)!r}"
-    with files.opened(path, "model", files.ANY_SIZE, "give a model folder or a GGUF file") as file:
+    with files.opened_file(path, "model", files.ANY_SIZE, "give a model folder or a GGUF file") as file:
         if file.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
             raise LowkeyError(
                 f"{what} is no GGUF file, for it does not begin as one; give another, or download it again"
@@ -75,7 +75,7 @@ def header(path: Path) -> Header:
         raise LowkeyError(f"{what}: has {size:,} bytes of {end:,}; it is cut off: download it again")
     if ARCHITECTURE not in words:
         raise LowkeyError(f"{what}: does not say of which architecture it is; give another")
-    return Header(words[ARCHITECTURE], FLOATS.get(types, torch.bfloat16), words.get(SPLITS, ""))
+    return Header(words[ARCHITECTURE], FLOATS.get(types, torch.bfloat16), words.get(PRE_TOKENIZER, ""))
 
 
 def _table(file: BinaryIO) -> tuple[dict[str, str], frozenset[str], int]:
@@ -123,7 +123,7 @@ def _skip(file: BinaryIO, kind: int) -> None:
 
 def _string(file: BinaryIO) -> str:
     (length,) = _numbers(file, "Q")
-    if length > LONGEST:
+    if length > LONGEST_STRING:
         raise ValueError("no string is so long")
     return _bytes(file, length).decode("utf-8", "replace")
 
@@ -184,7 +184,7 @@ def load_plain(path: Path, dtype: torch.dtype, device: str) -> tuple[PreTrainedM
     return plain, found
 
 
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """With its chat template. transformers cuts text as GPT-2 does where it does not know the file's rule;
     runs of digits and the blanks before them would then be cut otherwise than when the vocabulary was
     learned."""

@@ -41,7 +41,7 @@ def load(
     Errors: LowkeyError for a folder that is no model, an unknown Hub id, a damaged file, an unsupported
     family or dtype.
     """
-    check(name)
+    check_model_name(name)
     with _location(name) as place:
         _verify(name, place)
         try:
@@ -60,7 +60,7 @@ def load(
     return attach(model.eval()), tokenizer
 
 
-def check(name: str) -> None:
+def check_model_name(name: str) -> None:
     """That there is a model of this name, of a family that is supported, before anything large is read.
     Errors: LowkeyError.
     """
@@ -93,7 +93,7 @@ def _read(place: Path | str, dtype: torch.dtype | str, device: str) -> tuple[Any
 
 def _read_tokenizer(place: Path | str) -> Any:
     return (
-        gguf.load_tokenizer(Path(place))
+        gguf.load_gguf_tokenizer(Path(place))
         if is_gguf(place)
         else AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     )
@@ -107,12 +107,12 @@ def _verify(name: str, place: Path | str) -> None:
     try:
         files.steady(folder, lambda: files.verify(folder, "model"))
     except LowkeyError as error:
-        raise packaged.damaged(name, error) if name in PACKAGED else error from None
+        raise packaged.damaged_model(name, error) if name in PACKAGED else error from None
 
 
 def _no_model(name: str, error: Exception) -> LowkeyError:
     if name in PACKAGED:
-        return packaged.damaged(name, error)
+        return packaged.damaged_model(name, error)
     return LowkeyError(f"model {name!r} cannot be loaded: {first_line(error)}; {GIVE}")
 
 
@@ -138,7 +138,7 @@ def _location(name: str) -> AbstractContextManager[Path | str]:
     if name == TINY:
         return as_file(package_files("lowkey") / "data" / "tiny")
     if name in PACKAGED:
-        return nullcontext(packaged.place_of(name))
+        return nullcontext(packaged.packaged_folder(name))
     check_spelling(name)
     return nullcontext(name)
 

@@ -17,7 +17,7 @@ from lowkey.models import packaged
 from lowkey.models.packaged import PACKAGED
 
 TINY = "tiny"
-NEAR = 0.8  # how alike a name must be to one of ours not to be asked of the Hub
+ALIKE = 0.8  # how alike a name must be to one of ours not to be asked of the Hub
 GIVE = f"give a model folder, a Hub id, a .gguf file, or one of {', '.join(map(repr, (TINY, *PACKAGED)))}"
 GGUF_MAGIC = b"GGUF"  # the first bytes of a GGUF file
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]{0,95}", re.ASCII)  # owner/name
@@ -34,11 +34,11 @@ def check_name(name: str) -> None:
     if name == TINY:
         return
     if name in PACKAGED:
-        _check_folder(name, packaged.place_of(name))
+        _check_folder(name, packaged.packaged_folder(name))
         return
     check_spelling(name)
     if is_gguf(name):
-        with files.opened(Path(name), "model", files.ANY_SIZE, "give a model folder or a GGUF file"):
+        with files.opened_file(Path(name), "model", files.ANY_SIZE, "give a model folder or a GGUF file"):
             return
     if os.path.exists(name):
         _check_folder(name, Path(name))
@@ -50,7 +50,7 @@ def check_name(name: str) -> None:
 
 def check_spelling(name: str) -> None:
     """Raises: LowkeyError for a name that is nearly that of a model that comes with lowkey."""
-    if not os.path.exists(name) and (near := get_close_matches(name.lower(), [TINY, *PACKAGED], 1, NEAR)):
+    if not os.path.exists(name) and (near := get_close_matches(name.lower(), [TINY, *PACKAGED], 1, ALIKE)):
         raise LowkeyError(f"model {name!r} is unknown; did you mean {near[0]!r}?")
 
 

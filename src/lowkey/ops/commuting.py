@@ -40,7 +40,7 @@ def commuting_basis(
     return found.transpose(2, 3).flatten(3).flatten(1, 2), held
 
 
-def spread(energy: Float[Tensor, "G t"], d: int) -> Float[Tensor, "G d"]:
+def spread_energy(energy: Float[Tensor, "G t"], d: int) -> Float[Tensor, "G d"]:
     """The energy of t whole heads, each spread evenly over its d columns, in sums of t columns: what energy
     rules read.
     """
@@ -48,7 +48,7 @@ def spread(energy: Float[Tensor, "G t"], d: int) -> Float[Tensor, "G d"]:
     return (energy / d).repeat_interleave(d, -1).unflatten(-1, (d, t)).sum(-1)
 
 
-def nearest(maps: Float[Tensor, "*b d d"], rotary: int) -> Float[Tensor, "*b d d"]:
+def nearest_commuting(maps: Float[Tensor, "*b d d"], rotary: int) -> Float[Tensor, "*b d d"]:
     """The orthogonal projection onto the maps that commute."""
     d = maps.shape[-1]
     found = _maps(_numbers(maps, rotary), d)
@@ -61,7 +61,7 @@ def commutes(maps: Float[Tensor, "*b n d"], rotary: int, tolerance: float = 1e-5
     positions.
     """
     square = maps.double().unflatten(-2, (-1, maps.shape[-1]))
-    return bool((square - nearest(square, rotary)).norm() <= tolerance * square.norm())
+    return bool((square - nearest_commuting(square, rotary)).norm() <= tolerance * square.norm())
 
 
 def turning(maps: Float[Tensor, "*b d d"], rotary: int) -> Float[Tensor, "*b d d"]:

@@ -23,8 +23,8 @@ from lowkey.storage.exact import Exact
 from lowkey.storage.packing import scheme_or_none
 from lowkey.version import __version__
 
-FORMAT = 3
-FIELDS = (
+PLAN_FORMAT = 3
+PLAN_FIELDS = (
     "layout",
     "method",
     "allocator",
@@ -40,10 +40,10 @@ FIELDS = (
 )
 Refusal = Callable[[str], LowkeyError]
 MAPS = ("k_down", "k_up", "v_down", "v_up")
-JSON, TENSORS, CARD, KIND = "plan.json", "plan.safetensors", "README.md", "plan"
-NAMES = (*MAPS, "k_mean", "v_mean", "frequencies")  # of tensors
-LARGEST = 2**20  # of a model's sizes
-LONGEST = 1000  # characters of a name
+PLAN_JSON, PLAN_TENSORS, PLAN_CARD, PLAN_FILE = "plan.json", "plan.safetensors", "README.md", "plan"
+FACTOR_TENSORS = (*MAPS, "k_mean", "v_mean", "frequencies")  # of tensors
+LARGEST_SIZE = 2**20  # of a model's sizes
+LONGEST_NAME = 1000  # characters of a name
 
 
 @dataclass(frozen=True)
@@ -124,11 +124,13 @@ class Plan:
         Errors: LowkeyError when `path` holds something else, or cannot be written.
         """
         folder = Path(path)
-        files.check_folder(folder, force, again=JSON)
+        files.check_folder(folder, force, again=PLAN_JSON)
         with files.replacing_folder(folder) as temporary:
-            checksum = files.write_tensors(temporary / TENSORS, self._tensors(), KIND)
-            files.write_text(temporary / CARD, card(self))
-            return files.write_json(temporary / JSON, {**self.describe(), "tensors_sha256": checksum}, KIND)
+            checksum = files.write_tensors(temporary / PLAN_TENSORS, self._tensors(), PLAN_FILE)
+            files.write_text(temporary / PLAN_CARD, plan_card(self))
+            return files.write_json(
+                temporary / PLAN_JSON, {**self.describe(), "tensors_sha256": checksum}, PLAN_FILE
+            )
 
     def describe(self) -> dict:
         """Everything but the factors, as plan.json holds it."""
@@ -136,8 +138,8 @@ class Plan:
         order = {str(i): f.order.tolist() for i, f in self.factors.items() if f.order is not None}
         sizes = {dtype: self.bytes_per_token(size) for dtype, size in (("float32", 4), ("bfloat16", 2))}
         return {
-            "format": FORMAT,
-            **{n: getattr(self, n) for n in FIELDS},
+            "format": PLAN_FORMAT,
+            **{n: getattr(self, n) for n in PLAN_FIELDS},
             "ranks": ranks,
             "order": order,
             "bytes_per_token": sizes,
@@ -169,14 +171,18 @@ class Plan:
 
 def _read(folder: Path) -> Plan:
     meta = files.read_json(
-        folder / JSON, "plan", KIND, FORMAT, source="give the folder that lowkey compress wrote"
+        folder / PLAN_JSON,
+        "plan",
+        PLAN_FILE,
+        PLAN_FORMAT,
+        source="give the folder that lowkey compress wrote",
     )
 
     def refuse(rule: str) -> LowkeyError:
         return LowkeyError(f"plan {str(folder)!r}: {rule}; it is damaged: make it again")
 
     try:
-        fields = {n: meta[n] for n in FIELDS if n not in ("heads", "bits")}
+        fields = {n: meta[n] for n in PLAN_FIELDS if n not in ("heads", "bits")}
         fields |= {"heads": meta.get("heads", {}), "bits": meta.get("bits")}  # older plans had none
         ranks = {_index(i): pair for i, pair in meta["ranks"].items()}
         order = {_index(i): heads for i, heads in meta.get("order", {}).items()}
@@ -187,14 +193,14 @@ def _read(folder: Path) -> Plan:
     if rule := _flaw(fields) or _flaw_of_ranks(ranks, order, fields["geometry"]):
         raise refuse(rule)
     _check_heads(fields["heads"], len(ranks), heads, refuse)
-    tensors, factors = files.read_tensors(folder / TENSORS, "plan", KIND, checksum), {}
+    tensors, factors = files.read_tensors(folder / PLAN_TENSORS, "plan", PLAN_FILE, checksum), {}
     for i, (k, v) in ranks.items():
         try:
             factors[i] = _factors(tensors, i, fields["orthonormal"], d, order.get(i))
         except (KeyError, RuntimeError) as error:
             raise refuse(f"plan.safetensors lacks or garbles {error}") from None
         _check_factors(factors[i], (k, v), heads, d, fields["orthonormal"], refuse)
-    known = {f"{i}.{name}" for i in ranks for name in NAMES}
+    known = {f"{i}.{name}" for i in ranks for name in FACTOR_TENSORS}
     if extra := set(tensors) - known:
         raise refuse(f"plan.safetensors holds {min(extra)!r:.60}, which is of none of its layers")
     return Plan(factors, **fields)
@@ -211,7 +217,7 @@ def cache_shape(geometry: dict) -> tuple[int, int]:
     what no model can be.
     """
     for name in ("layers", "heads", "kv_heads", "head_dim", "hidden"):
-        if type(geometry[name]) is not int or not 1 <= geometry[name] <= LARGEST:
+        if type(geometry[name]) is not int or not 1 <= geometry[name] <= LARGEST_SIZE:
             raise ValueError(f"{name} {geometry[name]!r:.40} of geometry is no count")
     if geometry["heads"] % geometry["kv_heads"]:
         raise ValueError("heads of geometry are no multiple of kv_heads")
@@ -262,7 +268,7 @@ def _flaw(fields: dict) -> str | None:
 
 def _is_name(value: object) -> bool:
     """Text that can be shown."""
-    return isinstance(value, str) and 0 < len(value) <= LONGEST and value.isprintable()
+    return isinstance(value, str) and 0 < len(value) <= LONGEST_NAME and value.isprintable()
 
 
 def _flaw_of_ranks(ranks: dict, order: dict, geometry: dict) -> str | None:
@@ -361,7 +367,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def card(plan: Plan) -> str:
+def plan_card(plan: Plan) -> str:
     """A model card in Markdown."""
     g, known = plan.geometry, plan.provenance
     full, held = 4 * g["kv_heads"] * g["head_dim"] * len(plan.factors), plan.bytes_per_token(2)

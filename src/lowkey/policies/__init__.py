@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from lowkey.core.errors import LowkeyError
-from lowkey.policies.allocators import ALLOCATORS, HeadKV
+from lowkey.policies.allocators import TOKEN_ALLOCATORS, HeadKV
 from lowkey.policies.base import Policy
 from lowkey.policies.curdkv import CurDKV
 from lowkey.policies.expected import ExpectedAttention
@@ -74,7 +74,7 @@ def policy_to_dict(policy: Policy) -> dict:
         "name": _name(policy, SCORES),
         "budget": policy.budget and str(policy.budget),
         "parameters": parameters,
-        "allocator": {"name": _name(allocator, ALLOCATORS), "parameters": asdict(allocator)},  # type: ignore[call-overload]
+        "allocator": {"name": _name(allocator, TOKEN_ALLOCATORS), "parameters": asdict(allocator)},  # type: ignore[call-overload]
     }
 
 
@@ -86,7 +86,7 @@ def policy_from_dict(written: dict) -> Policy:
     """
     try:
         allocator = written["allocator"]
-        split = ALLOCATORS[allocator["name"]](**_tuples(allocator["parameters"]))
+        split = TOKEN_ALLOCATORS[allocator["name"]](**_tuples(allocator["parameters"]))
         return SCORES[written["name"]](written["budget"], allocator=split, **_tuples(written["parameters"]))
     except LowkeyError:
         raise

@@ -64,7 +64,7 @@ class AllocationRequest:
         )
 
 
-class Allocator(Checked, ABC):
+class TokenAllocator(Checked, ABC):
     """Splits a budget over layers and heads.
 
     Attributes:
@@ -95,7 +95,7 @@ class Allocator(Checked, ABC):
 
 
 @dataclass(frozen=True)
-class Uniform(Allocator):
+class UniformTokens(TokenAllocator):
     """Uniform: every layer and head keeps the same number of tokens."""
 
     scope: ClassVar[Scope] = "layer"
@@ -106,7 +106,7 @@ class Uniform(Allocator):
 
 
 @dataclass(frozen=True)
-class Pyramid(Allocator):
+class Pyramid(TokenAllocator):
     """PyramidKV: lower layers keep more. All heads of a layer keep the same number.
 
     With b the budget per head beyond sinks and recent tokens, layers get from `2b - b/beta` (the first) to
@@ -134,7 +134,7 @@ class Pyramid(Allocator):
 
 
 @dataclass(frozen=True)
-class Ada(Allocator):
+class Ada(TokenAllocator):
     """Ada-KV: the heads of a layer compete for the layer's share.
 
     The layer's best tokens over all its heads, as many as its share, are counted by head. A head gets
@@ -176,7 +176,7 @@ class Global(Ada):
 
 
 @dataclass(frozen=True)
-class Blocks(Allocator):
+class Blocks(TokenAllocator):
     """KV-Compress: all layers and heads compete with whole blocks of tokens.
 
     The tokens of a head are sorted by score and cut into blocks; a block is worth its lowest score. Blocks of
@@ -214,7 +214,7 @@ class Blocks(Allocator):
 
 
 @dataclass(frozen=True)
-class HeadKV(Allocator):
+class HeadKV(TokenAllocator):
     """HeadKV: heads get tokens by an importance that was measured beforehand.
 
     Beyond sinks and recent tokens, `1/beta` of every head's budget goes to a pool that is split in proportion
@@ -260,7 +260,7 @@ class HeadKV(Allocator):
 
 
 @dataclass(frozen=True)
-class Classes(Allocator):
+class Classes(TokenAllocator):
     """RazorAttention's two classes of heads: retrieval heads keep all they can, the others share the rest
     equally.
 
@@ -297,7 +297,7 @@ class Classes(Allocator):
 
 
 @dataclass(frozen=True)
-class AtLeast(Allocator):
+class AtLeast(TokenAllocator):
     """Threshold: every token of a sufficient score is kept, whatever memory that takes. For policies without
     a budget.
 
@@ -315,8 +315,8 @@ class AtLeast(Allocator):
         return (request.scores >= self.score).sum(-1).cpu()
 
 
-ALLOCATORS: dict[str, type[Allocator]] = {
-    "uniform": Uniform,
+TOKEN_ALLOCATORS: dict[str, type[TokenAllocator]] = {
+    "uniform": UniformTokens,
     "pyramid": Pyramid,
     "ada": Ada,
     "global": Global,

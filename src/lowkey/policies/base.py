@@ -17,12 +17,12 @@ from torch.nn.functional import avg_pool1d, max_pool1d
 
 from lowkey.core.budget import Budget
 from lowkey.core.errors import LowkeyError
-from lowkey.core.options import check, option
+from lowkey.core.options import check_options, option
 from lowkey.ops.precision import for_products
-from lowkey.policies.allocators import ALLOCATORS, Allocator, HeadImportance
+from lowkey.policies.allocators import TOKEN_ALLOCATORS, HeadImportance, TokenAllocator
 
 Pooling = Literal["max", "mean"]
-Rope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+CosAndSin = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 # Attention weights that are formed at once. On an accelerator a block takes 128 MiB in fp32, and a few copies
 # of it exist for a moment. On a CPU a block is faster if it stays in the processor's own cache.
@@ -68,7 +68,7 @@ class EvictionContext:
     query_positions: Tensor
     scaling: float
     softcap: float | None
-    rope: Rope
+    rope: CosAndSin
     previous_scores: Tensor
     repeated_span: Tensor | None = None
     repetition_lse: Tensor | None = None
@@ -181,7 +181,7 @@ class Policy(ABC):
     layer: ClassVar[str] = "evicting"
 
     budget: Budget | str | None
-    allocator: str | Allocator = "uniform"
+    allocator: str | TokenAllocator = "uniform"
     sinks: int = option(4, at_least=0, at_most=2**24)
     recent: int = option(8, at_least=0, at_most=2**24)
     every: int = option(0, at_least=0, at_most=2**24)
@@ -189,10 +189,10 @@ class Policy(ABC):
     def __post_init__(self) -> None:
         parsed = None if self.budget is None else Budget.parse(self.budget)
         object.__setattr__(self, "budget", parsed)
-        check(self)
-        if isinstance(self.allocator, str) and self.allocator not in ALLOCATORS:
+        check_options(self)
+        if isinstance(self.allocator, str) and self.allocator not in TOKEN_ALLOCATORS:
             raise LowkeyError(
-                f"allocator {self.allocator!r} is unknown; choose one of {', '.join(ALLOCATORS)}"
+                f"allocator {self.allocator!r} is unknown; choose one of {', '.join(TOKEN_ALLOCATORS)}"
             )
         if self.resolved_allocator().bounded != (parsed is not None):
             rule = (
@@ -214,9 +214,9 @@ class Policy(ABC):
             "always kept; raise the budget or lower sinks or recent"
         )
 
-    def resolved_allocator(self) -> Allocator:
+    def resolved_allocator(self) -> TokenAllocator:
         """The allocator as an object; one given by name has its default options."""
-        return ALLOCATORS[self.allocator]() if isinstance(self.allocator, str) else self.allocator
+        return TOKEN_ALLOCATORS[self.allocator]() if isinstance(self.allocator, str) else self.allocator
 
     @property
     def uses_rotations(self) -> bool:
@@ -269,7 +269,9 @@ def norms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def pooled(context: EvictionContext, scores: Tensor, kernel: int, pooling: Pooling, window: int) -> Tensor:
+def pooled_scores(
+    context: EvictionContext, scores: Tensor, kernel: int, pooling: Pooling, window: int
+) -> Tensor:
     """Pool scores over neighbouring positions, so that clusters of tokens are kept together.
 
     Tokens of the observation window are not pooled: they neither raise scores of the prompt nor take from it.

@@ -13,7 +13,7 @@ from lowkey.core.options import option
 from lowkey.ops.rope import unrotate
 from lowkey.policies.base import EvictionContext, Policy, norms
 
-TINY = torch.finfo(torch.float32).tiny
+SMALLEST_FP32 = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _unrotated_keys(context: EvictionContext) -> Tensor:
 
 def _normalised(scores: Tensor) -> Tensor:
     """Scores (..., s) divided by their sum."""
-    return scores / scores.sum(-1, keepdim=True).clamp_min(TINY)
+    return scores / scores.sum(-1, keepdim=True).clamp_min(SMALLEST_FP32)
 
 
 def _normalised_locally(scores: Tensor, valid: Tensor, size: int) -> Tensor:

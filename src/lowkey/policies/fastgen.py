@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowkey.core.budget import Budget
 from lowkey.core.options import option
-from lowkey.policies.allocators import Allocator
+from lowkey.policies.allocators import TokenAllocator
 from lowkey.policies.base import EvictionContext, Policy, attention_sums
 
 ALL_TOKENS = 3  # the number of the last set
@@ -50,7 +50,7 @@ class FastGen(Policy):
     paper: ClassVar[str] = "arXiv:2310.01801"
 
     budget: Budget | str | None = None
-    allocator: str | Allocator = ""  # replaced by `at-least` or `global`, depending on the budget
+    allocator: str | TokenAllocator = ""  # replaced by `at-least` or `global`, depending on the budget
 
     recovery: float = option(0.95, at_least=0, at_most=1)
     local: float = option(0.3, at_least=0, at_most=1)

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lowkey.core.options import option
-from lowkey.policies.base import EvictionContext, Policy, Pooling, attention_sums, pooled
+from lowkey.policies.base import EvictionContext, Policy, Pooling, attention_sums, pooled_scores
 
 
 @dataclass(frozen=True)
@@ -42,4 +42,4 @@ class KVCompress(Policy):
 
     def score(self, context: EvictionContext) -> Tensor:
         new = attention_sums(context, self.window, squared=True).sum(2)
-        return context.previous_scores + pooled(context, new, self.kernel, self.pooling, self.window)
+        return context.previous_scores + pooled_scores(context, new, self.kernel, self.pooling, self.window)

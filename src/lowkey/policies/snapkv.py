@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lowkey.core.options import option
-from lowkey.policies.base import EvictionContext, Policy, Pooling, attention_sums, pooled
+from lowkey.policies.base import EvictionContext, Policy, Pooling, attention_sums, pooled_scores
 
 
 @dataclass(frozen=True)
@@ -41,4 +41,4 @@ class SnapKV(Policy):
         # A row may have fewer queries than the window.
         queries = (context.newest_query_positions(self.window) >= 0).sum(1).clamp_min(1)
         mean = attention_sums(context, self.window).mean(2) / queries[:, None, None]
-        return pooled(context, mean, self.kernel, self.pooling, self.window)
+        return pooled_scores(context, mean, self.kernel, self.pooling, self.window)

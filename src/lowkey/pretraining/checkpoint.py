@@ -21,14 +21,14 @@ from torch.optim import Optimizer
 from lowkey.core import files
 from lowkey.core.types import LowkeyError
 
-CHECKPOINT, JOB, RESULT, TOKENS, FINISHED = (
+CHECKPOINT, JOB_FILE, RESULT, TOKEN_FOLDER, FINISHED = (
     "checkpoint.safetensors",
     "job.json",
     "result.json",
     "tokens",
     ".finished",
 )
-KIND = "run"  # of a job's file
+RUN_FILE = "run"  # of a job's file
 # what optimizers keep for a parameter
 STATES = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
 PUBLISHED = r"(generation_)?config\.json|model.*\.safetensors.*|.*token.*\.json|vocab.*|merges.*|chat_template.*|recipe\.toml|[^/]*\.py"
@@ -40,22 +40,22 @@ def claim(out: Path, job: Mapping[str, Any], force: bool) -> None:
     """Mark `out` as this job's; with `force` what says that it is another's goes. Errors: LowkeyError when it
     is another job's.
     """
-    marker = out / JOB
+    marker = out / JOB_FILE
     if force:
         # the log is cut when the run begins, weights are replaced when it ends
         for name in (RESULT, CHECKPOINT):
             (out / name).unlink(missing_ok=True)
     elif marker.exists():
-        if difference := _difference(files.read_json(marker, "job", KIND)["job"], job):
+        if difference := _difference(files.read_json(marker, "job", RUN_FILE)["job"], job):
             raise LowkeyError(
                 f"output {str(out)!r} holds another run ({difference}); choose another folder, or --force to "
                 "start anew"
             )
         return
-    files.write_json(marker, {"job": job}, KIND)
+    files.write_json(marker, {"job": job}, RUN_FILE)
 
 
-def check_folder(out: Path, force: bool, source: str | None = None) -> None:
+def check_run_folder(out: Path, force: bool, source: str | None = None) -> None:
     """Before any work: a folder that can be written and is new, empty, or a run's, not the model that is
     trained further; where a model will be put, nothing that lowkey did not write. Errors: LowkeyError."""
     if source is not None and Path(source).resolve() == out.resolve():
@@ -68,8 +68,8 @@ def check_folder(out: Path, force: bool, source: str | None = None) -> None:
         raise LowkeyError(f"output {str(out)!r} is a file; choose a folder")
     if not out.is_dir():
         return
-    marked = files.kind_of(out / JOB) == KIND
-    if not marked and any(p.name != TOKENS and not files.is_passing(p) for p in out.iterdir()):
+    marked = files.kind_of(out / JOB_FILE) == RUN_FILE
+    if not marked and any(p.name != TOKEN_FOLDER and not files.is_passing(p) for p in out.iterdir()):
         raise LowkeyError(
             f"output {str(out)!r} already holds files, and no run of lowkey's; choose another folder"
         )
@@ -83,7 +83,7 @@ def check_folder(out: Path, force: bool, source: str | None = None) -> None:
             )
 
 
-def job_of(recipe: Mapping[str, Any], tokens: str, model: str) -> dict[str, Any]:
+def training_job(recipe: Mapping[str, Any], tokens: str, model: str) -> dict[str, Any]:
     """What makes two runs the same run: the recipe but for what does not change the numbers or only how they
     are kept, the data, the initial weights."""
     training = {k: v for k, v in recipe["training"].items() if k not in FREE}
@@ -101,13 +101,13 @@ def _difference(there: Any, here: Any, place: str = "") -> str:
     return ""
 
 
-def save(
+def save_checkpoint(
     path: Path, model: nn.Module, optimizers: Sequence[Optimizer], about: dict[str, Any], write: bool
 ) -> None:
     """about: plain values. Every process takes part, since sharded tensors are gathered; the one with `write`
     writes.
     """
-    found = {f"model.{name}": whole(t) for name, t in weights(model).items()}
+    found = {f"model.{name}": whole(t) for name, t in full_weights(model).items()}
     names = {id(p): name for name, p in model.named_parameters()}
     for optimizer in optimizers:
         for p, state in optimizer.state.items():
@@ -118,8 +118,8 @@ def save(
 
 
 @torch.no_grad()
-def restore(path: Path, model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
-    """What `save` was given as `about`; model and optimizers are filled. Errors: LowkeyError for a file that
+def restore_checkpoint(path: Path, model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
+    """What `save_checkpoint` was given as `about`; model and optimizers are filled. Errors: LowkeyError for a file that
     does not fit them.
     """
 
@@ -131,16 +131,16 @@ def restore(path: Path, model: nn.Module, optimizers: Sequence[Optimizer]) -> di
     found = files.read_tensors(
         path, "checkpoint", "checkpoint", remedy="delete it, or start anew with --force"
     )
-    if missing := ({f"model.{name}" for name in weights(model)} | {"about"}) - found.keys():
+    if missing := ({f"model.{name}" for name in full_weights(model)} | {"about"}) - found.keys():
         raise refuse(f"lacks {min(missing)}")
-    for name, t in weights(model).items():
+    for name, t in full_weights(model).items():
         if found[f"model.{name}"].shape != t.shape or found[f"model.{name}"].dtype != t.dtype:
             raise refuse(f"{name} has another shape or dtype")
     try:
         about = files.parse_json(bytes(found["about"].tolist()).decode())
     except (ValueError, TypeError) as error:
         raise refuse(f"its description cannot be read ({error})") from None
-    for name, t in weights(model).items():
+    for name, t in full_weights(model).items():
         t.copy_(_like(t, found.pop(f"model.{name}")))
     names = {id(p): name for name, p in model.named_parameters()}
     for optimizer in optimizers:
@@ -168,21 +168,21 @@ def _state(found: Mapping[str, Tensor], name: str, p: Tensor) -> dict[str, Tenso
     return {key: _like(p, t) if t.shape == p.shape else t for key, t in mine.items() if "." not in key}
 
 
-def weights(model: nn.Module) -> dict[str, Tensor]:
+def full_weights(model: nn.Module) -> dict[str, Tensor]:
     """Parameters, tied ones once, and saved buffers, by name."""
     kept = model.state_dict().keys()
     buffers = {name: b for name, b in model.named_buffers() if name in kept}
     return dict(model.named_parameters()) | buffers
 
 
-def gathered(t: Tensor) -> Tensor:
+def gathered_tensor(t: Tensor) -> Tensor:
     """A sharded tensor put together; every process takes part."""
     t = t.detach()
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
 def whole(t: Tensor) -> Tensor:
-    return gathered(t).cpu()
+    return gathered_tensor(t).cpu()
 
 
 def _like(t: Tensor, found: Tensor) -> Tensor:

@@ -23,13 +23,13 @@ from lowkey.models.names import is_local
 from lowkey.pretraining.recipe import Data
 from lowkey.pretraining.rows import Stream
 
-BATCH = 2**20  # characters tokenized at once
+TOKENIZED_AT_ONCE = 2**20  # characters tokenized at once
 PER_TOKEN = 6  # characters at most, of a text's mean token
-KINDS = (".txt", ".jsonl", ".parquet")
-PARTS = ("training", "held_out")
-ABOUT, KIND = "about.json", "tokens"
-DTYPES = ("uint16", "uint32")
-LONGEST = 2**30  # bytes of a line
+TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
+CORPUS_PARTS = ("training", "held_out")
+CORPUS_JSON, CORPUS_FILE = "about.json", "tokens"
+TOKEN_DTYPES = ("uint16", "uint32")
+LONGEST_LINE = 2**30  # bytes of a line
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def prepare(data: Data, work: Path, progress: Progress = silent) -> Corpus:
     """
     named = None if data.vocab_size else load_tokenizer(data.tokenizer)
     folder = (Path(data.cache) if data.cache else work) / _identity(data, named)
-    if not (folder / ABOUT).is_file():
+    if not (folder / CORPUS_JSON).is_file():
         _make(folder, data, named, progress)
     return files.steady(folder, lambda: _read(folder, named))
 
@@ -70,7 +70,7 @@ def _identity(data: Data, tokenizer: PreTrainedTokenizerBase | None) -> str:
     if data.path and path.exists():
         about["files"] = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in _files(path)]
     if not data.path:
-        about["text"] = hashlib.sha256(text.embedded("calibration").encode()).hexdigest()
+        about["text"] = hashlib.sha256(text.embedded_text("calibration").encode()).hexdigest()
     if tokenizer is not None:
         about["tokenizer"] = tokenizer.backend_tokenizer.to_str() + str(tokenizer.special_tokens_map)
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
@@ -83,8 +83,8 @@ def documents(data: Data) -> Iterator[str]:
     """Every document that holds text, in order."""
     path = Path(data.path)
     if not data.path:
-        found: Iterable[str] = [text.embedded("calibration")]
-    elif path.exists() or path.suffix in KINDS or is_local(data.path):
+        found: Iterable[str] = [text.embedded_text("calibration")]
+    elif path.exists() or path.suffix in TEXT_SUFFIXES or is_local(data.path):
         found = (document for file in _files(path) for document in _documents_of(file, data.text_field))
     else:
         found = _dataset(data)
@@ -95,15 +95,17 @@ def _files(path: Path) -> list[Path]:
     if not path.exists():
         raise LowkeyError(f"data.path {str(path)!r}: no such file or folder; give one, or a dataset's id")
     found = (
-        sorted(p for p in path.rglob("*") if p.suffix in KINDS and p.is_file()) if path.is_dir() else [path]
+        sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file())
+        if path.is_dir()
+        else [path]
     )
     if not found:
         raise LowkeyError(
-            f"data.path {str(path)!r}: no {', '.join(KINDS)} in this folder; give one that holds such files"
+            f"data.path {str(path)!r}: no {', '.join(TEXT_SUFFIXES)} in this folder; give one that holds such files"
         )
-    if found[0].suffix not in KINDS:
+    if found[0].suffix not in TEXT_SUFFIXES:
         raise LowkeyError(
-            f"data.path {str(path)!r}: is none of {', '.join(KINDS)}; give such a file, a folder of them, or "
+            f"data.path {str(path)!r}: is none of {', '.join(TEXT_SUFFIXES)}; give such a file, a folder of them, or "
             "a dataset's id"
         )
     return found
@@ -119,12 +121,12 @@ def _documents_of(file: Path, field: str) -> Iterator[str]:
 
 
 def _lines(file: Path) -> Iterator[Any]:
-    with files.opened(file, "data.path", files.ANY_SIZE, "give a file of JSON lines") as lines:
-        for number, line in enumerate(iter(lambda: lines.readline(LONGEST), b""), 1):
+    with files.opened_file(file, "data.path", files.ANY_SIZE, "give a file of JSON lines") as lines:
+        for number, line in enumerate(iter(lambda: lines.readline(LONGEST_LINE), b""), 1):
             if not line.strip():
                 continue
             try:
-                if len(line) == LONGEST:
+                if len(line) == LONGEST_LINE:
                     raise ValueError("it has no end")
                 row = json.loads(line.decode())
             except (ValueError, RecursionError) as error:
@@ -139,7 +141,7 @@ def _parquet(file: Path, field: str) -> Iterator[Any]:
     _library("pyarrow")
     from pyarrow import ArrowException, parquet
 
-    with files.opened(file, "data.path", files.ANY_SIZE, "give a parquet file"):
+    with files.opened_file(file, "data.path", files.ANY_SIZE, "give a parquet file"):
         pass
     try:
         table = parquet.ParquetFile(file)
@@ -240,9 +242,9 @@ def _pieces(found: Iterable[str]) -> Iterator[Piece]:
     """
     for document in found:
         start = 0
-        while len(document) - start > BATCH:
-            ends = (document.rfind(mark, start + 1, start + BATCH) for mark in "\n ")
-            stop = next((end for end in ends if end > start), start + BATCH)
+        while len(document) - start > TOKENIZED_AT_ONCE:
+            ends = (document.rfind(mark, start + 1, start + TOKENIZED_AT_ONCE) for mark in "\n ")
+            stop = next((end for end in ends if end > start), start + TOKENIZED_AT_ONCE)
             yield Piece(document[start:stop], start == 0, False)
             start = stop
         yield Piece(document[start:], start == 0, True)
@@ -262,7 +264,7 @@ def _batches(found: Iterable[Piece]) -> Iterator[list[Piece]]:
     for piece in found:
         batch.append(piece)
         size += len(piece.text)
-        if size >= BATCH:
+        if size >= TOKENIZED_AT_ONCE:
             yield batch
             batch, size = [], 0
     if batch:
@@ -278,7 +280,7 @@ def _write(folder: Path, data: Data, tokenizer: PreTrainedTokenizerBase, progres
     ids = np.memmap(folder / "all.bin", dtype=kind, mode="r")
     lengths, sizes, chosen = _choose(ids, lengths, sizes, data.held_out, tokenizer)
     ends, digest, about = np.cumsum(lengths), hashlib.sha256(), {}
-    for part, which in zip(PARTS, (~chosen, chosen), strict=True):
+    for part, which in zip(CORPUS_PARTS, (~chosen, chosen), strict=True):
         with (folder / f"{part}.bin").open("wb") as file:
             for d in np.flatnonzero(which):
                 piece = ids[ends[d] - lengths[d] : ends[d]].tobytes()
@@ -294,7 +296,9 @@ def _write(folder: Path, data: Data, tokenizer: PreTrainedTokenizerBase, progres
         }
     del ids
     (folder / "all.bin").unlink()
-    files.write_json(folder / ABOUT, {"dtype": kind.name, **about, "sha256": digest.hexdigest()}, KIND)
+    files.write_json(
+        folder / CORPUS_JSON, {"dtype": kind.name, **about, "sha256": digest.hexdigest()}, CORPUS_FILE
+    )
 
 
 def _spool(
@@ -360,13 +364,13 @@ def _read(folder: Path, named: PreTrainedTokenizerBase | None) -> Corpus:
         return LowkeyError(f"tokens {str(folder)!r}: {rule}; delete the folder, and it is made again")
 
     files.verify(folder, "tokens")
-    about = files.read_json(folder / ABOUT, "tokens", KIND)
+    about = files.read_json(folder / CORPUS_JSON, "tokens", CORPUS_FILE)
     try:
         tokenizer = named or AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers raises many kinds; each is a damaged folder here
         raise refuse(f"its tokenizer cannot be loaded ({_line(error)})") from None
     try:
-        streams = [_stream(folder, part, about, text.vocabulary(tokenizer)) for part in PARTS]
+        streams = [_stream(folder, part, about, text.vocabulary(tokenizer)) for part in CORPUS_PARTS]
         fingerprint = str(about["sha256"])
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
         raise refuse(_line(error)) from None
@@ -381,8 +385,8 @@ def _stream(folder: Path, part: str, known: dict, vocabulary: int) -> Stream | N
     """
     about, kind = known[part], known["dtype"]
     counts = [about[name] for name in ("tokens", "documents", "bytes")]
-    if kind not in DTYPES or not all(type(n) is int and n >= 0 for n in counts):
-        raise ValueError(f"{ABOUT} garbles its counts")
+    if kind not in TOKEN_DTYPES or not all(type(n) is int and n >= 0 for n in counts):
+        raise ValueError(f"{CORPUS_JSON} garbles its counts")
     if not about["tokens"]:
         return None
     if (folder / f"{part}.bin").stat().st_size != about["tokens"] * np.dtype(kind).itemsize:
@@ -393,6 +397,9 @@ def _stream(folder: Path, part: str, known: dict, vocabulary: int) -> Stream | N
         raise ValueError(f"{part} has not the {about['documents']} documents that were written")
     if starts[0] != 0 or starts[-1] != len(ids) or bool((np.diff(starts) < 0).any()):
         raise ValueError(f"documents of {part} do not begin one behind the other")
-    if max(int(ids[at : at + BATCH].max()) for at in range(0, len(ids), BATCH)) >= vocabulary:
+    if (
+        max(int(ids[at : at + TOKENIZED_AT_ONCE].max()) for at in range(0, len(ids), TOKENIZED_AT_ONCE))
+        >= vocabulary
+    ):
         raise ValueError(f"{part} has tokens that its tokenizer does not have")
     return Stream(ids, starts, about["bytes"])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-WINDOW = 20  # steps at least in a smoothed loss
+SMOOTHED_STEPS = 20  # steps at least in a smoothed loss
 PAST = 100  # steps before one that its loss is compared with
 SPIKE = 5.0  # median absolute deviations
 
@@ -19,7 +19,7 @@ def diverged(losses: Sequence[float], steps: int) -> bool:
     above by more than three standard errors of that difference, so that a loss that merely stands still, as
     in continued training, is not called diverged. Below 100 steps only the first rule applies.
     """
-    known, width, mark = len(losses), max(WINDOW, steps // 20), steps // 5
+    known, width, mark = len(losses), max(SMOOTHED_STEPS, steps // 20), steps // 5
     if known and not np.isfinite(losses[-1]):
         return True
     first = known - steps // 10
@@ -36,7 +36,7 @@ def spikes(losses: Sequence[float]) -> int:
     """Steps whose loss is above the median of the 100 steps before it (of at least 20) by more than 5 median
     absolute deviations of those."""
     count = 0
-    for n in range(WINDOW, len(losses)):
+    for n in range(SMOOTHED_STEPS, len(losses)):
         past = np.asarray(losses[max(0, n - PAST) : n])
         middle = np.median(past)
         count += bool(losses[n] > middle + SPIKE * np.median(np.abs(past - middle)))

@@ -11,7 +11,7 @@ from lowkey.core import files
 from lowkey.core.types import LowkeyError
 
 LOG = "log.jsonl"
-MOST = 2**30  # bytes
+LARGEST_LOG = 2**30  # bytes
 
 
 class Log:
@@ -22,7 +22,9 @@ class Log:
     def __init__(self, folder: Path, step: int) -> None:
         self.path = folder / LOG
         kept = (
-            [line for line in read(self.path) if line["step"] <= step] if self.path.exists() and step else []
+            [line for line in read_log(self.path) if line["step"] <= step]
+            if self.path.exists() and step
+            else []
         )
         files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept), ours=True)
 
@@ -31,11 +33,11 @@ class Log:
             file.write(json.dumps(finite(record)) + "\n")
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read_log(path: Path) -> list[dict[str, Any]]:
     """All records of a log; a last line that was cut by a kill is left out. Errors: LowkeyError for a damaged
     one.
     """
-    lines = files.read_bytes(path, "log", MOST).splitlines()
+    lines = files.read_bytes(path, "log", LARGEST_LOG).splitlines()
     found = []
     for number, line in enumerate(lines, 1):
         try:

@@ -29,9 +29,9 @@ from lowkey.pretraining import checkpoint, health, models
 from lowkey.pretraining.corpus import Corpus, prepare
 from lowkey.pretraining.log import finite
 from lowkey.pretraining.recipe import Recipe
-from lowkey.pretraining.run import Run, check
+from lowkey.pretraining.run import Run, check_job
 
-KIND = "training"  # of a result's file
+TRAINING_FILE = "training"  # of a result's file
 
 
 @dataclass(frozen=True)
@@ -74,20 +74,20 @@ def pretrain(
     diverges.
     """
     out = Path(out)
-    checkpoint.check_folder(out, force, recipe.model.get("path") if model is None else None)
+    checkpoint.check_run_folder(out, force, recipe.model.get("path") if model is None else None)
     if model is None and models.validate(recipe.model) == "path":
-        loading.check(recipe.model["path"])
+        loading.check_model_name(recipe.model["path"])
     accelerator = _accelerator(recipe, out, device)
     progress = progress if accelerator.is_main_process else silent
     with accelerator.main_process_first():
-        corpus = prepare(recipe.data, out / checkpoint.TOKENS, progress)
+        corpus = prepare(recipe.data, out / checkpoint.TOKEN_FOLDER, progress)
     with torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):
         torch.manual_seed(recipe.training.seed)
         if model is None:
             model = models.build(recipe.model, corpus.tokenizer, recipe.training.length)
-        models.check(model.config, corpus.tokenizer, recipe.training.length)
-        check(recipe.training, corpus, accelerator.num_processes, model)
-        job = checkpoint.job_of(recipe.describe(), corpus.fingerprint, model_fingerprint(model))
+        models.check_reads(model.config, corpus.tokenizer, recipe.training.length)
+        check_job(recipe.training, corpus, accelerator.num_processes, model)
+        job = checkpoint.training_job(recipe.describe(), corpus.fingerprint, model_fingerprint(model))
         if accelerator.is_main_process:
             checkpoint.claim(out, job, force)
         accelerator.wait_for_everyone()
@@ -149,7 +149,7 @@ def train(run: Run, progress: Progress) -> None:
             for optimizer in run.optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            run.pending.append((total, checkpoint.gathered(norm)))
+            run.pending.append((total, checkpoint.gathered_tensor(norm)))
             done = step + 1
             last = done == settings.steps
             if done % settings.log_every == 0 or last:
@@ -196,7 +196,7 @@ def _seed(*parts: object) -> int:
 
 def _publish(run: Run) -> Trained:
     """Files one by one, result.json last: it says that the run is finished."""
-    full = {name: checkpoint.whole(t) for name, t in checkpoint.weights(run.plain).items()}
+    full = {name: checkpoint.whole(t) for name, t in checkpoint.full_weights(run.plain).items()}
     result = _result(run)
     register()  # a model of our own is saved with its code
     if run.accelerator.is_main_process:
@@ -205,7 +205,7 @@ def _publish(run: Run) -> Trained:
             run.corpus.tokenizer.save_pretrained(temporary)
             files.write_text(temporary / "recipe.toml", run.recipe.toml())
         files.join_folder(run.out / checkpoint.FINISHED, run.out)
-        files.write_json(run.out / checkpoint.RESULT, result, KIND)
+        files.write_json(run.out / checkpoint.RESULT, result, TRAINING_FILE)
         (run.out / checkpoint.CHECKPOINT).unlink(missing_ok=True)
     if run.settings.log_with:
         run.accelerator.end_training()
@@ -239,7 +239,7 @@ def _result(run: Run) -> dict[str, Any]:
 
 def _finished(out: Path, model: PreTrainedModel, corpus: Corpus) -> Trained:
     try:
-        result = files.read_json(out / checkpoint.RESULT, "result", KIND)
+        result = files.read_json(out / checkpoint.RESULT, "result", TRAINING_FILE)
         if not _is_result(result):
             raise ValueError("result.json lacks or garbles a field")
         files.verify(out, "run")

@@ -18,12 +18,12 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lowkey.core.options import nearest, shown
+from lowkey.core.options import nearest_name, shown
 from lowkey.core.text import vocabulary
 from lowkey.core.types import LowkeyError
 from lowkey.models import families, loading
 
-SIZES = (
+SIZE_FIELDS = (
     *(
         "hidden_size",
         "intermediate_size",
@@ -68,14 +68,16 @@ def validate(table: Mapping[str, Any]) -> str:
     known = sorted({f.name for f in fields(CONFIG_MAPPING[kind])} | {"model_type"})
     for name in table:
         if name not in known:
-            raise LowkeyError(f"field {name!r} of [model] is unknown to {kind!r}; {nearest(name, known)}")
+            raise LowkeyError(
+                f"field {name!r} of [model] is unknown to {kind!r}; {nearest_name(name, known)}"
+            )
     _check_sizes(table)
     return kind
 
 
 def _check_sizes(table: Mapping[str, Any]) -> None:
     """What transformers takes and nobody means."""
-    for name in SIZES:
+    for name in SIZE_FIELDS:
         most = 10_000 if name == "num_hidden_layers" else 2**24
         if name in table and not (type(table[name]) is int and 1 <= table[name] <= most):
             raise LowkeyError(
@@ -122,14 +124,14 @@ def build(table: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, length: 
     given = {"vocab_size": vocabulary(tokenizer), "max_position_embeddings": length, **ids, **table}
     given.pop("model_type", None)
     config = _made(kind, given)
-    check(config, tokenizer, length)
+    check_reads(config, tokenizer, length)
     try:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:  # every class of models fails in its own way
         raise LowkeyError(f"recipe: no model can be made of [model]: {_line(error)}; change it") from error
 
 
-def check(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+def check_reads(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
     """That a model of this config can read such rows."""
     rows, longest, needed = (
         config.vocab_size,

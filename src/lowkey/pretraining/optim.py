@@ -15,7 +15,7 @@ from transformers.optimization import (
     get_wsd_schedule,
 )
 
-from lowkey.core.options import nearest
+from lowkey.core.options import nearest_name
 from lowkey.core.types import LowkeyError
 from lowkey.pretraining.recipe import Training
 
@@ -23,7 +23,7 @@ HEAD_MIXES = ("k_mix", "v_mix")
 HEAD_GATE = "self_attn.gate_proj"  # not the MLP's gate, which is a hidden matrix like any other
 
 
-def split(model: PreTrainedModel) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+def split_parameters(model: PreTrainedModel) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """(hidden matrices, all other trained parameters), by name, tied ones once.
 
     Hidden matrices are the 2-D weights inside the layers. Muon takes those, or AdamW with weight decay; the
@@ -72,7 +72,7 @@ def factors(model: PreTrainedModel, training: Training) -> dict[str, float]:
         if not mine:
             raise LowkeyError(
                 f"training.lr_factors {pattern!r}: no trained parameter has such a name; "
-                f"{nearest(pattern, names)}"
+                f"{nearest_name(pattern, names)}"
             )
         if twice := [name for name in mine if name in found]:
             raise LowkeyError(
@@ -96,7 +96,7 @@ def optimizers(model: PreTrainedModel, training: Training) -> list[Optimizer]:
             }
             for factor in dict.fromkeys(times[name] for name in part)
         ]
-        for part, decay in zip(split(model), (training.weight_decay, 0.0), strict=True)
+        for part, decay in zip(split_parameters(model), (training.weight_decay, 0.0), strict=True)
     )
     first, second = training.betas
     if training.optimizer == "adamw":

@@ -13,7 +13,7 @@ from typing import Any
 
 from lowkey.core import files
 from lowkey.core.errors import LowkeyError
-from lowkey.core.options import check, nearest, option
+from lowkey.core.options import check_options, nearest_name, option
 
 EXAMPLE = "give a TOML file like recipes/lrkv-tiny.toml"
 
@@ -45,7 +45,7 @@ class Data:
     cache: str = option("", any_text=True)
 
     def __post_init__(self) -> None:
-        check(self, "data.")
+        check_options(self, "data.")
         if self.vocab_size and self.vocab_size < 260:
             raise LowkeyError(
                 f"data.vocab_size {self.vocab_size}: 256 bytes and 2 special tokens come first; give at "
@@ -103,7 +103,7 @@ class Training:
     stop_on_divergence: bool = True
 
     def __post_init__(self) -> None:
-        check(self, "training.")
+        check_options(self, "training.")
         if self.batch_tokens % self.length:
             raise LowkeyError(
                 f"training.batch_tokens {self.batch_tokens}: must be a multiple of length {self.length}"
@@ -207,7 +207,7 @@ class Recipe:
 
 def _known(name: str, known: Sequence[str], what: str, where: str) -> None:
     if name not in known:
-        raise LowkeyError(f"{what} {name!r} of {where} is unknown; {nearest(name, known)}")
+        raise LowkeyError(f"{what} {name!r} of {where} is unknown; {nearest_name(name, known)}")
 
 
 def _of(kind: Any, name: str, tables: Mapping[str, Any]) -> Any:

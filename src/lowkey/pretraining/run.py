@@ -25,7 +25,7 @@ from lowkey.pretraining.log import Log, finite
 from lowkey.pretraining.recipe import Recipe, Training
 from lowkey.pretraining.rows import IGNORED, Batch, Order, Stream
 
-HELD = ("losses", "norms", "validation", "seconds", "logged")  # of a run, in its checkpoint
+RUN_STATE = ("losses", "norms", "validation", "seconds", "logged")  # of a run, in its checkpoint
 
 
 @dataclass
@@ -202,9 +202,9 @@ class Run:
         self.read_back()
         if self.stopped:
             return
-        about = {name: getattr(self, name) for name in HELD}
+        about = {name: getattr(self, name) for name in RUN_STATE}
         inner = [optimizer.optimizer for optimizer in self.optimizers]
-        checkpoint.save(
+        checkpoint.save_checkpoint(
             self.out / checkpoint.CHECKPOINT, self.plain, inner, about, self.accelerator.is_main_process
         )
         self.accelerator.wait_for_everyone()
@@ -213,19 +213,19 @@ class Run:
     def _restore(self) -> None:
         inner = [optimizer.optimizer for optimizer in self.optimizers]
         path = self.out / checkpoint.CHECKPOINT
-        about = checkpoint.restore(path, self.plain, inner)
+        about = checkpoint.restore_checkpoint(path, self.plain, inner)
         if not _is_progress(about, self.settings.steps):
             raise LowkeyError(
                 f"checkpoint {str(path)!r}: lacks or garbles its progress; delete it, or start anew with "
                 "--force"
             )
-        for name in HELD:
+        for name in RUN_STATE:
             setattr(self, name, about[name])
 
 
 def _is_progress(about: Any, steps: int) -> bool:
     """Whether this is what `Run.save` says of a run."""
-    if not (isinstance(about, dict) and set(about) == set(HELD)):
+    if not (isinstance(about, dict) and set(about) == set(RUN_STATE)):
         return False
     losses, norms, logged = about["losses"], about["norms"], about["logged"]
     numbers = all(isinstance(x, list) and all(type(n) in (int, float) for n in x) for x in (losses, norms))
@@ -261,7 +261,7 @@ def held_out_loss(run: Run, held: Stream) -> tuple[float, int]:
     return float(run.accelerator.reduce(total, "sum")), held.targets(numbers[:rows], length)
 
 
-def check(settings: Training, corpus: Corpus, devices: int, model: PreTrainedModel) -> None:
+def check_job(settings: Training, corpus: Corpus, devices: int, model: PreTrainedModel) -> None:
     """That there is something to train on, and something to train. Errors: LowkeyError."""
     micro = _micro_batch(settings, devices)
     if not micro or settings.rows % (micro * devices):

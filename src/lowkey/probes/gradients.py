@@ -23,8 +23,8 @@ from lowkey.probes import model_probe
 from lowkey.storage.exact import NOTHING, Exact
 from lowkey.storage.second_moments import joint_moment
 
-SAVE_EVERY = 8  # windows between two saves of the pass
-NAMES = ("keys", "values", "key_gradients", "value_gradients")
+WINDOWS_BETWEEN_SAVES = 8  # windows between two saves of the pass
+MOMENT_NAMES = ("keys", "values", "key_gradients", "value_gradients")
 GradientMoments = dict[int, dict[str, Tensor]]
 
 
@@ -73,10 +73,10 @@ def gather_gradient_moments(
             for i, layer in window_gradients(model, row.unsqueeze(0), layout, exact, seed + n).items():
                 x = {
                     name: joint_moment(t[:, :, kept].float()).double().cpu()
-                    for name, t in zip(NAMES, layer, strict=True)
+                    for name, t in zip(MOMENT_NAMES, layer, strict=True)
                 }
                 sums[i] = {name: sums[i][name] + t for name, t in x.items()} if i in sums else x
-            if (n + 1) % SAVE_EVERY == 0 or n + 1 == len(rows):
+            if (n + 1) % WINDOWS_BETWEEN_SAVES == 0 or n + 1 == len(rows):
                 _save(work, sums, n + 1)
     return sums
 
@@ -123,12 +123,12 @@ def _load(work: Path | None, model: PreTrainedModel, windows: int) -> tuple[Grad
         return {}, 0
     shape = families.geometry(model)
     wide = torch.empty(shape.kv_heads * shape.head_dim, shape.kv_heads * shape.head_dim, dtype=torch.float64)
-    like = dict.fromkeys(NAMES, wide)
-    done = int(files.fits(tensors, "done", torch.tensor(0), work))
+    like = dict.fromkeys(MOMENT_NAMES, wide)
+    done = int(files.checked_tensor(tensors, "done", torch.tensor(0), work))
     if not 0 < done <= windows:
-        raise files.damaged(work, f"{done} of {windows} windows are done")
+        raise files.damaged_work(work, f"{done} of {windows} windows are done")
     found = {
-        i: {name: files.fits(tensors, f"{i}.{name}", t, work) for name, t in like.items()}
+        i: {name: files.checked_tensor(tensors, f"{i}.{name}", t, work) for name, t in like.items()}
         for i in shape.compressible
     }
     return found, done

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowkey.allocation.profile import Pair
-from lowkey.core.head_groups import merged, split
+from lowkey.core.head_groups import merged, rebuilt_heads
 from lowkey.core.types import Factors, LayerBases, Layout, LowkeyError, device_of
 from lowkey.models import families, weights
 from lowkey.models.attention_interface import Incoming
@@ -67,8 +67,8 @@ class LowRankReconstruction:
 def rebuilt(x: Tensor, down: Tensor, up: Tensor, mean: Tensor | None) -> Tensor:
     """(b, h, s, d) there and back."""
     if mean is None:
-        return split(merged(x, down), up)
-    return split(merged(x - mean.unsqueeze(1), down), up) + mean.unsqueeze(1)
+        return rebuilt_heads(merged(x, down), up)
+    return rebuilt_heads(merged(x - mean.unsqueeze(1), down), up) + mean.unsqueeze(1)
 
 
 def layer_in_fp32(model: PreTrainedModel, layer: int) -> nn.Module:

@@ -9,7 +9,7 @@ from lowkey.core.files import check_file, write_marked
 from lowkey.report.page import render
 from lowkey.report.results import load_results
 
-KIND = "report"
+REPORT_FILE = "report"
 
 __all__ = ["load_results", "render", "write_report"]
 
@@ -20,6 +20,6 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
 
     Errors: LowkeyError for a damaged result, and when something else is at `out` or it cannot be written.
     """
-    check_file(out, KIND)
-    write_marked(out, render(load_results(paths)), KIND, ("<!-- ", " -->"))
+    check_file(out, REPORT_FILE)
+    write_marked(out, render(load_results(paths)), REPORT_FILE, ("<!-- ", " -->"))
     return out

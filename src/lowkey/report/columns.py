@@ -61,7 +61,7 @@ def _column(key: str, title: str, write: Callable[[float], str] | None, meaning:
     return Column(title, lambda row: row.get(key), _number(write) if write else str, meaning)
 
 
-COLUMNS = [
+RESULT_COLUMNS = [
     Column(
         "Row",
         lambda row: row.get("label", row["name"]),
@@ -202,7 +202,9 @@ COLUMNS = [
 def shown_columns(rows: list[Row], several: bool) -> list[Column]:
     """Columns with at least one value; the run only where there is more than one."""
     return [
-        c for c in COLUMNS if any(c.read(row) is not None for row in rows) and (several or c.title != "Run")
+        c
+        for c in RESULT_COLUMNS
+        if any(c.read(row) is not None for row in rows) and (several or c.title != "Run")
     ]
 
 

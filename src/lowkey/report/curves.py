@@ -15,12 +15,12 @@ from matplotlib.ticker import FuncFormatter
 
 from lowkey.report.columns import format_percent
 from lowkey.report.drawing import (
+    FIGURE_WIDTH,
     INK,
     MARKERS,
     MUTED,
     SERIES,
     SURFACE,
-    WIDTH,
     is_wide,
     plain_log,
     quality_scale,
@@ -35,7 +35,7 @@ QUALITIES = [  # (key, title, whether more is better)
     ("perplexity", "Perplexity", False),
     ("kl", "KL divergence (nats)", False),
 ]
-LONGEST = 44  # characters of a name that has a line for itself
+LONGEST_CURVE_NAME = 44  # characters of a name that has a line for itself
 Quality = tuple[str, str, bool]
 DASHED = (0, (4, 3))
 
@@ -84,7 +84,7 @@ def _curves(lines: list[Line], others: list[Row], qualities: list[Quality]) -> F
     shares = [share(row) or 0.0 for row in [*others, *(row for line in lines for row in line.rows)]]
     below = 0.25 * math.ceil(len(lines) / columns) + 0.6  # inches for the axis title and the legend
     height = 3.6 + below
-    figure = Figure(figsize=(WIDTH, height), facecolor="white")
+    figure = Figure(figsize=(FIGURE_WIDTH, height), facecolor="white")
     figure.subplots_adjust(left=0.05, right=0.99, top=1 - 0.35 / height, bottom=below / height, wspace=0.17)
     for place, quality in enumerate(qualities, start=1):
         ax = figure.add_subplot(1, len(qualities), place)
@@ -161,8 +161,8 @@ def _value_scale(ax: Axes, values: list[float], key: str, is_log: bool, side: st
 
 
 def _legend_columns(lines: list[Line]) -> int:
-    widest = 0.45 + 0.075 * max(len(shortened(line.label, LONGEST)) for line in lines)  # inches
-    return max(1, min(len(lines), int(0.94 * WIDTH / widest)))
+    widest = 0.45 + 0.075 * max(len(shortened(line.label, LONGEST_CURVE_NAME)) for line in lines)  # inches
+    return max(1, min(len(lines), int(0.94 * FIGURE_WIDTH / widest)))
 
 
 def _legend(figure: Figure, labels: list[str], looks: list[dict], columns: int) -> None:
@@ -179,7 +179,7 @@ def _legend(figure: Figure, labels: list[str], looks: list[dict], columns: int) 
         fontsize=9,
     )
     for text, label in zip(legend.get_texts(), labels, strict=True):
-        text.set(parse_math=False, text=shortened(label, LONGEST), color=INK)
+        text.set(parse_math=False, text=shortened(label, LONGEST_CURVE_NAME), color=INK)
 
 
 def _dots(lines: list[Line], others: list[Row], qualities: list[Quality]) -> Figure:
@@ -189,7 +189,9 @@ def _dots(lines: list[Line], others: list[Row], qualities: list[Quality]) -> Fig
     entries = sorted(entries, key=lambda entry: _rank(entry[0], qualities[0])) + [
         (row, _reference_look(row)) for row in others
     ]
-    figure = Figure(figsize=(WIDTH, 0.75 + 0.3 * len(entries)), facecolor="white", layout="constrained")
+    figure = Figure(
+        figsize=(FIGURE_WIDTH, 0.75 + 0.3 * len(entries)), facecolor="white", layout="constrained"
+    )
     axes = figure.subplots(1, len(qualities), sharey=True, squeeze=False)[0]
     for ax, quality in zip(axes, qualities, strict=True):
         style(ax, title=_title(quality, "\n"))
@@ -222,7 +224,7 @@ def _names(ax: Axes, rows: list[Row]) -> None:
     ax.set_yticks(range(len(rows)), [""] * len(rows))
     ax.set_ylim(len(rows) - 0.4, -0.6)
     for place, row in enumerate(rows):
-        text = f"{shortened(str(row.get('label', row['name'])), LONGEST)} ({format_percent(share(row) or 0.0)} held)"
+        text = f"{shortened(str(row.get('label', row['name'])), LONGEST_CURVE_NAME)} ({format_percent(share(row) or 0.0)} held)"
         ax.text(
             -0.02,
             place,

@@ -11,27 +11,27 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lowkey.report.drawing import INK, SERIES, WIDTH, colour_bar, style
+from lowkey.report.drawing import FIGURE_WIDTH, INK, SERIES, colour_bar, style
 
-PANELS = (  # (title, lines): name of a number, its label
+DIVERSITY_PANELS = (  # (title, lines): name of a number, its label
     ("Queries and keys", (("qk_uncentred", "of H heads"), ("qk_centred", "around the mean, of H - 1"))),
     ("Values and output", (("vo_uncentred", "of H heads"), ("vo_centred", "around the mean, of H - 1"))),
     ("Divergence of attention maps", (("js", "mean over pairs of heads"),)),
 )
-SHOWN = 4  # layers with maps of cosines
+LAYERS_SHOWN = 4  # layers with maps of cosines
 
 
 def diversity_figure(found: dict) -> Figure:
     """Effective ranks of Q-K and V-O operators as shares, and the divergence of attention maps in bits, over
     layers; the bands span initialisations at random, and the dashed lines are their means."""
-    figure = Figure(figsize=(WIDTH, 3.6), facecolor="white", layout="constrained")
-    axes = figure.subplots(1, len(PANELS))
-    for ax, (title, lines) in zip(axes, PANELS, strict=True):
+    figure = Figure(figsize=(FIGURE_WIDTH, 3.6), facecolor="white", layout="constrained")
+    axes = figure.subplots(1, len(DIVERSITY_PANELS))
+    for ax, (title, lines) in zip(axes, DIVERSITY_PANELS, strict=True):
         style(
             ax,
             title=title,
             x="Layer",
-            y="Bits" if title == PANELS[-1][0] else "Effective rank, share of the most",
+            y="Bits" if title == DIVERSITY_PANELS[-1][0] else "Effective rank, share of the most",
         )
         for (name, label), colour in zip(lines, SERIES, strict=False):
             _line(ax, found["layers"], name, label, colour)
@@ -63,7 +63,7 @@ def cosines_figure(found: dict) -> Figure:
     chosen = [
         layers[i]
         for i in dict.fromkeys(
-            np.linspace(0, len(layers) - 1, min(SHOWN, len(layers))).round().astype(int).tolist()
+            np.linspace(0, len(layers) - 1, min(LAYERS_SHOWN, len(layers))).round().astype(int).tolist()
         )
     ]
     figure = Figure(figsize=(1.2 + 2.5 * max(len(chosen), 2), 5.2), facecolor="white", layout="constrained")

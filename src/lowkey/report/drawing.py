@@ -18,8 +18,8 @@ INK, MUTED, RULE, SURFACE = "#1d2430", "#5b6573", "#d9dee5", "#fefefe"
 SERIES = ("#2360b5", "#b05a08", "#2b7a4b", "#7749b3", "#b0334a", "#0f7482")
 MARKERS = "osD^vP"
 # Colours of middle lightness: layers stay apart on a white page and on a dark one.
-LAYERS = LinearSegmentedColormap.from_list("layers", ["#4a86e8", "#a765c0", "#e0703c"])
-WIDTH = 11.0  # inches
+LAYER_COLOURS = LinearSegmentedColormap.from_list("layers", ["#4a86e8", "#a765c0", "#e0703c"])
+FIGURE_WIDTH = 11.0  # inches
 
 
 def style(ax: Axes, title: str = "", x: str = "", y: str = "", grid: bool = True) -> None:

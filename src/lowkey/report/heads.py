@@ -14,12 +14,12 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lowkey.report.drawing import INK, MUTED, WIDTH, colour_bar, style
+from lowkey.report.drawing import FIGURE_WIDTH, INK, MUTED, colour_bar, style
 from lowkey.report.labels import shortened
 from lowkey.report.policies import heads_words, kept_heads, without_budget
 from lowkey.report.results import Row
 
-COLUMNS, LONGEST = 3, 44  # panels side by side; characters of a panel's name
+PANELS_PER_ROW, LONGEST_PANEL_NAME = 3, 44  # panels side by side; characters of a panel's name
 
 
 def heads_figure(rows: Sequence[Row]) -> Figure:
@@ -27,11 +27,13 @@ def heads_figure(rows: Sequence[Row]) -> Figure:
     must have counts.
     """
     maps = [heads for row in rows if (heads := kept_heads(row)) is not None]
-    columns = min(len(rows), COLUMNS)
+    columns = min(len(rows), PANELS_PER_ROW)
     lines = math.ceil(len(rows) / columns)
     # The dots per inch are those of the images inside the SVG: enough for a cell of two pixels to keep its
     # shape.
-    figure = Figure(figsize=(WIDTH, 0.5 + 1.9 * lines), dpi=200, facecolor="white", layout="constrained")
+    figure = Figure(
+        figsize=(FIGURE_WIDTH, 0.5 + 1.9 * lines), dpi=200, facecolor="white", layout="constrained"
+    )
     axes = figure.subplots(lines, columns, squeeze=False)
     norm = Normalize(0, max([1.0, *(float(np.nanmax(heads)) for heads in maps)]), clip=True)
     for place, ax in enumerate(axes.flat):
@@ -57,7 +59,7 @@ def _panel(ax: Axes, row: Row, heads: np.ndarray, norm: Normalize) -> None:
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
     for text, colour, above in (
-        (shortened(without_budget(row), LONGEST), INK, 16),
+        (shortened(without_budget(row), LONGEST_PANEL_NAME), INK, 16),
         (heads_words(row), MUTED, 4),
     ):
         ax.annotate(

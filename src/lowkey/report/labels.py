@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox
 
 SIZE = 8.5  # points
-LONGEST = 34  # characters
+LONGEST_LABEL = 34  # characters
 
 
 class Label(NamedTuple):
@@ -50,7 +50,7 @@ def _lines(ax: Axes) -> list[Bbox]:
     return [Bbox.from_bounds(x - 1, y - 1, 2, 2) for x, y in specks]
 
 
-def shortened(text: str, longest: int = LONGEST) -> str:
+def shortened(text: str, longest: int = LONGEST_LABEL) -> str:
     text = " ".join(text.split())
     return text if len(text) <= longest else text[: longest - 1] + "…"
 

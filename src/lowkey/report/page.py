@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lowkey.core.types import LowkeyError
-from lowkey.report.columns import COLUMNS, DASH, Column, show, shown_columns
+from lowkey.report.columns import DASH, RESULT_COLUMNS, Column, show, shown_columns
 from lowkey.report.curves import curve_qualities, curves_figure
 from lowkey.report.heads import heads_figure
 from lowkey.report.plots import (
@@ -85,7 +85,7 @@ def _curves(part: Section, numbers: Iterator[int]) -> str:
     """Policies have plots of their own: their quality is judged against the share that they hold."""
     if not curve_qualities(part.rows):
         return ""
-    columns = [c for c in COLUMNS if c.title in ("Kept", "Exact match", "Perplexity", "KL")]
+    columns = [c for c in RESULT_COLUMNS if c.title in ("Kept", "Exact match", "Perplexity", "KL")]
     label = "Quality of eviction policies against the share of the full cache that they hold. "
     caption = "Eviction policies: quality against the bytes really held, as a share of the full cache's. The dashed line is the full cache."
     spoken = "; ".join(_spoken(row, columns) for row in part.rows)
@@ -99,7 +99,7 @@ def _quality(part: Section, numbers: Iterator[int]) -> str:
         curve_qualities(part.rows) and not any(row.get("method") for row in rows)
     ):
         return ""
-    columns = [c for c in COLUMNS if c.title in ("Bytes/token", "Perplexity", "KL", "Exact match")]
+    columns = [c for c in RESULT_COLUMNS if c.title in ("Bytes/token", "Perplexity", "KL", "Exact match")]
     label = "Quality against cache bytes per token. " + "; ".join(_spoken(row, columns) for row in rows)
     caption = "Quality against cache bytes per token. The dashed line is the full cache; rows that differ only in budget share a line."
     return _figure(quality_figure(rows), f"figure{next(numbers)}", label, caption)
@@ -227,6 +227,6 @@ def _guide(parts: list[Section]) -> str:
     """A sentence on each column that some table on this page shows."""
     shown = {column.title for part in parts for column in shown_columns(part.rows, part.several)}
     lines = "\n".join(
-        f"<dt>{escape(c.title)}</dt><dd>{escape(c.meaning)}</dd>" for c in COLUMNS if c.title in shown
+        f"<dt>{escape(c.title)}</dt><dd>{escape(c.meaning)}</dd>" for c in RESULT_COLUMNS if c.title in shown
     )
     return f'<p class="guide">{escape(GUIDE)}</p>\n<dl>\n{lines}\n</dl>'

@@ -18,13 +18,13 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 from lowkey.core.row_names import LAST
 from lowkey.report.columns import format_bytes
 from lowkey.report.drawing import (
+    FIGURE_WIDTH,
     INK,
-    LAYERS,
+    LAYER_COLOURS,
     MARKERS,
     MUTED,
     SERIES,
     SURFACE,
-    WIDTH,
     colour_bar,
     is_wide,
     plain_log,
@@ -34,7 +34,7 @@ from lowkey.report.drawing import (
 from lowkey.report.labels import Label, place_labels
 from lowkey.report.results import Row, full_row, is_full, marks_of, measured
 
-PANELS = [  # (key, title, the better end)
+PLOT_PANELS = [  # (key, title, the better end)
     ("perplexity", "Perplexity", "lower is better"),
     ("kl", "KL divergence from the full model (nats)", "lower is better"),
     ("perplexity_decode", "Perplexity of decoded tokens", "lower is better"),
@@ -44,12 +44,12 @@ PANELS = [  # (key, title, the better end)
 
 def quality_panels(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
     """The first two qualities that were measured for at least one row with known bytes, the full cache aside."""
-    return [p for p in PANELS if any(_point(row, p[0]) for row in rows if not is_full(row))][:2]
+    return [p for p in PLOT_PANELS if any(_point(row, p[0]) for row in rows if not is_full(row))][:2]
 
 
 def quality_figure(rows: Sequence[Row]) -> Figure:
     """Quality against cache bytes per token, one point per row."""
-    figure = Figure(figsize=(WIDTH, 5.0), facecolor="white")
+    figure = Figure(figsize=(FIGURE_WIDTH, 5.0), facecolor="white")
     panels, right = (
         quality_panels(rows),
         max([1.0, *(measured(row, "bytes_per_token") or 0.0 for row in rows)]),
@@ -136,7 +136,7 @@ def error_surface_figure(profile: dict) -> Figure:
     columns = min(len(surface), 4 if len(surface) <= 8 else 6)
     lines = math.ceil(len(surface) / columns)
     figure = Figure(
-        figsize=(WIDTH, 0.8 + (WIDTH - 1.6) / max(columns, 3) * lines),
+        figsize=(FIGURE_WIDTH, 0.8 + (FIGURE_WIDTH - 1.6) / max(columns, 3) * lines),
         facecolor="white",
         layout="constrained",
     )
@@ -198,7 +198,7 @@ def _surface_panel(ax: Axes, profile: dict, place: int, errors: np.ndarray, norm
 def ranks_figure(profile: dict) -> Figure:
     """The ranks that were chosen, layer by layer, for keys and values."""
     chosen = np.array(profile["chosen"], dtype=float)
-    figure = Figure(figsize=(WIDTH, 3.2), facecolor="white", layout="constrained")
+    figure = Figure(figsize=(FIGURE_WIDTH, 3.2), facecolor="white", layout="constrained")
     ax = figure.subplots()
     style(ax, x="Layer", y="Rank kept")
     places = np.arange(len(chosen))
@@ -244,17 +244,17 @@ def _bar_numbers(ax: Axes, heights: np.ndarray, places: np.ndarray) -> None:
 
 def spectra_figure(profile: dict) -> Figure:
     """How fast the energy of keys and values falls off: each direction's share of its layer's total."""
-    figure = Figure(figsize=(WIDTH, 3.8), facecolor="white", layout="constrained")
+    figure = Figure(figsize=(FIGURE_WIDTH, 3.8), facecolor="white", layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     norm = Normalize(0, max(len(profile["layers"]) - 1, 1))
     for ax, side in zip(axes, ("keys", "values"), strict=True):
         style(ax, title=side.capitalize(), x="Direction", y="Share of energy" if side == "keys" else "")
         ax.set_yscale("log")
         for place, energies in enumerate(profile["spectra"][side]):
-            _spectrum(ax, np.array(energies, dtype=float), LAYERS(norm(place)))
+            _spectrum(ax, np.array(energies, dtype=float), LAYER_COLOURS(norm(place)))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         plain_log(ax.yaxis)
-    bar = colour_bar(figure, axes, ScalarMappable(norm, LAYERS), "Layer")
+    bar = colour_bar(figure, axes, ScalarMappable(norm, LAYER_COLOURS), "Layer")
     ends = sorted({0, len(profile["layers"]) - 1})
     bar.set_ticks(ends, labels=[str(profile["layers"][place]) for place in ends])
     return figure

@@ -12,7 +12,7 @@ import numpy as np
 
 from lowkey.report.results import Row, heads_fit, is_full, kept, measured
 
-LONGEST = 60  # characters of one parameter
+LONGEST_PARAMETER = 60  # characters of one parameter
 
 
 class Line(NamedTuple):
@@ -129,8 +129,8 @@ def _words(chosen: Any) -> str | None:
 
 
 def _short(value: Any) -> str:
-    """One line of at most LONGEST characters; a long list by its length."""
+    """One line of at most LONGEST_PARAMETER characters; a long list by its length."""
     text = " ".join(str(value).split()) or "''"
-    if len(text) > LONGEST and isinstance(value, list | tuple):
+    if len(text) > LONGEST_PARAMETER and isinstance(value, list | tuple):
         return f"[{len(value)} {'lists' if isinstance(value[0], list | tuple) else 'values'}]"
-    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+    return text if len(text) <= LONGEST_PARAMETER else text[: LONGEST_PARAMETER - 1] + "…"

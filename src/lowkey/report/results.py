@@ -15,9 +15,9 @@ from lowkey.core.files import read_json
 from lowkey.core.row_names import told_apart
 from lowkey.core.types import LowkeyError
 
-FORMAT, KIND = 1, "result"
-REMEDY = "give a file that lowkey eval wrote, or a folder of them"
-NUMBERS = [
+RESULTS_FORMAT, RESULT_FILE = 1, "result"
+GIVE_RESULTS = "give a file that lowkey eval wrote, or a folder of them"
+NUMBER_FIELDS = [
     *(
         "bits",
         "sinks",
@@ -62,20 +62,20 @@ def load_results(paths: Sequence[Path]) -> list[dict]:
 
 def _files(path: Path) -> list[Path]:
     if not path.exists():
-        raise LowkeyError(f"result {str(path)!r} does not exist; {REMEDY}")
+        raise LowkeyError(f"result {str(path)!r} does not exist; {GIVE_RESULTS}")
     if not path.is_dir():
         return [path]
     files = sorted(p for p in path.glob("*.json") if not p.name.startswith("."))
     if not files:
-        raise LowkeyError(f"result folder {str(path)!r} holds no .json file; {REMEDY}")
+        raise LowkeyError(f"result folder {str(path)!r} holds no .json file; {GIVE_RESULTS}")
     return files
 
 
 def _load(path: Path) -> dict:
-    result = read_json(path, "result", KIND, loose=True)
+    result = read_json(path, "result", RESULT_FILE, loose=True)
     complaint = _complaint(result)
     if complaint:
-        raise LowkeyError(f"result {str(path)!r}: {complaint}; {REMEDY}")
+        raise LowkeyError(f"result {str(path)!r}: {complaint}; {GIVE_RESULTS}")
     return _writable(result)
 
 
@@ -86,8 +86,8 @@ def _writable(result: dict) -> dict:
 
 def _complaint(result: dict) -> str | None:
     """The first rule that `result` breaks."""
-    if result.get("format") != FORMAT:
-        return f"format is {result.get('format')!r:.40} and this version reads format {FORMAT}"
+    if result.get("format") != RESULTS_FORMAT:
+        return f"format is {result.get('format')!r:.40} and this version reads format {RESULTS_FORMAT}"
     if not isinstance(result.get("model"), str):
         return "model must be a string"
     if not isinstance(result.get("environment"), dict):
@@ -102,7 +102,7 @@ def _complaint(result: dict) -> str | None:
 def _row_complaint(row: object) -> str | None:
     if not isinstance(row, dict) or not isinstance(row.get("name"), str):
         return "must be an object with a name"
-    wrong = [key for key in NUMBERS if not _is_number(row.get(key))]
+    wrong = [key for key in NUMBER_FIELDS if not _is_number(row.get(key))]
     if wrong:
         return f"{wrong[0]} must be a number or null"
     if not heads_fit(row.get("kept_per_head")):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lowkey.report.columns import format_bytes, format_percent, format_perplexity
 from lowkey.report.results import Row, full_row, is_full, measured
 
-NEAR = 0.05  # a perplexity this much above the full cache's still counts as near
+NEAR_FULL = 0.05  # a perplexity this much above the full cache's still counts as near
 
 
 def summary(rows: list[Row]) -> str:
@@ -29,11 +29,11 @@ def summary(rows: list[Row]) -> str:
         return f"{_count(rows)}, without a full cache to compare perplexity and bytes with."
     if not others:
         return f"{_count(rows)}; no compressed row has both a perplexity and its bytes."
-    limit = (1 + NEAR) * _value(full, "perplexity")
+    limit = (1 + NEAR_FULL) * _value(full, "perplexity")
     near = [row for row in others if _value(row, "perplexity") <= limit]
     if near:
-        return f"The smallest cache within {NEAR:.0%} of the full perplexity is {_compared(min(near, key=_size), full)}"
-    return f"No row stays within {NEAR:.0%} of the full perplexity; the closest is {_compared(min(others, key=_perplexity), full)}"
+        return f"The smallest cache within {NEAR_FULL:.0%} of the full perplexity is {_compared(min(near, key=_size), full)}"
+    return f"No row stays within {NEAR_FULL:.0%} of the full perplexity; the closest is {_compared(min(others, key=_perplexity), full)}"
 
 
 def _recall_summary(rows: list[Row], full: Row) -> str:
@@ -44,13 +44,13 @@ def _recall_summary(rows: list[Row], full: Row) -> str:
     ]
     if not others:
         return f"{_count(rows)}; no compressed row has both its recall and its bytes."
-    near = [row for row in others if _value(row, "exact_match") >= _value(full, "exact_match") - NEAR]
+    near = [row for row in others if _value(row, "exact_match") >= _value(full, "exact_match") - NEAR_FULL]
     best = (
         min(near, key=_size)
         if near
         else max(others, key=lambda row: (_value(row, "exact_match"), -_size(row)))
     )
-    points = f"within {100 * NEAR:g} points of the full recall"
+    points = f"within {100 * NEAR_FULL:g} points of the full recall"
     said = f"The smallest cache {points} is" if near else f"No row stays {points}; the closest is"
     return f"{said} {_held(best, full)}{_recall(best, full)}."
 

@@ -70,10 +70,10 @@ def _prompt(keys: Tensor, values: Tensor, call: Call) -> Tensor:
 def _watched(segment: Segment, call: Call) -> Tensor:
     if call.query.shape[3] > 1:
         return call.query.new_empty(*call.query.shape[:3], 0, dtype=torch.float32)
-    return attention_weights(segment, call.scaling, call.softcap)[:, :, :, 0]
+    return segment_weights(segment, call.scaling, call.softcap)[:, :, :, 0]
 
 
-def attention_weights(segment: Segment, scaling: float, softcap: float | None) -> Tensor:
+def segment_weights(segment: Segment, scaling: float, softcap: float | None) -> Tensor:
     """(b, h, g, t, s) in fp32."""
     scores = torch.einsum("bhgtd,bhsd->bhgts", segment.query, segment.keys).float() * scaling
     if softcap is not None:

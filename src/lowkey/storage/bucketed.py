@@ -16,7 +16,7 @@ from torch.nn.functional import gelu
 
 from lowkey.backends import grouped
 from lowkey.backends.ragged import ragged
-from lowkey.backends.segment import Part, Segment, merge
+from lowkey.backends.segment import Part, Segment, merge_parts
 from lowkey.core.types import Factors
 from lowkey.models.attention_interface import Call
 from lowkey.ops.ragged import picked, row_of, starts_of
@@ -69,10 +69,10 @@ class Bucket:
         """Every sequence with more tokens behind it."""
         rows, new = self.rows(heads), more.rows(heads)
         keys, values = (
-            joined(a, rows, b, new) for a, b in ((self.keys, more.keys), (self.values, more.values))
+            joined_rows(a, rows, b, new) for a, b in ((self.keys, more.keys), (self.values, more.values))
         )
         where = (
-            joined(self.where, self.starts, more.where, more.starts)
+            joined_rows(self.where, self.starts, more.where, more.starts)
             if len(self.where) + len(more.where)
             else self.where
         )
@@ -103,7 +103,7 @@ def cut(factors: Factors, rank: int) -> Factors:
     return Factors(f.k_down[..., :rank], f.k_up[..., :rank, :], f.v_down[..., :rank], f.v_up[..., :rank, :])
 
 
-def joined(flat: Tensor, starts: Tensor, more: Tensor, more_starts: Tensor) -> Tensor:
+def joined_rows(flat: Tensor, starts: Tensor, more: Tensor, more_starts: Tensor) -> Tensor:
     """Rows of different length (n, ...) with other such rows (m, ...) behind them: (n + m, ...)."""
     out = flat.new_empty(len(flat) + len(more), *flat.shape[1:])
     out[torch.arange(len(flat), device=flat.device) + more_starts[row_of(starts)]] = flat
@@ -174,7 +174,7 @@ class BucketedLayer(RaggedLayer):
         if not bool(exact.all()):
             k, v = self._as_read(*stored, levels, positions)
             own = torch.where(exact, keys, k), torch.where(exact, values, v)
-        out = merge([*self._older(call), self._own(*own, call)])[0]
+        out = merge_parts([*self._older(call), self._own(*own, call)])[0]
         self._store(*stored, levels, positions)
         return out.to(values.dtype)
 

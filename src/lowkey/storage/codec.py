@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowkey.backends.segment import Segment
-from lowkey.core.head_groups import merged, split
+from lowkey.core.head_groups import merged, rebuilt_heads
 from lowkey.core.types import Factors, Layout
 from lowkey.models.families import Rope
 from lowkey.ops.ragged import row_of
@@ -164,7 +164,7 @@ class LowRank:
 
     def _expanded(self, stored: Tensor, positions: Tensor) -> Tensor:
         """Keys (b, h, s, d), rotated."""
-        keys = _plus(split(stored, self.factors.k_up), self.factors.k_mean)
+        keys = _plus(rebuilt_heads(stored, self.factors.k_up), self.factors.k_mean)
         if self.layout == "post_rope":
             return keys
         cos, sin = self.rope(positions, keys)
@@ -196,10 +196,10 @@ class LowRank:
         return out.to(self.factors.v_up.dtype) @ self.factors.v_up.unsqueeze(1)
 
     def keys(self, readable: Tensor) -> Tensor:
-        return readable if self.layout == "pre_rope" else split(readable, self.factors.k_up)
+        return readable if self.layout == "pre_rope" else rebuilt_heads(readable, self.factors.k_up)
 
     def values(self, stored: Tensor) -> Tensor:
-        return _plus(split(stored, self.factors.v_up), self.factors.v_mean)
+        return _plus(rebuilt_heads(stored, self.factors.v_up), self.factors.v_mean)
 
     def like(self, states: Tensor) -> LowRank:
         """On the device and in the dtype of the states that will be stored."""

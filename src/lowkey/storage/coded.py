@@ -16,7 +16,7 @@ from lowkey.core.types import LowkeyError
 from lowkey.models.attention_interface import Call
 from lowkey.storage.codec import Codec, Plain
 from lowkey.storage.exact import Exact, SinkPoints
-from lowkey.storage.packing import Packing, Whole, joined
+from lowkey.storage.packing import Packing, Unpacked, joined_parts
 from lowkey.storage.positioned import PositionedLayer
 
 Parts = dict[str, tuple[Tensor, ...]]
@@ -47,10 +47,10 @@ class CodedLayer(PositionedLayer):
     ) -> None:
         super().__init__(exact is not None and exact.prefill == "exact")
         self.codec, self.exact, self.points = codec, exact or Exact(), points
-        self.packing = dict(zip(("keys", "values"), packing or (Whole(), Whole()), strict=True))
+        self.packing = dict(zip(("keys", "values"), packing or (Unpacked(), Unpacked()), strict=True))
         self.block = max(p.block for p in self.packing.values())
         # recent or stored, it is the token as it came
-        same = (self.codec, *self.packing.values()) == (Plain(), Whole(), Whole())
+        same = (self.codec, *self.packing.values()) == (Plain(), Unpacked(), Unpacked())
         self.counts = self.block > 1 or (self.exact.recent > 0 and not same)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -207,7 +207,8 @@ class CodedLayer(PositionedLayer):
 
     def _joined(self, new: Parts) -> Parts:
         return {
-            name: joined(self._parts(name), new[name], packing.axis) for name, packing in self.packing.items()
+            name: joined_parts(self._parts(name), new[name], packing.axis)
+            for name, packing in self.packing.items()
         }
 
     def _attributes(self, name: str) -> list[str]:

@@ -17,13 +17,13 @@ from torch.nn.functional import pad
 
 from lowkey.backends import fused, grouped, stock
 from lowkey.backends.ragged import ragged
-from lowkey.backends.segment import Part, Segment, merge
+from lowkey.backends.segment import Part, Segment, merge_parts
 from lowkey.core.types import Budget
 from lowkey.models.attention_interface import Call
 from lowkey.ops.precision import for_products
 from lowkey.ops.ragged import appended, best, padded, picked, row_of, starts_of
 from lowkey.policies.allocators import AllocationRequest
-from lowkey.policies.base import EvictionContext, Policy, Rope
+from lowkey.policies.base import CosAndSin, EvictionContext, Policy
 from lowkey.storage.budgets import EvictionCosts
 from lowkey.storage.codec import Codec, Plain
 from lowkey.storage.positioned import RaggedLayer
@@ -105,7 +105,7 @@ class EvictingLayer(RaggedLayer):
     def __init__(
         self,
         policy: Policy,
-        rope: Rope,
+        rope: CosAndSin,
         seat: int = 0,
         round: CacheWideEviction | None = None,
         codec: Codec | None = None,
@@ -244,7 +244,7 @@ class EvictingLayer(RaggedLayer):
         real = self.place(call, t)
         if bool(self.steps_of(t).all()):
             self._append(keys, values)
-            out = merge(self._stored_parts(call, self.seen))[0]
+            out = merge_parts(self._stored_parts(call, self.seen))[0]
             self._after_step(call)
         else:
             self.check_steps(t, self.policy.every)
@@ -252,7 +252,7 @@ class EvictingLayer(RaggedLayer):
                 *self._stored_parts(call, self.seen - t),
                 self._own_part(keys, values, call, self.exact_rows(real)),
             ]
-            out = merge(parts)[0] if len(parts) > 1 else parts[0][0]
+            out = merge_parts(parts)[0] if len(parts) > 1 else parts[0][0]
             repeating = None if self.piece is None else torch.logaddexp(parts[0][1], parts[-1][1])
             self._evict(call, self._with_chunk(keys, values, real), repeating)
             self.seen -= self.looking

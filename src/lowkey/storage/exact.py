@@ -73,4 +73,6 @@ class Exact(Checked):
 
 
 NOTHING = Exact()
-WINDOW = Exact(sinks=4, recent=32)  # beside every low-rank or integer cache, unless one asks for another
+DEFAULT_WINDOW = Exact(
+    sinks=4, recent=32
+)  # beside every low-rank or integer cache, unless one asks for another

@@ -33,7 +33,7 @@ class Packing(Protocol):
 
 
 @dataclass(frozen=True)
-class Whole:
+class Unpacked:
     """As the model's own numbers."""
 
     block: ClassVar[int] = 1
@@ -66,7 +66,7 @@ class PerToken:
         return quantize(_padded(x, groups * size), self.bits, size).tensors
 
     def unpack(self, parts: tuple[Tensor, ...], width: int) -> Tensor:
-        return dequantize(packed(parts, self.bits))[..., :width]
+        return dequantize(packed_parts(parts, self.bits))[..., :width]
 
     def nbytes(self, tokens: int, width: int, itemsize: int) -> int:
         groups, size = self._groups(width)
@@ -94,18 +94,18 @@ class PerChannel:
         return quantize(x.mT, self.bits, GROUP).tensors
 
     def unpack(self, parts: tuple[Tensor, ...], width: int) -> Tensor:
-        return dequantize(packed(parts, self.bits)).mT
+        return dequantize(packed_parts(parts, self.bits)).mT
 
     def nbytes(self, tokens: int, width: int, itemsize: int) -> int:
         return width * tokens // GROUP * (GROUP * self.bits // 8 + 2 * itemsize)
 
 
-def joined(old: tuple[Tensor, ...], new: tuple[Tensor, ...], axis: int) -> tuple[Tensor, ...]:
+def joined_parts(old: tuple[Tensor, ...], new: tuple[Tensor, ...], axis: int) -> tuple[Tensor, ...]:
     """More tokens behind those held."""
     return tuple(torch.cat(pair, axis) for pair in zip(old, new, strict=True))
 
 
-def packed(parts: tuple[Tensor, ...], bits: int) -> Packed:
+def packed_parts(parts: tuple[Tensor, ...], bits: int) -> Packed:
     codes, scale, low = parts
     return Packed(codes, scale, low, bits)
 

@@ -12,7 +12,7 @@ from lowkey.models.attention_interface import Call, Incoming, as_cast
 from lowkey.storage.base import StoringLayer, batch_positions
 from lowkey.storage.codec import token_positions
 
-ROWS = 512  # queries whose masks are compared at a time
+MASKS_AT_ONCE = 512  # queries whose masks are compared at a time
 
 
 class PositionedLayer(StoringLayer):
@@ -142,5 +142,7 @@ def _sees(call: Call, real: Tensor, held: Tensor) -> bool:
     """Whether every real query (b, t) sees just the tokens `held` (b, s) of those that came before its chunk."""
     if call.mask is None:
         return bool(held.all())
-    blocks = zip(call.mask[:, :, : held.shape[1]].split(ROWS, 1), real.split(ROWS, 1), strict=True)
+    blocks = zip(
+        call.mask[:, :, : held.shape[1]].split(MASKS_AT_ONCE, 1), real.split(MASKS_AT_ONCE, 1), strict=True
+    )
     return not any(bool(((mask != held.unsqueeze(1)).any(2) & rows).any()) for mask, rows in blocks)

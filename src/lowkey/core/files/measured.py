@@ -14,10 +14,10 @@ from torch import Tensor
 
 from lowkey.core.errors import LowkeyError
 from lowkey.core.files.reading import jsonable
-from lowkey.core.files.work import damaged, job_folder, job_name, read_work_json, write_work_json
+from lowkey.core.files.work import damaged_work, job_folder, job_name, read_work_json, write_work_json
 
-EVERY = 5.0  # seconds of work that a kill may cost, beside the measurement that it met
-NAME = "measured.json"
+SECONDS_BETWEEN_WRITES = 5.0  # seconds of work that a kill may cost, beside the measurement that it met
+MEASURED_FILE = "measured.json"
 
 
 class Measured:
@@ -41,7 +41,7 @@ class Measured:
         """
         if name not in self.known:
             self.known[name] = jsonable(measure())
-            if time.monotonic() - self.written >= EVERY:
+            if time.monotonic() - self.written >= SECONDS_BETWEEN_WRITES:
                 self.write()
         return self.known[name]
 
@@ -77,14 +77,14 @@ class Measured:
         if self.work is None or self.saved == len(self.known):
             return
         folder = job_folder(self.work, self.job)
-        write_work_json(folder, NAME, {"measured": self.known})
+        write_work_json(folder, MEASURED_FILE, {"measured": self.known})
         self.saved, self.written = len(self.known), time.monotonic()
 
     def _read(self) -> dict[str, Any]:
-        if self.work is None or not (self.work / job_name(self.job) / NAME).exists():
+        if self.work is None or not (self.work / job_name(self.job) / MEASURED_FILE).exists():
             return {}
         folder = job_folder(self.work, self.job)
-        found = read_work_json(folder, NAME).get("measured")
+        found = read_work_json(folder, MEASURED_FILE).get("measured")
         if not isinstance(found, dict):
-            raise damaged(folder, f"{NAME} holds no measurements")
+            raise damaged_work(folder, f"{MEASURED_FILE} holds no measurements")
         return found

@@ -29,10 +29,12 @@ from lowkey.core.files.reading import (
     parse_json,
     read_json,
 )
-from lowkey.core.files.swapping import NEW, beside, settle, steady
+from lowkey.core.files.swapping import NEW_NAME, new_folder_beside, settle, steady
 
 MANIFEST = ".lowkey.json"
-MARK = re.compile(rb"[^\n]*lowkey ([\w-]+) ([0-9a-f]{64})[^\n]*\n?")  # the last line of a text file of ours
+LAST_LINE = re.compile(
+    rb"[^\n]*lowkey ([\w-]+) ([0-9a-f]{64})[^\n]*\n?"
+)  # the last line of a text file of ours
 ELSEWHERE = "choose another place"
 
 
@@ -69,7 +71,7 @@ def _kind_of_text(path: Path) -> str | None:
         return None
     text = path.read_bytes()
     start = text.rstrip(b"\n").rfind(b"\n") + 1
-    found = MARK.fullmatch(text[start:])
+    found = LAST_LINE.fullmatch(text[start:])
     return (
         found[1].decode() if found and found[2].decode() == hashlib.sha256(text[:start]).hexdigest() else None
     )
@@ -161,7 +163,7 @@ def verify(folder: Path, what: str) -> None:
 # -- may it be written
 
 
-def target(path: Path) -> Path:
+def link_target(path: Path) -> Path:
     """Where a link leads: what is written goes there, and the link stays."""
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
@@ -173,8 +175,8 @@ def check_writable(path: Path) -> None:
     Errors: LowkeyError, before the work rather than after it.
     """
     try:
-        settle(target(path))
-        place = target(path).absolute()
+        settle(link_target(path))
+        place = link_target(path).absolute()
         if place.is_symlink() or os.path.ismount(place):
             raise LowkeyError(
                 f"output {str(path)!r}: is a link to itself, or where a disk is mounted; {ELSEWHERE}"
@@ -182,11 +184,11 @@ def check_writable(path: Path) -> None:
         ground = next(p for p in place.parents if os.path.lexists(p))
         near = ground == place.parent  # then a kill leaves what the next writer sweeps
         with (
-            beside(place)
+            new_folder_beside(place)
             if near
             else TemporaryDirectory(prefix=".lowkey.", dir=ground, ignore_cleanup_errors=True) as made
         ):
-            inside = Path(made) / NEW / place.relative_to(ground)
+            inside = Path(made) / NEW_NAME / place.relative_to(ground)
             inside.parent.mkdir(parents=True)
             inside.write_bytes(b"tried")
     except LowkeyError:
@@ -208,11 +210,11 @@ def check_folder(path: Path, force: bool, again: str | None = None) -> None:
     if path.name in ("", ".."):
         raise LowkeyError(f"output {str(path)!r} has no name of its own; give the name of a new folder")
     check_writable(path)
-    steady(target(path), lambda: _check_there(path, force, again))
+    steady(link_target(path), lambda: _check_there(path, force, again))
 
 
 def _check_there(path: Path, force: bool, again: str | None) -> None:
-    if not os.path.lexists(target(path)):
+    if not os.path.lexists(link_target(path)):
         return
     if not path.is_dir():
         raise LowkeyError(f"output {str(path)!r} is a file; choose a folder")
@@ -238,7 +240,7 @@ def check_file(path: Path, kind: str | None = None, force: bool = False) -> None
         check_writable(path)
     if path.is_dir():
         raise LowkeyError(f"output {str(path)!r} is a folder; give the name of a file")
-    place = target(path)
+    place = link_target(path)
     if not os.path.lexists(place):
         return
     found = check_replaceable(place)

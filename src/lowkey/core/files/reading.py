@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 MOST_JSON, MOST_HEADER, MOST_TOML, MOST_TEXT = 2**26, 2**24, 2**20, 2**32  # bytes
 ANY_SIZE = 2**63
-LARGEST = 2**64  # what a whole number is below
+LARGEST_NUMBER = 2**64  # what a whole number is below
 DEEPEST = 64  # tables inside tables
 # fields of our JSON files and of our tensors' metadata: what it is, and of all the rest
 KIND, CHECKSUM = "lowkey", "checksum"
-TYPES = {
+FILE_TYPES = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
     stat.S_IFCHR: "a device",
@@ -38,14 +38,14 @@ TYPES = {
     stat.S_IFSOCK: "a socket",
 }
 OURS = "give one that lowkey wrote"
-REMEDY = "make it again"
+MAKE_AGAIN = "make it again"
 
 
 # -- bytes
 
 
 @contextmanager
-def opened(path: Path, what: str, most: int, remedy: str = OURS) -> Iterator[BufferedReader]:
+def opened_file(path: Path, what: str, most: int, remedy: str = OURS) -> Iterator[BufferedReader]:
     """A regular file of at most so many bytes. Errors: LowkeyError for anything else, at once: pipes and
     devices are not waited for.
     """
@@ -67,7 +67,7 @@ def opened(path: Path, what: str, most: int, remedy: str = OURS) -> Iterator[Buf
 def _check_regular(found: os.stat_result, path: Path, what: str, most: int, remedy: str) -> None:
     if not stat.S_ISREG(found.st_mode):
         raise LowkeyError(
-            f"{what} {str(path)!r} is {TYPES.get(stat.S_IFMT(found.st_mode), 'no regular file')}; {remedy}"
+            f"{what} {str(path)!r} is {FILE_TYPES.get(stat.S_IFMT(found.st_mode), 'no regular file')}; {remedy}"
         )
     if found.st_size > most:
         raise LowkeyError(f"{what} {str(path)!r} is larger than {most / 2**20:.0f} MiB; {remedy}")
@@ -79,13 +79,13 @@ def _reason(error: BaseException) -> str:
 
 
 def read_bytes(path: Path, what: str, most: int, remedy: str = OURS) -> bytes:
-    with opened(path, what, most, remedy) as file:
+    with opened_file(path, what, most, remedy) as file:
         return file.read(most + 1)
 
 
 def file_checksum(path: Path, what: str = "file") -> str:
     """The size of a file in bytes and its sha256."""
-    with opened(path, what, ANY_SIZE) as file:
+    with opened_file(path, what, ANY_SIZE) as file:
         return _size(file) + hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -93,7 +93,7 @@ def has_checksum(path: Path, sums: Collection[str], what: str = "file") -> bool:
     """Whether a file has one of these checksums. One of another size is not read, since a sparse file may be
     endless to read.
     """
-    with opened(path, what, ANY_SIZE) as file:
+    with opened_file(path, what, ANY_SIZE) as file:
         size = _size(file)
         known = any(str(wanted).startswith(size) for wanted in sums)
         return known and size + hashlib.file_digest(file, "sha256").hexdigest() in sums
@@ -147,7 +147,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _whole(written: str) -> int:
-    if len(written) > len(str(LARGEST)):
+    if len(written) > len(str(LARGEST_NUMBER)):
         raise ValueError(f"a whole number of {len(written)} digits")
     return int(written)
 
@@ -158,7 +158,7 @@ def _check_depth(value: object, left: int = DEEPEST, finite: bool = False) -> No
             raise ValueError("it is nested without end")
         for inside in value.values() if isinstance(value, dict) else value:
             _check_depth(inside, left - 1, finite)
-    elif isinstance(value, int) and abs(value) >= LARGEST:
+    elif isinstance(value, int) and abs(value) >= LARGEST_NUMBER:
         raise ValueError("a whole number is larger than any that is meant")
     elif finite and isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{value} is no number that can be meant")
@@ -199,7 +199,7 @@ def read_json(
     """
 
     def refuse(rule: str) -> LowkeyError:
-        return LowkeyError(f"{what} {str(path)!r} {rule}; it is damaged or not one of ours: {REMEDY}")
+        return LowkeyError(f"{what} {str(path)!r} {rule}; it is damaged or not one of ours: {MAKE_AGAIN}")
 
     try:
         found = parse_json(read_bytes(path, what, MOST_JSON, source).decode(), infinite=loose)
@@ -226,13 +226,13 @@ def read_json(
     return {name: value for name, value in found.items() if name not in (KIND, CHECKSUM)}
 
 
-def checksum(path: Path, what: str) -> str | None:
+def stated_checksum(path: Path, what: str) -> str | None:
     """That which a JSON file of ours says it has; `read_json` holds it to that."""
     try:
         found = parse_json(read_bytes(path, what, MOST_JSON).decode())
     except ValueError as error:
         raise LowkeyError(
-            f"{what} {str(path)!r} cannot be read ({_reason(error)}); it is damaged: {REMEDY}"
+            f"{what} {str(path)!r} cannot be read ({_reason(error)}); it is damaged: {MAKE_AGAIN}"
         ) from None
     return found.get(CHECKSUM) if isinstance(found, dict) else None
 
@@ -247,7 +247,7 @@ def read_tensors(
     checksum: str | None = None,
     *,
     finite: bool = True,
-    remedy: str = REMEDY,
+    remedy: str = MAKE_AGAIN,
 ) -> dict[str, Tensor]:
     """All tensors that `write_tensors` wrote as this kind, and, given it, with this checksum. finite: refuse
     NaN and infinite numbers.
@@ -283,7 +283,7 @@ def _tensors(
     return found
 
 
-def marks(path: Path, what: str, remedy: str = REMEDY) -> tuple[str, str]:
+def marks(path: Path, what: str, remedy: str = MAKE_AGAIN) -> tuple[str, str]:
     """What a safetensors file says it is, and its checksum, or empty texts; the size of its header is checked
     before it is believed.
     """
@@ -293,7 +293,7 @@ def marks(path: Path, what: str, remedy: str = REMEDY) -> tuple[str, str]:
             f"{what} {str(path)!r} {rule}; it is truncated, damaged or not one of ours: {remedy}"
         )
 
-    with opened(path, what, _memory()) as file:
+    with opened_file(path, what, _memory()) as file:
         length = file.read(8)
         size = struct.unpack("<Q", length)[0] if len(length) == 8 else 0
         if not 2 <= size <= min(os.fstat(file.fileno()).st_size - 8, MOST_HEADER):

@@ -23,11 +23,11 @@ from typing import TypeVar
 
 from lowkey.core.errors import LowkeyError
 
-T = TypeVar("T")
-MARK = ".lowkey"  # in a folder of this kind: by its name alone it could be somebody's
-OLD, NEW = "old", "new"
-LONGEST = 100  # bytes of a name that its folder's name repeats
-TRIES = 100
+_T = TypeVar("_T")
+OWN_FOLDER = ".lowkey"  # in a folder of this kind: by its name alone it could be somebody's
+OLD_NAME, NEW_NAME = "old", "new"
+LONGEST_PREFIX = 100  # bytes of a name that its folder's name repeats
+FREE_NAME_TRIES = 100
 # seconds before a reader tries again
 PAUSES = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.1, 0.2, 0.2, 0.5, 0.5)
 EXCHANGE = 2  # RENAME_EXCHANGE of Linux
@@ -36,7 +36,7 @@ UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
 
 
 @contextmanager
-def beside(path: Path) -> Iterator[Path]:
+def new_folder_beside(path: Path) -> Iterator[Path]:
     """A new, locked folder beside `path`, which goes when the block ends; those of dead writers go first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     settle(path, sweep=True)
@@ -52,7 +52,7 @@ def _locked(path: Path) -> tuple[Path, int]:
     """A folder of its own and its lock. Until that is held, another writer may take the folder for abandoned:
     then a new one.
     """
-    for _ in range(TRIES):
+    for _ in range(FREE_NAME_TRIES):
         folder = path.with_name(f".{_short(path.name)}.{secrets.token_hex(8)}.tmp")
         folder.mkdir()
         with suppress(FileNotFoundError):
@@ -71,14 +71,14 @@ def _holds(lock: int, folder: Path) -> bool:
     except OSError:  # a file system without locks: then nobody sweeps
         pass
     try:
-        (folder / MARK).touch()
+        (folder / OWN_FOLDER).touch()
         return os.path.samestat(folder.stat(), os.fstat(lock))
     except FileNotFoundError:
         return False
 
 
 def _short(name: str) -> str:
-    return os.fsencode(name)[:LONGEST].decode(errors="ignore")
+    return os.fsencode(name)[:LONGEST_PREFIX].decode(errors="ignore")
 
 
 def folders_of(path: Path) -> list[Path]:
@@ -98,12 +98,12 @@ def settle(path: Path, sweep: bool = False) -> bool:
     for folder in folders_of(path):
         with _abandoned(folder) as dead:
             if not dead:
-                moving |= (folder / OLD).exists()
+                moving |= (folder / OLD_NAME).exists()
                 continue
             with suppress(OSError):
-                if (folder / OLD).exists() and not os.path.lexists(path):
-                    os.rename(folder / OLD, path)
-                if sweep and ((folder / MARK).exists() or not any(folder.iterdir())):
+                if (folder / OLD_NAME).exists() and not os.path.lexists(path):
+                    os.rename(folder / OLD_NAME, path)
+                if sweep and ((folder / OWN_FOLDER).exists() or not any(folder.iterdir())):
                     shutil.rmtree(folder, ignore_errors=True)
     return moving
 
@@ -135,7 +135,7 @@ def _abandoned(folder: Path) -> Iterator[bool]:
 
 def swap(new: Path, path: Path, folder: Path) -> None:
     """The folder `new`, in `folder`, takes the name `path`; what stood there is then in `folder`."""
-    for _ in range(TRIES):
+    for _ in range(FREE_NAME_TRIES):
         try:
             if not path.exists():
                 os.rename(new, path)
@@ -168,15 +168,15 @@ def exchange(a: Path, b: Path) -> bool:
 
 def _moved(new: Path, path: Path, folder: Path) -> None:
     """In two steps; `settle` mends what a kill between them leaves."""
-    os.rename(path, folder / OLD)
+    os.rename(path, folder / OLD_NAME)
     try:
         os.rename(new, path)
     except OSError:
-        os.rename(folder / OLD, path)
+        os.rename(folder / OLD_NAME, path)
         raise
 
 
-def steady(path: Path, read: Callable[[], T]) -> T:
+def steady(path: Path, read: Callable[[], _T]) -> _T:
     """What `read` gives of one version of the file or folder `path`: again when another took its place
     meanwhile.
 

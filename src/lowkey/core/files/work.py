@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
 from lowkey.core.errors import LowkeyError
-from lowkey.core.files.outputs import check_folder, check_writable, kind_of, target
+from lowkey.core.files.outputs import check_folder, check_writable, kind_of, link_target
 from lowkey.core.files.reading import read_json, read_tensors
 from lowkey.core.files.swapping import is_passing
 from lowkey.core.files.writing import write_json, write_tensors
@@ -23,10 +23,10 @@ from lowkey.core.files.writing import write_json, write_tensors
 if TYPE_CHECKING:
     from torch import Tensor
 
-JOB, WORK = "job", "work"  # kinds of files
-TRIES = 3
+JOB_KIND, WORK_KIND = "job", "work"  # kinds of files
+READ_TRIES = 3
 # of one job
-NAMES = r"(job|measured)\.json|(statistics|gradients|gates|training|(layer|tuned)-\d+)\.safetensors"
+WORK_FILES = r"(job|measured)\.json|(statistics|gradients|gates|training|(layer|tuned)-\d+)\.safetensors"
 
 
 @overload
@@ -45,8 +45,8 @@ def job_folder(work: Path | None, job: Mapping) -> Path | None:
     for other in set(work.iterdir() if work.is_dir() else ()) - {folder}:
         remove_job(other)
     if not (folder / "job.json").exists():
-        write_json(folder / "job.json", {"job": plain}, JOB)
-    elif read_json(folder / "job.json", "unfinished work", JOB).get("job") != plain:
+        write_json(folder / "job.json", {"job": plain}, JOB_KIND)
+    elif read_json(folder / "job.json", "unfinished work", JOB_KIND).get("job") != plain:
         raise LowkeyError(f"unfinished work {str(folder)!r}: is another job's than its name says; delete it")
     return folder
 
@@ -58,16 +58,16 @@ def job_name(job: Mapping) -> str:
 
 def write_work(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Another process at the same job may end first and clear the folder away: then once more."""
-    _trying(lambda: write_tensors(folder / f"{name}.safetensors", tensors, WORK))
+    _trying(lambda: write_tensors(folder / f"{name}.safetensors", tensors, WORK_KIND))
 
 
 def write_work_json(folder: Path, name: str, value: Mapping) -> None:
     """As `write_work`, of plain JSON; name: of the file."""
-    _trying(lambda: write_json(folder / name, value, WORK, indent=None))
+    _trying(lambda: write_json(folder / name, value, WORK_KIND, indent=None))
 
 
 def _trying(write: Callable[[], object]) -> None:
-    for left in reversed(range(TRIES)):
+    for left in reversed(range(READ_TRIES)):
         try:
             write()
             return
@@ -81,24 +81,26 @@ def read_work(folder: Path | None, name: str) -> dict[str, Tensor] | None:
     path = folder / f"{name}.safetensors" if folder is not None else None
     if path is None or not path.exists():
         return None
-    return read_tensors(path, "unfinished work", WORK, remedy="delete it and start anew")
+    return read_tensors(path, "unfinished work", WORK_KIND, remedy="delete it and start anew")
 
 
 def read_work_json(folder: Path, name: str) -> dict:
     """What `write_work_json` wrote. Errors: LowkeyError for a damaged file."""
-    return read_json(folder / name, "unfinished work", WORK, source="delete it and start anew")
+    return read_json(folder / name, "unfinished work", WORK_KIND, source="delete it and start anew")
 
 
-def fits(found: Mapping[str, Tensor], name: str, like: Tensor | tuple[int, ...], folder: Path) -> Tensor:
+def checked_tensor(
+    found: Mapping[str, Tensor], name: str, like: Tensor | tuple[int, ...], folder: Path
+) -> Tensor:
     """The tensor of this name, of the shape (and dtype) of another. Errors: LowkeyError when it is not."""
     t = found.get(name)
     shape, dtype = (like, None) if isinstance(like, tuple) else (tuple(like.shape), like.dtype)
     if t is None or tuple(t.shape) != shape or (dtype is not None and t.dtype != dtype):
-        raise damaged(folder, f"{name!r} is missing or not of shape {shape}")
+        raise damaged_work(folder, f"{name!r} is missing or not of shape {shape}")
     return t
 
 
-def damaged(folder: Path, rule: str) -> LowkeyError:
+def damaged_work(folder: Path, rule: str) -> LowkeyError:
     return LowkeyError(f"unfinished work {str(folder)!r}: {rule}; it is damaged: delete it and start anew")
 
 
@@ -114,7 +116,7 @@ def work_beside(path: Path) -> Path:
     """`path`.partial, where unfinished work goes. Errors: LowkeyError when it cannot be written, or holds
     anything that is not ours.
     """
-    work = target(path).with_name(f"{target(path).name}.partial")
+    work = link_target(path).with_name(f"{link_target(path).name}.partial")
     check_writable(work)
     if os.path.lexists(work) and (
         work.is_symlink() or not work.is_dir() or not all(map(_is_job, work.iterdir()))
@@ -134,7 +136,9 @@ def _is_job(folder: Path) -> bool:
 
 
 def _is_work(path: Path) -> bool:
-    return is_passing(path) or (bool(re.fullmatch(NAMES, path.name)) and kind_of(path) in (JOB, WORK))
+    return is_passing(path) or (
+        bool(re.fullmatch(WORK_FILES, path.name)) and kind_of(path) in (JOB_KIND, WORK_KIND)
+    )
 
 
 def remove_work(work: Path) -> None:

@@ -20,19 +20,19 @@ from lowkey.core.files.outputs import (
     check_folder,
     check_removable,
     check_replaceable,
+    link_target,
     listed,
     manifest,
     marked,
-    target,
     unchanged,
 )
 from lowkey.core.files.reading import CHECKSUM, KIND, digest, sealed
-from lowkey.core.files.swapping import NEW, beside, steady, swap, sync
+from lowkey.core.files.swapping import NEW_NAME, new_folder_beside, steady, swap, sync
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-REMEDY = "choose another place or free some space"
+FREE_SPACE = "choose another place or free some space"
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def explained(path: Path) -> Iterator[None]:
         if not _of_the_disk(error):
             raise
         what = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        raise LowkeyError(f"cannot write {str(path)!r}: {what}; {REMEDY}") from error
+        raise LowkeyError(f"cannot write {str(path)!r}: {what}; {FREE_SPACE}") from error
 
 
 def _of_the_disk(error: Exception) -> bool:
@@ -64,9 +64,9 @@ def replacing(path: Path, ours: bool = False) -> Iterator[Path]:
     ours: the caller knows that what is there is lowkey's. Errors: LowkeyError when it is not, or cannot be
     written.
     """
-    place = target(path)
-    with explained(path), beside(place) as folder:
-        new = folder / NEW / place.name
+    place = link_target(path)
+    with explained(path), new_folder_beside(place) as folder:
+        new = folder / NEW_NAME / place.name
         new.parent.mkdir()
         yield new
         if os.path.lexists(place) and not ours:
@@ -125,9 +125,9 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     Errors: LowkeyError when it is not, or cannot be written.
     """
     check_folder(path, force=True)
-    place = target(path)
-    with explained(path), beside(place) as folder:
-        new = folder / NEW
+    place = link_target(path)
+    with explained(path), new_folder_beside(place) as folder:
+        new = folder / NEW_NAME
         new.mkdir()
         yield new
         finish(new)
