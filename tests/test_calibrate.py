@@ -179,7 +179,7 @@ def test_a_quarter_of_the_windows_only_judges(monkeypatch):
     )
     calibrate()
     for statistics, probe in told:
-        assert statistics.tokens == 6 * 24 and (probe.training, probe.held) == (6, 2)
+        assert statistics.tokens == 6 * 24 and (probe.training_count, probe.held_out) == (6, 2)
 
 
 # -- resuming

@@ -128,7 +128,7 @@ def recorded(name: str, layout: str, layer: int = LAYER) -> dict[str, Tensor]:
     _, probe = prepared(name, layout, layer)
     seen = Recorder()
     with torch.no_grad():
-        probe.run(probe.inputs[: probe.training], seen)
+        probe.run(probe.inputs[: probe.training_count], seen)
     keys, query = seen.keys, seen.call.query
     if layout == "pre_rope":
         cos, sin = probe.rope(torch.arange(LENGTH).unsqueeze(0), keys)
@@ -197,7 +197,7 @@ def test_lower_ranks_cost_the_bytes_that_were_predicted(method, name, layout):
 def test_a_smaller_rank_has_a_larger_error(method, layout):
     _, probe = prepared("llama", layout)
     bases = fitted(method, "llama", layout)
-    full, half, least = (probe.held_error(bases.at(r, r)) for r in (16, 8, 4))
+    full, half, least = (probe.held_out_error(bases.at(r, r)) for r in (16, 8, 4))
     assert full < 1e-5 < half < least < 1
 
 
@@ -414,7 +414,7 @@ def test_weights_of_queries_are_those_of_a_loop(name, layout):
     softcap = getattr(config, "attn_logit_softcapping", None)
     h, g = weights.shape[:2]
     expected = torch.zeros(h, HEAD_DIM, HEAD_DIM, dtype=torch.float64)
-    for b, i, j in itertools.product(range(probe.training), range(h), range(g)):
+    for b, i, j in itertools.product(range(probe.training_count), range(h), range(g)):
         queries = rotated["queries"][b, i, j]
         c = loop_weights(
             queries, rotated["keys"][b, i], rotated["values"][b, i], weights[i, j], scaling, softcap
@@ -479,7 +479,7 @@ def test_a_whitened_svd_of_the_weights_is_pca_of_what_they_make(t, rank):
     attention = families.decoder_layers(probe.model)[LAYER].self_attn
     with torch.no_grad():
         x = (
-            families.attention_input(probe.model, LAYER, probe.inputs[: probe.training])
+            families.attention_input(probe.model, LAYER, probe.inputs[: probe.training_count])
             .flatten(0, 1)
             .double()
         )
@@ -651,7 +651,7 @@ def test_heads_that_are_the_same_but_turned_share_a_latent():
     bases = ReCalKV(group=2).fit(statistics, probe, RANKS, 0)
     assert bases.order.tolist() == [0, 3, 1, 2]
     neighbours = Palu(group=2).fit(statistics, probe, RANKS, 0)
-    assert probe.held_error(bases.at(8, 16)) < 1e-5 < 1e-2 < probe.held_error(neighbours.at(8, 16))
+    assert probe.held_out_error(bases.at(8, 16)) < 1e-5 < 1e-2 < probe.held_out_error(neighbours.at(8, 16))
 
 
 def test_reordering_a_joint_moment_is_reordering_the_rows():

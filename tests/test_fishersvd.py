@@ -53,12 +53,12 @@ def test_what_is_trained_through_sees_the_tokens_that_a_cache_holds_exactly(name
     for i, f in maps.items():
         past.layers[i] = CodedLayer(LowRank(f, layout, families.rope(model, i)), exact)
     with torch.no_grad():
-        found = model_probe.logits(model, ROWS, model_probe.storages(model, maps, layout), exact)
+        found = model_probe.logits(model, ROWS, model_probe.reconstructions(model, maps, layout), exact)
         reference = model(ROWS, past_key_values=past).logits
     assert torch.allclose(found, reference, atol=2e-4)
     if exact.sinks or exact.recent:
         with torch.no_grad():
-            plain = model_probe.logits(model, ROWS, model_probe.storages(model, maps, layout))
+            plain = model_probe.logits(model, ROWS, model_probe.reconstructions(model, maps, layout))
         assert (
             torch.allclose(found[:, :3], pico.feed(pico.stock(name), ROWS)[:, :3], atol=2e-4)
             or not exact.recent
@@ -253,7 +253,7 @@ def test_sliding_layers_norms_and_partial_rotation(name):
     assert list(found) == list(families.geometry(model).compressible)
     full = {i: b.at(HEAD_DIM, HEAD_DIM) for i, b in found.items()}
     with torch.no_grad():
-        out = model_probe.logits(model, ROWS, model_probe.storages(model, full, "pre_rope"))
+        out = model_probe.logits(model, ROWS, model_probe.reconstructions(model, full, "pre_rope"))
     assert out.shape[-1] == VOCAB and torch.allclose(out, pico.feed(pico.stock(name), ROWS), atol=2e-3)
 
 

@@ -220,7 +220,7 @@ def test_full_rank_gives_the_stock_logits(prepared, method, layout):
 def test_a_model_with_a_single_head_is_left_as_it_is(prepared, method, layout):
     stats, probe = prepared("llama-mqa", layout)
     assert method.candidates(1, HEAD_DIM, RANKS) == [16]
-    assert probe.held_error(method.fit(stats, probe, [16], 0).at(16, 16)) < 1e-5
+    assert probe.held_out_error(method.fit(stats, probe, [16], 0).at(16, 16)) < 1e-5
 
 
 @pytest.mark.parametrize("method", WHOLE)
@@ -269,10 +269,10 @@ def test_other_families_are_merged_with_less_error_than_by_the_mean(prepared, na
     stats, probe = prepared(name, layout)
     ours, mean = (m.fit(stats, probe, [8, 16], 0) for m in (WHOLE[method], KVHeadSVD(basis="mean")))
     assert (
-        probe.held_error(ours.at(16, 16))
+        probe.held_out_error(ours.at(16, 16))
         < 1e-5
-        < probe.held_error(ours.at(8, 8))
-        < probe.held_error(mean.at(8, 8))
+        < probe.held_out_error(ours.at(8, 8))
+        < probe.held_out_error(mean.at(8, 8))
     )
 
 
@@ -402,7 +402,7 @@ def test_activations_tell_far_more_than_weights(lopsided, keys):
         for b in (ours, weights)
     ]
     assert losses[0] < 0.8 * losses[1]
-    assert probe.held_error(ours.at(8, 8)) < 0.85 * probe.held_error(weights.at(8, 8))
+    assert probe.held_out_error(ours.at(8, 8)) < 0.85 * probe.held_out_error(weights.at(8, 8))
 
 
 def block_diagonal(maps):
@@ -480,7 +480,7 @@ def test_similar_heads_find_one_another():
             for how in ("similar", "consecutive")
         )
         assert similar.order.tolist() == [0, 3, 1, 2]
-        assert probe.held_error(similar.at(8, 8)) < 1e-4 < 0.02 < probe.held_error(apart.at(8, 8))
+        assert probe.held_out_error(similar.at(8, 8)) < 1e-4 < 0.02 < probe.held_out_error(apart.at(8, 8))
 
 
 def random_turn(seed):
@@ -680,7 +680,7 @@ def copies(request):
 def test_turned_copies_of_one_head_are_one_head_only_when_aligned(copies):
     stats, probe = copies
     errors = {
-        b: probe.held_error(MEA(b).fit(stats, probe, [4, 8, 16], 0).at(4, 4))
+        b: probe.held_out_error(MEA(b).fit(stats, probe, [4, 8, 16], 0).at(4, 4))
         for b in ("weights", "activations", "aligned")
     }
     assert errors["aligned"] < 1e-4 and min(errors["weights"], errors["activations"]) > 0.1

@@ -190,7 +190,7 @@ def test_full_rank_gives_the_stock_logits(name, method, layout):
 def test_the_data_choice_is_that_of_a_loop_over_tokens(name, layout):
     stats, probe = prepared(name, layout, 1)
     basis = KVLatent(choose="data").fit(stats, probe, RANKS, 0).keys
-    seen, turning = activations(name, 1, ROWS[:-HELD]), probe.rotary
+    seen, turning = activations(name, 1, ROWS[:-HELD]), probe.rotary_dim
     keys, queries = seen["keys_pre"], seen["queries_pre"]
     groups, half = queries.shape[1] // keys.shape[1], turning // 2
     for h, order in enumerate(channels(basis.columns)):

@@ -42,7 +42,7 @@ def loss_at(bases, rank: int, kl: float, name="llama", layout="post_rope") -> fl
     after another.
     """
     model, total = attached(name), 0.0
-    maps = model_probe.storages(model, {i: b.at(rank, rank) for i, b in bases.items()}, layout)
+    maps = model_probe.reconstructions(model, {i: b.at(rank, rank) for i, b in bases.items()}, layout)
     with torch.no_grad():
         for row in ROWS[-HELD:]:
             ours, theirs = (
@@ -210,7 +210,7 @@ def test_training_sees_what_a_cache_of_the_bases_gives(tuned, layout):
     model, ids = attached("llama"), prompt(24)
     maps = {i: b.at(4, 8) for i, b in end.items()}
     with torch.no_grad():
-        trained = model_probe.logits(model, ids, model_probe.storages(model, maps, layout))
+        trained = model_probe.logits(model, ids, model_probe.reconstructions(model, maps, layout))
     assert torch.allclose(trained, feed(model, ids, pico.lowrank(model, maps, layout)), atol=1e-5)
 
 
@@ -285,12 +285,14 @@ def test_a_window_has_ranks_of_its_own(layout):
         both = model_probe.logits(
             attached("llama"),
             ROWS[:2],
-            model_probe.storages(attached("llama"), training.factors(ranks), layout),
+            model_probe.reconstructions(attached("llama"), training.factors(ranks), layout),
         )
         for j in range(2):
             maps = {i: b.at(int(ranks[0, 0, j]), int(ranks[0, 1, j])) for i, b in start.items()}
             one = model_probe.logits(
-                attached("llama"), ROWS[j : j + 1], model_probe.storages(attached("llama"), maps, layout)
+                attached("llama"),
+                ROWS[j : j + 1],
+                model_probe.reconstructions(attached("llama"), maps, layout),
             )
             assert torch.allclose(both[j], one[0], atol=1e-4)
 

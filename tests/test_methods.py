@@ -179,7 +179,10 @@ def test_a_full_rank_basis_has_no_error_and_a_small_one_has(fitted, method, layo
     probe, bases = fitted(method, layout)
     least = served(method)[0]
     assert (
-        probe.held_error(bases.at(HEAD_DIM, HEAD_DIM)) < 2e-5 < probe.held_error(bases.at(least, least)) < 1
+        probe.held_out_error(bases.at(HEAD_DIM, HEAD_DIM))
+        < 2e-5
+        < probe.held_out_error(bases.at(least, least))
+        < 1
     )
 
 
@@ -212,7 +215,7 @@ def test_training_does_not_end_above_its_pca_start(fitted, method, layout):
     options = CHEAP[method]
     data = prepared("llama", layout, 1)
     start = PCA(options.key_bases, options.value_bases).fit(*data, RANKS, 0)
-    assert probe.held_error(bases.at(8, 8)) <= probe.held_error(start.at(8, 8)) + 1e-7
+    assert probe.held_out_error(bases.at(8, 8)) <= probe.held_out_error(start.at(8, 8)) + 1e-7
 
 
 def test_training_that_goes_astray_ends_at_its_pca_start():
@@ -221,7 +224,7 @@ def test_training_that_goes_astray_ends_at_its_pca_start():
     start, astray = (
         m.fit(*data, RANKS, 0) for m in (PCA("shared", "per_head"), StiefAttention("free", epochs=2, lr=10.0))
     )
-    assert data[1].held_error(astray.at(8, 8)) <= data[1].held_error(start.at(8, 8)) + 1e-7
+    assert data[1].held_out_error(astray.at(8, 8)) <= data[1].held_out_error(start.at(8, 8)) + 1e-7
 
 
 def test_training_lowers_the_error():
@@ -231,7 +234,7 @@ def test_training_lowers_the_error():
         for m in (PCA("shared", "per_head"), StiefAttention("free", epochs=80, patience=80, lr=5e-3))
     )
     seen = torch.arange(data[1].training)
-    assert data[1].held_error(trained.at(8, 8)) < 0.98 * data[1].held_error(start.at(8, 8))
+    assert data[1].held_out_error(trained.at(8, 8)) < 0.98 * data[1].held_out_error(start.at(8, 8))
     assert float(data[1].errors(seen, trained.at(4, 4)).mean()) < 0.9 * float(
         data[1].errors(seen, start.at(4, 4)).mean()
     )
@@ -314,7 +317,7 @@ def test_the_probes_error_is_that_of_the_layers_output(name, layout):
     expected = torch.stack(
         [(a - b).norm() / b.norm() for a, b in zip(ours.flatten(0, 1), exact.flatten(0, 1), strict=True)]
     ).mean()
-    assert abs(probe.held_error(f) - float(expected)) < 1e-4
+    assert abs(probe.held_out_error(f) - float(expected)) < 1e-4
 
 
 def test_the_held_out_windows_are_never_fitted_on():
@@ -328,7 +331,7 @@ def test_the_surface_is_the_held_out_error_of_every_pair(fitted):
     surface = probe.surface(bases, RANKS, [8, 16])
     for i, k in enumerate(RANKS):
         for j, v in enumerate([8, 16]):
-            assert surface[i][j] == probe.held_error(bases.at(k, v))
+            assert surface[i][j] == probe.held_out_error(bases.at(k, v))
 
 
 def test_a_probe_leaves_the_model_alone():

@@ -282,14 +282,14 @@ def test_errors_are_those_of_a_cache_with_the_same_exact_tokens(name, layout, ex
         float((a - b).norm() / b.norm())
         for a, b in zip(ours[:, first:].flatten(0, 1), stock[:, first:].flatten(0, 1), strict=True)
     ]
-    assert probe(name, layer, layout, exact, ids).held_error(f) == pytest.approx(
+    assert probe(name, layer, layout, exact, ids).held_out_error(f) == pytest.approx(
         sum(found) / len(found), rel=1e-3
     )
 
 
 def test_a_window_longer_than_the_text_leaves_no_token_out():
     f = pico.factors(4, 5, 7)
-    assert probe(exact=Exact(4, 16)).held_error(f) == probe(exact=Exact()).held_error(f) > 0.1
+    assert probe(exact=Exact(4, 16)).held_out_error(f) == probe(exact=Exact()).held_out_error(f) > 0.1
 
 
 def test_rebuilding_beside_exact_tokens_is_differentiable(layout):
@@ -337,8 +337,8 @@ def test_statistics_leave_the_sinks_of_every_row_out():
 @pytest.fixture
 def counted(monkeypatch):
     """How many errors of a layer were measured."""
-    found, measure = [], LayerProbe.held_error
-    monkeypatch.setattr(LayerProbe, "held_error", lambda *args: found.append(1) or measure(*args))
+    found, measure = [], LayerProbe.held_out_error
+    monkeypatch.setattr(LayerProbe, "held_out_error", lambda *args: found.append(1) or measure(*args))
     return found
 
 

@@ -249,7 +249,7 @@ def divergence_loss(student: Student, ids: Tensor) -> Iterator[Tensor]:
     """KL(original || compressed) per token, at the student's temperature."""
     with student.adapted.original() as model:
         target = model(ids, use_cache=False).logits
-    yield model_probe.divergence(student.logits(ids), target, student.temperature)
+    yield model_probe.kl_divergence(student.logits(ids), target, student.temperature)
 
 
 # parts of a loss, whose sum is the loss: each is differentiated before the next is formed

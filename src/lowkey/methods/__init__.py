@@ -1,8 +1,7 @@
-"""Post-training low-rank methods: one file each, one line here.
+"""Post-training low-rank methods: one file each, and one line each in METHODS.
 
-A method is a frozen dataclass under `Method` with `summary`, `paper` and `fit(statistics, probe, ranks, seed)
--> LayerBases`; its fields are its options, on the command line too. An outside method needs no registration:
-pass the object, or `--method package.module:Class`.
+A method is a frozen dataclass derived from `Method`; its fields are its options, on the command line too. A
+method from outside the package needs no registration: pass the object, or `--method package.module:Class`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What calibration asks of a method."""
+"""What a low-rank method is, and what calibration hands to one that looks at the whole model."""
 
 from __future__ import annotations
 
@@ -23,13 +23,21 @@ from lowkey.storage.exact import NOTHING, Exact
 
 @dataclass(frozen=True)
 class CalibrationContext:
-    """What a method that looks at the whole model works on. rows (n, t): ids of the calibration windows; the
-    last `held` only judge.
+    """The model, the calibration windows and the settings that a method's stages work with.
 
-    ranks: those at which bases are trained and errors measured; choices: every one that may be chosen, when
-    these are more.
-    exact: the tokens that the cache will keep as they are, as far as these windows show any other. work: the
-    folder of this very job, to save into and to resume from.
+    Attributes:
+        model: an attached model in eval mode.
+        windows: token ids (n, t) of all calibration windows.
+        held_out: how many of the last windows are for judging only.
+        layout: whether keys are stored before or after their rotation.
+        measured_ranks: the ranks at which bases are trained and errors measured, in ascending order; the last
+            one is the head dim.
+        seed: of everything random.
+        batch: windows per forward pass.
+        progress: shows how far a stage is.
+        choices: every rank that may be chosen, if these are more than the measured ones.
+        exact: the tokens that the cache will store as they are, as far as the windows hold any others.
+        work: a folder of this very job, to save into and to resume from; or None.
     """
 
     model: PreTrainedModel
@@ -51,31 +59,40 @@ class CalibrationContext:
 
     @property
     def training_windows(self) -> Tensor:
+        """The windows that a method may fit on."""
         return self.windows[: -self.held_out]
 
     @property
     def held_out_windows(self) -> Tensor:
+        """The windows that only judge what was fitted on the others."""
         return self.windows[-self.held_out :]
 
     @cached_property
     def gradient_moments(self) -> GradientMoments:
-        """Of keys, values and their gradients over the fitting windows: gathered once, however often they are
-        asked for.
-        """
+        """Second moments of keys, values and their gradients over the training windows; gathered once."""
         return gather_gradient_moments(
             self.model, self.training_windows, self.layout, self.exact, self.seed, self.work, self.progress
         )
 
 
 class Method(Checked, ABC):
-    """A frozen dataclass whose fields are its options, with their ranges (see `lowkey.core.options`).
+    """A low-rank method: from calibration text to maps that compress keys and values.
 
-    summary, paper: what it is and its source; allocator: the rule that its paper splits a budget by, or
-    `greedy`; layout: the one its paper stores keys in; grid: the candidate ranks of its paper, as `--ranks`
-    takes them, or 8, at which errors are measured. every: whether its bases serve any rank, so that
-    allocators that compare no measured errors may choose any; if not, only ranks of the grid are chosen.
-    tunes, finishes: whether it has the two stages of the same names, which look at the whole model. fits:
-    whether `fit` is asked; not where `tune` needs nothing of it.
+    A subclass is a frozen dataclass whose fields are its options with their ranges (`core.options`). It has up
+    to three stages: `fit` for each layer on its own, `tune` for all layers together before ranks are chosen,
+    and `finish` for all layers at the chosen ranks.
+
+    Attributes:
+        summary: what the method does, in one line.
+        paper: its source, like `arXiv:2601.21686`; empty if there is none.
+        allocator: name of the rank allocator of its paper, or `greedy`.
+        layout: whether its paper stores keys before (`pre_rope`) or after (`post_rope`) their rotation.
+        grid: the ranks at which errors are measured, in the syntax of `--ranks`: those of its paper, or `8`.
+        serves_any_rank: whether its bases serve every rank, so that allocators that compare no measured errors
+            may choose any. Otherwise only ranks of the grid are chosen.
+        has_fit: whether calibration calls `fit`. A method whose `tune` needs no bases goes without.
+        has_tune: whether calibration calls `tune`.
+        has_finish: whether calibration calls `finish`.
     """
 
     summary: ClassVar[str]
@@ -84,45 +101,55 @@ class Method(Checked, ABC):
     layout: ClassVar[Layout] = "post_rope"
     grid: ClassVar[str] = "8"
     serves_any_rank: ClassVar[bool] = True
-    has_tune: ClassVar[bool] = False
     has_fit: ClassVar[bool] = True
+    has_tune: ClassVar[bool] = False
     has_finish: ClassVar[bool] = False
 
     @abstractmethod
     def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:
-        """Bases of one layer for the ranks that may be chosen, from its second moments and, if need be, its
-        weights and inputs.
+        """Fit the bases of one layer.
+
+        Args:
+            statistics: second moments of the layer's keys, values, queries and inputs.
+            probe: the layer itself, with its inputs and outputs.
+            ranks: the ranks that may be chosen, in ascending order.
+            seed: of everything random.
         """
 
     def candidates(self, heads: int, head_dim: int, ranks: list[int]) -> list[int]:
-        """Which of these ranks this method can serve, in a model of so many KV heads; always with the full
-        rank, which is among them.
+        """Return those of `ranks` that this method can serve in a model with `heads` KV heads.
+
+        The full rank, which is the last of `ranks`, is always among them.
+
+        Raises:
+            LowkeyError: if the method's options do not fit the model.
         """
         return ranks
 
     def numbers_per_token(self, rank: int, heads: int, head_dim: int) -> int:
-        """What a token takes in a layer, of keys or of values of all heads, at a rank that is served."""
+        """Return how many numbers one token takes in a layer's keys, or in its values, at a served rank."""
         return rank * heads
 
     def tune(self, bases: dict[int, LayerBases], context: CalibrationContext) -> dict[int, LayerBases]:
-        """Better bases of all layers, before ranks are chosen."""
+        """Return better bases of all layers, before ranks are chosen."""
         return bases
 
     def finish(self, factors: dict[int, Factors], context: CalibrationContext) -> dict[int, Factors]:
-        """Better factors, of the ranks that were chosen."""
+        """Return better factors of all layers, at the ranks that were chosen."""
         return factors
 
 
 def whole_head_ranks(group: int, head_dim: int, ranks: list[int]) -> list[int]:
-    """The ranks among these that stand for 1, 2, ... whole heads of each group, rounded up where the group
-    does not divide them.
+    """Return those of `ranks` that stand for 1, 2, ... whole heads of each group.
+
+    n of `group` heads are a rank of n head_dim / group per head, rounded up.
     """
     wanted = {-(-n * head_dim // group) for n in range(1, group + 1)}
     return [r for r in ranks if r in wanted]
 
 
 def whole_head_numbers(rank: int, group: int, head_dim: int) -> int:
-    """What the whole heads of a group take that such a rank stands for."""
+    """Return how many numbers the whole heads of a group take that a rank stands for."""
     return rank * group // head_dim * head_dim
 
 
@@ -130,7 +157,8 @@ def whole_head_numbers(rank: int, group: int, head_dim: int) -> int:
 class GradientMethod(Method):
     """A method whose bases come from the gradients of the whole model's loss.
 
-    group: how many KV heads share one latent, a divisor of their number, or 0 for all.
+    Attributes:
+        group: how many KV heads share one latent; it divides their number, or is 0 (default) for all.
     """
 
     allocator: ClassVar[str] = "spectrum"
@@ -141,12 +169,13 @@ class GradientMethod(Method):
     group: int = option(0, at_least=0, at_most=1024)
 
     def candidates(self, heads: int, head_dim: int, ranks: list[int]) -> list[int]:
-        group_size(heads, self.group or heads)
+        group_size(heads, self.group or heads)  # refuses a group that does not divide the heads
         return ranks
 
     def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:
-        raise NotImplementedError("no layer says by itself what the loss is; see tune")
+        raise NotImplementedError("the loss needs the whole model: see tune")
 
     def closed_form(self, context: CalibrationContext, ridge: float) -> dict[int, LayerBases]:
+        """Return the oblique projectors of `probes.gradients.fisher_bases` for every layer."""
         heads = families.geometry(context.model).kv_heads
         return fisher_bases(context.gradient_moments, heads, self.group or heads, ridge)

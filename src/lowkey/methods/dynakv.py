@@ -312,7 +312,7 @@ class _GateTrainer:
         scores, share = self.through(ids, gates, choose)
         with torch.no_grad():
             original = self.model(ids, use_cache=False).logits
-        return model_probe.divergence(scores, original), share
+        return model_probe.kl_divergence(scores, original), share
 
     def through(
         self, ids: Tensor, gates: dict[int, Gate], choose: Callable[[Tensor], Tensor]

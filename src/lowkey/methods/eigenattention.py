@@ -13,13 +13,22 @@ from lowkey.probes.layer_probe import LayerProbe
 
 @dataclass(frozen=True)
 class EigenAttention(Method):
-    """SVD of stacked activations, here from their second moments.
+    """EigenAttention, an orthonormal method in closed form.
 
-    form: `paper` takes the key basis from keys and queries together ([K; Q]); `code` from keys alone, as the
-    official Llama code does although it calls the basis kq. Both share it over the heads of a layer under
-    RoPE; values have one per KV head. Keys are stored before rotation, and one energy threshold is lowered
-    until the layer's output error exceeds an error budget (allocator `threshold`), as in the paper; any other
-    layout and allocator works too.
+    The basis of keys is formed by the left singular vectors of keys and queries stacked, [K; Q], and that of
+    values by those of V. They are computed as eigenvectors of the second moments C_K + C_Q and C_V, so no
+    activations are stored. Keys are stored before their rotation. The rank allocator is `threshold`, which
+    lowers one energy threshold until the layer's output error exceeds the error budget. These two are the
+    paper's; any other layout and allocator works too.
+
+    Source: arXiv:2408.05646. The official Llama code takes the key basis from keys alone, although it names the
+    basis after both: `form=code`.
+
+    Attributes:
+        form: `paper` (default) takes the key basis from [K; Q], `code` from K alone.
+        key_bases: `shared` (default, as paper and code do under RoPE) has one basis for all KV heads of a layer,
+            `per_head` one for each.
+        value_bases: the same for values (default `per_head`).
     """
 
     summary: ClassVar[str] = "eigenvectors of [K; Q] and of V"

@@ -1,6 +1,4 @@
-"""Fisher SVD (ours): the low-rank maps of keys and values that cost the model's own loss least, in closed
-form.
-"""
+"""Fisher SVD (ours): the maps of keys and values that cost the model's own loss least, in closed form."""
 
 from __future__ import annotations
 
@@ -14,23 +12,27 @@ from lowkey.methods.base import CalibrationContext, GradientMethod
 
 @dataclass(frozen=True)
 class FisherSVD(GradientMethod):
-    """The oblique projectors P_K, P_V that minimise tr(F E C E^T), E = I - P, per layer and for keys and for
-    values apart.
+    """Fisher SVD, an oblique method in closed form from the gradients of the model's loss (ours).
 
-    C is the second moment of keys (values), and F that of the gradients of the loss with respect to them,
-    labels drawn from the model: their Fisher information. To second order KL(original || compressed) is the
-    mean of (g . E k)^2 / 2 over tokens when the errors of different tokens, layers and sides do not add up;
-    here g and k are taken for independent besides, as in K-FAC (arXiv:1503.05671). That is KQ-SVD
-    (arXiv:2512.05916) with gradients in the place of queries and output weights, so it knows causality, the
-    softmax and all later layers. Tokens that the cache keeps exactly have no part in either: a gradient
-    counts only queries from which the token is farther than `recent`. Where exact tokens are more than half
-    of a window, all tokens count.
+    Per layer, and for keys and values apart, it takes the projectors P that minimise tr(F E C E^T), E = I - P.
+    C is the second moment of keys (or values). F is that of the gradients of the loss with respect to them,
+    with labels drawn from the model, which is their Fisher information. It costs one pass forward and back over
+    the training windows; the model's weights stay as they are.
 
-    The energies of the spectra are of one unit for all layers, keys and values, so that the allocator
+    Derivation: to second order, KL(original || compressed) is the mean over tokens of (g . E k)^2 / 2, if the
+    errors of different tokens, layers and sides do not add up. Gradients g and keys k are then taken for
+    independent, as in K-FAC (arXiv:1503.05671). The result is KQ-SVD (arXiv:2512.05916) with gradients in place
+    of queries and output weights, so it knows causality, the softmax and all later layers.
+
+    Tokens that the cache keeps exactly count in neither C nor F: a gradient counts only the queries from which
+    a token is further away than `recent`. If exact tokens are more than half of a window, all tokens count.
+
+    The energies of the spectra have one unit in all layers, for keys and for values, so the allocator
     `spectrum` can compare them.
-    group: how many KV heads share one latent, a divisor of their number, or 0 for all. ridge: what is added
-    to C, relative to its mean eigenvalue. One pass forward and back over the fitting windows; the model's
-    weights stay as they are.
+
+    Attributes:
+        group: how many KV heads share one latent; it divides their number, or is 0 (default) for all.
+        ridge: what is added to C, relative to its mean eigenvalue (default 1e-6).
     """
 
     summary: ClassVar[str] = (

@@ -1,6 +1,4 @@
-"""KQ-SVD (arXiv:2512.05916): the low-rank maps that keep the product of keys and queries, and of values and
-output weights, best.
-"""
+"""KQ-SVD (arXiv:2512.05916): the maps that best keep keys times queries, and values times output weights."""
 
 from __future__ import annotations
 
@@ -21,28 +19,32 @@ from lowkey.ops.products import beside_one_another, group_size, joint_moments, o
 from lowkey.ops.rope import unrotate
 from lowkey.probes.layer_probe import LayerProbe
 
-WINDOWS_AT_ONCE = 4
+WINDOWS_AT_ONCE = 4  # windows per forward pass
 
 
 @dataclass(frozen=True)
 class KQSVD(Method):
-    """Per KV head the oblique projector that minimises ||K Q^T - K P Q^T||_F, with the queries of its g heads
-    stacked, and the one that minimises ||V W_O - V P W_O||_F. Every pair of a query and a key counts, the
-    future ones too, and the softmax does not.
+    """KQ-SVD, an oblique method in closed form that keeps products instead of keys and values themselves.
 
-    outputs: W_O of the g heads side by side (`stacked`, the optimum of ||V W_O,i - V P W_O,i||_F summed over
-    them), or their mean (`averaged`, as in the published code). What attention puts out is the sum of A_i V
-    W_O,i over them, for which `stacked` is right if what they read is uncorrelated, and `averaged` if they
-    all attend alike.
-    weighting: `outputs` (ours; not in the paper) weights a query by c_m = sum_n a_mn^2 ||(v_n - o_m) W_O||^2:
-    how much the output of attention moves, to first order, when its scores are off by independent errors of
-    one size. Norms after attention are left out.
-    group: how many KV heads share one latent (ours; 1 in the paper), a divisor of their number, or 0 for all
-    of a layer; then the same errors are minimised in sum over these heads.
-    ridge: what is added to the moments of keys and values, relative to their mean eigenvalue.
+    Per KV head, keys get the projector P that minimises ||K Q^T - K P Q^T||_F, with the queries of the head's
+    g query heads stacked. Values get the one that minimises ||V W_O - V P W_O||_F. Every pair of a query and a
+    key counts, pairs with later keys too, and the softmax does not.
 
-    Under `pre_rope` all this is about un-rotated keys and queries, whose product is no score; the paper has
-    rotated ones. It chooses ranks by the tail of S, per layer, and so does the allocator `tail`.
+    Source: arXiv:2512.05916. The paper stores rotated keys. Under `pre_rope` the product is that of unrotated
+    keys and queries, which is no attention score. Ranks are chosen by the tail of the singular values of these
+    products, per layer: allocator `tail`.
+
+    Attributes:
+        outputs: `stacked` (default) takes W_O of the g query heads side by side, which is optimal for
+            ||V W_O,i - V P W_O,i||_F summed over them. `averaged` takes their mean, as in the published code.
+            Attention adds up A_i V W_O,i over the heads: `stacked` is right if what the heads read is
+            uncorrelated, `averaged` if they all attend alike.
+        weighting: `none` (default) or `outputs` (ours). `outputs` weights query m by
+            c_m = sum_n a_mn^2 ||(v_n - o_m) W_O||^2: how far the attention output moves, to first order, if its
+            scores are off by independent errors of one size. Norms after attention are left out.
+        group: how many KV heads share one latent (default 1, the paper's; more is ours); it divides their
+            number, or is 0 for all. The errors above are then summed over the group.
+        ridge: what is added to the moments of keys and values, relative to their mean eigenvalue (default 1e-6).
     """
 
     summary: ClassVar[str] = "the best rank-r maps for K Q^T and for V W_O"
@@ -55,18 +57,17 @@ class KQSVD(Method):
     ridge: float = option(1e-6, at_least=0, at_most=1)
 
     def candidates(self, heads: int, head_dim: int, ranks: list[int]) -> list[int]:
-        group_size(heads, self.group or heads)
+        group_size(heads, self.group or heads)  # refuses a group that does not divide the heads
         return ranks
 
     def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:
         heads, t = statistics.heads, group_size(statistics.heads, self.group or statistics.heads)
-        # (h, g, D, d)
+        # (h, g, D, d): output weights of the g query heads of every KV head
         weights = families.projections(probe.model, probe.index).o.double().unflatten(0, (heads, -1))
-        queries = (
-            statistics.queries(probe.layout)
-            if self.weighting == "none"
-            else weighted_queries(probe, grams(weights))
-        )
+        if self.weighting == "none":
+            queries = statistics.queries(probe.layout)
+        else:
+            queries = weighted_queries(probe, grams(weights))
         read = grams(weights).sum(1) if self.outputs == "stacked" else grams(weights.mean(1))
         keys, values = (head_blocks(m, heads // t) for m in joint_moments(statistics, probe.layout))
         return LayerBases(
@@ -76,35 +77,50 @@ class KQSVD(Method):
 
 
 def grams(weights: Tensor) -> Tensor:
-    """W^T W (..., d, d) of output weights (..., D, d): what a difference of values weighs in the output."""
+    """Return W^T W (..., d, d) of output weights (..., D, d).
+
+    It is the metric in which a difference of values counts in the layer's output.
+    """
     return weights.mT @ weights
 
 
 @torch.no_grad()
 def weighted_queries(probe: LayerProbe, outputs: Tensor) -> Tensor:
-    """(h, d, d): the sum of c_m q_m^T q_m over the fitting windows, given the `grams` (h, g, d, d) of the
-    output weights.
+    """Return the sum of c_m q_m^T q_m over the queries of the training windows; `KQSVD` defines c_m.
+
+    Args:
+        probe: the layer with its inputs.
+        outputs: `grams` of the output weights (h, g, d, d).
+
+    Returns:
+        One moment per KV head, (h, d, d) in fp64.
     """
     device = device_of(probe.block)
-    watch = Watch(probe, outputs.float().to(device))
-    for x in probe.inputs[: probe.training].split(WINDOWS_AT_ONCE):
-        probe.run(x.to(device), watch)
-    return watch.moment
+    layer = WeightedQueryLayer(probe, outputs.float().to(device))
+    for x in probe.inputs[: probe.training_count].split(WINDOWS_AT_ONCE):
+        probe.run(x.to(device), layer)
+    return layer.moment
 
 
-class Watch(AttendingLayer):
-    """Stands in for a cache layer: attends to everything it is given, once, and adds up weighted queries."""
+class WeightedQueryLayer(AttendingLayer):
+    """Stands in for a cache layer: attends to what it is given and sums the weighted moments of queries.
+
+    Attributes:
+        moment: the sum so far, (h, d, d) in fp64.
+    """
 
     def __init__(self, probe: LayerProbe, outputs: Tensor) -> None:
         self.probe, self.outputs = probe, outputs
         self.moment = torch.zeros(outputs.shape[0], *outputs.shape[2:], dtype=torch.float64)
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Incoming, Incoming]:
+        """Take keys and values (b, h, t, d); the attention function then calls `attend` with the queries."""
         incoming = Incoming(self, keys, values)
         return incoming, incoming
 
     def attend(self, keys: Tensor, values: Tensor, call: Call) -> Tensor:
-        out, weights = self._attended(keys, values, call)
+        """Return the attention output, and add the queries' weighted moments to the sum."""
+        out, weights = self._attend_and_weigh(keys, values, call)
         queries = call.query
         if self.probe.layout == "pre_rope":
             cos, sin = self.probe.rope(torch.arange(keys.shape[2], device=keys.device).unsqueeze(0), keys)
@@ -112,20 +128,22 @@ class Watch(AttendingLayer):
         self.moment += torch.einsum("bhgt,bhgtd,bhgte->hde", weights, queries, queries).double().cpu()
         return out
 
-    def _attended(self, keys: Tensor, values: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        """(out (b, h, g, t, d), c (b, h, g, t)).
+    def _attend_and_weigh(self, keys: Tensor, values: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """Return the attention output (b, h, g, t, d) and the weights c (b, h, g, t) of the queries.
 
-        a^2 is again a softmax, of doubled scores, times a number per query: so the sum over a^2 is one more
-        attention, over v and |v|^2 in the metric of the output weights, and no score is held longer than in
-        any other attention.
+        a^2 is again a softmax, of doubled scores, times one number per query. So the sum over a^2 is one more
+        attention, over v and over |v|^2 in the metric of the output weights. No matrix of scores is stored.
         """
         mask, d = call.full_mask(keys.shape[2]), values.shape[3]
+        # |v_n W_O|^2 of every value, for each of the g query heads
         sizes = torch.einsum("bhsd,hgde,bhse->bhsg", values, self.outputs, values)
         out, lse = grouped.partial([Segment(call.query, keys, values, mask)], call.scaling, call.softcap)
-        doubled = None if call.softcap is None else 2 * call.softcap
+        # soft-capped scores are cap * tanh(s / cap): doubled with the cap they are exactly twice as large
+        doubled_cap = None if call.softcap is None else 2 * call.softcap
         wide = Segment(call.query, keys, torch.cat([values, sizes], -1), mask)
-        mean, lse_squared = grouped.partial([wide], 2 * call.scaling, doubled)
-        own = mean[..., d:].diagonal(dim1=2, dim2=4).transpose(2, 3)  # each query head's own size
-        through = torch.einsum("hgde,bhgte->bhgtd", self.outputs, out)
-        spread = own + ((out - 2 * mean[..., :d]) * through).sum(-1)
+        mean, lse_squared = grouped.partial([wide], 2 * call.scaling, doubled_cap)
+        own_size = mean[..., d:].diagonal(dim1=2, dim2=4).transpose(2, 3)  # of each query head its own column
+        # ||(v - o) W||^2 = |v W|^2 - 2 (v W) . (o W) + |o W|^2, averaged over the doubled softmax
+        out_in_metric = torch.einsum("hgde,bhgte->bhgtd", self.outputs, out)
+        spread = own_size + ((out - 2 * mean[..., :d]) * out_in_metric).sum(-1)
         return out, spread.clamp_min(0) * (lse_squared - 2 * lse).exp()

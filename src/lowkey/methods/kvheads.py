@@ -64,7 +64,7 @@ class KVHeadSVD(Method):
         )
 
     def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:
-        h, rotary = statistics.heads, probe.rotary
+        h, rotary = statistics.heads, probe.rotary_dim
         group = self.group_of(h)
         d = len(statistics.values) // h
         keys, values = self._moments(statistics, probe)

@@ -62,7 +62,7 @@ class KVLatent(Method):
 
     def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:
         keys, values = statistics.keys(probe.layout), head_blocks(statistics.values, statistics.heads)
-        d, turning = keys.shape[-1], probe.rotary
+        d, turning = keys.shape[-1], probe.rotary_dim
         chosen = strided_pairs(d, turning, ranks)
         if self.choose == "data":
             chosen = best_pairs(keys, statistics.queries(probe.layout), turning)

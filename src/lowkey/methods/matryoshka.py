@@ -177,10 +177,10 @@ class _BasisTraining:
         found = model_probe.logits(
             model,
             ids,
-            model_probe.storages(model, self.factors(ranks), self.context.layout),
+            model_probe.reconstructions(model, self.factors(ranks), self.context.layout),
             self.context.exact,
         )
-        return self.kl * model_probe.divergence(found, original) + (
+        return self.kl * model_probe.kl_divergence(found, original) + (
             1 - self.kl
         ) * model_probe.next_token_loss(found, ids)
 

@@ -62,7 +62,7 @@ class MEA(Method):
             return LayerBases(keys, values)
         counts = [r * h // d for r in self.candidates(h, d, ranks) if r < d]
         keys, values = (
-            aligned_basis(b, counts, rotary) for b, rotary in zip(blocks, (probe.rotary, 0), strict=True)
+            aligned_basis(b, counts, rotary) for b, rotary in zip(blocks, (probe.rotary_dim, 0), strict=True)
         )
         return LayerBases(keys, values)
 
@@ -89,9 +89,7 @@ def aligned_basis(blocks: Tensor, counts: list[int], rotary: int) -> Basis:
         if held == kept[n]:
             columns = (turns.unsqueeze(2) * mixing[:, None, :, None]).flatten(0, 1).flatten(1)
             exact.append((-(-n * d // h), columns.unsqueeze(0).float()))
-    return replace(
-        mixing_basis(head_gram(blocks), d), exact=tuple(exact), spectrum=spread_energy(_energies(kept), d)
-    )
+    return replace(mixing_basis(head_gram(blocks), d), exact=tuple(exact), spectrum=spread_energy(_energies(kept), d))
 
 
 def _energies(kept: dict[int, float]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Plain uncentred PCA of keys and of values: the baseline every other basis must beat."""
+"""Uncentred PCA of keys and of values: the baseline that every other basis must beat."""
 
 from __future__ import annotations
 
@@ -13,10 +13,18 @@ from lowkey.probes.layer_probe import LayerProbe
 
 @dataclass(frozen=True)
 class PCA(Method):
-    """Top eigenvectors of the second moment of keys alone and of values alone.
+    """Uncentred PCA, an orthonormal method in closed form.
 
-    key_bases, value_bases: one basis per KV head, or one shared by the heads of a layer; the same defaults as
-    the other methods, so that what differs between their rows is the basis.
+    The basis of keys is formed by the top eigenvectors of their second moment E[k^T k], and that of values by
+    those of E[v^T v]. Of all orthonormal bases these lose the least energy of keys and of values themselves;
+    queries and everything after them play no part.
+
+    The defaults of both options are those of the other orthonormal methods, so that results differ by the
+    basis alone.
+
+    Attributes:
+        key_bases: `shared` (default) has one basis for all KV heads of a layer, `per_head` one for each.
+        value_bases: the same for values (default `per_head`).
     """
 
     summary: ClassVar[str] = "uncentred PCA of keys and values, the plain baseline"

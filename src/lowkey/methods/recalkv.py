@@ -18,7 +18,7 @@ from lowkey.models import families
 from lowkey.ops.bases import principal
 from lowkey.ops.products import group_size, joint_moments, merged_basis, reordered, signs
 from lowkey.probes.layer_inputs import first_inputs
-from lowkey.probes.layer_probe import LayerProbe, LowRankReconstruction, layer_in_fp32, passed
+from lowkey.probes.layer_probe import LayerProbe, LowRankReconstruction, layer_in_fp32, layer_outputs
 from lowkey.storage.reconstruction import ReconstructionLayer
 from lowkey.storage.second_moments import joint_moment
 
@@ -71,13 +71,13 @@ class ReCalKV(Method):
             block, storage = layer_in_fp32(model, i), None
             if i in found:
                 seen = Values(found[i].v_down.shape[1])
-                passed(model, i, block, hidden, seen, context.batch)
+                layer_outputs(model, i, block, hidden, seen, context.batch)
                 found[i] = calibrated(found[i], seen.moment, self.iterations)
                 maps = found[i].to(next(block.parameters()))
                 storage = ReconstructionLayer(
                     LowRankReconstruction(maps, context.layout, families.rope(model, i)), context.exact
                 )
-            hidden = passed(model, i, block, hidden, storage, context.batch)
+            hidden = layer_outputs(model, i, block, hidden, storage, context.batch)
         return found
 
 

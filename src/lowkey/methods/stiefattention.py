@@ -93,7 +93,7 @@ class StiefAttention(Method):
 
         def judge() -> float:
             diagonal = (torch.tensor([i], device=device) for i in (range(1, count - 1, 2) or range(count)))
-            return mean_log(probe.held_error(factors(i, i)) for i in diagonal)
+            return mean_log(probe.held_out_error(factors(i, i)) for i in diagonal)
 
         lr = self.lr or 5e-3 * 128 / d
         self._train([keys, values], loss, judge, JUDGED_EVERY, lr, WINDOWS_PER_STEP, probe, generator)
@@ -128,7 +128,7 @@ class StiefAttention(Method):
             self._train(
                 [predictor],
                 loss,
-                lambda: probe.held_error(factors()),
+                lambda: probe.held_out_error(factors()),
                 1,
                 self.lr or 5e-3,
                 batch,
@@ -170,7 +170,7 @@ class StiefAttention(Method):
         )
         optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=WEIGHT_DECAY)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-            optimizer, T_max=epochs * -(-probe.training // batch)
+            optimizer, T_max=epochs * -(-probe.training_count // batch)
         )
         best, kept, gained = judge(), [p.detach().clone() for p in parameters], 0
         for epoch in range(1, epochs + 1):

@@ -162,9 +162,9 @@ class MapTraining:
             original = model(ids, use_cache=False).logits
         maps = {i: Factors(*keys.maps(), *values.maps()) for i, (keys, values) in self.sides.items()}
         found = model_probe.logits(
-            model, ids, model_probe.storages(model, maps, self.context.layout), self.context.exact
+            model, ids, model_probe.reconstructions(model, maps, self.context.layout), self.context.exact
         )
-        return model_probe.divergence(found, original)
+        return model_probe.kl_divergence(found, original)
 
     @torch.no_grad()
     def judged(self) -> float:

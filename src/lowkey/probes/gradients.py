@@ -1,6 +1,4 @@
-"""The gradients of the model's loss with respect to what a cache holds: second moments, and the maps that
-cost the loss least.
-"""
+"""Gradients of the model's loss with respect to keys and values, and the maps that cost the loss least."""
 
 from __future__ import annotations
 
@@ -23,19 +21,25 @@ from lowkey.probes import model_probe
 from lowkey.storage.exact import NOTHING, Exact
 from lowkey.storage.second_moments import joint_moment
 
-WINDOWS_BETWEEN_SAVES = 8  # windows between two saves of the pass
+WINDOWS_BETWEEN_SAVES = 8  # windows between two saves of an unfinished pass
+GRADIENT_FILE = "gradients"  # name of the saved pass in the work folder
 MOMENT_NAMES = ("keys", "values", "key_gradients", "value_gradients")
-GradientMoments = dict[int, dict[str, Tensor]]
+GradientMoments = dict[int, dict[str, Tensor]]  # by layer and name: (h d, h d) in fp64
 
 
 class GradientCapture:
-    """Gives keys and values back with a zero added, as which their gradient can be had. Attributes: keys and
-    values as they are stored (b, h, t, d), and the zeros."""
+    """Returns keys and values plus a zero tensor, whose gradient is that of the keys and values.
+
+    Attributes, after `update`:
+        keys, values: keys and values in the form that is stored (b, h, t, d), detached.
+        zeros: the added zeros, keys' and values', which require gradients.
+    """
 
     def __init__(self, layout: Layout, rope: Rope) -> None:
         self.layout, self.rope = layout, rope
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Record keys and values (b, h, t, d) and return them unchanged in value."""
         cos, sin = self.rope(torch.arange(keys.shape[2], device=keys.device).unsqueeze(0), keys)
         if self.layout == "pre_rope":
             keys = unrotate(keys, cos, sin)
@@ -54,29 +58,42 @@ def gather_gradient_moments(
     work: Path | None = None,
     progress: Progress = silent,
 ) -> GradientMoments:
-    """Of every compressible layer, in fp64: `keys`, `values`, `key_gradients` and `value_gradients` (h d, h
-    d), sums of outer products over windows (n, t) of ids, heads side by side.
+    """Sum the second moments of keys, values and their gradients over windows, by one pass forward and back.
 
-    Gradients are those of the loss summed over a window; the token that each position predicts is drawn from
-    the model. Tokens that are always exact (the first `sinks`, the last `recent`) are not counted; where they
-    are more than half of a window, all are.
-    work: a folder of this very job, to save into and to go on from, to the same numbers.
+    The gradients are those of the loss summed over a window. The label of each position is drawn from the
+    model, so that the moment of the gradients estimates the Fisher information. Tokens that are always exact
+    (the first `sinks`, the last `recent`) are not counted. If they are more than half of a window, every
+    token counts and none is exact.
+
+    Args:
+        model: an attached model.
+        rows: token ids (n, t).
+        layout: whether keys are stored before or after their rotation.
+        exact: the tokens that a query sees uncompressed.
+        seed: of the labels.
+        work: a folder of this very job, to save into and to resume from, to the same numbers.
+        progress: shows how far the pass is.
+
+    Returns:
+        By compressible layer `keys`, `values`, `key_gradients` and `value_gradients`: sums of outer products
+        (h d, h d) in fp64, heads side by side.
     """
     length = rows.shape[1]
     if 2 * (exact.sinks + exact.recent) > length:
         exact = NOTHING
-    kept = slice(exact.sinks, length - exact.recent)
+    counted = slice(exact.sinks, length - exact.recent)
     sums, done = _load(work, model, len(rows))
     with only([], model), torch.enable_grad():
         windows = list(enumerate(rows))[done:]
         for n, row in progress(windows, "Fisher information", len(windows)):
-            for i, layer in window_gradients(model, row.unsqueeze(0), layout, exact, seed + n).items():
-                x = {
-                    name: joint_moment(t[:, :, kept].float()).double().cpu()
-                    for name, t in zip(MOMENT_NAMES, layer, strict=True)
+            # The seed depends on the window alone, so a resumed pass draws the same labels.
+            for i, tensors in window_gradients(model, row.unsqueeze(0), layout, exact, seed + n).items():
+                moments = {
+                    name: joint_moment(t[:, :, counted].float()).double().cpu()
+                    for name, t in zip(MOMENT_NAMES, tensors, strict=True)
                 }
-                sums[i] = {name: sums[i][name] + t for name, t in x.items()} if i in sums else x
-            if (n + 1) % WINDOWS_BETWEEN_SAVES == 0 or n + 1 == len(rows):
+                sums[i] = {name: sums[i][name] + m for name, m in moments.items()} if i in sums else moments
+            if work is not None and ((n + 1) % WINDOWS_BETWEEN_SAVES == 0 or n + 1 == len(rows)):
                 _save(work, sums, n + 1)
     return sums
 
@@ -84,11 +101,22 @@ def gather_gradient_moments(
 def window_gradients(
     model: PreTrainedModel, ids: Tensor, layout: Layout, exact: Exact, seed: int
 ) -> dict[int, tuple[Tensor, ...]]:
-    """Keys, values and their gradients (1, h, t, d) in every layer."""
+    """Return keys, values and the gradients of the loss with respect to them, of one window.
+
+    Args:
+        model: an attached model.
+        ids: token ids (1, t).
+        layout: whether keys are stored before or after their rotation.
+        exact: the tokens that a query sees uncompressed; a gradient counts only what queries see compressed.
+        seed: of the labels, which are drawn from the model's own distribution.
+
+    Returns:
+        By compressible layer (keys, values, key gradients, value gradients), each (1, h, t, d).
+    """
     layers = {
         i: GradientCapture(layout, families.rope(model, i)) for i in families.geometry(model).compressible
     }
-    logits = model_probe.logits(model, ids.to(device_of(model)), dict(layers), exact)[0].float()
+    logits = model_probe.logits(model, ids.to(device_of(model)), layers, exact)[0].float()
     generator = torch.Generator(logits.device).manual_seed(seed)
     labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
     loss = cross_entropy(logits, labels, reduction="sum")
@@ -96,39 +124,50 @@ def window_gradients(
     return {i: (layer.keys, layer.values, next(gradients), next(gradients)) for i, layer in layers.items()}
 
 
-def fisher_bases(found: GradientMoments, heads: int, t: int, ridge: float) -> dict[int, LayerBases]:
-    """Per layer the oblique projectors P that minimise tr(F E C E^T), E = I - P, of every t of the heads side
-    by side, for keys and for values, from their second moments C and those of their gradients F. ridge: what
-    is added to C, relative to its mean eigenvalue."""
+def fisher_bases(moments: GradientMoments, heads: int, t: int, ridge: float) -> dict[int, LayerBases]:
+    """Return the oblique projectors P that minimise tr(F E C E^T), E = I - P, for keys and for values.
 
-    def basis(layer: dict[str, Tensor], of: str, gradients: str) -> Basis:
-        moment, fisher = (head_blocks(layer[name], heads // t) for name in (of, gradients))
+    C is the second moment of t heads side by side, and F that of their gradients.
+
+    Args:
+        moments: second moments by layer.
+        heads: number of KV heads.
+        t: how many of them share one latent.
+        ridge: what is added to C, relative to its mean eigenvalue.
+    """
+
+    def basis(layer: dict[str, Tensor], name: str, gradients: str) -> Basis:
+        moment, fisher = (head_blocks(layer[key], heads // t) for key in (name, gradients))
         return oblique_basis(moment, fisher, ridge, t)
 
     return {
         i: LayerBases(basis(x, "keys", "key_gradients"), basis(x, "values", "value_gradients"))
-        for i, x in found.items()
+        for i, x in moments.items()
     }
 
 
-def _save(work: Path | None, sums: GradientMoments, done: int) -> None:
-    if work is not None:
-        tensors = {f"{i}.{name}": t for i, layer in sums.items() for name, t in layer.items()}
-        files.write_work(work, "gradients", tensors | {"done": torch.tensor(done)})
+def _save(work: Path, sums: GradientMoments, done: int) -> None:
+    tensors = {f"{i}.{name}": t for i, layer in sums.items() for name, t in layer.items()}
+    files.write_work(work, GRADIENT_FILE, tensors | {"done": torch.tensor(done)})
 
 
 def _load(work: Path | None, model: PreTrainedModel, windows: int) -> tuple[GradientMoments, int]:
-    tensors = files.read_work(work, "gradients")
+    """Return the saved sums and how many windows are in them; nothing and 0 if there are none.
+
+    Raises:
+        LowkeyError: if the file is damaged or does not fit this model.
+    """
+    tensors = files.read_work(work, GRADIENT_FILE)
     if work is None or tensors is None:
         return {}, 0
     shape = families.geometry(model)
-    wide = torch.empty(shape.kv_heads * shape.head_dim, shape.kv_heads * shape.head_dim, dtype=torch.float64)
-    like = dict.fromkeys(MOMENT_NAMES, wide)
+    width = shape.kv_heads * shape.head_dim
+    like = torch.empty(width, width, dtype=torch.float64)
     done = int(files.checked_tensor(tensors, "done", torch.tensor(0), work))
     if not 0 < done <= windows:
         raise files.damaged_work(work, f"{done} of {windows} windows are done")
-    found = {
-        i: {name: files.checked_tensor(tensors, f"{i}.{name}", t, work) for name, t in like.items()}
+    sums = {
+        i: {name: files.checked_tensor(tensors, f"{i}.{name}", like, work) for name in MOMENT_NAMES}
         for i in shape.compressible
     }
-    return found, done
+    return sums, done

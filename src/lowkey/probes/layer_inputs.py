@@ -10,23 +10,43 @@ from transformers import PreTrainedModel
 
 from lowkey.core.types import device_of
 from lowkey.models import families
-from lowkey.probes.layer_probe import passed
+from lowkey.probes.layer_probe import layer_outputs
 
 
 @torch.no_grad()
 def first_inputs(model: PreTrainedModel, rows: Tensor, batch: int) -> Tensor:
-    """What the first decoder layer reads for the ids (n, t): (n, t, D) in fp32 on the CPU."""
+    """Return what the first decoder layer reads.
+
+    Args:
+        model: the model.
+        rows: token ids (n, t), unpadded.
+        batch: rows per forward pass.
+
+    Returns:
+        Hidden states (n, t, D) in fp32 on the CPU.
+    """
     device = device_of(model)
-    found = (
-        model(x.to(device), use_cache=False, output_hidden_states=True, logits_to_keep=1).hidden_states[0]
-        for x in rows.split(batch)
+    states = (
+        model(ids.to(device), use_cache=False, output_hidden_states=True, logits_to_keep=1).hidden_states[0]
+        for ids in rows.split(batch)
     )
-    return torch.cat([x.float().cpu() for x in found])
+    return torch.cat([x.float().cpu() for x in states])
 
 
 def layer_inputs(model: PreTrainedModel, rows: Tensor, batch: int) -> Iterator[tuple[int, Tensor]]:
-    """(layer, its inputs (n, t, D) in fp32 on the CPU) by the uncompressed model, one layer at a time."""
+    """Yield every decoder layer's inputs in the uncompressed model.
+
+    The inputs of one layer are held at a time: layer i computes those of layer i + 1.
+
+    Args:
+        model: the model.
+        rows: token ids (n, t), unpadded.
+        batch: rows per forward pass.
+
+    Yields:
+        (layer, its inputs (n, t, D) in fp32 on the CPU).
+    """
     hidden = first_inputs(model, rows, batch)
     for i, block in enumerate(families.decoder_layers(model)):
         yield i, hidden
-        hidden = passed(model, i, block, hidden.to(model.dtype), None, batch).float()
+        hidden = layer_outputs(model, i, block, hidden.to(model.dtype), None, batch).float()

@@ -1,6 +1,4 @@
-"""A decoder layer on its recorded inputs: how much does the whole layer's output change when its cache is
-compressed?
-"""
+"""One decoder layer on recorded inputs: how much does its output change when its cache is compressed?"""
 
 from __future__ import annotations
 
@@ -26,21 +24,34 @@ from lowkey.storage.reconstruction import KVTransform, ReconstructionLayer
 
 @dataclass
 class OneLayerCache:
-    """Stands in for a cache while one layer runs alone."""
+    """Stands in for a transformers cache while one decoder layer runs alone.
+
+    Attributes:
+        layer: what the layer's keys and values pass through.
+    """
 
     layer: KVTransform
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor] | tuple[Incoming, Incoming]:
+        """Pass keys and values (b, h, t, d) through the transform; the other arguments are those of
+        `Cache`.
+        """
         return self.layer.update(keys, values)
 
 
 @dataclass
 class LowRankReconstruction:
-    """Keys and values as a low-rank layer would give them back; the attention that follows is the stock one.
+    """Gives keys and values back as a low-rank cache layer would, for the stock attention that follows.
 
-    The same numbers as through `CodedLayer`, at about half its cost, and the maps may differ from row to row.
+    The numbers are those of `CodedLayer` at about half its cost. The maps may differ from row to row: factors
+    with a leading dimension hold one set per row of the batch.
+
+    Attributes:
+        factors: the layer's maps into and out of its latents.
+        layout: whether keys are compressed before (`pre_rope`) or after (`post_rope`) their rotation.
+        rope: the layer's rotary embedding.
     """
 
     factors: Factors
@@ -48,32 +59,45 @@ class LowRankReconstruction:
     rope: Rope
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values (b, h, t, d) after they went into their latents and back."""
         f = self.factors
         if f.order is not None:
             keys, values = keys[:, f.order], values[:, f.order]
-        keys, values = self._keys(keys), rebuilt(values, f.v_down, f.v_up, f.v_mean)
+        keys, values = self._reconstruct_keys(keys), reconstruct(values, f.v_down, f.v_up, f.v_mean)
         if f.order is not None:
             keys, values = keys[:, f.order.argsort()], values[:, f.order.argsort()]
         return keys, values
 
-    def _keys(self, keys: Tensor) -> Tensor:
+    def _reconstruct_keys(self, keys: Tensor) -> Tensor:
         f = self.factors
         if self.layout == "post_rope":
-            return rebuilt(keys, f.k_down, f.k_up, f.k_mean)
+            return reconstruct(keys, f.k_down, f.k_up, f.k_mean)
         cos, sin = self.rope(torch.arange(keys.shape[2], device=keys.device).unsqueeze(0), keys)
-        return rotate(rebuilt(unrotate(keys, cos, sin), f.k_down, f.k_up, f.k_mean), cos, sin)
+        return rotate(reconstruct(unrotate(keys, cos, sin), f.k_down, f.k_up, f.k_mean), cos, sin)
 
 
-def rebuilt(x: Tensor, down: Tensor, up: Tensor, mean: Tensor | None) -> Tensor:
-    """(b, h, s, d) there and back."""
+def reconstruct(x: Tensor, down: Tensor, up: Tensor, mean: Tensor | None) -> Tensor:
+    """Map keys or values into their latents and back.
+
+    Args:
+        x: keys or values (b, h, s, d).
+        down: (G|1, t d, t r), where t heads share one latent.
+        up: (h|1, t r, d).
+        mean: (h, d), subtracted before and added after; or None.
+
+    Returns:
+        The reconstruction (b, h, s, d).
+    """
     if mean is None:
         return rebuilt_heads(merged(x, down), up)
     return rebuilt_heads(merged(x - mean.unsqueeze(1), down), up) + mean.unsqueeze(1)
 
 
 def layer_in_fp32(model: PreTrainedModel, layer: int) -> nn.Module:
-    """A copy of a decoder layer in fp32. Errors: LowkeyError for quantised or packed weights, whose scales
-    that would not take along.
+    """Return a frozen copy of a decoder layer in fp32.
+
+    Raises:
+        LowkeyError: if weights are quantised or packed, since the copy would lose their scales.
     """
     block = families.decoder_layers(model)[layer]
     for name, p in block.state_dict().items():
@@ -86,48 +110,68 @@ def layer_in_fp32(model: PreTrainedModel, layer: int) -> nn.Module:
 
 
 @torch.no_grad()
-def passed(
+def layer_outputs(
     model: PreTrainedModel,
     layer: int,
     block: nn.Module,
     hidden: Tensor,
-    storage: KVTransform | None,
+    transform: KVTransform | None,
     batch: int,
 ) -> Tensor:
-    """The outputs (n, t, D) on the CPU of `block`, a decoder layer, on inputs of the same shape, keys and
-    values through `storage`.
+    """Return a decoder layer's outputs when its keys and values pass through a transform.
+
+    Args:
+        model: the model that the layer belongs to.
+        layer: index of the layer in the model.
+        block: the layer, or a copy of it.
+        hidden: inputs (n, t, D).
+        transform: what keys and values pass through; None for stock attention.
+        batch: windows per forward pass.
+
+    Returns:
+        Outputs (n, t, D) on the CPU.
     """
-    device, cache = device_of(block), None if storage is None else OneLayerCache(storage)
+    device, cache = device_of(block), None if transform is None else OneLayerCache(transform)
     return torch.cat(
         [families.run_layer(model, layer, block, x.to(device), cache).cpu() for x in hidden.split(batch)]
     )
 
 
 def relative_errors(out: Tensor, target: Tensor, exact: Exact) -> Tensor:
-    """(n): the mean over tokens of ||f_t - f~_t|| / ||f_t||, of layer outputs (n, t, D).
+    """Return the mean over tokens of ||f_t - f~_t|| / ||f_t||, for layer outputs f and f~.
 
-    Not the relative error of the whole window (arXiv:2601.21686, Eq. 11-12): in a real model a few tokens
-    have outputs a hundred times as large as the others (massive activations, arXiv:2402.17762) and would be
-    all that counts. The first tokens, which see nothing but exact tokens, are left out. Where the output is
-    zero, as after a padding token's embedding, nothing is relative to it: that counts 0.
+    This is not the relative error of the whole window (arXiv:2601.21686, Eq. 11-12). In a real model the
+    outputs of a few tokens are a hundred times as large as the others (massive activations,
+    arXiv:2402.17762), and only these would count. The first tokens are left out, since they see nothing but
+    exact tokens. A token whose output is zero, as after a padding token's embedding, counts 0.
+
+    Args:
+        out: outputs f~ of the compressed layer (n, t, D).
+        target: outputs f of the original layer (n, t, D).
+        exact: the tokens that every query sees exactly.
+
+    Returns:
+        One error per window, (n).
     """
-    first = exact.visible(out.shape[1])
-    away, size = (x[:, first.sinks + first.recent :].norm(dim=-1) for x in (out - target, target))
-    return (away / size.masked_fill(size == 0, math.inf)).mean(1)
-
-
-def _white(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(h d, h d) in fp64 from weights (h, d, D); a bias (h, d) counts as the weight of one more input, always
-    1.
-    """
-    rows = (weight if bias is None else torch.cat([weight, bias.unsqueeze(-1)], -1)).double().flatten(0, 1)
-    return rows @ rows.mT
+    visible = exact.visible(out.shape[1])
+    error, size = (x[:, visible.sinks + visible.recent :].norm(dim=-1) for x in (out - target, target))
+    return (error / size.masked_fill(size == 0, math.inf)).mean(1)
 
 
 @dataclass
 class LayerProbe:
-    """One layer in fp32, its inputs and its uncompressed outputs (n, t, D); the last `held` windows are for
-    judging only.
+    """One decoder layer in fp32 with its recorded inputs and its uncompressed outputs.
+
+    Attributes:
+        model: the model that the layer belongs to.
+        index: index of the layer in the model.
+        layout: whether keys are stored before or after their rotation.
+        block: the copy of the layer.
+        rope: the layer's rotary embedding.
+        inputs: hidden states (n, t, D) of n windows.
+        outputs: the layer's outputs (n, t, D) on them, uncompressed.
+        held_out: how many of the last windows are for judging only.
+        exact: the tokens that the cache will store as they are, as far as the windows hold any others.
     """
 
     model: PreTrainedModel
@@ -137,7 +181,7 @@ class LayerProbe:
     rope: Rope
     inputs: Tensor
     outputs: Tensor
-    held: int
+    held_out: int
     exact: Exact = NOTHING
 
     @classmethod
@@ -147,83 +191,119 @@ class LayerProbe:
         index: int,
         layout: Layout,
         inputs: Tensor,
-        held: int,
+        held_out: int,
         batch: int = 4,
         exact: Exact = NOTHING,
     ) -> LayerProbe:
-        """exact: the tokens that the cache will keep as they are, as far as the windows show any other."""
+        """Copy a layer and run it on its inputs.
+
+        Args:
+            model: the model.
+            index: index of the layer.
+            layout: whether keys are stored before or after their rotation.
+            inputs: hidden states (n, t, D).
+            held_out: how many of the last windows are for judging only.
+            batch: windows per forward pass.
+            exact: the tokens that the cache will store as they are.
+
+        Raises:
+            LowkeyError: if the layer's weights are quantised or packed.
+        """
         block = layer_in_fp32(model, index)
-        outputs, shown = passed(model, index, block, inputs, None, batch), exact.visible(inputs.shape[1])
-        return cls(model, index, layout, block, families.rope(model, index), inputs, outputs, held, shown)
+        outputs = layer_outputs(model, index, block, inputs, None, batch)
+        visible = exact.visible(inputs.shape[1])
+        rope = families.rope(model, index)
+        return cls(model, index, layout, block, rope, inputs, outputs, held_out, visible)
 
     @property
-    def training(self) -> int:
-        """How many windows a method may fit on."""
-        return len(self.inputs) - self.held
+    def training_count(self) -> int:
+        """How many windows, from the first one on, a method may fit on."""
+        return len(self.inputs) - self.held_out
 
     @property
-    def rotary(self) -> int:
-        """How many channels of a head the model rotates, the first ones."""
-        return self.turns(1)[0].shape[-1]
+    def rotary_dim(self) -> int:
+        """How many channels of a head the model rotates; they are the first ones."""
+        return self.rope_tables(1)[0].shape[-1]
 
-    def turns(self, positions: int) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each (s, p) on the CPU, of the first positions."""
+    def rope_tables(self, positions: int) -> tuple[Tensor, Tensor]:
+        """Return (cos, sin) of the first positions, each (positions, rotary_dim) on the CPU."""
         device = device_of(self.block)
         cos, sin = self.rope(
             torch.arange(positions, device=device).unsqueeze(0), torch.empty(0, device=device)
         )
         return cos[0, 0].cpu(), sin[0, 0].cpu()
 
-    def white_moments(self, layout: Layout, asked: str, remedy: str) -> tuple[Tensor, Tensor]:
-        """(h d, h d) in fp64 of keys and of values if the attention's inputs were white: what the weights
-        alone say.
+    def white_moments(self, layout: Layout, option: str, remedy: str) -> tuple[Tensor, Tensor]:
+        """Return the second moments that keys and values would have if the attention's inputs were white.
 
-        Rotated keys (`post_rope`): in the mean over the positions of a window. asked, remedy: for the
-        refusal.
-        Errors: LowkeyError for a model that norms its keys.
+        These are the Gram matrices of W_K and W_V: what the weights alone say. Under `post_rope` the moment
+        of the rotated keys is averaged over the positions of a window.
+
+        Args:
+            layout: whether the moment of keys is that before or after their rotation.
+            option: the option that asks for it, for the error message.
+            remedy: what to do instead, for the error message.
+
+        Returns:
+            Joint moments (h d, h d) of keys and of values, in fp64.
+
+        Raises:
+            LowkeyError: if the model normalises its keys, which are then not linear in its weights.
         """
         p = families.projections(self.model, self.index)
         if p.normed:
-            why = (
-                "this model norms its keys after their projection, so that they are not linear in its weights"
+            raise LowkeyError(
+                f"{option}: this model norms its keys after their projection, so that they are not linear in "
+                f"its weights; {remedy}"
             )
-            raise LowkeyError(f"{asked}: {why}; {remedy}")
-        keys, values = _white(p.k, p.k_bias), _white(p.v, p.v_bias)
+        keys, values = _gram(p.k, p.k_bias), _gram(p.v, p.v_bias)
         if layout == "post_rope":
-            keys = rotated_moment(keys, p.k.shape[1], *self.turns(self.inputs.shape[1]))
+            keys = rotated_moment(keys, p.k.shape[1], *self.rope_tables(self.inputs.shape[1]))
         return keys, values
 
-    def run(self, x: Tensor, storage: KVTransform) -> Tensor:
-        """The layer's output (b, t, D) on inputs (b, t, D) when keys and values pass through `storage`."""
-        return families.run_layer(self.model, self.index, self.block, x, OneLayerCache(storage))
+    def run(self, x: Tensor, transform: KVTransform) -> Tensor:
+        """Return the layer's output (b, t, D) on inputs x (b, t, D), its keys and values transformed."""
+        return families.run_layer(self.model, self.index, self.block, x, OneLayerCache(transform))
 
     def errors(self, windows: Tensor, factors: Factors) -> Tensor:
-        """`relative_errors` of each window; differentiable.
+        """Return the relative error of each window when the layer is compressed; differentiable.
 
-        factors: the same for all windows, or with a leading dimension, one set for each.
+        Args:
+            windows: indices of windows (b).
+            factors: maps for all windows, or with a leading dimension b, one set for each.
+
+        Returns:
+            `relative_errors` of the windows, (b).
         """
         device = device_of(self.block)
-        out = self.run(
-            self.inputs[windows].to(device),
-            ReconstructionLayer(LowRankReconstruction(factors, self.layout, self.rope), self.exact),
-        )
+        transform = LowRankReconstruction(factors, self.layout, self.rope)
+        out = self.run(self.inputs[windows].to(device), ReconstructionLayer(transform, self.exact))
         return relative_errors(out, self.outputs[windows].to(device), self.exact)
 
     def batches(self, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """The fitting windows once, in random order."""
-        yield from torch.randperm(self.training, generator=generator).split(size)
+        """Yield the indices of all training windows once, in random order, `size` at a time."""
+        yield from torch.randperm(self.training_count, generator=generator).split(size)
 
     @torch.no_grad()
-    def held_error(self, factors: Factors, batch: int = 4) -> float:
-        """The mean of `errors` over the held-out windows."""
-        windows = torch.arange(self.training, len(self.inputs))
+    def held_out_error(self, factors: Factors, batch: int = 4) -> float:
+        """Return the mean relative error over the held-out windows."""
+        windows = torch.arange(self.training_count, len(self.inputs))
         return float(torch.cat([self.errors(w, factors) for w in windows.split(batch)]).mean())
 
     def errors_at(self, bases: LayerBases, pairs: list[Pair]) -> list[float]:
-        """Held-out error at each pair (r_K, r_V), both compressed."""
+        """Return the held-out error at each pair (r_K, r_V), keys and values both compressed."""
         like = torch.empty(0, device=device_of(self.block))
-        return [self.held_error(bases.at(*pair).to(like)) for pair in pairs]
+        return [self.held_out_error(bases.at(*pair).to(like)) for pair in pairs]
 
     def surface(self, bases: LayerBases, ranks_k: list[int], ranks_v: list[int]) -> list[list[float]]:
-        """The error-rank surface: held-out error for every pair (r_K, r_V), both compressed."""
+        """Return the held-out error at every (r_K, r_V): one row per rank of keys."""
         return [self.errors_at(bases, [(k, v) for v in ranks_v]) for k in ranks_k]
+
+
+def _gram(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return W W^T (h d, h d) in fp64 of weights (h, d, D).
+
+    A bias (h, d) counts as the weight of one more input that is always 1.
+    """
+    rows = (weight if bias is None else torch.cat([weight, bias.unsqueeze(-1)], -1)).double().flatten(0, 1)
+    return rows @ rows.mT

@@ -1,9 +1,8 @@
-"""The whole model with the keys and values of some layers rebuilt as a compressed cache would give them;
-differentiable.
-"""
+"""The whole model with the keys and values of some layers compressed; differentiable."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,23 +22,34 @@ from lowkey.storage.reconstruction import KVTransform, ReconstructionLayer
 
 
 def logits(
-    model: PreTrainedModel, ids: Tensor, storages: dict[int, KVTransform], exact: Exact = NOTHING
+    model: PreTrainedModel, ids: Tensor, transforms: Mapping[int, KVTransform], exact: Exact = NOTHING
 ) -> Tensor:
-    """Next-token logits (b, t, vocabulary) of unpadded ids, every layer that is named through its storage but
-    for exact tokens.
+    """Return next-token logits when some layers' keys and values pass through a transform.
+
+    Args:
+        model: an attached model.
+        ids: token ids (b, t), unpadded.
+        transforms: by layer, what its keys and values pass through. Other layers are uncompressed.
+        exact: the tokens that a query sees uncompressed.
+
+    Returns:
+        Logits (b, t, vocabulary).
     """
     config = model.config.get_text_config()
-    full = families.geometry(model).compressible
+    full_attention = families.geometry(model).compressible
     layers: list[Any] = [
-        StockLayer() if i in full else StockSlidingLayer(config.sliding_window)
+        StockLayer() if i in full_attention else StockSlidingLayer(config.sliding_window)
         for i in range(len(families.layer_types(config)))
     ]
-    for i, storage in storages.items():
-        layers[i] = ReconstructionLayer(storage, exact)
+    for i, transform in transforms.items():
+        layers[i] = ReconstructionLayer(transform, exact)
     return model(ids, past_key_values=Cache(layers=layers)).logits
 
 
-def storages(model: PreTrainedModel, factors: dict[int, Factors], layout: Layout) -> dict[int, KVTransform]:
+def reconstructions(
+    model: PreTrainedModel, factors: dict[int, Factors], layout: Layout
+) -> dict[int, LowRankReconstruction]:
+    """Return the low-rank reconstruction of every layer that has factors."""
     return {i: LowRankReconstruction(f, layout, families.rope(model, i)) for i, f in factors.items()}
 
 
@@ -47,26 +57,31 @@ def storages(model: PreTrainedModel, factors: dict[int, Factors], layout: Layout
 def loss(
     model: PreTrainedModel,
     rows: Tensor,
-    found: dict[int, KVTransform],
+    transforms: Mapping[int, KVTransform],
     batch: int = 4,
     exact: Exact = NOTHING,
 ) -> float:
-    """Mean cross-entropy per token of ids (n, t), in nats."""
+    """Return the mean next-token cross-entropy in nats of token ids (n, t); other arguments as in
+    `logits`.
+    """
     losses = [
-        float(next_token_loss(logits(model, x, found, exact), x)) * len(x)
-        for x in rows.to(device_of(model)).split(batch)
+        float(next_token_loss(logits(model, ids, transforms, exact), ids)) * len(ids)
+        for ids in rows.to(device_of(model)).split(batch)
     ]
     return sum(losses) / len(rows)
 
 
 def next_token_loss(scores: Tensor, ids: Tensor) -> Tensor:
+    """Return the mean cross-entropy in nats of logits (b, t, V) against the ids (b, t) one position later."""
     return cross_entropy(scores[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
-def divergence(found: Tensor, original: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(original || found) of next-token distributions per token, from logits (b, t, V) over a temperature."""
-    found, original = ((x.float() / temperature).log_softmax(-1).flatten(0, 1) for x in (found, original))
-    return kl_div(found, original, log_target=True, reduction="batchmean")
+def kl_divergence(compressed: Tensor, original: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return KL(original || compressed) per token in nats, from logits (b, t, V) over a temperature."""
+    compressed, original = (
+        (x.float() / temperature).log_softmax(-1).flatten(0, 1) for x in (compressed, original)
+    )
+    return kl_div(compressed, original, log_target=True, reduction="batchmean")
 
 
 def loss_increases(
@@ -78,21 +93,26 @@ def loss_increases(
     progress: Progress,
     exact: Exact = NOTHING,
 ) -> dict[int, list[float]]:
-    """For every layer and pair (r_K, r_V), how much the cross-entropy grows when that layer alone is
-    compressed, at least 0.
+    """Measure by how much the cross-entropy increases when one layer alone is compressed.
+
+    Args:
+        model: an attached model.
+        rows: token ids (n, t).
+        bases: bases by layer.
+        pairs: by layer, the pairs (r_K, r_V) to measure.
+        layout: whether keys are compressed before or after their rotation.
+        progress: shows how far the measurement is.
+        exact: the tokens that a query sees uncompressed.
+
+    Returns:
+        By layer, one number per pair, in nats per token and at least 0.
     """
-    whole = loss(model, rows, {})
+    uncompressed = loss(model, rows, {})
+    like = torch.empty(0, device=device_of(model))
 
-    def grown(i: int, k: int, v: int) -> float:
-        return max(
-            0.0,
-            loss(model, rows, storages(model, {i: bases[i].at(k, v).to(like(model))}, layout), exact=exact)
-            - whole,
-        )
+    def increase(i: int, pair: Pair) -> float:
+        factors = bases[i].at(*pair).to(like)
+        compressed = loss(model, rows, reconstructions(model, {i: factors}, layout), exact=exact)
+        return max(0.0, compressed - uncompressed)
 
-    return {i: [grown(i, *pair) for pair in pairs[i]] for i in progress(list(pairs), "one layer at a time")}
-
-
-def like(model: PreTrainedModel) -> Tensor:
-    """An empty fp32 tensor where the model is."""
-    return torch.empty(0, device=device_of(model))
+    return {i: [increase(i, pair) for pair in pairs[i]] for i in progress(list(pairs), "one layer at a time")}
