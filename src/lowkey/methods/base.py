@@ -78,9 +78,9 @@ class CalibrationContext:
 class Method(Checked, ABC):
     """A low-rank method: from calibration text to maps that compress keys and values.
 
-    A subclass is a frozen dataclass whose fields are its options with their ranges (`core.options`). It has up
-    to three stages: `fit` for each layer on its own, `tune` for all layers together before ranks are chosen,
-    and `finish` for all layers at the chosen ranks.
+    A subclass is a frozen dataclass whose fields are its options with their ranges (`core.options`). It has
+    up to three stages: `fit` for each layer on its own, `tune` for all layers together before ranks are
+    chosen, and `finish` for all layers at the chosen ranks.
 
     Attributes:
         summary: what the method does, in one line.
@@ -88,8 +88,8 @@ class Method(Checked, ABC):
         allocator: name of the rank allocator of its paper, or `greedy`.
         layout: whether its paper stores keys before (`pre_rope`) or after (`post_rope`) their rotation.
         grid: the ranks at which errors are measured, in the syntax of `--ranks`: those of its paper, or `8`.
-        serves_any_rank: whether its bases serve every rank, so that allocators that compare no measured errors
-            may choose any. Otherwise only ranks of the grid are chosen.
+        serves_any_rank: whether its bases serve every rank, so that allocators that compare no measured
+            errors may choose any. Otherwise only ranks of the grid are chosen.
         has_fit: whether calibration calls `fit`. A method whose `tune` needs no bases goes without.
         has_tune: whether calibration calls `tune`.
         has_finish: whether calibration calls `finish`.

@@ -21,13 +21,13 @@ class EigenAttention(Method):
     lowers one energy threshold until the layer's output error exceeds the error budget. These two are the
     paper's; any other layout and allocator works too.
 
-    Source: arXiv:2408.05646. The official Llama code takes the key basis from keys alone, although it names the
-    basis after both: `form=code`.
+    Source: arXiv:2408.05646. The official Llama code takes the key basis from keys alone, although it names
+    the basis after both: `form=code`.
 
     Attributes:
         form: `paper` (default) takes the key basis from [K; Q], `code` from K alone.
-        key_bases: `shared` (default, as paper and code do under RoPE) has one basis for all KV heads of a layer,
-            `per_head` one for each.
+        key_bases: `shared` (default, as paper and code do under RoPE) has one basis for all KV heads of a
+            layer, `per_head` one for each.
         value_bases: the same for values (default `per_head`).
     """
 

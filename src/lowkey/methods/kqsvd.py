@@ -27,12 +27,12 @@ class KQSVD(Method):
     """KQ-SVD, an oblique method in closed form that keeps products instead of keys and values themselves.
 
     Per KV head, keys get the projector P that minimises ||K Q^T - K P Q^T||_F, with the queries of the head's
-    g query heads stacked. Values get the one that minimises ||V W_O - V P W_O||_F. Every pair of a query and a
-    key counts, pairs with later keys too, and the softmax does not.
+    g query heads stacked. Values get the one that minimises ||V W_O - V P W_O||_F. Every pair of a query and
+    a key counts, pairs with later keys too, and the softmax does not.
 
     Source: arXiv:2512.05916. The paper stores rotated keys. Under `pre_rope` the product is that of unrotated
-    keys and queries, which is no attention score. Ranks are chosen by the tail of the singular values of these
-    products, per layer: allocator `tail`.
+    keys and queries, which is no attention score. Ranks are chosen by the tail of the singular values of
+    these products, per layer: allocator `tail`.
 
     Attributes:
         outputs: `stacked` (default) takes W_O of the g query heads side by side, which is optimal for
@@ -40,11 +40,12 @@ class KQSVD(Method):
             Attention adds up A_i V W_O,i over the heads: `stacked` is right if what the heads read is
             uncorrelated, `averaged` if they all attend alike.
         weighting: `none` (default) or `outputs` (ours). `outputs` weights query m by
-            c_m = sum_n a_mn^2 ||(v_n - o_m) W_O||^2: how far the attention output moves, to first order, if its
-            scores are off by independent errors of one size. Norms after attention are left out.
+            c_m = sum_n a_mn^2 ||(v_n - o_m) W_O||^2: how far the attention output moves, to first order, if
+            its scores are off by independent errors of one size. Norms after attention are left out.
         group: how many KV heads share one latent (default 1, the paper's; more is ours); it divides their
             number, or is 0 for all. The errors above are then summed over the group.
-        ridge: what is added to the moments of keys and values, relative to their mean eigenvalue (default 1e-6).
+        ridge: what is added to the moments of keys and values, relative to their mean eigenvalue (default
+            1e-6).
     """
 
     summary: ClassVar[str] = "the best rank-r maps for K Q^T and for V W_O"

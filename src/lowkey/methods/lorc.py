@@ -20,14 +20,15 @@ class LoRC(Method):
     that is always 1, so the SVD is that of W_K with b_K as one more row.
 
     Source: arXiv:2410.03111; no public code is known. The paper merges V into W_Q. A rotation between them
-    forbids that, so keys are cached before their rotation (`pre_rope`). Under `post_rope` (ours), the keys that
-    white inputs would give are rotated to every position of a window, and the basis is that of all of them.
+    forbids that, so keys are cached before their rotation (`pre_rope`). Under `post_rope` (ours), the keys
+    that white inputs would give are rotated to every position of a window, and the basis is that of all of
+    them.
 
     Attributes:
         scope: `layer` (default, the paper's) decomposes the whole projection, so that all KV heads share one
             latent; `head` decomposes one head at a time.
-        whiten: decompose C_X^{1/2} W_K instead, with C_X the second moment of the layer's inputs; this is PCA of
-            the keys themselves. It needs data, which the paper's method does not, and is far better
+        whiten: decompose C_X^{1/2} W_K instead, with C_X the second moment of the layer's inputs; this is PCA
+            of the keys themselves. It needs data, which the paper's method does not, and is far better
             (arXiv:2406.07056 compares the two). Default false.
     """
 

@@ -18,14 +18,14 @@ PAPER_GROUP = 4
 class Palu(Method):
     """Palu, an orthonormal method in closed form in which a group of KV heads shares one latent.
 
-    The paper whitens W, the projection of a group of heads side by side: with S S^T = X^T X it takes the SVD of
-    S^T W. The right singular vectors are the eigenvectors of W^T X^T X W, so this is uncentred PCA of the
-    group's own keys or values, and is computed as such. What biases and norms add to keys and values is thereby
-    included; the weights alone say nothing of it.
+    The paper whitens W, the projection of a group of heads side by side: with S S^T = X^T X it takes the SVD
+    of S^T W. The right singular vectors are the eigenvectors of W^T X^T X W, so this is uncentred PCA of the
+    group's own keys or values, and is computed as such. What biases and norms add to keys and values is
+    thereby included; the weights alone say nothing of it.
 
-    Source: arXiv:2407.21118. The paper caches keys before their rotation; under `post_rope` (ours) the rotated
-    keys of a group are decomposed. Its code rounds the rank of a group to a multiple of 32. `rank_multiple` here
-    is that of the rank per head, so 8 is its 32 for groups of 4.
+    Source: arXiv:2407.21118. The paper caches keys before their rotation; under `post_rope` (ours) the
+    rotated keys of a group are decomposed. Its code rounds the rank of a group to a multiple of 32.
+    `rank_multiple` here is that of the rank per head, so 8 is its 32 for groups of 4.
 
     Attributes:
         group: how many KV heads share one latent (default 4, the paper's G-LRD, which becomes the largest
