@@ -89,7 +89,9 @@ def aligned_basis(blocks: Tensor, counts: list[int], rotary: int) -> Basis:
         if held == kept[n]:
             columns = (turns.unsqueeze(2) * mixing[:, None, :, None]).flatten(0, 1).flatten(1)
             exact.append((-(-n * d // h), columns.unsqueeze(0).float()))
-    return replace(mixing_basis(head_gram(blocks), d), exact=tuple(exact), spectrum=spread_energy(_energies(kept), d))
+    return replace(
+        mixing_basis(head_gram(blocks), d), exact=tuple(exact), spectrum=spread_energy(_energies(kept), d)
+    )
 
 
 def _energies(kept: dict[int, float]) -> Tensor:
