@@ -437,7 +437,7 @@ def test_a_share_is_not_rounded_down_by_floating_point():
     ("budget", "says"),
     [
         ("1.5 GiB", "more than the 1.5 KiB/token of the full cache"),
-        ("1 KiB", "of 2 bytes per token .* is below 96"),
+        ("1 KiB", ": 2 bytes per token .* is below 96"),
         ("512 tokens", "per token"),
         ("1537 B/token", "more than the 1.5 KiB/token of the full cache"),
         ("64 KiB/token", "more than the 1.5 KiB/token of the full cache"),

@@ -19,7 +19,7 @@ from lowkey.layers.codec import LowRank
 from lowkey.layers.coded import CodedLayer
 from lowkey.layers.packing import scheme
 from lowkey.layers.rebuilding import RebuildingLayer
-from lowkey.methods import KQSVD, PCA
+from lowkey.methods import KQSVD, PCA, KVHeadSVD
 from lowkey.plan import JSON, Plan
 from lowkey.policies import POLICIES
 from lowkey.probe import Probe, Rebuilt
@@ -121,6 +121,18 @@ def test_what_is_left_for_latents_in_numbers():
 def test_budgets_that_a_window_does_not_leave_room_for_are_refused(given, budget, says):
     with pytest.raises(LowkeyError, match=says):
         holding(**given).latents(budget)
+
+
+@pytest.mark.parametrize("bits", [None, "int8", "kivi4"])
+@pytest.mark.parametrize("allocator", ["uniform", "greedy"])
+def test_a_budget_that_the_ranks_exceed_is_refused_with_one_that_works(bits, allocator):
+    """Whole heads of two; the windows, and integers, are in the share that is named."""
+    options = {"method": KVHeadSVD(), "bits": bits, "allocator": allocator, "at": 300}
+    with pytest.raises(LowkeyError, match=r"least that the ranks allow; give a budget of [\d.]+% or more$") as refusal:
+        calibrate(budget="20%", **options)
+    advised = float(str(refusal.value).split()[-3].removesuffix("%"))
+    plan = calibrate(budget=f"{advised}%", **options)
+    assert advised / 100 - 0.001 < held(plan, 300) / (FULL * 300) <= advised / 100
 
 
 @pytest.mark.parametrize("at", [0, -1])

@@ -125,7 +125,7 @@ def _check_room(holding: Holding, room: float, method: Method, shape: families.G
     what else can be done."""
     heads, d = shape.kv_heads, shape.head_dim
     sizes = holding.sizes((heads, heads), lambda rank: method.numbers(rank, heads, d))
-    empty = Profile((least, d), [[]] * holding.layers, heads, holding.itemsize, [], sizes=sizes)
+    empty = Profile((least, d), [[]] * holding.layers, heads, holding.itemsize, [], sizes=sizes, share=holding.share)
     if room < (reached := empty.bytes([(least, least)] * holding.layers)):
         raise too_small(empty, room, reached, otherwise())
 

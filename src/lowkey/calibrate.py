@@ -149,7 +149,7 @@ def _chosen(asked: Asked, bases: dict[int, LayerBases], profile: Profile, course
     merge = first.keys.merge, first.values.merge
     sizes = asked.holding.sizes(merge, lambda rank: method.numbers(rank, shape.kv_heads, shape.head_dim))
     signals = {name: SIGNALS[name](course.model, course.training, course.batch) for name in split.needs}
-    profile = replace(profile, sizes=sizes, signals=signals)
+    profile = replace(profile, sizes=sizes, share=asked.holding.share, signals=signals)
     profile = _measured(profile, split.pairs(profile), bases, course, asked.judge)
     ranks = split.under_error(profile, limit) if asked.room is None else split.under_bytes(profile, asked.room)  # type: ignore[arg-type]
     factors = {i: found.at(*pair) for (i, found), pair in zip(bases.items(), ranks, strict=True)}

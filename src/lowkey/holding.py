@@ -46,6 +46,13 @@ class Holding:
         block = max(self.packed.keys.block, self.packed.values.block) if self.packed else 1
         return max(0, self.tokens - self.recent) // block * block
 
+    @property
+    def beside(self) -> int:
+        """Bytes of what is no latent: exact tokens, where rows begin and end, and where each one's sinks are."""
+        if self.plain:
+            return 0
+        return self.full * (self.tokens - self.stored + self.exact.sinks) + self.layers * (24 + 4 * self.exact.sinks)
+
     def latents(self, budget: Budget) -> float:
         """Bytes that the latents of one stored token may take in all layers together, so that the whole cache holds `budget`.
 
@@ -57,14 +64,16 @@ class Holding:
             raise LowkeyError(f"budget {budget}: more than the {whole} of the full cache, in the layers to compress; give less, or 100%")
         if self.plain or wanted == self.full * self.tokens:
             return wanted / self.tokens  # all is kept, and copies of the sinks come on top
-        beside = self.full * (self.tokens - self.stored + self.exact.sinks)
-        beside += self.layers * (24 + 4 * self.exact.sinks)  # where rows begin and end, and where each one's sinks are
-        if not self.stored or beside >= wanted:
+        if not self.stored or self.beside >= wanted:
             raise LowkeyError(
                 f"budget {budget} of a cache of {self.tokens} tokens: {self.exact.sinks} sinks and {self.recent} recent tokens alone take "
-                f"{100 * beside / self.full / self.tokens:.0f}%; count for a longer cache (--at), or keep fewer of them exact"
+                f"{100 * self.share(0):.0f}%; count for a longer cache (--at), or keep fewer of them exact"
             )
-        return min((wanted - beside) / self.stored, float(self.full))
+        return min((wanted - self.beside) / self.stored, float(self.full))
+
+    def share(self, latents: float) -> float:
+        """Of the full cache's bytes, what the whole cache holds when the latents of one stored token take so many in all layers."""
+        return (self.beside + self.stored * latents) / (self.full * self.tokens)
 
     def sizes(self, merge: tuple[int, int], numbers: Callable[[int], int]) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Bytes of one stored token of a layer's keys and of its values at ranks 0, 1, ..., d, of which each takes so many numbers, when

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from lowkey.types import LowkeyError
@@ -20,7 +21,8 @@ class Profile:
     layer a number for keys and one for values, as `lowkey.sensitivity` measures them. choices: every rank that may be chosen, in
     ascending order, when bases serve more ranks than were measured (`ranks` otherwise). points: per layer what was measured at other
     pairs. sizes: bytes of one stored token of a layer's keys and of its values at ranks 0, 1, 2, ...; `heads * itemsize` per rank when
-    None. A surface may be empty, when nothing was measured on it.
+    None. share: what share of the full cache's bytes the whole cache holds, when its latents take so many per stored token; of those at
+    full rank when None. A surface may be empty, when nothing was measured on it.
     """
 
     ranks: tuple[int, ...]
@@ -32,6 +34,7 @@ class Profile:
     choices: tuple[int, ...] = ()
     points: list[dict[Pair, float]] = field(default_factory=list)
     sizes: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    share: Callable[[float], float] | None = None
 
     def error(self, layer: int, pair: Pair) -> float:
         """What was measured; between measured ranks the bilinear interpolation of what was."""
@@ -123,9 +126,10 @@ class Profile:
 def too_small(profile: Profile, limit: float, reached: float, otherwise: str = "") -> LowkeyError:
     """otherwise: what else than a larger budget can be given."""
     full = profile.bytes([profile.full] * profile.layers)
+    asked, least = (profile.share(x) if profile.share else x / full for x in (limit, reached))
     if reached == full:
         rule, remedy = "for here only full rank is served", f"choose another method{otherwise}"
     else:
-        rule, remedy = "the least that the ranks allow", f"give a budget of {math.ceil(1000 * reached / full) / 10:g}% or more{otherwise}"
-    least = f"{reached:.0f} ({100 * reached / full:.1f}%)"
-    return LowkeyError(f"budget of {limit:.0f} bytes per token ({100 * limit / full:.1f}%) is below {least}, {rule}; {remedy}")
+        rule, remedy = "the least that the ranks allow", f"give a budget of {math.ceil(1000 * least) / 10:g}% or more{otherwise}"
+    left = f"{limit:.0f} bytes per token for latents is below {reached:.0f} ({100 * least:.1f}%)"
+    return LowkeyError(f"budget of {100 * asked:.1f}%: {left}, {rule}; {remedy}")
