@@ -638,7 +638,7 @@ def test_inspect_says_what_compress_said(made):
 def test_inspect_without_json(made):
     out = done("inspect", made[0]).out
     held = made[1]["bytes_per_token"]["bfloat16"]
-    assert "key rank" in out and f"keeps {held} of 768 bytes per token" in out
+    assert "key rank" in out and f"latents keep {held} of 768 bytes per token" in out
 
 
 def test_a_budget_in_bytes(model, here):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from dataclasses import replace
 
 import pico
 import pytest
@@ -20,7 +21,7 @@ from lowkey.layers.coded import CodedLayer
 from lowkey.layers.packing import scheme
 from lowkey.layers.rebuilding import RebuildingLayer
 from lowkey.methods import KQSVD, PCA, KVHeadSVD
-from lowkey.plan import JSON, Plan
+from lowkey.plan import JSON, Plan, bytes_kept, card
 from lowkey.policies import POLICIES
 from lowkey.probe import Probe, Rebuilt
 from lowkey.statistics import gather
@@ -121,6 +122,17 @@ def test_what_is_left_for_latents_in_numbers():
 def test_budgets_that_a_window_does_not_leave_room_for_are_refused(given, budget, says):
     with pytest.raises(LowkeyError, match=says):
         holding(**given).latents(budget)
+
+
+@pytest.mark.parametrize(("bits", "recent"), [(None, 8), ("int4", 8), ("kivi4", 32)])
+def test_a_card_says_what_the_whole_cache_holds(bits, recent):
+    model = lowkey.attach(pico.build("llama").to(torch.bfloat16))
+    plan = pico.plan(model, bits=bits, sinks=2, recent=8, profile={"at": 200})
+    share = 100 * held(plan, 200, model) / (FULL / 2 * 200)
+    told = f"; a cache of 200 tokens, with 2 sinks and {recent} recent tokens exact, holds {share:.1f} % of the full cache"
+    assert bytes_kept(plan).endswith(told) and bytes_kept(plan) in card(plan)
+    for other in ({"profile": {}}, {"profile": {"at": "x"}}, {"sinks": 0, "recent": 0, "bits": None}):
+        assert bytes_kept(replace(plan, **other)).endswith(" %)"), "an old plan, a garbled one, and one without exact tokens"
 
 
 @pytest.mark.parametrize("bits", [None, "int8", "kivi4"])

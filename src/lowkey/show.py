@@ -16,7 +16,7 @@ from lowkey.allocate import ALLOCATORS
 from lowkey.heads import HeadScores
 from lowkey.methods import METHODS
 from lowkey.options import defaults_of, ranges, shown
-from lowkey.plan import Plan
+from lowkey.plan import Plan, bytes_kept
 from lowkey.printable import printable
 
 
@@ -54,8 +54,7 @@ def show_plan(plan: Plan, place: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"plan": str(place), **plan.describe()}))
         return
-    g, held = plan.geometry, plan.bytes_per_token(2)
-    whole = 2 * g["kv_heads"] * g["head_dim"] * 2 * len(plan.factors)
+    g = plan.geometry
     table = Table(
         "layer", "key rank", "value rank", title=f"{plan.method['name']} · {plan.allocator['name']} · {plan.layout} · {plan.budget}"
     )
@@ -66,7 +65,7 @@ def show_plan(plan: Plan, place: Path, as_json: bool) -> None:
         if told.get("parameters"):
             kind = table_of.get(told["name"])
             say(f"options of {what} {told['name']}: {options_of(kind, told['parameters'], '; ') if kind else told['parameters']}")
-    say(f"{place}: keeps {held:g} of {whole} bytes per token in bfloat16 ({100 * held / whole:.1f}%)")
+    say(f"{place}: {bytes_kept(plan)}")
 
 
 def show_dynamic(about: dict, place: Path, as_json: bool) -> None:
