@@ -343,7 +343,7 @@ def test_an_error_budget_bounds_what_the_allocator_says(allocator, error):
     plan = calibrate(PCA("per_head", "per_head"), error_budget=error, allocator=allocator)
     told = plan.profile["bounded"]
     assert told["what"] == ALLOCATORS[allocator].bounds and told["budget"] == error
-    assert told["error"] == "the relative error of the layer's output"
+    assert told["error"] == "the relative error of the layer's output, in the mean over tokens"
     if allocator == "tail":
         assert "tail" in told["what"]
         reached = max(tails_by_hand(chosen(plan))) ** 0.5

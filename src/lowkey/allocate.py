@@ -1,4 +1,7 @@
-"""Splitting one budget over layers, and over keys and values. Any basis works with any allocator."""
+"""Splitting one budget over layers, and over keys and values.
+
+Any basis works with any allocator, except that `threshold`, `tail` and `spectrum` read energies, which not all bases have.
+"""
 
 from __future__ import annotations
 
@@ -96,8 +99,8 @@ class Greedy(Allocator):
     """From full rank, again and again the step (layer, keys or values) that adds the least error per byte freed.
 
     Our reading of the sequential allocation under a byte budget that arXiv:2601.21686 v2 announces in its abstract. Under a byte budget a
-    step leads to the next lower rank that may be chosen, its error interpolated where it was not measured; under an error budget, which
-    must hold, to the next lower one that was measured.
+    step leads to the next lower rank that may be chosen and takes fewer bytes, its error interpolated where it was not measured; under an
+    error budget, which must hold, to the next lower one that was measured.
     """
 
     summary: ClassVar[str] = "from full rank, the step of least error per byte, until the budget is met"

@@ -1,4 +1,4 @@
-"""What a calibration is asked for: held to its rules, and completed by what is recommended, before anything is read or fitted."""
+"""The arguments of `calibrate`, checked, and completed by what is recommended, before anything is read or fitted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lowkey.splitting import PARTS, Allocator
 from lowkey.types import LAYOUTS, Budget, Layout, LowkeyError
 
 JUDGES = {  # what a layer's error is
-    "layers": "the relative error of the layer's output",
+    "layers": "the relative error of the layer's output, in the mean over tokens",
     "loss": "nats by which the cross-entropy grows when that layer alone is compressed",
 }
 AT = 1024  # tokens of the cache that a budget is counted for
