@@ -65,7 +65,8 @@ def main() -> None:
             raise
         _fail("memory: there is not enough for this; choose a smaller batch, context or model, or another --device", 2)
     if status == 130:
-        _fail("interrupted; nothing half-written is left, and compress, dynamic, eval, heads, recover and pretrain resume when given again", 130)
+        resuming = "compress, dynamic, eval, heads, recover and pretrain resume when given again"
+        _fail(f"interrupted; nothing half-written is left, and {resuming}", 130)
     sys.exit(status or 0)
 
 
