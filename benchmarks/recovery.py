@@ -86,7 +86,9 @@ def plan_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: 
     method, options, layout, budget = PLANS[label]
     chosen = make_method(method, options)
     sample = Sample(24, 512, seed)
-    return calibrate(model, tokenizer, corpus, method=chosen, budget=budget, layout=layout, ranks=8, sample=sample, progress=bars)
+    return calibrate(
+        *(model, tokenizer, corpus), method=chosen, budget=budget, layout=layout, ranks=8, sample=sample, sinks=0, recent=0, progress=bars
+    )
 
 
 def measured(
