@@ -691,6 +691,15 @@ def test_a_method_from_a_file_of_ones_own(model, here, monkeypatch):
     assert (method["parameters"]["loud"], method["parameters"]["times"]) == (True, 3)
 
 
+def test_a_class_that_has_not_all_of_a_method_is_refused(here, monkeypatch):
+    parts = ("fit", "summary", "paper", "allocator", "layout", "grid", "candidates")
+    lines = ["from dataclasses import dataclass", "@dataclass(frozen=True)", "class Half:", *(f"    {part} = None" for part in parts)]
+    (here / "half_method.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(here)
+    line = refused("compress", "tiny", "out", "--method", "half_method:Half")
+    assert "half_method:Half' is no method" in line and "finishes" in line
+
+
 @pytest.mark.parametrize("content", ["import nothing_of_this_name", "1 / 0", "def ("])
 def test_a_method_file_that_does_not_import(here, monkeypatch, content):
     (here / "broken_method.py").write_text(content)

@@ -32,7 +32,8 @@ from lowkey.types import Budget, LowkeyError
 TINY = "tiny"
 NEAR = 0.8  # how alike a name must be to one of ours not to be asked of the Hub
 GIVE = f"give a model folder, a Hub id, a .gguf file, or one of {', '.join(map(repr, (TINY, *PACKAGED)))}"
-NEEDED = ("fit", "summary", "paper", "allocator", "layout", "grid", "candidates")  # of a method
+STAGES = ("fits", "fit", "tunes", "tune", "finishes", "finish")
+NEEDED = (*STAGES, "summary", "paper", "allocator", "layout", "grid", "every", "candidates", "numbers")  # of a method
 
 
 def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
