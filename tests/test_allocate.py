@@ -10,7 +10,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowkey.allocate import ALLOCATORS, Condition, Depth, Fisher, Greedy, Pareto, Profile, Tail, Threshold, Uniform, WeightedPareto
+from lowkey.allocate import (
+    ALLOCATORS,
+    Condition,
+    Depth,
+    Fisher,
+    Greedy,
+    Pareto,
+    Profile,
+    Spectrum,
+    Tail,
+    Threshold,
+    Uniform,
+    WeightedPareto,
+)
+from lowkey.splitting import fewest
 from lowkey.types import LowkeyError
 
 RANKS = (2, 4, 6, 8)
@@ -110,6 +124,12 @@ def test_too_small_a_budget_is_refused_in_one_line_with_the_limit_and_the_least(
 def test_the_least_budget_is_enough(name):
     p = bowl()
     assert ALLOCATORS[name]().under_bytes(p, p.bytes([(2, 2)] * 3)) == [(2, 2)] * 3
+
+
+def test_the_least_budget_is_enough_for_layers_whose_errors_weigh_more():
+    """Of twelve layers the first counts 1.5 times."""
+    p = profile([[[0.3, 0.2, 0.1, 0.0]] * 4] * 12)
+    assert WeightedPareto().under_bytes(p, p.bytes([(2, 2)] * 12)) == [(2, 2)] * 12
 
 
 @every
@@ -427,6 +447,51 @@ def test_an_error_budget_by_signal_holds_for_the_worst_layer_with_no_byte_to_spa
     unit = HEADS * ITEMSIZE
     less = ALLOCATORS[name]().under_bytes(p, p.bytes(found) - unit)
     assert any(p.error(i, pair) > error for i, pair in enumerate(less))
+
+
+@pytest.mark.parametrize("ranks", range(2, 17))
+def test_a_rule_for_bytes_takes_the_fewest_whose_error_fits(ranks):
+    """Keys get the odd rank; the error falls with every one."""
+    p = Profile(tuple(range(1, 9)), [[[1 / k + 1 / v for v in range(1, 9)] for k in range(1, 9)]], 1, 1, [])
+
+    def rule(p, limit):
+        return [(-(-int(limit) // 2), int(limit) // 2)]
+
+    pair = (-(-ranks // 2), ranks // 2)
+    assert fewest(rule, p, p.error(0, pair)) == [pair]
+
+
+# -- packed latents, of which one rank more takes nothing, or the bytes of several
+
+JUMPS = (0.0, *[8.0] * 8, *[16.0] * 8), tuple(map(float, range(17)))  # of keys by eight ranks, of values by one
+ALL = tuple(range(1, 17))
+
+
+def jumping(layers=1, energies=([[1.0] * 16], [[0.5] * 16])):
+    errors = [[(16 - k) + (16 - v) / 2 for v in ALL] for k in ALL]
+    return Profile(ALL, [errors] * layers, 1, 1, [energies] * layers, {"fisher": [(1.0, 1.0)] * layers}, sizes=JUMPS)
+
+
+@pytest.mark.parametrize(("limit", "best"), [(9, (8, 1)), (17, (16, 1)), (20, (16, 4)), (32, (16, 16))])
+@pytest.mark.parametrize("rule", [Spectrum(floor=0), Greedy()], ids=["spectrum", "greedy"])
+def test_a_jump_is_weighed_by_all_the_ranks_that_it_pays_for(rule, limit, best):
+    """Eight ranks of keys take as many bytes as eight of values, and hold twice as much."""
+    assert rule.under_bytes(jumping(), limit) == [best]
+
+
+@pytest.mark.parametrize("limit", [18, 20, 25, 30, 32, 64])
+def test_ranks_in_proportion_fill_what_packed_latents_take(limit):
+    """Of two layers that count alike; up to rank 8 keys take 8 bytes, and values one for each rank."""
+    p = jumping(2)
+    found = Fisher().under_bytes(p, limit)
+    ranks = [r for pair in found for r in pair]
+    assert p.bytes(found) == limit and max(ranks) - min(ranks) <= 1
+
+
+@pytest.mark.parametrize("rank", ALL)
+def test_the_fewest_packed_bytes_whose_error_fits(rank):
+    p = jumping()
+    assert fewest(Uniform().under_bytes, p, p.error(0, (rank, rank))) == [(rank, rank)]
 
 
 @pytest.mark.parametrize("kind", ALLOCATORS.values())

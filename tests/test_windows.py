@@ -85,6 +85,14 @@ def test_merged_heads_hold_the_budget_too(bits, group, allocator, layout):
     assert 0.35 - 2 / 16 < found <= 0.35  # two ranks of sixteen, at most
 
 
+@pytest.mark.parametrize("allocator", ["greedy", "spectrum", "fisher", "depth", "condition", "tail"])
+@pytest.mark.parametrize("bits", ["int4", "kivi8"])
+def test_a_budget_is_used_however_it_is_split(bits, allocator):
+    """Packed, one rank more takes nothing here and the bytes of several ranks there."""
+    plan = calibrate(budget="30%", bits=bits, at=400, allocator=allocator)
+    assert 0.29 < held(plan, 400) / (FULL * 400) <= 0.3
+
+
 @pytest.mark.parametrize(("bits", "waiting"), [(None, 0), ("int8", 0), ("kivi4", 31)])
 def test_a_longer_cache_holds_it_but_for_the_tokens_that_a_block_waits_for(bits, waiting):
     plan = calibrate(budget="40%", bits=bits, at=256)

@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 from lowkey.filling import filled, normalised, settled
 from lowkey.options import option
 from lowkey.profile import Pair, Profile, Ranks, too_small
-from lowkey.splitting import Allocator, fewest, tightest, worst
+from lowkey.splitting import Allocator, fewest, most, tightest, worst
 from lowkey.types import LowkeyError
 
 Energy = Literal["squared", "singular"]
@@ -309,11 +309,15 @@ class Fisher(Allocator):
         return fewest(self.under_bytes, profile, error)
 
     def under_bytes(self, profile: Profile, limit: float) -> Ranks:
-        shares, room = [x for pair in profile.signal("fisher") for x in pair], profile.room(limit)
+        shares = [x for pair in profile.signal("fisher") for x in pair]
         if not any(shares):
             raise LowkeyError("signal 'fisher' is 0 everywhere: there is nothing to split in proportion to; use another text or allocator")
-        chosen = settled(filled(shares, room, profile.served[0], profile.served[-1]), room, profile.served)
-        return list(zip(chosen[::2], chosen[1::2], strict=True))
+
+        def split(room: int) -> Ranks:
+            chosen = settled(filled(shares, room, profile.served[0], profile.served[-1]), room, profile.served)
+            return list(zip(chosen[::2], chosen[1::2], strict=True))
+
+        return most(split, profile, limit)
 
 
 @dataclass(frozen=True)
@@ -332,9 +336,13 @@ class Depth(Allocator):
         return fewest(self.under_bytes, profile, error)
 
     def under_bytes(self, profile: Profile, limit: float) -> Ranks:
-        room = profile.room(limit) // 2
-        targets = self._targets(normalised(self.sensitivity(profile)), room, profile.served[0], profile.served[-1])
-        return [(r, r) for r in settled(targets, room, profile.served)]
+        heights = normalised(self.sensitivity(profile))
+
+        def split(room: int) -> Ranks:
+            targets = self._targets(heights, room // 2, profile.served[0], profile.served[-1])
+            return [(r, r) for r in settled(targets, room // 2, profile.served)]
+
+        return most(split, profile, limit)
 
     def sensitivity(self, profile: Profile) -> list[float]:
         return [float(-i) for i in range(profile.layers)]

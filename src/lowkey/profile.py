@@ -6,6 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from lowkey.types import LowkeyError
 
@@ -88,13 +89,13 @@ class Profile:
 
     @property
     def unit(self) -> float:
-        """The most bytes that one rank more takes per token."""
+        """What a byte budget is counted in: bytes per token of one rank more, or where ranks differ in that, the least of any."""
         if self.sizes is None:
             return self.heads * self.itemsize
-        return max(side[r] / r for side in self.sizes for r in self.served)
+        return min(b - a for side in self.sizes for a, b in pairwise(side[r] for r in self.served) if b > a)
 
     def room(self, limit: float) -> int:
-        """How many ranks, summed over layers, keys and values, `limit` bytes per token hold, whichever they are."""
+        """How many ranks, summed over layers, keys and values, `limit` bytes per token hold, where all take the same."""
         least = self.bytes([(self.served[0],) * 2] * self.layers)
         if limit < least:
             raise too_small(self, limit, least)

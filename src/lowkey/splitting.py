@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
@@ -57,6 +58,22 @@ def tightest(rule: Callable[[Profile, float], Ranks], profile: Profile, limit: f
     return best
 
 
+def most(rule: Callable[[int], Ranks], profile: Profile, limit: float) -> Ranks:
+    """Run a rule for a number of ranks, summed over layers, keys and values, under a byte budget: as many as fit. Where ranks
+    differ in what they take (packed latents, whole heads), bisect for the largest number whose ranks fit."""
+    if profile.sizes is None:
+        return rule(profile.room(limit))
+    low, high = (2 * profile.layers * r for r in (profile.served[0], profile.full[0]))
+    best = rule(low)
+    if profile.bytes(best) > limit:
+        raise too_small(profile, limit, profile.bytes(best))
+    while low < high:
+        middle = (low + high + 1) // 2
+        ranks = rule(middle)
+        low, high, best = (middle, high, ranks) if profile.bytes(ranks) <= limit else (low, middle - 1, best)
+    return best
+
+
 def worst(profile: Profile) -> float:
     """An error budget that every measured pair is within, whatever it is weighted with."""
     points = [error for layer in profile.points for error in layer.values()]
@@ -69,9 +86,9 @@ def fewest(rule: Callable[[Profile, float], Ranks], profile: Profile, error: flo
     """
     profile = replace(profile, choices=())
     unit = profile.unit
-    low, high = (2 * profile.layers * r for r in (profile.ranks[0], profile.ranks[-1]))
+    low, high = (math.ceil(profile.bytes([(r, r)] * profile.layers) / unit - 1e-9) for r in (profile.ranks[0], profile.ranks[-1]))
     while low < high:
         middle = (low + high) // 2
-        fits = all(profile.error(i, pair) <= error for i, pair in enumerate(rule(profile, middle * unit)))
+        fits = all(profile.error(i, pair) <= error for i, pair in enumerate(rule(profile, middle * unit + 1e-6)))
         low, high = (low, middle) if fits else (middle + 1, high)
-    return rule(profile, high * unit)
+    return rule(profile, high * unit + 1e-6)
