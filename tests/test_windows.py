@@ -20,10 +20,11 @@ from lowkey.layers.codec import LowRank
 from lowkey.layers.coded import CodedLayer
 from lowkey.layers.packing import scheme
 from lowkey.layers.rebuilding import RebuildingLayer
-from lowkey.methods import KQSVD, PCA, KVHeadSVD
+from lowkey.methods import KQSVD, PCA, FisherSVD, KVHeadSVD
 from lowkey.plan import JSON, Plan, bytes_kept, card
 from lowkey.policies import POLICIES
 from lowkey.probe import Probe, Rebuilt
+from lowkey.recommended import Recommended, recommended
 from lowkey.statistics import gather
 from lowkey.stream import layer_inputs
 from lowkey.types import Budget, Factors
@@ -362,6 +363,27 @@ def test_a_packed_plan_with_a_policy_says_how_it_can_be():
     with pytest.raises(LowkeyError, match="bits='int8' together with a policy"):
         lowkey.make_cache(model, packed(), policy, bits="int8")
     assert torch.equal(logits(packed(), policy, bits="none"), logits(packed(bits=None), policy))
+
+
+@pytest.mark.parametrize(
+    ("share", "allocator", "bits"),
+    [
+        (None, "greedy", "none"),
+        (1.0, "spectrum", "none"),
+        (0.46, "spectrum", "kivi8"),
+        (0.45, "spectrum", "kivi4"),
+        (0.1, "spectrum", "kivi4"),
+    ],
+)
+def test_what_is_recommended_at_a_budget(share, allocator, bits):
+    assert recommended(attached("llama"), share) == Recommended(FisherSVD(), "pre_rope", allocator, bits)
+
+
+def test_what_is_recommended_where_frequencies_change_or_weights_have_no_gradients():
+    turned = lowkey.attach(pico.build("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}))
+    assert recommended(turned, 0.2) == Recommended(FisherSVD(), "post_rope", "spectrum", "kivi4")
+    away = lowkey.attach(pico.build("llama").to("meta"))
+    assert recommended(away, 0.2) == Recommended(KQSVD(group=0), "pre_rope", "uniform", "kivi4")
 
 
 def test_an_error_budget_without_a_method_is_one_of_measured_errors():
