@@ -32,6 +32,7 @@ from lowkey.evaluate.settings import full, packed, planned
 from lowkey.methods.dynakv import GateTraining
 from lowkey.models.loading import load
 from lowkey.storage.exact import Exact
+from lowkey.storage.packing import scheme
 
 METHODS: dict[str, tuple[str, dict[str, str], Layout]] = {  # label: method, options, layout
     "pca": ("pca", {}, "post_rope"),
@@ -133,9 +134,8 @@ def run(
     done = {(row["label"], row["seed"]) for row in found["rows"]}
     names_done = {label for label, _ in done}
     exact = Exact(recent=recent) if recent else None
-    reference = [
-        s for s in (full(loaded), *(packed(loaded, b, exact) for b in PACKED)) if s.name not in names_done
-    ]
+    alone = (packed(loaded, b, exact or Exact(recent=scheme(b).recent)) for b in PACKED)
+    reference = [s for s in (full(loaded), *alone) if s.name not in names_done]
     if reference:
         reference = [full(loaded), *(s for s in reference if s.name != "full")]
         result = evaluate(loaded, tokenizer, reference, task, names, bars)
@@ -196,6 +196,8 @@ def _method(
                     sample=sample,
                     layout=layout,
                     allocator=allocator,
+                    sinks=0,
+                    recent=0,
                     work=Path(work),
                     progress=bars,
                 )

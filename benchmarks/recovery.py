@@ -110,6 +110,8 @@ def plan_of(
         layout=layout,
         ranks=8,
         sample=sample,
+        sinks=0,
+        recent=0,
         progress=bars,
     )
 

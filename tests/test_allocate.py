@@ -18,11 +18,13 @@ from lowkey.allocation.allocators import (
     Greedy,
     Pareto,
     Profile,
+    Spectrum,
     Tail,
     Threshold,
     UniformRanks,
     WeightedPareto,
 )
+from lowkey.allocation.base import search_byte_budget
 from lowkey.core.types import LowkeyError
 
 RANKS = (2, 4, 6, 8)
@@ -121,13 +123,19 @@ def test_too_small_a_budget_is_refused_in_one_line_with_the_limit_and_the_least(
         RANK_ALLOCATORS[name]().under_bytes(p, 50)
     text = str(refusal.value)
     assert len(text.splitlines()) == 1
-    assert "budget of 50 bytes" in text and str(p.bytes_per_token([(2, 2)] * 3)) in text
+    assert "50 bytes" in text and str(p.bytes_per_token([(2, 2)] * 3)) in text
 
 
 @every
 def test_the_least_budget_is_enough(name):
     p = bowl()
     assert RANK_ALLOCATORS[name]().under_bytes(p, p.bytes_per_token([(2, 2)] * 3)) == [(2, 2)] * 3
+
+
+def test_the_least_budget_is_enough_for_layers_whose_errors_weigh_more():
+    """Of twelve layers the first counts 1.5 times."""
+    p = profile([[[0.3, 0.2, 0.1, 0.0]] * 4] * 12)
+    assert WeightedPareto().under_bytes(p, p.bytes_per_token([(2, 2)] * 12)) == [(2, 2)] * 12
 
 
 @every
@@ -484,6 +492,62 @@ def test_an_error_budget_by_signal_holds_for_the_worst_layer_with_no_byte_to_spa
     unit = HEADS * ITEMSIZE
     less = RANK_ALLOCATORS[name]().under_bytes(p, p.bytes_per_token(found) - unit)
     assert any(p.error(i, pair) > error for i, pair in enumerate(less))
+
+
+@pytest.mark.parametrize("ranks", range(2, 17))
+def test_a_rule_for_bytes_takes_the_fewest_whose_error_fits(ranks):
+    """Keys get the odd rank; the error falls with every one."""
+    p = Profile(tuple(range(1, 9)), [[[1 / k + 1 / v for v in range(1, 9)] for k in range(1, 9)]], 1, 1, [])
+
+    def rule(p, limit):
+        return [(-(-int(limit) // 2), int(limit) // 2)]
+
+    pair = (-(-ranks // 2), ranks // 2)
+    assert search_byte_budget(rule, p, p.error(0, pair)) == [pair]
+
+
+# -- packed latents, of which one rank more takes nothing, or the bytes of several
+
+JUMPS = (
+    (0.0, *[8.0] * 8, *[16.0] * 8),
+    tuple(map(float, range(17))),
+)  # of keys by eight ranks, of values by one
+ALL = tuple(range(1, 17))
+
+
+def jumping(layers=1, energies=([[1.0] * 16], [[0.5] * 16])):
+    errors = [[(16 - k) + (16 - v) / 2 for v in ALL] for k in ALL]
+    return Profile(
+        ALL,
+        [errors] * layers,
+        1,
+        1,
+        [energies] * layers,
+        {"fisher": [(1.0, 1.0)] * layers},
+        bytes_by_rank=JUMPS,
+    )
+
+
+@pytest.mark.parametrize(("limit", "best"), [(9, (8, 1)), (17, (16, 1)), (20, (16, 4)), (32, (16, 16))])
+@pytest.mark.parametrize("rule", [Spectrum(floor=0), Greedy()], ids=["spectrum", "greedy"])
+def test_a_jump_is_weighed_by_all_the_ranks_that_it_pays_for(rule, limit, best):
+    """Eight ranks of keys take as many bytes as eight of values, and hold twice as much."""
+    assert rule.under_bytes(jumping(), limit) == [best]
+
+
+@pytest.mark.parametrize("limit", [18, 20, 25, 30, 32, 64])
+def test_ranks_in_proportion_fill_what_packed_latents_take(limit):
+    """Of two layers that count alike; up to rank 8 keys take 8 bytes, and values one for each rank."""
+    p = jumping(2)
+    found = Fisher().under_bytes(p, limit)
+    ranks = [r for pair in found for r in pair]
+    assert p.bytes_per_token(found) == limit and max(ranks) - min(ranks) <= 1
+
+
+@pytest.mark.parametrize("rank", ALL)
+def test_the_fewest_packed_bytes_whose_error_fits(rank):
+    p = jumping()
+    assert search_byte_budget(UniformRanks().under_bytes, p, p.error(0, (rank, rank))) == [(rank, rank)]
 
 
 @pytest.mark.parametrize("kind", RANK_ALLOCATORS.values())

@@ -603,7 +603,7 @@ def stopped_at(layer: int) -> Iterator[None]:
 def test_ctrl_c_leaves_no_plan_but_its_work(model, here):
     with stopped_at(1):
         line = refused("compress", model, "out", *SMALL, status=130)
-        assert "compress, dynamic, eval, recover and pretrain resume when given again" in line
+        assert "compress, dynamic, eval, heads, recover and pretrain resume when given again" in line
     assert not (here / "out").exists()
     assert {p.name for p in (here / "out.partial").glob("*/*")} == {"job.json", "layer-0.safetensors"}
 
@@ -723,7 +723,7 @@ def test_inspect_says_what_compress_said(made):
 def test_inspect_without_json(made):
     out = done("inspect", made[0]).out
     held = made[1]["bytes_per_token"]["bfloat16"]
-    assert "key rank" in out and f"keeps {held} of 768 bytes per token" in out
+    assert "key rank" in out and f"latents keep {held} of 768 bytes per token" in out
 
 
 def test_a_budget_in_bytes(model, here):
@@ -806,6 +806,20 @@ def test_a_method_from_a_file_of_ones_own(model, here, monkeypatch):
     method = printed("compress", model, "out", *words)["method"]
     assert method["name"] == "outside_method:Mine"
     assert (method["parameters"]["loud"], method["parameters"]["times"]) == (True, 3)
+
+
+def test_a_class_that_has_not_all_of_a_method_is_refused(here, monkeypatch):
+    parts = ("fit", "summary", "paper", "allocator", "layout", "grid", "candidates")
+    lines = [
+        "from dataclasses import dataclass",
+        "@dataclass(frozen=True)",
+        "class Half:",
+        *(f"    {part} = None" for part in parts),
+    ]
+    (here / "half_method.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(here)
+    line = refused("compress", "tiny", "out", "--method", "half_method:Half")
+    assert "half_method:Half' is no method" in line and "has_finish" in line
 
 
 @pytest.mark.parametrize("content", ["import nothing_of_this_name", "1 / 0", "def ("])

@@ -16,7 +16,7 @@ from lowkey import LowkeyError, Sample
 from lowkey.core.progress import silent
 from lowkey.evaluate import footprint, layerwise, likelihood
 from lowkey.evaluate.intervals import half_width, t95
-from lowkey.evaluate.result import TASKS, Task, evaluate
+from lowkey.evaluate.result import TASKS, Task, evaluate, evaluation_job
 from lowkey.evaluate.settings import Setting, distinct, full, packed, planned
 from lowkey.methods import PCA
 from lowkey.models import families
@@ -344,6 +344,22 @@ def test_another_job_starts_anew(settings, half, change, tmp_path, monkeypatch):
             context=24 if change == "context" else LENGTH)  # fmt: skip
     assert counted.tokens >= 4 * COUNT * 24
     assert len(list((tmp_path / "work").iterdir())) == 1
+
+
+@pytest.mark.parametrize("change", [{"chat_template": "{{ messages[0]['content'] }}"}, {"eos_token": "a"}])
+def test_what_a_tokenizer_says_of_turns_is_part_of_the_job(settings, change):
+    model, other, what = (
+        pico.attached("llama"),
+        pico.tokenizer(),
+        Task({"text": TEXT}, LENGTH, COUNT, 1, batch=BATCH),
+    )
+    for name, value in change.items():
+        setattr(other, name, value)
+    one, same, another = (
+        evaluation_job(model, t, settings, what, ("questions",))
+        for t in (pico.tokenizer(), pico.tokenizer(), other)
+    )
+    assert one == same != another
 
 
 def test_damaged_work_is_told(settings, tmp_path):

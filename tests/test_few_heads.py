@@ -80,6 +80,24 @@ def test_so_many_of_an_odd_number_of_heads_are_kept_whole(method, heads, kept):
     assert {r for pair in plan.ranks.values() for r in pair} == {-(-kept * HEAD_DIM // heads)}
 
 
+@pytest.mark.parametrize(("budget", "kept"), [("20.9%", 2), ("20.8%", 1)])
+def test_packed_whole_heads_are_counted_by_what_is_stored(budget, kept):
+    """32 numbers of a byte and two floats are 40 of 192 bytes, 20.83 %."""
+    model = build(3)
+    plan = lowkey.calibrate(
+        model,
+        pico.tokenizer(),
+        method=KVHeadSVD(),
+        budget=budget,
+        sample=Sample(4, 24),
+        sinks=0,
+        recent=0,
+        bits=8,
+        at=500,
+    )
+    assert {f.v_down.shape[-1] for f in plan.factors.values()} == {kept * HEAD_DIM}
+
+
 @pytest.mark.parametrize("method", WHOLE)
 def test_such_a_plan_comes_back_from_disk_and_from_unfinished_work(method, tmp_path):
     model = build(3)

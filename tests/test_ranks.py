@@ -401,7 +401,7 @@ def test_an_error_budget_bounds_what_the_allocator_says(allocator, error):
     plan = calibrate(PCA("per_head", "per_head"), error_budget=error, allocator=allocator)
     told = plan.profile["bounded"]
     assert told["what"] == RANK_ALLOCATORS[allocator].bounds and told["budget"] == error
-    assert told["error"] == "the relative error of the layer's output"
+    assert told["error"] == "the relative error of the layer's output, in the mean over tokens"
     if allocator == "tail":
         assert "tail" in told["what"]
         reached = max(tails_by_hand(chosen(plan))) ** 0.5
@@ -513,7 +513,7 @@ def test_a_share_is_not_rounded_down_by_floating_point():
     ("budget", "says"),
     [
         ("1.5 GiB", "more than the 1.5 KiB/token of the full cache"),
-        ("1 KiB", "of 2 bytes per token .* is below 96"),
+        ("1 KiB", ": 2 bytes per token .* is below 96"),
         ("512 tokens", "per token"),
         ("1537 B/token", "more than the 1.5 KiB/token of the full cache"),
         ("64 KiB/token", "more than the 1.5 KiB/token of the full cache"),

@@ -167,6 +167,11 @@ def test_the_plain_form_has_no_template():
     assert case == same and same.prompt == [TOKENIZER.bos_token_id, *episode().prompt]
 
 
+def test_without_a_template_the_opening_of_an_answer_begins_a_line():
+    asked, bare = (Frame.of(TOKENIZER).question("Who?", opening) for opening in ("It was", ""))
+    assert TOKENIZER.decode(asked) == "Who?\nIt was" and TOKENIZER.decode(bare) == "Who?"
+
+
 def test_the_form_is_chosen_by_the_template():
     assert recall.usual_form(TOKENIZER) == "plain" and recall.usual_form(chatting()) == "lines"
 

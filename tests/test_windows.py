@@ -5,6 +5,7 @@ packing of their latents.
 from __future__ import annotations
 
 import string
+from dataclasses import replace
 
 import pico
 import pytest
@@ -16,11 +17,12 @@ from transformers import AutoModelForCausalLM
 
 import lowkey
 from lowkey import Exact, LowkeyError, Sample
+from lowkey.calibration.recommended import Recommended, recommended
 from lowkey.calibration.statistics import gather_statistics
 from lowkey.core.types import Budget, Factors
-from lowkey.methods import KQSVD, PCA
+from lowkey.methods import KQSVD, PCA, FisherSVD, KVHeadSVD
 from lowkey.models import families
-from lowkey.plan.plan import PLAN_JSON, Plan
+from lowkey.plan.plan import PLAN_JSON, Plan, bytes_kept, plan_card
 from lowkey.plan.window_bytes import Holding
 from lowkey.policies import POLICIES
 from lowkey.probes.layer_inputs import layer_inputs
@@ -96,6 +98,14 @@ def test_merged_heads_hold_the_budget_too(bits, group, allocator, layout):
     assert 0.35 - 2 / 16 < found <= 0.35  # two ranks of sixteen, at most
 
 
+@pytest.mark.parametrize("allocator", ["greedy", "spectrum", "fisher", "depth", "condition", "tail"])
+@pytest.mark.parametrize("bits", ["int4", "kivi8"])
+def test_a_budget_is_used_however_it_is_split(bits, allocator):
+    """Packed, one rank more takes nothing here and the bytes of several ranks there."""
+    plan = calibrate(budget="30%", bits=bits, at=400, allocator=allocator)
+    assert 0.29 < held(plan, 400) / (FULL * 400) <= 0.3
+
+
 @pytest.mark.parametrize(("bits", "waiting"), [(None, 0), ("int8", 0), ("kivi4", 31)])
 def test_a_longer_cache_holds_it_but_for_the_tokens_that_a_block_waits_for(bits, waiting):
     plan = calibrate(budget="40%", bits=bits, at=256)
@@ -139,6 +149,36 @@ def test_what_is_left_for_latents_in_numbers():
 def test_budgets_that_a_window_does_not_leave_room_for_are_refused(given, budget, says):
     with pytest.raises(LowkeyError, match=says):
         holding(**given).latents(budget)
+
+
+@pytest.mark.parametrize(("bits", "recent"), [(None, 8), ("int4", 8), ("kivi4", 32)])
+def test_a_card_says_what_the_whole_cache_holds(bits, recent):
+    model = lowkey.attach(pico.build("llama").to(torch.bfloat16))
+    plan = pico.plan(model, bits=bits, sinks=2, recent=8, profile={"at": 200})
+    share = 100 * held(plan, 200, model) / (FULL / 2 * 200)
+    told = (
+        f"; a cache of 200 tokens, with 2 sinks and {recent} recent tokens exact, "
+        f"holds {share:.1f} % of the full cache"
+    )
+    assert bytes_kept(plan).endswith(told) and bytes_kept(plan) in plan_card(plan)
+    for other in ({"profile": {}}, {"profile": {"at": "x"}}, {"sinks": 0, "recent": 0, "bits": None}):
+        assert bytes_kept(replace(plan, **other)).endswith(" %)"), (
+            "an old plan, a garbled one, and one without exact tokens"
+        )
+
+
+@pytest.mark.parametrize("bits", [None, "int8", "kivi4"])
+@pytest.mark.parametrize("allocator", ["uniform", "greedy"])
+def test_a_budget_that_the_ranks_exceed_is_refused_with_one_that_works(bits, allocator):
+    """Whole heads of two; the windows, and integers, are in the share that is named."""
+    options = {"method": KVHeadSVD(), "bits": bits, "allocator": allocator, "at": 300}
+    with pytest.raises(
+        LowkeyError, match=r"least that the ranks allow; give a budget of [\d.]+% or more$"
+    ) as refusal:
+        calibrate(budget="20%", **options)
+    advised = float(str(refusal.value).split()[-3].removesuffix("%"))
+    plan = calibrate(budget=f"{advised}%", **options)
+    assert advised / 100 - 0.001 < held(plan, 300) / (FULL * 300) <= advised / 100
 
 
 @pytest.mark.parametrize("at", [0, -1])
@@ -395,6 +435,29 @@ def test_a_packed_plan_with_a_policy_says_how_it_can_be():
     with pytest.raises(LowkeyError, match="bits='int8' together with a policy"):
         lowkey.make_cache(model, packed(), policy, bits="int8")
     assert torch.equal(logits(packed(), policy, bits="none"), logits(packed(bits=None), policy))
+
+
+@pytest.mark.parametrize(
+    ("share", "allocator", "bits"),
+    [
+        (None, "greedy", "none"),
+        (1.0, "spectrum", "none"),
+        (0.46, "spectrum", "kivi8"),
+        (0.45, "spectrum", "kivi4"),
+        (0.1, "spectrum", "kivi4"),
+    ],
+)
+def test_what_is_recommended_at_a_budget(share, allocator, bits):
+    assert recommended(attached("llama"), share) == Recommended(FisherSVD(), "pre_rope", allocator, bits)
+
+
+def test_what_is_recommended_where_frequencies_change_or_weights_have_no_gradients():
+    turned = lowkey.attach(
+        pico.build("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
+    )
+    assert recommended(turned, 0.2) == Recommended(FisherSVD(), "post_rope", "spectrum", "kivi4")
+    away = lowkey.attach(pico.build("llama").to("meta"))
+    assert recommended(away, 0.2) == Recommended(KQSVD(group=0), "pre_rope", "uniform", "kivi4")
 
 
 def test_an_error_budget_without_a_method_is_one_of_measured_errors():

@@ -21,7 +21,19 @@ from lowkey.methods import METHODS, Method
 from lowkey.policies import POLICIES
 from lowkey.policies.base import Policy
 
-METHOD_PARTS = ("fit", "summary", "paper", "allocator", "layout", "grid", "candidates")  # of a method
+# What a method class of the user's own must have.
+METHOD_STAGES = ("has_fit", "fit", "has_tune", "tune", "has_finish", "finish")
+METHOD_PARTS = (
+    *METHOD_STAGES,
+    "summary",
+    "paper",
+    "allocator",
+    "layout",
+    "grid",
+    "serves_any_rank",
+    "candidates",
+    "numbers_per_token",
+)
 
 
 def make_method(name: str, given: Mapping[str, str]) -> Method:

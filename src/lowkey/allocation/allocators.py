@@ -1,4 +1,8 @@
-"""The rules that split one budget of ranks over layers, keys and values. Any of them works with any basis."""
+"""The rules that split one budget of ranks over layers, keys and values.
+
+Any rule works with any basis, except that `threshold`, `tail` and `spectrum` read energies, which not all
+bases have.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from lowkey.allocation.base import (
     loosest_error_budget,
     search_byte_budget,
     search_error_budget,
+    search_rank_count,
 )
 from lowkey.allocation.filling import fill_proportionally, min_max_normalised, round_to_ranks
 from lowkey.allocation.profile import Pair, Profile, Ranks, Spectra, budget_too_small
@@ -131,8 +136,8 @@ class Greedy(RankAllocator):
     """Greedy allocation: from full rank, take the step that adds the least error per byte freed, repeatedly.
 
     A step lowers the rank of one layer's keys or values. Under a byte budget a step leads to the next lower
-    selectable rank, and its error is interpolated if it was not measured. An error budget must hold, so under
-    one a step leads to the next lower measured rank.
+    selectable rank that takes fewer bytes, and its error is interpolated if it was not measured. An error
+    budget must hold, so under one a step leads to the next lower measured rank.
 
     This is our reading of the sequential allocation under a byte budget that the abstract of arXiv:2601.21686
     v2 announces.
@@ -423,15 +428,18 @@ class Fisher(RankAllocator):
         return search_byte_budget(self.under_bytes, profile, error)
 
     def under_bytes(self, profile: Profile, limit: float) -> Ranks:
-        shares, total = [x for pair in profile.signal("fisher") for x in pair], profile.ranks_within(limit)
+        shares, ranks = [x for pair in profile.signal("fisher") for x in pair], profile.selectable_ranks
         if not any(shares):
             raise LowkeyError(
                 "signal 'fisher' is 0 everywhere: there is nothing to split in proportion to; use another "
                 "text or allocator"
             )
-        ranks = profile.selectable_ranks
-        chosen = round_to_ranks(fill_proportionally(shares, total, ranks[0], ranks[-1]), total, ranks)
-        return list(zip(chosen[::2], chosen[1::2], strict=True))
+
+        def split(total: int) -> Ranks:
+            chosen = round_to_ranks(fill_proportionally(shares, total, ranks[0], ranks[-1]), total, ranks)
+            return list(zip(chosen[::2], chosen[1::2], strict=True))
+
+        return search_rank_count(split, profile, limit)
 
 
 @dataclass(frozen=True)
@@ -451,10 +459,13 @@ class Depth(RankAllocator):
         return search_byte_budget(self.under_bytes, profile, error)
 
     def under_bytes(self, profile: Profile, limit: float) -> Ranks:
-        total, ranks = profile.ranks_within(limit) // 2, profile.selectable_ranks
-        heights = min_max_normalised(self.sensitivity(profile))
-        targets = self._targets(heights, total, ranks[0], ranks[-1])
-        return [(r, r) for r in round_to_ranks(targets, total, ranks)]
+        ranks, heights = profile.selectable_ranks, min_max_normalised(self.sensitivity(profile))
+
+        def split(total: int) -> Ranks:
+            targets = self._targets(heights, total // 2, ranks[0], ranks[-1])
+            return [(r, r) for r in round_to_ranks(targets, total // 2, ranks)]
+
+        return search_rank_count(split, profile, limit)
 
     def sensitivity(self, profile: Profile) -> list[float]:
         """Return one number per layer; a larger number means a larger rank."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
@@ -110,6 +111,36 @@ def search_error_budget(
     return best
 
 
+def search_rank_count(rule: Callable[[int], Ranks], profile: Profile, limit: float) -> Ranks:
+    """Apply a rule that splits a number of ranks under a byte budget, for as many ranks as fit.
+
+    Where ranks differ in the bytes that they take (packed latents, whole heads), this is a bisection for the
+    largest number whose ranks fit.
+
+    Args:
+        rule: number of ranks, summed over layers, keys and values -> ranks.
+        profile: costs of every layer.
+        limit: bytes of one stored token in all layers together.
+
+    Raises:
+        LowkeyError: if even the smallest ranks take more bytes.
+    """
+    if profile.bytes_by_rank is None:
+        return rule(profile.ranks_within(limit))
+    low, high = (2 * profile.layer_count * r for r in (profile.selectable_ranks[0], profile.full_pair[0]))
+    best = rule(low)
+    if profile.bytes_per_token(best) > limit:
+        raise budget_too_small(profile, limit, profile.bytes_per_token(best))
+    while low < high:
+        middle = (low + high + 1) // 2
+        ranks = rule(middle)
+        if profile.bytes_per_token(ranks) <= limit:
+            low, best = middle, ranks
+        else:
+            high = middle - 1
+    return best
+
+
 def loosest_error_budget(profile: Profile) -> float:
     """Return an error budget that every measured pair meets, even after its error is multiplied by a
     weight.
@@ -134,12 +165,16 @@ def search_byte_budget(rule: Callable[[Profile, float], Ranks], profile: Profile
         The ranks at the smallest byte budget that bisection finds; full rank if no budget meets `error`.
     """
     profile = replace(profile, choices=())  # only measured ranks have a measured error
-    low, high = (2 * profile.layer_count * r for r in (profile.ranks[0], profile.ranks[-1]))
+    unit, rounding = profile.smallest_byte_step, 1e-6  # rounding: in bytes, of sums of bytes per token
+    low, high = (
+        math.ceil(profile.bytes_per_token([(r, r)] * profile.layer_count) / unit - 1e-9)
+        for r in (profile.ranks[0], profile.ranks[-1])
+    )
     while low < high:
         middle = (low + high) // 2
-        ranks = rule(profile, middle * profile.bytes_per_rank)
+        ranks = rule(profile, middle * unit + rounding)
         if all(profile.error(i, pair) <= error for i, pair in enumerate(ranks)):
             high = middle
         else:
             low = middle + 1
-    return rule(profile, high * profile.bytes_per_rank)
+    return rule(profile, high * unit + rounding)

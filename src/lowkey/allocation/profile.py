@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from lowkey.core.types import LowkeyError
 
@@ -31,6 +33,9 @@ class Profile:
         extra_points: per layer the errors that were measured at pairs outside the surface.
         bytes_by_rank: bytes of one stored token of a layer's keys, and of its values, at ranks 0, 1, 2, ...
             None means `heads * itemsize` for each rank.
+        cache_share: (bytes of the latents of one stored token in all layers) -> the share of the full cache's
+            bytes that the whole cache holds with them, exact tokens included. None means their share of the
+            bytes at full rank.
     """
 
     ranks: tuple[int, ...]
@@ -42,6 +47,7 @@ class Profile:
     choices: tuple[int, ...] = ()
     extra_points: list[dict[Pair, float]] = field(default_factory=list)
     bytes_by_rank: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    cache_share: Callable[[float], float] | None = None
 
     def error(self, layer: int, pair: Pair) -> float:
         """Return the measured error of a layer at a pair of ranks, interpolated bilinearly between measured
@@ -106,16 +112,22 @@ class Profile:
         return self.bytes_by_rank[side][rank]
 
     @property
-    def bytes_per_rank(self) -> float:
-        """The most bytes per token that one rank takes, over all ranks, keys and values."""
+    def smallest_byte_step(self) -> float:
+        """The least by which the bytes of one token can grow: the unit in which byte budgets are searched.
+
+        This is the bytes of one rank where all ranks take the same. Packed latents and whole heads grow in
+        jumps; then it is the smallest jump between selectable ranks.
+        """
         if self.bytes_by_rank is None:
             return self.heads * self.itemsize
-        return max(side[r] / r for side in self.bytes_by_rank for r in self.selectable_ranks)
+        steps = (pairwise(side[r] for r in self.selectable_ranks) for side in self.bytes_by_rank)
+        return min(more - less for side in steps for less, more in side if more > less)
 
     def ranks_within(self, limit: float) -> int:
         """Return how many ranks fit into a byte budget, summed over layers, keys and values.
 
-        The answer holds for any split of these ranks, since each is counted at `bytes_per_rank`.
+        This is for profiles in which every rank takes the same bytes (`bytes_by_rank` is None);
+        `allocation.base.search_rank_count` is for the others, too.
 
         Args:
             limit: bytes of one stored token in all layers together.
@@ -130,7 +142,7 @@ class Profile:
         if limit >= self.bytes_per_token([self.full_pair] * self.layer_count):
             return full
         return min(
-            full, int(limit / self.bytes_per_rank + 1e-9)
+            full, int(limit / self.smallest_byte_step + 1e-9)
         )  # 1e-9: a quotient just below a whole number
 
     def signal(self, name: str) -> list[tuple[float, float]]:
@@ -179,17 +191,18 @@ def budget_too_small(profile: Profile, limit: float, smallest: float, otherwise:
 
     Args:
         profile: costs of every layer.
-        limit: the budget, in bytes per token.
-        smallest: bytes per token at the smallest ranks.
+        limit: what the budget leaves to latents, in bytes per token.
+        smallest: bytes per token of latents at the smallest ranks.
         otherwise: a second remedy besides a larger budget, as the end of a sentence.
     """
     full = profile.bytes_per_token([profile.full_pair] * profile.layer_count)
+    share_of = profile.cache_share or (lambda latents: latents / full)
     if smallest == full:
         rule, remedy = "since here only full rank can be chosen", f"choose another method{otherwise}"
     else:
-        percent = math.ceil(1000 * smallest / full) / 10
+        percent = math.ceil(1000 * share_of(smallest)) / 10
         rule, remedy = "the least that the ranks allow", f"give a budget of {percent:g}% or more{otherwise}"
     return LowkeyError(
-        f"budget of {limit:.0f} bytes per token ({100 * limit / full:.1f}%) is below "
-        f"{smallest:.0f} ({100 * smallest / full:.1f}%), {rule}; {remedy}"
+        f"budget of {100 * share_of(limit):.1f}%: {limit:.0f} bytes per token for latents is below "
+        f"{smallest:.0f} ({100 * share_of(smallest):.1f}%), {rule}; {remedy}"
     )

@@ -87,18 +87,19 @@ def calibrate(
     own when None.
 
     method: None for what does best on a real model at the budget: `recommended` says what that is.
-    budget: bytes of the layers that are compressed (sliding ones are not), in the model's dtype, as a share
-    of the full cache's or per token; `50%` when neither budget is given. A cache of `at` tokens or more never
-    exceeds it, with its exact tokens: the first `sinks` of a row, which are held whole besides, and the last
-    `recent`, which are held whole instead. (Where 32 tokens are packed together, up to 31 more wait whole in
-    a cache of more than `at` tokens.)
+    budget: bytes of the layers that are compressed (sliding ones are not), in the model's dtype: a share of
+    the full cache's, a rate per token, or a total; `50%` when neither budget is given. A cache of one row of
+    `at` tokens never exceeds it, exact tokens included: the first `sinks` of a row, which are held whole
+    besides their latents, and the last `recent`, which are held whole in the place of latents. Nor does a
+    longer one exceed a share or a rate, but for up to 31 tokens that wait whole where 32 are packed together.
+    (At 100% the sinks come on top.)
     bits: the packing of latents, as `make_cache` takes it; None: the model's own numbers, or with no method
     what is recommended; `none`: the model's own numbers.
     error_budget: instead, the largest value of what the allocator's `bounds` names, for most the largest
     error of a layer, measured on held-out windows with that layer alone compressed; `plan.profile["bounded"]`
     says what was reached.
-    judge: a layer's error is that of its output (`layers`, relative) or the nats by which the cross-entropy
-    grows (`loss`, arXiv:2601.19611, section 5.2: many times slower).
+    judge: a layer's error is that of its output (`layers`, relative, in the mean over tokens) or the nats by
+    which the cross-entropy grows (`loss`, arXiv:2601.19611, section 5.2: many times slower).
     ranks: candidates, as `rank_grid.grid` takes them: a count, ranks, shares of the head dim, or `all`. When
     None, errors are measured at the method's own grid, and a byte budget is met with any rank that the method
     serves, unless the allocator compares measured pairs.
@@ -208,7 +209,7 @@ def _chosen(
         name: SIGNALS[name](context.model, context.training_windows, context.batch)
         for name in split.required_signals
     }
-    profile = replace(profile, bytes_by_rank=sizes, signals=signals)
+    profile = replace(profile, bytes_by_rank=sizes, cache_share=asked.holding.cache_share, signals=signals)
     profile = _measured(profile, split.extra_pairs(profile), bases, context, asked.judge)
     if asked.room is None:
         ranks = split.under_error(profile, limit)  # type: ignore[arg-type]

@@ -1,5 +1,5 @@
-"""What a calibration is asked for: held to its rules, and completed by what is recommended, before anything
-is read or fitted.
+"""The arguments of `calibrate`, checked, and completed by what is recommended, before anything is read or
+fitted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lowkey.storage.exact import Exact
 from lowkey.storage.packing import scheme_name, scheme_or_none
 
 JUDGES = {  # what a layer's error is
-    "layers": "the relative error of the layer's output",
+    "layers": "the relative error of the layer's output, in the mean over tokens",
     "loss": "nats by which the cross-entropy grows when that layer alone is compressed",
 }
 BUDGET_LENGTH = 1024  # tokens of the cache that a budget is counted for
@@ -163,7 +163,15 @@ def _check_room(
     bytes per token; otherwise: what else can be done."""
     heads, d = shape.kv_heads, shape.head_dim
     sizes = holding.sizes((heads, heads), lambda rank: method.numbers_per_token(rank, heads, d))
-    empty = Profile((least, d), [[]] * holding.layers, heads, holding.itemsize, [], bytes_by_rank=sizes)
+    empty = Profile(
+        (least, d),
+        [[]] * holding.layers,
+        heads,
+        holding.itemsize,
+        [],
+        bytes_by_rank=sizes,
+        cache_share=holding.cache_share,
+    )
     if room < (reached := empty.bytes_per_token([(least, least)] * holding.layers)):
         raise budget_too_small(empty, room, reached, otherwise())
 

@@ -92,8 +92,8 @@ def sinks(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Which tokens are attention sinks, as KVSink (arXiv:2508.04257) predicts them from values: the first of
-    a text, or later ones too.
+    """Which tokens are attention sinks by KVSink's rule (arXiv:2508.04257), read from values: the first of a
+    text, or later ones too.
     """
     sample = sample_of(windows, context, seed)
     corpus = text.read_text(data, "data") if data else text.embedded_text("calibration")

@@ -90,8 +90,8 @@ def main() -> None:
         )
     if status == 130:
         _fail(
-            "interrupted; nothing half-written is left, and compress, dynamic, eval, recover and pretrain "
-            "resume when given again",
+            "interrupted; nothing half-written is left, and compress, dynamic, eval, heads, recover and "
+            "pretrain resume when given again",
             130,
         )
     sys.exit(status or 0)

@@ -38,9 +38,7 @@ Model = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
 Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, or balanced over several GPUs")]
-Seed = Annotated[
-    int, typer.Option(min=0, max=2**63 - 1, help="seed of the calibration sample and of training")
-]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="seed of all that is drawn at random")]
 Force = Annotated[bool, typer.Option(help="replace a folder that holds files")]
 Calibration = Annotated[Path | None, typer.Option(help="a UTF-8 text file (default: the embedded text)")]
 AllocatorOptions = Annotated[

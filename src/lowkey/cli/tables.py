@@ -17,7 +17,7 @@ from lowkey.core.options import defaults_of, ranges, shown
 from lowkey.core.printable import printable
 from lowkey.heads.retrieval import HeadScores
 from lowkey.methods import METHODS
-from lowkey.plan.plan import Plan
+from lowkey.plan.plan import Plan, bytes_kept
 
 
 class Screen(Console):
@@ -55,8 +55,7 @@ def show_plan(plan: Plan, place: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"plan": str(place), **plan.describe()}))
         return
-    g, held = plan.geometry, plan.bytes_per_token(2)
-    whole = 2 * g["kv_heads"] * g["head_dim"] * 2 * len(plan.factors)
+    g = plan.geometry
     table = Table(
         "layer",
         "key rank",
@@ -76,7 +75,7 @@ def show_plan(plan: Plan, place: Path, as_json: bool) -> None:
                 f"options of {what} {told['name']}: "
                 f"{options_of(kind, told['parameters'], '; ') if kind else told['parameters']}"
             )
-    say(f"{place}: keeps {held:g} of {whole} bytes per token in bfloat16 ({100 * held / whole:.1f}%)")
+    say(f"{place}: {bytes_kept(plan)}")
 
 
 def show_dynamic(about: dict, place: Path, as_json: bool) -> None:

@@ -28,8 +28,9 @@ class Budget(Checked):
     Rows share a total equally; a rate `/token` gives each row so much for each of its tokens, padding not
     counted.
 
-    Of a plan, bytes (`%` of the full ones, or a rate) are what one more token adds to the compressed layers.
-    Tokens that are kept exact, indices and sliding layers come on top.
+    Of a plan, bytes (`%` of the full ones, a rate, or a total) are what the compressed layers hold of one row
+    of a given length (`calibrate`'s `at`), tokens that are kept exact and indices included. Sliding layers
+    come on top.
     """
 
     amount: float = field(metadata={RANGE: Range(above=0, at_most=LARGEST_BUDGET)})

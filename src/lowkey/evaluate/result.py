@@ -191,9 +191,12 @@ def evaluation_job(
     names: Sequence[str],
 ) -> dict:
     """All that decides what is measured: the work of another job is not gone on with."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    turns = getattr(tokenizer, "chat_template", None), tokenizer.special_tokens_map, ends
     return {
         "model_sha256": model_fingerprint(model),
-        "vocabulary": hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest(),
+        "vocabulary": _sha256(repr(sorted(tokenizer.get_vocab().items()))),
+        "turns": _sha256(repr(turns)),
         "dtype": str(model.dtype),
         "device": str(device_of(model)),
         "versions": versions(),

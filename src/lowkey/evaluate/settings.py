@@ -1,4 +1,4 @@
-"""What is compared: the full cache, plans, packed integers. A setting knows how to make a fresh cache."""
+"""What is compared: the full cache, plans, packed integers, policies. A setting makes fresh caches."""
 
 from __future__ import annotations
 

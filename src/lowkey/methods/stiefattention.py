@@ -40,8 +40,11 @@ HIDDEN_WIDTH = 128  # of the predictor's hidden layers; the paper gives none
 
 @dataclass(frozen=True)
 class StiefAttention(Method):
-    """Bases P with P^T P = I that minimise E ||f(x) - f~(x)||_F / ||f(x)||_F over a layer's recorded inputs
-    (Eq. 11-12).
+    """Bases P with P^T P = I that minimise the relative error of a layer's output over its recorded inputs.
+
+    The error is the mean over tokens of ||f_t(x) - f~_t(x)|| / ||f_t(x)||, beside the tokens that the cache
+    keeps exact (`lowkey.probes.layer_probe.relative_errors`). The paper's error is of a whole window at once
+    (Eq. 11-12), in which a few massive tokens alone count.
 
     parametrisation: `mlp` is the paper's: per candidate rank, and for keys and values apart (the other
     uncompressed), a network predicts the matrix from per-channel means and variances. `free` (ours, as good

@@ -367,17 +367,30 @@ def versions() -> dict[str, str]:
     }
 
 
+def bytes_kept(plan: Plan) -> str:
+    """Say in words what the latents keep, and what the whole cache holds at the length that the budget was
+    counted for, in bfloat16.
+    """
+    g, latents, at = plan.geometry, plan.bytes_per_token(2), plan.profile.get("at")
+    full = 4 * g["kv_heads"] * g["head_dim"] * len(plan.factors)
+    told = f"latents keep {latents:.12g} of {full} bytes per token in bfloat16 ({100 * latents / full:.1f} %)"
+    if type(at) is not int or at < 1 or (whole := plan.holding(2, at)).plain:
+        return told
+    return (
+        f"{told}; a cache of {at} tokens, with {plan.sinks} sinks and {whole.recent} recent tokens exact, "
+        f"holds {100 * whole.cache_share(latents):.1f} % of the full cache"
+    )
+
+
 def plan_card(plan: Plan) -> str:
     """A model card in Markdown."""
     g, known = plan.geometry, plan.provenance
-    full, held = 4 * g["kv_heads"] * g["head_dim"] * len(plan.factors), plan.bytes_per_token(2)
     rows = "\n".join(f"| {i} | {k} | {v} |" for i, (k, v) in plan.ranks.items())
     return f"""# KV-cache plan for {known.get("model")}
 
 Made by lowkey {known.get("versions", {}).get("lowkey")}: method `{plan.method["name"]}`, allocator `{plan.allocator["name"]}`,
 layout `{plan.layout}`, latents in {plan.bits or "the model's own numbers"}, budget {plan.budget}.
-In bfloat16 it keeps {held:g} of {full} bytes per token ({100 * held / full:.1f} %) in {len(plan.factors)} layers of
-{g["kv_heads"]} KV heads x {g["head_dim"]}; {plan.sinks} sink and {plan.recent} recent tokens stay exact.
+In {len(plan.factors)} layers of {g["kv_heads"]} KV heads x {g["head_dim"]} its {bytes_kept(plan)}.
 
 ```python
 lowkey.attach(model)

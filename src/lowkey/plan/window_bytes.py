@@ -50,6 +50,16 @@ class Holding:
         block = max(self.packed.keys.block, self.packed.values.block) if self.packed else 1
         return max(0, self.tokens - self.recent) // block * block
 
+    @property
+    def bytes_beside_latents(self) -> int:
+        """Bytes of all that is not latents: the exact tokens, where rows begin and end, and where the sinks
+        of each row are.
+        """
+        if self.plain:
+            return 0
+        exact_tokens = self.tokens - self.stored + self.exact.sinks
+        return self.full * exact_tokens + self.layers * (24 + 4 * self.exact.sinks)
+
     def latents(self, budget: Budget) -> float:
         """Bytes that the latents of one stored token may take in all layers together, so that the whole cache
         holds `budget`.
@@ -66,17 +76,22 @@ class Holding:
             )
         if self.plain or wanted == self.full * self.tokens:
             return wanted / self.tokens  # all is kept, and copies of the sinks come on top
-        beside = self.full * (self.tokens - self.stored + self.exact.sinks)
-        # where rows begin and end, and where each one's sinks are
-        beside += self.layers * (24 + 4 * self.exact.sinks)
+        beside = self.bytes_beside_latents
         if not self.stored or beside >= wanted:
             raise LowkeyError(
                 f"budget {budget} of a cache of {self.tokens} tokens: {self.exact.sinks} sinks and "
-                f"{self.recent} recent tokens alone take "
-                f"{100 * beside / self.full / self.tokens:.0f}%; count for a longer cache (--at), or keep "
-                "fewer of them exact"
+                f"{self.recent} recent tokens alone take {100 * self.cache_share(0):.0f}%; count for a "
+                "longer cache (--at), or keep fewer of them exact"
             )
         return min((wanted - beside) / self.stored, float(self.full))
+
+    def cache_share(self, latents: float) -> float:
+        """Return the share of the full cache's bytes that the whole cache holds.
+
+        Args:
+            latents: bytes of the latents of one stored token in all layers together.
+        """
+        return (self.bytes_beside_latents + self.stored * latents) / (self.full * self.tokens)
 
     def sizes(
         self, merge: tuple[int, int], numbers: Callable[[int], int]

@@ -116,7 +116,8 @@ RESULT_COLUMNS = [
         "layer_error",
         "Layer error",
         _three_digits,
-        "Relative Frobenius error of the decoder layer outputs against the full cache; 0 is identical.",
+        "Relative error of the decoder layer outputs against the full cache, in the mean over tokens and "
+        "layers; 0 is identical.",
     ),
     _column(
         "layer_cosine",

@@ -122,9 +122,8 @@ def _padded(x: Tensor, width: int) -> Tensor:
 @dataclass(frozen=True)
 class Scheme:
     """How a cache's keys and values are packed. bits: of every stored number; recent: last tokens kept exact
-    when the user says nothing;
-    turned: keys and values pass a block Hadamard transform first, which spreads what is large in a few
-    channels over all of them (arXiv:2407.21118)."""
+    at least, unless `exact` is given; turned: keys and values pass a block Hadamard transform first, which
+    spreads what is large in a few channels over all of them (arXiv:2407.21118)."""
 
     bits: int
     keys: Packing
