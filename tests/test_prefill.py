@@ -119,7 +119,7 @@ def test_what_cannot_be_is_refused_before_anything_changes(name, says):
     with pytest.raises(LowkeyError, match=says):
         lowkey.prefill(model, pico.tokenizer(), cache, **{"ids": prompt(10), **REFUSED[says]})
     assert cache.get_seq_length() == cache.nbytes() == 0
-    assert not any(layer.looking or layer.frozen for layer in cache.evicting)
+    assert not any(layer.score_only_tokens or layer.frozen for layer in cache.evicting)
     lowkey.prefill(model, pico.tokenizer(), cache, prompt(10), 2, MASK)
 
 

@@ -22,7 +22,7 @@ import lowkey
 from lowkey.cache.cache import cache_of
 from lowkey.calibration.recover import Recovered, Recovery, recover
 from lowkey.core import text
-from lowkey.core.head_groups import blocks
+from lowkey.core.head_groups import per_head_maps
 from lowkey.core.types import Factors, LowkeyError
 from lowkey.models import attention_interface, families
 from lowkey.models.fingerprint import model_fingerprint
@@ -94,7 +94,15 @@ def merged_factors(seed: int) -> Factors:
     draw = torch.Generator().manual_seed(seed)
     k, v = (torch.linalg.qr(torch.randn(2, 32, 32, generator=draw)).Q[..., :12] for _ in "kv")
     k_mean, v_mean = torch.randn(2, 4, pico.HEAD_DIM, generator=draw)
-    return Factors(k, blocks(k.mT, 2), v, blocks(v.mT, 2), torch.randperm(4, generator=draw), k_mean, v_mean)
+    return Factors(
+        k,
+        per_head_maps(k.mT, 2),
+        v,
+        per_head_maps(v.mT, 2),
+        torch.randperm(4, generator=draw),
+        k_mean,
+        v_mean,
+    )
 
 
 def test_merged_heads_are_trained_too(layout):

@@ -27,7 +27,7 @@ from lowkey.calibration.request import (
 from lowkey.calibration.sensitivity import SIGNALS
 from lowkey.calibration.statistics import gather_statistics
 from lowkey.core import files, text
-from lowkey.core.head_groups import blocks
+from lowkey.core.head_groups import per_head_maps
 from lowkey.core.options import Checked, option
 from lowkey.core.progress import Progress, silent
 from lowkey.core.types import Basis, Budget, Factors, LayerBases, Layout
@@ -139,7 +139,7 @@ def _course(
     progress: Progress,
 ) -> CalibrationContext:
     """What the method works on, with a folder of its own for unfinished work."""
-    seen = asked.holding.exact.visible(rows.shape[1])
+    seen = asked.holding.exact.for_length(rows.shape[1])
     what: dict = {
         "method": name_and_parameters(asked.method),
         "layout": asked.layout,
@@ -245,7 +245,7 @@ def _transposed(f: Factors) -> bool:
     """Whether the up maps are the orthonormal down maps turned over, so that a plan need not hold them."""
     sides = (f.k_down, f.k_up), (f.v_down, f.v_up)
     return all(
-        torch.equal(blocks(down.mT, t), up) and is_orthonormal(down)
+        torch.equal(per_head_maps(down.mT, t), up) and is_orthonormal(down)
         for (down, up), t in zip(sides, f.merge, strict=True)
     )
 

@@ -28,7 +28,7 @@ from lowkey.models.attention_interface import attach, attached
 from lowkey.models.fingerprint import check_model
 from lowkey.ops.bases import is_orthonormal
 from lowkey.plan.plan import cache_shape
-from lowkey.storage.bucketed import BucketedLayer, Gate, cut
+from lowkey.storage.bucketed import BucketedLayer, Gate, truncate_factors
 from lowkey.storage.codec import LowRank
 
 DYNAMIC_PLAN_FORMAT = 1
@@ -240,7 +240,7 @@ def fresh(model: PreTrainedModel, plan: DynamicPlan) -> LowkeyCache:
 def _layer(model: PreTrainedModel, plan: DynamicPlan, i: int) -> BucketedLayer:
     rope = families.rope(model, i)
     return BucketedLayer(
-        [LowRank(cut(plan.factors[i], r), plan.layout, rope) for r in plan.levels], plan.gates[i]
+        [LowRank(truncate_factors(plan.factors[i], r), plan.layout, rope) for r in plan.levels], plan.gates[i]
     )
 
 

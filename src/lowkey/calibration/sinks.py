@@ -62,7 +62,7 @@ def locate_sinks(model: PreTrainedModel, rows: Tensor, rule: SinkRule, batch: in
     for i, hidden in layer_inputs(model, rows, batch):
         if i in rule.layers:
             values = _values(model, i, hidden).unflatten(0, tuple(rows.shape)).transpose(1, 2)
-            found[i] = rule.layers[i].near(values)
+            found[i] = rule.layers[i].match(values)
     return found
 
 

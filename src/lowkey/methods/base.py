@@ -18,7 +18,7 @@ from lowkey.models import families
 from lowkey.ops.products import group_size
 from lowkey.probes.gradients import GradientMoments, fisher_bases, gather_gradient_moments
 from lowkey.probes.layer_probe import LayerProbe
-from lowkey.storage.exact import NOTHING, Exact
+from lowkey.storage.exact import NO_EXACT_TOKENS, Exact
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class CalibrationContext:
     batch: int = 4
     progress: Progress = silent
     choices: tuple[int, ...] = ()
-    exact: Exact = NOTHING
+    exact: Exact = NO_EXACT_TOKENS
     work: Path | None = None
 
     @property

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowkey.core import files, optimizer_state
-from lowkey.core.head_groups import merged, rebuilt_heads
+from lowkey.core.head_groups import group_latents, rebuilt_heads
 from lowkey.core.options import Checked, option
 from lowkey.core.progress import Progress, silent
 from lowkey.core.types import (
@@ -164,7 +164,8 @@ class ObservedReconstruction:
         cos, sin = self.rope(torch.arange(keys.shape[2], device=keys.device).unsqueeze(0), keys)
         pre, f = self.layout == "pre_rope", self.factors
         k, v = self.look(
-            merged(unrotate(keys, cos, sin) if pre else keys, f.k_down), merged(values, f.v_down)
+            group_latents(unrotate(keys, cos, sin) if pre else keys, f.k_down),
+            group_latents(values, f.v_down),
         )
         keys = rebuilt_heads(k, f.k_up)
         return rotate(keys, cos, sin) if pre else keys, rebuilt_heads(v, f.v_up)

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowkey.core.head_groups import blocks
+from lowkey.core.head_groups import per_head_maps
 from lowkey.core.options import option
 from lowkey.core.types import Factors, LayerBases, LayerStatistics, Layout
 from lowkey.methods.base import CalibrationContext, Method
@@ -172,4 +172,4 @@ def calibrated(f: Factors, moment: Tensor, iterations: int) -> Factors:
         fitted = torch.linalg.solve(down.mT @ c @ down, down.mT @ c)
         down = torch.linalg.qr(fitted.mT).Q
     kept = (down * signs(down)).float().unsqueeze(0)
-    return replace(f, v_down=kept, v_up=blocks(kept.mT, heads).contiguous())
+    return replace(f, v_down=kept, v_up=per_head_maps(kept.mT, heads).contiguous())

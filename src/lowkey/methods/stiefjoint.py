@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowkey.core import files, optimizer_state
-from lowkey.core.head_groups import blocks, side_by_side
+from lowkey.core.head_groups import per_head_maps, side_by_side
 from lowkey.core.options import option
 from lowkey.core.types import Factors, LayerBases, device_of, head_blocks
 from lowkey.methods.base import CalibrationContext, GradientMethod
@@ -84,14 +84,14 @@ class White:
         )
 
     def maps(self) -> tuple[Tensor, Tensor]:
-        return self.inverse @ self.down, blocks(self.up @ self.root, self.t)
+        return self.inverse @ self.down, per_head_maps(self.up @ self.root, self.t)
 
     @torch.no_grad()
     def balanced(self) -> tuple[Tensor, Tensor]:
         """On the CPU, each pair of columns of equal norms, as `fisher-svd` stores them."""
         down, up = (self.inverse @ self.down).cpu(), (self.up @ self.root).cpu()
         scale = (up.norm(dim=-1, keepdim=True).mT / down.norm(dim=-2, keepdim=True)).sqrt() * signs(down)
-        return down * scale, blocks(up / scale.mT, self.t)
+        return down * scale, per_head_maps(up / scale.mT, self.t)
 
 
 @dataclass
