@@ -1,0 +1,81 @@
+"""What the documentation shows works: every command and every line of Python of the pages is run.
+
+Commands run in this process, on the embedded model and at small sizes, each page in a folder of its own.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from pages import DOCS, ROOT, Block, blocks, commands, name_of, written
+from typer.testing import CliRunner
+
+from lowkey.cli.app import app
+from lowkey.core import text
+
+RUN = [ROOT / "README.md", DOCS / "tutorial.md", *sorted((DOCS / "how-to").glob("*.md"))]
+SMALL = {  # what a verb is given besides, so that a page runs in seconds; the last of two equal options counts
+    "compress": "--windows 4 --context 64",
+    "convert": "--windows 4 --context 64",
+    "diversity": "--windows 1 --context 32 --inits 0",
+    "eval": "--windows 1 --context 128 --cases 1",
+    "generate": "--tokens 3",
+    "heads": "--cases 4 --context 128",
+    "pretrain": "--set training.tokens=4096",
+    "recover": "--batch 1 --length 32",
+}
+TEXTS = ("train.txt", "chapter-1.txt", "chapter-2.txt")  # that pages suppose the reader to have
+
+
+@pytest.mark.parametrize("page", RUN, ids=name_of)
+def test_a_page_runs_as_it_is_written(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # for files that the reader writes
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    for name in TEXTS:
+        Path(name).write_text(text.embedded("evaluation"), encoding="utf-8")
+    names: dict[str, object] = {"__name__": "__main__"}
+    found = list(blocks(page))
+    for block in found:
+        run(block, names)
+    assert any(block.language in ("bash", "python") for block in found)
+
+
+def run(block: Block, names: dict[str, object]) -> None:
+    if block.title:
+        Path(block.title).write_text(block.text, encoding="utf-8")
+    elif block.language == "python":
+        exec(compile(block.text, "<page>", "exec"), names)
+    elif block.language == "bash":
+        for words in commands(block.text):
+            ran = CliRunner().invoke(app, small(words))
+            assert ran.exit_code == 0, (words, ran.output, ran.exception)
+
+
+def small(words: list[str]) -> list[str]:
+    """A command on the embedded model and at a small size."""
+    onto_tiny = ["tiny" if word in ("MODEL", "smollm2") else word for word in words]
+    steps = [re.sub(r"^(distill|kl|ce)=\d+|(?<=,)(distill|kl|ce)=\d+", fewer, word) for word in onto_tiny]
+    return steps + SMALL.get(words[0], "").split()
+
+
+def fewer(found: re.Match[str]) -> str:
+    """One step of a stage of recovery."""
+    return f"{found[1] or found[2]}=1"
+
+
+@pytest.mark.parametrize("page", written(), ids=name_of)
+def test_every_command_of_a_page_parses(page):
+    root = typer.main.get_command(app)
+    context = typer.Context(root, info_name="lowkey")
+    for block in blocks(page):
+        for words in commands(block.text) if block.language == "bash" else ():
+            if words[0].startswith("-"):
+                continue  # an option of all commands, like --version
+            command = root.get_command(context, words[0])
+            assert command is not None, words
+            command.make_context(words[0], words[1:], parent=context)
