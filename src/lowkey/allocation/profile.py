@@ -19,7 +19,7 @@ class Profile:
 
     Attributes:
         ranks: the measured ranks in ascending order; the last one is the head dim, which is full rank.
-        surface: surface[l][i][j] is the error of layer l at (r_K, r_V) = (ranks[i], ranks[j]). The entry of a
+        surface: `surface[l][i][j]` is the error of layer l at (r_K, r_V) = (ranks[i], ranks[j]). The entry of a
             layer is empty if nothing was measured on the surface.
         heads: number of KV heads.
         itemsize: bytes of one stored number.
