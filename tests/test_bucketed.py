@@ -405,7 +405,7 @@ SHORT = GateTraining(target=0.3, steps=40, lr=2e-2, hidden=8)
 @cache
 def found_bases(layout: str, name: str = "llama"):
     return {
-        i: dynakv.bases(s, layout)
+        i: dynakv.pca_bases(s, layout)
         for i, s in gather_statistics(attached(name), CYCLE[:-HELD].split(4)).items()
     }
 
@@ -538,7 +538,7 @@ def test_a_work_folder_of_another_job_is_emptied(tmp_path):
         )
 
     made(0.4)
-    before = list(tmp_path.glob(f"*/{dynakv.UNFINISHED}.safetensors"))
+    before = list(tmp_path.glob(f"*/{dynakv.GATE_FILE}.safetensors"))
     assert len(before) == 1
     assert made(0.3).share <= 0.3 + 1e-6
     assert not before[0].exists()
@@ -571,7 +571,7 @@ def test_a_relaxed_choice_is_a_mixture_of_what_the_levels_rebuild(layout):
 
         with pytest.MonkeyPatch.context() as patch, torch.no_grad():
             patch.setattr(dynakv.ObservedReconstruction, "update", recording)
-            return float(training.through(CYCLE[:2], training.gates, choose)[1])
+            return float(training.forward(CYCLE[:2], training.gates, choose)[1])
 
     mixed = run("mixed", lambda numbers: weights.expand_as(numbers))
     shares = [run(i, lambda numbers, i=i: torch.eye(4)[i].expand_as(numbers)) for i in range(4)]

@@ -275,7 +275,7 @@ def make_dynamic_plan(
     what = {"layout": layout, "key_bases": key_bases, "training": asdict(training), "batch": sample.batch}
     work = files.job_folder(work, {"provenance": provenance, **what})
     statistics = gather_statistics(model, progress(rows[:-held].split(sample.batch), "second moments"), work)
-    found = {i: dynakv.bases(s, layout, key_bases) for i, s in statistics.items()}
+    found = {i: dynakv.pca_bases(s, layout, key_bases) for i, s in statistics.items()}
     gates = dynakv.train_gates(model, found, rows, held, layout, training, progress, work)
     d = shape.head_dim
     return DynamicPlan(
