@@ -222,7 +222,9 @@ def pages() -> list[Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def main(check: Annotated[bool, typer.Option(help="write nothing; fail if a table is stale")] = False) -> None:
+def main(
+    check: Annotated[bool, typer.Option(help="write nothing; fail if a table is stale")] = False,
+) -> None:
     """Fill the tables of README.md and of every page under docs/."""
     stale = []
     for path in pages():

@@ -22,8 +22,8 @@ from lowkey.core.types import Basis, LowkeyError, head_blocks
 from lowkey.methods import CalibrationContext, KVLatent, kvlatent
 from lowkey.methods.kvlatent import (
     best_pairs,
-    evenly_spaced,
     bit_reversed,
+    evenly_spaced,
     nested_channels,
     strided_channels,
     strided_pairs,

@@ -200,7 +200,8 @@ class ObservedReconstruction:
         cos, sin = self.rope(torch.arange(keys.shape[2], device=keys.device).unsqueeze(0), keys)
         unrotated, f = self.layout == "pre_rope", self.factors
         k, v = self.observe(
-            group_latents(unrotate(keys, cos, sin) if unrotated else keys, f.k_down), group_latents(values, f.v_down)
+            group_latents(unrotate(keys, cos, sin) if unrotated else keys, f.k_down),
+            group_latents(values, f.v_down),
         )
         keys = rebuilt_heads(k, f.k_up)
         return rotate(keys, cos, sin) if unrotated else keys, rebuilt_heads(v, f.v_up)
