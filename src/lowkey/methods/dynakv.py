@@ -55,7 +55,7 @@ CoordinateMap = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # of keys and
 class GateTraining(Checked):
     """How gates are trained.
 
-    Attributes:
+    Args:
         target: the mean share of coordinates that tokens keep, over tokens and layers (default 0.5).
         steps: training steps (default 200).
         lr: peak learning rate of AdamW (default 5e-3).
@@ -89,7 +89,7 @@ class GateTraining(Checked):
 class TrainedGates:
     """The gates of all layers, and what they cost on held-out windows.
 
-    Attributes:
+    Args:
         gates: by layer.
         share: the mean share of coordinates that held-out tokens keep.
         divergence: KL(original || compressed) per held-out token, in nats.
@@ -183,7 +183,7 @@ def train_gates(
 class ObservedReconstruction:
     """Rebuilds a layer's keys and values from coordinates that a function sees and may change.
 
-    Attributes:
+    Args:
         factors: maps of full rank, with one latent per head.
         layout: whether keys are stored before or after their rotation.
         rope: the layer's rotary embedding.
@@ -257,7 +257,7 @@ def _initial_gates(
 class _GateTrainer:
     """The training of all layers' gates.
 
-    Attributes:
+    Args:
         model, maps, layout: the model, its layers' maps of full rank, and where keys are stored.
         levels: ranks that a token may keep, the widest first.
         settings: how to train.

@@ -32,7 +32,7 @@ class KVHeadSVD(Method):
     Source: arXiv:2406.07056; no public code is known. Its Eq. 17-18, for keys under RoPE, are known to us
     from reports of others. The paper continues with LoRA training, which is `lowkey.recover` here.
 
-    Attributes:
+    Args:
         group: how many KV heads become one; it divides their number. 0 (default) is the least number above 1
             that does, which is 2 for an even number of heads.
         keys: `layer` (default, the paper's form under RoPE) projects the keys of all heads together to the

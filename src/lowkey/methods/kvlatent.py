@@ -31,7 +31,7 @@ class KVLatent(Method):
     for a model that is trained afterwards. The paper trains in two stages, which is `lowkey.recover` with
     stages (("distill", n), ("ce", m)), or "kl" for "ce".
 
-    Attributes:
+    Args:
         choose: which pairs are kept.
             `stride` (default, the paper's): evenly spaced pairs, the same in all heads. At rank d/s every
             s-th pair is kept, whose frequencies are those of a rotary embedding of dimension d/s.

@@ -52,7 +52,7 @@ class MatryoshkaKV(Method):
       hidden state least, on the very task that is evaluated. Here a rank allocator chooses on neutral text,
       by default the greedy one.
 
-    Attributes:
+    Args:
         centred: subtract the mean of keys and of values before the basis, and add it back after (default
             true).
         kl: weight of the divergence, from 0 to 1 (default 0.25, the code's).
@@ -142,7 +142,7 @@ class CayleyBasis:
 class _BasisTraining:
     """The training of all layers' bases.
 
-    Attributes:
+    Args:
         context: the model and the windows.
         kl: weight of the divergence in the loss.
         sides: by layer, the bases of keys and of values.

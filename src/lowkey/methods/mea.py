@@ -32,7 +32,7 @@ class MEA(Method):
     chooses layers by the increase of the loss when one layer is compressed, which is
     `calibrate(judge="loss")`.
 
-    Attributes:
+    Args:
         basis: how component heads are found.
             `weights` (default) is the paper's, without data: SVD of the flattened projections over heads.
             Components are scaled so that the mixing is orthonormal; singular values stand on neither side.

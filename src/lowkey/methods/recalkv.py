@@ -44,7 +44,7 @@ class ReCalKV(Method):
     first sums 8 windows position by position; biases move with their heads, while the code leaves them
     behind; under `post_rope` (ours) rotated keys are grouped.
 
-    Attributes:
+    Args:
         group: how many KV heads share one latent of keys (default 4, the paper's, which becomes the largest
             divisor of the number of KV heads up to 4). Any other number must divide it.
         iterations: rounds of calibration of the values (default 1).

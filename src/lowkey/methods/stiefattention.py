@@ -52,7 +52,7 @@ class StiefAttention(Method):
     that is met step by step; the allocator `greedy` is our reading of it. The paper does not mention
     rotation. Since it folds the projections into the weights, keys are stored before rotation here.
 
-    Attributes:
+    Args:
         parametrisation: `mlp` (default) is the paper's: per rank, and for keys and values apart with the
             other side uncompressed, a network predicts the matrix from per-channel means and variances.
             `free` (ours, as good in a fifth of the time) trains one matrix per basis, from the PCA solution.

@@ -23,7 +23,7 @@ from lowkey.probes import model_probe
 from lowkey.probes.gradients import GradientMoments
 
 JOINT_JUDGEMENTS = 4  # how many times the held-out windows judge
-JUDGING_WINDOWS = 8  # how many of them, at most
+DIVERGENCE_WINDOWS = 8  # how many of them, at most
 JOINT_WARMUP = 0.1  # share of the steps
 BETAS = (0.9, 0.98)  # of Adam
 GRADIENT_RIDGE = 1e-6  # added to second moments, relative to their mean eigenvalue
@@ -49,7 +49,7 @@ class StiefJoint(GradientMethod):
     compressed at once, queries see exactly what the cache keeps exactly, and the error is that of the model's
     own distribution.
 
-    Attributes:
+    Args:
         group: how many KV heads share one latent; it divides their number, or is 0 (default) for all.
         steps: training steps of one window each (default 96).
         lr: peak learning rate (default 2e-4).
@@ -112,7 +112,7 @@ class WhitenedMaps:
 class MapTraining:
     """The training of all layers' maps.
 
-    Attributes:
+    Args:
         context: the model, the windows and the work folder.
         sides: by layer, the maps of keys and of values.
     """
@@ -182,7 +182,7 @@ class MapTraining:
     @torch.no_grad()
     def held_out_loss(self) -> float:
         """Return the mean loss over a few held-out windows."""
-        rows = self.context.held_out_windows[:JUDGING_WINDOWS]
+        rows = self.context.held_out_windows[:DIVERGENCE_WINDOWS]
         return sum(float(self.loss(row.unsqueeze(0))) for row in rows) / len(rows)
 
     def _window_order(self, steps: int) -> list[int]:

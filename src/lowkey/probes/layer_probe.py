@@ -26,7 +26,7 @@ from lowkey.storage.reconstruction import KVTransform, ReconstructionLayer
 class OneLayerCache:
     """Stands in for a transformers cache while one decoder layer runs alone.
 
-    Attributes:
+    Args:
         layer: what the layer's keys and values pass through.
     """
 
@@ -48,7 +48,7 @@ class LowRankReconstruction:
     The numbers are those of `CodedLayer` at about half its cost. The maps may differ from row to row: factors
     with a leading dimension hold one set per row of the batch.
 
-    Attributes:
+    Args:
         factors: the layer's maps into and out of its latents.
         layout: whether keys are compressed before (`pre_rope`) or after (`post_rope`) their rotation.
         rope: the layer's rotary embedding.
@@ -162,7 +162,7 @@ def relative_errors(out: Tensor, target: Tensor, exact: Exact) -> Tensor:
 class LayerProbe:
     """One decoder layer in fp32 with its recorded inputs and its uncompressed outputs.
 
-    Attributes:
+    Args:
         model: the model that the layer belongs to.
         index: index of the layer in the model.
         layout: whether keys are stored before or after their rotation.
