@@ -87,8 +87,8 @@ def methods_page() -> str:
     lines = [
         "# Methods and rank allocators",
         "",
-        "Generated from `lowkey methods --json`. [Low-rank methods](../explanation/methods.md) says what each "
-        "does and how.",
+        "Generated from `lowkey methods --json`. [Low-rank methods](../explanation/methods.md) says what "
+        "each does and how.",
         "",
         "## Methods",
         "",

@@ -21,7 +21,7 @@ RUN = [  # pages with something to run
     for page in (ROOT / "README.md", DOCS / "tutorial.md", *sorted((DOCS / "how-to").glob("*.md")))
     if any(block.language in ("bash", "python") for block in blocks(page))
 ]
-SMALL = {  # what a verb is given besides, so that a page runs in seconds; the last of two equal options counts
+SMALL = {  # given to a verb besides, so that a page runs in seconds; of two equal options the last counts
     "compress": "--windows 4 --context 64",
     "convert": "--windows 4 --context 64",
     "diversity": "--windows 1 --context 32 --inits 0",
