@@ -6,7 +6,7 @@ DEMO := demo
 REAL := demo-real
 SCORED := --context 1024 --windows 8
 
-.PHONY: demo models demo-real test test-slow lint docs bench results clean
+.PHONY: demo models demo-real test test-slow lint docs bench results tables clean
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -58,9 +58,16 @@ bench: .venv/.ready
 	$(BIN)/python benchmarks/fitting.py
 	$(BIN)/python benchmarks/calibration_memory.py
 
-# The tables of docs/results/toys.md; benchmarks/evidence.py makes those of docs/results.md.
+# Measures the toy models again and fills every table and the picture of the documentation. benchmarks/evidence.py measures
+# the real model.
 results: .venv/.ready
 	$(BIN)/python benchmarks/equal_bytes.py tiny docs/results/tiny.json
+	$(MAKE) tables
+
+# Tables and the picture of the documentation, from docs/results.
+tables: .venv/.ready
+	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/picture.py
 
 clean:
 	rm -rf .venv $(DEMO) $(REAL) build dist site

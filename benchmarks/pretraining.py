@@ -1,5 +1,5 @@
-"""The comparison of docs/results/pretraining.md: attention variants at equal tokens, each at its own learning rate,
-over paired seeds.
+"""The comparison of docs/results/pretraining.md: attention kinds at equal tokens, each at its own learning
+rate, over paired seeds.
 
     python benchmarks/pretraining.py run FOLDER_OF_TEXTS OUT --stages a,b,c [--tokens 10e6 --workers 2] python
     benchmarks/pretraining.py report OUT docs/results/pretraining.json

@@ -87,7 +87,8 @@ def methods_page() -> str:
     lines = [
         "# Methods and rank allocators",
         "",
-        "Generated from `lowkey methods --json`.",
+        "Generated from `lowkey methods --json`. [Low-rank methods](../explanation/methods.md) says what "
+        "each does and how.",
         "",
         "## Methods",
         "",
@@ -113,7 +114,8 @@ def policies_page() -> str:
     lines = [
         "# Policies and token allocators",
         "",
-        "Generated from `lowkey policies --json`.",
+        "Generated from `lowkey policies --json`. [Eviction policies](../explanation/policies.md) says what "
+        "each does and how.",
         "",
         "## Policies",
         "",

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 import lowkey
 from lowkey.cache.cache import LowkeyCache, cache_of
-from lowkey.core.head_groups import blocks
+from lowkey.core.head_groups import per_head_maps
 from lowkey.core.types import Factors, Layout
 from lowkey.models import families
 from lowkey.models.fingerprint import model_fingerprint
@@ -135,7 +135,7 @@ def merged_factors(heads: int, rank_k: int, rank_v: int, t_k: int, t_v: int, see
             .Q[..., : t * r]
             .contiguous()
         )
-        return down, blocks(down.mT, t).contiguous()
+        return down, per_head_maps(down.mT, t).contiguous()
 
     means = (torch.randn(heads, HEAD_DIM, generator=generator) for _ in range(2))
     return Factors(*side(t_k, rank_k), *side(t_v, rank_v), torch.randperm(heads, generator=generator), *means)

@@ -37,9 +37,9 @@ from lowkey.methods import dynakv
 from lowkey.methods.dynakv import GateTraining, ObservedReconstruction, levels_of, train_gates
 from lowkey.models import families
 from lowkey.models.fingerprint import model_fingerprint
-from lowkey.ops.ragged import starts_of
+from lowkey.ops.ragged import join_rows, starts_of
 from lowkey.probes import model_probe
-from lowkey.storage.bucketed import Bucket, BucketedLayer, Gate, cut, joined_rows
+from lowkey.storage.bucketed import Bucket, BucketedLayer, Gate, truncate_factors
 from lowkey.storage.coded import Exact
 
 LEVELS = (16, 8, 4, 2)
@@ -199,7 +199,9 @@ def test_with_every_gate_at_the_top_logits_are_stock(name, layout):
 @pytest.mark.parametrize("level", [1, 3])
 def test_with_every_gate_at_one_level_it_is_a_plan_of_that_rank(level, layout):
     model, ids, plan = attached("llama"), prompt(LENGTH), make_plan("llama", layout, level)
-    same = pico.lowrank(model, {i: cut(f, LEVELS[level]) for i, f in plan.factors.items()}, layout)
+    same = pico.lowrank(
+        model, {i: truncate_factors(f, LEVELS[level]) for i, f in plan.factors.items()}, layout
+    )
     assert close(
         feed(model, ids, make_dynamic_cache(model, plan), splits=[20, 1, 3]),
         feed(model, ids, same, splits=[20, 1, 3]),
@@ -376,7 +378,7 @@ def test_joining_rows(lengths, heads):
     assert found.keys.flatten().tolist() == [100 * t + h for row in both for h in range(heads) for t in row]
     assert torch.equal(found.keys, found.values) and found.where.tolist() == [t for row in both for t in row]
     assert found.starts.tolist() == [0, *itertools.accumulate(len(row) for row in both)]
-    assert found.positions(heads).tolist() == [t for row in both for _ in range(heads) for t in row]
+    assert found.key_positions(heads).tolist() == [t for row in both for _ in range(heads) for t in row]
     assert found.rows(heads).tolist() == [
         0,
         *itertools.accumulate(len(row) for row in both for _ in range(heads)),
@@ -385,7 +387,7 @@ def test_joining_rows(lengths, heads):
 
 def test_joining_nothing():
     empty = torch.zeros(0, 3)
-    assert joined_rows(
+    assert join_rows(
         empty, torch.zeros(3, dtype=torch.long), empty, torch.zeros(3, dtype=torch.long)
     ).shape == (
         0,
@@ -403,7 +405,7 @@ SHORT = GateTraining(target=0.3, steps=40, lr=2e-2, hidden=8)
 @cache
 def found_bases(layout: str, name: str = "llama"):
     return {
-        i: dynakv.bases(s, layout)
+        i: dynakv.pca_bases(s, layout)
         for i, s in gather_statistics(attached(name), CYCLE[:-HELD].split(4)).items()
     }
 
@@ -536,7 +538,7 @@ def test_a_work_folder_of_another_job_is_emptied(tmp_path):
         )
 
     made(0.4)
-    before = list(tmp_path.glob(f"*/{dynakv.UNFINISHED}.safetensors"))
+    before = list(tmp_path.glob(f"*/{dynakv.GATE_FILE}.safetensors"))
     assert len(before) == 1
     assert made(0.3).share <= 0.3 + 1e-6
     assert not before[0].exists()
@@ -569,7 +571,7 @@ def test_a_relaxed_choice_is_a_mixture_of_what_the_levels_rebuild(layout):
 
         with pytest.MonkeyPatch.context() as patch, torch.no_grad():
             patch.setattr(dynakv.ObservedReconstruction, "update", recording)
-            return float(training.through(CYCLE[:2], training.gates, choose)[1])
+            return float(training.forward(CYCLE[:2], training.gates, choose)[1])
 
     mixed = run("mixed", lambda numbers: weights.expand_as(numbers))
     shares = [run(i, lambda numbers, i=i: torch.eye(4)[i].expand_as(numbers)) for i in range(4)]

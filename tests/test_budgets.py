@@ -177,7 +177,7 @@ def test_a_budget_that_does_not_hold_the_question_is_refused(budget):
     cache = make_cache(attached("llama"), policy=policy("snapkv", budget))
     with pytest.raises(LowkeyError, match=f"budget {budget}: .* question of 12 tokens, 2 sinks and 3 recent"):
         lowkey.prefill(attached("llama"), pico.tokenizer(), cache, prompt(100, 1), 12)
-    assert cache.get_seq_length() == 0 and cache.evicting[0].to_come == 0
+    assert cache.get_seq_length() == 0 and cache.evicting[0].expected_tokens == 0
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])

@@ -11,12 +11,13 @@ from pico import attached, prompt
 from test_held import KINDS, feed
 
 import lowkey
+from lowkey.catalog import make_policy
 from lowkey.core.types import LowkeyError
 from lowkey.storage.exact import Exact
 
 MADE = {name: KINDS[name] for name in ("snapkv", "razor", "h2o", "every", "stock")} | {
     "think": lambda m: lowkey.make_cache(
-        m, policy=lowkey.models.catalog.make_policy("think", "40%", {"recent": "4", "looked": "8"})
+        m, policy=make_policy("think", "40%", {"recent": "4", "looked": "8"})
     ),
     "kivi": lambda m: lowkey.make_cache(m, bits="kivi4", exact=Exact(4, 8)),
 }

@@ -223,7 +223,7 @@ def test_nothing_stored_is_ever_overwritten():
     layer = cache.evicting[0]
     before = layer.keys.clone()
     feed(model, prompt(30, seed=1), cache, None, [1] * 30)
-    assert torch.equal(layer.keys, before) and layer.fresh == 30
+    assert torch.equal(layer.keys, before) and layer.tail_length == 30
 
 
 # -- layers that do more
@@ -235,10 +235,10 @@ def test_dropped_channels_are_gone_and_the_newest_tokens_whole():
     for channels in (1.0, 0.5):
         cache = evicting_cache(model, policy("think", "100 tokens", channels=channels, recent=32))
         feed(model, prompt(300), cache)
-        held[channels] = sum(layer.keys.nbytes + layer.thin_k.nbytes for layer in cache.evicting)
+        held[channels] = sum(layer.keys.nbytes + layer.pruned_k.nbytes for layer in cache.evicting)
         assert cache.nbytes() == cache.predicted_nbytes()
     assert all(
-        layer.thin_k.shape[1] == 8 and layer.starts.diff().tolist() == [32] * 8 for layer in cache.evicting
+        layer.pruned_k.shape[1] == 8 and layer.starts.diff().tolist() == [32] * 8 for layer in cache.evicting
     )
     assert held[0.5] == (32 + 0.5 * 68) / 100 * held[1.0]
 
@@ -249,7 +249,7 @@ def test_a_budget_that_channels_can_pay_keeps_every_token(budget, width):
     model = attached("llama")
     cache = evicting_cache(model, policy("think", budget))
     feed(model, prompt(100), cache)
-    assert lengths(cache, 0) == [[100] * 4] * 3 and cache.evicting[0].thin_k.shape[1] == round(width)
+    assert lengths(cache, 0) == [[100] * 4] * 3 and cache.evicting[0].pruned_k.shape[1] == round(width)
 
 
 def test_decoding_over_pruned_channels_is_attention_with_zeros_there():
@@ -260,8 +260,8 @@ def test_decoding_over_pruned_channels_is_attention_with_zeros_there():
     for layer, log in zip(cache.evicting, seen, strict=True):
         keys, values = (torch.cat([entry[k] for entry in log], 2) for k in (0, 1))
         call, out = log[-1][2:]
-        whole = layer.fresh + 4
-        assert layer.prunings == 1 and layer.fresh == 6
+        whole = layer.tail_length + 4
+        assert layer.prunings == 1 and layer.tail_length == 6
         for row, pads in enumerate(PADS):
             pruned = torch.zeros_like(keys[row])
             index = layer.channels[row, 0].long().unsqueeze(1).expand(-1, LENGTH, -1)
@@ -434,7 +434,7 @@ def test_a_long_tail_joins_the_rows_and_changes_nothing(monkeypatch):
     assert all(
         torch.equal(a, b) for a, b in zip(joined.kept_positions(0), plain.kept_positions(0), strict=True)
     )
-    assert joined.evicting[0].fresh < 16
+    assert joined.evicting[0].tail_length < 16
 
 
 @pytest.mark.parametrize("allocator", ["uniform", "global"])
@@ -471,12 +471,12 @@ def test_a_question_that_only_looks_is_not_stored():
     """It says what to keep; what is kept and the logits after it are those of the context."""
     model, context, question = attached("llama"), prompt(LENGTH), prompt(6, seed=1)
     cache = evicting_cache(model, SnapKV("20%", sinks=1, recent=2))
-    cache.only_look(6)
+    cache.score_only(6)
     feed(model, torch.cat([context, question], 1), cache, PADS)
     assert cache.get_seq_length() == LENGTH
     assert sum(map(sum, lengths(cache, 1))) == round(0.2 * LENGTH * 12)
     assert max(int(p.max()) for p in cache.kept_positions(0, 1)) == LENGTH - 1
-    cache.only_look(0)
+    cache.score_only(0)
     cache.freeze()
     feed(model, question, cache, PADS)
     assert max(int(p.max()) for p in cache.kept_positions(0, 1)) == LENGTH + 5
@@ -488,7 +488,7 @@ def test_what_a_question_looks_at_decides():
     kept = []
     for seed in (1, 2):
         cache = evicting_cache(model, SnapKV("20%", sinks=1, recent=2, window=4))
-        cache.only_look(4)
+        cache.score_only(4)
         feed(model, torch.cat([context, prompt(4, seed=seed)], 1), cache)
         kept.append(torch.cat(cache.kept_positions(1)).tolist())
     assert kept[0] != kept[1]

@@ -20,7 +20,7 @@ from lowkey.models import families
 from lowkey.probes import gradients, model_probe
 from lowkey.storage.codec import LowRank
 from lowkey.storage.coded import CodedLayer
-from lowkey.storage.exact import NOTHING, Exact
+from lowkey.storage.exact import NO_EXACT_TOKENS, Exact
 
 ROWS, HELD, KV_HEADS = pico.prompt(20, batch=6), 2, 4
 
@@ -30,11 +30,11 @@ def context(name="llama", layout="pre_rope", **kwargs):
 
 
 @cache
-def moments(layout="pre_rope", exact=NOTHING):
+def moments(layout="pre_rope", exact=NO_EXACT_TOKENS):
     return gathered(layout=layout, exact=exact)
 
 
-def gathered(layout="pre_rope", exact=NOTHING, **kwargs):
+def gathered(layout="pre_rope", exact=NO_EXACT_TOKENS, **kwargs):
     return gradients.gather_gradient_moments(pico.attached("llama"), ROWS[:-HELD], layout, exact, 0, **kwargs)
 
 

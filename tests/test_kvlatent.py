@@ -20,7 +20,14 @@ from lowkey.allocation.rank_grid import grid, multiples
 from lowkey.calibration.recover import Recovery, recover
 from lowkey.core.types import Basis, LowkeyError, head_blocks
 from lowkey.methods import CalibrationContext, KVLatent, kvlatent
-from lowkey.methods.kvlatent import best_pairs, evenly, halving, nested, spaced, strided_pairs
+from lowkey.methods.kvlatent import (
+    best_pairs,
+    bit_reversed,
+    evenly_spaced,
+    nested_channels,
+    strided_channels,
+    strided_pairs,
+)
 from lowkey.models import families
 from lowkey.models.attention_interface import Call
 from lowkey.ops.rope import rotate
@@ -100,13 +107,13 @@ def test_every_even_rank_keeps_whole_pairs(half, rest, seed):
 @settings(max_examples=60, deadline=None)
 @given(n=st.integers(1, 70), count=st.integers(0, 70))
 def test_even_spacing(n, count):
-    kept = evenly(n, min(n, count)).tolist()
+    kept = evenly_spaced(n, min(n, count)).tolist()
     gaps = {b - a for a, b in zip(kept, [*kept[1:], n], strict=True)} if kept else set()
     assert (len(set(kept)) == min(n, count) and not gaps) or max(gaps) - min(gaps) <= 1
-    assert sorted(halving(n)) == list(range(n))
+    assert sorted(bit_reversed(n)) == list(range(n))
     for i in range(n.bit_length()):
         multiples = list(range(0, n, 1 << i))
-        assert sorted(halving(n)[: len(multiples)]) == multiples
+        assert sorted(bit_reversed(n)[: len(multiples)]) == multiples
 
 
 def test_only_ranks_that_are_not_nested_are_held_alone():
@@ -117,15 +124,15 @@ def test_only_ranks_that_are_not_nested_are_held_alone():
 
 @pytest.mark.parametrize("rank", [4, 6, 8, 12])
 def test_partial_rotary_keeps_both_kinds_of_channels_in_proportion(rank):
-    kept = spaced(16, 8, rank).tolist()
+    kept = strided_channels(16, 8, rank).tolist()
     assert abs(sum(c < 8 for c in kept) - rank / 2) <= 1 and kept == sorted(kept)
-    assert set(nested(16, 8)[:8].tolist()) == {0, 2, 4, 6, 8, 10, 12, 14}
+    assert set(nested_channels(16, 8)[:8].tolist()) == {0, 2, 4, 6, 8, 10, 12, 14}
 
 
 @pytest.mark.parametrize(("name", "width"), [("llama", 16), ("phi3-partial", 8), ("gemma3_text", 16)])
 def test_the_width_of_the_rotary_embedding_is_the_models(name, width):
     layer = families.geometry(attached(name)).compressible[0]
-    assert prepared(name, "post_rope", layer)[1].rotary == width
+    assert prepared(name, "post_rope", layer)[1].rotary_dim == width
 
 
 # -- exactness

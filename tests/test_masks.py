@@ -388,7 +388,7 @@ def test_padding_behind_or_between_tokens_is_no_sink(counted):
         if counted:
             return
         model(ids[:, 4:], attention_mask=mask, past_key_values=cache)
-    assert cache.layers[1].sink_at.tolist() == [[0, 1, 4, 5], [1, 2, 3, 4]]
+    assert cache.layers[1].sink_index.tolist() == [[0, 1, 4, 5], [1, 2, 3, 4]]
 
 
 # -- rows are counted from their own first token
@@ -557,7 +557,7 @@ def test_under_exact_prefill_a_single_token_sees_what_will_be_stored(kind):
 def test_a_question_of_one_token_only_looks():
     model, cache = attached("llama"), make_cache(attached("llama"), policy=POLICIES["snapkv"]("100%"))
     pico.feed(model, prompt(20), cache)
-    cache.only_look(1)
+    cache.score_only(1)
     pico.feed(model, prompt(1), cache)
     assert cache.get_seq_length() == 20 and all(len(p) == 20 for p in cache.kept_positions(0))
 

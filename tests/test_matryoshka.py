@@ -182,7 +182,7 @@ def test_the_loss_is_what_the_option_says(kl):
     start = fitted(MatryoshkaKV())
     training = module._BasisTraining.of(start, context(), kl)
     judged = sum(loss_at(start, r, kl) for r in evaluated_ranks(RANKS)) * HELD
-    assert training.judged() == pytest.approx(judged, rel=1e-4)
+    assert training.held_out_loss() == pytest.approx(judged, rel=1e-4)
 
 
 def test_more_divergence_in_the_loss_ends_nearer_to_the_original(tuned):
@@ -244,7 +244,7 @@ def test_no_steps_change_nothing():
 
 def test_ranks_are_drawn_for_every_layer_side_and_window():
     training = module._BasisTraining.of(fitted(MatryoshkaKV()), context(), 0.25)
-    ranks = training.drawn(5, torch.Generator().manual_seed(0))
+    ranks = training.draw_ranks(5, torch.Generator().manual_seed(0))
     assert ranks.shape == (3, 2, 5) and set(ranks.flatten().tolist()) == set(RANKS)
     assert len({tuple(r.tolist()) for r in ranks.flatten(0, 1)}) == 6, (
         "every layer and side has ranks of its own"

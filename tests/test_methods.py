@@ -15,7 +15,7 @@ from lowkey import Sample
 from lowkey.allocation.allocators import RANK_ALLOCATORS, Profile
 from lowkey.calibration.sensitivity import SIGNALS
 from lowkey.calibration.statistics import gather_statistics
-from lowkey.core.head_groups import blocks, side_by_side
+from lowkey.core.head_groups import per_head_maps, side_by_side
 from lowkey.core.types import LAYOUTS, Basis, LayerBases, head_blocks
 from lowkey.methods import (
     KQSVD,
@@ -146,7 +146,7 @@ def test_bases_are_orthonormal_at_every_rank(fitted, method, layout):
     _, bases = fitted(method, layout)
     for basis, rank in product((bases.keys, bases.values), served(method)):
         down, up = basis.at(rank)
-        assert torch.equal(up, blocks(down.mT, basis.merge)) and is_orthonormal(down, 1e-5)
+        assert torch.equal(up, per_head_maps(down.mT, basis.merge)) and is_orthonormal(down, 1e-5)
 
 
 @pytest.mark.parametrize("method", CHEAP)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lowkey.core.types import LowkeyError
-from lowkey.ops.ragged import best
+from lowkey.ops.ragged import top_mask
 from lowkey.ops.rope import rotate
 from lowkey.policies import base, expected
 from lowkey.policies.allocators import AllocationRequest, Global, UniformTokens
@@ -501,7 +501,7 @@ def kept(policy, context, mean, split):
         tokens = int(context.positions[i][context.valid[i]].max()) + 1
         stays = (context.positions[i] < policy.sinks) | (context.positions[i] >= tokens - policy.recent)
         row = scores[i].masked_fill(stays, torch.inf).masked_fill(~context.valid[i], -torch.inf)
-        out.append(best(row, split.counts(AllocationRequest(row.unsqueeze(0), mean, tokens, 0, 1))[0]))
+        out.append(top_mask(row, split.counts(AllocationRequest(row.unsqueeze(0), mean, tokens, 0, 1))[0]))
     return torch.stack(out)
 
 

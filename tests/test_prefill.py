@@ -15,7 +15,7 @@ from transformers import DynamicCache
 import lowkey
 from lowkey.cache.cache import make_cache
 from lowkey.core.types import LowkeyError
-from lowkey.generate import stream
+from lowkey.generate import stream_text
 from lowkey.policies import POLICIES
 
 PADS, LENGTH = [31, 0, 12], 60
@@ -119,7 +119,7 @@ def test_what_cannot_be_is_refused_before_anything_changes(name, says):
     with pytest.raises(LowkeyError, match=says):
         lowkey.prefill(model, pico.tokenizer(), cache, **{"ids": prompt(10), **REFUSED[says]})
     assert cache.get_seq_length() == cache.nbytes() == 0
-    assert not any(layer.looking or layer.frozen for layer in cache.evicting)
+    assert not any(layer.score_only_tokens or layer.frozen for layer in cache.evicting)
     lowkey.prefill(model, pico.tokenizer(), cache, prompt(10), 2, MASK)
 
 
@@ -155,7 +155,7 @@ def test_a_cache_of_transformers_is_refused():
 def test_a_prompt_of_one_token_has_nothing_to_repeat(options):
     model = attached("llama")
     text = [
-        stream(
+        stream_text(
             model,
             pico.tokenizer(),
             "a",

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 import lowkey
 from lowkey.core import text
 from lowkey.core.types import LowkeyError
-from lowkey.generate import stream as stream_text
+from lowkey.generate import stream_text
 from lowkey.models import loading
 from lowkey.pretraining.corpus import documents, prepare
 from lowkey.pretraining.models import build

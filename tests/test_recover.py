@@ -22,12 +22,12 @@ import lowkey
 from lowkey.cache.cache import cache_of
 from lowkey.calibration.recover import Recovered, Recovery, recover
 from lowkey.core import text
-from lowkey.core.head_groups import blocks
+from lowkey.core.head_groups import per_head_maps
 from lowkey.core.types import Factors, LowkeyError
 from lowkey.models import attention_interface, families
 from lowkey.models.fingerprint import model_fingerprint
 from lowkey.plan.plan import Plan
-from lowkey.probes.layer_probe import LowRankReconstruction
+from lowkey.probes.layer_probe import LowRankReconstruction, OneLayerCache
 from lowkey.storage.reconstruction import ReconstructionLayer
 
 module = importlib.import_module("lowkey.calibration.recover")
@@ -94,7 +94,15 @@ def merged_factors(seed: int) -> Factors:
     draw = torch.Generator().manual_seed(seed)
     k, v = (torch.linalg.qr(torch.randn(2, 32, 32, generator=draw)).Q[..., :12] for _ in "kv")
     k_mean, v_mean = torch.randn(2, 4, pico.HEAD_DIM, generator=draw)
-    return Factors(k, blocks(k.mT, 2), v, blocks(v.mT, 2), torch.randperm(4, generator=draw), k_mean, v_mean)
+    return Factors(
+        k,
+        per_head_maps(k.mT, 2),
+        v,
+        per_head_maps(v.mT, 2),
+        torch.randperm(4, generator=draw),
+        k_mean,
+        v_mean,
+    )
 
 
 def test_merged_heads_are_trained_too(layout):
@@ -139,7 +147,7 @@ def test_distillation_starts_at_the_error_of_each_layer():
         errors = []
         for i, f in plan.factors.items():
             block = families.decoder_layers(model)[i]
-            storage = module.OneLayerCache(LowRankReconstruction(f, plan.layout, families.rope(model, i)))
+            storage = OneLayerCache(LowRankReconstruction(f, plan.layout, families.rope(model, i)))
             exact, found = (
                 families.run_layer(model, i, block, inputs[i], cache) for cache in (None, storage)
             )
@@ -166,7 +174,7 @@ def test_adapters_of_a_half_precision_model_are_in_full_precision():
     plan = pico.plan(model, layout="pre_rope")
     data = module.TrainingWindows.of(pico.tokenizer(), TEXT, SMALL)
     training = module.RecoveryTraining.of(model, plan, data, SMALL)
-    assert {p.dtype for p in training.adapters.values()} == {torch.float32}
+    assert {p.dtype for p in training.model_parameters.values()} == {torch.float32}
     found = run(model, plan, stages=(("distill", 2), ("kl", 2)), factors=True)
     assert {p.dtype for p in found.model.parameters()} == {torch.bfloat16}
     assert all(map(math.isfinite, losses(found)))
@@ -267,7 +275,7 @@ def test_maps_in_full_of_a_half_precision_model_are_trained_in_full_precision():
     model = lowkey.attach(pico.build("llama").to(torch.bfloat16))
     data = module.TrainingWindows.of(pico.tokenizer(), TEXT, SMALL)
     training = module.RecoveryTraining.of(model, pico.plan(model), data, replace(SMALL, **KV_LATENT))
-    assert {p.dtype for p in training.adapters.values()} == {torch.float32}
+    assert {p.dtype for p in training.model_parameters.values()} == {torch.float32}
     found = run(model, pico.plan(model), **KV_LATENT)
     assert {p.dtype for p in found.model.parameters()} == {torch.bfloat16} and all(
         map(math.isfinite, losses(found))

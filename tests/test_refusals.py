@@ -232,7 +232,7 @@ def test_a_prefill_that_fails_leaves_no_settings_behind(name, stop):
         handle.remove()
     if len(passes) == stop:
         assert held.nbytes() == held.get_seq_length() == 0
-        assert not any(layer.frozen or layer.looking for layer in held.evicting)
+        assert not any(layer.frozen or layer.score_only_tokens for layer in held.evicting)
         lowkey.prefill(model, pico.tokenizer(), held, ids, question=4)
     fresh = make_cache(model, policy=held.origin.policy)
     lowkey.prefill(model, pico.tokenizer(), fresh, ids, question=4)

@@ -73,7 +73,7 @@ def made(sinks, name="llama", **kwargs):
 
 
 def slots(layer, row):
-    return [i for i in layer.sink_at[row].tolist() if i < EMPTY]
+    return [i for i in layer.sink_index[row].tolist() if i < EMPTY]
 
 
 # -- what is found
@@ -143,7 +143,7 @@ def test_sinks_that_emerge_within_the_model_are_found_from_there_on():
     cache = lowkey.make_cache(model, bits=4, exact=Exact(3, rule=found))
     feed(model, text(AT), cache, PADS)
     assert [slots(cache.layers[1], row) for row in range(2)] == AT
-    assert cache.layers[0].sink_at.tolist() == [[23, 24, 25], [0, 1, 2]], (
+    assert cache.layers[0].sink_index.tolist() == [[23, 24, 25], [0, 1, 2]], (
         "before the emergence: the first tokens"
     )
 
@@ -213,7 +213,7 @@ def test_points_lie_where_no_others_do_also_in_their_midst():
     kinds[:20] = 1
     values[:20] *= 0.02
     points = fixed_points(values, kinds)
-    assert torch.equal(points.near(values.permute(1, 0, 2).unsqueeze(0))[0], kinds > 0)
+    assert torch.equal(points.match(values.permute(1, 0, 2).unsqueeze(0))[0], kinds > 0)
     own = values[:20] - points.centres[0]
     assert (
         own.flatten(1).norm(dim=1).max()
@@ -250,7 +250,9 @@ def test_how_tokens_arrive_does_not_matter(splits):
     close(real(ours, PADS), real(feed(planted(), text(AT), whole, PADS), PADS), 2e-2)
     assert [slots(cache.layers[0], row) for row in range(2)] == [at[:2] for at in AT], "the first two"
     for one, other in zip(cache.layers, whole.layers, strict=True):
-        assert torch.equal(one.sink_at, other.sink_at) and torch.allclose(one.sink_k, other.sink_k, atol=1e-2)
+        assert torch.equal(one.sink_index, other.sink_index) and torch.allclose(
+            one.sink_k, other.sink_k, atol=1e-2
+        )
 
 
 @pytest.mark.parametrize("form", ["plain", "pre", "merged-pre"])

@@ -105,7 +105,7 @@ def test_training_lowers_the_divergence_of_text_it_has_not_seen():
         1,
         context(),
     )
-    assert training.judged() == pytest.approx(after, rel=1e-3)
+    assert training.held_out_loss() == pytest.approx(after, rel=1e-3)
 
 
 def test_training_that_goes_astray_ends_at_its_start():
@@ -114,7 +114,7 @@ def test_training_that_goes_astray_ends_at_its_start():
 
 
 def test_every_window_is_seen_before_one_comes_again():
-    order = stiefjoint.MapTraining(context(), {})._order(30)
+    order = stiefjoint.MapTraining(context(), {})._window_order(30)
     assert sorted(order[:12]) == sorted(order[12:24]) == list(range(12)) and len(order) == 30
 
 

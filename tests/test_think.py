@@ -51,9 +51,9 @@ def strongest(queries, keys, count):
 def pruned(cache, i, row, j):
     """{position: channels} of the tokens of one head that lost some."""
     layer = cache.evicting[i]
-    a, b = layer.thin_starts[row * HEADS + j : row * HEADS + j + 2].tolist()
-    held = layer._channels_of(layer.thin_where, layer.thin_starts)[a:b].tolist()
-    return dict(zip(layer.thin_where[a:b].tolist(), held, strict=True))
+    a, b = layer.pruned_starts[row * HEADS + j : row * HEADS + j + 2].tolist()
+    held = layer._channels_of(layer.pruned_positions, layer.pruned_starts)[a:b].tolist()
+    return dict(zip(layer.pruned_positions[a:b].tolist(), held, strict=True))
 
 
 @pytest.mark.parametrize("pads", [[0, 0], [0, 17], [50, 0]])
@@ -151,7 +151,7 @@ def test_think_decodes_over_keys_with_zeros_where_channels_went():
 def test_think_drops_nothing_where_everything_fits(budget):
     model, cache, _ = thinking(budget)
     ours = pico.feed(model, prompt(60), cache, splits=[50, *[1] * 10])
-    assert all(layer.thin == layer.prunings == 0 for layer in cache.evicting)
+    assert all(layer.pruned_entries == layer.prunings == 0 for layer in cache.evicting)
     assert torch.allclose(ours, pico.feed(stock("llama"), prompt(60)), atol=1e-4)
 
 
@@ -164,7 +164,7 @@ def test_think_goes_on_with_its_channels_while_it_decodes():
     pico.feed(model, prompt(20, seed=4), cache, splits=[1] * 20)
     assert all(layer.prunings == 1 for layer in cache.evicting)
     for layer in cache.evicting:
-        assert layer.until.tolist() == [[76], [76]] and layer.starts.diff().tolist() == [4] * 8
+        assert layer.pruned_until.tolist() == [[76], [76]] and layer.starts.diff().tolist() == [4] * 8
     assert cache.nbytes() == cache.predicted_nbytes()
 
 

@@ -1,10 +1,10 @@
-"""Make the key-value cache of a Hugging Face decoder smaller, and show honestly what that cost.
+"""Compress the KV cache of a Hugging Face decoder, and measure what that costs.
 
-lowkey.attach(model)
-plan = lowkey.calibrate(model, tokenizer, texts, budget="25%")
-cache = lowkey.make_cache(model, plan=plan)
-model.generate(**inputs, past_key_values=cache)
-cache.nbytes(), cache.predicted_nbytes()
+    lowkey.attach(model)
+    plan = lowkey.calibrate(model, tokenizer, budget="25%")
+    cache = lowkey.make_cache(model, plan=plan)
+    model.generate(**inputs, past_key_values=cache)
+    cache.nbytes(), cache.predicted_nbytes()
 
 `import lowkey` itself imports neither torch nor transformers: a name is imported when it is first used.
 """

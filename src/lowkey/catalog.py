@@ -1,7 +1,7 @@
-"""Methods, rank allocators and policies by name, with their options as text: what the command line and the
-benchmarks choose from.
+"""Methods, rank allocators and policies by name, with options given as text.
 
-A name is a key of METHODS, RANK_ALLOCATORS or POLICIES, or `package.module:Class` for a class of the user's own.
+The command line and the benchmarks choose from here. A name is a key of METHODS, RANK_ALLOCATORS or POLICIES,
+or `package.module:Class` for a class of the user's own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lowkey.methods import METHODS, Method
 from lowkey.policies import POLICIES
 from lowkey.policies.base import Policy
 
-# What a method class of the user's own must have.
+# What a class of the user's own must have.
 METHOD_STAGES = ("has_fit", "fit", "has_tune", "tune", "has_finish", "finish")
 METHOD_PARTS = (
     *METHOD_STAGES,
@@ -34,29 +34,57 @@ METHOD_PARTS = (
     "candidates",
     "numbers_per_token",
 )
+POLICY_PARTS = ("score", "summary", "paper")
 
 
 def make_method(name: str, given: Mapping[str, str]) -> Method:
-    """A method by its name in METHODS or as `package.module:Class`, with options given as text."""
-    kind: Any = METHODS.get(name) or _outside("method", name, METHODS, METHOD_PARTS)
+    """Make a low-rank method.
+
+    Args:
+        name: a key of METHODS or `package.module:Class`.
+        given: options as text, by name.
+
+    Raises:
+        LowkeyError: for an unknown name, option or value.
+    """
+    kind: Any = METHODS.get(name) or _import_class("method", name, METHODS, METHOD_PARTS)
     return _made(f"method {name!r}", kind, given)
 
 
 def make_allocator(name: str, given: Mapping[str, str]) -> RankAllocator:
-    """An allocator of ranks by its name in RANK_ALLOCATORS or as `package.module:Class`, with options given as
-    text.
+    """Make a rank allocator.
+
+    Args:
+        name: a key of RANK_ALLOCATORS or `package.module:Class`.
+        given: options as text, by name.
+
+    Raises:
+        LowkeyError: for an unknown name, option or value.
     """
-    kind: Any = RANK_ALLOCATORS.get(name) or _outside("allocator", name, RANK_ALLOCATORS, REQUIRED_ATTRIBUTES)
+    kind: Any = RANK_ALLOCATORS.get(name)
+    kind = kind or _import_class("allocator", name, RANK_ALLOCATORS, REQUIRED_ATTRIBUTES)
     return _made(f"allocator {name!r}", kind, given)
 
 
 def make_policy(
     name: str, budget: str | Budget | None, given: Mapping[str, str], split: Mapping[str, str] | None = None
 ) -> Policy:
-    """A policy by its name in POLICIES or as `package.module:Class`, with options given as text: of it or,
-    where it has none of that name, of its allocator. split: options of the allocator alone."""
-    make: Any = POLICIES.get(name) or _outside("policy", name, POLICIES, ("score", "summary", "paper"))
-    what, kind = f"policy {name!r}", getattr(make, "func", make)
+    """Make an eviction policy.
+
+    Args:
+        name: a key of POLICIES or `package.module:Class`.
+        budget: what is kept; None for the policy's own.
+        given: options as text, by name. An option that the policy does not have is one of its allocator.
+        split: options as text of the allocator alone.
+
+    Raises:
+        LowkeyError: for an unknown name, option or value.
+    """
+    make: Any = POLICIES.get(name) or _import_class("policy", name, POLICIES, POLICY_PARTS)
+    kind = getattr(
+        make, "func", make
+    )  # some names are a class with options of their own set by functools.partial
+    what, split = f"policy {name!r}", split or {}
     own = [f.name for f in fields(kind) if f.name != "budget"]
     chosen = {
         key: text if key == "allocator" else options.read_option(kind, key, text, what)
@@ -65,18 +93,19 @@ def make_policy(
     }
     policy = make(budget, **chosen)
     allocator = policy.resolved_allocator()
-    of, parts = f"the allocator of {what}", [f.name for f in fields(allocator)]
-    _check_options(what, given, [*own, *parts])
-    _check_options(of, split or {}, parts)
-    rest = {key: text for key, text in given.items() if key not in own} | dict(split or {})
+    allocator_what, allocator_options = f"the allocator of {what}", [f.name for f in fields(allocator)]
+    _check_options(what, given, [*own, *allocator_options])
+    _check_options(allocator_what, split, allocator_options)
+    rest = {key: text for key, text in given.items() if key not in own} | dict(split)
     values = {
-        key: options.read_option(type(allocator), key, text, of if key in (split or {}) else what)
+        key: options.read_option(type(allocator), key, text, allocator_what if key in split else what)
         for key, text in rest.items()
     }
     return replace(policy, allocator=replace(allocator, **values)) if values else policy
 
 
 def _made(what: str, kind: Any, given: Mapping[str, str]) -> Any:
+    """Return an object of a dataclass with options given as text; `what` names it in messages."""
     _check_options(what, given, [f.name for f in fields(kind)])
     made = kind(**{key: options.read_option(kind, key, text, what) for key, text in given.items()})
     options.check_options(made)  # a class from outside need not do so itself
@@ -84,6 +113,7 @@ def _made(what: str, kind: Any, given: Mapping[str, str]) -> Any:
 
 
 def _check_options(what: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Raise LowkeyError for an option that is not among the known ones."""
     for name in given:
         if name not in known:
             near = get_close_matches(name, known, 1)
@@ -93,7 +123,18 @@ def _check_options(what: str, given: Iterable[str], known: Sequence[str]) -> Non
             )
 
 
-def _outside(what: str, name: str, table: Mapping[str, Any], needed: Sequence[str]) -> Any:
+def _import_class(what: str, name: str, table: Mapping[str, Any], needed: Sequence[str]) -> Any:
+    """Return the dataclass that `package.module:Class` names.
+
+    Args:
+        what: `method`, `allocator` or `policy`, for messages.
+        name: the name that was given.
+        table: the names that are known without importing anything.
+        needed: attributes that the class must have.
+
+    Raises:
+        LowkeyError: if the name is unknown, cannot be imported, or is something else.
+    """
     if ":" not in name:
         near = get_close_matches(name, table, 1)
         hint = (

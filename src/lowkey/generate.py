@@ -1,4 +1,4 @@
-"""Generate text over a chosen cache and say what it held."""
+"""Generate text over a chosen cache, and report what the cache held."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lowkey.core.types import LowkeyError, device_of
 from lowkey.models import families
 
 
-class _Writer(TextStreamer):
-    """Writes pieces of text to a stream as they come."""
+class _StreamWriter(TextStreamer):
+    """Writes new text to a stream as it comes."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, out: TextIO) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -27,7 +27,7 @@ class _Writer(TextStreamer):
         print(printable(text), flush=True, end="\n" if stream_end else "", file=self.out)
 
 
-def stream(
+def stream_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
@@ -35,10 +35,22 @@ def stream(
     tokens: int,
     out: TextIO | None,
 ) -> dict:
-    """Greedy continuation over a fresh cache, written to `out` as it comes.
+    """Continue a prompt greedily over a new cache.
 
-    Returns text, new_tokens, tokens_per_s, bytes_held, bytes_full. Errors: LowkeyError for an empty prompt,
-    or for more tokens than the model has positions.
+    Args:
+        model: an attached model.
+        tokenizer: the model's tokenizer.
+        prompt: the text to continue.
+        cache: a cache that holds nothing yet.
+        tokens: how many new tokens to generate, at most.
+        out: gets the text as it comes; None for nowhere.
+
+    Returns:
+        `text`; `new_tokens`; `tokens_per_s`; `bytes_held`, of the cache at the end; `bytes_full`, of
+        transformers' own cache with as many tokens.
+
+    Raises:
+        LowkeyError: for an empty prompt, or for more tokens than the model has positions.
     """
     text.check_unicode("prompt", prompt)
     ids = tokenizer(prompt, return_tensors="pt").input_ids.to(device_of(model))
@@ -57,17 +69,16 @@ def stream(
     start = time.perf_counter()
     if cache.origin and cache.origin.policy and cache.origin.policy.needs_second_pass:
         if ids.shape[1] > 1:
-            # the last token is read again, for what follows it
+            # The last token is kept back as the question: `generate` reads it for the token that follows.
             prefill(model, tokenizer, cache, ids, question=1)
-        cache.freeze()  # and a single token has no context to repeat
-    streamer = _Writer(tokenizer, out) if out is not None else None
+        cache.freeze()  # a prompt of a single token has no context to repeat
     result = model.generate(  # type: ignore[operator]
         ids,
         attention_mask=torch.ones_like(ids),
         past_key_values=cache,
         max_new_tokens=tokens,
         do_sample=False,
-        streamer=streamer,
+        streamer=_StreamWriter(tokenizer, out) if out is not None else None,
     )[0]
     seconds, new = time.perf_counter() - start, len(result) - ids.shape[1]
     return {
@@ -75,13 +86,13 @@ def stream(
         "new_tokens": new,
         "tokens_per_s": new / seconds,
         "bytes_held": cache.nbytes(),
-        "bytes_full": full_bytes(model, cache),
+        "bytes_full": full_cache_bytes(model, cache),
     }
 
 
 @torch.no_grad()
-def full_bytes(model: PreTrainedModel, cache: LowkeyCache) -> int:
-    """What transformers' own storage holds for as many tokens: measured on a real cache, not computed."""
+def full_cache_bytes(model: PreTrainedModel, cache: LowkeyCache) -> int:
+    """Return the bytes of transformers' own cache with as many tokens, measured on a real one."""
     stock = make_cache(model)
     filler = torch.zeros(1, cache.get_seq_length(), dtype=torch.long, device=device_of(model))
     model(filler, past_key_values=stock, logits_to_keep=1)

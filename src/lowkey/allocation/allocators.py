@@ -36,7 +36,7 @@ RANKS_AHEAD = (1, 2, 4, 8)
 class UniformRanks(RankAllocator):
     """Uniform allocation: the same pair of ranks in every layer.
 
-    Attributes:
+    Args:
         split: `equal` (default) gives keys and values the same rank, the largest that fits, and needs no
             measured error. `measured` takes the measured pair with the smallest mean error, or under an error
             budget the cheapest pair.
@@ -223,7 +223,7 @@ class Threshold(RankAllocator):
 
     Source: arXiv:2408.05646.
 
-    Attributes:
+    Args:
         step: by how much the threshold falls, from 1e-4 to 1 (default 0.02, the paper's).
         energy: `squared` (default) sums energies as in the paper. `singular` sums singular values, as the
             official code does.
@@ -284,7 +284,7 @@ class Tail(RankAllocator):
 
     Source: arXiv:2512.05916.
 
-    Attributes:
+    Args:
         energy: `singular` (default) takes the tail of singular values, as the paper's code does: there they
             are those of the products K Q^T and V W_O. `squared` takes the tail of their squares. The spectra
             of other methods are those of keys and of values alone.
@@ -339,7 +339,7 @@ class Spectrum(RankAllocator):
     unit in all layers, as those of `fisher-svd` have; those of other methods cannot be compared between
     layers.
 
-    Attributes:
+    Args:
         floor: under a byte budget no rank is below this share (0 to 1, default 0.75) of the equal rank that
             all sides could have. What a layer does for text unlike the calibration text does not show in its
             energies, so no layer gives up too much.

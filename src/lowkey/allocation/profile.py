@@ -19,10 +19,10 @@ Spectra = list[list[float]]  # energies of a layer's keys or values: (heads, d),
 class Profile:
     """Errors and bytes of every compressible layer at the ranks that its bases serve.
 
-    Attributes:
+    Args:
         ranks: the measured ranks in ascending order; the last one is the head dim, which is full rank.
-        surface: surface[l][i][j] is the error of layer l at (r_K, r_V) = (ranks[i], ranks[j]). The entry of a
-            layer is empty if nothing was measured on the surface.
+        surface: `surface[l][i][j]` is the error of layer l at (r_K, r_V) = (ranks[i], ranks[j]). The entry of
+            a layer is empty if nothing was measured on the surface.
         heads: number of KV heads.
         itemsize: bytes of one stored number.
         spectra: per layer the energies of keys and of values, (heads, d) each.

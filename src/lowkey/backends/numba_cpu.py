@@ -55,7 +55,9 @@ def ragged(
     )
     with _lock:
         function = kernel.piece(g, KERNEL_KINDS[keys.dtype]).address
-        kernel.decode(function, g, *_scales(scaling, softcap), *given, out.numpy(), lse.numpy(), _threads())
+        kernel.decode_rows(
+            function, g, *_scales(scaling, softcap), *given, out.numpy(), lse.numpy(), _threads()
+        )
     return out if width == out.shape[2] else out[..., :width], lse
 
 

@@ -40,7 +40,7 @@ EVICTING_LAYERS: dict[str, type[EvictingLayer]] = {
     "pruning": PruningLayer,
 }
 # what a layer has and never changes
-SHARED_BY_COPIES = ("policy", "rope", "codec", "codecs", "gate", "exact", "points", "packing")
+SHARED_BY_COPIES = ("policy", "rope", "codec", "codecs", "gate", "exact", "sink_points", "packing")
 CountedLayer = StoringLayer | StockLayer | StockSlidingLayer
 
 
@@ -95,7 +95,7 @@ class LowkeyCache(Cache):
 
         The first layer's call is the moment to see which model fills the cache."""
         layer, first = self.layers[layer_idx], layer_idx == 0 and self.get_seq_length() == 0
-        self.forward_pass.enter(layer_idx, layer, layer_idx == len(self.layers) - 1)
+        self.forward_pass.begin_layer(layer_idx, layer, layer_idx == len(self.layers) - 1)
         try:
             if layer_idx == 0 and self.filled_by is not None:
                 self.filled_by.look(key_states.shape[2], first)
@@ -104,7 +104,7 @@ class LowkeyCache(Cache):
             self.forward_pass.undo()
             raise
         if not isinstance(found[0], Incoming):
-            self.forward_pass.answered()
+            self.forward_pass.end_layer()
         return found
 
     @torch.compiler.disable(reason=UNCOMPILED)
@@ -125,7 +125,7 @@ class LowkeyCache(Cache):
         try:
             yield
         except BaseException:
-            self.forward_pass.before.clear()
+            self.forward_pass.snapshots.clear()
             for layer, snapshot in zip(self.layers, before, strict=True):
                 layer.restore(snapshot)
             raise
@@ -166,7 +166,7 @@ class LowkeyCache(Cache):
     def evicting(self) -> list[EvictingLayer]:
         return [layer for layer in self.layers if isinstance(layer, EvictingLayer)]
 
-    def only_look(self, tokens: int, piece: tuple[int, int] | None = None) -> None:
+    def score_only(self, tokens: int, piece: tuple[int, int] | None = None) -> None:
         """From now on, the last `tokens` of each chunk say what to keep of the others and are then forgotten
         (0: stored as usual).
 
@@ -177,9 +177,9 @@ class LowkeyCache(Cache):
         self.forward_pass.undo()
         for layer in self.layers:
             if isinstance(layer, EvictingLayer | StockSlidingLayer):
-                layer.looking = tokens
+                layer.score_only_tokens = tokens
             if isinstance(layer, EvictingLayer):
-                layer.piece = piece
+                layer.repeated_span = piece
 
     def expect(self, tokens: int) -> None:
         """From now on, an eviction leaves room in the budget for so many tokens that are to be stored
@@ -187,7 +187,7 @@ class LowkeyCache(Cache):
         """
         self.forward_pass.undo()
         for layer in self.evicting:
-            layer.to_come = tokens
+            layer.expected_tokens = tokens
 
     def freeze(self, on: bool = True) -> None:
         """From now on, evict nothing more."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowkey.cache.file_names import file_name
 from lowkey.ops.ragged import row_of
 from lowkey.storage.coded import EMPTY, CodedLayer
 from lowkey.storage.compensating import CompensatingLayer
@@ -21,7 +22,7 @@ HeadShape = tuple[int, int, int]  # heads, and the widths of a key and of a valu
 def flaw(layer: Any, own: dict[str, Tensor], shape: HeadShape, groups: int) -> str | None:
     """The first rule that a layer with the tensors `own` breaks. groups: query heads per KV head."""
     if any(
-        t.is_floating_point() and name != "carried" and not bool(t.isfinite().all())
+        t.is_floating_point() and name != "previous_scores" and not bool(t.isfinite().all())
         for name, t in own.items()
     ):
         return "it holds NaN or infinite numbers"
@@ -33,7 +34,9 @@ def flaw(layer: Any, own: dict[str, Tensor], shape: HeadShape, groups: int) -> s
 
 
 def _unlike(name: str, t: Tensor, *shape: int) -> str | None:
-    return None if tuple(t.shape) == shape else f"{name} is of shape {tuple(t.shape)} and not {shape}"
+    return (
+        None if tuple(t.shape) == shape else f"{file_name(name)} is of shape {tuple(t.shape)} and not {shape}"
+    )
 
 
 def _first(*rules: str | None) -> str | None:
@@ -55,13 +58,13 @@ def _stock(layer: Any, shape: HeadShape) -> str | None:
 
 def _placed(layer: Any) -> str | None:
     """Where the tokens of each row are: with a batch of one at least, at positions that a model has."""
-    offset, first = layer.offset, getattr(layer, "first", None)
+    offset, first = layer.offset, getattr(layer, "first_index", None)
     if offset.ndim != 2 or offset.shape[1] != 1 or not len(offset):
         return f"offset is of shape {tuple(offset.shape)}"
     if bool((offset > layer.seen).any()) or bool((offset <= layer.seen - 2**31).any()):
         return "offset puts tokens where no positions are"
     if first is not None:
-        if rule := _unlike("first", first, len(offset), 1):
+        if rule := _unlike("first_index", first, len(offset), 1):
             return rule
         if bool(((first < 0) | (first > layer.seen)).any()):
             return "first is not among the tokens seen"
@@ -79,22 +82,24 @@ def _coded(layer: CodedLayer, shape: HeadShape) -> str | None:
         _unlike("recent_v", layer.recent_v, b, heads, near, v),
         _unlike("sink_k", layer.sink_k, b, heads, exact.sinks, k),
         _unlike("sink_v", layer.sink_v, b, heads, exact.sinks, v),
-        _unlike("sink_at", layer.sink_at, b, exact.sinks) if "sink_at" in layer.tensors() else None,
-        _unlike("ended", layer.ended, b, 1) if layer.counts else None,
+        _unlike("sink_index", layer.sink_index, b, exact.sinks) if "sink_index" in layer.tensors() else None,
+        _unlike("end_index", layer.end_index, b, 1) if layer.form_depends_on_age else None,
     ]
     for name, packing in layer.packing.items():
         groups, width = layer.shapes[name]
         like = packing.pack(torch.empty(b, groups, stored, width, dtype=layer.recent_k.dtype, device="meta"))
         names = zip(layer._attributes(name), layer._parts(name), like, strict=True)
         rules += [_unlike(attribute, part, *other.shape) for attribute, part, other in names]
-    at = layer.sink_at
+    at = layer.sink_index
     if not bool((((at >= 0) & (at < layer.seen)) | (at == EMPTY)).all()):
         rules.append("sink_at is not among the tokens seen")
-    if layer.counts and _first(*rules) is None:
-        begun = layer.first < layer.seen
+    if layer.form_depends_on_age and _first(*rules) is None:
+        begun = layer.first_index < layer.seen
         if bool(
             torch.where(
-                begun, (layer.ended <= layer.first) | (layer.ended > layer.seen), layer.ended != 0
+                begun,
+                (layer.end_index <= layer.first_index) | (layer.end_index > layer.seen),
+                layer.end_index != 0,
             ).any()
         ):
             rules.append("ended is not behind the tokens seen")
@@ -103,9 +108,11 @@ def _coded(layer: CodedLayer, shape: HeadShape) -> str | None:
 
 def _evicting(layer: EvictingLayer, shape: HeadShape, groups: int) -> str | None:
     heads, b = shape[0], len(layer.offset)
-    room = layer.moved + -(-(layer.fresh - layer.moved) // STEP) * STEP
-    if not 0 <= layer.moved <= layer.fresh <= layer.seen or layer.steps > layer.seen:
-        return f"it counts {layer.moved} of {layer.fresh} tokens in the tail of {layer.seen} seen"
+    room = layer.joined_length + -(-(layer.tail_length - layer.joined_length) // STEP) * STEP
+    if not 0 <= layer.joined_length <= layer.tail_length <= layer.seen or layer.decode_steps > layer.seen:
+        return (
+            f"it counts {layer.joined_length} of {layer.tail_length} tokens in the tail of {layer.seen} seen"
+        )
     keys, values = (torch.empty(1, heads, 0, d).to(layer.tail_k) for d in shape[1:])
     stored = [x.shape[-1] for x in layer.codec.encode(keys, values, layer.offset[:1, :0])]
     more: list[str | None] = []
@@ -119,30 +126,30 @@ def _evicting(layer: EvictingLayer, shape: HeadShape, groups: int) -> str | None
     return _first(
         _unlike("tail_k", layer.tail_k, b, heads, room, stored[0]),
         _unlike("tail_v", layer.tail_v, b, heads, room, stored[1]),
-        _unlike("keys", layer.keys, layer.kept, stored[0]),
-        _unlike("values", layer.values, layer.kept, stored[1]),
-        _unlike("where", layer.where, layer.kept),
-        _unlike("carried", layer.carried, layer.kept if layer.policy.stateful else 0),
+        _unlike("keys", layer.keys, layer.kept_entries, stored[0]),
+        _unlike("values", layer.values, layer.kept_entries, stored[1]),
+        _unlike("positions", layer.positions, layer.kept_entries),
+        _unlike("previous_scores", layer.previous_scores, layer.kept_entries if layer.policy.stateful else 0),
         _unlike("starts", layer.starts, b * heads + 1),
         _asked(layer, (b, heads, groups), shape[1]),
         *more,
     ) or _first(
-        _rows(layer, heads, layer.starts, layer.where, layer.kept),
+        _rows(layer, heads, layer.starts, layer.positions, layer.kept_entries),
         _pruned(layer, b, heads, stored[0]) if isinstance(layer, PruningLayer) else None,
     )
 
 
 def _pruned(layer: PruningLayer, b: int, heads: int, width: int) -> str | None:
     """What is wrong with the tokens whose keys lost channels, and with the channels that they have left."""
-    at, until = layer.channels.long(), layer.until
+    at, until = layer.kept_channels.long(), layer.pruned_until
     wrong = _first(
-        _unlike("thin_k", layer.thin_k, layer.thin, layer.width),
-        _unlike("thin_v", layer.thin_v, layer.thin, layer.values.shape[-1]),
-        _unlike("thin_where", layer.thin_where, layer.thin),
-        _unlike("thin_starts", layer.thin_starts, b * heads + 1),
-        _unlike("channels", layer.channels, b, layer.prunings, heads, layer.width),
-        _unlike("until", until, b, layer.prunings),
-        _unlike("sure", layer.sure, b, 1),
+        _unlike("pruned_k", layer.pruned_k, layer.pruned_entries, layer.channel_count),
+        _unlike("pruned_v", layer.pruned_v, layer.pruned_entries, layer.values.shape[-1]),
+        _unlike("pruned_positions", layer.pruned_positions, layer.pruned_entries),
+        _unlike("pruned_starts", layer.pruned_starts, b * heads + 1),
+        _unlike("kept_channels", layer.kept_channels, b, layer.prunings, heads, layer.channel_count),
+        _unlike("pruned_until", until, b, layer.prunings),
+        _unlike("choice_is_firm", layer.choice_is_firm, b, 1),
     )
     if wrong:
         return wrong
@@ -150,19 +157,19 @@ def _pruned(layer: PruningLayer, b: int, heads: int, width: int) -> str | None:
         return "channels are not those of a key, ascending"
     if bool((until.diff(dim=1) < 0).any()):
         return "a pruning went less far than the one before"
-    wrong = _rows(layer, heads, layer.thin_starts, layer.thin_where, layer.thin)
-    if wrong or not layer.thin:
+    wrong = _rows(layer, heads, layer.pruned_starts, layer.pruned_positions, layer.pruned_entries)
+    if wrong or not layer.pruned_entries:
         return wrong
     late = (
-        layer.thin_where >= until[:, -1][row_of(layer.thin_starts) // heads]
+        layer.pruned_positions >= until[:, -1][row_of(layer.pruned_starts) // heads]
         if layer.prunings
-        else layer.thin_where >= 0
+        else layer.pruned_positions >= 0
     )
     return "tokens lost channels that no pruning took" if bool(late.any()) else None
 
 
 def _asked(layer: EvictingLayer, rows: tuple[int, int, int], width: int) -> str | None:
-    asked = layer.asked
+    asked = layer.recorded_queries
     if not asked.numel():
         return None if asked.ndim == 1 else f"asked is of shape {tuple(asked.shape)}"
     fits = (
@@ -183,7 +190,7 @@ def _rows(layer: EvictingLayer, heads: int, starts: Tensor, where: Tensor, kept:
         return None
     row = row_of(starts)
     index = where + layer.offset[:, 0][row // heads]
-    if bool(((index < 0) | (index >= layer.seen - layer.fresh)).any()):
+    if bool(((index < 0) | (index >= layer.seen - layer.tail_length)).any()):
         return "positions are not among those of the tokens seen"
     together = row[1:] == row[:-1]
     return "positions of a row do not rise" if bool((together & (where.diff() <= 0)).any()) else None

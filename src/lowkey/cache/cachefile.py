@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from lowkey.cache.cachecheck import flaw
+from lowkey.cache.file_names import FILE_NAMES, attribute_name, file_name
 from lowkey.core import files
 from lowkey.core.types import LowkeyError, device_of
 from lowkey.models import families
@@ -33,11 +34,17 @@ def write_cache(
     """All of it or nothing."""
     files.check_folder(path, force, again=CACHE_JSON)
     with files.replacing_folder(path) as temporary:
-        tensors = {f"{i}.{name}": t for i, layer in enumerate(layers) for name, t in _tensors(layer).items()}
+        tensors = {
+            f"{i}.{file_name(name)}": t
+            for i, layer in enumerate(layers)
+            for name, t in _tensors(layer).items()
+        }
         words, points = _exact_parts(exact)
         checksum = files.write_tensors(temporary / CACHE_TENSORS, tensors | points, CACHE_FILE)
         told = None if plan is None else plan.save(temporary / CACHE_PLAN)
-        numbers = [{name: int(getattr(layer, name)) for name in _numbers(layer)} for layer in layers]
+        numbers = [
+            {file_name(name): int(getattr(layer, name)) for name in _numbers(layer)} for layer in layers
+        ]
         whole = {
             "format": CACHE_FORMAT,
             **about,
@@ -82,7 +89,8 @@ def restore_cache(
     numbers = about["layers"]
     if len(numbers) != len(layers):
         raise damaged_cache(path, f"it has {len(numbers)} layers, and the model {len(layers)}")
-    if not all(_are_counts(n, _numbers(layer)) for n, layer in zip(numbers, layers, strict=True)):
+    names = [[file_name(name) for name in _numbers(layer)] for layer in layers]
+    if not all(_are_counts(n, own) for n, own in zip(numbers, names, strict=True)):
         raise damaged_cache(path, "counters of its layers are missing or no counts")
     held = _by_layer(path, tensors, len(layers))
     if any(held) and not all(held):
@@ -95,7 +103,7 @@ def restore_cache(
         elif any(value for name, value in counts.items() if name not in FLAGS):
             raise damaged_cache(path, f"layer {i} counts tokens and holds none")
         for name, value in counts.items():
-            setattr(layer, name, value)
+            setattr(layer, attribute_name(name), value)
         if own and (rule := flaw(layer, own, shapes[i], groups)):
             raise damaged_cache(path, f"layer {i}: {rule}")
     if (
@@ -126,7 +134,7 @@ def _fill(
     for name, t in own.items():
         dtype = empty[name].dtype
         if t.dtype != dtype and not (t.is_floating_point() and dtype.is_floating_point):
-            raise damaged_cache(path, f"layer {i}: {name} is of {t.dtype}")
+            raise damaged_cache(path, f"layer {i}: {file_name(name)} is of {t.dtype}")
         new = t.to(device, dtype)  # what is in the model's dtype follows the model that goes on
         if t.dtype != dtype and bool(t.isfinite().all()) and not bool(new.isfinite().all()):
             raise LowkeyError(
@@ -142,9 +150,10 @@ def _by_layer(path: Path, tensors: dict[str, Tensor], count: int) -> list[dict[s
         index, _, name = whole.partition(".")
         if index == "rule":
             continue
-        if not (index.isdecimal() and str(int(index)) == index and int(index) < count and name):
+        of_a_layer = index.isdecimal() and str(int(index)) == index and int(index) < count
+        if not (of_a_layer and name and name not in FILE_NAMES):
             raise damaged_cache(path, f"it holds {whole!r:.60}, which is of no layer")
-        found[int(index)][name] = t
+        found[int(index)][attribute_name(name)] = t
     return found
 
 
@@ -227,7 +236,7 @@ def _tensors(layer: Any) -> dict[str, Tensor]:
 
 
 def _numbers(layer: Any) -> Sequence[str]:
-    return getattr(layer, "numbers", ("cumulative_length",) if layer.is_sliding else ())
+    return getattr(layer, "saved_counters", ("cumulative_length",) if layer.is_sliding else ())
 
 
 def damaged_cache(path: Path, rule: str) -> LowkeyError:

@@ -47,9 +47,9 @@ def prefill(
             context = ids.shape[1] - question
             _repeated(model, tokenizer, cache, ids[:, :context], mask[:, :context], policy)
         else:
-            cache.only_look(question)
+            cache.score_only(question)
             _read(model, cache, ids, mask)
-            cache.only_look(0)
+            cache.score_only(0)
         if question:
             cache.freeze()
         cache.expect(0)
@@ -138,9 +138,11 @@ def _repeated(
         again, there = (
             pad_sequence(rows, batch_first=True) for rows in (pieces, [torch.ones_like(x) for x in pieces])
         )
-        cache.only_look(again.shape[1], (start, start + chunk) if policy.softmax == "piece" else (0, longest))  # type: ignore[attr-defined]
+        cache.score_only(
+            again.shape[1], (start, start + chunk) if policy.softmax == "piece" else (0, longest)
+        )  # type: ignore[attr-defined]
         _read(model, cache, again, torch.cat([mask, there], 1))
-    cache.only_look(0)
+    cache.score_only(0)
     cache.freeze(False)
     for layer in cache.evicting:
         layer.evict()

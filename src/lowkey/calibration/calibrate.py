@@ -1,4 +1,6 @@
-"""`calibrate`: text in, Plan out. One pass for statistics, then layer by layer: fit, profile; then allocate."""
+"""`calibrate`: from a model and a text to a plan. Statistics, then fit and measure each layer, then
+allocate.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ from lowkey.calibration.request import (
 from lowkey.calibration.sensitivity import SIGNALS
 from lowkey.calibration.statistics import gather_statistics
 from lowkey.core import files, text
-from lowkey.core.head_groups import blocks
+from lowkey.core.head_groups import per_head_maps
 from lowkey.core.options import Checked, option
 from lowkey.core.progress import Progress, silent
 from lowkey.core.types import Basis, Budget, Factors, LayerBases, Layout
@@ -43,16 +45,23 @@ from lowkey.probes.layer_probe import LayerProbe
 from lowkey.probes.model_probe import loss_increases
 from lowkey.storage.exact import DEFAULT_WINDOW, Exact
 
-HELD_OUT_SHARE = (
-    0.25  # share of the calibration windows that only judge: the error surface and early stopping
-)
+HELD_OUT_SHARE = 0.25  # of the calibration windows, which only judge: error surface and early stopping
+# Where a layer's error is measured: at all pairs of ranks, or at keys and at values compressed alone, or
+# nowhere.
 Measuring = Literal["pairs", "sides", "none"]
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Sample(Checked):
-    """What to calibrate on: at most `windows` windows of `length` tokens, drawn with `seed`."""
+    """What part of the text to calibrate on.
+
+    Args:
+        windows: number of windows, at most (default 32).
+        length: tokens per window (default 512).
+        seed: of the choice of windows, and of everything random in the methods (default 0).
+        batch: windows per forward pass (default 4).
+    """
 
     windows: int = option(32, at_least=4, at_most=2**20)
     length: int = option(512, at_least=8, at_most=2**24)
@@ -83,170 +92,192 @@ def calibrate(
     work: Path | None = None,
     progress: Progress = silent,
 ) -> Plan:
-    """Fit `method` on `texts` (the embedded text when None) and choose ranks. allocator, layout: the method's
-    own when None.
+    """Fit a low-rank method on a text and choose ranks within a budget.
 
-    method: None for what does best on a real model at the budget: `recommended` says what that is.
-    budget: bytes of the layers that are compressed (sliding ones are not), in the model's dtype: a share of
-    the full cache's, a rate per token, or a total; `50%` when neither budget is given. A cache of one row of
-    `at` tokens never exceeds it, exact tokens included: the first `sinks` of a row, which are held whole
-    besides their latents, and the last `recent`, which are held whole in the place of latents. Nor does a
-    longer one exceed a share or a rate, but for up to 31 tokens that wait whole where 32 are packed together.
-    (At 100% the sinks come on top.)
-    bits: the packing of latents, as `make_cache` takes it; None: the model's own numbers, or with no method
-    what is recommended; `none`: the model's own numbers.
-    error_budget: instead, the largest value of what the allocator's `bounds` names, for most the largest
-    error of a layer, measured on held-out windows with that layer alone compressed; `plan.profile["bounded"]`
-    says what was reached.
-    judge: a layer's error is that of its output (`layers`, relative, in the mean over tokens) or the nats by
-    which the cross-entropy grows (`loss`, arXiv:2601.19611, section 5.2: many times slower).
-    ranks: candidates, as `rank_grid.grid` takes them: a count, ranks, shares of the head dim, or `all`. When
-    None, errors are measured at the method's own grid, and a byte budget is met with any rank that the method
-    serves, unless the allocator compares measured pairs.
-    rank_multiple: every rank per KV head is a multiple of it, or the head dim. heads: importance of KV heads
-    by kind, for policies on top.
-    pairs: measure errors at all pairs of candidate ranks. Else they are measured for keys and values apart
-    where a byte budget is split by them, and not at all where it is split by something else.
-    work: a folder to resume from and save progress into.
-    Errors: LowkeyError for an unsupported model, too short a text, or a budget out of reach.
+    Args:
+        model: a model in eval mode; it becomes attached.
+        tokenizer: the model's tokenizer.
+        texts: what to calibrate on. None: the embedded text.
+        method: the low-rank method. None: what does best on a real model at the budget
+            (`calibration.recommended`).
+        budget: bytes of the compressed layers (sliding ones are not), in the model's dtype: a share of the
+            full cache's like `50%`, a rate like `64 KiB/token`, or a total like `1.5 GiB`. None, with no
+            error budget: `50%`. A cache of one row of `at` tokens never exceeds it, exact tokens included.
+            Nor does a longer one exceed a share or a rate, except for up to 31 tokens that wait unpacked if
+            32 tokens are packed together. (At 100% the sinks come on top.)
+        error_budget: instead of a budget, the largest value of what the allocator's `bounds` names. For most
+            allocators it is the largest error of a layer, measured on held-out windows with that layer alone
+            compressed. `plan.profile["bounded"]` says what was reached.
+        allocator: the rank allocator or its name. None: the method's own.
+        layout: whether keys are stored before (`pre_rope`) or after (`post_rope`) their rotation. None: the
+            method's own.
+        sample: which windows of the text to use.
+        ranks: the ranks to choose from, as `rank_grid.grid` takes them: a count, ranks, shares of the head
+            dim, or `all`. None: errors are measured at the method's own grid, and a byte budget is met with
+            any rank that the method serves, unless the allocator compares measured pairs.
+        rank_multiple: every rank per KV head is a multiple of it, or the head dim.
+        judge: what the error of a layer is. `layers`: the relative error of its output, averaged over tokens.
+            `loss`: the nats by which the cross-entropy increases (arXiv:2601.19611, section 5.2); many times
+            slower.
+        sinks: the first tokens of a sequence, which are stored exactly in addition to their latents.
+        recent: the last tokens, which are stored exactly in the place of latents.
+        bits: packing of the latents, as `make_cache` takes it. `none`: the model's own numbers. None: the
+            same, or with no method what is recommended.
+        at: length in tokens of the cache that a byte budget is counted for.
+        heads: importance of KV heads by kind, for policies on top of the plan.
+        pairs: measure errors at all pairs of ranks. Otherwise they are measured for keys and for values alone
+            if the allocator splits a byte budget by them, and not at all if it splits by something else.
+        work: a folder to save progress into and to resume from.
+        progress: shows how far the calibration is.
+
+    Raises:
+        LowkeyError: for an unsupported model, too short a text, or a budget out of reach.
     """
     limit, window = resolve_budget(budget, error_budget, judge), Exact(sinks, recent)
-    asked = resolve_request(
+    request = resolve_request(
         model, limit, judge, window, at, bits, method, allocator, layout, ranks, rank_multiple
     )
-    rows = calibration_windows(attach(model), tokenizer, texts, sample)
-    known = provenance_of(model, rows, sample)
-    surface: Measuring = (
-        "pairs"
-        if pairs or asked.room is None
-        else "sides"
-        if asked.allocator.uses_measured_errors
-        else "none"
-    )
-    context = _course(asked, model, rows, sample, surface, known, work, progress)
-    bases, profile = fit_layers(asked.method, context, context.work, judge, surface)
-    factors, told = _chosen(asked, bases, profile, context)
-    return _plan(asked, factors, told, known, asdict(families.geometry(model)), heads or {})
+    windows = calibration_windows(attach(model), tokenizer, texts, sample)
+    provenance = provenance_of(model, windows, sample)
+    measuring: Measuring = "none"
+    if pairs or request.latent_bytes is None:
+        measuring = "pairs"
+    elif request.allocator.uses_measured_errors:
+        measuring = "sides"
+    context = _context(request, model, windows, sample, measuring, provenance, work, progress)
+    bases, profile = fit_layers(request.method, context, context.work, judge, measuring)
+    factors, choice = _choose_ranks(request, bases, profile, context)
+    return _plan(request, factors, choice, provenance, asdict(families.geometry(model)), heads or {})
 
 
-def _course(
-    asked: CalibrationRequest,
+def _context(
+    request: CalibrationRequest,
     model: PreTrainedModel,
-    rows: Tensor,
+    windows: Tensor,
     sample: Sample,
-    surface: Measuring,
-    known: dict,
+    measuring: Measuring,
+    provenance: dict,
     work: Path | None,
     progress: Progress,
 ) -> CalibrationContext:
-    """What the method works on, with a folder of its own for unfinished work."""
-    seen = asked.holding.exact.visible(rows.shape[1])
-    what: dict = {
-        "method": name_and_parameters(asked.method),
-        "layout": asked.layout,
-        "ranks": [asked.measured, asked.choices],
-        "judge": asked.judge,
+    """Return what the method works with, with a work folder that is this very job's own."""
+    exact = request.budgeted_cache.exact.for_length(windows.shape[1])
+    job = {
+        "provenance": provenance,
+        "method": name_and_parameters(request.method),
+        "layout": request.layout,
+        "ranks": [request.measured_ranks, request.choices],
+        "judge": request.judge,
+        "batch": sample.batch,
+        "exact": [exact.sinks, exact.recent],
+        "surface": measuring,
     }
-    what |= {"batch": sample.batch, "exact": [seen.sinks, seen.recent], "surface": surface}
-    folder, held = (
-        files.job_folder(work, {"provenance": known, **what}),
-        max(1, round(HELD_OUT_SHARE * len(rows))),
-    )
     return CalibrationContext(
-        model,
-        rows,
-        held,
-        asked.layout,
-        asked.measured,
-        sample.seed,
-        sample.batch,
-        progress,
-        asked.choices,
-        seen,
-        folder,
+        model=model,
+        windows=windows,
+        held_out=max(1, round(HELD_OUT_SHARE * len(windows))),
+        layout=request.layout,
+        measured_ranks=request.measured_ranks,
+        seed=sample.seed,
+        batch=sample.batch,
+        progress=progress,
+        choices=request.choices,
+        exact=exact,
+        work=files.job_folder(work, job),
     )
 
 
 def _plan(
-    asked: CalibrationRequest,
+    request: CalibrationRequest,
     factors: dict[int, Factors],
-    told: dict,
-    known: dict,
+    choice: dict,
+    provenance: dict,
     geometry: dict,
     heads: HeadImportance,
 ) -> Plan:
-    limit, window = asked.limit, asked.holding.exact
+    limit, window = request.limit, request.budgeted_cache.exact
+    if isinstance(limit, Budget):
+        budget = str(limit)
+    else:
+        budget = f"error {limit:g}" + (" nats" if request.judge == "loss" else "")
     return Plan(
         factors=factors,
-        layout=asked.layout,
-        method=name_and_parameters(asked.method),
-        allocator=name_and_parameters(asked.allocator),
-        budget=str(limit)
-        if isinstance(limit, Budget)
-        else f"error {limit:g}" + (" nats" if asked.judge == "loss" else ""),
-        bits=asked.bits,
+        layout=request.layout,
+        method=name_and_parameters(request.method),
+        allocator=name_and_parameters(request.allocator),
+        budget=budget,
+        bits=request.bits,
         geometry=geometry,
-        provenance=known,
-        profile=told | {"at": asked.holding.tokens},
-        orthonormal=all(_transposed(f) for f in factors.values()),
+        provenance=provenance,
+        profile=choice | {"at": request.budgeted_cache.tokens},
+        orthonormal=all(_has_transposed_maps(f) for f in factors.values()),
         sinks=window.sinks,
         recent=window.recent,
         heads={kind: [list(row) for row in rows] for kind, rows in heads.items()},
     )
 
 
-def _chosen(
-    asked: CalibrationRequest, bases: dict[int, LayerBases], profile: Profile, context: CalibrationContext
+def _choose_ranks(
+    request: CalibrationRequest, bases: dict[int, LayerBases], profile: Profile, context: CalibrationContext
 ) -> tuple[dict[int, Factors], dict]:
-    """Factors at the ranks that the allocator chose, and what the plan says of the choice."""
-    method, split, limit = asked.method, asked.allocator, asked.limit
+    """Return factors at the ranks that the allocator chose, and what the plan records of the choice."""
+    method, allocator, limit = request.method, request.allocator, request.limit
     shape, first = families.geometry(context.model), next(iter(bases.values()))
-    merge = first.keys.merge, first.values.merge
-    sizes = asked.holding.sizes(
-        merge, lambda rank: method.numbers_per_token(rank, shape.kv_heads, shape.head_dim)
+    bytes_by_rank = request.budgeted_cache.sizes(
+        (first.keys.merge, first.values.merge),
+        lambda rank: method.numbers_per_token(rank, shape.kv_heads, shape.head_dim),
     )
     signals = {
         name: SIGNALS[name](context.model, context.training_windows, context.batch)
-        for name in split.required_signals
+        for name in allocator.required_signals
     }
-    profile = replace(profile, bytes_by_rank=sizes, cache_share=asked.holding.cache_share, signals=signals)
-    profile = _measured(profile, split.extra_pairs(profile), bases, context, asked.judge)
-    if asked.room is None:
-        ranks = split.under_error(profile, limit)  # type: ignore[arg-type]
+    profile = replace(
+        profile,
+        bytes_by_rank=bytes_by_rank,
+        cache_share=request.budgeted_cache.cache_share,
+        signals=signals,
+    )
+    profile = _with_errors_at(allocator.extra_pairs(profile), profile, bases, context, request.judge)
+    if request.latent_bytes is None:
+        ranks = allocator.under_error(profile, limit)  # type: ignore[arg-type]
     else:
-        ranks = split.under_bytes(profile, asked.room)
-    factors = {i: found.at(*pair) for (i, found), pair in zip(bases.items(), ranks, strict=True)}
-    told = _described(profile, ranks, bases)
+        ranks = allocator.under_bytes(profile, request.latent_bytes)
+    factors = {i: b.at(*pair) for (i, b), pair in zip(bases.items(), ranks, strict=True)}
+    choice = _choice_record(profile, ranks, bases)
     if not isinstance(limit, Budget):
-        when = " (before the method's last stage)" if method.has_finish else ""
-        error, reached = JUDGES[asked.judge], split.bounded_value(profile, ranks)
-        told["bounded"] = {"what": split.bounds + when, "error": error, "budget": limit, "reached": reached}
-    return method.finish(factors, context) if method.has_finish else factors, told
+        stage = " (before the method's last stage)" if method.has_finish else ""
+        choice["bounded"] = {
+            "what": allocator.bounds + stage,
+            "error": JUDGES[request.judge],
+            "budget": limit,
+            "reached": allocator.bounded_value(profile, ranks),
+        }
+    return method.finish(factors, context) if method.has_finish else factors, choice
 
 
-def _measured(
-    profile: Profile,
+def _with_errors_at(
     wanted: list[list[Pair]],
+    profile: Profile,
     bases: dict[int, LayerBases],
     context: CalibrationContext,
     judge: str,
 ) -> Profile:
-    """With the errors at the wanted pairs that are not on the surface."""
+    """Return the profile with measured errors at the wanted pairs of every layer that have none yet."""
     pairs = {
         i: sorted({pair for pair in layer if not profile.is_measured(place, pair)})
         for place, (i, layer) in enumerate(zip(bases, wanted, strict=True))
     }
     if not any(pairs.values()):
         return profile
-    found = _errors(bases, pairs, context, judge)
-    return replace(profile, extra_points=[dict(zip(pairs[i], found[i], strict=True)) for i in bases])
+    errors = _errors(bases, pairs, context, judge)
+    return replace(profile, extra_points=[dict(zip(pairs[i], errors[i], strict=True)) for i in bases])
 
 
-def _transposed(f: Factors) -> bool:
-    """Whether the up maps are the orthonormal down maps turned over, so that a plan need not hold them."""
+def _has_transposed_maps(f: Factors) -> bool:
+    """Return whether the up maps are the transposed orthonormal down maps, so a plan need not hold them."""
     sides = (f.k_down, f.k_up), (f.v_down, f.v_up)
     return all(
-        torch.equal(blocks(down.mT, t), up) and is_orthonormal(down)
+        torch.equal(per_head_maps(down.mT, t), up) and is_orthonormal(down)
         for (down, up), t in zip(sides, f.merge, strict=True)
     )
 
@@ -258,60 +289,73 @@ def fit_layers(
     judge: str = "layers",
     measuring: Measuring = "pairs",
 ) -> tuple[dict[int, LayerBases], Profile]:
-    """Bases and error surface of every compressible layer. Only one layer's inputs are held at a time."""
+    """Fit the bases of every compressible layer and measure their errors.
+
+    The inputs of one layer are in memory at a time.
+
+    Args:
+        method: the low-rank method.
+        context: the model, the windows and the ranks.
+        work: a folder of this very job, to save finished layers into and to resume from.
+        judge: what the error of a layer is.
+        measuring: at which pairs of ranks errors are measured.
+
+    Returns:
+        Bases by layer, and the profile that an allocator reads.
+    """
     model, ranks, pairs = context.model, context.measured_ranks, _pairs(context.measured_ranks, measuring)
-    # the surface can be had while a layer's inputs are at hand
-    inside = judge == "layers" and not method.has_tune
-    found: dict[int, tuple[LayerBases, Surface]] = {}
+    # A layer's error can be measured right after its fit, while its inputs are at hand, if that is the error
+    # that judges and no later stage changes the bases.
+    measured_at_once = judge == "layers" and not method.has_tune
+    fitted: dict[int, tuple[LayerBases, Surface]] = {}
     if method.has_fit:
-        batches = context.training_windows.split(context.batch)
-        statistics = gather_statistics(
-            model, context.progress(batches, "second moments"), work, context.exact.sinks
-        )
-        for i, probe in _probes(
-            context, f"fitting {name_of(method)}", lambda i: load_layer(work, f"layer-{i}")
-        ):
-            if not isinstance(probe, LayerProbe):
-                found[i] = probe
+        batches = context.progress(context.training_windows.split(context.batch), "second moments")
+        statistics = gather_statistics(model, batches, work, context.exact.sinks)
+        label = f"fitting {name_of(method)}"
+        for i, probe in _probes(context, label, lambda i: load_layer(work, f"layer-{i}")):
+            if not isinstance(probe, LayerProbe):  # a layer that was finished before
+                fitted[i] = probe
                 continue
-            fitted = method.fit(statistics[i], probe, context.selectable_ranks, context.seed)
-            found[i] = (
-                fitted,
-                _surface(ranks, pairs, probe.errors_at(fitted, pairs), judge) if inside and pairs else [],
-            )
-            save_layer(work, f"layer-{i}", *found[i])
-    bases = {i: fitted for i, (fitted, _) in found.items()}
+            layer_bases = method.fit(statistics[i], probe, context.selectable_ranks, context.seed)
+            surface: Surface = []
+            if measured_at_once and pairs:
+                surface = _surface(ranks, pairs, probe.errors_at(layer_bases, pairs), judge)
+            fitted[i] = layer_bases, surface
+            save_layer(work, f"layer-{i}", layer_bases, surface)
+    bases = {i: layer_bases for i, (layer_bases, _) in fitted.items()}
     if method.has_tune:
         bases = _tuned(method, bases, context, work)
-    surfaces = [found[i][1] if i in found else [] for i in bases]
-    if pairs and not inside:
+    surfaces = [fitted[i][1] if i in fitted else [] for i in bases]
+    if pairs and not measured_at_once:
         errors = _errors(bases, dict.fromkeys(bases, pairs), context, judge)
         surfaces = [_surface(ranks, pairs, errors[i], judge) for i in bases]
-    shape = families.geometry(model)
+    heads, itemsize = families.geometry(model).kv_heads, model.dtype.itemsize
     spectra = [(_spectrum(b.keys), _spectrum(b.values)) for b in bases.values()]
-    return bases, Profile(
-        tuple(context.measured_ranks),
-        surfaces,
-        shape.kv_heads,
-        model.dtype.itemsize,
-        spectra,
-        choices=context.choices,
-    )
+    return bases, Profile(tuple(ranks), surfaces, heads, itemsize, spectra, choices=context.choices)
 
 
 def _probes(
-    context: CalibrationContext, text: str, known: Callable[[int], _T | None]
+    context: CalibrationContext, label: str, finished: Callable[[int], _T | None]
 ) -> Iterator[tuple[int, LayerProbe | _T]]:
-    """(layer, its probe, or what is known of it already) for every compressible layer."""
+    """Yield (layer, its probe) for every compressible layer, or (layer, its result) for a finished one.
+
+    Args:
+        context: the model and the windows.
+        label: what the progress bar says.
+        finished: returns a layer's result if it is known already, else None.
+    """
     model, shape = context.model, families.geometry(context.model)
-    for i, inputs in context.progress(
-        layer_inputs(model, context.windows, context.batch), text, shape.layers
-    ):
-        if i in shape.compressible:
+    layers = layer_inputs(model, context.windows, context.batch)
+    for i, inputs in context.progress(layers, label, shape.layers):
+        if i not in shape.compressible:
+            continue
+        result = finished(i)
+        if result is not None:
+            yield i, result
+        else:
             yield (
                 i,
-                known(i)
-                or LayerProbe.of(
+                LayerProbe.of(
                     model, i, context.layout, inputs, context.held_out, context.batch, context.exact
                 ),
             )
@@ -320,19 +364,18 @@ def _probes(
 def _tuned(
     method: Method, bases: dict[int, LayerBases], context: CalibrationContext, work: Path | None
 ) -> dict[int, LayerBases]:
+    """Return the tuned bases of all layers, read back if all of them were saved before."""
     saved = {i: load_layer(work, f"tuned-{i}") for i in families.geometry(context.model).compressible}
     if all(saved.values()):
-        return {i: found[0] for i, found in saved.items() if found}
+        return {i: layer[0] for i, layer in saved.items() if layer}
     tuned = method.tune(bases, context)
-    for i, found in tuned.items():
-        save_layer(work, f"tuned-{i}", found, [])
+    for i, layer_bases in tuned.items():
+        save_layer(work, f"tuned-{i}", layer_bases, [])
     return tuned
 
 
 def _pairs(ranks: list[int], measuring: Measuring) -> list[Pair]:
-    """What is measured of a layer: all pairs of ranks, or keys and values with the other side in full, or
-    nothing.
-    """
+    """Return the pairs at which a layer's error is measured."""
     if measuring == "none":
         return []
     full = ranks[-1]
@@ -340,31 +383,33 @@ def _pairs(ranks: list[int], measuring: Measuring) -> list[Pair]:
 
 
 def _surface(ranks: list[int], pairs: list[Pair], errors: list[float], judge: str) -> Surface:
-    """The error at every pair. What was not measured is put together from its two sides: errors of keys and
-    values are nearly independent, so that their squares add up, and nats do so themselves."""
+    """Return the error at every pair of ranks.
+
+    A pair that was not measured is put together from keys and values compressed alone. Errors of the two are
+    nearly independent, so their squares add up; nats add up themselves.
+    """
     known, full = dict(zip(pairs, errors, strict=True)), ranks[-1]
 
-    def both(k: int, v: int) -> float:
+    def error(k: int, v: int) -> float:
         if (k, v) in known:
             return known[k, v]
-        one, other = known[k, full], known[full, v]
-        return one + other if judge == "loss" else math.hypot(one, other)
+        keys_alone, values_alone = known[k, full], known[full, v]
+        return keys_alone + values_alone if judge == "loss" else math.hypot(keys_alone, values_alone)
 
-    return [[both(k, v) for v in ranks] for k in ranks]
+    return [[error(k, v) for v in ranks] for k in ranks]
 
 
 def _errors(
     bases: dict[int, LayerBases], pairs: dict[int, list[Pair]], context: CalibrationContext, judge: str
 ) -> dict[int, list[float]]:
-    """Of every layer alone, at its pairs."""
+    """Measure the error of every layer, compressed alone, at its pairs."""
     if judge == "loss":
-        held = context.held_out_windows
+        windows = context.held_out_windows
         return loss_increases(
-            context.model, held, bases, pairs, context.layout, context.progress, context.exact
+            context.model, windows, bases, pairs, context.layout, context.progress, context.exact
         )
-    return {
-        i: probe.errors_at(bases[i], pairs[i]) for i, probe in _probes(context, "measuring", lambda i: None)
-    }
+    probes = _probes(context, "measuring", lambda i: None)
+    return {i: probe.errors_at(bases[i], pairs[i]) for i, probe in probes}
 
 
 def calibration_windows(
@@ -373,45 +418,55 @@ def calibration_windows(
     texts: str | Sequence[str] | None,
     sample: Sample,
 ) -> Tensor:
-    """Ids (n, t) of the sample, no longer than the model reads. Errors: LowkeyError for too short a text."""
+    """Return the token ids (n, t) of a sample of windows, no longer than the model can read.
+
+    Args:
+        model: the model that will read them.
+        tokenizer: its tokenizer.
+        texts: the text or texts; None for the embedded text.
+        sample: how many windows of which length.
+
+    Raises:
+        LowkeyError: if the text is too short.
+    """
     length = families.readable_length(model, sample.length)
     ids = text.encode(tokenizer, text.joined_texts(texts), model)
     return text.sample_windows(ids, tokenizer, length, sample.windows, sample.seed, "calibration text")
 
 
-def name_of(thing: object) -> str:
-    """The short name of a method or allocator, or its class's path when it is not one of ours."""
+def name_of(component: object) -> str:
+    """Return the name of a method or rank allocator, or `module:Class` if it is not one of ours."""
     for table in (METHODS, RANK_ALLOCATORS):
         for name, kind in table.items():
-            if type(thing) is kind:
+            if type(component) is kind:
                 return name
-    return f"{type(thing).__module__}:{type(thing).__qualname__}"
+    return f"{type(component).__module__}:{type(component).__qualname__}"
 
 
-def name_and_parameters(thing: object) -> dict:
-    return {"name": name_of(thing), "parameters": asdict(thing)}  # type: ignore[call-overload]
+def name_and_parameters(component: object) -> dict:
+    """Return the name of a method or rank allocator and its options, as a plan records them."""
+    return {"name": name_of(component), "parameters": asdict(component)}  # type: ignore[call-overload]
 
 
-def provenance_of(model: PreTrainedModel, rows: Tensor, sample: Sample) -> dict:
-    """What a plan says of the model and the windows it was made from."""
+def provenance_of(model: PreTrainedModel, windows: Tensor, sample: Sample) -> dict:
+    """Return what a plan records of the model and of the windows (n, t) that it was made from."""
     return {
         "model": model.config._name_or_path,
         "model_sha256": model_fingerprint(model),
-        "data_sha256": data_fingerprint(rows),
-        "tokens": rows.numel(),
+        "data_sha256": data_fingerprint(windows),
+        "tokens": windows.numel(),
         "seed": sample.seed,
         "versions": versions(),
     }
 
 
-def _described(profile: Profile, allocated: Ranks, bases: dict[int, LayerBases]) -> dict:
-    chosen = [list(p) for p in allocated]
-    surface = profile.surface if any(profile.surface) else None
+def _choice_record(profile: Profile, ranks: Ranks, bases: dict[int, LayerBases]) -> dict:
+    """Return what a plan records of the profile and of the chosen ranks."""
     return {
         "ranks": list(profile.ranks),
-        "surface": surface,
-        "chosen": chosen,
-        "spectra": _mean_spectra(bases),
+        "surface": profile.surface if any(profile.surface) else None,
+        "chosen": [list(pair) for pair in ranks],
+        "spectra": {side: _mean_spectra(bases, side) for side in ("keys", "values")},
     }
 
 
@@ -419,11 +474,7 @@ def _spectrum(basis: Basis) -> list[list[float]]:
     return [[]] if basis.spectrum is None else basis.spectrum.tolist()
 
 
-def _mean_spectra(bases: dict[int, LayerBases]) -> dict:
-    """Energy per rank and layer, averaged over heads, for plots."""
-
-    def means(side: str) -> list[list[float]]:
-        found = (getattr(b, side).spectrum for b in bases.values())
-        return [s.mean(0).tolist() for s in found if s is not None]
-
-    return {side: means(side) for side in ("keys", "values")}
+def _mean_spectra(bases: dict[int, LayerBases], side: str) -> list[list[float]]:
+    """Return, per layer, the energy of each rank averaged over heads, for plots."""
+    spectra = (getattr(b, side).spectrum for b in bases.values())
+    return [s.mean(0).tolist() for s in spectra if s is not None]

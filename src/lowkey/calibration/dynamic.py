@@ -1,8 +1,11 @@
-"""Caches in which every token has a rank of its own: gates from `methods.dynakv` (arXiv:2603.04411, of which
-only the abstract is known), kept in a file of their own, for an ordinary plan says one rank for all tokens.
+"""Plans and caches in which every token has a rank of its own, given by a gate (`methods.dynakv`,
+arXiv:2603.04411).
 
-plan = dynamic.dyna_plan(model, tokenizer, training=GateTraining(target=0.4)) cache =
-dynamic.dyna_cache(model, plan)
+    plan = dynamic.make_dynamic_plan(model, tokenizer, training=GateTraining(target=0.4))
+    cache = dynamic.make_dynamic_cache(model, plan)
+
+An ordinary plan has one rank for all tokens, so these plans have a class and a file format of their own. Only
+the paper's abstract is known to us; the design is ours.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from lowkey.cache.cache import LowkeyCache, cache_of
 from lowkey.calibration.calibrate import HELD_OUT_SHARE, Sample, calibration_windows, provenance_of
 from lowkey.calibration.statistics import gather_statistics
 from lowkey.core import files
+from lowkey.core.options import nearest_name
 from lowkey.core.progress import Progress, silent
 from lowkey.core.types import LAYOUTS, Budget, Factors, Heads, Layout, LowkeyError
 from lowkey.methods import dynakv
@@ -28,7 +32,7 @@ from lowkey.models.attention_interface import attach, attached
 from lowkey.models.fingerprint import check_model
 from lowkey.ops.bases import is_orthonormal
 from lowkey.plan.plan import cache_shape
-from lowkey.storage.bucketed import BucketedLayer, Gate, cut
+from lowkey.storage.bucketed import BucketedLayer, Gate, truncate_factors
 from lowkey.storage.codec import LowRank
 
 DYNAMIC_PLAN_FORMAT = 1
@@ -45,9 +49,16 @@ DYNAMIC_PLAN_FIELDS = ("layout", "levels", "share", "divergence", "training", "g
 class DynamicPlan:
     """Orthonormal bases of full rank and a gate for every compressed layer.
 
-    levels: ranks that a token may keep, the widest first. share, divergence: the mean share of coordinates
-    that held-out tokens kept, and KL(original || compressed) per token there. training: the options of the
-    gates' training; provenance: model and data fingerprints.
+    Args:
+        factors: the maps of full rank, by layer.
+        gates: by layer.
+        levels: ranks that a token may keep, the widest first.
+        layout: whether keys are stored before or after their rotation.
+        share: the mean share of coordinates that held-out tokens kept.
+        divergence: KL(original || compressed) per held-out token, in nats.
+        training: the options of the gates' training.
+        geometry: the model's layers, heads and head dim.
+        provenance: fingerprints of the model and the data.
     """
 
     factors: dict[int, Factors]
@@ -62,32 +73,44 @@ class DynamicPlan:
 
     @property
     def budget(self) -> str:
-        """What was asked for: the mean share of coordinates to keep, like `50%`."""
+        """The mean share of coordinates that was asked for, like `50%`."""
         return str(Budget(100 * self.training["target"], "%"))
 
     def bytes_per_token(self, itemsize: int) -> float:
-        """What one more token takes in the compressed layers, if it is like the held-out ones; positions of
-        unrotated keys included.
+        """Return the bytes that one more token takes in the compressed layers, if it is like the held-out
+        ones.
+
+        Positions, which unrotated keys need, are included.
+
+        Args:
+            itemsize: bytes of one stored number.
         """
         g = self.geometry
-        placed = 4 if self.layout == "pre_rope" else 0
-        return len(self.factors) * (self.share * 2 * g["kv_heads"] * g["head_dim"] * itemsize + placed)
+        position_bytes = 4 if self.layout == "pre_rope" else 0
+        numbers = self.share * 2 * g["kv_heads"] * g["head_dim"]
+        return len(self.factors) * (numbers * itemsize + position_bytes)
 
     def check(self, model: PreTrainedModel) -> None:
-        """Refuse another model, by fingerprint and by shape. Errors: LowkeyError."""
+        """Check that the plan was made for this model.
+
+        Raises:
+            LowkeyError: if the model has another fingerprint or shape.
+        """
         known = self.provenance
         check_model("dynamic plan", known.get("model", "?"), known.get("model_sha256"), model, "make it anew")
         shape = families.geometry(model)
-        named = self.geometry["kv_heads"], self.geometry["head_dim"]
-        if sorted(self.factors) != list(shape.compressible) or named != (shape.kv_heads, shape.head_dim):
+        heads = self.geometry["kv_heads"], self.geometry["head_dim"]
+        if sorted(self.factors) != list(shape.compressible) or heads != (shape.kv_heads, shape.head_dim):
             raise LowkeyError(
                 "dynamic plan does not cover the layers and heads of this model; it is damaged: make it again"
             )
         families.check_layout(model, self.layout)
 
     def save(self, path: str | Path, force: bool = False) -> None:
-        """Write the folder `path` in one step, as `Plan.save` does. Errors: LowkeyError when it holds other
-        files or cannot be written.
+        """Write the folder `path` in one step, as `Plan.save` does.
+
+        Raises:
+            LowkeyError: if the folder holds other files or cannot be written.
         """
         folder = Path(path)
         files.check_folder(folder, force, again=DYNAMIC_PLAN_JSON)
@@ -95,14 +118,11 @@ class DynamicPlan:
             checksum = files.write_tensors(
                 temporary / DYNAMIC_PLAN_TENSORS, self._tensors(), DYNAMIC_PLAN_FILE
             )
-            files.write_json(
-                temporary / DYNAMIC_PLAN_JSON,
-                {**self.describe(), "tensors_sha256": checksum},
-                DYNAMIC_PLAN_FILE,
-            )
+            about = {**self.describe(), "tensors_sha256": checksum}
+            files.write_json(temporary / DYNAMIC_PLAN_JSON, about, DYNAMIC_PLAN_FILE)
 
     def describe(self) -> dict:
-        """Everything but the factors and gates, as dynaplan.json holds it."""
+        """Return everything but factors and gates, as dynaplan.json holds it."""
         known = {name: getattr(self, name) for name in DYNAMIC_PLAN_FIELDS} | {"layers": sorted(self.factors)}
         sizes = {dtype: self.bytes_per_token(size) for dtype, size in (("float32", 4), ("bfloat16", 2))}
         return {
@@ -114,11 +134,11 @@ class DynamicPlan:
         }
 
     def digest(self) -> str:
-        """A checksum of the maps and gates."""
+        """Return a checksum of the maps and gates."""
         return files.digest(self._tensors())
 
     def _tensors(self) -> dict[str, Tensor]:
-        """The down maps, whose transposes are the up maps, and the gates."""
+        """Return the down maps, whose transposes are the up maps, and the gates, by name."""
         maps = {
             f"{i}.{name}": getattr(f, name) for i, f in self.factors.items() for name in ("k_down", "v_down")
         }
@@ -127,9 +147,14 @@ class DynamicPlan:
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel | None = None) -> DynamicPlan:
-        """Read what `save` wrote; with `model`, refuse it unless it was made for that model.
+        """Read what `save` wrote.
 
-        Errors: LowkeyError for a newer format, a damaged file, NaNs, wrong shapes, another model.
+        Args:
+            path: the folder.
+            model: if given, the model that the plan must have been made for.
+
+        Raises:
+            LowkeyError: for a newer format, a damaged file, NaNs, wrong shapes, or another model.
         """
         folder = Path(path)
         plan = files.steady(folder, lambda: _read(folder))
@@ -154,36 +179,29 @@ def _read(folder: Path) -> DynamicPlan:
 
 
 def _build(about: dict, tensors: dict[str, Tensor]) -> DynamicPlan:
-    """Errors: KeyError, TypeError or ValueError for what is missing or does not fit."""
+    """Return the plan that a file describes.
+
+    Raises:
+        KeyError, TypeError or ValueError: if something is missing or does not fit.
+    """
     known = {name: about[name] for name in DYNAMIC_PLAN_FIELDS} | {"levels": tuple(about["levels"])}
     heads, d = cache_shape(about["geometry"])
     if known["layout"] not in LAYOUTS:
         raise ValueError(f"layout {known['layout']!r:.40} is none of {', '.join(LAYOUTS)}")
     levels = about["levels"]
-    if not (
-        all(type(r) is int and r > 0 for r in levels)
-        and levels
-        and levels[0] == d
-        and sorted(set(levels), reverse=True) == levels
-    ):
+    falling = levels and levels[0] == d and sorted(set(levels), reverse=True) == levels
+    if not (all(type(r) is int and r > 0 for r in levels) and falling):
         raise ValueError(f"levels {levels} are not ranks that fall from the head dim {d}")
     if not all(t.dtype == torch.float32 for t in tensors.values()):
         raise ValueError("its tensors are not of fp32")
-    share, divergence, target = (
-        about[name] if name in about else about["training"][name]
-        for name in ("share", "divergence", "target")
-    )
+    share, divergence, target = about["share"], about["divergence"], about["training"]["target"]
     if not all(type(n) in (int, float) for n in (share, divergence, target)) or not (
         0 < target <= 1 and 0 <= share <= 1
     ):
         raise ValueError("share, divergence or target is not a number that it can be")
     layers, count = about["layers"], about["geometry"]["layers"]
-    if not (
-        isinstance(layers, list)
-        and layers
-        and all(type(i) is int and 0 <= i < count for i in layers)
-        and sorted(set(layers)) == layers
-    ):
+    indices = isinstance(layers, list) and layers and all(type(i) is int and 0 <= i < count for i in layers)
+    if not indices or sorted(set(layers)) != layers:
         raise ValueError("layers are not indices that rise")
     if not isinstance(about["provenance"]["model_sha256"], str):
         raise ValueError("provenance names no model")
@@ -198,6 +216,7 @@ def _build(about: dict, tensors: dict[str, Tensor]) -> DynamicPlan:
 
 
 def _factors(k: Tensor, v: Tensor, heads: int, d: int) -> Factors:
+    """Return the maps of one layer from its down maps (1|heads, d, d)."""
     for name, down in (("key", k), ("value", v)):
         if tuple(down.shape) not in ((1, d, d), (heads, d, d)) or not is_orthonormal(down):
             raise ValueError(
@@ -207,6 +226,7 @@ def _factors(k: Tensor, v: Tensor, heads: int, d: int) -> Factors:
 
 
 def _gate(parts: dict[str, Tensor], heads: int, d: int, levels: int) -> Gate:
+    """Return the gate of one layer from its tensors, whose shapes are checked."""
     hidden = parts["hidden"].shape[-1] if parts["hidden"].ndim else 0
     shapes = {
         "scale": (2 * heads, d),
@@ -222,26 +242,30 @@ def _gate(parts: dict[str, Tensor], heads: int, d: int, levels: int) -> Gate:
 
 
 def make_dynamic_cache(model: PreTrainedModel, plan: DynamicPlan) -> LowkeyCache:
-    """A fresh cache for one batch of sequences. It cannot be saved.
+    """Return a new cache for one batch of sequences. It cannot be saved.
 
-    Errors: LowkeyError when the model is not attached or the plan is another model's.
+    Args:
+        model: an attached model.
+        plan: made for this model.
+
+    Raises:
+        LowkeyError: if the model is not attached or the plan is another model's.
     """
     if not attached(model):
         raise LowkeyError("model is not attached: call lowkey.attach(model) before make_dynamic_cache")
     plan.check(model)
-    return fresh(model, plan)
+    return unchecked_dynamic_cache(model, plan)
 
 
-def fresh(model: PreTrainedModel, plan: DynamicPlan) -> LowkeyCache:
-    """As `make_dynamic_cache`, for a plan that was checked before: the model's weights are not looked at again."""
-    return cache_of(model, lambda i: _layer(model, plan, i))
+def unchecked_dynamic_cache(model: PreTrainedModel, plan: DynamicPlan) -> LowkeyCache:
+    """Return a new cache for a plan that was checked before: the model's weights are not read again."""
 
+    def layer(i: int) -> BucketedLayer:
+        rope = families.rope(model, i)
+        codecs = [LowRank(truncate_factors(plan.factors[i], r), plan.layout, rope) for r in plan.levels]
+        return BucketedLayer(codecs, plan.gates[i])
 
-def _layer(model: PreTrainedModel, plan: DynamicPlan, i: int) -> BucketedLayer:
-    rope = families.rope(model, i)
-    return BucketedLayer(
-        [LowRank(cut(plan.factors[i], r), plan.layout, rope) for r in plan.levels], plan.gates[i]
-    )
+    return cache_of(model, layer)
 
 
 def make_dynamic_plan(
@@ -256,35 +280,51 @@ def make_dynamic_plan(
     work: Path | None = None,
     progress: Progress = silent,
 ) -> DynamicPlan:
-    """PCA bases and gates from windows of `texts` (the embedded calibration text when None), of which a
-    quarter only judges.
+    """Fit PCA bases and train gates on a text.
 
-    training.target: the share of coordinates to keep, a half unless said otherwise. sample, training: their
-    defaults when None.
-    work: a folder to resume from and save progress into.
-    Errors: LowkeyError for an unsupported model or layout, too short a text, or a target out of reach.
+    Args:
+        model: a model; it becomes attached.
+        tokenizer: the model's tokenizer.
+        texts: what to calibrate on. None: the embedded text.
+        layout: whether keys are stored before or after their rotation.
+        key_bases: one basis of keys for all KV heads of a layer (`shared`), or one for each (`per_head`).
+        sample: which windows of the text to use; a quarter of them only judges. None: the defaults.
+        training: how to train; `training.target` is the share of coordinates to keep. None: the defaults.
+        work: a folder to save progress into and to resume from.
+        progress: shows how far it is.
+
+    Raises:
+        LowkeyError: for an unsupported model or layout, too short a text, or a target out of reach.
     """
     shape, sample, training = families.geometry(model), sample or Sample(), training or GateTraining()
     if layout not in LAYOUTS:
-        raise LowkeyError(f"layout {layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
+        raise LowkeyError(f"layout {layout!r} is unknown; {nearest_name(layout, LAYOUTS)}")
     families.check_layout(model, layout)
     dynakv.check_target(training.target, shape.head_dim)
     attach(model)
-    rows = calibration_windows(model, tokenizer, texts, sample)
-    held, provenance = max(1, round(HELD_OUT_SHARE * len(rows))), provenance_of(model, rows, sample)
-    what = {"layout": layout, "key_bases": key_bases, "training": asdict(training), "batch": sample.batch}
-    work = files.job_folder(work, {"provenance": provenance, **what})
-    statistics = gather_statistics(model, progress(rows[:-held].split(sample.batch), "second moments"), work)
-    found = {i: dynakv.bases(s, layout, key_bases) for i, s in statistics.items()}
-    gates = dynakv.train_gates(model, found, rows, held, layout, training, progress, work)
+    windows = calibration_windows(model, tokenizer, texts, sample)
+    held_out = max(1, round(HELD_OUT_SHARE * len(windows)))
+    provenance = provenance_of(model, windows, sample)
+    job = {
+        "provenance": provenance,
+        "layout": layout,
+        "key_bases": key_bases,
+        "training": asdict(training),
+        "batch": sample.batch,
+    }
+    work = files.job_folder(work, job)
+    batches = progress(windows[:-held_out].split(sample.batch), "second moments")
+    statistics = gather_statistics(model, batches, work)
+    bases = {i: dynakv.pca_bases(s, layout, key_bases) for i, s in statistics.items()}
+    trained = dynakv.train_gates(model, bases, windows, held_out, layout, training, progress, work)
     d = shape.head_dim
     return DynamicPlan(
-        factors={i: b.at(d, d) for i, b in found.items()},
-        gates={i: gate.to(torch.device("cpu")) for i, gate in gates.gates.items()},
+        factors={i: b.at(d, d) for i, b in bases.items()},
+        gates={i: gate.to(torch.device("cpu")) for i, gate in trained.gates.items()},
         levels=dynakv.levels_of(d),
         layout=layout,
-        share=gates.share,
-        divergence=gates.divergence,
+        share=trained.share,
+        divergence=trained.divergence,
         training=asdict(training),
         geometry=asdict(shape),
         provenance=provenance,

@@ -1,4 +1,4 @@
-"""Unfinished calibration on disk: layers that are read back, never recomputed."""
+"""The finished layers of an unfinished calibration on disk: they are read back, never fitted again."""
 
 from __future__ import annotations
 
@@ -10,10 +10,18 @@ from torch import Tensor
 from lowkey.core import files
 from lowkey.core.types import Basis, LayerBases
 
-Surface = list[list[float]]
+Surface = list[list[float]]  # errors at (r_K, r_V): one row per rank of keys; empty if none were measured
 
 
 def save_layer(work: Path | None, name: str, bases: LayerBases, surface: Surface) -> None:
+    """Save the bases and the error surface of one layer.
+
+    Args:
+        work: the folder of this very job; None saves nothing.
+        name: of the file, without its ending.
+        bases: the layer's bases.
+        surface: its error surface.
+    """
     if work is None:
         return
     tensors = {"surface": torch.tensor(surface, dtype=torch.float64)}
@@ -21,64 +29,67 @@ def save_layer(work: Path | None, name: str, bases: LayerBases, surface: Surface
         tensors["order"] = bases.order
     for side in ("keys", "values"):
         b: Basis = getattr(bases, side)
-        parts = {"columns": b.columns, "rows": b.rows, "spectrum": b.spectrum, "mean": b.mean} | {
-            f"exact.{r}": t for r, t in b.exact
-        }
+        parts = {"columns": b.columns, "rows": b.rows, "spectrum": b.spectrum, "mean": b.mean}
+        parts |= {f"exact.{r}": t for r, t in b.exact}
         tensors |= {f"{side}.{part}": t for part, t in parts.items() if t is not None}
         tensors |= {f"{side}.merge": torch.tensor(b.merge), f"{side}.unit": torch.tensor(b.unit)}
     files.write_work(work, name, tensors)
 
 
 def load_layer(work: Path | None, name: str) -> tuple[LayerBases, Surface] | None:
+    """Return what `save_layer` saved, or None if there is no such file.
+
+    Raises:
+        LowkeyError: if the file is damaged.
+    """
     tensors = files.read_work(work, name)
     if work is None or tensors is None:
         return None
 
     def basis(side: str) -> Basis:
+        prefix = f"{side}.exact."
         exact = tuple(
-            (int(n.rsplit(".", 1)[1]), t)
-            for n, t in sorted(tensors.items())
-            if n.startswith(f"{side}.exact.")
+            (int(key.removeprefix(prefix)), t) for key, t in sorted(tensors.items()) if key.startswith(prefix)
         )
-        known = {part: tensors.get(f"{side}.{part}") for part in ("rows", "spectrum", "mean")}
+        optional = {part: tensors.get(f"{side}.{part}") for part in ("rows", "spectrum", "mean")}
         merge, unit = (int(tensors[f"{side}.{part}"]) for part in ("merge", "unit"))
-        return Basis(tensors[f"{side}.columns"], exact=exact, merge=merge, unit=unit, **known)
+        return Basis(tensors[f"{side}.columns"], exact=exact, merge=merge, unit=unit, **optional)
 
     try:
         bases = LayerBases(basis("keys"), basis("values"), tensors.get("order"))
         surface = tensors["surface"].tolist()
     except (KeyError, ValueError, RuntimeError) as error:
         raise files.damaged_work(work, f"{name} lacks or garbles {error}") from None
-    if rule := _flaw(bases, tensors["surface"]):
-        raise files.damaged_work(work, f"{name}: {rule}")
+    if flaw := _flaw(bases, tensors["surface"]):
+        raise files.damaged_work(work, f"{name}: {flaw}")
     return bases, surface
 
 
 def _flaw(bases: LayerBases, surface: Tensor) -> str | None:
-    """What cannot be: maps that do not fit one another."""
+    """Return what is impossible about bases and surface, such as maps that do not fit one another."""
     if surface.dtype != torch.float64 or surface.ndim not in (1, 2) or (surface.ndim == 1 and len(surface)):
         return "surface is no table of numbers"
-    for name, b in (("keys", bases.keys), ("values", bases.values)):
-        t, c = b.merge, b.columns
-        if (
-            c.ndim != 3
-            or not 1 <= t <= c.shape[1]
-            or c.shape[1] != c.shape[2]
-            or c.shape[1] % t
-            or not c.is_floating_point()
-        ):
-            return f"{name} have no square maps of {t} heads"
-        if b.rows is not None and b.rows.shape != c.shape:
-            return f"{name} have maps back of another shape"
-        if not 1 <= b.unit <= c.shape[1]:
-            return f"{name} have no columns by {b.unit}"
-        if any(
-            e.ndim != 3 or e.shape[:2] != c.shape[:2] or e.shape[2] != t * r // b.unit * b.unit
-            for r, e in b.exact
-        ):
-            return f"{name} have maps of single ranks that do not fit"
-        if b.mean is not None and (b.mean.ndim != 2 or b.mean.shape[1] != c.shape[1] // t):
-            return f"{name} have means that do not fit"
+    for side, basis in (("keys", bases.keys), ("values", bases.values)):
+        if flaw := _flaw_of_basis(basis):
+            return f"{side} have {flaw}"
     if bases.order is not None and sorted(bases.order.tolist()) != list(range(len(bases.order))):
         return "order does not name each head once"
+    return None
+
+
+def _flaw_of_basis(b: Basis) -> str | None:
+    t, c = b.merge, b.columns
+    square = c.ndim == 3 and c.shape[1] == c.shape[2] and c.is_floating_point()
+    if not square or not 1 <= t <= c.shape[1] or c.shape[1] % t:
+        return f"no square maps of {t} heads"
+    if b.rows is not None and b.rows.shape != c.shape:
+        return "maps back of another shape"
+    if not 1 <= b.unit <= c.shape[1]:
+        return f"no columns by {b.unit}"
+    for rank, columns in b.exact:
+        width = t * rank // b.unit * b.unit
+        if columns.ndim != 3 or columns.shape[:2] != c.shape[:2] or columns.shape[2] != width:
+            return "maps of single ranks that do not fit"
+    if b.mean is not None and (b.mean.ndim != 2 or b.mean.shape[1] != c.shape[1] // t):
+        return "means that do not fit"
     return None

@@ -1,7 +1,6 @@
-"""What `calibrate` and `lowkey compress` take when no method is named: what has the least KL on a real model
-at each budget.
+"""What `calibrate` and `lowkey compress` take if no method is named: what has the least KL on a real model.
 
-The evidence is in docs/results.md.
+docs/results.md has the evidence at each budget.
 """
 
 from __future__ import annotations
@@ -19,7 +18,14 @@ from lowkey.storage.packing import NO_BITS
 
 @dataclass(frozen=True)
 class Recommended:
-    """A method with what goes with it. bits: the packing of its latents, `none` for the model's own numbers."""
+    """A method and what goes with it.
+
+    Args:
+        method: the low-rank method.
+        layout: whether keys are stored before or after their rotation.
+        allocator: name of the rank allocator.
+        bits: packing of the latents; `none` for the model's own numbers.
+    """
 
     method: Method
     layout: Layout
@@ -28,9 +34,13 @@ class Recommended:
 
 
 def recommended(model: PreTrainedModel, share: float | None) -> Recommended:
-    """share: of the full cache's bytes that is to be kept. None under an error budget: it bounds measured
-    errors of layers, so that these choose the ranks (`greedy`), and no integers are added, whose rounding is
-    not in those errors.
+    """Return what does best on a real model.
+
+    Args:
+        model: the model to compress.
+        share: share of the full cache's bytes that is to be kept. None under an error budget: it bounds
+            measured errors of layers, so that these choose the ranks (`greedy`), and no integers are added,
+            whose rounding is not in those errors.
     """
     try:
         families.check_layout(model, "pre_rope")
@@ -45,9 +55,11 @@ def recommended(model: PreTrainedModel, share: float | None) -> Recommended:
 
 
 def _bits(share: float | None) -> str:
-    """At equal bytes on SmolLM2-135M more ranks in fewer bits beat fewer ranks in more bits, down to 4 bits.
-    But 4 bits hold every rank in a third of the bytes, so that more bytes are of no use to them: above 45 %
-    8 bits are better.
+    """Return the packing for a share of the bytes.
+
+    At equal bytes on SmolLM2-135M, more ranks in fewer bits beat fewer ranks in more bits, down to 4 bits.
+    But 4 bits hold every rank in a third of the bytes, so that they have no use for more bytes: above 45 %
+    of the bytes, 8 bits are better.
     """
     if share is None or share >= 1:
         return NO_BITS

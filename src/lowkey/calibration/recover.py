@@ -1,13 +1,11 @@
-"""`recover`: a model is trained for a little while through the compression of its cache, and so learns to
-live with it.
-"""
+"""`recover`: train a model for a little while through its compressed cache, so that it adapts to it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -16,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowkey.cache.cache import cache_of
 from lowkey.calibration import trainable
 from lowkey.calibration.held_out import HeldOut
+from lowkey.calibration.objectives import OBJECTIVES, Student
 from lowkey.calibration.trainable import TrainableModel
 from lowkey.core import files, optimizer_state, text
 from lowkey.core.options import Checked, nearest_name, option, shown
@@ -29,33 +27,42 @@ from lowkey.models.attention_interface import attach
 from lowkey.models.fingerprint import data_fingerprint, model_fingerprint
 from lowkey.ops.schedule import falling
 from lowkey.plan.plan import Plan, versions
-from lowkey.probes import model_probe
-from lowkey.probes.layer_probe import LowRankReconstruction, OneLayerCache
-from lowkey.storage.codec import LowRank
-from lowkey.storage.coded import CodedLayer
-from lowkey.storage.exact import Exact
-from lowkey.storage.reconstruction import ReconstructionLayer
 
-RECOVERY_FILE = "training"
+RECOVERY_FILE = "training"  # name of the unfinished training in the work folder
 
 
 @dataclass(frozen=True)
 class Recovery(Checked):
     """How to train.
 
-    stages: objectives in order, each with its number of steps. `distill`: every layer is fed the ORIGINAL
-    model's input for that layer; the relative squared error between its compressed output and the original
-    layer's output, averaged over layers (arXiv:2507.11273, Eq. 7, stage I). `ce`: next-token cross-entropy
-    with compression everywhere. `kl`: KL(original || compressed) of next-token distributions, per token, of
-    logits over `temperature` (not multiplied by its square, as KV-Latent's code has it).
-    lora, full: linear maps of the decoder layers, as patterns of their names in the layer (`self_attn.*`,
-    `mlp.gate_proj`): through LoRA adapters (arXiv:2106.09685), by default all, or in full, as
-    arXiv:2507.11273 trains attention. What both name is trained in full.
-    rank, alpha, dropout: of the adapters. batch, length: windows per step and tokens per window. lr: the peak
-    of each stage, after a share `warmup` of its steps; it then falls to 0 by a cosine. lrs: a peak for each
-    stage instead. betas, eps: of AdamW. factors: train the plan's maps too, which then are no longer
-    orthonormal; weight_decay is for all but those, since it would pull maps to zero.
-    save_every: steps between checkpoints, when there is a work folder.
+    Args:
+        stages: objectives in order, each with its number of steps (default 200 steps of `ce`).
+            `distill`: every layer gets the ORIGINAL model's input of that layer; the relative squared error
+            between its compressed output and the original layer's output, averaged over layers
+            (arXiv:2507.11273, Eq. 7, stage I).
+            `ce`: next-token cross-entropy, every layer compressed.
+            `kl`: KL(original || compressed) of next-token distributions per token, of logits over
+            `temperature` (not multiplied by its square, as in KV-Latent's code).
+        rank: of the adapters (default 16).
+        alpha: of the adapters (default 32).
+        dropout: of the adapters (default 0).
+        batch: windows per step (default 4).
+        length: tokens per window (default 256).
+        lr: peak learning rate of each stage (default 3e-4), reached after a share `warmup` of its steps; it
+            then falls to 0 by a cosine.
+        weight_decay: of AdamW (default 0.01). The plan's maps have none, since it would pull them to zero.
+        warmup: share of a stage's steps (default 0.05).
+        factors: whether to train the plan's maps too; they are then no longer orthonormal (default false).
+        seed: of everything random (default 0).
+        save_every: steps between two saves into the work folder (default 50).
+        lora: linear layers of the decoder layers that are trained through LoRA adapters (arXiv:2106.09685),
+            as patterns of their names in the layer, like `self_attn.*` or `mlp.gate_proj` (default all).
+        full: those that are trained in full, as arXiv:2507.11273 trains attention (default none). What `lora`
+            and `full` both name is trained in full.
+        temperature: of the objective `kl` (default 1).
+        lrs: a peak for each stage in place of `lr`.
+        betas: of AdamW (default 0.9, 0.999).
+        eps: of AdamW (default 1e-8).
     """
 
     stages: tuple[tuple[str, int], ...] = option((("ce", 200),), at_least=1, at_most=10**9)
@@ -90,13 +97,20 @@ class Recovery(Checked):
 
 @dataclass(frozen=True)
 class Recovered:
-    """A plain model with what was learned in its weights, the plan re-issued for it, and one record per step:
-    {"step": 1.., "stage", "loss": before that step, "tokens": seen by then}. stages: of each the objective,
-    its steps and its first and last loss; objectives differ, so that losses of two stages cannot be compared.
-    held_out: what can: the next-token cross-entropy in nats on the embedded evaluation text through the plan,
-    `before` and `after`, and of the model `full`, as it was with the full cache.
-    exact: the plan lost nothing, so that nothing was to be recovered (its maps at full rank are identities).
-    All but the records is said in the new plan's provenance too."""
+    """What `recover` returns. All of it but the records of steps is in the new plan's provenance too.
+
+    Args:
+        model: a plain model with what was learned in its weights.
+        plan: the plan, re-issued for that model.
+        losses: one record per step: {"step": 1.., "stage", "loss": before that step, "tokens": seen by then}.
+        stages: of each stage the objective, its steps, and its first and last loss. Objectives differ, so
+            losses of two stages cannot be compared.
+        held_out: what can be compared: the next-token cross-entropy in nats on the embedded evaluation text,
+            through the plan `before` and `after` the training, and of the original model with the `full`
+            cache.
+        exact: whether the plan loses nothing, so that there was nothing to recover (its maps at full rank are
+            identities).
+    """
 
     model: PreTrainedModel
     plan: Plan
@@ -116,37 +130,46 @@ def recover(
     work: Path | None = None,
     progress: Progress = silent,
 ) -> Recovered:
-    """Train a copy of `model` through `plan` on `texts` (the embedded calibration text when None); model and
-    plan stay as they are.
+    """Train a copy of a model through a plan.
 
-    A query sees the plan's sinks and recent tokens exactly, as in a cache, and all others in low rank; the
-    plan's integers are left out, since rounding has no gradient. work: a folder to save progress into and
-    resume from; on a CPU a resumed training gives the numbers of an uninterrupted one bit for bit.
-    Errors: LowkeyError when peft is missing, the plan is another model's, settings are out of range, the text
-    is shorter than a window, or the loss is no longer finite.
+    A query sees the plan's sinks and recent tokens exactly, as in a cache, and all others in low rank. The
+    plan's integers are left out, since rounding has no gradient. On a CPU a resumed training gives the
+    numbers of an uninterrupted one bit for bit.
+
+    Args:
+        model: stays as it is.
+        tokenizer: the model's tokenizer.
+        plan: made for this model; it stays as it is.
+        texts: what to train on. None: the embedded calibration text.
+        settings: how to train.
+        work: a folder to save progress into and to resume from.
+        progress: shows how far the training is.
+
+    Raises:
+        LowkeyError: if peft is missing, the plan is another model's, settings are out of range, the text is
+            shorter than a window, or the loss is no longer finite.
     """
-    trainable.peft()
+    trainable.import_peft()
     weights.check_plain("recover", model, families.decoder_layers(model))
     _check(settings, model)
     plan.check(model)
     if settings.length <= plan.sinks + plan.recent:
         raise LowkeyError(
             f"length {settings.length}: the plan keeps {plan.sinks + plan.recent} tokens exact, so that "
-            "nothing would be compressed; give "
-            "longer windows"
+            "nothing would be compressed; give longer windows"
         )
     data = TrainingWindows.of(tokenizer, text.joined_texts(texts), settings)
     text.check_ids(data.ids, model)
-    folder = files.job_folder(work, _describe(plan, data, settings))
+    folder = files.job_folder(work, _job(plan, data, settings))
     training = RecoveryTraining.of(model, plan, data, settings)
-    if folder is not None and (found := files.read_work(folder, RECOVERY_FILE)) is not None:
-        training.restore(found, folder)
+    if folder is not None and (saved := files.read_work(folder, RECOVERY_FILE)) is not None:
+        training.restore(saved, folder)
     judge = HeldOut.of(tokenizer, model, settings.length)
-    with training.student.adapted.original() as original:
+    with training.student.trainable.original() as original:
         held_out = {"full": judge.loss(original), "before": judge.loss(original, plan)}
     with torch.enable_grad():
         training.run(folder, progress)
-    return _finished(training, plan, judge, held_out)
+    return _result(training, plan, judge, held_out)
 
 
 def _check(settings: Recovery, model: PreTrainedModel) -> None:
@@ -160,20 +183,32 @@ def _check(settings: Recovery, model: PreTrainedModel) -> None:
 
 
 def _seed(*parts: object) -> int:
+    """Return a seed that depends on all parts."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7])
 
 
 @dataclass(frozen=True)
 class TrainingWindows:
-    """ids (n,) of the whole text; start: the beginning-of-text token, or nothing."""
+    """The windows of every training step, cut from a text.
+
+    Args:
+        ids: token ids (n,) of the whole text.
+        start: the beginning-of-text token, if the tokenizer has one.
+        settings: how to train.
+    """
 
     ids: Tensor
     start: tuple[int, ...]
     settings: Recovery
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, joined: str, settings: Recovery) -> TrainingWindows:
-        ids = text.encode(tokenizer, joined)
+    def of(cls, tokenizer: PreTrainedTokenizerBase, corpus: str, settings: Recovery) -> TrainingWindows:
+        """Tokenise a text.
+
+        Raises:
+            LowkeyError: if it is shorter than one window.
+        """
+        ids = text.encode(tokenizer, corpus)
         start = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
         if len(ids) < settings.length:
             raise LowkeyError(
@@ -183,8 +218,9 @@ class TrainingWindows:
         return cls(ids, start, settings)
 
     def at(self, step: int) -> Tensor:
-        """Ids (batch, length) of one step, from random places: nothing but the seed and the step decides
-        which.
+        """Return the ids (batch, length) of one step, from random places.
+
+        They depend on the seed and the step alone, so a resumed training reads the same windows.
         """
         body = self.settings.length - len(self.start)
         generator = torch.Generator().manual_seed(_seed(self.settings.seed, step))
@@ -193,76 +229,13 @@ class TrainingWindows:
         return torch.cat([start, self.ids.unfold(0, body, 1)[places]], dim=1)
 
     def fingerprint(self) -> str:
+        """Return a checksum of the text's ids."""
         return data_fingerprint(torch.cat([torch.tensor(self.start, dtype=torch.long), self.ids]))
 
 
-@dataclass
-class Student:
-    """The model with what is trained of it, as it runs through the compressed cache and as it was."""
-
-    adapted: TrainableModel
-    plan: Plan
-    factors: dict[int, Factors]
-    temperature: float = 1.0
-
-    @property
-    def model(self) -> PreTrainedModel:
-        return self.adapted.model
-
-    def layer(self, i: int) -> ReconstructionLayer | CodedLayer:
-        """Keys that turn at frequencies of their own cannot be rebuilt, only attended to."""
-        factors, layout, rope = self.factors[i], self.plan.layout, families.rope(self.model, i)
-        exact = Exact(self.plan.sinks, self.plan.recent)
-        if factors.frequencies is not None:
-            return CodedLayer(LowRank(factors, layout, rope), exact)
-        return ReconstructionLayer(LowRankReconstruction(factors, layout, rope), exact)
-
-    def logits(self, ids: Tensor) -> Tensor:
-        """(b, t, V) in fp32, compressed everywhere."""
-        return self.model(
-            ids, past_key_values=cache_of(self.model, self.layer), use_cache=True
-        ).logits.float()
-
-
-def distillation_loss(student: Student, ids: Tensor) -> Iterator[Tensor]:
-    """One part for each compressed layer: ||f~(x) - f(x)||^2 / ||f(x)||^2 at the original's x, over the
-    number of layers.
-    """
-    blocks = families.decoder_layers(student.model)
-    last = len(blocks) - 1
-    with student.adapted.original() as model:
-        states = model(ids, use_cache=False, output_hidden_states=True, logits_to_keep=1).hidden_states
-        # the model's own last state is normed
-        end = families.run_layer(model, last, blocks[last], states[last], None)
-    outputs = [*states[1 : last + 1], end]
-    for i in student.factors:
-        found = families.run_layer(student.model, i, blocks[i], states[i], OneLayerCache(student.layer(i)))
-        target = outputs[i].float()
-        yield (found.float() - target).square().sum() / target.square().sum() / len(student.factors)
-
-
-def cross_entropy(student: Student, ids: Tensor) -> Iterator[Tensor]:
-    yield model_probe.next_token_loss(student.logits(ids), ids)
-
-
-def divergence_loss(student: Student, ids: Tensor) -> Iterator[Tensor]:
-    """KL(original || compressed) per token, at the student's temperature."""
-    with student.adapted.original() as model:
-        target = model(ids, use_cache=False).logits
-    yield model_probe.kl_divergence(student.logits(ids), target, student.temperature)
-
-
-# parts of a loss, whose sum is the loss: each is differentiated before the next is formed
-OBJECTIVES: dict[str, Callable[[Student, Tensor], Iterator[Tensor]]] = {
-    "distill": distillation_loss,
-    "ce": cross_entropy,
-    "kl": divergence_loss,
-}
-
-
 @contextmanager
-def _randomness(device: torch.device, seed: int) -> Iterator[None]:
-    """torch's own random numbers begin at `seed` inside, and go on outside as if nothing had been drawn."""
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Seed torch's global random numbers inside, and restore their state afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
@@ -273,68 +246,83 @@ def _tensors(f: Factors) -> dict[str, Tensor]:
 
 
 def _maps(f: Factors) -> dict[str, Tensor]:
-    """What can be trained, which the order of heads cannot."""
+    """Return the tensors that can be trained, which the order of heads cannot."""
     return {name: t for name, t in _tensors(f).items() if t.is_floating_point()}
 
 
-def _loose(f: Factors, device: torch.device) -> Factors:
-    """A copy in fp32 on the layer's device; each map with memory of its own, for orthonormal ones are views
-    of one another.
+def _trainable_copy(f: Factors, device: torch.device) -> Factors:
+    """Return a copy in fp32 on a device.
+
+    Each map gets memory of its own, since orthonormal maps down and up are views of one another.
     """
-    held = {name: t.detach().to(device, copy=True).contiguous() for name, t in _tensors(f).items()}
-    return replace(f, **{name: t.float() if t.is_floating_point() else t for name, t in held.items()})
+    copies = {name: t.detach().to(device, copy=True).contiguous() for name, t in _tensors(f).items()}
+    return replace(f, **{name: t.float() if t.is_floating_point() else t for name, t in copies.items()})
 
 
 @dataclass
 class RecoveryTraining:
-    """Steps done are losses held. whole: no step is half done, so that what is held may be saved."""
+    """The training of a model through a plan, step by step.
+
+    Args:
+        student: the model in training.
+        data: the windows of every step.
+        settings: how to train.
+        model_parameters: what is trained of the model, by name.
+        maps: what is trained of the plan, by name; empty unless `settings.factors`.
+        losses: the loss of every step done.
+        between_steps: whether no step is half done, so that the state may be saved.
+    """
 
     student: Student
     data: TrainingWindows
     settings: Recovery
-    adapters: dict[str, Tensor]
+    model_parameters: dict[str, Tensor]
     maps: dict[str, Tensor]
     losses: list[float] = field(default_factory=list)
-    whole: bool = True
+    between_steps: bool = True
 
     def __post_init__(self) -> None:
-        stages, lr = self.settings.stages, self.settings.lr
-        rates = self.settings.lrs or [lr] * len(stages)
+        stages = self.settings.stages
+        rates = self.settings.lrs or [self.settings.lr] * len(stages)
+        # One entry per step: objective, step within its stage, steps of the stage, peak rate.
         self.schedule = [
             (name, k, steps, peak)
             for (name, steps), peak in zip(stages, rates, strict=True)
             for k in range(steps)
         ]
-        self.optimizer = self._fresh()
+        self.optimizer = self._new_optimizer()
 
     @classmethod
     def of(
         cls, model: PreTrainedModel, plan: Plan, data: TrainingWindows, settings: Recovery
     ) -> RecoveryTraining:
-        lora = {"r": settings.rank, "lora_alpha": settings.alpha, "lora_dropout": settings.dropout}
-        with _randomness(device_of(model), _seed(settings.seed, "adapters")):
-            adapted = TrainableModel.of(model, settings.lora, settings.full, **lora)
-        blocks = families.decoder_layers(adapted.model)
-        factors = {i: _loose(f, device_of(blocks[i])) for i, f in plan.factors.items()}
+        """Copy the model and the plan's maps, and prepare them for training."""
+        adapter = {"r": settings.rank, "lora_alpha": settings.alpha, "lora_dropout": settings.dropout}
+        with _seeded(device_of(model), _seed(settings.seed, "adapters")):
+            twin = TrainableModel.of(model, settings.lora, settings.full, **adapter)
+        layers = families.decoder_layers(twin.model)
+        factors = {i: _trainable_copy(f, device_of(layers[i])) for i, f in plan.factors.items()}
         maps = {
             f"{i}.{name}": t.requires_grad_()
             for i, f in factors.items()
             for name, t in _maps(f).items()
             if settings.factors
         }
-        return cls(
-            Student(adapted, plan, factors, settings.temperature), data, settings, adapted.parameters(), maps
-        )
+        student = Student(twin, plan, factors, settings.temperature)
+        return cls(student, data, settings, twin.parameters(), maps)
 
-    def _fresh(self) -> torch.optim.AdamW:
-        """A new optimizer for every stage: another objective has gradients of another size."""
-        groups: list[dict] = [{"params": list(self.adapters.values())}]
+    def _new_optimizer(self) -> torch.optim.AdamW:
+        """Return a new optimizer. Every stage has one, since gradients of another objective differ in
+        size.
+        """
+        groups: list[dict] = [{"params": list(self.model_parameters.values())}]
         if self.maps:
             groups.append({"params": list(self.maps.values()), "weight_decay": 0.0})
         s = self.settings
         return torch.optim.AdamW(groups, lr=s.lr, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay)
 
     def run(self, folder: Path | None, progress: Progress) -> None:
+        """Take all steps that are left, and save into the folder every few steps and when interrupted."""
         left = range(len(self.losses), len(self.schedule))
         try:
             for n in progress(left, "recovering", len(left)):
@@ -346,50 +334,63 @@ class RecoveryTraining:
             raise
 
     def step(self, n: int) -> None:
+        """Take step n, counted from 0 over all stages.
+
+        Raises:
+            LowkeyError: if the loss or its gradient is not finite.
+        """
         name, k, steps, peak = self.schedule[n]
         if k == 0:
-            self.optimizer = self._fresh()
+            self.optimizer = self._new_optimizer()
         rate = peak * falling(k, steps, self.settings.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
-        loss = self._differentiated(name, n)
-        norm = nn.utils.get_total_norm(
-            [p.grad for p in (*self.adapters.values(), *self.maps.values()) if p.grad is not None]
-        )
+        loss = self._backward(name, n)
+        parameters = (*self.model_parameters.values(), *self.maps.values())
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if not math.isfinite(loss) or not math.isfinite(norm):
-            rule = f"loss {loss:g} and gradient {float(norm):g} of step {n + 1} must be finite"
-            raise LowkeyError(f"lr {peak:g}: {rule}; give a smaller lr")
-        self.whole = False
+            raise LowkeyError(
+                f"lr {peak:g}: loss {loss:g} and gradient {float(norm):g} of step {n + 1} must be finite; "
+                "give a smaller lr"
+            )
+        self.between_steps = False
         self.optimizer.step()
         self.losses.append(loss)
-        self.whole = True
+        self.between_steps = True
 
-    def _differentiated(self, name: str, n: int) -> float:
-        """The loss of step n, its gradients being added to the parameters'."""
+    def _backward(self, name: str, n: int) -> float:
+        """Return the loss of step n after adding its gradients to those of the parameters."""
         device, loss = device_of(self.student.model), 0.0
-        with _randomness(device, _seed(self.settings.seed, n, "dropout")):
+        with _seeded(device, _seed(self.settings.seed, n, "dropout")):
             for part in OBJECTIVES[name](self.student, self.data.at(n).to(device)):
                 part.backward()
                 loss += float(part.detach())
         return loss
 
-    # -- stopping and going on: random numbers depend on the seed and the step alone, so there is no state of
-    # theirs to keep
+    # -- saving and resuming: random numbers depend on the seed and the step alone, so they have no state to
+    # save
 
     def save(self, folder: Path | None) -> None:
-        """One file, so that it is of one step. In the middle of a step the last one stays."""
-        if folder is None or not self.whole:
+        """Save the state into one file, so that it is that of one step. In the middle of a step nothing is
+        saved.
+        """
+        if folder is None or not self.between_steps:
             return
-        found = {f"parameter.{name}": p.detach() for name, p in (self.adapters | self.maps).items()}
-        found |= optimizer_state.tensors_of(self.optimizer)
-        files.write_work(
-            folder, RECOVERY_FILE, found | {"losses": torch.tensor(self.losses, dtype=torch.float64)}
-        )
+        parameters = self.model_parameters | self.maps
+        tensors = {f"parameter.{name}": p.detach() for name, p in parameters.items()}
+        tensors |= optimizer_state.tensors_of(self.optimizer)
+        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        files.write_work(folder, RECOVERY_FILE, tensors)
 
     @torch.no_grad()
-    def restore(self, found: dict[str, Tensor], folder: Path) -> None:
-        losses = found.get("losses")
+    def restore(self, tensors: dict[str, Tensor], folder: Path) -> None:
+        """Restore what `save` saved.
+
+        Raises:
+            LowkeyError: if the tensors do not fit this training.
+        """
+        losses = tensors.get("losses")
         if (
             losses is None
             or losses.dtype != torch.float64
@@ -397,30 +398,32 @@ class RecoveryTraining:
             or len(losses) > len(self.schedule)
         ):
             raise files.damaged_work(folder, "losses are not those of its steps")
-        for name, p in (self.adapters | self.maps).items():
-            p.copy_(files.checked_tensor(found, f"parameter.{name}", p, folder))
-        optimizer_state.fill_state(self.optimizer, found, str(folder))
+        for name, p in (self.model_parameters | self.maps).items():
+            p.copy_(files.checked_tensor(tensors, f"parameter.{name}", p, folder))
+        optimizer_state.fill_state(self.optimizer, tensors, str(folder))
         self.losses = losses.tolist()
 
     def records(self) -> list[dict]:
-        size, names = self.settings.batch * self.settings.length, [entry[0] for entry in self.schedule]
+        """Return one record per step, as `Recovered.losses` has them."""
+        tokens = self.settings.batch * self.settings.length
         return [
-            {"step": n, "stage": names[n - 1], "loss": loss, "tokens": n * size}
+            {"step": n, "stage": self.schedule[n - 1][0], "loss": loss, "tokens": n * tokens}
             for n, loss in enumerate(self.losses, 1)
         ]
 
     def stages(self) -> list[dict]:
-        found, start = [], 0
+        """Return one record per stage that was begun, as `Recovered.stages` has them."""
+        records, start = [], 0
         for name, steps in self.settings.stages:
-            own, start = self.losses[start : start + steps], start + steps
-            found += [{"objective": name, "steps": steps, "first": own[0], "last": own[-1]}] if own else []
-        return found
+            losses, start = self.losses[start : start + steps], start + steps
+            if losses:
+                records.append({"objective": name, "steps": steps, "first": losses[0], "last": losses[-1]})
+        return records
 
 
-def _finished(
-    training: RecoveryTraining, plan: Plan, judge: HeldOut, held_out: dict[str, float]
-) -> Recovered:
-    model = training.student.adapted.merged().eval().requires_grad_(False)
+def _result(training: RecoveryTraining, plan: Plan, judge: HeldOut, held_out: dict[str, float]) -> Recovered:
+    """Return the merged model and the plan re-issued for it."""
+    model = training.student.trainable.merged().eval().requires_grad_(False)
     records, exact = training.records(), all(f.lossless for f in plan.factors.values())
     about = {
         "exact": exact,
@@ -431,23 +434,22 @@ def _finished(
         "stages": training.stages(),
         "versions": versions(),
     }
-    issued = replace(
-        plan, provenance={**plan.provenance, "model_sha256": model_fingerprint(model), "recovered": about}
-    )
+    provenance = {**plan.provenance, "model_sha256": model_fingerprint(model), "recovered": about}
+    issued = replace(plan, provenance=provenance)
     if maps := training.maps:
-        back = {
+        trained = {
             i: {name: maps[f"{i}.{name}"].detach().to(t.device) for name, t in _maps(f).items()}
             for i, f in plan.factors.items()
         }
-        issued = replace(
-            issued, factors={i: replace(f, **back[i]) for i, f in plan.factors.items()}, orthonormal=False
-        )
+        factors = {i: replace(f, **trained[i]) for i, f in plan.factors.items()}
+        issued = replace(issued, factors=factors, orthonormal=False)
     held_out["after"] = judge.loss(attach(model), issued)
     issued.provenance["recovered"]["held_out"] = held_out
     return Recovered(model, issued, records, about["stages"], held_out, exact)
 
 
-def _describe(plan: Plan, data: TrainingWindows, settings: Recovery) -> dict:
+def _job(plan: Plan, data: TrainingWindows, settings: Recovery) -> dict:
+    """Return what tells this training from all others that may share a work folder."""
     digest = hashlib.sha256()
     for i, f in plan.factors.items():
         for name, t in _tensors(f).items():
@@ -455,9 +457,8 @@ def _describe(plan: Plan, data: TrainingWindows, settings: Recovery) -> dict:
                 f"{i}.{name}{tuple(t.shape)}".encode()
                 + t.detach().double().cpu().contiguous().numpy().tobytes()
             )
-    about = {name: value for name, value in asdict(settings).items() if name != "save_every"}
     return {
-        "recover": about,
+        "recover": {name: value for name, value in asdict(settings).items() if name != "save_every"},
         "plan": plan.describe(),
         "factors": digest.hexdigest(),
         "data": data.fingerprint(),

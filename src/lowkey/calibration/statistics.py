@@ -1,4 +1,4 @@
-"""One streaming pass that keeps only second moments, never activations."""
+"""Second moments of keys, values, queries and inputs, gathered in one pass that keeps no activations."""
 
 from __future__ import annotations
 
@@ -15,18 +15,28 @@ from lowkey.core.types import LayerStatistics, device_of
 from lowkey.models import families
 from lowkey.storage.second_moments import SecondMomentLayer
 
-Sums = dict[int, dict[str, Tensor]]
-BATCHES_BETWEEN_SAVES = 16  # batches between two saves of a resumable pass
+Sums = dict[int, dict[str, Tensor]]  # by layer and by field of LayerStatistics
+BATCHES_BETWEEN_SAVES = 16  # of an unfinished pass
+STATISTICS_FILE = "statistics"  # name of the unfinished pass in the work folder
 
 
 def gather_statistics(
     model: PreTrainedModel, batches: Iterable[Tensor], work: Path | None = None, sinks: int = 0
 ) -> dict[int, LayerStatistics]:
-    """Second moments per compressible layer over `batches` of unpadded ids (b, t), but for the first `sinks`
-    of each row.
+    """Sum the second moments of every compressible layer over batches of text.
 
-    work: a folder to resume from and save into every few batches; the caller vouches that it belongs to this
-    very job.
+    Args:
+        model: an attached model.
+        batches: token ids (b, t) each, unpadded.
+        work: a folder to save into every few batches and to resume from. The caller vouches that it belongs
+            to this very job.
+        sinks: how many first tokens of each row do not count.
+
+    Returns:
+        Statistics by layer.
+
+    Raises:
+        LowkeyError: if the saved pass is damaged or that of another model.
     """
     sums, done = _load(work, model)
     for count, ids in enumerate(batches):
@@ -40,6 +50,7 @@ def gather_statistics(
 
 @torch.no_grad()
 def _observe(model: PreTrainedModel, ids: Tensor, sinks: int) -> Sums:
+    """Return the sums over one batch of ids (b, t)."""
     layers = {
         i: SecondMomentLayer(families.rope(model, i), sinks) for i in families.geometry(model).compressible
     }
@@ -54,12 +65,13 @@ def _observe(model: PreTrainedModel, ids: Tensor, sinks: int) -> Sums:
 
 def _add(total: Sums, new: Sums) -> None:
     for i, layer in new.items():
-        old = total.setdefault(i, {})
+        known = total.setdefault(i, {})
         for name, moment in layer.items():
-            old[name] = old[name] + moment if name in old else moment
+            known[name] = known[name] + moment if name in known else moment
 
 
 def _statistics(sums: dict[str, Tensor]) -> LayerStatistics:
+    """Return the statistics of one layer; means are divided by the number of tokens, moments stay sums."""
     tokens = int(sums["tokens"])
     moments = {
         name: s / tokens if name.endswith("_mean") else s for name, s in sums.items() if name != "tokens"
@@ -69,34 +81,35 @@ def _statistics(sums: dict[str, Tensor]) -> LayerStatistics:
 
 def _save(work: Path, sums: Sums, done: int) -> None:
     tensors = {f"{i}.{name}": t for i, layer in sums.items() for name, t in layer.items()}
-    files.write_work(work, "statistics", tensors | {"done": torch.tensor(done)})
+    files.write_work(work, STATISTICS_FILE, tensors | {"done": torch.tensor(done)})
 
 
 def _load(work: Path | None, model: PreTrainedModel) -> tuple[Sums, int]:
-    tensors = files.read_work(work, "statistics")
+    """Return the saved sums and how many batches are in them; nothing and 0 if there are none."""
+    tensors = files.read_work(work, STATISTICS_FILE)
     if work is None or tensors is None:
         return {}, 0
     done = int(files.checked_tensor(tensors, "done", torch.tensor(0), work))
-    shapes = {
-        f"{i}.{name}": t for i in families.geometry(model).compressible for name, t in _empty(model).items()
+    expected = {
+        (i, name): t for i in families.geometry(model).compressible for name, t in _empty(model).items()
     }
-    if done < 1 or set(tensors) != {*shapes, "done"}:
+    if done < 1 or set(tensors) != {*(f"{i}.{name}" for i, name in expected), "done"}:
         raise files.damaged_work(work, "statistics are not those of this model's layers")
     sums: Sums = {}
-    for key, like in shapes.items():
-        layer, name = key.split(".", 1)
-        sums.setdefault(int(layer), {})[name] = files.checked_tensor(tensors, key, like, work)
+    for (i, name), like in expected.items():
+        sums.setdefault(i, {})[name] = files.checked_tensor(tensors, f"{i}.{name}", like, work)
     return sums, done
 
 
 def _empty(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What is summed for a layer, without its numbers."""
+    """Return tensors without numbers that have the shapes and dtypes of one layer's sums."""
     shape = families.geometry(model)
-    wide = shape.kv_heads * shape.head_dim
-    sizes: dict[str, tuple[int, ...]] = dict.fromkeys(("keys_pre", "keys_post", "values"), (wide, wide))
-    sizes |= dict.fromkeys(("queries_pre", "queries_post"), (shape.kv_heads, shape.head_dim, shape.head_dim))
-    sizes |= dict.fromkeys(("keys_pre_mean", "keys_post_mean", "values_mean"), (wide,)) | {
-        "inputs": (shape.hidden, shape.hidden)
+    width, head_dim = shape.kv_heads * shape.head_dim, shape.head_dim
+    sizes: dict[str, tuple[int, ...]] = {
+        **dict.fromkeys(("keys_pre", "keys_post", "values"), (width, width)),
+        **dict.fromkeys(("queries_pre", "queries_post"), (shape.kv_heads, head_dim, head_dim)),
+        **dict.fromkeys(("keys_pre_mean", "keys_post_mean", "values_mean"), (width,)),
+        "inputs": (shape.hidden, shape.hidden),
     }
-    found = {name: torch.empty(size, dtype=torch.float64, device="meta") for name, size in sizes.items()}
-    return found | {"tokens": torch.empty((), dtype=torch.long, device="meta")}
+    empty = {name: torch.empty(size, dtype=torch.float64, device="meta") for name, size in sizes.items()}
+    return empty | {"tokens": torch.empty((), dtype=torch.long, device="meta")}

@@ -1,6 +1,4 @@
-"""What of a model is trained: some linear maps in full, others through LoRA adapters; all of it can be left
-out, and merged.
-"""
+"""What of a model is trained: some linear layers in full, others through LoRA adapters."""
 
 from __future__ import annotations
 
@@ -23,68 +21,87 @@ from lowkey.models.attention_interface import attach
 
 
 class FullLinear(nn.Module):
-    """A linear map that is trained in full, in fp32 or wider, beside the frozen original, which answers where
-    `active` is off.
+    """A linear layer that is trained in full, beside its frozen original.
+
+    The trained weights are in fp32 or wider, since small steps would be lost in 16 bits.
+
+    Attributes:
+        base: the original.
+        active: whether the trained weights answer; otherwise the original does.
+        weight, bias: what is trained.
     """
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
         self.base, self.active = base, True
         self.weight, self.bias = (
-            None if p is None else nn.Parameter(_wide(p)) for p in (base.weight, base.bias)
+            None if p is None else nn.Parameter(_widened(p)) for p in (base.weight, base.bias)
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T + b, in x's dtype."""
         if not self.active:
             return self.base(x)
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """The original with what was learned."""
-        for mine, own in ((self.weight, self.base.weight), (self.bias, self.base.bias)):
-            if own is not None:
-                own.copy_(mine)
+        """Return the original with the trained weights in its own dtype."""
+        for trained, original in ((self.weight, self.base.weight), (self.bias, self.base.bias)):
+            if original is not None:
+                original.copy_(trained)
         return self.base
 
 
 @dataclass(frozen=True)
 class TrainableModel:
-    """A copy of a model, frozen but for what is trained. adapters: the same as peft sees it, or None where
-    nothing has an adapter.
-    wholes: maps trained in full, by name."""
+    """A copy of a model, frozen but for what is trained.
+
+    Args:
+        model: the copy, attached, in eval mode but for the adapters' dropout.
+        adapters: the same model as peft wraps it; None if nothing has an adapter.
+        full: the layers that are trained in full, by full name.
+    """
 
     model: PreTrainedModel
     adapters: Any
-    wholes: dict[str, FullLinear]
+    full: dict[str, FullLinear]
 
     @classmethod
     def of(
         cls, model: PreTrainedModel, lora: Sequence[str], full: Sequence[str], **adapter: Any
     ) -> TrainableModel:
-        """lora, full: patterns of linear maps as their layer names them, like `self_attn.*`; what both name
-        is trained in full.
-        adapter: fields of peft's LoraConfig. In eval mode but for the adapters' dropout. Errors: as
-        `check_trainable`."""
+        """Copy a model and make linear layers of its decoder layers trainable.
+
+        Args:
+            model: stays as it is.
+            lora: patterns of the names of linear layers within a decoder layer, like `self_attn.*`, that get
+                a LoRA adapter.
+            full: patterns of those that are trained in full; what both name is trained in full.
+            adapter: fields of peft's LoraConfig.
+
+        Raises:
+            LowkeyError: as `check_trainable`.
+        """
         check_trainable(model, lora, full)
         twin = attach(copy.deepcopy(model)).eval().requires_grad_(False)
-        whole = _named(twin, full)
-        names = [name for name in _named(twin, lora) if name not in whole]
-        adapters = _lora(twin, names, adapter) if names else None
-        wholes = {name: FullLinear(twin.get_submodule(name)) for name in whole}  # type: ignore[arg-type]
-        for name, module in wholes.items():
+        full_names = _matching(twin, full)
+        lora_names = [name for name in _matching(twin, lora) if name not in full_names]
+        adapters = _with_adapters(twin, lora_names, adapter) if lora_names else None
+        layers = {name: FullLinear(twin.get_submodule(name)) for name in full_names}  # type: ignore[arg-type]
+        for name, module in layers.items():
             twin.set_submodule(name, module)
-        return cls(twin, adapters, wholes)
+        return cls(twin, adapters, layers)
 
     def parameters(self) -> dict[str, Tensor]:
-        """All that is trained, by name."""
+        """Return all that is trained, by name."""
         root = self.adapters or self.model
         return {name: p for name, p in root.named_parameters() if p.requires_grad}
 
     @contextmanager
     def original(self) -> Iterator[PreTrainedModel]:
-        """The model as it was, without gradients."""
-        for module in self.wholes.values():
+        """Give the model as it was before training, without gradients, inside a `with` block."""
+        for module in self.full.values():
             module.active = False
         try:
             with torch.no_grad():
@@ -94,18 +111,22 @@ class TrainableModel:
                     with self.adapters.disable_adapter():
                         yield self.model
         finally:
-            for module in self.wholes.values():
+            for module in self.full.values():
                 module.active = True
 
     def merged(self) -> PreTrainedModel:
-        """A plain model with all that was learned; nothing else of this is usable afterwards."""
-        for name, module in self.wholes.items():
+        """Return a plain model with all that was learned; this object cannot be used afterwards."""
+        for name, module in self.full.items():
             self.model.set_submodule(name, module.merged())
         return self.model if self.adapters is None else self.adapters.merge_and_unload()
 
 
-def peft() -> Any:
-    """Errors: LowkeyError where it is not installed."""
+def import_peft() -> Any:
+    """Return the module peft.
+
+    Raises:
+        LowkeyError: if it is not installed.
+    """
     try:
         import peft
     except ImportError:
@@ -113,9 +134,13 @@ def peft() -> Any:
     return peft
 
 
-def _lora(model: PreTrainedModel, names: list[str], fields: dict[str, Any]) -> Any:
-    config = peft().LoraConfig(target_modules=names, bias="none", **fields)
-    adapted = peft().get_peft_model(model, config, autocast_adapter_dtype=True).eval()
+def _with_adapters(model: PreTrainedModel, names: list[str], fields: dict[str, Any]) -> Any:
+    """Return the model with adapters at the linear layers of these names, only their dropout in training
+    mode.
+    """
+    peft = import_peft()
+    config = peft.LoraConfig(target_modules=names, bias="none", **fields)
+    adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=True).eval()
     for name, module in adapted.named_modules():
         if name.endswith(".lora_dropout"):
             module.train()
@@ -123,13 +148,17 @@ def _lora(model: PreTrainedModel, names: list[str], fields: dict[str, Any]) -> A
 
 
 def check_trainable(model: PreTrainedModel, lora: Sequence[str], full: Sequence[str]) -> None:
-    """Errors: LowkeyError for a pattern that names nothing, and where there is no pattern at all."""
-    known = dict.fromkeys(_inside(model).values())
-    for what, patterns in (("lora", lora), ("full", full)):
+    """Check that there is something to train, and that every pattern names some linear layer.
+
+    Raises:
+        LowkeyError: for a pattern that names nothing, and if there is no pattern at all.
+    """
+    known = dict.fromkeys(_linear_layers(model).values())
+    for option, patterns in (("lora", lora), ("full", full)):
         for pattern in patterns:
-            if not any(fnmatchcase(own, pattern) for own in known):
+            if not any(fnmatchcase(name, pattern) for name in known):
                 raise LowkeyError(
-                    f"{what} {shown(pattern)}: names no linear map of a layer; there are {', '.join(known)}"
+                    f"{option} {shown(pattern)}: names no linear map of a layer; there are {', '.join(known)}"
                 )
     if not (lora or full):
         raise LowkeyError(
@@ -138,19 +167,22 @@ def check_trainable(model: PreTrainedModel, lora: Sequence[str], full: Sequence[
         )
 
 
-def _inside(model: PreTrainedModel) -> dict[str, str]:
-    """Linear maps of the decoder layers: by full name, the name within the layer."""
-    names = {m: name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    blocks = families.decoder_layers(model)
-    return {names[m]: own for block in blocks for own, m in block.named_modules() if isinstance(m, nn.Linear)}
+def _linear_layers(model: PreTrainedModel) -> dict[str, str]:
+    """Return the linear layers of all decoder layers: by full name, the name within the decoder layer."""
+    full_names = {m: name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    return {
+        full_names[m]: name
+        for layer in families.decoder_layers(model)
+        for name, m in layer.named_modules()
+        if isinstance(m, nn.Linear)
+    }
 
 
-def _named(model: PreTrainedModel, patterns: Sequence[str]) -> list[str]:
-    """Full names of the linear maps that any of the patterns names."""
-    return [
-        name for name, own in _inside(model).items() if any(fnmatchcase(own, pattern) for pattern in patterns)
-    ]
+def _matching(model: PreTrainedModel, patterns: Sequence[str]) -> list[str]:
+    """Return the full names of the linear layers that any of the patterns names."""
+    layers = _linear_layers(model)
+    return [full for full, name in layers.items() if any(fnmatchcase(name, p) for p in patterns)]
 
 
-def _wide(x: Tensor) -> Tensor:
+def _widened(x: Tensor) -> Tensor:
     return x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True)

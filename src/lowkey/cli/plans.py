@@ -116,7 +116,11 @@ class Dynamic:
             **plan_place(str(self.path)),
         }
         return Setting(
-            *(f"{dynamic.METHOD} {self.plan.budget}", known, lambda: dynamic.fresh(model, self.plan)),
+            *(
+                f"{dynamic.METHOD} {self.plan.budget}",
+                known,
+                lambda: dynamic.unchecked_dynamic_cache(model, self.plan),
+            ),
             marks=marks,
             made_of=self.plan.digest(),
         )

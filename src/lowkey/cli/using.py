@@ -30,7 +30,7 @@ from lowkey.cli.plans import plan_at
 from lowkey.cli.tables import options_of, screen
 from lowkey.core.options import Range, checked, ranges
 from lowkey.core.types import LowkeyError
-from lowkey.generate import stream
+from lowkey.generate import stream_text
 from lowkey.methods import METHODS, Method
 from lowkey.methods.dynakv import GateTraining
 from lowkey.models.loading import load
@@ -89,7 +89,7 @@ def generate(
         wanted[0][1].with_head_scores(importance(below, head_scores(heads, loaded))) if wanted else None
     )
     cache = chosen.cache(loaded, evicting, bits) if chosen else make_cache(loaded, None, evicting, bits=bits)
-    summary = stream(loaded, tokenizer, prompt, cache, tokens, None if as_json else sys.stdout)
+    summary = stream_text(loaded, tokenizer, prompt, cache, tokens, None if as_json else sys.stdout)
     if as_json:
         print(json.dumps(summary))
         return

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def merged(x: Float[Tensor, "*b h s d"], down: Float[Tensor, "*c m n r"]) -> Float[Tensor, "*b G s r"]:
+def group_latents(x: Float[Tensor, "*b h s d"], down: Float[Tensor, "*c m n r"]) -> Float[Tensor, "*b G s r"]:
     """Latents of the groups; down (G|1, t d, r). A 1 in the place of G, when t is 1, means shared by all
     heads.
     """
@@ -30,7 +30,7 @@ def rebuilt_heads(
     return (latent.unsqueeze(-3) @ up.unflatten(-3, (-1, t))).flatten(-4, -3)
 
 
-def blocks(rows: Float[Tensor, "G r n"], t: int) -> Float[Tensor, "h r d"]:
+def per_head_maps(rows: Float[Tensor, "G r n"], t: int) -> Float[Tensor, "h r d"]:
     """Maps from a group's latent to its t heads side by side, as one map per head."""
     return rows.unflatten(-1, (t, -1)).transpose(-3, -2).flatten(-4, -3) if t > 1 else rows
 

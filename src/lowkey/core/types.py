@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowkey.core.budget import Budget as Budget
 from lowkey.core.errors import LowkeyError as LowkeyError
-from lowkey.core.head_groups import block_hadamard, blocks
+from lowkey.core.head_groups import block_hadamard, per_head_maps
 
 Layout = Literal["post_rope", "pre_rope"]
 Heads = Literal["shared", "per_head"]
@@ -151,7 +151,7 @@ class Basis:
         width = rank * self.merge // self.unit * self.unit
         down = dict(self.exact).get(rank, self.columns[..., :width])
         up = down.mT if self.rows is None else self.rows[..., :width, :]
-        return down, blocks(up, self.merge)
+        return down, per_head_maps(up, self.merge)
 
 
 @dataclass(frozen=True)

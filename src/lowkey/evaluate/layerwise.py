@@ -15,7 +15,7 @@ from lowkey.evaluate.settings import Setting
 from lowkey.models import families
 from lowkey.probes.layer_inputs import layer_inputs
 from lowkey.probes.layer_probe import LayerProbe, relative_errors
-from lowkey.storage.exact import NOTHING
+from lowkey.storage.exact import NO_EXACT_TOKENS
 
 
 @torch.no_grad()
@@ -64,4 +64,4 @@ def _pair(probe: LayerProbe, setting: Setting, windows: Tensor) -> tuple[Tensor,
     target, device = probe.outputs[windows], device_of(probe.block)
     storage = setting.storage(probe.index)
     out = target if storage is None else probe.run(probe.inputs[windows].to(device), storage).cpu()
-    return relative_errors(out, target, NOTHING), torch.cosine_similarity(out, target, dim=-1).mean(1)
+    return relative_errors(out, target, NO_EXACT_TOKENS), torch.cosine_similarity(out, target, dim=-1).mean(1)

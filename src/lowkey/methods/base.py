@@ -18,14 +18,14 @@ from lowkey.models import families
 from lowkey.ops.products import group_size
 from lowkey.probes.gradients import GradientMoments, fisher_bases, gather_gradient_moments
 from lowkey.probes.layer_probe import LayerProbe
-from lowkey.storage.exact import NOTHING, Exact
+from lowkey.storage.exact import NO_EXACT_TOKENS, Exact
 
 
 @dataclass(frozen=True)
 class CalibrationContext:
     """The model, the calibration windows and the settings that a method's stages work with.
 
-    Attributes:
+    Args:
         model: an attached model in eval mode.
         windows: token ids (n, t) of all calibration windows.
         held_out: how many of the last windows are for judging only.
@@ -49,7 +49,7 @@ class CalibrationContext:
     batch: int = 4
     progress: Progress = silent
     choices: tuple[int, ...] = ()
-    exact: Exact = NOTHING
+    exact: Exact = NO_EXACT_TOKENS
     work: Path | None = None
 
     @property
@@ -157,7 +157,7 @@ def whole_head_numbers(rank: int, group: int, head_dim: int) -> int:
 class GradientMethod(Method):
     """A method whose bases come from the gradients of the whole model's loss.
 
-    Attributes:
+    Args:
         group: how many KV heads share one latent; it divides their number, or is 0 (default) for all.
     """
 

@@ -1,9 +1,9 @@
-"""DynaKV (arXiv:2603.04411): a learnt gate gives every token a rank of its own.
+"""DynaKV (arXiv:2603.04411): a trained gate gives every token a rank of its own.
 
-Of the paper only the abstract is known: post-training, low rank, and a compression rate for each token. All
-that is below is OUR design: the bases (PCA), the levels (d, d/2, d/4, d/8), what the gate sees, its loss, and
-how its budget is met. It gives no ordinary plan, whose ranks are the same for all tokens:
-`lowkey.calibration.dynamic` makes caches of it.
+Only the paper's abstract is known to us: post-training, low rank, and a compression rate for each token. All
+else here is OUR design: the bases (PCA), the levels (d, d/2, d/4, d/8), what the gate sees, its loss, and how
+its budget is met. An ordinary plan has the same ranks for all tokens, so `lowkey.calibration.dynamic` keeps
+gates in a plan of their own kind and makes caches of it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowkey.core import files, optimizer_state
-from lowkey.core.head_groups import merged, rebuilt_heads
+from lowkey.core.head_groups import group_latents, rebuilt_heads
 from lowkey.core.options import Checked, option
 from lowkey.core.progress import Progress, silent
 from lowkey.core.types import (
@@ -41,24 +41,32 @@ from lowkey.probes import model_probe
 from lowkey.storage.bucketed import Gate
 from lowkey.storage.reconstruction import KVTransform
 
-LEVEL_WARMUP = 0.05  # of the steps
-COLDEST = 0.2  # of the temperature, which falls to it in a line
-UNFINISHED = "gates"  # in the work folder
-LEVEL_JUDGEMENTS = 5  # how often the held-out windows judge
-STEEP = 10.0  # of a gate at the start: how much a token minds to lose all its energy
-PRICE_DOUBLINGS, PRICE_HALVINGS = 12, 12  # of the price, to enclose it and to find it
-ROUNDING = 1e-6  # of a mean share
-Look = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+LEVEL_WARMUP = 0.05  # share of the steps
+COLDEST = 0.2  # share of the temperature at which its linear fall ends
+GATE_FILE = "gates"  # name of the unfinished training in the work folder
+LEVEL_JUDGEMENTS = 5  # how many times the held-out windows judge
+STEEPNESS = 10.0  # of a gate at the start: its numbers differ by this times the share of energy kept
+PRICE_DOUBLINGS, PRICE_HALVINGS = 12, 12  # to enclose the price, and to find it
+ROUNDING = 1e-6  # by which a mean share may exceed the target
+CoordinateMap = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # of keys and values, each (b, h, t, d)
 
 
 @dataclass(frozen=True)
 class GateTraining(Checked):
     """How gates are trained.
 
-    target: the mean share of coordinates that tokens keep, over tokens and layers. hidden: width of a gate's
-    hidden layer. temperature: of the softmax over levels, at the start. straight: tokens take one level each
-    in training too, with the softmax's gradient (straight through); else each takes a mixture, which grows
-    sharper. penalty: weight of the squared excess over the target.
+    Args:
+        target: the mean share of coordinates that tokens keep, over tokens and layers (default 0.5).
+        steps: training steps (default 200).
+        lr: peak learning rate of AdamW (default 5e-3).
+        batch: windows per step (default 4).
+        hidden: width of a gate's hidden layer (default 64).
+        temperature: of the softmax over levels, at the start (default 1).
+        straight: whether tokens take one level each in training too, with the gradient of the softmax
+            (straight through). Otherwise (default) each takes a mixture, which becomes sharper as the
+            temperature falls.
+        penalty: weight of the squared excess over the target (default 50).
+        seed: of everything random (default 0).
     """
 
     summary: ClassVar[str] = (
@@ -79,8 +87,12 @@ class GateTraining(Checked):
 
 @dataclass(frozen=True)
 class TrainedGates:
-    """Trained gates by layer; the mean share of coordinates that held-out tokens keep, and KL(original ||
-    compressed) per token there.
+    """The gates of all layers, and what they cost on held-out windows.
+
+    Args:
+        gates: by layer.
+        share: the mean share of coordinates that held-out tokens keep.
+        divergence: KL(original || compressed) per held-out token, in nats.
     """
 
     gates: dict[int, Gate]
@@ -89,24 +101,29 @@ class TrainedGates:
 
 
 def levels_of(head_dim: int) -> tuple[int, ...]:
-    """Ranks that a token may keep, the widest first: d, d/2, d/4 and d/8, as far as they are whole."""
+    """Return the ranks that a token may keep, the widest first: those of d, d/2, d/4 and d/8 that are
+    whole.
+    """
     return tuple(head_dim // part for part in (1, 2, 4, 8) if head_dim % part == 0)
 
 
 def check_target(target: float, head_dim: int) -> None:
-    """Errors: LowkeyError for a mean share of coordinates below that of the least level."""
+    """Check that a mean share of coordinates can be reached.
+
+    Raises:
+        LowkeyError: if the target is below the share of the smallest level.
+    """
     least = levels_of(head_dim)[-1]
     share = least / head_dim
     if target < share:
-        rule = f"tokens keep at least {least} of {head_dim} coordinates"
         raise LowkeyError(
-            f"target {target:g} (a budget of {100 * target:g}%): {rule}; give {share:g} or more "
-            f"({100 * share:g}%)"
+            f"target {target:g} (a budget of {100 * target:g}%): tokens keep at least {least} of {head_dim} "
+            f"coordinates; give {share:g} or more ({100 * share:g}%)"
         )
 
 
-def bases(statistics: LayerStatistics, layout: Layout, key_bases: Heads = "shared") -> LayerBases:
-    """Uncentred PCA of keys and of values, as the plain baseline has it."""
+def pca_bases(statistics: LayerStatistics, layout: Layout, key_bases: Heads = "shared") -> LayerBases:
+    """Return uncentred PCA of keys and of values (per head), as the method `pca` has it."""
     values = head_blocks(statistics.values, statistics.heads)
     return LayerBases(
         principal_basis(statistics.keys(layout), key_bases), principal_basis(values, "per_head")
@@ -115,138 +132,174 @@ def bases(statistics: LayerStatistics, layout: Layout, key_bases: Heads = "share
 
 def train_gates(
     model: PreTrainedModel,
-    found: dict[int, LayerBases],
+    bases: dict[int, LayerBases],
     rows: Tensor,
-    held: int,
+    held_out: int,
     layout: Layout,
     settings: GateTraining = GateTraining(),
     progress: Progress = silent,
     work: Path | None = None,
 ) -> TrainedGates:
-    """Gates for all layers over nested bases with one latent per head, trained through the whole model, which
-    stays as it is.
+    """Train gates for all layers through the whole model, which stays as it is.
 
-    rows (n, t): unpadded ids; the last `held` only judge. In every step gates draw a level for each token and
-    layer, relaxed (Gumbel-softmax, arXiv:1611.01144): keys and values are the mixture of what the levels
-    would rebuild. Loss: KL(original || compressed) per token + penalty * relu(mean share - target)^2. Neither
-    this nor the straight-through form always does better: on the embedded model at a target of 3/8, KL on the
-    evaluation text is 0.15 relaxed and 0.37 straight with rotated keys, 0.15 and 0.13 with unrotated ones.
-    The better PCA plan of that size has 0.25 and 0.10: with unrotated keys it gains by giving values more
-    rank than keys, which levels here do not. What serves is the level of a token's largest number, after a
-    price for each coordinate is taken off. The price is found by bisection on the held-out windows, as low as
-    the target allows. Gates that do best there are kept, those at the start among them: they give all tokens
-    of a layer the same level. work: a folder of this very job, to save into at every look and to go on from,
-    to the same gates.
-    Errors: LowkeyError when the target is below the least level.
+    In every step the gates draw a level for each token and layer, relaxed (Gumbel-softmax, arXiv:1611.01144):
+    keys and values are the mixture of what the levels would give back. The loss is
+    KL(original || compressed) per token + penalty * relu(mean share - target)^2. In use, a token takes the
+    level of its largest number, after a price for each coordinate is subtracted. The price is found by
+    bisection on the held-out windows, as low as the target allows. The gates that do best there are kept,
+    those at the start among them, which give all tokens of a layer the same level.
+
+    Neither the relaxed nor the straight-through form always does better. On the embedded model at a target of
+    3/8, the KL of the evaluation text is 0.15 relaxed and 0.37 straight through with rotated keys, and 0.15
+    and 0.13 with unrotated ones. The better PCA plan of that size has 0.25 and 0.10: with unrotated keys it
+    gains by giving values more rank than keys, which levels here do not.
+
+    Args:
+        model: an attached model.
+        bases: nested bases with one latent per head, by layer.
+        rows: token ids (n, t), unpadded.
+        held_out: how many of the last rows only judge.
+        layout: whether keys are stored before or after their rotation.
+        settings: how to train.
+        progress: shows how far the training is.
+        work: a folder of this very job, to save into at every judgement and to resume from, to the same
+            gates.
+
+    Raises:
+        LowkeyError: if the target is below the share of the smallest level.
     """
-    d = next(iter(found.values())).keys.columns.shape[-1]
+    d = next(iter(bases.values())).keys.columns.shape[-1]
     levels = levels_of(d)
     check_target(settings.target, d)
-    blocks = families.decoder_layers(model)
-    maps = {i: b.at(d, d).to(torch.empty(0, device=device_of(blocks[i]))) for i, b in found.items()}
-    squares = _squares(model, maps, rows[:-held], layout, settings.batch)
+    layers = families.decoder_layers(model)
+    maps = {i: b.at(d, d).to(torch.empty(0, device=device_of(layers[i]))) for i, b in bases.items()}
+    mean_squares = _mean_squares(model, maps, rows[:-held_out], layout, settings.batch)
+    gates = _initial_gates(mean_squares, levels, settings)
     with torch.enable_grad():
-        return _GateTrainer(
-            model, maps, layout, levels, settings, rows, held, _fresh(squares, levels, settings), work
-        ).run(progress)
+        return _GateTrainer(model, maps, layout, levels, settings, rows, held_out, gates, work).run(progress)
 
 
 @dataclass
 class ObservedReconstruction:
-    """A layer's keys and values rebuilt from coordinates that `look` has seen, and may have changed."""
+    """Rebuilds a layer's keys and values from coordinates that a function sees and may change.
+
+    Args:
+        factors: maps of full rank, with one latent per head.
+        layout: whether keys are stored before or after their rotation.
+        rope: the layer's rotary embedding.
+        observe: gets the coordinates of keys and of values (b, h, t, d) and returns those to rebuild from.
+    """
 
     factors: Factors
     layout: Layout
     rope: Rope
-    look: Look
+    observe: CoordinateMap
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values (b, h, t, d) rebuilt from their coordinates."""
         cos, sin = self.rope(torch.arange(keys.shape[2], device=keys.device).unsqueeze(0), keys)
-        pre, f = self.layout == "pre_rope", self.factors
-        k, v = self.look(
-            merged(unrotate(keys, cos, sin) if pre else keys, f.k_down), merged(values, f.v_down)
+        unrotated, f = self.layout == "pre_rope", self.factors
+        k, v = self.observe(
+            group_latents(unrotate(keys, cos, sin) if unrotated else keys, f.k_down),
+            group_latents(values, f.v_down),
         )
         keys = rebuilt_heads(k, f.k_up)
-        return rotate(keys, cos, sin) if pre else keys, rebuilt_heads(v, f.v_up)
+        return rotate(keys, cos, sin) if unrotated else keys, rebuilt_heads(v, f.v_up)
 
 
 @torch.no_grad()
-def _squares(
+def _mean_squares(
     model: PreTrainedModel, maps: dict[int, Factors], rows: Tensor, layout: Layout, batch: int
 ) -> dict[int, Tensor]:
-    """Mean squares (2 h, d) of the coordinates of keys and values in every layer."""
+    """Return the mean squares (2 h, d) of the coordinates of keys and values in every layer."""
     sums: dict[int, Tensor] = {}
 
-    def looking(i: int) -> Look:
-        def look(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-            found = torch.cat([keys, values], 1).square().sum((0, 2))
-            sums[i] = sums[i] + found if i in sums else found
+    def adding_up(i: int) -> CoordinateMap:
+        def observe(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            squares = torch.cat([keys, values], 1).square().sum((0, 2))
+            sums[i] = sums[i] + squares if i in sums else squares
             return keys, values
 
-        return look
+        return observe
 
+    transforms = {
+        i: ObservedReconstruction(f, layout, families.rope(model, i), adding_up(i)) for i, f in maps.items()
+    }
     for ids in rows.to(device_of(model)).split(batch):
-        model_probe.logits(
-            model,
-            ids,
-            {
-                i: ObservedReconstruction(f, layout, families.rope(model, i), looking(i))
-                for i, f in maps.items()
-            },
-        )
+        model_probe.logits(model, ids, transforms)
     return {i: s / rows.numel() for i, s in sums.items()}
 
 
-def _fresh(squares: dict[int, Tensor], levels: tuple[int, ...], settings: GateTraining) -> dict[int, Gate]:
-    """Gates that see nothing yet: a level's number is the share of its layer's energy that it keeps, so that
-    with a rising price all tokens go from level to level."""
+def _initial_gates(
+    mean_squares: dict[int, Tensor], levels: tuple[int, ...], settings: GateTraining
+) -> dict[int, Gate]:
+    """Return gates that do not look at their token yet.
+
+    The number of a level is the share of its layer's energy that it keeps, times `STEEPNESS`. So with a
+    rising price all tokens go from level to level together.
+    """
     generator = torch.Generator().manual_seed(settings.seed)
     gates = {}
-    for i, mean in squares.items():
+    for i, mean in mean_squares.items():
         width = mean.numel()
         hidden = torch.randn(width, settings.hidden, generator=generator).to(mean) * width**-0.5
         energies = torch.stack([side.sum(0) / side.sum() for side in mean.chunk(2)])
         kept = torch.stack([energies[:, :r].sum() for r in levels])
         scale = mean.clamp_min(1e-6 * float(mean.mean())).rsqrt()
+        no_bias = mean.new_zeros(settings.hidden)
         gates[i] = Gate(
-            scale,
-            hidden,
-            mean.new_zeros(settings.hidden),
-            mean.new_zeros(settings.hidden, len(levels)),
-            STEEP * kept,
+            scale, hidden, no_bias, mean.new_zeros(settings.hidden, len(levels)), STEEPNESS * kept
         )
     return gates
 
 
 @dataclass
 class _GateTrainer:
+    """The training of all layers' gates.
+
+    Args:
+        model, maps, layout: the model, its layers' maps of full rank, and where keys are stored.
+        levels: ranks that a token may keep, the widest first.
+        settings: how to train.
+        rows: token ids (n, t).
+        held_out: how many of the last rows only judge.
+        gates: by layer.
+        work: the folder to save into, or None.
+        done: steps done.
+    """
+
     model: PreTrainedModel
     maps: dict[int, Factors]
     layout: Layout
     levels: tuple[int, ...]
     settings: GateTraining
     rows: Tensor
-    held: int
+    held_out: int
     gates: dict[int, Gate]
     work: Path | None = None
     done: int = 0
 
     def run(self, progress: Progress) -> TrainedGates:
-        s, found = self.settings, self.saved()
-        best = self.judged() if found is None else self.best_of(found)
-        self.gates = {i: _loose(g) for i, g in best.gates.items()}
+        """Train, and return the gates that the held-out windows found best."""
+        s, saved = self.settings, files.read_work(self.work, GATE_FILE)
+        best = self.judge() if saved is None else self._saved_best(saved)
+        self.gates = {
+            i: Gate(g.scale, *(t.detach().clone().requires_grad_() for t in _trained(g)))
+            for i, g in best.gates.items()
+        }
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=s.lr, weight_decay=0.0)
-        self.generator, training = torch.Generator().manual_seed(s.seed), self.rows[: -self.held]
-        if found is not None:
-            self.restore(found)
+        self.generator, training = torch.Generator().manual_seed(s.seed), self.rows[: -self.held_out]
+        if saved is not None:
+            self._restore(saved)
         for k in progress(range(self.done, s.steps), "training gates", s.steps - self.done):
             self.step(k, training[torch.randperm(len(training), generator=self.generator)[: s.batch]])
             if (k + 1) % max(1, s.steps // LEVEL_JUDGEMENTS) == 0 or k + 1 == s.steps:
-                best, self.done = min(best, self.judged(), key=lambda found: found.divergence), k + 1
-                self.save(best)
+                best, self.done = min(best, self.judge(), key=lambda gates: gates.divergence), k + 1
+                self._save(best)
         return best
 
     def step(self, k: int, ids: Tensor) -> None:
+        """Take step k on windows (b, t)."""
         s, parameters = self.settings, self.parameters()
         for group in self.optimizer.param_groups:
             group["lr"] = s.lr * falling(k, max(1, s.steps), LEVEL_WARMUP)
@@ -256,131 +309,145 @@ class _GateTrainer:
         self.optimizer.step()
 
     def parameters(self) -> list[Tensor]:
+        """Return all that is trained."""
         return [p for gate in self.gates.values() for p in _trained(gate)]
 
-    # -- stopping and going on
-
-    def save(self, best: TrainedGates) -> None:
-        if self.work is None:
-            return
-        found = {
-            f"{i}.{name}": t.detach() for i, gate in best.gates.items() for name, t in vars(gate).items()
-        }
-        found |= {
-            f"parameter.{index}": p.detach() for index, p in enumerate(self.parameters())
-        } | optimizer_state.tensors_of(self.optimizer)
-        judged = torch.tensor([best.share, best.divergence], dtype=torch.float64)
-        found |= {"judged": judged, "random": self.generator.get_state(), "done": torch.tensor(self.done)}
-        files.write_work(self.work, UNFINISHED, found)
-
-    def saved(self) -> dict[str, Tensor] | None:
-        return files.read_work(self.work, UNFINISHED)
-
-    def best_of(self, found: dict[str, Tensor]) -> TrainedGates:
-        gates = {
-            i: Gate(**{name: self._fits(found, f"{i}.{name}", t) for name, t in vars(gate).items()})
-            for i, gate in self.gates.items()
-        }
-        return TrainedGates(gates, *self._fits(found, "judged", torch.zeros(2, dtype=torch.float64)).tolist())
-
-    def restore(self, found: dict[str, Tensor]) -> None:
-        for index, p in enumerate(self.parameters()):
-            p.data.copy_(self._fits(found, f"parameter.{index}", p))
-        optimizer_state.fill_state(self.optimizer, found, str(self.work))
-        self.generator.set_state(self._fits(found, "random", self.generator.get_state()))
-        self.done = int(self._fits(found, "done", torch.tensor(0)))
-        if self.work is not None and not 0 < self.done <= self.settings.steps:
-            raise files.damaged_work(self.work, f"{self.done} of {self.settings.steps} steps are done")
-
-    def _fits(self, found: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
-        return files.checked_tensor(found, name, like, self.work or Path()).to(like.device)
-
     def loss(self, ids: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-        def drawn(numbers: Tensor) -> Tensor:
+        """Return the training loss of windows (b, t), with Gumbel noise from the generator."""
+
+        def draw_levels(numbers: Tensor) -> Tensor:
             uniform = torch.rand(numbers.shape, generator=generator).clamp(1e-9, 1 - 1e-7).to(numbers)
             soft = ((numbers - (-uniform.log()).log()) / temperature).softmax(-1)
+            # straight through: the value of the one-hot choice, the gradient of the softmax
             return _one_hot(soft) + soft - soft.detach() if self.settings.straight else soft
 
-        divergence, share = self.passed(ids, self.gates, drawn)
+        divergence, share = self.divergence_and_share(ids, self.gates, draw_levels)
         return divergence + self.settings.penalty * (share - self.settings.target).relu().square()
 
-    def passed(
+    def divergence_and_share(
         self, ids: Tensor, gates: dict[int, Gate], choose: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """KL(original || compressed) per token and the mean share of coordinates kept, of windows (b, t)."""
+        """Return KL(original || compressed) per token and the mean share of coordinates kept.
+
+        The arguments are those of `forward`.
+        """
         ids = ids.to(device_of(self.model))
-        scores, share = self.through(ids, gates, choose)
+        compressed, share = self.forward(ids, gates, choose)
         with torch.no_grad():
             original = self.model(ids, use_cache=False).logits
-        return model_probe.kl_divergence(scores, original), share
+        return model_probe.kl_divergence(compressed, original), share
 
-    def through(
+    def forward(
         self, ids: Tensor, gates: dict[int, Gate], choose: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Logits and mean share when every token of every layer takes the levels in the proportions that
-        `choose` makes of its numbers.
+        """Run the model while every token keeps as many coordinates as its level says.
+
+        Args:
+            ids: windows (b, t).
+            gates: by layer.
+            choose: turns a token's numbers (b, t, levels) into the weights of its levels, which sum to 1.
+
+        Returns:
+            Logits (b, t, V) and the mean share of coordinates kept.
         """
         shares: list[Tensor] = []
         d = self.levels[0]
 
-        def looking(gate: Gate) -> Look:
-            def look(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        def gated_by(gate: Gate) -> CoordinateMap:
+            def observe(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
                 weights = choose(gate(keys, values))
                 ranks = torch.tensor(self.levels, device=weights.device)
-                kept = (
-                    weights @ (torch.arange(d, device=weights.device) < ranks.unsqueeze(1)).to(weights)
-                ).unsqueeze(1)
+                # A mixture of levels keeps coordinate j with the weight of all levels wider than j.
+                within = (torch.arange(d, device=weights.device) < ranks.unsqueeze(1)).to(weights)
+                kept = (weights @ within).unsqueeze(1)
                 shares.append((weights @ (ranks / d)).mean().to(ids.device))
                 return keys * kept, values * kept
 
-            return look
+            return observe
 
-        storages: dict[int, KVTransform] = {
-            i: ObservedReconstruction(f, self.layout, families.rope(self.model, i), looking(gates[i]))
+        transforms: dict[int, KVTransform] = {
+            i: ObservedReconstruction(f, self.layout, families.rope(self.model, i), gated_by(gates[i]))
             for i, f in self.maps.items()
         }
-        scores = model_probe.logits(self.model, ids, storages)
-        return scores, torch.stack(shares).mean()
+        logits = model_probe.logits(self.model, ids, transforms)
+        return logits, torch.stack(shares).mean()
 
     # -- judging
 
     @torch.no_grad()
-    def judged(self) -> TrainedGates:
-        """The gates at the least price that keeps the held-out windows to the target."""
-        gates = _priced(self.gates, self._price(), self.levels)
-        batches = self.rows[-self.held :].split(self.settings.batch)
-        sums = (
-            torch.stack([torch.stack(self.passed(ids, gates, _one_hot)) * len(ids) for ids in batches]).sum(0)
-            / self.held
-        )
-        return TrainedGates(gates, float(sums[1]), float(sums[0]))
+    def judge(self) -> TrainedGates:
+        """Return the gates at the lowest price that keeps the held-out windows within the target."""
+        gates = _with_price(self.gates, self._price(), self.levels)
+        batches = self.rows[-self.held_out :].split(self.settings.batch)
+        sums = [torch.stack(self.divergence_and_share(ids, gates, _one_hot)) * len(ids) for ids in batches]
+        divergence, share = (torch.stack(sums).sum(0) / self.held_out).tolist()
+        return TrainedGates(gates, share, divergence)
 
     def _price(self) -> float:
-        """Found between the first of 1, 2, 4 ... that is high enough and the first of -1, -2, -4 ... that is
+        """Return the lowest price that keeps within the target, by bisection.
+
+        It lies between the first of 1, 2, 4, ... that is high enough and the first of -1, -2, -4, ... that is
         too low.
         """
-        reach = [2.0**i for i in range(PRICE_DOUBLINGS)]
-        high = next((p for p in reach if self._within(p)), reach[-1])
-        low = next((-p for p in reach if not self._within(-p)), -reach[-1])
+        powers = [2.0**i for i in range(PRICE_DOUBLINGS)]
+        high = next((p for p in powers if self._is_within_target(p)), powers[-1])
+        low = next((-p for p in powers if not self._is_within_target(-p)), -powers[-1])
         for _ in range(PRICE_HALVINGS):
             middle = (low + high) / 2
-            low, high = (low, middle) if self._within(middle) else (middle, high)
+            low, high = (low, middle) if self._is_within_target(middle) else (middle, high)
         return high
 
-    def _within(self, price: float) -> bool:
-        gates, device = _priced(self.gates, price, self.levels), device_of(self.model)
-        batches = self.rows[-self.held :].to(device).split(self.settings.batch)
-        shares = [float(self.through(ids, gates, _one_hot)[1]) * len(ids) for ids in batches]
-        return sum(shares) / self.held <= self.settings.target + ROUNDING
+    def _is_within_target(self, price: float) -> bool:
+        gates, device = _with_price(self.gates, price, self.levels), device_of(self.model)
+        batches = self.rows[-self.held_out :].to(device).split(self.settings.batch)
+        shares = [float(self.forward(ids, gates, _one_hot)[1]) * len(ids) for ids in batches]
+        return sum(shares) / self.held_out <= self.settings.target + ROUNDING
+
+    # -- saving and resuming
+
+    def _save(self, best: TrainedGates) -> None:
+        if self.work is None:
+            return
+        tensors = {
+            f"{i}.{name}": t.detach() for i, gate in best.gates.items() for name, t in vars(gate).items()
+        }
+        tensors |= {f"parameter.{n}": p.detach() for n, p in enumerate(self.parameters())}
+        tensors |= optimizer_state.tensors_of(self.optimizer)
+        tensors |= {
+            "judged": torch.tensor([best.share, best.divergence], dtype=torch.float64),
+            "random": self.generator.get_state(),
+            "done": torch.tensor(self.done),
+        }
+        files.write_work(self.work, GATE_FILE, tensors)
+
+    def _saved_best(self, tensors: dict[str, Tensor]) -> TrainedGates:
+        gates = {
+            i: Gate(**{name: self._checked(tensors, f"{i}.{name}", t) for name, t in vars(gate).items()})
+            for i, gate in self.gates.items()
+        }
+        judged = self._checked(tensors, "judged", torch.zeros(2, dtype=torch.float64))
+        return TrainedGates(gates, *judged.tolist())
+
+    def _restore(self, tensors: dict[str, Tensor]) -> None:
+        for n, p in enumerate(self.parameters()):
+            p.data.copy_(self._checked(tensors, f"parameter.{n}", p))
+        optimizer_state.fill_state(self.optimizer, tensors, str(self.work))
+        self.generator.set_state(self._checked(tensors, "random", self.generator.get_state()))
+        self.done = int(self._checked(tensors, "done", torch.tensor(0)))
+        if self.work is not None and not 0 < self.done <= self.settings.steps:
+            raise files.damaged_work(self.work, f"{self.done} of {self.settings.steps} steps are done")
+
+    def _checked(self, tensors: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
+        return files.checked_tensor(tensors, name, like, self.work or Path()).to(like.device)
 
 
 def _one_hot(numbers: Tensor) -> Tensor:
-    """The largest alone."""
+    """Return 1 for the largest number of the last dimension and 0 for all others."""
     return F.one_hot(numbers.argmax(-1), numbers.shape[-1]).to(numbers)
 
 
-def _priced(gates: dict[int, Gate], price: float, levels: tuple[int, ...]) -> dict[int, Gate]:
-    """Copies whose numbers are less by the price of the coordinates kept, which is `price` for all of them."""
+def _with_price(gates: dict[int, Gate], price: float, levels: tuple[int, ...]) -> dict[int, Gate]:
+    """Return copies whose numbers are lower by the price of the coordinates kept; `price` is that of all."""
     shares = torch.tensor(levels) / levels[0]
     copies = {
         i: Gate(**{name: t.detach().clone() for name, t in vars(gate).items()}) for i, gate in gates.items()
@@ -391,9 +458,6 @@ def _priced(gates: dict[int, Gate], price: float, levels: tuple[int, ...]) -> di
     }
 
 
-def _loose(gate: Gate) -> Gate:
-    return Gate(gate.scale, *(t.detach().clone().requires_grad_() for t in _trained(gate)))
-
-
 def _trained(gate: Gate) -> tuple[Tensor, ...]:
+    """Return the parameters of a gate; its scale is fixed."""
     return gate.hidden, gate.hidden_bias, gate.out, gate.out_bias

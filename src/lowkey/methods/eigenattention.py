@@ -24,7 +24,7 @@ class EigenAttention(Method):
     Source: arXiv:2408.05646. The official Llama code takes the key basis from keys alone, although it names
     the basis after both: `form=code`.
 
-    Attributes:
+    Args:
         form: `paper` (default) takes the key basis from [K; Q], `code` from K alone.
         key_bases: `shared` (default, as paper and code do under RoPE) has one basis for all KV heads of a
             layer, `per_head` one for each.

@@ -31,7 +31,7 @@ class FisherSVD(GradientMethod):
     The energies of the spectra have one unit in all layers, for keys and for values, so the allocator
     `spectrum` can compare them.
 
-    Attributes:
+    Args:
         group: how many KV heads share one latent; it divides their number, or is 0 (default) for all.
         ridge: what is added to C, relative to its mean eigenvalue (default 1e-6).
     """

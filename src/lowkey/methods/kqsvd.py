@@ -34,7 +34,7 @@ class KQSVD(Method):
     keys and queries, which is no attention score. Ranks are chosen by the tail of the singular values of
     these products, per layer: allocator `tail`.
 
-    Attributes:
+    Args:
         outputs: `stacked` (default) takes W_O of the g query heads side by side, which is optimal for
             ||V W_O,i - V P W_O,i||_F summed over them. `averaged` takes their mean, as in the published code.
             Attention adds up A_i V W_O,i over the heads: `stacked` is right if what the heads read is

@@ -1,4 +1,4 @@
-"""Fewer KV heads (arXiv:2406.07056): several consecutive ones become one, by an SVD of their joint
+"""Effectively compressing KV heads (arXiv:2406.07056): several KV heads become one, by SVD of their
 activations.
 """
 
@@ -24,23 +24,28 @@ KeyForm = Literal["joint", "commuting", "mean"]
 
 @dataclass(frozen=True)
 class KVHeadSVD(Method):
-    """Of every `group` = t KV heads side by side, the d directions of their joint (t d, t d) Gram that hold
-    most ("SVD-a").
+    """Merging of KV heads by SVD, an orthonormal method in closed form.
 
-    group: must divide the KV heads; 0 is the least number above 1 that does, 2 where they are even.
+    Every t = `group` KV heads side by side become one: the d directions of their joint Gram matrix (t d, t d)
+    that keep most energy, the paper's "SVD-a". Values are projected group by group in every form.
 
-    keys: `layer` is the paper's form under RoPE (its Eq. 17-18, as others report them): one projection of all
-    heads' keys to the width that is left, h d / t numbers that every query head meets; `grouped` has a
-    projection for each group; `commuting` (ours) mixes the heads by one complex number per frequency, so that
-    what is left is a key head that RoPE can rotate and `export` can write. Values are projected group by
-    group in every form.
-    heads: which are grouped, `consecutive` ones as in the paper or `similar` ones (ours): grouped so that the
-    least energy is lost.
-    basis: `weights` (the SVD of the projections, which is the Gram under white inputs, biases included,
-    rotated at the positions of the windows under `post_rope`) and `mean` (heads are averaged, whatever `keys`
-    says) are the paper's rivals.
-    whole: only ranks that leave whole heads, d/t (rounded up) for one of each group, as in the paper;
-    otherwise any rank, where the form has it. The paper continues with LoRA training: `lowkey.recover`.
+    Source: arXiv:2406.07056; no public code is known. Its Eq. 17-18, for keys under RoPE, are known to us
+    from reports of others. The paper continues with LoRA training, which is `lowkey.recover` here.
+
+    Args:
+        group: how many KV heads become one; it divides their number. 0 (default) is the least number above 1
+            that does, which is 2 for an even number of heads.
+        keys: `layer` (default, the paper's form under RoPE) projects the keys of all heads together to the
+            width h d / t that is left, and every query head meets all of it. `grouped` projects group by
+            group. `commuting` (ours) mixes the heads of a group by one complex number per frequency, so that
+            what is left is a key head that RoPE can rotate and `export` can write.
+        heads: `consecutive` (default, the paper's) groups neighbouring heads; `similar` (ours) groups them so
+            that little energy is lost.
+        basis: `activations` (default). Two rivals that the paper compares with: `weights` is the SVD of the
+            projections, that is, the Gram matrix under white inputs (biases included; under `post_rope`
+            rotated at the positions of the windows). `mean` averages heads, whatever `keys` says.
+        whole: serve only ranks that leave whole heads, of d / t (rounded up) per head left in a group, as in
+            the paper (default true). Otherwise any rank, if the form of keys has it.
     """
 
     summary: ClassVar[str] = "several KV heads become one, by SVD of their joint activations"
@@ -55,29 +60,39 @@ class KVHeadSVD(Method):
 
     def candidates(self, heads: int, head_dim: int, ranks: list[int]) -> list[int]:
         group = self.group_of(heads)
-        return whole_head_ranks(group, head_dim, ranks) if self._whole_heads else ranks
+        return whole_head_ranks(group, head_dim, ranks) if self._serves_whole_heads else ranks
 
     def numbers_per_token(self, rank: int, heads: int, head_dim: int) -> int:
         group = self.group_of(heads)
-        return (
-            heads // group * whole_head_numbers(rank, group, head_dim) if self._whole_heads else rank * heads
-        )
+        if self._serves_whole_heads:
+            return heads // group * whole_head_numbers(rank, group, head_dim)
+        return rank * heads
 
     def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:
         h, rotary = statistics.heads, probe.rotary_dim
         group = self.group_of(h)
         d = len(statistics.values) // h
-        keys, values = self._moments(statistics, probe)
+        if self.basis == "weights":
+            keys, values = probe.white_moments(probe.layout, "basis 'weights'", "use basis 'activations'")
+        else:
+            keys, values = joint_moments(statistics, probe.layout)
         order = self._order(keys, values, h, group, rotary)
         if order is not None:
-            index = (order.unsqueeze(1) * d + torch.arange(d)).flatten()
-            keys, values = keys[index][:, index], values[index][:, index]
-        wide, unit = h if self._whole_layer else group, d if self._whole_heads else 1
-        keys_merged = merging(keys, h, wide, self._key_form, rotary, unit * wide // group)
-        return LayerBases(keys_merged, merging(values, h, group, self._value_form, rotary, unit), order)
+            channels = (order.unsqueeze(1) * d + torch.arange(d)).flatten()
+            keys, values = keys[channels][:, channels], values[channels][:, channels]
+        key_group = h if self._joins_all_keys else group
+        unit = d if self._serves_whole_heads else 1
+        key_basis = merged_head_basis(keys, h, key_group, self._key_form, rotary, unit * key_group // group)
+        return LayerBases(
+            key_basis, merged_head_basis(values, h, group, self._value_form, rotary, unit), order
+        )
 
     def group_of(self, heads: int) -> int:
-        """How many of so many KV heads become one. Errors: LowkeyError for a group that does not divide them."""
+        """Return how many of `heads` KV heads become one.
+
+        Raises:
+            LowkeyError: if the option `group` does not divide the number of heads.
+        """
         divisors = [n for n in range(1, heads + 1) if heads % n == 0]
         if self.group and self.group not in divisors:
             remedy = (
@@ -87,7 +102,7 @@ class KVHeadSVD(Method):
         return self.group or divisors[:2][-1]
 
     @property
-    def _whole_heads(self) -> bool:
+    def _serves_whole_heads(self) -> bool:
         return self.whole or self._key_form == "commuting"
 
     @property
@@ -101,84 +116,113 @@ class KVHeadSVD(Method):
         return "mean" if self.basis == "mean" else "joint"
 
     @property
-    def _whole_layer(self) -> bool:
+    def _joins_all_keys(self) -> bool:
         return self.keys == "layer" and self.basis != "mean"
 
-    def _moments(self, statistics: LayerStatistics, probe: LayerProbe) -> tuple[Tensor, Tensor]:
-        """(h d, h d) of keys and of values."""
-        if self.basis == "weights":
-            return probe.white_moments(probe.layout, "basis 'weights'", "use basis 'activations'")
-        return joint_moments(statistics, probe.layout)
-
     def _order(self, keys: Tensor, values: Tensor, h: int, group: int, rotary: int) -> Tensor | None:
-        """The heads by groups; how the keys of a whole layer are grouped makes no difference."""
+        """Return the heads in the order in which they are grouped, (h); None if they stay as they are.
+
+        keys, values: joint moments (h d, h d). The keys of a whole layer have no groups, so only values
+            count.
+        """
         if self.heads == "consecutive":
             return None
         cost = pair_losses(values, h, self._value_form, rotary) / values.trace()
-        if not self._whole_layer:
+        if not self._joins_all_keys:
             cost = cost + pair_losses(keys, h, self._key_form, rotary) / keys.trace()
-        found = cheapest_groups(cost, group)
-        return None if torch.equal(found, torch.arange(h)) else found
+        order = cheapest_groups(cost, group)
+        return None if torch.equal(order, torch.arange(h)) else order
 
 
-def merging(moment: Tensor, h: int, t: int, form: KeyForm, rotary: int, unit: int) -> Basis:
-    """Of each t of h heads side by side, with their joint second moment (h d, h d)."""
-    columns, energy = reduced(head_blocks(moment, h // t), t, form, rotary)
+def merged_head_basis(moment: Tensor, h: int, t: int, form: KeyForm, rotary: int, unit: int) -> Basis:
+    """Return the basis of every t of h heads side by side.
+
+    Args:
+        moment: joint second moment of the heads (h d, h d).
+        h: number of KV heads.
+        t: how many become one.
+        form: how they are merged.
+        rotary: channels of a head that are rotated.
+        unit: only whole multiples of so many columns are kept.
+    """
+    columns, energy = merging_columns(head_blocks(moment, h // t), t, form, rotary)
     return Basis(columns.float(), spectrum=energy, merge=t, unit=unit)
 
 
-def reduced(moments: Tensor, t: int, form: KeyForm, rotary: int) -> tuple[Tensor, Tensor]:
-    """(columns (G, t d, t d), energies (G, d) of t columns each) from (G, t d, t d)."""
+def merging_columns(moments: Tensor, t: int, form: KeyForm, rotary: int) -> tuple[Tensor, Tensor]:
+    """Return the columns of a merging basis, most energy first.
+
+    Args:
+        moments: joint second moments of the t heads of each group (G, t d, t d).
+        t: heads in a group.
+        form: `joint` (any direction), `commuting` (with RoPE) or `mean` (the average of the heads first).
+        rotary: channels of a head that are rotated.
+
+    Returns:
+        Columns (G, t d, t d), and the energies (G, d) of t columns each.
+    """
     d = moments.shape[-1] // t
     if form == "joint":
         columns, energy = principal(moments)
         return columns, energy.unflatten(-1, (d, t)).sum(-1)
     if form == "commuting":
-        columns, held = commuting_basis(moments, t, rotary)
-        return columns, spread_energy(held, d)
+        columns, head_energy = commuting_basis(moments, t, rotary)
+        return columns, spread_energy(head_energy, d)
     columns = torch.kron(cosine_transform(t), torch.eye(d, dtype=torch.float64)).expand(len(moments), -1, -1)
-    held = (columns.mT @ moments @ columns).diagonal(dim1=1, dim2=2).unflatten(-1, (t, d)).sum(-1)
-    return columns, spread_energy(held, d)
+    energy = (columns.mT @ moments @ columns).diagonal(dim1=1, dim2=2)
+    return columns, spread_energy(energy.unflatten(-1, (t, d)).sum(-1), d)
 
 
 def cosine_transform(t: int) -> Tensor:
-    """(t, t) orthonormal, the first column constant: the cosine transform."""
+    """Return the orthonormal cosine transform (t, t), whose first column is constant."""
     n = torch.arange(t, dtype=torch.float64)
-    found = torch.cos(math.pi / t * torch.outer(n + 0.5, n)) * (2 / t) ** 0.5
-    found[:, 0] = t**-0.5
-    return found
+    columns = torch.cos(math.pi / t * torch.outer(n + 0.5, n)) * (2 / t) ** 0.5
+    columns[:, 0] = t**-0.5
+    return columns
 
 
 def pair_losses(moment: Tensor, h: int, form: KeyForm, rotary: int) -> Tensor:
-    """(h, h): the energy that is lost when two heads of the joint moment (h d, h d) become one."""
+    """Return the energy (h, h) that is lost when two heads of a joint moment (h d, h d) become one."""
     d = len(moment) // h
     blocks = moment.view(h, d, h, d).transpose(1, 2)
     lost = moment.new_zeros(h, h)
     for i in range(h - 1):
         rest = torch.arange(i + 1, h)
+        # joint moments (n, 2 d, 2 d) of head i with each of the n heads after it
         upper = torch.cat([blocks[i, i].expand(len(rest), -1, -1), blocks[i, rest]], -1)
         lower = torch.cat([blocks[rest, i], blocks[rest, rest]], -1)
         pairs = torch.cat([upper, lower], -2)
-        kept = reduced(pairs, 2, form, rotary)[0][..., :d]
+        kept = merging_columns(pairs, 2, form, rotary)[0][..., :d]
         lost[i, rest] = pairs.diagonal(dim1=1, dim2=2).sum(-1) - (kept * (pairs @ kept)).sum((1, 2))
     return (lost + lost.mT).clamp_min(0)
 
 
 def cheapest_groups(cost: Tensor, t: int) -> Tensor:
-    """Heads (h) in groups of t whose costs of pairs (h, h) add up to little: from consecutive ones, two
-    change places while that pays.
+    """Group heads so that the costs of the pairs within groups sum to little.
+
+    Starting from consecutive groups, two heads change places as long as that lowers the sum. The result is a
+    local optimum.
+
+    Args:
+        cost: cost of a pair of heads in one group, (h, h).
+        t: heads in a group.
+
+    Returns:
+        The heads (h), group after group.
     """
     h = len(cost)
-    group = torch.arange(h) // t
+    group = torch.arange(h) // t  # the group of each head
     while True:
-        to = cost @ torch.nn.functional.one_hot(group).to(cost)
-        there = to[:, group]  # of head a in the group of head b
+        to_group = cost @ torch.nn.functional.one_hot(group).to(cost)  # of a head to all heads of a group
+        there = to_group[:, group]  # (a, b): of head a to the group of head b
         own = there.diagonal()
+        # If a and b change places, each pays for the other's group without the other itself.
         change = there + there.mT - 2 * cost - own - own.unsqueeze(1)
         change = change.masked_fill(group == group.unsqueeze(1), 0.0)
         if float(change.min()) >= -1e-9 * float(cost.sum()):
             break
         a, b = divmod(int(change.argmin()), h)
         group[a], group[b] = group[b].clone(), group[a].clone()
+    # Groups in the order of their first heads, heads of a group in their own order.
     first = torch.stack([(group == g).nonzero()[0, 0] for g in group])
     return (first * h + torch.arange(h)).argsort()

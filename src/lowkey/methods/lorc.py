@@ -24,7 +24,7 @@ class LoRC(Method):
     that white inputs would give are rotated to every position of a window, and the basis is that of all of
     them.
 
-    Attributes:
+    Args:
         scope: `layer` (default, the paper's) decomposes the whole projection, so that all KV heads share one
             latent; `head` decomposes one head at a time.
         whiten: decompose C_X^{1/2} W_K instead, with C_X the second moment of the layer's inputs; this is PCA

@@ -1,5 +1,5 @@
-"""Virtual heads (arXiv:2601.19611, section 5.2): few component heads are cached, and every KV head is a
-scalar combination of them.
+"""MEA's virtual heads (arXiv:2601.19611, section 5.2): every KV head a scalar combination of few cached
+ones.
 """
 
 from __future__ import annotations
@@ -21,18 +21,28 @@ from lowkey.probes.layer_probe import LayerProbe
 
 @dataclass(frozen=True)
 class MEA(Method):
-    """H' component heads stand for h KV heads, keys and values apart (Eq. 10-11): H' d numbers, and a rank of
-    H' d / h, rounded up.
+    """MEA's post-training compression: H' component heads are cached in place of h KV heads.
 
-    basis: `weights` is the paper's, without data: the SVD over heads of the flattened projections (Eq. 36-38;
-    components are scaled to an orthonormal mixing, so that the singular values stand in neither side; biases,
-    of which the paper has none, count as the weights of one more input). `activations` (ours): eigenvectors
-    of the head Gram E[k_h . k_g], the best scalar mixing of what is cached, normed keys included. `aligned`
-    (ours): heads are first turned towards one another, values by an orthogonal matrix each, which the output
-    projection undoes, and keys by a phase per frequency, which commutes with RoPE; then mixed. Turns and
-    mixing are found in turns, per H'. Scalars and phases commute with RoPE, so that either layout gives the
-    same components, and a query can be carried into them. Layers are as sensitive as
-    `calibrate(judge="loss")` finds them, the paper's measure; the paper trains on 22 B tokens afterwards.
+    Every KV head is a combination of the component heads, k_h ~= sum_c w_ch k'_c with scalars w; keys and
+    values have component heads of their own (Eq. 10-11). A token takes H' d numbers, which is a rank of H' d
+    / h per head, rounded up. Scalars commute with RoPE, so both layouts give the same components, and a query
+    can be carried into them.
+
+    Source: arXiv:2601.19611, section 5.2 and Eq. 36-38. The paper trains on 22 billion tokens afterwards. It
+    chooses layers by the increase of the loss when one layer is compressed, which is
+    `calibrate(judge="loss")`.
+
+    Args:
+        basis: how component heads are found.
+            `weights` (default) is the paper's, without data: SVD of the flattened projections over heads.
+            Components are scaled so that the mixing is orthonormal; singular values stand on neither side.
+            Biases, which the paper does not have, count as the weights of one more input.
+            `activations` (ours): eigenvectors of the head Gram matrix E[k_h . k_g], the best scalar mixing of
+            what is cached, normalised keys included.
+            `aligned` (ours): heads are first aligned, since they are determined only up to a transform that
+            their reader undoes. Values are turned by one orthogonal matrix per head, which the output
+            projection undoes, and keys by one phase per frequency, which commutes with RoPE. Alignment and
+            mixing are improved in turns, for every H' apart.
     """
 
     summary: ClassVar[str] = "KV heads as scalar combinations of few cached component heads"
@@ -56,19 +66,24 @@ class MEA(Method):
             )
         else:
             moments = joint_moments(statistics, probe.layout)
-        blocks = [joint.view(h, d, h, d).transpose(1, 2) for joint in moments]
+        # joint moments (h d, h d) as one (d, d) block per pair of heads: (h, h, d, d)
+        keys, values = (joint.view(h, d, h, d).transpose(1, 2) for joint in moments)
         if self.basis != "aligned":
-            keys, values = (mixing_basis(head_gram(b), d) for b in blocks)
-            return LayerBases(keys, values)
+            return LayerBases(mixing_basis(head_gram(keys), d), mixing_basis(head_gram(values), d))
         counts = [r * h // d for r in self.candidates(h, d, ranks) if r < d]
-        keys, values = (
-            aligned_basis(b, counts, rotary) for b, rotary in zip(blocks, (probe.rotary_dim, 0), strict=True)
-        )
-        return LayerBases(keys, values)
+        return LayerBases(aligned_basis(keys, counts, probe.rotary_dim), aligned_basis(values, counts, 0))
 
 
 def mixing_basis(gram: Tensor, d: int) -> Basis:
-    """The eigenvectors of the head Gram (h, h), whole component heads one after another."""
+    """Return the basis of the best scalar mixing of heads.
+
+    Args:
+        gram: head Gram matrix (h, h).
+        d: head dim.
+
+    Returns:
+        Columns in units of d: one whole component head after another, the one with most energy first.
+    """
     mixing, energy = principal(gram)
     columns = torch.kron(mixing.contiguous(), torch.eye(d, dtype=mixing.dtype))
     return Basis(
@@ -77,29 +92,34 @@ def mixing_basis(gram: Tensor, d: int) -> Basis:
 
 
 def aligned_basis(blocks: Tensor, counts: list[int], rotary: int) -> Basis:
-    """For every count of component heads turns and a mixing of its own, where they keep more than mixing
-    alone does.
+    """Return the basis of aligned and mixed heads.
+
+    Args:
+        blocks: joint second moments (h, h, d, d), one block per pair of heads.
+        counts: numbers of component heads to serve; each gets an alignment and a mixing of its own, unless
+            mixing without alignment keeps more energy.
+        rotary: channels of a head that are rotated; 0 lets any orthogonal matrix align heads.
     """
     h, d = len(blocks), blocks.shape[-1]
-    alone = principal(head_gram(blocks))[1]
-    exact, kept = [], {h: float(alone.sum())}
+    unaligned = principal(head_gram(blocks))[1]
+    exact, kept = [], {h: float(unaligned.sum())}
     for n in counts:
-        turns, mixing, held = alignment(blocks, n, rotary)
-        kept[n] = max(held, float(alone[:n].sum()))
-        if held == kept[n]:
+        turns, mixing, aligned = alignment(blocks, n, rotary)
+        kept[n] = max(aligned, float(unaligned[:n].sum()))
+        if aligned == kept[n]:
             columns = (turns.unsqueeze(2) * mixing[:, None, :, None]).flatten(0, 1).flatten(1)
             exact.append((-(-n * d // h), columns.unsqueeze(0).float()))
-    return replace(
-        mixing_basis(head_gram(blocks), d), exact=tuple(exact), spectrum=spread_energy(_energies(kept), d)
-    )
+    spectrum = spread_energy(_energy_per_head(kept), d)
+    return replace(mixing_basis(head_gram(blocks), d), exact=tuple(exact), spectrum=spectrum)
 
 
-def _energies(kept: dict[int, float]) -> Tensor:
-    """(1, h): what each component head adds, from what so many keep together; evenly where only the sum of
-    several is known.
+def _energy_per_head(kept: dict[int, float]) -> Tensor:
+    """Return what each component head adds, (1, h), from the energy that n component heads keep together.
+
+    Where only the sum of several is known, each of them gets an equal part.
     """
-    found: list[float] = []
+    energies: list[float] = []
     for n in sorted(kept):
-        more, below = n - len(found), sum(found)
-        found += [max(0.0, kept[n] - below) / more] * more
-    return torch.tensor([found], dtype=torch.float64)
+        more, below = n - len(energies), sum(energies)
+        energies += [max(0.0, kept[n] - below) / more] * more
+    return torch.tensor([energies], dtype=torch.float64)

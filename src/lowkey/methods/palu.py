@@ -27,7 +27,7 @@ class Palu(Method):
     rotated keys of a group are decomposed. Its code rounds the rank of a group to a multiple of 32.
     `rank_multiple` here is that of the rank per head, so 8 is its 32 for groups of 4.
 
-    Attributes:
+    Args:
         group: how many KV heads share one latent (default 4, the paper's G-LRD, which becomes the largest
             divisor of the number of KV heads up to 4). Any other number must divide it: 1 is the paper's
             M-LRD, all heads its J-LRD.

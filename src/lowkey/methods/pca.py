@@ -22,7 +22,7 @@ class PCA(Method):
     The defaults of both options are those of the other orthonormal methods, so that results differ by the
     basis alone.
 
-    Attributes:
+    Args:
         key_bases: `shared` (default) has one basis for all KV heads of a layer, `per_head` one for each.
         value_bases: the same for values (default `per_head`).
     """

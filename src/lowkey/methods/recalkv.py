@@ -1,5 +1,5 @@
-"""ReCalKV (arXiv:2505.24357): similar heads share a latent for keys, all heads one for values, which is
-calibrated afterwards.
+"""ReCalKV (arXiv:2505.24357): latents shared by similar key heads, one latent for values that is
+calibrated.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowkey.core.head_groups import blocks
+from lowkey.core.head_groups import per_head_maps
 from lowkey.core.options import option
 from lowkey.core.types import Factors, LayerBases, LayerStatistics, Layout
 from lowkey.methods.base import CalibrationContext, Method
@@ -23,22 +23,31 @@ from lowkey.storage.reconstruction import ReconstructionLayer
 from lowkey.storage.second_moments import joint_moment
 
 VALUE_RIDGE = 1e-9  # relative to the mean eigenvalue: no direction of the values is wholly without energy
+PAPER_HEADS_PER_GROUP = 4  # the paper's
 
 
 @dataclass(frozen=True)
 class ReCalKV(Method):
-    """Keys: KV heads are reordered so that similar ones are neighbours (section 3.2), then every `group` of
-    them gets a whitened SVD, that is, PCA of their keys. group: the paper's 4 becomes the largest divisor up
-    to 4 of the number of KV heads; any other must divide it. Similarity is that of the whitened weights; what
-    a norm or a bias adds to keys afterwards does not count in it. Values: a whitened SVD of the whole W_V,
-    then `iterations` rounds of calibration (section 3.3) once ranks are chosen.
+    """ReCalKV, an orthonormal method in closed form: reordered groups of key heads, calibrated joint values.
 
-    Calibration takes each layer's inputs from the stream that the compressed layers before it leave, keys
-    included, as the published code does. All tokens count, one by one; that code adds up 8 windows position
-    by position first. On the inputs of the uncompressed model the whitened SVD is the optimum already, and
-    calibration changes nothing. Every round is one step of subspace iteration towards PCA of the values in
-    the compressed stream, which is the optimum there. Biases go where their heads go; that code leaves them
-    behind. Under `post_rope`, which is not the paper's, rotated keys are grouped.
+    Keys: KV heads are reordered so that similar ones are neighbours (section 3.2). Then every `group` of them
+    gets a whitened SVD, which is PCA of the group's keys. Similarity is linear CKA of the heads' whitened
+    weights; what a norm or a bias adds to keys afterwards does not count in it.
+
+    Values: a whitened SVD of the whole W_V, so all heads share one latent. Once ranks are chosen,
+    `iterations` rounds of alternating least squares calibrate it (section 3.3). They take each layer's inputs
+    from the stream that the compressed layers before it leave, as the published code does. On inputs of the
+    uncompressed model the whitened SVD is optimal already, and calibration would change nothing. A round is
+    one step of subspace iteration towards PCA of the values in the compressed stream, which is optimal there.
+
+    Source: arXiv:2505.24357 and its code. Where we differ: every token counts on its own, while the code
+    first sums 8 windows position by position; biases move with their heads, while the code leaves them
+    behind; under `post_rope` (ours) rotated keys are grouped.
+
+    Args:
+        group: how many KV heads share one latent of keys (default 4, the paper's, which becomes the largest
+            divisor of the number of KV heads up to 4). Any other number must divide it.
+        iterations: rounds of calibration of the values (default 1).
     """
 
     summary: ClassVar[str] = (
@@ -49,67 +58,84 @@ class ReCalKV(Method):
     layout: ClassVar[Layout] = "pre_rope"
     has_finish: ClassVar[bool] = True
 
-    group: int = option(4, at_least=1, at_most=1024)
+    group: int = option(PAPER_HEADS_PER_GROUP, at_least=1, at_most=1024)
     iterations: int = option(1, at_least=0, at_most=1000)
 
     def candidates(self, heads: int, head_dim: int, ranks: list[int]) -> list[int]:
-        group_size(heads, self.group, 4)
+        group_size(heads, self.group, PAPER_HEADS_PER_GROUP)  # refuses a group that does not divide the heads
         return ranks
 
     def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:
         heads = statistics.heads
-        t = group_size(heads, self.group, 4)
-        similarity = cka(whitened(families.projections(probe.model, probe.index).k, statistics.inputs))
+        t = group_size(heads, self.group, PAPER_HEADS_PER_GROUP)
+        weights = families.projections(probe.model, probe.index).k
+        similarity = cka(whitened(weights, statistics.inputs))
         order = order_of(grouped_by_similarity(similarity, t))
         keys, values = (reordered(m, order, heads) for m in joint_moments(statistics, probe.layout))
         return LayerBases(merged_basis(keys, heads, t), merged_basis(values, heads, heads), order)
 
     def finish(self, factors: dict[int, Factors], context: CalibrationContext) -> dict[int, Factors]:
-        model, layers, found = context.model, sorted(factors), dict(factors)
-        hidden = first_inputs(model, context.training_windows, context.batch)
-        for i in context.progress(range(layers[-1] + 1), "calibrating values"):
-            block, storage = layer_in_fp32(model, i), None
-            if i in found:
-                seen = Values(found[i].v_down.shape[1])
-                layer_outputs(model, i, block, hidden, seen, context.batch)
-                found[i] = calibrated(found[i], seen.moment, self.iterations)
-                maps = found[i].to(next(block.parameters()))
-                storage = ReconstructionLayer(
-                    LowRankReconstruction(maps, context.layout, families.rope(model, i)), context.exact
-                )
-            hidden = layer_outputs(model, i, block, hidden, storage, context.batch)
-        return found
+        """Calibrate the value maps layer by layer, each on the stream that the compressed layers leave."""
+        model, batch, factors = context.model, context.batch, dict(factors)
+        hidden = first_inputs(model, context.training_windows, batch)
+        for i in context.progress(range(max(factors) + 1), "calibrating values"):
+            block, transform = layer_in_fp32(model, i), None
+            if i in factors:
+                recorder = ValueMoment(factors[i].v_down.shape[1])
+                layer_outputs(model, i, block, hidden, recorder, batch)
+                factors[i] = calibrated(factors[i], recorder.moment, self.iterations)
+                maps = factors[i].to(next(block.parameters()))
+                low_rank = LowRankReconstruction(maps, context.layout, families.rope(model, i))
+                transform = ReconstructionLayer(low_rank, context.exact)
+            hidden = layer_outputs(model, i, block, hidden, transform, batch)
+        return factors
 
 
 # -- keys
 
 
 def whitened(weights: Tensor, inputs: Tensor) -> Tensor:
-    """S^T W (h, D, d) in fp64 of weights (h, d, D), with S S^T = C_X from the eigenvectors of C_X (D, D)."""
+    """Return the whitened key projection S^T W of every head.
+
+    Args:
+        weights: W (h, d, D).
+        inputs: second moment C_X of the layer's inputs (D, D); S S^T = C_X, from its eigenvectors.
+
+    Returns:
+        (h, D, d) in fp64.
+    """
     vectors, energy = principal(inputs)
     return (energy.sqrt().unsqueeze(-1) * vectors.mT) @ weights.double().mT
 
 
 def cka(parts: Tensor) -> Tensor:
-    """Linear CKA (h, h) of matrices (h, D, d), whose D rows are taken as samples and centred (Eq. 2-3).
+    """Return linear CKA (h, h) of matrices (h, D, d), whose D rows are taken as samples and centred (Eq.
+    2-3).
 
-    Eq. 2-3 and the published code write it with D x D Gram matrices; the trace of their product is ||X^T
-    Y||_F^2, which takes d x d ones. That code centres the rows of S^T W, which depends on the root S that is
-    chosen, by about 1/D of the energy; so does this.
+    Eq. 2-3 and the published code use D x D Gram matrices. The trace of their product is ||X^T Y||_F^2, which
+    needs only d x d ones. Like that code, this centres the rows of S^T W; which root S is chosen then
+    matters, by about 1 / D of the energy.
     """
     h, _, d = parts.shape
-    side = (parts - parts.mean(1, keepdim=True)).transpose(0, 1).flatten(1)
-    hsic = (side.mT @ side).square().view(h, d, h, d).sum((1, 3))
+    side_by_side = (parts - parts.mean(1, keepdim=True)).transpose(0, 1).flatten(1)
+    hsic = (side_by_side.mT @ side_by_side).square().view(h, d, h, d).sum((1, 3))
     own = hsic.diagonal().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
     return hsic / own / own.unsqueeze(1)
 
 
 def grouped_by_similarity(similarity: Tensor, t: int) -> list[list[int]]:
-    """Groups of t heads: pair after pair, most similar first, opens a group or joins its partner's while
-    there is room for it.
+    """Group heads greedily by their similarity (section 3.2).
 
-    Heads that are left over fill what room there is, in their own order (section 3.2; the code lets pairs
-    overflow and repairs that after).
+    Pair after pair, most similar first, opens a group, or a head joins its partner's group while there is
+    room. Heads that are left over fill the remaining places in their own order. The published code lets pairs
+    overflow a group and repairs that afterwards.
+
+    Args:
+        similarity: (h, h).
+        t: heads in a group.
+
+    Returns:
+        h / t groups of t heads.
     """
     h = len(similarity)
     groups: list[list[int]] = []
@@ -117,11 +143,11 @@ def grouped_by_similarity(similarity: Tensor, t: int) -> list[list[int]]:
         ((i, j) for i in range(h) for j in range(i + 1, h)), key=lambda p: (-float(similarity[p]), p)
     )
     for pair in pairs if t > 1 else []:
-        alone = [i for i in pair if not any(i in g for g in groups)]
-        joined = next((g for g in groups if len(alone) == 1 and not set(pair).isdisjoint(g)), None)
-        if joined is not None and len(joined) < t:
-            joined += alone
-        elif len(alone) == 2 and len(groups) < h // t:
+        ungrouped = [i for i in pair if not any(i in g for g in groups)]
+        partner = next((g for g in groups if len(ungrouped) == 1 and not set(pair).isdisjoint(g)), None)
+        if partner is not None and len(partner) < t:
+            partner += ungrouped
+        elif len(ungrouped) == 2 and len(groups) < h // t:
             groups.append(list(pair))
     groups += [[] for _ in range(h // t - len(groups))]
     for i in range(h):
@@ -131,8 +157,9 @@ def grouped_by_similarity(similarity: Tensor, t: int) -> list[list[int]]:
 
 
 def order_of(groups: list[list[int]]) -> Tensor | None:
-    """Heads group after group, groups by their first head and heads in their own order; None where nothing
-    moves.
+    """Return the heads (h) group after group, or None if that is their own order.
+
+    Groups are ordered by their first head, and heads within a group by their number.
     """
     order = [i for g in sorted(sorted(g) for g in groups) for i in g]
     return None if order == sorted(order) else torch.tensor(order)
@@ -141,35 +168,43 @@ def order_of(groups: list[list[int]]) -> Tensor | None:
 # -- values
 
 
-class Values:
-    """Stands in for a cache layer: adds up the joint moment of the values, and gives back what it was given."""
+class ValueMoment:
+    """Sums the joint second moment of a layer's values, and returns keys and values unchanged.
+
+    Attributes:
+        moment: the sum so far, (h d, h d) in fp64.
+    """
 
     def __init__(self, width: int) -> None:
         self.moment = torch.zeros(width, width, dtype=torch.float64)
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the values (b, h, t, d) to the moment."""
         self.moment += joint_moment(values).double().cpu()
         return keys, values
 
 
 def calibrated(f: Factors, moment: Tensor, iterations: int) -> Factors:
-    """The value maps after alternating least squares on values of this joint moment (h d, h d), heads in
-    their own order.
+    """Return factors whose value maps were refitted by alternating least squares (section 3.3).
 
-    Up map: L = argmin ||V D L - V|| = (D^T C D)^{-1} D^T C for the down map D and C = V^T V (Eq. 7). Down
-    map: D = L^+ (Eq. 8, where the factor of the weights is W_V L^+), the best for that L whatever the values.
-    Then D L projects onto the rows of L, and an orthonormal basis Q of these gives the same Q Q^T = L^+ L; it
-    is what is kept. At full rank there is nothing to gain.
+    Up map: L = argmin ||V D L - V|| = (D^T C D)^{-1} D^T C for the down map D and C = V^T V (Eq. 7).
+    Down map: D = L^+ (Eq. 8, where the factor of the weights is W_V L^+), the best for that L whatever the
+    values. D L then projects onto the rows of L, and an orthonormal basis Q of these rows gives the same
+    projection, Q Q^T = L^+ L; so Q is what is kept. At full rank nothing can be gained.
+
+    Args:
+        f: the layer's factors.
+        moment: C, the joint second moment of the values (h d, h d), heads in their own order.
+        iterations: rounds.
     """
     down, heads = f.v_down[0].double(), f.merge[1]
     if down.shape[0] == down.shape[1]:
         return f
     c = reordered(moment, f.order, heads)
-    c = c + (VALUE_RIDGE * c.diagonal().mean()).clamp_min(torch.finfo(torch.float32).tiny) * torch.eye(
-        len(c), dtype=torch.float64
-    )
+    ridge = (VALUE_RIDGE * c.diagonal().mean()).clamp_min(torch.finfo(torch.float32).tiny)
+    c = c + ridge * torch.eye(len(c), dtype=torch.float64)
     for _ in range(iterations):
-        fitted = torch.linalg.solve(down.mT @ c @ down, down.mT @ c)
-        down = torch.linalg.qr(fitted.mT).Q
+        up = torch.linalg.solve(down.mT @ c @ down, down.mT @ c)
+        down = torch.linalg.qr(up.mT).Q
     kept = (down * signs(down)).float().unsqueeze(0)
-    return replace(f, v_down=kept, v_up=blocks(kept.mT, heads).contiguous())
+    return replace(f, v_down=kept, v_up=per_head_maps(kept.mT, heads).contiguous())

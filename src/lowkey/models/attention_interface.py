@@ -51,11 +51,11 @@ class AttendingLayer(Protocol):
         """Store keys and values (b, h, t, d) and answer the call: (b, h, g, t, d)."""
         ...
 
-    def answered(self) -> None:
+    def attend_succeeded(self) -> None:
         """`attend` ended well."""
         return None
 
-    def failed(self) -> None:
+    def attend_failed(self) -> None:
         """It did not, or the call was refused: what this forward pass has stored is undone, in every layer."""
         return None
 
@@ -131,9 +131,9 @@ def _through_layer(
         with torch.autocast(query.device.type, enabled=False):
             found = _attention(module, query.to(key.keys.dtype), key, *args, **kwargs)
     except BaseException:
-        key.layer.failed()
+        key.layer.attend_failed()
         raise
-    key.layer.answered()
+    key.layer.attend_succeeded()
     return found
 
 

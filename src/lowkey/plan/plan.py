@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lowkey.core import files
-from lowkey.core.head_groups import blocks
+from lowkey.core.head_groups import per_head_maps
 from lowkey.core.types import LAYOUTS, Factors, Layout, LowkeyError
 from lowkey.models.families import check_layout, geometry
 from lowkey.models.fingerprint import check_model
@@ -309,7 +309,9 @@ def _factors(
         raise KeyError(f"fp32 maps of three dimensions for layer {i}")
     if orthonormal:
         found |= {
-            f"{x}_up": blocks(found[f"{x}_down"].mT, max(1, found[f"{x}_down"].shape[1] // d)).contiguous()
+            f"{x}_up": per_head_maps(
+                found[f"{x}_down"].mT, max(1, found[f"{x}_down"].shape[1] // d)
+            ).contiguous()
             for x in "kv"
         }
     k_mean, v_mean, frequencies = (tensors.get(f"{i}.{name}") for name in ("k_mean", "v_mean", "frequencies"))

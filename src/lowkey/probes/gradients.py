@@ -18,7 +18,7 @@ from lowkey.models.weights import only
 from lowkey.ops.products import oblique_basis
 from lowkey.ops.rope import rotate, unrotate
 from lowkey.probes import model_probe
-from lowkey.storage.exact import NOTHING, Exact
+from lowkey.storage.exact import NO_EXACT_TOKENS, Exact
 from lowkey.storage.second_moments import joint_moment
 
 WINDOWS_BETWEEN_SAVES = 8  # windows between two saves of an unfinished pass
@@ -80,7 +80,7 @@ def gather_gradient_moments(
     """
     length = rows.shape[1]
     if 2 * (exact.sinks + exact.recent) > length:
-        exact = NOTHING
+        exact = NO_EXACT_TOKENS
     counted = slice(exact.sinks, length - exact.recent)
     sums, done = _load(work, model, len(rows))
     with only([], model), torch.enable_grad():

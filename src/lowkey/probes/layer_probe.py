@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowkey.allocation.profile import Pair
-from lowkey.core.head_groups import merged, rebuilt_heads
+from lowkey.core.head_groups import group_latents, rebuilt_heads
 from lowkey.core.types import Factors, LayerBases, Layout, LowkeyError, device_of
 from lowkey.models import families, weights
 from lowkey.models.attention_interface import Incoming
 from lowkey.models.families import Rope
 from lowkey.ops.commuting import rotated_moment
 from lowkey.ops.rope import rotate, unrotate
-from lowkey.storage.exact import NOTHING, Exact
+from lowkey.storage.exact import NO_EXACT_TOKENS, Exact
 from lowkey.storage.reconstruction import KVTransform, ReconstructionLayer
 
 
@@ -26,7 +26,7 @@ from lowkey.storage.reconstruction import KVTransform, ReconstructionLayer
 class OneLayerCache:
     """Stands in for a transformers cache while one decoder layer runs alone.
 
-    Attributes:
+    Args:
         layer: what the layer's keys and values pass through.
     """
 
@@ -48,7 +48,7 @@ class LowRankReconstruction:
     The numbers are those of `CodedLayer` at about half its cost. The maps may differ from row to row: factors
     with a leading dimension hold one set per row of the batch.
 
-    Attributes:
+    Args:
         factors: the layer's maps into and out of its latents.
         layout: whether keys are compressed before (`pre_rope`) or after (`post_rope`) their rotation.
         rope: the layer's rotary embedding.
@@ -89,8 +89,8 @@ def reconstruct(x: Tensor, down: Tensor, up: Tensor, mean: Tensor | None) -> Ten
         The reconstruction (b, h, s, d).
     """
     if mean is None:
-        return rebuilt_heads(merged(x, down), up)
-    return rebuilt_heads(merged(x - mean.unsqueeze(1), down), up) + mean.unsqueeze(1)
+        return rebuilt_heads(group_latents(x, down), up)
+    return rebuilt_heads(group_latents(x - mean.unsqueeze(1), down), up) + mean.unsqueeze(1)
 
 
 def layer_in_fp32(model: PreTrainedModel, layer: int) -> nn.Module:
@@ -153,7 +153,7 @@ def relative_errors(out: Tensor, target: Tensor, exact: Exact) -> Tensor:
     Returns:
         One error per window, (n).
     """
-    visible = exact.visible(out.shape[1])
+    visible = exact.for_length(out.shape[1])
     error, size = (x[:, visible.sinks + visible.recent :].norm(dim=-1) for x in (out - target, target))
     return (error / size.masked_fill(size == 0, math.inf)).mean(1)
 
@@ -162,7 +162,7 @@ def relative_errors(out: Tensor, target: Tensor, exact: Exact) -> Tensor:
 class LayerProbe:
     """One decoder layer in fp32 with its recorded inputs and its uncompressed outputs.
 
-    Attributes:
+    Args:
         model: the model that the layer belongs to.
         index: index of the layer in the model.
         layout: whether keys are stored before or after their rotation.
@@ -182,7 +182,7 @@ class LayerProbe:
     inputs: Tensor
     outputs: Tensor
     held_out: int
-    exact: Exact = NOTHING
+    exact: Exact = NO_EXACT_TOKENS
 
     @classmethod
     def of(
@@ -193,7 +193,7 @@ class LayerProbe:
         inputs: Tensor,
         held_out: int,
         batch: int = 4,
-        exact: Exact = NOTHING,
+        exact: Exact = NO_EXACT_TOKENS,
     ) -> LayerProbe:
         """Copy a layer and run it on its inputs.
 
@@ -211,7 +211,7 @@ class LayerProbe:
         """
         block = layer_in_fp32(model, index)
         outputs = layer_outputs(model, index, block, inputs, None, batch)
-        visible = exact.visible(inputs.shape[1])
+        visible = exact.for_length(inputs.shape[1])
         rope = families.rope(model, index)
         return cls(model, index, layout, block, rope, inputs, outputs, held_out, visible)
 

@@ -17,12 +17,12 @@ from lowkey.core.types import Factors, LayerBases, Layout, device_of
 from lowkey.models import families
 from lowkey.probes.layer_probe import LowRankReconstruction
 from lowkey.storage.base import StockLayer, StockSlidingLayer
-from lowkey.storage.exact import NOTHING, Exact
+from lowkey.storage.exact import NO_EXACT_TOKENS, Exact
 from lowkey.storage.reconstruction import KVTransform, ReconstructionLayer
 
 
 def logits(
-    model: PreTrainedModel, ids: Tensor, transforms: Mapping[int, KVTransform], exact: Exact = NOTHING
+    model: PreTrainedModel, ids: Tensor, transforms: Mapping[int, KVTransform], exact: Exact = NO_EXACT_TOKENS
 ) -> Tensor:
     """Return next-token logits when some layers' keys and values pass through a transform.
 
@@ -59,7 +59,7 @@ def loss(
     rows: Tensor,
     transforms: Mapping[int, KVTransform],
     batch: int = 4,
-    exact: Exact = NOTHING,
+    exact: Exact = NO_EXACT_TOKENS,
 ) -> float:
     """Return the mean next-token cross-entropy in nats of token ids (n, t); other arguments as in
     `logits`.
@@ -91,7 +91,7 @@ def loss_increases(
     pairs: dict[int, list[Pair]],
     layout: Layout,
     progress: Progress,
-    exact: Exact = NOTHING,
+    exact: Exact = NO_EXACT_TOKENS,
 ) -> dict[int, list[float]]:
     """Measure by how much the cross-entropy increases when one layer alone is compressed.
 

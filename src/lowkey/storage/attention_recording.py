@@ -39,7 +39,7 @@ class AttentionRecordingLayer(StoringLayer):
             else {}
         )
 
-    def growing(self) -> dict[str, int]:
+    def growing_dims(self) -> dict[str, int]:
         return {"keys": 2, "values": 2} if self.is_initialized else {}
 
     def predicted_nbytes(self) -> int:

@@ -1,8 +1,7 @@
-"""Every token keeps a rank of its own, which a small gate gives it: one bucket of rows for each level of rank
-(arXiv:2603.04411).
+"""A layer in which every token has a rank of its own, chosen by a small gate (after arXiv:2603.04411).
 
-Of the paper only the abstract is known: a learnt gate gives each token a compression rate. Levels, gate and
-storage are our own.
+Tokens of one rank lie together in a bucket. Of the paper only the abstract is known: a learnt gate gives each
+token a compression rate. The levels of rank, the gate and the storage are our own.
 """
 
 from __future__ import annotations
@@ -19,20 +18,25 @@ from lowkey.backends.ragged import ragged
 from lowkey.backends.segment import Part, Segment, merge_parts
 from lowkey.core.types import Factors
 from lowkey.models.attention_interface import Call
-from lowkey.ops.ragged import picked, row_of, starts_of
+from lowkey.ops.ragged import join_rows, row_of, select_rows, starts_of
 from lowkey.storage.codec import LowRank
 from lowkey.storage.positioned import RaggedLayer
 
-LARGE = 8.0  # a coordinate so many times its root mean square says no more than that it is large
+LARGEST_INPUT = 8.0  # the gate's inputs are cut here: a coordinate of 8 RMS says no more than "large"
 
 
 @dataclass(frozen=True)
 class Gate:
-    """One hidden layer over the coordinates of a token's keys and values, all heads, each over its root mean
-    square.
+    """Chooses the level of rank of a token from the coordinates of its keys and values, all heads together.
 
-    scale (2 h, d): one over that; hidden (2 h d, m), hidden_bias (m), out (m, n), out_bias (n), for n levels
-    of rank.
+    One hidden layer. Each coordinate is divided by its root mean square first.
+
+    Args:
+        scale: (2 h, d), one over the root mean square of each coordinate, keys first.
+        hidden: (2 h d, m), weights of the hidden layer.
+        hidden_bias: (m).
+        out: (m, n), weights of the output layer, for n levels of rank.
+        out_bias: (n).
     """
 
     scale: Tensor
@@ -42,82 +46,101 @@ class Gate:
     out_bias: Tensor
 
     def __call__(self, keys: Tensor, values: Tensor) -> Tensor:
-        """Coordinates (b, h, t, d) -> (b, t, n) in fp32; a token takes the level of its largest number."""
+        """Score the levels for each token, which takes the level with the largest score.
+
+        Args:
+            keys: (b, h, t, d), coordinates in the widest basis.
+            values: (b, h, t, d), the same.
+
+        Returns:
+            Scores (b, t, n) in fp32.
+        """
         both = torch.cat([keys, values], 1).float() * self.scale.unsqueeze(1)
-        flat = both.clamp(-LARGE, LARGE).transpose(1, 2).flatten(2)
+        flat = both.clamp(-LARGEST_INPUT, LARGEST_INPUT).transpose(1, 2).flatten(2)
         return gelu(flat @ self.hidden + self.hidden_bias) @ self.out + self.out_bias
 
     def to(self, device: torch.device) -> Gate:
+        """The same gate on another device."""
         return Gate(**{name: t.to(device) for name, t in vars(self).items()})
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """The tokens of one level: keys and values (h n, r), sequence after sequence, in each of them head after
-    head.
+    """The tokens of one level: sequence after sequence, and in each sequence head after head.
 
-    starts (b + 1): where each sequence's tokens begin among n; where (n), their positions, if the layout
-    needs them, else (0).
+    All heads of a layer give a token the same level, so a bucket holds n tokens over all sequences and h n
+    keys.
+
+    Args:
+        keys: (h n, r).
+        values: (h n, r).
+        starts: (b + 1), where each sequence's tokens begin among the n.
+        positions: (n), the tokens' positions, if the layout needs them to rotate keys again; else (0).
     """
 
     keys: Tensor
     values: Tensor
     starts: Tensor
-    where: Tensor
+    positions: Tensor
 
     def joined(self, more: Bucket, heads: int) -> Bucket:
-        """Every sequence with more tokens behind it."""
+        """This bucket with the tokens of `more` behind those of each sequence."""
         rows, new = self.rows(heads), more.rows(heads)
-        keys, values = (
-            joined_rows(a, rows, b, new) for a, b in ((self.keys, more.keys), (self.values, more.values))
-        )
-        where = (
-            joined_rows(self.where, self.starts, more.where, more.starts)
-            if len(self.where) + len(more.where)
-            else self.where
-        )
-        return Bucket(keys, values, self.starts + more.starts, where)
+        keys = join_rows(self.keys, rows, more.keys, new)
+        values = join_rows(self.values, rows, more.values, new)
+        positions = self.positions
+        if len(self.positions) + len(more.positions):
+            positions = join_rows(self.positions, self.starts, more.positions, more.starts)
+        return Bucket(keys, values, self.starts + more.starts, positions)
 
-    def picked(self, sequences: Tensor, rows: Tensor, heads: int) -> Bucket:
-        """The sequences with these numbers, whose heads have the numbers `rows`."""
-        keys, values = (picked(x, self.rows(heads), rows)[0] for x in (self.keys, self.values))
-        where = picked(self.where, self.starts, sequences)[0] if len(self.where) else self.where
-        return Bucket(keys, values, starts_of(self.starts.diff()[sequences]), where)
+    def selected(self, sequences: Tensor, rows: Tensor, heads: int) -> Bucket:
+        """Some of the sequences.
+
+        Args:
+            sequences: their numbers.
+            rows: the numbers of their rows among the b h rows.
+            heads: KV heads of the layer.
+        """
+        keys, values = (select_rows(x, self.rows(heads), rows)[0] for x in (self.keys, self.values))
+        positions = self.positions
+        if len(positions):
+            positions = select_rows(positions, self.starts, sequences)[0]
+        return Bucket(keys, values, starts_of(self.starts.diff()[sequences]), positions)
 
     def rows(self, heads: int) -> Tensor:
-        """(b h + 1): where the row of each head begins in `keys`."""
+        """(b h + 1): where the row of each head of each sequence begins in `keys`."""
         return starts_of(self.starts.diff().repeat_interleave(heads))
 
-    def positions(self, heads: int) -> Tensor:
-        """(h n), or (0): of every key."""
-        if not len(self.where):
-            return self.where
+    def key_positions(self, heads: int) -> Tensor:
+        """(h n): the position of every key; (0) where positions are not held."""
+        if not len(self.positions):
+            return self.positions
         rows = self.rows(heads)
         row = row_of(rows)
-        return self.where[self.starts[row // heads] + torch.arange(len(row), device=row.device) - rows[row]]
+        place_in_row = torch.arange(len(row), device=row.device) - rows[row]
+        return self.positions[self.starts[row // heads] + place_in_row]
 
 
-def cut(factors: Factors, rank: int) -> Factors:
-    """The first `rank` coordinates of keys and of values."""
+def truncate_factors(factors: Factors, rank: int) -> Factors:
+    """Keep the first `rank` coordinates of keys and of values."""
     f = factors
     return Factors(f.k_down[..., :rank], f.k_up[..., :rank, :], f.v_down[..., :rank], f.v_up[..., :rank, :])
 
 
-def joined_rows(flat: Tensor, starts: Tensor, more: Tensor, more_starts: Tensor) -> Tensor:
-    """Rows of different length (n, ...) with other such rows (m, ...) behind them: (n + m, ...)."""
-    out = flat.new_empty(len(flat) + len(more), *flat.shape[1:])
-    out[torch.arange(len(flat), device=flat.device) + more_starts[row_of(starts)]] = flat
-    out[torch.arange(len(more), device=flat.device) + starts[1:][row_of(more_starts)]] = more
-    return out
-
-
 class BucketedLayer(RaggedLayer):
-    """codecs: the same maps cut at each level of rank, the widest first; gate: which of them a token takes,
-    in all heads of the layer.
+    """Stores each token at the rank that the gate gives it.
 
     A query meets the tokens of its own chunk densely, as they will be stored or, under exact prefill, as they
-    are; older ones bucket by bucket. The parts are merged by log-sum-exp. Padding takes no slot. counts:
-    tokens held at each level, over the batch.
+    are. It meets older tokens bucket by bucket. The parts are merged by log-sum-exp. Padding is not stored.
+
+    Args:
+        codecs: the same maps cut at each level of rank, the widest first.
+        gate: which level a token takes.
+        exact_prefill: what a chunk sees of itself, as in `StoringLayer`.
+
+    Attributes:
+        buckets: one for each level.
+        counts: tokens held at each level, over the batch.
     """
 
     def __init__(self, codecs: Sequence[LowRank], gate: Gate, exact_prefill: bool = False) -> None:
@@ -127,128 +150,139 @@ class BucketedLayer(RaggedLayer):
         self.counts = [0] * len(self.codecs)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make empty buckets for this batch size, device and dtype."""
         b, self.heads = key_states.shape[:2]
-        self.device, self.size = key_states.device, key_states.element_size()
-        self.codecs, self.gate = [c.like(key_states) for c in self.codecs], self.gate.to(self.device)
-        self.begin(b)
-        nowhere, none = (
-            torch.zeros(n, dtype=t, device=self.device) for n, t in ((0, torch.int32), (b + 1, torch.long))
-        )
+        self.device, self.itemsize = key_states.device, key_states.element_size()
+        self.codecs, self.gate = [c.to_match(key_states) for c in self.codecs], self.gate.to(self.device)
+        self.reset_rows(b)
         for codec in self.codecs:
-            keys, values = codec.encode(key_states[:, :, :0], value_states[:, :, :0], self.positions(0, 0))
+            keys, values = codec.encode(key_states[:, :, :0], value_states[:, :, :0], self.positions_of(0, 0))
             empty = Bucket(
                 keys.new_empty(0, keys.shape[-1]),
                 values.new_empty(0, values.shape[-1]),
-                none.clone(),
-                nowhere,
+                starts=torch.zeros(b + 1, dtype=torch.long, device=self.device),
+                positions=torch.zeros(0, dtype=torch.int32, device=self.device),
             )
             self.buckets = [*self.buckets, empty]
         self.is_initialized = True
 
     def tensors(self) -> dict[str, Tensor]:
+        """The buckets' tensors, named by level, and where the sequences begin."""
         held = {f"{name}_{i}": t for i, bucket in enumerate(self.buckets) for name, t in vars(bucket).items()}
-        return held | {"offset": self.offset, "first": self.first} if self.is_initialized else {}
+        return held | {"offset": self.offset, "first_index": self.first_index} if self.is_initialized else {}
 
     def predicted_nbytes(self) -> int:
+        """The bytes of all tokens at their levels, positions and row starts."""
         if not self.is_initialized:
             return 0
-        batch, placed = len(self.offset), 4 * self._needs_positions
+        batch, position_bytes = len(self.offset), 4 * self._needs_positions
         widths = [sum(codec.factors.ranks) for codec in self.codecs]
         kept = sum(
-            n * (self.heads * width * self.size + placed)
+            n * (self.heads * width * self.itemsize + position_bytes)
             for n, width in zip(self.counts, widths, strict=True)
         )
-        return kept + 8 * (len(self.codecs) * (batch + 1) + 2 * batch)
+        starts, offset_and_first = 8 * len(self.codecs) * (batch + 1), 8 * 2 * batch
+        return kept + starts + offset_and_first
 
     @property
     def _needs_positions(self) -> bool:
         return self.codecs[0].layout == "pre_rope"
 
     def attend(self, keys: Tensor, values: Tensor, call: Call) -> Tensor:
+        """Answer the call over older tokens and this chunk, then store the chunk."""
         t = keys.shape[2]
-        real = self.place(call, t)
-        positions = self.positions(self.seen - t, self.seen)
+        real = self.locate_tokens(call, t)
+        positions = self.positions_of(self.seen - t, self.seen)
         stored = self.codecs[0].encode(keys, values, positions)
-        levels = self.gate(*stored).argmax(-1).masked_fill(~real, -1)
-        own, exact = (keys, values), self.exact_rows(real)[:, None, None, None]
+        levels = self.gate(*stored).argmax(-1).masked_fill(~real, -1)  # no level for padding
+        chunk, exact = (keys, values), self.exact_rows(real)[:, None, None, None]
         if not bool(exact.all()):
-            k, v = self._as_read(*stored, levels, positions)
-            own = torch.where(exact, keys, k), torch.where(exact, values, v)
-        out = merge_parts([*self._older(call), self._own(*own, call)])[0]
+            k, v = self._as_read_later(*stored, levels, positions)
+            chunk = torch.where(exact, keys, k), torch.where(exact, values, v)
+        out = merge_parts([*self._stored_parts(call), self._chunk_part(*chunk, call)])[0]
         self._store(*stored, levels, positions)
         return out.to(values.dtype)
 
     # -- reading
 
-    def _older(self, call: Call) -> Iterator[Part]:
-        """Attention over what was stored before this call, each part (b, h, g, t, d) with its log-sum-exp."""
+    def _stored_parts(self, call: Call) -> Iterator[Part]:
+        """Attention over what was stored before this call: for each bucket (b, h, g, t, d) and its lse."""
         for codec, bucket, count in zip(self.codecs, self.buckets, self.counts, strict=True):
             if count:
-                query, starts = codec.query(call.query), bucket.rows(self.heads)
-                keys = codec.readable_rows(bucket.keys, bucket.positions(self.heads), starts, self.heads)
+                query, starts = codec.project_query(call.query), bucket.rows(self.heads)
+                keys = codec.scoring_keys_of_rows(
+                    bucket.keys, bucket.key_positions(self.heads), starts, self.heads
+                )
                 out, lse = ragged(
                     query.flatten(2, 3).flatten(0, 1), keys, bucket.values, starts, call.scaling, call.softcap
                 )
                 shape = query.shape[:4]
-                yield codec.out(out.view(*shape, -1)), lse.view(shape)
+                yield codec.expand_output(out.view(*shape, -1)), lse.view(shape)
 
-    def _own(self, keys: Tensor, values: Tensor, call: Call) -> Part:
+    def _chunk_part(self, keys: Tensor, values: Tensor, call: Call) -> Part:
         """Attention of a chunk's queries over the chunk itself."""
         mask = call.full_mask(self.seen)
         mask = None if mask is None else mask[..., self.seen - keys.shape[2] :]
         return grouped.partial([Segment(call.query, keys, values, mask)], call.scaling, call.softcap)
 
-    def _as_read(
+    def _as_read_later(
         self, keys: Tensor, values: Tensor, levels: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values (b, h, t, d) of a chunk, each token rebuilt from as many coordinates as it will
-        keep.
-        """
-        widest, ranks = (
-            self.codecs[0],
-            torch.tensor([c.factors.ranks for c in self.codecs], device=levels.device),
-        )
-        kept = [
-            torch.arange(x.shape[-1], device=levels.device) < r[levels, None]
-            for x, r in zip((keys, values), ranks.T, strict=True)
-        ]
-        keys, values = (x * k.unsqueeze(1) for x, k in zip((keys, values), kept, strict=True))
-        return widest.keys(widest.readable(keys, positions.unsqueeze(1))), widest.values(values)
+        """Keys and values (b, h, t, d) of a chunk, rebuilt from as many coordinates as each token will keep."""
+        widest = self.codecs[0]
+        ranks = torch.tensor([c.factors.ranks for c in self.codecs], device=levels.device)
+
+        def truncated(x: Tensor, rank_of_level: Tensor) -> Tensor:
+            kept = torch.arange(x.shape[-1], device=levels.device) < rank_of_level[levels, None]
+            return x * kept.unsqueeze(1)
+
+        keys, values = truncated(keys, ranks[:, 0]), truncated(values, ranks[:, 1])
+        scoring = widest.scoring_keys(keys, positions.unsqueeze(1))
+        return widest.expand_keys(scoring), widest.expand_values(values)
 
     # -- storing
 
     def _store(self, keys: Tensor, values: Tensor, levels: Tensor, positions: Tensor) -> None:
-        """keys, values (b, h, t, d): coordinates of which each level keeps the first; levels (b, t), -1 for
-        padding.
+        """Put each token into the bucket of its level.
+
+        Args:
+            keys: (b, h, t, d), coordinates in the widest basis, of which a level keeps the first.
+            values: (b, h, t, d), the same.
+            levels: (b, t), -1 for padding.
+            positions: (b, t).
         """
-        grown, counts = list(self.buckets), list(self.counts)
+        # new lists, since a snapshot of the layer holds the old ones
+        buckets, counts = list(self.buckets), list(self.counts)
         for i, codec in enumerate(self.codecs):
             chosen = levels == i
             count = int(chosen.sum())
             if count:
                 rows = chosen.unsqueeze(1).expand(-1, self.heads, -1)
                 k, v = (x[..., :r][rows] for x, r in zip((keys, values), codec.factors.ranks, strict=True))
-                where = positions[chosen].int() if self._needs_positions else self.buckets[i].where
-                grown[i] = grown[i].joined(Bucket(k, v, starts_of(chosen.sum(1)), where), self.heads)
+                own = positions[chosen].int() if self._needs_positions else buckets[i].positions
+                buckets[i] = buckets[i].joined(Bucket(k, v, starts_of(chosen.sum(1)), own), self.heads)
                 counts[i] += count
-        self.buckets, self.counts = grown, counts
+        self.buckets, self.counts = buckets, counts
 
     # -- moving
 
     def map_tensors(self, f: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor that is held by `f` of it."""
         self.buckets = [
             replace(bucket, **{name: f(t) for name, t in vars(bucket).items()}) for bucket in self.buckets
         ]
-        self.offset, self.first = f(self.offset), f(self.first)
+        self.offset, self.first_index = f(self.offset), f(self.first_index)
 
-    def pick(self, choose: Callable[[Tensor], Tensor]) -> None:
+    def select_sequences(self, choose: Callable[[Tensor], Tensor]) -> None:
+        """Keep some sequences of the batch; see `StoringLayer.select_sequences`."""
         if not self.is_initialized:
             return
         sequences, rows = self.chosen_rows(choose, self.heads)
-        self.buckets = [bucket.picked(sequences, rows, self.heads) for bucket in self.buckets]
+        self.buckets = [bucket.selected(sequences, rows, self.heads) for bucket in self.buckets]
         self.counts = [int(bucket.starts[-1]) for bucket in self.buckets]
-        self.offset, self.first = choose(self.offset), choose(self.first)
+        self.offset, self.first_index = choose(self.offset), choose(self.first_index)
 
     def reset(self) -> None:
+        """Forget all tokens."""
         super().reset()
         self.buckets, self.counts = [], [0] * len(self.codecs)

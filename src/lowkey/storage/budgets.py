@@ -34,7 +34,7 @@ class EvictionCosts:
 
     heads: over all layers that evict. rows: of the batch. entry: a kept token of one head. whole: how much
     more a head's recent tokens take, each. fixed: what no kept token pays for: indices, and the layers that
-    slide. to_come: tokens that will be given again and stay, which a budget counts as seen; coming: what they
+    slide. expected_tokens: tokens that will be given again and stay, which a budget counts as seen; coming: what they
     will take.
     """
 
@@ -43,7 +43,7 @@ class EvictionCosts:
     entry: int
     fixed: float
     whole: int = 0
-    to_come: int = 0
+    expected_tokens: int = 0
     coming: float = 0
 
     def left(self, policy: Policy, tokens: int) -> float:
@@ -51,7 +51,9 @@ class EvictionCosts:
         budget = budget_of(policy)
         recent = self.heads * min(tokens, policy.recent) * self.whole
         paid = (
-            budget.amount / self.rows if budget.unit == "bytes" else budget.amount * (tokens + self.to_come)
+            budget.amount / self.rows
+            if budget.unit == "bytes"
+            else budget.amount * (tokens + self.expected_tokens)
         )
         return paid - self.fixed - self.coming - recent
 
@@ -79,11 +81,11 @@ class EvictionCosts:
         more = (
             max(lacking) * self.rows
             if budget.unit == "bytes"
-            else max(x / (n + self.to_come) for x, n in each)
+            else max(x / (n + self.expected_tokens) for x, n in each)
         )
         least = budget.amount + more - 1e-6
         smallest = f"{math.ceil(least)} B" if least < 10 * 1024 else f"{math.ceil(least / 102.4) / 10:g} KiB"
-        asked = f"a question of {self.to_come} tokens, " if self.to_come else ""
+        asked = f"a question of {self.expected_tokens} tokens, " if self.expected_tokens else ""
         raise LowkeyError(
             f"budget {budget}: {_described(self.rows, rows)} take "
             f"{smallest}{budget.unit.removeprefix('bytes')} for "

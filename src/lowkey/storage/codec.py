@@ -1,4 +1,4 @@
-"""The form in which keys and values are stored, and how a query meets it."""
+"""The forms in which keys and values are stored, and how a query meets each form."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowkey.backends.segment import Segment
-from lowkey.core.head_groups import merged, rebuilt_heads
+from lowkey.core.head_groups import group_latents, rebuilt_heads
 from lowkey.core.types import Factors, Layout
 from lowkey.models.families import Rope
 from lowkey.ops.ragged import row_of
@@ -17,82 +17,139 @@ from lowkey.ops.rope import rotate, unrotate
 
 
 class Codec(Protocol):
-    """encode: keys and values (b, h, t, d) at positions (b, t) -> stored forms (b, G, t, r), G = h unless
-    heads are merged.
-    readable: stored keys (b, h, s, r) at positions (b, h|1, s) -> what queries are scored against;
-    readable_rows: the same for keys (n, r) of rows of different length, given each one's position (n), where
-    rows start (b h + 1), and h.
-    query, out: (b, h, g, t, d) to and from the stored basis.
-    keys, values: readable keys and stored values -> (b, h, s, d) as the model made them, as nearly as is
-    known.
-    segment: stored keys (b, G, s, r) at positions (b, s) and values, ready to be attended to by queries (b,
-    h, g, t, d) at (b, t); with `expand` the query as it is meets keys and values as the model made them,
-    where the form allows it, so that exact ones can join them. order (h): the KV heads in the order in which
-    all of this expects them, or None for their own.
+    """Turns keys and values into the form that is stored, and lets queries meet that form.
+
+    Stored keys and values have G heads: G = h, or fewer where several KV heads share a latent. A *scoring
+    key* is what a query is multiplied with; for some forms it is the stored key itself.
     """
 
     @property
-    def order(self) -> Tensor | None: ...
+    def order(self) -> Tensor | None:
+        """(h): the KV heads in the order in which all methods expect them, or None for the model's order."""
+        ...
 
-    def encode(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]: ...
-    def readable(self, stored: Tensor, positions: Tensor) -> Tensor: ...
-    def readable_rows(self, stored: Tensor, positions: Tensor, starts: Tensor, heads: int) -> Tensor: ...
-    def query(self, query: Tensor) -> Tensor: ...
-    def out(self, out: Tensor) -> Tensor: ...
-    def keys(self, readable: Tensor) -> Tensor: ...
-    def values(self, stored: Tensor) -> Tensor: ...
+    def encode(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values (b, h, t, d) at positions (b, t) -> stored forms (b, G, t, r)."""
+        ...
+
+    def scoring_keys(self, stored: Tensor, positions: Tensor) -> Tensor:
+        """Stored keys (b, h, s, r) at positions (b, h|1, s) -> scoring keys (b, h, s, r or d)."""
+        ...
+
+    def scoring_keys_of_rows(self, stored: Tensor, positions: Tensor, starts: Tensor, heads: int) -> Tensor:
+        """The same for ragged rows.
+
+        Args:
+            stored: keys (n, r) of all rows, one behind another.
+            positions: (n), the position of each key.
+            starts: (b h + 1), where each row begins.
+            heads: h.
+
+        Returns:
+            Scoring keys (n, r or d).
+        """
+        ...
+
+    def project_query(self, query: Tensor) -> Tensor:
+        """Queries (b, h, g, t, d) -> the basis of the scoring keys."""
+        ...
+
+    def expand_output(self, out: Tensor) -> Tensor:
+        """Weighted sums of stored values (b, h, g, t, r) -> outputs (b, h, g, t, d)."""
+        ...
+
+    def expand_keys(self, scoring: Tensor) -> Tensor:
+        """Scoring keys (b, h, s, r or d) -> rotated keys (b, h, s, d) as nearly as the form knows them."""
+        ...
+
+    def expand_values(self, stored: Tensor) -> Tensor:
+        """Stored values (b, G, s, r) -> values (b, h, s, d) as nearly as the form knows them."""
+        ...
+
     def segment(
         self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, at: Tensor, expand: bool = False
-    ) -> Segment: ...
-    def like(self, states: Tensor) -> Codec: ...
+    ) -> Segment:
+        """Prepare stored tokens and the queries for attention.
+
+        Args:
+            query: (b, h, g, t, d).
+            keys: stored keys (b, G, s, r).
+            values: stored values (b, G, s, r).
+            positions: (b, s), of the stored tokens.
+            at: (b, t), the positions of the queries.
+            expand: rebuild keys and values and leave the queries in the model's basis, where the form
+                allows it, so that exact tokens can be joined to the segment.
+
+        Returns:
+            The segment, without a mask.
+        """
+        ...
+
+    def to_match(self, states: Tensor) -> Codec:
+        """The same codec on the device and in the dtype of the states that will be stored."""
+        ...
 
 
 @dataclass(frozen=True)
 class Plain:
-    """As the model made them."""
+    """Stores keys and values as the model made them; see `Codec` for the methods."""
 
     order: ClassVar[None] = None
 
     def encode(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, unchanged."""
         return keys, values
 
-    def readable(self, stored: Tensor, positions: Tensor) -> Tensor:
+    def scoring_keys(self, stored: Tensor, positions: Tensor) -> Tensor:
+        """The stored keys, unchanged."""
         return stored
 
-    def readable_rows(self, stored: Tensor, positions: Tensor, starts: Tensor, heads: int) -> Tensor:
+    def scoring_keys_of_rows(self, stored: Tensor, positions: Tensor, starts: Tensor, heads: int) -> Tensor:
+        """The stored keys, unchanged."""
         return stored
 
-    def query(self, query: Tensor) -> Tensor:
+    def project_query(self, query: Tensor) -> Tensor:
+        """The queries, unchanged."""
         return query
 
-    def out(self, out: Tensor) -> Tensor:
+    def expand_output(self, out: Tensor) -> Tensor:
+        """The outputs, unchanged."""
         return out
 
-    def keys(self, readable: Tensor) -> Tensor:
-        return readable
+    def expand_keys(self, scoring: Tensor) -> Tensor:
+        """The keys, unchanged."""
+        return scoring
 
-    def values(self, stored: Tensor) -> Tensor:
+    def expand_values(self, stored: Tensor) -> Tensor:
+        """The values, unchanged."""
         return stored
 
     def segment(
         self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, at: Tensor, expand: bool = False
     ) -> Segment:
+        """A segment of the tokens as they are."""
         return Segment(query, keys, values)
 
-    def like(self, states: Tensor) -> Plain:
+    def to_match(self, states: Tensor) -> Plain:
+        """This codec: it has no tensors."""
         return self
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """Keys in rank r_K, values in rank r_V, of each head or of several heads together.
+    """Stores keys in rank r_K and values in rank r_V, of each head or of several heads together.
 
-    `post_rope`: rotated keys are projected and the query is carried into their basis; nothing is expanded
-    back, unless that is cheaper. `pre_rope`: keys are stored unrotated, and expanded and rotated at their own
-    positions when read (arXiv:2408.05646, whose published decoding rotates the whole history at the current
-    position).
-    absorb: always carry the query (True), always expand (False), or whatever takes fewer products (None); the
-    numbers are the same.
+    Layout `post_rope`: rotated keys are projected, and the query is projected into their basis. Nothing is
+    expanded, unless that is cheaper. Layout `pre_rope`: keys are stored unrotated, and are expanded and
+    rotated at their own positions when they are read (arXiv:2408.05646; the published decoding rotates the
+    whole history at the current position instead).
+
+    Args:
+        factors: the maps into and out of the stored basis.
+        layout: `post_rope` or `pre_rope`.
+        rope: the model's rotary embedding.
+        absorb: how queries meet stored tokens. True: always project the queries; False: always expand the
+            stored tokens; None: whichever takes fewer products. The results are the same.
     """
 
     factors: Factors
@@ -102,75 +159,101 @@ class LowRank:
 
     @property
     def order(self) -> Tensor | None:
+        """(h): the KV heads in the order in which they are grouped, or None for the model's order."""
         return self.factors.order
 
     def encode(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Project keys and values into their latents; see `Codec.encode`."""
         f = self.factors
+        latent_values = group_latents(_minus_mean(values, f.v_mean), f.v_down)
         if f.frequencies is not None:
-            return self._turned(keys, f.k_down, positions, f.frequencies), merged(
-                _less(values, f.v_mean), f.v_down
-            )
+            return self._rotated_by_own_frequencies(keys, f.k_down, positions, f.frequencies), latent_values
         if self.layout == "pre_rope":
             cos, sin = self.rope(positions, keys)
             keys = unrotate(keys.float(), cos, sin).to(keys.dtype)
-        return merged(_less(keys, f.k_mean), f.k_down), merged(_less(values, f.v_mean), f.v_down)
+        return group_latents(_minus_mean(keys, f.k_mean), f.k_down), latent_values
 
     def segment(
         self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, at: Tensor, expand: bool = False
     ) -> Segment:
+        """Prepare stored tokens and queries for attention; see `Codec.segment`."""
+        # scores: either the query goes into the keys' basis, or the keys come back into the query's
         if (frequencies := self.factors.frequencies) is not None:
-            query = self._turned(query, self.factors.k_up.mT.unsqueeze(1), at, frequencies)
-        elif self.layout == "post_rope" and not expand and self._carries(query, keys):
-            query, keys = self._carried(query, keys)
+            query = self._rotated_by_own_frequencies(
+                query, self.factors.k_up.mT.unsqueeze(1), at, frequencies
+            )
+        elif self.layout == "post_rope" and not expand and self._projecting_is_cheaper(query, keys):
+            query, keys = self._projected(query, keys)
         else:
             keys = self._expanded(keys, positions)
-        if expand or not self._carries(query, values):
-            return Segment(query, keys, self.values(values))
+        # outputs: either the values come back into d channels first, or their weighted sum does
+        if expand or not self._projecting_is_cheaper(query, values):
+            return Segment(query, keys, self.expand_values(values))
         up, mean = self.factors.v_up, self.factors.v_mean
         if mean is not None:
+            # a channel of ones sums the weights, which the last row of the map multiplies with the mean
             values, up = _with_ones(values), torch.cat([up.expand(len(mean), -1, -1), mean.unsqueeze(1)], 1)
         return Segment(query, keys, values, None, up)
 
-    def _turned(self, x: Tensor, into: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
-        """Rotated keys (b, h, t, d) or queries (b, h, g, t, d) at positions (b, t) -> the stored basis,
-        rotated by its own frequencies.
+    def _rotated_by_own_frequencies(
+        self, x: Tensor, into: Tensor, positions: Tensor, frequencies: Tensor
+    ) -> Tensor:
+        """Undo the model's rotation, project, and rotate again by the factors' own frequencies.
+
+        Args:
+            x: rotated keys (b, h, t, d) or queries (b, h, g, t, d).
+            into: the map into the stored basis.
+            positions: (b, t).
+            frequencies: (r_K / 2), radians per position.
+
+        Returns:
+            x in the stored basis.
         """
         cos, sin = self.rope(positions, x)
         angle = (positions.unsqueeze(-1) * frequencies).float().repeat(1, 1, 2).unsqueeze(1)
         if x.ndim == 5:
             cos, sin, angle = cos.unsqueeze(1), sin.unsqueeze(1), angle.unsqueeze(1)
-        scale = (cos.square() + sin.square())[..., :1].sqrt()  # some rotary embeddings also stretch
-        return rotate(
-            unrotate(x.float(), cos, sin) @ into.float(), angle.cos() * scale, angle.sin() * scale
-        ).to(x.dtype)
+        scale = (cos.square() + sin.square())[..., :1].sqrt()  # YaRN multiplies cos and sin by a factor
+        latent = unrotate(x.float(), cos, sin) @ into.float()
+        return rotate(latent, angle.cos() * scale, angle.sin() * scale).to(x.dtype)
 
-    def _carries(self, query: Tensor, stored: Tensor) -> bool:
-        """Whether so many queries are cheaper to answer in the stored basis than over expanded heads."""
+    def _projecting_is_cheaper(self, query: Tensor, stored: Tensor) -> bool:
+        """Whether so many queries take fewer products in the stored basis than over expanded heads.
+
+        Args:
+            query: (b, h, g, t, d).
+            stored: (b, G, s, width).
+        """
         if self.absorb is not None:
             return self.absorb
         queries, d = query.shape[2] * query.shape[3], self.factors.k_up.shape[-1]
         s, width = stored.shape[2:]
-        return queries * width * (s + d) <= s * d * (width + queries)
+        projecting = queries * width * (s + d)  # scores at the latent's width, and the projection of queries
+        expanding = s * d * (width + queries)  # the expansion of every token, and scores at width d
+        return projecting <= expanding
 
-    def _carried(self, query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries (b, G, H/G, t, r) for stored keys (b, G, s, r); a mean adds a channel, which all keys
-        share.
+    def _projected(self, query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (b, G, H/G, t, r) for stored keys (b, G, s, r).
+
+        A mean that was subtracted from the keys is met by one more channel: the query's product with the
+        mean, against a 1 in every key.
         """
-        inside, mean = self.query(query), self.factors.k_mean
+        projected, mean = self.project_query(query), self.factors.k_mean
         if mean is not None:
-            inside = torch.cat([inside, query @ mean[:, None, :, None]], -1)
+            projected = torch.cat([projected, query @ mean[:, None, :, None]], -1)
             keys = _with_ones(keys)
-        return inside.flatten(1, 2).unflatten(1, (keys.shape[1], -1)), keys
+        return projected.flatten(1, 2).unflatten(1, (keys.shape[1], -1)), keys
 
     def _expanded(self, stored: Tensor, positions: Tensor) -> Tensor:
-        """Keys (b, h, s, d), rotated."""
-        keys = _plus(rebuilt_heads(stored, self.factors.k_up), self.factors.k_mean)
+        """Stored keys (b, G, s, r) at positions (b, s) -> rotated keys (b, h, s, d)."""
+        keys = _plus_mean(rebuilt_heads(stored, self.factors.k_up), self.factors.k_mean)
         if self.layout == "post_rope":
             return keys
         cos, sin = self.rope(positions, keys)
         return rotate(keys.float(), cos, sin).to(keys.dtype)
 
-    def readable(self, stored: Tensor, positions: Tensor) -> Tensor:
+    def scoring_keys(self, stored: Tensor, positions: Tensor) -> Tensor:
+        """Stored keys as queries are scored against them; see `Codec.scoring_keys`."""
         if self.layout == "post_rope":
             return stored
         cos, sin = (
@@ -178,46 +261,58 @@ class LowRank:
         )
         return rotate((stored @ self.factors.k_up).float(), cos, sin).to(stored.dtype)
 
-    def readable_rows(self, stored: Tensor, positions: Tensor, starts: Tensor, heads: int) -> Tensor:
+    def scoring_keys_of_rows(self, stored: Tensor, positions: Tensor, starts: Tensor, heads: int) -> Tensor:
+        """The same for ragged rows; see `Codec.scoring_keys_of_rows`."""
         if self.layout == "post_rope":
             return stored
         up = self.factors.k_up
         expanded, head = stored.new_empty(len(stored), up.shape[-1]), row_of(starts) % heads
-        for j, matrix in enumerate(up):
+        for j, matrix in enumerate(up):  # one map for all heads, or one for each
             own = head == j if len(up) > 1 else slice(None)
             expanded[own] = stored[own] @ matrix
         cos, sin = (x[0, 0] for x in self.rope(positions.unsqueeze(0), stored))
         return rotate(expanded.float(), cos, sin).to(stored.dtype)
 
-    def query(self, query: Tensor) -> Tensor:
+    def project_query(self, query: Tensor) -> Tensor:
+        """Queries in the basis of the scoring keys; see `Codec.project_query`."""
         return query if self.layout == "pre_rope" else query @ self.factors.k_up.mT.unsqueeze(1)
 
-    def out(self, out: Tensor) -> Tensor:
+    def expand_output(self, out: Tensor) -> Tensor:
+        """Outputs (b, h, g, t, d); see `Codec.expand_output`."""
         return out.to(self.factors.v_up.dtype) @ self.factors.v_up.unsqueeze(1)
 
-    def keys(self, readable: Tensor) -> Tensor:
-        return readable if self.layout == "pre_rope" else rebuilt_heads(readable, self.factors.k_up)
+    def expand_keys(self, scoring: Tensor) -> Tensor:
+        """Rotated keys (b, h, s, d); see `Codec.expand_keys`."""
+        return scoring if self.layout == "pre_rope" else rebuilt_heads(scoring, self.factors.k_up)
 
-    def values(self, stored: Tensor) -> Tensor:
-        return _plus(rebuilt_heads(stored, self.factors.v_up), self.factors.v_mean)
+    def expand_values(self, stored: Tensor) -> Tensor:
+        """Values (b, h, s, d); see `Codec.expand_values`."""
+        return _plus_mean(rebuilt_heads(stored, self.factors.v_up), self.factors.v_mean)
 
-    def like(self, states: Tensor) -> LowRank:
-        """On the device and in the dtype of the states that will be stored."""
+    def to_match(self, states: Tensor) -> LowRank:
+        """The same maps on the device and in the dtype of the states that will be stored."""
         return replace(self, factors=self.factors.to(states))
 
 
 def _with_ones(x: Tensor) -> Tensor:
+    """One more channel, all ones."""
     return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1)
 
 
-def _less(x: Tensor, mean: Tensor | None) -> Tensor:
+def _minus_mean(x: Tensor, mean: Tensor | None) -> Tensor:
     return x if mean is None else x - mean.unsqueeze(1)
 
 
-def _plus(x: Tensor, mean: Tensor | None) -> Tensor:
+def _plus_mean(x: Tensor, mean: Tensor | None) -> Tensor:
     return x if mean is None else x + mean.unsqueeze(1)
 
 
 def token_positions(start: int, stop: int, offset: Tensor) -> Tensor:
-    """Positions (b, stop - start) of the tokens with these indices; padding has some that mean nothing."""
+    """Positions (b, stop - start) of the tokens with these indices; those of padding mean nothing.
+
+    Args:
+        start: the first index.
+        stop: the index behind the last.
+        offset: (b, 1), index less position in each sequence.
+    """
     return torch.arange(start, stop, device=offset.device) - offset

@@ -32,7 +32,7 @@ class CodedLayer(PositionedLayer):
     as it was, and show it as it will be.
 
     Held: what the packings of keys and values hold; recent_k, recent_v (b, h, recent, d); sink_k, sink_v (b,
-    h, sinks, d); sink_at (b, sinks), the index of the token in each slot; offset and first, as in any
+    h, sinks, d); sink_index (b, sinks), the index of the token in each slot; offset and first, as in any
     `PositionedLayer`; with `counts`, also ended (b, 1), the index behind each row's last real token, 0 while
     there is none. points: they say what a sink is; without them a row's first real tokens are its sinks.
     counts: whether the numbers that a query sees depend on how many tokens came since.
@@ -46,25 +46,28 @@ class CodedLayer(PositionedLayer):
         points: SinkPoints | None = None,
     ) -> None:
         super().__init__(exact is not None and exact.prefill == "exact")
-        self.codec, self.exact, self.points = codec, exact or Exact(), points
+        self.codec, self.exact, self.sink_points = codec, exact or Exact(), points
         self.packing = dict(zip(("keys", "values"), packing or (Unpacked(), Unpacked()), strict=True))
         self.block = max(p.block for p in self.packing.values())
         # recent or stored, it is the token as it came
         same = (self.codec, *self.packing.values()) == (Plain(), Unpacked(), Unpacked())
-        self.counts = self.block > 1 or (self.exact.recent > 0 and not same)
+        self.form_depends_on_age = self.block > 1 or (self.exact.recent > 0 and not same)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         b, h, _, d = key_states.shape
         self.device, n = key_states.device, self.exact.sinks
-        self.codec, self.points = self.codec.like(key_states), self.points and self.points.to(self.device)
+        self.codec, self.sink_points = (
+            self.codec.to_match(key_states),
+            self.sink_points and self.sink_points.to(self.device),
+        )
         self.recent_k, self.recent_v = key_states.new_empty(b, h, 0, d), value_states.new_empty(b, h, 0, d)
         self.sink_k, self.sink_v = key_states.new_zeros(b, h, n, d), value_states.new_zeros(b, h, n, d)
-        self.sink_at = torch.full((b, n), EMPTY, dtype=torch.int32, device=self.device)
-        self.begin(b)
-        if self.counts:
-            self.ended = torch.zeros_like(self.first)
+        self.sink_index = torch.full((b, n), EMPTY, dtype=torch.int32, device=self.device)
+        self.reset_rows(b)
+        if self.form_depends_on_age:
+            self.end_index = torch.zeros_like(self.first_index)
         none = self.codec.encode(
-            self._grouped(self.recent_k), self._grouped(self.recent_v), self.positions(0, 0)
+            self._grouped(self.recent_k), self._grouped(self.recent_v), self.positions_of(0, 0)
         )
         self.shapes = {name: (x.shape[1], x.shape[3]) for name, x in zip(self.packing, none, strict=True)}
         for name, x in zip(self.packing, none, strict=True):
@@ -79,14 +82,14 @@ class CodedLayer(PositionedLayer):
             "recent_v",
             "sink_k",
             "sink_v",
-            "sink_at",
+            "sink_index",
             "offset",
-            "first",
-            *(("ended",) if self.counts else ()),
+            "first_index",
+            *(("end_index",) if self.form_depends_on_age else ()),
         )
         return {name: getattr(self, name) for name in names} if self.is_initialized else {}
 
-    def growing(self) -> dict[str, int]:
+    def growing_dims(self) -> dict[str, int]:
         packed = self.packing.items() if self.is_initialized else ()
         return {attribute: packing.axis for name, packing in packed for attribute in self._attributes(name)}
 
@@ -101,14 +104,14 @@ class CodedLayer(PositionedLayer):
             for name, (heads, width) in self.shapes.items()
         )
         indices = (
-            3 if self.counts else 2
-        ) * self.offset.element_size() + self.exact.sinks * self.sink_at.element_size()
+            3 if self.form_depends_on_age else 2
+        ) * self.offset.element_size() + self.exact.sinks * self.sink_index.element_size()
         return b * (kept + near + indices)
 
     def attend(self, keys: Tensor, values: Tensor, call: Call) -> Tensor:
-        real = self.place(call, keys.shape[2])
-        if self.counts:
-            self.ended = _ended(real, self.seen, self.ended)
+        real = self.locate_tokens(call, keys.shape[2])
+        if self.form_depends_on_age:
+            self.end_index = _ended(real, self.seen, self.end_index)
         self._find_sinks(values, real)
         keys, values = self._grouped(keys), self._grouped(values)
         call = replace(call, query=self._grouped(call.query))
@@ -118,8 +121,8 @@ class CodedLayer(PositionedLayer):
         segments = self._segments(call, buffer_k, buffer_v, self.exact_rows(real))
         return self._ungrouped(grouped.attend(segments, call.scaling, call.softcap))
 
-    def pick(self, choose: Callable[[Tensor], Tensor]) -> None:
-        super().pick(choose)
+    def select_sequences(self, choose: Callable[[Tensor], Tensor]) -> None:
+        super().select_sequences(choose)
         if self.is_initialized:  # the row that the others waited for may be gone
             self._write(self.recent_k, self.recent_v)
 
@@ -135,12 +138,12 @@ class CodedLayer(PositionedLayer):
     def check_mask(self, call: Call, start: int, real: Tensor, first: Tensor) -> None:
         """The recent window and the blocks count a row's tokens from its first real one on, so that a row may
         end in padding but not go on behind it; some of what comes before it is in no block."""
-        if not self.counts:
+        if not self.form_depends_on_age:
             return
         tokens = torch.arange(self.seen, device=first.device)
         # nothing lies between a row's tokens and the new ones
-        follows = (self.ended == start) | (first >= start)
-        within = (tokens[start:] >= first) & (tokens[start:] < _ended(real, self.seen, self.ended))
+        follows = (self.end_index == start) | (first >= start)
+        within = (tokens[start:] >= first) & (tokens[start:] < _ended(real, self.seen, self.end_index))
         if bool((real.any(1, keepdim=True) & ~follows).any()) or bool((real != within).any()):
             raise LowkeyError(
                 "attention_mask: a row goes on behind padding, which a recent window or blocks of tokens "
@@ -162,8 +165,8 @@ class CodedLayer(PositionedLayer):
         last that it may be.
         """
         if self.block == 1:
-            return self.first.new_zeros(1, 1)
-        return torch.where(self.first < self.seen, self.first % self.block, self.block - 1)
+            return self.first_index.new_zeros(1, 1)
+        return torch.where(self.first_index < self.seen, self.first_index % self.block, self.block - 1)
 
     def _left(self, seen: Tensor) -> Tensor:
         """(b|1, n): how many tokens of each row, from its shift on, have left the recent window when `seen`
@@ -175,14 +178,14 @@ class CodedLayer(PositionedLayer):
         """What all rows have ready to be stored, and what the first of them has: at most a block more."""
         if self.block == 1:
             return (max(0, self.seen - self.exact.recent),) * 2
-        left = self._left(self.first.new_tensor([self.seen]))
+        left = self._left(self.first_index.new_tensor([self.seen]))
         return int(left.min()), int(left.max())
 
     def _slots(self, start: int, stop: int) -> Tensor:
         """(b|1, n): the indices of the tokens start to stop of each row, counted from its shift, as they are
         stored.
         """
-        return torch.arange(start, stop, device=self.first.device) + self._shift()
+        return torch.arange(start, stop, device=self.first_index.device) + self._shift()
 
     # -- writing
 
@@ -229,19 +232,19 @@ class CodedLayer(PositionedLayer):
         if not self.exact.sinks:
             return
         start = self.seen - values.shape[2]
-        found = real if self.points is None else real & self.points.near(values)
-        slot = (self.sink_at < EMPTY).sum(1, keepdim=True) + found.cumsum(1) - 1
+        found = real if self.sink_points is None else real & self.sink_points.match(values)
+        slot = (self.sink_index < EMPTY).sum(1, keepdim=True) + found.cumsum(1) - 1
         takes = found.unsqueeze(1) & (
             slot.unsqueeze(1) == torch.arange(self.exact.sinks, device=slot.device).unsqueeze(1)
         )
-        self.sink_at = torch.where(takes.any(2), start + takes.int().argmax(2), self.sink_at).int()
+        self.sink_index = torch.where(takes.any(2), start + takes.int().argmax(2), self.sink_index).int()
 
     def _write_sinks(self, keys: Tensor, values: Tensor) -> None:
         """Each slot is filled when its token arrives."""
         if not self.exact.sinks:
             return
         start = self.seen - keys.shape[2]
-        index = self.sink_at.long() - start  # (b, n) into the new tokens
+        index = self.sink_index.long() - start  # (b, n) into the new tokens
         arrives = ((index >= 0) & (index < keys.shape[2]))[:, None, :, None]
         self.sink_k = torch.where(arrives, _taken(keys, index), self.sink_k)
         self.sink_v = torch.where(arrives, _taken(values, index), self.sink_v)
@@ -257,7 +260,7 @@ class CodedLayer(PositionedLayer):
         if alone:
             return [replace(stored, mask=mask)]
         mask = mask if mask is not None else self.offset.new_ones(1, 1, self.seen, dtype=torch.bool)
-        near, index = self._near(call, exact), self.sink_at.long()
+        near, index = self._near(call, exact), self.sink_index.long()
         far = mask & ~near
         is_sink = (index.unsqueeze(2) == torch.arange(self.seen, device=index.device)).any(1, keepdim=True)
         start = self.seen - buffer_k.shape[2]
@@ -287,7 +290,7 @@ class CodedLayer(PositionedLayer):
         keys, values = (
             packing.unpack(parts[name], self.shapes[name][1]) for name, packing in self.packing.items()
         )
-        at = self.positions(self.seen - call.query.shape[3], self.seen)
+        at = self.positions_of(self.seen - call.query.shape[3], self.seen)
         return self.codec.segment(call.query, keys, values, self._slots(0, ahead) - self.offset, at, expand)
 
     def _near(self, call: Call, exact: Tensor) -> Tensor:

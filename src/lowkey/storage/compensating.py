@@ -10,7 +10,7 @@ from torch import Tensor
 from lowkey.backends import grouped
 from lowkey.backends.segment import Part, Segment
 from lowkey.models.attention_interface import Call
-from lowkey.ops.ragged import best
+from lowkey.ops.ragged import top_mask
 from lowkey.storage.evicting import Candidates, EvictingLayer
 
 
@@ -49,19 +49,19 @@ class CompensatingLayer(EvictingLayer):
         parts = super()._stored_parts(call, stop)
         if not bool(self.dropped.any()):
             return parts
-        query = self.codec.query(call.query)
+        query = self.codec.project_query(call.query)
         mean_k, mean_v = self.mean_k.to(query.dtype), self.mean_v.to(query.dtype)
         # log 0 = -inf: nothing was dropped there
         mean = Segment(query, mean_k, mean_v, bias=self.dropped.log())
         out, lse = grouped.partial([mean], call.scaling, call.softcap)
-        return [*parts, (self.codec.out(out), lse)]
+        return [*parts, (self.codec.expand_output(out), lse)]
 
-    def keep(self, found: Candidates, scores: Tensor, counts: Tensor) -> None:
-        gone = (found.valid & ~best(scores, counts)).unsqueeze(-1)
+    def keep_best(self, found: Candidates, scores: Tensor, counts: Tensor) -> None:
+        gone = (found.valid & ~top_mask(scores, counts)).unsqueeze(-1)
         total = self.dropped + gone.sum(2)
         for name, x in (("mean_k", found.keys), ("mean_v", found.values)):
             mean = getattr(self, name)
             grown = mean.squeeze(2) * self.dropped + (x.float() * gone).sum(2)
             setattr(self, name, (grown / total.clamp_min(1)).unsqueeze(2))
         self.dropped = total
-        super().keep(found, scores, counts)
+        super().keep_best(found, scores, counts)

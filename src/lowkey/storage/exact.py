@@ -1,4 +1,4 @@
-"""Which tokens a layer keeps as they are."""
+"""Which tokens a layer keeps exactly, beside the compressed ones: sinks and recent tokens."""
 
 from __future__ import annotations
 
@@ -13,29 +13,43 @@ from lowkey.core.options import Checked, option
 
 @dataclass(frozen=True, eq=False)
 class SinkPoints:
-    """The values (h, d) of a layer's attention sinks lie within `radius` (m) of one of the m points `centres`
-    (m, h, d).
+    """Where the values of a layer's attention sinks lie: within a radius of one of m points.
+
+    Args:
+        centres: (m, h, d), the points.
+        radius: (m), the largest Euclidean distance from each, over all heads together.
     """
 
     centres: Tensor
     radius: Tensor
 
-    def near(self, values: Tensor) -> Tensor:
-        """Which of the tokens with values (b, h, t, d) are sinks: (b, t). Each is judged by itself, whatever
-        comes with it.
+    def match(self, values: Tensor) -> Tensor:
+        """Which tokens are sinks, each judged by its own values alone.
+
+        Args:
+            values: (b, h, t, d).
+
+        Returns:
+            (b, t), True for sinks.
         """
-        away = [(values.float() - c.unsqueeze(1)).square().sum((1, 3)) for c in self.centres]
-        return (torch.stack(away) < self.radius.square()[:, None, None]).any(0)
+        squared = [(values.float() - c.unsqueeze(1)).square().sum((1, 3)) for c in self.centres]
+        return (torch.stack(squared) < self.radius.square()[:, None, None]).any(0)
 
     def to(self, device: torch.device) -> SinkPoints:
+        """The same points on another device."""
         return replace(self, centres=self.centres.to(device), radius=self.radius.to(device))
 
 
 @dataclass(frozen=True, eq=False)
 class SinkRule:
-    """How a model's attention sinks show in its cache, from `lowkey.find_sinks`. layers: the points of each
-    layer in which they show; channels: the outlier channels of the residual stream; emergence: the first
-    layer whose input has them; model_sha256: of the model it was learnt from."""
+    """How the attention sinks of a model show in its cache, as `lowkey.find_sinks` learns it.
+
+    Args:
+        layers: the points of every layer in which sinks can be told from other tokens, by layer index.
+        channels: the outlier channels of the residual stream.
+        emergence: the first layer whose input has those outliers.
+        model_sha256: fingerprint of the model that the rule was learnt from.
+    """
 
     layers: dict[int, SinkPoints]
     channels: tuple[int, ...]
@@ -45,14 +59,20 @@ class SinkRule:
 
 @dataclass(frozen=True)
 class Exact(Checked):
-    """Tokens stored as they are: `sinks` of each row and the last `recent`.
+    """The tokens that are stored as the model made them: `sinks` of each sequence and the last `recent`.
 
-    The sinks are a row's first tokens, padding not counted; with a `rule`, the first of its tokens that the
-    rule takes for attention sinks, wherever they are (in layers where it cannot tell, again the first).
-    Recent are the newest tokens seen, so that a row may end in padding but not go on behind it, unless tokens
-    are stored as they are anyway.
-    prefill: what a chunk of several tokens sees of itself: `compressed` what will be stored (compression
-    everywhere), `exact` its own exact keys, which are compressed afterwards (decode-only compression).
+    Recent tokens are the newest tokens seen. A sequence may therefore end in padding but not go on behind
+    it, unless all tokens are stored exactly anyway.
+
+    Args:
+        sinks: number of sinks. They are the first tokens of a sequence, padding not counted; with a `rule`,
+            the first tokens that the rule takes for attention sinks, wherever they are. In layers where the
+            rule cannot tell, they are again the first tokens.
+        recent: number of newest tokens.
+        prefill: what a chunk of several tokens sees of itself. `compressed`: what will be stored (compression
+            everywhere). `exact`: its own exact keys, which are compressed afterwards (decode-only
+            compression).
+        rule: how sinks are recognised, or None.
     """
 
     sinks: int = option(0, at_least=0, at_most=2**12)
@@ -60,19 +80,15 @@ class Exact(Checked):
     prefill: Literal["compressed", "exact"] = "compressed"
     rule: SinkRule | None = None
 
-    def visible(self, tokens: int) -> Exact:
-        """What of this shows in windows of so many tokens: nothing, where no token would be left to compress."""
-        return self if tokens > self.sinks + self.recent else NOTHING
+    def for_length(self, tokens: int) -> Exact:
+        """These settings for windows of `tokens` tokens; no exact tokens where none would be left to compress."""
+        return self if tokens > self.sinks + self.recent else NO_EXACT_TOKENS
 
-    def near(self, tokens: int, device: torch.device | None = None) -> Tensor:
-        """(tokens, tokens): which earlier tokens each token sees exactly, when a row's sinks are its first
-        tokens.
-        """
-        at = torch.arange(tokens, device=device)
-        return (at < self.sinks) | (at.unsqueeze(1) - at < self.recent)
+    def exact_mask(self, tokens: int, device: torch.device | None = None) -> Tensor:
+        """(tokens, tokens): which earlier tokens each token sees exactly, with the first tokens as sinks."""
+        index = torch.arange(tokens, device=device)
+        return (index < self.sinks) | (index.unsqueeze(1) - index < self.recent)
 
 
-NOTHING = Exact()
-DEFAULT_WINDOW = Exact(
-    sinks=4, recent=32
-)  # beside every low-rank or integer cache, unless one asks for another
+NO_EXACT_TOKENS = Exact()
+DEFAULT_WINDOW = Exact(sinks=4, recent=32)  # of every low-rank or integer cache, unless others are asked for

@@ -1,4 +1,4 @@
-"""A storing layer that knows at which position each row's tokens are."""
+"""Storing layers that know the position of every token, also when the rows of a batch are padded."""
 
 from __future__ import annotations
 
@@ -12,36 +12,51 @@ from lowkey.models.attention_interface import Call, Incoming, as_cast
 from lowkey.storage.base import StoringLayer, batch_positions
 from lowkey.storage.codec import token_positions
 
-MASKS_AT_ONCE = 512  # queries whose masks are compared at a time
+QUERIES_PER_MASK_BLOCK = 512  # queries whose masks are compared at a time, to bound memory
 
 
 class PositionedLayer(StoringLayer):
-    """offset (b, 1): each row's token index less its position; first (b, 1): the index of each row's first
-    real token, and the number of tokens seen while there is none.
+    """A layer that learns where each sequence of the batch begins and at which positions its tokens are.
 
-    A token is padding when no query of its own chunk sees it; that the newest query does not see it says
-    nothing.
+    A token is padding when no query of its own chunk sees it. (That the newest query does not see it says
+    nothing: attention masks of other kinds hide real tokens, too.) Tokens have an *index*, their number in
+    the order in which the model saw them, padding included, and a *position*, which the model rotates by.
+
+    Attributes:
+        offset: (b, 1), index less position; the same for all tokens of a sequence.
+        first_index: (b, 1), the index of each sequence's first real token; the number of tokens seen while
+            there is none.
     """
 
     offset: Tensor
-    first: Tensor
+    first_index: Tensor
 
-    def begin(self, batch: int) -> None:
-        """No row has a token yet."""
+    def reset_rows(self, batch: int) -> None:
+        """Begin with `batch` sequences, none of which has a token yet."""
         self.offset = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
-        self.first = torch.zeros_like(self.offset)
+        self.first_index = torch.zeros_like(self.offset)
 
     def update(  # type: ignore[override]
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Incoming, Incoming]:
+        """As `StoringLayer.update`, after a check of batch size and dtype. Raises: LowkeyError."""
         if self.is_initialized:
             self.check_fits(as_cast(key_states), len(self.offset), self.dtype)
         return super().update(key_states, value_states, *args, **kwargs)
 
-    def place(self, call: Call, t: int) -> Tensor:
-        """Learn where each row begins, and hold the model to positions that count up by one from there.
+    def locate_tokens(self, call: Call, t: int) -> Tensor:
+        """Learn where each sequence begins, and check that positions count up by one from there.
 
-        Returns (b, t): which of the new tokens are real; the others are padding.
+        Args:
+            call: the attention call that brought the new tokens.
+            t: number of new tokens.
+
+        Returns:
+            (b, t): which of the new tokens are real; the others are padding.
+
+        Raises:
+            LowkeyError: for a mask of another length, positions that do not count up by one, and whatever
+                `check_mask` refuses.
         """
         start, batch = self.seen - t, self.offset.shape[0]
         if call.mask is not None and call.mask.shape[-1] != self.seen:
@@ -49,72 +64,99 @@ class PositionedLayer(StoringLayer):
                 f"attention_mask over {call.mask.shape[-1]} tokens: with the new ones {self.seen} were seen; "
                 "give as many"
             )
-        real = _real(call, start, self.seen).expand(batch, t)
-        positions, begun = batch_positions(start, call, batch), self.first < start
-        begins = torch.where(real.any(1, keepdim=True), start + real.int().argmax(1, keepdim=True), self.seen)
-        first = torch.where(begun, self.first, begins)
+        real = _seen_by_own_chunk(call, start, self.seen).expand(batch, t)
+        positions, begun = batch_positions(start, call, batch), self.first_index < start
+        first_new = torch.where(
+            real.any(1, keepdim=True), start + real.int().argmax(1, keepdim=True), self.seen
+        )
+        first = torch.where(begun, self.first_index, first_new)
         self.check_mask(call, start, real, first)
-        position = positions.gather(1, (first - start).clamp(0, t - 1))  # of the first real token
-        offset = torch.where(begun, self.offset, torch.where(first < self.seen, first - position, self.seen))
+        first_position = positions.gather(1, (first - start).clamp(0, t - 1))
+        # a sequence that still has no real token gets an offset that means nothing and is replaced later
+        new_offset = torch.where(first < self.seen, first - first_position, self.seen)
+        offset = torch.where(begun, self.offset, new_offset)
         if not bool(((positions == token_positions(start, self.seen, offset)) | ~real).all()):
             raise LowkeyError(
                 "position_ids: this cache needs positions that count up by one from a row's first token, "
                 "without padding between turns; "
                 "drop position_ids, or give rows of uneven turns a cache each"
             )
-        self.offset, self.first = offset, first
+        self.offset, self.first_index = offset, first
         return real
 
     def exact_rows(self, real: Tensor) -> Tensor:
-        """(b): which rows see this chunk exactly; a row of which a single token came, beside padding or
-        alone, sees what will be stored.
+        """The sequences (b) whose new chunk is seen exactly, given which new tokens are real (b, t).
+
+        A sequence of which a single token came, beside padding or alone, sees what will be stored: that is a
+        step of decoding, and would be one in a batch of one.
         """
-        return (real.sum(1) > 1) & bool(self.exact_prefill)  # a number in saved layers
+        return (real.sum(1) > 1) & bool(self.exact_prefill)  # bool: saved layers hold the flag as a number
 
     def check_mask(self, call: Call, start: int, real: Tensor, first: Tensor) -> None:
-        """Refuse what this layer cannot honour, before anything is learnt. real (b, t): of the new tokens,
-        from index `start` on.
+        """Refuse a mask that this layer cannot honour, before any state changes. Here: nothing is refused.
+
+        Args:
+            call: the attention call.
+            start: the index of the first new token.
+            real: (b, t), which of the new tokens are real.
+            first: (b, 1), the index of each sequence's first real token, with the new tokens counted.
+
+        Raises:
+            LowkeyError: in layers that cannot honour every mask.
         """
 
-    def positions(self, start: int, stop: int) -> Tensor:
-        """Positions (b, stop - start) of the tokens with these indices; padding has none that matter."""
+    def positions_of(self, start: int, stop: int) -> Tensor:
+        """The positions (b, stop - start) of the tokens with these indices; those of padding mean nothing."""
         return token_positions(start, stop, self.offset)
 
 
 class RaggedLayer(PositionedLayer):
-    """Rows of different length, which do not hold their padding.
+    """A layer whose rows have different lengths, and which does not hold padding.
 
-    looking: tokens at the end of a chunk that will be forgotten; these alone may end in padding.
+    Attributes:
+        score_only_tokens: so many tokens at the end of each chunk will be forgotten; only these may end in
+            padding.
     """
 
-    looking = 0
+    score_only_tokens = 0
 
     def check_mask(self, call: Call, start: int, real: Tensor, first: Tensor) -> None:
-        """Every new token must see all that is stored of its row and nothing else from before its chunk, and
-        no padding may come behind a row's first real token: padding is not held, so neither could be
-        honoured."""
+        """Refuse masks that hide held tokens, show padding, or have padding behind a row's first real token.
+
+        Every new token must see all that is stored of its sequence and nothing else from before its chunk:
+        padding is not held, so another mask could not be honoured.
+
+        Raises:
+            LowkeyError: for such masks.
+        """
         tokens = torch.arange(self.seen, device=first.device)
-        if start and not _sees(call, real, tokens[:start] >= first):
+        if start and not _sees_all_held(call, real, tokens[:start] >= first):
             raise LowkeyError(
                 "attention_mask: differs from that of earlier turns, and padding is not held here; repeat "
                 "the earlier mask"
             )
-        stay = real.shape[1] - self.looking
-        if stay > 0 and bool((real[:, :stay] != (tokens[start : start + stay] >= first)).any()):
+        stored = real.shape[1] - self.score_only_tokens
+        if stored > 0 and bool((real[:, :stored] != (tokens[start : start + stored] >= first)).any()):
             raise LowkeyError(
                 "attention_mask: a row ends in padding, which this kind of cache cannot follow; pad on the "
                 "left"
             )
 
-    def steps_of(self, t: int) -> Tensor:
-        """(b): the rows for which these t tokens are a step of decoding: one, and not their first. Others may
+    def decoding_rows(self, t: int) -> Tensor:
+        """The sequences (b) for which these `t` new tokens are a step of decoding.
+
+        A step is a single token that is not the sequence's first. In the same call, other sequences may
         still be in their padding.
         """
-        return (self.first[:, 0] < self.seen - 1) & (t == 1) & (self.looking == 0)
+        return (self.first_index[:, 0] < self.seen - 1) & (t == 1) & (self.score_only_tokens == 0)
 
-    def check_steps(self, t: int, every: int) -> None:
-        """Refuse a step of some rows alone where something is done after `every` steps of all."""
-        if every and bool(self.steps_of(t).any()):
+    def check_decoding(self, t: int, every: int) -> None:
+        """Refuse a decoding step of some sequences alone, where eviction runs after `every` steps of all.
+
+        Raises:
+            LowkeyError: for such a step.
+        """
+        if every and bool(self.decoding_rows(t).any()):
             raise LowkeyError(
                 f"attention_mask: one token while another row has not begun, and every={every} counts the "
                 "steps of all rows together; "
@@ -122,27 +164,36 @@ class RaggedLayer(PositionedLayer):
             )
 
     def reset(self) -> None:
+        """Forget all tokens."""
         super().reset()
-        self.looking = 0
+        self.score_only_tokens = 0
 
     def chosen_rows(self, choose: Callable[[Tensor], Tensor], heads: int) -> tuple[Tensor, Tensor]:
-        """The numbers of the sequences that `choose` takes, and of their heads, of b h in all."""
-        rows = choose(torch.arange(len(self.offset), device=self.device))
-        return rows, (rows.unsqueeze(1) * heads + torch.arange(heads, device=self.device)).flatten()
+        """What `choose` picks, as numbers.
+
+        Args:
+            choose: takes a tensor (b, ...) and returns the sequences to keep, in order.
+            heads: KV heads of each sequence.
+
+        Returns:
+            (the numbers of the chosen sequences, the numbers of their rows among the b h rows).
+        """
+        sequences = choose(torch.arange(len(self.offset), device=self.device))
+        rows = sequences.unsqueeze(1) * heads + torch.arange(heads, device=self.device)
+        return sequences, rows.flatten()
 
 
-def _real(call: Call, start: int, seen: int) -> Tensor:
-    """(b|1, seen - start): which of the newest tokens any query sees."""
+def _seen_by_own_chunk(call: Call, start: int, seen: int) -> Tensor:
+    """(b|1, seen - start): which of the new tokens any query of the call sees."""
     if call.mask is None:
         return torch.ones(1, seen - start, dtype=torch.bool, device=call.query.device)
     return call.mask[:, :, start:].any(1)
 
 
-def _sees(call: Call, real: Tensor, held: Tensor) -> bool:
-    """Whether every real query (b, t) sees just the tokens `held` (b, s) of those that came before its chunk."""
+def _sees_all_held(call: Call, real: Tensor, held: Tensor) -> bool:
+    """Whether every real query (b, t) sees exactly the tokens `held` (b, s) from before its chunk."""
     if call.mask is None:
         return bool(held.all())
-    blocks = zip(
-        call.mask[:, :, : held.shape[1]].split(MASKS_AT_ONCE, 1), real.split(MASKS_AT_ONCE, 1), strict=True
-    )
+    masks = call.mask[:, :, : held.shape[1]].split(QUERIES_PER_MASK_BLOCK, 1)
+    blocks = zip(masks, real.split(QUERIES_PER_MASK_BLOCK, 1), strict=True)
     return not any(bool(((mask != held.unsqueeze(1)).any(2) & rows).any()) for mask, rows in blocks)

@@ -14,14 +14,14 @@ from torch import Tensor
 from lowkey.backends.ragged import ragged
 from lowkey.backends.segment import Part
 from lowkey.models.attention_interface import Call
-from lowkey.ops.ragged import padded, row_of, starts_of
+from lowkey.ops.ragged import pad_rows, row_of, starts_of
 from lowkey.storage.budgets import EvictionCosts
 from lowkey.storage.evicting import Candidates, EvictingLayer
 from lowkey.storage.rollback import storage_bytes
 
 
 class PruningLayer(EvictingLayer):
-    """Held besides: thin_k (m, r) with r < d, thin_v (m, d), thin_where (m), thin_starts (b h + 1): tokens,
+    """Held besides: pruned_k (m, r) with r < d, pruned_v (m, d), pruned_positions (m), pruned_starts (b h + 1): tokens,
     row after row, whose keys have lost channels. channels (b, p, h, r): those that each of p prunings left;
     until (b, p): the position up to which it went in a row; sure (b, 1): whether the newest was chosen by
     enough queries to serve again.
@@ -32,46 +32,54 @@ class PruningLayer(EvictingLayer):
     rank.
     """
 
-    thin_k: Tensor
-    thin_v: Tensor
-    thin_where: Tensor
-    thin_starts: Tensor
-    channels: Tensor
-    until: Tensor
-    sure: Tensor
+    pruned_k: Tensor
+    pruned_v: Tensor
+    pruned_positions: Tensor
+    pruned_starts: Tensor
+    kept_channels: Tensor
+    pruned_until: Tensor
+    choice_is_firm: Tensor
     # with `channels`, the share of them that stays, and `looked`, how many of the newest queries choose
     policy: Any
-    numbers = (*EvictingLayer.numbers, "thin", "prunings")
-    thin = prunings = 0
-    about: tuple[Tensor, Tensor, Tensor] | None = None  # within a call: what `keep` will prune by
+    saved_counters = (*EvictingLayer.saved_counters, "pruned_entries", "prunings")
+    pruned_entries = prunings = 0
+    pending: tuple[Tensor, Tensor, Tensor] | None = None  # within a call: what `keep` will prune by
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         b, h = key_states.shape[:2]
-        self.thin_k, self.thin_v = self.keys.new_empty(0, self.width), self.values.clone()
-        self.thin_where, self.thin_starts = self.where.clone(), self.starts.clone()
-        self.channels = torch.zeros(b, 0, h, self.width, dtype=torch.int16, device=self.device)
-        self.until = torch.zeros(b, 0, dtype=torch.int32, device=self.device)
-        self.sure = torch.zeros(b, 1, dtype=torch.bool, device=self.device)
+        self.pruned_k, self.pruned_v = self.keys.new_empty(0, self.channel_count), self.values.clone()
+        self.pruned_positions, self.pruned_starts = self.positions.clone(), self.starts.clone()
+        self.kept_channels = torch.zeros(b, 0, h, self.channel_count, dtype=torch.int16, device=self.device)
+        self.pruned_until = torch.zeros(b, 0, dtype=torch.int32, device=self.device)
+        self.choice_is_firm = torch.zeros(b, 1, dtype=torch.bool, device=self.device)
 
     def tensors(self) -> dict[str, Tensor]:
-        more = ("thin_k", "thin_v", "thin_where", "thin_starts", "channels", "until", "sure")
+        more = (
+            "pruned_k",
+            "pruned_v",
+            "pruned_positions",
+            "pruned_starts",
+            "kept_channels",
+            "pruned_until",
+            "choice_is_firm",
+        )
         return super().tensors() | (
             {name: getattr(self, name) for name in more} if self.is_initialized else {}
         )
 
     def ragged(self) -> dict[str, tuple[str, ...]]:
-        return super().ragged() | {"thin_starts": ("thin_k", "thin_v", "thin_where")}
+        return super().ragged() | {"pruned_starts": ("pruned_k", "pruned_v", "pruned_positions")}
 
-    def pick(self, choose: Callable[[Tensor], Tensor]) -> None:
-        super().pick(choose)
-        self.thin = len(self.thin_k) if self.is_initialized else 0
+    def select_sequences(self, choose: Callable[[Tensor], Tensor]) -> None:
+        super().select_sequences(choose)
+        self.pruned_entries = len(self.pruned_k) if self.is_initialized else 0
 
     def index_bytes(self) -> int:
         b, h = self.tail_k.shape[:2]
         return (
             super().index_bytes()
-            + (b * h + 1) * self.thin_starts.element_size()
+            + (b * h + 1) * self.pruned_starts.element_size()
             + b
             + self.prunings * self._pruning_bytes()
         )
@@ -79,16 +87,20 @@ class PruningLayer(EvictingLayer):
     def _pruning_bytes(self) -> int:
         """What it takes to know the channels of one pruning."""
         b, h = self.tail_k.shape[:2]
-        return b * (h * self.width * self.channels.element_size() + self.until.element_size())
+        return b * (
+            h * self.channel_count * self.kept_channels.element_size() + self.pruned_until.element_size()
+        )
 
     def predicted_nbytes(self) -> int:
-        return super().predicted_nbytes() + (self.thin * self.thin_bytes if self.is_initialized else 0)
+        return super().predicted_nbytes() + (
+            self.pruned_entries * self.pruned_entry_bytes if self.is_initialized else 0
+        )
 
     def _waiting_bytes(self) -> int:
-        return super()._waiting_bytes() + storage_bytes(self.about or ())
+        return super()._waiting_bytes() + storage_bytes(self.pending or ())
 
     @property
-    def share(self) -> float:
+    def channel_share(self) -> float:
         """Of the channels, that stays. A budget is of bytes: no more are dropped than is needed for every
         token to stay.
         """
@@ -103,40 +115,45 @@ class PruningLayer(EvictingLayer):
         return self.policy.budget is not None and self.policy.budget.unit == "%"
 
     @property
-    def width(self) -> int:
+    def channel_count(self) -> int:
         """r"""
-        return max(1, round(self.share * self.keys.shape[-1]))
+        return max(1, round(self.channel_share * self.keys.shape[-1]))
 
     @property
-    def thin_bytes(self) -> int:
+    def pruned_entry_bytes(self) -> int:
         """What a token without its weakest channels takes."""
-        return self.entry_bytes - (self.keys.shape[-1] - self.width) * self.keys.element_size()
+        return self.entry_bytes - (self.keys.shape[-1] - self.channel_count) * self.keys.element_size()
 
     def costs(self, tokens: Tensor) -> EvictionCosts:
         """With one more pruning, and the recent tokens whole."""
         whole = super().costs(tokens)
-        fixed = whole.fixed + self.round.layers * self._pruning_bytes() / whole.rows
-        return replace(whole, entry=self.thin_bytes, fixed=fixed, whole=self.entry_bytes - self.thin_bytes)
+        fixed = whole.fixed + self.cache_eviction.layers * self._pruning_bytes() / whole.rows
+        return replace(
+            whole,
+            entry=self.pruned_entry_bytes,
+            fixed=fixed,
+            whole=self.entry_bytes - self.pruned_entry_bytes,
+        )
 
-    def mean_tokens(self, tokens: int) -> float:
+    def tokens_per_head(self, tokens: int) -> float:
         """A percentage is of keys and values alone."""
-        share = self.share if self._in_percent() and not self._fits(tokens) else 1
-        return super().mean_tokens(tokens) * 2 / (1 + share)
+        share = self.channel_share if self._in_percent() and not self._fits(tokens) else 1
+        return super().tokens_per_head(tokens) * 2 / (1 + share)
 
     def _fits(self, tokens: int) -> bool:
         """Whether a row of so many tokens needs no pruning."""
-        if self.width == self.keys.shape[-1]:
+        if self.channel_count == self.keys.shape[-1]:
             return True
         if self.policy.budget is None or self.policy.budget.unit in ("%", "tokens"):
-            return super().mean_tokens(tokens) >= tokens
-        return super().costs(self.tokens()).pay(self.policy, tokens) >= tokens
+            return super().tokens_per_head(tokens) >= tokens
+        return super().costs(self.tokens_seen()).pay(self.policy, tokens) >= tokens
 
     def kept_positions(self, row: int) -> list[Tensor]:
         h = self.tail_k.shape[1]
-        edges = self.thin_starts[row * h : (row + 1) * h + 1].tolist()
+        edges = self.pruned_starts[row * h : (row + 1) * h + 1].tolist()
         whole = super().kept_positions(row)
         return [
-            torch.cat([self.thin_where[a:b].long(), x])
+            torch.cat([self.pruned_positions[a:b].long(), x])
             for a, b, x in zip(edges[:-1], edges[1:], whole, strict=True)
         ]
 
@@ -144,63 +161,63 @@ class PruningLayer(EvictingLayer):
 
     def _stored_parts(self, call: Call, stop: int) -> list[Part]:
         parts = super()._stored_parts(call, stop)
-        if not self.thin:
+        if not self.pruned_entries:
             return parts
-        query, keys = call.query.flatten(2, 3), self.thin_k
+        query, keys = call.query.flatten(2, 3), self.pruned_k
         if self.prunings == 1:
             query = query.gather(
-                3, self.channels[:, 0].long().unsqueeze(2).expand(-1, -1, query.shape[2], -1)
+                3, self.kept_channels[:, 0].long().unsqueeze(2).expand(-1, -1, query.shape[2], -1)
             )
         else:
             keys = self._widened()
         out, lse = ragged(
-            query.flatten(0, 1), keys, self.thin_v, self.thin_starts, call.scaling, call.softcap
+            query.flatten(0, 1), keys, self.pruned_v, self.pruned_starts, call.scaling, call.softcap
         )
         return [*parts, (out.view(*call.query.shape[:4], -1), lse.view(call.query.shape[:4]))]
 
     def _widened(self) -> Tensor:
         """Keys (m, d) with zeros for what they lost."""
-        wide = self.thin_k.new_zeros(self.thin, self.keys.shape[-1])
-        return wide.scatter_(1, self._channels_of(self.thin_where, self.thin_starts), self.thin_k)
+        wide = self.pruned_k.new_zeros(self.pruned_entries, self.keys.shape[-1])
+        return wide.scatter_(1, self._channels_of(self.pruned_positions, self.pruned_starts), self.pruned_k)
 
     def _channels_of(self, where: Tensor, starts: Tensor) -> Tensor:
         """(m, r): the channels of pruned tokens at these positions."""
         row = row_of(starts)
         sequence = row // self.tail_k.shape[1]
-        pruning = (where.unsqueeze(1) >= self.until[sequence]).sum(1)
-        return self.channels[sequence, pruning, row % self.tail_k.shape[1]].long()
+        pruning = (where.unsqueeze(1) >= self.pruned_until[sequence]).sum(1)
+        return self.kept_channels[sequence, pruning, row % self.tail_k.shape[1]].long()
 
     # -- evicting
 
-    def _padded(self, stop: int) -> Candidates:
+    def _stored_candidates(self, stop: int) -> Candidates:
         """Pruned tokens come first: they are older."""
-        whole = super()._padded(stop)
+        whole = super()._stored_candidates(stop)
         shape = self.tail_k.shape[:2]
         keys, values, positions = (
-            padded(x, self.thin_starts)[0].unflatten(0, shape)
-            for x in (self._widened(), self.thin_v, self.thin_where.long())
+            pad_rows(x, self.pruned_starts)[0].unflatten(0, shape)
+            for x in (self._widened(), self.pruned_v, self.pruned_positions.long())
         )
-        real = padded(self.thin_where, self.thin_starts)[1].unflatten(0, shape)
+        real = pad_rows(self.pruned_positions, self.pruned_starts)[1].unflatten(0, shape)
         thin = Candidates(keys, values, positions, real, torch.zeros_like(real, dtype=torch.float32))
         return Candidates(
             *(torch.cat(pair, 2) for pair in zip(vars(thin).values(), vars(whole).values(), strict=True))
         )
 
     def _evict(self, call: Call, found: Candidates, repeating: Tensor | None = None) -> None:
-        tokens = self.tokens()
+        tokens = self.tokens_seen()
         if not self.frozen and not all(self._fits(n) for n in tokens.tolist()):
-            self.about = self._pruning(call, found, tokens)
+            self.pending = self._pruning(call, found, tokens)
         super()._evict(call, found, repeating)
 
     def _pruning(self, call: Call, found: Candidates, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(up to where each row is pruned (b), the energy of its newest queries (b, h, d), of how many these
         are (b))
         """
-        before = self.until[:, -1].long() if self.prunings else self._begins().view(-1)
-        fits = self.steps_of(call.query.shape[3]) | torch.tensor(
+        before = self.pruned_until[:, -1].long() if self.prunings else self._first_positions().view(-1)
+        fits = self.decoding_rows(call.query.shape[3]) | torch.tensor(
             [self._fits(n) for n in tokens.tolist()], device=self.device
         )
-        stop = before.maximum(self._begins().view(-1) + tokens - self.policy.recent)
+        stop = before.maximum(self._first_positions().view(-1) + tokens - self.policy.recent)
         context = self._context(call, found, None)
         newest = context.newest_query_positions(self.policy.looked) >= 0
         some = newest.any(0)
@@ -208,51 +225,55 @@ class PruningLayer(EvictingLayer):
         energy = queries.masked_fill(~newest[:, None, some, None], 0.0).sum(2)
         return before.where(fits, stop), energy, newest.sum(1)
 
-    def keep(self, found: Candidates, scores: Tensor, counts: Tensor) -> None:
+    def keep_best(self, found: Candidates, scores: Tensor, counts: Tensor) -> None:
         """As any evicting layer; then keys that are not among the newest lose channels."""
-        super().keep(found, scores, counts)
-        about, self.about = self.about, None
+        super().keep_best(found, scores, counts)
+        about, self.pending = self.pending, None
         if about is not None:
             self._choose(*about)
         if not self.prunings:
             return
         row = row_of(self.starts)
-        old = self.where < self.until[:, -1][row // self.tail_k.shape[1]]
+        old = self.positions < self.pruned_until[:, -1][row // self.tail_k.shape[1]]
         lengths = torch.zeros_like(self.starts[1:]).index_add_(0, row, old.long())
-        self.thin_where, self.thin_v, self.thin_starts, self.thin = (
-            self.where[old],
+        self.pruned_positions, self.pruned_v, self.pruned_starts, self.pruned_entries = (
+            self.positions[old],
             self.values[old],
             starts_of(lengths),
             int(old.sum()),
         )
-        self.thin_k = self.keys[old].gather(1, self._channels_of(self.thin_where, self.thin_starts))
+        self.pruned_k = self.keys[old].gather(1, self._channels_of(self.pruned_positions, self.pruned_starts))
         self.starts = starts_of(self.starts.diff() - lengths)
-        self.keys, self.values, self.where = self.keys[~old], self.values[~old], self.where[~old]
-        self.kept -= self.thin
+        self.keys, self.values, self.positions = self.keys[~old], self.values[~old], self.positions[~old]
+        self.kept_entries -= self.pruned_entries
 
     def _choose(self, stop: Tensor, energy: Tensor, looked: Tensor) -> None:
         """Add a pruning up to `stop`, unless every row goes on with the channels that it has."""
         b, h = self.tail_k.shape[:2]
         row = row_of(self.starts)
-        before = self.until[:, -1] if self.prunings else self._begins().view(-1).int()
-        at = self.where
+        before = self.pruned_until[:, -1] if self.prunings else self._first_positions().view(-1).int()
+        at = self.positions
         new = (at >= before[row // h]) & (at < stop[row // h])
         sums = torch.zeros(b * h, self.keys.shape[-1], device=self.device).index_add_(
             0, row[new], self.keys[new].float().square()
         )
-        chosen = (energy * sums.view(b, h, -1)).topk(self.width, dim=-1).indices.sort(-1).values.short()
-        again = self.sure[:, 0] & (looked < self.policy.looked)
+        chosen = (
+            (energy * sums.view(b, h, -1)).topk(self.channel_count, dim=-1).indices.sort(-1).values.short()
+        )
+        again = self.choice_is_firm[:, 0] & (looked < self.policy.looked)
         if self.prunings and bool(again.all()):
-            self.until = torch.cat([self.until[:, :-1], stop.int().unsqueeze(1)], 1)
+            self.pruned_until = torch.cat([self.pruned_until[:, :-1], stop.int().unsqueeze(1)], 1)
             return
         if self.prunings:
-            chosen = torch.where(again[:, None, None], self.channels[:, -1], chosen)
-        self.channels = torch.cat([self.channels, chosen.unsqueeze(1)], 1)
-        self.until = torch.cat([self.until, stop.int().unsqueeze(1)], 1)
-        self.sure = self.sure | ((looked >= self.policy.looked) & (stop > before)).unsqueeze(1)
+            chosen = torch.where(again[:, None, None], self.kept_channels[:, -1], chosen)
+        self.kept_channels = torch.cat([self.kept_channels, chosen.unsqueeze(1)], 1)
+        self.pruned_until = torch.cat([self.pruned_until, stop.int().unsqueeze(1)], 1)
+        self.choice_is_firm = self.choice_is_firm | (
+            (looked >= self.policy.looked) & (stop > before)
+        ).unsqueeze(1)
         self.prunings += 1
 
     def reset(self) -> None:
         super().reset()
-        self.thin = self.prunings = 0
-        self.about = None
+        self.pruned_entries = self.prunings = 0
+        self.pending = None

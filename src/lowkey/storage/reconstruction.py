@@ -13,7 +13,7 @@ from lowkey.backends import grouped
 from lowkey.backends.segment import Segment
 from lowkey.models.attention_interface import Call, Incoming
 from lowkey.storage.base import StockLayer
-from lowkey.storage.exact import NOTHING, Exact
+from lowkey.storage.exact import NO_EXACT_TOKENS, Exact
 
 
 class KVTransform(Protocol):
@@ -32,7 +32,7 @@ class ReconstructionLayer(StockLayer):
     to itself.
     """
 
-    def __init__(self, storage: KVTransform, exact: Exact = NOTHING) -> None:
+    def __init__(self, storage: KVTransform, exact: Exact = NO_EXACT_TOKENS) -> None:
         super().__init__()
         self.storage, self.exact = storage, exact
 
@@ -46,17 +46,17 @@ class ReconstructionLayer(StockLayer):
 
     def attend(self, keys: Tensor, values: Tensor, call: Call) -> Tensor:
         tokens = torch.arange(keys.shape[2], device=keys.device)
-        near = self.exact.near(keys.shape[2], keys.device)
+        near = self.exact.exact_mask(keys.shape[2], keys.device)
         mask = call.mask if call.mask is not None else (tokens <= tokens.unsqueeze(1)).unsqueeze(0)
         far = Segment(call.query, *self._rebuilt(keys, values), mask & ~near)
         return grouped.attend(
             [far, Segment(call.query, keys, values, mask & near)], call.scaling, call.softcap
         )
 
-    def answered(self) -> None:
+    def attend_succeeded(self) -> None:
         return None
 
-    def failed(self) -> None:
+    def attend_failed(self) -> None:
         return None
 
     def _rebuilt(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,4 @@
-"""What undoes a forward pass that was refused or interrupted, so that a call that fails leaves a cache as it
-was.
-"""
+"""Undoes a forward pass that was refused or interrupted, so that a call that fails leaves the cache unchanged."""
 
 from __future__ import annotations
 
@@ -17,65 +15,87 @@ from lowkey.core.types import LowkeyError
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages behind the tensors: a small view of a large buffer counts as the buffer."""
+    """Count the bytes of the distinct storages behind some tensors.
+
+    A small view of a large buffer keeps the whole buffer alive, and therefore counts as the whole buffer.
+    Tensors that share a storage count once.
+    """
     held = {(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors}
     return sum(size for _, size in held)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a layer was. Stored tensors are never overwritten, so a shallow copy remembers them; those that
-    only grow are left out and remembered by (dimension, length), so that no step needs room for a second
-    cache."""
+    """The state of one layer before a forward pass.
+
+    Stored tensors are never overwritten, so a shallow copy of the layer remembers them. Tensors that only
+    grow are left out of the copy and remembered by their length: no step then needs room for a second cache.
+
+    Args:
+        layer: a shallow copy of the layer, with None in the place of the tensors that only grow.
+        lengths: for each tensor that only grows, by attribute name, (dimension, length along it).
+    """
 
     layer: RestorableLayer
     lengths: dict[str, tuple[int, int]]
 
     def tensors(self) -> list[Tensor]:
+        """The tensors that the copy keeps alive."""
         return [t for t in self.layer.tensors().values() if isinstance(t, Tensor)]
 
 
 class ForwardPass:
-    """The forward pass that runs over the layers of one cache: what they were before it, until the last of
-    them has answered.
+    """One forward pass over the layers of a cache, with what is needed to undo it.
 
-    A pass that ends earlier is undone: at once when the error arises in our own code, else when one of its
-    layers is next asked for its length or given tokens. What fails behind the attention of the last layer
-    cannot be seen; the new tokens are then in the cache.
+    The pass is complete when the attention of the last layer has succeeded. A pass that ends earlier is
+    undone: at once when the error arises in our own code, else when one of its layers is next asked for its
+    length or given tokens. An error behind the last layer's attention cannot be noticed here; the new tokens
+    then stay in the cache.
+
+    Attributes:
+        snapshots: the layers that were entered in this pass, each with its state before.
+        index: the index of the layer that was entered last, -1 before the first.
+        is_last: whether that layer is the last of the cache.
+        interrupted_at: the index of the layer that was entered last when a request for the length undid the
+            pass, or None. If the pass is in fact still running, its next layer finds this and refuses.
     """
 
     def __init__(self) -> None:
-        self.before: dict[RestorableLayer, Snapshot] = {}
-        # of the layer that was entered last; whether it is the last of the cache
-        self.index, self.last = -1, False
-        # index of the last layer entered, where asking for the length has undone a pass
-        self.cut: int | None = None
+        self.snapshots: dict[RestorableLayer, Snapshot] = {}
+        self.index, self.is_last = -1, False
+        self.interrupted_at: int | None = None
 
-    def enter(self, index: int, layer: RestorableLayer, last: bool) -> None:
-        """A layer is about to be given new tokens."""
-        if layer in self.before:
+    def begin_layer(self, index: int, layer: RestorableLayer, is_last: bool) -> None:
+        """Remember a layer that is about to be given new tokens.
+
+        Raises:
+            LowkeyError: if the cache was asked for its length in the middle of this pass.
+        """
+        # a layer comes twice only when a new pass starts and the one before it never ended
+        if layer in self.snapshots:
             self.undo()
-        if self.cut is not None and index == self.cut + 1:
+        if self.interrupted_at is not None and index == self.interrupted_at + 1:
             raise LowkeyError(
                 "cache: was asked for its length within a forward pass, which ends that pass; ask before it "
                 "or after it"
             )
-        self.before[layer] = layer.snapshot()
-        self.index, self.last, self.cut = index, last, None
+        self.snapshots[layer] = layer.snapshot()
+        self.index, self.is_last, self.interrupted_at = index, is_last, None
 
-    def answered(self) -> None:
-        """The layer that was entered last has attended to its tokens."""
-        if self.last:
-            self.before.clear()
+    def end_layer(self) -> None:
+        """Note that the layer that was entered last has attended to its tokens; after the last, forget all."""
+        if self.is_last:
+            self.snapshots.clear()
 
     def undo(self) -> None:
-        for layer, before in self.before.items():
-            layer.restore(before)
-        self.before.clear()
+        """Give every layer that was entered its state from before the pass."""
+        for layer, snapshot in self.snapshots.items():
+            layer.restore(snapshot)
+        self.snapshots.clear()
 
     def nbytes(self) -> int:
-        """Bytes that are held only to undo the pass."""
-        pairs = [(list(layer.tensors().values()), before.tensors()) for layer, before in self.before.items()]
+        """Bytes that are held only so that the pass can be undone."""
+        pairs = [(list(layer.tensors().values()), old.tensors()) for layer, old in self.snapshots.items()]
         return sum(storage_bytes([*now, *then]) - storage_bytes(now) for now, then in pairs)
 
 
@@ -86,43 +106,51 @@ class RestorableLayer(CacheLayerMixin):
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """Everything held, by attribute name."""
+        """All tensors that the layer holds, by attribute name."""
 
-    def growing(self) -> dict[str, int]:
-        """The tensors that new tokens only make longer, by name, and along which dimension."""
+    def growing_dims(self) -> dict[str, int]:
+        """The tensors that new tokens only make longer: attribute name -> the dimension that grows."""
         return {}
 
     def snapshot(self) -> Snapshot:
+        """The state of the layer, to be given to `restore`."""
         before, lengths = copy.copy(self), {}
-        for name, dim in self.growing().items():
+        for name, dim in self.growing_dims().items():
             lengths[name] = (dim, getattr(self, name).shape[dim])
             setattr(before, name, None)
         return Snapshot(before, lengths)
 
     def restore(self, before: Snapshot) -> None:
+        """Go back to the state that `snapshot` returned."""
         now, then = vars(self), dict(vars(before.layer))
         for name, (dim, length) in before.lengths.items():
             tensor = now[name]
+            # a clone, since a view would keep the longer tensor alive
             then[name] = tensor if tensor.shape[dim] == length else tensor.narrow(dim, 0, length).clone()
         now.clear()
         now.update(then)
 
     def undo_unfinished(self) -> None:
-        """Called when the layer is asked for its length or changed from outside: a pass that has begun and
-        not ended is undone.
+        """Undo a forward pass that this layer has entered and that has not ended.
 
-        Whether such a pass was interrupted or still runs cannot be told here. If it still runs, its next
-        layer finds `cut` and refuses.
+        Called when the layer is asked for its length or changed from outside. Whether the pass was
+        interrupted or is still running cannot be told here; `ForwardPass.interrupted_at` handles the latter.
         """
         running = self.forward_pass
-        if running is not None and self in running.before:
+        if running is not None and self in running.snapshots:
             running.undo()
-            running.cut = running.index
+            running.interrupted_at = running.index
 
     def check_fits(self, keys: Tensor, rows: int, dtype: torch.dtype) -> None:
-        """Whether new keys (b, h, t, d) can join what is held.
+        """Check that new tokens can join the tokens that are held.
 
-        Errors: LowkeyError for another batch size or dtype.
+        Args:
+            keys: the new keys (b, h, t, d).
+            rows: the batch size of the cache.
+            dtype: the dtype of the keys that came first.
+
+        Raises:
+            LowkeyError: for another batch size or dtype.
         """
         if len(keys) != rows:
             one = f"cache.batch_repeat_interleave({len(keys)})" if rows == 1 else "cache.batch_select_indices"

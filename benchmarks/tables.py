@@ -1,0 +1,241 @@
+"""Tables of the documentation, made from the result files in docs/results.
+
+    python benchmarks/tables.py          # fill every table again
+    python benchmarks/tables.py --check  # exit status 1 if a table is not what its result file gives
+
+A page holds a pair of markers, and what stands between them is replaced:
+
+    <!-- table: smollm2/bits -->
+    <!-- /table -->
+
+The name is a key of TABLES, or `smollm2/PART` for any file that `benchmarks/evidence.py` writes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import decode
+import equal_bytes
+import evidence
+import head_budgets
+import pretraining_report
+import recovery
+import typer
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results"
+MARKED = re.compile(r"(<!-- table: (?P<name>\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+EVIDENCE = "smollm2/"
+HEADLINE = {  # label of a row: the file it is in, and what README calls it
+    "full": ("bits", "full cache"),
+    "int8": ("bits", "INT8"),
+    "default 50%": ("default", "`compress --budget 50%`"),
+    "kivi4": ("bits", "KIVI, 4 bits"),
+    "int4": ("bits", "INT4"),
+    "default 25%": ("default", "`compress --budget 25%`"),
+    "kivi2": ("bits", "KIVI, 2 bits"),
+    "default 12.5%": ("default", "`compress --budget 12.5%`"),
+}
+WINDOWED = (  # rows of tiny-window.json that the page shows: label, budget
+    ("int8", None),
+    ("lorc (whitened)", "50%"),
+    ("kq-svd (joint, pre-RoPE)", "50%"),
+    ("palu", "50%"),
+    ("pca (pre-RoPE)", "50%"),
+    ("pca", "50%"),
+    ("int4", None),
+    ("kq-svd (joint, pre-RoPE)", "25%"),
+    ("lorc (whitened)", "25%"),
+    ("palu", "25%"),
+    ("pca", "25%"),
+    ("kivi2", None),
+    ("hadamard2", None),
+    ("int2", None),
+)
+
+
+def rows_of(name: str, key: str = "rows") -> list[dict]:
+    found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return found if isinstance(found, list) else found[key]
+
+
+def table(head: list[str], lines: list[list[Any]]) -> list[str]:
+    """A Markdown table."""
+    return ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, ["---"] * len(head), *lines)]
+
+
+def kept(row: dict) -> float:
+    """Bytes held, in per cent of the full cache's."""
+    return 100 * row["bytes_held"] / row["bytes_full"]
+
+
+def evidence_table(name: str) -> list[str]:
+    return evidence.table(rows_of(name)).split("\n")
+
+
+def headline_table() -> list[str]:
+    """The rows of README: bytes, perplexity and KL in the mean over draws."""
+    lines = []
+    for label, (part, shown) in HEADLINE.items():
+        group = [row for row in rows_of(f"{EVIDENCE}{part}") if row["label"] == label]
+        share, perplexity, kl = (
+            statistics.mean(of(row) for row in group)
+            for of in (kept, lambda row: row["perplexity"], lambda row: row["kl"])
+        )
+        lines.append([shown, f"{share:.3g} %", f"{perplexity:.2f}", f"{kl:.4f}"])
+    return table(["cache", "bytes", "perplexity", "KL, nats per token"], lines)
+
+
+def equal_bytes_table(name: str) -> list[str]:
+    return equal_bytes.table(rows_of(name)).split("\n")
+
+
+def window_table() -> list[str]:
+    """Rows with the last 48 tokens exact beside the same without them, in the mean over draws."""
+    with_window, without = rows_of("tiny-window"), rows_of("tiny")
+    lines = []
+    for label, budget in WINDOWED:
+        # settings without a plan carry the window in their label
+        own = [r for r in with_window if r["label"].removesuffix(" + 48 recent") == label]
+        (row,) = [r for r in own if r["budget"] == budget and (budget is None or r["bits"] is None)]
+        others = [
+            r
+            for r in without
+            if (r["label"], r["budget"]) == (label, budget) and (budget is None or r["bits"] is None)
+        ]
+        others = [] if label.startswith("kivi") else others  # these have a window of their own there
+
+        def mean(column: str, others: list[dict] = others) -> str:
+            return f"{statistics.mean(r[column] for r in others):.2f}" if others else "-"
+
+        shown = [f"{row['perplexity']:.2f}", mean("perplexity"), f"{row['kl']:.4f}"]
+        shown += [f"{row['exact_match']:.2f}", mean("exact_match")]
+        lines.append([f"{kept(row):.1f} %", f"{label} {budget or ''}".strip(), *shown])
+    head = ["kept", "setting", "perplexity", "without the window", "KL", "recall", "without the window"]
+    return table(head, lines)
+
+
+def policies_table() -> list[str]:
+    """Every policy at 6 % and 25 %; a row that was measured again stands for the older one."""
+    rows = {row["name"]: row for row in (*rows_of("tiny-policies"), *rows_of("tiny-policies-again"))}
+    names = [name.removesuffix(" 6%") for name in rows if name.endswith(" 6%")]
+    pairs = {name: (rows[f"{name} 6%"], rows[f"{name} 25%"]) for name in names}
+
+    def recalled(name: str) -> float:
+        return sum(row["exact_match"] for row in pairs[name])
+
+    lines = []
+    for name in sorted(pairs, key=lambda name: (-recalled(name), name)):
+        cells = [
+            _number(row[column], digits)
+            for column, digits in (("exact_match", 2), ("kl", 3), ("perplexity_decode", 2))
+            for row in pairs[name]
+        ]
+        lines.append([name, *cells, ", ".join(f"{kept(row):.1f}" for row in pairs[name])])
+    for name in ("full", "int8", "int4"):
+        row = rows[name]
+        values = (row["exact_match"], row["kl"], row["perplexity_decode"])
+        cells = [x for v, digits in zip(values, (2, 3, 2), strict=True) for x in (_number(v, digits), "")]
+        lines.append([f"*{name}*", *cells, f"{kept(row):.1f}"])
+    head = ["policy", "recall 6 %", "25 %", "KL 6 %", "25 %", "perplexity after 6 %", "25 %"]
+    return table([*head, "kept, % of bytes"], lines)
+
+
+def heads_table(name: str) -> list[str]:
+    return head_budgets.table(rows_of(name, "answers")).split("\n")
+
+
+def decode_table() -> list[str]:
+    measured = [(run, name, row) for run in rows_of("decode") for name, row in run["backends"].items()]
+    return table(list(decode.COLUMNS), [decode.cells(*one) for one in measured])
+
+
+def recovery_table() -> list[str]:
+    return recovery.table(rows_of("recovery")).split("\n")
+
+
+def pretraining_table(make: Callable[[list[dict], str], list[str]], stage: str, tokens: int) -> list[str]:
+    """A table of the comparison; the result file keeps thinned curves, so that columns which need every loss
+    are left out.
+    """
+    rows = [row for row in rows_of("pretraining") if row["tokens"] == tokens]
+    for row in rows:
+        row["result"]["losses"] = row["result"]["curve"]
+    return [_without(line, "steps to MHA's loss") for line in _columns(make(rows, stage))]
+
+
+def _columns(lines: list[str]) -> Iterator[dict[str, str]]:
+    """The lines of a table as cells by column."""
+    split = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return (dict(zip(split[0], cells, strict=True)) for cells in split)
+
+
+def _without(cells: dict[str, str], column: str) -> str:
+    return "| " + " | ".join(text for name, text in cells.items() if name != column) + " |"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+SWEEP, COMPARED = pretraining_report.sweep_table, pretraining_report.comparison_table
+CONVERTED = pretraining_report.recovery_table
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "headline": headline_table,
+    "tiny": partial(equal_bytes_table, "tiny"),
+    "stories260K": partial(equal_bytes_table, "stories260K"),
+    "tiny-window": window_table,
+    "recovery": recovery_table,
+    "tiny-policies": policies_table,
+    "tiny-heads": partial(heads_table, "tiny-heads"),
+    "tiny-heads-norefeed": partial(heads_table, "tiny-heads-norefeed"),
+    "decode": decode_table,
+    "pretraining-rates": partial(pretraining_table, SWEEP, "za", 2_048_000),
+    "pretraining-1000-steps": partial(pretraining_table, COMPARED, "zb", 2_048_000),
+    "pretraining-2000-steps": partial(pretraining_table, COMPARED, "zb", 4_096_000),
+    "pretraining-converted": partial(pretraining_table, CONVERTED, "zd", 200_000),
+}
+
+
+def made(name: str) -> str:
+    """The table of this name. Raises KeyError for a name that is not known."""
+    known = TABLES.get(name)
+    if known is None and name.startswith(EVIDENCE):
+        known = partial(evidence_table, name)
+    return "\n".join((known or TABLES[name])()) + "\n"
+
+
+def filled(page: str) -> str:
+    """A page with every table as its result file gives it."""
+    return MARKED.sub(lambda found: found[1] + made(found["name"]) + found[3], page)
+
+
+def pages() -> list[Path]:
+    """The pages that may hold tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def main(
+    check: Annotated[bool, typer.Option(help="write nothing; fail if a table is stale")] = False,
+) -> None:
+    """Fill the tables of README.md and of every page under docs/."""
+    stale = []
+    for path in pages():
+        page = path.read_text(encoding="utf-8")
+        if (new := filled(page)) != page:
+            stale.append(str(path.relative_to(ROOT)))
+            if not check:
+                path.write_text(new, encoding="utf-8")
+    print("\n".join(stale) or "every table is up to date")
+    raise typer.Exit(1 if check and stale else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)
