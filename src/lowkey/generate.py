@@ -24,6 +24,7 @@ class _StreamWriter(TextStreamer):
         self.out = out
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print a piece of text that will not change any more."""
         print(printable(text), flush=True, end="\n" if stream_end else "", file=self.out)
 
 

@@ -47,6 +47,7 @@ def load_layer(work: Path | None, name: str) -> tuple[LayerBases, Surface] | Non
         return None
 
     def basis(side: str) -> Basis:
+        # Ranks with maps of their own are stored as `keys.exact.16` and so on.
         prefix = f"{side}.exact."
         exact = tuple(
             (int(key.removeprefix(prefix)), t) for key, t in sorted(tensors.items()) if key.startswith(prefix)
@@ -67,6 +68,7 @@ def load_layer(work: Path | None, name: str) -> tuple[LayerBases, Surface] | Non
 
 def _flaw(bases: LayerBases, surface: Tensor) -> str | None:
     """Return what is impossible about bases and surface, such as maps that do not fit one another."""
+    # An empty surface is saved as a vector of length 0.
     if surface.dtype != torch.float64 or surface.ndim not in (1, 2) or (surface.ndim == 1 and len(surface)):
         return "surface is no table of numbers"
     for side, basis in (("keys", bases.keys), ("values", bases.values)):

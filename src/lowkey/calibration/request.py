@@ -1,6 +1,4 @@
-"""What a calibration is asked for: checked, and completed by what is recommended, before anything is
-fitted.
-"""
+"""A request for a plan, checked and completed by recommendations before anything is fitted."""
 
 from __future__ import annotations
 
@@ -91,6 +89,7 @@ def resolve_request(
             f"like {BUDGET_LENGTH}"
         )
     shape, itemsize, longest = families.geometry(model), model.dtype.itemsize, families.positions(model)
+    # No cache is longer than the model's positions.
     at = at if longest is None else min(at, longest)
     if method is None:
         full = shape.full_bytes_per_token(itemsize)
@@ -103,6 +102,7 @@ def resolve_request(
     packing = scheme_or_none(bits)
     cache = Holding(len(shape.compressible), shape.kv_heads, shape.head_dim, itemsize, window, packing, at)
     latent_bytes = cache.latents(limit) if isinstance(limit, Budget) else None
+    # The bytes of packed latents depend on how heads are merged, which only a fit tells.
     if latent_bytes is not None and packing is None:
         smallest = (measured if rule.uses_measured_errors else choices)[0]
         _check_smallest(cache, latent_bytes, method, shape, smallest, ranks, multiple)
@@ -175,6 +175,7 @@ def _check_smallest(
     needed = profile.bytes_per_token([(smallest, smallest)] * cache.layers)
     if latent_bytes >= needed:
         return
+    # A remedy is named only if it would help.
     served, served_without_multiple = (method.candidates(heads, d, multiples(d, m))[0] for m in (multiple, 1))
     otherwise = ""
     if served < smallest:

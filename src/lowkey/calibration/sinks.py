@@ -1,5 +1,4 @@
-"""Attention sinks, predicted from a layer's values before anything attends to them (KVSink,
-arXiv:2508.04257).
+"""Attention sinks, predicted from a layer's values (KVSink, arXiv:2508.04257).
 
 The paper finds the layer after which a few tokens have extreme values in a few channels of the residual
 stream; the channels are the same in all later layers. In place of the first n tokens, it keeps those exact
@@ -112,6 +111,7 @@ def stable_channels(outliers: Tensor) -> tuple[int, list[int]]:
         The first layer that has any of them (0 if there are none), and the channels.
     """
     first = outliers.int().argmax(0)  # 0 for channels that never are outliers
+    # An outlier in most of the layers from its first one on is stable.
     after = len(outliers) - first
     stable = outliers.sum(0) * 2 > after
     channels = stable.nonzero().flatten().tolist()
@@ -184,6 +184,7 @@ def fixed_points(values: Tensor, kinds: Tensor) -> SinkPoints | None:
     centres, radii = [], []
     ordinary = values[kinds == 0]
     for kind in kinds[kinds > 0].unique() if len(ordinary) else ():
+        # Tokens in between (kind -1) take part on neither side.
         own = values[kinds == kind]
         centre = own.mean(0)
         farthest = (own - centre).flatten(1).norm(dim=1).max()
