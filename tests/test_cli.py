@@ -1333,7 +1333,7 @@ def test_recover_takes_the_settings_of_kv_latent(model, halved, here):
         (["--stages", "sft=3"], "sft"),
         (["--stages", "ce=0"], "at least 1"),
         (["--stages", "ce=3:fast"], "rates are numbers"),
-        (["--full", "attn"], "names no linear map of a layer"),
+        (["--full", "attn"], "matches no linear layer"),
         (["--lr", "-1"], "lr"),
     ],
 )

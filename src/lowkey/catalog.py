@@ -141,5 +141,7 @@ def _import_class(what: str, name: str, table: Mapping[str, Any], needed: Sequen
             f"{what} {name!r} cannot be imported ({problem}); give package.module:Class"
         ) from error
     if not (isinstance(kind, type) and is_dataclass(kind) and all(hasattr(kind, part) for part in needed)):
-        raise LowkeyError(f"{what} {name!r} is no {what}; give a dataclass with {', '.join(needed)}")
+        raise LowkeyError(
+            f"{what} {name!r} is not a suitable class; give a dataclass with {', '.join(needed)}"
+        )
     return kind

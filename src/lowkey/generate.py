@@ -64,8 +64,8 @@ def stream_text(
             f"give at most {longest - ids.shape[1]}" if ids.shape[1] < longest else "give a shorter prompt"
         )
         raise LowkeyError(
-            f"tokens {tokens}: after a prompt of {ids.shape[1]} they pass the model's {longest} positions; "
-            f"{remedy}"
+            f"tokens {tokens}: after a prompt of {ids.shape[1]} they exceed the model's {longest} "
+            f"positions; {remedy}"
         )
     start = time.perf_counter()
     if cache.origin and cache.origin.policy and cache.origin.policy.needs_second_pass:

@@ -186,23 +186,23 @@ def _build(about: dict, tensors: dict[str, Tensor]) -> DynamicPlan:
     known = {name: about[name] for name in DYNAMIC_PLAN_FIELDS} | {"levels": tuple(about["levels"])}
     heads, d = cache_shape(about["geometry"])
     if known["layout"] not in LAYOUTS:
-        raise ValueError(f"layout {known['layout']!r:.40} is none of {', '.join(LAYOUTS)}")
+        raise ValueError(f"layout {known['layout']!r:.40} is not one of {', '.join(LAYOUTS)}")
     levels = about["levels"]
     # The first level is full rank; the others are smaller and each is named once.
     falling = levels and levels[0] == d and sorted(set(levels), reverse=True) == levels
     if not (all(type(r) is int and r > 0 for r in levels) and falling):
-        raise ValueError(f"levels {levels} are not ranks that fall from the head dim {d}")
+        raise ValueError(f"levels {levels} are not descending ranks from the head dim {d} on")
     if not all(t.dtype == torch.float32 for t in tensors.values()):
-        raise ValueError("its tensors are not of fp32")
+        raise ValueError("its tensors are not in fp32")
     share, divergence, target = about["share"], about["divergence"], about["training"]["target"]
     if not all(type(n) in (int, float) for n in (share, divergence, target)) or not (
         0 < target <= 1 and 0 <= share <= 1
     ):
-        raise ValueError("share, divergence or target is not a number that it can be")
+        raise ValueError("share, divergence or target is not a number, or out of range")
     layers, count = about["layers"], about["geometry"]["layers"]
     indices = isinstance(layers, list) and layers and all(type(i) is int and 0 <= i < count for i in layers)
     if not indices or sorted(set(layers)) != layers:
-        raise ValueError("layers are not indices that rise")
+        raise ValueError("layers are not ascending indices")
     if not isinstance(about["provenance"]["model_sha256"], str):
         raise ValueError("provenance names no model")
     factors = {i: _factors(tensors[f"{i}.k_down"], tensors[f"{i}.v_down"], heads, d) for i in layers}
@@ -211,7 +211,7 @@ def _build(about: dict, tensors: dict[str, Tensor]) -> DynamicPlan:
         for i in layers
     }
     if len(tensors) != len(layers) * (2 + len(fields(Gate))):
-        raise ValueError("its tensors are more than those of its layers")
+        raise ValueError("it has tensors that belong to none of its layers")
     return DynamicPlan(factors, gates, **known)
 
 
@@ -221,7 +221,7 @@ def _factors(k: Tensor, v: Tensor, heads: int, d: int) -> Factors:
         # One map for all heads, or one for each.
         if tuple(down.shape) not in ((1, d, d), (heads, d, d)) or not is_orthonormal(down):
             raise ValueError(
-                f"{name} map of shape {tuple(down.shape)} is no orthonormal one for {heads} heads of {d}"
+                f"{name} map of shape {tuple(down.shape)} is not orthonormal, or not for {heads} heads of {d}"
             )
     return Factors(k, k.mT, v, v.mT)
 

@@ -90,8 +90,8 @@ class Recovery(Checked):
             raise LowkeyError("stages (): there is nothing to train; give at least one, as in (('ce', 200),)")
         if self.lrs and len(self.lrs) != len(self.stages):
             raise LowkeyError(
-                f"lrs {list(self.lrs)}: {len(self.stages)} stages have a rate each; give as many, or lr for "
-                "all"
+                f"lrs {list(self.lrs)}: must have one rate for each of {len(self.stages)} stages; give as "
+                "many, or lr for all"
             )
 
 

@@ -49,7 +49,9 @@ def find_sinks(model: PreTrainedModel, rows: Tensor, ratio: float = 100.0, batch
         LowkeyError: if `ratio` is not above 1.
     """
     if not ratio > 1:
-        raise LowkeyError(f"ratio {ratio}: an outlier is larger than the median; leave it out for 100")
+        raise LowkeyError(
+            f"ratio {ratio}: must be above 1, as an outlier exceeds the median; leave it out for 100"
+        )
     attach(model)
     prominence = channel_prominence(model, rows, batch)
     emergence, channels = stable_channels(prominence > ratio)

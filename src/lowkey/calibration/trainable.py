@@ -161,12 +161,12 @@ def check_trainable(model: PreTrainedModel, lora: Sequence[str], full: Sequence[
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in known):
                 raise LowkeyError(
-                    f"{option} {shown(pattern)}: names no linear map of a layer; there are {', '.join(known)}"
+                    f"{option} {shown(pattern)}: matches no linear layer; there are {', '.join(known)}"
                 )
     if not (lora or full):
         raise LowkeyError(
-            "lora () and full (): there is nothing to train; name some linear maps, like 'self_attn.*', in "
-            "either"
+            "lora () and full (): there is nothing to train; name some linear layers, like "
+            "'self_attn.*', in either"
         )
 
 

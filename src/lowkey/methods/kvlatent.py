@@ -83,8 +83,8 @@ class KVLatent(Method):
         base, kind = parameters.get("rope_theta"), parameters.get("rope_type", "default")
         if base is None or kind != "default" or parameters.get("partial_rotary_factor", 1.0) != 1.0:
             raise LowkeyError(
-                "rope=aware of method 'kv-latent': is for plain rotary embeddings of whole heads, not "
-                f"{kind!r}; use kept"
+                "option rope=aware of method 'kv-latent': needs a plain rotary embedding of whole heads, not "
+                f"{kind!r}; use rope=kept"
             )
         return {
             i: _frequency_aware(f, base) if f.ranks[0] < f.k_up.shape[-1] else f for i, f in factors.items()
