@@ -17,8 +17,8 @@ from lowkey.allocation.base import (
 )
 from lowkey.allocation.filling import fill_proportionally, min_max_normalised, round_to_ranks
 from lowkey.allocation.profile import Pair, Profile, Ranks, Spectra, budget_too_small
+from lowkey.core.errors import LowkeyError
 from lowkey.core.options import option
-from lowkey.core.types import LowkeyError
 
 Energy = Literal["squared", "singular"]
 FrontierStep = tuple[float, int, Pair]  # error added per byte freed, layer, the layer's new ranks

@@ -6,7 +6,7 @@ import math
 from bisect import bisect_right
 from dataclasses import dataclass, field
 
-from lowkey.core.types import LowkeyError
+from lowkey.core.errors import LowkeyError
 
 Pair = tuple[int, int]  # ranks (r_K, r_V) of one layer
 Ranks = list[Pair]  # one pair per layer

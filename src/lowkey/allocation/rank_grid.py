@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from lowkey.core.types import LowkeyError
+from lowkey.core.errors import LowkeyError
 
 RankRequest = int | str | Sequence[int | float]
 SYNTAX = "give a count like 8, ranks of one head like 16,32,64, shares of the head dim like 50%,75%, or all"
@@ -35,7 +35,7 @@ def grid(request: RankRequest, choices: Sequence[int]) -> list[int]:
     Raises:
         LowkeyError: if the request is none of these, or names a rank that is not among `choices`.
     """
-    wanted, d = _read(request), choices[-1]
+    wanted, d = read_request(request), choices[-1]
     if wanted is None:
         return list(choices)
     if isinstance(wanted, int):
@@ -54,7 +54,7 @@ def grid(request: RankRequest, choices: Sequence[int]) -> list[int]:
     return sorted({d, *nearest})
 
 
-def _read(request: RankRequest) -> int | list[int | float] | None:
+def read_request(request: RankRequest) -> int | list[int | float] | None:
     """Return a count, or a list of ranks and shares, or None for all ranks.
 
     Raises:

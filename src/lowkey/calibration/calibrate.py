@@ -17,13 +17,8 @@ from lowkey.allocation.base import RankAllocator
 from lowkey.allocation.profile import Pair, Profile, Ranks
 from lowkey.allocation.rank_grid import RankRequest
 from lowkey.calibration.layer_checkpoint import Surface, load_layer, save_layer
-from lowkey.calibration.request import (
-    BUDGET_LENGTH,
-    JUDGES,
-    CalibrationRequest,
-    resolve_budget,
-    resolve_request,
-)
+from lowkey.calibration.limits import BUDGET_LENGTH, JUDGES, resolve_budget
+from lowkey.calibration.request import CalibrationRequest, resolve_request
 from lowkey.calibration.sensitivity import SIGNALS
 from lowkey.calibration.statistics import gather_statistics
 from lowkey.core import files, text
