@@ -6,7 +6,7 @@ DEMO := demo
 REAL := demo-real
 SCORED := --context 1024 --windows 8
 
-.PHONY: demo models demo-real test test-slow lint docs bench results tables clean
+.PHONY: demo models demo-real test test-slow lint choices docs bench results tables clean
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -49,6 +49,10 @@ test: lint
 
 test-slow: .venv/.ready
 	$(BIN)/python -m pytest -m slow
+
+# What the command line knows of methods, policies and settings without importing torch; tests compare it with the code.
+choices: .venv/.ready
+	$(BIN)/python -m lowkey.cli.collect_choices
 
 # The documentation site, in site/; `$(BIN)/mkdocs serve` shows it while one writes.
 docs: .venv/.ready

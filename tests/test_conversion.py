@@ -800,7 +800,7 @@ WRONG = [
 
 def test_what_cannot_be_converted_is_refused_before_the_text_is_read(tmp_path: Path) -> None:
     place = pico.save(tmp_path / "model")
-    with mock.patch("lowkey.cli.converting.input_moments", side_effect=AssertionError):
+    with mock.patch("lowkey.conversion.input_moments", side_effect=AssertionError):
         error = run(
             "convert",
             place,

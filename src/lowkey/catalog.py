@@ -7,9 +7,8 @@ or `package.module:Class` for a class of the user's own.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
-from difflib import get_close_matches
 from typing import Any
 
 from lowkey.allocation.allocators import RANK_ALLOCATORS
@@ -94,8 +93,8 @@ def make_policy(
     policy = make(budget, **chosen)
     allocator = policy.resolved_allocator()
     allocator_what, allocator_options = f"the allocator of {what}", [f.name for f in fields(allocator)]
-    _check_options(what, given, [*own, *allocator_options])
-    _check_options(allocator_what, split, allocator_options)
+    options.check_names(what, given, [*own, *allocator_options])
+    options.check_names(allocator_what, split, allocator_options)
     rest = {key: text for key, text in given.items() if key not in own} | dict(split)
     values = {
         key: options.read_option(type(allocator), key, text, allocator_what if key in split else what)
@@ -106,21 +105,10 @@ def make_policy(
 
 def _made(what: str, kind: Any, given: Mapping[str, str]) -> Any:
     """Return an object of a dataclass with options given as text; `what` names it in messages."""
-    _check_options(what, given, [f.name for f in fields(kind)])
+    options.check_names(what, given, [f.name for f in fields(kind)])
     made = kind(**{key: options.read_option(kind, key, text, what) for key, text in given.items()})
     options.check_options(made)  # a class from outside need not do so itself
     return made
-
-
-def _check_options(what: str, given: Iterable[str], known: Sequence[str]) -> None:
-    """Raise LowkeyError for an option that is not among the known ones."""
-    for name in given:
-        if name not in known:
-            near = get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise LowkeyError(
-                f"option {name!r} of {what} is unknown; it has {', '.join(known) or 'none'}{hint}"
-            )
 
 
 def _import_class(what: str, name: str, table: Mapping[str, Any], needed: Sequence[str]) -> Any:
@@ -136,13 +124,8 @@ def _import_class(what: str, name: str, table: Mapping[str, Any], needed: Sequen
         LowkeyError: if the name is unknown, cannot be imported, or is something else.
     """
     if ":" not in name:
-        near = get_close_matches(name, table, 1)
-        hint = (
-            f"did you mean {near[0]!r}?"
-            if near
-            else f"choose one of {', '.join(table)} or package.module:Class"
-        )
-        raise LowkeyError(f"{what} {name!r} is unknown; {hint}")
+        remedy = options.nearest_name(name, table, options.OUTSIDE)
+        raise LowkeyError(f"{what} {options.shown(name)} is unknown; {remedy}")
     module, _, attribute = name.partition(":")
     try:
         kind = getattr(importlib.import_module(module), attribute)
@@ -152,5 +135,7 @@ def _import_class(what: str, name: str, table: Mapping[str, Any], needed: Sequen
             f"{what} {name!r} cannot be imported ({problem}); give package.module:Class"
         ) from error
     if not (isinstance(kind, type) and is_dataclass(kind) and all(hasattr(kind, part) for part in needed)):
-        raise LowkeyError(f"{what} {name!r} is no {what}; give a dataclass with {', '.join(needed)}")
+        raise LowkeyError(
+            f"{what} {name!r} is not a suitable class; give a dataclass with {', '.join(needed)}"
+        )
     return kind

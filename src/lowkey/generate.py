@@ -24,6 +24,7 @@ class _StreamWriter(TextStreamer):
         self.out = out
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print a piece of text that will not change any more."""
         print(printable(text), flush=True, end="\n" if stream_end else "", file=self.out)
 
 
@@ -63,8 +64,8 @@ def stream_text(
             f"give at most {longest - ids.shape[1]}" if ids.shape[1] < longest else "give a shorter prompt"
         )
         raise LowkeyError(
-            f"tokens {tokens}: after a prompt of {ids.shape[1]} they pass the model's {longest} positions; "
-            f"{remedy}"
+            f"tokens {tokens}: after a prompt of {ids.shape[1]} they exceed the model's {longest} "
+            f"positions; {remedy}"
         )
     start = time.perf_counter()
     if cache.origin and cache.origin.policy and cache.origin.policy.needs_second_pass:

@@ -22,8 +22,8 @@ from lowkey.allocation.base import (
 )
 from lowkey.allocation.filling import fill_proportionally, min_max_normalised, round_to_ranks
 from lowkey.allocation.profile import Pair, Profile, Ranks, Spectra, budget_too_small
+from lowkey.core.errors import LowkeyError
 from lowkey.core.options import option
-from lowkey.core.types import LowkeyError
 
 Energy = Literal["squared", "singular"]
 FrontierStep = tuple[float, int, Pair]  # error added per byte freed, layer, the layer's new ranks
@@ -48,17 +48,21 @@ class UniformRanks(RankAllocator):
 
     @property
     def uses_measured_errors(self) -> bool:  # type: ignore[override]
+        """True for `split=measured`."""
         return self.split == "measured"
 
     def under_error(self, profile: Profile, error: float) -> Ranks:
+        """Return the cheapest pair with which every layer is within the error budget."""
         pairs = [p for p in profile.measured_pairs() if self.split == "measured" or p[0] == p[1]]
         fitting = [p for p in pairs if self.bounded_value(profile, [p] * profile.layer_count) <= error]
+        # Of pairs with equally many ranks, the one with the smaller error.
         cheapest = min(
             fitting, key=lambda p: (sum(p), self._mean_error(profile, p)), default=profile.full_pair
         )
         return [cheapest] * profile.layer_count
 
     def under_bytes(self, profile: Profile, limit: float) -> Ranks:
+        """Return the best pair that fits in all layers."""
         if self.split == "measured":
             pairs = profile.measured_pairs()
         else:
@@ -68,6 +72,7 @@ class UniformRanks(RankAllocator):
             smallest = profile.bytes_per_token([pairs[0]] * profile.layer_count)
             raise budget_too_small(profile, limit, smallest)
         if self.split == "measured":
+            # Of pairs with equal errors, the cheaper one.
             best = min(fitting, key=lambda p: (self._mean_error(profile, p), sum(p)))
         else:
             best = fitting[-1]
@@ -94,13 +99,16 @@ class Pareto(RankAllocator):
         return [1.0] * layers
 
     def under_error(self, profile: Profile, error: float) -> Ranks:
+        """Return, per layer, the cheapest measured pair within its error budget."""
         weights = self.weights(profile.layer_count)
         return [self._cheapest(profile, i, error / w) for i, w in enumerate(weights)]
 
     def under_bytes(self, profile: Profile, limit: float) -> Ranks:
+        """Return the ranks at the smallest error budget that fits."""
         return search_error_budget(self.under_error, profile, limit, loosest_error_budget(profile))
 
     def bounded_value(self, profile: Profile, ranks: Ranks) -> float:
+        """Return the largest error of a layer times its weight."""
         weights = self.weights(profile.layer_count)
         return max(w * profile.error(i, pair) for i, (w, pair) in enumerate(zip(weights, ranks, strict=True)))
 
@@ -126,7 +134,9 @@ class WeightedPareto(Pareto):
     )
 
     def weights(self, layers: int) -> list[float]:
+        """Return 2, 1.75, 1.5, 1.25 from either end, else 1, over their mean."""
         by_distance = {0: 2.0, 1: 1.75, 2: 1.5, 3: 1.25}
+        # A layer near both ends of a short model takes the larger weight.
         raw = [max(by_distance.get(i, 1.0), by_distance.get(layers - 1 - i, 1.0)) for i in range(layers)]
         return [w * layers / sum(raw) for w in raw]
 
@@ -146,12 +156,16 @@ class Greedy(RankAllocator):
     summary: ClassVar[str] = "from full rank, the step of least error per byte, until the budget is met"
 
     def under_error(self, profile: Profile, error: float) -> Ranks:
+        """Take steps as long as one of them keeps its layer within the error budget."""
+
         def allowed(step: FrontierStep) -> bool:
             return profile.error(step[1], step[2]) <= error
 
         return self._lower_step_by_step(profile, profile.ranks, lambda ranks: True, allowed)
 
     def under_bytes(self, profile: Profile, limit: float) -> Ranks:
+        """Take steps until the bytes fit."""
+
         def too_large(ranks: Ranks) -> bool:
             return profile.bytes_per_token(ranks) > limit
 
@@ -172,6 +186,7 @@ class Greedy(RankAllocator):
         """Lower the ranks from full rank among `choices`, while `unfinished(ranks)` and a step is allowed."""
         ranks = [profile.full_pair] * profile.layer_count
         steps = [self._steps(profile, choices, i, pair) for i, pair in enumerate(ranks)]
+        # `min` compares errors per byte first, then layers: of equal steps, the earlier layer.
         while unfinished(ranks) and (fitting := [s for layer in steps for s in layer if allowed(s)]):
             _, i, ranks[i] = min(fitting)
             steps[i] = self._steps(profile, choices, i, ranks[i])
@@ -184,15 +199,14 @@ class Greedy(RankAllocator):
             lower = self._next_lower(profile, choices, side, rank)
             if lower is not None:
                 new = (lower, pair[1]) if side == 0 else (pair[0], lower)
+                # Both numbers are of one layer; all other layers stay as they are.
                 added = profile.error(layer, new) - profile.error(layer, pair)
                 freed = profile.bytes_per_token([pair]) - profile.bytes_per_token([new])
                 steps.append((added / freed, layer, new))
         return steps
 
     def _next_lower(self, profile: Profile, choices: Sequence[int], side: int, rank: int) -> int | None:
-        """Return the next lower rank that takes fewer bytes, since the bytes of packed latents grow in
-        jumps.
-        """
+        """Return the next lower rank that takes fewer bytes; packed latents grow in jumps."""
         now = profile.side_bytes(side, rank)
         lower = reversed(choices[: bisect_left(choices, rank)])
         return next((r for r in lower if profile.side_bytes(side, r) < now), None)
@@ -236,9 +250,12 @@ class Threshold(RankAllocator):
     energy: Energy = "squared"
 
     def under_error(self, profile: Profile, error: float) -> Ranks:
+        """Return, per layer, the ranks at the last threshold before its error exceeds the budget."""
         return self._last_fitting(profile, self.extra_pairs(profile), error)
 
     def under_bytes(self, profile: Profile, limit: float) -> Ranks:
+        """Return the ranks at the smallest error budget that fits."""
+        # The thresholds do not depend on the error budget, so their ranks are computed once.
         paths = self.extra_pairs(profile)
 
         def rule(profile: Profile, error: float) -> Ranks:
@@ -258,6 +275,7 @@ class Threshold(RankAllocator):
 
     def extra_pairs(self, profile: Profile) -> list[list[Pair]]:
         """Return, per layer, the pairs of ranks at the thresholds 1, 1 - step, 1 - 2 step, ... above 0."""
+        # Counting down from 1 by subtraction would accumulate rounding errors.
         thresholds = list(takewhile(lambda share: share > 1e-9, (1 - n * self.step for n in count())))
         return [self._path(profile, i, thresholds) for i in range(profile.layer_count)]
 
@@ -302,14 +320,17 @@ class Tail(RankAllocator):
     energy: Energy = "singular"
 
     def under_error(self, profile: Profile, error: float) -> Ranks:
+        """Return the smallest ranks whose tails are at most the square of the error budget."""
         return self._smallest(profile, self._tails(profile), error)
 
     def under_bytes(self, profile: Profile, limit: float) -> Ranks:
+        """Return the ranks at the smallest error budget that fits."""
         tails = self._tails(profile)
         # A tail is a share, so an error budget of 1 allows every rank.
         return search_error_budget(lambda p, error: self._smallest(p, tails, error), profile, limit, 1.0)
 
     def bounded_value(self, profile: Profile, ranks: Ranks) -> float:
+        """Return the root of the largest tail of a layer's keys or values."""
         tails = self._tails(profile)
         return max(tails[i][side][pair[side]] for i, pair in enumerate(ranks) for side in (0, 1)) ** 0.5
 
@@ -327,6 +348,7 @@ class Tail(RankAllocator):
         return [tuple(self._tail(side) for side in sides) for sides in layers]
 
     def _tail(self, heads: Spectra) -> list[float]:
+        # One tuple per rank: the shares of all heads there.
         shares = zip(*(cumulative_shares(head, self.energy) for head in heads), strict=True)
         return [max(0.0, 1 - sum(kept) / len(heads)) for kept in shares]
 
@@ -352,12 +374,15 @@ class Spectrum(RankAllocator):
     floor: float = option(0.75, at_least=0, at_most=1)
 
     def under_error(self, profile: Profile, error: float) -> Ranks:
+        """Raise ranks until the share of energy beyond them is within the error budget."""
         return self._grow(profile, math.inf, error)
 
     def under_bytes(self, profile: Profile, limit: float) -> Ranks:
+        """Raise ranks as long as a step fits."""
         return self._grow(profile, limit, None)
 
     def bounded_value(self, profile: Profile, ranks: Ranks) -> float:
+        """Return the share of the energy of all spectra together that lies beyond the ranks."""
         tails = self._tails(profile)
         beyond = sum(tail[r] for tail, r in zip(tails, chain(*ranks), strict=True))
         return beyond / (sum(tail[0] for tail in tails) or 1.0)
@@ -375,6 +400,7 @@ class Spectrum(RankAllocator):
         equal_costs = [profile.bytes_per_token([(rank, rank)] * profile.layer_count) for rank in ranks]
         if equal_costs[0] > limit:
             raise budget_too_small(profile, limit, equal_costs[0])
+        # The largest rank that all sides could have; `floor` is a share of it.
         equal_rank = ranks[bisect_right(equal_costs, limit) - 1] if limit < math.inf else ranks[0]
         start = max(0, bisect_right(ranks, self.floor * equal_rank) - 1)
         chosen, used = [start] * len(tails), equal_costs[start]  # chosen: an index into `ranks` per tail
@@ -396,9 +422,7 @@ class Spectrum(RankAllocator):
             used -= negative_cost
 
     def _tails(self, profile: Profile) -> list[list[float]]:
-        """Return the energy beyond 0, 1, 2, ... directions, summed over heads, of every layer's keys and
-        values in turn.
-        """
+        """Return, for every layer's keys and values in turn, the energy beyond 0, 1, 2, ... directions."""
         sides = (side for i in range(profile.layer_count) for side in profile.layer_spectra(i, "spectrum"))
         tails = []
         for heads in sides:
@@ -425,9 +449,11 @@ class Fisher(RankAllocator):
     required_signals: ClassVar[tuple[str, ...]] = ("fisher",)
 
     def under_error(self, profile: Profile, error: float) -> Ranks:
+        """Return the ranks at the smallest byte budget whose errors are within the error budget."""
         return search_byte_budget(self.under_bytes, profile, error)
 
     def under_bytes(self, profile: Profile, limit: float) -> Ranks:
+        """Split the ranks that fit in proportion to Fisher information."""
         shares, ranks = [x for pair in profile.signal("fisher") for x in pair], profile.selectable_ranks
         if not any(shares):
             raise LowkeyError(
@@ -456,9 +482,11 @@ class Depth(RankAllocator):
     uses_measured_errors: ClassVar[bool] = False
 
     def under_error(self, profile: Profile, error: float) -> Ranks:
+        """Return the ranks at the smallest byte budget whose errors are within the error budget."""
         return search_byte_budget(self.under_bytes, profile, error)
 
     def under_bytes(self, profile: Profile, limit: float) -> Ranks:
+        """Return ranks near the line that the budget determines."""
         ranks, heights = profile.selectable_ranks, min_max_normalised(self.sensitivity(profile))
 
         def split(total: int) -> Ranks:
@@ -477,6 +505,7 @@ class Depth(RankAllocator):
         d_max is `high` and d_min makes the targets sum to `total`, or d_min is `low` and d_max does so.
         """
         n, height_sum = len(heights), sum(heights)
+        # At d_min = low and d_max = high the targets sum to the right-hand side.
         if total <= n * low + height_sum * (high - low):
             return [low + h * (total - n * low) / height_sum for h in heights]
         return [high - (1 - h) * (n * high - total) / (n - height_sum) for h in heights]
@@ -501,6 +530,8 @@ class Condition(Depth):
     required_signals: ClassVar[tuple[str, ...]] = ("condition",)
 
     def sensitivity(self, profile: Profile) -> list[float]:
+        """Return the log condition numbers summed from each layer to the last."""
+        # The product of two condition numbers, as a sum of logs.
         logs = [sum(pair) for pair in profile.signal("condition")]
         return [sum(logs[i:]) for i in range(len(logs))]
 

@@ -142,9 +142,7 @@ def search_rank_count(rule: Callable[[int], Ranks], profile: Profile, limit: flo
 
 
 def loosest_error_budget(profile: Profile) -> float:
-    """Return an error budget that every measured pair meets, even after its error is multiplied by a
-    weight.
-    """
+    """Return an error budget that every measured pair meets, whatever its error is weighted with."""
     extra = [error for layer in profile.extra_points for error in layer.values()]
     largest = max(*(max(row) for layer in profile.surface for row in layer), *extra, 1e-9)
     return 16 * largest  # well above the largest weight, the 2 of `weighted-pareto`

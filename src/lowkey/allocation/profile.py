@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from lowkey.core.types import LowkeyError
+from lowkey.core.errors import LowkeyError
 
 Pair = tuple[int, int]  # ranks (r_K, r_V) of one layer
 Ranks = list[Pair]  # one pair per layer
@@ -50,22 +50,19 @@ class Profile:
     cache_share: Callable[[float], float] | None = None
 
     def error(self, layer: int, pair: Pair) -> float:
-        """Return the measured error of a layer at a pair of ranks, interpolated bilinearly between measured
-        ranks.
-        """
+        """Return the error of a layer at a pair of ranks: measured, or interpolated bilinearly."""
         if self.extra_points and pair in self.extra_points[layer]:
             return self.extra_points[layer][pair]
         surface = self.surface[layer]
         (i, a), (j, b) = map(self._locate, pair)
+        # Interpolate along values in the two rows of keys around the rank, then between the rows.
         if a:
             low, high = (self._interpolate(row, j, b) for row in surface[i : i + 2])
             return low + a * (high - low)
         return self._interpolate(surface[i], j, b)
 
     def _locate(self, rank: int) -> tuple[int, float]:
-        """Return the index of the measured rank at or below `rank`, and the fraction of the way to the
-        next.
-        """
+        """Return the index of the measured rank at or below `rank`, and how far it is to the next one."""
         i = min(max(bisect_right(self.ranks, rank) - 1, 0), max(len(self.ranks) - 2, 0))
         if self.ranks[-1] == rank or len(self.ranks) == 1:
             return len(self.ranks) - 1, 0.0
@@ -75,9 +72,7 @@ class Profile:
         return row[j] + fraction * (row[j + 1] - row[j]) if fraction else row[j]
 
     def is_measured(self, layer: int, pair: Pair) -> bool:
-        """Return whether the error of a layer at a pair was measured, so that `error` need not
-        interpolate.
-        """
+        """Return whether the error of a layer at a pair was measured, not interpolated."""
         if self.extra_points and pair in self.extra_points[layer]:
             return True
         return bool(self.surface[layer]) and pair[0] in self.ranks and pair[1] in self.ranks
@@ -138,6 +133,7 @@ class Profile:
         smallest = self.bytes_per_token([(self.selectable_ranks[0],) * 2] * self.layer_count)
         if limit < smallest:
             raise budget_too_small(self, limit, smallest)
+        # Full rank may take fewer bytes than its ranks at `bytes_per_rank`, so it is asked for first.
         full = 2 * self.layer_count * self.full_pair[0]
         if limit >= self.bytes_per_token([self.full_pair] * self.layer_count):
             return full

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from lowkey.core.types import LowkeyError
+from lowkey.core.errors import LowkeyError
 
 RankRequest = int | str | Sequence[int | float]
 SYNTAX = "give a count like 8, ranks of one head like 16,32,64, shares of the head dim like 50%,75%, or all"
@@ -35,10 +35,11 @@ def grid(request: RankRequest, choices: Sequence[int]) -> list[int]:
     Raises:
         LowkeyError: if the request is none of these, or names a rank that is not among `choices`.
     """
-    wanted, d = _read(request), choices[-1]
+    wanted, d = read_request(request), choices[-1]
     if wanted is None:
         return list(choices)
     if isinstance(wanted, int):
+        # With so few choices every one of them is a candidate.
         if len(choices) <= wanted:
             return list(choices)
         wanted = [(i + 1) / wanted for i in range(wanted)]
@@ -48,11 +49,12 @@ def grid(request: RankRequest, choices: Sequence[int]) -> list[int]:
                 f"ranks {_as_text(request)}: {rank} is not one of {_listed(choices)}, which this method and "
                 "rank multiple allow"
             )
+    # Of two choices equally near to a share, the smaller one.
     nearest = (r if isinstance(r, int) else min(choices, key=lambda c: (abs(c - r * d), c)) for r in wanted)
     return sorted({d, *nearest})
 
 
-def _read(request: RankRequest) -> int | list[int | float] | None:
+def read_request(request: RankRequest) -> int | list[int | float] | None:
     """Return a count, or a list of ranks and shares, or None for all ranks.
 
     Raises:
@@ -82,6 +84,7 @@ def _parse(text: str) -> int | list[int | float] | None:
     words = [w.strip() for w in text.split(",")]
     if words == ["all"]:
         return None
+    # The digits are limited, so that no text makes a number that `int` or `float` refuses.
     if not all(re.fullmatch(r"[0-9]{1,9}|[0-9]{1,3}(\.[0-9]{1,9})?%", w) for w in words):
         raise LowkeyError(f"ranks {text[:60]!r}: {SYNTAX}")
     numbers: list[int | float] = [float(w[:-1]) / 100 if w.endswith("%") else int(w) for w in words]

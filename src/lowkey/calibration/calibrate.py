@@ -1,6 +1,4 @@
-"""`calibrate`: from a model and a text to a plan. Statistics, then fit and measure each layer, then
-allocate.
-"""
+"""`calibrate`, from a model and a text to a plan: gather statistics, fit, measure, allocate ranks."""
 
 from __future__ import annotations
 
@@ -19,13 +17,8 @@ from lowkey.allocation.base import RankAllocator
 from lowkey.allocation.profile import Pair, Profile, Ranks
 from lowkey.allocation.rank_grid import RankRequest
 from lowkey.calibration.layer_checkpoint import Surface, load_layer, save_layer
-from lowkey.calibration.request import (
-    BUDGET_LENGTH,
-    JUDGES,
-    CalibrationRequest,
-    resolve_budget,
-    resolve_request,
-)
+from lowkey.calibration.limits import BUDGET_LENGTH, JUDGES, resolve_budget
+from lowkey.calibration.request import CalibrationRequest, resolve_request
 from lowkey.calibration.sensitivity import SIGNALS
 from lowkey.calibration.statistics import gather_statistics
 from lowkey.core import files, text
@@ -139,6 +132,7 @@ def calibrate(
     )
     windows = calibration_windows(attach(model), tokenizer, texts, sample)
     provenance = provenance_of(model, windows, sample)
+    # An error budget is compared with errors of pairs, so these must be measured.
     measuring: Measuring = "none"
     if pairs or request.latent_bytes is None:
         measuring = "pairs"
@@ -227,6 +221,7 @@ def _choose_ranks(
         (first.keys.merge, first.values.merge),
         lambda rank: method.numbers_per_token(rank, shape.kv_heads, shape.head_dim),
     )
+    # Signals cost a pass through the model, so only those that the allocator reads are measured.
     signals = {
         name: SIGNALS[name](context.model, context.training_windows, context.batch)
         for name in allocator.required_signals
@@ -237,6 +232,7 @@ def _choose_ranks(
         cache_share=request.budgeted_cache.cache_share,
         signals=signals,
     )
+    # Some allocators, like `threshold`, name the few pairs whose errors they compare.
     profile = _with_errors_at(allocator.extra_pairs(profile), profile, bases, context, request.judge)
     if request.latent_bytes is None:
         ranks = allocator.under_error(profile, limit)  # type: ignore[arg-type]
@@ -325,7 +321,9 @@ def fit_layers(
     bases = {i: layer_bases for i, (layer_bases, _) in fitted.items()}
     if method.has_tune:
         bases = _tuned(method, bases, context, work)
+    # A method without `fit` has bases from `tune` alone.
     surfaces = [fitted[i][1] if i in fitted else [] for i in bases]
+    # Once more through all layers, now that the bases are final.
     if pairs and not measured_at_once:
         errors = _errors(bases, dict.fromkeys(bases, pairs), context, judge)
         surfaces = [_surface(ranks, pairs, errors[i], judge) for i in bases]
@@ -366,6 +364,7 @@ def _tuned(
 ) -> dict[int, LayerBases]:
     """Return the tuned bases of all layers, read back if all of them were saved before."""
     saved = {i: load_layer(work, f"tuned-{i}") for i in families.geometry(context.model).compressible}
+    # Tuning changes all layers together, so it is finished for all of them or for none.
     if all(saved.values()):
         return {i: layer[0] for i, layer in saved.items() if layer}
     tuned = method.tune(bases, context)
@@ -429,6 +428,7 @@ def calibration_windows(
     Raises:
         LowkeyError: if the text is too short.
     """
+    # A model with fewer positions gets shorter windows.
     length = families.readable_length(model, sample.length)
     ids = text.encode(tokenizer, text.joined_texts(texts), model)
     return text.sample_windows(ids, tokenizer, length, sample.windows, sample.seed, "calibration text")

@@ -1,5 +1,4 @@
-"""Plans and caches in which every token has a rank of its own, given by a gate (`methods.dynakv`,
-arXiv:2603.04411).
+"""Plans and caches in which a gate gives every token a rank of its own (arXiv:2603.04411).
 
     plan = dynamic.make_dynamic_plan(model, tokenizer, training=GateTraining(target=0.4))
     cache = dynamic.make_dynamic_cache(model, plan)
@@ -77,8 +76,7 @@ class DynamicPlan:
         return str(Budget(100 * self.training["target"], "%"))
 
     def bytes_per_token(self, itemsize: int) -> float:
-        """Return the bytes that one more token takes in the compressed layers, if it is like the held-out
-        ones.
+        """Return the bytes that one more token takes in the compressed layers, on average.
 
         Positions, which unrotated keys need, are included.
 
@@ -86,6 +84,7 @@ class DynamicPlan:
             itemsize: bytes of one stored number.
         """
         g = self.geometry
+        # Buckets do not keep tokens in order, so unrotated keys need their positions: int32.
         position_bytes = 4 if self.layout == "pre_rope" else 0
         numbers = self.share * 2 * g["kv_heads"] * g["head_dim"]
         return len(self.factors) * (numbers * itemsize + position_bytes)
@@ -187,22 +186,23 @@ def _build(about: dict, tensors: dict[str, Tensor]) -> DynamicPlan:
     known = {name: about[name] for name in DYNAMIC_PLAN_FIELDS} | {"levels": tuple(about["levels"])}
     heads, d = cache_shape(about["geometry"])
     if known["layout"] not in LAYOUTS:
-        raise ValueError(f"layout {known['layout']!r:.40} is none of {', '.join(LAYOUTS)}")
+        raise ValueError(f"layout {known['layout']!r:.40} is not one of {', '.join(LAYOUTS)}")
     levels = about["levels"]
+    # The first level is full rank; the others are smaller and each is named once.
     falling = levels and levels[0] == d and sorted(set(levels), reverse=True) == levels
     if not (all(type(r) is int and r > 0 for r in levels) and falling):
-        raise ValueError(f"levels {levels} are not ranks that fall from the head dim {d}")
+        raise ValueError(f"levels {levels} are not descending ranks from the head dim {d} on")
     if not all(t.dtype == torch.float32 for t in tensors.values()):
-        raise ValueError("its tensors are not of fp32")
+        raise ValueError("its tensors are not in fp32")
     share, divergence, target = about["share"], about["divergence"], about["training"]["target"]
     if not all(type(n) in (int, float) for n in (share, divergence, target)) or not (
         0 < target <= 1 and 0 <= share <= 1
     ):
-        raise ValueError("share, divergence or target is not a number that it can be")
+        raise ValueError("share, divergence or target is not a number, or out of range")
     layers, count = about["layers"], about["geometry"]["layers"]
     indices = isinstance(layers, list) and layers and all(type(i) is int and 0 <= i < count for i in layers)
     if not indices or sorted(set(layers)) != layers:
-        raise ValueError("layers are not indices that rise")
+        raise ValueError("layers are not ascending indices")
     if not isinstance(about["provenance"]["model_sha256"], str):
         raise ValueError("provenance names no model")
     factors = {i: _factors(tensors[f"{i}.k_down"], tensors[f"{i}.v_down"], heads, d) for i in layers}
@@ -211,22 +211,24 @@ def _build(about: dict, tensors: dict[str, Tensor]) -> DynamicPlan:
         for i in layers
     }
     if len(tensors) != len(layers) * (2 + len(fields(Gate))):
-        raise ValueError("its tensors are more than those of its layers")
+        raise ValueError("it has tensors that belong to none of its layers")
     return DynamicPlan(factors, gates, **known)
 
 
 def _factors(k: Tensor, v: Tensor, heads: int, d: int) -> Factors:
     """Return the maps of one layer from its down maps (1|heads, d, d)."""
     for name, down in (("key", k), ("value", v)):
+        # One map for all heads, or one for each.
         if tuple(down.shape) not in ((1, d, d), (heads, d, d)) or not is_orthonormal(down):
             raise ValueError(
-                f"{name} map of shape {tuple(down.shape)} is no orthonormal one for {heads} heads of {d}"
+                f"{name} map of shape {tuple(down.shape)} is not orthonormal, or not for {heads} heads of {d}"
             )
     return Factors(k, k.mT, v, v.mT)
 
 
 def _gate(parts: dict[str, Tensor], heads: int, d: int, levels: int) -> Gate:
     """Return the gate of one layer from its tensors, whose shapes are checked."""
+    # The width of the hidden layer is free; all other sizes follow from the model.
     hidden = parts["hidden"].shape[-1] if parts["hidden"].ndim else 0
     shapes = {
         "scale": (2 * heads, d),
@@ -251,6 +253,7 @@ def make_dynamic_cache(model: PreTrainedModel, plan: DynamicPlan) -> LowkeyCache
     Raises:
         LowkeyError: if the model is not attached or the plan is another model's.
     """
+    # Without it the model would run on stock attention and ignore the cache's latents.
     if not attached(model):
         raise LowkeyError("model is not attached: call lowkey.attach(model) before make_dynamic_cache")
     plan.check(model)
@@ -313,6 +316,7 @@ def make_dynamic_plan(
         "batch": sample.batch,
     }
     work = files.job_folder(work, job)
+    # Bases are fitted on the training windows; the held-out ones only judge the gates.
     batches = progress(windows[:-held_out].split(sample.batch), "second moments")
     statistics = gather_statistics(model, batches, work)
     bases = {i: dynakv.pca_bases(s, layout, key_bases) for i, s in statistics.items()}

@@ -47,6 +47,7 @@ def load_layer(work: Path | None, name: str) -> tuple[LayerBases, Surface] | Non
         return None
 
     def basis(side: str) -> Basis:
+        # Ranks with maps of their own are stored as `keys.exact.16` and so on.
         prefix = f"{side}.exact."
         exact = tuple(
             (int(key.removeprefix(prefix)), t) for key, t in sorted(tensors.items()) if key.startswith(prefix)
@@ -59,7 +60,7 @@ def load_layer(work: Path | None, name: str) -> tuple[LayerBases, Surface] | Non
         bases = LayerBases(basis("keys"), basis("values"), tensors.get("order"))
         surface = tensors["surface"].tolist()
     except (KeyError, ValueError, RuntimeError) as error:
-        raise files.damaged_work(work, f"{name} lacks or garbles {error}") from None
+        raise files.damaged_work(work, f"{name} is incomplete or unreadable: {error}") from None
     if flaw := _flaw(bases, tensors["surface"]):
         raise files.damaged_work(work, f"{name}: {flaw}")
     return bases, surface
@@ -67,8 +68,9 @@ def load_layer(work: Path | None, name: str) -> tuple[LayerBases, Surface] | Non
 
 def _flaw(bases: LayerBases, surface: Tensor) -> str | None:
     """Return what is impossible about bases and surface, such as maps that do not fit one another."""
+    # An empty surface is saved as a vector of length 0.
     if surface.dtype != torch.float64 or surface.ndim not in (1, 2) or (surface.ndim == 1 and len(surface)):
-        return "surface is no table of numbers"
+        return "surface is not a table of numbers"
     for side, basis in (("keys", bases.keys), ("values", bases.values)):
         if flaw := _flaw_of_basis(basis):
             return f"{side} have {flaw}"

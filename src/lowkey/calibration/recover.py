@@ -90,8 +90,8 @@ class Recovery(Checked):
             raise LowkeyError("stages (): there is nothing to train; give at least one, as in (('ce', 200),)")
         if self.lrs and len(self.lrs) != len(self.stages):
             raise LowkeyError(
-                f"lrs {list(self.lrs)}: {len(self.stages)} stages have a rate each; give as many, or lr for "
-                "all"
+                f"lrs {list(self.lrs)}: must have one rate for each of {len(self.stages)} stages; give as "
+                "many, or lr for all"
             )
 
 
@@ -160,11 +160,13 @@ def recover(
         )
     data = TrainingWindows.of(tokenizer, text.joined_texts(texts), settings)
     text.check_ids(data.ids, model)
+    # Other settings, another plan or another text are another job with a folder of its own.
     folder = files.job_folder(work, _job(plan, data, settings))
     training = RecoveryTraining.of(model, plan, data, settings)
     if folder is not None and (saved := files.read_work(folder, RECOVERY_FILE)) is not None:
         training.restore(saved, folder)
     judge = HeldOut.of(tokenizer, model, settings.length)
+    # Judged before the first step, and again after the last one on the merged model.
     with training.student.trainable.original() as original:
         held_out = {"full": judge.loss(original), "before": judge.loss(original, plan)}
     with torch.enable_grad():
@@ -298,6 +300,7 @@ class RecoveryTraining:
     ) -> RecoveryTraining:
         """Copy the model and the plan's maps, and prepare them for training."""
         adapter = {"r": settings.rank, "lora_alpha": settings.alpha, "lora_dropout": settings.dropout}
+        # peft draws the adapters from torch's global random numbers.
         with _seeded(device_of(model), _seed(settings.seed, "adapters")):
             twin = TrainableModel.of(model, settings.lora, settings.full, **adapter)
         layers = families.decoder_layers(twin.model)
@@ -312,9 +315,7 @@ class RecoveryTraining:
         return cls(student, data, settings, twin.parameters(), maps)
 
     def _new_optimizer(self) -> torch.optim.AdamW:
-        """Return a new optimizer. Every stage has one, since gradients of another objective differ in
-        size.
-        """
+        """Return a new optimizer; every stage has one, since its gradients have a size of their own."""
         groups: list[dict] = [{"params": list(self.model_parameters.values())}]
         if self.maps:
             groups.append({"params": list(self.maps.values()), "weight_decay": 0.0})
@@ -342,12 +343,14 @@ class RecoveryTraining:
         name, k, steps, peak = self.schedule[n]
         if k == 0:
             self.optimizer = self._new_optimizer()
+        # Every stage warms up and falls on its own.
         rate = peak * falling(k, steps, self.settings.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
         loss = self._backward(name, n)
         parameters = (*self.model_parameters.values(), *self.maps.values())
+        # A loss may be finite while its gradient is not.
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise LowkeyError(
@@ -362,6 +365,7 @@ class RecoveryTraining:
     def _backward(self, name: str, n: int) -> float:
         """Return the loss of step n after adding its gradients to those of the parameters."""
         device, loss = device_of(self.student.model), 0.0
+        # Dropout draws from the global random numbers; the seed makes it depend on the step alone.
         with _seeded(device, _seed(self.settings.seed, n, "dropout")):
             for part in OBJECTIVES[name](self.student, self.data.at(n).to(device)):
                 part.backward()
@@ -372,9 +376,7 @@ class RecoveryTraining:
     # save
 
     def save(self, folder: Path | None) -> None:
-        """Save the state into one file, so that it is that of one step. In the middle of a step nothing is
-        saved.
-        """
+        """Save the state of one step into one file; in the middle of a step nothing is saved."""
         if folder is None or not self.between_steps:
             return
         parameters = self.model_parameters | self.maps
@@ -434,6 +436,7 @@ def _result(training: RecoveryTraining, plan: Plan, judge: HeldOut, held_out: di
         "stages": training.stages(),
         "versions": versions(),
     }
+    # The weights have changed, so the plan must name the new model to be accepted by it.
     provenance = {**plan.provenance, "model_sha256": model_fingerprint(model), "recovered": about}
     issued = replace(plan, provenance=provenance)
     if maps := training.maps:
@@ -457,6 +460,7 @@ def _job(plan: Plan, data: TrainingWindows, settings: Recovery) -> dict:
                 f"{i}.{name}{tuple(t.shape)}".encode()
                 + t.detach().double().cpu().contiguous().numpy().tobytes()
             )
+    # How often it is saved does not change what is trained.
     return {
         "recover": {name: value for name, value in asdict(settings).items() if name != "save_every"},
         "plan": plan.describe(),

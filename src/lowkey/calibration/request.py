@@ -1,10 +1,7 @@
-"""The arguments of `calibrate`: checked, and completed by what is recommended, before anything is read or
-fitted.
-"""
+"""The arguments of `calibrate`, checked and completed by recommendations before anything is read or fitted."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
@@ -14,6 +11,7 @@ from lowkey.allocation.base import REQUIRED_ATTRIBUTES, RankAllocator
 from lowkey.allocation.profile import Profile, budget_too_small
 from lowkey.allocation.rank_grid import RankRequest, grid, multiples
 from lowkey.calibration import sensitivity
+from lowkey.calibration.limits import BUDGET_LENGTH, JUDGES
 from lowkey.calibration.recommended import recommended
 from lowkey.core.options import nearest_name
 from lowkey.core.types import LAYOUTS, Budget, Layout, LowkeyError
@@ -22,12 +20,6 @@ from lowkey.models import families
 from lowkey.plan.window_bytes import Holding
 from lowkey.storage.exact import Exact
 from lowkey.storage.packing import scheme_name, scheme_or_none
-
-JUDGES = {  # what the error of a layer is
-    "layers": "the relative error of the layer's output, in the mean over tokens",
-    "loss": "nats by which the cross-entropy grows when that layer alone is compressed",
-}
-BUDGET_LENGTH = 1024  # tokens of the cache that a byte budget is counted for
 
 
 @dataclass(frozen=True)
@@ -91,6 +83,7 @@ def resolve_request(
             f"like {BUDGET_LENGTH}"
         )
     shape, itemsize, longest = families.geometry(model), model.dtype.itemsize, families.positions(model)
+    # No cache is longer than the model's positions.
     at = at if longest is None else min(at, longest)
     if method is None:
         full = shape.full_bytes_per_token(itemsize)
@@ -103,6 +96,7 @@ def resolve_request(
     packing = scheme_or_none(bits)
     cache = Holding(len(shape.compressible), shape.kv_heads, shape.head_dim, itemsize, window, packing, at)
     latent_bytes = cache.latents(limit) if isinstance(limit, Budget) else None
+    # The bytes of packed latents depend on how heads are merged, which only a fit tells.
     if latent_bytes is not None and packing is None:
         smallest = (measured if rule.uses_measured_errors else choices)[0]
         _check_smallest(cache, latent_bytes, method, shape, smallest, ranks, multiple)
@@ -110,28 +104,6 @@ def resolve_request(
     return CalibrationRequest(
         limit, judge, method, rule, layout, name, cache, latent_bytes, measured, choices
     )
-
-
-def resolve_budget(budget: str | Budget | None, error: float | None, judge: str) -> Budget | float:
-    """Return the budget or the error budget that was given; `50%` if neither was.
-
-    Raises:
-        LowkeyError: if both were given, or one is out of range.
-    """
-    if budget is not None and error is not None:
-        raise LowkeyError(f"budget {budget} and error budget {error}: give one of them")
-    if error is None:
-        return Budget.parse("50%" if budget is None else budget)
-    if judge == "layers" and not 0 < error <= 1:
-        raise LowkeyError(
-            f"error budget {error}: a relative layer-output error above 0 and up to 1; the paper uses 0.03"
-        )
-    if not 0 < error < math.inf:
-        raise LowkeyError(
-            f"error budget {error}: with judge 'loss' these are nats of cross-entropy, a finite number "
-            "above 0; try 0.01"
-        )
-    return error
 
 
 def _check(model: PreTrainedModel, layout: Layout, judge: str, allocator: RankAllocator) -> None:
@@ -181,6 +153,7 @@ def _check_smallest(
     needed = profile.bytes_per_token([(smallest, smallest)] * cache.layers)
     if latent_bytes >= needed:
         return
+    # A remedy is named only if it would help.
     served, served_without_multiple = (method.candidates(heads, d, multiples(d, m))[0] for m in (multiple, 1))
     otherwise = ""
     if served < smallest:

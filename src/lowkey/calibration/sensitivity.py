@@ -91,7 +91,7 @@ def check_signals(model: PreTrainedModel, names: Sequence[str]) -> None:
     parts = _key_and_value_projections(model)
     if "fisher" in names and not all(weights.in_full(w := p.linear.weight) and not w.is_meta for p in parts):
         raise LowkeyError(
-            "allocator 'fisher': takes gradients, which offloaded or quantised weights have not; choose "
+            "allocator 'fisher': needs gradients, which offloaded or quantised weights do not have; choose "
             "another allocator"
         )
 

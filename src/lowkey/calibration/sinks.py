@@ -1,5 +1,4 @@
-"""Attention sinks, predicted from a layer's values before anything attends to them (KVSink,
-arXiv:2508.04257).
+"""Attention sinks, predicted from a layer's values (KVSink, arXiv:2508.04257).
 
 The paper finds the layer after which a few tokens have extreme values in a few channels of the residual
 stream; the channels are the same in all later layers. In place of the first n tokens, it keeps those exact
@@ -50,7 +49,9 @@ def find_sinks(model: PreTrainedModel, rows: Tensor, ratio: float = 100.0, batch
         LowkeyError: if `ratio` is not above 1.
     """
     if not ratio > 1:
-        raise LowkeyError(f"ratio {ratio}: an outlier is larger than the median; leave it out for 100")
+        raise LowkeyError(
+            f"ratio {ratio}: must be above 1, as an outlier exceeds the median; leave it out for 100"
+        )
     attach(model)
     prominence = channel_prominence(model, rows, batch)
     emergence, channels = stable_channels(prominence > ratio)
@@ -112,6 +113,7 @@ def stable_channels(outliers: Tensor) -> tuple[int, list[int]]:
         The first layer that has any of them (0 if there are none), and the channels.
     """
     first = outliers.int().argmax(0)  # 0 for channels that never are outliers
+    # An outlier in most of the layers from its first one on is stable.
     after = len(outliers) - first
     stable = outliers.sum(0) * 2 > after
     channels = stable.nonzero().flatten().tolist()
@@ -184,6 +186,7 @@ def fixed_points(values: Tensor, kinds: Tensor) -> SinkPoints | None:
     centres, radii = [], []
     ordinary = values[kinds == 0]
     for kind in kinds[kinds > 0].unique() if len(ordinary) else ():
+        # Tokens in between (kind -1) take part on neither side.
         own = values[kinds == kind]
         centre = own.mean(0)
         farthest = (own - centre).flatten(1).norm(dim=1).max()

@@ -43,6 +43,7 @@ def gather_statistics(
         if count < done:
             continue
         _add(sums, _observe(model, ids.to(device_of(model)), sinks))
+        # Saving every batch would take longer than the batch.
         if work is not None and (count + 1) % BATCHES_BETWEEN_SAVES == 0:
             _save(work, sums, count + 1)
     return {i: _statistics(layer) for i, layer in sums.items()}
@@ -93,6 +94,7 @@ def _load(work: Path | None, model: PreTrainedModel) -> tuple[Sums, int]:
     expected = {
         (i, name): t for i in families.geometry(model).compressible for name, t in _empty(model).items()
     }
+    # Names, shapes and dtypes must be exactly those that this model gives.
     if done < 1 or set(tensors) != {*(f"{i}.{name}" for i, name in expected), "done"}:
         raise files.damaged_work(work, "statistics are not those of this model's layers")
     sums: Sums = {}

@@ -48,6 +48,7 @@ class FullLinear(nn.Module):
     def merged(self) -> nn.Linear:
         """Return the original with the trained weights in its own dtype."""
         for trained, original in ((self.weight, self.base.weight), (self.bias, self.base.bias)):
+            # `copy_` rounds to the dtype of the original.
             if original is not None:
                 original.copy_(trained)
         return self.base
@@ -84,17 +85,20 @@ class TrainableModel:
             LowkeyError: as `check_trainable`.
         """
         check_trainable(model, lora, full)
+        # The model need not be attached, and stays as it is, so the copy is attached.
         twin = attach(copy.deepcopy(model)).eval().requires_grad_(False)
         full_names = _matching(twin, full)
         lora_names = [name for name in _matching(twin, lora) if name not in full_names]
         adapters = _with_adapters(twin, lora_names, adapter) if lora_names else None
         layers = {name: FullLinear(twin.get_submodule(name)) for name in full_names}  # type: ignore[arg-type]
+        # After peft, which looks for plain linear layers by name.
         for name, module in layers.items():
             twin.set_submodule(name, module)
         return cls(twin, adapters, layers)
 
     def parameters(self) -> dict[str, Tensor]:
         """Return all that is trained, by name."""
+        # These names are in saved work; with adapters they begin at peft's wrapper.
         root = self.adapters or self.model
         return {name: p for name, p in root.named_parameters() if p.requires_grad}
 
@@ -135,12 +139,11 @@ def import_peft() -> Any:
 
 
 def _with_adapters(model: PreTrainedModel, names: list[str], fields: dict[str, Any]) -> Any:
-    """Return the model with adapters at the linear layers of these names, only their dropout in training
-    mode.
-    """
+    """Return the model with adapters at these linear layers, only their dropout in training mode."""
     peft = import_peft()
     config = peft.LoraConfig(target_modules=names, bias="none", **fields)
     adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=True).eval()
+    # `eval` turned the adapters' dropout off together with the model's own.
     for name, module in adapted.named_modules():
         if name.endswith(".lora_dropout"):
             module.train()
@@ -158,12 +161,12 @@ def check_trainable(model: PreTrainedModel, lora: Sequence[str], full: Sequence[
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in known):
                 raise LowkeyError(
-                    f"{option} {shown(pattern)}: names no linear map of a layer; there are {', '.join(known)}"
+                    f"{option} {shown(pattern)}: matches no linear layer; there are {', '.join(known)}"
                 )
     if not (lora or full):
         raise LowkeyError(
-            "lora () and full (): there is nothing to train; name some linear maps, like 'self_attn.*', in "
-            "either"
+            "lora () and full (): there is nothing to train; name some linear layers, like "
+            "'self_attn.*', in either"
         )
 
 

@@ -1,64 +1,144 @@
-"""`lowkey`: one sub-command per verb. Bad input is one line on stderr and exit status 2; progress goes to
-stderr.
+"""The program `lowkey`: its commands, and what becomes of errors. Bad input is one line on stderr and exit
+status 2; progress goes to stderr.
+
+Nothing that is imported here imports torch, so that help and errors about arguments come at once.
 """
 
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from typing import Annotated
 
-import torch
 import typer
 
-from lowkey.cli import analysing, common, converting, downloading, making, measuring, using
-from lowkey.core.options import shown
+from lowkey.cli import (
+    bench,
+    compress,
+    convert,
+    diversity,
+    download,
+    dynamic,
+    eval,
+    export,
+    generate,
+    heads,
+    inspect,
+    methods,
+    policies,
+    pretrain,
+    profile,
+    recover,
+    report,
+    sinks,
+)
+from lowkey.cli.help import PanelCommand, PanelGroup
+from lowkey.core.errors import LowkeyError
+from lowkey.core.options import Range, checked, nearest_name, shown
 from lowkey.core.printable import printable
-from lowkey.core.types import LowkeyError
+from lowkey.version import __version__
+
+BEFORE = "Options before the command"
+CORES = Range(at_least=1, at_most=2**10)
+COMMANDS: dict[str, list[tuple[str, Callable[..., None]]]] = {  # by the panel of the help in which they stand
+    "Compress and train": [
+        ("compress", compress.compress),
+        ("dynamic", dynamic.dynamic),
+        ("recover", recover.recover),
+        ("convert", convert.convert),
+        ("pretrain", pretrain.pretrain),
+        ("export", export.export),
+    ],
+    "Use and measure": [
+        ("generate", generate.generate),
+        ("eval", eval.eval_),
+        ("report", report.report),
+    ],
+    "Look into a model": [
+        ("profile", profile.profile),
+        ("heads", heads.heads),
+        ("diversity", diversity.diversity),
+        ("sinks", sinks.sinks),
+    ],
+    "List and show": [
+        ("methods", methods.methods),
+        ("policies", policies.policies),
+        ("inspect", inspect.inspect),
+        ("download", download.download),
+    ],
+}
+# kinds of errors of pydantic, with which typer reads numbers
+NUMBERS = {"int_parsing": "a whole number", "int_from_float": "a whole number", "float_parsing": "a number"}
+# what a command line that does not parse raises; typer does not export it
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
+    cls=PanelGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help=__doc__,
 )
-bench = typer.Typer(no_args_is_help=True, help="Time parts of lowkey on this machine.")
-# what a command line that does not parse raises; typer does not export it
-UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+timing = typer.Typer(cls=PanelGroup, no_args_is_help=True, help="Time parts of lowkey on this machine.")
 
-for command in (
-    *(
-        making.compress,
-        making.dynamic,
-        measuring.eval_,
-        using.generate,
-        making.recover,
-        making.pretrain,
-        converting.convert,
-    ),
-    *(making.export, making.profile, making.heads, analysing.diversity, analysing.sinks),
-    *(using.methods, using.policies, using.inspect, measuring.report, downloading.download),
-):
-    app.command(command.__name__.rstrip("_"))(command)
-app.callback()(common.every_command)
-bench.command()(measuring.decode)
-app.add_typer(bench, name="bench")
+for panel, commands in COMMANDS.items():
+    for name, command in commands:
+        app.command(name, cls=PanelCommand, rich_help_panel=panel)(command)
+timing.command("decode", cls=PanelCommand)(bench.decode)
+app.add_typer(timing, name="bench", rich_help_panel="Use and measure")
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version and end, if that is wanted."""
+    if wanted:
+        print(f"lowkey {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def every_command(
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help=f"CPU cores to compute on ({CORES}; default: $OMP_NUM_THREADS, or all)",
+            rich_help_panel=BEFORE,
+        ),
+    ] = None,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="print the version",
+            is_eager=True,
+            callback=show_version,
+            rich_help_panel=BEFORE,
+        ),
+    ] = False,
+) -> None:
+    """Make the key-value cache of a decoder smaller, and measure what that costs.
+
+    `lowkey COMMAND --help` tells of one command. Results go to stdout, progress and errors to stderr; bad
+    input ends with status 2.
+    """
+    if threads is not None:
+        _set_threads(checked("threads", threads, int, CORES))
+
+
+def _set_threads(threads: int) -> None:
+    """torch reads these variables when it is loaded, and afterwards has to be told."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = str(threads)
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(threads)
 
 
 def main() -> None:
     """The console entry point: every expected failure becomes one line."""
-    import huggingface_hub
-    import transformers
-
     _open_streams()
-    # commands say in lines of their own what the library logs
-    logging.getLogger("lowkey").setLevel(logging.ERROR)
-    huggingface_hub.logging.set_verbosity_error()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     try:
         _check_words(sys.argv)
         status = app(prog_name="lowkey", standalone_mode=False)
@@ -98,8 +178,9 @@ def main() -> None:
 
 
 def _open_streams() -> None:
-    """Output that was closed from the start, as by `>&-`, goes nowhere; else the next file to be opened would
-    be taken for it. What an encoding cannot write is written as its escape."""
+    """Give output that was closed from the start, as by `>&-`, nowhere to go to: else the next file that is
+    opened would be taken for it. What an encoding cannot write is written as its escape.
+    """
     while (place := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(place)
@@ -112,7 +193,7 @@ def _open_streams() -> None:
 
 
 def _check_words(words: list[str]) -> None:
-    """Errors: LowkeyError for bytes that are no text, which neither tokenizers nor the files we write can
+    """Raises: LowkeyError for bytes that are no text, which neither tokenizers nor the files we write can
     hold.
     """
     for word in words[1:]:
@@ -123,7 +204,9 @@ def _check_words(words: list[str]) -> None:
 
 
 def _memory_ran_out(error: Exception) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+    """Whether an error says so; torch has a kind of its own, which is not imported to look."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or "allocate memory" in str(error)
 
 
 def _usage(error: Exception) -> str:
@@ -134,10 +217,20 @@ def _usage(error: Exception) -> str:
     if type(error).__name__ == "NoArgsIsHelpError":
         print(error, file=sys.stderr)
         sys.exit(2)
+    context = getattr(error, "ctx", None)
+    see = f"see {context.command_path if context else 'lowkey'} --help"
+    option = getattr(error, "option_name", None)
+    if type(error).__name__ == "NoSuchOption" and option and context:
+        known = [word for parameter in context.command.get_params(context) for word in parameter.opts]
+        remedy = nearest_name(option, [word for word in known if word.startswith("--")])
+        near = f"{remedy}; " if remedy.startswith("did") else ""
+        return f"option {shown(option)} is unknown; {near}{see}"
     found: list[dict] = getattr(error.__cause__, "errors", list)()
     value = f" (given {shown(found[0].get('input'))})" if found else ""
-    context = getattr(error, "ctx", None)
-    return f"{error.format_message().rstrip('.')}{value}; see {context.command_path if context else 'lowkey'} --help"
+    rule = NUMBERS.get(found[0].get("type", "")) if found else None
+    if rule:
+        return f"option {error.param.get_error_hint()}: must be {rule}{value}; {see}"  # type: ignore[attr-defined]
+    return f"{error.format_message().rstrip('.')}{value}; {see}"  # type: ignore[attr-defined]
 
 
 def _fail(message: str, status: int) -> None:

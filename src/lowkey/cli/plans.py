@@ -1,4 +1,6 @@
-"""Plan folders of both kinds, as commands use them: one rank for all tokens, or a rank for every token."""
+"""Plan folders of both kinds, as commands use them: ranks that all tokens share (`lowkey compress`), or a
+rank for every token (`lowkey dynamic`).
+"""
 
 from __future__ import annotations
 
@@ -19,20 +21,25 @@ from lowkey.plan.plan import Plan
 from lowkey.policies.base import Policy
 
 
-class Folder(Protocol):
-    """`wanted` says on whose behalf an ordinary plan is asked for; sinks and recent, of `setting`, stand in
-    the place of the plan's own where it keeps exact tokens. bits: the packing that it has itself. Errors:
-    LowkeyError for what this kind of plan cannot do."""
+class PlanFolder(Protocol):
+    """What commands ask of a plan folder of either kind.
+
+    Every method raises LowkeyError for what this kind of plan cannot do.
+    """
 
     @property
-    def path(self) -> Path: ...
+    def path(self) -> Path:
+        """The folder."""
 
     @property
-    def bits(self) -> str | None: ...
+    def bits(self) -> str | None:
+        """The packing of integers that the plan itself has, or None."""
 
-    def ordinary(self, wanted: str) -> Plan: ...
+    def fixed_rank(self, purpose: str) -> Plan:
+        """The plan, for a purpose that needs ranks that all tokens share. purpose: a word for the message."""
 
-    def cache(self, model: PreTrainedModel, policy: Policy | None, bits: str | None) -> LowkeyCache: ...
+    def cache(self, model: PreTrainedModel, policy: Policy | None, bits: str | None) -> LowkeyCache:
+        """A new cache of the model. policy, bits: on top of the plan, or None."""
 
     def setting(
         self,
@@ -40,13 +47,15 @@ class Folder(Protocol):
         bits: str | None = None,
         sinks: int | None = None,
         recent: int | None = None,
-    ) -> Setting: ...
+    ) -> Setting:
+        """A row of `lowkey eval`. sinks, recent: in the place of the plan's own exact tokens, or None."""
 
-    def show(self, as_json: bool) -> None: ...
+    def show(self, as_json: bool) -> None:
+        """Print what the plan holds."""
 
 
 @dataclass(frozen=True)
-class Ordinary:
+class FixedRankFolder:
     """A plan that `lowkey compress` made."""
 
     path: Path
@@ -56,7 +65,7 @@ class Ordinary:
     def bits(self) -> str | None:
         return self.plan.bits
 
-    def ordinary(self, wanted: str) -> Plan:
+    def fixed_rank(self, purpose: str) -> Plan:
         return self.plan
 
     def cache(self, model: PreTrainedModel, policy: Policy | None, bits: str | None) -> LowkeyCache:
@@ -78,7 +87,7 @@ class Ordinary:
 
 
 @dataclass(frozen=True)
-class Dynamic:
+class DynamicRankFolder:
     """A plan that `lowkey dynamic` made."""
 
     path: Path
@@ -88,14 +97,14 @@ class Dynamic:
     def bits(self) -> str | None:
         return None
 
-    def ordinary(self, wanted: str) -> Plan:
-        rule = "gives every token a rank of its own, which only eval and generate can use, without a policy and bits"
+    def fixed_rank(self, purpose: str) -> Plan:
         raise LowkeyError(
-            f"{wanted} with plan {str(self.path)!r}: it {rule}; give a plan that lowkey compress made"
+            f"{purpose} with plan {str(self.path)!r}: it gives every token a rank of its own, which only "
+            "eval and generate can use, without a policy and bits; give a plan that lowkey compress made"
         )
 
     def cache(self, model: PreTrainedModel, policy: Policy | None, bits: str | None) -> LowkeyCache:
-        self._alone(policy, bits)
+        self._refuse_others(policy, bits)
         return make_dynamic_cache(model, self.plan)
 
     def setting(
@@ -105,7 +114,7 @@ class Dynamic:
         sinks: int | None = None,
         recent: int | None = None,
     ) -> Setting:
-        self._alone(None, bits)
+        self._refuse_others(None, bits)
         self.plan.check(model)
         known = row_identity(
             method=dynamic.METHOD, plan=str(self.path), budget=self.plan.budget, layout=self.plan.layout
@@ -116,11 +125,9 @@ class Dynamic:
             **plan_place(str(self.path)),
         }
         return Setting(
-            *(
-                f"{dynamic.METHOD} {self.plan.budget}",
-                known,
-                lambda: dynamic.unchecked_dynamic_cache(model, self.plan),
-            ),
+            f"{dynamic.METHOD} {self.plan.budget}",
+            known,
+            lambda: dynamic.unchecked_dynamic_cache(model, self.plan),
             marks=marks,
             made_of=self.plan.digest(),
         )
@@ -128,20 +135,27 @@ class Dynamic:
     def show(self, as_json: bool) -> None:
         show_dynamic(self.plan.describe(), self.path, as_json)
 
-    def _alone(self, policy: Policy | None, bits: str | None) -> None:
+    def _refuse_others(self, policy: Policy | None, bits: str | None) -> None:
+        """Raises: LowkeyError for a policy or a packing on top, which need ranks that tokens share."""
         for name, given in (("policy", policy), ("bits", bits)):
             if given is not None:
-                self.ordinary(name)
+                self.fixed_rank(name)
 
 
-def plan_at(path: Path, model: PreTrainedModel | None = None) -> Folder:
-    """Which kind a folder is, its files say. Errors: LowkeyError as `Plan.load` and `DynamicPlan.load` have
-    them.
+def plan_at(path: Path, model: PreTrainedModel | None = None) -> PlanFolder:
+    """Load a plan folder of either kind; its files say which it is.
+
+    Args:
+        path: the folder.
+        model: if given, the plan must have been made for it.
+
+    Raises:
+        LowkeyError: for a folder that is missing, damaged, or of another model.
     """
-    return files.steady(path, lambda: _at(path, model))
+    return files.steady(path, lambda: _load(path, model))
 
 
-def _at(path: Path, model: PreTrainedModel | None) -> Folder:
+def _load(path: Path, model: PreTrainedModel | None) -> PlanFolder:
     if (path / dynamic.DYNAMIC_PLAN_JSON).exists():
-        return Dynamic(path, DynamicPlan.load(path, model))
-    return Ordinary(path, Plan.load(path, model))
+        return DynamicRankFolder(path, DynamicPlan.load(path, model))
+    return FixedRankFolder(path, Plan.load(path, model))

@@ -6,18 +6,20 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from lowkey.allocation.allocators import RANK_ALLOCATORS
+from lowkey.cli.console import say
 from lowkey.core.options import defaults_of, ranges, shown
 from lowkey.core.printable import printable
-from lowkey.heads.retrieval import HeadScores
-from lowkey.methods import METHODS
-from lowkey.plan.plan import Plan, bytes_kept
+
+if TYPE_CHECKING:
+    from lowkey.heads.retrieval import HeadScores
+    from lowkey.plan.plan import Plan
 
 
 class Screen(Console):
@@ -31,13 +33,6 @@ class Screen(Console):
         raise BrokenPipeError  # rich would end the program with status 1
 
 
-class Aside(Screen):
-    """What is told on stderr beside the result: nobody need be listening."""
-
-    def on_broken_pipe(self) -> None:
-        pass
-
-
 def wide() -> int | None:
     """The terminal's own width, or what a file may hold."""
     return None if sys.stdout is not None and sys.stdout.isatty() else 160
@@ -46,12 +41,11 @@ def wide() -> int | None:
 screen = Screen(width=wide(), markup=False, emoji=False)
 
 
-def say(line: str) -> None:
-    """A line of plain text on stdout."""
-    print(printable(line))
-
-
 def show_plan(plan: Plan, place: Path, as_json: bool) -> None:
+    """Ranks, options and bytes of a plan that `lowkey compress` made."""
+    from lowkey.methods import METHODS
+    from lowkey.plan.plan import bytes_kept
+
     if as_json:
         print(json.dumps({"plan": str(place), **plan.describe()}))
         return
@@ -140,7 +134,7 @@ def notes(result: dict) -> list[str]:
 
 
 def _cell(row: dict, name: str) -> str:
-    """A number, with half of its 95 % interval where windows tell one; in brackets where it is no evidence."""
+    """A number with half of its 95 % interval, where there is one; in brackets where it is no evidence."""
     if name == "questions" and row[name] is not None:
         return _weak(f"{row['questions_right']} of {row['questions_of']}", row["questions_evidence"])
     if name == "exact_match" and row[name] is not None:
@@ -154,6 +148,7 @@ def _weak(shown: str, evidence: bool | None) -> str:
 
 
 def show_heads(found: HeadScores, place: Path, asked: int) -> None:
+    """The heads with most weight, and how far the scores can be trusted."""
     told = found.describe()
     table = Table(
         "layer", "KV head", "share", title=f"{found.kind} on {found.task}: the heads with most weight"
@@ -168,6 +163,7 @@ def show_heads(found: HeadScores, place: Path, asked: int) -> None:
 
 
 def show_sinks(found: dict) -> None:
+    """Sinks by layer, and the tokens that are sinks in most layers."""
     if not found["layers"]:
         say(found["why"])
         return
@@ -195,8 +191,28 @@ def show_sinks(found: dict) -> None:
     )
 
 
+def show_conversion(record: dict[str, Any]) -> None:
+    """A model beside what it was converted from."""
+    loss, cache, size = record["loss"], record["cache_bytes_per_token"], record["parameters"]
+    table = Table(
+        "model",
+        "loss (nats/token)",
+        "B/token",
+        "kept",
+        "parameters",
+        title=f"{record['source']}, {record['dtype']}",
+    )
+    for name, which in (("source", "source"), (record["attention"], "converted")):
+        nats = "not finite" if loss[which] is None else f"{loss[which]:.4f}"
+        kept = f"{100 * cache[which] / cache['source']:.1f}%"
+        table.add_row(name, nats, f"{cache[which]:,}", kept, f"{size[which]:,}")
+    screen.print(table)
+
+
 def show_bench(found: dict) -> None:
-    title = f"{found['context']} tokens, {found['heads']}/{found['kv_heads']} heads of {found['head_dim']}, {found['dtype']}"
+    """Times of a decode step, a row for each backend."""
+    heads = f"{found['heads']}/{found['kv_heads']} heads of {found['head_dim']}"
+    title = f"{found['context']} tokens, {heads}, {found['dtype']}"
     table = Table(
         "backend",
         "ms",

@@ -1,7 +1,7 @@
 """Names of a package that are imported when they are first used (PEP 562).
 
-The command line answers help and errors about arguments without torch; a package whose `__init__` offers names
-from modules that need torch therefore imports them late.
+The command line answers help and errors about arguments without torch; a package whose `__init__` offers
+names from modules that need torch therefore imports them late.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from difflib import get_close_matches
 from types import NoneType, UnionType
@@ -31,6 +31,7 @@ TYPE_WORDS = {
 }
 CHARACTERS_SHOWN = 60  # characters of a value in a message
 LISTED = 40  # names in a message
+OUTSIDE = " or package.module:Class"  # what else may stand for a method, a policy or an allocator
 
 
 @dataclass(frozen=True)
@@ -207,12 +208,29 @@ def hints_of(kind: Any) -> Mapping[str, Any]:
         return {}
 
 
-def nearest_name(name: str, known: Any) -> str:
-    """The remedy for a name that is not known; of many known names the first few."""
+def nearest_name(name: str, known: Any, also: str = "") -> str:
+    """The remedy for a name that is not known: the most similar known name, else all of them (or the first
+    LISTED of more).
+
+    also: what else may be given, in words that follow the list.
+    """
     names = list(known)
     near = get_close_matches(str(name), names, 1)
     rest = ", ..." if len(names) > LISTED else ""
-    return f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(names[:LISTED])}{rest}"
+    return f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(names[:LISTED])}{rest}{also}"
+
+
+def check_names(what: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Raises: LowkeyError for the first of the option names `given` that `what` does not have, with the most
+    similar name that it has.
+    """
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise LowkeyError(
+                f"option {shown(name)} of {what} is unknown; it has {', '.join(known) or 'none'}{hint}"
+            )
 
 
 def shown(value: object) -> str:

@@ -7,7 +7,6 @@ dim, `r` rank, `D` model dim, `n` layers.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,10 +14,9 @@ from torch import Tensor
 from lowkey.core.budget import Budget as Budget
 from lowkey.core.errors import LowkeyError as LowkeyError
 from lowkey.core.head_groups import block_hadamard, per_head_maps
-
-Layout = Literal["post_rope", "pre_rope"]
-Heads = Literal["shared", "per_head"]
-LAYOUTS: tuple[Layout, ...] = ("post_rope", "pre_rope")
+from lowkey.core.layouts import LAYOUTS as LAYOUTS
+from lowkey.core.layouts import Heads as Heads
+from lowkey.core.layouts import Layout as Layout
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,7 @@ def whole_head_ranks(group: int, head_dim: int, ranks: list[int]) -> list[int]:
 
     n of `group` heads are a rank of n head_dim / group per head, rounded up.
     """
+    # -(-a // b) rounds a / b up.
     wanted = {-(-n * head_dim // group) for n in range(1, group + 1)}
     return [r for r in ranks if r in wanted]
 
@@ -169,10 +170,12 @@ class GradientMethod(Method):
     group: int = option(0, at_least=0, at_most=1024)
 
     def candidates(self, heads: int, head_dim: int, ranks: list[int]) -> list[int]:
+        """Return all ranks; refuse a group that does not divide the heads."""
         group_size(heads, self.group or heads)  # refuses a group that does not divide the heads
         return ranks
 
     def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:
+        """Not called: the loss needs the whole model, so `tune` makes the bases."""
         raise NotImplementedError("the loss needs the whole model: see tune")
 
     def closed_form(self, context: CalibrationContext, ridge: float) -> dict[int, LayerBases]:

@@ -101,9 +101,7 @@ class TrainedGates:
 
 
 def levels_of(head_dim: int) -> tuple[int, ...]:
-    """Return the ranks that a token may keep, the widest first: those of d, d/2, d/4 and d/8 that are
-    whole.
-    """
+    """Return the ranks that a token may keep, widest first: d, d/2, d/4 and d/8, if whole."""
     return tuple(head_dim // part for part in (1, 2, 4, 8) if head_dim % part == 0)
 
 

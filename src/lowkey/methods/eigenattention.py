@@ -41,8 +41,10 @@ class EigenAttention(Method):
     value_bases: Heads = "per_head"
 
     def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:
+        """Return eigenvectors of C_K + C_Q and of C_V."""
         keys = statistics.keys(probe.layout)
         if self.form == "paper":
+            # [K; Q]^T [K; Q] = K^T K + Q^T Q
             keys = keys + statistics.queries(probe.layout)
         values = head_blocks(statistics.values, statistics.heads)
         return LayerBases(principal_basis(keys, self.key_bases), principal_basis(values, self.value_bases))

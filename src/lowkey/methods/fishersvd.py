@@ -43,4 +43,5 @@ class FisherSVD(GradientMethod):
     ridge: float = option(1e-6, at_least=0, at_most=1)
 
     def tune(self, bases: dict[int, LayerBases], context: CalibrationContext) -> dict[int, LayerBases]:
+        """Return the closed form for all layers."""
         return self.closed_form(context, self.ridge)

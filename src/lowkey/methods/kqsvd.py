@@ -58,10 +58,12 @@ class KQSVD(Method):
     ridge: float = option(1e-6, at_least=0, at_most=1)
 
     def candidates(self, heads: int, head_dim: int, ranks: list[int]) -> list[int]:
+        """Return all ranks; refuse a group that does not divide the heads."""
         group_size(heads, self.group or heads)  # refuses a group that does not divide the heads
         return ranks
 
     def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:
+        """Return the projectors that keep K Q^T and V W_O best."""
         heads, t = statistics.heads, group_size(statistics.heads, self.group or statistics.heads)
         # (h, g, D, d): output weights of the g query heads of every KV head
         weights = families.projections(probe.model, probe.index).o.double().unflatten(0, (heads, -1))

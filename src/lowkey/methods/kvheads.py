@@ -1,6 +1,4 @@
-"""Effectively compressing KV heads (arXiv:2406.07056): several KV heads become one, by SVD of their
-activations.
-"""
+"""Merging KV heads (arXiv:2406.07056): several become one, by SVD of their joint activations."""
 
 from __future__ import annotations
 
@@ -59,16 +57,19 @@ class KVHeadSVD(Method):
     whole: bool = True
 
     def candidates(self, heads: int, head_dim: int, ranks: list[int]) -> list[int]:
+        """Return the ranks of whole heads, or all ranks with `whole=false`."""
         group = self.group_of(heads)
         return whole_head_ranks(group, head_dim, ranks) if self._serves_whole_heads else ranks
 
     def numbers_per_token(self, rank: int, heads: int, head_dim: int) -> int:
+        """Return the numbers of the whole heads that a rank stands for."""
         group = self.group_of(heads)
         if self._serves_whole_heads:
             return heads // group * whole_head_numbers(rank, group, head_dim)
         return rank * heads
 
     def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:
+        """Return the merging bases of keys and of values."""
         h, rotary = statistics.heads, probe.rotary_dim
         group = self.group_of(h)
         d = len(statistics.values) // h

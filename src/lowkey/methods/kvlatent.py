@@ -57,13 +57,16 @@ class KVLatent(Method):
 
     @property
     def has_finish(self) -> bool:  # type: ignore[override]
+        """True for `rope=aware`."""
         return self.rope == "aware"
 
     def candidates(self, heads: int, head_dim: int, ranks: list[int]) -> list[int]:
+        """Return the even ranks, or multiples of 4 for `rope=aware`, and the full rank."""
         multiple = 4 if self.rope == "aware" else 2
         return [r for r in ranks if r % multiple == 0 or r == head_dim]
 
     def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:
+        """Return bases that pick channels."""
         keys, values = statistics.keys(probe.layout), head_blocks(statistics.values, statistics.heads)
         d, rotary = keys.shape[-1], probe.rotary_dim
         if self.choose == "data":
@@ -80,8 +83,8 @@ class KVLatent(Method):
         base, kind = parameters.get("rope_theta"), parameters.get("rope_type", "default")
         if base is None or kind != "default" or parameters.get("partial_rotary_factor", 1.0) != 1.0:
             raise LowkeyError(
-                "rope=aware of method 'kv-latent': is for plain rotary embeddings of whole heads, not "
-                f"{kind!r}; use kept"
+                "option rope=aware of method 'kv-latent': needs a plain rotary embedding of whole heads, not "
+                f"{kind!r}; use rope=kept"
             )
         return {
             i: _frequency_aware(f, base) if f.ranks[0] < f.k_up.shape[-1] else f for i, f in factors.items()

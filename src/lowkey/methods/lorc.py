@@ -41,6 +41,7 @@ class LoRC(Method):
     whiten: bool = False
 
     def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:
+        """Return the right singular vectors of W_K and of W_V."""
         heads = statistics.heads
         if self.whiten:
             keys, values = joint_moments(statistics, probe.layout)

@@ -1,6 +1,4 @@
-"""MatryoshkaKV (arXiv:2410.14731): orthogonal bases trained through the whole model, for every rank at
-once.
-"""
+"""MatryoshkaKV (arXiv:2410.14731): nested orthogonal bases trained through the whole model."""
 
 from __future__ import annotations
 
@@ -70,6 +68,7 @@ class MatryoshkaKV(Method):
     lr: float = option(1e-3, above=0, at_most=10)
 
     def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:
+        """Return PCA per head, from which `tune` starts."""
         layout, tokens = probe.layout, statistics.tokens
         value_moments = head_blocks(statistics.values, statistics.heads)
         return LayerBases(
@@ -154,6 +153,7 @@ class _BasisTraining:
 
     @classmethod
     def of(cls, bases: dict[int, LayerBases], context: CalibrationContext, kl: float) -> _BasisTraining:
+        """Start from bases of all layers, each on the device of its layer."""
         sides = {}
         for i, b in bases.items():
             device = device_of(families.decoder_layers(context.model)[i])

@@ -1,6 +1,4 @@
-"""MEA's virtual heads (arXiv:2601.19611, section 5.2): every KV head a scalar combination of few cached
-ones.
-"""
+"""MEA's virtual heads (arXiv:2601.19611): every KV head a scalar combination of few cached ones."""
 
 from __future__ import annotations
 
@@ -52,12 +50,15 @@ class MEA(Method):
     basis: Literal["weights", "activations", "aligned"] = "weights"
 
     def candidates(self, heads: int, head_dim: int, ranks: list[int]) -> list[int]:
+        """Return the ranks of whole component heads."""
         return whole_head_ranks(heads, head_dim, ranks)
 
     def numbers_per_token(self, rank: int, heads: int, head_dim: int) -> int:
+        """Return H' d, the numbers of the component heads that a rank stands for."""
         return whole_head_numbers(rank, heads, head_dim)
 
     def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:
+        """Return the mixing bases of keys and of values."""
         h = statistics.heads
         d = len(statistics.values) // h
         if self.basis == "weights":
@@ -85,6 +86,7 @@ def mixing_basis(gram: Tensor, d: int) -> Basis:
         Columns in units of d: one whole component head after another, the one with most energy first.
     """
     mixing, energy = principal(gram)
+    # Component c takes channel j of every head, times one scalar for each head.
     columns = torch.kron(mixing.contiguous(), torch.eye(d, dtype=mixing.dtype))
     return Basis(
         columns.unsqueeze(0).float(), spectrum=spread_energy(energy.unsqueeze(0), d), merge=len(gram), unit=d
@@ -106,6 +108,7 @@ def aligned_basis(blocks: Tensor, counts: list[int], rotary: int) -> Basis:
     for n in counts:
         turns, mixing, aligned = alignment(blocks, n, rotary)
         kept[n] = max(aligned, float(unaligned[:n].sum()))
+        # Otherwise the columns of plain mixing, which serve every rank, are better at this one.
         if aligned == kept[n]:
             columns = (turns.unsqueeze(2) * mixing[:, None, :, None]).flatten(0, 1).flatten(1)
             exact.append((-(-n * d // h), columns.unsqueeze(0).float()))

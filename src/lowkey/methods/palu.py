@@ -41,10 +41,12 @@ class Palu(Method):
     group: int = option(PAPER_GROUP, at_least=1, at_most=1024)
 
     def candidates(self, heads: int, head_dim: int, ranks: list[int]) -> list[int]:
+        """Return all ranks; refuse a group that does not divide the heads."""
         group_size(heads, self.group, PAPER_GROUP)  # refuses a group that does not divide the heads
         return ranks
 
     def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:
+        """Return PCA of the keys and of the values of every group."""
         keys, values = joint_moments(statistics, probe.layout)
         t = group_size(statistics.heads, self.group, PAPER_GROUP)
         return LayerBases(merged_basis(keys, statistics.heads, t), merged_basis(values, statistics.heads, t))

@@ -33,5 +33,6 @@ class PCA(Method):
     value_bases: Heads = "per_head"
 
     def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:
+        """Return eigenvectors of the second moments."""
         keys, values = statistics.keys(probe.layout), head_blocks(statistics.values, statistics.heads)
         return LayerBases(principal_basis(keys, self.key_bases), principal_basis(values, self.value_bases))

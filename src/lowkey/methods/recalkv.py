@@ -1,6 +1,4 @@
-"""ReCalKV (arXiv:2505.24357): latents shared by similar key heads, one latent for values that is
-calibrated.
-"""
+"""ReCalKV (arXiv:2505.24357): similar key heads share latents, values share a calibrated one."""
 
 from __future__ import annotations
 
@@ -62,10 +60,12 @@ class ReCalKV(Method):
     iterations: int = option(1, at_least=0, at_most=1000)
 
     def candidates(self, heads: int, head_dim: int, ranks: list[int]) -> list[int]:
+        """Return all ranks; refuse a group that does not divide the heads."""
         group_size(heads, self.group, PAPER_HEADS_PER_GROUP)  # refuses a group that does not divide the heads
         return ranks
 
     def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:
+        """Return PCA of the reordered groups of keys, and of all values together."""
         heads = statistics.heads
         t = group_size(heads, self.group, PAPER_HEADS_PER_GROUP)
         weights = families.projections(probe.model, probe.index).k
@@ -109,8 +109,7 @@ def whitened(weights: Tensor, inputs: Tensor) -> Tensor:
 
 
 def cka(parts: Tensor) -> Tensor:
-    """Return linear CKA (h, h) of matrices (h, D, d), whose D rows are taken as samples and centred (Eq.
-    2-3).
+    """Return linear CKA (h, h) of matrices (h, D, d), whose D rows are centred samples (Eq. 2-3).
 
     Eq. 2-3 and the published code use D x D Gram matrices. The trace of their product is ||X^T Y||_F^2, which
     needs only d x d ones. Like that code, this centres the rows of S^T W; which root S is chosen then

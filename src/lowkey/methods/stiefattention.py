@@ -1,6 +1,4 @@
-"""StiefAttention (arXiv:2601.21686): orthonormal bases that minimise the error of a decoder layer's
-output.
-"""
+"""StiefAttention (arXiv:2601.21686): orthonormal bases trained on a decoder layer's output error."""
 
 from __future__ import annotations
 
@@ -85,6 +83,7 @@ class StiefAttention(Method):
     lr: float = option(0.0, at_least=0, at_most=10)
 
     def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:
+        """Train bases of one layer, by the chosen parametrisation."""
         fit = self._fit_free if self.parametrisation == "free" else self._fit_mlp
         return fit(statistics, probe, ranks, torch.Generator().manual_seed(seed))
 

@@ -1,6 +1,4 @@
-"""StiefAttention's idea (arXiv:2601.21686) over all heads and the whole model: maps trained on its
-divergence.
-"""
+"""StiefAttention's idea (arXiv:2601.21686) for all heads and layers of a model together."""
 
 from __future__ import annotations
 
@@ -32,8 +30,7 @@ TRAINING_FILE = "training"  # name of the unfinished training in the work folder
 
 @dataclass(frozen=True)
 class StiefJoint(GradientMethod):
-    """StiefAttention extended (ours): oblique maps of all layers, trained on the divergence of the whole
-    model.
+    """StiefAttention extended (ours): oblique maps, trained on the divergence of the whole model.
 
     It starts from `fisher-svd`, in closed form, whose spectra also decide the ranks. Then, at the chosen
     ranks, Adam minimises KL(original || compressed) of the next tokens, one training window per step, with a
@@ -65,9 +62,11 @@ class StiefJoint(GradientMethod):
     lr: float = option(2e-4, above=0, at_most=10)
 
     def tune(self, bases: dict[int, LayerBases], context: CalibrationContext) -> dict[int, LayerBases]:
+        """Return the closed form of `fisher-svd` for all layers."""
         return self.closed_form(context, GRADIENT_RIDGE)
 
     def finish(self, factors: dict[int, Factors], context: CalibrationContext) -> dict[int, Factors]:
+        """Train the maps of all layers at the chosen ranks."""
         heads = families.geometry(context.model).kv_heads
         groups = heads // (self.group or heads)
         training = MapTraining.of(factors, context.gradient_moments, groups, context)
@@ -100,9 +99,7 @@ class WhitenedMaps:
 
     @torch.no_grad()
     def balanced(self) -> tuple[Tensor, Tensor]:
-        """Return `maps` on the CPU, each pair of a column and a row of equal norms, as `fisher-svd` has
-        them.
-        """
+        """Return `maps` on the CPU, each column and its row of equal norms, as `fisher-svd` has them."""
         down, up = (self.inverse @ self.down).cpu(), (self.up @ self.root).cpu()
         scale = (up.norm(dim=-1, keepdim=True).mT / down.norm(dim=-2, keepdim=True)).sqrt() * signs(down)
         return down * scale, per_head_maps(up / scale.mT, self.t)

@@ -4,7 +4,6 @@ cannot be done.
 
 from __future__ import annotations
 
-import re
 from contextlib import AbstractContextManager, nullcontext
 from importlib.resources import as_file
 from importlib.resources import files as package_files
@@ -27,7 +26,7 @@ from lowkey.core.types import LowkeyError
 from lowkey.models import gguf, packaged
 from lowkey.models.attention_interface import attach
 from lowkey.models.families import family
-from lowkey.models.names import GIVE, TINY, check_name, check_spelling, is_gguf
+from lowkey.models.names import GIVE, TINY, check_device, check_dtype, check_name, check_spelling, is_gguf
 from lowkey.models.packaged import PACKAGED
 
 
@@ -144,22 +143,14 @@ def _location(name: str) -> AbstractContextManager[Path | str]:
 
 
 def _dtype(name: str) -> torch.dtype | str:
-    known: dict[str, torch.dtype | str] = {
-        "auto": "auto",
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-        "float16": torch.float16,
-    }
-    if name not in known:
-        raise LowkeyError(f"dtype {name!r} is unknown; choose one of {', '.join(known)}")
-    return known[name]
+    check_dtype(name)
+    return name if name == "auto" else getattr(torch, name)
 
 
 def _device(name: str) -> str:
+    check_device(name)
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "balanced") and not re.fullmatch(r"cuda(:\d+)?", name):
-        raise LowkeyError(f"device {name!r} is unknown; choose auto, cpu, cuda or balanced")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise LowkeyError(f"device {name!r}: no CUDA device is available; use --device cpu")
     return name

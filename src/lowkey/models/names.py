@@ -12,13 +12,15 @@ from pathlib import Path
 
 from lowkey.core import files
 from lowkey.core.errors import LowkeyError
-from lowkey.core.options import shown
+from lowkey.core.options import nearest_name, shown
 from lowkey.models import packaged
 from lowkey.models.packaged import PACKAGED
 
 TINY = "tiny"
 ALIKE = 0.8  # how alike a name must be to one of ours not to be asked of the Hub
 GIVE = f"give a model folder, a Hub id, a .gguf file, or one of {', '.join(map(repr, (TINY, *PACKAGED)))}"
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # in which a model may be loaded; auto: as it is saved
+DEVICES = ("auto", "cpu", "cuda", "balanced")
 GGUF_MAGIC = b"GGUF"  # the first bytes of a GGUF file
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]{0,95}", re.ASCII)  # owner/name
 
@@ -28,8 +30,8 @@ def check_name(name: str) -> None:
 
     A name that is written like a Hub id passes, although the Hub may not know it.
     name: as a user gives it.
-    Raises: LowkeyError for a folder or file that is missing or no model, for a model that has to be downloaded
-    first, and for a word that is neither a path nor a Hub id.
+    Raises: LowkeyError for a folder or file that is missing or no model, for a model that has to be
+    downloaded first, and for a word that is neither a path nor a Hub id.
     """
     if name == TINY:
         return
@@ -52,6 +54,18 @@ def check_spelling(name: str) -> None:
     """Raises: LowkeyError for a name that is nearly that of a model that comes with lowkey."""
     if not os.path.exists(name) and (near := get_close_matches(name.lower(), [TINY, *PACKAGED], 1, ALIKE)):
         raise LowkeyError(f"model {name!r} is unknown; did you mean {near[0]!r}?")
+
+
+def check_dtype(name: str) -> None:
+    """Raises: LowkeyError for a name that is not in DTYPES."""
+    if name not in DTYPES:
+        raise LowkeyError(f"dtype {shown(name)} is unknown; {nearest_name(name, DTYPES)}")
+
+
+def check_device(name: str) -> None:
+    """Raises: LowkeyError for a name that is not in DEVICES and not of one GPU, like `cuda:1`."""
+    if name not in DEVICES and not re.fullmatch(r"cuda:\d+", name):
+        raise LowkeyError(f"device {shown(name)} is unknown; {nearest_name(name, DEVICES)}")
 
 
 def is_local(name: str) -> bool:

@@ -44,6 +44,7 @@ class GradientCapture:
         if self.layout == "pre_rope":
             keys = unrotate(keys, cos, sin)
         self.keys, self.values = keys.detach(), values.detach()
+        # Adding a zero does not change the model, and its gradient is that of the sum.
         self.zeros = [torch.zeros_like(x, requires_grad=True) for x in (keys, values)]
         keys, values = keys + self.zeros[0], values + self.zeros[1]
         return rotate(keys, cos, sin) if self.layout == "pre_rope" else keys, values
@@ -119,6 +120,7 @@ def window_gradients(
     logits = model_probe.logits(model, ids.to(device_of(model)), layers, exact)[0].float()
     generator = torch.Generator(logits.device).manual_seed(seed)
     labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+    # The labels are drawn, not the text's own: with those it would be the empirical Fisher matrix.
     loss = cross_entropy(logits, labels, reduction="sum")
     gradients = iter(torch.autograd.grad(loss, [zero for layer in layers.values() for zero in layer.zeros]))
     return {i: (layer.keys, layer.values, next(gradients), next(gradients)) for i, layer in layers.items()}

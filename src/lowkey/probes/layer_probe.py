@@ -35,9 +35,7 @@ class OneLayerCache:
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor] | tuple[Incoming, Incoming]:
-        """Pass keys and values (b, h, t, d) through the transform; the other arguments are those of
-        `Cache`.
-        """
+        """Pass keys and values (b, h, t, d) through the transform; other arguments as in `Cache`."""
         return self.layer.update(keys, values)
 
 
@@ -61,6 +59,7 @@ class LowRankReconstruction:
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values (b, h, t, d) after they went into their latents and back."""
         f = self.factors
+        # Factors group heads in an order of their own; attention needs them in the model's order again.
         if f.order is not None:
             keys, values = keys[:, f.order], values[:, f.order]
         keys, values = self._reconstruct_keys(keys), reconstruct(values, f.v_down, f.v_up, f.v_mean)
@@ -72,6 +71,7 @@ class LowRankReconstruction:
         f = self.factors
         if self.layout == "post_rope":
             return reconstruct(keys, f.k_down, f.k_up, f.k_mean)
+        # Keys come rotated. Windows start at position 0, so their positions are known.
         cos, sin = self.rope(torch.arange(keys.shape[2], device=keys.device).unsqueeze(0), keys)
         return rotate(reconstruct(unrotate(keys, cos, sin), f.k_down, f.k_up, f.k_mean), cos, sin)
 
@@ -100,6 +100,7 @@ def layer_in_fp32(model: PreTrainedModel, layer: int) -> nn.Module:
         LowkeyError: if weights are quantised or packed, since the copy would lose their scales.
     """
     block = families.decoder_layers(model)[layer]
+    # `float()` would cast the packed integers and drop the scales that give them their values.
     for name, p in block.state_dict().items():
         if not weights.in_full(p):
             raise LowkeyError(
@@ -154,6 +155,7 @@ def relative_errors(out: Tensor, target: Tensor, exact: Exact) -> Tensor:
         One error per window, (n).
     """
     visible = exact.for_length(out.shape[1])
+    # A window's first sinks + recent tokens have nothing else to attend to.
     error, size = (x[:, visible.sinks + visible.recent :].norm(dim=-1) for x in (out - target, target))
     return (error / size.masked_fill(size == 0, math.inf)).mean(1)
 
@@ -211,6 +213,7 @@ class LayerProbe:
         """
         block = layer_in_fp32(model, index)
         outputs = layer_outputs(model, index, block, inputs, None, batch)
+        # In windows too short to hold any compressed token, all tokens count as compressed.
         visible = exact.for_length(inputs.shape[1])
         rope = families.rope(model, index)
         return cls(model, index, layout, block, rope, inputs, outputs, held_out, visible)
@@ -228,6 +231,7 @@ class LayerProbe:
     def rope_tables(self, positions: int) -> tuple[Tensor, Tensor]:
         """Return (cos, sin) of the first positions, each (positions, rotary_dim) on the CPU."""
         device = device_of(self.block)
+        # The second argument of a rotary module only says dtype and device.
         cos, sin = self.rope(
             torch.arange(positions, device=device).unsqueeze(0), torch.empty(0, device=device)
         )
@@ -257,6 +261,7 @@ class LayerProbe:
                 f"its weights; {remedy}"
             )
         keys, values = _gram(p.k, p.k_bias), _gram(p.v, p.v_bias)
+        # The moment of unrotated keys does not say that of rotated ones; their joint moment does.
         if layout == "post_rope":
             keys = rotated_moment(keys, p.k.shape[1], *self.rope_tables(self.inputs.shape[1]))
         return keys, values
@@ -292,6 +297,7 @@ class LayerProbe:
 
     def errors_at(self, bases: LayerBases, pairs: list[Pair]) -> list[float]:
         """Return the held-out error at each pair (r_K, r_V), keys and values both compressed."""
+        # fp32 on the layer's device, whatever the bases are in.
         like = torch.empty(0, device=device_of(self.block))
         return [self.held_out_error(bases.at(*pair).to(like)) for pair in pairs]
 

@@ -37,6 +37,7 @@ def logits(
     """
     config = model.config.get_text_config()
     full_attention = families.geometry(model).compressible
+    # Layers with a sliding window are never compressed, but their cache must slide as usual.
     layers: list[Any] = [
         StockLayer() if i in full_attention else StockSlidingLayer(config.sliding_window)
         for i in range(len(families.layer_types(config)))
@@ -61,9 +62,7 @@ def loss(
     batch: int = 4,
     exact: Exact = NO_EXACT_TOKENS,
 ) -> float:
-    """Return the mean next-token cross-entropy in nats of token ids (n, t); other arguments as in
-    `logits`.
-    """
+    """Return the mean next-token cross-entropy in nats of ids (n, t); other arguments as in `logits`."""
     losses = [
         float(next_token_loss(logits(model, ids, transforms, exact), ids)) * len(ids)
         for ids in rows.to(device_of(model)).split(batch)
@@ -107,6 +106,7 @@ def loss_increases(
     Returns:
         By layer, one number per pair, in nats per token and at least 0.
     """
+    # Without transforms every layer is the stock one, so this is the loss of the full cache.
     uncompressed = loss(model, rows, {})
     like = torch.empty(0, device=device_of(model))
 

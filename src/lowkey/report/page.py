@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from lowkey.core.types import LowkeyError
+from lowkey.core.errors import LowkeyError
 from lowkey.report.columns import DASH, RESULT_COLUMNS, Column, show, shown_columns
 from lowkey.report.curves import curve_qualities, curves_figure
 from lowkey.report.heads import heads_figure

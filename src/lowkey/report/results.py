@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lowkey.core.errors import LowkeyError
 from lowkey.core.files import read_json
 from lowkey.core.row_names import told_apart
-from lowkey.core.types import LowkeyError
 
 RESULTS_FORMAT, RESULT_FILE = 1, "result"
 GIVE_RESULTS = "give a file that lowkey eval wrote, or a folder of them"

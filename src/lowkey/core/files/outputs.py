@@ -226,8 +226,10 @@ def _check_there(path: Path, force: bool, again: str | None) -> None:
 def check_removable(folder: Path) -> None:
     """Nothing in it is anybody else's. Errors: LowkeyError."""
     if (found := foreign(folder)) is not None and folder.is_dir():
-        told = f"output {str(folder)!r} holds other files: lowkey did not write {found!r} there, or it was changed since"
-        raise LowkeyError(f"{told}; choose another folder or move it away")
+        raise LowkeyError(
+            f"output {str(folder)!r} holds other files: lowkey did not write {found!r} there, or it was "
+            "changed since; choose another folder or move it away"
+        )
 
 
 def check_file(path: Path, kind: str | None = None, force: bool = False) -> None:

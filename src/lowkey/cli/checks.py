@@ -1,0 +1,202 @@
+"""Arguments of commands, checked before torch is imported and a model is loaded.
+
+Every function raises LowkeyError, in one line, for a value that cannot be. Classes that a user names as
+`package.module:Class` pass here: they are imported, and checked, together with torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lowkey.allocation.allocators import RANK_ALLOCATORS
+from lowkey.cli import choices
+from lowkey.core import files, options, text
+from lowkey.core.budget import Budget
+from lowkey.core.errors import LowkeyError
+from lowkey.core.layouts import HEADS, LAYOUTS, Heads, Layout
+from lowkey.core.options import nearest_name, ranges, shown
+from lowkey.models.names import check_device, check_dtype, check_name
+
+# -- words and numbers
+
+
+def check_word(what: str, word: str, known: Iterable[str], also: str = "") -> None:
+    """Raises: LowkeyError for a word that is not in a list.
+
+    what: the argument, for the message. also: what else may be given, in words that follow the list.
+    """
+    known = list(known)
+    if word not in known:
+        raise LowkeyError(f"{what} {shown(word)} is unknown; {nearest_name(word, known, also)}")
+
+
+def layout_of(name: str) -> Layout:
+    """The layout of this name."""
+    check_word("layout", name, LAYOUTS)
+    return next(known for known in LAYOUTS if name == known)
+
+
+def key_bases_of(name: str) -> Heads:
+    """Whether heads share a basis of their keys, by this name."""
+    check_word("key bases", name, HEADS)
+    return next(known for known in HEADS if name == known)
+
+
+def check_bits(bits: str | None, also: Iterable[str] = ()) -> None:
+    """The name of a packing of integers; 8, 4 and 2 stand for int8, int4 and int2.
+
+    Args:
+        also: other words that are allowed.
+    """
+    if bits is not None:
+        name = f"int{bits}" if bits.isdigit() else bits
+        if name not in (known := [*choices.SCHEMES, *also]):
+            raise LowkeyError(f"bits {shown(bits)} are unknown; {nearest_name(bits, known)}")
+
+
+def within(settings: str, field: str, help: str) -> str:
+    """A help text with the range of the field that the option becomes."""
+    return f"{help} ({ranges(choices.settings(settings))[field]})"
+
+
+def hold(settings: str, option_names: Mapping[str, str] = {}, /, **given: Any) -> None:
+    """Hold options to the ranges of the fields that they become.
+
+    settings: the name of a dataclass in `choices`.
+    option_names: of fields that are called otherwise than their options.
+    given: a value by the name of its field; None is not checked.
+    """
+    for field, value in given.items():
+        if value is not None:
+            kind = choices.settings(settings)
+            options.check_field(kind, field, value, option_names.get(field, field))
+
+
+def check_sample(windows: int, context: int | None, seed: int) -> None:
+    """What to calibrate on: the fields of `Sample`."""
+    hold("Sample", {"length": "context"}, windows=windows, length=context, seed=seed)
+
+
+def share_of(budget: str) -> float:
+    """A budget that can only be a share, above 0 and up to 1."""
+    found = Budget.parse(budget)
+    if found.unit != "%":
+        raise LowkeyError(
+            f"budget {found}: every token gets a rank of its own, so only a mean share can be asked for; "
+            "say it as '50%'"
+        )
+    return found.amount / 100
+
+
+# -- models, files and folders
+
+
+def check_model(name: str, dtype: str, device: str) -> None:
+    """A model, and how it is loaded."""
+    check_name(name)
+    check_dtype(dtype)
+    check_device(device)
+
+
+def corpus_at(path: Path | None, argument: str = "calibration") -> str | None:
+    """The text of a file, or None for the embedded text."""
+    return text.read_text(path, argument) if path else None
+
+
+def check_plan(path: Path) -> None:
+    """A plan folder: that there is one. What it holds is checked when it is loaded."""
+    files.steady(path, lambda: _find_plan(path))
+
+
+def _find_plan(path: Path) -> None:
+    if not any((path / name).exists() for name in choices.PLAN_FILES):
+        missing = str(path / choices.PLAN_FILES[0])
+        raise LowkeyError(f"plan {missing!r} does not exist; give the folder that lowkey compress wrote")
+
+
+# -- methods, allocators and policies
+
+
+def pairs_of(pairs: list[str] | None, what: str = "option") -> dict[str, str]:
+    """Options that are written as name=value."""
+    found: dict[str, str] = {}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            raise LowkeyError(f"{what} {shown(pair)}: write it as name=value, like epochs=5")
+        if name in found:
+            raise LowkeyError(f"{what} {shown(pair)}: {name} is given twice; give it once")
+        found[name] = value
+    return found
+
+
+def check_method(name: str, given: Mapping[str, str]) -> None:
+    """A method by its name, with options of its own as text."""
+    if ":" not in name:
+        check_word("method", name, choices.METHODS, options.OUTSIDE)
+        _check_options(choices.method_options(name), f"method {name!r}", given)
+
+
+def check_rank_allocator(name: str, given: Mapping[str, str]) -> None:
+    """An allocator of ranks by its name, with options of its own as text."""
+    if ":" not in name:
+        check_word("allocator", name, RANK_ALLOCATORS, options.OUTSIDE)
+        _check_options(RANK_ALLOCATORS[name], f"allocator {name!r}", given)
+
+
+def _check_options(kind: type, what: str, given: Mapping[str, str]) -> None:
+    options.check_names(what, given, list(ranges(kind)))
+    for key, value in given.items():
+        options.read_option(kind, key, value, what)
+
+
+def check_policies(
+    names: str | None,
+    budgets: str | None,
+    given: list[str] | None,
+    allocator_given: list[str] | None,
+    heads: list[Path] | None,
+) -> None:
+    """Policies and budgets, separated by commas, with their options, those of their allocators, and files of
+    head scores. Without a policy none of the others may be given.
+    """
+    if names is None:
+        for what, value in (
+            ("budget", budgets),
+            ("option", given),
+            ("allocator option", allocator_given),
+            ("heads", heads),
+        ):
+            if value is not None:
+                word = value if isinstance(value, str) else value[0]
+                raise LowkeyError(
+                    f"{what} {shown(str(word))}: is for a policy; give --policy too, or leave it out"
+                )
+        return
+    own, of_allocator = pairs_of(given), pairs_of(allocator_given, "allocator option")
+    for name in names.split(","):
+        for budget in budgets.split(",") if budgets is not None else [None]:
+            _check_policy(name, budget, own, of_allocator)
+
+
+def _check_policy(
+    name: str, budget: str | None, given: Mapping[str, str], allocator_given: Mapping[str, str]
+) -> None:
+    if budget is not None:
+        Budget.parse(budget)
+    if ":" in name:
+        return
+    check_word("policy", name, choices.POLICIES, options.OUTSIDE)
+    kind, what = choices.policy_options(name), f"policy {name!r}"
+    own = list(ranges(kind))
+    split = given.get("allocator", choices.allocator_of(name))
+    check_word("allocator", split, choices.TOKEN_ALLOCATORS)
+    parts = choices.allocator_options(split)
+    options.check_names(what, given, [*own, *ranges(parts)])
+    for key, value in given.items():
+        options.read_option(kind if key in own else parts, key, value, what)
+    _check_options(parts, f"the allocator of {what}", allocator_given)
+    if choices.takes_budget(split) and budget is None:
+        raise LowkeyError(f"policy {name!r}: needs a budget; give --budget, like '10%' or '64 tokens'")

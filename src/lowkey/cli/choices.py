@@ -1,0 +1,80 @@
+"""What can be chosen on the command line, known without importing torch.
+
+Methods, policies, tasks and the dataclasses of settings live in modules that import torch, which takes
+seconds. `data/choices.json` repeats their names, and the types, ranges and defaults of their options, so that
+help and errors about arguments need no torch. `make choices` writes the file (see
+`lowkey.cli.collect_choices`), and a test compares it with the classes.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from lowkey.cli.stand_ins import stand_in
+
+FOUND: dict[str, Any] = json.loads((files("lowkey") / "data" / "choices.json").read_text(encoding="utf-8"))
+
+METHODS = tuple(FOUND["methods"])
+POLICIES = tuple(FOUND["policies"])
+TOKEN_ALLOCATORS = tuple(FOUND["token_allocators"])  # of policies
+SCHEMES = tuple(FOUND["schemes"])  # packed integers
+NO_BITS: str = FOUND["no_bits"]  # the word for no packed integers
+TASKS = tuple(FOUND["tasks"])  # of `eval`
+USUAL_TASKS = tuple(FOUND["usual_tasks"])
+RECALL_FORMS: dict[str, str] = FOUND["recall_forms"]  # name: how it asks
+USUAL_RECALL_FORM: str = FOUND["usual_recall_form"]
+HEAD_KINDS = tuple(FOUND["head_kinds"])  # scores of heads on needle tasks
+ECHO_KINDS = tuple(FOUND["echo_kinds"])  # scores of heads on random tokens
+NEEDLE_TASKS = tuple(FOUND["needle_tasks"])
+ATTENTIONS: dict[str, dict[str, str]] = FOUND["attentions"]  # kind: {field of a conversion: its type}
+LAYER_SUBSETS = tuple(FOUND["layer_subsets"])
+POOLINGS = tuple(FOUND["poolings"])
+BASES = tuple(FOUND["bases"])
+FREQUENCIES = tuple(FOUND["frequencies"])
+OBJECTIVES = tuple(FOUND["objectives"])  # of `recover`
+FORMATS = tuple(FOUND["formats"])  # of `export`
+PLAN_FILES = tuple(FOUND["plan_files"])  # one of which every plan folder holds
+SINKS: int = FOUND["sinks"]  # tokens that are kept exact unless others are asked for
+RECENT: int = FOUND["recent"]
+
+
+@cache
+def settings(name: str) -> type:
+    """A stand-in for a dataclass of settings: the same fields with their types, ranges and defaults."""
+    return stand_in(name, FOUND["settings"][name])
+
+
+@cache
+def method_options(name: str) -> type:
+    """A stand-in for the class of a method. Its fields are its options."""
+    return stand_in(name, FOUND["methods"][name]["options"])
+
+
+def rank_allocator_of(method: str) -> str | None:
+    """The name of the allocator of ranks that a method is known with; None for a class from outside."""
+    return FOUND["methods"][method]["allocator"] if method in METHODS else None
+
+
+@cache
+def policy_options(name: str) -> type:
+    """A stand-in for the class of a policy. Its fields are its options, without the budget."""
+    return stand_in(name, FOUND["policies"][name]["options"])
+
+
+def allocator_of(policy: str) -> str:
+    """The name of the allocator that a policy is known with."""
+    return FOUND["policies"][policy]["allocator"]
+
+
+@cache
+def allocator_options(name: str) -> type:
+    """A stand-in for the class of a policy's allocator. Its fields are its options."""
+    return stand_in(name, FOUND["token_allocators"][name]["options"])
+
+
+def takes_budget(allocator: str) -> bool:
+    """Whether a policy with this allocator needs a budget; without, it takes none."""
+    return FOUND["token_allocators"][allocator]["bounded"]

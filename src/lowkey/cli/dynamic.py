@@ -1,0 +1,111 @@
+"""`lowkey dynamic`: train gates that give every token a rank of its own."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lowkey.cli.checks import (
+    check_model,
+    check_sample,
+    corpus_at,
+    hold,
+    key_bases_of,
+    layout_of,
+    share_of,
+    within,
+)
+from lowkey.cli.options import (
+    BUDGET,
+    LAYOUT_HELP,
+    METHOD,
+    AsJson,
+    Calibration,
+    Context,
+    Device,
+    Dtype,
+    Force,
+    Model,
+    OutFolder,
+    Seed,
+    Windows,
+)
+from lowkey.core import files
+from lowkey.core.layouts import HEADS
+
+
+def dynamic(
+    model: Model,
+    out: OutFolder,
+    layout: Annotated[
+        str, typer.Option(metavar="NAME", help=LAYOUT_HELP, rich_help_panel=METHOD)
+    ] = "post_rope",
+    key_bases: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help=f"bases of the keys: {' or '.join(HEADS)} (shared by the KV heads of a layer)",
+            rich_help_panel=METHOD,
+        ),
+    ] = "shared",
+    steps: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help=within("GateTraining", "steps", "training steps of the gates"),
+            rich_help_panel=METHOD,
+        ),
+    ] = 200,
+    budget: Annotated[
+        str,
+        typer.Option(
+            metavar="SHARE",
+            help="share of the coordinates that tokens keep, like 40%, in the mean over tokens and layers",
+            rich_help_panel=BUDGET,
+        ),
+    ] = "50%",
+    calibration: Calibration = None,
+    windows: Windows = 32,
+    context: Context = None,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train gates that give every token its own rank.
+
+    The plan that is written serves eval and generate. Interrupted work resumes when the same command is given
+    again.
+    """
+    share = share_of(budget)
+    hold("GateTraining", {"target": "budget"}, target=share, steps=steps, seed=seed)
+    form, heads = layout_of(layout), key_bases_of(key_bases)
+    check_sample(windows, context, seed)
+    check_model(model, dtype, device)
+    corpus = corpus_at(calibration)
+    work = files.check_output(out, force)
+
+    from lowkey.calibration.dynamic import make_dynamic_plan
+    from lowkey.cli.loading import check_context, open_model, sample_of
+    from lowkey.cli.tables import show_dynamic
+    from lowkey.core.progress import bars
+    from lowkey.methods.dynakv import GateTraining
+
+    loaded, tokenizer = open_model(model, dtype, device)
+    check_context(context, loaded)
+    plan = make_dynamic_plan(
+        loaded,
+        tokenizer,
+        corpus,
+        layout=form,
+        key_bases=heads,
+        sample=sample_of(windows, context, seed),
+        training=GateTraining(share, steps, seed=seed),
+        work=work,
+        progress=bars,
+    )
+    plan.save(out, force)
+    files.remove_work(work)
+    show_dynamic(plan.describe(), out, as_json)

@@ -1,0 +1,306 @@
+"""`lowkey eval`: quality, bytes and speed of caches on the same text."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lowkey.cli import choices
+from lowkey.cli.checks import (
+    check_bits,
+    check_model,
+    check_plan,
+    check_policies,
+    check_word,
+    hold,
+    within,
+)
+from lowkey.cli.console import note
+from lowkey.cli.options import (
+    CACHE,
+    EMBEDDED,
+    EXACT,
+    MEASURING,
+    OUTPUT,
+    POLICY,
+    AsJson,
+    Device,
+    Dtype,
+    HeadFiles,
+    MeasuringSeed,
+    Model,
+    PolicyOptions,
+    TokenAllocatorOptions,
+)
+from lowkey.core import files, text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lowkey.cli.plans import PlanFolder
+    from lowkey.evaluate.settings import Setting
+    from lowkey.plan.plan import Plan
+
+QUESTION = 32  # tokens that recall's question and answer may take
+RESULTS = Path("results")
+OWN = "(default: the plan's own; of integers alone {})"
+RECALL_FORMS = "; ".join(f"{name}: {summary}" for name, summary in choices.RECALL_FORMS.items())
+
+
+def eval_(
+    model: Model,
+    plan: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PLAN", help="a plan folder; repeat to compare several", rich_help_panel=CACHE),
+    ] = None,
+    bits: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="also packed integers, alone and for the latents of plans that have none: "
+            f"{', '.join(choices.SCHEMES)}; repeat for several (default: int8 and int4, alone)",
+            rich_help_panel=CACHE,
+        ),
+    ] = None,
+    sinks: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help=within("Exact", "sinks", f"first tokens kept exact {OWN.format(choices.SINKS)}"),
+            rich_help_panel=EXACT,
+        ),
+    ] = None,
+    recent: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help=within("Exact", "recent", f"last tokens kept exact {OWN.format(choices.RECENT)}"),
+            rich_help_panel=EXACT,
+        ),
+    ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="eviction policies that `lowkey policies` lists, or package.module:Class, separated by "
+            "commas",
+            rich_help_panel=POLICY,
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZES",
+            help="what policies keep: '10%', '64 tokens', or '40 KiB' of everything that is held after a "
+            "prompt; several separated by commas; fastgen takes none",
+            rich_help_panel=POLICY,
+        ),
+    ] = None,
+    option: PolicyOptions = None,
+    allocator_option: TokenAllocatorOptions = None,
+    heads: HeadFiles = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAMES",
+            help=f"what is measured: {', '.join(choices.TASKS)}; several separated by commas "
+            f"(default: {', '.join(choices.USUAL_TASKS)})",
+            rich_help_panel=MEASURING,
+        ),
+    ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help=f"{EMBEDDED}; repeat to take windows from each in turn",
+            rich_help_panel=MEASURING,
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help=within(
+                "Task",
+                "context",
+                "tokens per window and per recall case (default: 512, or all that the model takes)",
+            ),
+            rich_help_panel=MEASURING,
+        ),
+    ] = None,
+    windows: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help=within("Task", "windows", "windows of text to score at most, as far as the text goes"),
+            rich_help_panel=MEASURING,
+        ),
+    ] = 16,
+    cases: Annotated[
+        int,
+        typer.Option(metavar="N", help=within("Task", "cases", "cases of recall"), rich_help_panel=MEASURING),
+    ] = 20,
+    recall_form: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help=f"how recall asks: {RECALL_FORMS} ({choices.USUAL_RECALL_FORM}: lines with a chat template, "
+            "else plain)",
+            rich_help_panel=MEASURING,
+        ),
+    ] = choices.USUAL_RECALL_FORM,
+    questions: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help=within("Task", "questions", "questions that the full cache has to answer first"),
+            rich_help_panel=MEASURING,
+        ),
+    ] = 64,
+    refeed: Annotated[
+        bool,
+        typer.Option(
+            help="recall and questions: ask again over what was kept, so that the first token of the answer "
+            "is tested too",
+            rich_help_panel=MEASURING,
+        ),
+    ] = True,
+    seed: MeasuringSeed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="the result file (default: results/eval-MODEL-TIME.json)",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what compression costs: quality, bytes, speed.
+
+    The full cache, plans, policies and packed integers are measured on the same text, with one row for each
+    policy and budget. With --plan, policies evict on top of it. Interrupted work resumes when the same
+    command is given again.
+    """
+    names = [name for item in task or choices.USUAL_TASKS for name in item.split(",")]
+    for name in names:
+        check_word("task", name, choices.TASKS)
+    counts = {"windows": windows, "cases": cases, "questions": questions, "seed": seed}
+    hold("Task", context=context, recall_form=recall_form, **counts)
+    hold("Exact", sinks=sinks, recent=recent)
+    for scheme in bits or ():
+        check_bits(scheme)
+    check_policies(policy, budget, option, allocator_option, heads)
+    check_model(model, dtype, device)
+    for folder in plan or ():
+        check_plan(folder)
+    texts = {str(path): text.read_text(path, "data") for path in data or ()} or {
+        "embedded": text.embedded_text("evaluation")
+    }
+    place = out or _unused(f"eval-{Path(model).name}-")
+    files.check_file(place, "result")
+    work = files.work_beside(place)
+
+    from lowkey.cli.loading import head_scores, open_model, policies_of
+    from lowkey.cli.plans import plan_at
+    from lowkey.cli.tables import notes, show_rows
+    from lowkey.core.progress import bars
+    from lowkey.evaluate.result import Task, evaluate, evaluation_job
+    from lowkey.evaluate.settings import distinct, evicted, full
+
+    policies = policies_of(policy, budget, option, allocator_option)
+    loaded, tokenizer = open_model(model, dtype, device)
+    context = _usual_context(loaded, names) if context is None else context
+    plans = [plan_at(folder, loaded) for folder in plan or ()]
+    settings = [full(loaded)] + [p.setting(loaded, None, sinks, recent) for p in plans]
+    below: list[tuple[Plan | None, str | None]] = [
+        (p.fixed_rank("policy"), str(p.path)) for p in plans if policies
+    ] or [(None, None)]
+    scores = head_scores(heads, loaded)
+    settings += [
+        evicted(loaded, wanted, name, context, *p, heads=scores) for name, wanted in policies for p in below
+    ]
+    settings += _integers(loaded, plans, bits, sinks, recent)
+    what = Task(texts, context, refeed=refeed, recall_form=recall_form, **counts)
+    if out is None:
+        job = evaluation_job(loaded, tokenizer, distinct(settings), what, names)
+        place, work = _begun(f"eval-{Path(model).name}-", job) or (place, work)
+    result = evaluate(loaded, tokenizer, settings, what, names, bars, work)
+    files.write_json(place, result, "result")
+    files.remove_work(work)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        show_rows(result)
+    for line in (f"result written to {place}", *_without_perplexity(settings, names), *notes(result)):
+        note(line)
+
+
+def _without_perplexity(settings: Sequence[Setting], names: Sequence[str]) -> list[str]:
+    """Why a setting has no perplexity, if one has none."""
+    late = [s.name for s in settings if s.needs_second_pass and "perplexity" in names]
+    if not late or "decode" in names:
+        return []
+    return [
+        f"{late[0]} has no perplexity: it keeps what repeating the whole context says, which a text read "
+        "once does not show; add --task decode"
+    ]
+
+
+def _integers(
+    model: PreTrainedModel,
+    plans: Sequence[PlanFolder],
+    bits: Sequence[str] | None,
+    sinks: int | None,
+    recent: int | None,
+) -> list[Setting]:
+    """Latents in packed integers, of the plans that have none of their own, and integers alone."""
+    from lowkey.evaluate.settings import packed
+    from lowkey.models import families
+    from lowkey.storage.exact import Exact
+
+    beside = Exact(choices.SINKS if sinks is None else sinks, choices.RECENT if recent is None else recent)
+    alone: Sequence[int | str] = bits or (() if families.stores_its_own(model.config) else (8, 4))
+    return [p.setting(model, b, sinks, recent) for p in plans if p.bits is None for b in bits or ()] + [
+        packed(model, b, beside) for b in alone
+    ]
+
+
+def _unused(name: str) -> Path:
+    """A result file named by the time, which no other command of the same second has taken."""
+    stamp = f"{name}{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (
+        RESULTS / f"{stamp}{more}.json"
+        for more in itertools.chain([""], (f"-{n}" for n in itertools.count(2)))
+    )
+    return next(p for p in names if not (p.exists() or p.with_name(f"{p.name}.partial").exists()))
+
+
+def _begun(name: str, job: dict) -> tuple[Path, Path] | None:
+    """The result file that this very job was to write when it was stopped, with the folder of its unfinished
+    work, or None.
+    """
+    for work in sorted(RESULTS.glob(f"{glob.escape(name)}*.json.partial")):
+        if (work / files.job_name(job)).is_dir() and not (begun := work.with_suffix("")).exists():
+            return begun, files.work_beside(begun)
+    return None
+
+
+def _usual_context(model: PreTrainedModel, tasks: Sequence[str]) -> int:
+    """512, or all that a short model has positions for, where recall leaves room for a question and its
+    answer.
+    """
+    from lowkey.evaluate.result import Task
+    from lowkey.models import families
+
+    longest, room = families.positions(model), QUESTION if "recall" in tasks else 0
+    return Task.context if longest is None else max(8, min(Task.context, longest - room))

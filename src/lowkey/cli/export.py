@@ -1,0 +1,51 @@
+"""`lowkey export`: fold a plan into the weights of a plain checkpoint."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from lowkey.cli import choices
+from lowkey.cli.checks import check_model, check_plan, check_word
+from lowkey.cli.console import note
+from lowkey.cli.options import OUTPUT, AsJson, Dtype, Force, Model, OutFolder, PlanArgument
+from lowkey.core import files
+
+
+def export(
+    model: Model,
+    plan: PlanArgument,
+    out: OutFolder,
+    dtype: Dtype = "auto",
+    format: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help=f"of the checkpoint: {', '.join(choices.FORMATS)} (transformers)",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = "hf",
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fold a plan into the weights of a plain checkpoint.
+
+    That works where a plan has exactly the form of such a checkpoint, which then runs without lowkey.
+    """
+    check_word("format", format, choices.FORMATS)
+    check_model(model, dtype, "cpu")
+    files.check_folder(out, force)
+    check_plan(plan)
+
+    from lowkey.cli.loading import open_model
+    from lowkey.cli.plans import plan_at
+    from lowkey.export import FORMATS
+
+    loaded, tokenizer = open_model(model, dtype, "cpu")
+    place = FORMATS[format](loaded, tokenizer, plan_at(plan, loaded).fixed_rank("export"), out, force)
+    if as_json:
+        print(json.dumps({"model": str(place), "format": format}))
+    else:
+        note(f"model written to {place}")

@@ -1,0 +1,118 @@
+"""`lowkey generate`: continue a prompt over a compressed cache."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowkey.cli import choices
+from lowkey.cli.checks import check_bits, check_model, check_plan, check_policies
+from lowkey.cli.console import note
+from lowkey.cli.options import (
+    CACHE,
+    OUTPUT,
+    POLICY,
+    AsJson,
+    Device,
+    Dtype,
+    HeadFiles,
+    Model,
+    PolicyOptions,
+    TokenAllocatorOptions,
+)
+from lowkey.core.errors import LowkeyError
+from lowkey.core.options import Range, checked
+from lowkey.core.text import check_unicode
+
+TOKENS = Range(at_least=1, at_most=2**24)
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="text to continue", rich_help_panel=OUTPUT)],
+    tokens: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help=f"new tokens at most ({TOKENS}, and what the model has positions for)",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = 64,
+    plan: Annotated[
+        Path | None, typer.Option(metavar="PLAN", help="a plan folder", rich_help_panel=CACHE)
+    ] = None,
+    bits: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"packed integers, of the plan's latents if there is a plan: {', '.join(choices.SCHEMES)}",
+            rich_help_panel=CACHE,
+        ),
+    ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="an eviction policy that `lowkey policies` lists, or package.module:Class",
+            rich_help_panel=POLICY,
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="what the policy keeps: '10%', '64 tokens', or '40 KiB' of everything that is held after "
+            "the prompt, to which decoding adds; fastgen takes none",
+            rich_help_panel=POLICY,
+        ),
+    ] = None,
+    option: PolicyOptions = None,
+    allocator_option: TokenAllocatorOptions = None,
+    heads: HeadFiles = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Continue a prompt over a compressed cache.
+
+    The text goes to stdout as it comes. Tokens per second, and the bytes held beside those of the full cache,
+    are told on stderr.
+    """
+    check_unicode("prompt", prompt)
+    checked("tokens", tokens, int, TOKENS, 64)
+    check_bits(bits, also=[choices.NO_BITS])
+    check_policies(policy, budget, option, allocator_option, heads)
+    if any("," in (given or "") for given in (policy, budget)):
+        raise LowkeyError(
+            f"policy {policy!r} with budget {budget!r}: generate takes one policy and one budget"
+        )
+    check_model(model, dtype, device)
+    if plan is not None:
+        check_plan(plan)
+
+    from lowkey.cache.cache import make_cache
+    from lowkey.cli.loading import head_scores, importance, open_model, policies_of
+    from lowkey.cli.plans import plan_at
+    from lowkey.generate import stream
+
+    wanted = policies_of(policy, budget, option, allocator_option)
+    loaded, tokenizer = open_model(model, dtype, device)
+    chosen = plan_at(plan, loaded) if plan else None
+    below = chosen.fixed_rank("policy") if chosen and wanted else None
+    evicting = (
+        wanted[0][1].with_head_scores(importance(below, head_scores(heads, loaded))) if wanted else None
+    )
+    cache = chosen.cache(loaded, evicting, bits) if chosen else make_cache(loaded, None, evicting, bits=bits)
+    summary = stream(loaded, tokenizer, prompt, cache, tokens, None if as_json else sys.stdout)
+    if as_json:
+        print(json.dumps(summary))
+        return
+    held, whole = summary["bytes_held"], summary["bytes_full"]
+    note(
+        f"\n{summary['tokens_per_s']:.1f} tokens/s; the cache holds {held:,} bytes, "
+        f"{100 * held / whole:.1f}% of {whole:,}"
+    )

@@ -1,0 +1,82 @@
+"""How commands show their help: options in panels with a heading each, in plain text of 80 columns or more.
+
+Typer draws panels with rich alone, whose boxes are hard to read in a narrow terminal and in a file. These
+classes read the same `rich_help_panel` of each option and command and write headings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from typer.core import TyperCommand, TyperGroup
+
+from lowkey.core.errors import LowkeyError
+from lowkey.core.options import nearest_name, shown
+
+COLUMN = 28  # widest name that its help stands beside; a longer one has a line of its own
+Panels = dict[str, list[tuple[str, str]]]
+
+
+class PanelCommand(TyperCommand):
+    """A command whose help shows its options in panels."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments and the options of this command; called by typer."""
+        write_panels(parameter_panels(self, ctx), formatter)
+
+
+class PanelGroup(TyperGroup):
+    """A group of commands whose help shows the commands in panels, and which names the nearest command."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the commands and the options of this group; called by typer."""
+        write_panels(self.command_panels(ctx, formatter.width), formatter)
+        write_panels(parameter_panels(self, ctx), formatter)
+
+    def command_panels(self, ctx: Any, width: int) -> Panels:
+        """(name, first sentence) of each command, by panel."""
+        names = self.list_commands(ctx)
+        room = width - 4 - max(map(len, names))
+        panels: Panels = {}
+        for name in names:
+            command: Any = self.get_command(ctx, name)
+            title = command.rich_help_panel or "Commands"
+            panels.setdefault(title, []).append((name, command.get_short_help_str(room)))
+        return panels
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command of this name; called by typer. Raises: LowkeyError for a name that is none."""
+        name = args[0]
+        if not name.startswith("-") and self.get_command(ctx, name) is None:
+            remedy = nearest_name(name, self.list_commands(ctx))
+            raise LowkeyError(f"command {shown(name)} is unknown; {remedy}; see {ctx.command_path} --help")
+        return super().resolve_command(ctx, args)
+
+
+def parameter_panels(command: Any, ctx: Any) -> Panels:
+    """(name, help) of each argument and option, by panel; only --help has none."""
+    panels: Panels = {}
+    for parameter in command.get_params(ctx):
+        record = parameter.get_help_record(ctx)
+        if record is None:
+            continue
+        name, text = record
+        if parameter.param_type_name == "argument":
+            panels.setdefault("Arguments", []).append((parameter.metavar, text))
+        else:
+            panels.setdefault(parameter.rich_help_panel or "Help", []).append((name, text))
+    return panels
+
+
+def write_panels(panels: Panels, formatter: Any) -> None:
+    """A heading for each panel, with all names in a column of one width."""
+    column = max((len(name) for name in names_of(panels) if len(name) <= COLUMN), default=0)
+    for title, rows in panels.items():
+        with formatter.section(title):
+            formatter.write_dl([(name.ljust(column), text) for name, text in rows], col_max=column)
+
+
+def names_of(panels: Panels) -> Iterable[str]:
+    """The names in all panels."""
+    return (name for rows in panels.values() for name, _ in rows)

@@ -1,0 +1,83 @@
+"""From checked arguments to models, policies and head scores. Imports torch: commands import this module when
+their arguments have been checked.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import huggingface_hub
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lowkey.calibration.calibrate import Sample
+from lowkey.catalog import make_method, make_policy
+from lowkey.cli.checks import pairs_of
+from lowkey.core.types import LowkeyError
+from lowkey.heads.retrieval import HeadScores
+from lowkey.methods import Method
+from lowkey.models import families, loading
+from lowkey.plan.plan import Plan
+from lowkey.policies.allocators import HeadImportance
+from lowkey.policies.base import Policy
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own messages and bars off stderr: commands say themselves what matters."""
+    logging.getLogger("lowkey").setLevel(logging.ERROR)
+    huggingface_hub.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def open_model(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model, attached, and its tokenizer.
+
+    Raises:
+        LowkeyError: for a model that cannot be loaded.
+    """
+    quiet_libraries()
+    return loading.load(name, dtype, device)
+
+
+def check_context(context: int | None, model: PreTrainedModel) -> None:
+    """Raises: LowkeyError for windows that are longer than the model reads."""
+    longest = families.positions(model)
+    if context is not None and longest is not None and context > longest:
+        raise LowkeyError(f"context {context}: the model has {longest} positions; give at most that")
+
+
+def sample_of(windows: int, context: int | None, seed: int) -> Sample:
+    """What to calibrate on. Without a context, windows have the usual length, or that of a short model."""
+    return Sample(windows, seed=seed) if context is None else Sample(windows, context, seed)
+
+
+def method_of(name: str | None, given: list[str] | None) -> Method | None:
+    """A method with its options, or None where none is named."""
+    return None if name is None else make_method(name, pairs_of(given))
+
+
+def policies_of(
+    names: str | None,
+    budgets: str | None,
+    given: list[str] | None,
+    allocator_given: list[str] | None,
+) -> list[tuple[str, Policy]]:
+    """(name, policy) for each name and budget; none where no policy is named."""
+    if names is None:
+        return []
+    own, of_allocator = pairs_of(given), pairs_of(allocator_given, "allocator option")
+    every = budgets.split(",") if budgets is not None else [None]
+    return [(n, make_policy(n, budget, own, of_allocator)) for n in names.split(",") for budget in every]
+
+
+def head_scores(paths: list[Path] | None, model: PreTrainedModel) -> HeadImportance:
+    """The importance of the model's KV heads by kind, from files of `lowkey heads`."""
+    found = [HeadScores.load(path, model) for path in paths or []]
+    return {scores.kind: scores.per_kv_head().tolist() for scores in found}
+
+
+def importance(plan: Plan | None, heads: HeadImportance) -> HeadImportance:
+    """The importance of heads that a plan holds, and what was given beside it, which comes first."""
+    return {**(plan.heads if plan else {}), **heads}
