@@ -63,7 +63,7 @@ FITS: dict[str, tuple[Fit, ...]] = {
         Fit("pca, uniform", "pca", allocator="uniform"),
         Fit("pca", "pca"),
         Fit("pca (pre-RoPE)", "pca", layout="pre_rope"),
-        Fit("eigenattention", "eigenattention", draws=3),
+        Fit("eigenattention", "eigenattention"),
         Fit("eigenattention, uniform", "eigenattention", allocator="uniform"),
         Fit("kq-svd", "kq-svd"),
         Fit(
@@ -75,7 +75,6 @@ FITS: dict[str, tuple[Fit, ...]] = {
             budgets=BUDGETS,
             draws=3,
         ),
-        Fit("kq-svd (joint, pre-RoPE), greedy", "kq-svd", JOINT, "pre_rope", "greedy", budgets=BUDGETS),
         Fit("palu", "palu"),
         Fit("recalkv", "recalkv"),
         Fit("lorc", "lorc"),

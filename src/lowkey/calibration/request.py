@@ -1,4 +1,4 @@
-"""The arguments of `calibrate`, checked and completed by recommendations before anything is read or fitted."""
+"""The arguments of `calibrate`, checked and completed by recommendations before anything is fitted."""
 
 from __future__ import annotations
 

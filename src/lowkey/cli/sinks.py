@@ -49,8 +49,8 @@ def sinks(
 ) -> None:
     """Find the tokens that are attention sinks.
 
-    KVSink (arXiv:2508.04257) predicts them from values: they are the first token of a text, and at times
-    later ones too.
+    They are read from values by KVSink's rule (arXiv:2508.04257). Sinks are the first token of a text, and
+    at times later ones too.
     """
     check_sample(windows, context, seed)
     check_model(model, dtype, device)
