@@ -35,8 +35,7 @@ FORMAT, KIND = 1, "head-scores"
 LEAST = 10  # solved cases; fewer say nothing about heads
 BY_KIND = ("copy", "r2", "er", "mass", "induction", "echo")
 BY_BEST = ("induction", "echo")  # a KV head is as good as the best of its group
-SPLITS = 10  # of the cases in two halves
-DIGITS = 6
+SPLITS, DIGITS = 10, 6  # of the cases in two halves; of a number in a file
 TYPES = {  # of the fields of a file, less the values
     **dict.fromkeys(("kind", "task", "model", "model_sha256", "data_sha256"), str),
     **dict.fromkeys(("kv_heads", "drawn", "seed"), int),
@@ -347,6 +346,7 @@ def estimate_heads(
         if len(found) >= LEAST:
             break
     else:
+        measured.forget()
         raise LowkeyError(
             f"task {name!r}: {len(found)} of {cases} cases answered right, scores need {LEAST}; "
             f"give another task ({', '.join(TASKS)}), more cases, a shorter context or another model"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowkey.files.reading import jsonable
-from lowkey.files.work import damaged, job_folder, job_name, read_work_json, write_work_json
+from lowkey.files.work import damaged, job_folder, job_name, read_work_json, remove_work, write_work_json
 from lowkey.types import LowkeyError
 
 EVERY = 5.0  # seconds of work that a kill may cost, beside the measurement that it met
@@ -67,6 +67,11 @@ class Measured:
         folder = job_folder(self.work, self.job)
         write_work_json(folder, NAME, {"measured": self.known})
         self.saved, self.written = len(self.known), time.monotonic()
+
+    def forget(self) -> None:
+        """Remove what was saved, which nothing goes on from when a job is refused."""
+        if self.work is not None:
+            remove_work(self.work)
 
     def _read(self) -> dict[str, Any]:
         if self.work is None or not (self.work / job_name(self.job) / NAME).exists():

@@ -10,6 +10,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import random
 import re
 import secrets
 import shutil
@@ -25,7 +26,7 @@ T = TypeVar("T")
 MARK = ".lowkey"  # in a folder of this kind: by its name alone it could be somebody's
 OLD, NEW = "old", "new"
 LONGEST = 100  # bytes of a name that its folder's name repeats
-TRIES = 100
+TRIES = 300
 PAUSES = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.1, 0.2, 0.2, 0.5, 0.5)  # seconds before a reader tries again
 EXCHANGE = 2  # RENAME_EXCHANGE of Linux
 UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)  # what a system says that cannot exchange names
@@ -139,7 +140,7 @@ def swap(new: Path, path: Path, folder: Path) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        time.sleep(0.01)
+        time.sleep(random.uniform(0.0, 0.02))  # two writers must not wait in step
     raise OSError(errno.EBUSY, "others write there at the same time", str(path))
 
 
@@ -178,7 +179,7 @@ def steady(path: Path, read: Callable[[], T]) -> T:
         before = _version(path)
         try:
             found = read()
-        except LowkeyError:
+        except (LowkeyError, FileNotFoundError):  # also of what was moved away while it was read
             moving = settle(path)
             if before == _version(path) and not (before is None and moving):
                 raise
