@@ -103,7 +103,9 @@ def test_a_swap_that_was_killed_between_two_renames_is_mended(tmp_path, how):
 
 @pytest.mark.parametrize("whole", [True, False], ids=["exchange", "two renames"])
 def test_readers_see_one_version_while_it_is_replaced(tmp_path, monkeypatch, whole):
-    """Two writers and two readers at once."""
+    """Two writers and two readers at once. Where names cannot be exchanged, a writer may be told that the
+    other writes there.
+    """
     if not whole:
         monkeypatch.setattr(swapping, "exchange", lambda a, b: False)
     elif not swapping.exchange(*(made for n in "ab" for made in [tmp_path / n] if made.mkdir() is None)):
@@ -127,7 +129,9 @@ def test_readers_see_one_version_while_it_is_replaced(tmp_path, monkeypatch, who
         thread.start()
     for thread in threads:
         thread.join()
-    assert trouble == [] and len(read) > 4 and set(read) <= {(4, 4), (6, 6)}
+    busy = "others write there at the same time"
+    told = [e for e in trouble if not whole and isinstance(e, LowkeyError) and busy in str(e)]
+    assert trouble == told and len(read) > 4 and set(read) <= {(4, 4), (6, 6)}
     assert {n for n in entries(tmp_path) if n.startswith(".")} == set()
 
 

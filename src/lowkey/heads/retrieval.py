@@ -39,7 +39,7 @@ LEAST_CASES = 10  # solved cases; fewer say nothing about heads
 BY_KIND = ("copy", "r2", "er", "mass", "induction", "echo")
 BY_BEST = ("induction", "echo")  # a KV head is as good as the best of its group
 SPLITS = 10  # of the cases in two halves
-SIGNIFICANT_DIGITS = 6
+SIGNIFICANT_DIGITS = 6  # of a number in a file
 SCORE_FIELDS = {  # of the fields of a file, less the values
     **dict.fromkeys(("kind", "task", "model", "model_sha256", "data_sha256"), str),
     **dict.fromkeys(("kv_heads", "drawn", "seed"), int),
@@ -396,6 +396,7 @@ def estimate_heads(
         if len(found) >= LEAST_CASES:
             break
     else:
+        measured.forget()
         raise LowkeyError(
             f"task {name!r}: {len(found)} of {cases} cases answered right, scores need {LEAST_CASES}; "
             f"give another task ({', '.join(NEEDLE_TASKS)}), more cases, a shorter context or another model"

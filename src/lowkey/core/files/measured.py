@@ -14,7 +14,14 @@ from torch import Tensor
 
 from lowkey.core.errors import LowkeyError
 from lowkey.core.files.reading import jsonable
-from lowkey.core.files.work import damaged_work, job_folder, job_name, read_work_json, write_work_json
+from lowkey.core.files.work import (
+    damaged_work,
+    job_folder,
+    job_name,
+    read_work_json,
+    remove_work,
+    write_work_json,
+)
 
 SECONDS_BETWEEN_WRITES = 5.0  # seconds of work that a kill may cost, beside the measurement that it met
 MEASURED_FILE = "measured.json"
@@ -79,6 +86,11 @@ class Measured:
         folder = job_folder(self.work, self.job)
         write_work_json(folder, MEASURED_FILE, {"measured": self.known})
         self.saved, self.written = len(self.known), time.monotonic()
+
+    def forget(self) -> None:
+        """Remove what was saved, which nothing goes on from when a job is refused."""
+        if self.work is not None:
+            remove_work(self.work)
 
     def _read(self) -> dict[str, Any]:
         if self.work is None or not (self.work / job_name(self.job) / MEASURED_FILE).exists():

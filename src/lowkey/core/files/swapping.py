@@ -12,6 +12,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import random
 import re
 import secrets
 import shutil
@@ -27,7 +28,7 @@ _T = TypeVar("_T")
 OWN_FOLDER = ".lowkey"  # in a folder of this kind: by its name alone it could be somebody's
 OLD_NAME, NEW_NAME = "old", "new"
 LONGEST_PREFIX = 100  # bytes of a name that its folder's name repeats
-FREE_NAME_TRIES = 100
+FREE_NAME_TRIES = 300
 # seconds before a reader tries again
 PAUSES = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.1, 0.2, 0.2, 0.5, 0.5)
 EXCHANGE = 2  # RENAME_EXCHANGE of Linux
@@ -147,7 +148,7 @@ def swap(new: Path, path: Path, folder: Path) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        time.sleep(0.01)
+        time.sleep(random.uniform(0.0, 0.02))  # two writers must not wait in step
     raise OSError(errno.EBUSY, "others write there at the same time", str(path))
 
 
@@ -187,7 +188,7 @@ def steady(path: Path, read: Callable[[], _T]) -> _T:
         before = _version(path)
         try:
             found = read()
-        except LowkeyError:
+        except (LowkeyError, FileNotFoundError):  # also of what was moved away while it was read
             moving = settle(path)
             if before == _version(path) and not (before is None and moving):
                 raise
