@@ -19,7 +19,7 @@ from lowkey.cache.cache import cache_of
 from lowkey.core.files.measured import Measured
 from lowkey.core.progress import Progress, silent
 from lowkey.core.types import LowkeyError, device_of
-from lowkey.heads.retrieval import HeadScores
+from lowkey.heads.scores import HeadScores
 from lowkey.models import families
 from lowkey.models.fingerprint import data_fingerprint, model_fingerprint
 from lowkey.storage.attention_recording import AttentionRecordingLayer

@@ -356,8 +356,8 @@ def _copy(rng: random.Random, hay: Haystack, form: int) -> Story:
     """A block of distinct random tokens, most of which are shown again; the next ones are the answer."""
     if len(hay.distinct) < COPIED_BLOCK:
         raise LowkeyError(
-            f"haystack: {len(hay.distinct)} different tokens cannot make a block of {COPIED_BLOCK} to copy; give a "
-            "longer text"
+            f"haystack: {len(hay.distinct)} different tokens cannot make a block of {COPIED_BLOCK} to copy; "
+            "give a longer text"
         )
     block = rng.sample(hay.distinct, COPIED_BLOCK)
     return Story([Insert(block, right=(CUE, CUE + COPIED))], block[:CUE])
