@@ -32,7 +32,8 @@ from lowkey.evaluate.intervals import half_width
 from lowkey.evaluate.result import Task, evaluate
 from lowkey.evaluate.settings import Setting, evicted, full, packed, planned
 from lowkey.heads.induction import ECHOES, estimate_echo
-from lowkey.heads.retrieval import HeadScores, estimate_heads
+from lowkey.heads.retrieval import estimate_heads
+from lowkey.heads.scores import HeadScores
 from lowkey.models.loading import load
 from lowkey.plan.plan import Plan
 from lowkey.storage.exact import DEFAULT_WINDOW

@@ -25,7 +25,7 @@ from lowkey.calibration.statistics import gather_statistics
 from lowkey.core import files, optimizer_state
 from lowkey.core.files.reading import CHECKSUM, KIND, digest, json_digest, marks
 from lowkey.core.types import LowkeyError
-from lowkey.heads.retrieval import HeadScores
+from lowkey.heads.scores import HeadScores
 from lowkey.methods import PCA, CalibrationContext
 from lowkey.methods.dynakv import GateTraining
 from lowkey.plan.plan import Plan

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lowkey
 from lowkey.catalog import make_policy
 from lowkey.core.types import LowkeyError
-from lowkey.heads.retrieval import HeadScores
+from lowkey.heads.scores import HeadScores
 from lowkey.policies import base
 
 LAYERS, HEADS, GROUP = 3, 4, 2

@@ -25,7 +25,7 @@ from lowkey.cli import app
 from lowkey.core import files
 from lowkey.core.files import outputs, swapping
 from lowkey.core.types import LowkeyError
-from lowkey.heads.retrieval import HeadScores
+from lowkey.heads.scores import HeadScores
 from lowkey.plan.plan import Plan
 from lowkey.pretraining import Recipe, pretrain
 from lowkey.report import write_report

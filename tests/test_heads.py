@@ -21,7 +21,8 @@ from lowkey.core.types import LowkeyError
 from lowkey.heads import induction, retrieval
 from lowkey.heads.induction import estimate_echo
 from lowkey.heads.needles import NEEDLE_TASKS, Case, Haystack
-from lowkey.heads.retrieval import SCORE_KINDS, HeadScores, estimate_heads, f1, spearman
+from lowkey.heads.retrieval import SCORE_KINDS, estimate_heads, f1
+from lowkey.heads.scores import HeadScores, spearman
 from lowkey.models import families
 from lowkey.models.loading import load
 from lowkey.storage.attention_recording import AttentionRecordingLayer
@@ -377,8 +378,8 @@ def tiny():
 @pytest.fixture
 def accepting(monkeypatch):
     """Random models know nothing, so here every answer counts as right."""
-    monkeypatch.setattr(retrieval._Job, "_right", lambda self, written, case: True)
-    monkeypatch.setattr(retrieval._Job, "_over", lambda self, written, case: False)
+    monkeypatch.setattr(retrieval._Job, "_is_right", lambda self, written, case: True)
+    monkeypatch.setattr(retrieval._Job, "_is_over", lambda self, written, case: False)
 
 
 def small(model, kind="r2", **changes) -> HeadScores:
@@ -599,10 +600,10 @@ def test_what_counts_as_right(accept, right):
     encode = lambda text: pico.tokenizer()(text).input_ids  # noqa: E731
     job = retrieval._Job(attached("llama"), pico.tokenizer(), retrieval.top_mass, accept, (0, 1, 2))
     case = Case(encode(" Question"), [], encode(" old lamp"), ((0, 1),), (0, 1), ())
-    assert job._right(encode(" old lam."), case) is job._right(encode(" old lamp")[:-1], case) is False
-    assert job._right(encode(" old lamp"), case) and job._right(encode(" Old lamp"), case) is right
-    assert job._over(encode(" x"), case) is not right and not job._over(encode(" ol"), case)
-    assert job._over(encode(" old\n"), case)
+    assert job._is_right(encode(" old lam."), case) is job._is_right(encode(" old lamp")[:-1], case) is False
+    assert job._is_right(encode(" old lamp"), case) and job._is_right(encode(" Old lamp"), case) is right
+    assert job._is_over(encode(" x"), case) is not right and not job._is_over(encode(" ol"), case)
+    assert job._is_over(encode(" old\n"), case)
 
 
 # -- the embedded model

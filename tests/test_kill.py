@@ -21,7 +21,7 @@ import torch
 import lowkey
 from lowkey.cli import app
 from lowkey.core import files
-from lowkey.heads.retrieval import HeadScores
+from lowkey.heads.scores import HeadScores
 from lowkey.plan.plan import Plan
 
 # what forks may say in a process with threads

@@ -1,7 +1,11 @@
-"""Attention with a small cache from birth: one configuration field chooses it, one class trains, generates
-and saves it.
+"""Attention that has a small cache by design: one field of the configuration chooses it, and one class
+trains, generates and saves it.
 
-model = LowkeyForCausalLM(LowkeyConfig(attention="lrkv", lrkv_rank=24, ...))
+    model = LowkeyForCausalLM(LowkeyConfig(attention="lrkv", lrkv_rank=24, ...))
+
+`base` has what all kinds share, one file each has a kind (`gqa`, `gta`, `lrkv`, `mea`, `mla`), `costs` counts
+what they take, and `modeling_lowkey` puts them into Llama's decoder. transformers copies this folder beside a
+checkpoint, so it imports nothing of lowkey, and siblings by relative imports only.
 """
 
 from __future__ import annotations
@@ -14,10 +18,10 @@ from lowkey.attention.modeling_lowkey import ATTENTION, LowkeyForCausalLM, Lowke
 
 
 def register() -> None:
-    """Tell transformers' Auto classes of our model type, and let `save_pretrained` put this code beside the
-    weights.
+    """Tell transformers' Auto classes about our model type, and let `save_pretrained` put this code beside
+    the weights.
 
-    Nothing happens by importing lowkey; commands and loaders call this.
+    Importing lowkey does not do this; commands and loaders call it.
     """
     AutoConfig.register(LowkeyConfig.model_type, LowkeyConfig, exist_ok=True)
     AutoModel.register(LowkeyConfig, LowkeyModel, exist_ok=True)

@@ -1,6 +1,6 @@
-"""What all attention variants share: queries, the way through the cache, and what follows attention.
+"""What all kinds of attention share: queries, the way through the cache, and what follows attention.
 
-Letters: b batch, t new tokens, s stored tokens, D hidden size, H query heads, G key-value heads, d head dim.
+Letters: b batch, t new tokens, s stored tokens, D hidden size, H query heads, G KV heads, d head dim.
 """
 
 from __future__ import annotations
@@ -29,10 +29,16 @@ Turn = tuple[Tensor, Tensor]  # cos and sin, each (b, t, width)
 
 
 class RotaryCall(NamedTuple):
-    """How one call turns: cos and sin (b|1, t, width) of the new tokens; frequencies (width / 2) and scaling,
-    which they were made of, so that stored tokens can be turned alike; narrow: cos and sin of the new tokens
-    at the width of latents, where those are rotated too;
-    other: of the layers with another attention, where there are some."""
+    """Rotations of one call.
+
+    Args:
+        cos: (b or 1, t, width) of the new tokens.
+        sin: (b or 1, t, width) of the new tokens.
+        frequencies: (width / 2), from which cos and sin of stored tokens can be made.
+        scaling: factor on cos and sin (YaRN).
+        narrow: cos and sin of the new tokens at the width of latents, where latents are rotated too; or None.
+        other: rotations of the layers that have another attention, if there are such layers.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -42,17 +48,27 @@ class RotaryCall(NamedTuple):
     other: RotaryCall | None = None
 
     def at(self, positions: Tensor, like: Tensor) -> Turn:
-        """cos and sin of other positions (b, s), in the dtype of `like`."""
+        """cos and sin of other positions.
+
+        Args:
+            positions: (b, s).
+            like: a tensor of the wanted dtype.
+        """
         angles = positions.unsqueeze(-1).float() * self.frequencies.float()
         cos, sin = (torch.cat((part, part), -1) * self.scaling for part in (angles.cos(), angles.sin()))
         return cos.to(like.dtype), sin.to(like.dtype)
 
 
 class LayerCall(NamedTuple):
-    """One call of a layer. mask: as transformers makes it for the attention function in use; rope: of the new
-    tokens; positions (b|1, t);
-    cached: whether what `project` returns goes through a cache; extra: keywords for the attention
-    function."""
+    """One call of a layer.
+
+    Args:
+        mask: as transformers makes it for the attention function in use.
+        rope: rotations of the new tokens.
+        positions: (b or 1, t).
+        cached: whether what `project` returns goes through a cache.
+        extra: keywords for the attention function.
+    """
 
     mask: Tensor | None
     rope: RotaryCall
@@ -71,11 +87,15 @@ class NoRotation(nn.Module):
 
 
 class KindRotaryEmbedding(LlamaRotaryEmbedding):
-    """The decoder's rotary embedding for heads of `width`, and of `narrow` where that is not 0, with the same
-    base and scaling.
+    """The decoder's rotary embedding for heads of a given width, with the configuration's base and scaling.
 
-    Layers hold none of their own: rotations whose frequencies follow the length of the text (dynamic,
-    longrope) have a state, and it is this one's alone.
+    Layers have none of their own. Rotations whose frequencies follow the length of the text (dynamic,
+    longrope) have a state, and it must exist once.
+
+    Args:
+        config: the model's configuration.
+        width: rotated dimensions of a head.
+        narrow: rotated dimensions of latents; 0 for none.
     """
 
     def __init__(self, config: LowkeyConfig, width: int, narrow: int = 0) -> None:
@@ -91,7 +111,7 @@ class KindRotaryEmbedding(LlamaRotaryEmbedding):
 
 
 class PreciseRMSNorm(nn.RMSNorm):
-    """RMSNorm in its weight's precision: under autocast the input is narrower than the weight, in fp64
+    """RMSNorm in the precision of its weight. Under autocast the input is narrower than the weight; in fp64
     neither is narrowed.
     """
 
@@ -100,7 +120,7 @@ class PreciseRMSNorm(nn.RMSNorm):
 
 
 class TwoRotations(nn.Module):
-    """Of two kinds of layers, each with its own rotary embedding."""
+    """The rotary embeddings of two kinds of layers."""
 
     def __init__(self, own: nn.Module, other: nn.Module) -> None:
         super().__init__()
@@ -111,9 +131,7 @@ class TwoRotations(nn.Module):
 
 
 def rotary(config: LowkeyConfig) -> nn.Module:
-    """The decoder's rotary embedding. Of no dimensions it is another module: transformers takes 0 for "not
-    given".
-    """
+    """The decoder's rotary embedding for a configuration."""
     own = (
         KindRotaryEmbedding(config, config.rope_width, config.narrow_rope_width)
         if config.rope_width
@@ -123,8 +141,13 @@ def rotary(config: LowkeyConfig) -> nn.Module:
 
 
 def rotated_by(x: Tensor, rope: RotaryCall | Turn, back: bool = False) -> Tensor:
-    """Turn the last dimensions of x (b, heads, t, d), as many as the rotary embedding has. `back`: undo that,
-    and with it the factor that scaled embeddings (YaRN) have on cos and sin."""
+    """Rotate the last dimensions, as many as the rotary embedding has.
+
+    Args:
+        x: (b, heads, t, d).
+        rope: cos and sin.
+        back: undo the rotation, and the factor that scaled embeddings (YaRN) have on cos and sin.
+    """
     cos, sin = (part.unsqueeze(1) for part in rope[:2])
     width = cos.shape[-1]
     if width == 0:
@@ -137,12 +160,14 @@ def rotated_by(x: Tensor, rope: RotaryCall | Turn, back: bool = False) -> Tensor
 
 
 def split_into_heads(x: Tensor, heads: int) -> Tensor:
-    """(b, t, heads d) -> (b, heads, t, d)."""
+    """(b, t, heads d) to (b, heads, t, d)."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def as_one_head(*parts: Tensor) -> Tensor:
-    """(b, heads, t, d), ... -> one head (b, 1, t, sum of heads d), as caches store parts of different shapes."""
+    """Tensors (b, heads, t, d) of different shapes as one head (b, 1, t, sum of heads d), as a cache can
+    store them together.
+    """
     return torch.cat([part.transpose(1, 2).flatten(2) for part in parts], -1).unsqueeze(1)
 
 
@@ -152,28 +177,42 @@ def nothing(like: Tensor) -> Tensor:
 
 
 def by_rows(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, both (rows, heads, ., .), one row of the batch after another: heads that lie between other
-    numbers are one batch only within a row, and a product over rows and heads would copy b first."""
+    """a @ b, both (rows, heads, ., .), one row of the batch after the other.
+
+    Heads that lie between other numbers in memory are one batch only within a row; a product over rows and
+    heads together would copy b first.
+    """
     return torch.stack([x @ y for x, y in zip(a, b, strict=True)])
 
 
 def with_positions(stored: Tensor, positions: Tensor) -> Tensor:
-    """Numbers (b, 1, t, w) with the positions (b|1, t) of their tokens behind them, as digits to the base
-    256, which bf16 holds exactly.
+    """Append positions to what is stored.
+
+    Args:
+        stored: (b, 1, t, w).
+        positions: (b or 1, t). They are written as three digits to the base 256, which bf16 holds exactly.
+
+    Returns:
+        (b, 1, t, w + 3).
     """
     digits = torch.stack((positions >> 16, positions >> 8 & 255, positions & 255), -1)
     return torch.cat((stored, digits.to(stored).expand(len(stored), -1, -1).unsqueeze(1)), -1)
 
 
 def without_positions(stored: Tensor) -> tuple[Tensor, Tensor]:
-    """What `with_positions` was given: the numbers, and the positions (b, s)."""
+    """The numbers and the positions (b, s) that `with_positions` was given."""
     high, middle, low = stored[:, 0, :, -POSITION_NUMBERS:].long().unbind(-1)
     return stored[..., :-POSITION_NUMBERS], (high << 16) + (middle << 8) + low
 
 
 def attention_weights(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax over the stored tokens of scaled scores (b, H, t, s). mask: boolean or additive (b|1, 1, t, s);
-    None: as transformers means it, causal from the first token on, or no mask at all for a single query."""
+    """Softmax over the stored tokens.
+
+    Args:
+        scores: scaled scores (b, H, t, s).
+        mask: boolean or additive (b or 1, 1, t, s). None means what transformers means by it: causal from the
+            first token on, or no mask for a single query.
+    """
     t, s = scores.shape[-2:]
     if mask is None and t > 1:
         mask = torch.ones(t, s, dtype=torch.bool, device=scores.device).tril()
@@ -188,7 +227,11 @@ def attention_weights(scores: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _check_exact(cache: Cache, layer: int) -> None:
-    """Errors: ValueError for a cache that rounds what it stores: positions would come back as others."""
+    """Check that a cache gives back what it was given, as stored positions need.
+
+    Raises:
+        ValueError: it rounds what it stores.
+    """
     layers = getattr(cache, "layers", [])
     if layer < len(layers) and isinstance(layers[layer], QuantizedLayer):
         raise ValueError(
@@ -198,16 +241,21 @@ def _check_exact(cache: Cache, layer: int) -> None:
 
 
 class HeadMaps(NamedTuple):
-    """The linear maps that the H query heads of one layer amount to, of the layer's normed input (row
-    vectors: keys = inputs @ k[i].T).
+    """The linear maps that the H query heads of a layer amount to, from the layer's normed input: keys =
+    inputs @ k[i].T.
 
-    q (H, w, D); k (H, w or less, D): the first dimensions of a query meet it; v (H, u, D); o (H, D, u).
-    key_slice (e, D): keys that all heads share, which the last e dimensions of a query meet, and which k may
-    hold too; or None.
-    k_residual, v_residual: the low-rank part of k and v, where they are a shared part plus that; or None.
-
-    Weights of norms along the way are folded in; what a norm divides by depends on the input and is left out,
+    Weights of norms along the way are folded in. What a norm divides by depends on the input and is left out,
     as are rotation, biases and the output gate.
+
+    Args:
+        q: (H, w, D).
+        k: (H, w or less, D); the first dimensions of a query meet it.
+        v: (H, u, D).
+        o: (H, D, u).
+        key_slice: keys (e, D) that all heads share, which the last e dimensions of a query meet, and which k
+            may contain too; or None.
+        k_residual: the low-rank part of k, where k is a shared part plus that; or None.
+        v_residual: the low-rank part of v, likewise.
     """
 
     q: Tensor
@@ -220,22 +268,27 @@ class HeadMaps(NamedTuple):
 
 
 def weight_of(linear: nn.Linear, heads: int) -> Tensor:
-    """The rows of a linear map by head, (heads, d, D), in fp32 or wider."""
+    """Rows of a linear map by head (heads, d, D), in fp32 or wider."""
     return in_fp32_or_wider(linear.weight).unflatten(0, (heads, -1))
 
 
 def in_fp32_or_wider(x: Tensor) -> Tensor:
-    """In fp32 or wider: products of maps are not rounded to the dtype that the maps are kept in."""
+    """A tensor in fp32 or wider, so that products of maps are not rounded to the dtype that the maps are
+    stored in.
+    """
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def norm_folded(maps: Tensor, norm: nn.Module) -> Tensor:
-    """Maps (heads, d, D) times the weight of the norm over d that follows them, if one does."""
+    """Maps (heads, d, D) times the weight of the norm that follows them, if one does."""
     return maps * in_fp32_or_wider(norm.weight).unsqueeze(-1) if isinstance(norm, nn.RMSNorm) else maps
 
 
 class LowRankQuery(nn.Module):
-    """Queries through a normed latent (arXiv:2405.04434, section 2.1.2)."""
+    """Queries through a normed latent.
+
+    Source: arXiv:2405.04434, section 2.1.2.
+    """
 
     def __init__(self, config: LowkeyConfig, width: int) -> None:
         super().__init__()
@@ -259,10 +312,10 @@ class LowRankQuery(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """RMSNorm of each head's output (arXiv:2601.19611, section 3): over d features, the weight shared by
-    heads or each head's own.
+    """RMSNorm of each head's output over its features, with one weight for all heads or one for each.
 
-    The paper writes GroupNorm and defines it so; whether its weight is shared is not said.
+    Source: arXiv:2601.19611, section 3. The paper writes GroupNorm and defines it so; it does not say whether
+    heads share the weight.
     """
 
     def __init__(self, config: LowkeyConfig, width: int) -> None:
@@ -278,26 +331,38 @@ class HeadNorm(nn.Module):
         return nn.functional.rms_norm(heads, heads.shape[-1:], eps=self.eps) * self.weight
 
     def initialize(self) -> None:
+        """Start with weights of one."""
         init.ones_(self.weight)
 
 
 class OutputProjection(nn.Linear):
-    """The last map of a layer's attention, (heads d) -> D. A class of its own: transformers asks only modules
-    with parameters of their own how they start, so that a layer cannot speak for its parts."""
+    """The last map of attention, (heads d) to D.
+
+    It is a class of its own because transformers initialises modules that have parameters of their own, so a
+    layer cannot initialise its parts.
+    """
 
     def __init__(self, config: LowkeyConfig, width: int) -> None:
         super().__init__(width, config.hidden_size, bias=config.attention_bias)
         self.zero = config.zero_init_output
 
     def initialize(self) -> None:
+        """Start with zeros if the configuration says so."""
         if self.zero:
             init.zeros_(self.weight)
 
 
 class Attention(nn.Module, ABC):
-    """One layer's attention. A variant says what it stores, how queries meet it, and what that costs.
+    """The attention of one layer.
 
-    config: of this layer's kind. key_width: dimensions of a query head; value_width: of a head's output.
+    A kind of attention says what a token stores (`project`), how queries meet what is stored (`attend`), what
+    that costs (`costs`) and which linear maps its heads amount to (`effective`).
+
+    Args:
+        config: configuration of this layer's kind.
+        layer_idx: number of the layer.
+        key_width: dimensions of a query head (default: head_dim).
+        value_width: dimensions of a head's output (default: head_dim).
     """
 
     whole: LowkeyConfig | None = None  # the model's configuration, where this layer is one of the others
@@ -335,7 +400,7 @@ class Attention(nn.Module, ABC):
         )
 
     def norm(self, width: int) -> nn.Module:
-        """Of queries, keys or latents, over the last dimension, where the configuration has one."""
+        """The norm of queries, keys or latents over the last dimension, if the configuration has one."""
         return PreciseRMSNorm(width, eps=self.config.rms_norm_eps) if self.config.qk_norm else nn.Identity()
 
     def forward(
@@ -347,7 +412,19 @@ class Attention(nn.Module, ABC):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states (b, t, D) -> the same shape, and the weights (b, H, t, s) where they were formed."""
+        """The layer's output, with the signature that Llama's decoder calls.
+
+        Args:
+            hidden_states: (b, t, D).
+            position_embeddings: rotations of the new tokens.
+            attention_mask: as transformers makes it.
+            past_key_values: the cache, or None.
+            position_ids: (b or 1, t).
+            kwargs: keywords for the attention function.
+
+        Returns:
+            The output (b, t, D), and the attention weights (b, H, t, s) if they were formed.
+        """
         if past_key_values is not None and self.stores_positions:
             _check_exact(past_key_values, self.layer_idx)
         rope = self._rope(position_embeddings, hidden_states, position_ids)
@@ -361,8 +438,11 @@ class Attention(nn.Module, ABC):
         return self.finish(out, hidden_states), weights
 
     def _rope(self, given: RotaryCall | Turn, hidden: Tensor, positions: Tensor | None) -> RotaryCall:
-        """This layer's part of what the model's rotary embedding says. Of plain cos and sin, as stock layers
-        take them, the rest is made anew from the configuration."""
+        """This layer's rotations.
+
+        Stock layers pass plain cos and sin, without frequencies: these are then made anew from the
+        configuration.
+        """
         if isinstance(given, RotaryCall):
             rope = given if self.whole is None else given.other
             assert rope is not None
@@ -374,15 +454,33 @@ class Attention(nn.Module, ABC):
 
     @abstractmethod
     def project(self, hidden: Tensor, query: Tensor, call: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
-        """The query (b, H, t, w) ready to meet what is stored, and what of the new tokens is stored: two
-        tensors (b, heads, t, width).
+        """Queries, and what the new tokens store.
+
+        Args:
+            hidden: the layer's input (b, t, D).
+            query: normed queries (b, H, t, w).
+            call: the call.
+
+        Returns:
+            The query ready to meet what is stored, and two tensors (b, heads, t, width) that go through the
+            cache.
         """
 
     @abstractmethod
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall
     ) -> tuple[Tensor, Tensor | None]:
-        """The query over all that is stored: (b, t, H, d), and the weights where they were formed."""
+        """Attention over everything stored.
+
+        Args:
+            query: what `project` returned.
+            keys: what the cache returned, all tokens' first tensor.
+            values: all tokens' second tensor.
+            call: the call.
+
+        Returns:
+            Outputs of heads (b, t, H, d), and the attention weights if they were formed.
+        """
 
     @staticmethod
     @abstractmethod
@@ -391,20 +489,18 @@ class Attention(nn.Module, ABC):
 
     @abstractmethod
     def effective(self) -> tuple[Tensor, Tensor]:
-        """The maps to keys and values that each of the H query heads reads, (H, w, D) and (H, u, D), as
-        HeadMaps means them.
-        """
+        """The maps to keys (H, w, D) and values (H, u, D) that each query head reads, as in `HeadMaps`."""
 
     def key_slice(self) -> Tensor | None:
-        """The map (e, D) to the part of the keys that all heads share, where a variant has one."""
+        """The map (e, D) to the part of the keys that all heads share, or None."""
         return None
 
     def residuals(self) -> tuple[Tensor, Tensor] | None:
-        """The low-rank parts of `effective`, where a variant has them."""
+        """The low-rank parts of `effective`, or None."""
         return None
 
     def head_maps(self) -> HeadMaps:
-        """This layer's heads as linear maps, in fp32 or wider; gradients pass."""
+        """The layer's heads as linear maps, in fp32 or wider. Gradients flow through them."""
         query = self.q_proj.effective() if self.config.q_lora_rank else in_fp32_or_wider(self.q_proj.weight)
         out = in_fp32_or_wider(self.o_proj.weight).unflatten(1, (self.heads, -1)).transpose(0, 1)
         if self.head_norm is not None:
@@ -415,7 +511,7 @@ class Attention(nn.Module, ABC):
     def dense(
         self, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall
     ) -> tuple[Tensor, Tensor | None]:
-        """transformers' attention function over written-out keys and values."""
+        """transformers' attention function over keys and values that are written out for every head."""
         chosen = (self.whole or self.config)._attn_implementation  # of the model, whose user may change it
         function = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
@@ -432,12 +528,17 @@ class Attention(nn.Module, ABC):
         )
 
     def weights(self, scores: Tensor, call: LayerCall) -> Tensor:
-        """From scores (b, H, t, s), formed without written-out keys, to what values are weighed by."""
+        """Attention weights from scores that were formed without written-out keys.
+
+        Args:
+            scores: unscaled scores (b, H, t, s).
+            call: the call.
+        """
         weights = attention_weights(scores * self.scaling, call.mask)
         return nn.functional.dropout(weights, self.attention_dropout, self.training)
 
     def finish(self, heads: Tensor, hidden: Tensor) -> Tensor:
-        """From heads (b, t, H, d) to the layer's output (b, t, D)."""
+        """From outputs of heads (b, t, H, d) to the layer's output (b, t, D)."""
         if self.head_norm is not None:
             heads = self.head_norm(heads)
         out = heads.flatten(2)
@@ -446,4 +547,4 @@ class Attention(nn.Module, ABC):
         return self.o_proj(out)
 
     def initialize(self) -> None:
-        """Starting values of parameters that lie in the layer itself, not in its maps and norms."""
+        """Initialise parameters that lie in the layer itself, and not in its maps and norms."""

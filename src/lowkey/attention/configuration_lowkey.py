@@ -1,8 +1,7 @@
-"""The one configuration of the models that `lowkey pretrain` trains: a stock decoder whose attention is named
-by `attention`.
+"""The configuration of our models: a stock decoder whose attention is chosen by the field `attention`.
 
-This folder imports nothing of lowkey and only from its own files by relative imports, so that transformers
-can put it beside a checkpoint (`trust_remote_code`), which then loads where lowkey is not installed.
+This folder imports nothing of lowkey, and only its own files by relative imports, so that transformers can
+put it beside a checkpoint (`trust_remote_code`), which then loads where lowkey is not installed.
 """
 
 from __future__ import annotations
@@ -44,34 +43,47 @@ SHARED_FIELDS = (  # by all layers, whatever their attention
 
 @strict
 class LowkeyConfig(LlamaConfig):
-    """A Llama-like decoder (RMSNorm before each block, SwiGLU, RoPE) whose attention is one of ATTENTION_KINDS.
+    """Configuration of a Llama-like decoder (RMSNorm before each block, SwiGLU, RoPE) with one of
+    `ATTENTION_KINDS`.
 
-    For every kind: q_lora_rank: queries through a normed latent of this width, or None. attn_output_gate:
-    heads times sigmoid(x W) before the output projection (arXiv:2505.06708). head_norm: RMSNorm of each
-    head's output before the output projection, `shared` (one weight for all heads), `own` (one for each) or
-    `none`; None: `shared` for mea, else `none`. zero_init_output: output projections start at zero, so that
-    all kinds start alike. decode: how latents and component heads are read: `auto` (by operations, as each
-    kind says), `absorbed`, `expanded`. For every kind but mla, which norms its latents: qk_norm: RMSNorm of
-    queries and keys per head, before rotation, with a weight (Qwen3).
+    Args:
+        attention: kind of attention: `mha`, `gqa`, `mqa`, `mla`, `lrkv`, `mea`, `gta` or `k_eq_v` (default
+            `gqa`).
+        attention_layers: layers that have `attention`, counted from 0, where not all do. By name, as in
+            arXiv:2601.19611, section 5.2: `half`, the middle half (the 12th to the 35th of 48), or `deep`,
+            all but the first three.
+        other_attention: fields of all other layers; by default grouped-query attention with as many stored
+            heads as mea has composite heads, else with as many as there are query heads.
+        num_key_value_heads: stored heads of gqa, gta and k_eq_v; composite heads of mea; shared bases of lrkv
+            (default 1); 1 for mqa.
+        q_lora_rank: width of a normed latent that queries go through, or None.
+        qk_norm: RMSNorm of queries and keys per head, before rotation, with a weight (Qwen3). Not for mla,
+            which norms its latents.
+        attn_output_gate: outputs of heads times sigmoid(x W) before the output projection (arXiv:2505.06708).
+        head_norm: RMSNorm of each head's output before the output projection: `shared` (one weight for all
+            heads), `own` (one for each) or `none`. None means `shared` for mea, else `none`.
+        zero_init_output: output projections start at zero, so that all kinds start alike.
+        decode: how latents and component heads are read: `absorbed`, `expanded`, or `auto`, whichever takes
+            fewer operations (see each kind).
+        kv_lora_rank: width c of mla's latent (arXiv:2405.04434).
+        qk_nope_head_dim: unrotated dimensions n of mla's query heads (default: head_dim).
+        qk_rope_head_dim: rotated dimensions e of mla's query heads; for gta, k_eq_v and lrkv's mode
+            `partial`, the last dimensions of a head, which alone are rotated (default: half of head_dim; all
+            of it for k_eq_v).
+        v_head_dim: dimensions v of mla's value heads (default: head_dim).
+        mla_latent_scale: normed latents times sqrt(hidden / width).
+        mla_kv_norm: RMSNorm of mla's latent.
+        mla_rotate: False leaves the shared key slice of mla unrotated (NoPE).
+        lrkv_rank: rank r of lrkv (arXiv:2601.11471); 0 leaves the shared heads alone.
+        lrkv_rope_mode: `full` is the paper's model; `latent` and `partial` (ours) can be read without
+            rebuilding keys, see `lrkv`.
+        lrkv_init_scale: norm of the low-rank part over that of the shared part at the start.
+        mea_num_component_heads: component heads m of mea (arXiv:2601.19611); default: the composite heads.
+        mea_hlc_init: start of mea's composition: `identity` (component heads in turn) or `orthogonal`.
 
-    attention_layers: the layers that have `attention`, counted from 0, where not all do; by name as in
-    arXiv:2601.19611, section 5.2: `half`, the middle half (the 12th to 35th of 48), `deep`, all but the first
-    three.
-    other_attention: fields of all other layers, by default grouped-query attention with as many stored heads
-    as mea has composite heads, else with as many as query heads.
-
-    num_key_value_heads: stored heads of gqa, gta and k_eq_v, composite heads of mea, shared bases of lrkv
-    (default 1 there), 1 for mqa. mla (arXiv:2405.04434): kv_lora_rank c, qk_nope_head_dim n, qk_rope_head_dim
-    e, v_head_dim v; mla_latent_scale: normed latents times sqrt(hidden / width); mla_kv_norm: the latent's
-    RMSNorm; mla_rotate: False leaves the shared key slice unrotated (NoPE). lrkv (arXiv:2601.11471):
-    lrkv_rank r; lrkv_rope_mode: `full` is the paper's model, `latent` and `partial` (ours) can be read
-    without rebuilding keys, see `lrkv`; lrkv_init_scale: norm of the low-rank part over that of the shared
-    one at the start. mea (arXiv:2601.19611): mea_num_component_heads m (default: the composite heads);
-    mea_hlc_init: `identity` (component heads in turn) or `orthogonal`. gta (arXiv:2505.21487), k_eq_v and the
-    mode `partial` rotate only the last qk_rope_head_dim dimensions of a head (default: half of them; all for
-    k_eq_v).
-    Errors: huggingface_hub's StrictDataclassClassValidationError, whose cause is a ValueError, for what does
-    not go together.
+    Raises:
+        StrictDataclassClassValidationError: huggingface_hub's error for fields that do not go together. Its
+            cause is a ValueError with our message.
     """
 
     model_type = "lowkey"
@@ -121,8 +133,8 @@ class LowkeyConfig(LlamaConfig):
 
     @property
     def others(self) -> LowkeyConfig | None:
-        """The configuration of the layers that `attention_layers` leaves out; None where there are none. A
-        new one at each call.
+        """The configuration of the layers that `attention_layers` leaves out, a new object at each call; None
+        if there are none.
         """
         if self.attention_layers is None:
             return None
@@ -134,22 +146,27 @@ class LowkeyConfig(LlamaConfig):
 
     @property
     def rope_width(self) -> int:
-        """Dimensions that the decoder's shared rotary embedding turns."""
+        """Dimensions that the decoder's rotary embedding rotates."""
         return self.qk_rope_head_dim if self._partly_rotated else self.head_dim
 
     @property
     def narrow_rope_width(self) -> int:
-        """Dimensions of a latent that a second one turns; 0 where latents are not rotated."""
+        """Dimensions of a latent that a second rotary embedding rotates; 0 if latents are not rotated."""
         return self.lrkv_rank if self.attention == "lrkv" and self.lrkv_rope_mode == "latent" else 0
 
     @property
     def _partly_rotated(self) -> bool:
+        """Whether only a part of a head is rotated."""
         return self.attention in PARTLY_ROTATED or (
             self.attention == "lrkv" and self.lrkv_rope_mode == "partial"
         )
 
     def validate_architecture(self) -> None:
-        """What cannot be built is refused when the configuration is made."""
+        """Refuse what cannot be built. transformers calls this when a configuration is made.
+
+        Raises:
+            ValueError: the first rule that is broken.
+        """
         for name, allowed in {
             "attention": ATTENTION_KINDS,
             "lrkv_rope_mode": ROPE_MODES,
@@ -175,6 +192,9 @@ class LowkeyConfig(LlamaConfig):
             )
 
     def _validate_layers(self) -> None:
+        """Raises:
+        ValueError: wrong layers, or other_attention without them.
+        """
         layers, other = self.attention_layers, self.other_attention
         if layers is None:
             if other is not None:
@@ -205,6 +225,9 @@ class LowkeyConfig(LlamaConfig):
         _ = self.others  # refuses what cannot be built
 
     def _validate_rope(self) -> None:
+        """Raises:
+        ValueError: an odd or too large number of rotated dimensions.
+        """
         width = self.rope_width
         if not self._partly_rotated:
             if width % 2:
@@ -216,6 +239,9 @@ class LowkeyConfig(LlamaConfig):
             )
 
     def _validate_heads(self) -> None:
+        """Raises:
+        ValueError: wrong numbers of heads.
+        """
         heads, stored = self.num_attention_heads, self.num_key_value_heads
         if self.head_dim < 1:
             raise ValueError(
@@ -240,6 +266,9 @@ class LowkeyConfig(LlamaConfig):
             )
 
     def _validate_mla(self) -> None:
+        """Raises:
+        ValueError: wrong widths of mla.
+        """
         if not self.kv_lora_rank or self.kv_lora_rank < 1:
             raise ValueError(
                 f"kv_lora_rank {self.kv_lora_rank}: attention 'mla' needs the width of its latent, at least 1"
@@ -259,6 +288,9 @@ class LowkeyConfig(LlamaConfig):
             )
 
     def _validate_lrkv(self) -> None:
+        """Raises:
+        ValueError: a wrong rank or mode of lrkv.
+        """
         rank = self.lrkv_rank
         if rank < 0:
             raise ValueError(f"lrkv_rank {rank}: must be at least 0; 0 leaves the shared heads alone")
@@ -277,7 +309,12 @@ class LowkeyConfig(LlamaConfig):
 
 
 def subset(layers: list | str | None, count: int) -> list | None:
-    """Indices of the layers of a model of `count`, in order; names that are not known stay, to be refused."""
+    """Layers by number, in order.
+
+    Args:
+        layers: numbers, `half`, `deep`, or anything else, which is returned as it is, to be refused.
+        count: number of layers of the model.
+    """
     if layers == "half":
         start = max(1, (count - count // 2 - 1) // 2)
         return list(range(start, start + count // 2))

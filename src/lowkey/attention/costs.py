@@ -1,7 +1,8 @@
-"""What a layer of attention takes, as formulas; the tests hold them against real tensors and torch's counter.
+"""What a layer of attention takes, as formulas. Tests compare them with real tensors and with torch's
+counter.
 
-Conventions: 2 operations per multiply-accumulate (MAC), forward only; softmax, norms and rotations are not
-counted.
+Conventions: 2 operations per multiply-accumulate (MAC), forward pass only; softmax, norms and rotations are
+not counted.
 """
 
 from __future__ import annotations
@@ -15,12 +16,17 @@ MANY = 10**6  # stored tokens, for which a choice by operations is written into 
 
 
 class Costs(NamedTuple):
-    """One layer of attention.
+    """Costs of one layer of attention.
 
-    parameters: numbers trained. stored: numbers kept per token. read: how many of them a decoding step reads
-    per stored token, twice where both products read them (a kernel that keeps a tile may read less). token,
-    pair: MACs per token, and per query token and visible token, when a whole text is read. decode_token,
-    decode_pair: the same for one new token over a cache, as `decode` has it.
+    Args:
+        parameters: trained numbers.
+        stored: numbers stored per token.
+        read: how many of them a decode step reads per stored token; twice where both products read them (a
+            kernel that keeps a tile may read less).
+        token: MACs per token when a whole text is read.
+        pair: MACs per query token and visible token when a whole text is read.
+        decode_token: MACs for one new token over a cache, independent of the cache, as `decode` has it.
+        decode_pair: MACs for one new token per stored token.
     """
 
     parameters: int
@@ -32,24 +38,34 @@ class Costs(NamedTuple):
     decode_pair: int
 
     def prefill_flops(self, tokens: int, causal: bool = True) -> int:
-        """Reading `tokens` tokens; `causal` counts visible pairs only, else all of them, as kernels without
-        skipping do.
+        """Operations to read a text.
+
+        Args:
+            tokens: tokens of the text.
+            causal: count visible pairs only; otherwise all pairs, as a kernel that skips nothing computes.
         """
         pairs = tokens * (tokens + 1) // 2 if causal else tokens * tokens
         return 2 * (self.token * tokens + self.pair * pairs)
 
     def decode_flops(self, stored: int) -> int:
-        """One new token, which is the last of `stored`."""
+        """Operations for one new token, which is the last of `stored` tokens."""
         return 2 * (self.decode_token + self.decode_pair * stored)
 
     def bytes_per_token(self, itemsize: int) -> int:
-        """Cache bytes per token in numbers of `itemsize` bytes."""
+        """Cache bytes per token, with numbers of `itemsize` bytes."""
         return self.stored * itemsize
 
 
 def projection_costs(config: LowkeyConfig, key_width: int, value_width: int) -> tuple[int, int]:
-    """(parameters, MACs per token) of queries, gate, head norm and output projection, which all variants
-    have.
+    """What all kinds have: queries, gate, head norm and output projection.
+
+    Args:
+        config: the configuration.
+        key_width: dimensions of a query head.
+        value_width: dimensions of a head's output.
+
+    Returns:
+        Parameters, and MACs per token.
     """
     heads, hidden, rank = config.num_attention_heads, config.hidden_size, config.q_lora_rank
     queries = hidden * rank + rank * heads * key_width if rank else hidden * heads * key_width
@@ -62,7 +78,12 @@ def projection_costs(config: LowkeyConfig, key_width: int, value_width: int) -> 
 
 
 def model_parameters(config: LowkeyConfig, layers: Sequence[Costs]) -> int:
-    """Numbers trained in the whole model, of the layers' costs."""
+    """Trained numbers of the whole model.
+
+    Args:
+        config: the configuration.
+        layers: costs of each layer.
+    """
     hidden, wide = config.hidden_size, config.intermediate_size
     block = 3 * hidden * wide + 2 * hidden + (2 * wide + hidden if config.mlp_bias else 0)
     embeddings = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
@@ -70,8 +91,13 @@ def model_parameters(config: LowkeyConfig, layers: Sequence[Costs]) -> int:
 
 
 def model_flops(config: LowkeyConfig, layers: Sequence[Costs], tokens: int) -> int:
-    """One forward pass over `tokens` tokens of one text, logits of all of them included. Training takes three
-    times as many.
+    """Operations of one forward pass over one text, logits of all tokens included. Training takes three times
+    as many.
+
+    Args:
+        config: the configuration.
+        layers: costs of each layer.
+        tokens: tokens of the text.
     """
     rest = (
         3 * config.hidden_size * config.intermediate_size * config.num_hidden_layers
@@ -81,5 +107,5 @@ def model_flops(config: LowkeyConfig, layers: Sequence[Costs], tokens: int) -> i
 
 
 def model_bytes_per_token(layers: Sequence[Costs], itemsize: int) -> int:
-    """Cache bytes per token of all layers, in numbers of `itemsize` bytes."""
+    """Cache bytes per token of all layers, with numbers of `itemsize` bytes."""
     return sum(layer.bytes_per_token(itemsize) for layer in layers)

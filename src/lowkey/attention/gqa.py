@@ -1,5 +1,5 @@
-"""Multi-head, grouped-query (arXiv:2305.13245) and multi-query (arXiv:1911.02150) attention: one class, told
-apart by stored heads.
+"""Multi-head attention, grouped-query attention (arXiv:2305.13245) and multi-query attention
+(arXiv:1911.02150): one class, with different numbers of stored heads.
 """
 
 from __future__ import annotations
@@ -12,7 +12,12 @@ from .costs import Costs, projection_costs
 
 
 class GroupedQuery(Attention):
-    """Stores rotated keys and values of G heads; query head i reads head i G // H."""
+    """Grouped-query attention: H query heads share G stored heads. Multi-head attention is G = H, multi-query
+    attention G = 1.
+
+    Stores rotated keys and values of G heads, 2 G d numbers per token; query head i reads stored head i G //
+    H.
+    """
 
     def __init__(self, config: LowkeyConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)

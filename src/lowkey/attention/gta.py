@@ -1,4 +1,6 @@
-"""Neighbours that store one tensor for keys and values: grouped tied attention, and keys that are values."""
+"""Kinds of attention that store one tensor for keys and values: grouped tied attention, and keys that are
+values.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,13 @@ from .costs import Costs, projection_costs
 
 
 class TiedAttention(Attention):
-    """Grouped tied attention (arXiv:2505.21487): values are the tied vectors of G heads, keys their first d -
-    e dimensions and one rotated slice of e dimensions that all heads share.
+    """Grouped tied attention: keys and values of a head are tied.
 
-    qk_norm norms the tied vectors, values included.
+    Stores tied vectors of G heads and one rotated key slice of e dimensions that all heads share, G d + e
+    numbers per token. Values are the tied vectors; keys are their first d - e dimensions and the slice.
+    qk_norm norms the tied vectors, thus values too.
+
+    Source: arXiv:2505.21487.
     """
 
     def __init__(self, config: LowkeyConfig, layer_idx: int) -> None:
@@ -80,10 +85,12 @@ class TiedAttention(Attention):
 
 
 class KeysAreValues(Attention):
-    """One tensor of G heads is both keys and values; outputs are turned back by the query's position, so that
-    values are relative.
+    """Keys are values: one tensor of G heads is both, G d numbers per token.
 
-    The last qk_rope_head_dim dimensions are rotated. As DeepSeek-V4 and Gemma 4 (`attention_k_eq_v`) have it.
+    The last qk_rope_head_dim dimensions are rotated. The output is rotated back by the query's position, so
+    that values become relative to it.
+
+    Source: DeepSeek-V4 and Gemma 4 (`attention_k_eq_v`) have it so.
     """
 
     def __init__(self, config: LowkeyConfig, layer_idx: int) -> None:

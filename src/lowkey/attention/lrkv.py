@@ -1,4 +1,4 @@
-"""Low-rank key-value attention (arXiv:2601.11471): every head's keys and values are shared ones plus a
+"""Low-rank key-value attention (arXiv:2601.11471): keys and values of each head are shared ones plus a
 low-rank part of its own.
 """
 
@@ -27,25 +27,29 @@ from .costs import Costs, projection_costs
 
 
 class LowRankKV(Attention):
-    """W_K of head i is W_shared[group of i] + U_i B_i^T, U_i (D, r), B_i (d, r), and so for values. Stores
-    shared keys and values (G d numbers each) and latents x U_i (H r each): 2 (G d + H r) numbers. G > 1 is
-    implied by the paper, not evaluated there.
+    """Low-rank key-value attention: a kind between grouped-query and multi-head attention.
 
-    Values are read without being rebuilt in every mode. Keys, by lrkv_rope_mode:
-    - `full`: the paper's model, keys rotated at full width. Its identity "rotated latents times B^T" is false
-    for rotation by pairs
-      (the two do not commute), so stored keys are un-rotated and rebuilt and rotated at every read: small at
-      rest, not fast. Nothing but the token itself can say where it stands (masks leave gaps, positions jump),
-      so its position is stored too, as POSITION_NUMBERS numbers more. Frequencies that follow the length (dynamic,
-      longrope) are those of the newest token, for all keys.
-    - `latent`: scores are rotated shared keys . rotated queries + rotated latents . rotated (query B_i):
-    another model than the paper's,
-      exact without rebuilding, in which r must be even. Training runs on concatenated vectors of d + r.
-    - `partial`: only the last qk_rope_head_dim dimensions of the shared key are rotated, and B_i does not
-    reach them: exact too.
-    decode: `auto` reads absorbed for a single new token, where keys and values of all heads would be written
-    out for it alone.
-    qk_norm: in `full` of rebuilt keys; else of shared keys and of latents, each by itself.
+    W_K of head i is `W_shared[group of i] + U_i B_i^T`, with U_i (D, r) and B_i (d, r); values likewise.
+    Stores shared keys and values (G d numbers each) and latents x U_i (H r each): 2 (G d + H r) numbers per
+    token. Values are read without being rebuilt in every mode. Keys depend on `lrkv_rope_mode`:
+
+    - `full`: the paper's model, keys rotated at full width. The paper's identity "rotated latents times B^T"
+      does not hold for rotation by pairs, since the two do not commute. So stored keys are unrotated, and are
+      rebuilt and rotated at every read: this is small at rest, but not fast. Masks leave gaps and positions
+      jump, so only a token itself can say where it stands: its position is stored too, as `POSITION_NUMBERS`
+      more numbers. Frequencies that follow the length (dynamic, longrope) are those of the newest token, for
+      all keys.
+    - `latent` (ours): scores are rotated shared keys . rotated queries + rotated latents . rotated (query
+      B_i). This is another model than the paper's, exact without rebuilding keys. r must be even. Training
+      attends over concatenated vectors of d + r.
+    - `partial` (ours): only the last qk_rope_head_dim dimensions of the shared key are rotated, and B_i does
+      not reach them. It is exact without rebuilding, too.
+
+    With `decode` = `auto`, a single new token is read absorbed, because keys and values of all heads would be
+    written out for it alone. qk_norm norms rebuilt keys in mode `full`; otherwise shared keys and latents,
+    each by itself.
+
+    Source: arXiv:2601.11471. G > 1 is implied by the paper, but not evaluated there.
     """
 
     def __init__(self, config: LowkeyConfig, layer_idx: int) -> None:
@@ -109,7 +113,9 @@ class LowRankKV(Attention):
         )
 
     def _parts(self, stored: Tensor) -> tuple[Tensor, Tensor]:
-        """(b, 1, s, G d + H r) -> shared (b, G, s, d) and latents (b, H, s, r)."""
+        """Split what is stored (b, 1, s, G d + H r) into the shared part (b, G, s, d) and latents (b, H, s,
+        r).
+        """
         edge = self.config.num_key_value_heads * self.config.head_dim
         shared, latents = stored[:, 0, :, :edge], stored[:, 0, :, edge:]
         return split_into_heads(shared, self.config.num_key_value_heads), split_into_heads(
@@ -117,7 +123,7 @@ class LowRankKV(Attention):
         ) if self.rank else latents.unsqueeze(1)
 
     def _every_head(self, shared: Tensor, latents: Tensor, which: str) -> Tensor:
-        """Keys or values of all heads, written out: (b, H, s, d)."""
+        """Keys (`which` = `k`) or values (`v`) of all heads, written out (b, H, s, d)."""
         every = shared.repeat_interleave(self.heads // shared.shape[1], 1)
         if not self.rank:
             return every
@@ -131,7 +137,7 @@ class LowRankKV(Attention):
         )
 
     def _scores(self, query: Tensor, shared: Tensor, latents: Tensor) -> Tensor:
-        """Without rebuilding keys: (b, H, t, s)."""
+        """Scores (b, H, t, s) without rebuilding keys."""
         d = shared.shape[-1]
         carried = query[..., d:] if self.mode == "latent" else query[..., : self.reach] @ self.k_up.mT
         grouped = query[..., :d].unflatten(1, (shared.shape[1], -1))
@@ -141,7 +147,7 @@ class LowRankKV(Attention):
     def _mixed(
         self, scores: Tensor, shared: Tensor, latents: Tensor, call: LayerCall
     ) -> tuple[Tensor, Tensor]:
-        """From scores to outputs, values not rebuilt."""
+        """Outputs of heads from unscaled scores, without rebuilding values."""
         weights = self.weights(scores, call)
         grouped = weights.unflatten(1, (shared.shape[1], -1))
         first = by_rows(grouped.flatten(2, 3), shared).unflatten(2, grouped.shape[2:4]).flatten(1, 2)
@@ -150,7 +156,7 @@ class LowRankKV(Attention):
     def _side_by_side(
         self, query: Tensor, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor], call: LayerCall
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention over vectors of d + r, shared part beside the latent, for any number of new tokens."""
+        """Attention over vectors of d + r: the shared part beside the latent."""
         groups = self.heads // keys[0].shape[1]
         k, v = (
             torch.cat((shared.repeat_interleave(groups, 1), latents), -1)
@@ -161,8 +167,8 @@ class LowRankKV(Attention):
         return out[..., :d] + torch.einsum("bthr,hrd->bthd", out[..., d:], self.v_up), weights
 
     def effective(self) -> tuple[Tensor, Tensor]:
-        """In the modes `latent` and `partial` under qk_norm, shared part and latents are divided by norms of
-        their own, left out here.
+        """Maps to the keys and values of each query head. Under qk_norm in the modes `latent` and `partial`,
+        the shared part and the latents are divided by norms of their own, which are left out.
         """
         groups = self.config.num_key_value_heads
         maps = norm_folded(weight_of(self.k_proj, groups), self.k_norm), weight_of(self.v_proj, groups)
@@ -171,7 +177,9 @@ class LowRankKV(Attention):
         return (k, v) if own is None else (k + own[0], v + own[1])
 
     def residuals(self) -> tuple[Tensor, Tensor] | None:
-        """B_i U_i^T of keys, zero where it does not reach, and of values: (H, d, D) each; None at rank 0."""
+        """B_i U_i^T of keys, zero in dimensions it does not reach, and of values, (H, d, D) each; None at
+        rank 0.
+        """
         if not self.rank:
             return None
         down_k, down_v = (weight_of(part, self.heads) for part in (self.k_down, self.v_down))
@@ -182,7 +190,7 @@ class LowRankKV(Attention):
         ).mT @ down_v
 
     def initialize(self) -> None:
-        """The low-rank part starts with lrkv_init_scale times the norm of the shared one; neither of its
+        """Start the low-rank part with lrkv_init_scale times the norm of the shared part. Neither of its
         factors is zero.
         """
         if self.rank:
@@ -192,8 +200,12 @@ class LowRankKV(Attention):
     @staticmethod
     def costs(config: LowkeyConfig) -> Costs:
         heads, groups, d, r, hidden = (
-            config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.lrkv_rank, config.hidden_size
-        )  # fmt: skip
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.lrkv_rank,
+            config.hidden_size,
+        )
         parameters, token = projection_costs(config, d, d)
         shared, down, up_k, up_v = (
             2 * hidden * groups * d,
@@ -216,7 +228,7 @@ class LowRankKV(Attention):
 
 
 def _rebuilds(config: LowkeyConfig) -> bool:
-    """Whether stored keys are un-rotated and without a head of their own."""
+    """Whether keys are stored unrotated and must be rebuilt to be read."""
     return config.lrkv_rope_mode == "full" and config.lrkv_rank > 0
 
 

@@ -1,4 +1,4 @@
-"""Multi-head explicit attention (arXiv:2601.19611): key and value heads are linear compositions of m stored
+"""Multi-head explicit attention (arXiv:2601.19611): key and value heads are linear combinations of stored
 component heads.
 """
 
@@ -16,16 +16,22 @@ NOISE = 0.02  # on component heads that several composite heads share at the sta
 
 
 class ExplicitAttention(Attention):
-    """Head-level linear composition (HLC): composite head j is sum over c of W[c, j] times component head c,
-    for keys and for values each with its own W (m, G). Scalars commute with rotation, so rotated component
-    heads are stored.
+    """Multi-head explicit attention, or head-level linear composition (HLC): a kind of head sharing.
 
-    With m < G components are stored, and a reader either recomposes (`expanded`: 2 m G d MACs per stored
-    token, whatever the number of queries) or mixes scores and outputs (`absorbed`: nothing is written out, H
-    m (2 d + 1) MACs per query and stored token instead of 2 H d). With m >= G composites are stored: nothing
-    is left to do. The norm after attention (`head_norm`) is part of the method: without it composition
-    collapses to plain attention, says the paper. qk_norm norms component heads. The paper does not say how W
-    starts: identity here, or component heads in turn with noise.
+    Composite head j is `sum over c of W[c, j] * component head c`, for keys and for values with a W (m, G)
+    each. Scalars commute with rotation, so rotated component heads can be stored. Stores 2 min(m, G) d
+    numbers per token.
+
+    With m < G components are stored and a reader has two ways. `expanded` composes them again: 2 m G d MACs
+    per stored token, whatever the number of queries. `absorbed` mixes scores and outputs, without writing
+    keys or values out: H m (2 d + 1) MACs per query and stored token instead of 2 H d. With m >= G composites
+    are stored and nothing is left to do.
+
+    The norm after attention (`head_norm`) is a part of the method: without it, says the paper, composition
+    collapses to plain attention. qk_norm norms component heads.
+
+    Source: arXiv:2601.19611. The paper does not say how W starts; here it is the identity, or component heads
+    in turn with noise.
     """
 
     def __init__(self, config: LowkeyConfig, layer_idx: int) -> None:
@@ -70,8 +76,8 @@ class ExplicitAttention(Attention):
         ), weights
 
     def effective(self) -> tuple[Tensor, Tensor]:
-        """Under qk_norm, component heads are divided by norms of their own before they are mixed, left out
-        here.
+        """Maps to the keys and values of each query head. Under qk_norm, component heads are divided by norms
+        of their own before they are mixed, which is left out.
         """
         keys, values = (weight_of(part, self.components) for part in (self.k_proj, self.v_proj))
         parts = ((norm_folded(keys, self.k_norm), self.k_mix), (values, self.v_mix))
@@ -84,6 +90,7 @@ class ExplicitAttention(Attention):
         return k, v
 
     def initialize(self) -> None:
+        """Start compositions with the identity, with component heads in turn and noise, or orthogonal."""
         components, composites = self.k_mix.shape
         for mix in (self.k_mix, self.v_mix):
             if self.config.mea_hlc_init == "orthogonal":
@@ -119,8 +126,8 @@ class ExplicitAttention(Attention):
 
 
 def _absorbs(config: LowkeyConfig, new: int, stored: int) -> bool:
-    """Whether `new` tokens of `stored` are read absorbed: for auto, where that takes fewer operations than
-    recomposing.
+    """Whether `new` of `stored` tokens are read absorbed. With `auto` they are, if that takes fewer
+    operations than composing again.
     """
     if config.decode != "auto":
         return config.decode == "absorbed"
@@ -135,6 +142,14 @@ def _absorbs(config: LowkeyConfig, new: int, stored: int) -> bool:
 
 
 def composed(components: Tensor, mix: Tensor) -> Tensor:
-    """(b, m, s, d) component heads and (m, G) weights -> (b, G, s, d) composite heads."""
+    """Composite heads.
+
+    Args:
+        components: component heads (b, m, s, d).
+        mix: weights (m, G).
+
+    Returns:
+        (b, G, s, d).
+    """
     # rows stay whole, as fused kernels want them
     return (mix.T @ components.flatten(2)).unflatten(2, components.shape[2:])

@@ -1,5 +1,5 @@
-"""Multi-head latent attention (arXiv:2405.04434, section 2.1): one latent for keys and values of all heads,
-and one rotated key slice.
+"""Multi-head latent attention (arXiv:2405.04434): one latent for keys and values of all heads, and one
+rotated key slice.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ from .costs import MANY, Costs, projection_costs
 
 
 class LatentAttention(Attention):
-    """Stores, per token, a normed latent (c) and a shared rotated key slice (e): c + e numbers for keys and
-    values together.
+    """Multi-head latent attention: all heads share one compressed latent.
 
-    Heads have n unrotated and e rotated dimensions, in this order, and values of v. expanded: keys and values
-    of all heads are written out (prefill, training). absorbed: queries are carried into the latent, and
-    outputs out of it, so that only latents are read; for t new tokens of s stored it takes fewer operations
-    where t s (2 c - n - v) < (s - t) c (n + v).
-    attention_bias: of the down-map, as DeepSeek's code has it, and of the up-map (ours), so that biases of
-    any source have a place.
+    Stores a normed latent (c) and a shared rotated key slice (e), c + e numbers per token for keys and values
+    together. Query heads have n unrotated and then e rotated dimensions, value heads v dimensions.
+
+    A reader has two ways. `expanded` writes keys and values of all heads out (prefill, training). `absorbed`
+    carries queries into the latent and outputs out of it, so that only latents are read. For t new of s
+    stored tokens, absorbed takes fewer operations if t s (2 c - n - v) < (s - t) c (n + v).
+
+    Source: arXiv:2405.04434, section 2.1. With attention_bias the down-map has a bias, as in DeepSeek's code,
+    and so has the up-map (ours), so that biases of any converted model have a place.
     """
 
     def __init__(self, config: LowkeyConfig, layer_idx: int) -> None:
@@ -64,8 +66,11 @@ class LatentAttention(Attention):
         return self._expanded(query, keys, call)
 
     def _readable(self) -> bool:
-        """Whether the up-map is its weight alone. An adapter around it (LoRA) or a quantised one is heard
+        """Whether the up-map is nothing but its weight. An adapter around it (LoRA) or a quantised map acts
         only when it is called.
+
+        Raises:
+            ValueError: it is not, and the configuration demands absorbed reading.
         """
         plain = type(self.kv_b_proj) is nn.Linear
         if self.config.decode == "absorbed" and not plain:
@@ -77,6 +82,7 @@ class LatentAttention(Attention):
         return plain
 
     def _expanded(self, query: Tensor, stored: Tensor, call: LayerCall) -> tuple[Tensor, Tensor | None]:
+        """Attention with keys and values written out."""
         n, _, c, v = _widths(self.config)
         keys, values = split_into_heads(self.kv_b_proj(stored[:, 0, :, :c]), self.heads).split([n, v], -1)
         keys = torch.cat((keys, stored[..., c:].expand(-1, self.heads, -1, -1)), -1)
@@ -88,9 +94,13 @@ class LatentAttention(Attention):
         return out[..., :v], weights
 
     def _absorbed(self, query: Tensor, stored: Tensor, call: LayerCall) -> tuple[Tensor, Tensor | None]:
-        """stored (b, s, c + e): read once for all heads, as keys and, without the slice, as values. The
-        up-map's bias adds the same to all scores of a query, which weights do not show, and to each head's
-        output."""
+        """Attention over latents.
+
+        Args:
+            query: (b, H, t, n + e).
+            stored: (b, s, c + e), read once for all heads: as keys and, without the slice, as values.
+            call: the call.
+        """
         n, _, c, v = _widths(self.config)
         up_keys, up_values = self.kv_b_proj.weight.view(self.heads, n + v, c).split([n, v], 1)
         carried = torch.cat((query[..., :n] @ up_keys, query[..., n:]), -1)  # (b, H, t, c + e)
@@ -105,7 +115,9 @@ class LatentAttention(Attention):
         return out.transpose(1, 2), weights
 
     def effective(self) -> tuple[Tensor, Tensor]:
-        """Keys on the n unrotated dimensions; the rotated ones are the key slice."""
+        """Maps to the values of each query head, and to its keys on the n unrotated dimensions; the rotated
+        ones are the key slice.
+        """
         n, _, c, v = _widths(self.config)
         down = norm_folded(in_fp32_or_wider(self.kv_a_proj.weight)[:c], self.kv_a_norm) * self.latent_scale
         k, v = weight_of(self.kv_b_proj, self.heads).split([n, v], 1)
@@ -131,9 +143,7 @@ class LatentAttention(Attention):
 
 
 def temperature(config: LowkeyConfig) -> float:
-    """What scores are multiplied by under YaRN with `mscale_all_dim`, where DeepSeek keeps the factor out of
-    cos and sin.
-    """
+    """Factor on scores under YaRN with `mscale_all_dim`, where DeepSeek keeps it out of cos and sin."""
     rope = config.rope_parameters or {}
     of_all, factor = rope.get("mscale_all_dim"), rope.get("factor", 1.0)
     if rope.get("rope_type", "default") == "default" or not of_all or factor <= 1:
@@ -142,15 +152,15 @@ def temperature(config: LowkeyConfig) -> float:
 
 
 def _widths(config: LowkeyConfig) -> tuple[int, int, int, int]:
-    """(n, e, c, v): unrotated and rotated dimensions of a head, width of the latent, dimensions of a value
-    head.
+    """(n, e, c, v): unrotated and rotated dimensions of a query head, width of the latent, dimensions of a
+    value head.
     """
     return config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank, config.v_head_dim
 
 
 def _absorbs(config: LowkeyConfig, new: int, stored: int) -> bool:
-    """Whether `new` tokens of `stored` are read absorbed: for auto, where that takes fewer operations than
-    writing keys and values out.
+    """Whether `new` of `stored` tokens are read absorbed. With `auto` they are, if that takes fewer
+    operations than writing keys and values out.
     """
     n, _, c, v = _widths(config)
     if config.decode != "auto":

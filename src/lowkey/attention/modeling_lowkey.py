@@ -1,6 +1,4 @@
-"""The one causal language model of lowkey: transformers' Llama decoder with an attention of its own in every
-layer.
-"""
+"""Our causal language model: transformers' Llama decoder with an attention of its own in every layer."""
 
 from __future__ import annotations
 
@@ -37,14 +35,12 @@ ATTENTION: dict[str, type[Attention]] = {
 
 
 def costs(config: LowkeyConfig) -> Costs:
-    """What one layer's attention takes under this configuration: one of `attention_layers`, where these are
-    not all.
-    """
+    """Costs of one layer's attention: of those in `attention_layers`, where that names some layers."""
     return ATTENTION[config.attention].costs(config)
 
 
 def layer_costs(config: LowkeyConfig) -> list[Costs]:
-    """What the attention of every layer takes, one after another."""
+    """Costs of the attention of every layer."""
     own, others = costs(config), config.others
     if others is None:
         return [own] * config.num_hidden_layers
@@ -53,7 +49,7 @@ def layer_costs(config: LowkeyConfig) -> list[Costs]:
 
 
 class LowkeyDecoderLayer(LlamaDecoderLayer):
-    """transformers' layer with one of ATTENTION, and norms that keep fp64."""
+    """transformers' decoder layer with one of `ATTENTION`, and with norms that keep fp64."""
 
     def __init__(self, config: LowkeyConfig, layer_idx: int) -> None:
         super(LlamaDecoderLayer, self).__init__()  # Llama's own would build an attention that is not wanted
@@ -70,6 +66,8 @@ class LowkeyDecoderLayer(LlamaDecoderLayer):
 
 
 class LowkeyPreTrainedModel(LlamaPreTrainedModel):
+    """What transformers must know about our models: configuration, initialisation and how to save them."""
+
     config_class = LowkeyConfig
     config: LowkeyConfig
     _no_split_modules = ("LowkeyDecoderLayer",)
@@ -78,8 +76,9 @@ class LowkeyPreTrainedModel(LlamaPreTrainedModel):
     _can_record_outputs = {"hidden_states": LowkeyDecoderLayer, "attentions": Attention}  # noqa: RUF012
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As transformers'. Where the code goes beside the weights, the config names the class for each of
-        the Auto classes, not only this one's."""
+        """Save as transformers does. If the code goes beside the weights, the config names our class for each
+        of the Auto classes.
+        """
         if self._auto_class is not None:
             module = type(self).__module__.rpartition(".")[2]
             classes = {"AutoModel": "LowkeyModel", "AutoModelForCausalLM": "LowkeyForCausalLM"}
@@ -94,6 +93,8 @@ class LowkeyPreTrainedModel(LlamaPreTrainedModel):
 
 
 class LowkeyModel(LowkeyPreTrainedModel, LlamaModel):
+    """The decoder without a language model head."""
+
     def __init__(self, config: LowkeyConfig) -> None:
         super(LlamaModel, self).__init__(config)
         self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
@@ -106,7 +107,7 @@ class LowkeyModel(LowkeyPreTrainedModel, LlamaModel):
 
 
 class LowkeyForCausalLM(LowkeyPreTrainedModel, LlamaForCausalLM):
-    """A decoder whose `config.attention` says how it attends and what it stores."""
+    """A causal language model whose `config.attention` says how it attends and what it stores."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 

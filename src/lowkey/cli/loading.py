@@ -15,7 +15,7 @@ from lowkey.calibration.calibrate import Sample
 from lowkey.catalog import make_method, make_policy
 from lowkey.cli.checks import pairs_of
 from lowkey.core.types import LowkeyError
-from lowkey.heads.retrieval import HeadScores
+from lowkey.heads.scores import HeadScores
 from lowkey.methods import Method
 from lowkey.models import families, loading
 from lowkey.plan.plan import Plan

@@ -18,7 +18,7 @@ from lowkey.core.options import defaults_of, ranges, shown
 from lowkey.core.printable import printable
 
 if TYPE_CHECKING:
-    from lowkey.heads.retrieval import HeadScores
+    from lowkey.heads.scores import HeadScores
     from lowkey.plan.plan import Plan
 
 

@@ -1,7 +1,12 @@
-"""Trained multi-head or grouped-query checkpoints become models with a small cache, and what that costs at
-the start is measured.
+"""Convert trained multi-head or grouped-query checkpoints into models with a small cache, and measure what
+that costs at the start.
 
-smaller = convert(model, "lrkv", lrkv_rank=12) loss = starting_loss(smaller, tokenizer)
+    smaller = convert(model, "lrkv", lrkv_rank=12)
+    loss = starting_loss(smaller, tokenizer)
+
+`source` reads a trained model, `target` makes the new configuration, `kinds` has one conversion for each
+attention kind, `gauge` aligns heads first, `exactness` says whether a conversion loses anything, and `record`
+measures and saves it. May import every room up to `models` and `plan`, and `attention`.
 """
 
 from __future__ import annotations

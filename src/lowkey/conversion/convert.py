@@ -1,4 +1,4 @@
-"""`convert`: a trained model in, a `LowkeyForCausalLM` with another attention out."""
+"""`convert`: from a trained model to a `LowkeyForCausalLM` with another attention."""
 
 from __future__ import annotations
 
@@ -41,23 +41,32 @@ def convert(
     progress: Progress = silent,
     **fields: Any,
 ) -> LowkeyForCausalLM:
-    """The model with another attention, in its dtype, on its device and in eval mode; `model` stays as it is.
-    Nothing is trained.
+    """Make the same model with another attention. Nothing is trained, and `model` does not change.
 
-    attention: one of CONVERSIONS. fields: what LowkeyConfig calls the sizes of that kind (CONVERSION_FIELDS lists them);
-    gqa needs num_key_value_heads, lrkv lrkv_rank, mea mea_num_component_heads, mla kv_lora_rank;
-    attention_layers leaves all other layers as they are (`half` and `deep` are those of arXiv:2601.19611,
-    section 5.2). head_norm and mla_kv_norm are off unless given: they change what the model computes.
-    moments: of every layer's inputs, as `input_moments` makes them; truncations then lose least of what
-    projections make of the inputs, not of their weights.
+    Exact, up to rounding: `mha`; `gqa` and `mqa` with as many heads as the source has, or a multiple; `lrkv`
+    of mode `full` or `latent` with as many shared heads, or at rank d where keys have no biases; `mea` with
+    as many components as KV heads; `mla` of a source with one KV head. Other conversions lose something:
+    `exactness` says what, and which fields would lose nothing; `starting_loss` says how much. A conversion
+    that loses something and stores no less than the source logs a warning.
 
-    Exact, to rounding: mha; gqa and mqa with as many heads as the source has (or a multiple), lrkv of mode
-    `full` or `latent` with as many shared heads, or at rank d where keys have no biases; mea with as many
-    components as KV heads; mla of a source with one KV head. Other starts lose something: `exactness` says
-    what and which fields would lose nothing, `starting_loss` how much. What loses something and stores no
-    less than the source is logged as a warning.
-    Errors: LowkeyError for a source that our skeleton cannot say, or fields and options that do not go
-    together.
+    Args:
+        model: the source.
+        attention: attention kind, a name of `CONVERSIONS`.
+        options: how heads become fewer.
+        moments: second moments of each layer's inputs, as `input_moments` makes them. Truncations then lose
+            least of what projections make of the inputs, rather than of their weights.
+        progress: shows progress over layers.
+        fields: fields of `LowkeyConfig` for this kind (`CONVERSION_FIELDS` lists them). Needed are
+            num_key_value_heads for gqa, lrkv_rank for lrkv, mea_num_component_heads for mea and kv_lora_rank
+            for mla. attention_layers converts some layers only (`half` and `deep` are those of
+            arXiv:2601.19611, section 5.2). head_norm and mla_kv_norm are off unless they are given, since
+            they change what the model computes.
+
+    Returns:
+        The new model, in the source's dtype, on its device, in evaluation mode.
+
+    Raises:
+        LowkeyError: a source that our decoder cannot express, or fields and options that do not go together.
     """
     options = options or ConversionOptions()
     config = checked_configuration(model, attention, options, moments is not None, fields)
@@ -98,8 +107,17 @@ def checked_configuration(
     whitened: bool,
     fields: Mapping[str, Any],
 ) -> LowkeyConfig:
-    """The configuration of what `convert` will make, before any work. whitened: with moments. Errors: as in
-    `convert`.
+    """The configuration of the model that `convert` would make. Nothing is computed.
+
+    Args:
+        model: the source.
+        attention: attention kind.
+        options: how heads become fewer.
+        whitened: whether moments will be given.
+        fields: fields of `LowkeyConfig`.
+
+    Raises:
+        LowkeyError: as `convert` does.
     """
     source.check_source(model)
     config = configuration(model, attention, options.frequencies, fields)
@@ -111,8 +129,16 @@ def checked_configuration(
 def input_moments(
     model: PreTrainedModel, rows: Tensor, *, batch: int = 4, progress: Progress = silent
 ) -> InputMoments:
-    """By layer, the mean second moment (D + 1, D + 1) of what its projections read and a constant 1, over
-    unpadded ids (n, t); fp64.
+    """Second moments of the inputs of each layer's projections.
+
+    Args:
+        model: the source.
+        rows: ids (n, t) without padding.
+        batch: rows that are read at a time.
+        progress: shows progress over batches.
+
+    Returns:
+        By layer, the mean second moment (D + 1, D + 1) of the inputs and a constant 1, in fp64.
     """
     source.check_source(model)
     found: InputMoments = {}
@@ -128,6 +154,9 @@ def input_moments(
 def _check_options(
     model: PreTrainedModel, config: LowkeyConfig, options: ConversionOptions, whitened: bool
 ) -> None:
+    """Raises:
+    LowkeyError: options that are unknown, or do not suit the kind or the source.
+    """
     kind, stored, narrow = (
         config.attention,
         config.num_key_value_heads,
@@ -163,6 +192,9 @@ def _check_options(
 
 
 def _check_aligned(model: PreTrainedModel, config: LowkeyConfig) -> None:
+    """Raises:
+    LowkeyError: aligning heads would change what the model computes, or has no use here.
+    """
     if config.attention not in (*POOLING, "mea"):
         raise LowkeyError(
             f"basis 'aligned': attention {config.attention!r} does not mix heads as they are; leave it out"
@@ -179,8 +211,13 @@ def _check_aligned(model: PreTrainedModel, config: LowkeyConfig) -> None:
 
 
 def _check_normed(model: PreTrainedModel, config: LowkeyConfig) -> None:
-    """Norms of keys come after what is pooled or rebuilt in whole heads; elsewhere the parts would be normed,
-    not the keys.
+    """Check a source that norms its keys.
+
+    Such a norm follows the projection of whole heads. A kind that pools or rebuilds whole heads can keep it;
+    any other would norm parts of keys separately.
+
+    Raises:
+        LowkeyError: the kind is not of the first sort.
     """
     kind = config.attention
     whole = (
@@ -198,16 +235,25 @@ def _check_normed(model: PreTrainedModel, config: LowkeyConfig) -> None:
 
 
 def _empty(config: LowkeyConfig, model: PreTrainedModel) -> LowkeyForCausalLM:
-    """A model whose random weights will be written over; torch's random numbers go on as if none had been
-    drawn.
-    """
+    """A model whose random weights will be overwritten. torch's random state does not change."""
     with torch.random.fork_rng(devices=[]):
         made: LowkeyForCausalLM = LowkeyForCausalLM._from_config(config, dtype=model.dtype)
     return made
 
 
 def _outside(model: PreTrainedModel, made: LowkeyForCausalLM) -> dict[str, Tensor]:
-    """Copy all but the attention, and return what is to be filled, by name."""
+    """Copy all weights outside attention.
+
+    Args:
+        model: the source.
+        made: the new model.
+
+    Returns:
+        The state dict of the new model, whose tensors are filled in place.
+
+    Raises:
+        LowkeyError: the two models do not have the same weights outside attention.
+    """
     state, found = made.state_dict(), families.weights_outside_attention(model)
     wanted = {name for name in state if ".self_attn." not in name}
     if wanted != found.keys():
@@ -224,8 +270,13 @@ def _outside(model: PreTrainedModel, made: LowkeyForCausalLM) -> dict[str, Tenso
 def _fill(
     state: dict[str, Tensor], made: LowkeyForCausalLM, i: int, new: dict[str, Tensor], kept: dict[str, Tensor]
 ) -> None:
-    """One layer's attention; what the conversion leaves alone is the source's, and ones where only the new
-    model has a norm.
+    """Fill the attention of one layer.
+
+    Args:
+        state: the state dict of the new model.
+        i: the layer.
+        new: what the conversion made, by name within the attention.
+        kept: what stays the source's. Norms that only the new model has keep their ones.
     """
     prefix = f"model.layers.{i}.self_attn."
     for name, target in state.items():
@@ -237,6 +288,7 @@ def _fill(
 
 
 def _rope(model: PreTrainedModel, made: LowkeyForCausalLM) -> RotaryFrequencies:
+    """Rotary frequencies of the source and of the new model."""
     found, rotary = source.frequencies(model), made.model.rotary_emb
     rotary = rotary if made.config.attention_layers is None else rotary.own
     rotary = rotary.narrow if made.config.narrow_rope_width else rotary

@@ -1,6 +1,4 @@
-"""Whether a conversion computes what its source does, and with which fields it would where those given lose
-something.
-"""
+"""Whether a conversion computes what its source does, and with which fields it would."""
 
 from __future__ import annotations
 
@@ -17,8 +15,14 @@ from lowkey.models import families
 
 @dataclass(frozen=True)
 class Exactness:
-    """exact: the start equals the source, to rounding. Else why it does not, and `instead`, an attention and
-    its fields that do: of the same kind where it has an exact form. All None where it is exact."""
+    """Whether a conversion is exact, up to rounding.
+
+    Args:
+        exact: whether it is.
+        why: what is lost, or None.
+        instead: an attention kind and fields that lose nothing, of the same kind where it has an exact form;
+            or None.
+    """
 
     exact: bool
     why: str | None = None
@@ -32,8 +36,15 @@ class Exactness:
 
 
 def exactness(model: PreTrainedModel, config: LowkeyConfig) -> Exactness:
-    """Of the conversion of `model` into what `config` says (as `check` makes it). Judged by shapes, not by
-    luck: a rank that happens to be enough for these weights counts as too low."""
+    """Whether converting `model` into `config` is exact.
+
+    This is judged by shapes and not by luck: a rank that happens to suffice for these weights counts as too
+    low.
+
+    Args:
+        model: the source.
+        config: the configuration, as `checked_configuration` makes it.
+    """
     stored = families.stored_heads(model.config)
     why, exact = _lost(model, config, stored)
     changed = {} if config.head_norm == _head_norm(model.config) else {"head_norm": _head_norm(model.config)}
@@ -45,7 +56,7 @@ def exactness(model: PreTrainedModel, config: LowkeyConfig) -> Exactness:
 
 
 def _lost(model: PreTrainedModel, config: LowkeyConfig, stored: int) -> tuple[str | None, dict[str, Any]]:
-    """Why the fields of the kind lose something, or None, and those that lose nothing."""
+    """What the fields of the kind lose, or None, and fields that lose nothing."""
     kind, groups, d = config.attention, config.num_key_value_heads, config.head_dim
     grouped: dict[str, Any] = {"attention": "gqa", "num_key_value_heads": stored}
     if kind in GROUPED:
@@ -62,6 +73,7 @@ def _lost(model: PreTrainedModel, config: LowkeyConfig, stored: int) -> tuple[st
 def _lost_lrkv(
     model: PreTrainedModel, config: LowkeyConfig, stored: int, d: int
 ) -> tuple[str | None, dict[str, Any]]:
+    """The same for lrkv."""
     groups, rank, mode = config.num_key_value_heads, config.lrkv_rank, config.lrkv_rope_mode
     shared = groups % stored == 0  # nothing is left for the low-rank part
     exact = {"attention": "lrkv", "lrkv_rank": rank, "lrkv_rope_mode": "full" if mode == "partial" else mode}
@@ -83,6 +95,7 @@ def _lost_lrkv(
 def _lost_mla(
     config: LowkeyConfig, stored: int, grouped: dict[str, Any]
 ) -> tuple[str | None, dict[str, Any]]:
+    """The same for mla."""
     d, e, c = config.head_dim or 0, config.rope_width, config.kv_lora_rank or 0
     if stored > 1:
         return f"one rotated slice stands for the rotated keys of {stored} heads", grouped
@@ -97,8 +110,10 @@ def _lost_mla(
 
 
 def _head_norm(config: PreTrainedConfig) -> str:
+    """The head norm of the source."""
     return config.head_norm if families.is_own(config) else "none"
 
 
 def _written(value: object) -> str:
+    """A value as it is written in a configuration."""
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,9 +1,9 @@
-"""Heads of a trained model are known up to turns that change nothing it computes; turned alike, they have
-more in common.
+"""Align the heads of a trained model before they are merged.
 
-Values of a KV head may be turned by any orthogonal matrix, which the output projection undoes, and keys by a
-phase per frequency, which commutes with rotation and which queries share (arXiv:2601.19611 mixes heads as
-they are; turning them first is ours, as in `ops.aligning`).
+Heads are determined only up to transforms that change nothing the model computes, and aligning them first
+helps merging. Values of a KV head may be multiplied by any orthogonal matrix, which the output projection
+undoes. Keys may be rotated by one phase per frequency, which commutes with rotary embedding and which queries
+share. arXiv:2601.19611 mixes heads as they are; aligning them first is ours, as in `lowkey.ops.aligning`.
 """
 
 from __future__ import annotations
@@ -22,33 +22,54 @@ Kept = Callable[[Tensor], float]  # the energy that what becomes of heads holds,
 
 
 def every(x: Tensor, heads: int) -> Tensor:
-    """What each of so many query heads reads, from KV heads (h, ...)."""
+    """What each query head reads.
+
+    Args:
+        x: one entry per KV head (h, ...).
+        heads: number of query heads H.
+
+    Returns:
+        (H, ...).
+    """
     return x.repeat_interleave(heads // len(x), 0)
 
 
 def joint(heads: Tensor, moment: Tensor | None) -> Tensor:
-    """(h, h, d, d) products of projections (h, d, n) with one another, under the second moment (n, n) of
-    their inputs; white when None.
+    """Products of the projections of all pairs of heads, under the second moment of their inputs.
+
+    Args:
+        heads: projections (h, d, n).
+        moment: (n, n); None for white inputs.
+
+    Returns:
+        (h, h, d, d).
     """
     right = heads if moment is None else heads @ moment
     return torch.einsum("ian,jbn->ijab", right, heads)
 
 
 def averaged_energy(gram: Tensor) -> float:
-    """What the mean of heads holds of them."""
+    """Energy of heads that their mean captures, from their Gram matrix."""
     return float(gram.sum()) / len(gram)
 
 
 def mixed_energy(components: int) -> Kept:
-    """What the best so many components hold."""
+    """Energy captured by the top `components`, as a function of the Gram matrix of heads."""
     return lambda gram: float(principal(gram)[1][:components].sum())
 
 
 def aligned_weights(
     weights: Weights, groups: int, components: int, kept: Kept, moment: Tensor | None
 ) -> Weights:
-    """The same attention, the KV heads of each group turned towards the best `components` heads that could
-    stand for them, where these then hold more than before."""
+    """The same attention with the KV heads of each group aligned, where that increases the captured energy.
+
+    Args:
+        weights: the source's attention.
+        groups: number of groups that are aligned by themselves.
+        components: number of heads that will stand for a group; heads are aligned with the best of these.
+        kept: energy that is captured, from the Gram matrix of a group's heads.
+        moment: second moment of the inputs, or None for white ones.
+    """
     heads, _ = weights.heads
     turn_k = _turns(weights.k, groups, components, kept, moment, weights.k.shape[1])
     turn_v = _turns(weights.v, groups, components, kept, moment, 0)
@@ -64,7 +85,7 @@ def aligned_weights(
 def _turns(
     heads: Tensor, groups: int, components: int, kept: Kept, moment: Tensor | None, rotary: int
 ) -> Tensor:
-    """(h, d, d)."""
+    """The orthogonal transform of each head (h, d, d); the identity where aligning does not help."""
     found = []
     for group in heads.unflatten(0, (groups, -1)):
         blocks = joint(group, moment)

@@ -1,5 +1,6 @@
-"""What the weights of one layer's attention become, kind by kind. Row vectors, heads (heads, d, inputs): keys
-= [inputs, 1] @ k[h].T.
+"""What the weights of one layer's attention become, for each kind of attention.
+
+Vectors are rows, and heads are (heads, d, inputs): keys = [inputs, 1] @ k[h].T.
 """
 
 from __future__ import annotations
@@ -32,12 +33,15 @@ Named = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class ConversionOptions(Checked):
-    """How heads become fewer. heads: of `gqa`, `mqa` and the shared ones of `lrkv`, the `mean` of a group or
-    its `first`.
-    basis: `weights`, heads as they are; `aligned` (ours), turned towards one another first, which changes
-    nothing that the source computes.
-    frequencies: of a rotated slice narrower than a head, the source's `high`est, at a smaller base, or
-    `spread` over them, at its base.
+    """How heads become fewer.
+
+    Args:
+        heads: what stands for a group of heads (`gqa`, `mqa`, the shared heads of `lrkv`): their `mean`
+            (default) or the `first`.
+        basis: `weights`, heads as they are (default), or `aligned` (ours), heads that are aligned first,
+            which changes nothing the source computes.
+        frequencies: frequencies of a rotated slice that is narrower than a head: `high`, the highest of the
+            source, with a smaller base (default), or `spread` over all of them, with its base.
     """
 
     heads: str = option("mean", choices=HEADS)
@@ -47,20 +51,31 @@ class ConversionOptions(Checked):
 
 @dataclass(frozen=True)
 class RotaryFrequencies:
-    """source (d / 2) and narrow (p / 2): angles per position of the source's channel pairs, and of those that
-    the model to be made turns at a width of its own; scaling: what the source's rotation multiplies a product
-    of two vectors by."""
+    """Rotary frequencies of the source and of the new model.
+
+    Args:
+        source: angles per position (d / 2) of the source's channel pairs.
+        narrow: angles per position (p / 2) of the channel pairs that the new model rotates at a width of its
+            own.
+        scaling: factor that the source's rotation multiplies a product of two vectors with.
+    """
 
     source: Tensor
     narrow: Tensor
     scaling: float
 
     def channels(self) -> tuple[Tensor, Tensor]:
-        """(kept, rest): the source's channels that turn nearest to the narrow frequencies, halves one after
-        the other, and all others.
+        """Which channels of the source a narrow slice keeps.
 
-        The highest ones turn alike at any width, in every kind of scaling; those spread, where the width
-        divides the head dim (and YaRN has not changed some of them by their place).
+        The highest frequencies are the same at any width, in every kind of scaling. Spread frequencies are
+        the same where the width divides the head dim, unless YaRN has changed some of them by their place.
+
+        Returns:
+            Channels whose frequencies are nearest to the narrow ones, first and second halves of pairs one
+            after the other, and all other channels.
+
+        Raises:
+            LowkeyError: two narrow frequencies are nearest to the same one.
         """
         gaps = (self.source.log().unsqueeze(0) - self.narrow.log().unsqueeze(1)).abs()
         pairs = gaps.argmin(1) if len(self.narrow) else torch.zeros(0, dtype=torch.long)
@@ -77,9 +92,17 @@ class RotaryFrequencies:
 
 @dataclass(frozen=True)
 class Layer:
-    """What a conversion reads. moment (D + 1, D + 1): of the attention's inputs and a constant 1, or None for
-    white ones.
-    gated: whether anything but a linear map follows attention."""
+    """What a conversion reads.
+
+    Args:
+        weights: the source's attention.
+        config: the new configuration of this layer.
+        options: how heads become fewer.
+        rope: rotary frequencies.
+        moment: second moment (D + 1, D + 1) of the attention's inputs and a constant 1; None for white
+            inputs.
+        gated: whether more than a linear map follows attention.
+    """
 
     weights: Weights
     config: LowkeyConfig
@@ -95,12 +118,22 @@ class Layer:
 
 
 def low_rank(weight: Tensor, moment: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
-    """(down (*b, rank, D), up (*b, rank, n)) of projections (*b, n, D): the best x @ down.T @ up for x @
-    weight.T, zeros past rank n.
+    """The best low-rank factors of projections.
 
-    The truncated SVD of `weight` under white inputs; under their second moment M (D, D) that of weight M^1/2,
-    whose map back is exact without an inverse: the best subspace is spanned by eigenvectors of weight M
-    weight^T (arXiv:2407.21118, as PCA of what is made).
+    Under white inputs this is the truncated SVD of `weight`. Under a second moment M it is that of weight
+    M^1/2, and the map back is exact without an inverse, since the best subspace is spanned by eigenvectors of
+    weight M weight^T.
+
+    Args:
+        weight: projections (*b, n, D).
+        moment: second moment (D, D) of the inputs; None for white ones.
+        rank: the rank; past n, factors are zero.
+
+    Returns:
+        `down` (*b, rank, D) and `up` (*b, rank, n): x @ down.T @ up is the best approximation of x @
+        weight.T.
+
+    Source: arXiv:2407.21118, as a PCA of outputs.
     """
     if weight.shape[-2] > weight.shape[-1]:
         columns = _tall(weight, moment)[..., :rank]
@@ -113,8 +146,9 @@ def low_rank(weight: Tensor, moment: Tensor | None, rank: int) -> tuple[Tensor, 
 
 
 def _tall(weight: Tensor, moment: Tensor | None) -> Tensor:
-    """The same columns (*b, n, D) where outputs are more than inputs: by the smaller Gram, that of M^1/2
-    weight^T. What the moment has not seen comes last, but comes."""
+    """The same columns (*b, n, D) where there are more outputs than inputs, from the smaller Gram matrix,
+    that of M^1/2 weight^T. Directions that the moment has not seen come last, but are there.
+    """
     if moment is not None:
         seen = moment + MOMENT_RIDGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
         weight = weight @ square_root(seen.unsqueeze(0))[0]
@@ -122,7 +156,7 @@ def _tall(weight: Tensor, moment: Tensor | None) -> Tensor:
 
 
 def pooled_heads(heads: Tensor, groups: int, form: str) -> Tensor:
-    """One of each group: (heads, ...) -> (groups, ...)."""
+    """One head for each group: (heads, ...) to (groups, ...)."""
     split = heads.unflatten(0, (groups, -1))
     return split.mean(1) if form == "mean" else split[:, 0]
 
@@ -131,7 +165,7 @@ def pooled_heads(heads: Tensor, groups: int, form: str) -> Tensor:
 
 
 def queries_and_output(layer: Layer, q: Tensor, o_bias: Tensor) -> Named:
-    """Queries and the output projection."""
+    """Weights of queries and of the output projection."""
     low = layer.config.q_lora_rank is not None
     found = linear(f"q_proj{'.up' if low else ''}", q, layer.config.attention_bias)
     found["o_proj.weight"] = layer.weights.o.transpose(0, 1).flatten(1)
@@ -139,18 +173,28 @@ def queries_and_output(layer: Layer, q: Tensor, o_bias: Tensor) -> Named:
 
 
 def linear(name: str, heads: Tensor, bias: bool) -> Named:
-    """A projection, from heads (heads, d, inputs + 1)."""
+    """Weights of a projection, by name, from heads (heads, d, inputs + 1)."""
     rows = heads.flatten(0, 1)
     return {f"{name}.weight": rows[:, :-1], **({f"{name}.bias": rows[:, -1]} if bias else {})}
 
 
 def rotated_slice(heads: Tensor, groups: int, kept: Tensor, moment: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(turn (heads, d, e), slices (groups, e, n)) of key heads (heads, d, n): what stands for the kept
-    channels of a group's heads.
+    """A rotated key slice that stands for some channels of a group's heads.
 
-    Per frequency the complex combination of the heads that holds most of them (TransMLA, arXiv:2502.07864, at
-    freqfold 1): it commutes with rotation, so that a query is carried into the slice by the turn of its head,
-    key ~= slice @ turn^T.
+    For each frequency it is the complex combination of the heads that captures most of them. It commutes with
+    rotation, so that the query of a head is carried into the slice by the transform of that head: key ~=
+    slice @ turn^T.
+
+    Args:
+        heads: key heads (heads, d, n).
+        groups: number of groups.
+        kept: the channels that are kept, e of them.
+        moment: second moment of the inputs, or None.
+
+    Returns:
+        `turn` (heads, d, e) and `slices` (groups, e, n).
+
+    Source: TransMLA, arXiv:2502.07864, at freqfold 1.
     """
     d, turns, slices = heads.shape[1], [], []
     for group in heads.unflatten(0, (groups, -1)):
@@ -162,8 +206,15 @@ def rotated_slice(heads: Tensor, groups: int, kept: Tensor, moment: Tensor | Non
 
 
 def outward(layer: Layer, lost: Tensor) -> Tensor:
-    """The output's bias with what values (H, d) lack at every token: weights of attention add to 1, so it
-    comes out as it went in.
+    """The output's bias with biases of values that are lost added to it. Attention weights add up to 1, so a
+    bias of the values is one of the output.
+
+    Args:
+        layer: the layer.
+        lost: what values lack at every token (H, d).
+
+    Raises:
+        LowkeyError: a gate or norm follows attention, so that a bias cannot be moved through it.
     """
     if lost.any() and layer.gated:
         raise LowkeyError(
@@ -177,8 +228,9 @@ def outward(layer: Layer, lost: Tensor) -> Tensor:
 
 
 def grouped(layer: Layer) -> Named:
-    """`mha`, `gqa`, `mqa`: heads repeated (exact) or pooled (the usual start, arXiv:2305.13245), biases with
-    them.
+    """`mha`, `gqa`, `mqa`: heads are repeated, which is exact, or pooled, biases included.
+
+    Source: arXiv:2305.13245, mean pooling.
     """
     w, groups = _turned(layer), layer.config.num_key_value_heads
     k, v = (pooled_heads(every(x, w.heads[0]), groups, layer.options.heads) for x in (w.k, w.v))
@@ -188,15 +240,15 @@ def grouped(layer: Layer) -> Named:
 
 
 def low_rank_kv(layer: Layer) -> Named:
-    """`lrkv` (arXiv:2601.11471): shared heads are pooled, and what is left of every head is a truncated SVD,
-    best for what heads make of the inputs where their moment is given. The paper trains from scratch; this
-    start is ours.
+    """`lrkv`: shared heads are pooled, and what is left of every head is a truncated SVD.
 
-    `full`: exact at rank d. The other modes are other models, whose starts cost what the loss says. In
-    `latent` a latent keeps those channels of a key that it turns at their frequency (nearly so where the rank
-    does not divide d): all of them, exactly, at rank d. In `partial` only the shared head has rotated
-    channels, `rotated_slice` of its group; the others, with the low-rank part, stay unrotated. Biases of
-    values are kept whole; of keys the groups' means are kept.
+    Mode `full` is exact at rank d. The other modes are other models, so their start loses something. In mode
+    `latent`, the latent keeps the channels of a key that it rotates at their own frequency (nearly so if the
+    rank does not divide d); at rank d these are all, and the start is exact. In mode `partial` only the
+    shared head has rotated channels, the `rotated_slice` of its group; all other channels, with the low-rank
+    part, stay unrotated. Biases of values are kept whole; of biases of keys the means over groups are kept.
+
+    Source: the model is arXiv:2601.11471, which trains from scratch; this start is ours.
     """
     w, d, mode = _turned(layer), layer.config.head_dim, layer.config.lrkv_rope_mode
     layer = replace(layer, weights=w)
@@ -233,9 +285,12 @@ def low_rank_kv(layer: Layer) -> Named:
 
 
 def components(layer: Layer) -> Named:
-    """`mea`: the truncated SVD over heads of the flattened projections (arXiv:2601.19611, section 5.2, Eq.
-    36-38), or of what they make of the inputs (ours); biases are mixed with them. Exact at as many components
-    as KV heads, which are then the heads themselves."""
+    """`mea`: the truncated SVD over heads of the flattened projections, or of what they make of the inputs if
+    moments are given (ours). Biases are mixed with them. Exact with as many components as KV heads, which are
+    then the heads themselves.
+
+    Source: arXiv:2601.19611, section 5.2, Eq. 36-38.
+    """
     w, count = _turned(layer), layer.config.mea_num_component_heads
     layer = replace(layer, weights=w)
     found = queries_and_output(layer, w.q, w.o_bias)
@@ -251,13 +306,13 @@ def components(layer: Layer) -> Named:
 
 
 def latent(layer: Layer) -> Named:
-    """`mla`: one rotated key slice for all heads and one latent for all else: the truncated SVD of what is
-    left of all heads' keys, and of their values.
+    """`mla`: one rotated key slice for all heads, and one latent for the rest: the truncated SVD of what is
+    left of all keys, and of all values.
 
     A model that rotates all channels has no exact form here, unless it has one KV head and the slice is as
-    wide. The slice is `rotated_slice` of all KV heads at the frequencies that it has. What is left of keys
-    goes into the latent unrotated: with qk_nope_head_dim = d all of it, with d - e the channels whose
-    frequencies the slice lacks. The norm of latents is off. Biases go where their weights go, whole: those of
+    wide. The slice is the `rotated_slice` of all KV heads at its own frequencies. What is left of keys goes
+    into the latent unrotated: with qk_nope_head_dim = d all of it; with d - e the channels whose frequencies
+    the slice lacks. The latent's norm is off. Biases are kept whole and go where their weights go: those of
     the slice to the down-map, all others to the up-map.
     """
     w, (heads, stored) = layer.weights, layer.weights.heads
@@ -283,7 +338,7 @@ def latent(layer: Layer) -> Named:
 
 
 def _turned(layer: Layer) -> Weights:
-    """The source's heads, turned towards one another where that is asked for."""
+    """The source's heads, aligned if that was asked for and heads become fewer."""
     w, config = layer.weights, layer.config
     if layer.options.basis == "weights":
         return w

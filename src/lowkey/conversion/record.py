@@ -1,4 +1,4 @@
-"""What a conversion costs at the start, in nats; and the folder that holds it."""
+"""Measure what a conversion costs at the start, in nats, and save it as a folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,12 @@ from lowkey.version import __version__
 
 @dataclass(frozen=True)
 class Loss:
-    """Cross-entropy in nats per token, over so many tokens."""
+    """Cross-entropy over a number of tokens.
+
+    Args:
+        nats: mean per token, in nats.
+        tokens: number of tokens.
+    """
 
     nats: float
     tokens: int
@@ -35,7 +40,18 @@ class Loss:
 def held_out(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: str | None, context: int, windows: int
 ) -> Tensor:
-    """Ids (n, t): the first windows of the text, the embedded evaluation text when there is none."""
+    """Windows of text that a loss is measured on.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        corpus: a text; None for the embedded evaluation text.
+        context: tokens of a window.
+        windows: number of windows at most.
+
+    Returns:
+        Ids (n, t).
+    """
     ids = text.encode(tokenizer, text.embedded_text("evaluation") if corpus is None else corpus, model)
     length = families.readable_length(model, context)
     return text.windows(ids, tokenizer, length, "data", least=1)[:windows]
@@ -52,11 +68,19 @@ def starting_loss(
     batch: int = 4,
     progress: Progress = silent,
 ) -> Loss:
-    """Of the source or of what was made of it, in the model's dtype with logits in fp32, on at most so many
-    windows of a text.
+    """Cross-entropy of the source or of what was made of it, in the model's dtype with logits in fp32.
 
-    corpus: the embedded evaluation text when None. Errors: LowkeyError when the text is shorter than a
-    window.
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        corpus: a text; None for the embedded evaluation text.
+        context: tokens of a window.
+        windows: number of windows at most.
+        batch: windows that are read at a time.
+        progress: shows progress over batches.
+
+    Raises:
+        LowkeyError: the text is shorter than a window.
     """
     rows = held_out(model, tokenizer, corpus, context, windows)
     total = 0.0
@@ -70,7 +94,15 @@ def starting_loss(
 def conversion_record(
     model: PreTrainedModel, made: LowkeyForCausalLM, before: Loss, after: Loss, how: dict[str, Any]
 ) -> dict[str, Any]:
-    """What convert.json holds; `how` are the fields and options that were given."""
+    """What convert.json holds.
+
+    Args:
+        model: the source.
+        made: the new model.
+        before: loss of the source.
+        after: loss of the new model.
+        how: fields and options that were given.
+    """
     start = exactness(model, made.config)
     return {
         "format": 1,
@@ -98,11 +130,12 @@ def conversion_record(
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no infinity."""
+    """A number, or None for what JSON cannot hold."""
     return value if math.isfinite(value) else None
 
 
 def _parameters(model: PreTrainedModel) -> int:
+    """Number of parameters."""
     return sum(p.numel() for p in model.parameters())
 
 
@@ -113,10 +146,21 @@ def save_conversion(
     path: str | Path,
     force: bool = False,
 ) -> Path:
-    """Write the model with the code that runs it, its tokenizer, convert.json and a card as one folder: all
-    of it or nothing.
+    """Write the model with the code that runs it, its tokenizer, convert.json and a model card as one folder,
+    all of it or nothing.
 
-    Errors: LowkeyError when `path` holds files (unless `force`), or cannot be written.
+    Args:
+        made: the new model.
+        tokenizer: its tokenizer.
+        record: what `conversion_record` gave.
+        path: the folder.
+        force: replace what is there.
+
+    Returns:
+        The folder.
+
+    Raises:
+        LowkeyError: `path` holds files and `force` is False, or it cannot be written.
     """
     folder = Path(path)
     files.check_folder(folder, force)
@@ -130,20 +174,22 @@ def save_conversion(
 
 
 def conversion_card(record: dict[str, Any]) -> str:
-    """A model card in Markdown."""
+    """The model card, in Markdown."""
     loss, cache, name = record["loss"], record["cache_bytes_per_token"], record["source"] or "a model"
     fields = ", ".join(f"{k} {v}" for k, v in record.get("fields", {}).items())
     start = Exactness(record["exact"], record["lost"], record["exact_with"])
+    share = f"{100 * cache['converted'] / cache['source']:.1f} %"
+    form = record["dtype"] + (f" ({fields})" if fields else "")
     return f"""---
 library_name: transformers
 tags: [kv-cache-compression]
 ---
 # {name} with attention `{record["attention"]}`
 
-Its cache takes {cache["converted"]} bytes per token instead of {cache["source"]} ({100 * cache["converted"] / cache["source"]:.1f} %) in
-{record["dtype"]}{f" ({fields})" if fields else ""}. Nothing was trained yet: cross-entropy on {loss["tokens"]} tokens of held-out text is
-{_nats(loss["converted"])} nats per token, {_nats(loss["source"])} before. The start is {start}. Train it further with `lowkey pretrain`.
-convert.json says how it was made.
+Its cache takes {cache["converted"]} bytes per token instead of {cache["source"]} ({share}) in {form}.
+Nothing was trained yet: cross-entropy on {loss["tokens"]} tokens of held-out text is
+{_nats(loss["converted"])} nats per token, {_nats(loss["source"])} before. The start is {start}.
+Train it further with `lowkey pretrain`. convert.json says how it was made.
 
 ```python
 import lowkey.attention
@@ -158,4 +204,5 @@ Made by lowkey {__version__}. The licence of the original weights applies.
 
 
 def _nats(value: float | None) -> str:
+    """A loss in words."""
     return "no finite number of" if value is None else f"{value:.4f}"

@@ -1,6 +1,4 @@
-"""What is read off a trained model: whether our skeleton can say it, the weights of its attention, and
-everything else.
-"""
+"""What is read from a trained model: whether our decoder can express it, and the weights of its attention."""
 
 from __future__ import annotations
 
@@ -20,11 +18,17 @@ from lowkey.models.families import ProjectionPart
 
 @dataclass(frozen=True)
 class Weights:
-    """One layer's attention in fp64 on the CPU. Row vectors, the bias as the weight of one more input that is
-    always 1 (zeros where there is none): keys = [inputs, 1] @ k[h].T.
+    """The attention of one layer, in fp64 on the CPU.
 
-    q (H, d, R + 1) with R the hidden size D, or the width of a low-rank query; k and v (h, d, D + 1); o (H,
-    D, d); o_bias (D).
+    Vectors are rows, and a bias is the weight of one more input, which is always 1: keys = [inputs, 1] @
+    k[h].T.
+
+    Args:
+        q: (H, d, R + 1), with R the hidden size D, or the width of a low-rank query's latent.
+        k: (h, d, D + 1).
+        v: (h, d, D + 1).
+        o: (H, D, d).
+        o_bias: (D).
     """
 
     q: Tensor
@@ -35,12 +39,14 @@ class Weights:
 
     @property
     def heads(self) -> tuple[int, int]:
-        """Query heads and KV heads."""
+        """Number of query heads and of KV heads."""
         return len(self.q), len(self.k)
 
 
 def check_source(model: PreTrainedModel) -> None:
-    """Errors: LowkeyError for what the skeleton of our models cannot say."""
+    """Raises:
+    LowkeyError: our decoder cannot express the model.
+    """
     config = model.config
     families.check_convertible(config)
     kind, own = config.model_type, families.is_own(config)
@@ -70,23 +76,30 @@ def check_source(model: PreTrainedModel) -> None:
 
 
 def gated(config: PreTrainedConfig) -> bool:
-    """Whether anything but a linear map follows attention."""
+    """Whether more than a linear map follows attention: a gate or a norm."""
     return not families.linear_output(config)
 
 
 def frequencies(model: PreTrainedModel) -> Tensor:
-    """(p / 2) angles per position, by which pair (f, f + p / 2) of a head's p rotated channels turns; fp64 on
-    the CPU. Those of a text within the limit, whatever was read before: frequencies that follow the length
-    stay in the module."""
+    """Rotary frequencies of the source.
+
+    They are those of a text within the trained length: frequencies that follow the length change the module,
+    not its original frequencies.
+
+    Returns:
+        Angles per position (p / 2) by which the pairs (f, f + p / 2) of a head's p rotated channels are
+        rotated; fp64 on the CPU.
+    """
     return families.rotary_module(model).original_inv_freq.detach().double().cpu()
 
 
 def rope_scaling(model: PreTrainedModel) -> float:
-    """What rotation multiplies keys and queries by, each (YaRN)."""
+    """Factor that rotary embedding multiplies keys and queries with, each (YaRN)."""
     return float(families.rotary_module(model).attention_scaling)
 
 
 def has_biases(model: PreTrainedModel) -> bool:
+    """Whether projections of the attention have biases."""
     return any(part.linear.bias is not None for part in _parts(model, 0))
 
 
@@ -99,14 +112,14 @@ def key_biases(model: PreTrainedModel) -> bool:
 
 
 def full_bytes_per_token(model: PreTrainedModel) -> int:
-    """What stock storage of all layers takes."""
+    """Cache bytes per token of the source, all layers together."""
     config = model.config
     stored = families.stored_heads(config) * families.head_dim(config)
     return config.num_hidden_layers * 2 * stored * model.dtype.itemsize
 
 
 def attention_weights_of(model: PreTrainedModel, layer: int) -> Weights:
-    """Read one layer's attention."""
+    """Read the attention of one layer."""
     config = model.config
     q, k, v, o = _parts(model, layer)
     heads, stored = config.num_attention_heads, families.stored_heads(config)
@@ -123,6 +136,7 @@ def attention_weights_of(model: PreTrainedModel, layer: int) -> Weights:
 def _parts(
     model: PreTrainedModel, layer: int
 ) -> tuple[ProjectionPart, ProjectionPart, ProjectionPart, ProjectionPart]:
+    """Projections of queries, keys, values and outputs."""
     attention: Any = families.decoder_layers(model)[layer].self_attn
     out = ProjectionPart(attention.o_proj, slice(None))
     if not families.is_own(model.config):
@@ -137,7 +151,7 @@ def _parts(
 
 
 def _extended(part: ProjectionPart) -> Tensor:
-    """(rows, inputs + 1)."""
+    """A projection with its bias as one more column (rows, inputs + 1)."""
     weight = part.linear.weight.detach()[part.rows].to("cpu", torch.float64)
     bias = part.linear.bias
     column = (
@@ -147,8 +161,8 @@ def _extended(part: ProjectionPart) -> Tensor:
 
 
 def kept_weights(model: PreTrainedModel, layer: int) -> dict[str, Tensor]:
-    """Weights of one layer's attention that stay as they are, by name: norms of queries and keys, gates,
-    low-rank queries.
+    """Weights of one layer's attention, by name. Of these the conversion keeps what it does not make itself:
+    norms of queries and keys, gates, low-rank queries.
     """
     attention = families.decoder_layers(model)[layer].self_attn
     return dict(attention.state_dict())  # type: ignore[union-attr]

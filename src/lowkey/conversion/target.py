@@ -1,4 +1,4 @@
-"""The configuration of the model that is made: the source's skeleton with another attention."""
+"""The configuration of the new model: the source's decoder with another attention."""
 
 from __future__ import annotations
 
@@ -67,8 +67,17 @@ NEEDED_FIELDS = {
 def configuration(
     model: PreTrainedModel, kind: str, frequencies: str, fields: Mapping[str, Any]
 ) -> LowkeyConfig:
-    """Errors: LowkeyError for a field that is not this kind's, one that is missing, and what LowkeyConfig
-    refuses.
+    """The configuration of the new model.
+
+    Args:
+        model: the source.
+        kind: attention kind.
+        frequencies: `ConversionOptions.frequencies`.
+        fields: fields of `LowkeyConfig` that were given.
+
+    Raises:
+        LowkeyError: a field that is not one of this kind, one that is missing, or what `LowkeyConfig`
+            refuses.
     """
     _check_fields(model.config, kind, fields)
     config = model.config
@@ -104,6 +113,11 @@ def configuration(
 
 
 def _made(given: dict[str, Any]) -> LowkeyConfig:
+    """The configuration of these fields.
+
+    Raises:
+        LowkeyError: `LowkeyConfig` refuses them.
+    """
     try:
         return LowkeyConfig(**copy.deepcopy(given))
     except Exception as error:  # strict dataclasses raise kinds of their own
@@ -112,6 +126,9 @@ def _made(given: dict[str, Any]) -> LowkeyConfig:
 
 
 def _check_fields(config: PreTrainedConfig, kind: str, fields: Mapping[str, Any]) -> None:
+    """Raises:
+    LowkeyError: an unknown kind, or fields that it does not have, needs or allows.
+    """
     if kind not in CONVERSION_FIELDS:
         raise LowkeyError(
             f"attention {kind!r}: nothing converts into it; choose one of {', '.join(CONVERSION_FIELDS)}"
@@ -130,9 +147,8 @@ def _check_fields(config: PreTrainedConfig, kind: str, fields: Mapping[str, Any]
                 f"field {name} {value!r}: must be of type {CONVERSION_FIELDS[kind][name].__name__}"
             )
     if kind in NEEDED_FIELDS and NEEDED_FIELDS[kind] not in fields:
-        raise LowkeyError(
-            f"attention {kind!r} needs {NEEDED_FIELDS[kind]}; give it, like {NEEDED_FIELDS[kind]}={_like(config, kind)}"
-        )
+        needed = NEEDED_FIELDS[kind]
+        raise LowkeyError(f"attention {kind!r} needs {needed}; give it, like {needed}={_like(config, kind)}")
     if kind == "lrkv" and "qk_rope_head_dim" in fields and fields.get("lrkv_rope_mode") != "partial":
         raise LowkeyError(
             f"qk_rope_head_dim {fields['qk_rope_head_dim']}: is for lrkv_rope_mode='partial'; leave it out"
@@ -145,8 +161,8 @@ def _check_fields(config: PreTrainedConfig, kind: str, fields: Mapping[str, Any]
 
 
 def _like(config: PreTrainedConfig, kind: str) -> int:
-    """A size that can be given: fewer heads than the source has, where it can, which queries share evenly; or
-    half a head.
+    """A size that could be given: fewer heads than the source has, if there is such a number that divides
+    them; or half a head.
     """
     stored = families.stored_heads(config)
     if kind == "mea":
@@ -156,11 +172,17 @@ def _like(config: PreTrainedConfig, kind: str) -> int:
 
 
 def _list(kind: str) -> str:
+    """The remedy that lists the fields of a kind."""
     return f"give one of {', '.join(CONVERSION_FIELDS[kind])}"
 
 
 def _check_widths(model: PreTrainedModel, config: LowkeyConfig) -> None:
-    """What the configuration allows and a conversion does not."""
+    """Check what the configuration allows and a conversion does not.
+
+    Raises:
+        LowkeyError: a width or rank beyond the source's, or a narrow slice under frequencies that change with
+            the length.
+    """
     kind, d, e = config.attention, config.head_dim, config.rope_width
     if kind == "lrkv" and config.lrkv_rank > d:
         raise LowkeyError(
@@ -201,13 +223,13 @@ def _check_widths(model: PreTrainedModel, config: LowkeyConfig) -> None:
 
 
 def _rope(config: PreTrainedConfig) -> dict[str, Any]:
-    """Its parameters, less what says that all channels are rotated."""
+    """Rotary parameters of the source, without the one that says that all channels are rotated."""
     found = copy.deepcopy(dict(config.rope_parameters))
     return {name: value for name, value in found.items() if name != "partial_rotary_factor"}
 
 
 def _highest(rope: dict[str, Any], config: LowkeyConfig) -> dict[str, Any]:
-    """The base for which a narrow slice turns at the source's highest frequencies, one after another, not at
-    evenly spaced ones.
+    """Rotary parameters whose base gives a narrow slice the source's highest frequencies, one after another,
+    rather than evenly spaced ones.
     """
     return rope | {"rope_theta": rope["rope_theta"] ** (config.rope_width / config.head_dim)}

@@ -1,3 +1,7 @@
-"""Measure: settings x tasks give the rows of one result file. Imports every room but `cli`, `report` and
+"""Measure: settings x tasks give the rows of one result file.
+
+A setting (`settings`) is something to compare: the full cache, packed integers, a plan or a policy. `result`
+runs tasks over settings; `likelihood`, `layerwise`, `recall`, `questions`, `speed` and `footprint` hold one
+task each. `decode_bench` times one attention step by itself. May import every room but `cli`, `report` and
 `pretraining`.
 """

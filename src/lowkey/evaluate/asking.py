@@ -1,5 +1,5 @@
-"""Asking over a cache: the words around a question, greedy writing that ends where the model ends, and the
-bytes it was written from.
+"""Ask a model over a cache: the prompt around a question, greedy writing that ends where the model ends, and
+the bytes that the answer was written from.
 """
 
 from __future__ import annotations
@@ -25,13 +25,19 @@ Once = Callable[[str, Callable[[], Any]], Any]
 
 
 def anew(name: str, measure: Callable[[], Any]) -> Any:
+    """Measure without looking for an earlier value: the `Once` of a caller that saves nothing."""
     return measure()
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Words around the user's only message and before the model's answer: `before` MESSAGE `after`. Both are
-    empty without a template.
+    """What stands before and after the user's only message: `before` MESSAGE `after`.
+
+    Both parts are empty without a chat template.
+
+    Args:
+        tokenizer: the tokenizer.
+        chat: whether the tokenizer's chat template is used.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -39,11 +45,16 @@ class Frame:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Frame:
-        """The tokenizer's chat template, if it has one."""
+        """The frame of the tokenizer's chat template, or an empty one if it has none."""
         return cls(tokenizer, bool(getattr(tokenizer, "chat_template", None)))
 
     @cached_property
     def _parts(self) -> tuple[str, str]:
+        """The text before and after a message.
+
+        Raises:
+            LowkeyError: the template leaves out the user's message.
+        """
         if not self.chat:
             return "", ""
         before, found, after = self._templated([("user", PLACEHOLDER)], True).partition(PLACEHOLDER)
@@ -55,30 +66,44 @@ class Frame:
         return before, after
 
     def _templated(self, turns: Iterable[tuple[str, str]], asks: bool) -> str:
+        """Messages in the chat template.
+
+        Args:
+            turns: (role, content) of each message.
+            asks: whether the beginning of the model's turn is added.
+        """
         messages = [{"role": role, "content": words} for role, words in turns]
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks))
 
     def encode(self, words: str) -> list[int]:
+        """Ids of `words`, without special tokens."""
         return self.tokenizer(words, add_special_tokens=False, verbose=False).input_ids
 
     @property
     def start(self) -> list[int]:
-        """Ids before the message. A template brings its own beginning of text."""
+        """Ids before the message. A template brings its own beginning-of-text token."""
         if self.chat:
             return self.encode(self._parts[0])
         return [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
 
     def question(self, words: str, opening: str = "") -> list[int]:
-        """Ids of the end of the message, of what follows it in the template, and of the words that the answer
-        is to begin with.
+        """Ids of the end of a prompt.
+
+        Args:
+            words: the last words of the message.
+            opening: words that the answer is to begin with.
+
+        Returns:
+            Ids of `words`, of what the template puts after the message, and of `opening`.
         """
         return self.encode(
             words + self._parts[1] + opening if self.chat else words + ("\n" + opening if opening else "")
         )
 
     def ends(self, model: PreTrainedModel) -> set[int]:
-        """Ids that end an answer: those of the generation config, the tokenizer's, and what the template puts
-        behind a model's turn, which either may leave out."""
+        """Ids that end an answer: those of the generation config, the tokenizer's, and the special token that
+        the template puts after a model's turn. Either of the first two may leave some out.
+        """
         told = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         found = {*(told if isinstance(told, list) else [told]), self.tokenizer.eos_token_id}
         if self.chat:
@@ -91,8 +116,11 @@ class Frame:
 
 @dataclass(frozen=True)
 class Written:
-    """What the model wrote, its end not among it, and the bytes that were held when it began: prompt and
-    question.
+    """What the model wrote.
+
+    Args:
+        ids: ids of the answer, without the id that ended it.
+        held: bytes of the cache when the answer began: prompt and question.
     """
 
     ids: list[int]
@@ -103,8 +131,14 @@ class Written:
 def write_answer(
     model: PreTrainedModel, cache: LowkeyCache, ids: Tensor, ends: set[int], most: int
 ) -> Written:
-    """Greedy continuation of ids (1, t), of which the cache has those that it has seen; at most `most`
-    tokens.
+    """Continue ids greedily.
+
+    Args:
+        model: the model, attached.
+        cache: has seen the first ids, or none.
+        ids: (1, t), of which those that the cache has not seen are read.
+        ends: ids that end the answer.
+        most: number of tokens that are written at most.
     """
     new, out = ids[:, cache.get_seq_length() :], []
     logits = model(new, past_key_values=cache, logits_to_keep=1).logits
@@ -118,8 +152,16 @@ def write_answer(
 
 
 def check_budgets(settings: Sequence[Setting], refeed: bool, tokens: int, question: int) -> None:
-    """Before anything is measured. Errors: LowkeyError for a setting whose budget does not hold a question
-    that is to be asked again.
+    """Check that budgets hold a question that is asked again, before anything is measured.
+
+    Args:
+        settings: the settings.
+        refeed: whether the question is asked again.
+        tokens: tokens of the prompt with the question.
+        question: tokens of the question.
+
+    Raises:
+        LowkeyError: a setting's budget does not hold the question.
     """
     for setting in settings:
         if setting.evicts and (refeed or setting.needs_second_pass):
@@ -136,9 +178,20 @@ def read_context(
     question: int,
     refeed: bool,
 ) -> LowkeyCache:
-    """A cache of the setting that is ready for `write_answer`. One that evicts has read ids (1, t) and chosen with
-    the question, the last tokens, in view; with `refeed` it is to be asked again, else it reads all of it as
-    the prompt, the question with it."""
+    """A cache of the setting that is ready for `write_answer`.
+
+    A setting that does not evict, or whose question is not asked again, gives an empty cache: `write_answer`
+    then reads the whole prompt.
+
+    Args:
+        model: the model, attached.
+        tokenizer: its tokenizer.
+        setting: the setting.
+        ids: (1, t), the prompt, which ends with the question.
+        question: tokens of the question.
+        refeed: whether a setting that evicts chooses with the question in view and is then asked again over
+            what it kept. Otherwise the question is read as a part of the prompt.
+    """
     cache = setting.make()
     if setting.evicts and (refeed or setting.needs_second_pass):
         prefill(model, tokenizer, cache, ids, question)
@@ -146,5 +199,5 @@ def read_context(
 
 
 def tensor_of(model: PreTrainedModel, ids: list[int]) -> Tensor:
-    """(1, t)"""
+    """Ids as a tensor (1, t) on the model's device."""
     return torch.tensor([ids], device=device_of(model))

@@ -1,9 +1,9 @@
-"""One decode step of attention, timed: ragged backends against torch's own attention and against the memory's
+"""Time one decode step of attention: ragged backends against torch's own attention and against memory
 bandwidth.
 
-Contestants take turns, so that what else the machine does meets all of them, and figures are medians over
-rounds of ratios within a round. Every call finds its storage out of the processor's caches, as a layer of a
-real model does: several copies take turns too.
+Contestants take turns, so that other load on the machine meets all of them; figures are medians over rounds,
+of ratios within a round. Each call finds its storage outside the processor's caches, as a layer of a real
+model does, because several copies of the storage take turns too.
 """
 
 from __future__ import annotations
@@ -42,7 +42,17 @@ DecodeStep = Callable[[], object]
 
 @dataclass(frozen=True)
 class DecodeShape(Checked):
-    """What is timed: a batch of one, a new token."""
+    """What is timed: one new token, a batch of one.
+
+    Args:
+        context: stored tokens of each KV head.
+        head_dim: width of a head.
+        heads: number of query heads, a multiple of `kv_heads`.
+        kv_heads: number of KV heads.
+        dtype: dtype of keys, values and queries.
+        repeats: number of rounds.
+        seed: seed of the random numbers.
+    """
 
     context: int = option(8192, at_least=1, at_most=2**24)
     head_dim: int = option(128, at_least=1, at_most=2**14)
@@ -60,12 +70,19 @@ class DecodeShape(Checked):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all keys and values."""
         return 2 * self.context * self.kv_heads * self.head_dim * CACHE_DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
 class Stored:
-    """keys and values (n, d), rows one after another, starts (h + 1)."""
+    """Keys and values of all heads, one head's rows after the other's.
+
+    Args:
+        keys: (n, d).
+        values: (n, d).
+        starts: row at which each head begins, and the end (h + 1).
+    """
 
     keys: Tensor
     values: Tensor
@@ -83,8 +100,25 @@ def decode_bench(
     repeats: int = 15,
     seed: int = 0,
 ) -> dict:
-    """Time a step over `context` tokens in full, and over what a budget keeps, with unequal heads; GB are
-    10^9 bytes that are stored.
+    """Time a step over the whole context, and over the part of it that a budget keeps, with heads of unequal
+    length.
+
+    Args:
+        context: stored tokens of each KV head.
+        head_dim: width of a head.
+        heads: number of query heads, a multiple of `kv_heads`.
+        kv_heads: number of KV heads.
+        dtype: `float32`, `bfloat16` or `float16`.
+        budget: tokens that heads keep on average, in `%` or `tokens`.
+        repeats: number of rounds.
+        seed: seed of the random numbers.
+
+    Returns:
+        The settings, the environment, the read bandwidth (GB/s, 10^9 bytes) and figures of each backend.
+
+    Raises:
+        LowkeyError: an option out of its range, a budget in bytes or above the context, or a storage that
+            does not fit into memory.
     """
     shape = DecodeShape(context, head_dim, heads, kv_heads, dtype, repeats, seed)
     lengths = _lengths(shape, Budget.parse(budget), seed)
@@ -114,7 +148,7 @@ def decode_bench(
 
 
 def _lengths(shape: DecodeShape, budget: Budget, seed: int) -> Tensor:
-    """How many tokens each KV head keeps (h): unequal like real head budgets, exact in total."""
+    """Tokens that each KV head keeps (h): unequal, as real head budgets are, with an exact total."""
     if budget.unit not in ("%", "tokens"):
         raise LowkeyError(f"budget {budget}: this step keeps whole tokens; say it as '10%' or '512 tokens'")
     total = shape.kv_heads * (
@@ -128,7 +162,9 @@ def _lengths(shape: DecodeShape, budget: Budget, seed: int) -> Tensor:
 
 
 def _check_memory(shape: DecodeShape, device: str) -> None:
-    """Errors: LowkeyError for a storage that this machine cannot hold, before any of it is made."""
+    """Raises:
+    LowkeyError: this machine cannot hold the storage. Nothing has been allocated then.
+    """
     needed = 4 * shape.nbytes  # the random rows and two copies of them, and what the budget keeps
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else _free_memory()
     if needed > free:
@@ -140,7 +176,9 @@ def _check_memory(shape: DecodeShape, device: str) -> None:
 
 
 def _free_memory() -> int:
-    """Bytes that may be taken: what the system says is available, and no more than the control group may use."""
+    """Bytes that may be allocated: what the system calls available, and no more than the control group
+    allows.
+    """
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with suppress(OSError, ValueError):
         said = next(
@@ -153,8 +191,8 @@ def _free_memory() -> int:
 
 
 def _contestants(shape: DecodeShape, lengths: Tensor, device: str, seed: int) -> dict[str, DecodeStep]:
-    """Name to one call; "read" is of memory alone, and "NAME budget" is a backend's step over what the budget
-    keeps.
+    """What is timed: one call by name. `read` reads memory only; `NAME budget` is a backend's step over what
+    the budget keeps.
     """
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(
@@ -171,7 +209,7 @@ def _contestants(shape: DecodeShape, lengths: Tensor, device: str, seed: int) ->
 
 
 def _copies(lengths: Tensor, shape: DecodeShape, generator: torch.Generator, device: str) -> Iterator[Stored]:
-    """The same random rows in several places, in turn, forever."""
+    """The same random rows at several addresses, in turn, forever."""
     n = int(lengths.sum())
     pair = [
         torch.randn(n, shape.head_dim, generator=generator).to(device, CACHE_DTYPES[shape.dtype])
@@ -184,6 +222,7 @@ def _copies(lengths: Tensor, shape: DecodeShape, generator: torch.Generator, dev
 
 
 def _backends(device: str) -> dict[str, Ragged]:
+    """The ragged backends that run on this device."""
     found: dict[str, Ragged] = {"grouped": grouped.ragged}
     if device == "cpu" and numba_cpu.available():
         found["numba"] = numba_cpu.ragged
@@ -193,6 +232,8 @@ def _backends(device: str) -> dict[str, Ragged]:
 
 
 def _step(ragged: Ragged, query: Tensor, stored: Iterator[Stored]) -> DecodeStep:
+    """A call that attends over the next copy of the storage."""
+
     def step() -> object:
         s = next(stored)
         return ragged(query, s.keys, s.values, s.starts, query.shape[-1] ** -0.5)
@@ -201,13 +242,14 @@ def _step(ragged: Ragged, query: Tensor, stored: Iterator[Stored]) -> DecodeStep
 
 
 def _sdpa(query: Tensor, stored: Stored) -> Tensor:
+    """One step of torch's own attention, in which all heads have the same length."""
     h, g, d = query.shape
     keys, values = (x.view(1, h, -1, d) for x in (stored.keys, stored.values))
     return scaled_dot_product_attention(query.view(1, h * g, 1, d), keys, values, enable_gqa=g > 1)
 
 
 def _rounds(contestants: dict[str, DecodeStep], repeats: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each contestant in each round, after one that warms up and compiles."""
+    """Seconds of each contestant in each round. A first round, which warms up and compiles, is left out."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(repeats + 1):
         for name, step in contestants.items():
@@ -216,6 +258,7 @@ def _rounds(contestants: dict[str, DecodeStep], repeats: int, device: str) -> di
 
 
 def _timed(step: DecodeStep, device: str) -> float:
+    """Seconds of one call."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
@@ -225,7 +268,9 @@ def _timed(step: DecodeStep, device: str) -> float:
 
 
 def _row(name: str, times: dict[str, list[float]], read: list[float], nbytes: int) -> dict:
-    """Medians; ratios are within rounds. torch's own attention has no rows of different length, so no budget."""
+    """The figures of one backend: medians over rounds, of ratios within a round. torch's own attention has no
+    rows of different length and thus no figures at a budget.
+    """
     full, kept = times[name], times.get(f"{name} budget")
     return {
         "ms": 1e3 * median(full),
@@ -238,10 +283,12 @@ def _row(name: str, times: dict[str, list[float]], read: list[float], nbytes: in
 
 
 def _ratio(above: list[float], below: list[float]) -> float:
+    """Median over rounds of the quotient of two times."""
     return median(a / b for a, b in zip(above, below, strict=True))
 
 
 def _environment(device: str) -> dict:
+    """Versions, threads and processor that times depend on."""
     versions = {name: _version(name) for name in ("numba", "triton")}
     name = torch.cuda.get_device_name() if device == "cuda" else _processor()
     return {
@@ -254,6 +301,7 @@ def _environment(device: str) -> dict:
 
 
 def _version(package: str) -> str | None:
+    """Version of a package, or None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -261,6 +309,7 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> str:
+    """Name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Bytes really held after a prompt."""
+"""Bytes that a cache really holds after a prompt."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ from lowkey.evaluate.settings import Setting
 
 
 def note(setting: Setting, cache: LowkeyCache, measured: Measured) -> None:
-    """What a cache holds that has just read one window as a prompt."""
+    """Record what a cache holds that has just read one window as a prompt.
+
+    Args:
+        setting: the setting that made the cache.
+        cache: the cache.
+        measured: takes the record. An earlier one of this setting is kept.
+    """
     kept = [[len(p) for p in layer.kept_positions(0)] for layer in cache.evicting]
     held = {"bytes_held": cache.nbytes(), "bytes_predicted": cache.predicted_nbytes(), "kept_per_head": kept}
     measured.once(f"bytes {setting.name}", lambda: held)
@@ -32,9 +38,21 @@ def measure_footprint(
     progress: Progress,
     measured: Measured | None = None,
 ) -> dict[str, dict]:
-    """Bytes held and predicted of every setting after the prompt ids (1, t); of settings that evict, the
-    tokens kept per compressible layer and KV head. bytes_full is what the first setting holds. A prompt is
-    read only where no task has told the bytes already."""
+    """Bytes held and predicted after a prompt. A prompt is read only for settings whose bytes no other task
+    has recorded.
+
+    Args:
+        model: the model, attached.
+        tokenizer: its tokenizer.
+        settings: what is compared; `bytes_full` is what the first one holds.
+        ids: the prompt (1, t).
+        progress: shows progress.
+        measured: earlier measurements of the same job.
+
+    Returns:
+        By setting: bytes per token, held, predicted and of the full cache; for settings that evict, the
+            tokens kept per compressible layer and KV head.
+    """
     measured = measured or Measured()
     todo = [s for s in settings if f"bytes {s.name}" not in measured]
     for setting in progress(todo, lambda s: f"bytes, {s.name}"):
@@ -47,6 +65,7 @@ def measure_footprint(
 
 
 def _row(held: dict, whole: int, tokens: int) -> dict:
+    """The row's fields from one record."""
     kept = {"kept_per_head": held["kept_per_head"]} if held["kept_per_head"] else {}
     told = {name: held[name] for name in ("bytes_held", "bytes_predicted")}
     return {"bytes_per_token": held["bytes_held"] / tokens, **told, "bytes_full": whole, **kept}

@@ -1,4 +1,4 @@
-"""How far a mean over few samples may be off."""
+"""Confidence intervals of a mean over few samples."""
 
 from __future__ import annotations
 
@@ -13,15 +13,27 @@ T95 = (12.71, 4.30, 3.18, 2.78, 2.57)
 
 
 def half_width(values: Sequence[float], least: int = LEAST_SAMPLES) -> float | None:
-    """Half of the 95 % interval of the mean by Student's t, or None for fewer than `least` values, or than 2."""
+    """Half the width of the 95 % interval of the mean, by Student's t.
+
+    Args:
+        values: the samples.
+        least: number of samples below which there is no interval; at least 2 in any case.
+
+    Returns:
+        The half width, or None for too few values.
+    """
     if len(values) < max(2, least):
         return None
     return t95(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def t95(freedom: int) -> float:
-    """The two-sided 95 % quantile of Student's t, from a table or by its expansion in 1 / freedom; exact to
-    three digits.
+    """The two-sided 95 % quantile of Student's t, exact to three digits.
+
+    Args:
+        freedom: degrees of freedom, 1 or more.
+
+    Source: values of a table, and beyond it the expansion in 1 / freedom of Abramowitz and Stegun 26.7.5.
     """
     if freedom <= len(T95):
         return T95[freedom - 1]

@@ -1,4 +1,4 @@
-"""How far each decoder layer's output moves when its cache alone is compressed: relative error and cosine."""
+"""How much the output of each decoder layer changes when its cache alone is compressed."""
 
 from __future__ import annotations
 
@@ -27,10 +27,21 @@ def measure_layers(
     progress: Progress,
     measured: Measured | None = None,
 ) -> dict[str, dict]:
-    """Mean over compressible layers, windows and tokens of ||f_t - f~_t|| / ||f_t|| and of the cosine of f_t
-    and f~_t.
+    """Relative error and cosine of layer outputs, each layer on its exact inputs.
 
-    Settings that evict are left out: a window read in one piece sees nothing of it.
+    Args:
+        model: the model, attached.
+        settings: what is compared. Settings that evict are left out: a window that is read in one piece shows
+            nothing of them.
+        rows: windows of ids (n, t).
+        batch: windows that a layer reads at a time.
+        progress: shows progress.
+        measured: earlier measurements of the same job.
+
+    Returns:
+        By setting, means over compressible layers, windows and tokens: `layer_error`, |f - f~| / |f|, and
+            `layer_cosine`, the cosine of f and f~, with f the output of the layer over the full cache and f~
+            that over the setting's.
     """
     measured, settings, shape = (
         measured or Measured(),
@@ -48,11 +59,13 @@ def measure_layers(
 
 
 def _means(pairs: list[tuple[float, float]]) -> dict:
+    """Means over layers of (error, cosine)."""
     errors, cosines = zip(*pairs, strict=True)
     return {"layer_error": sum(errors) / len(errors), "layer_cosine": sum(cosines) / len(cosines)}
 
 
 def _compare(probe: LayerProbe | None, setting: Setting, batch: int) -> tuple[float, float]:
+    """Mean error and cosine of one layer under one setting."""
     assert probe is not None
     parts = [_pair(probe, setting, w) for w in torch.arange(len(probe.inputs)).split(batch)]
     errors, cosines = (torch.cat(p) for p in zip(*parts, strict=True))
@@ -60,7 +73,7 @@ def _compare(probe: LayerProbe | None, setting: Setting, batch: int) -> tuple[fl
 
 
 def _pair(probe: LayerProbe, setting: Setting, windows: Tensor) -> tuple[Tensor, Tensor]:
-    """(error, cosine) of each window; the storage is made anew because it keeps what it saw."""
+    """Error and cosine of each window. The storage is made anew, because it keeps what it has read."""
     target, device = probe.outputs[windows], device_of(probe.block)
     storage = setting.storage(probe.index)
     out = target if storage is None else probe.run(probe.inputs[windows].to(device), storage).cpu()

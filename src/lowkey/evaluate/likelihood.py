@@ -1,5 +1,5 @@
-"""Perplexity, KL to the full model, top-1 agreement: with compression everywhere; and perplexity of decoding
-alone.
+"""Perplexity, KL divergence from the full cache and agreement of the most likely token: with compression in
+effect everywhere, and in decoding alone.
 """
 
 from __future__ import annotations
@@ -36,14 +36,23 @@ def measure_likelihood(
     progress: Progress,
     measured: Measured | None = None,
 ) -> dict[str, dict]:
-    """Token perplexity, kl and top1_agreement of every setting over windows (n, t) of ids, by the setting's
-    name.
+    """Perplexity, KL divergence and top-1 agreement.
 
-    The first setting is the reference, whose logits are formed once per window for all others: kl is
-    KL(reference || setting) in nats per token. A setting that evicts reads a window in pieces of TOKENS_PER_PIECE tokens
-    and evicts after each; one that must repeat its context first is left out: `measure_decode` scores it.
-    Every (window, setting) is one forward pass and one measurement of `measured`, and the first window's
-    cache tells the bytes of settings that evict nothing.
+    The first setting is the reference: its logits are computed once per window and compared with those of all
+    others. A setting that evicts reads a window in pieces of `TOKENS_PER_PIECE` tokens and evicts after each.
+    Each (window, setting) is one forward pass and one measurement; the first window's cache also gives the
+    bytes of settings that evict nothing.
+
+    Args:
+        model: the model, attached.
+        settings: what is compared. Those that need a second pass over their context are left out;
+            `measure_decode` scores them.
+        rows: windows of ids (n, t).
+        progress: shows progress.
+        measured: earlier measurements of the same job.
+
+    Returns:
+        By setting, what `row` gives. `kl` is KL(reference || setting) in nats per token.
     """
     measured, scored = measured or Measured(), [s for s in settings if not s.needs_second_pass]
     todo = [(w, s) for w in range(len(rows)) for s in scored if _name(w, s) not in measured]
@@ -62,7 +71,7 @@ def measure_likelihood(
 def _scored(
     model: PreTrainedModel, setting: Setting, first: Setting, of: Reference, ids: Tensor, measured: Measured
 ) -> dict:
-    """One window under one setting; the full cache, which is the first, is scored from its own logits."""
+    """Sums of one window under one setting. The first setting is scored by its own logits."""
     return (
         of.own(ids[0, 1:])
         if setting is first
@@ -71,11 +80,12 @@ def _scored(
 
 
 def _name(window: int, setting: Setting) -> str:
+    """The name under which a window of a setting is saved."""
     return f"perplexity {window} {setting.name}"
 
 
 def _logits(model: PreTrainedModel, setting: Setting, ids: Tensor, measured: Measured) -> Tensor:
-    """(t - 1, V): of every token but the last, which has no successor."""
+    """Logits (t - 1, V) of every token but the last, which has no successor."""
     cache = setting.make()
     pieces = ids.split(TOKENS_PER_PIECE, dim=1) if setting.evicts else [ids]
     logits = [model(piece, past_key_values=cache).logits[0] for piece in pieces]
@@ -85,7 +95,13 @@ def _logits(model: PreTrainedModel, setting: Setting, ids: Tensor, measured: Mea
 
 
 class Reference:
-    """What all settings are compared with in one window: logits (t - 1, V) in the model's dtype."""
+    """Logits of one window that all settings are compared with.
+
+    Attributes:
+        logits: (t - 1, V) in the model's dtype.
+        total: log-sum-exp of each token's logits (t - 1), in fp32.
+        top: most likely next token of each (t - 1).
+    """
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
@@ -95,13 +111,25 @@ class Reference:
         self.total, self.top = (torch.cat(each) for each in zip(*parts, strict=True))
 
     def own(self, targets: Tensor) -> dict:
-        """As `score`, of the reference itself."""
+        """What `score` gives for the reference itself.
+
+        Args:
+            targets: next tokens (t - 1).
+        """
         nll = self.total.double() - self.logits.gather(1, targets.unsqueeze(1))[:, 0].double()
         return {"nll": float(nll.sum()), "kl": 0.0, "agree": len(targets), "tokens": len(targets)}
 
     def score(self, logits: Tensor, targets: Tensor) -> dict:
-        """Sums over the window's tokens in fp64. KL = E[r - q] + log sum exp q - log sum exp r under the
-        reference r.
+        """Compare logits with the reference.
+
+        Args:
+            logits: (t - 1, V).
+            targets: next tokens (t - 1).
+
+        Returns:
+            Sums over the window in fp64: `nll`, `kl` and `agree` (tokens whose most likely successor is the
+                reference's), and the number of `tokens`. With r and q the logits of the reference and of the
+                setting, KL = E_r[r - q] + logsumexp(q) - logsumexp(r).
         """
         nll, kl, agree = [], [], 0
         for r, q, target, total, top in zip(
@@ -118,7 +146,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class _Sums:
-    """Of every window."""
+    """Sums of all windows, one list per quantity."""
 
     nll: list[float]
     kl: list[float]
@@ -127,8 +155,15 @@ class _Sums:
 
 
 def row(windows: Sequence[dict]) -> dict:
-    """What a row of the result says, given each window's sums; perplexity_95 and kl_95 are half of the 95 %
-    intervals over windows, as long as there are at least three."""
+    """The fields of a row from the sums of its windows.
+
+    Args:
+        windows: what `Reference.score` gave for each window.
+
+    Returns:
+        Means per token; `perplexity_95` and `kl_95`, half of the 95 % intervals over windows, or None for
+        fewer than three windows; and the sums per window.
+    """
     sums = _Sums(**{name: [_number(w[name]) for w in windows] for name in ("nll", "kl", "agree", "tokens")})  # type: ignore[arg-type]
     tokens = sum(sums.tokens)
     perplexity = _exp(sum(sums.nll) / tokens)
@@ -146,7 +181,7 @@ def row(windows: Sequence[dict]) -> dict:
 
 
 def _number(x: float | None) -> float:
-    """Measurements hold None in the place of what is not finite."""
+    """A measured number; what was not finite is saved as None."""
     return math.nan if x is None else x
 
 
@@ -162,9 +197,22 @@ def measure_decode(
     progress: Progress,
     measured: Measured | None = None,
 ) -> dict[str, dict]:
-    """perplexity_decode of every setting over windows (n, t) of ids: the second half of each is scored, after
-    the first half was read exactly and then stored compressed, so that every later token sees compressed
-    predecessors only."""
+    """Perplexity of decoding alone.
+
+    The first half of each window is read exactly and then stored compressed; the second half is scored, so
+    that every scored token sees compressed predecessors only.
+
+    Args:
+        model: the model, attached.
+        tokenizer: its tokenizer.
+        settings: what is compared.
+        rows: windows of ids (n, t).
+        progress: shows progress.
+        measured: earlier measurements of the same job.
+
+    Returns:
+        By setting, `perplexity_decode`.
+    """
     measured = measured or Measured()
     todo = [(w, s) for w in range(len(rows)) for s in settings if f"decode {w} {s.name}" not in measured]
     for w, setting in progress(todo, lambda unit: f"decode, {unit[1].name}"):
@@ -178,7 +226,7 @@ def measure_decode(
 def _decode(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache: LowkeyCache, ids: Tensor
 ) -> float:
-    """The sum of the negative log-likelihoods of the second half, but for its first token."""
+    """Sum of the negative log-likelihoods of a window's second half, without its first token."""
     half = ids.shape[1] // 2
     cache.exact_prefill(True)
     prefill(model, tokenizer, cache, ids[:, :half])
@@ -194,5 +242,5 @@ def _decode(
 
 
 def _exp(x: float) -> float:
-    """Infinite where math.exp would raise."""
+    """exp(x), infinite where math.exp would raise."""
     return math.exp(x) if not x > 700 else math.inf

@@ -1,10 +1,9 @@
-"""Questions about a text, with short answers that stand in it: the share of those that the full cache
-answers.
+"""Questions about a text whose short answers stand in it: the share of them that survives compression.
 
-A text is some dozen paragraphs about invented things, put together in random order; each question is about
-one of them, and the others distract. Small models answer but a part of such questions, so the full cache is
-asked first and only what it gets right is asked of every other setting: the score is then the cache's and not
-the model's.
+A text is about a dozen paragraphs about invented things, in random order. Each question is about one of them,
+and the others distract. Small models answer only some of such questions, so the full cache is asked first,
+and every other setting is asked what the full cache got right: the score then measures the cache and not the
+model.
 """
 
 from __future__ import annotations
@@ -47,8 +46,12 @@ ARTICLES = ("a", "an", "the")
 
 @dataclass(frozen=True)
 class Item:
-    """A question and the answers that count, each of which stands in the paragraph. number: which of all it
-    is.
+    """A question.
+
+    Args:
+        number: its number among all questions.
+        question: the words.
+        answers: answers that count as right; each stands in the paragraph.
     """
 
     number: int
@@ -58,20 +61,32 @@ class Item:
 
 @dataclass(frozen=True)
 class Paragraph:
+    """A paragraph and the questions about it.
+
+    Args:
+        text: the paragraph.
+        items: its questions.
+    """
+
     text: str
     items: tuple[Item, ...]
 
 
 @dataclass(frozen=True)
 class Text:
-    """ids: template and paragraphs, to which a question is added; items: those asked about it."""
+    """A text that is asked about.
+
+    Args:
+        ids: ids of the template's beginning and of the paragraphs; a question is appended.
+        items: the questions.
+    """
 
     ids: list[int]
     items: list[Item]
 
 
 def embedded_paragraphs() -> list[Paragraph]:
-    """The paragraphs that ship with lowkey, written for it."""
+    """The paragraphs that ship with lowkey and were written for it."""
     told = json.loads((package_files("lowkey") / "data" / "questions.json").read_text(encoding="utf-8"))[
         "paragraphs"
     ]
@@ -88,8 +103,20 @@ def embedded_paragraphs() -> list[Paragraph]:
 def draw_texts(
     frame: Frame, paragraphs: Sequence[Paragraph], seed: int, length: int = TEXT_LENGTH
 ) -> list[Text]:
-    """All paragraphs dealt in random order into texts of at most `length` ids; the last is filled up with
-    paragraphs that are not asked.
+    """Deal paragraphs in random order into texts.
+
+    Args:
+        frame: the chat template.
+        paragraphs: the paragraphs.
+        seed: seed of the order.
+        length: number of ids of a text at most.
+
+    Returns:
+        Texts that ask each question once. The last text is filled up with paragraphs that it does not ask
+        about.
+
+    Raises:
+        LowkeyError: a paragraph is longer than a text.
     """
     rng = random.Random(seed)
     deck = rng.sample(list(paragraphs), len(paragraphs))
@@ -115,16 +142,18 @@ def draw_texts(
 
 
 def _text(rng: random.Random, frame: Frame, told: list[Paragraph], asked: list[Paragraph]) -> Text:
+    """A text of the paragraphs `told` that asks about the paragraphs `asked`."""
     items = [item for p in asked for item in p.items]
     return Text(frame.start + frame.encode("\n\n".join(p.text for p in told)), rng.sample(items, len(items)))
 
 
 def _question(frame: Frame, item: Item) -> list[int]:
+    """Ids of a question."""
     return frame.question(QUESTION_PROMPT.format(question=item.question))
 
 
 def normalised_words(text: str) -> list[str]:
-    """Words in lower case without punctuation and articles, as SQuAD compares them (arXiv:1606.05250)."""
+    """Words in lower case, without punctuation and articles, as SQuAD compares them (arXiv:1606.05250)."""
     plain = "".join(c for c in text.lower() if c not in string.punctuation)
     return [word for word in plain.split() if word not in ARTICLES]
 
@@ -136,8 +165,8 @@ def is_right_answer(said: str, answers: Sequence[str]) -> bool:
 
 
 class _Asker:
-    """Asks over caches of one setting. One that evicts nothing reads a text once and answers over copies of
-    that.
+    """Asks questions over caches of one setting. A setting that does not evict reads a text once and answers
+    over copies of that cache.
     """
 
     def __init__(
@@ -159,12 +188,18 @@ class _Asker:
         self.known: tuple[Text, LowkeyCache] | None = None
 
     def ask(self, text: Text, item: Item) -> dict:
+        """Ask one question.
+
+        Returns:
+            `right`: whether the answer counts; `held`: bytes held when it began; `said`: its words.
+        """
         question = _question(self.frame, item)
         said = self._written(text, text.ids + question, len(question))
         words = str(self.tokenizer.decode(said.ids))
         return {"right": is_right_answer(words, item.answers), "held": said.held, "said": words}
 
     def _written(self, text: Text, ids: list[int], question: int) -> Written:
+        """The answer to a prompt that ends with `question` tokens of question."""
         tensor = tensor_of(self.model, ids)
         if self.setting.evicts:
             cache = read_context(self.model, self.tokenizer, self.setting, tensor, question, self.refeed)
@@ -173,6 +208,7 @@ class _Asker:
         return write_answer(self.model, cache, tensor, self.ends, ANSWER_LENGTH)
 
     def _read(self, text: Text) -> LowkeyCache:
+        """The cache that has read the text, made once per text."""
         if self.known is None or self.known[0] is not text:
             self.known, cache = None, self.setting.make()
             write_answer(self.model, cache, tensor_of(self.model, text.ids), set(), 1)
@@ -191,17 +227,29 @@ def measure_questions(
     paragraphs: Sequence[Paragraph] | None = None,
     once: Once = anew,
 ) -> dict[str, dict]:
-    """Share of the questions that the first setting, which should be the full cache, answers, and a setting
-    answers too, by its name.
+    """Share of the questions that the full cache answers which a setting answers too.
 
-    The first setting is asked until it has answered `wanted` of them. After all there are, paragraphs are
-    dealt into other texts and what it has not answered is asked again, up to DEALS times in all and as long
-    as that finds more. refeed: see `recall.measure_recall`.
+    The first setting, which should be the full cache, is asked until it has answered `wanted` questions. If
+    there are not as many, paragraphs are dealt into other texts, and what it has not answered is asked again:
+    up to `DEALS` times in all, and as long as that finds more.
 
-    Every row has questions, the share, questions_right of questions_of, questions_kept (bytes held with the
-    question when the answer was begun, as a share of the first setting's) and questions_evidence (whether
-    they are at least LEAST_QUESTIONS). The first row has questions_asked, how often it was asked, the questions_items
-    that it answered, by their number, and, where these are fewer than LEAST_QUESTIONS, questions_note.
+    Args:
+        model: the model, attached.
+        tokenizer: its tokenizer.
+        settings: what is compared; the first is the control.
+        wanted: number of questions that the control is to answer.
+        seed: seed of the order of paragraphs.
+        progress: shows progress.
+        refeed: whether a question is asked again over what a setting kept; see `recall.measure_recall`.
+        paragraphs: the paragraphs; None for the embedded ones.
+        once: gives an earlier measurement of the same name, or measures.
+
+    Returns:
+        By setting: `questions`, the share; `questions_right` of `questions_of`; `questions_kept`, bytes held
+            with the question when an answer began, as a share of the control's; and `questions_evidence`,
+            whether there are at least `LEAST_QUESTIONS` questions. The control's row also has
+            `questions_asked`, how often it was asked; `questions_items`, the numbers of what it answered;
+            and, if these are too few, `questions_note`.
     """
     frame, full, others = Frame.of(tokenizer), settings[0], settings[1:]
     told = embedded_paragraphs() if paragraphs is None else paragraphs
@@ -246,11 +294,18 @@ def measure_questions(
 
 
 def _length(model: PreTrainedModel) -> int:
+    """Length of a text that this model can read together with a question and an answer."""
     longest = families.positions(model)
     return TEXT_LENGTH if longest is None else min(TEXT_LENGTH, longest - ASKING - ANSWER_LENGTH)
 
 
 def _row(answers: list[dict], full: list[dict]) -> dict:
+    """The row's fields from a setting's answers.
+
+    Args:
+        answers: what `_Asker.ask` gave for the setting.
+        full: what it gave for the control.
+    """
     right, of = sum(a["right"] for a in answers), len(answers)
     held = (
         statistics.fmean(a["held"] for a in answers) / statistics.fmean(a["held"] for a in full)

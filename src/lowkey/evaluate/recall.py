@@ -1,9 +1,9 @@
-"""1-hop recall: facts hidden in running text, one of them asked for at the end.
+"""1-hop recall: facts hidden in running text, one of which is asked for at the end.
 
-Key and value stand side by side in the text, and where the answer is to begin the key stands again: any model
-that copies in context can answer, so that the score measures the cache and not knowledge. Which words a model
-can follow differs: FORMS has several, and the row of the full cache tells whether a form is evidence for a
-model. Works on token ids, with any tokenizer and any haystack text.
+Key and value stand side by side in the text, and the key stands again where the answer is to begin. So any
+model that copies in context can answer, and the score measures the cache and not knowledge. Models differ in
+the wording that they can follow: `FORMS` has several, and the row of the full cache says whether a form is
+evidence for a model. Everything works on token ids, with any tokenizer and any text.
 """
 
 from __future__ import annotations
@@ -31,9 +31,17 @@ TRIAL_CASES = 5  # cases, all to be right, by which another form or context is r
 
 @dataclass(frozen=True)
 class RecallForm:
-    """How `facts` facts are told and one is asked, with {key} and {value}. opening: words that the model's
-    answer begins with.
-    chat: through the tokenizer's chat template, where it has one."""
+    """How facts are told and asked. Texts have the fields {key} and {value}.
+
+    Args:
+        summary: one line for the command line.
+        statement: the sentence that states a fact.
+        question: the question.
+        opening: words that the model's answer begins with.
+        chat: whether the tokenizer's chat template is used, if it has one.
+        facts: number of facts.
+        digits: digits of a value.
+    """
 
     summary: str
     statement: str
@@ -78,16 +86,25 @@ FORMS: dict[str, RecallForm] = {
 
 
 def usual_form(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The form that suits a tokenizer: `lines` with a chat template, else `plain`."""
     return "lines" if Frame.of(tokenizer).chat else "plain"
 
 
 def frame_of(tokenizer: PreTrainedTokenizerBase, form: RecallForm) -> Frame:
+    """The chat template of a tokenizer if the form uses one, else an empty frame."""
     return Frame.of(tokenizer) if form.chat else Frame(tokenizer, False)
 
 
 @dataclass(frozen=True)
 class Episode:
-    """`prompt` ends with `question`; a correct model writes `answer` next, which reads as `value`."""
+    """One case.
+
+    Args:
+        prompt: ids, which end with `question`.
+        question: ids of the question.
+        answer: ids that a model which answers right writes next.
+        value: the text of the answer.
+    """
 
     prompt: list[int]
     question: list[int]
@@ -106,10 +123,19 @@ def draw_episode(
     frame: Frame | None = None,
     ends: Sequence[int] = (),
 ) -> Episode:
-    """One case of `context` ids with `facts` facts (the form's number when None), one of them asked.
+    """Draw one case.
 
-    In a chat the template and the question are among the `context` ids, else the question and the
-    beginning-of-text token are not; without a frame there is no such token. ends: see `weave`.
+    Args:
+        rng: source of random numbers.
+        encode: ids of a text, without special tokens.
+        haystack: ids of running text.
+        context: number of ids. In a chat they include the template and the question; otherwise the question
+            and the beginning-of-text token come on top.
+        facts: number of facts; None for the form's number.
+        keys: words to choose keys from.
+        form: how facts are told and asked.
+        frame: the chat template; None for a prompt without a beginning-of-text token.
+        ends: places in the haystack at which sentences end; see `needles.weave`.
     """
     drawn = draw_facts(rng, form.facts if facts is None else facts, keys, form.digits)
     asked = rng.choice(drawn)
@@ -136,14 +162,29 @@ def measure_recall(
     form: str = USUAL_FORM,
     once: Once = anew,
 ) -> dict[str, dict]:
-    """Share of `cases` in which greedy writing gives exactly the asked value, by the setting's name.
+    """Share of cases in which greedy writing gives exactly the asked value.
 
-    A setting that evicts chooses with the question in view. refeed: the question is then asked again over
-    what was kept, so that every token of the answer depends on it; else, as the papers of this field do, the
-    question saw the whole context and the first token is free.
-    recall_kept: bytes held with the question when the answer was begun, as a share of the first setting's.
-    recall_evidence: whether the first setting, the full cache, reaches SOLVED; where not, its row has
-    recall_note with a form or context that it solves.
+    Args:
+        model: the model, attached.
+        tokenizer: its tokenizer.
+        settings: what is compared; the first should be the full cache.
+        haystack: ids of running text.
+        context: number of ids of a case.
+        cases: number of cases.
+        seed: seed of the cases.
+        progress: shows progress.
+        refeed: a setting that evicts always chooses with the question in view. With `refeed` the question is
+            then asked again over what was kept, so that every token of the answer depends on it. Without, the
+            question saw the whole context and the first token of the answer costs nothing: the protocol of
+            the papers of this field.
+        form: a name of `FORMS`, or `usual` for the one that suits the tokenizer.
+        once: gives an earlier measurement of the same name, or measures.
+
+    Returns:
+        By setting: `exact_match`, the share; `recall_form`; `recall_kept`, bytes held with the question when
+            an answer began, as a share of the first setting's; and `recall_evidence`, whether the first
+            setting reaches `SOLVED`. If it does not, its row has `recall_note` with a form or a context that
+            it solves.
     """
     name = usual_form(tokenizer) if form == USUAL_FORM else form
     episodes = draw_episodes(tokenizer, haystack, context, cases, seed, name)
@@ -186,6 +227,16 @@ def draw_episodes(
     seed: int,
     form: str,
 ) -> list[Episode]:
+    """Draw cases; those of a chat have facts between sentences.
+
+    Args:
+        tokenizer: the tokenizer.
+        haystack: ids of running text.
+        context: number of ids of a case.
+        cases: number of cases.
+        seed: seed of the cases.
+        form: a name of `FORMS`.
+    """
     rng, how = random.Random(seed), FORMS[form]
     frame, ends = frame_of(tokenizer, how), sentence_ends(tokenizer, haystack) if how.chat else ()
     return [
@@ -202,8 +253,11 @@ def answered(
     form: str,
     refeed: bool,
 ) -> dict:
-    """Whether the asked value was written, and the bytes held when that was begun. One token more than the
-    answer has shows that the number has ended, unless the model has ended before."""
+    """Let a setting answer one case.
+
+    Returns:
+        `right`: whether the value was written; `held`: bytes held when the answer began.
+    """
     ids = tensor_of(model, episode.prompt)
     cache = read_context(model, tokenizer, setting, ids, len(episode.question), refeed)
     said = write_answer(
@@ -213,7 +267,7 @@ def answered(
 
 
 def is_right_value(said: str, value: str) -> bool:
-    """The value, and then no further digit."""
+    """Whether the answer is the value, and no further digit follows."""
     said = said.lstrip(" ")
     return said.startswith(value) and not said[len(value) : len(value) + 1].isdigit()
 
@@ -228,8 +282,18 @@ def _note(
     form: str,
     share: float,
 ) -> str:
-    """Why recall is no evidence, and what would be: the first other form, or shorter context, that the full
-    cache solves.
+    """Why recall is no evidence here, and what would be: the first other form, or shorter context, that the
+    control solves.
+
+    Args:
+        model: the model, attached.
+        tokenizer: its tokenizer.
+        control: the setting of the full cache.
+        haystack: ids of running text.
+        context: number of ids of a case.
+        seed: seed of the cases.
+        form: the form that was measured.
+        share: the control's recall.
     """
 
     def solves(name: str, length: int) -> bool:
@@ -249,14 +313,25 @@ def _note(
         remedy = f"give --recall-form {works[0]}, which it solves"
     else:
         remedy = f"give --context {works[1]}, which it solves"
-    return f"recall: the full cache itself has {share:.2f} in form {form!r} at context {context}, so this recall is no evidence; {remedy}"
+    return (
+        f"recall: the full cache itself has {share:.2f} in form {form!r} at context {context}, so this "
+        f"recall is no evidence; {remedy}"
+    )
 
 
 def check_positions(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: int, form: str = USUAL_FORM
 ) -> None:
-    """Errors: LowkeyError for a context that leaves no room for an answer and, where it does not count it, a
-    question.
+    """Check that a case, its question and its answer fit into the model's positions.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        context: number of ids of a case.
+        form: a name of `FORMS`, or `usual`.
+
+    Raises:
+        LowkeyError: they do not fit.
     """
     how = FORMS[usual_form(tokenizer) if form == USUAL_FORM else form]
     frame, fact = frame_of(tokenizer, how), draw_facts(random.Random(0), 1, digits=how.digits)[0]

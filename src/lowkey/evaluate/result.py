@@ -1,6 +1,4 @@
-"""`evaluate`: run the chosen tasks over the settings and give one Result, with the environment it was
-measured in.
-"""
+"""`evaluate`: run tasks over settings and give one result, with the environment it was measured in."""
 
 from __future__ import annotations
 
@@ -31,9 +29,19 @@ RESULT_FORMAT = 1
 
 @dataclass(frozen=True)
 class Task(Checked):
-    """What to measure on: at most `windows` windows of `context` tokens, taken from each of the `texts` (by
-    name) in turn; `cases` of recall in one of its forms (usual: what suits the tokenizer); as many questions
-    as the full cache is to answer; both fed again over what was kept, or not."""
+    """What is measured on.
+
+    Args:
+        texts: texts by name.
+        context: tokens of a window and of a recall case.
+        windows: number of windows at most, taken from the texts in turn.
+        cases: number of recall cases.
+        seed: seed of cases and questions.
+        batch: windows that a layer reads at a time.
+        refeed: whether questions are asked again over what a setting kept.
+        questions: number of questions that the full cache is to answer.
+        recall_form: form of recall; `usual` for the one that suits the tokenizer.
+    """
 
     texts: Mapping[str, str] = option(any_text=True)
     context: int = option(512, at_least=8, at_most=2**24)
@@ -48,8 +56,11 @@ class Task(Checked):
 
 @dataclass
 class TaskInput:
-    """Everything a task needs, tokenised once: windows `rows` (n, t), and all `ids` (m) of the texts one
-    behind the other.
+    """What tasks need, tokenised once.
+
+    Attributes:
+        rows: windows (n, t).
+        ids: ids of all texts, one after the other (m).
     """
 
     model: PreTrainedModel
@@ -144,13 +155,22 @@ def evaluate(
     progress: Progress = silent,
     work: Path | None = None,
 ) -> dict:
-    """A Result: {"format", "model", "environment", "rows"}; rows[0] is the first setting, which should be the
-    full cache.
+    """Run tasks over settings.
 
-    names: keys of TASKS, of which no other is run; every row has its bytes, whatever is asked. work: a folder
-    to save what was measured into, and to resume from when the same job is given again. Errors: LowkeyError
-    for an unknown task, settings of which two are the same, a text that is too short, or a context longer
-    than the model's.
+    Args:
+        model: the model, attached.
+        tokenizer: its tokenizer.
+        settings: what is compared; the first should be the full cache.
+        task: what is measured on.
+        names: names of `TASKS`.
+        progress: shows progress.
+        work: folder in which measurements are saved, so that the same job can resume.
+
+    Returns:
+        A result as JSON has it: its format, the model, the environment and one row per setting.
+
+    Raises:
+        LowkeyError: an unknown task, a context that the model cannot read, or a setting given twice.
     """
     for name in names:
         if name not in TASKS:
@@ -190,7 +210,7 @@ def evaluation_job(
     task: Task,
     names: Sequence[str],
 ) -> dict:
-    """All that decides what is measured: the work of another job is not gone on with."""
+    """Everything that decides what is measured: saved work of another job is not resumed."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     turns = getattr(tokenizer, "chat_template", None), tokenizer.special_tokens_map, ends
     return {
@@ -212,6 +232,13 @@ def _sha256(words: str) -> str:
 
 
 def environment(model: PreTrainedModel, task: Task, run: TaskInput) -> dict:
+    """Where and with what a result was measured.
+
+    Args:
+        model: the model.
+        task: what was measured on.
+        run: its windows.
+    """
     sums = {name: _sha256(words) for name, words in task.texts.items()}
     data = {
         "name": ", ".join(sums),

@@ -1,4 +1,6 @@
-"""What is compared: the full cache, plans, packed integers, policies. A setting makes fresh caches."""
+"""What is compared: the full cache, packed integers, plans and policies. A setting knows how to make a fresh
+cache.
+"""
 
 from __future__ import annotations
 
@@ -47,12 +49,20 @@ UNMEASURED = (
 
 @dataclass(frozen=True)
 class Setting:
-    """name: the row's name; identity: the row's keys that describe it; make: a fresh cache; evicts: what it
-    drops is chosen after a chunk was read, so a chunk by itself shows nothing of it; needs_second_pass: and only after
-    the whole context was repeated (`lowkey.prefill`).
+    """One thing that is compared, a row of the result.
 
-    short, marks: what the name is made of (`lowkey.core.row_names`). made_of: a checksum of all that decides
-    what the caches hold.
+    Args:
+        name: name of the row, distinct from all others.
+        identity: fields of the row that describe the setting.
+        make: makes a fresh cache.
+        evicts: whether tokens are dropped. They are chosen after a chunk was read, so one chunk by itself
+            shows nothing of it.
+        needs_second_pass: whether they are chosen only after a second pass over the whole context
+            (`lowkey.prefill`).
+        marks: what distinguishes the setting from others of the same short name, by kind (see
+            `lowkey.core.row_names`).
+        made_of: checksum of everything that decides what the caches hold.
+        short: the name without marks.
     """
 
     name: str
@@ -65,7 +75,7 @@ class Setting:
     short: str = ""
 
     def row(self) -> dict:
-        """The row with nothing measured yet."""
+        """The row of the result with nothing measured yet."""
         return {
             "name": self.name,
             "short": self.short,
@@ -75,22 +85,40 @@ class Setting:
         }
 
     def storage(self, index: int) -> StoringLayer | None:
-        """A fresh storage of one layer alone, or None when this setting stores it as transformers does."""
+        """A fresh storing layer of this setting.
+
+        Args:
+            index: number of the decoder layer.
+
+        Returns:
+            The layer, or None if the setting stores it as transformers does.
+        """
         layer = self.make().layers[index]
         return layer if isinstance(layer, StoringLayer) else None
 
 
 def row_identity(**known: object) -> dict:
+    """The descriptive fields of a row, None where they do not apply."""
     names = ("method", "plan", "policy", "budget", "bits", "packing", "layout", "sinks", "recent", "task")
     return dict.fromkeys(names) | known
 
 
 def full(model: PreTrainedModel) -> Setting:
+    """The full cache."""
     return Setting("full", row_identity(budget="100%"), lambda: make_cache(model))
 
 
 def packed(model: PreTrainedModel, bits: int | str, exact: Exact | None = None) -> Setting:
-    """exact: tokens kept as they are beside the packed ones, in the place of the scheme's own."""
+    """Keys and values as packed integers.
+
+    Args:
+        model: the model, attached.
+        bits: packing scheme, by bits or by name.
+        exact: tokens that are kept exact; None for the scheme's own.
+
+    Raises:
+        LowkeyError: an unknown scheme, or one that the model cannot have.
+    """
     scheme(bits)  # refuses now what would be refused at the first case
     origin = Origin(weakref.ref(model), bits=bits, exact=exact)
     near = _window(model, origin)
@@ -105,14 +133,25 @@ def packed(model: PreTrainedModel, bits: int | str, exact: Exact | None = None) 
 
 
 def _packing(bits: int | str | None) -> dict:
+    """The fields of a row that name a packing."""
     return {} if bits is None else {"bits": scheme(bits).bits, "packing": scheme_name(bits)}
 
 
 def planned(
     model: PreTrainedModel, plan: Plan, path: str, bits: int | str | None = None, exact: Exact | None = None
 ) -> Setting:
-    """A plan, checked once; its caches skip the fingerprint. bits: the packing of its latents, the plan's own
-    when None. exact: tokens kept as they are, in the place of what the plan or the scheme says."""
+    """A plan.
+
+    Args:
+        model: the model, attached.
+        plan: the plan; it is checked against the model once, and its caches skip that.
+        path: folder of the plan.
+        bits: packing of its latents; None for the plan's own.
+        exact: tokens that are kept exact; None for what the plan or the scheme says.
+
+    Raises:
+        LowkeyError: the plan is of another model.
+    """
     plan.check(model)
     bits = plan.bits if bits is None else None if bits == NO_BITS else bits
     origin = Origin(weakref.ref(model), plan, bits=NO_BITS if bits is None else bits, exact=exact)
@@ -134,8 +173,17 @@ def window_of(
     sinks: int | None = None,
     recent: int | None = None,
 ) -> Exact | None:
-    """The exact tokens of a plan or a scheme with another count of sinks or recent ones; None where neither
-    is given.
+    """The exact tokens of a plan or a scheme, with other numbers.
+
+    Args:
+        model: the model, attached.
+        plan: the plan, or None.
+        bits: packing scheme, or None.
+        sinks: number of first tokens; None for the plan's own.
+        recent: number of newest tokens; None for the plan's own.
+
+    Returns:
+        The exact tokens, or None if neither number is given.
     """
     if sinks is None and recent is None:
         return None
@@ -146,17 +194,18 @@ def window_of(
 
 
 def _window(model: PreTrainedModel, origin: Origin) -> Exact:
-    """Which tokens its caches hold as they are."""
+    """The tokens that a cache of this origin keeps exact."""
     kept = (getattr(layer, "exact", None) for layer in cache_from(model, origin).layers)
     return next((exact for exact in kept if exact is not None), Exact())
 
 
 def _beside(exact: Exact) -> str:
+    """The exact tokens in words, for a row's name."""
     return " ".join(f"+ {n} {word}" for n, word in ((exact.sinks, "sinks"), (exact.recent, "recent")) if n)
 
 
 def plan_marks(plan: Plan, path: str) -> dict[str, str]:
-    """What tells a plan from others of its method and budget, in words."""
+    """What distinguishes a plan from others of its method and budget, in words."""
     named = {
         "method": METHODS.get(plan.method["name"]),
         "allocator": RANK_ALLOCATORS.get(plan.allocator["name"]),
@@ -177,12 +226,16 @@ def plan_marks(plan: Plan, path: str) -> dict[str, str]:
 
 
 def plan_place(path: str) -> dict[str, str]:
+    """Marks of the folder that a plan is in."""
     return {"folder": Path(path).name, "path": path} if path else {}
 
 
 def changed(kind: Any, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that are not a class's defaults, as plain JSON has both; all of them where the class is not
-    known.
+    """Parameters that are not the defaults.
+
+    Args:
+        kind: the class; all parameters count if it is None.
+        parameters: values by name, as JSON has them.
     """
     usual = {} if kind is None else defaults_of(kind)
     return {
@@ -193,10 +246,12 @@ def changed(kind: Any, parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> str:
+    """A value as JSON text, in which tuples and lists are equal."""
     return json.dumps(value, sort_keys=True, default=str)
 
 
 def _hash(*what: object) -> str:
+    """A checksum of values."""
     return hashlib.sha256(_plain(what).encode()).hexdigest()
 
 
@@ -209,8 +264,19 @@ def evicted(
     path: str | None = None,
     heads: HeadImportance | None = None,
 ) -> Setting:
-    """A policy by itself or on top of a plan. Errors: LowkeyError when its budget does not hold what it
-    always keeps.
+    """A policy, by itself or over a plan.
+
+    Args:
+        model: the model, attached.
+        policy: the policy.
+        name: its name in `POLICIES`.
+        context: tokens of a window, by which a budget in `%` is checked.
+        plan: the plan, or None.
+        path: folder of the plan.
+        heads: head scores by kind.
+
+    Raises:
+        LowkeyError: its budget does not hold the tokens that are always kept, or head scores are missing.
     """
     budget = policy.budget and Budget.parse(policy.budget)
     tokens = (
@@ -242,10 +308,11 @@ def evicted(
 
 
 def distinct(settings: Sequence[Setting]) -> list[Setting]:
-    """The same settings under names that tell them apart: two of `pca 50%` become `pca 50% pre_rope` and `pca
-    50% post_rope`.
+    """Settings with names that distinguish them: two of `pca 50%` become `pca 50% pre_rope` and `pca 50%
+    post_rope`.
 
-    Errors: LowkeyError for one that is given twice.
+    Raises:
+        LowkeyError: a setting is given twice.
     """
     names, found = told_apart([s.name for s in settings], [s.marks for s in settings]), list[Setting]()
     for name, s in zip(names, settings, strict=True):

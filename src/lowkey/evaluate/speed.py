@@ -1,4 +1,4 @@
-"""The time of a prompt and of a step. Times compare only inside one run."""
+"""Time of a prompt and of a decode step. Times can be compared only within one run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,21 @@ def measure_speed(
     progress: Progress,
     measured: Measured | None = None,
 ) -> dict[str, dict]:
-    """One prompt (1, t): medians over rounds in which the settings take turns, after one that warms up."""
+    """Time of reading a prompt and of one decode step after it.
+
+    Settings take turns in each round; a first round, which warms up, is left out.
+
+    Args:
+        model: the model, attached.
+        tokenizer: its tokenizer.
+        settings: what is compared.
+        ids: the prompt (1, t).
+        progress: shows progress.
+        measured: earlier measurements of the same job.
+
+    Returns:
+        By setting, medians over rounds in milliseconds: `prefill_ms` and `step_ms`.
+    """
     measured, ids = measured or Measured(), ids.to(device_of(model))
     todo = [(r, s) for r in range(ROUNDS + 1) for s in settings if f"speed {r} {s.name}" not in measured]
     for r, setting in progress(todo, lambda unit: f"speed, {unit[1].name}"):
@@ -38,6 +52,7 @@ def measure_speed(
 
 
 def _row(runs: list[dict]) -> dict:
+    """Medians over rounds."""
     return {name: statistics.median(r[name] for r in runs) for name in ("prefill_ms", "step_ms")}
 
 
@@ -48,6 +63,7 @@ def _run(
     ids: Tensor,
     measured: Measured,
 ) -> dict:
+    """Times of one round, in milliseconds."""
     cache = setting.make()
     took = _timed(lambda: prefill(model, tokenizer, cache, ids), ids.device)
     footprint.note(setting, cache, measured)
@@ -56,6 +72,7 @@ def _run(
 
 
 def _timed(call, device: torch.device) -> float:
+    """Milliseconds of one call."""
     start = time.perf_counter()
     call()
     if device.type == "cuda":

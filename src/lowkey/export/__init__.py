@@ -1,4 +1,6 @@
-"""Compressed models as plain checkpoints, which need no lowkey to run."""
+"""Compressed models as plain checkpoints that need no lowkey to run. `FORMATS` has the exporters by name. May
+import the rooms up to `plan`.
+"""
 
 from __future__ import annotations
 

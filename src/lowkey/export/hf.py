@@ -1,10 +1,9 @@
-"""A plan folded into the weights: a checkpoint in the model's own architecture with fewer or narrower KV
-heads.
+"""Fold a plan into the weights: a checkpoint of the same architecture with fewer or narrower KV heads.
 
-That is possible where a plan leaves every group of t KV heads one head that the model could have had itself:
-its keys can be rotated as they are (arXiv:2406.07056, Eq. 11-14, under RoPE with maps that commute), or are
-those channels of the old keys that a rotary embedding of a smaller width turns at the same frequencies
-(arXiv:2507.11273, with strided pairs).
+That is possible if the plan leaves, for every group of t KV heads, one head that the model could have had
+itself. Its keys must allow rotation as they are (arXiv:2406.07056, Eq. 11-14, under RoPE with maps that
+commute), or must be those channels of the old keys that a rotary embedding of a smaller width rotates at the
+same frequencies (arXiv:2507.11273, with strided pairs).
 """
 
 from __future__ import annotations
@@ -39,12 +38,24 @@ def export_hf(
     path: str | Path,
     force: bool = False,
 ) -> Path:
-    """Write the model with the plan folded in, its tokenizer and a model card as the folder `path`, in one
-    step: all of it or nothing.
+    """Write the model with a plan folded in, its tokenizer and a model card as one folder, all of it or
+    nothing.
 
-    What it computes is what `model` computes with `make_cache(model, plan)`, to the rounding of its dtype.
-    Errors: LowkeyError when the plan is another model's or has a form that no plain checkpoint has (the
-    message says which and what to do), when `path` holds files (unless `force`), or cannot be written.
+    The new model computes what `model` computes with `make_cache(model, plan)`, up to rounding in its dtype.
+
+    Args:
+        model: the model that the plan is of.
+        tokenizer: its tokenizer.
+        plan: the plan.
+        path: the folder.
+        force: replace what is there.
+
+    Returns:
+        The folder.
+
+    Raises:
+        LowkeyError: another model's plan; a plan of a form that no plain checkpoint has (the message says
+            which, and what to do); `path` holds files and `force` is False; or it cannot be written.
     """
     folder = Path(path)
     weights.check_plain("export", model, families.decoder_layers(model))
@@ -65,7 +76,14 @@ def export_hf(
 
 
 def plain_shape(model: PreTrainedModel, plan: Plan) -> tuple[int, int]:
-    """(how many KV heads become one, its width); refuses what no plain checkpoint can hold."""
+    """The shape of the smaller model.
+
+    Returns:
+        How many KV heads become one, and the width of a head.
+
+    Raises:
+        LowkeyError: no plain checkpoint can hold the plan.
+    """
     shape, d = families.geometry(model), families.geometry(model).head_dim
     kind = model.config.get_text_config().model_type
     if families.family(model.config).normed:
@@ -110,13 +128,18 @@ def plain_shape(model: PreTrainedModel, plan: Plan) -> tuple[int, int]:
         if bad:
             raise _refused(plan, reason, remedy)
     if not all(carries(model, f, t, width) for f in found):
-        narrow = f"it does not keep the channels that a rotary embedding of width {r} turns at the same frequencies"
-        raise _refused(plan, "its key maps do not commute with rotary embedding" if t > 1 else narrow, remedy)
+        reason = (
+            "its key maps do not commute with rotary embedding"
+            if t > 1
+            else f"it does not keep the channels that a rotary embedding of width {r} turns at the same "
+            "frequencies"
+        )
+        raise _refused(plan, reason, remedy)
     return t, width
 
 
 def _remedy(shape: Geometry, changing: str | None) -> str:
-    """What to compress a model of this shape with, so that it can be exported."""
+    """How to compress a model of this shape so that it can be exported."""
     exact = "--sinks 0 --recent 0"
     if shape.kv_heads == 1:  # none to merge, so that its one head becomes narrower
         return (
@@ -130,6 +153,7 @@ def _remedy(shape: Geometry, changing: str | None) -> str:
 
 
 def _refused(plan: Plan, reason: str, remedy: str) -> LowkeyError:
+    """The error for a plan that no plain checkpoint can hold."""
     options = "".join(f" {n}={v}" for n, v in plan.method["parameters"].items())
     return LowkeyError(
         f"plan of method {plan.method['name']!r}{options and f' with{options}'} is not GQA-shaped: {reason}; "
@@ -138,7 +162,7 @@ def _refused(plan: Plan, reason: str, remedy: str) -> LowkeyError:
 
 
 def carries(model: PreTrainedModel, f: Factors, merge: int, width: int) -> bool:
-    """Whether rotating keys before the maps of a layer is rotating what is kept of them, as the smaller model
+    """Whether rotating keys before a layer's maps equals rotating what the maps keep, as the smaller model
     does.
     """
     f = in_order(f, families.geometry(model).kv_heads, width)
@@ -151,8 +175,8 @@ def carries(model: PreTrainedModel, f: Factors, merge: int, width: int) -> bool:
 
 
 def _turns_alike(model: PreTrainedModel, down: Tensor, width: int) -> bool:
-    """Whether the maps (d, width) carry the model's rotation into that of the same embedding made for heads
-    of that width.
+    """Whether maps (d, width) carry the model's rotation into that of the same embedding for heads of that
+    width.
     """
     wide = families.rope(model, 0)
     narrow = families.narrower_rope(wide, smaller_config(model, 1, width))
@@ -165,7 +189,7 @@ def _turns_alike(model: PreTrainedModel, down: Tensor, width: int) -> bool:
 
 
 def _rotated(x: Tensor, rope: Rope, positions: Tensor) -> Tensor:
-    """Rows (n, d) at positions (1, s): (n, s, d)."""
+    """Rows (n, d), rotated to positions (1, s): (n, s, d)."""
     cos, sin = (y[0].cpu() for y in rope(positions, x))
     return rotate(x.unsqueeze(1).expand(-1, positions.shape[1], -1), cos, sin)
 
@@ -174,7 +198,9 @@ def _rotated(x: Tensor, rope: Rope, positions: Tensor) -> Tensor:
 
 
 def converted(model: PreTrainedModel, plan: Plan, merge: int, width: int) -> PreTrainedModel:
-    """It shares what it can with `model`; its buffers hold nothing, which is enough to save it."""
+    """The smaller model. It shares what it can with `model`. Its buffers hold no data, which is enough to
+    save it.
+    """
     with torch.device("meta"):
         smaller = type(model)(smaller_config(model, merge, width))
     names: dict[Tensor, str] = {parameter: name for name, parameter in smaller.named_parameters()}
@@ -189,6 +215,13 @@ def converted(model: PreTrainedModel, plan: Plan, merge: int, width: int) -> Pre
 
 
 def smaller_config(model: PreTrainedModel, merge: int, width: int) -> PreTrainedConfig:
+    """The configuration of the smaller model.
+
+    Args:
+        model: the model.
+        merge: number of KV heads that become one.
+        width: width of a head.
+    """
     config = copy.deepcopy(model.config)
     inner, shape = config.get_text_config(), families.geometry(model)
     inner.num_key_value_heads = shape.kv_heads // merge
@@ -200,8 +233,8 @@ def smaller_config(model: PreTrainedModel, merge: int, width: int) -> PreTrained
 
 
 def in_order(f: Factors, heads: int, width: int) -> Factors:
-    """One map for every head, in fp32 on the CPU; channels of narrower heads in the order in which the wide
-    ones have them.
+    """Factors with one map per head, in fp32 on the CPU, and with channels of narrower heads in the order
+    that the wide heads have.
     """
     f = f.to(torch.empty(0))
     down, up, v_down, v_up = (x.expand(heads // m, -1, -1) if len(x) == 1 else x for x, m in _sides(f))
@@ -222,13 +255,14 @@ def in_order(f: Factors, heads: int, width: int) -> Factors:
 
 
 def _sides(f: Factors) -> Iterator[tuple[Tensor, int]]:
+    """The four maps, each with the number of heads that it merges."""
     yield from zip((f.k_down, f.k_up, f.v_down, f.v_up), (f.merge[0], 1, f.merge[1], 1), strict=True)
 
 
 def layer_weights(
     model: PreTrainedModel, smaller: PreTrainedModel, i: int, f: Factors
 ) -> dict[Tensor, Tensor]:
-    """What the parameters of one layer's attention hold in the smaller model, by parameter."""
+    """Weights of one layer's attention in the smaller model, by parameter."""
     block: Any = families.decoder_layers(model)[i].self_attn
     narrow: Any = families.decoder_layers(smaller)[i].self_attn
     new = factors_folded(families.projections(model, i), f, block.scaling / narrow.scaling)
@@ -242,14 +276,15 @@ def layer_weights(
 
 
 def _fill(found: dict, part: ProjectionPart, weight: Tensor, bias: Tensor | None) -> None:
+    """Put the rows of one projection into its parameters."""
     for parameter, value in ((part.linear.weight, weight), (part.linear.bias, bias)):
         if value is not None:
             found.setdefault(parameter, torch.empty(parameter.shape))[part.rows] = value.flatten(0, 1)
 
 
 def factors_folded(p: Projections, f: Factors, scale: float) -> Projections:
-    """Keys and values are made as latents, queries in their basis (times `scale`), and outputs are read from
-    the values' latents.
+    """Projections of the smaller model. Keys and values are made as latents, queries in their basis (times
+    `scale`), and outputs are read from the latents of values.
     """
     h, t = len(f.k_up), len(f.k_up) // len(f.k_down)
     q, k, v = (_with_bias(w, b) for w, b in ((p.q, p.q_bias), (p.k, p.k_bias), (p.v, p.v_bias)))
@@ -264,16 +299,17 @@ def factors_folded(p: Projections, f: Factors, scale: float) -> Projections:
 
 
 def _with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(heads, d, D) and (heads, d), as the weight of one more input."""
+    """Weights (heads, d, D) with biases (heads, d) as the weight of one more input."""
     return weight if bias is None else torch.cat([weight, bias.unsqueeze(-1)], -1)
 
 
 def _without_bias(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The inverse of `_with_bias`."""
     return (x, None) if bias is None else (x[..., :-1], x[..., -1])
 
 
 def checkpoint_card(model: PreTrainedModel, plan: Plan, merge: int, width: int) -> str:
-    """A model card in Markdown."""
+    """The model card, in Markdown."""
     g, known, inner = plan.geometry, plan.provenance, model.config.get_text_config()
     heads, itemsize = g["kv_heads"], model.dtype.itemsize
     before, after = (
@@ -283,21 +319,24 @@ def checkpoint_card(model: PreTrainedModel, plan: Plan, merge: int, width: int) 
     needs = (
         "the code beside the weights (trust_remote_code=True)" if families.is_own(inner) else "transformers"
     )
+    share, dtype = f"{100 * after / before:.1f} %", str(model.dtype).removeprefix("torch.")
+    data = str(known.get("data_sha256"))[:16]
     return f"""---
 library_name: transformers
 tags: [kv-cache-compression]
 ---
 # {name} with a smaller KV cache
 
-{heads // merge} KV heads of width {width} in the place of {heads} of {g["head_dim"]}: the cache takes {after} bytes per token instead of
-{before} ({100 * after / before:.1f} %) in {str(model.dtype).removeprefix("torch.")}. The architecture is `{inner.model_type}` as before,
-and nothing but {needs} is needed:
+{heads // merge} KV heads of width {width} in the place of {heads} of {g["head_dim"]}: the cache takes
+{after} bytes per token instead of {before} ({share}) in {dtype}. The architecture is
+`{inner.model_type}` as before, and nothing but {needs} is needed:
 
 ```python
 model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
 ```
 
-Made by lowkey {__version__} from the weights of {name}: method `{plan.method["name"]}` {plan.method["parameters"]},
-calibrated on {known.get("tokens")} tokens (sha256 `{str(known.get("data_sha256"))[:16]}`, seed {known.get("seed")}).
+Made by lowkey {__version__} from the weights of {name}: method `{plan.method["name"]}`
+{plan.method["parameters"]}, calibrated on {known.get("tokens")} tokens
+(sha256 `{data}`, seed {known.get("seed")}).
 The licence of the original weights applies.
 """

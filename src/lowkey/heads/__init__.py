@@ -1,5 +1,6 @@
-"""What single attention heads do: which retrieve (HeadKV), which induce or echo (RazorAttention), how
-different they are.
+"""What single attention heads do, measured per model.
 
-Policies and the report read the scores. Imports `cache` and the rooms below it.
+`retrieval` finds the heads that retrieve (HeadKV), on the tasks of `needles`; `induction` finds induction and
+echo heads (RazorAttention); `diversity` measures how different the heads of a layer are. Token allocators and
+the report read the scores. May import `cache` and the rooms below it.
 """

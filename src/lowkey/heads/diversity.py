@@ -1,19 +1,23 @@
-"""How different the heads of a layer are: from their weights (arXiv:2601.11471, head-diversity analysis), and
-from where they look.
+"""How different the heads of a layer are: by their weights, and by where they attend.
 
-Head i matches tokens by A_i = W_Q^i (W_K^i)^T and moves what it finds by W_V^i W_O^i, both D x D and of rank
-d at most. The paper takes cosines of the A_i under the Frobenius inner product and counts heads by the
-effective rank of their Gram matrix, of all H heads and around their mean. Ours: the V-O maps, which the paper
-leaves out; a centred Gram matrix of H heads has rank H - 1, so the centred number is taken of H - 1 (of H,
-the paper's, it cannot pass 83 % for 6 heads); the same configuration at random, beside which every number
-must be read, for random heads come close to the ceiling, those of multi-query attention too; and the
-Jensen-Shannon divergence of attention maps, which sees inputs where weights do not.
+Head i matches tokens by A_i = W_Q^i (W_K^i)^T and moves what it finds by W_V^i W_O^i. Both are D x D
+operators of rank d at most. The paper (arXiv:2601.11471, head-diversity analysis) takes cosines of the A_i
+under the Frobenius inner product, and counts heads by the effective rank of their Gram matrix and of the
+centred Gram matrix, each divided by H.
 
-The numbers do not change under W_Q R, W_K R^-T for any invertible R. Nor does the layer, if it has neither
-rotary embeddings nor QK-norm. With them the group that leaves the layer alone is smaller: with the first,
-turns and scalings within each pair of rotated dimensions; with the second, orthogonal R at most. Such a layer
-is seen here at distance 0 and without what norms divide by: layers of different function may have equal
-numbers.
+Where we differ:
+
+- V-O operators are measured too.
+- The centred number is divided by H - 1, the highest rank that a centred Gram matrix of H heads can have.
+  Divided by H, as in the paper, it cannot pass 83 % for 6 heads; that number is given too.
+- Every number is given for random initialisations of the same configuration. Random heads come close to the
+  ceiling, those of multi-query attention too, so a number says little without them.
+- The Jensen-Shannon divergence of attention maps is measured, which depends on inputs where weights do not.
+
+The numbers do not change under W_Q R, W_K R^-T for any invertible R, and neither does a layer without rotary
+embeddings and QK-norm. With rotary embeddings only rotations and scalings within each pair of rotated
+dimensions leave a layer unchanged; with QK-norm only orthogonal R do. Such a layer is measured at distance 0
+and without the division of the norm: layers of different function may have equal numbers.
 """
 
 from __future__ import annotations
@@ -45,13 +49,18 @@ MEASURES = (("qk", "uncentred"), ("qk", "centred"), ("vo", "uncentred"), ("vo", 
 
 
 def operator_cosines(left: Tensor, right: Tensor) -> Tensor:
-    """Cosines (H, H) of the operators left[i]^T right[i] (D, D) under the Frobenius inner product, from left
-    and right (H, d, D).
+    """Cosines of operators under the Frobenius inner product.
 
-    <A_i, A_j> = tr(A_i^T A_j) is the sum over the elementwise product of left_i left_j^T and right_i
-    right_j^T, both (d, d): D x D is never formed. An operator that is zero has cosine 0, with itself too.
+    Args:
+        left: (H, d, D).
+        right: (H, d, D). Operator i is left[i]^T right[i], which is D x D.
+
+    Returns:
+        Cosines (H, H) in fp64. An operator that is zero has cosine 0, with itself too.
     """
     left, right = left.double(), right.double()
+    # <A_i, A_j> = tr(A_i^T A_j) is the sum over the elementwise product of left_i left_j^T and
+    # right_i right_j^T, both (d, d), so that no D x D matrix is formed.
     inner = torch.stack(
         [torch.einsum("hab,hab->h", a @ left.mT, b @ right.mT) for a, b in zip(left, right, strict=True)]
     )
@@ -61,26 +70,36 @@ def operator_cosines(left: Tensor, right: Tensor) -> Tensor:
 
 
 def centred(gram: Tensor) -> Tensor:
-    """J G J with J = I - 1/H: inner products of the operators less their mean."""
+    """The Gram matrix of operators less their mean: J G J with J = I - 1/H."""
     return gram - gram.mean(0, keepdim=True) - gram.mean(1, keepdim=True) + gram.mean()
 
 
 def effective_rank(gram: Tensor) -> float:
-    """exp of the entropy of the eigenvalues as shares of their sum; 1 when all are zero to rounding, as for
-    the variance of equal heads.
+    """Effective rank of a Gram matrix: exp of the entropy of its eigenvalues, normalised to sum 1.
+
+    Returns:
+        A number from 1 to H; 1 if all eigenvalues are zero up to rounding, as those of the variance of equal
+        heads.
     """
     energies = torch.linalg.eigvalsh(gram.double()).clamp(min=0)
+    # What rounding leaves has a spectrum too, and it is a flat one.
     if float(energies.sum()) <= LEAST_VARIANCE * len(gram):
         return 1.0
     return float(torch.special.entr(energies / energies.sum()).sum().exp())
 
 
 def circuit(left: Tensor, right: Tensor) -> dict:
-    """What `diversity` says of one kind of operator of a layer, from left and right (H, d, D).
+    """The diversity of one kind of operator in a layer.
 
-    uncentred: effective rank over H; centred: that of J G J over H - 1; centred_of_heads: over H, as the
-    paper has it; mean_cosine: of pairs; cosines (H, H). All in [0, 1] but cosines. None where it says
-    nothing: centred numbers of one head, numbers of zero operators (output projections that start at zero).
+    Args:
+        left: (H, d, D).
+        right: (H, d, D).
+
+    Returns:
+        `uncentred`: effective rank / H. `centred`: effective rank of the centred Gram matrix / (H - 1).
+            `centred_of_heads`: the same / H, as in the paper. `mean_cosine`: mean over pairs. `cosines`: (H,
+            H). All but the cosines lie in [0, 1]. None stands for what has no meaning: centred numbers of one
+            head, and numbers of zero operators (output projections that start at zero).
     """
     gram = operator_cosines(left, right)
     heads = len(gram)
@@ -102,9 +121,18 @@ def circuit(left: Tensor, right: Tensor) -> dict:
 
 
 def shared_and_residual(maps: Tensor, residual: Tensor) -> dict:
-    """Of maps (H, d, D) = shared part + residual, means over heads: Frobenius norms of both parts, shared
-    over residual (None when that is zero), and their cosine. The decomposition is not unique: what moves
-    between the parts changes these, not the model."""
+    """Compare the two parts of maps that are a shared part plus a residual.
+
+    The decomposition is not unique: what moves between the parts changes these numbers, but not the model.
+
+    Args:
+        maps: (H, d, D), the sum of both parts.
+        residual: (H, d, D).
+
+    Returns:
+        Means over heads: Frobenius norms of both parts, their quotient (None if a residual is zero), and the
+            cosine between them.
+    """
     shared, residual = (maps - residual).double().flatten(1), residual.double().flatten(1)
     own, low = shared.norm(dim=1), residual.norm(dim=1)
     cosine = torch.nn.functional.cosine_similarity(shared, residual, dim=1)
@@ -117,9 +145,16 @@ def shared_and_residual(maps: Tensor, residual: Tensor) -> dict:
 
 @torch.no_grad()
 def of_maps(maps: HeadMaps) -> dict:
-    """All that weights say of one layer: `qk` and `vo` as `circuit` has them; `key_slice`, the queries' part
-    that meets a key slice shared by all heads, or None; `residual`, for keys and values what
-    `shared_and_residual` says, or None."""
+    """The diversity of one layer, by its weights.
+
+    Args:
+        maps: the layer's weights per head.
+
+    Returns:
+        `qk` and `vo` as `circuit` gives them; `key_slice`: the same for the part of the queries that meets a
+        key slice shared by all heads, or None; `residual`: what `shared_and_residual` gives for keys and for
+        values, or None.
+    """
     width = maps.k.shape[1]
     found: dict = {
         "qk": circuit(maps.q[:, :width], maps.k),
@@ -141,8 +176,17 @@ def of_maps(maps: HeadMaps) -> dict:
 
 @torch.no_grad()
 def weight_diversity(model: PreTrainedModel, progress: Progress = silent, label: str = "heads") -> list[dict]:
-    """`of_maps` of every layer, on the model's device in fp64. Time per layer: 4 H^2 d^2 D multiply-adds, for
-    QK and V-O together.
+    """The diversity of every layer by its weights, computed in fp64 on the model's device.
+
+    Time per layer: 4 H^2 d^2 D multiply-adds, for QK and V-O together.
+
+    Args:
+        model: the model.
+        progress: shows progress over layers.
+        label: what progress is called.
+
+    Returns:
+        For each layer, what `of_maps` gives.
     """
     count = len(families.decoder_layers(model))
     return [
@@ -160,10 +204,14 @@ def _moved(maps: HeadMaps, device: torch.device) -> HeadMaps:
 
 
 def js_divergence(weights: Tensor) -> Tensor:
-    """Mean over pairs of heads of the Jensen-Shannon divergence in bits of attention weights (b, H, t, s):
-    (b, t), in [0, 1]; H >= 2.
+    """Jensen-Shannon divergence of the attention weights of heads, mean over pairs of heads.
 
-    Rows are made to sum to 1 in fp32, as weights in bfloat16 do not.
+    Args:
+        weights: attention weights (b, H, t, s), H >= 2. They are normalised again in fp32, since weights in
+            bfloat16 do not sum to 1.
+
+    Returns:
+        Divergence (b, t) in bits, in [0, 1].
     """
     shares = weights.float() / weights.float().sum(-1, keepdim=True)
     entropy = torch.special.entr(shares).sum(-1)
@@ -179,25 +227,36 @@ def js_divergence(weights: Tensor) -> Tensor:
 def attention_divergence(
     model: PreTrainedModel, rows: Tensor, progress: Progress = silent, label: str = "attention"
 ) -> list[float | None]:
-    """Per layer the mean of `js_divergence` over token ids (n, t), the first query of a row aside, as it sees
-    one token alone.
+    """The divergence of the attention maps of every layer's heads.
 
-    None for a layer of one head. The model attends eagerly meanwhile, without dropout, and is set back.
+    The model attends eagerly and without dropout meanwhile; both settings are restored.
+
+    Args:
+        model: the model.
+        rows: token ids (n, t). The first query of a row is left out, since it sees one token only.
+        progress: shows progress over rows.
+        label: what progress is called.
+
+    Returns:
+        For each layer the mean of `js_divergence`, or None for a layer of one head.
     """
     totals: list[float | None] = [0.0] * len(families.decoder_layers(model))
     with _eager(model):
         for row in progress(rows.to(device_of(model)).split(1), label, len(rows)):
-            maps = model(row, output_attentions=True, use_cache=False).attentions
-            found = [float(js_divergence(w[:, :, 1:]).mean()) if w.shape[1] > 1 else None for w in maps]
+            attentions = model(row, output_attentions=True, use_cache=False).attentions
+            divergences = [
+                float(js_divergence(w[:, :, 1:]).mean()) if w.shape[1] > 1 else None for w in attentions
+            ]
             totals = [
                 None if new is None or old is None else old + new / len(rows)
-                for old, new in zip(totals, found, strict=True)
+                for old, new in zip(totals, divergences, strict=True)
             ]
     return totals
 
 
 @contextmanager
 def _eager(model: PreTrainedModel) -> Iterator[None]:
+    """Let the model attend eagerly and in evaluation mode within the context."""
     decoder, training = model.get_decoder(), model.training
     before = decoder.config._attn_implementation
     decoder.set_attn_implementation("eager")
@@ -214,7 +273,14 @@ def _eager(model: PreTrainedModel) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Compared(Checked):
-    """What is looked at: windows of text, and initialisations to stand beside."""
+    """What a diversity measurement reads and compares with.
+
+    Args:
+        windows: number of windows of text for attention maps.
+        context: tokens of a window.
+        inits: number of random initialisations to compare with.
+        seed: seed of the first initialisation; the others follow.
+    """
 
     windows: int = option(8, at_least=1, at_most=2**20)
     context: int = option(128, at_least=2, at_most=2**24)
@@ -233,17 +299,26 @@ def diversity(
     seed: int = 0,
     progress: Progress = silent,
 ) -> dict:
-    """How different the heads of every layer are, and how different they would be at random, as one JSON
-    object.
+    """How different the heads of every layer are, and how different they are in random initialisations.
 
-    corpus: text for attention maps (None: the embedded evaluation text), of which the first `windows` windows
-    of `context` tokens are read;
-    inits: how many times the configuration is initialised anew, with seeds from `seed` on; 0: never. Each
-    takes the memory of a model. Of every layer: what `of_maps` gives, `js` (`attention_divergence`), and
-    `init`: for each of the four effective ranks and js, mean, low and high over initialisations, or None.
-    `mean`: over layers.
-    Errors: LowkeyError for text too short, a family that is not supported, windows < 1, context < 2, inits <
-    0.
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        corpus: text for attention maps; None for the embedded evaluation text.
+        windows: number of windows of the text that are read.
+        context: tokens of a window.
+        inits: how many times the configuration is initialised anew, with seeds from `seed` on; 0 for never.
+            Each takes the memory of a model.
+        seed: seed of the first initialisation.
+        progress: shows progress.
+
+    Returns:
+        One JSON object. `layers` has for each layer what `of_maps` gives; `js` (see `attention_divergence`);
+        and `init`: mean, low and high over initialisations of each of the four effective ranks and of js, or
+        None. `mean` has means over layers.
+
+    Raises:
+        LowkeyError: a text that is too short, a family that is not supported, or an option out of its range.
     """
     Compared(windows, context, inits, seed)
     ids = text.encode(tokenizer, text.embedded_text("evaluation") if corpus is None else corpus, model)
@@ -265,13 +340,14 @@ def diversity(
 
 
 def _measured(model: PreTrainedModel, rows: Tensor, progress: Progress, label: str) -> list[dict]:
+    """Both measurements of a model, one dict per layer."""
     found = weight_diversity(model, progress, f"{label}heads")
     divergence = attention_divergence(model, rows, progress, f"{label}attention")
     return [layer | {"js": js} for layer, js in zip(found, divergence, strict=True)]
 
 
 def _initialised(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """A model of the same configuration with random weights; the caller's random state is left alone."""
+    """A model of the same configuration with random weights. The caller's random state does not change."""
     register()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -280,6 +356,7 @@ def _initialised(model: PreTrainedModel, seed: int) -> PreTrainedModel:
 
 
 def _numbers(layer: dict) -> dict[str, float | None]:
+    """The numbers of a layer that are compared with random initialisations."""
     return {f"{kind}_{measure}": layer[kind][measure] for kind, measure in MEASURES} | {"js": layer["js"]}
 
 
@@ -292,11 +369,12 @@ def _band(layers: Sequence[dict]) -> dict | None:
 
 
 def _spread(values: list) -> dict | None:
+    """Mean, low and high of values; None if there are none."""
     return {"mean": sum(values) / len(values), "low": min(values), "high": max(values)} if values else None
 
 
 def _mean(layers: Sequence[dict]) -> dict:
-    """Over layers: of every number, and of its mean at random."""
+    """Means over layers, of every number and of its mean over initialisations."""
     found = {name: band and band["mean"] for name, band in (_band(layers) or {}).items()}
     inits = [layer["init"] for layer in layers if layer["init"]]
     bands = {

@@ -1,4 +1,8 @@
-"""One self-contained HTML page from Result files: a pure function of their JSON, never of a model."""
+"""One self-contained HTML page from result files. It depends on their JSON alone, never on a model.
+
+`results` reads and checks files, `columns` says what each number means, `plots`, `curves`, `heads` and
+`diversity` draw, and `page` puts all of it together. May import `core` only.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,17 @@ __all__ = ["load_results", "render", "write_report"]
 
 
 def write_report(paths: Sequence[Path], out: Path) -> Path:
-    """Render the results under `paths` and write the page to `out`, whole or not at all; an earlier page of
-    ours is replaced.
+    """Render results as one page and write it, whole or not at all.
 
-    Errors: LowkeyError for a damaged result, and when something else is at `out` or it cannot be written.
+    Args:
+        paths: result files, or folders of them.
+        out: the page. An earlier page of ours is replaced.
+
+    Returns:
+        `out`.
+
+    Raises:
+        LowkeyError: a damaged result, another file at `out`, or a file that cannot be written.
     """
     check_file(out, REPORT_FILE)
     write_marked(out, render(load_results(paths)), REPORT_FILE, ("<!-- ", " -->"))

@@ -1,6 +1,4 @@
-"""The columns of the table: where each number comes from, how it is written, and what it means in one
-sentence.
-"""
+"""Columns of the table: where each number comes from, how it is written, and what it means."""
 
 from __future__ import annotations
 
@@ -16,6 +14,15 @@ HALVES = {"Perplexity": "perplexity_95", "KL": "kl_95"}  # where half of the int
 
 
 class Column(NamedTuple):
+    """One column of the table.
+
+    Args:
+        title: its heading.
+        read: its value in a row; None if it was not measured.
+        write: the value as text.
+        meaning: one sentence for readers.
+    """
+
     title: str
     read: Callable[[Row], Any]
     write: Callable[[Any], str]
@@ -23,7 +30,9 @@ class Column(NamedTuple):
 
 
 def _number(write: Callable[[float], str]) -> Callable[[Any], str]:
-    """`write` for finite numbers; a value that is no number is shown as it is, so that nothing is hidden."""
+    """A writer that uses `write` for finite numbers and shows any other value as it is, so that nothing is
+    hidden.
+    """
 
     def show(value: Any) -> str:
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -34,6 +43,7 @@ def _number(write: Callable[[float], str]) -> Callable[[Any], str]:
 
 
 def format_bytes(value: float) -> str:
+    """Bytes with a binary unit: `1.5 MiB`."""
     for unit in ("B", "KiB", "MiB"):
         if abs(value) < 1024:
             return f"{value:.4g} {unit}"
@@ -42,10 +52,12 @@ def format_bytes(value: float) -> str:
 
 
 def format_perplexity(value: float) -> str:
+    """A perplexity: two decimals below 1000, then whole, then in powers of ten."""
     return f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}" if abs(value) < 1e7 else f"{value:.3g}"
 
 
 def format_percent(value: float) -> str:
+    """A share as a percentage: `12.5%`."""
     return f"{100 * value:.1f}%"
 
 
@@ -58,6 +70,7 @@ def _four_places(value: float) -> str:
 
 
 def _column(key: str, title: str, write: Callable[[float], str] | None, meaning: str) -> Column:
+    """A column of the values under `key`; `write` is None for text."""
     return Column(title, lambda row: row.get(key), _number(write) if write else str, meaning)
 
 
@@ -201,7 +214,7 @@ RESULT_COLUMNS = [
 
 
 def shown_columns(rows: list[Row], several: bool) -> list[Column]:
-    """Columns with at least one value; the run only where there is more than one."""
+    """Columns in which some row has a value; the run only if there are `several`."""
     return [
         c
         for c in RESULT_COLUMNS
@@ -214,6 +227,7 @@ EVIDENCE = {"Exact match": "recall_evidence", "Questions": "questions_evidence"}
 
 
 def show(column: Column, row: Row) -> str:
+    """The text of one cell: the value with its interval, in brackets where it is no evidence, or a dash."""
     value, off = column.read(row), measured(row, HALVES.get(column.title, ""))
     shown = (
         DASH if value is None else column.write(value) + ("" if off is None else f" ± {column.write(off)}")

@@ -1,5 +1,5 @@
-"""Quality against what eviction policies really hold: a line per policy, or a row of dots where each was
-measured at one budget.
+"""Quality of eviction policies against the bytes that they really hold: a line per policy, or dots if each
+policy was measured at one budget only.
 """
 
 from __future__ import annotations
@@ -49,8 +49,14 @@ def curve_qualities(rows: Sequence[Row]) -> list[Quality]:
 
 
 def curves_figure(rows: Sequence[Row]) -> Figure:
-    """One panel per quality. Lines where some policy has several budgets; else dots, which all stood at one
-    place on a line plot.
+    """One panel per quality.
+
+    Args:
+        rows: rows of one model on one text.
+
+    Returns:
+        Lines if some policy has several budgets. Otherwise dots, row below row, since on a line plot they
+        would all stand at one place.
     """
     lines, qualities = policy_lines(rows), curve_qualities(rows)
     several = any(len(line.rows) > 1 for line in lines)
@@ -60,7 +66,7 @@ def curves_figure(rows: Sequence[Row]) -> Figure:
 
 
 def _looks(count: int) -> list[dict[str, Any]]:
-    """Colour and marker of every line: neighbours differ in both, and 36 lines are all different."""
+    """Colour and marker of each line. Neighbours differ in both, and 36 lines all differ."""
     size = len(SERIES)
     looks = [(SERIES[i % size], MARKERS[(i + i // size) % len(MARKERS)]) for i in range(count)]
     return [
@@ -69,6 +75,7 @@ def _looks(count: int) -> list[dict[str, Any]]:
 
 
 def _reference_look(row: Row) -> dict[str, Any]:
+    """Colour and marker of a row that policies are compared with."""
     return {
         "color": INK if is_full(row) else MUTED,
         "marker": "o" if is_full(row) else "X",
@@ -80,6 +87,7 @@ def _reference_look(row: Row) -> dict[str, Any]:
 
 
 def _curves(lines: list[Line], others: list[Row], qualities: list[Quality]) -> Figure:
+    """Lines over the share of the full cache's bytes, with a legend below."""
     columns, looks = _legend_columns(lines), _looks(len(lines))
     shares = [share(row) or 0.0 for row in [*others, *(row for line in lines for row in line.rows)]]
     below = 0.25 * math.ceil(len(lines) / columns) + 0.6  # inches for the axis title and the legend
@@ -96,10 +104,12 @@ def _curves(lines: list[Line], others: list[Row], qualities: list[Quality]) -> F
 
 
 def _title(quality: Quality, between: str) -> str:
+    """Title of a panel; `between` separates the name from the better direction."""
     return f"{quality[1]}{between}{'higher' if quality[2] else 'lower'} is better"
 
 
 def _curve_panel(ax: Axes, lines: list[Line], others: list[Row], key: str, looks: list[dict]) -> None:
+    """Draw the lines of one quality, the rows they are compared with, and labels of these."""
     curves = [[point for row in line.rows if (point := _point(row, key))] for line in lines]
     marks = list(
         {
@@ -126,11 +136,13 @@ def _curve_panel(ax: Axes, lines: list[Line], others: list[Row], key: str, looks
 
 
 def _point(row: Row, key: str) -> tuple[float, float] | None:
+    """(share, quality) of a row, or None if one of them is unknown."""
     x, y = share(row), measured(row, key)
     return None if x is None or y is None else (x, y)
 
 
 def _full_line(draw: Callable, rows: list[Row], key: str) -> None:
+    """Draw a dashed line at the full cache's value."""
     full = full_row(rows)
     value = measured(full, key) if full else None
     if value is not None:
@@ -138,7 +150,9 @@ def _full_line(draw: Callable, rows: list[Row], key: str) -> None:
 
 
 def _share_scale(ax: Axes, shares: list[float]) -> None:
-    """Log where the shares spread over more than ten times; with room for a label on the right."""
+    """Scale of shares: logarithmic where they differ by more than ten times; with room for a label on the
+    right.
+    """
     low, high = min(shares), max(shares)
     if is_wide(shares, 10):
         ax.set_xscale("log")
@@ -150,8 +164,8 @@ def _share_scale(ax: Axes, shares: list[float]) -> None:
 
 
 def _value_scale(ax: Axes, values: list[float], key: str, is_log: bool, side: str = "y") -> None:
-    """Perplexity and KL over what was measured; a share of right answers always over all of 0 to 1, for it
-    has a meaning by itself.
+    """Scale of a quality: perplexity and KL over what was measured, a share of right answers always from 0 to
+    1, because it has a meaning by itself.
     """
     if key == "exact_match":
         ax.set(**{f"{side}lim": (min(-0.04, 1.05 * min(values)), max(1.06, 1.05 * max(values)))})
@@ -161,14 +175,13 @@ def _value_scale(ax: Axes, values: list[float], key: str, is_log: bool, side: st
 
 
 def _legend_columns(lines: list[Line]) -> int:
+    """Number of columns of the legend, so that the longest name fits."""
     widest = 0.45 + 0.075 * max(len(shortened(line.label, LONGEST_CURVE_NAME)) for line in lines)  # inches
     return max(1, min(len(lines), int(0.94 * FIGURE_WIDTH / widest)))
 
 
 def _legend(figure: Figure, labels: list[str], looks: list[dict], columns: int) -> None:
-    """Below the panels. Labels are put in afterwards: matplotlib 3.9 would skip one that starts with `_`, and
-    all read `$` as a formula.
-    """
+    """The legend below the panels."""
     handles = [Line2D([], [], lw=1.3, **look) for look in looks]
     legend = figure.legend(
         *(handles, ["line"] * len(handles)),
@@ -183,7 +196,7 @@ def _legend(figure: Figure, labels: list[str], looks: list[dict], columns: int) 
 
 
 def _dots(lines: list[Line], others: list[Row], qualities: list[Quality]) -> Figure:
-    """One line of dots per row, the best of the first quality on top, the references below."""
+    """One line of dots per row, the best of the first quality on top, rows of comparison at the bottom."""
     looks = _looks(len(lines))
     entries = [(line.rows[0], look) for line, look in zip(lines, looks, strict=True)]
     entries = sorted(entries, key=lambda entry: _rank(entry[0], qualities[0])) + [
@@ -201,11 +214,13 @@ def _dots(lines: list[Line], others: list[Row], qualities: list[Quality]) -> Fig
 
 
 def _rank(row: Row, quality: Quality) -> float:
+    """Sorting key of a row: the better the quality, the lower; rows without it come last."""
     value = measured(row, quality[0])
     return math.inf if value is None else -value if quality[2] else value
 
 
 def _dot_panel(ax: Axes, entries: list[tuple[Row, dict]], key: str) -> None:
+    """Draw the dots of one quality."""
     found = [
         (place, row, value, look)
         for place, (row, look) in enumerate(entries)
@@ -220,11 +235,12 @@ def _dot_panel(ax: Axes, entries: list[tuple[Row, dict]], key: str) -> None:
 
 
 def _names(ax: Axes, rows: list[Row]) -> None:
-    """At the left of the first panel, as free text: the labels of ticks would read `$` as a formula."""
+    """Write names at the left of the first panel."""
     ax.set_yticks(range(len(rows)), [""] * len(rows))
     ax.set_ylim(len(rows) - 0.4, -0.6)
     for place, row in enumerate(rows):
-        text = f"{shortened(str(row.get('label', row['name'])), LONGEST_CURVE_NAME)} ({format_percent(share(row) or 0.0)} held)"
+        name = shortened(str(row.get("label", row["name"])), LONGEST_CURVE_NAME)
+        text = f"{name} ({format_percent(share(row) or 0.0)} held)"
         ax.text(
             -0.02,
             place,

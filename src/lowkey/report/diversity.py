@@ -1,5 +1,5 @@
-"""Figures of what `lowkey diversity` found: effective ranks and divergence by layer, and how alike the heads
-of a few layers are.
+"""Figures of a head diversity measurement (`lowkey diversity`): effective ranks and divergence by layer, and
+cosines between the heads of a few layers.
 """
 
 from __future__ import annotations
@@ -22,8 +22,14 @@ LAYERS_SHOWN = 4  # layers with maps of cosines
 
 
 def diversity_figure(found: dict) -> Figure:
-    """Effective ranks of Q-K and V-O operators as shares, and the divergence of attention maps in bits, over
-    layers; the bands span initialisations at random, and the dashed lines are their means."""
+    """Effective ranks of Q-K and V-O operators, and divergence of attention maps, over layers.
+
+    Args:
+        found: what `lowkey.heads.diversity.diversity` returned.
+
+    Returns:
+        Three panels. Bands span random initialisations, and dashed lines are their means.
+    """
     figure = Figure(figsize=(FIGURE_WIDTH, 3.6), facecolor="white", layout="constrained")
     axes = figure.subplots(1, len(DIVERSITY_PANELS))
     for ax, (title, lines) in zip(axes, DIVERSITY_PANELS, strict=True):
@@ -41,6 +47,7 @@ def diversity_figure(found: dict) -> Figure:
 
 
 def _line(ax: Axes, layers: list[dict], name: str, label: str, colour: str) -> None:
+    """Draw one number over layers, with the band of random initialisations if there are any."""
     kind, _, measure = name.partition("_")
     values = _array([layer[kind][measure] if measure else layer[kind] for layer in layers])
     ax.plot(range(len(layers)), values, color=colour, marker="o", ms=5, lw=1.4, label=label, zorder=3)
@@ -52,12 +59,16 @@ def _line(ax: Axes, layers: list[dict], name: str, label: str, colour: str) -> N
 
 
 def _array(values: list) -> np.ndarray:
+    """Values as an array, NaN for None."""
     return np.array([np.nan if value is None else value for value in values], dtype=float)
 
 
 def cosines_figure(found: dict) -> Figure:
-    """Cosines between the heads of the first, the last and layers between, Q-K above V-O, on one scale from
+    """Cosines between the heads of a few layers, from the first to the last: Q-K above V-O, on one scale from
     -1 to 1.
+
+    Args:
+        found: what `lowkey.heads.diversity.diversity` returned.
     """
     layers = found["layers"]
     chosen = [

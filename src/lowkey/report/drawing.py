@@ -1,4 +1,4 @@
-"""What all figures share: the palette, the look of axes, scales with readable numbers, the colour bar."""
+"""What all figures share: colours, axes, scales with readable numbers, the colour bar."""
 
 from __future__ import annotations
 
@@ -23,6 +23,15 @@ FIGURE_WIDTH = 11.0  # inches
 
 
 def style(ax: Axes, title: str = "", x: str = "", y: str = "", grid: bool = True) -> None:
+    """Give axes their title, labels and colours.
+
+    Args:
+        ax: the axes.
+        title: title, at the left.
+        x: label of the x axis.
+        y: label of the y axis.
+        grid: whether there are grid lines and spines.
+    """
     ax.set_title(title, color=INK, fontsize=10, loc="left")
     ax.set_xlabel(x, color=INK, fontsize=9)
     ax.set_ylabel(y, color=INK, fontsize=9)
@@ -36,14 +45,19 @@ def style(ax: Axes, title: str = "", x: str = "", y: str = "", grid: bool = True
 
 
 def is_wide(values: Sequence[float], times: float) -> bool:
-    """Whether a log scale suits: the values spread over more than `times`, and none of them would fall off
-    it.
-    """
+    """Whether a log scale suits: all values are positive, and they differ by more than `times`."""
     return min(values) > 0 and max(values) / min(values) > times
 
 
 def quality_scale(ax: Axes, values: list[float], is_log: bool, side: str = "y") -> None:
-    """Limits with room for labels, on the axis `side`."""
+    """Set limits that leave room for labels.
+
+    Args:
+        ax: the axes.
+        values: the values that are drawn.
+        is_log: whether the scale is logarithmic.
+        side: `x` or `y`.
+    """
     low, high = min(values), max(values)
     if is_log:
         ax.set(
@@ -56,6 +70,7 @@ def quality_scale(ax: Axes, values: list[float], is_log: bool, side: str = "y") 
 
 
 def plain_log(axis: Any) -> None:
+    """Plain numbers, such as 20 and 50, on a logarithmic axis."""
     low, high = axis.get_view_interval()
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -63,7 +78,7 @@ def plain_log(axis: Any) -> None:
 
 
 def colour_bar(figure: Figure, axes: Any, colours: ScalarMappable, label: str) -> Any:
-    """Beside `axes`, one or several."""
+    """Add a colour bar beside one or several axes."""
     bar = figure.colorbar(colours, ax=list(np.ravel(axes)), fraction=0.03, pad=0.015)
     bar.set_label(label, color=INK, fontsize=9, labelpad=7)
     bar.ax.tick_params(which="both", colors=MUTED, labelsize=8.5)

@@ -1,5 +1,5 @@
-"""Heat maps of the tokens that every head kept: which heads a policy and its allocator think are worth the
-memory.
+"""Heat maps of the tokens that each head kept. They show which heads a policy and its allocator find worth
+the memory.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ PANELS_PER_ROW, LONGEST_PANEL_NAME = 3, 44  # panels side by side; characters of
 
 
 def heads_figure(rows: Sequence[Row]) -> Figure:
-    """One map per row, KV heads over layers, on one colour scale from nothing to the largest count. Every row
-    must have counts.
+    """One map per row, KV heads over layers, on one colour scale from zero to the largest count.
+
+    Args:
+        rows: rows with counts.
     """
     maps = [heads for row in rows if (heads := kept_heads(row)) is not None]
     columns = min(len(rows), PANELS_PER_ROW)
@@ -47,6 +49,7 @@ def heads_figure(rows: Sequence[Row]) -> Figure:
 
 
 def _panel(ax: Axes, row: Row, heads: np.ndarray, norm: Normalize) -> None:
+    """Draw the map of one row."""
     ax.imshow(
         np.ma.masked_invalid(heads.T),
         origin="lower",

@@ -15,6 +15,15 @@ LONGEST_LABEL = 34  # characters
 
 
 class Label(NamedTuple):
+    """A label.
+
+    Args:
+        x: x of its point.
+        y: y of its point.
+        text: the text.
+        colour: its colour.
+    """
+
     x: float
     y: float
     text: str
@@ -30,7 +39,9 @@ OFFSETS = [
 
 
 def place_labels(ax: Axes, labels: Sequence[Label]) -> None:
-    """Write every label; the limits and lines of `ax` must be final, since places are judged on the drawing."""
+    """Write all labels. The limits and lines of `ax` must be final, because free places are looked for on the
+    drawing.
+    """
     scale = ax.figure.dpi / 72
     points = [tuple(ax.transData.transform((label.x, label.y))) for label in labels]
     taken = [Bbox.from_bounds(x - 4 * scale, y - 4 * scale, 8 * scale, 8 * scale) for x, y in points]
@@ -43,7 +54,7 @@ def place_labels(ax: Axes, labels: Sequence[Label]) -> None:
 
 
 def _lines(ax: Axes) -> list[Bbox]:
-    """Specks along every line of `ax`, in pixels."""
+    """Small boxes along every line of `ax`, in pixels."""
     corners = [line.get_transform().transform(line.get_xydata()) for line in ax.lines]
     pairs = [pair for path in corners for pair in pairwise(path)]
     specks = [point for start, end in pairs for point in np.linspace(start, end, 80)]
@@ -51,6 +62,7 @@ def _lines(ax: Axes) -> list[Bbox]:
 
 
 def shortened(text: str, longest: int = LONGEST_LABEL) -> str:
+    """A text on one line, cut with `…` if it is longer than `longest` characters."""
     text = " ".join(text.split())
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
@@ -58,8 +70,18 @@ def shortened(text: str, longest: int = LONGEST_LABEL) -> str:
 def _free_offset(
     point: tuple[float, ...], text: str, obstacles: tuple[list[Bbox], list[Bbox]], frame: Any, scale: float
 ) -> tuple[float, float]:
-    """The first offset free of points and labels, and of lines too where there is one; the first of all where
-    there is none.
+    """The offset at which a label is put.
+
+    Args:
+        point: its point, in pixels.
+        text: its text.
+        obstacles: boxes of points and earlier labels, and boxes of lines.
+        frame: the box of the axes.
+        scale: pixels per point.
+
+    Returns:
+        The first offset that is free of points, labels and lines; else the first free of points and labels;
+        else the first of all.
     """
     boxes = {offset: _box(point, offset, text, scale) for offset in OFFSETS}
     inside = {
@@ -74,6 +96,7 @@ def _free_offset(
 
 
 def _box(point: tuple[float, ...], offset: tuple[float, float], text: str, scale: float) -> Bbox:
+    """The box of a label in pixels, with an estimated width."""
     width, height = 0.58 * SIZE * len(text) * scale, 1.25 * SIZE * scale
     x, y = point[0] + offset[0] * scale, point[1] + offset[1] * scale
     left = {"left": x, "right": x - width, "center": x - width / 2}[_side(offset)]
@@ -81,10 +104,12 @@ def _box(point: tuple[float, ...], offset: tuple[float, float], text: str, scale
 
 
 def _side(offset: tuple[float, float]) -> str:
+    """The horizontal alignment of a label with this offset."""
     return "center" if offset[0] == 0 else "left" if offset[0] > 0 else "right"
 
 
 def _annotate(ax: Axes, label: Label, text: str, offset: tuple[float, float]) -> None:
+    """Write one label, with a line to its point if that is far."""
     far = abs(offset[0]) + abs(offset[1]) > 17
     arrow = (
         {"arrowstyle": "-", "color": label.colour, "lw": 0.7, "alpha": 0.6, "shrinkA": 0, "shrinkB": 3}

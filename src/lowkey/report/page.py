@@ -1,4 +1,4 @@
-"""Results to HTML. Whatever came from a file passes through `escape` on its way into the page."""
+"""From results to HTML. Everything that comes from a file is escaped on its way into the page."""
 
 from __future__ import annotations
 
@@ -29,13 +29,19 @@ from lowkey.report.template import FIGURE, GUIDE, PAGE, STYLE, TABLE
 TEXT_COLUMNS = {"Row", "Method", "Policy", "Allocator", "Budget", "Layout", "Task", "Plan"}
 
 REFEED = {
-    True: "recall asks its question again over what a policy kept, so every token of the answer depends on that",
-    False: "recall asks its question once, in the prompt; the first token of the answer saw all of it, whatever a policy kept",
+    True: "recall asks its question again over what a policy kept, so every token of the answer depends on "
+    "that",
+    False: "recall asks its question once, in the prompt; the first token of the answer saw all of it, "
+    "whatever a policy kept",
 }
 
 
 def render(results: Sequence[dict]) -> str:
-    """The whole page. The same results give the same bytes."""
+    """The whole page. The same results give the same bytes.
+
+    Raises:
+        LowkeyError: there are no results.
+    """
     if not results:
         raise LowkeyError(
             "results []: a report needs at least one result; give a file that lowkey eval wrote"
@@ -54,11 +60,13 @@ def render(results: Sequence[dict]) -> str:
 
 
 def _lead(part: Section, several: bool) -> str:
+    """The sentence at the top about one section."""
     name = f"<strong>{escape(part.model)} on {escape(part.data)}.</strong> " if several else ""
     return f'<p class="lead">{name}{escape(summary(part.rows))}</p>'
 
 
 def _section(part: Section, numbers: Iterator[int]) -> str:
+    """One model on one text: figures, table, heat maps and calibration profiles."""
     differing = held_differs(part.rows)
     warning = f"Bytes held differ from bytes predicted in: {', '.join(differing)}."
     profiles = [row for row in part.rows if row.get("profile")]
@@ -82,18 +90,25 @@ def _section(part: Section, numbers: Iterator[int]) -> str:
 
 
 def _curves(part: Section, numbers: Iterator[int]) -> str:
-    """Policies have plots of their own: their quality is judged against the share that they hold."""
+    """Figure of the eviction policies. Their quality is judged against the share of bytes that they hold, so
+    they have a figure of their own.
+    """
     if not curve_qualities(part.rows):
         return ""
     columns = [c for c in RESULT_COLUMNS if c.title in ("Kept", "Exact match", "Perplexity", "KL")]
     label = "Quality of eviction policies against the share of the full cache that they hold. "
-    caption = "Eviction policies: quality against the bytes really held, as a share of the full cache's. The dashed line is the full cache."
+    caption = (
+        "Eviction policies: quality against the bytes really held, as a share of the full cache's. The "
+        "dashed line is the full cache."
+    )
     spoken = "; ".join(_spoken(row, columns) for row in part.rows)
     return _figure(curves_figure(part.rows), f"figure{next(numbers)}", label + spoken, caption)
 
 
 def _quality(part: Section, numbers: Iterator[int]) -> str:
-    """Rows of policies have a plot of their own, which the full cache and packed integers stand in too."""
+    """Figure of all other rows against bytes per token. It is left out where policies have a figure and no
+    plan was measured: the full cache and packed integers stand in that figure too.
+    """
     rows = [row for row in part.rows if not is_policy(row)]
     if not quality_panels(rows) or (
         curve_qualities(part.rows) and not any(row.get("method") for row in rows)
@@ -101,22 +116,35 @@ def _quality(part: Section, numbers: Iterator[int]) -> str:
         return ""
     columns = [c for c in RESULT_COLUMNS if c.title in ("Bytes/token", "Perplexity", "KL", "Exact match")]
     label = "Quality against cache bytes per token. " + "; ".join(_spoken(row, columns) for row in rows)
-    caption = "Quality against cache bytes per token. The dashed line is the full cache; rows that differ only in budget share a line."
+    caption = (
+        "Quality against cache bytes per token. The dashed line is the full cache; rows that differ only in "
+        "budget share a line."
+    )
     return _figure(quality_figure(rows), f"figure{next(numbers)}", label, caption)
 
 
 def _spoken(row: Row, columns: list[Column]) -> str:
+    """A row's values in words, for readers who do not see the figure."""
     values = [f"{c.title} {show(c, row)}" for c in columns if c.read(row) is not None]
     return f"{row['label']}: {', '.join(values) or 'not measured'}"
 
 
 def _figure(figure: Figure, prefix: str, label: str, caption: str) -> str:
+    """A figure as HTML.
+
+    Args:
+        figure: the figure.
+        prefix: begins the ids inside its SVG.
+        label: its content in words, for readers who do not see it.
+        caption: the caption.
+    """
     return FIGURE.substitute(
         svg=inline_svg(figure, prefix, label), caption=escape(caption), name=escape(caption)
     )
 
 
 def _rows_table(part: Section) -> str:
+    """The table of all rows of a section."""
     columns = shown_columns(part.rows, part.several)
     head = "".join(
         f'<th scope="col"{_class(c)} title="{escape(c.meaning)}">{escape(c.title)}</th>' for c in columns
@@ -129,14 +157,17 @@ def _rows_table(part: Section) -> str:
 
 
 def _class(column: Column) -> str:
+    """The HTML class of a column that holds text."""
     return ' class="text"' if column.title in TEXT_COLUMNS else ""
 
 
 def _row_class(row: Row) -> str:
+    """The HTML class of the full cache's row."""
     return ' class="full"' if is_full(row) else ""
 
 
 def _cell(column: Column, row: Row) -> str:
+    """One cell; a number that is written rounded has its exact value as title."""
     text, value = escape(show(column, row)), column.read(row)
     if column.title == "Row":
         return f'<th scope="row">{text}</th>'
@@ -145,20 +176,26 @@ def _cell(column: Column, row: Row) -> str:
 
 
 def _heads(budget: str | None, rows: list[Row], numbers: Iterator[int], is_open: bool) -> str:
-    """The heat maps of one budget; the first budget's are open, the others one click away."""
+    """The heat maps of one budget. Those of the first budget are open, the others folded."""
     name = "Tokens kept per head" + (f" at {budget}" if budget else "")
     label = f"{name}. " + " ".join(f"{without_budget(row)}: {heads_words(row)}." for row in rows)
-    caption = "Tokens that each KV head holds after the prompt, on one colour scale; brighter is more, blank is no head."
+    caption = (
+        "Tokens that each KV head holds after the prompt, on one colour scale; brighter is more, blank is no "
+        "head."
+    )
     figure = _figure(heads_figure(rows), f"figure{next(numbers)}", label, caption)
     return f"<details{' open' if is_open else ''}>\n<summary>{escape(name)}</summary>\n{figure}</details>"
 
 
 def _profile(row: Row, numbers: Iterator[int], is_open: bool) -> str:
-    """Figures of one row's calibration; the first row's are open, the others one click away."""
+    """Figures of one row's calibration. Those of the first row are open, the others folded."""
     profile, parts = row["profile"], []
     chosen = _chosen_label(profile)
     if profile.get("surface"):
-        caption = "Relative error of each layer's output for every pair of ranks, on one colour scale. The white dot is the chosen pair."
+        caption = (
+            "Relative error of each layer's output for every pair of ranks, on one colour scale. The white "
+            "dot is the chosen pair."
+        )
         parts.append(
             _figure(
                 error_surface_figure(profile),
@@ -192,15 +229,18 @@ def _profile(row: Row, numbers: Iterator[int], is_open: bool) -> str:
 
 
 def _chosen_label(profile: dict) -> str:
+    """The chosen ranks in words."""
     pairs = zip(profile["layers"], profile.get("chosen") or [], strict=False)
     return " ".join(f"Layer {layer}: keys {_dash(k)}, values {_dash(v)}." for layer, (k, v) in pairs)
 
 
 def _dash(value: Any) -> str:
+    """A value as text, a dash for None."""
     return DASH if value is None else str(value)
 
 
 def _environment(result: dict, number: int, several: bool) -> str:
+    """The environment of one result as a list."""
     entries = _flat(result["environment"])
     head = f"<h3>Run {number}: {escape(str(result['model']))}</h3>\n" if several else ""
     lines = "\n".join(
@@ -210,12 +250,12 @@ def _environment(result: dict, number: int, several: bool) -> str:
 
 
 def _note(key: str, value: Any) -> str:
-    """What a setting means, where its name does not say."""
+    """What a value of the environment means, where its name does not say so."""
     return f": {REFEED[value]}" if key.split()[-1:] == ["refeed"] and isinstance(value, bool) else ""
 
 
 def _flat(entries: dict, prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested objects as `data name`, `data sha256`, ..."""
+    """Nested objects as pairs with names such as `data sha256`."""
     pairs = [
         _flat(value, f"{prefix}{key} ") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
         for key, value in entries.items()
@@ -224,7 +264,7 @@ def _flat(entries: dict, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _guide(parts: list[Section]) -> str:
-    """A sentence on each column that some table on this page shows."""
+    """A sentence about each column that some table of the page shows."""
     shown = {column.title for part in parts for column in shown_columns(part.rows, part.several)}
     lines = "\n".join(
         f"<dt>{escape(c.title)}</dt><dd>{escape(c.meaning)}</dd>" for c in RESULT_COLUMNS if c.title in shown

@@ -1,5 +1,5 @@
-"""Figures of a result. Matplotlib's object API only: nothing global is changed, and the caller chooses PNG or
-SVG.
+"""Figures of a result. They use matplotlib's object API only, so that nothing global changes; the caller
+chooses PNG or SVG.
 """
 
 from __future__ import annotations
@@ -43,7 +43,12 @@ PLOT_PANELS = [  # (key, title, the better end)
 
 
 def quality_panels(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
-    """The first two qualities that were measured for at least one row with known bytes, the full cache aside."""
+    """The qualities that are drawn: the first two that some row with known bytes was measured on, apart from
+    the full cache.
+
+    Returns:
+        (key, title, the better direction) of each.
+    """
     return [p for p in PLOT_PANELS if any(_point(row, p[0]) for row in rows if not is_full(row))][:2]
 
 
@@ -64,6 +69,7 @@ def quality_figure(rows: Sequence[Row]) -> Figure:
 
 
 def _quality_panel(ax: Axes, rows: list[Row], key: str) -> None:
+    """Draw one quality: lines of rows that differ in their budget only, and labels."""
     is_log = _wants_log(rows, key)
     # a full cache's divergence of 0 has no place on a log scale
     rows = [row for row in rows if not is_log or measured(row, key)]
@@ -91,12 +97,13 @@ def _quality_panel(ax: Axes, rows: list[Row], key: str) -> None:
 
 
 def _point(row: Row, key: str) -> tuple[float, float] | None:
+    """(bytes per token, quality) of a row, or None if one of them is unknown."""
     x, y = measured(row, "bytes_per_token"), measured(row, key)
     return None if x is None or y is None else (x, y)
 
 
 def _series_key(row: Row) -> tuple[str, ...]:
-    """Rows that differ in their budget alone are one line."""
+    """What rows of one line have in common: everything but their budget."""
     if is_full(row):
         return ("full",)
     marks = [f"{key}={word}" for key, word in marks_of(row).items() if key not in LAST]
@@ -107,6 +114,7 @@ def _series_key(row: Row) -> tuple[str, ...]:
 
 
 def _series(rows: list[Row]) -> dict[tuple[str, ...], tuple[str, str]]:
+    """Colour and marker of each line."""
     keys = dict.fromkeys(_series_key(row) for row in rows if not is_full(row))
     styles = [(SERIES[i % len(SERIES)], MARKERS[i // len(SERIES) % len(MARKERS)]) for i in range(len(keys))]
     full: dict[tuple[str, ...], tuple[str, str]] = {("full",): (INK, "o")} if any(map(is_full, rows)) else {}
@@ -114,23 +122,24 @@ def _series(rows: list[Row]) -> dict[tuple[str, ...], tuple[str, str]]:
 
 
 def _wants_log(rows: list[Row], key: str) -> bool:
-    """A wide spread is drawn on a log scale, or one bad row would flatten the others; not where a row would
-    fall off it.
-    """
+    """Whether a quality is drawn on a log scale: otherwise one bad row would flatten all others."""
     values = [measured(row, key) or 0.0 for row in rows if not is_full(row) or measured(row, key)]
     return is_wide(values, 2)
 
 
 def _bytes_scale(ax: Axes, right: float) -> None:
-    """From nothing to `right`, with steps that are powers of two, as bytes are."""
+    """Scale from zero to `right`, with steps that are powers of two."""
     ax.set_xlim(0, 1.12 * right)
     ax.xaxis.set_major_locator(MultipleLocator(2.0 ** math.floor(math.log2(right / 3))))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
 
 
 def error_surface_figure(profile: dict) -> Figure:
-    """One heat map per layer of the relative output error over rank pairs; one colour scale; the chosen pair
-    marked.
+    """Heat maps of the relative output error over pairs of ranks, one per layer, on one colour scale; the
+    chosen pair is marked.
+
+    Args:
+        profile: the profile of a row.
     """
     surface = np.array(profile["surface"], dtype=float)
     columns = min(len(surface), 4 if len(surface) <= 8 else 6)
@@ -153,8 +162,8 @@ def error_surface_figure(profile: dict) -> Figure:
 
 
 def _error_norm(surface: np.ndarray) -> LogNorm:
-    """Log colours over at most three decades; zero, which full rank may reach, takes the colour of the
-    lowest.
+    """Logarithmic colours over at most three decades. Zero, which full rank may reach, gets the lowest
+    colour.
     """
     positive = surface[np.isfinite(surface) & (surface > 0)]
     high = float(positive.max()) if positive.size else 1.0
@@ -163,6 +172,7 @@ def _error_norm(surface: np.ndarray) -> LogNorm:
 
 
 def _surface_panel(ax: Axes, profile: dict, place: int, errors: np.ndarray, norm: LogNorm) -> None:
+    """Draw the map of one layer."""
     ranks = profile["ranks"]
     shown = np.where(errors <= 0, norm.vmin or 0.0, errors)
     ax.imshow(
@@ -196,7 +206,11 @@ def _surface_panel(ax: Axes, profile: dict, place: int, errors: np.ndarray, norm
 
 
 def ranks_figure(profile: dict) -> Figure:
-    """The ranks that were chosen, layer by layer, for keys and values."""
+    """The chosen ranks of keys and values, layer by layer.
+
+    Args:
+        profile: the profile of a row.
+    """
     chosen = np.array(profile["chosen"], dtype=float)
     figure = Figure(figsize=(FIGURE_WIDTH, 3.2), facecolor="white", layout="constrained")
     ax = figure.subplots()
@@ -229,6 +243,7 @@ def ranks_figure(profile: dict) -> Figure:
 
 
 def _bar_numbers(ax: Axes, heights: np.ndarray, places: np.ndarray) -> None:
+    """Write each bar's number above it."""
     for x, height in zip(places, heights, strict=True):
         if np.isfinite(height):
             ax.annotate(
@@ -243,7 +258,11 @@ def _bar_numbers(ax: Axes, heights: np.ndarray, places: np.ndarray) -> None:
 
 
 def spectra_figure(profile: dict) -> Figure:
-    """How fast the energy of keys and values falls off: each direction's share of its layer's total."""
+    """Spectra of keys and values: each direction's share of its layer's energy, in descending order.
+
+    Args:
+        profile: the profile of a row.
+    """
     figure = Figure(figsize=(FIGURE_WIDTH, 3.8), facecolor="white", layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     norm = Normalize(0, max(len(profile["layers"]) - 1, 1))
@@ -261,6 +280,7 @@ def spectra_figure(profile: dict) -> Figure:
 
 
 def _spectrum(ax: Axes, energies: np.ndarray, colour: Any) -> None:
+    """Draw the spectrum of one layer."""
     total = np.nansum(energies)
     if total > 0:
         shares = np.where(energies > 0, energies, np.nan) / total

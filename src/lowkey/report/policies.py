@@ -1,5 +1,5 @@
-"""Reading the rows of eviction policies: which belong on one line, what they keep per head, and their
-parameters in words.
+"""Rows of eviction policies: which of them belong on one line, what they keep per head, and their parameters
+in words.
 """
 
 from __future__ import annotations
@@ -16,25 +16,31 @@ LONGEST_PARAMETER = 60  # characters of one parameter
 
 
 class Line(NamedTuple):
-    """One policy at every budget that it was measured with, the smallest first."""
+    """One policy at every budget that it was measured with, the smallest first.
+
+    Args:
+        label: name of the policy, without its budget.
+        rows: its rows.
+    """
 
     label: str
     rows: list[Row]
 
 
 def is_policy(row: Row) -> bool:
+    """Whether a row is of an eviction policy."""
     return bool(row.get("policy")) and not is_full(row)
 
 
 def share(row: Row) -> float | None:
-    """Of the full cache's bytes, what this row holds; None where that is no number that a scale could show."""
+    """The share of the full cache's bytes that a row holds; None if unknown or too extreme to draw."""
     value = kept(row)
     return value if value is not None and 1e-12 < value < 1e12 else None
 
 
 def policy_lines(rows: Iterable[Row]) -> list[Line]:
-    """Rows with a share that differ in their budget alone, together; sorted, so that a policy looks the same
-    in every section.
+    """Policy rows with a known share, grouped into lines of rows that differ in their budget only. Lines are
+    sorted by name, so that a policy has the same colour in every section.
     """
     found: dict[str, list[Row]] = {}
     for row in filter(is_policy, rows):
@@ -47,15 +53,15 @@ def policy_lines(rows: Iterable[Row]) -> list[Line]:
 
 
 def without_budget(row: Row) -> str:
-    """The row's label less its budget: `snapkv 6% on pca 50%` is `snapkv on pca 50%`."""
+    """A row's label without its budget: `snapkv 6% on pca 50%` becomes `snapkv on pca 50%`."""
     label = str(row.get("label", row["name"]))
     before, found, after = label.partition(f" {row.get('budget')}")
     return before + after if before and found and after[:1] in ("", " ") else label
 
 
 def references(rows: Sequence[Row]) -> list[Row]:
-    """What policies are compared with: the full cache, packed integers, and the plans that some policy evicts
-    on top of.
+    """Rows that policies are compared with: the full cache, packed integers, and plans that some policy
+    evicts from.
     """
     plans = {str(row.get("plan")) for row in rows if is_policy(row) and row.get("plan")}
     others = [row for row in rows if not is_policy(row) and share(row) is not None]
@@ -67,8 +73,10 @@ def references(rows: Sequence[Row]) -> list[Row]:
 
 
 def kept_heads(row: Row) -> np.ndarray | None:
-    """Tokens kept after the prompt, (layers, KV heads). NaN where a layer has no such head or nothing was
-    counted; None without a count.
+    """Tokens kept after the prompt.
+
+    Returns:
+        (layers, KV heads), NaN where a layer has no such head or nothing was counted; None without any count.
     """
     value = row.get("kept_per_head")
     if not value or not heads_fit(value):
@@ -81,8 +89,8 @@ def kept_heads(row: Row) -> np.ndarray | None:
 
 
 def by_budget(rows: Iterable[Row]) -> dict[str | None, list[Row]]:
-    """Policy rows whose heads were counted, by the budget that was asked; in each, a policy stands at the
-    same place.
+    """Policy rows whose heads were counted, by the budget that was asked. Policies have the same order in
+    each.
     """
     found: dict[str | None, list[Row]] = {}
     for row in filter(is_policy, rows):
@@ -93,7 +101,9 @@ def by_budget(rows: Iterable[Row]) -> dict[str | None, list[Row]]:
 
 
 def heads_words(row: Row) -> str:
-    """`mean 15.3, max 31 of 512 tokens`; without the length of the prompt where the bytes do not tell it."""
+    """Tokens kept, in words: `mean 15.3, max 31 of 512 tokens`. The length of the prompt is left out where it
+    does not follow from the bytes.
+    """
     heads, tokens = kept_heads(row), _prompt_tokens(row)
     if heads is None:
         return "not counted"
@@ -103,22 +113,25 @@ def heads_words(row: Row) -> str:
 
 
 def _prompt_tokens(row: Row) -> int | None:
+    """Tokens of the prompt, if the row's bytes give a whole number."""
     held, each = measured(row, "bytes_held"), measured(row, "bytes_per_token")
     tokens = held / each if held and each else math.inf
     return round(tokens) if 1 <= tokens < 1e9 and math.isclose(tokens, round(tokens), rel_tol=1e-6) else None
 
 
 def score_words(row: Row) -> str | None:
-    """The policy's score with its parameters: `snapkv (sinks=4, recent=8, window=8)`."""
+    """A policy's score and its parameters: `snapkv (sinks=4, recent=8, window=8)`."""
     return _words(row.get("policy"))
 
 
 def allocator_words(row: Row) -> str | None:
+    """A policy's allocator and its parameters."""
     policy = row.get("policy")
     return _words(policy.get("allocator")) if isinstance(policy, dict) else None
 
 
 def _words(chosen: Any) -> str | None:
+    """A name with its parameters, or any other value as text."""
     if not isinstance(chosen, dict):
         return None if chosen is None else _short(chosen)
     name, parameters = _short(chosen.get("name")), chosen.get("parameters")
@@ -129,7 +142,7 @@ def _words(chosen: Any) -> str | None:
 
 
 def _short(value: Any) -> str:
-    """One line of at most LONGEST_PARAMETER characters; a long list by its length."""
+    """A value on one line of at most `LONGEST_PARAMETER` characters; a long list is given by its length."""
     text = " ".join(str(value).split()) or "''"
     if len(text) > LONGEST_PARAMETER and isinstance(value, list | tuple):
         return f"[{len(value)} {'lists' if isinstance(value[0], list | tuple) else 'values'}]"

@@ -1,4 +1,4 @@
-"""Reading Result files: what a result must look like, and which of them may stand in one table."""
+"""Read result files: what a result must look like, and which rows may stand in one table."""
 
 from __future__ import annotations
 
@@ -47,7 +47,14 @@ Row = dict[str, Any]
 
 
 class Section(NamedTuple):
-    """Rows that may be compared: one model on one text. `several` says that more than one run stands in it."""
+    """Rows that may be compared with one another: one model on one text.
+
+    Args:
+        model: name of the model.
+        data: name of the text.
+        rows: the rows, the full cache first, then by bytes per token.
+        several: whether they come from more than one run.
+    """
 
     model: str
     data: str
@@ -56,11 +63,19 @@ class Section(NamedTuple):
 
 
 def load_results(paths: Sequence[Path]) -> list[dict]:
-    """Every result in `paths`, each a result file or a folder of them."""
+    """Read result files.
+
+    Args:
+        paths: result files, or folders of them.
+
+    Raises:
+        LowkeyError: no such file, a folder without files, or a damaged result.
+    """
     return [_load(file) for path in paths for file in _files(Path(path))]
 
 
 def _files(path: Path) -> list[Path]:
+    """The result files at a path."""
     if not path.exists():
         raise LowkeyError(f"result {str(path)!r} does not exist; {GIVE_RESULTS}")
     if not path.is_dir():
@@ -72,6 +87,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _load(path: Path) -> dict:
+    """Read and check one result."""
     result = read_json(path, "result", RESULT_FILE, loose=True)
     complaint = _complaint(result)
     if complaint:
@@ -80,12 +96,14 @@ def _load(path: Path) -> dict:
 
 
 def _writable(result: dict) -> dict:
-    """`result` with `?` for half a surrogate pair: a JSON string may hold one, but no figure and no file can."""
+    """The result with `?` for each half of a surrogate pair: a JSON string may hold one, but no figure and no
+    file can.
+    """
     return json.loads(json.dumps(result, ensure_ascii=False).encode(errors="replace"))
 
 
 def _complaint(result: dict) -> str | None:
-    """The first rule that `result` breaks."""
+    """The first rule that a result breaks, or None."""
     if result.get("format") != RESULTS_FORMAT:
         return f"format is {result.get('format')!r:.40} and this version reads format {RESULTS_FORMAT}"
     if not isinstance(result.get("model"), str):
@@ -100,6 +118,7 @@ def _complaint(result: dict) -> str | None:
 
 
 def _row_complaint(row: object) -> str | None:
+    """The first rule that a row breaks, or None."""
     if not isinstance(row, dict) or not isinstance(row.get("name"), str):
         return "must be an object with a name"
     wrong = [key for key in NUMBER_FIELDS if not _is_number(row.get(key))]
@@ -116,8 +135,9 @@ def _row_complaint(row: object) -> str | None:
 
 
 def _is_number(value: object) -> bool:
-    """A number, null, or what JSON from Python holds for an infinite one; a finite number too large to draw
-    is none.
+    """Whether a value is a number or null.
+
+    Infinite numbers count, as Python's JSON holds them; finite numbers that are too large to draw do not.
     """
     if value is None or isinstance(value, bool) or not isinstance(value, int | float):
         return value is None
@@ -125,9 +145,7 @@ def _is_number(value: object) -> bool:
 
 
 def heads_fit(value: object) -> bool:
-    """Null, or numbers and nulls per layer; layers may differ in length, but not so far that a map of them
-    would fill the memory.
-    """
+    """Whether a value is null, or a list of numbers and nulls per layer that is small enough to draw."""
     if value is None or not isinstance(value, list) or not all(isinstance(layer, list) for layer in value):
         return value is None
     cells = len(value) * max(map(len, value), default=0)
@@ -135,6 +153,7 @@ def heads_fit(value: object) -> bool:
 
 
 def _profile_fits(profile: object) -> bool:
+    """Whether a profile's parts fit its layers and ranks."""
     try:
         _check_profile(profile)
     except (TypeError, ValueError, KeyError, OverflowError, AttributeError):
@@ -143,6 +162,9 @@ def _profile_fits(profile: object) -> bool:
 
 
 def _check_profile(profile: Any) -> None:
+    """Raises:
+    ValueError: a part of the profile has a wrong shape; or another error of that kind.
+    """
     layers, ranks = len(profile["layers"]), len(profile.get("ranks") or [])
     _check_shape(profile["layers"], (layers,))
     _check_shape(profile.get("ranks"), (ranks,))
@@ -158,15 +180,22 @@ def _check_profile(profile: Any) -> None:
 
 
 def _check_shape(value: Any, shape: tuple[int, ...]) -> None:
-    """Nulls may stand in the place of numbers; anything else, and every ragged list, raises."""
+    """Check that a value is null, or numbers and nulls of this shape.
+
+    Raises:
+        ValueError: it is not.
+    """
     array = np.array(value, dtype=object)
     if value is not None and not (array.shape == shape and all(map(_is_number, array.flat))):
         raise ValueError(shape)
 
 
 def measured(row: Row, key: str) -> float | None:
-    """The number under `key`, or None where nothing finite was measured; one so small that quotients overflow
-    counts as 0.
+    """A number of a row.
+
+    Returns:
+        The number under `key`; None if nothing finite was measured; 0 for one so small that quotients by it
+        would overflow.
     """
     value = row.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -175,21 +204,23 @@ def measured(row: Row, key: str) -> float | None:
 
 
 def is_full(row: Row) -> bool:
+    """Whether a row is of the full cache."""
     return row.get("name") == "full"
 
 
 def full_row(rows: Sequence[Row]) -> Row | None:
+    """The row of the full cache, or None."""
     return next((row for row in rows if is_full(row)), None)
 
 
 def kept(row: Row) -> float | None:
-    """The share of the full cache's bytes that this row holds."""
+    """The share of the full cache's bytes that a row holds, or None."""
     held, full = measured(row, "bytes_held"), measured(row, "bytes_full")
     return held / full if held is not None and full else None
 
 
 def sections(results: Sequence[dict]) -> list[Section]:
-    """Results grouped by model and text. Perplexities on different texts never share a table."""
+    """Group results by model and text. Perplexities on different texts never share a table."""
     groups: dict[tuple[str, str], list[int]] = {}
     for number, result in enumerate(results):
         groups.setdefault((str(result["model"]), str(_data(result).get("sha256"))), []).append(number)
@@ -197,6 +228,12 @@ def sections(results: Sequence[dict]) -> list[Section]:
 
 
 def _section(results: Sequence[dict], numbers: list[int]) -> Section:
+    """The section of results of one model on one text.
+
+    Args:
+        results: all results.
+        numbers: which of them belong to the section.
+    """
     first, several = results[numbers[0]], len(numbers) > 1
     rows = _labelled([{**row, "run": n + 1} for n in numbers for row in results[n]["rows"]])
     order = sorted(rows, key=lambda row: (not is_full(row), _bytes_or_last(row)))
@@ -204,7 +241,7 @@ def _section(results: Sequence[dict], numbers: list[int]) -> Section:
 
 
 def _labelled(rows: list[Row]) -> list[Row]:
-    """Every row with a label of its own: what tells it from the others, or else its run."""
+    """Rows with a label each that distinguishes them, by their marks or else by their run."""
     if len({row["run"] for row in rows}) == 1:
         return [{**row, "label": row["name"]} for row in rows]
     labels = told_apart(
@@ -218,7 +255,7 @@ def _labelled(rows: list[Row]) -> list[Row]:
 
 
 def marks_of(row: Row) -> dict[str, str]:
-    """Of a row that says them; a file may say anything."""
+    """A row's marks, as far as they are text; a file may hold anything."""
     found = row.get("marks")
     return (
         {key: value for key, value in found.items() if isinstance(value, str)}
@@ -228,10 +265,12 @@ def marks_of(row: Row) -> dict[str, str]:
 
 
 def _bytes_or_last(row: Row) -> float:
+    """Sorting key: bytes per token, infinite if unknown."""
     held = measured(row, "bytes_per_token")
     return math.inf if held is None else held
 
 
 def _data(result: dict) -> dict:
+    """What a result says about its text."""
     data = result["environment"].get("data")
     return data if isinstance(data, dict) else {}

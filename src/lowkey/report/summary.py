@@ -9,8 +9,8 @@ NEAR_FULL = 0.05  # a perplexity this much above the full cache's still counts a
 
 
 def summary(rows: list[Row]) -> str:
-    """The smallest row that stays near the full cache's perplexity (its recall where there is none), or the
-    closest one, or why not.
+    """The smallest cache that stays near the full cache's perplexity; else the closest; else why neither can
+    be said. Recall decides if perplexity was not measured.
     """
     full = full_row(rows)
     if (
@@ -31,12 +31,14 @@ def summary(rows: list[Row]) -> str:
         return f"{_count(rows)}; no compressed row has both a perplexity and its bytes."
     limit = (1 + NEAR_FULL) * _value(full, "perplexity")
     near = [row for row in others if _value(row, "perplexity") <= limit]
+    within = f"within {NEAR_FULL:.0%} of the full perplexity"
     if near:
-        return f"The smallest cache within {NEAR_FULL:.0%} of the full perplexity is {_compared(min(near, key=_size), full)}"
-    return f"No row stays within {NEAR_FULL:.0%} of the full perplexity; the closest is {_compared(min(others, key=_perplexity), full)}"
+        return f"The smallest cache {within} is {_compared(min(near, key=_size), full)}"
+    return f"No row stays {within}; the closest is {_compared(min(others, key=_perplexity), full)}"
 
 
 def _recall_summary(rows: list[Row], full: Row) -> str:
+    """The same by recall."""
     others = [
         row
         for row in rows
@@ -56,7 +58,7 @@ def _recall_summary(rows: list[Row], full: Row) -> str:
 
 
 def held_differs(rows: list[Row]) -> list[str]:
-    """Names of rows whose cache holds other than what was predicted: their bytes cannot be trusted."""
+    """Labels of rows whose cache holds other bytes than predicted: their bytes cannot be trusted."""
     pairs = [(row, measured(row, "bytes_held"), measured(row, "bytes_predicted")) for row in rows]
     return [
         str(row["label"])
@@ -66,18 +68,27 @@ def held_differs(rows: list[Row]) -> list[str]:
 
 
 def _compared(row: Row, full: Row) -> str:
+    """A row's bytes, perplexity and recall against those of the full cache."""
     mine, theirs = _perplexity(row), _perplexity(full)
-    perplexity = f" at perplexity {format_perplexity(mine)} against {format_perplexity(theirs)} ({mine / theirs - 1:+.1%})"
+    perplexity = (
+        f" at perplexity {format_perplexity(mine)} against {format_perplexity(theirs)} "
+        f"({mine / theirs - 1:+.1%})"
+    )
     # A cache may read on fluently and yet have lost what it is asked for, so recall is never left out.
     return f"{_held(row, full)}{perplexity}{_recall(row, full).replace(' at', ' and')}."
 
 
 def _held(row: Row, full: Row) -> str:
+    """A row's bytes against those of the full cache."""
     size, whole = _size(row), _size(full)
-    return f"{row['label']}: it keeps {format_bytes(size)} of {format_bytes(whole)} per token ({format_percent(size / whole)})"
+    return (
+        f"{row['label']}: it keeps {format_bytes(size)} of {format_bytes(whole)} per token "
+        f"({format_percent(size / whole)})"
+    )
 
 
 def _recall(row: Row, full: Row) -> str:
+    """A row's recall against that of the full cache, or nothing."""
     mine, theirs = measured(row, "exact_match"), _recalls(full)
     return (
         ""
@@ -87,21 +98,25 @@ def _recall(row: Row, full: Row) -> str:
 
 
 def _recalls(full: Row) -> float | None:
-    """The full cache's recall, where that is evidence."""
+    """The full cache's recall, or None if it is no evidence."""
     return None if full.get("recall_evidence") is False else measured(full, "exact_match")
 
 
 def _count(rows: list[Row]) -> str:
+    """How many rows were measured, in words."""
     return f"{len(rows)} {'row' if len(rows) == 1 else 'rows'} measured"
 
 
 def _value(row: Row, key: str) -> float:
+    """A number of a row, 0 if it was not measured."""
     return measured(row, key) or 0.0
 
 
 def _size(row: Row) -> float:
+    """Bytes per token."""
     return _value(row, "bytes_per_token")
 
 
 def _perplexity(row: Row) -> float:
+    """Perplexity."""
     return _value(row, "perplexity")

@@ -1,4 +1,4 @@
-"""A matplotlib figure as SVG that lives inside an HTML page and follows its colours."""
+"""A matplotlib figure as SVG inside an HTML page, in the page's colours."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", SURFACE: "--surface
 
 
 def inline_svg(figure: Figure, prefix: str, label: str) -> str:
-    """`figure` as one <svg> element; `prefix` keeps its ids apart from those of the page's other figures."""
+    """A figure as one <svg> element.
+
+    Args:
+        figure: the figure.
+        prefix: begins its ids, so that they differ from those of the page's other figures.
+        label: its content in words, for readers who do not see it.
+    """
     raw = _draw(figure, prefix)
     body = raw[raw.index("<svg") :]
     body = re.sub(r"<(metadata|style)\b.*?</\1>", "", body, flags=re.DOTALL)
@@ -30,6 +36,7 @@ def inline_svg(figure: Figure, prefix: str, label: str) -> str:
 
 
 def _draw(figure: Figure, prefix: str) -> str:
+    """The figure as matplotlib writes it."""
     text = StringIO()
     # Text stays text (searchable, in the page's font). The salt makes the same results give the same page.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix}), warnings.catch_warnings():
@@ -40,11 +47,13 @@ def _draw(figure: Figure, prefix: str) -> str:
 
 
 def _view_box(svg: str) -> str:
+    """The view box of an SVG."""
     match = re.search(r'viewBox="([-0-9. ]+)"', svg)
     return match[1] if match else "0 0 720 480"
 
 
 def _adapt(tag: str, prefix: str) -> str:
+    """One tag with ids, references and colours as the page needs them."""
     # An image's id is made of its content, so equal heat maps would share it; nothing refers to it.
     tag = (
         re.sub(r'\bid="[^"]*"', "", tag)

@@ -1,5 +1,5 @@
-"""The page around the numbers: one file, no script, no network. `$names` are filled in by page.py with
-escaped text.
+"""The page around the numbers: one file, no script, no network. `page` fills in the `$names` with escaped
+text.
 """
 
 from __future__ import annotations
