@@ -25,7 +25,7 @@ DIVERGENCE_WINDOWS = 8  # how many of them, at most
 JOINT_WARMUP = 0.1  # share of the steps
 BETAS = (0.9, 0.98)  # of Adam
 GRADIENT_RIDGE = 1e-6  # added to second moments, relative to their mean eigenvalue
-TRAINING_FILE = "training"  # name of the unfinished training in the work folder
+MAP_TRAINING_FILE = "training"  # name of the unfinished training in the work folder
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class MapTraining:
             "widths": self._widths(),
         }
         tensors |= optimizer_state.tensors_of(optimizer)
-        files.write_work(self.context.work, TRAINING_FILE, tensors)
+        files.write_work(self.context.work, MAP_TRAINING_FILE, tensors)
 
     def _widths(self) -> Tensor:
         """Return the widths of all latents.
@@ -215,7 +215,7 @@ class MapTraining:
     def _saved(self) -> dict[str, Tensor] | None:
         """Return the saved training, or None if there is none or it is that of other ranks."""
         work = self.context.work
-        tensors = files.read_work(work, TRAINING_FILE)
+        tensors = files.read_work(work, MAP_TRAINING_FILE)
         if work is None or tensors is None:
             return None
         widths = self._widths()
