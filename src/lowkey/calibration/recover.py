@@ -186,6 +186,7 @@ def _check(settings: Recovery, model: PreTrainedModel) -> None:
 
 def _seed(*parts: object) -> int:
     """Return a seed that depends on all parts."""
+    # 7 bytes, since torch takes seeds below 2^63.
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7])
 
 
@@ -228,6 +229,7 @@ class TrainingWindows:
         generator = torch.Generator().manual_seed(_seed(self.settings.seed, step))
         places = torch.randint(len(self.ids) - body + 1, (self.settings.batch,), generator=generator)
         start = torch.tensor(self.start, dtype=torch.long).expand(len(places), -1)
+        # `unfold` views all windows of the text at once: (n - body + 1, body).
         return torch.cat([start, self.ids.unfold(0, body, 1)[places]], dim=1)
 
     def fingerprint(self) -> str:
@@ -453,6 +455,7 @@ def _result(training: RecoveryTraining, plan: Plan, judge: HeldOut, held_out: di
 
 def _job(plan: Plan, data: TrainingWindows, settings: Recovery) -> dict:
     """Return what tells this training from all others that may share a work folder."""
+    # In fp64, so that maps have one checksum in every dtype that holds them exactly.
     digest = hashlib.sha256()
     for i, f in plan.factors.items():
         for name, t in _tensors(f).items():

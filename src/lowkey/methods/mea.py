@@ -71,6 +71,7 @@ class MEA(Method):
         keys, values = (joint.view(h, d, h, d).transpose(1, 2) for joint in moments)
         if self.basis != "aligned":
             return LayerBases(mixing_basis(head_gram(keys), d), mixing_basis(head_gram(values), d))
+        # A rank r per head stands for r h / d component heads.
         counts = [r * h // d for r in self.candidates(h, d, ranks) if r < d]
         return LayerBases(aligned_basis(keys, counts, probe.rotary_dim), aligned_basis(values, counts, 0))
 

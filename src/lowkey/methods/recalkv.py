@@ -87,6 +87,7 @@ class ReCalKV(Method):
                 maps = factors[i].to(next(block.parameters()))
                 low_rank = LowRankReconstruction(maps, context.layout, families.rope(model, i))
                 transform = ReconstructionLayer(low_rank, context.exact)
+            # The next layer reads what this one puts out when it is compressed.
             hidden = layer_outputs(model, i, block, hidden, transform, batch)
         return factors
 
