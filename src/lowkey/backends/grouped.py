@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowkey.backends import fused
-from lowkey.backends.segment import Part, Segment, joint_mask, kv_heads
+from lowkey.backends.segment import Part, Segment, joint_mask, kv_heads, softcapped
 
 SCORES_AT_ONCE = 2**25  # scores held at once (numbers): 128 MiB in fp32 bounds the memory of a long prefill
 
@@ -78,12 +78,8 @@ def _block(
 def _scores(s: Segment, scaling: float, softcap: float | None) -> Tensor:
     """(b, H, t, s) in fp32"""
     g, t = s.query.shape[2:4]
-    scores = capped((s.query.flatten(2, 3) @ s.keys.mT).unflatten(2, (g, t)).float() * scaling, softcap)
+    scores = softcapped((s.query.flatten(2, 3) @ s.keys.mT).unflatten(2, (g, t)).float() * scaling, softcap)
     return (scores if s.bias is None else scores + s.bias[:, :, None, None]).flatten(1, 2)
-
-
-def capped(scores: Tensor, softcap: float | None) -> Tensor:
-    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
 def _values(s: Segment, weights: Tensor, h: int) -> Tensor:
@@ -122,9 +118,9 @@ def ragged(
         step = max(1, SCORES_AT_ONCE // index.numel())
         for i in range(0, m, step):
             some = slice(i, i + step)
-            scores = capped((query[chosen, some] @ keys[index].mT).float() * scaling, softcap).masked_fill(
-                absent.unsqueeze(1), -torch.inf
-            )
+            scores = softcapped(
+                (query[chosen, some] @ keys[index].mT).float() * scaling, softcap
+            ).masked_fill(absent.unsqueeze(1), -torch.inf)
             out[chosen, some] = (scores.softmax(-1).to(values.dtype) @ values[index]).float()
             lse[chosen, some] = scores.logsumexp(-1)
     return out, lse

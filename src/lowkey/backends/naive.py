@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lowkey.backends.segment import Part, Segment, kv_heads
+from lowkey.backends.segment import Part, Segment, kv_heads, softcapped
 
 
 def attend(segments: Sequence[Segment], scaling: float, softcap: float | None = None) -> Tensor:
@@ -28,7 +28,9 @@ def _one(
 ) -> Tensor:
     """Query head j of all H, whose KV head is j // (H / h)."""
     heads = segments[0].query.shape[1] * segments[0].query.shape[2]
-    scores = torch.cat([_capped(_scores(s, i, j, m) * scaling, softcap) + _bias(s, i, j) for s in segments])
+    scores = torch.cat(
+        [softcapped(_scores(s, i, j, m) * scaling, softcap) + _bias(s, i, j) for s in segments]
+    )
     allowed = torch.cat([_allowed(s, i, m) for s in segments])
     if not allowed.any():
         return torch.zeros_like(_mapped(segments[0], segments[0].values[i, 0, :0].sum(0), 0))
@@ -43,10 +45,6 @@ def _one(
 def _scores(s: Segment, i: int, j: int, m: int) -> Tensor:
     shared = s.query.shape[2]
     return (s.keys[i, j // shared] @ s.query[i, j // shared, j % shared, m]).float()
-
-
-def _capped(scores: Tensor, softcap: float | None) -> Tensor:
-    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
 def _bias(s: Segment, i: int, j: int) -> Tensor:
@@ -80,6 +78,6 @@ def ragged(
     lse = query.new_full(query.shape[:2], -torch.inf, dtype=torch.float32)
     for i, (start, stop) in enumerate(itertools.pairwise(starts.tolist())):
         if start < stop:
-            scores = _capped((query[i].float() @ keys[start:stop].float().mT) * scaling, softcap)
+            scores = softcapped((query[i].float() @ keys[start:stop].float().mT) * scaling, softcap)
             out[i], lse[i] = scores.softmax(-1) @ values[start:stop].float(), scores.logsumexp(-1)
     return out, lse

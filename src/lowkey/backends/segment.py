@@ -27,6 +27,11 @@ class Segment:
     bias: Tensor | None = None
 
 
+def softcapped(scores: Tensor, softcap: float | None) -> Tensor:
+    """Cap scaled scores as Gemma 2 does, softcap * tanh(scores / softcap); None leaves them unchanged."""
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
 def kv_heads(segments: Sequence[Segment]) -> int:
     """h: stored heads may stand for several."""
     return max(max(s.values.shape[1], 1 if s.up is None else s.up.shape[0]) for s in segments)

@@ -25,10 +25,11 @@ from lowkey.plan.plan import Plan, versions
 from lowkey.policies import policy_from_dict, policy_to_dict
 from lowkey.policies.base import Policy
 from lowkey.storage.base import StockLayer, StockSlidingLayer, StoringLayer
+from lowkey.storage.cache_wide_eviction import CacheWideEviction
 from lowkey.storage.codec import Codec, LowRank, Plain
 from lowkey.storage.coded import CodedLayer, Exact
 from lowkey.storage.compensating import CompensatingLayer
-from lowkey.storage.evicting import CacheWideEviction, EvictingLayer
+from lowkey.storage.evicting import EvictingLayer
 from lowkey.storage.exact import DEFAULT_WINDOW, SinkRule
 from lowkey.storage.packing import Scheme, scheme_or_none
 from lowkey.storage.pruning import PruningLayer
@@ -336,13 +337,13 @@ def _check_rule(model: PreTrainedModel, rule: SinkRule, sinks: int) -> None:
 
 def _codec(model: PreTrainedModel, i: int, plan: Plan | None, packed: Scheme | None) -> Codec:
     """The Hadamard transform of a scheme is folded into the maps, so that it costs nothing on top of a plan."""
-    turned = packed is not None and packed.turned
+    turned = packed is not None and packed.hadamard_rotated
     rope = families.rope(model, i)
     if plan is not None:
-        return LowRank(plan.factors[i].turned() if turned else plan.factors[i], plan.layout, rope)
+        return LowRank(plan.factors[i].hadamard_rotated() if turned else plan.factors[i], plan.layout, rope)
     if not turned:
         return Plain()
-    return LowRank(identity_factors(families.geometry(model).head_dim).turned(), "post_rope", rope)
+    return LowRank(identity_factors(families.geometry(model).head_dim).hadamard_rotated(), "post_rope", rope)
 
 
 def _evicting(

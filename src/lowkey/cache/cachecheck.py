@@ -13,7 +13,7 @@ from lowkey.cache.file_names import file_name
 from lowkey.ops.ragged import row_of
 from lowkey.storage.coded import EMPTY, CodedLayer
 from lowkey.storage.compensating import CompensatingLayer
-from lowkey.storage.evicting import STEP, EvictingLayer
+from lowkey.storage.evicting import TAIL_STEP, EvictingLayer
 from lowkey.storage.pruning import PruningLayer
 
 HeadShape = tuple[int, int, int]  # heads, and the widths of a key and of a value
@@ -73,7 +73,7 @@ def _placed(layer: Any) -> str | None:
 
 def _coded(layer: CodedLayer, shape: HeadShape) -> str | None:
     (heads, k, v), b, exact = shape, len(layer.offset), layer.exact
-    stored, ahead = layer._ready()
+    stored, ahead = layer.storable()
     if not 0 <= stored <= ahead <= layer.seen:
         return f"{stored} to {ahead} tokens of {layer.seen} seen would be stored"
     near = layer.seen - stored
@@ -88,7 +88,7 @@ def _coded(layer: CodedLayer, shape: HeadShape) -> str | None:
     for name, packing in layer.packing.items():
         groups, width = layer.shapes[name]
         like = packing.pack(torch.empty(b, groups, stored, width, dtype=layer.recent_k.dtype, device="meta"))
-        names = zip(layer._attributes(name), layer._parts(name), like, strict=True)
+        names = zip(layer.packed_attributes(name), layer.packed_tensors(name), like, strict=True)
         rules += [_unlike(attribute, part, *other.shape) for attribute, part, other in names]
     at = layer.sink_index
     if not bool((((at >= 0) & (at < layer.seen)) | (at == EMPTY)).all()):
@@ -108,7 +108,7 @@ def _coded(layer: CodedLayer, shape: HeadShape) -> str | None:
 
 def _evicting(layer: EvictingLayer, shape: HeadShape, groups: int) -> str | None:
     heads, b = shape[0], len(layer.offset)
-    room = layer.joined_length + -(-(layer.tail_length - layer.joined_length) // STEP) * STEP
+    room = layer.joined_length + -(-(layer.tail_length - layer.joined_length) // TAIL_STEP) * TAIL_STEP
     if not 0 <= layer.joined_length <= layer.tail_length <= layer.seen or layer.decode_steps > layer.seen:
         return (
             f"it counts {layer.joined_length} of {layer.tail_length} tokens in the tail of {layer.seen} seen"

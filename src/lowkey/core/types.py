@@ -73,7 +73,7 @@ class Factors:
         """Numbers in all the maps, which one more user does not need again."""
         return sum(t.numel() for t in vars(self).values() if t is not None)
 
-    def turned(self) -> Factors:
+    def hadamard_rotated(self) -> Factors:
         """The same maps with latents turned by a block Hadamard transform; not those of keys that are rotated
         as they are stored.
         """
