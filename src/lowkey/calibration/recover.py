@@ -25,7 +25,7 @@ from lowkey.core.types import Factors, LowkeyError, device_of
 from lowkey.models import families, weights
 from lowkey.models.attention_interface import attach
 from lowkey.models.fingerprint import data_fingerprint, model_fingerprint
-from lowkey.ops.schedule import falling
+from lowkey.ops.schedule import warmup_cosine
 from lowkey.plan.plan import Plan, versions
 
 RECOVERY_FILE = "training"  # name of the unfinished training in the work folder
@@ -346,7 +346,7 @@ class RecoveryTraining:
         if k == 0:
             self.optimizer = self._new_optimizer()
         # Every stage warms up and falls on its own.
-        rate = peak * falling(k, steps, self.settings.warmup)
+        rate = peak * warmup_cosine(k, steps, self.settings.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()

@@ -1,7 +1,7 @@
 """A layer in which every KV head keeps tokens of its own, as many as its policy gives it.
 
 A *row* is one KV head of one sequence. The tokens that the last eviction kept lie in the rows, one behind
-another without padding. Tokens decoded since lie in a dense *tail*, which is equally long in all rows. A query
+another without padding. Tokens decoded since lie in a dense *tail*, equally long in all rows. A query
 meets both, and the two outputs are merged by log-sum-exp. When the tail is full, its tokens join the rows,
 which costs one copy of the layer in 128 steps.
 
@@ -268,7 +268,7 @@ class EvictingLayer(RaggedLayer):
         return parts
 
     def _rows_by_span(self, keys: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """(keys, values, starts) of the rows; if a span is repeated, of its tokens first, then of the others."""
+        """(keys, values, starts) of the rows; if a span is repeated, of it first and then of the others."""
         if self.repeated_span is None:
             return [(keys, self.values, self.starts)]
         row = row_of(self.starts)
