@@ -23,7 +23,7 @@ import torch
 import lowkey
 from lowkey.cli import app
 from lowkey.core import files
-from lowkey.core.files import outputs, atomic
+from lowkey.core.files import atomic, outputs
 from lowkey.core.types import LowkeyError
 from lowkey.heads.scores import HeadScores
 from lowkey.plan.plan import Plan

@@ -99,7 +99,7 @@ class LowkeyCache(Cache):
         self.forward_pass.begin_layer(layer_idx, layer, layer_idx == len(self.layers) - 1)
         try:
             if layer_idx == 0 and self.filled_by is not None:
-                self.filled_by.look(key_states.shape[2], first)
+                self.filled_by.observe(key_states.shape[2], first)
             found = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except BaseException:
             self.forward_pass.undo()
@@ -220,7 +220,7 @@ class LowkeyCache(Cache):
         origin, filled_by = self.origin, self.filled_by
         if origin is None or filled_by is None:
             raise LowkeyError("cache: was not made by make_cache; save one that was")
-        fingerprint, model = filled_by.name(), origin.model()
+        fingerprint, model = filled_by.fingerprint(), origin.model()
         about = {
             "model": model.config._name_or_path if model else "",
             "model_sha256": fingerprint,
@@ -291,7 +291,7 @@ def cache_from(model: PreTrainedModel, origin: Origin) -> LowkeyCache:
             "one of them"
         )
     stock = origin == Origin(origin.model)
-    if stock and families.stores_its_own(model.config):
+    if stock and families.stores_own_form(model.config):
         cache = LowkeyCache(layers=[StockLayer() for _ in families.decoder_layers(model)])
     else:
         cache = cache_of(model, _builder(model, origin))
@@ -372,7 +372,7 @@ def _evicting(
         )
     full = families.geometry(model).compressible
     policy = policy.with_head_scores(plan.heads if plan else {})
-    if policy.uses_rotations and (kind := families.changing_rope(model)):
+    if policy.uses_rotations and (kind := families.length_dependent_rope(model)):
         raise LowkeyError(
             f"policy {type(policy).__name__}: rope_type {kind!r} changes its frequencies with the length; "
             "use another policy"

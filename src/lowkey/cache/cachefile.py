@@ -96,7 +96,7 @@ def restore_cache(
     if any(held) and not all(held):
         raise damaged_cache(path, "some of its layers hold something and others nothing")
     shapes = _shapes(model) if any(held) else []
-    groups = 1 if families.stores_its_own(model.config) else families.geometry(model).groups
+    groups = 1 if families.stores_own_form(model.config) else families.geometry(model).groups
     for i, (layer, own, counts) in enumerate(zip(layers, held, numbers, strict=True)):
         if own:
             _fill(path, i, layer, own, counts, shapes[i], model)
@@ -175,7 +175,7 @@ def _shapes(model: PreTrainedModel) -> list[tuple[int, int, int]]:
     """Heads and the widths of a key and of a value, of what every layer of the model stores: its own
     attention says so by storing one.
     """
-    if not families.stores_its_own(model.config):
+    if not families.stores_own_form(model.config):
         shape = families.geometry(model)
         return [(shape.kv_heads, shape.head_dim, shape.head_dim)] * shape.layers
     cache: Any = DynamicCache()

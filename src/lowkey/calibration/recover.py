@@ -179,7 +179,7 @@ def _check(settings: Recovery, model: PreTrainedModel) -> None:
         if name not in OBJECTIVES:
             raise LowkeyError(f"stage {shown(name)} is unknown; {nearest_name(name, OBJECTIVES)}")
     trainable.check_trainable(model, settings.lora, settings.full)
-    longest = families.positions(model)
+    longest = families.max_positions(model)
     if longest is not None and settings.length > longest:
         raise LowkeyError(f"length {settings.length}: the model has {longest} positions; give at most that")
 

@@ -82,7 +82,7 @@ def resolve_request(
             f"at {at}: a budget is counted for a cache of at least 1 token; give the length that matters, "
             f"like {BUDGET_LENGTH}"
         )
-    shape, itemsize, longest = families.geometry(model), model.dtype.itemsize, families.positions(model)
+    shape, itemsize, longest = families.geometry(model), model.dtype.itemsize, families.max_positions(model)
     # No cache is longer than the model's positions.
     at = at if longest is None else min(at, longest)
     if method is None:
