@@ -217,7 +217,7 @@ def _choose_ranks(
     method, allocator, limit = request.method, request.allocator, request.limit
     # Heads are merged alike in all layers, so the first one says how.
     shape, first = families.geometry(context.model), next(iter(bases.values()))
-    bytes_by_rank = request.budgeted_cache.sizes(
+    bytes_by_rank = request.budgeted_cache.bytes_by_rank(
         (first.keys.merge, first.values.merge),
         lambda rank: method.numbers_per_token(rank, shape.kv_heads, shape.head_dim),
     )
