@@ -119,19 +119,22 @@ class LowkeyCache(Cache):
             if layer_idx == 0 and self.filled_by is not None:
                 self.filled_by.observe(key_states.shape[2], first)
             found = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        except BaseException:
+        except BaseException:  # an interrupt from the keyboard, too
             self.forward_pass.undo()
             raise
+        # a stock layer is done now; a layer of ours reports when its attention has succeeded
         if not isinstance(found[0], Incoming):
             self.forward_pass.end_layer()
         return found
 
     @torch.compiler.disable(reason=UNCOMPILED)
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The number of tokens seen. A forward pass that has not ended is undone."""
         return super().get_seq_length(layer_idx)
 
     @torch.compiler.disable(reason=UNCOMPILED)
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """(number of keys that a mask covers, offset of the first)."""
         return super().get_mask_sizes(query_length, layer_idx)
 
     @contextmanager
@@ -145,6 +148,7 @@ class LowkeyCache(Cache):
         try:
             yield
         except BaseException:
+            # the snapshots of the pass under way are newer than ours
             self.forward_pass.snapshots.clear()
             for layer, snapshot in zip(self.layers, before, strict=True):
                 layer.restore(snapshot)
@@ -174,7 +178,7 @@ class LowkeyCache(Cache):
         Raises:
             LowkeyError: for a compressed cache, before anything is removed.
         """
-        for layer in self.layers:
+        for layer in self.layers:  # raises before any layer is changed
             if isinstance(layer, StoringLayer):
                 layer.crop(tokens_to_remove)
         super().crop(tokens_to_remove)
@@ -348,7 +352,7 @@ def cache_from(model: PreTrainedModel, origin: Origin) -> LowkeyCache:
             f"plan in {origin.plan.bits} together with a policy is not supported yet; give bits='none', or "
             "one of them"
         )
-    stock = origin == Origin(origin.model)
+    stock = origin == Origin(origin.model)  # neither plan, policy, bits nor exact tokens
     if stock and families.stores_own_form(model.config):
         cache = LowkeyCache(layers=[StockLayer() for _ in families.decoder_layers(model)])
     else:
@@ -364,12 +368,14 @@ def _builder(model: PreTrainedModel, origin: Origin) -> Callable[[int], CountedL
         return _evicting(model, plan, policy, origin.exact)
     if plan is None and origin.exact is None and scheme_or_none(origin.bits) is None:
         return lambda i: StockLayer()
+    # what the caller says comes first, then what the plan says, then the defaults
     packed = scheme_or_none(plan.bits if plan and origin.bits is None else origin.bits)
     sinks, recent = (plan.sinks, plan.recent) if plan else (DEFAULT_WINDOW.sinks, DEFAULT_WINDOW.recent)
-    keep = origin.exact or Exact(sinks, max(recent, packed.recent if packed else 0))
+    exact = origin.exact or Exact(sinks, max(recent, packed.recent if packed else 0))
     packings = (packed.keys, packed.values) if packed else None
-    points = keep.rule.layers if keep.rule else {}
-    return lambda i: CodedLayer(_codec(model, i, plan, packed), keep, packings, points.get(i))
+    # in layers without points, the first tokens are the sinks
+    points = exact.rule.layers if exact.rule else {}
+    return lambda i: CodedLayer(_codec(model, i, plan, packed), exact, packings, points.get(i))
 
 
 def _check_rule(model: PreTrainedModel, rule: SinkRule, sinks: int) -> None:
@@ -397,13 +403,16 @@ def _check_rule(model: PreTrainedModel, rule: SinkRule, sinks: int) -> None:
 
 def _codec(model: PreTrainedModel, i: int, plan: Plan | None, packed: Scheme | None) -> Codec:
     """The codec of layer `i`. A Hadamard transform is folded into a plan's maps, where it costs nothing."""
-    turned = packed is not None and packed.hadamard_rotated
+    rotated = packed is not None and packed.hadamard_rotated
     rope = families.rope(model, i)
     if plan is not None:
-        return LowRank(plan.factors[i].hadamard_rotated() if turned else plan.factors[i], plan.layout, rope)
-    if not turned:
+        factors = plan.factors[i]
+        return LowRank(factors.hadamard_rotated() if rotated else factors, plan.layout, rope)
+    if not rotated:
         return Plain()
-    return LowRank(identity_factors(families.geometry(model).head_dim).hadamard_rotated(), "post_rope", rope)
+    # without a plan, the transform is a low-rank codec of full rank
+    factors = identity_factors(families.geometry(model).head_dim)
+    return LowRank(factors.hadamard_rotated(), "post_rope", rope)
 
 
 def _evicting(
@@ -442,7 +451,7 @@ def _evicting(
             f"policy {type(policy).__name__}: rope_type {kind!r} changes its frequencies with the length; "
             "use another policy"
         )
-    meeting = CacheWideEviction(len(full), _sliding(model))
+    cache_eviction = CacheWideEviction(len(full), _sliding(model))
 
     def build(i: int) -> EvictingLayer:
         rope = families.rope(model, i)
@@ -450,7 +459,7 @@ def _evicting(
             policy,
             rope,
             full.index(i),
-            meeting,
+            cache_eviction,
             LowRank(plan.factors[i], plan.layout, rope) if plan else None,
         )
 

@@ -84,7 +84,9 @@ def read_cache(path: Path) -> tuple[dict, dict[str, Tensor], Plan | None]:
 
 def _read(path: Path) -> tuple[dict, dict[str, Tensor], Plan | None]:
     about = files.read_json(path / CACHE_JSON, "cache", CACHE_FILE, CACHE_FORMAT)
-    if not all(isinstance(about.get(name), kind) for name, kind in CACHE_FIELDS.items()) or not {
+    if not all(
+        isinstance(about.get(name), kind) for name, kind in CACHE_FIELDS.items()
+    ) or not {  # may be null
         "policy",
         "bits",
         "exact",
@@ -123,13 +125,13 @@ def restore_cache(
     if not all(_are_counts(n, own) for n, own in zip(numbers, names, strict=True)):
         raise damaged_cache(path, "counters of its layers are missing or no counts")
     held = _by_layer(path, tensors, len(layers))
-    if any(held) and not all(held):
+    if any(held) and not all(held):  # a saved cache has seen tokens in all layers or in none
         raise damaged_cache(path, "some of its layers hold something and others nothing")
     shapes = _shapes(model) if any(held) else []
     groups = 1 if families.stores_own_form(model.config) else families.geometry(model).groups
     for i, (layer, own, counts) in enumerate(zip(layers, held, numbers, strict=True)):
         if own:
-            _fill(path, i, layer, own, counts, shapes[i], model)
+            _fill(path, i, layer, own, shapes[i], model)
         elif any(value for name, value in counts.items() if name not in FLAGS):
             raise damaged_cache(path, f"layer {i} counts tokens and holds none")
         for name, value in counts.items():
@@ -149,7 +151,6 @@ def _fill(
     i: int,
     layer: Any,
     own: dict[str, Tensor],
-    counts: dict,
     shape: tuple[int, int, int],
     model: PreTrainedModel,
 ) -> None:
@@ -181,7 +182,7 @@ def _by_layer(path: Path, tensors: dict[str, Tensor], count: int) -> list[dict[s
     found: list[dict[str, Tensor]] = [{} for _ in range(count)]
     for whole, t in tensors.items():
         index, _, name = whole.partition(".")
-        if index == "rule":
+        if index == "rule":  # a tensor of the sink rule, which `exact_from` reads
             continue
         of_a_layer = index.isdecimal() and str(int(index)) == index and int(index) < count
         if not (of_a_layer and name and name not in FILE_NAMES):

@@ -51,6 +51,7 @@ def prefill(
         check_question(policy, int(mask.sum(1).min()), question)
     text.check_ids(ids, model)
     with cache.all_or_nothing():
+        # the question is not stored now, but the budget must hold it when it is given again
         cache.expect(question)
         if policy is not None and policy.needs_second_pass:
             context = ids.shape[1] - question
@@ -136,9 +137,9 @@ def _repeated(
     )  # type: ignore[attr-defined]
     chunk, bridge = policy.chunk, policy.bridge  # type: ignore[attr-defined]
     texts = [row[there] for row, there in zip(ids, mask.bool(), strict=True)]
-    cache.freeze()
+    cache.freeze()  # nothing is evicted before all pieces have scored the context
     _read(model, cache, ids, mask)
-    longest = max(map(len, texts))
+    longest = max(map(len, texts))  # sequences differ in length if they are padded
     for start in range(0, longest, chunk):
         pieces = [
             torch.cat([request, x[max(0, start - bridge) : start + chunk]]) if start < len(x) else x[:0]
@@ -154,5 +155,5 @@ def _repeated(
     cache.score_only(0)
     cache.freeze(False)
     for layer in cache.evicting:
-        layer.evict()
+        layer.evict()  # by the scores that the pieces left
     cache.freeze()

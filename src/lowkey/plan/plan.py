@@ -414,11 +414,12 @@ def plan_card(plan: Plan) -> str:
     g, known = plan.geometry, plan.provenance
     full, held = 4 * g["kv_heads"] * g["head_dim"] * len(plan.factors), plan.bytes_per_token(2)
     rows = "\n".join(f"| {i} | {k} | {v} |" for i, (k, v) in plan.ranks.items())
+    version, share = known.get("versions", {}).get("lowkey"), 100 * held / full
     return f"""# KV-cache plan for {known.get("model")}
 
-Made by lowkey {known.get("versions", {}).get("lowkey")}: method `{plan.method["name"]}`, allocator `{plan.allocator["name"]}`,
+Made by lowkey {version}: method `{plan.method["name"]}`, allocator `{plan.allocator["name"]}`,
 layout `{plan.layout}`, latents in {plan.bits or "the model's own numbers"}, budget {plan.budget}.
-In bfloat16 it keeps {held:g} of {full} bytes per token ({100 * held / full:.1f} %) in {len(plan.factors)} layers of
+In bfloat16 it keeps {held:g} of {full} bytes per token ({share:.1f} %) in {len(plan.factors)} layers of
 {g["kv_heads"]} KV heads x {g["head_dim"]}; {plan.sinks} sink and {plan.recent} recent tokens stay exact.
 
 ```python
@@ -431,5 +432,6 @@ model.generate(**inputs, past_key_values=lowkey.make_cache(model, plan=plan))
 |---|---|---|
 {rows}
 
-Calibrated on {known.get("tokens")} tokens (sha256 `{str(known.get("data_sha256"))[:16]}`, seed {known.get("seed")}).
+Calibrated on {known.get("tokens")} tokens
+(sha256 `{str(known.get("data_sha256"))[:16]}`, seed {known.get("seed")}).
 """
