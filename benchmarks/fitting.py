@@ -18,7 +18,8 @@ from typing import Annotated
 
 import typer
 
-from lowkey.allocation.allocators import Greedy, Profile
+from lowkey.allocation.allocators import Greedy
+from lowkey.allocation.profile import Profile
 from lowkey.allocation.rank_grid import grid, multiples
 from lowkey.calibration.calibrate import fit_layers
 from lowkey.core import text

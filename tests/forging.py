@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lowkey.core import files
-from lowkey.core.files.reading import CHECKSUM, json_digest, marks
+from lowkey.core.files.reading import CHECKSUM, json_digest, tensor_marks
 
 
 def edit_json(path: Path, change: Callable[[dict], Any] | None = None, **fields: object) -> None:
@@ -29,7 +29,7 @@ def edit_json(path: Path, change: Callable[[dict], Any] | None = None, **fields:
 def edit_tensors(path: Path, change: Callable[[dict[str, Tensor]], Any], about: Path | None = None) -> None:
     """Change the tensors; `about` is the JSON file that has their checksum."""
     tensors = {name: t.clone() for name, t in load_file(path).items()}
-    kind, _ = marks(path, "file")
+    kind, _ = tensor_marks(path, "file")
     change(tensors)
     path.unlink()
     checksum = files.write_tensors(path, tensors, kind)

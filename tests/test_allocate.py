@@ -17,7 +17,6 @@ from lowkey.allocation.allocators import (
     Fisher,
     Greedy,
     Pareto,
-    Profile,
     Spectrum,
     Tail,
     Threshold,
@@ -25,6 +24,7 @@ from lowkey.allocation.allocators import (
     WeightedPareto,
 )
 from lowkey.allocation.base import search_byte_budget
+from lowkey.allocation.profile import Profile
 from lowkey.core.types import LowkeyError
 
 RANKS = (2, 4, 6, 8)
@@ -55,7 +55,7 @@ def decaying(seed):
 
 
 def bowl(layers=3, seed=0):
-    """Separable, decreasing and convex in each rank, zero at full rank, as an error of truncated energies is."""
+    """Separable, decreasing and convex in each rank, zero at full rank, like errors of truncated energies."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for _ in range(layers):

@@ -376,7 +376,9 @@ def test_joining_rows(lengths, heads):
     found = a.joined(b, heads)
     both = [x + y for x, y in zip(old, new, strict=True)]
     assert found.keys.flatten().tolist() == [100 * t + h for row in both for h in range(heads) for t in row]
-    assert torch.equal(found.keys, found.values) and found.where.tolist() == [t for row in both for t in row]
+    assert torch.equal(found.keys, found.values) and found.positions.tolist() == [
+        t for row in both for t in row
+    ]
     assert found.starts.tolist() == [0, *itertools.accumulate(len(row) for row in both)]
     assert found.key_positions(heads).tolist() == [t for row in both for _ in range(heads) for t in row]
     assert found.rows(heads).tolist() == [

@@ -226,9 +226,9 @@ def test_a_plans_rate_is_what_one_more_token_adds(name, allocator):
 
 def test_rows_pay_for_themselves():
     """By hand: 1000 bytes over 2 rows, 100 of them for indices, 30 a token and 2 heads."""
-    costs = EvictionCosts(heads=2, rows=2, entry=30, fixed=100)
-    assert costs.pay(policy("snapkv", "1000 B"), 50) == 13 / 2
-    assert costs.pay(policy("snapkv", "20 B/token"), 50) == 30 / 2
+    costs = EvictionCosts(heads=2, sequences=2, entry_bytes=30, fixed_bytes=100)
+    assert costs.tokens_per_head(policy("snapkv", "1000 B"), 50) == 13 / 2
+    assert costs.tokens_per_head(policy("snapkv", "20 B/token"), 50) == 30 / 2
     costs.check(policy("snapkv", "800 B"), [50, 50])  # 2 heads of 5 tokens that stay
     with pytest.raises(LowkeyError, match=r"take 800 B for 2 sinks and 3 recent tokens"):
         costs.check(policy("snapkv", "799 B"), [50, 50])

@@ -27,7 +27,7 @@ from lowkey.methods import recalkv as recal
 from lowkey.models import families
 from lowkey.models.attention_interface import AttendingLayer, Incoming
 from lowkey.ops.commuting import rotated_moment
-from lowkey.ops.products import group_size, oblique_basis, reordered
+from lowkey.ops.products import group_size, oblique_basis, reorder_heads
 from lowkey.ops.rope import rotate
 from lowkey.plan.plan import Plan
 from lowkey.probes.layer_inputs import first_inputs, layer_inputs
@@ -657,7 +657,7 @@ def test_heads_that_are_the_same_but_turned_share_a_latent():
 def test_reordering_a_joint_moment_is_reordering_the_rows():
     x, order = torch.randn(9, 12, generator=torch.Generator().manual_seed(0)), torch.tensor([2, 0, 3, 1])
     moved = x.unflatten(1, (4, 3))[:, order].flatten(1)
-    assert torch.allclose(reordered(x.mT @ x, order, 4), moved.mT @ moved, atol=1e-5)
+    assert torch.allclose(reorder_heads(x.mT @ x, order, 4), moved.mT @ moved, atol=1e-5)
 
 
 def test_reordered_keys_and_values_are_those_of_their_own_heads(layout):
@@ -677,7 +677,7 @@ def test_reordered_keys_and_values_are_those_of_their_own_heads(layout):
         assert float((x - rebuilt(x, basis, 4, bases.order)).square().sum()) == pytest.approx(best, rel=1e-4)
     assert torch.allclose(
         head_blocks(statistics.values, 4),
-        head_blocks(reordered(statistics.values, bases.order, 4), 4)[bases.order.argsort()],
+        head_blocks(reorder_heads(statistics.values, bases.order, 4), 4)[bases.order.argsort()],
     )
 
 

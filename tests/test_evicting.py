@@ -18,8 +18,8 @@ from lowkey.core.types import LAYOUTS, LowkeyError
 from lowkey.models import families
 from lowkey.policies import POLICIES, SnapKV, policy_from_dict, policy_to_dict
 from lowkey.storage import evicting
+from lowkey.storage.cache_wide_eviction import CacheWideEviction
 from lowkey.storage.codec import LowRank
-from lowkey.storage.evicting import CacheWideEviction
 
 PADS = [7, 0]
 LENGTH = 120
@@ -427,7 +427,7 @@ def test_a_long_tail_joins_the_rows_and_changes_nothing(monkeypatch):
     model, ids = attached("llama"), prompt(60)
     plain = evicting_cache(model, SnapKV("30%"))
     expected = generate(model, ids, 50, plain, PADS)
-    monkeypatch.setattr(evicting, "TAIL", 16)
+    monkeypatch.setattr(evicting, "LONGEST_TAIL", 16)
     joined = evicting_cache(model, SnapKV("30%"))
     assert torch.equal(generate(model, ids, 50, joined, PADS), expected)
     assert lengths(joined, 0) == lengths(plain, 0) and joined.nbytes() == joined.predicted_nbytes()

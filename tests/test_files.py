@@ -23,7 +23,7 @@ import torch
 import lowkey
 from lowkey.cli import app
 from lowkey.core import files
-from lowkey.core.files import outputs, swapping
+from lowkey.core.files import atomic, outputs
 from lowkey.core.types import LowkeyError
 from lowkey.heads.scores import HeadScores
 from lowkey.plan.plan import Plan
@@ -67,7 +67,7 @@ def test_leftovers_of_a_dead_process_of_the_same_number_harm_nobody(tmp_path):
 
 def _dead(path: Path) -> Path:
     """What a writer of `path` leaves when it is killed."""
-    folder, lock = swapping._locked(path)
+    folder, lock = atomic._locked(path)
     (folder / "new").mkdir()
     (folder / "new" / "half").write_text("x")
     os.close(lock)
@@ -79,7 +79,7 @@ def test_leftovers_are_swept_when_their_writer_is_dead_and_ours(tmp_path):
     mine = tmp_path / ".plan.0123456789abcdef.tmp"
     mine.mkdir()
     (mine / "thesis.tex").write_text("mine")
-    living, lock = swapping._locked(tmp_path / "plan")
+    living, lock = atomic._locked(tmp_path / "plan")
     plan().save(tmp_path / "plan")
     assert not dead.exists() and mine.exists() and living.exists()
     os.close(lock)
@@ -107,8 +107,8 @@ def test_readers_see_one_version_while_it_is_replaced(tmp_path, monkeypatch, who
     other writes there.
     """
     if not whole:
-        monkeypatch.setattr(swapping, "exchange", lambda a, b: False)
-    elif not swapping.exchange(*(made for n in "ab" for made in [tmp_path / n] if made.mkdir() is None)):
+        monkeypatch.setattr(atomic, "exchange", lambda a, b: False)
+    elif not atomic.exchange(*(made for n in "ab" for made in [tmp_path / n] if made.mkdir() is None)):
         pytest.skip("this file system cannot exchange names")
     plans, trouble, stop, read = [plan(4), plan(6)], [], time.monotonic() + 0.6, []
     plans[0].save(tmp_path / "plan")
@@ -256,7 +256,7 @@ def test_work_of_somebody_else_stays(tmp_path):
 
 def test_work_that_another_process_at_it_clears_away_is_written_again(tmp_path, monkeypatch):
     job, gone = files.job_folder(tmp_path / "work", {"a": 1}), []
-    real = swapping.sync
+    real = atomic.sync
 
     def sync(path):
         if not gone:
@@ -510,8 +510,8 @@ def test_a_plan_inside_a_cache_is_the_one_it_was_made_with(tmp_path):
 @pytest.mark.slow
 def test_the_lock_of_a_killed_process_is_gone(tmp_path):
     """Its leftovers are swept, whoever is killed and how."""
-    script = "import os, signal, sys; from pathlib import Path; from lowkey.files import swapping\n"
-    script += "swapping._locked(Path(sys.argv[1])); os.kill(os.getpid(), signal.SIGKILL)"
+    script = "import os, signal, sys; from pathlib import Path; from lowkey.core.files import atomic\n"
+    script += "atomic._locked(Path(sys.argv[1])); os.kill(os.getpid(), signal.SIGKILL)"
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "a")], check=False)
     assert len(entries(tmp_path)) == 1
     files.write_text(tmp_path / "a", "x")

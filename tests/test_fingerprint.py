@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import lowkey
 from lowkey.cache.cache import load_cache, make_cache
 from lowkey.core.types import LowkeyError
-from lowkey.models.fingerprint import config_words, model_fingerprint, tensor_checksum
+from lowkey.models.fingerprint import config_text, model_fingerprint, tensor_checksum
 from lowkey.policies import POLICIES
 
 LORA = peft.LoraConfig(target_modules=["k_proj", "v_proj"], r=4, init_lora_weights=False)
@@ -94,7 +94,7 @@ def test_numbers_count_by_their_value():
     other = copy.deepcopy(config)
     other.rope_parameters, other.rms_norm_eps = {"rope_theta": 10000, "rope_type": "default"}, float("1e-06")
     other.layer_types = ("full_attention",) * pico.LAYERS  # what this version infers
-    assert config_words(other) == config_words(config)
+    assert config_text(other) == config_text(config)
 
 
 @pytest.mark.parametrize("name", pico.NAMES)
@@ -359,5 +359,5 @@ def test_a_default_of_a_later_version_makes_no_other_model():
     class Later(type(config)):
         brand_new: float = 0.5
 
-    assert config_words(Later(**config.to_dict())) == config_words(config)
-    assert config_words(Later(**config.to_dict(), brand_new=0.25)) != config_words(config)
+    assert config_text(Later(**config.to_dict())) == config_text(config)
+    assert config_text(Later(**config.to_dict(), brand_new=0.25)) != config_text(config)

@@ -12,7 +12,8 @@ from pico import HEAD_DIM, LAYERS, VOCAB
 from torch.nn.functional import cross_entropy
 
 import lowkey
-from lowkey.allocation.allocators import Profile, Spectrum
+from lowkey.allocation.allocators import Spectrum
+from lowkey.allocation.profile import Profile
 from lowkey.core import files
 from lowkey.core.types import LowkeyError
 from lowkey.methods import KQSVD, CalibrationContext, FisherSVD

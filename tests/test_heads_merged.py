@@ -178,14 +178,14 @@ def test_the_nearest_commuting_map_is_a_projection(t, pairs, rest, seed):
 def test_a_turning_is_the_best_rotation_that_commutes(pairs, rest, seed):
     d, rotary = 2 * pairs + rest, 2 * pairs
     a = random(d, d, seed=seed)
-    ours = commuting.turning(a, rotary)
+    ours = commuting.commuting_procrustes(a, rotary)
     assert is_orthonormal(ours, 1e-5) and commuting.commutes(ours, rotary)
     others = [float((random_commuting(1, d, rotary, seed + i) * a).sum()) for i in range(20)]
     assert float((ours * a).sum()) >= max(others) - 1e-9
 
 
 def test_a_head_without_energy_is_not_turned():
-    assert torch.equal(commuting.turning(torch.zeros(4, 4), 4), torch.eye(4))
+    assert torch.equal(commuting.commuting_procrustes(torch.zeros(4, 4), 4), torch.eye(4))
 
 
 @pytest.mark.parametrize("rotary", [8, 4])
@@ -713,15 +713,19 @@ def test_every_sweep_keeps_more_and_heads_end_better_aligned_than_they_start(pre
     mixing, first = aligning.best_mixing(blocks, turns, 2)
     held = first
     for _ in range(5):
-        turns = aligning.turned(blocks, turns, mixing, rotary)
+        turns = aligning.realign(blocks, turns, mixing, rotary)
         (mixing, more), before = aligning.best_mixing(blocks, turns, 2), held
         assert more >= before * (1 - 1e-12)
         held = more
     assert held > 1.05 * first
     start = aligning.best_mixing(
-        blocks, commuting.turning(blocks[:, int(aligning.head_gram(blocks).diagonal().argmax())], rotary), 2
+        blocks,
+        commuting.commuting_procrustes(
+            blocks[:, int(aligning.head_gram(blocks).diagonal().argmax())], rotary
+        ),
+        2,
     )[1]
-    assert aligning.alignment(blocks, 2, rotary)[2] > 1.01 * start
+    assert aligning.align_heads(blocks, 2, rotary)[2] > 1.01 * start
 
 
 def test_fitting_leaves_the_global_random_state_alone(prepared):

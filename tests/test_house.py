@@ -122,10 +122,10 @@ def test_a_public_name_is_defined_in_one_module():
     homes: dict[str, set[str]] = {}
     for path, tree in TREES.items():
         for name in public_names(tree):
-            homes.setdefault(name, set()).add(str(path.relative_to(SOURCE / "lowkey").with_suffix("")))
+            homes.setdefault(name, set()).add(str(path.relative_to(SOURCE).with_suffix("")))
     twice = {name: sorted(modules) for name, modules in homes.items() if len(modules) > 1}
-    commands = {n for n, m in twice.items() if any(x.startswith("cli/") for x in m)}
-    backends = {n for n, m in twice.items() if all(x.startswith("backends/") for x in m)}
+    commands = {n for n, m in twice.items() if any(x.startswith("lowkey/cli/") for x in m)}
+    backends = {n for n, m in twice.items() if all(x.startswith("lowkey/backends/") for x in m)}
     assert backends <= BACKEND_INTERFACE and twice.keys() - commands - backends == set(), twice
 
 

@@ -128,7 +128,7 @@ def test_a_killed_save_leaves_a_whole_version(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["plan", "cache"])
 def test_also_where_names_cannot_be_exchanged(tmp_path, kind, monkeypatch):
-    monkeypatch.setattr("lowkey.core.files.swapping.exchange", lambda a, b: False)
+    monkeypatch.setattr("lowkey.core.files.atomic.exchange", lambda a, b: False)
     r = random.Random(kind)
     for _ in range(3):
         kill_a_save(kind, tmp_path, r.uniform(0.0, 0.08))

@@ -12,7 +12,8 @@ from pico import HEAD_DIM, attached, feed, prompt, stock
 
 import lowkey
 from lowkey import Sample
-from lowkey.allocation.allocators import RANK_ALLOCATORS, Profile
+from lowkey.allocation.allocators import RANK_ALLOCATORS
+from lowkey.allocation.profile import Profile
 from lowkey.calibration.sensitivity import SIGNALS
 from lowkey.calibration.statistics import gather_statistics
 from lowkey.core.head_groups import per_head_maps, side_by_side

@@ -358,7 +358,7 @@ def past_the_limit(model, cache):
 
 def test_rotation_that_changes_with_the_length_is_found_where_gemma_keeps_it():
     model = turning("dynamic")
-    assert families.changing_rope(model) == "dynamic"
+    assert families.length_dependent_rope(model) == "dynamic"
     with pytest.raises(LowkeyError, match=r"layout 'pre_rope': rope_type 'dynamic' changes its frequencies"):
         plan_of(model, layout="pre_rope")
     with pytest.raises(LowkeyError, match="rope_type 'dynamic' changes its frequencies"):

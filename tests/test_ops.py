@@ -187,7 +187,7 @@ def test_ranked_matrices_start_where_they_are_told_and_stay_orthonormal():
     assert torch.allclose(module(index), start.expand(2, 2, 6, 6), atol=1e-5)
     with torch.no_grad():
         module.shared.add_(draw(2, 6, 6, seed=1))
-        module.own.add_(draw(3, 2, 6, 6, seed=2))
+        module.departures.add_(draw(3, 2, 6, 6, seed=2))
     out = module(index)
     assert torch.allclose(out.mT @ out, eye(out), atol=1e-5)
 
@@ -195,7 +195,11 @@ def test_ranked_matrices_start_where_they_are_told_and_stay_orthonormal():
 def test_a_rank_moves_what_is_shared_and_its_own_departure_alone():
     module = RankedMatrices(orthonormal(draw(2, 6, 6)), 3)
     (module(torch.tensor([1])) * draw(2, 6, 6, seed=1)).sum().backward()
-    assert module.shared.grad.any() and module.own.grad[1].any() and not module.own.grad[[0, 2]].any()
+    assert (
+        module.shared.grad.any()
+        and module.departures.grad[1].any()
+        and not module.departures.grad[[0, 2]].any()
+    )
 
 
 def test_a_predictor_is_orthonormal_one_network_per_head():

@@ -585,7 +585,7 @@ def test_hadamard_without_rounding_is_exact(head_dim):
     model = lowkey.attach(pico.build("llama", head_dim=head_dim))
     ids, reference = prompt(LENGTH), feed(model, prompt(LENGTH))
     codec = {
-        i: LowRank(identity_factors(head_dim).turned(), "post_rope", families.rope(model, i))
+        i: LowRank(identity_factors(head_dim).hadamard_rotated(), "post_rope", families.rope(model, i))
         for i in range(3)
     }
     close(feed(model, ids, cache_of(model, lambda i: CodedLayer(codec[i]))), reference, 1e-5)

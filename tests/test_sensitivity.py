@@ -15,7 +15,7 @@ from lowkey.calibration.sensitivity import SIGNALS, condition, fisher
 from lowkey.core.types import LowkeyError
 from lowkey.models import families
 from lowkey.models.families import projection_parts, projections
-from lowkey.models.weights import only
+from lowkey.models.weights import only_trainable
 
 ROWS = prompt(12, batch=3)
 
@@ -236,7 +236,7 @@ def test_a_model_is_left_as_it_was_after_an_error():
 def test_only_the_wanted_parameters_require_gradients():
     model = build("llama")
     weight = projection_parts(model, 1)[2].linear.weight
-    with only([weight], model):
+    with only_trainable([weight], model):
         assert [p is weight for p in model.parameters()] == [p.requires_grad for p in model.parameters()]
 
 

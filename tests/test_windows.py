@@ -23,7 +23,7 @@ from lowkey.core.types import Budget, Factors
 from lowkey.methods import KQSVD, PCA, FisherSVD, KVHeadSVD
 from lowkey.models import families
 from lowkey.plan.plan import PLAN_JSON, Plan, bytes_kept, plan_card
-from lowkey.plan.window_bytes import Holding
+from lowkey.plan.window_bytes import CacheBytes
 from lowkey.policies import POLICIES
 from lowkey.probes.layer_inputs import layer_inputs
 from lowkey.probes.layer_probe import LayerProbe, LowRankReconstruction
@@ -116,19 +116,21 @@ def test_a_longer_cache_holds_it_but_for_the_tokens_that_a_block_waits_for(bits,
 WINDOW, NEAR, IDS = Exact(4, 32), Exact(2, 5), prompt(20, batch=4)
 
 
-def holding(exact=WINDOW, tokens=512, bits=None) -> Holding:
-    return Holding(LAYERS, 4, pico.HEAD_DIM, 4, exact, bits and scheme(bits), tokens)
+def holding(exact=WINDOW, tokens=512, bits=None) -> CacheBytes:
+    return CacheBytes(LAYERS, 4, pico.HEAD_DIM, 4, exact, bits and scheme(bits), tokens)
 
 
 def test_what_is_left_for_latents_in_numbers():
     """512 tokens of 100 bytes: 30 % are 15360; 36 whole tokens and 3 layers' 24 + 16 bytes of places leave
     the rest to 480 tokens.
     """
-    small = Holding(3, 1, 4, 4, Exact(4, 32), None, 512)
+    small = CacheBytes(3, 1, 4, 4, Exact(4, 32), None, 512)
     full = 2 * 3 * 4 * 4
-    assert small.latents(Budget(30, "%")) == pytest.approx((0.3 * 512 * full - 36 * full - 3 * 40) / 480)
-    assert Holding(3, 1, 4, 4, Exact(), None, 512).latents(Budget(30, "%")) == pytest.approx(0.3 * full)
-    assert small.latents(Budget(100, "%")) == full
+    assert small.latent_bytes(Budget(30, "%")) == pytest.approx((0.3 * 512 * full - 36 * full - 3 * 40) / 480)
+    assert CacheBytes(3, 1, 4, 4, Exact(), None, 512).latent_bytes(Budget(30, "%")) == pytest.approx(
+        0.3 * full
+    )
+    assert small.latent_bytes(Budget(100, "%")) == full
 
 
 @pytest.mark.parametrize(
@@ -148,7 +150,7 @@ def test_what_is_left_for_latents_in_numbers():
 )
 def test_budgets_that_a_window_does_not_leave_room_for_are_refused(given, budget, says):
     with pytest.raises(LowkeyError, match=says):
-        holding(**given).latents(budget)
+        holding(**given).latent_bytes(budget)
 
 
 @pytest.mark.parametrize(("bits", "recent"), [(None, 8), ("int4", 8), ("kivi4", 32)])

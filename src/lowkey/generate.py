@@ -58,7 +58,7 @@ def stream_text(
     if not ids.shape[1]:
         raise LowkeyError("prompt '': is empty; give some text to continue")
     text.check_ids(ids, model)
-    longest = families.positions(model)
+    longest = families.max_positions(model)
     if longest is not None and ids.shape[1] + tokens > longest:
         remedy = (
             f"give at most {longest - ids.shape[1]}" if ids.shape[1] < longest else "give a shorter prompt"

@@ -133,13 +133,8 @@ class Profile:
         smallest = self.bytes_per_token([(self.selectable_ranks[0],) * 2] * self.layer_count)
         if limit < smallest:
             raise budget_too_small(self, limit, smallest)
-        # Full rank may take fewer bytes than its ranks at `bytes_per_rank`, so it is asked for first.
-        full = 2 * self.layer_count * self.full_pair[0]
-        if limit >= self.bytes_per_token([self.full_pair] * self.layer_count):
-            return full
-        return min(
-            full, int(limit / self.smallest_byte_step + 1e-9)
-        )  # 1e-9: a quotient just below a whole number
+        # 1e-9: a quotient just below a whole number
+        return min(2 * self.layer_count * self.full_pair[0], int(limit / self.smallest_byte_step + 1e-9))
 
     def signal(self, name: str) -> list[tuple[float, float]]:
         """Return a signal by name: per layer one number for keys and one for values.

@@ -64,6 +64,7 @@ def read_request(request: RankRequest) -> int | list[int | float] | None:
         return _parse(request)
     refusal = LowkeyError(f"ranks {_as_text(request)}: {SYNTAX}")
     if isinstance(request, int):
+        # True and False are ints in Python.
         if isinstance(request, bool) or request < 1:
             raise refusal
         return request

@@ -1,9 +1,8 @@
-"""Attention over ragged storage on the CPU, compiled by numba (optional: `pip install lowkey[cpu]`): the
-memory's bandwidth bounds it.
+"""Attention over ragged rows on a CPU, compiled by numba (optional: `pip install 'lowkey[cpu]'`).
 
-Rows are cut into pieces that threads take in turn, so that very unequal rows still share the work; a row's
-pieces are merged by log-sum-exp. Keys and values are read where they lie, bf16 and fp16 widened in registers;
-sums are in fp32. No gradients.
+Its speed is bounded by the memory's bandwidth. Rows are cut into pieces that threads take in turn, so rows of
+very unequal length still share the work; the pieces of a row are merged by log-sum-exp. Keys and values are
+read where they lie. bf16 and fp16 numbers are widened in registers, and sums are in fp32. No gradients.
 """
 
 from __future__ import annotations
@@ -22,26 +21,26 @@ from torch.nn.functional import pad
 KERNEL_KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 GROUPS = (1, 2, 4, 8)  # queries that share one reading of the keys; each is one more small compilation
 LN2 = math.log(2)
-_lock = Lock()  # one of numba's threading layers must not be entered twice at a time
+_lock = Lock()  # one of numba's threading layers must not be entered by two threads at a time
 
 
 @cache
 def available() -> bool:
+    """Whether numba is installed."""
     return find_spec("numba") is not None
 
 
 def supports(dtype: torch.dtype) -> bool:
+    """Whether keys of this dtype can be read."""
     return dtype in KERNEL_KINDS
 
 
 def ragged(
     query: Tensor, keys: Tensor, values: Tensor, starts: Tensor, scaling: float, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """query (R, m, r) on keys (n, r) and values (n, v), row i being [starts[i], starts[i + 1]); starts (R +
-    1) int64.
+    """Attention of each row's queries over the row's tokens; see `naive.ragged` for arguments and results.
 
-    Returns out (R, m, v) and lse (R, m) in fp32; an empty row gives 0 and -inf. The same to the bit for any
-    number of threads.
+    The result is the same in every bit for any number of threads.
     """
     kernel, (rows, m, _), width = _kernel(), query.shape, values.shape[1]
     keys, values = _readable(keys, kernel.LANES), _readable(values.to(keys.dtype), kernel.LANES)
@@ -63,8 +62,9 @@ def ragged(
 
 @cache
 def _kernel() -> ModuleType:
-    """Loaded on first use. Starting numba's threads resets the thread count of an OpenMP that torch may
-    share, so that is put back.
+    """The compiled module, loaded on first use.
+
+    Starting numba's threads resets the thread count of an OpenMP that torch may share; it is put back.
     """
     import numba
 
@@ -77,6 +77,7 @@ def _kernel() -> ModuleType:
 
 
 def _threads() -> int:
+    """Give numba as many threads as torch has, and return their number."""
     import numba
 
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
@@ -85,10 +86,10 @@ def _threads() -> int:
 
 
 def _scales(scaling: float, softcap: float | None) -> tuple[np.float32, np.float32]:
-    """What multiplies a dot product, and the soft cap (0 is none): scores are in units of ln 2, since the
-    kernel raises 2 to them.
+    """(what a dot product is multiplied with, the soft cap or 0).
 
-    Under a soft cap the product becomes the argument of tanh, times 2 / ln 2.
+    Scores are in units of ln 2, since the kernel raises 2 to them. Under a soft cap, the product becomes the
+    argument of tanh, times 2 / ln 2.
     """
     if softcap is None:
         return np.float32(scaling / LN2), np.float32(0.0)
@@ -96,11 +97,12 @@ def _scales(scaling: float, softcap: float | None) -> tuple[np.float32, np.float
 
 
 def _place(x: Tensor) -> tuple[int, int, int]:
+    """(address, bytes from row to row, numbers of a row)."""
     return x.data_ptr(), x.stride(0) * x.element_size(), x.shape[1]
 
 
 def _readable(x: Tensor, lanes: int) -> Tensor:
-    """Rows of at least one vector, their numbers side by side: as it is, but for the rarest shapes."""
+    """Rows of at least one vector of adjacent numbers, as the kernel reads them; mostly x itself."""
     if x.shape[1] < lanes:
         return pad(x, (0, lanes - x.shape[1]))
     return x if x.stride(1) == 1 else x.contiguous()

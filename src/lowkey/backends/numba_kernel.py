@@ -1,9 +1,12 @@
-"""The compiled half of `numba_cpu`, imported on first use: rows cut into pieces, which threads take in turn,
-and merged again.
+"""The compiled half of `numba_cpu`, imported on first use.
 
-A piece is at most LARGEST_PIECE tokens of one row: all its scores, their softmax, then its values, so that memory
-is read in long runs. What depends on the dtype is one small C function per dtype and group of queries; the
-rest is compiled once.
+Rows are cut into pieces, which threads take in turn, and the pieces of each row are merged. A piece is at
+most LARGEST_PIECE tokens of one row. It forms all its scores, their softmax, and then reads its values, so
+memory is read in long runs. What depends on the dtype is one small C function for each dtype and group of
+queries; the rest is compiled once.
+
+Softmax is taken with powers of 2: scores arrive in units of ln 2. M is the number of queries of a row, filled
+up to a multiple of g; r' and v' are widths filled up to whole vectors.
 """
 
 from __future__ import annotations
@@ -16,15 +19,24 @@ from numba import cfunc, njit, prange, types
 
 from lowkey.backends.numba_vectors import LANES, LOWEST, add, call, fill_memory, level, mix, score, weigh
 
-# tokens of a piece, and about how many pieces the tokens of a call are cut into at least
-SMALLEST_PIECE, LARGEST_PIECE, MOST_PIECES = 64, 1024, 32
+# tokens of a piece, and the pieces that the tokens of a call are cut into, about and at least
+SMALLEST_PIECE, LARGEST_PIECE, LEAST_PIECES = 64, 1024, 32
 LN2_FP32 = np.float32(0.6931471805599453)
 compiled = njit(cache=True, nogil=True)
 
 
 @cache
 def piece(g: int, kind: str) -> Any:
-    """A C function: g queries on `left` tokens of one row. Pointers and strides are in bytes."""
+    """A C function that attends with g queries to `left` tokens of one row.
+
+    Args:
+        g: queries that share one reading of the keys.
+        kind: dtype of keys and values.
+
+    Returns:
+        The function. Pointers and strides are in bytes; `top` gets each query's largest score, `total` the
+        sum of its weights and `out` the sum of its weighted values.
+    """
     per = LANES // g
 
     @cfunc(types.void(types.float32, *[types.int64] * 12), cache=True)
@@ -61,7 +73,10 @@ def _at(numbers, index):  # type: ignore[no-untyped-def]
 
 @compiled
 def _attend(function, g, cap, query, keys, values, left, scores, part):  # type: ignore[no-untyped-def]
-    """One piece of `left` tokens for all queries (M, r'); part is its (out (M, v'), top (M), total (M))."""
+    """Attend to one piece of `left` tokens with all queries (M, r') of its row.
+
+    The results go to `part`: (out (M, v'), top (M), total (M)).
+    """
     out, tops, totals = part
     top, total, n = scores[0], scores[1], LANES // g
     for i in range(len(out)):
@@ -81,7 +96,7 @@ def _attend(function, g, cap, query, keys, values, left, scores, part):  # type:
 
 @compiled
 def _merge(parts, tops, totals, out, lse):  # type: ignore[no-untyped-def]
-    """The pieces of a row, parts (p, M, v'), tops and totals (p, M), as one: out (M, v), lse (M)."""
+    """Merge the pieces of a row, parts (p, M, v'), tops and totals (p, M), into out (M, v) and lse (M)."""
     for i in range(len(out)):
         top, total = np.float32(LOWEST), np.float32(0.0)
         for p in range(len(parts)):
@@ -97,7 +112,7 @@ def _merge(parts, tops, totals, out, lse):  # type: ignore[no-untyped-def]
 
 @compiled
 def _unpack(packed, total, out):  # type: ignore[no-untyped-def]
-    """Vectors of LANES, the last of which ends at the last column, as one row (v), over `total`."""
+    """Write packed vectors as one row (v), divided by `total`; see `_packed` for the last vector."""
     for x in range(0, len(packed), LANES):
         to = min(x, len(out) - LANES)
         for i in range(LANES):
@@ -106,11 +121,10 @@ def _unpack(packed, total, out):  # type: ignore[no-untyped-def]
 
 @compiled
 def _packed(query, scale, g, width):  # type: ignore[no-untyped-def]
-    """(R, m, r) as (R, M, r'), times scale: M a multiple of g, vectors of LANES of which the last ends at the
-    last of `width` columns.
+    """Queries (R, m, r), times scale, as vectors of LANES: (R, M, r').
 
-    Zero where there is no query, and where the last vector overlaps the one before, so that no column counts
-    twice.
+    The last vector ends at the last of `width` columns, as it does where keys are read, and so overlaps the
+    one before. It is 0 where it overlaps, so that no column counts twice; and so are queries past m.
     """
     short = -width % LANES
     packed = np.zeros((query.shape[0], -(-query.shape[1] // g) * g, width + short), np.float32)
@@ -123,12 +137,13 @@ def _packed(query, scale, g, width):  # type: ignore[no-untyped-def]
 
 @compiled
 def _plan(starts, queries, width, out, lse):  # type: ignore[no-untyped-def]
-    """Cut rows into pieces: (starts, each row's first piece, each piece's row, tokens of a piece), and room
-    for their results.
+    """Cut rows into pieces, make room for their results, and answer rows without tokens.
 
-    Rows without tokens are answered here.
+    Returns:
+        (cuts, results). cuts: where rows begin, each row's first piece, each piece's row, tokens of a piece.
+        results: parts (pieces, M, v'), tops and totals (pieces, M).
     """
-    size = min(max(starts[-1] // MOST_PIECES // LANES * LANES, SMALLEST_PIECE), LARGEST_PIECE)
+    size = min(max(starts[-1] // LEAST_PIECES // LANES * LANES, SMALLEST_PIECE), LARGEST_PIECE)
     first = np.zeros(len(starts), np.int64)
     for row in range(len(out)):
         first[row + 1] = first[row] + (starts[row + 1] - starts[row] + size - 1) // size
@@ -145,10 +160,10 @@ def _plan(starts, queries, width, out, lse):  # type: ignore[no-untyped-def]
 
 @compiled
 def _work(me, how, cap, arrays, cuts, results, counters):  # type: ignore[no-untyped-def]
-    """Take the pieces of one's own share in order, so that memory is read in order, then what is left of the
-    others' shares.
+    """The work of thread `me`: the pieces of its own share in order, then what is left of other shares.
 
-    counters: pieces taken of each share, by anybody, and pieces done of each row.
+    In order, so that memory is read in order. counters: pieces taken of each share, by whichever thread, and
+    pieces done of each row.
     """
     (taken, done), count = counters, len(cuts[2])
     scores = np.empty((2 + cuts[3] * how[1] // LANES, LANES), np.float32)
@@ -164,7 +179,7 @@ def _work(me, how, cap, arrays, cuts, results, counters):  # type: ignore[no-unt
 
 @compiled
 def _do(i, how, cap, arrays, cuts, results, done, scores):  # type: ignore[no-untyped-def]
-    """Piece i; whoever does the last piece of a row merges the row."""
+    """Attend to piece i. The thread that does the last piece of a row merges the row."""
     (query, out, lse), (starts, first, rows, size), (parts, tops, totals) = arrays, cuts, results
     function, g, key, key_stride, r, value, value_stride, v = how
     row = rows[i]
@@ -179,8 +194,18 @@ def _do(i, how, cap, arrays, cuts, results, done, scores):  # type: ignore[no-un
 
 @njit(cache=True, nogil=True, parallel=True)
 def decode_rows(function, g, scale, cap, query, keys, values, starts, out, lse, threads):  # type: ignore[no-untyped-def]
-    """`function`: address of a `piece(g, ...)`; query (R, m, r); keys, values (address, stride, width). Fills
-    out (R, m, v), lse (R, m).
+    """Attention of all rows, into out (R, m, v) and lse (R, m).
+
+    Args:
+        function: the address of a `piece(g, ...)`.
+        g: queries that share one reading of the keys.
+        scale: what dot products are multiplied with.
+        cap: the soft cap in units of ln 2; 0 for none.
+        query: (R, m, r).
+        keys, values: (address, bytes from token to token, width).
+        starts: (R + 1), where each row begins.
+        out, lse: the results.
+        threads: how many to use.
     """
     how, arrays = (function, g, *keys, *values), (_packed(query, scale, g, keys[2]), out, lse)
     cuts, results = _plan(starts, arrays[0].shape[1], values[2], out, lse)

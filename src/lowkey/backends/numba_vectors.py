@@ -1,12 +1,12 @@
-"""Steps of attention as vector code for `numba_kernel`, written in LLVM IR.
+"""The inner steps of attention as vector code for `numba_kernel`, written in LLVM IR.
 
-Why not loops that the compiler vectorises: it widens bf16 once per query, sums each score across lanes on its
-own and stops at half of a wide register; together that leaves half of the memory's bandwidth. Only generic
-vector instructions are used, so that any CPU will do.
+The compiler's own vectorisation of plain loops leaves half of the memory's bandwidth unused: it widens bf16
+once for each query, sums each score across lanes by itself, and uses half of a wide register. Only generic
+vector instructions are used here, so any CPU will do.
 
-A *step* is LANES scores: g queries times LANES / g keys, query by query. Addresses are bytes, strides too. A
-row's tail columns are read by one more vector that ends at the last column; the query is 0 where that vector
-overlaps the one before, and outputs are written twice.
+A *step* is LANES scores: g queries times LANES / g keys, query by query. Addresses and strides are in bytes.
+The last columns of a row are read by one more vector that ends at the last column. Where it overlaps the
+vector before, the query is 0, and outputs are written twice.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8
-# bytes: rows this far on are fetched while these are computed, else memory and arithmetic take turns
+# Rows this far ahead are fetched while others are computed; else memory and arithmetic would take turns.
 PREFETCH_BYTES = 8192
 LOWEST = -3e38  # the score of a key that is not there
-# powers of 2 below this become 0: far below what fp32 sums keep, while subnormal products would take long
+# Powers of 2 below this become 0. They are far below what sums in fp32 keep, and subnormal numbers are slow.
 FAINTEST = -100.0
 
 I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -35,7 +35,7 @@ STORED = {
     "float16": ir.VectorType(ir.HalfType(), LANES),
 }
 BYTES_PER_NUMBER = {"float32": 4, "bfloat16": 2, "float16": 2}
-# in [-1/2, 1/2], Cephes
+# coefficients of 2^x for x in [-1/2, 1/2], highest power first, from Cephes
 EXP2 = (1.535336188e-4, 1.339887440e-3, 9.618437358e-3, 5.550332471e-2, 2.402264791e-1, 6.931472029e-1, 1.0)
 
 Builder = ir.IRBuilder
@@ -44,10 +44,12 @@ literal = intrinsic(prefer_literal=True)
 
 
 def _whole(value: int) -> Value:
+    """A constant of 64 bits."""
     return ir.Constant(I64, value)
 
 
 def _same(value: float) -> Value:
+    """A vector constant with the same number in every lane."""
     return ir.Constant(FLOAT_VECTOR, [value] * LANES)
 
 
@@ -84,7 +86,7 @@ def _store(b: Builder, x: Value, address: Value, offset: Value | None = None) ->
 
 
 def _fetch(b: Builder, address: Value, offset: Value) -> None:
-    """Ask for the memory PREFETCH_BYTES of here; it may lie past the end, where asking is harmless."""
+    """Prefetch the memory PREFETCH_BYTES ahead; past the end of an array that is harmless."""
     kind = ir.FunctionType(ir.VoidType(), [BYTES, I32, I32, I32])
     where = _pointer(b, address, b.add(offset, _whole(PREFETCH_BYTES)), ir.IntType(8))
     read, second_level, data = (ir.Constant(I32, n) for n in (0, 2, 1))
@@ -102,7 +104,7 @@ def _larger(b: Builder, x: Value, y: Value) -> Value:
 
 
 def _totals(b: Builder, parts: Sequence[Value]) -> Value:
-    """Lane i becomes the sum over the lanes of parts[i]: LANES sums in log2(LANES) rounds of halving pairs."""
+    """Lane i becomes the sum over all lanes of parts[i], in log2(LANES) rounds that halve pairs."""
     width = LANES
     while len(parts) > 1:
         left = [start + i for start in range(0, 2 * LANES, width) for i in range(width // 2)]
@@ -116,6 +118,7 @@ def _totals(b: Builder, parts: Sequence[Value]) -> Value:
 
 
 def _exp2(b: Builder, x: Value) -> Value:
+    """2^x in every lane: a polynomial for the fraction, and the exponent bits for the whole part."""
     x = _larger(b, _same(-126.0), b.select(b.fcmp_ordered(">", x, _same(126.0)), _same(126.0), x))
     n = _call(b, "rint", x)
     f, y = b.fsub(x, n), _same(EXP2[0])
@@ -126,7 +129,7 @@ def _exp2(b: Builder, x: Value) -> Value:
 
 
 def _capped(b: Builder, x: Value, cap: Value) -> Value:
-    """cap tanh(.), whose argument comes times 2 / ln 2; a cap of 0 is none."""
+    """cap tanh(y), given x = 2 y / ln 2; a cap of 0 is none."""
     kept = cgutils.alloca_once_value(b, x)
     with b.if_then(b.fcmp_ordered("!=", cap, ir.Constant(ir.FloatType(), 0.0)), likely=False):
         tanh = b.fsub(_same(1.0), b.fdiv(_same(2.0), b.fadd(_exp2(b, x), _same(1.0))))
@@ -135,18 +138,19 @@ def _capped(b: Builder, x: Value, cap: Value) -> Value:
 
 
 def _rows(b: Builder, address: Value, stride: Value, left: Value, count: int) -> list[Value]:
-    """Where the next rows begin; past the last row, the last row again."""
+    """The addresses of the next `count` rows; past the last of `left` rows, the last one again."""
     last = b.sub(left, _whole(1))
     return [b.add(address, b.mul(stride, _smaller(b, _whole(i), last))) for i in range(count)]
 
 
 def _present(b: Builder, scores: Value, left: Value, keys: int) -> Value:
+    """The scores, with LOWEST for keys past the last."""
     place = ir.Constant(ir.VectorType(I64, LANES), [i % keys for i in range(LANES)])
     return b.select(b.icmp_signed("<", place, _spread(b, left)), scores, _same(LOWEST))
 
 
 class _Columns:
-    """The vectors that cover a row of `width` numbers, of the LANES / g rows from `address` on."""
+    """The vectors that cover rows of `width` numbers, for the LANES / g rows from `address` on."""
 
     def __init__(
         self, b: Builder, kind: str, g: int, address: Value, stride: Value, left: Value, width: Value
@@ -157,6 +161,7 @@ class _Columns:
         self.count = b.sdiv(b.add(width, _whole(LANES - 1)), _whole(LANES))
 
     def load(self, index: Value) -> list[Value]:
+        """Vector `index` of each row, widened to fp32."""
         offset = self.b.mul(
             _smaller(self.b, self.b.mul(index, _whole(LANES)), self.last), _whole(BYTES_PER_NUMBER[self.kind])
         )
@@ -170,6 +175,7 @@ class _Columns:
 
 
 def _dots(b: Builder, columns: _Columns, g: int, query: Value) -> Value:
+    """The dot products of one step, one in each lane."""
     sums = [cgutils.alloca_once_value(b, _same(0.0)) for _ in range(LANES)]
     with cgutils.for_range(b, columns.count) as loop:
         keys = columns.load(loop.index)
@@ -194,7 +200,7 @@ def score(
     out: Any,
     top: Any,
 ) -> Any:
-    """One step of scores, in units of ln 2, to `out`, and the largest seen in each lane to `top`."""
+    """Write one step of scores, in units of ln 2, to `out`, and the largest seen in each lane to `top`."""
 
     def emit(context: Any, b: Builder, signature: Any, args: Sequence[Value]) -> Value:
         cap, query, keys, stride, left, width, out, top = args[2:]
@@ -212,7 +218,7 @@ def score(
 
 @literal
 def level(_: Any, g: Any, top: Any) -> Any:
-    """All lanes of a query get the largest of them."""
+    """Give all lanes of a query the largest of them."""
 
     def emit(context: Any, b: Builder, signature: Any, args: Sequence[Value]) -> Value:
         x, shift = _load(b, args[1]), 1
@@ -229,7 +235,7 @@ def level(_: Any, g: Any, top: Any) -> Any:
 
 @intrinsic
 def fill_memory(_: Any, to: Any, value: Any) -> Any:
-    """The same number in every lane."""
+    """Write the same number to every lane."""
 
     def emit(context: Any, b: Builder, signature: Any, args: Sequence[Value]) -> Value:
         _store(b, _spread(b, args[1]), args[0])
@@ -240,7 +246,7 @@ def fill_memory(_: Any, to: Any, value: Any) -> Any:
 
 @intrinsic
 def weigh(_: Any, scores: Any, top: Any, total: Any) -> Any:
-    """One step of scores becomes weights, exp2(score - top), which are added to `total`."""
+    """Turn one step of scores into weights, exp2(score - top), and add them to `total`."""
 
     def emit(context: Any, b: Builder, signature: Any, args: Sequence[Value]) -> Value:
         scores, top, total = args
@@ -257,7 +263,7 @@ def weigh(_: Any, scores: Any, top: Any, total: Any) -> Any:
 def mix(
     _: Any, g: Any, kind: Any, weights: Any, values: Any, stride: Any, left: Any, width: Any, out: Any
 ) -> Any:
-    """Add one step's weighted values to `out` (g, vectors, LANES)."""
+    """Add the weighted values of one step to `out` (g, vectors, LANES)."""
 
     def emit(context: Any, b: Builder, signature: Any, args: Sequence[Value]) -> Value:
         weights, values, stride, left, width, out = args[2:]
@@ -278,7 +284,7 @@ def mix(
 
 @intrinsic
 def add(_: Any, counter: Any, amount: Any) -> Any:
-    """Add to the int64 at this address in one go among threads; returns what was there."""
+    """Atomically add to the int64 at this address, and return what was there before."""
 
     def emit(context: Any, b: Builder, signature: Any, args: Sequence[Value]) -> Value:
         return b.atomic_rmw("add", _pointer(b, args[0], None, I64), args[1], "seq_cst")
@@ -288,7 +294,7 @@ def add(_: Any, counter: Any, amount: Any) -> Any:
 
 @intrinsic
 def call(_: Any, function: Any, arguments: Any) -> Any:
-    """Call the C function at this address with a tuple of arguments; it returns nothing."""
+    """Call the C function at this address, which returns nothing, with a tuple of arguments."""
 
     def emit(context: Any, b: Builder, signature: Any, args: Sequence[Value]) -> Value:
         given = cgutils.unpack_tuple(b, args[1])

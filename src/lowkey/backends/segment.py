@@ -1,4 +1,4 @@
-"""What a backend attends to: a few segments whose softmax is shared."""
+"""What a backend attends to: a few segments of stored tokens that share one softmax."""
 
 from __future__ import annotations
 
@@ -11,12 +11,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Segment:
-    """Keys and values stored one way, with the query carried into their basis.
+    """Keys and values that are stored in one form, with the query in the basis of that form.
 
-    query (b, G, H/G, t, r), keys (b, G, s, r), values (b, G', s, r_V): H query heads in order, each G-th part
-    of which meets one stored head; mask (b|1, t, s), True = attend, or None for all; up (h|1, r_V, d) maps
-    this segment's output back, one map for each KV head, or None when it is already d wide (then G' = h);
-    bias (b, G, s) is added to the scaled scores.
+    There are H query heads, h KV heads and G stored heads. G may differ between keys and values, and is
+    smaller than h where several KV heads share a latent. Query heads are in order: each G-th part of them
+    meets one stored head.
+
+    Args:
+        query: (b, G, H/G, t, r).
+        keys: (b, G, s, r).
+        values: (b, G', s, r_V).
+        mask: (b|1, t, s), True where a query may attend; None if it may everywhere.
+        up: (h|1, r_V, d), the map of each KV head that brings this segment's output back to d channels; None
+            if it has d channels already (then G' = h).
+        bias: (b, G, s), added to the scaled scores; None for none.
     """
 
     query: Tensor
@@ -27,13 +35,18 @@ class Segment:
     bias: Tensor | None = None
 
 
+def softcapped(scores: Tensor, softcap: float | None) -> Tensor:
+    """Cap scaled scores as Gemma 2 does, softcap * tanh(scores / softcap); None leaves them unchanged."""
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
 def kv_heads(segments: Sequence[Segment]) -> int:
-    """h: stored heads may stand for several."""
+    """The number h of KV heads that some segments stand for."""
     return max(max(s.values.shape[1], 1 if s.up is None else s.up.shape[0]) for s in segments)
 
 
 def joint_mask(segments: Sequence[Segment]) -> Tensor | None:
-    """The masks side by side, (b|1, t, tokens of all segments), or None where everything is seen."""
+    """The masks of segments side by side, (b|1, t, tokens of all); None if everything is seen."""
     if all(s.mask is None for s in segments):
         return None
     t = segments[0].query.shape[3]
@@ -46,16 +59,16 @@ def joint_mask(segments: Sequence[Segment]) -> Tensor | None:
 
 
 Part = tuple[Tensor, Tensor]
-"""What attention over some of the tokens gives: out (..., d) and lse (...), the log-sum-exp of its scores,
--inf where there are none.
-"""
+"""Attention over some of the tokens: the output (..., d), and the log-sum-exp (...) of its scores, which is
+-inf where no token is seen."""
 
 
 def merge_parts(parts: Sequence[Part]) -> Part:
-    """One softmax over the tokens of all parts."""
+    """Attention over the tokens of all parts, under one softmax."""
     lse = torch.stack([p[1] for p in parts])
     total = lse.logsumexp(0)
-    weights = (lse - total).exp().nan_to_num(0.0).unsqueeze(-1)  # all -inf: nothing to see anywhere
-    # where there is nothing to see, out may be NaN
+    # where no part sees a token, -inf - -inf gives NaN
+    weights = (lse - total).exp().nan_to_num(0.0).unsqueeze(-1)
+    # where a part sees no token, its output may be NaN
     out = [torch.where(w > 0, w * p[0], 0.0) for w, p in zip(weights, parts, strict=True)]
     return torch.stack(out).sum(0), total

@@ -1,4 +1,4 @@
-"""torch's own attention, for a chunk that meets nothing but itself."""
+"""Torch's own attention, for a chunk that meets nothing but itself."""
 
 from __future__ import annotations
 
@@ -7,8 +7,17 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """query (b, h, g, t, d) over keys and values (b, h, t, d), mask (b|1, t, t) or None for causal -> (b, h,
-    g, t, d).
+    """Attention of a chunk over itself.
+
+    Args:
+        query: (b, h, g, t, d).
+        keys: (b, h, t, d).
+        values: (b, h, t, d).
+        mask: (b|1, t, t), True where a query may attend; None for causal attention.
+        scaling: what scores are multiplied with.
+
+    Returns:
+        (b, h, g, t, d).
     """
     h, g, t = query.shape[1:4]
     allowed = None if mask is None else mask.unsqueeze(1)

@@ -1,9 +1,9 @@
-"""Attention over ragged storage on CUDA by Triton: rows are cut into pieces that run side by side and are
-merged by log-sum-exp.
+"""Attention over ragged rows on CUDA, by Triton.
 
-How many pieces there are is bounded from shapes alone, so that nothing waits for the device. Products are
-taken in the dtype of what is stored and summed in fp32. Checked against loops in Triton's interpreter and
-compiled for sm_80 and sm_90; not yet run on a GPU.
+Rows are cut into pieces that run side by side, and the pieces of a row are merged by log-sum-exp. The number
+of pieces is bounded from shapes alone, so nothing waits for the device. Products are taken in the dtype of
+what is stored and summed in fp32. Checked against loops in Triton's interpreter, and compiled for sm_80 and
+sm_90; not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -16,28 +16,26 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-# tokens of a piece, and about how many pieces the tokens of a call are cut into at least
-SMALLEST_SPLIT, LARGEST_SPLIT, MOST_SPLITS = 128, 4096, 512
-TILE = 2**14  # bytes of keys that one round of a program reads, at most
+# tokens of a piece, and the pieces that the tokens of a call are cut into, about and at least
+SMALLEST_SPLIT, LARGEST_SPLIT, LEAST_SPLITS = 128, 4096, 512
+TILE_BYTES = 2**14  # of keys that one step of a program reads at most
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def available() -> bool:
+    """Whether there are a CUDA device and Triton."""
     return torch.cuda.is_available() and find_spec("triton") is not None
 
 
 def supports(dtype: torch.dtype) -> bool:
+    """Whether keys of this dtype can be read."""
     return dtype in KERNEL_DTYPES
 
 
 def ragged(
     query: Tensor, keys: Tensor, values: Tensor, starts: Tensor, scaling: float, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """query (R, m, r) on keys (n, r) and values (n, v), row i being [starts[i], starts[i + 1]); starts (R +
-    1) int64.
-
-    Returns out (R, m, v) and lse (R, m) in fp32; an empty row gives 0 and -inf.
-    """
+    """Attention of each row's queries over the row's tokens; see `naive.ragged` for arguments and results."""
     (rows, m, r), v = query.shape, values.shape[1]
     query, keys, values = query.to(keys.dtype).contiguous(), _readable(keys), _readable(values)
     out, lse = (torch.empty(rows, m, *rest, device=query.device) for rest in ((v,), ()))
@@ -66,28 +64,36 @@ def _kernel() -> ModuleType:
 
 
 def _pieces(starts: Tensor, size: int, most: int) -> tuple[Tensor, Tensor]:
-    """Each row's first piece (R + 1), and each piece's row (most), -1 behind the last piece."""
+    """Cut rows into pieces of `size` tokens.
+
+    Returns:
+        (the number of each row's first piece (R + 1), the row of each piece (most), -1 behind the last).
+    """
     first = pad(((starts.diff() + size - 1) // size).cumsum(0), (1, 0))
     piece = torch.arange(most, device=starts.device)
     return first, torch.searchsorted(first[1:], piece, right=True).masked_fill(piece >= first[-1], -1)
 
 
 def _size(n: int) -> int:
-    return min(max(_power(n // MOST_SPLITS), SMALLEST_SPLIT), LARGEST_SPLIT)
+    """Tokens of a piece, when a call has n tokens."""
+    return min(max(_power(n // LEAST_SPLITS), SMALLEST_SPLIT), LARGEST_SPLIT)
 
 
 def _tokens(r: int, element: int) -> int:
-    return max(16, min(64, TILE // (_padded(r) * element)))
+    """Tokens that a program reads in one step, for keys of r numbers of so many bytes."""
+    return max(16, min(64, TILE_BYTES // (_padded(r) * element)))
 
 
 def _padded(width: int) -> int:
+    """The width of the tile that holds so many numbers: a power of two, and at least 16."""
     return max(16, _power(width))
 
 
 def _power(n: int) -> int:
-    """The smallest power of two that is not below n."""
+    """The smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def _readable(x: Tensor) -> Tensor:
+    """x with the numbers of a row side by side, as the kernel reads them."""
     return x if x.stride(1) == 1 else x.contiguous()

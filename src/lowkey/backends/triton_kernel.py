@@ -1,5 +1,6 @@
-"""The kernels of `triton_gpu`, imported on first use: one program per piece of a row and block of queries,
-then one per row and query.
+"""The kernels of `triton_gpu`, imported on first use.
+
+First one program for each piece of a row and block of queries, then one for each row and query.
 """
 
 # ruff: noqa: N803 - what is fixed at compilation is upper case, as everywhere in Triton
@@ -11,11 +12,23 @@ import triton.language as tl
 
 @triton.jit
 def attend(  # type: ignore[no-untyped-def]
-    query, keys, values, starts, first, row_of, parts, lses, scaling, cap, size, m, r, v, key_stride, value_stride,
-    CAPPED: tl.constexpr, EXACT: tl.constexpr, M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
+    query, keys, values, starts, first, row_of, parts, lses,
+    scaling, cap, size, m, r, v, key_stride, value_stride,
+    CAPPED: tl.constexpr, EXACT: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """One piece (at most `size` tokens of one row) for M queries: parts (pieces, m, v), lses (pieces, m).
-    EXACT: products in fp32.
+    """One piece, at most `size` tokens of one row, for M queries.
+
+    Args:
+        query: (rows, m, r), contiguous.
+        keys, values: (n, r) and (n, v), with rows `key_stride` and `value_stride` numbers apart.
+        starts: (rows + 1), where each row begins.
+        first: (rows + 1), the number of each row's first piece.
+        row_of: (programs), the row of each piece, -1 for none.
+        parts, lses: results, (pieces, m, v) and (pieces, m).
+        scaling, cap: of scores; the soft cap counts if CAPPED.
+        EXACT: form products in fp32.
+        M, N, R, V: tile sizes, of queries, tokens, key channels and value channels.
     """
     piece = tl.program_id(0).to(tl.int64)
     row = tl.load(row_of + piece)
@@ -27,6 +40,7 @@ def attend(  # type: ignore[no-untyped-def]
     q = tl.load(
         query + (row * m + i[:, None]) * r + x[None, :], mask=(i[:, None] < m) & (x[None, :] < r), other=0.0
     )
+    # the largest score so far, and the sums of weights and of weighted values relative to it
     top, total = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32)
     out = tl.zeros([M, V], tl.float32)
     for at in range(begin, end, N):
@@ -39,9 +53,10 @@ def attend(  # type: ignore[no-untyped-def]
             tl.dot(q.to(tl.float32), k.to(tl.float32), input_precision="ieee") if EXACT else tl.dot(q, k)
         ) * scaling
         if CAPPED:
-            scores = cap * (2.0 * tl.sigmoid(2.0 * scores / cap) - 1.0)
+            scores = cap * (2.0 * tl.sigmoid(2.0 * scores / cap) - 1.0)  # cap tanh(scores / cap)
         scores = tl.where(here[None, :], scores, float("-inf"))
         new = tl.maximum(top, tl.max(scores, 1))
+        # a larger score has come: what was summed so far shrinks
         weights, shrink = tl.exp(scores - new[:, None]), tl.exp(top - new)
         w = tl.load(
             values + token[:, None] * value_stride + y[None, :],
@@ -66,7 +81,10 @@ def attend(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def merge(parts, lses, first, out, lse, m, v, V: tl.constexpr):  # type: ignore[no-untyped-def]
-    """All pieces of a row, for one query: out (R, m, v), lse (R, m); a row without pieces gives 0 and -inf."""
+    """Merge the pieces of a row for one query, into out (rows, m, v) and lse (rows, m).
+
+    A row without pieces gives 0 and -inf.
+    """
     row, i, y = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, V)
     begin, end = tl.load(first + row), tl.load(first + row + 1)
     top, total, whole = (

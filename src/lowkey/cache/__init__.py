@@ -1,5 +1,4 @@
-"""The cache object that a user passes to `model.generate(past_key_values=...)`, how it is filled, and a cache
-on disk.
+"""The cache that a user passes to `model.generate(past_key_values=...)`, its filling and its files.
 
 Imports `plan`, `storage`, `policies` and the rooms below them.
 """

@@ -1,4 +1,4 @@
-"""`make_cache`: the cache object that one passes to `model.generate(past_key_values=...)`."""
+"""`make_cache` and the object that it returns, for `model.generate(past_key_values=...)`."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ from lowkey.plan.plan import Plan, versions
 from lowkey.policies import policy_from_dict, policy_to_dict
 from lowkey.policies.base import Policy
 from lowkey.storage.base import StockLayer, StockSlidingLayer, StoringLayer
+from lowkey.storage.cache_wide_eviction import CacheWideEviction
 from lowkey.storage.codec import Codec, LowRank, Plain
 from lowkey.storage.coded import CodedLayer, Exact
 from lowkey.storage.compensating import CompensatingLayer
-from lowkey.storage.evicting import CacheWideEviction, EvictingLayer
+from lowkey.storage.evicting import EvictingLayer
 from lowkey.storage.exact import DEFAULT_WINDOW, SinkRule
 from lowkey.storage.packing import Scheme, scheme_or_none
 from lowkey.storage.pruning import PruningLayer
@@ -39,14 +40,22 @@ EVICTING_LAYERS: dict[str, type[EvictingLayer]] = {
     "compensating": CompensatingLayer,
     "pruning": PruningLayer,
 }
-# what a layer has and never changes
+# attributes of layers that never change, so that copies of a cache share them
 SHARED_BY_COPIES = ("policy", "rope", "codec", "codecs", "gate", "exact", "sink_points", "packing")
 CountedLayer = StoringLayer | StockLayer | StockSlidingLayer
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a cache was made for and from, so that it can be saved and made again."""
+    """What a cache was made of, so that it can be saved and made again.
+
+    Args:
+        model: a weak reference to the model.
+        plan: as `make_cache` took it.
+        policy: as `make_cache` took it.
+        bits: as `make_cache` took it.
+        exact: as `make_cache` took it.
+    """
 
     model: weakref.ReferenceType[PreTrainedModel]
     plan: Plan | None = None
@@ -56,7 +65,16 @@ class Origin:
 
 
 class LowkeyCache(Cache):
-    """A transformers cache whose layers know what they hold."""
+    """A transformers cache that counts its bytes, evicts, and survives failed calls unchanged.
+
+    Args:
+        layers: one for each decoder layer.
+
+    Attributes:
+        forward_pass: the forward pass under way, to undo it if it fails.
+        origin: what the cache was made of; None unless `make_cache` made it.
+        filled_by: the model that fills it; None unless `make_cache` made it.
+    """
 
     layers: list[CountedLayer]  # type: ignore[assignment]
     origin: Origin | None = None
@@ -69,8 +87,9 @@ class LowkeyCache(Cache):
             layer.forward_pass = self.forward_pass
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LowkeyCache:
-        """Independent in all that it holds; maps, policies and the model's rotary embeddings, which never
-        change, are shared.
+        """A copy that is independent in all that it holds.
+
+        Maps, policies and the model's rotary embedding, which never change, are shared.
         """
         self.forward_pass.undo()
         memo[id(self.origin)] = self.origin
@@ -80,7 +99,7 @@ class LowkeyCache(Cache):
                 for name in SHARED_BY_COPIES
                 if (part := getattr(layer, name, None)) is not None
             }
-            # deepcopy refuses what has a gradient to pass on
+            # deepcopy refuses tensors that are part of a graph
             memo |= {id(t): t.clone() for t in layer.tensors().values()}
         twin = memo[id(self)] = object.__new__(type(self))
         vars(twin).update(copy.deepcopy(vars(self), memo))
@@ -90,72 +109,85 @@ class LowkeyCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
-        """As transformers'; a forward pass that fails before its last layer has answered leaves the cache as
-        it was.
+        """As transformers' own. A forward pass that fails before its last layer is done changes nothing.
 
-        The first layer's call is the moment to see which model fills the cache."""
+        In the first layer's call, the model that fills the cache is looked at.
+        """
         layer, first = self.layers[layer_idx], layer_idx == 0 and self.get_seq_length() == 0
         self.forward_pass.begin_layer(layer_idx, layer, layer_idx == len(self.layers) - 1)
         try:
             if layer_idx == 0 and self.filled_by is not None:
-                self.filled_by.look(key_states.shape[2], first)
+                self.filled_by.observe(key_states.shape[2], first)
             found = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        except BaseException:
+        except BaseException:  # an interrupt from the keyboard, too
             self.forward_pass.undo()
             raise
+        # a stock layer is done now; a layer of ours reports when its attention has succeeded
         if not isinstance(found[0], Incoming):
             self.forward_pass.end_layer()
         return found
 
     @torch.compiler.disable(reason=UNCOMPILED)
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The number of tokens seen. A forward pass that has not ended is undone."""
         return super().get_seq_length(layer_idx)
 
     @torch.compiler.disable(reason=UNCOMPILED)
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """(number of keys that a mask covers, offset of the first)."""
         return super().get_mask_sizes(query_length, layer_idx)
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
-        """Several forward passes of which either all count or none: what fails in between leaves the cache as
-        it was before them.
+        """Several forward passes of which all count or none.
+
+        If anything fails inside the block, the cache is as it was before.
         """
         self.forward_pass.undo()
         before = [layer.snapshot() for layer in self.layers]
         try:
             yield
         except BaseException:
+            # the snapshots of the pass under way are newer than ours
             self.forward_pass.snapshots.clear()
             for layer, snapshot in zip(self.layers, before, strict=True):
                 layer.restore(snapshot)
             raise
 
     def nbytes(self) -> int:
-        """Bytes of the storages really held, over all layers, and to undo a forward pass that has not ended."""
+        """The bytes that are really held, over all layers, and to undo a forward pass under way."""
         return sum(layer.nbytes() for layer in self.layers) + self.forward_pass.nbytes()
 
     def predicted_nbytes(self) -> int:
-        """Bytes that the formula of each layer gives for the tokens seen; what is held to undo a pass that
-        has not ended is counted.
+        """The bytes that the formulas of the layers give for the tokens seen.
+
+        What is held to undo a forward pass under way is counted and added.
         """
         return sum(layer.predicted_nbytes() for layer in self.layers) + self.forward_pass.nbytes()
 
     def reset(self) -> None:
+        """Forget all tokens."""
         self.forward_pass.undo()
         super().reset()
         if self.filled_by is not None and (model := self.filled_by.model()) is not None:
             self.filled_by = FillingModel(model)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Only where every layer can. Errors: LowkeyError for a compressed cache, before anything is removed."""
-        for layer in self.layers:
+        """Remove the newest tokens, as transformers' own.
+
+        Raises:
+            LowkeyError: for a compressed cache, before anything is removed.
+        """
+        for layer in self.layers:  # raises before any layer is changed
             if isinstance(layer, StoringLayer):
                 layer.crop(tokens_to_remove)
         super().crop(tokens_to_remove)
 
     def exact_prefill(self, on: bool) -> None:
-        """From now on, let chunks of several tokens see their own keys exactly (`on`) or as they will be
-        stored.
+        """Choose what chunks of several tokens see of themselves from now on.
+
+        Args:
+            on: True for their own exact keys, False for what will be stored.
         """
         self.forward_pass.undo()
         for layer in self.layers:
@@ -164,41 +196,53 @@ class LowkeyCache(Cache):
 
     @property
     def evicting(self) -> list[EvictingLayer]:
+        """The layers that evict tokens."""
         return [layer for layer in self.layers if isinstance(layer, EvictingLayer)]
 
-    def score_only(self, tokens: int, piece: tuple[int, int] | None = None) -> None:
-        """From now on, the last `tokens` of each chunk say what to keep of the others and are then forgotten
-        (0: stored as usual).
+    def score_only(self, tokens: int, repeated_span: tuple[int, int] | None = None) -> None:
+        """Let the last tokens of each chunk score the others and then be forgotten, from now on.
 
-        So a question can choose what is kept and be asked again, over what was kept. piece: what these tokens
-        repeat, for a policy that has its context repeated: the first token, counted from each row's first,
-        and the one behind the last.
+        So a question can choose what is kept, and be asked again over what was kept.
+
+        Args:
+            tokens: how many; 0 to store all tokens as usual.
+            repeated_span: for a policy that has its context repeated, the part of the sequence that these
+                tokens repeat: (first token, the one behind the last), counted from the sequence's first.
         """
         self.forward_pass.undo()
         for layer in self.layers:
             if isinstance(layer, EvictingLayer | StockSlidingLayer):
                 layer.score_only_tokens = tokens
             if isinstance(layer, EvictingLayer):
-                layer.repeated_span = piece
+                layer.repeated_span = repeated_span
 
     def expect(self, tokens: int) -> None:
-        """From now on, an eviction leaves room in the budget for so many tokens that are to be stored
-        besides: a question asked again.
+        """Let evictions leave room in the budget for so many tokens that will come, from now on.
+
+        These are the tokens of a question that will be asked again.
         """
         self.forward_pass.undo()
         for layer in self.evicting:
             layer.expected_tokens = tokens
 
     def freeze(self, on: bool = True) -> None:
-        """From now on, evict nothing more."""
+        """Switch eviction off (`on`) or on again."""
         self.forward_pass.undo()
         for layer in self.evicting:
             layer.frozen = on
 
     def kept_positions(self, layer: int, batch: int = 0) -> list[Tensor]:
-        """Per KV head the positions that this layer holds of one row of the batch, ascending.
+        """The positions that a layer holds.
 
-        Errors: LowkeyError for a layer that evicts nothing.
+        Args:
+            layer: index of the layer.
+            batch: index of the sequence.
+
+        Returns:
+            For each KV head, the positions, ascending.
+
+        Raises:
+            LowkeyError: for a layer that evicts nothing.
         """
         found = self.layers[layer]
         if not isinstance(found, EvictingLayer):
@@ -209,17 +253,23 @@ class LowkeyCache(Cache):
         return found.kept_positions(batch)
 
     def save(self, path: str | Path, force: bool = False) -> None:
-        """Write what is held as the folder `path`, in one step: cache.json, cache.safetensors and, if there
-        is one, the plan.
+        """Save the cache as a folder, in one step.
 
-        Errors: LowkeyError when the model is gone or has changed since it filled the cache, when `path` holds
-        other files (unless `force`), or cannot be written.
+        The folder holds cache.json, cache.safetensors and the plan if there is one.
+
+        Args:
+            path: the folder.
+            force: whether to replace another folder that lowkey wrote.
+
+        Raises:
+            LowkeyError: if the model is gone or has changed since it filled the cache, or the folder cannot
+                be written.
         """
         self.forward_pass.undo()
         origin, filled_by = self.origin, self.filled_by
         if origin is None or filled_by is None:
             raise LowkeyError("cache: was not made by make_cache; save one that was")
-        fingerprint, model = filled_by.name(), origin.model()
+        fingerprint, model = filled_by.fingerprint(), origin.model()
         about = {
             "model": model.config._name_or_path if model else "",
             "model_sha256": fingerprint,
@@ -231,9 +281,14 @@ class LowkeyCache(Cache):
 
 
 def load_cache(path: str | Path, model: PreTrainedModel) -> LowkeyCache:
-    """A cache that `save` wrote, ready to continue with the model it was made for.
+    """Load a cache that `save` wrote, ready to go on with the model that filled it.
 
-    Errors: LowkeyError for another model, a newer format, a damaged or truncated file.
+    Args:
+        path: the folder.
+        model: the attached model.
+
+    Raises:
+        LowkeyError: for another model, a newer format, or a damaged file.
     """
     folder = Path(path)
     about, tensors, plan = cachefile.read_cache(folder)
@@ -254,16 +309,23 @@ def make_cache(
     bits: int | str | None = None,
     exact: Exact | None = None,
 ) -> LowkeyCache:
-    """A fresh cache for one batch of sequences.
+    """Make an empty cache for one batch of sequences.
 
-    plan: low rank as calibrated. policy: which tokens each head keeps, alone or on top of a plan. bits: 8, 4
-    or another name of SCHEMES: keys and values, or a plan's latents, in packed integers; None: as the plan
-    says, `none`: in none. exact: overrides the plan's sinks, recent window and prefill mode, and the 4 sinks
-    and 32 recent tokens that integers alone come with; its rule comes from `sinks.find_sinks`. With a policy
-    on top, which keeps sinks and recent tokens of its own, a plan's window is left out. All None:
-    transformers' own form, counted.
-    Errors: LowkeyError when the model is not attached, the plan is another model's, bits are unknown, or two
-    do not go together.
+    Without any option it stores keys and values as transformers does, and counts the bytes.
+
+    Args:
+        model: an attached model.
+        plan: low rank, as calibrated for this model.
+        policy: which tokens each head keeps, alone or on top of a plan. It keeps sinks and recent tokens of
+            its own; a plan's sinks and recent window are then left out.
+        bits: packs keys and values, or a plan's latents, in integers: 8, 4, 2 or another name of SCHEMES.
+            None means what the plan says, `none` no integers.
+        exact: overrides the plan's sinks, recent window and prefill mode, and the 4 sinks and 32 recent
+            tokens that integers alone come with. Its rule comes from `lowkey.find_sinks`.
+
+    Raises:
+        LowkeyError: if the model is not attached, the plan is for another model, bits are unknown, or two
+            options do not go together.
     """
     if not attached(model):
         raise LowkeyError("model is not attached: call lowkey.attach(model) before make_cache")
@@ -277,8 +339,9 @@ def make_cache(
 
 
 def cache_from(model: PreTrainedModel, origin: Origin) -> LowkeyCache:
-    """As `make_cache`, for a plan that was checked before: the model's weights are not looked at again, and
-    the cache cannot be saved.
+    """Make a cache for a plan that was checked before.
+
+    As `make_cache`, but the model's weights are not read again, and the cache cannot be saved.
     """
     if origin.policy and scheme_or_none(origin.bits) is not None:
         raise LowkeyError(
@@ -289,8 +352,8 @@ def cache_from(model: PreTrainedModel, origin: Origin) -> LowkeyCache:
             f"plan in {origin.plan.bits} together with a policy is not supported yet; give bits='none', or "
             "one of them"
         )
-    stock = origin == Origin(origin.model)
-    if stock and families.stores_its_own(model.config):
+    stock = origin == Origin(origin.model)  # neither plan, policy, bits nor exact tokens
+    if stock and families.stores_own_form(model.config):
         cache = LowkeyCache(layers=[StockLayer() for _ in families.decoder_layers(model)])
     else:
         cache = cache_of(model, _builder(model, origin))
@@ -299,20 +362,24 @@ def cache_from(model: PreTrainedModel, origin: Origin) -> LowkeyCache:
 
 
 def _builder(model: PreTrainedModel, origin: Origin) -> Callable[[int], CountedLayer]:
+    """A function that makes the layer with a given index, for layers with full attention."""
     plan, policy = origin.plan, origin.policy
     if policy is not None:
         return _evicting(model, plan, policy, origin.exact)
     if plan is None and origin.exact is None and scheme_or_none(origin.bits) is None:
         return lambda i: StockLayer()
+    # what the caller says comes first, then what the plan says, then the defaults
     packed = scheme_or_none(plan.bits if plan and origin.bits is None else origin.bits)
     sinks, recent = (plan.sinks, plan.recent) if plan else (DEFAULT_WINDOW.sinks, DEFAULT_WINDOW.recent)
-    keep = origin.exact or Exact(sinks, max(recent, packed.recent if packed else 0))
+    exact = origin.exact or Exact(sinks, max(recent, packed.recent if packed else 0))
     packings = (packed.keys, packed.values) if packed else None
-    points = keep.rule.layers if keep.rule else {}
-    return lambda i: CodedLayer(_codec(model, i, plan, packed), keep, packings, points.get(i))
+    # in layers without points, the first tokens are the sinks
+    points = exact.rule.layers if exact.rule else {}
+    return lambda i: CodedLayer(_codec(model, i, plan, packed), exact, packings, points.get(i))
 
 
 def _check_rule(model: PreTrainedModel, rule: SinkRule, sinks: int) -> None:
+    """Refuse a sink rule that was not learnt from this model. Raises: LowkeyError."""
     if sinks < 1:
         raise LowkeyError(
             f"exact: a sink rule with sinks={sinks} keeps nothing; give Exact(sinks=4, rule=...)"
@@ -335,19 +402,27 @@ def _check_rule(model: PreTrainedModel, rule: SinkRule, sinks: int) -> None:
 
 
 def _codec(model: PreTrainedModel, i: int, plan: Plan | None, packed: Scheme | None) -> Codec:
-    """The Hadamard transform of a scheme is folded into the maps, so that it costs nothing on top of a plan."""
-    turned = packed is not None and packed.turned
+    """The codec of layer `i`. A Hadamard transform is folded into a plan's maps, where it costs nothing."""
+    rotated = packed is not None and packed.hadamard_rotated
     rope = families.rope(model, i)
     if plan is not None:
-        return LowRank(plan.factors[i].turned() if turned else plan.factors[i], plan.layout, rope)
-    if not turned:
+        factors = plan.factors[i]
+        return LowRank(factors.hadamard_rotated() if rotated else factors, plan.layout, rope)
+    if not rotated:
         return Plain()
-    return LowRank(identity_factors(families.geometry(model).head_dim).turned(), "post_rope", rope)
+    # without a plan, the transform is a low-rank codec of full rank
+    factors = identity_factors(families.geometry(model).head_dim)
+    return LowRank(factors.hadamard_rotated(), "post_rope", rope)
 
 
 def _evicting(
     model: PreTrainedModel, plan: Plan | None, policy: Policy, exact: Exact | None
 ) -> Callable[[int], CountedLayer]:
+    """A function that makes the evicting layer with a given index; they share one `CacheWideEviction`.
+
+    Raises:
+        LowkeyError: for a plan or exact tokens that the policy cannot work with.
+    """
     if exact:
         raise LowkeyError(
             "exact tokens together with a policy are not supported; the policy keeps sinks and recent tokens "
@@ -371,12 +446,12 @@ def _evicting(
         )
     full = families.geometry(model).compressible
     policy = policy.with_head_scores(plan.heads if plan else {})
-    if policy.uses_rotations and (kind := families.changing_rope(model)):
+    if policy.uses_rotations and (kind := families.length_dependent_rope(model)):
         raise LowkeyError(
             f"policy {type(policy).__name__}: rope_type {kind!r} changes its frequencies with the length; "
             "use another policy"
         )
-    meeting = CacheWideEviction(len(full), _sliding(model))
+    cache_eviction = CacheWideEviction(len(full), _sliding(model))
 
     def build(i: int) -> EvictingLayer:
         rope = families.rope(model, i)
@@ -384,7 +459,7 @@ def _evicting(
             policy,
             rope,
             full.index(i),
-            meeting,
+            cache_eviction,
             LowRank(plan.factors[i], plan.layout, rope) if plan else None,
         )
 
@@ -392,9 +467,11 @@ def _evicting(
 
 
 def _sliding(model: PreTrainedModel) -> tuple[tuple[int, int], ...]:
-    """Of every sliding layer, how many tokens it holds at most, and the numbers that one of them takes: as
-    many as in the other layers, since every supported family gives all its layers the KV heads and the head
-    dimension of its config."""
+    """For every sliding layer, (tokens that it holds at most, numbers that one of them takes).
+
+    The numbers are those of the other layers: all layers of a supported family have the KV heads and the head
+    dim of its config.
+    """
     shape, window = (
         families.geometry(model),
         int(getattr(model.config.get_text_config(), "sliding_window", None) or 1),
@@ -406,7 +483,13 @@ def _sliding(model: PreTrainedModel) -> tuple[tuple[int, int], ...]:
 
 
 def cache_of(model: PreTrainedModel, build: Callable[[int], CountedLayer]) -> LowkeyCache:
-    """`build(i)` for every layer with full attention; sliding layers keep their stock form."""
+    """Make a cache with given layers.
+
+    Args:
+        model: the model.
+        build: makes the layer with a given index, for every layer with full attention. Sliding layers keep
+            transformers' form.
+    """
     config = model.config.get_text_config()
     full = set(families.geometry(model).compressible)
     count = len(families.layer_types(config))

@@ -1,5 +1,7 @@
-"""Whether what a cache layer was given out of a file is what such a layer can hold: shapes against the model,
-counts against one another, rows that begin where they must. Kernels go by these numbers without looking.
+"""Checks that a cache layer that was read from a file holds what such a layer can hold.
+
+Shapes are checked against the model, counts against one another, and rows must begin where they can. Kernels
+use these numbers without any check.
 """
 
 from __future__ import annotations
@@ -13,14 +15,25 @@ from lowkey.cache.file_names import file_name
 from lowkey.ops.ragged import row_of
 from lowkey.storage.coded import EMPTY, CodedLayer
 from lowkey.storage.compensating import CompensatingLayer
-from lowkey.storage.evicting import STEP, EvictingLayer
+from lowkey.storage.evicting import TAIL_STEP, EvictingLayer
 from lowkey.storage.pruning import PruningLayer
 
-HeadShape = tuple[int, int, int]  # heads, and the widths of a key and of a value
+HeadShape = tuple[int, int, int]
+"""(heads, width of a key, width of a value) that a layer stores."""
 
 
 def flaw(layer: Any, own: dict[str, Tensor], shape: HeadShape, groups: int) -> str | None:
-    """The first rule that a layer with the tensors `own` breaks. groups: query heads per KV head."""
+    """The first rule that a layer breaks.
+
+    Args:
+        layer: the layer.
+        own: its tensors, by attribute.
+        shape: heads and widths that it must store.
+        groups: query heads per KV head.
+
+    Returns:
+        The rule in words, or None.
+    """
     if any(
         t.is_floating_point() and name != "previous_scores" and not bool(t.isfinite().all())
         for name, t in own.items()
@@ -34,6 +47,7 @@ def flaw(layer: Any, own: dict[str, Tensor], shape: HeadShape, groups: int) -> s
 
 
 def _unlike(name: str, t: Tensor, *shape: int) -> str | None:
+    """The rule that a tensor breaks if it has another shape."""
     return (
         None if tuple(t.shape) == shape else f"{file_name(name)} is of shape {tuple(t.shape)} and not {shape}"
     )
@@ -44,20 +58,23 @@ def _first(*rules: str | None) -> str | None:
 
 
 def _stock(layer: Any, shape: HeadShape) -> str | None:
-    """transformers' own layers, full and sliding."""
+    """Check transformers' own layers, full and sliding."""
     heads, k, v = shape
     if layer.keys.ndim != 4 or not len(layer.keys):
         return f"keys are of shape {tuple(layer.keys.shape)}"
     b, tokens = layer.keys.shape[0], layer.keys.shape[2]
     if layer.is_sliding and tokens != min(layer.cumulative_length, layer.sliding_window - 1):
-        return f"it holds {tokens} tokens of {layer.cumulative_length} seen under a window of {layer.sliding_window}"
+        return (
+            f"it holds {tokens} tokens of {layer.cumulative_length} seen under a window of "
+            f"{layer.sliding_window}"
+        )
     return _first(
         _unlike("keys", layer.keys, b, heads, tokens, k), _unlike("values", layer.values, b, heads, tokens, v)
     )
 
 
 def _placed(layer: Any) -> str | None:
-    """Where the tokens of each row are: with a batch of one at least, at positions that a model has."""
+    """Check where the tokens of each sequence are: at positions that a model has."""
     offset, first = layer.offset, getattr(layer, "first_index", None)
     if offset.ndim != 2 or offset.shape[1] != 1 or not len(offset):
         return f"offset is of shape {tuple(offset.shape)}"
@@ -72,8 +89,9 @@ def _placed(layer: Any) -> str | None:
 
 
 def _coded(layer: CodedLayer, shape: HeadShape) -> str | None:
+    """Check a `CodedLayer`."""
     (heads, k, v), b, exact = shape, len(layer.offset), layer.exact
-    stored, ahead = layer._ready()
+    stored, ahead = layer.storable()
     if not 0 <= stored <= ahead <= layer.seen:
         return f"{stored} to {ahead} tokens of {layer.seen} seen would be stored"
     near = layer.seen - stored
@@ -88,7 +106,7 @@ def _coded(layer: CodedLayer, shape: HeadShape) -> str | None:
     for name, packing in layer.packing.items():
         groups, width = layer.shapes[name]
         like = packing.pack(torch.empty(b, groups, stored, width, dtype=layer.recent_k.dtype, device="meta"))
-        names = zip(layer._attributes(name), layer._parts(name), like, strict=True)
+        names = zip(layer.packed_attributes(name), layer.packed_tensors(name), like, strict=True)
         rules += [_unlike(attribute, part, *other.shape) for attribute, part, other in names]
     at = layer.sink_index
     if not bool((((at >= 0) & (at < layer.seen)) | (at == EMPTY)).all()):
@@ -107,8 +125,9 @@ def _coded(layer: CodedLayer, shape: HeadShape) -> str | None:
 
 
 def _evicting(layer: EvictingLayer, shape: HeadShape, groups: int) -> str | None:
+    """Check an `EvictingLayer` of any kind."""
     heads, b = shape[0], len(layer.offset)
-    room = layer.joined_length + -(-(layer.tail_length - layer.joined_length) // STEP) * STEP
+    room = layer.joined_length + -(-(layer.tail_length - layer.joined_length) // TAIL_STEP) * TAIL_STEP
     if not 0 <= layer.joined_length <= layer.tail_length <= layer.seen or layer.decode_steps > layer.seen:
         return (
             f"it counts {layer.joined_length} of {layer.tail_length} tokens in the tail of {layer.seen} seen"
@@ -140,7 +159,7 @@ def _evicting(layer: EvictingLayer, shape: HeadShape, groups: int) -> str | None
 
 
 def _pruned(layer: PruningLayer, b: int, heads: int, width: int) -> str | None:
-    """What is wrong with the tokens whose keys lost channels, and with the channels that they have left."""
+    """Check the tokens whose keys lost channels, and the channels that they have left."""
     at, until = layer.kept_channels.long(), layer.pruned_until
     wrong = _first(
         _unlike("pruned_k", layer.pruned_k, layer.pruned_entries, layer.channel_count),
@@ -182,7 +201,7 @@ def _asked(layer: EvictingLayer, rows: tuple[int, int, int], width: int) -> str 
 
 
 def _rows(layer: EvictingLayer, heads: int, starts: Tensor, where: Tensor, kept: int) -> str | None:
-    """Rows lie one behind the other, and hold tokens that came before the tail, each once and in their order."""
+    """Check that rows lie one behind another, with tokens from before the tail, each once and in order."""
     where = where.long()
     if int(starts[0]) != 0 or int(starts[-1]) != kept or bool((starts.diff() < 0).any()):
         return "rows do not begin one behind the other"

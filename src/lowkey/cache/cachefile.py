@@ -1,5 +1,7 @@
-"""A cache on disk: what every layer holds, and what it was made with. What is read is held to the model and
-to itself before it is used, since kernels read and write where a file's numbers tell them to.
+"""Saves a cache as a folder and loads it again.
+
+The folder holds what every layer holds, and what the cache was made of. What is read is checked against the
+model and against itself before it is used: kernels read and write memory where its numbers tell them to.
 """
 
 from __future__ import annotations
@@ -23,15 +25,27 @@ from lowkey.storage.exact import Exact, SinkPoints, SinkRule
 CACHE_FORMAT = 1
 CACHE_JSON, CACHE_TENSORS, CACHE_PLAN, CACHE_FILE = "cache.json", "cache.safetensors", "plan", "cache"
 CACHE_FIELDS = {"model": str, "model_sha256": str, "versions": dict, "layers": list, "tensors_sha256": str}
-STOCK = ("keys", "values")  # what transformers' own layers hold
+STOCK = ("keys", "values")  # the tensors of transformers' own layers
 FLAGS = ("exact_prefill", "frozen")
-LARGEST_COUNT = 2**31  # what every count is below
+LARGEST_COUNT = 2**31  # all counts are smaller
 
 
 def write_cache(
     path: Path, layers: Sequence[Any], about: dict, plan: Plan | None, exact: Exact | None, force: bool
 ) -> None:
-    """All of it or nothing."""
+    """Write a cache as a folder, in one step.
+
+    Args:
+        path: the folder.
+        layers: of the cache.
+        about: what else cache.json says.
+        plan: that the cache was made with, or None.
+        exact: that the cache was made with, or None.
+        force: whether to replace another folder that lowkey wrote.
+
+    Raises:
+        LowkeyError: if it cannot be written.
+    """
     files.check_folder(path, force, again=CACHE_JSON)
     with files.replacing_folder(path) as temporary:
         tensors = {
@@ -57,13 +71,22 @@ def write_cache(
 
 
 def read_cache(path: Path) -> tuple[dict, dict[str, Tensor], Plan | None]:
-    """What cache.json says, the tensors, and the plan if there is one, all of one version."""
-    return files.steady(path, lambda: _read(path))
+    """Read a folder that `write_cache` wrote.
+
+    Returns:
+        (what cache.json says, the tensors by layer and attribute, the plan or None), all of one version.
+
+    Raises:
+        LowkeyError: if it is missing, damaged, or of a newer format.
+    """
+    return files.read_consistently(path, lambda: _read(path))
 
 
 def _read(path: Path) -> tuple[dict, dict[str, Tensor], Plan | None]:
     about = files.read_json(path / CACHE_JSON, "cache", CACHE_FILE, CACHE_FORMAT)
-    if not all(isinstance(about.get(name), kind) for name, kind in CACHE_FIELDS.items()) or not {
+    if not all(
+        isinstance(about.get(name), kind) for name, kind in CACHE_FIELDS.items()
+    ) or not {  # may be null
         "policy",
         "bits",
         "exact",
@@ -83,8 +106,17 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor], Plan | None]:
 def restore_cache(
     path: Path, layers: Sequence[Any], about: dict, tensors: dict[str, Tensor], model: PreTrainedModel
 ) -> None:
-    """Give fresh layers what the file says they held. Errors: LowkeyError for what does not fit the model or
-    is at odds with itself.
+    """Give fresh layers what the file says they held.
+
+    Args:
+        path: the folder, for messages.
+        layers: fresh layers of the same cache.
+        about: what cache.json says.
+        tensors: of the file.
+        model: that will go on with the cache.
+
+    Raises:
+        LowkeyError: for what does not fit the model or contradicts itself.
     """
     numbers = about["layers"]
     if len(numbers) != len(layers):
@@ -93,13 +125,13 @@ def restore_cache(
     if not all(_are_counts(n, own) for n, own in zip(numbers, names, strict=True)):
         raise damaged_cache(path, "counters of its layers are missing or no counts")
     held = _by_layer(path, tensors, len(layers))
-    if any(held) and not all(held):
+    if any(held) and not all(held):  # a saved cache has seen tokens in all layers or in none
         raise damaged_cache(path, "some of its layers hold something and others nothing")
     shapes = _shapes(model) if any(held) else []
-    groups = 1 if families.stores_its_own(model.config) else families.geometry(model).groups
+    groups = 1 if families.stores_own_form(model.config) else families.geometry(model).groups
     for i, (layer, own, counts) in enumerate(zip(layers, held, numbers, strict=True)):
         if own:
-            _fill(path, i, layer, own, counts, shapes[i], model)
+            _fill(path, i, layer, own, shapes[i], model)
         elif any(value for name, value in counts.items() if name not in FLAGS):
             raise damaged_cache(path, f"layer {i} counts tokens and holds none")
         for name, value in counts.items():
@@ -119,11 +151,13 @@ def _fill(
     i: int,
     layer: Any,
     own: dict[str, Tensor],
-    counts: dict,
     shape: tuple[int, int, int],
     model: PreTrainedModel,
 ) -> None:
-    """One row that holds nothing says of which names, dtypes and dimensions the tensors are."""
+    """Give one layer its tensors.
+
+    The layer is first given a sequence without tokens, which tells the names and dtypes of its tensors.
+    """
     device = device_of(families.decoder_layers(model)[i])
     heads, k, v = shape
     like = [torch.empty(1, heads, 0, d, dtype=model.dtype, device=device) for d in (k, v)]
@@ -135,7 +169,7 @@ def _fill(
         dtype = empty[name].dtype
         if t.dtype != dtype and not (t.is_floating_point() and dtype.is_floating_point):
             raise damaged_cache(path, f"layer {i}: {file_name(name)} is of {t.dtype}")
-        new = t.to(device, dtype)  # what is in the model's dtype follows the model that goes on
+        new = t.to(device, dtype)  # a model may go on in another dtype than it was filled in
         if t.dtype != dtype and bool(t.isfinite().all()) and not bool(new.isfinite().all()):
             raise LowkeyError(
                 f"cache {str(path)!r}: holds numbers beyond those of {dtype}; load the model as bfloat16 or "
@@ -148,7 +182,7 @@ def _by_layer(path: Path, tensors: dict[str, Tensor], count: int) -> list[dict[s
     found: list[dict[str, Tensor]] = [{} for _ in range(count)]
     for whole, t in tensors.items():
         index, _, name = whole.partition(".")
-        if index == "rule":
+        if index == "rule":  # a tensor of the sink rule, which `exact_from` reads
             continue
         of_a_layer = index.isdecimal() and str(int(index)) == index and int(index) < count
         if not (of_a_layer and name and name not in FILE_NAMES):
@@ -158,7 +192,7 @@ def _by_layer(path: Path, tensors: dict[str, Tensor], count: int) -> list[dict[s
 
 
 def _first(own: dict[str, Tensor]) -> Tensor:
-    """Something with as many rows as the batch."""
+    """A tensor whose length is the batch size."""
     return next(own[name] for name in ("offset", "keys") if name in own)
 
 
@@ -172,10 +206,11 @@ def _are_counts(found: object, names: Sequence[str]) -> bool:
 
 
 def _shapes(model: PreTrainedModel) -> list[tuple[int, int, int]]:
-    """Heads and the widths of a key and of a value, of what every layer of the model stores: its own
-    attention says so by storing one.
+    """For each layer, (heads, width of a key, width of a value) that it stores.
+
+    A model that stores a form of its own is asked by letting it store one token.
     """
-    if not families.stores_its_own(model.config):
+    if not families.stores_own_form(model.config):
         shape = families.geometry(model)
         return [(shape.kv_heads, shape.head_dim, shape.head_dim)] * shape.layers
     cache: Any = DynamicCache()
@@ -185,7 +220,7 @@ def _shapes(model: PreTrainedModel) -> list[tuple[int, int, int]]:
 
 
 def _exact_parts(exact: Exact | None) -> tuple[dict | None, dict[str, Tensor]]:
-    """In words, and the tensors of its rule."""
+    """Exact tokens as JSON, and the tensors of their sink rule."""
     if exact is None:
         return None, {}
     words = {name: getattr(exact, name) for name in ("sinks", "recent", "prefill")}
@@ -198,7 +233,11 @@ def _exact_parts(exact: Exact | None) -> tuple[dict | None, dict[str, Tensor]]:
 
 
 def exact_from(path: Path, words: dict | None, tensors: dict[str, Tensor]) -> Exact | None:
-    """The inverse of what `write_cache` does."""
+    """Exact tokens from what cache.json says and the tensors of the file.
+
+    Raises:
+        LowkeyError: if they are damaged.
+    """
     points = {name: t for name, t in tensors.items() if name.startswith("rule.")}
     try:
         rule = words.get("rule") if words is not None else None
@@ -220,6 +259,7 @@ def exact_from(path: Path, words: dict | None, tensors: dict[str, Tensor]) -> Ex
 
 
 def _points(centres: Tensor, radius: Tensor) -> SinkPoints:
+    """Sink points from a file. Raises: ValueError if they are none."""
     if centres.ndim != 3 or radius.ndim != 1 or len(centres) != len(radius) or not len(radius):
         raise ValueError("points of its sink rule are none")
     if not files.all_finite((centres, radius)) or not (
@@ -230,14 +270,17 @@ def _points(centres: Tensor, radius: Tensor) -> SinkPoints:
 
 
 def _tensors(layer: Any) -> dict[str, Tensor]:
+    """The tensors that a layer holds, by attribute."""
     if not layer.is_initialized:
         return {}
     return layer.tensors() if hasattr(layer, "tensors") else {name: getattr(layer, name) for name in STOCK}
 
 
 def _numbers(layer: Any) -> Sequence[str]:
+    """The counters of a layer that are saved, by attribute."""
     return getattr(layer, "saved_counters", ("cumulative_length",) if layer.is_sliding else ())
 
 
 def damaged_cache(path: Path, rule: str) -> LowkeyError:
+    """The error for a cache file that breaks a rule."""
     return LowkeyError(f"cache {str(path)!r}: {rule:.200}; it is damaged or not one of ours: make it again")

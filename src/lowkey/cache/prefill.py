@@ -1,4 +1,4 @@
-"""Fill a cache as its policy wants it filled."""
+"""Fills a cache with a prompt as the policy of the cache wants it."""
 
 from __future__ import annotations
 
@@ -25,23 +25,33 @@ def prefill(
     question: int = 0,
     attention_mask: Tensor | None = None,
 ) -> None:
-    """Read ids (b, t) into a fresh cache and evict.
+    """Read a prompt into a fresh cache and evict.
 
-    question: so many tokens at the end only say what to keep; they are not stored and are to be given again,
-    with what follows. The budget counts them: it is held when they have been given again. A policy that
-    repeats its context (KVzip) does without them. After a question or a repetition the cache evicts nothing
-    more. attention_mask (b, t): 1 for tokens and 0 for padding, which comes first in its row. A row's result
-    does not depend on the others.
-    Errors: LowkeyError, before anything is read, for a used cache, a question that leaves a row without
-    context or does not fit into the budget, or padding elsewhere.
+    The result for a sequence does not depend on the others of the batch. After a question, or with a policy
+    that has its context repeated, the cache evicts nothing more.
+
+    Args:
+        model: an attached model.
+        tokenizer: the model's; policies that have their context repeated need it for the request.
+        cache: from `make_cache`, without tokens.
+        ids: (b, t), token ids.
+        question: so many tokens at the end only choose what is kept. They are not stored; they are to be
+            given again, with what follows them. The budget counts them as if they had been. A policy that has
+            its context repeated (KVzip) chooses without them.
+        attention_mask: (b, t), 1 for tokens and 0 for padding, which must come first; None for no padding.
+
+    Raises:
+        LowkeyError: before anything is read: for a used cache, a question that leaves a sequence without
+            context or does not fit into the budget, or padding in another place.
     """
     policy = _policy_of(cache, question)
     mask = _checked(ids, question, attention_mask)
-    # where a percentage is less, sinks and recent tokens stay all the same
+    # (a percentage always fits: sinks and recent tokens stay even if it is less)
     if policy is not None and budget_of(policy).unit == "tokens":
         check_question(policy, int(mask.sum(1).min()), question)
     text.check_ids(ids, model)
     with cache.all_or_nothing():
+        # the question is not stored now, but the budget must hold it when it is given again
         cache.expect(question)
         if policy is not None and policy.needs_second_pass:
             context = ids.shape[1] - question
@@ -56,6 +66,7 @@ def prefill(
 
 
 def _policy_of(cache: LowkeyCache, question: int) -> Policy | None:
+    """The policy of an empty cache. Raises: LowkeyError for any other, or a question without a policy."""
     if not isinstance(cache, LowkeyCache):
         raise LowkeyError(f"cache of type {type(cache).__name__}: prefill fills what lowkey.make_cache made")
     if cache.get_seq_length():
@@ -72,7 +83,7 @@ def _policy_of(cache: LowkeyCache, question: int) -> Policy | None:
 
 
 def _checked(ids: Tensor, question: int, mask: Tensor | None) -> Tensor:
-    """The mask (b, t) as integers."""
+    """The mask (b, t) as integers. Raises: LowkeyError for ids, question or mask that do not fit."""
     if not isinstance(ids, Tensor):
         raise LowkeyError(f"ids of type {type(ids).__name__}: give a tensor of token ids (rows, tokens)")
     if ids.ndim != 2 or not ids.numel() or ids.is_floating_point():
@@ -102,7 +113,7 @@ def _checked(ids: Tensor, question: int, mask: Tensor | None) -> Tensor:
 
 
 def _read(model: PreTrainedModel, cache: LowkeyCache, ids: Tensor, mask: Tensor) -> None:
-    """ids (b, t) over what was read before; mask over both."""
+    """Read ids (b, t) over what was read before; the mask covers both."""
     positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
     known: dict[str, Any] = {} if bool(mask.all()) else {"attention_mask": mask, "position_ids": positions}
     model(ids, **known, past_key_values=cache, logits_to_keep=1)
@@ -116,23 +127,22 @@ def _repeated(
     mask: Tensor,
     policy: Policy,
 ) -> None:
-    """Read everything, let the model see each piece again behind a request to repeat it, then evict by what
-    was looked at.
+    """Read the context, let the model read each piece again behind a request to repeat it, then evict.
 
-    Pieces are counted from each row's first token. A shorter last piece is padded behind, since all of it is
-    forgotten.
+    The policy scores tokens by how much the repetition looked at them. Pieces are counted from the first
+    token of each sequence. Shorter pieces are padded behind, which is allowed since all of it is forgotten.
     """
-    asking = (
+    request = (
         tokenizer(policy.prompt, add_special_tokens=False, return_tensors="pt").input_ids[0].to(ids.device)
     )  # type: ignore[attr-defined]
     chunk, bridge = policy.chunk, policy.bridge  # type: ignore[attr-defined]
     texts = [row[there] for row, there in zip(ids, mask.bool(), strict=True)]
-    cache.freeze()
+    cache.freeze()  # nothing is evicted before all pieces have scored the context
     _read(model, cache, ids, mask)
-    longest = max(map(len, texts))
+    longest = max(map(len, texts))  # sequences differ in length if they are padded
     for start in range(0, longest, chunk):
         pieces = [
-            torch.cat([asking, x[max(0, start - bridge) : start + chunk]]) if start < len(x) else x[:0]
+            torch.cat([request, x[max(0, start - bridge) : start + chunk]]) if start < len(x) else x[:0]
             for x in texts
         ]
         again, there = (
@@ -145,5 +155,5 @@ def _repeated(
     cache.score_only(0)
     cache.freeze(False)
     for layer in cache.evicting:
-        layer.evict()
+        layer.evict()  # by the scores that the pieces left
     cache.freeze()

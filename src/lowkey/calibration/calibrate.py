@@ -156,6 +156,7 @@ def _context(
 ) -> CalibrationContext:
     """Return what the method works with, with a work folder that is this very job's own."""
     exact = request.budgeted_cache.exact.for_length(windows.shape[1])
+    # Whatever changes a finished layer or its errors; other settings must not reuse it.
     job = {
         "provenance": provenance,
         "method": name_and_parameters(request.method),
@@ -216,8 +217,9 @@ def _choose_ranks(
 ) -> tuple[dict[int, Factors], dict]:
     """Return factors at the ranks that the allocator chose, and what the plan records of the choice."""
     method, allocator, limit = request.method, request.allocator, request.limit
+    # Heads are merged alike in all layers, so the first one says how.
     shape, first = families.geometry(context.model), next(iter(bases.values()))
-    bytes_by_rank = request.budgeted_cache.sizes(
+    bytes_by_rank = request.budgeted_cache.bytes_by_rank(
         (first.keys.merge, first.values.merge),
         lambda rank: method.numbers_per_token(rank, shape.kv_heads, shape.head_dim),
     )
@@ -377,6 +379,7 @@ def _pairs(ranks: list[int], measuring: Measuring) -> list[Pair]:
     """Return the pairs at which a layer's error is measured."""
     if measuring == "none":
         return []
+    # With one side at full rank, the error is that of the other side alone.
     full = ranks[-1]
     return [(k, v) for k in ranks for v in ranks if measuring == "pairs" or full in (k, v)]
 

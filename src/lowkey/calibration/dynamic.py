@@ -156,7 +156,7 @@ class DynamicPlan:
             LowkeyError: for a newer format, a damaged file, NaNs, wrong shapes, or another model.
         """
         folder = Path(path)
-        plan = files.steady(folder, lambda: _read(folder))
+        plan = files.read_consistently(folder, lambda: _read(folder))
         if model is not None:
             plan.check(model)
         return plan
@@ -315,6 +315,7 @@ def make_dynamic_plan(
         "training": asdict(training),
         "batch": sample.batch,
     }
+    # Whatever changes the bases or the gates, so that only the same job is resumed.
     work = files.job_folder(work, job)
     # Bases are fitted on the training windows; the held-out ones only judge the gates.
     batches = progress(windows[:-held_out].split(sample.batch), "second moments")

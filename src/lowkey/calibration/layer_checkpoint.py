@@ -89,6 +89,7 @@ def _flaw_of_basis(b: Basis) -> str | None:
     if not 1 <= b.unit <= c.shape[1]:
         return f"no columns by {b.unit}"
     for rank, columns in b.exact:
+        # As many columns as `Basis.at` takes for this rank.
         width = t * rank // b.unit * b.unit
         if columns.ndim != 3 or columns.shape[:2] != c.shape[:2] or columns.shape[2] != width:
             return "maps of single ranks that do not fit"

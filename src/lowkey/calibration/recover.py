@@ -25,7 +25,7 @@ from lowkey.core.types import Factors, LowkeyError, device_of
 from lowkey.models import families, weights
 from lowkey.models.attention_interface import attach
 from lowkey.models.fingerprint import data_fingerprint, model_fingerprint
-from lowkey.ops.schedule import falling
+from lowkey.ops.schedule import warmup_cosine
 from lowkey.plan.plan import Plan, versions
 
 RECOVERY_FILE = "training"  # name of the unfinished training in the work folder
@@ -179,13 +179,14 @@ def _check(settings: Recovery, model: PreTrainedModel) -> None:
         if name not in OBJECTIVES:
             raise LowkeyError(f"stage {shown(name)} is unknown; {nearest_name(name, OBJECTIVES)}")
     trainable.check_trainable(model, settings.lora, settings.full)
-    longest = families.positions(model)
+    longest = families.max_positions(model)
     if longest is not None and settings.length > longest:
         raise LowkeyError(f"length {settings.length}: the model has {longest} positions; give at most that")
 
 
 def _seed(*parts: object) -> int:
     """Return a seed that depends on all parts."""
+    # 7 bytes, since torch takes seeds below 2^63.
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7])
 
 
@@ -228,6 +229,7 @@ class TrainingWindows:
         generator = torch.Generator().manual_seed(_seed(self.settings.seed, step))
         places = torch.randint(len(self.ids) - body + 1, (self.settings.batch,), generator=generator)
         start = torch.tensor(self.start, dtype=torch.long).expand(len(places), -1)
+        # `unfold` views all windows of the text at once: (n - body + 1, body).
         return torch.cat([start, self.ids.unfold(0, body, 1)[places]], dim=1)
 
     def fingerprint(self) -> str:
@@ -344,7 +346,7 @@ class RecoveryTraining:
         if k == 0:
             self.optimizer = self._new_optimizer()
         # Every stage warms up and falls on its own.
-        rate = peak * falling(k, steps, self.settings.warmup)
+        rate = peak * warmup_cosine(k, steps, self.settings.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
@@ -453,6 +455,7 @@ def _result(training: RecoveryTraining, plan: Plan, judge: HeldOut, held_out: di
 
 def _job(plan: Plan, data: TrainingWindows, settings: Recovery) -> dict:
     """Return what tells this training from all others that may share a work folder."""
+    # In fp64, so that maps have one checksum in every dtype that holds them exactly.
     digest = hashlib.sha256()
     for i, f in plan.factors.items():
         for name, t in _tensors(f).items():

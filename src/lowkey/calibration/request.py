@@ -17,7 +17,7 @@ from lowkey.core.options import nearest_name
 from lowkey.core.types import LAYOUTS, Budget, Layout, LowkeyError
 from lowkey.methods import Method
 from lowkey.models import families
-from lowkey.plan.window_bytes import Holding
+from lowkey.plan.window_bytes import CacheBytes
 from lowkey.storage.exact import Exact
 from lowkey.storage.packing import scheme_name, scheme_or_none
 
@@ -46,7 +46,7 @@ class CalibrationRequest:
     allocator: RankAllocator
     layout: Layout
     bits: str | None
-    budgeted_cache: Holding
+    budgeted_cache: CacheBytes
     latent_bytes: float | None
     measured_ranks: list[int]
     choices: tuple[int, ...]
@@ -82,7 +82,7 @@ def resolve_request(
             f"at {at}: a budget is counted for a cache of at least 1 token; give the length that matters, "
             f"like {BUDGET_LENGTH}"
         )
-    shape, itemsize, longest = families.geometry(model), model.dtype.itemsize, families.positions(model)
+    shape, itemsize, longest = families.geometry(model), model.dtype.itemsize, families.max_positions(model)
     # No cache is longer than the model's positions.
     at = at if longest is None else min(at, longest)
     if method is None:
@@ -94,8 +94,8 @@ def resolve_request(
     _check(model, layout, judge, rule)
     measured, choices = _ranks(method, shape, ranks, multiple)
     packing = scheme_or_none(bits)
-    cache = Holding(len(shape.compressible), shape.kv_heads, shape.head_dim, itemsize, window, packing, at)
-    latent_bytes = cache.latents(limit) if isinstance(limit, Budget) else None
+    cache = CacheBytes(len(shape.compressible), shape.kv_heads, shape.head_dim, itemsize, window, packing, at)
+    latent_bytes = cache.latent_bytes(limit) if isinstance(limit, Budget) else None
     # The bytes of packed latents depend on how heads are merged, which only a fit tells.
     if latent_bytes is not None and packing is None:
         smallest = (measured if rule.uses_measured_errors else choices)[0]
@@ -130,7 +130,7 @@ def _ranks(
 
 
 def _check_smallest(
-    cache: Holding,
+    cache: CacheBytes,
     latent_bytes: float,
     method: Method,
     shape: families.Geometry,
@@ -140,7 +140,7 @@ def _check_smallest(
 ) -> None:
     """Raise LowkeyError if the smallest rank everywhere takes more than `latent_bytes`."""
     heads, d = shape.kv_heads, shape.head_dim
-    bytes_by_rank = cache.sizes((heads, heads), lambda rank: method.numbers_per_token(rank, heads, d))
+    bytes_by_rank = cache.bytes_by_rank((heads, heads), lambda rank: method.numbers_per_token(rank, heads, d))
     profile = Profile(
         (smallest, d),
         [[]] * cache.layers,

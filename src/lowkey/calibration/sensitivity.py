@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from lowkey.core.types import LowkeyError, device_of
 from lowkey.models import families, weights
 from lowkey.models.families import ProjectionPart
-from lowkey.models.weights import only
+from lowkey.models.weights import only_trainable
 
 Signal = list[tuple[float, float]]  # per compressible layer a number for keys and one for values
 # The smallest singular value that counts, relative to the largest: what fp32 weights resolve.
@@ -47,7 +47,7 @@ def fisher(model: PreTrainedModel, rows: Tensor, batch: int) -> Signal:
         )
     parts = _key_and_value_projections(model)
     squares: list[Tensor | float] = [0.0] * len(parts)
-    with only([p.linear.weight for p in parts], model), torch.enable_grad():
+    with only_trainable([p.linear.weight for p in parts], model), torch.enable_grad():
         for row in rows.to(device_of(model)).split(1):
             gradients = _gradients(model, row, parts)
             squares = [s + g.float().square() for s, g in zip(squares, gradients, strict=True)]
@@ -89,7 +89,9 @@ def check_signals(model: PreTrainedModel, names: Sequence[str]) -> None:
         LowkeyError: if `fisher` is among them and weights are offloaded or quantised.
     """
     parts = _key_and_value_projections(model)
-    if "fisher" in names and not all(weights.in_full(w := p.linear.weight) and not w.is_meta for p in parts):
+    if "fisher" in names and not all(
+        weights.is_plain_weight(w := p.linear.weight) and not w.is_meta for p in parts
+    ):
         raise LowkeyError(
             "allocator 'fisher': needs gradients, which offloaded or quantised weights do not have; choose "
             "another allocator"

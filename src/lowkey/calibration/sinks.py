@@ -89,6 +89,7 @@ def locate_sinks(model: PreTrainedModel, rows: Tensor, rule: SinkRule, batch: in
     sinks = {}
     for i, hidden in layer_inputs(model, rows, batch):
         if i in rule.layers:
+            # (n t, h, d) as a cache layer sees them: (n, h, t, d)
             values = _values(model, i, hidden).unflatten(0, tuple(rows.shape)).transpose(1, 2)
             sinks[i] = rule.layers[i].match(values)
     return sinks
@@ -152,6 +153,7 @@ def sink_kinds(hidden: Tensor, channels: list[int], ratio: float) -> Tensor:
         for one in between.
     """
     outliers = hidden[:, channels]
+    # One kind for each channel and sign: the values of other kinds lie at another point.
     largest, which = outliers.abs().max(1)
     positive = outliers.gather(1, which.unsqueeze(1)).squeeze(1) > 0
     times = largest / hidden.abs().median()

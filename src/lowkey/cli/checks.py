@@ -107,7 +107,7 @@ def corpus_at(path: Path | None, argument: str = "calibration") -> str | None:
 
 def check_plan(path: Path) -> None:
     """A plan folder: that there is one. What it holds is checked when it is loaded."""
-    files.steady(path, lambda: _find_plan(path))
+    files.read_consistently(path, lambda: _find_plan(path))
 
 
 def _find_plan(path: Path) -> None:

@@ -269,7 +269,7 @@ def _integers(
     from lowkey.storage.exact import Exact
 
     beside = Exact(choices.SINKS if sinks is None else sinks, choices.RECENT if recent is None else recent)
-    alone: Sequence[int | str] = bits or (() if families.stores_its_own(model.config) else (8, 4))
+    alone: Sequence[int | str] = bits or (() if families.stores_own_form(model.config) else (8, 4))
     return [p.setting(model, b, sinks, recent) for p in plans if p.bits is None for b in bits or ()] + [
         packed(model, b, beside) for b in alone
     ]
@@ -302,5 +302,5 @@ def _usual_context(model: PreTrainedModel, tasks: Sequence[str]) -> int:
     from lowkey.evaluate.result import Task
     from lowkey.models import families
 
-    longest, room = families.positions(model), QUESTION if "recall" in tasks else 0
+    longest, room = families.max_positions(model), QUESTION if "recall" in tasks else 0
     return Task.context if longest is None else max(8, min(Task.context, longest - room))

@@ -97,7 +97,7 @@ def generate(
     from lowkey.cache.cache import make_cache
     from lowkey.cli.loading import head_scores, importance, open_model, policies_of
     from lowkey.cli.plans import plan_at
-    from lowkey.generate import stream
+    from lowkey.generate import stream_text
 
     wanted = policies_of(policy, budget, option, allocator_option)
     loaded, tokenizer = open_model(model, dtype, device)
@@ -107,7 +107,7 @@ def generate(
         wanted[0][1].with_head_scores(importance(below, head_scores(heads, loaded))) if wanted else None
     )
     cache = chosen.cache(loaded, evicting, bits) if chosen else make_cache(loaded, None, evicting, bits=bits)
-    summary = stream(loaded, tokenizer, prompt, cache, tokens, None if as_json else sys.stdout)
+    summary = stream_text(loaded, tokenizer, prompt, cache, tokens, None if as_json else sys.stdout)
     if as_json:
         print(json.dumps(summary))
         return

@@ -43,7 +43,7 @@ def open_model(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, Pre
 
 def check_context(context: int | None, model: PreTrainedModel) -> None:
     """Raises: LowkeyError for windows that are longer than the model reads."""
-    longest = families.positions(model)
+    longest = families.max_positions(model)
     if context is not None and longest is not None and context > longest:
         raise LowkeyError(f"context {context}: the model has {longest} positions; give at most that")
 

@@ -152,7 +152,7 @@ def plan_at(path: Path, model: PreTrainedModel | None = None) -> PlanFolder:
     Raises:
         LowkeyError: for a folder that is missing, damaged, or of another model.
     """
-    return files.steady(path, lambda: _load(path, model))
+    return files.read_consistently(path, lambda: _load(path, model))
 
 
 def _load(path: Path, model: PreTrainedModel | None) -> PlanFolder:

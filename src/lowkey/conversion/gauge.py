@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowkey.conversion.source import Weights
-from lowkey.ops.aligning import alignment, head_gram
+from lowkey.ops.aligning import align_heads, head_gram
 from lowkey.ops.bases import principal
 
 Kept = Callable[[Tensor], float]  # the energy that what becomes of heads holds, from their Gram
@@ -89,7 +89,7 @@ def _turns(
     found = []
     for group in heads.unflatten(0, (groups, -1)):
         blocks = joint(group, moment)
-        turns = alignment(blocks, components, rotary)[0]
+        turns = align_heads(blocks, components, rotary)[0]
         turned = ((blocks @ turns) * turns.unsqueeze(1)).sum((-2, -1))
         better = kept(turned) > kept(head_gram(blocks))
         found.append(turns if better else torch.eye(turns.shape[-1], dtype=turns.dtype).expand_as(turns))

@@ -213,7 +213,7 @@ def _check_widths(model: PreTrainedModel, config: LowkeyConfig) -> None:
     narrow = e < d or (
         config.attention == "lrkv" and config.lrkv_rope_mode == "latent" and config.lrkv_rank < d
     )
-    changing = config.rope_parameters.get("rope_type") in families.CHANGING_ROPE
+    changing = config.rope_parameters.get("rope_type") in families.LENGTH_DEPENDENT_ROPE
     if narrow and e and changing:
         raise LowkeyError(
             f"rope_type {config.rope_parameters['rope_type']!r}: has frequencies for heads of width {d} "

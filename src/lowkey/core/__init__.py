@@ -1,5 +1,5 @@
-"""What every other room stands on: budgets and other shared values, errors, options and their ranges, files,
-texts, progress.
+"""What all other packages build on.
 
-Imports nothing of lowkey but its own modules.
+Shared values (`types`, `budget`), errors, options and their ranges, files, texts and progress. Imports
+nothing of lowkey but its own modules.
 """

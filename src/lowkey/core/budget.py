@@ -12,25 +12,29 @@ from typing import Literal
 from lowkey.core.errors import LowkeyError
 from lowkey.core.options import RANGE, Checked, Range, shown
 
-LARGEST_BUDGET = 2**50  # of a budget: more tokens, and more bytes than a PiB, are slips
+LARGEST_BUDGET = 2**50  # tokens or bytes; more than a PiB is a slip of the keyboard
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 @dataclass(frozen=True)
 class Budget(Checked):
-    """What is kept: `50%`, `512 tokens`, `64 KiB/token` or `1.5 GiB`.
+    """How much is kept: `50%`, `512 tokens`, `64 KiB/token` or `1.5 GiB`.
 
-    Of a policy, `%` and `tokens` count tokens: what a head holds of a row, on average over all heads; sinks
-    and recent tokens stay even where a `%` is less. Bytes count all that the cache holds (`nbytes`): every
-    row of the batch, every layer, those that slide too, and all indices. That bound holds after a prompt, a
-    later chunk and every eviction of decoding (the policy's `every`), or the call is refused with the
-    smallest budget that works. Between evictions decoding adds its tokens, and a frozen cache evicts nothing.
-    Rows share a total equally; a rate `/token` gives each row so much for each of its tokens, padding not
-    counted.
+    For a policy, `%` and `tokens` count tokens: those that a head holds of a sequence, on average over all
+    heads. Sinks and recent tokens stay even if a percentage is less. Bytes count everything that the cache
+    holds (`nbytes`): every sequence of the batch, every layer, sliding ones too, and all indices. The bound
+    holds after a prompt, after a later chunk and after every eviction of decoding (the policy's `every`); a
+    budget that is too small is refused with the smallest that works. Between evictions, decoding adds its
+    tokens. A frozen cache evicts nothing. The sequences of a batch share a total equally. A rate (`/token`)
+    gives each sequence so much for each of its tokens, without padding.
 
-    Of a plan, bytes (`%` of the full ones, a rate, or a total) are what the compressed layers hold of one row
-    of a given length (`calibrate`'s `at`), tokens that are kept exact and indices included. Sliding layers
-    come on top.
+    For a plan, bytes (a share of the uncompressed ones, a rate, or a total) are what the compressed layers
+    hold of one sequence of a given length (`at` of `calibrate`), exact tokens and indices included. Sliding
+    layers come on top.
+
+    Args:
+        amount: in the unit.
+        unit: `%`, `tokens`, `bytes/token` or `bytes`.
     """
 
     amount: float = field(metadata={RANGE: Range(above=0, at_most=LARGEST_BUDGET)})
@@ -45,7 +49,12 @@ class Budget(Checked):
 
     @classmethod
     def parse(cls, text: str | float | Budget) -> Budget:
-        """Read a budget; a plain number is refused because it could mean kept or removed."""
+        """Read a budget from text.
+
+        Raises:
+            LowkeyError: for anything else. A plain number is refused because it could mean what is kept or
+                what is removed.
+        """
         if isinstance(text, Budget):
             return text
         match = re.fullmatch(
@@ -74,7 +83,14 @@ class Budget(Checked):
         return cls(amount, "bytes/token" if unit.endswith("/token") else "bytes")
 
     def bytes_per_token(self, full: int) -> float:
-        """The budget in bytes per token, when the uncompressed layers hold `full` bytes per token."""
+        """The budget in bytes per token.
+
+        Args:
+            full: bytes per token of the uncompressed layers.
+
+        Raises:
+            LowkeyError: for a budget of tokens or of total bytes.
+        """
         if self.unit == "%":
             return self.amount * full / 100
         if self.unit == "bytes/token":
@@ -82,18 +98,23 @@ class Budget(Checked):
         raise LowkeyError(f"budget {self}: ranks cost bytes per token; say it as '50%' or '64 KiB/token'")
 
     def share(self, full: int, tokens: int) -> float:
-        """Of a cache of so many tokens with `full` bytes each, for a budget of bytes."""
+        """The budget as a share of an uncompressed cache.
+
+        Args:
+            full: bytes per token of the uncompressed cache.
+            tokens: length of the cache.
+
+        Raises:
+            LowkeyError: for a budget of tokens.
+        """
         return self.amount / tokens / full if self.unit == "bytes" else self.bytes_per_token(full) / full
+
+    def _fits_unit(self, unit: str) -> bool:
+        """Whether bytes are at least one of this unit, and a whole number of the unit below."""
+        return self.amount >= UNITS[unit] and self.amount % (UNITS[unit] / 2**10) == 0
 
     def __str__(self) -> str:
         if self.unit in ("%", "tokens"):
             return f"{self.amount:.12g}" + ("%" if self.unit == "%" else " tokens")
-        size = next(
-            (
-                u
-                for u in ("GiB", "MiB", "KiB")
-                if self.amount % (UNITS[u] / 2**10) == 0 and self.amount >= UNITS[u]
-            ),
-            "B",
-        )
+        size = next((u for u in ("GiB", "MiB", "KiB") if self._fits_unit(u)), "B")
         return f"{self.amount / UNITS[size]:.12g} {size}{self.unit.removeprefix('bytes')}"

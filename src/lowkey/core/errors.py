@@ -1,4 +1,4 @@
-"""The one exception that users see."""
+"""The one exception that lowkey raises for bad input."""
 
 
 class LowkeyError(ValueError):
@@ -6,5 +6,5 @@ class LowkeyError(ValueError):
 
 
 def first_line(error: Exception) -> str:
-    """What an error of another library says, as far as one line of ours may hold it."""
+    """The first line of another library's error, at most 200 characters, for a message of ours."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(". ")

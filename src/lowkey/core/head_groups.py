@@ -1,6 +1,6 @@
-"""What may be done to heads and latents without knowing what they are.
+"""KV heads in groups that share a latent, and the maps between heads and latents.
 
-Heads side by side in groups: `t` KV heads share one latent (h = G t); t = 1 is one latent per head.
+Every `t` KV heads side by side form a group: h = G t. With t = 1, each head has a latent of its own.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ from torch import Tensor
 
 
 def group_latents(x: Float[Tensor, "*b h s d"], down: Float[Tensor, "*c m n r"]) -> Float[Tensor, "*b G s r"]:
-    """Latents of the groups; down (G|1, t d, r). A 1 in the place of G, when t is 1, means shared by all
-    heads.
+    """Project heads into the latents of their groups.
+
+    Args:
+        x: keys or values.
+        down: (G, t d, r), the map of each group; with t = 1 also (1, d, r), one map for all heads.
     """
     t = down.shape[-2] // x.shape[-1]
     if t > 1:
@@ -23,7 +26,12 @@ def group_latents(x: Float[Tensor, "*b h s d"], down: Float[Tensor, "*c m n r"])
 def rebuilt_heads(
     latent: Float[Tensor, "*b G s r"], up: Float[Tensor, "*c h r d"]
 ) -> Float[Tensor, "*b h s d"]:
-    """Every head as its own block of `up` (h|1, r, d) rebuilds it from its group's latent."""
+    """Rebuild heads from the latents of their groups.
+
+    Args:
+        latent: of each group.
+        up: (h, r, d), the map of each head; with t = 1 also (1, r, d), one map for all heads.
+    """
     t = up.shape[-3] // latent.shape[-3]
     if t <= 1:
         return latent @ up
@@ -31,17 +39,20 @@ def rebuilt_heads(
 
 
 def per_head_maps(rows: Float[Tensor, "G r n"], t: int) -> Float[Tensor, "h r d"]:
-    """Maps from a group's latent to its t heads side by side, as one map per head."""
+    """Cut maps from a latent to t heads side by side (n = t d) into one map for each head."""
     return rows.unflatten(-1, (t, -1)).transpose(-3, -2).flatten(-4, -3) if t > 1 else rows
 
 
 def side_by_side(heads: Float[Tensor, "h r d"], t: int) -> Float[Tensor, "G r n"]:
-    """The inverse of `blocks`."""
+    """The inverse of `per_head_maps`."""
     return heads.unflatten(-3, (-1, t)).transpose(-3, -2).flatten(-2) if t > 1 else heads
 
 
 def block_hadamard(n: int) -> Float[Tensor, "n n"]:
-    """Symmetric and orthonormal: the largest powers of two that add up to n, as blocks."""
+    """A symmetric, orthonormal matrix of normalised Hadamard blocks.
+
+    The sizes of the blocks are the powers of two that add up to n, largest first.
+    """
     sizes = [1 << i for i in reversed(range(n.bit_length())) if n >> i & 1]
     return torch.block_diag(*(_hadamard(s) for s in sizes))
 

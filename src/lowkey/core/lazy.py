@@ -1,7 +1,7 @@
 """Names of a package that are imported when they are first used (PEP 562).
 
-The command line answers help and errors about arguments without torch; a package whose `__init__` offers
-names from modules that need torch therefore imports them late.
+The command line answers help and errors about arguments without torch. A package whose `__init__` offers
+names from modules that need torch therefore imports those late.
 """
 
 from __future__ import annotations
@@ -13,12 +13,16 @@ from typing import Any
 
 
 def importer(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
-    """The `__getattr__` of a package.
+    """Make the `__getattr__` of a package.
 
-    package: its name.
-    modules: by public name the module that defines it; a name that is itself a module stands for that module.
-    Returns: a function that imports a public name and keeps it in the package. It raises AttributeError for
-    every other name.
+    Args:
+        package: its name.
+        modules: for each public name, the module that defines it. A name that is itself a module of the
+            package stands for that module.
+
+    Returns:
+        A function that imports a public name and keeps it in the package. It raises AttributeError for every
+        other name.
     """
 
     def getter(name: str) -> Any:

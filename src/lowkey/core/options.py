@@ -2,10 +2,10 @@
 
     epochs: int = option(100, at_least=0, at_most=10**6)
 
-declares a field of a dataclass. `check_options` then holds a whole object to its declarations, and the same
-declarations are what the command line prints as ranges and reads `-O epochs=5` with. Annotations count as
-declarations too: a `Literal` is a list of words, a `bool` is true or false, and numbers must be finite.
-Fields without a declared range are only held to their annotation.
+declares a field of a dataclass. `check_options` holds a whole object to its declarations. The command line
+prints the same declarations as ranges and reads `-O epochs=5` with them. Annotations are declarations too: a
+`Literal` is a list of words, a `bool` is true or false, and numbers must be finite. Fields without a declared
+range are only held to their annotation.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lowkey.core.errors import LowkeyError
 
-RANGE = "lowkey.range"  # where a field's metadata has its Range
+RANGE = "lowkey.range"  # the key of a field's metadata under which its Range is kept
 LARGEST_INTEGER = 2**63 - 1  # whole numbers end here, as they do in tensors, files and seeds
 TYPE_WORDS = {
     int: "a whole number",
@@ -29,17 +29,25 @@ TYPE_WORDS = {
     bool: "true or false",
     tuple: "a list",
 }
-CHARACTERS_SHOWN = 60  # characters of a value in a message
+CHARACTERS_SHOWN = 60  # of a value in a message
 LISTED = 40  # names in a message
 OUTSIDE = " or package.module:Class"  # what else may stand for a method, a policy or an allocator
 
 
 @dataclass(frozen=True)
 class Range:
-    """What a value may be. Numbers are always finite, and whole numbers never beyond 2^63 - 1.
+    """The values that an option may have.
 
-    choices: the words that are allowed. odd: only odd numbers. any_text: a text that has no wrong values
-    here, such as a path.
+    Numbers are always finite, and whole numbers never beyond 2^63 - 1.
+
+    Args:
+        at_least: the smallest number that is allowed.
+        above: numbers must be larger than this.
+        at_most: the largest number that is allowed.
+        below: numbers must be smaller than this.
+        choices: the words that are allowed; empty for any text.
+        odd: whether numbers must be odd.
+        any_text: whether any text is right, as for a path. It declares that no range was forgotten.
     """
 
     at_least: float | None = None
@@ -53,20 +61,17 @@ class Range:
     def __str__(self) -> str:
         if self.choices:
             return f"one of {', '.join(self.choices)}"
-        low = [
-            f"{word} {_number(x)}"
-            for word, x in (("at least", self.at_least), ("above", self.above))
-            if x is not None
-        ]
-        high = [
-            f"{word} {_number(x)}"
-            for word, x in (("at most", self.at_most), ("below", self.below))
-            if x is not None
-        ]
-        bounds = " and ".join([*low, *high])
+        limits = (
+            ("at least", self.at_least),
+            ("above", self.above),
+            ("at most", self.at_most),
+            ("below", self.below),
+        )
+        bounds = " and ".join(f"{words} {_number(limit)}" for words, limit in limits if limit is not None)
         return ", ".join([*(["odd"] if self.odd else []), *([bounds] if bounds else [])])
 
     def holds(self, value: object) -> bool:
+        """Whether a number or text is allowed; values of other types always are."""
         if isinstance(value, str):
             return not self.choices or value in self.choices
         if not isinstance(value, int | float) or isinstance(value, bool):
@@ -92,26 +97,36 @@ def option(
     odd: bool = False,
     any_text: bool = False,
 ) -> Any:
-    """A dataclass field with a default and a range. In a list, the range is that of each of its numbers or
-    words.
+    """A dataclass field with a default and a range.
+
+    In a list, the range holds for each of its numbers or words. For the range see `Range`.
+
+    Args:
+        default: of the field.
+        default_factory: makes the default, if it is not given.
     """
     allowed = Range(at_least, above, at_most, below, tuple(choices), odd, any_text)
     return field(default=default, default_factory=default_factory, metadata={RANGE: allowed})
 
 
 class Checked:
-    """A base for dataclasses of options: making an object checks it. Errors: LowkeyError."""
+    """A base for dataclasses of options: every object is checked when it is made. Raises: LowkeyError."""
 
     def __post_init__(self) -> None:
         check_options(self)
 
 
 def check_options(options: Any, prefix: str = "") -> None:
-    """Hold every field to its annotation and range; numbers are turned into the type of their annotation (5
-    into 5.0, 8.0 into 8).
+    """Hold every field of an object to its annotation and range.
 
-    prefix: what precedes the name in messages, like `training.`. Errors: LowkeyError that names the field,
-    its value, the rule and the default.
+    Numbers are turned into the type of their annotation: 5 into 5.0, 8.0 into 8.
+
+    Args:
+        options: a dataclass object.
+        prefix: what precedes field names in messages, like `training.`.
+
+    Raises:
+        LowkeyError: that names the field, its value, the rule and the default.
     """
     hints = hints_of(type(options))
     for f in fields(options):
@@ -126,33 +141,56 @@ def check_options(options: Any, prefix: str = "") -> None:
 
 
 def check_field(kind: Any, name: str, value: Any, shown_as: str | None = None) -> Any:
-    """One value of a field, before there is an object; the command line calls it by another name at times.
-    Errors: LowkeyError.
+    """Check one value of a field before there is an object.
+
+    Args:
+        kind: the dataclass.
+        name: of the field.
+        value: to be checked.
+        shown_as: what the command line calls the field, if it has another name there.
+
+    Returns:
+        The value in the type of its annotation.
+
+    Raises:
+        LowkeyError: see `check_options`.
     """
     f = next(f for f in fields(kind) if f.name == name)
     return checked(shown_as or name, value, hints_of(kind).get(name, Any), range_of(f), _default(f))
 
 
 def checked(name: str, value: Any, hint: Any, allowed: Range = Range(), default: Any = MISSING) -> Any:
-    """The value in the type of its annotation. Errors: LowkeyError when it has another type or lies outside
-    `allowed`.
+    """Check a value against an annotation and a range.
+
+    Args:
+        name: what the value is called in messages.
+        value: to be checked.
+        hint: the annotation.
+        allowed: the range.
+        default: for the remedy in messages.
+
+    Returns:
+        The value in the type of its annotation.
+
+    Raises:
+        LowkeyError: if it has another type or lies outside the range.
     """
     if get_origin(hint) is Mapping and isinstance(value, Mapping):
         return {key: checked(f"{name}.{key}", x, get_args(hint)[1], allowed) for key, x in value.items()}
-    return _held(f"{name} {shown(value)}", value, hint, allowed, default)
+    return _checked(f"{name} {shown(value)}", value, hint, allowed, default)
 
 
-def _held(label: str, value: Any, hint: Any, allowed: Range, default: Any) -> Any:
-    """As `checked`; messages begin with `label`, which names the option and its value."""
+def _checked(label: str, value: Any, hint: Any, allowed: Range, default: Any) -> Any:
+    """As `checked`. Messages begin with `label`, which names the option and its value."""
     words = _literal(hint)
     allowed = Range(choices=words) if words else allowed
     try:
-        found = _typed(value, hint)
+        typed = _typed(value, hint)
     except (TypeError, ValueError, OverflowError):
         raise LowkeyError(
             f"{label}: must be {_kind(hint, allowed)}; {_remedy(value, allowed, default)}"
         ) from None
-    for leaf in _leaves(found):
+    for leaf in _leaves(typed):
         if isinstance(leaf, float) and not math.isfinite(leaf):
             raise LowkeyError(f"{label}: must be {_kind(hint, allowed)}; {_remedy(leaf, allowed, default)}")
         if not allowed.holds(leaf):
@@ -161,58 +199,74 @@ def _held(label: str, value: Any, hint: Any, allowed: Range, default: Any) -> An
             raise LowkeyError(
                 f"{label}: must be at most {LARGEST_INTEGER}; {_remedy(leaf, allowed, default)}"
             )
-    return found
+    return typed
 
 
 def read_option(kind: type, name: str, text: str, what: str = "") -> Any:
-    """The value of field `name` that was written as text on a command line. what: whose option it is, for
-    messages.
+    """Read the value of a field from text on a command line.
+
+    Args:
+        kind: the dataclass.
+        name: of the field.
+        text: the value as it was typed.
+        what: whose option it is, for messages.
+
+    Returns:
+        The value in the type of its annotation.
+
+    Raises:
+        LowkeyError: for a value that is not allowed, or a field whose type cannot be typed.
     """
     f = next(f for f in fields(kind) if f.name == name)
-    hint, label = (
-        hints_of(kind).get(name, Any),
-        f"option {name}={shown(text)}" + (f" of {what}" if what else ""),
-    )
+    hint = hints_of(kind).get(name, Any)
+    label = f"option {name}={shown(text)}" + (f" of {what}" if what else "")
+    # without an annotation, a field is of the type of its default
     hint = type(f.default) if hint is Any and type(f.default) in (bool, int, float, str) else hint
     if not _literal(hint) and not {bool, int, float, str} & set(_members(hint)):
         raise LowkeyError(f"{label}: cannot be given as text; pass the object in Python")
-    return _held(label, _from_text(text, hint), hint, range_of(f), _default(f))
+    return _checked(label, _from_text(text, hint), hint, range_of(f), _default(f))
 
 
 def ranges(kind: Any) -> dict[str, str]:
-    """What every field may be, in words, by name; empty where there is nothing to say."""
+    """The range of every field of a dataclass, in words; empty where there is nothing to say."""
     hints = hints_of(kind)
     return {f.name: described(hints.get(f.name, Any), range_of(f)) for f in fields(kind)}
 
 
 def described(hint: Any, allowed: Range) -> str:
-    """A range in words, for help texts and tables."""
+    """An annotation and a range in words, for help texts and tables."""
     words = _literal(hint)
     return str(Range(choices=words)) if words else TYPE_WORDS[bool] if hint is bool else str(allowed)
 
 
 def defaults_of(kind: Any) -> dict[str, Any]:
-    """The defaults of those fields that have one."""
+    """The defaults of those fields of a dataclass that have one."""
     return {f.name: default for f in fields(kind) if (default := _default(f)) is not MISSING}
 
 
 def range_of(f: Field) -> Range:
+    """The range that was declared for a field; one that allows everything if none was."""
     return f.metadata.get(RANGE, Range())
 
 
 def hints_of(kind: Any) -> Mapping[str, Any]:
-    """Annotations of a class, resolved; none where that fails, as it may for a class from outside."""
+    """The annotations of a class, resolved. None if that fails, as it may for a class from outside."""
     try:
         return get_type_hints(kind)
-    except Exception:  # resolving runs what the annotations say
+    except Exception:  # resolving evaluates annotations, which may raise anything
         return {}
 
 
 def nearest_name(name: str, known: Any, also: str = "") -> str:
-    """The remedy for a name that is not known: the most similar known name, else all of them (or the first
-    LISTED of more).
+    """The remedy for an unknown name.
 
-    also: what else may be given, in words that follow the list.
+    Args:
+        name: that is not known.
+        known: the names that are.
+        also: what else may be given, in words that follow the list.
+
+    Returns:
+        The most similar known name, or a list of all (of many, the first).
     """
     names = list(known)
     near = get_close_matches(str(name), names, 1)
@@ -221,8 +275,15 @@ def nearest_name(name: str, known: Any, also: str = "") -> str:
 
 
 def check_names(what: str, given: Iterable[str], known: Sequence[str]) -> None:
-    """Raises: LowkeyError for the first of the option names `given` that `what` does not have, with the most
-    similar name that it has.
+    """Refuse names of options that something does not have.
+
+    Args:
+        what: whose options they are, for messages.
+        given: the names.
+        known: the names that it has.
+
+    Raises:
+        LowkeyError: for the first unknown name, with the most similar known one.
     """
     for name in given:
         if name not in known:
@@ -234,7 +295,7 @@ def check_names(what: str, given: Iterable[str], known: Sequence[str]) -> None:
 
 
 def shown(value: object) -> str:
-    """A value for a message: short, and with nothing in it that a terminal would obey."""
+    """A value for a message: short, and without characters that a terminal would obey."""
     try:
         text = repr(value)
     except ValueError:  # a whole number of more than 4300 digits
@@ -246,7 +307,11 @@ def shown(value: object) -> str:
 
 
 def _typed(value: Any, hint: Any) -> Any:
-    """Errors: TypeError, ValueError or OverflowError when the value is not of the annotated type."""
+    """The value in the annotated type.
+
+    Raises:
+        TypeError, ValueError or OverflowError: if it is not of that type.
+    """
     if hint is bool or hint is str or hint is NoneType:
         if not isinstance(value, hint):
             raise TypeError
@@ -256,20 +321,21 @@ def _typed(value: Any, hint: Any) -> Any:
     if get_origin(hint) is tuple:
         return _listed(value, get_args(hint))
     if get_origin(hint) is Mapping:
-        raise TypeError  # one that is a table was taken apart before
+        raise TypeError  # `checked` takes tables apart, so this is none
     if _literal(hint):
         if not isinstance(value, str):
             raise TypeError
         return value
     members = _members(hint)
     if len(members) < 2:
-        return value  # a class of another kind, which nothing is known of
-    return _either(value, members)
+        return value  # some other class, of which nothing is known here
+    return _first_that_fits(value, members)
 
 
 def _numeric(value: Any, hint: type) -> int | float:
-    """Numbers of other libraries count as well: what has `__index__` is whole, what has `__float__` is a
-    number; text is neither.
+    """A number in the annotated type.
+
+    Numbers of other libraries count, too: what has `__index__` is whole, what has `__float__` is a number.
     """
     if (
         isinstance(value, bool | str | bytes)
@@ -287,6 +353,7 @@ def _numeric(value: Any, hint: type) -> int | float:
 
 
 def _listed(value: Any, inside: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A list as a tuple, each item in the annotated type."""
     if not isinstance(value, list | tuple):
         raise TypeError
     if len(inside) == 2 and inside[1] is Ellipsis:
@@ -296,7 +363,8 @@ def _listed(value: Any, inside: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(_typed(v, hint) for v, hint in zip(value, inside, strict=True))
 
 
-def _either(value: Any, members: tuple[Any, ...]) -> Any:
+def _first_that_fits(value: Any, members: tuple[Any, ...]) -> Any:
+    """The value in the first type of a union that it fits."""
     for member in members:
         try:
             return _typed(value, member)
@@ -306,9 +374,7 @@ def _either(value: Any, members: tuple[Any, ...]) -> Any:
 
 
 def _from_text(text: str, hint: Any) -> Any:
-    """A number or a truth where the annotation wants one and the text is one; else the text, for `checked` to
-    judge.
-    """
+    """The number or truth value that a text stands for, if the annotation wants one; else the text itself."""
     members = _members(hint)
     if NoneType in members and text == "none":
         return None
@@ -325,14 +391,17 @@ def _from_text(text: str, hint: Any) -> Any:
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
+    """The types of a union; of another annotation, itself."""
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
 def _literal(hint: Any) -> tuple[str, ...]:
+    """The words of a `Literal`; none for another annotation."""
     return tuple(map(str, get_args(hint))) if get_origin(hint) is Literal else ()
 
 
 def _leaves(value: Any) -> list[Any]:
+    """All items of nested tuples."""
     return [leaf for v in value for leaf in _leaves(v)] if isinstance(value, tuple) else [value]
 
 
@@ -340,21 +409,17 @@ def _leaves(value: Any) -> list[Any]:
 
 
 def _kind(hint: Any, allowed: Range) -> str:
-    """What the annotation and the range ask for."""
+    """What an annotation and a range ask for, in words."""
     if allowed.choices or hint is bool:
         return described(hint, allowed)
+    inside = get_args(hint)
     if get_origin(hint) is tuple:
-        return _list_of(get_args(hint), allowed)
+        count = "a list" if Ellipsis in inside else f"a list of {len(inside)}"
+        return f"{count}, each {_kind(inside[0], allowed)}"
     if get_origin(hint) is Mapping:
-        return "a table" if get_args(hint)[1] is Any else f"a table, each {_kind(get_args(hint)[1], allowed)}"
+        return "a table" if inside[1] is Any else f"a table, each {_kind(inside[1], allowed)}"
     words = next((TYPE_WORDS[m] for m in _members(hint) if m in TYPE_WORDS), "of another type")
     return ", ".join(filter(None, [words, str(allowed)]))
-
-
-def _list_of(inside: tuple[Any, ...], allowed: Range) -> str:
-    if Ellipsis in inside:
-        return f"a list, each {_kind(inside[0], allowed)}"
-    return f"a list of {len(inside)}, each {_kind(inside[0], allowed)}"
 
 
 def _remedy(value: object, allowed: Range, default: Any) -> str:
@@ -365,13 +430,10 @@ def _remedy(value: object, allowed: Range, default: Any) -> str:
 
 
 def _default(f: Field) -> Any:
-    return (
-        f.default
-        if f.default is not MISSING
-        else f.default_factory()
-        if f.default_factory is not MISSING
-        else MISSING
-    )
+    """The default of a field, or MISSING."""
+    if f.default is MISSING and f.default_factory is not MISSING:
+        return f.default_factory()
+    return f.default
 
 
 def _number(x: float) -> str:

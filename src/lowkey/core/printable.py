@@ -1,4 +1,4 @@
-"""Text out of files and models, as a terminal may show it."""
+"""Makes text that came out of files and models safe to show on a terminal."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ PRINTED_AS_THEY_ARE = "\n\t"
 
 
 def printable(text: object) -> str:
-    """The text with every character that a terminal would obey, or that no encoding can write, as its escape:
-    `\\x1b` for ESC.
+    """The text, with escapes like `\\x1b` for characters that a terminal obeys or no encoding can write.
 
     Line ends and tabs stay. Names of models and methods, tokens, and error messages of other libraries come
     from files that anybody may have written, and a terminal takes commands from what it is shown.

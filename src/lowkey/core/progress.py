@@ -1,5 +1,6 @@
-"""Progress is a function that wraps an iterable; the library is silent, the command line draws bars on
-stderr.
+"""Progress of long work, shown by a function that wraps an iterable.
+
+The library uses `silent` unless it is given another; the command line uses `bars`.
 """
 
 from __future__ import annotations
@@ -13,24 +14,34 @@ from typing import Any, Protocol, TypeVar
 from lowkey.core.printable import printable
 
 _T = TypeVar("_T")
-SECONDS_BETWEEN_LINES = 30.0  # seconds between two lines
+SECONDS_BETWEEN_LINES = 30.0  # where stderr is no terminal
 
 
 class Progress(Protocol):
-    """label: what is done, or what is done to each item, in words."""
+    """Yields items one by one, and may tell the user how far the work is."""
 
     def __call__(
         self, items: Iterable[_T], label: str | Callable[[_T], str], total: int | None = None
-    ) -> Iterator[_T]: ...
+    ) -> Iterator[_T]:
+        """Yield the items.
+
+        Args:
+            items: what is worked on.
+            label: what is done, in words; or a function that says what is done to an item.
+            total: number of items, if `items` does not know it.
+        """
+        ...
 
 
 def silent(items: Iterable[_T], label: str | Callable[[_T], str], total: int | None = None) -> Iterator[_T]:
+    """Yield the items and show nothing; see `Progress`."""
     return iter(items)
 
 
 def bars(items: Iterable[_T], label: str | Callable[[_T], str], total: int | None = None) -> Iterator[_T]:
-    """A bar on stderr with the time that is left; where that is no terminal, a line of text every half
-    minute.
+    """Yield the items, with a bar and the time left on stderr; see `Progress`.
+
+    Where stderr is no terminal, a line of text is printed every half minute instead.
     """
     from rich.console import Console
 
@@ -63,22 +74,22 @@ def _bar(items: Iterable[_T], words: Callable[[_T], str], size: int | None, cons
 
 
 def _lines(items: Iterable[_T], words: Callable[[_T], str], size: int | None) -> Iterator[_T]:
-    began = told = time.monotonic()
+    began = last_line = time.monotonic()
     for done, item in enumerate(items):
-        if (now := time.monotonic()) - told >= SECONDS_BETWEEN_LINES:
-            told = now
-            far = (
-                f"{done}"
-                if size is None
-                else f"{done} of {size}{_left((now - began) / done * (size - done)) if done else ''}"
-            )
-            with suppress(OSError):  # nobody need be listening
-                print(f"{words(item)}: {far}", file=sys.stderr, flush=True)
+        if (now := time.monotonic()) - last_line >= SECONDS_BETWEEN_LINES:
+            last_line = now
+            if size is None:
+                state = f"{done}"
+            else:
+                left = _time_left((now - began) / done * (size - done)) if done else ""
+                state = f"{done} of {size}{left}"
+            with suppress(OSError):  # stderr may have been closed
+                print(f"{words(item)}: {state}", file=sys.stderr, flush=True)
         yield item
 
 
-def _left(seconds: float) -> str:
-    """`, about 4 min left`"""
+def _time_left(seconds: float) -> str:
+    """The time left in words, like `, about 4 min left`."""
     minutes = round(seconds / 60)
     if minutes >= 60:
         return f", about {minutes // 60} h {minutes % 60} min left"

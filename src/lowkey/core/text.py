@@ -1,6 +1,7 @@
-"""Text in, windows of token ids out; and the few kilobytes of public-domain text that ship with the package.
+"""Texts, and the windows of token ids that are cut from them.
 
-torch is imported by the functions that make tensors: the command line reads texts before it loads torch.
+A few kilobytes of text in the public domain ship with the package. torch is imported by the functions that
+make tensors, since the command line reads texts before it loads torch.
 """
 
 from __future__ import annotations
@@ -19,28 +20,37 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = {"calibration": "alice.txt", "evaluation": "time_machine.txt"}
-MIN_WINDOWS = 4
+MIN_WINDOWS = 4  # fewer say too little about a text
 
 
 def embedded_text(kind: str) -> str:
-    """`calibration` (Alice's Adventures in Wonderland) or `evaluation` (The Time Machine), opening chapters;
-    both disjoint from the training text of the embedded model."""
+    """The opening chapters of a book, which ship with the package.
+
+    Neither book was in the training text of the embedded model.
+
+    Args:
+        kind: `calibration` for Alice's Adventures in Wonderland, `evaluation` for The Time Machine.
+    """
     return (package_files("lowkey") / "data" / EMBEDDED[kind]).read_text(encoding="utf-8")
 
 
 def joined_texts(texts: str | Sequence[str] | None) -> str:
-    """One text of several; the embedded calibration text when there is none."""
-    return (
-        texts
-        if isinstance(texts, str)
-        else embedded_text("calibration")
-        if texts is None
-        else "\n".join(texts)
-    )
+    """Several texts as one; the embedded calibration text for None."""
+    if texts is None:
+        return embedded_text("calibration")
+    return texts if isinstance(texts, str) else "\n".join(texts)
 
 
 def read_text(path: str | Path, argument: str) -> str:
-    """A UTF-8 text file. Errors: LowkeyError when missing, a folder, empty or binary."""
+    """Read a UTF-8 text file.
+
+    Args:
+        path: the file.
+        argument: what the path is called in messages.
+
+    Raises:
+        LowkeyError: if it is missing, a folder, empty or binary.
+    """
     path = Path(path)
     if path.is_dir():
         raise LowkeyError(f"{argument} {str(path)!r}: is a folder; give a UTF-8 text file")
@@ -63,20 +73,25 @@ def read_text(path: str | Path, argument: str) -> str:
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the largest id, which is more than the number of tokens where ids have gaps."""
+    """One more than the largest token id. Where ids have gaps, that is more than the number of tokens."""
     return max([len(tokenizer) - 1, *tokenizer.get_vocab().values()]) + 1
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, model: PreTrainedModel | None = None) -> Tensor:
-    """Ids (n,) without special tokens; long texts are expected, so the tokenizer's length warning is not for
-    them.
+    """Turn a text into token ids (n,), without special tokens.
 
-    model: which is to read them. Errors: LowkeyError for a text that is no Unicode, or for tokens that the
-    model does not have.
+    Args:
+        tokenizer: the model's.
+        text: of any length.
+        model: the model that will read the ids, to check that it has all of them; None for no check.
+
+    Raises:
+        LowkeyError: for text that is not valid Unicode, or tokens that the model does not have.
     """
     import torch
 
     check_unicode("text", text)
+    # verbose=False: long texts are expected here, and the tokenizer would warn of them
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.long)
     if model is not None:
         check_ids(ids, model)
@@ -84,8 +99,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, model: PreTrainedModel
 
 
 def check_unicode(argument: str, text: str) -> None:
-    """Errors: LowkeyError for halves of surrogate pairs, which Python's strings may hold and tokenizers
-    refuse.
+    """Refuse halves of surrogate pairs, which Python's strings may hold and tokenizers do not take.
+
+    Raises:
+        LowkeyError: that names the argument.
     """
     try:
         text.encode()
@@ -97,8 +114,13 @@ def check_unicode(argument: str, text: str) -> None:
 
 
 def check_ids(ids: Tensor, model: PreTrainedModel) -> None:
-    """Errors: LowkeyError for ids beyond the embedding, which a tokenizer has when tokens were added to it
-    and not to the model, and for ids below 0."""
+    """Refuse token ids for which a model has no embedding.
+
+    A tokenizer gives such ids if tokens were added to it and not to the model.
+
+    Raises:
+        LowkeyError: for ids beyond the embedding or below 0.
+    """
     embedding: Any = model.get_input_embeddings()
     rows, largest = len(embedding.weight), int(ids.max()) if ids.numel() else 0
     if ids.numel() and int(ids.min()) < 0:
@@ -113,10 +135,22 @@ def check_ids(ids: Tensor, model: PreTrainedModel) -> None:
 def windows(
     ids: Tensor, tokenizer: PreTrainedTokenizerBase, length: int, argument: str, least: int = MIN_WINDOWS
 ) -> Tensor:
-    """Ids (n, length): consecutive windows, each begun with the beginning-of-text token when the tokenizer
-    has one.
+    """Cut token ids into consecutive windows.
 
-    Errors: LowkeyError when the text gives fewer than `least` windows.
+    Each window begins with the tokenizer's beginning-of-text token, if it has one.
+
+    Args:
+        ids: (n,).
+        tokenizer: the model's.
+        length: tokens of a window.
+        argument: what the text is called in messages.
+        least: the fewest windows that will do.
+
+    Returns:
+        Ids (windows, length).
+
+    Raises:
+        LowkeyError: if the text gives fewer than `least` windows.
     """
     import torch
 
@@ -133,8 +167,9 @@ def windows(
 
 
 def in_turn(parts: Sequence[Tensor]) -> Tensor:
-    """Windows (n, t) of several texts as one: the first of each, then the second of each that has one, and so
-    on.
+    """Interleave the windows (n, t) of several texts.
+
+    The first window of each text comes first, then the second of each text that has one, and so on.
     """
     import torch
 
@@ -144,8 +179,23 @@ def in_turn(parts: Sequence[Tensor]) -> Tensor:
 def sample_windows(
     ids: Tensor, tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int, argument: str
 ) -> Tensor:
-    """At most `count` of the windows, in random order, cut from a random phase: another seed is another
-    sample.
+    """Cut token ids into windows and take some of them in random order.
+
+    The first window begins at a random offset, so another seed cuts other windows.
+
+    Args:
+        ids: (n,).
+        tokenizer: the model's.
+        length: tokens of a window.
+        count: the most windows to take.
+        seed: of the offset and the order.
+        argument: what the text is called in messages.
+
+    Returns:
+        Ids (at most count, length).
+
+    Raises:
+        LowkeyError: if the text is too short.
     """
     import torch
 

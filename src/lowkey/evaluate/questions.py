@@ -295,7 +295,7 @@ def measure_questions(
 
 def _length(model: PreTrainedModel) -> int:
     """Length of a text that this model can read together with a question and an answer."""
-    longest = families.positions(model)
+    longest = families.max_positions(model)
     return TEXT_LENGTH if longest is None else min(TEXT_LENGTH, longest - ASKING - ANSWER_LENGTH)
 
 

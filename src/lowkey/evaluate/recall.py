@@ -337,7 +337,7 @@ def check_positions(
     frame, fact = frame_of(tokenizer, how), draw_facts(random.Random(0), 1, digits=how.digits)[0]
     question = frame.question(how.question.format(key=fact.key), how.opening.format(key=fact.key))
     longest, room = (
-        families.positions(model),
+        families.max_positions(model),
         len(frame.encode(fact.answer)) + 1 + (0 if frame.chat else 2 * len(question)),
     )
     if longest is not None and context + room > longest:

@@ -93,7 +93,7 @@ def _decode(run: TaskInput) -> dict[str, dict]:
 
 def _layers(run: TaskInput) -> dict[str, dict]:
     # nothing stands in for its cache, so there is nothing to compare
-    if families.stores_its_own(run.model.config):
+    if families.stores_own_form(run.model.config):
         return {}
     rows = run.rows[: max(1, len(run.rows) // 2)]
     return layerwise.measure_layers(run.model, run.settings, rows, run.task.batch, run.progress, run.measured)
@@ -175,7 +175,7 @@ def evaluate(
     for name in names:
         if name not in TASKS:
             raise LowkeyError(f"task {name!r} is unknown; choose among {', '.join(TASKS)}")
-    longest = families.positions(model)
+    longest = families.max_positions(model)
     if longest is not None and not 8 <= task.context <= longest:
         raise LowkeyError(
             f"context {task.context}: must lie between 8 and the model's {longest}; choose a context in that "

@@ -105,7 +105,7 @@ def plain_shape(model: PreTrainedModel, plan: Plan) -> tuple[int, int]:
     found = list(plan.factors.values())
     forms = sorted({(f.merge, f.ranks, f.k_down.shape[-1]) for f in found})
     (t, t_v), (r, r_v), width = forms[0]
-    remedy = _remedy(shape, turning := families.changing_rope(model))
+    remedy = _remedy(shape, turning := families.length_dependent_rope(model))
     if plan.sinks or plan.recent:
         raise _refused(
             plan,
@@ -180,7 +180,7 @@ def _turns_alike(model: PreTrainedModel, down: Tensor, width: int) -> bool:
     """
     wide = families.rope(model, 0)
     narrow = families.narrower_rope(wide, smaller_config(model, 1, width))
-    longest = families.positions(model) or 1
+    longest = families.max_positions(model) or 1
     positions = torch.tensor([[0, *(2**i for i in range(longest.bit_length()))]])
     before, after = (
         _rotated(x, rope, positions) for x, rope in ((torch.eye(len(down)), wide), (down, narrow))

@@ -63,7 +63,7 @@ def estimate_echo(
     Raises:
         LowkeyError: an unknown kind, fewer than 1 case, or a context that the model is too short for.
     """
-    longest = families.positions(model) or context
+    longest = families.max_positions(model) or context
     if kind not in ECHOES or cases < 1 or not 4 * REPEATS < context <= longest:
         raise LowkeyError(
             f"kind {kind!r}, cases {cases}, context {context}: give {' or '.join(ECHOES)}, at least 1 case "

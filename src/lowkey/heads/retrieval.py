@@ -289,7 +289,7 @@ def _check_request(
             f"cases {cases}, depths {depths}: scores need {LEAST_CASES} cases, one depth and one length at "
             "least; give more"
         )
-    if (longest := families.positions(model)) is not None and max(lengths) > longest:
+    if (longest := families.max_positions(model)) is not None and max(lengths) > longest:
         raise LowkeyError(
             f"context {max(lengths)}: the model reads {longest} tokens at most; give a shorter context"
         )

@@ -171,7 +171,7 @@ class GradientMethod(Method):
 
     def candidates(self, heads: int, head_dim: int, ranks: list[int]) -> list[int]:
         """Return all ranks; refuse a group that does not divide the heads."""
-        group_size(heads, self.group or heads)  # refuses a group that does not divide the heads
+        group_size(heads, self.group or heads)
         return ranks
 
     def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:

@@ -36,7 +36,7 @@ from lowkey.models import families
 from lowkey.models.families import Rope
 from lowkey.ops.bases import principal_basis
 from lowkey.ops.rope import rotate, unrotate
-from lowkey.ops.schedule import falling
+from lowkey.ops.schedule import warmup_cosine
 from lowkey.probes import model_probe
 from lowkey.storage.bucketed import Gate
 from lowkey.storage.reconstruction import KVTransform
@@ -300,7 +300,7 @@ class _GateTrainer:
         """Take step k on windows (b, t)."""
         s, parameters = self.settings, self.parameters()
         for group in self.optimizer.param_groups:
-            group["lr"] = s.lr * falling(k, max(1, s.steps), LEVEL_WARMUP)
+            group["lr"] = s.lr * warmup_cosine(k, max(1, s.steps), LEVEL_WARMUP)
         loss = self.loss(ids, s.temperature * max(COLDEST, 1 - k / s.steps), self.generator)
         for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             p.grad = gradient

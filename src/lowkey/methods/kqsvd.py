@@ -15,7 +15,7 @@ from lowkey.core.types import LayerBases, LayerStatistics, device_of, head_block
 from lowkey.methods.base import Method
 from lowkey.models import families
 from lowkey.models.attention_interface import AttendingLayer, Call, Incoming
-from lowkey.ops.products import beside_one_another, group_size, joint_moments, oblique_basis
+from lowkey.ops.products import block_diagonal_groups, group_size, joint_moments, oblique_basis
 from lowkey.ops.rope import unrotate
 from lowkey.probes.layer_probe import LayerProbe
 
@@ -59,7 +59,7 @@ class KQSVD(Method):
 
     def candidates(self, heads: int, head_dim: int, ranks: list[int]) -> list[int]:
         """Return all ranks; refuse a group that does not divide the heads."""
-        group_size(heads, self.group or heads)  # refuses a group that does not divide the heads
+        group_size(heads, self.group or heads)
         return ranks
 
     def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:
@@ -74,8 +74,8 @@ class KQSVD(Method):
         read = grams(weights).sum(1) if self.outputs == "stacked" else grams(weights.mean(1))
         keys, values = (head_blocks(m, heads // t) for m in joint_moments(statistics, probe.layout))
         return LayerBases(
-            oblique_basis(keys, beside_one_another(queries, t), self.ridge, t),
-            oblique_basis(values, beside_one_another(read, t), self.ridge, t),
+            oblique_basis(keys, block_diagonal_groups(queries, t), self.ridge, t),
+            oblique_basis(values, block_diagonal_groups(read, t), self.ridge, t),
         )
 
 

@@ -79,6 +79,7 @@ class KVHeadSVD(Method):
             keys, values = joint_moments(statistics, probe.layout)
         order = self._order(keys, values, h, group, rotary)
         if order is not None:
+            # Channel indices of the heads in their new order, to permute rows and columns of the moments.
             channels = (order.unsqueeze(1) * d + torch.arange(d)).flatten()
             keys, values = keys[channels][:, channels], values[channels][:, channels]
         key_group = h if self._joins_all_keys else group

@@ -13,7 +13,7 @@ from lowkey.core.types import Basis, Factors, LayerBases, LayerStatistics, devic
 from lowkey.methods.base import CalibrationContext, Method
 from lowkey.models import families
 from lowkey.ops.bases import principal
-from lowkey.ops.schedule import falling
+from lowkey.ops.schedule import warmup_cosine
 from lowkey.probes import model_probe
 from lowkey.probes.layer_probe import LayerProbe
 
@@ -166,7 +166,7 @@ class _BasisTraining:
         parameters = [p for pair in self.sides.values() for side in pair for p in side.parameters]
         optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)  # decay would pull the means to 0
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: falling(step, max(1, steps), WARMUP_SHARE)
+            optimizer, lambda step: warmup_cosine(step, max(1, steps), WARMUP_SHARE)
         )
         best_loss, best = self.held_out_loss(), [p.detach().clone() for p in parameters]
         generator = torch.Generator().manual_seed(self.context.seed)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowkey.core.types import Basis, LayerBases, LayerStatistics
 from lowkey.methods.base import Method, whole_head_numbers, whole_head_ranks
-from lowkey.ops.aligning import alignment, head_gram
+from lowkey.ops.aligning import align_heads, head_gram
 from lowkey.ops.bases import principal
 from lowkey.ops.commuting import spread_energy
 from lowkey.ops.products import joint_moments
@@ -71,6 +71,7 @@ class MEA(Method):
         keys, values = (joint.view(h, d, h, d).transpose(1, 2) for joint in moments)
         if self.basis != "aligned":
             return LayerBases(mixing_basis(head_gram(keys), d), mixing_basis(head_gram(values), d))
+        # A rank r per head stands for r h / d component heads.
         counts = [r * h // d for r in self.candidates(h, d, ranks) if r < d]
         return LayerBases(aligned_basis(keys, counts, probe.rotary_dim), aligned_basis(values, counts, 0))
 
@@ -106,7 +107,7 @@ def aligned_basis(blocks: Tensor, counts: list[int], rotary: int) -> Basis:
     unaligned = principal(head_gram(blocks))[1]
     exact, kept = [], {h: float(unaligned.sum())}
     for n in counts:
-        turns, mixing, aligned = alignment(blocks, n, rotary)
+        turns, mixing, aligned = align_heads(blocks, n, rotary)
         kept[n] = max(aligned, float(unaligned[:n].sum()))
         # Otherwise the columns of plain mixing, which serve every rank, are better at this one.
         if aligned == kept[n]:

@@ -42,7 +42,7 @@ class Palu(Method):
 
     def candidates(self, heads: int, head_dim: int, ranks: list[int]) -> list[int]:
         """Return all ranks; refuse a group that does not divide the heads."""
-        group_size(heads, self.group, PAPER_GROUP)  # refuses a group that does not divide the heads
+        group_size(heads, self.group, PAPER_GROUP)
         return ranks
 
     def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:

@@ -14,7 +14,7 @@ from lowkey.core.types import Factors, LayerBases, LayerStatistics, Layout
 from lowkey.methods.base import CalibrationContext, Method
 from lowkey.models import families
 from lowkey.ops.bases import principal
-from lowkey.ops.products import group_size, joint_moments, merged_basis, reordered, signs
+from lowkey.ops.products import column_signs, group_size, joint_moments, merged_basis, reorder_heads
 from lowkey.probes.layer_inputs import first_inputs
 from lowkey.probes.layer_probe import LayerProbe, LowRankReconstruction, layer_in_fp32, layer_outputs
 from lowkey.storage.reconstruction import ReconstructionLayer
@@ -61,7 +61,7 @@ class ReCalKV(Method):
 
     def candidates(self, heads: int, head_dim: int, ranks: list[int]) -> list[int]:
         """Return all ranks; refuse a group that does not divide the heads."""
-        group_size(heads, self.group, PAPER_HEADS_PER_GROUP)  # refuses a group that does not divide the heads
+        group_size(heads, self.group, PAPER_HEADS_PER_GROUP)
         return ranks
 
     def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:
@@ -71,7 +71,7 @@ class ReCalKV(Method):
         weights = families.projections(probe.model, probe.index).k
         similarity = cka(whitened(weights, statistics.inputs))
         order = order_of(grouped_by_similarity(similarity, t))
-        keys, values = (reordered(m, order, heads) for m in joint_moments(statistics, probe.layout))
+        keys, values = (reorder_heads(m, order, heads) for m in joint_moments(statistics, probe.layout))
         return LayerBases(merged_basis(keys, heads, t), merged_basis(values, heads, heads), order)
 
     def finish(self, factors: dict[int, Factors], context: CalibrationContext) -> dict[int, Factors]:
@@ -87,6 +87,7 @@ class ReCalKV(Method):
                 maps = factors[i].to(next(block.parameters()))
                 low_rank = LowRankReconstruction(maps, context.layout, families.rope(model, i))
                 transform = ReconstructionLayer(low_rank, context.exact)
+            # The next layer reads what this one puts out when it is compressed.
             hidden = layer_outputs(model, i, block, hidden, transform, batch)
         return factors
 
@@ -199,11 +200,11 @@ def calibrated(f: Factors, moment: Tensor, iterations: int) -> Factors:
     down, heads = f.v_down[0].double(), f.merge[1]
     if down.shape[0] == down.shape[1]:
         return f
-    c = reordered(moment, f.order, heads)
+    c = reorder_heads(moment, f.order, heads)
     ridge = (VALUE_RIDGE * c.diagonal().mean()).clamp_min(torch.finfo(torch.float32).tiny)
     c = c + ridge * torch.eye(len(c), dtype=torch.float64)
     for _ in range(iterations):
         up = torch.linalg.solve(down.mT @ c @ down, down.mT @ c)
         down = torch.linalg.qr(up.mT).Q
-    kept = (down * signs(down)).float().unsqueeze(0)
+    kept = (down * column_signs(down)).float().unsqueeze(0)
     return replace(f, v_down=kept, v_up=per_head_maps(kept.mT, heads).contiguous())

@@ -232,7 +232,8 @@ def mean_log(errors: Iterable[float]) -> float:
 @torch.no_grad()
 def _basis_at_ranks(matrices: RankedMatrices, start: Basis, ranks: list[int]) -> Basis:
     """Return the trained matrix of every rank; that of the last one, full rank, serves all other ranks."""
-    trained = matrices(torch.arange(len(ranks), device=matrices.own.device)).cpu()
+    trained = matrices(torch.arange(len(ranks), device=matrices.departures.device)).cpu()
+    # Every rank but full rank has a matrix of its own, of which it uses the first r columns.
     exact = tuple((r, q[..., :r].clone()) for r, q in zip(ranks[:-1], trained, strict=False))
     return Basis(trained[-1], None, exact, start.spectrum)
 

@@ -15,8 +15,8 @@ from lowkey.core.options import option
 from lowkey.core.types import Factors, LayerBases, device_of, head_blocks
 from lowkey.methods.base import CalibrationContext, GradientMethod
 from lowkey.models import families
-from lowkey.ops.products import roots, signs
-from lowkey.ops.schedule import falling
+from lowkey.ops.products import column_signs, root_and_inverse
+from lowkey.ops.schedule import warmup_cosine
 from lowkey.probes import model_probe
 from lowkey.probes.gradients import GradientMoments
 
@@ -25,7 +25,7 @@ DIVERGENCE_WINDOWS = 8  # how many of them, at most
 JOINT_WARMUP = 0.1  # share of the steps
 BETAS = (0.9, 0.98)  # of Adam
 GRADIENT_RIDGE = 1e-6  # added to second moments, relative to their mean eigenvalue
-TRAINING_FILE = "training"  # name of the unfinished training in the work folder
+MAP_TRAINING_FILE = "training"  # name of the unfinished training in the work folder
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class WhitenedMaps:
 
     def __init__(self, moment: Tensor, down: Tensor, up: Tensor, device: torch.device) -> None:
         """moment: C (G, n, n); down (G, n, r) and up (h, r, d): the maps to start from."""
-        root, inverse = roots(moment, GRADIENT_RIDGE)
+        root, inverse = root_and_inverse(moment, GRADIENT_RIDGE)
         self.t = moment.shape[-1] // up.shape[-1]
         white_down, white_up = root @ down.double(), side_by_side(up, self.t).double() @ inverse
         # Each pair of a column of `down` and a row of `up` is scaled so that the column has norm 1.
@@ -101,7 +101,9 @@ class WhitenedMaps:
     def balanced(self) -> tuple[Tensor, Tensor]:
         """Return `maps` on the CPU, each column and its row of equal norms, as `fisher-svd` has them."""
         down, up = (self.inverse @ self.down).cpu(), (self.up @ self.root).cpu()
-        scale = (up.norm(dim=-1, keepdim=True).mT / down.norm(dim=-2, keepdim=True)).sqrt() * signs(down)
+        scale = (up.norm(dim=-1, keepdim=True).mT / down.norm(dim=-2, keepdim=True)).sqrt() * column_signs(
+            down
+        )
         return down * scale, per_head_maps(up / scale.mT, self.t)
 
 
@@ -154,7 +156,7 @@ class MapTraining:
             for p, gradient in zip(self.parameters, torch.autograd.grad(loss, self.parameters), strict=True):
                 p.grad = gradient
             for group in optimizer.param_groups:
-                group["lr"] = lr * falling(step, steps, JOINT_WARMUP)
+                group["lr"] = lr * warmup_cosine(step, steps, JOINT_WARMUP)
             optimizer.step()
             if (step + 1) % max(1, steps // JOINT_JUDGEMENTS) == 0 or step + 1 == steps:
                 judged = self.held_out_loss()
@@ -203,7 +205,7 @@ class MapTraining:
             "widths": self._widths(),
         }
         tensors |= optimizer_state.tensors_of(optimizer)
-        files.write_work(self.context.work, TRAINING_FILE, tensors)
+        files.write_work(self.context.work, MAP_TRAINING_FILE, tensors)
 
     def _widths(self) -> Tensor:
         """Return the widths of all latents.
@@ -215,7 +217,7 @@ class MapTraining:
     def _saved(self) -> dict[str, Tensor] | None:
         """Return the saved training, or None if there is none or it is that of other ranks."""
         work = self.context.work
-        tensors = files.read_work(work, TRAINING_FILE)
+        tensors = files.read_work(work, MAP_TRAINING_FILE)
         if work is None or tensors is None:
             return None
         widths = self._widths()

@@ -1,5 +1,4 @@
-"""The adaptation to transformers: which architectures are known, how a model is found and loaded, and the one
-attention function.
+"""The adaptation to transformers: known architectures, loading of models, and the one attention function.
 
 `families` is the only module that knows architectures. Imports `core`, `ops`, `backends` and `attention`.
 """

@@ -1,4 +1,4 @@
-"""Adapters that peft puts around a model's modules: which weights are theirs, and which of them are active."""
+"""Adapters that peft puts around the modules of a model: their weights, and which of them are active."""
 
 from __future__ import annotations
 
@@ -7,28 +7,41 @@ from typing import Any
 
 from torch import nn
 
-COMPILED = "_orig_mod"  # what torch.compile calls what it wraps
-INNER = ("base_layer", "original_module")  # what a wrapper wraps
+COMPILED = "_orig_mod"  # the attribute in which torch.compile keeps what it wraps
+INNER = ("base_layer", "original_module")  # the attributes in which peft's wrappers keep what they wrap
 
 
 class Adapters:
-    """Which of a model's weights are adapters (peft's), and which of these are active."""
+    """Tells the weights of a model's adapters from those of the model itself.
+
+    Attributes:
+        wrappers: peft's modules around others, by path, the outermost first.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        found = ((path, m) for path, m in model.named_modules() if any(hasattr(m, name) for name in INNER))
+        candidates = (
+            (path, m) for path, m in model.named_modules() if any(hasattr(m, name) for name in INNER)
+        )
         self.wrappers: dict[str, Any] = {
-            path: m for path, m in found if path and hasattr(m, "active_adapters")
-        }  # the outermost first
+            path: m for path, m in candidates if path and hasattr(m, "active_adapters")
+        }
 
     @staticmethod
     def active(wrapper: Any) -> list[str]:
-        """Those that the wrapper adds to what it wraps; merged ones are in the weights already."""
+        """The names of the adapters that a wrapper adds; merged ones are in the weights already."""
         off = wrapper.disable_adapters or getattr(wrapper, "merged_adapters", ())
         return [] if off else sorted(wrapper.active_adapters)
 
-    def plain(self, name: str) -> str | None:
-        """What a state-dict entry would be called without wrappers; None for an adapter that is not active.
-        Active ones are called by number, so that the name that a user gave them does not count."""
+    def plain_name(self, name: str) -> str | None:
+        """What a state-dict entry would be called without wrappers.
+
+        Args:
+            name: of the entry.
+
+        Returns:
+            The name; None for an adapter that is not active. Active adapters are called by number, so that
+            the name that a user gave them does not count.
+        """
         parts, inner = name.split("."), set()
         for path, wrapper in self.wrappers.items():
             if not name.startswith(f"{path}."):
@@ -37,12 +50,13 @@ class Adapters:
             if parts[depth] in INNER or f"{path}.{parts[depth]}" in self.wrappers:
                 inner.add(depth)
                 continue
-            return self._adapter(wrapper, path, ".".join(parts[depth:]))
+            return self._adapter_name(wrapper, path, ".".join(parts[depth:]))
         return ".".join(part for i, part in enumerate(parts) if i not in inner and part != COMPILED)
 
-    def _adapter(self, wrapper: Any, path: str, rest: str) -> str | None:
-        active, kinds = self.active(wrapper), _kinds(wrapper)
-        if not kinds:  # not one of peft's own: everything counts
+    def _adapter_name(self, wrapper: Any, path: str, rest: str) -> str | None:
+        """As `plain_name`, for an entry `rest` of the wrapper at `path`."""
+        active, kinds = self.active(wrapper), _adapter_attributes(wrapper)
+        if not kinds:  # not one of peft's own wrappers: everything counts
             return f"{path}: {rest}" if active else None
         for i, adapter in enumerate(active):
             for kind in kinds:
@@ -50,25 +64,26 @@ class Adapters:
                     return f"{path}: {kind} {i}{rest.removeprefix(f'{kind}.{adapter}')}"
         return None
 
-    def words(self) -> Iterator[tuple]:
-        """Numbers that are no weights: scaling, rank, variants."""
+    def settings(self) -> Iterator[tuple]:
+        """What active adapters are made of beside weights: scaling, rank, variants."""
         for path, wrapper in self.wrappers.items():
             active = self.active(wrapper)
-            if not _kinds(wrapper) and active:
+            if not _adapter_attributes(wrapper) and active:
                 yield (path, active)
             for i, adapter in enumerate(active):
-                for kind in _kinds(wrapper):
-                    known = _attribute(wrapper, kind)
+                for kind in _adapter_attributes(wrapper):
+                    known = _dotted_attribute(wrapper, kind)
                     value = known[adapter] if hasattr(known, "keys") and adapter in known else None
                     if isinstance(value, bool | int | float | str | list | tuple):
                         yield (path, kind, i, str(value))
 
 
-def _kinds(wrapper: Any) -> tuple[str, ...]:
+def _adapter_attributes(wrapper: Any) -> tuple[str, ...]:
+    """The attributes in which a wrapper keeps something for each adapter."""
     return (*getattr(wrapper, "adapter_layer_names", ()), *getattr(wrapper, "other_param_names", ()))
 
 
-def _attribute(module: Any, dotted: str) -> Any:
+def _dotted_attribute(module: Any, dotted: str) -> Any:
     for name in dotted.split("."):
         module = getattr(module, name, None)
     return module

@@ -1,8 +1,8 @@
-"""The one attention function we register with transformers, and what passes through it.
+"""The one attention function that we register with transformers, and what passes through it.
 
-A cache layer of ours returns an `Incoming` in the place of keys and values; it reaches this function
-untouched, which hands the query to that layer. Plain tensors (a stock cache, a sliding layer) go to
-transformers' own SDPA function.
+A cache layer of ours returns an `Incoming` in the place of keys and values. transformers passes it on to this
+function untouched, which hands the query to that layer. Plain tensors, of a stock cache or a sliding layer,
+go to transformers' own SDPA function.
 """
 
 from __future__ import annotations
@@ -22,13 +22,24 @@ from lowkey.core.types import LowkeyError
 from lowkey.models import families
 
 ATTENTION_NAME = "lowkey"
-UNCOMPILED = "lowkey: a cache grows from step to step and a graph does not, so it runs between compiled parts; leave out fullgraph=True"
+UNCOMPILED = (  # shown by torch.compile
+    "lowkey: a cache grows from step to step and a graph does not, so it runs between compiled parts; leave "
+    "out fullgraph=True"
+)
 
 
 @dataclass(frozen=True)
 class Call:
-    """One attention call. query (b, h, g, t, d); mask (b|1, t, s) over all tokens seen, or None for causal
-    without padding; positions (b|1, t) of the new tokens, or None when the model gives none."""
+    """One attention call.
+
+    Args:
+        query: (b, h, g, t, d), rotated.
+        mask: (b|1, t, s) over all tokens seen, True where a query may attend; None for causal attention
+            without padding.
+        positions: (b|1, t), of the new tokens; None if the model does not give them.
+        scaling: what scores are multiplied with.
+        softcap: the soft cap of scores, or None.
+    """
 
     query: Tensor
     mask: Tensor | None
@@ -37,7 +48,14 @@ class Call:
     softcap: float | None
 
     def full_mask(self, seen: int) -> Tensor | None:
-        """The mask written out: (b|1, t, seen), or None when every query sees everything."""
+        """The mask written out.
+
+        Args:
+            seen: tokens seen, the new ones included.
+
+        Returns:
+            (b|1, t, seen), or None if every query sees everything.
+        """
         t = self.query.shape[3]
         if self.mask is not None or t == 1:
             return self.mask
@@ -45,45 +63,71 @@ class Call:
 
 
 class AttendingLayer(Protocol):
-    """What a cache layer of ours offers the attention function."""
+    """A cache layer that stores new tokens and computes attention itself."""
 
     def attend(self, keys: Tensor, values: Tensor, call: Call) -> Tensor:
-        """Store keys and values (b, h, t, d) and answer the call: (b, h, g, t, d)."""
+        """Store new tokens and answer the call.
+
+        Args:
+            keys: rotated keys (b, h, t, d).
+            values: (b, h, t, d).
+            call: queries, mask and positions.
+
+        Returns:
+            (b, h, g, t, d).
+        """
         ...
 
     def attend_succeeded(self) -> None:
-        """`attend` ended well."""
+        """Called when `attend` returned."""
         return None
 
     def attend_failed(self) -> None:
-        """It did not, or the call was refused: what this forward pass has stored is undone, in every layer."""
+        """Called when `attend` or a check before it raised: undo this forward pass in every layer."""
         return None
 
 
 @dataclass(frozen=True)
 class Incoming:
-    """New keys and values (b, h, t, d) on their way to a layer; they are stored when the query arrives."""
+    """New keys and values on their way to a layer, which stores them when the query arrives.
+
+    Args:
+        layer: the layer.
+        keys: rotated keys (b, h, t, d).
+        values: (b, h, t, d).
+    """
 
     layer: AttendingLayer
     keys: Tensor
     values: Tensor
 
 
-def as_cast(x: Tensor) -> Tensor:
-    """In the dtype that SDPA gives its arguments: under autocast rotated keys may still be wider than values."""
+def cast_for_autocast(x: Tensor) -> Tensor:
+    """A tensor in the dtype that autocast, if it is on, gives the arguments of attention.
+
+    Without this, rotated keys may be of a wider dtype than values.
+    """
     device = x.device.type
     casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     return x.to(torch.get_autocast_dtype(device)) if casts else x
 
 
 def attach(model: PreTrainedModel) -> PreTrainedModel:
-    """Make the text decoder of `model` use our attention function, through transformers' public call; a stock
-    cache behaves as before.
+    """Make a model use our attention function, so that it can fill our caches.
 
-    Errors: LowkeyError for a family that is not supported.
+    Only the text decoder changes, through transformers' public call. A stock cache behaves as before.
+
+    Args:
+        model: any supported model.
+
+    Returns:
+        The same model.
+
+    Raises:
+        LowkeyError: for a family that is not supported.
     """
     families.family(model.config)
-    if not families.stores_its_own(model.config):
+    if not families.stores_own_form(model.config):
         families.geometry(model)
     AttentionInterface.register(ATTENTION_NAME, attention)
     # class-wide: a mask function set on one object is ignored
@@ -94,6 +138,7 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def attached(model: PreTrainedModel) -> bool:
+    """Whether `attach` was called with this model."""
     return model.config.get_text_config()._attn_implementation == ATTENTION_NAME
 
 
@@ -109,7 +154,26 @@ def attention(
     position_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature: query (b, H, t, d) -> (b, t, H, d), no weights."""
+    """Attention with transformers' signature.
+
+    Args:
+        module: the attention module that calls.
+        query: (b, H, t, d).
+        key: (b, h, s, d), or the `Incoming` that a layer of ours returned.
+        value: the same.
+        attention_mask: (b|1, 1|H, t, s), boolean; None for causal attention.
+        scaling: what scores are multiplied with; None for d ** -0.5.
+        dropout: for stock caches.
+        softcap: the soft cap of scores, or None.
+        position_ids: (b|1, t), of the new tokens.
+        **kwargs: passed on to SDPA for stock caches.
+
+    Returns:
+        (output (b, t, H, d), None), since weights are never formed.
+
+    Raises:
+        LowkeyError: for what is not supported, like `s_aux` or a float mask.
+    """
     if isinstance(key, Incoming):
         return _through_layer(
             module, query, key, value, attention_mask, scaling, dropout, softcap, position_ids, **kwargs
@@ -123,10 +187,11 @@ def attention(
 def _through_layer(
     module: torch.nn.Module, query: Tensor, key: Incoming, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """A layer of ours is told whether it answered well. Under `torch.compile` it runs as it is, between
-    compiled parts.
+    """Attention by a layer of ours, which is told whether it succeeded.
 
-    Autocast ends here: the layer has taken keys and values in its dtype, and computes in that or wider."""
+    Under `torch.compile` it runs uncompiled, between compiled parts. Autocast is off inside: the layer took
+    keys and values in autocast's dtype, and computes in that or a wider one.
+    """
     try:
         with torch.autocast(query.device.type, enabled=False):
             found = _attention(module, query.to(key.keys.dtype), key, *args, **kwargs)
@@ -149,14 +214,14 @@ def _attention(
     position_ids: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    _refuse(kwargs, attention_mask)
+    _check_supported(kwargs, attention_mask)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if isinstance(key, Incoming):
         mask = _shared_mask(attention_mask, query)
         call = Call(query.unflatten(1, (key.keys.shape[1], -1)), mask, position_ids, scale, softcap)
         out = key.layer.attend(key.keys, key.values, call)
     elif softcap is not None:
-        out = _dense(query, key, value, attention_mask, scale, softcap)
+        out = _softcapped_attention(query, key, value, attention_mask, scale, softcap)
     else:
         return sdpa_attention_forward(
             module,
@@ -173,7 +238,11 @@ def _attention(
 
 
 def _shared_mask(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """A boolean mask (b|1, 1|H, t, s) as the one mask (b|1, t, s) that our layers give to all heads."""
+    """The mask (b|1, t, s) that all heads of our layers get, from one of shape (b|1, 1|H, t, s).
+
+    Raises:
+        LowkeyError: if its heads differ.
+    """
     if mask is None:
         return None
     _check_shape(mask, query)
@@ -197,27 +266,27 @@ def _check_shape(mask: Tensor, query: Tensor) -> None:
         )
 
 
-def _dense(
+def _softcapped_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float
 ) -> Tensor:
-    """Stock keys under soft-capping, which SDPA would silently drop."""
+    """Attention over stock keys with a soft cap, which SDPA would silently leave out."""
     b, heads, h = *query.shape[:2], key.shape[1]
     if mask is not None:
         _check_shape(mask, query)
-    if mask is not None and mask.shape[1] > 1:  # heads with masks of their own, as rows of a batch
+    if mask is not None and mask.shape[1] > 1:  # heads have masks of their own: treat them as sequences
         mask = mask.expand(b, -1, -1, -1).flatten(0, 1)
         query, key, value = (
             x.repeat_interleave(heads // x.shape[1], 1).flatten(0, 1).unsqueeze(1)
             for x in (query, key, value)
         )
-        out = _dense(query, key, value, mask.unsqueeze(1), scaling, softcap)
+        out = _softcapped_attention(query, key, value, mask.unsqueeze(1), scaling, softcap)
         return out.view(b, h, heads // h, *out.shape[3:])
     call = Call(query.unflatten(1, (h, -1)), None if mask is None else mask[:, 0], None, scaling, softcap)
     return grouped.attend([Segment(call.query, key, value, call.full_mask(key.shape[2]))], scaling, softcap)
 
 
-def _refuse(kwargs: dict, mask: Tensor | None) -> None:
-    """What we cannot honour is refused by name, never ignored."""
+def _check_supported(kwargs: dict, mask: Tensor | None) -> None:
+    """Refuse by name what cannot be honoured, and never ignore it. Raises: LowkeyError."""
     if kwargs.get("s_aux") is not None:
         raise LowkeyError(
             "attention sinks (s_aux) are not supported by lowkey; use the model's own attention "

@@ -1,4 +1,7 @@
-"""The only place that knows architectures: which decoders work, where their parts are, how they rotate."""
+"""The only module that knows architectures.
+
+It says which decoders are supported, where their parts are, how they rotate, and how to run one layer alone.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,15 @@ from lowkey.models import weights
 class Family:
     """How one architecture differs from Llama.
 
-    pre_norm: the attention block reads `input_layernorm(hidden)` (else the residual stream itself, as in OLMo
-    2);
-    rope_per_layer_type: the rotary module wants the layer type as a third argument (Gemma 3);
-    fused_qkv: one `qkv_proj` makes queries, keys and values, in this order (Phi-3);
-    fused_mlp: one `gate_up_proj` makes the gate and what it multiplies, in this order (Phi-3);
-    normed: queries and keys pass a norm between their projection and their rotation;
-    no_conversion: why `lowkey.conversion` cannot write it in the decoder of `lowkey.attention`; empty where it can.
+    Args:
+        pre_norm: whether the attention block reads `input_layernorm(hidden)`, and not the residual stream
+            itself as in OLMo 2.
+        rope_per_layer_type: whether the rotary module takes the layer type as a third argument (Gemma 3).
+        fused_qkv: whether one `qkv_proj` makes queries, keys and values, in this order (Phi-3).
+        fused_mlp: whether one `gate_up_proj` makes the gate and what it multiplies, in this order (Phi-3).
+        normed: whether queries and keys pass a norm between their projection and their rotation.
+        no_conversion: why `lowkey.conversion` cannot write it in the decoder of `lowkey.attention`; empty if
+            it can.
     """
 
     pre_norm: bool = True
@@ -63,15 +68,22 @@ REFUSED = {
     "gpt_oss": "its attention sinks (s_aux) are not honoured yet",
 }
 
-CHANGING_ROPE = ("dynamic", "longrope")
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # rope types whose frequencies change with the length
 OWN_TYPE = LowkeyConfig.model_type
-FROM_SCRATCH = "llama"  # what `pretrain` trains where a recipe names no model type
+FROM_SCRATCH = "llama"  # what `pretrain` trains if a recipe names no model type
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The shapes of a decoder's cache. `compressible` are the layers with full attention; sliding ones stay
-    stock.
+    """The shapes of a decoder's cache.
+
+    Args:
+        layers: number of decoder layers.
+        heads: query heads of a layer.
+        kv_heads: KV heads of a layer.
+        head_dim: width of a head.
+        hidden: width of the residual stream.
+        compressible: the indices of the layers with full attention. Sliding layers stay stock.
     """
 
     layers: int
@@ -83,14 +95,20 @@ class Geometry:
 
     @property
     def groups(self) -> int:
+        """Query heads for each KV head."""
         return self.heads // self.kv_heads
 
     def full_bytes_per_token(self, itemsize: int) -> int:
-        """Bytes that stock storage of the compressible layers takes per token."""
+        """Bytes per token of the compressible layers in a stock cache, given the bytes of a number."""
         return len(self.compressible) * 2 * self.kv_heads * self.head_dim * itemsize
 
 
 def family(config: PreTrainedConfig) -> Family:
+    """The family of a model.
+
+    Raises:
+        LowkeyError: for one that is not supported.
+    """
     kind = config.get_text_config().model_type
     if is_own(config):
         return Family(normed=config.get_text_config().qk_norm)
@@ -116,19 +134,21 @@ def convertible() -> list[str]:
 
 
 def check_convertible(config: PreTrainedConfig) -> None:
-    """Errors: LowkeyError for a family that is not among `convertible`."""
+    """Refuse a family that is not among `convertible`. Raises: LowkeyError."""
     kind = config.model_type
     if kind in convertible():
         return
     reason = FAMILIES[kind].no_conversion if kind in FAMILIES else REFUSED.get(kind, "it is not known here")
     raise LowkeyError(
-        f"model of family {kind!r} cannot be converted: {reason}; families that can: {', '.join(convertible())}"
+        f"model of family {kind!r} cannot be converted: {reason}; families that can: "
+        f"{', '.join(convertible())}"
     )
 
 
-def stores_its_own(config: PreTrainedConfig) -> bool:
-    """Whether attention keeps something else than rotated keys and values of every head: then nothing of ours
-    stands in for its cache.
+def stores_own_form(config: PreTrainedConfig) -> bool:
+    """Whether a model's cache holds something else than rotated keys and values of every head.
+
+    No cache of ours can then take its place.
     """
     config = config.get_text_config()
     if not is_own(config):
@@ -141,13 +161,17 @@ def stores_its_own(config: PreTrainedConfig) -> bool:
 
 
 def linear_output(config: PreTrainedConfig) -> bool:
-    """Whether nothing but a linear map follows attention."""
+    """Whether attention is followed by nothing but a linear map, so that value maps can be folded into it."""
     config = config.get_text_config()
     return not is_own(config) or not (config.attn_output_gate or config.head_norm != "none")
 
 
 def geometry(model: PreTrainedModel) -> Geometry:
-    """`shapes` of a model whose cache can be compressed: refuses those with no full-attention layer, too."""
+    """The shapes of a model whose cache can be compressed.
+
+    Raises:
+        LowkeyError: as `shapes`, and for a model without any layer of full attention.
+    """
     found, config = shapes(model), model.config.get_text_config()
     if not found.compressible:
         raise LowkeyError(
@@ -158,24 +182,26 @@ def geometry(model: PreTrainedModel) -> Geometry:
     return found
 
 
-def positions(model: PreTrainedModel) -> int | None:
-    """How many positions the model was made for, or None where its configuration does not say."""
+def max_positions(model: PreTrainedModel) -> int | None:
+    """How many positions a model was made for; None if its config does not say."""
     found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return found if type(found) is int else None
 
 
 def readable_length(model: PreTrainedModel, length: int) -> int:
-    """`length`, or all of the model's positions where it has fewer."""
-    return min(length, positions(model) or length)
+    """`length`, or the number of positions that the model was made for if that is smaller."""
+    return min(length, max_positions(model) or length)
 
 
 def shapes(model: PreTrainedModel) -> Geometry:
-    """Read the cache's shapes off the model. Refuses unsupported families, and models that store something
-    else than keys and values.
+    """The shapes of a model's cache.
+
+    Raises:
+        LowkeyError: for unsupported families, and models that store something else than keys and values.
     """
     family(model.config)
     config = model.config.get_text_config()
-    if stores_its_own(config):
+    if stores_own_form(config):
         raise LowkeyError(
             f"model with attention {config.attention!r} already stores a small form of its own, which plans, "
             "policies and bits do not "
@@ -193,7 +219,7 @@ def shapes(model: PreTrainedModel) -> Geometry:
 
 
 def stored_heads(config: PreTrainedConfig) -> int:
-    """How many heads of keys and values a layer stores."""
+    """The number of KV heads of a layer."""
     return config.num_key_value_heads or config.num_attention_heads
 
 
@@ -203,7 +229,7 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 
 def layer_types(config: PreTrainedConfig) -> Sequence[str]:
-    """One of `full_attention`, `sliding_attention`, ... per layer, as transformers' own caches infer it."""
+    """The type of every layer, like `full_attention`, as transformers' own caches infer it."""
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:
         return kinds
@@ -212,19 +238,23 @@ def layer_types(config: PreTrainedConfig) -> Sequence[str]:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers of a model."""
     return model.get_decoder().layers
 
 
 def attention_input(model: PreTrainedModel, layer: int, hidden: Tensor) -> Tensor:
-    """What the q, k and v projections of a layer read, from the layer's input (b, t, D)."""
+    """What the query, key and value projections of a layer read, given the layer's input (b, t, D)."""
     block = decoder_layers(model)[layer]
     return block.input_layernorm(hidden) if family(model.config).pre_norm else hidden  # type: ignore[operator]
 
 
 @dataclass(frozen=True)
 class ProjectionPart:
-    """Where the model keeps one of its projections: some rows of a linear module, all of them unless it is
-    fused.
+    """One projection of a model: some rows of a linear module, or all rows unless projections are fused.
+
+    Args:
+        linear: the module.
+        rows: which rows of its weight.
     """
 
     linear: nn.Linear
@@ -232,28 +262,28 @@ class ProjectionPart:
 
     def weight(self, heads: int) -> Tensor:
         """A copy (heads, d, D) in fp32 on the CPU."""
-        with weights.at_hand(self.linear):
-            return self._copy(self.linear.weight if self._plain else self._asked(True)).unflatten(
-                0, (heads, -1)
-            )
+        with weights.weights_loaded(self.linear):
+            weight = self.linear.weight if self._is_plain else self._measured(weight=True)
+            return self._copy(weight).unflatten(0, (heads, -1))
 
     def bias(self, heads: int) -> Tensor | None:
         """A copy (heads, d) in fp32 on the CPU, or None."""
         if self.linear.bias is None:
             return None
-        with weights.at_hand(self.linear):
-            return self._copy(self.linear.bias if self._plain else self._asked(False)).unflatten(
-                0, (heads, -1)
-            )
+        with weights.weights_loaded(self.linear):
+            bias = self.linear.bias if self._is_plain else self._measured(weight=False)
+            return self._copy(bias).unflatten(0, (heads, -1))
 
     @property
-    def _plain(self) -> bool:
+    def _is_plain(self) -> bool:
+        """Whether the module is a plain linear map, whose weight says what it does."""
         return type(self.linear) is nn.Linear
 
     @torch.no_grad()
-    def _asked(self, weight: bool) -> Tensor:
-        """Weight or bias of what the module does: an adapter around it (LoRA), or a scale of quantised
-        weights, is not in its own.
+    def _measured(self, weight: bool) -> Tensor:
+        """The weight or the bias of the map that the module computes, measured by applying it.
+
+        An adapter around it (LoRA), or a scale of quantised weights, is not in the module's own weight.
         """
         wide = next(
             (p.dtype for p in self.linear.parameters() if p.is_floating_point() and p.dtype.itemsize > 1),
@@ -264,13 +294,14 @@ class ProjectionPart:
         return (self.linear(torch.eye(size).to(like)) - bias).mT if weight else bias
 
     def _copy(self, parameter: Tensor) -> Tensor:
+        """A copy of this part's rows, in fp32 on the CPU."""
         return parameter.detach()[self.rows].to("cpu", torch.float32, copy=True)
 
 
 def projection_parts(
     model: PreTrainedModel, layer: int
 ) -> tuple[ProjectionPart, ProjectionPart, ProjectionPart]:
-    """The live query, key and value projections of a layer: rows (H d, D), (h d, D) and (h d, D)."""
+    """The query, key and value projections of a layer, with rows (H d, D), (h d, D) and (h d, D)."""
     if not family(model.config).fused_qkv:
         q, k, v = (_attention_part(model, layer, f"{name}_proj") for name in "qkv")
         return q, k, v
@@ -291,12 +322,20 @@ def _attention_part(
 
 @dataclass(frozen=True)
 class Projections:
-    """Weights of one layer's attention, copies in fp32 on the CPU. Row vectors: keys = inputs @ k[h].T +
-    k_bias[h].
+    """Copies of the weights of one layer's attention, in fp32 on the CPU.
 
-    q (H, d, D), k and v (h, d, D), o (H, D, d); the biases q_bias (H, d), k_bias and v_bias (h, d), or None.
-    normed: keys and queries pass a norm between their projection and their rotation, which is not in these
-    weights.
+    Row vectors: keys = inputs @ k[h].T + k_bias[h].
+
+    Args:
+        q: (H, d, D).
+        k: (h, d, D).
+        v: (h, d, D).
+        o: (H, D, d).
+        q_bias: (H, d) or None.
+        k_bias: (h, d) or None.
+        v_bias: (h, d) or None.
+        normed: whether keys and queries pass a norm between their projection and their rotation, which is
+            not in these weights.
     """
 
     q: Tensor
@@ -310,7 +349,7 @@ class Projections:
 
 
 def projections(model: PreTrainedModel, layer: int) -> Projections:
-    """Read the weights of a layer's attention off the model, for every family and kind of layer."""
+    """Read the weights of a layer's attention, for every family and type of layer."""
     shape = shapes(model)
     q, k, v = projection_parts(model, layer)
     out = _attention_part(model, layer, "o_proj").weight(1)[0]
@@ -327,7 +366,7 @@ def projections(model: PreTrainedModel, layer: int) -> Projections:
 
 
 def weights_outside_attention(model: PreTrainedModel) -> dict[str, Tensor]:
-    """All other weights, by the names that Llama has for them."""
+    """All weights but those of attention, by the names that Llama has for them."""
     state = {name: tensor for name, tensor in model.state_dict().items() if ".self_attn." not in name}
     if not family(model.config).fused_mlp:
         return state
@@ -339,7 +378,12 @@ def weights_outside_attention(model: PreTrainedModel) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Rope:
-    """The model's own rotary module, asked at chosen positions."""
+    """The model's own rotary embedding, for positions of choice.
+
+    Args:
+        module: the rotary module.
+        layer_type: the type of layer to ask it for; None if it does not depend on that.
+    """
 
     module: Callable[..., tuple[Tensor, Tensor]]
     layer_type: str | None
@@ -348,8 +392,7 @@ class Rope:
         """(cos, sin), each (b, s, p), in the dtype of `like`, as the decoder layer wants them."""
         args = (like, positions) if self.layer_type is None else (like, positions, self.layer_type)
         found = self.module(*args)
-        # accelerate leaves it where the rotary module is, which on several devices is not where every layer
-        # is
+        # with several devices, the rotary module need not be on the device of this layer
         return found if found[0].device == like.device else send_to_device(found, like.device)
 
     def __call__(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -359,27 +402,32 @@ class Rope:
 
 
 def rope(model: PreTrainedModel, layer: int) -> Rope:
+    """The rotary embedding of a layer."""
     config = model.config.get_text_config()
     kind = layer_types(config)[layer] if family(config).rope_per_layer_type else None
     return Rope(rotary_module(model), kind)
 
 
 def rotary_module(model: PreTrainedModel) -> Any:
-    """What makes cos and sin of positions in all layers: a class of each architecture's own."""
+    """The module that computes cos and sin of positions for all layers. Each architecture has its class."""
     return model.get_decoder().rotary_emb
 
 
 def narrower_rope(rope: Rope, config: PreTrainedConfig) -> Rope:
-    """What a model of the same family would turn its heads with under another config."""
+    """The rotary embedding that a model of the same family would have under another config."""
     inner, kind = cast(Any, config.get_text_config()), cast(Any, type(rope.module))
     return replace(rope, module=rotary(inner) if is_own(inner) else kind(config=inner))
 
 
 def check_layout(model: PreTrainedModel, layout: Layout) -> None:
-    """`pre_rope` rotates stored keys again at every read, which is wrong when frequencies change with the
-    length.
+    """Refuse layout `pre_rope` for a model whose rotary frequencies change with the length.
+
+    That layout rotates stored keys again at every read, and they would be rotated by other frequencies.
+
+    Raises:
+        LowkeyError: for such a model and layout.
     """
-    kind = changing_rope(model)
+    kind = length_dependent_rope(model)
     if layout == "pre_rope" and kind:
         raise LowkeyError(
             f"layout 'pre_rope': rope_type {kind!r} changes its frequencies with the length; use layout "
@@ -387,24 +435,34 @@ def check_layout(model: PreTrainedModel, layout: Layout) -> None:
         )
 
 
-def changing_rope(model: PreTrainedModel) -> str | None:
-    """The kind of rotary embedding of the layers with full attention, if its frequencies change with the
-    length.
-    """
+def length_dependent_rope(model: PreTrainedModel) -> str | None:
+    """The rope type of the full-attention layers if its frequencies change with the length, else None."""
     kind = rope_parameters(model.config).get("rope_type", "default")
-    return kind if kind in CHANGING_ROPE else None
+    return kind if kind in LENGTH_DEPENDENT_ROPE else None
 
 
 def rope_parameters(config: PreTrainedConfig) -> dict[str, Any]:
-    """Those of the layers with full attention: some families (Gemma 3) keep a set for each type of layer."""
+    """The rope parameters of the layers with full attention.
+
+    Some families (Gemma 3) keep a set for each type of layer.
+    """
     found = getattr(config.get_text_config(), "rope_parameters", None) or {}
     own = found.get("full_attention")
     return own if isinstance(own, dict) else found
 
 
 def run_layer(model: PreTrainedModel, layer: int, block: nn.Module, hidden: Tensor, cache: object) -> Tensor:
-    """One decoder layer on unpadded inputs (b, t, D) at positions 0..t-1, through the cache given. Returns
-    (b, t, D).
+    """Run one decoder layer on its own.
+
+    Args:
+        model: the model that the layer is of.
+        layer: its index.
+        block: the layer, or a copy.
+        hidden: inputs (b, t, D) without padding, at positions 0 to t - 1.
+        cache: what keys and values pass through; None for no cache.
+
+    Returns:
+        (b, t, D).
     """
     positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
     out = block(
@@ -418,7 +476,7 @@ def run_layer(model: PreTrainedModel, layer: int, block: nn.Module, hidden: Tens
 
 
 def _window_mask(model: PreTrainedModel, layer: int, positions: Tensor) -> Tensor | None:
-    """A boolean (1, 1, t, t) mask for a sliding layer; None, plain causal, for the others."""
+    """The mask (1, 1, t, t) of a sliding layer; None, for causal attention, of other layers."""
     config = model.config.get_text_config()
     if layer_types(config)[layer] != "sliding_attention":
         return None
@@ -427,12 +485,13 @@ def _window_mask(model: PreTrainedModel, layer: int, positions: Tensor) -> Tenso
 
 
 def head_maps(model: PreTrainedModel, layer: int) -> HeadMaps:
-    """What every query head of a layer amounts to as linear maps, (H, d, D) each; those of a KV head are
-    repeated for its group.
+    """The linear maps (H, d, D) of every query head of a layer.
+
+    The maps of a KV head are repeated for its query heads, and the weights of norms are included.
     """
     block: Any = decoder_layers(model)[layer].self_attn
     if is_own(model.config):
-        with weights.at_hand(block):
+        with weights.weights_loaded(block):
             return block.head_maps()
     found = projections(model, layer)
     q, k = found.q, found.k
@@ -444,8 +503,10 @@ def head_maps(model: PreTrainedModel, layer: int) -> HeadMaps:
 
 @torch.no_grad()
 def _norm_weight(norm: Any, head_dim: int) -> Tensor:
-    """What an RMSNorm over a head or over all heads (OLMo 2) multiplies by, (1|heads, d, 1). The norm is
-    asked, as families keep the number itself or the number less one; the vector is long, so that the norm's
-    epsilon does not count."""
-    asked = torch.full((norm.weight.numel(),), 2.0**10, device=device_of(norm))
-    return norm(asked).view(-1, head_dim, 1).to("cpu", torch.float32)
+    """What an RMSNorm over a head, or over all heads (OLMo 2), multiplies by: (1|heads, d, 1).
+
+    It is measured, since families store the factor itself or the factor less one. The vector that is normed
+    is long, so that the norm's epsilon does not count.
+    """
+    long_vector = torch.full((norm.weight.numel(),), 2.0**10, device=device_of(norm))
+    return norm(long_vector).view(-1, head_dim, 1).to("cpu", torch.float32)

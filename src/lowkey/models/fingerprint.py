@@ -1,4 +1,4 @@
-"""Short names for models and texts, so that what was made with one is not used with another."""
+"""Fingerprints of models and texts, so that what was made with one is not used with another."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from lowkey.core.types import LowkeyError
 from lowkey.models import families, weights
 from lowkey.models.adapters import Adapters
 
-RULE_VERSION = (
-    "2:"  # what a fingerprint says is as good as the rule it was taken by; the first rule had no mark
-)
-Read = dict[int, dict[tuple, bytes]]  # checksums of what lies at a place in memory
+RULE_VERSION = "2:"  # of how fingerprints are taken, with which they begin; those of the first had no mark
+Read = dict[int, dict[tuple, bytes]]
+"""Checksums that were taken before, by address in memory, then by dtype, shape and strides."""
 WORDS_PER_ROW = 1024  # 64-bit words in a row of the checksum
 ROUNDED_AT_ONCE = 2**18  # numbers that are rounded at a time on a CPU, so that they stay in its cache
 
@@ -75,30 +74,32 @@ IRRELEVANT = frozenset(
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
-    """Of the config, but for IRRELEVANT fields, of every number of every weight, rounded to bfloat16, and of
-    the active adapters.
+    """The fingerprint of a model: of its config, its weights and its active adapters.
 
-    Rounding makes a model loaded in float32 and in bfloat16 the same model. Adapters (peft's) that are not
-    active or are disabled do not count, nor what they are called; a base model is the same with and without a
-    wrapper. Takes about as long as the model takes for a token, as both read all weights once.
-    Errors: LowkeyError for weights without numbers, or of a kind that cannot be read.
+    All fields of the config count but IRRELEVANT ones. Every number of every weight counts, rounded to
+    bfloat16, so a model loaded in float32 and in bfloat16 is the same. peft's adapters count if they are
+    active, whatever they are called; a base model is the same with and without a wrapper around it. This
+    takes about as long as the model takes for a token: both read all weights once.
+
+    Raises:
+        LowkeyError: for weights without numbers, or of a kind that cannot be read.
     """
     wrapped: Any = model
     base = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
     adapters = Adapters(base)
     parts = {
-        "config": config_words(base.config).encode(),
-        "adapters": repr(sorted(adapters.words())).encode(),
+        "config": config_text(base.config).encode(),
+        "adapters": repr(sorted(adapters.settings())).encode(),
     }
     # tied weights are read once
-    read: Read = {weights.place(p): {} for p in base.parameters() if not p.is_meta}
-    # of a peft model that adds tokens of its own to every text
+    read: Read = {weights.storage_address(p): {} for p in base.parameters() if not p.is_meta}
+    # some of peft's methods add trained tokens to every text
     prompts = getattr(wrapped, "prompt_encoder", {})
     for i, adapter in enumerate(sorted(wrapped.active_adapters) if prompts else ()):
         for name, value in prompts[adapter].state_dict().items() if adapter in prompts else ():
             parts[f"prompt {i} {name}"] = _digest(value, name, read)
-    for name, value in weights.entries(base):
-        plain = adapters.plain(name)
+    for name, value in weights.state_entries(base):
+        plain = adapters.plain_name(name)
         if plain is not None:
             parts[f"weight {plain}"] = _digest(value, name, read)
     digest = hashlib.sha256()
@@ -108,57 +109,87 @@ def model_fingerprint(model: PreTrainedModel) -> str:
 
 
 def check_model(what: str, name: object, wanted: object, model: PreTrainedModel, remedy: str) -> None:
-    """Refuse another model than that of the fingerprint `wanted`. Errors: LowkeyError."""
+    """Refuse a model that something was not made for.
+
+    Args:
+        what: what was made, for messages.
+        name: of the model that it was made for, for messages.
+        wanted: the fingerprint of that model.
+        model: the model at hand.
+        remedy: what the user should do, for messages.
+
+    Raises:
+        LowkeyError: if the fingerprints differ.
+    """
     found = model_fingerprint(model)
     if wanted == found:
         return
     if not str(wanted).startswith(RULE_VERSION):
-        why = "was made by an earlier version of lowkey, whose fingerprints left out numbers that change outputs"
-        raise LowkeyError(f"{what} {why}; {remedy}")
+        raise LowkeyError(
+            f"{what} was made by an earlier version of lowkey, whose fingerprints left out numbers that "
+            f"change outputs; {remedy}"
+        )
     raise LowkeyError(
         f"{what} was made for model {name!r} ({str(wanted)[:14]}), this one is {found[:14]}; {remedy}"
     )
 
 
 class FillingModel:
-    """Which model filled a cache: what it was when the first tokens came, and whether it has been another one
-    at a later turn.
+    """The model that fills a cache, watched for changes between turns.
+
+    Args:
+        model: the model.
+        fingerprint: its fingerprint, if the cache holds tokens already; None for an empty cache.
+
+    Attributes:
+        model: a weak reference to the model.
+        at_first: the fingerprint when the first tokens came; None before.
+        error: why no fingerprint could be taken, or None.
+        changed: whether it was another model at a later turn.
     """
 
-    def __init__(self, model: PreTrainedModel, found: str | None = None) -> None:
-        self.model, self.found, self.changed = weakref.ref(model), found, False
-        self.trouble: LowkeyError | None = None
-        self._marks = None if found is None else _marks(model)
+    def __init__(self, model: PreTrainedModel, fingerprint: str | None = None) -> None:
+        self.model, self.at_first, self.changed = weakref.ref(model), fingerprint, False
+        self.error: LowkeyError | None = None
+        self._marks = None if fingerprint is None else _quick_marks(model)
 
     @torch.compiler.disable
-    def look(self, tokens: int, first: bool) -> None:
-        """So many tokens are about to be stored, the first ones perhaps. For these all weights are read;
-        later, only where something seems to have changed, and not for single tokens, since a look takes
-        longer than is fit for a step of decoding."""
+    def observe(self, tokens: int, first: bool) -> None:
+        """Look at the model before it stores tokens.
+
+        For the first tokens, all weights are read. Later they are read only if quick marks have changed, and
+        never for single tokens: a step of decoding must not take so long.
+
+        Args:
+            tokens: how many are about to be stored.
+            first: whether the cache is empty.
+        """
         model = self.model()
-        if model is None or (not first and (self.found is None or tokens < 2)):
+        if model is None or (not first and (self.at_first is None or tokens < 2)):
             return
         if first:
-            self.found, self.trouble, self.changed = None, None, False
+            self.at_first, self.error, self.changed = None, None, False
             try:
-                self.found = model_fingerprint(model)
-            except LowkeyError as error:  # matters only to those who save the cache
-                self.trouble = error
-            self._marks = _marks(model)
-        elif self._marks != (marks := _marks(model)):
-            self._marks, self.changed = marks, self.changed or model_fingerprint(model) != self.found
+                self.at_first = model_fingerprint(model)
+            except LowkeyError as error:  # matters only if the cache is saved
+                self.error = error
+            self._marks = _quick_marks(model)
+        elif self._marks != (marks := _quick_marks(model)):
+            self._marks, self.changed = marks, self.changed or model_fingerprint(model) != self.at_first
 
-    def name(self) -> str:
-        """The fingerprint, for saving. Errors: LowkeyError when the model is gone or is not what filled the
-        cache.
+    def fingerprint(self) -> str:
+        """The fingerprint of the model, for saving the cache.
+
+        Raises:
+            LowkeyError: if the model is gone, or is not the one that filled the cache.
         """
         model = self.model()
         if model is None:
             raise LowkeyError("cache: its model is gone; save while the model is loaded")
-        if self.trouble:
-            raise self.trouble
+        if self.error:
+            raise self.error
         now = model_fingerprint(model)
-        if self.changed or self.found not in (None, now):
+        if self.changed or self.at_first not in (None, now):
             remedy = (
                 "fill a cache again"
                 if self.changed
@@ -171,34 +202,37 @@ class FillingModel:
         return now
 
 
-def _marks(model: PreTrainedModel) -> tuple:
-    """What differs after most changes to a model, at no cost to speak of: where weights are, how often they
-    were written, adapters.
+def _quick_marks(model: PreTrainedModel) -> tuple:
+    """What most changes to a model change, at almost no cost.
+
+    Where weights are, how often they were written, the config and the adapters.
     """
-    places = [(weights.place(p), 0 if p.is_inference() else p._version) for p in model.parameters()]
+    places = [(weights.storage_address(p), 0 if p.is_inference() else p._version) for p in model.parameters()]
     adapters = Adapters(model)
     named = [adapters.active(wrapper) for wrapper in adapters.wrappers.values()]
-    return hash(tuple(places)), config_words(model.config), repr(named), repr(sorted(adapters.words()))
+    return hash(tuple(places)), config_text(model.config), repr(named), repr(sorted(adapters.settings()))
 
 
 def data_fingerprint(ids: Tensor) -> str:
+    """The sha256 of token ids."""
     return hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()
 
 
 # -- the config
 
 
-def config_words(config: PreTrainedConfig) -> str:
-    """What counts of a config, in a form that does not depend on how its numbers are written.
+def config_text(config: PreTrainedConfig) -> str:
+    """The fields of a config that count, in a form that does not depend on how numbers are written.
 
-    A field at its class's default is left out, so that one that a later transformers adds makes no other
-    model of the same checkpoint; layer types are written out, since some versions infer them.
+    A field at its class's default is left out: a later transformers may add fields, and a checkpoint must
+    stay the same model. Layer types are written out, since some versions infer them.
     """
     text = config.get_text_config()
     return json.dumps([_told(config, text), list(families.layer_types(text))], sort_keys=True, default=str)
 
 
 def _told(config: PreTrainedConfig, text: PreTrainedConfig) -> dict[str, Any]:
+    """The fields of a config that count, given the config of its text decoder."""
     usual = {} if config.has_no_defaults_at_init else type(config)().to_dict()
     found: dict[str, Any] = {"model_type": config.model_type}
     for name, value in config.to_dict().items():
@@ -213,7 +247,7 @@ def _told(config: PreTrainedConfig, text: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Lists for tuples, floats for integers, text for keys."""
+    """A value with lists for tuples, floats for integers, and text for keys."""
     if isinstance(value, dict):
         return {str(key): _plain(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list | tuple):
@@ -225,8 +259,9 @@ def _plain(value: Any) -> Any:
 
 
 def _digest(value: Any, name: str, read: Read) -> bytes:
-    """Of one entry of a state dict, which need not be a tensor: packed and quantised weights come with types,
-    tuples and text.
+    """The checksum of one entry of a state dict.
+
+    It need not be a tensor: packed and quantised weights come with types, tuples and text.
     """
     if isinstance(value, Tensor):
         return _tensor(value, name, read)
@@ -243,14 +278,11 @@ def _digest(value: Any, name: str, read: Read) -> bytes:
 
 
 def _tensor(t: Tensor, name: str, read: Read) -> bytes:
+    """The checksum of a tensor of whatever library."""
     try:
         return _numbers(t, name, read)
-    except (
-        AttributeError,
-        NotImplementedError,
-        RuntimeError,
-        TypeError,
-    ) as error:  # tensors of other libraries may do anything
+    # tensors of other libraries may do anything
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0][:120].rstrip(". ")
         raise LowkeyError(
             f"model: weight {name} cannot be read ({why}); use the model without quantisation"
@@ -259,8 +291,9 @@ def _tensor(t: Tensor, name: str, read: Read) -> bytes:
 
 @torch.no_grad()
 def _numbers(t: Tensor, name: str, read: Read) -> bytes:
+    """The checksum of a tensor's shape and numbers, taken once for tied weights."""
     if t.is_meta:
-        raise weights.without_numbers(name)
+        raise weights.missing_numbers(name)
     if hasattr(t, "full_tensor"):  # one that is spread over devices
         t = t.full_tensor()
     if t.is_quantized:
@@ -270,7 +303,7 @@ def _numbers(t: Tensor, name: str, read: Read) -> bytes:
             part.encode() + _tensor(getattr(t, part), name, {}) for part in t.__tensor_flatten__()[0]
         )
     t = t.detach().as_subclass(Tensor)
-    # what is offloaded has no place of its own
+    # offloaded weights have no address of their own, and are not in `read`
     key, known = (t.dtype, t.shape, t.stride()), read.get(t.data_ptr(), {})
     if key not in known:
         known[key] = repr(tuple(t.shape)).encode() + tensor_checksum(t)
@@ -278,18 +311,18 @@ def _numbers(t: Tensor, name: str, read: Read) -> bytes:
 
 
 def tensor_checksum(t: Tensor) -> bytes:
-    """Of every number of a tensor, in bfloat16 where it is floating-point: the sums, modulo 2^64, of the rows
-    and of the columns of its bits as words of 64, laid out in rows of WORDS_PER_ROW. No single change leaves them as
-    they were, nor does a move of numbers within a row or of rows. Exact, so the same on every device."""
+    """A checksum of every number of a tensor; floating-point numbers count as bfloat16.
+
+    The bits are laid out as 64-bit words in rows of WORDS_PER_ROW. The checksum is the sums, modulo 2^64, of
+    the rows and of the columns. Any single change alters it, and so does a move of numbers within a row or a
+    move of rows. The sums are exact, so they are the same on every device.
+    """
     flat = t.contiguous().flatten()
     size = WORDS_PER_ROW * 8 // (2 if _rounds(flat) else flat.element_size())
     whole = flat.numel() // size * size
     columns, rows = torch.zeros(WORDS_PER_ROW, dtype=torch.int64, device=t.device), []
-    for part in (
-        flat[:whole].split(max(size, ROUNDED_AT_ONCE if t.device.type == "cpu" else 2**8 * ROUNDED_AT_ONCE))
-        if whole
-        else ()
-    ):
+    at_once = max(size, ROUNDED_AT_ONCE if t.device.type == "cpu" else 2**8 * ROUNDED_AT_ONCE)
+    for part in flat[:whole].split(at_once) if whole else ():
         words = _bits(part).view(torch.int64).view(-1, WORDS_PER_ROW)
         columns += words.sum(0)
         rows.append(words.sum(1))
@@ -298,13 +331,14 @@ def tensor_checksum(t: Tensor) -> bytes:
 
 
 def _bits(part: Tensor) -> Tensor:
-    """As a tensor that may be read as integers: a copy where its own place in memory does not allow that."""
-    part = (
-        part.to(torch.bfloat16) if _rounds(part) else torch.view_as_real(part) if part.is_complex() else part
-    )
+    """A tensor whose bits can be read as integers; a copy if its place in memory does not allow that."""
+    if _rounds(part):
+        part = part.to(torch.bfloat16)
+    elif part.is_complex():
+        part = torch.view_as_real(part)
     return part.clone() if part.storage_offset() * part.element_size() % 8 else part
 
 
 def _rounds(t: Tensor) -> bool:
-    """Whether these are numbers that a model may be loaded with in another dtype."""
+    """Whether these are weights that may also be loaded in another floating-point dtype."""
     return t.is_floating_point() and t.element_size() >= 2

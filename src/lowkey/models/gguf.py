@@ -1,5 +1,6 @@
-"""Models out of GGUF files: transformers unpacks their quantised weights, and what is left is the plain model
-of the architecture.
+"""Loads models from GGUF files.
+
+transformers unpacks their quantised weights; the result is a plain model of the architecture.
 """
 
 from __future__ import annotations
@@ -28,33 +29,41 @@ from lowkey.core.types import LowkeyError
 from lowkey.models.names import GGUF_MAGIC
 
 EXTRA = "pip install 'lowkey[gguf]'"
-ARCHITECTURE, PRE_TOKENIZER = "general.architecture", "tokenizer.ggml.pre"  # fields
-UINT32, STRING, ARRAY = 4, 8, 9  # kinds of fields
-# bytes of the kinds that are numbers
+ARCHITECTURE, PRE_TOKENIZER = "general.architecture", "tokenizer.ggml.pre"  # names of fields
+UINT32, STRING, ARRAY = 4, 8, 9  # types of fields
+# bytes of the types that are numbers
 WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, UINT32: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 MOST_DIMS = 8
-LONGEST_STRING = 2**24  # bytes of a string; chat templates have thousands
-FLOATS = {
+LONGEST_STRING = 2**24  # bytes; chat templates have thousands
+FLOATS = {  # the dtype of a model by the types of its tensors; norms are F32 in models of F16
     frozenset(["F32"]): torch.float32,
     frozenset(["F16"]): torch.float16,
     frozenset(["F32", "F16"]): torch.float16,
-}  # norms are F32
-# vocabularies learned with every digit a word of its own
+}
+# pre-tokenizers under which every digit is a token of its own
 SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r")
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself."""
+    """What a GGUF file says about itself.
+
+    Args:
+        architecture: of the model, as llama.cpp calls it.
+        dtype: of its numbers; bfloat16 if they are quantised.
+        pre_tokenizer: the name of the rule by which text is cut into words before it is cut into tokens.
+    """
 
     architecture: str
-    dtype: torch.dtype  # of its numbers; bfloat16 where they are quantised
-    splits: str  # the name of the rule by which text is cut before its tokens are looked for
+    dtype: torch.dtype
+    pre_tokenizer: str
 
 
 def header(path: Path) -> Header:
-    """Errors: LowkeyError for what is no GGUF file or is cut off, and when the package that reads them is
-    missing.
+    """Read what a GGUF file says about itself.
+
+    Raises:
+        LowkeyError: if it is no GGUF file or incomplete, or the package that reads such files is missing.
     """
     what = f"model {str(path)!r}"
     with files.opened_file(path, "model", files.ANY_SIZE, "give a model folder or a GGUF file") as file:
@@ -79,10 +88,14 @@ def header(path: Path) -> Header:
 
 
 def _table(file: BinaryIO) -> tuple[dict[str, str], frozenset[str], int]:
-    """(the words of its fields that are words, the types of its tensors, bytes that it must have)."""
+    """Read the list of contents.
+
+    Returns:
+        (the fields that hold text, the types of all tensors, the bytes that the file must have).
+    """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    _, tensors, fields = _numbers(file, "IQQ")  # a version, which whoever reads the rest looks at
+    _, tensors, fields = _numbers(file, "IQQ")  # the first is a version, which transformers checks
     words: dict[str, str] = {}
     alignment = 32
     for _ in range(fields):
@@ -108,6 +121,7 @@ def _table(file: BinaryIO) -> tuple[dict[str, str], frozenset[str], int]:
 
 
 def _skip(file: BinaryIO, kind: int) -> None:
+    """Skip the value of a field of this type."""
     if kind == STRING:
         _string(file)
     elif kind == ARRAY:
@@ -122,6 +136,7 @@ def _skip(file: BinaryIO, kind: int) -> None:
 
 
 def _string(file: BinaryIO) -> str:
+    """Read a text, which is preceded by its length."""
     (length,) = _numbers(file, "Q")
     if length > LONGEST_STRING:
         raise ValueError("no string is so long")
@@ -129,10 +144,12 @@ def _string(file: BinaryIO) -> str:
 
 
 def _numbers(file: BinaryIO, form: str) -> tuple[int, ...]:
+    """Read little-endian numbers in a format of `struct`."""
     return struct.unpack(f"<{form}", _bytes(file, struct.calcsize(f"<{form}")))
 
 
 def _bytes(file: BinaryIO, count: int) -> bytes:
+    """Read so many bytes. Raises: ValueError if the file ends before."""
     found = file.read(count)
     if len(found) != count:
         raise ValueError("the file ends here")
@@ -140,30 +157,38 @@ def _bytes(file: BinaryIO, count: int) -> bytes:
 
 
 def need(what: str) -> None:
-    """The package that reads these files is there. Errors: LowkeyError."""
+    """Check that the package that reads GGUF files is installed. Raises: LowkeyError."""
     if find_spec("gguf") is None:
         raise LowkeyError(f"{what}: GGUF files are read with the package gguf, which is missing; {EXTRA}")
 
 
 def load_config(path: Path) -> PreTrainedConfig:
-    """Errors: whatever transformers raises for an architecture that it cannot read."""
+    """The config of the model in a file. Raises: whatever transformers does if it does not know it."""
     return _without_quantisation(
         AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     )
 
 
 def _without_quantisation(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the unpacked model."""
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
 
 
 def load_plain(path: Path, dtype: torch.dtype, device: str) -> tuple[PreTrainedModel, dict]:
-    """(the model with unpacked weights, as if it had been loaded from a plain checkpoint; what transformers
-    says of the loading).
+    """Load a model with unpacked weights, as from a plain checkpoint.
 
-    A model that transformers loads from such a file calls itself quantised and refuses to be saved, so its
-    weights move to a new one.
+    A model that transformers loads from a GGUF file calls itself quantised and refuses to be saved, so its
+    weights are moved to a new model.
+
+    Args:
+        path: the GGUF file.
+        dtype: of the weights.
+        device: as transformers takes it.
+
+    Returns:
+        (model, what transformers says about its loading).
     """
     from transformers import GgufConfig
 
@@ -185,14 +210,16 @@ def load_plain(path: Path, dtype: torch.dtype, device: str) -> tuple[PreTrainedM
 
 
 def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """With its chat template. transformers cuts text as GPT-2 does where it does not know the file's rule;
-    runs of digits and the blanks before them would then be cut otherwise than when the vocabulary was
-    learned."""
+    """Load the tokenizer of a model, with its chat template.
+
+    transformers cuts text as GPT-2 does if it does not know the file's pre-tokenizer. Runs of digits would
+    then be cut differently than when the vocabulary was learned, so that is mended here.
+    """
     tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-    if header(path).splits in SINGLE_DIGITS:
-        cut = [
+    if header(path).pre_tokenizer in SINGLE_DIGITS:
+        pre_tokenizer = [
             pre_tokenizers.Digits(individual_digits=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cut)  # type: ignore[list-item]
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(pre_tokenizer)  # type: ignore[list-item]
     return tokenizer

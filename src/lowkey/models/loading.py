@@ -1,5 +1,6 @@
-"""Models by folder, Hub id, GGUF file, or the name of one that comes with lowkey; one clear line when it
-cannot be done.
+"""Loads models: from a folder, the Hub, a GGUF file, or by the name of one that comes with lowkey.
+
+What cannot be loaded raises a `LowkeyError` of one line.
 """
 
 from __future__ import annotations
@@ -33,12 +34,19 @@ from lowkey.models.packaged import PACKAGED
 def load(
     name: str, dtype: str = "auto", device: str = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """(attached model in eval mode, tokenizer). dtype: auto (as saved; bfloat16 for a quantised GGUF file),
-    float32, bfloat16, float16.
-    device: auto, cpu, cuda, or `balanced` to spread over several GPUs.
+    """Load a model and attach it.
 
-    Errors: LowkeyError for a folder that is no model, an unknown Hub id, a damaged file, an unsupported
-    family or dtype.
+    Args:
+        name: a folder, a Hub id, a `.gguf` file, `tiny`, or another model that comes with lowkey.
+        dtype: auto (as saved; bfloat16 for a quantised GGUF file), float32, bfloat16 or float16.
+        device: auto, cpu, cuda, or balanced to spread the model over several GPUs.
+
+    Returns:
+        (the attached model in eval mode, its tokenizer).
+
+    Raises:
+        LowkeyError: for a folder that is no model, an unknown Hub id, a damaged file, or an unsupported
+            family or dtype.
     """
     check_model_name(name)
     with _location(name) as place:
@@ -60,10 +68,12 @@ def load(
 
 
 def check_model_name(name: str) -> None:
-    """That there is a model of this name, of a family that is supported, before anything large is read.
-    Errors: LowkeyError.
+    """Check that there is a model of this name, of a supported family, before anything large is read.
+
+    Raises:
+        LowkeyError: if there is none.
     """
-    register()  # our own model type
+    register()  # so that transformers knows our own model type
     check_name(name)
     with _location(name) as place:
         if is_gguf(place):
@@ -80,7 +90,7 @@ def check_model_name(name: str) -> None:
 
 
 def _read(place: Path | str, dtype: torch.dtype | str, device: str) -> tuple[Any, dict]:
-    """(model, what transformers says of its loading)."""
+    """Load the weights. Returns (model, what transformers says about its loading)."""
     if is_gguf(place):
         return gguf.load_plain(
             Path(place), gguf.header(Path(place)).dtype if isinstance(dtype, str) else dtype, device
@@ -91,33 +101,34 @@ def _read(place: Path | str, dtype: torch.dtype | str, device: str) -> tuple[Any
 
 
 def _read_tokenizer(place: Path | str) -> Any:
-    return (
-        gguf.load_gguf_tokenizer(Path(place))
-        if is_gguf(place)
-        else AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    )
+    if is_gguf(place):
+        return gguf.load_gguf_tokenizer(Path(place))
+    return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
 
 
 def _verify(name: str, place: Path | str) -> None:
-    """A folder that lowkey wrote is as it was written."""
+    """Check that a folder that lowkey wrote was not changed. Raises: LowkeyError."""
     folder = Path(place)
     if not (folder / files.MANIFEST).exists():
         return
     try:
-        files.steady(folder, lambda: files.verify(folder, "model"))
+        files.read_consistently(folder, lambda: files.verify(folder, "model"))
     except LowkeyError as error:
         raise packaged.damaged_model(name, error) if name in PACKAGED else error from None
 
 
 def _no_model(name: str, error: Exception) -> LowkeyError:
+    """The error for a model that transformers cannot load."""
     if name in PACKAGED:
         return packaged.damaged_model(name, error)
     return LowkeyError(f"model {name!r} cannot be loaded: {first_line(error)}; {GIVE}")
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model. Errors: LowkeyError when there is none, or none that the tokenizers library
-    runs.
+    """Load the tokenizer of a model.
+
+    Raises:
+        LowkeyError: if there is none, or none that the tokenizers library runs.
     """
     with _location(name) as place:
         try:
@@ -132,8 +143,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def _location(name: str) -> AbstractContextManager[Path | str]:
-    """The folder or file of a model, or its Hub id. Errors: LowkeyError for one that has to be downloaded,
-    and for a name that is nearly that of one."""
+    """The folder or file of a model, or its Hub id.
+
+    Raises:
+        LowkeyError: for a model that has to be downloaded first, and for a name that is nearly that of one
+            that comes with lowkey.
+    """
     if name == TINY:
         return as_file(package_files("lowkey") / "data" / "tiny")
     if name in PACKAGED:

@@ -17,9 +17,9 @@ from lowkey.models import packaged
 from lowkey.models.packaged import PACKAGED
 
 TINY = "tiny"
-ALIKE = 0.8  # how alike a name must be to one of ours not to be asked of the Hub
+ALIKE = 0.8  # names at least so similar to one of ours are taken for a slip, and the Hub is not asked
 GIVE = f"give a model folder, a Hub id, a .gguf file, or one of {', '.join(map(repr, (TINY, *PACKAGED)))}"
-DTYPES = ("auto", "float32", "bfloat16", "float16")  # in which a model may be loaded; auto: as it is saved
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # of a loaded model; auto: as it was saved
 DEVICES = ("auto", "cpu", "cuda", "balanced")
 GGUF_MAGIC = b"GGUF"  # the first bytes of a GGUF file
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]{0,95}", re.ASCII)  # owner/name
@@ -29,9 +29,13 @@ def check_name(name: str) -> None:
     """Refuse what cannot be a model, without asking the Hub.
 
     A name that is written like a Hub id passes, although the Hub may not know it.
-    name: as a user gives it.
-    Raises: LowkeyError for a folder or file that is missing or no model, for a model that has to be
-    downloaded first, and for a word that is neither a path nor a Hub id.
+
+    Args:
+        name: as a user gives it.
+
+    Raises:
+        LowkeyError: for a folder or file that is missing or no model, for a model that has to be downloaded
+            first, and for a word that is neither a path nor a Hub id.
     """
     if name == TINY:
         return
@@ -51,30 +55,30 @@ def check_name(name: str) -> None:
 
 
 def check_spelling(name: str) -> None:
-    """Raises: LowkeyError for a name that is nearly that of a model that comes with lowkey."""
+    """Refuse a name that is nearly that of a model that comes with lowkey. Raises: LowkeyError."""
     if not os.path.exists(name) and (near := get_close_matches(name.lower(), [TINY, *PACKAGED], 1, ALIKE)):
         raise LowkeyError(f"model {name!r} is unknown; did you mean {near[0]!r}?")
 
 
 def check_dtype(name: str) -> None:
-    """Raises: LowkeyError for a name that is not in DTYPES."""
+    """Refuse a name that is not in DTYPES. Raises: LowkeyError."""
     if name not in DTYPES:
         raise LowkeyError(f"dtype {shown(name)} is unknown; {nearest_name(name, DTYPES)}")
 
 
 def check_device(name: str) -> None:
-    """Raises: LowkeyError for a name that is not in DEVICES and not of one GPU, like `cuda:1`."""
+    """Refuse a name that is neither in DEVICES nor of one GPU, like `cuda:1`. Raises: LowkeyError."""
     if name not in DEVICES and not re.fullmatch(r"cuda:\d+", name):
         raise LowkeyError(f"device {shown(name)} is unknown; {nearest_name(name, DEVICES)}")
 
 
 def is_local(name: str) -> bool:
-    """Whether this can only be a place on this machine, and no id of the Hub."""
+    """Whether this can only be a path on this machine, and no Hub id."""
     return name.startswith((".", "/", "~")) or name.count(os.sep) > 1
 
 
 def is_gguf(name: str | Path) -> bool:
-    """Whether this is, or by its name should be, a GGUF file."""
+    """Whether this is a GGUF file, or should be one by its name."""
     path = Path(name)
     if path.suffix.lower() == ".gguf":
         return True
@@ -86,7 +90,7 @@ def is_gguf(name: str | Path) -> bool:
 
 
 def _check_folder(name: str, path: Path) -> None:
-    """Raises: LowkeyError for a place that exists and holds no model that can be read."""
+    """Refuse a folder that exists and holds no model. Raises: LowkeyError."""
     if not (path / "config.json").is_file():
         raise LowkeyError(f"model {name!r} is no model: it has no config.json; {GIVE}")
     for part in path.iterdir():

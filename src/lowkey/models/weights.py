@@ -1,4 +1,4 @@
-"""Weights, wherever a model keeps them: on its devices, or offloaded by accelerate to memory or to disk."""
+"""The weights of a model, wherever they are: on its devices, or offloaded by accelerate to memory or disk."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lowkey.models.adapters import Adapters
 
 
 @contextmanager
-def at_hand(module: nn.Module) -> Iterator[None]:
-    """Inside, offloaded weights of `module` and of all its parts are where the module computes."""
+def weights_loaded(module: nn.Module) -> Iterator[None]:
+    """Inside the block, offloaded weights of a module and its parts are on the device where it computes."""
     with ExitStack() as stack:
         for part in module.modules():
             stack.enter_context(align_module_device(part))
@@ -26,8 +26,8 @@ def at_hand(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def only(wanted: Sequence[Tensor], model: nn.Module) -> Iterator[None]:
-    """Only the wanted parameters require gradients inside; afterwards every one does as before."""
+def only_trainable(wanted: Sequence[Tensor], model: nn.Module) -> Iterator[None]:
+    """Inside the block, only the wanted parameters require gradients; afterwards, each does as before."""
     before = [(p, p.requires_grad) for p in model.parameters()]
     try:
         for p, _ in before:
@@ -40,11 +40,16 @@ def only(wanted: Sequence[Tensor], model: nn.Module) -> Iterator[None]:
             p.requires_grad_(required)
 
 
-def entries(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(name, value) of the state dict. Offloaded weights are read module by module, and a value is real only
-    until the next one is asked.
+def state_entries(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The entries of a model's state dict, offloaded ones too.
 
-    Errors: LowkeyError for a weight without numbers.
+    Offloaded weights are read module by module. A value has numbers only until the next one is asked for.
+
+    Yields:
+        (name, value).
+
+    Raises:
+        LowkeyError: for a weight without numbers.
     """
     missing: set[str] = set()
     for name, value in model.state_dict().items():
@@ -64,40 +69,47 @@ def entries(model: nn.Module) -> Iterator[tuple[str, Any]]:
                     missing.discard(name)
                     yield name, value
     if missing:
-        raise without_numbers(min(missing))
+        raise missing_numbers(min(missing))
 
 
-def place(t: Tensor) -> int:
-    """Where a tensor lies in memory, or something else that differs between tensors."""
+def storage_address(t: Tensor) -> int:
+    """Where a tensor lies in memory, or another number that differs between tensors."""
     try:
         return t.data_ptr()
-    except RuntimeError:  # a tensor that is made of others
+    except RuntimeError:  # a tensor that is made of others has no memory of its own
         return id(t)
 
 
-def without_numbers(name: str) -> LowkeyError:
+def missing_numbers(name: str) -> LowkeyError:
+    """The error for a weight that holds no numbers."""
     return LowkeyError(
         f"model: weight {name} is on device 'meta' and holds no numbers; load the model with from_pretrained"
     )
 
 
-def copied(module: nn.Module) -> nn.Module:
-    """A copy that needs nothing of the original: with offloaded weights at hand and without accelerate's
-    hooks.
+def standalone_copy(module: nn.Module) -> nn.Module:
+    """A copy of a part of a model that needs nothing of the model.
+
+    Offloaded weights are loaded, and accelerate's hooks are left out.
     """
-    shared: dict[int, Any] = {}  # what hooks know of the whole model is not copied with a part of it
+    shared: dict[int, Any] = {}  # hooks know of the whole model, which must not be copied with a part of it
     for part in module.modules():
         known = vars(part._hf_hook).values() if hasattr(part, "_hf_hook") else ()
         shared |= {id(x): x for x in known if isinstance(x, Mapping)}
-    with at_hand(module):
+    with weights_loaded(module):
         return remove_hook_from_module(copy.deepcopy(module, shared), recurse=True)
 
 
 def check_plain(what: str, model: nn.Module, blocks: nn.Module) -> None:
-    """Refuse a model whose decoder layers `blocks` hold something else than plain weights, for what writes
-    new ones.
+    """Refuse a model whose weights cannot be replaced by new ones.
 
-    Errors: LowkeyError.
+    Args:
+        what: what wants to replace them, for messages.
+        model: the model.
+        blocks: its decoder layers.
+
+    Raises:
+        LowkeyError: for adapters, offloaded weights, and quantised or packed weights in the decoder layers.
     """
     if Adapters(model).wrappers:
         raise LowkeyError(
@@ -109,15 +121,15 @@ def check_plain(what: str, model: nn.Module, blocks: nn.Module) -> None:
                 f"{what}: weight {name} is offloaded or on device 'meta'; load the model without offloading"
             )
     for name, weight in blocks.state_dict().items():
-        if not in_full(weight):
+        if not is_plain_weight(weight):
             raise LowkeyError(
                 f"{what}: weight {name} of the decoder layers is quantised or packed; load it as bfloat16 or "
                 "wider"
             )
 
 
-def in_full(weight: Any) -> bool:
-    """Whether a state-dict entry is a plain weight of 16 bits or more, not part of a packed or quantised one."""
+def is_plain_weight(weight: Any) -> bool:
+    """Whether a state-dict entry is a plain weight of at least 16 bits, not a packed or quantised one."""
     return (
         isinstance(weight, Tensor)
         and weight.is_floating_point()

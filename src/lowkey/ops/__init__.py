@@ -1,3 +1,4 @@
-"""Tensor functions without state: bases, products of second moments, rotations, quantisation. Imports torch,
-and of lowkey `core`.
+"""Tensor functions without state: bases, products of second moments, rotations, quantisation, ragged rows.
+
+Imports torch, and of lowkey `core` only.
 """

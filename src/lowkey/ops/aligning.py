@@ -1,7 +1,11 @@
-"""Heads turned towards one another before they are mixed: each head is determined only up to a map that its
-reader undoes.
+"""Aligns heads with one another before they are merged.
 
-Virtual heads (arXiv:2601.19611) mix heads as they are; aligning them first is ours.
+Heads are determined only up to an invertible transform that the rest of the model undoes. Aligning them first
+makes them more alike, so fewer merged heads hold more of their energy. Virtual heads (arXiv:2601.19611) mix
+heads as they are; the alignment is our own.
+
+A transform must commute with rotary embedding where keys are rotated; see `ops.commuting`. *Energy* is the
+trace of a second moment: the summed squares of what passes through.
 """
 
 from __future__ import annotations
@@ -9,47 +13,74 @@ from __future__ import annotations
 from torch import Tensor
 
 from lowkey.ops.bases import principal
-from lowkey.ops.commuting import turning
+from lowkey.ops.commuting import commuting_procrustes
 
-SWEEPS = 20  # over the heads, at most, to align them
-GAIN = 1e-4  # of all energy: a sweep that gains less is the last
-
-
-def head_gram(blocks: Tensor) -> Tensor:
-    """E[k_h . k_g] from joint second moments (h, h, d, d)."""
-    return blocks.diagonal(dim1=2, dim2=3).sum(-1)
+MOST_SWEEPS = 20  # over the heads
+LEAST_GAIN = 1e-4  # as a share of all energy; a sweep that gains less is the last
 
 
-def alignment(blocks: Tensor, n: int, rotary: int) -> tuple[Tensor, Tensor, float]:
-    """(turns (h, d, d), mixing (h, n), energy) of n component heads, from joint moments (h, h, d, d).
+def head_gram(moments: Tensor) -> Tensor:
+    """The Gram matrix (h, h) of heads, E[k_h . k_g], from their joint second moments (h, h, d, d)."""
+    return moments.diagonal(dim1=2, dim2=3).sum(-1)
 
-    The start is the gauge of the head with most energy: each other head's Procrustes rotation onto it. Then
-    one head after another is turned towards what the components make of all others, and the mixing found
-    anew; neither step ever loses energy.
+
+def align_heads(moments: Tensor, n: int, rotary: int) -> tuple[Tensor, Tensor, float]:
+    """Find transforms of the heads, and a mixing of the aligned heads into n component heads.
+
+    Each head starts at its Procrustes rotation onto the head with the most energy. Then sweeps alternate with
+    new mixings: every head in turn is rotated towards what the components make of all other heads, and the
+    best mixing is found anew. Neither step ever loses energy.
+
+    Args:
+        moments: joint second moments (h, h, d, d) of the heads.
+        n: number of component heads.
+        rotary: channels of a head that are rotated; 0 if none.
+
+    Returns:
+        (transforms (h, d, d), mixing (h, n), energy of the n components).
     """
-    gram = head_gram(blocks)
-    turns = turning(blocks[:, int(gram.diagonal().argmax())], rotary)
-    mixing, held = best_mixing(blocks, turns, n)
-    for _ in range(SWEEPS):
-        before, turns = held, turned(blocks, turns, mixing, rotary)
-        mixing, held = best_mixing(blocks, turns, n)
-        if held - before < GAIN * float(gram.trace()):
+    gram = head_gram(moments)
+    transforms = commuting_procrustes(moments[:, int(gram.diagonal().argmax())], rotary)
+    mixing, energy = best_mixing(moments, transforms, n)
+    for _ in range(MOST_SWEEPS):
+        before, transforms = energy, realign(moments, transforms, mixing, rotary)
+        mixing, energy = best_mixing(moments, transforms, n)
+        if energy - before < LEAST_GAIN * float(gram.trace()):
             break
-    return turns, mixing, held
+    return transforms, mixing, energy
 
 
-def best_mixing(blocks: Tensor, turns: Tensor, n: int) -> tuple[Tensor, float]:
-    mixing, energy = principal(((blocks @ turns) * turns.unsqueeze(1)).sum((-2, -1)))
+def best_mixing(moments: Tensor, transforms: Tensor, n: int) -> tuple[Tensor, float]:
+    """The mixing of aligned heads into n components that holds the most energy.
+
+    Args:
+        moments: joint second moments (h, h, d, d).
+        transforms: of each head (h, d, d).
+        n: number of components.
+
+    Returns:
+        (mixing (h, n), its energy).
+    """
+    mixing, energy = principal(((moments @ transforms) * transforms.unsqueeze(1)).sum((-2, -1)))
     return mixing[:, :n], float(energy[:n].sum())
 
 
-def turned(blocks: Tensor, turns: Tensor, mixing: Tensor, rotary: int) -> Tensor:
-    """One sweep over the heads. A head's own moment is the same however it is turned, so only the others
-    pull.
+def realign(moments: Tensor, transforms: Tensor, mixing: Tensor, rotary: int) -> Tensor:
+    """One sweep: rotate every head in turn towards what the components make of all other heads.
+
+    Args:
+        moments: joint second moments (h, h, d, d).
+        transforms: of each head (h, d, d), before the sweep.
+        mixing: (h, n), orthonormal columns.
+        rotary: channels of a head that are rotated.
+
+    Returns:
+        New transforms (h, d, d).
     """
+    # a head's own energy is the same however it is rotated, so only the others count
     pull = mixing @ mixing.mT
     pull = (pull - pull.diagonal().diag_embed())[..., None, None]
-    turns = turns.clone()
-    for i in range(len(turns)):
-        turns[i] = turning((pull[i] * (blocks[i] @ turns)).sum(0), rotary)
-    return turns
+    transforms = transforms.clone()
+    for i in range(len(transforms)):
+        transforms[i] = commuting_procrustes((pull[i] * (moments[i] @ transforms)).sum(0), rotary)
+    return transforms

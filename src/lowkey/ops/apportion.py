@@ -1,16 +1,12 @@
-"""Splitting a whole number of tokens over heads: water-filling between bounds, then largest remainders, so
-the total is exact.
-"""
+"""Splits a whole number of tokens over heads, within bounds and with an exact total."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-HALVINGS = 100
+HALVINGS = 100  # of an interval of doubles, which is more than their precision needs
 
 
 def apportion(
@@ -20,42 +16,47 @@ def apportion(
     high: Int[Tensor, " m"],
     base: float = 0.0,
 ) -> Int[Tensor, " m"]:
-    """Counts proportional to `base + mu weights`, held between `low` and `high`, with mu such that they add
-    up to `total`.
+    """Split `total` in proportion to `base + mu weights`, held between `low` and `high`.
 
-    What a head cannot take (its `high`) goes to the others in proportion to their weights; nothing is lost. A
-    total out of reach is brought to the nearest reachable one.
+    mu is chosen such that the counts add up (water-filling). So what a head cannot take, because of its
+    `high`, goes to the others in proportion to their weights, and nothing is lost. Shares are rounded by
+    largest remainders.
+
+    Args:
+        weights: of each head, at least 0.
+        total: tokens to split. If the bounds put it out of reach, the nearest total within reach is taken.
+        low: the least that each head gets.
+        high: the most that each head gets.
+        base: what every head gets before the weights count.
+
+    Returns:
+        Tokens of each head.
     """
     total = int(min(max(total, int(low.sum())), int(high.sum())))
     weights = weights.double().clamp_min(0)
-    # heads of no weight still share what nobody else can take
+    # heads without weight still share what nobody else can take
     weights = weights / weights.sum().clamp_min(1e-300) + 1e-12
     low64, high64 = low.double(), high.double()
 
-    def at(mu: float) -> Tensor:
+    def shares(mu: float) -> Tensor:
         return (base + mu * weights).maximum(low64).minimum(high64)
 
-    top = float((high64 - base).clamp_min(0).max() / weights.min())
-    return _round(at(_level(at, total, top)), total, low, high)
-
-
-def _level(at: Callable[[float], Tensor], total: int, top: float) -> float:
-    """The mu at which the bounded shares add up to `total`, by bisection."""
-    bottom = 0.0
+    # the total grows with mu: bisect between mu = 0 and the mu at which every head has its most
+    bottom, top = 0.0, float((high64 - base).clamp_min(0).max() / weights.min())
     for _ in range(HALVINGS):
         middle = (bottom + top) / 2
-        bottom, top = (middle, top) if float(at(middle).sum()) < total else (bottom, middle)
-    return top
+        bottom, top = (middle, top) if float(shares(middle).sum()) < total else (bottom, middle)
+    return _round(shares(top), total, low, high)
 
 
 def _round(shares: Tensor, total: int, low: Tensor, high: Tensor) -> Tensor:
     """Whole numbers that add up to `total`: the floors, and one more for the largest remainders."""
     whole = (shares + 1e-9).floor().long()
-    for step in (1, -1):  # remainders that were cut; or floors that a base above the total pushed too high
+    # step 1: the floors lack what was cut off; step -1: a base above the total pushed the floors too high
+    for step in (1, -1):
         while (missing := (total - int(whole.sum())) * step) > 0:
-            room = whole < high if step > 0 else whole > low
-            order = (
-                (step * (shares - whole)).masked_fill(~room, -torch.inf).argsort(descending=True, stable=True)
-            )
-            whole[order[: min(missing, int(room.sum()))]] += step
+            has_room = whole < high if step > 0 else whole > low
+            remainders = (step * (shares - whole)).masked_fill(~has_room, -torch.inf)
+            order = remainders.argsort(descending=True, stable=True)
+            whole[order[: min(missing, int(has_room.sum()))]] += step
     return whole

@@ -1,4 +1,4 @@
-"""Which numbers matrix products are formed in."""
+"""The dtype in which matrix products are formed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from torch import Tensor
 
 
 def for_products(x: Tensor) -> Tensor:
-    """In fp32 on a CPU, where products of bf16, above all small and strided ones, take longer than the copy;
-    elsewhere as it is.
+    """x in fp32 on a CPU; elsewhere as it is.
+
+    On CPUs, products of bf16 numbers take longer than the copy, above all small and strided products.
     """
     return x.float() if x.device.type == "cpu" else x

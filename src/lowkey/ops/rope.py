@@ -10,11 +10,19 @@ from torch import Tensor
 def rotate(
     x: Float[Tensor, "*b t d"], cos: Float[Tensor, "*c t p"], sin: Float[Tensor, "*c t p"]
 ) -> Float[Tensor, "*b t d"]:
-    """Rotate the first `p` channels; the rest pass (partial rotary). cos and sin broadcast over heads."""
+    """Rotate the first `p` channels of x; the others pass unchanged (partial rotary embedding).
+
+    Channel j forms a pair with channel j + p / 2.
+
+    Args:
+        x: queries or keys.
+        cos: of each position, repeated for both halves; broadcasts over heads.
+        sin: the same.
+    """
     width, half = cos.shape[-1], cos.shape[-1] // 2
     part = x[..., :width]
     out = part * cos
-    # in place: faster than adding a turned copy, and the same bits
+    # in place: faster than adding a rotated copy, and equal to it in every bit
     out[..., :half] -= part[..., half:] * sin[..., :half]
     out[..., half:] += part[..., :half] * sin[..., half:]
     return torch.cat([out, x[..., width:]], dim=-1) if width < x.shape[-1] else out
@@ -23,11 +31,12 @@ def rotate(
 def unrotate(
     x: Float[Tensor, "*b t d"], cos: Float[Tensor, "*c t p"], sin: Float[Tensor, "*c t p"]
 ) -> Float[Tensor, "*b t d"]:
-    """The inverse of `rotate`, for scaled rotations too (YaRN multiplies cos and sin by an attention factor)."""
+    """The inverse of `rotate`, also where cos and sin are scaled (YaRN multiplies them by a factor)."""
     scale = cos.square() + sin.square()
     return rotate(x, cos / scale, -sin / scale)
 
 
-def half_turn(x: Float[Tensor, "*b t p"]) -> Float[Tensor, "*b t p"]:
+def rotate_half(x: Float[Tensor, "*b t p"]) -> Float[Tensor, "*b t p"]:
+    """Every pair of channels rotated by 90 degrees."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([-b, a], dim=-1)

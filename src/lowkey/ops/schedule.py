@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 
 
-def falling(step: int, steps: int, warmup: float) -> float:
-    """The share of the peak rate at a step (from 0): up in a line over a share `warmup` of the steps, then
-    down to 0 by a cosine.
+def warmup_cosine(step: int, steps: int, warmup: float) -> float:
+    """The learning rate at a step, as a share of the peak rate.
+
+    Args:
+        step: counted from 0.
+        steps: how many there are.
+        warmup: the share of the steps in which the rate rises linearly; then it falls to 0 as a cosine does.
     """
     rising = max(1, round(warmup * steps))
     if step < rising:

@@ -1,4 +1,7 @@
-"""Points of the Stiefel manifold as the Q of a QR decomposition, from free matrices or from a small network."""
+"""Orthonormal matrices that can be trained: the Q of a QR decomposition of free parameters.
+
+Matrices with orthonormal columns are the points of the Stiefel manifold.
+"""
 
 from __future__ import annotations
 
@@ -12,28 +15,37 @@ from lowkey.ops.bases import orthonormal
 
 
 class RankedMatrices(nn.Module):
-    """A matrix for each of `count` ranks: one that all share, from `start` (h, d, d), plus each rank's own
-    departure from it.
+    """An orthonormal matrix for each candidate rank, of a shared part and one departure for each rank.
 
-    The shared part is moved by every rank's gradient, so it learns fast; the departures, zero at first, lift
-    the constraint that one nested basis serve all. Called with rank indices (n), it gives their orthonormal Q
-    (n, h, d, d).
+    The gradients of all ranks move the shared part, so it learns fast. The departures start at zero; they
+    lift the constraint that one nested basis must serve all ranks.
+
+    Args:
+        start: the shared part at the start.
+        count: number of ranks.
     """
 
     def __init__(self, start: Float[Tensor, "h d d"], count: int) -> None:
         super().__init__()
         self.shared = nn.Parameter(start.float().clone())
-        self.own = nn.Parameter(torch.zeros(count, *start.shape))
+        self.departures = nn.Parameter(torch.zeros(count, *start.shape))
 
     def forward(self, index: Int[Tensor, " n"]) -> Float[Tensor, "n h d d"]:
-        return orthonormal(self.shared + self.own[index])
+        """The orthonormal matrices of the ranks with these numbers."""
+        return orthonormal(self.shared + self.departures[index])
 
 
 class Predictor(nn.Module):
-    """arXiv:2601.21686, Eq. 13-17: statistics [mean; variance] (h, 2d) -> three hidden layers -> (h, d, d) ->
-    Q.
+    """Predicts an orthonormal matrix for each head from statistics (arXiv:2601.21686, equations 13 to 17).
 
-    Hidden widths are not given in the paper; `width` is ours. One network per head, run as a batch.
+    Three hidden layers with layer norm and GELU, then a linear map to d x d, then QR. Each head has a network
+    of its own; all run as one batch. The paper does not give the hidden width.
+
+    Args:
+        statistics: what the networks read, [mean; variance] of each head.
+        d: head dim.
+        width: of the hidden layers.
+        generator: for the initial weights.
     """
 
     def __init__(
@@ -51,6 +63,7 @@ class Predictor(nn.Module):
         self.shift = nn.Parameter(torch.eye(d).expand(len(statistics), d, d).clone())
 
     def forward(self) -> Float[Tensor, "h d d"]:
+        """The orthonormal matrix of each head."""
         x = self.statistics.unsqueeze(1)
         for weight, bias in zip(self.weights, self.biases, strict=True):
             x = nn.functional.gelu(nn.functional.layer_norm(x @ weight + bias, weight.shape[-1:]))
@@ -58,4 +71,5 @@ class Predictor(nn.Module):
 
 
 def _kaiming(heads: int, fan_in: int, fan_out: int, generator: torch.Generator) -> Tensor:
+    """Initial weights of variance 1 / fan_in, for each head."""
     return torch.randn(heads, fan_in, fan_out, generator=generator) * fan_in**-0.5

@@ -1,7 +1,6 @@
-"""The Plan: what calibration decided, as one folder that reloads anywhere and refuses models that it was not
-made for.
+"""The plan: what calibration decided, as one folder that loads anywhere and refuses other models.
 
-Imports `storage` (windows of exact tokens, packings) and the rooms below it; never a method or a policy.
+Imports `storage` (exact tokens, packings) and the packages below it; never a method or a policy.
 """
 
 from lowkey.plan.plan import Plan

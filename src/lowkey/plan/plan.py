@@ -1,4 +1,4 @@
-"""The Plan: what calibration decided, as a file that reloads anywhere and refuses what it was not made for."""
+"""The plan: what calibration decided, as a folder that loads anywhere and refuses other models."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lowkey.core.types import LAYOUTS, Factors, Layout, LowkeyError
 from lowkey.models.families import check_layout, geometry
 from lowkey.models.fingerprint import check_model
 from lowkey.ops.bases import is_orthonormal
-from lowkey.plan.window_bytes import Holding
+from lowkey.plan.window_bytes import CacheBytes
 from lowkey.storage.exact import Exact
 from lowkey.storage.packing import scheme_or_none
 from lowkey.version import __version__
 
 PLAN_FORMAT = 3
-PLAN_FIELDS = (
+PLAN_FIELDS = (  # of plan.json, beside ranks, order of heads and checksums
     "layout",
     "method",
     "allocator",
@@ -39,22 +39,33 @@ PLAN_FIELDS = (
     "bits",
 )
 Refusal = Callable[[str], LowkeyError]
+"""Makes the error for a plan that breaks a rule."""
 MAPS = ("k_down", "k_up", "v_down", "v_up")
 PLAN_JSON, PLAN_TENSORS, PLAN_CARD, PLAN_FILE = "plan.json", "plan.safetensors", "README.md", "plan"
-FACTOR_TENSORS = (*MAPS, "k_mean", "v_mean", "frequencies")  # of tensors
-LARGEST_SIZE = 2**20  # of a model's sizes
+FACTOR_TENSORS = (*MAPS, "k_mean", "v_mean", "frequencies")  # of a layer
+LARGEST_SIZE = 2**20  # of layers, heads and widths of a model
 LONGEST_NAME = 1000  # characters of a name
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Factors per compressed layer and everything needed to judge them.
+    """The low-rank maps of every compressed layer, and where they come from.
 
-    method and allocator: {"name": ..., "parameters": {...}}, verbatim; budget: what was asked for; profile:
-    candidate ranks, the error surface and the chosen pairs per layer; heads: importance of KV heads by kind
-    (`r2`, ...), which HeadKV policies read, for every compressed layer; bits: the packing of latents, as
-    `make_cache` takes it, or None for the model's own numbers; provenance: model and data fingerprints, seed,
-    versions.
+    Args:
+        factors: the maps of each compressed layer, by layer index.
+        layout: whether keys are stored rotated.
+        method: that fitted the maps, {"name": ..., "parameters": {...}}.
+        allocator: that chose the ranks, in the same form.
+        budget: that was asked for, as text.
+        geometry: the shapes of the model, as `models.families.Geometry` has them.
+        provenance: fingerprints of model and data, seed and versions.
+        profile: candidate ranks, the error at each, and the chosen ranks, for every layer.
+        orthonormal: whether the maps back are the transposes of the maps into the latents.
+        sinks: number of sinks that caches keep exactly.
+        recent: number of recent tokens that caches keep exactly.
+        heads: for each kind of head score (`r2`, ...), the scores of the KV heads of every compressed layer,
+            which HeadKV policies read.
+        bits: the packing of latents, as `make_cache` takes it; None for the model's dtype.
     """
 
     factors: dict[int, Factors]
@@ -77,18 +88,19 @@ class Plan:
         return {i: f.ranks for i, f in self.factors.items()}
 
     def bytes_per_token(self, itemsize: int) -> float:
-        """Predicted bytes that one more token takes in the compressed layers."""
-        whole = self.holding(itemsize, 1)
+        """The predicted bytes that one more token adds to the compressed layers."""
+        whole = self.cache_bytes(itemsize, 1)
         total = sum(
-            whole.latent(0, f.merge[0], f.k_down.shape[-1]) + whole.latent(1, f.merge[1], f.v_down.shape[-1])
+            whole.latent_token_bytes(0, f.merge[0], f.k_down.shape[-1])
+            + whole.latent_token_bytes(1, f.merge[1], f.v_down.shape[-1])
             for f in self.factors.values()
         )
         return int(total) if total == int(total) else total
 
-    def holding(self, itemsize: int, tokens: int) -> Holding:
-        """What a cache of so many tokens holds in the compressed layers."""
+    def cache_bytes(self, itemsize: int, tokens: int) -> CacheBytes:
+        """The bytes of a cache of so many tokens in the compressed layers, given the bytes of a number."""
         g, exact = self.geometry, Exact(self.sinks, self.recent)
-        return Holding(
+        return CacheBytes(
             len(self.factors),
             g["kv_heads"],
             g["head_dim"],
@@ -99,7 +111,11 @@ class Plan:
         )
 
     def check(self, model: PreTrainedModel) -> None:
-        """Refuse another model, by fingerprint and by shape. Errors: LowkeyError."""
+        """Refuse a model that the plan was not made for, by fingerprint and by shape.
+
+        Raises:
+            LowkeyError: for such a model.
+        """
         known = self.provenance
         check_model(
             "plan", known.get("model", "?"), known.get("model_sha256"), model, "compress this model anew"
@@ -116,12 +132,19 @@ class Plan:
         check_layout(model, self.layout)
 
     def save(self, path: str | Path, force: bool = False) -> str:
-        """Write plan.json, plan.safetensors and a model card as the folder `path`, in one step: all of it or
-        nothing. Returns the checksum of all of it but the card.
+        """Write the plan as a folder, in one step.
 
-        Another plan of lowkey's there is replaced; `force`: also another folder that lowkey wrote, and
-        nothing else ever.
-        Errors: LowkeyError when `path` holds something else, or cannot be written.
+        The folder holds plan.json, plan.safetensors and a card. Another plan of lowkey's is replaced.
+
+        Args:
+            path: the folder.
+            force: whether to replace another folder that lowkey wrote, too.
+
+        Returns:
+            The checksum of everything but the card.
+
+        Raises:
+            LowkeyError: if the folder holds anything else, or cannot be written.
         """
         folder = Path(path)
         files.check_folder(folder, force, again=PLAN_JSON)
@@ -133,7 +156,7 @@ class Plan:
             )
 
     def describe(self) -> dict:
-        """Everything but the factors, as plan.json holds it."""
+        """The plan without its maps, as plan.json holds it."""
         ranks = {str(i): list(r) for i, r in self.ranks.items()}
         order = {str(i): f.order.tolist() for i, f in self.factors.items() if f.order is not None}
         sizes = {dtype: self.bytes_per_token(size) for dtype, size in (("float32", 4), ("bfloat16", 2))}
@@ -150,7 +173,10 @@ class Plan:
         return files.digest(self._tensors())
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Orthonormal plans store the down maps only: the up maps are their transposes."""
+        """The tensors of plan.safetensors, by name.
+
+        Orthonormal plans store the maps into the latents only; the maps back are their transposes.
+        """
         names = (*(("k_down", "v_down") if self.orthonormal else MAPS), "k_mean", "v_mean", "frequencies")
         found = {f"{i}.{n}": getattr(f, n) for i, f in self.factors.items() for n in names}
         # layers may share maps
@@ -158,18 +184,24 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel | None = None) -> Plan:
-        """Read a plan and hold it to its promises; with `model`, refuse it unless it was made for that model.
+        """Load a plan and check all that it says.
 
-        Errors: LowkeyError for a newer format, a damaged or hostile file, NaNs, wrong shapes, another model.
+        Args:
+            path: the folder.
+            model: the model that the plan must have been made for, or None.
+
+        Raises:
+            LowkeyError: for a newer format, a damaged or hostile file, NaN, wrong shapes, or another model.
         """
         folder = Path(path)
-        plan = files.steady(folder, lambda: _read(folder))
+        plan = files.read_consistently(folder, lambda: _read(folder))
         if model is not None:
             plan.check(model)
         return plan
 
 
 def _read(folder: Path) -> Plan:
+    """Read a plan. Nothing that its files say is used before it is checked."""
     meta = files.read_json(
         folder / PLAN_JSON,
         "plan",
@@ -207,14 +239,17 @@ def _read(folder: Path) -> Plan:
 
 
 def _index(written: str) -> int:
+    """A layer's index from its name in a file. Raises: ValueError."""
     if not (written.isascii() and written.isdecimal() and str(int(written)) == written):
         raise ValueError(f"{written!r:.20} is no layer")
     return int(written)
 
 
 def cache_shape(geometry: dict) -> tuple[int, int]:
-    """KV heads and head dim, as a file describes the model. Errors: KeyError, TypeError or ValueError for
-    what no model can be.
+    """The KV heads and the head dim of a model, as a file describes it.
+
+    Raises:
+        KeyError, TypeError or ValueError: for what no model can be.
     """
     for name in ("layers", "heads", "kv_heads", "head_dim", "hidden"):
         if type(geometry[name]) is not int or not 1 <= geometry[name] <= LARGEST_SIZE:
@@ -225,7 +260,7 @@ def cache_shape(geometry: dict) -> tuple[int, int]:
 
 
 def _flaw(fields: dict) -> str | None:
-    """What is no such thing as its name says."""
+    """The first field of plan.json that does not hold what its name says; None if all do."""
     if fields["layout"] not in LAYOUTS:
         return f"layout {fields['layout']!r:.40} is none of {', '.join(LAYOUTS)}"
     if type(fields["orthonormal"]) is not bool:
@@ -267,11 +302,12 @@ def _flaw(fields: dict) -> str | None:
 
 
 def _is_name(value: object) -> bool:
-    """Text that can be shown."""
+    """Whether this is text that can be shown."""
     return isinstance(value, str) and 0 < len(value) <= LONGEST_NAME and value.isprintable()
 
 
 def _flaw_of_ranks(ranks: dict, order: dict, geometry: dict) -> str | None:
+    """The first rule that ranks or orders of heads break, or None."""
     heads, d = geometry["kv_heads"], geometry["head_dim"]
     if not ranks or max(ranks) >= geometry["layers"]:
         return "ranks are empty, or of a layer that the model does not have"
@@ -291,6 +327,7 @@ def _flaw_of_ranks(ranks: dict, order: dict, geometry: dict) -> str | None:
 
 
 def _check_heads(found: object, layers: int, heads: int, refuse: Refusal) -> None:
+    """Check head scores: one finite number of at least 0 for each KV head. Raises: LowkeyError."""
     try:
         tables = [torch.tensor(rows, dtype=torch.float64) for rows in found.values()]  # type: ignore[attr-defined]
     except (AttributeError, TypeError, ValueError, OverflowError, RuntimeError):
@@ -304,16 +341,14 @@ def _check_heads(found: object, layers: int, heads: int, refuse: Refusal) -> Non
 def _factors(
     tensors: dict[str, Tensor], i: int, orthonormal: bool, d: int, order: list[int] | None
 ) -> Factors:
+    """The maps of layer `i` from the tensors of a file. Raises: KeyError if one is missing."""
     found = {name: tensors[f"{i}.{name}"] for name in (("k_down", "v_down") if orthonormal else MAPS)}
     if not all(t.ndim == 3 and t.dtype == torch.float32 for t in found.values()):
         raise KeyError(f"fp32 maps of three dimensions for layer {i}")
     if orthonormal:
-        found |= {
-            f"{x}_up": per_head_maps(
-                found[f"{x}_down"].mT, max(1, found[f"{x}_down"].shape[1] // d)
-            ).contiguous()
-            for x in "kv"
-        }
+        for x in "kv":
+            down = found[f"{x}_down"]
+            found[f"{x}_up"] = per_head_maps(down.mT, max(1, down.shape[1] // d)).contiguous()
     k_mean, v_mean, frequencies = (tensors.get(f"{i}.{name}") for name in ("k_mean", "v_mean", "frequencies"))
     return Factors(
         **found,
@@ -327,6 +362,7 @@ def _factors(
 def _check_factors(
     f: Factors, rank: tuple[int, int], heads: int, d: int, orthonormal: bool, refuse: Refusal
 ) -> None:
+    """Check the maps of a layer against its ranks and the model's heads. Raises: LowkeyError."""
     own = f.frequencies
     if own is not None and not (
         own.shape == (rank[0] // 2,) and f.merge[0] == 1 and bool(own.isfinite().all())
@@ -347,8 +383,11 @@ def _check_factors(
 
 
 def _fit(down: tuple[int, ...], up: tuple[int, ...], heads: int, d: int, r: int) -> bool:
-    """Heads by themselves, each map shared or not, or so many side by side as divide them all, in a width of
-    which r is the part of one head, rounded up."""
+    """Whether maps of these shapes fit the heads of a model.
+
+    Either each head has a latent, with maps of its own or shared by all; or every t heads share one, where t
+    divides the heads and r is the width of the latent divided by t, rounded up.
+    """
     t = max(1, down[1] // d)
     if t == 1:
         return down[0] in (1, heads) and up[0] in (1, heads) and (down[1:], up[1:]) == ((d, r), (r, d))
@@ -361,6 +400,7 @@ def _fit(down: tuple[int, ...], up: tuple[int, ...], heads: int, d: int, r: int)
 
 
 def versions() -> dict[str, str]:
+    """The versions of lowkey, torch, transformers and Python."""
     return {
         "lowkey": __version__,
         "torch": torch.__version__,
@@ -370,27 +410,29 @@ def versions() -> dict[str, str]:
 
 
 def bytes_kept(plan: Plan) -> str:
-    """Say in words what the latents keep, and what the whole cache holds at the length that the budget was
-    counted for, in bfloat16.
+    """Say in words what the latents keep, and what the whole cache holds, in bfloat16.
+
+    The cache has the length that the budget was counted for.
     """
     g, latents, at = plan.geometry, plan.bytes_per_token(2), plan.profile.get("at")
     full = 4 * g["kv_heads"] * g["head_dim"] * len(plan.factors)
     told = f"latents keep {latents:.12g} of {full} bytes per token in bfloat16 ({100 * latents / full:.1f} %)"
-    if type(at) is not int or at < 1 or (whole := plan.holding(2, at)).plain:
+    if type(at) is not int or at < 1 or (whole := plan.cache_bytes(2, at)).is_uniform:
         return told
     return (
-        f"{told}; a cache of {at} tokens, with {plan.sinks} sinks and {whole.recent} recent tokens exact, "
-        f"holds {100 * whole.cache_share(latents):.1f} % of the full cache"
+        f"{told}; a cache of {at} tokens, with {plan.sinks} sinks and {whole.recent_tokens} recent tokens "
+        f"exact, holds {100 * whole.cache_share(latents):.1f} % of the full cache"
     )
 
 
 def plan_card(plan: Plan) -> str:
-    """A model card in Markdown."""
+    """The card of a plan, in Markdown."""
     g, known = plan.geometry, plan.provenance
     rows = "\n".join(f"| {i} | {k} | {v} |" for i, (k, v) in plan.ranks.items())
+    version = known.get("versions", {}).get("lowkey")
     return f"""# KV-cache plan for {known.get("model")}
 
-Made by lowkey {known.get("versions", {}).get("lowkey")}: method `{plan.method["name"]}`, allocator `{plan.allocator["name"]}`,
+Made by lowkey {version}: method `{plan.method["name"]}`, allocator `{plan.allocator["name"]}`,
 layout `{plan.layout}`, latents in {plan.bits or "the model's own numbers"}, budget {plan.budget}.
 In {len(plan.factors)} layers of {g["kv_heads"]} KV heads x {g["head_dim"]} its {bytes_kept(plan)}.
 
@@ -404,5 +446,6 @@ model.generate(**inputs, past_key_values=lowkey.make_cache(model, plan=plan))
 |---|---|---|
 {rows}
 
-Calibrated on {known.get("tokens")} tokens (sha256 `{str(known.get("data_sha256"))[:16]}`, seed {known.get("seed")}).
+Calibrated on {known.get("tokens")} tokens
+(sha256 `{str(known.get("data_sha256"))[:16]}`, seed {known.get("seed")}).
 """

@@ -69,11 +69,11 @@ def check_run_folder(out: Path, force: bool, source: str | None = None) -> None:
     if not out.is_dir():
         return
     marked = files.kind_of(out / JOB_FILE) == RUN_FILE
-    if not marked and any(p.name != TOKEN_FOLDER and not files.is_passing(p) for p in out.iterdir()):
+    if not marked and any(p.name != TOKEN_FOLDER and not files.is_staging_folder(p) for p in out.iterdir()):
         raise LowkeyError(
             f"output {str(out)!r} already holds files, and no run of lowkey's; choose another folder"
         )
-    for name in files.others(out):
+    for name in files.unlisted_files(out):
         if re.fullmatch(PUBLISHED, name) or (
             name == CHECKPOINT and files.kind_of(out / name) != "checkpoint"
         ):

@@ -50,7 +50,7 @@ def prepare(data: Data, work: Path, progress: Progress = silent) -> Corpus:
     folder = (Path(data.cache) if data.cache else work) / _identity(data, named)
     if not (folder / CORPUS_JSON).is_file():
         _make(folder, data, named, progress)
-    return files.steady(folder, lambda: _read(folder, named))
+    return files.read_consistently(folder, lambda: _read(folder, named))
 
 
 def _make(folder: Path, data: Data, named: PreTrainedTokenizerBase | None, progress: Progress) -> None:

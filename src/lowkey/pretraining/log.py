@@ -29,7 +29,7 @@ class Log:
         files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept), ours=True)
 
     def write(self, record: dict[str, Any]) -> None:
-        with files.explained(self.path), self.path.open("a", encoding="utf-8") as file:
+        with files.disk_errors_explained(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite(record)) + "\n")
 
 

@@ -14,7 +14,7 @@ from lowkey.core.progress import Progress, silent
 from lowkey.core.types import Basis, LayerBases, Layout, device_of, head_blocks
 from lowkey.models import families
 from lowkey.models.families import Rope
-from lowkey.models.weights import only
+from lowkey.models.weights import only_trainable
 from lowkey.ops.products import oblique_basis
 from lowkey.ops.rope import rotate, unrotate
 from lowkey.probes import model_probe
@@ -84,7 +84,7 @@ def gather_gradient_moments(
         exact = NO_EXACT_TOKENS
     counted = slice(exact.sinks, length - exact.recent)
     sums, done = _load(work, model, len(rows))
-    with only([], model), torch.enable_grad():
+    with only_trainable([], model), torch.enable_grad():
         windows = list(enumerate(rows))[done:]
         for n, row in progress(windows, "Fisher information", len(windows)):
             # The seed depends on the window alone, so a resumed pass draws the same labels.

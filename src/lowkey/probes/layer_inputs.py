@@ -47,6 +47,7 @@ def layer_inputs(model: PreTrainedModel, rows: Tensor, batch: int) -> Iterator[t
         (layer, its inputs (n, t, D) in fp32 on the CPU).
     """
     hidden = first_inputs(model, rows, batch)
+    # Kept in fp32 on the CPU between layers, but each layer runs in the model's dtype as in a real pass.
     for i, block in enumerate(families.decoder_layers(model)):
         yield i, hidden
         hidden = layer_outputs(model, i, block, hidden.to(model.dtype), None, batch).float()

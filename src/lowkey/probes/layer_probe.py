@@ -102,12 +102,12 @@ def layer_in_fp32(model: PreTrainedModel, layer: int) -> nn.Module:
     block = families.decoder_layers(model)[layer]
     # `float()` would cast the packed integers and drop the scales that give them their values.
     for name, p in block.state_dict().items():
-        if not weights.in_full(p):
+        if not weights.is_plain_weight(p):
             raise LowkeyError(
                 f"model: {name} of layer {layer} is quantised or packed; calibrate on the weights as "
                 "bfloat16 or wider"
             )
-    return weights.copied(block).float().requires_grad_(False).eval()
+    return weights.standalone_copy(block).float().requires_grad_(False).eval()
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lowkey.core.types import LowkeyError
-from lowkey.models.attention_interface import Call, Incoming, as_cast
+from lowkey.models.attention_interface import Call, Incoming, cast_for_autocast
 from lowkey.storage.rollback import RestorableLayer, storage_bytes
 
 
@@ -65,7 +65,7 @@ class StoringLayer(RestorableLayer):
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Incoming, Incoming]:
         """Count new keys and values (b, h, t, d) as seen, and send them on to the attention function."""
-        key_states, value_states = as_cast(key_states), as_cast(value_states)
+        key_states, value_states = cast_for_autocast(key_states), cast_for_autocast(value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.dtype = key_states.dtype

@@ -228,7 +228,7 @@ class BucketedLayer(RaggedLayer):
     def _as_read_later(
         self, keys: Tensor, values: Tensor, levels: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values (b, h, t, d) of a chunk, rebuilt from as many coordinates as each token will keep."""
+        """Keys and values (b, h, t, d) of a chunk, rebuilt from the coordinates that each token will keep."""
         widest = self.codecs[0]
         ranks = torch.tensor([c.factors.ranks for c in self.codecs], device=levels.device)
 

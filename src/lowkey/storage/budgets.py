@@ -1,4 +1,4 @@
-"""How many tokens a budget of bytes pays for, and which budgets are too small for what is kept in any case."""
+"""How many tokens a budget of bytes pays for, and which budgets are too small for what is always kept."""
 
 from __future__ import annotations
 
@@ -9,15 +9,27 @@ from dataclasses import dataclass
 from lowkey.core.types import Budget, LowkeyError
 from lowkey.policies.base import Policy
 
+ROUNDING = 1e-6  # bytes; budgets are floats, and must not fail by a rounding error
+
 
 def budget_of(policy: Policy) -> Budget:
-    """The policy's budget; 100%, which bounds nothing, where it has none."""
+    """The policy's budget; 100 %, which bounds nothing, if it has none."""
     return Budget.parse("100%" if policy.budget is None else policy.budget)
 
 
 def check_question(policy: Policy, tokens: int, question: int) -> None:
-    """Errors: LowkeyError where a budget of tokens, of a row of so many with its question, does not hold the
-    question, sinks and recent tokens. One of bytes is checked when it evicts."""
+    """Check that a budget of tokens holds a question beside the tokens that are always kept.
+
+    A budget of bytes is checked when the cache evicts.
+
+    Args:
+        policy: whose budget, sinks and recent tokens count.
+        tokens: length of a sequence, the question included.
+        question: length of the question, 0 for none.
+
+    Raises:
+        LowkeyError: if the question, the sinks and the recent tokens do not fit.
+    """
     budget = budget_of(policy)
     held = {"%": budget.amount / 100 * tokens, "tokens": budget.amount}.get(budget.unit, math.inf)
     if question and held < question + policy.sinks + policy.recent:
@@ -30,72 +42,82 @@ def check_question(policy: Policy, tokens: int, question: int) -> None:
 
 @dataclass(frozen=True)
 class EvictionCosts:
-    """Bytes that a cache with a policy takes for one row of the batch.
+    """The bytes that a cache with a policy takes for one sequence of the batch.
 
-    heads: over all layers that evict. rows: of the batch. entry: a kept token of one head. whole: how much
-    more a head's recent tokens take, each. fixed: what no kept token pays for: indices, and the layers that
-    slide. expected_tokens: tokens that will be given again and stay, which a budget counts as seen; coming: what they
-    will take.
+    An *entry* is one kept token of one head.
+
+    Args:
+        heads: KV heads over all layers that evict.
+        sequences: the batch size.
+        entry_bytes: of one entry.
+        fixed_bytes: what is held whatever is kept: indices, and the layers that slide.
+        recent_extra_bytes: how much more each entry of a recent token takes.
+        expected_tokens: tokens that will be given again and then stay. A budget counts them as seen.
+        expected_bytes: what they will take.
     """
 
     heads: int
-    rows: int
-    entry: int
-    fixed: float
-    whole: int = 0
+    sequences: int
+    entry_bytes: int
+    fixed_bytes: float
+    recent_extra_bytes: int = 0
     expected_tokens: int = 0
-    coming: float = 0
+    expected_bytes: float = 0
 
-    def left(self, policy: Policy, tokens: int) -> float:
-        """Bytes that a budget leaves for the kept tokens of one row that has seen `tokens` tokens."""
+    def bytes_left(self, policy: Policy, tokens: int) -> float:
+        """The bytes that a budget leaves for the entries of a sequence that has seen so many tokens."""
         budget = budget_of(policy)
-        recent = self.heads * min(tokens, policy.recent) * self.whole
-        paid = (
-            budget.amount / self.rows
-            if budget.unit == "bytes"
-            else budget.amount * (tokens + self.expected_tokens)
-        )
-        return paid - self.fixed - self.coming - recent
+        if budget.unit == "bytes":
+            granted = budget.amount / self.sequences
+        else:
+            granted = budget.amount * (tokens + self.expected_tokens)
+        recent_extra = self.heads * min(tokens, policy.recent) * self.recent_extra_bytes
+        return granted - self.fixed_bytes - self.expected_bytes - recent_extra
 
-    def least(self, policy: Policy, tokens: int) -> float:
-        """Bytes of the sinks and recent tokens of such a row, which are kept in any case."""
-        return self.heads * min(tokens, policy.sinks + policy.recent) * self.entry
+    def protected_bytes(self, policy: Policy, tokens: int) -> float:
+        """The bytes of the sinks and recent tokens of such a sequence, which are always kept."""
+        return self.heads * min(tokens, policy.sinks + policy.recent) * self.entry_bytes
 
-    def pay(self, policy: Policy, tokens: int) -> float:
-        """How many tokens each head of such a row may keep, on average over heads; in all heads together a
-        whole number.
+    def tokens_per_head(self, policy: Policy, tokens: int) -> float:
+        """How many tokens each head of such a sequence may keep, on average over heads.
+
+        Over all heads together it is a whole number.
         """
-        return (self.left(policy, tokens) + 1e-6) // self.entry / self.heads
+        return (self.bytes_left(policy, tokens) + ROUNDING) // self.entry_bytes / self.heads
 
-    def check(self, policy: Policy, seen: Sequence[int]) -> None:
-        """Refuse a budget of bytes that is too small for rows that have seen so many tokens, with the
-        smallest that is not.
+    def check(self, policy: Policy, tokens_seen: Sequence[int]) -> None:
+        """Refuse a budget of bytes that is too small for the tokens that are always kept.
+
+        Args:
+            policy: whose budget, sinks and recent tokens count.
+            tokens_seen: of each sequence; those without tokens do not count.
+
+        Raises:
+            LowkeyError: with the smallest budget that works.
         """
-        budget, rows = budget_of(policy), [n for n in seen if n]
+        budget, lengths = budget_of(policy), [n for n in tokens_seen if n]
         if budget.unit not in ("bytes", "bytes/token"):
             return
-        lacking = [self.least(policy, n) - self.left(policy, n) for n in rows]
-        if max(lacking, default=0) <= 1e-6:
+        lacking = [self.protected_bytes(policy, n) - self.bytes_left(policy, n) for n in lengths]
+        if max(lacking, default=0) <= ROUNDING:
             return
-        each = zip(lacking, rows, strict=True)
-        more = (
-            max(lacking) * self.rows
-            if budget.unit == "bytes"
-            else max(x / (n + self.expected_tokens) for x, n in each)
-        )
-        least = budget.amount + more - 1e-6
+        if budget.unit == "bytes":  # the sequences share it equally
+            more = max(lacking) * self.sequences
+        else:  # each sequence gets it for each of its tokens
+            more = max(x / (n + self.expected_tokens) for x, n in zip(lacking, lengths, strict=True))
+        least = budget.amount + more - ROUNDING
+        # above 10 KiB rounded up to a tenth of a KiB, so that the number can be typed
         smallest = f"{math.ceil(least)} B" if least < 10 * 1024 else f"{math.ceil(least / 102.4) / 10:g} KiB"
-        asked = f"a question of {self.expected_tokens} tokens, " if self.expected_tokens else ""
+        question = f"a question of {self.expected_tokens} tokens, " if self.expected_tokens else ""
         raise LowkeyError(
-            f"budget {budget}: {_described(self.rows, rows)} take "
+            f"budget {budget}: {_batch_in_words(self.sequences, lengths)} take "
             f"{smallest}{budget.unit.removeprefix('bytes')} for "
-            f"{asked}{policy.sinks} sinks and {policy.recent} recent tokens, indices and sliding layers; "
+            f"{question}{policy.sinks} sinks and {policy.recent} recent tokens, indices and sliding layers; "
             "give that, or lower sinks or recent"
         )
 
 
-def _described(count: int, lengths: Sequence[int]) -> str:
-    """A batch in words."""
+def _batch_in_words(count: int, lengths: Sequence[int]) -> str:
     short, long = min(lengths), max(lengths)
     tokens = f"{long} tokens" if short == long else f"{short} to {long} tokens"
     return f"{tokens} in one row" if count == 1 else f"{count} rows of {tokens}"

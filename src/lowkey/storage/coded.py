@@ -1,5 +1,14 @@
-"""Every token in the form that a codec gives it, plain or low rank, in full precision or in packed integers;
-with optional exact tokens.
+"""A layer that stores every token in one form, with exact sinks and recent tokens if wanted.
+
+The form is a codec's (plain or low rank), written down by a packing (the model's own numbers or integers).
+
+Life of a token: it arrives in the *recent window*, where it is held exactly. When `exact.recent` newer tokens
+have come, it is encoded and packed with the other stored tokens. If it is a sink, an exact copy is held
+besides. Keys that are packed in blocks of tokens (KIVI) are stored one whole block at a time.
+
+What a query sees: up to three segments with masks that share one softmax. Tokens within the query's own
+window (the recent segment), sinks outside the window (the sink segment), and all other tokens in their stored
+form. A token that is both stored and a sink is masked in the stored segment, so it counts once.
 """
 
 from __future__ import annotations
@@ -19,23 +28,36 @@ from lowkey.storage.exact import Exact, SinkPoints
 from lowkey.storage.packing import Packing, Unpacked, joined_parts
 from lowkey.storage.positioned import PositionedLayer
 
-Parts = dict[str, tuple[Tensor, ...]]
-EMPTY = 2**31 - 1  # the index of a sink slot that no token has taken
+PackedTensors = dict[str, tuple[Tensor, ...]]
+"""The tensors that a packing holds, of `keys` and of `values`."""
+EMPTY = 2**31 - 1  # the index in a sink slot that no token has taken
 
 
 class CodedLayer(PositionedLayer):
-    """Stored forms of all tokens but the last `recent` (and up to a block more, where keys are packed in
-    blocks of tokens); sinks are held once more, exactly.
+    """Stores all tokens but the recent ones in a codec's form; see the module's docstring.
 
-    Blocks begin at each row's first real token, so that padding changes no scale and nothing that a query
-    sees. Only what all rows have ready is stored: when rows differ in length, some hold up to one block more
-    as it was, and show it as it will be.
+    Blocks begin at each sequence's first real token, so padding changes no scale and nothing that a query
+    sees. All sequences of a batch store the same number of tokens: as many as the sequence with the fewest
+    has ready. The others hold up to one block more exactly, but show it to queries as it will be stored, so
+    that a sequence gives the same result in a batch and alone.
 
-    Held: what the packings of keys and values hold; recent_k, recent_v (b, h, recent, d); sink_k, sink_v (b,
-    h, sinks, d); sink_index (b, sinks), the index of the token in each slot; offset and first, as in any
-    `PositionedLayer`; with `counts`, also ended (b, 1), the index behind each row's last real token, 0 while
-    there is none. points: they say what a sink is; without them a row's first real tokens are its sinks.
-    counts: whether the numbers that a query sees depend on how many tokens came since.
+    Args:
+        codec: the form of stored tokens.
+        exact: sinks and recent tokens, and what a chunk sees of itself; None for none.
+        packing: how stored keys and values are written down; None for the model's own numbers.
+        sink_points: how sinks are recognised; None if they are each sequence's first real tokens.
+
+    Attributes:
+        keys..., values...: the tensors of the packings, named by their fields (`keys_codes`, `keys_scale`).
+        recent_k, recent_v: (b, h, recent, d), the tokens of the window, exact.
+        sink_k, sink_v: (b, h, sinks, d), exact copies of the sinks.
+        sink_index: (b, sinks), the index of the token in each sink slot, or EMPTY.
+        end_index: (b, 1), the index behind each sequence's last real token, 0 while there is none. Held only
+            with `form_depends_on_age`.
+        form_depends_on_age: whether the numbers that a query sees of a token depend on how many tokens have
+            come since. Padding between turns would then count as tokens, and is refused.
+        block: tokens that are packed together; 1 where each is packed by itself.
+        shapes: the heads G and the width r of stored `keys` and `values`.
     """
 
     def __init__(
@@ -43,286 +65,318 @@ class CodedLayer(PositionedLayer):
         codec: Codec,
         exact: Exact | None = None,
         packing: tuple[Packing, Packing] | None = None,
-        points: SinkPoints | None = None,
+        sink_points: SinkPoints | None = None,
     ) -> None:
         super().__init__(exact is not None and exact.prefill == "exact")
-        self.codec, self.exact, self.sink_points = codec, exact or Exact(), points
+        self.codec, self.exact, self.sink_points = codec, exact or Exact(), sink_points
         self.packing = dict(zip(("keys", "values"), packing or (Unpacked(), Unpacked()), strict=True))
         self.block = max(p.block for p in self.packing.values())
-        # recent or stored, it is the token as it came
-        same = (self.codec, *self.packing.values()) == (Plain(), Unpacked(), Unpacked())
-        self.form_depends_on_age = self.block > 1 or (self.exact.recent > 0 and not same)
+        stored_exactly = (self.codec, *self.packing.values()) == (Plain(), Unpacked(), Unpacked())
+        self.form_depends_on_age = self.block > 1 or (self.exact.recent > 0 and not stored_exactly)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make empty tensors for this batch size, device and dtype."""
         b, h, _, d = key_states.shape
         self.device, n = key_states.device, self.exact.sinks
-        self.codec, self.sink_points = (
-            self.codec.to_match(key_states),
-            self.sink_points and self.sink_points.to(self.device),
-        )
+        self.codec = self.codec.to_match(key_states)
+        self.sink_points = self.sink_points and self.sink_points.to(self.device)
         self.recent_k, self.recent_v = key_states.new_empty(b, h, 0, d), value_states.new_empty(b, h, 0, d)
         self.sink_k, self.sink_v = key_states.new_zeros(b, h, n, d), value_states.new_zeros(b, h, n, d)
         self.sink_index = torch.full((b, n), EMPTY, dtype=torch.int32, device=self.device)
         self.reset_rows(b)
         if self.form_depends_on_age:
             self.end_index = torch.zeros_like(self.first_index)
+        # encoding no tokens tells the shapes and dtypes of the stored form
         none = self.codec.encode(
-            self._grouped(self.recent_k), self._grouped(self.recent_v), self.positions_of(0, 0)
+            self._in_codec_order(self.recent_k), self._in_codec_order(self.recent_v), self.positions_of(0, 0)
         )
         self.shapes = {name: (x.shape[1], x.shape[3]) for name, x in zip(self.packing, none, strict=True)}
         for name, x in zip(self.packing, none, strict=True):
-            self._put(name, self.packing[name].pack(x))
+            self._set_packed(name, self.packing[name].pack(x))
         self.is_initialized = True
 
     def tensors(self) -> dict[str, Tensor]:
-        stored = [attribute for name in self.packing for attribute in self._attributes(name)]
-        names = (
-            *stored,
-            "recent_k",
-            "recent_v",
-            "sink_k",
-            "sink_v",
-            "sink_index",
-            "offset",
-            "first_index",
-            *(("end_index",) if self.form_depends_on_age else ()),
-        )
-        return {name: getattr(self, name) for name in names} if self.is_initialized else {}
+        """All tensors that are held, by attribute name."""
+        if not self.is_initialized:
+            return {}
+        stored = [attribute for name in self.packing for attribute in self.packed_attributes(name)]
+        exact = ["recent_k", "recent_v", "sink_k", "sink_v", "sink_index"]
+        rows = ["offset", "first_index", *(["end_index"] if self.form_depends_on_age else [])]
+        return {name: getattr(self, name) for name in (*stored, *exact, *rows)}
 
     def growing_dims(self) -> dict[str, int]:
-        packed = self.packing.items() if self.is_initialized else ()
-        return {attribute: packing.axis for name, packing in packed for attribute in self._attributes(name)}
+        """Stored tokens only grow; the window and the sinks are replaced."""
+        packings = self.packing.items() if self.is_initialized else ()
+        return {name: packing.axis for what, packing in packings for name in self.packed_attributes(what)}
 
     def predicted_nbytes(self) -> int:
+        """The bytes of stored tokens, of exact ones in the model's dtype, and of the indices."""
         if not self.is_initialized:
             return 0
         b, h, _, d = self.recent_k.shape
-        size, (stored, _) = self.recent_k.element_size(), self._ready()
-        near = (self.seen - stored + self.exact.sinks) * 2 * d * h * size
-        kept = sum(
+        size, (stored, _) = self.recent_k.element_size(), self.storable()
+        exact = (self.seen - stored + self.exact.sinks) * 2 * d * h * size
+        packed = sum(
             heads * self.packing[name].nbytes(stored, width, size)
             for name, (heads, width) in self.shapes.items()
         )
-        indices = (
-            3 if self.form_depends_on_age else 2
-        ) * self.offset.element_size() + self.exact.sinks * self.sink_index.element_size()
-        return b * (kept + near + indices)
+        row_indices = (3 if self.form_depends_on_age else 2) * self.offset.element_size()
+        return b * (packed + exact + row_indices + self.exact.sinks * self.sink_index.element_size())
 
     def attend(self, keys: Tensor, values: Tensor, call: Call) -> Tensor:
+        """Store what leaves the window, then answer the call; see `StoringLayer.attend`."""
         real = self.locate_tokens(call, keys.shape[2])
         if self.form_depends_on_age:
-            self.end_index = _ended(real, self.seen, self.end_index)
+            self.end_index = _end_index(real, self.seen, self.end_index)
         self._find_sinks(values, real)
-        keys, values = self._grouped(keys), self._grouped(values)
-        call = replace(call, query=self._grouped(call.query))
+        keys, values = self._in_codec_order(keys), self._in_codec_order(values)
+        call = replace(call, query=self._in_codec_order(call.query))
+        # the window and the chunk together: all exact tokens, of which the oldest are now stored
         buffer_k, buffer_v = torch.cat([self.recent_k, keys], 2), torch.cat([self.recent_v, values], 2)
-        self._write(buffer_k, buffer_v)
-        self._write_sinks(keys, values)
+        self._store(buffer_k, buffer_v)
+        self._store_sinks(keys, values)
         segments = self._segments(call, buffer_k, buffer_v, self.exact_rows(real))
-        return self._ungrouped(grouped.attend(segments, call.scaling, call.softcap))
+        return self._in_model_order(grouped.attend(segments, call.scaling, call.softcap))
 
     def select_sequences(self, choose: Callable[[Tensor], Tensor]) -> None:
+        """Keep some sequences of the batch; see `StoringLayer.select_sequences`."""
         super().select_sequences(choose)
-        if self.is_initialized:  # the row that the others waited for may be gone
-            self._write(self.recent_k, self.recent_v)
+        if self.is_initialized:  # flush blocks held back for sequences that were removed
+            self._store(self.recent_k, self.recent_v)
 
-    def _grouped(self, x: Tensor) -> Tensor:
-        """Heads in the codec's order."""
+    def _in_codec_order(self, x: Tensor) -> Tensor:
+        """Heads (b, h, ...) in the order in which the codec groups them."""
         return x if self.codec.order is None else x[:, self.codec.order]
 
-    def _ungrouped(self, x: Tensor) -> Tensor:
+    def _in_model_order(self, x: Tensor) -> Tensor:
+        """The inverse of `_in_codec_order`."""
         return x if self.codec.order is None else x[:, self.codec.order.argsort()]
 
     # -- which tokens are stored
 
     def check_mask(self, call: Call, start: int, real: Tensor, first: Tensor) -> None:
-        """The recent window and the blocks count a row's tokens from its first real one on, so that a row may
-        end in padding but not go on behind it; some of what comes before it is in no block."""
+        """Refuse padding between a sequence's tokens, and masks that show padding that is in no block.
+
+        The window and the blocks count a sequence's tokens from its first real one on. A sequence may
+        therefore end in padding, but not go on behind it.
+
+        Raises:
+            LowkeyError: for such masks.
+        """
         if not self.form_depends_on_age:
             return
         tokens = torch.arange(self.seen, device=first.device)
-        # nothing lies between a row's tokens and the new ones
+        # a sequence goes on right behind its last real token, or begins with this chunk
         follows = (self.end_index == start) | (first >= start)
-        within = (tokens[start:] >= first) & (tokens[start:] < _ended(real, self.seen, self.end_index))
+        end = _end_index(real, self.seen, self.end_index)
+        within = (tokens[start:] >= first) & (tokens[start:] < end)
         if bool((real.any(1, keepdim=True) & ~follows).any()) or bool((real != within).any()):
             raise LowkeyError(
                 "attention_mask: a row goes on behind padding, which a recent window or blocks of tokens "
                 "(kivi) would count; pad on the "
                 "left, or give rows of uneven turns a cache each"
             )
-        hidden = tokens[:start] < first
-        if (
-            self.block > 1
-            and start
-            and bool((hidden if call.mask is None else hidden & call.mask[:, :, :start].any(1)).any())
-        ):
+        if self.block == 1 or not start:
+            return
+        padding = tokens[:start] < first
+        shown = padding if call.mask is None else padding & call.mask[:, :, :start].any(1)
+        if bool(shown.any()):
             raise LowkeyError(
                 "attention_mask: shows tokens that were padding when they came; repeat the earlier mask"
             )
 
-    def _shift(self) -> Tensor:
-        """(b|1, 1): at which index each row begins to be cut into blocks; before its first real token, the
-        last that it may be.
+    def _first_slot_index(self) -> Tensor:
+        """(b|1, 1): the index from which each sequence's tokens are stored; *slots* are counted from there.
+
+        With blocks, it is the first index that lets a block begin at the sequence's first real token. Before
+        that token is known, it is the largest that it may become, so that nothing is stored too early.
         """
         if self.block == 1:
             return self.first_index.new_zeros(1, 1)
         return torch.where(self.first_index < self.seen, self.first_index % self.block, self.block - 1)
 
-    def _left(self, seen: Tensor) -> Tensor:
-        """(b|1, n): how many tokens of each row, from its shift on, have left the recent window when `seen`
-        (n) were seen: whole blocks.
-        """
-        return (seen - self._shift() - self.exact.recent).clamp_min(0) // self.block * self.block
+    def _slots_left(self, seen: Tensor) -> Tensor:
+        """(b|1, n): how many slots of each sequence had left the window when `seen` (n) tokens were seen.
 
-    def _ready(self) -> tuple[int, int]:
-        """What all rows have ready to be stored, and what the first of them has: at most a block more."""
+        Whole blocks only.
+        """
+        return (seen - self._first_slot_index() - self.exact.recent).clamp_min(0) // self.block * self.block
+
+    def storable(self) -> tuple[int, int]:
+        """(slots that every sequence has ready to be stored, slots that at least one has: a block more)."""
         if self.block == 1:
             return (max(0, self.seen - self.exact.recent),) * 2
-        left = self._left(self.first_index.new_tensor([self.seen]))
+        left = self._slots_left(self.first_index.new_tensor([self.seen]))
         return int(left.min()), int(left.max())
 
-    def _slots(self, start: int, stop: int) -> Tensor:
-        """(b|1, n): the indices of the tokens start to stop of each row, counted from its shift, as they are
-        stored.
-        """
-        return torch.arange(start, stop, device=self.first_index.device) + self._shift()
+    def _indices_of_slots(self, start: int, stop: int) -> Tensor:
+        """(b|1, stop - start): the indices of the tokens in these slots of each sequence."""
+        return torch.arange(start, stop, device=self.first_index.device) + self._first_slot_index()
 
     # -- writing
 
-    def _write(self, buffer_k: Tensor, buffer_v: Tensor) -> None:
-        """Compress what leaves the recent window; clones, so that no view keeps a larger buffer alive."""
-        start, (stop, _) = self.seen - buffer_k.shape[2], self._ready()
-        if stop > start:
-            for name, parts in self._joined(self._packed(buffer_k, buffer_v, start, stop)).items():
-                self._put(name, parts)
-        self.recent_k, self.recent_v = (
-            buffer_k[:, :, stop - start :].clone(),
-            buffer_v[:, :, stop - start :].clone(),
-        )
+    def _store(self, buffer_k: Tensor, buffer_v: Tensor) -> None:
+        """Store the tokens that leave the window.
 
-    def _packed(self, buffer_k: Tensor, buffer_v: Tensor, start: int, stop: int) -> Parts:
-        slots = self._slots(start, stop)
-        at = slots - (self.seen - buffer_k.shape[2])
-        encoded = self.codec.encode(_taken(buffer_k, at), _taken(buffer_v, at), slots - self.offset)
+        Args:
+            buffer_k: (b, h, n, d), all tokens that are held exactly, up to the newest.
+            buffer_v: the same.
+        """
+        start, (stop, _) = self.seen - buffer_k.shape[2], self.storable()
+        if stop > start:
+            new = self._packed(buffer_k, buffer_v, start, stop)
+            for name, tensors in self._with_stored(new).items():
+                self._set_packed(name, tensors)
+        # clones, so that no view keeps the larger buffer alive
+        self.recent_k = buffer_k[:, :, stop - start :].clone()
+        self.recent_v = buffer_v[:, :, stop - start :].clone()
+
+    def _packed(self, buffer_k: Tensor, buffer_v: Tensor, start: int, stop: int) -> PackedTensors:
+        """Encode and pack the tokens of the slots from `start` to `stop`, all of which are in the buffers."""
+        indices = self._indices_of_slots(start, stop)
+        in_buffer = indices - (self.seen - buffer_k.shape[2])
+        encoded = self.codec.encode(
+            _take_tokens(buffer_k, in_buffer), _take_tokens(buffer_v, in_buffer), indices - self.offset
+        )
         return {
             name: packing.pack(x) for (name, packing), x in zip(self.packing.items(), encoded, strict=True)
         }
 
-    def _joined(self, new: Parts) -> Parts:
+    def _with_stored(self, new: PackedTensors) -> PackedTensors:
+        """The stored tokens with these behind them."""
         return {
-            name: joined_parts(self._parts(name), new[name], packing.axis)
+            name: joined_parts(self.packed_tensors(name), new[name], packing.axis)
             for name, packing in self.packing.items()
         }
 
-    def _attributes(self, name: str) -> list[str]:
+    def packed_attributes(self, name: str) -> list[str]:
+        """The attributes that hold what the packing of `keys` or `values` stores."""
         return [f"{name}_{field}" if field else name for field in self.packing[name].fields]
 
-    def _parts(self, name: str) -> tuple[Tensor, ...]:
-        return tuple(getattr(self, attribute) for attribute in self._attributes(name))
+    def packed_tensors(self, name: str) -> tuple[Tensor, ...]:
+        """What the packing of `keys` or `values` stores."""
+        return tuple(getattr(self, attribute) for attribute in self.packed_attributes(name))
 
-    def _put(self, name: str, parts: tuple[Tensor, ...]) -> None:
-        for attribute, part in zip(self._attributes(name), parts, strict=True):
-            setattr(self, attribute, part)
+    def _set_packed(self, name: str, tensors: tuple[Tensor, ...]) -> None:
+        for attribute, tensor in zip(self.packed_attributes(name), tensors, strict=True):
+            setattr(self, attribute, tensor)
 
     def _find_sinks(self, values: Tensor, real: Tensor) -> None:
-        """Tokens take the free slots in their order: those that lie near the points, where there are some; of
-        the others, all.
+        """Give new tokens the free sink slots, in their order.
 
-        real (b, t): which of the new tokens are no padding."""
+        Args:
+            values: (b, h, t, d), by which sinks are recognised if there are sink points.
+            real: (b, t), which of the new tokens are real.
+        """
         if not self.exact.sinks:
             return
         start = self.seen - values.shape[2]
-        found = real if self.sink_points is None else real & self.sink_points.match(values)
-        slot = (self.sink_index < EMPTY).sum(1, keepdim=True) + found.cumsum(1) - 1
-        takes = found.unsqueeze(1) & (
-            slot.unsqueeze(1) == torch.arange(self.exact.sinks, device=slot.device).unsqueeze(1)
-        )
+        candidates = real if self.sink_points is None else real & self.sink_points.match(values)
+        # the n-th candidate of a sequence gets the n-th free slot; past the last slot it gets none
+        slot = (self.sink_index < EMPTY).sum(1, keepdim=True) + candidates.cumsum(1) - 1
+        slots = torch.arange(self.exact.sinks, device=slot.device).unsqueeze(1)
+        takes = candidates.unsqueeze(1) & (slot.unsqueeze(1) == slots)  # (b, sinks, t)
         self.sink_index = torch.where(takes.any(2), start + takes.int().argmax(2), self.sink_index).int()
 
-    def _write_sinks(self, keys: Tensor, values: Tensor) -> None:
-        """Each slot is filled when its token arrives."""
+    def _store_sinks(self, keys: Tensor, values: Tensor) -> None:
+        """Copy the new tokens (b, h, t, d) that are sinks into their slots."""
         if not self.exact.sinks:
             return
         start = self.seen - keys.shape[2]
-        index = self.sink_index.long() - start  # (b, n) into the new tokens
-        arrives = ((index >= 0) & (index < keys.shape[2]))[:, None, :, None]
-        self.sink_k = torch.where(arrives, _taken(keys, index), self.sink_k)
-        self.sink_v = torch.where(arrives, _taken(values, index), self.sink_v)
+        in_chunk = self.sink_index.long() - start
+        arrives = ((in_chunk >= 0) & (in_chunk < keys.shape[2]))[:, None, :, None]
+        self.sink_k = torch.where(arrives, _take_tokens(keys, in_chunk), self.sink_k)
+        self.sink_v = torch.where(arrives, _take_tokens(values, in_chunk), self.sink_v)
 
     # -- reading
 
     def _segments(self, call: Call, buffer_k: Tensor, buffer_v: Tensor, exact: Tensor) -> list[Segment]:
-        """exact (b): which rows see this chunk exactly."""
-        mask, alone = call.full_mask(self.seen), self._alone(exact)
-        stored = self._stored(
-            call, buffer_k, buffer_v, expand=not alone and call.query.shape[3] >= fused.QUERIES
-        )
-        if alone:
+        """What the queries attend to: stored tokens, the window with the chunk, and the sinks.
+
+        Args:
+            call: the attention call.
+            buffer_k: (b, h, n, d), the tokens that were held exactly before this call, and the new ones.
+            buffer_v: the same.
+            exact: (b), the sequences that see this chunk exactly.
+        """
+        mask, only_stored = call.full_mask(self.seen), self._only_stored_tokens_are_seen(exact)
+        # many queries beside exact tokens: rebuilt keys can join the exact ones in one fused product
+        expand = not only_stored and call.query.shape[3] >= fused.QUERIES
+        stored = self._stored_segment(call, buffer_k, buffer_v, expand)
+        if only_stored:
             return [replace(stored, mask=mask)]
         mask = mask if mask is not None else self.offset.new_ones(1, 1, self.seen, dtype=torch.bool)
-        near, index = self._near(call, exact), self.sink_index.long()
-        far = mask & ~near
-        is_sink = (index.unsqueeze(2) == torch.arange(self.seen, device=index.device)).any(1, keepdim=True)
+        seen_exactly, sink_index = self._seen_exactly(call, exact), self.sink_index.long()
+        far = mask & ~seen_exactly
+        tokens = torch.arange(self.seen, device=sink_index.device)
+        is_sink = (sink_index.unsqueeze(2) == tokens).any(1, keepdim=True)
         start = self.seen - buffer_k.shape[2]
-        return [
-            replace(stored, mask=self._in_slots(far & ~is_sink, stored.keys.shape[2])),
-            Segment(call.query, buffer_k, buffer_v, (mask & near)[..., start:]),
-            *(
-                [Segment(call.query, self.sink_k, self.sink_v, self._at(far, index))]
-                if self.exact.sinks
-                else []
-            ),
+        segments = [
+            replace(stored, mask=self._mask_of_slots(far & ~is_sink, stored.keys.shape[2])),
+            Segment(call.query, buffer_k, buffer_v, (mask & seen_exactly)[..., start:]),
         ]
+        if self.exact.sinks:
+            sinks = Segment(call.query, self.sink_k, self.sink_v, self._mask_at(far, sink_index))
+            segments.append(sinks)
+        return segments
 
-    def _alone(self, exact: Tensor) -> bool:
-        return (
-            not self.exact.sinks
-            and not self.exact.recent
-            and self.block == 1
-            and not (self.exact_prefill and bool(exact.any()))
-        )
+    def _only_stored_tokens_are_seen(self, exact: Tensor) -> bool:
+        """Whether no query sees any token exactly, given the sequences (b) that see their chunk exactly."""
+        chunk_is_exact = self.exact_prefill and bool(exact.any())
+        return not (self.exact.sinks or self.exact.recent or self.block > 1 or chunk_is_exact)
 
-    def _stored(self, call: Call, buffer_k: Tensor, buffer_v: Tensor, expand: bool) -> Segment:
-        stored, ahead = self._ready()
-        parts = {name: self._parts(name) for name in self.packing}
+    def _stored_segment(self, call: Call, buffer_k: Tensor, buffer_v: Tensor, expand: bool) -> Segment:
+        """All stored tokens, and those that will be stored when the other sequences have caught up."""
+        stored, ahead = self.storable()
+        tensors = {name: self.packed_tensors(name) for name in self.packing}
         if ahead > stored:
-            parts = self._joined(self._packed(buffer_k, buffer_v, stored, ahead))
+            # packed now and not kept: queries must see these tokens as they will be stored
+            tensors = self._with_stored(self._packed(buffer_k, buffer_v, stored, ahead))
         keys, values = (
-            packing.unpack(parts[name], self.shapes[name][1]) for name, packing in self.packing.items()
+            packing.unpack(tensors[name], self.shapes[name][1]) for name, packing in self.packing.items()
         )
-        at = self.positions_of(self.seen - call.query.shape[3], self.seen)
-        return self.codec.segment(call.query, keys, values, self._slots(0, ahead) - self.offset, at, expand)
+        query_positions = self.positions_of(self.seen - call.query.shape[3], self.seen)
+        positions = self._indices_of_slots(0, ahead) - self.offset
+        return self.codec.segment(call.query, keys, values, positions, query_positions, expand)
 
-    def _near(self, call: Call, exact: Tensor) -> Tensor:
-        """(b|1, t, s): which tokens each query sees exactly, being within its recent window (or its own
-        chunk).
+    def _seen_exactly(self, call: Call, exact: Tensor) -> Tensor:
+        """(b|1, t, s): the tokens that each query sees exactly, within its own window or in an exact chunk.
+
+        A window ends at its query, so a prompt read at once gives what it gives chunk by chunk.
         """
         t, device = call.query.shape[3], self.offset.device
-        # each query has seen itself, too
-        left = self._left(torch.arange(self.seen - t + 1, self.seen + 1, device=device))
+        # when the i-th query asks, it has been seen itself: counts from seen - t + 1 on
+        left = self._slots_left(torch.arange(self.seen - t + 1, self.seen + 1, device=device))
         tokens = torch.arange(self.seen, device=device)
-        near = (tokens - self._shift()).unsqueeze(1) >= left.unsqueeze(2)
-        return near | ((tokens >= self.seen - t) & exact[:, None, None]) if self.exact_prefill else near
+        in_window = (tokens - self._first_slot_index()).unsqueeze(1) >= left.unsqueeze(2)
+        if not self.exact_prefill:
+            return in_window
+        return in_window | ((tokens >= self.seen - t) & exact[:, None, None])
 
-    def _in_slots(self, mask: Tensor, stop: int) -> Tensor:
-        return mask[..., :stop] if self.block == 1 else self._at(mask, self._slots(0, stop))
+    def _mask_of_slots(self, mask: Tensor, count: int) -> Tensor:
+        """A mask over tokens (b|1, t, s) as a mask over the first `count` slots."""
+        return mask[..., :count] if self.block == 1 else self._mask_at(mask, self._indices_of_slots(0, count))
 
-    def _at(self, mask: Tensor, index: Tensor) -> Tensor:
-        """The mask (b|1, t, s) at indices (b|1, n); tokens that did not come yet are not seen."""
+    def _mask_at(self, mask: Tensor, index: Tensor) -> Tensor:
+        """A mask over tokens (b|1, t, s) at some indices (b|1, n); tokens that have not come are not seen."""
         b, t = max(len(mask), len(index)), mask.shape[1]
         at = index.clamp(max=self.seen - 1).unsqueeze(1).expand(b, t, -1)
         return mask.expand(b, -1, -1).gather(2, at) & (index < self.seen).unsqueeze(1)
 
 
-def _ended(real: Tensor, seen: int, before: Tensor) -> Tensor:
-    """(b, 1): the index behind each row's last real token, given which of the newest are real (b, t) and what
-    it was before them.
+def _end_index(real: Tensor, seen: int, before: Tensor) -> Tensor:
+    """(b, 1): the index behind each sequence's last real token.
+
+    Args:
+        real: (b, t), which of the newest tokens are real.
+        seen: tokens seen, the newest included.
+        before: (b, 1), the index before these tokens came.
     """
     last = seen - real.flip(1).int().argmax(1, keepdim=True)
     return torch.where(real.any(1, keepdim=True), last, before)
 
 
-def _taken(x: Tensor, at: Tensor) -> Tensor:
-    """Tokens (b, h, n, d) of x (b, h, s, d) at indices (b|1, n); any of them where the index is none of x's."""
+def _take_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens (b, h, n, d) of x (b, h, s, d) at indices (b|1, n); any token where an index is out of range."""
     b, h, s, d = x.shape
-    return x.gather(2, at.clamp(0, s - 1)[:, None, :, None].expand(b, h, -1, d))
+    return x.gather(2, index.clamp(0, s - 1)[:, None, :, None].expand(b, h, -1, d))

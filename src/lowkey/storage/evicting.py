@@ -1,101 +1,77 @@
-"""Every KV head keeps tokens of its own, as many as its policy gives it; the others are really gone.
+"""A layer in which every KV head keeps tokens of its own, as many as its policy gives it.
 
-Kept tokens lie row after row without padding (a row is one KV head of one sequence); tokens decoded since lie
-in a dense tail. A query meets both and their outputs are merged by log-sum-exp. Nothing stored is ever
-overwritten, and tokens keep the positions they had.
+A *row* is one KV head of one sequence. The tokens that the last eviction kept lie in the rows, one behind
+another without padding. Tokens decoded since lie in a dense *tail*, equally long in all rows. A query
+meets both, and the two outputs are merged by log-sum-exp. When the tail is full, its tokens join the rows,
+which costs one copy of the layer in 128 steps.
+
+An eviction takes place after every chunk (a prompt, or a later turn), and after every `policy.every` steps of
+decoding. The layer collects its *candidates* (rows, tail and chunk), the policy scores them, the allocator
+says how many each head keeps, and the best of each head become the new rows. Evicted tokens are freed. Kept
+tokens keep the positions they had. Nothing that is stored is ever overwritten, so a forward pass that fails
+can be undone (`rollback`).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from lowkey.backends import fused, grouped, stock
+from lowkey.backends import grouped
 from lowkey.backends.ragged import ragged
 from lowkey.backends.segment import Part, Segment, merge_parts
 from lowkey.core.types import Budget
 from lowkey.models.attention_interface import Call
 from lowkey.ops.precision import for_products
 from lowkey.ops.ragged import append_to_rows, pad_rows, row_of, select_rows, starts_of, top_mask
-from lowkey.policies.allocators import AllocationRequest
 from lowkey.policies.base import CosAndSin, EvictionContext, Policy
 from lowkey.storage.budgets import EvictionCosts
+from lowkey.storage.cache_wide_eviction import CacheWideEviction, Candidates
+from lowkey.storage.chunk import attend_to_chunk, visible_in_chunk
 from lowkey.storage.codec import Codec, Plain
 from lowkey.storage.positioned import RaggedLayer
 from lowkey.storage.rollback import Snapshot, storage_bytes
 
-STEP = 16  # the tail grows by so many tokens at a time
-FAR = 1e30  # scores are held below it; infinite ones mean `stays` and `is not there`
-TAIL = 128  # and joins the rows when it is so long: a copy of the layer, once in 128 steps
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """What may stay when a layer evicts: stored forms (b, h, s, r), positions, valid and carried (b, h, s);
-    gaps behind shorter heads.
-    """
-
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
-    valid: Tensor
-    previous_scores: Tensor
-
-
-@dataclass
-class CacheWideEviction:
-    """Where the layers of one cache meet when their allocator needs the scores of all.
-
-    sliding_layers: of every sliding layer of the cache, how many tokens it holds at most, and the numbers that one of
-    them takes.
-    """
-
-    layers: int = 1
-    sliding_layers: tuple[tuple[int, int], ...] = ()
-    waiting: list[tuple[EvictingLayer, Candidates, Tensor]] = field(default_factory=list)
-
-    def enter(self, layer: EvictingLayer, found: Candidates, scores: Tensor) -> None:
-        self.waiting.append((layer, found, scores))
-        if layer.policy.resolved_allocator().scope == "layer" or len(self.waiting) == self.layers:
-            self._decide()
-
-    def _decide(self) -> None:
-        # the others have forgotten what only looked
-        layer, layer_slot = self.waiting[-1][0], self.waiting[0][0].layer_slot
-        longest = max(s.shape[-1] for *_, s in self.waiting)
-        # (n, b, h, s)
-        scores = torch.stack([pad(s, (0, longest - s.shape[-1]), value=-torch.inf) for *_, s in self.waiting])
-        split, tokens = layer.policy.resolved_allocator(), layer.tokens_seen().tolist()
-        requests = [
-            AllocationRequest(scores[:, i], layer.tokens_per_head(n), n, layer_slot, self.layers)
-            for i, n in enumerate(tokens)
-        ]
-        counts = torch.stack([split.counts(r) for r in requests], dim=1)  # (n, b, h)
-        for (own, found, s), c in zip(self.waiting, counts, strict=True):
-            own.keep_best(found, s, c.to(s.device))
-        self.waiting.clear()
-
-    def held(self, layer: EvictingLayer) -> Iterator[Tensor]:
-        """What waits for the other layers, and is freed when all have come."""
-        for own, found, scores in self.waiting:
-            if own is layer:
-                yield from (*vars(found).values(), scores)
+TAIL_STEP = 16  # the tail grows by so many tokens at a time
+LONGEST_TAIL = 128  # tokens; then the tail joins the rows
+LARGEST_SCORE = 1e30  # finite, since +inf and -inf mean "stays in any case" and "there is no token"
 
 
 class EvictingLayer(RaggedLayer):
-    """Held: keys (n, r_K), values (n, r_V), where (n, their positions), starts (b h + 1); tail_k, tail_v (b,
-    h, <= 128, r); offset, first (b, 1); if the policy needs them: carried (n) scores, asked (b, h, g, w, d)
-    queries since the last eviction.
+    """Keeps in every head the tokens that a policy scores highest; see the module's docstring.
 
-    layer_slot, round: which compressible layer of the cache this is, and where it meets the others. score_only_tokens: so
-    many tokens at the end of each chunk are used to score the others and are not stored, nor counted as seen.
-    piece: which tokens they repeat, if they do, (from, to) as counted from each row's first. frozen: nothing
-    more is evicted. expected_tokens: so many are given again behind, within the budget.
+    Args:
+        policy: score, allocator and budget.
+        rope: cos and sin of the model at chosen positions, for policies that rotate keys or queries.
+        layer_slot: which of the cache's evicting layers this is.
+        cache_eviction: what the layers of one cache share; None for a layer on its own.
+        codec: the form of stored tokens; None for the model's own.
+
+    Attributes:
+        keys: (n, r_K), the kept keys of all rows, one behind another.
+        values: (n, r_V), the same.
+        positions: (n), their positions.
+        starts: (b h + 1), where each row begins.
+        previous_scores: (n), scores from earlier evictions; empty unless the policy is stateful.
+        tail_k, tail_v: (b, h, room, r_K) and (b, h, room, r_V), the tail with some room to grow.
+        recorded_queries: (b, h, g, w, d), the queries of the decode steps since the last eviction; empty
+            unless the policy will use them.
+        tail_length: tokens in the tail.
+        kept_entries: n.
+        decode_steps: steps of decoding so far.
+        joined_length: how many of the tail's tokens had come at once and without room to grow. Always 0 in
+            caches filled by this version; files of format 1 may hold another number.
+        frozen: whether eviction is switched off.
+        score_only_tokens: so many tokens at the end of each chunk score the others and are then forgotten.
+            They are neither stored nor counted as seen.
+        repeated_span: (start, stop) if those tokens repeat an earlier part of the sequence, counted from its
+            first token; else None.
+        expected_tokens: tokens that will be given again after an eviction, for which the budget keeps room.
+        empty_call: the last call, without queries, for evictions that score nothing new.
     """
 
     keys: Tensor  # type: ignore[assignment]
@@ -118,23 +94,22 @@ class EvictingLayer(RaggedLayer):
         codec: Codec | None = None,
     ) -> None:
         super().__init__()
-        self.policy, self.rope, self.layer_slot, self.cache_eviction, self.codec = (
-            policy,
-            rope,
-            layer_slot,
-            cache_eviction or CacheWideEviction(),
-            codec or Plain(),
-        )
-        self.tail_length = self.kept_entries = self.decode_steps = self.joined_length = (
-            self.expected_tokens
-        ) = 0
+        self.policy, self.rope, self.layer_slot = policy, rope, layer_slot
+        self.cache_eviction, self.codec = cache_eviction or CacheWideEviction(), codec or Plain()
+        self._reset_counters()
+
+    def _reset_counters(self) -> None:
+        self.tail_length = self.kept_entries = self.decode_steps = self.joined_length = 0
+        self.expected_tokens = 0
         self.frozen = False
         self.repeated_span: tuple[int, int] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make empty tensors for this batch size, device and dtype."""
         b, h = key_states.shape[:2]
         self.device, self.codec = key_states.device, self.codec.to_match(key_states)
         self.reset_rows(b)
+        # encoding no tokens tells the widths and dtypes of the stored form
         stored = self.codec.encode(key_states[:, :, :0], value_states[:, :, :0], self.positions_of(0, 0))
         self.keys, self.values = (x.new_empty(0, x.shape[-1]) for x in stored)
         self.positions = torch.zeros(0, dtype=torch.int32, device=self.device)
@@ -145,243 +120,233 @@ class EvictingLayer(RaggedLayer):
         self.is_initialized = True
 
     def tensors(self) -> dict[str, Tensor]:
-        names = (
-            "keys",
-            "values",
-            "positions",
-            "starts",
-            "previous_scores",
-            "tail_k",
-            "tail_v",
-            "offset",
-            "first_index",
-            "recorded_queries",
-        )
-        return {name: getattr(self, name) for name in names} if self.is_initialized else {}
+        """All tensors that are held, by attribute name."""
+        if not self.is_initialized:
+            return {}
+        rows = ("keys", "values", "positions", "starts", "previous_scores")
+        others = ("tail_k", "tail_v", "offset", "first_index", "recorded_queries")
+        return {name: getattr(self, name) for name in (*rows, *others)}
+
+    # -- bytes
 
     def nbytes(self) -> int:
+        """The bytes of the storages that are really held, candidates of an eviction under way included."""
         return super().nbytes() + self._waiting_bytes()
 
     def _waiting_bytes(self) -> int:
-        """Within a forward pass: what the round holds, less what is held in any case."""
+        """What `cache_eviction` holds for this layer, beyond what the layer holds itself."""
         own = list(self.tensors().values())
-        return storage_bytes([*own, *self.cache_eviction.held(self)]) - storage_bytes(own)
+        return storage_bytes([*own, *self.cache_eviction.waiting_tensors(self)]) - storage_bytes(own)
 
     def restore(self, before: Snapshot) -> None:
+        """Go back to an earlier state, and give up an eviction that was under way."""
         super().restore(before)
         self.cache_eviction.waiting.clear()
 
     @property
     def entry_bytes(self) -> int:
-        """What one kept token of one head takes."""
+        """The bytes of one kept token of one head: key, value, position and, if held, score."""
         widths = self.keys.shape[-1] + self.values.shape[-1]
-        return (
-            widths * self.keys.element_size()
-            + self.positions.element_size()
-            + (self.previous_scores.element_size() if self.policy.stateful else 0)
-        )
+        score = self.previous_scores.element_size() if self.policy.stateful else 0
+        return widths * self.keys.element_size() + self.positions.element_size() + score
 
     def index_bytes(self) -> int:
-        """What is held whatever is kept."""
+        """The bytes that are held whatever is kept: row starts, and where sequences begin."""
         b, h = self.tail_k.shape[:2]
         return (b * h + 1) * self.starts.element_size() + 2 * b * self.offset.element_size()
 
     def costs(self, tokens: Tensor) -> EvictionCosts:
-        """Of this cache, in a batch whose rows have seen so many tokens (b)."""
-        b, h, _, width = self.tail_k.shape
-        size, stay, heads = (
-            self.keys.element_size(),
-            self.seen - self.score_only_tokens + self.expected_tokens,
-            h * self.cache_eviction.layers,
+        """The costs of this layer's whole cache, for sequences that have seen so many tokens (b)."""
+        b, h, _, key_width = self.tail_k.shape
+        itemsize, heads = self.keys.element_size(), h * self.cache_eviction.layers
+        stored = self.seen - self.score_only_tokens + self.expected_tokens
+        sliding = itemsize * sum(
+            min(stored, most) * numbers for most, numbers in self.cache_eviction.sliding_layers
         )
-        beside = size * sum(min(stay, most) * numbers for most, numbers in self.cache_eviction.sliding_layers)
-        tail = STEP * size * (width + self.tail_v.shape[-1])  # which a single token begins
-        coming = heads * (tail if self.expected_tokens == 1 else self.expected_tokens * self.entry_bytes)
+        # a single token that is given again begins a tail; several come as a chunk and join the rows
+        tail = TAIL_STEP * itemsize * (key_width + self.tail_v.shape[-1])
+        expected = tail if self.expected_tokens == 1 else self.expected_tokens * self.entry_bytes
         return EvictionCosts(
-            heads,
-            b,
-            self.entry_bytes,
-            self.cache_eviction.layers * self.index_bytes() / b + beside,
-            0,
-            self.expected_tokens,
-            coming,
+            heads=heads,
+            sequences=b,
+            entry_bytes=self.entry_bytes,
+            fixed_bytes=self.cache_eviction.layers * self.index_bytes() / b + sliding,
+            expected_tokens=self.expected_tokens,
+            expected_bytes=heads * expected,
         )
 
     def predicted_nbytes(self) -> int:
+        """The bytes of kept entries, of the tail with its room, of indices and of recorded queries."""
         if not self.is_initialized:
             return 0
-        b, h, _, width = self.tail_k.shape
-        dense = (width + self.tail_v.shape[-1]) * self.keys.element_size()
-        room = self.joined_length + -(-(self.tail_length - self.joined_length) // STEP) * STEP
-        asked = self.recorded_queries.numel() * self.recorded_queries.element_size()
+        b, h, _, key_width = self.tail_k.shape
+        token_bytes = (key_width + self.tail_v.shape[-1]) * self.keys.element_size()
+        steps = -(-(self.tail_length - self.joined_length) // TAIL_STEP)
+        room = self.joined_length + steps * TAIL_STEP
         return (
             self.kept_entries * self.entry_bytes
-            + b * h * room * dense
+            + b * h * room * token_bytes
             + self.index_bytes()
-            + asked
+            + self.recorded_queries.numel() * self.recorded_queries.element_size()
             + self._waiting_bytes()
         )
 
+    # -- counts
+
     def tokens_seen(self) -> Tensor:
-        """(b): how many each row has seen, padding not counted."""
+        """(b): how many tokens each sequence has seen, without padding and tokens that only score."""
         return (self.seen - self.score_only_tokens - self.first_index[:, 0]).clamp_min(0)
 
     def tokens_per_head(self, tokens: int) -> float:
-        """The budget of a row that has seen so many tokens, per head on average, without what is to come."""
+        """The budget of a sequence that has seen `tokens` tokens.
+
+        Returns:
+            Tokens per head, on average over heads, without those that are expected.
+        """
         if self.policy.budget is None:
             return tokens
         budget = Budget.parse(self.policy.budget)
-        if budget.unit in ("%", "tokens"):
-            return max(
-                0.0,
-                (
-                    budget.amount / 100 * (tokens + self.expected_tokens)
-                    if budget.unit == "%"
-                    else budget.amount
-                )
-                - self.expected_tokens,
-            )
-        return self.costs(self.tokens_seen()).pay(self.policy, tokens) if tokens else 0
+        if budget.unit == "%":
+            return max(0.0, budget.amount / 100 * (tokens + self.expected_tokens) - self.expected_tokens)
+        if budget.unit == "tokens":
+            return max(0.0, budget.amount - self.expected_tokens)
+        return self.costs(self.tokens_seen()).tokens_per_head(self.policy, tokens) if tokens else 0
 
-    def kept_positions(self, row: int) -> list[Tensor]:
-        """Per KV head the positions held for this row of the batch, ascending."""
+    def kept_positions(self, sequence: int) -> list[Tensor]:
+        """For each KV head, the positions that are held for a sequence of the batch, ascending."""
         h = self.tail_k.shape[1]
-        tail = self.positions_of(self.seen - self.tail_length, self.seen)[row]
-        edges = self.starts[row * h : (row + 1) * h + 1].tolist()
+        tail = self.positions_of(self.seen - self.tail_length, self.seen)[sequence]
+        edges = self.starts[sequence * h : (sequence + 1) * h + 1].tolist()
         return [torch.cat([self.positions[a:b].long(), tail]) for a, b in itertools.pairwise(edges)]
 
     # -- attending
 
     def attend(self, keys: Tensor, values: Tensor, call: Call) -> Tensor:
+        """Answer the call, store the new tokens, and evict if it is time; see `StoringLayer.attend`."""
         t = keys.shape[2]
         real = self.locate_tokens(call, t)
         if bool(self.decoding_rows(t).all()):
+            # a step of decoding: the token joins the tail first and is then read with it
             self._append_to_tail(keys, values)
             out = merge_parts(self._stored_parts(call, self.seen))[0]
             self._after_step(call)
         else:
+            # a chunk: its queries see all that is held and the chunk itself; then the layer evicts
             self.check_decoding(t, self.policy.every)
-            parts = [
-                *self._stored_parts(call, self.seen - t),
-                self._chunk_part(keys, values, call, self.exact_rows(real)),
-            ]
+            stored = self._stored_parts(call, self.seen - t)
+            parts = [*stored, self._chunk_part(keys, values, call, self.exact_rows(real))]
             out = merge_parts(parts)[0] if len(parts) > 1 else parts[0][0]
-            repeating = None if self.repeated_span is None else torch.logaddexp(parts[0][1], parts[-1][1])
-            self._evict(call, self._candidates_with_chunk(keys, values, real), repeating)
+            # the log-sum-exp over the repeated span and over the tokens of the repetition itself
+            repetition_lse = (
+                None if self.repeated_span is None else torch.logaddexp(parts[0][1], parts[-1][1])
+            )
+            self._evict(call, self._candidates_with_chunk(keys, values, real), repetition_lse)
             self.seen -= self.score_only_tokens
         return out.to(values.dtype)
 
     def _stored_parts(self, call: Call, stop: int) -> list[Part]:
-        """Attention over the kept tokens and over the tail, which ends at token `stop`; each (b, h, g, t, d)
-        with its log-sum-exp.
+        """Attention over the rows and over the tail, which ends at the token with index `stop`.
+
+        Returns:
+            For each: the output (b, h, g, t, d) and its log-sum-exp (b, h, g, t).
         """
         query = self.codec.project_query(call.query)
         shape, parts = query.shape[:4], []
         if len(self.keys):
             keys = self.codec.scoring_keys_of_rows(self.keys, self.positions, self.starts, shape[1])
-            rows = query.flatten(2, 3).flatten(0, 1)
+            queries = query.flatten(2, 3).flatten(0, 1)
             for k, v, starts in self._rows_by_span(keys):
-                out, lse = ragged(rows, k, v, starts, call.scaling, call.softcap)
+                out, lse = ragged(queries, k, v, starts, call.scaling, call.softcap)
                 parts.append((self.codec.expand_output(out.view(*shape, -1)), lse.view(shape)))
         if self.tail_length:
-            keys = self.codec.scoring_keys(
-                self.tail_k[:, :, : self.tail_length],
-                self.positions_of(stop - self.tail_length, stop).unsqueeze(1),
-            )
-            tail = (for_products(x) for x in (query, keys, self.tail_v[:, :, : self.tail_length]))
-            out, lse = grouped.partial([Segment(*tail)], call.scaling, call.softcap)
+            tail_k, tail_v = (x[:, :, : self.tail_length] for x in (self.tail_k, self.tail_v))
+            positions = self.positions_of(stop - self.tail_length, stop).unsqueeze(1)
+            keys = self.codec.scoring_keys(tail_k, positions)
+            segment = Segment(*(for_products(x) for x in (query, keys, tail_v)))
+            out, lse = grouped.partial([segment], call.scaling, call.softcap)
             parts.append((self.codec.expand_output(out), lse))
         return parts
 
     def _rows_by_span(self, keys: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Keys, values and starts of the rows; those of the piece that is repeated, if one is, and then the
-        others.
-        """
+        """(keys, values, starts) of the rows; if a span is repeated, of it first and then of the others."""
         if self.repeated_span is None:
             return [(keys, self.values, self.starts)]
         row = row_of(self.starts)
-        place = self.positions - self._first_positions()[row // self.tail_k.shape[1], 0, 0]
-        inside = (place >= self.repeated_span[0]) & (place < self.repeated_span[1])
+        number = self.positions - self._first_positions()[row // self.tail_k.shape[1], 0, 0]
+        inside = (number >= self.repeated_span[0]) & (number < self.repeated_span[1])
         counts = torch.zeros_like(self.starts[1:]).index_add_(0, row, inside.long())
         both = (inside, counts), (~inside, self.starts.diff() - counts)
         return [(keys[chosen], self.values[chosen], starts_of(lengths)) for chosen, lengths in both]
 
     def _chunk_part(self, keys: Tensor, values: Tensor, call: Call, exact: Tensor) -> Part:
-        """Attention of a chunk's queries over the chunk itself, before anything of it is evicted; in rows
-        `exact` (b) as it came.
+        """Attention of a chunk's queries over the chunk itself, before any of it is evicted.
+
+        Args:
+            keys: (b, h, t, d).
+            values: (b, h, t, d).
+            call: the attention call.
+            exact: (b), the sequences that see the chunk as it came; the others see it as it will be stored.
         """
-        t, exact = keys.shape[2], exact[:, None, None, None]
+        exact = exact[:, None, None, None]
         if not bool(exact.all()):
             k, v = self._as_stored(keys, values)
             keys, values = torch.where(exact, keys, k), torch.where(exact, values, v)
-        if self.seen == t and call.softcap is None:
-            out = stock.attend(call.query, keys, values, call.mask, call.scaling)
-            return out, out.new_zeros(out.shape[:-1])
-        mask = call.full_mask(self.seen)
-        mask = None if mask is None else mask[..., -t:]
-        if (
-            mask is not None
-            and fused.gives_lse(call.query, keys, call.softcap)
-            and bool((mask == torch.ones_like(mask[:1]).tril()).all())
-        ):
-            return fused.causal(call.query, keys, values, call.scaling)
-        return grouped.partial([Segment(call.query, keys, values, mask)], call.scaling, call.softcap)
+        return attend_to_chunk(call, keys, values, self.seen)
 
     def _as_stored(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """A chunk's keys and values as they will be read later."""
+        """A chunk's keys and values (b, h, t, d) as they will be read later."""
         positions = self.positions_of(self.seen - keys.shape[2], self.seen)
         k, v = self.codec.encode(keys, values, positions)
-        return self.codec.expand_keys(
-            self.codec.scoring_keys(k, positions.unsqueeze(1))
-        ), self.codec.expand_values(v)
+        scoring = self.codec.scoring_keys(k, positions.unsqueeze(1))
+        return self.codec.expand_keys(scoring), self.codec.expand_values(v)
 
     # -- storing
 
     def _append_to_tail(self, keys: Tensor, values: Tensor) -> None:
+        """Put one new token (b, h, 1, d) at the end of the tail."""
         k, v = self.codec.encode(keys, values, self.positions_of(self.seen - 1, self.seen))
         if self.tail_length == self.tail_k.shape[2]:
             self.tail_k, self.tail_v = (
-                torch.cat([x, x.new_zeros(*x.shape[:2], STEP, x.shape[3])], 2)
+                torch.cat([x, x.new_zeros(*x.shape[:2], TAIL_STEP, x.shape[3])], 2)
                 for x in (self.tail_k, self.tail_v)
             )
         elif torch.is_grad_enabled():
-            # a graph may need what they held
+            # writing in place would change numbers that a graph may have saved for the backward pass
             self.tail_k, self.tail_v = self.tail_k.clone(), self.tail_v.clone()
         self.tail_k[:, :, self.tail_length], self.tail_v[:, :, self.tail_length] = k[:, :, 0], v[:, :, 0]
         self.tail_length += 1
 
     def _after_step(self, call: Call) -> None:
+        """Count a step of decoding; evict or empty the tail if it is time."""
         self.decode_steps += 1
         if self.policy.every and self.policy.uses_queries and not self.frozen:
-            self.recorded_queries = (
-                torch.cat([self.recorded_queries, call.query], 3)
-                if self.recorded_queries.numel()
-                else call.query.clone()
-            )
+            self.recorded_queries = self._with_recorded_queries(call.query, clone=True)
         if self.policy.every and self.decode_steps % self.policy.every == 0 and not self.frozen:
-            self._evict(replace(call, query=call.query[:, :, :, :0]), self._stored_candidates(self.seen))
-        elif self.tail_length - self.joined_length >= TAIL:
+            # the step's query was just recorded, so the call brings no other
+            without_queries = replace(call, query=call.query[:, :, :, :0])
+            self._evict(without_queries, self._stored_candidates(self.seen))
+        elif self.tail_length - self.joined_length >= LONGEST_TAIL:
             self._join_tail_to_rows()
 
+    def _with_recorded_queries(self, query: Tensor, clone: bool = False) -> Tensor:
+        """The recorded queries with these (b, h, g, t, d) behind them; `clone` if they are to be held."""
+        if self.recorded_queries.numel():
+            return torch.cat([self.recorded_queries, query], 3)
+        return query.clone() if clone else query
+
     def _join_tail_to_rows(self) -> None:
-        """The tail becomes part of the rows."""
-        rows = len(self.starts) - 1
-        at = (
-            self.positions_of(self.seen - self.tail_length, self.seen)
-            .int()
-            .repeat_interleave(self.tail_k.shape[1], 0)
-        )
-        pairs = (self.keys, self.tail_k), (self.values, self.tail_v)
-        self.keys, self.values = (
-            append_to_rows(kept, self.starts, x[:, :, : self.tail_length].flatten(0, 1)) for kept, x in pairs
-        )
-        self.positions = append_to_rows(self.positions, self.starts, at)
+        """Move the tail's tokens to the end of their rows."""
+        rows, length = len(self.starts) - 1, self.tail_length
+        positions = self.positions_of(self.seen - length, self.seen).int()
+        positions = positions.repeat_interleave(self.tail_k.shape[1], 0)  # (b h, length)
+        self.keys = append_to_rows(self.keys, self.starts, self.tail_k[:, :, :length].flatten(0, 1))
+        self.values = append_to_rows(self.values, self.starts, self.tail_v[:, :, :length].flatten(0, 1))
+        self.positions = append_to_rows(self.positions, self.starts, positions)
         if self.policy.stateful:
-            self.previous_scores = append_to_rows(
-                self.previous_scores, self.starts, self.previous_scores.new_zeros(rows, self.tail_length)
-            )
-        self.starts = self.starts + torch.arange(rows + 1, device=self.device) * self.tail_length
-        self.kept_entries += rows * self.tail_length
+            unscored = self.previous_scores.new_zeros(rows, length)
+            self.previous_scores = append_to_rows(self.previous_scores, self.starts, unscored)
+        self.starts = self.starts + torch.arange(rows + 1, device=self.device) * length
+        self.kept_entries += rows * length
         self._clear_tail()
 
     def _clear_tail(self) -> None:
@@ -393,162 +358,170 @@ class EvictingLayer(RaggedLayer):
     # -- evicting
 
     def _stored_candidates(self, stop: int) -> Candidates:
-        """Kept tokens and tail, which ends at token `stop`."""
+        """The tokens of the rows and of the tail, which ends at the token with index `stop`."""
         b, h = self.tail_k.shape[:2]
-        rows = [
-            pad_rows(x, self.starts)[0].unflatten(0, (b, h))
-            for x in (self.keys, self.values, self.positions.long())
-        ]
-        real = pad_rows(self.positions, self.starts)[1].unflatten(0, (b, h))
-        carried = (
-            pad_rows(self.previous_scores, self.starts)[0].unflatten(0, (b, h))
-            if self.policy.stateful
-            else real.float() * 0
+
+        def dense(flat: Tensor) -> Tensor:
+            return pad_rows(flat, self.starts)[0].unflatten(0, (b, h))
+
+        valid = pad_rows(self.positions, self.starts)[1].unflatten(0, (b, h))
+        scores = dense(self.previous_scores) if self.policy.stateful else valid.float() * 0
+        rows = Candidates(dense(self.keys), dense(self.values), dense(self.positions.long()), valid, scores)
+        positions = self.positions_of(stop - self.tail_length, stop).unsqueeze(1).expand(b, h, -1)
+        tail = Candidates(
+            self.tail_k[:, :, : self.tail_length],
+            self.tail_v[:, :, : self.tail_length],
+            positions,
+            torch.ones_like(positions, dtype=torch.bool),
+            torch.zeros_like(positions, dtype=torch.float32),
         )
-        at = self.positions_of(stop - self.tail_length, stop).unsqueeze(1).expand(b, h, -1)
-        return Candidates(
-            torch.cat([rows[0], self.tail_k[:, :, : self.tail_length]], 2),
-            torch.cat([rows[1], self.tail_v[:, :, : self.tail_length]], 2),
-            torch.cat([rows[2], at], 2),
-            torch.cat([real, torch.ones_like(at, dtype=torch.bool)], 2),
-            torch.cat([carried, torch.zeros_like(at, dtype=torch.float32)], 2),
-        )
+        return rows.followed_by(tail)
 
     def _candidates_with_chunk(self, keys: Tensor, values: Tensor, real: Tensor) -> Candidates:
-        """Kept tokens, tail, and the chunk (b, h, t, d), of which `real` (b, t) says what is no padding."""
+        """The tokens of rows, tail and a chunk (b, h, t, d), given which of the chunk are real (b, t)."""
         b, h, t, _ = keys.shape
         positions = self.positions_of(self.seen - t, self.seen)
         k, v = self.codec.encode(keys, values, positions)
-        at = positions.unsqueeze(1).expand(b, h, t)
-        new = Candidates(k, v, at, real.unsqueeze(1).expand(b, h, t), torch.zeros(b, h, t, device=k.device))
-        if self.seen == t:
-            return new
-        old = self._stored_candidates(self.seen - t)
-        return Candidates(
-            *(torch.cat(pair, 2) for pair in zip(vars(old).values(), vars(new).values(), strict=True))
+        chunk = Candidates(
+            k,
+            v,
+            positions.unsqueeze(1).expand(b, h, t),
+            real.unsqueeze(1).expand(b, h, t),
+            torch.zeros(b, h, t, device=k.device),
         )
+        return chunk if self.seen == t else self._stored_candidates(self.seen - t).followed_by(chunk)
 
     def evict(self) -> None:
-        """Now, by the scores that the tokens carry."""
+        """Evict now, by the scores that the tokens have from earlier calls."""
         self._evict(self.empty_call, self._stored_candidates(self.seen))
 
-    def _evict(self, call: Call, found: Candidates, repeating: Tensor | None = None) -> None:
-        """Score what is there and let the round decide; the call's queries are the newest."""
+    def _evict(self, call: Call, candidates: Candidates, repetition_lse: Tensor | None = None) -> None:
+        """Score the candidates and pass them on to the allocator.
+
+        Args:
+            call: the attention call; its queries are the newest.
+            candidates: all tokens that may stay.
+            repetition_lse: (b, h, g, t), with a repeated span; see `EvictionContext`.
+        """
         tokens = self.tokens_seen()
-        # a slice would keep all queries alive
-        nothing = call.query.new_empty(*call.query.shape[:3], 0, call.query.shape[4])
-        self.empty_call = Call(nothing, None, None, call.scaling, call.softcap)
-        scores = (
-            found.previous_scores
-            if self._scores_decide_nothing(tokens)
-            else self.policy.score(self._context(call, found, repeating)).float()
+        # not a slice of the queries, which would keep all of them alive
+        no_query = call.query.new_empty(*call.query.shape[:3], 0, call.query.shape[4])
+        self.empty_call = Call(no_query, None, None, call.scaling, call.softcap)
+        if self._scores_decide_nothing(tokens):
+            scores = candidates.previous_scores
+        else:
+            scores = self.policy.score(self._context(call, candidates, repetition_lse)).float()
+        number = candidates.positions - self._first_positions()  # counted from each sequence's first token
+        # a sequence for which this call is a step of decoding evicts nothing: alone, it would not either
+        stepping = self.decoding_rows(call.query.shape[3])[:, None, None]
+        candidates = replace(
+            candidates,
+            previous_scores=torch.where(stepping, candidates.previous_scores, scores),
+            # tokens that only score come last, and are no longer candidates
+            valid=candidates.valid & (number < tokens[:, None, None]),
         )
-        number = found.positions - self._first_positions()  # counted from each row's first token
-        steps = self.decoding_rows(call.query.shape[3])[:, None, None]
-        # a step beside padding evicts nothing, as it would not alone
-        carried = torch.where(steps, found.previous_scores, scores)
-        found = replace(found, previous_scores=carried, valid=found.valid & (number < tokens[:, None, None]))
-        stays = (
-            steps | (number < self.policy.sinks) | (number >= (tokens - self.policy.recent)[:, None, None])
-        )
-        scores = (
-            scores.nan_to_num(0.0)
-            .clamp(-FAR, FAR)
-            .masked_fill(stays, torch.inf)
-            .masked_fill(~found.valid, -torch.inf)
-        )
-        self.keep_best(found, scores, found.valid.sum(-1)) if self.frozen else self.cache_eviction.enter(
-            self, found, scores
-        )
+        recent = number >= (tokens - self.policy.recent)[:, None, None]
+        stays = stepping | (number < self.policy.sinks) | recent
+        scores = scores.nan_to_num(0.0).clamp(-LARGEST_SCORE, LARGEST_SCORE)
+        scores = scores.masked_fill(stays, torch.inf).masked_fill(~candidates.valid, -torch.inf)
+        if self.frozen:
+            self.keep_best(candidates, scores, candidates.valid.sum(-1))
+        else:
+            self.cache_eviction.add(self, candidates, scores)
 
     def _scores_decide_nothing(self, tokens: Tensor) -> bool:
-        """Whether scores decide nothing, now or later."""
-        if self.policy.budget is None or (self.frozen and not self.score_only_tokens):
-            return bool(self.frozen and not self.score_only_tokens)
+        """Whether all of these tokens (b) stay, and no later eviction will read their scores.
+
+        Raises:
+            LowkeyError: for a budget of bytes that is too small.
+        """
+        if self.frozen and not self.score_only_tokens:
+            return True
+        if self.policy.budget is None:
+            return False
         self.costs(tokens).check(self.policy, tokens.tolist())
         fits = all(self.tokens_per_head(n) >= n for n in tokens.tolist())
         return fits and (self.policy.needs_second_pass or not self.policy.stateful)
 
-    def _context(self, call: Call, found: Candidates, repeating: Tensor | None) -> EvictionContext:
-        queries = (
-            torch.cat([self.recorded_queries, call.query], 3) if self.recorded_queries.numel() else call.query
-        )
+    def _context(self, call: Call, candidates: Candidates, repetition_lse: Tensor | None) -> EvictionContext:
+        """What the policy's score is given."""
+        queries = self._with_recorded_queries(call.query)
         w, t = queries.shape[3], call.query.shape[3]
-        begins = self._first_positions()
-        at = self.positions_of(self.seen - w, self.seen) - begins.squeeze(2)
-        if t:
-            at[:, w - t :] = at[:, w - t :].masked_fill(~found.valid[:, 0, -t:], -1)
-        keys = self.codec.expand_keys(self.codec.scoring_keys(found.keys, found.positions))
-        values = self.codec.expand_values(found.values)
+        first = self._first_positions()
+        query_positions = self.positions_of(self.seen - w, self.seen) - first.squeeze(2)
+        if t:  # queries of padding get position -1; recorded ones are never of padding
+            padding = ~candidates.valid[:, 0, -t:]
+            query_positions[:, w - t :] = query_positions[:, w - t :].masked_fill(padding, -1)
 
-        def rope(at: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-            return self.rope(at + begins.view(-1, 1).repeat_interleave(len(at) // len(begins), 0), like)
+        def rope(positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+            # a score counts positions from each sequence's first token, the model may not
+            shift = first.view(-1, 1).repeat_interleave(len(positions) // len(first), 0)
+            return self.rope(positions + shift, like)
 
-        piece = (
-            None
-            if self.repeated_span is None
-            else torch.tensor([self.repeated_span], device=self.device).expand(len(begins), 2)
+        span = None
+        if self.repeated_span is not None:
+            span = torch.tensor([self.repeated_span], device=self.device).expand(len(first), 2)
+        return EvictionContext(
+            keys=self.codec.expand_keys(self.codec.scoring_keys(candidates.keys, candidates.positions)),
+            values=self.codec.expand_values(candidates.values),
+            positions=candidates.positions - first,
+            valid=candidates.valid,
+            queries=queries,
+            query_positions=query_positions,
+            scaling=call.scaling,
+            softcap=call.softcap,
+            rope=rope,
+            previous_scores=candidates.previous_scores,
+            repeated_span=span,
+            repetition_lse=repetition_lse,
+            visible=visible_in_chunk(call, candidates.valid[:, 0, -t:] if t else None, self.seen, w),
         )
-        about = (
-            call.scaling,
-            call.softcap,
-            rope,
-            found.previous_scores,
-            piece,
-            repeating,
-            self._visible_in_chunk(call, found, w),
-        )
-        return EvictionContext(keys, values, found.positions - begins, found.valid, queries, at, *about)
-
-    def _visible_in_chunk(self, call: Call, found: Candidates, w: int) -> Tensor | None:
-        """(b|1, w, t): what each of the newest queries sees of the chunk, where that is not all real tokens
-        up to its own.
-        """
-        t = call.query.shape[3]
-        if call.mask is None or not t:
-            return None
-        own, real = call.mask[:, :, self.seen - t :], found.valid[:, 0, -t:]
-        causal = torch.ones(t, t, dtype=torch.bool, device=self.device).tril() & real.unsqueeze(1)
-        return None if bool(((own == causal) | ~real.unsqueeze(2)).all()) else pad(own, (0, 0, w - t, 0))
 
     def _first_positions(self) -> Tensor:
-        """(b, 1, 1): the position of each row's first token."""
+        """(b, 1, 1): the position of each sequence's first token."""
         return (self.first_index - self.offset).unsqueeze(2)
 
-    def keep_best(self, found: Candidates, scores: Tensor, counts: Tensor) -> None:
-        """Keep the top_mask `counts` (b, h) candidates of every head; the rest is freed."""
+    def keep_best(self, candidates: Candidates, scores: Tensor, counts: Tensor) -> None:
+        """Keep the candidates with the highest scores in every head; the others are freed.
+
+        Args:
+            candidates: all tokens that may stay.
+            scores: (b, h, s).
+            counts: (b, h), how many each head keeps.
+        """
         chosen = top_mask(scores, counts)
-        self.keys, self.values = found.keys[chosen], found.values[chosen]
-        self.positions = found.positions[chosen].int()
-        self.previous_scores = found.previous_scores[chosen] if self.policy.stateful else self.previous_scores
+        self.keys, self.values = candidates.keys[chosen], candidates.values[chosen]
+        self.positions = candidates.positions[chosen].int()
+        if self.policy.stateful:
+            self.previous_scores = candidates.previous_scores[chosen]
         self.starts, self.kept_entries = starts_of(counts.flatten()), int(counts.sum())
         self.recorded_queries = self.recorded_queries.new_empty(0)
         self._clear_tail()
 
+    # -- moving
+
     def ragged(self) -> dict[str, tuple[str, ...]]:
-        """What lies row after row, by the name of where the rows begin."""
-        return {
-            "starts": ("keys", "values", "positions", *(("previous_scores",) if self.policy.stateful else ()))
-        }
+        """The tensors that lie row after row, by the name of the tensor that says where rows begin."""
+        scores = ("previous_scores",) if self.policy.stateful else ()
+        return {"starts": ("keys", "values", "positions", *scores)}
 
     def select_sequences(self, choose: Callable[[Tensor], Tensor]) -> None:
+        """Keep some sequences of the batch; see `StoringLayer.select_sequences`."""
         if not self.is_initialized:
             return
         _, rows = self.chosen_rows(choose, self.tail_k.shape[1])
         ragged = self.ragged()
         flat = {name for starts, names in ragged.items() for name in (starts, *names)}
-        found = {name: choose(t) for name, t in self.tensors().items() if name not in flat and t.ndim > 1}
+        new = {name: choose(t) for name, t in self.tensors().items() if name not in flat and t.ndim > 1}
         for starts, names in ragged.items():
             for name in names:
-                found[name], begins = select_rows(getattr(self, name), getattr(self, starts), rows)
-            found[starts] = begins
-        for name, t in found.items():
+                new[name], begins = select_rows(getattr(self, name), getattr(self, starts), rows)
+            new[starts] = begins
+        for name, t in new.items():
             setattr(self, name, t)
         self.kept_entries = len(self.keys)
 
     def reset(self) -> None:
+        """Forget all tokens."""
         super().reset()
-        self.tail_length = self.kept_entries = self.decode_steps = self.joined_length = (
-            self.expected_tokens
-        ) = 0
-        self.frozen, self.repeated_span = False, None
+        self._reset_counters()

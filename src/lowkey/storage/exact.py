@@ -81,7 +81,7 @@ class Exact(Checked):
     rule: SinkRule | None = None
 
     def for_length(self, tokens: int) -> Exact:
-        """These settings for windows of `tokens` tokens; no exact tokens where none would be left to compress."""
+        """These settings for windows of some tokens; no exact tokens if none were left to compress."""
         return self if tokens > self.sinks + self.recent else NO_EXACT_TOKENS
 
     def exact_mask(self, tokens: int, device: torch.device | None = None) -> Tensor:

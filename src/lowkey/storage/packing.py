@@ -1,4 +1,4 @@
-"""How stored numbers are written down: as they are, or as integers with scales of their own."""
+"""How stored numbers are written down: in the model's dtype, or as small integers with scales."""
 
 from __future__ import annotations
 
@@ -14,46 +14,71 @@ from lowkey.core.types import LowkeyError
 from lowkey.ops.quantize import Packed, dequantize, quantize
 
 GROUP = 32  # numbers that share a scale
-NO_BITS = "none"  # no integers, where a plan says otherwise
+NO_BITS = "none"  # the name for no integers, where a plan says otherwise
 
 
 class Packing(Protocol):
-    """pack: (b, G, s, r), s a multiple of `block`, -> the tensors held, one for each of `fields`, whose
-    dimension `axis` grows with s;
-    unpack: back to (b, G, s, r), given r; nbytes: of s tokens of one head, in a model of so many bytes per
-    number."""
+    """Writes stored tokens (b, G, s, r) as tensors and reads them back.
+
+    Attributes:
+        block: tokens that are packed together; s is always a multiple of it.
+        axis: the dimension of the packed tensors that grows with s.
+        fields: a name for each packed tensor.
+    """
 
     block: ClassVar[int]
     axis: ClassVar[int]
     fields: ClassVar[tuple[str, ...]]
 
-    def pack(self, x: Tensor) -> tuple[Tensor, ...]: ...
-    def unpack(self, parts: tuple[Tensor, ...], width: int) -> Tensor: ...
-    def nbytes(self, tokens: int, width: int, itemsize: int) -> int: ...
+    def pack(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(b, G, s, r) -> the tensors that are held, one for each of `fields`."""
+        ...
+
+    def unpack(self, parts: tuple[Tensor, ...], width: int) -> Tensor:
+        """The inverse: back to (b, G, s, r), given the width r."""
+        ...
+
+    def nbytes(self, tokens: int, width: int, itemsize: int) -> int:
+        """Bytes of some tokens of one stored head of this width.
+
+        Args:
+            tokens: how many, a multiple of `block`.
+            width: r.
+            itemsize: bytes of a number in the model's dtype.
+        """
+        ...
 
 
 @dataclass(frozen=True)
 class Unpacked:
-    """As the model's own numbers."""
+    """Numbers in the model's dtype; see `Packing` for the methods."""
 
     block: ClassVar[int] = 1
     axis: ClassVar[int] = 2
     fields: ClassVar[tuple[str, ...]] = ("",)
 
     def pack(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x itself."""
         return (x,)
 
     def unpack(self, parts: tuple[Tensor, ...], width: int) -> Tensor:
+        """The one tensor itself."""
         return parts[0]
 
     def nbytes(self, tokens: int, width: int, itemsize: int) -> int:
+        """Bytes of the numbers."""
         return tokens * width * itemsize
 
 
 @dataclass(frozen=True)
 class PerToken:
-    """Integers of 2, 4 or 8 bits; channels of one token in groups of at most 32 share a scale and an offset
-    in the model's dtype.
+    """Integers whose scales belong to one token each.
+
+    The channels of a token are cut into groups of at most 32, each with a scale and an offset in the model's
+    dtype. See `Packing` for the methods.
+
+    Args:
+        bits: 2, 4 or 8.
     """
 
     bits: int
@@ -62,18 +87,21 @@ class PerToken:
     fields: ClassVar[tuple[str, ...]] = ("codes", "scale", "low")
 
     def pack(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Quantise each token (b, G, s, r) by itself."""
         groups, size = self._groups(x.shape[-1])
-        return quantize(_padded(x, groups * size), self.bits, size).tensors
+        return quantize(_repeat_last_channel(x, groups * size), self.bits, size).tensors
 
     def unpack(self, parts: tuple[Tensor, ...], width: int) -> Tensor:
+        """The decoded numbers, without the channels that filled up the last group."""
         return dequantize(packed_parts(parts, self.bits))[..., :width]
 
     def nbytes(self, tokens: int, width: int, itemsize: int) -> int:
+        """Bytes of the codes, and of a scale and an offset for each group."""
         groups, size = self._groups(width)
         return tokens * groups * (size * self.bits // 8 + 2 * itemsize)
 
     def _groups(self, width: int) -> tuple[int, int]:
-        """(groups, channels of each): as even as can be, and whole bytes."""
+        """(number of groups, channels of each): groups as even as can be, and of whole bytes."""
         groups = math.ceil(width / GROUP)
         size = math.ceil(width / groups)
         return groups, size + -size % (8 // self.bits)
@@ -81,9 +109,15 @@ class PerToken:
 
 @dataclass(frozen=True)
 class PerChannel:
-    """Integers of 2, 4 or 8 bits; one channel of 32 tokens in a row shares a scale and an offset, as KIVI
-    does for keys (arXiv:2402.02750), in which a few channels are much larger than the others. KIVI's values
-    leave the exact window one by one; ours leave with their keys, in the same blocks."""
+    """Integers whose scales belong to one channel of 32 tokens in a row, as KIVI has for keys.
+
+    In keys, a few channels are much larger than the others (arXiv:2402.02750); a scale for each channel keeps
+    the others precise. KIVI's values leave the exact window one by one; ours leave with their keys, in the
+    same blocks. See `Packing` for the methods.
+
+    Args:
+        bits: 2, 4 or 8.
+    """
 
     bits: int
     block: ClassVar[int] = GROUP
@@ -91,45 +125,54 @@ class PerChannel:
     fields: ClassVar[tuple[str, ...]] = ("codes", "scale", "low")
 
     def pack(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Quantise each channel of each block of tokens by itself."""
         return quantize(x.mT, self.bits, GROUP).tensors
 
     def unpack(self, parts: tuple[Tensor, ...], width: int) -> Tensor:
+        """The decoded numbers."""
         return dequantize(packed_parts(parts, self.bits)).mT
 
     def nbytes(self, tokens: int, width: int, itemsize: int) -> int:
+        """Bytes of the codes, and of a scale and an offset for each channel of each block."""
         return width * tokens // GROUP * (GROUP * self.bits // 8 + 2 * itemsize)
 
 
 def joined_parts(old: tuple[Tensor, ...], new: tuple[Tensor, ...], axis: int) -> tuple[Tensor, ...]:
-    """More tokens behind those held."""
+    """The packed tensors of old tokens with those of new tokens behind them, along the packing's axis."""
     return tuple(torch.cat(pair, axis) for pair in zip(old, new, strict=True))
 
 
 def packed_parts(parts: tuple[Tensor, ...], bits: int) -> Packed:
+    """The tensors of an integer packing as `ops.quantize` takes them."""
     codes, scale, low = parts
     return Packed(codes, scale, low, bits)
 
 
-def _padded(x: Tensor, width: int) -> Tensor:
-    """To more channels by repeating the last, which leaves the scale of its group alone."""
-    return (
-        x
-        if x.shape[-1] == width
-        else torch.cat([x, x[..., -1:].expand(*x.shape[:-1], width - x.shape[-1])], -1)
-    )
+def _repeat_last_channel(x: Tensor, width: int) -> Tensor:
+    """Widen x (..., r) by repeats of its last channel, which do not change the scale of their group."""
+    if x.shape[-1] == width:
+        return x
+    return torch.cat([x, x[..., -1:].expand(*x.shape[:-1], width - x.shape[-1])], -1)
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a cache's keys and values are packed. bits: of every stored number; recent: last tokens kept exact
-    at least, unless `exact` is given; turned: keys and values pass a block Hadamard transform first, which
-    spreads what is large in a few channels over all of them (arXiv:2407.21118)."""
+    """How the keys and values of a cache are packed.
+
+    Args:
+        bits: of every stored number.
+        keys: the packing of keys.
+        values: the packing of values.
+        recent: newest tokens that stay exact at least, unless `exact` is given.
+        hadamard_rotated: whether keys and values pass a block Hadamard transform first, which spreads what is
+            large in a few channels over all of them (arXiv:2407.21118).
+    """
 
     bits: int
     keys: Packing
     values: Packing
     recent: int = 0
-    turned: bool = False
+    hadamard_rotated: bool = False
 
 
 SCHEMES: dict[str, Callable[[], Scheme]] = {
@@ -139,14 +182,18 @@ SCHEMES: dict[str, Callable[[], Scheme]] = {
     "kivi8": lambda: Scheme(8, PerChannel(8), PerToken(8), recent=GROUP),
     "kivi4": lambda: Scheme(4, PerChannel(4), PerToken(4), recent=GROUP),
     "kivi2": lambda: Scheme(2, PerChannel(2), PerToken(2), recent=GROUP),
-    "hadamard8": lambda: Scheme(8, PerToken(8), PerToken(8), turned=True),
-    "hadamard4": lambda: Scheme(4, PerToken(4), PerToken(4), turned=True),
-    "hadamard2": lambda: Scheme(2, PerToken(2), PerToken(2), turned=True),
+    "hadamard8": lambda: Scheme(8, PerToken(8), PerToken(8), hadamard_rotated=True),
+    "hadamard4": lambda: Scheme(4, PerToken(4), PerToken(4), hadamard_rotated=True),
+    "hadamard2": lambda: Scheme(2, PerToken(2), PerToken(2), hadamard_rotated=True),
 }
 
 
 def scheme(bits: int | str) -> Scheme:
-    """A scheme by name; 8, 4 and 2 are `int8`, `int4` and `int2`. Errors: LowkeyError for another."""
+    """The scheme of this name; 8, 4 and 2 stand for `int8`, `int4` and `int2`.
+
+    Raises:
+        LowkeyError: for an unknown name.
+    """
     name = scheme_name(bits)
     if name not in SCHEMES:
         raise LowkeyError(f"bits {bits!r}: packed storage is one of 8, 4, 2, {', '.join(SCHEMES)}")
@@ -154,9 +201,14 @@ def scheme(bits: int | str) -> Scheme:
 
 
 def scheme_or_none(bits: int | str | None) -> Scheme | None:
-    """A scheme by name, or None for the model's own numbers: None or `none`."""
+    """The scheme of this name; None, for the model's own numbers, if the name is None or `none`.
+
+    Raises:
+        LowkeyError: for an unknown name.
+    """
     return None if bits is None or bits == NO_BITS else scheme(bits)
 
 
 def scheme_name(bits: int | str) -> str:
+    """The name of a scheme that was given by name or by number of bits."""
     return f"int{bits}" if str(bits).isdigit() else str(bits)

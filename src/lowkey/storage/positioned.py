@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowkey.core.types import LowkeyError
-from lowkey.models.attention_interface import Call, Incoming, as_cast
+from lowkey.models.attention_interface import Call, Incoming, cast_for_autocast
 from lowkey.storage.base import StoringLayer, batch_positions
 from lowkey.storage.codec import token_positions
 
@@ -41,7 +41,7 @@ class PositionedLayer(StoringLayer):
     ) -> tuple[Incoming, Incoming]:
         """As `StoringLayer.update`, after a check of batch size and dtype. Raises: LowkeyError."""
         if self.is_initialized:
-            self.check_fits(as_cast(key_states), len(self.offset), self.dtype)
+            self.check_fits(cast_for_autocast(key_states), len(self.offset), self.dtype)
         return super().update(key_states, value_states, *args, **kwargs)
 
     def locate_tokens(self, call: Call, t: int) -> Tensor:

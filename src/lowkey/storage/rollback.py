@@ -1,4 +1,4 @@
-"""Undoes a forward pass that was refused or interrupted, so that a call that fails leaves the cache unchanged."""
+"""Undoes a forward pass that was refused or interrupted, so that a failed call leaves the cache unchanged."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class ForwardPass:
         self.index, self.is_last, self.interrupted_at = index, is_last, None
 
     def end_layer(self) -> None:
-        """Note that the layer that was entered last has attended to its tokens; after the last, forget all."""
+        """Note that the layer that was entered last is done; behind the cache's last layer, forget all."""
         if self.is_last:
             self.snapshots.clear()
 

@@ -1,18 +1,19 @@
-"""Files: written whole or not at all, read warily, and only lowkey's own replaced.
+"""Files: written in one step, read without trust, and replaced only if lowkey wrote them.
 
 torch is imported by the functions that read and write tensors: the command line checks folders and texts
 before it loads torch.
 """
 
+from lowkey.core.files.atomic import is_staging_folder, read_consistently
 from lowkey.core.files.outputs import (
     MANIFEST,
     check_file,
     check_folder,
     check_writable,
-    foreign,
+    first_foreign_file,
     kind_of,
-    listed,
-    others,
+    listed_files,
+    unlisted_files,
     verify,
 )
 from lowkey.core.files.reading import (
@@ -29,10 +30,9 @@ from lowkey.core.files.reading import (
     read_bytes,
     read_json,
     read_tensors,
-    sealed,
     stated_checksum,
+    with_checksum,
 )
-from lowkey.core.files.swapping import is_passing, steady
 from lowkey.core.files.work import (
     check_output,
     checked_tensor,
@@ -47,7 +47,7 @@ from lowkey.core.files.work import (
     write_work_json,
 )
 from lowkey.core.files.writing import (
-    explained,
+    disk_errors_explained,
     join_folder,
     replacing,
     replacing_folder,
@@ -71,18 +71,18 @@ __all__ = [
     "stated_checksum",
     "damaged_work",
     "digest",
-    "explained",
+    "disk_errors_explained",
     "jsonable",
     "checked_tensor",
-    "foreign",
-    "is_passing",
+    "first_foreign_file",
+    "is_staging_folder",
     "job_folder",
     "job_name",
     "join_folder",
     "kind_of",
-    "listed",
+    "listed_files",
     "opened_file",
-    "others",
+    "unlisted_files",
     "parse_json",
     "parse_toml",
     "read_bytes",
@@ -93,8 +93,8 @@ __all__ = [
     "remove_work",
     "replacing",
     "replacing_folder",
-    "sealed",
-    "steady",
+    "with_checksum",
+    "read_consistently",
     "verify",
     "work_beside",
     "write_json",

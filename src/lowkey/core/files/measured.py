@@ -1,6 +1,4 @@
-"""What has been measured so far, kept in a file beside the result, so that the same command goes on where it
-was stopped.
-"""
+"""Measurements that are kept in a file beside the result, so that a stopped command can go on."""
 
 from __future__ import annotations
 
@@ -28,8 +26,12 @@ MEASURED_FILE = "measured.json"
 
 
 class Measured:
-    """Measurements by name, each plain JSON: a window or a case under one setting. work: where to keep them,
-    or None for memory alone; job: all that decides what they are."""
+    """Measurements by name, as plain JSON: for example of one window under one setting.
+
+    Args:
+        work: the folder for unfinished work, or None to keep them in memory alone.
+        job: everything that decides what they are, as plain JSON.
+    """
 
     def __init__(self, work: Path | None = None, job: Mapping[str, Any] | None = None) -> None:
         self.work, self.job = work, job or {}
@@ -43,8 +45,11 @@ class Measured:
         return self.known[name]
 
     def once(self, name: str, measure: Callable[[], Any]) -> Any:
-        """What `measure` gives, which is called only where nothing of that name is known. Numbers that are
-        not finite become None.
+        """The measurement of this name, which is taken only if it is not known.
+
+        Args:
+            name: of the measurement.
+            measure: takes it. Numbers that are not finite become None.
         """
         if name not in self.known:
             self.known[name] = jsonable(measure())
@@ -55,8 +60,19 @@ class Measured:
     def tensor(
         self, name: str, shape: tuple[int, ...], measure: Callable[[], Tensor | None]
     ) -> Tensor | None:
-        """As `once`, of a tensor of that shape, which comes back in fp64 exactly, or of None. Errors:
-        LowkeyError when it is not finite, or when a file holds something else."""
+        """As `once`, for a measurement that is a tensor or None.
+
+        Args:
+            name: of the measurement.
+            shape: that it has.
+            measure: takes it.
+
+        Returns:
+            The tensor in fp64, exactly as measured.
+
+        Raises:
+            LowkeyError: if it is not finite, or the file holds something else.
+        """
 
         def plain() -> list | None:
             if (found := measure()) is not None and not bool(found.isfinite().all()):
@@ -80,7 +96,7 @@ class Measured:
         return found
 
     def write(self) -> None:
-        """What is new, in one step, as every file of lowkey's."""
+        """Write what is new to the file, in one step."""
         if self.work is None or self.saved == len(self.known):
             return
         folder = job_folder(self.work, self.job)

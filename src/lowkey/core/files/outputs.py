@@ -1,9 +1,8 @@
-"""Where lowkey may write: what it replaces or removes is nothing but what it wrote itself and nobody has
-changed since.
+"""Where lowkey may write: it replaces or removes only what it wrote itself and nobody has changed since.
 
-That is read from what files hold, never from their names: JSON and text of ours carry a checksum of
-themselves, tensors say what they are, and every folder of ours has a list of its files with their checksums,
-`.lowkey.json`.
+Whose a file is, is read from its contents, never from its name. JSON and text of ours carry a checksum of
+themselves, tensor files say what they are, and every folder of ours has a list of its files with their
+checksums, `.lowkey.json`.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from lowkey.core.errors import LowkeyError
+from lowkey.core.files.atomic import NEW_NAME, new_folder_beside, read_consistently, recover_interrupted
 from lowkey.core.files.reading import (
     CHECKSUM,
     KIND,
@@ -25,16 +25,14 @@ from lowkey.core.files.reading import (
     file_checksum,
     has_checksum,
     json_digest,
-    marks,
     parse_json,
     read_json,
+    tensor_marks,
 )
-from lowkey.core.files.swapping import NEW_NAME, new_folder_beside, settle, steady
 
 MANIFEST = ".lowkey.json"
-LAST_LINE = re.compile(
-    rb"[^\n]*lowkey ([\w-]+) ([0-9a-f]{64})[^\n]*\n?"
-)  # the last line of a text file of ours
+# the last line of a text file of ours
+LAST_LINE = re.compile(rb"[^\n]*lowkey ([\w-]+) ([0-9a-f]{64})[^\n]*\n?")
 ELSEWHERE = "choose another place"
 
 
@@ -42,8 +40,9 @@ ELSEWHERE = "choose another place"
 
 
 def kind_of(path: Path) -> str | None:
-    """What lowkey wrote into this file; None for what others wrote or changed. A file of tensors is taken by
-    its header.
+    """What kind of file this is, if lowkey wrote it and nobody changed it; else None.
+
+    Of a tensor file, only the header is read.
     """
     try:
         if not stat.S_ISREG(os.lstat(path).st_mode):
@@ -53,7 +52,7 @@ def kind_of(path: Path) -> str | None:
         if start[:1] == b"{":
             return _kind_of_json(path)
         if start[8:] == b"{" and int.from_bytes(start[:8], "little") <= MOST_HEADER:
-            return marks(path, "file")[0] or None
+            return tensor_marks(path, "file")[0] or None
         return _kind_of_text(path)
     except (OSError, ValueError):
         return None
@@ -63,7 +62,8 @@ def _kind_of_json(path: Path) -> str | None:
     if path.stat().st_size > MOST_JSON:
         return None
     found = parse_json(path.read_bytes().decode())
-    return found.get(KIND) if isinstance(found, dict) and found.get(CHECKSUM) == json_digest(found) else None
+    is_ours = isinstance(found, dict) and found.get(CHECKSUM) == json_digest(found)
+    return found.get(KIND) if is_ours else None
 
 
 def _kind_of_text(path: Path) -> str | None:
@@ -72,19 +72,25 @@ def _kind_of_text(path: Path) -> str | None:
     text = path.read_bytes()
     start = text.rstrip(b"\n").rfind(b"\n") + 1
     found = LAST_LINE.fullmatch(text[start:])
-    return (
-        found[1].decode() if found and found[2].decode() == hashlib.sha256(text[:start]).hexdigest() else None
-    )
+    if found is None or found[2].decode() != hashlib.sha256(text[:start]).hexdigest():
+        return None
+    return found[1].decode()
 
 
-def marked(text: str, kind: str, comment: tuple[str, str]) -> str:
-    """A text with a last line, a comment of its own language, that says whose it is."""
+def with_mark(text: str, kind: str, comment: tuple[str, str]) -> str:
+    """A text with a last line that says what it is and has a checksum.
+
+    Args:
+        text: the text.
+        kind: what kind of file it is.
+        comment: what begins and ends a comment in the language of the text.
+    """
     text = text.rstrip("\n") + "\n"
     return f"{text}{comment[0]}lowkey {kind} {hashlib.sha256(text.encode()).hexdigest()}{comment[1]}\n"
 
 
 def manifest(folder: Path) -> dict:
-    """The checksums of all files below a folder."""
+    """A list of all files below a folder with their checksums, for `.lowkey.json`."""
     return {
         "complete": True,
         "files": {
@@ -93,9 +99,11 @@ def manifest(folder: Path) -> dict:
     }
 
 
-def listed(folder: Path) -> dict[str, list[str]]:
-    """The files that lowkey wrote into this folder, each with the checksums that it may have. Errors:
-    LowkeyError for a damaged list.
+def listed_files(folder: Path) -> dict[str, list[str]]:
+    """The files that lowkey wrote into a folder, each with the checksums that it may have.
+
+    Raises:
+        LowkeyError: for a damaged list.
     """
     found = read_json(folder / MANIFEST, "list of files", "files")["files"]
     if not (isinstance(found, dict) and all(isinstance(sums, list) for sums in found.values())):
@@ -103,10 +111,14 @@ def listed(folder: Path) -> dict[str, list[str]]:
     return found
 
 
-def foreign(folder: Path) -> str | None:
-    """The first thing below a folder that lowkey did not write there, or that was changed since."""
+def first_foreign_file(folder: Path) -> str | None:
+    """The first file, link or folder below a folder that lowkey did not write there, or that was changed.
+
+    Returns:
+        Its path inside the folder, or None.
+    """
     try:
-        known = listed(folder) if os.path.lexists(folder / MANIFEST) else {}
+        known = listed_files(folder) if os.path.lexists(folder / MANIFEST) else {}
     except LowkeyError:
         return MANIFEST
     return next(
@@ -115,7 +127,7 @@ def foreign(folder: Path) -> str | None:
 
 
 def _below(folder: Path, known: dict[str, list[str]]) -> Iterator[str]:
-    """Files, links, and folders of which the list knows nothing."""
+    """All files and links below a folder, and the folders that hold no file of the list."""
     parents = {str(p) for name in known for p in Path(name).parents}
     for place, folders, names in os.walk(folder):
         inside = Path(place).relative_to(folder)
@@ -125,15 +137,15 @@ def _below(folder: Path, known: dict[str, list[str]]) -> Iterator[str]:
         yield from (str(inside / name) for name in sorted([*names, *whole]) if str(inside / name) != MANIFEST)
 
 
-def others(folder: Path) -> list[str]:
-    """The files right in a folder that its list does not have as they are."""
-    known = listed(folder) if os.path.lexists(folder / MANIFEST) else {}
+def unlisted_files(folder: Path) -> list[str]:
+    """The files directly in a folder that are not on its list, or were changed."""
+    known = listed_files(folder) if os.path.lexists(folder / MANIFEST) else {}
     names = [p.name for p in folder.iterdir() if (p.is_symlink() or not p.is_dir()) and p.name != MANIFEST]
     return [name for name in names if not unchanged(folder / name, known.get(name, ()))]
 
 
 def unchanged(file: Path, sums: Collection[str]) -> bool:
-    """Whether this is a file, and has one of the checksums."""
+    """Whether this is a regular file that has one of the checksums."""
     try:
         return bool(sums) and stat.S_ISREG(os.lstat(file).st_mode) and has_checksum(file, sums)
     except (OSError, LowkeyError):
@@ -141,17 +153,23 @@ def unchanged(file: Path, sums: Collection[str]) -> bool:
 
 
 def verify(folder: Path, what: str) -> None:
-    """Every file that lowkey wrote into this folder is there as it was written, but for cards, which say
-    nothing to a program.
+    """Check that every file that lowkey wrote into a folder is there as it was written.
 
-    Errors: LowkeyError.
+    Cards (`.md`) may be changed: no program reads them.
+
+    Args:
+        folder: the folder.
+        what: what it is, for messages.
+
+    Raises:
+        LowkeyError: if a file is missing or changed, or the folder is incomplete.
     """
     known = read_json(folder / MANIFEST, what, "files")
     if not known.get("complete"):
         raise LowkeyError(
             f"{what} {str(folder)!r}: is just being written, or its writer was killed; give its command again"
         )
-    for name, sums in listed(folder).items():
+    for name, sums in listed_files(folder).items():
         if not name.endswith(".md") and not has_checksum(folder / name, sums, what):
             rule = "is not what lowkey wrote; make it again"
             raise LowkeyError(
@@ -164,25 +182,27 @@ def verify(folder: Path, what: str) -> None:
 
 
 def link_target(path: Path) -> Path:
-    """Where a link leads: what is written goes there, and the link stays."""
+    """Where a link leads; a path that is no link, itself. Output goes there, and the link stays."""
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def check_writable(path: Path) -> None:
-    """Something can be written at this place: tried, with all names that are missing, in the nearest folder
-    that exists.
+    """Check that something can be written at this place, before the work rather than after it.
 
-    Errors: LowkeyError, before the work rather than after it.
+    It is tried: all names that are missing are made, inside the nearest folder that exists.
+
+    Raises:
+        LowkeyError: if it cannot.
     """
     try:
-        settle(link_target(path))
+        recover_interrupted(link_target(path))
         place = link_target(path).absolute()
         if place.is_symlink() or os.path.ismount(place):
             raise LowkeyError(
                 f"output {str(path)!r}: is a link to itself, or where a disk is mounted; {ELSEWHERE}"
             )
         ground = next(p for p in place.parents if os.path.lexists(p))
-        near = ground == place.parent  # then a kill leaves what the next writer sweeps
+        near = ground == place.parent  # then, what a kill leaves is removed by the next writer
         with (
             new_folder_beside(place)
             if near
@@ -201,16 +221,23 @@ def check_writable(path: Path) -> None:
 
 
 def check_folder(path: Path, force: bool, again: str | None = None) -> None:
-    """A folder can be written at `path`: nothing is there, or only files that lowkey wrote, which are
-    replaced with `force`. again: the name of a file by which a folder of the same kind is known; such a
-    folder is replaced without `force`.
+    """Check that a folder can be written at `path`.
 
-    Errors: LowkeyError; also with `force` for whatever lowkey did not write.
+    Nothing may be there, or only files that lowkey wrote.
+
+    Args:
+        path: the folder.
+        force: whether files that lowkey wrote are replaced.
+        again: the name of a file by which a folder of the same kind is known. Such a folder is replaced
+            without `force`.
+
+    Raises:
+        LowkeyError: if it cannot; also with `force`, if there is anything that lowkey did not write.
     """
     if path.name in ("", ".."):
         raise LowkeyError(f"output {str(path)!r} has no name of its own; give the name of a new folder")
     check_writable(path)
-    steady(link_target(path), lambda: _check_there(path, force, again))
+    read_consistently(link_target(path), lambda: _check_there(path, force, again))
 
 
 def _check_there(path: Path, force: bool, again: str | None) -> None:
@@ -224,8 +251,8 @@ def _check_there(path: Path, force: bool, again: str | None) -> None:
 
 
 def check_removable(folder: Path) -> None:
-    """Nothing in it is anybody else's. Errors: LowkeyError."""
-    if (found := foreign(folder)) is not None and folder.is_dir():
+    """Check that lowkey wrote everything in a folder. Raises: LowkeyError."""
+    if (found := first_foreign_file(folder)) is not None and folder.is_dir():
         raise LowkeyError(
             f"output {str(folder)!r} holds other files: lowkey did not write {found!r} there, or it was "
             "changed since; choose another folder or move it away"
@@ -233,10 +260,17 @@ def check_removable(folder: Path) -> None:
 
 
 def check_file(path: Path, kind: str | None = None, force: bool = False) -> None:
-    """A file can be written at `path`: nothing is there, or a file that lowkey wrote and that is of this
-    `kind` or given up by `force`.
+    """Check that a file can be written at `path`.
 
-    Errors: LowkeyError; also with `force` for what lowkey did not write.
+    Nothing may be there, or a file that lowkey wrote.
+
+    Args:
+        path: the file.
+        kind: a file of this kind is replaced without `force`.
+        force: whether a file of any kind is replaced.
+
+    Raises:
+        LowkeyError: if it cannot; also with `force`, if lowkey did not write what is there.
     """
     if path.name not in ("", ".."):
         check_writable(path)
@@ -251,7 +285,7 @@ def check_file(path: Path, kind: str | None = None, force: bool = False) -> None
 
 
 def check_replaceable(file: Path) -> str | None:
-    """What lowkey wrote there. Errors: LowkeyError for what it did not."""
+    """The kind of a file that lowkey wrote. Raises: LowkeyError if it did not write it."""
     found = kind_of(file)
     if found is None:
         raise LowkeyError(

@@ -1,6 +1,8 @@
-"""Files are not believed: what is read is a regular file of a plausible size, strict JSON or safetensors,
-with the checksum that it was written with. All kinds of files are read here; what their numbers must be to
-one another, each kind's own loader says.
+"""Reads files without trusting them.
+
+What is accepted is a regular file of a plausible size, strict JSON or safetensors, with the checksum that it
+was written with. All kinds of files are read here. Whether their contents fit together, the loader of each
+kind checks.
 """
 
 from __future__ import annotations
@@ -19,16 +21,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowkey.core.errors import LowkeyError
-from lowkey.core.files.swapping import steady
+from lowkey.core.files.atomic import read_consistently
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MOST_JSON, MOST_HEADER, MOST_TOML, MOST_TEXT = 2**26, 2**24, 2**20, 2**32  # bytes
 ANY_SIZE = 2**63
-LARGEST_NUMBER = 2**64  # what a whole number is below
+LARGEST_NUMBER = 2**64  # whole numbers are smaller
 DEEPEST = 64  # tables inside tables
-# fields of our JSON files and of our tensors' metadata: what it is, and of all the rest
+# fields of our JSON files and of our tensors' metadata: the kind of file, and a checksum of all the rest
 KIND, CHECKSUM = "lowkey", "checksum"
 FILE_TYPES = {
     stat.S_IFDIR: "a folder",
@@ -46,8 +48,16 @@ MAKE_AGAIN = "make it again"
 
 @contextmanager
 def opened_file(path: Path, what: str, most: int, remedy: str = OURS) -> Iterator[BufferedReader]:
-    """A regular file of at most so many bytes. Errors: LowkeyError for anything else, at once: pipes and
-    devices are not waited for.
+    """Open a regular file for reading.
+
+    Args:
+        path: the file.
+        what: what it is, for messages.
+        most: the most bytes that it may have.
+        remedy: what the user should do instead, for messages.
+
+    Raises:
+        LowkeyError: for anything else, at once: pipes and devices are not waited for.
     """
     try:
         _check_regular(os.stat(path), path, what, most, remedy)
@@ -66,32 +76,34 @@ def opened_file(path: Path, what: str, most: int, remedy: str = OURS) -> Iterato
 
 def _check_regular(found: os.stat_result, path: Path, what: str, most: int, remedy: str) -> None:
     if not stat.S_ISREG(found.st_mode):
-        raise LowkeyError(
-            f"{what} {str(path)!r} is {FILE_TYPES.get(stat.S_IFMT(found.st_mode), 'no regular file')}; {remedy}"
-        )
+        found_type = FILE_TYPES.get(stat.S_IFMT(found.st_mode), "no regular file")
+        raise LowkeyError(f"{what} {str(path)!r} is {found_type}; {remedy}")
     if found.st_size > most:
         raise LowkeyError(f"{what} {str(path)!r} is larger than {most / 2**20:.0f} MiB; {remedy}")
 
 
 def _reason(error: BaseException) -> str:
+    """What an error says, on one short line."""
     told = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(str(told).split())[:120].rstrip(". ")
 
 
 def read_bytes(path: Path, what: str, most: int, remedy: str = OURS) -> bytes:
+    """The contents of a regular file; see `opened_file`."""
     with opened_file(path, what, most, remedy) as file:
         return file.read(most + 1)
 
 
 def file_checksum(path: Path, what: str = "file") -> str:
-    """The size of a file in bytes and its sha256."""
+    """The checksum of a file: its size in bytes, a colon, and its sha256."""
     with opened_file(path, what, ANY_SIZE) as file:
         return _size(file) + hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def has_checksum(path: Path, sums: Collection[str], what: str = "file") -> bool:
-    """Whether a file has one of these checksums. One of another size is not read, since a sparse file may be
-    endless to read.
+    """Whether a file has one of these checksums.
+
+    A file of another size is not read: a sparse file can take hours.
     """
     with opened_file(path, what, ANY_SIZE) as file:
         size = _size(file)
@@ -100,6 +112,7 @@ def has_checksum(path: Path, sums: Collection[str], what: str = "file") -> bool:
 
 
 def _size(file: BufferedReader) -> str:
+    """The size of a file as checksums begin with it."""
     return f"{os.fstat(file.fileno()).st_size}:"
 
 
@@ -107,10 +120,16 @@ def _size(file: BufferedReader) -> str:
 
 
 def parse_json(text: str, infinite: bool = False) -> Any:
-    """Strictly: every name once, no number of hundreds of digits, nothing nested without end, and NaN and
-    Infinity only when `infinite`.
+    """Parse JSON strictly.
 
-    Errors: ValueError.
+    Names must differ, whole numbers must be smaller than 2^64, and nesting must end.
+
+    Args:
+        text: the JSON.
+        infinite: whether NaN and Infinity are allowed.
+
+    Raises:
+        ValueError: for anything else.
     """
 
     def number(written: str) -> float:
@@ -130,7 +149,11 @@ def parse_json(text: str, infinite: bool = False) -> Any:
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """As strictly; dates are refused too, for nothing of ours has any, and nan and inf. Errors: ValueError."""
+    """Parse TOML as strictly as `parse_json`. Dates, nan and inf are refused: no file of ours has any.
+
+    Raises:
+        ValueError: for anything else.
+    """
     try:
         found = tomllib.loads(text)
     except RecursionError:
@@ -140,6 +163,7 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, in which no name stands twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a name stands twice in one object")
@@ -147,12 +171,14 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _whole(written: str) -> int:
+    """A whole number of JSON. One of many digits is refused before it is computed, which takes long."""
     if len(written) > len(str(LARGEST_NUMBER)):
         raise ValueError(f"a whole number of {len(written)} digits")
     return int(written)
 
 
 def _check_depth(value: object, left: int = DEEPEST, finite: bool = False) -> None:
+    """Refuse deep nesting, huge numbers and unknown types. Raises: ValueError."""
     if isinstance(value, dict | list):
         if not left:
             raise ValueError("it is nested without end")
@@ -166,16 +192,17 @@ def _check_depth(value: object, left: int = DEEPEST, finite: bool = False) -> No
         raise ValueError(f"{value} is neither text nor a number")
 
 
-def sealed(value: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """As JSON has it, with what it is and a checksum of all the rest; null in the place of numbers that are
-    not finite.
+def with_checksum(value: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """A value as JSON holds it, with the kind of file and a checksum of all the rest.
+
+    Numbers that are not finite become null.
     """
     plain = {KIND: kind, **json.loads(json.dumps(jsonable(value)))}
     return plain | {CHECKSUM: json_digest(plain)}
 
 
 def jsonable(value: Any) -> Any:
-    """As JSON has it: null in the place of numbers that are not finite."""
+    """A value as JSON holds it. Numbers that are not finite become null."""
     if isinstance(value, Mapping):
         return {name: jsonable(inside) for name, inside in value.items()}
     if isinstance(value, list | tuple):
@@ -184,6 +211,7 @@ def jsonable(value: Any) -> Any:
 
 
 def json_digest(plain: Mapping[str, Any]) -> str:
+    """The checksum of a JSON object, without its own checksum."""
     kept = {name: value for name, value in plain.items() if name != CHECKSUM}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -191,11 +219,21 @@ def json_digest(plain: Mapping[str, Any]) -> str:
 def read_json(
     path: Path, what: str, kind: str, newest: int | None = None, *, loose: bool = False, source: str = OURS
 ) -> dict[str, Any]:
-    """What `write_json` wrote as this kind, of format `newest` at most, if it has formats. loose: also what
-    others wrote, without a checksum and with infinite numbers. source: the remedy in the message when there
-    is no such file.
+    """Read what `write_json` wrote.
 
-    Errors: LowkeyError for what does not exist, is damaged, of a newer format, or something else.
+    Args:
+        path: the file.
+        what: what it is, for messages.
+        kind: the kind that it was written as.
+        newest: the newest format that is known; None if this kind has no formats.
+        loose: whether to accept files that others wrote, without a checksum and with infinite numbers.
+        source: the remedy in the message if there is no such file.
+
+    Returns:
+        The object, without kind and checksum.
+
+    Raises:
+        LowkeyError: for a file that does not exist, is damaged, of a newer format or of another kind.
     """
 
     def refuse(rule: str) -> LowkeyError:
@@ -227,7 +265,7 @@ def read_json(
 
 
 def stated_checksum(path: Path, what: str) -> str | None:
-    """That which a JSON file of ours says it has; `read_json` holds it to that."""
+    """The checksum that a JSON file of ours says it has. (`read_json` checks it.) Raises: LowkeyError."""
     try:
         found = parse_json(read_bytes(path, what, MOST_JSON).decode())
     except ValueError as error:
@@ -249,12 +287,20 @@ def read_tensors(
     finite: bool = True,
     remedy: str = MAKE_AGAIN,
 ) -> dict[str, Tensor]:
-    """All tensors that `write_tensors` wrote as this kind, and, given it, with this checksum. finite: refuse
-    NaN and infinite numbers.
+    """Read all tensors that `write_tensors` wrote.
 
-    Errors: LowkeyError for what does not exist, is damaged or something else.
+    Args:
+        path: the file.
+        what: what it is, for messages.
+        kind: the kind that it was written as.
+        checksum: that it must have, or None.
+        finite: whether to refuse NaN and infinite numbers.
+        remedy: what the user should do about a damaged file, for messages.
+
+    Raises:
+        LowkeyError: for a file that does not exist, is damaged or of another kind.
     """
-    return steady(path, lambda: _tensors(path, what, kind, checksum, finite, remedy))
+    return read_consistently(path, lambda: _tensors(path, what, kind, checksum, finite, remedy))
 
 
 def _tensors(
@@ -267,7 +313,7 @@ def _tensors(
             f"{what} {str(path)!r} {rule}; it is truncated, damaged or not one of ours: {remedy}"
         )
 
-    marked, summed = marks(path, what, remedy)
+    marked, summed = tensor_marks(path, what, remedy)
     if marked != kind:
         raise refuse(f"is not marked as {kind!r}")
     if checksum is not None and summed != checksum:
@@ -283,9 +329,16 @@ def _tensors(
     return found
 
 
-def marks(path: Path, what: str, remedy: str = MAKE_AGAIN) -> tuple[str, str]:
-    """What a safetensors file says it is, and its checksum, or empty texts; the size of its header is checked
-    before it is believed.
+def tensor_marks(path: Path, what: str, remedy: str = MAKE_AGAIN) -> tuple[str, str]:
+    """What a safetensors file says it is.
+
+    The size of its header is checked before the header is read.
+
+    Returns:
+        (kind, checksum); empty texts if it says nothing.
+
+    Raises:
+        LowkeyError: for what is no safetensors file.
     """
 
     def refuse(rule: str) -> LowkeyError:
@@ -309,12 +362,12 @@ def marks(path: Path, what: str, remedy: str = MAKE_AGAIN) -> tuple[str, str]:
 
 
 def _memory() -> int:
-    """Bytes of this machine: a file that is larger cannot be held."""
+    """The memory of this machine in bytes; a larger file cannot be loaded."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 of names, dtypes, shapes and numbers."""
+    """The sha256 of the names, dtypes, shapes and numbers of tensors."""
     import torch
 
     found = hashlib.sha256()
@@ -325,4 +378,5 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def all_finite(tensors: Any) -> bool:
+    """Whether tensors of floating-point numbers hold neither NaN nor infinite numbers."""
     return all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())

@@ -1,5 +1,6 @@
-"""Unfinished work beside an output, `OUT`.partial: a folder for each job, whose files are read back, never
-recomputed.
+"""Unfinished work beside an output, in `OUT.partial`.
+
+Each job has a folder there. What a stopped job left in it is read and not computed again.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
 from lowkey.core.errors import LowkeyError
+from lowkey.core.files.atomic import is_staging_folder
 from lowkey.core.files.outputs import check_folder, check_writable, kind_of, link_target
 from lowkey.core.files.reading import read_json, read_tensors
-from lowkey.core.files.swapping import is_passing
 from lowkey.core.files.writing import write_json, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 JOB_KIND, WORK_KIND = "job", "work"  # kinds of files
-READ_TRIES = 3
-# of one job
+WRITE_TRIES = 3
+# the names of the files of one job
 WORK_FILES = r"(job|measured)\.json|(statistics|gradients|gates|training|(layer|tuned)-\d+)\.safetensors"
 
 
@@ -36,8 +37,19 @@ def job_folder(work: Path, job: Mapping) -> Path: ...
 @overload
 def job_folder(work: Path | None, job: Mapping) -> Path | None: ...
 def job_folder(work: Path | None, job: Mapping) -> Path | None:
-    """The folder of this very job below `work`; those of other jobs go. Two jobs at once do not read each
-    other's files.
+    """The folder of a job inside `work`; the folders of other jobs are removed.
+
+    Its name depends on the job, so two jobs at once do not read each other's files.
+
+    Args:
+        work: the folder for unfinished work, or None.
+        job: everything that decides what the job computes, as plain JSON.
+
+    Returns:
+        The folder, or None if there is no `work`.
+
+    Raises:
+        LowkeyError: if the folder belongs to another job.
     """
     if work is None:
         return None
@@ -52,32 +64,33 @@ def job_folder(work: Path | None, job: Mapping) -> Path | None:
 
 
 def job_name(job: Mapping) -> str:
-    """Of a job's folder."""
+    """The name of a job's folder."""
     return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_work(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Another process at the same job may end first and clear the folder away: then once more."""
+    """Write tensors into a job's folder, as `name`.safetensors."""
     _trying(lambda: write_tensors(folder / f"{name}.safetensors", tensors, WORK_KIND))
 
 
 def write_work_json(folder: Path, name: str, value: Mapping) -> None:
-    """As `write_work`, of plain JSON; name: of the file."""
+    """Write plain JSON into a job's folder, as the file `name`."""
     _trying(lambda: write_json(folder / name, value, WORK_KIND, indent=None))
 
 
 def _trying(write: Callable[[], object]) -> None:
-    for left in reversed(range(READ_TRIES)):
+    """Write, and again if the folder disappears: another process at the same job may end and remove it."""
+    for tries_left in reversed(range(WRITE_TRIES)):
         try:
             write()
             return
         except LowkeyError as error:
-            if not (left and isinstance(error.__cause__, FileNotFoundError)):
+            if not (tries_left and isinstance(error.__cause__, FileNotFoundError)):
                 raise
 
 
 def read_work(folder: Path | None, name: str) -> dict[str, Tensor] | None:
-    """What was written there, or None. Errors: LowkeyError for a damaged file."""
+    """The tensors that `write_work` wrote, or None. Raises: LowkeyError if they are damaged."""
     path = folder / f"{name}.safetensors" if folder is not None else None
     if path is None or not path.exists():
         return None
@@ -85,14 +98,24 @@ def read_work(folder: Path | None, name: str) -> dict[str, Tensor] | None:
 
 
 def read_work_json(folder: Path, name: str) -> dict:
-    """What `write_work_json` wrote. Errors: LowkeyError for a damaged file."""
+    """The JSON that `write_work_json` wrote. Raises: LowkeyError if it is damaged."""
     return read_json(folder / name, "unfinished work", WORK_KIND, source="delete it and start anew")
 
 
 def checked_tensor(
     found: Mapping[str, Tensor], name: str, like: Tensor | tuple[int, ...], folder: Path
 ) -> Tensor:
-    """The tensor of this name, of the shape (and dtype) of another. Errors: LowkeyError when it is not."""
+    """A tensor of unfinished work that must have a certain shape.
+
+    Args:
+        found: the tensors that were read.
+        name: of the one wanted.
+        like: its shape; or a tensor, whose dtype must agree, too.
+        folder: where it was read, for messages.
+
+    Raises:
+        LowkeyError: if it is missing or of another shape or dtype.
+    """
     t = found.get(name)
     shape, dtype = (like, None) if isinstance(like, tuple) else (tuple(like.shape), like.dtype)
     if t is None or tuple(t.shape) != shape or (dtype is not None and t.dtype != dtype):
@@ -101,20 +124,28 @@ def checked_tensor(
 
 
 def damaged_work(folder: Path, rule: str) -> LowkeyError:
+    """The error for unfinished work that breaks a rule."""
     return LowkeyError(f"unfinished work {str(folder)!r}: {rule}; it is damaged: delete it and start anew")
 
 
 def check_output(path: Path, force: bool) -> Path:
-    """As `check_folder`. Returns the folder for unfinished work beside it, `path`.partial, which must be
-    ours.
+    """Check that a folder can be written at `path`, and unfinished work beside it.
+
+    Returns:
+        The folder for unfinished work, `path`.partial.
+
+    Raises:
+        LowkeyError: see `check_folder` and `work_beside`.
     """
     check_folder(path, force)
     return work_beside(path)
 
 
 def work_beside(path: Path) -> Path:
-    """`path`.partial, where unfinished work goes. Errors: LowkeyError when it cannot be written, or holds
-    anything that is not ours.
+    """The folder for unfinished work beside an output, `path`.partial.
+
+    Raises:
+        LowkeyError: if it cannot be written, or holds anything that lowkey did not write.
     """
     work = link_target(path).with_name(f"{link_target(path).name}.partial")
     check_writable(work)
@@ -129,20 +160,20 @@ def work_beside(path: Path) -> Path:
 
 
 def _is_job(folder: Path) -> bool:
-    """The unfinished work of one job, by names and by contents."""
+    """Whether this is the folder of one job, by its names and contents."""
     if folder.is_symlink() or not folder.is_dir() or not re.fullmatch(r"[0-9a-f]{16}", folder.name):
         return False
     return all(_is_work(p) for p in folder.iterdir())
 
 
 def _is_work(path: Path) -> bool:
-    return is_passing(path) or (
+    return is_staging_folder(path) or (
         bool(re.fullmatch(WORK_FILES, path.name)) and kind_of(path) in (JOB_KIND, WORK_KIND)
     )
 
 
 def remove_work(work: Path) -> None:
-    """What unfinished work has left, once it is finished; anything else stays."""
+    """Remove the folders of all jobs, once the work is finished. Anything else stays."""
     for job in work.iterdir() if work.is_dir() else ():
         remove_job(job)
     with suppress(OSError):
@@ -150,5 +181,6 @@ def remove_work(work: Path) -> None:
 
 
 def remove_job(job: Path) -> None:
+    """Remove the folder of one job; anything else stays."""
     if _is_job(job):
         shutil.rmtree(job, ignore_errors=True)

@@ -1,6 +1,4 @@
-"""Files are written beside their name and renamed, so a reader sees the old one or the new one, never half of
-one; folders too.
-"""
+"""Writes files and folders beside their final name and renames them, so no reader ever sees half of one."""
 
 from __future__ import annotations
 
@@ -15,19 +13,19 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from lowkey.core.errors import LowkeyError
+from lowkey.core.files.atomic import NEW_NAME, new_folder_beside, read_consistently, swap, sync
 from lowkey.core.files.outputs import (
     MANIFEST,
     check_folder,
     check_removable,
     check_replaceable,
     link_target,
-    listed,
+    listed_files,
     manifest,
-    marked,
     unchanged,
+    with_mark,
 )
-from lowkey.core.files.reading import CHECKSUM, KIND, digest, sealed
-from lowkey.core.files.swapping import NEW_NAME, new_folder_beside, steady, swap, sync
+from lowkey.core.files.reading import CHECKSUM, KIND, digest, with_checksum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,8 +34,8 @@ FREE_SPACE = "choose another place or free some space"
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """A disk that is full, or whatever else keeps `path` from being written, becomes a LowkeyError."""
+def disk_errors_explained(path: Path) -> Iterator[None]:
+    """Turn a full disk, or whatever else keeps `path` from being written, into a LowkeyError."""
     try:
         yield
     except (LowkeyError, KeyboardInterrupt):
@@ -50,22 +48,29 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def _of_the_disk(error: Exception) -> bool:
-    """safetensors has an error of its own for a full disk, and tokenizers raises plain exceptions that name
-    the system's.
+    """Whether an error is of the disk.
+
+    safetensors has an error of its own for a full disk, and tokenizers raises plain exceptions that quote the
+    system's.
     """
     return isinstance(error, OSError | SafetensorError) or "(os error " in str(error)
 
 
 @contextmanager
 def replacing(path: Path, ours: bool = False) -> Iterator[Path]:
-    """A temporary path, whose file takes the name `path` when the block ends well and is removed when it does
-    not.
+    """A temporary path to write to, whose file takes the name `path` if the block ends well.
 
-    ours: the caller knows that what is there is lowkey's. Errors: LowkeyError when it is not, or cannot be
-    written.
+    If it does not, the file is removed.
+
+    Args:
+        path: the final name.
+        ours: whether the caller knows that lowkey wrote what is there.
+
+    Raises:
+        LowkeyError: if lowkey did not write what is there, or it cannot be written.
     """
     place = link_target(path)
-    with explained(path), new_folder_beside(place) as folder:
+    with disk_errors_explained(path), new_folder_beside(place) as folder:
         new = folder / NEW_NAME / place.name
         new.parent.mkdir()
         yield new
@@ -78,29 +83,43 @@ def replacing(path: Path, ours: bool = False) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str, ours: bool = False) -> None:
+    """Write a text file in one step; see `replacing`."""
     with replacing(path, ours) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_marked(path: Path, text: str, kind: str, comment: tuple[str, str]) -> None:
-    """A text that is recognised as ours later, by a comment at its end."""
-    write_text(path, marked(text, kind, comment))
+    """Write a text that is recognised as lowkey's later, by a comment at its end; see `with_mark`."""
+    write_text(path, with_mark(text, kind, comment))
 
 
 def write_json(
     path: Path, value: Mapping[str, Any], kind: str, indent: int | None = 2, ours: bool = False
 ) -> str:
-    """A JSON object that says what it is and has a checksum, which is returned. What is not finite becomes
-    null.
+    """Write a JSON object that says what kind of file it is and has a checksum.
+
+    Args:
+        path: the file.
+        value: the object. Numbers that are not finite become null.
+        kind: what kind of file it is.
+        indent: as in `json.dumps`.
+        ours: as in `replacing`.
+
+    Returns:
+        The checksum.
     """
-    whole = sealed(value, kind)
+    whole = with_checksum(value, kind)
     write_text(path, json.dumps(whole, indent=indent) + "\n", ours)
     return whole[CHECKSUM]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], kind: str) -> str:
-    """A safetensors file that says what it is and has a checksum, which is returned. Tensors that share
-    memory are written apart.
+    """Write a safetensors file that says what kind of file it is and has a checksum.
+
+    Tensors that share memory are written separately.
+
+    Returns:
+        The checksum.
     """
     import torch
     from safetensors.torch import save_file
@@ -119,19 +138,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], kind: str) -> str:
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that takes the name `path` when the block ends well; what stood there goes last, if
-    all of it is lowkey's.
+    """A temporary folder to write to, which takes the name `path` if the block ends well.
 
-    Errors: LowkeyError when it is not, or cannot be written.
+    What stood there is removed last.
+
+    Raises:
+        LowkeyError: if lowkey did not write all that is there, or it cannot be written.
     """
     check_folder(path, force=True)
     place = link_target(path)
-    with explained(path), new_folder_beside(place) as folder:
+    with disk_errors_explained(path), new_folder_beside(place) as folder:
         new = folder / NEW_NAME
         new.mkdir()
         yield new
         finish(new)
-        steady(place, lambda: check_removable(place))
+        read_consistently(place, lambda: check_removable(place))
         with suppress(FileNotFoundError):
             os.chmod(new, place.stat().st_mode & 0o7777)
         swap(new, place, folder)
@@ -139,7 +160,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def finish(folder: Path) -> None:
-    """What was written into a folder is listed there, readable by whom the folder is, and on the disk."""
+    """Complete a new folder: list its files, set their permissions, and write all to the disk."""
     write_json(folder / MANIFEST, manifest(folder), "files")
     mode = folder.stat().st_mode & 0o666
     for place, _, names in os.walk(folder):
@@ -150,13 +171,15 @@ def finish(folder: Path) -> None:
 
 
 def join_folder(new: Path, path: Path) -> None:
-    """The files of `new`, a folder of ours, take their places in `path` one by one. Files that an earlier
-    call put there and that `new` does not have are removed. After a kill in between, the same call again
-    completes the work; until then the list in `path` says that it is not complete.
+    """Move the files of `new`, a folder of lowkey's, into `path` one by one.
 
-    Errors: LowkeyError when lowkey did not write what is in their place.
+    Files that an earlier call put there and that `new` does not have are removed. After a kill in between,
+    the same call completes the work. Until then, the list in `path` says that it is not complete.
+
+    Raises:
+        LowkeyError: if lowkey did not write what stands in their places.
     """
-    fresh, before = listed(new), listed(path) if (path / MANIFEST).exists() else {}
+    fresh, before = listed_files(new), listed_files(path) if (path / MANIFEST).exists() else {}
     both = {name: [*before.get(name, ()), *fresh.get(name, ())] for name in (before | fresh)}
     for name in both:
         if os.path.lexists(path / name) and not unchanged(path / name, both[name]):
@@ -164,7 +187,7 @@ def join_folder(new: Path, path: Path) -> None:
                 f"output {str(path / name)!r}: lowkey did not write this, or it was changed since; move it "
                 "away"
             )
-    with explained(path):
+    with disk_errors_explained(path):
         write_json(path / MANIFEST, {"files": both, "complete": False}, "files")
         for name in fresh:
             (path / name).parent.mkdir(parents=True, exist_ok=True)

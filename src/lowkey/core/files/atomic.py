@@ -1,9 +1,8 @@
-"""Names change hands in one step, so that a reader finds the old version or the new one, whole, also after a
-kill.
+"""Replaces files and folders in one step, so that a reader finds the old version or the new one, whole.
 
-What is being written lies in a folder of its own beside its name, which stays locked as long as its writer
-lives. So the leftovers of a killed process can be told from work that goes on, whatever the process ids are,
-and the next writer sweeps them.
+This also holds after a kill. What is being written lies in a *staging folder* beside its final name. The
+folder stays locked as long as its writer lives. So what a killed process left can be told from work that goes
+on, whatever the process ids are, and the next writer removes it.
 """
 
 from __future__ import annotations
@@ -25,22 +24,25 @@ from typing import TypeVar
 from lowkey.core.errors import LowkeyError
 
 _T = TypeVar("_T")
-OWN_FOLDER = ".lowkey"  # in a folder of this kind: by its name alone it could be somebody's
-OLD_NAME, NEW_NAME = "old", "new"
-LONGEST_PREFIX = 100  # bytes of a name that its folder's name repeats
+OWN_FOLDER = ".lowkey"  # a file in each staging folder, since a folder of that name could be somebody else's
+OLD_NAME, NEW_NAME = "old", "new"  # what staging folders call the old and the new version
+LONGEST_PREFIX = 100  # bytes of the final name that the name of its staging folder repeats
 FREE_NAME_TRIES = 300
 # seconds before a reader tries again
 PAUSES = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.1, 0.2, 0.2, 0.5, 0.5)
 EXCHANGE = 2  # RENAME_EXCHANGE of Linux
-# what a system says that cannot exchange names
+# the errors of a system that cannot exchange two names
 UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
 
 
 @contextmanager
 def new_folder_beside(path: Path) -> Iterator[Path]:
-    """A new, locked folder beside `path`, which goes when the block ends; those of dead writers go first."""
+    """A new, locked staging folder beside `path`, which is removed when the block ends.
+
+    Staging folders of writers that are dead are removed first.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    settle(path, sweep=True)
+    recover_interrupted(path, sweep=True)
     folder, lock = _locked(path)
     try:
         yield folder
@@ -50,8 +52,10 @@ def new_folder_beside(path: Path) -> Iterator[Path]:
 
 
 def _locked(path: Path) -> tuple[Path, int]:
-    """A folder of its own and its lock. Until that is held, another writer may take the folder for abandoned:
-    then a new one.
+    """A new staging folder for `path`, and its lock.
+
+    Until the lock is held, another writer may take the folder for abandoned and remove it; then another
+    folder is made.
     """
     for _ in range(FREE_NAME_TRIES):
         folder = path.with_name(f".{_short(path.name)}.{secrets.token_hex(8)}.tmp")
@@ -65,11 +69,12 @@ def _locked(path: Path) -> tuple[Path, int]:
 
 
 def _holds(lock: int, folder: Path) -> bool:
+    """Take the lock, and tell whether it is that of the folder that now has this name."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks: then nobody sweeps
+    except OSError:  # a file system without locks, on which nobody removes staging folders
         pass
     try:
         (folder / OWN_FOLDER).touch()
@@ -82,21 +87,26 @@ def _short(name: str) -> str:
     return os.fsencode(name)[:LONGEST_PREFIX].decode(errors="ignore")
 
 
-def folders_of(path: Path) -> list[Path]:
-    """Those that writers of `path` have made beside it."""
+def staging_folders(path: Path) -> list[Path]:
+    """The staging folders that writers of `path` have made beside it."""
     pattern = re.compile(rf"\.{re.escape(_short(path.name))}\.[0-9a-f]{{16}}\.tmp")
     with suppress(OSError):
         return [path.with_name(name) for name in os.listdir(path.parent) if pattern.fullmatch(name)]
     return []
 
 
-def settle(path: Path, sweep: bool = False) -> bool:
-    """Give `path` back what a killed writer had moved away, and with `sweep` remove what killed writers left.
+def recover_interrupted(path: Path, sweep: bool = False) -> bool:
+    """Give `path` back the old version if a writer was killed between two renames.
 
-    Returns whether a living writer is between two renames.
+    Args:
+        path: the final name.
+        sweep: whether to remove what killed writers left.
+
+    Returns:
+        Whether a living writer is between two renames.
     """
     moving = False
-    for folder in folders_of(path):
+    for folder in staging_folders(path):
         with _abandoned(folder) as dead:
             if not dead:
                 moving |= (folder / OLD_NAME).exists()
@@ -109,8 +119,8 @@ def settle(path: Path, sweep: bool = False) -> bool:
     return moving
 
 
-def is_passing(path: Path) -> bool:
-    """A folder of what is being written, to whatever name."""
+def is_staging_folder(path: Path) -> bool:
+    """Whether this is a staging folder, for whatever name."""
     return (
         bool(re.fullmatch(r"\..+\.[0-9a-f]{16}\.tmp", path.name)) and path.is_dir() and not path.is_symlink()
     )
@@ -118,10 +128,13 @@ def is_passing(path: Path) -> bool:
 
 @contextmanager
 def _abandoned(folder: Path) -> Iterator[bool]:
-    """Whether its writer is dead: nobody holds its lock, which is held here meanwhile."""
+    """Whether the writer of a staging folder is dead, that is, nobody holds its lock.
+
+    If so, the lock is held during the block.
+    """
     try:
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:  # it is gone, or none of ours
+    except OSError:  # it has been removed, or is no folder of ours
         yield False
         return
     try:
@@ -135,16 +148,22 @@ def _abandoned(folder: Path) -> Iterator[bool]:
 
 
 def swap(new: Path, path: Path, folder: Path) -> None:
-    """The folder `new`, in `folder`, takes the name `path`; what stood there is then in `folder`."""
+    """Give a new folder its final name.
+
+    Args:
+        new: the new folder, inside the staging folder.
+        path: the final name.
+        folder: the staging folder, which then holds the old version.
+    """
     for _ in range(FREE_NAME_TRIES):
         try:
             if not path.exists():
                 os.rename(new, path)
             elif not exchange(new, path):
-                _moved(new, path, folder)
+                _swap_in_two_steps(new, path, folder)
             return
         except FileNotFoundError:  # another writer is between two renames, or has just put something there
-            settle(path)
+            recover_interrupted(path)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
@@ -153,7 +172,7 @@ def swap(new: Path, path: Path, folder: Path) -> None:
 
 
 def exchange(a: Path, b: Path) -> bool:
-    """Let two names change places in one step; False where the system cannot."""
+    """Exchange two names in one step. Returns False if the system cannot."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError):
@@ -167,8 +186,11 @@ def exchange(a: Path, b: Path) -> bool:
     raise OSError(code, os.strerror(code), str(b))
 
 
-def _moved(new: Path, path: Path, folder: Path) -> None:
-    """In two steps; `settle` mends what a kill between them leaves."""
+def _swap_in_two_steps(new: Path, path: Path, folder: Path) -> None:
+    """As `swap`, for systems that cannot exchange names.
+
+    After a kill between the two steps, `recover_interrupted` brings the old version back.
+    """
     os.rename(path, folder / OLD_NAME)
     try:
         os.rename(new, path)
@@ -177,11 +199,20 @@ def _moved(new: Path, path: Path, folder: Path) -> None:
         raise
 
 
-def steady(path: Path, read: Callable[[], _T]) -> _T:
-    """What `read` gives of one version of the file or folder `path`: again when another took its place
-    meanwhile.
+def read_consistently(path: Path, read: Callable[[], _T]) -> _T:
+    """Read one version of a file or folder.
 
-    Errors: LowkeyError, as `read` has them, for a version that stayed.
+    If another version takes its place meanwhile, it is read again.
+
+    Args:
+        path: what is read.
+        read: reads it.
+
+    Returns:
+        What `read` returned.
+
+    Raises:
+        LowkeyError: as `read` raised it, for a version that stayed.
     """
     for pause in PAUSES:
         time.sleep(pause)
@@ -189,7 +220,7 @@ def steady(path: Path, read: Callable[[], _T]) -> _T:
         try:
             found = read()
         except (LowkeyError, FileNotFoundError):  # also of what was moved away while it was read
-            moving = settle(path)
+            moving = recover_interrupted(path)
             if before == _version(path) and not (before is None and moving):
                 raise
         else:
@@ -199,6 +230,7 @@ def steady(path: Path, read: Callable[[], _T]) -> _T:
 
 
 def _version(path: Path) -> tuple[int, ...] | None:
+    """What differs between two versions of a file or folder; None if there is none."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):
@@ -207,7 +239,7 @@ def _version(path: Path) -> tuple[int, ...] | None:
 
 
 def sync(path: Path) -> None:
-    """Onto the disk; folders where the system lets one."""
+    """Write a file to the disk; also a folder, if the system allows it."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
