@@ -819,7 +819,7 @@ def test_a_class_that_has_not_all_of_a_method_is_refused(here, monkeypatch):
     (here / "half_method.py").write_text("\n".join(lines))
     monkeypatch.syspath_prepend(here)
     line = refused("compress", "tiny", "out", "--method", "half_method:Half")
-    assert "half_method:Half' is no method" in line and "has_finish" in line
+    assert "half_method:Half' is not a suitable class" in line and "has_finish" in line
 
 
 @pytest.mark.parametrize("content", ["import nothing_of_this_name", "1 / 0", "def ("])
