@@ -27,7 +27,7 @@ SMALL = {  # given to a verb besides, so that a page runs in seconds; of two equ
     "diversity": "--windows 1 --context 32 --inits 0",
     "eval": "--windows 1 --context 128 --cases 1",
     "generate": "--tokens 3",
-    "heads": "--cases 10 --context 128",
+    "heads": "--cases 10 --context 512",
     "pretrain": "--set training.tokens=4096",
     "recover": "--batch 1 --length 64",
 }
