@@ -23,7 +23,7 @@ from lowkey.calibration.calibrate import Sample
 from lowkey.calibration.dynamic import DynamicPlan, make_dynamic_plan
 from lowkey.calibration.statistics import gather_statistics
 from lowkey.core import files, optimizer_state
-from lowkey.core.files.reading import CHECKSUM, KIND, digest, json_digest, marks
+from lowkey.core.files.reading import CHECKSUM, KIND, digest, json_digest, tensor_marks
 from lowkey.core.types import LowkeyError
 from lowkey.heads.scores import HeadScores
 from lowkey.methods import PCA, CalibrationContext
@@ -206,7 +206,7 @@ def mutate(artefact: Artefact, r: random.Random) -> tuple[Callable[[], None], bo
         file.write_text(damaged_json(before[file].decode(), r, vouched))
     elif file.name in artefact.tensors and kind < 0.75:
         vouched, told = True, artefact.tensors[file.name]
-        changed, (marked, _) = damaged_tensors(load_copy(file), r), marks(file, "file")
+        changed, (marked, _) = damaged_tensors(load_copy(file), r), tensor_marks(file, "file")
         save_file(changed, file, metadata={KIND: f"{marked} {digest(changed)}"})
         if told is not None:
             about = file.with_name(told)

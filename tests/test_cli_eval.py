@@ -192,7 +192,7 @@ def test_without_a_terminal_a_line_says_where_it_is_and_how_long_is_left(monkeyp
 
 @pytest.mark.parametrize("seconds, said", [(8, "8 s"), (40, "1 min"), (3541, "59 min"), (7800, "2 h 10 min")])
 def test_how_long_in_words(seconds, said):
-    assert progress._left(seconds) == f", about {said} left"
+    assert progress._time_left(seconds) == f", about {said} left"
 
 
 def test_a_count_without_an_end_has_no_time_left(monkeypatch, capsys):

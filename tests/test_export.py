@@ -190,7 +190,7 @@ def test_any_rotation_is_the_same_in_the_plain_model_or_is_refused(tmp_path, kin
         rope_parameters={"rope_type": kind, "rope_theta": 10000.0, **ROPES[kind]},
     )
     plan = make(model, method)
-    if method != COMMUTING and kind in families.CHANGING_ROPE:
+    if method != COMMUTING and kind in families.LENGTH_DEPENDENT_ROPE:
         refused(
             model,
             plan,

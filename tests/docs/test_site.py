@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -27,6 +28,15 @@ def test_the_site_builds_strictly(tmp_path):
 def quiet() -> dict[str, str]:
     """The theme's note about its successor is no warning of ours."""
     return {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT / "src")}
+
+
+def test_the_page_of_the_code_orders_rooms_as_the_linter_does():
+    contract = (ROOT / ".importlinter").read_text(encoding="utf-8").split("layers =\n")[1].split("\n\n")[0]
+    layers = [{room.strip() for room in line.split("|")} for line in contract.splitlines()]
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    rows = [set(re.findall(r"`(\w+)`", cell)) for cell in table]
+    assert rows == [layer for layer in layers if layer != {"version"}]
 
 
 def test_every_room_has_a_page_of_the_reference():
