@@ -653,7 +653,7 @@ def test_an_object_that_is_no_allocator_is_refused_by_what_it_lacks():
             return []
 
     with pytest.raises(
-        LowkeyError, match=r"allocator Half: lacks .*derive it from lowkey\.allocation\.base\.Allocator"
+        LowkeyError, match=r"allocator Half: lacks .*derive it from lowkey\.allocation\.base\.RankAllocator"
     ):
         calibrate(allocator=Half())
 
