@@ -326,7 +326,7 @@ def _flaw_of_ranks(ranks: dict, order: dict, geometry: dict) -> str | None:
     return None
 
 
-def _check_heads(found: object, layers: int, heads: int, refuse: Refusal) -> None:
+def _check_heads(found: Any, layers: int, heads: int, refuse: Refusal) -> None:
     """Check head scores: one finite number of at least 0 for each KV head. Raises: LowkeyError."""
     try:
         tables = [torch.tensor(rows, dtype=torch.float64) for rows in found.values()]
