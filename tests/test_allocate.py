@@ -161,6 +161,7 @@ def test_every_layer_stays_within_the_error_budget(name, error):
 # -- uniform
 
 
+@pytest.mark.defines("rank allocators", "uniform")
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
 def test_uniform_by_measurement_is_the_best_pair_for_all_layers(share):
     p = bowl()
@@ -191,6 +192,7 @@ def test_uniform_ranks_need_no_measuring(share, rank):
 # -- pareto
 
 
+@pytest.mark.defines("rank allocators", "pareto")
 @pytest.mark.parametrize("error", [0.02, 0.05, 0.1, 0.2])
 def test_pareto_is_the_cheapest_pair_of_each_layer(error):
     p = bowl()
@@ -227,6 +229,7 @@ def test_the_papers_weights_are_mirrored_and_have_mean_one(layers, raw):
     assert sum(weights) / layers == pytest.approx(1.0)
 
 
+@pytest.mark.defines("rank allocators", "weighted-pareto")
 def test_weighted_pareto_divides_the_error_budget_by_the_weight():
     p = profile(bowl(1).surface * 12)  # twelve equal layers
     pairs, weights = WeightedPareto().under_error(p, 0.08), WeightedPareto().weights(12)
@@ -237,6 +240,7 @@ def test_weighted_pareto_divides_the_error_budget_by_the_weight():
 # -- greedy
 
 
+@pytest.mark.defines("rank allocators", "greedy")
 @pytest.mark.parametrize("seed", range(5))
 def test_greedy_is_optimal_on_convex_separable_errors(seed):
     """At each budget that greedy itself meets exactly, no choice of that size has a smaller sum of errors."""
@@ -294,6 +298,7 @@ def by_hand(p, layer, error, step, energy):
     return best
 
 
+@pytest.mark.defines("rank allocators", "threshold")
 @pytest.mark.parametrize("energy", ["squared", "singular"])
 @pytest.mark.parametrize("error", [0.0, 0.02, 0.05, 0.1, 0.3, 1.0])
 def test_the_threshold_rule_by_hand(energy, error):
@@ -411,6 +416,7 @@ def test_ranks_fall_with_depth_and_keys_and_values_share_them(name, pairs, ranks
         assert found == sorted(found, reverse=True)
 
 
+@pytest.mark.defines("rank allocators", "fisher")
 @pytest.mark.parametrize(
     ("pairs", "ranks", "share", "chosen"),
     [
@@ -434,6 +440,7 @@ def test_fisher_by_hand(pairs, ranks, share, chosen):
 ONE_BY_ONE = tuple(range(1, 17))
 
 
+@pytest.mark.defines("rank allocators", "depth")
 @pytest.mark.parametrize(
     ("share", "ranks"),
     [
@@ -450,6 +457,7 @@ def test_depth_by_hand(share, ranks):
     assert sum(map(sum, found)) <= 6 * 16 * share and found == [(r, r) for r in ranks]
 
 
+@pytest.mark.defines("rank allocators", "condition")
 def test_condition_by_hand():
     """logs 4, 1, 3, 2 accumulate to 10, 6, 5, 2: heights 1, 1/2, 3/8, 0; with 16 at the top and 8 below, 16,
     12, 11, 8.
@@ -596,6 +604,7 @@ def tail_by_hand(side, rank, power):
     return float((heads[:, rank:].sum(1) / heads.sum(1)).mean())
 
 
+@pytest.mark.defines("rank allocators", "tail")
 @pytest.mark.parametrize(("energy", "power"), [("singular", 0.5), ("squared", 1.0)])
 @pytest.mark.parametrize("error", [0.05, 0.2, 0.4, 0.6])
 def test_the_tail_rule_by_hand(energy, power, error):

@@ -218,6 +218,7 @@ def test_layers_shares_add_up(n, h, tokens, mean, seed):
     assert max(shares) - min(shares) <= 1
 
 
+@pytest.mark.defines("token allocators", "uniform")
 @quick
 @given(**sizes, protected=st.integers(0, 6))
 def test_uniform_gives_all_the_same_up_to_one(n, h, tokens, mean, protected, seed):
@@ -227,6 +228,7 @@ def test_uniform_gives_all_the_same_up_to_one(n, h, tokens, mean, protected, see
     assert int(counts.max() - counts.min()) <= 1
 
 
+@pytest.mark.defines("token allocators", "pyramid")
 @pytest.mark.parametrize(("mean", "beta"), [(40.0, 20.0), (40.0, 2.0), (33.3, 5.0), (12.7, 20.0)])
 def test_pyramid_falls_on_a_straight_line(mean, beta):
     layers, h, protected = 6, 2, 12
@@ -258,6 +260,7 @@ def best_over(scores, total):
     return counts
 
 
+@pytest.mark.defines("token allocators", "ada")
 @quick
 @given(
     st.integers(1, 4),
@@ -283,6 +286,7 @@ def test_adas_safeguard_holds_for_a_head_without_a_chance():
     assert Ada(0.25).counts(a).tolist() == [[8, 32]]
 
 
+@pytest.mark.defines("token allocators", "global")
 @quick
 @given(**sizes, protected=st.integers(0, 4), gaps=st.integers(0, 10))
 def test_global_is_one_threshold(n, h, tokens, mean, protected, gaps, seed):
@@ -291,6 +295,7 @@ def test_global_is_one_threshold(n, h, tokens, mean, protected, gaps, seed):
     assert torch.equal(Global().counts(a).float(), best_over(a.scores, total))
 
 
+@pytest.mark.defines("token allocators", "headkv")
 @quick
 @given(st.integers(1, 4), st.integers(1, 4), st.floats(14, 40), st.floats(1, 10), st.integers(0, 99))
 def test_headkv_is_its_published_rule_where_nothing_is_clipped(n, h, mean, beta, seed):
@@ -421,6 +426,7 @@ def whole_blocks(a, size):
     return counts
 
 
+@pytest.mark.defines("token allocators", "blocks")
 @quick
 @given(**sizes, size=st.integers(1, 8), protected=st.integers(0, 6), gaps=st.integers(0, 10))
 def test_blocks_drop_whole_blocks_and_stay_within_the_budget(n, h, tokens, mean, seed, size, protected, gaps):
@@ -437,6 +443,7 @@ def test_blocks_of_one_are_one_threshold():
     assert torch.equal(Blocks(1).counts(a), Global().counts(a))
 
 
+@pytest.mark.defines("token allocators", "classes")
 @quick
 @given(st.integers(1, 4), st.integers(1, 4), st.floats(6, 40), st.integers(0, 99))
 def test_retrieval_heads_take_all_they_can_and_the_others_share_the_rest(n, h, mean, seed):
@@ -451,6 +458,7 @@ def test_retrieval_heads_take_all_they_can_and_the_others_share_the_rest(n, h, m
     assert bool(((counts - torch.where(retrieval, top, rest)).abs() < 1 + 1e-3).all())
 
 
+@pytest.mark.defines("token allocators", "at-least")
 def test_a_level_keeps_all_above_it_and_what_stays_in_any_case():
     a = request(2, 3, 20, 1.0, protected=4, gaps=5)
     assert torch.equal(

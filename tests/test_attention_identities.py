@@ -336,6 +336,7 @@ def lrkv(model, x: Tensor, mode: str, interleaved: bool = False) -> Tensor:
     return together(layer, outputs)
 
 
+@pytest.mark.defines("attention kinds", "lrkv")
 @pytest.mark.parametrize("decode", ["auto", "absorbed", "expanded"])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("mode", ["full", "latent", "partial"])
@@ -356,6 +357,7 @@ def test_rotation_turns_halves_not_neighbours():
     assert not close(alone(model, x)[0], lrkv(model, x[0], "full", interleaved=True), 1e-2)
 
 
+@pytest.mark.defines("attention kinds", "mla")
 @pytest.mark.parametrize("name", ["mla", "mla-absorbed", "mla-narrow", "mla-nope", "mla-no-slice"])
 @torch.no_grad()
 def test_mla_by_hand(name):
@@ -378,6 +380,23 @@ def test_mla_by_hand(name):
     assert close(alone(model, x)[0], together(layer, outputs), BY_HAND)
 
 
+@pytest.mark.defines("attention kinds", "mha", "gqa", "mqa")
+@pytest.mark.parametrize("name", ["mha", "gqa", "mqa"])
+@torch.no_grad()
+def test_grouped_attention_by_hand(name):
+    model, x = build(name, qk_norm=False), hidden(batch=1)
+    layer, stored = attention(model), model.config.num_key_value_heads
+    keys, values = (
+        (x[0] @ p.weight.T).unflatten(-1, (stored, D)).transpose(0, 1) for p in (layer.k_proj, layer.v_proj)
+    )
+    outputs = [
+        naive(turned(query), turned(keys[i * stored // HEADS]), values[i * stored // HEADS], D**-0.5)
+        for i, query in enumerate(queries(layer, x[0]))
+    ]
+    assert close(alone(model, x)[0], together(layer, outputs), BY_HAND)
+
+
+@pytest.mark.defines("attention kinds", "gta")
 @torch.no_grad()
 def test_gta_by_hand():
     model, x = build("gta", qk_norm=False), hidden(batch=1)
@@ -391,6 +410,7 @@ def test_gta_by_hand():
     assert close(alone(model, x)[0], together(layer, outputs), BY_HAND)
 
 
+@pytest.mark.defines("attention kinds", "k_eq_v")
 @pytest.mark.parametrize("e", [4, 8])
 @torch.no_grad()
 def test_keys_that_are_values_by_hand(e):
@@ -405,6 +425,7 @@ def test_keys_that_are_values_by_hand(e):
     assert close(alone(model, x)[0], together(layer, outputs), BY_HAND)
 
 
+@pytest.mark.defines("attention kinds", "mea")
 @torch.no_grad()
 def test_mea_by_hand():
     model, x = build("mea-fewer"), hidden(batch=1)

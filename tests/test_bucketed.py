@@ -158,6 +158,7 @@ def test_a_gate_takes_a_huge_coordinate_for_a_large_one():
     ]
 
 
+@pytest.mark.defines("dynamic methods", "dynakv")
 @pytest.mark.parametrize(
     "name",
     ["llama", "llama-mha", "llama-mqa", "gemma2", "gemma3_text", "qwen3", "phi3-partial", "llama-yarn"],

@@ -21,7 +21,7 @@ import typer
 
 import lowkey
 from lowkey.cli import app, choices, collect_choices
-from lowkey.cli.stand_ins import described, stand_in
+from lowkey.cli.stand_ins import fields_described, stand_in
 from lowkey.core import options
 from lowkey.core.errors import LowkeyError
 from lowkey.methods import METHODS
@@ -268,7 +268,7 @@ def outcome(kind: type, name: str, value: str) -> object:
 
 @pytest.mark.parametrize("kind", [*collect_choices.SETTINGS, *SCORES.values()], ids=lambda k: k.__name__)
 def test_a_stand_in_has_the_types_ranges_and_defaults(kind):
-    found = described(kind)
+    found = fields_described(kind)
     other = stand_in(kind.__name__, json.loads(json.dumps(found)))
     assert options.ranges(other) == options.ranges(kind)
     plain = options.defaults_of(other)

@@ -294,6 +294,7 @@ def projector_of(basis, rank: int, head: int) -> Tensor:
     return down[head].double() @ up[head].double()
 
 
+@pytest.mark.defines("methods", "kq-svd")
 @pytest.mark.parametrize("rank", [1, 4, 8, 15])
 def test_the_product_of_keys_and_queries_is_the_best_there_is(layout, rank):
     """The optimum is the truncated SVD of K Q^T itself; nothing else does better."""
@@ -468,6 +469,7 @@ def test_maps_are_those_of_the_papers_cholesky_form():
 # -- Palu
 
 
+@pytest.mark.defines("methods", "palu")
 @pytest.mark.parametrize("rank", [2, 4, 9])
 @pytest.mark.parametrize("t", [1, 2, 4])
 def test_a_whitened_svd_of_the_weights_is_pca_of_what_they_make(t, rank):
@@ -507,6 +509,7 @@ def truncated(weight: Tensor, rank: int) -> Tensor:
     return torch.from_numpy((u[:, :rank] * singular[:rank]) @ vt[:rank])
 
 
+@pytest.mark.defines("methods", "lorc")
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 @pytest.mark.parametrize("scope", ["layer", "head"])
 def test_lorc_is_the_truncated_svd_of_the_weights(scope, name):
@@ -733,6 +736,7 @@ def value_map(f) -> Tensor:
     return m.unflatten(0, (h, -1))[back].flatten(0, 1).unflatten(1, (h, -1))[:, back].flatten(1)
 
 
+@pytest.mark.defines("methods", "recalkv")
 @pytest.mark.parametrize("name", ["llama", "llama-mha", "qwen2", "qwen3", "gemma2"])
 def test_calibration_is_the_papers_alternation_in_the_compressed_stream(name, layout):
     """R^T = W L^+ and L by least squares, from explicit inputs and weights; and it never raises the error."""

@@ -369,7 +369,7 @@ def test_rank_zero_is_grouped_query() -> None:
     )
 
 
-@pytest.mark.parametrize("form", kinds.HEADS)
+@pytest.mark.parametrize("form", kinds.HEAD_POOLINGS)
 def test_pooled_heads_by_loops(form: str) -> None:
     model = build("llama-mha", attention_bias=True)
     made = convert(model, "gqa", num_key_value_heads=2, options=ConversionOptions(heads=form))
@@ -512,7 +512,7 @@ def test_turning_heads_changes_nothing(white: bool) -> None:
     model = build("llama")
     want = logits(model)
     moment = None if white else input_moments(model, IDS)[1]
-    w = source.attention_weights_of(model, 1)
+    w = source.read_attention(model, 1)
     turned = gauge.aligned_weights(w, 2, 1, gauge.averaged_energy, moment)
     assert not torch.allclose(turned.k, w.k) and not torch.allclose(turned.v, w.v)
     own = model.model.layers[1].self_attn
@@ -564,7 +564,7 @@ def test_a_rotated_slice_stands_for_keys_at_other_phases() -> None:
 def test_turning_never_loses_energy(white: bool) -> None:
     model = build("llama-mha")
     moment = None if white else input_moments(model, IDS)[0]
-    w = source.attention_weights_of(model, 0)
+    w = source.read_attention(model, 0)
     for count in (1, 2, 5):
         kept = gauge.mixed_energy(count)
         turned = gauge.aligned_weights(w, 1, count, kept, moment)

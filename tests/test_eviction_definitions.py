@@ -55,6 +55,7 @@ def resolve_request(ids, start, chunk, bridge, request):
     return torch.cat([ids, request, ids[:, max(0, start - bridge) : start + chunk]], 1)
 
 
+@pytest.mark.defines("policies", "kvzip")
 @pytest.mark.parametrize("softmax", ["piece", "context"])
 def test_kvzip_keeps_what_repeating_each_piece_looks_at_most(softmax):
     """Every piece is asked for and repeated behind the whole context; a token's score is the largest weight
@@ -116,6 +117,7 @@ def test_kvzip_finds_its_pieces_wherever_positions_begin(softmax):
 # -- without a budget
 
 
+@pytest.mark.defines("policies", "fastgen")
 def test_fastgen_without_a_budget_keeps_the_rung_that_recovers_each_heads_attention():
     """Recovery decides how much memory it becomes: always sinks and recent; then the newest 30 %; then the
     most looked at; then all.
@@ -236,6 +238,7 @@ def scored(kind, values):
     return HeadScores(kind=kind, values=values, layers=tuple(range(LAYERS)), kv_heads=HEADS, **about)
 
 
+@pytest.mark.defines("policies", "razor")
 def test_razors_other_heads_keep_sinks_and_the_newest():
     ids, n = prompt(60, batch=1), 60
     heads = {
@@ -351,6 +354,7 @@ SHARED = {
 }
 
 
+@pytest.mark.defines("policies", *SCORED, *SAME)
 @pytest.mark.parametrize("name", [*SCORED, *SAME])
 def test_what_each_head_keeps_is_its_best_tokens_in_its_share(name):
     ids = prompt(N, batch=1, seed=7)

@@ -191,6 +191,7 @@ def maps(basis, rank):
     return down[0], torch.cat(list(up[:t]), -1)
 
 
+@pytest.mark.defines("methods", "fisher-svd")
 @pytest.mark.parametrize("rank", [1, 4, 12])
 def test_no_maps_of_this_rank_lose_less(rank):
     """Neither KQ-SVD's nor any near the optimum; and what is lost is the sum of the energies beyond."""
@@ -278,6 +279,7 @@ def beyond(ranks):
     )
 
 
+@pytest.mark.defines("rank allocators", "spectrum")
 @pytest.mark.parametrize("choices", [(1, 2, 3, 4), (2, 4)])
 @pytest.mark.parametrize("room", [8, 9, 10, 12, 15, 16])
 def test_the_least_energy_is_left_out_within_the_budget(room, choices):

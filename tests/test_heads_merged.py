@@ -279,6 +279,7 @@ def test_other_families_are_merged_with_less_error_than_by_the_mean(prepared, na
 # -- KV heads by SVD
 
 
+@pytest.mark.defines("methods", "kv-head-svd")
 @pytest.mark.parametrize("rank", [4, 8, 12])
 def test_layer_and_grouped_keys_are_the_truncated_svd_of_the_activations(prepared, layout, rank):
     """Eckart-Young: no other projection to so many numbers leaves less."""
@@ -586,6 +587,7 @@ def test_no_mixing_of_heads_keeps_more_than_the_eigenvectors_of_their_gram(prepa
             assert ours < left(x.flatten(1), torch.from_numpy(other))
 
 
+@pytest.mark.defines("methods", "mea")
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_weights_are_the_papers_svd_over_the_head_axis(prepared, count):
     """Eq. 36-38: U, S, V of the (d D, h) matrix of flattened projections; virtual heads are U times S V^T."""

@@ -64,6 +64,7 @@ def frequencies(d: int, theta: float = 10000.0) -> torch.Tensor:
 # -- strides
 
 
+@pytest.mark.defines("methods", "kv-latent")
 @pytest.mark.parametrize("d", [16, 24, 48, 64, 96, 128])
 def test_a_stride_keeps_the_papers_channels_and_standard_frequencies(d):
     """arXiv:2507.11273, Eq. 5 and appendix C: every s-th channel; and its pairs turn as those of a rotary

@@ -177,6 +177,7 @@ def test_tuning_lowers_the_loss_of_held_out_text(tuned, layout):
     assert loss_at(end, 4, 0.25, layout=layout) < 0.97 * loss_at(start, 4, 0.25, layout=layout)
 
 
+@pytest.mark.defines("methods", "matryoshka")
 @pytest.mark.parametrize("kl", [0.0, 1.0])
 def test_the_loss_is_what_the_option_says(kl):
     start = fitted(MatryoshkaKV())

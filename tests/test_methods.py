@@ -9,6 +9,9 @@ import pico
 import pytest
 import torch
 from pico import HEAD_DIM, attached, feed, prompt, stock
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 import lowkey
 from lowkey import Sample
@@ -244,6 +247,7 @@ def test_training_lowers_the_error():
 # -- each method's own definition
 
 
+@pytest.mark.defines("methods", "pca")
 def test_pca_keeps_the_most_energy(layout):
     stats, probe = prepared("llama", layout, 1)
     bases = PCA(key_bases="per_head").fit(stats, probe, RANKS, 0)
@@ -255,6 +259,7 @@ def test_pca_keeps_the_most_energy(layout):
     assert torch.allclose(bases.keys.spectrum, energy.clamp_min(0), rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.defines("methods", "eigenattention")
 def test_eigenattention_stacks_keys_and_queries_of_all_heads(layout):
     stats, probe = prepared("llama", layout, 1)
     basis = EigenAttention().fit(stats, probe, RANKS, 0).keys
@@ -270,6 +275,43 @@ def test_eigenattention_in_the_codes_form_is_pca_of_keys(layout):
     data = prepared("llama", layout, 1)
     code, pca = (m.fit(*data, RANKS, 0).keys.columns for m in (EigenAttention(form="code"), PCA("shared")))
     assert torch.equal(code, pca)
+
+
+@pytest.mark.defines("methods", "stiefattention")
+def test_stiefattention_trains_orthonormal_maps_on_the_error_of_the_layers_output(monkeypatch):
+    """arXiv:2601.21686: for each rank, and for keys and values apart, the mean over tokens of ||out - out_r|| /
+    ||out||, where out_r is the layer's output with keys (values) k D D^T."""
+    layer, rank, trained = 1, 8, []
+    monkeypatch.setattr(
+        StiefAttention, "_train", lambda self, modules, loss, *rest: trained.append((modules[0], loss))
+    )
+    method = StiefAttention("mlp", key_bases="per_head", value_bases="per_head")
+    method.fit(*prepared("llama", "post_rope", layer), [rank, HEAD_DIM], 0)
+    ids, windows = ROWS[:-HELD], torch.arange(WINDOWS - HELD)
+    with torch.no_grad():
+        exact = stock("llama")(ids, output_hidden_states=True).hidden_states[layer + 1]
+        for side, (predictor, loss) in enumerate(trained):
+            down = predictor()[..., :rank]
+            assert torch.allclose(down.mT @ down, torch.eye(rank).expand(KV_HEADS, -1, -1), atol=1e-5)
+            out = output_with(layer, side, down @ down.mT, ids)
+            errors = (out - exact).norm(dim=-1) / exact.norm(dim=-1)
+            assert float(loss(windows)) == pytest.approx(float(errors.mean()), rel=1e-4)
+    assert len(trained) == 2
+
+
+def output_with(layer, side, projector, ids):
+    """What a layer makes of the stock model's states with its keys (side 0) or values (side 1) projected."""
+
+    def attention(module, q, k, v, mask, *, scaling=None, softcap=None, **kwargs):
+        if module.layer_idx == layer:
+            k, v = (k @ projector, v) if side == 0 else (k, v @ projector)
+        return sdpa_attention_forward(module, q, k, v, mask, scaling=scaling)
+
+    AttentionInterface.register("projected", attention)
+    AttentionMaskInterface.register("projected", sdpa_mask)
+    model = pico.build("llama")
+    model.set_attn_implementation("projected")
+    return model(ids, output_hidden_states=True, use_cache=False).hidden_states[layer + 1]
 
 
 def test_the_predictor_is_told_mean_and_variance_of_the_keys_that_are_stored(monkeypatch, layout):

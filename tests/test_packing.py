@@ -217,6 +217,9 @@ def oracle(ids, name, form, exact, pads, splits, model=None, sinks=None):
     return model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
 
 
+@pytest.mark.defines(
+    "packings", "int8", "int4", "int2", "kivi8", "kivi4", "kivi2", "hadamard8", "hadamard4", "hadamard2"
+)
 @pytest.mark.parametrize("pads", [[0], PADS], ids=str)
 def test_packed_storage_is_the_dense_definition(name, form, pads):
     model, ids = attached("llama"), prompt(LENGTH, batch=len(pads))

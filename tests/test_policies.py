@@ -381,6 +381,7 @@ CASES = {
 every = pytest.mark.parametrize("name", CASES)
 
 
+@pytest.mark.defines("policies", "expected-attention")
 @pytest.mark.parametrize("where", CONTEXTS)
 @every
 def test_scores_are_what_the_definition_says(name, where):

@@ -95,6 +95,7 @@ def test_training_starts_orthonormal_where_keys_are_white():
             assert torch.allclose(stored.mT @ (moments[i][of] + ridge) @ stored, eye, atol=1e-3)
 
 
+@pytest.mark.defines("methods", "stiefattention-joint")
 def test_training_lowers_the_divergence_of_text_it_has_not_seen():
     found, rows = finished(40), context().windows[-HELD:]
     before, after = divergence(start(), rows), divergence(found, rows)

@@ -56,6 +56,7 @@ def pruned(cache, i, row, j):
     return dict(zip(layer.pruned_positions[a:b].tolist(), held, strict=True))
 
 
+@pytest.mark.defines("policies", "think")
 @pytest.mark.parametrize("pads", [[0, 0], [0, 17], [50, 0]])
 def test_think_drops_the_channels_that_queries_and_kept_keys_use_least(pads):
     n, looked = 60, 12

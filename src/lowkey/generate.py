@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
@@ -73,7 +73,8 @@ def stream_text(
             # The last token is kept back as the question: `generate` reads it for the token that follows.
             prefill(model, tokenizer, cache, ids, question=1)
         cache.freeze()  # a prompt of a single token has no context to repeat
-    result = model.generate(  # type: ignore[operator]
+    generator: Any = model  # `generate` comes from a mixin that its annotations do not name
+    result = generator.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         past_key_values=cache,

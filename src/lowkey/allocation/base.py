@@ -42,7 +42,11 @@ class RankAllocator(Checked, ABC):
     summary: ClassVar[str]
     bounds: ClassVar[str] = "the largest error of a layer"
     required_signals: ClassVar[tuple[str, ...]] = ()
-    uses_measured_errors: ClassVar[bool] = True
+
+    @property
+    def uses_measured_errors(self) -> bool:
+        """Whether measured errors are compared under a byte budget too; a class may set it to False."""
+        return True
 
     @abstractmethod
     def under_error(self, profile: Profile, error: float) -> Ranks:

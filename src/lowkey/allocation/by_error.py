@@ -28,7 +28,7 @@ class UniformRanks(RankAllocator):
     split: Literal["equal", "measured"] = "equal"
 
     @property
-    def uses_measured_errors(self) -> bool:  # type: ignore[override]
+    def uses_measured_errors(self) -> bool:
         """True for `split=measured`."""
         return self.split == "measured"
 

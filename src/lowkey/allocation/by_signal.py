@@ -24,7 +24,7 @@ class Fisher(RankAllocator):
     """
 
     summary: ClassVar[str] = "ranks of keys and of values in proportion to Fisher information"
-    uses_measured_errors: ClassVar[bool] = False
+    uses_measured_errors = False
     required_signals: ClassVar[tuple[str, ...]] = ("fisher",)
 
     def under_error(self, profile: Profile, error: float) -> Ranks:
@@ -58,7 +58,7 @@ class Depth(RankAllocator):
     """
 
     summary: ClassVar[str] = "ranks on a straight line in depth, most in the first layer"
-    uses_measured_errors: ClassVar[bool] = False
+    uses_measured_errors = False
 
     def under_error(self, profile: Profile, error: float) -> Ranks:
         """Return the ranks at the smallest byte budget whose errors are within the error budget."""

@@ -51,7 +51,7 @@ class Threshold(RankAllocator):
     """
 
     summary: ClassVar[str] = "per layer an energy threshold, lowered while the layer's error fits"
-    uses_measured_errors: ClassVar[bool] = False
+    uses_measured_errors = False
 
     step: float = option(0.02, at_least=1e-4, at_most=1)
     energy: Energy = "squared"
@@ -122,7 +122,7 @@ class Tail(RankAllocator):
         "the root of the largest tail (share of the spectrum beyond the rank, mean over heads) of a layer's "
         "keys or values"
     )
-    uses_measured_errors: ClassVar[bool] = False
+    uses_measured_errors = False
 
     energy: Energy = "singular"
 
@@ -176,7 +176,7 @@ class Spectrum(RankAllocator):
 
     summary: ClassVar[str] = "the ranks of the largest energies over all layers, keys and values"
     bounds: ClassVar[str] = "the share of the energies of all spectra together that lies beyond the ranks"
-    uses_measured_errors: ClassVar[bool] = False
+    uses_measured_errors = False
 
     floor: float = option(0.75, at_least=0, at_most=1)
 

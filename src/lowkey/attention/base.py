@@ -381,7 +381,7 @@ class Attention(nn.Module, ABC):
         self.scaling = key_width**-0.5
         self.attention_dropout, self.is_causal = config.attention_dropout, True
         self.num_key_value_groups = self.heads // config.num_key_value_heads
-        self.q_proj = (
+        self.q_proj: LowRankQuery | nn.Linear = (
             LowRankQuery(config, self.heads * key_width)
             if config.q_lora_rank
             else self.linear(self.heads * key_width)
@@ -501,7 +501,8 @@ class Attention(nn.Module, ABC):
 
     def head_maps(self) -> HeadMaps:
         """The layer's heads as linear maps, in fp32 or wider. Gradients flow through them."""
-        query = self.q_proj.effective() if self.config.q_lora_rank else in_fp32_or_wider(self.q_proj.weight)
+        q_proj = self.q_proj
+        query = q_proj.effective() if isinstance(q_proj, LowRankQuery) else in_fp32_or_wider(q_proj.weight)
         out = in_fp32_or_wider(self.o_proj.weight).unflatten(1, (self.heads, -1)).transpose(0, 1)
         if self.head_norm is not None:
             out = out * in_fp32_or_wider(self.head_norm.weight).unsqueeze(-2)

@@ -7,6 +7,7 @@ put it beside a checkpoint (`trust_remote_code`), which then loads where lowkey 
 from __future__ import annotations
 
 import copy
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
@@ -87,11 +88,11 @@ class LowkeyConfig(LlamaConfig):
     """
 
     model_type = "lowkey"
-    base_model_tp_plan = None
-    base_model_pp_plan = None
+    if not TYPE_CHECKING:  # None stands for no plan, which Llama's annotations do not say
+        base_model_tp_plan = None
+        base_model_pp_plan = None
 
     attention: str = "gqa"
-    attention_layers: list | str | None = None
     other_attention: dict | None = None
     q_lora_rank: int | None = None
     qk_norm: bool = False
@@ -99,18 +100,33 @@ class LowkeyConfig(LlamaConfig):
     head_norm: str | None = None
     zero_init_output: bool = False
     decode: str = "auto"
-    kv_lora_rank: int | None = None
-    qk_nope_head_dim: int | None = None
-    qk_rope_head_dim: int | None = None
-    v_head_dim: int | None = None
     mla_latent_scale: bool = False
     mla_kv_norm: bool = True
     mla_rotate: bool = True
     lrkv_rank: int = 0
     lrkv_rope_mode: str = "full"
     lrkv_init_scale: float = 0.1
-    mea_num_component_heads: int | None = None
     mea_hlc_init: str = "identity"
+    if (
+        TYPE_CHECKING
+    ):  # what readers find in the fields below and in Llama's, once `__post_init__` has filled them
+        attention_layers: list[int] | None
+        head_dim: int
+        num_key_value_heads: int
+        attention_dropout: float
+        rope_parameters: dict[str, Any]
+        kv_lora_rank: int
+        qk_nope_head_dim: int
+        qk_rope_head_dim: int
+        v_head_dim: int
+        mea_num_component_heads: int
+    else:
+        attention_layers: list | str | None = None
+        kv_lora_rank: int | None = None
+        qk_nope_head_dim: int | None = None
+        qk_rope_head_dim: int | None = None
+        v_head_dim: int | None = None
+        mea_num_component_heads: int | None = None
 
     def __post_init__(self, **kwargs: object) -> None:
         self.head_dim = (
@@ -308,7 +324,7 @@ class LowkeyConfig(LlamaConfig):
             )
 
 
-def subset(layers: list | str | None, count: int) -> list | None:
+def subset(layers: list | str | None, count: int) -> Any:
     """Layers by number, in order.
 
     Args:

@@ -45,17 +45,21 @@ def layer_costs(config: LowkeyConfig) -> list[Costs]:
     if others is None:
         return [own] * config.num_hidden_layers
     other = costs(others)
-    return [own if i in config.attention_layers else other for i in range(config.num_hidden_layers)]
+    return [own if i in (config.attention_layers or ()) else other for i in range(config.num_hidden_layers)]
 
 
 class LowkeyDecoderLayer(LlamaDecoderLayer):
     """transformers' decoder layer with one of `ATTENTION`, and with norms that keep fp64."""
 
+    self_attn: Any  # Llama's annotations allow only its own modules in these places
+    input_layernorm: Any
+    post_attention_layernorm: Any
+
     def __init__(self, config: LowkeyConfig, layer_idx: int) -> None:
         super(LlamaDecoderLayer, self).__init__()  # Llama's own would build an attention that is not wanted
         self.hidden_size = config.hidden_size
         others = config.others
-        if others is None or layer_idx in config.attention_layers:
+        if others is None or layer_idx in (config.attention_layers or ()):
             self.self_attn = ATTENTION[config.attention](config, layer_idx)
         else:
             self.self_attn = ATTENTION[others.attention](others, layer_idx)
@@ -70,7 +74,7 @@ class LowkeyPreTrainedModel(LlamaPreTrainedModel):
 
     config_class = LowkeyConfig
     config: LowkeyConfig
-    _no_split_modules = ("LowkeyDecoderLayer",)
+    _no_split_modules = ["LowkeyDecoderLayer"]  # noqa: RUF012
     _supports_flash_attn = False  # absorbed reading forms its own scores from a written-out mask
     _supports_flex_attn = False
     _can_record_outputs = {"hidden_states": LowkeyDecoderLayer, "attentions": Attention}  # noqa: RUF012
@@ -94,6 +98,8 @@ class LowkeyPreTrainedModel(LlamaPreTrainedModel):
 
 class LowkeyModel(LowkeyPreTrainedModel, LlamaModel):
     """The decoder without a language model head."""
+
+    norm: Any  # Llama's annotation allows only its own
 
     def __init__(self, config: LowkeyConfig) -> None:
         super(LlamaModel, self).__init__(config)

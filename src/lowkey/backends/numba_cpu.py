@@ -12,6 +12,7 @@ from functools import cache
 from importlib.util import find_spec
 from threading import Lock
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,7 +81,8 @@ def _threads() -> int:
     """Give numba as many threads as torch has, and return their number."""
     import numba
 
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    settings: Any = numba.config  # numba fills this module when it is imported
+    threads = min(torch.get_num_threads(), settings.NUMBA_NUM_THREADS)
     numba.set_num_threads(threads)
     return threads
 

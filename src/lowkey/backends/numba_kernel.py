@@ -40,7 +40,7 @@ def piece(g: int, kind: str) -> Any:
     per = LANES // g
 
     @cfunc(types.void(types.float32, *[types.int64] * 12), cache=True)
-    def attend(cap, query, keys, key_stride, r, values, value_stride, v, left, scores, top, total, out):  # type: ignore[no-untyped-def]
+    def attend(cap, query, keys, key_stride, r, values, value_stride, v, left, scores, top, total, out):
         steps = (left + per - 1) // per
         fill_memory(top, LOWEST)
         fill_memory(total, 0.0)
@@ -66,13 +66,13 @@ def piece(g: int, kind: str) -> Any:
 
 
 @compiled
-def _at(numbers, index):  # type: ignore[no-untyped-def]
+def _at(numbers, index):
     """The address of the number at this index of a contiguous array."""
     return np.int64(numbers.ctypes.data) + numbers.itemsize * index
 
 
 @compiled
-def _attend(function, g, cap, query, keys, values, left, scores, part):  # type: ignore[no-untyped-def]
+def _attend(function, g, cap, query, keys, values, left, scores, part):
     """Attend to one piece of `left` tokens with all queries (M, r') of its row.
 
     The results go to `part`: (out (M, v'), top (M), total (M)).
@@ -95,7 +95,7 @@ def _attend(function, g, cap, query, keys, values, left, scores, part):  # type:
 
 
 @compiled
-def _merge(parts, tops, totals, out, lse):  # type: ignore[no-untyped-def]
+def _merge(parts, tops, totals, out, lse):
     """Merge the pieces of a row, parts (p, M, v'), tops and totals (p, M), into out (M, v) and lse (M)."""
     for i in range(len(out)):
         top, total = np.float32(LOWEST), np.float32(0.0)
@@ -111,7 +111,7 @@ def _merge(parts, tops, totals, out, lse):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _unpack(packed, total, out):  # type: ignore[no-untyped-def]
+def _unpack(packed, total, out):
     """Write packed vectors as one row (v), divided by `total`; see `_packed` for the last vector."""
     for x in range(0, len(packed), LANES):
         to = min(x, len(out) - LANES)
@@ -120,7 +120,7 @@ def _unpack(packed, total, out):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _packed(query, scale, g, width):  # type: ignore[no-untyped-def]
+def _packed(query, scale, g, width):
     """Queries (R, m, r), times scale, as vectors of LANES: (R, M, r').
 
     The last vector ends at the last of `width` columns, as it does where keys are read, and so overlaps the
@@ -136,7 +136,7 @@ def _packed(query, scale, g, width):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _plan(starts, queries, width, out, lse):  # type: ignore[no-untyped-def]
+def _plan(starts, queries, width, out, lse):
     """Cut rows into pieces, make room for their results, and answer rows without tokens.
 
     Returns:
@@ -159,7 +159,7 @@ def _plan(starts, queries, width, out, lse):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _work(me, how, cap, arrays, cuts, results, counters):  # type: ignore[no-untyped-def]
+def _work(me, how, cap, arrays, cuts, results, counters):
     """The work of thread `me`: the pieces of its own share in order, then what is left of other shares.
 
     In order, so that memory is read in order. counters: pieces taken of each share, by whichever thread, and
@@ -178,7 +178,7 @@ def _work(me, how, cap, arrays, cuts, results, counters):  # type: ignore[no-unt
 
 
 @compiled
-def _do(i, how, cap, arrays, cuts, results, done, scores):  # type: ignore[no-untyped-def]
+def _do(i, how, cap, arrays, cuts, results, done, scores):
     """Attend to piece i. The thread that does the last piece of a row merges the row."""
     (query, out, lse), (starts, first, rows, size), (parts, tops, totals) = arrays, cuts, results
     function, g, key, key_stride, r, value, value_stride, v = how
@@ -193,7 +193,7 @@ def _do(i, how, cap, arrays, cuts, results, done, scores):  # type: ignore[no-un
 
 
 @njit(cache=True, nogil=True, parallel=True)
-def decode_rows(function, g, scale, cap, query, keys, values, starts, out, lse, threads):  # type: ignore[no-untyped-def]
+def decode_rows(function, g, scale, cap, query, keys, values, starts, out, lse, threads):
     """Attention of all rows, into out (R, m, v) and lse (R, m).
 
     Args:

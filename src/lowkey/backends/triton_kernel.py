@@ -11,7 +11,7 @@ import triton.language as tl
 
 
 @triton.jit
-def attend(  # type: ignore[no-untyped-def]
+def attend(
     query, keys, values, starts, first, row_of, parts, lses,
     scaling, cap, size, m, r, v, key_stride, value_stride,
     CAPPED: tl.constexpr, EXACT: tl.constexpr,
@@ -80,7 +80,7 @@ def attend(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def merge(parts, lses, first, out, lse, m, v, V: tl.constexpr):  # type: ignore[no-untyped-def]
+def merge(parts, lses, first, out, lse, m, v, V: tl.constexpr):
     """Merge the pieces of a row for one query, into out (rows, m, v) and lse (rows, m).
 
     A row without pieces gives 0 and -inf.

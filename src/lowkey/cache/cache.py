@@ -22,7 +22,7 @@ from lowkey.models import families
 from lowkey.models.attention_interface import UNCOMPILED, Incoming, attached
 from lowkey.models.fingerprint import FillingModel, check_model
 from lowkey.plan.plan import Plan, versions
-from lowkey.policies import policy_from_dict, policy_to_dict
+from lowkey.policies import policy_from_dict, policy_name, policy_to_dict
 from lowkey.policies.base import Policy
 from lowkey.storage.base import StockLayer, StockSlidingLayer, StoringLayer
 from lowkey.storage.cache_wide_eviction import CacheWideEviction
@@ -76,7 +76,7 @@ class LowkeyCache(Cache):
         filled_by: the model that fills it; None unless `make_cache` made it.
     """
 
-    layers: list[CountedLayer]  # type: ignore[assignment]
+    layers: list[CountedLayer]  # type: ignore[assignment]  # upstream has a list of its own base class
     origin: Origin | None = None
     filled_by: FillingModel | None = None
 
@@ -428,16 +428,10 @@ def _evicting(
             "exact tokens together with a policy are not supported; the policy keeps sinks and recent tokens "
             "of its own"
         )
-    if plan and policy.layer == "pruning":
-        raise LowkeyError(
-            "policy 'think' drops key channels, of which a plan has its own; use another policy on top of a "
-            "plan"
-        )
-    if plan and policy.layer == "compensating" and plan.layout == "pre_rope":
-        raise LowkeyError(
-            "policy 'razor' keeps mean keys, which have no position to rotate them to; use a plan with "
-            "layout 'post_rope'"
-        )
+    if plan and plan.layout not in policy.plan_layouts:
+        layouts = " or ".join(map(repr, policy.plan_layouts))
+        remedy = f"use a plan with layout {layouts}" if layouts else "use another policy on top of a plan"
+        raise LowkeyError(f"policy {policy_name(policy)!r} {policy.plan_conflict}; {remedy}")
     if plan and not all(f.per_head for f in plan.factors.values()):
         raise LowkeyError(
             f"plan of method {plan.method['name']!r} merges heads or centres them, and a policy gives each "

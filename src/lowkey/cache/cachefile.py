@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from lowkey.cache.cachecheck import flaw
-from lowkey.cache.file_names import FILE_NAMES, attribute_name, file_name
 from lowkey.core import files
 from lowkey.core.types import LowkeyError, device_of
 from lowkey.models import families
 from lowkey.plan.plan import Plan
 from lowkey.storage.exact import Exact, SinkPoints, SinkRule
+from lowkey.storage.file_names import FILE_NAMES, attribute_name, file_name
 
 CACHE_FORMAT = 1
 CACHE_JSON, CACHE_TENSORS, CACHE_PLAN, CACHE_FILE = "cache.json", "cache.safetensors", "plan", "cache"

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowkey.cache.cache import LowkeyCache
 from lowkey.core import text
 from lowkey.core.types import LowkeyError
-from lowkey.policies.base import Policy
+from lowkey.policies.base import Policy, SecondPass
 from lowkey.storage.budgets import budget_of, check_question
 
 
@@ -53,9 +53,9 @@ def prefill(
     with cache.all_or_nothing():
         # the question is not stored now, but the budget must hold it when it is given again
         cache.expect(question)
-        if policy is not None and policy.needs_second_pass:
+        if policy is not None and (second_pass := policy.second_pass) is not None:
             context = ids.shape[1] - question
-            _repeated(model, tokenizer, cache, ids[:, :context], mask[:, :context], policy)
+            _repeated(model, tokenizer, cache, ids[:, :context], mask[:, :context], second_pass)
         else:
             cache.score_only(question)
             _read(model, cache, ids, mask)
@@ -125,7 +125,7 @@ def _repeated(
     cache: LowkeyCache,
     ids: Tensor,
     mask: Tensor,
-    policy: Policy,
+    second_pass: SecondPass,
 ) -> None:
     """Read the context, let the model read each piece again behind a request to repeat it, then evict.
 
@@ -133,9 +133,11 @@ def _repeated(
     token of each sequence. Shorter pieces are padded behind, which is allowed since all of it is forgotten.
     """
     request = (
-        tokenizer(policy.prompt, add_special_tokens=False, return_tensors="pt").input_ids[0].to(ids.device)
-    )  # type: ignore[attr-defined]
-    chunk, bridge = policy.chunk, policy.bridge  # type: ignore[attr-defined]
+        tokenizer(second_pass.prompt, add_special_tokens=False, return_tensors="pt")
+        .input_ids[0]
+        .to(ids.device)
+    )
+    chunk, bridge = second_pass.chunk, second_pass.bridge
     texts = [row[there] for row, there in zip(ids, mask.bool(), strict=True)]
     cache.freeze()  # nothing is evicted before all pieces have scored the context
     _read(model, cache, ids, mask)
@@ -148,9 +150,8 @@ def _repeated(
         again, there = (
             pad_sequence(rows, batch_first=True) for rows in (pieces, [torch.ones_like(x) for x in pieces])
         )
-        cache.score_only(
-            again.shape[1], (start, start + chunk) if policy.softmax == "piece" else (0, longest)
-        )  # type: ignore[attr-defined]
+        span = (0, longest) if second_pass.whole_context else (start, start + chunk)
+        cache.score_only(again.shape[1], span)
         _read(model, cache, again, torch.cat([mask, there], 1))
     cache.score_only(0)
     cache.freeze(False)

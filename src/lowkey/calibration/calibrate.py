@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -236,10 +236,11 @@ def _choose_ranks(
     )
     # Some allocators, like `threshold`, name the few pairs whose errors they compare.
     profile = _with_errors_at(allocator.extra_pairs(profile), profile, bases, context, request.judge)
-    if request.latent_bytes is None:
-        ranks = allocator.under_error(profile, limit)  # type: ignore[arg-type]
-    else:
+    if isinstance(limit, Budget):
+        assert request.latent_bytes is not None  # what a byte budget leaves for latents
         ranks = allocator.under_bytes(profile, request.latent_bytes)
+    else:
+        ranks = allocator.under_error(profile, limit)
     factors = {i: b.at(*pair) for (i, b), pair in zip(bases.items(), ranks, strict=True)}
     choice = _choice_record(profile, ranks, bases)
     if not isinstance(limit, Budget):
@@ -446,9 +447,9 @@ def name_of(component: object) -> str:
     return f"{type(component).__module__}:{type(component).__qualname__}"
 
 
-def name_and_parameters(component: object) -> dict:
+def name_and_parameters(component: Any) -> dict:
     """Return the name of a method or rank allocator and its options, as a plan records them."""
-    return {"name": name_of(component), "parameters": asdict(component)}  # type: ignore[call-overload]
+    return {"name": name_of(component), "parameters": asdict(component)}
 
 
 def provenance_of(model: PreTrainedModel, windows: Tensor, sample: Sample) -> dict:

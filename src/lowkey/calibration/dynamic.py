@@ -24,7 +24,7 @@ from lowkey.core import files
 from lowkey.core.options import nearest_name
 from lowkey.core.progress import Progress, silent
 from lowkey.core.types import LAYOUTS, Budget, Factors, Heads, Layout, LowkeyError
-from lowkey.methods import dynakv
+from lowkey.methods import DYNAMIC_METHODS, dynakv
 from lowkey.methods.dynakv import GateTraining
 from lowkey.models import families
 from lowkey.models.attention_interface import attach, attached
@@ -35,7 +35,7 @@ from lowkey.storage.bucketed import BucketedLayer, Gate, truncate_factors
 from lowkey.storage.codec import LowRank
 
 DYNAMIC_PLAN_FORMAT = 1
-METHOD = "dynakv"
+(DYNAMIC_METHOD,) = DYNAMIC_METHODS  # a dynamic plan is of the only one
 DYNAMIC_PLAN_JSON, DYNAMIC_PLAN_TENSORS, DYNAMIC_PLAN_FILE = (
     "dynaplan.json",
     "dynaplan.safetensors",
@@ -126,7 +126,7 @@ class DynamicPlan:
         sizes = {dtype: self.bytes_per_token(size) for dtype, size in (("float32", 4), ("bfloat16", 2))}
         return {
             "format": DYNAMIC_PLAN_FORMAT,
-            "method": METHOD,
+            "method": DYNAMIC_METHOD,
             "budget": self.budget,
             **known,
             "bytes_per_token": sizes,

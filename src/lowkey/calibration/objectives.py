@@ -46,7 +46,7 @@ class Student:
         """Return a new differentiable cache layer for decoder layer i, with the plan's exact tokens."""
         factors, layout, rope = self.factors[i], self.plan.layout, families.rope(self.model, i)
         exact = Exact(self.plan.sinks, self.plan.recent)
-        if factors.frequencies is not None:
+        if not factors.rebuilds_keys:
             # Keys that rotate at frequencies of their own cannot be given back, only attended to.
             return CodedLayer(LowRank(factors, layout, rope), exact)
         return ReconstructionLayer(LowRankReconstruction(factors, layout, rope), exact)

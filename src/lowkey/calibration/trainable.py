@@ -90,7 +90,8 @@ class TrainableModel:
         full_names = _matching(twin, full)
         lora_names = [name for name in _matching(twin, lora) if name not in full_names]
         adapters = _with_adapters(twin, lora_names, adapter) if lora_names else None
-        layers = {name: FullLinear(twin.get_submodule(name)) for name in full_names}  # type: ignore[arg-type]
+        linear: dict[str, Any] = dict(twin.named_modules())
+        layers = {name: FullLinear(linear[name]) for name in full_names}
         # After peft, which looks for plain linear layers by name.
         for name, module in layers.items():
             twin.set_submodule(name, module)

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -209,7 +209,7 @@ def _memory_ran_out(error: Exception) -> bool:
     return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or "allocate memory" in str(error)
 
 
-def _usage(error: Exception) -> str:
+def _usage(error: Any) -> str:
     """What is wrong with the command line, with the value, which some versions of typer leave out, and where
     help is.
     """
@@ -229,8 +229,8 @@ def _usage(error: Exception) -> str:
     value = f" (given {shown(found[0].get('input'))})" if found else ""
     rule = NUMBERS.get(found[0].get("type", "")) if found else None
     if rule:
-        return f"option {error.param.get_error_hint()}: must be {rule}{value}; {see}"  # type: ignore[attr-defined]
-    return f"{error.format_message().rstrip('.')}{value}; {see}"  # type: ignore[attr-defined]
+        return f"option {error.param.get_error_hint()}: must be {rule}{value}; {see}"
+    return f"{error.format_message().rstrip('.')}{value}; {see}"
 
 
 def _fail(message: str, status: int) -> None:

@@ -93,7 +93,7 @@ def share_of(budget: str) -> float:
 # -- models, files and folders
 
 
-def check_model(name: str, dtype: str, device: str) -> None:
+def check_model_options(name: str, dtype: str, device: str) -> None:
     """A model, and how it is loaded."""
     check_name(name)
     check_dtype(dtype)

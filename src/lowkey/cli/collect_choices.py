@@ -12,8 +12,8 @@ from lowkey.calibration import dynamic
 from lowkey.calibration.calibrate import Sample
 from lowkey.calibration.recover import OBJECTIVES, Recovery
 from lowkey.catalog import make_policy
-from lowkey.cli.stand_ins import described
-from lowkey.conversion import BASES, CONVERSION_FIELDS, CONVERSIONS, FREQUENCIES, HEADS
+from lowkey.cli.stand_ins import fields_described
+from lowkey.conversion import BASES, CONVERSION_FIELDS, CONVERSIONS, FREQUENCIES, HEAD_POOLINGS
 from lowkey.evaluate.decode_bench import DecodeShape
 from lowkey.evaluate.recall import FORMS, USUAL_FORM
 from lowkey.evaluate.result import TASKS, USUAL_TASKS, Task
@@ -38,14 +38,15 @@ def collected() -> dict[str, Any]:
     """What can be chosen, from the tables and classes themselves."""
     return {
         "methods": {
-            name: {"allocator": kind.allocator, "options": described(kind)} for name, kind in METHODS.items()
+            name: {"allocator": kind.allocator, "options": fields_described(kind)}
+            for name, kind in METHODS.items()
         },
         "policies": {name: _policy(name) for name in POLICIES},
         "token_allocators": {
-            name: {"bounded": kind.bounded, "options": described(kind)}
+            name: {"bounded": kind.bounded, "options": fields_described(kind)}
             for name, kind in TOKEN_ALLOCATORS.items()
         },
-        "settings": {kind.__name__: described(kind) for kind in SETTINGS},
+        "settings": {kind.__name__: fields_described(kind) for kind in SETTINGS},
         "schemes": list(SCHEMES),
         "no_bits": NO_BITS,
         "tasks": list(TASKS),
@@ -59,7 +60,7 @@ def collected() -> dict[str, Any]:
             kind: {name: of.__name__ for name, of in CONVERSION_FIELDS[kind].items()} for kind in CONVERSIONS
         },
         "layer_subsets": list(SUBSETS),
-        "poolings": list(HEADS),
+        "poolings": list(HEAD_POOLINGS),
         "bases": list(BASES),
         "frequencies": list(FREQUENCIES),
         "objectives": list(OBJECTIVES),
@@ -75,7 +76,7 @@ def _policy(name: str) -> dict[str, Any]:
     made = make_policy(name, "50%", {})
     return {
         "allocator": policy_to_dict(made)["allocator"]["name"],
-        "options": described(type(made), leave_out=("budget",)),
+        "options": fields_described(type(made), leave_out=("budget",)),
     }
 
 

@@ -14,7 +14,7 @@ from lowkey.cli import choices
 from lowkey.cli.checks import (
     check_bits,
     check_method,
-    check_model,
+    check_model_options,
     check_rank_allocator,
     check_sample,
     check_word,
@@ -36,7 +36,7 @@ from lowkey.cli.options import (
     Device,
     Dtype,
     Force,
-    Layout,
+    LayoutOption,
     MethodOptions,
     Model,
     OutFolder,
@@ -65,7 +65,7 @@ def compress(
         ),
     ] = None,
     option: MethodOptions = None,
-    layout: Layout = None,
+    layout: LayoutOption = None,
     ranks: CandidateRanks = None,
     rank_multiple: Annotated[
         int,
@@ -177,7 +177,7 @@ def compress(
     checked("at", at, int, AT_LEAST_ONE, BUDGET_LENGTH)
     hold("Exact", sinks=sinks, recent=recent)
     check_sample(windows, context, seed)
-    check_model(model, dtype, device)
+    check_model_options(model, dtype, device)
     corpus = corpus_at(calibration)
     work = files.check_output(out, force)
 

@@ -9,12 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from lowkey.cli import choices
-from lowkey.cli.checks import check_model, check_word, corpus_at, hold, pairs_of, within
+from lowkey.cli.checks import check_model_options, check_word, corpus_at, hold, pairs_of, within
 from lowkey.cli.console import note
 from lowkey.cli.options import (
     CALIBRATION,
     CONTEXT_HELP,
-    EMBEDDED,
+    EMBEDDED_TEXT,
     MEASURING,
     METHOD,
     AsJson,
@@ -89,13 +89,13 @@ def convert(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="with --whiten: " + EMBEDDED,
+            help="with --whiten: " + EMBEDDED_TEXT,
             rich_help_panel=CALIBRATION,
         ),
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help=f"to measure on: {EMBEDDED}", rich_help_panel=MEASURING),
+        typer.Option(metavar="FILE", help=f"to measure on: {EMBEDDED_TEXT}", rich_help_panel=MEASURING),
     ] = None,
     context: Annotated[
         int | None,
@@ -131,7 +131,7 @@ def convert(
     hold("Sample", windows=windows if whiten else None, seed=seed)
     if calibration and not whiten:
         raise LowkeyError(f"calibration {str(calibration)!r}: is for --whiten; give it too")
-    check_model(model, dtype, device)
+    check_model_options(model, dtype, device)
     judged = corpus_at(data, "data")
     corpus = corpus_at(calibration) or text.embedded_text("calibration")
     files.check_folder(out, force)

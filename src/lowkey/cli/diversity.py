@@ -8,16 +8,16 @@ from typing import Annotated
 
 import typer
 
-from lowkey.cli.checks import check_model, corpus_at, hold, within
+from lowkey.cli.checks import check_model_options, corpus_at, hold, within
 from lowkey.cli.console import note
-from lowkey.cli.options import EMBEDDED, MEASURING, OUTPUT, AsJson, Device, Dtype, MeasuringSeed, Model
+from lowkey.cli.options import EMBEDDED_TEXT, MEASURING, OUTPUT, AsJson, Device, Dtype, MeasuringSeed, Model
 from lowkey.core import files
 
 
 def diversity(
     model: Model,
     data: Annotated[
-        Path | None, typer.Option(metavar="FILE", help=EMBEDDED, rich_help_panel=MEASURING)
+        Path | None, typer.Option(metavar="FILE", help=EMBEDDED_TEXT, rich_help_panel=MEASURING)
     ] = None,
     windows: Annotated[
         int,
@@ -64,7 +64,7 @@ def diversity(
     Models of the same configuration with random weights stand beside it.
     """
     hold("Compared", windows=windows, context=context, inits=inits, seed=seed)
-    check_model(model, dtype, device)
+    check_model_options(model, dtype, device)
     corpus = corpus_at(data, "data")
     files.check_folder(out, force=False, again="diversity.json")
 

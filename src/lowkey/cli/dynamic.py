@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lowkey.cli.checks import (
-    check_model,
+    check_model_options,
     check_sample,
     corpus_at,
     hold,
@@ -83,7 +83,7 @@ def dynamic(
     hold("GateTraining", {"target": "budget"}, target=share, steps=steps, seed=seed)
     form, heads = layout_of(layout), key_bases_of(key_bases)
     check_sample(windows, context, seed)
-    check_model(model, dtype, device)
+    check_model_options(model, dtype, device)
     corpus = corpus_at(calibration)
     work = files.check_output(out, force)
 

@@ -15,7 +15,7 @@ import typer
 from lowkey.cli import choices
 from lowkey.cli.checks import (
     check_bits,
-    check_model,
+    check_model_options,
     check_plan,
     check_policies,
     check_word,
@@ -25,7 +25,7 @@ from lowkey.cli.checks import (
 from lowkey.cli.console import note
 from lowkey.cli.options import (
     CACHE,
-    EMBEDDED,
+    EMBEDDED_TEXT,
     EXACT,
     MEASURING,
     OUTPUT,
@@ -119,7 +119,7 @@ def eval_(
         list[Path] | None,
         typer.Option(
             metavar="FILE",
-            help=f"{EMBEDDED}; repeat to take windows from each in turn",
+            help=f"{EMBEDDED_TEXT}; repeat to take windows from each in turn",
             rich_help_panel=MEASURING,
         ),
     ] = None,
@@ -200,7 +200,7 @@ def eval_(
     for scheme in bits or ():
         check_bits(scheme)
     check_policies(policy, budget, option, allocator_option, heads)
-    check_model(model, dtype, device)
+    check_model_options(model, dtype, device)
     for folder in plan or ():
         check_plan(folder)
     texts = {str(path): text.read_text(path, "data") for path in data or ()} or {

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lowkey.cli import choices
-from lowkey.cli.checks import check_model, check_plan, check_word
+from lowkey.cli.checks import check_model_options, check_plan, check_word
 from lowkey.cli.console import note
 from lowkey.cli.options import OUTPUT, AsJson, Dtype, Force, Model, OutFolder, PlanArgument
 from lowkey.core import files
@@ -35,7 +35,7 @@ def export(
     That works where a plan has exactly the form of such a checkpoint, which then runs without lowkey.
     """
     check_word("format", format, choices.FORMATS)
-    check_model(model, dtype, "cpu")
+    check_model_options(model, dtype, "cpu")
     files.check_folder(out, force)
     check_plan(plan)
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from lowkey.cli import choices
-from lowkey.cli.checks import check_bits, check_model, check_plan, check_policies
+from lowkey.cli.checks import check_bits, check_model_options, check_plan, check_policies
 from lowkey.cli.console import note
 from lowkey.cli.options import (
     CACHE,
@@ -90,7 +90,7 @@ def generate(
         raise LowkeyError(
             f"policy {policy!r} with budget {budget!r}: generate takes one policy and one budget"
         )
-    check_model(model, dtype, device)
+    check_model_options(model, dtype, device)
     if plan is not None:
         check_plan(plan)
 

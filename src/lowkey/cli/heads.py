@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from lowkey.cli import choices
-from lowkey.cli.checks import check_model, check_word, corpus_at, hold, within
-from lowkey.cli.options import EMBEDDED, MEASURING, OUTPUT, AsJson, Device, Dtype, MeasuringSeed, Model
+from lowkey.cli.checks import check_model_options, check_word, corpus_at, hold, within
+from lowkey.cli.options import EMBEDDED_TEXT, MEASURING, OUTPUT, AsJson, Device, Dtype, MeasuringSeed, Model
 from lowkey.core import files
 from lowkey.core.errors import LowkeyError
 from lowkey.core.options import shown
@@ -37,7 +37,7 @@ def heads(
         ),
     ] = None,
     haystack: Annotated[
-        Path | None, typer.Option(metavar="FILE", help=EMBEDDED, rich_help_panel=MEASURING)
+        Path | None, typer.Option(metavar="FILE", help=EMBEDDED_TEXT, rich_help_panel=MEASURING)
     ] = None,
     cases: Annotated[
         int,
@@ -81,7 +81,7 @@ def heads(
             )
     if task is not None:
         check_word("task", task, choices.NEEDLE_TASKS)
-    check_model(model, dtype, device)
+    check_model_options(model, dtype, device)
     corpus = corpus_at(haystack, "haystack")
     files.check_file(out, force=force)
     work = files.work_beside(out)

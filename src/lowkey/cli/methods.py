@@ -16,7 +16,7 @@ def methods(as_json: AsJson = False) -> None:
     """
     from lowkey.allocation.allocators import RANK_ALLOCATORS
     from lowkey.calibration.calibrate import name_and_parameters
-    from lowkey.calibration.dynamic import METHOD
+    from lowkey.calibration.dynamic import DYNAMIC_METHOD
     from lowkey.cli.tables import Table, options_of, screen
     from lowkey.methods import METHODS
     from lowkey.methods.dynakv import GateTraining
@@ -38,7 +38,7 @@ def methods(as_json: AsJson = False) -> None:
             name: {"summary": rule().summary, "bounds": rule().bounds, **options(rule)}
             for name, rule in RANK_ALLOCATORS.items()
         }
-        print(json.dumps({"methods": listed, "allocators": rules, "dynamic": {METHOD: dynamic}}))
+        print(json.dumps({"methods": listed, "allocators": rules, "dynamic": {DYNAMIC_METHOD: dynamic}}))
         return
     table = Table(
         "method",
@@ -58,6 +58,6 @@ def methods(as_json: AsJson = False) -> None:
         table.add_row(name, rule().summary, rule().bounds, options_of(rule, options(rule)["options"]))
     screen.print(table)
     print(
-        f"{METHOD} ({dynamic['paper']}): {dynamic['summary']}; made by lowkey dynamic, whose --help lists "
+        f"{DYNAMIC_METHOD} ({dynamic['paper']}): {dynamic['summary']}; made by lowkey dynamic, whose --help lists "
         "its options"
     )

@@ -24,7 +24,7 @@ MEASURING = "Measuring"
 OUTPUT = "Output"
 
 NAMED = ", ".join([*(f"'{name}' (lowkey download {name})" for name in PACKAGED)])
-EMBEDDED = "a UTF-8 text file (default: the embedded text)"
+EMBEDDED_TEXT = "a UTF-8 text file (default: the embedded text)"
 LAYOUT_HELP = f"which keys are stored: {' or '.join(LAYOUTS)}, after or before their rotation"
 CONTEXT_HELP = "tokens per window (default: 512, or all that the model takes)"
 
@@ -70,7 +70,7 @@ MethodOptions = Annotated[
         rich_help_panel=METHOD,
     ),
 ]
-Layout = Annotated[
+LayoutOption = Annotated[
     str | None,
     typer.Option(metavar="NAME", help=f"{LAYOUT_HELP} (default: the method's own)", rich_help_panel=METHOD),
 ]
@@ -86,7 +86,9 @@ CandidateRanks = Annotated[
 
 # -- calibration
 
-Calibration = Annotated[Path | None, typer.Option(metavar="FILE", help=EMBEDDED, rich_help_panel=CALIBRATION)]
+Calibration = Annotated[
+    Path | None, typer.Option(metavar="FILE", help=EMBEDDED_TEXT, rich_help_panel=CALIBRATION)
+]
 Windows = Annotated[
     int,
     typer.Option(

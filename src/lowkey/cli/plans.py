@@ -117,7 +117,10 @@ class DynamicRankFolder:
         self._refuse_others(None, bits)
         self.plan.check(model)
         known = row_identity(
-            method=dynamic.METHOD, plan=str(self.path), budget=self.plan.budget, layout=self.plan.layout
+            method=dynamic.DYNAMIC_METHOD,
+            plan=str(self.path),
+            budget=self.plan.budget,
+            layout=self.plan.layout,
         )
         marks = {
             "layout": self.plan.layout,
@@ -125,7 +128,7 @@ class DynamicRankFolder:
             **plan_place(str(self.path)),
         }
         return Setting(
-            f"{dynamic.METHOD} {self.plan.budget}",
+            f"{dynamic.DYNAMIC_METHOD} {self.plan.budget}",
             known,
             lambda: dynamic.unchecked_dynamic_cache(model, self.plan),
             marks=marks,

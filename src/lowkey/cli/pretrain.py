@@ -14,7 +14,7 @@ from lowkey.cli.options import MODEL, OUTPUT, TRAINING, AsJson
 from lowkey.models.names import check_name
 from lowkey.pretraining.recipe import Recipe
 
-DEVICES = ("auto", "cpu", "cuda")
+TRAINING_DEVICES = ("auto", "cpu", "cuda")
 
 
 def pretrain(
@@ -39,7 +39,7 @@ def pretrain(
         str,
         typer.Option(
             metavar="NAME",
-            help=f"{', '.join(DEVICES)}; several GPUs under `accelerate launch`",
+            help=f"{', '.join(TRAINING_DEVICES)}; several GPUs under `accelerate launch`",
             rich_help_panel=MODEL,
         ),
     ] = "auto",
@@ -64,7 +64,7 @@ def pretrain(
     A recipe with model.path trains that model further. The same command goes on where it was stopped.
     """
     what = Recipe.read(recipe, settings or ())
-    check_word("device", device, DEVICES)
+    check_word("device", device, TRAINING_DEVICES)
     if "path" in what.model:
         check_name(what.model["path"])
 

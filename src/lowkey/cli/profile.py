@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lowkey.allocation.rank_grid import read_request
-from lowkey.cli.checks import check_method, check_model, check_sample, corpus_at, layout_of, pairs_of
+from lowkey.cli.checks import check_method, check_model_options, check_sample, corpus_at, layout_of, pairs_of
 from lowkey.cli.console import note
 from lowkey.cli.options import (
     METHOD,
@@ -19,7 +19,7 @@ from lowkey.cli.options import (
     CandidateRanks,
     Device,
     Dtype,
-    Layout,
+    LayoutOption,
     MethodOptions,
     Model,
     Seed,
@@ -34,7 +34,7 @@ def profile(
         str, typer.Option(metavar="NAME", help="the method whose bases are measured", rich_help_panel=METHOD)
     ] = "eigenattention",
     option: MethodOptions = None,
-    layout: Layout = None,
+    layout: LayoutOption = None,
     ranks: CandidateRanks = None,
     calibration: Calibration = None,
     windows: Windows = 16,
@@ -59,7 +59,7 @@ def profile(
     if ranks is not None:
         read_request(ranks)
     check_sample(windows, None, seed)
-    check_model(model, dtype, device)
+    check_model_options(model, dtype, device)
     corpus = corpus_at(calibration)
     files.check_folder(out, force=False, again="profile.json")
 

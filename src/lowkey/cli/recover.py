@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lowkey.cli import choices
-from lowkey.cli.checks import check_model, check_plan, check_word, corpus_at, hold, within
+from lowkey.cli.checks import check_model_options, check_plan, check_word, corpus_at, hold, within
 from lowkey.cli.console import note
 from lowkey.cli.options import (
     TRAINING,
@@ -129,7 +129,7 @@ def recover(
         "weight_decay": weight_decay, "eps": eps, "batch": batch, "length": length, "seed": seed,
     }  # fmt: skip
     hold("Recovery", **values)
-    check_model(model, dtype, device)
+    check_model_options(model, dtype, device)
     corpus = corpus_at(calibration)
     work = files.check_output(out, force)
     check_plan(plan)

@@ -9,8 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowkey.cli.checks import check_model, check_sample, corpus_at, within
-from lowkey.cli.options import CONTEXT_HELP, EMBEDDED, MEASURING, AsJson, Device, Dtype, MeasuringSeed, Model
+from lowkey.cli.checks import check_model_options, check_sample, corpus_at, within
+from lowkey.cli.options import (
+    CONTEXT_HELP,
+    EMBEDDED_TEXT,
+    MEASURING,
+    AsJson,
+    Device,
+    Dtype,
+    MeasuringSeed,
+    Model,
+)
 from lowkey.core import text
 
 if TYPE_CHECKING:
@@ -21,7 +30,7 @@ if TYPE_CHECKING:
 def sinks(
     model: Model,
     data: Annotated[
-        Path | None, typer.Option(metavar="FILE", help=EMBEDDED, rich_help_panel=MEASURING)
+        Path | None, typer.Option(metavar="FILE", help=EMBEDDED_TEXT, rich_help_panel=MEASURING)
     ] = None,
     windows: Annotated[
         int,
@@ -53,7 +62,7 @@ def sinks(
     at times later ones too.
     """
     check_sample(windows, context, seed)
-    check_model(model, dtype, device)
+    check_model_options(model, dtype, device)
     corpus = corpus_at(data, "data") or text.embedded_text("calibration")
 
     from lowkey.calibration.sinks import find_sinks, locate_sinks

@@ -13,10 +13,10 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from lowkey.core.options import Range, defaults_of, hints_of, option, range_of
 
-PLAIN = {"int": int, "float": float, "bool": bool, "str": str, "none": NoneType, "...": Ellipsis}
+PLAIN_TYPES = {"int": int, "float": float, "bool": bool, "str": str, "none": NoneType, "...": Ellipsis}
 
 
-def described(kind: Any, leave_out: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
+def fields_described(kind: Any, leave_out: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
     """The fields of a dataclass as JSON has them: by name the type, the default and the bounds."""
     hints, defaults = hints_of(kind), defaults_of(kind)
     return {
@@ -31,7 +31,7 @@ def described(kind: Any, leave_out: tuple[str, ...] = ()) -> dict[str, dict[str,
 
 
 def stand_in(name: str, options: Mapping[str, Mapping[str, Any]]) -> type:
-    """A dataclass of this name with the fields that `described` found."""
+    """A dataclass of this name with the fields that `fields_described` found."""
     return make_dataclass(
         name,
         [
@@ -68,7 +68,7 @@ def _value(found: Any) -> Any:
 
 def _words(hint: Any) -> Any:
     """A type as JSON: a name, or a list of a kind of type and what is inside."""
-    for name, plain in PLAIN.items():
+    for name, plain in PLAIN_TYPES.items():
         if hint is plain:
             return name
     inside = [_words(x) for x in get_args(hint)]
@@ -86,9 +86,10 @@ def _words(hint: Any) -> Any:
 def _hint(words: Any) -> Any:
     """The type that `_words` wrote."""
     if isinstance(words, str):
-        return PLAIN.get(words, Any)
+        return PLAIN_TYPES.get(words, Any)
     kind, *inside = words
     if kind == "literal":
         return Literal[tuple(inside)]
     found: tuple[type | EllipsisType, ...] = tuple(_hint(x) for x in inside)
-    return {"union": Union, "tuple": tuple, "mapping": Mapping}[kind][found]  # type: ignore[index]
+    kinds: dict[str, Any] = {"union": Union, "tuple": tuple, "mapping": Mapping}
+    return kinds[kind][found]

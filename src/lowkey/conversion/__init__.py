@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from lowkey.conversion.convert import convert, input_moments
 from lowkey.conversion.exactness import Exactness, exactness
-from lowkey.conversion.kinds import BASES, CONVERSIONS, FREQUENCIES, HEADS, ConversionOptions
+from lowkey.conversion.kinds import BASES, CONVERSIONS, FREQUENCIES, HEAD_POOLINGS, ConversionOptions
 from lowkey.conversion.record import Loss, conversion_record, save_conversion, starting_loss
 from lowkey.conversion.target import CONVERSION_FIELDS
 
@@ -23,7 +23,7 @@ __all__ = [
     "Exactness",
     "CONVERSION_FIELDS",
     "FREQUENCIES",
-    "HEADS",
+    "HEAD_POOLINGS",
     "Loss",
     "ConversionOptions",
     "convert",

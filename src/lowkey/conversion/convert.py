@@ -17,7 +17,7 @@ from lowkey.conversion.kinds import (
     BASES,
     CONVERSIONS,
     FREQUENCIES,
-    HEADS,
+    HEAD_POOLINGS,
     POOLING,
     ConversionOptions,
     Layer,
@@ -84,11 +84,11 @@ def convert(
     for i in progress(range(config.num_hidden_layers), f"converting to {attention}"):
         own, choice = (
             (config, options)
-            if others is None or i in config.attention_layers
+            if others is None or i in (config.attention_layers or ())
             else (others, ConversionOptions())
         )
         layer = Layer(
-            source.attention_weights_of(model, i),
+            source.read_attention(model, i),
             own,
             choice,
             rope,
@@ -97,7 +97,8 @@ def convert(
         )
         _fill(state, made, i, CONVERSIONS[own.attention](layer), source.kept_weights(model, i))
     made.generation_config = model.generation_config
-    return made.to(device_of(model)).eval()  # type: ignore[arg-type]
+    moved: Any = made  # upstream wraps `to` in a way that types do not follow
+    return moved.to(device_of(model)).eval()
 
 
 def checked_configuration(
@@ -163,7 +164,7 @@ def _check_options(
         config.rope_width not in (0, config.head_dim),
     )
     for name, value, known in (
-        ("heads", options.heads, HEADS),
+        ("heads", options.heads, HEAD_POOLINGS),
         ("basis", options.basis, BASES),
         ("frequencies", options.frequencies, FREQUENCIES),
     ):

@@ -22,7 +22,7 @@ from lowkey.ops.bases import principal
 from lowkey.ops.commuting import commuting_basis
 from lowkey.ops.products import square_root
 
-HEADS = ("mean", "first")
+HEAD_POOLINGS = ("mean", "first")
 BASES = ("weights", "aligned")
 FREQUENCIES = ("high", "spread")
 POOLING = ("gqa", "mqa", "lrkv")
@@ -44,7 +44,7 @@ class ConversionOptions(Checked):
             source, with a smaller base (default), or `spread` over all of them, with its base.
     """
 
-    heads: str = option("mean", choices=HEADS)
+    heads: str = option("mean", choices=HEAD_POOLINGS)
     basis: str = option("weights", choices=BASES)
     frequencies: str = option("high", choices=FREQUENCIES)
 

@@ -118,7 +118,7 @@ def full_bytes_per_token(model: PreTrainedModel) -> int:
     return config.num_hidden_layers * 2 * stored * model.dtype.itemsize
 
 
-def attention_weights_of(model: PreTrainedModel, layer: int) -> Weights:
+def read_attention(model: PreTrainedModel, layer: int) -> Weights:
     """Read the attention of one layer."""
     config = model.config
     q, k, v, o = _parts(model, layer)
@@ -164,5 +164,5 @@ def kept_weights(model: PreTrainedModel, layer: int) -> dict[str, Tensor]:
     """Weights of one layer's attention, by name. Of these the conversion keeps what it does not make itself:
     norms of queries and keys, gates, low-rank queries.
     """
-    attention = families.decoder_layers(model)[layer].self_attn
-    return dict(attention.state_dict())  # type: ignore[union-attr]
+    attention: Any = families.decoder_layers(model)[layer].self_attn
+    return dict(attention.state_dict())

@@ -78,6 +78,13 @@ class Factors:
         )
 
     @property
+    def rebuilds_keys(self) -> bool:
+        """Whether the model's keys can be rebuilt from what is stored. If not, stored keys can only be
+        attended to.
+        """
+        return self.frequencies is None
+
+    @property
     def static_numbers(self) -> int:
         """Numbers in all the maps, which are held once however many sequences are stored."""
         return sum(t.numel() for t in vars(self).values() if t is not None)
@@ -111,7 +118,7 @@ class Factors:
     @property
     def lossless(self) -> bool:
         """Whether keys and values come back as they were: full rank, and maps that undo one another."""
-        if self.frequencies is not None:
+        if not self.rebuilds_keys:
             return False
 
         def undone(down: Tensor, up: Tensor, t: int) -> bool:

@@ -16,7 +16,7 @@ from lowkey.core.types import device_of
 from lowkey.evaluate.settings import Setting
 
 
-def note(setting: Setting, cache: LowkeyCache, measured: Measured) -> None:
+def record_footprint(setting: Setting, cache: LowkeyCache, measured: Measured) -> None:
     """Record what a cache holds that has just read one window as a prompt.
 
     Args:
@@ -58,7 +58,7 @@ def measure_footprint(
     for setting in progress(todo, lambda s: f"bytes, {s.name}"):
         cache = setting.make()
         prefill(model, tokenizer, cache, ids.to(device_of(model)))
-        note(setting, cache, measured)
+        record_footprint(setting, cache, measured)
     found = {s.name: measured[f"bytes {s.name}"] for s in settings}
     whole = found[settings[0].name]["bytes_held"]
     return {name: _row(held, whole, ids.shape[1]) for name, held in found.items()}

@@ -90,7 +90,7 @@ def _logits(model: PreTrainedModel, setting: Setting, ids: Tensor, measured: Mea
     pieces = ids.split(TOKENS_PER_PIECE, dim=1) if setting.evicts else [ids]
     logits = [model(piece, past_key_values=cache).logits[0] for piece in pieces]
     if not setting.evicts:
-        footprint.note(setting, cache, measured)
+        footprint.record_footprint(setting, cache, measured)
     return (logits[0] if len(logits) == 1 else torch.cat(logits))[:-1]
 
 
@@ -164,7 +164,8 @@ def row(windows: Sequence[dict]) -> dict:
         Means per token; `perplexity_95` and `kl_95`, half of the 95 % intervals over windows, or None for
         fewer than three windows; and the sums per window.
     """
-    sums = _Sums(**{name: [_number(w[name]) for w in windows] for name in ("nll", "kl", "agree", "tokens")})  # type: ignore[arg-type]
+    nll, kl = ([_number(w[name]) for w in windows] for name in ("nll", "kl"))
+    sums = _Sums(nll, kl, [w["agree"] for w in windows], [w["tokens"] for w in windows])
     tokens = sum(sums.tokens)
     perplexity = _exp(sum(sums.nll) / tokens)
     spread, kl_95 = (

@@ -66,7 +66,7 @@ def _run(
     """Times of one round, in milliseconds."""
     cache = setting.make()
     took = _timed(lambda: prefill(model, tokenizer, cache, ids), ids.device)
-    footprint.note(setting, cache, measured)
+    footprint.record_footprint(setting, cache, measured)
     steps = [_timed(lambda: model(ids[:, -1:], past_key_values=cache), ids.device) for _ in range(STEPS)]
     return {"prefill_ms": took, "step_ms": statistics.median(steps)}
 

@@ -9,7 +9,7 @@ same frequencies (arXiv:2507.11273, with strided pairs).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from lowkey.attention import register
 from lowkey.core import files
 from lowkey.core.types import Factors, LowkeyError
+from lowkey.methods import METHODS
 from lowkey.models import families, weights
 from lowkey.models.families import Geometry, ProjectionPart, Projections, Rope
 from lowkey.ops.commuting import commutes
@@ -112,8 +113,14 @@ def plain_shape(model: PreTrainedModel, plan: Plan) -> tuple[int, int]:
             f"it keeps {plan.sinks} sinks and {plan.recent} recent tokens exact",
             "compress with --sinks 0 --recent 0",
         )
-    if any(f.frequencies is not None for f in found):
-        raise _refused(plan, "it turns keys at frequencies of its own", "compress with -O rope=kept")
+    if not all(f.rebuilds_keys for f in found):
+        method = METHODS.get(plan.method["name"])
+        options = _written(method.plain_options) if method else ""
+        raise _refused(
+            plan,
+            "it turns keys at frequencies of its own",
+            f"compress with {options}" if options else "use the plan",
+        )
     reasons = {
         f"it narrows heads whose rope_type {turning!r} changes its frequencies with the length": bool(turning)
         and width < d,
@@ -145,11 +152,21 @@ def _remedy(shape: Geometry, changing: str | None) -> str:
         return (
             "use the plan"
             if changing
-            else f"compress with --method kv-latent -O rope=kept --budget 50% {exact}"
+            else f"compress with {_method_for('narrower heads')} --budget 50% {exact}"
         )
     group = next(n for n in range(2, shape.kv_heads + 1) if shape.kv_heads % n == 0)
     more = "" if group != 2 or shape.kv_heads % 4 else " (25% with -O group=4)"
-    return f"compress with --method kv-head-svd -O keys=commuting {exact} --budget {-(-100 // group)}%{more}"
+    return f"compress with {_method_for('fewer heads')} {exact} --budget {-(-100 // group)}%{more}"
+
+
+def _method_for(form: str) -> str:
+    """Options of `lowkey compress` for a method whose plans can become a plain checkpoint of this form."""
+    name, kind = next((name, kind) for name, kind in METHODS.items() if kind.plain_form == form)
+    return f"--method {name} {_written(kind.plain_options)}"
+
+
+def _written(options: Mapping[str, str]) -> str:
+    return " ".join(f"-O {name}={value}" for name, value in options.items())
 
 
 def _refused(plan: Plan, reason: str, remedy: str) -> LowkeyError:
@@ -293,8 +310,9 @@ def factors_folded(p: Projections, f: Factors, scale: float) -> Projections:
         down.mT @ x[f.order].unflatten(0, (-1, t)).flatten(1, 2) for down, x in ((f.k_down, k), (f.v_down, v))
     )
     o = torch.einsum("hwd,hgnd->hgnw", f.v_up, p.o.unflatten(0, (h, -1))[f.order]).flatten(0, 1)
-    parts = [_without_bias(x, b) for x, b in ((q, p.q_bias), (k, p.k_bias), (v, p.v_bias))]
-    (q, q_bias), (k, k_bias), (v, v_bias) = parts  # type: ignore[assignment]
+    q, q_bias = _without_bias(q, p.q_bias)
+    k, k_bias = _without_bias(k, p.k_bias)
+    v, v_bias = _without_bias(v, p.v_bias)
     return Projections(q, k, v, o, q_bias, k_bias, v_bias, p.normed)
 
 

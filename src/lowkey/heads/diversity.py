@@ -27,6 +27,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -196,8 +197,8 @@ def weight_diversity(model: PreTrainedModel, progress: Progress = silent, label:
 
 
 def _moved(maps: HeadMaps, device: torch.device) -> HeadMaps:
-    found = {name: m if m is None else m.to(device) for name, m in maps._asdict().items()}
-    return HeadMaps(**found)  # type: ignore[arg-type]
+    found: dict[str, Any] = {name: m if m is None else m.to(device) for name, m in maps._asdict().items()}
+    return HeadMaps(**found)
 
 
 # -- from attention

@@ -7,6 +7,7 @@ method from outside the package needs no registration: pass the object, or `--me
 from __future__ import annotations
 
 from lowkey.methods.base import CalibrationContext, Method
+from lowkey.methods.dynakv import GateTraining
 from lowkey.methods.eigenattention import EigenAttention
 from lowkey.methods.fishersvd import FisherSVD
 from lowkey.methods.kqsvd import KQSVD
@@ -37,7 +38,12 @@ METHODS: dict[str, type[Method]] = {
     "mea": MEA,
 }
 
+# Methods that give every token a rank of its own, by the options of their training. `lowkey dynamic` makes
+# their plans, which `lowkey.calibration.dynamic` reads.
+DYNAMIC_METHODS: dict[str, type[GateTraining]] = {"dynakv": GateTraining}
+
 __all__ = [
+    "DYNAMIC_METHODS",
     "KQSVD",
     "MEA",
     "METHODS",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -75,6 +76,9 @@ class CalibrationContext:
         )
 
 
+PlainForm = Literal["fewer heads", "narrower heads"]
+
+
 class Method(Checked, ABC):
     """A low-rank method: from calibration text to maps that compress keys and values.
 
@@ -92,7 +96,8 @@ class Method(Checked, ABC):
             errors may choose any. Otherwise only ranks of the grid are chosen.
         has_fit: whether calibration calls `fit`. A method whose `tune` needs no bases goes without.
         has_tune: whether calibration calls `tune`.
-        has_finish: whether calibration calls `finish`.
+        plain_form: what a plan becomes when `lowkey export` folds it into the weights; None if it cannot be.
+        plain_options: the options of such plans.
     """
 
     summary: ClassVar[str]
@@ -103,7 +108,13 @@ class Method(Checked, ABC):
     serves_any_rank: ClassVar[bool] = True
     has_fit: ClassVar[bool] = True
     has_tune: ClassVar[bool] = False
-    has_finish: ClassVar[bool] = False
+    plain_form: ClassVar[PlainForm | None] = None
+    plain_options: ClassVar[Mapping[str, str]] = {}
+
+    @property
+    def has_finish(self) -> bool:
+        """Whether calibration calls `finish`. A class that always has this stage sets `has_finish = True`."""
+        return False
 
     @abstractmethod
     def fit(self, statistics: LayerStatistics, probe: LayerProbe, ranks: list[int], seed: int) -> LayerBases:

@@ -47,7 +47,7 @@ GATE_FILE = "gates"  # name of the unfinished training in the work folder
 LEVEL_JUDGEMENTS = 5  # how many times the held-out windows judge
 STEEPNESS = 10.0  # of a gate at the start: its numbers differ by this times the share of energy kept
 PRICE_DOUBLINGS, PRICE_HALVINGS = 12, 12  # to enclose the price, and to find it
-ROUNDING = 1e-6  # by which a mean share may exceed the target
+SHARE_ROUNDING = 1e-6  # by which a mean share may exceed the target
 CoordinateMap = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # of keys and values, each (b, h, t, d)
 
 
@@ -399,7 +399,7 @@ class _GateTrainer:
         gates, device = _with_price(self.gates, price, self.levels), device_of(self.model)
         batches = self.rows[-self.held_out :].to(device).split(self.settings.batch)
         shares = [float(self.forward(ids, gates, _one_hot)[1]) * len(ids) for ids in batches]
-        return sum(shares) / self.held_out <= self.settings.target + ROUNDING
+        return sum(shares) / self.held_out <= self.settings.target + SHARE_ROUNDING
 
     # -- saving and resuming
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from lowkey.core.options import option
 from lowkey.core.types import Basis, LayerBases, LayerStatistics, LowkeyError, head_blocks
-from lowkey.methods.base import Method, whole_head_numbers, whole_head_ranks
+from lowkey.methods.base import Method, PlainForm, whole_head_numbers, whole_head_ranks
 from lowkey.ops.bases import principal
 from lowkey.ops.commuting import commuting_basis, spread_energy
 from lowkey.ops.products import joint_moments
@@ -49,6 +50,8 @@ class KVHeadSVD(Method):
     summary: ClassVar[str] = "several KV heads become one, by SVD of their joint activations"
     paper: ClassVar[str] = "arXiv:2406.07056"
     allocator: ClassVar[str] = "uniform"
+    plain_form: ClassVar[PlainForm | None] = "fewer heads"
+    plain_options: ClassVar[Mapping[str, str]] = {"keys": "commuting"}
 
     group: int = option(0, at_least=0, at_most=1024)
     keys: Literal["layer", "grouped", "commuting"] = "layer"

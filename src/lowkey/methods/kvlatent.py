@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowkey.core.types import Basis, Factors, LayerBases, LayerStatistics, LowkeyError, head_blocks
-from lowkey.methods.base import CalibrationContext, Method
+from lowkey.methods.base import CalibrationContext, Method, PlainForm
 from lowkey.models import families
 from lowkey.ops.bases import principal_basis
 from lowkey.probes.layer_probe import LayerProbe
@@ -50,13 +51,15 @@ class KVLatent(Method):
     summary: ClassVar[str] = "a subset of rotary channel pairs and of value channels"
     paper: ClassVar[str] = "arXiv:2507.11273"
     allocator: ClassVar[str] = "uniform"
+    plain_form: ClassVar[PlainForm | None] = "narrower heads"
+    plain_options: ClassVar[Mapping[str, str]] = {"rope": "kept"}
 
     choose: Literal["stride", "data"] = "stride"
     values: Literal["stride", "pca"] = "stride"
     rope: Literal["kept", "aware"] = "kept"
 
     @property
-    def has_finish(self) -> bool:  # type: ignore[override]
+    def has_finish(self) -> bool:
         """True for `rope=aware`."""
         return self.rope == "aware"
 

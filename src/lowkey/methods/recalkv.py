@@ -54,7 +54,7 @@ class ReCalKV(Method):
     paper: ClassVar[str] = "arXiv:2505.24357"
     allocator: ClassVar[str] = "fisher"
     layout: ClassVar[Layout] = "pre_rope"
-    has_finish: ClassVar[bool] = True
+    has_finish = True
 
     group: int = option(PAPER_HEADS_PER_GROUP, at_least=1, at_most=1024)
     iterations: int = option(1, at_least=0, at_most=1000)

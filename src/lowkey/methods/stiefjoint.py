@@ -56,7 +56,7 @@ class StiefJoint(GradientMethod):
         "fisher-svd, then maps of all layers trained on the divergence of the whole model"
     )
     paper: ClassVar[str] = "arXiv:2601.21686"
-    has_finish: ClassVar[bool] = True
+    has_finish = True
 
     steps: int = option(96, at_least=0, at_most=10**7)
     lr: float = option(2e-4, above=0, at_most=10)

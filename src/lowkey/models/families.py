@@ -244,8 +244,8 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 def attention_input(model: PreTrainedModel, layer: int, hidden: Tensor) -> Tensor:
     """What the query, key and value projections of a layer read, given the layer's input (b, t, D)."""
-    block = decoder_layers(model)[layer]
-    return block.input_layernorm(hidden) if family(model.config).pre_norm else hidden  # type: ignore[operator]
+    block: Any = decoder_layers(model)[layer]
+    return block.input_layernorm(hidden) if family(model.config).pre_norm else hidden
 
 
 @dataclass(frozen=True)

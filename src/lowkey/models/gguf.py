@@ -217,9 +217,9 @@ def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """
     tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     if header(path).pre_tokenizer in SINGLE_DIGITS:
-        pre_tokenizer = [
+        pre_tokenizer: list[Any] = [
             pre_tokenizers.Digits(individual_digits=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(pre_tokenizer)  # type: ignore[list-item]
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(pre_tokenizer)
     return tokenizer

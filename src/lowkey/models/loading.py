@@ -95,9 +95,10 @@ def _read(place: Path | str, dtype: torch.dtype | str, device: str) -> tuple[Any
         return gguf.load_plain(
             Path(place), gguf.header(Path(place)).dtype if isinstance(dtype, str) else dtype, device
         )
-    return AutoModelForCausalLM.from_pretrained(  # type: ignore[return-value]
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         place, dtype=dtype, device_map=device, output_loading_info=True, trust_remote_code=False
     )
+    return loaded
 
 
 def _read_tokenizer(place: Path | str) -> Any:

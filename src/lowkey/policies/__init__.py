@@ -1,7 +1,7 @@
 """Eviction policies: which tokens each head keeps. One score per file.
 
 `SCORES` has every score's class by name. `POLICIES` has what users choose from: a score with the allocator
-that its paper uses. May import `core` and `ops`; policies do not import one another, except that ThinK
+that its paper uses. May import `core`, `ops` and `backends`; policies do not import one another, except that ThinK
 extends SnapKV.
 """
 
@@ -59,6 +59,11 @@ POLICIES: dict[str, Callable[..., Policy]] = {
 }
 
 
+def policy_name(policy: Policy) -> str:
+    """The name of a policy's score in `SCORES`, or the path of its class if it is not one of ours."""
+    return _name(policy, SCORES)
+
+
 def policy_to_dict(policy: Policy) -> dict:
     """A policy as JSON has it.
 
@@ -71,11 +76,16 @@ def policy_to_dict(policy: Policy) -> dict:
         f.name: getattr(policy, f.name) for f in fields(policy) if f.name not in ("budget", "allocator")
     }
     return {
-        "name": _name(policy, SCORES),
+        "name": policy_name(policy),
         "budget": policy.budget and str(policy.budget),
         "parameters": parameters,
-        "allocator": {"name": _name(allocator, TOKEN_ALLOCATORS), "parameters": asdict(allocator)},  # type: ignore[call-overload]
+        "allocator": {"name": _name(allocator, TOKEN_ALLOCATORS), "parameters": _parameters(allocator)},
     }
+
+
+def _parameters(allocator: Any) -> dict:
+    """The options of an allocator, which is a dataclass in every case."""
+    return asdict(allocator)
 
 
 def policy_from_dict(written: dict) -> Policy:

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
+from lowkey.backends.segment import softcapped
 from lowkey.core.budget import Budget
 from lowkey.core.errors import LowkeyError
 from lowkey.core.options import check_options, option
+from lowkey.core.types import LAYOUTS, Layout
 from lowkey.ops.precision import for_products
 from lowkey.policies.allocators import TOKEN_ALLOCATORS, HeadImportance, TokenAllocator
 
@@ -30,9 +32,6 @@ BLOCK_ON_ACCELERATOR, BLOCK_ON_CPU = 2**25, 2**20
 # A product of few queries reads all keys for little work, so a block holds this many queries even if that
 # exceeds the limits above.
 MIN_QUERIES = 16
-NO_BUDGET = (
-    "it needs a budget, like '10%' or '64 tokens'; only fastgen, or allocator 'at-least', does without"
-)
 
 
 @dataclass(frozen=True)
@@ -116,9 +115,8 @@ class EvictionContext:
             clear = int((highest <= at.min()).long().cumprod(0).sum())
             if self.visible is not None:
                 stop, clear = keys.shape[3], min(clear, keys.shape[3] - self.visible.shape[2])
-            logits = (queries.flatten(2, 3) @ keys[..., :stop]).float().unflatten(2, queries.shape[2:4])
-            if self.softcap is not None:
-                logits = self.softcap * torch.tanh(logits / self.softcap)
+            products = (queries.flatten(2, 3) @ keys[..., :stop]).float().unflatten(2, queries.shape[2:4])
+            logits = softcapped(products, self.softcap)
             seen = self.valid[:, :, None, clear:stop] & (
                 self.positions[:, :, None, clear:stop] <= at[:, None, :, None]
             )
@@ -143,6 +141,24 @@ class EvictionContext:
             # The softmax of a query that sees nothing is NaN.
             blind = self.visible is not None or bool((self.newest_query_positions(last)[:, some] < 0).any())
             yield weights.nan_to_num_(0.0) if blind else weights
+
+
+@dataclass(frozen=True)
+class SecondPass:
+    """How a model reads its context a second time, piece by piece: each piece behind a request to repeat it.
+
+    Args:
+        chunk: number of tokens of each piece.
+        bridge: number of tokens before a piece that are given with the request.
+        prompt: text of the request.
+        whole_context: whether the queries of a piece are scored over all of the context, not over the piece
+            that they repeat.
+    """
+
+    chunk: int
+    bridge: int
+    prompt: str
+    whole_context: bool
 
 
 @dataclass(frozen=True)
@@ -175,10 +191,12 @@ class Policy(ABC):
     uses_queries: ClassVar[bool] = True
     # Whether scores are stored with the tokens and given back at the next eviction (`previous_scores`).
     stateful: ClassVar[bool] = False
-    # Whether the model must read the context a second time before it can be scored; `lowkey.prefill` does so.
-    needs_second_pass: ClassVar[bool] = False
-    # The cache layer that stores what this policy keeps, a name of `lowkey.cache.cache.LAYERS`.
+    # The cache layer that stores what this policy keeps, a name of `lowkey.cache.cache.EVICTING_LAYERS`.
     layer: ClassVar[str] = "evicting"
+    # The layouts of the plans that this policy can evict on top of; and, in words, what it does that the other
+    # layouts do not allow.
+    plan_layouts: ClassVar[tuple[Layout, ...]] = tuple(LAYOUTS)
+    plan_conflict: ClassVar[str] = ""
 
     budget: Budget | str | None
     allocator: str | TokenAllocator = "uniform"
@@ -195,8 +213,11 @@ class Policy(ABC):
                 f"allocator {self.allocator!r} is unknown; choose one of {', '.join(TOKEN_ALLOCATORS)}"
             )
         if self.resolved_allocator().bounded != (parsed is not None):
+            unbounded = " or ".join(repr(name) for name, kind in TOKEN_ALLOCATORS.items() if not kind.bounded)
             rule = (
-                "its allocator keeps what scores enough and takes none; leave it out" if parsed else NO_BUDGET
+                "its allocator keeps what scores enough and takes none; leave it out"
+                if parsed
+                else f"it needs a budget, like '10%' or '64 tokens'; only allocator {unbounded} does without"
             )
             raise LowkeyError(f"budget {parsed} of {type(self).__name__}: {rule}")
         if parsed and parsed.unit == "tokens" and parsed.amount < self.sinks + self.recent:
@@ -217,6 +238,18 @@ class Policy(ABC):
     def resolved_allocator(self) -> TokenAllocator:
         """The allocator as an object; one given by name has its default options."""
         return TOKEN_ALLOCATORS[self.allocator]() if isinstance(self.allocator, str) else self.allocator
+
+    @property
+    def second_pass(self) -> SecondPass | None:
+        """How the model must read its context a second time before it can be scored, as `lowkey.prefill` does
+        it; None for a policy that needs no second pass.
+        """
+        return None
+
+    @property
+    def needs_second_pass(self) -> bool:
+        """Whether tokens can be scored only after a second pass over the context."""
+        return self.second_pass is not None
 
     @property
     def uses_rotations(self) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowkey.core.errors import LowkeyError
 from lowkey.core.options import option
-from lowkey.policies.base import EvictionContext, Policy
+from lowkey.policies.base import EvictionContext, Policy, SecondPass
 
 Softmax = Literal["piece", "context"]
 
@@ -40,12 +40,15 @@ class KVzip(Policy):
     summary: ClassVar[str] = "what the model needs to repeat its context"
     paper: ClassVar[str] = "arXiv:2505.23416"
     stateful: ClassVar[bool] = True
-    needs_second_pass: ClassVar[bool] = True
 
     chunk: int = option(2000, at_least=1, at_most=2**24)
     bridge: int = option(8, at_least=0, at_most=2**24)
     prompt: str = option("\n\nRepeat the previous context exactly.\n\n", any_text=True)
     softmax: Softmax = "piece"
+
+    @property
+    def second_pass(self) -> SecondPass:
+        return SecondPass(self.chunk, self.bridge, self.prompt, self.softmax == "context")
 
     def score(self, context: EvictionContext) -> Tensor:
         if not context.queries.shape[3]:

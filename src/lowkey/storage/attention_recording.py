@@ -24,8 +24,8 @@ class AttentionRecordingLayer(StoringLayer):
         weights: (b, h, g, s) in fp32, of the latest one-token step; (b, h, g, 0) after a longer call.
     """
 
-    keys: Tensor  # type: ignore[assignment]
-    values: Tensor  # type: ignore[assignment]
+    keys: Tensor
+    values: Tensor
     weights: Tensor
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class StoringLayer(RestorableLayer):
 
     is_sliding = False
     dtype: torch.dtype
+    device: torch.device
     saved_counters: ClassVar[tuple[str, ...]] = ("seen", "exact_prefill")
 
     def __init__(self, exact_prefill: bool = False) -> None:
@@ -61,9 +62,9 @@ class StoringLayer(RestorableLayer):
         """The bytes of the storages that are really held."""
         return storage_bytes(self.tensors().values())
 
-    def update(  # type: ignore[override]
+    def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Incoming, Incoming]:
+    ) -> tuple[Any, Any]:
         """Count new keys and values (b, h, t, d) as seen, and send them on to the attention function."""
         key_states, value_states = cast_for_autocast(key_states), cast_for_autocast(value_states)
         if not self.is_initialized:
@@ -154,8 +155,8 @@ class StockLayer(RestorableLayer, DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """As transformers' own, after a check of batch size and dtype. Raises: LowkeyError."""
-        if self.tensors():
-            self.check_fits(key_states, len(self.keys), self.keys.dtype)  # type: ignore[arg-type, union-attr]
+        if held := self.tensors():
+            self.check_fits(key_states, len(held["keys"]), held["keys"].dtype)
         return super().update(key_states, value_states, *args, **kwargs)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from lowkey.core.types import Budget, LowkeyError
 from lowkey.policies.base import Policy
 
-ROUNDING = 1e-6  # bytes; budgets are floats, and must not fail by a rounding error
+BYTE_ROUNDING = 1e-6  # bytes; budgets are floats, and must not fail by a rounding error
 
 
 def budget_of(policy: Policy) -> Budget:
@@ -83,7 +83,7 @@ class EvictionCosts:
 
         Over all heads together it is a whole number.
         """
-        return (self.bytes_left(policy, tokens) + ROUNDING) // self.entry_bytes / self.heads
+        return (self.bytes_left(policy, tokens) + BYTE_ROUNDING) // self.entry_bytes / self.heads
 
     def check(self, policy: Policy, tokens_seen: Sequence[int]) -> None:
         """Refuse a budget of bytes that is too small for the tokens that are always kept.
@@ -99,13 +99,13 @@ class EvictionCosts:
         if budget.unit not in ("bytes", "bytes/token"):
             return
         lacking = [self.protected_bytes(policy, n) - self.bytes_left(policy, n) for n in lengths]
-        if max(lacking, default=0) <= ROUNDING:
+        if max(lacking, default=0) <= BYTE_ROUNDING:
             return
         if budget.unit == "bytes":  # the sequences share it equally
             more = max(lacking) * self.sequences
         else:  # each sequence gets it for each of its tokens
             more = max(x / (n + self.expected_tokens) for x, n in zip(lacking, lengths, strict=True))
-        least = budget.amount + more - ROUNDING
+        least = budget.amount + more - BYTE_ROUNDING
         # above 10 KiB rounded up to a tenth of a KiB, so that the number can be typed
         smallest = f"{math.ceil(least)} B" if least < 10 * 1024 else f"{math.ceil(least / 102.4) / 10:g} KiB"
         question = f"a question of {self.expected_tokens} tokens, " if self.expected_tokens else ""

@@ -13,6 +13,7 @@ from lowkey.models.attention_interface import Call
 from lowkey.ops.ragged import top_mask
 from lowkey.storage.cache_wide_eviction import Candidates
 from lowkey.storage.evicting import EvictingLayer
+from lowkey.storage.flaws import first_flaw, unlike
 
 
 class CompensatingLayer(EvictingLayer):
@@ -51,6 +52,15 @@ class CompensatingLayer(EvictingLayer):
         b, h = self.tail_k.shape[:2]
         numbers = self.keys.shape[-1] + self.values.shape[-1] + 1
         return super().index_bytes() + b * h * numbers * self.dropped.element_size()
+
+    def own_flaw(self, heads: int, key_width: int, value_width: int) -> str | None:
+        b = len(self.offset)
+        return first_flaw(
+            unlike("mean_k", self.mean_k, b, heads, 1, key_width),
+            unlike("mean_v", self.mean_v, b, heads, 1, value_width),
+            unlike("dropped", self.dropped, b, heads, 1),
+            "it counts less than nothing dropped" if bool((self.dropped < 0).any()) else None,
+        )
 
     def _stored_parts(self, call: Call, stop: int) -> list[Part]:
         parts = super()._stored_parts(call, stop)

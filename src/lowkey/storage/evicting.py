@@ -74,8 +74,8 @@ class EvictingLayer(RaggedLayer):
         empty_call: the last call, without queries, for evictions that score nothing new.
     """
 
-    keys: Tensor  # type: ignore[assignment]
-    values: Tensor  # type: ignore[assignment]
+    keys: Tensor
+    values: Tensor
     saved_counters = (
         *RaggedLayer.saved_counters,
         "tail_length",

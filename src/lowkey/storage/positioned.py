@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowkey.core.types import LowkeyError
-from lowkey.models.attention_interface import Call, Incoming, cast_for_autocast
+from lowkey.models.attention_interface import Call, cast_for_autocast
 from lowkey.storage.base import StoringLayer, batch_positions
 from lowkey.storage.codec import token_positions
 
@@ -36,9 +37,9 @@ class PositionedLayer(StoringLayer):
         self.offset = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
         self.first_index = torch.zeros_like(self.offset)
 
-    def update(  # type: ignore[override]
+    def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Incoming, Incoming]:
+    ) -> tuple[Any, Any]:
         """As `StoringLayer.update`, after a check of batch size and dtype. Raises: LowkeyError."""
         if self.is_initialized:
             self.check_fits(cast_for_autocast(key_states), len(self.offset), self.dtype)
@@ -162,6 +163,11 @@ class RaggedLayer(PositionedLayer):
                 "steps of all rows together; "
                 "give the prompt in one call, or in pieces of several tokens"
             )
+
+    def own_flaw(self, heads: int, key_width: int, value_width: int) -> str | None:
+        """What is wrong, in a layer read out of a file, with what this class holds besides its base class; None
+        if all is well. Widths are those of stored keys and values."""
+        return None
 
     def reset(self) -> None:
         """Forget all tokens."""

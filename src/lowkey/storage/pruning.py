@@ -24,6 +24,7 @@ from lowkey.ops.ragged import pad_rows, row_of, starts_of
 from lowkey.storage.budgets import EvictionCosts
 from lowkey.storage.cache_wide_eviction import Candidates
 from lowkey.storage.evicting import EvictingLayer
+from lowkey.storage.flaws import first_flaw, rows_flaw, unlike
 from lowkey.storage.rollback import storage_bytes
 
 
@@ -181,6 +182,35 @@ class PruningLayer(EvictingLayer):
             torch.cat([self.pruned_positions[a:b].long(), x])
             for a, b, x in zip(edges[:-1], edges[1:], whole, strict=True)
         ]
+
+    def own_flaw(self, heads: int, key_width: int, value_width: int) -> str | None:
+        """Check the tokens whose keys lost channels, and the channels that they have left."""
+        b = len(self.offset)
+        at, until = self.kept_channels.long(), self.pruned_until
+        wrong = first_flaw(
+            unlike("pruned_k", self.pruned_k, self.pruned_entries, self.channel_count),
+            unlike("pruned_v", self.pruned_v, self.pruned_entries, self.values.shape[-1]),
+            unlike("pruned_positions", self.pruned_positions, self.pruned_entries),
+            unlike("pruned_starts", self.pruned_starts, b * heads + 1),
+            unlike("kept_channels", self.kept_channels, b, self.prunings, heads, self.channel_count),
+            unlike("pruned_until", until, b, self.prunings),
+            unlike("choice_is_firm", self.choice_is_firm, b, 1),
+        )
+        if wrong:
+            return wrong
+        if bool(((at < 0) | (at >= key_width)).any()) or bool((at.diff(dim=3) <= 0).any()):
+            return "channels are not those of a key, ascending"
+        if bool((until.diff(dim=1) < 0).any()):
+            return "a pruning went less far than the one before"
+        wrong = rows_flaw(self, heads, self.pruned_starts, self.pruned_positions, self.pruned_entries)
+        if wrong or not self.pruned_entries:
+            return wrong
+        late = (
+            self.pruned_positions >= until[:, -1][row_of(self.pruned_starts) // heads]
+            if self.prunings
+            else self.pruned_positions >= 0
+        )
+        return "tokens lost channels that no pruning took" if bool(late.any()) else None
 
     # -- attending
 
