@@ -8,7 +8,8 @@ A page holds a pair of markers, and what stands between them is replaced:
     <!-- table: smollm2/bits -->
     <!-- /table -->
 
-The name is a key of TABLES, or `smollm2/PART` for any file that `benchmarks/evidence.py` writes.
+The name is a key of TABLES, or `FOLDER/PART` for any file that `benchmarks/evidence.py` writes, like
+`smollm2/ranks`.
 """
 
 from __future__ import annotations
@@ -207,7 +208,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
 def made(name: str) -> str:
     """The table of this name. Raises KeyError for a name that is not known."""
     known = TABLES.get(name)
-    if known is None and name.startswith(EVIDENCE):
+    if known is None and "/" in name:
         known = partial(evidence_table, name)
     return "\n".join((known or TABLES[name])()) + "\n"
 
