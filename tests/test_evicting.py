@@ -264,7 +264,7 @@ def test_decoding_over_pruned_channels_is_attention_with_zeros_there():
         assert layer.prunings == 1 and layer.tail_length == 6
         for row, pads in enumerate(PADS):
             pruned = torch.zeros_like(keys[row])
-            index = layer.channels[row, 0].long().unsqueeze(1).expand(-1, LENGTH, -1)
+            index = layer.kept_channels[row, 0].long().unsqueeze(1).expand(-1, LENGTH, -1)
             pruned.scatter_(2, index, keys[row].gather(2, index))
             pruned[:, LENGTH - whole :] = keys[row, :, LENGTH - whole :]
             kept = [p + pads for p in layer.kept_positions(row)]

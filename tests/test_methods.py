@@ -237,7 +237,7 @@ def test_training_lowers_the_error():
         m.fit(*data, RANKS, 0)
         for m in (PCA("shared", "per_head"), StiefAttention("free", epochs=80, patience=80, lr=5e-3))
     )
-    seen = torch.arange(data[1].training)
+    seen = torch.arange(data[1].training_count)
     assert data[1].held_out_error(trained.at(8, 8)) < 0.98 * data[1].held_out_error(start.at(8, 8))
     assert float(data[1].errors(seen, trained.at(4, 4)).mean()) < 0.9 * float(
         data[1].errors(seen, start.at(4, 4)).mean()
