@@ -133,6 +133,8 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["dynamic", "tiny", "out", "--budget", "1 KiB"], ["budget 1 KiB", "50%"]),
     ([*EVAL, "--policy", "snapkv", "--budget", "10"], ["budget '10'", "50%"]),
     ([*EVAL, "--policy", "snapkv"], ["policy 'snapkv'", "needs a budget"]),
+    ([*EVAL, "--policy", "snapkv", "--budget", "9 tokens"], ["budget 9 tokens", "4 sinks", "8 recent"]),
+    ([*EVAL, "--policy", "h2o", "--budget", "9 tokens", "-O", "recent=7"], ["4 sinks", "7 recent"]),
     ([*EVAL, "--budget", "10%"], ["budget '10%'", "--policy"]),
     (["bench", "decode", "--budget", "x"], ["budget 'x'", "50%"]),
     # policies, tasks and kinds

@@ -105,8 +105,6 @@ def curve(out: Path) -> list[dict]:
 
 DYING = """
 import os, signal, sys
-import lowkey
-from lowkey import cli, loading
 from lowkey.pretraining import Recipe, Trained, models, pretrain
 from lowkey.pretraining.corpus import prepare
 

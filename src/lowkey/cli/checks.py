@@ -13,7 +13,7 @@ from typing import Any
 from lowkey.allocation.allocators import RANK_ALLOCATORS
 from lowkey.cli import choices
 from lowkey.core import files, options, text
-from lowkey.core.budget import Budget
+from lowkey.core.budget import Budget, too_few_tokens
 from lowkey.core.errors import LowkeyError
 from lowkey.core.layouts import HEADS, LAYOUTS, Heads, Layout
 from lowkey.core.options import nearest_name, ranges, shown
@@ -184,19 +184,23 @@ def check_policies(
 def _check_policy(
     name: str, budget: str | None, given: Mapping[str, str], allocator_given: Mapping[str, str]
 ) -> None:
-    if budget is not None:
-        Budget.parse(budget)
+    kept = None if budget is None else Budget.parse(budget)
     if ":" in name:
         return
     check_word("policy", name, choices.POLICIES, options.OUTSIDE)
     kind, what = choices.policy_options(name), f"policy {name!r}"
     own = list(ranges(kind))
-    split = given.get("allocator", choices.allocator_of(name))
+    split = given.get("allocator") or choices.allocator_of(name, budget is not None)
+    if split is None:
+        raise LowkeyError(f"policy {name!r}: needs a budget; give --budget, like '10%' or '64 tokens'")
     check_word("allocator", split, choices.TOKEN_ALLOCATORS)
     parts = choices.allocator_options(split)
     options.check_names(what, given, [*own, *ranges(parts)])
-    for key, value in given.items():
-        options.read_option(kind if key in own else parts, key, value, what)
+    values = {
+        key: options.read_option(kind if key in own else parts, key, value, what)
+        for key, value in given.items()
+    }
     _check_options(parts, f"the allocator of {what}", allocator_given)
-    if choices.takes_budget(split) and budget is None:
-        raise LowkeyError(f"policy {name!r}: needs a budget; give --budget, like '10%' or '64 tokens'")
+    sinks, recent = ((options.defaults_of(kind) | values)[key] for key in ("sinks", "recent"))
+    if kept and kept.unit == "tokens" and kept.amount < sinks + recent:
+        raise too_few_tokens(kept, kept.amount, sinks, recent)

@@ -64,17 +64,17 @@ def policy_options(name: str) -> type:
     return stand_in(name, FOUND["policies"][name]["options"])
 
 
-def allocator_of(policy: str) -> str:
-    """The name of the allocator that a policy is known with."""
-    return FOUND["policies"][policy]["allocator"]
+def allocator_of(policy: str, budget: bool) -> str | None:
+    """The name of the allocator that a policy has when no other is named.
+
+    Args:
+        policy: a name of POLICIES.
+        budget: whether a budget is given. Without one, the answer is None for a policy that needs one.
+    """
+    return FOUND["policies"][policy]["allocator" if budget else "allocator_without_budget"]
 
 
 @cache
 def allocator_options(name: str) -> type:
     """A stand-in for the class of a policy's allocator. Its fields are its options."""
-    return stand_in(name, FOUND["token_allocators"][name]["options"])
-
-
-def takes_budget(allocator: str) -> bool:
-    """Whether a policy with this allocator needs a budget; without, it takes none."""
-    return FOUND["token_allocators"][allocator]["bounded"]
+    return stand_in(name, FOUND["token_allocators"][name])

@@ -14,6 +14,7 @@ from lowkey.calibration.recover import OBJECTIVES, Recovery
 from lowkey.catalog import make_policy
 from lowkey.cli.stand_ins import fields_described
 from lowkey.conversion import BASES, CONVERSION_FIELDS, CONVERSIONS, FREQUENCIES, HEAD_POOLINGS
+from lowkey.core.errors import LowkeyError
 from lowkey.evaluate.decode_bench import DecodeShape
 from lowkey.evaluate.recall import FORMS, USUAL_FORM
 from lowkey.evaluate.result import TASKS, USUAL_TASKS, Task
@@ -42,10 +43,7 @@ def collected() -> dict[str, Any]:
             for name, kind in METHODS.items()
         },
         "policies": {name: _policy(name) for name in POLICIES},
-        "token_allocators": {
-            name: {"bounded": kind.bounded, "options": fields_described(kind)}
-            for name, kind in TOKEN_ALLOCATORS.items()
-        },
+        "token_allocators": {name: fields_described(kind) for name, kind in TOKEN_ALLOCATORS.items()},
         "settings": {kind.__name__: fields_described(kind) for kind in SETTINGS},
         "schemes": list(SCHEMES),
         "no_bits": NO_BITS,
@@ -76,8 +74,17 @@ def _policy(name: str) -> dict[str, Any]:
     made = make_policy(name, "50%", {})
     return {
         "allocator": policy_to_dict(made)["allocator"]["name"],
+        "allocator_without_budget": _allocator_without_budget(name),
         "options": fields_described(type(made), leave_out=("budget",)),
     }
+
+
+def _allocator_without_budget(policy: str) -> str | None:
+    """The allocator that a policy has when no budget is given, or None if it needs one."""
+    try:
+        return policy_to_dict(make_policy(policy, None, {}))["allocator"]["name"]
+    except LowkeyError:
+        return None
 
 
 def text() -> str:

@@ -118,3 +118,17 @@ class Budget(Checked):
             return f"{self.amount:.12g}" + ("%" if self.unit == "%" else " tokens")
         size = next((u for u in ("GiB", "MiB", "KiB") if self._fits_unit(u)), "B")
         return f"{self.amount / UNITS[size]:.12g} {size}{self.unit.removeprefix('bytes')}"
+
+
+def too_few_tokens(budget: Budget, tokens: float, sinks: int, recent: int) -> LowkeyError:
+    """The error for a policy's budget that does not hold the tokens which are always kept.
+
+    Args:
+        budget: what was asked for.
+        tokens: tokens per head that this gives.
+        sinks, recent: how many first and last tokens are always kept.
+    """
+    return LowkeyError(
+        f"budget {budget}: {tokens:g} tokens per head do not hold the {sinks} sinks and {recent} recent "
+        "tokens that are always kept; raise the budget or lower sinks or recent"
+    )

@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 
 from lowkey.allocation.allocators import RANK_ALLOCATORS
 from lowkey.cache.cache import LowkeyCache, Origin, cache_from, make_cache
+from lowkey.core.budget import Budget, too_few_tokens
 from lowkey.core.options import defaults_of
 from lowkey.core.row_names import told_apart
-from lowkey.core.types import Budget, LowkeyError
+from lowkey.core.types import LowkeyError
 from lowkey.methods import METHODS
 from lowkey.plan.plan import Plan
 from lowkey.policies import policy_to_dict
@@ -284,8 +285,8 @@ def evicted(
         if budget
         else math.inf
     )
-    if tokens < policy.sinks + policy.recent:
-        raise LowkeyError(policy.budget_too_small(tokens))
+    if budget and tokens < policy.sinks + policy.recent:
+        raise too_few_tokens(budget, tokens, policy.sinks, policy.recent)
     if plan is not None:
         plan.check(model)
     policy = policy.with_head_scores({**(plan.heads if plan else {}), **(heads or {})})

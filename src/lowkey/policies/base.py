@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
 from lowkey.backends.segment import softcapped
-from lowkey.core.budget import Budget
+from lowkey.core.budget import Budget, too_few_tokens
 from lowkey.core.errors import LowkeyError
 from lowkey.core.options import check_options, option
 from lowkey.core.types import LAYOUTS, Layout
@@ -221,19 +221,7 @@ class Policy(ABC):
             )
             raise LowkeyError(f"budget {parsed} of {type(self).__name__}: {rule}")
         if parsed and parsed.unit == "tokens" and parsed.amount < self.sinks + self.recent:
-            raise LowkeyError(self.budget_too_small(parsed.amount))
-
-    def budget_too_small(self, tokens: float) -> str:
-        """The message for a budget that does not hold the tokens which are always kept.
-
-        Args:
-            tokens: tokens per head that the budget gives.
-        """
-        return (
-            f"budget {self.budget}: {tokens:g} tokens per head do not hold the {self.sinks} sinks and "
-            f"{self.recent} recent tokens that are "
-            "always kept; raise the budget or lower sinks or recent"
-        )
+            raise too_few_tokens(parsed, parsed.amount, self.sinks, self.recent)
 
     def resolved_allocator(self) -> TokenAllocator:
         """The allocator as an object; one given by name has its default options."""
