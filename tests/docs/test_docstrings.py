@@ -24,6 +24,12 @@ def described(node: Described) -> set[str]:
     return {name.strip("* ") for entry in entries for name in entry.split(",")}
 
 
+def flat(body: list[ast.stmt]) -> list[ast.stmt]:
+    """The statements of a class, those under a condition too."""
+    under = [flat([*part.body, *part.orelse]) for part in body if isinstance(part, ast.If)]
+    return [*body, *(part for parts in under for part in parts)]
+
+
 def known(node: Described) -> set[str]:
     """The parameters of a function; the fields, properties and parameters of a class and of its bases."""
     if not isinstance(node, ast.ClassDef):
@@ -31,7 +37,7 @@ def known(node: Described) -> set[str]:
         named = (*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg)
         return {arg.arg for arg in named if arg is not None}
     names: set[str] = set()
-    for part in node.body:
+    for part in flat(node.body):
         if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
             names.add(part.target.id)
         elif isinstance(part, ast.FunctionDef):
