@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import lowkey
 from lowkey.allocation.allocators import RANK_ALLOCATORS
 from lowkey.attention import ATTENTION, ATTENTION_KINDS
 from lowkey.conversion import CONVERSION_FIELDS, CONVERSIONS
@@ -21,6 +22,7 @@ from lowkey.policies.allocators import TOKEN_ALLOCATORS
 from lowkey.storage.packing import SCHEMES
 
 TESTS = Path(__file__).parent
+SOURCE = Path(lowkey.__file__).parent
 CHOICES = {
     "methods": METHODS,
     "dynamic methods": DYNAMIC_METHODS,
@@ -67,3 +69,53 @@ def test_tables_of_the_same_choices_have_the_same_names():
     assert set(CONVERSIONS) == set(CONVERSION_FIELDS) <= set(ATTENTION)
     assert set(SCORES) <= set(POLICIES)
     assert {kind.layout for kind in METHODS.values()} <= set(LAYOUTS)
+
+
+TABLES = {
+    "allocation/allocators.py": ["RANK_ALLOCATORS"],
+    "attention/modeling_lowkey.py": ["ATTENTION"],
+    "cache/cache.py": ["EVICTING_LAYERS"],
+    "calibration/limits.py": ["JUDGES"],
+    "calibration/objectives.py": ["OBJECTIVES"],
+    "calibration/sensitivity.py": ["SIGNALS"],
+    "conversion/kinds.py": ["CONVERSIONS"],
+    "conversion/target.py": ["CONVERSION_FIELDS"],
+    "core/layouts.py": ["LAYOUTS"],
+    "evaluate/recall.py": ["FORMS"],
+    "evaluate/result.py": ["TASKS"],
+    "export/__init__.py": ["FORMATS"],
+    "heads/induction.py": ["ECHOES"],
+    "heads/needles.py": ["NEEDLE_TASKS"],
+    "heads/retrieval.py": ["SCORE_KINDS"],
+    "methods/__init__.py": ["METHODS", "DYNAMIC_METHODS"],
+    "models/families.py": ["FAMILIES", "REFUSED"],
+    "policies/__init__.py": ["SCORES", "POLICIES"],
+    "policies/allocators.py": ["TOKEN_ALLOCATORS"],
+    "storage/packing.py": ["SCHEMES"],
+}
+
+
+@pytest.mark.parametrize("path", TABLES)
+def test_what_can_be_chosen_stands_in_a_literal_dict(path):
+    tree = ast.parse((SOURCE / path).read_text(encoding="utf-8"))
+    values = {
+        ast.unparse(node.target if isinstance(node, ast.AnnAssign) else node.targets[0]): node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+    }
+    assert all(isinstance(values[name], ast.Dict) for name in TABLES[path])
+
+
+def test_nothing_is_added_to_a_table_afterwards():
+    names = {name for tables in TABLES.values() for name in tables}
+    for path in SOURCE.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        stored = [
+            n.value
+            for n in ast.walk(tree)
+            if isinstance(n, ast.Subscript) and not isinstance(n.ctx, ast.Load)
+        ]
+        changes = ("update", "setdefault", "pop", "clear")
+        calls = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr in changes]
+        changed = {ast.unparse(n).rpartition(".")[2] for n in [*stored, *(n.value for n in calls)]}
+        assert not changed & names, path

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import re
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -192,3 +194,18 @@ def test_only_a_policy_says_which_layer_it_needs():
 def docstrings(tree: ast.Module) -> set[str]:
     kinds = ast.Module | ast.ClassDef | FUNCTION
     return {ast.get_docstring(n, clean=False) or "" for n in ast.walk(tree) if isinstance(n, kinds)}
+
+
+def test_types_are_ignored_in_few_places_each_with_its_reason():
+    found = [
+        line
+        for path in FILES
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if "type: ignore" in line
+    ]
+    assert len(found) <= 5 and all(re.search(r"type: ignore\[[a-z-]+\]  # \w", line) for line in found), found
+    settings = tomllib.loads((SOURCE.parent / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]
+    loosened = {name for part in settings["overrides"] for name in part["module"]}
+    assert "disable_error_code" not in settings and all(
+        name.startswith("lowkey.backends.") for name in loosened
+    )

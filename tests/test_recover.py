@@ -189,7 +189,7 @@ def test_the_windows_of_a_step_depend_on_the_seed_and_the_step_alone():
 
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0.05), (2, 0.0), (100, 0.05), (3, 0.99)])
 def test_the_rate_rises_to_its_peak_once_and_falls(steps, warmup):
-    rates = [module.falling(k, steps, warmup) for k in range(steps)]
+    rates = [module.warmup_cosine(k, steps, warmup) for k in range(steps)]
     top = rates.index(1.0)
     assert rates == sorted(rates[: top + 1]) + sorted(rates[top + 1 :], reverse=True) and min(rates) > 0
 

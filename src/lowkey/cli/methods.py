@@ -16,10 +16,8 @@ def methods(as_json: AsJson = False) -> None:
     """
     from lowkey.allocation.allocators import RANK_ALLOCATORS
     from lowkey.calibration.calibrate import name_and_parameters
-    from lowkey.calibration.dynamic import DYNAMIC_METHOD
     from lowkey.cli.tables import Table, options_of, screen
-    from lowkey.methods import METHODS
-    from lowkey.methods.dynakv import GateTraining
+    from lowkey.methods import DYNAMIC_METHODS, METHODS
 
     def options(kind: Any) -> dict[str, Any]:
         return {"options": name_and_parameters(kind())["parameters"], "ranges": ranges(kind)}
@@ -28,7 +26,7 @@ def methods(as_json: AsJson = False) -> None:
         name: {"allocator": kind.allocator, "layout": kind.layout, "ranks": kind.grid}
         for name, kind in METHODS.items()
     }
-    dynamic = {"summary": GateTraining.summary, "paper": GateTraining.paper}
+    dynamic = {name: {"summary": kind.summary, "paper": kind.paper} for name, kind in DYNAMIC_METHODS.items()}
     if as_json:
         listed = {
             name: {"summary": kind.summary, "paper": kind.paper, **usual[name], **options(kind)}
@@ -38,7 +36,7 @@ def methods(as_json: AsJson = False) -> None:
             name: {"summary": rule().summary, "bounds": rule().bounds, **options(rule)}
             for name, rule in RANK_ALLOCATORS.items()
         }
-        print(json.dumps({"methods": listed, "allocators": rules, "dynamic": {DYNAMIC_METHOD: dynamic}}))
+        print(json.dumps({"methods": listed, "allocators": rules, "dynamic": dynamic}))
         return
     table = Table(
         "method",
@@ -57,7 +55,7 @@ def methods(as_json: AsJson = False) -> None:
     for name, rule in RANK_ALLOCATORS.items():
         table.add_row(name, rule().summary, rule().bounds, options_of(rule, options(rule)["options"]))
     screen.print(table)
-    print(
-        f"{DYNAMIC_METHOD} ({dynamic['paper']}): {dynamic['summary']}; made by lowkey dynamic, whose --help lists "
-        "its options"
-    )
+    for name, about in dynamic.items():
+        print(
+            f"{name} ({about['paper']}): {about['summary']}; made by lowkey dynamic, whose --help lists its options"
+        )
