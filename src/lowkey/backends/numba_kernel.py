@@ -83,10 +83,10 @@ def _attend(function, g, cap, query, keys, values, left, scores, part):
         for x in range(out.shape[1]):
             out[i, x] = 0.0
     for i in range(0, len(query), g):
-        here, there = _at(query, i * query.shape[1]), _at(out, i * out.shape[1])
+        query_at, out_at = _at(query, i * query.shape[1]), _at(out, i * out.shape[1])
         call(
             function,
-            (cap, here, *keys, *values, left, _at(scores, 2 * LANES), _at(top, 0), _at(total, 0), there),
+            (cap, query_at, *keys, *values, left, _at(scores, 2 * LANES), _at(top, 0), _at(total, 0), out_at),
         )
         for j in range(g):
             tops[i + j], totals[i + j] = top[j * n], 0.0

@@ -118,14 +118,14 @@ class LowkeyCache(Cache):
         try:
             if layer_idx == 0 and self.filled_by is not None:
                 self.filled_by.observe(key_states.shape[2], first)
-            found = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            stored = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except BaseException:  # an interrupt from the keyboard, too
             self.forward_pass.undo()
             raise
         # a stock layer is done now; a layer of ours reports when its attention has succeeded
-        if not isinstance(found[0], Incoming):
+        if not isinstance(stored[0], Incoming):
             self.forward_pass.end_layer()
-        return found
+        return stored
 
     @torch.compiler.disable(reason=UNCOMPILED)
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -244,13 +244,13 @@ class LowkeyCache(Cache):
         Raises:
             LowkeyError: for a layer that evicts nothing.
         """
-        found = self.layers[layer]
-        if not isinstance(found, EvictingLayer):
+        own = self.layers[layer]
+        if not isinstance(own, EvictingLayer):
             raise LowkeyError(
                 f"layer {layer}: keeps every token; give a layer of a cache that was made with a policy"
             )
         self.forward_pass.undo()
-        return found.kept_positions(batch)
+        return own.kept_positions(batch)
 
     def save(self, path: str | Path, force: bool = False) -> None:
         """Save the cache as a folder, in one step.

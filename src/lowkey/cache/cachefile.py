@@ -55,7 +55,7 @@ def write_cache(
         }
         words, points = _exact_parts(exact)
         checksum = files.write_tensors(temporary / CACHE_TENSORS, tensors | points, CACHE_FILE)
-        told = None if plan is None else plan.save(temporary / CACHE_PLAN)
+        plan_checksum = None if plan is None else plan.save(temporary / CACHE_PLAN)
         numbers = [
             {file_name(name): int(getattr(layer, name)) for name in _numbers(layer)} for layer in layers
         ]
@@ -64,7 +64,7 @@ def write_cache(
             **about,
             "exact": words,
             "layers": numbers,
-            "plan": told,
+            "plan": plan_checksum,
             "tensors_sha256": checksum,
         }
         files.write_json(temporary / CACHE_JSON, whole, CACHE_FILE)
@@ -179,7 +179,7 @@ def _fill(
 
 
 def _by_layer(path: Path, tensors: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
-    found: list[dict[str, Tensor]] = [{} for _ in range(count)]
+    by_layer: list[dict[str, Tensor]] = [{} for _ in range(count)]
     for whole, t in tensors.items():
         index, _, name = whole.partition(".")
         if index == "rule":  # a tensor of the sink rule, which `exact_from` reads
@@ -187,8 +187,8 @@ def _by_layer(path: Path, tensors: dict[str, Tensor], count: int) -> list[dict[s
         of_a_layer = index.isdecimal() and str(int(index)) == index and int(index) < count
         if not (of_a_layer and name and name not in FILE_NAMES):
             raise damaged_cache(path, f"it holds {whole!r:.60}, which is of no layer")
-        found[int(index)][attribute_name(name)] = t
-    return found
+        by_layer[int(index)][attribute_name(name)] = t
+    return by_layer
 
 
 def _first(own: dict[str, Tensor]) -> Tensor:
@@ -196,12 +196,12 @@ def _first(own: dict[str, Tensor]) -> Tensor:
     return next(own[name] for name in ("offset", "keys") if name in own)
 
 
-def _are_counts(found: object, names: Sequence[str]) -> bool:
-    if not isinstance(found, dict) or set(found) != set(names):
+def _are_counts(counts: object, names: Sequence[str]) -> bool:
+    if not isinstance(counts, dict) or set(counts) != set(names):
         return False
     return all(
         type(value) is int and 0 <= value < (2 if name in FLAGS else LARGEST_COUNT)
-        for name, value in found.items()
+        for name, value in counts.items()
     )
 
 
@@ -228,7 +228,7 @@ def _exact_parts(exact: Exact | None) -> tuple[dict | None, dict[str, Tensor]]:
     if rule is None:
         return words, {}
     known = {"channels": rule.channels, "emergence": rule.emergence, "model_sha256": rule.model_sha256}
-    points = {f"rule.{i}.{name}": t for i, found in rule.layers.items() for name, t in vars(found).items()}
+    points = {f"rule.{i}.{name}": t for i, own in rule.layers.items() for name, t in vars(own).items()}
     return words | {"rule": known | {"layers": list(rule.layers)}}, points
 
 
@@ -246,13 +246,13 @@ def exact_from(path: Path, words: dict | None, tensors: dict[str, Tensor]) -> Ex
         if words is None:
             return None
         if rule is not None:
-            found = {
+            layers = {
                 int(i): _points(points[f"rule.{i}.centres"], points[f"rule.{i}.radius"])
                 for i in rule["layers"]
             }
             if not all(type(n) is int and n >= 0 for n in (*rule["channels"], rule["emergence"])):
                 raise ValueError("channels of its sink rule are no indices")
-            rule = SinkRule(found, tuple(rule["channels"]), rule["emergence"], str(rule["model_sha256"]))
+            rule = SinkRule(layers, tuple(rule["channels"]), rule["emergence"], str(rule["model_sha256"]))
         return Exact(**(words | {"rule": rule}))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise damaged_cache(path, f"exact tokens: {error}") from None

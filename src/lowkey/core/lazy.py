@@ -29,8 +29,8 @@ def importer(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
         if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         module = import_module(modules[name])
-        found = module if modules[name] == f"{package}.{name}" else getattr(module, name)
-        setattr(sys.modules[package], name, found)  # the next use finds it without this function
-        return found
+        value = module if modules[name] == f"{package}.{name}" else getattr(module, name)
+        setattr(sys.modules[package], name, value)  # the next use finds it without this function
+        return value
 
     return getter

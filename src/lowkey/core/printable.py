@@ -11,12 +11,12 @@ def printable(text: object) -> str:
     Line ends and tabs stay. Names of models and methods, tokens, and error messages of other libraries come
     from files that anybody may have written, and a terminal takes commands from what it is shown.
     """
-    found = str(text)
-    if found.isprintable():
-        return found
+    text_form = str(text)
+    if text_form.isprintable():
+        return text_form
     return "".join(
         c
         if c.isprintable() or c in PRINTED_AS_THEY_ARE
         else c.encode("unicode_escape", "surrogatepass").decode("ascii")
-        for c in found
+        for c in text_form
     )

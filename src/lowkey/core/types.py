@@ -261,9 +261,9 @@ def device_of(module: torch.nn.Module) -> torch.device:
     if device.type != "meta":
         return device
     hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
-    found = next((x for hook in hooks if (x := getattr(hook, "execution_device", None)) is not None), None)
-    if found is None:
+    target = next((x for hook in hooks if (x := getattr(hook, "execution_device", None)) is not None), None)
+    if target is None:
         raise LowkeyError(
             "model: its weights are on device 'meta' and hold no numbers; load the model with from_pretrained"
         )
-    return torch.device(found)
+    return torch.device(target)

@@ -194,12 +194,12 @@ def _through_layer(
     """
     try:
         with torch.autocast(query.device.type, enabled=False):
-            found = _attention(module, query.to(key.keys.dtype), key, *args, **kwargs)
+            result = _attention(module, query.to(key.keys.dtype), key, *args, **kwargs)
     except BaseException:
         key.layer.attend_failed()
         raise
     key.layer.attend_succeeded()
-    return found
+    return result
 
 
 def _attention(

@@ -172,20 +172,20 @@ def geometry(model: PreTrainedModel) -> Geometry:
     Raises:
         LowkeyError: as `shapes`, and for a model without any layer of full attention.
     """
-    found, config = shapes(model), model.config.get_text_config()
-    if not found.compressible:
+    shape, config = shapes(model), model.config.get_text_config()
+    if not shape.compressible:
         raise LowkeyError(
             f"model of family {config.model_type!r} has only sliding-window layers "
             f"(sliding_window={config.sliding_window}); "
             "their cache is bounded already: use a model with full-attention layers"
         )
-    return found
+    return shape
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
     """How many positions a model was made for; None if its config does not say."""
-    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return found if type(found) is int else None
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return positions if type(positions) is int else None
 
 
 def readable_length(model: PreTrainedModel, length: int) -> int:
@@ -391,9 +391,11 @@ class Rope:
     def embeddings(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """(cos, sin), each (b, s, p), in the dtype of `like`, as the decoder layer wants them."""
         args = (like, positions) if self.layer_type is None else (like, positions, self.layer_type)
-        found = self.module(*args)
+        cos_and_sin = self.module(*args)
         # with several devices, the rotary module need not be on the device of this layer
-        return found if found[0].device == like.device else send_to_device(found, like.device)
+        return (
+            cos_and_sin if cos_and_sin[0].device == like.device else send_to_device(cos_and_sin, like.device)
+        )
 
     def __call__(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """(cos, sin), each (b, 1, s, p) in fp32, rounded as the model rounds them for `like`."""
@@ -446,9 +448,9 @@ def rope_parameters(config: PreTrainedConfig) -> dict[str, Any]:
 
     Some families (Gemma 3) keep a set for each type of layer.
     """
-    found = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    own = found.get("full_attention")
-    return own if isinstance(own, dict) else found
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    own = parameters.get("full_attention")
+    return own if isinstance(own, dict) else parameters
 
 
 def run_layer(model: PreTrainedModel, layer: int, block: nn.Module, hidden: Tensor, cache: object) -> Tensor:
@@ -493,12 +495,12 @@ def head_maps(model: PreTrainedModel, layer: int) -> HeadMaps:
     if is_own(model.config):
         with weights.weights_loaded(block):
             return block.head_maps()
-    found = projections(model, layer)
-    q, k = found.q, found.k
-    if found.normed:
+    maps = projections(model, layer)
+    q, k = maps.q, maps.k
+    if maps.normed:
         q, k = q * _norm_weight(block.q_norm, q.shape[1]), k * _norm_weight(block.k_norm, k.shape[1])
     groups = len(q) // len(k)
-    return HeadMaps(q, k.repeat_interleave(groups, 0), found.v.repeat_interleave(groups, 0), found.o)
+    return HeadMaps(q, k.repeat_interleave(groups, 0), maps.v.repeat_interleave(groups, 0), maps.o)
 
 
 @torch.no_grad()

@@ -121,8 +121,8 @@ def check_model(what: str, name: object, wanted: object, model: PreTrainedModel,
     Raises:
         LowkeyError: if the fingerprints differ.
     """
-    found = model_fingerprint(model)
-    if wanted == found:
+    fingerprint = model_fingerprint(model)
+    if wanted == fingerprint:
         return
     if not str(wanted).startswith(RULE_VERSION):
         raise LowkeyError(
@@ -130,7 +130,7 @@ def check_model(what: str, name: object, wanted: object, model: PreTrainedModel,
             f"change outputs; {remedy}"
         )
     raise LowkeyError(
-        f"{what} was made for model {name!r} ({str(wanted)[:14]}), this one is {found[:14]}; {remedy}"
+        f"{what} was made for model {name!r} ({str(wanted)[:14]}), this one is {fingerprint[:14]}; {remedy}"
     )
 
 
@@ -234,16 +234,16 @@ def config_text(config: PreTrainedConfig) -> str:
 def _told(config: PreTrainedConfig, text: PreTrainedConfig) -> dict[str, Any]:
     """The fields of a config that count, given the config of its text decoder."""
     usual = {} if config.has_no_defaults_at_init else type(config)().to_dict()
-    found: dict[str, Any] = {"model_type": config.model_type}
+    fields: dict[str, Any] = {"model_type": config.model_type}
     for name, value in config.to_dict().items():
         inner = getattr(config, name, None)
         if name in IRRELEVANT or name.startswith("_") or (name == "layer_types" and config is text):
             continue
         if isinstance(inner, PreTrainedConfig):
-            found[name] = _told(inner, text)
+            fields[name] = _told(inner, text)
         elif (plain := _plain(value)) != _plain(usual.get(name)):
-            found[name] = plain
-    return found
+            fields[name] = plain
+    return fields
 
 
 def _plain(value: Any) -> Any:

@@ -150,10 +150,10 @@ def _numbers(file: BinaryIO, form: str) -> tuple[int, ...]:
 
 def _bytes(file: BinaryIO, count: int) -> bytes:
     """Read so many bytes. Raises: ValueError if the file ends before."""
-    found = file.read(count)
-    if len(found) != count:
+    data = file.read(count)
+    if len(data) != count:
         raise ValueError("the file ends here")
-    return found
+    return data
 
 
 def need(what: str) -> None:
@@ -200,13 +200,13 @@ def load_plain(path: Path, dtype: torch.dtype, device: str) -> tuple[PreTrainedM
         output_loading_info=True,
         trust_remote_code=False,
     )
-    packed, found = loaded
+    packed, report = loaded
     config = _without_quantisation(packed.config)
     plain = type(packed).from_pretrained(
         None, config=config, state_dict=packed.state_dict(), dtype=dtype, device_map=device
     )
     plain.generation_config = packed.generation_config
-    return plain, found
+    return plain, report
 
 
 def load_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:

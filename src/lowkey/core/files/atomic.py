@@ -218,24 +218,24 @@ def read_consistently(path: Path, read: Callable[[], _T]) -> _T:
         time.sleep(pause)
         before = _version(path)
         try:
-            found = read()
+            content = read()
         except (LowkeyError, FileNotFoundError):  # also of what was moved away while it was read
             moving = recover_interrupted(path)
             if before == _version(path) and not (before is None and moving):
                 raise
         else:
             if before == _version(path):
-                return found
+                return content
     return read()
 
 
 def _version(path: Path) -> tuple[int, ...] | None:
     """What differs between two versions of a file or folder; None if there is none."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except (OSError, ValueError):
         return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
 
 
 def sync(path: Path) -> None:

@@ -75,25 +75,25 @@ class Measured:
         """
 
         def plain() -> list | None:
-            if (found := measure()) is not None and not bool(found.isfinite().all()):
+            if (measured := measure()) is not None and not bool(measured.isfinite().all()):
                 raise LowkeyError(
                     f"{name}: the model's numbers are not finite; load it with --dtype float32, or check its "
                     "weights"
                 )
-            return None if found is None else found.tolist()
+            return None if measured is None else measured.tolist()
 
         if (known := self.once(name, plain)) is None:
             return None
         try:
-            found = torch.tensor(known, dtype=torch.float64)
+            measured = torch.tensor(known, dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError, OverflowError):
-            found = torch.empty(0)
-        if found.shape != shape:
+            measured = torch.empty(0)
+        if measured.shape != shape:
             raise LowkeyError(
                 f"unfinished work: {name!r} is no table of shape {shape}; it is damaged: delete {self.work} "
                 "and start anew"
             )
-        return found
+        return measured
 
     def write(self) -> None:
         """Write what is new to the file, in one step."""
@@ -112,7 +112,7 @@ class Measured:
         if self.work is None or not (self.work / job_name(self.job) / MEASURED_FILE).exists():
             return {}
         folder = job_folder(self.work, self.job)
-        found = read_work_json(folder, MEASURED_FILE).get("measured")
-        if not isinstance(found, dict):
+        measured = read_work_json(folder, MEASURED_FILE).get("measured")
+        if not isinstance(measured, dict):
             raise damaged_work(folder, f"{MEASURED_FILE} holds no measurements")
-        return found
+        return measured

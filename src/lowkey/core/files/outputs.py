@@ -61,9 +61,9 @@ def kind_of(path: Path) -> str | None:
 def _kind_of_json(path: Path) -> str | None:
     if path.stat().st_size > MOST_JSON:
         return None
-    found = parse_json(path.read_bytes().decode())
-    is_ours = isinstance(found, dict) and found.get(CHECKSUM) == json_digest(found)
-    return found.get(KIND) if is_ours else None
+    content = parse_json(path.read_bytes().decode())
+    is_ours = isinstance(content, dict) and content.get(CHECKSUM) == json_digest(content)
+    return content.get(KIND) if is_ours else None
 
 
 def _kind_of_text(path: Path) -> str | None:
@@ -71,10 +71,10 @@ def _kind_of_text(path: Path) -> str | None:
         return None
     text = path.read_bytes()
     start = text.rstrip(b"\n").rfind(b"\n") + 1
-    found = LAST_LINE.fullmatch(text[start:])
-    if found is None or found[2].decode() != hashlib.sha256(text[:start]).hexdigest():
+    mark = LAST_LINE.fullmatch(text[start:])
+    if mark is None or mark[2].decode() != hashlib.sha256(text[:start]).hexdigest():
         return None
-    return found[1].decode()
+    return mark[1].decode()
 
 
 def with_mark(text: str, kind: str, comment: tuple[str, str]) -> str:
@@ -105,10 +105,10 @@ def listed_files(folder: Path) -> dict[str, list[str]]:
     Raises:
         LowkeyError: for a damaged list.
     """
-    found = read_json(folder / MANIFEST, "list of files", "files")["files"]
-    if not (isinstance(found, dict) and all(isinstance(sums, list) for sums in found.values())):
+    listed = read_json(folder / MANIFEST, "list of files", "files")["files"]
+    if not (isinstance(listed, dict) and all(isinstance(sums, list) for sums in listed.values())):
         raise LowkeyError(f"list of files {str(folder / MANIFEST)!r} holds no checksums; it is damaged")
-    return found
+    return listed
 
 
 def first_foreign_file(folder: Path) -> str | None:
@@ -252,9 +252,9 @@ def _check_there(path: Path, force: bool, again: str | None) -> None:
 
 def check_removable(folder: Path) -> None:
     """Check that lowkey wrote everything in a folder. Raises: LowkeyError."""
-    if (found := first_foreign_file(folder)) is not None and folder.is_dir():
+    if (foreign := first_foreign_file(folder)) is not None and folder.is_dir():
         raise LowkeyError(
-            f"output {str(folder)!r} holds other files: lowkey did not write {found!r} there, or it was "
+            f"output {str(folder)!r} holds other files: lowkey did not write {foreign!r} there, or it was "
             "changed since; choose another folder or move it away"
         )
 
@@ -279,17 +279,17 @@ def check_file(path: Path, kind: str | None = None, force: bool = False) -> None
     place = link_target(path)
     if not os.path.lexists(place):
         return
-    found = check_replaceable(place)
-    if not force and found != kind:
+    kind_there = check_replaceable(place)
+    if not force and kind_there != kind:
         raise LowkeyError(f"output {str(path)!r} already exists; choose another name or pass --force")
 
 
 def check_replaceable(file: Path) -> str | None:
     """The kind of a file that lowkey wrote. Raises: LowkeyError if it did not write it."""
-    found = kind_of(file)
-    if found is None:
+    kind = kind_of(file)
+    if kind is None:
         raise LowkeyError(
             f"output {str(file)!r} is there, and lowkey did not write it, or it was changed since; choose "
             "another name"
         )
-    return found
+    return kind

@@ -74,18 +74,18 @@ def opened_file(path: Path, what: str, most: int, remedy: str = OURS) -> Iterato
         ) from None
 
 
-def _check_regular(found: os.stat_result, path: Path, what: str, most: int, remedy: str) -> None:
-    if not stat.S_ISREG(found.st_mode):
-        found_type = FILE_TYPES.get(stat.S_IFMT(found.st_mode), "no regular file")
+def _check_regular(status: os.stat_result, path: Path, what: str, most: int, remedy: str) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        found_type = FILE_TYPES.get(stat.S_IFMT(status.st_mode), "no regular file")
         raise LowkeyError(f"{what} {str(path)!r} is {found_type}; {remedy}")
-    if found.st_size > most:
+    if status.st_size > most:
         raise LowkeyError(f"{what} {str(path)!r} is larger than {most / 2**20:.0f} MiB; {remedy}")
 
 
 def _reason(error: BaseException) -> str:
     """What an error says, on one short line."""
-    told = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(told).split())[:120].rstrip(". ")
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(reason).split())[:120].rstrip(". ")
 
 
 def read_bytes(path: Path, what: str, most: int, remedy: str = OURS) -> bytes:
@@ -155,19 +155,19 @@ def parse_toml(text: str) -> dict[str, Any]:
         ValueError: for anything else.
     """
     try:
-        found = tomllib.loads(text)
+        table = tomllib.loads(text)
     except RecursionError:
         raise ValueError("it is nested without end") from None
-    _check_depth(found, finite=True)
-    return found
+    _check_depth(table, finite=True)
+    return table
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON, in which no name stands twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    table = dict(pairs)
+    if len(table) < len(pairs):
         raise ValueError("a name stands twice in one object")
-    return found
+    return table
 
 
 def _whole(written: str) -> int:
@@ -240,15 +240,15 @@ def read_json(
         return LowkeyError(f"{what} {str(path)!r} {rule}; it is damaged or not one of ours: {MAKE_AGAIN}")
 
     try:
-        found = parse_json(read_bytes(path, what, MOST_JSON, source).decode(), infinite=loose)
+        content = parse_json(read_bytes(path, what, MOST_JSON, source).decode(), infinite=loose)
     except LowkeyError:
         raise
     except (ValueError, MemoryError) as error:
         raise refuse(f"cannot be read ({_reason(error)})") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise refuse("holds no JSON object")
     if newest is not None:
-        version = found.get("format")
+        version = content.get("format")
         if type(version) is not int or version < 1:
             raise refuse(f"has format {version!r:.40}, which is not a number")
         if version > newest:
@@ -256,23 +256,23 @@ def read_json(
                 f"{what} {str(path)!r}: format {version} is newer than {newest}, the newest known here; "
                 "upgrade lowkey"
             )
-    if not (loose and CHECKSUM not in found):
-        if found.get(KIND) != kind:
+    if not (loose and CHECKSUM not in content):
+        if content.get(KIND) != kind:
             raise refuse(f"is not marked as {kind!r}")
-        if found.get(CHECKSUM) != json_digest(found):
+        if content.get(CHECKSUM) != json_digest(content):
             raise refuse("is not what was written there: its checksum differs")
-    return {name: value for name, value in found.items() if name not in (KIND, CHECKSUM)}
+    return {name: value for name, value in content.items() if name not in (KIND, CHECKSUM)}
 
 
 def stated_checksum(path: Path, what: str) -> str | None:
     """The checksum that a JSON file of ours says it has. (`read_json` checks it.) Raises: LowkeyError."""
     try:
-        found = parse_json(read_bytes(path, what, MOST_JSON).decode())
+        content = parse_json(read_bytes(path, what, MOST_JSON).decode())
     except ValueError as error:
         raise LowkeyError(
             f"{what} {str(path)!r} cannot be read ({_reason(error)}); it is damaged: {MAKE_AGAIN}"
         ) from None
-    return found.get(CHECKSUM) if isinstance(found, dict) else None
+    return content.get(CHECKSUM) if isinstance(content, dict) else None
 
 
 # -- tensors
@@ -319,14 +319,14 @@ def _tensors(
     if checksum is not None and summed != checksum:
         raise refuse("is not the file that the JSON beside it describes")
     try:
-        found = load_file(path)
+        tensors = load_file(path)
     except (Exception, MemoryError) as error:  # safetensors has several kinds, for damage alone
         raise refuse(f"cannot be read ({_reason(error)})") from None
-    if summed != digest(found):
+    if summed != digest(tensors):
         raise refuse("is not what was written there: its checksum differs")
-    if finite and not all_finite(found.values()):
+    if finite and not all_finite(tensors.values()):
         raise refuse("holds NaN or infinite numbers")
-    return found
+    return tensors
 
 
 def tensor_marks(path: Path, what: str, remedy: str = MAKE_AGAIN) -> tuple[str, str]:
@@ -353,10 +353,10 @@ def tensor_marks(path: Path, what: str, remedy: str = MAKE_AGAIN) -> tuple[str, 
             raise refuse(f"has an impossible header of {size} bytes")
         header = file.read(size)
     try:
-        found = parse_json(header.decode())
+        content = parse_json(header.decode())
     except ValueError as error:
         raise refuse(f"has a header that is none ({_reason(error)})") from None
-    known = found.get("__metadata__") if isinstance(found, dict) else None
+    known = content.get("__metadata__") if isinstance(content, dict) else None
     kind, _, checksum = str(known.get(KIND, "")).partition(" ") if isinstance(known, dict) else ("", "", "")
     return kind, checksum
 
@@ -370,11 +370,11 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     """The sha256 of the names, dtypes, shapes and numbers of tensors."""
     import torch
 
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for name, t in sorted(tensors.items()):
-        found.update(json.dumps([name, str(t.dtype), list(t.shape)]).encode())
-        found.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        sha256.update(json.dumps([name, str(t.dtype), list(t.shape)]).encode())
+        sha256.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha256.hexdigest()
 
 
 def all_finite(tensors: Any) -> bool:

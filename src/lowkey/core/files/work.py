@@ -103,12 +103,12 @@ def read_work_json(folder: Path, name: str) -> dict:
 
 
 def checked_tensor(
-    found: Mapping[str, Tensor], name: str, like: Tensor | tuple[int, ...], folder: Path
+    tensors: Mapping[str, Tensor], name: str, like: Tensor | tuple[int, ...], folder: Path
 ) -> Tensor:
     """A tensor of unfinished work that must have a certain shape.
 
     Args:
-        found: the tensors that were read.
+        tensors: the tensors that were read.
         name: of the one wanted.
         like: its shape; or a tensor, whose dtype must agree, too.
         folder: where it was read, for messages.
@@ -116,7 +116,7 @@ def checked_tensor(
     Raises:
         LowkeyError: if it is missing or of another shape or dtype.
     """
-    t = found.get(name)
+    t = tensors.get(name)
     shape, dtype = (like, None) if isinstance(like, tuple) else (tuple(like.shape), like.dtype)
     if t is None or tuple(t.shape) != shape or (dtype is not None and t.dtype != dtype):
         raise damaged_work(folder, f"{name!r} is missing or not of shape {shape}")
