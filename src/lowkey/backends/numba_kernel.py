@@ -82,7 +82,7 @@ def _attend(function, g, cap, query, keys, values, left, scores, part):
     for i in range(len(out)):
         for x in range(out.shape[1]):
             out[i, x] = 0.0
-    for i in range(0, len(query), g):
+    for i in range(0, len(query), g):  # g queries share one reading of the keys
         query_at, out_at = _at(query, i * query.shape[1]), _at(out, i * out.shape[1])
         call(
             function,
@@ -102,6 +102,7 @@ def _merge(parts, tops, totals, out, lse):
         for p in range(len(parts)):
             top = max(top, tops[p, i])
         for p in range(len(parts)):
+            # each piece counts relative to the largest score of all
             weight = np.exp2(tops[p, i] - top)
             total += weight * totals[p, i]
             for x in range(parts.shape[2]):
@@ -188,6 +189,7 @@ def _do(i, how, cap, arrays, cuts, results, done, scores):
     these = (key + begin * key_stride, key_stride, r), (value + begin * value_stride, value_stride, v)
     left = min(size, starts[row + 1] - begin)
     _attend(function, g, cap, query[row], *these, left, scores, (parts[i], tops[i], totals[i]))
+    # the counter tells which thread came last; it then sees all results of the row
     if add(_at(done, row), 1) == z - a - 1:
         _merge(parts[a:z], tops[a:z], totals[a:z], out[row], lse[row])
 
@@ -210,7 +212,7 @@ def decode_rows(function, g, scale, cap, query, keys, values, starts, out, lse, 
     how, arrays = (function, g, *keys, *values), (_packed(query, scale, g, keys[2]), out, lse)
     cuts, results = _plan(starts, arrays[0].shape[1], values[2], out, lse)
     counters = np.zeros(threads, np.int64), np.zeros(len(out), np.int64)
-    if threads == 1:
+    if threads == 1:  # a parallel loop costs more than a short row
         _work(0, how, cap, arrays, cuts, results, counters)
         return
     for me in prange(threads):

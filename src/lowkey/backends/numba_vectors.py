@@ -74,7 +74,7 @@ def _pointer(b: Builder, address: Value, offset: Value | None = None, kind: ir.T
 def _load(b: Builder, address: Value, offset: Value | None = None, kind: str = "float32") -> Value:
     """LANES stored numbers, widened."""
     raw = b.load(_pointer(b, address, offset, STORED[kind]), align=BYTES_PER_NUMBER[kind])
-    if kind == "bfloat16":
+    if kind == "bfloat16":  # the upper half of an fp32 number
         return b.bitcast(
             b.shl(b.zext(raw, INTEGER_VECTOR), ir.Constant(INTEGER_VECTOR, [16] * LANES)), FLOAT_VECTOR
         )
@@ -165,7 +165,7 @@ class _Columns:
         offset = self.b.mul(
             _smaller(self.b, self.b.mul(index, _whole(LANES)), self.last), _whole(BYTES_PER_NUMBER[self.kind])
         )
-        for row in self.rows:
+        for row in self.rows:  # before the loads, so that memory works ahead
             _fetch(self.b, row, offset)
         return [_load(self.b, row, offset, self.kind) for row in self.rows]
 

@@ -42,6 +42,7 @@ class Adapters:
             The name; None for an adapter that is not active. Active adapters are called by number, so that
             the name that a user gave them does not count.
         """
+        # the parts of the name that belong to wrappers are left out
         parts, inner = name.split("."), set()
         for path, wrapper in self.wrappers.items():
             if not name.startswith(f"{path}."):

@@ -223,6 +223,7 @@ def _read(folder: Path) -> Plan:
         checksum = meta["tensors_sha256"]
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise refuse(f"plan.json lacks or garbles a field ({error})") from None
+    # shapes of tensors are checked against these fields, so the fields come first
     if rule := _flaw(fields) or _flaw_of_ranks(ranks, order, fields["geometry"]):
         raise refuse(rule)
     _check_heads(fields["heads"], len(ranks), heads, refuse)

@@ -195,10 +195,12 @@ class BucketedLayer(RaggedLayer):
         positions = self.positions_of(self.seen - t, self.seen)
         stored = self.codecs[0].encode(keys, values, positions)
         levels = self.gate(*stored).argmax(-1).masked_fill(~real, -1)  # no level for padding
+        # what queries of this chunk see of it: as it came, or as it will be read later
         chunk, exact = (keys, values), self.exact_rows(real)[:, None, None, None]
         if not bool(exact.all()):
             k, v = self._as_read_later(*stored, levels, positions)
             chunk = torch.where(exact, keys, k), torch.where(exact, values, v)
+        # older tokens are attended to before the chunk is stored among them
         out = merge_parts([*self._stored_parts(call), self._chunk_part(*chunk, call)])[0]
         self._store(*stored, levels, positions)
         return out.to(values.dtype)

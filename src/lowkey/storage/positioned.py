@@ -66,6 +66,7 @@ class PositionedLayer(StoringLayer):
                 "give as many"
             )
         real = _seen_by_own_chunk(call, start, self.seen).expand(batch, t)
+        # sequences that have begun keep their offset; others may begin in this chunk
         positions, begun = batch_positions(start, call, batch), self.first_index < start
         first_new = torch.where(
             real.any(1, keepdim=True), start + real.int().argmax(1, keepdim=True), self.seen
@@ -82,7 +83,7 @@ class PositionedLayer(StoringLayer):
                 "without padding between turns; "
                 "drop position_ids, or give rows of uneven turns a cache each"
             )
-        self.offset, self.first_index = offset, first
+        self.offset, self.first_index = offset, first  # only now, since nothing was refused
         return real
 
     def exact_rows(self, real: Tensor) -> Tensor:
@@ -136,6 +137,7 @@ class RaggedLayer(PositionedLayer):
                 "attention_mask: differs from that of earlier turns, and padding is not held here; repeat "
                 "the earlier mask"
             )
+        # tokens that only score are forgotten, so padding among them does no harm
         stored = real.shape[1] - self.score_only_tokens
         if stored > 0 and bool((real[:, :stored] != (tokens[start : start + stored] >= first)).any()):
             raise LowkeyError(

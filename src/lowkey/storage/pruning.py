@@ -270,6 +270,7 @@ class PruningLayer(EvictingLayer):
         fits = torch.tensor([self._fits(n) for n in tokens.tolist()], device=self.device)
         unchanged = self.decoding_rows(call.query.shape[3]) | fits
         until = before.maximum(first + tokens - self.policy.recent)
+        # the queries that were recorded, and those of this call
         context = self._context(call, candidates, None)
         newest = context.newest_query_positions(self.policy.looked) >= 0  # (b, w)
         some = newest.any(0)
@@ -309,6 +310,7 @@ class PruningLayer(EvictingLayer):
         key_energy = torch.zeros(b * h, self.keys.shape[-1], device=self.device).index_add_(
             0, row[new], self.keys[new].float().square()
         )
+        # the square of ThinK's score of a channel, |Q_c K_c^T|_F = |q_c| |k_c|
         worth = pending.energy * key_energy.view(b, h, -1)
         chosen = worth.topk(self.channel_count, dim=-1).indices.sort(-1).values.short()
         reuse = self.choice_is_firm[:, 0] & (pending.queries < self.policy.looked)

@@ -152,6 +152,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         new.mkdir()
         yield new
         finish(new)
+        # somebody may have put something there while the block ran
         read_consistently(place, lambda: check_removable(place))
         with suppress(FileNotFoundError):
             os.chmod(new, place.stat().st_mode & 0o7777)
