@@ -368,7 +368,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING as layers
 state = lambda: (dict(functions), dict(masks), dict(layers), torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),
     torch.random.get_rng_state().sum().item(), transformers.logging.get_verbosity())
 before = state()
-import lowkey, lowkey.calibrate, lowkey.cache, lowkey.methods
+import lowkey, lowkey.calibration.calibrate, lowkey.cache, lowkey.methods
 assert state() == before
 """
     subprocess.run([sys.executable, "-c", program], check=True)
