@@ -37,9 +37,9 @@ def flaw(layer: Any, own: dict[str, Tensor], shape: HeadShape, groups: int) -> s
     ):
         return "it holds NaN or infinite numbers"
     if isinstance(layer, EvictingLayer):
-        return _placed(layer) or _evicting(layer, shape, groups)
+        return _positioned(layer) or _evicting(layer, shape, groups)
     if isinstance(layer, CodedLayer):
-        return _placed(layer) or _coded(layer, shape)
+        return _positioned(layer) or _coded(layer, shape)
     return _stock(layer, shape)
 
 
@@ -59,11 +59,12 @@ def _stock(layer: Any, shape: HeadShape) -> str | None:
     )
 
 
-def _placed(layer: Any) -> str | None:
+def _positioned(layer: Any) -> str | None:
     """Check where the tokens of each sequence are: at positions that a model has."""
     offset, first = layer.offset, getattr(layer, "first_index", None)
     if offset.ndim != 2 or offset.shape[1] != 1 or not len(offset):
         return f"offset is of shape {tuple(offset.shape)}"
+    # positions are indices less the offset, and are held in 32 bits
     if bool((offset > layer.seen).any()) or bool((offset <= layer.seen - 2**31).any()):
         return "offset puts tokens where no positions are"
     if first is not None:
@@ -94,10 +95,12 @@ def _coded(layer: CodedLayer, shape: HeadShape) -> str | None:
         like = packing.pack(torch.empty(b, groups, stored, width, dtype=layer.recent_k.dtype, device="meta"))
         names = zip(layer.packed_attributes(name), layer.packed_tensors(name), like, strict=True)
         rules += [unlike(attribute, part, *other.shape) for attribute, part, other in names]
+    # every sink slot is empty or names a token that was seen
     at = layer.sink_index
     if not bool((((at >= 0) & (at < layer.seen)) | (at == EMPTY)).all()):
         rules.append("sink_at is not among the tokens seen")
     if layer.form_depends_on_age and first_flaw(*rules) is None:
+        # a sequence ends behind its first token; one without tokens has no end yet
         begun = layer.first_index < layer.seen
         if bool(
             torch.where(
@@ -118,6 +121,7 @@ def _evicting(layer: EvictingLayer, shape: HeadShape, groups: int) -> str | None
         return (
             f"it counts {layer.joined_length} of {layer.tail_length} tokens in the tail of {layer.seen} seen"
         )
+    # encoding no tokens tells the widths that the codec stores
     keys, values = (torch.empty(1, heads, 0, d).to(layer.tail_k) for d in shape[1:])
     stored = [x.shape[-1] for x in layer.codec.encode(keys, values, layer.offset[:1, :0])]
     return first_flaw(
@@ -128,21 +132,21 @@ def _evicting(layer: EvictingLayer, shape: HeadShape, groups: int) -> str | None
         unlike("positions", layer.positions, layer.kept_entries),
         unlike("previous_scores", layer.previous_scores, layer.kept_entries if layer.policy.stateful else 0),
         unlike("starts", layer.starts, b * heads + 1),
-        _asked(layer, (b, heads, groups), shape[1]),
+        _recorded_queries(layer, (b, heads, groups), shape[1]),
     ) or first_flaw(
         rows_flaw(layer, heads, layer.starts, layer.positions, layer.kept_entries),
         layer.own_flaw(heads, stored[0], stored[1]),
     )
 
 
-def _asked(layer: EvictingLayer, rows: tuple[int, int, int], width: int) -> str | None:
-    asked = layer.recorded_queries
-    if not asked.numel():
-        return None if asked.ndim == 1 else f"asked is of shape {tuple(asked.shape)}"
+def _recorded_queries(layer: EvictingLayer, rows: tuple[int, int, int], width: int) -> str | None:
+    queries = layer.recorded_queries
+    if not queries.numel():
+        return None if queries.ndim == 1 else f"asked is of shape {tuple(queries.shape)}"
     fits = (
-        asked.ndim == 5
-        and asked.shape[:3] == rows
-        and asked.shape[4] == width
-        and asked.shape[3] <= layer.seen
+        queries.ndim == 5
+        and queries.shape[:3] == rows
+        and queries.shape[4] == width
+        and queries.shape[3] <= layer.seen
     )
-    return None if fits else f"asked is of shape {tuple(asked.shape)}"
+    return None if fits else f"asked is of shape {tuple(queries.shape)}"

@@ -138,7 +138,7 @@ def _repeated(
         .to(ids.device)
     )
     chunk, bridge = second_pass.chunk, second_pass.bridge
-    texts = [row[there] for row, there in zip(ids, mask.bool(), strict=True)]
+    texts = [row[real] for row, real in zip(ids, mask.bool(), strict=True)]
     cache.freeze()  # nothing is evicted before all pieces have scored the context
     _read(model, cache, ids, mask)
     longest = max(map(len, texts))  # sequences differ in length if they are padded
@@ -147,12 +147,12 @@ def _repeated(
             torch.cat([request, x[max(0, start - bridge) : start + chunk]]) if start < len(x) else x[:0]
             for x in texts
         ]
-        again, there = (
+        again, again_mask = (
             pad_sequence(rows, batch_first=True) for rows in (pieces, [torch.ones_like(x) for x in pieces])
         )
         span = (0, longest) if second_pass.whole_context else (start, start + chunk)
         cache.score_only(again.shape[1], span)
-        _read(model, cache, again, torch.cat([mask, there], 1))
+        _read(model, cache, again, torch.cat([mask, again_mask], 1))
     cache.score_only(0)
     cache.freeze(False)
     for layer in cache.evicting:

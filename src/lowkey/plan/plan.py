@@ -328,10 +328,10 @@ def _flaw_of_ranks(ranks: dict, order: dict, geometry: dict) -> str | None:
     return None
 
 
-def _check_heads(found: Any, layers: int, heads: int, refuse: Refusal) -> None:
+def _check_heads(scores: Any, layers: int, heads: int, refuse: Refusal) -> None:
     """Check head scores: one finite number of at least 0 for each KV head. Raises: LowkeyError."""
     try:
-        tables = [torch.tensor(rows, dtype=torch.float64) for rows in found.values()]
+        tables = [torch.tensor(rows, dtype=torch.float64) for rows in scores.values()]
     except (AttributeError, TypeError, ValueError, OverflowError, RuntimeError):
         raise refuse("head importance is no table of numbers") from None
     if not all(t.shape == (layers, heads) and bool((t >= 0).all() & t.isfinite().all()) for t in tables):

@@ -54,6 +54,7 @@ class CompensatingLayer(EvictingLayer):
         return super().index_bytes() + b * h * numbers * self.dropped.element_size()
 
     def own_flaw(self, heads: int, key_width: int, value_width: int) -> str | None:
+        """Check the compensation tokens; see `PositionedLayer.own_flaw`."""
         b = len(self.offset)
         return first_flaw(
             unlike("mean_k", self.mean_k, b, heads, 1, key_width),

@@ -1,4 +1,4 @@
-"""Rules that what a layer was given out of a file must keep: shapes, and rows of different length."""
+"""Rules that a layer must keep that was read from a file: shapes, and rows that begin where they can."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ from lowkey.storage.file_names import file_name
 
 
 def unlike(name: str, t: Tensor, *shape: int) -> str | None:
-    """What is wrong with a tensor that should have this shape, or None."""
-    return (
-        None if tuple(t.shape) == shape else f"{file_name(name)} is of shape {tuple(t.shape)} and not {shape}"
-    )
+    """The rule that a tensor breaks if it has another shape, or None.
+
+    Args:
+        name: the attribute of the layer; messages call it as files do.
+        t: the tensor.
+        *shape: that it must have.
+    """
+    if tuple(t.shape) == shape:
+        return None
+    return f"{file_name(name)} is of shape {tuple(t.shape)} and not {shape}"
 
 
 def first_flaw(*rules: str | None) -> str | None:
@@ -22,16 +28,26 @@ def first_flaw(*rules: str | None) -> str | None:
     return next((rule for rule in rules if rule), None)
 
 
-def rows_flaw(layer: Any, heads: int, starts: Tensor, where: Tensor, kept: int) -> str | None:
-    """Check that rows lie one behind another, with tokens from before the tail, each once and in order."""
-    where = where.long()
+def rows_flaw(layer: Any, heads: int, starts: Tensor, positions: Tensor, kept: int) -> str | None:
+    """The rule that ragged rows break, or None.
+
+    Rows lie one behind another. They hold tokens from before the tail, each once and in order.
+
+    Args:
+        layer: the layer.
+        heads: KV heads.
+        starts: (b h + 1), where rows begin.
+        positions: (n), of the tokens in all rows.
+        kept: the count n that the layer has.
+    """
+    positions = positions.long()
     if int(starts[0]) != 0 or int(starts[-1]) != kept or bool((starts.diff() < 0).any()):
         return "rows do not begin one behind the other"
     if not kept:
         return None
     row = row_of(starts)
-    index = where + layer.offset[:, 0][row // heads]
+    index = positions + layer.offset[:, 0][row // heads]
     if bool(((index < 0) | (index >= layer.seen - layer.tail_length)).any()):
         return "positions are not among those of the tokens seen"
-    together = row[1:] == row[:-1]
-    return "positions of a row do not rise" if bool((together & (where.diff() <= 0)).any()) else None
+    same_row = row[1:] == row[:-1]
+    return "positions of a row do not rise" if bool((same_row & (positions.diff() <= 0)).any()) else None

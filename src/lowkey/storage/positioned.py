@@ -167,8 +167,16 @@ class RaggedLayer(PositionedLayer):
             )
 
     def own_flaw(self, heads: int, key_width: int, value_width: int) -> str | None:
-        """What is wrong, in a layer read out of a file, with what this class holds besides its base class; None
-        if all is well. Widths are those of stored keys and values."""
+        """The first rule that a layer that was read from a file breaks, of those that this class adds.
+
+        Args:
+            heads: KV heads.
+            key_width: width of stored keys.
+            value_width: width of stored values.
+
+        Returns:
+            The rule in words, or None.
+        """
         return None
 
     def reset(self) -> None:

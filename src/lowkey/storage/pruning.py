@@ -184,7 +184,7 @@ class PruningLayer(EvictingLayer):
         ]
 
     def own_flaw(self, heads: int, key_width: int, value_width: int) -> str | None:
-        """Check the tokens whose keys lost channels, and the channels that they have left."""
+        """Check the pruned tokens and the channels of each pruning; see `PositionedLayer.own_flaw`."""
         b = len(self.offset)
         at, until = self.kept_channels.long(), self.pruned_until
         wrong = first_flaw(
@@ -200,6 +200,7 @@ class PruningLayer(EvictingLayer):
             return wrong
         if bool(((at < 0) | (at >= key_width)).any()) or bool((at.diff(dim=3) <= 0).any()):
             return "channels are not those of a key, ascending"
+        # channels are found by counting the prunings that ended before a token
         if bool((until.diff(dim=1) < 0).any()):
             return "a pruning went less far than the one before"
         wrong = rows_flaw(self, heads, self.pruned_starts, self.pruned_positions, self.pruned_entries)
