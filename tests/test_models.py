@@ -223,7 +223,7 @@ def test_weights_that_are_not_at_hand_are_not_rewritten(tmp_path):
     for name, act in PLAIN_ONLY.items():
         with pytest.raises(LowkeyError, match=f"{name}: weight .* is offloaded"):
             act(model, pico.plan(model), tmp_path)
-    with pytest.raises(LowkeyError, match="'fisher': takes gradients"):
+    with pytest.raises(LowkeyError, match="'fisher': needs gradients"):
         plan_of(model, allocator="fisher")
 
 

@@ -185,7 +185,7 @@ def _build(about: dict, tensors: dict[str, Tensor]) -> DynamicPlan:
     """
     known = {name: about[name] for name in DYNAMIC_PLAN_FIELDS} | {"levels": tuple(about["levels"])}
     heads, d = cache_shape(about["geometry"])
-    if known["layout"] not in LAYOUTS:
+    if known["layout"] not in list(LAYOUTS):
         raise ValueError(f"layout {known['layout']!r:.40} is not one of {', '.join(LAYOUTS)}")
     levels = about["levels"]
     # The first level is full rank; the others are smaller and each is named once.
@@ -300,7 +300,7 @@ def make_dynamic_plan(
         LowkeyError: for an unsupported model or layout, too short a text, or a target out of reach.
     """
     shape, sample, training = families.geometry(model), sample or Sample(), training or GateTraining()
-    if layout not in LAYOUTS:
+    if layout not in list(LAYOUTS):
         raise LowkeyError(f"layout {layout!r} is unknown; {nearest_name(layout, LAYOUTS)}")
     families.check_layout(model, layout)
     dynakv.check_target(training.target, shape.head_dim)

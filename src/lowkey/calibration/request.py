@@ -112,7 +112,7 @@ def _check(model: PreTrainedModel, layout: Layout, judge: str, allocator: RankAl
         raise LowkeyError(
             "model: is in training mode, where dropout would be measured too; call model.eval() first"
         )
-    if layout not in LAYOUTS:
+    if layout not in list(LAYOUTS):
         raise LowkeyError(f"layout {layout!r} is unknown; {nearest_name(layout, LAYOUTS)}")
     families.check_layout(model, layout)
     if judge not in JUDGES:

@@ -263,7 +263,7 @@ def cache_shape(geometry: dict) -> tuple[int, int]:
 
 def _flaw(fields: dict) -> str | None:
     """The first field of plan.json that does not hold what its name says; None if all do."""
-    if fields["layout"] not in LAYOUTS:
+    if fields["layout"] not in list(LAYOUTS):
         return f"layout {fields['layout']!r:.40} is none of {', '.join(LAYOUTS)}"
     if type(fields["orthonormal"]) is not bool:
         return "orthonormal is neither true nor false"
