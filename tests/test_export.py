@@ -411,12 +411,12 @@ REFUSALS = {
     ),
     "pca": (
         lambda m: make(m, PCA()),
-        "'pca' .*: it does not keep the channels that a rotary embedding of width 8 turns",
+        "'pca' .*: it does not keep the channels that a rotary embedding of width 8 rotates",
     ),
     "any channels": (lambda m: make(m, KVLatent("data")), "does not keep the channels"),
     "uneven": (lambda m: make(m, ranks=(8, 16)), "rank 8 of keys and 16 of values"),
     "whole": (lambda m: make(m, ranks=(16, 16)), "every channel of every head"),
-    "means": (lambda m: with_means(make(m)), "takes means off"),
+    "means": (lambda m: with_means(make(m)), "subtracts means from"),
     "layers differ": (lambda m: with_one_layer(make(m), pico.factors(4)), "other ranks than one another"),
     "frequencies": (lambda m: aware(m), "frequencies of its own; compress with -O rope=kept"),
     "sinks": (
@@ -463,7 +463,7 @@ def test_strided_channels_whose_frequencies_differ_are_refused(tmp_path):
         model,
         make(model, KVLatent()),
         tmp_path,
-        "does not keep the channels that a rotary embedding of width 8 turns",
+        "does not keep the channels that a rotary embedding of width 8 rotates",
     )
 
 

@@ -222,7 +222,7 @@ def test_a_tokenizer_is_trained_on_about_as_much_as_is_read(tmp_path):
     with mock.patch("lowkey.pretraining.corpus.TOKENIZED_AT_ONCE", 100):
         few = prepare(Data(path=str(path), vocab_size=280, held_out=0.0, max_tokens=100), tmp_path)
     assert len(few.training.ids) >= 100 and len(few.tokenizer) == 280
-    with pytest.raises(LowkeyError, match="line 37 is no JSON"):
+    with pytest.raises(LowkeyError, match="line 37 is not JSON"):
         prepare(Data(path=str(path), vocab_size=280), tmp_path)
 
 
@@ -250,11 +250,11 @@ def test_halves_of_surrogate_pairs_are_read(tmp_path):
     [
         (lambda f: Data(path=str(f / "nothing.jsonl")), "no such file or folder"),
         (lambda f: Data(path="nothing.txt"), "no such file or folder"),
-        (lambda f: Data(path=str(f / "latin.jsonl")), "line 2 is no JSON .*utf-8"),
+        (lambda f: Data(path=str(f / "latin.jsonl")), "line 2 is not JSON .*utf-8"),
         (lambda f: Data(path=str(f / "empty")), "no .txt, .jsonl, .parquet"),
         (lambda f: Data(path=str(f / "a.md")), "none of .txt"),
         (lambda f: Data(path=as_jsonl(f).path), "it has body"),
-        (lambda f: Data(path=str(f / "bad.jsonl")), "line 2 is no JSON"),
+        (lambda f: Data(path=str(f / "bad.jsonl")), "line 2 is not JSON"),
         (lambda f: Data(path=str(f / "blank.jsonl")), "holds no text"),
         (lambda f: Data(path=str(f / "bad.parquet")), "cannot be read"),
         (lambda f: Data(tokenizer=str(f / "nothing")), "tokenizer"),

@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import (
 from .configuration_lowkey import LowkeyConfig
 from .costs import Costs
 
-POSITION_NUMBERS = 3  # numbers that say a token's position
+POSITION_NUMBERS = 3  # numbers that hold a token's position, 8 bits each
 
 Turn = tuple[Tensor, Tensor]  # cos and sin, each (b, t, width)
 
@@ -100,7 +100,7 @@ class KindRotaryEmbedding(LlamaRotaryEmbedding):
 
     def __init__(self, config: LowkeyConfig, width: int, narrow: int = 0) -> None:
         own = copy.copy(config)
-        own.head_dim = width
+        own.head_dim = width  # where Llama's class reads the width from
         super().__init__(own)
         self.narrow = KindRotaryEmbedding(config, narrow) if narrow else None
 
@@ -152,11 +152,12 @@ def rotated_by(x: Tensor, rope: RotaryCall | Turn, back: bool = False) -> Tensor
     width = cos.shape[-1]
     if width == 0:
         return x
-    turned = x[..., -width:]
+    rotated = x[..., -width:]
     if back:
-        turned = turned / (in_fp32_or_wider(cos).square() + in_fp32_or_wider(sin).square()).to(x.dtype)
-    turned = turned * cos + rotate_half(turned) * (-sin if back else sin)
-    return turned if width == x.shape[-1] else torch.cat((x[..., :-width], turned), -1)
+        # cos^2 + sin^2 is the square of the factor that YaRN puts on both, and 1 without it.
+        rotated = rotated / (in_fp32_or_wider(cos).square() + in_fp32_or_wider(sin).square()).to(x.dtype)
+    rotated = rotated * cos + rotate_half(rotated) * (-sin if back else sin)
+    return rotated if width == x.shape[-1] else torch.cat((x[..., :-width], rotated), -1)
 
 
 def split_into_heads(x: Tensor, heads: int) -> Tensor:
@@ -214,15 +215,17 @@ def attention_weights(scores: Tensor, mask: Tensor | None) -> Tensor:
             first token on, or no mask for a single query.
     """
     t, s = scores.shape[-2:]
+    # transformers leaves the mask out for a single query, and where the new tokens are the first of the text.
+    # A static cache then has more places than tokens, which the lower triangle hides.
     if mask is None and t > 1:
         mask = torch.ones(t, s, dtype=torch.bool, device=scores.device).tril()
     if mask is not None:
-        mask = mask[..., :s]
-        scores = (
-            scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-            if mask.dtype == torch.bool
-            else scores + mask
-        )
+        mask = mask[..., :s]  # of a static cache it also covers tokens to come
+        if mask.dtype == torch.bool:
+            # Not -inf: the softmax of a row that is masked everywhere (padding) would be NaN.
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + mask
     return torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
 
 
@@ -365,8 +368,9 @@ class Attention(nn.Module, ABC):
         value_width: dimensions of a head's output (default: head_dim).
     """
 
-    whole: LowkeyConfig | None = None  # the model's configuration, where this layer is one of the others
-    stores_positions = False
+    # The model's configuration, if this layer is one of those that `attention_layers` leaves out.
+    whole: LowkeyConfig | None = None
+    stores_positions = False  # whether positions are stored among the keys
 
     def __init__(
         self,
@@ -378,6 +382,7 @@ class Attention(nn.Module, ABC):
         super().__init__()
         self.config, self.layer_idx, self.heads = config, layer_idx, config.num_attention_heads
         key_width, value_width = key_width or config.head_dim, value_width or config.head_dim
+        # transformers' attention functions read these four by name.
         self.scaling = key_width**-0.5
         self.attention_dropout, self.is_causal = config.attention_dropout, True
         self.num_key_value_groups = self.heads // config.num_key_value_heads
@@ -513,7 +518,8 @@ class Attention(nn.Module, ABC):
         self, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall
     ) -> tuple[Tensor, Tensor | None]:
         """transformers' attention function over keys and values that are written out for every head."""
-        chosen = (self.whole or self.config)._attn_implementation  # of the model, whose user may change it
+        # Read at every call, and from the model's own configuration: users may change it there.
+        chosen = (self.whole or self.config)._attn_implementation
         function = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
         return function(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
-GROUPED = ("mha", "gqa", "mqa")  # one class, told apart by the number of key-value heads
+GROUPED = ("mha", "gqa", "mqa")  # one class with different numbers of key-value heads
 ATTENTION_KINDS = (*GROUPED, "mla", "lrkv", "mea", "gta", "k_eq_v")
 PARTLY_ROTATED = ("mla", "gta", "k_eq_v")
 ROPE_MODES = ("full", "latent", "partial")
@@ -20,26 +20,15 @@ HEAD_NORMS = ("none", "shared", "own")
 HLC_INITS = ("identity", "orthogonal")
 DECODES = ("auto", "absorbed", "expanded")
 SUBSETS = ("half", "deep")
-SHARED_FIELDS = (  # by all layers, whatever their attention
-    *(
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "head_dim",
-        "hidden_act",
-    ),
-    *(
-        "max_position_embeddings",
-        "initializer_range",
-        "rms_norm_eps",
-        "rope_parameters",
-        "attention_bias",
-        "attention_dropout",
-    ),
-    *("mlp_bias", "q_lora_rank", "qk_norm", "attn_output_gate", "zero_init_output", "decode"),
+# Fields that all layers of a model share, whatever their attention.
+# fmt: off
+SHARED_FIELDS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
+    "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "rope_parameters",
+    "attention_bias", "attention_dropout", "mlp_bias",
+    "q_lora_rank", "qk_norm", "attn_output_gate", "zero_init_output", "decode",
 )
+# fmt: on
 
 
 @strict
@@ -144,6 +133,7 @@ class LowkeyConfig(LlamaConfig):
             self.qk_nope_head_dim = self.head_dim if self.qk_nope_head_dim is None else self.qk_nope_head_dim
         if self.qk_rope_head_dim is None:
             self.qk_rope_head_dim = self.head_dim if self.attention == "k_eq_v" else self.head_dim // 2
+        # Names become numbers here, so that a saved configuration is independent of them.
         self.attention_layers = subset(self.attention_layers, self.num_hidden_layers)
         super().__post_init__(**kwargs)
 
@@ -208,8 +198,10 @@ class LowkeyConfig(LlamaConfig):
             )
 
     def _validate_layers(self) -> None:
-        """Raises:
-        ValueError: wrong layers, or other_attention without them.
+        """Check attention_layers and other_attention.
+
+        Raises:
+            ValueError: layers that do not exist, or other_attention without attention_layers.
         """
         layers, other = self.attention_layers, self.other_attention
         if layers is None:
@@ -238,25 +230,29 @@ class LowkeyConfig(LlamaConfig):
                 f"other_attention: {name!r} is no field of an attention; give some of "
                 f"{', '.join(sorted(known))}"
             )
-        _ = self.others  # refuses what cannot be built
+        _ = self.others  # making their configuration checks it
 
     def _validate_rope(self) -> None:
-        """Raises:
-        ValueError: an odd or too large number of rotated dimensions.
+        """Check the number of rotated dimensions.
+
+        Raises:
+            ValueError: it is odd or too large.
         """
         width = self.rope_width
         if not self._partly_rotated:
             if width % 2:
-                raise ValueError(f"head_dim {width}: rotation turns pairs; give an even number")
+                raise ValueError(f"head_dim {width}: rotation acts on pairs; give an even number")
         elif width % 2 or width < 0 or (width > self.head_dim and self.attention != "mla"):
             limit = "" if self.attention == "mla" else f" up to head_dim {self.head_dim}"
             raise ValueError(
-                f"qk_rope_head_dim {width}: rotation turns pairs; give an even number from 0{limit}"
+                f"qk_rope_head_dim {width}: rotation acts on pairs; give an even number from 0{limit}"
             )
 
     def _validate_heads(self) -> None:
-        """Raises:
-        ValueError: wrong numbers of heads.
+        """Check the numbers of heads and their width.
+
+        Raises:
+            ValueError: one of them cannot be.
         """
         heads, stored = self.num_attention_heads, self.num_key_value_heads
         if self.head_dim < 1:
@@ -282,8 +278,10 @@ class LowkeyConfig(LlamaConfig):
             )
 
     def _validate_mla(self) -> None:
-        """Raises:
-        ValueError: wrong widths of mla.
+        """Check the widths of mla.
+
+        Raises:
+            ValueError: one of them cannot be.
         """
         if not self.kv_lora_rank or self.kv_lora_rank < 1:
             raise ValueError(
@@ -304,8 +302,10 @@ class LowkeyConfig(LlamaConfig):
             )
 
     def _validate_lrkv(self) -> None:
-        """Raises:
-        ValueError: a wrong rank or mode of lrkv.
+        """Check rank, mode and start of lrkv.
+
+        Raises:
+            ValueError: one of them cannot be.
         """
         rank = self.lrkv_rank
         if rank < 0:
@@ -319,8 +319,8 @@ class LowkeyConfig(LlamaConfig):
         if self.lrkv_rope_mode == "full" and self.decode == "absorbed":
             raise ValueError(
                 "decode 'absorbed': keys rotated at full width cannot be read without rebuilding them "
-                "(rotation and the up-map do not "
-                "commute); use decode='auto', or lrkv_rope_mode='latent' or 'partial'"
+                "(rotation and the up-map do not commute); use decode='auto', or lrkv_rope_mode='latent' or "
+                "'partial'"
             )
 
 

@@ -36,14 +36,10 @@ class GroupedQuery(Attention):
         return self.dense(query, keys, values, call)
 
     def effective(self) -> tuple[Tensor, Tensor]:
-        keys, values = (
-            weight_of(part, self.config.num_key_value_heads) for part in (self.k_proj, self.v_proj)
-        )
-        k, v = (
-            maps.repeat_interleave(self.num_key_value_groups, 0)
-            for maps in (norm_folded(keys, self.k_norm), values)
-        )
-        return k, v
+        stored, group = self.config.num_key_value_heads, self.num_key_value_groups
+        keys = norm_folded(weight_of(self.k_proj, stored), self.k_norm)
+        values = weight_of(self.v_proj, stored)
+        return keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
 
     @staticmethod
     def costs(config: LowkeyConfig) -> Costs:
@@ -51,5 +47,5 @@ class GroupedQuery(Attention):
         parameters, token = projection_costs(config, d, d)
         maps, numbers = 2 * config.hidden_size * stored * d, 2 * stored * d
         norms = (d if config.qk_norm else 0) + (numbers if config.attention_bias else 0)
-        pair = 2 * heads * d
+        pair = 2 * heads * d  # scores and outputs, d MACs each
         return Costs(parameters + maps + norms, numbers, numbers, token + maps, pair, token + maps, pair)

@@ -42,11 +42,10 @@ class TiedAttention(Attention):
 
     def project(self, hidden: Tensor, query: Tensor, call: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
         tied = self.kv_norm(split_into_heads(self.kv_proj(hidden), self.config.num_key_value_heads))
-        parts = (
-            [tied]
-            if self.k_rope_proj is None
-            else [tied, rotated_by(split_into_heads(self.k_rope_proj(hidden), 1), call.rope)]
-        )
+        parts = [tied]
+        if self.k_rope_proj is not None:
+            parts.append(rotated_by(split_into_heads(self.k_rope_proj(hidden), 1), call.rope))
+        # G tied heads and one slice of another width: caches take them as one flat head.
         stored = as_one_head(*parts)
         return rotated_by(query, call.rope), stored, nothing(stored)
 
@@ -80,7 +79,7 @@ class TiedAttention(Attention):
         parameters, token = projection_costs(config, d, d)
         maps, pair = config.hidden_size * (stored * d + e), 2 * heads * d
         norms = (d if config.qk_norm else 0) + (stored * d if config.attention_bias else 0)
-        read = stored * (d - e) + e + stored * d
+        read = stored * (d - e) + e + stored * d  # keys, then values
         return Costs(parameters + maps + norms, stored * d + e, read, token + maps, pair, token + maps, pair)
 
 
@@ -107,6 +106,8 @@ class KeysAreValues(Attention):
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall
     ) -> tuple[Tensor, Tensor | None]:
+        # Values are rotated by their own positions; rotating the output back by the query's makes them
+        # relative.
         out, weights = self.dense(query, keys, keys, call)
         return rotated_by(out.transpose(1, 2), call.rope, back=True).transpose(1, 2), weights
 

@@ -58,7 +58,7 @@ class LowRankKV(Attention):
         shared = config.num_key_value_heads * d
         self.rank, self.reach, self.rebuilds = rank, _reach(config), _rebuilds(config)
         self.stores_positions = self.rebuilds
-        self.num_key_value_groups = 1  # of written-out keys
+        self.num_key_value_groups = 1  # keys and values are written out for every query head
         self.k_proj, self.v_proj = self.linear(shared), self.linear(shared)
         self.k_norm = self.norm(d)
         if rank:
@@ -70,16 +70,15 @@ class LowRankKV(Attention):
     def project(self, hidden: Tensor, query: Tensor, call: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
         groups = self.config.num_key_value_heads
         keys, values = (split_into_heads(part(hidden), groups) for part in (self.k_proj, self.v_proj))
+        # Keys that are rebuilt at every read are normed and rotated then.
         if not self.rebuilds:
             keys = rotated_by(self.k_norm(keys), call.rope)
         if not self.rank:
             return rotated_by(query, call.rope), as_one_head(keys), as_one_head(values)
         latents = self.latent_norm(split_into_heads(self.k_down(hidden), self.heads))
-        if call.rope.narrow is not None:
-            latents, carried = (
-                rotated_by(latents, call.rope.narrow),
-                rotated_by(query @ self.k_up.mT, call.rope.narrow),
-            )
+        if call.rope.narrow is not None:  # mode `latent`: both meet rotated, at the width of the latent
+            latents = rotated_by(latents, call.rope.narrow)
+            carried = rotated_by(query @ self.k_up.mT, call.rope.narrow)
             query = torch.cat((rotated_by(query, call.rope), carried), -1)
         else:
             query = rotated_by(query, call.rope)
@@ -92,19 +91,19 @@ class LowRankKV(Attention):
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall
     ) -> tuple[Tensor, Tensor | None]:
-        turn = call.rope[:2]
+        rotation = call.rope[:2]
         if self.rebuilds and call.cached:
             keys, positions = without_positions(keys)
-            turn = call.rope.at(positions, keys)
+            rotation = call.rope.at(positions, keys)
         shared_k, latent_k = self._parts(keys)
         shared_v, latent_v = self._parts(values)
-        one_by_one = query.shape[2] == 1 if self.config.decode == "auto" else self.config.decode == "absorbed"
+        absorbed = query.shape[2] == 1 if self.config.decode == "auto" else self.config.decode == "absorbed"
         if self.rebuilds:
-            keys = rotated_by(self.k_norm(self._every_head(shared_k, latent_k, "k")), turn)
-            if one_by_one:
+            keys = rotated_by(self.k_norm(self._every_head(shared_k, latent_k, "k")), rotation)
+            if absorbed:
                 return self._mixed(query @ keys.mT, shared_v, latent_v, call)
             return self.dense(query, keys, self._every_head(shared_v, latent_v, "v"), call)
-        if one_by_one and self.rank:
+        if absorbed and self.rank:
             return self._mixed(self._scores(query, shared_k, latent_k), shared_v, latent_v, call)
         if self.mode == "latent" and self.rank:
             return self._side_by_side(query, (shared_k, latent_k), (shared_v, latent_v), call)
@@ -117,10 +116,9 @@ class LowRankKV(Attention):
         r).
         """
         edge = self.config.num_key_value_heads * self.config.head_dim
-        shared, latents = stored[:, 0, :, :edge], stored[:, 0, :, edge:]
-        return split_into_heads(shared, self.config.num_key_value_heads), split_into_heads(
-            latents, self.heads
-        ) if self.rank else latents.unsqueeze(1)
+        shared = split_into_heads(stored[:, 0, :, :edge], self.config.num_key_value_heads)
+        latents = stored[:, 0, :, edge:]
+        return shared, split_into_heads(latents, self.heads) if self.rank else latents.unsqueeze(1)
 
     def _every_head(self, shared: Tensor, latents: Tensor, which: str) -> Tensor:
         """Keys (`which` = `k`) or values (`v`) of all heads, written out (b, H, s, d)."""
@@ -130,16 +128,16 @@ class LowRankKV(Attention):
         if which == "v":
             return every + latents @ self.v_up
         own = latents @ self.k_up
-        return (
-            every + own
-            if self.reach == every.shape[-1]
-            else torch.cat((every[..., : self.reach] + own, every[..., self.reach :]), -1)
-        )
+        if self.reach == every.shape[-1]:
+            return every + own
+        return torch.cat((every[..., : self.reach] + own, every[..., self.reach :]), -1)
 
     def _scores(self, query: Tensor, shared: Tensor, latents: Tensor) -> Tensor:
         """Scores (b, H, t, s) without rebuilding keys."""
         d = shared.shape[-1]
+        # In mode `latent` `project` has carried and rotated the query already.
         carried = query[..., d:] if self.mode == "latent" else query[..., : self.reach] @ self.k_up.mT
+        # Query heads of a shared head are rows of one product.
         grouped = query[..., :d].unflatten(1, (shared.shape[1], -1))
         first = by_rows(grouped.flatten(2, 3), shared.mT).unflatten(2, grouped.shape[2:4]).flatten(1, 2)
         return first + by_rows(carried, latents.mT)
@@ -185,9 +183,9 @@ class LowRankKV(Attention):
         down_k, down_v = (weight_of(part, self.heads) for part in (self.k_down, self.v_down))
         keys = in_fp32_or_wider(self.k_up).mT @ norm_folded(down_k, self.latent_norm)
         keys = nn.functional.pad(keys, (0, 0, 0, self.config.head_dim - self.reach))
-        return norm_folded(keys, self.k_norm) if self.mode == "full" else keys, in_fp32_or_wider(
-            self.v_up
-        ).mT @ down_v
+        if self.mode == "full":
+            keys = norm_folded(keys, self.k_norm)
+        return keys, in_fp32_or_wider(self.v_up).mT @ down_v
 
     def initialize(self) -> None:
         """Start the low-rank part with lrkv_init_scale times the norm of the shared part. Neither of its
@@ -207,18 +205,16 @@ class LowRankKV(Attention):
             config.hidden_size,
         )
         parameters, token = projection_costs(config, d, d)
-        shared, down, up_k, up_v = (
-            2 * hidden * groups * d,
-            2 * hidden * heads * r,
-            heads * r * _reach(config),
-            heads * r * d,
-        )
+        shared, down = 2 * hidden * groups * d, 2 * hidden * heads * r
+        up_k, up_v = heads * r * _reach(config), heads * r * d
         norms = (d + (r if config.lrkv_rope_mode != "full" else 0)) if config.qk_norm else 0
         biases = 2 * groups * d if config.attention_bias else 0
         stored = 2 * (groups * d + heads * r) + (POSITION_NUMBERS if _rebuilds(config) else 0)
         total = parameters + shared + down + up_k + up_v + norms + biases
         token, up = token + shared + down, up_k + up_v
         plain, wide, mode = 2 * heads * d, 2 * heads * (d + r), config.lrkv_rope_mode
+        # Up-maps act on queries and outputs where latents are read, and on every stored token where keys or
+        # values are written out.
         whole = wide if mode == "latent" or config.decode == "absorbed" else plain
         if mode == "latent" or (mode == "partial" and config.decode != "expanded"):
             return Costs(total, stored, stored, token + up, whole, token + up, wide)

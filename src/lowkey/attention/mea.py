@@ -12,7 +12,7 @@ from .base import Attention, LayerCall, in_fp32_or_wider, norm_folded, rotated_b
 from .configuration_lowkey import LowkeyConfig
 from .costs import MANY, Costs, projection_costs
 
-NOISE = 0.02  # on component heads that several composite heads share at the start
+NOISE = 0.02  # at the start, so that composite heads which share a component head can grow apart
 
 
 class ExplicitAttention(Attention):
@@ -65,28 +65,25 @@ class ExplicitAttention(Attention):
         self, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall
     ) -> tuple[Tensor, Tensor | None]:
         """Scores against all components, mixed; outputs of all components, mixed."""
-        mine_k, mine_v = (
+        mix_k, mix_v = (
             mix.repeat_interleave(self.num_key_value_groups, 1) for mix in (self.k_mix, self.v_mix)
         )  # (m, H)
         scores = torch.einsum("bhtd,bmsd->bmhts", query, keys)
-        scores = torch.einsum("bmhts,mh->bhts", scores, mine_k)
-        weights = self.weights(scores, call)
-        return torch.einsum(
-            "bmhtd,mh->bthd", torch.einsum("bhts,bmsd->bmhtd", weights, values), mine_v
-        ), weights
+        weights = self.weights(torch.einsum("bmhts,mh->bhts", scores, mix_k), call)
+        outputs = torch.einsum("bhts,bmsd->bmhtd", weights, values)
+        return torch.einsum("bmhtd,mh->bthd", outputs, mix_v), weights
 
     def effective(self) -> tuple[Tensor, Tensor]:
         """Maps to the keys and values of each query head. Under qk_norm, component heads are divided by norms
         of their own before they are mixed, which is left out.
         """
-        keys, values = (weight_of(part, self.components) for part in (self.k_proj, self.v_proj))
-        parts = ((norm_folded(keys, self.k_norm), self.k_mix), (values, self.v_mix))
-        k, v = (
-            torch.einsum("mdi,mg->gdi", maps, in_fp32_or_wider(mix)).repeat_interleave(
-                self.num_key_value_groups, 0
-            )
-            for maps, mix in parts
+        keys = norm_folded(weight_of(self.k_proj, self.components), self.k_norm)
+        values = weight_of(self.v_proj, self.components)
+        composites = (
+            torch.einsum("mdi,mg->gdi", maps, in_fp32_or_wider(mix))
+            for maps, mix in ((keys, self.k_mix), (values, self.v_mix))
         )
+        k, v = (maps.repeat_interleave(self.num_key_value_groups, 0) for maps in composites)
         return k, v
 
     def initialize(self) -> None:
@@ -96,13 +93,12 @@ class ExplicitAttention(Attention):
             if self.config.mea_hlc_init == "orthogonal":
                 init.orthogonal_(mix)
                 continue
-            turn = (
-                torch.arange(composites) * components // composites
-                if components < composites
-                else torch.arange(composites)
-            )
+            # Composite head j starts as one component head: its own, or that of its share of the order.
+            chosen = torch.arange(composites)
+            if components < composites:
+                chosen = chosen * components // composites
             init.normal_(mix, std=NOISE if components != composites else 0.0)
-            init.copy_(mix, mix.detach() + nn.functional.one_hot(turn, components).T.to(mix))
+            init.copy_(mix, mix.detach() + nn.functional.one_hot(chosen, components).T.to(mix))
 
     @staticmethod
     def costs(config: LowkeyConfig) -> Costs:
@@ -138,7 +134,8 @@ def _absorbs(config: LowkeyConfig, new: int, stored: int) -> bool:
         config.head_dim,
     )
     absorbed = new * heads * m * d + new * stored * heads * m * (2 * d + 1)
-    return absorbed < stored * 2 * m * composites * d + new * stored * 2 * heads * d
+    expanded = stored * 2 * m * composites * d + new * stored * 2 * heads * d
+    return absorbed < expanded
 
 
 def composed(components: Tensor, mix: Tensor) -> Tensor:
@@ -151,5 +148,5 @@ def composed(components: Tensor, mix: Tensor) -> Tensor:
     Returns:
         (b, G, s, d).
     """
-    # rows stay whole, as fused kernels want them
+    # One product over flat rows: its result is contiguous per head, as fused kernels need.
     return (mix.T @ components.flatten(2)).unflatten(2, components.shape[2:])

@@ -86,11 +86,11 @@ class LatentAttention(Attention):
         n, _, c, v = _widths(self.config)
         keys, values = split_into_heads(self.kv_b_proj(stored[:, 0, :, :c]), self.heads).split([n, v], -1)
         keys = torch.cat((keys, stored[..., c:].expand(-1, self.heads, -1, -1)), -1)
-        short = keys.shape[-1] - v
-        if short <= 0:
+        missing = keys.shape[-1] - v
+        if missing <= 0:
             return self.dense(query, keys, values, call)
-        # fused kernels want equal widths
-        out, weights = self.dense(query, keys, nn.functional.pad(values, (0, short)), call)
+        # Fused kernels need values as wide as keys.
+        out, weights = self.dense(query, keys, nn.functional.pad(values, (0, missing)), call)
         return out[..., :v], weights
 
     def _absorbed(self, query: Tensor, stored: Tensor, call: LayerCall) -> tuple[Tensor, Tensor | None]:
@@ -104,14 +104,16 @@ class LatentAttention(Attention):
         n, _, c, v = _widths(self.config)
         up_keys, up_values = self.kv_b_proj.weight.view(self.heads, n + v, c).split([n, v], 1)
         carried = torch.cat((query[..., :n] @ up_keys, query[..., n:]), -1)  # (b, H, t, c + e)
+        # All heads read the same latents, so they are rows of one product. The up-map's bias of keys adds the
+        # same to all scores of a query, which the softmax does not see.
         scores = (carried.flatten(1, 2) @ stored.mT).unflatten(1, (self.heads, -1))
         weights = self.weights(scores, call)
         latents = (weights.flatten(1, 2) @ stored[..., :c]).unflatten(1, (self.heads, -1))
         out = latents @ up_values.mT
         if self.kv_b_proj.bias is not None:
-            out = (
-                out + weights.sum(-1, keepdim=True) * self.kv_b_proj.bias.view(self.heads, 1, n + v)[..., n:]
-            )
+            # Weights add up to 1, except under dropout.
+            bias = self.kv_b_proj.bias.view(self.heads, 1, n + v)[..., n:]
+            out = out + weights.sum(-1, keepdim=True) * bias
         return out.transpose(1, 2), weights
 
     def effective(self) -> tuple[Tensor, Tensor]:

@@ -56,7 +56,7 @@ class LowkeyDecoderLayer(LlamaDecoderLayer):
     post_attention_layernorm: Any
 
     def __init__(self, config: LowkeyConfig, layer_idx: int) -> None:
-        super(LlamaDecoderLayer, self).__init__()  # Llama's own would build an attention that is not wanted
+        super(LlamaDecoderLayer, self).__init__()  # Llama's own would build its attention first
         self.hidden_size = config.hidden_size
         others = config.others
         if others is None or layer_idx in (config.attention_layers or ()):
@@ -75,7 +75,8 @@ class LowkeyPreTrainedModel(LlamaPreTrainedModel):
     config_class = LowkeyConfig
     config: LowkeyConfig
     _no_split_modules = ["LowkeyDecoderLayer"]  # noqa: RUF012
-    _supports_flash_attn = False  # absorbed reading forms its own scores from a written-out mask
+    # Absorbed reading forms scores of its own, for which it needs the mask as a tensor.
+    _supports_flash_attn = False
     _supports_flex_attn = False
     _can_record_outputs = {"hidden_states": LowkeyDecoderLayer, "attentions": Attention}  # noqa: RUF012
 

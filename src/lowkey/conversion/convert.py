@@ -71,22 +71,21 @@ def convert(
     options = options or ConversionOptions()
     config = checked_configuration(model, attention, options, moments is not None, fields)
     start = exactness(model, config)
-    if not start.exact and model_bytes_per_token(
-        layer_costs(config), model.dtype.itemsize
-    ) >= source.full_bytes_per_token(model):
+    stored = model_bytes_per_token(layer_costs(config), model.dtype.itemsize)
+    if not start.exact and stored >= source.full_bytes_per_token(model):
         logging.getLogger(__name__).warning(
             "attention %r stores no less than the source and is %s", attention, start
         )
     made = _empty(config, model)
+    # The state dict shares its tensors with the model, which is thus filled by writing into it.
     state = _outside(model, made)
     rope, gated = _rope(model, made), source.gated(config)
     others = config.others
     for i in progress(range(config.num_hidden_layers), f"converting to {attention}"):
-        own, choice = (
-            (config, options)
-            if others is None or i in (config.attention_layers or ())
-            else (others, ConversionOptions())
-        )
+        if others is None or i in (config.attention_layers or ()):
+            own, choice = config, options
+        else:  # a layer that stays as it is
+            own, choice = others, ConversionOptions()
         layer = Layer(
             source.read_attention(model, i),
             own,
@@ -142,27 +141,27 @@ def input_moments(
         By layer, the mean second moment (D + 1, D + 1) of the inputs and a constant 1, in fp64.
     """
     source.check_source(model)
-    found: InputMoments = {}
+    moments: InputMoments = {}
     for ids in progress(rows.to(device_of(model)).split(batch), "second moments", -(-len(rows) // batch)):
         hidden = model(ids, use_cache=False, output_hidden_states=True, logits_to_keep=1).hidden_states
         for i in range(model.config.num_hidden_layers):
             x = families.attention_input(model, i, hidden[i]).flatten(0, 1).float()
+            # The constant gives biases their place in the moment: they are weights of one more input.
             x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
-            found[i] = found.get(i, 0) + (x.mT @ x).double().cpu() / rows.numel()
-    return found
+            moments[i] = moments.get(i, 0) + (x.mT @ x).double().cpu() / rows.numel()
+    return moments
 
 
 def _check_options(
     model: PreTrainedModel, config: LowkeyConfig, options: ConversionOptions, whitened: bool
 ) -> None:
-    """Raises:
-    LowkeyError: options that are unknown, or do not suit the kind or the source.
+    """Check that options suit the kind and the source.
+
+    Raises:
+        LowkeyError: an option is unknown, or does not suit them.
     """
-    kind, stored, narrow = (
-        config.attention,
-        config.num_key_value_heads,
-        config.rope_width not in (0, config.head_dim),
-    )
+    kind, stored = config.attention, config.num_key_value_heads
+    narrow = config.rope_width not in (0, config.head_dim)
     for name, value, known in (
         ("heads", options.heads, HEAD_POOLINGS),
         ("basis", options.basis, BASES),
@@ -171,7 +170,7 @@ def _check_options(
         if value not in known:
             raise LowkeyError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
     if options.heads != "mean" and kind not in POOLING:
-        raise LowkeyError(f"heads {options.heads!r}: attention {kind!r} pools none; leave it out")
+        raise LowkeyError(f"heads {options.heads!r}: attention {kind!r} pools no heads; leave it out")
     if options.frequencies != "high" and not narrow:
         raise LowkeyError(
             f"frequencies {options.frequencies!r}: heads are rotated whole or not at all; leave it out"
@@ -193,8 +192,10 @@ def _check_options(
 
 
 def _check_aligned(model: PreTrainedModel, config: LowkeyConfig) -> None:
-    """Raises:
-    LowkeyError: aligning heads would change what the model computes, or has no use here.
+    """Refuse aligned heads where they would change what the model computes, or have no use.
+
+    Raises:
+        LowkeyError: the reason.
     """
     if config.attention not in (*POOLING, "mea"):
         raise LowkeyError(
@@ -203,11 +204,12 @@ def _check_aligned(model: PreTrainedModel, config: LowkeyConfig) -> None:
     if config.qk_norm:
         raise LowkeyError(
             "basis 'aligned': this model norms its keys after their projection, so that they cannot be "
-            "turned; leave it out"
+            "aligned; leave it out"
         )
     if source.gated(config):
         raise LowkeyError(
-            "basis 'aligned': a gate or norm follows attention, so that values cannot be turned; leave it out"
+            "basis 'aligned': a gate or norm follows attention, so that values cannot be aligned; leave it "
+            "out"
         )
 
 
@@ -230,8 +232,7 @@ def _check_normed(model: PreTrainedModel, config: LowkeyConfig) -> None:
         mode = f" with lrkv_rope_mode {config.lrkv_rope_mode!r}" if kind == "lrkv" else ""
         raise LowkeyError(
             f"attention {kind!r}{mode}: this model norms its keys after their projection, and parts of keys "
-            "would be normed apart; "
-            "use 'gqa', or 'lrkv' with lrkv_rope_mode='full'"
+            "would be normed apart; use 'gqa', or 'lrkv' with lrkv_rope_mode='full'"
         )
 
 
@@ -255,15 +256,15 @@ def _outside(model: PreTrainedModel, made: LowkeyForCausalLM) -> dict[str, Tenso
     Raises:
         LowkeyError: the two models do not have the same weights outside attention.
     """
-    state, found = made.state_dict(), families.weights_outside_attention(model)
-    wanted = {name for name in state if ".self_attn." not in name}
-    if wanted != found.keys():
-        name = sorted(wanted ^ found.keys())[0]
+    state, weights = made.state_dict(), families.weights_outside_attention(model)
+    expected = {name for name in state if ".self_attn." not in name}
+    if expected != weights.keys():
+        name = sorted(expected ^ weights.keys())[0]
         raise LowkeyError(
             f"model of family {model.config.model_type!r}: weight {name!r} has no place in our models, or is "
             "missing"
         )
-    for name, value in found.items():
+    for name, value in weights.items():
         state[name].copy_(value)
     return state
 
@@ -290,8 +291,9 @@ def _fill(
 
 def _rope(model: PreTrainedModel, made: LowkeyForCausalLM) -> RotaryFrequencies:
     """Rotary frequencies of the source and of the new model."""
-    found, rotary = source.frequencies(model), made.model.rotary_emb
+    frequencies, rotary = source.frequencies(model), made.model.rotary_emb
+    # The new model may have a rotary embedding for each of two kinds of layers, and a second one for latents.
     rotary = rotary if made.config.attention_layers is None else rotary.own
     rotary = rotary.narrow if made.config.narrow_rope_width else rotary
-    narrow = rotary.inv_freq if made.config.rope_width else found[:0]
-    return RotaryFrequencies(found, narrow.detach().double().cpu(), source.rope_scaling(model) ** 2)
+    narrow = rotary.inv_freq if made.config.rope_width else frequencies[:0]
+    return RotaryFrequencies(frequencies, narrow.detach().double().cpu(), source.rope_scaling(model) ** 2)

@@ -75,14 +75,17 @@ def _lost_lrkv(
 ) -> tuple[str | None, dict[str, Any]]:
     """The same for lrkv."""
     groups, rank, mode = config.num_key_value_heads, config.lrkv_rank, config.lrkv_rope_mode
-    shared = groups % stored == 0  # nothing is left for the low-rank part
+    # With a multiple of the source's heads, shared heads are the source's and nothing is left for latents.
+    shared = groups % stored == 0
     exact = {"attention": "lrkv", "lrkv_rank": rank, "lrkv_rope_mode": "full" if mode == "partial" else mode}
     exact["num_key_value_heads"] = groups if shared else stored
     if mode == "partial":
-        return f"mode 'partial' turns {config.rope_width} of {d} channels", exact
+        return f"mode 'partial' rotates {config.rope_width} of {d} channels", exact
     if shared:
         return None, exact
     heads = f"{groups} shared head{'s' if groups > 1 else ''} for the source's {stored}"
+    # In mode `latent` the latent holds channels of keys, d of them; in mode `full` a rank of the weights
+    # suffices.
     if rank < (min(d, config.hidden_size) if mode == "full" else d):
         return f"rank {rank} of {d} is left to {heads}", exact
     return (

@@ -18,7 +18,8 @@ from lowkey.conversion.source import Weights
 from lowkey.ops.aligning import align_heads, head_gram
 from lowkey.ops.bases import principal
 
-Kept = Callable[[Tensor], float]  # the energy that what becomes of heads holds, from their Gram
+# Energy that is captured by what becomes of heads, from the Gram matrix of these heads.
+Kept = Callable[[Tensor], float]
 
 
 def every(x: Tensor, heads: int) -> Tensor:
@@ -44,8 +45,8 @@ def joint(heads: Tensor, moment: Tensor | None) -> Tensor:
     Returns:
         (h, h, d, d).
     """
-    right = heads if moment is None else heads @ moment
-    return torch.einsum("ian,jbn->ijab", right, heads)
+    weighted = heads if moment is None else heads @ moment
+    return torch.einsum("ian,jbn->ijab", weighted, heads)
 
 
 def averaged_energy(gram: Tensor) -> float:
@@ -86,11 +87,13 @@ def _turns(
     heads: Tensor, groups: int, components: int, kept: Kept, moment: Tensor | None, rotary: int
 ) -> Tensor:
     """The orthogonal transform of each head (h, d, d); the identity where aligning does not help."""
-    found = []
+    transforms = []
     for group in heads.unflatten(0, (groups, -1)):
         blocks = joint(group, moment)
         turns = align_heads(blocks, components, rotary)[0]
-        turned = ((blocks @ turns) * turns.unsqueeze(1)).sum((-2, -1))
-        better = kept(turned) > kept(head_gram(blocks))
-        found.append(turns if better else torch.eye(turns.shape[-1], dtype=turns.dtype).expand_as(turns))
-    return torch.cat(found)
+        aligned_gram = ((blocks @ turns) * turns.unsqueeze(1)).sum((-2, -1))
+        # Alignment is iterative and may end below where it began.
+        if kept(aligned_gram) <= kept(head_gram(blocks)):
+            turns = torch.eye(turns.shape[-1], dtype=turns.dtype).expand_as(turns)
+        transforms.append(turns)
+    return torch.cat(transforms)

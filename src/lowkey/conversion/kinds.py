@@ -26,7 +26,8 @@ HEAD_POOLINGS = ("mean", "first")
 BASES = ("weights", "aligned")
 FREQUENCIES = ("high", "spread")
 POOLING = ("gqa", "mqa", "lrkv")
-MOMENT_RIDGE = 1e-12  # of the mean of a moment's diagonal: nothing that was seen is moved by it
+# Added to a moment, as a share of the mean of its diagonal: so little that it moves nothing that was seen.
+MOMENT_RIDGE = 1e-12
 
 Named = dict[str, Tensor]
 
@@ -77,12 +78,13 @@ class RotaryFrequencies:
         Raises:
             LowkeyError: two narrow frequencies are nearest to the same one.
         """
+        # Frequencies are spaced geometrically, so the nearest is nearest in logarithm.
         gaps = (self.source.log().unsqueeze(0) - self.narrow.log().unsqueeze(1)).abs()
         pairs = gaps.argmin(1) if len(self.narrow) else torch.zeros(0, dtype=torch.long)
         if len(pairs.unique()) < len(pairs):
             raise LowkeyError(
-                f"a rotated slice of width {2 * len(pairs)}: two of its frequencies are nearest to one; give "
-                "another width"
+                f"a rotated slice of width {2 * len(pairs)}: two of its frequencies are nearest to the same "
+                "one; give another width"
             )
         others = torch.tensor(
             [f for f in range(len(self.source)) if f not in pairs.tolist()], dtype=torch.long
@@ -135,12 +137,12 @@ def low_rank(weight: Tensor, moment: Tensor | None, rank: int) -> tuple[Tensor, 
 
     Source: arXiv:2407.21118, as a PCA of outputs.
     """
+    # The eigenvectors of the Gram matrix of outputs, or of inputs where these are fewer.
     if weight.shape[-2] > weight.shape[-1]:
         columns = _tall(weight, moment)[..., :rank]
     else:
-        columns = principal(weight @ weight.mT if moment is None else weight @ moment @ weight.mT)[0][
-            ..., :rank
-        ]
+        gram = weight @ weight.mT if moment is None else weight @ moment @ weight.mT
+        columns = principal(gram)[0][..., :rank]
     missing = (0, 0, 0, rank - columns.shape[-1])
     return torch.nn.functional.pad(columns.mT @ weight, missing), torch.nn.functional.pad(columns.mT, missing)
 
@@ -252,17 +254,20 @@ def low_rank_kv(layer: Layer) -> Named:
     """
     w, d, mode = _turned(layer), layer.config.head_dim, layer.config.lrkv_rope_mode
     layer = replace(layer, weights=w)
+    # Everything is written out for query heads: each has latents of its own.
     heads, groups = w.heads[0], layer.config.num_key_value_heads
     shared_k, shared_v = (pooled_heads(every(x, heads), groups, layer.options.heads) for x in (w.k, w.v))
     left_k, left_v = (every(x, heads) - every(s, heads) for x, s in ((w.k, shared_k), (w.v, shared_v)))
     q, rank = w.q, layer.config.lrkv_rank
     down_v, up_v = low_rank(left_v[..., :-1], layer.inputs, rank)
     if mode == "latent":
+        # A latent must rotate as its channels do, so it holds channels of the key itself.
         kept, _ = layer.rope.channels()
         down_k, up_k = left_k[:, kept, :-1], torch.eye(d, dtype=q.dtype)[kept].expand(heads, -1, -1)
     elif mode == "partial":
         kept, free = layer.rope.channels()
         turn, slices = rotated_slice(every(w.k, heads), groups, kept, layer.moment)
+        # Unrotated channels miss the factor that the source's rotation has, so queries get it.
         q = torch.cat([q[:, free] * layer.rope.scaling, turn.mT @ q], 1)
         shared_k = torch.cat([shared_k[:, free], slices], 1)
         down_k, up_k = low_rank(left_k[:, free, :-1], layer.inputs, rank)
@@ -293,16 +298,15 @@ def components(layer: Layer) -> Named:
     """
     w, count = _turned(layer), layer.config.mea_num_component_heads
     layer = replace(layer, weights=w)
-    found = queries_and_output(layer, w.q, w.o_bias)
+    named = queries_and_output(layer, w.q, w.o_bias)
     for name, heads in (("k", w.k), ("v", w.v)):
         mixing = torch.eye(len(heads), dtype=heads.dtype)
         if count < len(heads):
             mixing = principal(head_gram(joint(heads, layer.moment)))[0][:, :count]
-        found |= linear(
-            f"{name}_proj", torch.einsum("hm,hdn->mdn", mixing, heads), layer.config.attention_bias
-        )
-        found[f"{name}_mix"] = mixing.mT
-    return found
+        composed = torch.einsum("hm,hdn->mdn", mixing, heads)
+        named |= linear(f"{name}_proj", composed, layer.config.attention_bias)
+        named[f"{name}_mix"] = mixing.mT
+    return named
 
 
 def latent(layer: Layer) -> Named:
@@ -322,8 +326,10 @@ def latent(layer: Layer) -> Named:
     turn, (slice_k,) = rotated_slice(w.k, 1, kept, layer.moment)
     rest_k, rest_q = (w.k - turn @ slice_k, w.q) if n == d else (w.k[:, free], w.q[:, free])
     turned_q = every(turn, heads).mT @ w.q
+    # The new model divides scores by sqrt(n + e) where the source divides by sqrt(d).
     scale = ((n + e) / d) ** 0.5 / temperature(layer.config)
     q = torch.cat([rest_q * layer.rope.scaling, turned_q * (1 if rotated else layer.rope.scaling)], 1) * scale
+    # One truncated SVD over the rest of all keys and all values, which share the latent.
     rest = torch.cat([rest_k, w.v], 1)
     down, up = low_rank(rest.flatten(0, 1)[:, :-1], layer.inputs, c)
     if layer.config.mla_latent_scale:

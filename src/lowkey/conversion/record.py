@@ -110,6 +110,7 @@ def conversion_record(
         "source_sha256": model_fingerprint(model),
         "attention": made.config.attention,
         **how,
+        # With `lost` and `exact_with`, what `Exactness` is made of again for the card.
         "exact": start.exact,
         "lost": start.why,
         "exact_with": None if start.instead is None else dict(start.instead),

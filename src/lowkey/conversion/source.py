@@ -44,8 +44,10 @@ class Weights:
 
 
 def check_source(model: PreTrainedModel) -> None:
-    """Raises:
-    LowkeyError: our decoder cannot express the model.
+    """Refuse a model that our decoder cannot express.
+
+    Raises:
+        LowkeyError: the first reason why it cannot.
     """
     config = model.config
     families.check_convertible(config)
@@ -67,10 +69,10 @@ def check_source(model: PreTrainedModel) -> None:
             f"model of family {kind!r}: layer {sliding[0]} has a sliding window, which our models lack; use "
             "another model"
         )
-    turned, width = 2 * len(frequencies(model)), families.head_dim(config)
-    if turned != width:
+    rotated, width = 2 * len(frequencies(model)), families.head_dim(config)
+    if rotated != width:
         raise LowkeyError(
-            f"model of family {kind!r}: rotates {turned} of {width} channels, which our models "
+            f"model of family {kind!r}: rotates {rotated} of {width} channels, which our models "
             "lack; use another model"
         )
 
@@ -106,9 +108,7 @@ def has_biases(model: PreTrainedModel) -> bool:
 def key_biases(model: PreTrainedModel) -> bool:
     """Whether any key of any layer has a bias that is not zero."""
     layers = range(model.config.num_hidden_layers)
-    return (
-        any(bool(_extended(_parts(model, i)[1])[:, -1].any()) for i in layers) if has_biases(model) else False
-    )
+    return has_biases(model) and any(bool(_extended(_parts(model, i)[1])[:, -1].any()) for i in layers)
 
 
 def full_bytes_per_token(model: PreTrainedModel) -> int:
@@ -141,6 +141,7 @@ def _parts(
     out = ProjectionPart(attention.o_proj, slice(None))
     if not families.is_own(model.config):
         return *families.projection_parts(model, layer), out
+    # Of a low-rank query the up-map is read; the rest of it stays as it is.
     query = attention.q_proj.up if model.config.q_lora_rank else attention.q_proj
     return (
         ProjectionPart(query, slice(None)),

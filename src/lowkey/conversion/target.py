@@ -14,25 +14,15 @@ from lowkey.conversion import source
 from lowkey.core.types import LowkeyError
 from lowkey.models import families
 
+# Fields that the new model has from its source: everything but the attention.
+# fmt: off
 SKELETON = (
-    *(
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "hidden_act",
-    ),
-    *(
-        "max_position_embeddings",
-        "initializer_range",
-        "rms_norm_eps",
-        "tie_word_embeddings",
-        "attention_dropout",
-    ),
-    *("pad_token_id", "bos_token_id", "eos_token_id"),
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "tie_word_embeddings",
+    "attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id",
 )
-# of a source of our own
+# fmt: on
+# Fields that stay if the source is a model of ours.
 KEPT_OF_OUR_OWN = ("q_lora_rank", "attn_output_gate", "head_norm", "mla_latent_scale", "decode")
 COMMON: dict[str, type] = {"attention_layers": list, "head_norm": str, "decode": str}
 CONVERSION_FIELDS: dict[str, dict[str, type]] = {  # what may be said of each kind; the rest is the source's
@@ -92,7 +82,7 @@ def configuration(
     }
     if kind == "mea":
         given |= {"num_key_value_heads": families.stored_heads(config)}
-        # the source has none, and so the start is exact
+        # The source has no norm after attention: with one the start would not be exact.
         given["head_norm"] = given.get("head_norm") or "none"
     if kind == "mla":
         given |= {"mla_kv_norm": False, "qk_rope_head_dim": given["head_dim"]}
@@ -104,12 +94,12 @@ def configuration(
             "head_norm": given.get("head_norm", "none") if families.is_own(config) else "none",
             "rope_parameters": given["rope_parameters"],
         }
-    made = _made(given | dict(fields))
-    _check_widths(model, made)
-    if frequencies == "high" and made.rope_width not in (0, made.head_dim):
-        rope = _highest(given["rope_parameters"], made)
-        made = _made(given | dict(fields) | {"rope_parameters": rope})
-    return made
+    config = _made(given | dict(fields))
+    _check_widths(model, config)
+    if frequencies == "high" and config.rope_width not in (0, config.head_dim):
+        rope = _highest(given["rope_parameters"], config)
+        config = _made(given | dict(fields) | {"rope_parameters": rope})
+    return config
 
 
 def _made(given: dict[str, Any]) -> LowkeyConfig:
@@ -126,12 +116,15 @@ def _made(given: dict[str, Any]) -> LowkeyConfig:
 
 
 def _check_fields(config: PreTrainedConfig, kind: str, fields: Mapping[str, Any]) -> None:
-    """Raises:
-    LowkeyError: an unknown kind, or fields that it does not have, needs or allows.
+    """Check the fields that were given for a kind.
+
+    Raises:
+        LowkeyError: an unknown kind, or fields that it does not have, needs or allows.
     """
     if kind not in CONVERSION_FIELDS:
         raise LowkeyError(
-            f"attention {kind!r}: nothing converts into it; choose one of {', '.join(CONVERSION_FIELDS)}"
+            f"attention {kind!r}: there is no conversion into it; choose one of "
+            f"{', '.join(CONVERSION_FIELDS)}"
         )
     for name, value in fields.items():
         if name not in CONVERSION_FIELDS[kind]:
@@ -213,12 +206,13 @@ def _check_widths(model: PreTrainedModel, config: LowkeyConfig) -> None:
     narrow = e < d or (
         config.attention == "lrkv" and config.lrkv_rope_mode == "latent" and config.lrkv_rank < d
     )
+    # Such frequencies are computed for the whole width of a head; a narrow slice would get others.
     changing = config.rope_parameters.get("rope_type") in families.LENGTH_DEPENDENT_ROPE
     if narrow and e and changing:
         raise LowkeyError(
             f"rope_type {config.rope_parameters['rope_type']!r}: has frequencies for heads of width {d} "
-            "alone; "
-            "use a kind that rotates whole heads, like 'gqa', 'mea' or 'lrkv' with lrkv_rope_mode='full'"
+            "alone; use a kind that rotates whole heads, like 'gqa', 'mea' or 'lrkv' with "
+            "lrkv_rope_mode='full'"
         )
 
 

@@ -20,7 +20,7 @@ from lowkey.evaluate.settings import Setting
 from lowkey.storage.budgets import check_question
 
 PLACEHOLDER = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for a message in a template
-# (name, measure): what `measure` gives, or gave earlier under that name
+# Called with a name and a measurement: what the measurement gives, or gave earlier under that name.
 Once = Callable[[str, Callable[[], Any]], Any]
 
 
@@ -96,22 +96,23 @@ class Frame:
         Returns:
             Ids of `words`, of what the template puts after the message, and of `opening`.
         """
-        return self.encode(
-            words + self._parts[1] + opening if self.chat else words + ("\n" + opening if opening else "")
-        )
+        if self.chat:
+            return self.encode(words + self._parts[1] + opening)
+        return self.encode(words + ("\n" + opening if opening else ""))
 
     def ends(self, model: PreTrainedModel) -> set[int]:
         """Ids that end an answer: those of the generation config, the tokenizer's, and the special token that
         the template puts after a model's turn. Either of the first two may leave some out.
         """
-        told = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        found = {*(told if isinstance(told, list) else [told]), self.tokenizer.eos_token_id}
+        configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        ends = {*(configured if isinstance(configured, list) else [configured]), self.tokenizer.eos_token_id}
         if self.chat:
-            behind = self.encode(
-                self._templated([("user", "?"), ("assistant", PLACEHOLDER)], False).partition(PLACEHOLDER)[2]
-            )
-            found |= set(behind[:1]) & set(self.tokenizer.all_special_ids)
-        return {int(i) for i in found if i is not None}
+            # The template is rendered with a finished answer, and what follows the answer is looked at. Only
+            # a special token counts: templates may put plain text there.
+            messages = self._templated([("user", "?"), ("assistant", PLACEHOLDER)], False)
+            behind = self.encode(messages.partition(PLACEHOLDER)[2])
+            ends |= set(behind[:1]) & set(self.tokenizer.all_special_ids)
+        return {int(i) for i in ends if i is not None}
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,11 @@ from lowkey.ops.apportion import apportion
 from lowkey.ops.ragged import starts_of
 
 CACHE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-POOL = 2**29  # bytes in all copies of the storage together: more than caches hold
-MOST_COPIES = 64  # copies
-READ = 2**28  # bytes of the plain read
-CALLS = 3  # a round's time is the best of these
+# All copies of the storage together take this many bytes: more than a processor's caches hold.
+POOL = 2**29
+MOST_COPIES = 64
+READ = 2**28  # bytes that are read to measure the bandwidth
+CALLS = 3  # calls per round, of which the fastest counts
 SPREAD = 1.0  # standard deviation of the logarithm of heads' lengths at a budget
 
 Ragged = Callable[..., tuple[Tensor, Tensor]]
@@ -125,7 +126,7 @@ def decode_bench(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     _check_memory(shape, device)
     times = _rounds(_contestants(shape, lengths, device, seed), repeats, device)
-    read = [READ / s / 1e9 for s in times.pop("read")]
+    bandwidth = [READ / seconds / 1e9 for seconds in times.pop("read")]
     settings = {
         "context": context,
         "head_dim": head_dim,
@@ -140,9 +141,9 @@ def decode_bench(
         "seed": seed,
         "kept": lengths.tolist(),
         "environment": _environment(device),
-        "read_bandwidth_gbs": median(read),
+        "read_bandwidth_gbs": median(bandwidth),
         "backends": {
-            name: _row(name, times, read, shape.nbytes) for name in times if not name.endswith(" budget")
+            name: _row(name, times, bandwidth, shape.nbytes) for name in times if not name.endswith(" budget")
         },
     }
 
@@ -150,20 +151,23 @@ def decode_bench(
 def _lengths(shape: DecodeShape, budget: Budget, seed: int) -> Tensor:
     """Tokens that each KV head keeps (h): unequal, as real head budgets are, with an exact total."""
     if budget.unit not in ("%", "tokens"):
-        raise LowkeyError(f"budget {budget}: this step keeps whole tokens; say it as '10%' or '512 tokens'")
+        raise LowkeyError(f"budget {budget}: this step keeps whole tokens; write it as '10%' or '512 tokens'")
     total = shape.kv_heads * (
         budget.amount if budget.unit == "tokens" else budget.amount / 100 * shape.context
     )
     if total > shape.kv_heads * shape.context:
         raise LowkeyError(f"budget {budget}: is more than the context of {shape.context}; try '10%'")
+    # Measured head budgets are about log-normal, which a normal number in the exponent gives.
     weights = torch.randn(shape.kv_heads, generator=torch.Generator().manual_seed(seed)).mul(SPREAD).exp()
     ones = torch.ones(shape.kv_heads, dtype=torch.long)
     return apportion(weights, round(total), ones, ones * shape.context)
 
 
 def _check_memory(shape: DecodeShape, device: str) -> None:
-    """Raises:
-    LowkeyError: this machine cannot hold the storage. Nothing has been allocated then.
+    """Refuse a storage that this machine cannot hold, before any of it is allocated.
+
+    Raises:
+        LowkeyError: it needs more than the free memory.
     """
     needed = 4 * shape.nbytes  # the random rows and two copies of them, and what the budget keeps
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else _free_memory()
@@ -180,11 +184,12 @@ def _free_memory() -> int:
     allows.
     """
     free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # Either file may be missing, or hold a word such as `max` instead of a number.
     with suppress(OSError, ValueError):
-        said = next(
+        available = next(
             line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable")
         )
-        free = min(free, int(said.split()[1]) * 2**10)
+        free = min(free, int(available.split()[1]) * 2**10)
     with suppress(OSError, ValueError):
         free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return free
@@ -267,7 +272,7 @@ def _timed(step: DecodeStep, device: str) -> float:
     return time.perf_counter() - start
 
 
-def _row(name: str, times: dict[str, list[float]], read: list[float], nbytes: int) -> dict:
+def _row(name: str, times: dict[str, list[float]], bandwidth: list[float], nbytes: int) -> dict:
     """The figures of one backend: medians over rounds, of ratios within a round. torch's own attention has no
     rows of different length and thus no figures at a budget.
     """
@@ -278,7 +283,9 @@ def _row(name: str, times: dict[str, list[float]], read: list[float], nbytes: in
         "ratio_to_sdpa_full": _ratio(times["sdpa"], full),
         "budget_ms": 1e3 * median(kept) if kept else None,
         "budget_to_full": _ratio(kept, full) if kept else None,
-        "share_of_read_bandwidth": median(nbytes / s / 1e9 / gbs for s, gbs in zip(full, read, strict=True)),
+        "share_of_read_bandwidth": median(
+            nbytes / seconds / 1e9 / gbs for seconds, gbs in zip(full, bandwidth, strict=True)
+        ),
     }
 
 

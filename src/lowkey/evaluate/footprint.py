@@ -51,7 +51,7 @@ def measure_footprint(
 
     Returns:
         By setting: bytes per token, held, predicted and of the full cache; for settings that evict, the
-            tokens kept per compressible layer and KV head.
+        tokens kept per compressible layer and KV head.
     """
     measured = measured or Measured()
     todo = [s for s in settings if f"bytes {s.name}" not in measured]
@@ -59,13 +59,16 @@ def measure_footprint(
         cache = setting.make()
         prefill(model, tokenizer, cache, ids.to(device_of(model)))
         record_footprint(setting, cache, measured)
-    found = {s.name: measured[f"bytes {s.name}"] for s in settings}
-    whole = found[settings[0].name]["bytes_held"]
-    return {name: _row(held, whole, ids.shape[1]) for name, held in found.items()}
-
-
-def _row(held: dict, whole: int, tokens: int) -> dict:
-    """The row's fields from one record."""
-    kept = {"kept_per_head": held["kept_per_head"]} if held["kept_per_head"] else {}
-    told = {name: held[name] for name in ("bytes_held", "bytes_predicted")}
-    return {"bytes_per_token": held["bytes_held"] / tokens, **told, "bytes_full": whole, **kept}
+    records = {s.name: measured[f"bytes {s.name}"] for s in settings}
+    full = records[settings[0].name]["bytes_held"]
+    rows = {}
+    for name, record in records.items():
+        rows[name] = {
+            "bytes_per_token": record["bytes_held"] / ids.shape[1],
+            "bytes_held": record["bytes_held"],
+            "bytes_predicted": record["bytes_predicted"],
+            "bytes_full": full,
+        }
+        if record["kept_per_head"]:  # settings without a policy keep every token
+            rows[name]["kept_per_head"] = record["kept_per_head"]
+    return rows

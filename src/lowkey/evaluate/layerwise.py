@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,41 +41,38 @@ def measure_layers(
 
     Returns:
         By setting, means over compressible layers, windows and tokens: `layer_error`, |f - f~| / |f|, and
-            `layer_cosine`, the cosine of f and f~, with f the output of the layer over the full cache and f~
-            that over the setting's.
+        `layer_cosine`, the cosine of f and f~, with f the output of the layer over the full cache and f~ that
+        over the setting's.
     """
-    measured, settings, shape = (
-        measured or Measured(),
-        [s for s in settings if not s.evicts],
-        families.geometry(model),
-    )
+    measured, shape = measured or Measured(), families.geometry(model)
+    settings = [s for s in settings if not s.evicts]
     todo = {i: [s for s in settings if f"layers {i} {s.name}" not in measured] for i in shape.compressible}
-    for i, inputs in (
-        progress(layer_inputs(model, rows, batch), "layer error", shape.layers) if any(todo.values()) else ()
-    ):
-        probe = LayerProbe.of(model, i, "post_rope", inputs, 0, batch) if todo.get(i) else None
-        for setting in todo.get(i, ()):
-            measured.once(f"layers {i} {setting.name}", lambda: _compare(probe, setting, batch))  # noqa: B023
-    return {s.name: _means([measured[f"layers {i} {s.name}"] for i in shape.compressible]) for s in settings}
+    if any(todo.values()):
+        # Layers are walked in order, because the exact outputs of one are the inputs of the next.
+        for i, inputs in progress(layer_inputs(model, rows, batch), "layer error", shape.layers):
+            if not todo.get(i):
+                continue
+            probe = LayerProbe.of(model, i, "post_rope", inputs, 0, batch)
+            for setting in todo[i]:
+                measured.once(f"layers {i} {setting.name}", partial(_compare, probe, setting, batch))
+    means = {}
+    for setting in settings:
+        pairs = [measured[f"layers {i} {setting.name}"] for i in shape.compressible]
+        errors, cosines = zip(*pairs, strict=True)
+        means[setting.name] = {
+            "layer_error": sum(errors) / len(errors),
+            "layer_cosine": sum(cosines) / len(cosines),
+        }
+    return means
 
 
-def _means(pairs: list[tuple[float, float]]) -> dict:
-    """Means over layers of (error, cosine)."""
-    errors, cosines = zip(*pairs, strict=True)
-    return {"layer_error": sum(errors) / len(errors), "layer_cosine": sum(cosines) / len(cosines)}
-
-
-def _compare(probe: LayerProbe | None, setting: Setting, batch: int) -> tuple[float, float]:
-    """Mean error and cosine of one layer under one setting."""
-    assert probe is not None
-    parts = [_pair(probe, setting, w) for w in torch.arange(len(probe.inputs)).split(batch)]
-    errors, cosines = (torch.cat(p) for p in zip(*parts, strict=True))
-    return float(errors.mean()), float(cosines.mean())
-
-
-def _pair(probe: LayerProbe, setting: Setting, windows: Tensor) -> tuple[Tensor, Tensor]:
-    """Error and cosine of each window. The storage is made anew, because it keeps what it has read."""
-    target, device = probe.outputs[windows], device_of(probe.block)
-    storage = setting.storage(probe.index)
-    out = target if storage is None else probe.run(probe.inputs[windows].to(device), storage).cpu()
-    return relative_errors(out, target, NO_EXACT_TOKENS), torch.cosine_similarity(out, target, dim=-1).mean(1)
+def _compare(probe: LayerProbe, setting: Setting, batch: int) -> tuple[float, float]:
+    """Mean error and cosine of one layer under one setting, over windows and tokens."""
+    errors, cosines = [], []
+    for windows in torch.arange(len(probe.inputs)).split(batch):
+        exact, device = probe.outputs[windows], device_of(probe.block)
+        storage = setting.storage(probe.index)  # a fresh one for each batch, because it keeps what it reads
+        out = exact if storage is None else probe.run(probe.inputs[windows].to(device), storage).cpu()
+        errors.append(relative_errors(out, exact, NO_EXACT_TOKENS))
+        cosines.append(torch.cosine_similarity(out, exact, dim=-1).mean(1))
+    return float(torch.cat(errors).mean()), float(torch.cat(cosines).mean())

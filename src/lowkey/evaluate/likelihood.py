@@ -23,9 +23,8 @@ from lowkey.evaluate.intervals import half_width
 from lowkey.evaluate.settings import Setting
 
 TOKENS_PER_PIECE = 32  # tokens that a setting which evicts reads at a time
-LOGITS_AT_ONCE = (
-    8  # tokens whose distributions are compared at a time: what they take stays near the processor
-)
+# Tokens whose distributions are compared at a time: so few that their logits stay in the processor's cache.
+LOGITS_AT_ONCE = 8
 
 
 @torch.no_grad()
@@ -57,26 +56,30 @@ def measure_likelihood(
     measured, scored = measured or Measured(), [s for s in settings if not s.needs_second_pass]
     todo = [(w, s) for w in range(len(rows)) for s in scored if _name(w, s) not in measured]
     reference: tuple[int, Reference] | None = None
+    # Windows are the outer loop, so that only one window's logits are held.
     for w, setting in progress(todo, lambda unit: f"perplexity, {unit[1].name}"):
         ids = rows[w : w + 1].to(device_of(model))
         if reference is None or reference[0] != w:
-            reference = None  # two are not held at once
+            reference = None  # frees the logits of the window before
             reference = w, Reference(_logits(model, settings[0], ids, measured))
-        measured.once(
-            _name(w, setting), partial(_scored, model, setting, settings[0], reference[1], ids, measured)
-        )
+        score = partial(_scored, model, setting, settings[0], reference[1], ids, measured)
+        measured.once(_name(w, setting), score)
     return {s.name: row([measured[_name(w, s)] for w in range(len(rows))]) for s in scored}
 
 
 def _scored(
-    model: PreTrainedModel, setting: Setting, first: Setting, of: Reference, ids: Tensor, measured: Measured
+    model: PreTrainedModel,
+    setting: Setting,
+    first: Setting,
+    reference: Reference,
+    ids: Tensor,
+    measured: Measured,
 ) -> dict:
     """Sums of one window under one setting. The first setting is scored by its own logits."""
-    return (
-        of.own(ids[0, 1:])
-        if setting is first
-        else of.score(_logits(model, setting, ids, measured), ids[0, 1:])
-    )
+    targets = ids[0, 1:]
+    if setting is first:
+        return reference.own(targets)
+    return reference.score(_logits(model, setting, ids, measured), targets)
 
 
 def _name(window: int, setting: Setting) -> str:
@@ -128,14 +131,15 @@ class Reference:
 
         Returns:
             Sums over the window in fp64: `nll`, `kl` and `agree` (tokens whose most likely successor is the
-                reference's), and the number of `tokens`. With r and q the logits of the reference and of the
-                setting, KL = E_r[r - q] + logsumexp(q) - logsumexp(r).
+            reference's), and the number of `tokens`. With r and q the logits of the reference and of the
+            setting, KL = E_r[r - q] + logsumexp(q) - logsumexp(r).
         """
         nll, kl, agree = [], [], 0
         for r, q, target, total, top in zip(
             *(x.split(LOGITS_AT_ONCE) for x in (self.logits, logits, targets, self.total, self.top)),
             strict=True,
         ):
+            # fp32 for a few tokens at a time: a whole window of logits in fp32 would be twice the model's.
             r, q = r.float(), q.float()
             mine = q.logsumexp(-1)
             nll.append((mine - q.gather(1, target.unsqueeze(1))[:, 0]).double().sum())
@@ -219,9 +223,9 @@ def measure_decode(
     for w, setting in progress(todo, lambda unit: f"decode, {unit[1].name}"):
         ids = rows[w : w + 1].to(device_of(model))
         measured.once(f"decode {w} {setting.name}", lambda: _decode(model, tokenizer, setting.make(), ids))  # noqa: B023
-    found = {s.name: [_number(measured[f"decode {w} {s.name}"]) for w in range(len(rows))] for s in settings}
+    nats = {s.name: [_number(measured[f"decode {w} {s.name}"]) for w in range(len(rows))] for s in settings}
     tokens = len(rows) * (rows.shape[1] - rows.shape[1] // 2 - 1)
-    return {name: {"perplexity_decode": _exp(sum(nll) / tokens)} for name, nll in found.items()}
+    return {name: {"perplexity_decode": _exp(sum(nll) / tokens)} for name, nll in nats.items()}
 
 
 def _decode(

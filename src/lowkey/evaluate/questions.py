@@ -35,11 +35,11 @@ from lowkey.evaluate.asking import (
 from lowkey.evaluate.settings import Setting
 from lowkey.models import families
 
-TEXT_LENGTH = 1300  # tokens of a text
-ANSWER_LENGTH = 16  # tokens of an answer at most
+TEXT_LENGTH = 1300  # tokens of a text, at most
+ANSWER_LENGTH = 16  # tokens of an answer, at most
 ASKING = 64  # tokens that a question and its template may take
-DEALS = 3  # times that the paragraphs are dealt into texts at most
-LEAST_QUESTIONS = 20  # questions below which a share says little
+DEALS = 3  # how many times the paragraphs are dealt into texts, at most
+LEAST_QUESTIONS = 20  # a share of fewer questions says little
 QUESTION_PROMPT = "\n\nAnswer this question about the text in a few words: {question}"
 ARTICLES = ("a", "an", "the")
 
@@ -87,17 +87,15 @@ class Text:
 
 def embedded_paragraphs() -> list[Paragraph]:
     """The paragraphs that ship with lowkey and were written for it."""
-    told = json.loads((package_files("lowkey") / "data" / "questions.json").read_text(encoding="utf-8"))[
-        "paragraphs"
-    ]
-    found, number = [], 0
-    for paragraph in told:
+    content = (package_files("lowkey") / "data" / "questions.json").read_text(encoding="utf-8")
+    paragraphs, number = [], 0
+    for paragraph in json.loads(content)["paragraphs"]:
         items = [
             Item(number + i, q["question"], tuple(q["answers"])) for i, q in enumerate(paragraph["questions"])
         ]
-        found.append(Paragraph(paragraph["text"], tuple(items)))
+        paragraphs.append(Paragraph(paragraph["text"], tuple(items)))
         number += len(items)
-    return found
+    return paragraphs
 
 
 def draw_texts(
@@ -132,19 +130,19 @@ def draw_texts(
         if sum(sizes[id(p)] for p in (*dealt[-1], paragraph)) > room:
             dealt.append([])
         dealt[-1].append(paragraph)
+    # The last text would be shorter than the others: it is filled up with paragraphs that other texts ask
+    # about.
     last = list(dealt[-1])
     for more in (p for p in deck if p not in last):
         if sum(sizes[id(p)] for p in (*dealt[-1], more)) <= room:
             dealt[-1].append(more)
     rng.shuffle(dealt[-1])
-    asked = [*dealt[:-1], last]
-    return [_text(rng, frame, told, own) for told, own in zip(dealt, asked, strict=True)]
-
-
-def _text(rng: random.Random, frame: Frame, told: list[Paragraph], asked: list[Paragraph]) -> Text:
-    """A text of the paragraphs `told` that asks about the paragraphs `asked`."""
-    items = [item for p in asked for item in p.items]
-    return Text(frame.start + frame.encode("\n\n".join(p.text for p in told)), rng.sample(items, len(items)))
+    texts = []
+    for told, asked in zip(dealt, [*dealt[:-1], last], strict=True):
+        items = [item for p in asked for item in p.items]
+        ids = frame.start + frame.encode("\n\n".join(p.text for p in told))
+        texts.append(Text(ids, rng.sample(items, len(items))))
+    return texts
 
 
 def _question(frame: Frame, item: Item) -> list[int]:
@@ -177,15 +175,10 @@ class _Asker:
         setting: Setting,
         refeed: bool,
     ) -> None:
-        self.model, self.tokenizer, self.frame, self.setting, self.refeed = (
-            model,
-            tokenizer,
-            frame,
-            setting,
-            refeed,
-        )
+        self.model, self.tokenizer, self.frame = model, tokenizer, frame
+        self.setting, self.refeed = setting, refeed
         self.ends = frame.ends(model)
-        self.known: tuple[Text, LowkeyCache] | None = None
+        self.known: tuple[Text, LowkeyCache] | None = None  # the text that was read last, and its cache
 
     def ask(self, text: Text, item: Item) -> dict:
         """Ask one question.
@@ -210,7 +203,7 @@ class _Asker:
     def _read(self, text: Text) -> LowkeyCache:
         """The cache that has read the text, made once per text."""
         if self.known is None or self.known[0] is not text:
-            self.known, cache = None, self.setting.make()
+            self.known, cache = None, self.setting.make()  # frees the cache of the text before
             write_answer(self.model, cache, tensor_of(self.model, text.ids), set(), 1)
             self.known = text, cache
         return self.known[1]
@@ -246,10 +239,10 @@ def measure_questions(
 
     Returns:
         By setting: `questions`, the share; `questions_right` of `questions_of`; `questions_kept`, bytes held
-            with the question when an answer began, as a share of the control's; and `questions_evidence`,
-            whether there are at least `LEAST_QUESTIONS` questions. The control's row also has
-            `questions_asked`, how often it was asked; `questions_items`, the numbers of what it answered;
-            and, if these are too few, `questions_note`.
+        with the question when an answer began, as a share of the control's; and `questions_evidence`, whether
+        there are at least `LEAST_QUESTIONS` questions. The control's row also has `questions_asked`, how
+        often it was asked; `questions_items`, the numbers of what it answered; and, if these are too few,
+        `questions_note`.
     """
     frame, full, others = Frame.of(tokenizer), settings[0], settings[1:]
     told = embedded_paragraphs() if paragraphs is None else paragraphs
@@ -258,6 +251,7 @@ def measure_questions(
     found: dict[str, list[dict]] = {s.name: [] for s in settings}
     asked = 0
     for deal in range(DEALS):
+        # Each deal has a seed of its own, far from those of a user's neighbouring seeds.
         before, texts = len(kept), draw_texts(frame, told, seed + 2**32 * deal, _length(model))
         for text in texts:
             longest = max((_question(frame, item) for item in text.items), key=len)
@@ -306,17 +300,14 @@ def _row(answers: list[dict], full: list[dict]) -> dict:
         answers: what `_Asker.ask` gave for the setting.
         full: what it gave for the control.
     """
-    right, of = sum(a["right"] for a in answers), len(answers)
-    held = (
-        statistics.fmean(a["held"] for a in answers) / statistics.fmean(a["held"] for a in full)
-        if answers
-        else None
-    )
-    share = right / of if of else None
+    right, total = sum(a["right"] for a in answers), len(answers)
+    kept = None
+    if answers:
+        kept = statistics.fmean(a["held"] for a in answers) / statistics.fmean(a["held"] for a in full)
     return {
-        "questions": share,
+        "questions": right / total if total else None,
         "questions_right": right,
-        "questions_of": of,
-        "questions_kept": held,
-        "questions_evidence": of >= LEAST_QUESTIONS,
+        "questions_of": total,
+        "questions_kept": kept,
+        "questions_evidence": total >= LEAST_QUESTIONS,
     }

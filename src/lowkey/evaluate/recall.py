@@ -24,9 +24,9 @@ from lowkey.heads.needles import KEYS, Encode, draw_facts, sentence_ends, weave
 from lowkey.heads.needles import Fact as Fact
 from lowkey.models import families
 
-SOLVED = 0.9  # where the full cache recalls less than this, the others' recall tells nothing of them
-USUAL_FORM = "usual"  # the form that suits the tokenizer
-TRIAL_CASES = 5  # cases, all to be right, by which another form or context is recommended
+SOLVED = 0.9  # if the full cache recalls less than this, recall says nothing about other caches
+USUAL_FORM = "usual"  # stands for the form that suits the tokenizer
+TRIAL_CASES = 5  # another form or context is recommended if it solves all of so many cases
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,7 @@ def draw_episode(
     start = frame.start if frame else []
     words, opening = form.question.format(key=asked.key), form.opening.format(key=asked.key)
     question = frame.question(words, opening) if frame else encode(words)
+    # In a chat the context is a whole prompt; plain text has its length without the question, as in training.
     room = context - (len(start) + len(question) if frame and frame.chat else 0)
     body = weave(
         rng, haystack, [encode(form.statement.format(key=f.key, value=f.value)) for f in drawn], room, ends
@@ -182,9 +183,8 @@ def measure_recall(
 
     Returns:
         By setting: `exact_match`, the share; `recall_form`; `recall_kept`, bytes held with the question when
-            an answer began, as a share of the first setting's; and `recall_evidence`, whether the first
-            setting reaches `SOLVED`. If it does not, its row has `recall_note` with a form or a context that
-            it solves.
+        an answer began, as a share of the first setting's; and `recall_evidence`, whether the first setting
+        reaches `SOLVED`. If it does not, its row has `recall_note` with a form or a context that it solves.
     """
     name = usual_form(tokenizer) if form == USUAL_FORM else form
     episodes = draw_episodes(tokenizer, haystack, context, cases, seed, name)
@@ -196,7 +196,7 @@ def measure_recall(
         answer = partial(answered, model, tokenizer, setting, episodes[i], name, refeed)
         case = once(f"recall {i} {setting.name}", answer)
         found[setting.name].append(case)
-    whole = statistics.fmean(case["held"] for case in found[settings[0].name])
+    full = statistics.fmean(case["held"] for case in found[settings[0].name])
     share = {s: statistics.fmean(case["right"] for case in cases) for s, cases in found.items()}
     evidence = share[settings[0].name] >= SOLVED
     rows: dict[str, dict] = {
@@ -204,18 +204,14 @@ def measure_recall(
             "exact_match": share[s],
             "recall_form": name,
             "recall_evidence": evidence,
-            "recall_kept": statistics.fmean(case["held"] for case in cases) / whole,
+            "recall_kept": statistics.fmean(case["held"] for case in cases) / full,
         }
         for s, cases in found.items()
     }
     if not evidence:
-        told = once(
-            "recall note",
-            lambda: _note(
-                model, tokenizer, settings[0], haystack, context, seed, name, share[settings[0].name]
-            ),
-        )
-        rows[settings[0].name]["recall_note"] = told
+        control, recalled = settings[0], share[settings[0].name]
+        find = partial(_note, model, tokenizer, control, haystack, context, seed, name, recalled)
+        rows[control.name]["recall_note"] = once("recall note", find)
     return rows
 
 
@@ -237,10 +233,13 @@ def draw_episodes(
         seed: seed of the cases.
         form: a name of `FORMS`.
     """
-    rng, how = random.Random(seed), FORMS[form]
-    frame, ends = frame_of(tokenizer, how), sentence_ends(tokenizer, haystack) if how.chat else ()
+    rng, wording = random.Random(seed), FORMS[form]
+    frame = frame_of(tokenizer, wording)
+    # Plain text has its facts anywhere, as the embedded model was trained; chat models expect whole
+    # sentences.
+    ends = sentence_ends(tokenizer, haystack) if wording.chat else ()
     return [
-        draw_episode(rng, frame.encode, haystack, context, form=how, frame=frame, ends=ends)
+        draw_episode(rng, frame.encode, haystack, context, form=wording, frame=frame, ends=ends)
         for _ in range(cases)
     ]
 
@@ -260,10 +259,11 @@ def answered(
     """
     ids = tensor_of(model, episode.prompt)
     cache = read_context(model, tokenizer, setting, ids, len(episode.question), refeed)
-    said = write_answer(
-        model, cache, ids, frame_of(tokenizer, FORMS[form]).ends(model), len(episode.answer) + 1
-    )
-    return {"right": is_right_value(str(tokenizer.decode(said.ids)), episode.value), "held": said.held}
+    # One token more than the answer has shows whether the number ends there.
+    ends, most = frame_of(tokenizer, FORMS[form]).ends(model), len(episode.answer) + 1
+    written = write_answer(model, cache, ids, ends, most)
+    right = is_right_value(str(tokenizer.decode(written.ids)), episode.value)
+    return {"right": right, "held": written.held}
 
 
 def is_right_value(said: str, value: str) -> bool:
@@ -333,16 +333,14 @@ def check_positions(
     Raises:
         LowkeyError: they do not fit.
     """
-    how = FORMS[usual_form(tokenizer) if form == USUAL_FORM else form]
-    frame, fact = frame_of(tokenizer, how), draw_facts(random.Random(0), 1, digits=how.digits)[0]
-    question = frame.question(how.question.format(key=fact.key), how.opening.format(key=fact.key))
-    longest, room = (
-        families.max_positions(model),
-        len(frame.encode(fact.answer)) + 1 + (0 if frame.chat else 2 * len(question)),
-    )
+    wording = FORMS[usual_form(tokenizer) if form == USUAL_FORM else form]
+    frame, fact = frame_of(tokenizer, wording), draw_facts(random.Random(0), 1, digits=wording.digits)[0]
+    question = frame.question(wording.question.format(key=fact.key), wording.opening.format(key=fact.key))
+    # In a chat the context includes the question. Otherwise it comes on top, twice where it is asked again.
+    longest = families.max_positions(model)
+    room = len(frame.encode(fact.answer)) + 1 + (0 if frame.chat else 2 * len(question))
     if longest is not None and context + room > longest:
         raise LowkeyError(
             f"context {context}: a question and its answer take {room} tokens more, beyond the model's "
-            f"{longest} positions; "
-            f"give at most {longest - room}, or another task than recall"
+            f"{longest} positions; give at most {longest - room}, or another task than recall"
         )

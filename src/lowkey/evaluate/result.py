@@ -92,39 +92,42 @@ def _decode(run: TaskInput) -> dict[str, dict]:
 
 
 def _layers(run: TaskInput) -> dict[str, dict]:
-    # nothing stands in for its cache, so there is nothing to compare
+    # Such a model takes the full cache only, so there is nothing to compare.
     if families.stores_own_form(run.model.config):
         return {}
+    # Each layer runs on the inputs of all windows at once; half of them are enough and take half the memory.
     rows = run.rows[: max(1, len(run.rows) // 2)]
     return layerwise.measure_layers(run.model, run.settings, rows, run.task.batch, run.progress, run.measured)
 
 
 def _recall(run: TaskInput) -> dict[str, dict]:
-    t = run.task
-    recall.check_positions(run.model, run.tokenizer, t.context, t.recall_form)
-    where = (run.ids.tolist(), t.context, t.cases, t.seed)
+    task = run.task
+    recall.check_positions(run.model, run.tokenizer, task.context, task.recall_form)
     return recall.measure_recall(
         run.model,
         run.tokenizer,
         run.settings,
-        *where,
+        run.ids.tolist(),
+        task.context,
+        task.cases,
+        task.seed,
         run.progress,
-        t.refeed,
-        t.recall_form,
+        task.refeed,
+        task.recall_form,
         run.measured.once,
     )
 
 
 def _questions(run: TaskInput) -> dict[str, dict]:
-    t = run.task
+    task = run.task
     return questions.measure_questions(
         run.model,
         run.tokenizer,
         run.settings,
-        t.questions,
-        t.seed,
+        task.questions,
+        task.seed,
         run.progress,
-        t.refeed,
+        task.refeed,
         once=run.measured.once,
     )
 
@@ -194,7 +197,7 @@ def evaluate(
         ).items():
             rows[row] |= found
     finally:
-        measured.write()
+        measured.write()  # also after an interrupt: the same job then resumes
     return {
         "format": RESULT_FORMAT,
         "model": model.config._name_or_path,

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,22 +29,17 @@ from lowkey.storage.base import StoringLayer
 from lowkey.storage.exact import Exact
 from lowkey.storage.packing import NO_BITS, scheme, scheme_name
 
+# Fields of a row that tasks fill in; the row of a new setting has None in each.
+# fmt: off
 UNMEASURED = (
-    *(
-        "perplexity",
-        "perplexity_95",
-        "perplexity_decode",
-        "kl",
-        "kl_95",
-        "top1_agreement",
-        "layer_error",
-        "layer_cosine",
-        "exact_match",
-    ),
-    *("recall_form", "recall_evidence", "recall_kept"),
-    *("questions", "questions_right", "questions_of", "questions_evidence", "questions_kept"),
-    *("bytes_per_token", "bytes_held", "bytes_predicted", "bytes_full", "prefill_ms", "step_ms"),
+    "perplexity", "perplexity_95", "perplexity_decode", "kl", "kl_95", "top1_agreement",
+    "layer_error", "layer_cosine",
+    "exact_match", "recall_form", "recall_evidence", "recall_kept",
+    "questions", "questions_right", "questions_of", "questions_evidence", "questions_kept",
+    "bytes_per_token", "bytes_held", "bytes_predicted", "bytes_full",
+    "prefill_ms", "step_ms",
 )
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -120,16 +114,16 @@ def packed(model: PreTrainedModel, bits: int | str, exact: Exact | None = None) 
     Raises:
         LowkeyError: an unknown scheme, or one that the model cannot have.
     """
-    scheme(bits)  # refuses now what would be refused at the first case
+    scheme(bits)  # refuses an unknown scheme now, and not when the first cache is made
     origin = Origin(weakref.ref(model), bits=bits, exact=exact)
-    near = _window(model, origin)
-    known = row_identity(**_packing(bits), sinks=near.sinks, recent=near.recent)
+    exact = _exact_tokens(model, origin)
+    identity = row_identity(**_packing(bits), sinks=exact.sinks, recent=exact.recent)
     return Setting(
         scheme_name(bits),
-        known,
+        identity,
         lambda: cache_from(model, origin),
-        marks={"window": _beside(near)},
-        made_of=_hash(known),
+        marks={"window": _exact_words(exact)},
+        made_of=_hash(identity),
     )
 
 
@@ -154,17 +148,27 @@ def planned(
         LowkeyError: the plan is of another model.
     """
     plan.check(model)
-    bits = plan.bits if bits is None else None if bits == NO_BITS else bits
+    if bits is None:
+        bits = plan.bits
+    elif bits == NO_BITS:
+        bits = None
     origin = Origin(weakref.ref(model), plan, bits=NO_BITS if bits is None else bits, exact=exact)
-    near = _window(model, origin)
-    known = row_identity(
-        method=plan.method["name"], plan=path, budget=plan.budget, layout=plan.layout, **_packing(bits)
+    exact = _exact_tokens(model, origin)
+    identity = row_identity(
+        method=plan.method["name"],
+        plan=path,
+        budget=plan.budget,
+        layout=plan.layout,
+        sinks=exact.sinks,
+        recent=exact.recent,
+        **_packing(bits),
     )
-    known |= {"sinks": near.sinks, "recent": near.recent}
     name = f"{plan.method['name']} {plan.budget}" + ("" if bits is None else f" {scheme_name(bits)}")
-    marks, made_of = {"window": _beside(near), **plan_marks(plan, path)}, _hash(known, plan.digest())
-    known["profile"] = {**plan.profile, "layers": list(plan.factors)}
-    return Setting(name, known, lambda: cache_from(model, origin), marks=marks, made_of=made_of)
+    marks = {"window": _exact_words(exact), **plan_marks(plan, path)}
+    made_of = _hash(identity, plan.digest())
+    # The profile is shown in reports and changes no number, so it is no part of the checksum.
+    identity["profile"] = {**plan.profile, "layers": list(plan.factors)}
+    return Setting(name, identity, lambda: cache_from(model, origin), marks=marks, made_of=made_of)
 
 
 def window_of(
@@ -188,38 +192,38 @@ def window_of(
     """
     if sinks is None and recent is None:
         return None
-    own = _window(model, Origin(weakref.ref(model), plan, bits=bits))
+    own = _exact_tokens(model, Origin(weakref.ref(model), plan, bits=bits))
     return replace(
         own, sinks=own.sinks if sinks is None else sinks, recent=own.recent if recent is None else recent
     )
 
 
-def _window(model: PreTrainedModel, origin: Origin) -> Exact:
+def _exact_tokens(model: PreTrainedModel, origin: Origin) -> Exact:
     """The tokens that a cache of this origin keeps exact."""
+    # A cache of this origin is made and asked, since plan, scheme and layers each have a say.
     kept = (getattr(layer, "exact", None) for layer in cache_from(model, origin).layers)
     return next((exact for exact in kept if exact is not None), Exact())
 
 
-def _beside(exact: Exact) -> str:
+def _exact_words(exact: Exact) -> str:
     """The exact tokens in words, for a row's name."""
     return " ".join(f"+ {n} {word}" for n, word in ((exact.sinks, "sinks"), (exact.recent, "recent")) if n)
 
 
 def plan_marks(plan: Plan, path: str) -> dict[str, str]:
     """What distinguishes a plan from others of its method and budget, in words."""
-    named = {
-        "method": METHODS.get(plan.method["name"]),
-        "allocator": RANK_ALLOCATORS.get(plan.allocator["name"]),
-    }
-    options = {
-        f"{what}.{name}": f"{name}={value}"
-        for what, told in (("method", plan.method), ("allocator", plan.allocator))
-        for name, value in changed(named[what], told["parameters"]).items()
-    }
+    method, allocator = plan.method["name"], plan.allocator["name"]
+    options = {}
+    for part, kind, parameters in (
+        ("method", METHODS.get(method), plan.method["parameters"]),
+        ("allocator", RANK_ALLOCATORS.get(allocator), plan.allocator["parameters"]),
+    ):
+        for name, value in changed(kind, parameters).items():
+            options[f"{part}.{name}"] = f"{name}={value}"
     seed = plan.provenance.get("seed")
     return {
         "layout": plan.layout,
-        "allocator": plan.allocator["name"],
+        "allocator": allocator,
         **options,
         "seed": "" if seed is None else f"seed={seed}",
         **plan_place(path),
@@ -280,31 +284,33 @@ def evicted(
         LowkeyError: its budget does not hold the tokens that are always kept, or head scores are missing.
     """
     budget = policy.budget and Budget.parse(policy.budget)
-    tokens = (
-        {"%": budget.amount / 100 * context, "tokens": budget.amount}.get(budget.unit, math.inf)
-        if budget
-        else math.inf
-    )
-    if budget and tokens < policy.sinks + policy.recent:
-        raise too_few_tokens(budget, tokens, policy.sinks, policy.recent)
+    # A budget in tokens was checked when the policy was made; one in bytes is checked by the cache.
+    if budget and budget.unit == "%":
+        tokens = budget.amount / 100 * context
+        if tokens < policy.sinks + policy.recent:
+            raise too_few_tokens(budget, tokens, policy.sinks, policy.recent)
     if plan is not None:
         plan.check(model)
     policy = policy.with_head_scores({**(plan.heads if plan else {}), **(heads or {})})
-    words = policy_to_dict(policy)
-    known = row_identity(
-        method=plan and plan.method["name"], plan=path, policy=words, budget=budget and str(budget)
+    written = policy_to_dict(policy)
+    identity = row_identity(
+        method=plan and plan.method["name"], plan=path, policy=written, budget=budget and str(budget)
     )
     origin = Origin(weakref.ref(model), plan, policy)
-    cache_from(model, origin)  # refuses now what would be refused at the first case
-    label = (f"{name} {budget}" if budget else name) + (
-        f" on {plan.method['name']} {plan.budget}" if plan else ""
-    )
-    marks = {key: f"{key}={value}" for key, value in words["parameters"].items()} | (
-        plan_marks(plan, path or "") if plan else {}
-    )
-    made_of = _hash(known, repr(policy), plan and plan.digest())
+    cache_from(model, origin)  # refuses what does not go together now, and not when the first case is read
+    label = f"{name} {budget}" if budget else name
+    marks = {key: f"{key}={value}" for key, value in written["parameters"].items()}
+    if plan:
+        label += f" on {plan.method['name']} {plan.budget}"
+        marks |= plan_marks(plan, path or "")
     return Setting(
-        label, known, lambda: cache_from(model, origin), True, policy.needs_second_pass, marks, made_of
+        label,
+        identity,
+        lambda: cache_from(model, origin),
+        evicts=True,
+        needs_second_pass=policy.needs_second_pass,
+        marks=marks,
+        made_of=_hash(identity, repr(policy), plan and plan.digest()),
     )
 
 
@@ -315,9 +321,10 @@ def distinct(settings: Sequence[Setting]) -> list[Setting]:
     Raises:
         LowkeyError: a setting is given twice.
     """
-    names, found = told_apart([s.name for s in settings], [s.marks for s in settings]), list[Setting]()
-    for name, s in zip(names, settings, strict=True):
-        if any(name == other.name for other in found):
+    names = told_apart([s.name for s in settings], [s.marks for s in settings])
+    renamed: list[Setting] = []
+    for name, setting in zip(names, settings, strict=True):
+        if any(name == other.name for other in renamed):
             raise LowkeyError(f"setting {name!r}: is given twice; give it once")
-        found.append(replace(s, name=name, short=s.name))
-    return found
+        renamed.append(replace(setting, name=name, short=setting.name))
+    return renamed

@@ -29,7 +29,7 @@ from lowkey.ops.rope import rotate
 from lowkey.plan.plan import Plan
 from lowkey.version import __version__
 
-EQUAL = 1e-4  # largest difference of two rotations of unit vectors that are taken to be the same
+EQUAL = 1e-4  # two rotations of unit vectors count as the same up to this difference
 
 
 def export_hf(
@@ -65,7 +65,7 @@ def export_hf(
     files.check_folder(folder, force)
     smaller = converted(model, plan, merge, width)
     if families.is_own(model.config):
-        register()  # so that its code is saved beside it
+        register()  # saves the code of our models beside the weights
     with files.replacing_folder(folder) as temporary:
         smaller.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -100,8 +100,7 @@ def plain_shape(model: PreTrainedModel, plan: Plan) -> tuple[int, int]:
     if len(shape.compressible) < shape.layers:
         raise LowkeyError(
             f"model of family {kind!r}: only {len(shape.compressible)} of its {shape.layers} layers can be "
-            "compressed, "
-            "and a plain checkpoint has as many KV heads in all of them; use the plan"
+            "compressed, and a plain checkpoint has as many KV heads in all of them; use the plan"
         )
     found = list(plan.factors.values())
     forms = sorted({(f.merge, f.ranks, f.k_down.shape[-1]) for f in found})
@@ -118,13 +117,16 @@ def plain_shape(model: PreTrainedModel, plan: Plan) -> tuple[int, int]:
         options = _written(method.plain_options) if method else ""
         raise _refused(
             plan,
-            "it turns keys at frequencies of its own",
+            "it rotates keys at frequencies of its own",
             f"compress with {options}" if options else "use the plan",
         )
+    # Every reason that holds for some plan, and whether it holds for this one; the first is told.
     reasons = {
         f"it narrows heads whose rope_type {turning!r} changes its frequencies with the length": bool(turning)
         and width < d,
-        "it takes means off keys or values": any(f.k_mean is not None or f.v_mean is not None for f in found),
+        "it subtracts means from keys or values": any(
+            f.k_mean is not None or f.v_mean is not None for f in found
+        ),
         "its layers have other ranks than one another": len(forms) > 1,
         f"it merges the keys of {t} heads and the values of {t_v}": t != t_v,
         f"it keeps rank {r} of keys and {r_v} of values": r != r_v,
@@ -138,7 +140,7 @@ def plain_shape(model: PreTrainedModel, plan: Plan) -> tuple[int, int]:
         reason = (
             "its key maps do not commute with rotary embedding"
             if t > 1
-            else f"it does not keep the channels that a rotary embedding of width {r} turns at the same "
+            else f"it does not keep the channels that a rotary embedding of width {r} rotates at the same "
             "frequencies"
         )
         raise _refused(plan, reason, remedy)
@@ -198,6 +200,8 @@ def _turns_alike(model: PreTrainedModel, down: Tensor, width: int) -> bool:
     wide = families.rope(model, 0)
     narrow = families.narrower_rope(wide, smaller_config(model, 1, width))
     longest = families.max_positions(model) or 1
+    # Powers of two tell all frequencies apart, since angles of high ones wrap around and those of low ones do
+    # not.
     positions = torch.tensor([[0, *(2**i for i in range(longest.bit_length()))]])
     before, after = (
         _rotated(x, rope, positions) for x, rope in ((torch.eye(len(down)), wide), (down, narrow))
@@ -218,6 +222,7 @@ def converted(model: PreTrainedModel, plan: Plan, merge: int, width: int) -> Pre
     """The smaller model. It shares what it can with `model`. Its buffers hold no data, which is enough to
     save it.
     """
+    # Nothing is allocated: parameters are assigned below.
     with torch.device("meta"):
         smaller = type(model)(smaller_config(model, merge, width))
     names: dict[Tensor, str] = {parameter: name for name, parameter in smaller.named_parameters()}
@@ -243,7 +248,7 @@ def smaller_config(model: PreTrainedModel, merge: int, width: int) -> PreTrained
     inner, shape = config.get_text_config(), families.geometry(model)
     inner.num_key_value_heads = shape.kv_heads // merge
     if families.is_own(inner) and merge > 1:
-        inner.attention = "gqa"  # whatever grouped kind it was
+        inner.attention = "gqa"  # also if it was `mha`, whose number of heads is fixed
     if width != shape.head_dim:
         inner.head_dim = width
     return config
@@ -256,6 +261,8 @@ def in_order(f: Factors, heads: int, width: int) -> Factors:
     f = f.to(torch.empty(0))
     down, up, v_down, v_up = (x.expand(heads // m, -1, -1) if len(x) == 1 else x for x, m in _sides(f))
     if width < up.shape[-1]:
+        # Each latent channel is mostly one old channel; the narrow rotary embedding expects them in old
+        # order.
         order = down.abs().argmax(-2).argsort(-1)
         down, up = (
             down.gather(-1, order.unsqueeze(-2).expand_as(down)),
@@ -304,6 +311,7 @@ def factors_folded(p: Projections, f: Factors, scale: float) -> Projections:
     `scale`), and outputs are read from the latents of values.
     """
     h, t = len(f.k_up), len(f.k_up) // len(f.k_down)
+    # Biases go through the same maps as one more input.
     q, k, v = (_with_bias(w, b) for w, b in ((p.q, p.q_bias), (p.k, p.k_bias), (p.v, p.v_bias)))
     q = scale * torch.einsum("hwd,hgdn->hgwn", f.k_up, q.unflatten(0, (h, -1))[f.order]).flatten(0, 1)
     k, v = (

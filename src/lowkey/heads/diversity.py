@@ -98,9 +98,9 @@ def circuit(left: Tensor, right: Tensor) -> dict:
 
     Returns:
         `uncentred`: effective rank / H. `centred`: effective rank of the centred Gram matrix / (H - 1).
-            `centred_of_heads`: the same / H, as in the paper. `mean_cosine`: mean over pairs. `cosines`: (H,
-            H). All but the cosines lie in [0, 1]. None stands for what has no meaning: centred numbers of one
-            head, and numbers of zero operators (output projections that start at zero).
+        `centred_of_heads`: the same / H, as in the paper. `mean_cosine`: mean over pairs. `cosines`: (H, H).
+        All but the cosines lie in [0, 1]. None stands for what has no meaning: centred numbers of one head,
+        and numbers of zero operators (output projections that start at zero).
     """
     gram = operator_cosines(left, right)
     heads = len(gram)
@@ -132,7 +132,7 @@ def shared_and_residual(maps: Tensor, residual: Tensor) -> dict:
 
     Returns:
         Means over heads: Frobenius norms of both parts, their quotient (None if a residual is zero), and the
-            cosine between them.
+        cosine between them.
     """
     shared, residual = (maps - residual).double().flatten(1), residual.double().flatten(1)
     own, low = shared.norm(dim=1), residual.norm(dim=1)

@@ -225,13 +225,13 @@ def _parse(meta: dict, where: str) -> HeadScores:
 
     for name, kind in SCORE_FIELDS.items():
         if type(meta.get(name)) is not kind:
-            raise refuse(f"field {name!r} is missing or no {kind.__name__}")
+            raise refuse(f"field {name!r} is missing or not of type {kind.__name__}")
     if not all(type(i) is int and i >= 0 for i in meta["layers"]):
-        raise refuse("field 'layers' holds something else than indices")
+        raise refuse("field 'layers' holds something other than indices")
     try:
         values = torch.tensor(meta.get("values"), dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise refuse("field 'values' is no table of numbers") from None
+        raise refuse("field 'values' is not a table of numbers") from None
     try:
         return HeadScores(
             values=values, **{name: meta[name] for name in SCORE_FIELDS} | {"layers": tuple(meta["layers"])}

@@ -1,5 +1,9 @@
-"""Pretraining: a recipe, packed documents, one readable loop, checkpoints that resume to the identical loss
-curve.
+"""Pretrain a model: a recipe, packed documents, one readable loop, and checkpoints that resume to the
+identical loss curve.
+
+`recipe` reads TOML, `corpus` makes token files, `rows` packs and orders them, `models` makes the model,
+`optim` its optimizers and learning rates, `loop` trains with `run`, `health` judges losses, `checkpoint` and
+`log` write. May import `attention`, `models` and the rooms below it.
 
 Names are imported when they are first used, so that a recipe can be read without torch.
 """

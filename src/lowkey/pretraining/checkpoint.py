@@ -1,8 +1,8 @@
-"""A training run on disk: one file with everything, replaced in one step, and what says which run a folder
-belongs to.
+"""A training run on disk: one file with everything, replaced in one step, and a file that says which run a
+folder belongs to.
 
-Random numbers and the order of the data depend on the seed and the step alone, and the learning rate on the
-step, so there is no state of theirs to keep.
+Random numbers and the order of the data depend on the seed and the step only, and the learning rate on the
+step, so none of them has a state to save.
 """
 
 from __future__ import annotations
@@ -28,21 +28,32 @@ CHECKPOINT, JOB_FILE, RESULT, TOKEN_FOLDER, FINISHED = (
     "tokens",
     ".finished",
 )
-RUN_FILE = "run"  # of a job's file
-# what optimizers keep for a parameter
+RUN_FILE = "run"  # kind of file that job.json is
+# What each optimizer keeps for a parameter.
 STATES = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
-PUBLISHED = r"(generation_)?config\.json|model.*\.safetensors.*|.*token.*\.json|vocab.*|merges.*|chat_template.*|recipe\.toml|[^/]*\.py"
-# what may change when a run goes on
+# Names of the files that a finished run writes; others of such a name are not overwritten.
+PUBLISHED = (
+    r"(generation_)?config\.json|model.*\.safetensors.*|.*token.*\.json|vocab.*|merges.*|chat_template.*"
+    r"|recipe\.toml|[^/]*\.py"
+)
+# Fields of [training] that may change when a run resumes: they change no number.
 FREE = ("save_every", "log_every", "log_with", "compile", "stop_on_divergence")
 
 
 def claim(out: Path, job: Mapping[str, Any], force: bool) -> None:
-    """Mark `out` as this job's; with `force` what says that it is another's goes. Errors: LowkeyError when it
-    is another job's.
+    """Mark a folder as this job's.
+
+    Args:
+        out: the folder.
+        job: what makes two runs the same run.
+        force: delete the checkpoint and result of another job.
+
+    Raises:
+        LowkeyError: the folder is another job's and `force` is False.
     """
     marker = out / JOB_FILE
     if force:
-        # the log is cut when the run begins, weights are replaced when it ends
+        # The log is cut when the run begins, and weights are replaced when it ends.
         for name in (RESULT, CHECKPOINT):
             (out / name).unlink(missing_ok=True)
     elif marker.exists():
@@ -56,8 +67,18 @@ def claim(out: Path, job: Mapping[str, Any], force: bool) -> None:
 
 
 def check_run_folder(out: Path, force: bool, source: str | None = None) -> None:
-    """Before any work: a folder that can be written and is new, empty, or a run's, not the model that is
-    trained further; where a model will be put, nothing that lowkey did not write. Errors: LowkeyError."""
+    """Check the output folder before any work: it can be written; it is new, empty, or a run's; it is not the
+    model that is trained further; and where a model will be written there is nothing that lowkey did not
+    write.
+
+    Args:
+        out: the folder.
+        force: whether another run may be replaced.
+        source: the model that is trained further, or None.
+
+    Raises:
+        LowkeyError: one of these rules is broken.
+    """
     if source is not None and Path(source).resolve() == out.resolve():
         raise LowkeyError(
             f"output {str(out)!r}: is the model of model.path, which would be overwritten; choose another "
@@ -84,15 +105,21 @@ def check_run_folder(out: Path, force: bool, source: str | None = None) -> None:
 
 
 def training_job(recipe: Mapping[str, Any], tokens: str, model: str) -> dict[str, Any]:
-    """What makes two runs the same run: the recipe but for what does not change the numbers or only how they
-    are kept, the data, the initial weights."""
+    """What makes two runs the same run: the recipe, the data and the initial weights. Left out are fields of
+    the recipe that do not change numbers.
+
+    Args:
+        recipe: tables of the recipe.
+        tokens: fingerprint of the tokens.
+        model: fingerprint of the initial weights.
+    """
     training = {k: v for k, v in recipe["training"].items() if k not in FREE}
     data = {k: v for k, v in recipe["data"].items() if k != "cache"}
     return {"model": recipe["model"], "data": data, "training": training, "tokens": tokens, "weights": model}
 
 
 def _difference(there: Any, here: Any, place: str = "") -> str:
-    """The first difference in words, or nothing."""
+    """The first difference of two tables in words, or an empty text."""
     if not (isinstance(there, dict) and isinstance(here, dict)):
         return "" if there == here else f"{place} {there!r} there, {here!r} here"
     for name in {**there, **here}:
@@ -104,23 +131,40 @@ def _difference(there: Any, here: Any, place: str = "") -> str:
 def save_checkpoint(
     path: Path, model: nn.Module, optimizers: Sequence[Optimizer], about: dict[str, Any], write: bool
 ) -> None:
-    """about: plain values. Every process takes part, since sharded tensors are gathered; the one with `write`
-    writes.
+    """Save a run in one file. Every process takes part, because sharded tensors are gathered.
+
+    Args:
+        path: the file.
+        model: the model.
+        optimizers: its optimizers.
+        about: plain values that describe the progress.
+        write: whether this process writes the file.
     """
-    found = {f"model.{name}": whole(t) for name, t in full_weights(model).items()}
+    tensors = {f"model.{name}": whole(t) for name, t in full_weights(model).items()}
+    # Optimizers know parameters by identity and number; in the file they have their names.
     names = {id(p): name for name, p in model.named_parameters()}
     for optimizer in optimizers:
         for p, state in optimizer.state.items():
-            found |= {f"optimizer.{names[id(p)]}.{key}": whole(t) for key, t in state.items()}
+            tensors |= {f"optimizer.{names[id(p)]}.{key}": whole(t) for key, t in state.items()}
     if write:
-        found["about"] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
-        files.write_tensors(path, found, "checkpoint")
+        tensors["about"] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
+        files.write_tensors(path, tensors, "checkpoint")
 
 
 @torch.no_grad()
 def restore_checkpoint(path: Path, model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
-    """What `save_checkpoint` was given as `about`; model and optimizers are filled. Errors: LowkeyError for a file that
-    does not fit them.
+    """Fill a model and its optimizers from a file.
+
+    Args:
+        path: the file.
+        model: the model.
+        optimizers: its optimizers.
+
+    Returns:
+        What `save_checkpoint` was given as `about`.
+
+    Raises:
+        LowkeyError: the file does not fit them.
     """
 
     def refuse(rule: str) -> LowkeyError:
@@ -140,6 +184,7 @@ def restore_checkpoint(path: Path, model: nn.Module, optimizers: Sequence[Optimi
         about = files.parse_json(bytes(found["about"].tolist()).decode())
     except (ValueError, TypeError) as error:
         raise refuse(f"its description cannot be read ({error})") from None
+    # Everything was checked before the first weight changes. Tensors are freed as they are copied.
     for name, t in full_weights(model).items():
         t.copy_(_like(t, found.pop(f"model.{name}")))
     names = {id(p): name for name, p in model.named_parameters()}
@@ -154,7 +199,7 @@ def restore_checkpoint(path: Path, model: nn.Module, optimizers: Sequence[Optimi
 
 
 def _is_state(found: Mapping[str, Tensor], optimizer: Optimizer, p: Tensor) -> bool:
-    """Whether this can be what an optimizer keeps for a parameter, or nothing, for one that never had a
+    """Whether this can be what an optimizer keeps for a parameter. It keeps nothing for one that never had a
     gradient.
     """
     known = STATES.get(type(optimizer).__name__, set(found))
@@ -163,29 +208,33 @@ def _is_state(found: Mapping[str, Tensor], optimizer: Optimizer, p: Tensor) -> b
 
 
 def _state(found: Mapping[str, Tensor], name: str, p: Tensor) -> dict[str, Tensor]:
+    """What an optimizer keeps for a parameter, by name, from all tensors of a checkpoint."""
     prefix = f"optimizer.{name}."
-    mine = {key.removeprefix(prefix): t for key, t in found.items() if key.startswith(prefix)}
-    return {key: _like(p, t) if t.shape == p.shape else t for key, t in mine.items() if "." not in key}
+    state = {key.removeprefix(prefix): t for key, t in found.items() if key.startswith(prefix)}
+    # A key with a dot belongs to a parameter whose name begins with this one's.
+    return {key: _like(p, t) if t.shape == p.shape else t for key, t in state.items() if "." not in key}
 
 
 def full_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters, tied ones once, and saved buffers, by name."""
+    """Parameters and saved buffers by name; tied parameters occur once."""
     kept = model.state_dict().keys()
     buffers = {name: b for name, b in model.named_buffers() if name in kept}
     return dict(model.named_parameters()) | buffers
 
 
 def gathered_tensor(t: Tensor) -> Tensor:
-    """A sharded tensor put together; every process takes part."""
+    """A sharded tensor put together. Every process takes part."""
     t = t.detach()
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
 def whole(t: Tensor) -> Tensor:
+    """A tensor put together, on the CPU."""
     return gathered_tensor(t).cpu()
 
 
 def _like(t: Tensor, found: Tensor) -> Tensor:
+    """A tensor on the device of another one, sharded like it."""
     return (
         distribute_tensor(found.to(t.device), t.device_mesh, t.placements)
         if isinstance(t, DTensor)

@@ -1,5 +1,5 @@
-"""Text in, token files out: read once, tokenized once, then mapped into memory by every run that uses the
-same text and tokenizer.
+"""From text to token files: read and tokenized once, then mapped into memory by every run with the same text
+and tokenizer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lowkey.pretraining.recipe import Data
 from lowkey.pretraining.rows import Stream
 
 TOKENIZED_AT_ONCE = 2**20  # characters tokenized at once
-PER_TOKEN = 6  # characters at most, of a text's mean token
+PER_TOKEN = 6  # characters of a text's mean token, at most
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 CORPUS_PARTS = ("training", "held_out")
 CORPUS_JSON, CORPUS_FILE = "about.json", "tokens"
@@ -34,7 +34,14 @@ LONGEST_LINE = 2**30  # bytes of a line
 
 @dataclass(frozen=True)
 class Corpus:
-    """fingerprint: sha256 of all tokens and where documents begin. held_out: None when nothing is held out."""
+    """Tokens to train on.
+
+    Args:
+        tokenizer: the tokenizer.
+        training: documents to train on.
+        held_out: documents for validation, or None.
+        fingerprint: sha256 of all tokens and of where documents begin.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     training: Stream
@@ -43,8 +50,15 @@ class Corpus:
 
 
 def prepare(data: Data, work: Path, progress: Progress = silent) -> Corpus:
-    """The tokens of `data`, from `work` (or data.cache) if they are there, else made there. Errors:
-    LowkeyError.
+    """The tokens of `data`. They are made if they are not there yet.
+
+    Args:
+        data: which text, and how it becomes tokens.
+        work: folder for token files, unless `data.cache` names one.
+        progress: shows progress.
+
+    Raises:
+        LowkeyError: text that cannot be read or is too short, or damaged token files.
     """
     named = None if data.vocab_size else load_tokenizer(data.tokenizer)
     folder = (Path(data.cache) if data.cache else work) / _identity(data, named)
@@ -54,8 +68,10 @@ def prepare(data: Data, work: Path, progress: Progress = silent) -> Corpus:
 
 
 def _make(folder: Path, data: Data, named: PreTrainedTokenizerBase | None, progress: Progress) -> None:
-    """In one step. What another run has put there meanwhile is the same, and what it has mapped into its
-    memory stays there.
+    """Make a folder of token files in one step.
+
+    If another run has made it meanwhile, both are equal, and what that run has mapped into memory stays
+    there.
     """
     with files.replacing_folder(folder) as temporary:
         tokenizer = named or _train_tokenizer(data, progress)
@@ -64,7 +80,10 @@ def _make(folder: Path, data: Data, named: PreTrainedTokenizerBase | None, progr
 
 
 def _identity(data: Data, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """Names the files' places, sizes and times, not their contents, which may be terabytes."""
+    """The name of a folder of token files. It depends on places, sizes and times of the text files, and not
+    on their contents, which may be terabytes.
+    """
+    # The tokenizer counts by its content, further below, and not by its name.
     about = {k: v for k, v in asdict(data).items() if k not in ("tokenizer", "cache")}
     path = Path(data.path)
     if data.path and path.exists():
@@ -80,7 +99,7 @@ def _identity(data: Data, tokenizer: PreTrainedTokenizerBase | None) -> str:
 
 
 def documents(data: Data) -> Iterator[str]:
-    """Every document that holds text, in order."""
+    """Every document that is not blank, in order."""
     path = Path(data.path)
     if not data.path:
         found: Iterable[str] = [text.embedded_text("calibration")]
@@ -92,6 +111,7 @@ def documents(data: Data) -> Iterator[str]:
 
 
 def _files(path: Path) -> list[Path]:
+    """The text files of a path, in order."""
     if not path.exists():
         raise LowkeyError(f"data.path {str(path)!r}: no such file or folder; give one, or a dataset's id")
     found = (
@@ -101,17 +121,19 @@ def _files(path: Path) -> list[Path]:
     )
     if not found:
         raise LowkeyError(
-            f"data.path {str(path)!r}: no {', '.join(TEXT_SUFFIXES)} in this folder; give one that holds such files"
+            f"data.path {str(path)!r}: no {', '.join(TEXT_SUFFIXES)} in this folder; give one that "
+            "holds such files"
         )
     if found[0].suffix not in TEXT_SUFFIXES:
         raise LowkeyError(
-            f"data.path {str(path)!r}: is none of {', '.join(TEXT_SUFFIXES)}; give such a file, a folder of them, or "
-            "a dataset's id"
+            f"data.path {str(path)!r}: is none of {', '.join(TEXT_SUFFIXES)}; give such a file, a "
+            "folder of them, or a dataset's id"
         )
     return found
 
 
 def _documents_of(file: Path, field: str) -> Iterator[str]:
+    """The documents of a file."""
     if file.suffix == ".txt":
         return iter([text.read_text(file, "data.path")])
     return (
@@ -121,6 +143,7 @@ def _documents_of(file: Path, field: str) -> Iterator[str]:
 
 
 def _lines(file: Path) -> Iterator[Any]:
+    """The records of a file of JSON lines."""
     with files.opened_file(file, "data.path", files.ANY_SIZE, "give a file of JSON lines") as lines:
         for number, line in enumerate(iter(lambda: lines.readline(LONGEST_LINE), b""), 1):
             if not line.strip():
@@ -132,12 +155,13 @@ def _lines(file: Path) -> Iterator[Any]:
             except (ValueError, RecursionError) as error:
                 why = str(error)[:200]
                 raise LowkeyError(
-                    f"data.path {str(file)!r}: line {number} is no JSON ({why}); give one object per line"
+                    f"data.path {str(file)!r}: line {number} is not JSON ({why}); give one object per line"
                 ) from None
             yield row
 
 
 def _parquet(file: Path, field: str) -> Iterator[Any]:
+    """The records of a parquet file."""
     _library("pyarrow")
     from pyarrow import ArrowException, parquet
 
@@ -155,7 +179,7 @@ def _parquet(file: Path, field: str) -> Iterator[Any]:
 
 
 def _dataset(data: Data) -> Iterator[str]:
-    """Streamed, so that a run of few tokens does not fetch a whole dataset."""
+    """The documents of a dataset, streamed, so that a run of few tokens does not fetch all of it."""
     _library("datasets")
     import datasets
 
@@ -175,6 +199,7 @@ def _dataset(data: Data) -> Iterator[str]:
 
 
 def _text_of(row: Any, field: str, where: str) -> str:
+    """The text of a record."""
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
         names = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise LowkeyError(
@@ -185,7 +210,9 @@ def _text_of(row: Any, field: str, where: str) -> str:
 
 
 def _whole(document: str) -> str:
-    """Halves of surrogate pairs, which JSON lets through and UTF-8 does not, become pairs or U+FFFD."""
+    """The document with halves of surrogate pairs, which JSON allows and UTF-8 does not, joined to pairs or
+    replaced by U+FFFD.
+    """
     try:
         document.encode()
     except UnicodeEncodeError:
@@ -194,6 +221,11 @@ def _whole(document: str) -> str:
 
 
 def _library(name: str) -> None:
+    """Check that a library of the extra `train` is installed.
+
+    Raises:
+        LowkeyError: it is not.
+    """
     import importlib.util
 
     if importlib.util.find_spec(name) is None:
@@ -201,6 +233,7 @@ def _library(name: str) -> None:
 
 
 def _line(error: Exception) -> str:
+    """An error's message on one line."""
     return " ".join(str(error).split())[:200].rstrip(". ")
 
 
@@ -208,8 +241,8 @@ def _line(error: Exception) -> str:
 
 
 def _train_tokenizer(data: Data, progress: Progress) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with tokens for the beginning and the end of a text, of about as much text as max_tokens
-    will take.
+    """A byte-level BPE tokenizer with tokens for the beginning and the end of a text, trained on about as
+    much text as max_tokens will need.
     """
     found: Iterator[str] = (piece.text for piece in _pieces(documents(data)))
     if data.max_tokens:
@@ -229,7 +262,13 @@ def _train_tokenizer(data: Data, progress: Progress) -> PreTrainedTokenizerFast:
 
 
 class Piece(NamedTuple):
-    """Some or all of a document."""
+    """Some or all of a document.
+
+    Args:
+        text: the text.
+        first: whether the document begins here.
+        last: whether it ends here.
+    """
 
     text: str
     first: bool
@@ -237,12 +276,13 @@ class Piece(NamedTuple):
 
 
 def _pieces(found: Iterable[str]) -> Iterator[Piece]:
-    """Documents, long ones in pieces that end before a line or a word: what a tokenizer keeps of a text takes
-    a hundred times its size.
+    """Documents, long ones cut before a line or a word: what a tokenizer keeps in memory takes a hundred
+    times the size of its text.
     """
     for document in found:
         start = 0
         while len(document) - start > TOKENIZED_AT_ONCE:
+            # Before the last line break, else before the last space, else anywhere.
             ends = (document.rfind(mark, start + 1, start + TOKENIZED_AT_ONCE) for mark in "\n ")
             stop = next((end for end in ends if end > start), start + TOKENIZED_AT_ONCE)
             yield Piece(document[start:stop], start == 0, False)
@@ -251,6 +291,7 @@ def _pieces(found: Iterable[str]) -> Iterator[Piece]:
 
 
 def _first(found: Iterable[str], characters: int) -> Iterator[str]:
+    """Texts until there are this many characters."""
     for piece in found:
         yield piece
         characters -= len(piece)
@@ -259,6 +300,7 @@ def _first(found: Iterable[str], characters: int) -> Iterator[str]:
 
 
 def _batches(found: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Pieces in lists of about `TOKENIZED_AT_ONCE` characters."""
     batch: list[Piece] = []
     size = 0
     for piece in found:
@@ -272,11 +314,14 @@ def _batches(found: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def _write(folder: Path, data: Data, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> None:
-    """First all documents in one file, then the parts, since which documents are held out depends on how long
-    all are.
+    """Write token files and their description.
+
+    All documents are first written to one file, since which of them are held out depends on the length of
+    all.
     """
     kind = np.dtype(np.uint16 if text.vocabulary(tokenizer) <= 2**16 else np.uint32)
     lengths, sizes = _spool(folder / "all.bin", kind, data, tokenizer, progress)
+    # Mapped, not read: it may be larger than memory.
     ids = np.memmap(folder / "all.bin", dtype=kind, mode="r")
     lengths, sizes, chosen = _choose(ids, lengths, sizes, data.held_out, tokenizer)
     ends, digest, about = np.cumsum(lengths), hashlib.sha256(), {}
@@ -304,8 +349,11 @@ def _write(folder: Path, data: Data, tokenizer: PreTrainedTokenizerBase, progres
 def _spool(
     place: Path, kind: np.dtype, data: Data, tokenizer: PreTrainedTokenizerBase, progress: Progress
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, bytes of text) of each document, written end to end, each with the tokenizer's bos and eos
-    where it has them.
+    """Write all documents one after the other, each with the tokenizer's beginning and end tokens, if it has
+    any.
+
+    Returns:
+        Tokens, and bytes of text, of each document.
     """
     lengths, sizes, total, length, size = [], [], 0, 0, 0
     with place.open("wb") as file:
@@ -327,6 +375,7 @@ def _spool(
 def _encoded(
     data: Data, tokenizer: PreTrainedTokenizerBase, progress: Progress
 ) -> Iterator[tuple[Piece, list[int]]]:
+    """Pieces and their ids."""
     before, after = ([] if i is None else [i] for i in (tokenizer.bos_token_id, tokenizer.eos_token_id))
     for batch in progress(_batches(_pieces(documents(data))), "tokenizing"):
         encoded = tokenizer(
@@ -339,10 +388,23 @@ def _encoded(
 def _choose(
     ids: np.ndarray, lengths: np.ndarray, sizes: np.ndarray, share: float, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lengths, sizes, and which documents are held out; the last document becomes two when all are too long
-    to be held out whole.
+    """Choose held-out documents at random, the same for every seed.
+
+    If all documents are too long to be held out whole, the end of the last one becomes a document of its own
+    and is held out.
+
+    Args:
+        ids: all tokens.
+        lengths: tokens of each document.
+        sizes: bytes of text of each document.
+        share: share of the tokens that is held out.
+        tokenizer: the tokenizer.
+
+    Returns:
+        Lengths, sizes, and which documents are held out.
     """
     room = int(share * len(ids))
+    # A constant seed: runs that differ in their seed are validated on the same documents.
     order = np.random.default_rng(0).permutation(len(lengths))
     order = order[lengths[order] <= room]
     chosen = np.zeros(len(lengths), dtype=bool)
@@ -360,6 +422,12 @@ def _choose(
 
 
 def _read(folder: Path, named: PreTrainedTokenizerBase | None) -> Corpus:
+    """Read a folder of token files.
+
+    Raises:
+        LowkeyError: it is damaged, or nothing is left to train on.
+    """
+
     def refuse(rule: str) -> LowkeyError:
         return LowkeyError(f"tokens {str(folder)!r}: {rule}; delete the folder, and it is made again")
 
@@ -380,13 +448,17 @@ def _read(folder: Path, named: PreTrainedTokenizerBase | None) -> Corpus:
 
 
 def _stream(folder: Path, part: str, known: dict, vocabulary: int) -> Stream | None:
-    """Tokens that the tokenizer has, in documents that begin one behind the other. Errors: ValueError and
-    others for what is not so.
+    """The documents of one part, mapped into memory; None if there are none.
+
+    Raises:
+        ValueError: counts, lengths or tokens are not as they were written; damaged files raise other errors,
+            too.
     """
+    # A file may be damaged in any way, and its numbers become indices: everything is checked.
     about, kind = known[part], known["dtype"]
     counts = [about[name] for name in ("tokens", "documents", "bytes")]
     if kind not in TOKEN_DTYPES or not all(type(n) is int and n >= 0 for n in counts):
-        raise ValueError(f"{CORPUS_JSON} garbles its counts")
+        raise ValueError(f"{CORPUS_JSON} has no valid counts")
     if not about["tokens"]:
         return None
     if (folder / f"{part}.bin").stat().st_size != about["tokens"] * np.dtype(kind).itemsize:
@@ -396,7 +468,7 @@ def _stream(folder: Path, part: str, known: dict, vocabulary: int) -> Stream | N
     if starts.dtype != np.int64 or starts.shape != (about["documents"] + 1,):
         raise ValueError(f"{part} has not the {about['documents']} documents that were written")
     if starts[0] != 0 or starts[-1] != len(ids) or bool((np.diff(starts) < 0).any()):
-        raise ValueError(f"documents of {part} do not begin one behind the other")
+        raise ValueError(f"documents of {part} do not begin one after the other")
     if (
         max(int(ids[at : at + TOKENIZED_AT_ONCE].max()) for at in range(0, len(ids), TOKENIZED_AT_ONCE))
         >= vocabulary

@@ -1,4 +1,4 @@
-"""The log: one JSON object per line, no step twice, even after a run was killed and went on."""
+"""The log: one JSON object per line, and no step twice, even after a run was killed and resumed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ LARGEST_LOG = 2**30  # bytes
 
 
 class Log:
-    """Appends to `folder`/log.jsonl; what was logged after `step`, where the checkpoint stands, is cut off
-    first.
+    """Appends to `log.jsonl` in a folder. What was logged after the checkpoint's step is cut off first.
+
+    Args:
+        folder: folder of the run.
+        step: step of the checkpoint.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -29,13 +32,16 @@ class Log:
         files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept), ours=True)
 
     def write(self, record: dict[str, Any]) -> None:
+        """Append one record."""
         with files.disk_errors_explained(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite(record)) + "\n")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """All records of a log; a last line that was cut by a kill is left out. Errors: LowkeyError for a damaged
-    one.
+    """All records of a log. A last line that was cut by a kill is left out.
+
+    Raises:
+        LowkeyError: another line is damaged.
     """
     lines = files.read_bytes(path, "log", LARGEST_LOG).splitlines()
     found = []
@@ -52,5 +58,5 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def finite(record: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity and no NaN: None in their place."""
+    """A record with None in the place of infinity and NaN, which JSON does not have."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}

@@ -1,4 +1,6 @@
-"""The loop: `pretrain` trains a model by a recipe, and goes on where it was stopped, to the same numbers."""
+"""The training loop. `pretrain` trains a model by a recipe, and resumes where it was stopped, to the same
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -31,20 +33,24 @@ from lowkey.pretraining.log import finite
 from lowkey.pretraining.recipe import Recipe
 from lowkey.pretraining.run import Run, check_job
 
-TRAINING_FILE = "training"  # of a result's file
+TRAINING_FILE = "training"  # kind of file that result.json is
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The model in eval mode, its tokenizer, the training loss of every step (nats per token, before the
-    step's update), and what result.json holds.
+    """A finished run.
 
-    result: steps, tokens, parameters; seconds and tokens_per_second, of training steps alone; loss, the mean
-    of the last tenth of the steps; initial_loss and best_loss, of validation; validation, one record per
-    evaluation (step, tokens, validation_loss in nats per token, bits_per_byte); diverged and spikes (see
-    `health`); max_grad_norm, before clipping; losses. None stands for what is not finite. A run that was
-    allowed to diverge has fewer steps when its loss was no longer finite, no validation after that, and the
-    weights it ended with.
+    Args:
+        model: the model in evaluation mode.
+        tokenizer: its tokenizer.
+        losses: training loss of each step in nats per token, before the step's update.
+        result: what result.json holds: steps, tokens and parameters; seconds and tokens_per_second of
+            training steps alone; loss, the mean of the last tenth of the steps; initial_loss and best_loss of
+            validation; validation, one record per evaluation (step, tokens, validation_loss in nats per
+            token, bits_per_byte); diverged and spikes (see `health`); max_grad_norm before clipping; and
+            losses. None stands for what is not finite. A run that was allowed to diverge ends at the first
+            loss that is not finite: it has fewer steps, no validation after that, and the weights it ended
+            with.
     """
 
     model: PreTrainedModel
@@ -62,16 +68,24 @@ def pretrain(
     device: str = "auto",
     force: bool = False,
 ) -> Trained:
-    """Train by `recipe` and write a checkpoint that `from_pretrained` reads, the log, the recipe and
-    result.json into the folder `out`.
+    """Train a model by a recipe.
 
-    model: trained in place, in fp32, instead of a fresh one of the recipe's [model]. device: auto, cpu or
-    cuda; several GPUs by running under `accelerate launch`, FSDP2 and its own mixed precision included. The
-    same call again goes on after the last checkpoint, on the same machine to the same numbers bit for bit, or
-    returns what is finished. force: start anew. Data order and dropout depend on the recipe's seed and the
-    step alone, never on the model.
-    Errors: LowkeyError for a bad recipe or text, a folder that belongs to another run, or a loss that
-    diverges.
+    The folder gets a checkpoint that `from_pretrained` reads, the log, the recipe and result.json. The same
+    call again resumes from the last checkpoint, on the same machine to the same numbers bit for bit, or
+    returns what is finished. The order of data and dropout depend on the recipe's seed and the step only,
+    never on the model. Several GPUs are used under `accelerate launch`, with FSDP2 and its own mixed
+    precision if they are configured there.
+
+    Args:
+        recipe: the recipe.
+        out: the folder.
+        model: a model that is trained in place, in fp32, instead of a new one of the recipe's [model].
+        progress: shows progress over steps.
+        device: `auto`, `cpu` or `cuda`.
+        force: replace another run in the folder.
+
+    Raises:
+        LowkeyError: a bad recipe or text, a folder that belongs to another run, or a loss that diverges.
     """
     out = Path(out)
     checkpoint.check_run_folder(out, force, recipe.model.get("path") if model is None else None)
@@ -79,8 +93,10 @@ def pretrain(
         loading.check_model_name(recipe.model["path"])
     accelerator = _accelerator(recipe, out, device)
     progress = progress if accelerator.is_main_process else silent
+    # The others find the tokens that the first process has made.
     with accelerator.main_process_first():
         corpus = prepare(recipe.data, out / checkpoint.TOKEN_FOLDER, progress)
+    # The caller's random state is restored at the end.
     with torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):
         torch.manual_seed(recipe.training.seed)
         if model is None:
@@ -102,6 +118,11 @@ def pretrain(
 
 
 def _accelerator(recipe: Recipe, out: Path, device: str) -> Accelerator:
+    """accelerate's accelerator for the device and the trackers of a recipe.
+
+    Raises:
+        LowkeyError: an unknown or missing device or tracker.
+    """
     if device not in ("auto", "cpu", "cuda"):
         raise LowkeyError(f"device {device!r} is unknown; choose auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
@@ -125,13 +146,15 @@ def _accelerator(recipe: Recipe, out: Path, device: str) -> Accelerator:
 
 
 def train(run: Run, progress: Progress) -> None:
-    """The loop. Ctrl-C is heard at the end of a step, which is saved."""
+    """Train until the last step, or until the loss is not finite. Ctrl-C takes effect at the end of a step,
+    which is saved.
+    """
     settings, accelerator, started = run.settings, run.accelerator, run.seconds
     if not run.losses:
         run.introduce()
         run.evaluate()
     left = range(len(run.losses), settings.steps)
-    with interrupts(accelerator.num_processes == 1) as asked:
+    with interrupts(accelerator.num_processes == 1) as interrupted:
         for step in progress(left, "pretraining", len(left)):
             run.set_rate(step)
             rows = run.order.at(step)
@@ -139,16 +162,19 @@ def train(run: Run, progress: Progress) -> None:
             total = torch.zeros((), device=accelerator.device)
             parts = len(rows) // accelerator.num_processes // run.micro
             for part, batch in enumerate(run.shares(rows), 1):
+                # Dropout depends on the step only, so that a resumed run draws the same.
                 torch.manual_seed(_seed(settings.seed, step, part, accelerator.process_index))
                 with run.synced(last=part == parts):
+                    # The mean over all tokens of the step, wherever they are.
                     loss = run.nats(batch) / max(1, count)
-                    # gradients are averaged over devices
+                    # accelerate averages gradients over devices; they should add up.
                     accelerator.backward(loss * accelerator.num_processes)
                 total += loss.detach()
             norm = accelerator.clip_grad_norm_(run.parameters, settings.clip or math.inf)
             for optimizer in run.optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
+            # Losses stay on the device until they are needed: reading them would wait for it.
             run.pending.append((total, checkpoint.gathered_tensor(norm)))
             done = step + 1
             last = done == settings.steps
@@ -159,9 +185,9 @@ def train(run: Run, progress: Progress) -> None:
             if done % settings.evaluate_every == 0 or last:
                 run.read_back()
                 run.evaluate()
-            if done % settings.save_every == 0 or last or asked:
+            if done % settings.save_every == 0 or last or interrupted:
                 run.save()
-            if asked:
+            if interrupted:
                 raise KeyboardInterrupt
             if run.stopped:
                 break
@@ -169,25 +195,35 @@ def train(run: Run, progress: Progress) -> None:
 
 @contextmanager
 def interrupts(alone: bool) -> Iterator[list[int]]:
-    """Holds a first Ctrl-C back and lists it; a second one interrupts at once. In the main thread of a single
-    process only: several ones would not stop at the same step."""
-    asked: list[int] = []
+    """Hold back a first Ctrl-C within the context; a second one interrupts at once.
+
+    It acts in the main thread of a single process only, because several processes would not stop at the same
+    step.
+
+    Args:
+        alone: whether there is one process.
+
+    Returns:
+        A list that is not empty after a Ctrl-C.
+    """
+    received: list[int] = []
     if not alone or threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield received
         return
 
-    def hear(number: int, frame: object) -> None:
-        asked.append(number)
+    def receive(number: int, frame: object) -> None:
+        received.append(number)
         signal.signal(signal.SIGINT, before)
 
-    before = signal.signal(signal.SIGINT, hear)
+    before = signal.signal(signal.SIGINT, receive)
     try:
-        yield asked
+        yield received
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 def _seed(*parts: object) -> int:
+    """A seed that depends on all parts."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7])
 
 
@@ -195,7 +231,7 @@ def _seed(*parts: object) -> int:
 
 
 def _publish(run: Run) -> Trained:
-    """Files one by one, result.json last: it says that the run is finished."""
+    """Write the files of a finished run, result.json last: it says that the run is finished."""
     full = {name: checkpoint.whole(t) for name, t in checkpoint.full_weights(run.plain).items()}
     result = _result(run)
     register()  # a model of our own is saved with its code
@@ -214,8 +250,9 @@ def _publish(run: Run) -> Trained:
 
 
 def _result(run: Run) -> dict[str, Any]:
+    """What result.json holds."""
     steps, size = len(run.losses), run.settings.batch_tokens
-    found = [r["validation_loss"] for r in run.validation if r["validation_loss"] is not None]
+    validation = [r["validation_loss"] for r in run.validation if r["validation_loss"] is not None]
     plain = {
         "steps": steps,
         "tokens": steps * size,
@@ -223,9 +260,9 @@ def _result(run: Run) -> dict[str, Any]:
         "seconds": run.seconds,
         "tokens_per_second": steps * size / run.seconds,
         "loss": float(np.mean(run.losses[-max(1, steps // 10) :])),
-        "initial_loss": found[0] if found else None,
-        "best_loss": min(found) if found else None,
-        # stopped: a loss, validation's too, was not finite
+        "initial_loss": validation[0] if validation else None,
+        "best_loss": min(validation) if validation else None,
+        # A run is stopped if any loss, that of validation included, is not finite.
         "diverged": run.stopped or health.diverged(run.losses, run.settings.steps),
         "spikes": health.spikes(run.losses),
         "max_grad_norm": float(np.max(run.norms)),
@@ -238,10 +275,15 @@ def _result(run: Run) -> dict[str, Any]:
 
 
 def _finished(out: Path, model: PreTrainedModel, corpus: Corpus) -> Trained:
+    """A finished run, read from its folder.
+
+    Raises:
+        LowkeyError: it is damaged.
+    """
     try:
         result = files.read_json(out / checkpoint.RESULT, "result", TRAINING_FILE)
         if not _is_result(result):
-            raise ValueError("result.json lacks or garbles a field")
+            raise ValueError("result.json lacks a field or has an invalid one")
         files.verify(out, "run")
         loaded: Any = type(model).from_pretrained(out, dtype=torch.float32, output_loading_info=True)
         kept, found = loaded
@@ -259,7 +301,7 @@ def _finished(out: Path, model: PreTrainedModel, corpus: Corpus) -> Trained:
 
 
 def _is_result(result: dict[str, Any]) -> bool:
-    """Whether this is what `_result` says of a run."""
+    """Whether this is what `_result` gives."""
     losses, held = result.get("losses"), result.get("validation")
     if not (
         {"tokens", "loss", "diverged"} <= result.keys()

@@ -1,4 +1,4 @@
-"""The model of a recipe's [model] table, fresh or from a folder. The loop does not care which."""
+"""The model of a recipe's [model] table, new or from a folder. The loop does not know which."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from lowkey.core.text import vocabulary
 from lowkey.core.types import LowkeyError
 from lowkey.models import families, loading
 
+# Fields of [model] that must be whole numbers.
+# fmt: off
 SIZE_FIELDS = (
-    *(
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "vocab_size",
-    ),
-    "max_position_embeddings",
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "vocab_size", "max_position_embeddings",
 )
+# fmt: on
 WIDEST = 2**16  # a rank, a head's width or a number of heads
 
 
 def validate(table: Mapping[str, Any]) -> str:
-    """The kind of model; before any work is done. Errors: LowkeyError for an empty table, an unknown kind or
-    field.
+    """Check a [model] table before any work.
+
+    Returns:
+        The model type, or `path` for a model from a folder.
+
+    Raises:
+        LowkeyError: an empty table, an unknown type or field, or a size that cannot be meant.
     """
     if not table:
         raise LowkeyError(
@@ -76,7 +76,11 @@ def validate(table: Mapping[str, Any]) -> str:
 
 
 def _check_sizes(table: Mapping[str, Any]) -> None:
-    """What transformers takes and nobody means."""
+    """Refuse sizes that transformers accepts and nobody means.
+
+    Raises:
+        LowkeyError: such a size.
+    """
     for name in SIZE_FIELDS:
         most = 10_000 if name == "num_hidden_layers" else 2**24
         if name in table and not (type(table[name]) is int and 1 <= table[name] <= most):
@@ -105,13 +109,19 @@ def _check_sizes(table: Mapping[str, Any]) -> None:
 
 
 def build(table: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, length: int) -> PreTrainedModel:
-    """A model in fp32 with random weights, from torch's random numbers as they stand; or, of `path` alone,
-    the one in that folder, to be trained further (`lowkey convert` writes such folders).
+    """The model of a recipe, in fp32: with random weights from torch's random numbers as they stand, or from
+    a folder to be trained further.
 
-    table: fields of the config class, which is lowkey's own where `attention` is given, and otherwise that of
-    `model_type` (`llama`). vocab_size, the ids of special tokens and max_position_embeddings (`length`) come
-    from the tokenizer and the rows when not given.
-    Errors: LowkeyError for an unknown field or values that the config class or the model refuses.
+    Args:
+        table: `path` alone, a folder or a Hub id (`lowkey convert` writes such folders); or fields of the
+            config class, which is ours where `attention` is given, and otherwise that of `model_type`
+            (default `llama`). vocab_size, ids of special tokens and max_position_embeddings come from the
+            tokenizer and `length` if they are not given.
+        tokenizer: the tokenizer of the data.
+        length: tokens of a row.
+
+    Raises:
+        LowkeyError: an unknown field, or values that the config class or the model refuses.
     """
     kind = validate(table)
     if kind == "path":
@@ -132,7 +142,11 @@ def build(table: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, length: 
 
 
 def check_reads(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
-    """That a model of this config can read such rows."""
+    """Check that a model can read rows of this length by this tokenizer.
+
+    Raises:
+        LowkeyError: it has too few ids or positions.
+    """
     rows, longest, needed = (
         config.vocab_size,
         getattr(config, "max_position_embeddings", None) or length,
@@ -148,6 +162,7 @@ def check_reads(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, le
 
 
 def _near_kind(kind: str) -> str:
+    """A remedy for an unknown model type."""
     near = get_close_matches(kind, list(CONFIG_MAPPING), 1)
     return (
         f"did you mean {near[0]!r}?"
@@ -157,6 +172,11 @@ def _near_kind(kind: str) -> str:
 
 
 def _made(kind: str, given: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration of these fields.
+
+    Raises:
+        LowkeyError: its class refuses them.
+    """
     try:
         return AutoConfig.for_model(kind, **given)
     except LowkeyError:
@@ -168,4 +188,5 @@ def _made(kind: str, given: dict[str, Any]) -> PreTrainedConfig:
 
 
 def _line(error: BaseException) -> str:
+    """An error's message on one line."""
     return " ".join(str(error).split())[:300].rstrip(". ")

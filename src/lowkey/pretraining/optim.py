@@ -1,4 +1,4 @@
-"""Optimizers, schedules, and what each kind of parameter is given to."""
+"""Optimizers, learning rates, and which parameters go to which."""
 
 from __future__ import annotations
 
@@ -20,28 +20,24 @@ from lowkey.core.types import LowkeyError
 from lowkey.pretraining.recipe import Training
 
 HEAD_MIXES = ("k_mix", "v_mix")
-HEAD_GATE = "self_attn.gate_proj"  # not the MLP's gate, which is a hidden matrix like any other
+HEAD_GATE = "self_attn.gate_proj"  # the MLP's `gate_proj` is a hidden matrix like any other
 
 
 def split_parameters(model: PreTrainedModel) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """(hidden matrices, all other trained parameters), by name, tied ones once.
+    """Split parameters into hidden matrices and all others, by name; tied ones occur once.
 
-    Hidden matrices are the 2-D weights inside the layers. Muon takes those, or AdamW with weight decay; the
-    others always go to AdamW without weight decay. Among the others, besides embeddings, the output head,
-    norms and biases:
+    Hidden matrices are the 2-D weights inside the layers. Muon takes them, or AdamW with weight decay. All
+    others go to AdamW without weight decay: embeddings, the output head, norms, biases and
 
-    - per-head up-factors `k_up`, `v_up` (H, r, h): torch's Muon takes 2-D only, and reading them as one (H r,
-    h) matrix would orthogonalise
-      heads against one another, which are independent maps; decay would shrink a head's residual towards the
-      shared part;
-    - head mixes `k_mix`, `v_mix` (m, G): a dozen numbers that begin as an identity, which decay would pull to
-    zero, and whose
-      orthogonalised update would be as large for a mix that is right already;
-    - output gates of the attention: they saturate, and decay fights where they want to stand.
+    - per-head up-factors `k_up`, `v_up` (H, r, h). torch's Muon takes 2-D only. Read as one (H r, h) matrix
+      they would be orthogonalised against one another, although heads are independent maps. Decay would
+      shrink a head's residual towards the shared part.
+    - head mixes `k_mix`, `v_mix` (m, G): a dozen numbers that start as an identity, which decay would pull to
+      zero. An orthogonalised update would be as large for a mix that is already right.
+    - output gates of the attention: they saturate, and decay works against that.
 
-    Down-factors (`k_down`, `v_down`, (H r, d)) and latent projections are plain linear maps and so hidden
-    matrices: Muon orthogonalises all heads' down-factors as one matrix, as it does with all heads of a query
-    projection. The papers do not say; all this is our own.
+    Returns:
+        Hidden matrices, and all others.
     """
     outer = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     head = model.get_output_embeddings()
@@ -54,17 +50,21 @@ def split_parameters(model: PreTrainedModel) -> tuple[dict[str, nn.Parameter], d
 
 
 def _thin(name: str) -> bool:
+    """Whether a parameter is a head mix or an output gate."""
     return any(part in HEAD_MIXES for part in name.split(".")) or HEAD_GATE in name
 
 
 def matched(pattern: str, names: Iterable[str]) -> list[str]:
-    """The names that the pattern is a part of."""
+    """The names that contain a pattern (* and ? stand for any characters)."""
     return [name for name in names if fnmatchcase(name, f"*{pattern}*")]
 
 
 def factors(model: PreTrainedModel, training: Training) -> dict[str, float]:
-    """What the rate of every trained parameter is multiplied by, by name. Errors: LowkeyError for a pattern
-    that is no parameter's, and for a parameter of two patterns."""
+    """Factor on the learning rate of every trained parameter, by name.
+
+    Raises:
+        LowkeyError: a pattern of `training.lr_factors` matches no parameter, or two match the same one.
+    """
     names: list[str] = [name for name, p in model.named_parameters() if p.requires_grad]
     found: dict[str, float] = {}
     for pattern, factor in training.lr_factors.items():
@@ -84,20 +84,26 @@ def factors(model: PreTrainedModel, training: Training) -> dict[str, float]:
 
 
 def optimizers(model: PreTrainedModel, training: Training) -> list[Optimizer]:
-    """One AdamW, or Muon and AdamW. Muon's updates are scaled to AdamW's RMS (arXiv:2502.16982, Eq. 4), so
-    one `lr` serves both. Groups of parameters keep their `factor` of the rate."""
-    times = factors(model, training)
-    decayed, plain = (
-        [
+    """One AdamW, or Muon and AdamW.
+
+    Muon's updates are scaled to AdamW's RMS (arXiv:2502.16982, Eq. 4), so that one learning rate serves both.
+    Groups of parameters carry their `factor` of the rate.
+    """
+    factor_of = factors(model, training)
+
+    def groups(parameters: dict[str, nn.Parameter], decay: float) -> list[dict]:
+        """One group of parameters for each factor."""
+        return [
             {
-                "params": [p for name, p in part.items() if times[name] == factor],
+                "params": [p for name, p in parameters.items() if factor_of[name] == factor],
                 "weight_decay": decay,
                 "factor": factor,
             }
-            for factor in dict.fromkeys(times[name] for name in part)
+            for factor in dict.fromkeys(factor_of[name] for name in parameters)
         ]
-        for part, decay in zip(split_parameters(model), (training.weight_decay, 0.0), strict=True)
-    )
+
+    hidden, others = split_parameters(model)
+    decayed, plain = groups(hidden, training.weight_decay), groups(others, 0.0)
     first, second = training.betas
     if training.optimizer == "adamw":
         return [AdamW([*decayed, *plain], lr=training.lr, betas=(first, second), fused=True)]
@@ -108,8 +114,8 @@ def optimizers(model: PreTrainedModel, training: Training) -> list[Optimizer]:
 def rate(training: Training) -> Callable[[int], float]:
     """The share of the peak learning rate at a step, counted from 0, by transformers' schedules.
 
-    Those give 0 at their point 0 and the end of the decay at their last: one point more than there are steps,
-    and the first left out, so that no step is spent at a rate of 0.
+    Those give 0 at their point 0, and the end of the decay at their last point. They are made with one point
+    more than there are steps, and the first is left out, so that no step is trained at a rate of 0.
     """
     points, warmup = training.steps + 1, training.warmup_steps
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)

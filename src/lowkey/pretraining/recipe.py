@@ -1,4 +1,4 @@
-"""What a pretraining run is made of, as dataclasses and as a TOML file of three tables: [model], [data],
+"""What a pretraining run is made of, as dataclasses and as a TOML file with the tables [model], [data] and
 [training].
 """
 
@@ -22,15 +22,21 @@ EXAMPLE = "give a TOML file like recipes/lrkv-tiny.toml"
 class Data:
     """Which text, and how it becomes tokens.
 
-    path: a .txt (one document), .jsonl or .parquet file (one document per record), a folder of such files, or
-    the id of a dataset for the `datasets` library, which is streamed; "" is the embedded calibration text.
-    text_field: of .jsonl, .parquet and datasets. name, split, options: of `datasets.load_dataset`. tokenizer:
-    a folder, a Hub id or `tiny`. vocab_size: not 0 trains a byte-level BPE of this size on the data instead
-    (on the held-out part too; the model never sees that). held_out: share of the tokens kept for validation,
-    as whole documents (drawn at random, the same for every seed); where every document is larger than that,
-    the end of the last one. 0: no validation. max_tokens: stop reading after the document that passes it; 0
-    reads all. cache: a folder for token files that several runs may share; "" keeps them in the run's own
-    folder.
+    Args:
+        path: a .txt file (one document), a .jsonl or .parquet file (one document per record), a folder of
+            such files, or the id of a dataset for the `datasets` library, which is streamed. "" is the
+            embedded calibration text.
+        text_field: field of a record that holds its text.
+        name: configuration of a dataset.
+        split: split of a dataset.
+        options: further options of `datasets.load_dataset`.
+        tokenizer: a folder, a Hub id or `tiny`.
+        vocab_size: train a byte-level BPE of this size on the data instead (on the held-out part too, which
+            the model never sees); 0 uses `tokenizer`.
+        held_out: share of the tokens for validation: whole documents, drawn at random, the same for every
+            seed; where every document is larger than that, the end of the last one. 0 for no validation.
+        max_tokens: stop reading after the document that exceeds this number; 0 reads everything.
+        cache: folder for token files that several runs may share; "" keeps them in the run's own folder.
     """
 
     path: str = option("", any_text=True)
@@ -62,19 +68,33 @@ class Data:
 class Training:
     """How to train.
 
-    tokens: in all. batch_tokens: per optimizer step, over all devices and accumulation. length: tokens per
-    row. micro_batch: rows per forward and device; 0: all of a device's rows at once. lr: peak. schedule:
-    `wsd` (a constant between warm-up and a linear decay over the last share `decay` of all steps; decay 0
-    stays constant), `cosine` or `linear`. warmup: below 1 a share of all steps, from 1 on a number of steps.
-    min_lr: where the decay ends, as a share of the peak. optimizer: `adamw` or `muon` (see `optim.split`).
-    betas: of AdamW. lr_factors: parts of parameter names (* and ? stand for any characters) and what the rate
-    of those parameters is multiplied by, at every step; all others have 1. weight_decay: of hidden matrices
-    only. clip: largest global norm of the gradient; 0: no clipping. precision: `bf16` is autocast with
-    weights in fp32. seed: of the initial weights, the order of the data, and dropout. compile: through
-    torch.compile. save_every, evaluate_every, log_every: steps. evaluate_tokens: held-out tokens used, 0 for
-    all. log_with: also `tensorboard`, `trackio`, `wandb`, ... (accelerate's trackers). stop_on_divergence:
-    raise when the loss diverges (see `health`); otherwise go on as long as it is finite and say so in the
-    result.
+    Args:
+        tokens: number of tokens in all.
+        batch_tokens: tokens per optimizer step, over all devices and accumulation.
+        length: tokens per row.
+        micro_batch: rows per forward pass and device; 0 for all of a device's rows at once.
+        lr: peak learning rate.
+        schedule: `wsd` (constant between warm-up and a linear decay), `cosine` or `linear`.
+        warmup: length of the warm-up: below 1 a share of all steps, else a number of steps.
+        decay: share of all steps in which `wsd` decays; 0 stays constant.
+        min_lr: where the decay ends, as a share of the peak.
+        optimizer: `adamw` or `muon` (see `optim.split_parameters`).
+        betas: betas of AdamW.
+        lr_factors: factors on the learning rate, by parts of parameter names (* and ? stand for any
+            characters); all other parameters have 1.
+        weight_decay: weight decay of hidden matrices.
+        clip: largest global norm of the gradient; 0 for no clipping.
+        precision: `bf16` (autocast, with weights in fp32) or `fp32`.
+        seed: seed of the initial weights, the order of the data, and dropout.
+        compile: run the model through torch.compile.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        save_every: steps between checkpoints.
+        evaluate_every: steps between validations.
+        evaluate_tokens: held-out tokens that a validation reads; 0 for all.
+        log_every: steps between lines of the log.
+        log_with: further trackers of accelerate: `tensorboard`, `trackio`, `wandb`, ...
+        stop_on_divergence: raise when the loss diverges (see `health`); otherwise train on as long as it is
+            finite, and say so in the result.
     """
 
     tokens: int = option(10_000_000, at_least=1)
@@ -121,7 +141,7 @@ class Training:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps: whole batches in `tokens`."""
+        """Number of optimizer steps: whole batches in `tokens`."""
         return self.tokens // self.batch_tokens
 
     @property
@@ -131,17 +151,25 @@ class Training:
 
     @property
     def warmup_steps(self) -> int:
+        """Steps of the warm-up."""
         return round(self.warmup * self.steps) if self.warmup < 1 else round(self.warmup)
 
     @property
     def decay_steps(self) -> int:
+        """Steps of the decay."""
         return round(self.decay * self.steps)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """model: fields of the config class (see `models.build`), or `path`, a model to train further, whose
-    tokenizer is used unless [data] names another; may stay empty when a model is given to `pretrain`."""
+    """A pretraining run.
+
+    Args:
+        model: fields of the config class (see `models.build`); or `path`, a model to train further, whose
+            tokenizer is used unless [data] names another. May be empty if `pretrain` is given a model.
+        data: which text.
+        training: how to train.
+    """
 
     model: Mapping[str, Any] = field(default_factory=dict)
     data: Data = field(default_factory=Data)
@@ -149,7 +177,15 @@ class Recipe:
 
     @classmethod
     def read(cls, path: str | Path, settings: Sequence[str] = ()) -> Recipe:
-        """A TOML file; settings like `training.lr=1e-3` replace or add single fields. Errors: LowkeyError."""
+        """Read a TOML file.
+
+        Args:
+            path: the file.
+            settings: replace or add single fields, like `training.lr=1e-3`.
+
+        Raises:
+            LowkeyError: a file that cannot be read, an unknown field, or a value that cannot be.
+        """
         try:
             tables = files.parse_toml(
                 files.read_bytes(Path(path), "recipe", files.MOST_TOML, EXAMPLE).decode()
@@ -166,7 +202,11 @@ class Recipe:
 
     @classmethod
     def of(cls, tables: Mapping[str, Any]) -> Recipe:
-        """Out of plain tables. Errors: LowkeyError for an unknown field or a value that cannot be."""
+        """The recipe of plain tables.
+
+        Raises:
+            LowkeyError: an unknown field, or a value that cannot be.
+        """
         for name, table in tables.items():
             _known(name, ("model", "data", "training"), "table", "recipe")
             if not isinstance(table, Mapping):
@@ -206,11 +246,23 @@ class Recipe:
 
 
 def _known(name: str, known: Sequence[str], what: str, where: str) -> None:
+    """Check a name.
+
+    Args:
+        name: the name.
+        known: names that there are.
+        what: what the name is of, for the message.
+        where: where it stands, for the message.
+
+    Raises:
+        LowkeyError: it is not among them; the message has the nearest one.
+    """
     if name not in known:
         raise LowkeyError(f"{what} {name!r} of {where} is unknown; {nearest_name(name, known)}")
 
 
 def _of(kind: Any, name: str, tables: Mapping[str, Any]) -> Any:
+    """A dataclass of one of the tables."""
     given, known = tables.get(name, {}), [f.name for f in fields(kind)]
     for key in given:
         _known(key, known, "field", f"[{name}]")
@@ -218,6 +270,7 @@ def _of(kind: Any, name: str, tables: Mapping[str, Any]) -> Any:
 
 
 def _set(tables: dict[str, Any], setting: str) -> None:
+    """Put one setting (`table.field=value`) into tables."""
     place, equals, written = setting.partition("=")
     table, dot, key = place.strip().partition(".")
     if not (equals and dot and key):
@@ -233,7 +286,7 @@ def _set(tables: dict[str, Any], setting: str) -> None:
 
 
 def _written(value: Any) -> str:
-    """A value as TOML; JSON's text, numbers and lists are TOML too."""
+    """A value as TOML. JSON's text, numbers and lists are TOML too."""
     if isinstance(value, Mapping):
         inside = ", ".join(f"{json.dumps(k)} = {_written(v)}" for k, v in value.items())
         return f"{{{inside}}}"

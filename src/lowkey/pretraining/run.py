@@ -1,4 +1,4 @@
-"""A run in flight: the prepared model, what is known of its losses, and what one step of the loop is made of."""
+"""A run in progress: the prepared model, its losses so far, and the parts of a training step."""
 
 from __future__ import annotations
 
@@ -25,17 +25,28 @@ from lowkey.pretraining.log import Log, finite
 from lowkey.pretraining.recipe import Recipe, Training
 from lowkey.pretraining.rows import IGNORED, Batch, Order, Stream
 
-RUN_STATE = ("losses", "norms", "validation", "seconds", "logged")  # of a run, in its checkpoint
+RUN_STATE = ("losses", "norms", "validation", "seconds", "logged")  # fields that a checkpoint holds
 
 
 @dataclass
 class Run:
-    """A run in flight.
+    """A run in progress.
 
-    plain: the model itself; model: as accelerate has prepared it, perhaps compiled. losses, norms: of every
-    step that was read back;
-    pending: (loss, norm) of later ones, still on the device. logged: steps that a line of the log speaks of.
-    stopped: a loss is not finite.
+    Args:
+        recipe: the recipe.
+        corpus: its tokens.
+        accelerator: accelerate's accelerator.
+        plain: the model itself.
+        model: the model as accelerate has prepared it, perhaps compiled.
+        optimizers: prepared optimizers.
+        out: output folder.
+        losses: loss of every step that was read back from the device.
+        norms: gradient norm of every such step.
+        pending: (loss, norm) of later steps, still on the device.
+        validation: records of evaluations.
+        seconds: time of training steps.
+        logged: number of steps that the log covers.
+        stopped: whether a loss was not finite.
     """
 
     recipe: Recipe
@@ -59,14 +70,14 @@ class Run:
         self.micro = _micro_batch(training, self.accelerator.num_processes)
         self.rate = optim.rate(training)
         self.parameters = list(self.model.parameters())
-        self.clock = time.perf_counter()
-        self.log: Log | None = None
+        self.clock = time.perf_counter()  # when the time that counts began
+        self.log: Log | None = None  # in the main process only
 
     @classmethod
     def of(
         cls, recipe: Recipe, corpus: Corpus, accelerator: Accelerator, model: PreTrainedModel, out: Path
     ) -> Run:
-        """Prepared, and restored when there is a checkpoint."""
+        """Prepare a run; restore it if there is a checkpoint."""
         model.train()
         if recipe.training.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -83,13 +94,13 @@ class Run:
     # -- one step
 
     def shares(self, rows: np.ndarray) -> Iterator[Batch]:
-        """This device's part of the rows (k,), a micro-batch after the other."""
+        """This device's part of the rows (k), one micro-batch after the other."""
         mine = rows.reshape(self.accelerator.num_processes, -1)[self.accelerator.process_index]
         for part in mine.reshape(-1, self.micro):
             yield _moved(self.corpus.training.batch(part, self.settings.length), self.accelerator.device)
 
     def nats(self, batch: Batch) -> Tensor:
-        """Cross-entropy over the batch, summed, in fp32."""
+        """Cross-entropy summed over a batch, in nats, fp32."""
         bf16 = self.settings.precision == "bf16" and self.model.training
         with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=bf16):
             logits = self.model(input_ids=batch.ids, position_ids=batch.positions, use_cache=False).logits
@@ -98,10 +109,11 @@ class Run:
         )
 
     def synced(self, last: bool) -> AbstractContextManager:
-        """Gradients meet across devices once per step."""
+        """A context in which gradients are summed over devices only in the `last` micro-batch of a step."""
         return nullcontext() if last else self.accelerator.no_sync(self.model)
 
     def set_rate(self, step: int) -> None:
+        """Set the learning rates of a step."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.settings.lr * group["factor"] * self.rate(step)
@@ -109,23 +121,26 @@ class Run:
     # -- looking at it
 
     def introduce(self) -> None:
-        """The first line of the log, where parameters have rates of their own: by pattern, its factor and how
-        many numbers have it.
+        """Write the first line of the log if parameters have learning rates of their own: by pattern, its
+        factor and the number of parameters.
         """
         if self.log is not None and (given := self.settings.lr_factors):
             sizes = {name: p.numel() for name, p in self.plain.named_parameters()}
-            times = {pattern: optim.matched(pattern, sizes) for pattern in given}
-            told = {
-                k: {"factor": given[k], "parameters": sum(sizes[name] for name in v)}
-                for k, v in times.items()
+            record = {
+                pattern: {
+                    "factor": factor,
+                    "parameters": sum(sizes[name] for name in optim.matched(pattern, sizes)),
+                }
+                for pattern, factor in given.items()
             }
-            self.log.write({"step": 0, "tokens": 0, "lr_factors": told})
+            self.log.write({"step": 0, "tokens": 0, "lr_factors": record})
 
     def read_back(self) -> None:
-        """Bring pending numbers from the device, and stop when they are bad."""
+        """Read pending losses back from the device, and give up if they are bad."""
         if self.pending:
             self.seconds += time.perf_counter() - self.clock
             stacked = torch.stack([torch.stack([loss, norm]) for loss, norm in self.pending])
+            # Each device has its share of a loss; the norm is of gradients that are reduced already.
             stacked[:, 0] = self.accelerator.reduce(stacked[:, 0].contiguous(), "sum")
             for loss, norm in stacked.tolist():
                 self.losses.append(loss)
@@ -138,10 +153,16 @@ class Run:
         self.clock = time.perf_counter()
 
     def _check(self) -> None:
+        """Give up if the loss has diverged."""
         if self.stopped or health.diverged(self.losses, self.settings.steps):
             self._give_up(f"loss {self.losses[-1]:.4g} and gradient norm {self.norms[-1]:.4g}")
 
     def _give_up(self, what: str) -> None:
+        """Raise if the recipe says to stop on divergence.
+
+        Raises:
+            LowkeyError: what has diverged, and at which learning rate.
+        """
         step = len(self.losses)
         at = f"{what} at learning rate {self.settings.lr * self.rate(max(0, step - 1)):.3g}"
         if self.settings.stop_on_divergence:
@@ -151,7 +172,11 @@ class Run:
             )
 
     def report(self, started: float) -> None:
-        """One line of the log on the steps since the last one."""
+        """Write a line of the log about the steps since the last line.
+
+        Args:
+            started: `seconds` at the last line.
+        """
         step, since = len(self.losses), self.logged
         passed, size = self.seconds - started, self.settings.batch_tokens
         record = {
@@ -166,6 +191,7 @@ class Run:
         self._tell(record)
 
     def _tell(self, record: dict[str, Any]) -> None:
+        """Write a record to the log and to trackers."""
         if self.log is not None:
             self.log.write(record)
         if self.settings.log_with:
@@ -176,9 +202,12 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self) -> None:
-        """Validation loss over the held-out part in fp32, a line of its own in the log; not part of the time
-        that is reported. Bits per byte follow from the tokens per byte of all that is held out, also when
-        evaluate_tokens takes less."""
+        """Measure the validation loss over held-out tokens, in fp32, and log it. It does not count in the
+        reported time.
+
+        Bits per byte follow from the tokens per byte of everything that is held out, even if evaluate_tokens
+        takes less.
+        """
         held = self.corpus.held_out
         if held is None or self.stopped:
             return
@@ -198,7 +227,7 @@ class Run:
     # -- keeping it
 
     def save(self) -> None:
-        """All of it, in one file. What is not finite is not worth keeping: the last good checkpoint stays."""
+        """Save the run in one file. If a loss is not finite, the last good checkpoint stays."""
         self.read_back()
         if self.stopped:
             return
@@ -211,20 +240,24 @@ class Run:
         self.clock = time.perf_counter()
 
     def _restore(self) -> None:
+        """Fill the run from its checkpoint.
+
+        Raises:
+            LowkeyError: the checkpoint does not fit.
+        """
         inner = [optimizer.optimizer for optimizer in self.optimizers]
         path = self.out / checkpoint.CHECKPOINT
         about = checkpoint.restore_checkpoint(path, self.plain, inner)
         if not _is_progress(about, self.settings.steps):
             raise LowkeyError(
-                f"checkpoint {str(path)!r}: lacks or garbles its progress; delete it, or start anew with "
-                "--force"
+                f"checkpoint {str(path)!r}: has no valid progress; delete it, or start anew with --force"
             )
         for name in RUN_STATE:
             setattr(self, name, about[name])
 
 
 def _is_progress(about: Any, steps: int) -> bool:
-    """Whether this is what `Run.save` says of a run."""
+    """Whether this is what `Run.save` says of a run of so many steps."""
     if not (isinstance(about, dict) and set(about) == set(RUN_STATE)):
         return False
     losses, norms, logged = about["losses"], about["norms"], about["logged"]
@@ -245,8 +278,14 @@ def _is_progress(about: Any, steps: int) -> bool:
 
 @torch.no_grad()
 def held_out_loss(run: Run, held: Stream) -> tuple[float, int]:
-    """(nats over all tokens predicted, their number). The rows are split over devices, rounded up with empty
-    ones.
+    """Loss over held-out tokens. Rows are split over devices, and filled up with empty ones.
+
+    Args:
+        run: the run.
+        held: held-out documents.
+
+    Returns:
+        Nats over all tokens that are predicted, and the number of these.
     """
     length, devices = run.settings.length, run.accelerator.num_processes
     rows = math.ceil((len(held.ids) - 1) / length)
@@ -256,13 +295,24 @@ def held_out_loss(run: Run, held: Stream) -> tuple[float, int]:
     total = torch.zeros((), dtype=torch.float64, device=run.accelerator.device)
     mine = numbers.reshape(devices, -1)[run.accelerator.process_index]
     for part in mine.reshape(-1, run.micro):
-        part = np.where(part < rows, part, held.rows(length) + 1)  # a row behind the end predicts nothing
+        # Devices must make the same number of steps; a row behind the end predicts nothing.
+        part = np.where(part < rows, part, held.rows(length) + 1)
         total += run.nats(_moved(held.batch(part, length), total.device))
     return float(run.accelerator.reduce(total, "sum")), held.targets(numbers[:rows], length)
 
 
 def check_job(settings: Training, corpus: Corpus, devices: int, model: PreTrainedModel) -> None:
-    """That there is something to train on, and something to train. Errors: LowkeyError."""
+    """Check that there is something to train on, and something to train.
+
+    Args:
+        settings: how to train.
+        corpus: the tokens.
+        devices: number of devices.
+        model: the model.
+
+    Raises:
+        LowkeyError: there is not.
+    """
     micro = _micro_batch(settings, devices)
     if not micro or settings.rows % (micro * devices):
         share = f"{settings.rows} rows of a step on {devices} devices"
@@ -283,8 +333,10 @@ def check_job(settings: Training, corpus: Corpus, devices: int, model: PreTraine
 
 
 def _micro_batch(settings: Training, devices: int) -> int:
+    """Rows per forward pass and device."""
     return settings.micro_batch or settings.rows // devices
 
 
 def _moved(batch: Batch, device: torch.device) -> Batch:
+    """The batch on another device."""
     return Batch(*(t.to(device, non_blocking=True) for t in (batch.ids, batch.positions, batch.targets)))

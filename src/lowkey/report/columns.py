@@ -10,7 +10,8 @@ from lowkey.report.policies import allocator_words, score_words
 from lowkey.report.results import Row, kept, measured
 
 DASH = "—"  # no number was measured
-HALVES = {"Perplexity": "perplexity_95", "KL": "kl_95"}  # where half of the interval of a column's numbers is
+# The field with half of the interval of a column's numbers.
+HALVES = {"Perplexity": "perplexity_95", "KL": "kl_95"}
 
 
 class Column(NamedTuple):
@@ -222,14 +223,14 @@ def shown_columns(rows: list[Row], several: bool) -> list[Column]:
     ]
 
 
-# which key says whether a column's number is any
+# The field that says whether a column's number is evidence; if it is not, the number stands in brackets.
 EVIDENCE = {"Exact match": "recall_evidence", "Questions": "questions_evidence"}
 
 
 def show(column: Column, row: Row) -> str:
     """The text of one cell: the value with its interval, in brackets where it is no evidence, or a dash."""
-    value, off = column.read(row), measured(row, HALVES.get(column.title, ""))
-    shown = (
-        DASH if value is None else column.write(value) + ("" if off is None else f" ± {column.write(off)}")
-    )
-    return f"({shown})" if value is not None and row.get(EVIDENCE.get(column.title, "")) is False else shown
+    value, half = column.read(row), measured(row, HALVES.get(column.title, ""))
+    if value is None:
+        return DASH
+    text = column.write(value) + ("" if half is None else f" ± {column.write(half)}")
+    return f"({text})" if row.get(EVIDENCE.get(column.title, "")) is False else text

@@ -35,7 +35,7 @@ QUALITIES = [  # (key, title, whether more is better)
     ("perplexity", "Perplexity", False),
     ("kl", "KL divergence (nats)", False),
 ]
-LONGEST_CURVE_NAME = 44  # characters of a name that has a line for itself
+LONGEST_CURVE_NAME = 44  # characters of a name in the legend or beside dots
 Quality = tuple[str, str, bool]
 DASHED = (0, (4, 3))
 
@@ -59,15 +59,14 @@ def curves_figure(rows: Sequence[Row]) -> Figure:
         would all stand at one place.
     """
     lines, qualities = policy_lines(rows), curve_qualities(rows)
-    several = any(len(line.rows) > 1 for line in lines)
-    return (
-        _curves(lines, references(rows), qualities) if several else _dots(lines, references(rows), qualities)
-    )
+    draw = _curves if any(len(line.rows) > 1 for line in lines) else _dots
+    return draw(lines, references(rows), qualities)
 
 
 def _looks(count: int) -> list[dict[str, Any]]:
     """Colour and marker of each line. Neighbours differ in both, and 36 lines all differ."""
     size = len(SERIES)
+    # Each round through the colours shifts the markers by one, so that no pair occurs twice.
     looks = [(SERIES[i % size], MARKERS[(i + i // size) % len(MARKERS)]) for i in range(count)]
     return [
         {"color": colour, "marker": marker, "ms": 7, "mec": SURFACE, "mew": 0.8} for colour, marker in looks
@@ -111,14 +110,15 @@ def _title(quality: Quality, between: str) -> str:
 def _curve_panel(ax: Axes, lines: list[Line], others: list[Row], key: str, looks: list[dict]) -> None:
     """Draw the lines of one quality, the rows they are compared with, and labels of these."""
     curves = [[point for row in line.rows if (point := _point(row, key))] for line in lines]
-    marks = list(
-        {
-            (row["name"], point): (row, point) for row in reversed(others) if (point := _point(row, key))
-        }.values()
-    )[::-1]
+    # Several runs have the same full cache: equal points of one name are drawn once, as the first of them.
+    marks_by_place: dict[tuple, tuple[Row, tuple[float, float]]] = {}
+    for row in others:
+        if point := _point(row, key):
+            marks_by_place.setdefault((row["name"], point), (row, point))
+    marks = list(marks_by_place.values())
     drawn = [point for curve in curves for point in curve]
     is_log = key != "exact_match" and is_wide([y for _, y in drawn], 2)
-    # KL 0 of the full cache has no place on a log scale
+    # The full cache's KL of 0 has no place on a log scale.
     marks = [(row, point) for row, point in marks if not is_log or point[1] > 0]
     _value_scale(ax, [y for _, y in drawn] + [y for _, (_, y) in marks], key, is_log)
     _full_line(ax.axhline, [row for row, _ in marks], key)
@@ -221,16 +221,16 @@ def _rank(row: Row, quality: Quality) -> float:
 
 def _dot_panel(ax: Axes, entries: list[tuple[Row, dict]], key: str) -> None:
     """Draw the dots of one quality."""
-    found = [
+    dots = [
         (place, row, value, look)
         for place, (row, look) in enumerate(entries)
         if (value := measured(row, key)) is not None
     ]
-    is_log = key != "exact_match" and is_wide([value for _, row, value, _ in found if not is_full(row)], 2)
-    found = [entry for entry in found if not is_log or entry[2] > 0]
-    _value_scale(ax, [value for _, _, value, _ in found], key, is_log, "x")
-    _full_line(ax.axvline, [row for _, row, *_ in found], key)
-    for place, _, value, look in found:
+    is_log = key != "exact_match" and is_wide([value for _, row, value, _ in dots if not is_full(row)], 2)
+    dots = [dot for dot in dots if not is_log or dot[2] > 0]
+    _value_scale(ax, [value for _, _, value, _ in dots], key, is_log, "x")
+    _full_line(ax.axvline, [row for _, row, *_ in dots], key)
+    for place, _, value, look in dots:
         ax.plot(value, place, zorder=3, **{**look, "ls": ""})
 
 

@@ -71,12 +71,9 @@ def cosines_figure(found: dict) -> Figure:
         found: what `lowkey.heads.diversity.diversity` returned.
     """
     layers = found["layers"]
-    chosen = [
-        layers[i]
-        for i in dict.fromkeys(
-            np.linspace(0, len(layers) - 1, min(LAYERS_SHOWN, len(layers))).round().astype(int).tolist()
-        )
-    ]
+    # Evenly spread from the first to the last.
+    places = np.linspace(0, len(layers) - 1, min(LAYERS_SHOWN, len(layers))).round().astype(int).tolist()
+    chosen = [layers[i] for i in dict.fromkeys(places)]
     figure = Figure(figsize=(1.2 + 2.5 * max(len(chosen), 2), 5.2), facecolor="white", layout="constrained")
     axes = figure.subplots(2, len(chosen), squeeze=False)
     norm = Normalize(-1, 1)

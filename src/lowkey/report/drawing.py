@@ -72,6 +72,7 @@ def quality_scale(ax: Axes, values: list[float], is_log: bool, side: str = "y") 
 def plain_log(axis: Any) -> None:
     """Plain numbers, such as 20 and 50, on a logarithmic axis."""
     low, high = axis.get_view_interval()
+    # Over more than two and a half decades ticks at 2 and 5 would crowd.
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())

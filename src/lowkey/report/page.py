@@ -46,6 +46,7 @@ def render(results: Sequence[dict]) -> str:
         raise LowkeyError(
             "results []: a report needs at least one result; give a file that lowkey eval wrote"
         )
+    # One counter numbers sections and figures through the whole page, so that ids are unique.
     parts, numbers = sections(results), count(1)
     return PAGE.substitute(
         title=escape("KV cache report: " + ", ".join(dict.fromkeys(part.model for part in parts))),
@@ -171,6 +172,7 @@ def _cell(column: Column, row: Row) -> str:
     text, value = escape(show(column, row)), column.read(row)
     if column.title == "Row":
         return f'<th scope="row">{text}</th>'
+    # The table rounds; the exact number appears under the pointer.
     exact = f' title="{escape(str(value))}"' if isinstance(value, int | float) else ""
     return f"<td{_class(column)}{exact}>{text}</td>"
 

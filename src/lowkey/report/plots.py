@@ -71,7 +71,7 @@ def quality_figure(rows: Sequence[Row]) -> Figure:
 def _quality_panel(ax: Axes, rows: list[Row], key: str) -> None:
     """Draw one quality: lines of rows that differ in their budget only, and labels."""
     is_log = _wants_log(rows, key)
-    # a full cache's divergence of 0 has no place on a log scale
+    # The full cache's divergence of 0 has no place on a log scale.
     rows = [row for row in rows if not is_log or measured(row, key)]
     series = _series(rows)
     points = [(_point(row, key) or (0.0, 0.0), *series[_series_key(row)], row) for row in rows]
@@ -174,6 +174,7 @@ def _error_norm(surface: np.ndarray) -> LogNorm:
 def _surface_panel(ax: Axes, profile: dict, place: int, errors: np.ndarray, norm: LogNorm) -> None:
     """Draw the map of one layer."""
     ranks = profile["ranks"]
+    # Full rank may have error 0, which has no logarithm.
     shown = np.where(errors <= 0, norm.vmin or 0.0, errors)
     ax.imshow(
         np.ma.masked_invalid(shown),
@@ -189,6 +190,7 @@ def _surface_panel(ax: Axes, profile: dict, place: int, errors: np.ndarray, norm
         axis.set_ticks(range(0, len(ranks), step), [str(rank) for rank in ranks[::step]])
     key, value = (profile.get("chosen") or [(None, None)] * (place + 1))[place]
     if key is not None and value is not None:
+        # A chosen rank may lie between measured ones.
         x, y = np.interp([value, key], ranks, range(len(ranks)))
         ax.plot(
             x,

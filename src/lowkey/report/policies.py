@@ -56,6 +56,7 @@ def without_budget(row: Row) -> str:
     """A row's label without its budget: `snapkv 6% on pca 50%` becomes `snapkv on pca 50%`."""
     label = str(row.get("label", row["name"]))
     before, found, after = label.partition(f" {row.get('budget')}")
+    # `6%` may also be the beginning of another word of the label.
     return before + after if before and found and after[:1] in ("", " ") else label
 
 
@@ -115,6 +116,7 @@ def heads_words(row: Row) -> str:
 def _prompt_tokens(row: Row) -> int | None:
     """Tokens of the prompt, if the row's bytes give a whole number."""
     held, each = measured(row, "bytes_held"), measured(row, "bytes_per_token")
+    # Bytes per token are bytes held over the tokens of the prompt, in results that lowkey writes.
     tokens = held / each if held and each else math.inf
     return round(tokens) if 1 <= tokens < 1e9 and math.isclose(tokens, round(tokens), rel_tol=1e-6) else None
 

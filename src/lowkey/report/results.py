@@ -17,31 +17,17 @@ from lowkey.core.row_names import told_apart
 
 RESULTS_FORMAT, RESULT_FILE = 1, "result"
 GIVE_RESULTS = "give a file that lowkey eval wrote, or a folder of them"
+# Fields of a row that must be numbers or null.
+# fmt: off
 NUMBER_FIELDS = [
-    *(
-        "bits",
-        "sinks",
-        "recent",
-        "perplexity",
-        "perplexity_95",
-        "perplexity_decode",
-        "kl",
-        "kl_95",
-        "top1_agreement",
-    ),
-    *(
-        "layer_error",
-        "layer_cosine",
-        "exact_match",
-        "recall_kept",
-        "questions",
-        "questions_right",
-        "questions_of",
-        "questions_kept",
-    ),
-    *("bytes_per_token", "bytes_held", "bytes_predicted", "bytes_full", "prefill_ms", "step_ms"),
+    "bits", "sinks", "recent",
+    "perplexity", "perplexity_95", "perplexity_decode", "kl", "kl_95", "top1_agreement",
+    "layer_error", "layer_cosine", "exact_match", "recall_kept",
+    "questions", "questions_right", "questions_of", "questions_kept",
+    "bytes_per_token", "bytes_held", "bytes_predicted", "bytes_full", "prefill_ms", "step_ms",
 ]
-MOST_CELLS = 2**18  # layers x heads in one heat map
+# fmt: on
+MOST_CELLS = 2**18  # layers x heads of one heat map: a file may say anything, and a map must be drawn
 
 Row = dict[str, Any]
 
@@ -162,8 +148,10 @@ def _profile_fits(profile: object) -> bool:
 
 
 def _check_profile(profile: Any) -> None:
-    """Raises:
-    ValueError: a part of the profile has a wrong shape; or another error of that kind.
+    """Check that a profile's parts fit its layers and ranks.
+
+    Raises:
+        ValueError: a part has a wrong shape; or another error of that kind.
     """
     layers, ranks = len(profile["layers"]), len(profile.get("ranks") or [])
     _check_shape(profile["layers"], (layers,))

@@ -13,20 +13,17 @@ def summary(rows: list[Row]) -> str:
     be said. Recall decides if perplexity was not measured.
     """
     full = full_row(rows)
-    if (
-        full is not None
-        and not measured(full, "perplexity")
-        and _recalls(full)
-        and measured(full, "bytes_per_token")
-    ):
-        return _recall_summary(rows, full)
+    if full is None or not measured(full, "bytes_per_token"):
+        return f"{_count(rows)}, without a full cache to compare perplexity and bytes with."
+    if not measured(full, "perplexity"):
+        if _recalls(full):
+            return _recall_summary(rows, full)
+        return f"{_count(rows)}, without a full cache to compare perplexity and bytes with."
     others = [
         row
         for row in rows
         if not is_full(row) and measured(row, "perplexity") and measured(row, "bytes_per_token")
     ]
-    if full is None or not measured(full, "perplexity") or not measured(full, "bytes_per_token"):
-        return f"{_count(rows)}, without a full cache to compare perplexity and bytes with."
     if not others:
         return f"{_count(rows)}; no compressed row has both a perplexity and its bytes."
     limit = (1 + NEAR_FULL) * _value(full, "perplexity")
