@@ -30,12 +30,12 @@ HEADS = {kind: [[1.0, 2.0, 0.0, 5.0]] * 3 for kind in ("copy", "r2", "er", "mass
 
 def evicting_cache(model, policy, layout=None, ranks=(pico.HEAD_DIM, pico.HEAD_DIM)):
     full = families.geometry(model).compressible
-    meeting, maps = CacheWideEviction(len(full)), pico.layer_factors(model, *ranks) if layout else {}
+    cache_eviction, maps = CacheWideEviction(len(full)), pico.layer_factors(model, *ranks) if layout else {}
 
     def build(i):
         rope = families.rope(model, i)
         return EVICTING_LAYERS[policy.layer](
-            policy, rope, full.index(i), meeting, LowRank(maps[i], layout, rope) if layout else None
+            policy, rope, full.index(i), cache_eviction, LowRank(maps[i], layout, rope) if layout else None
         )
 
     return cache_of(model, build)
@@ -467,7 +467,7 @@ def test_a_copied_cache_continues_alone():
     assert torch.equal(feed(model, more, twin, None, [1] * 5), expected)
 
 
-def test_a_question_that_only_looks_is_not_stored():
+def test_a_question_that_only_scores_is_not_stored():
     """It says what to keep; what is kept and the logits after it are those of the context."""
     model, context, question = attached("llama"), prompt(LENGTH), prompt(6, seed=1)
     cache = evicting_cache(model, SnapKV("20%", sinks=1, recent=2))

@@ -38,7 +38,7 @@ CASE = Case(
 )
 
 
-def watching(model) -> tuple[object, dict[int, AttentionRecordingLayer]]:
+def recording(model) -> tuple[object, dict[int, AttentionRecordingLayer]]:
     layers = {i: AttentionRecordingLayer() for i in families.geometry(model).compressible}
     return cache_of(model, layers.__getitem__), layers
 
@@ -92,14 +92,14 @@ def test_repeated_tokens_show_where_heads_look(kind):
     assert found.kind == kind and found.per_kv_head().shape == (3, 4)
 
 
-# -- the watching layer
+# -- the layer that records attention weights
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", pico.NAMES)
 def test_what_is_watched_is_the_eager_attention(name):
     ids, past = prompt(30, batch=1), DynamicCache(config=stock(name).config)
-    cache, layers = watching(attached(name))
+    cache, layers = recording(attached(name))
     stock(name)(ids[:, :24], past_key_values=past)
     feed(attached(name), ids[:, :24], cache)
     for at in range(24, 30):
@@ -115,7 +115,7 @@ def test_what_is_watched_is_the_eager_attention(name):
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_padding_is_never_attended_to(name):
     pads, ids, past = [7, 0], prompt(25), DynamicCache(config=stock(name).config)
-    cache, layers = watching(attached(name))
+    cache, layers = recording(attached(name))
     feed(attached(name), ids, cache, pads, [24, 1])
     mask, positions = pico.padding(pads, 25)
     stock(name)(
@@ -130,9 +130,9 @@ def test_padding_is_never_attended_to(name):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llama", "llama-mqa", "gemma2", "gemma3_text"])
-def test_watching_changes_no_logits(name):
+def test_recording_weights_changes_no_logits(name):
     ids = prompt(30)
-    cache, _ = watching(attached(name))
+    cache, _ = recording(attached(name))
     ours = feed(attached(name), ids, cache, [7, 0], [20, 1, 8, 1])
     assert torch.allclose(
         pico.real(ours, [7, 0]), pico.real(feed(stock(name), ids, pads=[7, 0]), [7, 0]), atol=1e-4
@@ -141,7 +141,7 @@ def test_watching_changes_no_logits(name):
 
 @torch.no_grad()
 def test_only_one_token_steps_are_remembered_and_every_byte_counts():
-    cache, layers = watching(attached("llama"))
+    cache, layers = recording(attached("llama"))
     assert cache.nbytes() == cache.predicted_nbytes() == 0
     for size, seen, width in ((10, 10, 0), (1, 11, 11), (1, 12, 12), (3, 15, 0), (1, 16, 16)):
         feed(attached("llama"), prompt(size, batch=1), cache)
@@ -156,8 +156,8 @@ def test_only_one_token_steps_are_remembered_and_every_byte_counts():
         )
 
 
-def test_watching_survives_beams():
-    ids, (cache, _) = prompt(20), watching(attached("llama"))
+def test_recorded_weights_survive_beams():
+    ids, (cache, _) = prompt(20), recording(attached("llama"))
     ours = pico.generate(attached("llama"), ids, 8, cache, num_beams=3)
     assert torch.equal(ours, pico.generate(stock("llama"), ids, 8, num_beams=3))
 

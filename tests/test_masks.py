@@ -554,7 +554,7 @@ def test_under_exact_prefill_a_single_token_sees_what_will_be_stored(kind):
         )
 
 
-def test_a_question_of_one_token_only_looks():
+def test_a_question_of_one_token_only_scores():
     model, cache = attached("llama"), make_cache(attached("llama"), policy=POLICIES["snapkv"]("100%"))
     pico.feed(model, prompt(20), cache)
     cache.score_only(1)

@@ -117,7 +117,7 @@ def test_merged_heads_are_trained_too(layout):
     assert torch.allclose(logits, through(found.model, found.plan, ids), atol=1e-4)
 
 
-def test_a_rebuilding_layer_stores_nothing():
+def test_a_reconstruction_layer_stores_nothing():
     model = pico.attached("llama")
     plan = pico.plan(model)
     cache = cache_of(

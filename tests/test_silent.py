@@ -39,7 +39,7 @@ def close(a: torch.Tensor, b: torch.Tensor, limit: float = 1e-4) -> bool:
 
 @pytest.mark.parametrize("types", SLIDING)
 @pytest.mark.parametrize(("policy", "question"), [("snapkv", 6), ("kvzip", 0)])
-def test_sliding_layers_forget_what_only_looks(types, policy, question):
+def test_sliding_layers_forget_what_only_scores(types, policy, question):
     model = lowkey.attach(pico.build("gemma3_text", layer_types=types, sliding_window=8))
     context, asked, more = pico.prompt(30, 1), pico.prompt(6, 1, seed=2), pico.prompt(5, 1, seed=3)
     cache = make_cache(model, policy=POLICIES[policy]("100%"))

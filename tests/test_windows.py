@@ -334,7 +334,7 @@ def test_a_window_longer_than_the_text_leaves_no_token_out():
     assert probe(exact=Exact(4, 16)).held_out_error(f) == probe(exact=Exact()).held_out_error(f) > 0.1
 
 
-def test_rebuilding_beside_exact_tokens_is_differentiable(layout):
+def test_reconstruction_beside_exact_tokens_is_differentiable(layout):
     """Along one direction, against central differences."""
     it, f, generator = probe(layout=layout), pico.factors(4, 5, 7), torch.Generator().manual_seed(0)
     maps = [f.k_down, f.k_up, f.v_down, f.v_up]
