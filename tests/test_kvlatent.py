@@ -365,5 +365,5 @@ def test_aware_plans_can_be_trained_through(plans):
 
 def test_aware_refuses_what_it_does_not_know():
     model = pico.build("llama", rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0})
-    with pytest.raises(LowkeyError, match="use kept"):
+    with pytest.raises(LowkeyError, match="use rope=kept"):
         KVLatent(rope="aware").finish({}, CalibrationContext(model, ROWS, 1, "post_rope", [8, 16], 0))
