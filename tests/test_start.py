@@ -34,13 +34,28 @@ def test_threads_wait_asleep_unless_told_otherwise(given, told):
     assert f"OMP_WAIT_POLICY = '{told}'" in ran.stderr
 
 
-def test_the_number_of_threads():
+def test_the_number_of_threads(monkeypatch):
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")  # the command sets them for this process; they are put back
     before = torch.get_num_threads()
     try:
         assert lowkey("--threads", 2, "methods", "--json").status == 0
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_the_number_of_threads_is_known_before_torch_is_loaded():
+    """As a shell starts the command: torch reads the number when it is loaded."""
+    start = (
+        "import atexit, sys\n"
+        "sys.argv = ['lowkey', '--threads', '2', 'methods', '--json']\n"
+        "atexit.register(lambda: print(sys.modules['torch'].get_num_threads(), file=sys.stderr))\n"
+        "import lowkey_start\n"
+        "lowkey_start.main()\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, check=True)
+    assert ran.stderr == "2\n"
 
 
 @pytest.mark.parametrize("wrong", ["0", "-1", "1025", "x", "1.5"])

@@ -35,7 +35,7 @@ from lowkey.cli import (
     report,
     sinks,
 )
-from lowkey.cli.help import PanelCommand, PanelGroup
+from lowkey.cli.help import PanelCommand, PanelGroup, with_help
 from lowkey.core.errors import LowkeyError
 from lowkey.core.options import Range, checked, nearest_name, shown
 from lowkey.core.printable import printable
@@ -218,19 +218,24 @@ def _usage(error: Any) -> str:
         print(error, file=sys.stderr)
         sys.exit(2)
     context = getattr(error, "ctx", None)
-    see = f"see {context.command_path if context else 'lowkey'} --help"
     option = getattr(error, "option_name", None)
     if type(error).__name__ == "NoSuchOption" and option and context:
-        known = [word for parameter in context.command.get_params(context) for word in parameter.opts]
+        known = [
+            word
+            for parameter in context.command.get_params(context)
+            for word in [*parameter.opts, *parameter.secondary_opts]
+        ]
         remedy = nearest_name(option, [word for word in known if word.startswith("--")])
-        near = f"{remedy}; " if remedy.startswith("did") else ""
-        return f"option {shown(option)} is unknown; {near}{see}"
+        near = remedy if remedy.endswith("?") else ""  # the list of all options is what help is for
+        return f"option {shown(option)} is unknown; {with_help(near, context)}"
     found: list[dict] = getattr(error.__cause__, "errors", list)()
     value = f" (given {shown(found[0].get('input'))})" if found else ""
     rule = NUMBERS.get(found[0].get("type", "")) if found else None
     if rule:
-        return f"option {error.param.get_error_hint()}: must be {rule}{value}; {see}"
-    return f"{error.format_message().rstrip('.')}{value}; {see}"
+        told = f"option {error.param.get_error_hint()}: must be {rule}{value}"
+    else:
+        told = f"{error.format_message().rstrip('.')}{value}"
+    return f"{told}; {with_help('', context)}"
 
 
 def _fail(message: str, status: int) -> None:

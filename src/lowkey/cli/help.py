@@ -49,9 +49,17 @@ class PanelGroup(TyperGroup):
         """The command of this name; called by typer. Raises: LowkeyError for a name that is none."""
         name = args[0]
         if not name.startswith("-") and self.get_command(ctx, name) is None:
-            remedy = nearest_name(name, self.list_commands(ctx))
-            raise LowkeyError(f"command {shown(name)} is unknown; {remedy}; see {ctx.command_path} --help")
+            remedy = with_help(nearest_name(name, self.list_commands(ctx)), ctx)
+            raise LowkeyError(f"command {shown(name)} is unknown; {remedy}")
         return super().resolve_command(ctx, args)
+
+
+def with_help(remedy: str, ctx: Any) -> str:
+    """A remedy, and the command line that tells more."""
+    where = f"{ctx.command_path if ctx else 'lowkey'} --help"
+    if not remedy:
+        return f"see {where}"
+    return f"{remedy} See {where}" if remedy.endswith("?") else f"{remedy}; see {where}"
 
 
 def parameter_panels(command: Any, ctx: Any) -> Panels:
