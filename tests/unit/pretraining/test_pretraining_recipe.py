@@ -17,7 +17,7 @@ from lowkey.pretraining.health import diverged, spikes
 from lowkey.pretraining.optim import optimizers, rate, split_parameters
 from lowkey.pretraining.recipe import Training
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
+RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.toml"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)

@@ -21,7 +21,7 @@ from lowkey.policies import POLICIES, SCORES
 from lowkey.policies.allocators import TOKEN_ALLOCATORS
 from lowkey.storage.packing import SCHEMES
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 SOURCE = Path(lowkey.__file__).parent
 CHOICES = {
     "methods": METHODS,

@@ -19,7 +19,7 @@ from lowkey.policies import POLICIES, SCORES
 from lowkey.policies.allocators import TOKEN_ALLOCATORS
 from lowkey.storage.packing import SCHEMES
 
-SOURCE = Path(__file__).parent.parent / "src"
+SOURCE = Path(__file__).parents[2] / "src"
 FILES = sorted(SOURCE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
