@@ -1,5 +1,5 @@
-"""The tables of docs/results.md: every method beside the full cache and integers, with the same window of
-exact tokens in each row.
+"""The evidence on a real model (docs/results/smollm2.md and eviction.md): every method beside the full cache
+and integers, with the same window of exact tokens in each row.
 
     python benchmarks/evidence.py ranks docs/results/smollm2 --model smollm2 --calibration novels.txt \\
         --data one.txt --data two.txt --data three.txt

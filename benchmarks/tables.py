@@ -9,12 +9,14 @@ A page holds a pair of markers, and what stands between them is replaced:
     <!-- /table -->
 
 The name is a key of TABLES, or `FOLDER/PART` for any file that `benchmarks/evidence.py` writes, like
-`smollm2/ranks`.
+`smollm2/ranks`. Every page under docs/ and README.md may hold tables. A number that is in no result file
+stands in a table without markers, and its page says so.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Iterator
@@ -30,6 +32,8 @@ import pretraining_report
 import recovery
 import typer
 
+from lowkey.evaluate.intervals import Z
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 MARKED = re.compile(r"(<!-- table: (?P<name>\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -43,6 +47,18 @@ HEADLINE = {  # label of a row: the file it is in, and what README calls it
     "default 25%": ("default", "`compress --budget 25%`"),
     "kivi2": ("bits", "KIVI, 2 bits"),
     "default 12.5%": ("default", "`compress --budget 12.5%`"),
+}
+MODELS = {"smollm2": "SmolLM2-135M", "tiny": "`tiny`", "stories260K": "`stories260K`"}  # folder: shown as
+COMPARED_DEFAULTS = {  # label of a row: the file it is in, and what the page calls it
+    "int8": ("bits", "INT8"),
+    "default 50%": ("default", "default, 50 %"),
+    "kivi4": ("bits", "KIVI, 4 bits"),
+    "int4": ("bits", "INT4"),
+    "default 25%": ("default", "default, 25 %"),
+    "kivi2": ("bits", "KIVI, 2 bits"),
+    "default 18.75%": ("default", "default, 18.75 %"),
+    "default 12.5%": ("default", "default, 12.5 %"),
+    "default 8%": ("default", "default, 8 %"),
 }
 WINDOWED = (  # rows of tiny-window.json that the page shows: label, budget
     ("int8", None),
@@ -92,6 +108,56 @@ def headline_table() -> list[str]:
         )
         lines.append([shown, f"{share:.3g} %", f"{perplexity:.2f}", f"{kl:.4f}"])
     return table(["cache", "bytes", "perplexity", "KL, nats per token"], lines)
+
+
+def labelled(model: str, part: str, label: str) -> list[dict]:
+    """All draws of one row of a model's evidence; none where the budget was refused."""
+    return [row for row in rows_of(f"{model}/{part}") if row["label"] == label]
+
+
+def kl_and_bytes(group: list[dict]) -> list[str]:
+    """KL in the mean over draws, and the bytes that were held; dashes for a row that was not measured."""
+    if not group:
+        return ["-", "-"]
+    kl, share = statistics.mean(row["kl"] for row in group), statistics.mean(map(kept, group))
+    return [f"{kl:.4f}" if kl >= 1e-4 else f"{kl:.5f}", f"{share:.1f} %"]
+
+
+def default_table() -> list[str]:
+    """The default and plain integers on three models: KL, and the bytes held."""
+    lines = [
+        [shown, *(cell for model in MODELS for cell in kl_and_bytes(labelled(model, part, label)))]
+        for label, (part, shown) in COMPARED_DEFAULTS.items()
+    ]
+    return table(["cache", *(cell for name in MODELS.values() for cell in (name, "bytes"))], lines)
+
+
+def split_table() -> list[str]:
+    """`fisher-svd` in the model's own numbers on three models: ranks by `spectrum`, and even ones."""
+    lines = []
+    for model, shown in MODELS.items():
+        for budget in evidence.BUDGETS:
+            pair = [labelled(model, "ranks", f"fisher-svd{split} {budget}") for split in ("", ", uniform")]
+            if any(pair):
+                lines.append([shown, budget, *(cell for group in pair for cell in kl_and_bytes(group))])
+    return table(["model", "budget", "KL, `spectrum`", "bytes", "KL, `uniform`", "bytes"], lines)
+
+
+def questions_table() -> list[str]:
+    """Policies on the real model, best first: the share of questions that are still answered."""
+    lines = []
+    for row in sorted(rows_of(f"{EVIDENCE}policies"), key=lambda row: -row["questions"]):
+        right, of = row["questions_right"], row["questions_of"]
+        interval = "" if row["name"] == "full" else "{:.2f} to {:.2f}".format(*wilson(right, of))
+        lines.append([row["name"].split()[0], f"{kept(row):.1f} %", f"{right} of {of}", interval])
+    return table(["policy", "bytes", "questions", "95 % interval"], lines)
+
+
+def wilson(right: int, of: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a share: `right` of `of`."""
+    share, weight = right / of, Z**2 / of
+    middle, half = share + weight / 2, Z * math.sqrt(share * (1 - share) / of + weight / (4 * of))
+    return (middle - half) / (1 + weight), (middle + half) / (1 + weight)
 
 
 def equal_bytes_table(name: str) -> list[str]:
@@ -190,6 +256,9 @@ SWEEP, COMPARED = pretraining_report.sweep_table, pretraining_report.comparison_
 CONVERTED = pretraining_report.recovery_table
 TABLES: dict[str, Callable[[], list[str]]] = {
     "headline": headline_table,
+    "default-three-models": default_table,
+    "splits-three-models": split_table,
+    "smollm2-policies": questions_table,
     "tiny": partial(equal_bytes_table, "tiny"),
     "stories260K": partial(equal_bytes_table, "stories260K"),
     "tiny-window": window_table,

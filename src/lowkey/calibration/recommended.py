@@ -1,6 +1,6 @@
 """What `calibrate` and `lowkey compress` take if no method is named: what has the least KL on a real model.
 
-docs/results.md has the evidence at each budget.
+docs/results/smollm2.md has the evidence at each budget.
 """
 
 from __future__ import annotations
