@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pico
 import pytest
-from test_conversion import GATED, SMALL, D, build, equal, run
+from conversions import GATED, SMALL, D, build, equal, run
 from typer.testing import CliRunner
 
 from lowkey.cli.app import app

@@ -1,4 +1,4 @@
-"""Recall: what the cases look like, and that only a model that knows the answer scores."""
+"""Recall: what the cases contain, and that only a model that knows the answer scores."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pico
 import pytest
 import torch
+from recall_models import END, FakeCache, chatting
 
 import lowkey
 from lowkey.catalog import make_policy
@@ -134,17 +135,6 @@ def test_sentence_ends_are_found_behind_quotes_and_brackets():
 
 # -- through a chat template
 
-TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}~{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
-
-
-def chatting(end: str | None = "~"):
-    """A tokenizer with a template that ends turns with `~`, which is its only special token beside <s>."""
-    found = pico.tokenizer()
-    found.chat_template = TEMPLATE
-    if end:
-        found.add_special_tokens({"additional_special_tokens": [end]})
-    return found
-
 
 @pytest.mark.parametrize("name", [name for name in FORMS if name != "plain"])
 def test_a_chat_case_is_a_message_as_long_as_the_context(name):
@@ -206,21 +196,6 @@ def test_the_number_and_no_further_digit_is_right(said, right):
 
 
 # -- scoring
-
-END = 96  # a letter that the fake model ends with
-
-
-class FakeCache:
-    """Counts what it has seen; evicts nothing."""
-
-    def __init__(self, name: str) -> None:
-        self.name, self.seen = name, 0
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def nbytes(self) -> int:
-        return self.seen * (10 if self.name == "full" else 5)
 
 
 class Fake(torch.nn.Module):

@@ -1,4 +1,4 @@
-"""Plans as plain checkpoints: what stock transformers makes of them is what the cache of the plan makes."""
+"""An exported checkpoint computes in stock transformers what the cache of its plan computes."""
 
 from __future__ import annotations
 
@@ -6,28 +6,23 @@ import itertools
 import json
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pico
 import pytest
 import torch
+from exports import COMMUTING, build, exported, make, refused, same
 from pico import HEAD_DIM, feed, generate, prompt
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 import lowkey
 from lowkey.attention import LowkeyConfig, LowkeyForCausalLM
-from lowkey.calibration.calibrate import fit_layers, name_and_parameters
-from lowkey.core.types import LAYOUTS, LowkeyError
+from lowkey.core.types import LAYOUTS
 from lowkey.export import export_hf
-from lowkey.methods import MEA, PCA, CalibrationContext, KVHeadSVD, KVLatent
+from lowkey.methods import MEA, KVHeadSVD, KVLatent
 from lowkey.models import families, loading
-from lowkey.models.fingerprint import model_fingerprint
-from lowkey.plan.plan import Plan, versions
+from lowkey.plan.plan import Plan
 
-COMMUTING = KVHeadSVD(keys="commuting")
-ROWS = prompt(24, batch=8, seed=1)
-PADS = [7, 0]
-FULL = {"gemma2": {"layer_types": ["full_attention"] * 3}}
 FAMILIES = [
     "llama",
     "llama-mha",
@@ -39,58 +34,6 @@ FAMILIES = [
     "granite",
     "gemma2",
 ]
-
-
-def build(name, **overrides):
-    """Attached, with biases that are not zero, as training leaves them."""
-    model = pico.build(name, **FULL.get(name, {}), **overrides)
-    generator = torch.Generator().manual_seed(7)
-    for parameter, values in model.named_parameters():
-        if parameter.endswith("bias"):
-            values.data.normal_(generator=generator)
-    return lowkey.attach(model)
-
-
-def make(model, method=COMMUTING, ranks=(8, 8), layout="post_rope", **fields):
-    """A plan of these ranks in all layers."""
-    bases, _ = fit_layers(method, CalibrationContext(model, ROWS, 2, layout, sorted({*ranks, HEAD_DIM}), 0))
-    about = {
-        "model": "pico",
-        "model_sha256": model_fingerprint(model),
-        "data_sha256": "0",
-        "tokens": 1,
-        "seed": 0,
-        "versions": versions(),
-    }
-    plan = Plan(
-        {i: b.at(*ranks) for i, b in bases.items()},
-        layout,
-        name_and_parameters(method),
-        {"name": "uniform", "parameters": {}},
-        "50%",
-        geometry=asdict(families.geometry(model)),
-        provenance=about,
-    )
-    return replace(plan, **fields)
-
-
-def exported(model, plan, folder, **options):
-    """What stock transformers reads; eager attention, because SDPA drops the soft cap of Gemma 2."""
-    assert export_hf(model, pico.tokenizer(), plan, folder / "model", **options) == folder / "model"
-    return AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="eager")
-
-
-def same(plain, model, plan, tolerance=1e-4):
-    """Logits and greedy tokens of padded prompts, and by one token at a time."""
-    ids = prompt(40)
-    ours, stock = (
-        feed(m, ids, past, PADS) for m, past in ((model, lowkey.make_cache(model, plan)), (plain, None))
-    )
-    for row, pad in enumerate(PADS):
-        assert torch.allclose(ours[row, pad:], stock[row, pad:], atol=tolerance)
-    assert torch.equal(
-        generate(plain, ids, 20, pads=PADS), generate(model, ids, 20, lowkey.make_cache(model, plan), PADS)
-    )
 
 
 # -- what comes back
@@ -372,138 +315,3 @@ def test_a_plan_from_disk_a_tokenizer_and_a_card(tmp_path):
         AutoTokenizer.from_pretrained(tmp_path / "model")("ab").input_ids == pico.tokenizer()("ab").input_ids
     )
     assert list((tmp_path / "model").glob("*.safetensors"))
-
-
-# -- refusals
-
-
-def with_means(plan):
-    return replace(
-        plan, factors={i: replace(f, k_mean=torch.zeros(4, HEAD_DIM)) for i, f in plan.factors.items()}
-    )
-
-
-def with_one_layer(plan, f):
-    return replace(plan, factors={**plan.factors, 1: f})
-
-
-def spoilt(plan):
-    """The key maps of one layer no longer commute, by a thousandth."""
-    f = plan.factors[2]
-    return replace(
-        plan, factors={**plan.factors, 2: replace(f, k_down=f.k_down + 1e-3 * torch.randn(f.k_down.shape))}
-    )
-
-
-REFUSALS = {
-    "layer": (
-        lambda m: make(m, KVHeadSVD()),
-        r"keys=layer .*: it merges the keys of 4 heads and the values of 2; compress with .* -O keys=commuting ",
-    ),
-    "grouped": (
-        lambda m: make(m, KVHeadSVD(keys="grouped")),
-        "keys=grouped .*: its key maps do not commute with rotary embedding; ",
-    ),
-    "spoilt": (lambda m: spoilt(make(m)), "key maps do not commute"),
-    "two of four": (
-        lambda m: make(m, KVHeadSVD(4, "commuting")),
-        "latents of width 32 where a head is 16 wide",
-    ),
-    "pca": (
-        lambda m: make(m, PCA()),
-        "'pca' .*: it does not keep the channels that a rotary embedding of width 8 rotates",
-    ),
-    "any channels": (lambda m: make(m, KVLatent("data")), "does not keep the channels"),
-    "uneven": (lambda m: make(m, ranks=(8, 16)), "rank 8 of keys and 16 of values"),
-    "whole": (lambda m: make(m, ranks=(16, 16)), "every channel of every head"),
-    "means": (lambda m: with_means(make(m)), "subtracts means from"),
-    "layers differ": (lambda m: with_one_layer(make(m), pico.factors(4)), "other ranks than one another"),
-    "frequencies": (lambda m: aware(m), "frequencies of its own; compress with -O rope=kept"),
-    "sinks": (
-        lambda m: make(m, sinks=4),
-        "4 sinks and 0 recent tokens exact; compress with --sinks 0 --recent 0",
-    ),
-}
-
-
-def aware(model):
-    """KV-Latent's own rotation, which is made after the ranks are known."""
-    method = KVLatent(rope="aware")
-    plan, context = make(model, method), CalibrationContext(model, ROWS, 2, "post_rope", [8, HEAD_DIM], 0)
-    return replace(plan, factors=method.finish(plan.factors, context))
-
-
-@pytest.mark.parametrize("case", REFUSALS)
-def test_a_plan_without_the_form_is_refused_in_one_line_with_what_to_do(tmp_path, case):
-    torch.manual_seed(0)
-    model, (plan, match) = build("llama"), REFUSALS[case]
-    refused(model, plan(model), tmp_path, f"^plan of method .*{match}")
-
-
-@pytest.mark.parametrize(
-    ("name", "match"),
-    [("qwen3", "norms keys"), ("olmo2", "norms keys"), ("gemma2-mixed", "2 of its 3 layers")],
-)
-def test_a_family_that_cannot_hold_it_is_refused(tmp_path, name, match):
-    model = lowkey.attach(pico.build(name.removesuffix("-mixed")))
-    refused(model, make(model), tmp_path, f"^model of family .*{match}.*; use the plan$")
-
-
-def refused(model, plan, folder, match):
-    with pytest.raises(LowkeyError, match=match) as refusal:
-        export_hf(model, pico.tokenizer(), plan, folder / "model")
-    assert len(str(refusal.value).splitlines()) == 1
-    assert not list(folder.iterdir()), "nothing is left behind"
-
-
-def test_strided_channels_whose_frequencies_differ_are_refused(tmp_path):
-    """YaRN's ramp lies elsewhere in a narrower head."""
-    model = build("llama-yarn")
-    refused(
-        model,
-        make(model, KVLatent()),
-        tmp_path,
-        "does not keep the channels that a rotary embedding of width 8 rotates",
-    )
-
-
-def test_another_models_plan_is_refused(tmp_path):
-    model, other = build("llama"), build("llama-mha")
-    refused(model, make(other), tmp_path, "was made for model")
-
-
-def test_files_are_replaced_only_by_force(tmp_path):
-    model = build("llama")
-    plan = make(model)
-    exported(model, plan, tmp_path)
-    with pytest.raises(LowkeyError, match="already holds files"):
-        exported(model, plan, tmp_path)
-    exported(model, plan, tmp_path, force=True)
-    (tmp_path / "model" / "thesis.txt").write_text("mine")
-    for force in (False, True):
-        with pytest.raises(LowkeyError, match="did not write 'thesis"):
-            exported(model, plan, tmp_path, force=force)
-    assert (tmp_path / "model" / "thesis.txt").read_text() == "mine"
-
-
-def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
-    model, tokenizer = build("llama"), pico.tokenizer()
-    plan = make(model)
-    export_hf(model, tokenizer, plan, tmp_path / "model")
-    before = {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()}
-
-    def fail(folder):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(tokenizer, "save_pretrained", fail)
-    with pytest.raises(LowkeyError, match=r"cannot write .*No space left"):
-        export_hf(model, tokenizer, plan, tmp_path / "model", force=True)
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
-    assert {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()} == before
-
-
-def test_factors_in_another_dtype_are_folded_too(tmp_path):
-    model = build("llama")
-    plan = make(model)
-    wide = {i: f.to(torch.empty(0, dtype=torch.float64)) for i, f in plan.factors.items()}
-    same(exported(model, replace(plan, factors=wide), tmp_path), model, plan)

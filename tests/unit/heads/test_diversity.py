@@ -1,6 +1,4 @@
-"""How different heads are: the numbers against explicit matrices, every kind's maps against what its
-attention is handed.
-"""
+"""How different heads are: measures and maps of every attention kind against explicit matrices."""
 
 from __future__ import annotations
 
@@ -10,11 +8,10 @@ import math
 import pico
 import pytest
 import torch
-from test_cli import done, printed, refused
+from attention_kinds import HEADS, HIDDEN, KINDS, MLA, D, own
 from transformers import AttentionInterface
 
 from lowkey.attention import LowkeyConfig, LowkeyForCausalLM
-from lowkey.cli.tables import show_diversity
 from lowkey.core.types import LowkeyError
 from lowkey.heads import diversity as div
 from lowkey.heads.diversity import (
@@ -29,41 +26,7 @@ from lowkey.heads.diversity import (
 )
 from lowkey.models import families
 from lowkey.models.attention_interface import ATTENTION_NAME
-from lowkey.report.diversity import cosines_figure, diversity_figure
 
-D, HEADS, HIDDEN = 8, 4, 32
-MLA = {"attention": "mla", "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 10}
-KINDS: dict[str, dict] = {
-    "mha": {"attention": "mha"},
-    "gqa": {"attention": "gqa", "num_key_value_heads": 2},
-    "mqa": {"attention": "mqa"},
-    "mla": {**MLA, "mla_kv_norm": False},
-    "mla-0": {**MLA, "mla_kv_norm": False, "mla_latent_scale": True, "qk_rope_head_dim": 0},
-    "lrkv-full": {"attention": "lrkv", "lrkv_rank": 3},
-    "lrkv-latent": {
-        "attention": "lrkv",
-        "lrkv_rank": 4,
-        "lrkv_rope_mode": "latent",
-        "num_key_value_heads": 2,
-    },
-    "lrkv-partial": {"attention": "lrkv", "lrkv_rank": 3, "lrkv_rope_mode": "partial", "qk_rope_head_dim": 4},
-    "lrkv-0": {"attention": "lrkv", "lrkv_rank": 0},
-    "mea": {
-        "attention": "mea",
-        "num_key_value_heads": 4,
-        "mea_num_component_heads": 3,
-        "mea_hlc_init": "orthogonal",
-    },
-    "mea-grouped": {
-        "attention": "mea",
-        "num_key_value_heads": 2,
-        "mea_num_component_heads": 2,
-        "head_norm": "own",
-    },
-    "gta": {"attention": "gta", "num_key_value_heads": 2, "qk_rope_head_dim": 4},
-    "gta-0": {"attention": "gta", "num_key_value_heads": 2, "qk_rope_head_dim": 0},
-    "k_eq_v": {"attention": "k_eq_v", "num_key_value_heads": 2},
-}
 NORMED = {
     **{name: {**KINDS[name], "qk_norm": True} for name in ("gqa", "lrkv-full", "mea", "gta-0", "k_eq_v")},
     "mla": MLA,
@@ -73,26 +36,6 @@ NORMED = {
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def own(seed: int = 0, **kind: object) -> LowkeyForCausalLM:
-    """A model of our own in fp64, every parameter away from its starting value."""
-    shape = {
-        "hidden_size": HIDDEN,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "vocab_size": pico.VOCAB,
-        "head_dim": D,
-    }
-    config = LowkeyConfig(
-        **{**shape, "num_attention_heads": HEADS, "rms_norm_eps": 1e-12, "bos_token_id": 1, **kind}
-    )
-    torch.manual_seed(seed)
-    model = LowkeyForCausalLM._from_config(config, attn_implementation="eager", dtype=torch.float64).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
 
 
 @torch.no_grad()
@@ -414,87 +357,3 @@ def test_a_layer_of_one_head_has_no_divergence():
 def test_text_too_short_is_refused():
     with pytest.raises(LowkeyError, match=r"data: .* too few"):
         diversity(pico.build("llama"), pico.tokenizer(), "Short.", windows=1, context=64)
-
-
-# -- command
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    return pico.save(tmp_path_factory.mktemp("diversity") / "pico", pad_token_id=None)
-
-
-def test_the_command_prints_numbers_and_writes_them_and_figures(saved, tmp_path):
-    found = printed(
-        "diversity", saved, "--windows", 2, "--context", 16, "--inits", 2, "--out", tmp_path / "out"
-    )
-    assert (
-        found.items() <= json.loads((tmp_path / "out" / "diversity.json").read_text()).items()
-        and found["data"] == "embedded"
-    )
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        "diversity.json",
-        "diversity.png",
-        "cosines.png",
-        ".lowkey.json",
-    }
-    assert all(
-        (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-        for name in ("diversity", "cosines")
-    )
-    layer = found["layers"][0]
-    assert (
-        len(layer["qk"]["cosines"]) == 8
-        and layer["init"]["vo_centred"]["low"] <= layer["init"]["vo_centred"]["high"]
-    )
-
-
-def test_the_command_takes_our_own_models_and_other_text(tmp_path):
-    """The table: numbers, in brackets those at random, and what lrkv's parts are to each other."""
-    model = own(**KINDS["lrkv-full"])
-    for part in (model, pico.tokenizer()):
-        part.save_pretrained(tmp_path / "model")
-    (tmp_path / "text.txt").write_text("It was a dark and stormy night. " * 8)
-    words = (
-        "--windows",
-        2,
-        "--context",
-        16,
-        "--inits",
-        1,
-        "--data",
-        tmp_path / "text.txt",
-        "--out",
-        tmp_path / "out",
-    )
-    shown = done("diversity", tmp_path / "model", *words).out
-    layer = json.loads((tmp_path / "out" / "diversity.json").read_text())["layers"][1]
-    assert (
-        f"{layer['qk']['centred']:.3f} ({layer['init']['qk_centred']['mean']:.3f})" in shown
-        and "mean" in shown
-    )
-    assert f"{layer['residual']['keys']['shared_over_residual']:.2f}" in shown
-
-
-def test_figures_without_random_forms(tmp_path):
-    found = diversity(
-        pico.build("llama"),
-        pico.tokenizer(),
-        "It was a dark and stormy night. " * 8,
-        windows=1,
-        context=16,
-        inits=0,
-    )
-    assert found["layers"][0]["init"] is None and found["mean"]["init"] is None
-    show_diversity(found)
-    for draw in (diversity_figure, cosines_figure):
-        draw(found).savefig(tmp_path / "figure.png")
-
-
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [(("--inits", -1), "inits -1"), (("--context", 1), "context 1"), (("--data", "none.txt"), "none.txt")],
-)
-def test_bad_arguments(saved, tmp_path, words, says):
-    assert says in refused("diversity", saved, *words, "--out", tmp_path / "out")
-    assert not (tmp_path / "out").exists()

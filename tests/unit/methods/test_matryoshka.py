@@ -9,10 +9,10 @@ import pico
 import pytest
 import torch
 import torch.nn.functional as F
+from fitted_methods import prepared, stored_keys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pico import HEAD_DIM, attached, feed, prompt, stock
-from test_methods import prepared, stored_keys
 
 from lowkey.core.types import LowkeyError
 from lowkey.methods import CalibrationContext, MatryoshkaKV

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import string
 from itertools import product
 
 import pico
 import pytest
 import torch
+from fitted_methods import HELD, LENGTH, RANKS, ROWS, TEXT, WINDOWS, prepared, stored_keys
 from pico import HEAD_DIM, attached, feed, prompt, stock
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -18,7 +18,6 @@ from lowkey import Sample
 from lowkey.allocation.allocators import RANK_ALLOCATORS
 from lowkey.allocation.profile import Profile
 from lowkey.calibration.sensitivity import SIGNALS
-from lowkey.calibration.statistics import gather_statistics
 from lowkey.core.head_groups import per_head_maps, side_by_side
 from lowkey.core.types import LAYOUTS, Basis, LayerBases, head_blocks
 from lowkey.methods import (
@@ -44,7 +43,6 @@ from lowkey.models import families
 from lowkey.ops.bases import is_orthonormal
 from lowkey.plan.plan import Plan
 from lowkey.probes.layer_inputs import layer_inputs
-from lowkey.probes.layer_probe import LayerProbe
 from lowkey.storage.codec import LowRank
 from lowkey.storage.coded import CodedLayer
 
@@ -74,21 +72,8 @@ CHEAP = {
 ORTHONORMAL = [
     name for name, method in CHEAP.items() if not isinstance(method, KQSVD | MEA | FisherSVD | StiefJoint)
 ]
-RANKS = [4, 8, 16]
-WINDOWS, HELD, LENGTH = 8, 2, 20
 KV_HEADS = 4
 BARE = {"sinks": 0, "recent": 0}  # no window of exact tokens, so that every token takes the same bytes
-TEXT = "".join(string.printable[(i * i + 7 * i) % 95] for i in range(1000))
-ROWS = prompt(LENGTH, batch=WINDOWS)  # longer than the window of the sliding layers
-
-
-def prepared(name, layout, layer):
-    """(statistics, probe) of one layer, as calibration makes them."""
-    model = attached(name)
-    inputs = dict(layer_inputs(model, ROWS, 4))[layer]
-    return gather_statistics(model, ROWS[:-HELD].split(4))[layer], LayerProbe.of(
-        model, layer, layout, inputs, HELD
-    )
 
 
 def found(method, data, layout, seed=0):
@@ -325,12 +310,6 @@ def test_the_predictor_is_told_mean_and_variance_of_the_keys_that_are_stored(mon
     keys = stored_keys(layout)  # (n, h, d)
     both = torch.cat([keys.mean(0), keys.var(0, correction=0)], dim=1)
     assert torch.allclose(told[0], ((both - both.mean()) / both.std()).to(told[0]), atol=1e-3)
-
-
-def stored_keys(layout):
-    from test_statistics import activations
-
-    return activations("llama", 1, ROWS[:-HELD])["keys_pre" if layout == "pre_rope" else "keys_post"]
 
 
 # -- the probe

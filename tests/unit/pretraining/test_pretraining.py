@@ -1,179 +1,30 @@
-"""The trainer: the same curve after a kill, the loop against a plain one written out, what is trained and
-how.
-"""
+"""The training loop against one written out by hand; validation, checkpoints, and losses that diverge."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 import tomllib
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
-from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
-import forging
 import numpy as np
-import pico
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from trainings import MODEL, WORDS, command, curve, killed, recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lowkey
-from lowkey.cli import app
 from lowkey.core import files
 from lowkey.core.types import LowkeyError
 from lowkey.models import loading
 from lowkey.pretraining import Recipe, Trained, models, pretrain
 from lowkey.pretraining.corpus import prepare
-from lowkey.pretraining.log import read_log
 from lowkey.pretraining.optim import rate
 from lowkey.pretraining.rows import IGNORED, Order
-
-MODEL = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "tie_word_embeddings": True,
-}
-TRAINING = {
-    "tokens": 24 * 128,
-    "batch_tokens": 128,
-    "length": 32,
-    "micro_batch": 2,
-    "lr": 1e-2,
-    "precision": "fp32",
-    "log_every": 1,
-    "save_every": 5,
-    "evaluate_every": 8,
-}
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "and",
-    "then",
-    "ran",
-    "off",
-    "to",
-    "see",
-    "what",
-    "was",
-    "there",
-    "dark",
-    "house",
-]
-
-
-def corpus(folder: Path) -> Path:
-    """40 short documents as .jsonl."""
-    generator = torch.Generator().manual_seed(0)
-    lines = []
-    for n in range(40):
-        picks = torch.randint(len(WORDS), (20 + n,), generator=generator).tolist()
-        lines.append(json.dumps({"text": " ".join(WORDS[i] for i in picks)}))
-    path = folder / "text.jsonl"
-    path.write_text("\n".join(lines))
-    return path
-
-
-def recipe(folder: Path, **training: object) -> Recipe:
-    data = {"path": str(corpus(folder)), "vocab_size": 300, "held_out": 0.1, "cache": str(folder / "tokens")}
-    return Recipe.of({"model": MODEL, "data": data, "training": {**TRAINING, **training}})
-
-
-def curve(out: Path) -> list[dict]:
-    """The log but for what a clock says."""
-    return [
-        {k: v for k, v in line.items() if k != "tokens_per_second"} for line in read_log(out / "log.jsonl")
-    ]
-
-
-DYING = """
-import os, signal, sys
-from lowkey.pretraining import Recipe, Trained, models, pretrain
-from lowkey.pretraining.corpus import prepare
-
-def progress(items, label, total=None):
-    for item in items:
-        if label == "pretraining" and item == int(sys.argv[3]):
-            os.kill(os.getpid(), signal.SIGKILL)
-        yield item
-
-pretrain(Recipe.read(sys.argv[1]), sys.argv[2], device="cpu", progress=progress)
-"""
-
-
-def killed(wanted: Recipe, out: Path, step: int) -> None:
-    """Train in a process of its own, which is killed -9 when `step` steps are done."""
-    path = out.with_name("recipe.toml")
-    path.write_text(wanted.toml())
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    found = subprocess.run(
-        [sys.executable, "-c", DYING, str(path), str(out), str(step)],
-        env=environment,
-        capture_output=True,
-        timeout=120,
-    )
-    assert found.returncode == -signal.SIGKILL, found.stderr.decode()
-
-
-def test_a_killed_training_goes_on_to_the_identical_curve(tmp_path):
-    wanted = recipe(tmp_path)
-    whole = pretrain(wanted, tmp_path / "whole", device="cpu")
-    killed(wanted, tmp_path / "cut", 13)
-    assert [line["step"] for line in curve(tmp_path / "cut")][-1] == 13  # the checkpoint is of step 10
-    assert (tmp_path / "cut" / "checkpoint.safetensors").exists() and not (
-        tmp_path / "cut" / "result.json"
-    ).exists()
-    again = pretrain(wanted, tmp_path / "cut", device="cpu")
-    assert again.losses == whole.losses and len(whole.losses) == 24
-    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
-    assert again.result["validation"] == whole.result["validation"]
-    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("cut", "whole"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def test_an_interrupted_training_goes_on_from_where_it_was(tmp_path):
-    """Ctrl-C in the middle of a step saves that step; Muon's state is kept too."""
-    wanted = recipe(tmp_path, optimizer="muon", save_every=100, log_every=5)
-
-    def interrupting(items, label, total=None):
-        for item in items:
-            if label == "pretraining" and item == 6:
-                os.kill(os.getpid(), signal.SIGINT)
-            yield item
-
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        pretrain(wanted, tmp_path / "cut", device="cpu", progress=interrupting)
-    assert signal.getsignal(signal.SIGINT) is before
-    seen: list[int] = []
-
-    def watching(items, label, total=None):
-        for item in items:
-            seen.append(item)
-            yield item
-
-    again = pretrain(wanted, tmp_path / "cut", device="cpu", progress=watching)
-    whole = pretrain(wanted, tmp_path / "whole", device="cpu")
-    assert seen == list(range(7, 24))
-    assert again.losses == whole.losses and curve(tmp_path / "cut") == curve(tmp_path / "whole")
-
 
 FACTORS = {"embed_tokens": 10, "layers.0.*k_proj": 0.25, "norm": 0}
 
@@ -307,95 +158,6 @@ def test_the_result_is_a_checkpoint_that_others_read(tmp_path):
     assert files.read_json(tmp_path / "out" / "result.json", "result", "training") == found.result
     assert not (tmp_path / "out" / "checkpoint.safetensors").exists()
     assert found.result["parameters"] == sum(p.numel() for p in found.model.parameters())
-
-
-def test_a_finished_run_is_returned_and_another_refused(tmp_path):
-    wanted = recipe(tmp_path, tokens=4 * 128)
-    found = pretrain(wanted, tmp_path / "out", device="cpu")
-    again = pretrain(wanted, tmp_path / "out", device="cpu", progress=mock.Mock(side_effect=AssertionError))
-    assert again.losses == found.losses and again.result == found.result
-    assert all(
-        torch.equal(a, b) for a, b in zip(again.model.parameters(), found.model.parameters(), strict=True)
-    )
-    other = replace(wanted, training=replace(wanted.training, lr=0.5))
-    with pytest.raises(LowkeyError, match=r"training.lr 0.01 there, 0.5 here.*--force"):
-        pretrain(other, tmp_path / "out", device="cpu")
-    assert pretrain(wanted, tmp_path / "out", device="cpu").losses == found.losses
-    kept = replace(wanted, training=replace(wanted.training, save_every=1, log_every=2))
-    # how often to save makes no other run
-    assert pretrain(kept, tmp_path / "out", device="cpu").losses == found.losses
-    assert pretrain(other, tmp_path / "out", device="cpu", force=True).losses != found.losses
-    assert [line["step"] for line in curve(tmp_path / "out")] == [0, 1, 2, 3, 4, 4]
-
-
-def test_force_keeps_what_is_there_until_there_is_something_new(tmp_path):
-    wanted, out = recipe(tmp_path, tokens=4 * 128), tmp_path / "out"
-    pretrain(wanted, out, device="cpu")
-    shard = out / "model-00001-of-00002.safetensors"
-    shard.write_text("somebody's")
-    with pytest.raises(LowkeyError, match="did not write 'model-00001"):
-        pretrain(wanted, out, device="cpu", force=True)
-    older = {shard.name: [files.file_checksum(shard)]}  # of an earlier run
-    forging.edit_json(out / files.MANIFEST, lambda known: known["files"].update(older))
-    there = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
-    with pytest.raises(LowkeyError, match="micro_batch 3"):
-        pretrain(
-            replace(wanted, training=replace(wanted.training, micro_batch=3)), out, device="cpu", force=True
-        )
-    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == there
-
-    def dying(items, label, total=None):
-        for n, item in enumerate(items):
-            if label == "pretraining" and n == 2:
-                raise RuntimeError
-            yield item
-
-    other = replace(wanted, training=replace(wanted.training, seed=5))
-    with pytest.raises(RuntimeError):
-        pretrain(other, out, device="cpu", force=True, progress=dying)
-    assert (out / "model.safetensors").read_bytes() == there["model.safetensors"]
-    pretrain(other, out, device="cpu")
-    assert (out / "model.safetensors").read_bytes() != there["model.safetensors"]
-    assert [p.name for p in out.glob("model*safetensors*")] == ["model.safetensors"]
-
-
-def test_a_start_that_fails_leaves_the_folder_free(tmp_path):
-    for wrong in ({"micro_batch": 3}, {"length": 2048, "batch_tokens": 2048 * 4, "tokens": 2048 * 4}):
-        with pytest.raises(LowkeyError):
-            pretrain(recipe(tmp_path, **wrong), tmp_path / "out", device="cpu")
-    assert len(pretrain(recipe(tmp_path, tokens=2 * 128), tmp_path / "out", device="cpu").losses) == 2
-
-
-def test_a_model_is_not_trained_over_itself(tmp_path):
-    place = pico.save(tmp_path / "model")
-    with pytest.raises(LowkeyError, match=r"is the model of model.path.*choose another folder"):
-        pretrain(Recipe.of({"model": {"path": str(place)}}), tmp_path / "model", device="cpu", force=True)
-    assert (place / "model.safetensors").exists()
-
-
-def test_damaged_files_of_a_run_are_one_line(tmp_path):
-    wanted, out = recipe(tmp_path, tokens=4 * 128), tmp_path / "out"
-    pretrain(wanted, out, device="cpu")
-    for harm in (
-        lambda: (out / "model.safetensors").unlink(),
-        lambda: (out / "result.json").write_text("{}"),
-    ):
-        harm()
-        with pytest.raises(LowkeyError, match=r"a finished run that is damaged .*--force") as error:
-            pretrain(wanted, out, device="cpu")
-        assert "\n" not in str(error.value)
-    (out / "result.json").unlink()
-    files.write_tensors(out / "checkpoint.safetensors", {"weights": torch.zeros(2)}, "checkpoint")
-    with pytest.raises(LowkeyError, match=r"lacks about.*--force"):
-        pretrain(wanted, out, device="cpu")
-
-
-def test_a_folder_with_other_files_is_left_alone(tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "letter.txt").write_text("dear")
-    with pytest.raises(LowkeyError, match="already holds files"):
-        pretrain(recipe(tmp_path), tmp_path / "mine", device="cpu")
-    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["letter.txt"]
 
 
 class Noting(torch.nn.Module):
@@ -542,22 +304,6 @@ def test_bf16_and_gradient_checkpointing_train_the_same_model(tmp_path, training
 
 
 # -- the command line
-
-
-def command(*words: object) -> tuple[int, str, str]:
-    """(status, stdout, stderr) of `lowkey` in this process."""
-    out, err = StringIO(), StringIO()
-    with (
-        mock.patch.object(sys, "argv", ["lowkey", *map(str, words)]),
-        redirect_stdout(out),
-        redirect_stderr(err),
-    ):
-        try:
-            app.main()
-            status = 0
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-    return status, out.getvalue(), err.getvalue()
 
 
 def test_the_command_trains_and_eval_and_generate_take_it(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pico
 import pytest
 import torch
-from test_pretraining import MODEL, command, corpus, recipe
+from trainings import MODEL, command, corpus, recipe
 from transformers import AutoModel, AutoModelForCausalLM
 
 from lowkey.core.types import LowkeyError

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from test_pretraining import recipe
+from trainings import recipe
 
 from lowkey.pretraining import Recipe, Trained, pretrain
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_report import ENVIRONMENT, FULL, HALF, HOSTILE, PROFILE, Page, result
+from report_pages import ENVIRONMENT, FULL, HALF, HOSTILE, PROFILE, Page, result
 
 from lowkey.core.types import LowkeyError
 from lowkey.policies import policy_to_dict

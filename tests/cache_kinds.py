@@ -1,0 +1,74 @@
+"""Every kind of cache by name, fed, and compared in its bytes with what is reachable."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pico
+import reach
+import torch
+from dynamic_plans import make_plan
+from evicting_caches import HEADS
+
+from lowkey import make_cache
+from lowkey.calibration.dynamic import make_dynamic_cache
+from lowkey.models.fingerprint import model_fingerprint
+from lowkey.policies import POLICIES
+from lowkey.storage.exact import Exact, SinkPoints, SinkRule
+
+BUDGET = "20 tokens"
+
+
+def rule(model):
+    points = {i: SinkPoints(torch.zeros(1, 4, pico.HEAD_DIM), torch.full((1,), 3.0)) for i in (1, 2)}
+    return SinkRule(points, (0,), 1, model_fingerprint(model))
+
+
+def evicting(name, **options):
+    return POLICIES[name](BUDGET, **options).with_head_scores(HEADS)
+
+
+def planned(model, **fields):
+    return pico.plan(model, heads=HEADS if model.config.model_type == "llama" else {}, **fields)
+
+
+KINDS = {
+    "stock": lambda m: make_cache(m),
+    **{f"bits-{b}": partial(lambda b, m: make_cache(m, bits=b), b) for b in (8, 2, "kivi4", "hadamard4")},
+    "plan": lambda m: make_cache(m, planned(m)),
+    "plan-pre": lambda m: make_cache(m, planned(m, layout="pre_rope")),
+    "plan-4": lambda m: make_cache(m, planned(m), bits=4),
+    "plan-kivi": lambda m: make_cache(m, planned(m), bits="kivi2"),
+    "plan-exact": lambda m: make_cache(m, planned(m, sinks=3, recent=5)),
+    "exact": lambda m: make_cache(m, exact=Exact(4, 8)),
+    "exact-prefill": lambda m: make_cache(m, planned(m), exact=Exact(4, 8, "exact")),
+    "rule": lambda m: make_cache(m, bits=8, exact=Exact(4, 8, rule=rule(m))),
+    **{name: partial(lambda n, m: make_cache(m, policy=evicting(n)), name) for name in POLICIES},
+    **{
+        f"plan-{n}": partial(lambda n, m: make_cache(m, planned(m), evicting(n)), n)
+        for n in POLICIES
+        if n != "think"
+    },
+    "every": lambda m: make_cache(m, policy=evicting("h2o", every=2)),
+    "every-global": lambda m: make_cache(m, policy=evicting("snapkv", every=3, allocator="global")),
+    "think-global": lambda m: make_cache(m, policy=evicting("think", allocator="global")),
+    "dynamic": lambda m: make_dynamic_cache(
+        m, make_plan("gemma2" if m.config.model_type == "gemma2" else "llama", "post_rope")
+    ),
+    "dynamic-pre": lambda m: make_dynamic_cache(
+        m, make_plan("gemma2" if m.config.model_type == "gemma2" else "llama", "pre_rope")
+    ),
+}
+SLIDING = ["stock", "bits-8", "plan", "snapkv", "every-global", "dynamic"]
+CASES = [(kind, "llama") for kind in KINDS] + [(kind, "gemma2") for kind in SLIDING]
+
+
+@torch.no_grad()
+def feed(model, cache, ids):
+    return model(ids, past_key_values=cache).logits
+
+
+def agree(cache, what):
+    found = reach.held(cache)
+    assert (found, found) == (cache.nbytes(), cache.predicted_nbytes()), what
+    return found

@@ -1,0 +1,72 @@
+"""`lowkey generate`: what it prints over every kind of cache, and the arguments it refuses."""
+
+from __future__ import annotations
+
+import pico
+import pytest
+from commands import done, printed, refused
+
+# -- bad arguments
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--prompt", ""], ["prompt ''", "empty"]),
+        (["--prompt", "a", "--tokens", 0], ["tokens 0", "at least 1"]),
+        (["--prompt", "a", "--bits", 3], ["bits '3'", "int8"]),
+        (["--prompt", "a", "--plan", "missing"], ["missing", "does not exist"]),
+        ([], ["--prompt", "--help"]),
+    ],
+    ids=str,
+)
+def test_bad_arguments_of_generate(model, here, words, says):
+    line = refused("generate", model, *words)
+    assert [s for s in says if s not in line] == []
+
+
+def test_a_policy_together_with_bits_is_refused(model):
+    assert "one of them" in refused(
+        "generate", model, "--prompt", "a", "--policy", "snapkv", "--budget", "50%", "--bits", 8
+    )
+
+
+# -- the others
+
+
+def test_generate_prints_what_it_wrote_and_held(model, made):
+    told = printed("generate", model, "--prompt", "Once upon a time" * 8, "--plan", made[0], "--tokens", 5)
+    assert told["new_tokens"] == 5 and told["tokens_per_s"] > 0
+    assert 0 < told["bytes_held"] < told["bytes_full"]
+
+
+def test_generate_streams_the_same_text(model, made):
+    words = ("generate", model, "--prompt", "Once upon a time", "--plan", made[0], "--tokens", 5)
+    ran = done(*words)
+    assert ran.out.rstrip("\n") == printed(*words)["text"].rstrip("\n")
+    assert "tokens/s" in ran.err
+
+
+def test_generate_over_packed_integers(model):
+    """Beside the first 4 tokens and the last 32, which are held whole."""
+    told = printed("generate", model, "--prompt", "Once upon a time" * 8, "--bits", 8, "--tokens", 5)
+    tokens, whole = 16 * 8 + 5 - 1, 2 * 4 * pico.HEAD_DIM * 4
+    places = 3 * 8 + 4 * 4  # of a row, and of each of its sinks
+    assert told["bytes_full"] == pico.LAYERS * tokens * whole
+    assert told["bytes_held"] == pico.LAYERS * (
+        (tokens - 32) * whole * (16 + 8) / 64 + (4 + 32) * whole + places
+    )
+
+
+@pytest.mark.parametrize("bits", ["int4", "kivi4", "hadamard4"])
+def test_generate_over_packed_latents(model, made, bits):
+    whole, packed = (
+        printed("generate", model, "--prompt", "Once upon a time " * 8, "--plan", made[0], *b)
+        for b in ((), ("--bits", bits))
+    )
+    assert packed["bytes_held"] < whole["bytes_held"]
+
+
+def test_generate_over_the_full_cache(model):
+    told = printed("generate", model, "--prompt", "Once upon a time", "--tokens", 5)
+    assert told["bytes_held"] == told["bytes_full"] == pico.LAYERS * 2 * 4 * pico.HEAD_DIM * 4 * (16 + 5 - 1)

@@ -1,0 +1,57 @@
+"""`lowkey heads`: the file of head scores that it writes, and what it refuses to measure."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from commands import done, printed, refused, tree
+
+
+def test_heads_writes_a_file_and_says_what_it_holds(here):
+    told = printed(
+        "heads", "tiny", "-o", "heads.json", "--kind", "er", "--cases", 10, "--context", 200, "--seed", 3
+    )
+    assert (told["heads"], told["kind"], told["task"], told["drawn"], told["seed"]) == (
+        "heads.json",
+        "er",
+        "recall",
+        10,
+        3,
+    )
+    assert json.loads((here / "heads.json").read_text())["values"] and told["accepted"] >= 10
+    ran = done("heads", "tiny", "-o", "other.json", "--task", "facts", "--cases", 10, "--context", 600)
+    assert "other.json: 10 of 10 cases right" in ran.out and "KV head" in ran.out
+
+
+def test_heads_replaces_a_file_only_when_told_to(here):
+    command = ("heads", "tiny", "-o", "notes.txt", "--kind", "copy", "--cases", 10, "--context", 200)
+    for more in ([], ["--force"]):
+        assert "'notes.txt' is there, and lowkey did not write it" in refused(*command, *more)
+    assert (here / "notes.txt").read_text() == "mine"
+    command = [word if word != "notes.txt" else "heads.json" for word in command]
+    done(*command)
+    assert "'heads.json' already exists; choose another name or pass --force" in refused(*command)
+    done(*command, "--force")
+    assert json.loads((here / "heads.json").read_text())["kind"] == "copy"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--kind", "r3"), "kind 'r3' is unknown"),
+        (("--task", "riddle"), "task 'riddle' is unknown"),
+        (("--cases", 3), "cases 3"),
+        (("--context", 99999), "context 99999: the model reads 1280 tokens at most"),
+        (("--haystack", "notes.txt"), "data: "),
+        (("--haystack", "none.txt"), "haystack 'none.txt': no such file"),
+        (
+            ("--task", "comparison", "--cases", 10, "--context", 500),
+            "task 'comparison': 0 of 10 cases answered right",
+        ),
+    ],
+)
+def test_heads_that_cannot_be_measured_are_refused(here, words, says):
+    before = tree(here)
+    assert says in refused("heads", "tiny", *words)
+    assert tree(here) == before

@@ -1,0 +1,68 @@
+"""`torch.compile`: the model's own parts are compiled, a cache of ours runs between them, as it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cache_kinds import KINDS, agree
+from pico import attached, prompt
+
+from lowkey.models.attention_interface import attention
+
+
+@torch.no_grad()
+def logits(model, cache, steps):
+    out = [model(prompt(30, batch=1), past_key_values=cache).logits]
+    return torch.cat(
+        out + [model(prompt(1, batch=1, seed=i), past_key_values=cache).logits for i in range(steps)], 1
+    )
+
+
+def test_a_compiled_attention_gives_the_same_over_an_evicting_cache():
+    """What a decoder layer does with a cache, by itself: a whole model takes long to compile."""
+    torch._dynamo.reset()
+    plain, compiled = (KINDS["every-global"](attached("llama")) for _ in range(2))
+    draw = torch.Generator().manual_seed(0)
+
+    def attend(cache, query, keys, values, layer):
+        keys, values = cache.update(keys, values, layer)
+        return attention(torch.nn.Identity(), query, keys, values, None, scaling=0.25)[0]
+
+    fast = torch.compile(attend, backend="eager")
+    try:
+        for length in (30, 1, 1):
+            for layer in range(3):
+                query, keys, values = (torch.randn(1, h, length, 16, generator=draw) for h in (8, 4, 4))
+                assert torch.equal(
+                    fast(compiled, query, keys, values, layer), attend(plain, query, keys, values, layer)
+                )
+        assert agree(compiled, "compiled") == plain.nbytes()
+    finally:
+        torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind", ["stock", "bits-8", "plan-exact", "snapkv", "every-global", "razor", "dynamic"]
+)
+def test_a_compiled_model_gives_the_same_over_every_cache(kind):
+    torch._dynamo.reset()
+    model = attached("llama")
+    expected = logits(model, KINDS[kind](model), 3)
+    cache = KINDS[kind](model)
+    try:
+        assert (logits(torch.compile(model, backend="eager"), cache, 3) - expected).abs().max() < 1e-5
+        agree(cache, "compiled")
+    finally:
+        torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_one_graph_is_refused_with_the_reason():
+    torch._dynamo.reset()
+    model = attached("llama")
+    try:
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="leave out fullgraph"):
+            logits(torch.compile(model, backend="eager", fullgraph=True), KINDS["snapkv"](model), 1)
+    finally:
+        torch._dynamo.reset()

@@ -1,0 +1,58 @@
+"""Evicting caches over pico models, with head scores made up for policies that need them."""
+
+from __future__ import annotations
+
+import pico
+from pico import attached
+
+import lowkey
+from lowkey.cache.cache import EVICTING_LAYERS, cache_of
+from lowkey.catalog import make_policy
+from lowkey.models import families
+from lowkey.storage.cache_wide_eviction import CacheWideEviction
+from lowkey.storage.codec import LowRank
+
+PADS = [7, 0]
+LENGTH = 120
+HEADS = {kind: [[1.0, 2.0, 0.0, 5.0]] * 3 for kind in ("copy", "r2", "er", "mass", "induction", "echo")}
+
+
+def evicting_cache(model, policy, layout=None, ranks=(pico.HEAD_DIM, pico.HEAD_DIM)):
+    full = families.geometry(model).compressible
+    cache_eviction, maps = CacheWideEviction(len(full)), pico.layer_factors(model, *ranks) if layout else {}
+
+    def build(i):
+        rope = families.rope(model, i)
+        return EVICTING_LAYERS[policy.layer](
+            policy, rope, full.index(i), cache_eviction, LowRank(maps[i], layout, rope) if layout else None
+        )
+
+    return cache_of(model, build)
+
+
+def policy(name, budget, **options):
+    return make_policy(name, budget, {k: str(v) for k, v in options.items()}).with_head_scores(HEADS)
+
+
+def lengths(cache, row):
+    return [[len(p) for p in layer.kept_positions(row)] for layer in cache.evicting]
+
+
+def record(cache):
+    """Per layer, everything `attend` is given and gives: (keys, values, call, out)."""
+    logs = []
+    for layer in cache.evicting:
+        log, attend = [], layer.attend
+
+        def spy(keys, values, call, log=log, attend=attend):
+            out = attend(keys, values, call)
+            log.append((keys, values, call, out))
+            return out
+
+        layer.attend = spy
+        logs.append(log)
+    return logs
+
+
+def made(policy=None, **kwargs):
+    return lowkey.make_cache(attached("llama"), policy=policy, **kwargs)

@@ -1,0 +1,359 @@
+"""Contexts in which eviction policies score tokens, and the loops that define their scores."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+
+from lowkey.ops.rope import rotate
+from lowkey.policies.base import EvictionContext
+from lowkey.policies.curdkv import CurDKV
+from lowkey.policies.expected import ExpectedAttention
+from lowkey.policies.fastgen import FastGen
+from lowkey.policies.h2o import H2O
+from lowkey.policies.keydiff import KeyDiff
+from lowkey.policies.knorm import Knorm
+from lowkey.policies.kvcompress import KVCompress
+from lowkey.policies.snapkv import SnapKV
+from lowkey.policies.streaming import StreamingLLM
+from lowkey.policies.tova import TOVA
+
+HEADS, GROUPS, DIM = 2, 3, 8
+SMALL = {"budget": "50%", "sinks": 2, "recent": 2}
+
+
+def rope_of(width=DIM, scale=1.0):
+    """A rotary module of its own: the first `width` channels turn; scaled as YaRN scales."""
+    speeds = 10.0 ** (-torch.arange(width // 2) / 3)
+
+    def rope(positions, like):
+        angles = (positions.unsqueeze(-1) * speeds).repeat(1, 1, 2).unsqueeze(1)
+        return (scale * angles.cos()).to(like.dtype).float(), (scale * angles.sin()).to(like.dtype).float()
+
+    return rope
+
+
+def build(
+    tokens=(14, 9), pad=0, groups=GROUPS, softcap=None, rope=None, dtype=torch.float32, start=0, seed=0
+):
+    """Left-padded rows of so many tokens, `pad` wider than the longest; a row's contents do not depend on its
+    padding or its place (`start`: the position of its first token)."""
+    rope, width = rope or rope_of(), max(tokens) + pad
+    parts = [_row(n, width, groups, seed + i) for i, n in enumerate(tokens)]
+    keys, values, queries = (torch.stack(part) for part in zip(*parts, strict=True))
+    at = torch.arange(width) - width + torch.tensor(tokens).unsqueeze(1) + start
+    cos, sin = rope(at, keys)
+    real = at >= start
+    return EvictionContext(
+        keys=rotate(keys, cos, sin).to(dtype),
+        values=values.to(dtype),
+        positions=at.unsqueeze(1).expand(-1, HEADS, -1),
+        valid=real.unsqueeze(1).expand(-1, HEADS, -1),
+        queries=rotate(queries, cos.unsqueeze(1), sin.unsqueeze(1)).to(dtype),
+        query_positions=at.masked_fill(~real, -1),
+        scaling=0.6,
+        softcap=softcap,
+        rope=rope,
+        previous_scores=torch.zeros(len(tokens), HEADS, width),
+    )
+
+
+def _row(tokens, width, groups, seed):
+    """Keys, values (h, width, d) and queries (h, g, width, d); what lies in the padding is large and must not
+    matter.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    made = [
+        torch.randn(*shape, generator=generator)
+        for shape in ((HEADS, tokens, DIM), (HEADS, tokens, DIM), (HEADS, groups, tokens, DIM))
+    ]
+    return [torch.cat([torch.full((*x.shape[:-2], width - tokens, DIM), 30.0), x], -2) for x in made]
+
+
+def piece(context, start, stop):
+    """The chunk of a context's tokens from `start` to `stop`, as a context without a past."""
+    cut = slice(start, stop)
+    tokens = {
+        name: getattr(context, name)[:, :, cut]
+        for name in ("keys", "values", "positions", "valid", "previous_scores")
+    }
+    return replace(
+        context,
+        **tokens,
+        queries=context.queries[:, :, :, cut],
+        query_positions=context.query_positions[:, cut],
+    )
+
+
+def after(context, start, kept, carried):
+    """What the second chunk of a context sees when `kept` (b, h, start) was kept of the first: shorter heads
+    have gaps, then the chunk.
+    """
+    longest, new = int(kept.sum(-1).max()), piece(context, start, context.keys.shape[2])
+    old = piece(context, 0, start)
+    packed = [_pack(getattr(old, name), kept, longest) for name in ("keys", "values", "positions")]
+    there = _pack(kept, kept, longest)
+    tokens = dict(
+        zip(("keys", "values", "positions"), packed, strict=True),
+        valid=there,
+        previous_scores=_pack(carried, kept, longest),
+    )
+    return replace(new, **{name: torch.cat([x, getattr(new, name)], 2) for name, x in tokens.items()})
+
+
+def _pack(x, kept, longest):
+    out = x.new_zeros(*kept.shape[:2], longest, *x.shape[3:])
+    for i in range(kept.shape[0]):
+        for j in range(kept.shape[1]):
+            chosen = x[i, j][kept[i, j]]
+            out[i, j, : len(chosen)] = chosen
+    return out
+
+
+def evicted():
+    """A second chunk after an eviction that left heads with different tokens, in different numbers, with
+    scores.
+    """
+    context = build(tokens=(18, 12), pad=1, seed=5)
+    generator = torch.Generator().manual_seed(1)
+    kept = (torch.rand(2, HEADS, 10, generator=generator) < 0.5) & context.valid[:, :, :10]
+    kept[:, :, -1] = True
+    return after(context, 10, kept, torch.rand(2, HEADS, 10, generator=generator))
+
+
+def each(context, score):
+    """(b, h, s) from a function of one row's one head, which gives a list over its tokens."""
+    b, h, s, _ = context.keys.shape
+    out = torch.zeros(b, h, s, dtype=torch.float64)
+    for i in range(b):
+        for j in range(h):
+            out[i, j] = torch.as_tensor(score(i, j), dtype=torch.float64)
+    return out
+
+
+def attention(context, i, j, last):
+    """(g, w, s) of the newest `last` queries, and how many of these are real."""
+    g, w = context.queries.shape[2:4]
+    newest = range(max(0, w - last), w)
+    out = torch.zeros(g, len(newest), context.keys.shape[2], dtype=torch.float64)
+    for at, q in enumerate(newest):
+        seen = context.valid[i, j] & (context.positions[i, j] <= context.query_positions[i, q])
+        for k in range(g):
+            logits = context.keys[i, j].double() @ context.queries[i, j, k, q].double() * context.scaling
+            logits = (
+                logits if context.softcap is None else context.softcap * torch.tanh(logits / context.softcap)
+            )
+            if bool(seen.any()):
+                out[k, at, seen] = logits[seen].softmax(0)
+    return out, sum(int(context.query_positions[i, q]) >= 0 for q in newest)
+
+
+def around(policy, context, i, j, scores):
+    """Each prompt token's largest or mean score over the kernel of positions around it; the window's tokens
+    neither give nor take.
+    """
+    at, there, reach = context.positions[i, j].tolist(), context.valid[i, j].tolist(), policy.kernel // 2
+    looking = context.query_positions[i, -policy.window or len(context.query_positions[i]) :]
+    first = max(0, int(looking.min())) if policy.window else max(at) + 1
+    prompt = {at[t]: float(scores[t]) for t in range(len(at)) if there[t] and at[t] < first}
+    out = []
+    for t, p in enumerate(at):
+        near = [prompt.get(p + step, 0.0) for step in range(-reach, reach + 1)]
+        pooled = max(near) if policy.pooling == "max" else sum(near) / policy.kernel
+        out.append(pooled if there[t] and p < first else float(scores[t]))
+    return out
+
+
+def by_snapkv(policy, context):
+    def score(i, j):
+        weights, real = attention(context, i, j, policy.window)
+        return around(policy, context, i, j, weights.sum((0, 1)) / (max(real, 1) * len(weights)))
+
+    return each(context, score)
+
+
+def by_position(policy, context):
+    return context.positions.double()
+
+
+def by_tova(policy, context):
+    def score(i, j):
+        paid, g = {}, context.queries.shape[2]
+        for other in range(HEADS):
+            newest = attention(context, i, other, 1)[0][:, 0].sum(0)
+            for t in context.valid[i, other].nonzero().flatten().tolist():
+                at = int(context.positions[i, other, t])
+                paid[at] = paid.get(at, 0.0) + float(newest[t]) / (HEADS * g)
+        return [paid.get(int(at), 0.0) for at in context.positions[i, j]]
+
+    return each(context, score)
+
+
+def by_h2o(policy, context):
+    def score(i, j):
+        weights, real = attention(context, i, j, policy.window or 10**6)
+        sums, total = weights.sum((0, 1)) / weights.shape[0], int(context.query_positions[i].max()) + 1
+        out = []
+        for t, at in enumerate(context.positions[i, j].tolist()):
+            carried = float(context.previous_scores[i, j, t])
+            if policy.per_query:
+                could = len(range(at, total))
+                earlier = len(range(at, total - real))
+                out.append((carried * earlier + float(sums[t])) / could if context.valid[i, j, t] else 0.0)
+            else:
+                out.append(carried + float(sums[t]))
+        return out
+
+    return each(context, score)
+
+
+def rotation(context, position):
+    """The (d, d) matrix that turns a column vector to this position."""
+    cos, sin = (x[0, 0, 0].double() for x in context.rope(torch.tensor([[position]]), context.keys))
+    half, matrix = len(cos) // 2, torch.eye(DIM, dtype=torch.float64)
+    for a in range(half):
+        b = a + half
+        matrix[a, a], matrix[b, b], matrix[a, b], matrix[b, a] = cos[a], cos[b], -sin[a], sin[b]
+    return matrix
+
+
+def gaussian(policy, context, i, j, k):
+    """Mean (d) and covariance (d, d) of one query head's queries, under the mean of the rotations to come."""
+    at = context.query_positions[i].tolist()
+    plain = [
+        rotation(context, p).inverse() @ context.queries[i, j, k, q].double()
+        for q, p in enumerate(at)
+        if p >= policy.sinks
+    ]
+    plain, coming = torch.stack(plain), range(max(at) + 1, max(at) + 1 + policy.future)
+    turn = torch.stack([rotation(context, p) for p in coming]).mean(0)
+    mean = plain.mean(0)
+    spread = sum(torch.outer(x - mean, x - mean) for x in plain) / len(plain)
+    return turn @ mean, turn @ spread @ turn.T
+
+
+def by_expected(policy, context):
+    def score(i, j):
+        out = torch.zeros(context.keys.shape[2], dtype=torch.float64)
+        used = context.valid[i, j] & (context.positions[i, j] >= policy.sinks)
+        for k in range(context.queries.shape[2]):
+            mean, spread = gaussian(policy, context, i, j, k)
+            logits = []
+            for key in context.keys[i, j].double():
+                quadratic = key @ spread @ key * context.scaling**2 / 2 if policy.covariance else 0.0
+                logits.append(mean @ key * context.scaling + quadratic)
+            out[used] += torch.stack(logits)[used].softmax(0) / context.queries.shape[2]
+        return [
+            (float(a) + policy.epsilon) * float(v.double().norm())
+            for a, v in zip(out, context.values[i, j], strict=True)
+        ]
+
+    return each(context, score)
+
+
+def by_curdkv(policy, context):
+    def leverage(vectors, there):
+        if policy.rank:
+            matrix = torch.randn(
+                DIM, policy.rank, generator=torch.Generator().manual_seed(policy.seed)
+            ).double()
+            vectors = vectors @ matrix / math.sqrt(policy.rank)
+        norms = (vectors**2).sum(-1)
+        size = policy.local or len(there)
+        for start in range(0, len(there), size):
+            window = there[start : start + size]
+            norms[window] = norms[window] / (norms[window].sum() if policy.local else 1.0)
+        return norms
+
+    def score(i, j):
+        there = context.valid[i, j].nonzero().flatten().tolist()
+        keys = context.keys[i, j].double()
+        if policy.rank:
+            keys = torch.stack(
+                [
+                    rotation(context, int(p)).inverse() @ k
+                    for p, k in zip(context.positions[i, j], keys, strict=True)
+                ]
+            )
+        k, v = leverage(keys, there), leverage(context.values[i, j].double(), there)
+        both = {"keys": k, "values": v, "product": k * v}[policy.kind]
+        return both / both[there].sum()
+
+    return each(context, score)
+
+
+def by_knorm(policy, context):
+    return each(
+        context, lambda i, j: [-math.sqrt(sum(x * x for x in key)) for key in context.keys[i, j].tolist()]
+    )
+
+
+def by_keydiff(policy, context):
+    def score(i, j):
+        unit = [key / key.norm() if float(key.norm()) else key for key in context.keys[i, j].double()]
+        anchor = sum(u for u, there in zip(unit, context.valid[i, j], strict=True) if there)
+        return [-float(u @ anchor / anchor.norm()) for u in unit]
+
+    return each(context, score)
+
+
+def by_kvcompress(policy, context):
+    def score(i, j):
+        squares = (attention(context, i, j, policy.window or 10**6)[0] ** 2).sum((0, 1))
+        return context.previous_scores[i, j].double() + torch.tensor(
+            around(policy, context, i, j, squares), dtype=torch.float64
+        )
+
+    return each(context, score)
+
+
+def by_fastgen(policy, context):
+    def score(i, j):
+        weights, real = attention(context, i, j, policy.sample)
+        mass = weights.sum(1) / max(real, 1)
+        mean = mass.mean(0)
+        there = context.valid[i, j].nonzero().flatten().tolist()
+        newest = max(
+            int(context.positions[i, h, t])
+            for h in range(HEADS)
+            for t in context.valid[i, h].nonzero().flatten()
+        )
+        at = context.positions[i, j].tolist()
+        always = {t for t in there if at[t] < policy.sinks or at[t] > newest - policy.recent}
+        local = set(there[len(there) - round(policy.local * len(there)) :])
+        often = set(sorted(there, key=lambda t: (-float(mean[t]), t))[: round(policy.frequent * len(there))])
+        second = local if policy.first == "local" else often
+        for rung in (always, always | second, always | local | often, set(there)):
+            if all(float(head[sorted(rung)].sum()) >= policy.recovery for head in mass):
+                break
+        return [float(mean[t]) + (t in rung) for t in range(len(at))]
+
+    return each(context, score)
+
+
+CASES = {
+    "snapkv": (SnapKV(**SMALL, window=4, kernel=3), by_snapkv),
+    "snapkv mean": (SnapKV(**SMALL, window=3, kernel=5, pooling="mean"), by_snapkv),
+    "snapkv unpooled": (SnapKV(**SMALL, window=4, kernel=1), by_snapkv),
+    "snapkv of everything": (SnapKV(**SMALL, window=99), by_snapkv),
+    "streamingllm": (StreamingLLM(**SMALL), by_position),
+    "tova": (TOVA(**SMALL), by_tova),
+    "h2o": (H2O(**SMALL), by_h2o),
+    "h2o window": (H2O(**SMALL, window=5), by_h2o),
+    "h2o per query": (H2O(**SMALL, per_query=True), by_h2o),
+    "expected": (ExpectedAttention(**SMALL, future=6), by_expected),
+    "expected mean": (ExpectedAttention(**SMALL, future=1, epsilon=0.0, covariance=False), by_expected),
+    "curdkv": (CurDKV(**SMALL, local=4), by_curdkv),
+    "curdkv whole": (CurDKV(**SMALL, local=0), by_curdkv),
+    "curdkv keys": (CurDKV(**SMALL, local=4, kind="keys", rank=5), by_curdkv),
+    "curdkv values": (CurDKV(**SMALL, local=3, kind="values", rank=3, seed=7), by_curdkv),
+    "knorm": (Knorm(**SMALL), by_knorm),
+    "keydiff": (KeyDiff(**SMALL), by_keydiff),
+    "kv-compress": (KVCompress(**SMALL, window=4, kernel=3), by_kvcompress),
+    "kv-compress mean": (KVCompress(**SMALL, window=5, pooling="mean"), by_kvcompress),
+    "kv-compress all": (KVCompress(**SMALL, window=0), by_kvcompress),
+    "fastgen": (FastGen(**SMALL, recovery=0.7), by_fastgen),
+    "fastgen frequent": (FastGen(**SMALL, recovery=0.75, first="frequent", sample=5), by_fastgen),
+}
