@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,6 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from lowkey.cache import cachefile
-from lowkey.core.options import shown
 from lowkey.core.types import LowkeyError, identity_factors
 from lowkey.models import families
 from lowkey.models.attention_interface import UNCOMPILED, Incoming, attached
@@ -30,7 +30,7 @@ from lowkey.storage.codec import Codec, LowRank, Plain
 from lowkey.storage.coded import CodedLayer, Exact
 from lowkey.storage.compensating import CompensatingLayer
 from lowkey.storage.evicting import EvictingLayer
-from lowkey.storage.exact import DEFAULT_WINDOW, SinkRule
+from lowkey.storage.exact import DEFAULT_WINDOW, NO_EXACT_TOKENS, SinkRule
 from lowkey.storage.packing import Scheme, scheme_or_none
 from lowkey.storage.pruning import PruningLayer
 from lowkey.storage.rollback import ForwardPass
@@ -316,8 +316,9 @@ def make_cache(
     Args:
         model: an attached model.
         plan: low rank, as calibrated for this model.
-        policy: which tokens each head keeps, alone or on top of a plan. It keeps sinks and recent tokens of
-            its own; a plan's sinks and recent window are then left out.
+        policy: which tokens each head keeps, alone or on top of a plan and of integers. Heads that share a
+            latent keep the same tokens. The sinks and recent tokens that are held exactly are always kept, and
+            count in its budget.
         bits: packs keys and values, or a plan's latents, in integers: 8, 4, 2 or another name of SCHEMES.
             None means what the plan says, `none` no integers.
         exact: overrides the plan's sinks, recent window and prefill mode, and the 4 sinks and 32 recent
@@ -343,15 +344,6 @@ def cache_from(model: PreTrainedModel, origin: Origin) -> LowkeyCache:
 
     As `make_cache`, but the model's weights are not read again, and the cache cannot be saved.
     """
-    if origin.policy and scheme_or_none(origin.bits) is not None:
-        raise LowkeyError(
-            f"bits={shown(origin.bits)} together with a policy is not supported yet; give one of them"
-        )
-    if origin.policy and origin.plan and origin.bits is None and origin.plan.bits is not None:
-        raise LowkeyError(
-            f"plan in {origin.plan.bits} together with a policy is not supported yet; give bits='none', or "
-            "one of them"
-        )
     stock = origin == Origin(origin.model)  # neither plan, policy, bits nor exact tokens
     if stock and families.stores_own_form(model.config):
         cache = LowkeyCache(layers=[StockLayer() for _ in families.decoder_layers(model)])
@@ -364,18 +356,77 @@ def cache_from(model: PreTrainedModel, origin: Origin) -> LowkeyCache:
 def _builder(model: PreTrainedModel, origin: Origin) -> Callable[[int], CountedLayer]:
     """A function that makes the layer with a given index, for layers with full attention."""
     plan, policy = origin.plan, origin.policy
-    if policy is not None:
-        return _evicting(model, plan, policy, origin.exact)
-    if plan is None and origin.exact is None and scheme_or_none(origin.bits) is None:
-        return lambda i: StockLayer()
     # what the caller says comes first, then what the plan says, then the defaults
     packed = scheme_or_none(plan.bits if plan and origin.bits is None else origin.bits)
-    sinks, recent = (plan.sinks, plan.recent) if plan else (DEFAULT_WINDOW.sinks, DEFAULT_WINDOW.recent)
-    exact = origin.exact or Exact(sinks, max(recent, packed.recent if packed else 0))
+    if plan is None and packed is None:
+        exact = origin.exact or NO_EXACT_TOKENS
+    else:
+        sinks, recent = (plan.sinks, plan.recent) if plan else (DEFAULT_WINDOW.sinks, DEFAULT_WINDOW.recent)
+        exact = origin.exact or Exact(sinks, max(recent, packed.recent if packed else 0))
     packings = (packed.keys, packed.values) if packed else None
     # in layers without points, the first tokens are the sinks
     points = exact.rule.layers if exact.rule else {}
+    if policy is not None:
+        _check_policy(model, plan, packed, policy)
+        policy = policy.with_head_scores(plan.heads if plan else {})
+        full = families.geometry(model).compressible
+        shared = CacheWideEviction(len(full), _sliding(model), _rows_of_heads(model, plan))
+        kind = EVICTING_LAYERS[policy.layer]
+        return lambda i: kind(
+            policy,
+            families.rope(model, i),
+            full.index(i),
+            shared,
+            _codec(model, i, plan, packed),
+            exact,
+            packings,
+            points.get(i),
+        )
+    if plan is None and origin.exact is None and packed is None:
+        return lambda i: StockLayer()
     return lambda i: CodedLayer(_codec(model, i, plan, packed), exact, packings, points.get(i))
+
+
+def _check_policy(model: PreTrainedModel, plan: Plan | None, packed: Scheme | None, policy: Policy) -> None:
+    """Refuse what a policy cannot work with.
+
+    Raises:
+        LowkeyError: for a plan, integers or a model that the policy cannot work with.
+    """
+    name = policy_name(policy)
+    if policy.needs_whole_keys and (plan or packed):
+        what = f"plan of method {plan.method['name']!r}" if plan else "packing in integers"
+        raise LowkeyError(
+            f"policy {name!r} {policy.needs_whole_keys}, and a {what} stores keys in another form; use it alone, "
+            "or another policy"
+        )
+    if plan and not all(f.rebuilds_keys for f in plan.factors.values()):
+        raise LowkeyError(
+            f"plan of method {plan.method['name']!r} rotates keys by frequencies of its own, from which the "
+            f"keys that policy {name!r} scores cannot be rebuilt; use another plan, or no policy"
+        )
+    if plan and len({f.merge for f in plan.factors.values()}) > 1:
+        raise LowkeyError(
+            f"plan of method {plan.method['name']!r} merges different numbers of heads in different layers, "
+            "between which a policy cannot share a budget; use another plan, or no policy"
+        )
+    if policy.uses_rotations and (kind := families.length_dependent_rope(model)):
+        raise LowkeyError(
+            f"policy {type(policy).__name__}: rope_type {kind!r} changes its frequencies with the length; "
+            "use another policy"
+        )
+
+
+def _rows_of_heads(model: PreTrainedModel, plan: Plan | None) -> tuple[tuple[int, ...], ...] | None:
+    """For each layer, the row of each KV head, which heads with a shared latent share; None without a plan."""
+    if plan is None:
+        return None
+    heads, rows = families.geometry(model).kv_heads, []
+    for i in families.geometry(model).compressible:
+        factors = plan.factors[i]
+        order = torch.arange(heads) if factors.order is None else factors.order
+        rows.append(tuple((order.argsort() // math.lcm(*factors.merge)).tolist()))
+    return tuple(rows)
 
 
 def _check_rule(model: PreTrainedModel, rule: SinkRule, sinks: int) -> None:
@@ -413,51 +464,6 @@ def _codec(model: PreTrainedModel, i: int, plan: Plan | None, packed: Scheme | N
     # without a plan, the transform is a low-rank codec of full rank
     factors = identity_factors(families.geometry(model).head_dim)
     return LowRank(factors.hadamard_rotated(), "post_rope", rope)
-
-
-def _evicting(
-    model: PreTrainedModel, plan: Plan | None, policy: Policy, exact: Exact | None
-) -> Callable[[int], CountedLayer]:
-    """A function that makes the evicting layer with a given index; they share one `CacheWideEviction`.
-
-    Raises:
-        LowkeyError: for a plan or exact tokens that the policy cannot work with.
-    """
-    if exact:
-        raise LowkeyError(
-            "exact tokens together with a policy are not supported; the policy keeps sinks and recent tokens "
-            "of its own"
-        )
-    if plan and plan.layout not in policy.plan_layouts:
-        layouts = " or ".join(map(repr, policy.plan_layouts))
-        remedy = f"use a plan with layout {layouts}" if layouts else "use another policy on top of a plan"
-        raise LowkeyError(f"policy {policy_name(policy)!r} {policy.plan_conflict}; {remedy}")
-    if plan and not all(f.per_head for f in plan.factors.values()):
-        raise LowkeyError(
-            f"plan of method {plan.method['name']!r} merges heads or centres them, and a policy gives each "
-            "head tokens of its own; "
-            "use a plan with one latent per head, or no policy"
-        )
-    full = families.geometry(model).compressible
-    policy = policy.with_head_scores(plan.heads if plan else {})
-    if policy.uses_rotations and (kind := families.length_dependent_rope(model)):
-        raise LowkeyError(
-            f"policy {type(policy).__name__}: rope_type {kind!r} changes its frequencies with the length; "
-            "use another policy"
-        )
-    cache_eviction = CacheWideEviction(len(full), _sliding(model))
-
-    def build(i: int) -> EvictingLayer:
-        rope = families.rope(model, i)
-        return EVICTING_LAYERS[policy.layer](
-            policy,
-            rope,
-            full.index(i),
-            cache_eviction,
-            LowRank(plan.factors[i], plan.layout, rope) if plan else None,
-        )
-
-    return build
 
 
 def _sliding(model: PreTrainedModel) -> tuple[tuple[int, int], ...]:

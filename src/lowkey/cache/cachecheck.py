@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lowkey.storage.coded import EMPTY, CodedLayer
-from lowkey.storage.evicting import TAIL_STEP, EvictingLayer
+from lowkey.storage.evicting import EvictingLayer
 from lowkey.storage.flaws import first_flaw, rows_flaw, unlike
+from lowkey.storage.rows import block_starts
 
 HeadShape = tuple[int, int, int]
 """(heads, width of a key, width of a value) that a layer stores."""
@@ -32,7 +33,7 @@ def flaw(layer: Any, own: dict[str, Tensor], shape: HeadShape, groups: int) -> s
         The rule in words, or None.
     """
     if any(
-        t.is_floating_point() and name != "previous_scores" and not bool(t.isfinite().all())
+        t.is_floating_point() and name not in ("rows_scores", "dense_scores") and not bool(t.isfinite().all())
         for name, t in own.items()
     ):
         return "it holds NaN or infinite numbers"
@@ -81,7 +82,7 @@ def _coded(layer: CodedLayer, shape: HeadShape) -> str | None:
     stored, ahead = layer.storable()
     if not 0 <= stored <= ahead <= layer.seen:
         return f"{stored} to {ahead} tokens of {layer.seen} seen would be stored"
-    near = layer.seen - stored
+    near = layer.seen - layer.front_start - stored
     rules = [
         unlike("recent_k", layer.recent_k, b, heads, near, k),
         unlike("recent_v", layer.recent_v, b, heads, near, v),
@@ -115,28 +116,39 @@ def _coded(layer: CodedLayer, shape: HeadShape) -> str | None:
 
 def _evicting(layer: EvictingLayer, shape: HeadShape, groups: int) -> str | None:
     """Check an `EvictingLayer` of any kind."""
-    heads, b = shape[0], len(layer.offset)
-    room = layer.joined_length + -(-(layer.tail_length - layer.joined_length) // TAIL_STEP) * TAIL_STEP
-    if not 0 <= layer.joined_length <= layer.tail_length <= layer.seen or layer.decode_steps > layer.seen:
-        return (
-            f"it counts {layer.joined_length} of {layer.tail_length} tokens in the tail of {layer.seen} seen"
-        )
-    # encoding no tokens tells the widths that the codec stores
-    keys, values = (torch.empty(1, heads, 0, d).to(layer.tail_k) for d in shape[1:])
-    stored = [x.shape[-1] for x in layer.codec.encode(keys, values, layer.offset[:1, :0])]
-    return first_flaw(
-        unlike("tail_k", layer.tail_k, b, heads, room, stored[0]),
-        unlike("tail_v", layer.tail_v, b, heads, room, stored[1]),
-        unlike("keys", layer.keys, layer.kept_entries, stored[0]),
-        unlike("values", layer.values, layer.kept_entries, stored[1]),
-        unlike("positions", layer.positions, layer.kept_entries),
-        unlike("previous_scores", layer.previous_scores, layer.kept_entries if layer.policy.stateful else 0),
-        unlike("starts", layer.starts, b * heads + 1),
+    heads, b, n = shape[0], len(layer.offset), layer.kept_entries
+    if not layer.front_start <= layer.seen or layer.decode_steps > layer.seen:
+        return f"it counts more than the {layer.seen} tokens seen"
+    rows = layer.rows
+    scores = n if layer.policy.stateful else 0
+    if rule := _coded(layer, shape) or first_flaw(
+        unlike("rows_positions", rows.positions, n),
+        unlike("rows_starts", rows.starts, b * layer.row_heads + 1),
+        unlike("rows_scores", rows.scores, scores),
         _recorded_queries(layer, (b, heads, groups), shape[1]),
-    ) or first_flaw(
-        rows_flaw(layer, heads, layer.starts, layer.positions, layer.kept_entries),
-        layer.own_flaw(heads, stored[0], stored[1]),
-    )
+        _dense_scores(layer, b),
+    ):
+        return rule
+    if rule := rows_flaw(layer, layer.row_heads, rows.starts, rows.positions, n):
+        return rule
+    rules = []
+    for (name, packing), parts in zip(layer.packing.items(), (rows.keys, rows.values), strict=True):
+        stored_heads, width = layer.shapes[name]
+        latents, blocks = stored_heads // layer.row_heads, int(block_starts(packing, rows.starts)[-1])
+        sizes = (blocks, latents, *((packing.block,) if packing.block > 1 else ()), width)
+        like = packing.pack(torch.empty(*sizes, dtype=layer.recent_k.dtype, device="meta"))
+        names = [f"rows_{attribute}" for attribute in layer.packed_attributes(name)]
+        rules += [unlike(a, part, *other.shape) for a, part, other in zip(names, parts, like, strict=True)]
+    return first_flaw(*rules, layer.own_flaw(heads, shape[1], shape[2]))
+
+
+def _dense_scores(layer: EvictingLayer, b: int) -> str | None:
+    scores = layer.dense_scores
+    if not layer.policy.stateful:
+        return unlike("dense_scores", scores, 0)
+    fits = scores.ndim == 3 and scores.shape[:2] == (b, layer.row_heads)
+    fits = fits and scores.shape[2] <= layer.seen - layer.front_start
+    return None if fits else f"dense_scores is of shape {tuple(scores.shape)}"
 
 
 def _recorded_queries(layer: EvictingLayer, rows: tuple[int, int, int], width: int) -> str | None:

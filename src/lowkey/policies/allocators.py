@@ -34,6 +34,8 @@ class AllocationRequest:
         tokens_seen: number of tokens that the row has read.
         first_layer: number of the first layer in scope, among the cache's compressible layers.
         total_layers: number of compressible layers of the cache.
+        rows_of_heads: for each layer, which of the h places each KV head shares with others; None if each has
+            its own.
     """
 
     scores: Tensor
@@ -41,6 +43,7 @@ class AllocationRequest:
     tokens_seen: int
     first_layer: int
     total_layers: int
+    rows_of_heads: Sequence[Sequence[int]] | None = None
 
     @property
     def minimum(self) -> Tensor:
@@ -400,6 +403,10 @@ def _checked_importance(
         LowkeyError: it has another number of layers or heads than the cache.
     """
     weights, h = torch.tensor(importance, dtype=torch.float64), request.scores.shape[1]
+    if request.rows_of_heads is not None:
+        rows = torch.tensor(request.rows_of_heads)
+        if weights.shape == rows.shape:
+            weights = weights.new_zeros(len(rows), h).scatter_add(1, rows, weights)
     if weights.shape != (request.total_layers, h):
         raise LowkeyError(
             f"head importance of shape {tuple(weights.shape)}: the model has {request.total_layers} layers "

@@ -19,7 +19,6 @@ from lowkey.backends.segment import softcapped
 from lowkey.core.budget import Budget, too_few_tokens
 from lowkey.core.errors import LowkeyError
 from lowkey.core.options import check_options, option
-from lowkey.core.types import LAYOUTS, Layout
 from lowkey.ops.precision import for_products
 from lowkey.policies.allocators import TOKEN_ALLOCATORS, HeadImportance, TokenAllocator
 
@@ -32,6 +31,11 @@ BLOCK_ON_ACCELERATOR, BLOCK_ON_CPU = 2**25, 2**20
 # A product of few queries reads all keys for little work, so a block holds this many queries even if that
 # exceeds the limits above.
 MIN_QUERIES = 16
+
+
+def newest_query_positions(at: Tensor, last: int = 0) -> Tensor:
+    """Positions (b, w) with -1 for all queries that are not among the newest `last` of a row; 0 for all."""
+    return at.masked_fill(at <= at.amax(1, keepdim=True) - last, -1) if last and at.shape[1] else at
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,7 @@ class EvictionContext:
         Returns:
             `query_positions` (b, w) with -1 for all queries that are not among the newest `last`.
         """
-        at = self.query_positions
-        return at.masked_fill(at <= at.amax(1, keepdim=True) - last, -1) if last and at.shape[1] else at
+        return newest_query_positions(self.query_positions, last)
 
     def logits(self, last: int = 0) -> Iterator[tuple[slice, Tensor]]:
         """Attention logits of the newest queries, in blocks of queries, so that the whole matrix never
@@ -179,6 +182,8 @@ class Policy(ABC):
         recent: number of newest tokens of each row that are always kept; they count in the budget (default
             8).
         every: evict after this many decode steps, too; 0 evicts after prompts and chunks only (default 0).
+        head_pooling: how the scores of KV heads that share a latent, and therefore keep the same tokens, become
+            one: `mean` or `max` (default `mean`).
 
     Raises:
         LowkeyError: an option out of its range, a budget without need or missing, or one that does not hold
@@ -193,16 +198,15 @@ class Policy(ABC):
     stateful: ClassVar[bool] = False
     # The cache layer that stores what this policy keeps, a name of `lowkey.cache.cache.EVICTING_LAYERS`.
     layer: ClassVar[str] = "evicting"
-    # The layouts of the plans that this policy can evict on top of; and, in words, what it does that the other
-    # layouts do not allow.
-    plan_layouts: ClassVar[tuple[Layout, ...]] = tuple(LAYOUTS)
-    plan_conflict: ClassVar[str] = ""
+    # In words, what it does to keys that neither a plan nor integers allow; empty if it works on any stored form.
+    needs_whole_keys: ClassVar[str] = ""
 
     budget: Budget | str | None
     allocator: str | TokenAllocator = "uniform"
     sinks: int = option(4, at_least=0, at_most=2**24)
     recent: int = option(8, at_least=0, at_most=2**24)
     every: int = option(0, at_least=0, at_most=2**24)
+    head_pooling: Pooling = "mean"
 
     def __post_init__(self) -> None:
         parsed = None if self.budget is None else Budget.parse(self.budget)

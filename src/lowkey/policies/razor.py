@@ -9,7 +9,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lowkey.core.types import Layout
 from lowkey.policies.base import EvictionContext, Policy
 
 
@@ -34,8 +33,6 @@ class Razor(Policy):
     paper: ClassVar[str] = "arXiv:2407.15891"
     uses_queries: ClassVar[bool] = False
     layer: ClassVar[str] = "compensating"
-    plan_layouts: ClassVar[tuple[Layout, ...]] = ("post_rope",)
-    plan_conflict: ClassVar[str] = "keeps mean keys, which have no position to rotate them to"
 
     def score(self, context: EvictionContext) -> Tensor:
         return context.positions.float()

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lowkey.core.options import option
-from lowkey.core.types import Layout
 from lowkey.policies.snapkv import SnapKV
 
 
@@ -36,8 +35,7 @@ class ThinK(SnapKV):
     summary: ClassVar[str] = "SnapKV, and the weakest key channels go too"
     paper: ClassVar[str] = "arXiv:2407.21018"
     layer: ClassVar[str] = "pruning"
-    plan_layouts: ClassVar[tuple[Layout, ...]] = ()
-    plan_conflict: ClassVar[str] = "drops key channels, of which a plan has its own"
+    needs_whole_keys: ClassVar[str] = "drops channels of the model's own keys"
 
     channels: float = option(0.6, above=0, at_most=1)
     looked: int = option(32, at_least=1, at_most=2**24)

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.nn.functional import gelu
 
 from lowkey.backends import grouped
-from lowkey.backends.ragged import ragged
 from lowkey.backends.segment import Part, Segment, merge_parts
 from lowkey.core.types import Factors
 from lowkey.models.attention_interface import Call
 from lowkey.ops.ragged import join_rows, row_of, select_rows, starts_of
 from lowkey.storage.codec import LowRank
 from lowkey.storage.positioned import RaggedLayer
+from lowkey.storage.rows import attend_to_rows
 
 LARGEST_INPUT = 8.0  # the gate's inputs are cut here: a coordinate of 8 RMS says no more than "large"
 
@@ -209,17 +209,13 @@ class BucketedLayer(RaggedLayer):
 
     def _stored_parts(self, call: Call) -> Iterator[Part]:
         """Attention over what was stored before this call: for each bucket (b, h, g, t, d) and its lse."""
+        t = call.query.shape[3]
+        at = self.positions_of(self.seen - t, self.seen)
         for codec, bucket, count in zip(self.codecs, self.buckets, self.counts, strict=True):
             if count:
-                query, starts = codec.project_query(call.query), bucket.rows(self.heads)
-                keys = codec.scoring_keys_of_rows(
-                    bucket.keys, bucket.key_positions(self.heads), starts, self.heads
-                )
-                out, lse = ragged(
-                    query.flatten(2, 3).flatten(0, 1), keys, bucket.values, starts, call.scaling, call.softcap
-                )
-                shape = query.shape[:4]
-                yield codec.expand_output(out.view(*shape, -1)), lse.view(shape)
+                keys, values = bucket.keys.unsqueeze(1), bucket.values.unsqueeze(1)
+                rows = bucket.key_positions(self.heads), bucket.rows(self.heads)
+                yield attend_to_rows(codec, call.query, at, keys, values, *rows, call.scaling, call.softcap)
 
     def _chunk_part(self, keys: Tensor, values: Tensor, call: Call) -> Part:
         """Attention of a chunk's queries over the chunk itself."""
@@ -239,8 +235,7 @@ class BucketedLayer(RaggedLayer):
             return x * kept.unsqueeze(1)
 
         keys, values = truncated(keys, ranks[:, 0]), truncated(values, ranks[:, 1])
-        scoring = widest.scoring_keys(keys, positions.unsqueeze(1))
-        return widest.expand_keys(scoring), widest.expand_values(values)
+        return widest.rebuilt_keys(keys, positions), widest.expand_values(values)
 
     # -- storing
 

@@ -44,23 +44,25 @@ def check_question(policy: Policy, tokens: int, question: int) -> None:
 class EvictionCosts:
     """The bytes that a cache with a policy takes for one sequence of the batch.
 
-    An *entry* is one kept token of one head.
+    An *entry* is one kept token of one row: of a KV head, or of the heads that share a latent.
 
     Args:
-        heads: KV heads over all layers that evict.
+        heads: rows of one sequence over all layers that evict.
         sequences: the batch size.
         entry_bytes: of one entry.
         fixed_bytes: what is held whatever is kept: indices, and the layers that slide.
-        recent_extra_bytes: how much more each entry of a recent token takes.
+        exact_tokens: sinks and recent tokens that are held exactly.
+        exact_extra_bytes: how much more than an entry each of them takes, in each row.
         expected_tokens: tokens that will be given again and then stay. A budget counts them as seen.
         expected_bytes: what they will take.
     """
 
     heads: int
     sequences: int
-    entry_bytes: int
+    entry_bytes: float
     fixed_bytes: float
-    recent_extra_bytes: int = 0
+    exact_tokens: int = 0
+    exact_extra_bytes: float = 0
     expected_tokens: int = 0
     expected_bytes: float = 0
 
@@ -71,12 +73,13 @@ class EvictionCosts:
             granted = budget.amount / self.sequences
         else:
             granted = budget.amount * (tokens + self.expected_tokens)
-        recent_extra = self.heads * min(tokens, policy.recent) * self.recent_extra_bytes
-        return granted - self.fixed_bytes - self.expected_bytes - recent_extra
+        exact_extra = self.heads * min(tokens, self.exact_tokens) * self.exact_extra_bytes
+        return granted - self.fixed_bytes - self.expected_bytes - exact_extra
 
     def protected_bytes(self, policy: Policy, tokens: int) -> float:
         """The bytes of the sinks and recent tokens of such a sequence, which are always kept."""
-        return self.heads * min(tokens, policy.sinks + policy.recent) * self.entry_bytes
+        always = max(self.exact_tokens, policy.sinks + policy.recent)
+        return self.heads * min(tokens, always) * self.entry_bytes
 
     def tokens_per_head(self, policy: Policy, tokens: int) -> float:
         """How many tokens each head of such a sequence may keep, on average over heads.

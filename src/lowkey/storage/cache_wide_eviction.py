@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,26 +18,32 @@ if TYPE_CHECKING:  # the layers import this module
 
 @dataclass(frozen=True)
 class Candidates:
-    """The tokens of a layer that may stay when it evicts, with gaps behind heads that hold fewer.
+    """The tokens of a layer that may stay when it evicts: sinks, then rows with gaps behind them, then dense.
 
     Args:
-        keys: stored keys (b, h, s, r_K).
-        values: stored values (b, h, s, r_V).
-        positions: (b, h, s).
-        valid: (b, h, s), False for gaps and padding.
-        previous_scores: (b, h, s), what a stateful policy gave at earlier evictions; 0 for new tokens.
+        positions: (b, R, s).
+        valid: (b, R, s), False for gaps and padding.
+        previous_scores: (b, R, s), what a stateful policy gave at earlier evictions; 0 for new tokens.
+        sinks: how many of the s places are sinks that have left the dense tokens.
+        in_rows: how many places behind them are those of the rows, as many as the longest row has tokens.
+        latents: keys and values (b, G, s', r) of the dense tokens, if they have to be packed anew.
     """
 
-    keys: Tensor
-    values: Tensor
     positions: Tensor
     valid: Tensor
     previous_scores: Tensor
+    sinks: int
+    in_rows: int
+    latents: tuple[Tensor, Tensor] | None = None
 
-    def followed_by(self, newer: Candidates) -> Candidates:
-        """These candidates and newer ones behind them."""
-        pairs = zip(vars(self).values(), vars(newer).values(), strict=True)
-        return Candidates(*(torch.cat(pair, 2) for pair in pairs))
+    def first(self, stop: int) -> Candidates:
+        """The first `stop` places."""
+        cut = {name: getattr(self, name)[..., :stop] for name in ("positions", "valid", "previous_scores")}
+        return replace(self, **cut)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors that are held."""
+        yield from (self.positions, self.valid, self.previous_scores, *(self.latents or ()))
 
 
 @dataclass
@@ -52,11 +58,13 @@ class CacheWideEviction:
         layers: how many layers of the cache evict.
         sliding_layers: for every sliding layer of the cache, (tokens that it holds at most, numbers that one
             of its tokens takes).
+        rows_of_heads: for each layer, the row of each KV head; None if every head has a row of its own.
         waiting: the layers that have come in this forward pass, with their candidates and scores (b, h, s).
     """
 
     layers: int = 1
     sliding_layers: tuple[tuple[int, int], ...] = ()
+    rows_of_heads: tuple[tuple[int, ...], ...] | None = None
     waiting: list[tuple[EvictingLayer, Candidates, Tensor]] = field(default_factory=list)
 
     def add(self, layer: EvictingLayer, candidates: Candidates, scores: Tensor) -> None:
@@ -72,7 +80,9 @@ class CacheWideEviction:
         scores = torch.stack([pad(s, (0, longest - s.shape[-1]), value=-torch.inf) for *_, s in self.waiting])
         allocator, tokens = layer.policy.resolved_allocator(), layer.tokens_seen().tolist()
         requests = [
-            AllocationRequest(scores[:, i], layer.tokens_per_head(n), n, first_slot, self.layers)
+            AllocationRequest(
+                scores[:, i], layer.tokens_per_head(n), n, first_slot, self.layers, self.rows_of_heads
+            )
             for i, n in enumerate(tokens)
         ]
         counts = torch.stack([allocator.counts(request) for request in requests], dim=1)  # (layers, b, h)
@@ -84,4 +94,4 @@ class CacheWideEviction:
         """What is held here for one layer."""
         for own, candidates, scores in self.waiting:
             if own is layer:
-                yield from (*vars(candidates).values(), scores)
+                yield from (*candidates.tensors(), scores)

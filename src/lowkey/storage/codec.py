@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
@@ -19,8 +20,7 @@ from lowkey.ops.rope import rotate, unrotate
 class Codec(Protocol):
     """Turns keys and values into the form that is stored, and lets queries meet that form.
 
-    Stored keys and values have G heads: G = h, or fewer where several KV heads share a latent. A *scoring
-    key* is what a query is multiplied with; for some forms it is the stored key itself.
+    Stored keys and values have G heads: G = h, or fewer where several KV heads share a latent.
     """
 
     @property
@@ -32,34 +32,54 @@ class Codec(Protocol):
         """Rotated keys and values (b, h, t, d) at positions (b, t) -> stored forms (b, G, t, r)."""
         ...
 
-    def scoring_keys(self, stored: Tensor, positions: Tensor) -> Tensor:
-        """Stored keys (b, h, s, r) at positions (b, h|1, s) -> scoring keys (b, h, s, r or d)."""
+    @property
+    def heads_per_row(self) -> int:
+        """The smallest number of KV heads side by side that share no latent with others, of keys or values."""
         ...
 
-    def scoring_keys_of_rows(self, stored: Tensor, positions: Tensor, starts: Tensor, heads: int) -> Tensor:
-        """The same for ragged rows.
+    def meets_stored_keys(self, softcap: float | None) -> bool:
+        """Whether queries can be brought to the stored keys, so that no key has to be rebuilt."""
+        ...
+
+    def project_query(self, query: Tensor, at: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Bring queries into the basis of stored keys.
 
         Args:
-            stored: keys (n, r) of all rows, one behind another.
-            positions: (n), the position of each key.
-            starts: (b h + 1), where each row begins.
-            heads: h.
+            query: (b, h, g, t, d).
+            at: (b, t), the positions of the queries.
 
         Returns:
-            Scoring keys (n, r or d).
+            Queries (b, h, g, t, r), and what is to be added to all their scores (b, h, g, t), or None.
         """
         ...
 
-    def project_query(self, query: Tensor) -> Tensor:
-        """Queries (b, h, g, t, d) -> the basis of the scoring keys."""
+    def rotated_keys_of_rows(
+        self, stored: Tensor, positions: Tensor, starts: Tensor, row_heads: int
+    ) -> Tensor:
+        """Rebuild the keys of ragged rows; see `lowkey.storage.rows`.
+
+        Args:
+            stored: keys (n, a, r) of all rows, one behind another.
+            positions: (n), the position of each token.
+            starts: (b R + 1), where each row begins.
+            row_heads: R, the rows of each sequence.
+
+        Returns:
+            Rotated keys (h / R, n, d), for each KV head of a row.
+        """
+        ...
+
+    def rebuilt_keys(self, stored: Tensor, positions: Tensor) -> Tensor:
+        """Rotated keys (b, h, s, d), as nearly as the form knows them.
+
+        Args:
+            stored: keys (b, G, s, r).
+            positions: (b, s), or (b, h, s) where heads hold different tokens.
+        """
         ...
 
     def expand_output(self, out: Tensor) -> Tensor:
-        """Weighted sums of stored values (b, h, g, t, r) -> outputs (b, h, g, t, d)."""
-        ...
-
-    def expand_keys(self, scoring: Tensor) -> Tensor:
-        """Scoring keys (b, h, s, r or d) -> rotated keys (b, h, s, d) as nearly as the form knows them."""
+        """Weighted means of stored values (b, h, g, t, r) -> outputs (b, h, g, t, d)."""
         ...
 
     def expand_values(self, stored: Tensor) -> Tensor:
@@ -95,30 +115,33 @@ class Plain:
     """Stores keys and values as the model made them; see `Codec` for the methods."""
 
     order: ClassVar[None] = None
+    heads_per_row: ClassVar[int] = 1
 
     def encode(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, unchanged."""
         return keys, values
 
-    def scoring_keys(self, stored: Tensor, positions: Tensor) -> Tensor:
-        """The stored keys, unchanged."""
-        return stored
+    def meets_stored_keys(self, softcap: float | None) -> bool:
+        """True: stored keys are the model's own."""
+        return True
 
-    def scoring_keys_of_rows(self, stored: Tensor, positions: Tensor, starts: Tensor, heads: int) -> Tensor:
-        """The stored keys, unchanged."""
-        return stored
-
-    def project_query(self, query: Tensor) -> Tensor:
+    def project_query(self, query: Tensor, at: Tensor) -> tuple[Tensor, Tensor | None]:
         """The queries, unchanged."""
-        return query
+        return query, None
+
+    def rotated_keys_of_rows(
+        self, stored: Tensor, positions: Tensor, starts: Tensor, row_heads: int
+    ) -> Tensor:
+        """The stored keys, unchanged."""
+        return stored.movedim(1, 0)
+
+    def rebuilt_keys(self, stored: Tensor, positions: Tensor) -> Tensor:
+        """The stored keys, unchanged."""
+        return stored
 
     def expand_output(self, out: Tensor) -> Tensor:
         """The outputs, unchanged."""
         return out
-
-    def expand_keys(self, scoring: Tensor) -> Tensor:
-        """The keys, unchanged."""
-        return scoring
 
     def expand_values(self, stored: Tensor) -> Tensor:
         """The values, unchanged."""
@@ -185,7 +208,7 @@ class LowRank:
         elif self.layout == "post_rope" and not expand and self._projecting_is_cheaper(query, keys):
             query, keys = self._projected(query, keys)
         else:
-            keys = self._expanded(keys, positions)
+            keys = self.rebuilt_keys(keys, positions)
         # outputs: either the values come back into d channels first, or their weighted sum does
         if expand or not self._projecting_is_cheaper(query, values):
             return Segment(query, keys, self.expand_values(values))
@@ -238,52 +261,74 @@ class LowRank:
         A mean that was subtracted from the keys is met by one more channel: the query's product with the
         mean, against a 1 in every key.
         """
-        projected, mean = self.project_query(query), self.factors.k_mean
+        projected, mean = query @ self.factors.k_up.mT.unsqueeze(1), self.factors.k_mean
         if mean is not None:
             projected = torch.cat([projected, query @ mean[:, None, :, None]], -1)
             keys = _with_ones(keys)
         return projected.flatten(1, 2).unflatten(1, (keys.shape[1], -1)), keys
 
-    def _expanded(self, stored: Tensor, positions: Tensor) -> Tensor:
-        """Stored keys (b, G, s, r) at positions (b, s) -> rotated keys (b, h, s, d)."""
+    @property
+    def heads_per_row(self) -> int:
+        """KV heads that share latents with no others; see `Codec.heads_per_row`."""
+        return math.lcm(*self.factors.merge)
+
+    def meets_stored_keys(self, softcap: float | None) -> bool:
+        """Whether queries can be brought to the stored keys; see `Codec.meets_stored_keys`.
+
+        A mean that was subtracted adds the same to all scores of a query. Under a soft cap it does not, and
+        keys have to be rebuilt.
+        """
+        if self.factors.frequencies is not None:
+            return True
+        return self.layout == "post_rope" and (softcap is None or self.factors.k_mean is None)
+
+    def project_query(self, query: Tensor, at: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Queries in the basis of the stored keys; see `Codec.project_query`."""
+        f = self.factors
+        into = f.k_up.mT.unsqueeze(1)
+        if f.frequencies is not None:
+            return self._rotated_by_own_frequencies(query, into, at, f.frequencies), None
+        shift = None if f.k_mean is None else (query @ f.k_mean[:, None, :, None]).squeeze(-1).float()
+        return query @ into, shift
+
+    def rotated_keys_of_rows(
+        self, stored: Tensor, positions: Tensor, starts: Tensor, row_heads: int
+    ) -> Tensor:
+        """Rebuilt keys (h / R, n, d) of ragged rows; see `Codec.rotated_keys_of_rows`."""
+        n, a = stored.shape[:2]
+        f, of_a_row = self.factors, self.heads_per_row
+        up = f.k_up.expand(row_heads * of_a_row, -1, -1).unflatten(0, (row_heads, of_a_row))
+        keys = stored.new_empty(of_a_row, n, up.shape[-1])
+        head = row_of(starts) % row_heads
+        for i in range(row_heads):
+            own = head == i
+            latents = stored[own].movedim(1, 0).repeat_interleave(of_a_row // a, 0)
+            mean = None if f.k_mean is None else f.k_mean.unflatten(0, (row_heads, of_a_row))[i]
+            keys[:, own] = _plus_mean(latents @ up[i], mean)
+        if self.layout == "post_rope":
+            return keys
+        cos, sin = (x[0, 0] for x in self.rope(positions.unsqueeze(0), stored))
+        return rotate(keys.float(), cos, sin).to(stored.dtype)
+
+    def rebuilt_keys(self, stored: Tensor, positions: Tensor) -> Tensor:
+        """Rotated keys (b, h, s, d); see `Codec.rebuilt_keys`."""
         keys = _plus_mean(rebuilt_heads(stored, self.factors.k_up), self.factors.k_mean)
         if self.layout == "post_rope":
             return keys
-        cos, sin = self.rope(positions, keys)
+        if positions.ndim == 2:
+            cos, sin = self.rope(positions, keys)
+        else:
+            cos, sin = (
+                x.squeeze(1).unflatten(0, positions.shape[:2])
+                for x in self.rope(positions.flatten(0, 1), keys)
+            )
         return rotate(keys.float(), cos, sin).to(keys.dtype)
-
-    def scoring_keys(self, stored: Tensor, positions: Tensor) -> Tensor:
-        """Stored keys as queries are scored against them; see `Codec.scoring_keys`."""
-        if self.layout == "post_rope":
-            return stored
-        cos, sin = (
-            x.squeeze(1).unflatten(0, positions.shape[:2]) for x in self.rope(positions.flatten(0, 1), stored)
-        )
-        return rotate((stored @ self.factors.k_up).float(), cos, sin).to(stored.dtype)
-
-    def scoring_keys_of_rows(self, stored: Tensor, positions: Tensor, starts: Tensor, heads: int) -> Tensor:
-        """The same for ragged rows; see `Codec.scoring_keys_of_rows`."""
-        if self.layout == "post_rope":
-            return stored
-        up = self.factors.k_up
-        expanded, head = stored.new_empty(len(stored), up.shape[-1]), row_of(starts) % heads
-        for j, matrix in enumerate(up):  # one map for all heads, or one for each
-            own = head == j if len(up) > 1 else slice(None)
-            expanded[own] = stored[own] @ matrix
-        cos, sin = (x[0, 0] for x in self.rope(positions.unsqueeze(0), stored))
-        return rotate(expanded.float(), cos, sin).to(stored.dtype)
-
-    def project_query(self, query: Tensor) -> Tensor:
-        """Queries in the basis of the scoring keys; see `Codec.project_query`."""
-        return query if self.layout == "pre_rope" else query @ self.factors.k_up.mT.unsqueeze(1)
 
     def expand_output(self, out: Tensor) -> Tensor:
         """Outputs (b, h, g, t, d); see `Codec.expand_output`."""
-        return out.to(self.factors.v_up.dtype) @ self.factors.v_up.unsqueeze(1)
-
-    def expand_keys(self, scoring: Tensor) -> Tensor:
-        """Rotated keys (b, h, s, d); see `Codec.expand_keys`."""
-        return scoring if self.layout == "pre_rope" else rebuilt_heads(scoring, self.factors.k_up)
+        up, mean = self.factors.v_up, self.factors.v_mean
+        out = out.to(up.dtype) @ up.unsqueeze(1)
+        return out if mean is None else out + mean[:, None, None]
 
     def expand_values(self, stored: Tensor) -> Tensor:
         """Values (b, h, s, d); see `Codec.expand_values`."""

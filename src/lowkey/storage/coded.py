@@ -54,8 +54,12 @@ class CodedLayer(PositionedLayer):
         sink_index: (b, sinks), the index of the token in each sink slot, or EMPTY.
         end_index: (b, 1), the index behind each sequence's last real token, 0 while there is none. Held only
             with `form_depends_on_age`.
+        front_start: the index of the first token that the dense tensors may hold; a subclass that moves tokens
+            elsewhere raises it.
+        transient_tokens: within a call, so many of the newest tokens will be forgotten at its end.
         form_depends_on_age: whether the numbers that a query sees of a token depend on how many tokens have
             come since. Padding between turns would then count as tokens, and is refused.
+        is_lossless: whether tokens are stored as the model made them.
         block: tokens that are packed together; 1 where each is packed by itself.
         shapes: the heads G and the width r of stored `keys` and `values`.
     """
@@ -71,8 +75,11 @@ class CodedLayer(PositionedLayer):
         self.codec, self.exact, self.sink_points = codec, exact or Exact(), sink_points
         self.packing = dict(zip(("keys", "values"), packing or (Unpacked(), Unpacked()), strict=True))
         self.block = max(p.block for p in self.packing.values())
-        stored_exactly = (self.codec, *self.packing.values()) == (Plain(), Unpacked(), Unpacked())
-        self.form_depends_on_age = self.block > 1 or (self.exact.recent > 0 and not stored_exactly)
+        self.is_lossless = (self.codec, *self.packing.values()) == (Plain(), Unpacked(), Unpacked())
+        self.form_depends_on_age = self.block > 1 or (self.exact.recent > 0 and not self.is_lossless)
+
+    front_start = 0
+    transient_tokens = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make empty tensors for this batch size, device and dtype."""
@@ -87,9 +94,7 @@ class CodedLayer(PositionedLayer):
         if self.form_depends_on_age:
             self.end_index = torch.zeros_like(self.first_index)
         # encoding no tokens tells the shapes and dtypes of the stored form
-        none = self.codec.encode(
-            self._in_codec_order(self.recent_k), self._in_codec_order(self.recent_v), self.positions_of(0, 0)
-        )
+        none = self.codec.encode(self.recent_k, self.recent_v, self.positions_of(0, 0))
         self.shapes = {name: (x.shape[1], x.shape[3]) for name, x in zip(self.packing, none, strict=True)}
         for name, x in zip(self.packing, none, strict=True):
             self._set_packed(name, self.packing[name].pack(x))
@@ -115,7 +120,7 @@ class CodedLayer(PositionedLayer):
             return 0
         b, h, _, d = self.recent_k.shape
         size, (stored, _) = self.recent_k.element_size(), self.storable()
-        exact = (self.seen - stored + self.exact.sinks) * 2 * d * h * size
+        exact = (self.seen - self.front_start - stored + self.exact.sinks) * 2 * d * h * size
         packed = sum(
             heads * self.packing[name].nbytes(stored, width, size)
             for name, (heads, width) in self.shapes.items()
@@ -128,15 +133,30 @@ class CodedLayer(PositionedLayer):
         real = self.locate_tokens(call, keys.shape[2])
         if self.form_depends_on_age:
             self.end_index = _end_index(real, self.seen, self.end_index)
-        self._find_sinks(values, real)
         keys, values = self._in_codec_order(keys), self._in_codec_order(values)
         call = replace(call, query=self._in_codec_order(call.query))
-        # the window and the chunk together: all exact tokens, of which the oldest are now stored
+        buffers = self._take_in(keys, values, real)
+        segments = self._segments(call, *buffers, self.exact_rows(real))
+        return self._in_model_order(grouped.attend(segments, call.scaling, call.softcap))
+
+    def _take_in(self, keys: Tensor, values: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new tokens.
+
+        Args:
+            keys: (b, h, t, d), heads in the codec's order.
+            values: the same.
+            real: (b, t), which of the tokens are no padding.
+
+        Returns:
+            Keys and values (b, h, n, d) of the window as it was and the new tokens: all that is exact.
+        """
+        if self.exact.sinks:
+            self._find_sinks(self._in_model_order(values), real)
+        # of the window and the chunk together, the oldest are now stored
         buffer_k, buffer_v = torch.cat([self.recent_k, keys], 2), torch.cat([self.recent_v, values], 2)
         self._store(buffer_k, buffer_v)
         self._store_sinks(keys, values)
-        segments = self._segments(call, buffer_k, buffer_v, self.exact_rows(real))
-        return self._in_model_order(grouped.attend(segments, call.scaling, call.softcap))
+        return buffer_k, buffer_v
 
     def select_sequences(self, choose: Callable[[Tensor], Tensor]) -> None:
         """Keep some sequences of the batch; see `StoringLayer.select_sequences`."""
@@ -188,26 +208,32 @@ class CodedLayer(PositionedLayer):
     def _first_slot_index(self) -> Tensor:
         """(b|1, 1): the index from which each sequence's tokens are stored; *slots* are counted from there.
 
-        With blocks, it is the first index that lets a block begin at the sequence's first real token. Before
+        It is `front_start` or lies behind it. With blocks, it is the first index that lets a block begin at the sequence's first real token. Before
         that token is known, it is the largest that it may become, so that nothing is stored too early.
         """
         if self.block == 1:
-            return self.first_index.new_zeros(1, 1)
-        return torch.where(self.first_index < self.seen, self.first_index % self.block, self.block - 1)
+            return self.first_index.new_full((1, 1), self.front_start)
+        behind = (self.first_index - self.front_start).clamp_min(0) % self.block
+        return self.front_start + torch.where(self.first_index < self.seen, behind, self.block - 1)
 
     def _slots_left(self, seen: Tensor) -> Tensor:
         """(b|1, n): how many slots of each sequence had left the window when `seen` (n) tokens were seen.
 
         Whole blocks only.
         """
-        return (seen - self._first_slot_index() - self.exact.recent).clamp_min(0) // self.block * self.block
+        until = seen.clamp_max(self._stored_until()) - self.exact.recent
+        return (until - self._first_slot_index()).clamp_min(0) // self.block * self.block
 
     def storable(self) -> tuple[int, int]:
         """(slots that every sequence has ready to be stored, slots that at least one has: a block more)."""
         if self.block == 1:
-            return (max(0, self.seen - self.exact.recent),) * 2
+            return (max(0, self._stored_until() - self.front_start - self.exact.recent),) * 2
         left = self._slots_left(self.first_index.new_tensor([self.seen]))
         return int(left.min()), int(left.max())
+
+    def _stored_until(self) -> int:
+        """The index behind the last token that is to be stored: tokens that only score are not."""
+        return self.seen - self.transient_tokens
 
     def _indices_of_slots(self, start: int, stop: int) -> Tensor:
         """(b|1, stop - start): the indices of the tokens in these slots of each sequence."""
@@ -222,7 +248,7 @@ class CodedLayer(PositionedLayer):
             buffer_k: (b, h, n, d), all tokens that are held exactly, up to the newest.
             buffer_v: the same.
         """
-        start, (stop, _) = self.seen - buffer_k.shape[2], self.storable()
+        start, (stop, _) = self.seen - self.front_start - buffer_k.shape[2], self.storable()
         if stop > start:
             new = self._packed(buffer_k, buffer_v, start, stop)
             for name, tensors in self._with_stored(new).items():
@@ -268,10 +294,11 @@ class CodedLayer(PositionedLayer):
             values: (b, h, t, d), by which sinks are recognised if there are sink points.
             real: (b, t), which of the new tokens are real.
         """
-        if not self.exact.sinks:
-            return
         start = self.seen - values.shape[2]
-        candidates = real if self.sink_points is None else real & self.sink_points.match(values)
+        index = torch.arange(start, self.seen, device=real.device)
+        candidates = real & (index < self._stored_until())
+        if self.sink_points is not None:
+            candidates = candidates & self.sink_points.match(values)
         # the n-th candidate of a sequence gets the n-th free slot; past the last slot it gets none
         slot = (self.sink_index < EMPTY).sum(1, keepdim=True) + candidates.cumsum(1) - 1
         slots = torch.arange(self.exact.sinks, device=slot.device).unsqueeze(1)
@@ -304,7 +331,7 @@ class CodedLayer(PositionedLayer):
         expand = not only_stored and call.query.shape[3] >= fused.QUERIES
         stored = self._stored_segment(call, buffer_k, buffer_v, expand)
         if only_stored:
-            return [replace(stored, mask=mask)]
+            return [replace(stored, mask=None if mask is None else mask[..., self.front_start :])]
         mask = mask if mask is not None else self.offset.new_ones(1, 1, self.seen, dtype=torch.bool)
         seen_exactly, sink_index = self._seen_exactly(call, exact), self.sink_index.long()
         far = mask & ~seen_exactly
@@ -323,7 +350,8 @@ class CodedLayer(PositionedLayer):
     def _only_stored_tokens_are_seen(self, exact: Tensor) -> bool:
         """Whether no query sees any token exactly, given the sequences (b) that see their chunk exactly."""
         chunk_is_exact = self.exact_prefill and bool(exact.any())
-        return not (self.exact.sinks or self.exact.recent or self.block > 1 or chunk_is_exact)
+        some_are_exact = self.exact.sinks or self.exact.recent or self.block > 1 or self.transient_tokens
+        return not (some_are_exact or chunk_is_exact)
 
     def _stored_segment(self, call: Call, buffer_k: Tensor, buffer_v: Tensor, expand: bool) -> Segment:
         """All stored tokens, and those that will be stored when the other sequences have caught up."""
@@ -355,7 +383,9 @@ class CodedLayer(PositionedLayer):
 
     def _mask_of_slots(self, mask: Tensor, count: int) -> Tensor:
         """A mask over tokens (b|1, t, s) as a mask over the first `count` slots."""
-        return mask[..., :count] if self.block == 1 else self._mask_at(mask, self._indices_of_slots(0, count))
+        if self.block == 1:
+            return mask[..., self.front_start : self.front_start + count]
+        return self._mask_at(mask, self._indices_of_slots(0, count))
 
     def _mask_at(self, mask: Tensor, index: Tensor) -> Tensor:
         """A mask over tokens (b|1, t, s) at some indices (b|1, n); tokens that have not come are not seen."""

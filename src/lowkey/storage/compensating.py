@@ -17,14 +17,15 @@ from lowkey.storage.flaws import first_flaw, unlike
 
 
 class CompensatingLayer(EvictingLayer):
-    """An `EvictingLayer` with a compensation token in every head.
+    """An `EvictingLayer` with a compensation token in every KV head.
 
-    The token is the mean key and the mean value of all tokens that the head dropped. In the softmax it counts
-    as often as tokens were dropped: log(dropped) is added to its score.
+    The token is the mean key and the mean value of all tokens that the head dropped, as they are read: in the
+    model's own width, whatever form the others are stored in. In the softmax it counts as often as tokens
+    were dropped: log(dropped) is added to its score.
 
     Attributes:
-        mean_k: (b, h, 1, r_K) in fp32.
-        mean_v: (b, h, 1, r_V) in fp32.
+        mean_k: (b, h, 1, d) in fp32, heads in the model's order.
+        mean_v: (b, h, 1, d) in fp32.
         dropped: (b, h, 1), how many tokens each head has dropped.
     """
 
@@ -37,7 +38,7 @@ class CompensatingLayer(EvictingLayer):
         super().lazy_initialization(key_states, value_states)
         b, h = key_states.shape[:2]
         self.mean_k, self.mean_v = (
-            x.new_zeros(b, h, 1, x.shape[-1], dtype=torch.float32) for x in (self.keys, self.values)
+            x.new_zeros(b, h, 1, x.shape[-1], dtype=torch.float32) for x in (key_states, value_states)
         )
         self.dropped = torch.zeros(b, h, 1, device=self.device)
 
@@ -49,9 +50,14 @@ class CompensatingLayer(EvictingLayer):
 
     def index_bytes(self) -> int:
         """The bytes that are held whatever is kept, the compensation tokens included."""
-        b, h = self.tail_k.shape[:2]
-        numbers = self.keys.shape[-1] + self.values.shape[-1] + 1
-        return super().index_bytes() + b * h * numbers * self.dropped.element_size()
+        return super().index_bytes() + self._mean_bytes()
+
+    def predicted_nbytes(self) -> int:
+        """As `EvictingLayer`'s, with the compensation tokens."""
+        return super().predicted_nbytes() + (self._mean_bytes() if self.is_initialized else 0)
+
+    def _mean_bytes(self) -> int:
+        return self.dropped.numel() * (2 * self.mean_k.shape[-1] + 1) * self.dropped.element_size()
 
     def own_flaw(self, heads: int, key_width: int, value_width: int) -> str | None:
         """Check the compensation tokens; see `PositionedLayer.own_flaw`."""
@@ -63,22 +69,24 @@ class CompensatingLayer(EvictingLayer):
             "it counts less than nothing dropped" if bool((self.dropped < 0).any()) else None,
         )
 
-    def _stored_parts(self, call: Call, stop: int) -> list[Part]:
-        parts = super()._stored_parts(call, stop)
+    def _row_parts(self, call: Call, split: bool = False) -> list[Part]:
+        parts = super()._row_parts(call, split)
         if not bool(self.dropped.any()):
             return parts
-        query = self.codec.project_query(call.query)
-        mean_k, mean_v = self.mean_k.to(query.dtype), self.mean_v.to(query.dtype)
         # where nothing was dropped the bias is log 0 = -inf, which hides the token
-        mean = Segment(query, mean_k, mean_v, bias=self.dropped.log())
-        out, lse = grouped.partial([mean], call.scaling, call.softcap)
-        return [*parts, (self.codec.expand_output(out), lse)]
+        query = self._in_model_order(call.query)
+        mean_k, mean_v = self.mean_k.to(query.dtype), self.mean_v.to(query.dtype)
+        segment = Segment(query, mean_k, mean_v, bias=self.dropped.log())
+        out, lse = grouped.partial([segment], call.scaling, call.softcap)
+        part = self._in_codec_order(out), self._in_codec_order(lse)
+        return [*parts, *([(part[0], torch.full_like(lse, -torch.inf))] if split else []), part]
 
     def keep_best(self, candidates: Candidates, scores: Tensor, counts: Tensor) -> None:
         """As `EvictingLayer.keep_best`, after the means have taken in the tokens that are dropped."""
-        gone = (candidates.valid & ~top_mask(scores, counts)).unsqueeze(-1)
+        gone = self._of_heads(candidates.valid & ~top_mask(scores, counts)).unsqueeze(-1)
         total = self.dropped + gone.sum(2)
-        for name, x in (("mean_k", candidates.keys), ("mean_v", candidates.values)):
+        read = self._candidates_as_read(candidates, None)
+        for name, x in zip(("mean_k", "mean_v"), read, strict=True):
             mean = getattr(self, name)
             new_sum = mean.squeeze(2) * self.dropped + (x.float() * gone).sum(2)
             setattr(self, name, (new_sum / total.clamp_min(1)).unsqueeze(2))

@@ -31,7 +31,7 @@ def first_flaw(*rules: str | None) -> str | None:
 def rows_flaw(layer: Any, heads: int, starts: Tensor, positions: Tensor, kept: int) -> str | None:
     """The rule that ragged rows break, or None.
 
-    Rows lie one behind another. They hold tokens from before the tail, each once and in order.
+    Rows lie one behind another. They hold tokens from before the dense ones, each once and in order.
 
     Args:
         layer: the layer.
@@ -47,7 +47,7 @@ def rows_flaw(layer: Any, heads: int, starts: Tensor, positions: Tensor, kept: i
         return None
     row = row_of(starts)
     index = positions + layer.offset[:, 0][row // heads]
-    if bool(((index < 0) | (index >= layer.seen - layer.tail_length)).any()):
+    if bool(((index < 0) | (index >= layer.front_start)).any()):
         return "positions are not among those of the tokens seen"
     same_row = row[1:] == row[:-1]
     return "positions of a row do not rise" if bool((same_row & (positions.diff() <= 0)).any()) else None

@@ -153,16 +153,25 @@ class RaggedLayer(PositionedLayer):
         """
         return (self.first_index[:, 0] < self.seen - 1) & (t == 1) & (self.score_only_tokens == 0)
 
-    def check_decoding(self, t: int, every: int) -> None:
-        """Refuse a decoding step of some sequences alone, where eviction runs after `every` steps of all.
+    def check_decoding(self, t: int, every: int, block: int = 1) -> None:
+        """Refuse a decoding step of some sequences alone, where all sequences must take steps together.
+
+        Args:
+            t: number of new tokens.
+            every: steps of all sequences after which eviction runs; 0 for never.
+            block: tokens that are packed together.
 
         Raises:
             LowkeyError: for such a step.
         """
-        if every and bool(self.decoding_rows(t).any()):
+        if (every or block > 1) and bool(self.decoding_rows(t).any()):
+            reason = (
+                f"every={every} counts the steps of all rows together"
+                if every
+                else "blocks of tokens (kivi) are filled by all rows together"
+            )
             raise LowkeyError(
-                f"attention_mask: one token while another row has not begun, and every={every} counts the "
-                "steps of all rows together; "
+                f"attention_mask: one token while another row has not begun, and {reason}; "
                 "give the prompt in one call, or in pieces of several tokens"
             )
 

@@ -20,12 +20,14 @@ from torch import Tensor
 from lowkey.backends.ragged import ragged
 from lowkey.backends.segment import Part
 from lowkey.models.attention_interface import Call
-from lowkey.ops.ragged import pad_rows, row_of, starts_of
+from lowkey.ops.ragged import join_rows, row_of, starts_of
+from lowkey.policies.base import newest_query_positions
 from lowkey.storage.budgets import EvictionCosts
 from lowkey.storage.cache_wide_eviction import Candidates
 from lowkey.storage.evicting import EvictingLayer
 from lowkey.storage.flaws import first_flaw, rows_flaw, unlike
 from lowkey.storage.rollback import storage_bytes
+from lowkey.storage.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,10 @@ class PruningLayer(EvictingLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make empty tensors for this batch size, device and dtype."""
         super().lazy_initialization(key_states, value_states)
-        b, h = key_states.shape[:2]
-        self.pruned_k, self.pruned_v = self.keys.new_empty(0, self.channel_count), self.values.clone()
-        self.pruned_positions, self.pruned_starts = self.positions.clone(), self.starts.clone()
+        b, h, _, self.head_dim = key_states.shape
+        self.pruned_k = key_states.new_empty(0, self.channel_count)
+        self.pruned_v = value_states.new_empty(0, self.head_dim)
+        self.pruned_positions, self.pruned_starts = self.rows_positions.clone(), self.rows_starts.clone()
         self.kept_channels = torch.zeros(b, 0, h, self.channel_count, dtype=torch.int16, device=self.device)
         self.pruned_until = torch.zeros(b, 0, dtype=torch.int32, device=self.device)
         self.choice_is_firm = torch.zeros(b, 1, dtype=torch.bool, device=self.device)
@@ -105,21 +108,25 @@ class PruningLayer(EvictingLayer):
 
     def index_bytes(self) -> int:
         """The bytes that are held whatever is kept, the choices of all prunings included."""
-        b, h = self.tail_k.shape[:2]
-        starts, firm = (b * h + 1) * self.pruned_starts.element_size(), b
-        return super().index_bytes() + starts + firm + self.prunings * self._pruning_bytes()
+        return super().index_bytes() + self._own_index_bytes()
+
+    def _own_index_bytes(self) -> int:
+        starts = len(self.pruned_starts) * self.pruned_starts.element_size()
+        return starts + len(self.offset) + self.prunings * self._pruning_bytes()
 
     def _pruning_bytes(self) -> int:
         """The bytes of one pruning's channels and end."""
-        b, h = self.tail_k.shape[:2]
+        b, h = len(self.offset), self.row_heads
         return b * (
             h * self.channel_count * self.kept_channels.element_size() + self.pruned_until.element_size()
         )
 
     def predicted_nbytes(self) -> int:
         """As `EvictingLayer`'s, with the pruned tokens."""
-        pruned = self.pruned_entries * self.pruned_entry_bytes if self.is_initialized else 0
-        return super().predicted_nbytes() + pruned
+        if not self.is_initialized:
+            return 0
+        pruned = self.pruned_entries * int(self.pruned_entry_bytes)
+        return super().predicted_nbytes() + pruned + self._own_index_bytes()
 
     def _waiting_bytes(self) -> int:
         pending = vars(self.pending).values() if self.pending is not None else ()
@@ -142,12 +149,12 @@ class PruningLayer(EvictingLayer):
     @property
     def channel_count(self) -> int:
         """The number r of channels that a pruned key has."""
-        return max(1, round(self.channel_share * self.keys.shape[-1]))
+        return max(1, round(self.channel_share * self.head_dim))
 
     @property
-    def pruned_entry_bytes(self) -> int:
+    def pruned_entry_bytes(self) -> float:
         """The bytes of one pruned token of one head."""
-        return self.entry_bytes - (self.keys.shape[-1] - self.channel_count) * self.keys.element_size()
+        return self.entry_bytes - (self.head_dim - self.channel_count) * self.recent_k.element_size()
 
     def costs(self, tokens: Tensor) -> EvictionCosts:
         """As `EvictingLayer`'s, with one more pruning, and with recent tokens whole."""
@@ -157,7 +164,8 @@ class PruningLayer(EvictingLayer):
             whole,
             entry_bytes=self.pruned_entry_bytes,
             fixed_bytes=whole.fixed_bytes + next_pruning,
-            recent_extra_bytes=self.entry_bytes - self.pruned_entry_bytes,
+            exact_tokens=self._whole_tokens() + self.exact.sinks,
+            exact_extra_bytes=self.entry_bytes - self.pruned_entry_bytes,
         )
 
     def tokens_per_head(self, tokens: int) -> float:
@@ -167,21 +175,11 @@ class PruningLayer(EvictingLayer):
 
     def _fits(self, tokens: int) -> bool:
         """Whether a sequence of so many tokens fits into the budget without any pruning."""
-        if self.channel_count == self.keys.shape[-1]:
+        if self.channel_count == self.head_dim:
             return True
         if self.policy.budget is None or self.policy.budget.unit in ("%", "tokens"):
             return super().tokens_per_head(tokens) >= tokens
         return super().costs(self.tokens_seen()).tokens_per_head(self.policy, tokens) >= tokens
-
-    def kept_positions(self, sequence: int) -> list[Tensor]:
-        """For each KV head, the positions that are held for a sequence of the batch, ascending."""
-        h = self.tail_k.shape[1]
-        edges = self.pruned_starts[sequence * h : (sequence + 1) * h + 1].tolist()
-        whole = super().kept_positions(sequence)
-        return [
-            torch.cat([self.pruned_positions[a:b].long(), x])
-            for a, b, x in zip(edges[:-1], edges[1:], whole, strict=True)
-        ]
 
     def own_flaw(self, heads: int, key_width: int, value_width: int) -> str | None:
         """Check the pruned tokens and the channels of each pruning; see `PositionedLayer.own_flaw`."""
@@ -189,7 +187,7 @@ class PruningLayer(EvictingLayer):
         at, until = self.kept_channels.long(), self.pruned_until
         wrong = first_flaw(
             unlike("pruned_k", self.pruned_k, self.pruned_entries, self.channel_count),
-            unlike("pruned_v", self.pruned_v, self.pruned_entries, self.values.shape[-1]),
+            unlike("pruned_v", self.pruned_v, self.pruned_entries, value_width),
             unlike("pruned_positions", self.pruned_positions, self.pruned_entries),
             unlike("pruned_starts", self.pruned_starts, b * heads + 1),
             unlike("kept_channels", self.kept_channels, b, self.prunings, heads, self.channel_count),
@@ -215,8 +213,9 @@ class PruningLayer(EvictingLayer):
 
     # -- attending
 
-    def _stored_parts(self, call: Call, stop: int) -> list[Part]:
-        parts = super()._stored_parts(call, stop)
+    def _row_parts(self, call: Call, split: bool = False) -> list[Part]:
+        # (nothing is split: the policy has no second pass)
+        parts = super()._row_parts(call, split)
         if not self.pruned_entries:
             return parts
         query, keys = call.query.flatten(2, 3), self.pruned_k
@@ -233,49 +232,62 @@ class PruningLayer(EvictingLayer):
 
     def _with_zero_channels(self) -> Tensor:
         """The pruned keys (m, d), with zeros for the channels that they lost."""
-        wide = self.pruned_k.new_zeros(self.pruned_entries, self.keys.shape[-1])
+        wide = self.pruned_k.new_zeros(self.pruned_entries, self.head_dim)
         return wide.scatter_(1, self._channels_of(self.pruned_positions, self.pruned_starts), self.pruned_k)
 
     def _channels_of(self, positions: Tensor, starts: Tensor) -> Tensor:
         """The channels (m, r) that pruned tokens at these positions have left."""
         row = row_of(starts)
-        sequence = row // self.tail_k.shape[1]
+        sequence = row // self.row_heads
         pruning = (positions.unsqueeze(1) >= self.pruned_until[sequence]).sum(1)  # how many ended before
-        return self.kept_channels[sequence, pruning, row % self.tail_k.shape[1]].long()
+        return self.kept_channels[sequence, pruning, row % self.row_heads].long()
 
     # -- evicting
 
-    def _stored_candidates(self, stop: int) -> Candidates:
-        """Pruned tokens first, since they are older, then those of `EvictingLayer`."""
-        shape = self.tail_k.shape[:2]
+    def _old_rows(self) -> Rows:
+        """Pruned tokens first, since they are older, with zeros for lost channels, then whole ones."""
+        whole = self.rows
+        if not self.pruned_entries:
+            return whole
         keys, values, positions = (
-            pad_rows(x, self.pruned_starts)[0].unflatten(0, shape)
-            for x in (self._with_zero_channels(), self.pruned_v, self.pruned_positions.long())
+            join_rows(old, self.pruned_starts, new, whole.starts)
+            for old, new in (
+                (self._with_zero_channels().unsqueeze(1), whole.keys[0]),
+                (self.pruned_v.unsqueeze(1), whole.values[0]),
+                (self.pruned_positions, whole.positions),
+            )
         )
-        valid = pad_rows(self.pruned_positions, self.pruned_starts)[1].unflatten(0, shape)
-        scores = torch.zeros_like(valid, dtype=torch.float32)
-        return Candidates(keys, values, positions, valid, scores).followed_by(
-            super()._stored_candidates(stop)
-        )
+        return Rows((keys,), (values,), positions, self.pruned_starts + whole.starts, whole.scores)
 
-    def _evict(self, call: Call, candidates: Candidates, repetition_lse: Tensor | None = None) -> None:
+    def _whole_tokens(self) -> int:
+        """How many of the newest tokens keep all channels."""
+        return max(self.policy.recent, self.exact.recent)
+
+    def _evict(
+        self,
+        call: Call,
+        real: Tensor | None,
+        chunk: tuple[Tensor, Tensor] | None,
+        repetition_lse: Tensor | None = None,
+    ) -> None:
         tokens = self.tokens_seen()
         if not self.frozen and not all(self._fits(n) for n in tokens.tolist()):
-            self.pending = self._pruning(call, candidates, tokens)
-        super()._evict(call, candidates, repetition_lse)
+            self.pending = self._pruning(call, real, tokens)
+        super()._evict(call, real, chunk, repetition_lse)
 
-    def _pruning(self, call: Call, candidates: Candidates, tokens: Tensor) -> PendingPruning:
+    def _pruning(self, call: Call, real: Tensor | None, tokens: Tensor) -> PendingPruning:
         """How far each sequence is to be pruned, and the queries that choose its channels."""
         first = self._first_positions().view(-1)
         before = self.pruned_until[:, -1].long() if self.prunings else first
         fits = torch.tensor([self._fits(n) for n in tokens.tolist()], device=self.device)
         unchanged = self.decoding_rows(call.query.shape[3]) | fits
-        until = before.maximum(first + tokens - self.policy.recent)
+        until = before.maximum(first + tokens - self._whole_tokens())
         # the queries that were recorded, and those of this call
-        context = self._context(call, candidates, None)
-        newest = context.newest_query_positions(self.policy.looked) >= 0  # (b, w)
+        queries = self._with_recorded_queries(call.query)
+        at = self.query_positions(queries.shape[3], real)
+        newest = newest_query_positions(at, self.policy.looked) >= 0  # (b, w)
         some = newest.any(0)
-        squares = context.queries[:, :, :, some].float().square().sum(2)
+        squares = queries[:, :, :, some].float().square().sum(2)
         energy = squares.masked_fill(~newest[:, None, some, None], 0.0).sum(2)
         return PendingPruning(before.where(unchanged, until), energy, newest.sum(1))
 
@@ -288,28 +300,30 @@ class PruningLayer(EvictingLayer):
         if not self.prunings:
             return
         # move every token from before the last pruning's end out of the whole rows
-        row = row_of(self.starts)
-        old = self.positions < self.pruned_until[:, -1][row // self.tail_k.shape[1]]
-        lengths = torch.zeros_like(self.starts[1:]).index_add_(0, row, old.long())
-        self.pruned_positions, self.pruned_v = self.positions[old], self.values[old]
+        whole = self.rows
+        row = row_of(whole.starts)
+        old = whole.positions < self.pruned_until[:, -1][row // self.row_heads]
+        lengths = torch.zeros_like(whole.starts[1:]).index_add_(0, row, old.long())
+        (keys,), (values,) = whole.keys, whole.values
+        self.pruned_positions, self.pruned_v = whole.positions[old], values[old, 0]
         self.pruned_starts, self.pruned_entries = starts_of(lengths), int(old.sum())
         channels = self._channels_of(self.pruned_positions, self.pruned_starts)
-        self.pruned_k = self.keys[old].gather(1, channels)
-        self.starts = starts_of(self.starts.diff() - lengths)
-        self.keys, self.values, self.positions = self.keys[~old], self.values[~old], self.positions[~old]
-        self.kept_entries -= self.pruned_entries
+        self.pruned_k = keys[old, 0].gather(1, channels)
+        starts = starts_of(whole.starts.diff() - lengths)
+        self._set_rows(Rows((keys[~old],), (values[~old],), whole.positions[~old], starts, whole.scores))
 
     def _choose_channels(self, pending: PendingPruning) -> None:
         """Add a pruning, unless every sequence goes on with the channels that it has.
 
         A channel's worth is the energy of the queries in it times that of the keys that are pruned anew.
         """
-        b, h = self.tail_k.shape[:2]
-        row = row_of(self.starts)
+        b, h = len(self.offset), self.row_heads
+        row, positions = row_of(self.rows_starts), self.rows_positions
         before = self.pruned_until[:, -1] if self.prunings else self._first_positions().view(-1).int()
-        new = (self.positions >= before[row // h]) & (self.positions < pending.until[row // h])
-        key_energy = torch.zeros(b * h, self.keys.shape[-1], device=self.device).index_add_(
-            0, row[new], self.keys[new].float().square()
+        new = (positions >= before[row // h]) & (positions < pending.until[row // h])
+        keys = self.rows.keys[0][new, 0].float()
+        key_energy = torch.zeros(b * h, self.head_dim, device=self.device).index_add_(
+            0, row[new], keys.square()
         )
         # the square of ThinK's score of a channel, |Q_c K_c^T|_F = |q_c| |k_c|
         worth = pending.energy * key_energy.view(b, h, -1)

@@ -174,9 +174,9 @@ def test_nothing_stored_is_ever_overwritten():
     cache = evicting_cache(model, SnapKV("30%", "ada"))
     feed(model, prompt(60), cache)
     layer = cache.evicting[0]
-    before = layer.keys.clone()
+    before = layer.rows_keys.clone()
     feed(model, prompt(30, seed=1), cache, None, [1] * 30)
-    assert torch.equal(layer.keys, before) and layer.tail_length == 30
+    assert torch.equal(layer.rows_keys, before) and layer.keys.shape[2] == 30
 
 
 # -- layers that do more
@@ -188,10 +188,10 @@ def test_dropped_channels_are_gone_and_the_newest_tokens_whole():
     for channels in (1.0, 0.5):
         cache = evicting_cache(model, policy("think", "100 tokens", channels=channels, recent=32))
         feed(model, prompt(300), cache)
-        held[channels] = sum(layer.keys.nbytes + layer.pruned_k.nbytes for layer in cache.evicting)
+        held[channels] = sum(layer.rows_keys.nbytes + layer.pruned_k.nbytes for layer in cache.evicting)
         assert cache.nbytes() == cache.predicted_nbytes()
     assert all(
-        layer.pruned_k.shape[1] == 8 and layer.starts.diff().tolist() == [32] * 8 for layer in cache.evicting
+        layer.pruned_k.shape[1] == 8 and layer.rows_starts.diff().tolist() == [32] * 8 for layer in cache.evicting
     )
     assert held[0.5] == (32 + 0.5 * 68) / 100 * held[1.0]
 
@@ -213,8 +213,8 @@ def test_decoding_over_pruned_channels_is_attention_with_zeros_there():
     for layer, log in zip(cache.evicting, seen, strict=True):
         keys, values = (torch.cat([entry[k] for entry in log], 2) for k in (0, 1))
         call, out = log[-1][2:]
-        whole = layer.tail_length + 4
-        assert layer.prunings == 1 and layer.tail_length == 6
+        whole = layer.keys.shape[2] + 4
+        assert layer.prunings == 1 and layer.keys.shape[2] == 6
         for row, pads in enumerate(PADS):
             pruned = torch.zeros_like(keys[row])
             index = layer.kept_channels[row, 0].long().unsqueeze(1).expand(-1, LENGTH, -1)
