@@ -686,6 +686,8 @@ class EvictingLayer(RaggedLayer, CodedLayer):
             )
             dense = self.packed_tensors(name) if candidates.latents is None else (candidates.latents[i],)
             new = tuple(tokens_of_dense(x[:, :, :leaving], self.row_heads, from_dense) for x in dense)
+            if candidates.latents is not None and packing.block == 1:
+                new = packing.pack(new[0])  # the other of keys and values is packed in blocks
             parts.append(joined_rows(packing, kept, old_starts, new, new_starts))
         positions = candidates.positions.int()
         merged = [
