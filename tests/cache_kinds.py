@@ -12,6 +12,7 @@ from evicting_caches import HEADS
 
 from lowkey import make_cache
 from lowkey.calibration.dynamic import make_dynamic_cache
+from lowkey.models import families
 from lowkey.models.fingerprint import model_fingerprint
 from lowkey.policies import POLICIES
 from lowkey.storage.exact import Exact, SinkPoints, SinkRule
@@ -32,6 +33,12 @@ def planned(model, **fields):
     return pico.plan(model, heads=HEADS if model.config.model_type == "llama" else {}, **fields)
 
 
+def merged(model, **fields):
+    """Keys of two heads together and values of all four, centred, in another order."""
+    maps = {i: pico.merged_factors(4, 5, 9, 2, 4, seed=i) for i in families.geometry(model).compressible}
+    return planned(model, factors=maps, orthonormal=False, sinks=3, recent=5, **fields)
+
+
 KINDS = {
     "stock": lambda m: make_cache(m),
     **{f"bits-{b}": partial(lambda b, m: make_cache(m, bits=b), b) for b in (8, 2, "kivi4", "hadamard4")},
@@ -49,6 +56,15 @@ KINDS = {
         for n in POLICIES
         if n != "think"
     },
+    # rank x heads x tokens x bits
+    "snapkv-kivi2": lambda m: make_cache(m, policy=evicting("snapkv"), bits="kivi2"),
+    "plan-h2o-4": lambda m: make_cache(m, planned(m, sinks=3, recent=5), evicting("h2o"), bits=4),
+    "merged-snapkv-kivi4": lambda m: make_cache(m, merged(m), evicting("snapkv"), bits="kivi4"),
+    "merged-pre-global-8": lambda m: make_cache(
+        m, merged(m, layout="pre_rope"), evicting("snapkv", allocator="global"), bits=8
+    ),
+    "every-hadamard4": lambda m: make_cache(m, policy=evicting("h2o", every=3), bits="hadamard4"),
+    "razor-4": lambda m: make_cache(m, planned(m, layout="pre_rope"), evicting("razor"), bits=4),
     "every": lambda m: make_cache(m, policy=evicting("h2o", every=2)),
     "every-global": lambda m: make_cache(m, policy=evicting("snapkv", every=3, allocator="global")),
     "think-global": lambda m: make_cache(m, policy=evicting("think", allocator="global")),

@@ -25,10 +25,16 @@ def test_bad_arguments_of_generate(model, here, words, says):
     assert [s for s in says if s not in line] == []
 
 
-def test_a_policy_together_with_bits_is_refused(model):
-    assert "one of them" in refused(
-        "generate", model, "--prompt", "a", "--policy", "snapkv", "--budget", "50%", "--bits", 8
-    )
+def test_a_policy_together_with_bits_holds_less_than_either(model):
+    held = []
+    for words in (["--policy", "snapkv", "--budget", "50%"], ["--bits", 8]):
+        held.append(words)
+    held.append([*held[0], *held[1]])
+    told = [
+        printed("generate", model, "--prompt", "a" * 90, "--tokens", 2, *words)["bytes_held"]
+        for words in held
+    ]
+    assert told[2] < min(told[:2])
 
 
 # -- the others

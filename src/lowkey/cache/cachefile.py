@@ -22,7 +22,7 @@ from lowkey.plan.plan import Plan
 from lowkey.storage.exact import Exact, SinkPoints, SinkRule
 from lowkey.storage.file_names import FILE_NAMES, attribute_name, file_name
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 CACHE_JSON, CACHE_TENSORS, CACHE_PLAN, CACHE_FILE = "cache.json", "cache.safetensors", "plan", "cache"
 CACHE_FIELDS = {"model": str, "model_sha256": str, "versions": dict, "layers": list, "tensors_sha256": str}
 STOCK = ("keys", "values")  # the tensors of transformers' own layers
@@ -93,6 +93,11 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor], Plan | None]:
         "plan",
     } <= set(about):
         raise damaged_cache(path, "cache.json lacks or garbles a field")
+    if about["format"] < 2 and about["policy"] is not None:
+        raise LowkeyError(
+            f"cache {str(path)!r}: format 1 holds the tokens of a policy in another way than this version; make "
+            "it again"
+        )
     tensors = files.read_tensors(
         path / CACHE_TENSORS, "cache", CACHE_FILE, about["tensors_sha256"], finite=False
     )

@@ -34,7 +34,7 @@ class Codec(Protocol):
 
     @property
     def heads_per_row(self) -> int:
-        """The smallest number of KV heads side by side that share no latent with others, of keys or values."""
+        """The smallest number of KV heads side by side that share no latent with any others."""
         ...
 
     def meets_stored_keys(self, softcap: float | None) -> bool:

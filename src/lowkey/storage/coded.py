@@ -54,8 +54,8 @@ class CodedLayer(PositionedLayer):
         sink_index: (b, sinks), the index of the token in each sink slot, or EMPTY.
         end_index: (b, 1), the index behind each sequence's last real token, 0 while there is none. Held only
             with `form_depends_on_age`.
-        front_start: the index of the first token that the dense tensors may hold; a subclass that moves tokens
-            elsewhere raises it.
+        front_start: the index of the first token that the dense tensors may hold. A subclass that moves
+            tokens elsewhere raises it.
         transient_tokens: within a call, so many of the newest tokens will be forgotten at its end.
         form_depends_on_age: whether the numbers that a query sees of a token depend on how many tokens have
             come since. Padding between turns would then count as tokens, and is refused.
@@ -208,8 +208,9 @@ class CodedLayer(PositionedLayer):
     def _first_slot_index(self) -> Tensor:
         """(b|1, 1): the index from which each sequence's tokens are stored; *slots* are counted from there.
 
-        It is `front_start` or lies behind it. With blocks, it is the first index that lets a block begin at the sequence's first real token. Before
-        that token is known, it is the largest that it may become, so that nothing is stored too early.
+        It is `front_start` or lies behind it. With blocks, it is the first index from there that lets a block
+        begin at the sequence's first real token. Before that token is known, it is the largest that it may
+        become, so that nothing is stored too early.
         """
         if self.block == 1:
             return self.first_index.new_full((1, 1), self.front_start)

@@ -11,11 +11,8 @@ FILE_NAMES = {  # attribute of a layer: its name in files, where the two differ
     "decode_steps": "steps",
     "end_index": "ended",
     "first_index": "first",
-    "joined_length": "moved",
     "kept_channels": "channels",
     "kept_entries": "kept",
-    "positions": "where",
-    "previous_scores": "carried",
     "pruned_entries": "thin",
     "pruned_k": "thin_k",
     "pruned_positions": "thin_where",
@@ -24,7 +21,6 @@ FILE_NAMES = {  # attribute of a layer: its name in files, where the two differ
     "pruned_v": "thin_v",
     "recorded_queries": "asked",
     "sink_index": "sink_at",
-    "tail_length": "fresh",
 }
 ATTRIBUTES = {in_files: attribute for attribute, in_files in FILE_NAMES.items()}
 

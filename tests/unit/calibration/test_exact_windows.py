@@ -417,25 +417,14 @@ def test_an_error_budget_measures_all_pairs(counted):
 # -- with a policy
 
 
-def test_a_policy_on_top_takes_the_place_of_a_plans_window():
+def test_a_policy_keeps_a_plans_window_and_counts_it():
     model, ids = attached("llama"), prompt(60, batch=1)
-    policy = POLICIES["streamingllm"]("50%", sinks=2, recent=6)
-    one, other = (
-        lowkey.make_cache(model, pico.plan(model, sinks=s, recent=r), policy) for s, r in ((4, 32), (0, 0))
-    )
-    assert torch.equal(
-        pico.feed(model, ids, one, splits=[50, 10]), pico.feed(model, ids, other, splits=[50, 10])
-    )
-    assert one.nbytes() == other.nbytes() == one.predicted_nbytes() < 0.5 * 60 * FULL
-
-
-def test_a_packed_plan_with_a_policy_says_how_it_can_be():
-    model, policy = attached("llama"), POLICIES["streamingllm"]("50%", sinks=2, recent=6)
-    with pytest.raises(LowkeyError, match=r"plan in int4 together with a policy .* bits='none'"):
-        lowkey.make_cache(model, packed(), policy)
-    with pytest.raises(LowkeyError, match="bits='int8' together with a policy"):
-        lowkey.make_cache(model, packed(), policy, bits="int8")
-    assert torch.equal(logits(packed(), policy, bits="none"), logits(packed(bits=None), policy))
+    policy = POLICIES["streamingllm"]("50%", sinks=0, recent=0)
+    cache = lowkey.make_cache(model, pico.plan(model, sinks=4, recent=10), policy)
+    pico.feed(model, ids, cache)
+    kept = cache.kept_positions(0)
+    assert [p.tolist() for p in kept] == [[*range(4), *range(34, 60)]] * 4
+    assert cache.layers[0].recent_k.shape[2] == 10 and cache.nbytes() == cache.predicted_nbytes()
 
 
 @pytest.mark.parametrize(

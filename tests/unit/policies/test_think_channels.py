@@ -165,7 +165,7 @@ def test_think_goes_on_with_its_channels_while_it_decodes():
     pico.feed(model, prompt(20, seed=4), cache, splits=[1] * 20)
     assert all(layer.prunings == 1 for layer in cache.evicting)
     for layer in cache.evicting:
-        assert layer.pruned_until.tolist() == [[76], [76]] and layer.starts.diff().tolist() == [4] * 8
+        assert layer.pruned_until.tolist() == [[76], [76]] and layer.rows_starts.diff().tolist() == [4] * 8
     assert cache.nbytes() == cache.predicted_nbytes()
 
 

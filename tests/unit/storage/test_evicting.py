@@ -191,7 +191,8 @@ def test_dropped_channels_are_gone_and_the_newest_tokens_whole():
         held[channels] = sum(layer.rows_keys.nbytes + layer.pruned_k.nbytes for layer in cache.evicting)
         assert cache.nbytes() == cache.predicted_nbytes()
     assert all(
-        layer.pruned_k.shape[1] == 8 and layer.rows_starts.diff().tolist() == [32] * 8 for layer in cache.evicting
+        layer.pruned_k.shape[1] == 8 and layer.rows_starts.diff().tolist() == [32] * 8
+        for layer in cache.evicting
     )
     assert held[0.5] == (32 + 0.5 * 68) / 100 * held[1.0]
 

@@ -12,7 +12,6 @@ from pico import attached, feed, generate, prompt
 
 import lowkey
 from lowkey.policies import SnapKV
-from lowkey.storage import evicting
 
 
 def test_later_chunks_and_a_second_turn_are_evicted_too():
@@ -90,20 +89,6 @@ def test_queries_that_decided_are_let_go(name):
     for seed in (1, 2, 3):
         feed(model, prompt(2, seed=seed), cache, splits=[1, 1])
         assert cache.nbytes() == held
-
-
-def test_a_long_tail_joins_the_rows_and_changes_nothing(monkeypatch):
-    model, ids = attached("llama"), prompt(60)
-    plain = evicting_cache(model, SnapKV("30%"))
-    expected = generate(model, ids, 50, plain, PADS)
-    monkeypatch.setattr(evicting, "LONGEST_TAIL", 16)
-    joined = evicting_cache(model, SnapKV("30%"))
-    assert torch.equal(generate(model, ids, 50, joined, PADS), expected)
-    assert lengths(joined, 0) == lengths(plain, 0) and joined.nbytes() == joined.predicted_nbytes()
-    assert all(
-        torch.equal(a, b) for a, b in zip(joined.kept_positions(0), plain.kept_positions(0), strict=True)
-    )
-    assert joined.evicting[0].tail_length < 16
 
 
 @pytest.mark.parametrize("allocator", ["uniform", "global"])
