@@ -68,7 +68,8 @@ def stream_text(
             f"positions; {remedy}"
         )
     start = time.perf_counter()
-    if cache.origin and cache.origin.policy and cache.origin.policy.needs_second_pass:
+    policy = cache.origin.policy_in_use if cache.origin else None
+    if policy is not None and policy.needs_second_pass:
         if ids.shape[1] > 1:
             # The last token is kept back as the question: `generate` reads it for the token that follows.
             prefill(model, tokenizer, cache, ids, question=1)

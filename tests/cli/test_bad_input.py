@@ -14,7 +14,7 @@ from commands import SMALL, refused, tree, truncate
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from lowkey.plan.plan import PLAN_JSON, PLAN_TENSORS
+from lowkey.plan.reading import PLAN_JSON, PLAN_TENSORS
 
 # -- bad text
 

@@ -13,7 +13,8 @@ import pytest
 from commands import SCORE, SMALL, done, refused, tree
 
 from lowkey.core import files
-from lowkey.plan.plan import PLAN_JSON, PLAN_TENSORS, Plan
+from lowkey.plan.plan import Plan
+from lowkey.plan.reading import PLAN_JSON, PLAN_TENSORS
 
 
 def test_a_folder_that_holds_files_is_kept(model, here):

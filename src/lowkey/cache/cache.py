@@ -7,9 +7,9 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from lowkey.cache import cachefile
+from lowkey.core.options import shown
 from lowkey.core.types import LowkeyError, identity_factors
 from lowkey.models import families
 from lowkey.models.attention_interface import UNCOMPILED, Incoming, attached
@@ -35,6 +36,7 @@ from lowkey.storage.packing import Scheme, scheme_or_none
 from lowkey.storage.pruning import PruningLayer
 from lowkey.storage.rollback import ForwardPass
 
+NO_POLICY = "none"  # keeps all tokens, where a plan says otherwise
 EVICTING_LAYERS: dict[str, type[EvictingLayer]] = {
     "evicting": EvictingLayer,
     "compensating": CompensatingLayer,
@@ -62,6 +64,13 @@ class Origin:
     policy: Policy | None = None
     bits: int | str | None = None
     exact: Exact | None = None
+
+    @property
+    def policy_in_use(self) -> Policy | None:
+        """The policy that was given, else the plan's."""
+        if self.policy is None and self.plan is not None and self.plan.policy is not None:
+            return policy_from_dict(self.plan.policy)
+        return self.policy
 
 
 class LowkeyCache(Cache):
@@ -304,7 +313,7 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> LowkeyCache:
 def make_cache(
     model: PreTrainedModel,
     plan: Plan | None = None,
-    policy: Policy | None = None,
+    policy: Policy | Literal["none"] | None = None,
     *,
     bits: int | str | None = None,
     exact: Exact | None = None,
@@ -315,10 +324,10 @@ def make_cache(
 
     Args:
         model: an attached model.
-        plan: low rank, as calibrated for this model.
-        policy: which tokens each head keeps, alone or on top of a plan and of integers. Heads that share a
-            latent keep the same tokens. The sinks and recent tokens that are held exactly are always kept, and
-            count in its budget.
+        plan: what is stored of this model's keys and values: low rank, integers, a policy, exact tokens.
+        policy: which tokens each head keeps, alone or on top of a plan and of integers; None for the plan's
+            own, `none` to keep all. Heads that share a latent keep the same tokens. The sinks and recent
+            tokens that are held exactly are always kept, and count in its budget.
         bits: packs keys and values, or a plan's latents, in integers: 8, 4, 2 or another name of SCHEMES.
             None means what the plan says, `none` no integers.
         exact: overrides the plan's sinks, recent window and prefill mode, and the 4 sinks and 32 recent
@@ -332,6 +341,12 @@ def make_cache(
         raise LowkeyError("model is not attached: call lowkey.attach(model) before make_cache")
     if plan is not None:
         plan.check(model)
+    if isinstance(policy, str):
+        if policy != NO_POLICY:
+            raise LowkeyError(
+                f"policy {shown(policy)}: give an object of lowkey.policies, or {NO_POLICY!r} to keep all tokens"
+            )
+        policy, plan = None, plan and replace(plan, policy=None)
     if exact is not None and exact.rule is not None:
         _check_rule(model, exact.rule, exact.sinks)
     cache = cache_from(model, Origin(weakref.ref(model), plan, policy, bits, exact))
@@ -355,10 +370,10 @@ def cache_from(model: PreTrainedModel, origin: Origin) -> LowkeyCache:
 
 def _builder(model: PreTrainedModel, origin: Origin) -> Callable[[int], CountedLayer]:
     """A function that makes the layer with a given index, for layers with full attention."""
-    plan, policy = origin.plan, origin.policy
+    plan, policy = origin.plan, origin.policy_in_use
     # what the caller says comes first, then what the plan says, then the defaults
     packed = scheme_or_none(plan.bits if plan and origin.bits is None else origin.bits)
-    if plan is None and packed is None:
+    if packed is None and (plan is None or not (plan.factors or plan.sinks or plan.recent)):
         exact = origin.exact or NO_EXACT_TOKENS
     else:
         sinks, recent = (plan.sinks, plan.recent) if plan else (DEFAULT_WINDOW.sinks, DEFAULT_WINDOW.recent)
@@ -394,8 +409,8 @@ def _check_policy(model: PreTrainedModel, plan: Plan | None, packed: Scheme | No
         LowkeyError: for a plan, integers or a model that the policy cannot work with.
     """
     name = policy_name(policy)
-    if policy.needs_whole_keys and (plan or packed):
-        what = f"plan of method {plan.method['name']!r}" if plan else "packing in integers"
+    if policy.needs_whole_keys and (packed or (plan and plan.factors)):
+        what = "packing in integers" if packed else f"plan of method {plan and plan.method['name']!r}"
         raise LowkeyError(
             f"policy {name!r} {policy.needs_whole_keys}, and a {what} stores keys in another form; use it alone, "
             "or another policy"
@@ -419,7 +434,7 @@ def _check_policy(model: PreTrainedModel, plan: Plan | None, packed: Scheme | No
 
 def _rows_of_heads(model: PreTrainedModel, plan: Plan | None) -> tuple[tuple[int, ...], ...] | None:
     """For each layer, the row of each KV head, which heads with a shared latent share; None without a plan."""
-    if plan is None:
+    if plan is None or not plan.factors:
         return None
     heads, rows = families.geometry(model).kv_heads, []
     for i in families.geometry(model).compressible:
@@ -456,7 +471,7 @@ def _codec(model: PreTrainedModel, i: int, plan: Plan | None, packed: Scheme | N
     """The codec of layer `i`. A Hadamard transform is folded into a plan's maps, where it costs nothing."""
     rotated = packed is not None and packed.hadamard_rotated
     rope = families.rope(model, i)
-    if plan is not None:
+    if plan is not None and plan.factors:
         factors = plan.factors[i]
         return LowRank(factors.hadamard_rotated() if rotated else factors, plan.layout, rope)
     if not rotated:

@@ -74,7 +74,7 @@ def _policy_of(cache: LowkeyCache, question: int) -> Policy | None:
             f"cache: has seen {cache.get_seq_length()} tokens already; make a fresh one, or call the model "
             "for a later turn"
         )
-    policy = cache.origin.policy if cache.origin else None
+    policy = cache.origin.policy_in_use if cache.origin else None
     if question and policy is None:
         raise LowkeyError(
             f"question {question}: only a cache with a policy is told what to keep; leave the question out"

@@ -30,7 +30,7 @@ from lowkey.models import families
 from lowkey.models.attention_interface import attach, attached
 from lowkey.models.fingerprint import check_model
 from lowkey.ops.bases import is_orthonormal
-from lowkey.plan.plan import cache_shape
+from lowkey.plan.reading import cache_shape
 from lowkey.storage.bucketed import BucketedLayer, Gate, truncate_factors
 from lowkey.storage.codec import LowRank
 

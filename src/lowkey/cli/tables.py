@@ -44,7 +44,7 @@ screen = Screen(width=wide(), markup=False, emoji=False)
 def show_plan(plan: Plan, place: Path, as_json: bool) -> None:
     """Ranks, options and bytes of a plan that `lowkey compress` made."""
     from lowkey.methods import METHODS
-    from lowkey.plan.plan import bytes_kept
+    from lowkey.plan.card import bytes_kept
 
     if as_json:
         print(json.dumps({"plan": str(place), **plan.describe()}))

@@ -166,7 +166,7 @@ def check_budgets(settings: Sequence[Setting], refeed: bool, tokens: int, questi
     """
     for setting in settings:
         if setting.evicts and (refeed or setting.needs_second_pass):
-            policy = origin.policy if (origin := setting.make().origin) else None
+            policy = origin.policy_in_use if (origin := setting.make().origin) else None
             if policy is not None:
                 check_question(policy, tokens, question)
 

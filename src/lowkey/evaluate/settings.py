@@ -161,14 +161,34 @@ def planned(
         layout=plan.layout,
         sinks=exact.sinks,
         recent=exact.recent,
+        policy=plan.policy,
         **_packing(bits),
     )
-    name = f"{plan.method['name']} {plan.budget}" + ("" if bits is None else f" {scheme_name(bits)}")
+    policy = origin.policy_in_use
+    name = " ".join(_parts_of_name(plan, bits))
     marks = {"window": _exact_words(exact), **plan_marks(plan, path)}
     made_of = _hash(identity, plan.digest())
     # The profile is shown in reports and changes no number, so it is no part of the checksum.
     identity["profile"] = {**plan.profile, "layers": list(plan.factors)}
-    return Setting(name, identity, lambda: cache_from(model, origin), marks=marks, made_of=made_of)
+    return Setting(
+        name,
+        identity,
+        lambda: cache_from(model, origin),
+        evicts=policy is not None,
+        needs_second_pass=policy is not None and policy.needs_second_pass,
+        marks=marks,
+        made_of=made_of,
+    )
+
+
+def _parts_of_name(plan: Plan, bits: int | str | None) -> list[str]:
+    """The parts of a plan that are in use, in words."""
+    parts = [plan.method["name"]] if plan.factors else []
+    if plan.policy is not None:
+        parts.append(f"{plan.policy['name']} {plan.policy['budget'] or ''}".strip())
+    if bits is not None:
+        parts.append(scheme_name(bits))
+    return [*(parts[:1] or ["full"]), plan.budget, *parts[1:]]
 
 
 def window_of(

@@ -1,6 +1,6 @@
-"""The plan: what calibration decided, as one folder that loads anywhere and refuses other models.
+"""The plan: what is stored of keys and values, as one folder that loads anywhere and refuses other models.
 
-Imports `storage` (exact tokens, packings) and the packages below it; never a method or a policy.
+Imports `storage` (exact tokens, packings), `policies` and the packages below them; never a method.
 """
 
 from lowkey.plan.plan import Plan

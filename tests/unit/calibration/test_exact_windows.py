@@ -23,7 +23,9 @@ from lowkey.calibration.statistics import gather_statistics
 from lowkey.core.types import Budget, Factors
 from lowkey.methods import KQSVD, PCA, FisherSVD, KVHeadSVD
 from lowkey.models import families
-from lowkey.plan.plan import PLAN_JSON, Plan, bytes_kept, plan_card
+from lowkey.plan.card import bytes_kept, plan_card
+from lowkey.plan.plan import Plan
+from lowkey.plan.reading import PLAN_JSON
 from lowkey.plan.window_bytes import CacheBytes
 from lowkey.policies import POLICIES
 from lowkey.probes.layer_inputs import layer_inputs

@@ -14,7 +14,9 @@ from plan_folders import MODEL, make
 from lowkey.core import files
 from lowkey.core.types import Factors, LowkeyError
 from lowkey.models.fingerprint import model_fingerprint
-from lowkey.plan.plan import MAPS, PLAN_JSON, PLAN_TENSORS, Plan, plan_card
+from lowkey.plan.card import plan_card
+from lowkey.plan.plan import Plan
+from lowkey.plan.reading import MAPS, PLAN_JSON, PLAN_TENSORS
 
 # -- save and load
 

@@ -79,10 +79,3 @@ def test_shares_and_bytes_per_token():
 def test_ranks_cannot_be_bought_with_tokens_or_bytes(text):
     with pytest.raises(LowkeyError, match="token"):
         Budget.parse(text).bytes_per_token(400)
-
-
-def test_policies_refuse_merged_heads():
-    model = pico.attached(MODEL)
-    plan = make(model=model, factors={i: pico.merged_factors(4, 6, 9, 2, 4) for i in (0, 1, 2)})
-    with pytest.raises(LowkeyError, match="merges heads"):
-        lowkey.make_cache(model, plan, lowkey.policies.SnapKV("50%"))

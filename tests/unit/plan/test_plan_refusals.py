@@ -15,7 +15,8 @@ from plan_folders import MODEL, make
 from safetensors.torch import load_file
 
 from lowkey.core.types import LowkeyError
-from lowkey.plan.plan import PLAN_FORMAT, PLAN_JSON, PLAN_TENSORS, Plan
+from lowkey.plan.plan import Plan
+from lowkey.plan.reading import PLAN_FORMAT, PLAN_JSON, PLAN_TENSORS
 
 
 def edit(folder, **changes):
