@@ -38,15 +38,20 @@ def fits(segments: Sequence[Segment], softcap: float | None) -> bool:
 
 def attend(segments: Sequence[Segment], scaling: float) -> Tensor:
     """As `naive.attend`: (b, h, g, t, d)."""
-    h, t, up = kv_heads(segments), segments[0].query.shape[3], segments[0].up
+    h, up = kv_heads(segments), segments[0].up
+    out = torch.cat([_attend_block(block, scaling) for block in _blocks(segments)], 2).unflatten(1, (h, -1))
+    return out if up is None else out @ up.unsqueeze(1)
+
+
+def _blocks(segments: Sequence[Segment]) -> list[list[Segment]]:
+    """The segments for some queries at a time, without the tokens that none of these sees."""
+    t = segments[0].query.shape[3]
     rows = QUERIES_PER_PASS if segments[0].query.device.type == "cpu" else 4 * QUERIES_PER_PASS
     spans = zip(*(_visible_spans(s, t, rows) for s in segments), strict=True)
-    blocks = [
+    return [
         [_cut(s, slice(i * rows, (i + 1) * rows), span) for s, span in zip(segments, own, strict=True)]
         for i, own in enumerate(spans)
     ]
-    out = torch.cat([_attend_block(block, scaling) for block in blocks], 2).unflatten(1, (h, -1))
-    return out if up is None else out @ up.unsqueeze(1)
 
 
 def _visible_spans(s: Segment, t: int, rows: int) -> list[slice]:
@@ -94,6 +99,29 @@ def gives_lse(query: Tensor, keys: Tensor, softcap: float | None) -> bool:
     return query.device.type == "cpu" and softcap is None and query.shape[-2] >= QUERIES and not traced
 
 
+def attend_with_lse(segments: Sequence[Segment], scaling: float) -> Part:
+    """As `grouped.partial`, where `fits` and `gives_lse` say that this module can answer."""
+    h, up, parts = kv_heads(segments), segments[0].up, []
+    for block in _blocks(segments):
+        query, mask = block[0].query.flatten(1, 2), joint_mask(block)
+        keys, values = (
+            torch.cat([_repeat_for_heads(x, query.shape[1]) for x in some], 2)
+            for some in ([s.keys for s in block], [s.values for s in block])
+        )
+        added = None
+        if mask is not None:
+            added = query.new_zeros(len(mask), 1, *mask.shape[1:]).masked_fill_(
+                ~mask.unsqueeze(1), -torch.inf
+            )
+        out, lse = _with_lse(query, keys, values, scaling, mask=added)
+        if mask is not None:
+            blind = ~mask.any(-1).unsqueeze(1)  # torch leaves anything for a query that sees nothing
+            out, lse = out.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, -torch.inf)
+        parts.append((out, lse))
+    out, lse = (torch.cat(x, 2).unflatten(1, (h, -1)) for x in zip(*parts, strict=True))
+    return out if up is None else out @ up.unsqueeze(1), lse
+
+
 def ragged(query: Tensor, keys: Tensor, values: Tensor, starts: Tensor, scaling: float) -> Part:
     """As `naive.ragged`, one row after another."""
     edges = list(itertools.pairwise(starts.tolist()))
@@ -124,7 +152,14 @@ def causal(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Part:
     return out.unflatten(1, (-1, g)), lse.unflatten(1, (-1, g))
 
 
-def _with_lse(query: Tensor, keys: Tensor, values: Tensor, scaling: float, is_causal: bool = False) -> Part:
+def _with_lse(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scaling: float,
+    is_causal: bool = False,
+    mask: Tensor | None = None,
+) -> Part:
     """Attention and its log-sum-exp.
 
     Args:
@@ -133,6 +168,7 @@ def _with_lse(query: Tensor, keys: Tensor, values: Tensor, scaling: float, is_ca
         values: (b, H, s, width).
         scaling: what scores are multiplied with.
         is_causal: whether each query sees the tokens up to its own only.
+        mask: (b|1, 1, t, s), added to the scaled scores; None for nothing.
 
     Returns:
         (output (b, H, t, width), log-sum-exp (b, H, t)).
@@ -145,7 +181,7 @@ def _with_lse(query: Tensor, keys: Tensor, values: Tensor, scaling: float, is_ca
     widest = max(width, keys.shape[3])
     query, keys, values = (pad(x, (0, widest - x.shape[3])) for x in (query.to(keys.dtype), keys, values))
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out, lse = attention(query, keys, values, 0.0, is_causal, scale=scaling)
+    out, lse = attention(query, keys, values, 0.0, is_causal, attn_mask=mask, scale=scaling)
     return out[..., :width], lse
 
 

@@ -30,6 +30,9 @@ def attend(segments: Sequence[Segment], scaling: float, softcap: float | None = 
 def partial(segments: Sequence[Segment], scaling: float, softcap: float | None = None) -> Part:
     """As `attend`, with the log-sum-exp (b, h, g, t) in fp32 to merge it with attention over other tokens."""
     segments, step = _steps(segments)
+    first = segments[0]
+    if fused.fits(segments, softcap) and fused.gives_lse(first.query, first.keys, softcap):
+        return fused.attend_with_lse(segments, scaling)
     blocks = []
     for some in _blocks(segments, step):
         out, scores, blind = _block(some, scaling, softcap)

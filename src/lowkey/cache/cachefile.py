@@ -95,8 +95,8 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor], Plan | None]:
         raise damaged_cache(path, "cache.json lacks or garbles a field")
     if about["format"] < 2 and about["policy"] is not None:
         raise LowkeyError(
-            f"cache {str(path)!r}: format 1 holds the tokens of a policy in another way than this version; make "
-            "it again"
+            f"cache {str(path)!r}: format 1 holds the tokens of a policy in another way than this version; "
+            "make it again"
         )
     tensors = files.read_tensors(
         path / CACHE_TENSORS, "cache", CACHE_FILE, about["tensors_sha256"], finite=False

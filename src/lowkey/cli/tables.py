@@ -100,6 +100,7 @@ COLUMNS = {  # key of a row: (heading, format)
     "perplexity": ("ppl", ".3f"),
     "perplexity_decode": ("ppl decode", ".3f"),
     "kl": ("KL", ".4f"),
+    "kl_decode": ("KL decode", ".4f"),
     "top1_agreement": ("top-1", ".3f"),
     "layer_error": ("layer error", ".4f"),
     "exact_match": ("recall", ".2f"),

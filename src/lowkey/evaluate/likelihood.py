@@ -202,48 +202,70 @@ def measure_decode(
     progress: Progress,
     measured: Measured | None = None,
 ) -> dict[str, dict]:
-    """Perplexity of decoding alone.
+    """Perplexity and KL divergence of decoding alone.
 
     The first half of each window is read exactly and then stored compressed; the second half is scored, so
-    that every scored token sees compressed predecessors only.
+    that every scored token sees compressed predecessors only. A policy chooses once, behind the first half.
 
     Args:
         model: the model, attached.
         tokenizer: its tokenizer.
-        settings: what is compared.
+        settings: what is compared. The first is the reference of the divergence.
         rows: windows of ids (n, t).
         progress: shows progress.
         measured: earlier measurements of the same job.
 
     Returns:
-        By setting, `perplexity_decode`.
+        By setting, `perplexity_decode`; `kl_decode`, KL(reference || setting) in nats per token; and
+        `kl_decode_95`, half of its 95 % interval over windows, or None for fewer than three.
     """
     measured = measured or Measured()
-    todo = [(w, s) for w in range(len(rows)) for s in settings if f"decode {w} {s.name}" not in measured]
+    names = {(w, s.name): f"decoding {w} {s.name}" for w in range(len(rows)) for s in settings}
+    todo = [(w, s) for w in range(len(rows)) for s in settings if names[w, s.name] not in measured]
+    reference: tuple[int, Reference] | None = None
     for w, setting in progress(todo, lambda unit: f"decode, {unit[1].name}"):
         ids = rows[w : w + 1].to(device_of(model))
-        measured.once(f"decode {w} {setting.name}", lambda: _decode(model, tokenizer, setting.make(), ids))  # noqa: B023
-    nats = {s.name: [_number(measured[f"decode {w} {s.name}"]) for w in range(len(rows))] for s in settings}
-    tokens = len(rows) * (rows.shape[1] - rows.shape[1] // 2 - 1)
-    return {name: {"perplexity_decode": _exp(sum(nll) / tokens)} for name, nll in nats.items()}
+        if reference is None or reference[0] != w:
+            reference = None  # frees the logits of the window before
+            reference = w, Reference(_decoded_logits(model, tokenizer, settings[0].make(), ids))
+        score = partial(_decoded, model, tokenizer, setting, settings[0], reference[1], ids)
+        measured.once(names[w, setting.name], score)
+    found = {s.name: row([measured[names[w, s.name]] for w in range(len(rows))]) for s in settings}
+    return {
+        name: {
+            "perplexity_decode": own["perplexity"],
+            "kl_decode": own["kl"],
+            "kl_decode_95": own["kl_95"],
+        }
+        for name, own in found.items()
+    }
 
 
-def _decode(
+def _decoded(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    setting: Setting,
+    first: Setting,
+    reference: Reference,
+    ids: Tensor,
+) -> dict:
+    """Sums of the second half of one window under one setting."""
+    targets = ids[0, ids.shape[1] // 2 + 1 :]
+    if setting is first:
+        return reference.own(targets)
+    return reference.score(_decoded_logits(model, tokenizer, setting.make(), ids), targets)
+
+
+def _decoded_logits(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache: LowkeyCache, ids: Tensor
-) -> float:
-    """Sum of the negative log-likelihoods of a window's second half, without its first token."""
+) -> Tensor:
+    """Logits (n, V) of the second half of a window (1, t), without those of its last token."""
     half = ids.shape[1] // 2
     cache.exact_prefill(True)
     prefill(model, tokenizer, cache, ids[:, :half])
     cache.exact_prefill(False)
     cache.freeze()  # a policy has chosen; the second half is decoding
-    logits, targets = model(ids[:, half:], past_key_values=cache).logits[0, :-1], ids[0, half + 1 :]
-    parts = zip(logits.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE), strict=True)
-    return float(
-        sum(
-            torch.nn.functional.cross_entropy(x.float(), y, reduction="none").double().sum() for x, y in parts
-        )
-    )
+    return model(ids[:, half:], past_key_values=cache).logits[0, :-1]
 
 
 def _exp(x: float) -> float:

@@ -32,7 +32,8 @@ from lowkey.storage.packing import NO_BITS, scheme, scheme_name
 # Fields of a row that tasks fill in; the row of a new setting has None in each.
 # fmt: off
 UNMEASURED = (
-    "perplexity", "perplexity_95", "perplexity_decode", "kl", "kl_95", "top1_agreement",
+    "perplexity", "perplexity_95", "perplexity_decode", "kl", "kl_95", "kl_decode", "kl_decode_95",
+    "top1_agreement",
     "layer_error", "layer_cosine",
     "exact_match", "recall_form", "recall_evidence", "recall_kept",
     "questions", "questions_right", "questions_of", "questions_evidence", "questions_kept",

@@ -31,7 +31,7 @@ class _Layer:
     exact: int
 
 
-def held_bytes(plan: Plan, tokens: int, itemsize: int) -> int:
+def held_bytes(plan: Plan, tokens: int, itemsize: int, latents: float = 1.0) -> int:
     """The bytes that one sequence takes in the compressed layers after a prompt.
 
     Exact for plans without a policy, and for policies over integers with scales of their own for every token.
@@ -42,6 +42,7 @@ def held_bytes(plan: Plan, tokens: int, itemsize: int) -> int:
         plan: the plan.
         tokens: length of the prompt.
         itemsize: bytes of a number in the model's dtype.
+        latents: what the bytes of stored tokens are multiplied with, to ask for other ranks of the same form.
     """
     g, packed = plan.geometry, scheme_or_none(plan.bits)
     whole = plan.cache_bytes(itemsize, tokens)
@@ -49,7 +50,7 @@ def held_bytes(plan: Plan, tokens: int, itemsize: int) -> int:
     layers = [
         _Layer(
             g["kv_heads"] // math.lcm(keys[0], values[0]),
-            whole.latent_token_bytes(0, *keys) + whole.latent_token_bytes(1, *values),
+            latents * (whole.latent_token_bytes(0, *keys) + whole.latent_token_bytes(1, *values)),
             2 * g["kv_heads"] * g["head_dim"] * itemsize,
         )
         for keys, values in plan.stored_shapes()
@@ -99,8 +100,7 @@ def _in_rows(
     """The bytes of layers whose policy has evicted tokens."""
     score = SCORE if policy is not None and policy.stateful else 0
     rows = sum(layer.rows for layer in layers)
-    # the allocator splits a whole number of entries over all rows of the cache; the window is held in the rows'
-    # place
+    # the allocator splits a whole number of entries over all rows, of which the window takes its part
     entries = max(0, round(kept * rows) - window * rows)
     total = 0.0
     for layer in layers:

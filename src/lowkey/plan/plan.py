@@ -35,6 +35,8 @@ from lowkey.storage.exact import Exact
 from lowkey.storage.packing import scheme_or_none
 from lowkey.version import __version__
 
+NO_METHOD = {"name": "none", "parameters": {}}  # of plans without low-rank maps
+
 
 @dataclass(frozen=True)
 class Plan:

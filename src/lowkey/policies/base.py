@@ -182,8 +182,8 @@ class Policy(ABC):
         recent: number of newest tokens of each row that are always kept; they count in the budget (default
             8).
         every: evict after this many decode steps, too; 0 evicts after prompts and chunks only (default 0).
-        head_pooling: how the scores of KV heads that share a latent, and therefore keep the same tokens, become
-            one: `mean` or `max` (default `mean`).
+        head_pooling: how the scores of KV heads that share a latent, and so keep the same tokens, become one:
+            `mean` or `max` (default `mean`).
 
     Raises:
         LowkeyError: an option out of its range, a budget without need or missing, or one that does not hold
@@ -198,7 +198,7 @@ class Policy(ABC):
     stateful: ClassVar[bool] = False
     # The cache layer that stores what this policy keeps, a name of `lowkey.cache.cache.EVICTING_LAYERS`.
     layer: ClassVar[str] = "evicting"
-    # In words, what it does to keys that neither a plan nor integers allow; empty if it works on any stored form.
+    # In words, what it does to keys that neither a plan nor integers allow; empty if any stored form will do.
     needs_whole_keys: ClassVar[str] = ""
 
     budget: Budget | str | None

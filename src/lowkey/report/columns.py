@@ -121,6 +121,12 @@ RESULT_COLUMNS = [
         "nats; 0 is identical.",
     ),
     _column(
+        "kl_decode",
+        "KL, decode",
+        _three_digits,
+        "The same over decoded tokens only, whose every predecessor is read back from the compressed cache.",
+    ),
+    _column(
         "top1_agreement",
         "Top-1",
         format_percent,

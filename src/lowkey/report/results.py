@@ -21,7 +21,8 @@ GIVE_RESULTS = "give a file that lowkey eval wrote, or a folder of them"
 # fmt: off
 NUMBER_FIELDS = [
     "bits", "sinks", "recent",
-    "perplexity", "perplexity_95", "perplexity_decode", "kl", "kl_95", "top1_agreement",
+    "perplexity", "perplexity_95", "perplexity_decode", "kl", "kl_95", "kl_decode", "kl_decode_95",
+    "top1_agreement",
     "layer_error", "layer_cosine", "exact_match", "recall_kept",
     "questions", "questions_right", "questions_of", "questions_kept",
     "bytes_per_token", "bytes_held", "bytes_predicted", "bytes_full", "prefill_ms", "step_ms",

@@ -78,8 +78,8 @@ class CodedLayer(PositionedLayer):
         self.is_lossless = (self.codec, *self.packing.values()) == (Plain(), Unpacked(), Unpacked())
         self.form_depends_on_age = self.block > 1 or (self.exact.recent > 0 and not self.is_lossless)
 
-    front_start = 0
-    transient_tokens = 0
+    front_start: int = 0
+    transient_tokens: int = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make empty tensors for this batch size, device and dtype."""

@@ -98,7 +98,9 @@ def tokens_of_dense(part: Tensor, row_heads: int, chosen: Tensor) -> Tensor:
     return part.unflatten(1, (row_heads, -1)).transpose(2, 3)[chosen]
 
 
-def select_tokens(packing: Packing, parts: tuple[Tensor, ...], width: int, starts: Tensor, chosen: Tensor):
+def select_tokens(
+    packing: Packing, parts: tuple[Tensor, ...], width: int, starts: Tensor, chosen: Tensor
+) -> tuple[Tensor, ...]:
     """Chosen tokens (n) of rows, still packed, if the packing packs each token by itself; else latents."""
     if packing.block == 1:
         return tuple(part[chosen] for part in parts)
@@ -176,13 +178,3 @@ def attend_to_rows(
     out = torch.stack([out.view(*shape, -1) for out, _ in parts], 2).flatten(1, 3)
     lse = torch.stack([lse.view(shape) for _, lse in parts], 2).flatten(1, 3)
     return codec.expand_output(out), lse if shift is None else lse + shift * scaling
-
-
-def with_positions_in(rows: Rows, chosen: Tensor, packings: tuple[Packing, Packing], widths: tuple[int, int]):
-    """Unpacked keys (m, a, r), values, positions and starts of the chosen tokens (n) of all rows."""
-    lengths = torch.zeros_like(rows.starts[1:]).index_add_(0, row_of(rows.starts), chosen.long())
-    keys, values = (
-        unpack_rows(packing, parts, width, rows.starts)[chosen]
-        for packing, parts, width in zip(packings, (rows.keys, rows.values), widths, strict=True)
-    )
-    return keys, values, rows.positions[chosen], starts_of(lengths)
