@@ -1,5 +1,7 @@
-"""Shapes in signatures are enforced while the tests run; transformers is kept quiet; tests on a real model
-are skipped without it.
+"""Settings and fixtures of all tests.
+
+Shapes in signatures are enforced while the tests run; transformers is kept quiet; tests on a real model are
+skipped without it.
 """
 
 from __future__ import annotations

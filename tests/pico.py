@@ -1,4 +1,7 @@
-"""Pico random models of every family, built in milliseconds: 3 layers, hidden 64, head dim 16, vocabulary 97."""
+"""Random pico models of every family, built in milliseconds.
+
+3 layers, hidden 64, head dim 16, vocabulary 97.
+"""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Kind:
 
 
 def merged(model, rank_k, rank_v):
-    """Every two heads share a latent of keys, all of them one of values (grouped in some order and centred)."""
+    """Pairs of heads share a latent of keys, all heads one of values; in some order, and centred."""
     h = families.geometry(model).kv_heads
     return {
         i: pico.merged_factors(h, rank_k, rank_v, 2, h, seed=i) for i in families.geometry(model).compressible

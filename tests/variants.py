@@ -1,5 +1,6 @@
-"""Pico models of every kind of attention that trains with a small cache: 2 layers, hidden 24, 4 heads of 8,
-vocabulary 97, fp64.
+"""Pico models of every attention kind that trains with a small cache.
+
+2 layers, hidden 24, 4 heads of 8, vocabulary 97, fp64.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Help and every error about arguments come without torch: names, numbers, budgets, options, files.
+"""Help and every error about arguments are printed without importing torch.
 
 One process in which torch and transformers cannot be imported runs all the command lines below. Some are also
 measured as a shell starts them.

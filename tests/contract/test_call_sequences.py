@@ -1,6 +1,4 @@
-"""Whatever happens to a cache, in any order: beside one to which only the good calls came, it holds the same
-and says the same.
-"""
+"""Random sequences of good and failing calls: the cache holds what the good calls alone would give."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""kill -9 at any moment: what was there is there, what is read is whole, and the same command ends as if
-nothing had been.
-"""
+"""Processes that are killed at any moment leave whole files, and the same command then ends as usual."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Numbers of KV heads that powers of two do not divide: 1, 3, 5, 7. What errors recommend is typed as it
-stands and must work.
+"""Models of 1, 3, 5 or 7 KV heads: counts that powers of two do not divide.
+
+What an error recommends is typed as it stands, and must work.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Rows of a batch are picked, moved and repeated in every kind of cache; beams and several samples need no
-more.
-"""
+"""Rows of a batch are selected, reordered and repeated in every kind of cache, as beam search does."""
 
 from __future__ import annotations
 

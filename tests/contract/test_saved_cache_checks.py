@@ -1,4 +1,4 @@
-"""Every rule that a saved cache must keep, broken once, with checksums that fit."""
+"""Every rule that a saved cache must keep is broken once, with checksums that fit."""
 
 from __future__ import annotations
 

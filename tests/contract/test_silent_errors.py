@@ -1,5 +1,6 @@
-"""What would be wrong without a word: adapters, masks, layers that slide beside layers that evict, state that
-outlives its use.
+"""Situations that would give wrong results without an error.
+
+Adapters, masks, sliding layers beside evicting ones, and state that is used after its time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`torch.compile`: the model's own parts are compiled, a cache of ours runs between them, as it is."""
+"""Compiled models and attention (`torch.compile`) give the same logits over every kind of cache."""
 
 from __future__ import annotations
 

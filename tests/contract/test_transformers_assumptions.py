@@ -1,4 +1,7 @@
-"""Every assumption about transformers' caches and attention, one test each: a failure names what changed."""
+"""Assumptions about transformers' caches, masks and attention, one test each.
+
+A failure names what a new release of transformers changed.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Everything that a user can choose is listed in a literal dict, and compared with its definition by a test.
+"""Everything that a user can choose is in a literal dict, and a test compares it with its definition.
 
-Such a test carries `pytest.mark.defines(kind, *names)`. The marks are read from the source of the tests, so that
-this one knows them all wherever it runs."""
+Such a test carries `pytest.mark.defines(kind, *names)`. The marks are read from the source of the tests, so
+that this one knows them all wherever it runs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules of the house that a machine can check, each over all source files at once."""
+"""Rules of the code base that a machine can check, each over all files at once."""
 
 from __future__ import annotations
 
@@ -126,9 +126,11 @@ def test_only_families_knows_architectures():
 
 
 def test_a_public_name_is_defined_in_one_module():
-    """Three kinds of names stand in two modules: the interface that several backends offer; a command, named as the
-    function that it calls; and the tables of names that `cli.choices` reads from a file, so that help and errors
-    about arguments need no torch."""
+    """Three kinds of names are defined in two modules.
+
+    The interface that several backends offer; a command, named as the function that it calls; and the tables
+    of names that `cli.choices` reads from a file, so that help and errors about arguments need no torch.
+    """
     homes: dict[str, set[str]] = {}
     for path, tree in TREES.items():
         for name in public_names(tree) if path.is_relative_to(SOURCE / "lowkey") else ():
@@ -170,8 +172,7 @@ def test_no_plug_in_is_told_by_its_class():
 
 
 def test_no_plug_in_is_named_outside_its_room():
-    """Methods and policies are named in the tables that list them and in their own rooms; the command line may
-    name them in its help."""
+    """Methods and policies are named in their tables, in their own rooms and in the help of commands."""
     rooms = {"methods": set(METHODS) - set(ATTENTION), "policies": set(POLICIES)}
 
     def named(path: Path, tree: ast.Module) -> list[str]:

@@ -265,7 +265,7 @@ def test_no_allocator_rounds_above_the_budget(allocator, budget):
 
 
 def test_a_share_is_not_rounded_down_by_floating_point():
-    """55 % of 2048 bytes is 1126.4; of 2000 bytes exactly 1100, which 0.55 * 2000 misses by its last digit."""
+    """55 % of 2048 bytes is 1126.4; of 2000 exactly 1100, which 0.55 * 2000 misses by its last digit."""
     from lowkey.core.types import Budget
 
     assert all(Budget.parse(f"{n}%").bytes_per_token(100) == n for n in range(1, 101))

@@ -1,6 +1,4 @@
-"""Every kind of attention as a model: what it answers does not depend on how the text was fed, stored,
-compiled or saved.
-"""
+"""Models of every attention kind give the same logits however the text is fed, stored or compiled."""
 
 from __future__ import annotations
 
@@ -289,8 +287,10 @@ for folder in sys.argv[1:]:
     inner = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="auto")
     assert type(inner).__name__ == "LowkeyModel"
     with torch.no_grad():
-        assert torch.equal(inner(tokens).last_hidden_state, model(tokens, output_hidden_states=True).hidden_states[-1])
-        torch.save({"logits": model(tokens).logits, "new": model.generate(tokens, max_new_tokens=4, do_sample=False)}, f"{folder}/out.pt")
+        states = model(tokens, output_hidden_states=True).hidden_states
+        assert torch.equal(inner(tokens).last_hidden_state, states[-1])
+        new = model.generate(tokens, max_new_tokens=4, do_sample=False)
+        torch.save({"logits": model(tokens).logits, "new": new}, f"{folder}/out.pt")
 assert not [m for m in sys.modules if m.split(".")[0] == "lowkey"]
 """
 

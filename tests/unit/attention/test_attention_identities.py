@@ -1,6 +1,4 @@
-"""What every kind of attention is: equal to another kind where one is a case of the other, and to loops over
-heads, written out.
-"""
+"""Every attention kind equals another kind where it is a special case of it, and loops over heads."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Every kind of attention wherever its tokens stand: a cache gives what reading the whole text at the same
-positions gives.
-"""
+"""Every attention kind at any positions: a cache gives what one pass over the whole text gives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every ragged backend is the definition; the dispatcher takes one that can."""
+"""Every ragged backend gives what the definition gives; the dispatcher takes one that can."""
 
 from __future__ import annotations
 

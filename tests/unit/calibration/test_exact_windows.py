@@ -1,5 +1,6 @@
-"""Exact tokens beside a plan: in its budget, in its errors and in its statistics; and plans that name the
-packing of their latents.
+"""Exact tokens beside a plan: in its budget, its errors and its statistics.
+
+Also plans that name the packing of their latents.
 """
 
 from __future__ import annotations

@@ -206,7 +206,7 @@ def test_an_outlier_channel_in_which_every_token_is_large_does_not_hide_the_sink
 
 
 def test_points_lie_where_no_others_do_also_in_their_midst():
-    """Sinks near zero, in the middle of values with large norms: no half-space tells them apart, a ball does."""
+    """Sinks near zero, amid values of large norm: no half-space separates them, but a ball does."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(200, 2, 8, generator=generator)
     kinds = torch.zeros(200, dtype=torch.long)

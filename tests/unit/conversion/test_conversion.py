@@ -210,7 +210,7 @@ STILL = [
 
 @pytest.mark.parametrize(("name", "fields"), STILL)
 def test_a_latent_of_full_rank_is_exact_where_nothing_is_rotated(name: str, fields: dict) -> None:
-    """Only dropping rotations can then lose anything; and with rotation it does, so that the test can tell."""
+    """Only dropping rotations can then lose anything; with rotation it does, so that the test can fail."""
     model = build(name)
     made = convert(model, "mla", **fields)
     assert equal(model, made, still=True)

@@ -1,6 +1,4 @@
-"""What a conversion says of itself: that it is exact, or what loses something and with which fields nothing
-would be lost.
-"""
+"""A conversion reports whether it is exact, what loses something, and which fields would lose nothing."""
 
 from __future__ import annotations
 
@@ -113,7 +111,8 @@ def test_the_command_the_record_and_the_card_say_it(
     line = (
         "exact, to rounding"
         if exact
-        else "not exact: 2 stored heads stand for the source's 4; exact with attention=gqa num_key_value_heads=4"
+        else "not exact: 2 stored heads stand for the source's 4; "
+        "exact with attention=gqa num_key_value_heads=4"
     )
     assert record["exact"] == exact and line in card
     assert record["exact_with"] == (None if exact else {"attention": "gqa", "num_key_value_heads": 4})

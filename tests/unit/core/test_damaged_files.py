@@ -166,7 +166,7 @@ def test_counts_of_a_plan_are_bounded(tmp_path, name, number):
 
 
 def test_a_file_of_another_size_is_not_read_to_its_end(tmp_path):
-    """A sparse file of 4 TiB would take an hour to read: its size alone says that it is not what was written."""
+    """A sparse file of 4 TiB would take an hour to read: its size alone says that it is damaged."""
     (tmp_path / "whole").write_bytes(b"tokens")
     known = [files.file_checksum(tmp_path / "whole")]
     assert known == [f"6:{hashlib.sha256(b'tokens').hexdigest()}"]

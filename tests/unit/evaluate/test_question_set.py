@@ -1,6 +1,4 @@
-"""Questions: what the set is, how texts are made of it, and that only what the full cache answers is asked of
-the others.
-"""
+"""The question task: its set, its texts, and that only what the full cache answers is asked of others."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ def test_the_form_is_chosen_by_the_template():
 
 @pytest.mark.parametrize("told", [None, 5, [5, 6]])
 def test_an_answer_ends_with_any_end_of_turn_that_is_known(told):
-    """The generation config may tell one, several or none; the template's own is found where nobody tells it."""
+    """The generation config may tell one, several or none; the template's own is found where none is told."""
     model, tokenizer = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=told)), chatting()
     mark = tokenizer.convert_tokens_to_ids("~")
     assert Frame.of(tokenizer).ends(model) == {

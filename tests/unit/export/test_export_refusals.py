@@ -37,7 +37,8 @@ def spoilt(plan):
 REFUSALS = {
     "layer": (
         lambda m: make(m, KVHeadSVD()),
-        r"keys=layer .*: it merges the keys of 4 heads and the values of 2; compress with .* -O keys=commuting ",
+        r"keys=layer .*: it merges the keys of 4 heads and the values of 2; "
+        r"compress with .* -O keys=commuting ",
     ),
     "grouped": (
         lambda m: make(m, KVHeadSVD(keys="grouped")),

@@ -240,8 +240,9 @@ def test_parts_of_lrkv():
 
 
 def test_fresh_lrkv_starts_with_a_small_residual():
-    config = LowkeyConfig(hidden_size=256, intermediate_size=16, num_hidden_layers=1, vocab_size=8, num_attention_heads=4, head_dim=64,
-                          attention="lrkv", lrkv_rank=24)  # fmt: skip
+    sizes = {"hidden_size": 256, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 8}
+    heads = {"num_attention_heads": 4, "head_dim": 64, "attention": "lrkv", "lrkv_rank": 24}
+    config = LowkeyConfig(**sizes, **heads)
     torch.manual_seed(0)
     residual = div.of_maps(LowkeyForCausalLM(config).model.layers[0].self_attn.head_maps())["residual"]
     assert 8 < residual["keys"]["shared_over_residual"] < 12.5 and abs(residual["keys"]["cosine"]) < 0.05

@@ -31,7 +31,7 @@ def tiny():
 
 @torch.no_grad()
 def by_hand(model, kind: str, case: Case, layers: tuple[int, ...]) -> list[list[float]]:
-    """Scores (layers, H) of one case in plain loops, from the eager attention of the whole sequence at once."""
+    """Scores (layers, H) of one case in loops, from the eager attention of the whole sequence at once."""
     written, total = [], None
     for _ in case.answer:
         out = model(torch.tensor([case.prompt + written]), output_attentions=True)

@@ -1,4 +1,4 @@
-"""Needle tasks: the spans hold what they say, the answer is right, and any tokenizer and text will do."""
+"""Needle tasks: spans contain what they say, the answer is right, and any tokenizer and text will do."""
 
 from __future__ import annotations
 

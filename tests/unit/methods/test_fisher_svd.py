@@ -1,4 +1,4 @@
-"""Maps in the metric of the model's loss, against gradients that the stock model gives and sums written out."""
+"""FisherSVD: maps in the metric of the model's loss, against gradients of the stock model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MatryoshkaKV: its start, its turning, and what training through the model does to held-out text."""
+"""MatryoshkaKV: its start, its rotations, and what training through the model does to held-out text."""
 
 from __future__ import annotations
 

@@ -210,7 +210,7 @@ def gqa_logits(f):
 
 @pytest.fixture(scope="module")
 def lopsided():
-    """A model whose attention reads inputs of very different scales, of which its projections know nothing."""
+    """A model whose attention reads inputs of very different scales, which its weights do not show."""
     model = pico.build("llama-mha")
     for block in families.decoder_layers(model):
         block.input_layernorm.weight.data = torch.logspace(-1.5, 1, pico.HIDDEN)[torch.randperm(pico.HIDDEN)]
@@ -243,7 +243,7 @@ def block_diagonal(maps):
 
 
 def test_weights_are_the_gram_of_white_inputs_at_the_windows_positions(prepared, layout):
-    """Slow: every unit input as a token of its own, at every position; its bias, once more, as the input 1."""
+    """Slow: every unit input is a token of its own, at every position; the bias is one more input of 1."""
     model = pico.build("qwen2")
     for block in families.decoder_layers(model):
         block.self_attn.k_proj.bias.data.normal_(generator=torch.Generator().manual_seed(0))

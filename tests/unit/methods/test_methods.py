@@ -264,8 +264,11 @@ def test_eigenattention_in_the_codes_form_is_pca_of_keys(layout):
 
 @pytest.mark.defines("methods", "stiefattention")
 def test_stiefattention_trains_orthonormal_maps_on_the_error_of_the_layers_output(monkeypatch):
-    """arXiv:2601.21686: for each rank, and for keys and values apart, the mean over tokens of ||out - out_r|| /
-    ||out||, where out_r is the layer's output with keys (values) k D D^T."""
+    """arXiv:2601.21686: the error of each rank, for keys and values apart.
+
+    It is the mean over tokens of ||out - out_r|| / ||out||, where out_r is the layer's output with keys
+    (values) k D D^T.
+    """
     layer, rank, trained = 1, 8, []
     monkeypatch.setattr(
         StiefAttention, "_train", lambda self, modules, loss, *rest: trained.append((modules[0], loss))

@@ -1,6 +1,4 @@
-"""GGUF files as models: the numbers of the model that was written, the words of its tokenizer, and one line
-for what is none.
-"""
+"""Models in GGUF files: their weights, their tokenizer, and one line for files that are none."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Models out of the package index: made once, whole or not at all, and one line with the command wherever
-that fails.
-"""
+"""Models from the package index: made once, whole or not at all; failures name the command."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""The real model: what it says, and that a cache that keeps everything changes nothing. Needs `lowkey
-download smollm2`.
+"""The real model answers, and a cache that keeps everything changes nothing.
+
+Needs `lowkey download smollm2`.
 """
 
 from __future__ import annotations

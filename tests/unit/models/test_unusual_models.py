@@ -1,6 +1,4 @@
-"""Models as people have them: with a vision tower, offloaded, quantised, rotated by settings for each type of
-layer.
-"""
+"""Models with a vision tower, offloaded, quantised, or with rotary settings per type of layer."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""What a whole cache keeps, against the policy's definition written out by hand from the attention of
-transformers' own eager model.
+"""What a whole cache keeps, against the definition of its policy.
+
+The definitions are written out by hand from the attention of transformers' own eager model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every eviction score against its definition written as loops in double precision, on small random contexts."""
+"""Every eviction score against its definition in loops and double precision, on small random contexts."""
 
 from __future__ import annotations
 

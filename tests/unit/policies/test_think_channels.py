@@ -1,4 +1,4 @@
-"""ThinK, by hand: which channels which tokens lose, row by row, and what is read afterwards."""
+"""ThinK by hand: which channels of which tokens are dropped, row by row, and what is read afterwards."""
 
 from __future__ import annotations
 

@@ -298,7 +298,8 @@ def test_a_model_has_a_row_for_every_id(tmp_path):
     assert build(small, tokenizer, 16).config.vocab_size == 70001
     with pytest.raises(
         LowkeyError,
-        match=r"model.vocab_size 300: the tokenizer's ids go up to 70000; leave it out, or give at least 70001",
+        match=r"model.vocab_size 300: the tokenizer's ids go up to 70000; "
+        r"leave it out, or give at least 70001",
     ):
         build({**small, "vocab_size": 300}, tokenizer, 16)
 

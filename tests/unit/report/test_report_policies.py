@@ -1,6 +1,4 @@
-"""What the report says of eviction policies: curves over what they hold, maps of their heads, their
-parameters in words.
-"""
+"""Eviction policies in the report: curves over what they hold, maps of their heads, their parameters."""
 
 from __future__ import annotations
 

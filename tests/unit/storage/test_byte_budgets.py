@@ -1,6 +1,4 @@
-"""A budget of bytes is a bound: what a cache holds after a prompt and after every eviction, indices and
-sliding layers included.
-"""
+"""A budget in bytes bounds what a cache holds, after a prompt and after every eviction."""
 
 from __future__ import annotations
 

@@ -271,7 +271,7 @@ def test_repeating_the_context_scores_it_and_stores_nothing():
 
 
 def test_a_repeated_context_keeps_what_the_repetition_looked_at_most():
-    """By hand: the largest weight that each token gets from the repetition's queries, fed over a full cache."""
+    """By hand: the largest weight of each token under the repetition's queries, fed over a full cache."""
     model, ids = attached("llama"), prompt(60, batch=1)
     cache = zipped(model, ids, "25%", chunk=60, bridge=0, sinks=0, recent=0)
     asking = pico.tokenizer()(

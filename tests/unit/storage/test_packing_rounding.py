@@ -104,7 +104,7 @@ def with_outliers(size):
 
 
 def test_channels_that_are_much_larger_spoil_tokens_but_not_channels_nor_what_is_turned():
-    """KIVI's reason to pack keys per channel (arXiv:2402.02750), and Palu's to turn them (arXiv:2407.21118)."""
+    """Why KIVI packs keys per channel (arXiv:2402.02750) and Palu rotates them (arXiv:2407.21118)."""
     reference = feed(stock("llama"), prompt(LENGTH))
     model = lowkey.attach(with_outliers(30.0))
     close(feed(model, prompt(LENGTH), lowkey.make_cache(model)), reference, 1e-4)
