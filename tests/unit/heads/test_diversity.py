@@ -282,7 +282,7 @@ def test_every_kind_is_measured_and_beside_it_its_random_form(name):
         assert (layer["key_slice"] is not None) == (name in ("mla", "gta"))
 
 
-def test_output_projections_that_start_at_zero_have_no_number_at_random():
+def test_zero_output_projections_have_no_random_reference():
     model = own(attention="lrkv", lrkv_rank=2, zero_init_output=True)
     found = diversity(
         model, pico.tokenizer(), "It was a dark and stormy night. " * 8, windows=1, context=16, inits=2
@@ -291,7 +291,7 @@ def test_output_projections_that_start_at_zero_have_no_number_at_random():
     assert found["mean"]["init"]["vo_uncentred"] is None
 
 
-def test_random_forms_follow_the_seed_and_leave_the_callers_randomness_alone():
+def test_random_forms_follow_the_seed_and_keep_the_global_state():
     model, text = pico.build("llama"), "It was a dark and stormy night. " * 8
     state = torch.random.get_rng_state()
     one, again, other = (
@@ -335,7 +335,7 @@ def test_js_divergence_ends_at_nothing_and_one_bit():
     )
 
 
-def test_attention_divergence_is_the_mean_over_queries_and_the_model_is_set_back():
+def test_attention_divergence_is_the_mean_over_queries():
     model, ids = pico.attached("gemma3_text"), pico.prompt(24, 3)
     model.train()
     found = attention_divergence(model, ids)

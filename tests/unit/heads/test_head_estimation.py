@@ -87,7 +87,7 @@ def test_estimated_values_are_those_of_a_slow_computation(name, kind, accepting)
 
 
 @pytest.mark.parametrize("kind", ["copy", "r2"])
-def test_so_are_those_of_a_model_that_answers(kind, tiny):
+def test_estimated_values_of_a_model_that_answers(kind, tiny):
     model, tokenizer = tiny
     place = Path(lowkey.__file__).parent / "data" / "tiny"
     eager = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, attn_implementation="eager")

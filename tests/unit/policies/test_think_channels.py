@@ -58,7 +58,7 @@ def pruned(cache, i, row, j):
 
 @pytest.mark.defines("policies", "think")
 @pytest.mark.parametrize("pads", [[0, 0], [0, 17], [50, 0]])
-def test_think_drops_the_channels_that_queries_and_kept_keys_use_least(pads):
+def test_think_drops_the_channels_used_least(pads):
     n, looked = 60, 12
     model, cache, seen = thinking(looked=looked)
     pico.feed(model, prompt(n), cache, pads)

@@ -58,7 +58,7 @@ def test_rows_are_what_a_loop_over_tokens_gives(lengths):
 
 
 @pytest.mark.parametrize("lengths", [[10, 30, 1, 1, 5, 60, 24, 24, 3], [25], [24], [2]])
-def test_reading_every_row_predicts_every_token_but_first_ones_once(lengths):
+def test_all_rows_predict_every_token_but_the_first_once(lengths):
     found = stream(lengths)
     rows = np.arange(-(-(len(found.ids) - 1) // LENGTH))
     targets = found.batch(rows, LENGTH).targets

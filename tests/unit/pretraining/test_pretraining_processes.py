@@ -83,7 +83,7 @@ def test_two_processes_train_as_one_does(tmp_path):
     agree(tmp_path / "two", one, tmp_path / "one")
 
 
-def test_a_sharded_training_that_was_killed_ends_as_one_process_does(tmp_path):
+def test_a_killed_sharded_training_ends_as_one_process_does(tmp_path):
     """Weights and optimizer are gathered from the shards, and dealt out again."""
     wanted = recipe(tmp_path)
     lrkv = {
