@@ -108,6 +108,7 @@ def save(folder: Path, name: str = "llama", **overrides: object) -> Path:
 
 
 def prompt(length: int = 40, batch: int = 2, seed: int = 0) -> Tensor:
+    """Random token ids (batch, length) without id 0."""
     return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
@@ -123,6 +124,7 @@ def orthonormal(heads: int, rank: int, seed: int) -> Tensor:
 def factors(
     heads: int, rank_k: int = HEAD_DIM, rank_v: int = HEAD_DIM, seed: int = 0, shared: bool = False
 ) -> Factors:
+    """Random orthonormal factors of one layer."""
     k, v = (orthonormal(1 if shared else heads, r, 2 * seed + i) for i, r in enumerate((rank_k, rank_v)))
     return Factors(k, k.mT, v, v.mT)
 
@@ -180,10 +182,12 @@ def plan(model: PreTrainedModel, rank_k: int = 6, rank_v: int = 6, **fields: obj
 def lowrank(
     model: PreTrainedModel, maps: dict[int, Factors], layout: Layout = "post_rope", exact: Exact | None = None
 ) -> LowkeyCache:
+    """A cache that stores latents under these factors."""
     return cache_of(model, lambda i: CodedLayer(LowRank(maps[i], layout, families.rope(model, i)), exact))
 
 
 def quantized(model: PreTrainedModel, bits: int = 8) -> LowkeyCache:
+    """A cache that stores integers of so many bits, in groups along each token."""
     return cache_of(model, lambda i: CodedLayer(Plain(), None, (PerToken(bits), PerToken(bits))))
 
 

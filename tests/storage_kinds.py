@@ -57,9 +57,11 @@ KINDS = {
 
 
 def full(model, layout="post_rope", exact=None):
+    """A low-rank cache of full rank."""
     return lowrank(model, pico.layer_factors(model), layout, exact)
 
 
 def close(a, b, tolerance=1e-5):
+    """Assert that two tensors agree, relative to the largest value."""
     assert a.shape == b.shape
     assert (a - b).abs().max() <= tolerance * max(1.0, float(b.abs().max()))
