@@ -35,7 +35,7 @@ from lowkey.cli import (
     report,
     sinks,
 )
-from lowkey.cli.help import PanelCommand, PanelGroup, with_help
+from lowkey.cli.help import PanelCommand, PanelGroup, UsageError, with_help
 from lowkey.core.errors import LowkeyError
 from lowkey.core.options import Range, checked, nearest_name, shown
 from lowkey.core.printable import printable
@@ -72,8 +72,6 @@ COMMANDS: dict[str, list[tuple[str, Callable[..., None]]]] = {  # by the panel o
 }
 # kinds of errors of pydantic, with which typer reads numbers
 NUMBERS = {"int_parsing": "a whole number", "int_from_float": "a whole number", "float_parsing": "a number"}
-# what a command line that does not parse raises; typer does not export it
-UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     cls=PanelGroup,

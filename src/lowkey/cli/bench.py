@@ -10,8 +10,9 @@ import typer
 from lowkey.cli.checks import hold, within
 from lowkey.cli.options import MEASURING, AsJson, MeasuringSeed
 from lowkey.core.budget import Budget
+from lowkey.evaluate.limits import check_head_groups
 
-SHAPE = "DecodeShape"
+SHAPE = "Shape"
 
 
 def decode(
@@ -74,6 +75,7 @@ def decode(
         "dtype": dtype,
     }
     hold("DecodeShape", repeats=repeats, seed=seed, **shape)
+    check_head_groups(heads, kv_heads)
     Budget.parse(budget)
 
     from lowkey.cli.tables import show_bench

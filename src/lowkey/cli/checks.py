@@ -6,7 +6,9 @@ Every function raises LowkeyError, in one line, for a value that cannot be. Clas
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,15 @@ def _find_plan(path: Path) -> None:
         raise LowkeyError(f"plan {missing!r} does not exist; give the folder that lowkey compress wrote")
 
 
+def check_head_files(paths: Iterable[Path] | None) -> None:
+    """Files of head scores: that there are such files. What they hold is checked when they are loaded."""
+    for path in paths or ():
+        if not path.is_file():
+            raise LowkeyError(
+                f"head scores {str(path)!r}: no such file; write it with `lowkey heads MODEL --out {path}`"
+            )
+
+
 # -- methods, allocators and policies
 
 
@@ -134,16 +145,34 @@ def pairs_of(pairs: list[str] | None, what: str = "option") -> dict[str, str]:
 
 def check_method(name: str, given: Mapping[str, str]) -> None:
     """A method by its name, with options of its own as text."""
-    if ":" not in name:
+    if not _is_outside("method", name):
         check_word("method", name, choices.METHODS, options.OUTSIDE)
         _check_options(choices.method_options(name), f"method {name!r}", given)
 
 
 def check_rank_allocator(name: str, given: Mapping[str, str]) -> None:
     """An allocator of ranks by its name, with options of its own as text."""
-    if ":" not in name:
+    if not _is_outside("allocator", name):
         check_word("allocator", name, RANK_ALLOCATORS, options.OUTSIDE)
         _check_options(RANK_ALLOCATORS[name], f"allocator {name!r}", given)
+
+
+def _is_outside(what: str, name: str) -> bool:
+    """Whether a name is that of a class outside lowkey, `package.module:Class`.
+
+    Raises: LowkeyError for such a name whose package is not installed. The class itself is imported later.
+    """
+    if ":" not in name:
+        return False
+    module, _, attribute = name.partition(":")
+    if not all(map(str.isidentifier, [*module.split("."), attribute])):
+        raise LowkeyError(f"{what} {shown(name)}: is not written package.module:Class")
+    package = module.partition(".")[0]
+    if package not in sys.modules and find_spec(package) is None:
+        raise LowkeyError(
+            f"{what} {shown(name)}: no module named {package!r} is installed; give package.module:Class"
+        )
+    return True
 
 
 def _check_options(kind: type, what: str, given: Mapping[str, str]) -> None:
@@ -175,6 +204,7 @@ def check_policies(
                     f"{what} {shown(str(word))}: is for a policy; give --policy too, or leave it out"
                 )
         return
+    check_head_files(heads)
     own, of_allocator = pairs_of(given), pairs_of(allocator_given, "allocator option")
     for name in names.split(","):
         for budget in budgets.split(",") if budgets is not None else [None]:
@@ -185,7 +215,7 @@ def _check_policy(
     name: str, budget: str | None, given: Mapping[str, str], allocator_given: Mapping[str, str]
 ) -> None:
     kept = None if budget is None else Budget.parse(budget)
-    if ":" in name:
+    if _is_outside("policy", name):
         return
     check_word("policy", name, choices.POLICIES, options.OUTSIDE)
     kind, what = choices.policy_options(name), f"policy {name!r}"

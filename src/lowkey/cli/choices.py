@@ -29,6 +29,7 @@ USUAL_RECALL_FORM: str = FOUND["usual_recall_form"]
 HEAD_KINDS = tuple(FOUND["head_kinds"])  # scores of heads on needle tasks
 ECHO_KINDS = tuple(FOUND["echo_kinds"])  # scores of heads on random tokens
 NEEDLE_TASKS = tuple(FOUND["needle_tasks"])
+ATTENTION_KINDS = tuple(FOUND["attention_kinds"])  # of a recipe
 ATTENTIONS: dict[str, dict[str, str]] = FOUND["attentions"]  # kind: {field of a conversion: its type}
 LAYER_SUBSETS = tuple(FOUND["layer_subsets"])
 POOLINGS = tuple(FOUND["poolings"])

@@ -13,6 +13,7 @@ from lowkey.calibration.limits import BUDGET_LENGTH, JUDGES, resolve_budget
 from lowkey.cli import choices
 from lowkey.cli.checks import (
     check_bits,
+    check_head_files,
     check_method,
     check_model_options,
     check_rank_allocator,
@@ -178,6 +179,7 @@ def compress(
     hold("Exact", sinks=sinks, recent=recent)
     check_sample(windows, context, seed)
     check_model_options(model, dtype, device)
+    check_head_files(heads)
     corpus = corpus_at(calibration)
     work = files.check_output(out, force)
 

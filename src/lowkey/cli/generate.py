@@ -82,6 +82,8 @@ def generate(
     The text goes to stdout as it comes. Tokens per second, and the bytes held beside those of the full cache,
     are told on stderr.
     """
+    if not prompt:
+        raise LowkeyError("prompt '': is empty; give some text to continue")
     check_unicode("prompt", prompt)
     checked("tokens", tokens, int, TOKENS, 64)
     check_bits(bits, also=[choices.NO_BITS])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import typer
 from typer.core import TyperCommand, TyperGroup
 
 from lowkey.core.errors import LowkeyError
@@ -16,10 +17,23 @@ from lowkey.core.options import nearest_name, shown
 
 COLUMN = 28  # widest name that its help stands beside; a longer one has a line of its own
 Panels = dict[str, list[tuple[str, str]]]
+# what a command line that does not parse raises; typer does not export it
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 class PanelCommand(TyperCommand):
     """A command whose help shows its options in panels."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the words after the command; called by typer.
+
+        Raises: UsageError that knows the command, so that the message can say where help is.
+        """
+        try:
+            return super().parse_args(ctx, args)
+        except UsageError as error:
+            error.__dict__["ctx"] = getattr(error, "ctx", None) or ctx
+            raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the arguments and the options of this command; called by typer."""

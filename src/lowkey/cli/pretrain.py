@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lowkey.cli import choices
 from lowkey.cli.checks import check_word
 from lowkey.cli.console import note
 from lowkey.cli.options import MODEL, OUTPUT, TRAINING, AsJson
@@ -65,6 +66,8 @@ def pretrain(
     """
     what = Recipe.read(recipe, settings or ())
     check_word("device", device, TRAINING_DEVICES)
+    if (kind := what.model.get("attention")) is not None and not {"path", "model_type"} & set(what.model):
+        check_word("model.attention", kind, choices.ATTENTION_KINDS)
     if "path" in what.model:
         check_name(what.model["path"])
 

@@ -26,6 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from lowkey.backends import grouped, numba_cpu, triton_gpu
 from lowkey.core.options import Checked, option
 from lowkey.core.types import Budget, LowkeyError
+from lowkey.evaluate.limits import check_head_groups
 from lowkey.ops.apportion import apportion
 from lowkey.ops.ragged import starts_of
 
@@ -65,9 +66,7 @@ class DecodeShape(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.heads % self.kv_heads:
-            remedy = f"try {-(-self.heads // self.kv_heads) * self.kv_heads}"
-            raise LowkeyError(f"heads {self.heads}: must be a multiple of kv_heads {self.kv_heads}; {remedy}")
+        check_head_groups(self.heads, self.kv_heads)
 
     @property
     def nbytes(self) -> int:
