@@ -12,7 +12,7 @@ from lowkey.core.options import ranges
 def methods(as_json: AsJson = False) -> None:
     """List the low-rank methods and the rank allocators.
 
-    Each is listed with its paper, its options and their ranges. The method of `lowkey dynamic` comes last.
+    With the options of each, what they may be, and the paper. The method of `lowkey dynamic` comes last.
     """
     from lowkey.allocation.allocators import RANK_ALLOCATORS
     from lowkey.calibration.calibrate import name_and_parameters
@@ -56,4 +56,6 @@ def methods(as_json: AsJson = False) -> None:
         table.add_row(name, rule().summary, rule().bounds, options_of(rule, options(rule)["options"]))
     screen.print(table)
     for name, about in dynamic.items():
-        print(f"{name} ({about['paper']}): {about['summary']}; see lowkey dynamic --help")
+        print(
+            f"{name} ({about['paper']}): {about['summary']}; made by lowkey dynamic, whose --help lists its options"
+        )
