@@ -1,8 +1,8 @@
 """Eviction policies: which tokens each head keeps. One score per file.
 
 `SCORES` has every score's class by name. `POLICIES` has what users choose from: a score with the allocator
-that its paper uses. May import `core`, `ops` and `backends`; policies do not import one another, except that ThinK
-extends SnapKV.
+that its paper uses. May import `core`, `ops` and `backends`; policies do not import one another, except that
+ThinK extends SnapKV.
 """
 
 from __future__ import annotations
@@ -57,6 +57,30 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "kvzip": partial(KVzip, allocator="global"),
     "razor": partial(Razor, allocator="classes"),
 }
+
+__all__ = [
+    "H2O",
+    "POLICIES",
+    "SCORES",
+    "TOVA",
+    "CurDKV",
+    "ExpectedAttention",
+    "FastGen",
+    "HeadKV",
+    "KVCompress",
+    "KVzip",
+    "KeyDiff",
+    "Knorm",
+    "Policy",
+    "Razor",
+    "SnapKV",
+    "StreamingLLM",
+    "ThinK",
+    "TOKEN_ALLOCATORS",
+    "policy_from_dict",
+    "policy_name",
+    "policy_to_dict",
+]
 
 
 def policy_name(policy: Policy) -> str:
