@@ -74,6 +74,22 @@ def test_banned_words():
     assert broken(lambda path, _: [w for w in BANNED_WORDS if w in path.read_text(encoding="utf-8")]) == {}
 
 
+def test_no_parameter_or_field_is_called_a_ratio():
+    """Budgets say what is kept, and "ratio" does not say of what to what. One old name is still accepted."""
+    deprecated = {"lowkey/calibration/sinks.py": ["ratio"]}
+
+    def named(path: Path, tree: ast.Module) -> list[str]:
+        arguments = [n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)]
+        fields = [
+            n.target.id
+            for n in ast.walk(tree)
+            if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
+        ]
+        return [name for name in arguments + fields if {"ratio", "ratios"} & set(name.lower().split("_"))]
+
+    assert broken(named) == deprecated
+
+
 def test_banned_modules():
     def imported(path: Path, tree: ast.Module) -> list[str]:
         plain = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .base import Attention, LayerCall, norm_folded, rotated_by, split_into_heads, weight_of
+from .base import Attention, LayerCall, split_into_heads
 from .configuration_lowkey import LowkeyConfig
 from .costs import Costs, projection_costs
+from .parts import norm_folded, weight_of
+from .rotary import rotated_by
 
 
 class GroupedQuery(Attention):

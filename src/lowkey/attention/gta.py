@@ -7,19 +7,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import (
-    Attention,
-    LayerCall,
-    as_one_head,
-    in_fp32_or_wider,
-    norm_folded,
-    nothing,
-    rotated_by,
-    split_into_heads,
-    weight_of,
-)
+from .base import Attention, LayerCall, as_one_head, nothing, split_into_heads
 from .configuration_lowkey import LowkeyConfig
 from .costs import Costs, projection_costs
+from .parts import in_fp32_or_wider, norm_folded, weight_of
+from .rotary import rotated_by
 
 
 class TiedAttention(Attention):

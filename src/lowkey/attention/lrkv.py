@@ -14,16 +14,14 @@ from .base import (
     LayerCall,
     as_one_head,
     by_rows,
-    in_fp32_or_wider,
-    norm_folded,
-    rotated_by,
     split_into_heads,
-    weight_of,
     with_positions,
     without_positions,
 )
 from .configuration_lowkey import LowkeyConfig
 from .costs import Costs, projection_costs
+from .parts import in_fp32_or_wider, norm_folded, weight_of
+from .rotary import rotated_by
 
 
 class LowRankKV(Attention):

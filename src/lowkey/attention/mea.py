@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .base import Attention, LayerCall, in_fp32_or_wider, norm_folded, rotated_by, split_into_heads, weight_of
+from .base import Attention, LayerCall, split_into_heads
 from .configuration_lowkey import LowkeyConfig
 from .costs import MANY, Costs, projection_costs
+from .parts import in_fp32_or_wider, norm_folded, weight_of
+from .rotary import rotated_by
 
 NOISE = 0.02  # at the start, so that composite heads which share a component head can grow apart
 

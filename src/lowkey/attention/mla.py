@@ -9,19 +9,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .base import (
-    Attention,
-    LayerCall,
-    PreciseRMSNorm,
-    in_fp32_or_wider,
-    norm_folded,
-    nothing,
-    rotated_by,
-    split_into_heads,
-    weight_of,
-)
+from .base import Attention, LayerCall, nothing, split_into_heads
 from .configuration_lowkey import LowkeyConfig
 from .costs import MANY, Costs, projection_costs
+from .parts import PreciseRMSNorm, in_fp32_or_wider, norm_folded, weight_of
+from .rotary import rotated_by
 
 
 class LatentAttention(Attention):

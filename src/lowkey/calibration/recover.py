@@ -359,6 +359,7 @@ class RecoveryTraining:
                 f"lr {peak:g}: loss {loss:g} and gradient {float(norm):g} of step {n + 1} must be finite; "
                 "give a smaller lr"
             )
+        # An interrupt between these two lines would leave weights and losses of different steps.
         self.between_steps = False
         self.optimizer.step()
         self.losses.append(loss)

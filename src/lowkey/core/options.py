@@ -133,6 +133,7 @@ def check_options(options: Any, prefix: str = "") -> None:
         value = getattr(options, f.name)
         # a default needs no check, and outside classes may have one that their annotation does not allow
         if value is not f.default:
+            # options are frozen dataclasses, whose own __setattr__ refuses
             object.__setattr__(
                 options,
                 f.name,
@@ -190,6 +191,7 @@ def _checked(label: str, value: Any, hint: Any, allowed: Range, default: Any) ->
         raise LowkeyError(
             f"{label}: must be {_kind(hint, allowed)}; {_remedy(value, allowed, default)}"
         ) from None
+    # the range of a list holds for each of its items
     for leaf in _leaves(typed):
         if isinstance(leaf, float) and not math.isfinite(leaf):
             raise LowkeyError(f"{label}: must be {_kind(hint, allowed)}; {_remedy(leaf, allowed, default)}")

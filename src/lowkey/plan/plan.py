@@ -96,7 +96,7 @@ class Plan:
             + whole.latent_token_bytes(1, f.merge[1], f.v_down.shape[-1])
             for f in self.factors.values()
         )
-        return int(total) if total == int(total) else total
+        return int(total) if total == int(total) else total  # packed latents may take a part of a byte
 
     def cache_bytes(self, itemsize: int, tokens: int) -> CacheBytes:
         """The bytes of a cache of so many tokens in the compressed layers, given the bytes of a number."""
@@ -117,6 +117,7 @@ class Plan:
         Raises:
             LowkeyError: for such a model.
         """
+        # by fingerprint first: its message says which model the plan is for
         known = self.provenance
         check_model(
             "plan", known.get("model", "?"), known.get("model_sha256"), model, "compress this model anew"
@@ -179,9 +180,9 @@ class Plan:
         Orthonormal plans store the maps into the latents only; the maps back are their transposes.
         """
         names = (*(("k_down", "v_down") if self.orthonormal else MAPS), "k_mean", "v_mean", "frequencies")
-        found = {f"{i}.{n}": getattr(f, n) for i, f in self.factors.items() for n in names}
-        # layers may share maps
-        return {name: t.float().contiguous().clone() for name, t in found.items() if t is not None}
+        tensors = {f"{i}.{n}": getattr(f, n) for i, f in self.factors.items() for n in names}
+        # clones, since layers may share maps, and a safetensors file refuses shared memory
+        return {name: t.float().contiguous().clone() for name, t in tensors.items() if t is not None}
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel | None = None) -> Plan:
@@ -214,6 +215,7 @@ def _read(folder: Path) -> Plan:
     def refuse(rule: str) -> LowkeyError:
         return LowkeyError(f"plan {str(folder)!r}: {rule}; it is damaged: make it again")
 
+    # types first: whatever the file says, it must not end in a traceback
     try:
         fields = {n: meta[n] for n in PLAN_FIELDS if n not in ("heads", "bits")}
         fields |= {"heads": meta.get("heads", {}), "bits": meta.get("bits")}  # older plans had none
@@ -296,11 +298,9 @@ def _flaw(fields: dict) -> str | None:
         Exact(fields["sinks"], fields["recent"])
     except (LowkeyError, TypeError) as error:
         return f"sinks and recent are counts of tokens ({error})"
-    return (
-        None
-        if type(fields["sinks"]) is type(fields["recent"]) is int
-        else "sinks and recent are counts of tokens"
-    )
+    if not type(fields["sinks"]) is type(fields["recent"]) is int:  # `Exact` takes a bool for an int
+        return "sinks and recent are counts of tokens"
+    return None
 
 
 def _is_name(value: object) -> bool:
@@ -318,13 +318,11 @@ def _flaw_of_ranks(ranks: dict, order: dict, geometry: dict) -> str | None:
             isinstance(pair, list) and len(pair) == 2 and all(type(r) is int and 1 <= r <= d for r in pair)
         ):
             return f"ranks lie between 1 and the head dim {d}"
-    for found in order.values():
+    for own in order.values():
         if not (
-            isinstance(found, list)
-            and all(type(i) is int for i in found)
-            and sorted(found) == list(range(heads))
+            isinstance(own, list) and all(type(i) is int for i in own) and sorted(own) == list(range(heads))
         ):
-            return f"order of heads {found!s:.60} does not name each of {heads} heads once"
+            return f"order of heads {own!s:.60} does not name each of {heads} heads once"
     return None
 
 
@@ -344,16 +342,17 @@ def _factors(
     tensors: dict[str, Tensor], i: int, orthonormal: bool, d: int, order: list[int] | None
 ) -> Factors:
     """The maps of layer `i` from the tensors of a file. Raises: KeyError if one is missing."""
-    found = {name: tensors[f"{i}.{name}"] for name in (("k_down", "v_down") if orthonormal else MAPS)}
-    if not all(t.ndim == 3 and t.dtype == torch.float32 for t in found.values()):
+    maps = {name: tensors[f"{i}.{name}"] for name in (("k_down", "v_down") if orthonormal else MAPS)}
+    if not all(t.ndim == 3 and t.dtype == torch.float32 for t in maps.values()):
         raise KeyError(f"fp32 maps of three dimensions for layer {i}")
     if orthonormal:
+        # the maps back are transposes, one for each head where heads share a latent
         for x in "kv":
-            down = found[f"{x}_down"]
-            found[f"{x}_up"] = per_head_maps(down.mT, max(1, down.shape[1] // d)).contiguous()
+            down = maps[f"{x}_down"]
+            maps[f"{x}_up"] = per_head_maps(down.mT, max(1, down.shape[1] // d)).contiguous()
     k_mean, v_mean, frequencies = (tensors.get(f"{i}.{name}") for name in ("k_mean", "v_mean", "frequencies"))
     return Factors(
-        **found,
+        **maps,
         order=None if order is None else torch.tensor(order),
         k_mean=k_mean,
         v_mean=v_mean,
@@ -391,9 +390,9 @@ def _fit(down: tuple[int, ...], up: tuple[int, ...], heads: int, d: int, r: int)
     divides the heads and r is the width of the latent divided by t, rounded up.
     """
     t = max(1, down[1] // d)
-    if t == 1:
+    if t == 1:  # shapes (1 or heads, d, r) and (1 or heads, r, d)
         return down[0] in (1, heads) and up[0] in (1, heads) and (down[1:], up[1:]) == ((d, r), (r, d))
-    width = down[2]
+    width = down[2]  # of a shared latent; shapes (heads / t, t d, width) and (heads, width, d)
     return (
         heads % t == 0
         and -(-width // t) == r

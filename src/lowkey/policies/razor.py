@@ -38,4 +38,5 @@ class Razor(Policy):
     plan_conflict: ClassVar[str] = "keeps mean keys, which have no position to rotate them to"
 
     def score(self, context: EvictionContext) -> Tensor:
+        """The position of each candidate (b, h, s): the newest are kept; see `Policy.score`."""
         return context.positions.float()

@@ -71,6 +71,7 @@ class EvictionCosts:
             granted = budget.amount / self.sequences
         else:
             granted = budget.amount * (tokens + self.expected_tokens)
+        # where old tokens are pruned, recent ones are whole and take more
         recent_extra = self.heads * min(tokens, policy.recent) * self.recent_extra_bytes
         return granted - self.fixed_bytes - self.expected_bytes - recent_extra
 

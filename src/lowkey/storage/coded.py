@@ -115,6 +115,7 @@ class CodedLayer(PositionedLayer):
             return 0
         b, h, _, d = self.recent_k.shape
         size, (stored, _) = self.recent_k.element_size(), self.storable()
+        # what is not stored yet is held exactly, and sinks are held exactly in any case
         exact = (self.seen - stored + self.exact.sinks) * 2 * d * h * size
         packed = sum(
             heads * self.packing[name].nbytes(stored, width, size)
@@ -128,6 +129,7 @@ class CodedLayer(PositionedLayer):
         real = self.locate_tokens(call, keys.shape[2])
         if self.form_depends_on_age:
             self.end_index = _end_index(real, self.seen, self.end_index)
+        # before heads are put in the codec's order: sink points are in the model's
         self._find_sinks(values, real)
         keys, values = self._in_codec_order(keys), self._in_codec_order(values)
         call = replace(call, query=self._in_codec_order(call.query))
@@ -206,6 +208,7 @@ class CodedLayer(PositionedLayer):
         """(slots that every sequence has ready to be stored, slots that at least one has: a block more)."""
         if self.block == 1:
             return (max(0, self.seen - self.exact.recent),) * 2
+        # sequences that begin at different places in a block are ready at different times
         left = self._slots_left(self.first_index.new_tensor([self.seen]))
         return int(left.min()), int(left.max())
 
@@ -284,6 +287,7 @@ class CodedLayer(PositionedLayer):
             return
         start = self.seen - keys.shape[2]
         in_chunk = self.sink_index.long() - start
+        # slots of older sinks, and empty ones, have an index outside the chunk and stay as they are
         arrives = ((in_chunk >= 0) & (in_chunk < keys.shape[2]))[:, None, :, None]
         self.sink_k = torch.where(arrives, _take_tokens(keys, in_chunk), self.sink_k)
         self.sink_v = torch.where(arrives, _take_tokens(values, in_chunk), self.sink_v)
@@ -307,7 +311,7 @@ class CodedLayer(PositionedLayer):
             return [replace(stored, mask=mask)]
         mask = mask if mask is not None else self.offset.new_ones(1, 1, self.seen, dtype=torch.bool)
         seen_exactly, sink_index = self._seen_exactly(call, exact), self.sink_index.long()
-        far = mask & ~seen_exactly
+        far = mask & ~seen_exactly  # tokens that are read in stored form, or as sinks
         tokens = torch.arange(self.seen, device=sink_index.device)
         is_sink = (sink_index.unsqueeze(2) == tokens).any(1, keepdim=True)
         start = self.seen - buffer_k.shape[2]
@@ -360,6 +364,7 @@ class CodedLayer(PositionedLayer):
     def _mask_at(self, mask: Tensor, index: Tensor) -> Tensor:
         """A mask over tokens (b|1, t, s) at some indices (b|1, n); tokens that have not come are not seen."""
         b, t = max(len(mask), len(index)), mask.shape[1]
+        # clamped so that it can be gathered; the comparison below hides what was out of range
         at = index.clamp(max=self.seen - 1).unsqueeze(1).expand(b, t, -1)
         return mask.expand(b, -1, -1).gather(2, at) & (index < self.seen).unsqueeze(1)
 
@@ -372,6 +377,7 @@ def _end_index(real: Tensor, seen: int, before: Tensor) -> Tensor:
         seen: tokens seen, the newest included.
         before: (b, 1), the index before these tokens came.
     """
+    # argmax finds the first True, so of the flipped row the last
     last = seen - real.flip(1).int().argmax(1, keepdim=True)
     return torch.where(real.any(1, keepdim=True), last, before)
 

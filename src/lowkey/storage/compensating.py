@@ -76,10 +76,12 @@ class CompensatingLayer(EvictingLayer):
 
     def keep_best(self, candidates: Candidates, scores: Tensor, counts: Tensor) -> None:
         """As `EvictingLayer.keep_best`, after the means have taken in the tokens that are dropped."""
+        # dropped are the real candidates that `super().keep_best` will not choose
         gone = (candidates.valid & ~top_mask(scores, counts)).unsqueeze(-1)
         total = self.dropped + gone.sum(2)
         for name, x in (("mean_k", candidates.keys), ("mean_v", candidates.values)):
             mean = getattr(self, name)
+            # the old mean counts as often as tokens went into it
             new_sum = mean.squeeze(2) * self.dropped + (x.float() * gone).sum(2)
             setattr(self, name, (new_sum / total.clamp_min(1)).unsqueeze(2))
         self.dropped = total

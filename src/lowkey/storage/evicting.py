@@ -32,7 +32,7 @@ from lowkey.policies.base import CosAndSin, EvictionContext, Policy
 from lowkey.storage.budgets import EvictionCosts
 from lowkey.storage.cache_wide_eviction import CacheWideEviction, Candidates
 from lowkey.storage.chunk import attend_to_chunk, visible_in_chunk
-from lowkey.storage.codec import Codec, Plain
+from lowkey.storage.codec import Codec, Plain, as_read_later
 from lowkey.storage.positioned import RaggedLayer
 from lowkey.storage.rollback import Snapshot, storage_bytes
 
@@ -135,6 +135,7 @@ class EvictingLayer(RaggedLayer):
 
     def _waiting_bytes(self) -> int:
         """What `cache_eviction` holds for this layer, beyond what the layer holds itself."""
+        # candidates may be views of what the layer holds; each storage counts once
         own = list(self.tensors().values())
         return storage_bytes([*own, *self.cache_eviction.waiting_tensors(self)]) - storage_bytes(own)
 
@@ -155,8 +156,8 @@ class EvictingLayer(RaggedLayer):
         b, h = self.tail_k.shape[:2]
         return (b * h + 1) * self.starts.element_size() + 2 * b * self.offset.element_size()
 
-    def costs(self, tokens: Tensor) -> EvictionCosts:
-        """The costs of this layer's whole cache, for sequences that have seen so many tokens (b)."""
+    def costs(self) -> EvictionCosts:
+        """The costs of this layer's whole cache, whose layers are all alike."""
         b, h, _, key_width = self.tail_k.shape
         itemsize, heads = self.keys.element_size(), h * self.cache_eviction.layers
         stored = self.seen - self.score_only_tokens + self.expected_tokens
@@ -181,6 +182,7 @@ class EvictingLayer(RaggedLayer):
             return 0
         b, h, _, key_width = self.tail_k.shape
         token_bytes = (key_width + self.tail_v.shape[-1]) * self.keys.element_size()
+        # the tail grows by whole steps, behind what came at once
         steps = -(-(self.tail_length - self.joined_length) // TAIL_STEP)
         room = self.joined_length + steps * TAIL_STEP
         return (
@@ -210,7 +212,7 @@ class EvictingLayer(RaggedLayer):
             return max(0.0, budget.amount / 100 * (tokens + self.expected_tokens) - self.expected_tokens)
         if budget.unit == "tokens":
             return max(0.0, budget.amount - self.expected_tokens)
-        return self.costs(self.tokens_seen()).tokens_per_head(self.policy, tokens) if tokens else 0
+        return self.costs().tokens_per_head(self.policy, tokens) if tokens else 0
 
     def kept_positions(self, sequence: int) -> list[Tensor]:
         """For each KV head, the positions that are held for a sequence of the batch, ascending."""
@@ -245,11 +247,7 @@ class EvictingLayer(RaggedLayer):
         return out.to(values.dtype)
 
     def _stored_parts(self, call: Call, stop: int) -> list[Part]:
-        """Attention over the rows and over the tail, which ends at the token with index `stop`.
-
-        Returns:
-            For each: the output (b, h, g, t, d) and its log-sum-exp (b, h, g, t).
-        """
+        """Attention over the rows, and over the tail, which ends at the token with index `stop`."""
         query = self.codec.project_query(call.query)
         shape, parts = query.shape[:4], []
         if len(self.keys):
@@ -272,8 +270,9 @@ class EvictingLayer(RaggedLayer):
         if self.repeated_span is None:
             return [(keys, self.values, self.starts)]
         row = row_of(self.starts)
-        number = self.positions - self._first_positions()[row // self.tail_k.shape[1], 0, 0]
-        inside = (number >= self.repeated_span[0]) & (number < self.repeated_span[1])
+        # a span is counted from the first token of its sequence, to which the rows of h heads belong
+        token = self.positions - self._first_positions()[row // self.tail_k.shape[1], 0, 0]
+        inside = (token >= self.repeated_span[0]) & (token < self.repeated_span[1])
         counts = torch.zeros_like(self.starts[1:]).index_add_(0, row, inside.long())
         both = (inside, counts), (~inside, self.starts.diff() - counts)
         return [(keys[chosen], self.values[chosen], starts_of(lengths)) for chosen, lengths in both]
@@ -289,16 +288,10 @@ class EvictingLayer(RaggedLayer):
         """
         exact = exact[:, None, None, None]
         if not bool(exact.all()):
-            k, v = self._as_stored(keys, values)
+            positions = self.positions_of(self.seen - keys.shape[2], self.seen)
+            k, v = as_read_later(self.codec, keys, values, positions)
             keys, values = torch.where(exact, keys, k), torch.where(exact, values, v)
         return attend_to_chunk(call, keys, values, self.seen)
-
-    def _as_stored(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """A chunk's keys and values (b, h, t, d) as they will be read later."""
-        positions = self.positions_of(self.seen - keys.shape[2], self.seen)
-        k, v = self.codec.encode(keys, values, positions)
-        scoring = self.codec.scoring_keys(k, positions.unsqueeze(1))
-        return self.codec.expand_keys(scoring), self.codec.expand_values(v)
 
     # -- storing
 
@@ -345,6 +338,7 @@ class EvictingLayer(RaggedLayer):
         if self.policy.stateful:
             unscored = self.previous_scores.new_zeros(rows, length)
             self.previous_scores = append_to_rows(self.previous_scores, self.starts, unscored)
+        # every row became longer by `length`, so row i begins i times that later
         self.starts = self.starts + torch.arange(rows + 1, device=self.device) * length
         self.kept_entries += rows * length
         self._clear_tail()
@@ -365,7 +359,11 @@ class EvictingLayer(RaggedLayer):
             return pad_rows(flat, self.starts)[0].unflatten(0, (b, h))
 
         valid = pad_rows(self.positions, self.starts)[1].unflatten(0, (b, h))
-        scores = dense(self.previous_scores) if self.policy.stateful else valid.float() * 0
+        scores = (
+            dense(self.previous_scores)
+            if self.policy.stateful
+            else torch.zeros_like(valid, dtype=torch.float32)
+        )
         rows = Candidates(dense(self.keys), dense(self.values), dense(self.positions.long()), valid, scores)
         positions = self.positions_of(stop - self.tail_length, stop).unsqueeze(1).expand(b, h, -1)
         tail = Candidates(
@@ -411,20 +409,21 @@ class EvictingLayer(RaggedLayer):
             scores = candidates.previous_scores
         else:
             scores = self.policy.score(self._context(call, candidates, repetition_lse)).float()
-        number = candidates.positions - self._first_positions()  # counted from each sequence's first token
+        token = candidates.positions - self._first_positions()  # counted from each sequence's first token
         # a sequence for which this call is a step of decoding evicts nothing: alone, it would not either
         stepping = self.decoding_rows(call.query.shape[3])[:, None, None]
         candidates = replace(
             candidates,
             previous_scores=torch.where(stepping, candidates.previous_scores, scores),
             # tokens that only score come last, and are no longer candidates
-            valid=candidates.valid & (number < tokens[:, None, None]),
+            valid=candidates.valid & (token < tokens[:, None, None]),
         )
-        recent = number >= (tokens - self.policy.recent)[:, None, None]
-        stays = stepping | (number < self.policy.sinks) | recent
+        recent = token >= (tokens - self.policy.recent)[:, None, None]
+        stays = stepping | (token < self.policy.sinks) | recent
+        # no score of a policy may reach the infinities, which mean "stays" and "is no token"
         scores = scores.nan_to_num(0.0).clamp(-LARGEST_SCORE, LARGEST_SCORE)
         scores = scores.masked_fill(stays, torch.inf).masked_fill(~candidates.valid, -torch.inf)
-        if self.frozen:
+        if self.frozen:  # all real tokens stay, so there is nothing to wait for
             self.keep_best(candidates, scores, candidates.valid.sum(-1))
         else:
             self.cache_eviction.add(self, candidates, scores)
@@ -439,7 +438,7 @@ class EvictingLayer(RaggedLayer):
             return True
         if self.policy.budget is None:
             return False
-        self.costs(tokens).check(self.policy, tokens.tolist())
+        self.costs().check(self.policy, tokens.tolist())
         fits = all(self.tokens_per_head(n) >= n for n in tokens.tolist())
         return fits and (self.policy.needs_second_pass or not self.policy.stateful)
 
@@ -454,6 +453,7 @@ class EvictingLayer(RaggedLayer):
             query_positions[:, w - t :] = query_positions[:, w - t :].masked_fill(padding, -1)
 
         def rope(positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+            # one row of positions may stand for a sequence or for each of its heads;
             # a score counts positions from each sequence's first token, the model may not
             shift = first.view(-1, 1).repeat_interleave(len(positions) // len(first), 0)
             return self.rope(positions + shift, like)
@@ -495,6 +495,7 @@ class EvictingLayer(RaggedLayer):
         if self.policy.stateful:
             self.previous_scores = candidates.previous_scores[chosen]
         self.starts, self.kept_entries = starts_of(counts.flatten()), int(counts.sum())
+        # the queries have scored, and the tail's tokens were among the candidates
         self.recorded_queries = self.recorded_queries.new_empty(0)
         self._clear_tail()
 
@@ -512,6 +513,7 @@ class EvictingLayer(RaggedLayer):
         _, rows = self.chosen_rows(choose, self.tail_k.shape[1])
         ragged = self.ragged()
         flat = {name for starts, names in ragged.items() for name in (starts, *names)}
+        # tensors of one dimension are empty placeholders that have no sequences
         new = {name: choose(t) for name, t in self.tensors().items() if name not in flat and t.ndim > 1}
         for starts, names in ragged.items():
             for name in names:

@@ -68,7 +68,8 @@ class PruningLayer(EvictingLayer):
     kept_channels: Tensor
     pruned_until: Tensor
     choice_is_firm: Tensor
-    # with `channels`, the share of them that stays, and `looked`, how many of the newest queries choose them
+    # A policy with `channels`, the share of key channels that stays, and `looked`, the number of newest
+    # queries that choose them.
     policy: Any
     saved_counters = (*EvictingLayer.saved_counters, "pruned_entries", "prunings")
     pruned_entries = prunings = 0
@@ -149,9 +150,9 @@ class PruningLayer(EvictingLayer):
         """The bytes of one pruned token of one head."""
         return self.entry_bytes - (self.keys.shape[-1] - self.channel_count) * self.keys.element_size()
 
-    def costs(self, tokens: Tensor) -> EvictionCosts:
+    def costs(self) -> EvictionCosts:
         """As `EvictingLayer`'s, with one more pruning, and with recent tokens whole."""
-        whole = super().costs(tokens)
+        whole = super().costs()
         next_pruning = self.cache_eviction.layers * self._pruning_bytes() / whole.sequences
         return replace(
             whole,
@@ -171,7 +172,7 @@ class PruningLayer(EvictingLayer):
             return True
         if self.policy.budget is None or self.policy.budget.unit in ("%", "tokens"):
             return super().tokens_per_head(tokens) >= tokens
-        return super().costs(self.tokens_seen()).tokens_per_head(self.policy, tokens) >= tokens
+        return super().costs().tokens_per_head(self.policy, tokens) >= tokens
 
     def kept_positions(self, sequence: int) -> list[Tensor]:
         """For each KV head, the positions that are held for a sequence of the batch, ascending."""
@@ -206,6 +207,7 @@ class PruningLayer(EvictingLayer):
         wrong = rows_flaw(self, heads, self.pruned_starts, self.pruned_positions, self.pruned_entries)
         if wrong or not self.pruned_entries:
             return wrong
+        # every pruned token must lie before the end of some pruning, which has its channels
         late = (
             self.pruned_positions >= until[:, -1][row_of(self.pruned_starts) // heads]
             if self.prunings
@@ -233,6 +235,7 @@ class PruningLayer(EvictingLayer):
 
     def _with_zero_channels(self) -> Tensor:
         """The pruned keys (m, d), with zeros for the channels that they lost."""
+        # prunings differ in channels, so keys of several cannot be multiplied in their narrow form
         wide = self.pruned_k.new_zeros(self.pruned_entries, self.keys.shape[-1])
         return wide.scatter_(1, self._channels_of(self.pruned_positions, self.pruned_starts), self.pruned_k)
 
@@ -274,9 +277,9 @@ class PruningLayer(EvictingLayer):
         # the queries that were recorded, and those of this call
         context = self._context(call, candidates, None)
         newest = context.newest_query_positions(self.policy.looked) >= 0  # (b, w)
-        some = newest.any(0)
-        squares = context.queries[:, :, :, some].float().square().sum(2)
-        energy = squares.masked_fill(~newest[:, None, some, None], 0.0).sum(2)
+        columns = newest.any(0)  # only these queries are converted to fp32
+        squares = context.queries[:, :, :, columns].float().square().sum(2)
+        energy = squares.masked_fill(~newest[:, None, columns, None], 0.0).sum(2)
         return PendingPruning(before.where(unchanged, until), energy, newest.sum(1))
 
     def keep_best(self, candidates: Candidates, scores: Tensor, counts: Tensor) -> None:
@@ -295,7 +298,7 @@ class PruningLayer(EvictingLayer):
         self.pruned_starts, self.pruned_entries = starts_of(lengths), int(old.sum())
         channels = self._channels_of(self.pruned_positions, self.pruned_starts)
         self.pruned_k = self.keys[old].gather(1, channels)
-        self.starts = starts_of(self.starts.diff() - lengths)
+        self.starts = starts_of(self.starts.diff() - lengths)  # the whole tokens that are left
         self.keys, self.values, self.positions = self.keys[~old], self.values[~old], self.positions[~old]
         self.kept_entries -= self.pruned_entries
 
@@ -320,7 +323,7 @@ class PruningLayer(EvictingLayer):
             # no new choice: the last pruning just goes further
             self.pruned_until = torch.cat([self.pruned_until[:, :-1], until], 1)
             return
-        if self.prunings:
+        if self.prunings:  # the sequences that reuse a choice get a copy of it
             chosen = torch.where(reuse[:, None, None], self.kept_channels[:, -1], chosen)
         self.kept_channels = torch.cat([self.kept_channels, chosen.unsqueeze(1)], 1)
         self.pruned_until = torch.cat([self.pruned_until, until], 1)

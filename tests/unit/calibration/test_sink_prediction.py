@@ -367,10 +367,15 @@ def test_a_damaged_rule_is_refused(tmp_path):
             lambda: lowkey.make_cache(pico.attached("llama"), bits=4, exact=Exact(4, rule=rule())),
             "sink rule was made for model",
         ),
-        (lambda: find_sinks(planted(), CALIBRATION, ratio=1.0), r"ratio 1\.0"),
+        (lambda: find_sinks(planted(), CALIBRATION, outlier_factor=1.0), r"outlier_factor 1\.0"),
     ],
 )
 def test_bad_input_is_one_clear_line(act, says):
     with pytest.raises(LowkeyError, match=says) as refused:
         act()
     assert "\n" not in str(refused.value)
+
+
+def test_the_old_name_of_the_outlier_factor_still_works_with_a_warning():
+    with pytest.warns(DeprecationWarning, match="outlier_factor"), pytest.raises(LowkeyError, match="0\\.5"):
+        find_sinks(planted(), CALIBRATION, ratio=0.5)
