@@ -376,6 +376,6 @@ def test_bad_input_is_one_clear_line(act, says):
     assert "\n" not in str(refused.value)
 
 
-def test_the_old_name_of_the_outlier_factor_still_works_with_a_warning():
+def test_the_old_name_of_the_outlier_factor_warns():
     with pytest.warns(DeprecationWarning, match="outlier_factor"), pytest.raises(LowkeyError, match="0\\.5"):
         find_sinks(planted(), CALIBRATION, ratio=0.5)
