@@ -82,6 +82,7 @@ def with_positions(stored: Tensor, positions: Tensor) -> Tensor:
 
 def without_positions(stored: Tensor) -> tuple[Tensor, Tensor]:
     """The numbers and the positions (b, s) that `with_positions` was given."""
+    # a cache may hold them in bf16, and three whole numbers below 256 come back as they were
     high, middle, low = stored[:, 0, :, -POSITION_NUMBERS:].long().unbind(-1)
     return stored[..., :-POSITION_NUMBERS], (high << 16) + (middle << 8) + low
 

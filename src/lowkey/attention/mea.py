@@ -46,6 +46,7 @@ class ExplicitAttention(Attention):
         self.mixed_before = self.components >= composites
 
     def project(self, hidden: Tensor, query: Tensor, call: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, and what the new tokens store; see `Attention.project`."""
         keys, values = (
             split_into_heads(part(hidden), self.components) for part in (self.k_proj, self.v_proj)
         )
@@ -57,6 +58,7 @@ class ExplicitAttention(Attention):
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall
     ) -> tuple[Tensor, Tensor | None]:
+        """Attention over everything stored; see `Attention.attend`."""
         if self.mixed_before:
             return self.dense(query, keys, values, call)
         if _absorbs(self.config, query.shape[2], keys.shape[2]):
@@ -104,6 +106,7 @@ class ExplicitAttention(Attention):
 
     @staticmethod
     def costs(config: LowkeyConfig) -> Costs:
+        """What one layer takes."""
         heads, composites, m, d = (
             config.num_attention_heads,
             config.num_key_value_heads,

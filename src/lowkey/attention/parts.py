@@ -35,6 +35,7 @@ class PreciseRMSNorm(nn.RMSNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        """x over its root mean square, times the weight."""
         return super().forward(x.to(self.weight.dtype))
 
 
@@ -54,6 +55,7 @@ class LowRankQuery(nn.Module):
         self.scale = (config.hidden_size / rank) ** 0.5 if config.mla_latent_scale else 1.0
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Queries (b, t, width) of hidden states (b, t, D)."""
         return self.up(self.norm(self.down(hidden)) * self.scale)
 
     def effective(self) -> Tensor:
@@ -82,6 +84,7 @@ class HeadNorm(nn.Module):
         )
 
     def forward(self, heads: Tensor) -> Tensor:
+        """Normed outputs of heads (b, t, H, d)."""
         return nn.functional.rms_norm(heads, heads.shape[-1:], eps=self.eps) * self.weight
 
     def initialize(self) -> None:

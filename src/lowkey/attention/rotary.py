@@ -77,6 +77,7 @@ class KindRotaryEmbedding(LlamaRotaryEmbedding):
         self.narrow = KindRotaryEmbedding(config, narrow) if narrow else None
 
     def forward(self, x: Tensor, position_ids: Tensor) -> RotaryCall:
+        """Rotations of positions (b, t), at the width of latents too if they are rotated."""
         cos, sin = super().forward(x, position_ids)
         narrow = None if self.narrow is None else self.narrow(x, position_ids)[:2]
         return RotaryCall(cos, sin, self.inv_freq, self.attention_scaling, narrow)
@@ -90,6 +91,7 @@ class TwoRotations(nn.Module):
         self.own, self.other = own, other
 
     def forward(self, x: Tensor, position_ids: Tensor) -> RotaryCall:
+        """Rotations of positions (b, t) for both kinds of layers."""
         return self.own(x, position_ids)._replace(other=self.other(x, position_ids))
 
 

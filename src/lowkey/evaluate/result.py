@@ -190,12 +190,12 @@ def evaluate(
     rows = {s.name: s.row() | {"task": ",".join(names)} for s in settings}
     try:
         for name in dict.fromkeys(names):
-            for row, found in TASKS[name](run).items():
-                rows[row] |= found
-        for row, found in footprint.measure_footprint(
+            for row, numbers in TASKS[name](run).items():
+                rows[row] |= numbers
+        for row, numbers in footprint.measure_footprint(
             model, tokenizer, settings, run.rows[:1], progress, measured
         ).items():
-            rows[row] |= found
+            rows[row] |= numbers
     finally:
         measured.write()  # also after an interrupt: the same job then resumes
     return {

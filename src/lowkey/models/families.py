@@ -183,7 +183,12 @@ def geometry(model: PreTrainedModel) -> Geometry:
 
 def max_positions(model: PreTrainedModel) -> int | None:
     """How many positions a model was made for; None if its config does not say."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return configured_positions(model.config)
+
+
+def configured_positions(config: PreTrainedConfig) -> int | None:
+    """As `max_positions`, from a config alone."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return positions if type(positions) is int else None
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from lowkey.core.errors import first_line
 from lowkey.core.types import LowkeyError
 from lowkey.models import families, weights
 from lowkey.models.adapters import Adapters
@@ -285,7 +286,7 @@ def _tensor(t: Tensor, name: str, taken: Checksums) -> bytes:
         return _numbers(t, name, taken)
     # tensors of other libraries may do anything
     except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:120].rstrip(". ")
+        why = first_line(error, 120)
         raise LowkeyError(
             f"model: weight {name} cannot be read ({why}); use the model without quantisation"
         ) from None

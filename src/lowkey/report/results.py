@@ -244,12 +244,10 @@ def _labelled(rows: list[Row]) -> list[Row]:
 
 def marks_of(row: Row) -> dict[str, str]:
     """A row's marks, as far as they are text; a file may hold anything."""
-    found = row.get("marks")
-    return (
-        {key: value for key, value in found.items() if isinstance(value, str)}
-        if isinstance(found, dict)
-        else {}
-    )
+    marks = row.get("marks")
+    if not isinstance(marks, dict):
+        return {}
+    return {key: value for key, value in marks.items() if isinstance(value, str)}
 
 
 def _bytes_or_last(row: Row) -> float:

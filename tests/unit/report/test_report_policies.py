@@ -17,7 +17,7 @@ from lowkey.policies import policy_to_dict
 from lowkey.policies.allocators import HeadKV
 from lowkey.policies.snapkv import SnapKV
 from lowkey.report import load_results, render
-from lowkey.report.curves import _looks, curve_qualities, curves_figure
+from lowkey.report.curves import _line_styles, curve_qualities, curves_figure
 from lowkey.report.drawing import INK
 from lowkey.report.heads import heads_figure
 from lowkey.report.policies import (
@@ -188,7 +188,7 @@ def test_policies_of_one_budget_are_dots_with_the_best_on_top() -> None:
 
 
 def test_thirty_six_policies_have_different_markers() -> None:
-    looks = [(look["color"], look["marker"]) for look in _looks(36)]
+    looks = [(look["color"], look["marker"]) for look in _line_styles(36)]
     assert len(set(looks)) == 36
     assert all(
         a[0] != b[0] and a[1] != b[1]
