@@ -28,17 +28,24 @@ from lowkey.storage.packing import PerToken
 VOCAB, LAYERS, HIDDEN, HEAD_DIM = 97, 3, 64, 16
 WINDOW = 16  # of the sliding layers, shorter than the prompts used here
 MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention", "full_attention"]}
-DIFFERENCES: dict[str, dict] = {
-    "mistral": {"sliding_window": None},
-    "phi3": {"pad_token_id": 0},
-    "gemma2": {**MIXED, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16},
-    "gemma3_text": {**MIXED, "query_pre_attn_scalar": 16},
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": HEAD_DIM}
+DERIVED_WIDTH = {"num_attention_heads": 4, "num_key_value_heads": 2}  # head_dim is hidden size / heads
+DIFFERENCES: dict[str, dict] = {  # what a family's configuration needs besides sizes
+    "llama": HEADS,
+    "mistral": {**HEADS, "sliding_window": None},
+    "qwen2": DERIVED_WIDTH,
+    "qwen3": HEADS,
+    "phi3": {**DERIVED_WIDTH, "pad_token_id": 0},
+    "gemma2": {**HEADS, **MIXED, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16},
+    "gemma3_text": {**HEADS, **MIXED, "query_pre_attn_scalar": 16},
     "granite": {
+        **DERIVED_WIDTH,
         "attention_multiplier": 0.3,
         "residual_multiplier": 0.7,
         "logits_scaling": 2.0,
         "embedding_multiplier": 3.0,
     },
+    "olmo2": DERIVED_WIDTH,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
 VARIANTS: dict[str, tuple[str, dict]] = {
@@ -56,9 +63,6 @@ NAMES = [*families.FAMILIES, *VARIANTS]
 def build(name: str, **overrides: object) -> PreTrainedModel:
     """A fresh model; the same name gives the same weights."""
     kind, extra = VARIANTS.get(name, (name, {}))
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    if kind not in ("qwen2", "phi3", "olmo2", "granite"):  # these have no head_dim of their own
-        heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": HEAD_DIM}
     shape = {
         "vocab_size": VOCAB,
         "hidden_size": HIDDEN,
@@ -67,9 +71,7 @@ def build(name: str, **overrides: object) -> PreTrainedModel:
         "max_position_embeddings": 512,
     }
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "initializer_range": 0.15}
-    config = AutoConfig.for_model(
-        kind, **{**shape, **ids, **heads, **DIFFERENCES.get(kind, {}), **extra, **overrides}
-    )
+    config = AutoConfig.for_model(kind, **{**shape, **ids, **DIFFERENCES[kind], **extra, **overrides})
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()
 

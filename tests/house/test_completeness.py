@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from attention_kinds import KINDS
+from pico import DIFFERENCES
+from variants import VARIANTS
 
 import lowkey
 from lowkey.allocation.allocators import RANK_ALLOCATORS
@@ -18,6 +21,7 @@ from lowkey.attention import ATTENTION, ATTENTION_KINDS
 from lowkey.conversion import CONVERSION_FIELDS, CONVERSIONS
 from lowkey.core.types import LAYOUTS
 from lowkey.methods import DYNAMIC_METHODS, METHODS
+from lowkey.models.families import FAMILIES
 from lowkey.policies import POLICIES, SCORES
 from lowkey.policies.allocators import TOKEN_ALLOCATORS
 from lowkey.storage.packing import SCHEMES
@@ -63,6 +67,13 @@ def named(part: ast.expr, tree: ast.Module) -> Iterator[str]:
 @pytest.mark.parametrize("kind", CHOICES)
 def test_every_choice_has_a_definition_written_by_hand(kind):
     assert defined()[kind] == set(CHOICES[kind])
+
+
+def test_tests_of_all_families_and_attention_kinds_run_over_each():
+    """A family's definition is transformers' own model of it, which `pico` builds from these differences."""
+    assert set(DIFFERENCES) == set(FAMILIES)
+    assert {variant["attention"] for variant in VARIANTS.values()} == set(ATTENTION)
+    assert {kind["attention"] for kind in KINDS.values()} == set(ATTENTION)
 
 
 def test_tables_of_the_same_choices_have_the_same_names():
