@@ -56,8 +56,9 @@ def sinks(
 ) -> None:
     """Find the tokens that are attention sinks.
 
-    Sinks are found by KVSink's rule (arXiv:2508.04257), which reads outlier channels of the hidden states.
-    The first token of a text is usually a sink; some later tokens can be, too.
+    Sinks are recognised by their values in the cache, with KVSink's rule (arXiv:2508.04257), which is learnt
+    from outlier channels of the hidden states. The first token of a text is usually a sink; some later tokens
+    can be, too.
     """
     check_sample(windows, context, seed)
     check_model_options(model, dtype, device)
