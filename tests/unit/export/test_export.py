@@ -36,9 +36,6 @@ FAMILIES = [
 ]
 
 
-# -- what comes back
-
-
 @pytest.mark.parametrize(("name", "layout"), list(zip(FAMILIES, itertools.cycle(LAYOUTS), strict=False)))
 def test_an_exported_model_gives_the_logits_of_the_plans_cache(tmp_path, name, layout):
     model = build(name)

@@ -53,9 +53,6 @@ def exact_logits(name: str) -> Tensor:
     return feed(model, ROWS)
 
 
-# -- all of them
-
-
 def test_all_are_registered():
     assert {METHODS[name] for name in ("kq-svd", "palu", "lorc", "recalkv")} == {
         type(m) for m in METHOD.values()

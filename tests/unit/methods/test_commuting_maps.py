@@ -31,9 +31,6 @@ def turned_by_hand(x, rotary, position):
     return out
 
 
-# -- maps that commute
-
-
 @pytest.mark.parametrize(("t", "d", "rotary"), SHAPES)
 def test_every_merged_head_can_be_rotated_like_a_head(t, d, rotary):
     x = random(6, t * d) @ random(t * d, t * d, seed=1)

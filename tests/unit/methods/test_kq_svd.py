@@ -24,9 +24,6 @@ def rows_of(x: Tensor) -> Tensor:
     return x.transpose(0, 1).flatten(1, 2)
 
 
-# -- KQ-SVD
-
-
 def product_error(k: Tensor, q: Tensor, projector: Tensor) -> float:
     return float((k @ q.mT - k @ projector @ q.mT).norm())
 
