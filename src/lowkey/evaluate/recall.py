@@ -254,6 +254,14 @@ def answered(
 ) -> dict:
     """Let a setting answer one case.
 
+    Args:
+        model: the model, attached.
+        tokenizer: its tokenizer.
+        setting: what is measured.
+        episode: the case: a prompt, its question and the right answer.
+        form: how cases are worded, a name of `FORMS`.
+        refeed: whether the question is asked again over what was kept, see `measure_recall`.
+
     Returns:
         `right`: whether the value was written; `held`: bytes held when the answer began.
     """

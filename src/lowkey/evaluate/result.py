@@ -213,7 +213,18 @@ def evaluation_job(
     task: Task,
     names: Sequence[str],
 ) -> dict:
-    """Everything that decides what is measured: saved work of another job is not resumed."""
+    """Everything that decides what is measured: saved work of another job is not resumed.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        settings: what is compared.
+        task: what is measured on.
+        names: names of `TASKS`.
+
+    Returns:
+        What JSON can hold; texts and weights as their checksums.
+    """
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     turns = getattr(tokenizer, "chat_template", None), tokenizer.special_tokens_map, ends
     return {

@@ -185,6 +185,12 @@ def _refused(plan: Plan, reason: str, remedy: str) -> LowkeyError:
 def commutes_with_rotation(model: PreTrainedModel, f: Factors, merge: int, width: int) -> bool:
     """Whether rotating keys before a layer's maps equals rotating what the maps keep, as the smaller model
     does.
+
+    Args:
+        model: the model that the plan was made for.
+        f: the factors of one of its layers.
+        merge: KV heads of the model that share one head of the smaller one.
+        width: width of a head of the smaller model.
     """
     f = in_order(f, families.geometry(model).kv_heads, width)
     if merge > 1:
@@ -223,6 +229,12 @@ def _rotated(x: Tensor, rope: Rope, positions: Tensor) -> Tensor:
 def converted(model: PreTrainedModel, plan: Plan, merge: int, width: int) -> PreTrainedModel:
     """The smaller model. It shares what it can with `model`. Its buffers hold no data, which is enough to
     save it.
+
+    Args:
+        model: the model that the plan was made for.
+        plan: a plan with the same ranks in every layer.
+        merge: KV heads of the model that share one head of the smaller one.
+        width: width of a head of the smaller model.
     """
     # Nothing is allocated: parameters are assigned below.
     with torch.device("meta"):
@@ -260,6 +272,11 @@ def smaller_config(model: PreTrainedModel, merge: int, width: int) -> PreTrained
 def in_order(f: Factors, heads: int, width: int) -> Factors:
     """Factors with one map per head, in fp32 on the CPU, and with channels of narrower heads in the order
     that the wide heads have.
+
+    Args:
+        f: the factors of one layer.
+        heads: KV heads of the layer.
+        width: width of a head of the smaller model.
     """
     f = f.to(torch.empty(0))
     down, up, v_down, v_up = (x.expand(heads // m, -1, -1) if len(x) == 1 else x for x, m in _sides(f))
@@ -289,7 +306,17 @@ def _sides(f: Factors) -> Iterator[tuple[Tensor, int]]:
 def layer_weights(
     model: PreTrainedModel, smaller: PreTrainedModel, i: int, f: Factors
 ) -> dict[Tensor, Tensor]:
-    """Weights of one layer's attention in the smaller model, by parameter."""
+    """Weights of one layer's attention in the smaller model.
+
+    Args:
+        model: the model that the plan was made for.
+        smaller: the smaller model; its parameters need hold no data.
+        i: index of the layer.
+        f: the layer's factors, as `in_order` gives them.
+
+    Returns:
+        The new value of every parameter, in fp32.
+    """
     block: Any = families.decoder_layers(model)[i].self_attn
     narrow: Any = families.decoder_layers(smaller)[i].self_attn
     new = factors_folded(families.projections(model, i), f, block.scaling / narrow.scaling)
@@ -312,6 +339,11 @@ def _fill(new_weights: dict, part: ProjectionPart, weight: Tensor, bias: Tensor 
 def factors_folded(p: Projections, f: Factors, scale: float) -> Projections:
     """Projections of the smaller model. Keys and values are made as latents, queries in their basis (times
     `scale`), and outputs are read from the latents of values.
+
+    Args:
+        p: the layer's projections in the model that the plan was made for.
+        f: the layer's factors, as `in_order` gives them.
+        scale: the model's factor on scores over that of the smaller one, whose heads have another width.
     """
     h, t = len(f.k_up), len(f.k_up) // len(f.k_down)
     # Biases go through the same maps as one more input.
@@ -338,7 +370,14 @@ def _without_bias(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None
 
 
 def checkpoint_card(model: PreTrainedModel, plan: Plan, merge: int, width: int) -> str:
-    """The model card, in Markdown."""
+    """The model card, in Markdown.
+
+    Args:
+        model: the model that the plan was made for.
+        plan: the plan.
+        merge: KV heads of the model that share one head of the smaller one.
+        width: width of a head of the smaller model.
+    """
     g, known, inner = plan.geometry, plan.provenance, model.config.get_text_config()
     heads, itemsize = g["kv_heads"], model.dtype.itemsize
     before, after = (

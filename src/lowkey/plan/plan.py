@@ -417,11 +417,11 @@ def bytes_kept(plan: Plan) -> str:
     """
     g, latents, at = plan.geometry, plan.bytes_per_token(2), plan.profile.get("at")
     full = 4 * g["kv_heads"] * g["head_dim"] * len(plan.factors)
-    told = f"latents keep {latents:.12g} of {full} bytes per token in bfloat16 ({100 * latents / full:.1f} %)"
+    kept = f"latents keep {latents:.12g} of {full} bytes per token in bfloat16 ({100 * latents / full:.1f} %)"
     if type(at) is not int or at < 1 or (whole := plan.cache_bytes(2, at)).is_uniform:
-        return told
+        return kept
     return (
-        f"{told}; a cache of {at} tokens, with {plan.sinks} sinks and {whole.recent_tokens} recent tokens "
+        f"{kept}; a cache of {at} tokens, with {plan.sinks} sinks and {whole.recent_tokens} recent tokens "
         f"exact, holds {100 * whole.cache_share(latents):.1f} % of the full cache"
     )
 

@@ -318,10 +318,9 @@ def check_job(settings: Training, corpus: Corpus, devices: int, model: PreTraine
     micro = _micro_batch(settings, devices)
     if not micro or settings.rows % (micro * devices):
         share = f"{settings.rows} rows of a step on {devices} devices"
-        asked = settings.micro_batch
         raise LowkeyError(
-            f"training.micro_batch {asked}: does not divide {share} evenly; change it, batch_tokens, or the "
-            "devices"
+            f"training.micro_batch {settings.micro_batch}: does not divide {share} evenly; change it, "
+            "batch_tokens, or the devices"
         )
     if not corpus.training.rows(settings.length):
         n = len(corpus.training.ids)

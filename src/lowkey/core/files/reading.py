@@ -105,6 +105,11 @@ def has_checksum(path: Path, sums: Collection[str], what: str = "file") -> bool:
     """Whether a file has one of these checksums.
 
     A file of another size is not read: a sparse file can take hours.
+
+    Args:
+        path: the file.
+        sums: checksums; each begins with the size that a file must have.
+        what: kind of file, for errors.
     """
     with opened_file(path, what, ANY_SIZE) as file:
         size = _size(file)
@@ -335,6 +340,11 @@ def tensor_marks(path: Path, what: str, remedy: str = MAKE_AGAIN) -> tuple[str, 
     """What a safetensors file says it is.
 
     The size of its header is checked before the header is read.
+
+    Args:
+        path: the file.
+        what: kind of file, for errors.
+        remedy: what to do about a damaged one, for errors.
 
     Returns:
         (kind, checksum); empty texts if it says nothing.

@@ -119,6 +119,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], kind: str) -> str:
 
     Tensors that share memory are written separately.
 
+    Args:
+        path: the file, which appears whole or not at all.
+        tensors: its tensors by name.
+        kind: the kind of file that a reader must ask for.
+
     Returns:
         The checksum.
     """
