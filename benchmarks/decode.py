@@ -50,7 +50,7 @@ def main(
         for name, row in found[-1]["backends"].items():
             print("| " + " | ".join(cells(found[-1], name, row)) + " |", flush=True)
     if out:
-        write_json(out, found, "benchmark", ours=True)
+        write_json(out, {"rows": found}, "benchmark", ours=True)
 
 
 def cells(run: dict, name: str, row: dict) -> list[str]:

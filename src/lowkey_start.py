@@ -1,17 +1,18 @@
-"""What the command `lowkey` starts with. It sets how threads wait before torch is loaded, because OpenMP
-reads that only then.
+"""The entry point of the command `lowkey`.
+
+It sets how threads wait. OpenMP reads that setting only when torch is loaded, so it has to be set before.
 """
 
 import os
 
 
 def main() -> None:
-    """Run the command line, with threads that sleep while they wait for others.
+    """Run the command line, with threads that sleep while they wait for one another.
 
-    A thread that spins instead keeps a core from the very thread that it waits for, whenever another program
-    wants a core too: on two cores beside one busy program, a matrix product took 100 times as long with two
-    threads as with one. Sleeping costs nothing that can be measured. `OMP_WAIT_POLICY` in the environment
-    comes first.
+    By default, waiting threads spin. When another program needs a core too, a spinning thread can keep the
+    thread that it waits for from running: on two cores beside one busy program, a matrix product with two
+    threads took 100 times as long as with one. Sleeping has no measurable cost. If `OMP_WAIT_POLICY` is set
+    in the environment, it is respected.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from lowkey.cli.app import main as run

@@ -261,7 +261,8 @@ def _single(root: Path) -> dict[str, Artefact]:
     files.write_json(root / "result" / "r.json", result, "result")
     (root / "recipe").mkdir()
     (root / "recipe" / "r.toml").write_text(
-        '[model]\nhidden_size = 32\nbetas = [1, 2.5]\n[data]\npath = "x.txt"\n[training]\nlr = 1e-3\nseed = 3\n'
+        "[model]\nhidden_size = 32\nbetas = [1, 2.5]\n"
+        '[data]\npath = "x.txt"\n[training]\nlr = 1e-3\nseed = 3\n'
     )
     (root / "log").mkdir()
     (root / "log" / "log.jsonl").write_text(

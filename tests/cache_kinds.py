@@ -21,15 +21,18 @@ BUDGET = "20 tokens"
 
 
 def rule(model):
+    """A sink rule of made-up points, for layers 1 and 2."""
     points = {i: SinkPoints(torch.zeros(1, 4, pico.HEAD_DIM), torch.full((1,), 3.0)) for i in (1, 2)}
     return SinkRule(points, (0,), 1, model_fingerprint(model))
 
 
 def evicting(name, **options):
+    """The policy with a budget of 20 tokens, and head scores."""
     return POLICIES[name](BUDGET, **options).with_head_scores(HEADS)
 
 
 def planned(model, **fields):
+    """A low-rank plan of the model, with head scores where it has four KV heads."""
     return pico.plan(model, heads=HEADS if model.config.model_type == "llama" else {}, **fields)
 
 
@@ -81,10 +84,12 @@ CASES = [(kind, "llama") for kind in KINDS] + [(kind, "gemma2") for kind in SLID
 
 @torch.no_grad()
 def feed(model, cache, ids):
+    """Logits of `ids` over the cache."""
     return model(ids, past_key_values=cache).logits
 
 
 def agree(cache, what):
+    """Assert that reported, predicted and reachable bytes are equal; returns them."""
     found = reach.held(cache)
     assert (found, found) == (cache.nbytes(), cache.predicted_nbytes()), what
     return found

@@ -34,6 +34,7 @@ def calibrate(method=None, **kwargs):
 
 
 def chosen(plan):
+    """The (rank of keys, rank of values) of every layer."""
     return [tuple(pair) for pair in plan.profile["chosen"]]
 
 

@@ -59,6 +59,7 @@ def model_of(name: str):
 
 @cache
 def statistics_of(name: str):
+    """Calibration statistics of every layer, from the windows that are not held out."""
     return gather_statistics(model_of(name), ROWS[:-HELD].split(4))
 
 
@@ -73,6 +74,7 @@ def prepared(name: str, layout: str, layer: int = LAYER):
 
 @cache
 def fitted(method: str, name: str, layout: str, layer: int = LAYER):
+    """Bases of the method for one layer."""
     return METHOD[method].fit(*prepared(name, layout, layer), RANKS, 0)
 
 

@@ -37,6 +37,8 @@ ROW = (
 
 
 class Ran(NamedTuple):
+    """Exit status and output of a command."""
+
     status: int
     out: str
     err: str
@@ -52,6 +54,7 @@ def lowkey(*words: object) -> Ran:
 
 
 def done(*words: object) -> Ran:
+    """Run a command that must succeed."""
     ran = lowkey(*words)
     assert ran.status == 0, ran.err
     return ran
@@ -78,4 +81,5 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 
 def truncate(path: Path) -> None:
+    """Cut the last 100 bytes off a file."""
     path.write_bytes(path.read_bytes()[:-100])

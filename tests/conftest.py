@@ -1,10 +1,13 @@
-"""Shapes in signatures are enforced while the tests run; transformers is kept quiet; tests on a real model
-are skipped without it.
+"""Settings and fixtures of all tests.
+
+Shapes in signatures are enforced while the tests run; transformers is kept quiet; tests on a real model are
+skipped without it.
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may touch the network
 # before torch is imported, and for commands that tests start: see lowkey_start
@@ -14,6 +17,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # also there
 import pytest
 import torch
 from jaxtyping import install_import_hook
+
+# a failed assertion in a helper module then shows its values, as in a test
+HELPERS = [path.stem for path in Path(__file__).parent.glob("*.py") if path.stem != "conftest"]
+pytest.register_assert_rewrite(*HELPERS)
 
 install_import_hook("lowkey.ops", "beartype.beartype")
 

@@ -62,6 +62,7 @@ GATED = {"attention": "gqa", "num_key_value_heads": 4, "attn_output_gate": True,
 
 
 def run(*words: object) -> tuple[int, str, str]:
+    """Run a command: (exit status, stdout, what it raised)."""
     ran = CliRunner().invoke(app, [str(w) for w in words])
     return ran.exit_code, ran.stdout, str(ran.exception or "")
 

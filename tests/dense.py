@@ -1,5 +1,6 @@
-"""The definition of low-rank attention with exact tokens, written out densely and slowly: no cache, no
-latents, no segments.
+"""The definition of low-rank attention with exact tokens, computed densely and slowly.
+
+There is no cache, no latent and no segment in it.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ def random_gate(heads: int, seed: int, level: int | None = None) -> Gate:
 
 @cache
 def make_plan(name: str, layout: str, level: int | None = None, shared: bool = False) -> DynamicPlan:
+    """A dynamic plan of random maps and gates; `level` makes all gates choose one level."""
     model = attached(name)
     shape = families.geometry(model)
     gates = {i: random_gate(shape.kv_heads, i, level) for i in shape.compressible}

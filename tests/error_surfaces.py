@@ -12,6 +12,7 @@ FULL = (8, 8)
 
 
 def profile(surface, spectra=None, signals=None):
+    """A profile of these errors, with spectra and signals made up where none are given."""
     layers = range(len(surface))
     measured = {name: [(1.0 + i % 3, 2.0 + i % 2) for i in layers] for name in ("fisher", "condition")}
     return Profile(
@@ -38,4 +39,5 @@ def bowl(layers=3, seed=0):
 
 
 def full_bytes(p):
+    """Bytes per token at full rank."""
     return p.bytes_per_token([FULL] * p.layer_count)

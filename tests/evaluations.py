@@ -39,11 +39,13 @@ def integers(model, bits: int) -> Setting:
 
 
 def run(settings, names=("perplexity",), work=None, **task: object) -> dict:
+    """Evaluate the settings on short windows."""
     what = Task({"other": OTHER}, **{"context": LENGTH, "windows": COUNT, "batch": BATCH, "cases": 1, **task})
     return evaluate(pico.attached("llama"), pico.tokenizer(), settings, what, names, work=work)
 
 
 def by_name(result: dict) -> dict[str, dict]:
+    """Rows of a result by name."""
     return {row["name"]: row for row in result["rows"]}
 
 

@@ -18,6 +18,7 @@ HEADS = {kind: [[1.0, 2.0, 0.0, 5.0]] * 3 for kind in ("copy", "r2", "er", "mass
 
 
 def evicting_cache(model, policy, layout=None, ranks=(pico.HEAD_DIM, pico.HEAD_DIM)):
+    """A cache that evicts by this policy; with a layout, over random low-rank maps."""
     full = families.geometry(model).compressible
     cache_eviction, maps = CacheWideEviction(len(full)), pico.layer_factors(model, *ranks) if layout else {}
 
@@ -31,10 +32,12 @@ def evicting_cache(model, policy, layout=None, ranks=(pico.HEAD_DIM, pico.HEAD_D
 
 
 def policy(name, budget, **options):
+    """A policy by name, with head scores."""
     return make_policy(name, budget, {k: str(v) for k, v in options.items()}).with_head_scores(HEADS)
 
 
 def lengths(cache, row):
+    """Number of kept tokens of a row, for every layer and KV head."""
     return [[len(p) for p in layer.kept_positions(row)] for layer in cache.evicting]
 
 
@@ -55,4 +58,5 @@ def record(cache):
 
 
 def made(policy=None, **kwargs):
+    """A cache of the llama model, made by `make_cache`."""
     return lowkey.make_cache(attached("llama"), policy=policy, **kwargs)

@@ -78,6 +78,7 @@ def same(plain, model, plan, tolerance=1e-4):
 
 
 def refused(model, plan, folder, match):
+    """Assert that exporting the plan is refused in one line and leaves nothing behind."""
     with pytest.raises(LowkeyError, match=match) as refusal:
         export_hf(model, pico.tokenizer(), plan, folder / "model")
     assert len(str(refusal.value).splitlines()) == 1

@@ -14,20 +14,24 @@ LENGTH = 30
 
 @cache
 def twice_as_wide(name):
+    """The model in double precision."""
     return copy.deepcopy(attached(name)).double()
 
 
 @torch.no_grad()
 def call(model, cache, ids, **options):
+    """Logits of `ids` over the cache."""
     return model(ids, past_key_values=cache, **options).logits
 
 
 def raising(*_, **__):
+    """What Ctrl-C does."""
     raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
 def interrupting(module):
+    """Ctrl-C before the module runs."""
     handle = module.register_forward_pre_hook(raising)
     try:
         yield
@@ -86,6 +90,7 @@ def state(cache):
 
 
 def same(a, b):
+    """Whether two states hold equal tensors."""
     return all(
         x.keys() == y.keys() and all(torch.equal(x[n], y[n]) for n in x) for x, y in zip(a, b, strict=True)
     )

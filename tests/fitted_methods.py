@@ -27,4 +27,5 @@ def prepared(name, layout, layer):
 
 
 def stored_keys(layout):
+    """Keys of layer 1 as this layout stores them, on the windows that are not held out."""
     return activations("llama", 1, ROWS[:-HELD])["keys_pre" if layout == "pre_rope" else "keys_post"]

@@ -1,5 +1,6 @@
-"""Files of ours with other contents and checksums that fit: what is tested is what a loader makes of the
-content.
+"""Changes the content of saved files and updates their checksums.
+
+What is tested is then what a loader makes of the content.
 """
 
 from __future__ import annotations

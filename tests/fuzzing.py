@@ -153,7 +153,7 @@ def _value(wild: float, dtype: torch.dtype) -> float:
 
 
 def mutate(artefact: Artefact, r: random.Random) -> tuple[Callable[[], None], bool, str]:
-    """One file becomes something else. Returns what puts it back, whether checksums fit, and what was done."""
+    """Damage one file. Returns what restores it, whether its checksums fit, and a description."""
     file = r.choice(artefact.files())
     before, vouched = {file: file.read_bytes()}, False
     kind = r.random()

@@ -14,6 +14,7 @@ TEXT = "It was a bright cold day in April, and the clocks were striking. " * 40
 
 
 def scores(values, layers=None, kv_heads=2, **changes) -> HeadScores:
+    """Head scores of these values (cases, layers, heads)."""
     values = torch.as_tensor(values, dtype=torch.float64)
     given = {
         "kind": "r2",
@@ -34,14 +35,17 @@ def scores(values, layers=None, kv_heads=2, **changes) -> HeadScores:
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Uniform random numbers."""
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def random_scores(cases=12, layers=3, heads=8, kv_heads=4, **changes) -> HeadScores:
+    """Head scores of random values."""
     return scores(noise(cases, layers, heads), None, kv_heads, **changes)
 
 
 def refused(call, *parts: str) -> None:
+    """Assert that a call is refused in one line that has these parts."""
     with pytest.raises(LowkeyError, match=parts[-1]) as refusal:
         call()
     assert len(str(refusal.value).splitlines()) == 1 and all(
@@ -50,5 +54,6 @@ def refused(call, *parts: str) -> None:
 
 
 def small(model, kind="r2", **changes) -> HeadScores:
+    """Head scores of a pico model, estimated on ten short cases."""
     given = {"task": "facts", "haystack": TEXT, "cases": 10, "lengths": (200, 230), "depths": 3}
     return estimate_heads(model, pico.tokenizer(), kind=kind, **given | changes)

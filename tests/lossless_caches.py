@@ -16,6 +16,7 @@ from lowkey.storage.coded import Exact
 
 
 def whole_rank(model, layout="post_rope", **fields):
+    """A plan of full rank, which loses nothing."""
     return pico.plan(model, 16, 16, layout=layout, **fields)
 
 
@@ -70,6 +71,7 @@ def stock_logits(ids, mask, name="llama", positions=None):
 
 @torch.no_grad()
 def fed(model, ids, mask, cache, splits=(), positions=None):
+    """Logits of `ids` in chunks of these sizes and the rest, under a mask (b, 1, t, t)."""
     out, start = [], 0
     for size in [*splits, ids.shape[1] - sum(splits)]:
         stop = start + size
@@ -83,15 +85,18 @@ def fed(model, ids, mask, cache, splits=(), positions=None):
 
 
 def causal(n):
+    """Causal mask (n, n)."""
     return torch.ones(n, n, dtype=torch.bool).tril()
 
 
 def documents(*sizes):
+    """Mask under which packed documents of these sizes do not see each other."""
     number = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     return (causal(sum(sizes)) & (number.unsqueeze(1) == number))[None, None]
 
 
 def windowed(n, width):
+    """Causal mask over the newest `width` tokens."""
     at = torch.arange(n)
     return (causal(n) & (at.unsqueeze(1) - at < width))[None, None]
 

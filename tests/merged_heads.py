@@ -48,6 +48,7 @@ def seen(name="llama"):
 
 
 def random(*shape, seed=0):
+    """Standard normal numbers in double precision."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
@@ -69,12 +70,15 @@ def random_commuting(t, d, rotary, seed):
 
 
 def kept(moment, columns):
+    """Energy that orthonormal columns keep of a second moment."""
     return float((columns.double().mT @ moment.double() @ columns.double()).diagonal(dim1=-2, dim2=-1).sum())
 
 
 def left(x, down):
+    """Energy of `x` that the projection on `down` loses."""
     return float((x - x @ down.double() @ down.double().mT).square().sum())
 
 
 def random_turn(seed):
+    """A random orthogonal matrix."""
     return orthonormal(random(HEAD_DIM, HEAD_DIM, seed=seed)).double()

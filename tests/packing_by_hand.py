@@ -28,6 +28,7 @@ TOLERANCE = {2: 0.1, 4: 2e-2, 8: 2e-3}
 
 
 def merged(t_k, t_v):
+    """Random factors in which t_k heads share a latent of keys and t_v one of values."""
     return lambda m: {
         i: pico.merged_factors(HEADS, 5, 9, t_k, t_v, seed=i) for i in families.geometry(m).compressible
     }
@@ -43,6 +44,7 @@ FORMS = {  # (layout, factors of the layers)
 
 
 def plan(model, form):
+    """The plan of a form, or None where keys and values are stored as they are."""
     layout, factors = FORMS[form]
     if factors is None:
         return None
@@ -73,10 +75,12 @@ def close(a, b, tolerance):
 
 
 def tolerance(name):
+    """Relative tolerance of a packing scheme, by its number of bits."""
     return TOLERANCE[int(name[-1])]
 
 
 def effective(name, exact):
+    """The exact tokens of a scheme when none are asked for."""
     return exact or Exact(recent=RECENT.get(name, 0))
 
 
@@ -87,6 +91,7 @@ def group_size(width, bits):
 
 
 def rounded_group(x, bits):
+    """Numbers of one group, rounded to 2**bits levels between their minimum and maximum."""
     low, high = min(x), max(x)
     step = max(np.float32((high - low) / np.float32(2**bits - 1)), np.float32(1e-8))
     return [np.rint((value - low) / step) * step + low for value in x]

@@ -1,4 +1,7 @@
-"""Pico random models of every family, built in milliseconds: 3 layers, hidden 64, head dim 16, vocabulary 97."""
+"""Random pico models of every family, built in milliseconds.
+
+3 layers, hidden 64, head dim 16, vocabulary 97.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +28,24 @@ from lowkey.storage.packing import PerToken
 VOCAB, LAYERS, HIDDEN, HEAD_DIM = 97, 3, 64, 16
 WINDOW = 16  # of the sliding layers, shorter than the prompts used here
 MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention", "full_attention"]}
-DIFFERENCES: dict[str, dict] = {
-    "mistral": {"sliding_window": None},
-    "phi3": {"pad_token_id": 0},
-    "gemma2": {**MIXED, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16},
-    "gemma3_text": {**MIXED, "query_pre_attn_scalar": 16},
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": HEAD_DIM}
+DERIVED_WIDTH = {"num_attention_heads": 4, "num_key_value_heads": 2}  # head_dim is hidden size / heads
+DIFFERENCES: dict[str, dict] = {  # what a family's configuration needs besides sizes
+    "llama": HEADS,
+    "mistral": {**HEADS, "sliding_window": None},
+    "qwen2": DERIVED_WIDTH,
+    "qwen3": HEADS,
+    "phi3": {**DERIVED_WIDTH, "pad_token_id": 0},
+    "gemma2": {**HEADS, **MIXED, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16},
+    "gemma3_text": {**HEADS, **MIXED, "query_pre_attn_scalar": 16},
     "granite": {
+        **DERIVED_WIDTH,
         "attention_multiplier": 0.3,
         "residual_multiplier": 0.7,
         "logits_scaling": 2.0,
         "embedding_multiplier": 3.0,
     },
+    "olmo2": DERIVED_WIDTH,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
 VARIANTS: dict[str, tuple[str, dict]] = {
@@ -53,9 +63,6 @@ NAMES = [*families.FAMILIES, *VARIANTS]
 def build(name: str, **overrides: object) -> PreTrainedModel:
     """A fresh model; the same name gives the same weights."""
     kind, extra = VARIANTS.get(name, (name, {}))
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    if kind not in ("qwen2", "phi3", "olmo2", "granite"):  # these have no head_dim of their own
-        heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": HEAD_DIM}
     shape = {
         "vocab_size": VOCAB,
         "hidden_size": HIDDEN,
@@ -64,9 +71,7 @@ def build(name: str, **overrides: object) -> PreTrainedModel:
         "max_position_embeddings": 512,
     }
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "initializer_range": 0.15}
-    config = AutoConfig.for_model(
-        kind, **{**shape, **ids, **heads, **DIFFERENCES.get(kind, {}), **extra, **overrides}
-    )
+    config = AutoConfig.for_model(kind, **{**shape, **ids, **DIFFERENCES[kind], **extra, **overrides})
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()
 
@@ -105,6 +110,7 @@ def save(folder: Path, name: str = "llama", **overrides: object) -> Path:
 
 
 def prompt(length: int = 40, batch: int = 2, seed: int = 0) -> Tensor:
+    """Random token ids (batch, length) without id 0."""
     return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
@@ -120,6 +126,7 @@ def orthonormal(heads: int, rank: int, seed: int) -> Tensor:
 def factors(
     heads: int, rank_k: int = HEAD_DIM, rank_v: int = HEAD_DIM, seed: int = 0, shared: bool = False
 ) -> Factors:
+    """Random orthonormal factors of one layer."""
     k, v = (orthonormal(1 if shared else heads, r, 2 * seed + i) for i, r in enumerate((rank_k, rank_v)))
     return Factors(k, k.mT, v, v.mT)
 
@@ -177,10 +184,12 @@ def plan(model: PreTrainedModel, rank_k: int = 6, rank_v: int = 6, **fields: obj
 def lowrank(
     model: PreTrainedModel, maps: dict[int, Factors], layout: Layout = "post_rope", exact: Exact | None = None
 ) -> LowkeyCache:
+    """A cache that stores latents under these factors."""
     return cache_of(model, lambda i: CodedLayer(LowRank(maps[i], layout, families.rope(model, i)), exact))
 
 
 def quantized(model: PreTrainedModel, bits: int = 8) -> LowkeyCache:
+    """A cache that stores integers of so many bits, in groups along each token."""
     return cache_of(model, lambda i: CodedLayer(Plain(), None, (PerToken(bits), PerToken(bits))))
 
 

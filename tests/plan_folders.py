@@ -10,4 +10,5 @@ MODEL = "llama"
 
 
 def make(rank_k=6, rank_v=9, model=None, **fields) -> Plan:
+    """A plan of the pico model with random factors of these ranks."""
     return pico.plan(model or pico.stock(MODEL), rank_k, rank_v, **fields)

@@ -167,6 +167,8 @@ def around(policy, context, i, j, scores):
 
 
 def by_snapkv(policy, context):
+    """SnapKV: mean attention of the newest queries, pooled."""
+
     def score(i, j):
         weights, real = attention(context, i, j, policy.window)
         return around(policy, context, i, j, weights.sum((0, 1)) / (max(real, 1) * len(weights)))
@@ -175,10 +177,13 @@ def by_snapkv(policy, context):
 
 
 def by_position(policy, context):
+    """StreamingLLM: newer tokens score higher."""
     return context.positions.double()
 
 
 def by_tova(policy, context):
+    """TOVA: attention of the newest query, averaged over all heads."""
+
     def score(i, j):
         paid, g = {}, context.queries.shape[2]
         for other in range(HEADS):
@@ -192,6 +197,8 @@ def by_tova(policy, context):
 
 
 def by_h2o(policy, context):
+    """H2O: attention summed over all queries, or over a window of them."""
+
     def score(i, j):
         weights, real = attention(context, i, j, policy.window or 10**6)
         sums, total = weights.sum((0, 1)) / weights.shape[0], int(context.query_positions[i].max()) + 1
@@ -235,6 +242,8 @@ def gaussian(policy, context, i, j, k):
 
 
 def by_expected(policy, context):
+    """Expected attention: softmax of the logits of Gaussian queries, times the norm of the value."""
+
     def score(i, j):
         out = torch.zeros(context.keys.shape[2], dtype=torch.float64)
         used = context.valid[i, j] & (context.positions[i, j] >= policy.sinks)
@@ -254,6 +263,8 @@ def by_expected(policy, context):
 
 
 def by_curdkv(policy, context):
+    """CurDKV: leverage scores of keys, of values, or their product."""
+
     def leverage(vectors, there):
         if policy.rank:
             matrix = torch.randn(
@@ -285,12 +296,15 @@ def by_curdkv(policy, context):
 
 
 def by_knorm(policy, context):
+    """The negative norm of the key."""
     return each(
         context, lambda i, j: [-math.sqrt(sum(x * x for x in key)) for key in context.keys[i, j].tolist()]
     )
 
 
 def by_keydiff(policy, context):
+    """KeyDiff: the negative cosine to the mean key."""
+
     def score(i, j):
         unit = [key / key.norm() if float(key.norm()) else key for key in context.keys[i, j].double()]
         anchor = sum(u for u, there in zip(unit, context.valid[i, j], strict=True) if there)
@@ -300,6 +314,8 @@ def by_keydiff(policy, context):
 
 
 def by_kvcompress(policy, context):
+    """KV-Compress: squared attention, summed over queries and pooled."""
+
     def score(i, j):
         squares = (attention(context, i, j, policy.window or 10**6)[0] ** 2).sum((0, 1))
         return context.previous_scores[i, j].double() + torch.tensor(
@@ -310,6 +326,8 @@ def by_kvcompress(policy, context):
 
 
 def by_fastgen(policy, context):
+    """FastGen: the smallest set of kinds of tokens that recovers the attention of a head."""
+
     def score(i, j):
         weights, real = attention(context, i, j, policy.sample)
         mass = weights.sum(1) / max(real, 1)

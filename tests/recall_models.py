@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pico
 
-TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}~{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}~{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 
 
 def chatting(end: str | None = "~"):

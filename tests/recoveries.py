@@ -22,6 +22,7 @@ SMALL = Recovery(stages=(("ce", 4),), rank=4, alpha=8, batch=2, length=24, lr=3e
 
 
 def run(model=None, plan=None, texts=TEXT, work=None, progress=None, **changes) -> Recovered:
+    """Train a plan on a short text, with changed settings."""
     model = model or pico.attached("llama")
     extra = {"progress": progress} if progress else {}
     return recover(
@@ -36,10 +37,12 @@ def run(model=None, plan=None, texts=TEXT, work=None, progress=None, **changes) 
 
 
 def losses(found: Recovered) -> list[float]:
+    """The loss of every step."""
     return [record["loss"] for record in found.losses]
 
 
 def maps(plan: Plan) -> dict[str, Tensor]:
+    """Copies of all tensors of a plan, by layer and name."""
     return {
         f"{i}.{x.name}": t.clone()
         for i, f in plan.factors.items()
@@ -49,6 +52,7 @@ def maps(plan: Plan) -> dict[str, Tensor]:
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether two sets of tensors are equal."""
     return a.keys() == b.keys() and all(torch.equal(t, b[name]) for name, t in a.items())
 
 

@@ -59,6 +59,7 @@ HOSTILE = '</title></svg><script>alert("$x_{")</script> id="x" #1d2430'
 
 
 def result(*rows: dict, model: str = "tiny", sha256: str = "aa") -> dict:
+    """A result file of these rows."""
     environment = copy.deepcopy(ENVIRONMENT)
     environment["data"]["sha256"] = sha256
     return {"format": 1, "model": model, "environment": environment, "rows": list(rows)}

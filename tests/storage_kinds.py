@@ -35,7 +35,7 @@ class Kind:
 
 
 def merged(model, rank_k, rank_v):
-    """Every two heads share a latent of keys, all of them one of values (grouped in some order and centred)."""
+    """Pairs of heads share a latent of keys, all heads one of values; in some order, and centred."""
     h = families.geometry(model).kv_heads
     return {
         i: pico.merged_factors(h, rank_k, rank_v, 2, h, seed=i) for i in families.geometry(model).compressible
@@ -57,9 +57,11 @@ KINDS = {
 
 
 def full(model, layout="post_rope", exact=None):
+    """A low-rank cache of full rank."""
     return lowrank(model, pico.layer_factors(model), layout, exact)
 
 
 def close(a, b, tolerance=1e-5):
+    """Assert that two tensors agree, relative to the largest value."""
     assert a.shape == b.shape
     assert (a - b).abs().max() <= tolerance * max(1.0, float(b.abs().max()))

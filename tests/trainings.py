@@ -72,6 +72,7 @@ def corpus(folder: Path) -> Path:
 
 
 def recipe(folder: Path, **training: object) -> Recipe:
+    """The recipe of a short training in this folder."""
     data = {"path": str(corpus(folder)), "vocab_size": 300, "held_out": 0.1, "cache": str(folder / "tokens")}
     return Recipe.of({"model": MODEL, "data": data, "training": {**TRAINING, **training}})
 

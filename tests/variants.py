@@ -1,5 +1,6 @@
-"""Pico models of every kind of attention that trains with a small cache: 2 layers, hidden 24, 4 heads of 8,
-vocabulary 97, fp64.
+"""Pico models of every attention kind that trains with a small cache.
+
+2 layers, hidden 24, 4 heads of 8, vocabulary 97, fp64.
 """
 
 from __future__ import annotations
@@ -115,6 +116,7 @@ UNROTATED = ["mla-nope", "mla-no-slice", "gta-no-slice"]
 
 
 def config(name: str, **overrides: object) -> LowkeyConfig:
+    """The configuration of a variant."""
     return LowkeyConfig(**{**SHAPE, **VARIANTS[name], **overrides})
 
 
@@ -130,21 +132,25 @@ def build(name: str, seed: int = 0, **overrides: object) -> LowkeyForCausalLM:
 
 
 def ids(length: int = 12, batch: int = 2, seed: int = 0) -> Tensor:
+    """Random token ids (batch, length)."""
     return torch.randint(2, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
 def logits(model: LowkeyForCausalLM, tokens: Tensor, **kwargs: object) -> Tensor:
+    """Logits without a cache."""
     return model(tokens, use_cache=False, **kwargs).logits
 
 
 def empty_cache(kind: str, model: LowkeyForCausalLM) -> Cache:
+    """transformers' static or dynamic cache for the model."""
     return (
         StaticCache(model.config, max_cache_len=40) if kind == "static" else DynamicCache(config=model.config)
     )
 
 
 def attention(model: LowkeyForCausalLM, layer: int = 0) -> nn.Module:
+    """The attention module of a layer."""
     return model.model.layers[layer].self_attn
 
 
@@ -159,6 +165,7 @@ def alone(
 
 
 def hidden(length: int = 10, batch: int = 2, seed: int = 0) -> Tensor:
+    """Random hidden states (batch, length, hidden)."""
     return torch.randn(
         batch, length, HIDDEN, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )
@@ -175,5 +182,6 @@ def share(source: LowkeyForCausalLM, target: LowkeyForCausalLM) -> LowkeyForCaus
 
 
 def put(weight: Tensor, value: Tensor) -> None:
+    """Overwrite a weight."""
     with torch.no_grad():
         weight.copy_(value)

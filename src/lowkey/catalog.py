@@ -80,9 +80,8 @@ def make_policy(
         LowkeyError: for an unknown name, option or value.
     """
     make: Any = POLICIES.get(name) or _import_class("policy", name, POLICIES, POLICY_PARTS)
-    kind = getattr(
-        make, "func", make
-    )  # some names are a class with options of their own set by functools.partial
+    # some names are a class with options of their own set by functools.partial
+    kind = getattr(make, "func", make)
     what, split = f"policy {name!r}", split or {}
     own = [f.name for f in fields(kind) if f.name != "budget"]
     chosen = {

@@ -185,7 +185,7 @@ def test_a_plan_of_another_model(other, made, here, words):
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"format": 9}'])
-def test_a_bad_result_makes_no_report(here, content):
+def test_a_damaged_result_is_refused_by_report(here, content):
     if content is not None:
         (here / "r.json").write_text(content)
     assert "r.json" in refused("report", "r.json", "-o", "page.html")

@@ -159,7 +159,7 @@ def test_options_reach_the_method(model, here):
     assert (parameters["epochs"], parameters["lr"], parameters["key_bases"]) == (1, 0.5, "per_head")
 
 
-def test_the_other_arguments_reach_the_plan(model, here):
+def test_other_compress_arguments_reach_the_plan(model, here):
     words = (
         "--layout",
         "pre_rope",
@@ -185,7 +185,7 @@ def test_the_other_arguments_reach_the_plan(model, here):
     assert {r % 4 for pair in told["ranks"].values() for r in pair} == {0}
 
 
-def test_a_text_of_ones_own(model, made, here):
+def test_compress_takes_a_calibration_text(model, made, here):
     (here / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
     told = printed("compress", model, "out", *SMALL, "--calibration", "text.txt")
     assert told["provenance"]["data_sha256"] != made[1]["provenance"]["data_sha256"]

@@ -90,7 +90,7 @@ def test_without_a_task_perplexity_and_bytes_are_measured(model, here):
     [["--task", "layers"], ["--task", "layers,speed"], ["--task", "layers", "--task", "speed"]],
     ids=str,
 )
-def test_what_nobody_asked_for_is_null(model, here, words):
+def test_measures_that_were_not_asked_for_are_null(model, here, words):
     for row in printed("eval", model, *SCORE, *words, "--out", "r.json")["rows"]:
         assert row["layer_error"] is not None and row["bytes_held"] is not None
         assert {row[key] for key in ("perplexity", "kl", "top1_agreement", "exact_match")} == {None}

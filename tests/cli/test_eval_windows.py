@@ -134,7 +134,7 @@ def test_the_table_has_intervals_over_windows(model, here):
     assert "±" not in lowkey("eval", model, *SCORE, "--out", "r.json")[1]
 
 
-def test_a_policy_that_repeats_its_context_has_perplexity_of_decoding_only(model, here):
+def test_a_policy_with_a_second_pass_has_only_decode_perplexity(model, here):
     words = (
         "eval",
         model,

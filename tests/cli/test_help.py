@@ -30,7 +30,7 @@ def test_a_command_line_that_does_not_parse(words):
 # -- help
 
 
-def test_alone_it_prints_its_help():
+def test_without_arguments_help_is_printed():
     ran = lowkey()
     assert ran.status == 2 and "Usage: lowkey" in ran.err
 

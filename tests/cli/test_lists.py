@@ -24,7 +24,7 @@ def test_methods_without_json():
     ] == []
 
 
-def test_methods_says_what_a_method_starts_from_and_what_an_error_budget_bounds():
+def test_methods_prints_defaults_and_what_an_error_budget_bounds():
     told = printed("methods")
     assert {told["methods"]["stiefattention"][name] for name in ("allocator", "layout", "ranks")} == {
         *("weighted-pareto", "pre_rope", "50%,60%,70%,80%,90%")

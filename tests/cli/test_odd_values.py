@@ -1,6 +1,4 @@
-"""Odd values for every option of every verb: exit status 2, one printable line with the value and a remedy,
-nothing written.
-"""
+"""Odd values for every option of every verb: exit status 2, one printable line, nothing written."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_a_full_disk_for_tensors_keeps_the_old_plan(model, plan, monkeypatch):
     assert tree(plan) == before
 
 
-def test_the_old_plan_comes_back_when_the_new_one_cannot_take_its_place(model, plan, monkeypatch):
+def test_the_old_plan_is_restored_when_the_new_one_fails_to_move(model, plan, monkeypatch):
     """Where names cannot be exchanged in one step."""
     before, rename = tree(plan), os.rename
     monkeypatch.setattr("lowkey.core.files.atomic.exchange", lambda a, b: False)

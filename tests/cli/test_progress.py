@@ -10,7 +10,7 @@ from rich.console import Console
 from lowkey.core import progress
 
 
-def test_without_a_terminal_a_line_says_where_it_is_and_how_long_is_left(monkeypatch, capsys):
+def test_without_a_terminal_progress_and_time_left_are_lines(monkeypatch, capsys):
     """Ten items of a minute each, on a clock of our own."""
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])

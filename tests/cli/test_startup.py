@@ -1,4 +1,4 @@
-"""What is settled before torch is loaded, and what is said before a command."""
+"""Thread settings that are made before torch is loaded, and the version."""
 
 from __future__ import annotations
 

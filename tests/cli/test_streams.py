@@ -1,5 +1,4 @@
-"""The command line's streams: closed, broken, narrow or full ones end in one line or none, and nothing in a
-file gives a terminal orders.
+"""Standard streams that are closed, broken, narrow or full, and control characters in what is printed.
 
 Commands run in a forked process whose standard streams are what a shell would have made them.
 """

@@ -1,4 +1,4 @@
-"""Help and every error about arguments come without torch: names, numbers, budgets, options, files.
+"""Help and every error about arguments are printed without importing torch.
 
 One process in which torch and transformers cannot be imported runs all the command lines below. Some are also
 measured as a shell starts them.
@@ -21,13 +21,14 @@ import typer
 
 import lowkey
 from lowkey.cli import app, choices, collect_choices
+from lowkey.cli.options import PANELS
 from lowkey.cli.stand_ins import fields_described, stand_in
 from lowkey.core import options
 from lowkey.core.errors import LowkeyError
 from lowkey.methods import METHODS
 from lowkey.policies import SCORES
 
-SECONDS = 1.0  # of CPU time; about 0.3 on an idle machine
+SECONDS = 0.5  # of CPU time, the best of three runs; about 0.2 on an idle machine
 
 # Each command line is run in one process, and what it printed is one JSON list.
 CHILD = """
@@ -65,20 +66,26 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["compress"], ["MODEL", "--help"]),
     (["compress", "tiny"], ["OUT", "--help"]),
     (["generate", "tiny"], ["--prompt", "--help"]),
-    (["compress", "tiny", "out", "--budget"], ["--budget", "--help"]),
+    (["compress", "tiny", "out", "--budget"], ["--budget", "compress --help"]),
     # models
     (["compress", "tinny", "out"], ["model 'tinny'", "did you mean 'tiny'?"]),
     (["eval", "smolm2"], ["model 'smolm2'", "did you mean 'smollm2'?"]),
     (["eval", "no-such-model"], ["model 'no-such-model'", "owner/name", "'tiny'"]),
+    (["compress", "TINY", "out"], ["model 'TINY'", "did you mean 'tiny'?"]),
+    (["eval", "https://huggingface.co/a/b"], ["is an address", "owner/name"]),
     (["eval", "two words"], ["model 'two words'", "owner/name"]),
     (["eval", "./none"], ["model './none'", "no such folder"]),
     (["eval", "none.gguf"], ["model 'none.gguf' does not exist"]),
     (["eval", "empty"], ["model 'empty'", "no config.json"]),
     ([*EVAL, "--dtype", "bfloat61"], ["dtype 'bfloat61'", "did you mean 'bfloat16'?"]),
     ([*EVAL, "--device", "cudda"], ["device 'cudda'", "did you mean 'cuda'?"]),
+    (["download", "SmolLM2"], ["model 'SmolLM2'", "did you mean 'smollm2'?"]),
     (["download", "smolm2"], ["model 'smolm2'", "did you mean 'smollm2'?"]),
     # methods and plans
     ([*COMPRESS, "--method", "stiefatention"], ["method", "did you mean 'stiefattention'?"]),
+    ([*COMPRESS, "--method", "PCA"], ["method 'PCA'", "did you mean 'pca'?"]),
+    ([*COMPRESS, "--method", "no_such_package:X"], ["no module named 'no_such_package'", "package.module"]),
+    ([*COMPRESS, "--method", ":"], ["method ':'", "package.module:Class"]),
     ([*COMPRESS, "--method", "zzz"], ["method 'zzz'", "pca, eigenattention", "package.module:Class"]),
     ([*COMPRESS, "--method", "kq-svd", "-O", "rigde=1"], ["option 'rigde'", "did you mean 'ridge'?"]),
     ([*COMPRESS, "--method", "kq-svd", "-O", "ridge=-1"], ["option ridge='-1'", "at least 0"]),
@@ -95,6 +102,7 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     ([*COMPRESS, "--ranks", "banana"], ["ranks 'banana'", "16,32,64"]),
     (["profile", "tiny", "--method", "eigenatention"], ["did you mean 'eigenattention'?"]),
     (["dynamic", "tiny", "out", "--key-bases", "per_hed"], ["did you mean 'per_head'?"]),
+    ([*COMPRESS, "--heads", "none.json"], ["head scores 'none.json'", "no such file", "lowkey heads"]),
     ([*CONVERT, "lrvk"], ["attention 'lrvk'", "did you mean 'lrkv'?"]),
     ([*CONVERT, "lrkv", "-O", "lrkv_rnk=3"], ["option 'lrkv_rnk'", "did you mean 'lrkv_rank'?"]),
     ([*CONVERT, "lrkv", "-O", "lrkv_rank=x"], ["option lrkv_rank='x'", "whole number"]),
@@ -118,12 +126,14 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     ([*COMPRESS, "--error-budget", "small"], ["'--error-budget'", "'small'", "a number"]),
     ([*COMPRESS, "--error-budget", "2"], ["error budget 2", "up to 1"]),
     ([*COMPRESS, "--judge", "loss", "--error-budget", "0"], ["error budget 0", "nats"]),
+    (["generate", "tiny", "--prompt", ""], ["prompt ''", "is empty"]),
     ([*GENERATE, "--tokens", "0"], ["tokens 0", "at least 1"]),
     (["heads", "tiny", "--cases", "0"], ["cases 0", "at least 1"]),
     (["diversity", "tiny", "--inits", "-1"], ["inits -1", "at least 0"]),
     (["sinks", "tiny", "--windows", "1"], ["windows 1", "at least 4"]),
     ([*RECOVER, "--lr", "0"], ["lr 0", "above 0"]),
     ([*RECOVER, "--stages", "ce=0"], ["stages", "at least 1"]),
+    (["bench", "decode", "--heads", "3", "--kv-heads", "2"], ["heads 3", "multiple", "try 4"]),
     (["bench", "decode", "--dtype", "floot32"], ["dtype 'floot32'", "did you mean 'float32'?"]),
     # budgets
     ([*COMPRESS, "--budget", "banana"], ["budget 'banana'", "50%"]),
@@ -144,6 +154,7 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     ([*EVAL, "--policy", "snapkv", "--budget", "9%", "-O", "kernel=4"], ["option kernel='4'", "odd"]),
     ([*EVAL, "--policy", "snapkv", "--budget", "9%", "-O", "allocator=adda"], ["did you mean 'ada'?"]),
     ([*EVAL, "--policy", "pyramidkv", "--budget", "9%", "-A", "bet=3"], ["did you mean 'beta'?"]),
+    ([*EVAL, "--policy", "h2o", "--budget", "9%", "--heads", "none.json"], ["none.json", "lowkey heads"]),
     ([*EVAL, "--task", "perplexitty"], ["task 'perplexitty'", "did you mean 'perplexity'?"]),
     ([*EVAL, "--recall-form", "line"], ["recall_form 'line'", "did you mean 'lines'?"]),
     ([*EVAL, "--bits", "hadamard"], ["bits 'hadamard'", "did you mean 'hadamard"]),
@@ -155,6 +166,7 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     ([*EVAL, "--plan", "none"], ["none/plan.json", "lowkey compress"]),
     (["pretrain", "none.toml"], ["none.toml", "does not exist"]),
     (["pretrain", "recipe.toml", "--set", "training.lrr=1"], ["'lrr'", "did you mean 'lr'?"]),
+    (["pretrain", "recipe.toml", "--set", "model.attention=lrvk"], ["'lrvk'", "did you mean 'lrkv'?"]),
     (["pretrain", "recipe.toml", "--device", "cudda"], ["device 'cudda'", "did you mean 'cuda'?"]),
     (["report", "none.json"], ["none.json"]),
 ]
@@ -217,7 +229,10 @@ def test_every_option_stands_in_a_panel():
     for name, command in commands.items():
         for parameter in command.params:
             panel = parameter.rich_help_panel
-            assert (panel is None) == (parameter.param_type_name == "argument"), (name, parameter.name)
+            if parameter.param_type_name == "argument":
+                assert panel is None, (name, parameter.name)
+            else:
+                assert panel in PANELS, (name, parameter.name)
             assert parameter.help and (parameter.metavar or parameter.is_flag), (name, parameter.name)
 
 
@@ -234,11 +249,14 @@ def test_help_and_errors_take_little_time(words):
         "import lowkey_start\n"
         "lowkey_start.main()\n"
     )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    ran = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert ran.stderr.endswith("[]\n"), ran.stderr
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < SECONDS
+    taken = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        ran = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert ran.stderr.endswith("[]\n"), ran.stderr
+        taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(taken) < SECONDS
 
 
 # -- choices.json

@@ -29,7 +29,7 @@ def test_a_mask_of_the_users_own_gives_stock_logits(kind, which):
 
 @pytest.mark.parametrize("which", MASKS)
 @pytest.mark.parametrize("kind", [k for k in KINDS if k not in UNHELD])
-def test_and_so_it_does_in_turns(kind, which):
+def test_a_mask_of_the_users_own_gives_stock_logits_in_turns(kind, which):
     ids, mask, model = prompt(120, 2), MASKS[which], attached("llama")
     got = fed(model, ids, mask, cache_of(kind, model), [33, 50, 1, 30])
     assert (got - stock_logits(ids, mask.expand(2, -1, -1, -1))).abs().max() <= NOISE.get(kind, 2e-4)
@@ -79,7 +79,7 @@ COUNTING = {
 
 
 @pytest.mark.parametrize("kind", COUNTING)
-def test_a_row_may_end_in_padding_beside_a_recent_window_and_blocks(kind):
+def test_a_row_may_end_in_padding_with_recent_tokens_or_blocks(kind):
     """As when a batch of texts is scored: each row is what it is alone."""
     model, mask = attached("llama"), torch.ones(2, 40).long()
     mask[0, 5:] = 0
@@ -95,7 +95,7 @@ def test_a_row_may_end_in_padding_beside_a_recent_window_and_blocks(kind):
 
 
 @pytest.mark.parametrize("kind", COUNTING)
-def test_a_recent_window_and_blocks_do_not_count_padding_behind_tokens(kind):
+def test_recent_tokens_and_blocks_do_not_count_trailing_padding(kind):
     """A row of which 5 tokens came would be as far as its neighbour of 40: it may not go on, in a chunk or
     behind one.
     """
@@ -129,7 +129,7 @@ def test_a_recent_window_and_blocks_do_not_count_padding_behind_tokens(kind):
 
 
 @pytest.mark.parametrize("kind", ["plain", "int8", "hadamard8", "plan"])
-def test_what_counts_no_tokens_reads_turns_of_uneven_length(kind):
+def test_caches_that_count_no_tokens_read_turns_of_uneven_length(kind):
     """Positions count the padding, as transformers' own do when none are given."""
     model, cache, ids = attached("llama"), cache_of(kind, attached("llama")), prompt(60)
     mask = torch.ones(2, 60).long()
@@ -148,7 +148,7 @@ def test_what_counts_no_tokens_reads_turns_of_uneven_length(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_heads_with_masks_of_their_own_are_refused_by_name_and_equal_ones_pass(kind):
+def test_masks_that_differ_between_heads_are_refused(kind):
     ids, model = prompt(40), attached("llama")
     mask = documents(40).expand(2, 8, 40, 40)  # 8 query heads; strides of 0
     want = stock_logits(ids, mask)
@@ -195,7 +195,7 @@ def test_a_refused_mask_changes_nothing(kind):
         assert torch.equal(*(model(prompt(5), past_key_values=cache).logits for cache in (tried, straight)))
 
 
-def test_under_soft_capping_a_stock_cache_honours_the_mask_of_every_head():
+def test_soft_capping_over_a_stock_cache_takes_a_mask_per_head():
     """SDPA would do so for other families; this one goes through our own attention."""
     ids, mask = prompt(14), causal(14).expand(2, 8, 14, 14).clone()
     mask[0, 1::2, 8:, :5] = False
@@ -208,7 +208,7 @@ def test_under_soft_capping_a_stock_cache_honours_the_mask_of_every_head():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_queries_that_see_nothing_give_numbers(kind):
+def test_queries_that_attend_to_nothing_give_finite_logits(kind):
     """Those of left padding, up to a row of a single token; and of the user's own masks."""
     model, cache = attached("llama"), cache_of(kind, attached("llama"))
     mask, positions = padding([39, 0], 40)

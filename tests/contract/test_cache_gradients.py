@@ -1,4 +1,4 @@
-"""Gradients through every cache, against autograd through transformers' own attention over the same tokens."""
+"""Gradients through every cache against autograd through transformers' own attention."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def agree(ours, theirs):
 
 @pytest.mark.parametrize("grown", [True, False])
 @pytest.mark.parametrize("kind", EXACT)
-def test_gradients_through_a_cache_that_keeps_all_are_those_of_a_stock_one(kind, grown):
+def test_gradients_of_a_lossless_cache_are_those_of_a_stock_one(kind, grown):
     agree(
         gradients(cache_of(kind, attached("llama")), grown, (3, 1, 1)),
         gradients(DynamicCache(), grown, (3, 1, 1)),
@@ -63,8 +63,8 @@ def test_gradients_through_a_cache_that_keeps_all_are_those_of_a_stock_one(kind,
 
 @pytest.mark.parametrize("sizes", [(3, 2), (1, 1, 1), (70, 1)])
 @pytest.mark.parametrize("grown", [True, False])
-def test_gradients_through_an_evicted_cache_are_those_over_what_it_kept(grown, sizes):
-    """StreamingLLM keeps the same tokens everywhere, so that the mask of a stock cache can say what is left."""
+def test_gradients_of_an_evicted_cache_are_those_of_kept_tokens(grown, sizes):
+    """StreamingLLM keeps the same tokens everywhere, so that the mask of a stock cache can express it."""
     cache = make_cache(attached("llama"), policy=POLICIES["streamingllm"]("12 tokens", sinks=2, recent=10))
     hidden = torch.zeros(2, CONTEXT + sum(sizes), dtype=torch.bool)
     for row, pad in enumerate(PADS):

@@ -1,6 +1,4 @@
-"""Whatever happens to a cache, in any order: beside one to which only the good calls came, it holds the same
-and says the same.
-"""
+"""Random sequences of good and failing calls: the cache holds what the good calls alone would give."""
 
 from __future__ import annotations
 
@@ -113,7 +111,7 @@ class Life:
         for case in CASES
     ],
 )
-def test_any_life_leaves_what_only_the_good_calls_would(kind, name, seed, tmp_path):
+def test_random_calls_leave_what_the_good_calls_alone_would(kind, name, seed, tmp_path):
     life, events = Life(kind, name, seed), []
     for _ in range(8):
         events.append(life.draw.choice(EVENTS))

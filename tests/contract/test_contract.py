@@ -206,7 +206,7 @@ def test_exact_prefill_stores_what_compressed_prefill_stores(kind):
     assert all(torch.equal(held[0][n], held[1][n]) for n in held[0])
 
 
-def test_the_switch_is_the_setting(layout):
+def test_exact_prefill_switched_on_equals_the_setting(layout):
     model, ids = attached("llama"), prompt(24)
     maps, splits = pico.layer_factors(model, 6, 9), [10, 12, 1, 1]
     switched = lowrank(model, maps, layout, Exact(3, 5))
@@ -219,7 +219,7 @@ def test_the_switch_is_the_setting(layout):
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
-def test_a_quantised_chunk_sees_itself_exactly_and_the_past_as_stored(chunk):
+def test_a_quantised_chunk_attends_to_itself_exactly(chunk):
     """By the loops of `naive`: a single token is no chunk."""
     query, keys, values = torch.randn(3, 2, 4, 8 + chunk, 16, generator=torch.Generator().manual_seed(0))
     layer = CodedLayer(Plain(), None, (PerToken(4), PerToken(4)))

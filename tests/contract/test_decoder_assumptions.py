@@ -1,4 +1,4 @@
-"""Every assumption about transformers' decoder layers, and what `attach` changes in a model."""
+"""Assumptions about transformers' decoder layers, and what `attach` changes, one test each."""
 
 from __future__ import annotations
 
@@ -122,8 +122,9 @@ import torch, transformers
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING as layers
-state = lambda: (dict(functions), dict(masks), dict(layers), torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),
-    torch.random.get_rng_state().sum().item(), transformers.logging.get_verbosity())
+state = lambda: (dict(functions), dict(masks), dict(layers), torch.get_num_threads(),
+    torch.get_default_dtype(), torch.is_grad_enabled(), torch.random.get_rng_state().sum().item(),
+    transformers.logging.get_verbosity())
 before = state()
 import lowkey, lowkey.calibration.calibrate, lowkey.cache, lowkey.methods
 assert state() == before

@@ -71,7 +71,7 @@ def test_a_failed_call_changes_nothing(kind, name, new):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_call_after_a_failure_needs_no_question(kind):
+def test_the_call_after_a_failure_gives_the_usual_logits(kind):
     """One token with positions of its own: nothing asks the cache for its length before tokens come again."""
     model, ids, more = attached("llama"), prompt(LENGTH, batch=1), prompt(1, batch=1, seed=1)
     caches = [KINDS[kind](model) for _ in range(2)]
@@ -150,7 +150,7 @@ def test_a_prefill_that_fails_leaves_no_settings_behind(name, stop):
     assert same(state(held), state(fresh))
 
 
-def test_crop_of_a_cache_with_sliding_layers_is_refused_before_they_are_cropped():
+def test_crop_with_sliding_layers_is_refused_before_any_change():
     model = attached("gemma2")
     held = make_cache(model, bits=8)
     call(model, held, prompt(10, batch=1))

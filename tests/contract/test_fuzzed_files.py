@@ -1,6 +1,4 @@
-"""Every kind of file, damaged in thousands of ways: what is loaded means what was written, and all else is
-one line.
-"""
+"""Files of every kind, damaged at random: each is refused in one line, or means what was written."""
 
 from __future__ import annotations
 

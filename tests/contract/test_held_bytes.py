@@ -47,7 +47,7 @@ def interrupted(model, cache, ids, layer=1):
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
-def test_what_is_held_is_what_is_said(kind, name, tmp_path):
+def test_reported_bytes_are_those_kept_alive(kind, name, tmp_path):
     model = attached(name)
     cache = KINDS[kind](model)
     assert agree(cache, "fresh") == 0
@@ -74,7 +74,7 @@ def test_what_is_held_is_what_is_said(kind, name, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
-def test_an_interrupt_is_counted_and_then_undone(kind, name):
+def test_bytes_are_right_during_and_after_an_interrupt(kind, name):
     """Between layers, where a cache cannot know of it before it is asked: until then what it keeps alive is
     in the count.
     """
@@ -123,7 +123,7 @@ def test_a_plans_maps_do_not_grow_with_the_prompt(kind):
 
 
 @pytest.mark.parametrize("name", variants.VARIANTS)
-def test_our_own_attention_in_the_stock_form(name):
+def test_bytes_of_our_own_attention_in_a_stock_cache(name):
     """Parts of any width, empty ones too; a call that is interrupted is undone, and the next one is as if it
     had not been.
     """

@@ -1,6 +1,4 @@
-"""kill -9 at any moment: what was there is there, what is read is whole, and the same command ends as if
-nothing had been.
-"""
+"""Processes that are killed at any moment leave whole files, and the same command then ends as usual."""
 
 from __future__ import annotations
 
@@ -127,7 +125,7 @@ def test_a_killed_save_leaves_a_whole_version(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["plan", "cache"])
-def test_also_where_names_cannot_be_exchanged(tmp_path, kind, monkeypatch):
+def test_a_killed_save_is_whole_without_atomic_exchange(tmp_path, kind, monkeypatch):
     monkeypatch.setattr("lowkey.core.files.atomic.exchange", lambda a, b: False)
     r = random.Random(kind)
     for _ in range(3):
@@ -245,7 +243,7 @@ def here(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_forty_moments_over_all_commands_and_saves(here):
+def test_commands_and_saves_killed_at_forty_moments(here):
     r, took, late = random.Random(0), {}, 0
     for name in COMMANDS:
         took[name] = done(command(name, f"straight-{name}"))

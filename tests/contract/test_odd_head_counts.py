@@ -1,5 +1,6 @@
-"""Numbers of KV heads that powers of two do not divide: 1, 3, 5, 7. What errors recommend is typed as it
-stands and must work.
+"""Models of 1, 3, 5 or 7 KV heads: counts that powers of two do not divide.
+
+What an error recommends is typed as it stands, and must work.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def test_packed_whole_heads_are_counted_by_what_is_stored(budget, kept):
 
 
 @pytest.mark.parametrize("method", WHOLE)
-def test_such_a_plan_comes_back_from_disk_and_from_unfinished_work(method, tmp_path):
+def test_a_plan_of_odd_heads_survives_saving_and_resuming(method, tmp_path):
     model = build(3)
     sample = Sample(4, 24)
     asked = {"method": WHOLE[method], "budget": "67%", "sample": sample, "work": tmp_path / "work"}
@@ -157,7 +158,7 @@ def test_ranks_and_multiples_are_named_only_where_they_help(folder, tmp_path):
 
 
 @pytest.mark.parametrize("heads", [5])
-def test_a_group_that_does_not_divide_is_refused_with_one_that_works(folder, tmp_path, heads):
+def test_an_invalid_group_is_refused_with_a_valid_one(folder, tmp_path, heads):
     start = ("compress", folder(heads), tmp_path / "plan", "--method", "kv-head-svd", *SAMPLE)
     told = refused(*start, "-O", "group=2")
     assert told.endswith(f"must divide the model's {heads} KV heads; choose one of {heads}\n")
@@ -165,7 +166,7 @@ def test_a_group_that_does_not_divide_is_refused_with_one_that_works(folder, tmp
 
 
 @pytest.mark.parametrize("heads", [1, 3, 4])
-def test_what_export_recommends_is_exported_and_runs_in_stock_transformers(folder, tmp_path, heads):
+def test_plans_that_export_recommends_run_in_stock_transformers(folder, tmp_path, heads):
     model, pca, plan, out = folder(heads), tmp_path / "pca", tmp_path / "plan", tmp_path / "out"
     done("compress", model, pca, "--method", "pca", "--ranks", "50%", *SAMPLE)
     told = refused("export", model, pca, out)

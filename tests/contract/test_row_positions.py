@@ -216,7 +216,7 @@ def test_a_single_token_beside_padding_is_what_it_is_alone(name):
             ]
 
 
-def test_steps_of_some_rows_alone_are_refused_where_all_are_counted_together():
+def test_steps_of_some_rows_are_refused_if_rows_share_a_count():
     model, cache = attached("llama"), make_cache(attached("llama"), policy=small("h2o", every=2))
     with pytest.raises(
         LowkeyError, match=r"attention_mask: one token while another row has not begun, and every=2"
@@ -235,7 +235,7 @@ LOSSY = {
 
 
 @pytest.mark.parametrize("kind", LOSSY)
-def test_under_exact_prefill_a_single_token_sees_what_will_be_stored(kind):
+def test_with_exact_prefill_a_single_token_is_attended_as_stored(kind):
     """Whether it comes alone or in a piece of which the rest is padding."""
     model, ids = attached("llama"), three()
     together, *own = (LOSSY[kind](model) for _ in range(4))

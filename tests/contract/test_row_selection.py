@@ -1,6 +1,4 @@
-"""Rows of a batch are picked, moved and repeated in every kind of cache; beams and several samples need no
-more.
-"""
+"""Rows of a batch are selected, reordered and repeated in every kind of cache, as beam search does."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ CASES = [(kind, name) for kind, name in CASES if "kvzip" not in kind]
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
-def test_picked_moved_and_repeated_rows_are_the_rows(kind, name):
+def test_selected_reordered_and_repeated_rows_are_unchanged(kind, name):
     """Two rows of different length; what follows is what each row alone would give, whichever place it was
     moved to.
     """
@@ -44,7 +42,7 @@ def test_picked_moved_and_repeated_rows_are_the_rows(kind, name):
 
 
 @pytest.mark.parametrize("kind", ["stock", "snapkv", "every-global", "dynamic", "plan-razor"])
-def test_rows_repeated_before_anything_came_are_none(kind):
+def test_repeating_rows_of_an_empty_cache_does_nothing(kind):
     cache = KINDS[kind](attached("llama"))
     cache.batch_repeat_interleave(3)
     cache.reorder_cache(torch.tensor([0]))
@@ -62,7 +60,7 @@ def test_beams_over_a_full_budget_are_the_stock_beams(name):
 
 
 @pytest.mark.parametrize("kind", ["stock", "bits-8", "plan", "snapkv", "dynamic"])
-def test_several_samples_of_one_filled_row(kind):
+def test_several_samples_of_a_filled_row_are_refused(kind):
     """transformers repeats the ids, not the cache: refused with the remedy, before anything changes, and the
     remedy works.
     """
@@ -79,7 +77,7 @@ def test_several_samples_of_one_filled_row(kind):
     assert found.shape == (3, 3) and torch.equal(found[:1].expand(3, -1), found)
 
 
-def test_rows_of_other_numbers_are_told_which_call_picks_them():
+def test_another_number_of_rows_is_refused_with_the_remedy():
     model, cache = attached("llama"), make_cache(attached("llama"), policy=evicting("snapkv"))
     feed(model, prompt(20, batch=3), cache)
     with pytest.raises(LowkeyError, match="holds 3 rows and is given 2"):

@@ -1,4 +1,4 @@
-"""Every rule that a saved cache must keep, broken once, with checksums that fit."""
+"""Every rule that a saved cache must keep is broken once, with checksums that fit."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_a_cache_that_breaks_a_rule_is_refused(kept, tmp_path, kind, change, say
 
 
 @pytest.mark.parametrize("kind", MADE)
-def test_those_that_break_none_are_loaded(kept, tmp_path, kind):
+def test_a_cache_that_keeps_every_rule_is_loaded(kept, tmp_path, kind):
     folder = shutil.copytree(kept / kind, tmp_path / kind)
     forging.edit_tensors(folder / "cache.safetensors", lambda tensors: None, folder / "cache.json")
     assert lowkey.load_cache(folder, attached("llama")).get_seq_length() == SEEN

@@ -1,5 +1,6 @@
-"""What would be wrong without a word: adapters, masks, layers that slide beside layers that evict, state that
-outlives its use.
+"""Situations that would give wrong results without an error.
+
+Adapters, masks, sliding layers beside evicting ones, and state that is used after its time.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def test_razor_is_refused_where_keys_are_stored_unrotated():
         make_cache(model, pico.plan(model, layout="pre_rope"), POLICIES["razor"]("50%"))
 
 
-def test_hadamard_does_not_mix_channels_that_turn_at_their_own_frequencies():
+def test_hadamard_does_not_mix_channels_of_different_frequencies():
     model, ids = pico.attached("llama"), pico.prompt(40, 1)
     plan = calibrate(
         model, pico.tokenizer(), TEXT, method=KVLatent(rope="aware"), budget="50%", sample=Sample(4, 64)

@@ -1,4 +1,4 @@
-"""`torch.compile`: the model's own parts are compiled, a cache of ours runs between them, as it is."""
+"""Compiled models and attention (`torch.compile`) give the same logits over every kind of cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def logits(model, cache, steps):
     )
 
 
-def test_a_compiled_attention_gives_the_same_over_an_evicting_cache():
+def test_compiled_attention_equals_eager_over_evicting_caches():
     """What a decoder layer does with a cache, by itself: a whole model takes long to compile."""
     torch._dynamo.reset()
     plain, compiled = (KINDS["every-global"](attached("llama")) for _ in range(2))
@@ -58,7 +58,7 @@ def test_a_compiled_model_gives_the_same_over_every_cache(kind):
 
 
 @pytest.mark.slow
-def test_one_graph_is_refused_with_the_reason():
+def test_fullgraph_is_refused_with_the_reason():
     torch._dynamo.reset()
     model = attached("llama")
     try:

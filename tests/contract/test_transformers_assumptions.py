@@ -1,4 +1,7 @@
-"""Every assumption about transformers' caches and attention, one test each: a failure names what changed."""
+"""Assumptions about transformers' caches, masks and attention, one test each.
+
+A failure names what a new release of transformers changed.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +104,7 @@ class BoxLayer(StoringLayer):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_update_returns_reaches_the_attention_function_untouched(name):
+def test_the_attention_function_gets_what_update_returns(name):
     model, calls = spied(name)
     cache = cache_of(model, lambda i: BoxLayer())
     feed(model, prompt(8), cache)
@@ -164,7 +167,7 @@ def test_position_ids_reach_the_attention_function(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_generate_counts_positions_from_each_rows_first_real_token(name):
+def test_generate_counts_positions_from_the_first_real_token(name):
     """Left padding stands at position 0; each later step brings one position per row."""
     model, calls = spied(name)
     generate(model, prompt(8), 2, pads=[3, 0])
@@ -252,7 +255,7 @@ def test_sdpa_mask_may_be_none_without_padding(query, stored):
     assert sdpa_mask(batch_size=1, q_length=query, kv_length=stored, q_offset=stored - query) is None
 
 
-def test_sdpa_mask_of_a_later_chunk_is_written_out_and_ends_with_the_last_token():
+def test_sdpa_mask_of_a_later_chunk_ends_with_its_last_token():
     mask = sdpa_mask(batch_size=1, q_length=2, kv_length=5, q_offset=3)
     assert mask[0, 0].tolist() == [[True, True, True, True, False], [True] * 5]
 
@@ -265,7 +268,7 @@ def _fill(layer, length):
     return layer.keys.untyped_storage().nbytes()
 
 
-def test_upstreams_sliding_layer_keeps_a_view_of_the_whole_prompt():
+def test_a_stock_sliding_layer_keeps_a_view_of_the_prompt():
     """The wart that StockSlidingLayer repairs; when this fails, transformers has repaired it too and ours can
     go.
     """
@@ -337,7 +340,7 @@ def test_no_mask_means_causal_from_the_first_stored_token(stored):
         assert torch.allclose(out[:, i], (weights @ x[:, :, : i + 1]).squeeze(2), atol=1e-5)
 
 
-def test_a_module_without_parameters_of_its_own_is_not_asked_how_it_starts():
+def test_a_module_without_own_parameters_is_not_initialised():
     """Of code that is not transformers' own; why the output projection is a class of its own."""
     asked = []
 
@@ -363,7 +366,7 @@ def test_a_head_dim_of_0_is_taken_for_none_given():
     assert len(LlamaRotaryEmbedding(config=config).inv_freq) == 8
 
 
-def test_positions_that_start_again_are_documents_only_without_a_cache():
+def test_restarting_positions_separate_documents_without_a_cache():
     model = pico.build("llama")
     arguments = {
         "config": model.config,

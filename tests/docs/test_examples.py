@@ -5,6 +5,8 @@ Commands run in this process, on the embedded model and at small sizes, each pag
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -84,3 +86,20 @@ def test_every_command_of_every_page_parses():
             command = root.get_command(context, words[0])
             assert command is not None, words
             command.make_context(words[0], words[1:], parent=context)
+
+
+def test_examples_import_what_packages_export():
+    """A type checker refuses a name that a package imports for itself alone."""
+    code = [b.text for page in written() for b in blocks(page) if b.language == "python"]
+    imported = [
+        (node.module, name.name)
+        for text in code
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lowkey"
+        for name in node.names
+    ]
+    packages = [(importlib.import_module(module), name) for module, name in imported]
+    assert ("lowkey.policies", "SnapKV") in imported
+    assert not [
+        (m.__name__, name) for m, name in packages if hasattr(m, "__path__") and name not in m.__all__
+    ]

@@ -1,7 +1,8 @@
-"""Everything that a user can choose is listed in a literal dict, and compared with its definition by a test.
+"""Everything that a user can choose is in a literal dict, and a test compares it with its definition.
 
-Such a test carries `pytest.mark.defines(kind, *names)`. The marks are read from the source of the tests, so that
-this one knows them all wherever it runs."""
+Such a test carries `pytest.mark.defines(kind, *names)`. The marks are read from the source of the tests, so
+that this one knows them all wherever it runs.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from attention_kinds import KINDS
+from pico import DIFFERENCES
+from variants import VARIANTS
 
 import lowkey
 from lowkey.allocation.allocators import RANK_ALLOCATORS
@@ -17,6 +21,7 @@ from lowkey.attention import ATTENTION, ATTENTION_KINDS
 from lowkey.conversion import CONVERSION_FIELDS, CONVERSIONS
 from lowkey.core.types import LAYOUTS
 from lowkey.methods import DYNAMIC_METHODS, METHODS
+from lowkey.models.families import FAMILIES
 from lowkey.policies import POLICIES, SCORES
 from lowkey.policies.allocators import TOKEN_ALLOCATORS
 from lowkey.storage.packing import SCHEMES
@@ -64,6 +69,13 @@ def test_every_choice_has_a_definition_written_by_hand(kind):
     assert defined()[kind] == set(CHOICES[kind])
 
 
+def test_tests_of_all_families_and_attention_kinds_run_over_each():
+    """A family's definition is transformers' own model of it, which `pico` builds from these differences."""
+    assert set(DIFFERENCES) == set(FAMILIES)
+    assert {variant["attention"] for variant in VARIANTS.values()} == set(ATTENTION)
+    assert {kind["attention"] for kind in KINDS.values()} == set(ATTENTION)
+
+
 def test_tables_of_the_same_choices_have_the_same_names():
     assert tuple(ATTENTION) == ATTENTION_KINDS
     assert set(CONVERSIONS) == set(CONVERSION_FIELDS) <= set(ATTENTION)
@@ -95,15 +107,15 @@ TABLES = {
 }
 
 
-@pytest.mark.parametrize("path", TABLES)
-def test_what_can_be_chosen_stands_in_a_literal_dict(path):
-    tree = ast.parse((SOURCE / path).read_text(encoding="utf-8"))
-    values = {
-        ast.unparse(node.target if isinstance(node, ast.AnnAssign) else node.targets[0]): node.value
-        for node in tree.body
-        if isinstance(node, ast.Assign | ast.AnnAssign)
-    }
-    assert all(isinstance(values[name], ast.Dict) for name in TABLES[path])
+def test_what_can_be_chosen_stands_in_a_literal_dict():
+    for path, names in TABLES.items():
+        tree = ast.parse((SOURCE / path).read_text(encoding="utf-8"))
+        values = {
+            ast.unparse(node.target if isinstance(node, ast.AnnAssign) else node.targets[0]): node.value
+            for node in tree.body
+            if isinstance(node, ast.Assign | ast.AnnAssign)
+        }
+        assert all(isinstance(values[name], ast.Dict) for name in names), path
 
 
 def test_nothing_is_added_to_a_table_afterwards():

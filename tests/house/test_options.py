@@ -1,6 +1,4 @@
-"""Options and their ranges: every field that a user can set has one, says it in one line, and the command
-line shows it.
-"""
+"""Every option has a range and a one-line description, and the command line shows both."""
 
 from __future__ import annotations
 

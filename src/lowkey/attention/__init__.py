@@ -3,9 +3,10 @@ trains, generates and saves it.
 
     model = LowkeyForCausalLM(LowkeyConfig(attention="lrkv", lrkv_rank=24, ...))
 
-`base` has what all kinds share, one file each has a kind (`gqa`, `gta`, `lrkv`, `mea`, `mla`), `costs` counts
-what they take, and `modeling_lowkey` puts them into Llama's decoder. transformers copies this folder beside a
-checkpoint, so it imports nothing of lowkey, and siblings by relative imports only.
+`base` has what all kinds share, `parts` the modules that they are built of, `rotary` rotations. One file each
+has a kind (`gqa`, `gta`, `lrkv`, `mea`, `mla`), `costs` counts what they take, and `modeling_lowkey` puts
+them into Llama's decoder. transformers copies this folder beside a checkpoint, so it imports nothing of
+lowkey, and siblings by relative imports only.
 """
 
 from __future__ import annotations

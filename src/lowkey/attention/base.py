@@ -5,58 +5,21 @@ Letters: b batch, t new tokens, s stored tokens, D hidden size, H query heads, G
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers.cache_utils import Cache, QuantizedLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import (
-    LlamaRotaryEmbedding,
-    eager_attention_forward,
-    rotate_half,
-)
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .configuration_lowkey import LowkeyConfig
 from .costs import Costs
+from .parts import HeadNorm, LowRankQuery, OutputProjection, PreciseRMSNorm, in_fp32_or_wider, norm_folded
+from .rotary import CosSin, RotaryCall, rotary
 
 POSITION_NUMBERS = 3  # numbers that hold a token's position, 8 bits each
-
-Turn = tuple[Tensor, Tensor]  # cos and sin, each (b, t, width)
-
-
-class RotaryCall(NamedTuple):
-    """Rotations of one call.
-
-    Args:
-        cos: (b or 1, t, width) of the new tokens.
-        sin: (b or 1, t, width) of the new tokens.
-        frequencies: (width / 2), from which cos and sin of stored tokens can be made.
-        scaling: factor on cos and sin (YaRN).
-        narrow: cos and sin of the new tokens at the width of latents, where latents are rotated too; or None.
-        other: rotations of the layers that have another attention, if there are such layers.
-    """
-
-    cos: Tensor
-    sin: Tensor
-    frequencies: Tensor
-    scaling: float
-    narrow: Turn | None
-    other: RotaryCall | None = None
-
-    def at(self, positions: Tensor, like: Tensor) -> Turn:
-        """cos and sin of other positions.
-
-        Args:
-            positions: (b, s).
-            like: a tensor of the wanted dtype.
-        """
-        angles = positions.unsqueeze(-1).float() * self.frequencies.float()
-        cos, sin = (torch.cat((part, part), -1) * self.scaling for part in (angles.cos(), angles.sin()))
-        return cos.to(like.dtype), sin.to(like.dtype)
 
 
 class LayerCall(NamedTuple):
@@ -75,89 +38,6 @@ class LayerCall(NamedTuple):
     positions: Tensor | None
     cached: bool
     extra: dict[str, Any]
-
-
-class NoRotation(nn.Module):
-    """A rotary embedding of no dimensions."""
-
-    def forward(self, x: Tensor, position_ids: Tensor) -> RotaryCall:
-        """cos and sin of width 0, for positions (b, t)."""
-        nothing = x.new_empty(*position_ids.shape, 0)
-        return RotaryCall(nothing, nothing, x.new_empty(0), 1.0, None)
-
-
-class KindRotaryEmbedding(LlamaRotaryEmbedding):
-    """The decoder's rotary embedding for heads of a given width, with the configuration's base and scaling.
-
-    Layers have none of their own. Rotations whose frequencies follow the length of the text (dynamic,
-    longrope) have a state, and it must exist once.
-
-    Args:
-        config: the model's configuration.
-        width: rotated dimensions of a head.
-        narrow: rotated dimensions of latents; 0 for none.
-    """
-
-    def __init__(self, config: LowkeyConfig, width: int, narrow: int = 0) -> None:
-        own = copy.copy(config)
-        own.head_dim = width  # where Llama's class reads the width from
-        super().__init__(own)
-        self.narrow = KindRotaryEmbedding(config, narrow) if narrow else None
-
-    def forward(self, x: Tensor, position_ids: Tensor) -> RotaryCall:
-        cos, sin = super().forward(x, position_ids)
-        narrow = None if self.narrow is None else self.narrow(x, position_ids)[:2]
-        return RotaryCall(cos, sin, self.inv_freq, self.attention_scaling, narrow)
-
-
-class PreciseRMSNorm(nn.RMSNorm):
-    """RMSNorm in the precision of its weight. Under autocast the input is narrower than the weight; in fp64
-    neither is narrowed.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype))
-
-
-class TwoRotations(nn.Module):
-    """The rotary embeddings of two kinds of layers."""
-
-    def __init__(self, own: nn.Module, other: nn.Module) -> None:
-        super().__init__()
-        self.own, self.other = own, other
-
-    def forward(self, x: Tensor, position_ids: Tensor) -> RotaryCall:
-        return self.own(x, position_ids)._replace(other=self.other(x, position_ids))
-
-
-def rotary(config: LowkeyConfig) -> nn.Module:
-    """The decoder's rotary embedding for a configuration."""
-    own = (
-        KindRotaryEmbedding(config, config.rope_width, config.narrow_rope_width)
-        if config.rope_width
-        else NoRotation()
-    )
-    return own if (others := config.others) is None else TwoRotations(own, rotary(others))
-
-
-def rotated_by(x: Tensor, rope: RotaryCall | Turn, back: bool = False) -> Tensor:
-    """Rotate the last dimensions, as many as the rotary embedding has.
-
-    Args:
-        x: (b, heads, t, d).
-        rope: cos and sin.
-        back: undo the rotation, and the factor that scaled embeddings (YaRN) have on cos and sin.
-    """
-    cos, sin = (part.unsqueeze(1) for part in rope[:2])
-    width = cos.shape[-1]
-    if width == 0:
-        return x
-    rotated = x[..., -width:]
-    if back:
-        # cos^2 + sin^2 is the square of the factor that YaRN puts on both, and 1 without it.
-        rotated = rotated / (in_fp32_or_wider(cos).square() + in_fp32_or_wider(sin).square()).to(x.dtype)
-    rotated = rotated * cos + rotate_half(rotated) * (-sin if back else sin)
-    return rotated if width == x.shape[-1] else torch.cat((x[..., :-width], rotated), -1)
 
 
 def split_into_heads(x: Tensor, heads: int) -> Tensor:
@@ -202,6 +82,7 @@ def with_positions(stored: Tensor, positions: Tensor) -> Tensor:
 
 def without_positions(stored: Tensor) -> tuple[Tensor, Tensor]:
     """The numbers and the positions (b, s) that `with_positions` was given."""
+    # a cache may hold them in bf16, and three whole numbers below 256 come back as they were
     high, middle, low = stored[:, 0, :, -POSITION_NUMBERS:].long().unbind(-1)
     return stored[..., :-POSITION_NUMBERS], (high << 16) + (middle << 8) + low
 
@@ -270,91 +151,6 @@ class HeadMaps(NamedTuple):
     v_residual: Tensor | None = None
 
 
-def weight_of(linear: nn.Linear, heads: int) -> Tensor:
-    """Rows of a linear map by head (heads, d, D), in fp32 or wider."""
-    return in_fp32_or_wider(linear.weight).unflatten(0, (heads, -1))
-
-
-def in_fp32_or_wider(x: Tensor) -> Tensor:
-    """A tensor in fp32 or wider, so that products of maps are not rounded to the dtype that the maps are
-    stored in.
-    """
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def norm_folded(maps: Tensor, norm: nn.Module) -> Tensor:
-    """Maps (heads, d, D) times the weight of the norm that follows them, if one does."""
-    return maps * in_fp32_or_wider(norm.weight).unsqueeze(-1) if isinstance(norm, nn.RMSNorm) else maps
-
-
-class LowRankQuery(nn.Module):
-    """Queries through a normed latent.
-
-    Source: arXiv:2405.04434, section 2.1.2.
-    """
-
-    def __init__(self, config: LowkeyConfig, width: int) -> None:
-        super().__init__()
-        rank = config.q_lora_rank
-        assert rank
-        self.down = nn.Linear(config.hidden_size, rank, bias=False)
-        self.norm = PreciseRMSNorm(rank, eps=config.rms_norm_eps)
-        self.up = nn.Linear(rank, width, bias=config.attention_bias)
-        self.scale = (config.hidden_size / rank) ** 0.5 if config.mla_latent_scale else 1.0
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.up(self.norm(self.down(hidden)) * self.scale)
-
-    def effective(self) -> Tensor:
-        """Both maps as one (width, D), without what the norm divides by."""
-        return (
-            in_fp32_or_wider(self.up.weight)
-            @ norm_folded(in_fp32_or_wider(self.down.weight), self.norm)
-            * self.scale
-        )
-
-
-class HeadNorm(nn.Module):
-    """RMSNorm of each head's output over its features, with one weight for all heads or one for each.
-
-    Source: arXiv:2601.19611, section 3. The paper writes GroupNorm and defines it so; it does not say whether
-    heads share the weight.
-    """
-
-    def __init__(self, config: LowkeyConfig, width: int) -> None:
-        super().__init__()
-        self.eps = config.rms_norm_eps
-        self.weight = nn.Parameter(
-            torch.ones(width)
-            if config.head_norm == "shared"
-            else torch.ones(config.num_attention_heads, width)
-        )
-
-    def forward(self, heads: Tensor) -> Tensor:
-        return nn.functional.rms_norm(heads, heads.shape[-1:], eps=self.eps) * self.weight
-
-    def initialize(self) -> None:
-        """Start with weights of one."""
-        init.ones_(self.weight)
-
-
-class OutputProjection(nn.Linear):
-    """The last map of attention, (heads d) to D.
-
-    It is a class of its own because transformers initialises modules that have parameters of their own, so a
-    layer cannot initialise its parts.
-    """
-
-    def __init__(self, config: LowkeyConfig, width: int) -> None:
-        super().__init__(width, config.hidden_size, bias=config.attention_bias)
-        self.zero = config.zero_init_output
-
-    def initialize(self) -> None:
-        """Start with zeros if the configuration says so."""
-        if self.zero:
-            init.zeros_(self.weight)
-
-
 class Attention(nn.Module, ABC):
     """The attention of one layer.
 
@@ -411,7 +207,7 @@ class Attention(nn.Module, ABC):
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: RotaryCall | Turn,
+        position_embeddings: RotaryCall | CosSin,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         position_ids: Tensor | None = None,
@@ -442,7 +238,7 @@ class Attention(nn.Module, ABC):
         out, weights = self.attend(query, keys, values, call)
         return self.finish(out, hidden_states), weights
 
-    def _rope(self, given: RotaryCall | Turn, hidden: Tensor, positions: Tensor | None) -> RotaryCall:
+    def _rope(self, given: RotaryCall | CosSin, hidden: Tensor, positions: Tensor | None) -> RotaryCall:
         """This layer's rotations.
 
         Stock layers pass plain cos and sin, without frequencies: these are then made anew from the

@@ -85,6 +85,7 @@ def model_parameters(config: LowkeyConfig, layers: Sequence[Costs]) -> int:
         layers: costs of each layer.
     """
     hidden, wide = config.hidden_size, config.intermediate_size
+    # SwiGLU has three matrices, and a block two norms
     block = 3 * hidden * wide + 2 * hidden + (2 * wide + hidden if config.mlp_bias else 0)
     embeddings = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
     return sum(layer.parameters + block for layer in layers) + embeddings + hidden
@@ -99,6 +100,7 @@ def model_flops(config: LowkeyConfig, layers: Sequence[Costs], tokens: int) -> i
         layers: costs of each layer.
         tokens: tokens of the text.
     """
+    # the three matrices of SwiGLU, and the logits
     rest = (
         3 * config.hidden_size * config.intermediate_size * config.num_hidden_layers
         + config.vocab_size * config.hidden_size

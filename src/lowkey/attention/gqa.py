@@ -6,9 +6,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .base import Attention, LayerCall, norm_folded, rotated_by, split_into_heads, weight_of
+from .base import Attention, LayerCall, split_into_heads
 from .configuration_lowkey import LowkeyConfig
 from .costs import Costs, projection_costs
+from .parts import norm_folded, weight_of
+from .rotary import rotated_by
 
 
 class GroupedQuery(Attention):
@@ -26,6 +28,7 @@ class GroupedQuery(Attention):
         self.k_norm = self.norm(config.head_dim)
 
     def project(self, hidden: Tensor, query: Tensor, call: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated keys, and values, of G heads; see `Attention.project`."""
         stored = self.config.num_key_value_heads
         keys, values = (split_into_heads(part(hidden), stored) for part in (self.k_proj, self.v_proj))
         return rotated_by(query, call.rope), rotated_by(self.k_norm(keys), call.rope), values
@@ -33,9 +36,11 @@ class GroupedQuery(Attention):
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall
     ) -> tuple[Tensor, Tensor | None]:
+        """Attention by transformers' own function."""
         return self.dense(query, keys, values, call)
 
     def effective(self) -> tuple[Tensor, Tensor]:
+        """The maps to keys and values; see `Attention.effective`."""
         stored, group = self.config.num_key_value_heads, self.num_key_value_groups
         keys = norm_folded(weight_of(self.k_proj, stored), self.k_norm)
         values = weight_of(self.v_proj, stored)
@@ -43,6 +48,7 @@ class GroupedQuery(Attention):
 
     @staticmethod
     def costs(config: LowkeyConfig) -> Costs:
+        """What one layer takes."""
         heads, stored, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         parameters, token = projection_costs(config, d, d)
         maps, numbers = 2 * config.hidden_size * stored * d, 2 * stored * d

@@ -7,19 +7,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import (
-    Attention,
-    LayerCall,
-    as_one_head,
-    in_fp32_or_wider,
-    norm_folded,
-    nothing,
-    rotated_by,
-    split_into_heads,
-    weight_of,
-)
+from .base import Attention, LayerCall, as_one_head, nothing, split_into_heads
 from .configuration_lowkey import LowkeyConfig
 from .costs import Costs, projection_costs
+from .parts import in_fp32_or_wider, norm_folded, weight_of
+from .rotary import rotated_by
 
 
 class TiedAttention(Attention):
@@ -41,6 +33,7 @@ class TiedAttention(Attention):
         self.kv_norm = self.norm(config.head_dim)
 
     def project(self, hidden: Tensor, query: Tensor, call: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, and what the new tokens store; see `Attention.project`."""
         tied = self.kv_norm(split_into_heads(self.kv_proj(hidden), self.config.num_key_value_heads))
         parts = [tied]
         if self.k_rope_proj is not None:
@@ -52,12 +45,14 @@ class TiedAttention(Attention):
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall
     ) -> tuple[Tensor, Tensor | None]:
+        """Attention over everything stored; see `Attention.attend`."""
         heads, d, e = self.config.num_key_value_heads, self.config.head_dim, self.config.qk_rope_head_dim
         tied = split_into_heads(keys[:, 0, :, : heads * d], heads)
         shared = keys[..., heads * d :].expand(-1, heads, -1, -1)
         return self.dense(query, torch.cat((tied[..., : d - e], shared), -1), tied, call)
 
     def effective(self) -> tuple[Tensor, Tensor]:
+        """The maps to keys and values; see `Attention.effective`."""
         tied = norm_folded(weight_of(self.kv_proj, self.config.num_key_value_heads), self.kv_norm)
         tied = tied.repeat_interleave(self.num_key_value_groups, 0)
         shared = self.key_slice()
@@ -66,10 +61,12 @@ class TiedAttention(Attention):
         return torch.cat((tied[:, : -len(shared)], shared.expand(self.heads, -1, -1)), 1), tied
 
     def key_slice(self) -> Tensor | None:
+        """The map to the shared part of keys, or None."""
         return None if self.k_rope_proj is None else in_fp32_or_wider(self.k_rope_proj.weight)
 
     @staticmethod
     def costs(config: LowkeyConfig) -> Costs:
+        """What one layer takes."""
         heads, stored, d, e = (
             config.num_attention_heads,
             config.num_key_value_heads,
@@ -98,6 +95,7 @@ class KeysAreValues(Attention):
         self.kv_norm = self.norm(config.head_dim)
 
     def project(self, hidden: Tensor, query: Tensor, call: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, and what the new tokens store; see `Attention.project`."""
         stored = rotated_by(
             self.kv_norm(split_into_heads(self.kv_proj(hidden), self.config.num_key_value_heads)), call.rope
         )
@@ -106,18 +104,21 @@ class KeysAreValues(Attention):
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall
     ) -> tuple[Tensor, Tensor | None]:
+        """Attention over everything stored; see `Attention.attend`."""
         # Values are rotated by their own positions; rotating the output back by the query's makes them
         # relative.
         out, weights = self.dense(query, keys, keys, call)
         return rotated_by(out.transpose(1, 2), call.rope, back=True).transpose(1, 2), weights
 
     def effective(self) -> tuple[Tensor, Tensor]:
+        """The maps to keys and values; see `Attention.effective`."""
         tied = norm_folded(weight_of(self.kv_proj, self.config.num_key_value_heads), self.kv_norm)
         tied = tied.repeat_interleave(self.num_key_value_groups, 0)
         return tied, tied
 
     @staticmethod
     def costs(config: LowkeyConfig) -> Costs:
+        """What one layer takes."""
         heads, stored, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         parameters, token = projection_costs(config, d, d)
         maps, pair = config.hidden_size * stored * d, 2 * heads * d

@@ -14,16 +14,14 @@ from .base import (
     LayerCall,
     as_one_head,
     by_rows,
-    in_fp32_or_wider,
-    norm_folded,
-    rotated_by,
     split_into_heads,
-    weight_of,
     with_positions,
     without_positions,
 )
 from .configuration_lowkey import LowkeyConfig
 from .costs import Costs, projection_costs
+from .parts import in_fp32_or_wider, norm_folded, weight_of
+from .rotary import rotated_by
 
 
 class LowRankKV(Attention):
@@ -68,6 +66,7 @@ class LowRankKV(Attention):
             self.latent_norm = nn.Identity() if self.mode == "full" else self.norm(rank)
 
     def project(self, hidden: Tensor, query: Tensor, call: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, and what the new tokens store; see `Attention.project`."""
         groups = self.config.num_key_value_heads
         keys, values = (split_into_heads(part(hidden), groups) for part in (self.k_proj, self.v_proj))
         # Keys that are rebuilt at every read are normed and rotated then.
@@ -91,6 +90,7 @@ class LowRankKV(Attention):
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall
     ) -> tuple[Tensor, Tensor | None]:
+        """Attention over everything stored; see `Attention.attend`."""
         rotation = call.rope[:2]
         if self.rebuilds and call.cached:
             keys, positions = without_positions(keys)
@@ -161,6 +161,7 @@ class LowRankKV(Attention):
             for shared, latents in (keys, values)
         )
         out, weights = self.dense(query, k, v, call)
+        # the output has d channels of shared values, and r of latents that the up-map brings to d
         d = self.config.head_dim
         return out[..., :d] + torch.einsum("bthr,hrd->bthd", out[..., d:], self.v_up), weights
 
@@ -197,6 +198,7 @@ class LowRankKV(Attention):
 
     @staticmethod
     def costs(config: LowkeyConfig) -> Costs:
+        """What one layer takes."""
         heads, groups, d, r, hidden = (
             config.num_attention_heads,
             config.num_key_value_heads,

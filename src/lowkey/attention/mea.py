@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .base import Attention, LayerCall, in_fp32_or_wider, norm_folded, rotated_by, split_into_heads, weight_of
+from .base import Attention, LayerCall, split_into_heads
 from .configuration_lowkey import LowkeyConfig
 from .costs import MANY, Costs, projection_costs
+from .parts import in_fp32_or_wider, norm_folded, weight_of
+from .rotary import rotated_by
 
 NOISE = 0.02  # at the start, so that composite heads which share a component head can grow apart
 
@@ -44,6 +46,7 @@ class ExplicitAttention(Attention):
         self.mixed_before = self.components >= composites
 
     def project(self, hidden: Tensor, query: Tensor, call: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, and what the new tokens store; see `Attention.project`."""
         keys, values = (
             split_into_heads(part(hidden), self.components) for part in (self.k_proj, self.v_proj)
         )
@@ -55,6 +58,7 @@ class ExplicitAttention(Attention):
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall
     ) -> tuple[Tensor, Tensor | None]:
+        """Attention over everything stored; see `Attention.attend`."""
         if self.mixed_before:
             return self.dense(query, keys, values, call)
         if _absorbs(self.config, query.shape[2], keys.shape[2]):
@@ -102,6 +106,7 @@ class ExplicitAttention(Attention):
 
     @staticmethod
     def costs(config: LowkeyConfig) -> Costs:
+        """What one layer takes."""
         heads, composites, m, d = (
             config.num_attention_heads,
             config.num_key_value_heads,

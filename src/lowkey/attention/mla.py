@@ -9,19 +9,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .base import (
-    Attention,
-    LayerCall,
-    PreciseRMSNorm,
-    in_fp32_or_wider,
-    norm_folded,
-    nothing,
-    rotated_by,
-    split_into_heads,
-    weight_of,
-)
+from .base import Attention, LayerCall, nothing, split_into_heads
 from .configuration_lowkey import LowkeyConfig
 from .costs import MANY, Costs, projection_costs
+from .parts import PreciseRMSNorm, in_fp32_or_wider, norm_folded, weight_of
+from .rotary import rotated_by
 
 
 class LatentAttention(Attention):
@@ -49,6 +41,7 @@ class LatentAttention(Attention):
         self.latent_scale = (config.hidden_size / c) ** 0.5 if config.mla_latent_scale else 1.0
 
     def project(self, hidden: Tensor, query: Tensor, call: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, and what the new tokens store; see `Attention.project`."""
         latent, shared = self.kv_a_proj(hidden).split(
             [self.config.kv_lora_rank, self.config.qk_rope_head_dim], -1
         )
@@ -61,6 +54,7 @@ class LatentAttention(Attention):
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, call: LayerCall
     ) -> tuple[Tensor, Tensor | None]:
+        """Attention over everything stored; see `Attention.attend`."""
         if self._readable() and _absorbs(self.config, query.shape[2], keys.shape[2]):
             return self._absorbed(query, keys[:, 0], call)
         return self._expanded(query, keys, call)
@@ -85,6 +79,7 @@ class LatentAttention(Attention):
         """Attention with keys and values written out."""
         n, _, c, v = _widths(self.config)
         keys, values = split_into_heads(self.kv_b_proj(stored[:, 0, :, :c]), self.heads).split([n, v], -1)
+        # all heads share the rotated slice
         keys = torch.cat((keys, stored[..., c:].expand(-1, self.heads, -1, -1)), -1)
         missing = keys.shape[-1] - v
         if missing <= 0:
@@ -126,11 +121,13 @@ class LatentAttention(Attention):
         return k @ down, v @ down
 
     def key_slice(self) -> Tensor | None:
+        """The map to the shared part of keys, or None."""
         _, e, c, _ = _widths(self.config)
         return in_fp32_or_wider(self.kv_a_proj.weight)[c:] if e else None
 
     @staticmethod
     def costs(config: LowkeyConfig) -> Costs:
+        """What one layer takes."""
         (n, e, c, v), heads, hidden = _widths(config), config.num_attention_heads, config.hidden_size
         parameters, token = projection_costs(config, n + e, v)
         down, up = hidden * (c + e), heads * c * (n + v)

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaPreTrainedModel,
 )
 
-from .base import Attention, HeadNorm, OutputProjection, rotary
+from .base import Attention
 from .configuration_lowkey import LowkeyConfig
 from .costs import Costs
 from .gqa import GroupedQuery
@@ -21,6 +21,8 @@ from .gta import KeysAreValues, TiedAttention
 from .lrkv import LowRankKV
 from .mea import ExplicitAttention
 from .mla import LatentAttention
+from .parts import HeadNorm, OutputProjection
+from .rotary import rotary
 
 ATTENTION: dict[str, type[Attention]] = {
     "mha": GroupedQuery,

@@ -178,7 +178,7 @@ def _with_lse(
             query.shape[:3], -torch.inf, dtype=torch.float32
         )
     width = values.shape[3]
-    widest = max(width, keys.shape[3])
+    widest = max(width, keys.shape[3])  # zeros in more channels change no score and no output
     query, keys, values = (pad(x, (0, widest - x.shape[3])) for x in (query.to(keys.dtype), keys, values))
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, lse = attention(query, keys, values, 0.0, is_causal, attn_mask=mask, scale=scaling)

@@ -34,16 +34,17 @@ def partial(segments: Sequence[Segment], scaling: float, softcap: float | None =
     if fused.fits(segments, softcap) and fused.gives_lse(first.query, first.keys, softcap):
         return fused.attend_with_lse(segments, scaling)
     blocks = []
-    for some in _blocks(segments, step):
-        out, scores, blind = _block(some, scaling, softcap)
+    for block in _blocks(segments, step):
+        out, scores, sees_nothing = _block(block, scaling, softcap)
         lse = scores.logsumexp(-1)
-        lse = lse if blind is None else lse.masked_fill(blind.squeeze(-1), -torch.inf)
+        lse = lse if sees_nothing is None else lse.masked_fill(sees_nothing.squeeze(-1), -torch.inf)
         blocks.append((out, lse.view(out.shape[:4])))
     return torch.cat([out for out, _ in blocks], dim=3), torch.cat([lse for _, lse in blocks], dim=3)
 
 
 def _steps(segments: Sequence[Segment]) -> tuple[Sequence[Segment], int]:
     """(the segments that hold tokens, at least one, how many queries to take at a time)."""
+    # a segment without tokens adds nothing, and would only cost an empty product
     segments = [s for s in segments if s.keys.shape[2]] or list(segments)[:1]
     b, h, g, _, _ = segments[0].query.shape
     return segments, max(1, SCORES_AT_ONCE // (b * h * g * sum(s.keys.shape[2] for s in segments) or 1))
@@ -73,14 +74,14 @@ def _block(
         (output (b, h, g, t, d), masked scores (b, H, t, s), which queries see nothing (b, 1, t, 1) or None).
     """
     each = [_scores(s, scaling, softcap) for s in segments]
-    scores, blind = _masked(each[0] if len(each) == 1 else torch.cat(each, dim=-1), segments)
+    scores, sees_nothing = _masked(each[0] if len(each) == 1 else torch.cat(each, dim=-1), segments)
     weights = scores.softmax(-1)
-    if blind is not None:
-        weights = weights.masked_fill(blind, 0.0)
+    if sees_nothing is not None:
+        weights = weights.masked_fill(sees_nothing, 0.0)
     parts = weights.to(segments[0].values.dtype).split([s.keys.shape[2] for s in segments], dim=-1)
     h = kv_heads(segments)
     outputs = [_weighted_values(s, w, h) for s, w in zip(segments, parts, strict=True)]
-    return reduce(torch.add, outputs), scores, blind
+    return reduce(torch.add, outputs), scores, sees_nothing
 
 
 def _scores(s: Segment, scaling: float, softcap: float | None) -> Tensor:
@@ -111,9 +112,9 @@ def _masked(scores: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, Tensor
     if mask is None:
         return scores, None
     allowed = mask[:, None]
-    blind = ~allowed.any(-1, keepdim=True)
+    sees_nothing = ~allowed.any(-1, keepdim=True)
     # the lowest finite number, not -inf, which would make rows without any allowed score NaN
-    return scores.masked_fill_(~allowed, torch.finfo(scores.dtype).min), blind
+    return scores.masked_fill_(~allowed, torch.finfo(scores.dtype).min), sees_nothing
 
 
 def ragged(
@@ -129,11 +130,11 @@ def ragged(
     for chosen, index, absent in _length_classes(starts):
         step = max(1, SCORES_AT_ONCE // index.numel())
         for i in range(0, m, step):
-            some = slice(i, i + step)
-            scores = softcapped((query[chosen, some] @ keys[index].mT).float() * scaling, softcap)
+            block = slice(i, i + step)
+            scores = softcapped((query[chosen, block] @ keys[index].mT).float() * scaling, softcap)
             scores = scores.masked_fill(absent.unsqueeze(1), -torch.inf)
-            out[chosen, some] = (scores.softmax(-1).to(values.dtype) @ values[index]).float()
-            lse[chosen, some] = scores.logsumexp(-1)
+            out[chosen, block] = (scores.softmax(-1).to(values.dtype) @ values[index]).float()
+            lse[chosen, block] = scores.logsumexp(-1)
     return out, lse
 
 
@@ -144,6 +145,7 @@ def _length_classes(starts: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         (the rows' numbers (c), the indices of their tokens (c, longest), which of these are padding).
     """
     lengths = starts.diff()
+    # in order of length, a class ends where a row is so short that too much of its space would be padding
     order = lengths.argsort(descending=True)
     ranked = lengths[order].tolist()
     first = 0

@@ -137,7 +137,7 @@ def _packed(query, scale, g, width):
 
 
 @compiled
-def _plan(starts, queries, width, out, lse):
+def _cut_into_pieces(starts, queries, width, out, lse):
     """Cut rows into pieces, make room for their results, and answer rows without tokens.
 
     Returns:
@@ -160,38 +160,44 @@ def _plan(starts, queries, width, out, lse):
 
 
 @compiled
-def _work(me, how, cap, arrays, cuts, results, counters):
-    """The work of thread `me`: the pieces of its own share in order, then what is left of other shares.
+def _attend_share(thread, layout, cap, arrays, cuts, results, counters):
+    """The work of thread `thread`: the pieces of its own share in order, then what is left of other shares.
 
     In order, so that memory is read in order. counters: pieces taken of each share, by whichever thread, and
     pieces done of each row.
     """
     (taken, done), count = counters, len(cuts[2])
-    scores = np.empty((2 + cuts[3] * how[1] // LANES, LANES), np.float32)
+    scores = np.empty((2 + cuts[3] * layout[1] // LANES, LANES), np.float32)
     for turn in range(len(taken)):
-        share = (me + turn) % len(taken)
+        share = (thread + turn) % len(taken)
         begin, end = share * count // len(taken), (share + 1) * count // len(taken)
         while True:
             i = begin + add(_at(taken, share), 1)
             if i >= end:
                 break
-            _do(i, how, cap, arrays, cuts, results, done, scores)
+            _attend_piece(i, layout, cap, arrays, cuts, results, done, scores)
 
 
 @compiled
-def _do(i, how, cap, arrays, cuts, results, done, scores):
+def _attend_piece(i, layout, cap, arrays, cuts, results, done, scores):
     """Attend to piece i. The thread that does the last piece of a row merges the row."""
     (query, out, lse), (starts, first, rows, size), (parts, tops, totals) = arrays, cuts, results
-    function, g, key, key_stride, r, value, value_stride, v = how
+    function, g, key, key_stride, r, value, value_stride, v = layout
     row = rows[i]
-    a, z = first[row], first[row + 1]
-    begin = starts[row] + (i - a) * size
-    these = (key + begin * key_stride, key_stride, r), (value + begin * value_stride, value_stride, v)
+    first_piece, end_piece = first[row], first[row + 1]
+    begin = starts[row] + (i - first_piece) * size
+    places = (key + begin * key_stride, key_stride, r), (value + begin * value_stride, value_stride, v)
     left = min(size, starts[row + 1] - begin)
-    _attend(function, g, cap, query[row], *these, left, scores, (parts[i], tops[i], totals[i]))
+    _attend(function, g, cap, query[row], *places, left, scores, (parts[i], tops[i], totals[i]))
     # the counter tells which thread came last; it then sees all results of the row
-    if add(_at(done, row), 1) == z - a - 1:
-        _merge(parts[a:z], tops[a:z], totals[a:z], out[row], lse[row])
+    if add(_at(done, row), 1) == end_piece - first_piece - 1:
+        _merge(
+            parts[first_piece:end_piece],
+            tops[first_piece:end_piece],
+            totals[first_piece:end_piece],
+            out[row],
+            lse[row],
+        )
 
 
 @njit(cache=True, nogil=True, parallel=True)
@@ -209,11 +215,11 @@ def decode_rows(function, g, scale, cap, query, keys, values, starts, out, lse, 
         out, lse: the results.
         threads: how many to use.
     """
-    how, arrays = (function, g, *keys, *values), (_packed(query, scale, g, keys[2]), out, lse)
-    cuts, results = _plan(starts, arrays[0].shape[1], values[2], out, lse)
+    layout, arrays = (function, g, *keys, *values), (_packed(query, scale, g, keys[2]), out, lse)
+    cuts, results = _cut_into_pieces(starts, arrays[0].shape[1], values[2], out, lse)
     counters = np.zeros(threads, np.int64), np.zeros(len(out), np.int64)
     if threads == 1:  # a parallel loop costs more than a short row
-        _work(0, how, cap, arrays, cuts, results, counters)
+        _attend_share(0, layout, cap, arrays, cuts, results, counters)
         return
-    for me in prange(threads):
-        _work(me, how, cap, arrays, cuts, results, counters)
+    for thread in prange(threads):
+        _attend_share(thread, layout, cap, arrays, cuts, results, counters)

@@ -205,12 +205,12 @@ def score(
     def emit(context: Any, b: Builder, signature: Any, args: Sequence[Value]) -> Value:
         cap, query, keys, stride, left, width, out, top = args[2:]
         n = g.literal_value
-        found = _capped(
+        scores = _capped(
             b, _dots(b, _Columns(b, kind.literal_value, n, keys, stride, left, width), n, query), cap
         )
-        found = _present(b, found, left, LANES // n)
-        _store(b, found, out)
-        _store(b, _larger(b, found, _load(b, top)), top)
+        scores = _present(b, scores, left, LANES // n)
+        _store(b, scores, out)
+        _store(b, _larger(b, scores, _load(b, top)), top)
         return context.get_dummy_value()
 
     return types.void(g, kind, cap, query, keys, stride, left, width, out, top), emit

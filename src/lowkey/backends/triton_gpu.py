@@ -44,7 +44,7 @@ def ragged(
     size = _size(len(keys))
     first, row_of = _pieces(starts, size, len(keys) // size + rows)
     parts, lses = (torch.empty(len(row_of), m, *rest, device=query.device) for rest in ((v,), ()))
-    queries = min(max(16, _power(m)), 64)
+    queries = min(max(16, _power(m)), 64)  # tl.dot wants tiles of at least 16 rows
     blocks = {"M": queries, "N": _tokens(r, keys.element_size()), "R": _padded(r), "V": _padded(v)}
     # the interpreter has no bf16 products
     kind = {"CAPPED": softcap is not None, "EXACT": keys.dtype == torch.float32 or not keys.is_cuda}

@@ -34,8 +34,10 @@ def attend(
     row = tl.load(row_of + piece)
     if row < 0:  # there are fewer pieces than programs
         return
+    # the first token of this piece, and the end of the piece or of the row
     begin = tl.load(starts + row) + (piece - tl.load(first + row)) * size
     end = tl.minimum(begin + size, tl.load(starts + row + 1))
+    # indices of queries, key channels, value channels and tokens of a tile
     i, x, y, j = tl.program_id(1) * M + tl.arange(0, M), tl.arange(0, R), tl.arange(0, V), tl.arange(0, N)
     q = tl.load(
         query + (row * m + i[:, None]) * r + x[None, :], mask=(i[:, None] < m) & (x[None, :] < r), other=0.0
@@ -93,9 +95,9 @@ def merge(parts, lses, first, out, lse, m, v, V: tl.constexpr):
         tl.zeros([V], tl.float32),
     )
     for piece in range(begin, end):
-        found = tl.load(lses + piece * m + i + tl.zeros([1], tl.int32))
-        new = tl.maximum(top, found)
-        shrink, weight = tl.exp(top - new), tl.exp(found - new)
+        piece_lse = tl.load(lses + piece * m + i + tl.zeros([1], tl.int32))
+        new = tl.maximum(top, piece_lse)
+        shrink, weight = tl.exp(top - new), tl.exp(piece_lse - new)
         whole = whole * shrink + weight * tl.load(parts + (piece * m + i) * v + y, mask=y < v, other=0.0)
         top, total = new, total * shrink + weight
     place = row * m + i

@@ -108,8 +108,9 @@ class LowkeyCache(Cache):
                 for name in SHARED_BY_COPIES
                 if (part := getattr(layer, name, None)) is not None
             }
-            # deepcopy refuses tensors that are part of a graph
+            # deepcopy refuses tensors that are part of an autograd graph
             memo |= {id(t): t.clone() for t in layer.tensors().values()}
+        # an object without __init__, which would make a new forward pass for layers that are no copies yet
         twin = memo[id(self)] = object.__new__(type(self))
         vars(twin).update(copy.deepcopy(vars(self), memo))
         return twin
@@ -120,7 +121,7 @@ class LowkeyCache(Cache):
     ) -> tuple[Any, Any]:
         """As transformers' own. A forward pass that fails before its last layer is done changes nothing.
 
-        In the first layer's call, the model that fills the cache is looked at.
+        The first layer's call checks that the model which fills the cache did not change.
         """
         layer, first = self.layers[layer_idx], layer_idx == 0 and self.get_seq_length() == 0
         self.forward_pass.begin_layer(layer_idx, layer, layer_idx == len(self.layers) - 1)
@@ -360,6 +361,7 @@ def cache_from(model: PreTrainedModel, origin: Origin) -> LowkeyCache:
     As `make_cache`, but the model's weights are not read again, and the cache cannot be saved.
     """
     stock = origin == Origin(origin.model)  # neither plan, policy, bits nor exact tokens
+    # attention of lowkey.attention stores what other layers of ours would not understand
     if stock and families.stores_own_form(model.config):
         cache = LowkeyCache(layers=[StockLayer() for _ in families.decoder_layers(model)])
     else:
@@ -487,14 +489,11 @@ def _sliding(model: PreTrainedModel) -> tuple[tuple[int, int], ...]:
     The numbers are those of the other layers: all layers of a supported family have the KV heads and the head
     dim of its config.
     """
-    shape, window = (
-        families.geometry(model),
-        int(getattr(model.config.get_text_config(), "sliding_window", None) or 1),
-    )
-    return tuple(
-        (window - 1, 2 * shape.kv_heads * shape.head_dim)
-        for _ in range(shape.layers - len(shape.compressible))
-    )
+    shape = families.geometry(model)
+    window = int(getattr(model.config.get_text_config(), "sliding_window", None) or 1)
+    sliding_layers = shape.layers - len(shape.compressible)
+    # the newest token sees itself and window - 1 others, which are what a layer holds between calls
+    return ((window - 1, 2 * shape.kv_heads * shape.head_dim),) * sliding_layers
 
 
 def cache_of(model: PreTrainedModel, build: Callable[[int], CountedLayer]) -> LowkeyCache:

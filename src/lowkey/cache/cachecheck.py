@@ -32,6 +32,7 @@ def flaw(layer: Any, own: dict[str, Tensor], shape: HeadShape, groups: int) -> s
     Returns:
         The rule in words, or None.
     """
+    # scores may be infinite: they say that a token stays
     if any(
         t.is_floating_point() and name not in ("rows_scores", "dense_scores") and not bool(t.isfinite().all())
         for name, t in own.items()
@@ -84,8 +85,8 @@ def _coded(layer: CodedLayer, shape: HeadShape) -> str | None:
         return f"{stored} to {ahead} tokens of {layer.seen} seen would be stored"
     near = layer.seen - layer.front_start - stored
     rules = [
-        unlike("recent_k", layer.recent_k, b, heads, near, k),
-        unlike("recent_v", layer.recent_v, b, heads, near, v),
+        unlike("recent_k", layer.recent_k, b, heads, held_exactly, k),
+        unlike("recent_v", layer.recent_v, b, heads, held_exactly, v),
         unlike("sink_k", layer.sink_k, b, heads, exact.sinks, k),
         unlike("sink_v", layer.sink_v, b, heads, exact.sinks, v),
         unlike("sink_index", layer.sink_index, b, exact.sinks) if "sink_index" in layer.tensors() else None,
@@ -93,6 +94,7 @@ def _coded(layer: CodedLayer, shape: HeadShape) -> str | None:
     ]
     for name, packing in layer.packing.items():
         groups, width = layer.shapes[name]
+        # packing tensors without memory tells the shapes that files of such a layer must have
         like = packing.pack(torch.empty(b, groups, stored, width, dtype=layer.recent_k.dtype, device="meta"))
         names = zip(layer.packed_attributes(name), layer.packed_tensors(name), like, strict=True)
         rules += [unlike(attribute, part, *other.shape) for attribute, part, other in names]

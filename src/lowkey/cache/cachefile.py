@@ -25,6 +25,7 @@ from lowkey.storage.file_names import FILE_NAMES, attribute_name, file_name
 CACHE_FORMAT = 2
 CACHE_JSON, CACHE_TENSORS, CACHE_PLAN, CACHE_FILE = "cache.json", "cache.safetensors", "plan", "cache"
 CACHE_FIELDS = {"model": str, "model_sha256": str, "versions": dict, "layers": list, "tensors_sha256": str}
+NULLABLE_FIELDS = ("policy", "bits", "exact", "plan")  # must be there and may be null
 STOCK = ("keys", "values")  # the tensors of transformers' own layers
 FLAGS = ("exact_prefill", "frozen")
 LARGEST_COUNT = 2**31  # all counts are smaller
@@ -84,14 +85,8 @@ def read_cache(path: Path) -> tuple[dict, dict[str, Tensor], Plan | None]:
 
 def _read(path: Path) -> tuple[dict, dict[str, Tensor], Plan | None]:
     about = files.read_json(path / CACHE_JSON, "cache", CACHE_FILE, CACHE_FORMAT)
-    if not all(
-        isinstance(about.get(name), kind) for name, kind in CACHE_FIELDS.items()
-    ) or not {  # may be null
-        "policy",
-        "bits",
-        "exact",
-        "plan",
-    } <= set(about):
+    typed = all(isinstance(about.get(name), kind) for name, kind in CACHE_FIELDS.items())
+    if not typed or not set(NULLABLE_FIELDS) <= set(about):
         raise damaged_cache(path, "cache.json lacks or garbles a field")
     if about["format"] < 2 and about["policy"] is not None:
         raise LowkeyError(
@@ -143,11 +138,9 @@ def restore_cache(
             setattr(layer, attribute_name(name), value)
         if own and (rule := flaw(layer, own, shapes[i], groups)):
             raise damaged_cache(path, f"layer {i}: {rule}")
-    if (
-        any(held)
-        and len({(layer.get_seq_length(), len(_first(own))) for layer, own in zip(layers, held, strict=True)})
-        > 1
-    ):
+    pairs = zip(layers, held, strict=True) if any(held) else ()
+    lengths_and_batches = {(layer.get_seq_length(), len(_first(own))) for layer, own in pairs}
+    if len(lengths_and_batches) > 1:
         raise damaged_cache(path, "its layers have seen different numbers of tokens or rows")
 
 
@@ -170,6 +163,7 @@ def _fill(
     empty = _tensors(layer)
     if set(own) != set(empty):
         raise damaged_cache(path, f"layer {i} holds other things than such a layer does")
+    # integers must be of the very dtype; floating-point numbers may be converted
     for name, t in own.items():
         dtype = empty[name].dtype
         if t.dtype != dtype and not (t.is_floating_point() and dtype.is_floating_point):
@@ -244,6 +238,7 @@ def exact_from(path: Path, words: dict | None, tensors: dict[str, Tensor]) -> Ex
         LowkeyError: if they are damaged.
     """
     points = {name: t for name, t in tensors.items() if name.startswith("rule.")}
+    # what a file says is read as it is, and whatever goes wrong means that the file is damaged
     try:
         rule = words.get("rule") if words is not None else None
         if len(points) != (2 * len(rule["layers"]) if rule else 0):

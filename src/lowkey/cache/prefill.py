@@ -114,7 +114,9 @@ def _checked(ids: Tensor, question: int, mask: Tensor | None) -> Tensor:
 
 def _read(model: PreTrainedModel, cache: LowkeyCache, ids: Tensor, mask: Tensor) -> None:
     """Read ids (b, t) over what was read before; the mask covers both."""
+    # positions count the real tokens, as `generate` does it for padded batches
     positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+    # without padding the model makes both itself, and can use the faster causal path
     known: dict[str, Any] = {} if bool(mask.all()) else {"attention_mask": mask, "position_ids": positions}
     model(ids, **known, past_key_values=cache, logits_to_keep=1)
 
@@ -147,6 +149,7 @@ def _repeated(
             torch.cat([request, x[max(0, start - bridge) : start + chunk]]) if start < len(x) else x[:0]
             for x in texts
         ]
+        # the mask is padded with 0, so that queries of the padding count for nothing
         again, again_mask = (
             pad_sequence(rows, batch_first=True) for rows in (pieces, [torch.ones_like(x) for x in pieces])
         )

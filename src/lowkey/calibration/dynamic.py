@@ -189,8 +189,8 @@ def _build(about: dict, tensors: dict[str, Tensor]) -> DynamicPlan:
         raise ValueError(f"layout {known['layout']!r:.40} is not one of {', '.join(LAYOUTS)}")
     levels = about["levels"]
     # The first level is full rank; the others are smaller and each is named once.
-    falling = levels and levels[0] == d and sorted(set(levels), reverse=True) == levels
-    if not (all(type(r) is int and r > 0 for r in levels) and falling):
+    descend = levels and levels[0] == d and sorted(set(levels), reverse=True) == levels
+    if not (all(type(r) is int and r > 0 for r in levels) and descend):
         raise ValueError(f"levels {levels} are not descending ranks from the head dim {d} on")
     if not all(t.dtype == torch.float32 for t in tensors.values()):
         raise ValueError("its tensors are not in fp32")
@@ -200,8 +200,10 @@ def _build(about: dict, tensors: dict[str, Tensor]) -> DynamicPlan:
     ):
         raise ValueError("share, divergence or target is not a number, or out of range")
     layers, count = about["layers"], about["geometry"]["layers"]
-    indices = isinstance(layers, list) and layers and all(type(i) is int and 0 <= i < count for i in layers)
-    if not indices or sorted(set(layers)) != layers:
+    are_indices = (
+        isinstance(layers, list) and layers and all(type(i) is int and 0 <= i < count for i in layers)
+    )
+    if not are_indices or sorted(set(layers)) != layers:
         raise ValueError("layers are not ascending indices")
     if not isinstance(about["provenance"]["model_sha256"], str):
         raise ValueError("provenance names no model")

@@ -21,6 +21,7 @@ from lowkey.calibration.trainable import TrainableModel
 from lowkey.core import files, optimizer_state, text
 from lowkey.core.options import Checked, nearest_name, option, shown
 from lowkey.core.progress import Progress, silent
+from lowkey.core.seeds import seed_of
 from lowkey.core.types import Factors, LowkeyError, device_of
 from lowkey.models import families, weights
 from lowkey.models.attention_interface import attach
@@ -184,12 +185,6 @@ def _check(settings: Recovery, model: PreTrainedModel) -> None:
         raise LowkeyError(f"length {settings.length}: the model has {longest} positions; give at most that")
 
 
-def _seed(*parts: object) -> int:
-    """Return a seed that depends on all parts."""
-    # 7 bytes, since torch takes seeds below 2^63.
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7])
-
-
 @dataclass(frozen=True)
 class TrainingWindows:
     """The windows of every training step, cut from a text.
@@ -226,7 +221,7 @@ class TrainingWindows:
         They depend on the seed and the step alone, so a resumed training reads the same windows.
         """
         body = self.settings.length - len(self.start)
-        generator = torch.Generator().manual_seed(_seed(self.settings.seed, step))
+        generator = torch.Generator().manual_seed(seed_of(self.settings.seed, step))
         places = torch.randint(len(self.ids) - body + 1, (self.settings.batch,), generator=generator)
         start = torch.tensor(self.start, dtype=torch.long).expand(len(places), -1)
         # `unfold` views all windows of the text at once: (n - body + 1, body).
@@ -303,7 +298,7 @@ class RecoveryTraining:
         """Copy the model and the plan's maps, and prepare them for training."""
         adapter = {"r": settings.rank, "lora_alpha": settings.alpha, "lora_dropout": settings.dropout}
         # peft draws the adapters from torch's global random numbers.
-        with _seeded(device_of(model), _seed(settings.seed, "adapters")):
+        with _seeded(device_of(model), seed_of(settings.seed, "adapters")):
             twin = TrainableModel.of(model, settings.lora, settings.full, **adapter)
         layers = families.decoder_layers(twin.model)
         factors = {i: _trainable_copy(f, device_of(layers[i])) for i, f in plan.factors.items()}
@@ -359,6 +354,7 @@ class RecoveryTraining:
                 f"lr {peak:g}: loss {loss:g} and gradient {float(norm):g} of step {n + 1} must be finite; "
                 "give a smaller lr"
             )
+        # An interrupt between these two lines would leave weights and losses of different steps.
         self.between_steps = False
         self.optimizer.step()
         self.losses.append(loss)
@@ -368,7 +364,7 @@ class RecoveryTraining:
         """Return the loss of step n after adding its gradients to those of the parameters."""
         device, loss = device_of(self.student.model), 0.0
         # Dropout draws from the global random numbers; the seed makes it depend on the step alone.
-        with _seeded(device, _seed(self.settings.seed, n, "dropout")):
+        with _seeded(device, seed_of(self.settings.seed, n, "dropout")):
             for part in OBJECTIVES[name](self.student, self.data.at(n).to(device)):
                 part.backward()
                 loss += float(part.detach())

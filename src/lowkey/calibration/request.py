@@ -71,7 +71,13 @@ def resolve_request(
         model: the model to calibrate.
         limit: the budget in bytes, or the error budget.
         window: the tokens that are stored exactly.
-        judge, at, bits, method, allocator, layout, ranks: as `calibrate` takes them.
+        judge: as `calibrate` takes it.
+        at: as `calibrate` takes it.
+        bits: as `calibrate` takes it.
+        method: as `calibrate` takes it.
+        allocator: as `calibrate` takes it.
+        layout: as `calibrate` takes it.
+        ranks: as `calibrate` takes it.
         multiple: every rank per KV head is a multiple of it, or the head dim.
 
     Raises:

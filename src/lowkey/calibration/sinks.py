@@ -31,31 +31,43 @@ from lowkey.probes.layer_inputs import layer_inputs
 from lowkey.storage.exact import SinkPoints, SinkRule
 
 
-def find_sinks(model: PreTrainedModel, rows: Tensor, ratio: float = 100.0, batch: int = 4) -> SinkRule | None:
+def find_sinks(
+    model: PreTrainedModel,
+    rows: Tensor,
+    outlier_factor: float = 100.0,
+    batch: int = 4,
+    *,
+    ratio: float | None = None,
+) -> SinkRule | None:
     """Learn the rule for `Exact(sinks=n, rule=...)`, by two passes through the model.
 
     Args:
         model: the model; it becomes attached.
         rows: token ids (n, t), unpadded.
-        ratio: a channel is an outlier if it is this many times the median of the layer's hidden state.
-            arXiv:2508.04257 looks for the extreme; 100 is our choice.
+        outlier_factor: a channel is an outlier if it is this many times the median of the layer's hidden
+            state. arXiv:2508.04257 looks for the extreme; 100 is our choice.
         batch: rows per forward pass.
+        ratio: deprecated name of `outlier_factor`.
 
     Returns:
         The rule. None, with a warning that says why, if the model has no such channels (small models have
         none) or if in no layer the values of sinks lie apart.
 
     Raises:
-        LowkeyError: if `ratio` is not above 1.
+        LowkeyError: if `outlier_factor` is not above 1.
     """
-    if not ratio > 1:
+    if ratio is not None:
+        warnings.warn("find_sinks: `ratio` is now `outlier_factor`", DeprecationWarning, stacklevel=2)
+        outlier_factor = ratio
+    if not outlier_factor > 1:
         raise LowkeyError(
-            f"ratio {ratio}: must be above 1, as an outlier exceeds the median; leave it out for 100"
+            f"outlier_factor {outlier_factor}: must be above 1, as an outlier exceeds the median; leave it "
+            "out for 100"
         )
     attach(model)
     prominence = channel_prominence(model, rows, batch)
-    emergence, channels = stable_channels(prominence > ratio)
-    layers = _fit(model, rows, batch, channels, ratio) if channels else {}
+    emergence, channels = stable_channels(prominence > outlier_factor)
+    layers = _fit(model, rows, batch, channels, outlier_factor) if channels else {}
     if layers:
         return SinkRule(layers, tuple(channels), emergence, model_fingerprint(model))
     if channels:
@@ -67,8 +79,8 @@ def find_sinks(model: PreTrainedModel, rows: Tensor, ratio: float = 100.0, batch
         layer, channel = divmod(int(prominence.argmax()), prominence.shape[1])
         why = (
             f"the largest channel of the residual stream ({channel}, in the input of layer {layer}) is "
-            f"{float(prominence.max()):.1f} times the median, and none is more than {ratio:g} times in most "
-            "layers"
+            f"{float(prominence.max()):.1f} times the median, and none is more than {outlier_factor:g} times "
+            "in most layers"
         )
     warnings.warn(f"no attention sinks to predict: {why}; use Exact(sinks=n) without a rule", stacklevel=2)
     return None
@@ -122,31 +134,31 @@ def stable_channels(outliers: Tensor) -> tuple[int, list[int]]:
 
 
 def _fit(
-    model: PreTrainedModel, rows: Tensor, batch: int, channels: list[int], ratio: float
+    model: PreTrainedModel, rows: Tensor, batch: int, channels: list[int], outlier_factor: float
 ) -> dict[int, SinkPoints]:
     """Return the points of every compressible layer in which sinks can be told by their values."""
     layers = {}
     for i, hidden in layer_inputs(model, rows, batch):
         if i in families.geometry(model).compressible:
-            kinds = sink_kinds(hidden.flatten(0, 1), channels, ratio)
+            kinds = sink_kinds(hidden.flatten(0, 1), channels, outlier_factor)
             points = fixed_points(_values(model, i, hidden), kinds)
             if points is not None:
                 layers[i] = points
     return layers
 
 
-def sink_kinds(hidden: Tensor, channels: list[int], ratio: float) -> Tensor:
+def sink_kinds(hidden: Tensor, channels: list[int], outlier_factor: float) -> Tensor:
     """Tell for every token whether it is a sink, and of which kind.
 
-    A sink's largest outlier channel exceeds `ratio` times the median of the layer, and more than half the
-    way, on a log scale, from what is usual in this layer to the largest of all. A token that is more than
-    half the way from the usual to that bound is neither a sink nor an ordinary token. In SmolLM2-135M the
-    usual token is at 50 times the median in an outlier channel, and a sink at 14,000 times.
+    A sink's largest outlier channel exceeds `outlier_factor` times the median of the layer. It also lies more
+    than half the way, on a log scale, from what is usual in this layer to the largest of all. A token that is
+    more than half the way from the usual to that bound is neither a sink nor an ordinary token. In
+    SmolLM2-135M the usual token is at 50 times the median in an outlier channel, and a sink at 14,000 times.
 
     Args:
         hidden: a layer's inputs (n, D).
         channels: the outlier channels.
-        ratio: as in `find_sinks`.
+        outlier_factor: as in `find_sinks`.
 
     Returns:
         (n): 1, 2, ... for a sink, by its largest channel and that channel's sign; 0 for an ordinary token; -1
@@ -158,7 +170,8 @@ def sink_kinds(hidden: Tensor, channels: list[int], ratio: float) -> Tensor:
     positive = outliers.gather(1, which.unsqueeze(1)).squeeze(1) > 0
     times = largest / hidden.abs().median()
     usual = times.median().clamp_min(1.0)
-    bound = (usual * times.max()).sqrt().clamp_min(ratio)  # the geometric mean is half the way on a log scale
+    # The geometric mean is half the way on a log scale.
+    bound = (usual * times.max()).sqrt().clamp_min(outlier_factor)
     return torch.where(times > bound, 2 * which + positive + 1, -(times > (usual * bound).sqrt()).int())
 
 

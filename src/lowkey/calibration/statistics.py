@@ -55,6 +55,7 @@ def _observe(model: PreTrainedModel, ids: Tensor, sinks: int) -> Sums:
     layers = {
         i: SecondMomentLayer(families.rope(model, i), sinks) for i in families.geometry(model).compressible
     }
+    # The layers sum what passes through them; the cache itself holds no tokens.
     cache = cache_of(model, layers.__getitem__)
     hidden = model(ids, past_key_values=cache, output_hidden_states=True, logits_to_keep=1).hidden_states
     for i, layer in layers.items():

@@ -1,7 +1,7 @@
-"""The program `lowkey`: its commands, and what becomes of errors. Bad input is one line on stderr and exit
-status 2; progress goes to stderr.
+"""The program `lowkey`: its commands, and how errors are reported.
 
-Nothing that is imported here imports torch, so that help and errors about arguments come at once.
+Bad input gives one line on stderr and exit status 2. Progress goes to stderr. Nothing that is imported here
+imports torch, so that help and errors about arguments come at once.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lowkey.cli import (
     report,
     sinks,
 )
-from lowkey.cli.help import PanelCommand, PanelGroup, with_help
+from lowkey.cli.help import PanelCommand, PanelGroup, UsageError, with_help
 from lowkey.core.errors import LowkeyError
 from lowkey.core.options import Range, checked, nearest_name, shown
 from lowkey.core.printable import printable
@@ -43,7 +43,8 @@ from lowkey.version import __version__
 
 BEFORE = "Options before the command"
 CORES = Range(at_least=1, at_most=2**10)
-COMMANDS: dict[str, list[tuple[str, Callable[..., None]]]] = {  # by the panel of the help in which they stand
+# The commands, by the panel of the help in which they are listed.
+COMMANDS: dict[str, list[tuple[str, Callable[..., None]]]] = {
     "Compress and train": [
         ("compress", compress.compress),
         ("dynamic", dynamic.dynamic),
@@ -70,10 +71,8 @@ COMMANDS: dict[str, list[tuple[str, Callable[..., None]]]] = {  # by the panel o
         ("download", download.download),
     ],
 }
-# kinds of errors of pydantic, with which typer reads numbers
+# What must be given, by the kind of error of pydantic, with which typer reads numbers.
 NUMBERS = {"int_parsing": "a whole number", "int_from_float": "a whole number", "float_parsing": "a number"}
-# what a command line that does not parse raises; typer does not export it
-UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     cls=PanelGroup,
@@ -92,7 +91,7 @@ app.add_typer(timing, name="bench", rich_help_panel="Use and measure")
 
 
 def show_version(wanted: bool) -> None:
-    """Print the version and end, if that is wanted."""
+    """Print the version and exit, if `wanted`."""
     if wanted:
         print(f"lowkey {__version__}")
         raise typer.Exit
@@ -119,17 +118,17 @@ def every_command(
         ),
     ] = False,
 ) -> None:
-    """Make the key-value cache of a decoder smaller, and measure what that costs.
+    """Compress the key-value cache of a decoder, and measure what that costs.
 
-    `lowkey COMMAND --help` tells of one command. Results go to stdout, progress and errors to stderr; bad
-    input ends with status 2.
+    `lowkey COMMAND --help` explains one command. Results go to stdout, progress and errors to stderr. Bad
+    input gives exit status 2.
     """
     if threads is not None:
         _set_threads(checked("threads", threads, int, CORES))
 
 
 def _set_threads(threads: int) -> None:
-    """torch reads these variables when it is loaded, and afterwards has to be told."""
+    """Set the number of CPU threads of torch, whether or not torch has been imported yet."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(threads)
     if torch := sys.modules.get("torch"):
@@ -137,7 +136,7 @@ def _set_threads(threads: int) -> None:
 
 
 def main() -> None:
-    """The console entry point: every expected failure becomes one line."""
+    """Run the command line. Every expected failure becomes one line on stderr."""
     _open_streams()
     try:
         _check_words(sys.argv)
@@ -149,7 +148,7 @@ def main() -> None:
         _fail(_usage(error), 2)
     except (KeyboardInterrupt, typer.Abort):
         status = 130
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # the reader of the output has closed it, as `head` does
         os._exit(0)
     except SystemExit as stop:  # typer ends the program itself when a pipe breaks
         if isinstance(stop.__context__, BrokenPipeError):
@@ -164,22 +163,24 @@ def main() -> None:
         if not _memory_ran_out(error):
             raise
         _fail(
-            "memory: there is not enough for this; choose a smaller batch, context or model, or another "
-            "--device",
+            "memory: there is not enough; choose a smaller batch, context or model, or another --device",
             2,
         )
     if status == 130:
         _fail(
-            "interrupted; nothing half-written is left, and compress, dynamic, eval, heads, recover and "
-            "pretrain resume when given again",
+            "interrupted; no half-written output is left, and compress, dynamic, eval, heads, recover and "
+            "pretrain resume when the same command is given again",
             130,
         )
     sys.exit(status or 0)
 
 
 def _open_streams() -> None:
-    """Give output that was closed from the start, as by `>&-`, nowhere to go to: else the next file that is
-    opened would be taken for it. What an encoding cannot write is written as its escape.
+    """Make stdout and stderr usable in every case.
+
+    If a stream was closed by the shell (`>&-`), the next file to be opened would get its number, and output
+    would be written into that file; the null device takes its place. Characters that the encoding lacks are
+    written as escapes.
     """
     while (place := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
@@ -193,9 +194,7 @@ def _open_streams() -> None:
 
 
 def _check_words(words: list[str]) -> None:
-    """Raises: LowkeyError for bytes that are no text, which neither tokenizers nor the files we write can
-    hold.
-    """
+    """Raises: LowkeyError for an argument that is not UTF-8, which tokenizers and JSON files cannot hold."""
     for word in words[1:]:
         if any("\ud800" <= c <= "\udfff" for c in word):
             raise LowkeyError(
@@ -204,16 +203,17 @@ def _check_words(words: list[str]) -> None:
 
 
 def _memory_ran_out(error: Exception) -> bool:
-    """Whether an error says so; torch has a kind of its own, which is not imported to look."""
+    """Whether an error says that memory ran out. torch's own class is told by its name, without an import."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
     return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or "allocate memory" in str(error)
 
 
 def _usage(error: Any) -> str:
-    """What is wrong with the command line, with the value, which some versions of typer leave out, and where
-    help is.
+    """A message for a command line that does not parse: the problem, the value, and where help is.
+
+    The value is taken from the error's cause, because some versions of typer leave it out of their message.
     """
-    # only a group of commands was named; typer does not export this one either
+    # A group of commands was named without a command. typer does not export this class either.
     if type(error).__name__ == "NoArgsIsHelpError":
         print(error, file=sys.stderr)
         sys.exit(2)
@@ -228,21 +228,21 @@ def _usage(error: Any) -> str:
         remedy = nearest_name(option, [word for word in known if word.startswith("--")])
         near = remedy if remedy.endswith("?") else ""  # the list of all options is what help is for
         return f"option {shown(option)} is unknown; {with_help(near, context)}"
-    found: list[dict] = getattr(error.__cause__, "errors", list)()
-    value = f" (given {shown(found[0].get('input'))})" if found else ""
-    rule = NUMBERS.get(found[0].get("type", "")) if found else None
+    details: list[dict] = getattr(error.__cause__, "errors", list)()
+    value = f" (given {shown(details[0].get('input'))})" if details else ""
+    rule = NUMBERS.get(details[0].get("type", "")) if details else None
     if rule:
-        told = f"option {error.param.get_error_hint()}: must be {rule}{value}"
+        problem = f"option {error.param.get_error_hint()}: must be {rule}{value}"
     else:
-        told = f"{error.format_message().rstrip('.')}{value}"
-    return f"{told}; {with_help('', context)}"
+        problem = f"{error.format_message().rstrip('.')}{value}"
+    return f"{problem}; {with_help('', context)}"
 
 
 def _fail(message: str, status: int) -> None:
-    with suppress(OSError):  # nobody need be listening
+    with suppress(OSError):  # stderr may be closed
         print(f"lowkey: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
     try:
         sys.stdout.flush()
-    except OSError:  # what could not be written once is not to be tried again when the interpreter ends
+    except OSError:  # the interpreter would try to write the same output again when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(status)

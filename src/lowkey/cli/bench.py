@@ -7,11 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from lowkey.cli.checks import hold, within
-from lowkey.cli.options import MEASURING, AsJson, MeasuringSeed
+from lowkey.cli.checks import check_settings, with_range
+from lowkey.cli.options import MEASURING, SHAPE, AsJson, MeasuringSeed
 from lowkey.core.budget import Budget
-
-SHAPE = "DecodeShape"
+from lowkey.evaluate.limits import check_head_groups
 
 
 def decode(
@@ -19,28 +18,36 @@ def decode(
         int,
         typer.Option(
             metavar="N",
-            help=within("DecodeShape", "context", "tokens stored per head"),
+            help=with_range("DecodeShape", "context", "tokens stored per head"),
             rich_help_panel=SHAPE,
         ),
     ] = 8192,
     head_dim: Annotated[
         int,
         typer.Option(
-            metavar="N", help=within("DecodeShape", "head_dim", "channels of a head"), rich_help_panel=SHAPE
+            metavar="N",
+            help=with_range("DecodeShape", "head_dim", "channels of a head"),
+            rich_help_panel=SHAPE,
         ),
     ] = 128,
     heads: Annotated[
         int,
-        typer.Option(metavar="N", help=within("DecodeShape", "heads", "query heads"), rich_help_panel=SHAPE),
+        typer.Option(
+            metavar="N", help=with_range("DecodeShape", "heads", "query heads"), rich_help_panel=SHAPE
+        ),
     ] = 32,
     kv_heads: Annotated[
         int,
-        typer.Option(metavar="N", help=within("DecodeShape", "kv_heads", "KV heads"), rich_help_panel=SHAPE),
+        typer.Option(
+            metavar="N", help=with_range("DecodeShape", "kv_heads", "KV heads"), rich_help_panel=SHAPE
+        ),
     ] = 8,
     dtype: Annotated[
         str,
         typer.Option(
-            metavar="NAME", help=within("DecodeShape", "dtype", "of keys and values"), rich_help_panel=SHAPE
+            metavar="NAME",
+            help=with_range("DecodeShape", "dtype", "dtype of queries, keys and values"),
+            rich_help_panel=SHAPE,
         ),
     ] = "bfloat16",
     budget: Annotated[
@@ -55,7 +62,7 @@ def decode(
         int,
         typer.Option(
             metavar="N",
-            help=within("DecodeShape", "repeats", "rounds; medians are shown"),
+            help=with_range("DecodeShape", "repeats", "rounds; medians are shown"),
             rich_help_panel=MEASURING,
         ),
     ] = 15,
@@ -64,7 +71,8 @@ def decode(
 ) -> None:
     """Time the attention of one decode step in every backend.
 
-    Over the full cache and over what a budget keeps, beside torch's own attention and plain reads of memory.
+    Each backend attends to the full cache and to what a budget keeps. torch's own attention and plain reads
+    of memory are timed for comparison.
     """
     shape: dict[str, Any] = {
         "context": context,
@@ -73,14 +81,15 @@ def decode(
         "kv_heads": kv_heads,
         "dtype": dtype,
     }
-    hold("DecodeShape", repeats=repeats, seed=seed, **shape)
+    check_settings("DecodeShape", repeats=repeats, seed=seed, **shape)
+    check_head_groups(heads, kv_heads)
     Budget.parse(budget)
 
     from lowkey.cli.tables import show_bench
     from lowkey.evaluate.decode_bench import decode_bench
 
-    found = decode_bench(budget=budget, repeats=repeats, seed=seed, **shape)
+    result = decode_bench(budget=budget, repeats=repeats, seed=seed, **shape)
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(result))
     else:
-        show_bench(found)
+        show_bench(result)

@@ -1,12 +1,14 @@
-"""Arguments of commands, checked before torch is imported and a model is loaded.
+"""Check the arguments of commands before torch is imported and a model is loaded.
 
-Every function raises LowkeyError, in one line, for a value that cannot be. Classes that a user names as
-`package.module:Class` pass here: they are imported, and checked, together with torch.
+Every function raises LowkeyError, in one line, for a value that is not allowed. Classes that a user names as
+`package.module:Class` are imported and checked later, together with torch.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +25,39 @@ from lowkey.models.names import check_device, check_dtype, check_name
 
 
 def check_word(what: str, word: str, known: Iterable[str], also: str = "") -> None:
-    """Raises: LowkeyError for a word that is not in a list.
+    """Check that a word is one of a list.
 
-    what: the argument, for the message. also: what else may be given, in words that follow the list.
+    Args:
+        what: the argument, for the message.
+        word: as it was given.
+        known: the words that are allowed.
+        also: what else may be given, in words that follow the list.
+
+    Raises:
+        LowkeyError: for any other word.
     """
     known = list(known)
     if word not in known:
         raise LowkeyError(f"{what} {shown(word)} is unknown; {nearest_name(word, known, also)}")
 
 
-def layout_of(name: str) -> Layout:
+def parse_layout(name: str) -> Layout:
     """The layout of this name."""
     check_word("layout", name, LAYOUTS)
     return next(known for known in LAYOUTS if name == known)
 
 
-def key_bases_of(name: str) -> Heads:
+def parse_key_bases(name: str) -> Heads:
     """Whether heads share a basis of their keys, by this name."""
     check_word("key bases", name, HEADS)
     return next(known for known in HEADS if name == known)
 
 
 def check_bits(bits: str | None, also: Iterable[str] = ()) -> None:
-    """The name of a packing of integers; 8, 4 and 2 stand for int8, int4 and int2.
+    """Check the name of a packing of integers. 8, 4 and 2 stand for int8, int4 and int2.
 
     Args:
+        bits: the name; None is allowed.
         also: other words that are allowed.
     """
     if bits is not None:
@@ -56,17 +66,18 @@ def check_bits(bits: str | None, also: Iterable[str] = ()) -> None:
             raise LowkeyError(f"bits {shown(bits)} are unknown; {nearest_name(bits, known)}")
 
 
-def within(settings: str, field: str, help: str) -> str:
+def with_range(settings: str, field: str, help: str) -> str:
     """A help text with the range of the field that the option becomes."""
     return f"{help} ({ranges(choices.settings(settings))[field]})"
 
 
-def hold(settings: str, option_names: Mapping[str, str] = {}, /, **given: Any) -> None:
-    """Hold options to the ranges of the fields that they become.
+def check_settings(settings: str, option_names: Mapping[str, str] = {}, /, **given: Any) -> None:
+    """Check options against the ranges of the fields that they become.
 
-    settings: the name of a dataclass in `choices`.
-    option_names: of fields that are called otherwise than their options.
-    given: a value by the name of its field; None is not checked.
+    Args:
+        settings: the name of a dataclass in `choices`.
+        option_names: the name of the option, for each field whose option has another name.
+        given: a value by the name of its field; None is not checked.
     """
     for field, value in given.items():
         if value is not None:
@@ -75,38 +86,38 @@ def hold(settings: str, option_names: Mapping[str, str] = {}, /, **given: Any) -
 
 
 def check_sample(windows: int, context: int | None, seed: int) -> None:
-    """What to calibrate on: the fields of `Sample`."""
-    hold("Sample", {"length": "context"}, windows=windows, length=context, seed=seed)
+    """Check what to calibrate on: the fields of `Sample`."""
+    check_settings("Sample", {"length": "context"}, windows=windows, length=context, seed=seed)
 
 
-def share_of(budget: str) -> float:
-    """A budget that can only be a share, above 0 and up to 1."""
-    found = Budget.parse(budget)
-    if found.unit != "%":
+def parse_share(budget: str) -> float:
+    """Read a budget that must be a share. Returns: the share, above 0 and up to 1."""
+    parsed = Budget.parse(budget)
+    if parsed.unit != "%":
         raise LowkeyError(
-            f"budget {found}: every token gets a rank of its own, so only a mean share can be asked for; "
-            "say it as '50%'"
+            f"budget {parsed}: every token gets a rank of its own, so the budget must be a mean share; give "
+            "it as '50%'"
         )
-    return found.amount / 100
+    return parsed.amount / 100
 
 
 # -- models, files and folders
 
 
 def check_model_options(name: str, dtype: str, device: str) -> None:
-    """A model, and how it is loaded."""
+    """Check the name of a model, and how it is loaded."""
     check_name(name)
     check_dtype(dtype)
     check_device(device)
 
 
-def corpus_at(path: Path | None, argument: str = "calibration") -> str | None:
-    """The text of a file, or None for the embedded text."""
+def read_corpus(path: Path | None, argument: str = "calibration") -> str | None:
+    """Read a text file. Returns: its text, or None without a path, which stands for the embedded text."""
     return text.read_text(path, argument) if path else None
 
 
 def check_plan(path: Path) -> None:
-    """A plan folder: that there is one. What it holds is checked when it is loaded."""
+    """Check that a plan folder exists. Its contents are checked when it is loaded."""
     files.read_consistently(path, lambda: _find_plan(path))
 
 
@@ -116,11 +127,20 @@ def _find_plan(path: Path) -> None:
         raise LowkeyError(f"plan {missing!r} does not exist; give the folder that lowkey compress wrote")
 
 
+def check_head_files(paths: Iterable[Path] | None) -> None:
+    """Check that files of head scores exist. Their contents are checked when they are loaded."""
+    for path in paths or ():
+        if not path.is_file():
+            raise LowkeyError(
+                f"head scores {str(path)!r}: no such file; write it with `lowkey heads MODEL --out {path}`"
+            )
+
+
 # -- methods, allocators and policies
 
 
-def pairs_of(pairs: list[str] | None, what: str = "option") -> dict[str, str]:
-    """Options that are written as name=value."""
+def parse_pairs(pairs: list[str] | None, what: str = "option") -> dict[str, str]:
+    """Read options that are written as name=value. what: what they are called in messages."""
     found: dict[str, str] = {}
     for pair in pairs or []:
         name, equals, value = pair.partition("=")
@@ -133,17 +153,35 @@ def pairs_of(pairs: list[str] | None, what: str = "option") -> dict[str, str]:
 
 
 def check_method(name: str, given: Mapping[str, str]) -> None:
-    """A method by its name, with options of its own as text."""
-    if ":" not in name:
+    """Check the name of a method, and options of it that are given as text."""
+    if not _is_outside("method", name):
         check_word("method", name, choices.METHODS, options.OUTSIDE)
         _check_options(choices.method_options(name), f"method {name!r}", given)
 
 
 def check_rank_allocator(name: str, given: Mapping[str, str]) -> None:
-    """An allocator of ranks by its name, with options of its own as text."""
-    if ":" not in name:
+    """Check the name of a rank allocator, and options of it that are given as text."""
+    if not _is_outside("allocator", name):
         check_word("allocator", name, RANK_ALLOCATORS, options.OUTSIDE)
         _check_options(RANK_ALLOCATORS[name], f"allocator {name!r}", given)
+
+
+def _is_outside(what: str, name: str) -> bool:
+    """Whether a name is that of a class outside lowkey, `package.module:Class`.
+
+    Raises: LowkeyError for such a name whose package is not installed. The class itself is imported later.
+    """
+    if ":" not in name:
+        return False
+    module, _, attribute = name.partition(":")
+    if not all(map(str.isidentifier, [*module.split("."), attribute])):
+        raise LowkeyError(f"{what} {shown(name)}: is not written package.module:Class")
+    package = module.partition(".")[0]
+    if package not in sys.modules and find_spec(package) is None:
+        raise LowkeyError(
+            f"{what} {shown(name)}: no module named {package!r} is installed; give package.module:Class"
+        )
+    return True
 
 
 def _check_options(kind: type, what: str, given: Mapping[str, str]) -> None:
@@ -159,8 +197,14 @@ def check_policies(
     allocator_given: list[str] | None,
     heads: list[Path] | None,
 ) -> None:
-    """Policies and budgets, separated by commas, with their options, those of their allocators, and files of
-    head scores. Without a policy none of the others may be given.
+    """Check eviction policies and what is given for them.
+
+    Args:
+        names: policies, separated by commas. Without them, none of the others may be given.
+        budgets: budgets, separated by commas.
+        given: options of the policies, as name=value.
+        allocator_given: options of their allocators, as name=value.
+        heads: files of head scores.
     """
     if names is None:
         for what, value in (
@@ -175,7 +219,8 @@ def check_policies(
                     f"{what} {shown(str(word))}: is for a policy; give --policy too, or leave it out"
                 )
         return
-    own, of_allocator = pairs_of(given), pairs_of(allocator_given, "allocator option")
+    check_head_files(heads)
+    own, of_allocator = parse_pairs(given), parse_pairs(allocator_given, "allocator option")
     for name in names.split(","):
         for budget in budgets.split(",") if budgets is not None else [None]:
             _check_policy(name, budget, own, of_allocator)
@@ -185,7 +230,7 @@ def _check_policy(
     name: str, budget: str | None, given: Mapping[str, str], allocator_given: Mapping[str, str]
 ) -> None:
     kept = None if budget is None else Budget.parse(budget)
-    if ":" in name:
+    if _is_outside("policy", name):
         return
     check_word("policy", name, choices.POLICIES, options.OUTSIDE)
     kind, what = choices.policy_options(name), f"policy {name!r}"

@@ -15,53 +15,56 @@ from typing import Any
 
 from lowkey.cli.stand_ins import stand_in
 
-FOUND: dict[str, Any] = json.loads((files("lowkey") / "data" / "choices.json").read_text(encoding="utf-8"))
+COLLECTED: dict[str, Any] = json.loads(
+    (files("lowkey") / "data" / "choices.json").read_text(encoding="utf-8")
+)
 
-METHODS = tuple(FOUND["methods"])
-POLICIES = tuple(FOUND["policies"])
-TOKEN_ALLOCATORS = tuple(FOUND["token_allocators"])  # of policies
-SCHEMES = tuple(FOUND["schemes"])  # packed integers
-NO_BITS: str = FOUND["no_bits"]  # the word for no packed integers
-TASKS = tuple(FOUND["tasks"])  # of `eval`
-USUAL_TASKS = tuple(FOUND["usual_tasks"])
-RECALL_FORMS: dict[str, str] = FOUND["recall_forms"]  # name: how it asks
-USUAL_RECALL_FORM: str = FOUND["usual_recall_form"]
-HEAD_KINDS = tuple(FOUND["head_kinds"])  # scores of heads on needle tasks
-ECHO_KINDS = tuple(FOUND["echo_kinds"])  # scores of heads on random tokens
-NEEDLE_TASKS = tuple(FOUND["needle_tasks"])
-ATTENTIONS: dict[str, dict[str, str]] = FOUND["attentions"]  # kind: {field of a conversion: its type}
-LAYER_SUBSETS = tuple(FOUND["layer_subsets"])
-POOLINGS = tuple(FOUND["poolings"])
-BASES = tuple(FOUND["bases"])
-FREQUENCIES = tuple(FOUND["frequencies"])
-OBJECTIVES = tuple(FOUND["objectives"])  # of `recover`
-FORMATS = tuple(FOUND["formats"])  # of `export`
-PLAN_FILES = tuple(FOUND["plan_files"])  # one of which every plan folder holds
-SINKS: int = FOUND["sinks"]  # tokens that are kept exact unless others are asked for
-RECENT: int = FOUND["recent"]
+METHODS = tuple(COLLECTED["methods"])
+POLICIES = tuple(COLLECTED["policies"])
+TOKEN_ALLOCATORS = tuple(COLLECTED["token_allocators"])  # of policies
+SCHEMES = tuple(COLLECTED["schemes"])  # packed integers
+NO_BITS: str = COLLECTED["no_bits"]  # the word for no packed integers
+TASKS = tuple(COLLECTED["tasks"])  # of `eval`
+USUAL_TASKS = tuple(COLLECTED["usual_tasks"])
+RECALL_FORMS: dict[str, str] = COLLECTED["recall_forms"]  # name: how it asks
+USUAL_RECALL_FORM: str = COLLECTED["usual_recall_form"]
+HEAD_KINDS = tuple(COLLECTED["head_kinds"])  # scores of heads on needle tasks
+ECHO_KINDS = tuple(COLLECTED["echo_kinds"])  # scores of heads on random tokens
+NEEDLE_TASKS = tuple(COLLECTED["needle_tasks"])
+ATTENTION_KINDS = tuple(COLLECTED["attention_kinds"])  # of a recipe
+ATTENTIONS: dict[str, dict[str, str]] = COLLECTED["attentions"]  # kind: {field of a conversion: its type}
+LAYER_SUBSETS = tuple(COLLECTED["layer_subsets"])
+POOLINGS = tuple(COLLECTED["poolings"])
+BASES = tuple(COLLECTED["bases"])
+FREQUENCIES = tuple(COLLECTED["frequencies"])
+OBJECTIVES = tuple(COLLECTED["objectives"])  # of `recover`
+FORMATS = tuple(COLLECTED["formats"])  # of `export`
+PLAN_FILES = tuple(COLLECTED["plan_files"])  # one of which every plan folder holds
+SINKS: int = COLLECTED["sinks"]  # tokens that are kept exact unless others are asked for
+RECENT: int = COLLECTED["recent"]
 
 
 @cache
 def settings(name: str) -> type:
     """A stand-in for a dataclass of settings: the same fields with their types, ranges and defaults."""
-    return stand_in(name, FOUND["settings"][name])
+    return stand_in(name, COLLECTED["settings"][name])
 
 
 @cache
 def method_options(name: str) -> type:
     """A stand-in for the class of a method. Its fields are its options."""
-    return stand_in(name, FOUND["methods"][name]["options"])
+    return stand_in(name, COLLECTED["methods"][name]["options"])
 
 
 def rank_allocator_of(method: str) -> str | None:
-    """The name of the allocator of ranks that a method is known with; None for a class from outside."""
-    return FOUND["methods"][method]["allocator"] if method in METHODS else None
+    """The name of the allocator that a method uses by default; None for a class from outside lowkey."""
+    return COLLECTED["methods"][method]["allocator"] if method in METHODS else None
 
 
 @cache
 def policy_options(name: str) -> type:
     """A stand-in for the class of a policy. Its fields are its options, without the budget."""
-    return stand_in(name, FOUND["policies"][name]["options"])
+    return stand_in(name, COLLECTED["policies"][name]["options"])
 
 
 def allocator_of(policy: str, budget: bool) -> str | None:
@@ -71,10 +74,10 @@ def allocator_of(policy: str, budget: bool) -> str | None:
         policy: a name of POLICIES.
         budget: whether a budget is given. Without one, the answer is None for a policy that needs one.
     """
-    return FOUND["policies"][policy]["allocator" if budget else "allocator_without_budget"]
+    return COLLECTED["policies"][policy]["allocator" if budget else "allocator_without_budget"]
 
 
 @cache
 def allocator_options(name: str) -> type:
     """A stand-in for the class of a policy's allocator. Its fields are its options."""
-    return stand_in(name, FOUND["token_allocators"][name])
+    return stand_in(name, COLLECTED["token_allocators"][name])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lowkey
-from lowkey.attention import SUBSETS
+from lowkey.attention import ATTENTION_KINDS, SUBSETS
 from lowkey.calibration import dynamic
 from lowkey.calibration.calibrate import Sample
 from lowkey.calibration.recover import OBJECTIVES, Recovery
@@ -54,6 +54,7 @@ def collected() -> dict[str, Any]:
         "head_kinds": list(SCORE_KINDS),
         "echo_kinds": list(ECHOES),
         "needle_tasks": list(NEEDLE_TASKS),
+        "attention_kinds": list(ATTENTION_KINDS),
         "attentions": {
             kind: {name: of.__name__ for name, of in CONVERSION_FIELDS[kind].items()} for kind in CONVERSIONS
         },

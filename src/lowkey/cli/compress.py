@@ -13,16 +13,17 @@ from lowkey.calibration.limits import BUDGET_LENGTH, JUDGES, resolve_budget
 from lowkey.cli import choices
 from lowkey.cli.checks import (
     check_bits,
+    check_head_files,
     check_method,
     check_model_options,
     check_rank_allocator,
     check_sample,
+    check_settings,
     check_word,
-    corpus_at,
-    hold,
-    layout_of,
-    pairs_of,
-    within,
+    parse_layout,
+    parse_pairs,
+    read_corpus,
+    with_range,
 )
 from lowkey.cli.options import (
     BUDGET,
@@ -71,7 +72,7 @@ def compress(
         int,
         typer.Option(
             metavar="N",
-            help="hold every rank per KV head to a multiple of this, or to the head dim",
+            help="allow only ranks per KV head that are a multiple of this, or the head dim",
             rich_help_panel=METHOD,
         ),
     ] = 1,
@@ -98,7 +99,7 @@ def compress(
         typer.Option(
             metavar="NAME",
             help=f"store latents as packed integers: {', '.join(choices.SCHEMES)}, or {choices.NO_BITS} "
-            f"(default: {choices.NO_BITS} with a method that is named)",
+            f"(default: {choices.NO_BITS} if --method is given)",
             rich_help_panel=BUDGET,
         ),
     ] = None,
@@ -106,7 +107,8 @@ def compress(
         int,
         typer.Option(
             metavar="N",
-            help="tokens of the cache that the budget is counted for, exact tokens included (at least 1)",
+            help="length of the cache, in tokens, for which the budget is counted, exact tokens included "
+            "(at least 1)",
             rich_help_panel=BUDGET,
         ),
     ] = BUDGET_LENGTH,
@@ -124,21 +126,21 @@ def compress(
         str,
         typer.Option(
             metavar="NAME",
-            help="what a layer's error is: layers (of its output, relative) or loss (nats by which the "
-            "cross-entropy grows when this layer alone is compressed)",
+            help="how a layer's error is measured: layers (relative error of its output) or loss (nats by "
+            "which the cross-entropy grows when only this layer is compressed)",
             rich_help_panel=BUDGET,
         ),
     ] = "layers",
     sinks: Annotated[
         int,
         typer.Option(
-            metavar="N", help=within("Exact", "sinks", "first tokens kept exact"), rich_help_panel=EXACT
+            metavar="N", help=with_range("Exact", "sinks", "first tokens kept exact"), rich_help_panel=EXACT
         ),
     ] = choices.SINKS,
     recent: Annotated[
         int,
         typer.Option(
-            metavar="N", help=within("Exact", "recent", "last tokens kept exact"), rich_help_panel=EXACT
+            metavar="N", help=with_range("Exact", "recent", "last tokens kept exact"), rich_help_panel=EXACT
         ),
     ] = choices.RECENT,
     calibration: Calibration = None,
@@ -163,9 +165,9 @@ def compress(
     The ranks of all layers are chosen for the budget. Interrupted work resumes when the same command is given
     again.
     """
-    options, of_allocator = pairs_of(option), pairs_of(allocator_option, "allocator option")
+    options, of_allocator = parse_pairs(option), parse_pairs(allocator_option, "allocator option")
     _check_method(method, options, allocator, of_allocator)
-    form = None if layout is None else layout_of(layout)
+    form = None if layout is None else parse_layout(layout)
     if ranks is not None:
         read_request(ranks)
     checked("rank multiple", rank_multiple, int, AT_LEAST_ONE, 1)
@@ -175,15 +177,16 @@ def compress(
         limit.bytes_per_token(1)  # refuses a budget of tokens
     check_bits(bits, also=[choices.NO_BITS])
     checked("at", at, int, AT_LEAST_ONE, BUDGET_LENGTH)
-    hold("Exact", sinks=sinks, recent=recent)
+    check_settings("Exact", sinks=sinks, recent=recent)
     check_sample(windows, context, seed)
     check_model_options(model, dtype, device)
-    corpus = corpus_at(calibration)
+    check_head_files(heads)
+    corpus = read_corpus(calibration)
     work = files.check_output(out, force)
 
     from lowkey.calibration.calibrate import calibrate
     from lowkey.catalog import make_allocator, make_method
-    from lowkey.cli.loading import check_context, head_scores, open_model, sample_of
+    from lowkey.cli.loading import check_context, head_scores, make_sample, open_model
     from lowkey.cli.tables import show_plan
     from lowkey.core.progress import bars
 
@@ -194,7 +197,7 @@ def compress(
     check_context(context, loaded)
     plan = calibrate(
         *(loaded, tokenizer, corpus), method=chosen, budget=budget, error_budget=error_budget,
-        allocator=split, layout=form, sample=sample_of(windows, context, seed), ranks=ranks,
+        allocator=split, layout=form, sample=make_sample(windows, context, seed), ranks=ranks,
         rank_multiple=rank_multiple, judge=judge, sinks=sinks, recent=recent, bits=bits, at=at,
         heads=head_scores(heads, loaded), work=work, progress=bars,
     )  # fmt: skip
@@ -206,7 +209,10 @@ def compress(
 def _check_method(
     method: str | None, options: dict[str, str], allocator: str | None, of_allocator: dict[str, str]
 ) -> None:
-    """A method and an allocator, each with its options: the method's own allocator where only it is named."""
+    """Check a method and an allocator, each with its options.
+
+    Without `--allocator`, allocator options belong to the allocator that the method uses by default.
+    """
     if method is not None:
         check_method(method, options)
     elif options:

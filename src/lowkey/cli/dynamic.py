@@ -9,17 +9,18 @@ import typer
 from lowkey.cli.checks import (
     check_model_options,
     check_sample,
-    corpus_at,
-    hold,
-    key_bases_of,
-    layout_of,
-    share_of,
-    within,
+    check_settings,
+    parse_key_bases,
+    parse_layout,
+    parse_share,
+    read_corpus,
+    with_range,
 )
 from lowkey.cli.options import (
     BUDGET,
     LAYOUT_HELP,
     METHOD,
+    TRAINING,
     AsJson,
     Calibration,
     Context,
@@ -53,15 +54,15 @@ def dynamic(
         int,
         typer.Option(
             metavar="N",
-            help=within("GateTraining", "steps", "training steps of the gates"),
-            rich_help_panel=METHOD,
+            help=with_range("GateTraining", "steps", "training steps of the gates"),
+            rich_help_panel=TRAINING,
         ),
     ] = 200,
     budget: Annotated[
         str,
         typer.Option(
             metavar="SHARE",
-            help="share of the coordinates that tokens keep, like 40%, in the mean over tokens and layers",
+            help="share of the coordinates that a token keeps, like 40%, on average over tokens and layers",
             rich_help_panel=BUDGET,
         ),
     ] = "50%",
@@ -76,19 +77,19 @@ def dynamic(
 ) -> None:
     """Train gates that give every token its own rank.
 
-    The plan that is written serves eval and generate. Interrupted work resumes when the same command is given
-    again.
+    `lowkey eval` and `lowkey generate` can use the plan. Interrupted work resumes when the same command is
+    given again.
     """
-    share = share_of(budget)
-    hold("GateTraining", {"target": "budget"}, target=share, steps=steps, seed=seed)
-    form, heads = layout_of(layout), key_bases_of(key_bases)
+    share = parse_share(budget)
+    check_settings("GateTraining", {"target": "budget"}, target=share, steps=steps, seed=seed)
+    form, heads = parse_layout(layout), parse_key_bases(key_bases)
     check_sample(windows, context, seed)
     check_model_options(model, dtype, device)
-    corpus = corpus_at(calibration)
+    corpus = read_corpus(calibration)
     work = files.check_output(out, force)
 
     from lowkey.calibration.dynamic import make_dynamic_plan
-    from lowkey.cli.loading import check_context, open_model, sample_of
+    from lowkey.cli.loading import check_context, make_sample, open_model
     from lowkey.cli.tables import show_dynamic
     from lowkey.core.progress import bars
     from lowkey.methods.dynakv import GateTraining
@@ -101,7 +102,7 @@ def dynamic(
         corpus,
         layout=form,
         key_bases=heads,
-        sample=sample_of(windows, context, seed),
+        sample=make_sample(windows, context, seed),
         training=GateTraining(share, steps, seed=seed),
         work=work,
         progress=bars,

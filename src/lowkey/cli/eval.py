@@ -18,9 +18,9 @@ from lowkey.cli.checks import (
     check_model_options,
     check_plan,
     check_policies,
+    check_settings,
     check_word,
-    hold,
-    within,
+    with_range,
 )
 from lowkey.cli.console import note
 from lowkey.cli.options import (
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 QUESTION = 32  # tokens that recall's question and answer may take
 RESULTS = Path("results")
-OWN = "(default: the plan's own; of integers alone {})"
+PLAN_DEFAULT = "(default: the plan's own; of integers alone {})"
 RECALL_FORMS = "; ".join(f"{name}: {summary}" for name, summary in choices.RECALL_FORMS.items())
 
 
@@ -73,7 +73,9 @@ def eval_(
         int | None,
         typer.Option(
             metavar="N",
-            help=within("Exact", "sinks", f"first tokens kept exact {OWN.format(choices.SINKS)}"),
+            help=with_range(
+                "Exact", "sinks", f"first tokens kept exact {PLAN_DEFAULT.format(choices.SINKS)}"
+            ),
             rich_help_panel=EXACT,
         ),
     ] = None,
@@ -81,7 +83,9 @@ def eval_(
         int | None,
         typer.Option(
             metavar="N",
-            help=within("Exact", "recent", f"last tokens kept exact {OWN.format(choices.RECENT)}"),
+            help=with_range(
+                "Exact", "recent", f"last tokens kept exact {PLAN_DEFAULT.format(choices.RECENT)}"
+            ),
             rich_help_panel=EXACT,
         ),
     ] = None,
@@ -119,7 +123,7 @@ def eval_(
         list[Path] | None,
         typer.Option(
             metavar="FILE",
-            help=f"{EMBEDDED_TEXT}; repeat to take windows from each in turn",
+            help=f"text to measure on: {EMBEDDED_TEXT}; repeat to take windows from each in turn",
             rich_help_panel=MEASURING,
         ),
     ] = None,
@@ -127,10 +131,10 @@ def eval_(
         int | None,
         typer.Option(
             metavar="N",
-            help=within(
+            help=with_range(
                 "Task",
                 "context",
-                "tokens per window and per recall case (default: 512, or all that the model takes)",
+                "tokens per window and per recall case (default: 512, or as many as the model has positions)",
             ),
             rich_help_panel=MEASURING,
         ),
@@ -139,13 +143,15 @@ def eval_(
         int,
         typer.Option(
             metavar="N",
-            help=within("Task", "windows", "windows of text to score at most, as far as the text goes"),
+            help=with_range("Task", "windows", "number of windows to score at most; a short text has fewer"),
             rich_help_panel=MEASURING,
         ),
     ] = 16,
     cases: Annotated[
         int,
-        typer.Option(metavar="N", help=within("Task", "cases", "cases of recall"), rich_help_panel=MEASURING),
+        typer.Option(
+            metavar="N", help=with_range("Task", "cases", "number of recall cases"), rich_help_panel=MEASURING
+        ),
     ] = 20,
     recall_form: Annotated[
         str,
@@ -160,7 +166,9 @@ def eval_(
         int,
         typer.Option(
             metavar="N",
-            help=within("Task", "questions", "questions that the full cache has to answer first"),
+            help=with_range(
+                "Task", "questions", "number of questions, of which those count that the full cache answers"
+            ),
             rich_help_panel=MEASURING,
         ),
     ] = 64,
@@ -195,8 +203,8 @@ def eval_(
     for name in names:
         check_word("task", name, choices.TASKS)
     counts = {"windows": windows, "cases": cases, "questions": questions, "seed": seed}
-    hold("Task", context=context, recall_form=recall_form, **counts)
-    hold("Exact", sinks=sinks, recent=recent)
+    check_settings("Task", context=context, recall_form=recall_form, **counts)
+    check_settings("Exact", sinks=sinks, recent=recent)
     for scheme in bits or ():
         check_bits(scheme)
     check_policies(policy, budget, option, allocator_option, heads)
@@ -206,21 +214,21 @@ def eval_(
     texts = {str(path): text.read_text(path, "data") for path in data or ()} or {
         "embedded": text.embedded_text("evaluation")
     }
-    place = out or _unused(f"eval-{Path(model).name}-")
+    place = out or _unused_result_path(f"eval-{Path(model).name}-")
     files.check_file(place, "result")
     work = files.work_beside(place)
 
-    from lowkey.cli.loading import head_scores, open_model, policies_of
-    from lowkey.cli.plans import plan_at
+    from lowkey.cli.loading import head_scores, make_policies, open_model
+    from lowkey.cli.plans import load_plan
     from lowkey.cli.tables import notes, show_rows
     from lowkey.core.progress import bars
     from lowkey.evaluate.result import Task, evaluate, evaluation_job
     from lowkey.evaluate.settings import distinct, evicted, full
 
-    policies = policies_of(policy, budget, option, allocator_option)
+    policies = make_policies(policy, budget, option, allocator_option)
     loaded, tokenizer = open_model(model, dtype, device)
     context = _usual_context(loaded, names) if context is None else context
-    plans = [plan_at(folder, loaded) for folder in plan or ()]
+    plans = [load_plan(folder, loaded) for folder in plan or ()]
     settings = [full(loaded)] + [p.setting(loaded, None, sinks, recent) for p in plans]
     below: list[tuple[Plan | None, str | None]] = [
         (p.fixed_rank("policy"), str(p.path)) for p in plans if policies
@@ -229,11 +237,11 @@ def eval_(
     settings += [
         evicted(loaded, wanted, name, context, *p, heads=scores) for name, wanted in policies for p in below
     ]
-    settings += _integers(loaded, plans, bits, sinks, recent)
+    settings += _packed_settings(loaded, plans, bits, sinks, recent)
     what = Task(texts, context, refeed=refeed, recall_form=recall_form, **counts)
     if out is None:
         job = evaluation_job(loaded, tokenizer, distinct(settings), what, names)
-        place, work = _begun(f"eval-{Path(model).name}-", job) or (place, work)
+        place, work = _interrupted_result(f"eval-{Path(model).name}-", job) or (place, work)
     result = evaluate(loaded, tokenizer, settings, what, names, bars, work)
     files.write_json(place, result, "result")
     files.remove_work(work)
@@ -241,29 +249,29 @@ def eval_(
         print(json.dumps(result))
     else:
         show_rows(result)
-    for line in (f"result written to {place}", *_without_perplexity(settings, names), *notes(result)):
+    for line in (f"result written to {place}", *_perplexity_notes(settings, names), *notes(result)):
         note(line)
 
 
-def _without_perplexity(settings: Sequence[Setting], names: Sequence[str]) -> list[str]:
-    """Why a setting has no perplexity, if one has none."""
+def _perplexity_notes(settings: Sequence[Setting], names: Sequence[str]) -> list[str]:
+    """A line that says why a setting has no perplexity, if one has none."""
     late = [s.name for s in settings if s.needs_second_pass and "perplexity" in names]
     if not late or "decode" in names:
         return []
     return [
-        f"{late[0]} has no perplexity: it keeps what repeating the whole context says, which a text read "
-        "once does not show; add --task decode"
+        f"{late[0]} has no perplexity: it chooses tokens by reading the whole context a second time, and "
+        "perplexity is measured while a text is read once; add --task decode"
     ]
 
 
-def _integers(
+def _packed_settings(
     model: PreTrainedModel,
     plans: Sequence[PlanFolder],
     bits: Sequence[str] | None,
     sinks: int | None,
     recent: int | None,
 ) -> list[Setting]:
-    """Latents in packed integers, of the plans that have none of their own, and integers alone."""
+    """Settings with packed integers: plans whose latents are not packed yet, and integers alone."""
     from lowkey.evaluate.settings import packed
     from lowkey.models import families
     from lowkey.storage.exact import Exact
@@ -275,8 +283,8 @@ def _integers(
     ]
 
 
-def _unused(name: str) -> Path:
-    """A result file named by the time, which no other command of the same second has taken."""
+def _unused_result_path(name: str) -> Path:
+    """The path of a result file, named by the time. No finished or interrupted work uses it yet."""
     stamp = f"{name}{time.strftime('%Y%m%d-%H%M%S')}"
     names = (
         RESULTS / f"{stamp}{more}.json"
@@ -285,9 +293,9 @@ def _unused(name: str) -> Path:
     return next(p for p in names if not (p.exists() or p.with_name(f"{p.name}.partial").exists()))
 
 
-def _begun(name: str, job: dict) -> tuple[Path, Path] | None:
-    """The result file that this very job was to write when it was stopped, with the folder of its unfinished
-    work, or None.
+def _interrupted_result(name: str, job: dict) -> tuple[Path, Path] | None:
+    """The result file that an interrupted run of the same job would have written, with the folder of its
+    work; None if there is none.
     """
     for work in sorted(RESULTS.glob(f"{glob.escape(name)}*.json.partial")):
         if (work / files.job_name(job)).is_dir() and not (begun := work.with_suffix("")).exists():
@@ -296,8 +304,8 @@ def _begun(name: str, job: dict) -> tuple[Path, Path] | None:
 
 
 def _usual_context(model: PreTrainedModel, tasks: Sequence[str]) -> int:
-    """512, or all that a short model has positions for, where recall leaves room for a question and its
-    answer.
+    """512, or the number of positions of a model that has fewer. The task recall leaves room for a question
+    and its answer.
     """
     from lowkey.evaluate.result import Task
     from lowkey.models import families

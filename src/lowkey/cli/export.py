@@ -23,7 +23,7 @@ def export(
         str,
         typer.Option(
             metavar="NAME",
-            help=f"of the checkpoint: {', '.join(choices.FORMATS)} (transformers)",
+            help=f"format of the checkpoint: {', '.join(choices.FORMATS)} (transformers)",
             rich_help_panel=OUTPUT,
         ),
     ] = "hf",
@@ -32,7 +32,7 @@ def export(
 ) -> None:
     """Fold a plan into the weights of a plain checkpoint.
 
-    That works where a plan has exactly the form of such a checkpoint, which then runs without lowkey.
+    The checkpoint runs without lowkey. A plan can be exported if such a checkpoint represents it exactly.
     """
     check_word("format", format, choices.FORMATS)
     check_model_options(model, dtype, "cpu")
@@ -40,11 +40,11 @@ def export(
     check_plan(plan)
 
     from lowkey.cli.loading import open_model
-    from lowkey.cli.plans import plan_at
+    from lowkey.cli.plans import load_plan
     from lowkey.export import FORMATS
 
     loaded, tokenizer = open_model(model, dtype, "cpu")
-    place = FORMATS[format](loaded, tokenizer, plan_at(plan, loaded).fixed_rank("export"), out, force)
+    place = FORMATS[format](loaded, tokenizer, load_plan(plan, loaded).fixed_rank("export"), out, force)
     if as_json:
         print(json.dumps({"model": str(place), "format": format}))
     else:

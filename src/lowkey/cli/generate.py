@@ -82,6 +82,8 @@ def generate(
     The text goes to stdout as it comes. Tokens per second, and the bytes held beside those of the full cache,
     are told on stderr.
     """
+    if not prompt:
+        raise LowkeyError("prompt '': is empty; give some text to continue")
     check_unicode("prompt", prompt)
     checked("tokens", tokens, int, TOKENS, 64)
     check_bits(bits, also=[choices.NO_BITS])
@@ -95,13 +97,13 @@ def generate(
         check_plan(plan)
 
     from lowkey.cache.cache import make_cache
-    from lowkey.cli.loading import head_scores, importance, open_model, policies_of
-    from lowkey.cli.plans import plan_at
+    from lowkey.cli.loading import head_scores, importance, make_policies, open_model
+    from lowkey.cli.plans import load_plan
     from lowkey.generate import stream_text
 
-    wanted = policies_of(policy, budget, option, allocator_option)
+    wanted = make_policies(policy, budget, option, allocator_option)
     loaded, tokenizer = open_model(model, dtype, device)
-    chosen = plan_at(plan, loaded) if plan else None
+    chosen = load_plan(plan, loaded) if plan else None
     below = chosen.fixed_rank("policy") if chosen and wanted else None
     evicting = (
         wanted[0][1].with_head_scores(importance(below, head_scores(heads, loaded))) if wanted else None

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lowkey.cli import choices
-from lowkey.cli.checks import check_model_options, check_word, corpus_at, hold, within
+from lowkey.cli.checks import check_model_options, check_settings, check_word, read_corpus, with_range
 from lowkey.cli.options import EMBEDDED_TEXT, MEASURING, OUTPUT, AsJson, Device, Dtype, MeasuringSeed, Model
 from lowkey.core import files
 from lowkey.core.errors import LowkeyError
@@ -37,13 +37,18 @@ def heads(
         ),
     ] = None,
     haystack: Annotated[
-        Path | None, typer.Option(metavar="FILE", help=EMBEDDED_TEXT, rich_help_panel=MEASURING)
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help=f"text that the question is hidden in: {EMBEDDED_TEXT}",
+            rich_help_panel=MEASURING,
+        ),
     ] = None,
     cases: Annotated[
         int,
         typer.Option(
             metavar="N",
-            help=within("Drawing", "cases", "cases to ask; those answered right count"),
+            help=with_range("Drawing", "cases", "number of cases; only those that are answered right count"),
             rich_help_panel=MEASURING,
         ),
     ] = 100,
@@ -51,7 +56,9 @@ def heads(
         int,
         typer.Option(
             metavar="N",
-            help=within("Drawing", "context", "tokens of the longest cases; the shortest have a fifth"),
+            help=with_range(
+                "Drawing", "context", "tokens of the longest cases; the shortest have a fifth of that"
+            ),
             rich_help_panel=MEASURING,
         ),
     ] = 1024,
@@ -69,10 +76,10 @@ def heads(
 ) -> None:
     """Measure which heads retrieve facts from a long text.
 
-    The scores serve policies that split their budget by them (headkv-r, headkv-r2, razor). Interrupted work
+    Policies that split their budget over heads use the scores (headkv-r, headkv-r2, razor). Interrupted work
     resumes when the same command is given again.
     """
-    hold("Drawing", cases=cases, context=context, seed=seed)
+    check_settings("Drawing", cases=cases, context=context, seed=seed)
     check_word("kind", kind, KINDS)
     for what, given in (("task", task), ("haystack", haystack)):
         if given is not None and kind in choices.ECHO_KINDS:
@@ -82,7 +89,7 @@ def heads(
     if task is not None:
         check_word("task", task, choices.NEEDLE_TASKS)
     check_model_options(model, dtype, device)
-    corpus = corpus_at(haystack, "haystack")
+    corpus = read_corpus(haystack, "haystack")
     files.check_file(out, force=force)
     work = files.work_beside(out)
 

@@ -1,7 +1,7 @@
-"""How commands show their help: options in panels with a heading each, in plain text of 80 columns or more.
+"""Help in plain text: options and commands in panels, with a heading for each panel.
 
-Typer draws panels with rich alone, whose boxes are hard to read in a narrow terminal and in a file. These
-classes read the same `rich_help_panel` of each option and command and write headings.
+typer draws panels only with rich, whose boxes are hard to read in a narrow terminal or in a file. The classes
+here read the same `rich_help_panel` of each option and command.
 """
 
 from __future__ import annotations
@@ -9,17 +9,31 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import typer
 from typer.core import TyperCommand, TyperGroup
 
 from lowkey.core.errors import LowkeyError
 from lowkey.core.options import nearest_name, shown
 
-COLUMN = 28  # widest name that its help stands beside; a longer one has a line of its own
+COLUMN = 28  # the longest name with its help on the same line; a longer one has a line of its own
 Panels = dict[str, list[tuple[str, str]]]
+# what a command line that does not parse raises; typer does not export it
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 class PanelCommand(TyperCommand):
     """A command whose help shows its options in panels."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the words after the command; called by typer.
+
+        Raises: UsageError that knows the command, so that the message can say where help is.
+        """
+        try:
+            return super().parse_args(ctx, args)
+        except UsageError as error:
+            error.__dict__["ctx"] = getattr(error, "ctx", None) or ctx
+            raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the arguments and the options of this command; called by typer."""
@@ -27,7 +41,7 @@ class PanelCommand(TyperCommand):
 
 
 class PanelGroup(TyperGroup):
-    """A group of commands whose help shows the commands in panels, and which names the nearest command."""
+    """A group of commands, which help shows in panels. For an unknown name it suggests the nearest one."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the commands and the options of this group; called by typer."""
@@ -46,7 +60,7 @@ class PanelGroup(TyperGroup):
         return panels
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The command of this name; called by typer. Raises: LowkeyError for a name that is none."""
+        """Find the command of this name; called by typer. Raises: LowkeyError for an unknown name."""
         name = args[0]
         if not name.startswith("-") and self.get_command(ctx, name) is None:
             remedy = with_help(nearest_name(name, self.list_commands(ctx)), ctx)
@@ -55,7 +69,7 @@ class PanelGroup(TyperGroup):
 
 
 def with_help(remedy: str, ctx: Any) -> str:
-    """A remedy, and the command line that tells more."""
+    """Add to a remedy, which may be empty, the command line that shows help."""
     where = f"{ctx.command_path if ctx else 'lowkey'} --help"
     if not remedy:
         return f"see {where}"
@@ -63,7 +77,7 @@ def with_help(remedy: str, ctx: Any) -> str:
 
 
 def parameter_panels(command: Any, ctx: Any) -> Panels:
-    """(name, help) of each argument and option, by panel; only --help has none."""
+    """(name, help) of each argument and option, by panel. `--help` itself gets the panel "Help"."""
     panels: Panels = {}
     for parameter in command.get_params(ctx):
         record = parameter.get_help_record(ctx)
@@ -78,7 +92,7 @@ def parameter_panels(command: Any, ctx: Any) -> Panels:
 
 
 def write_panels(panels: Panels, formatter: Any) -> None:
-    """A heading for each panel, with all names in a column of one width."""
+    """Write a heading for each panel, and all names in a column of one width."""
     column = max((len(name) for name in names_of(panels) if len(name) <= COLUMN), default=0)
     for title, rows in panels.items():
         with formatter.section(title):
@@ -86,5 +100,5 @@ def write_panels(panels: Panels, formatter: Any) -> None:
 
 
 def names_of(panels: Panels) -> Iterable[str]:
-    """The names in all panels."""
+    """All names, of all panels."""
     return (name for rows in panels.values() for name, _ in rows)

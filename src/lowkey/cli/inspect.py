@@ -18,6 +18,6 @@ def inspect(
     """Show what a plan holds."""
     check_plan(plan)
 
-    from lowkey.cli.plans import plan_at
+    from lowkey.cli.plans import load_plan
 
-    plan_at(plan).show(as_json)
+    load_plan(plan).show(as_json)

@@ -1,5 +1,6 @@
-"""From checked arguments to models, policies and head scores. Imports torch: commands import this module when
-their arguments have been checked.
+"""Make models, policies and head scores from checked arguments.
+
+Imports torch, so commands import this module only after their arguments have been checked.
 """
 
 from __future__ import annotations
@@ -12,11 +13,10 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey.calibration.calibrate import Sample
-from lowkey.catalog import make_method, make_policy
-from lowkey.cli.checks import pairs_of
+from lowkey.catalog import make_policy
+from lowkey.cli.checks import parse_pairs
 from lowkey.core.types import LowkeyError
 from lowkey.heads.scores import HeadScores
-from lowkey.methods import Method
 from lowkey.models import families, loading
 from lowkey.plan.plan import Plan
 from lowkey.policies.allocators import HeadImportance
@@ -24,7 +24,7 @@ from lowkey.policies.base import Policy
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' own messages and bars off stderr: commands say themselves what matters."""
+    """Keep messages and progress bars of the libraries off stderr; commands write their own."""
     logging.getLogger("lowkey").setLevel(logging.ERROR)
     huggingface_hub.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
@@ -42,23 +42,18 @@ def open_model(name: str, dtype: str, device: str) -> tuple[PreTrainedModel, Pre
 
 
 def check_context(context: int | None, model: PreTrainedModel) -> None:
-    """Raises: LowkeyError for windows that are longer than the model reads."""
+    """Raises: LowkeyError for windows that have more tokens than the model has positions."""
     longest = families.max_positions(model)
     if context is not None and longest is not None and context > longest:
         raise LowkeyError(f"context {context}: the model has {longest} positions; give at most that")
 
 
-def sample_of(windows: int, context: int | None, seed: int) -> Sample:
-    """What to calibrate on. Without a context, windows have the usual length, or that of a short model."""
+def make_sample(windows: int, context: int | None, seed: int) -> Sample:
+    """Make the settings of what to calibrate on. Without a context, `Sample` chooses the window length."""
     return Sample(windows, seed=seed) if context is None else Sample(windows, context, seed)
 
 
-def method_of(name: str | None, given: list[str] | None) -> Method | None:
-    """A method with its options, or None where none is named."""
-    return None if name is None else make_method(name, pairs_of(given))
-
-
-def policies_of(
+def make_policies(
     names: str | None,
     budgets: str | None,
     given: list[str] | None,
@@ -67,7 +62,7 @@ def policies_of(
     """(name, policy) for each name and budget; none where no policy is named."""
     if names is None:
         return []
-    own, of_allocator = pairs_of(given), pairs_of(allocator_given, "allocator option")
+    own, of_allocator = parse_pairs(given), parse_pairs(allocator_given, "allocator option")
     every = budgets.split(",") if budgets is not None else [None]
     return [(n, make_policy(n, budget, own, of_allocator)) for n in names.split(",") for budget in every]
 
@@ -79,5 +74,5 @@ def head_scores(paths: list[Path] | None, model: PreTrainedModel) -> HeadImporta
 
 
 def importance(plan: Plan | None, heads: HeadImportance) -> HeadImportance:
-    """The importance of heads that a plan holds, and what was given beside it, which comes first."""
+    """Merge the importance of heads in a plan with what was given beside it, which has precedence."""
     return {**(plan.heads if plan else {}), **heads}

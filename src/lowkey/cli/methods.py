@@ -57,5 +57,6 @@ def methods(as_json: AsJson = False) -> None:
     screen.print(table)
     for name, about in dynamic.items():
         print(
-            f"{name} ({about['paper']}): {about['summary']}; made by lowkey dynamic, whose --help lists its options"
+            f"{name} ({about['paper']}): {about['summary']}; made by lowkey dynamic, whose --help lists "
+            "its options"
         )

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lowkey.cli.checks import within
+from lowkey.cli.checks import with_range
 from lowkey.core.layouts import LAYOUTS
 from lowkey.models.names import DTYPES
 from lowkey.models.packaged import PACKAGED
@@ -21,12 +21,16 @@ EXACT = "Exact tokens"
 CALIBRATION = "Calibration"
 TRAINING = "Training"
 MEASURING = "Measuring"
+SHAPE = "Shape"  # of what `bench decode` times
 OUTPUT = "Output"
+PANELS = (MODEL, METHOD, BUDGET, CACHE, POLICY, EXACT, CALIBRATION, TRAINING, MEASURING, SHAPE, OUTPUT)
 
-NAMED = ", ".join([*(f"'{name}' (lowkey download {name})" for name in PACKAGED)])
+NAMED = ", ".join(f"'{name}' (lowkey download {name})" for name in PACKAGED)
 EMBEDDED_TEXT = "a UTF-8 text file (default: the embedded text)"
 LAYOUT_HELP = f"which keys are stored: {' or '.join(LAYOUTS)}, after or before their rotation"
-CONTEXT_HELP = "tokens per window (default: 512, or all that the model takes)"
+CONTEXT_HELP = "tokens per window (default: 512, or as many as the model has positions)"
+
+SEED_HELP = "seed of all random numbers (at least 0)"
 
 # -- model
 
@@ -42,7 +46,7 @@ Dtype = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help=f"numbers of the model: {', '.join(DTYPES)} (auto: as it was saved)",
+        help=f"dtype to load the model in: {', '.join(DTYPES)} (auto: as it was saved)",
         rich_help_panel=MODEL,
     ),
 ]
@@ -50,7 +54,7 @@ Device = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="auto, cpu, cuda, cuda:N, or balanced over several GPUs",
+        help="where the model runs: auto, cpu, cuda, cuda:N, or balanced (over several GPUs)",
         rich_help_panel=MODEL,
     ),
 ]
@@ -93,16 +97,26 @@ Windows = Annotated[
     int,
     typer.Option(
         metavar="N",
-        help=within("Sample", "windows", "windows of text at most, as far as the text goes"),
+        help=with_range("Sample", "windows", "number of windows at most; a short text has fewer"),
         rich_help_panel=CALIBRATION,
     ),
 ]
 Context = Annotated[
     int | None,
-    typer.Option(metavar="N", help=within("Sample", "length", CONTEXT_HELP), rich_help_panel=CALIBRATION),
+    typer.Option(metavar="N", help=with_range("Sample", "length", CONTEXT_HELP), rich_help_panel=CALIBRATION),
 ]
-SEED_HELP = "seed of everything that is drawn at random (at least 0)"
 Seed = Annotated[int, typer.Option(metavar="N", help=SEED_HELP, rich_help_panel=CALIBRATION)]
+
+# -- measuring
+
+MeasuringText = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help=f"text to measure on: {EMBEDDED_TEXT}", rich_help_panel=MEASURING),
+]
+MeasuringContext = Annotated[
+    int | None,
+    typer.Option(metavar="N", help=with_range("Sample", "length", CONTEXT_HELP), rich_help_panel=MEASURING),
+]
 MeasuringSeed = Annotated[int, typer.Option(metavar="N", help=SEED_HELP, rich_help_panel=MEASURING)]
 
 # -- budgets and policies

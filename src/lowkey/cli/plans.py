@@ -1,5 +1,7 @@
-"""Plan folders of both kinds, as commands use them: ranks that all tokens share (`lowkey compress`), or a
-rank for every token (`lowkey dynamic`).
+"""Plan folders of both kinds, behind one interface for commands.
+
+A plan of `lowkey compress` has ranks that all tokens share. A plan of `lowkey dynamic` has a rank for every
+token.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class PlanFolder(Protocol):
         """The packing of integers that the plan itself has, or None."""
 
     def fixed_rank(self, purpose: str) -> Plan:
-        """The plan, for a purpose that needs ranks that all tokens share. purpose: a word for the message."""
+        """The plan, if its ranks are the same for all tokens. purpose: what needs that, for the message."""
 
     def cache(self, model: PreTrainedModel, policy: Policy | None, bits: str | None) -> LowkeyCache:
         """A new cache of the model. policy, bits: on top of the plan, or None."""
@@ -48,7 +50,7 @@ class PlanFolder(Protocol):
         sinks: int | None = None,
         recent: int | None = None,
     ) -> Setting:
-        """A row of `lowkey eval`. sinks, recent: in the place of the plan's own exact tokens, or None."""
+        """A row of `lowkey eval`. sinks, recent: exact tokens in place of the plan's own, or None."""
 
     def show(self, as_json: bool) -> None:
         """Print what the plan holds."""
@@ -100,7 +102,7 @@ class DynamicRankFolder:
     def fixed_rank(self, purpose: str) -> Plan:
         raise LowkeyError(
             f"{purpose} with plan {str(self.path)!r}: it gives every token a rank of its own, which only "
-            "eval and generate can use, without a policy and bits; give a plan that lowkey compress made"
+            "eval and generate can use, without a policy or bits; give a plan that lowkey compress made"
         )
 
     def cache(self, model: PreTrainedModel, policy: Policy | None, bits: str | None) -> LowkeyCache:
@@ -139,13 +141,13 @@ class DynamicRankFolder:
         show_dynamic(self.plan.describe(), self.path, as_json)
 
     def _refuse_others(self, policy: Policy | None, bits: str | None) -> None:
-        """Raises: LowkeyError for a policy or a packing on top, which need ranks that tokens share."""
+        """Raises: LowkeyError for a policy or bits, which need ranks that are the same for all tokens."""
         for name, given in (("policy", policy), ("bits", bits)):
             if given is not None:
                 self.fixed_rank(name)
 
 
-def plan_at(path: Path, model: PreTrainedModel | None = None) -> PlanFolder:
+def load_plan(path: Path, model: PreTrainedModel | None = None) -> PlanFolder:
     """Load a plan folder of either kind; its files say which it is.
 
     Args:

@@ -11,7 +11,7 @@ from lowkey.core.options import ranges
 def policies(as_json: AsJson = False) -> None:
     """List the eviction policies and their allocators.
 
-    With the options of each, what they may be, and the paper.
+    Each is listed with its paper, its options and their ranges.
     """
     from lowkey.calibration.calibrate import name_and_parameters
     from lowkey.catalog import make_policy

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lowkey.cli import choices
 from lowkey.cli.checks import check_word
 from lowkey.cli.console import note
 from lowkey.cli.options import MODEL, OUTPUT, TRAINING, AsJson
@@ -39,7 +40,7 @@ def pretrain(
         str,
         typer.Option(
             metavar="NAME",
-            help=f"{', '.join(TRAINING_DEVICES)}; several GPUs under `accelerate launch`",
+            help=f"where to train: {', '.join(TRAINING_DEVICES)}; for several GPUs use `accelerate launch`",
             rich_help_panel=MODEL,
         ),
     ] = "auto",
@@ -49,22 +50,25 @@ def pretrain(
             "--out",
             "-o",
             metavar="FOLDER",
-            help="for the model, its log and its checkpoint (default: runs/RECIPE)",
+            help="folder for the model, its log and its checkpoint (default: runs/RECIPE)",
             rich_help_panel=OUTPUT,
         ),
     ] = None,
     force: Annotated[
         bool,
-        typer.Option(help="start anew where another run has left its files", rich_help_panel=OUTPUT),
+        typer.Option(help="start again even if the folder holds another run", rich_help_panel=OUTPUT),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a model from scratch, or train one further.
 
-    A recipe with model.path trains that model further. The same command goes on where it was stopped.
+    A recipe with model.path trains that model further. Interrupted work resumes when the same command is
+    given again.
     """
     what = Recipe.read(recipe, settings or ())
     check_word("device", device, TRAINING_DEVICES)
+    if (kind := what.model.get("attention")) is not None and not {"path", "model_type"} & set(what.model):
+        check_word("model.attention", kind, choices.ATTENTION_KINDS)
     if "path" in what.model:
         check_name(what.model["path"])
 
@@ -79,25 +83,25 @@ def pretrain(
     found = run(what, place, progress=bars, device=device, force=force)
     if not PartialState().is_main_process:
         return
-    told = {"model": str(place), **{k: v for k, v in found.result.items() if k != "losses"}}
+    summary = {"model": str(place), **{k: v for k, v in found.result.items() if k != "losses"}}
     if as_json:
-        print(json.dumps(told))
+        print(json.dumps(summary))
     else:
-        note(f"model written to {place} {_trained(told)}")
+        note(f"model written to {place} {_outcome(summary)}")
 
 
-def _trained(result: dict[str, Any]) -> str:
-    """How it went, in words; validation is the last step's or none."""
-    told = [
+def _outcome(result: dict[str, Any]) -> str:
+    """The losses in words. The validation loss is named only if the last step was validated."""
+    words = [
         f"after {result['steps']} steps{', DIVERGED' if result['diverged'] else ''}: training loss "
         f"{_number(result['loss'])}"
     ]
     if result["validation"] and (last := result["validation"][-1])["step"] == result["steps"]:
-        told.append(
+        words.append(
             f"validation {_number(last['validation_loss'])} nats/token = {_number(last['bits_per_byte'], 3)} "
             "bits/byte"
         )
-    return ", ".join(told)
+    return ", ".join(words)
 
 
 def _number(value: float | None, digits: int = 4) -> str:

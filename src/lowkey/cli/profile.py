@@ -9,7 +9,14 @@ from typing import Annotated
 import typer
 
 from lowkey.allocation.rank_grid import read_request
-from lowkey.cli.checks import check_method, check_model_options, check_sample, corpus_at, layout_of, pairs_of
+from lowkey.cli.checks import (
+    check_method,
+    check_model_options,
+    check_sample,
+    parse_layout,
+    parse_pairs,
+    read_corpus,
+)
 from lowkey.cli.console import note
 from lowkey.cli.options import (
     METHOD,
@@ -44,7 +51,11 @@ def profile(
     out: Annotated[
         Path,
         typer.Option(
-            "--out", "-o", metavar="FOLDER", help="for profile.json and the plots", rich_help_panel=OUTPUT
+            "--out",
+            "-o",
+            metavar="FOLDER",
+            help="folder for profile.json and the plots",
+            rich_help_panel=OUTPUT,
         ),
     ] = Path("profile"),
     as_json: AsJson = False,
@@ -53,19 +64,19 @@ def profile(
 
     Writes the error-rank surface of every layer and the spectra of its keys and values, as JSON and PNG.
     """
-    options = pairs_of(option)
+    options = parse_pairs(option)
     check_method(method, options)
-    form = None if layout is None else layout_of(layout)
+    form = None if layout is None else parse_layout(layout)
     if ranks is not None:
         read_request(ranks)
     check_sample(windows, None, seed)
     check_model_options(model, dtype, device)
-    corpus = corpus_at(calibration)
+    corpus = read_corpus(calibration)
     files.check_folder(out, force=False, again="profile.json")
 
     from lowkey.calibration.calibrate import calibrate
     from lowkey.catalog import make_method
-    from lowkey.cli.loading import open_model, sample_of
+    from lowkey.cli.loading import make_sample, open_model
     from lowkey.core.progress import bars
     from lowkey.report import plots
 
@@ -79,7 +90,7 @@ def profile(
         layout=form,
         pairs=True,
         ranks=ranks,
-        sample=sample_of(windows, None, seed),
+        sample=make_sample(windows, None, seed),
         progress=bars,
     )
     measured = {name: plan.profile[name] for name in ("ranks", "surface", "spectra")}

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lowkey.cli import choices
-from lowkey.cli.checks import check_model_options, check_plan, check_word, corpus_at, hold, within
+from lowkey.cli.checks import (
+    check_model_options,
+    check_plan,
+    check_settings,
+    check_word,
+    read_corpus,
+    with_range,
+)
 from lowkey.cli.console import note
 from lowkey.cli.options import (
     TRAINING,
@@ -41,8 +48,8 @@ def recover(
         str,
         typer.Option(
             metavar="LIST",
-            help="objectives, their steps and, after a colon, their rates, like distill=100:1e-4,ce=200: "
-            f"{', '.join(choices.OBJECTIVES)}",
+            help="objectives with their steps and, after a colon, their learning rates, like "
+            f"distill=100:1e-4,ce=200; objectives: {', '.join(choices.OBJECTIVES)}",
             rich_help_panel=TRAINING,
         ),
     ] = "kl=200",
@@ -52,7 +59,9 @@ def recover(
     rank: Annotated[
         int,
         typer.Option(
-            metavar="N", help=within("Recovery", "rank", "of the LoRA adapters"), rich_help_panel=TRAINING
+            metavar="N",
+            help=with_range("Recovery", "rank", "rank of the LoRA adapters"),
+            rich_help_panel=TRAINING,
         ),
     ] = 16,
     lora: Annotated[
@@ -75,7 +84,7 @@ def recover(
         float,
         typer.Option(
             metavar="X",
-            help=within("Recovery", "temperature", "of the distributions that kl compares"),
+            help=with_range("Recovery", "temperature", "temperature of the distributions that kl compares"),
             rich_help_panel=TRAINING,
         ),
     ] = 1.0,
@@ -83,7 +92,7 @@ def recover(
         float,
         typer.Option(
             metavar="X",
-            help=within("Recovery", "lr", "peak learning rate of stages that name none"),
+            help=with_range("Recovery", "lr", "peak learning rate of stages that name none"),
             rich_help_panel=TRAINING,
         ),
     ] = 3e-4,
@@ -91,24 +100,26 @@ def recover(
         float,
         typer.Option(
             metavar="X",
-            help=within("Recovery", "weight_decay", "of everything but the plan's maps"),
+            help=with_range("Recovery", "weight_decay", "weight decay of everything but the plan's maps"),
             rich_help_panel=TRAINING,
         ),
     ] = 0.01,
     eps: Annotated[
         float,
-        typer.Option(metavar="X", help=within("Recovery", "eps", "of AdamW"), rich_help_panel=TRAINING),
+        typer.Option(
+            metavar="X", help=with_range("Recovery", "eps", "epsilon of AdamW"), rich_help_panel=TRAINING
+        ),
     ] = 1e-8,
     batch: Annotated[
         int,
         typer.Option(
-            metavar="N", help=within("Recovery", "batch", "windows per step"), rich_help_panel=TRAINING
+            metavar="N", help=with_range("Recovery", "batch", "windows per step"), rich_help_panel=TRAINING
         ),
     ] = 4,
     length: Annotated[
         int,
         typer.Option(
-            metavar="N", help=within("Recovery", "length", "tokens per window"), rich_help_panel=TRAINING
+            metavar="N", help=with_range("Recovery", "length", "tokens per window"), rich_help_panel=TRAINING
         ),
     ] = 256,
     calibration: Calibration = None,
@@ -123,21 +134,21 @@ def recover(
     The trained model is written to OUT, and its plan to OUT/plan. Interrupted work resumes when the same
     command is given again.
     """
-    named, rates = stages_of(stages, lr)
+    named, rates = parse_stages(stages, lr)
     values: dict[str, Any] = {
         "stages": named, "lrs": rates, "rank": rank, "temperature": temperature, "lr": lr,
         "weight_decay": weight_decay, "eps": eps, "batch": batch, "length": length, "seed": seed,
     }  # fmt: skip
-    hold("Recovery", **values)
+    check_settings("Recovery", **values)
     check_model_options(model, dtype, device)
-    corpus = corpus_at(calibration)
+    corpus = read_corpus(calibration)
     work = files.check_output(out, force)
     check_plan(plan)
 
     from lowkey.calibration.recover import Recovery
     from lowkey.calibration.recover import recover as train
     from lowkey.cli.loading import open_model
-    from lowkey.cli.plans import plan_at
+    from lowkey.cli.plans import load_plan
     from lowkey.core.progress import bars
 
     settings = Recovery(
@@ -148,7 +159,7 @@ def recover(
         **values,
     )
     loaded, tokenizer = open_model(model, dtype, device)
-    chosen = plan_at(plan, loaded).fixed_rank("recover")
+    chosen = load_plan(plan, loaded).fixed_rank("recover")
     found = train(loaded, tokenizer, chosen, corpus, settings=settings, work=work, progress=bars)
     with files.replacing_folder(out) as temporary:
         found.model.save_pretrained(temporary)
@@ -167,25 +178,25 @@ def recover(
         }
         print(json.dumps(told))
     else:
-        _show(found)
+        _note_losses(found)
         note(f"model and plan written to {out}")
 
 
-def _show(found: Recovered) -> None:
-    """How the losses fell, on stderr."""
+def _note_losses(found: Recovered) -> None:
+    """Write on stderr how the losses fell."""
     if found.exact:
         note("the plan is exact: it lost nothing, so there was nothing to recover")
     for stage in found.stages:
         note(f"{stage['objective']}, {stage['steps']} steps: {stage['first']:.4f} -> {stage['last']:.4f}")
     whole, before, after = (found.held_out[name] for name in ("full", "before", "after"))
     note(
-        f"held-out loss through the plan: {before:.4f} -> {after:.4f} nats per token (full cache, untrained: "
-        f"{whole:.4f})"
+        f"held-out loss with the plan: {before:.4f} -> {after:.4f} nats per token (full cache before "
+        f"training: {whole:.4f})"
     )
 
 
-def stages_of(written: str, lr: float) -> tuple[Stages, tuple[float, ...]]:
-    """Objectives with their steps, and the rate of each; no rates where none is named.
+def parse_stages(written: str, lr: float) -> tuple[Stages, tuple[float, ...]]:
+    """Read objectives with their steps, and their learning rates: none if the text names none.
 
     Raises:
         LowkeyError: for what is not written like `distill=100:1e-4,ce=200`.

@@ -25,7 +25,7 @@ def report(
 ) -> None:
     """Write one HTML page from result files.
 
-    The page holds everything that it shows, so that it can be sent to others.
+    The page is a single file without external parts, so that it can be sent to others.
     """
     from lowkey.report import write_report
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowkey.cli.checks import check_model_options, check_sample, corpus_at, within
+from lowkey.cli.checks import check_model_options, check_sample, read_corpus, with_range
 from lowkey.cli.options import (
-    CONTEXT_HELP,
-    EMBEDDED_TEXT,
     MEASURING,
     AsJson,
     Device,
     Dtype,
+    MeasuringContext,
     MeasuringSeed,
+    MeasuringText,
     Model,
 )
 from lowkey.core import text
@@ -29,25 +28,24 @@ if TYPE_CHECKING:
 
 def sinks(
     model: Model,
-    data: Annotated[
-        Path | None, typer.Option(metavar="FILE", help=EMBEDDED_TEXT, rich_help_panel=MEASURING)
-    ] = None,
+    data: MeasuringText = None,
     windows: Annotated[
         int,
         typer.Option(
             metavar="N",
-            help=within("Sample", "windows", "windows to learn from, and as many others to look at"),
+            help=with_range(
+                "Sample",
+                "windows",
+                "windows that the rule is fitted on, and as many others that are searched",
+            ),
             rich_help_panel=MEASURING,
         ),
     ] = 4,
-    context: Annotated[
-        int | None,
-        typer.Option(metavar="N", help=within("Sample", "length", CONTEXT_HELP), rich_help_panel=MEASURING),
-    ] = None,
+    context: MeasuringContext = None,
     start: Annotated[
         bool,
         typer.Option(
-            help="begin windows with the tokenizer's first token, as a text begins",
+            help="begin every window with the tokenizer's beginning-of-sequence token",
             rich_help_panel=MEASURING,
         ),
     ] = True,
@@ -58,22 +56,23 @@ def sinks(
 ) -> None:
     """Find the tokens that are attention sinks.
 
-    They are read from values by KVSink's rule (arXiv:2508.04257). Sinks are the first token of a text, and
-    at times later ones too.
+    Sinks are recognised by their values in the cache, with KVSink's rule (arXiv:2508.04257), which is learnt
+    from outlier channels of the hidden states. The first token of a text is usually a sink; some later tokens
+    can be, too.
     """
     check_sample(windows, context, seed)
     check_model_options(model, dtype, device)
-    corpus = corpus_at(data, "data") or text.embedded_text("calibration")
+    corpus = read_corpus(data, "data") or text.embedded_text("calibration")
 
     from lowkey.calibration.sinks import find_sinks, locate_sinks
-    from lowkey.cli.loading import check_context, open_model, sample_of
+    from lowkey.cli.loading import check_context, make_sample, open_model
     from lowkey.cli.tables import show_sinks
     from lowkey.models import families
     from lowkey.models.attention_interface import attach
 
     loaded, tokenizer = open_model(model, dtype, device)
     check_context(context, loaded)
-    length = families.readable_length(loaded, sample_of(windows, context, seed).length)
+    length = families.readable_length(loaded, make_sample(windows, context, seed).length)
     ids = text.encode(tokenizer, corpus, loaded)
     rows = text.sample_windows(ids, tokenizer, length, 2 * windows, seed, "data")
     if not start and tokenizer.bos_token_id is not None:

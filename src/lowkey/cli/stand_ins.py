@@ -1,7 +1,7 @@
-"""Dataclasses of options as JSON, and dataclasses with the same options made from that JSON.
+"""Describe dataclasses of options as JSON, and make stand-ins for them from that JSON.
 
-A stand-in has the names, types, ranges and defaults of the fields, and nothing else of the class. That is
-what `lowkey.core.options` needs to check an option.
+A stand-in is a dataclass with the same field names, types, ranges and defaults, and nothing else of the
+class. That is what `lowkey.core.options` needs to check an option.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PLAIN_TYPES = {"int": int, "float": float, "bool": bool, "str": str, "none": Non
 
 
 def fields_described(kind: Any, leave_out: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
-    """The fields of a dataclass as JSON has them: by name the type, the default and the bounds."""
+    """Describe the fields of a dataclass as JSON: by name the type, the default and the bounds."""
     hints, defaults = hints_of(kind), defaults_of(kind)
     return {
         f.name: {
@@ -31,7 +31,7 @@ def fields_described(kind: Any, leave_out: tuple[str, ...] = ()) -> dict[str, di
 
 
 def stand_in(name: str, options: Mapping[str, Mapping[str, Any]]) -> type:
-    """A dataclass of this name with the fields that `fields_described` found."""
+    """Make a dataclass of this name from what `fields_described` returned."""
     return make_dataclass(
         name,
         [
@@ -50,7 +50,7 @@ def stand_in(name: str, options: Mapping[str, Mapping[str, Any]]) -> type:
 
 
 def _bounds(f: Field) -> dict[str, Any]:
-    """What a field's range says beyond the default of a range that allows everything."""
+    """The bounds of a field that differ from those of a range that allows everything."""
     return {name: x for name, x in vars(range_of(f)).items() if x != getattr(Range(), name)}
 
 
@@ -62,12 +62,12 @@ def _plain(value: Any) -> bool:
 
 
 def _value(found: Any) -> Any:
-    """A default out of JSON, whose lists were tuples."""
+    """A default as read from JSON, with tuples in place of lists."""
     return tuple(map(_value, found)) if isinstance(found, list) else found
 
 
 def _words(hint: Any) -> Any:
-    """A type as JSON: a name, or a list of a kind of type and what is inside."""
+    """A type as JSON: a name, or a list of the kind of type and its arguments."""
     for name, plain in PLAIN_TYPES.items():
         if hint is plain:
             return name

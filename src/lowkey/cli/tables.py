@@ -34,7 +34,7 @@ class Screen(Console):
 
 
 def wide() -> int | None:
-    """The terminal's own width, or what a file may hold."""
+    """The width of tables: None for the terminal's own, or 160 columns in a file."""
     return None if sys.stdout is not None and sys.stdout.isatty() else 160
 
 
@@ -86,7 +86,7 @@ def show_dynamic(about: dict, place: Path, as_json: bool) -> None:
         f"{about['divergence']:.4f} per token"
     )
     say(
-        f"{held:.0f} of {whole} bytes per token in bfloat16 ({100 * held / whole:.1f}%), were all tokens "
+        f"{held:.0f} of {whole} bytes per token in bfloat16 ({100 * held / whole:.1f}%), if all tokens are "
         "like these"
     )
 
@@ -129,13 +129,13 @@ def show_rows(result: dict) -> None:
 
 
 def notes(result: dict) -> list[str]:
-    """A line for each task that says nothing of this model."""
+    """A line for each task whose result is no evidence for this model."""
     found = [row.get(f"{task}_note") for row in result["rows"] for task in ("recall", "questions")]
     return [note for note in found if note]
 
 
 def _cell(row: dict, name: str) -> str:
-    """A number with half of its 95 % interval, where there is one; in brackets where it is no evidence."""
+    """A number, with half of its 95% interval if there is one; in brackets if it is no evidence."""
     if name == "questions" and row[name] is not None:
         return _weak(f"{row['questions_right']} of {row['questions_of']}", row["questions_evidence"])
     if name == "exact_match" and row[name] is not None:
@@ -149,7 +149,7 @@ def _weak(shown: str, evidence: bool | None) -> str:
 
 
 def show_heads(found: HeadScores, place: Path, asked: int) -> None:
-    """The heads with most weight, and how far the scores can be trusted."""
+    """The heads with the highest scores, and how reliable the scores are."""
     told = found.describe()
     table = Table(
         "layer", "KV head", "share", title=f"{found.kind} on {found.task}: the heads with most weight"
@@ -193,7 +193,7 @@ def show_sinks(found: dict) -> None:
 
 
 def show_conversion(record: dict[str, Any]) -> None:
-    """A model beside what it was converted from."""
+    """A converted model beside its source."""
     loss, cache, size = record["loss"], record["cache_bytes_per_token"], record["parameters"]
     table = Table(
         "model",
@@ -251,7 +251,7 @@ DIVERSITY = {  # number of a layer: heading
 
 
 def show_diversity(found: dict) -> None:
-    """A row per layer: every number, and in brackets the mean of the same configuration at random."""
+    """A row for each layer. In brackets: the mean over models with random weights."""
     split = any(layer["residual"] for layer in found["layers"])
     more = ["shared/residual K, V", "cosine K, V"] if split else []
     table = Table(
@@ -289,21 +289,21 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 def options_of(kind: Any, values: Mapping[str, Any], between: str = "\n") -> str:
-    """Options of a class: each one's value and, in brackets, its default, where that is another, and what it
-    may be.
+    """Options of a class as text: for each its value and, in brackets, its default if that differs, and its
+    range.
     """
     known, defaults = ranges(kind), defaults_of(kind)
     return between.join(
-        f"{name}={_word(value)}{_told(value, defaults.get(name, value), known.get(name, ''))}"
+        f"{name}={_shown_word(value)}{_remarks(value, defaults.get(name, value), known.get(name, ''))}"
         for name, value in values.items()
     )
 
 
-def _told(value: object, default: object, known: str) -> str:
-    words = [f"default {_word(default)}"] if value != default else []
+def _remarks(value: object, default: object, known: str) -> str:
+    words = [f"default {_shown_word(default)}"] if value != default else []
     words += [known] if known else []
     return f" ({', '.join(words)})" if words else ""
 
 
-def _word(value: object) -> object:
+def _shown_word(value: object) -> object:
     return shown(value) if isinstance(value, str) and not value.isprintable() else value

@@ -72,28 +72,28 @@ def aligned_weights(
         moment: second moment of the inputs, or None for white ones.
     """
     heads, _ = weights.heads
-    turn_k = _turns(weights.k, groups, components, kept, moment, weights.k.shape[1])
-    turn_v = _turns(weights.v, groups, components, kept, moment, 0)
+    align_k = _alignments(weights.k, groups, components, kept, moment, weights.k.shape[1])
+    align_v = _alignments(weights.v, groups, components, kept, moment, 0)
     return replace(
         weights,
-        q=every(turn_k, heads).mT @ weights.q,
-        k=turn_k.mT @ weights.k,
-        v=turn_v.mT @ weights.v,
-        o=weights.o @ every(turn_v, heads),
+        q=every(align_k, heads).mT @ weights.q,
+        k=align_k.mT @ weights.k,
+        v=align_v.mT @ weights.v,
+        o=weights.o @ every(align_v, heads),
     )
 
 
-def _turns(
+def _alignments(
     heads: Tensor, groups: int, components: int, kept: Kept, moment: Tensor | None, rotary: int
 ) -> Tensor:
     """The orthogonal transform of each head (h, d, d); the identity where aligning does not help."""
     transforms = []
     for group in heads.unflatten(0, (groups, -1)):
         blocks = joint(group, moment)
-        turns = align_heads(blocks, components, rotary)[0]
-        aligned_gram = ((blocks @ turns) * turns.unsqueeze(1)).sum((-2, -1))
+        alignments = align_heads(blocks, components, rotary)[0]
+        aligned_gram = ((blocks @ alignments) * alignments.unsqueeze(1)).sum((-2, -1))
         # Alignment is iterative and may end below where it began.
         if kept(aligned_gram) <= kept(head_gram(blocks)):
-            turns = torch.eye(turns.shape[-1], dtype=turns.dtype).expand_as(turns)
-        transforms.append(turns)
+            alignments = torch.eye(alignments.shape[-1], dtype=alignments.dtype).expand_as(alignments)
+        transforms.append(alignments)
     return torch.cat(transforms)

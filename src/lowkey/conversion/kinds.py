@@ -169,9 +169,9 @@ def pooled_heads(heads: Tensor, groups: int, form: str) -> Tensor:
 def queries_and_output(layer: Layer, q: Tensor, o_bias: Tensor) -> Named:
     """Weights of queries and of the output projection."""
     low = layer.config.q_lora_rank is not None
-    found = linear(f"q_proj{'.up' if low else ''}", q, layer.config.attention_bias)
-    found["o_proj.weight"] = layer.weights.o.transpose(0, 1).flatten(1)
-    return found | ({"o_proj.bias": o_bias} if layer.config.attention_bias else {})
+    named = linear(f"q_proj{'.up' if low else ''}", q, layer.config.attention_bias)
+    named["o_proj.weight"] = layer.weights.o.transpose(0, 1).flatten(1)
+    return named | ({"o_proj.bias": o_bias} if layer.config.attention_bias else {})
 
 
 def linear(name: str, heads: Tensor, bias: bool) -> Named:
@@ -185,7 +185,7 @@ def rotated_slice(heads: Tensor, groups: int, kept: Tensor, moment: Tensor | Non
 
     For each frequency it is the complex combination of the heads that captures most of them. It commutes with
     rotation, so that the query of a head is carried into the slice by the transform of that head: key ~=
-    slice @ turn^T.
+    slice @ transform^T.
 
     Args:
         heads: key heads (heads, d, n).
@@ -194,17 +194,19 @@ def rotated_slice(heads: Tensor, groups: int, kept: Tensor, moment: Tensor | Non
         moment: second moment of the inputs, or None.
 
     Returns:
-        `turn` (heads, d, e) and `slices` (groups, e, n).
+        `transform` (heads, d, e) and `slices` (groups, e, n).
 
     Source: TransMLA, arXiv:2502.07864, at freqfold 1.
     """
-    d, turns, slices = heads.shape[1], [], []
+    d, transforms, slices = heads.shape[1], [], []
     for group in heads.unflatten(0, (groups, -1)):
         gram = joint(group, moment).transpose(1, 2).flatten(2).flatten(0, 1)
-        turn = commuting_basis(gram.unsqueeze(0), len(group), d)[0][0, :, :d].unflatten(0, (-1, d))[..., kept]
-        turns.append(turn)
-        slices.append(torch.einsum("hde,hdn->en", turn, group))
-    return torch.cat(turns), torch.stack(slices)
+        transform = commuting_basis(gram.unsqueeze(0), len(group), d)[0][0, :, :d].unflatten(0, (-1, d))[
+            ..., kept
+        ]
+        transforms.append(transform)
+        slices.append(torch.einsum("hde,hdn->en", transform, group))
+    return torch.cat(transforms), torch.stack(slices)
 
 
 def outward(layer: Layer, lost: Tensor) -> Tensor:
@@ -234,7 +236,7 @@ def grouped(layer: Layer) -> Named:
 
     Source: arXiv:2305.13245, mean pooling.
     """
-    w, groups = _turned(layer), layer.config.num_key_value_heads
+    w, groups = _aligned(layer), layer.config.num_key_value_heads
     k, v = (pooled_heads(every(x, w.heads[0]), groups, layer.options.heads) for x in (w.k, w.v))
     layer = replace(layer, weights=w)
     bias = layer.config.attention_bias
@@ -252,7 +254,7 @@ def low_rank_kv(layer: Layer) -> Named:
 
     Source: the model is arXiv:2601.11471, which trains from scratch; this start is ours.
     """
-    w, d, mode = _turned(layer), layer.config.head_dim, layer.config.lrkv_rope_mode
+    w, d, mode = _aligned(layer), layer.config.head_dim, layer.config.lrkv_rope_mode
     layer = replace(layer, weights=w)
     # Everything is written out for query heads: each has latents of its own.
     heads, groups = w.heads[0], layer.config.num_key_value_heads
@@ -266,27 +268,27 @@ def low_rank_kv(layer: Layer) -> Named:
         down_k, up_k = left_k[:, kept, :-1], torch.eye(d, dtype=q.dtype)[kept].expand(heads, -1, -1)
     elif mode == "partial":
         kept, free = layer.rope.channels()
-        turn, slices = rotated_slice(every(w.k, heads), groups, kept, layer.moment)
+        transform, slices = rotated_slice(every(w.k, heads), groups, kept, layer.moment)
         # Unrotated channels miss the factor that the source's rotation has, so queries get it.
-        q = torch.cat([q[:, free] * layer.rope.scaling, turn.mT @ q], 1)
+        q = torch.cat([q[:, free] * layer.rope.scaling, transform.mT @ q], 1)
         shared_k = torch.cat([shared_k[:, free], slices], 1)
         down_k, up_k = low_rank(left_k[:, free, :-1], layer.inputs, rank)
     else:
         down_k, up_k = low_rank(left_k[..., :-1], layer.inputs, rank)
     bias = layer.config.attention_bias
-    found = (
+    named = (
         queries_and_output(layer, q, outward(layer, left_v[..., -1]))
         | linear("k_proj", shared_k, bias)
         | linear("v_proj", shared_v, bias)
     )
     if rank:
-        found |= {
+        named |= {
             "k_down.weight": down_k.flatten(0, 1),
             "k_up": up_k,
             "v_down.weight": down_v.flatten(0, 1),
             "v_up": up_v,
         }
-    return found
+    return named
 
 
 def components(layer: Layer) -> Named:
@@ -296,7 +298,7 @@ def components(layer: Layer) -> Named:
 
     Source: arXiv:2601.19611, section 5.2, Eq. 36-38.
     """
-    w, count = _turned(layer), layer.config.mea_num_component_heads
+    w, count = _aligned(layer), layer.config.mea_num_component_heads
     layer = replace(layer, weights=w)
     named = queries_and_output(layer, w.q, w.o_bias)
     for name, heads in (("k", w.k), ("v", w.v)):
@@ -323,27 +325,30 @@ def latent(layer: Layer) -> Named:
     d, rotated = layer.config.head_dim, layer.config.mla_rotate
     n, e, c = layer.config.qk_nope_head_dim, layer.config.qk_rope_head_dim, layer.config.kv_lora_rank
     kept, free = layer.rope.channels()
-    turn, (slice_k,) = rotated_slice(w.k, 1, kept, layer.moment)
-    rest_k, rest_q = (w.k - turn @ slice_k, w.q) if n == d else (w.k[:, free], w.q[:, free])
-    turned_q = every(turn, heads).mT @ w.q
+    transform, (slice_k,) = rotated_slice(w.k, 1, kept, layer.moment)
+    rest_k, rest_q = (w.k - transform @ slice_k, w.q) if n == d else (w.k[:, free], w.q[:, free])
+    aligned_q = every(transform, heads).mT @ w.q
     # The new model divides scores by sqrt(n + e) where the source divides by sqrt(d).
     scale = ((n + e) / d) ** 0.5 / temperature(layer.config)
-    q = torch.cat([rest_q * layer.rope.scaling, turned_q * (1 if rotated else layer.rope.scaling)], 1) * scale
+    q = (
+        torch.cat([rest_q * layer.rope.scaling, aligned_q * (1 if rotated else layer.rope.scaling)], 1)
+        * scale
+    )
     # One truncated SVD over the rest of all keys and all values, which share the latent.
     rest = torch.cat([rest_k, w.v], 1)
     down, up = low_rank(rest.flatten(0, 1)[:, :-1], layer.inputs, c)
     if layer.config.mla_latent_scale:
         down = down / (layer.config.hidden_size / c) ** 0.5
     up = every(up.mT.unflatten(0, (stored, -1)), heads)
-    found = queries_and_output(layer, q, w.o_bias)
-    found |= {"kv_a_proj.weight": torch.cat([down, slice_k[:, :-1]]), "kv_b_proj.weight": up.flatten(0, 1)}
+    named = queries_and_output(layer, q, w.o_bias)
+    named |= {"kv_a_proj.weight": torch.cat([down, slice_k[:, :-1]]), "kv_b_proj.weight": up.flatten(0, 1)}
     if layer.config.attention_bias:
-        found["kv_a_proj.bias"] = torch.cat([slice_k.new_zeros(c), slice_k[:, -1]])
-        found["kv_b_proj.bias"] = every(rest[..., -1], heads).flatten()
-    return found
+        named["kv_a_proj.bias"] = torch.cat([slice_k.new_zeros(c), slice_k[:, -1]])
+        named["kv_b_proj.bias"] = every(rest[..., -1], heads).flatten()
+    return named
 
 
-def _turned(layer: Layer) -> Weights:
+def _aligned(layer: Layer) -> Weights:
     """The source's heads, aligned if that was asked for and heads become fewer."""
     w, config = layer.weights, layer.config
     if layer.options.basis == "weights":

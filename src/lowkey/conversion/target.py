@@ -218,8 +218,8 @@ def _check_widths(model: PreTrainedModel, config: LowkeyConfig) -> None:
 
 def _rope(config: PreTrainedConfig) -> dict[str, Any]:
     """Rotary parameters of the source, without the one that says that all channels are rotated."""
-    found = copy.deepcopy(dict(config.rope_parameters))
-    return {name: value for name, value in found.items() if name != "partial_rotary_factor"}
+    parameters = copy.deepcopy(dict(config.rope_parameters))
+    return {name: value for name, value in parameters.items() if name != "partial_rotary_factor"}
 
 
 def _highest(rope: dict[str, Any], config: LowkeyConfig) -> dict[str, Any]:

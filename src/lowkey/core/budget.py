@@ -116,6 +116,7 @@ class Budget(Checked):
     def __str__(self) -> str:
         if self.unit in ("%", "tokens"):
             return f"{self.amount:.12g}" + ("%" if self.unit == "%" else " tokens")
+        # the largest unit in which the number is short
         size = next((u for u in ("GiB", "MiB", "KiB") if self._fits_unit(u)), "B")
         return f"{self.amount / UNITS[size]:.12g} {size}{self.unit.removeprefix('bytes')}"
 

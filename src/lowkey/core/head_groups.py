@@ -58,7 +58,7 @@ def block_hadamard(n: int) -> Float[Tensor, "n n"]:
 
 
 def _hadamard(n: int) -> Float[Tensor, "n n"]:
-    h = torch.ones(1, 1)
+    h = torch.ones(1, 1)  # Sylvester's construction doubles it
     while len(h) < n:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
     return h * n**-0.5

@@ -38,6 +38,7 @@ def fill_state(optimizer: Optimizer, tensors: Mapping[str, Tensor], where: str) 
     for name, t in tensors.items():
         if name.startswith(PREFIX):
             number, _, kind = name.removeprefix(PREFIX).partition(".")
+            # a file may hold anything, and `load_state_dict` checks neither numbers nor shapes
             known = number.isdecimal() and int(number) < len(parameters) and kind in ADAM_STATE
             if not known or t.shape != (() if kind == "step" else parameters[int(number)].shape):
                 raise LowkeyError(

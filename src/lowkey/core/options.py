@@ -133,6 +133,7 @@ def check_options(options: Any, prefix: str = "") -> None:
         value = getattr(options, f.name)
         # a default needs no check, and outside classes may have one that their annotation does not allow
         if value is not f.default:
+            # options are frozen dataclasses, whose own __setattr__ refuses
             object.__setattr__(
                 options,
                 f.name,
@@ -190,6 +191,7 @@ def _checked(label: str, value: Any, hint: Any, allowed: Range, default: Any) ->
         raise LowkeyError(
             f"{label}: must be {_kind(hint, allowed)}; {_remedy(value, allowed, default)}"
         ) from None
+    # the range of a list holds for each of its items
     for leaf in _leaves(typed):
         if isinstance(leaf, float) and not math.isfinite(leaf):
             raise LowkeyError(f"{label}: must be {_kind(hint, allowed)}; {_remedy(leaf, allowed, default)}")
@@ -257,6 +259,13 @@ def hints_of(kind: Any) -> Mapping[str, Any]:
         return {}
 
 
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """The most similar known name, upper and lower case taken as the same; None if none is similar."""
+    by_lower_case = {str(word).lower(): word for word in known}
+    near = get_close_matches(str(name).lower(), list(by_lower_case), 1)
+    return by_lower_case[near[0]] if near else None
+
+
 def nearest_name(name: str, known: Any, also: str = "") -> str:
     """The remedy for an unknown name.
 
@@ -269,9 +278,9 @@ def nearest_name(name: str, known: Any, also: str = "") -> str:
         The most similar known name, or a list of all (of many, the first).
     """
     names = list(known)
-    near = get_close_matches(str(name), names, 1)
+    near = closest(name, names)
     rest = ", ..." if len(names) > LISTED else ""
-    return f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(names[:LISTED])}{rest}{also}"
+    return f"did you mean {near!r}?" if near else f"choose one of {', '.join(names[:LISTED])}{rest}{also}"
 
 
 def check_names(what: str, given: Iterable[str], known: Sequence[str]) -> None:
@@ -287,8 +296,8 @@ def check_names(what: str, given: Iterable[str], known: Sequence[str]) -> None:
     """
     for name in given:
         if name not in known:
-            near = get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            near = closest(name, known)
+            hint = f"; did you mean {near!r}?" if near else ""
             raise LowkeyError(
                 f"option {shown(name)} of {what} is unknown; it has {', '.join(known) or 'none'}{hint}"
             )
@@ -423,9 +432,9 @@ def _kind(hint: Any, allowed: Range) -> str:
 
 
 def _remedy(value: object, allowed: Range, default: Any) -> str:
-    near = get_close_matches(value, allowed.choices, 1) if isinstance(value, str) else []
+    near = closest(value, allowed.choices) if isinstance(value, str) else None
     if near:
-        return f"did you mean {near[0]!r}?"
+        return f"did you mean {near!r}?"
     return "give another" if default is MISSING else f"leave it out for {shown(default)}"
 
 

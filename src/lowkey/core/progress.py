@@ -45,6 +45,7 @@ def bars(items: Iterable[_T], label: str | Callable[[_T], str], total: int | Non
     """
     from rich.console import Console
 
+    # known sizes allow an estimate of the time left
     size = total if total is not None else len(items) if isinstance(items, Sequence) else None
     console = Console(stderr=True)
 

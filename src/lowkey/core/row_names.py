@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 LAST = ("seed", "folder", "path")  # marks that are used only where all others agree, in this order
 
 
-def told_apart(shorts: Sequence[str], marks: Sequence[Mapping[str, str]]) -> list[str]:
+def distinct_row_names(shorts: Sequence[str], marks: Sequence[Mapping[str, str]]) -> list[str]:
     """Name each row by its short name and those marks in which rows of that short name differ.
 
     Args:
@@ -18,7 +18,7 @@ def told_apart(shorts: Sequence[str], marks: Sequence[Mapping[str, str]]) -> lis
     Returns:
         One name for each row. Rows that differ in no mark have the same name.
     """
-    words = [[short] for short in shorts]
+    words = [[short] for short in shorts]  # of each name; joined at the end
     for key in dict.fromkeys(key for own in marks for key in own if key not in LAST):
         _add_where_different(words, marks, key, _rows_by_name(shorts))
     for key in LAST:

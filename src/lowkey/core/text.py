@@ -155,7 +155,7 @@ def windows(
     import torch
 
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    body = length - len(start)
+    body = length - len(start)  # tokens of the text in each window
     count = len(ids) // body
     if count < least:
         raise LowkeyError(
@@ -200,6 +200,7 @@ def sample_windows(
     import torch
 
     generator = torch.Generator().manual_seed(seed)
+    # not so far in that too few windows would be left
     spare = max(1, len(ids) - MIN_WINDOWS * length)
     phase = int(torch.randint(min(length, spare), (), generator=generator))
     rows = windows(ids[phase:], tokenizer, length, argument)

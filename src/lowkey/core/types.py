@@ -95,6 +95,7 @@ class Factors:
         It spreads what is large in a few channels over all of them, which integers hold better. Keys that are
         rotated by frequencies of their own keep their channels, since those come in pairs.
         """
+        # H is its own inverse, so H H between the maps changes nothing but what is stored
         k, v = (block_hadamard(down.shape[-1]).to(down) for down in (self.k_down, self.v_down))
         values = replace(self, v_down=self.v_down @ v, v_up=v @ self.v_up)
         if self.frequencies is not None:
@@ -108,7 +109,7 @@ class Factors:
             for name, t in vars(self).items()
             if t is not None and name not in ("order", "frequencies")
         }
-        moved = {
+        moved = {  # to another device only
             name: t.to(like.device)
             for name, t in (("order", self.order), ("frequencies", self.frequencies))
             if t is not None

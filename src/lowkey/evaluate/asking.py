@@ -57,8 +57,8 @@ class Frame:
         """
         if not self.chat:
             return "", ""
-        before, found, after = self._templated([("user", PLACEHOLDER)], True).partition(PLACEHOLDER)
-        if not found:
+        before, placeholder, after = self._templated([("user", PLACEHOLDER)], True).partition(PLACEHOLDER)
+        if not placeholder:
             raise LowkeyError(
                 "tokenizer: its chat template leaves out the user's message; give a tokenizer with another "
                 "template"
@@ -141,6 +141,7 @@ def write_answer(
         ends: ids that end the answer.
         most: number of tokens that are written at most.
     """
+    # a question that the cache has not stored is read here, and the answer begins behind it
     new, out = ids[:, cache.get_seq_length() :], []
     logits = model(new, past_key_values=cache, logits_to_keep=1).logits
     held = cache.nbytes()

@@ -2,7 +2,7 @@
 bandwidth.
 
 Contestants take turns, so that other load on the machine meets all of them; figures are medians over rounds,
-of ratios within a round. Each call finds its storage outside the processor's caches, as a layer of a real
+of quotients within a round. Each call finds its storage outside the processor's caches, as a layer of a real
 model does, because several copies of the storage take turns too.
 """
 
@@ -26,6 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from lowkey.backends import grouped, numba_cpu, triton_gpu
 from lowkey.core.options import Checked, option
 from lowkey.core.types import Budget, LowkeyError
+from lowkey.evaluate.limits import check_head_groups
 from lowkey.ops.apportion import apportion
 from lowkey.ops.ragged import starts_of
 
@@ -65,9 +66,7 @@ class DecodeShape(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.heads % self.kv_heads:
-            remedy = f"try {-(-self.heads // self.kv_heads) * self.kv_heads}"
-            raise LowkeyError(f"heads {self.heads}: must be a multiple of kv_heads {self.kv_heads}; {remedy}")
+        check_head_groups(self.heads, self.kv_heads)
 
     @property
     def nbytes(self) -> int:
@@ -207,10 +206,10 @@ def _contestants(shape: DecodeShape, lengths: Tensor, device: str, seed: int) ->
         _copies(rows, shape, generator, device) for rows in (torch.full_like(lengths, shape.context), lengths)
     )
     memory = torch.ones(READ // 4, device=device)
-    found: dict[str, DecodeStep] = {"read": memory.sum, "sdpa": lambda: _sdpa(query, next(full))}
+    steps: dict[str, DecodeStep] = {"read": memory.sum, "sdpa": lambda: _sdpa(query, next(full))}
     for name, ragged in _backends(device).items():
-        found[name], found[f"{name} budget"] = _step(ragged, query, full), _step(ragged, query, kept)
-    return found
+        steps[name], steps[f"{name} budget"] = _step(ragged, query, full), _step(ragged, query, kept)
+    return steps
 
 
 def _copies(lengths: Tensor, shape: DecodeShape, generator: torch.Generator, device: str) -> Iterator[Stored]:
@@ -228,12 +227,12 @@ def _copies(lengths: Tensor, shape: DecodeShape, generator: torch.Generator, dev
 
 def _backends(device: str) -> dict[str, Ragged]:
     """The ragged backends that run on this device."""
-    found: dict[str, Ragged] = {"grouped": grouped.ragged}
+    backends: dict[str, Ragged] = {"grouped": grouped.ragged}
     if device == "cpu" and numba_cpu.available():
-        found["numba"] = numba_cpu.ragged
+        backends["numba"] = numba_cpu.ragged
     if device == "cuda" and triton_gpu.available():
-        found["triton"] = triton_gpu.ragged
-    return found
+        backends["triton"] = triton_gpu.ragged
+    return backends
 
 
 def _step(ragged: Ragged, query: Tensor, stored: Iterator[Stored]) -> DecodeStep:
@@ -258,8 +257,9 @@ def _rounds(contestants: dict[str, DecodeStep], repeats: int, device: str) -> di
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(repeats + 1):
         for name, step in contestants.items():
+            # the fastest of a few calls: other load on the machine only makes calls slower
             times[name].append(min(_timed(step, device) for _ in range(CALLS)))
-    return {name: found[1:] for name, found in times.items()}
+    return {name: seconds[1:] for name, seconds in times.items()}
 
 
 def _timed(step: DecodeStep, device: str) -> float:
@@ -273,23 +273,24 @@ def _timed(step: DecodeStep, device: str) -> float:
 
 
 def _row(name: str, times: dict[str, list[float]], bandwidth: list[float], nbytes: int) -> dict:
-    """The figures of one backend: medians over rounds, of ratios within a round. torch's own attention has no
-    rows of different length and thus no figures at a budget.
+    """The figures of one backend: medians over rounds, of quotients within a round.
+
+    torch's own attention has no rows of different length and thus no figures at a budget.
     """
     full, kept = times[name], times.get(f"{name} budget")
     return {
         "ms": 1e3 * median(full),
         "gbs": nbytes / median(full) / 1e9,
-        "ratio_to_sdpa_full": _ratio(times["sdpa"], full),
+        "ratio_to_sdpa_full": _median_quotient(times["sdpa"], full),
         "budget_ms": 1e3 * median(kept) if kept else None,
-        "budget_to_full": _ratio(kept, full) if kept else None,
+        "budget_to_full": _median_quotient(kept, full) if kept else None,
         "share_of_read_bandwidth": median(
             nbytes / seconds / 1e9 / gbs for seconds, gbs in zip(full, bandwidth, strict=True)
         ),
     }
 
 
-def _ratio(above: list[float], below: list[float]) -> float:
+def _median_quotient(above: list[float], below: list[float]) -> float:
     """Median over rounds of the quotient of two times."""
     return median(a / b for a, b in zip(above, below, strict=True))
 

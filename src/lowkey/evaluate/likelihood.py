@@ -55,7 +55,7 @@ def measure_likelihood(
     """
     measured, scored = measured or Measured(), [s for s in settings if not s.needs_second_pass]
     todo = [(w, s) for w in range(len(rows)) for s in scored if _name(w, s) not in measured]
-    reference: tuple[int, Reference] | None = None
+    reference: tuple[int, Reference] | None = None  # with the number of its window
     # Windows are the outer loop, so that only one window's logits are held.
     for w, setting in progress(todo, lambda unit: f"perplexity, {unit[1].name}"):
         ids = rows[w : w + 1].to(device_of(model))
@@ -141,10 +141,12 @@ class Reference:
         ):
             # fp32 for a few tokens at a time: a whole window of logits in fp32 would be twice the model's.
             r, q = r.float(), q.float()
-            mine = q.logsumexp(-1)
-            nll.append((mine - q.gather(1, target.unsqueeze(1))[:, 0]).double().sum())
+            own_total = q.logsumexp(-1)
+            nll.append((own_total - q.gather(1, target.unsqueeze(1))[:, 0]).double().sum())
             agree += int((q.argmax(-1) == top).sum())
-            kl.append(((r - total.unsqueeze(1)).exp_().mul_(r - q).sum(-1) + mine - total).double().sum())
+            kl.append(
+                ((r - total.unsqueeze(1)).exp_().mul_(r - q).sum(-1) + own_total - total).double().sum()
+            )
         return {"nll": float(sum(nll)), "kl": float(sum(kl)), "agree": agree, "tokens": len(targets)}
 
 

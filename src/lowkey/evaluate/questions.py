@@ -138,9 +138,9 @@ def draw_texts(
             dealt[-1].append(more)
     rng.shuffle(dealt[-1])
     texts = []
-    for told, asked in zip(dealt, [*dealt[:-1], last], strict=True):
-        items = [item for p in asked for item in p.items]
-        ids = frame.start + frame.encode("\n\n".join(p.text for p in told))
+    for shown, asked_about in zip(dealt, [*dealt[:-1], last], strict=True):
+        items = [item for p in asked_about for item in p.items]
+        ids = frame.start + frame.encode("\n\n".join(p.text for p in shown))
         texts.append(Text(ids, rng.sample(items, len(items))))
     return texts
 
@@ -245,14 +245,14 @@ def measure_questions(
         `questions_note`.
     """
     frame, full, others = Frame.of(tokenizer), settings[0], settings[1:]
-    told = embedded_paragraphs() if paragraphs is None else paragraphs
+    deck = embedded_paragraphs() if paragraphs is None else paragraphs
     asker = _Asker(model, tokenizer, frame, full, refeed)
     kept: dict[int, tuple[str, Text, Item]] = {}  # by the item's number
-    found: dict[str, list[dict]] = {s.name: [] for s in settings}
+    answers: dict[str, list[dict]] = {s.name: [] for s in settings}
     asked = 0
     for deal in range(DEALS):
         # Each deal has a seed of its own, far from those of a user's neighbouring seeds.
-        before, texts = len(kept), draw_texts(frame, told, seed + 2**32 * deal, _length(model))
+        before, texts = len(kept), draw_texts(frame, deck, seed + 2**32 * deal, _length(model))
         for text in texts:
             longest = max((_question(frame, item) for item in text.items), key=len)
             check_budgets(settings, refeed, len(text.ids) + len(longest), len(longest))
@@ -263,7 +263,7 @@ def measure_questions(
             asked += 1
             if answer["right"]:
                 kept[item.number] = name, text, item
-                found[full.name].append(answer)
+                answers[full.name].append(answer)
             if len(kept) == wanted:
                 break
         if len(kept) == wanted or len(kept) == before:
@@ -271,8 +271,8 @@ def measure_questions(
     for setting in others:
         asker = _Asker(model, tokenizer, frame, setting, refeed)
         for name, text, item in progress(list(kept.values()), f"questions, {setting.name}"):
-            found[setting.name].append(once(f"{name} {setting.name}", lambda: asker.ask(text, item)))  # noqa: B023
-    rows = {name: _row(answers, found[full.name]) for name, answers in found.items()}
+            answers[setting.name].append(once(f"{name} {setting.name}", lambda: asker.ask(text, item)))  # noqa: B023
+    rows = {name: _row(own, answers[full.name]) for name, own in answers.items()}
     rows[full.name] |= {"questions_asked": asked, "questions_items": list(kept)}
     if len(kept) < LEAST_QUESTIONS:
         remedy = (

@@ -191,13 +191,13 @@ def measure_recall(
     for episode in episodes:
         check_budgets(settings, refeed, len(episode.prompt), len(episode.question))
     todo = [(s, i) for s in settings for i in range(cases)]
-    found: dict[str, list[dict]] = {s.name: [] for s in settings}
+    answers: dict[str, list[dict]] = {s.name: [] for s in settings}
     for setting, i in progress(todo, lambda unit: f"recall, {unit[0].name}"):
-        answer = partial(answered, model, tokenizer, setting, episodes[i], name, refeed)
-        case = once(f"recall {i} {setting.name}", answer)
-        found[setting.name].append(case)
-    full = statistics.fmean(case["held"] for case in found[settings[0].name])
-    share = {s: statistics.fmean(case["right"] for case in cases) for s, cases in found.items()}
+        measure = partial(answered, model, tokenizer, setting, episodes[i], name, refeed)
+        case = once(f"recall {i} {setting.name}", measure)
+        answers[setting.name].append(case)
+    full = statistics.fmean(case["held"] for case in answers[settings[0].name])
+    share = {s: statistics.fmean(case["right"] for case in cases) for s, cases in answers.items()}
     evidence = share[settings[0].name] >= SOLVED
     rows: dict[str, dict] = {
         s: {
@@ -206,7 +206,7 @@ def measure_recall(
             "recall_evidence": evidence,
             "recall_kept": statistics.fmean(case["held"] for case in cases) / full,
         }
-        for s, cases in found.items()
+        for s, cases in answers.items()
     }
     if not evidence:
         control, recalled = settings[0], share[settings[0].name]
@@ -253,6 +253,14 @@ def answered(
     refeed: bool,
 ) -> dict:
     """Let a setting answer one case.
+
+    Args:
+        model: the model, attached.
+        tokenizer: its tokenizer.
+        setting: what is measured.
+        episode: the case: a prompt, its question and the right answer.
+        form: how cases are worded, a name of `FORMS`.
+        refeed: whether the question is asked again over what was kept, see `measure_recall`.
 
     Returns:
         `right`: whether the value was written; `held`: bytes held when the answer began.

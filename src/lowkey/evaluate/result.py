@@ -190,12 +190,12 @@ def evaluate(
     rows = {s.name: s.row() | {"task": ",".join(names)} for s in settings}
     try:
         for name in dict.fromkeys(names):
-            for row, found in TASKS[name](run).items():
-                rows[row] |= found
-        for row, found in footprint.measure_footprint(
+            for row, numbers in TASKS[name](run).items():
+                rows[row] |= numbers
+        for row, numbers in footprint.measure_footprint(
             model, tokenizer, settings, run.rows[:1], progress, measured
         ).items():
-            rows[row] |= found
+            rows[row] |= numbers
     finally:
         measured.write()  # also after an interrupt: the same job then resumes
     return {
@@ -213,7 +213,18 @@ def evaluation_job(
     task: Task,
     names: Sequence[str],
 ) -> dict:
-    """Everything that decides what is measured: saved work of another job is not resumed."""
+    """Everything that decides what is measured: saved work of another job is not resumed.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        settings: what is compared.
+        task: what is measured on.
+        names: names of `TASKS`.
+
+    Returns:
+        What JSON can hold; texts and weights as their checksums.
+    """
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     turns = getattr(tokenizer, "chat_template", None), tokenizer.special_tokens_map, ends
     return {

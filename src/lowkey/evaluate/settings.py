@@ -18,7 +18,7 @@ from lowkey.allocation.allocators import RANK_ALLOCATORS
 from lowkey.cache.cache import LowkeyCache, Origin, cache_from, make_cache
 from lowkey.core.budget import Budget, too_few_tokens
 from lowkey.core.options import defaults_of
-from lowkey.core.row_names import told_apart
+from lowkey.core.row_names import distinct_row_names
 from lowkey.core.types import LowkeyError
 from lowkey.methods import METHODS
 from lowkey.plan.plan import Plan
@@ -342,7 +342,7 @@ def distinct(settings: Sequence[Setting]) -> list[Setting]:
     Raises:
         LowkeyError: a setting is given twice.
     """
-    names = told_apart([s.name for s in settings], [s.marks for s in settings])
+    names = distinct_row_names([s.name for s in settings], [s.marks for s in settings])
     renamed: list[Setting] = []
     for name, setting in zip(names, settings, strict=True):
         if any(name == other.name for other in renamed):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from lowkey.core.types import device_of
 from lowkey.evaluate import footprint
 from lowkey.evaluate.settings import Setting
 
-STEPS, ROUNDS = 8, 3
+STEPS, ROUNDS = 8, 3  # decode steps of a round, and rounds that count
 
 
 @torch.no_grad()
@@ -71,10 +71,10 @@ def _run(
     return {"prefill_ms": took, "step_ms": statistics.median(steps)}
 
 
-def _timed(call, device: torch.device) -> float:
+def _timed(call: Callable[[], object], device: torch.device) -> float:
     """Milliseconds of one call."""
     start = time.perf_counter()
     call()
-    if device.type == "cuda":
+    if device.type == "cuda":  # calls return before their work is done
         torch.cuda.synchronize(device)
     return 1e3 * (time.perf_counter() - start)

@@ -102,17 +102,17 @@ def plain_shape(model: PreTrainedModel, plan: Plan) -> tuple[int, int]:
             f"model of family {kind!r}: only {len(shape.compressible)} of its {shape.layers} layers can be "
             "compressed, and a plain checkpoint has as many KV heads in all of them; use the plan"
         )
-    found = list(plan.factors.values())
-    forms = sorted({(f.merge, f.ranks, f.k_down.shape[-1]) for f in found})
+    factors = list(plan.factors.values())
+    forms = sorted({(f.merge, f.ranks, f.k_down.shape[-1]) for f in factors})
     (t, t_v), (r, r_v), width = forms[0]
-    remedy = _remedy(shape, turning := families.length_dependent_rope(model))
+    remedy = _remedy(shape, changing_rope := families.length_dependent_rope(model))
     if plan.sinks or plan.recent:
         raise _refused(
             plan,
             f"it keeps {plan.sinks} sinks and {plan.recent} recent tokens exact",
             "compress with --sinks 0 --recent 0",
         )
-    if not all(f.rebuilds_keys for f in found):
+    if not all(f.rebuilds_keys for f in factors):
         method = METHODS.get(plan.method["name"])
         options = _written(method.plain_options) if method else ""
         raise _refused(
@@ -122,10 +122,12 @@ def plain_shape(model: PreTrainedModel, plan: Plan) -> tuple[int, int]:
         )
     # Every reason that holds for some plan, and whether it holds for this one; the first is told.
     reasons = {
-        f"it narrows heads whose rope_type {turning!r} changes its frequencies with the length": bool(turning)
+        f"it narrows heads whose rope_type {changing_rope!r} changes its frequencies with the length": bool(
+            changing_rope
+        )
         and width < d,
         "it subtracts means from keys or values": any(
-            f.k_mean is not None or f.v_mean is not None for f in found
+            f.k_mean is not None or f.v_mean is not None for f in factors
         ),
         "its layers have other ranks than one another": len(forms) > 1,
         f"it merges the keys of {t} heads and the values of {t_v}": t != t_v,
@@ -136,7 +138,7 @@ def plain_shape(model: PreTrainedModel, plan: Plan) -> tuple[int, int]:
     for reason, bad in reasons.items():
         if bad:
             raise _refused(plan, reason, remedy)
-    if not all(carries(model, f, t, width) for f in found):
+    if not all(commutes_with_rotation(model, f, t, width) for f in factors):
         reason = (
             "its key maps do not commute with rotary embedding"
             if t > 1
@@ -180,20 +182,26 @@ def _refused(plan: Plan, reason: str, remedy: str) -> LowkeyError:
     )
 
 
-def carries(model: PreTrainedModel, f: Factors, merge: int, width: int) -> bool:
+def commutes_with_rotation(model: PreTrainedModel, f: Factors, merge: int, width: int) -> bool:
     """Whether rotating keys before a layer's maps equals rotating what the maps keep, as the smaller model
     does.
+
+    Args:
+        model: the model that the plan was made for.
+        f: the factors of one of its layers.
+        merge: KV heads of the model that share one head of the smaller one.
+        width: width of a head of the smaller model.
     """
     f = in_order(f, families.geometry(model).kv_heads, width)
     if merge > 1:
         rotary = families.rope(model, 0)(torch.zeros(1, 1, dtype=torch.long), torch.empty(0))[0].shape[-1]
         return commutes(f.k_down, rotary) and commutes(f.k_up, rotary)
     return all(
-        _turns_alike(model, down, width) for maps in (f.k_down, f.k_up.mT) for down in maps.unique(dim=0)
+        _rotates_alike(model, down, width) for maps in (f.k_down, f.k_up.mT) for down in maps.unique(dim=0)
     )
 
 
-def _turns_alike(model: PreTrainedModel, down: Tensor, width: int) -> bool:
+def _rotates_alike(model: PreTrainedModel, down: Tensor, width: int) -> bool:
     """Whether maps (d, width) carry the model's rotation into that of the same embedding for heads of that
     width.
     """
@@ -221,10 +229,17 @@ def _rotated(x: Tensor, rope: Rope, positions: Tensor) -> Tensor:
 def converted(model: PreTrainedModel, plan: Plan, merge: int, width: int) -> PreTrainedModel:
     """The smaller model. It shares what it can with `model`. Its buffers hold no data, which is enough to
     save it.
+
+    Args:
+        model: the model that the plan was made for.
+        plan: a plan with the same ranks in every layer.
+        merge: KV heads of the model that share one head of the smaller one.
+        width: width of a head of the smaller model.
     """
     # Nothing is allocated: parameters are assigned below.
     with torch.device("meta"):
         smaller = type(model)(smaller_config(model, merge, width))
+    # tensors are their own keys: parameters are told apart by identity
     names: dict[Tensor, str] = {parameter: name for name, parameter in smaller.named_parameters()}
     state = model.state_dict()
     for i, factors in plan.factors.items():
@@ -257,6 +272,11 @@ def smaller_config(model: PreTrainedModel, merge: int, width: int) -> PreTrained
 def in_order(f: Factors, heads: int, width: int) -> Factors:
     """Factors with one map per head, in fp32 on the CPU, and with channels of narrower heads in the order
     that the wide heads have.
+
+    Args:
+        f: the factors of one layer.
+        heads: KV heads of the layer.
+        width: width of a head of the smaller model.
     """
     f = f.to(torch.empty(0))
     down, up, v_down, v_up = (x.expand(heads // m, -1, -1) if len(x) == 1 else x for x, m in _sides(f))
@@ -286,29 +306,44 @@ def _sides(f: Factors) -> Iterator[tuple[Tensor, int]]:
 def layer_weights(
     model: PreTrainedModel, smaller: PreTrainedModel, i: int, f: Factors
 ) -> dict[Tensor, Tensor]:
-    """Weights of one layer's attention in the smaller model, by parameter."""
+    """Weights of one layer's attention in the smaller model.
+
+    Args:
+        model: the model that the plan was made for.
+        smaller: the smaller model; its parameters need hold no data.
+        i: index of the layer.
+        f: the layer's factors, as `in_order` gives them.
+
+    Returns:
+        The new value of every parameter, in fp32.
+    """
     block: Any = families.decoder_layers(model)[i].self_attn
     narrow: Any = families.decoder_layers(smaller)[i].self_attn
     new = factors_folded(families.projections(model, i), f, block.scaling / narrow.scaling)
-    found = {narrow.o_proj.weight: new.o.transpose(0, 1).flatten(1)}
+    new_weights = {narrow.o_proj.weight: new.o.transpose(0, 1).flatten(1)}
     parts = families.projection_parts(smaller, i)
     for part, weight, bias in zip(
         parts, (new.q, new.k, new.v), (new.q_bias, new.k_bias, new.v_bias), strict=True
     ):
-        _fill(found, part, weight, bias)
-    return found
+        _fill(new_weights, part, weight, bias)
+    return new_weights
 
 
-def _fill(found: dict, part: ProjectionPart, weight: Tensor, bias: Tensor | None) -> None:
+def _fill(new_weights: dict, part: ProjectionPart, weight: Tensor, bias: Tensor | None) -> None:
     """Put the rows of one projection into its parameters."""
     for parameter, value in ((part.linear.weight, weight), (part.linear.bias, bias)):
         if value is not None:
-            found.setdefault(parameter, torch.empty(parameter.shape))[part.rows] = value.flatten(0, 1)
+            new_weights.setdefault(parameter, torch.empty(parameter.shape))[part.rows] = value.flatten(0, 1)
 
 
 def factors_folded(p: Projections, f: Factors, scale: float) -> Projections:
     """Projections of the smaller model. Keys and values are made as latents, queries in their basis (times
     `scale`), and outputs are read from the latents of values.
+
+    Args:
+        p: the layer's projections in the model that the plan was made for.
+        f: the layer's factors, as `in_order` gives them.
+        scale: the model's factor on scores over that of the smaller one, whose heads have another width.
     """
     h, t = len(f.k_up), len(f.k_up) // len(f.k_down)
     # Biases go through the same maps as one more input.
@@ -335,7 +370,14 @@ def _without_bias(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None
 
 
 def checkpoint_card(model: PreTrainedModel, plan: Plan, merge: int, width: int) -> str:
-    """The model card, in Markdown."""
+    """The model card, in Markdown.
+
+    Args:
+        model: the model that the plan was made for.
+        plan: the plan.
+        merge: KV heads of the model that share one head of the smaller one.
+        width: width of a head of the smaller model.
+    """
     g, known, inner = plan.geometry, plan.provenance, model.config.get_text_config()
     heads, itemsize = g["kv_heads"], model.dtype.itemsize
     before, after = (

@@ -104,7 +104,7 @@ def circuit(left: Tensor, right: Tensor) -> dict:
     """
     gram = operator_cosines(left, right)
     heads = len(gram)
-    found: dict = {
+    measures: dict = {
         "uncentred": None,
         "centred": None,
         "centred_of_heads": None,
@@ -112,13 +112,16 @@ def circuit(left: Tensor, right: Tensor) -> dict:
         "cosines": gram.tolist(),
     }
     if not gram.any():
-        return found
-    found["uncentred"] = effective_rank(gram) / heads
+        return measures
+    measures["uncentred"] = effective_rank(gram) / heads
     if heads > 1:
-        around = effective_rank(centred(gram))
-        pairs = float(gram.sum() - gram.diagonal().sum()) / (heads * (heads - 1))
-        found |= {"centred": around / (heads - 1), "centred_of_heads": around / heads, "mean_cosine": pairs}
-    return found
+        centred_rank = effective_rank(centred(gram))
+        measures |= {
+            "centred": centred_rank / (heads - 1),
+            "centred_of_heads": centred_rank / heads,
+            "mean_cosine": float(gram.sum() - gram.diagonal().sum()) / (heads * (heads - 1)),
+        }
+    return measures
 
 
 def shared_and_residual(maps: Tensor, residual: Tensor) -> dict:
@@ -139,8 +142,11 @@ def shared_and_residual(maps: Tensor, residual: Tensor) -> dict:
     cosine = torch.nn.functional.cosine_similarity(shared, residual, dim=1)
     over = float((own / low).mean()) if bool((low > 0).all()) else None
     return {
-        **{"shared_norm": float(own.mean()), "residual_norm": float(low.mean())},
-        **{"shared_over_residual": over, "cosine": float(cosine.mean()), "cosines": cosine.tolist()},
+        "shared_norm": float(own.mean()),
+        "residual_norm": float(low.mean()),
+        "shared_over_residual": over,
+        "cosine": float(cosine.mean()),
+        "cosines": cosine.tolist(),
     }
 
 
@@ -157,7 +163,7 @@ def of_maps(maps: HeadMaps) -> dict:
         values, or None.
     """
     width = maps.k.shape[1]
-    found: dict = {
+    measures: dict = {
         "qk": circuit(maps.q[:, :width], maps.k),
         "vo": circuit(maps.v, maps.o.mT),
         "key_slice": None,
@@ -165,14 +171,14 @@ def of_maps(maps: HeadMaps) -> dict:
     }
     if maps.key_slice is not None:
         shared = maps.key_slice.expand(len(maps.q), -1, -1)
-        found["key_slice"] = circuit(maps.q[:, -shared.shape[1] :], shared)
+        measures["key_slice"] = circuit(maps.q[:, -shared.shape[1] :], shared)
     if maps.k_residual is not None and maps.v_residual is not None:
         keys, values = (
             shared_and_residual(maps.k, maps.k_residual),
             shared_and_residual(maps.v, maps.v_residual),
         )
-        found["residual"] = {"keys": keys, "values": values}
-    return found
+        measures["residual"] = {"keys": keys, "values": values}
+    return measures
 
 
 @torch.no_grad()
@@ -197,8 +203,8 @@ def weight_diversity(model: PreTrainedModel, progress: Progress = silent, label:
 
 
 def _moved(maps: HeadMaps, device: torch.device) -> HeadMaps:
-    found: dict[str, Any] = {name: m if m is None else m.to(device) for name, m in maps._asdict().items()}
-    return HeadMaps(**found)
+    moved: dict[str, Any] = {name: m if m is None else m.to(device) for name, m in maps._asdict().items()}
+    return HeadMaps(**moved)
 
 
 # -- from attention
@@ -218,6 +224,7 @@ def js_divergence(weights: Tensor) -> Tensor:
     entropy = torch.special.entr(shares).sum(-1)
     heads = weights.shape[1]
     total = torch.zeros_like(entropy[:, 0])
+    # JS(p, q) = H((p + q) / 2) - (H(p) + H(q)) / 2; head i with all heads after it at once
     for i in range(heads - 1):
         middle = torch.special.entr((shares[:, i : i + 1] + shares[:, i + 1 :]) / 2).sum(-1)
         total += (middle - (entropy[:, i : i + 1] + entropy[:, i + 1 :]) / 2).sum(1)
@@ -325,11 +332,11 @@ def diversity(
     ids = text.encode(tokenizer, text.embedded_text("evaluation") if corpus is None else corpus, model)
     rows = text.windows(ids, tokenizer, context, "data", least=windows)[:windows]
     layers = _measured(model, rows, progress, "")
-    fresh = [
+    at_random = [
         _measured(_initialised(model, seed + i), rows, progress, f"at random {i + 1}: ") for i in range(inits)
     ]
     for place, layer in enumerate(layers):
-        layer |= {"layer": place, "init": _band([one[place] for one in fresh])}
+        layer |= {"layer": place, "init": _band([one[place] for one in at_random])}
     config = model.config.get_text_config()
     settings = {"windows": windows, "context": context, "inits": inits, "seed": seed}
     about = {
@@ -342,18 +349,19 @@ def diversity(
 
 def _measured(model: PreTrainedModel, rows: Tensor, progress: Progress, label: str) -> list[dict]:
     """Both measurements of a model, one dict per layer."""
-    found = weight_diversity(model, progress, f"{label}heads")
+    by_weights = weight_diversity(model, progress, f"{label}heads")
     divergence = attention_divergence(model, rows, progress, f"{label}attention")
-    return [layer | {"js": js} for layer, js in zip(found, divergence, strict=True)]
+    return [layer | {"js": js} for layer, js in zip(by_weights, divergence, strict=True)]
 
 
 def _initialised(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     """A model of the same configuration with random weights. The caller's random state does not change."""
     register()
+    # weights are drawn on the CPU, so the random state of GPUs need not be saved
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        fresh = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), attn_implementation="eager")
-    return fresh.to(device_of(model)).eval()
+        twin = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), attn_implementation="eager")
+    return twin.to(device_of(model)).eval()
 
 
 def _numbers(layer: dict) -> dict[str, float | None]:
@@ -376,10 +384,10 @@ def _spread(values: list) -> dict | None:
 
 def _mean(layers: Sequence[dict]) -> dict:
     """Means over layers, of every number and of its mean over initialisations."""
-    found = {name: band and band["mean"] for name, band in (_band(layers) or {}).items()}
+    means = {name: band and band["mean"] for name, band in (_band(layers) or {}).items()}
     inits = [layer["init"] for layer in layers if layer["init"]]
     bands = {
         name: _spread([init[name]["mean"] for init in inits if init[name]])
         for name in (inits[0] if inits else {})
     }
-    return found | {"init": {name: band and band["mean"] for name, band in bands.items()} or None}
+    return means | {"init": {name: band and band["mean"] for name, band in bands.items()} or None}

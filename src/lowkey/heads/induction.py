@@ -112,12 +112,14 @@ def _values(model: PreTrainedModel, start: Tensor, block: Tensor, behind: int) -
     recorders = {i: AttentionRecordingLayer() for i in families.geometry(model).compressible}
     cache = cache_of(model, recorders.__getitem__)
     ids = torch.cat([start, block.repeat(REPEATS)]).unsqueeze(0).to(device_of(model))
+    # `before`: tokens up to the last repetition, whose queries are the ones that count
     size, before = len(block), len(start) + len(block) * (REPEATS - 1)
     model(ids[:, :before], past_key_values=cache, logits_to_keep=1)
     total = torch.zeros(1)
     # One token at a time, because a recorder holds the weights of the newest step only.
     for i in range(size - behind):
         model(ids[:, before + i : before + i + 1], past_key_values=cache)
+        # the places in the earlier repetitions that a head of this kind attends to
         at = torch.arange(len(start) + i + behind, before, size)
         total = total + torch.stack(
             [layer.weights[0].flatten(0, 1)[:, at].sum(1).cpu() for layer in recorders.values()]

@@ -146,6 +146,7 @@ class _Job:
         recorders = {i: AttentionRecordingLayer() for i in self.layers}
         cache = cache_of(self.model, recorders.__getitem__)
         ids = torch.tensor([case.prompt], device=device_of(self.model))
+        # all but the last token: a recorder holds the weights of one-token steps alone
         self.model(ids[:, :-1], past_key_values=cache, logits_to_keep=1)
         total, written, token = torch.zeros(1), [], ids[:, -1:]
         for _ in case.answer:
@@ -245,19 +246,19 @@ def estimate_heads(
     measured = Measured(work, {**known, "kind": kind, "drawn": cases})
     for name in [task] if task else SCORE_KINDS[kind].tasks:
         drawn = _cases(name, hay, cases, sizes, depths, seed)
-        found = _solve(job, progress(drawn, f"{kind} on {name}", cases), cases, name, measured)
-        if len(found) >= LEAST_CASES:
+        solved = _solve(job, progress(drawn, f"{kind} on {name}", cases), cases, name, measured)
+        if len(solved) >= LEAST_CASES:
             break
     else:
         measured.forget()
         raise LowkeyError(
-            f"task {name!r}: {len(found)} of {cases} cases answered right, scores need {LEAST_CASES}; "
+            f"task {name!r}: {len(solved)} of {cases} cases answered right, scores need {LEAST_CASES}; "
             f"give another task ({', '.join(NEEDLE_TASKS)}), more cases, a shorter context or another model"
         )
     return HeadScores(
         kind=kind,
         task=name,
-        values=torch.stack(found),
+        values=torch.stack(solved),
         layers=job.layers,
         kv_heads=families.geometry(model).kv_heads,
         drawn=cases,
@@ -322,13 +323,13 @@ def _solve(job: _Job, cases: Iterable[Case], count: int, task: str, measured: Me
 
     It stops as soon as too few cases remain to reach the minimum, or if none of the shortest fifth is solved.
     """
-    found, shape = list[Tensor](), (len(job.layers), families.geometry(job.model).heads)
+    solved, shape = list[Tensor](), (len(job.layers), families.geometry(job.model).heads)
     for number, case in enumerate(cases, 1):
         values = measured.tensor(f"{task}, case {number}", shape, partial(job.values, case))
-        found += [] if values is None else [values]
-        if len(found) + count - number < LEAST_CASES or (
-            not found and number >= max(LEAST_CASES, count // 5)
+        solved += [] if values is None else [values]
+        if len(solved) + count - number < LEAST_CASES or (
+            not solved and number >= max(LEAST_CASES, count // 5)
         ):
             break
     measured.write()
-    return found
+    return solved

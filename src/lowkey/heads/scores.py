@@ -89,8 +89,8 @@ class HeadScores:
         `induction` and `echo` it has the maximum, by which the paper ranks heads (arXiv:2407.15891).
         """
         groups = self.per_query_head().unflatten(1, (self.kv_heads, -1))
-        found = groups.amax(-1) if self.kind in BY_BEST else groups.mean(-1)
-        return found / found.sum()
+        scores = groups.amax(-1) if self.kind in BY_BEST else groups.mean(-1)
+        return scores / scores.sum()
 
     def split_half(self) -> float:
         """How well two halves of the cases agree: Spearman's rank correlation of the query heads' scores.
@@ -110,6 +110,7 @@ class HeadScores:
         Args:
             seed: seed of the permutation.
         """
+        # (cases, layers h, g): the query heads of a KV head stay together
         groups = self.values.unflatten(2, (self.kv_heads, -1)).flatten(1, 2)
         order = torch.randperm(groups.shape[1], generator=torch.Generator().manual_seed(seed))
         dealt = groups[:, order].reshape(self.values.shape)
@@ -123,7 +124,7 @@ class HeadScores:
 
     def describe(self) -> dict:
         """All fields but the values, and a summary of the values, as JSON has them."""
-        found = {
+        summary = {
             "accepted": self.accepted,
             "split_half": round(self.split_half(), 4),
             "zero_heads": float((self.per_query_head() == 0).double().mean()),
@@ -133,7 +134,7 @@ class HeadScores:
             "format": HEADS_FORMAT,
             **{name: getattr(self, name) for name in SCORE_FIELDS},
             "layers": list(self.layers),
-            **found,
+            **summary,
         }
 
     def save(self, path: str | Path) -> None:

@@ -45,7 +45,7 @@ LEVEL_WARMUP = 0.05  # share of the steps
 COLDEST = 0.2  # share of the temperature at which its linear fall ends
 GATE_FILE = "gates"  # name of the unfinished training in the work folder
 LEVEL_JUDGEMENTS = 5  # how many times the held-out windows judge
-STEEPNESS = 10.0  # of a gate at the start: its numbers differ by this times the share of energy kept
+STEEPNESS = 10.0  # of a gate at the start: its scores differ by this times the share of energy kept
 PRICE_DOUBLINGS, PRICE_HALVINGS = 12, 12  # to enclose the price, and to find it
 SHARE_ROUNDING = 1e-6  # by which a mean share may exceed the target
 CoordinateMap = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # of keys and values, each (b, h, t, d)
@@ -143,7 +143,7 @@ def train_gates(
     In every step the gates draw a level for each token and layer, relaxed (Gumbel-softmax, arXiv:1611.01144):
     keys and values are the mixture of what the levels would give back. The loss is
     KL(original || compressed) per token + penalty * relu(mean share - target)^2. In use, a token takes the
-    level of its largest number, after a price for each coordinate is subtracted. The price is found by
+    level of its largest score, after a price for each coordinate is subtracted. The price is found by
     bisection on the held-out windows, as low as the target allows. The gates that do best there are kept,
     those at the start among them, which give all tokens of a layer the same level.
 
@@ -233,7 +233,7 @@ def _initial_gates(
 ) -> dict[int, Gate]:
     """Return gates that do not look at their token yet.
 
-    The number of a level is the share of its layer's energy that it keeps, times `STEEPNESS`. So with a
+    The score of a level is the share of its layer's energy that it keeps, times `STEEPNESS`. So with a
     rising price all tokens go from level to level together.
     """
     generator = torch.Generator().manual_seed(settings.seed)
@@ -243,6 +243,7 @@ def _initial_gates(
         hidden = torch.randn(width, settings.hidden, generator=generator).to(mean) * width**-0.5
         energies = torch.stack([side.sum(0) / side.sum() for side in mean.chunk(2)])
         kept = torch.stack([energies[:, :r].sum() for r in levels])
+        # a channel without energy would have an infinite scale
         scale = mean.clamp_min(1e-6 * float(mean.mean())).rsqrt()
         no_bias = mean.new_zeros(settings.hidden)
         gates[i] = Gate(
@@ -256,7 +257,9 @@ class _GateTrainer:
     """The training of all layers' gates.
 
     Args:
-        model, maps, layout: the model, its layers' maps of full rank, and where keys are stored.
+        model: the model.
+        maps: of full rank, by layer.
+        layout: whether keys are stored before or after their rotation.
         levels: ranks that a token may keep, the widest first.
         settings: how to train.
         rows: token ids (n, t).
@@ -281,6 +284,7 @@ class _GateTrainer:
         """Train, and return the gates that the held-out windows found best."""
         s, saved = self.settings, files.read_work(self.work, GATE_FILE)
         best = self.judge() if saved is None else self._saved_best(saved)
+        # training goes on from copies, so that `best` stays what was judged
         self.gates = {
             i: Gate(g.scale, *(t.detach().clone().requires_grad_() for t in _trained(g)))
             for i, g in best.gates.items()
@@ -302,6 +306,7 @@ class _GateTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = s.lr * warmup_cosine(k, max(1, s.steps), LEVEL_WARMUP)
         loss = self.loss(ids, s.temperature * max(COLDEST, 1 - k / s.steps), self.generator)
+        # `grad` and not `backward`, which would also fill the gradients of the model's own weights
         for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             p.grad = gradient
         self.optimizer.step()
@@ -313,9 +318,10 @@ class _GateTrainer:
     def loss(self, ids: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
         """Return the training loss of windows (b, t), with Gumbel noise from the generator."""
 
-        def draw_levels(numbers: Tensor) -> Tensor:
-            uniform = torch.rand(numbers.shape, generator=generator).clamp(1e-9, 1 - 1e-7).to(numbers)
-            soft = ((numbers - (-uniform.log()).log()) / temperature).softmax(-1)
+        def draw_levels(scores: Tensor) -> Tensor:
+            # Gumbel noise, -log(-log u); u is kept off 0 and 1, whose logs are infinite
+            uniform = torch.rand(scores.shape, generator=generator).clamp(1e-9, 1 - 1e-7).to(scores)
+            soft = ((scores - (-uniform.log()).log()) / temperature).softmax(-1)
             # straight through: the value of the one-hot choice, the gradient of the softmax
             return _one_hot(soft) + soft - soft.detach() if self.settings.straight else soft
 
@@ -343,7 +349,7 @@ class _GateTrainer:
         Args:
             ids: windows (b, t).
             gates: by layer.
-            choose: turns a token's numbers (b, t, levels) into the weights of its levels, which sum to 1.
+            choose: makes of a token's scores (b, t, levels) the weights of its levels, which sum to 1.
 
         Returns:
             Logits (b, t, V) and the mean share of coordinates kept.
@@ -439,13 +445,19 @@ class _GateTrainer:
         return files.checked_tensor(tensors, name, like, self.work or Path()).to(like.device)
 
 
-def _one_hot(numbers: Tensor) -> Tensor:
-    """Return 1 for the largest number of the last dimension and 0 for all others."""
-    return F.one_hot(numbers.argmax(-1), numbers.shape[-1]).to(numbers)
+def _one_hot(scores: Tensor) -> Tensor:
+    """Return 1 for the largest score of the last dimension and 0 for all others."""
+    return F.one_hot(scores.argmax(-1), scores.shape[-1]).to(scores)
 
 
 def _with_price(gates: dict[int, Gate], price: float, levels: tuple[int, ...]) -> dict[int, Gate]:
-    """Return copies whose numbers are lower by the price of the coordinates kept; `price` is that of all."""
+    """Return copies whose scores are lower by the price of the coordinates that a level keeps.
+
+    Args:
+        gates: by layer.
+        price: of all coordinates of a token.
+        levels: ranks that a token may keep, the widest first.
+    """
     shares = torch.tensor(levels) / levels[0]
     copies = {
         i: Gate(**{name: t.detach().clone() for name, t in vars(gate).items()}) for i, gate in gates.items()

@@ -71,6 +71,7 @@ class KQSVD(Method):
             queries = statistics.queries(probe.layout)
         else:
             queries = weighted_queries(probe, grams(weights))
+        # what reads the values, as a metric for their errors
         read = grams(weights).sum(1) if self.outputs == "stacked" else grams(weights.mean(1))
         keys, values = (head_blocks(m, heads // t) for m in joint_moments(statistics, probe.layout))
         return LayerBases(

@@ -86,7 +86,7 @@ class KVHeadSVD(Method):
             channels = (order.unsqueeze(1) * d + torch.arange(d)).flatten()
             keys, values = keys[channels][:, channels], values[channels][:, channels]
         key_group = h if self._joins_all_keys else group
-        unit = d if self._serves_whole_heads else 1
+        unit = d if self._serves_whole_heads else 1  # columns that are kept or dropped together
         key_basis = merged_head_basis(keys, h, key_group, self._key_form, rotary, unit * key_group // group)
         return LayerBases(
             key_basis, merged_head_basis(values, h, group, self._value_form, rotary, unit), order
@@ -127,11 +127,16 @@ class KVHeadSVD(Method):
     def _order(self, keys: Tensor, values: Tensor, h: int, group: int, rotary: int) -> Tensor | None:
         """Return the heads in the order in which they are grouped, (h); None if they stay as they are.
 
-        keys, values: joint moments (h d, h d). The keys of a whole layer have no groups, so only values
-            count.
+        Args:
+            keys: joint moment (h d, h d). The keys of a whole layer have no groups, so only values count.
+            values: the same.
+            h: number of KV heads.
+            group: how many become one.
+            rotary: channels of a head that are rotated.
         """
         if self.heads == "consecutive":
             return None
+        # losses of keys and values as shares of their own energy, so that neither outweighs the other
         cost = pair_losses(values, h, self._value_form, rotary) / values.trace()
         if not self._joins_all_keys:
             cost = cost + pair_losses(keys, h, self._key_form, rotary) / keys.trace()
@@ -168,11 +173,13 @@ def merging_columns(moments: Tensor, t: int, form: KeyForm, rotary: int) -> tupl
     """
     d = moments.shape[-1] // t
     if form == "joint":
+        # a rank per head takes t columns of the group, so their energies are summed t by t
         columns, energy = principal(moments)
         return columns, energy.unflatten(-1, (d, t)).sum(-1)
     if form == "commuting":
         columns, head_energy = commuting_basis(moments, t, rotary)
         return columns, spread_energy(head_energy, d)
+    # the first d columns are the mean of the heads, channel by channel; the others complete the basis
     columns = torch.kron(cosine_transform(t), torch.eye(d, dtype=torch.float64)).expand(len(moments), -1, -1)
     energy = (columns.mT @ moments @ columns).diagonal(dim1=1, dim2=2)
     return columns, spread_energy(energy.unflatten(-1, (t, d)).sum(-1), d)

@@ -100,7 +100,7 @@ def _frequency_aware(f: Factors, base: float) -> Factors:
     Kept pairs are sorted by their frequency, with the first members of all pairs before the second ones, as
     the half-split layout has them.
     """
-    half = f.k_down.shape[1] // 2
+    half = f.k_down.shape[1] // 2  # channels j and j + half are a pair
     channel = f.k_down.argmax(1)  # (h|1, r): which channel each column picks
     # Sorted by (pair, member), members of a pair are neighbours; the transpose moves the members apart.
     order = (channel % half * 2 + channel // half).argsort(-1).unflatten(-1, (-1, 2)).mT.flatten(-2)
@@ -129,6 +129,7 @@ def strided_pairs(d: int, rotary: int, ranks: list[int]) -> Basis:
         ranks: the ranks that may be chosen.
     """
     order = nested_channels(d, rotary)
+    # an odd rank has no whole pairs, so it takes the first channels of the nested order
     strided = {r: strided_channels(d, rotary, r) for r in ranks if r < d and not (rotary and r % 2)}
     exact = tuple(
         (r, selection(channels, d))
@@ -154,6 +155,7 @@ def pairs_at_rank(d: int, rotary: int, rank: int) -> int:
 
     It is the share of the rotary channels, rounded, and more where the single channels run out.
     """
+    # (x + d) // 2d is x / 2d rounded; -(-x // 2) is x / 2 rounded up
     return max((rank * rotary + d) // (2 * d), -(-(rank - d + rotary) // 2))
 
 
@@ -180,6 +182,7 @@ def nested_channels(d: int, rotary: int) -> Tensor:
 
 def bit_reversed(n: int) -> list[int]:
     """Return all n indices in the order of their reversed bits: the multiples of 2^i before all others."""
+    # with n = 8: 0, 4, 2, 6, 1, 5, 3, 7
     bits = (n - 1).bit_length()
     return sorted(range(n), key=lambda j: sum((j >> i & 1) << (bits - 1 - i) for i in range(bits)))
 

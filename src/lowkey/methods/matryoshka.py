@@ -115,6 +115,7 @@ class CayleyBasis:
 
     def __init__(self, basis: Basis, device: torch.device) -> None:
         self.start = basis.columns.to(device)
+        # A = 0 makes the Cayley transform the identity, so training starts at `start`
         self.a = torch.zeros_like(self.start, requires_grad=True)
         self.mean = None if basis.mean is None else basis.mean.to(device, copy=True).requires_grad_()
         self.parameters = [self.a] if self.mean is None else [self.a, self.mean]
@@ -174,6 +175,7 @@ class _BasisTraining:
         for step in self.context.progress(range(steps), "tuning matryoshka", steps):
             rows = windows[torch.randperm(len(windows), generator=generator)[:batch]]
             loss = self.loss(rows, self.draw_ranks(len(rows), generator))
+            # `grad` and not `backward`, which would also fill the gradients of the model's own weights
             for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
                 p.grad = gradient
             optimizer.step()
@@ -194,6 +196,7 @@ class _BasisTraining:
     def loss(self, rows: Tensor, ranks: Tensor) -> Tensor:
         """Return the training loss of windows (b, t) at ranks (n, 2, b|1)."""
         model, ids = self.context.model, rows.to(device_of(self.context.model))
+        # computed anew for each batch: stored logits of all windows would take too much memory
         with torch.no_grad():
             original = model(ids, use_cache=False).logits
         transforms = model_probe.reconstructions(model, self.factors(ranks), self.context.layout)
@@ -220,4 +223,5 @@ class _BasisTraining:
 def evaluated_ranks(ranks: list[int]) -> list[int]:
     """Return a few evenly spaced ranks below the full one, at which there is no error to judge."""
     lower = ranks[:-1] or ranks
+    # every n-th, with n = len(lower) / JUDGED_RANKS rounded up
     return lower[:: -(-len(lower) // JUDGED_RANKS)]

@@ -38,7 +38,7 @@ class MEA(Method):
             `activations` (ours): eigenvectors of the head Gram matrix E[k_h . k_g], the best scalar mixing of
             what is cached, normalised keys included.
             `aligned` (ours): heads are first aligned, since they are determined only up to a transform that
-            their reader undoes. Values are turned by one orthogonal matrix per head, which the output
+            their reader undoes. Values are rotated by one orthogonal matrix per head, which the output
             projection undoes, and keys by one phase per frequency, which commutes with RoPE. Alignment and
             mixing are improved in turns, for every H' apart.
     """
@@ -105,13 +105,14 @@ def aligned_basis(blocks: Tensor, counts: list[int], rotary: int) -> Basis:
     """
     h, d = len(blocks), blocks.shape[-1]
     unaligned = principal(head_gram(blocks))[1]
+    # kept: energy that n component heads keep together; h of them keep all
     exact, kept = [], {h: float(unaligned.sum())}
     for n in counts:
-        turns, mixing, aligned = align_heads(blocks, n, rotary)
+        alignments, mixing, aligned = align_heads(blocks, n, rotary)
         kept[n] = max(aligned, float(unaligned[:n].sum()))
         # Otherwise the columns of plain mixing, which serve every rank, are better at this one.
         if aligned == kept[n]:
-            columns = (turns.unsqueeze(2) * mixing[:, None, :, None]).flatten(0, 1).flatten(1)
+            columns = (alignments.unsqueeze(2) * mixing[:, None, :, None]).flatten(0, 1).flatten(1)
             exact.append((-(-n * d // h), columns.unsqueeze(0).float()))
     spectrum = spread_energy(_energy_per_head(kept), d)
     return replace(mixing_basis(head_gram(blocks), d), exact=tuple(exact), spectrum=spectrum)

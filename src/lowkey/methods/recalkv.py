@@ -79,6 +79,7 @@ class ReCalKV(Method):
         model, batch, factors = context.model, context.batch, dict(factors)
         hidden = first_inputs(model, context.training_windows, batch)
         for i in context.progress(range(max(factors) + 1), "calibrating values"):
+            # a copy in fp32: the model itself stays as it is
             block, transform = layer_in_fp32(model, i), None
             if i in factors:
                 recorder = ValueMoment(factors[i].v_down.shape[1])
@@ -142,6 +143,7 @@ def grouped_by_similarity(similarity: Tensor, t: int) -> list[list[int]]:
     pairs = sorted(
         ((i, j) for i in range(h) for j in range(i + 1, h)), key=lambda p: (-float(similarity[p]), p)
     )
+    # of both heads of a pair, one or none may have a group already
     for pair in pairs if t > 1 else []:
         ungrouped = [i for i in pair if not any(i in g for g in groups)]
         partner = next((g for g in groups if len(ungrouped) == 1 and not set(pair).isdisjoint(g)), None)
@@ -202,9 +204,11 @@ def calibrated(f: Factors, moment: Tensor, iterations: int) -> Factors:
         return f
     c = reorder_heads(moment, f.order, heads)
     ridge = (VALUE_RIDGE * c.diagonal().mean()).clamp_min(torch.finfo(torch.float32).tiny)
+    # without it, directions that no value takes would make the system singular
     c = c + ridge * torch.eye(len(c), dtype=torch.float64)
     for _ in range(iterations):
         up = torch.linalg.solve(down.mT @ c @ down, down.mT @ c)
         down = torch.linalg.qr(up.mT).Q
+    # QR leaves the signs of columns open; they are fixed so that results can be compared
     kept = (down * column_signs(down)).float().unsqueeze(0)
     return replace(f, v_down=kept, v_up=per_head_maps(kept.mT, heads).contiguous())

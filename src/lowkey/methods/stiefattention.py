@@ -94,6 +94,7 @@ class StiefAttention(Method):
         start_k, start_v = self._pca(statistics, probe)
         d, device, count = start_k.columns.shape[-1], device_of(probe.block), len(ranks)
         keys, values = (RankedMatrices(b.columns, count).to(device) for b in (start_k, start_v))
+        # masks of full width, so that windows of different ranks fit into one batch
         kept = (torch.arange(d) < torch.tensor(ranks).unsqueeze(1)).float()[:, None, None].to(device)
 
         def factors(i: Tensor, j: Tensor) -> Factors:
@@ -107,6 +108,7 @@ class StiefAttention(Method):
             return probe.errors(windows, factors(i, j)).clamp_min(FLOOR).log().mean()
 
         def judge() -> float:
+            # every second rank, to save time; without full rank, whose error is 0
             judged = range(1, count - 1, 2) or range(count)
             numbers = (torch.tensor([i], device=device) for i in judged)
             return mean_log(probe.held_out_error(factors(i, i)) for i in numbers)
@@ -251,5 +253,5 @@ def channel_statistics(moments: Tensor, mean: Tensor, statistics: LayerStatistic
     mean = mean.view_as(square)
     if heads == "shared":
         square, mean = square.mean(0, keepdim=True), mean.mean(0, keepdim=True)
-    both = torch.cat([mean, square - mean.square()], dim=1)
+    both = torch.cat([mean, square - mean.square()], dim=1)  # E[x^2] - E[x]^2 is the variance
     return (both - both.mean()) / both.std()

@@ -83,7 +83,14 @@ class WhitenedMaps:
     """
 
     def __init__(self, moment: Tensor, down: Tensor, up: Tensor, device: torch.device) -> None:
-        """moment: C (G, n, n); down (G, n, r) and up (h, r, d): the maps to start from."""
+        """Start from maps.
+
+        Args:
+            moment: C (G, n, n).
+            down: (G, n, r).
+            up: (h, r, d).
+            device: of the layer.
+        """
         root, inverse = root_and_inverse(moment, GRADIENT_RIDGE)
         self.t = moment.shape[-1] // up.shape[-1]
         white_down, white_up = root @ down.double(), side_by_side(up, self.t).double() @ inverse
@@ -150,9 +157,10 @@ class MapTraining:
             best_loss, best, done = self._restore(saved, optimizer, steps)
         else:
             best_loss, best = self.held_out_loss(), [p.detach().clone() for p in self.parameters]
-        order = self._window_order(steps)
+        order = self._window_order(steps)  # of the whole training, so that a resumed one goes on in it
         for step in self.context.progress(range(done, steps), "training maps", steps - done):
             loss = self.loss(self.context.training_windows[order[step]].unsqueeze(0))
+            # `grad` and not `backward`, which would also fill the gradients of the model's own weights
             for p, gradient in zip(self.parameters, torch.autograd.grad(loss, self.parameters), strict=True):
                 p.grad = gradient
             for group in optimizer.param_groups:

@@ -59,6 +59,7 @@ class Adapters:
         active, kinds = self.active(wrapper), _adapter_attributes(wrapper)
         if not kinds:  # not one of peft's own wrappers: everything counts
             return f"{path}: {rest}" if active else None
+        # an entry is called "lora_A.NAME.weight": its kind, the adapter's name, and the rest
         for i, adapter in enumerate(active):
             for kind in kinds:
                 if f"{rest}.".startswith(f"{kind}.{adapter}."):

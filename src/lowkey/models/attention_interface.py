@@ -128,7 +128,7 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     """
     families.family(model.config)
     if not families.stores_own_form(model.config):
-        families.geometry(model)
+        families.geometry(model)  # refuses a model without a layer that could be compressed
     AttentionInterface.register(ATTENTION_NAME, attention)
     # class-wide: a mask function set on one object is ignored
     AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
@@ -247,6 +247,7 @@ def _shared_mask(mask: Tensor | None, query: Tensor) -> Tensor | None:
         return None
     _check_shape(mask, query)
     first = mask[:, :1]
+    # a stride of 0 says that one mask was expanded over the heads, so there is nothing to compare
     if mask.shape[1] > 1 and mask.stride(1) and not bool((mask == first).all()):
         raise LowkeyError(
             "attention_mask: its heads differ, and this kind of cache gives all heads of a layer one mask; "

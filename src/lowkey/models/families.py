@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lowkey.attention import GROUPED, LowkeyConfig
-from lowkey.attention.base import HeadMaps, rotary
+from lowkey.attention.base import HeadMaps
+from lowkey.attention.rotary import rotary
 from lowkey.core.types import Layout, LowkeyError, device_of
 from lowkey.models import weights
 
@@ -114,10 +115,8 @@ def family(config: PreTrainedConfig) -> Family:
         return Family(normed=config.get_text_config().qk_norm)
     if kind in FAMILIES:
         return FAMILIES[kind]
-    reason = (
-        REFUSED.get(kind)
-        or f"nearest supported: {', '.join(difflib.get_close_matches(kind, FAMILIES, 3, 0.3)) or 'none'}"
-    )
+    nearest = ", ".join(difflib.get_close_matches(kind, FAMILIES, 3, 0.3)) or "none"
+    reason = REFUSED.get(kind, f"nearest supported: {nearest}")
     raise LowkeyError(
         f"model of family {kind!r} is not supported ({reason}); supported families: {', '.join(FAMILIES)}"
     )
@@ -184,7 +183,12 @@ def geometry(model: PreTrainedModel) -> Geometry:
 
 def max_positions(model: PreTrainedModel) -> int | None:
     """How many positions a model was made for; None if its config does not say."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return configured_positions(model.config)
+
+
+def configured_positions(config: PreTrainedConfig) -> int | None:
+    """As `max_positions`, from a config alone."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return positions if type(positions) is int else None
 
 
@@ -290,6 +294,7 @@ class ProjectionPart:
             torch.float32,
         )
         size, like = self.linear.in_features, torch.empty(0, dtype=wide, device=device_of(self.linear))
+        # a linear map of zeros is its bias, and of the identity its transposed weight plus the bias
         bias = self.linear(like.new_zeros(size))
         return (self.linear(torch.eye(size).to(like)) - bias).mT if weight else bias
 
@@ -306,6 +311,7 @@ def projection_parts(
         q, k, v = (_attention_part(model, layer, f"{name}_proj") for name in "qkv")
         return q, k, v
     shape = shapes(model)
+    # rows of queries, then of keys, then of values
     edges = [
         n * shape.head_dim
         for n in (0, shape.heads, shape.heads + shape.kv_heads, shape.heads + 2 * shape.kv_heads)
@@ -474,7 +480,7 @@ def run_layer(model: PreTrainedModel, layer: int, block: nn.Module, hidden: Tens
         past_key_values=cache,
         position_embeddings=rope(model, layer).embeddings(positions, hidden),
     )
-    return out if isinstance(out, Tensor) else out[0]
+    return out if isinstance(out, Tensor) else out[0]  # some families return a tuple
 
 
 def _window_mask(model: PreTrainedModel, layer: int, positions: Tensor) -> Tensor | None:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from lowkey.core.errors import first_line
 from lowkey.core.types import LowkeyError
 from lowkey.models import families, weights
 from lowkey.models.adapters import Adapters
 
 RULE_VERSION = "2:"  # of how fingerprints are taken, with which they begin; those of the first had no mark
-Read = dict[int, dict[tuple, bytes]]
-"""Checksums that were taken before, by address in memory, then by dtype, shape and strides."""
+Checksums = dict[int, dict[tuple, bytes]]
+"""Checksums of tensors that were taken before, by address in memory, then by dtype, shape and strides."""
 WORDS_PER_ROW = 1024  # 64-bit words in a row of the checksum
 ROUNDED_AT_ONCE = 2**18  # numbers that are rounded at a time on a CPU, so that they stay in its cache
 
@@ -25,49 +26,45 @@ ROUNDED_AT_ONCE = 2**18  # numbers that are rounded at a time on a CPU, so that 
 IRRELEVANT = frozenset(
     [
         # names and versions
-        *(
-            "name_or_path",
-            "transformers_version",
-            "architectures",
-            "auto_map",
-            "transformers_weights",
-            "tokenizer_class",
-        ),
+        "name_or_path",
+        "transformers_version",
+        "architectures",
+        "auto_map",
+        "transformers_weights",
+        "tokenizer_class",
         # how numbers are kept and computed: rounding makes a model the same in any dtype
-        *(
-            "dtype",
-            "torch_dtype",
-            "attn_implementation",
-            "experts_implementation",
-            "use_cache",
-            "chunk_size_feed_forward",
-        ),
-        *(
-            "base_model_tp_plan",
-            "base_model_pp_plan",
-            "output_attentions",
-            "output_hidden_states",
-            "return_dict",
-        ),
+        "dtype",
+        "torch_dtype",
+        "attn_implementation",
+        "experts_implementation",
+        "use_cache",
+        "chunk_size_feed_forward",
+        "base_model_tp_plan",
+        "base_model_pp_plan",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
         # ids that only generation and text processing use
-        *(
-            "bos_token_id",
-            "eos_token_id",
-            "pad_token_id",
-            "sep_token_id",
-            "cls_token_id",
-            "decoder_start_token_id",
-        ),
-        # classification, and training
-        *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params"),
-        *(
-            "initializer_range",
-            "attention_dropout",
-            "hidden_dropout",
-            "attn_pdrop",
-            "embd_pdrop",
-            "resid_pdrop",
-        ),
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "sep_token_id",
+        "cls_token_id",
+        "decoder_start_token_id",
+        # classification
+        "id2label",
+        "label2id",
+        "num_labels",
+        "problem_type",
+        "finetuning_task",
+        "task_specific_params",
+        # training
+        "initializer_range",
+        "attention_dropout",
+        "hidden_dropout",
+        "attn_pdrop",
+        "embd_pdrop",
+        "resid_pdrop",
         "gradient_checkpointing",
     ]
 )
@@ -92,16 +89,16 @@ def model_fingerprint(model: PreTrainedModel) -> str:
         "adapters": repr(sorted(adapters.settings())).encode(),
     }
     # tied weights are read once
-    read: Read = {weights.storage_address(p): {} for p in base.parameters() if not p.is_meta}
+    taken: Checksums = {weights.storage_address(p): {} for p in base.parameters() if not p.is_meta}
     # some of peft's methods add trained tokens to every text
     prompts = getattr(wrapped, "prompt_encoder", {})
     for i, adapter in enumerate(sorted(wrapped.active_adapters) if prompts else ()):
         for name, value in prompts[adapter].state_dict().items() if adapter in prompts else ():
-            parts[f"prompt {i} {name}"] = _digest(value, name, read)
+            parts[f"prompt {i} {name}"] = _digest(value, name, taken)
     for name, value in weights.state_entries(base):
         plain = adapters.plain_name(name)
         if plain is not None:
-            parts[f"weight {plain}"] = _digest(value, name, read)
+            parts[f"weight {plain}"] = _digest(value, name, taken)
     digest = hashlib.sha256()
     for name in sorted(parts):
         digest.update(name.encode() + b"\0" + hashlib.sha256(parts[name]).digest())
@@ -155,7 +152,7 @@ class FillingModel:
 
     @torch.compiler.disable
     def observe(self, tokens: int, first: bool) -> None:
-        """Look at the model before it stores tokens.
+        """Note which model is about to store tokens.
 
         For the first tokens, all weights are read. Later they are read only if quick marks have changed, and
         never for single tokens: a step of decoding must not take so long.
@@ -207,6 +204,7 @@ def _quick_marks(model: PreTrainedModel) -> tuple:
 
     Where weights are, how often they were written, the config and the adapters.
     """
+    # PyTorch counts up `_version` whenever a tensor is written in place
     places = [(weights.storage_address(p), 0 if p.is_inference() else p._version) for p in model.parameters()]
     adapters = Adapters(model)
     named = [adapters.active(wrapper) for wrapper in adapters.wrappers.values()]
@@ -228,10 +226,12 @@ def config_text(config: PreTrainedConfig) -> str:
     stay the same model. Layer types are written out, since some versions infer them.
     """
     text = config.get_text_config()
-    return json.dumps([_told(config, text), list(families.layer_types(text))], sort_keys=True, default=str)
+    return json.dumps(
+        [_relevant_fields(config, text), list(families.layer_types(text))], sort_keys=True, default=str
+    )
 
 
-def _told(config: PreTrainedConfig, text: PreTrainedConfig) -> dict[str, Any]:
+def _relevant_fields(config: PreTrainedConfig, text: PreTrainedConfig) -> dict[str, Any]:
     """The fields of a config that count, given the config of its text decoder."""
     usual = {} if config.has_no_defaults_at_init else type(config)().to_dict()
     fields: dict[str, Any] = {"model_type": config.model_type}
@@ -240,7 +240,7 @@ def _told(config: PreTrainedConfig, text: PreTrainedConfig) -> dict[str, Any]:
         if name in IRRELEVANT or name.startswith("_") or (name == "layer_types" and config is text):
             continue
         if isinstance(inner, PreTrainedConfig):
-            fields[name] = _told(inner, text)
+            fields[name] = _relevant_fields(inner, text)
         elif (plain := _plain(value)) != _plain(usual.get(name)):
             fields[name] = plain
     return fields
@@ -252,23 +252,26 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
+    # a config that was saved as JSON may come back with 10000 for 10000.0
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 # -- weights
 
 
-def _digest(value: Any, name: str, read: Read) -> bytes:
+def _digest(value: Any, name: str, taken: Checksums) -> bytes:
     """The checksum of one entry of a state dict.
 
     It need not be a tensor: packed and quantised weights come with types, tuples and text.
     """
     if isinstance(value, Tensor):
-        return _tensor(value, name, read)
+        return _tensor(value, name, taken)
     if isinstance(value, list | tuple):
-        return b"".join(hashlib.sha256(_digest(part, name, read)).digest() for part in value)
+        return b"".join(hashlib.sha256(_digest(part, name, taken)).digest() for part in value)
     if isinstance(value, dict):
-        return b"".join(str(key).encode() + _digest(value[key], name, read) for key in sorted(value, key=str))
+        return b"".join(
+            str(key).encode() + _digest(value[key], name, taken) for key in sorted(value, key=str)
+        )
     if value is None or isinstance(value, bool | int | float | str | bytes | torch.dtype):
         return repr(value).encode()
     raise LowkeyError(
@@ -277,20 +280,20 @@ def _digest(value: Any, name: str, read: Read) -> bytes:
     )
 
 
-def _tensor(t: Tensor, name: str, read: Read) -> bytes:
+def _tensor(t: Tensor, name: str, taken: Checksums) -> bytes:
     """The checksum of a tensor of whatever library."""
     try:
-        return _numbers(t, name, read)
+        return _numbers(t, name, taken)
     # tensors of other libraries may do anything
     except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:120].rstrip(". ")
+        why = first_line(error, 120)
         raise LowkeyError(
             f"model: weight {name} cannot be read ({why}); use the model without quantisation"
         ) from None
 
 
 @torch.no_grad()
-def _numbers(t: Tensor, name: str, read: Read) -> bytes:
+def _numbers(t: Tensor, name: str, taken: Checksums) -> bytes:
     """The checksum of a tensor's shape and numbers, taken once for tied weights."""
     if t.is_meta:
         raise weights.missing_numbers(name)
@@ -303,8 +306,8 @@ def _numbers(t: Tensor, name: str, read: Read) -> bytes:
             part.encode() + _tensor(getattr(t, part), name, {}) for part in t.__tensor_flatten__()[0]
         )
     t = t.detach().as_subclass(Tensor)
-    # offloaded weights have no address of their own, and are not in `read`
-    key, known = (t.dtype, t.shape, t.stride()), read.get(t.data_ptr(), {})
+    # offloaded weights have no address of their own, and are not in `taken`
+    key, known = (t.dtype, t.shape, t.stride()), taken.get(t.data_ptr(), {})
     if key not in known:
         known[key] = repr(tuple(t.shape)).encode() + tensor_checksum(t)
     return known[key]
@@ -318,6 +321,7 @@ def tensor_checksum(t: Tensor) -> bytes:
     move of rows. The sums are exact, so they are the same on every device.
     """
     flat = t.contiguous().flatten()
+    # numbers that fill a row of words; what does not fill one is appended as it is
     size = WORDS_PER_ROW * 8 // (2 if _rounds(flat) else flat.element_size())
     whole = flat.numel() // size * size
     columns, rows = torch.zeros(WORDS_PER_ROW, dtype=torch.int64, device=t.device), []

@@ -71,9 +71,9 @@ def header(path: Path) -> Header:
             raise LowkeyError(
                 f"{what} is no GGUF file, for it does not begin as one; give another, or download it again"
             )
-        need(what)
+        check_gguf_installed(what)
         try:
-            words, types, end = _table(file)
+            texts, types, end = _table(file)
         except (struct.error, ValueError, OverflowError, MemoryError, RecursionError, KeyError, OSError):
             raise LowkeyError(
                 f"{what}: its list of contents cannot be read; the file is damaged or cut off: download it "
@@ -82,9 +82,9 @@ def header(path: Path) -> Header:
         size = os.fstat(file.fileno()).st_size
     if size < end:
         raise LowkeyError(f"{what}: has {size:,} bytes of {end:,}; it is cut off: download it again")
-    if ARCHITECTURE not in words:
+    if ARCHITECTURE not in texts:
         raise LowkeyError(f"{what}: does not say of which architecture it is; give another")
-    return Header(words[ARCHITECTURE], FLOATS.get(types, torch.bfloat16), words.get(PRE_TOKENIZER, ""))
+    return Header(texts[ARCHITECTURE], FLOATS.get(types, torch.bfloat16), texts.get(PRE_TOKENIZER, ""))
 
 
 def _table(file: BinaryIO) -> tuple[dict[str, str], frozenset[str], int]:
@@ -96,28 +96,30 @@ def _table(file: BinaryIO) -> tuple[dict[str, str], frozenset[str], int]:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     _, tensors, fields = _numbers(file, "IQQ")  # the first is a version, which transformers checks
-    words: dict[str, str] = {}
+    texts: dict[str, str] = {}
     alignment = 32
     for _ in range(fields):
         name, (kind,) = _string(file), _numbers(file, "I")
         if kind == STRING:
-            words[name] = _string(file)
+            texts[name] = _string(file)
         elif name == "general.alignment" and kind == UINT32:
             (alignment,) = _numbers(file, "I")
         else:
             _skip(file, kind)
-    places, types = [0], set()
+    ends, types = [0], set()  # where each tensor ends, counted from the first
     for _ in range(tensors):
-        _string(file)
+        _string(file)  # the name
         (dims,) = _numbers(file, "I")
         if dims > MOST_DIMS:
             raise ValueError("no tensor has so many dimensions")
         shape = _numbers(file, f"{dims}Q")
         kind, offset = _numbers(file, "IQ")
+        # quantised numbers come in blocks: so many numbers in so many bytes
         block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-        places.append(offset + math.prod(shape) // block * size)
+        ends.append(offset + math.prod(shape) // block * size)
         types.add(GGMLQuantizationType(kind).name)
-    return words, frozenset(types), -(-file.tell() // alignment) * alignment + max(places)
+    # tensors begin at the next multiple of the alignment
+    return texts, frozenset(types), -(-file.tell() // alignment) * alignment + max(ends)
 
 
 def _skip(file: BinaryIO, kind: int) -> None:
@@ -156,8 +158,15 @@ def _bytes(file: BinaryIO, count: int) -> bytes:
     return data
 
 
-def need(what: str) -> None:
-    """Check that the package that reads GGUF files is installed. Raises: LowkeyError."""
+def check_gguf_installed(what: str) -> None:
+    """Check that the package that reads GGUF files is installed.
+
+    Args:
+        what: what needs it, for the message.
+
+    Raises:
+        LowkeyError: if it is not.
+    """
     if find_spec("gguf") is None:
         raise LowkeyError(f"{what}: GGUF files are read with the package gguf, which is missing; {EXTRA}")
 

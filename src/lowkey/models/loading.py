@@ -109,7 +109,7 @@ def _read_tokenizer(place: Path | str) -> Any:
 
 def _verify(name: str, place: Path | str) -> None:
     """Check that a folder that lowkey wrote was not changed. Raises: LowkeyError."""
-    folder = Path(place)
+    folder = Path(place)  # for a Hub id a folder that does not exist
     if not (folder / files.MANIFEST).exists():
         return
     try:

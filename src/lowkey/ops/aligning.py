@@ -78,7 +78,7 @@ def realign(moments: Tensor, transforms: Tensor, mixing: Tensor, rotary: int) ->
         New transforms (h, d, d).
     """
     # a head's own energy is the same however it is rotated, so only the others count
-    pull = mixing @ mixing.mT
+    pull = mixing @ mixing.mT  # (h, h): by how much a head's components are made of each other head
     pull = (pull - pull.diagonal().diag_embed())[..., None, None]
     transforms = transforms.clone()
     for i in range(len(transforms)):

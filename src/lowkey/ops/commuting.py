@@ -114,6 +114,7 @@ def rotated_moment(
     p = d - ones.shape[-1]
     right, left = _half_rotated(heads, p), _half_rotated(heads.mT, p).mT
     both = _half_rotated(left, p)
+    # products of cos and sin depend on channels alone, so each term is one element-wise product
     return (heads * cc + right * cs + left * cs.mT + both * ss).transpose(1, 2).flatten(2).flatten(0, 1)
 
 
@@ -128,6 +129,7 @@ def _complex_numbers(maps: Float[Tensor, "*b d d"], rotary: int) -> Complex[Tens
     Of a moment E[x^T y], it is half of E[conj(x) y].
     """
     q = rotary // 2
+    # a + ib commutes as the real matrix [[a, b], [-b, a]]; the mean of the entries is the nearest such
     (aa, ab), (ba, bb) = ([_pairs(maps, i, j, q) for j in (0, 1)] for i in (0, 1))
     return torch.complex(aa + bb, ab - ba) / 2
 

@@ -30,6 +30,7 @@ def oblique_basis(
         every t directions.
     """
     root, inverse = root_and_inverse(left, ridge)
+    # the symmetric roots in the place of L_X and L_Y
     u, singular, _ = torch.linalg.svd(root @ square_root(right))
     down, up = inverse @ u, root @ u
     # Columns a_i and b_i are scaled to equal norms, which leaves P alone and keeps all entries within fp16.

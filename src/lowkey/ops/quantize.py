@@ -45,6 +45,7 @@ def quantize(x: Float[Tensor, "*b n"], bits: int, group: int) -> Packed:
     # The scale is rounded up to x's dtype. Rounded down, it would cut off the largest number of a group; in
     # bf16 at 8 bits, by a whole step.
     up = 1 + torch.finfo(x.dtype).eps / 2
+    # a group of equal numbers has a range of 0, by which nothing could be divided
     scale = ((high - low) / (2**bits - 1) * up).clamp_min(1e-8).to(x.dtype)
     low = low.to(x.dtype)
     codes = (grouped - low.float().unsqueeze(-1)) / scale.float().unsqueeze(-1)

@@ -88,11 +88,13 @@ def select_rows(
     """
     lengths = starts.diff()[rows]
     begins = starts_of(lengths)
+    # how far each token of a chosen row lies behind its new place
     shift = (starts[:-1][rows] - begins[:-1]).repeat_interleave(lengths)
     return flat[torch.arange(int(begins[-1]), device=starts.device) + shift], begins
 
 
 def top_mask(scores: Float[Tensor, "*r s"], counts: Int[Tensor, "*r"]) -> Bool[Tensor, "*r s"]:
     """Which tokens of each row are among its `counts` highest scores; of equal scores the earlier wins."""
+    # the place of each token in the order of scores: the inverse of that order
     rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(-1)
     return rank < counts.unsqueeze(-1)

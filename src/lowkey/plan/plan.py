@@ -88,7 +88,7 @@ class Plan:
             for layer in self.stored_shapes()
             for i, (merge, width) in enumerate(layer)
         )
-        return int(total) if total == int(total) else total
+        return int(total) if total == int(total) else total  # packed latents may take a part of a byte
 
     def stored_shapes(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
         """For each compressed layer, of keys and of values: (KV heads that share a latent, its width)."""
@@ -119,6 +119,7 @@ class Plan:
         Raises:
             LowkeyError: for such a model.
         """
+        # by fingerprint first: its message says which model the plan is for
         known = self.provenance
         check_model(
             "plan", known.get("model", "?"), known.get("model_sha256"), model, "compress this model anew"
@@ -183,9 +184,9 @@ class Plan:
         Orthonormal plans store the maps into the latents only; the maps back are their transposes.
         """
         names = (*(("k_down", "v_down") if self.orthonormal else MAPS), "k_mean", "v_mean", "frequencies")
-        found = {f"{i}.{n}": getattr(f, n) for i, f in self.factors.items() for n in names}
-        # layers may share maps
-        return {name: t.float().contiguous().clone() for name, t in found.items() if t is not None}
+        tensors = {f"{i}.{n}": getattr(f, n) for i, f in self.factors.items() for n in names}
+        # clones, since layers may share maps, and a safetensors file refuses shared memory
+        return {name: t.float().contiguous().clone() for name, t in tensors.items() if t is not None}
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel | None = None) -> Plan:

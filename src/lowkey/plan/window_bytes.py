@@ -90,6 +90,7 @@ class CacheBytes:
             )
         if self.is_uniform or wanted == full * self.tokens:
             return wanted / self.tokens  # at 100 %, all is kept, and copies of the sinks come on top
+        # exact tokens and indices are paid for first; the stored tokens share what is left
         beside = self.bytes_beside_latents
         if not self.stored_tokens or beside >= wanted:
             raise LowkeyError(
@@ -135,9 +136,10 @@ class CacheBytes:
             merged: how many KV heads share a latent.
             width: of that latent.
         """
-        latents = self.heads // merged
+        latents = self.heads // merged  # so many latents hold all heads
         if self.packed is None:
             return latents * width * self.itemsize
         packing: Packing = (self.packed.keys, self.packed.values)[which]
+        # a block of tokens is packed together, so its bytes are divided by its tokens
         block_bytes = packing.nbytes(packing.block, width, self.itemsize) if width else 0.0
         return latents * block_bytes / packing.block

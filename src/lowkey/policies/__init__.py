@@ -1,8 +1,8 @@
 """Eviction policies: which tokens each head keeps. One score per file.
 
 `SCORES` has every score's class by name. `POLICIES` has what users choose from: a score with the allocator
-that its paper uses. May import `core`, `ops` and `backends`; policies do not import one another, except that ThinK
-extends SnapKV.
+that its paper uses. May import `core`, `ops` and `backends`; policies do not import one another, except that
+ThinK extends SnapKV.
 """
 
 from __future__ import annotations
@@ -58,6 +58,30 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "razor": partial(Razor, allocator="classes"),
 }
 
+__all__ = [
+    "H2O",
+    "POLICIES",
+    "SCORES",
+    "TOVA",
+    "CurDKV",
+    "ExpectedAttention",
+    "FastGen",
+    "HeadKV",
+    "KVCompress",
+    "KVzip",
+    "KeyDiff",
+    "Knorm",
+    "Policy",
+    "Razor",
+    "SnapKV",
+    "StreamingLLM",
+    "ThinK",
+    "TOKEN_ALLOCATORS",
+    "policy_from_dict",
+    "policy_name",
+    "policy_to_dict",
+]
+
 
 def policy_name(policy: Policy) -> str:
     """The name of a policy's score in `SCORES`, or the path of its class if it is not one of ours."""
@@ -71,7 +95,7 @@ def policy_to_dict(policy: Policy) -> dict:
         The names of its score and of its allocator (a class's path if it is not one of ours), the budget as
         text or None, and the parameters of both.
     """
-    allocator = policy.resolved_allocator()
+    allocator: Any = policy.resolved_allocator()  # a dataclass, as all of them are
     parameters = {
         f.name: getattr(policy, f.name) for f in fields(policy) if f.name not in ("budget", "allocator")
     }
@@ -79,13 +103,8 @@ def policy_to_dict(policy: Policy) -> dict:
         "name": policy_name(policy),
         "budget": policy.budget and str(policy.budget),
         "parameters": parameters,
-        "allocator": {"name": _name(allocator, TOKEN_ALLOCATORS), "parameters": _parameters(allocator)},
+        "allocator": {"name": _name(allocator, TOKEN_ALLOCATORS), "parameters": asdict(allocator)},
     }
-
-
-def _parameters(allocator: Any) -> dict:
-    """The options of an allocator, which is a dataclass in every case."""
-    return asdict(allocator)
 
 
 def policy_from_dict(written: dict) -> Policy:

@@ -105,6 +105,7 @@ class UniformTokens(TokenAllocator):
     summary: ClassVar[str] = "the same for every layer and head"
 
     def counts(self, request: AllocationRequest) -> Tensor:
+        """Equal counts (n, h); see `TokenAllocator.counts`."""
         return _apportioned(request, torch.ones(request.scores.shape[:2]), request.share())
 
 
@@ -127,6 +128,7 @@ class Pyramid(TokenAllocator):
     beta: float = option(20.0, at_least=1, at_most=1e9)
 
     def counts(self, request: AllocationRequest) -> Tensor:
+        """Counts (n, h) that fall from layer to layer; see `TokenAllocator.counts`."""
         h, protected = request.scores.shape[1], float(request.minimum.max())
         b = max(0.0, min(request.mean_tokens, request.tokens_seen) - protected)
         if request.total_layers > 1:
@@ -155,6 +157,7 @@ class Ada(TokenAllocator):
     alpha: float = option(0.2, at_least=0, at_most=1)
 
     def counts(self, request: AllocationRequest) -> Tensor:
+        """Counts (n, h) by the best tokens of the layers in scope; see `TokenAllocator.counts`."""
         total = request.share()
         n, h, s = request.scores.shape
         best = request.scores.flatten().argsort(descending=True, stable=True)[:total]
@@ -198,6 +201,7 @@ class Blocks(TokenAllocator):
     size: int = option(16, at_least=1, at_most=2**20)
 
     def counts(self, request: AllocationRequest) -> Tensor:
+        """Counts (n, h) of the best blocks; see `TokenAllocator.counts`."""
         n, h, s = request.scores.shape
         free = max(0, request.share() - int(request.minimum.sum()))
         ranked = (
@@ -246,12 +250,14 @@ class HeadKV(TokenAllocator):
     importance: tuple[tuple[float, ...], ...] = option((), at_least=0)
 
     def with_head_scores(self, heads: HeadImportance) -> Self:
+        """A copy with the scores of `kind`; see `TokenAllocator.with_head_scores`."""
         if self.importance:
             return self
         (scores,) = _scores_of_kinds((self.kind,), heads, "headkv")
         return replace(self, importance=scores)
 
     def counts(self, request: AllocationRequest) -> Tensor:
+        """Counts (n, h) by head importance; see `TokenAllocator.counts`."""
         weights = _checked_importance(self.importance, request, (self.kind,))
         if self.floor:
             # A layer whose weight is w times the mean gets 1 - 1/beta + w/beta of an even share. That is at
@@ -286,6 +292,7 @@ class Classes(TokenAllocator):
     importance: tuple[tuple[float, ...], ...] = option((), at_least=0)
 
     def with_head_scores(self, heads: HeadImportance) -> Self:
+        """A copy with the class of each head, by induction and echo scores; see the base class."""
         if self.importance:
             return self
         induction, echo = _scores_of_kinds(("induction", "echo"), heads, "classes")
@@ -293,6 +300,7 @@ class Classes(TokenAllocator):
         return replace(self, importance=tuple(tuple(row) for row in retrieval.double().tolist()))
 
     def counts(self, request: AllocationRequest) -> Tensor:
+        """Counts (n, h) by class; see `TokenAllocator.counts`."""
         retrieval = _checked_importance(self.importance, request, ("induction", "echo")) > 0
         # The small weight is met only after retrieval heads hold all their tokens.
         weights = torch.where(retrieval, 1.0, 1e-9)
@@ -315,6 +323,7 @@ class AtLeast(TokenAllocator):
     score: float = option(1.0, at_least=-1e9, at_most=1e9)
 
     def counts(self, request: AllocationRequest) -> Tensor:
+        """The number of tokens (n, h) that score enough; see `TokenAllocator.counts`."""
         return (request.scores >= self.score).sum(-1).cpu()
 
 

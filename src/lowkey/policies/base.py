@@ -106,14 +106,14 @@ class EvictionContext:
         # lacks has the largest integer as its highest, so that it always takes the masked path below.
         lowest, highest = positions.amin((0, 1)), positions.amax((0, 1))
         keys = for_products(self.keys).mT
-        block = BLOCK_ON_CPU if keys.device.type == "cpu" else BLOCK_ON_ACCELERATOR
-        step = max(MIN_QUERIES, block // max(1, b * h * g * keys.shape[3]))
+        block_size = BLOCK_ON_CPU if keys.device.type == "cpu" else BLOCK_ON_ACCELERATOR
+        step = max(MIN_QUERIES, block_size // max(1, b * h * g * keys.shape[3]))
         newest = self.newest_query_positions(last)
         for start in range(_first_true((newest >= 0).any(0)), w, step):
-            some = slice(start, start + step)
-            at, queries = newest[:, some], for_products(self.queries[:, :, :, some]) * self.scaling
+            block = slice(start, start + step)
+            at, queries = newest[:, block], for_products(self.queries[:, :, :, block]) * self.scaling
             # Causal attention: no query of the block sees candidates from `stop` on, every query sees the
-            # first # `clear` ones, and only those between need a mask.
+            # first `clear` ones, and only those between need a mask.
             stop = _behind_last_true(lowest <= at.max())
             clear = int((highest <= at.min()).long().cumprod(0).sum())
             if self.visible is not None:
@@ -125,10 +125,10 @@ class EvictionContext:
             )
             if self.visible is not None:
                 chunk = slice(stop - clear - self.visible.shape[2], None)
-                visible = self.visible[:, None, some] & (at >= 0)[:, None, :, None]
+                visible = self.visible[:, None, block] & (at >= 0)[:, None, :, None]
                 seen[..., chunk] = self.valid[:, :, None, clear:][..., chunk] & visible
             logits[..., clear:].masked_fill_(~seen.unsqueeze(2), -torch.inf)
-            yield some, logits
+            yield block, logits
 
     def attention(self, last: int = 0) -> Iterator[Tensor]:
         """Attention weights of the newest queries, in blocks: the softmax of `logits`.
@@ -139,11 +139,12 @@ class EvictionContext:
         Returns:
             Weights (b, h, g, block, n) in fp32, as `logits`; the weights of padding are 0.
         """
-        for some, logits in self.logits(last):
+        for block, logits in self.logits(last):
             weights = logits.softmax(-1)
             # The softmax of a query that sees nothing is NaN.
-            blind = self.visible is not None or bool((self.newest_query_positions(last)[:, some] < 0).any())
-            yield weights.nan_to_num_(0.0) if blind else weights
+            padding = self.newest_query_positions(last)[:, block] < 0
+            some_see_nothing = self.visible is not None or bool(padding.any())
+            yield weights.nan_to_num_(0.0) if some_see_nothing else weights
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ class Policy(ABC):
         budget: what is kept of the tokens seen, per head on average: `10%`, `512 tokens`, `1.5 GiB` or
             `4 KiB/token`. Bytes are those of the whole cache. None only with an allocator that keeps every
             token of a sufficient score (`at-least`).
-        allocator: how the budget is split over layers and heads: a name of `ALLOCATORS`, or an object
+        allocator: how the budget is split over layers and heads: a name of `TOKEN_ALLOCATORS`, or an object
             (default `uniform`).
         sinks: number of first tokens of each row that are always kept; they count in the budget (default 4).
         recent: number of newest tokens of each row that are always kept; they count in the budget (default
@@ -334,11 +335,11 @@ def pooled_scores(
 
 def _first_true(flags: Tensor) -> int:
     """Index of the first true flag; their number if none is."""
-    found = flags.nonzero()
-    return int(found[0]) if len(found) else len(flags)
+    indices = flags.nonzero()
+    return int(indices[0]) if len(indices) else len(flags)
 
 
 def _behind_last_true(flags: Tensor) -> int:
     """One more than the index of the last true flag; 0 if none is."""
-    found = flags.nonzero()
-    return int(found[-1]) + 1 if len(found) else 0
+    indices = flags.nonzero()
+    return int(indices[-1]) + 1 if len(indices) else 0

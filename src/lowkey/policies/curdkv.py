@@ -57,6 +57,7 @@ class CurDKV(Policy):
         return self.rank > 0 and self.kind != "values"
 
     def score(self, context: EvictionContext) -> Tensor:
+        """Leverage scores (b, h, s); see the class and `Policy.score`."""
         scores = torch.ones(context.valid.shape, device=context.keys.device)
         if self.kind != "values":
             keys = _unrotated_keys(context) if self.rank else context.keys

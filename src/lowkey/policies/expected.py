@@ -54,6 +54,7 @@ class ExpectedAttention(Policy):
         return True
 
     def score(self, context: EvictionContext) -> Tensor:
+        """Expected attention times value norms (b, h, s); see the class and `Policy.score`."""
         candidates = context.valid & (context.positions >= self.sinks)
         logits = self._expected_logits(context).masked_fill(~candidates.unsqueeze(2), -torch.inf)
         attention = logits.softmax(-1).nan_to_num(0.0).mean(2)

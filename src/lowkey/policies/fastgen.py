@@ -64,6 +64,7 @@ class FastGen(Policy):
         super().__post_init__()
 
     def score(self, context: EvictionContext) -> Tensor:
+        """Mean attention, plus 1 for tokens of the set that the head takes (b, h, s); see `Policy.score`."""
         queries = (context.newest_query_positions(self.sample) >= 0).sum(1).clamp_min(1)
         mass = attention_sums(context, self.sample) / queries[:, None, None, None]  # (b, h, g, s)
         smallest_set = self._smallest_sets(context, mass.mean(2))

@@ -51,6 +51,7 @@ class H2O(Policy):
             )
 
     def score(self, context: EvictionContext) -> Tensor:
+        """Attention summed since the first eviction (b, h, s); see `Policy.score`."""
         new = attention_sums(context, self.window).mean(2)
         return _mean_per_query(context, new) if self.per_query else context.previous_scores + new
 

@@ -27,6 +27,7 @@ class KeyDiff(Policy):
     uses_queries: ClassVar[bool] = False
 
     def score(self, context: EvictionContext) -> Tensor:
+        """Minus the cosine of each key with the anchor (b, h, s); see `Policy.score`."""
         directions = normalize(context.keys.float(), dim=-1)
         anchor = normalize(directions.masked_fill(~context.valid.unsqueeze(-1), 0.0).sum(2), dim=-1)
         return -(directions @ anchor.unsqueeze(-1)).squeeze(-1)

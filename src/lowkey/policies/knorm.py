@@ -25,4 +25,5 @@ class Knorm(Policy):
     uses_queries: ClassVar[bool] = False
 
     def score(self, context: EvictionContext) -> Tensor:
+        """Minus the norm of each key (b, h, s); see `Policy.score`."""
         return -norms(context.keys)

@@ -41,5 +41,6 @@ class KVCompress(Policy):
     pooling: Pooling = "max"
 
     def score(self, context: EvictionContext) -> Tensor:
+        """Squared attention, pooled, summed since the first eviction (b, h, s); see `Policy.score`."""
         new = attention_sums(context, self.window, squared=True).sum(2)
         return context.previous_scores + pooled_scores(context, new, self.kernel, self.pooling, self.window)

@@ -48,9 +48,15 @@ class KVzip(Policy):
 
     @property
     def second_pass(self) -> SecondPass:
+        """The request to repeat the context, with these options."""
         return SecondPass(self.chunk, self.bridge, self.prompt, self.softmax == "context")
 
     def score(self, context: EvictionContext) -> Tensor:
+        """The largest weight (b, h, s) that a query of any second pass gave; see `Policy.score`.
+
+        Raises:
+            LowkeyError: there was no second pass.
+        """
         if not context.queries.shape[3]:
             return context.previous_scores
         if context.repeated_span is None or context.repetition_lse is None:
@@ -70,8 +76,8 @@ class KVzip(Policy):
         sink_columns = (valid & ~in_piece).any(0).any(0).nonzero().squeeze(1)
         best = torch.full(valid.shape, -torch.inf, device=keys.device)  # largest log weight of each token
         narrowed = replace(context, keys=keys, positions=positions, valid=valid, visible=None)
-        for some, logits in narrowed.logits():
-            lse = context.repetition_lse[:, :, :, some].unsqueeze(-1)
+        for block, logits in narrowed.logits():
+            lse = context.repetition_lse[:, :, :, block].unsqueeze(-1)
             if len(sink_columns):
                 sinks = logits[..., sink_columns].masked_fill(
                     in_piece[:, :, None, None, sink_columns], -torch.inf

@@ -35,4 +35,5 @@ class Razor(Policy):
     layer: ClassVar[str] = "compensating"
 
     def score(self, context: EvictionContext) -> Tensor:
+        """The position of each candidate (b, h, s): the newest are kept; see `Policy.score`."""
         return context.positions.float()

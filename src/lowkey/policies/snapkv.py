@@ -38,6 +38,7 @@ class SnapKV(Policy):
     pooling: Pooling = "max"
 
     def score(self, context: EvictionContext) -> Tensor:
+        """Mean attention of the window, pooled (b, h, s); see `Policy.score`."""
         # A row may have fewer queries than the window.
         queries = (context.newest_query_positions(self.window) >= 0).sum(1).clamp_min(1)
         mean = attention_sums(context, self.window).mean(2) / queries[:, None, None]

@@ -29,4 +29,5 @@ class StreamingLLM(Policy):
     uses_queries: ClassVar[bool] = False
 
     def score(self, context: EvictionContext) -> Tensor:
+        """The position of each candidate (b, h, s): the newest are kept; see `Policy.score`."""
         return context.positions.float()

@@ -28,6 +28,7 @@ class TOVA(Policy):
     paper: ClassVar[str] = "arXiv:2401.06104"
 
     def score(self, context: EvictionContext) -> Tensor:
+        """Attention of the newest query, averaged over all heads (b, h, s); see `Policy.score`."""
         newest = attention_sums(context, 1).mean(2)
         # Heads may hold different tokens, so their weights are brought together by position. Slot 0 collects
         # what is not valid.

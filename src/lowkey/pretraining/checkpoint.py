@@ -123,8 +123,8 @@ def _difference(there: Any, here: Any, place: str = "") -> str:
     if not (isinstance(there, dict) and isinstance(here, dict)):
         return "" if there == here else f"{place} {there!r} there, {here!r} here"
     for name in {**there, **here}:
-        if found := _difference(there.get(name), here.get(name), f"{place}.{name}".strip(".")):
-            return found
+        if first := _difference(there.get(name), here.get(name), f"{place}.{name}".strip(".")):
+            return first
     return ""
 
 
@@ -172,45 +172,45 @@ def restore_checkpoint(path: Path, model: nn.Module, optimizers: Sequence[Optimi
             f"checkpoint {str(path)!r}: {rule}; it is not this run's: delete it, or start anew with --force"
         )
 
-    found = files.read_tensors(
+    saved = files.read_tensors(
         path, "checkpoint", "checkpoint", remedy="delete it, or start anew with --force"
     )
-    if missing := ({f"model.{name}" for name in full_weights(model)} | {"about"}) - found.keys():
+    if missing := ({f"model.{name}" for name in full_weights(model)} | {"about"}) - saved.keys():
         raise refuse(f"lacks {min(missing)}")
     for name, t in full_weights(model).items():
-        if found[f"model.{name}"].shape != t.shape or found[f"model.{name}"].dtype != t.dtype:
+        if saved[f"model.{name}"].shape != t.shape or saved[f"model.{name}"].dtype != t.dtype:
             raise refuse(f"{name} has another shape or dtype")
     try:
-        about = files.parse_json(bytes(found["about"].tolist()).decode())
+        about = files.parse_json(bytes(saved["about"].tolist()).decode())
     except (ValueError, TypeError) as error:
         raise refuse(f"its description cannot be read ({error})") from None
     # Everything was checked before the first weight changes. Tensors are freed as they are copied.
     for name, t in full_weights(model).items():
-        t.copy_(_like(t, found.pop(f"model.{name}")))
+        t.copy_(_like(t, saved.pop(f"model.{name}")))
     names = {id(p): name for name, p in model.named_parameters()}
     for optimizer in optimizers:
         plain = optimizer.state_dict()
         ordered = [p for group in optimizer.param_groups for p in group["params"]]
-        plain["state"] = {i: _state(found, names[id(p)], p) for i, p in enumerate(ordered)}
+        plain["state"] = {i: _state(saved, names[id(p)], p) for i, p in enumerate(ordered)}
         if not all(_is_state(plain["state"][i], optimizer, p) for i, p in enumerate(ordered)):
             raise refuse("the state of an optimizer does not fit its weights")
         optimizer.load_state_dict(plain)
     return about
 
 
-def _is_state(found: Mapping[str, Tensor], optimizer: Optimizer, p: Tensor) -> bool:
+def _is_state(state: Mapping[str, Tensor], optimizer: Optimizer, p: Tensor) -> bool:
     """Whether this can be what an optimizer keeps for a parameter. It keeps nothing for one that never had a
     gradient.
     """
-    known = STATES.get(type(optimizer).__name__, set(found))
-    shapes = all(t.shape == (() if name == "step" else p.shape) for name, t in found.items())
-    return not found or (set(found) == known and shapes)
+    known = STATES.get(type(optimizer).__name__, set(state))
+    shapes = all(t.shape == (() if name == "step" else p.shape) for name, t in state.items())
+    return not state or (set(state) == known and shapes)
 
 
-def _state(found: Mapping[str, Tensor], name: str, p: Tensor) -> dict[str, Tensor]:
+def _state(saved: Mapping[str, Tensor], name: str, p: Tensor) -> dict[str, Tensor]:
     """What an optimizer keeps for a parameter, by name, from all tensors of a checkpoint."""
     prefix = f"optimizer.{name}."
-    state = {key.removeprefix(prefix): t for key, t in found.items() if key.startswith(prefix)}
+    state = {key.removeprefix(prefix): t for key, t in saved.items() if key.startswith(prefix)}
     # A key with a dot belongs to a parameter whose name begins with this one's.
     return {key: _like(p, t) if t.shape == p.shape else t for key, t in state.items() if "." not in key}
 
@@ -233,10 +233,10 @@ def whole(t: Tensor) -> Tensor:
     return gathered_tensor(t).cpu()
 
 
-def _like(t: Tensor, found: Tensor) -> Tensor:
-    """A tensor on the device of another one, sharded like it."""
+def _like(t: Tensor, new: Tensor) -> Tensor:
+    """A new tensor on the device of `t`, sharded like it."""
     return (
-        distribute_tensor(found.to(t.device), t.device_mesh, t.placements)
+        distribute_tensor(new.to(t.device), t.device_mesh, t.placements)
         if isinstance(t, DTensor)
-        else found.to(t.device)
+        else new.to(t.device)
     )

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lowkey.core import files, text
+from lowkey.core.errors import on_one_line
 from lowkey.core.progress import Progress, silent
 from lowkey.core.types import LowkeyError
 from lowkey.models.loading import load_tokenizer
@@ -102,34 +103,34 @@ def documents(data: Data) -> Iterator[str]:
     """Every document that is not blank, in order."""
     path = Path(data.path)
     if not data.path:
-        found: Iterable[str] = [text.embedded_text("calibration")]
+        texts: Iterable[str] = [text.embedded_text("calibration")]
     elif path.exists() or path.suffix in TEXT_SUFFIXES or is_local(data.path):
-        found = (document for file in _files(path) for document in _documents_of(file, data.text_field))
+        texts = (document for file in _files(path) for document in _documents_of(file, data.text_field))
     else:
-        found = _dataset(data)
-    return (document for document in found if document.strip())
+        texts = _dataset(data)
+    return (document for document in texts if document.strip())
 
 
 def _files(path: Path) -> list[Path]:
     """The text files of a path, in order."""
     if not path.exists():
         raise LowkeyError(f"data.path {str(path)!r}: no such file or folder; give one, or a dataset's id")
-    found = (
+    paths = (
         sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file())
         if path.is_dir()
         else [path]
     )
-    if not found:
+    if not paths:
         raise LowkeyError(
             f"data.path {str(path)!r}: no {', '.join(TEXT_SUFFIXES)} in this folder; give one that "
             "holds such files"
         )
-    if found[0].suffix not in TEXT_SUFFIXES:
+    if paths[0].suffix not in TEXT_SUFFIXES:
         raise LowkeyError(
             f"data.path {str(path)!r}: is none of {', '.join(TEXT_SUFFIXES)}; give such a file, a "
             "folder of them, or a dataset's id"
         )
-    return found
+    return paths
 
 
 def _documents_of(file: Path, field: str) -> Iterator[str]:
@@ -174,7 +175,7 @@ def _parquet(file: Path, field: str) -> Iterator[Any]:
             yield from batch.to_pylist()
     except (ArrowException, OSError, ValueError) as error:
         raise LowkeyError(
-            f"data.path {str(file)!r}: cannot be read ({_line(error)}); give a parquet file"
+            f"data.path {str(file)!r}: cannot be read ({on_one_line(error)}); give a parquet file"
         ) from None
 
 
@@ -184,17 +185,17 @@ def _dataset(data: Data) -> Iterator[str]:
     import datasets
 
     try:
-        found = datasets.load_dataset(
+        rows = datasets.load_dataset(
             data.path, data.name or None, split=data.split, streaming=True, **data.options
         )
-        for row in found:
+        for row in rows:
             yield _text_of(row, data.text_field, data.path)
     except LowkeyError:
         raise
     except Exception as error:  # datasets raises many kinds; each is bad input or no network here
         raise LowkeyError(
-            f"data.path {data.path!r}: no such file, and no dataset ({_line(error)}); give a file, a folder "
-            "or an id"
+            f"data.path {data.path!r}: no such file, and no dataset ({on_one_line(error)}); give a file, a "
+            "folder or an id"
         ) from error
 
 
@@ -232,11 +233,6 @@ def _library(name: str) -> None:
         raise LowkeyError(f"{name} is not installed: pip install 'lowkey[train]'")
 
 
-def _line(error: Exception) -> str:
-    """An error's message on one line."""
-    return " ".join(str(error).split())[:200].rstrip(". ")
-
-
 # -- tokenizing
 
 
@@ -244,9 +240,9 @@ def _train_tokenizer(data: Data, progress: Progress) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with tokens for the beginning and the end of a text, trained on about as
     much text as max_tokens will need.
     """
-    found: Iterator[str] = (piece.text for piece in _pieces(documents(data)))
+    texts: Iterator[str] = (piece.text for piece in _pieces(documents(data)))
     if data.max_tokens:
-        found = _first(found, PER_TOKEN * data.max_tokens)
+        texts = _first(texts, PER_TOKEN * data.max_tokens)
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -257,7 +253,7 @@ def _train_tokenizer(data: Data, progress: Progress) -> PreTrainedTokenizerFast:
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    raw.train_from_iterator(progress(found, "training the tokenizer"), trainer)
+    raw.train_from_iterator(progress(texts, "training the tokenizer"), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 
@@ -275,11 +271,11 @@ class Piece(NamedTuple):
     last: bool
 
 
-def _pieces(found: Iterable[str]) -> Iterator[Piece]:
+def _pieces(texts: Iterable[str]) -> Iterator[Piece]:
     """Documents, long ones cut before a line or a word: what a tokenizer keeps in memory takes a hundred
     times the size of its text.
     """
-    for document in found:
+    for document in texts:
         start = 0
         while len(document) - start > TOKENIZED_AT_ONCE:
             # Before the last line break, else before the last space, else anywhere.
@@ -290,20 +286,20 @@ def _pieces(found: Iterable[str]) -> Iterator[Piece]:
         yield Piece(document[start:], start == 0, True)
 
 
-def _first(found: Iterable[str], characters: int) -> Iterator[str]:
+def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
     """Texts until there are this many characters."""
-    for piece in found:
+    for piece in texts:
         yield piece
         characters -= len(piece)
         if characters <= 0:
             return
 
 
-def _batches(found: Iterable[Piece]) -> Iterator[list[Piece]]:
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     """Pieces in lists of about `TOKENIZED_AT_ONCE` characters."""
     batch: list[Piece] = []
     size = 0
-    for piece in found:
+    for piece in pieces:
         batch.append(piece)
         size += len(piece.text)
         if size >= TOKENIZED_AT_ONCE:
@@ -436,12 +432,12 @@ def _read(folder: Path, named: PreTrainedTokenizerBase | None) -> Corpus:
     try:
         tokenizer = named or AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers raises many kinds; each is a damaged folder here
-        raise refuse(f"its tokenizer cannot be loaded ({_line(error)})") from None
+        raise refuse(f"its tokenizer cannot be loaded ({on_one_line(error)})") from None
     try:
         streams = [_stream(folder, part, about, text.vocabulary(tokenizer)) for part in CORPUS_PARTS]
         fingerprint = str(about["sha256"])
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
-        raise refuse(_line(error)) from None
+        raise refuse(on_one_line(error)) from None
     if streams[0] is None:
         raise LowkeyError("data: nothing is left to train on; hold out less")
     return Corpus(tokenizer, streams[0], streams[1], fingerprint)

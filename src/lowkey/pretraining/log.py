@@ -44,17 +44,17 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         LowkeyError: another line is damaged.
     """
     lines = files.read_bytes(path, "log", LARGEST_LOG).splitlines()
-    found = []
+    records = []
     for number, line in enumerate(lines, 1):
         try:
             record = files.parse_json(line.decode())
             if not (isinstance(record, dict) and type(record.get("step")) is int):
                 raise ValueError("no record")
-            found.append(record)
+            records.append(record)
         except ValueError:
             if number < len(lines):
                 raise LowkeyError(f"log {str(path)!r}: line {number} is damaged; remove it") from None
-    return found
+    return records
 
 
 def finite(record: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ numbers.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import signal
 import threading
@@ -23,7 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey.attention import register
 from lowkey.core import files
+from lowkey.core.errors import on_one_line
 from lowkey.core.progress import Progress, silent
+from lowkey.core.seeds import seed_of
 from lowkey.core.types import LowkeyError
 from lowkey.models import loading
 from lowkey.models.fingerprint import model_fingerprint
@@ -151,7 +152,7 @@ def train(run: Run, progress: Progress) -> None:
     """
     settings, accelerator, started = run.settings, run.accelerator, run.seconds
     if not run.losses:
-        run.introduce()
+        run.log_rate_factors()
         run.evaluate()
     left = range(len(run.losses), settings.steps)
     with interrupts(accelerator.num_processes == 1) as interrupted:
@@ -163,7 +164,7 @@ def train(run: Run, progress: Progress) -> None:
             parts = len(rows) // accelerator.num_processes // run.micro
             for part, batch in enumerate(run.shares(rows), 1):
                 # Dropout depends on the step only, so that a resumed run draws the same.
-                torch.manual_seed(_seed(settings.seed, step, part, accelerator.process_index))
+                torch.manual_seed(seed_of(settings.seed, step, part, accelerator.process_index))
                 with run.synced(last=part == parts):
                     # The mean over all tokens of the step, wherever they are.
                     loss = run.nats(batch) / max(1, count)
@@ -220,11 +221,6 @@ def interrupts(alone: bool) -> Iterator[list[int]]:
         yield received
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _seed(*parts: object) -> int:
-    """A seed that depends on all parts."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7])
 
 
 # -- the end
@@ -286,14 +282,14 @@ def _finished(out: Path, model: PreTrainedModel, corpus: Corpus) -> Trained:
             raise ValueError("result.json lacks a field or has an invalid one")
         files.verify(out, "run")
         loaded: Any = type(model).from_pretrained(out, dtype=torch.float32, output_loading_info=True)
-        kept, found = loaded
-        if found["missing_keys"]:  # transformers would leave random numbers in their place
-            raise ValueError(f"its model lacks {sorted(found['missing_keys'])[0]}")
+        kept, loading_report = loaded
+        if loading_report["missing_keys"]:  # transformers would leave random numbers in their place
+            raise ValueError(f"its model lacks {sorted(loading_report['missing_keys'])[0]}")
         model.load_state_dict(kept.state_dict())
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        what = " ".join(str(error).split())[:200].rstrip(". ")
         raise LowkeyError(
-            f"output {str(out)!r}: a finished run that is damaged ({what}); start anew with --force"
+            f"output {str(out)!r}: a finished run that is damaged ({on_one_line(error)}); start anew with "
+            "--force"
         ) from None
     return Trained(
         model.eval(), corpus.tokenizer, [math.nan if x is None else x for x in result["losses"]], result

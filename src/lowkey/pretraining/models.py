@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from lowkey.core.errors import on_one_line
 from lowkey.core.options import nearest_name, shown
 from lowkey.core.text import vocabulary
 from lowkey.core.types import LowkeyError
@@ -138,7 +139,9 @@ def build(table: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, length: 
     try:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:  # every class of models fails in its own way
-        raise LowkeyError(f"recipe: no model can be made of [model]: {_line(error)}; change it") from error
+        raise LowkeyError(
+            f"recipe: no model can be made of [model]: {on_one_line(error, 300)}; change it"
+        ) from error
 
 
 def check_reads(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
@@ -147,11 +150,8 @@ def check_reads(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, le
     Raises:
         LowkeyError: it has too few ids or positions.
     """
-    rows, longest, needed = (
-        config.vocab_size,
-        getattr(config, "max_position_embeddings", None) or length,
-        vocabulary(tokenizer),
-    )
+    rows, needed = config.vocab_size, vocabulary(tokenizer)
+    longest = families.configured_positions(config) or length
     if rows < needed:
         raise LowkeyError(
             f"model.vocab_size {rows}: the tokenizer's ids go up to {needed - 1}; leave it out, or give at "
@@ -183,10 +183,5 @@ def _made(kind: str, given: dict[str, Any]) -> PreTrainedConfig:
         raise
     except Exception as error:  # each config class checks in its own way
         raise LowkeyError(
-            f"recipe: [model] is refused: {_line(error.__cause__ or error)}; change it"
+            f"recipe: [model] is refused: {on_one_line(error.__cause__ or error, 300)}; change it"
         ) from error
-
-
-def _line(error: BaseException) -> str:
-    """An error's message on one line."""
-    return " ".join(str(error).split())[:300].rstrip(". ")

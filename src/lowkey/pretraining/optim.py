@@ -44,12 +44,14 @@ def split_parameters(model: PreTrainedModel) -> tuple[dict[str, nn.Parameter], d
     outer |= {id(p) for p in head.parameters()} if head is not None else set()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hidden = {
-        name: p for name, p in trained.items() if p.ndim == 2 and id(p) not in outer and not _thin(name)
+        name: p
+        for name, p in trained.items()
+        if p.ndim == 2 and id(p) not in outer and not _is_mix_or_gate(name)
     }
     return hidden, {name: p for name, p in trained.items() if name not in hidden}
 
 
-def _thin(name: str) -> bool:
+def _is_mix_or_gate(name: str) -> bool:
     """Whether a parameter is a head mix or an output gate."""
     return any(part in HEAD_MIXES for part in name.split(".")) or HEAD_GATE in name
 
@@ -66,21 +68,21 @@ def factors(model: PreTrainedModel, training: Training) -> dict[str, float]:
         LowkeyError: a pattern of `training.lr_factors` matches no parameter, or two match the same one.
     """
     names: list[str] = [name for name, p in model.named_parameters() if p.requires_grad]
-    found: dict[str, float] = {}
+    factor_of: dict[str, float] = {}
     for pattern, factor in training.lr_factors.items():
-        mine = matched(pattern, names)
-        if not mine:
+        matching = matched(pattern, names)
+        if not matching:
             raise LowkeyError(
                 f"training.lr_factors {pattern!r}: no trained parameter has such a name; "
                 f"{nearest_name(pattern, names)}"
             )
-        if twice := [name for name in mine if name in found]:
+        if twice := [name for name in matching if name in factor_of]:
             raise LowkeyError(
                 f"training.lr_factors {pattern!r}: parameter {twice[0]!r} has another factor already; name "
                 "it once"
             )
-        found |= dict.fromkeys(mine, factor)
-    return {name: found.get(name, 1.0) for name in names}
+        factor_of |= dict.fromkeys(matching, factor)
+    return {name: factor_of.get(name, 1.0) for name in names}
 
 
 def optimizers(model: PreTrainedModel, training: Training) -> list[Optimizer]:

@@ -84,6 +84,7 @@ class Run:
         made: list[Optimizer] = optim.optimizers(model, recipe.training)
         prepared, *optimizers = accelerator.prepare(model, *made)
         running = torch.compile(prepared) if recipe.training.compile else prepared
+        # weights are read and written through the model itself, without wrappers that add to names
         run = cls(recipe, corpus, accelerator, accelerator.unwrap_model(prepared), running, optimizers, out)
         if (out / checkpoint.CHECKPOINT).exists():
             run._restore()
@@ -95,8 +96,8 @@ class Run:
 
     def shares(self, rows: np.ndarray) -> Iterator[Batch]:
         """This device's part of the rows (k), one micro-batch after the other."""
-        mine = rows.reshape(self.accelerator.num_processes, -1)[self.accelerator.process_index]
-        for part in mine.reshape(-1, self.micro):
+        own_rows = rows.reshape(self.accelerator.num_processes, -1)[self.accelerator.process_index]
+        for part in own_rows.reshape(-1, self.micro):
             yield _moved(self.corpus.training.batch(part, self.settings.length), self.accelerator.device)
 
     def nats(self, batch: Batch) -> Tensor:
@@ -120,7 +121,7 @@ class Run:
 
     # -- looking at it
 
-    def introduce(self) -> None:
+    def log_rate_factors(self) -> None:
         """Write the first line of the log if parameters have learning rates of their own: by pattern, its
         factor and the number of parameters.
         """
@@ -188,9 +189,9 @@ class Run:
             "tokens_per_second": (step - since) * size / passed if passed > 0 else 0.0,
         }
         self.logged = step
-        self._tell(record)
+        self._log_record(record)
 
-    def _tell(self, record: dict[str, Any]) -> None:
+    def _log_record(self, record: dict[str, Any]) -> None:
         """Write a record to the log and to trackers."""
         if self.log is not None:
             self.log.write(record)
@@ -218,7 +219,7 @@ class Run:
         step = len(self.losses)
         record = {"step": step, "tokens": step * self.settings.batch_tokens, "validation_loss": nats / count}
         self.validation.append(finite({**record, "bits_per_byte": nats / count * per_byte}))
-        self._tell(self.validation[-1])
+        self._log_record(self.validation[-1])
         self.clock = time.perf_counter()
         if not math.isfinite(nats):
             self.stopped = True
@@ -261,6 +262,7 @@ def _is_progress(about: Any, steps: int) -> bool:
     if not (isinstance(about, dict) and set(about) == set(RUN_STATE)):
         return False
     losses, norms, logged = about["losses"], about["norms"], about["logged"]
+    # a checkpoint is a file like any other, and its numbers are used as indices
     numbers = all(isinstance(x, list) and all(type(n) in (int, float) for n in x) for x in (losses, norms))
     if (
         not numbers
@@ -293,8 +295,8 @@ def held_out_loss(run: Run, held: Stream) -> tuple[float, int]:
         rows = min(rows, math.ceil(run.settings.evaluate_tokens / length))
     numbers = np.arange(math.ceil(rows / (devices * run.micro)) * devices * run.micro)
     total = torch.zeros((), dtype=torch.float64, device=run.accelerator.device)
-    mine = numbers.reshape(devices, -1)[run.accelerator.process_index]
-    for part in mine.reshape(-1, run.micro):
+    own_rows = numbers.reshape(devices, -1)[run.accelerator.process_index]
+    for part in own_rows.reshape(-1, run.micro):
         # Devices must make the same number of steps; a row behind the end predicts nothing.
         part = np.where(part < rows, part, held.rows(length) + 1)
         total += run.nats(_moved(held.batch(part, length), total.device))
@@ -316,10 +318,9 @@ def check_job(settings: Training, corpus: Corpus, devices: int, model: PreTraine
     micro = _micro_batch(settings, devices)
     if not micro or settings.rows % (micro * devices):
         share = f"{settings.rows} rows of a step on {devices} devices"
-        asked = settings.micro_batch
         raise LowkeyError(
-            f"training.micro_batch {asked}: does not divide {share} evenly; change it, batch_tokens, or the "
-            "devices"
+            f"training.micro_batch {settings.micro_batch}: does not divide {share} evenly; change it, "
+            "batch_tokens, or the devices"
         )
     if not corpus.training.rows(settings.length):
         n = len(corpus.training.ids)

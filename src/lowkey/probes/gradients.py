@@ -165,6 +165,7 @@ def _load(work: Path | None, model: PreTrainedModel, windows: int) -> tuple[Grad
     shape = families.geometry(model)
     width = shape.kv_heads * shape.head_dim
     like = torch.empty(width, width, dtype=torch.float64)
+    # the file is read as if anyone could have written it: every shape and count is checked
     done = int(files.checked_tensor(tensors, "done", torch.tensor(0), work))
     if not 0 < done <= windows:
         raise files.damaged_work(work, f"{done} of {windows} windows are done")

@@ -63,6 +63,7 @@ def loss(
     exact: Exact = NO_EXACT_TOKENS,
 ) -> float:
     """Return the mean next-token cross-entropy in nats of ids (n, t); other arguments as in `logits`."""
+    # weighted by windows, since the last batch may be smaller
     losses = [
         float(next_token_loss(logits(model, ids, transforms, exact), ids)) * len(ids)
         for ids in rows.to(device_of(model)).split(batch)
@@ -113,6 +114,6 @@ def loss_increases(
     def increase(i: int, pair: Pair) -> float:
         factors = bases[i].at(*pair).to(like)
         compressed = loss(model, rows, reconstructions(model, {i: factors}, layout), exact=exact)
-        return max(0.0, compressed - uncompressed)
+        return max(0.0, compressed - uncompressed)  # a loss below that of the full cache is chance
 
     return {i: [increase(i, pair) for pair in pairs[i]] for i in progress(list(pairs), "one layer at a time")}

@@ -8,14 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lowkey.core.files import check_file, write_marked
-from lowkey.report.page import render
+from lowkey.core.lazy import importer
 from lowkey.report.results import load_results
+
+if TYPE_CHECKING:
+    from lowkey.report.page import render
 
 REPORT_FILE = "report"
 
 __all__ = ["load_results", "render", "write_report"]
+
+# `render` draws with matplotlib, which takes half a second to import.
+__getattr__ = importer(__name__, {"render": "lowkey.report.page"})
 
 
 def write_report(paths: Sequence[Path], out: Path) -> Path:
@@ -32,5 +39,8 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
         LowkeyError: a damaged result, another file at `out`, or a file that cannot be written.
     """
     check_file(out, REPORT_FILE)
-    write_marked(out, render(load_results(paths)), REPORT_FILE, ("<!-- ", " -->"))
+    results = load_results(paths)  # results that cannot be read are refused before matplotlib is imported
+    from lowkey.report.page import render
+
+    write_marked(out, render(results), REPORT_FILE, ("<!-- ", " -->"))
     return out

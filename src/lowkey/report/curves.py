@@ -63,17 +63,17 @@ def curves_figure(rows: Sequence[Row]) -> Figure:
     return draw(lines, references(rows), qualities)
 
 
-def _looks(count: int) -> list[dict[str, Any]]:
+def _line_styles(count: int) -> list[dict[str, Any]]:
     """Colour and marker of each line. Neighbours differ in both, and 36 lines all differ."""
     size = len(SERIES)
     # Each round through the colours shifts the markers by one, so that no pair occurs twice.
-    looks = [(SERIES[i % size], MARKERS[(i + i // size) % len(MARKERS)]) for i in range(count)]
+    styles = [(SERIES[i % size], MARKERS[(i + i // size) % len(MARKERS)]) for i in range(count)]
     return [
-        {"color": colour, "marker": marker, "ms": 7, "mec": SURFACE, "mew": 0.8} for colour, marker in looks
+        {"color": colour, "marker": marker, "ms": 7, "mec": SURFACE, "mew": 0.8} for colour, marker in styles
     ]
 
 
-def _reference_look(row: Row) -> dict[str, Any]:
+def _reference_style(row: Row) -> dict[str, Any]:
     """Colour and marker of a row that policies are compared with."""
     return {
         "color": INK if is_full(row) else MUTED,
@@ -87,7 +87,7 @@ def _reference_look(row: Row) -> dict[str, Any]:
 
 def _curves(lines: list[Line], others: list[Row], qualities: list[Quality]) -> Figure:
     """Lines over the share of the full cache's bytes, with a legend below."""
-    columns, looks = _legend_columns(lines), _looks(len(lines))
+    columns, styles = _legend_columns(lines), _line_styles(len(lines))
     shares = [share(row) or 0.0 for row in [*others, *(row for line in lines for row in line.rows)]]
     below = 0.25 * math.ceil(len(lines) / columns) + 0.6  # inches for the axis title and the legend
     height = 3.6 + below
@@ -97,8 +97,8 @@ def _curves(lines: list[Line], others: list[Row], qualities: list[Quality]) -> F
         ax = figure.add_subplot(1, len(qualities), place)
         style(ax, title=_title(quality, ", "), x="Share of the full cache's bytes")
         _share_scale(ax, shares)
-        _curve_panel(ax, lines, others, quality[0], looks)
-    _legend(figure, [line.label for line in lines], looks, columns)
+        _curve_panel(ax, lines, others, quality[0], styles)
+    _legend(figure, [line.label for line in lines], styles, columns)
     return figure
 
 
@@ -107,7 +107,7 @@ def _title(quality: Quality, between: str) -> str:
     return f"{quality[1]}{between}{'higher' if quality[2] else 'lower'} is better"
 
 
-def _curve_panel(ax: Axes, lines: list[Line], others: list[Row], key: str, looks: list[dict]) -> None:
+def _curve_panel(ax: Axes, lines: list[Line], others: list[Row], key: str, styles: list[dict]) -> None:
     """Draw the lines of one quality, the rows they are compared with, and labels of these."""
     curves = [[point for row in line.rows if (point := _point(row, key))] for line in lines]
     # Several runs have the same full cache: equal points of one name are drawn once, as the first of them.
@@ -122,10 +122,10 @@ def _curve_panel(ax: Axes, lines: list[Line], others: list[Row], key: str, looks
     marks = [(row, point) for row, point in marks if not is_log or point[1] > 0]
     _value_scale(ax, [y for _, y in drawn] + [y for _, (_, y) in marks], key, is_log)
     _full_line(ax.axhline, [row for row, _ in marks], key)
-    for curve, look in zip(curves, looks, strict=True):
-        ax.plot(*zip(*curve, strict=True) if curve else ([], []), lw=1.3, zorder=3, **look)
+    for curve, line_style in zip(curves, styles, strict=True):
+        ax.plot(*zip(*curve, strict=True) if curve else ([], []), lw=1.3, zorder=3, **line_style)
     for row, point in marks:
-        ax.plot(*point, zorder=4, **_reference_look(row))
+        ax.plot(*point, zorder=4, **_reference_style(row))
     place_labels(
         ax,
         [
@@ -180,9 +180,9 @@ def _legend_columns(lines: list[Line]) -> int:
     return max(1, min(len(lines), int(0.94 * FIGURE_WIDTH / widest)))
 
 
-def _legend(figure: Figure, labels: list[str], looks: list[dict], columns: int) -> None:
+def _legend(figure: Figure, labels: list[str], styles: list[dict], columns: int) -> None:
     """The legend below the panels."""
-    handles = [Line2D([], [], lw=1.3, **look) for look in looks]
+    handles = [Line2D([], [], lw=1.3, **line_style) for line_style in styles]
     legend = figure.legend(
         *(handles, ["line"] * len(handles)),
         loc="lower left",
@@ -197,10 +197,10 @@ def _legend(figure: Figure, labels: list[str], looks: list[dict], columns: int) 
 
 def _dots(lines: list[Line], others: list[Row], qualities: list[Quality]) -> Figure:
     """One line of dots per row, the best of the first quality on top, rows of comparison at the bottom."""
-    looks = _looks(len(lines))
-    entries = [(line.rows[0], look) for line, look in zip(lines, looks, strict=True)]
+    styles = _line_styles(len(lines))
+    entries = [(line.rows[0], line_style) for line, line_style in zip(lines, styles, strict=True)]
     entries = sorted(entries, key=lambda entry: _rank(entry[0], qualities[0])) + [
-        (row, _reference_look(row)) for row in others
+        (row, _reference_style(row)) for row in others
     ]
     figure = Figure(
         figsize=(FIGURE_WIDTH, 0.75 + 0.3 * len(entries)), facecolor="white", layout="constrained"
@@ -222,16 +222,16 @@ def _rank(row: Row, quality: Quality) -> float:
 def _dot_panel(ax: Axes, entries: list[tuple[Row, dict]], key: str) -> None:
     """Draw the dots of one quality."""
     dots = [
-        (place, row, value, look)
-        for place, (row, look) in enumerate(entries)
+        (place, row, value, line_style)
+        for place, (row, line_style) in enumerate(entries)
         if (value := measured(row, key)) is not None
     ]
     is_log = key != "exact_match" and is_wide([value for _, row, value, _ in dots if not is_full(row)], 2)
     dots = [dot for dot in dots if not is_log or dot[2] > 0]
     _value_scale(ax, [value for _, _, value, _ in dots], key, is_log, "x")
     _full_line(ax.axvline, [row for _, row, *_ in dots], key)
-    for place, _, value, look in dots:
-        ax.plot(value, place, zorder=3, **{**look, "ls": ""})
+    for place, _, value, line_style in dots:
+        ax.plot(value, place, zorder=3, **{**line_style, "ls": ""})
 
 
 def _names(ax: Axes, rows: list[Row]) -> None:

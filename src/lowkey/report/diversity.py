@@ -21,11 +21,11 @@ DIVERSITY_PANELS = (  # (title, lines): name of a number, its label
 LAYERS_SHOWN = 4  # layers with maps of cosines
 
 
-def diversity_figure(found: dict) -> Figure:
+def diversity_figure(measurement: dict) -> Figure:
     """Effective ranks of Q-K and V-O operators, and divergence of attention maps, over layers.
 
     Args:
-        found: what `lowkey.heads.diversity.diversity` returned.
+        measurement: what `lowkey.heads.diversity.diversity` returned.
 
     Returns:
         Three panels. Bands span random initialisations, and dashed lines are their means.
@@ -40,7 +40,7 @@ def diversity_figure(found: dict) -> Figure:
             y="Bits" if title == DIVERSITY_PANELS[-1][0] else "Effective rank, share of the most",
         )
         for (name, label), colour in zip(lines, SERIES, strict=False):
-            _line(ax, found["layers"], name, label, colour)
+            _line(ax, measurement["layers"], name, label, colour)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         ax.legend(frameon=False, labelcolor=INK, fontsize=8.5)
     return figure
@@ -63,14 +63,14 @@ def _array(values: list) -> np.ndarray:
     return np.array([np.nan if value is None else value for value in values], dtype=float)
 
 
-def cosines_figure(found: dict) -> Figure:
+def cosines_figure(measurement: dict) -> Figure:
     """Cosines between the heads of a few layers, from the first to the last: Q-K above V-O, on one scale from
     -1 to 1.
 
     Args:
-        found: what `lowkey.heads.diversity.diversity` returned.
+        measurement: what `lowkey.heads.diversity.diversity` returned.
     """
-    layers = found["layers"]
+    layers = measurement["layers"]
     # Evenly spread from the first to the last.
     places = np.linspace(0, len(layers) - 1, min(LAYERS_SHOWN, len(layers))).round().astype(int).tolist()
     chosen = [layers[i] for i in dict.fromkeys(places)]

@@ -42,22 +42,22 @@ def policy_lines(rows: Iterable[Row]) -> list[Line]:
     """Policy rows with a known share, grouped into lines of rows that differ in their budget only. Lines are
     sorted by name, so that a policy has the same colour in every section.
     """
-    found: dict[str, list[Row]] = {}
+    groups: dict[str, list[Row]] = {}
     for row in filter(is_policy, rows):
         if share(row) is not None:
-            found.setdefault(without_budget(row), []).append(row)
+            groups.setdefault(without_budget(row), []).append(row)
     return [
         Line(label, sorted(group, key=lambda row: share(row) or 0.0))
-        for label, group in sorted(found.items())
+        for label, group in sorted(groups.items())
     ]
 
 
 def without_budget(row: Row) -> str:
     """A row's label without its budget: `snapkv 6% on pca 50%` becomes `snapkv on pca 50%`."""
     label = str(row.get("label", row["name"]))
-    before, found, after = label.partition(f" {row.get('budget')}")
+    before, budget, after = label.partition(f" {row.get('budget')}")
     # `6%` may also be the beginning of another word of the label.
-    return before + after if before and found and after[:1] in ("", " ") else label
+    return before + after if before and budget and after[:1] in ("", " ") else label
 
 
 def references(rows: Sequence[Row]) -> list[Row]:
@@ -93,12 +93,12 @@ def by_budget(rows: Iterable[Row]) -> dict[str | None, list[Row]]:
     """Policy rows whose heads were counted, by the budget that was asked. Policies have the same order in
     each.
     """
-    found: dict[str | None, list[Row]] = {}
+    groups: dict[str | None, list[Row]] = {}
     for row in filter(is_policy, rows):
         if kept_heads(row) is not None:
             budget = row.get("budget")
-            found.setdefault(None if budget is None else str(budget), []).append(row)
-    return {budget: sorted(group, key=without_budget) for budget, group in found.items()}
+            groups.setdefault(None if budget is None else str(budget), []).append(row)
+    return {budget: sorted(group, key=without_budget) for budget, group in groups.items()}
 
 
 def heads_words(row: Row) -> str:

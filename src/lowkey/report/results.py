@@ -13,7 +13,7 @@ import numpy as np
 
 from lowkey.core.errors import LowkeyError
 from lowkey.core.files import read_json
-from lowkey.core.row_names import told_apart
+from lowkey.core.row_names import distinct_row_names
 
 RESULTS_FORMAT, RESULT_FILE = 1, "result"
 GIVE_RESULTS = "give a file that lowkey eval wrote, or a folder of them"
@@ -233,7 +233,7 @@ def _labelled(rows: list[Row]) -> list[Row]:
     """Rows with a label each that distinguishes them, by their marks or else by their run."""
     if len({row["run"] for row in rows}) == 1:
         return [{**row, "label": row["name"]} for row in rows]
-    labels = told_apart(
+    labels = distinct_row_names(
         [str(row.get("short") or row["name"]) for row in rows], [marks_of(row) for row in rows]
     )
     count = Counter(labels)
@@ -245,12 +245,10 @@ def _labelled(rows: list[Row]) -> list[Row]:
 
 def marks_of(row: Row) -> dict[str, str]:
     """A row's marks, as far as they are text; a file may hold anything."""
-    found = row.get("marks")
-    return (
-        {key: value for key, value in found.items() if isinstance(value, str)}
-        if isinstance(found, dict)
-        else {}
-    )
+    marks = row.get("marks")
+    if not isinstance(marks, dict):
+        return {}
+    return {key: value for key, value in marks.items() if isinstance(value, str)}
 
 
 def _bytes_or_last(row: Row) -> float:

@@ -66,10 +66,10 @@ def held_differs(rows: list[Row]) -> list[str]:
 
 def _compared(row: Row, full: Row) -> str:
     """A row's bytes, perplexity and recall against those of the full cache."""
-    mine, theirs = _perplexity(row), _perplexity(full)
+    own, full_value = _perplexity(row), _perplexity(full)
     perplexity = (
-        f" at perplexity {format_perplexity(mine)} against {format_perplexity(theirs)} "
-        f"({mine / theirs - 1:+.1%})"
+        f" at perplexity {format_perplexity(own)} against {format_perplexity(full_value)} "
+        f"({own / full_value - 1:+.1%})"
     )
     # A cache may read on fluently and yet have lost what it is asked for, so recall is never left out.
     return f"{_held(row, full)}{perplexity}{_recall(row, full).replace(' at', ' and')}."
@@ -86,11 +86,11 @@ def _held(row: Row, full: Row) -> str:
 
 def _recall(row: Row, full: Row) -> str:
     """A row's recall against that of the full cache, or nothing."""
-    mine, theirs = measured(row, "exact_match"), _recalls(full)
+    own, full_value = measured(row, "exact_match"), _recalls(full)
     return (
         ""
-        if mine is None or theirs is None
-        else f" at recall {format_percent(mine)} against {format_percent(theirs)}"
+        if own is None or full_value is None
+        else f" at recall {format_percent(own)} against {format_percent(full_value)}"
     )
 
 

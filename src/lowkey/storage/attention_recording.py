@@ -55,12 +55,14 @@ class AttentionRecordingLayer(StoringLayer):
 
     def attend(self, keys: Tensor, values: Tensor, call: Call) -> Tensor:
         """Store the new tokens, answer the call, and record its weights if it is a one-token step."""
+        # new tensors: writing in place would change what a snapshot of the layer holds
         self.keys, self.values = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
         segment = Segment(call.query, self.keys, self.values, call.full_mask(self.seen))
         if call.query.shape[3] == 1:
             self.weights = segment_weights(segment, call.scaling, call.softcap)[:, :, :, 0]
         else:
             self.weights = call.query.new_empty(*call.query.shape[:3], 0, dtype=torch.float32)
+        # without padding and soft cap, which torch's fused kernel does not know
         if call.mask is None and call.softcap is None and 1 < keys.shape[2] == self.seen:
             return _attend_to_prompt(keys, values, call)
         return grouped.attend([segment], call.scaling, call.softcap)

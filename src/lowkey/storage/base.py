@@ -70,6 +70,7 @@ class StoringLayer(RestorableLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.dtype = key_states.dtype
+        # counted now, since transformers asks for the length before attention runs; `undo` takes it back
         self.seen += key_states.shape[2]
         incoming = Incoming(self, key_states, value_states)
         return incoming, incoming
@@ -106,6 +107,7 @@ class StoringLayer(RestorableLayer):
     def reset(self) -> None:
         """Forget all tokens."""
         self.undo_unfinished()
+        # None and not deleted, so that the names stay; `lazy_initialization` makes tensors again
         for name in self.tensors():
             setattr(self, name, None)
         self.seen, self.is_initialized = 0, False

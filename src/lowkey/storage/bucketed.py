@@ -168,6 +168,7 @@ class BucketedLayer(RaggedLayer):
 
     def tensors(self) -> dict[str, Tensor]:
         """The buckets' tensors, named by level, and where the sequences begin."""
+        # flat names, since files and snapshots know no nested tensors
         held = {f"{name}_{i}": t for i, bucket in enumerate(self.buckets) for name, t in vars(bucket).items()}
         return held | {"offset": self.offset, "first_index": self.first_index} if self.is_initialized else {}
 
@@ -181,6 +182,7 @@ class BucketedLayer(RaggedLayer):
             n * (self.heads * width * self.itemsize + position_bytes)
             for n, width in zip(self.counts, widths, strict=True)
         )
+        # 64-bit integers
         starts, offset_and_first = 8 * len(self.codecs) * (batch + 1), 8 * 2 * batch
         return kept + starts + offset_and_first
 
@@ -227,6 +229,7 @@ class BucketedLayer(RaggedLayer):
         self, keys: Tensor, values: Tensor, levels: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Keys and values (b, h, t, d) of a chunk, rebuilt from the coordinates that each token will keep."""
+        # a token of a lower level keeps the first coordinates only: the others are zero when it is read
         widest = self.codecs[0]
         ranks = torch.tensor([c.factors.ranks for c in self.codecs], device=levels.device)
 

@@ -76,9 +76,11 @@ class CacheWideEviction:
     def _decide(self) -> None:
         # the newest layer answers for all: those before it have already left out the tokens that only score
         layer, first_slot = self.waiting[-1][0], self.waiting[0][0].layer_slot
+        # layers may hold different numbers of tokens after an earlier eviction
         longest = max(s.shape[-1] for *_, s in self.waiting)
         scores = torch.stack([pad(s, (0, longest - s.shape[-1]), value=-torch.inf) for *_, s in self.waiting])
         allocator, tokens = layer.policy.resolved_allocator(), layer.tokens_seen().tolist()
+        # a budget is a sequence's own, so each sequence of the batch is allocated by itself
         requests = [
             AllocationRequest(
                 scores[:, i], layer.tokens_per_head(n), n, first_slot, self.layers, self.rows_of_heads

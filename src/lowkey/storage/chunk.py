@@ -26,10 +26,11 @@ def attend_to_chunk(call: Call, keys: Tensor, values: Tensor, seen: int) -> Part
     """
     t = keys.shape[2]
     if seen == t and call.softcap is None:
+        # the first chunk is the only part, so its log-sum-exp is never read
         out = stock.attend(call.query, keys, values, call.mask, call.scaling)
         return out, out.new_zeros(out.shape[:-1])
     mask = call.full_mask(seen)
-    mask = None if mask is None else mask[..., -t:]
+    mask = None if mask is None else mask[..., -t:]  # of the chunk itself; what is older is another part
     if mask is not None and fused.gives_lse(call.query, keys, call.softcap):
         is_causal = bool((mask == torch.ones_like(mask[:1]).tril()).all())
         if is_causal:

@@ -312,6 +312,7 @@ class CodedLayer(PositionedLayer):
             return
         start = self.seen - keys.shape[2]
         in_chunk = self.sink_index.long() - start
+        # slots of older sinks, and empty ones, have an index outside the chunk and stay as they are
         arrives = ((in_chunk >= 0) & (in_chunk < keys.shape[2]))[:, None, :, None]
         self.sink_k = torch.where(arrives, _take_tokens(keys, in_chunk), self.sink_k)
         self.sink_v = torch.where(arrives, _take_tokens(values, in_chunk), self.sink_v)
@@ -335,7 +336,7 @@ class CodedLayer(PositionedLayer):
             return [replace(stored, mask=None if mask is None else mask[..., self.front_start :])]
         mask = mask if mask is not None else self.offset.new_ones(1, 1, self.seen, dtype=torch.bool)
         seen_exactly, sink_index = self._seen_exactly(call, exact), self.sink_index.long()
-        far = mask & ~seen_exactly
+        far = mask & ~seen_exactly  # tokens that are read in stored form, or as sinks
         tokens = torch.arange(self.seen, device=sink_index.device)
         is_sink = (sink_index.unsqueeze(2) == tokens).any(1, keepdim=True)
         start = self.seen - buffer_k.shape[2]
@@ -391,6 +392,7 @@ class CodedLayer(PositionedLayer):
     def _mask_at(self, mask: Tensor, index: Tensor) -> Tensor:
         """A mask over tokens (b|1, t, s) at some indices (b|1, n); tokens that have not come are not seen."""
         b, t = max(len(mask), len(index)), mask.shape[1]
+        # clamped so that it can be gathered; the comparison below hides what was out of range
         at = index.clamp(max=self.seen - 1).unsqueeze(1).expand(b, t, -1)
         return mask.expand(b, -1, -1).gather(2, at) & (index < self.seen).unsqueeze(1)
 
@@ -403,6 +405,7 @@ def _end_index(real: Tensor, seen: int, before: Tensor) -> Tensor:
         seen: tokens seen, the newest included.
         before: (b, 1), the index before these tokens came.
     """
+    # argmax finds the first True, so of the flipped row the last
     last = seen - real.flip(1).int().argmax(1, keepdim=True)
     return torch.where(real.any(1, keepdim=True), last, before)
 

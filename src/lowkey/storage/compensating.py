@@ -88,6 +88,7 @@ class CompensatingLayer(EvictingLayer):
         read = self._candidates_as_read(candidates, None)
         for name, x in zip(("mean_k", "mean_v"), read, strict=True):
             mean = getattr(self, name)
+            # the old mean counts as often as tokens went into it
             new_sum = mean.squeeze(2) * self.dropped + (x.float() * gone).sum(2)
             setattr(self, name, (new_sum / total.clamp_min(1)).unsqueeze(2))
         self.dropped = total

@@ -105,6 +105,7 @@ class EvictingLayer(RowLayer):
 
     def _waiting_bytes(self) -> int:
         """What `cache_eviction` holds for this layer, beyond what the layer holds itself."""
+        # candidates may be views of what the layer holds; each storage counts once
         own = list(self.tensors().values())
         return storage_bytes([*own, *self.cache_eviction.waiting_tensors(self)]) - storage_bytes(own)
 
@@ -165,7 +166,7 @@ class EvictingLayer(RowLayer):
             return max(0.0, budget.amount / 100 * (tokens + self.expected_tokens) - self.expected_tokens)
         if budget.unit == "tokens":
             return max(0.0, budget.amount - self.expected_tokens)
-        return self.costs(self.tokens_seen()).tokens_per_head(self.policy, tokens) if tokens else 0
+        return self.costs().tokens_per_head(self.policy, tokens) if tokens else 0
 
     def kept_positions(self, sequence: int) -> list[Tensor]:
         """For each KV head, the positions that are held for a sequence of the batch, ascending."""
@@ -327,7 +328,7 @@ class EvictingLayer(RowLayer):
             candidates,
             previous_scores=torch.where(stepping, candidates.previous_scores, scores),
             # tokens that only score come last, and are no longer candidates
-            valid=candidates.valid & (number < tokens[:, None, None]),
+            valid=candidates.valid & (token < tokens[:, None, None]),
         )
         protected = max(self.policy.recent, self.exact.recent)
         stays = stepping | (number < self.policy.sinks) | (number >= (tokens - protected)[:, None, None])
@@ -372,7 +373,7 @@ class EvictingLayer(RowLayer):
             return True
         if self.policy.budget is None:
             return False
-        self.costs(tokens).check(self.policy, tokens.tolist())
+        self.costs().check(self.policy, tokens.tolist())
         fits = all(self.tokens_per_head(n) >= n for n in tokens.tolist())
         return fits and (self.policy.needs_second_pass or not self.keeps_scores)
 
@@ -388,6 +389,7 @@ class EvictingLayer(RowLayer):
         w, t = queries.shape[3], call.query.shape[3]
 
         def rope(positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+            # one row of positions may stand for a sequence or for each of its heads;
             # a score counts positions from each sequence's first token, the model may not
             shift = first.view(-1, 1).repeat_interleave(len(positions) // len(first), 0)
             return self.rope(positions + shift, like)

@@ -32,6 +32,7 @@ class SinkPoints:
         Returns:
             (b, t), True for sinks.
         """
+        # one point at a time: all differences at once would take m times the memory of the values
         squared = [(values.float() - c.unsqueeze(1)).square().sum((1, 3)) for c in self.centres]
         return (torch.stack(squared) < self.radius.square()[:, None, None]).any(0)
 

@@ -102,6 +102,7 @@ class PerToken:
 
     def _groups(self, width: int) -> tuple[int, int]:
         """(number of groups, channels of each): groups as even as can be, and of whole bytes."""
+        # 40 channels make two groups of 20, not one of 32 and one of 8
         groups = math.ceil(width / GROUP)
         size = math.ceil(width / groups)
         return groups, size + -size % (8 // self.bits)
@@ -175,6 +176,7 @@ class Scheme:
     hadamard_rotated: bool = False
 
 
+# functions, so that a packing is made only when its name is chosen
 SCHEMES: dict[str, Callable[[], Scheme]] = {
     "int8": lambda: Scheme(8, PerToken(8), PerToken(8)),
     "int4": lambda: Scheme(4, PerToken(4), PerToken(4)),

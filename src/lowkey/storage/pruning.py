@@ -70,7 +70,8 @@ class PruningLayer(EvictingLayer):
     kept_channels: Tensor
     pruned_until: Tensor
     choice_is_firm: Tensor
-    # with `channels`, the share of them that stays, and `looked`, how many of the newest queries choose them
+    # A policy with `channels`, the share of key channels that stays, and `looked`, the number of newest
+    # queries that choose them.
     policy: Any
     saved_counters = (*EvictingLayer.saved_counters, "pruned_entries", "prunings")
     pruned_entries = prunings = 0
@@ -156,9 +157,9 @@ class PruningLayer(EvictingLayer):
         """The bytes of one pruned token of one head."""
         return self.entry_bytes - (self.head_dim - self.channel_count) * self.recent_k.element_size()
 
-    def costs(self, tokens: Tensor) -> EvictionCosts:
+    def costs(self) -> EvictionCosts:
         """As `EvictingLayer`'s, with one more pruning, and with recent tokens whole."""
-        whole = super().costs(tokens)
+        whole = super().costs()
         next_pruning = self.cache_eviction.layers * self._pruning_bytes() / whole.sequences
         return replace(
             whole,
@@ -179,7 +180,7 @@ class PruningLayer(EvictingLayer):
             return True
         if self.policy.budget is None or self.policy.budget.unit in ("%", "tokens"):
             return super().tokens_per_head(tokens) >= tokens
-        return super().costs(self.tokens_seen()).tokens_per_head(self.policy, tokens) >= tokens
+        return super().costs().tokens_per_head(self.policy, tokens) >= tokens
 
     def own_flaw(self, heads: int, key_width: int, value_width: int) -> str | None:
         """Check the pruned tokens and the channels of each pruning; see `PositionedLayer.own_flaw`."""
@@ -204,6 +205,7 @@ class PruningLayer(EvictingLayer):
         wrong = rows_flaw(self, heads, self.pruned_starts, self.pruned_positions, self.pruned_entries)
         if wrong or not self.pruned_entries:
             return wrong
+        # every pruned token must lie before the end of some pruning, which has its channels
         late = (
             self.pruned_positions >= until[:, -1][row_of(self.pruned_starts) // heads]
             if self.prunings
@@ -334,7 +336,7 @@ class PruningLayer(EvictingLayer):
             # no new choice: the last pruning just goes further
             self.pruned_until = torch.cat([self.pruned_until[:, :-1], until], 1)
             return
-        if self.prunings:
+        if self.prunings:  # the sequences that reuse a choice get a copy of it
             chosen = torch.where(reuse[:, None, None], self.kept_channels[:, -1], chosen)
         self.kept_channels = torch.cat([self.kept_channels, chosen.unsqueeze(1)], 1)
         self.pruned_until = torch.cat([self.pruned_until, until], 1)

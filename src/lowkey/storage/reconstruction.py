@@ -61,6 +61,7 @@ class ReconstructionLayer(StockLayer):
         tokens = torch.arange(keys.shape[2], device=keys.device)
         seen_exactly = self.exact.exact_mask(keys.shape[2], keys.device)
         mask = call.mask if call.mask is not None else (tokens <= tokens.unsqueeze(1)).unsqueeze(0)
+        # each token is in one of the two segments, so that it counts once in the softmax
         transformed = Segment(call.query, *self._transformed(keys, values), mask & ~seen_exactly)
         exact = Segment(call.query, keys, values, mask & seen_exactly)
         return grouped.attend([transformed, exact], call.scaling, call.softcap)

@@ -66,6 +66,7 @@ class SecondMomentLayer(StoringLayer):
         return grouped.attend([segment], call.scaling, call.softcap)
 
     def _add(self, name: str, moment: Tensor) -> None:
+        # fp64 on the CPU: sums over millions of tokens, also where the accelerator has no fp64
         self.sums[name] = self.sums.get(name, 0) + moment.double().cpu()
 
 

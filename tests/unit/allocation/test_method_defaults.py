@@ -45,7 +45,7 @@ DEFAULTS = {  # of the papers: allocator, layout, candidate ranks, options
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_methods_defaults_are_its_papers(name):
+def test_the_defaults_of_a_method_are_those_of_its_paper(name):
     kind = METHODS[name]
     allocator, layout, ranks, options = DEFAULTS[name]
     assert (kind.allocator, kind.layout, kind.grid) == (allocator, layout, ranks)
@@ -53,7 +53,7 @@ def test_a_methods_defaults_are_its_papers(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_calibration_takes_them_when_nothing_else_is_said(name):
+def test_calibration_uses_the_defaults_of_its_method(name):
     plan = calibrate(CHEAP[name], budget="93.7%")
     assert (plan.allocator["name"], plan.layout) == DEFAULTS[name][:2]
 
@@ -97,7 +97,7 @@ def test_an_allocator_object_with_options():
     assert plan.allocator["parameters"] == {"split": "measured"}
 
 
-def test_an_object_that_is_no_allocator_is_refused_by_what_it_lacks():
+def test_an_object_that_is_no_allocator_is_refused():
     class Half:
         summary, required_signals = "", ()
 

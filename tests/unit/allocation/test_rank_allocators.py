@@ -72,7 +72,7 @@ def test_more_bytes_never_cost_quality(name):
 
 
 @every
-def test_too_small_a_budget_is_refused_in_one_line_with_the_limit_and_the_least(name):
+def test_too_small_a_budget_is_refused_with_the_least_one(name):
     p = bowl()
     with pytest.raises(LowkeyError) as refusal:
         RANK_ALLOCATORS[name]().under_bytes(p, 50)
@@ -87,14 +87,14 @@ def test_the_least_budget_is_enough(name):
     assert RANK_ALLOCATORS[name]().under_bytes(p, p.bytes_per_token([(2, 2)] * 3)) == [(2, 2)] * 3
 
 
-def test_the_least_budget_is_enough_for_layers_whose_errors_weigh_more():
+def test_the_least_budget_is_enough_for_weighted_layers():
     """Of twelve layers the first counts 1.5 times."""
     p = profile([[[0.3, 0.2, 0.1, 0.0]] * 4] * 12)
     assert WeightedPareto().under_bytes(p, p.bytes_per_token([(2, 2)] * 12)) == [(2, 2)] * 12
 
 
 @every
-def test_an_error_budget_that_everything_fits_gives_the_least_ranks(name):
+def test_a_loose_error_budget_gives_the_least_ranks(name):
     assert RANK_ALLOCATORS[name]().under_error(bowl(), 1e6) == [(2, 2)] * 3
 
 
@@ -158,7 +158,7 @@ def test_pareto_is_the_cheapest_pair_of_each_layer(error):
 
 
 @pytest.mark.parametrize("share", [0.3, 0.45, 0.6, 0.75, 0.95])
-def test_pareto_under_bytes_takes_the_smallest_error_budget_that_fits(share):
+def test_pareto_under_bytes_takes_the_smallest_error_that_fits(share):
     p, limit = bowl(), share * full_bytes(bowl())
     levels = sorted({p.error(i, q) for i in range(3) for q in p.measured_pairs()})
     best = next(

@@ -123,7 +123,7 @@ def test_thresholds_choose_the_exact_ranks_of_their_definition(energy, power, er
         assert any(r % 2 for pair in expected for r in pair), "ranks that no grid of eight has"
 
 
-def test_thresholds_under_bytes_are_those_of_the_least_error_that_fits():
+def test_thresholds_under_bytes_have_the_least_error_that_fits():
     plan = calibrate(PCA("per_head", "per_head"), budget="60%", allocator=Threshold(0.1))
     steps = [path(layer, 0.1, 1.0) for layer in range(LAYERS)]
     for error in sorted(found for layer in steps for _, found in layer):
@@ -194,14 +194,14 @@ def test_an_error_budget_bounds_what_the_allocator_says(allocator, error):
 
 
 @by_allocator
-def test_an_error_budget_leaves_no_cheaper_ranks_that_its_rule_would_take(allocator):
+def test_an_error_budget_takes_the_cheapest_ranks_of_its_rule(allocator):
     """A larger budget never costs more bytes, and some budget between saves some."""
     sizes = [calibrate(error_budget=e, allocator=allocator).bytes_per_token(4) for e in (0.05, 0.2, 1.0)]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]
 
 
 @pytest.mark.parametrize("allocator", ["uniform", "pareto", "threshold"])
-def test_with_judge_loss_an_error_budget_is_in_nats_of_one_layer_alone(allocator):
+def test_with_judge_loss_an_error_budget_is_in_nats_per_layer(allocator):
     plan = calibrate(error_budget=0.02, allocator=allocator, judge="loss", ranks=4)
     ids = rows()[-HELD:]
 
@@ -265,7 +265,7 @@ def test_no_allocator_rounds_above_the_budget(allocator, budget):
 
 
 def test_a_share_is_not_rounded_down_by_floating_point():
-    """55 % of 2048 bytes is 1126.4; of 2000 bytes exactly 1100, which 0.55 * 2000 misses by its last digit."""
+    """55 % of 2048 bytes is 1126.4; of 2000 exactly 1100, which 0.55 * 2000 misses by its last digit."""
     from lowkey.core.types import Budget
 
     assert all(Budget.parse(f"{n}%").bytes_per_token(100) == n for n in range(1, 101))
@@ -283,7 +283,7 @@ def test_a_share_is_not_rounded_down_by_floating_point():
         ("6.2%", "is below 96"),
     ],
 )
-def test_a_budget_that_ranks_cannot_keep_is_refused_before_anything_is_read(budget, says):
+def test_a_budget_no_ranks_can_meet_is_refused_before_reading(budget, says):
     with pytest.raises(LowkeyError, match=says) as refusal:
         lowkey.calibrate(pico.attached("llama"), None, "", method=Palu(), budget=budget, sinks=0, recent=0)
     assert len(str(refusal.value).splitlines()) == 1
@@ -291,7 +291,7 @@ def test_a_budget_that_ranks_cannot_keep_is_refused_before_anything_is_read(budg
 
 
 @pytest.mark.parametrize("allocator", ["greedy", "pareto", UniformRanks("measured")])
-def test_below_what_is_measured_allocators_that_compare_errors_refuse_before_anything_is_read(allocator):
+def test_budgets_below_the_measured_ranks_are_refused_at_once(allocator):
     """The least measured rank is 2 of 16; the others may choose 1."""
     with pytest.raises(LowkeyError, match=r"7\.0%.*is below 192 \(12\.5%\)"):
         lowkey.calibrate(
@@ -307,7 +307,7 @@ def test_below_what_is_measured_allocators_that_compare_errors_refuse_before_any
     assert chosen(calibrate(budget="7%", allocator="uniform")) == [(1, 1)] * LAYERS
 
 
-def test_exact_tokens_are_within_the_budget_as_the_docstring_says():
+def test_exact_tokens_count_in_the_budget_as_documented():
     """Counted for a cache of 100 tokens: in shorter ones they weigh more."""
     plan = calibrate(budget="25%", sinks=2, recent=3, at=100)
     positions = LAYERS * (3 * 8 + 2 * 4)  # three of a row and one of each sink

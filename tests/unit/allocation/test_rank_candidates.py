@@ -43,7 +43,7 @@ def test_the_papers_grid_is_half_to_nine_tenths_of_the_head_dim():
         ((16,), [16]),
     ],
 )
-def test_what_can_be_asked_for(asked, expected):
+def test_ranks_that_can_be_asked_for(asked, expected):
     assert grid(asked, multiples(16, 1)) == expected
 
 
@@ -73,7 +73,7 @@ def test_what_can_be_asked_for(asked, expected):
         *([17], [0], [-2], [], [1.5], [0.0], [float("nan")], [True], ["3"]),
     ],
 )
-def test_anything_else_is_refused_in_one_line(asked):
+def test_other_ranks_are_refused_in_one_line(asked):
     with pytest.raises(LowkeyError, match=r"^ranks ") as refusal:
         grid(asked, multiples(16, 1))
     assert len(str(refusal.value).splitlines()) == 1 and len(str(refusal.value)) < 300
@@ -94,7 +94,7 @@ def test_a_count_gives_so_many_of_the_choices_evenly_spaced(d, multiple, count):
 
 @pytest.mark.parametrize("share", [31, 43.2, 50, 58.1, 77, 99.9])
 @pytest.mark.parametrize("allocator", ["greedy", "fisher"])
-def test_any_rank_can_be_chosen_so_that_no_rank_that_fits_is_left(allocator, share):
+def test_with_any_rank_allowed_no_rank_that_fits_is_left(allocator, share):
     plan = calibrate(allocator=allocator, budget=f"{share}%")
     assert sum(k + v for k, v in chosen(plan)) == int(share * FULL / 100) // UNIT
 
@@ -136,7 +136,7 @@ def test_stiefattention_chooses_among_the_ranks_it_is_trained_at():
     assert plan.layout == "pre_rope" and plan.allocator["name"] == "weighted-pareto"
 
 
-def test_the_papers_grid_cannot_meet_less_than_half_and_says_what_to_do():
+def test_the_papers_grid_refuses_less_than_half_with_a_remedy():
     with pytest.raises(LowkeyError, match=r"50\.0%.*--ranks"):
         calibrate(StiefAttention(), budget="49%")
     with pytest.raises(LowkeyError, match=r"50\.0%.*--ranks"):
@@ -167,13 +167,13 @@ def test_strided_channels_are_evenly_spaced_at_every_rank():
         (PCA(), {"ranks": [4, 6], "rank_multiple": 4}),
     ],
 )
-def test_ranks_that_a_method_or_a_multiple_cannot_serve_are_refused_by_number(method, options):
+def test_ranks_that_a_method_cannot_serve_are_refused_by_number(method, options):
     if method == MEA():
         options = {"ranks": [6]}
     with pytest.raises(LowkeyError, match=r"^ranks .*: \d+ is not one of "):
         calibrate(method, **options)
 
 
-def test_a_rank_multiple_that_leaves_a_method_nothing_but_full_rank_is_refused():
+def test_a_rank_multiple_that_leaves_only_full_rank_is_refused():
     with pytest.raises(LowkeyError, match=r"100\.0%.*lower --rank-multiple"):
         calibrate(KVHeadSVD(), budget="50%", rank_multiple=3)

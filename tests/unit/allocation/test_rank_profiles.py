@@ -40,7 +40,7 @@ def test_the_tail_rule_by_hand(energy, power, error):
     assert Tail(energy).bounded_value(p, expected) == pytest.approx(reached**0.5)
 
 
-def test_the_tail_rule_under_bytes_takes_the_smallest_error_that_fits():
+def test_tail_under_bytes_takes_the_smallest_error_that_fits():
     p = replace(bowl(3), choices=tuple(range(1, 9)))
     levels = sorted(
         tail_by_hand(side, r, 0.5) ** 0.5 for pair in p.spectra for side in pair for r in range(9)
@@ -91,7 +91,7 @@ def test_thresholds_give_exact_ranks_and_ask_for_their_errors(energy, power):
                 assert all(enough) and not all(fewer)
 
 
-def test_a_threshold_stops_at_errors_that_were_measured_at_its_ranks():
+def test_a_threshold_stops_at_errors_measured_at_its_ranks():
     """What was measured there counts, not what lies between the errors of the surface."""
     p = replace(bowl(1), choices=EXACT)
     path = Threshold(0.1).extra_pairs(p)[0]

@@ -89,7 +89,7 @@ def test_more_bytes_never_buy_fewer_ranks(name, pairs, ranks, one, other):
 
 @settings(max_examples=100, deadline=None)
 @given(value=st.floats(1e-9, 1e9), layers=st.integers(1, 6), ranks=even_grids, share=shares)
-def test_equal_fisher_information_gives_equal_ranks_up_to_one_step(value, layers, ranks, share):
+def test_equal_fisher_information_gives_ranks_within_one_step(value, layers, ranks, share):
     _, _, found = split("fisher", [(value, value)] * layers, ranks, share)
     if found is not None:
         places = [ranks.index(r) for pair in found for r in pair]
@@ -199,7 +199,7 @@ def test_perfectly_conditioned_weights_share_alike():
 
 @pytest.mark.parametrize("name", SPLITS)
 @pytest.mark.parametrize("error", [0.02, 0.05, 0.1, 0.2])
-def test_an_error_budget_by_signal_holds_for_the_worst_layer_with_no_byte_to_spare(name, error):
+def test_an_error_budget_by_signal_holds_for_the_worst_layer(name, error):
     p = bowl(4)
     found = RANK_ALLOCATORS[name]().under_error(p, error)
     assert all(p.error(i, pair) <= error for i, pair in enumerate(found))

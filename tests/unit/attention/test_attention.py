@@ -1,6 +1,4 @@
-"""Every kind of attention as a model: what it answers does not depend on how the text was fed, stored,
-compiled or saved.
-"""
+"""Models of every attention kind give the same logits however the text is fed, stored or compiled."""
 
 from __future__ import annotations
 
@@ -147,7 +145,7 @@ def stretched(model):
 
 
 @each
-def test_a_token_is_seen_by_itself_and_later_ones_only(name):
+def test_attention_is_causal(name):
     model, tokens = build(name), ids(batch=1)
     changed = tokens.clone()
     changed[0, 6] = (tokens[0, 6] - 1) % (VOCAB - 2) + 2
@@ -186,14 +184,14 @@ def test_gradients_reach_every_parameter(name):
 
 
 @each
-def test_dropout_is_heard_however_stored_tokens_are_read(name):
+def test_dropout_acts_in_training_in_every_form(name):
     model, tokens = build(name, attention_dropout=0.5, num_hidden_layers=1), ids()
     assert torch.equal(logits(model, tokens), logits(model, tokens))
     model.train()
     assert not torch.equal(logits(model, tokens), logits(model, tokens))
 
 
-def test_an_adapter_around_the_up_map_is_heard():
+def test_an_adapter_around_the_up_map_takes_effect():
     """Absorbed reading takes the weight apart; what is wrapped around it is heard when it is called."""
 
     class Adapter(torch.nn.Linear):
@@ -223,7 +221,7 @@ def test_checkpointed_gradients_are_gradients(name):
 
 
 @one_of_each
-def test_gradients_are_slopes(name):
+def test_gradients_match_finite_differences(name):
     """Of the attention's own parameters, along one random direction each, against central differences."""
     model, tokens, step = build(name, num_hidden_layers=1), ids(6, batch=1), 1e-5
     parameters = {key: p for key, p in model.named_parameters() if "self_attn" in key}
@@ -289,8 +287,10 @@ for folder in sys.argv[1:]:
     inner = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="auto")
     assert type(inner).__name__ == "LowkeyModel"
     with torch.no_grad():
-        assert torch.equal(inner(tokens).last_hidden_state, model(tokens, output_hidden_states=True).hidden_states[-1])
-        torch.save({"logits": model(tokens).logits, "new": model.generate(tokens, max_new_tokens=4, do_sample=False)}, f"{folder}/out.pt")
+        states = model(tokens, output_hidden_states=True).hidden_states
+        assert torch.equal(inner(tokens).last_hidden_state, states[-1])
+        new = model.generate(tokens, max_new_tokens=4, do_sample=False)
+        torch.save({"logits": model(tokens).logits, "new": new}, f"{folder}/out.pt")
 assert not [m for m in sys.modules if m.split(".")[0] == "lowkey"]
 """
 

@@ -1,4 +1,4 @@
-"""What a checkpoint of `lowkey.attention` can and cannot do in the rest of the house."""
+"""What a checkpoint of `lowkey.attention` can be used for in lowkey, and what it cannot."""
 
 from __future__ import annotations
 

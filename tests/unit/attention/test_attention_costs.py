@@ -1,6 +1,4 @@
-"""What a kind of attention takes: parameters, stored numbers and operations against formulas; how it starts;
-what is refused.
-"""
+"""Parameters, stored numbers and operations of every attention kind against formulas; what is refused."""
 
 from __future__ import annotations
 
@@ -222,7 +220,7 @@ def test_parameters_and_stored_numbers_at_any_width(shape):
 
 
 def test_half_of_mha_at_the_same_width():
-    """The arms of a comparison at equal bytes: 8 heads, low-rank 3/8 of a head, 4 stored or component heads."""
+    """Kinds at equal bytes: 8 heads, a low rank of 3/8 of a head, or 4 stored or component heads."""
     half = {"hidden_size": 128, "num_attention_heads": 8}
     full = costs(LowkeyConfig(attention="mha", **half)).stored
     arms = [

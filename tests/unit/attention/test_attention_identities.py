@@ -1,6 +1,4 @@
-"""What every kind of attention is: equal to another kind where one is a case of the other, and to loops over
-heads, written out.
-"""
+"""Every attention kind equals another kind where it is a special case of it, and loops over heads."""
 
 from __future__ import annotations
 
@@ -128,7 +126,7 @@ def test_lrkv_of_full_rank_is_mha(mode):
 
 
 @pytest.mark.parametrize("mode", ["full", "partial"])
-def test_what_moves_from_the_shared_part_to_the_low_rank_parts_changes_nothing(mode):
+def test_moving_weight_from_shared_to_low_rank_changes_nothing(mode):
     model, x = build("lrkv-full", lrkv_rope_mode=mode), hidden()
     before, layer = alone(model, x), attention(model)
     wider = share(model, build("lrkv-full", seed=1, lrkv_rope_mode=mode, lrkv_rank=4 + 1))
@@ -190,7 +188,7 @@ def mixed(model, mix):
 
 
 @pytest.mark.parametrize("name", ["mea", "mea-fewer", "mea-fewer-absorbed", "mea-fewer-expanded"])
-def test_the_order_of_components_means_nothing(name):
+def test_the_order_of_components_changes_nothing(name):
     model = build(name)
     randomly_mixed(model)
     before = logits(model, ids())
@@ -268,7 +266,7 @@ def test_latent_scale_is_a_scale_of_the_norms():
 # -- one tensor for keys and values
 
 
-def test_gta_without_a_slice_is_keys_that_are_values_without_positions():
+def test_gta_without_a_rotated_slice_has_keys_equal_to_values():
     gta = build("gta-no-slice", qk_norm=True)
     assert equal_models(gta, share(gta, build("k_eq_v", seed=1, qk_rope_head_dim=0, qk_norm=True)))
     gqa = share(gta, build("gqa", seed=1, qk_norm=True))

@@ -1,6 +1,4 @@
-"""Every kind of attention wherever its tokens stand: a cache gives what reading the whole text at the same
-positions gives.
-"""
+"""Every attention kind at any positions: a cache gives what one pass over the whole text gives."""
 
 from __future__ import annotations
 
@@ -162,7 +160,7 @@ def test_a_long_text_is_decoded_with_the_long_factors(name, cache):
 
 @caches
 @each
-def test_frequencies_that_a_longer_text_has_left_are_every_layers(name, cache):
+def test_frequencies_after_a_longer_text_are_those_of_all_layers(name, cache):
     """Dynamic NTK keeps the frequencies of the longest text that it has read, as in stock models: all that
     turns must know of it.
     """
@@ -174,7 +172,7 @@ def test_frequencies_that_a_longer_text_has_left_are_every_layers(name, cache):
 
 @pytest.mark.parametrize("rope", [DYNAMIC, LONG], ids=lambda rope: rope["rope_type"])
 @each
-def test_after_a_longer_text_generation_does_not_depend_on_the_cache(name, rope):
+def test_generation_after_a_longer_text_ignores_the_cache(name, rope):
     if rope is LONG and name not in WIDE:
         return
     model = scaled(name, rope)
@@ -268,7 +266,7 @@ class Rounding(QuantizedLayer):
 
 
 @each
-def test_a_cache_that_rounds_is_refused_where_positions_are_stored(name):
+def test_a_quantised_cache_is_refused_for_stored_positions(name):
     model = build(name)
     past = Cache(layers=[Rounding() for _ in model.model.layers])
     kinds = [layer.self_attn for layer in model.model.layers]

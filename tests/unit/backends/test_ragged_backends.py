@@ -208,7 +208,7 @@ def first_use():
     print(torch.get_num_threads())
 
 
-def test_compilers_are_imported_on_first_use_and_leave_torchs_threads_alone():
+def test_compilers_are_imported_on_first_use_and_keep_threads():
     assert python("import test_ragged_backends as t; t.first_use()").split("\n") == ["set()", "1"]
 
 

@@ -1,4 +1,4 @@
-"""Every ragged backend is the definition; the dispatcher takes one that can."""
+"""Every ragged backend gives what the definition gives; the dispatcher takes one that can."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def rows(lengths, width, width_v, m, dtype=torch.float32, scale=1.0):
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"]
 )
-def test_it_is_the_definition(name, lengths, width, width_v, m, dtype, tolerance):
+def test_ragged_backends_equal_the_definition(name, lengths, width, width_v, m, dtype, tolerance):
     case = rows(lengths, width, width_v, m, dtype)
     out, lse = BACKENDS[name](*case, width**-0.5)
     expected, total = naive.ragged(*(x.double() if x.is_floating_point() else x for x in case), width**-0.5)
@@ -89,7 +89,7 @@ def test_many_queries_are_answered_the_same(name, width, width_v, dtype, toleran
     )
 
 
-def test_a_chunk_by_itself_is_causal_attention_with_its_log_sum_exp():
+def test_a_chunk_alone_is_causal_attention_with_log_sum_exp():
     generator = torch.Generator().manual_seed(0)
     query, keys, values = (
         torch.randn(2, 3, *s, generator=generator).double() for s in ((2, 20, 8), (20, 8), (20, 8))
@@ -101,7 +101,7 @@ def test_a_chunk_by_itself_is_causal_attention_with_its_log_sum_exp():
     assert torch.allclose(out.double(), naive.attend([Segment(query, keys, values, mask)], 0.3), atol=1e-5)
 
 
-def test_where_gradients_are_wanted_the_kernel_without_them_is_not_taken():
+def test_a_kernel_without_gradients_is_not_taken_for_training():
     query, keys, values, starts = rows([30, 20], 8, 8, 70)
     found = []
     for taken in (ragged.ragged, grouped.ragged):
@@ -111,14 +111,14 @@ def test_where_gradients_are_wanted_the_kernel_without_them_is_not_taken():
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_without_numba_plain_torch_does_it(monkeypatch):
+def test_without_numba_plain_torch_is_used(monkeypatch):
     monkeypatch.setattr(numba_cpu, "available", lambda: False)
     case = rows([3, 70], 16, 16, 2)
     out, _ = ragged.ragged(*case, 0.25)
     assert torch.equal(out, grouped.ragged(*case, 0.25)[0])
 
 
-def test_the_bench_says_what_it_promises():
+def test_the_bench_prints_its_fields():
     found = decode_bench(
         context=64, head_dim=16, heads=4, kv_heads=2, dtype="float32", budget="25%", repeats=1
     )
@@ -139,6 +139,6 @@ def test_the_bench_says_what_it_promises():
         ({"budget": "9999 tokens", "context": 64}, "more than the context"),
     ],
 )
-def test_a_bench_that_cannot_be_is_refused(words, says):
+def test_an_impossible_bench_is_refused(words, says):
     with pytest.raises(LowkeyError, match=says):
         decode_bench(**words)

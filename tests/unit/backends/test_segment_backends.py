@@ -191,7 +191,7 @@ def test_bf16_scores_are_softmaxed_in_fp32():
 
 @pytest.mark.parametrize(("groups_k", "groups_v"), [(2, 1), (1, 4), (2, 2), (4, 2)])
 @pytest.mark.parametrize("masks", [True, False])
-def test_stored_heads_may_stand_for_several_and_differ_from_segment_to_segment(groups_k, groups_v, masks):
+def test_segments_may_store_different_numbers_of_heads(groups_k, groups_v, masks):
     """Four KV heads of two queries each; one segment keeps them apart, the other merges them."""
     generator = torch.Generator().manual_seed(0)
 

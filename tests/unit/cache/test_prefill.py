@@ -1,6 +1,4 @@
-"""`prefill`: rows of different length are as they are alone, and what it cannot do it refuses before it
-reads.
-"""
+"""`prefill`: rows of different length are as they are alone; what it cannot do is refused first."""
 
 from __future__ import annotations
 

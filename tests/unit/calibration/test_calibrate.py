@@ -39,7 +39,7 @@ def same(a: Plan, b: Plan) -> bool:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "olmo2"])
-def test_the_plan_holds_what_the_budget_allows_and_saves_and_runs(tmp_path, name, layout):
+def test_a_plan_within_its_budget_saves_loads_and_runs(tmp_path, name, layout):
     model = pico.attached(name)
     plan = calibrate(model, EigenAttention(), layout=layout, budget="50%", sinks=2, recent=3)
     shape = families.geometry(model)

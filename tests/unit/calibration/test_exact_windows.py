@@ -1,5 +1,6 @@
-"""Exact tokens beside a plan: in its budget, in its errors and in its statistics; and plans that name the
-packing of their latents.
+"""Exact tokens beside a plan: in its budget, its errors and its statistics.
+
+Also plans that name the packing of their latents.
 """
 
 from __future__ import annotations
@@ -77,9 +78,7 @@ def held(plan: Plan, tokens: int, model=None) -> int:
         ("int8", 256, "150 KiB", (2, 16)),
     ],
 )
-def test_a_cache_of_so_many_tokens_holds_the_budget_and_with_one_rank_more_exceeds_it(
-    bits, at, budget, window
-):
+def test_one_more_rank_would_exceed_the_budget_of_a_cache(bits, at, budget, window):
     plan = calibrate(
         PCA("per_head", "per_head"), budget=budget, bits=bits, at=at, sinks=window[0], recent=window[1]
     )
@@ -110,7 +109,7 @@ def test_a_budget_is_used_however_it_is_split(bits, allocator):
 
 
 @pytest.mark.parametrize(("bits", "waiting"), [(None, 0), ("int8", 0), ("kivi4", 31)])
-def test_a_longer_cache_holds_it_but_for_the_tokens_that_a_block_waits_for(bits, waiting):
+def test_a_longer_cache_holds_the_budget_but_for_waiting_tokens(bits, waiting):
     plan = calibrate(budget="40%", bits=bits, at=256)
     for tokens in (257, 287, 288, 400):
         assert held(plan, tokens) <= 0.4 * FULL * tokens + waiting * FULL
@@ -151,7 +150,7 @@ def test_what_is_left_for_latents_in_numbers():
         ),
     ],
 )
-def test_budgets_that_a_window_does_not_leave_room_for_are_refused(given, budget, says):
+def test_budgets_smaller_than_the_exact_window_are_refused(given, budget, says):
     with pytest.raises(LowkeyError, match=says):
         holding(**given).latent_bytes(budget)
 
@@ -174,7 +173,7 @@ def test_a_card_says_what_the_whole_cache_holds(bits, recent):
 
 @pytest.mark.parametrize("bits", [None, "int8", "kivi4"])
 @pytest.mark.parametrize("allocator", ["uniform", "greedy"])
-def test_a_budget_that_the_ranks_exceed_is_refused_with_one_that_works(bits, allocator):
+def test_a_budget_that_ranks_exceed_is_refused_with_a_valid_one(bits, allocator):
     """Whole heads of two; the windows, and integers, are in the share that is named."""
     options = {"method": KVHeadSVD(), "bits": bits, "allocator": allocator, "at": 300}
     with pytest.raises(
@@ -264,7 +263,7 @@ def folder(tmp_path_factory):
     return pico.save(tmp_path_factory.mktemp("model") / "pico", pad_token_id=None)
 
 
-def test_compress_takes_bits_and_the_length_that_a_budget_in_bytes_is_for(folder, tmp_path):
+def test_compress_takes_bits_and_the_length_of_a_byte_budget(folder, tmp_path):
     words = (
         "--method",
         "pca",
@@ -443,7 +442,7 @@ def test_what_is_recommended_at_a_budget(share, allocator, bits):
     assert recommended(attached("llama"), share) == Recommended(FisherSVD(), "pre_rope", allocator, bits)
 
 
-def test_what_is_recommended_where_frequencies_change_or_weights_have_no_gradients():
+def test_recommendations_fit_rope_scaling_and_frozen_weights():
     turned = lowkey.attach(
         pico.build("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
     )
@@ -452,7 +451,7 @@ def test_what_is_recommended_where_frequencies_change_or_weights_have_no_gradien
     assert recommended(away, 0.2) == Recommended(KQSVD(group=0), "pre_rope", "uniform", "kivi4")
 
 
-def test_an_error_budget_without_a_method_is_one_of_measured_errors():
+def test_an_error_budget_without_a_method_bounds_measured_errors():
     plan = lowkey.calibrate(
         attached("llama"), pico.tokenizer(), TEXT, error_budget=0.3, sample=Sample(8, 48), sinks=0, recent=0
     )

@@ -266,7 +266,7 @@ def test_without_peft_the_remedy_is_named(monkeypatch):
         run()
 
 
-def test_a_loss_that_is_no_number_is_refused_and_the_checkpoint_stays(tmp_path):
+def test_a_loss_that_is_not_a_number_keeps_the_checkpoint(tmp_path):
     with pytest.raises(LowkeyError, match=r"lr 1e\+30: .* step 2 .* smaller lr"):
         run(work=tmp_path, lr=1e30, save_every=1)
     assert len(list(tmp_path.glob("*/training.safetensors"))) == 1

@@ -111,7 +111,7 @@ def test_every_linear_map_of_the_layers_is_trained(name):
     assert list(before) == list(after) and moved == linear
 
 
-def test_adapters_of_a_half_precision_model_are_in_full_precision():
+def test_adapters_of_half_precision_models_are_full_precision():
     model = lowkey.attach(pico.build("llama").to(torch.bfloat16))
     plan = pico.plan(model, layout="pre_rope")
     data = module.TrainingWindows.of(pico.tokenizer(), TEXT, SMALL)
@@ -122,7 +122,7 @@ def test_adapters_of_a_half_precision_model_are_in_full_precision():
     assert all(map(math.isfinite, losses(found)))
 
 
-def test_the_windows_of_a_step_depend_on_the_seed_and_the_step_alone():
+def test_the_windows_of_a_step_depend_on_seed_and_step_only():
     data, other = (module.TrainingWindows.of(pico.tokenizer(), TEXT, replace(SMALL, seed=s)) for s in (0, 1))
     assert data.at(3).shape == (2, 24) and bool((data.at(3)[:, 0] == pico.tokenizer().bos_token_id).all())
     assert torch.equal(data.at(3), data.at(3))
@@ -150,7 +150,7 @@ KV_LATENT = {
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "phi3"])
-def test_attention_is_trained_in_full_and_the_rest_through_adapters(name):
+def test_attention_is_trained_in_full_and_the_rest_by_adapters(name):
     """What changes says how: by any matrix in attention (and its biases), by one of the adapters' rank
     elsewhere.
     """
@@ -214,7 +214,7 @@ def test_every_stage_has_its_rate():
     )
 
 
-def test_maps_in_full_of_a_half_precision_model_are_trained_in_full_precision():
+def test_half_precision_maps_are_trained_in_full_precision():
     model = lowkey.attach(pico.build("llama").to(torch.bfloat16))
     data = module.TrainingWindows.of(pico.tokenizer(), TEXT, SMALL)
     training = module.RecoveryTraining.of(model, pico.plan(model), data, replace(SMALL, **KV_LATENT))

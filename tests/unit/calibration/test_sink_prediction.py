@@ -124,7 +124,7 @@ def test_the_command_says_why_there_are_none(tmp_path):
     assert told["layers"] == {} and "no attention sinks to predict" in told["why"]
 
 
-def test_sinks_that_emerge_within_the_model_are_found_from_there_on():
+def test_sinks_that_emerge_in_later_layers_are_found_there():
     """A neuron of the first layer's MLP that only the planted tokens wake writes the channel."""
     model = pico.build("llama")
     with torch.no_grad():
@@ -152,7 +152,7 @@ def test_sinks_that_emerge_within_the_model_are_found_from_there_on():
     "make",
     [lambda: (pico.attached("llama"), CALIBRATION), lambda: (load("tiny", "float32", "cpu")[0], CALIBRATION)],
 )
-def test_a_model_without_massive_activations_has_no_rule_and_says_why(make):
+def test_a_model_without_massive_activations_has_no_sink_rule(make):
     model, rows = make()
     with pytest.warns(
         UserWarning, match=r"times the median, and none is more than 100 times.*Exact\(sinks=n\)"
@@ -187,14 +187,14 @@ def test_a_stable_channel_stays_an_outlier():
     assert stable_channels(outliers[:, 3:]) == (0, [])
 
 
-def test_kinds_are_channels_and_signs():
+def test_kinds_of_sinks_are_told_by_channel_and_sign():
     hidden = torch.ones(20, 64)
     hidden[0, 3], hidden[1, 3], hidden[2, 8], hidden[3, 5], hidden[4, 3] = 500.0, -500.0, 500.0, 500.0, 50.0
     kinds = sink_kinds(hidden, [3, 8], 100.0).tolist()
     assert len(set(kinds[:3])) == 3 and min(kinds[:3]) > 0 and kinds[3:] == [0, -1, *[0] * 15]
 
 
-def test_an_outlier_channel_in_which_every_token_is_large_does_not_hide_the_sinks():
+def test_an_outlier_channel_does_not_hide_the_sinks():
     """As in SmolLM2-135M from layer 12 on: 50 times the median everywhere, 14,000 times in the sinks, a stray
     110.
     """
@@ -206,7 +206,7 @@ def test_an_outlier_channel_in_which_every_token_is_large_does_not_hide_the_sink
 
 
 def test_points_lie_where_no_others_do_also_in_their_midst():
-    """Sinks near zero, in the middle of values with large norms: no half-space tells them apart, a ball does."""
+    """Sinks near zero, amid values of large norm: no half-space separates them, but a ball does."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(200, 2, 8, generator=generator)
     kinds = torch.zeros(200, dtype=torch.long)
@@ -271,7 +271,7 @@ def test_a_predicted_sink_is_seen_exactly_and_the_rest_as_stored(bits, recent, f
     )
 
 
-def test_with_a_sink_in_the_middle_the_rule_is_nearer_to_stock_than_the_first_tokens():
+def test_the_rule_is_better_than_first_tokens_for_a_middle_sink():
     """What KVSink is for; at the same bytes."""
     ids, model = text([[20], [13], [30], [17]], seed=5), plant(pico.build("llama"))
     reference, error = feed(model, ids), {}
@@ -367,10 +367,15 @@ def test_a_damaged_rule_is_refused(tmp_path):
             lambda: lowkey.make_cache(pico.attached("llama"), bits=4, exact=Exact(4, rule=rule())),
             "sink rule was made for model",
         ),
-        (lambda: find_sinks(planted(), CALIBRATION, ratio=1.0), r"ratio 1\.0"),
+        (lambda: find_sinks(planted(), CALIBRATION, outlier_factor=1.0), r"outlier_factor 1\.0"),
     ],
 )
 def test_bad_input_is_one_clear_line(act, says):
     with pytest.raises(LowkeyError, match=says) as refused:
         act()
     assert "\n" not in str(refused.value)
+
+
+def test_the_old_name_of_the_outlier_factor_warns():
+    with pytest.warns(DeprecationWarning, match="outlier_factor"), pytest.raises(LowkeyError, match="0\\.5"):
+        find_sinks(planted(), CALIBRATION, ratio=0.5)

@@ -142,7 +142,7 @@ def test_generation_past_the_limit_is_the_sources(kind: str, fields: dict, overr
 @pytest.mark.parametrize(
     ("kind", "fields"), [("mha", {}), ("lrkv", {"lrkv_rank": D, **LATENT}), ("lrkv", {"lrkv_rank": 4})]
 )
-def test_a_conversion_does_not_depend_on_what_the_source_has_read(kind: str, fields: dict) -> None:
+def test_a_conversion_does_not_depend_on_earlier_input(kind: str, fields: dict) -> None:
     """Rotary embeddings that follow the length keep the frequencies of the longest text."""
     model = build("llama", **NTK)
     fresh = convert(model, kind, **fields).state_dict()
@@ -210,7 +210,7 @@ STILL = [
 
 @pytest.mark.parametrize(("name", "fields"), STILL)
 def test_a_latent_of_full_rank_is_exact_where_nothing_is_rotated(name: str, fields: dict) -> None:
-    """Only dropping rotations can then lose anything; and with rotation it does, so that the test can tell."""
+    """Only dropping rotations can then lose anything; with rotation it does, so that the test can fail."""
     model = build(name)
     made = convert(model, "mla", **fields)
     assert equal(model, made, still=True)
@@ -244,7 +244,7 @@ def test_a_rotated_slice_takes_biases_of_keys() -> None:
 @pytest.mark.parametrize(
     ("name", "frequencies"), [("llama", "high"), ("llama-yarn", "high"), ("llama", "spread")]
 )
-def test_partial_rotation_is_exact_where_rotated_channels_are_shared_and_nothing_is_rotated(
+def test_partial_rotation_is_exact_for_shared_rotated_channels(
     name: str, groups: int, frequencies: str
 ) -> None:
     """Heads differ in the phases of their rotated channels, in any way in the others, and not in their

@@ -99,7 +99,9 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("name", "overrides", "kind", "fields", "message"), REFUSED)
-def test_refused_in_one_line(name: str, overrides: dict, kind: str, fields: dict, message: str) -> None:
+def test_impossible_conversions_are_refused_in_one_line(
+    name: str, overrides: dict, kind: str, fields: dict, message: str
+) -> None:
     with pytest.raises(LowkeyError) as caught:
         convert(build(name, **overrides), kind, **fields)
     assert message in str(caught.value) and "\n" not in str(caught.value)
@@ -223,7 +225,7 @@ WRONG = [
 ]
 
 
-def test_what_cannot_be_converted_is_refused_before_the_text_is_read(tmp_path: Path) -> None:
+def test_impossible_conversions_are_refused_before_reading_text(tmp_path: Path) -> None:
     place = pico.save(tmp_path / "model")
     with mock.patch("lowkey.conversion.input_moments", side_effect=AssertionError):
         error = run(

@@ -1,6 +1,4 @@
-"""What a conversion says of itself: that it is exact, or what loses something and with which fields nothing
-would be lost.
-"""
+"""A conversion reports whether it is exact, what loses something, and which fields would lose nothing."""
 
 from __future__ import annotations
 
@@ -60,7 +58,7 @@ def tried(model: object, kind: str, fields: dict) -> tuple[Exactness, bool] | No
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_what_is_said_of_a_start_is_so(name: str) -> None:
+def test_reported_exactness_is_true_of_the_logits(name: str) -> None:
     """By logits: exact where it says so, not exact where it does not, and exact with the fields that it names
     instead.
     """
@@ -85,7 +83,7 @@ def test_what_is_said_of_a_start_is_so(name: str) -> None:
     assert made > 8
 
 
-def test_the_biased_full_rank_start_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_biased_full_rank_start_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     """Qwen2's keys have biases, of which one shared head cannot hold those of two."""
     model = build("qwen2")
     with caplog.at_level("WARNING", "lowkey.conversion"):
@@ -104,7 +102,7 @@ def test_the_biased_full_rank_start_is_told_of(caplog: pytest.LogCaptureFixture)
 @pytest.mark.parametrize(
     ("fields", "exact"), [(("-O", "num_key_value_heads=4"), True), (("-O", "num_key_value_heads=2"), False)]
 )
-def test_the_command_the_record_and_the_card_say_it(
+def test_command_record_and_card_report_exactness(
     fields: tuple[str, ...], exact: bool, tmp_path: Path
 ) -> None:
     place, out = pico.save(tmp_path / "model"), tmp_path / "out"
@@ -113,7 +111,8 @@ def test_the_command_the_record_and_the_card_say_it(
     line = (
         "exact, to rounding"
         if exact
-        else "not exact: 2 stored heads stand for the source's 4; exact with attention=gqa num_key_value_heads=4"
+        else "not exact: 2 stored heads stand for the source's 4; "
+        "exact with attention=gqa num_key_value_heads=4"
     )
     assert record["exact"] == exact and line in card
     assert record["exact_with"] == (None if exact else {"attention": "gqa", "num_key_value_heads": 4})

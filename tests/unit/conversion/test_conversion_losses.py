@@ -30,7 +30,7 @@ def test_low_rank_loses_what_the_singular_values_say() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("tokens", [12, 500])
-def test_low_rank_of_more_outputs_than_inputs_is_best_for_what_they_make(tokens: int) -> None:
+def test_low_rank_of_a_wide_map_is_best_for_its_outputs(tokens: int) -> None:
     """Also where a text has not seen all inputs: then full rank still loses nothing of the weights."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(70, 20, generator=generator, dtype=torch.float64)

@@ -93,7 +93,7 @@ def test_a_read_only_folder_is_told_before_the_work(tmp_path):
 
 
 @pytest.mark.parametrize("at", ["tokens", "tokenizer", "checkpoint", "log", "model"])
-def test_a_full_disk_in_pretraining_is_one_line_and_the_run_goes_on_later(tmp_path, monkeypatch, at):
+def test_pretraining_resumes_after_a_full_disk(tmp_path, monkeypatch, at):
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 60)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     training = {"tokens": 64, "batch_tokens": 32, "length": 16, "save_every": 1, "precision": "fp32"}
@@ -166,7 +166,7 @@ def test_counts_of_a_plan_are_bounded(tmp_path, name, number):
 
 
 def test_a_file_of_another_size_is_not_read_to_its_end(tmp_path):
-    """A sparse file of 4 TiB would take an hour to read: its size alone says that it is not what was written."""
+    """A sparse file of 4 TiB would take an hour to read: its size alone says that it is damaged."""
     (tmp_path / "whole").write_bytes(b"tokens")
     known = [files.file_checksum(tmp_path / "whole")]
     assert known == [f"6:{hashlib.sha256(b'tokens').hexdigest()}"]
@@ -205,7 +205,7 @@ def test_a_finished_run_without_a_weight_is_damaged(tmp_path):
         pretrain(wanted, out, device="cpu")
 
 
-def test_a_model_that_lowkey_wrote_and_somebody_damaged_is_refused(tmp_path):
+def test_a_damaged_model_written_by_lowkey_is_refused(tmp_path):
     with files.replacing_folder(tmp_path / "model") as folder:
         pico.save(folder)
     loaded, _ = lowkey.models.loading.load(str(tmp_path / "model"), device="cpu")

@@ -40,7 +40,7 @@ def test_everything_has_the_modes_that_the_user_asks_for(tmp_path, umask):
     assert set(modes.values()) == {0o666 & ~umask}
 
 
-def test_leftovers_of_a_dead_process_of_the_same_number_harm_nobody(tmp_path):
+def test_leftovers_of_a_dead_process_with_our_id_are_harmless(tmp_path):
     """In containers the next process often has the number of the last."""
     for kind in ("tmp", "old"):
         (tmp_path / f".plan.{os.getpid()}.{kind}").mkdir()
@@ -237,7 +237,7 @@ def test_work_of_somebody_else_stays(tmp_path):
     assert not work.exists()
 
 
-def test_work_that_another_process_at_it_clears_away_is_written_again(tmp_path, monkeypatch):
+def test_work_removed_by_another_process_is_written_again(tmp_path, monkeypatch):
     job, gone = files.job_folder(tmp_path / "work", {"a": 1}), []
     real = atomic.sync
 

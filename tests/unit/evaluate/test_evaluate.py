@@ -101,7 +101,7 @@ def test_kl_and_agreement_of_a_plan(rows, half):
     assert rows["pca 50%"]["top1_agreement"] == sum(agree) / len(agree) < 1
 
 
-def test_decode_only_reads_the_first_half_exactly_and_then_token_by_token(rows, half):
+def test_decode_reads_half_exactly_and_then_single_tokens(rows, half):
     before = LENGTH // 2
     logs = compressed(half, Exact(prefill="exact"), [before] + [1] * (LENGTH - before))
     expected = slow_perplexity(logs, before + 1)
@@ -175,7 +175,7 @@ def test_windows_are_taken_from_each_text_in_turn(settings):
     assert list(result["environment"]["data"]["texts"]) == ["a", "b"]
 
 
-def test_a_hopeless_perplexity_is_infinite():
+def test_an_overflowing_perplexity_is_infinite():
     window = {"nll": 1e6, "kl": 1.0, "agree": 0, "tokens": 1}
     assert likelihood.row([window])["perplexity"] == math.inf
     assert math.isnan(likelihood.row([window | {"nll": None}])["perplexity"])

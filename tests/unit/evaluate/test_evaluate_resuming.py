@@ -76,8 +76,9 @@ def test_another_job_starts_anew(settings, half, change, tmp_path, monkeypatch):
         what = Task({"other": TEXT}, LENGTH, COUNT, 1, batch=BATCH)
         evaluate(model, pico.tokenizer(), settings, what, work=tmp_path / "work")
     else:
-        run(settings[:-1] if change == "settings" else settings, ("decode",) if change == "names" else ("perplexity",), tmp_path / "work",
-            context=24 if change == "context" else LENGTH)  # fmt: skip
+        names = ("decode",) if change == "names" else ("perplexity",)
+        context = 24 if change == "context" else LENGTH
+        run(settings[:-1] if change == "settings" else settings, names, tmp_path / "work", context=context)
     assert counted.tokens >= 4 * COUNT * 24
     assert len(list((tmp_path / "work").iterdir())) == 1
 

@@ -32,7 +32,7 @@ def layer_outputs(run_model, ids: torch.Tensor, layer: int) -> torch.Tensor:
     return seen[0]
 
 
-def test_layer_error_is_the_change_of_one_layers_output_when_it_alone_is_compressed(rows, half):
+def test_layer_error_is_that_of_one_layer_compressed_alone(rows, half):
     scored, errors, cosines = windows()[: COUNT // 2], [], []  # half of the windows
     for i, factors in half.factors.items():
         for row in scored.split(1):
@@ -193,7 +193,7 @@ def test_the_environment_names_the_data(settings):
     assert (data["name"], data["tokens"], data["context"]) == ("other", COUNT * LENGTH, LENGTH)
 
 
-def test_recall_through_a_model_that_knows_nothing_is_no_evidence(settings):
+def test_recall_of_a_random_model_is_no_evidence(settings):
     rows = run(settings, ("recall",), context=192, windows=1)["rows"]
     assert [row["exact_match"] for row in rows] == [0.0] * 5 and not any(
         row["recall_evidence"] for row in rows

@@ -1,6 +1,4 @@
-"""Questions: what the set is, how texts are made of it, and that only what the full cache answers is asked of
-the others.
-"""
+"""The question task: its set, its texts, and that only what the full cache answers is asked of others."""
 
 from __future__ import annotations
 
@@ -115,7 +113,7 @@ def test_every_paragraph_is_asked_once_and_no_text_is_too_long(seed):
             assert all(words.count(item.question.split()[-1].rstrip("?")) == 1 for item in text.items)
 
 
-def test_the_right_paragraph_stands_anywhere():
+def test_the_paragraph_with_the_answer_stands_anywhere():
     places = set()
     for seed in range(12):
         (text,) = draw_texts(Frame.of(TOKENIZER), paragraphs(), seed, 1000)
@@ -233,7 +231,7 @@ def test_what_is_known_is_not_asked_again():
     assert first == again and model.tokens == 0
 
 
-def test_over_real_caches_a_copy_of_what_was_read_is_as_good():
+def test_copied_caches_give_the_same_answers():
     """The full cache and packed integers answer over copies as `generate` does over the whole prompt."""
     model = pico.attached("llama")
     frame, item = Frame.of(TOKENIZER), paragraphs()[0].items[0]

@@ -157,7 +157,7 @@ def test_the_plain_form_has_no_template():
     assert case == same and same.prompt == [TOKENIZER.bos_token_id, *episode().prompt]
 
 
-def test_without_a_template_the_opening_of_an_answer_begins_a_line():
+def test_without_a_template_an_answer_begins_on_a_new_line():
     asked, bare = (Frame.of(TOKENIZER).question("Who?", opening) for opening in ("It was", ""))
     assert TOKENIZER.decode(asked) == "Who?\nIt was" and TOKENIZER.decode(bare) == "Who?"
 
@@ -168,7 +168,7 @@ def test_the_form_is_chosen_by_the_template():
 
 @pytest.mark.parametrize("told", [None, 5, [5, 6]])
 def test_an_answer_ends_with_any_end_of_turn_that_is_known(told):
-    """The generation config may tell one, several or none; the template's own is found where nobody tells it."""
+    """The generation config may tell one, several or none; the template's own is found where none is told."""
     model, tokenizer = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=told)), chatting()
     mark = tokenizer.convert_tokens_to_ids("~")
     assert Frame.of(tokenizer).ends(model) == {
@@ -250,7 +250,7 @@ def test_only_the_exact_answer_scores(answer, expected):
     assert score(answer)[0]["full"]["exact_match"] == expected
 
 
-def test_half_known_is_half_a_score_and_no_evidence():
+def test_half_of_the_answers_give_half_the_score_and_no_evidence():
     turns = iter(range(100))
     found = score(lambda prompt: knows(prompt) if next(turns) % 2 else " no", names=("full", "int8"))[0]
     assert found["full"]["exact_match"] == found["int8"]["exact_match"] == 0.5
@@ -271,12 +271,12 @@ def test_the_note_names_a_form_that_the_full_cache_solves():
     assert score(reads_lines)[0]["full"]["recall_note"].endswith("give --recall-form lines, which it solves")
 
 
-def test_or_a_shorter_context():
+def test_the_note_names_a_shorter_context_that_is_solved():
     found = score(lambda prompt: knows(prompt) if len(prompt) < 400 else " no", context=600)[0]
     assert found["full"]["recall_note"].endswith("give --context 300, which it solves")
 
 
-def test_where_the_full_cache_solves_it_there_is_no_note():
+def test_there_is_no_note_when_the_full_cache_solves_the_task():
     found = score(knows, names=("full", "int8"))[0]
     assert found["int8"]["recall_evidence"] and "recall_note" not in found["full"]
 
@@ -327,7 +327,7 @@ def test_a_policy_holds_its_budget_when_the_answer_begins(name):
     assert 0.30 <= kept <= 0.30 * (1 + 8 / 128) + 0.005  # 2 x 16 numbers in fp32, and a position and a score
 
 
-def test_a_budget_that_does_not_hold_the_question_is_refused_before_any_case():
+def test_a_budget_smaller_than_the_question_is_refused_at_once():
     model, read = pico.attached("llama"), []
     settings = [full(model), evicted(model, make_policy("snapkv", "6%", {}, {}), "snapkv", 300)]
 

@@ -36,11 +36,8 @@ FAMILIES = [
 ]
 
 
-# -- what comes back
-
-
 @pytest.mark.parametrize(("name", "layout"), list(zip(FAMILIES, itertools.cycle(LAYOUTS), strict=False)))
-def test_stock_transformers_makes_of_it_what_the_plans_cache_makes(tmp_path, name, layout):
+def test_an_exported_model_gives_the_logits_of_the_plans_cache(tmp_path, name, layout):
     model = build(name)
     plan = make(model, layout=layout)
     plain = exported(model, plan, tmp_path)
@@ -49,7 +46,7 @@ def test_stock_transformers_makes_of_it_what_the_plans_cache_makes(tmp_path, nam
     same(plain, model, plan)
 
 
-def test_the_plan_matters(tmp_path):
+def test_an_exported_plan_changes_the_generated_text(tmp_path):
     """Or else the tests above compare nothing."""
     model = build("llama")
     plain = exported(model, make(model), tmp_path)
@@ -58,7 +55,7 @@ def test_the_plan_matters(tmp_path):
 
 @pytest.mark.parametrize("name", ["llama-mha", "gemma2"])
 @pytest.mark.parametrize("order", [[0, 2, 1, 3], [3, 1, 0, 2]], ids=str)
-def test_heads_that_are_grouped_in_another_order_take_their_queries_and_outputs_along(tmp_path, name, order):
+def test_regrouped_heads_move_their_queries_and_outputs(tmp_path, name, order):
     model = build(name)
     h = families.geometry(model).kv_heads
     order = torch.tensor([*order, *range(4, h)])
@@ -79,7 +76,7 @@ def test_heads_that_are_grouped_in_another_order_take_their_queries_and_outputs_
     ],
     ids=str,
 )
-def test_whatever_leaves_one_head_of_a_group_is_exported(tmp_path, method, ranks, name, heads):
+def test_plans_with_one_head_per_group_are_exported(tmp_path, method, ranks, name, heads):
     model = build(name)
     plan = make(model, method, ranks)
     plain = exported(model, plan, tmp_path)
@@ -123,7 +120,7 @@ ROPES = {
 
 @pytest.mark.parametrize("method", [COMMUTING, KVLatent()], ids=["merged", "narrowed"])
 @pytest.mark.parametrize("kind", ROPES)
-def test_any_rotation_is_the_same_in_the_plain_model_or_is_refused(tmp_path, kind, method):
+def test_every_rope_type_is_exported_exactly_or_refused(tmp_path, kind, method):
     """Past the original length, too. 50 positions: no power of two, at which frequencies that grow with the
     length would show by chance.
     """
@@ -269,7 +266,7 @@ print(*model.generate(ids, max_new_tokens=20, min_new_tokens=20, do_sample=False
 """
 
 
-def test_it_runs_where_there_is_no_lowkey(tmp_path):
+def test_an_exported_model_runs_without_lowkey(tmp_path):
     model = build("llama")
     plan = make(model)
     exported(model, plan, tmp_path)
@@ -303,7 +300,7 @@ def test_exporting_leaves_the_model_alone(tmp_path):
     assert all(torch.equal(p, before[0][n]) for n, p in model.state_dict().items())
 
 
-def test_a_plan_from_disk_a_tokenizer_and_a_card(tmp_path):
+def test_export_takes_a_saved_plan_and_writes_tokenizer_and_card(tmp_path):
     model = build("llama")
     make(model).save(tmp_path / "plan")
     exported(model, Plan.load(tmp_path / "plan", model), tmp_path)

@@ -37,7 +37,8 @@ def spoilt(plan):
 REFUSALS = {
     "layer": (
         lambda m: make(m, KVHeadSVD()),
-        r"keys=layer .*: it merges the keys of 4 heads and the values of 2; compress with .* -O keys=commuting ",
+        r"keys=layer .*: it merges the keys of 4 heads and the values of 2; "
+        r"compress with .* -O keys=commuting ",
     ),
     "grouped": (
         lambda m: make(m, KVHeadSVD(keys="grouped")),
@@ -73,7 +74,7 @@ def aware(model):
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_a_plan_without_the_form_is_refused_in_one_line_with_what_to_do(tmp_path, case):
+def test_a_plan_that_cannot_be_exported_names_the_remedy(tmp_path, case):
     torch.manual_seed(0)
     model, (plan, match) = build("llama"), REFUSALS[case]
     refused(model, plan(model), tmp_path, f"^plan of method .*{match}")

@@ -240,8 +240,9 @@ def test_parts_of_lrkv():
 
 
 def test_fresh_lrkv_starts_with_a_small_residual():
-    config = LowkeyConfig(hidden_size=256, intermediate_size=16, num_hidden_layers=1, vocab_size=8, num_attention_heads=4, head_dim=64,
-                          attention="lrkv", lrkv_rank=24)  # fmt: skip
+    sizes = {"hidden_size": 256, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 8}
+    heads = {"num_attention_heads": 4, "head_dim": 64, "attention": "lrkv", "lrkv_rank": 24}
+    config = LowkeyConfig(**sizes, **heads)
     torch.manual_seed(0)
     residual = div.of_maps(LowkeyForCausalLM(config).model.layers[0].self_attn.head_maps())["residual"]
     assert 8 < residual["keys"]["shared_over_residual"] < 12.5 and abs(residual["keys"]["cosine"]) < 0.05
@@ -281,7 +282,7 @@ def test_every_kind_is_measured_and_beside_it_its_random_form(name):
         assert (layer["key_slice"] is not None) == (name in ("mla", "gta"))
 
 
-def test_output_projections_that_start_at_zero_have_no_number_at_random():
+def test_zero_output_projections_have_no_random_reference():
     model = own(attention="lrkv", lrkv_rank=2, zero_init_output=True)
     found = diversity(
         model, pico.tokenizer(), "It was a dark and stormy night. " * 8, windows=1, context=16, inits=2
@@ -290,7 +291,7 @@ def test_output_projections_that_start_at_zero_have_no_number_at_random():
     assert found["mean"]["init"]["vo_uncentred"] is None
 
 
-def test_random_forms_follow_the_seed_and_leave_the_callers_randomness_alone():
+def test_random_forms_follow_the_seed_and_keep_the_global_state():
     model, text = pico.build("llama"), "It was a dark and stormy night. " * 8
     state = torch.random.get_rng_state()
     one, again, other = (
@@ -334,7 +335,7 @@ def test_js_divergence_ends_at_nothing_and_one_bit():
     )
 
 
-def test_attention_divergence_is_the_mean_over_queries_and_the_model_is_set_back():
+def test_attention_divergence_is_the_mean_over_queries():
     model, ids = pico.attached("gemma3_text"), pico.prompt(24, 3)
     model.train()
     found = attention_divergence(model, ids)

@@ -31,7 +31,7 @@ def tiny():
 
 @torch.no_grad()
 def by_hand(model, kind: str, case: Case, layers: tuple[int, ...]) -> list[list[float]]:
-    """Scores (layers, H) of one case in plain loops, from the eager attention of the whole sequence at once."""
+    """Scores (layers, H) of one case in loops, from the eager attention of the whole sequence at once."""
     written, total = [], None
     for _ in case.answer:
         out = model(torch.tensor([case.prompt + written]), output_attentions=True)
@@ -87,7 +87,7 @@ def test_estimated_values_are_those_of_a_slow_computation(name, kind, accepting)
 
 
 @pytest.mark.parametrize("kind", ["copy", "r2"])
-def test_so_are_those_of_a_model_that_answers(kind, tiny):
+def test_estimated_values_of_a_model_that_answers(kind, tiny):
     model, tokenizer = tiny
     place = Path(lowkey.__file__).parent / "data" / "tiny"
     eager = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, attn_implementation="eager")

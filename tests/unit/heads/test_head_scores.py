@@ -58,7 +58,7 @@ def test_repeated_tokens_show_where_heads_look(kind):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", pico.NAMES)
-def test_what_is_watched_is_the_eager_attention(name):
+def test_recorded_weights_are_those_of_eager_attention(name):
     ids, past = prompt(30, batch=1), DynamicCache(config=stock(name).config)
     cache, layers = recording(attached(name))
     stock(name)(ids[:, :24], past_key_values=past)
@@ -101,7 +101,7 @@ def test_recording_weights_changes_no_logits(name):
 
 
 @torch.no_grad()
-def test_only_one_token_steps_are_remembered_and_every_byte_counts():
+def test_only_single_token_steps_are_recorded_and_counted():
     cache, layers = recording(attached("llama"))
     assert cache.nbytes() == cache.predicted_nbytes() == 0
     for size, seen, width in ((10, 10, 0), (1, 11, 11), (1, 12, 12), (3, 15, 0), (1, 16, 16)):

@@ -1,4 +1,4 @@
-"""Needle tasks: the spans hold what they say, the answer is right, and any tokenizer and text will do."""
+"""Needle tasks: spans contain what they say, the answer is right, and any tokenizer and text will do."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_wrong_answers_read_otherwise_and_stand_elsewhere(hay, task, form):
 @TOKENIZERS
 @pytest.mark.parametrize(("task", "form"), FORMS)
 @pytest.mark.parametrize("length", [330, 501, 1000])
-def test_prompt_and_answer_take_the_length_and_end_with_the_question(hay, task, form, length):
+def test_prompt_and_answer_fill_the_length_with_question_last(hay, task, form, length):
     case = case_of(hay, task, length=length, form=form)
     assert len(case.prompt) + len(case.answer) == length
     assert case.prompt[-len(case.question) :] == case.question
@@ -112,7 +112,7 @@ def test_prompt_and_answer_take_the_length_and_end_with_the_question(hay, task, 
 
 @TOKENIZERS
 @pytest.mark.parametrize("task", NEEDLE_TASKS)
-def test_a_prompt_begins_with_the_beginning_of_text_if_there_is_one(hay, task):
+def test_a_prompt_begins_with_the_bos_token_if_there_is_one(hay, task):
     bos = hay.tokenizer.bos_token_id
     assert hay.start == ([] if bos is None else [bos])
     assert case_of(hay, task).prompt[: len(hay.start)] == hay.start
@@ -250,7 +250,7 @@ def test_quotes_may_follow_the_end_of_a_sentence():
 # -- tokens
 
 
-def test_the_embedded_model_reads_the_sentences_it_was_trained_on():
+def test_the_embedded_model_gets_its_training_sentences():
     hay = haystack("words")
     for text in (" Remember oak 482.", " Recall oak"):
         assert hay.encode(text) == hay.tokenizer(text, add_special_tokens=False).input_ids

@@ -53,9 +53,6 @@ def exact_logits(name: str) -> Tensor:
     return feed(model, ROWS)
 
 
-# -- all of them
-
-
 def test_all_are_registered():
     assert {METHODS[name] for name in ("kq-svd", "palu", "lorc", "recalkv")} == {
         type(m) for m in METHOD.values()
@@ -122,7 +119,7 @@ def test_spectra_have_one_energy_per_rank_and_fall(method, layout):
 
 
 @pytest.mark.parametrize("method", ON_DATA)
-def test_the_spectrum_past_a_rank_is_the_error_on_the_calibration_data(method):
+def test_the_spectrum_past_a_rank_is_the_calibration_error(method):
     bases, seen = fitted(method, "llama-mha", "pre_rope"), recorded("llama-mha", "pre_rope")
     for basis, name in ((bases.keys, "keys"), (bases.values, "values")):
         x = joint_rows(seen[name])
@@ -150,7 +147,7 @@ def test_the_usual_group_is_lowered_to_the_largest_divisor(heads):
 
 
 @given(heads=st.integers(1, 40), wanted=st.integers(-2, 50))
-def test_any_other_group_divides_the_heads_or_is_refused_with_the_divisors(heads, wanted):
+def test_a_group_that_does_not_divide_names_the_divisors(heads, wanted):
     if wanted >= 1 and heads % wanted == 0:
         assert group_size(heads, wanted) == wanted
         return
@@ -169,6 +166,6 @@ def test_any_other_group_divides_the_heads_or_is_refused_with_the_divisors(heads
         (KQSVD, -1),
     ],
 )
-def test_a_group_that_does_not_divide_the_heads_is_refused_before_anything_is_read(kind, group):
+def test_an_invalid_group_is_refused_before_anything_is_read(kind, group):
     with pytest.raises(LowkeyError, match=f"group {group}"):
         lowkey.calibrate(model_of("llama"), None, "", method=kind(group=group))

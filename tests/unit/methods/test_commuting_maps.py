@@ -31,9 +31,6 @@ def turned_by_hand(x, rotary, position):
     return out
 
 
-# -- maps that commute
-
-
 @pytest.mark.parametrize(("t", "d", "rotary"), SHAPES)
 def test_every_merged_head_can_be_rotated_like_a_head(t, d, rotary):
     x = random(6, t * d) @ random(t * d, t * d, seed=1)
@@ -61,7 +58,7 @@ def test_no_commuting_basis_holds_more(t, d, rotary):
 
 
 @pytest.mark.parametrize(("t", "d", "rotary"), SHAPES)
-def test_the_energy_is_that_of_the_complex_svd_of_the_activations(t, d, rotary):
+def test_the_energy_is_that_of_the_complex_svd(t, d, rotary):
     x, q = random(40, t, d) @ random(d, d, seed=1), rotary // 2
     joint = x.flatten(1)
     z = torch.complex(x[..., :q], x[..., q:rotary]).numpy()

@@ -1,4 +1,4 @@
-"""Maps in the metric of the model's loss, against gradients that the stock model gives and sums written out."""
+"""FisherSVD: maps in the metric of the model's loss, against gradients of the stock model."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def gathered(layout="pre_rope", exact=NO_EXACT_TOKENS, **kwargs):
 @pytest.mark.parametrize("layout", ["pre_rope", "post_rope"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3-partial"])
 @pytest.mark.parametrize("exact", [Exact(3, 5), Exact(0, 5), Exact(2, 0), Exact()])
-def test_what_is_trained_through_sees_the_tokens_that_a_cache_holds_exactly(name, exact, layout):
+def test_training_sees_exact_tokens_as_a_cache_does(name, exact, layout):
     """The cache layer itself is the oracle, which stores and selects tokens in its own way."""
     model = pico.attached(name)
     shape = families.geometry(model)
@@ -221,7 +221,7 @@ def test_heads_in_groups(group):
         FisherSVD(group=3).candidates(KV_HEADS, HEAD_DIM, [4])
 
 
-def test_a_plan_from_text_is_the_same_twice_and_knows_its_exact_tokens(tmp_path):
+def test_a_plan_from_text_repeats_and_has_its_exact_tokens(tmp_path):
     text = "".join(chr(32 + (i * i + 7 * i) % 95) for i in range(1000))
 
     def plan(**kwargs):

@@ -65,7 +65,7 @@ def plan_of(gates: dynakv.TrainedGates, layout: str, name: str = "llama") -> Dyn
     return replace(make_plan(name, layout), factors=factors, gates=gates.gates)
 
 
-def test_levels():
+def test_levels_are_halved_ranks():
     assert levels_of(128) == (128, 64, 32, 16) and levels_of(20) == (20, 10, 5) and levels_of(7) == (7,)
 
 
@@ -104,7 +104,7 @@ def level_of_tokens(gate: Gate, layout: str) -> list[int]:
 
 
 @pytest.mark.parametrize("target", [0.125, 0.25, 0.4, 1.0])
-def test_at_the_start_a_layer_has_one_level_and_the_budget_is_kept(target):
+def test_training_starts_with_one_level_per_layer_in_budget(target):
     gates = trained("post_rope", GateTraining(target=target, steps=0, hidden=8))
     levels = [set(level_of_tokens(gate, "post_rope")) for gate in gates.gates.values()]
     assert all(len(x) == 1 for x in levels) and gates.share <= target + 1e-6
@@ -180,7 +180,7 @@ def test_training_leaves_the_model_and_the_random_state_alone():
     assert torch.equal(torch.random.get_rng_state(), random)
 
 
-def test_a_relaxed_choice_is_a_mixture_of_what_the_levels_rebuild(layout):
+def test_a_relaxed_choice_mixes_what_the_levels_rebuild(layout):
     """Of one layer's keys and values; and its share is the mixture of theirs."""
     maps = {i: b.at(HEAD_DIM, HEAD_DIM) for i, b in found_bases(layout).items()}
     weights = torch.tensor([0.1, 0.2, 0.3, 0.4])

@@ -24,9 +24,6 @@ def rows_of(x: Tensor) -> Tensor:
     return x.transpose(0, 1).flatten(1, 2)
 
 
-# -- KQ-SVD
-
-
 def product_error(k: Tensor, q: Tensor, projector: Tensor) -> float:
     return float((k @ q.mT - k @ projector @ q.mT).norm())
 
@@ -59,7 +56,7 @@ def test_the_product_of_keys_and_queries_is_the_best_there_is(layout, rank):
             assert ours < product_error(k, q, a @ torch.linalg.inv(b.mT @ a) @ b.mT)
 
 
-def test_the_spectrum_of_keys_holds_the_squared_singular_values_of_the_product(layout):
+def test_key_spectra_are_squared_singular_values_of_products(layout):
     seen, basis = recorded("llama", layout), fitted("kq-svd", "llama", layout).keys
     for head, k in enumerate(rows_of(seen["keys"])):
         q = seen["queries"][:, head].transpose(0, 1).flatten(0, 2)
@@ -92,7 +89,7 @@ def test_values_times_output_weights_are_the_best_there_is(rank):
         assert best < mean
 
 
-def test_averaged_outputs_are_the_best_for_the_mean_of_the_output_weights():
+def test_averaged_outputs_are_best_for_the_mean_output_weights():
     values, weights = rows_of(recorded("llama", "post_rope")["values"]), output_weights("llama")
     averaged = fitted("kq-svd-averaged", "llama", "post_rope").values
     for head, v in enumerate(values):
@@ -101,7 +98,7 @@ def test_averaged_outputs_are_the_best_for_the_mean_of_the_output_weights():
         assert found == pytest.approx(float(np.sqrt((optimum[4:] ** 2).sum())), rel=1e-4)
 
 
-def test_where_the_heads_of_a_group_attend_alike_the_mean_of_their_output_weights_is_right():
+def test_mean_output_weights_are_right_for_heads_that_agree():
     """Then what they put out together is A V times the sum of their W_O, whatever A is."""
     values, weights = rows_of(recorded("llama", "post_rope")["values"]), output_weights("llama")
     stacked, averaged = (fitted(m, "llama", "post_rope").values for m in ("kq-svd", "kq-svd-averaged"))
@@ -113,7 +110,7 @@ def test_where_the_heads_of_a_group_attend_alike_the_mean_of_their_output_weight
 
 
 @pytest.mark.parametrize("rank", [1, 4, 10])
-def test_heads_in_one_latent_are_the_best_for_the_products_of_each_with_its_own_queries(rank, layout):
+def test_shared_latents_are_best_for_each_heads_own_queries(rank, layout):
     """The optimum is the truncated SVD of all [K_h Q_h^T] beside one another; PCA of the joint keys does
     worse.
     """

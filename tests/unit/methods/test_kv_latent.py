@@ -66,7 +66,7 @@ def frequencies(d: int, theta: float = 10000.0) -> torch.Tensor:
 
 @pytest.mark.defines("methods", "kv-latent")
 @pytest.mark.parametrize("d", [16, 24, 48, 64, 96, 128])
-def test_a_stride_keeps_the_papers_channels_and_standard_frequencies(d):
+def test_a_stride_keeps_the_papers_channels_and_frequencies(d):
     """arXiv:2507.11273, Eq. 5 and appendix C: every s-th channel; and its pairs turn as those of a rotary
     embedding of dimension d/s.
     """
@@ -107,7 +107,7 @@ def test_every_even_rank_keeps_whole_pairs(half, rest, seed):
 
 @settings(max_examples=60, deadline=None)
 @given(n=st.integers(1, 70), count=st.integers(0, 70))
-def test_even_spacing(n, count):
+def test_evenly_spaced_channels(n, count):
     kept = evenly_spaced(n, min(n, count)).tolist()
     gaps = {b - a for a, b in zip(kept, [*kept[1:], n], strict=True)} if kept else set()
     assert (len(set(kept)) == min(n, count) and not gaps) or max(gaps) - min(gaps) <= 1
@@ -124,7 +124,7 @@ def test_only_ranks_that_are_not_nested_are_held_alone():
 
 
 @pytest.mark.parametrize("rank", [4, 6, 8, 12])
-def test_partial_rotary_keeps_both_kinds_of_channels_in_proportion(rank):
+def test_partial_rotary_keeps_both_channel_kinds_in_proportion(rank):
     kept = strided_channels(16, 8, rank).tolist()
     assert abs(sum(c < 8 for c in kept) - rank / 2) <= 1 and kept == sorted(kept)
     assert set(nested_channels(16, 8)[:8].tolist()) == {0, 2, 4, 6, 8, 10, 12, 14}
@@ -326,7 +326,7 @@ def test_aware_plans_hold_as_much_and_come_back(plans, tmp_path):
 
 
 @pytest.mark.parametrize("splits", [[30], [11, 1, 18], [1] * 30], ids=str)
-def test_aware_attention_is_its_definition(plans, splits):
+def test_frequency_aware_attention_is_its_definition(plans, splits):
     """One layer by complex numbers: every kept pair turned back by the model's frequency and on by the new
     one, keys and queries alike.
     """

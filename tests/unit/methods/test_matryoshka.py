@@ -1,4 +1,4 @@
-"""MatryoshkaKV: its start, its turning, and what training through the model does to held-out text."""
+"""MatryoshkaKV: its start, its rotations, and what training through the model does to held-out text."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_cayley_of_nothing_is_the_identity_and_can_leave_it():
     assert gradient.abs().max() > 1
 
 
-def test_a_mask_truncates(layout):
+def test_masked_columns_equal_a_smaller_basis(layout):
     """Zeroed columns rebuild what a basis of fewer columns does, window by window."""
     basis = MatryoshkaKV().fit(*prepared("llama", layout, 1), RANKS, 0).keys
     side = CayleyBasis(basis, torch.device("cpu"))
@@ -192,7 +192,7 @@ def test_more_divergence_in_the_loss_ends_nearer_to_the_original(tuned):
     assert loss_at(near, 4, 1.0) < loss_at(far, 4, 1.0) and loss_at(far, 4, 0.0) < loss_at(near, 4, 0.0)
 
 
-def test_tuned_bases_are_orthonormal_and_full_rank_is_still_exact(tuned, layout):
+def test_tuned_bases_are_orthonormal_and_exact_at_full_rank(tuned, layout):
     start, end = tuned(layout)
     model, ids = attached("llama"), prompt(24)
     for i, b in end.items():

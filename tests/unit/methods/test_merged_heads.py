@@ -101,7 +101,7 @@ def test_fitting_twice_gives_the_same(prepared, method):
 
 @pytest.mark.parametrize("name", ["qwen2", "phi3-partial", "gemma2", "llama-yarn", "qwen3"])
 @pytest.mark.parametrize("method", ["layer", "commuting", "mea-aligned"])
-def test_other_families_are_merged_with_less_error_than_by_the_mean(prepared, name, method, layout):
+def test_merging_beats_the_mean_in_other_families(prepared, name, method, layout):
     stats, probe = prepared(name, layout)
     ours, mean = (m.fit(stats, probe, [8, 16], 0) for m in (WHOLE[method], KVHeadSVD(basis="mean")))
     assert (
@@ -117,7 +117,7 @@ def test_other_families_are_merged_with_less_error_than_by_the_mean(prepared, na
 
 @pytest.mark.defines("methods", "kv-head-svd")
 @pytest.mark.parametrize("rank", [4, 8, 12])
-def test_layer_and_grouped_keys_are_the_truncated_svd_of_the_activations(prepared, layout, rank):
+def test_keys_are_the_truncated_svd_of_the_activations(prepared, layout, rank):
     """Eckart-Young: no other projection to so many numbers leaves less."""
     found = seen()
     keys = found["keys_pre" if layout == "pre_rope" else "keys_post"]
@@ -139,9 +139,7 @@ def tail(x, rank):
     return float((np.linalg.svd(x.numpy(), compute_uv=False)[rank:] ** 2).sum())
 
 
-def test_one_projection_of_the_layer_loses_less_than_one_for_each_group_and_that_less_than_one_that_commutes(
-    prepared, layout
-):
+def test_layer_maps_lose_less_than_group_or_commuting_maps(prepared, layout):
     keys = seen()["keys_pre" if layout == "pre_rope" else "keys_post"]
     losses = []
     for form in ("layer", "grouped", "commuting"):
@@ -163,7 +161,7 @@ def test_commuting_maps_are_the_same_in_both_layouts(prepared):
 
 
 @pytest.mark.parametrize("method", ["commuting", "four", "similar", "mean"])
-def test_decoding_with_merged_heads_is_attention_with_fewer_heads(prepared, layout, method):
+def test_decoding_merged_heads_is_attention_with_fewer_heads(prepared, layout, method):
     """The dense definition of a model with h / t heads: merged keys are rotated as they are, and no head is
     ever expanded.
     """
@@ -210,7 +208,7 @@ def gqa_logits(f):
 
 @pytest.fixture(scope="module")
 def lopsided():
-    """A model whose attention reads inputs of very different scales, of which its projections know nothing."""
+    """A model whose attention reads inputs of very different scales, which its weights do not show."""
     model = pico.build("llama-mha")
     for block in families.decoder_layers(model):
         block.input_layernorm.weight.data = torch.logspace(-1.5, 1, pico.HIDDEN)[torch.randperm(pico.HIDDEN)]
@@ -242,8 +240,8 @@ def block_diagonal(maps):
     return torch.block_diag(*maps)
 
 
-def test_weights_are_the_gram_of_white_inputs_at_the_windows_positions(prepared, layout):
-    """Slow: every unit input as a token of its own, at every position; its bias, once more, as the input 1."""
+def test_weight_moments_are_those_of_white_inputs(prepared, layout):
+    """Slow: every unit input is a token of its own, at every position; the bias is one more input of 1."""
     model = pico.build("qwen2")
     for block in families.decoder_layers(model):
         block.self_attn.k_proj.bias.data.normal_(generator=torch.Generator().manual_seed(0))
@@ -318,7 +316,7 @@ def test_similar_heads_find_one_another():
 
 @given(st.sampled_from([(4, 2), (6, 2), (6, 3), (8, 4), (8, 2), (5, 1), (4, 4)]), st.integers(0, 1000))
 @settings(max_examples=40, deadline=None)
-def test_groups_cost_no_more_than_consecutive_ones_and_no_exchange_helps(shape, seed):
+def test_no_exchange_of_heads_makes_the_groups_cheaper(shape, seed):
     h, t = shape
     cost = random(h, h, seed=seed).abs()
     cost = (cost + cost.mT).fill_diagonal_(0)
@@ -382,7 +380,7 @@ def test_virtual_heads_come_whole():
 
 
 @pytest.mark.parametrize("group", [3, 8])
-def test_a_group_that_does_not_divide_the_heads_is_refused_with_those_that_do(prepared, group):
+def test_groups_that_do_not_divide_are_refused_with_divisors(prepared, group):
     with pytest.raises(LowkeyError, match=rf"^group {group}: .* 4 KV heads; choose one of 2, 4$"):
         KVHeadSVD(group).fit(*prepared(), RANKS, 0)
     with pytest.raises(LowkeyError, match=rf"^group {group}: "):

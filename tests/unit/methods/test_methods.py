@@ -263,9 +263,12 @@ def test_eigenattention_in_the_codes_form_is_pca_of_keys(layout):
 
 
 @pytest.mark.defines("methods", "stiefattention")
-def test_stiefattention_trains_orthonormal_maps_on_the_error_of_the_layers_output(monkeypatch):
-    """arXiv:2601.21686: for each rank, and for keys and values apart, the mean over tokens of ||out - out_r|| /
-    ||out||, where out_r is the layer's output with keys (values) k D D^T."""
+def test_stiefattention_trains_on_the_layers_output_error(monkeypatch):
+    """arXiv:2601.21686: the error of each rank, for keys and values apart.
+
+    It is the mean over tokens of ||out - out_r|| / ||out||, where out_r is the layer's output with keys
+    (values) k D D^T.
+    """
     layer, rank, trained = 1, 8, []
     monkeypatch.setattr(
         StiefAttention, "_train", lambda self, modules, loss, *rest: trained.append((modules[0], loss))
@@ -299,7 +302,7 @@ def output_with(layer, side, projector, ids):
     return model(ids, output_hidden_states=True, use_cache=False).hidden_states[layer + 1]
 
 
-def test_the_predictor_is_told_mean_and_variance_of_the_keys_that_are_stored(monkeypatch, layout):
+def test_the_predictor_gets_mean_and_variance_of_stored_keys(monkeypatch, layout):
     """arXiv:2601.21686: per-channel statistics of what is compressed; of rotated keys under `post_rope`."""
     told = []
     predictor = stief.Predictor
@@ -384,7 +387,7 @@ def test_every_basis_works_with_every_allocator(fitted, method, allocator):
     assert isinstance(bases.at(*pairs[0]).ranks, tuple) and bases.at(*pairs[0]).ranks == pairs[0]
 
 
-def test_a_rank_fitted_on_its_own_takes_the_place_of_the_nested_one():
+def test_a_rank_fitted_alone_replaces_the_nested_one():
     own = pico.orthonormal(1, 4, seed=3)
     basis = Basis(pico.orthonormal(1, 16, seed=0), exact=((4, own),))
     assert torch.equal(basis.at(4)[0], own) and torch.equal(basis.at(5)[0], basis.columns[..., :5])

@@ -81,7 +81,7 @@ def test_lorc_reads_no_data(layout):
     assert torch.equal(a.keys.columns, b.keys.columns) and torch.equal(a.values.columns, b.values.columns)
 
 
-def test_whitened_lorc_is_better_on_the_data_and_is_palu_over_all_heads(layout):
+def test_whitened_lorc_is_palu_over_all_heads(layout):
     statistics, probe = prepared("llama", layout)
     plain, whitened, palu = (
         m.fit(statistics, probe, RANKS, 0) for m in (LoRC(), LoRC(whiten=True), Palu(group=4))
@@ -118,7 +118,7 @@ def test_white_inputs_rotated_to_every_position(name):
     assert torch.allclose(rotated_moment(joint.mT @ joint, HEAD_DIM, cos[0], sin[0]), total / 30, atol=1e-5)
 
 
-def test_rotated_keys_get_the_basis_of_white_keys_at_every_position_of_a_window():
+def test_rotated_keys_use_white_keys_at_all_positions():
     _, probe = prepared("qwen2", "post_rope")
     basis = LoRC().fit(*prepared("qwen2", "post_rope"), RANKS, 0).keys
     linear = families.decoder_layers(probe.model)[LAYER].self_attn.k_proj

@@ -193,7 +193,7 @@ def value_map(f) -> Tensor:
 
 @pytest.mark.defines("methods", "recalkv")
 @pytest.mark.parametrize("name", ["llama", "llama-mha", "qwen2", "qwen3", "gemma2"])
-def test_calibration_is_the_papers_alternation_in_the_compressed_stream(name, layout):
+def test_calibration_is_the_papers_alternating_least_squares(name, layout):
     """R^T = W L^+ and L by least squares, from explicit inputs and weights; and it never raises the error."""
     start, found = calibrated(name, layout)
     for i, x in stream(name, layout, found).items():
@@ -224,7 +224,7 @@ def test_keys_are_left_as_they_are(layout):
         )
 
 
-def test_on_the_uncompressed_stream_the_whitened_svd_is_optimal_already():
+def test_whitened_svd_is_optimal_on_the_uncompressed_stream():
     """The first layer's inputs are embeddings, which nothing has touched; and so are the others' when keys
     and values pass unharmed.
     """

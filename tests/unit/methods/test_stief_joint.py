@@ -1,6 +1,4 @@
-"""Maps trained through the whole model: where they start, what they gain, and that they go on from where they
-were stopped.
-"""
+"""Maps trained through the whole model: their start, what training gains, and resumed training."""
 
 from __future__ import annotations
 

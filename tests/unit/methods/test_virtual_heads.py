@@ -20,7 +20,7 @@ from lowkey.storage.codec import LowRank
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_no_mixing_of_heads_keeps_more_than_the_eigenvectors_of_their_gram(prepared, layout, count):
+def test_eigenvectors_of_the_gram_keep_the_most_energy(prepared, layout, count):
     found, bases = seen(), MEA("activations").fit(*prepared(layout=layout), RANKS, 0)
     for basis, x in (
         (bases.keys, found["keys_pre" if layout == "pre_rope" else "keys_post"]),
@@ -59,7 +59,7 @@ def unflat(flat, shape):
 
 @pytest.mark.parametrize("basis", ["weights", "activations", "aligned"])
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_mixing_scores_recomposing_heads_and_the_papers_sums_agree(prepared, basis, count):
+def test_mixed_scores_equal_recomposed_heads_and_paper_sums(prepared, basis, count):
     """Eq. 10-11: virtual heads are einsum("nhd,hg->ngd", components, W); only then does attention begin."""
     f = MEA(basis).fit(*prepared(), RANKS, 0).at(4 * count, 4 * count)
     k, v, q = (
@@ -126,7 +126,7 @@ def copies(request):
     return data(attach(model), request.param)
 
 
-def test_turned_copies_of_one_head_are_one_head_only_when_aligned(copies):
+def test_rotated_copies_of_a_head_merge_only_when_aligned(copies):
     stats, probe = copies
     errors = {
         b: probe.held_out_error(MEA(b).fit(stats, probe, [4, 8, 16], 0).at(4, 4))
@@ -135,7 +135,7 @@ def test_turned_copies_of_one_head_are_one_head_only_when_aligned(copies):
     assert errors["aligned"] < 1e-4 and min(errors["weights"], errors["activations"]) > 0.1
 
 
-def test_all_energy_is_in_one_component_when_heads_are_turned_copies(copies):
+def test_rotated_copies_have_all_energy_in_one_component(copies):
     spectrum = MEA("aligned").fit(*copies, [4, 8, 16], 0).values.spectrum
     assert float(spectrum[:, :4].sum() / spectrum.sum()) > 1 - 1e-6 and bool((spectrum >= 0).all())
 
@@ -145,7 +145,7 @@ def by_heads(x):
     return torch.einsum("nhi,ngj->hgij", x, x)
 
 
-def test_heads_that_are_sums_of_two_already_are_not_spoilt_by_aligning_them():
+def test_aligning_does_not_spoil_sums_of_two_heads():
     """Turned to one gauge they would need a little more than two components."""
     x = torch.einsum("ncd,ch->nhd", random(300, 2, 6) @ random(6, 6, seed=1), random(2, 4, seed=2))
     basis = mea.aligned_basis(by_heads(x), [1, 2, 3], 0)
@@ -156,7 +156,7 @@ def test_heads_that_are_sums_of_two_already_are_not_spoilt_by_aligning_them():
 
 
 @pytest.mark.parametrize("rotary", [0, HEAD_DIM])
-def test_every_sweep_keeps_more_and_heads_end_better_aligned_than_they_start(prepared, rotary):
+def test_every_sweep_keeps_more_energy_and_aligns_heads(prepared, rotary):
     blocks = by_heads(seen()["keys_post"])
     turns = torch.eye(HEAD_DIM, dtype=torch.float64).repeat(4, 1, 1)
     mixing, first = aligning.best_mixing(blocks, turns, 2)

@@ -1,4 +1,4 @@
-"""The embedded model is what its card says."""
+"""The embedded model `tiny` is what its model card says."""
 
 from __future__ import annotations
 

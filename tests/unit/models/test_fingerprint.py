@@ -52,7 +52,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize(("kind", "field", "value"), OTHERS, ids=lambda x: str(x)[:30])
-def test_the_same_weights_that_compute_otherwise_are_another_model(kind, field, value):
+def test_the_same_weights_with_other_settings_are_another_model(kind, field, value):
     one, two = lowkey.attach(pico.build(kind)), lowkey.attach(pico.build(kind, **{field: value}))
     two.load_state_dict(one.state_dict())
     same_outputs = torch.equal(pico.feed(one, pico.prompt(40)), pico.feed(two, pico.prompt(40)))
@@ -70,13 +70,13 @@ def test_the_same_weights_that_compute_otherwise_are_another_model(kind, field, 
     ],
     ids=str,
 )
-def test_fields_that_only_training_and_generation_use_do_not_count(fields):
+def test_training_and_generation_fields_do_not_count(fields):
     one, two = pico.build("llama"), pico.build("llama", **fields)
     two.load_state_dict(one.state_dict())
     assert model_fingerprint(one) == model_fingerprint(two)
 
 
-def test_nor_do_names_versions_and_ways_to_compute():
+def test_names_versions_and_kernels_do_not_count():
     model = pico.build("llama")
     before = model_fingerprint(model)
     model.config._name_or_path, model.config.architectures, model.config.transformers_version = (
@@ -98,7 +98,7 @@ def test_numbers_count_by_their_value():
 
 
 @pytest.mark.parametrize("name", pico.NAMES)
-def test_a_model_is_the_same_after_saving_and_loading_in_either_dtype(tmp_path, name):
+def test_a_model_is_the_same_after_saving_in_either_dtype(tmp_path, name):
     model = pico.build(name)
     found = {model_fingerprint(model)}
     for folder, dtype in (("one", torch.float32), ("two", torch.bfloat16), ("three", torch.float32)):
@@ -227,7 +227,7 @@ def test_a_merged_adapter_is_in_the_weights():
 
 
 @pytest.mark.parametrize("from_base", [True, False])
-def test_plans_of_a_base_model_and_of_its_wrapper_at_rest_are_the_same(from_base):
+def test_plans_of_a_model_and_of_its_inactive_wrapper_are_equal(from_base):
     base, model, ids = lowkey.attach(pico.build("llama")), lowkey.attach(wrapped()), pico.prompt(20)
     with model.disable_adapter():
         plan = pico.plan(base if from_base else model)
@@ -311,7 +311,7 @@ def test_a_cache_belongs_to_the_adapter_that_filled_it(tmp_path, name):
         load_cache(tmp_path / "cache", model)
 
 
-def test_turns_under_different_adapters_make_a_cache_of_no_one_model(tmp_path):
+def test_turns_under_different_adapters_are_refused(tmp_path):
     """Its tokens remain of use; what it was saved as would be a lie."""
     model = wrapped()
     model.add_adapter("second", LORA)

@@ -1,6 +1,4 @@
-"""GGUF files as models: the numbers of the model that was written, the words of its tokenizer, and one line
-for what is none.
-"""
+"""Models in GGUF files: their weights, their tokenizer, and one line for files that are none."""
 
 from __future__ import annotations
 
@@ -66,7 +64,7 @@ def test_quantised_weights_are_unpacked(written, tmp_path, kind):
     ("kind", "dtype"),
     [("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16), ("Q8_0", torch.bfloat16)],
 )
-def test_as_saved(written, tmp_path, kind, dtype):
+def test_gguf_weights_keep_their_dtype(written, tmp_path, kind, dtype):
     model, _ = loading.load(str(gguf_files.write(tmp_path / "m.gguf", written, kind)))
     assert {p.dtype for p in model.parameters()} == {dtype}
 
@@ -91,7 +89,7 @@ def test_a_plan_for_it_is_used_with_it(loaded, file):
     assert make_cache(again, plan=plan).nbytes() == 0  # made, so that it is taken for the same model
 
 
-def test_the_tokenizer(file, loaded):
+def test_the_gguf_tokenizer_is_read(file, loaded):
     _, tokenizer = loaded
     assert tokenizer.decode(tokenizer("a word").input_ids) == "a word"
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.is_fast
@@ -118,7 +116,7 @@ def test_it_is_known_by_its_first_bytes(file, tmp_path):
 # -- what is none
 
 
-def test_no_such_file(tmp_path):
+def test_a_missing_gguf_file_is_refused(tmp_path):
     refused(
         lambda: loading.load(str(tmp_path / "none.gguf")),
         "none.gguf",
@@ -127,7 +125,7 @@ def test_no_such_file(tmp_path):
     )
 
 
-def test_another_file_of_that_name(tmp_path):
+def test_a_file_that_is_no_gguf_is_refused(tmp_path):
     (tmp_path / "m.gguf").write_text("words")
     refused(lambda: loading.load(str(tmp_path / "m.gguf")), "m.gguf", "is no GGUF file", "give another")
     (tmp_path / "folder.gguf").mkdir()
@@ -135,14 +133,14 @@ def test_another_file_of_that_name(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [5, 40, 300, 0.05, 0.5, 0.999])
-def test_cut_off(file, tmp_path, keep):
+def test_a_truncated_gguf_file_is_refused(file, tmp_path, keep):
     whole = file.read_bytes()
     (tmp_path / "m.gguf").write_bytes(whole[: keep if keep > 1 else int(keep * len(whole))])
     refused(lambda: loading.load(str(tmp_path / "m.gguf")), "m.gguf", "cut off", "download it again")
 
 
 @pytest.mark.parametrize("place", range(8, 700, 23))
-def test_damaged_in_its_list(file, tmp_path, place):
+def test_a_gguf_file_with_damaged_metadata_is_refused(file, tmp_path, place):
     """It is refused in a line, or what was hit does not matter."""
     found = bytearray(file.read_bytes())
     found[place : place + 4] = b"\xff\xff\xff\x7f"
@@ -153,11 +151,11 @@ def test_damaged_in_its_list(file, tmp_path, place):
         assert "m.gguf" in str(error) and "\n" not in str(error)
 
 
-def test_an_architecture_that_is_not_known(written, tmp_path):
+def test_an_unknown_gguf_architecture_is_refused(written, tmp_path):
     path = gguf_files.write(tmp_path / "m.gguf", written, architecture="rwkv7")
     refused(lambda: loading.load(str(path)), "m.gguf", "architecture rwkv7")
 
 
-def test_without_the_package(file, monkeypatch):
+def test_without_the_gguf_package_the_remedy_is_named(file, monkeypatch):
     monkeypatch.setattr(gguf, "find_spec", lambda name: None)
     refused(lambda: loading.load(str(file)), "package gguf", "pip install 'lowkey[gguf]'")

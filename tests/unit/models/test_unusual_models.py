@@ -1,6 +1,4 @@
-"""Models as people have them: with a vision tower, offloaded, quantised, rotated by settings for each type of
-layer.
-"""
+"""Models with a vision tower, offloaded, quantised, or with rotary settings per type of layer."""
 
 from __future__ import annotations
 
@@ -135,7 +133,7 @@ def test_a_prompt_with_an_image_is_read_as_by_transformers(kind):
 
 
 @pytest.mark.parametrize("kind", WRAPPERS)
-def test_a_model_with_a_vision_tower_is_the_same_after_saving_and_loading(tmp_path, kind):
+def test_a_vision_model_is_the_same_after_saving_and_loading(tmp_path, kind):
     model = seeing(kind)
     model.save_pretrained(tmp_path)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.bfloat16)
@@ -145,7 +143,7 @@ def test_a_model_with_a_vision_tower_is_the_same_after_saving_and_loading(tmp_pa
     assert model_fingerprint(again) != before
 
 
-def test_a_plan_of_a_model_with_a_vision_tower_is_calibrated_on_text():
+def test_a_plan_of_a_vision_model_is_calibrated_on_text():
     model = lowkey.attach(seeing("mistral3"))
     plan_of(model, budget="50%").check(model)
 
@@ -356,7 +354,7 @@ def past_the_limit(model, cache):
     return pico.feed(model, pico.prompt(40, 1), cache, splits=[12, 8, 20])
 
 
-def test_rotation_that_changes_with_the_length_is_found_where_gemma_keeps_it():
+def test_dynamic_rope_is_found_in_gemmas_settings():
     model = turning("dynamic")
     assert families.length_dependent_rope(model) == "dynamic"
     with pytest.raises(LowkeyError, match=r"layout 'pre_rope': rope_type 'dynamic' changes its frequencies"):

@@ -180,7 +180,7 @@ def test_a_constant_half_precision_group_gives_no_nan():
 # -- the Stiefel manifold
 
 
-def test_ranked_matrices_start_where_they_are_told_and_stay_orthonormal():
+def test_ranked_matrices_start_as_told_and_stay_orthonormal():
     start = orthonormal(draw(2, 6, 6))
     module = RankedMatrices(start, 3)
     index = torch.tensor([2, 0])

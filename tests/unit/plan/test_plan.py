@@ -129,7 +129,7 @@ def test_nothing_but_its_files_is_left_behind(folder):
 
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_a_failed_write_leaves_every_file_whole(folder, monkeypatch, at):
-    """`os.replace` fails the at-th time; each file is the old one or the new one, and no temporary is left."""
+    """`os.replace` fails the at-th time; each file is the old or the new one, and no temporary is left."""
     new = folder.parent / "new"
     make(4, 4).save(new)
     old = {p.name: p.read_bytes() for p in folder.iterdir()}

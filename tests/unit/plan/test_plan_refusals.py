@@ -46,9 +46,6 @@ def refused(path, model=None, match=None):
     return str(refusal.value)
 
 
-# -- refusals
-
-
 def test_another_model_is_refused(folder):
     other = pico.build(MODEL)
     other.get_output_embeddings().weight.data.mul_(1.5)

@@ -1,5 +1,6 @@
-"""What a whole cache keeps, against the policy's definition written out by hand from the attention of
-transformers' own eager model.
+"""What a whole cache keeps, against the definition of its policy.
+
+The definitions are written out by hand from the attention of transformers' own eager model.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def test_kvzip_finds_its_pieces_wherever_positions_begin(softmax):
 
 
 @pytest.mark.defines("policies", "fastgen")
-def test_fastgen_without_a_budget_keeps_the_rung_that_recovers_each_heads_attention():
+def test_fastgen_keeps_the_first_set_that_recovers_attention():
     """Recovery decides how much memory it becomes: always sinks and recent; then the newest 30 %; then the
     most looked at; then all.
     """
@@ -146,7 +147,7 @@ def test_fastgen_without_a_budget_keeps_the_rung_that_recovers_each_heads_attent
     assert len(sizes) >= 3, "heads stand on several rungs"
 
 
-def test_recovery_decides_the_memory():
+def test_fastgen_keeps_more_for_a_higher_recovery():
     ids = prompt(60, batch=1)
     sizes = [
         len(kept_by(attached("llama"), "fastgen", ids, None, recovery=t)[0]) for t in (0.0, 0.3, 0.5, 1.0)
@@ -197,7 +198,7 @@ def test_fastgen_with_a_budget_lets_all_heads_compete():
 # -- Razor
 
 
-def test_razors_retrieval_heads_are_the_best_by_either_score_in_any_head_of_their_group():
+def test_razor_takes_the_best_heads_by_either_score():
     """The top 14 % by induction and the top 1 % by echo, at least one each; a KV head counts as its best
     query head does.
     """
@@ -416,7 +417,7 @@ class Largest(TorchDispatchMode):
         ("kvzip", {"chunk": 400}),
     ],
 )
-def test_no_matrix_of_prompt_by_prompt_is_formed(name, options, monkeypatch):
+def test_no_full_attention_matrix_is_formed(name, options, monkeypatch):
     """For all heads; a mask of booleans for one is what transformers makes."""
     monkeypatch.setattr(base, "BLOCK_ON_CPU", 2**17)
     ids = prompt(800, batch=1)

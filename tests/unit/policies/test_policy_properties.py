@@ -84,7 +84,7 @@ def test_scores_do_not_depend_on_where_a_text_begins(name):
     torch.testing.assert_close(policy.score(build(start=40)), policy.score(build()), rtol=1e-4, atol=1e-5)
 
 
-def test_expected_attention_does_not_depend_on_where_a_text_begins():
+def test_expected_attention_does_not_depend_on_offsets():
     policy = ExpectedAttention("50%", sinks=0, future=5)
     torch.testing.assert_close(policy.score(build(start=40)), policy.score(build()), rtol=1e-3, atol=1e-5)
 
@@ -103,7 +103,7 @@ def test_expected_attention_is_the_mean_over_sampled_queries():
         torch.testing.assert_close(policy.score(context)[0, j].double(), mean / mean.sum(), rtol=0.03, atol=0)
 
 
-def test_expected_attention_asks_for_positions_that_follow_each_row():
+def test_expected_attention_uses_positions_after_each_row():
     asked = []
 
     def rope(positions, like):
@@ -158,7 +158,7 @@ def pointing(aims, tokens=20, strength=60.0):
 AIMS = [(0, 1), (0, 14, 15), (5, 8), tuple(range(20))]
 
 
-def test_fastgen_climbs_as_far_as_a_head_needs():
+def test_fastgen_keeps_more_until_a_head_is_recovered():
     policy = FastGen(**SMALL, sample=4, recovery=0.95)
     assert (policy.score(pointing(AIMS)) >= 1).sum(-1).tolist() == [[4, 8, 12, 20]]
 

@@ -1,4 +1,4 @@
-"""Every eviction score against its definition written as loops in double precision, on small random contexts."""
+"""Every eviction score against its definition in loops and double precision, on small random contexts."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_row_of_padding_only_gives_finite_scores(name):
 
 
 @every
-def test_it_says_where_it_is_from(name):
+def test_every_policy_names_its_paper(name):
     policy = CASES[name][0]
     assert policy.paper.startswith("arXiv:") and policy.summary and isinstance(policy, Policy)
 

@@ -1,4 +1,4 @@
-"""ThinK, by hand: which channels which tokens lose, row by row, and what is read afterwards."""
+"""ThinK by hand: which channels of which tokens are dropped, row by row, and what is read afterwards."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def pruned(cache, i, row, j):
 
 @pytest.mark.defines("policies", "think")
 @pytest.mark.parametrize("pads", [[0, 0], [0, 17], [50, 0]])
-def test_think_drops_the_channels_that_queries_and_kept_keys_use_least(pads):
+def test_think_drops_the_channels_used_least(pads):
     n, looked = 60, 12
     model, cache, seen = thinking(looked=looked)
     pico.feed(model, prompt(n), cache, pads)

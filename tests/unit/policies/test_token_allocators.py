@@ -177,9 +177,7 @@ def test_totals_are_exact_over_the_whole_cache(name, n, h, tokens, mean, protect
 @pytest.mark.parametrize("name", ALL)
 @quick
 @given(**sizes, protected=st.integers(0, 6), gaps=st.integers(1, 30))
-def test_a_head_is_never_given_more_than_it_has_nor_less_than_it_must_keep(
-    name, n, h, tokens, mean, protected, gaps, seed
-):
+def test_shares_of_heads_stay_between_their_bounds(name, n, h, tokens, mean, protected, gaps, seed):
     split = made(name, n, h)
     for a in questions(split, n, h, tokens, mean, protected=protected, gaps=gaps, seed=seed):
         counts = split.counts(a)
@@ -317,7 +315,7 @@ def test_headkv_gives_on_what_a_strong_head_cannot_take():
     assert counts.flatten().tolist() == [round(x) for x in shares]
 
 
-def test_headkv_helps_heads_that_lost_tokens_earlier_by_its_other_heads():
+def test_headkv_shares_spare_tokens_with_other_heads():
     split = HeadKV(beta=1.0, importance=((3.0, 1.0),))
     a = request(1, 2, 40, 12.0, protected=4)
     a.scores[0, 0, :30] = -torch.inf  # the strong head holds ten
@@ -348,9 +346,7 @@ def test_allocators_refuse_options_out_of_range(kind, options):
     st.floats(0, 1),
     st.integers(0, 99),
 )
-def test_a_floor_holds_for_every_layer_and_is_taken_from_the_others_in_proportion(
-    n, h, mean, beta, floor, seed
-):
+def test_a_floor_is_taken_from_other_layers_in_proportion(n, h, mean, beta, floor, seed):
     protected, tokens = 12, 10_000
     weights = torch.rand(n, h, generator=torch.Generator().manual_seed(seed)).double()
     weights[0] = 0
@@ -389,7 +385,7 @@ def test_a_floor_by_hand():
     assert counts.flatten().tolist() == [200, 50, 50]
 
 
-def test_missing_scores_are_named_with_the_commands_that_make_them():
+def test_missing_scores_are_named_with_the_command_for_them():
     with pytest.raises(LowkeyError) as refusal:
         Classes().with_head_scores({"r2": [[1.0]]})
     said = str(refusal.value)
@@ -438,7 +434,7 @@ def test_blocks_drop_whole_blocks_and_stay_within_the_budget(n, h, tokens, mean,
     assert most - size < int(counts.sum()) <= most
 
 
-def test_blocks_of_one_are_one_threshold():
+def test_blocks_of_one_token_equal_the_global_allocator():
     a = request(2, 3, 20, 7.0, protected=3)
     assert torch.equal(Blocks(1).counts(a), Global().counts(a))
 
@@ -446,7 +442,7 @@ def test_blocks_of_one_are_one_threshold():
 @pytest.mark.defines("token allocators", "classes")
 @quick
 @given(st.integers(1, 4), st.integers(1, 4), st.floats(6, 40), st.integers(0, 99))
-def test_retrieval_heads_take_all_they_can_and_the_others_share_the_rest(n, h, mean, seed):
+def test_retrieval_heads_take_all_and_others_share_the_rest(n, h, mean, seed):
     protected, tokens = 5, 40
     retrieval = torch.rand(n, h, generator=torch.Generator().manual_seed(seed)) < 0.3
     split = Classes(importance=tuple(map(tuple, retrieval.double().tolist())))

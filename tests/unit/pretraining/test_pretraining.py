@@ -105,7 +105,7 @@ def test_rates_of_their_own_are_told_and_survive_a_kill(tmp_path):
         ("fast", "must be a table"),
     ],
 )
-def test_rates_of_nothing_are_one_line(tmp_path, factors, message):
+def test_factors_that_match_no_parameter_are_refused(tmp_path, factors, message):
     with pytest.raises(LowkeyError, match=message):
         pretrain(recipe(tmp_path, lr_factors=factors), tmp_path / "out", device="cpu")
     assert not (tmp_path / "out" / "job.json").exists()
@@ -212,7 +212,7 @@ def test_a_given_model_is_trained_in_place(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
-def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_checkpoint(tmp_path):
+def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path):
     wanted = recipe(tmp_path, lr=1e30, clip=0.0, warmup=12, decay=0.0, save_every=1)
     wanted = replace(wanted, training=replace(wanted.training, log_every=3))
     with pytest.raises(
@@ -232,7 +232,7 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_good_checkpoint(tmp
 
 
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
-def test_weights_that_are_not_finite_after_the_last_step_are_told(tmp_path):
+def test_weights_that_are_not_finite_at_the_end_are_refused(tmp_path):
     """The losses of the only step are; validation sees it."""
     wanted = recipe(tmp_path, lr=1e38, tokens=128, warmup=0.0, decay=0.0)
     with pytest.raises(LowkeyError, match=r"diverged at step 1: validation loss nan"):

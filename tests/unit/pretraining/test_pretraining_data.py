@@ -58,7 +58,7 @@ def test_rows_are_what_a_loop_over_tokens_gives(lengths):
 
 
 @pytest.mark.parametrize("lengths", [[10, 30, 1, 1, 5, 60, 24, 24, 3], [25], [24], [2]])
-def test_reading_every_row_predicts_every_token_but_first_ones_once(lengths):
+def test_all_rows_predict_every_token_but_the_first_once(lengths):
     found = stream(lengths)
     rows = np.arange(-(-(len(found.ids) - 1) // LENGTH))
     targets = found.batch(rows, LENGTH).targets
@@ -298,7 +298,8 @@ def test_a_model_has_a_row_for_every_id(tmp_path):
     assert build(small, tokenizer, 16).config.vocab_size == 70001
     with pytest.raises(
         LowkeyError,
-        match=r"model.vocab_size 300: the tokenizer's ids go up to 70000; leave it out, or give at least 70001",
+        match=r"model.vocab_size 300: the tokenizer's ids go up to 70000; "
+        r"leave it out, or give at least 70001",
     ):
         build({**small, "vocab_size": 300}, tokenizer, 16)
 

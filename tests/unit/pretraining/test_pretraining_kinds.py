@@ -1,4 +1,4 @@
-"""Training of what `lowkey convert` writes, and of the kinds of attention with thin factors."""
+"""Training of what `lowkey convert` writes, and of the attention kinds with thin factors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def test_a_converted_model_is_trained_further(tmp_path):
     )
     assert status == 0, err
     (tmp_path / "r.toml").write_text(
-        f'[model]\npath = "{tmp_path / "c"}"\n[data]\npath = "{texts}"\nheld_out = 0.1\n[training]\nwarmup = 1'
+        f'[model]\npath = "{tmp_path / "c"}"\n'
+        f'[data]\npath = "{texts}"\nheld_out = 0.1\n[training]\nwarmup = 1'
     )
     small = [
         x

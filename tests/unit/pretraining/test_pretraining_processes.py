@@ -1,5 +1,6 @@
-"""Training on several processes, on the CPU: the same curve as one process, replicated (DDP) and sharded
-(FSDP2), also after a kill.
+"""Training on several processes, on the CPU, gives the same curve as one process.
+
+Replicated (DDP) and sharded (FSDP2), also after a kill.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from lowkey.pretraining import Recipe, loop, pretrain
 def sharded(*given, plain=loop._accelerator):
     made = plain(*given)
     made.state.distributed_type = DistributedType.FSDP
-    made.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    made.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap"
+    )
     assert made.is_fsdp2
     return made
 
@@ -40,7 +43,8 @@ loop.silent = progress  # of every process but the first
 if sys.argv[1] == "sharded":
     loop._accelerator = sharded
 made = pretrain(Recipe.read(sys.argv[2]), sys.argv[3], device="cpu", progress=progress)
-assert made.losses and (type(next(made.model.parameters())).__name__ == "DTensor") == (sys.argv[1] == "sharded")
+kind = type(next(made.model.parameters())).__name__
+assert made.losses and (kind == "DTensor") == (sys.argv[1] == "sharded")
 """
 
 
@@ -79,7 +83,7 @@ def test_two_processes_train_as_one_does(tmp_path):
     agree(tmp_path / "two", one, tmp_path / "one")
 
 
-def test_a_sharded_training_that_was_killed_ends_as_one_process_does(tmp_path):
+def test_a_killed_sharded_training_ends_as_one_process_does(tmp_path):
     """Weights and optimizer are gathered from the shards, and dealt out again."""
     wanted = recipe(tmp_path)
     lrkv = {

@@ -255,7 +255,7 @@ def test_a_healthy_run_is_never_called_diverged_on_its_way():
         assert not any(diverged(x[:n], 400) for x in (losses, flat) for n in range(1, 401, 7))
 
 
-def test_divergence_is_noticed_before_the_end_and_at_once_when_not_finite():
+def test_divergence_is_noticed_early_and_infinity_at_once():
     losses = noisy(np.concatenate([np.linspace(7, 4, 500), np.full(500, 8.0)]))
     assert min(n for n in range(1, 1001) if diverged(losses[:n], 1000)) < 700
     assert diverged([5.0, float("nan")], 1000) and diverged([float("inf")], 3) and not diverged([], 3)

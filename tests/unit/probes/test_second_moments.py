@@ -65,7 +65,7 @@ def test_sums_do_not_depend_on_the_batch_size(name):
 
 
 def test_gathering_leaves_the_logits_alone():
-    """The layer that collects moments attends as stock layers do: what later layers see is the uncompressed model."""
+    """The layer that collects moments attends as stock layers do, so that later layers see no change."""
     last = gather_statistics(attached("gemma2"), [IDS])[2]
     close(last.inputs, outer(activations("gemma2", 2, IDS)["inputs"]))
 

@@ -39,7 +39,7 @@ def text() -> str:
     return render([result(POOR, HALF | {"profile": PROFILE}, FULL)])
 
 
-def test_the_table_holds_the_numbers_with_the_full_cache_first_then_by_bytes(text: str) -> None:
+def test_table_rows_are_ordered_full_cache_first_then_by_bytes(text: str) -> None:
     page = Page(text)
     assert [line[0] for line in page.table] == ["Row", "full", "pca 25%", "stiefattention 50%"]
     expected = {
@@ -53,7 +53,7 @@ def test_the_table_holds_the_numbers_with_the_full_cache_first_then_by_bytes(tex
     assert {title: page.cell(3, title) for title in expected} == expected
 
 
-def test_a_null_is_a_dash_and_a_column_of_nulls_is_dropped_from_table_and_guide(text: str) -> None:
+def test_a_null_is_a_dash_and_empty_columns_are_dropped(text: str) -> None:
     page = Page(text)
     assert page.cell(2, "KL") == "—"
     assert page.cell(1, "KL") == "0"
@@ -66,7 +66,7 @@ def test_every_column_is_explained_in_the_guide(text: str) -> None:
     assert explained == Page(text).table[0]
 
 
-def test_the_summary_names_the_smallest_row_near_the_full_perplexity(text: str) -> None:
+def test_the_summary_names_the_smallest_row_of_near_perplexity(text: str) -> None:
     lead = re.findall(r'<p class="lead">(.*?)</p>', text)
     assert lead == [
         "The smallest cache within 5% of the full perplexity is stiefattention 50%: "
@@ -186,7 +186,7 @@ def test_runs_on_one_text_share_a_table_and_others_do_not() -> None:
     assert "<h3>Run 3: tiny</h3>" in other
 
 
-def test_rows_of_several_runs_are_told_apart_by_what_differs_and_else_by_their_run() -> None:
+def test_rows_of_several_runs_are_named_by_what_differs() -> None:
     marked = [
         HALF
         | {
@@ -346,7 +346,7 @@ def test_a_file_that_is_no_result_is_named_in_one_line(tmp_path: Path, content: 
     assert "\n" not in str(caught.value)
 
 
-def test_the_complaint_says_where_and_what(tmp_path: Path) -> None:
+def test_a_refused_file_names_the_field_and_the_rule(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     path.write_text(BROKEN["text for a number"])
     with pytest.raises(

@@ -1,6 +1,4 @@
-"""What the report says of eviction policies: curves over what they hold, maps of their heads, their
-parameters in words.
-"""
+"""Eviction policies in the report: curves over what they hold, maps of their heads, their parameters."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ from lowkey.policies import policy_to_dict
 from lowkey.policies.allocators import HeadKV
 from lowkey.policies.snapkv import SnapKV
 from lowkey.report import load_results, render
-from lowkey.report.curves import _looks, curve_qualities, curves_figure
+from lowkey.report.curves import _line_styles, curve_qualities, curves_figure
 from lowkey.report.drawing import INK
 from lowkey.report.heads import heads_figure
 from lowkey.report.policies import (
@@ -113,9 +111,7 @@ def test_a_policy_is_one_line_over_the_shares_that_it_holds() -> None:
     assert [text.get_text() for text in exact.figure.legends[0].get_texts()] == ["ada-kv", "snapkv"]
 
 
-def test_the_share_is_logarithmic_where_it_spreads_over_more_than_ten_times_and_the_same_in_all_panels() -> (
-    None
-):
+def test_wide_shares_have_a_log_scale_common_to_all_panels() -> None:
     wide, narrow = [WHOLE, evicted(3), evicted(50)], [WHOLE, evicted(20), evicted(50)]
     assert {ax.get_xscale() for ax in curves_figure(wide).axes} == {"log"}
     assert {ax.get_xscale() for ax in curves_figure(narrow).axes} == {"linear"}
@@ -129,7 +125,7 @@ def test_each_measured_quality_has_a_panel_and_no_other() -> None:
     assert curve_qualities([WHOLE, INT4, *(row | {"bytes_full": None} for row in rows)]) == []
 
 
-def test_full_and_packed_integers_are_labelled_points_and_a_plan_where_policies_stand_on_it() -> None:
+def test_references_of_policies_are_labelled_points() -> None:
     plan = HALF | {"name": "pca 50%", "label": "pca 50%", "plan": "plans/p", "exact_match": 0.97}
     other = plan | {"name": "pca 75%", "label": "pca 75%", "plan": "plans/q"}
     rows = [WHOLE, INT4, plan, other, evicted(3), evicted(6, plan="plans/p")]
@@ -149,7 +145,7 @@ def test_what_several_runs_measured_alike_is_drawn_once() -> None:
     assert {text.get_text() for text in exact.texts} == {"full", "int4", "int4 (run 3)"}
 
 
-def test_the_full_divergence_of_zero_is_left_out_of_a_log_scale_only() -> None:
+def test_a_divergence_of_zero_is_left_out_of_log_scales_only() -> None:
     far, near = [WHOLE, evicted(3), evicted(12)], [WHOLE, evicted(11), evicted(12)]
     for rows, scale, labels in ((far, "log", set()), (near, "linear", {"full"})):
         ax = panels(rows)["KL divergence (nats)"]
@@ -163,7 +159,7 @@ def test_recall_is_always_drawn_from_nothing_to_all() -> None:
         assert low < 0 < 1 < high < 1.1
 
 
-def test_with_one_budget_each_policies_are_dots_side_by_side_the_best_on_top() -> None:
+def test_policies_of_one_budget_are_dots_with_the_best_on_top() -> None:
     rows = [
         WHOLE,
         INT4,
@@ -191,8 +187,8 @@ def test_with_one_budget_each_policies_are_dots_side_by_side_the_best_on_top() -
     assert not any(ax.texts for ax in others)
 
 
-def test_thirty_six_policies_all_look_different_and_neighbours_in_colour_and_marker() -> None:
-    looks = [(look["color"], look["marker"]) for look in _looks(36)]
+def test_thirty_six_policies_have_different_markers() -> None:
+    looks = [(look["color"], look["marker"]) for look in _line_styles(36)]
     assert len(set(looks)) == 36
     assert all(
         a[0] != b[0] and a[1] != b[1]
@@ -201,7 +197,7 @@ def test_thirty_six_policies_all_look_different_and_neighbours_in_colour_and_mar
     )
 
 
-def test_the_quality_figure_leaves_policies_out_and_is_dropped_when_nothing_else_is_left() -> None:
+def test_the_quality_figure_leaves_policies_out() -> None:
     rows = [WHOLE, INT4, evicted(3), evicted(6)]
     alone = render([result(*rows)])
     assert "Quality against cache bytes per token" not in alone
@@ -214,7 +210,7 @@ def test_the_quality_figure_leaves_policies_out_and_is_dropped_when_nothing_else
     assert "snapkv" not in both[0]
 
 
-def test_maps_of_one_budget_share_a_colour_scale_and_budgets_do_not() -> None:
+def test_maps_of_one_budget_share_a_colour_scale() -> None:
     rows = [evicted(6), evicted(6, "ada-kv", [[1, 60], [2, 3], [4, 5]]), evicted(12, heads=[[7, 90]])]
     groups = by_budget(rows)
     assert {budget: [without_budget(row) for row in group] for budget, group in groups.items()} == {
@@ -261,7 +257,7 @@ def test_without_counts_there_is_no_map(heads: object) -> None:
     assert "Tokens kept per head" not in render([result(FULL, row)])
 
 
-def test_a_row_without_the_key_and_a_row_that_is_no_policy_have_no_map() -> None:
+def test_rows_without_counts_or_policy_have_no_map() -> None:
     bare = {key: value for key, value in evicted(6).items() if key != "kept_per_head"}
     assert by_budget([bare, HALF | {"kept_per_head": [[1]]}]) == {}
 
@@ -317,7 +313,7 @@ def test_the_table_tells_parameters_and_allocator() -> None:
         ({"name": "n" * 99, "parameters": {"p": list(range(40))}}, "n" * 59 + "… (p=[40 values])", None),
     ],
 )
-def test_odd_policies_are_said_as_they_are(policy: object, score: str | None, allocator: str | None) -> None:
+def test_unusual_policies_are_described(policy: object, score: str | None, allocator: str | None) -> None:
     row = evicted(6) | {"policy": policy}
     assert (score_words(row), allocator_words(row)) == (score, allocator)
 
@@ -413,7 +409,7 @@ def test_odd_numbers_do_not_break_the_page(key: str) -> None:
         render([result(FULL | {key: value}, INT4 | {key: value}, evicted(6) | {key: value})])
 
 
-def test_shares_that_no_scale_could_show_are_left_out_of_the_curves() -> None:
+def test_shares_outside_every_scale_are_left_out_of_curves() -> None:
     odd = [
         evicted(3) | {"bytes_held": 1e99, "bytes_full": 1e-99},
         evicted(6) | {"bytes_held": 1e-99, "bytes_full": 1e99},

@@ -336,7 +336,7 @@ def test_joining_rows(lengths, heads):
     ]
 
 
-def test_joining_nothing():
+def test_joining_empty_rows():
     empty = torch.zeros(0, 3)
     assert join_rows(
         empty, torch.zeros(3, dtype=torch.long), empty, torch.zeros(3, dtype=torch.long)

@@ -1,6 +1,4 @@
-"""A budget of bytes is a bound: what a cache holds after a prompt and after every eviction, indices and
-sliding layers included.
-"""
+"""A budget in bytes bounds what a cache holds, after a prompt and after every eviction."""
 
 from __future__ import annotations
 
@@ -97,7 +95,7 @@ def test_what_is_held_is_within_the_budget_and_uses_it(name, budget):
 
 @pytest.mark.parametrize("allocator", ALLOCATORS)
 @pytest.mark.parametrize("budget", ["71 KiB", "333 B/token"])
-def test_however_it_is_split_and_over_rows_of_any_length(allocator, budget):
+def test_the_budget_holds_for_every_allocator_and_row_length(allocator, budget):
     split = POLICIES["headkv-r2"]("50%").allocator if allocator == "headkv" else allocator
     for name in ("snapkv", "think"):
         holds(name, attached("llama"), budget, [50, 0, 17], allocator=split)
@@ -110,7 +108,7 @@ def test_the_layers_that_slide_are_counted(name, budget):
     holds("snapkv", attached(name), budget, [0, 9])
 
 
-def test_it_holds_on_a_plan_in_half_precision():
+def test_the_budget_holds_on_a_plan_in_half_precision():
     model = lowkey.attach(pico.build("llama").bfloat16())
     plan, ids = pico.plan(model, 6, 9), prompt(120, 1)
     cache = make_cache(model, plan, policy("ada-kv", "20 KiB"))
@@ -120,7 +118,7 @@ def test_it_holds_on_a_plan_in_half_precision():
     )
 
 
-def test_it_holds_again_after_every_eviction_of_decoding():
+def test_the_budget_holds_after_every_eviction_of_decoding():
     """Between two of them decoding adds what is new."""
     model, cache = attached("llama"), make_cache(attached("llama"), policy=policy("h2o", "40 KiB", every=4))
     with torch.no_grad():
@@ -183,7 +181,7 @@ def test_a_budget_that_does_not_hold_the_question_is_refused(budget):
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("budget", ["1 KiB", "7 B/token"])
 @pytest.mark.parametrize("kind", ["snapkv", "razor", "h2o", "kvzip", "think"])
-def test_too_small_a_budget_is_refused_with_the_smallest_that_works(name, budget, kind):
+def test_too_small_a_budget_is_refused_with_the_smallest_one(name, budget, kind):
     """By trying: that one holds, and a little less does not."""
     model, ids = attached(name), prompt(50, 2)
 
@@ -203,7 +201,7 @@ def test_too_small_a_budget_is_refused_with_the_smallest_that_works(name, budget
 
 @pytest.mark.parametrize("allocator", ["greedy", "uniform", "threshold"])
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
-def test_a_plans_rate_is_what_one_more_token_adds(name, allocator):
+def test_bytes_per_token_of_a_plan_are_those_of_one_more_token(name, allocator):
     """To the layers it compresses, of 1536 B in full, or 1024 beside a sliding layer; the tokens that are
     kept exact have come before.
     """
@@ -224,7 +222,7 @@ def test_a_plans_rate_is_what_one_more_token_adds(name, allocator):
     assert 0.8 * 700 <= (cache.nbytes() - before) / 10 <= 700
 
 
-def test_rows_pay_for_themselves():
+def test_every_row_has_its_own_part_of_the_budget():
     """By hand: 1000 bytes over 2 rows, 100 of them for indices, 30 a token and 2 heads."""
     costs = EvictionCosts(heads=2, sequences=2, entry_bytes=30, fixed_bytes=100)
     assert costs.tokens_per_head(policy("snapkv", "1000 B"), 50) == 13 / 2

@@ -95,7 +95,7 @@ def test_decoding_is_attention_over_what_each_head_kept(allocator, layout):
             )
 
 
-def test_a_long_question_over_an_evicted_cache_sees_what_was_kept():
+def test_a_long_question_attends_to_what_was_kept():
     """200 tokens at once equal the same tokens one by one, when nothing is evicted in between."""
     model, context, question = attached("llama"), prompt(LENGTH), prompt(200, seed=1)
     once, slowly = (evicting_cache(model, SnapKV("20%", "ada")) for _ in range(2))
@@ -149,7 +149,7 @@ def test_padding_takes_no_slot(name):
 
 
 @pytest.mark.parametrize("name", FED)
-def test_sinks_and_recent_tokens_stay_and_short_rows_are_not_emptied(name):
+def test_sinks_and_recent_tokens_stay_in_rows_of_any_length(name):
     model = attached("llama")
     cache = evicting_cache(model, policy(name, "2%", sinks=3, recent=5))
     feed(model, prompt(LENGTH), cache, [LENGTH - 6, 0])
@@ -206,7 +206,7 @@ def test_a_budget_that_channels_can_pay_keeps_every_token(budget, width):
     assert lengths(cache, 0) == [[100] * 4] * 3 and cache.evicting[0].pruned_k.shape[1] == round(width)
 
 
-def test_decoding_over_pruned_channels_is_attention_with_zeros_there():
+def test_decoding_over_pruned_channels_attends_with_zeros():
     model = attached("llama")
     cache = evicting_cache(model, policy("think", "40%", recent=4))
     seen = record(cache)
@@ -271,8 +271,8 @@ def test_repeating_the_context_scores_it_and_stores_nothing():
     )
 
 
-def test_a_repeated_context_keeps_what_the_repetition_looked_at_most():
-    """By hand: the largest weight that each token gets from the repetition's queries, fed over a full cache."""
+def test_a_repeated_context_keeps_what_it_attended_to_most():
+    """By hand: the largest weight of each token under the repetition's queries, fed over a full cache."""
     model, ids = attached("llama"), prompt(60, batch=1)
     cache = zipped(model, ids, "25%", chunk=60, bridge=0, sinks=0, recent=0)
     asking = pico.tokenizer()(
@@ -292,6 +292,6 @@ def test_a_repeated_context_keeps_what_the_repetition_looked_at_most():
     assert sorted(best) == sorted(ours)
 
 
-def test_a_context_that_was_not_repeated_is_not_evicted_by_chance():
+def test_a_context_that_was_not_repeated_is_not_evicted():
     with pytest.raises(LowkeyError, match=r"lowkey\.prefill"):
         feed(attached("llama"), prompt(60), made(policy("kvzip", "25%")))

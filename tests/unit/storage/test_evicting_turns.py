@@ -80,7 +80,7 @@ def test_a_frozen_cache_collects_no_queries():
 
 
 @pytest.mark.parametrize("name", ["snapkv", "h2o"])
-def test_queries_that_decided_are_let_go(name):
+def test_queries_are_freed_after_every_eviction(name):
     """After every eviction of decoding the cache holds what it held after the first one."""
     model = attached("llama")
     cache = evicting_cache(model, policy(name, "32 tokens", every=2))

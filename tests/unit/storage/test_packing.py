@@ -50,7 +50,7 @@ SPLITS = [[LENGTH], [30, 20, 50], [45, 40] + [1] * 15]
 @pytest.mark.parametrize(
     ("name", "form"), [("int4", "plain"), ("kivi4", "plain"), ("kivi4", "merged-pre"), ("hadamard4", "post")]
 )
-def test_exact_tokens_together_with_packing_are_the_dense_definition(name, form, exact, splits):
+def test_packing_with_exact_tokens_is_the_dense_definition(name, form, exact, splits):
     model, ids = attached("llama"), prompt(LENGTH)
     expected = oracle(ids, name, form, exact, PADS, splits)
     close(
@@ -60,7 +60,7 @@ def test_exact_tokens_together_with_packing_are_the_dense_definition(name, form,
     )
 
 
-def test_every_scheme_and_form_differs_from_stock_by_more_than_the_tolerance(name, form):
+def test_every_scheme_differs_from_stock_beyond_the_tolerance(name, form):
     """Guards the tests above and below."""
     ids = prompt(LENGTH)
     error = feed(attached("llama"), ids, packed(attached("llama"), name, form)) - feed(stock("llama"), ids)

@@ -69,7 +69,7 @@ def error(model, reference, name):
     return float((feed(model, ids, packed(model, name)) - reference).norm() / reference.norm())
 
 
-def test_eight_bits_are_close_to_stock_and_four_are_not_far_and_two_are_no_noise():
+def test_error_grows_as_bits_fall_from_eight_to_two():
     reference = feed(stock("llama"), prompt(LENGTH))
     found = {name: error(attached("llama"), reference, name) for name in SCHEMES}
     assert all(found[n] < 0.02 for n in found if n.endswith("8")), found
@@ -103,8 +103,8 @@ def with_outliers(size):
     return model
 
 
-def test_channels_that_are_much_larger_spoil_tokens_but_not_channels_nor_what_is_turned():
-    """KIVI's reason to pack keys per channel (arXiv:2402.02750), and Palu's to turn them (arXiv:2407.21118)."""
+def test_outlier_channels_spoil_only_packing_per_token():
+    """Why KIVI packs keys per channel (arXiv:2402.02750) and Palu rotates them (arXiv:2407.21118)."""
     reference = feed(stock("llama"), prompt(LENGTH))
     model = lowkey.attach(with_outliers(30.0))
     close(feed(model, prompt(LENGTH), lowkey.make_cache(model)), reference, 1e-4)

@@ -109,6 +109,7 @@ def recover_interrupted(path: Path, sweep: bool = False) -> bool:
     for folder in staging_folders(path):
         with _abandoned(folder) as dead:
             if not dead:
+                # its writer has moved the old version here and not yet put the new one in its place
                 moving |= (folder / OLD_NAME).exists()
                 continue
             with suppress(OSError):
@@ -177,7 +178,7 @@ def exchange(a: Path, b: Path) -> bool:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError):
         return False
-    here = -100  # AT_FDCWD
+    here = -100  # AT_FDCWD: relative paths begin at the working folder
     if rename(here, os.fsencode(a), here, os.fsencode(b), EXCHANGE) == 0:
         return True
     code = ctypes.get_errno()

@@ -49,6 +49,7 @@ def kind_of(path: Path) -> str | None:
             return None
         with path.open("rb") as file:
             start = file.read(9)
+        # JSON begins with a brace; a tensor file with the length of its JSON header in 8 bytes
         if start[:1] == b"{":
             return _kind_of_json(path)
         if start[8:] == b"{" and int.from_bytes(start[:8], "little") <= MOST_HEADER:
@@ -164,6 +165,7 @@ def verify(folder: Path, what: str) -> None:
     Raises:
         LowkeyError: if a file is missing or changed, or the folder is incomplete.
     """
+    # the list is written last, so without it the folder is no whole one
     known = read_json(folder / MANIFEST, what, "files")
     if not known.get("complete"):
         raise LowkeyError(
@@ -201,14 +203,14 @@ def check_writable(path: Path) -> None:
             raise LowkeyError(
                 f"output {str(path)!r}: is a link to itself, or where a disk is mounted; {ELSEWHERE}"
             )
-        ground = next(p for p in place.parents if os.path.lexists(p))
-        near = ground == place.parent  # then, what a kill leaves is removed by the next writer
+        existing = next(p for p in place.parents if os.path.lexists(p))
+        is_beside = existing == place.parent  # then, what a kill leaves is removed by the next writer
         with (
             new_folder_beside(place)
-            if near
-            else TemporaryDirectory(prefix=".lowkey.", dir=ground, ignore_cleanup_errors=True) as made
+            if is_beside
+            else TemporaryDirectory(prefix=".lowkey.", dir=existing, ignore_cleanup_errors=True) as made
         ):
-            inside = Path(made) / NEW_NAME / place.relative_to(ground)
+            inside = Path(made) / NEW_NAME / place.relative_to(existing)
             inside.parent.mkdir(parents=True)
             inside.write_bytes(b"tried")
     except LowkeyError:

@@ -60,6 +60,7 @@ def opened_file(path: Path, what: str, most: int, remedy: str = OURS) -> Iterato
         LowkeyError: for anything else, at once: pipes and devices are not waited for.
     """
     try:
+        # before opening, since opening a pipe waits for its writer; and after, for what was opened
         _check_regular(os.stat(path), path, what, most, remedy)
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             _check_regular(os.fstat(file.fileno()), path, what, most, remedy)
@@ -76,8 +77,8 @@ def opened_file(path: Path, what: str, most: int, remedy: str = OURS) -> Iterato
 
 def _check_regular(status: os.stat_result, path: Path, what: str, most: int, remedy: str) -> None:
     if not stat.S_ISREG(status.st_mode):
-        found_type = FILE_TYPES.get(stat.S_IFMT(status.st_mode), "no regular file")
-        raise LowkeyError(f"{what} {str(path)!r} is {found_type}; {remedy}")
+        file_type = FILE_TYPES.get(stat.S_IFMT(status.st_mode), "no regular file")
+        raise LowkeyError(f"{what} {str(path)!r} is {file_type}; {remedy}")
     if status.st_size > most:
         raise LowkeyError(f"{what} {str(path)!r} is larger than {most / 2**20:.0f} MiB; {remedy}")
 
@@ -91,7 +92,7 @@ def _reason(error: BaseException) -> str:
 def read_bytes(path: Path, what: str, most: int, remedy: str = OURS) -> bytes:
     """The contents of a regular file; see `opened_file`."""
     with opened_file(path, what, most, remedy) as file:
-        return file.read(most + 1)
+        return file.read(most + 1)  # the file may have grown since its size was checked
 
 
 def file_checksum(path: Path, what: str = "file") -> str:
@@ -104,6 +105,11 @@ def has_checksum(path: Path, sums: Collection[str], what: str = "file") -> bool:
     """Whether a file has one of these checksums.
 
     A file of another size is not read: a sparse file can take hours.
+
+    Args:
+        path: the file.
+        sums: checksums; each begins with the size that a file must have.
+        what: kind of file, for errors.
     """
     with opened_file(path, what, ANY_SIZE) as file:
         size = _size(file)
@@ -133,19 +139,19 @@ def parse_json(text: str, infinite: bool = False) -> Any:
     """
 
     def number(written: str) -> float:
-        value = float(written)
-        if not (infinite or math.isfinite(value)):
+        parsed = float(written)
+        if not (infinite or math.isfinite(parsed)):
             raise ValueError(f"{written[:20]} is no number of JSON")
-        return value
+        return parsed
 
     try:
-        found = json.loads(
+        value = json.loads(
             text, object_pairs_hook=_once, parse_int=_whole, parse_float=number, parse_constant=number
         )
     except RecursionError:
         raise ValueError("it is nested without end") from None
-    _check_depth(found)
-    return found
+    _check_depth(value)
+    return value
 
 
 def parse_toml(text: str) -> dict[str, Any]:
@@ -197,6 +203,7 @@ def with_checksum(value: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
     Numbers that are not finite become null.
     """
+    # through JSON, so that the checksum is of what a reader will get
     plain = {KIND: kind, **json.loads(json.dumps(jsonable(value)))}
     return plain | {CHECKSUM: json_digest(plain)}
 
@@ -334,6 +341,11 @@ def tensor_marks(path: Path, what: str, remedy: str = MAKE_AGAIN) -> tuple[str, 
 
     The size of its header is checked before the header is read.
 
+    Args:
+        path: the file.
+        what: kind of file, for errors.
+        remedy: what to do about a damaged one, for errors.
+
     Returns:
         (kind, checksum); empty texts if it says nothing.
 
@@ -373,6 +385,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     sha256 = hashlib.sha256()
     for name, t in sorted(tensors.items()):
         sha256.update(json.dumps([name, str(t.dtype), list(t.shape)]).encode())
+        # as bytes, since numpy has no bfloat16
         sha256.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha256.hexdigest()
 

@@ -54,6 +54,7 @@ def job_folder(work: Path | None, job: Mapping) -> Path | None:
     if work is None:
         return None
     plain, folder = json.loads(json.dumps(job)), work / job_name(job)
+    # what other jobs left is of no use for this output any more
     for other in set(work.iterdir() if work.is_dir() else ()) - {folder}:
         remove_job(other)
     if not (folder / "job.json").exists():

@@ -77,6 +77,7 @@ def replacing(path: Path, ours: bool = False) -> Iterator[Path]:
         if os.path.lexists(place) and not ours:
             check_replaceable(place)
         os.chmod(new, folder.stat().st_mode & 0o666)  # safetensors' own files are for nobody else to read
+        # on the disk before it has its name, so that a power failure cannot leave an empty file there
         sync(new)
         os.replace(new, place)
         sync(place.parent)
@@ -117,6 +118,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], kind: str) -> str:
     """Write a safetensors file that says what kind of file it is and has a checksum.
 
     Tensors that share memory are written separately.
+
+    Args:
+        path: the file, which appears whole or not at all.
+        tensors: its tensors by name.
+        kind: the kind of file that a reader must ask for.
 
     Returns:
         The checksum.
@@ -181,6 +187,7 @@ def join_folder(new: Path, path: Path) -> None:
         LowkeyError: if lowkey did not write what stands in their places.
     """
     fresh, before = listed_files(new), listed_files(path) if (path / MANIFEST).exists() else {}
+    # a call that was killed may have moved some files already: either checksum will do
     both = {name: [*before.get(name, ()), *fresh.get(name, ())] for name in (before | fresh)}
     for name in both:
         if os.path.lexists(path / name) and not unchanged(path / name, both[name]):
