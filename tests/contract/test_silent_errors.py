@@ -86,12 +86,6 @@ def test_sinks_are_sought_with_causal_attention():
     )
 
 
-def test_razor_is_refused_where_keys_are_stored_unrotated():
-    model = pico.attached("llama")
-    with pytest.raises(LowkeyError, match=r"mean keys.*'post_rope'"):
-        make_cache(model, pico.plan(model, layout="pre_rope"), POLICIES["razor"]("50%"))
-
-
 def test_hadamard_does_not_mix_channels_of_different_frequencies():
     model, ids = pico.attached("llama"), pico.prompt(40, 1)
     plan = calibrate(

@@ -345,7 +345,8 @@ def make_cache(
     if isinstance(policy, str):
         if policy != NO_POLICY:
             raise LowkeyError(
-                f"policy {shown(policy)}: give an object of lowkey.policies, or {NO_POLICY!r} to keep all tokens"
+                f"policy {shown(policy)}: give an object of lowkey.policies, or {NO_POLICY!r} to keep all "
+                "tokens"
             )
         policy, plan = None, plan and replace(plan, policy=None)
     if exact is not None and exact.rule is not None:
@@ -414,8 +415,8 @@ def _check_policy(model: PreTrainedModel, plan: Plan | None, packed: Scheme | No
     if policy.needs_whole_keys and (packed or (plan and plan.factors)):
         what = "packing in integers" if packed else f"plan of method {plan and plan.method['name']!r}"
         raise LowkeyError(
-            f"policy {name!r} {policy.needs_whole_keys}, and a {what} stores keys in another form; use it alone, "
-            "or another policy"
+            f"policy {name!r} {policy.needs_whole_keys}, and a {what} stores keys in another form; use it "
+            "alone, or another policy"
         )
     if plan and not all(f.rebuilds_keys for f in plan.factors.values()):
         raise LowkeyError(
@@ -435,7 +436,7 @@ def _check_policy(model: PreTrainedModel, plan: Plan | None, packed: Scheme | No
 
 
 def _rows_of_heads(model: PreTrainedModel, plan: Plan | None) -> tuple[tuple[int, ...], ...] | None:
-    """For each layer, the row of each KV head, which heads with a shared latent share; None without a plan."""
+    """For each layer, the row of each KV head: heads that share a latent share it. None without low rank."""
     if plan is None or not plan.factors:
         return None
     heads, rows = families.geometry(model).kv_heads, []

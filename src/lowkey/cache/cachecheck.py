@@ -83,7 +83,7 @@ def _coded(layer: CodedLayer, shape: HeadShape) -> str | None:
     stored, ahead = layer.storable()
     if not 0 <= stored <= ahead <= layer.seen:
         return f"{stored} to {ahead} tokens of {layer.seen} seen would be stored"
-    near = layer.seen - layer.front_start - stored
+    held_exactly = layer.seen - layer.front_start - stored
     rules = [
         unlike("recent_k", layer.recent_k, b, heads, held_exactly, k),
         unlike("recent_v", layer.recent_v, b, heads, held_exactly, v),

@@ -31,7 +31,7 @@ from lowkey.planner.candidates import (
     share_of_tokens,
 )
 from lowkey.planner.costs import AxisCosts, Curve
-from lowkey.policies import POLICIES
+from lowkey.policies import PLANNED, POLICIES
 from lowkey.storage.packing import NO_BITS
 
 RANK_BITS = (NO_BITS, "kivi8", "kivi4")  # packings of latents; two bits lost at every budget measured
@@ -88,7 +88,7 @@ def plan_for(
     keep: str | Budget,
     tokens: int = BUDGET_LENGTH,
     axes: Sequence[str] = AXES,
-    policy: str = "snapkv",
+    policy: str = PLANNED,
     held_out: str | None = None,
     sample: Sample = SAMPLE,
     search: Search = SEARCH,

@@ -58,6 +58,8 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "razor": partial(Razor, allocator="classes"),
 }
 
+PLANNED = "snapkv"  # the policy that the planner tries: no second pass, and no head scores
+
 __all__ = [
     "H2O",
     "POLICIES",

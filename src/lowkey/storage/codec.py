@@ -352,13 +352,6 @@ def _plus_mean(x: Tensor, mean: Tensor | None) -> Tensor:
     return x if mean is None else x + mean.unsqueeze(1)
 
 
-def as_read_later(codec: Codec, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotated keys and values (b, h, t, d) at positions (b, t), as they come back from their stored form."""
-    stored_keys, stored_values = codec.encode(keys, values, positions)
-    scoring = codec.scoring_keys(stored_keys, positions.unsqueeze(1))
-    return codec.expand_keys(scoring), codec.expand_values(stored_values)
-
-
 def token_positions(start: int, stop: int, offset: Tensor) -> Tensor:
     """Positions (b, stop - start) of the tokens with these indices; those of padding mean nothing.
 

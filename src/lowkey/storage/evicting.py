@@ -122,8 +122,8 @@ class EvictingLayer(RowLayer):
             2 * self.offset.element_size() + sinks
         )
 
-    def costs(self, tokens: Tensor) -> EvictionCosts:
-        """The costs of this layer's whole cache, for sequences that have seen so many tokens (b)."""
+    def costs(self) -> EvictionCosts:
+        """The costs of this layer's whole cache, whose layers are all alike."""
         b, itemsize, layers = len(self.offset), self.recent_k.element_size(), self.cache_eviction.layers
         rows = self.row_heads * layers
         stored = self._stored_until() + self.expected_tokens
@@ -328,7 +328,7 @@ class EvictingLayer(RowLayer):
             candidates,
             previous_scores=torch.where(stepping, candidates.previous_scores, scores),
             # tokens that only score come last, and are no longer candidates
-            valid=candidates.valid & (token < tokens[:, None, None]),
+            valid=candidates.valid & (number < tokens[:, None, None]),
         )
         protected = max(self.policy.recent, self.exact.recent)
         stays = stepping | (number < self.policy.sinks) | (number >= (tokens - protected)[:, None, None])

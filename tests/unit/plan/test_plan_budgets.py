@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import pico
 import pytest
-from plan_folders import MODEL, make
 
-import lowkey
 from lowkey.core.types import Budget, LowkeyError
 
 

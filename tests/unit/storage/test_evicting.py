@@ -228,12 +228,13 @@ def test_decoding_over_pruned_channels_attends_with_zeros():
             )
 
 
-def test_one_token_stands_for_all_that_were_dropped():
+@pytest.mark.parametrize("layout", [None, *LAYOUTS])
+def test_one_token_stands_for_all_that_were_dropped(layout):
     """Softmax over the kept tokens and the mean of the dropped, whose weight counts as often as tokens were
-    dropped; over two evictions.
+    dropped; over two evictions. At full rank a plan stores what the model made, rotated or not.
     """
     model = attached("llama")
-    cache = evicting_cache(model, policy("razor", "55%"))
+    cache = evicting_cache(model, policy("razor", "55%"), layout)
     seen = record(cache)
     feed(model, prompt(LENGTH), cache, None, [60, LENGTH - 62, 1, 1])
     assert any(bool((layer.dropped == 0).any()) for layer in cache.evicting), "some heads drop nothing"
