@@ -1,7 +1,7 @@
 """Every form x packing x window x budget of tokens: attention over what is stored, against fp64 by hand.
 
-What each head keeps is taken from the cache; how it is stored is worked out here from the keys and values that
-the layers were given: in the latents of its heads, rounded in groups, exact where it is a sink or recent.
+What each head keeps is taken from the cache; how it is stored is worked out here from the keys and values
+that the layers were given: in the latents of its heads, rounded in groups, exact where it is a sink or recent.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def test_full_rank_and_a_full_budget_are_stock(family, window):
     """Merged over heads, centred, in another order: all that is kept is what the model would have read."""
     model = attached(family)
     full = pico.merged_factors(HEADS, D, D, 2, 4)
-    maps = {i: full for i in families.geometry(model).compressible}
+    maps = dict.fromkeys(families.geometry(model).compressible, full)
     for layout in ("post_rope", "pre_rope"):
         made = pico.plan(model, factors=maps, layout=layout, orthonormal=False)
         cache = lowkey.make_cache(model, made, snapkv("100%"), exact=WINDOWS[window])
