@@ -67,12 +67,10 @@ def test_several_samples_of_a_filled_row_are_refused(kind):
     model, ids = attached("llama"), prompt(20, batch=1)
     cache = KINDS[kind](model)
     feed(model, ids[:, :15], cache)
-    with pytest.raises(
-        LowkeyError, match=r"holds 1 row and is given 3; call cache.batch_repeat_interleave\(3\) first"
-    ):
+    with pytest.raises(LowkeyError, match=r"holds 1 row and is given 3; call cache.expand\(3\) first"):
         generate(model, ids, 3, cache, num_return_sequences=3, do_sample=True)
     assert cache.get_seq_length() == 15
-    cache.batch_repeat_interleave(3)
+    cache.expand(3)
     found = generate(model, ids.repeat(3, 1), 3, cache)
     assert found.shape == (3, 3) and torch.equal(found[:1].expand(3, -1), found)
 

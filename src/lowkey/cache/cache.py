@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from lowkey.cache import cachefile
+from lowkey.cache.continuations import ContinuableCache
 from lowkey.core.options import shown
 from lowkey.core.types import LowkeyError, identity_factors
 from lowkey.models import families
@@ -73,7 +73,7 @@ class Origin:
         return self.policy
 
 
-class LowkeyCache(Cache):
+class LowkeyCache(ContinuableCache):
     """A transformers cache that counts its bytes, evicts, and survives failed calls unchanged.
 
     Args:

@@ -193,8 +193,8 @@ class CodedLayer(PositionedLayer):
         if bool((real.any(1, keepdim=True) & ~follows).any()) or bool((real != within).any()):
             raise LowkeyError(
                 "attention_mask: a row goes on behind padding, which a recent window or blocks of tokens "
-                "(kivi) would count; pad on the "
-                "left, or give rows of uneven turns a cache each"
+                "(kivi) would count; pad on the left, or give rows of uneven turns a cache each: "
+                "cache.branch(row)"
             )
         if self.block == 1 or not start:
             return

@@ -80,8 +80,8 @@ class PositionedLayer(StoringLayer):
         if not bool(((positions == token_positions(start, self.seen, offset)) | ~real).all()):
             raise LowkeyError(
                 "position_ids: this cache needs positions that count up by one from a row's first token, "
-                "without padding between turns; "
-                "drop position_ids, or give rows of uneven turns a cache each"
+                "without padding between turns; drop position_ids, or give rows of uneven turns a cache each: "
+                "cache.branch(row)"
             )
         self.offset, self.first_index = offset, first  # only now, since nothing was refused
         return real
@@ -140,9 +140,12 @@ class RaggedLayer(PositionedLayer):
         # tokens that only score are forgotten, so padding among them does no harm
         stored = real.shape[1] - self.score_only_tokens
         if stored > 0 and bool((real[:, :stored] != (tokens[start : start + stored] >= first)).any()):
+            remedy = (
+                "give rows of uneven turns a cache each: cache.branch(row)" if start else "pad on the left"
+            )
             raise LowkeyError(
-                "attention_mask: a row ends in padding, which this kind of cache cannot follow; pad on the "
-                "left"
+                "attention_mask: has padding behind a row's first token, which this kind of cache cannot "
+                f"follow; {remedy}"
             )
 
     def decoding_rows(self, t: int) -> Tensor:

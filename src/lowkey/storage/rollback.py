@@ -153,7 +153,7 @@ class RestorableLayer(CacheLayerMixin):
             LowkeyError: for another batch size or dtype.
         """
         if len(keys) != rows:
-            one = f"cache.batch_repeat_interleave({len(keys)})" if rows == 1 else "cache.batch_select_indices"
+            one = f"cache.expand({len(keys)})" if rows == 1 else "cache.batch_select_indices"
             raise LowkeyError(
                 f"cache: holds {rows} row{'s' * (rows != 1)} and is given {len(keys)}; call {one} first, or "
                 "use a fresh cache"
