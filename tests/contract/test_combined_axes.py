@@ -1,7 +1,8 @@
 """Every form x packing x window x budget of tokens: attention over what is stored, against fp64 by hand.
 
-What each head keeps is taken from the cache; how it is stored is worked out here from the keys and values
-that the layers were given: in the latents of its heads, rounded in groups, exact where it is a sink or recent.
+What each head keeps is taken from the cache. How it is stored is worked out here from the keys and values
+that the layers were given: in the latents of its heads, rounded in groups, exact where it is a sink or
+recent.
 """
 
 from __future__ import annotations
