@@ -30,11 +30,13 @@ class Candidate:
         bits: a name of `SCHEMES`, or `none`.
         tokens: share of the tokens that is kept.
         low_rank: whether ranks are lowered as far as the budget asks.
+        recent: last tokens that are held exactly, where something is rounded or of low rank.
     """
 
     bits: str
     tokens: float
     low_rank: bool
+    recent: int = DEFAULT_WINDOW.recent
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -49,19 +51,18 @@ class Composer:
 
     Args:
         model: the model.
-        fit: makes a low-rank plan in a packing within a budget of bytes, for a cache of `tokens` tokens.
+        fit: makes a low-rank plan in a packing, with so many recent tokens exact, within a budget of bytes
+            for a cache of `tokens` tokens.
         policy: makes the eviction policy that keeps a share of the tokens.
         tokens: length of the sequence that bytes are counted for.
         sinks: first tokens that are held exactly.
-        recent: last tokens that are held exactly.
     """
 
     model: PreTrainedModel
-    fit: Callable[[Budget, str], Plan]
+    fit: Callable[[Budget, str, int], Plan]
     policy: Callable[[float], Policy]
     tokens: int
     sinks: int = DEFAULT_WINDOW.sinks
-    recent: int = DEFAULT_WINDOW.recent
 
     @property
     def itemsize(self) -> int:
@@ -77,7 +78,7 @@ class Composer:
         """Bytes that one sequence takes under a plan."""
         return held_bytes(plan, self.tokens, self.itemsize)
 
-    def without_ranks(self, bits: str, tokens: float) -> Plan:
+    def without_ranks(self, bits: str, tokens: float, recent: int = DEFAULT_WINDOW.recent) -> Plan:
         """The plan of full rank in a packing that keeps a share of the tokens."""
         packed, exact = scheme_or_none(bits), bits != NO_BITS
         return Plan(
@@ -93,7 +94,7 @@ class Composer:
                 "versions": versions(),
             },
             sinks=self.sinks if exact else 0,
-            recent=max(self.recent, packed.recent) if packed else 0,
+            recent=max(recent, packed.recent) if packed else 0,
             bits=bits if exact else None,
             policy=self._written(tokens),
         )
@@ -108,7 +109,7 @@ class Composer:
             candidate: the combination.
             budget: bytes of one sequence in the layers that can be compressed.
         """
-        whole = self.without_ranks(candidate.bits, candidate.tokens)
+        whole = self.without_ranks(candidate.bits, candidate.tokens, candidate.recent)
         if not candidate.low_rank:
             return whole if self.held(whole) <= budget * (1 + CLOSE / 10) else None
         if self.held(whole) <= budget:
@@ -120,7 +121,7 @@ class Composer:
         policy, asked, best = self._written(candidate.tokens), budget, None
         for _ in range(CORRECTIONS):
             try:
-                fitted = self.fit(Budget(asked, "bytes"), candidate.bits)
+                fitted = self.fit(Budget(asked, "bytes"), candidate.bits, candidate.recent)
             except LowkeyError:
                 return best
             plan = replace(fitted, policy=policy, budget=f"{100 * budget / self.full_bytes:.4g}%")

@@ -39,6 +39,8 @@ KEPT = (0.75, 0.5, 0.3, 0.15)  # shares of the tokens at which dropping them is 
 # Shares of the tokens for which combinations are predicted. The best of each group is measured: what is
 # forgotten does not show in KL, so that recall may want fewer ranks or fewer tokens than KL does.
 TRIED = ((1.0,), (0.85, 0.7), (0.6, 0.5), (0.4, 0.3), (0.25, 0.2))
+# Where few tokens are kept, the exact window is most of them: eight bits with this window are tried, too.
+SHORT_WINDOW, EIGHT_BITS = 8, "int8"
 
 
 @dataclass(frozen=True)
@@ -157,13 +159,14 @@ def search_plans(
         place = Path(folder)
         composer = Composer(
             model,
-            lambda budget, bits: calibrate(
+            lambda budget, bits, recent: calibrate(
                 model,
                 tokenizer,
                 words,
                 budget=budget,
                 bits=bits,
                 at=tokens,
+                recent=recent,
                 sample=sample,
                 work=place / "fit",
                 progress=progress,
@@ -249,6 +252,8 @@ def _combined(
         return {c: p for c, p in whole.items() if budget * 0.8 <= composer.held(p) <= budget}
     costs, sizes = _costs(composer, budget, bits, shares, measure, words)
     plans: dict[Candidate, Plan] = {}
+    if "bits" in axes and "tokens" in axes:
+        plans |= _near_single(composer, budget)
     for group in groups:
         expected = sorted(
             (costs.predicted(name, sizes[name, share], share), name, share)
@@ -260,12 +265,30 @@ def _combined(
             (candidate, plan)
             for _, name, share in expected
             for low_rank in (True, False)
-            if (candidate := Candidate(name, share, low_rank)).axes
+            if len((candidate := Candidate(name, share, low_rank)).axes) > 1
             and (plan := composer.compose(candidate, budget)) is not None
             and composer.held(plan) > 0.8 * budget
         )
         plans.update(itertools.islice(made, 1))
     return plans
+
+
+def _near_single(composer: Composer, budget: float) -> dict[Candidate, Plan]:
+    """Every rank in eight bits with a short window, and as many tokens as then fit."""
+    low, high, best = 0.0, 1.0, None
+    for _ in range(20):
+        middle = (low + high) / 2
+        candidate = Candidate(EIGHT_BITS, middle, False, SHORT_WINDOW)
+        try:
+            plan = composer.compose(candidate, budget)
+        except LowkeyError:  # fewer tokens than a policy always keeps
+            low = middle
+            continue
+        if plan is None:
+            high = middle
+        else:
+            low, best = middle, (candidate, plan)
+    return {} if best is None else dict([best])
 
 
 def _costs(
