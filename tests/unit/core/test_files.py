@@ -293,7 +293,7 @@ def test_a_removal_that_is_cut_short_is_finished_by_the_next(tmp_path, monkeypat
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt), atomic.new_folder_beside(place) as folder:
-        for name in ("new", "old"):
+        for name in ("new", "more"):
             (folder / name).mkdir()
         monkeypatch.setattr(shutil, "rmtree", killed)
     monkeypatch.undo()
