@@ -45,7 +45,9 @@ def test_after_ctrl_c_the_same_command_goes_on_to_the_same_rows(model, here, out
     straight = printed("eval", model, *SCORE, "--out", "straight.json")["rows"]
     with stopped_after(3):
         status, said, err = lowkey("eval", model, *SCORE, *out)
-    assert (status, said) == (130, "") and "eval" in err and "resume when given again" in err
+    assert (
+        (status, said) == (130, "") and "eval" in err and "resume when the same command is given again" in err
+    )
     assert [p.suffix for p in here.rglob("*.json*") if p.parent != here / "straight.json" and p.is_dir()] == [
         ".partial"
     ]

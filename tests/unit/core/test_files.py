@@ -282,3 +282,22 @@ def test_jobs_do_not_read_each_others_work(tmp_path):
     assert files.read_work(b, "statistics") is None and not a.exists()
     files.write_work(a, "statistics", {"done": torch.tensor(1)})  # as another process might, which goes on
     assert files.read_work(b, "statistics") is None
+
+
+def test_a_removal_that_is_cut_short_is_finished_by_the_next(tmp_path, monkeypatch):
+    """The mark of a staging folder goes last, so that the next writer knows what was left of it."""
+    real, place = shutil.rmtree, tmp_path / "a"
+
+    def killed(path, *args, **kwargs):
+        real(path, *args, **kwargs)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), atomic.new_folder_beside(place) as folder:
+        for name in ("new", "more"):
+            (folder / name).mkdir()
+        monkeypatch.setattr(shutil, "rmtree", killed)
+    monkeypatch.undo()
+    assert [p for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
+    with atomic.new_folder_beside(place):
+        pass
+    assert list(tmp_path.iterdir()) == []

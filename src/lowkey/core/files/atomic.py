@@ -47,8 +47,19 @@ def new_folder_beside(path: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        try:
+            _remove(folder)
+        finally:
+            os.close(lock)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a staging folder, its mark last: what a kill leaves of it is still known as ours."""
+    with suppress(OSError):
+        for child in folder.iterdir():
+            if child.name != OWN_FOLDER:
+                shutil.rmtree(child, ignore_errors=True) if child.is_dir() else child.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _locked(path: Path) -> tuple[Path, int]:
@@ -116,7 +127,7 @@ def recover_interrupted(path: Path, sweep: bool = False) -> bool:
                 if (folder / OLD_NAME).exists() and not os.path.lexists(path):
                     os.rename(folder / OLD_NAME, path)
                 if sweep and ((folder / OWN_FOLDER).exists() or not any(folder.iterdir())):
-                    shutil.rmtree(folder, ignore_errors=True)
+                    _remove(folder)
     return moving
 
 
