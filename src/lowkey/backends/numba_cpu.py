@@ -19,8 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lowkey.backends.stored import Stored
+
 KERNEL_KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 GROUPS = (1, 2, 4, 8)  # queries that share one reading of the keys; each is one more small compilation
+BLOCK = 32  # tokens of a block whose channels have scales of their own; masks are filled up to whole blocks
 LN2 = math.log(2)
 _lock = Lock()  # one of numba's threading layers must not be entered by two threads at a time
 
@@ -32,8 +35,19 @@ def available() -> bool:
 
 
 def supports(dtype: torch.dtype) -> bool:
-    """Whether keys of this dtype can be read."""
+    """Whether plain numbers or scales of this dtype can be read."""
     return dtype in KERNEL_KINDS
+
+
+def reads(x: Stored) -> bool:
+    """Whether these keys or values can be read where they lie."""
+    if not supports(x.dtype) or (x.numbers.ndim == 4 and x.unit != BLOCK):
+        return False
+    if x.scale is not None and x.low is not None:
+        side_by_side = x.numbers.ndim == 4 or x.scale.shape[2] == 1 or x.scale.stride(2) == 1
+        if x.scale.stride() != x.low.stride() or not side_by_side:
+            return False
+    return x.groups[1] >= _kernel().LANES and x.numbers.stride(-1) == 1
 
 
 def ragged(
@@ -43,22 +57,49 @@ def ragged(
 
     The result is the same in every bit for any number of threads.
     """
-    kernel, (rows, m, _), width = _kernel(), query.shape, values.shape[1]
-    keys, values = _readable(keys, kernel.LANES), _readable(values.to(keys.dtype), kernel.LANES)
-    out, lse = torch.empty(rows, m, values.shape[1]), torch.empty(rows, m)
+    lanes, width = _kernel().LANES, values.shape[1]
+    k, v = (
+        Stored(x.unsqueeze(0), None, None, 0, x.shape[1], torch.zeros_like(starts[:-1]), starts[:-1])
+        for x in (_readable(keys, lanes), _readable(values.to(keys.dtype), lanes))
+    )
+    query = pad(query, (0, max(0, lanes - query.shape[2])))
+    out, lse = stored_rows(query, k, v, starts.diff(), scaling, softcap)
+    return out if width == out.shape[2] else out[..., :width], lse
+
+
+def stored_rows(
+    query: Tensor,
+    keys: Stored,
+    values: Stored,
+    lengths: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over keys and values as they are stored; see `stored.stored_rows` for arguments and results.
+
+    Codes are widened in registers. The result is the same in every bit for any number of threads.
+    """
+    kernel, (rows, m, _) = _kernel(), query.shape
+    out, lse = torch.empty(rows, m, values.width), torch.empty(rows, m)
     g = next((n for n in GROUPS if n >= m), GROUPS[-1])
+    places = torch.stack([keys.lane, keys.first, values.lane, values.first, lengths]).numpy()
+    seen = np.empty((0, 0, 0), np.uint8)
+    if mask is not None:
+        seen = pad(mask, (0, -mask.shape[2] % BLOCK)).contiguous().view(torch.uint8).numpy()
     given = (
         query.detach().float().contiguous().numpy(),
         _place(keys),
         _place(values),
-        starts.contiguous().numpy(),
+        _query_slots(keys, kernel.LANES),
+        _slots(*values.groups, values.width, kernel.LANES),
     )
     with _lock:
-        function = kernel.piece(g, KERNEL_KINDS[keys.dtype]).address
-        kernel.decode_rows(
-            function, g, *_scales(scaling, softcap), *given, out.numpy(), lse.numpy(), _threads()
-        )
-    return out if width == out.shape[2] else out[..., :width], lse
+        compiled = kernel.scorer(g, _kind(keys)), kernel.softener(g), kernel.mixer(g, _kind(values))
+        functions = np.array([function.address for function in compiled])
+        scales = _scales(scaling, softcap)
+        kernel.decode_rows(functions, g, *scales, *given, places, seen, out.numpy(), lse.numpy(), _threads())
+    return out, lse
 
 
 @cache
@@ -98,9 +139,60 @@ def _scales(scaling: float, softcap: float | None) -> tuple[np.float32, np.float
     return np.float32(2 * scaling / softcap / LN2), np.float32(softcap / LN2)
 
 
-def _place(x: Tensor) -> tuple[int, int, int]:
-    """(address, bytes from row to row, numbers of a row)."""
-    return x.data_ptr(), x.stride(0) * x.element_size(), x.shape[1]
+def _kind(x: Stored) -> str:
+    """How numbers are stored, as `numba_vectors` and `numba_channels` name it."""
+    number = KERNEL_KINDS[x.dtype]
+    if not x.bits:
+        return number
+    return f"{'channel' if x.numbers.ndim == 4 else 'int'}{x.bits} {number}"
+
+
+def _place(x: Stored) -> np.ndarray:
+    """Where keys or values are, as `numba_kernel` describes a place."""
+    scale, low = (x.numbers if t is None else t for t in (x.scale, x.low))
+    size, scale_size = x.numbers.element_size(), scale.element_size()
+    by_channel = x.numbers.ndim == 4
+    place = (
+        *(t.data_ptr() for t in (x.numbers, scale, low)),
+        x.numbers.stride(0) * size,
+        scale.stride(0) * scale_size,
+        x.numbers.stride(1) * size,
+        scale.stride(1) * scale_size,
+        x.numbers.stride(2) * size if by_channel else 0,
+        scale.stride(2) * scale_size if by_channel else 0,
+        *x.groups,
+        x.unit,
+    )
+    return np.array(place, np.int64)
+
+
+def _query_slots(keys: Stored, lanes: int) -> np.ndarray:
+    """Which column of a query each number of a packed query is, -1 for none."""
+    groups, size = keys.groups
+    if keys.unit > 1:  # channel after channel, in whole vectors
+        size += -size % lanes
+    return _slots(groups, size, keys.width, lanes, once=True)
+
+
+@cache
+def _slots(groups: int, size: int, width: int, lanes: int, once: bool = False) -> np.ndarray:
+    """Which column each number of a packed query or output is, -1 for none; see `numba_vectors._Columns`.
+
+    Args:
+        groups: of channels.
+        size: channels of a group.
+        width: columns; the channels behind them only fill up the last group.
+        lanes: numbers of a vector.
+        once: whether a column has one slot only; else those that vectors share have two.
+    """
+    starts = [min(i, size - lanes) for i in range(0, size, lanes)]
+    columns = [group * size + start + i for group in range(groups) for start in starts for i in range(lanes)]
+    found: set[int] = set()
+    for i, column in enumerate(columns):
+        if column >= width or (once and column in found):
+            columns[i] = -1
+        found.add(column)
+    return np.array(columns, np.int64)
 
 
 def _readable(x: Tensor, lanes: int) -> Tensor:

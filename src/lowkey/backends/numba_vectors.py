@@ -1,189 +1,124 @@
 """The inner steps of attention as vector code for `numba_kernel`, written in LLVM IR.
 
 The compiler's own vectorisation of plain loops leaves half of the memory's bandwidth unused: it widens bf16
-once for each query, sums each score across lanes by itself, and uses half of a wide register. Only generic
-vector instructions are used here, so any CPU will do.
+once for each query, sums each score across lanes by itself, and uses half of a wide register.
 
-A *step* is LANES scores: g queries times LANES / g keys, query by query. Addresses and strides are in bytes.
-The last columns of a row are read by one more vector that ends at the last column. Where it overlaps the
-vector before, the query is 0, and outputs are written twice.
+A *step* is LANES scores: g queries times LANES / g tokens, query by query. Addresses and strides are in
+bytes. A *kind* says how numbers are stored: `bfloat16` for plain numbers, `int4 bfloat16` for integers of 4
+bits with scales per token. `numba_channels` has the steps for scales per channel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8
-# Rows this far ahead are fetched while others are computed; else memory and arithmetic would take turns.
-PREFETCH_BYTES = 8192
-LOWEST = -3e38  # the score of a key that is not there
-# Powers of 2 below this become 0. They are far below what sums in fp32 keep, and subnormal numbers are slow.
-FAINTEST = -100.0
-
-I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
-BYTES = ir.IntType(8).as_pointer()
-FLOAT_VECTOR, INTEGER_VECTOR = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(I32, LANES)
-STORED = {
-    "float32": FLOAT_VECTOR,
-    "bfloat16": ir.VectorType(I16, LANES),
-    "float16": ir.VectorType(ir.HalfType(), LANES),
-}
-BYTES_PER_NUMBER = {"float32": 4, "bfloat16": 2, "float16": 2}
-# coefficients of 2^x for x in [-1/2, 1/2], highest power first, from Cephes
-EXP2 = (1.535336188e-4, 1.339887440e-3, 9.618437358e-3, 5.550332471e-2, 2.402264791e-1, 6.931472029e-1, 1.0)
-
-Builder = ir.IRBuilder
-Value = ir.Value
-literal = intrinsic(prefer_literal=True)
-
-
-def _whole(value: int) -> Value:
-    """A constant of 64 bits."""
-    return ir.Constant(I64, value)
-
-
-def _same(value: float) -> Value:
-    """A vector constant with the same number in every lane."""
-    return ir.Constant(FLOAT_VECTOR, [value] * LANES)
-
-
-def _spread(b: Builder, x: Value) -> Value:
-    """The scalar x in every lane."""
-    one = b.insert_element(ir.Constant(ir.VectorType(x.type, LANES), ir.Undefined), x, ir.Constant(I32, 0))
-    return b.shuffle_vector(one, one, ir.Constant(INTEGER_VECTOR, [0] * LANES))
-
-
-def _call(b: Builder, name: str, *args: Value) -> Value:
-    """An LLVM intrinsic on vectors of numbers."""
-    kind = ir.FunctionType(FLOAT_VECTOR, [FLOAT_VECTOR] * len(args))
-    return b.call(cgutils.get_or_insert_function(b.module, kind, f"llvm.{name}.v{LANES}f32"), args)
-
-
-def _pointer(b: Builder, address: Value, offset: Value | None = None, kind: ir.Type = FLOAT_VECTOR) -> Value:
-    return b.bitcast(
-        b.gep(b.inttoptr(address, BYTES), [_whole(0) if offset is None else offset]), kind.as_pointer()
-    )
-
-
-def _load(b: Builder, address: Value, offset: Value | None = None, kind: str = "float32") -> Value:
-    """LANES stored numbers, widened."""
-    raw = b.load(_pointer(b, address, offset, STORED[kind]), align=BYTES_PER_NUMBER[kind])
-    if kind == "bfloat16":  # the upper half of an fp32 number
-        return b.bitcast(
-            b.shl(b.zext(raw, INTEGER_VECTOR), ir.Constant(INTEGER_VECTOR, [16] * LANES)), FLOAT_VECTOR
-        )
-    return raw if kind == "float32" else b.fpext(raw, FLOAT_VECTOR)
-
-
-def _store(b: Builder, x: Value, address: Value, offset: Value | None = None) -> None:
-    b.store(x, _pointer(b, address, offset), align=4)
-
-
-def _fetch(b: Builder, address: Value, offset: Value) -> None:
-    """Prefetch the memory PREFETCH_BYTES ahead; past the end of an array that is harmless."""
-    kind = ir.FunctionType(ir.VoidType(), [BYTES, I32, I32, I32])
-    where = _pointer(b, address, b.add(offset, _whole(PREFETCH_BYTES)), ir.IntType(8))
-    read, second_level, data = (ir.Constant(I32, n) for n in (0, 2, 1))
-    b.call(
-        cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0"), [where, read, second_level, data]
-    )
-
-
-def _smaller(b: Builder, x: Value, y: Value) -> Value:
-    return b.select(b.icmp_signed("<", x, y), x, y)
-
-
-def _larger(b: Builder, x: Value, y: Value) -> Value:
-    return b.select(b.fcmp_ordered(">", x, y), x, y)
-
-
-def _totals(b: Builder, parts: Sequence[Value]) -> Value:
-    """Lane i becomes the sum over all lanes of parts[i], in log2(LANES) rounds that halve pairs."""
-    width = LANES
-    while len(parts) > 1:
-        left = [start + i for start in range(0, 2 * LANES, width) for i in range(width // 2)]
-        halves = [ir.Constant(INTEGER_VECTOR, [i + shift for i in left]) for shift in (0, width // 2)]
-        parts = [
-            b.fadd(*(b.shuffle_vector(x, y, half) for half in halves))
-            for x, y in zip(parts[::2], parts[1::2], strict=True)
-        ]
-        width //= 2
-    return parts[0]
-
-
-def _exp2(b: Builder, x: Value) -> Value:
-    """2^x in every lane: a polynomial for the fraction, and the exponent bits for the whole part."""
-    x = _larger(b, _same(-126.0), b.select(b.fcmp_ordered(">", x, _same(126.0)), _same(126.0), x))
-    n = _call(b, "rint", x)
-    f, y = b.fsub(x, n), _same(EXP2[0])
-    for c in EXP2[1:]:
-        y = _call(b, "fmuladd", y, f, _same(c))
-    exponent = b.add(b.fptosi(n, INTEGER_VECTOR), ir.Constant(INTEGER_VECTOR, [127] * LANES))
-    return b.fmul(y, b.bitcast(b.shl(exponent, ir.Constant(INTEGER_VECTOR, [23] * LANES)), FLOAT_VECTOR))
-
-
-def _capped(b: Builder, x: Value, cap: Value) -> Value:
-    """cap tanh(y), given x = 2 y / ln 2; a cap of 0 is none."""
-    kept = cgutils.alloca_once_value(b, x)
-    with b.if_then(b.fcmp_ordered("!=", cap, ir.Constant(ir.FloatType(), 0.0)), likely=False):
-        tanh = b.fsub(_same(1.0), b.fdiv(_same(2.0), b.fadd(_exp2(b, x), _same(1.0))))
-        b.store(b.fmul(_spread(b, cap), tanh), kept)
-    return b.load(kept)
-
-
-def _rows(b: Builder, address: Value, stride: Value, left: Value, count: int) -> list[Value]:
-    """The addresses of the next `count` rows; past the last of `left` rows, the last one again."""
-    last = b.sub(left, _whole(1))
-    return [b.add(address, b.mul(stride, _smaller(b, _whole(i), last))) for i in range(count)]
+from lowkey.backends.numba_ir import (
+    BYTES_PER_NUMBER,
+    FAINTEST,
+    I32,
+    I64,
+    LANES,
+    LOWEST,
+    Builder,
+    Value,
+    capped,
+    exp2,
+    fetch,
+    larger,
+    literal,
+    load,
+    load_codes,
+    load_scalar,
+    pointer,
+    same,
+    smaller,
+    spread,
+    store,
+    swapped,
+    totals,
+    vector_call,
+    whole,
+)
 
 
 def _present(b: Builder, scores: Value, left: Value, keys: int) -> Value:
     """The scores, with LOWEST for keys past the last."""
     place = ir.Constant(ir.VectorType(I64, LANES), [i % keys for i in range(LANES)])
-    return b.select(b.icmp_signed("<", place, _spread(b, left)), scores, _same(LOWEST))
+    return b.select(b.icmp_signed("<", place, spread(b, left)), scores, same(LOWEST))
 
 
 class _Columns:
-    """The vectors that cover rows of `width` numbers, for the LANES / g rows from `address` on."""
+    """The vectors that cover the next LANES / g tokens, decoded to fp32.
 
-    def __init__(
-        self, b: Builder, kind: str, g: int, address: Value, stride: Value, left: Value, width: Value
-    ) -> None:
-        self.b, self.kind = b, kind
-        self.rows = _rows(b, address, stride, left, LANES // g)
-        self.last = b.sub(width, _whole(LANES))
-        self.count = b.sdiv(b.add(width, _whole(LANES - 1)), _whole(LANES))
+    Channels come in groups, those of a token that share a scale, or all of them in plain numbers. The last
+    channels of a group are read by one more vector that ends at the group's last channel. Where it overlaps
+    the vector before, the query is 0, and outputs are written twice.
 
-    def load(self, index: Value) -> list[Value]:
-        """Vector `index` of each row, widened to fp32."""
-        offset = self.b.mul(
-            _smaller(self.b, self.b.mul(index, _whole(LANES)), self.last), _whole(BYTES_PER_NUMBER[self.kind])
-        )
-        for row in self.rows:  # before the loads, so that memory works ahead
-            _fetch(self.b, row, offset)
-        return [_load(self.b, row, offset, self.kind) for row in self.rows]
+    Args:
+        b: where instructions go.
+        kind: how numbers are stored.
+        g: queries of a step.
+        place: addresses of numbers, scales and offsets of the first token, bytes from token to token of
+            numbers and of scales, groups, and channels of a group.
+        left: how many tokens there are; past the last, it is read again.
+    """
 
-    def place(self, query: int, index: Value) -> Value:
+    def __init__(self, b: Builder, kind: str, g: int, place: Sequence[Value], left: Value) -> None:
+        numbers, scale, low, stride, scale_stride, self.groups, self.size = place
+        self.b, self.number = b, kind.split()[-1]
+        self.bits = int(kind.split()[0].removeprefix("int")) if " " in kind else 0
+        past = b.sub(left, whole(1))
+        tokens = [smaller(b, whole(i), past) for i in range(LANES // g)]
+        self.rows = [b.add(numbers, b.mul(stride, i)) for i in tokens]
+        if self.bits:
+            steps = [b.mul(scale_stride, i) for i in tokens]
+            self.scales = [(b.add(scale, step), b.add(low, step)) for step in steps]
+        self.last = b.sub(self.size, whole(LANES))
+        self.of_group = b.sdiv(b.add(self.size, whole(LANES - 1)), whole(LANES))
+        self.count = b.mul(self.of_group, self.groups)
+
+    @contextmanager
+    def each(self) -> Iterator[tuple[Value, list[Value]]]:
+        """Loop over vectors: (the vector's number, the vector of each token)."""
+        b = self.b
+        if not self.bits:
+            with cgutils.for_range(b, self.count) as loop:
+                start = smaller(b, b.mul(loop.index, whole(LANES)), self.last)
+                offset = b.mul(start, whole(BYTES_PER_NUMBER[self.number]))
+                for row in self.rows:  # before the loads, so that memory works ahead
+                    fetch(b, row, offset)
+                yield loop.index, [load(b, row, offset, self.number) for row in self.rows]
+            return
+        for row in self.rows:
+            fetch(b, row, whole(0))
+        with cgutils.for_range(b, self.groups) as outer:
+            at = b.mul(outer.index, whole(BYTES_PER_NUMBER[self.number]))
+            scales = [
+                [spread(b, load_scalar(b, b.add(x, at), self.number)) for x in both] for both in self.scales
+            ]
+            with cgutils.for_range(b, self.of_group) as inner:
+                start = smaller(b, b.mul(inner.index, whole(LANES)), self.last)
+                start = b.add(b.mul(outer.index, self.size), start)
+                offset = b.lshr(b.mul(start, whole(self.bits)), whole(3))
+                index = b.add(b.mul(outer.index, self.of_group), inner.index)
+                yield (
+                    index,
+                    [
+                        vector_call(b, "fmuladd", load_codes(b, row, offset, self.bits), scale, low)
+                        for row, (scale, low) in zip(self.rows, scales, strict=True)
+                    ],
+                )
+
+    def slot(self, query: int, index: Value) -> Value:
         """The offset of vector `index` of a query's numbers, which are stored without overlap."""
-        return self.b.mul(self.b.add(self.b.mul(self.count, _whole(query)), index), _whole(4 * LANES))
-
-
-def _dots(b: Builder, columns: _Columns, g: int, query: Value) -> Value:
-    """The dot products of one step, one in each lane."""
-    sums = [cgutils.alloca_once_value(b, _same(0.0)) for _ in range(LANES)]
-    with cgutils.for_range(b, columns.count) as loop:
-        keys = columns.load(loop.index)
-        for i in range(g):
-            x = _load(b, query, columns.place(i, loop.index))
-            for key, total in zip(keys, sums[i * len(keys) :], strict=False):
-                b.store(_call(b, "fmuladd", key, x, b.load(total)), total)
-    return _totals(b, [b.load(total) for total in sums])
+        return self.b.mul(self.b.add(self.b.mul(self.count, whole(query)), index), whole(4 * LANES))
 
 
 @literal
@@ -191,29 +126,71 @@ def score(
     _: Any,
     g: Any,
     kind: Any,
-    cap: Any,
     query: Any,
-    keys: Any,
+    numbers: Any,
+    scale: Any,
+    low: Any,
     stride: Any,
+    scale_stride: Any,
+    groups: Any,
+    size: Any,
     left: Any,
-    width: Any,
     out: Any,
-    top: Any,
 ) -> Any:
-    """Write one step of scores, in units of ln 2, to `out`, and the largest seen in each lane to `top`."""
+    """Write the dot products of one step to `out`."""
 
     def emit(context: Any, b: Builder, signature: Any, args: Sequence[Value]) -> Value:
-        cap, query, keys, stride, left, width, out, top = args[2:]
+        query, *place, left, out = args[2:]
         n = g.literal_value
-        scores = _capped(
-            b, _dots(b, _Columns(b, kind.literal_value, n, keys, stride, left, width), n, query), cap
-        )
-        scores = _present(b, scores, left, LANES // n)
-        _store(b, scores, out)
-        _store(b, _larger(b, scores, _load(b, top)), top)
+        columns = _Columns(b, kind.literal_value, n, place, left)
+        sums = [cgutils.alloca_once_value(b, same(0.0)) for _ in range(LANES)]
+        with columns.each() as (index, keys):
+            for i in range(n):
+                x = load(b, query, columns.slot(i, index))
+                for key, total in zip(keys, sums[i * len(keys) :], strict=False):
+                    b.store(vector_call(b, "fmuladd", key, x, b.load(total)), total)
+        store(b, totals(b, [b.load(total) for total in sums]), out)
         return context.get_dummy_value()
 
-    return types.void(g, kind, cap, query, keys, stride, left, width, out, top), emit
+    place = (numbers, scale, low, stride, scale_stride, groups, size)
+    return types.void(g, kind, query, *place, left, out), emit
+
+
+@literal
+def finish(_: Any, g: Any, cap: Any, masks: Any, token: Any, left: Any, scores: Any, top: Any) -> Any:
+    """Turn one step of dot products into scores, and write the largest seen in each lane to `top`.
+
+    `masks` is 0, or the address of g addresses: of the bytes that say which tokens each query sees, at which
+    `token` says where this step begins.
+    """
+
+    def emit(context: Any, b: Builder, signature: Any, args: Sequence[Value]) -> Value:
+        cap, masks, token, left, scores, top = args[1:]
+        n = g.literal_value
+        found = _present(b, capped(b, load(b, scores), cap), left, LANES // n)
+        kept = cgutils.alloca_once_value(b, found)
+        with b.if_then(b.icmp_unsigned("!=", masks, whole(0)), likely=False):
+            b.store(b.select(_seen(b, n, masks, token), found, same(LOWEST)), kept)
+        found = b.load(kept)
+        store(b, found, scores)
+        store(b, larger(b, found, load(b, top)), top)
+        return context.get_dummy_value()
+
+    return types.void(g, cap, masks, token, left, scores, top), emit
+
+
+def _seen(b: Builder, g: int, masks: Value, token: Value) -> Value:
+    """Which tokens of a step the masks let its queries see, as a vector of booleans."""
+    per, byte = LANES // g, ir.IntType(8)
+    parts = []
+    for i in range(g):
+        mask = b.load(pointer(b, masks, whole(8 * i), I64), align=8)
+        parts.append(b.load(pointer(b, mask, token, ir.VectorType(byte, per)), align=1))
+    while len(parts) > 1:
+        width = parts[0].type.count
+        both = ir.Constant(ir.VectorType(I32, 2 * width), list(range(2 * width)))
+        parts = [b.shuffle_vector(x, y, both) for x, y in zip(parts[::2], parts[1::2], strict=True)]
+    return b.icmp_unsigned("!=", parts[0], ir.Constant(ir.VectorType(byte, LANES), [0] * LANES))
 
 
 @literal
@@ -221,13 +198,10 @@ def level(_: Any, g: Any, top: Any) -> Any:
     """Give all lanes of a query the largest of them."""
 
     def emit(context: Any, b: Builder, signature: Any, args: Sequence[Value]) -> Value:
-        x, shift = _load(b, args[1]), 1
+        x, shift = load(b, args[1]), 1
         while shift < LANES // g.literal_value:
-            x = _larger(
-                b, x, b.shuffle_vector(x, x, ir.Constant(INTEGER_VECTOR, [i ^ shift for i in range(LANES)]))
-            )
-            shift *= 2
-        _store(b, x, args[1])
+            x, shift = larger(b, x, swapped(b, x, shift)), 2 * shift
+        store(b, x, args[1])
         return context.get_dummy_value()
 
     return types.void(g, top), emit
@@ -238,7 +212,7 @@ def fill_memory(_: Any, to: Any, value: Any) -> Any:
     """Write the same number to every lane."""
 
     def emit(context: Any, b: Builder, signature: Any, args: Sequence[Value]) -> Value:
-        _store(b, _spread(b, args[1]), args[0])
+        store(b, spread(b, args[1]), args[0])
         return context.get_dummy_value()
 
     return types.void(to, types.float32), emit
@@ -250,10 +224,10 @@ def weigh(_: Any, scores: Any, top: Any, total: Any) -> Any:
 
     def emit(context: Any, b: Builder, signature: Any, args: Sequence[Value]) -> Value:
         scores, top, total = args
-        below = b.fsub(_load(b, scores), _load(b, top))
-        weights = b.select(b.fcmp_ordered(">", below, _same(FAINTEST)), _exp2(b, below), _same(0.0))
-        _store(b, weights, scores)
-        _store(b, b.fadd(weights, _load(b, total)), total)
+        below = b.fsub(load(b, scores), load(b, top))
+        weights = b.select(b.fcmp_ordered(">", below, same(FAINTEST)), exp2(b, below), same(0.0))
+        store(b, weights, scores)
+        store(b, b.fadd(weights, load(b, total)), total)
         return context.get_dummy_value()
 
     return types.void(scores, top, total), emit
@@ -261,25 +235,38 @@ def weigh(_: Any, scores: Any, top: Any, total: Any) -> Any:
 
 @literal
 def mix(
-    _: Any, g: Any, kind: Any, weights: Any, values: Any, stride: Any, left: Any, width: Any, out: Any
+    _: Any,
+    g: Any,
+    kind: Any,
+    weights: Any,
+    numbers: Any,
+    scale: Any,
+    low: Any,
+    stride: Any,
+    scale_stride: Any,
+    groups: Any,
+    size: Any,
+    left: Any,
+    out: Any,
 ) -> Any:
     """Add the weighted values of one step to `out` (g, vectors, LANES)."""
 
     def emit(context: Any, b: Builder, signature: Any, args: Sequence[Value]) -> Value:
-        weights, values, stride, left, width, out = args[2:]
-        columns = _Columns(b, kind.literal_value, g.literal_value, values, stride, left, width)
-        step = _load(b, weights)
-        spread = [_spread(b, b.extract_element(step, ir.Constant(I32, i))) for i in range(LANES)]
-        with cgutils.for_range(b, columns.count) as loop:
-            rows = columns.load(loop.index)
+        weights, *place, left, out = args[2:]
+        columns = _Columns(b, kind.literal_value, g.literal_value, place, left)
+        step = load(b, weights)
+        spread_out = [spread(b, b.extract_element(step, ir.Constant(I32, i))) for i in range(LANES)]
+        with columns.each() as (index, rows):
             for i in range(g.literal_value):
-                total = _load(b, out, columns.place(i, loop.index))
-                for row, weight in zip(rows, spread[i * len(rows) :], strict=False):
-                    total = _call(b, "fmuladd", row, weight, total)
-                _store(b, total, out, columns.place(i, loop.index))
+                at = columns.slot(i, index)
+                total = load(b, out, at)
+                for row, weight in zip(rows, spread_out[i * len(rows) :], strict=False):
+                    total = vector_call(b, "fmuladd", row, weight, total)
+                store(b, total, out, at)
         return context.get_dummy_value()
 
-    return types.void(g, kind, weights, values, stride, left, width, out), emit
+    place = (numbers, scale, low, stride, scale_stride, groups, size)
+    return types.void(g, kind, weights, *place, left, out), emit
 
 
 @intrinsic
@@ -287,7 +274,7 @@ def add(_: Any, counter: Any, amount: Any) -> Any:
     """Atomically add to the int64 at this address, and return what was there before."""
 
     def emit(context: Any, b: Builder, signature: Any, args: Sequence[Value]) -> Value:
-        return b.atomic_rmw("add", _pointer(b, args[0], None, I64), args[1], "seq_cst")
+        return b.atomic_rmw("add", pointer(b, args[0], None, I64), args[1], "seq_cst")
 
     return types.int64(counter, amount), emit
 

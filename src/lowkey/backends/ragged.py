@@ -1,6 +1,6 @@
 """Attention over rows of different length, by the fastest backend that is available.
 
-The definition is `naive.ragged`.
+The definitions are `naive.ragged` for numbers and `stored.stored_rows` for what packings hold.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowkey.backends import fused, grouped, numba_cpu, triton_gpu
+from lowkey.backends import fused, grouped, numba_cpu, stored, triton_gpu
 from lowkey.backends.segment import Part
+from lowkey.backends.stored import Stored
 
 MOST_QUERIES = 64  # per row for the kernels; more are faster in matrix products
 
@@ -29,3 +30,22 @@ def ragged(
     elif fused.gives_lse(query, keys, softcap):
         return fused.ragged(query, keys, values, starts, scaling)
     return grouped.ragged(query, keys, values, starts, scaling, softcap)
+
+
+def stored_rows(
+    query: Tensor,
+    keys: Stored,
+    values: Stored,
+    lengths: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+) -> Part:
+    """Attention of a few queries over rows as they are stored; see `stored.stored_rows`.
+
+    No decoded copy of the rows is made: kernels widen codes in registers, and torch decodes block by block.
+    """
+    for device, backend in (("cpu", numba_cpu), ("cuda", triton_gpu)):
+        if query.device.type == device and backend.available() and all(map(backend.reads, (keys, values))):
+            return backend.stored_rows(query, keys, values, lengths, scaling, softcap, mask)
+    return stored.stored_rows(query, keys, values, lengths, scaling, softcap, mask)

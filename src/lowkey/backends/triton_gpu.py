@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lowkey.backends.stored import Stored
+
 # tokens of a piece, and the pieces that the tokens of a call are cut into, about and at least
 SMALLEST_SPLIT, LARGEST_SPLIT, LEAST_SPLITS = 128, 4096, 512
 TILE_BYTES = 2**14  # of keys that one step of a program reads at most
@@ -32,28 +34,98 @@ def supports(dtype: torch.dtype) -> bool:
     return dtype in KERNEL_DTYPES
 
 
+def reads(x: Stored) -> bool:
+    """Whether these keys or values can be read where they lie."""
+    same_strides = x.scale is None or x.low is None or x.scale.stride() == x.low.stride()
+    return supports(x.dtype) and x.numbers.stride(-1) == 1 and same_strides
+
+
 def ragged(
     query: Tensor, keys: Tensor, values: Tensor, starts: Tensor, scaling: float, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention of each row's queries over the row's tokens; see `naive.ragged` for arguments and results."""
-    (rows, m, r), v = query.shape, values.shape[1]
-    query, keys, values = query.to(keys.dtype).contiguous(), _readable(keys), _readable(values)
+    lane = torch.zeros_like(starts[:-1])
+    k, v = (
+        Stored(_readable(x).unsqueeze(0), None, None, 0, x.shape[1], lane, starts[:-1])
+        for x in (keys, values)
+    )
+    return stored_rows(query, k, v, starts.diff(), scaling, softcap)
+
+
+def stored_rows(
+    query: Tensor,
+    keys: Stored,
+    values: Stored,
+    lengths: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over keys and values as they are stored; see `stored.stored_rows` for arguments and results.
+
+    Codes are widened in registers.
+    """
+    (rows, m, r), v = query.shape, values.width
+    query = query.to(keys.dtype).contiguous()
     out, lse = (torch.empty(rows, m, *rest, device=query.device) for rest in ((v,), ()))
     if rows * m == 0:
         return out, lse
-    size = _size(len(keys))
-    first, row_of = _pieces(starts, size, len(keys) // size + rows)
+    tokens = min(keys.most_tokens, values.most_tokens)
+    size = _size(tokens)
+    first_piece, row_of = _pieces(lengths, size, tokens // size + rows)
     parts, lses = (torch.empty(len(row_of), m, *rest, device=query.device) for rest in ((v,), ()))
-    queries = min(max(16, _power(m)), 64)  # tl.dot wants tiles of at least 16 rows
-    blocks = {"M": queries, "N": _tokens(r, keys.element_size()), "R": _padded(r), "V": _padded(v)}
+    places = torch.stack([keys.lane, keys.first, values.lane, values.first])
+    seen = places if mask is None else mask.contiguous().view(torch.uint8)
+    of_mask = (1, 1, 0) if mask is None else (rows // len(mask), mask.shape[1], mask.shape[2])
+    queries = min(max(16, _power(m)), 64)
+    element = query.element_size()
+    blocks = {"M": queries, "N": _tokens(r, element), "R": _padded(r), "V": _padded(v)}
     # the interpreter has no bf16 products
-    kind = {"CAPPED": softcap is not None, "EXACT": keys.dtype == torch.float32 or not keys.is_cuda}
-    shape = scaling, softcap or 1.0, size, m, r, v, keys.stride(0), values.stride(0)
+    kind = {
+        "K_BITS": keys.bits,
+        "K_UNIT": keys.unit,
+        "V_BITS": values.bits,
+        "V_UNIT": values.unit,
+        "CAPPED": softcap is not None,
+        "MASKED": mask is not None,
+        "EXACT": keys.dtype == torch.float32 or not query.is_cuda,
+    }
     _kernel().attend[len(row_of), -(-m // queries)](
-        query, keys, values, starts, first, row_of, parts, lses, *shape, **kind, **blocks
+        query,
+        lengths,
+        first_piece,
+        row_of,
+        places,
+        seen,
+        parts,
+        lses,
+        *_place(keys),
+        *_place(values),
+        scaling,
+        softcap or 1.0,
+        size,
+        rows,
+        m,
+        r,
+        v,
+        *of_mask,
+        **kind,
+        **blocks,
     )
-    _kernel().merge[rows, m](parts, lses, first, out, lse, m, v, V=_padded(v))
+    _kernel().merge[rows, m](parts, lses, first_piece, out, lse, m, v, V=_padded(v))
     return out, lse
+
+
+def _place(x: Stored) -> tuple[Tensor | int, ...]:
+    """Keys or values as `triton_kernel.decoded` takes them: tensors, strides, and channels of a group."""
+    scale, low = (x.numbers if t is None else t for t in (x.scale, x.low))
+    channel = x.numbers.stride(2) if x.unit > 1 else 1
+    return (
+        *(x.numbers, scale, low),
+        *(x.numbers.stride(0), x.numbers.stride(1), channel),
+        *(scale.stride(0), scale.stride(1), scale.stride(2)),
+        x.groups[1],
+    )
 
 
 @cache
@@ -63,14 +135,14 @@ def _kernel() -> ModuleType:
     return triton_kernel
 
 
-def _pieces(starts: Tensor, size: int, most: int) -> tuple[Tensor, Tensor]:
+def _pieces(lengths: Tensor, size: int, most: int) -> tuple[Tensor, Tensor]:
     """Cut rows into pieces of `size` tokens.
 
     Returns:
         (the number of each row's first piece (R + 1), the row of each piece (most), -1 behind the last).
     """
-    first = pad(((starts.diff() + size - 1) // size).cumsum(0), (1, 0))
-    piece = torch.arange(most, device=starts.device)
+    first = pad(((lengths + size - 1) // size).cumsum(0), (1, 0))
+    piece = torch.arange(most, device=lengths.device)
     return first, torch.searchsorted(first[1:], piece, right=True).masked_fill(piece >= first[-1], -1)
 
 

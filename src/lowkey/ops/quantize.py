@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lowkey.backends.stored import unpack_codes
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -55,7 +57,7 @@ def quantize(x: Float[Tensor, "*b n"], bits: int, group: int) -> Packed:
 
 def dequantize(p: Packed) -> Tensor:
     """The numbers (*b, n) in the dtype of the scales."""
-    numbers = unpack(p.codes, p.bits, torch.float32)
+    numbers = unpack_codes(p.codes, p.bits, torch.float32)
     if not numbers.numel():
         return numbers.to(p.scale.dtype)
     numbers = numbers.unflatten(-1, (p.scale.shape[-1], -1))
@@ -65,16 +67,9 @@ def dequantize(p: Packed) -> Tensor:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes (*b, n) of some bits each -> bytes (*b, n bits / 8), the first code in the lowest bits."""
+    """Codes (*b, n) of some bits each -> bytes (*b, n bits / 8), the first code in the lowest bits.
+
+    `backends.stored.unpack_codes` is the inverse.
+    """
     per_byte = 8 // bits
     return reduce(torch.bitwise_or, [codes[..., i::per_byte] << (bits * i) for i in range(per_byte)])
-
-
-def unpack(codes: Tensor, bits: int, dtype: torch.dtype = torch.uint8) -> Tensor:
-    """The inverse of `pack`, in a dtype of choice."""
-    if bits == 8:
-        return codes.to(dtype)
-    out = torch.empty(*codes.shape, 8 // bits, dtype=dtype, device=codes.device)
-    for i in range(8 // bits):
-        out[..., i] = (codes >> (bits * i)) & (2**bits - 1)
-    return out.flatten(-2)

@@ -19,8 +19,10 @@ from lowkey.core.types import Factors
 from lowkey.models.attention_interface import Call
 from lowkey.ops.ragged import join_rows, row_of, select_rows, starts_of
 from lowkey.storage.codec import LowRank
+from lowkey.storage.packing import Unpacked
 from lowkey.storage.positioned import RaggedLayer
-from lowkey.storage.rows import attend_to_rows
+from lowkey.storage.reading import attend_to_stored, positions_in_rows, reads_in_place
+from lowkey.storage.rows import attend_to_rows, stored_in_rows
 
 LARGEST_INPUT = 8.0  # the gate's inputs are cut here: a coordinate of 8 RMS says no more than "large"
 
@@ -216,8 +218,14 @@ class BucketedLayer(RaggedLayer):
         for codec, bucket, count in zip(self.codecs, self.buckets, self.counts, strict=True):
             if count:
                 keys, values = bucket.keys.unsqueeze(1), bucket.values.unsqueeze(1)
-                rows = bucket.key_positions(self.heads), bucket.rows(self.heads)
-                yield attend_to_rows(codec, call.query, at, keys, values, *rows, call.scaling, call.softcap)
+                positions, starts = bucket.key_positions(self.heads), bucket.rows(self.heads)
+                scale, cap = call.scaling, call.softcap
+                if reads_in_place(call.query, (keys, values)):
+                    k, v = (stored_in_rows(Unpacked(), (x,), x.shape[2], starts) for x in (keys, values))
+                    of_rows = positions_in_rows(positions, starts, len(self.offset), 1)
+                    yield attend_to_stored(codec, call.query, at, k, v, starts.diff(), of_rows, scale, cap)
+                else:
+                    yield attend_to_rows(codec, call.query, at, keys, values, positions, starts, scale, cap)
 
     def _chunk_part(self, keys: Tensor, values: Tensor, call: Call) -> Part:
         """Attention of a chunk's queries over the chunk itself."""

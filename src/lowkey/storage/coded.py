@@ -20,13 +20,15 @@ import torch
 from torch import Tensor
 
 from lowkey.backends import fused, grouped
-from lowkey.backends.segment import Segment
+from lowkey.backends.segment import Part, Segment, merge_parts
 from lowkey.core.types import LowkeyError
 from lowkey.models.attention_interface import Call
 from lowkey.storage.codec import Codec, Plain
 from lowkey.storage.exact import Exact, SinkPoints
 from lowkey.storage.packing import Packing, Unpacked, joined_parts
 from lowkey.storage.positioned import PositionedLayer
+from lowkey.storage.reading import attend_to_stored, reads_in_place
+from lowkey.storage.rows import stored_densely
 
 PackedTensors = dict[str, tuple[Tensor, ...]]
 """The tensors that a packing holds, of `keys` and of `values`."""
@@ -136,8 +138,13 @@ class CodedLayer(PositionedLayer):
         keys, values = self._in_codec_order(keys), self._in_codec_order(values)
         call = replace(call, query=self._in_codec_order(call.query))
         buffers = self._take_in(keys, values, real)
-        segments = self._segments(call, *buffers, self.exact_rows(real))
-        return self._in_model_order(grouped.attend(segments, call.scaling, call.softcap))
+        exact = self.exact_rows(real)
+        if self._reads_in_place(call):
+            out = merge_parts(self._step_parts(call, *buffers, exact))[0].to(values.dtype)
+        else:
+            segments = self._segments(call, *buffers, exact)
+            out = grouped.attend(segments, call.scaling, call.softcap)
+        return self._in_model_order(out)
 
     def _take_in(self, keys: Tensor, values: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """Store new tokens.
@@ -240,6 +247,10 @@ class CodedLayer(PositionedLayer):
         """(b|1, stop - start): the indices of the tokens in these slots of each sequence."""
         return torch.arange(start, stop, device=self.first_index.device) + self._first_slot_index()
 
+    def _positions_of_slots(self, start: int, stop: int) -> Tensor:
+        """(b, stop - start): the positions of the tokens in these slots."""
+        return self._indices_of_slots(start, stop) - self.offset
+
     # -- writing
 
     def _store(self, buffer_k: Tensor, buffer_v: Tensor) -> None:
@@ -328,26 +339,75 @@ class CodedLayer(PositionedLayer):
             buffer_v: the same.
             exact: (b), the sequences that see this chunk exactly.
         """
-        mask, only_stored = call.full_mask(self.seen), self._only_stored_tokens_are_seen(exact)
         # many queries beside exact tokens: rebuilt keys can join the exact ones in one fused product
-        expand = not only_stored and call.query.shape[3] >= fused.QUERIES
+        expand = self._only_stored_tokens_are_seen(exact) and call.query.shape[3] >= fused.QUERIES
         stored = self._stored_segment(call, buffer_k, buffer_v, expand)
-        if only_stored:
-            return [replace(stored, mask=None if mask is None else mask[..., self.front_start :])]
+        mask, segments = self._exact_segments(call, buffer_k, buffer_v, exact)
+        return [replace(stored, mask=mask), *segments]
+
+    def _exact_segments(
+        self, call: Call, buffer_k: Tensor, buffer_v: Tensor, exact: Tensor
+    ) -> tuple[Tensor | None, list[Segment]]:
+        """(the slots that queries see as they are stored (b|1, t, slots) or None, what they see exactly).
+
+        Arguments are those of `_segments`.
+        """
+        mask = call.full_mask(self.seen)
+        if self._only_stored_tokens_are_seen(exact):
+            return None if mask is None else mask[..., self.front_start :], []
         mask = mask if mask is not None else self.offset.new_ones(1, 1, self.seen, dtype=torch.bool)
         seen_exactly, sink_index = self._seen_exactly(call, exact), self.sink_index.long()
         far = mask & ~seen_exactly  # tokens that are read in stored form, or as sinks
         tokens = torch.arange(self.seen, device=sink_index.device)
         is_sink = (sink_index.unsqueeze(2) == tokens).any(1, keepdim=True)
         start = self.seen - buffer_k.shape[2]
-        segments = [
-            replace(stored, mask=self._mask_of_slots(far & ~is_sink, stored.keys.shape[2])),
-            Segment(call.query, buffer_k, buffer_v, (mask & seen_exactly)[..., start:]),
-        ]
+        segments = [Segment(call.query, buffer_k, buffer_v, (mask & seen_exactly)[..., start:])]
         if self.exact.sinks:
             sinks = Segment(call.query, self.sink_k, self.sink_v, self._mask_at(far, sink_index))
             segments.append(sinks)
-        return segments
+        return self._mask_of_slots(far & ~is_sink, self.storable()[1]), segments
+
+    def _reads_in_place(self, call: Call) -> bool:
+        """Whether this call's queries meet stored tokens as they are packed."""
+        return reads_in_place(call.query, [x for name in self.packing for x in self.packed_tensors(name)])
+
+    def _step_parts(self, call: Call, buffer_k: Tensor, buffer_v: Tensor, exact: Tensor) -> list[Part]:
+        """Attention over `_segments` for a few queries, which read stored tokens as they are packed.
+
+        Arguments are those of `_segments`.
+        """
+        (count, ahead), t = self.storable(), call.query.shape[3]
+        mask, segments = self._exact_segments(call, buffer_k, buffer_v, exact)
+        at = self.positions_of(self.seen - t, self.seen)
+        parts: list[Part] = []
+        if count:
+            keys, values = (
+                stored_densely(packing, self.packed_tensors(name), self.shapes[name][1])
+                for name, packing in self.packing.items()
+            )
+            rows = len(self.offset) * call.query.shape[1] // self.codec.heads_per_row
+            part = attend_to_stored(
+                self.codec,
+                call.query,
+                at,
+                keys,
+                values,
+                torch.full((rows,), count, device=self.device),
+                self._positions_of_slots,
+                call.scaling,
+                call.softcap,
+                None if mask is None else mask[..., :count],
+            )
+            parts.append(part)
+        if ahead > count:
+            # tokens that wait for other sequences: at most one block, seen as they will be stored
+            waiting = self._packed(buffer_k, buffer_v, count, ahead)
+            k, v = (p.unpack(waiting[name], self.shapes[name][1]) for name, p in self.packing.items())
+            segment = self.codec.segment(call.query, k, v, self._positions_of_slots(count, ahead), at)
+            segments.insert(0, replace(segment, mask=None if mask is None else mask[..., count:]))
+        if segments:
+            parts.append(grouped.partial(segments, call.scaling, call.softcap))
+        return parts
 
     def _only_stored_tokens_are_seen(self, exact: Tensor) -> bool:
         """Whether no query sees any token exactly, given the sequences (b) that see their chunk exactly."""
@@ -366,7 +426,7 @@ class CodedLayer(PositionedLayer):
             packing.unpack(tensors[name], self.shapes[name][1]) for name, packing in self.packing.items()
         )
         query_positions = self.positions_of(self.seen - call.query.shape[3], self.seen)
-        positions = self._indices_of_slots(0, ahead) - self.offset
+        positions = self._positions_of_slots(0, ahead)
         return self.codec.segment(call.query, keys, values, positions, query_positions, expand)
 
     def _seen_exactly(self, call: Call, exact: Tensor) -> Tensor:

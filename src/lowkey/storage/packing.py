@@ -21,6 +21,7 @@ class Packing(Protocol):
     """Writes stored tokens (b, G, s, r) as tensors and reads them back.
 
     Attributes:
+        bits: of a stored integer; 0 where numbers are stored as they are.
         block: tokens that are packed together; s is always a multiple of it.
         axis: the dimension of the packed tensors that grows with s.
         fields: a name for each packed tensor.
@@ -29,6 +30,11 @@ class Packing(Protocol):
     block: ClassVar[int]
     axis: ClassVar[int]
     fields: ClassVar[tuple[str, ...]]
+
+    @property
+    def bits(self) -> int:
+        """See the attributes."""
+        ...
 
     def pack(self, x: Tensor) -> tuple[Tensor, ...]:
         """(b, G, s, r) -> the tensors that are held, one for each of `fields`."""
@@ -53,6 +59,7 @@ class Packing(Protocol):
 class Unpacked:
     """Numbers in the model's dtype; see `Packing` for the methods."""
 
+    bits: ClassVar[int] = 0
     block: ClassVar[int] = 1
     axis: ClassVar[int] = 2
     fields: ClassVar[tuple[str, ...]] = ("",)
@@ -127,7 +134,8 @@ class PerChannel:
 
     def pack(self, x: Tensor) -> tuple[Tensor, ...]:
         """Quantise each channel of each block of tokens by itself."""
-        return quantize(x.mT, self.bits, GROUP).tensors
+        # contiguous, so that a channel's codes lie side by side, as kernels read them
+        return quantize(x.mT.contiguous(), self.bits, GROUP).tensors
 
     def unpack(self, parts: tuple[Tensor, ...], width: int) -> Tensor:
         """The decoded numbers."""

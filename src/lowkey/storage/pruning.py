@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowkey.backends.ragged import ragged
-from lowkey.backends.segment import Part
+from lowkey.backends.ragged import ragged, stored_rows
+from lowkey.backends.segment import Part, merge_parts
 from lowkey.models.attention_interface import Call
 from lowkey.ops.ragged import join_rows, row_of, starts_of
 from lowkey.policies.base import newest_query_positions
@@ -26,8 +26,9 @@ from lowkey.storage.budgets import EvictionCosts
 from lowkey.storage.cache_wide_eviction import Candidates
 from lowkey.storage.evicting import EvictingLayer
 from lowkey.storage.flaws import first_flaw, rows_flaw, unlike
+from lowkey.storage.packing import Unpacked
 from lowkey.storage.rollback import storage_bytes
-from lowkey.storage.rows import Rows
+from lowkey.storage.rows import Rows, stored_in_rows
 
 
 @dataclass(frozen=True)
@@ -220,17 +221,30 @@ class PruningLayer(EvictingLayer):
         parts = super()._row_parts(call, split)
         if not self.pruned_entries:
             return parts
-        query, keys = call.query.flatten(2, 3), self.pruned_k
-        if self.prunings == 1:
-            # all keys of a head have the same channels: the query loses the others
-            channels = self.kept_channels[:, 0].long().unsqueeze(2)
-            query = query.gather(3, channels.expand(-1, -1, query.shape[2], -1))
-        else:
-            keys = self._with_zero_channels()
-        out, lse = ragged(
-            query.flatten(0, 1), keys, self.pruned_v, self.pruned_starts, call.scaling, call.softcap
+        # the tokens of one pruning lie together in a row, and the query loses the channels that they lost
+        row = row_of(self.pruned_starts)
+        pruning = self._prunings_of(self.pruned_positions, row)
+        counts = torch.zeros(
+            len(self.pruned_starts[1:]) * self.prunings, dtype=torch.long, device=self.device
         )
-        return [*parts, (out.view(*call.query.shape[:4], -1), lse.view(call.query.shape[:4]))]
+        lengths = counts.index_add_(0, row * self.prunings + pruning, torch.ones_like(row))
+        starts, (b, h, g, t, _) = starts_of(lengths), call.query.shape
+        channels = self.kept_channels.long().transpose(1, 2).unsqueeze(3).expand(-1, -1, -1, g * t, -1)
+        query = call.query.flatten(2, 3).unsqueeze(2).expand(-1, -1, self.prunings, -1, -1)
+        query = query.gather(4, channels)
+        keys, values = self.pruned_k, self.pruned_v
+        if self._reads_in_place(call):
+            k, v = (stored_in_rows(Unpacked(), (x.unsqueeze(1),), x.shape[1], starts) for x in (keys, values))
+            found = []
+            for i in range(self.prunings):  # rows of one pruning, of which blocks are not too many at a time
+                own, of_rows = query[:, :, i].flatten(0, 1), lengths[i :: self.prunings]
+                sides = k.sliced(i, self.prunings), v.sliced(i, self.prunings)
+                found.append(stored_rows(own, sides[0], sides[1], of_rows, call.scaling, call.softcap))
+        else:
+            out, lse = ragged(query.flatten(0, 2), keys, values, starts, call.scaling, call.softcap)
+            found = [(out[i :: self.prunings], lse[i :: self.prunings]) for i in range(self.prunings)]
+        out, lse = merge_parts(found)
+        return [*parts, (out.view(b, h, g, t, -1), lse.view(b, h, g, t))]
 
     def _with_zero_channels(self) -> Tensor:
         """The pruned keys (m, d), with zeros for the channels that they lost."""
@@ -241,8 +255,13 @@ class PruningLayer(EvictingLayer):
         """The channels (m, r) that pruned tokens at these positions have left."""
         row = row_of(starts)
         sequence = row // self.row_heads
-        pruning = (positions.unsqueeze(1) >= self.pruned_until[sequence]).sum(1)  # how many ended before
+        pruning = self._prunings_of(positions, row)
         return self.kept_channels[sequence, pruning, row % self.row_heads].long()
+
+    def _prunings_of(self, positions: Tensor, row: Tensor) -> Tensor:
+        """(m): which pruning took the pruned tokens at these positions of these rows."""
+        # as many as ended before
+        return (positions.unsqueeze(1) >= self.pruned_until[row // self.row_heads]).sum(1)
 
     # -- evicting
 

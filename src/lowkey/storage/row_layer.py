@@ -23,12 +23,14 @@ from lowkey.storage.coded import CodedLayer
 from lowkey.storage.exact import Exact, SinkPoints
 from lowkey.storage.packing import Packing
 from lowkey.storage.positioned import RaggedLayer
+from lowkey.storage.reading import attend_to_stored, positions_in_rows, reads_in_place
 from lowkey.storage.rows import (
     Rows,
     attend_to_rows,
     pack_rows,
     rows_nbytes,
     select_row_numbers,
+    stored_in_rows,
     unpack_rows,
 )
 
@@ -197,6 +199,8 @@ class RowLayer(RaggedLayer, CodedLayer):
         came_as_stored = self.is_lossless or (self.exact_prefill and bool(exact.all()))
         if self.seen - self.front_start == keys.shape[2] and came_as_stored:
             return [attend_to_chunk(call, keys, values, self.seen), *rows], None
+        if self._reads_in_place(call):
+            return [*self._step_parts(call, *buffers, exact), *rows], None
         if rows:
             return [self._dense_part(call, buffers, exact), *rows], None
         out = grouped.attend(self._segments(call, *buffers, exact), call.scaling, call.softcap)
@@ -217,8 +221,28 @@ class RowLayer(RaggedLayer, CodedLayer):
         """Attention over the rows; if `split`, over the repeated span and over all else by itself."""
         if not self.kept_entries:
             return []
-        keys, values = self._unpacked(self.rows)
         positions, starts = self.rows_positions, self.rows_starts
+        at = self.positions_of(self.seen - call.query.shape[3], self.seen)
+        if not split and self._reads_in_place(call):
+            rows = self.rows
+            keys_stored, values_stored = (
+                stored_in_rows(packing, parts, self.shapes[name][1], starts)
+                for (name, packing), parts in zip(self.packing.items(), (rows.keys, rows.values), strict=True)
+            )
+            of_rows = positions_in_rows(positions, starts, len(self.offset), self.codec.heads_per_row)
+            part = attend_to_stored(
+                self.codec,
+                call.query,
+                at,
+                keys_stored,
+                values_stored,
+                starts.diff(),
+                of_rows,
+                call.scaling,
+                call.softcap,
+            )
+            return [part]
+        keys, values = self._unpacked(self.rows)
         sets = [(keys, values, positions, starts)]
         if split:
             row = row_of(starts)
@@ -230,10 +254,14 @@ class RowLayer(RaggedLayer, CodedLayer):
                 (keys[chosen], values[chosen], positions[chosen], starts_of(lengths))
                 for chosen, lengths in ((inside, counts), (~inside, starts.diff() - counts))
             ]
-        at = self.positions_of(self.seen - call.query.shape[3], self.seen)
         return [
             attend_to_rows(self.codec, call.query, at, *some, call.scaling, call.softcap) for some in sets
         ]
+
+    def _reads_in_place(self, call: Call) -> bool:
+        """Whether this call's queries meet stored tokens as they are packed."""
+        rows = self.rows
+        return super()._reads_in_place(call) and reads_in_place(call.query, (*rows.keys, *rows.values))
 
     def _unpacked(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Keys (n, a, r_K) and values (n, a', r_V) of some rows."""

@@ -229,8 +229,8 @@ def test_triton_needs_a_gpu():
 @pytest.mark.parametrize("lengths", [(), (0, 0), LENGTHS, (4096, 1, 5000)])
 @pytest.mark.parametrize("size", [128, 1000])
 def test_triton_pieces_cover_every_row_once(lengths, size):
-    starts = torch.tensor([0, *lengths]).cumsum(0)
-    first, row_of = triton_gpu._pieces(starts, size, sum(lengths) // size + len(lengths))
+    rows = torch.tensor(lengths, dtype=torch.long)
+    first, row_of = triton_gpu._pieces(rows, size, sum(lengths) // size + len(lengths))
     wanted = [row for row, n in enumerate(lengths) for _ in range(-(-n // size))]
     assert row_of.tolist() == wanted + [-1] * (len(row_of) - len(wanted))
     assert first.tolist() == [

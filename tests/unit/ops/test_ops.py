@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply_partial
 
+from lowkey.backends.stored import unpack_codes as unpack
 from lowkey.ops.bases import is_orthonormal, orthonormal, principal
-from lowkey.ops.quantize import dequantize, pack, quantize, unpack
+from lowkey.ops.quantize import dequantize, pack, quantize
 from lowkey.ops.rope import rotate, unrotate
 from lowkey.ops.stiefel import Predictor, RankedMatrices
 

@@ -1,0 +1,208 @@
+"""Keys and values as a packing holds them, and attention over them block by block.
+
+`attend_blocks` is the definition that the kernels for packed rows are tested against, and the fallback where
+no kernel can answer. It decodes one block of tokens at a time and keeps one running softmax, so no decoded
+copy of the whole history is made. `naive.ragged` is the definition over numbers that are already decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lowkey.backends.segment import Part, softcapped
+
+BLOCK_TOKENS = 128  # tokens of each row that are decoded at a time; a multiple of any packing's block
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The keys or the values of R rows, as a packing holds them.
+
+    A packing holds plain numbers; or integers of 8, 4 or 2 bits with a scale and an offset for each group of
+    a token's channels (*per token*); or such integers with a scale and an offset for each channel of a block
+    of tokens (*per channel*). A *unit* is what is packed together: a token, or a block of tokens. The first
+    dimension of the tensors is called a *lane*. Tensors may have any strides but in their last dimension.
+
+    Args:
+        numbers: plain numbers (lanes, n, r); or codes in bytes, (lanes, n, bytes) per token and
+            (lanes, blocks, r, bytes) per channel.
+        scale: (lanes, n, groups) per token, (lanes, blocks, r) per channel; None for plain numbers.
+        low: the offsets, with the shape and strides of `scale`.
+        bits: of a code; 0 for plain numbers.
+        width: r.
+        lane: (R), int64, the lane of each row.
+        first: (R), int64, where each row begins in its lane, in units.
+        repeats: how many rows there are at most for the same tokens.
+    """
+
+    numbers: Tensor
+    scale: Tensor | None
+    low: Tensor | None
+    bits: int
+    width: int
+    lane: Tensor
+    first: Tensor
+    repeats: int = 1
+
+    @property
+    def unit(self) -> int:
+        """Tokens that are packed together."""
+        return self.numbers.shape[3] * 8 // self.bits if self.numbers.ndim == 4 else 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of plain numbers, or of the scales."""
+        return self.numbers.dtype if self.scale is None else self.scale.dtype
+
+    @property
+    def most_tokens(self) -> int:
+        """The tokens of all rows at most, from shapes alone."""
+        return self.repeats * self.numbers.shape[0] * self.numbers.shape[1] * self.unit
+
+    @property
+    def groups(self) -> tuple[int, int]:
+        """(groups of channels of a token that share a scale, channels of each); one group where none do."""
+        if self.scale is None or self.numbers.ndim == 4:
+            return 1, self.width
+        count = self.scale.shape[2]
+        return count, self.numbers.shape[2] * 8 // self.bits // count
+
+    def repeated(self, times: int) -> Stored:
+        """The same rows, each so many times in succession."""
+        if times == 1:
+            return self
+        lane, first = (x.repeat_interleave(times) for x in (self.lane, self.first))
+        return replace(self, lane=lane, first=first, repeats=times * self.repeats)
+
+    def sliced(self, start: int, step: int) -> Stored:
+        """Every `step`-th row from `start` on."""
+        return replace(self, lane=self.lane[start::step], first=self.first[start::step])
+
+    def decoded(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """(R, stop - start, r): some tokens of each row; any numbers for tokens that a row does not have.
+
+        Args:
+            start: the first token of a row, a multiple of `unit`.
+            stop: the token behind the last, likewise a multiple, or the end of the longest row.
+            dtype: of the result.
+        """
+        units = torch.arange(start // self.unit, -(-stop // self.unit), device=self.first.device)
+        at = (self.first.unsqueeze(1) + units).clamp_max(self.numbers.shape[1] - 1)
+        lane = self.lane.unsqueeze(1)
+        numbers = self.numbers[lane, at]
+        if self.scale is None or self.low is None:
+            return numbers.to(dtype)
+        scale, low = self.scale[lane, at].to(dtype), self.low[lane, at].to(dtype)
+        codes = unpack_codes(numbers, self.bits, dtype)
+        grouped = codes.unflatten(-1, (-1, self.groups[1])) if self.numbers.ndim == 3 else codes
+        grouped = grouped.mul_(scale.unsqueeze(-1)).add_(low.unsqueeze(-1))
+        if self.numbers.ndim == 3:
+            return grouped.flatten(2)[..., : self.width]
+        return grouped.transpose(2, 3).flatten(1, 2)[:, : stop - start]
+
+
+def unpack_codes(codes: Tensor, bits: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """Bytes (*b, n bits / 8) -> codes (*b, n) of some bits each, the first code in the lowest bits."""
+    if bits == 8:
+        return codes.to(dtype)
+    out = torch.empty(*codes.shape, 8 // bits, dtype=dtype, device=codes.device)
+    for i in range(8 // bits):
+        out[..., i] = (codes >> (bits * i)) & (2**bits - 1)
+    return out.flatten(-2)
+
+
+def stored_rows(
+    query: Tensor,
+    keys: Stored,
+    values: Stored,
+    lengths: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+) -> Part:
+    """Attention of each row's queries over what is stored of the row.
+
+    Args:
+        query: (R, m, r), m queries for each of R rows.
+        keys: of R rows.
+        values: of the same rows, packed in the same or in another way.
+        lengths: (R), int64, the tokens of each row.
+        scaling: what scores are multiplied with.
+        softcap: the soft cap of scaled scores, or None.
+        mask: (R', t, s), True where a query may attend, over the first s tokens of rows, with s at least the
+            longest; R' divides R, and each R / R' rows in a row share a mask; t divides m, and query i of a
+            row has the mask i % t. None if every query sees its whole row.
+
+    Returns:
+        (output (R, m, v), log-sum-exp of the scores (R, m)), in fp32 (in fp64 for fp64 queries); a query that
+        sees nothing gives 0 and -inf.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return attend_blocks(
+        query.to(dtype).unsqueeze(1),
+        lambda start, stop: keys.decoded(start, stop, dtype).unsqueeze(1),
+        lambda start, stop: values.decoded(start, stop, dtype).unsqueeze(1),
+        lengths,
+        scaling,
+        softcap,
+        mask,
+    )
+
+
+def attend_blocks(
+    query: Tensor,
+    keys: Callable[[int, int], Tensor],
+    values: Callable[[int, int], Tensor],
+    lengths: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+) -> Part:
+    """Attention over blocks of tokens that are made when they are needed, under one running softmax.
+
+    Args:
+        query: (R, x, m, d), with x keys per row that have the same tokens.
+        keys: the keys (R, x, stop - start, d) of the tokens from `start` to `stop` of each row.
+        values: the values (R, y, stop - start, v); y divides x, and each x / y keys share values.
+        lengths: (R), the tokens of each row.
+        scaling: what scores are multiplied with.
+        softcap: the soft cap of scaled scores, or None.
+        mask: as for `stored_rows`.
+
+    Returns:
+        (output (R x, m, v), log-sum-exp (R x, m)); rows come first, then keys.
+    """
+    (rows, x, m, _), longest = query.shape, int(lengths.max()) if len(lengths) else 0
+    width = values(0, 0).shape[3]
+    top = query.new_full((rows, x, m), -torch.inf)
+    total, out = torch.zeros_like(top), query.new_zeros(rows, x, m, width)
+    for start in range(0, longest, BLOCK_TOKENS):
+        stop = min(start + BLOCK_TOKENS, longest)
+        scores = softcapped(query @ keys(start, stop).mT * scaling, softcap)
+        hidden = torch.arange(start, stop, device=lengths.device) >= lengths[:, None, None, None]
+        scores = scores.masked_fill_(hidden, -torch.inf)
+        if mask is not None:
+            block = (
+                mask[..., start:stop].repeat_interleave(rows // len(mask), 0).repeat(1, m // mask.shape[1], 1)
+            )
+            scores = scores.masked_fill_(~block.unsqueeze(1), -torch.inf)
+        new = torch.maximum(top, scores.amax(-1))
+        # where nothing has been seen, both are -inf, and no weight counts
+        shrink, weights = _exp_of_difference(top, new), _exp_of_difference(scores, new.unsqueeze(-1))
+        # a weight of 0 would not hide what is no number
+        block_values = values(start, stop).masked_fill(hidden.mT, 0.0)
+        y = block_values.shape[1]
+        mixed = weights.unflatten(1, (y, x // y)).flatten(2, 3) @ block_values
+        out = out * shrink.unsqueeze(-1) + mixed.view(out.shape)
+        top, total = new, total * shrink + weights.sum(-1)
+    out = out / total.clamp_min(torch.finfo(total.dtype).tiny).unsqueeze(-1)
+    return out.flatten(0, 1), (top + total.log()).flatten(0, 1)
+
+
+def _exp_of_difference(x: Tensor, top: Tensor) -> Tensor:
+    """exp(x - top), 0 where x is -inf."""
+    return (x - top).exp().masked_fill(x == -torch.inf, 0.0)

@@ -1,0 +1,95 @@
+"""Attention over rows as packings hold them: the definition by blocks and the kernels, against fp64 loops."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from stored_rows import PACKINGS, draw, loops, ragged
+
+from lowkey.backends import numba_cpu, stored
+from lowkey.ops.ragged import starts_of
+
+needs_numba = pytest.mark.skipif(not numba_cpu.available(), reason="numba is not installed")
+LENGTHS = (0, 1, 700, 3, 0, 64, 65, 17, 33)
+BACKENDS = {"blocks": stored, "numba": numba_cpu} if numba_cpu.available() else {"blocks": stored}
+PAIRS = list(itertools.product(PACKINGS, PACKINGS))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = [(1, (64, 64)), (3, (32, 80)), (9, (128, 48)), (4, (37, 23)), (2, (96, 256))]
+
+
+def check(backend, how, lengths, m, widths, dtype, softcap=None, mask=None, rounding=0.0):
+    """Attention over one of two latents of each row, within what fp32 sums leave.
+
+    rounding: of a query that a backend takes in the dtype of the keys.
+    """
+    sides, numbers = [], []
+    for i, (name, width) in enumerate(zip(how, widths, strict=True)):
+        side, exact = ragged(name, draw(lengths, 2, width, dtype, i), lengths)
+        sides.append(side.sliced(i, 2))  # keys from the first latent, values from the second
+        numbers.append(exact[:, i])
+    starts = starts_of(torch.tensor(lengths, dtype=torch.long))
+    query = torch.randn(len(lengths), m, widths[0], generator=torch.Generator().manual_seed(7))
+    query = query.to(dtype).float() if rounding else query
+    scaling = 0.5 * widths[0] ** -0.5
+    out, lse = backend.stored_rows(query, *sides, starts.diff(), scaling, softcap, mask)
+    wanted, total = loops(query, *numbers, starts, scaling, softcap, mask)
+    assert out.dtype == lse.dtype == torch.float32 and out.shape == wanted.shape
+    assert torch.allclose(
+        out.double(), wanted, atol=max(3e-5, rounding) * float(wanted.abs().max().clamp_min(1))
+    )
+    assert torch.equal(lse.isinf(), total.isinf())
+    assert torch.allclose(lse.double()[~lse.isinf()], total[~total.isinf()], atol=max(5e-5, rounding))
+    return out
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(
+    ("how", "shape", "dtype"),
+    [(pair, *more) for pair, more in zip(PAIRS, itertools.cycle(itertools.product(SHAPES, DTYPES)))],
+    ids=str,
+)
+def test_it_is_attention_over_what_the_packing_holds(name, how, shape, dtype):
+    check(BACKENDS[name], how, LENGTHS, *shape, dtype)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("how", [("plain", "plain"), ("token4", "token2"), ("channel2", "token2")], ids=str)
+@pytest.mark.parametrize("m", [1, 3, 8, 12])
+def test_soft_caps_and_masks(name, how, m):
+    generator = torch.Generator().manual_seed(3)
+    lengths = (700, 0, 33, 700)
+    capped = check(BACKENDS[name], how, lengths, m, (64, 32), torch.float32, 2.0)
+    mask = torch.rand(2, m // 3 * 3 and 3 if m % 3 == 0 else 1, 700, generator=generator) > 0.3
+    mask[0, 0, :650] = False
+    mask[1, 0, :] = False  # a query that sees nothing
+    masked = check(BACKENDS[name], how, lengths, m, (64, 32), torch.float32, 2.0, mask)
+    assert not masked[3, 0].any() and not torch.allclose(masked[0], capped[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("how", [("token4", "token4"), ("channel2", "token2")], ids=str)
+def test_nothing_at_all(name, how):
+    check(BACKENDS[name], how, (0, 0), 3, (32, 32), torch.float32)
+
+
+@needs_numba
+def test_threads_change_no_bit_of_a_packed_row():
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(
+                check(numba_cpu, ("channel2", "token2"), (3000, 5, 900), 3, (64, 64), torch.bfloat16)
+            )
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+@needs_numba
+def test_narrow_groups_are_left_to_blocks():
+    side, _ = ragged("token4", draw((5,), 1, 10, torch.float32, 0), (5,))
+    wide, _ = ragged("token4", draw((5,), 1, 32, torch.float32, 0), (5,))
+    assert not numba_cpu.reads(side) and numba_cpu.reads(wide)
