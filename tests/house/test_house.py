@@ -26,7 +26,7 @@ TESTS = {path: path.read_text(encoding="utf-8") for path in sorted((SOURCE.paren
 TEST_TREES = {path: ast.parse(text) for path, text in TESTS.items()}
 MODULES_AT_THE_TOP = 6
 BANNED_WORDS = ("register_forward_hook", "register_forward_pre_hook", "compression_ratio", "torch.load")
-BACKEND_INTERFACE = {"attend", "available", "ragged", "supports"}
+BACKEND_INTERFACE = {"reads", "stored_rows", "attend", "available", "ragged", "supports"}
 BANNED_MODULES = {"pickle", "shelve", "marshal", "requests"}
 
 

@@ -20,22 +20,22 @@ from lowkey.backends.numba_ir import (
     Builder,
     Value,
     literal,
-    load,
     load_codes,
     load_scalar,
+    load_vector,
     pointer,
     same,
     smaller,
     spread,
-    store,
+    store_vector,
     summed,
     totals,
     vector_call,
-    whole,
+    int64,
 )
 
-TOKENS = 32  # of a block
-VECTORS = TOKENS // LANES  # that hold one number for each token
+CHANNEL_BLOCK = 32  # of a block
+VECTORS = CHANNEL_BLOCK // LANES  # that hold one number for each token
 
 
 def _parsed(kind: str) -> tuple[int, str]:
@@ -51,14 +51,14 @@ class _Channel:
         numbers, scale, low, stride, scale_stride = place
         bits, number = _parsed(kind)
         row, at = b.add(numbers, b.mul(stride, channel)), b.mul(scale_stride, channel)
-        self.codes = [load_codes(b, row, whole(v * LANES * bits // 8), bits) for v in range(VECTORS)]
+        self.codes = [load_codes(b, row, int64(v * LANES * bits // 8), bits) for v in range(VECTORS)]
         self.scale, self.low = (load_scalar(b, b.add(x, at), number) for x in (scale, low))
 
 
 def _chunk(b: Builder, g: int, steps: Value, query: int, vector: int, k: int) -> Value:
     """The address of LANES / g numbers of a query in steps: the k-th part of a vector of tokens."""
     offset = 4 * ((vector * g + k) * LANES + query * (LANES // g))
-    return pointer(b, steps, whole(offset), ir.VectorType(ir.FloatType(), LANES // g))
+    return pointer(b, steps, int64(offset), ir.VectorType(ir.FloatType(), LANES // g))
 
 
 @literal
@@ -83,13 +83,13 @@ def score_channels(
     def emit(context: Any, b: Builder, signature: Any, args: Sequence[Value]) -> Value:
         query, *place, width, out = args[2:]
         n, per = g.literal_value, LANES // g.literal_value
-        row = b.mul(b.sdiv(b.add(width, whole(LANES - 1)), whole(LANES)), whole(4 * LANES))
+        row = b.mul(b.sdiv(b.add(width, int64(LANES - 1)), int64(LANES)), int64(4 * LANES))
         sums = [[cgutils.alloca_once_value(b, same(0.0)) for _ in range(VECTORS)] for _ in range(n)]
         shifts = [cgutils.alloca_once_value(b, ir.Constant(ir.FloatType(), 0.0)) for _ in range(n)]
         with cgutils.for_range(b, width) as loop:
             channel = _Channel(b, kind.literal_value, place, loop.index)
             for i in range(n):
-                at = b.add(b.mul(row, whole(i)), b.mul(loop.index, whole(4)))
+                at = b.add(b.mul(row, int64(i)), b.mul(loop.index, int64(4)))
                 x = load_scalar(b, b.add(query, at))
                 scaled = spread(b, b.fmul(x, channel.scale))
                 b.store(b.fadd(b.load(shifts[i]), b.fmul(x, channel.low)), shifts[i])
@@ -134,10 +134,10 @@ def mix_channels(
             for x in vectors[1:]:
                 total = b.fadd(total, x)
             whole_weight.append(summed(b, total))
-        count = b.sdiv(b.add(width, whole(LANES - 1)), whole(LANES))
+        count = b.sdiv(b.add(width, int64(LANES - 1)), int64(LANES))
         with cgutils.for_range(b, count) as loop:
-            first = smaller(b, b.mul(loop.index, whole(LANES)), b.sub(width, whole(LANES)))
-            channels = [_Channel(b, kind.literal_value, place, b.add(first, whole(j))) for j in range(LANES)]
+            first = smaller(b, b.mul(loop.index, int64(LANES)), b.sub(width, int64(LANES)))
+            channels = [_Channel(b, kind.literal_value, place, b.add(first, int64(j))) for j in range(LANES)]
             scale = _vector(b, [c.scale for c in channels])
             low = _vector(b, [c.low for c in channels])
             for i in range(n):
@@ -147,9 +147,9 @@ def mix_channels(
                     for codes, w in zip(channel.codes, own[i], strict=True):
                         total = vector_call(b, "fmuladd", codes, w, total)
                     sums.append(total)
-                at = b.mul(b.add(b.mul(count, whole(i)), loop.index), whole(4 * LANES))
-                found = vector_call(b, "fmuladd", low, whole_weight[i], load(b, out, at))
-                store(b, vector_call(b, "fmuladd", scale, totals(b, sums), found), out, at)
+                at = b.mul(b.add(b.mul(count, int64(i)), loop.index), int64(4 * LANES))
+                found = vector_call(b, "fmuladd", low, whole_weight[i], load_vector(b, out, at))
+                store_vector(b, vector_call(b, "fmuladd", scale, totals(b, sums), found), out, at)
         return context.get_dummy_value()
 
     place = (numbers, scale, low, stride, scale_stride)

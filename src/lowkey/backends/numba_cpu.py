@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lowkey.backends.stored import Stored
+from lowkey.backends.stored import StoredRows
 
 KERNEL_KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 GROUPS = (1, 2, 4, 8)  # queries that share one reading of the keys; each is one more small compilation
@@ -39,7 +39,7 @@ def supports(dtype: torch.dtype) -> bool:
     return dtype in KERNEL_KINDS
 
 
-def reads(x: Stored) -> bool:
+def reads(x: StoredRows) -> bool:
     """Whether these keys or values can be read where they lie."""
     if not supports(x.dtype) or (x.numbers.ndim == 4 and x.unit != BLOCK):
         return False
@@ -59,7 +59,7 @@ def ragged(
     """
     lanes, width = _kernel().LANES, values.shape[1]
     k, v = (
-        Stored(x.unsqueeze(0), None, None, 0, x.shape[1], torch.zeros_like(starts[:-1]), starts[:-1])
+        StoredRows(x.unsqueeze(0), None, None, 0, x.shape[1], torch.zeros_like(starts[:-1]), starts[:-1])
         for x in (_readable(keys, lanes), _readable(values.to(keys.dtype), lanes))
     )
     query = pad(query, (0, max(0, lanes - query.shape[2])))
@@ -69,8 +69,8 @@ def ragged(
 
 def stored_rows(
     query: Tensor,
-    keys: Stored,
-    values: Stored,
+    keys: StoredRows,
+    values: StoredRows,
     lengths: Tensor,
     scaling: float,
     softcap: float | None = None,
@@ -139,7 +139,7 @@ def _scales(scaling: float, softcap: float | None) -> tuple[np.float32, np.float
     return np.float32(2 * scaling / softcap / LN2), np.float32(softcap / LN2)
 
 
-def _kind(x: Stored) -> str:
+def _kind(x: StoredRows) -> str:
     """How numbers are stored, as `numba_vectors` and `numba_channels` name it."""
     number = KERNEL_KINDS[x.dtype]
     if not x.bits:
@@ -147,7 +147,7 @@ def _kind(x: Stored) -> str:
     return f"{'channel' if x.numbers.ndim == 4 else 'int'}{x.bits} {number}"
 
 
-def _place(x: Stored) -> np.ndarray:
+def _place(x: StoredRows) -> np.ndarray:
     """Where keys or values are, as `numba_kernel` describes a place."""
     scale, low = (x.numbers if t is None else t for t in (x.scale, x.low))
     size, scale_size = x.numbers.element_size(), scale.element_size()
@@ -166,7 +166,7 @@ def _place(x: Stored) -> np.ndarray:
     return np.array(place, np.int64)
 
 
-def _query_slots(keys: Stored, lanes: int) -> np.ndarray:
+def _query_slots(keys: StoredRows, lanes: int) -> np.ndarray:
     """Which column of a query each number of a packed query is, -1 for none."""
     groups, size = keys.groups
     if keys.unit > 1:  # channel after channel, in whole vectors

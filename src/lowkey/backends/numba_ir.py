@@ -35,7 +35,7 @@ Value = ir.Value
 literal = intrinsic(prefer_literal=True)
 
 
-def whole(value: int) -> Value:
+def int64(value: int) -> Value:
     """A constant of 64 bits."""
     return ir.Constant(I64, value)
 
@@ -59,11 +59,11 @@ def vector_call(b: Builder, name: str, *args: Value) -> Value:
 
 def pointer(b: Builder, address: Value, offset: Value | None = None, kind: ir.Type = FLOAT_VECTOR) -> Value:
     return b.bitcast(
-        b.gep(b.inttoptr(address, BYTES), [whole(0) if offset is None else offset]), kind.as_pointer()
+        b.gep(b.inttoptr(address, BYTES), [int64(0) if offset is None else offset]), kind.as_pointer()
     )
 
 
-def load(b: Builder, address: Value, offset: Value | None = None, kind: str = "float32") -> Value:
+def load_vector(b: Builder, address: Value, offset: Value | None = None, kind: str = "float32") -> Value:
     """LANES stored numbers, widened."""
     raw = b.load(pointer(b, address, offset, STORED[kind]), align=BYTES_PER_NUMBER[kind])
     if kind == "bfloat16":  # the upper half of an fp32 number
@@ -100,14 +100,14 @@ def load_codes(b: Builder, address: Value, offset: Value, bits: int) -> Value:
     return b.sitofp(code, FLOAT_VECTOR)
 
 
-def store(b: Builder, x: Value, address: Value, offset: Value | None = None) -> None:
+def store_vector(b: Builder, x: Value, address: Value, offset: Value | None = None) -> None:
     b.store(x, pointer(b, address, offset), align=4)
 
 
 def fetch(b: Builder, address: Value, offset: Value) -> None:
     """Prefetch the memory PREFETCH_BYTES ahead; past the end of an array that is harmless."""
     kind = ir.FunctionType(ir.VoidType(), [BYTES, I32, I32, I32])
-    where = pointer(b, address, b.add(offset, whole(PREFETCH_BYTES)), ir.IntType(8))
+    where = pointer(b, address, b.add(offset, int64(PREFETCH_BYTES)), ir.IntType(8))
     read, second_level, data = (ir.Constant(I32, n) for n in (0, 2, 1))
     b.call(
         cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0"), [where, read, second_level, data]

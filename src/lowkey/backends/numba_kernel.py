@@ -2,7 +2,7 @@
 
 Rows are cut into pieces, which threads take in turn, and the pieces of each row are merged. A piece is at
 most LARGEST_PIECE tokens of one row. It forms all its scores, their softmax, and then reads its values, so
-memory is read in long runs. What depends on how keys or values are stored is one small C function for each
+memory is read in long runs. What depends on layout keys or values are stored is one small C function for each
 kind and group of queries; the rest is compiled once.
 
 Softmax is taken with powers of 2: scores arrive in units of ln 2. M is the number of queries of a row, filled
@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from numba import cfunc, njit, prange, types
 
-from lowkey.backends.numba_channels import TOKENS, mix_channels, score_channels
+from lowkey.backends.numba_channels import CHANNEL_BLOCK, mix_channels, score_channels
 from lowkey.backends.numba_ir import LANES, LOWEST
-from lowkey.backends.numba_vectors import add, call, fill_memory, finish, level, mix, score, weigh
+from lowkey.backends.numba_vectors import add, call, fill_memory, finish_scores, level, mix, score, weigh
 
 # tokens of a piece, and the pieces that the tokens of a call are cut into, about and at least
 SMALLEST_PIECE, LARGEST_PIECE, LEAST_PIECES = 64, 1024, 32
@@ -35,7 +35,7 @@ def scorer(g: int, kind: str) -> Any:
 
     Args:
         g: queries that share one reading of the keys.
-        kind: how keys are stored; see `numba_vectors` and `numba_channels`.
+        kind: layout keys are stored; see `numba_vectors` and `numba_channels`.
 
     Returns:
         The function. It takes addresses and strides in bytes, of numbers and of scales.
@@ -48,9 +48,9 @@ def scorer(g: int, kind: str) -> Any:
         def by_block(
             query, numbers, scale, low, stride, scales, channel, scale_channel, groups, size, left, out
         ):
-            for i in range((left + TOKENS - 1) // TOKENS):
+            for i in range((left + CHANNEL_BLOCK - 1) // CHANNEL_BLOCK):
                 at, shift = numbers + i * stride, i * scales
-                to = out + 4 * g * TOKENS * i
+                to = out + 4 * g * CHANNEL_BLOCK * i
                 score_channels(
                     g, kind, query, at, scale + shift, low + shift, channel, scale_channel, size, to
                 )
@@ -97,7 +97,7 @@ def softener(g: int) -> Any:
         fill_memory(top, LOWEST)
         fill_memory(total, 0.0)
         for i in range(steps):
-            finish(g, cap, masks, i * per, left - i * per, scores + 4 * LANES * i, top)
+            finish_scores(g, cap, masks, i * per, left - i * per, scores + 4 * LANES * i, top)
         level(g, top)
         for i in range(steps):
             weigh(scores + 4 * LANES * i, top, total)
@@ -116,9 +116,9 @@ def mixer(g: int, kind: str) -> Any:
         def by_block(
             weights, numbers, scale, low, stride, scales, channel, scale_channel, groups, size, left, out
         ):
-            for i in range((left + TOKENS - 1) // TOKENS):
+            for i in range((left + CHANNEL_BLOCK - 1) // CHANNEL_BLOCK):
                 at, shift = numbers + i * stride, i * scales
-                own = weights + 4 * g * TOKENS * i
+                own = weights + 4 * g * CHANNEL_BLOCK * i
                 mix_channels(g, kind, own, at, scale + shift, low + shift, channel, scale_channel, size, out)
 
         return by_block
@@ -227,14 +227,16 @@ def _packed(query, scale, g, slots):
 
 
 @compiled
-def _plan(lengths, queries, width, out, lse):
+def _cut_into_pieces(lengths, queries, width, out, lse):
     """Cut rows into pieces, make room for their results, and answer rows without tokens.
 
     Returns:
         (cuts, results). cuts: each row's first piece, each piece's row, tokens of a piece. results: parts
         (pieces, M, v'), tops and totals (pieces, M).
     """
-    size = min(max(lengths.sum() // LEAST_PIECES // TOKENS * TOKENS, SMALLEST_PIECE), LARGEST_PIECE)
+    size = min(
+        max(lengths.sum() // LEAST_PIECES // CHANNEL_BLOCK * CHANNEL_BLOCK, SMALLEST_PIECE), LARGEST_PIECE
+    )
     first = np.zeros(len(lengths) + 1, np.int64)
     for row in range(len(out)):
         first[row + 1] = first[row] + (lengths[row] + size - 1) // size
@@ -250,38 +252,38 @@ def _plan(lengths, queries, width, out, lse):
 
 
 @compiled
-def _work(me, how, cap, arrays, cuts, results, counters):
-    """The work of thread `me`: the pieces of its own share in order, then what is left of other shares.
+def _attend_share(thread, layout, cap, arrays, cuts, results, counters):
+    """The work of thread `thread`: the pieces of its own share in order, then what is left of other shares.
 
     In order, so that memory is read in order. counters: pieces taken of each share, by whichever thread, and
     pieces done of each row.
     """
     (taken, done), count = counters, len(cuts[1])
-    scores = np.empty((2 + cuts[2] * how[1] // LANES, LANES), np.float32)
+    scores = np.empty((2 + cuts[2] * layout[1] // LANES, LANES), np.float32)
     masks = np.empty(arrays[0].shape[1] if arrays[4].shape[0] else 0, np.int64)
     for turn in range(len(taken)):
-        share = (me + turn) % len(taken)
+        share = (thread + turn) % len(taken)
         begin, end = share * count // len(taken), (share + 1) * count // len(taken)
         while True:
             i = begin + add(_at(taken, share), 1)
             if i >= end:
                 break
-            _do(i, how, cap, arrays, cuts, results, done, scores, masks)
+            _attend_piece(i, layout, cap, arrays, cuts, results, done, scores, masks)
 
 
 @compiled
-def _do(i, how, cap, arrays, cuts, results, done, scores, masks):
+def _attend_piece(i, layout, cap, arrays, cuts, results, done, scores, masks):
     """Attend to piece i. The thread that does the last piece of a row merges the row."""
     (query, out, lse, places, mask), (first, rows, size), (parts, tops, totals) = arrays, cuts, results
-    functions, g, key, value, slots = how
+    functions, g, key, value, slots = layout
     row = rows[i]
-    a, z = first[row], first[row + 1]
-    begin = (i - a) * size
+    first_piece, end_piece = first[row], first[row + 1]
+    begin = (i - first_piece) * size
     left = min(size, places[4, row] - begin)
     per = LANES // g
     steps = (left + per - 1) // per
     if key[11] > 1 or value[11] > 1:  # blocks have scores for tokens past the last, too
-        steps = (left + TOKENS - 1) // TOKENS * TOKENS // per
+        steps = (left + CHANNEL_BLOCK - 1) // CHANNEL_BLOCK * CHANNEL_BLOCK // per
     for j in range(len(masks)):
         of_row = row // (len(query) // len(mask)) * mask.shape[1] + j % mask.shape[1]
         masks[j] = _at(mask, of_row * mask.shape[2] + begin)
@@ -290,8 +292,15 @@ def _do(i, how, cap, arrays, cuts, results, done, scores, masks):
     part = parts[i], tops[i], totals[i]
     _attend(functions, g, cap, query[row], keys, values, masks, left, steps, scores, part)
     # the counter tells which thread came last; it then sees all results of the row
-    if add(_at(done, row), 1) == z - a - 1:
-        _merge(parts[a:z], tops[a:z], totals[a:z], slots, out[row], lse[row])
+    if add(_at(done, row), 1) == end_piece - first_piece - 1:
+        _merge(
+            parts[first_piece:end_piece],
+            tops[first_piece:end_piece],
+            totals[first_piece:end_piece],
+            slots,
+            out[row],
+            lse[row],
+        )
 
 
 @njit(cache=True, nogil=True, parallel=True)
@@ -312,14 +321,14 @@ def decode_rows(
         places: (5, R), the lane and first unit of each row's keys and of its values, and its tokens.
         mask: (R', t, s) in bytes, s a multiple of 32 that covers all tokens; R' = 0 for no mask.
         out, lse: the results.
-        threads: how many to use.
+        threads: layout many to use.
     """
     packed = _packed(query, scale, g, key_slots)
-    how, arrays = (functions, g, key, value, value_slots), (packed, out, lse, places, mask)
-    cuts, results = _plan(places[4], packed.shape[1], len(value_slots), out, lse)
+    layout, arrays = (functions, g, key, value, value_slots), (packed, out, lse, places, mask)
+    cuts, results = _cut_into_pieces(places[4], packed.shape[1], len(value_slots), out, lse)
     counters = np.zeros(threads, np.int64), np.zeros(len(out), np.int64)
     if threads == 1:  # a parallel loop costs more than a short row
-        _work(0, how, cap, arrays, cuts, results, counters)
+        _attend_share(0, layout, cap, arrays, cuts, results, counters)
         return
-    for me in prange(threads):
-        _work(me, how, cap, arrays, cuts, results, counters)
+    for thread in prange(threads):
+        _attend_share(thread, layout, cap, arrays, cuts, results, counters)

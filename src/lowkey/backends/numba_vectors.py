@@ -33,18 +33,18 @@ from lowkey.backends.numba_ir import (
     fetch,
     larger,
     literal,
-    load,
     load_codes,
     load_scalar,
+    load_vector,
     pointer,
     same,
     smaller,
     spread,
-    store,
+    store_vector,
     swapped,
     totals,
     vector_call,
-    whole,
+    int64,
 )
 
 
@@ -74,14 +74,14 @@ class _Columns:
         numbers, scale, low, stride, scale_stride, self.groups, self.size = place
         self.b, self.number = b, kind.split()[-1]
         self.bits = int(kind.split()[0].removeprefix("int")) if " " in kind else 0
-        past = b.sub(left, whole(1))
-        tokens = [smaller(b, whole(i), past) for i in range(LANES // g)]
+        past = b.sub(left, int64(1))
+        tokens = [smaller(b, int64(i), past) for i in range(LANES // g)]
         self.rows = [b.add(numbers, b.mul(stride, i)) for i in tokens]
         if self.bits:
             steps = [b.mul(scale_stride, i) for i in tokens]
             self.scales = [(b.add(scale, step), b.add(low, step)) for step in steps]
-        self.last = b.sub(self.size, whole(LANES))
-        self.of_group = b.sdiv(b.add(self.size, whole(LANES - 1)), whole(LANES))
+        self.last = b.sub(self.size, int64(LANES))
+        self.of_group = b.sdiv(b.add(self.size, int64(LANES - 1)), int64(LANES))
         self.count = b.mul(self.of_group, self.groups)
 
     @contextmanager
@@ -90,23 +90,23 @@ class _Columns:
         b = self.b
         if not self.bits:
             with cgutils.for_range(b, self.count) as loop:
-                start = smaller(b, b.mul(loop.index, whole(LANES)), self.last)
-                offset = b.mul(start, whole(BYTES_PER_NUMBER[self.number]))
+                start = smaller(b, b.mul(loop.index, int64(LANES)), self.last)
+                offset = b.mul(start, int64(BYTES_PER_NUMBER[self.number]))
                 for row in self.rows:  # before the loads, so that memory works ahead
                     fetch(b, row, offset)
-                yield loop.index, [load(b, row, offset, self.number) for row in self.rows]
+                yield loop.index, [load_vector(b, row, offset, self.number) for row in self.rows]
             return
         for row in self.rows:
-            fetch(b, row, whole(0))
+            fetch(b, row, int64(0))
         with cgutils.for_range(b, self.groups) as outer:
-            at = b.mul(outer.index, whole(BYTES_PER_NUMBER[self.number]))
+            at = b.mul(outer.index, int64(BYTES_PER_NUMBER[self.number]))
             scales = [
                 [spread(b, load_scalar(b, b.add(x, at), self.number)) for x in both] for both in self.scales
             ]
             with cgutils.for_range(b, self.of_group) as inner:
-                start = smaller(b, b.mul(inner.index, whole(LANES)), self.last)
+                start = smaller(b, b.mul(inner.index, int64(LANES)), self.last)
                 start = b.add(b.mul(outer.index, self.size), start)
-                offset = b.lshr(b.mul(start, whole(self.bits)), whole(3))
+                offset = b.lshr(b.mul(start, int64(self.bits)), int64(3))
                 index = b.add(b.mul(outer.index, self.of_group), inner.index)
                 yield (
                     index,
@@ -118,7 +118,7 @@ class _Columns:
 
     def slot(self, query: int, index: Value) -> Value:
         """The offset of vector `index` of a query's numbers, which are stored without overlap."""
-        return self.b.mul(self.b.add(self.b.mul(self.count, whole(query)), index), whole(4 * LANES))
+        return self.b.mul(self.b.add(self.b.mul(self.count, int64(query)), index), int64(4 * LANES))
 
 
 @literal
@@ -146,10 +146,10 @@ def score(
         sums = [cgutils.alloca_once_value(b, same(0.0)) for _ in range(LANES)]
         with columns.each() as (index, keys):
             for i in range(n):
-                x = load(b, query, columns.slot(i, index))
+                x = load_vector(b, query, columns.slot(i, index))
                 for key, total in zip(keys, sums[i * len(keys) :], strict=False):
                     b.store(vector_call(b, "fmuladd", key, x, b.load(total)), total)
-        store(b, totals(b, [b.load(total) for total in sums]), out)
+        store_vector(b, totals(b, [b.load(total) for total in sums]), out)
         return context.get_dummy_value()
 
     place = (numbers, scale, low, stride, scale_stride, groups, size)
@@ -157,7 +157,7 @@ def score(
 
 
 @literal
-def finish(_: Any, g: Any, cap: Any, masks: Any, token: Any, left: Any, scores: Any, top: Any) -> Any:
+def finish_scores(_: Any, g: Any, cap: Any, masks: Any, token: Any, left: Any, scores: Any, top: Any) -> Any:
     """Turn one step of dot products into scores, and write the largest seen in each lane to `top`.
 
     `masks` is 0, or the address of g addresses: of the bytes that say which tokens each query sees, at which
@@ -167,13 +167,13 @@ def finish(_: Any, g: Any, cap: Any, masks: Any, token: Any, left: Any, scores: 
     def emit(context: Any, b: Builder, signature: Any, args: Sequence[Value]) -> Value:
         cap, masks, token, left, scores, top = args[1:]
         n = g.literal_value
-        found = _present(b, capped(b, load(b, scores), cap), left, LANES // n)
+        found = _present(b, capped(b, load_vector(b, scores), cap), left, LANES // n)
         kept = cgutils.alloca_once_value(b, found)
-        with b.if_then(b.icmp_unsigned("!=", masks, whole(0)), likely=False):
+        with b.if_then(b.icmp_unsigned("!=", masks, int64(0)), likely=False):
             b.store(b.select(_seen(b, n, masks, token), found, same(LOWEST)), kept)
         found = b.load(kept)
-        store(b, found, scores)
-        store(b, larger(b, found, load(b, top)), top)
+        store_vector(b, found, scores)
+        store_vector(b, larger(b, found, load_vector(b, top)), top)
         return context.get_dummy_value()
 
     return types.void(g, cap, masks, token, left, scores, top), emit
@@ -184,7 +184,7 @@ def _seen(b: Builder, g: int, masks: Value, token: Value) -> Value:
     per, byte = LANES // g, ir.IntType(8)
     parts = []
     for i in range(g):
-        mask = b.load(pointer(b, masks, whole(8 * i), I64), align=8)
+        mask = b.load(pointer(b, masks, int64(8 * i), I64), align=8)
         parts.append(b.load(pointer(b, mask, token, ir.VectorType(byte, per)), align=1))
     while len(parts) > 1:
         width = parts[0].type.count
@@ -198,10 +198,10 @@ def level(_: Any, g: Any, top: Any) -> Any:
     """Give all lanes of a query the largest of them."""
 
     def emit(context: Any, b: Builder, signature: Any, args: Sequence[Value]) -> Value:
-        x, shift = load(b, args[1]), 1
+        x, shift = load_vector(b, args[1]), 1
         while shift < LANES // g.literal_value:
             x, shift = larger(b, x, swapped(b, x, shift)), 2 * shift
-        store(b, x, args[1])
+        store_vector(b, x, args[1])
         return context.get_dummy_value()
 
     return types.void(g, top), emit
@@ -212,7 +212,7 @@ def fill_memory(_: Any, to: Any, value: Any) -> Any:
     """Write the same number to every lane."""
 
     def emit(context: Any, b: Builder, signature: Any, args: Sequence[Value]) -> Value:
-        store(b, spread(b, args[1]), args[0])
+        store_vector(b, spread(b, args[1]), args[0])
         return context.get_dummy_value()
 
     return types.void(to, types.float32), emit
@@ -224,10 +224,10 @@ def weigh(_: Any, scores: Any, top: Any, total: Any) -> Any:
 
     def emit(context: Any, b: Builder, signature: Any, args: Sequence[Value]) -> Value:
         scores, top, total = args
-        below = b.fsub(load(b, scores), load(b, top))
+        below = b.fsub(load_vector(b, scores), load_vector(b, top))
         weights = b.select(b.fcmp_ordered(">", below, same(FAINTEST)), exp2(b, below), same(0.0))
-        store(b, weights, scores)
-        store(b, b.fadd(weights, load(b, total)), total)
+        store_vector(b, weights, scores)
+        store_vector(b, b.fadd(weights, load_vector(b, total)), total)
         return context.get_dummy_value()
 
     return types.void(scores, top, total), emit
@@ -254,15 +254,15 @@ def mix(
     def emit(context: Any, b: Builder, signature: Any, args: Sequence[Value]) -> Value:
         weights, *place, left, out = args[2:]
         columns = _Columns(b, kind.literal_value, g.literal_value, place, left)
-        step = load(b, weights)
+        step = load_vector(b, weights)
         spread_out = [spread(b, b.extract_element(step, ir.Constant(I32, i))) for i in range(LANES)]
         with columns.each() as (index, rows):
             for i in range(g.literal_value):
                 at = columns.slot(i, index)
-                total = load(b, out, at)
+                total = load_vector(b, out, at)
                 for row, weight in zip(rows, spread_out[i * len(rows) :], strict=False):
                     total = vector_call(b, "fmuladd", row, weight, total)
-                store(b, total, out, at)
+                store_vector(b, total, out, at)
         return context.get_dummy_value()
 
     place = (numbers, scale, low, stride, scale_stride, groups, size)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowkey.backends import fused, grouped, numba_cpu, stored, triton_gpu
 from lowkey.backends.segment import Part
-from lowkey.backends.stored import Stored
+from lowkey.backends.stored import StoredRows
 
 MOST_QUERIES = 64  # per row for the kernels; more are faster in matrix products
 
@@ -34,8 +34,8 @@ def ragged(
 
 def stored_rows(
     query: Tensor,
-    keys: Stored,
-    values: Stored,
+    keys: StoredRows,
+    values: StoredRows,
     lengths: Tensor,
     scaling: float,
     softcap: float | None = None,

@@ -19,7 +19,7 @@ BLOCK_TOKENS = 128  # tokens of each row that are decoded at a time; a multiple 
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredRows:
     """The keys or the values of R rows, as a packing holds them.
 
     A packing holds plain numbers; or integers of 8, 4 or 2 bits with a scale and an offset for each group of
@@ -71,14 +71,14 @@ class Stored:
         count = self.scale.shape[2]
         return count, self.numbers.shape[2] * 8 // self.bits // count
 
-    def repeated(self, times: int) -> Stored:
+    def repeated(self, times: int) -> StoredRows:
         """The same rows, each so many times in succession."""
         if times == 1:
             return self
         lane, first = (x.repeat_interleave(times) for x in (self.lane, self.first))
         return replace(self, lane=lane, first=first, repeats=times * self.repeats)
 
-    def sliced(self, start: int, step: int) -> Stored:
+    def sliced(self, start: int, step: int) -> StoredRows:
         """Every `step`-th row from `start` on."""
         return replace(self, lane=self.lane[start::step], first=self.first[start::step])
 
@@ -117,8 +117,8 @@ def unpack_codes(codes: Tensor, bits: int, dtype: torch.dtype = torch.uint8) -> 
 
 def stored_rows(
     query: Tensor,
-    keys: Stored,
-    values: Stored,
+    keys: StoredRows,
+    values: StoredRows,
     lengths: Tensor,
     scaling: float,
     softcap: float | None = None,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lowkey.backends.stored import Stored
+from lowkey.backends.stored import StoredRows
 
 # tokens of a piece, and the pieces that the tokens of a call are cut into, about and at least
 SMALLEST_SPLIT, LARGEST_SPLIT, LEAST_SPLITS = 128, 4096, 512
@@ -34,7 +34,7 @@ def supports(dtype: torch.dtype) -> bool:
     return dtype in KERNEL_DTYPES
 
 
-def reads(x: Stored) -> bool:
+def reads(x: StoredRows) -> bool:
     """Whether these keys or values can be read where they lie."""
     same_strides = x.scale is None or x.low is None or x.scale.stride() == x.low.stride()
     return supports(x.dtype) and x.numbers.stride(-1) == 1 and same_strides
@@ -46,7 +46,7 @@ def ragged(
     """Attention of each row's queries over the row's tokens; see `naive.ragged` for arguments and results."""
     lane = torch.zeros_like(starts[:-1])
     k, v = (
-        Stored(_readable(x).unsqueeze(0), None, None, 0, x.shape[1], lane, starts[:-1])
+        StoredRows(_readable(x).unsqueeze(0), None, None, 0, x.shape[1], lane, starts[:-1])
         for x in (keys, values)
     )
     return stored_rows(query, k, v, starts.diff(), scaling, softcap)
@@ -54,8 +54,8 @@ def ragged(
 
 def stored_rows(
     query: Tensor,
-    keys: Stored,
-    values: Stored,
+    keys: StoredRows,
+    values: StoredRows,
     lengths: Tensor,
     scaling: float,
     softcap: float | None = None,
@@ -77,7 +77,7 @@ def stored_rows(
     places = torch.stack([keys.lane, keys.first, values.lane, values.first])
     seen = places if mask is None else mask.contiguous().view(torch.uint8)
     of_mask = (1, 1, 0) if mask is None else (rows // len(mask), mask.shape[1], mask.shape[2])
-    queries = min(max(16, _power(m)), 64)
+    queries = min(max(16, _power(m)), 64)  # tl.dot wants tiles of at least 16 rows
     element = query.element_size()
     blocks = {"M": queries, "N": _tokens(r, element), "R": _padded(r), "V": _padded(v)}
     # the interpreter has no bf16 products
@@ -116,7 +116,7 @@ def stored_rows(
     return out, lse
 
 
-def _place(x: Stored) -> tuple[Tensor | int, ...]:
+def _place(x: StoredRows) -> tuple[Tensor | int, ...]:
     """Keys or values as `triton_kernel.decoded` takes them: tensors, strides, and channels of a group."""
     scale, low = (x.numbers if t is None else t for t in (x.scale, x.low))
     channel = x.numbers.stride(2) if x.unit > 1 else 1

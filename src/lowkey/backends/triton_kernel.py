@@ -45,6 +45,14 @@ def decoded(
 
 
 @triton.jit
+def product(a, b, like, EXACT: tl.constexpr):
+    """The matrix product of two tiles, in fp32 if EXACT, else in the dtype of `like`."""
+    if EXACT:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a.to(like.dtype), b.to(like.dtype))
+
+
+@triton.jit
 def attend(
     query, lengths, first_piece, row_of, places, mask, parts, lses,
     k_numbers, k_scale, k_low, k_lane, k_stride, k_channel, k_scale_lane, k_scale_stride, k_scale_channel,
@@ -75,10 +83,12 @@ def attend(
     row = tl.load(row_of + piece)
     if row < 0:  # there are fewer pieces than programs
         return
+    # the first token of this piece, and the end of the piece or of the row
     begin = (piece - tl.load(first_piece + row)) * size
     end = tl.minimum(begin + size, tl.load(lengths + row))
     key_lane, key_first = tl.load(places + row), tl.load(places + rows + row)
     value_lane, value_first = tl.load(places + 2 * rows + row), tl.load(places + 3 * rows + row)
+    # indices of queries, key channels, value channels and tokens of a tile
     i, x, y, j = tl.program_id(1) * M + tl.arange(0, M), tl.arange(0, R), tl.arange(0, V), tl.arange(0, N)
     q = tl.load(
         query + (row * m + i[:, None]) * r + x[None, :], mask=(i[:, None] < m) & (x[None, :] < r), other=0.0
@@ -95,11 +105,7 @@ def attend(
             k_lane, k_stride, k_channel, k_scale_lane, k_scale_stride, k_scale_channel, k_size,
             K_BITS, K_UNIT,
         )  # fmt: skip
-        scores = (
-            tl.dot(q.to(tl.float32), k.to(tl.float32), input_precision="ieee")
-            if EXACT
-            else tl.dot(q, k.to(q.dtype))
-        ) * scaling
+        scores = product(q, k, q, EXACT) * scaling
         if CAPPED:
             scores = cap * (2.0 * tl.sigmoid(2.0 * scores / cap) - 1.0)  # cap tanh(scores / cap)
         seen = here[None, :] & (i[:, None] < m)
@@ -117,19 +123,11 @@ def attend(
             v_lane, v_stride, v_channel, v_scale_lane, v_scale_stride, v_scale_channel, v_size,
             V_BITS, V_UNIT,
         )  # fmt: skip
-        mixed = (
-            tl.dot(weights, w.to(tl.float32), input_precision="ieee")
-            if EXACT
-            else tl.dot(weights.to(q.dtype), w.to(q.dtype))
-        )
-        out = out * shrink[:, None] + mixed
+        out = out * shrink[:, None] + product(weights, w, q, EXACT)
         top, total = new, total * shrink + tl.sum(weights, 1)
     place = piece * m + i
-    tl.store(
-        parts + place[:, None] * v + y[None, :],
-        out / tl.where(total > 0, total, 1.0)[:, None],
-        mask=(i[:, None] < m) & (y[None, :] < v),
-    )
+    mean, there = out / tl.where(total > 0, total, 1.0)[:, None], (i[:, None] < m) & (y[None, :] < v)
+    tl.store(parts + place[:, None] * v + y[None, :], mean, mask=there)
     tl.store(lses + place, top + tl.log(total), mask=i < m)
 
 
@@ -147,10 +145,10 @@ def merge(parts, lses, first_piece, out, lse, m, v, V: tl.constexpr):
         tl.zeros([V], tl.float32),
     )
     for piece in range(begin, end):
-        found = tl.load(lses + piece * m + i + tl.zeros([1], tl.int32))
-        new = tl.maximum(top, found)
+        piece_lse = tl.load(lses + piece * m + i + tl.zeros([1], tl.int32))
+        new = tl.maximum(top, piece_lse)
         relative = tl.where(new == float("-inf"), 0.0, new)
-        shrink, weight = tl.exp(top - relative), tl.exp(found - relative)
+        shrink, weight = tl.exp(top - relative), tl.exp(piece_lse - relative)
         whole = whole * shrink + weight * tl.load(parts + (piece * m + i) * v + y, mask=y < v, other=0.0)
         top, total = new, total * shrink + weight
     place = row * m + i

@@ -369,7 +369,9 @@ class CodedLayer(PositionedLayer):
 
     def _reads_in_place(self, call: Call) -> bool:
         """Whether this call's queries meet stored tokens as they are packed."""
-        return reads_in_place(call.query, [x for name in self.packing for x in self.packed_tensors(name)])
+        held = [x for name in self.packing for x in self.packed_tensors(name)]
+        readable = all(packing.bits is not None for packing in self.packing.values())
+        return readable and reads_in_place(call.query, held)
 
     def _step_parts(self, call: Call, buffer_k: Tensor, buffer_v: Tensor, exact: Tensor) -> list[Part]:
         """Attention over `_segments` for a few queries, which read stored tokens as they are packed.

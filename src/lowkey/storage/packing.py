@@ -21,7 +21,8 @@ class Packing(Protocol):
     """Writes stored tokens (b, G, s, r) as tensors and reads them back.
 
     Attributes:
-        bits: of a stored integer; 0 where numbers are stored as they are.
+        bits: of a stored integer whose `fields` are codes, scale and low; 0 where numbers are stored as they
+            are; None for any other form, which kernels cannot read: each step unpacks all of it.
         block: tokens that are packed together; s is always a multiple of it.
         axis: the dimension of the packed tensors that grows with s.
         fields: a name for each packed tensor.
@@ -32,7 +33,7 @@ class Packing(Protocol):
     fields: ClassVar[tuple[str, ...]]
 
     @property
-    def bits(self) -> int:
+    def bits(self) -> int | None:
         """See the attributes."""
         ...
 

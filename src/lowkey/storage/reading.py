@@ -16,7 +16,7 @@ from torch import Tensor
 from lowkey.backends import fused
 from lowkey.backends.ragged import stored_rows
 from lowkey.backends.segment import Part
-from lowkey.backends.stored import Stored, attend_blocks
+from lowkey.backends.stored import StoredRows, attend_blocks
 from lowkey.storage.codec import Codec
 
 FEW_QUERIES = fused.QUERIES  # fewer than so many read what is stored; more are faster in matrix products
@@ -48,8 +48,8 @@ def attend_to_stored(
     codec: Codec,
     query: Tensor,
     at: Tensor,
-    keys: Stored,
-    values: Stored,
+    keys: StoredRows,
+    values: StoredRows,
     lengths: Tensor,
     positions: Callable[[int, int], Tensor],
     scaling: float,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lowkey.backends.ragged import ragged
 from lowkey.backends.segment import Part
-from lowkey.backends.stored import Stored
+from lowkey.backends.stored import StoredRows
 from lowkey.ops.ragged import join_rows, row_of, select_rows, starts_of
 from lowkey.storage.codec import Codec
 from lowkey.storage.packing import Packing
@@ -85,7 +85,7 @@ def rows_nbytes(packing: Packing, starts: Tensor, latents: int, width: int, item
     return latents * packing.nbytes(tokens, width, itemsize)
 
 
-def stored_in_rows(packing: Packing, parts: tuple[Tensor, ...], width: int, starts: Tensor) -> Stored:
+def stored_in_rows(packing: Packing, parts: tuple[Tensor, ...], width: int, starts: Tensor) -> StoredRows:
     """What a packing holds of ragged rows, as kernels read it: the a latents of each row in succession."""
     lanes = [part.transpose(0, 1) for part in parts]
     if packing.block > 1:
@@ -94,10 +94,10 @@ def stored_in_rows(packing: Packing, parts: tuple[Tensor, ...], width: int, star
     lane = torch.arange(latents, device=starts.device).repeat(len(starts) - 1)
     first = block_starts(packing, starts)[:-1].repeat_interleave(latents)
     scale, low = lanes[1:] if packing.bits else (None, None)
-    return Stored(lanes[0], scale, low, packing.bits, width, lane, first)
+    return StoredRows(lanes[0], scale, low, packing.bits or 0, width, lane, first)
 
 
-def stored_densely(packing: Packing, parts: tuple[Tensor, ...], width: int) -> Stored:
+def stored_densely(packing: Packing, parts: tuple[Tensor, ...], width: int) -> StoredRows:
     """What a packing holds of dense tokens, as kernels read it: a row for each of the b G stored heads."""
     lanes = [part.flatten(0, 1) for part in parts]
     if packing.block > 1:
@@ -105,7 +105,7 @@ def stored_densely(packing: Packing, parts: tuple[Tensor, ...], width: int) -> S
         lanes = [lanes[0].unflatten(2, (blocks, -1)).transpose(1, 2), *(x.transpose(1, 2) for x in lanes[1:])]
     lane = torch.arange(len(lanes[0]), device=lanes[0].device)
     scale, low = lanes[1:] if packing.bits else (None, None)
-    return Stored(lanes[0], scale, low, packing.bits, width, lane, torch.zeros_like(lane))
+    return StoredRows(lanes[0], scale, low, packing.bits or 0, width, lane, torch.zeros_like(lane))
 
 
 def tokens_of_dense(part: Tensor, row_heads: int, chosen: Tensor) -> Tensor:
