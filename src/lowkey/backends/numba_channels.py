@@ -19,6 +19,7 @@ from lowkey.backends.numba_ir import (
     LANES,
     Builder,
     Value,
+    int64,
     literal,
     load_codes,
     load_scalar,
@@ -31,7 +32,6 @@ from lowkey.backends.numba_ir import (
     summed,
     totals,
     vector_call,
-    int64,
 )
 
 CHANNEL_BLOCK = 32  # of a block

@@ -31,6 +31,7 @@ from lowkey.backends.numba_ir import (
     capped,
     exp2,
     fetch,
+    int64,
     larger,
     literal,
     load_codes,
@@ -44,7 +45,6 @@ from lowkey.backends.numba_ir import (
     swapped,
     totals,
     vector_call,
-    int64,
 )
 
 

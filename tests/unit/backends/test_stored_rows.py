@@ -6,10 +6,9 @@ import itertools
 
 import pytest
 import torch
-from stored_rows import PACKINGS, draw, loops, ragged
+from stored_rows import PACKINGS, check, draw, ragged
 
 from lowkey.backends import numba_cpu, stored
-from lowkey.ops.ragged import starts_of
 
 needs_numba = pytest.mark.skipif(not numba_cpu.available(), reason="numba is not installed")
 LENGTHS = (0, 1, 700, 3, 0, 64, 65, 17, 33)
@@ -17,31 +16,6 @@ BACKENDS = {"blocks": stored, "numba": numba_cpu} if numba_cpu.available() else 
 PAIRS = list(itertools.product(PACKINGS, PACKINGS))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(1, (64, 64)), (3, (32, 80)), (9, (128, 48)), (4, (37, 23)), (2, (96, 256))]
-
-
-def check(backend, how, lengths, m, widths, dtype, softcap=None, mask=None, rounding=0.0):
-    """Attention over one of two latents of each row, within what fp32 sums leave.
-
-    rounding: of a query that a backend takes in the dtype of the keys.
-    """
-    sides, numbers = [], []
-    for i, (name, width) in enumerate(zip(how, widths, strict=True)):
-        side, exact = ragged(name, draw(lengths, 2, width, dtype, i), lengths)
-        sides.append(side.sliced(i, 2))  # keys from the first latent, values from the second
-        numbers.append(exact[:, i])
-    starts = starts_of(torch.tensor(lengths, dtype=torch.long))
-    query = torch.randn(len(lengths), m, widths[0], generator=torch.Generator().manual_seed(7))
-    query = query.to(dtype).float() if rounding else query
-    scaling = 0.5 * widths[0] ** -0.5
-    out, lse = backend.stored_rows(query, *sides, starts.diff(), scaling, softcap, mask)
-    wanted, total = loops(query, *numbers, starts, scaling, softcap, mask)
-    assert out.dtype == lse.dtype == torch.float32 and out.shape == wanted.shape
-    assert torch.allclose(
-        out.double(), wanted, atol=max(3e-5, rounding) * float(wanted.abs().max().clamp_min(1))
-    )
-    assert torch.equal(lse.isinf(), total.isinf())
-    assert torch.allclose(lse.double()[~lse.isinf()], total[~total.isinf()], atol=max(5e-5, rounding))
-    return out
 
 
 @pytest.mark.parametrize("name", BACKENDS)

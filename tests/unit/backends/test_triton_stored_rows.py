@@ -22,7 +22,7 @@ PAIRS = (
 
 def check_triton():
     """Runs in Triton's interpreter, in a process of its own."""
-    from test_stored_rows import check
+    from stored_rows import check
 
     from lowkey.backends import triton_gpu
 
