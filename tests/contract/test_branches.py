@@ -95,7 +95,7 @@ def test_beams_over_a_read_prompt_are_those_by_hand(kind, name):
 def test_what_is_not_held_cannot_be_branched():
     cache = filled("bits-8", "llama", prompt(30))
     for given in (2, -1, [], [0, 2], [True], "01"):
-        with pytest.raises(LowkeyError, match="sequences .*the cache holds 2; give numbers from 0 to 1"):
+        with pytest.raises(LowkeyError, match=r"sequences .*the cache holds 2; give numbers from 0 to 1"):
             cache.branch(given)
     with pytest.raises(LowkeyError, match="sequences 0: the cache holds none yet"):
         KINDS["snapkv"](attached("llama")).branch(0)
@@ -105,7 +105,7 @@ def test_what_is_not_held_cannot_be_branched():
 @pytest.mark.parametrize("times", [0, -1, 1.0, True, None])
 def test_a_cache_is_expanded_at_least_once(times):
     cache = filled("bits-8", "llama", prompt(30))
-    with pytest.raises(LowkeyError, match="times .*give 1 or more"):
+    with pytest.raises(LowkeyError, match=r"times .*give 1 or more"):
         cache.expand(times)
     cache.expand(1)
     assert cache.nbytes() == filled("bits-8", "llama", prompt(30)).nbytes()

@@ -7,7 +7,7 @@ import copy
 import pico
 import pytest
 import torch
-from pico import attached, feed, generate, lowrank, prompt, real, stock
+from pico import attached, feed, lowrank, prompt, real, stock
 from storage_kinds import PADS, close, full
 
 import lowkey
@@ -70,20 +70,6 @@ def test_reordering_changes_no_bytes(kind):
 
 
 # -- the rest of transformers' cache protocol
-
-
-def test_crop_is_refused(kind):
-    cache = kind(attached("llama"))
-    feed(attached("llama"), prompt(20), cache)
-    with pytest.raises(LowkeyError, match="crop"):
-        cache.crop(-2)
-
-
-def test_prompt_lookup_decoding_is_refused(kind):
-    model = attached("llama")
-    ids = prompt(10, batch=1).repeat(1, 3)
-    with pytest.raises(LowkeyError, match="crop"):
-        generate(model, ids, 8, kind(model), prompt_lookup_num_tokens=3)
 
 
 def test_a_reset_cache_is_a_fresh_cache(kind):

@@ -150,13 +150,15 @@ def test_a_prefill_that_fails_leaves_no_settings_behind(name, stop):
     assert same(state(held), state(fresh))
 
 
-def test_crop_with_sliding_layers_is_refused_before_any_change():
+def test_a_refused_crop_puts_back_the_layers_that_were_cropped():
+    """The sliding layer before it, whose window is not full, can be cropped; the layer behind cannot."""
     model = attached("gemma2")
-    held = make_cache(model, bits=8)
+    held = make_cache(model, bits=8, exact=Exact(0, 5))
     call(model, held, prompt(10, batch=1))
-    with pytest.raises(LowkeyError, match="crop"):
+    before = state(held)
+    with pytest.raises(LowkeyError, match="would have to be exact again"):
         held.crop(-2)
-    assert [layer.get_seq_length() for layer in held.layers] == [10] * 3
+    assert [layer.get_seq_length() for layer in held.layers] == [10] * 3 and same(state(held), before)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])

@@ -35,8 +35,8 @@ def test_rows_of_different_length_go_on_as_alone(kind, name):
 @pytest.mark.parametrize("turn", [BEFORE, BEHIND], ids=["before", "behind"])
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_an_uneven_turn_is_honoured_or_refused(kind, name, turn):
-    """The turn, and then one more token of each row, which lies behind the padding. What is honoured is compared
-    with transformers' own cache.
+    """The turn, and then one more token of each row, which lies behind the padding. What is honoured is
+    compared with transformers' own cache.
     """
     model, ids, new = attached(name), prompt(30), prompt(5, seed=3)
     cache, mask = filled(kind, name, ids, PADS), padding(PADS, 30)[0]

@@ -102,6 +102,8 @@ class LowkeyCache(ContinuableCache):
         """
         self.forward_pass.undo()
         memo[id(self.origin)] = self.origin
+        # a copy holds what the cache holds, but takes no recorded token back
+        memo[id(self.forward_pass.recording)] = None
         for layer in self.layers:
             memo |= {
                 id(part): part
@@ -134,6 +136,7 @@ class LowkeyCache(ContinuableCache):
             raise
         # a stock layer is done now; a layer of ours reports when its attention has succeeded
         if not isinstance(stored[0], Incoming):
+            self.forward_pass.record(layer, key_states, value_states, None)
             self.forward_pass.end_layer()
         return stored
 
@@ -153,45 +156,35 @@ class LowkeyCache(ContinuableCache):
 
         If anything fails inside the block, the cache is as it was before.
         """
-        self.forward_pass.undo()
+        self.forward_pass.settle()
         before = [layer.snapshot() for layer in self.layers]
         try:
             yield
         except BaseException:
-            # the snapshots of the pass under way are newer than ours
+            # the snapshots of the pass under way are newer than ours, and so is what was recorded
             self.forward_pass.snapshots.clear()
+            self.forward_pass.settle()
             for layer, snapshot in zip(self.layers, before, strict=True):
                 layer.restore(snapshot)
             raise
 
     def nbytes(self) -> int:
         """The bytes that are really held, over all layers, and to undo a forward pass under way."""
-        return sum(layer.nbytes() for layer in self.layers) + self.forward_pass.nbytes()
+        return sum(layer.nbytes() for layer in self.layers) + self.forward_pass.nbytes(self.layers)
 
     def predicted_nbytes(self) -> int:
         """The bytes that the formulas of the layers give for the tokens seen.
 
         What is held to undo a forward pass under way is counted and added.
         """
-        return sum(layer.predicted_nbytes() for layer in self.layers) + self.forward_pass.nbytes()
+        return sum(layer.predicted_nbytes() for layer in self.layers) + self.forward_pass.nbytes(self.layers)
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self.forward_pass.undo()
+        self.forward_pass.settle()
         super().reset()
         if self.filled_by is not None and (model := self.filled_by.model()) is not None:
             self.filled_by = FillingModel(model)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest tokens, as transformers' own.
-
-        Raises:
-            LowkeyError: for a compressed cache, before anything is removed.
-        """
-        for layer in self.layers:  # raises before any layer is changed
-            if isinstance(layer, StoringLayer):
-                layer.crop(tokens_to_remove)
-        super().crop(tokens_to_remove)
 
     def exact_prefill(self, on: bool) -> None:
         """Choose what chunks of several tokens see of themselves from now on.
@@ -199,7 +192,7 @@ class LowkeyCache(ContinuableCache):
         Args:
             on: True for their own exact keys, False for what will be stored.
         """
-        self.forward_pass.undo()
+        self.forward_pass.settle()
         for layer in self.layers:
             if isinstance(layer, StoringLayer):
                 layer.exact_prefill = on
@@ -219,7 +212,7 @@ class LowkeyCache(ContinuableCache):
             repeated_span: for a policy that has its context repeated, the part of the sequence that these
                 tokens repeat: (first token, the one behind the last), counted from the sequence's first.
         """
-        self.forward_pass.undo()
+        self.forward_pass.settle()
         for layer in self.layers:
             if isinstance(layer, EvictingLayer | StockSlidingLayer):
                 layer.score_only_tokens = tokens
@@ -231,13 +224,13 @@ class LowkeyCache(ContinuableCache):
 
         These are the tokens of a question that will be asked again.
         """
-        self.forward_pass.undo()
+        self.forward_pass.settle()
         for layer in self.evicting:
             layer.expected_tokens = tokens
 
     def freeze(self, on: bool = True) -> None:
         """Switch eviction off (`on`) or on again."""
-        self.forward_pass.undo()
+        self.forward_pass.settle()
         for layer in self.evicting:
             layer.frozen = on
 

@@ -78,8 +78,12 @@ class AttendingLayer(Protocol):
         """
         ...
 
+    def call_answered(self, keys: Tensor, values: Tensor, call: Call) -> None:
+        """Called with the arguments of `attend` when it returned."""
+        return None
+
     def attend_succeeded(self) -> None:
-        """Called when `attend` returned."""
+        """Called when nothing can fail any more."""
         return None
 
     def attend_failed(self) -> None:
@@ -220,6 +224,7 @@ def _attention(
         mask = _shared_mask(attention_mask, query)
         call = Call(query.unflatten(1, (key.keys.shape[1], -1)), mask, position_ids, scale, softcap)
         out = key.layer.attend(key.keys, key.values, call)
+        key.layer.call_answered(key.keys, key.values, call)
     elif softcap is not None:
         out = _softcapped_attention(query, key, value, attention_mask, scale, softcap)
     else:

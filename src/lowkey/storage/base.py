@@ -14,6 +14,8 @@ from lowkey.core.types import LowkeyError
 from lowkey.models.attention_interface import Call, Incoming, cast_for_autocast
 from lowkey.storage.rollback import RestorableLayer, storage_bytes
 
+RECORD_FIRST = "call cache.activate_past_recording() before the tokens come"
+
 
 class StoringLayer(RestorableLayer):
     """A layer that stores tokens in its own form and computes attention over them itself.
@@ -75,8 +77,18 @@ class StoringLayer(RestorableLayer):
         incoming = Incoming(self, key_states, value_states)
         return incoming, incoming
 
+    def replay(self, keys: Tensor, values: Tensor, call: Call | None) -> None:
+        """Take in recorded tokens again; as `attend`, but the answer is not wanted."""
+        if call is not None:
+            self.attend(keys, values, call)
+
+    def call_answered(self, keys: Tensor, values: Tensor, call: Call) -> None:
+        """Called by the attention function with the arguments of `attend` when it returned."""
+        if self.forward_pass is not None:
+            self.forward_pass.record(self, keys, values, call)
+
     def attend_succeeded(self) -> None:
-        """Called by the attention function when `attend` returned."""
+        """Called by the attention function when nothing can fail any more."""
         if self.forward_pass is not None:
             self.forward_pass.end_layer()
 
@@ -135,10 +147,39 @@ class StoringLayer(RestorableLayer):
         self.undo_unfinished()
         self.select_sequences(lambda t: t.repeat_interleave(repeats, dim=0))
 
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]  # upstream has a constant
+        """Whether `crop` leaves no trace, once `activate_past_recording` was called."""
+        return self.flaw_of_guesses() is None
+
+    def flaw_of_guesses(self) -> str | None:
+        """Why a call whose tokens may be taken back would not give what single steps give, or None."""
+        if self.exact_prefill:
+            return (
+                "exact prefill shows a call of several tokens its own exact keys, which steps of decoding do "
+                "not see; call cache.exact_prefill(False) behind the prompt"
+            )
+        return None
+
+    @property
+    def calls_are_steps(self) -> bool:
+        """Whether a call of several tokens stores what as many steps of decoding do."""
+        return True
+
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused: what was compressed cannot be shortened. Raises: LowkeyError."""
+        """Remove the newest tokens in place.
+
+        A refusal may leave the layer half changed: `LowkeyCache.crop` then puts it back.
+
+        Args:
+            tokens_to_remove: how many, negative as in transformers.
+
+        Raises:
+            LowkeyError: unless the layer can do so; this one cannot.
+        """
         raise LowkeyError(
-            "crop on a compressed cache is not supported; turn off assisted generation or use a stock cache"
+            f"crop({tokens_to_remove}): this kind of cache takes back only tokens that it was told to "
+            f"record; {RECORD_FIRST}"
         )
 
     def offload(self) -> None:
@@ -186,6 +227,19 @@ class StockLayer(RestorableLayer, DynamicLayer):
         self.undo_unfinished()
         super().reset()
 
+    def replay(self, keys: Tensor, values: Tensor, call: Call | None) -> None:
+        """Take in recorded tokens (b, h, t, d) again."""
+        self.update(keys, values)
+
+    @property
+    def calls_are_steps(self) -> bool:
+        """True: every token is stored as it came."""
+        return True
+
+    def flaw_of_guesses(self) -> str | None:
+        """None: any token can be taken back."""
+        return None
+
     def crop(self, tokens_to_remove: int) -> None:
         """As transformers' own, but the memory of the removed tokens is freed."""
         super().crop(tokens_to_remove)
@@ -231,8 +285,6 @@ class StockSlidingLayer(StockLayer, DynamicSlidingWindowLayer):
     ) -> tuple[Tensor, Tensor]:
         """Return what the new tokens see, and keep the last `sliding_window - 1` tokens."""
         full = super().update(key_states, value_states, *args, **kwargs)
-        if self.record_past:
-            return full  # upstream records the past for a `crop` to come, which will cut it
         stop = full[0].shape[2] - self.score_only_tokens
         window = slice(max(0, stop - (self.sliding_window - 1)), stop)
         # clones, since upstream's views keep the whole prompt alive
@@ -244,6 +296,15 @@ class StockSlidingLayer(StockLayer, DynamicSlidingWindowLayer):
         """None: the window moves, so tensors do not only grow."""
         return {}
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """As `StockLayer.crop`. Raises: LowkeyError if tokens that have left the window would return."""
+        if self.cumulative_length >= self.sliding_window:
+            raise LowkeyError(
+                f"crop({tokens_to_remove}): tokens have left the sliding window of {self.sliding_window} and "
+                f"would have to return; {RECORD_FIRST}"
+            )
+        super().crop(tokens_to_remove)
+
     def reset(self) -> None:
         """Forget all tokens."""
         super().reset()
@@ -251,12 +312,7 @@ class StockSlidingLayer(StockLayer, DynamicSlidingWindowLayer):
 
     def predicted_nbytes(self) -> int:
         """The bytes of keys and values of the tokens in the window."""
-        kept = (
-            DynamicLayer.get_seq_length(self)
-            if self.record_past
-            else min(self.cumulative_length, self.sliding_window - 1)
-        )
-        return self._dense_bytes(kept)
+        return self._dense_bytes(min(self.cumulative_length, self.sliding_window - 1))
 
 
 def batch_positions(seen_before: int, call: Call, batch: int) -> Tensor:

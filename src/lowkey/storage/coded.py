@@ -23,6 +23,7 @@ from lowkey.backends import fused, grouped
 from lowkey.backends.segment import Part, Segment, merge_parts
 from lowkey.core.types import LowkeyError
 from lowkey.models.attention_interface import Call
+from lowkey.storage.base import RECORD_FIRST
 from lowkey.storage.codec import Codec, Plain
 from lowkey.storage.exact import Exact, SinkPoints
 from lowkey.storage.packing import Packing, Unpacked, joined_parts
@@ -164,6 +165,70 @@ class CodedLayer(PositionedLayer):
         self._store(buffer_k, buffer_v)
         self._store_sinks(keys, values)
         return buffer_k, buffer_v
+
+    def replay(self, keys: Tensor, values: Tensor, call: Call | None) -> None:
+        """Store recorded tokens again; see `StoringLayer.replay`."""
+        if call is None:
+            return
+        real = self.locate_tokens(call, keys.shape[2])
+        if self.form_depends_on_age:
+            self.end_index = _end_index(real, self.seen, self.end_index)
+        self._take_in(self._in_codec_order(keys), self._in_codec_order(values), real)
+
+    def earliest_crop(self) -> int:
+        """The fewest tokens seen to which `crop` goes back: all tokens are held."""
+        return 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest tokens in place; see `StoringLayer.crop`.
+
+        Raises:
+            LowkeyError: if tokens that were evicted or compressed since would have to come back.
+        """
+        before, left = self.seen, self.seen - abs(tokens_to_remove)
+        if left < (earliest := self.earliest_crop()):
+            raise LowkeyError(
+                f"crop({tokens_to_remove}): tokens were evicted since; at most {before - earliest} can be "
+                f"removed; {RECORD_FIRST}"
+            )
+        (stored, _), window = self.storable(), self.recent_k.shape[2]
+        self.seen, begun = left, self.first_index < left
+        if self.form_depends_on_age:
+            self.end_index = torch.where(begun, self.end_index.clamp_max(left), 0)
+        self.first_index, self.offset = self.first_index.clamp_max(left), self.offset.where(begun, left)
+        if self.is_lossless:
+            # what is stored and the window are of one form, so the window can be filled again
+            stored_now = (*self.packed_tensors("keys"), *self.packed_tensors("values"))
+            recent = [
+                torch.cat(pair, 2) for pair in zip(stored_now, (self.recent_k, self.recent_v), strict=True)
+            ]
+            recent = [x[:, :, : left - self.front_start] for x in recent]
+            self._set_packed("keys", (recent[0][:, :, :0].clone(),))
+            self._set_packed("values", (recent[1][:, :, :0].clone(),))
+            self._store(*recent)
+        else:
+            kept, _ = self.storable()
+            exact = left - self.front_start - kept
+            if kept < stored and exact:
+                raise LowkeyError(
+                    f"crop({tokens_to_remove}): {exact} of the tokens that stay would have to be exact again "
+                    f"and are compressed; {RECORD_FIRST}"
+                )
+            for name, packing in self.packing.items():
+                parts = self.packed_tensors(name)
+                # a packing counts its axis in tokens or in blocks of them
+                units = [p.shape[packing.axis] * kept // stored if stored else 0 for p in parts]
+                self._set_packed(
+                    name,
+                    tuple(p.narrow(packing.axis, 0, n).clone() for p, n in zip(parts, units, strict=True)),
+                )
+            gone = before - left if kept == stored else window
+            self.recent_k, self.recent_v = (
+                x[:, :, : window - gone].clone() for x in (self.recent_k, self.recent_v)
+            )
+        lost = (self.sink_index >= left)[:, None, :, None]
+        self.sink_k, self.sink_v = (x.masked_fill(lost, 0) for x in (self.sink_k, self.sink_v))
+        self.sink_index = self.sink_index.masked_fill(lost[:, 0, :, 0], EMPTY)
 
     def select_sequences(self, choose: Callable[[Tensor], Tensor]) -> None:
         """Keep some sequences of the batch; see `StoringLayer.select_sequences`."""

@@ -22,6 +22,7 @@ from lowkey.core.types import Budget
 from lowkey.models.attention_interface import Call
 from lowkey.ops.ragged import join_rows, pad_rows, starts_of, top_mask
 from lowkey.policies.base import CosAndSin, EvictionContext, Policy
+from lowkey.storage.base import StoringLayer
 from lowkey.storage.budgets import EvictionCosts
 from lowkey.storage.cache_wide_eviction import CacheWideEviction, Candidates
 from lowkey.storage.chunk import visible_in_chunk
@@ -103,11 +104,14 @@ class EvictingLayer(RowLayer):
         queries = self.recorded_queries.numel() * self.recorded_queries.element_size()
         return super().predicted_nbytes() + queries + self._waiting_bytes()
 
+    def held_tensors(self) -> list[Tensor]:
+        """All tensors that the layer keeps alive, candidates of an eviction under way included."""
+        return [*super().held_tensors(), *self.cache_eviction.waiting_tensors(self)]
+
     def _waiting_bytes(self) -> int:
         """What `cache_eviction` holds for this layer, beyond what the layer holds itself."""
         # candidates may be views of what the layer holds; each storage counts once
-        own = list(self.tensors().values())
-        return storage_bytes([*own, *self.cache_eviction.waiting_tensors(self)]) - storage_bytes(own)
+        return storage_bytes(EvictingLayer.held_tensors(self)) - storage_bytes(self.tensors().values())
 
     def restore(self, before: Snapshot) -> None:
         """Go back to an earlier state, and give up an eviction that was under way."""
@@ -116,11 +120,9 @@ class EvictingLayer(RowLayer):
 
     def index_bytes(self) -> int:
         """The bytes that are held whatever is kept: row starts, where sequences begin, and sink slots."""
-        b = len(self.offset)
         sinks = self.exact.sinks * self.sink_index.element_size()
-        return len(self.rows_starts) * self.rows_starts.element_size() + b * (
-            2 * self.offset.element_size() + sinks
-        )
+        of_rows = len(self.rows_starts) * self.rows_starts.element_size()
+        return of_rows + len(self.offset) * (2 * self.offset.element_size() + sinks)
 
     def costs(self) -> EvictionCosts:
         """The costs of this layer's whole cache, whose layers are all alike."""
@@ -203,6 +205,28 @@ class EvictingLayer(RowLayer):
                 repetition_lse = self._in_model_order(repetition_lse)
             self._evict(call, real, chunk, repetition_lse)
         return self._in_model_order(out).to(values.dtype)
+
+    replay = StoringLayer.replay  # recorded queries score tokens again
+
+    @property
+    def calls_are_steps(self) -> bool:
+        """Whether no call of several tokens evicts anything."""
+        return self.frozen
+
+    def flaw_of_guesses(self) -> str | None:
+        """As `StoringLayer`'s; a policy must choose neither by guesses nor between them."""
+        if not self.frozen and self.policy.every:
+            return f"every={self.policy.every} evicts between a call's tokens; use every=0 or cache.freeze()"
+        if not self.frozen and not self.seen:
+            return (
+                "the policy would choose by guesses that come with the prompt; use lowkey.generate_verified, "
+                "or a cache without a policy"
+            )
+        return super().flaw_of_guesses()
+
+    def earliest_crop(self) -> int:
+        """As `RowLayer.earliest_crop`; with `every`, steps are counted and cannot be taken back."""
+        return self.seen if self.policy.every else super().earliest_crop()
 
     def _after_step(self, call: Call) -> None:
         """Count a step of decoding; evict if it is time."""

@@ -130,6 +130,15 @@ class PruningLayer(EvictingLayer):
         pruned = self.pruned_entries * int(self.pruned_entry_bytes)
         return super().predicted_nbytes() + pruned + self._own_index_bytes()
 
+    def held_tensors(self) -> list[Tensor]:
+        """All tensors that the layer keeps alive, what a pruning under way needs included."""
+        pending = vars(self.pending).values() if self.pending is not None else ()
+        return [*super().held_tensors(), *pending]
+
+    def earliest_crop(self) -> int:
+        """As `EvictingLayer.earliest_crop`; a pruning that moved no token into the rows is not undone."""
+        return self.seen if self.prunings and not self.front_start else super().earliest_crop()
+
     def _waiting_bytes(self) -> int:
         pending = vars(self.pending).values() if self.pending is not None else ()
         return super()._waiting_bytes() + storage_bytes(pending)

@@ -66,6 +66,10 @@ class ReconstructionLayer(StockLayer):
         exact = Segment(call.query, keys, values, mask & seen_exactly)
         return grouped.attend([transformed, exact], call.scaling, call.softcap)
 
+    def call_answered(self, keys: Tensor, values: Tensor, call: Call) -> None:
+        """Nothing is stored, so nothing can be taken back."""
+        return None
+
     def attend_succeeded(self) -> None:
         """Nothing is stored, so there is nothing to note."""
         return None

@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from lowkey.core.types import LowkeyError
+from lowkey.models.attention_interface import Call
+from lowkey.storage.recording import GivenTokens, Recording
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
@@ -58,12 +60,16 @@ class ForwardPass:
         is_last: whether that layer is the last of the cache.
         interrupted_at: the index of the layer that was entered last when a request for the length undid the
             pass, or None. If the pass is in fact still running, its next layer finds this and refuses.
+        recording: the passes that `crop` can take back, None while none are recorded.
+        recorded_before: the recording before this pass.
     """
 
     def __init__(self) -> None:
         self.snapshots: dict[RestorableLayer, Snapshot] = {}
         self.index, self.is_last = -1, False
         self.interrupted_at: int | None = None
+        self.recording: Recording | None = None
+        self.recorded_before: Recording | None = None
 
     def begin_layer(self, index: int, layer: RestorableLayer, is_last: bool) -> None:
         """Remember a layer that is about to be given new tokens.
@@ -79,24 +85,57 @@ class ForwardPass:
                 "cache: was asked for its length within a forward pass, which ends that pass; ask before it "
                 "or after it"
             )
+        if not self.snapshots:
+            self.recorded_before = self.recording
+            self.recording = self.recording and self.recording.next_pass()
         self.snapshots[layer] = layer.snapshot()
+        if self.recording is not None:
+            self.recording.before.setdefault(layer, self.snapshots[layer])
         self.index, self.is_last, self.interrupted_at = index, is_last, None
 
     def end_layer(self) -> None:
         """Note that the layer that was entered last is done; behind the cache's last layer, forget all."""
         if self.is_last:
             self.snapshots.clear()
+            self.recorded_before = None
+
+    def record(self, layer: RestorableLayer, keys: Tensor, values: Tensor, call: Call | None) -> None:
+        """Remember what a layer was given, if passes are recorded.
+
+        Args:
+            layer: the layer.
+            keys: (b, h, t, d), rotated.
+            values: (b, h, t, d).
+            call: the attention call; None for layers that only store.
+        """
+        if self.recording is not None and layer in self.snapshots:
+            self.recording.passes[-1][layer] = GivenTokens(keys, values, call)
+
+    def settle(self) -> None:
+        """Undo a pass that has not ended, and forget the passes that were recorded."""
+        self.undo()
+        self.recording = self.recording and self.recording.emptied()
 
     def undo(self) -> None:
         """Give every layer that was entered its state from before the pass."""
+        if not self.snapshots:
+            return
         for layer, snapshot in self.snapshots.items():
             layer.restore(snapshot)
         self.snapshots.clear()
+        self.recording, self.recorded_before = self.recorded_before, None
 
-    def nbytes(self) -> int:
-        """Bytes that are held only so that the pass can be undone."""
-        pairs = [(list(layer.tensors().values()), old.tensors()) for layer, old in self.snapshots.items()]
-        return sum(storage_bytes([*now, *then]) - storage_bytes(now) for now, then in pairs)
+    def nbytes(self, layers: Iterable[RestorableLayer]) -> int:
+        """Bytes that are held only so that passes can be undone or taken back.
+
+        Args:
+            layers: of the cache.
+        """
+        own = [t for layer in layers for t in layer.held_tensors()]
+        extra = [t for snapshot in self.snapshots.values() for t in snapshot.tensors()]
+        for recording in (self.recording, self.recorded_before):
+            extra += recording.tensors() if recording is not None else ()
+        return storage_bytes([*own, *extra]) - storage_bytes(own)
 
 
 class RestorableLayer(CacheLayerMixin):
@@ -107,6 +146,10 @@ class RestorableLayer(CacheLayerMixin):
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """All tensors that the layer holds, by attribute name."""
+
+    def held_tensors(self) -> list[Tensor]:
+        """All tensors that the layer keeps alive, also those that are held for it elsewhere."""
+        return list(self.tensors().values())
 
     def growing_dims(self) -> dict[str, int]:
         """The tensors that new tokens only make longer: attribute name -> the dimension that grows."""

@@ -321,6 +321,11 @@ class RowLayer(RaggedLayer, CodedLayer):
         window = self.recent_k.shape[2] - (self.seen - self.front_start)
         self.recent_k, self.recent_v = (x[:, :, window:].clone() for x in (self.recent_k, self.recent_v))
 
+    def earliest_crop(self) -> int:
+        """The fewest tokens seen to which `crop` goes back: those that were seen at the last eviction."""
+        moved = self.front_start + self.exact.recent if self.front_start else 0
+        return max(moved, self.front_start + self.dense_scores.shape[-1])
+
     def ragged(self) -> dict[str, tuple[str, ...]]:
         """Further tensors that lie row after row, by the name of the tensor that says where rows begin."""
         return {}

@@ -114,11 +114,11 @@ def test_bad_input_is_one_clear_line(act, says):
     assert "\n" not in str(refused.value)
 
 
-def test_crop_is_refused():
+def test_crop_behind_an_eviction_is_refused():
     model = attached("llama")
     cache = made(SnapKV("50%"))
     feed(model, prompt(20), cache)
-    with pytest.raises(LowkeyError, match="crop"):
+    with pytest.raises(LowkeyError, match=r"crop\(-2\): tokens were evicted since; at most 0 can be removed"):
         cache.crop(-2)
 
 
