@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lowkey.core.budget import Budget
     from lowkey.core.errors import LowkeyError
     from lowkey.export import export_hf
+    from lowkey.generate import Verified, generate_verified
     from lowkey.models.attention_interface import attach
     from lowkey.plan.plan import Plan
     from lowkey.storage.exact import Exact
@@ -37,11 +38,13 @@ __all__ = [
     "Recovered",
     "Recovery",
     "Sample",
+    "Verified",
     "__version__",
     "attach",
     "calibrate",
     "export_hf",
     "find_sinks",
+    "generate_verified",
     "load_cache",
     "make_cache",
     "methods",
@@ -62,10 +65,12 @@ __getattr__ = importer(
         "Recovered": "lowkey.calibration.recover",
         "Recovery": "lowkey.calibration.recover",
         "Sample": "lowkey.calibration.calibrate",
+        "Verified": "lowkey.generate",
         "attach": "lowkey.models.attention_interface",
         "calibrate": "lowkey.calibration.calibrate",
         "export_hf": "lowkey.export",
         "find_sinks": "lowkey.calibration.sinks",
+        "generate_verified": "lowkey.generate",
         "load_cache": "lowkey.cache.cache",
         "make_cache": "lowkey.cache.cache",
         "methods": "lowkey.methods",

@@ -29,6 +29,7 @@ from lowkey.core.options import Range, checked
 from lowkey.core.text import check_unicode
 
 TOKENS = Range(at_least=1, at_most=2**24)
+DRAFT, USUAL_DRAFT = Range(at_least=1, at_most=2**10), 4
 
 
 def generate(
@@ -70,6 +71,23 @@ def generate(
             rich_help_panel=POLICY,
         ),
     ] = None,
+    verify: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="full: the chosen cache only drafts, and the full cache verifies, so that the text is the "
+            "full cache's (an experiment)",
+            rich_help_panel=CACHE,
+        ),
+    ] = None,
+    draft: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help=f"tokens drafted for each verification, with --verify ({DRAFT}; default: {USUAL_DRAFT})",
+            rich_help_panel=CACHE,
+        ),
+    ] = None,
     option: PolicyOptions = None,
     allocator_option: TokenAllocatorOptions = None,
     heads: HeadFiles = None,
@@ -86,6 +104,11 @@ def generate(
         raise LowkeyError("prompt '': is empty; give some text to continue")
     check_unicode("prompt", prompt)
     checked("tokens", tokens, int, TOKENS, 64)
+    if verify not in (None, "full"):
+        raise LowkeyError(f"verify {verify!r}: give full, or leave it out")
+    if draft is not None and verify is None:
+        raise LowkeyError(f"draft {draft}: is of --verify; give --verify full")
+    checked("draft", USUAL_DRAFT if draft is None else draft, int, DRAFT, USUAL_DRAFT)
     check_bits(bits, also=[choices.NO_BITS])
     check_policies(policy, budget, option, allocator_option, heads)
     if any("," in (given or "") for given in (policy, budget)):
@@ -109,11 +132,18 @@ def generate(
         wanted[0][1].with_head_scores(importance(below, head_scores(heads, loaded))) if wanted else None
     )
     cache = chosen.cache(loaded, evicting, bits) if chosen else make_cache(loaded, None, evicting, bits=bits)
-    summary = stream_text(loaded, tokenizer, prompt, cache, tokens, None if as_json else sys.stdout)
+    out = None if as_json else sys.stdout
+    drafting = (draft or USUAL_DRAFT) if verify else 0
+    summary = stream_text(loaded, tokenizer, prompt, cache, tokens, out, drafting)
     if as_json:
         print(json.dumps(summary))
         return
     held, whole = summary["bytes_held"], summary["bytes_full"]
+    if verify:
+        note(
+            f"\n{summary['accepted_per_verification']:.2f} of {drafting} drafted tokens accepted, on average "
+            f"over {summary['verifications']} verifications; the full cache is held besides"
+        )
     note(
         f"\n{summary['tokens_per_s']:.1f} tokens/s; the cache holds {held:,} bytes, "
         f"{100 * held / whole:.1f}% of {whole:,}"
