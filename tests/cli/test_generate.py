@@ -76,3 +76,24 @@ def test_generate_over_packed_latents(model, made, bits):
 def test_generate_over_the_full_cache(model):
     told = printed("generate", model, "--prompt", "Once upon a time", "--tokens", 5)
     assert told["bytes_held"] == told["bytes_full"] == pico.LAYERS * 2 * 4 * pico.HEAD_DIM * 4 * (16 + 5 - 1)
+
+
+@pytest.mark.parametrize("cache", [["--bits", 2], ["--policy", "snapkv", "--budget", "25%"]], ids=str)
+def test_verified_text_is_that_of_the_full_cache(model, cache):
+    words = ("generate", model, "--prompt", "Once upon a time" * 8, "--tokens", 12)
+    plain, told = printed(*words), printed(*words, *cache, "--verify", "full", "--draft", 3)
+    assert told["text"] == plain["text"] and told["bytes_held"] < told["bytes_full"]
+    assert told["verifications"] * (1 + told["accepted_per_verification"]) == pytest.approx(11)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--verify", "half"], "verify 'half': give full"),
+        (["--draft", 2], "draft 2: is of --verify; give --verify full"),
+        (["--verify", "full", "--draft", 0], "draft 0"),
+    ],
+    ids=str,
+)
+def test_bad_verification_is_refused(model, words, says):
+    assert says in refused("generate", model, "--prompt", "a", *words)

@@ -110,7 +110,6 @@ class EvictingLayer(RowLayer):
 
     def _waiting_bytes(self) -> int:
         """What `cache_eviction` holds for this layer, beyond what the layer holds itself."""
-        # candidates may be views of what the layer holds; each storage counts once
         return storage_bytes(EvictingLayer.held_tensors(self)) - storage_bytes(self.tensors().values())
 
     def restore(self, before: Snapshot) -> None:
