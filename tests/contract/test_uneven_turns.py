@@ -1,6 +1,4 @@
-"""Rows of different length go on: with equal turns as they would alone; with uneven ones as they would alone,
-or refused before anything is stored.
-"""
+"""Rows of different length go on as they would alone, or are refused before anything is stored."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from lowkey.storage.base import RECORD_FIRST
 from lowkey.storage.codec import Codec, Plain
 from lowkey.storage.exact import Exact, SinkPoints
 from lowkey.storage.packing import Packing, Unpacked, joined_parts
-from lowkey.storage.positioned import PositionedLayer
+from lowkey.storage.positioned import PositionedLayer, index_behind_last, take_tokens
 from lowkey.storage.reading import attend_to_stored, reads_in_place
 from lowkey.storage.rows import stored_densely
 
@@ -135,7 +135,7 @@ class CodedLayer(PositionedLayer):
         """Store what leaves the window, then answer the call; see `StoringLayer.attend`."""
         real = self.locate_tokens(call, keys.shape[2])
         if self.form_depends_on_age:
-            self.end_index = _end_index(real, self.seen, self.end_index)
+            self.end_index = index_behind_last(real, self.seen, self.end_index)
         keys, values = self._in_codec_order(keys), self._in_codec_order(values)
         call = replace(call, query=self._in_codec_order(call.query))
         buffers = self._take_in(keys, values, real)
@@ -172,7 +172,7 @@ class CodedLayer(PositionedLayer):
             return
         real = self.locate_tokens(call, keys.shape[2])
         if self.form_depends_on_age:
-            self.end_index = _end_index(real, self.seen, self.end_index)
+            self.end_index = index_behind_last(real, self.seen, self.end_index)
         self._take_in(self._in_codec_order(keys), self._in_codec_order(values), real)
 
     def earliest_crop(self) -> int:
@@ -260,7 +260,7 @@ class CodedLayer(PositionedLayer):
         tokens = torch.arange(self.seen, device=first.device)
         # a sequence goes on right behind its last real token, or begins with this chunk
         follows = (self.end_index == start) | (first >= start)
-        end = _end_index(real, self.seen, self.end_index)
+        end = index_behind_last(real, self.seen, self.end_index)
         within = (tokens[start:] >= first) & (tokens[start:] < end)
         if bool((real.any(1, keepdim=True) & ~follows).any()) or bool((real != within).any()):
             raise LowkeyError(
@@ -339,7 +339,7 @@ class CodedLayer(PositionedLayer):
         indices = self._indices_of_slots(start, stop)
         in_buffer = indices - (self.seen - buffer_k.shape[2])
         encoded = self.codec.encode(
-            _take_tokens(buffer_k, in_buffer), _take_tokens(buffer_v, in_buffer), indices - self.offset
+            take_tokens(buffer_k, in_buffer), take_tokens(buffer_v, in_buffer), indices - self.offset
         )
         return {
             name: packing.pack(x) for (name, packing), x in zip(self.packing.items(), encoded, strict=True)
@@ -390,8 +390,8 @@ class CodedLayer(PositionedLayer):
         in_chunk = self.sink_index.long() - start
         # slots of older sinks, and empty ones, have an index outside the chunk and stay as they are
         arrives = ((in_chunk >= 0) & (in_chunk < keys.shape[2]))[:, None, :, None]
-        self.sink_k = torch.where(arrives, _take_tokens(keys, in_chunk), self.sink_k)
-        self.sink_v = torch.where(arrives, _take_tokens(values, in_chunk), self.sink_v)
+        self.sink_k = torch.where(arrives, take_tokens(keys, in_chunk), self.sink_k)
+        self.sink_v = torch.where(arrives, take_tokens(values, in_chunk), self.sink_v)
 
     # -- reading
 
@@ -522,22 +522,3 @@ class CodedLayer(PositionedLayer):
         # clamped so that it can be gathered; the comparison below hides what was out of range
         at = index.clamp(max=self.seen - 1).unsqueeze(1).expand(b, t, -1)
         return mask.expand(b, -1, -1).gather(2, at) & (index < self.seen).unsqueeze(1)
-
-
-def _end_index(real: Tensor, seen: int, before: Tensor) -> Tensor:
-    """(b, 1): the index behind each sequence's last real token.
-
-    Args:
-        real: (b, t), which of the newest tokens are real.
-        seen: tokens seen, the newest included.
-        before: (b, 1), the index before these tokens came.
-    """
-    # argmax finds the first True, so of the flipped row the last
-    last = seen - real.flip(1).int().argmax(1, keepdim=True)
-    return torch.where(real.any(1, keepdim=True), last, before)
-
-
-def _take_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """Tokens (b, h, n, d) of x (b, h, s, d) at indices (b|1, n); any token where an index is out of range."""
-    b, h, s, d = x.shape
-    return x.gather(2, index.clamp(0, s - 1)[:, None, :, None].expand(b, h, -1, d))

@@ -225,3 +225,22 @@ def _sees_all_held(call: Call, real: Tensor, held: Tensor) -> bool:
     masks = call.mask[:, :, : held.shape[1]].split(QUERIES_PER_MASK_BLOCK, 1)
     blocks = zip(masks, real.split(QUERIES_PER_MASK_BLOCK, 1), strict=True)
     return not any(bool(((mask != held.unsqueeze(1)).any(2) & rows).any()) for mask, rows in blocks)
+
+
+def index_behind_last(real: Tensor, seen: int, before: Tensor) -> Tensor:
+    """(b, 1): the index behind each sequence's last real token.
+
+    Args:
+        real: (b, t), which of the newest tokens are real.
+        seen: tokens seen, the newest included.
+        before: (b, 1), the index before these tokens came.
+    """
+    # argmax finds the first True, so of the flipped row the last
+    last = seen - real.flip(1).int().argmax(1, keepdim=True)
+    return torch.where(real.any(1, keepdim=True), last, before)
+
+
+def take_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens (b, h, n, d) of x (b, h, s, d) at indices (b|1, n); any token where an index is out of range."""
+    b, h, s, d = x.shape
+    return x.gather(2, index.clamp(0, s - 1)[:, None, :, None].expand(b, h, -1, d))
