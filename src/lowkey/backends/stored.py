@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowkey.backends.segment import Part, softcapped
 
-BLOCK_TOKENS = 128  # tokens of each row that are decoded at a time; a multiple of any packing's block
+BLOCK_TOKENS = 256  # tokens of each row that are decoded at a time; a multiple of any packing's block
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class StoredRows:
         lane: (R), int64, the lane of each row.
         first: (R), int64, where each row begins in its lane, in units.
         repeats: how many rows there are at most for the same tokens.
+        dense: whether each lane is one row, in order.
     """
 
     numbers: Tensor
@@ -47,6 +48,7 @@ class StoredRows:
     lane: Tensor
     first: Tensor
     repeats: int = 1
+    dense: bool = False
 
     @property
     def unit(self) -> int:
@@ -76,11 +78,11 @@ class StoredRows:
         if times == 1:
             return self
         lane, first = (x.repeat_interleave(times) for x in (self.lane, self.first))
-        return replace(self, lane=lane, first=first, repeats=times * self.repeats)
+        return replace(self, lane=lane, first=first, repeats=times * self.repeats, dense=False)
 
     def sliced(self, start: int, step: int) -> StoredRows:
         """Every `step`-th row from `start` on."""
-        return replace(self, lane=self.lane[start::step], first=self.first[start::step])
+        return replace(self, lane=self.lane[start::step], first=self.first[start::step], dense=False)
 
     def decoded(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """(R, stop - start, r): some tokens of each row; any numbers for tokens that a row does not have.
@@ -90,13 +92,21 @@ class StoredRows:
             stop: the token behind the last, likewise a multiple, or the end of the longest row.
             dtype: of the result.
         """
-        units = torch.arange(start // self.unit, -(-stop // self.unit), device=self.first.device)
-        at = (self.first.unsqueeze(1) + units).clamp_max(self.numbers.shape[1] - 1)
-        lane = self.lane.unsqueeze(1)
-        numbers = self.numbers[lane, at]
-        if self.scale is None or self.low is None:
+        units = slice(start // self.unit, -(-stop // self.unit))
+        if self.dense:
+            numbers, scale, low = (
+                x if x is None else x[:, units] for x in (self.numbers, self.scale, self.low)
+            )
+        else:
+            place = torch.arange(units.start, units.stop, device=self.first.device)
+            at = (self.first.unsqueeze(1) + place).clamp_max(self.numbers.shape[1] - 1)
+            lane = self.lane.unsqueeze(1)
+            numbers, scale, low = (
+                x if x is None else x[lane, at] for x in (self.numbers, self.scale, self.low)
+            )
+        if scale is None or low is None:
             return numbers.to(dtype)
-        scale, low = self.scale[lane, at].to(dtype), self.low[lane, at].to(dtype)
+        scale, low = scale.to(dtype), low.to(dtype)
         codes = unpack_codes(numbers, self.bits, dtype)
         grouped = codes.unflatten(-1, (-1, self.groups[1])) if self.numbers.ndim == 3 else codes
         grouped = grouped.mul_(scale.unsqueeze(-1)).add_(low.unsqueeze(-1))
@@ -177,14 +187,18 @@ def attend_blocks(
         (output (R x, m, v), log-sum-exp (R x, m)); rows come first, then keys.
     """
     (rows, x, m, _), longest = query.shape, int(lengths.max()) if len(lengths) else 0
-    width = values(0, 0).shape[3]
+    width, alike = values(0, 0).shape[3], bool((lengths == longest).all())
     top = query.new_full((rows, x, m), -torch.inf)
     total, out = torch.zeros_like(top), query.new_zeros(rows, x, m, width)
     for start in range(0, longest, BLOCK_TOKENS):
         stop = min(start + BLOCK_TOKENS, longest)
         scores = softcapped(query @ keys(start, stop).mT * scaling, softcap)
-        hidden = torch.arange(start, stop, device=lengths.device) >= lengths[:, None, None, None]
-        scores = scores.masked_fill_(hidden, -torch.inf)
+        block_values = values(start, stop)
+        if not alike:
+            hidden = torch.arange(start, stop, device=lengths.device) >= lengths[:, None, None, None]
+            scores = scores.masked_fill_(hidden, -torch.inf)
+            # a weight of 0 would not hide what is no number
+            block_values = block_values.masked_fill(hidden.mT, 0.0)
         if mask is not None:
             block = (
                 mask[..., start:stop].repeat_interleave(rows // len(mask), 0).repeat(1, m // mask.shape[1], 1)
@@ -193,8 +207,6 @@ def attend_blocks(
         new = torch.maximum(top, scores.amax(-1))
         # where nothing has been seen, both are -inf, and no weight counts
         shrink, weights = _exp_of_difference(top, new), _exp_of_difference(scores, new.unsqueeze(-1))
-        # a weight of 0 would not hide what is no number
-        block_values = values(start, stop).masked_fill(hidden.mT, 0.0)
         y = block_values.shape[1]
         mixed = weights.unflatten(1, (y, x // y)).flatten(2, 3) @ block_values
         out = out * shrink.unsqueeze(-1) + mixed.view(out.shape)

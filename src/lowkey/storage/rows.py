@@ -105,7 +105,9 @@ def stored_densely(packing: Packing, parts: tuple[Tensor, ...], width: int) -> S
         lanes = [lanes[0].unflatten(2, (blocks, -1)).transpose(1, 2), *(x.transpose(1, 2) for x in lanes[1:])]
     lane = torch.arange(len(lanes[0]), device=lanes[0].device)
     scale, low = lanes[1:] if packing.bits else (None, None)
-    return StoredRows(lanes[0], scale, low, packing.bits or 0, width, lane, torch.zeros_like(lane))
+    return StoredRows(
+        lanes[0], scale, low, packing.bits or 0, width, lane, torch.zeros_like(lane), dense=True
+    )
 
 
 def tokens_of_dense(part: Tensor, row_heads: int, chosen: Tensor) -> Tensor:
