@@ -94,19 +94,15 @@ class StoredRows:
         """
         units = slice(start // self.unit, -(-stop // self.unit))
         if self.dense:
-            numbers, scale, low = (
-                x if x is None else x[:, units] for x in (self.numbers, self.scale, self.low)
-            )
+            held = [x[:, units] for x in (self.numbers, self.scale, self.low) if x is not None]
         else:
             place = torch.arange(units.start, units.stop, device=self.first.device)
             at = (self.first.unsqueeze(1) + place).clamp_max(self.numbers.shape[1] - 1)
             lane = self.lane.unsqueeze(1)
-            numbers, scale, low = (
-                x if x is None else x[lane, at] for x in (self.numbers, self.scale, self.low)
-            )
-        if scale is None or low is None:
-            return numbers.to(dtype)
-        scale, low = scale.to(dtype), low.to(dtype)
+            held = [x[lane, at] for x in (self.numbers, self.scale, self.low) if x is not None]
+        if not self.bits:
+            return held[0].to(dtype)
+        numbers, scale, low = held[0], held[1].to(dtype), held[2].to(dtype)
         codes = unpack_codes(numbers, self.bits, dtype)
         grouped = codes.unflatten(-1, (-1, self.groups[1])) if self.numbers.ndim == 3 else codes
         grouped = grouped.mul_(scale.unsqueeze(-1)).add_(low.unsqueeze(-1))
