@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lowkey.generate import Verified, generate_verified
     from lowkey.models.attention_interface import attach
     from lowkey.plan.plan import Plan
+    from lowkey.planner import plan_for
     from lowkey.storage.exact import Exact
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "load_cache",
     "make_cache",
     "methods",
+    "plan_for",
     "policies",
     "prefill",
     "recover",
@@ -74,6 +76,7 @@ __getattr__ = importer(
         "load_cache": "lowkey.cache.cache",
         "make_cache": "lowkey.cache.cache",
         "methods": "lowkey.methods",
+        "plan_for": "lowkey.planner",
         "policies": "lowkey.policies",
         "prefill": "lowkey.cache.prefill",
         "recover": "lowkey.calibration.recover",

@@ -106,7 +106,7 @@ def test_compress_prints_the_plan_it_wrote(model, made):
     out, told = made
     held = Plan.load(out)
     assert told["plan"] == str(out)
-    assert (told["method"]["name"], told["budget"], told["format"]) == ("pca", "50%", 3)
+    assert (told["method"]["name"], told["budget"], told["format"]) == ("pca", "50%", 4)
     assert told["ranks"] == {str(i): list(r) for i, r in held.ranks.items()}
     assert told["provenance"]["model"] == str(model)
 

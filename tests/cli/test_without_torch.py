@@ -53,6 +53,7 @@ COMPRESS = ["compress", "tiny", "out"]
 EVAL = ["eval", "tiny"]
 GENERATE = ["generate", "tiny", "--prompt", "a"]
 CONVERT = ["convert", "tiny", "out", "--attention"]
+PLAN = ["plan", "tiny", "out"]
 RECOVER = ["recover", "tiny", "plan", "out"]
 
 # a command line and words of its error
@@ -147,6 +148,26 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     ([*EVAL, "--policy", "h2o", "--budget", "9 tokens", "-O", "recent=7"], ["4 sinks", "7 recent"]),
     ([*EVAL, "--budget", "10%"], ["budget '10%'", "--policy"]),
     (["bench", "decode", "--budget", "x"], ["budget 'x'", "50%"]),
+    (PLAN, ["budget: none", "--memory", "--keep"]),
+    ([*PLAN, "--keep", "9%", "--memory", "2GiB"], ["memory '2GiB' and keep '9%'", "give one of"]),
+    ([*PLAN, "--memory", "2GB", "--context", "8k"], ["memory '2GB'", "2GiB"]),
+    ([*PLAN, "--memory", "2GiB"], ["memory '2GiB'", "--context"]),
+    ([*PLAN, "--memory", "2GiB", "--context", "8m"], ["context '8m'", "32k"]),
+    ([*PLAN, "--memory", "2GiB", "--context", "0"], ["context 0", "at least 1"]),
+    ([*PLAN, "--memory", "2GiB", "--context", "8k", "--sequences", "0"], ["sequences 0", "at least 1"]),
+    ([*PLAN, "--keep", "120%"], ["budget '120%'", "100%"]),
+    ([*PLAN, "--keep", "2 KiB"], ["keep '2 KiB'", "12.5%"]),
+    ([*PLAN, "--bytes-per-token", "10%"], ["bytes per token '10%'", "4096"]),
+    ([*PLAN, "--keep", "9%", "--axes", "rank,bit"], ["axis 'bit'", "did you mean 'bits'?"]),
+    ([*PLAN, "--keep", "9%", "--axes", "tokens", "--no-eviction"], ["axes 'tokens'", "--no-eviction"]),
+    ([*PLAN, "--keep", "9%", "--axes", "bits", "--allow-eviction"], ["axes 'bits'", "--allow-eviction"]),
+    ([*PLAN, "--keep", "9%", "--policy", "snapkw"], ["policy 'snapkw'", "did you mean 'snapkv'?"]),
+    ([*PLAN, "--keep", "9%", "--no-eviction", "--policy", "h2o"], ["policy 'h2o'", "not allowed"]),
+    ([*PLAN, "--keep", "9%", "--no-recall", "--cases", "5"], ["cases 5", "--no-recall"]),
+    ([*PLAN, "--keep", "9%", "--cases", "-1"], ["cases -1", "at least 0"]),
+    ([*PLAN, "--keep", "9%", "--compare-windows", "0"], ["compare windows 0", "at least 1"]),
+    ([*PLAN, "--keep", "9%", "--window-tokens", "8"], ["window tokens 8", "at least 64"]),
+    ([*PLAN, "--keep", "9%", "--held-out", "none.txt"], ["held-out 'none.txt'", "no such file"]),
     # policies, tasks and kinds
     ([*EVAL, "--policy", "snapkw", "--budget", "10%"], ["policy 'snapkw'", "did you mean 'snapkv'?"]),
     ([*GENERATE, "--policy", "h20", "--budget", "10%"], ["policy 'h20'", "did you mean 'h2o'?"]),

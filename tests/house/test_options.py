@@ -21,6 +21,7 @@ from lowkey.heads.diversity import Compared
 from lowkey.heads.needles import Drawing
 from lowkey.methods import KQSVD, METHODS, Method, StiefAttention
 from lowkey.methods.dynakv import GateTraining
+from lowkey.planner.plan_for import Search
 from lowkey.policies import SCORES, SnapKV
 from lowkey.policies.allocators import TOKEN_ALLOCATORS as TOKEN_ALLOCATORS
 from lowkey.policies.allocators import Ada
@@ -41,6 +42,7 @@ SETTABLE = {
         decode_bench.DecodeShape,
         Compared,
         Drawing,
+        Search,
     ),
 }
 FREE = {  # of another kind than numbers and words, and checked where they are used

@@ -381,7 +381,7 @@ def _builder(model: PreTrainedModel, origin: Origin) -> Callable[[int], CountedL
         _check_policy(model, plan, packed, policy)
         policy = policy.with_head_scores(plan.heads if plan else {})
         full = families.geometry(model).compressible
-        shared = CacheWideEviction(len(full), _sliding(model), _rows_of_heads(model, plan))
+        shared = CacheWideEviction(len(full), families.sliding_layers(model), _rows_of_heads(model, plan))
         kind = EVICTING_LAYERS[policy.layer]
         return lambda i: kind(
             policy,
@@ -393,7 +393,7 @@ def _builder(model: PreTrainedModel, origin: Origin) -> Callable[[int], CountedL
             packings,
             points.get(i),
         )
-    if plan is None and origin.exact is None and packed is None:
+    if packed is None and origin.exact is None and (plan is None or exact is NO_EXACT_TOKENS):
         return lambda i: StockLayer()
     return lambda i: CodedLayer(_codec(model, i, plan, packed), exact, packings, points.get(i))
 
@@ -475,19 +475,6 @@ def _codec(model: PreTrainedModel, i: int, plan: Plan | None, packed: Scheme | N
     # without a plan, the transform is a low-rank codec of full rank
     factors = identity_factors(families.geometry(model).head_dim)
     return LowRank(factors.hadamard_rotated(), "post_rope", rope)
-
-
-def _sliding(model: PreTrainedModel) -> tuple[tuple[int, int], ...]:
-    """For every sliding layer, (tokens that it holds at most, numbers that one of them takes).
-
-    The numbers are those of the other layers: all layers of a supported family have the KV heads and the head
-    dim of its config.
-    """
-    shape = families.geometry(model)
-    window = int(getattr(model.config.get_text_config(), "sliding_window", None) or 1)
-    sliding_layers = shape.layers - len(shape.compressible)
-    # the newest token sees itself and window - 1 others, which are what a layer holds between calls
-    return ((window - 1, 2 * shape.kv_heads * shape.head_dim),) * sliding_layers
 
 
 def cache_of(model: PreTrainedModel, build: Callable[[int], CountedLayer]) -> LowkeyCache:

@@ -28,6 +28,7 @@ from lowkey.cli import (
     heads,
     inspect,
     methods,
+    plan,
     policies,
     pretrain,
     profile,
@@ -46,6 +47,7 @@ CORES = Range(at_least=1, at_most=2**10)
 # The commands, by the panel of the help in which they are listed.
 COMMANDS: dict[str, list[tuple[str, Callable[..., None]]]] = {
     "Compress and train": [
+        ("plan", plan.plan),
         ("compress", compress.compress),
         ("dynamic", dynamic.dynamic),
         ("recover", recover.recover),
@@ -168,8 +170,8 @@ def main() -> None:
         )
     if status == 130:
         _fail(
-            "interrupted; no half-written output is left, and compress, dynamic, eval, heads, recover and "
-            "pretrain resume when the same command is given again",
+            "interrupted; no half-written output is left, and compress, dynamic, eval, heads, plan, recover "
+            "and pretrain resume when the same command is given again",
             130,
         )
     sys.exit(status or 0)

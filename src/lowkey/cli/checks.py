@@ -6,6 +6,7 @@ Every function raises LowkeyError, in one line, for a value that is not allowed.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
@@ -15,7 +16,7 @@ from typing import Any
 from lowkey.allocation.allocators import RANK_ALLOCATORS
 from lowkey.cli import choices
 from lowkey.core import files, options, text
-from lowkey.core.budget import Budget, too_few_tokens
+from lowkey.core.budget import LARGEST_BUDGET, UNITS, Budget, too_few_tokens
 from lowkey.core.errors import LowkeyError
 from lowkey.core.layouts import HEADS, LAYOUTS, Heads, Layout
 from lowkey.core.options import nearest_name, ranges, shown
@@ -99,6 +100,37 @@ def parse_share(budget: str) -> float:
             "it as '50%'"
         )
     return parsed.amount / 100
+
+
+def parse_bytes(what: str, size: str) -> float:
+    """Read a number of bytes, like `2GiB`, `512 MiB` or `4096`.
+
+    Args:
+        what: the argument, for messages.
+        size: as it was given.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?i?B)?\s*", size, re.ASCII)
+    unit = (found[2] or "B") if found else ""
+    if not found or unit not in UNITS:
+        raise LowkeyError(f"{what} {options.shown(size)}: write it as '2GiB', '512MiB' or '4096' bytes")
+    number = float(found[1]) * UNITS[unit]
+    if not 1 <= number <= LARGEST_BUDGET:
+        raise LowkeyError(f"{what} {options.shown(size)}: must be at least a byte and at most 2^50 of them")
+    return number
+
+
+def parse_tokens(what: str, count: str) -> int:
+    """Read a number of tokens, like `4096` or `32k`, in which k is 1024.
+
+    Args:
+        what: the argument, for messages.
+        count: as it was given.
+    """
+    found = re.fullmatch(r"\s*(\d{1,9})\s*([kK]?)\s*", count, re.ASCII)
+    if not found:
+        raise LowkeyError(f"{what} {options.shown(count)}: write it as '4096' or '32k'")
+    number = int(found[1]) * (1024 if found[2] else 1)
+    return options.checked(what, number, int, options.Range(at_least=1, at_most=2**24))
 
 
 # -- models, files and folders

@@ -40,6 +40,9 @@ FREQUENCIES = tuple(COLLECTED["frequencies"])
 OBJECTIVES = tuple(COLLECTED["objectives"])  # of `recover`
 FORMATS = tuple(COLLECTED["formats"])  # of `export`
 PLAN_FILES = tuple(COLLECTED["plan_files"])  # one of which every plan folder holds
+AXES = tuple(COLLECTED["axes"])  # of `plan`
+EVICTION: str = COLLECTED["eviction"]  # the axis on which tokens are dropped
+PLANNED: str = COLLECTED["planned"]  # the policy that `plan` uses
 SINKS: int = COLLECTED["sinks"]  # tokens that are kept exact unless others are asked for
 RECENT: int = COLLECTED["recent"]
 

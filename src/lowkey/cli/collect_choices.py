@@ -26,13 +26,15 @@ from lowkey.heads.retrieval import SCORE_KINDS
 from lowkey.methods import METHODS
 from lowkey.methods.dynakv import GateTraining
 from lowkey.plan import plan
-from lowkey.policies import POLICIES, policy_to_dict
+from lowkey.planner.candidates import AXES, EVICTION
+from lowkey.planner.plan_for import Search
+from lowkey.policies import PLANNED, POLICIES, policy_to_dict
 from lowkey.policies.allocators import TOKEN_ALLOCATORS
 from lowkey.storage.exact import DEFAULT_WINDOW, Exact
 from lowkey.storage.packing import NO_BITS, SCHEMES
 
 FILE = Path(lowkey.__file__).parent / "data" / "choices.json"
-SETTINGS = (Compared, Drawing, Exact, GateTraining, Recovery, Sample, DecodeShape, Task)
+SETTINGS = (Compared, Drawing, Exact, GateTraining, Recovery, Sample, DecodeShape, Search, Task)
 
 
 def collected() -> dict[str, Any]:
@@ -65,6 +67,9 @@ def collected() -> dict[str, Any]:
         "objectives": list(OBJECTIVES),
         "formats": list(FORMATS),
         "plan_files": [plan.PLAN_JSON, dynamic.DYNAMIC_PLAN_JSON],
+        "axes": list(AXES),
+        "eviction": EVICTION,
+        "planned": PLANNED,
         "sinks": DEFAULT_WINDOW.sinks,
         "recent": DEFAULT_WINDOW.recent,
     }

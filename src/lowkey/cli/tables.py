@@ -42,26 +42,26 @@ screen = Screen(width=wide(), markup=False, emoji=False)
 
 
 def show_plan(plan: Plan, place: Path, as_json: bool) -> None:
-    """Ranks, options and bytes of a plan that `lowkey compress` made."""
+    """What a plan of `lowkey compress` or `lowkey plan` keeps on each axis, its ranks, options and bytes."""
     from lowkey.methods import METHODS
-    from lowkey.plan.card import bytes_kept
+    from lowkey.plan.card import axes_kept, bytes_by_length, bytes_kept
 
     if as_json:
         print(json.dumps({"plan": str(place), **plan.describe()}))
         return
-    g = plan.geometry
-    table = Table(
-        "layer",
-        "key rank",
-        "value rank",
-        title=f"{plan.method['name']} · {plan.allocator['name']} · {plan.layout} · {plan.budget}",
-    )
-    for i, (k, v) in plan.ranks.items():
-        table.add_row(str(i), f"{k} of {g['head_dim']}", f"{v} of {g['head_dim']}")
-    screen.print(table)
+    d = plan.geometry["head_dim"]
+    if plan.factors:
+        title = f"{plan.method['name']} · {plan.allocator['name']} · {plan.layout} · {plan.budget}"
+        table = Table("layer", "key rank", "value rank", title=title)
+        for i, (k, v) in plan.ranks.items():
+            table.add_row(str(i), f"{k} of {d}", f"{v} of {d}")
+        screen.print(table)
+    for axis, kept in axes_kept(plan).items():
+        say(f"{axis}: {kept.replace('`', '')}")
     for what, told, table_of in (
         ("method", plan.method, METHODS),
         ("allocator", plan.allocator, RANK_ALLOCATORS),
+        ("policy", plan.policy or {}, {}),
     ):
         if told.get("parameters"):
             kind = table_of.get(told["name"])
@@ -70,6 +70,33 @@ def show_plan(plan: Plan, place: Path, as_json: bool) -> None:
                 f"{options_of(kind, told['parameters'], '; ') if kind else told['parameters']}"
             )
     say(f"{place}: {bytes_kept(plan)}")
+    sizes = (f"{n:,} tokens {size:,} bytes ({share:.1%})" for n, size, share in bytes_by_length(plan))
+    say(f"one sequence takes, in bfloat16: {', '.join(sizes)}")
+
+
+def show_frontier(told: dict) -> None:
+    """What `lowkey plan` compared, and what its choice holds."""
+    table = Table("axes", "rank", "bits", "tokens", "B/token", "KL decode", "recall", "")
+    for row in told["frontier"]:
+        table.add_row(
+            ", ".join(row["axes"]) or "none",
+            f"{100 * row['rank']:.1f}%",
+            row["bits"],
+            f"{100 * row['tokens']:.4g}%",
+            f"{row['bytes_per_token']:,.1f}",
+            f"{row['kl']:.4g}",
+            "-" if row["recall"] is None else f"{row['recall']:.2f}",
+            "choice" if row == told["choice"] else "",
+        )
+    screen.print(table)
+    share = told["cache_bytes"] / told["full_cache_bytes"]
+    say(f"weights: {told['weights_bytes']:,} bytes")
+    say(
+        f"cache of {told['sequences']} x {told['context']:,} tokens: {told['cache_bytes']:,} bytes, "
+        f"{100 * share:.1f}% of {told['full_cache_bytes']:,}"
+    )
+    if told["memory_bytes"] is not None:
+        say(f"so many sequences fit into {told['memory_bytes']:,} bytes: {told['sequences_that_fit']:,}")
 
 
 def show_dynamic(about: dict, place: Path, as_json: bool) -> None:

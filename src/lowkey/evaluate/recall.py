@@ -327,6 +327,20 @@ def _note(
     )
 
 
+def question_room(tokenizer: PreTrainedTokenizerBase, form: str = USUAL_FORM) -> int:
+    """The positions that a question and its answer take beside the context of a case.
+
+    Args:
+        tokenizer: the model's.
+        form: a name of `FORMS`, or `usual`.
+    """
+    wording = FORMS[usual_form(tokenizer) if form == USUAL_FORM else form]
+    frame, fact = frame_of(tokenizer, wording), draw_facts(random.Random(0), 1, digits=wording.digits)[0]
+    question = frame.question(wording.question.format(key=fact.key), wording.opening.format(key=fact.key))
+    # In a chat the context includes the question. Otherwise it comes on top, twice where it is asked again.
+    return len(frame.encode(fact.answer)) + 1 + (0 if frame.chat else 2 * len(question))
+
+
 def check_positions(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: int, form: str = USUAL_FORM
 ) -> None:
@@ -341,12 +355,7 @@ def check_positions(
     Raises:
         LowkeyError: they do not fit.
     """
-    wording = FORMS[usual_form(tokenizer) if form == USUAL_FORM else form]
-    frame, fact = frame_of(tokenizer, wording), draw_facts(random.Random(0), 1, digits=wording.digits)[0]
-    question = frame.question(wording.question.format(key=fact.key), wording.opening.format(key=fact.key))
-    # In a chat the context includes the question. Otherwise it comes on top, twice where it is asked again.
-    longest = families.max_positions(model)
-    room = len(frame.encode(fact.answer)) + 1 + (0 if frame.chat else 2 * len(question))
+    longest, room = families.max_positions(model), question_room(tokenizer, form)
     if longest is not None and context + room > longest:
         raise LowkeyError(
             f"context {context}: a question and its answer take {room} tokens more, beyond the model's "

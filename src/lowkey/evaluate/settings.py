@@ -155,10 +155,11 @@ def planned(
         bits = None
     origin = Origin(weakref.ref(model), plan, bits=NO_BITS if bits is None else bits, exact=exact)
     exact = _exact_tokens(model, origin)
+    kept = plan.budget if plan.factors or plan.policy is None else plan.policy["budget"]
     identity = row_identity(
-        method=plan.method["name"],
+        method=plan.method["name"] if plan.factors else None,
         plan=path,
-        budget=plan.budget,
+        budget=kept,
         layout=plan.layout,
         sinks=exact.sinks,
         recent=exact.recent,
@@ -166,11 +167,12 @@ def planned(
         **_packing(bits),
     )
     policy = origin.policy_in_use
-    name = " ".join(_parts_of_name(plan, bits))
+    name = _plan_name(plan, bits)
     marks = {"window": _exact_words(exact), **plan_marks(plan, path)}
     made_of = _hash(identity, plan.digest())
     # The profile is shown in reports and changes no number, so it is no part of the checksum.
-    identity["profile"] = {**plan.profile, "layers": list(plan.factors)}
+    shown = {name: part for name, part in plan.profile.items() if name != "frontier"}
+    identity["profile"] = {**shown, "layers": list(plan.factors)}
     return Setting(
         name,
         identity,
@@ -182,14 +184,14 @@ def planned(
     )
 
 
-def _parts_of_name(plan: Plan, bits: int | str | None) -> list[str]:
-    """The parts of a plan that are in use, in words."""
-    parts = [plan.method["name"]] if plan.factors else []
+def _plan_name(plan: Plan, bits: int | str | None) -> str:
+    """The parts of a plan that are in use, in words, like `fisher-svd 25% snapkv 50% kivi4`."""
+    parts = [f"{plan.method['name']} {plan.budget}"] if plan.factors else []
     if plan.policy is not None:
         parts.append(f"{plan.policy['name']} {plan.policy['budget'] or ''}".strip())
     if bits is not None:
         parts.append(scheme_name(bits))
-    return [*(parts[:1] or ["full"]), plan.budget, *parts[1:]]
+    return " ".join(parts) or "uncompressed"
 
 
 def window_of(
@@ -322,7 +324,7 @@ def evicted(
     label = f"{name} {budget}" if budget else name
     marks = {key: f"{key}={value}" for key, value in written["parameters"].items()}
     if plan:
-        label += f" on {plan.method['name']} {plan.budget}"
+        label += f" on {_plan_name(replace(plan, policy=None), plan.bits)}"
         marks |= plan_marks(plan, path or "")
     return Setting(
         label,

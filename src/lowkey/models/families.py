@@ -181,6 +181,15 @@ def geometry(model: PreTrainedModel) -> Geometry:
     return shape
 
 
+def sliding_layers(model: PreTrainedModel) -> tuple[tuple[int, int], ...]:
+    """For every sliding layer, (tokens that it holds at most, numbers that one of them takes)."""
+    shape = geometry(model)  # all layers of a supported family have the same heads
+    window = int(getattr(model.config.get_text_config(), "sliding_window", None) or 1)
+    # the newest token sees itself and window - 1 others, which are what a layer holds between calls
+    held = (window - 1, 2 * shape.kv_heads * shape.head_dim)
+    return (held,) * (shape.layers - len(shape.compressible))
+
+
 def max_positions(model: PreTrainedModel) -> int | None:
     """How many positions a model was made for; None if its config does not say."""
     return configured_positions(model.config)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lowkey.core.budget import Budget
 from lowkey.core.types import LowkeyError
-from lowkey.plan.plan import Plan
 from lowkey.policies import policy_from_dict
 from lowkey.policies.base import Policy
 from lowkey.storage.packing import scheme_or_none
+
+if TYPE_CHECKING:  # that module imports the card, which imports this one
+    from lowkey.plan.plan import Plan
 
 INDEX = 8  # bytes of an index
 POSITION, SCORE, SINK_INDEX = 4, 4, 4  # bytes
@@ -60,6 +63,8 @@ def held_bytes(plan: Plan, tokens: int, itemsize: int, latents: float = 1.0) -> 
     if lossless and not plan.sinks and not plan.recent:
         recent = 0
     policy = None if plan.policy is None else policy_from_dict(plan.policy)
+    if lossless and policy is None and not sinks and not recent:
+        return tokens * whole.full_token_bytes  # transformers' own layers
     kept = tokens if policy is None else tokens_kept(policy, tokens)
     if kept is None:
         return _granted(policy, tokens)

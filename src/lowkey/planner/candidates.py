@@ -12,12 +12,13 @@ from lowkey.models import families
 from lowkey.models.fingerprint import model_fingerprint
 from lowkey.plan.held_bytes import held_bytes
 from lowkey.plan.plan import NO_METHOD, Plan, versions
-from lowkey.policies import policy_to_dict
+from lowkey.policies import POLICIES, policy_to_dict
 from lowkey.policies.base import Policy
 from lowkey.storage.exact import DEFAULT_WINDOW
 from lowkey.storage.packing import NO_BITS, SCHEMES, scheme_or_none
 
-AXES = ("rank", "bits", "tokens")
+EVICTION = "tokens"  # the axis on which tokens are dropped
+AXES = ("rank", "bits", EVICTION)
 CLOSE = 0.02  # a candidate may hold so much less than the budget, as a share of it
 CORRECTIONS = 3  # of corrections of a rank budget, whose ranks are whole numbers
 
@@ -141,6 +142,11 @@ class Composer:
                 wanted if best is None or held > budget else wanted * (1 + CLOSE / 4), self.full_bytes
             )
         return best
+
+
+def policy_keeping(name: str) -> Callable[[float], Policy]:
+    """The policy of this name, as a function of the share of the tokens that it keeps."""
+    return lambda share: POLICIES[name](f"{100 * share:.4f}%")
 
 
 def share_of_tokens(composer: Composer, budget: float) -> float | None:

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowkey.calibration.calibrate import Sample, calibrate
 from lowkey.calibration.limits import BUDGET_LENGTH
 from lowkey.core import text
-from lowkey.core.options import Checked, option
+from lowkey.core.options import Checked, nearest_name, option, shown
 from lowkey.core.progress import Progress, silent
 from lowkey.core.types import Budget, LowkeyError
+from lowkey.evaluate.recall import question_room
 from lowkey.evaluate.result import Task, evaluate
 from lowkey.evaluate.settings import Setting, full, planned
 from lowkey.models import families
@@ -29,9 +30,11 @@ from lowkey.planner.candidates import (
     Candidate,
     Composer,
     packings_within,
+    policy_keeping,
     share_of_tokens,
 )
 from lowkey.planner.costs import AxisCosts, Curve
+from lowkey.planner.memory import in_words, least_bytes
 from lowkey.policies import PLANNED, POLICIES
 from lowkey.storage.packing import NO_BITS
 
@@ -42,6 +45,8 @@ KEPT = (0.75, 0.5, 0.3, 0.15)  # shares of the tokens at which dropping them is 
 TRIED = ((1.0,), (0.85, 0.7), (0.6, 0.5), (0.4, 0.3), (0.25, 0.2))
 # Where few tokens are kept, the exact window is most of them: eight bits with this window are tried, too.
 SHORT_WINDOW, EIGHT_BITS = 8, "int8"
+
+SHORTEST = 64  # tokens of a window
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Search(Checked):
 
     windows: int = option(4, at_least=1, at_most=2**16)
     held_out: int = option(6, at_least=1, at_most=2**16)
-    context: int = option(1024, at_least=64, at_most=2**24)
+    context: int = option(1024, at_least=SHORTEST, at_most=2**24)
     cases: int = option(16, at_least=0, at_most=10**6)
 
 
@@ -152,9 +157,11 @@ def search_plans(
 ) -> Planned:
     """As `plan_for`, with all that was measured."""
     check_axes(axes)
+    check_policy(policy, axes)
     words, unseen = _split(texts, held_out)
     attach(model)
-    search = replace(search, context=families.readable_length(model, search.context))
+    search = replace(search, context=_context(model, tokenizer, search))
+    tokens = families.readable_length(model, tokens)  # no cache is longer than the model's positions
     temporary = tempfile.TemporaryDirectory() if work is None else nullcontext(str(work))
     with temporary as folder:
         place = Path(folder)
@@ -172,10 +179,13 @@ def search_plans(
                 work=place / "fit",
                 progress=progress,
             ),
-            lambda share: POLICIES[policy](f"{100 * share:.4f}%"),
+            policy_keeping(policy),
             tokens,
         )
         budget = bytes_of(Budget.parse(keep), composer)
+        if composer.held(composer.without_ranks(NO_BITS, 1.0)) <= budget:
+            return _uncompressed(composer)
+        _check_budget(composer, budget, keep, axes, policy)
         measure = partial(_measure, model, tokenizer, search, place, progress)
         plans = _single(composer, budget, axes) | _combined(composer, budget, axes, measure, words)
         if not plans:
@@ -186,6 +196,8 @@ def search_plans(
         result = measure(list(plans.values()), unseen, "held-out", search.held_out, 0)
         if search.cases:
             _add_recall(result, plans, unseen, search.cases, measure)
+    for (candidate, plan), row in zip(plans.items(), result["rows"][1:], strict=True):
+        row |= {"axes": list(candidate.axes), "bytes_planned": composer.held(plan) / tokens}
     rows = [
         _frontier_row(composer, plan, candidate, row)
         for (candidate, plan), row in zip(plans.items(), result["rows"][1:], strict=True)
@@ -211,9 +223,61 @@ def check_axes(axes: Sequence[str]) -> None:
     """Refuse axes that are none, or none at all. Raises: LowkeyError."""
     for axis in axes:
         if axis not in AXES:
-            raise LowkeyError(f"axis {axis!r} is unknown; choose among {', '.join(AXES)}")
+            raise LowkeyError(f"axis {shown(axis)} is unknown; {nearest_name(axis, AXES)}")
     if not axes:
         raise LowkeyError(f"axes: none is left to make smaller; give some of {', '.join(AXES)}")
+
+
+def check_policy(policy: str, axes: Sequence[str]) -> None:
+    """Refuse policies that a plan on these axes cannot hold. Raises: LowkeyError."""
+    if policy not in POLICIES:
+        raise LowkeyError(f"policy {shown(policy)} is unknown; {nearest_name(policy, POLICIES)}")
+    if "tokens" not in axes:
+        return
+    made = policy_keeping(policy)(0.5).with_head_scores({})  # refuses if it needs head scores
+    if made.needs_whole_keys and set(axes) != {"tokens"}:
+        raise LowkeyError(
+            f"policy {policy!r} {made.needs_whole_keys}, which excludes the other axes; give the axis tokens "
+            "alone, or another policy"
+        )
+
+
+def _check_budget(
+    composer: Composer, budget: float, keep: str | Budget, axes: Sequence[str], policy: str
+) -> None:
+    """Refuse a budget below the least that the axes allow. Raises: LowkeyError."""
+    least = least_bytes(composer.model, composer.tokens, axes, policy, RANK_BITS)
+    if budget < least:
+        raise LowkeyError(
+            f"keep {keep}: {composer.tokens} tokens take at least {in_words(least, up=True)} on the axes "
+            f"{', '.join(axes)} ({100 * least / composer.full_bytes:.2g}% of the full cache); give more, or "
+            "more axes"
+        )
+
+
+def _context(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, search: Search) -> int:
+    """The tokens of a window: no more than the model reads, with a question and its answer if it is asked."""
+    longest = families.max_positions(model)
+    if longest is None:
+        return search.context
+    room = question_room(tokenizer) if search.cases else 0
+    return max(SHORTEST, min(search.context, longest - room))
+
+
+def _uncompressed(composer: Composer) -> Planned:
+    """The plan that compresses nothing, where the whole cache fits. Nothing is measured."""
+    row = {
+        "rank": 1.0,
+        "bits": NO_BITS,
+        "tokens": 1.0,
+        "axes": [],
+        "bytes_per_token": composer.full_bytes / composer.tokens,
+        "kl": 0.0,
+        "recall": None,
+    }
+    plan = composer.without_ranks(NO_BITS, 1.0)
+    profile = {"at": composer.tokens, "frontier": [row], "choice": row}
+    return Planned(replace(plan, profile=profile), row, [row], {})
 
 
 def bytes_of(budget: Budget, composer: Composer) -> float:

@@ -205,7 +205,7 @@ def logits(*args, **kwargs) -> torch.Tensor:
 def test_a_plans_bits_are_saved_and_used_and_overridden(tmp_path):
     packed().save(tmp_path)
     plan, bare = Plan.load(tmp_path, attached("llama")), packed(bits=None)
-    assert plan.bits == "int4" and plan.describe()["format"] == 3
+    assert plan.bits == "int4" and plan.describe()["format"] == 4
     assert torch.equal(logits(plan), logits(bare, bits=4))
     assert torch.equal(logits(plan, bits="none"), logits(bare)) and not torch.equal(
         logits(plan), logits(bare)

@@ -1,6 +1,7 @@
 """Unfinished work beside an output, in `OUT.partial`.
 
-Each job has a folder there. What a stopped job left in it is read and not computed again.
+Each job has a folder there. What a stopped job left in it is read and not computed again. Work of several
+stages has a folder for each stage, with the folders of its jobs inside.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 JOB_KIND, WORK_KIND = "job", "work"  # kinds of files
 WRITE_TRIES = 3
+STAGES = ("fit", "costs", "held-out", "recall")  # of planning
 # the names of the files of one job
 WORK_FILES = r"(job|measured)\.json|(statistics|gradients|gates|training|(layer|tuned)-\d+)\.safetensors"
 
@@ -151,7 +153,7 @@ def work_beside(path: Path) -> Path:
     work = link_target(path).with_name(f"{link_target(path).name}.partial")
     check_writable(work)
     if os.path.lexists(work) and (
-        work.is_symlink() or not work.is_dir() or not all(map(_is_job, work.iterdir()))
+        work.is_symlink() or not work.is_dir() or not all(_is_job(p) or _is_stage(p) for p in work.iterdir())
     ):
         raise LowkeyError(
             f"output {str(path)!r}: {str(work)!r}, where unfinished work goes, holds other files; choose "
@@ -167,6 +169,12 @@ def _is_job(folder: Path) -> bool:
     return all(_is_work(p) for p in folder.iterdir())
 
 
+def _is_stage(folder: Path) -> bool:
+    """Whether this is the folder of one stage, with jobs inside."""
+    plain = folder.name in STAGES and folder.is_dir() and not folder.is_symlink()
+    return plain and all(map(_is_job, folder.iterdir()))
+
+
 def _is_work(path: Path) -> bool:
     return is_staging_folder(path) or (
         bool(re.fullmatch(WORK_FILES, path.name)) and kind_of(path) in (JOB_KIND, WORK_KIND)
@@ -176,7 +184,10 @@ def _is_work(path: Path) -> bool:
 def remove_work(work: Path) -> None:
     """Remove the folders of all jobs, once the work is finished. Anything else stays."""
     for job in work.iterdir() if work.is_dir() else ():
-        remove_job(job)
+        if _is_stage(job):
+            remove_work(job)
+        else:
+            remove_job(job)
     with suppress(OSError):
         work.rmdir()
 
