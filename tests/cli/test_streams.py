@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import pico
 import pytest
 
 from lowkey.cli import app
@@ -112,16 +113,8 @@ def test_what_a_terminal_would_obey_is_written_as_its_escape():
 
 
 def test_names_out_of_a_plan_are_printable(capsys):
-    about = {"name": f"pca{ESCAPE}"}
-    plan = mock.Mock(
-        geometry={"kv_heads": 2, "head_dim": 4},
-        method=about,
-        allocator=about,
-        layout="post_rope",
-        budget="50%",
-        ranks={0: (2, 2)},
-    )
-    plan.factors, plan.bytes_per_token = {0: None}, lambda itemsize: 8
+    about = {"name": f"pca{ESCAPE}", "parameters": {}}
+    plan = pico.plan(pico.stock("llama"), method=about, allocator=about)
     show_plan(plan, Path("p"), False)
     assert "owned" in (out := capsys.readouterr().out) and printable(out) == out
     with mock.patch.object(type(screen), "is_terminal", True):

@@ -66,5 +66,5 @@ def test_rows_of_uneven_turns_go_on_over_branches(kind, name):
         more = prompt(length, batch=1, seed=row)
         alone = filled(kind, name, ids[row : row + 1, pad:])
         own = cache.branch(row)
-        close(feed(model, more, own, [pad]), feed(model, more, alone))
+        close(feed(model, more, own, [pad]), feed(model, more, alone), COARSE.get(kind, 2e-3))
         agree(own, "a branch of one row")
