@@ -27,7 +27,7 @@ def verified(kind, name, ids, tokens, draft):
 
 
 def by_hand(kind, name, ids, tokens, wanted, draft):
-    """How many guesses each verification accepts: every time, a cache of its own reads what is right so far."""
+    """How many guesses each verification accepts: each time a cache of its own reads what is right so far."""
     accepted, done, model = [], 1, attached(name)
     while done < tokens:
         cache, guesses, count = filled(kind, name, ids), [], min(draft, tokens - done - 1)
