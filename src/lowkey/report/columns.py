@@ -214,7 +214,7 @@ RESULT_COLUMNS = [
     ),
     Column(
         "Axes",
-        lambda row: " + ".join(axes) if isinstance(axes := row.get("axes"), list) else None,
+        lambda row: " + ".join(map(str, axes)) if isinstance(axes := row.get("axes"), list) else None,
         str,
         "What is smaller than in the full cache: rank, bits or tokens.",
     ),
