@@ -30,6 +30,7 @@ SMALL = {  # given to a verb besides, so that a page runs in seconds; of two equ
     "eval": "--windows 1 --context 128 --cases 1",
     "generate": "--tokens 3",
     "heads": "--cases 10 --context 512",
+    "plan": "--windows 4 --compare-windows 1 --held-out-windows 1 --window-tokens 64 --no-recall",
     "pretrain": "--set training.tokens=4096",
     "recover": "--batch 1 --length 64",
 }

@@ -134,8 +134,8 @@ def recover(
     """Train a copy of a model through a plan.
 
     A query sees the plan's sinks and recent tokens exactly, as in a cache, and all others in low rank. The
-    plan's integers are left out, since rounding has no gradient. On a CPU a resumed training gives the
-    numbers of an uninterrupted one bit for bit.
+    plan's integers and its policy are left out, since rounding and dropping have no gradient; the new plan
+    has them again. On a CPU a resumed training gives the numbers of an uninterrupted one bit for bit.
 
     Args:
         model: stays as it is.
@@ -154,6 +154,11 @@ def recover(
     weights.check_plain("recover", model, families.decoder_layers(model))
     _check(settings, model)
     plan.check(model)
+    if not plan.factors:
+        raise LowkeyError(
+            "plan: has no low-rank maps, so that there is nothing to train through; give a plan of `lowkey "
+            "compress`, or of `lowkey plan` on the axis rank"
+        )
     if settings.length <= plan.sinks + plan.recent:
         raise LowkeyError(
             f"length {settings.length}: the plan keeps {plan.sinks + plan.recent} tokens exact, so that "

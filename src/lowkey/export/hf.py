@@ -102,6 +102,16 @@ def plain_shape(model: PreTrainedModel, plan: Plan) -> tuple[int, int]:
             f"model of family {kind!r}: only {len(shape.compressible)} of its {shape.layers} layers can be "
             "compressed, and a plain checkpoint has as many KV heads in all of them; use the plan"
         )
+    if not plan.factors:
+        raise LowkeyError(
+            "plan: has no low-rank maps to fold into the weights; use it with `lowkey generate --plan`, or "
+            "make one with `lowkey compress`"
+        )
+    if plan.policy is not None:
+        raise LowkeyError(
+            f"plan: drops tokens by policy {plan.policy['name']!r}, which no plain checkpoint does; use the "
+            "plan, or make one with `lowkey plan --no-eviction`"
+        )
     factors = list(plan.factors.values())
     forms = sorted({(f.merge, f.ranks, f.k_down.shape[-1]) for f in factors})
     (t, t_v), (r, r_v), width = forms[0]

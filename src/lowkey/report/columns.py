@@ -11,7 +11,7 @@ from lowkey.report.results import Row, kept, measured
 
 DASH = "—"  # no number was measured
 # The field with half of the interval of a column's numbers.
-HALVES = {"Perplexity": "perplexity_95", "KL": "kl_95"}
+HALVES = {"Perplexity": "perplexity_95", "KL": "kl_95", "KL, decode": "kl_decode_95"}
 
 
 class Column(NamedTuple):
@@ -99,6 +99,12 @@ RESULT_COLUMNS = [
         "Bytes/token",
         format_bytes,
         "Cache bytes that each further token costs, summed over all layers.",
+    ),
+    _column(
+        "bytes_planned",
+        "Planned bytes/token",
+        format_bytes,
+        "What lowkey plan counted for the length that it planned for, in the layers that can be compressed.",
     ),
     _column(
         "perplexity",
@@ -205,6 +211,12 @@ RESULT_COLUMNS = [
         allocator_words,
         str,
         "How the policy's budget was split over layers and heads, with its parameters.",
+    ),
+    Column(
+        "Axes",
+        lambda row: " + ".join(map(str, axes)) if isinstance(axes := row.get("axes"), list) else None,
+        str,
+        "What is smaller than in the full cache: rank, bits or tokens.",
     ),
     _column("budget", "Budget", None, "What was asked to be kept; “kept” is what was really held."),
     _column(

@@ -34,6 +34,7 @@ QUALITIES = [  # (key, title, whether more is better)
     ("exact_match", "Recall, exact match", True),
     ("perplexity", "Perplexity", False),
     ("kl", "KL divergence (nats)", False),
+    ("kl_decode", "KL divergence of decoded tokens (nats)", False),
 ]
 LONGEST_CURVE_NAME = 44  # characters of a name in the legend or beside dots
 Quality = tuple[str, str, bool]

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from lowkey.core.errors import LowkeyError
 from lowkey.report.columns import DASH, RESULT_COLUMNS, Column, show, shown_columns
 from lowkey.report.curves import curve_qualities, curves_figure
+from lowkey.report.frontier import frontier_figure, frontier_qualities, is_candidate
 from lowkey.report.heads import heads_figure
 from lowkey.report.plots import (
     error_surface_figure,
@@ -26,7 +27,7 @@ from lowkey.report.summary import held_differs, summary
 from lowkey.report.svg import inline_svg
 from lowkey.report.template import FIGURE, GUIDE, PAGE, STYLE, TABLE
 
-TEXT_COLUMNS = {"Row", "Method", "Policy", "Allocator", "Budget", "Layout", "Task", "Plan"}
+TEXT_COLUMNS = {"Row", "Method", "Policy", "Allocator", "Budget", "Layout", "Task", "Plan", "Axes"}
 
 REFEED = {
     True: "recall asks its question again over what a policy kept, so every token of the answer depends on "
@@ -71,14 +72,16 @@ def _section(part: Section, numbers: Iterator[int]) -> str:
     differing = held_differs(part.rows)
     warning = f"Bytes held differ from bytes predicted in: {', '.join(differing)}."
     profiles = [row for row in part.rows if row.get("profile")]
+    rest = part._replace(rows=[row for row in part.rows if not is_candidate(row)])
     anchor = f"section-{next(numbers)}"
     return "\n".join(
         [
             f'<section aria-labelledby="{anchor}">',
             f'<h2 id="{anchor}">{escape(part.model)} on {escape(part.data)}</h2>',
             f'<p class="warning" role="note">{escape(warning)}</p>' if differing else "",
-            _curves(part, numbers),
-            _quality(part, numbers),
+            _frontier(part, numbers),
+            _curves(rest, numbers),
+            _quality(rest, numbers),
             _rows_table(part),
             *(
                 _heads(budget, rows, numbers, place == 0)
@@ -88,6 +91,22 @@ def _section(part: Section, numbers: Iterator[int]) -> str:
             "</section>",
         ]
     )
+
+
+def _frontier(part: Section, numbers: Iterator[int]) -> str:
+    """Figure of what `lowkey plan` compared."""
+    if not frontier_qualities(part.rows):
+        return ""
+    candidates = [row for row in part.rows if is_candidate(row)]
+    columns = [
+        c for c in RESULT_COLUMNS if c.title in ("Axes", "Planned bytes/token", "KL, decode", "Exact match")
+    ]
+    label = "What lowkey plan compared. " + "; ".join(_spoken(row, columns) for row in candidates)
+    caption = (
+        "What lowkey plan compared within one budget: quality against the bytes per token at the length that "
+        "was planned for. Hollow points make a single axis smaller, full points several together."
+    )
+    return _figure(frontier_figure(part.rows), f"figure{next(numbers)}", label, caption)
 
 
 def _curves(part: Section, numbers: Iterator[int]) -> str:

@@ -37,8 +37,9 @@ from lowkey.report.results import Row, full_row, is_full, marks_of, measured
 PLOT_PANELS = [  # (key, title, the better end)
     ("perplexity", "Perplexity", "lower is better"),
     ("kl", "KL divergence from the full model (nats)", "lower is better"),
-    ("perplexity_decode", "Perplexity of decoded tokens", "lower is better"),
+    ("kl_decode", "KL divergence of decoded tokens (nats)", "lower is better"),
     ("exact_match", "Exact match (share of answers)", "higher is better"),
+    ("perplexity_decode", "Perplexity of decoded tokens", "lower is better"),
 ]
 
 

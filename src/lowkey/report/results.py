@@ -25,7 +25,8 @@ NUMBER_FIELDS = [
     "top1_agreement",
     "layer_error", "layer_cosine", "exact_match", "recall_kept",
     "questions", "questions_right", "questions_of", "questions_kept",
-    "bytes_per_token", "bytes_held", "bytes_predicted", "bytes_full", "prefill_ms", "step_ms",
+    "bytes_per_token", "bytes_planned", "bytes_held", "bytes_predicted", "bytes_full",
+    "prefill_ms", "step_ms",
 ]
 # fmt: on
 MOST_CELLS = 2**18  # layers x heads of one heat map: a file may say anything, and a map must be drawn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lowkey.report.columns import format_bytes, format_percent, format_perplexity
+from lowkey.report.frontier import frontier_summary
 from lowkey.report.results import Row, full_row, is_full, measured
 
 NEAR_FULL = 0.05  # a perplexity this much above the full cache's still counts as near
@@ -10,8 +11,11 @@ NEAR_FULL = 0.05  # a perplexity this much above the full cache's still counts a
 
 def summary(rows: list[Row]) -> str:
     """The smallest cache that stays near the full cache's perplexity; else the closest; else why neither can
-    be said. Recall decides if perplexity was not measured.
+    be said. Recall decides if perplexity was not measured. Of what `lowkey plan` compared: the best of each
+    kind.
     """
+    if planned := frontier_summary(rows):
+        return planned
     full = full_row(rows)
     if full is None or not measured(full, "bytes_per_token"):
         return f"{_count(rows)}, without a full cache to compare perplexity and bytes with."
