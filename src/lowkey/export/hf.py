@@ -61,6 +61,7 @@ def export_hf(
     folder = Path(path)
     weights.check_plain("export", model, families.decoder_layers(model))
     plan.check(model)
+    _check_axes(plan)
     merge, width = plain_shape(model, plan)
     files.check_folder(folder, force)
     smaller = converted(model, plan, merge, width)
@@ -74,6 +75,20 @@ def export_hf(
 
 
 # -- which plans
+
+
+def _check_axes(plan: Plan) -> None:
+    """Refuse a plan without low-rank maps, or with a policy. Raises: LowkeyError."""
+    if not plan.factors:
+        raise LowkeyError(
+            "plan: has no low-rank maps to fold into the weights; use it with `lowkey generate --plan`, or "
+            "make one with `lowkey compress`"
+        )
+    if plan.policy is not None:
+        raise LowkeyError(
+            f"plan: drops tokens by policy {plan.policy['name']!r}, which no plain checkpoint does; use the "
+            "plan, or make one with `lowkey plan --no-eviction`"
+        )
 
 
 def plain_shape(model: PreTrainedModel, plan: Plan) -> tuple[int, int]:
@@ -101,16 +116,6 @@ def plain_shape(model: PreTrainedModel, plan: Plan) -> tuple[int, int]:
         raise LowkeyError(
             f"model of family {kind!r}: only {len(shape.compressible)} of its {shape.layers} layers can be "
             "compressed, and a plain checkpoint has as many KV heads in all of them; use the plan"
-        )
-    if not plan.factors:
-        raise LowkeyError(
-            "plan: has no low-rank maps to fold into the weights; use it with `lowkey generate --plan`, or "
-            "make one with `lowkey compress`"
-        )
-    if plan.policy is not None:
-        raise LowkeyError(
-            f"plan: drops tokens by policy {plan.policy['name']!r}, which no plain checkpoint does; use the "
-            "plan, or make one with `lowkey plan --no-eviction`"
         )
     factors = list(plan.factors.values())
     forms = sorted({(f.merge, f.ranks, f.k_down.shape[-1]) for f in factors})
