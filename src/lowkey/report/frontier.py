@@ -26,7 +26,7 @@ from lowkey.report.labels import Label, place_labels
 from lowkey.report.results import Row, measured
 
 MOST_AXES = 3
-QUALITIES = [  # (key, title)
+COMPARED_QUALITIES = [  # (key, title)
     ("kl_decode", "KL divergence of decoded tokens (nats), lower is better"),
     ("exact_match", "Recall, exact match, higher is better"),
 ]
@@ -48,7 +48,9 @@ def is_candidate(row: Row) -> bool:
 def frontier_qualities(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """The qualities that some candidate was measured on: (key, title)."""
     return [
-        q for q in QUALITIES if any(measured(row, q[0]) is not None for row in filter(is_candidate, rows))
+        q
+        for q in COMPARED_QUALITIES
+        if any(measured(row, q[0]) is not None for row in filter(is_candidate, rows))
     ]
 
 
