@@ -112,7 +112,7 @@ class Composer:
         """
         whole = self.without_ranks(candidate.bits, candidate.tokens, candidate.recent)
         if not candidate.low_rank:
-            return whole if self.held(whole) <= budget * (1 + CLOSE / 10) else None
+            return whole if self.held(whole) <= budget else None
         if self.held(whole) <= budget:
             return None  # every rank fits: that is the candidate without `low_rank`
         return self._with_ranks(candidate, budget)
