@@ -18,6 +18,7 @@ from lowkey.policies import POLICIES
 from lowkey.storage.exact import Exact, SinkPoints, SinkRule
 
 BUDGET = "20 tokens"
+SMALL_WINDOW = Exact(3, 5)  # which that budget holds
 
 
 def rule(model):
@@ -60,13 +61,17 @@ KINDS = {
         if n != "think"
     },
     # rank x heads x tokens x bits
-    "snapkv-kivi2": lambda m: make_cache(m, policy=evicting("snapkv"), bits="kivi2"),
+    "snapkv-kivi2": lambda m: make_cache(m, policy=evicting("snapkv"), bits="kivi2", exact=SMALL_WINDOW),
     "plan-h2o-4": lambda m: make_cache(m, planned(m, sinks=3, recent=5), evicting("h2o"), bits=4),
-    "merged-snapkv-kivi4": lambda m: make_cache(m, merged(m), evicting("snapkv"), bits="kivi4"),
+    "merged-snapkv-kivi4": lambda m: make_cache(
+        m, merged(m), evicting("snapkv"), bits="kivi4", exact=SMALL_WINDOW
+    ),
     "merged-pre-global-8": lambda m: make_cache(
         m, merged(m, layout="pre_rope"), evicting("snapkv", allocator="global"), bits=8
     ),
-    "every-hadamard4": lambda m: make_cache(m, policy=evicting("h2o", every=3), bits="hadamard4"),
+    "every-hadamard4": lambda m: make_cache(
+        m, policy=evicting("h2o", every=3), bits="hadamard4", exact=SMALL_WINDOW
+    ),
     "razor-4": lambda m: make_cache(m, planned(m, layout="pre_rope"), evicting("razor"), bits=4),
     "every": lambda m: make_cache(m, policy=evicting("h2o", every=2)),
     "every-global": lambda m: make_cache(m, policy=evicting("snapkv", every=3, allocator="global")),

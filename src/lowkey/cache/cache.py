@@ -26,6 +26,7 @@ from lowkey.plan.plan import Plan, versions
 from lowkey.policies import policy_from_dict, policy_name, policy_to_dict
 from lowkey.policies.base import Policy
 from lowkey.storage.base import StockLayer, StockSlidingLayer, StoringLayer
+from lowkey.storage.budgets import check_window
 from lowkey.storage.cache_wide_eviction import CacheWideEviction
 from lowkey.storage.codec import Codec, LowRank, Plain
 from lowkey.storage.coded import CodedLayer, Exact
@@ -379,6 +380,7 @@ def _builder(model: PreTrainedModel, origin: Origin) -> Callable[[int], CountedL
     points = exact.rule.layers if exact.rule else {}
     if policy is not None:
         _check_policy(model, plan, packed, policy)
+        check_window(policy, exact)
         policy = policy.with_head_scores(plan.heads if plan else {})
         full = families.geometry(model).compressible
         shared = CacheWideEviction(len(full), families.sliding_layers(model), _rows_of_heads(model, plan))

@@ -48,7 +48,7 @@ def prefill(
     mask = _checked(ids, question, attention_mask)
     # (a percentage always fits: sinks and recent tokens stay even if it is less)
     if policy is not None and budget_of(policy).unit == "tokens":
-        check_question(policy, int(mask.sum(1).min()), question)
+        check_question(policy, int(mask.sum(1).min()), question, cache.evicting[0].exact)
     text.check_ids(ids, model)
     with cache.all_or_nothing():
         # the question is not stored now, but the budget must hold it when it is given again

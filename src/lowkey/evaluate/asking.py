@@ -167,9 +167,10 @@ def check_budgets(settings: Sequence[Setting], refeed: bool, tokens: int, questi
     """
     for setting in settings:
         if setting.evicts and (refeed or setting.needs_second_pass):
-            policy = origin.policy_in_use if (origin := setting.make().origin) else None
+            cache = setting.make()
+            policy = cache.origin.policy_in_use if cache.origin else None
             if policy is not None:
-                check_question(policy, tokens, question)
+                check_question(policy, tokens, question, cache.evicting[0].exact)
 
 
 def read_context(

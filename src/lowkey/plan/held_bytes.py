@@ -68,7 +68,9 @@ def held_bytes(plan: Plan, tokens: int, itemsize: int, latents: float = 1.0) -> 
     kept = tokens if policy is None else tokens_kept(policy, tokens)
     if kept is None:
         return _granted(policy, tokens)
-    if kept < tokens:
+    # blocks of tokens lie in rows as soon as there is a budget of tokens; see `EvictingLayer`
+    unit = Budget.parse(policy.budget).unit if policy is not None and policy.budget is not None else ""
+    if kept < tokens or (block > 1 and unit == "tokens"):
         return _in_rows(layers, policy, kept, min(tokens, sinks + recent), sinks, block)
     in_slots = max(0, tokens - recent) // block * block
     by_age = policy is None and (block > 1 or (recent > 0 and not lossless))

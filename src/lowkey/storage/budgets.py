@@ -6,8 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lowkey.core.budget import too_few_tokens
 from lowkey.core.types import Budget, LowkeyError
 from lowkey.policies.base import Policy
+from lowkey.storage.exact import NO_EXACT_TOKENS, Exact
 
 BYTE_ROUNDING = 1e-6  # bytes; budgets are floats, and must not fail by a rounding error
 
@@ -17,7 +19,31 @@ def budget_of(policy: Policy) -> Budget:
     return Budget.parse("100%" if policy.budget is None else policy.budget)
 
 
-def check_question(policy: Policy, tokens: int, question: int) -> None:
+def protected_tokens(policy: Policy, exact: Exact) -> tuple[int, int]:
+    """(sinks, recent tokens) of a sequence that are kept whatever they score, at most."""
+    own, held = policy.sinks, exact.sinks
+    # sinks that a rule recognises need not be the first tokens, which the policy keeps
+    return own + held if exact.rule else max(own, held), max(policy.recent, exact.recent)
+
+
+def check_window(policy: Policy, exact: Exact) -> None:
+    """Check that a budget of tokens holds the tokens that are always kept.
+
+    A budget of bytes is checked when the cache evicts.
+
+    Args:
+        policy: whose budget, sinks and recent tokens count.
+        exact: sinks and recent tokens that are held exactly.
+
+    Raises:
+        LowkeyError: if they do not fit.
+    """
+    budget, (sinks, recent) = budget_of(policy), protected_tokens(policy, exact)
+    if budget.unit == "tokens" and budget.amount < sinks + recent:
+        raise too_few_tokens(budget, budget.amount, sinks, recent)
+
+
+def check_question(policy: Policy, tokens: int, question: int, exact: Exact = NO_EXACT_TOKENS) -> None:
     """Check that a budget of tokens holds a question beside the tokens that are always kept.
 
     A budget of bytes is checked when the cache evicts.
@@ -26,17 +52,17 @@ def check_question(policy: Policy, tokens: int, question: int) -> None:
         policy: whose budget, sinks and recent tokens count.
         tokens: length of a sequence, the question included.
         question: length of the question, 0 for none.
+        exact: sinks and recent tokens that are held exactly.
 
     Raises:
         LowkeyError: if the question, the sinks and the recent tokens do not fit.
     """
-    budget = budget_of(policy)
+    budget, (sinks, recent) = budget_of(policy), protected_tokens(policy, exact)
     held = {"%": budget.amount / 100 * tokens, "tokens": budget.amount}.get(budget.unit, math.inf)
-    if question and held < question + policy.sinks + policy.recent:
+    if question and held < question + sinks + recent:
         raise LowkeyError(
             f"budget {budget}: {held:g} tokens per head do not hold a question of {question} tokens, "
-            f"{policy.sinks} sinks and "
-            f"{policy.recent} recent tokens; raise the budget or lower sinks or recent"
+            f"{sinks} sinks and {recent} recent tokens; raise the budget or lower sinks or recent"
         )
 
 
@@ -51,8 +77,11 @@ class EvictionCosts:
         sequences: the batch size.
         entry_bytes: of one entry.
         fixed_bytes: what is held whatever is kept: indices, and the layers that slide.
-        exact_tokens: sinks and recent tokens that are held exactly.
-        exact_extra_bytes: how much more than an entry each of them takes, in each row.
+        protected: (sinks, recent tokens) that are always kept.
+        sink_slots: sinks that are held exactly. Their slots are held even while they are empty.
+        exact_recent: recent tokens that are held exactly.
+        exact_extra_bytes: how much more than an entry an exact token takes, in each row.
+        slots_stay_empty: whether a sequence may have fewer sinks than slots, however long it is.
         expected_tokens: tokens that will be given again and then stay. A budget counts them as seen.
         expected_bytes: what they will take.
     """
@@ -61,8 +90,11 @@ class EvictionCosts:
     sequences: int
     entry_bytes: float
     fixed_bytes: float
-    exact_tokens: int = 0
+    protected: tuple[int, int]
+    sink_slots: int = 0
+    exact_recent: int = 0
     exact_extra_bytes: float = 0
+    slots_stay_empty: bool = False
     expected_tokens: int = 0
     expected_bytes: float = 0
 
@@ -73,13 +105,14 @@ class EvictionCosts:
             granted = budget.amount / self.sequences
         else:
             granted = budget.amount * (tokens + self.expected_tokens)
-        exact_extra = self.heads * min(tokens, self.exact_tokens) * self.exact_extra_bytes
-        return granted - self.fixed_bytes - self.expected_bytes - exact_extra
+        filled = 0 if self.slots_stay_empty else min(tokens, self.sink_slots)
+        exact = min(tokens, filled + self.exact_recent) * self.exact_extra_bytes
+        empty = (self.sink_slots - filled) * (self.entry_bytes + self.exact_extra_bytes)
+        return granted - self.fixed_bytes - self.expected_bytes - self.heads * (exact + empty)
 
-    def protected_bytes(self, policy: Policy, tokens: int) -> float:
+    def protected_bytes(self, tokens: int) -> float:
         """The bytes of the sinks and recent tokens of such a sequence, which are always kept."""
-        always = max(self.exact_tokens, policy.sinks + policy.recent)
-        return self.heads * min(tokens, always) * self.entry_bytes
+        return self.heads * min(tokens, sum(self.protected)) * self.entry_bytes
 
     def tokens_per_head(self, policy: Policy, tokens: int) -> float:
         """How many tokens each head of such a sequence may keep, on average over heads.
@@ -92,7 +125,7 @@ class EvictionCosts:
         """Refuse a budget of bytes that is too small for the tokens that are always kept.
 
         Args:
-            policy: whose budget, sinks and recent tokens count.
+            policy: whose budget counts.
             tokens_seen: of each sequence; those without tokens do not count.
 
         Raises:
@@ -101,7 +134,7 @@ class EvictionCosts:
         budget, lengths = budget_of(policy), [n for n in tokens_seen if n]
         if budget.unit not in ("bytes", "bytes/token"):
             return
-        lacking = [self.protected_bytes(policy, n) - self.bytes_left(policy, n) for n in lengths]
+        lacking = [self.protected_bytes(n) - self.bytes_left(policy, n) for n in lengths]
         if max(lacking, default=0) <= BYTE_ROUNDING:
             return
         if budget.unit == "bytes":  # the sequences share it equally
@@ -115,8 +148,8 @@ class EvictionCosts:
         raise LowkeyError(
             f"budget {budget}: {_batch_in_words(self.sequences, lengths)} take "
             f"{smallest}{budget.unit.removeprefix('bytes')} for "
-            f"{question}{policy.sinks} sinks and {policy.recent} recent tokens, indices and sliding layers; "
-            "give that, or lower sinks or recent"
+            f"{question}{self.protected[0]} sinks and {self.protected[1]} recent tokens, indices and sliding "
+            "layers; give that, or lower sinks or recent"
         )
 
 

@@ -23,7 +23,7 @@ from lowkey.models.attention_interface import Call
 from lowkey.ops.ragged import join_rows, pad_rows, starts_of, top_mask
 from lowkey.policies.base import CosAndSin, EvictionContext, Policy
 from lowkey.storage.base import StoringLayer
-from lowkey.storage.budgets import EvictionCosts
+from lowkey.storage.budgets import EvictionCosts, protected_tokens
 from lowkey.storage.cache_wide_eviction import CacheWideEviction, Candidates
 from lowkey.storage.chunk import visible_in_chunk
 from lowkey.storage.codec import Codec, Plain
@@ -142,7 +142,10 @@ class EvictingLayer(RowLayer):
             sequences=b,
             entry_bytes=self.entry_bytes,
             fixed_bytes=layers * self.index_bytes() / b + sliding + filled,
-            exact_tokens=self.exact.sinks + self.exact.recent,
+            protected=protected_tokens(self.policy, self.exact),
+            sink_slots=self.exact.sinks,
+            exact_recent=self.exact.recent,
+            slots_stay_empty=self.exact.rule is not None,
             exact_extra_bytes=self._exact_token_bytes() + self._score_bytes() - self.entry_bytes,
             expected_tokens=self.expected_tokens,
             expected_bytes=rows * expected,
@@ -178,7 +181,11 @@ class EvictingLayer(RowLayer):
                 candidates.positions[sequence], candidates.valid[sequence], strict=True
             )
         ]
-        heads = torch.arange(self.row_heads).repeat_interleave(self.codec.heads_per_row).unsqueeze(0)
+        heads = (
+            torch.arange(self.row_heads, device=self.device)
+            .repeat_interleave(self.codec.heads_per_row)
+            .unsqueeze(0)
+        )
         return [rows[i] for i in self._in_model_order(heads)[0].tolist()]
 
     # -- attending
@@ -353,8 +360,8 @@ class EvictingLayer(RowLayer):
             # tokens that only score come last, and are no longer candidates
             valid=candidates.valid & (number < tokens[:, None, None]),
         )
-        protected = max(self.policy.recent, self.exact.recent)
-        stays = stepping | (number < self.policy.sinks) | (number >= (tokens - protected)[:, None, None])
+        recent = protected_tokens(self.policy, self.exact)[1]
+        stays = stepping | (number < self.policy.sinks) | (number >= (tokens - recent)[:, None, None])
         stays = stays | self._in_sink_slots(candidates)
         scores = scores.nan_to_num(0.0).clamp(-LARGEST_SCORE, LARGEST_SCORE)
         scores = scores.masked_fill(stays, torch.inf).masked_fill(~candidates.valid, -torch.inf)
@@ -397,7 +404,14 @@ class EvictingLayer(RowLayer):
         if self.policy.budget is None:
             return False
         self.costs().check(self.policy, tokens.tolist())
-        fits = all(self.tokens_per_head(n) >= n for n in tokens.tolist())
+        budget = Budget.parse(self.policy.budget)
+        if self.block > 1 and budget.unit != "%":
+            # dense tokens and rows have other blocks, and another sequence of the batch may need rows
+            return False
+        # dense tokens are cheaper than those of rows, but sinks among them are held twice
+        in_bytes = budget.unit in ("bytes", "bytes/token")
+        copy = self._packed_token_bytes() / self.entry_bytes if in_bytes else 0.0
+        fits = all(self.tokens_per_head(n) >= n + min(n, self.exact.sinks) * copy for n in tokens.tolist())
         return fits and (self.policy.needs_second_pass or not self.keeps_scores)
 
     def _context(
@@ -469,9 +483,16 @@ class EvictingLayer(RowLayer):
         """Latents (b, G, s, r) of all dense tokens, for a packing that packs blocks of tokens.
 
         They are encoded from the tokens as they came where these are at hand, so that they are rounded once.
+        Stored latents are taken as they are: maps that do not invert each other would change them.
         """
-        keys, values = chunk or self._dense_as_read()
-        return self.codec.encode(keys, values, self.positions_of(self.front_start, self.seen))
+        keys, values = chunk or (self._of_dense(self.recent_k), self._of_dense(self.recent_v))
+        encoded = self.codec.encode(keys, values, self.positions_of(self.front_start, self.seen))
+        if chunk or not self.storable()[0]:
+            return encoded
+        latents = (
+            self._of_dense(x, stored) for x, stored in zip(encoded, self._unpacked_dense(), strict=True)
+        )
+        return next(latents), next(latents)
 
     def keep_best(self, candidates: Candidates, scores: Tensor, counts: Tensor) -> None:
         """Keep the candidates with the highest scores in every row; the others are freed.

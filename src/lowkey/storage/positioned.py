@@ -131,6 +131,12 @@ class RaggedLayer(PositionedLayer):
         Raises:
             LowkeyError: for such masks.
         """
+        if real.shape[1] < self.score_only_tokens:
+            raise LowkeyError(
+                f"score_only {self.score_only_tokens}: that many tokens at the end of each chunk score the "
+                f"others, and this chunk has {real.shape[1]}; give longer chunks, or call "
+                "cache.score_only(0) first"
+            )
         tokens = torch.arange(self.seen, device=first.device)
         if start and not _sees_all_held(call, real, tokens[:start] >= first):
             raise LowkeyError(

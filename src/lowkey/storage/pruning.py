@@ -175,7 +175,7 @@ class PruningLayer(EvictingLayer):
             whole,
             entry_bytes=self.pruned_entry_bytes,
             fixed_bytes=whole.fixed_bytes + next_pruning,
-            exact_tokens=self._whole_tokens() + self.exact.sinks,
+            exact_recent=self._whole_tokens(),
             exact_extra_bytes=self.entry_bytes - self.pruned_entry_bytes,
         )
 

@@ -197,7 +197,8 @@ class RowLayer(RaggedLayer, CodedLayer):
             return [*dense, *rows], lse
         rows = self._row_parts(call)
         came_as_stored = self.is_lossless or (self.exact_prefill and bool(exact.all()))
-        if self.seen - self.front_start == keys.shape[2] and came_as_stored:
+        sinks_are_dense = not self.exact.sinks or not self.front_start
+        if self.seen - self.front_start == keys.shape[2] and came_as_stored and sinks_are_dense:
             return [attend_to_chunk(call, keys, values, self.seen), *rows], None
         if self._reads_in_place(call):
             return [*self._step_parts(call, *buffers, exact), *rows], None
@@ -279,20 +280,28 @@ class RowLayer(RaggedLayer, CodedLayer):
 
     def _dense_as_read(self) -> tuple[Tensor, Tensor]:
         """Keys and values (b, h, s, d) of the dense tokens, as they are stored."""
-        count = self.seen - self.front_start
-        index = torch.arange(self.front_start, self.seen, device=self.device)
-        slot = index - self._first_slot_index()
-        stored = self.storable()[0]
-        slots = self._indices_of_slots(0, stored) - self.offset
-        latents = self._unpacked_dense()
-        decoded = self.codec.rebuilt_keys(latents[0], slots), self.codec.expand_values(latents[1])
-        is_stored = ((slot >= 0) & (slot < stored))[:, None, :, None]
-        out = []
-        for whole, recent in zip(decoded, (self.recent_k, self.recent_v), strict=True):
-            exact = torch.nn.functional.pad(recent, (0, 0, count - recent.shape[2], 0))
-            at = slot.clamp(0, max(0, stored - 1)).expand(len(exact), -1)[:, None, :, None].expand_as(exact)
-            out.append(torch.where(is_stored, whole.gather(2, at), exact) if stored else exact)
-        return out[0], out[1]
+        slots = self._positions_of_slots(0, self.storable()[0])
+        keys, values = self._unpacked_dense()
+        return (
+            self._of_dense(self.recent_k, self.codec.rebuilt_keys(keys, slots)),
+            self._of_dense(self.recent_v, self.codec.expand_values(values)),
+        )
+
+    def _of_dense(self, exact: Tensor, stored: Tensor | None = None) -> Tensor:
+        """All dense tokens (b, heads, s, width), from those of the window and those of the slots.
+
+        Args:
+            exact: (b, heads, n, width), the newest tokens, of which those that are in no slot are taken.
+            stored: (b, heads, slots, width), the stored tokens; None for zeros in their places.
+        """
+        missing = self.seen - self.front_start - exact.shape[2]
+        exact = torch.nn.functional.pad(exact, (0, 0, missing, 0))
+        if stored is None or not stored.shape[2]:
+            return exact
+        slot = torch.arange(self.front_start, self.seen, device=self.device) - self._first_slot_index()
+        is_stored = ((slot >= 0) & (slot < stored.shape[2]))[:, None, :, None]
+        at = slot.clamp(0, stored.shape[2] - 1).expand(len(exact), -1)[:, None, :, None]
+        return torch.where(is_stored, stored.gather(2, at.expand_as(exact)), exact)
 
     def _unpacked_dense(self) -> tuple[Tensor, Tensor]:
         """Stored keys (b, G, s, r_K) and values (b, G', s, r_V) of all slots."""

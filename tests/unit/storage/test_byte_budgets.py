@@ -224,7 +224,7 @@ def test_bytes_per_token_of_a_plan_are_those_of_one_more_token(name, allocator):
 
 def test_every_row_has_its_own_part_of_the_budget():
     """By hand: 1000 bytes over 2 rows, 100 of them for indices, 30 a token and 2 heads."""
-    costs = EvictionCosts(heads=2, sequences=2, entry_bytes=30, fixed_bytes=100)
+    costs = EvictionCosts(heads=2, sequences=2, entry_bytes=30, fixed_bytes=100, protected=(2, 3))
     assert costs.tokens_per_head(policy("snapkv", "1000 B"), 50) == 13 / 2
     assert costs.tokens_per_head(policy("snapkv", "20 B/token"), 50) == 30 / 2
     costs.check(policy("snapkv", "800 B"), [50, 50])  # 2 heads of 5 tokens that stay
