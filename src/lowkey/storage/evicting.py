@@ -117,12 +117,6 @@ class EvictingLayer(RowLayer):
         super().restore(before)
         self.cache_eviction.waiting.clear()
 
-    def index_bytes(self) -> int:
-        """The bytes that are held whatever is kept: row starts, where sequences begin, and sink slots."""
-        sinks = self.exact.sinks * self.sink_index.element_size()
-        of_rows = len(self.rows_starts) * self.rows_starts.element_size()
-        return of_rows + len(self.offset) * (2 * self.offset.element_size() + sinks)
-
     def costs(self) -> EvictionCosts:
         """The costs of this layer's whole cache, whose layers are all alike."""
         b, itemsize, layers = len(self.offset), self.recent_k.element_size(), self.cache_eviction.layers
@@ -478,21 +472,6 @@ class EvictingLayer(RowLayer):
         valid = candidates.valid[..., first:last]
         self.rows_scores = candidates.previous_scores[..., first:last][valid]
         self.dense_scores = candidates.previous_scores[..., last:].clone()
-
-    def _latents_of_dense(self, chunk: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Latents (b, G, s, r) of all dense tokens, for a packing that packs blocks of tokens.
-
-        They are encoded from the tokens as they came where these are at hand, so that they are rounded once.
-        Stored latents are taken as they are: maps that do not invert each other would change them.
-        """
-        keys, values = chunk or (self._of_dense(self.recent_k), self._of_dense(self.recent_v))
-        encoded = self.codec.encode(keys, values, self.positions_of(self.front_start, self.seen))
-        if chunk or not self.storable()[0]:
-            return encoded
-        latents = (
-            self._of_dense(x, stored) for x, stored in zip(encoded, self._unpacked_dense(), strict=True)
-        )
-        return next(latents), next(latents)
 
     def keep_best(self, candidates: Candidates, scores: Tensor, counts: Tensor) -> None:
         """Keep the candidates with the highest scores in every row; the others are freed.

@@ -150,6 +150,12 @@ class RowLayer(RaggedLayer, CodedLayer):
         """The bytes of the score of one token in one row."""
         return self.dense_scores.element_size() if self.keeps_scores else 0
 
+    def index_bytes(self) -> int:
+        """The bytes that are held whatever is kept: row starts, where sequences begin, and sink slots."""
+        sinks = self.exact.sinks * self.sink_index.element_size()
+        of_rows = len(self.rows_starts) * self.rows_starts.element_size()
+        return of_rows + len(self.offset) * (2 * self.offset.element_size() + sinks)
+
     def predicted_nbytes(self) -> int:
         """The bytes of dense tokens, of the rows, of indices and of scores."""
         if not self.is_initialized:
@@ -286,6 +292,21 @@ class RowLayer(RaggedLayer, CodedLayer):
             self._of_dense(self.recent_k, self.codec.rebuilt_keys(keys, slots)),
             self._of_dense(self.recent_v, self.codec.expand_values(values)),
         )
+
+    def _latents_of_dense(self, chunk: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Latents (b, G, s, r) of all dense tokens, for a packing that packs blocks of tokens.
+
+        They are encoded from the tokens as they came where these are at hand, so that they are rounded once.
+        Stored latents are taken as they are: maps that do not invert each other would change them.
+        """
+        keys, values = chunk or (self._of_dense(self.recent_k), self._of_dense(self.recent_v))
+        encoded = self.codec.encode(keys, values, self.positions_of(self.front_start, self.seen))
+        if chunk or not self.storable()[0]:
+            return encoded
+        latents = (
+            self._of_dense(x, stored) for x, stored in zip(encoded, self._unpacked_dense(), strict=True)
+        )
+        return next(latents), next(latents)
 
     def _of_dense(self, exact: Tensor, stored: Tensor | None = None) -> Tensor:
         """All dense tokens (b, heads, s, width), from those of the window and those of the slots.
