@@ -110,6 +110,23 @@ def test_a_row_that_fits_the_budget_is_the_row_alone(form, bits):
         assert (together[row, pad:] - alone[0]).abs().max() < 2e-3
 
 
+@pytest.mark.parametrize("question", [0, 3])
+def test_tokens_that_wait_for_other_rows_score_as_stored(question):
+    """KVzip scores a context before anything leaves: one row has a block ready, the other has none."""
+    model, ids, pads = attached("llama"), prompt(45), [9, 0]
+
+    def kept(ids, pads, row):
+        cache = lowkey.make_cache(
+            model, policy=policy("kvzip", "18 tokens", chunk=15), bits="kivi2", exact=Exact(0, 5)
+        )
+        mask = pico.padding(pads, ids.shape[1])[0]
+        lowkey.prefill(model, pico.tokenizer(), cache, ids, question, mask)
+        return [[p.tolist() for p in layer.kept_positions(row)] for layer in cache.evicting]
+
+    for row, pad in enumerate(pads):
+        assert kept(ids, pads, row) == kept(ids[row : row + 1, pad:], [0], 0)
+
+
 def test_stored_latents_are_not_encoded_again():
     """Maps that do not invert each other, as trained ones, would change a token with every eviction."""
     model = attached("llama")

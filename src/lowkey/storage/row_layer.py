@@ -286,8 +286,8 @@ class RowLayer(RaggedLayer, CodedLayer):
 
     def _dense_as_read(self) -> tuple[Tensor, Tensor]:
         """Keys and values (b, h, s, d) of the dense tokens, as they are stored."""
-        slots = self._positions_of_slots(0, self.storable()[0])
         keys, values = self._unpacked_dense()
+        slots = self._positions_of_slots(0, keys.shape[2])
         return (
             self._of_dense(self.recent_k, self.codec.rebuilt_keys(keys, slots)),
             self._of_dense(self.recent_v, self.codec.expand_values(values)),
@@ -301,7 +301,7 @@ class RowLayer(RaggedLayer, CodedLayer):
         """
         keys, values = chunk or (self._of_dense(self.recent_k), self._of_dense(self.recent_v))
         encoded = self.codec.encode(keys, values, self.positions_of(self.front_start, self.seen))
-        if chunk or not self.storable()[0]:
+        if chunk:
             return encoded
         latents = (
             self._of_dense(x, stored) for x, stored in zip(encoded, self._unpacked_dense(), strict=True)
@@ -320,16 +320,18 @@ class RowLayer(RaggedLayer, CodedLayer):
         if stored is None or not stored.shape[2]:
             return exact
         slot = torch.arange(self.front_start, self.seen, device=self.device) - self._first_slot_index()
-        is_stored = ((slot >= 0) & (slot < stored.shape[2]))[:, None, :, None]
+        # a sequence that is ahead of the others reads tokens that wait for them as they will be stored
+        left = self._slots_left(self.first_index.new_tensor([self.seen]))
+        is_stored = ((slot >= 0) & (slot < left))[:, None, :, None]
         at = slot.clamp(0, stored.shape[2] - 1).expand(len(exact), -1)[:, None, :, None]
         return torch.where(is_stored, stored.gather(2, at.expand_as(exact)), exact)
 
     def _unpacked_dense(self) -> tuple[Tensor, Tensor]:
-        """Stored keys (b, G, s, r_K) and values (b, G', s, r_V) of all slots."""
-        keys, values = (
-            packing.unpack(self.packed_tensors(name), self.shapes[name][1])
-            for name, packing in self.packing.items()
-        )
+        """Keys (b, G, s, r_K) and values (b, G', s, r_V) of all slots that some sequence has ready."""
+        (count, ahead), tensors = self.storable(), {name: self.packed_tensors(name) for name in self.packing}
+        if ahead > count:
+            tensors = self._with_stored(self._packed(self.recent_k, self.recent_v, count, ahead))
+        keys, values = (p.unpack(tensors[name], self.shapes[name][1]) for name, p in self.packing.items())
         return keys, values
 
     def _forget_transient(self) -> None:
