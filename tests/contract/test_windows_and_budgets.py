@@ -110,6 +110,22 @@ def test_a_row_that_fits_the_budget_is_the_row_alone(form, bits):
         assert (together[row, pad:] - alone[0]).abs().max() < 2e-3
 
 
+@pytest.mark.parametrize("bits", ["int2", "hadamard4"])
+def test_a_chunk_scores_as_it_came_wherever_older_tokens_lie(bits):
+    """One row fits the budget after the first piece: alone its tokens are dense, and in the batch in rows."""
+    model, ids, pads = attached("llama"), prompt(70), [5, 0]
+
+    def kept(ids, pad, row):
+        cache = lowkey.make_cache(
+            model, plan(model, "merged-pre"), policy("tova", "18 tokens"), bits=bits, exact=Exact(3, 0)
+        )
+        feed(model, ids, cache, pad, [ids.shape[1] - 50, 50])
+        return [[p.tolist() for p in layer.kept_positions(row)] for layer in cache.evicting]
+
+    for row, pad in enumerate(pads):
+        assert kept(ids, pads, row)[0] == kept(ids[row : row + 1, pad:], [0], 0)[0]
+
+
 @pytest.mark.parametrize("question", [0, 3])
 def test_tokens_that_wait_for_other_rows_score_as_stored(question):
     """KVzip scores a context before anything leaves: one row has a block ready, the other has none."""

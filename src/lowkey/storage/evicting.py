@@ -200,10 +200,9 @@ class EvictingLayer(RowLayer):
         if is_step:
             self._after_step(call)
         else:
-            chunk = (keys, values) if self.seen - self.front_start == t else None
             if repetition_lse is not None:
                 repetition_lse = self._in_model_order(repetition_lse)
-            self._evict(call, real, chunk, repetition_lse)
+            self._evict(call, real, (keys, values), repetition_lse)
         return self._in_model_order(out).to(values.dtype)
 
     replay = StoringLayer.replay  # recorded queries score tokens again
@@ -300,8 +299,8 @@ class EvictingLayer(RowLayer):
 
         Args:
             candidates: from `_candidates`.
-            chunk: the dense tokens as they came, if the newest call brought all of them; else they are read
-                as they are stored.
+            chunk: keys and values (b, h, t, d) of the newest dense tokens as they came, if the newest call
+                brought any; older ones are read as they are stored.
         """
         b, old = len(self.offset), self._old_rows()
         stored = []
@@ -312,7 +311,7 @@ class EvictingLayer(RowLayer):
         positions = candidates.positions[..., first : first + candidates.in_rows]
         positions = positions.repeat_interleave(self.codec.heads_per_row, 1)
         rows = self.codec.rebuilt_keys(stored[0], positions), self.codec.expand_values(stored[1])
-        both = zip((self.sink_k, self.sink_v), rows, chunk or self._dense_as_read(), strict=True)
+        both = zip((self.sink_k, self.sink_v), rows, self._dense_as_read(chunk), strict=True)
         keys, values = (self._in_model_order(torch.cat(parts, 2)) for parts in both)
         return keys, values
 
@@ -332,7 +331,7 @@ class EvictingLayer(RowLayer):
         Args:
             call: the attention call, heads in the model's order; its queries are the newest.
             real: (b, t), which of the newest tokens are no padding; None if all are.
-            chunk: keys and values (b, h, t, d) in the codec's order, if these are all dense tokens.
+            chunk: keys and values (b, h, t, d) of the newest tokens in the codec's order, or None.
             repetition_lse: (b, h, g, t), with a repeated span; see `EvictionContext`.
         """
         tokens = self.tokens_seen()

@@ -19,7 +19,7 @@ from lowkey.models.attention_interface import Call
 from lowkey.ops.ragged import row_of, select_rows, starts_of
 from lowkey.storage.chunk import attend_to_chunk
 from lowkey.storage.codec import Codec
-from lowkey.storage.coded import CodedLayer
+from lowkey.storage.coded import CodedLayer, take_tokens
 from lowkey.storage.exact import Exact, SinkPoints
 from lowkey.storage.packing import Packing
 from lowkey.storage.positioned import RaggedLayer
@@ -284,29 +284,46 @@ class RowLayer(RaggedLayer, CodedLayer):
 
     # -- moving
 
-    def _dense_as_read(self) -> tuple[Tensor, Tensor]:
-        """Keys and values (b, h, s, d) of the dense tokens, as they are stored."""
+    def _dense_as_read(self, chunk: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Keys and values (b, h, s, d) of the dense tokens, older ones as queries see them.
+
+        Args:
+            chunk: keys and values (b, h, t, d) of the newest of them as they came, or None.
+        """
+        if chunk is not None and chunk[0].shape[2] == self.seen - self.front_start:
+            return chunk
         keys, values = self._unpacked_dense()
         slots = self._positions_of_slots(0, keys.shape[2])
-        return (
-            self._of_dense(self.recent_k, self.codec.rebuilt_keys(keys, slots)),
-            self._of_dense(self.recent_v, self.codec.expand_values(values)),
-        )
+        keys = self._of_dense(self.recent_k, self.codec.rebuilt_keys(keys, slots))
+        values = self._of_dense(self.recent_v, self.codec.expand_values(values))
+        if self.exact.sinks:
+            tokens = torch.arange(self.front_start, self.seen, device=self.device)
+            in_slot = self.sink_index.unsqueeze(1) == tokens.unsqueeze(1)  # (b, s, sinks)
+            is_sink, slot = in_slot.any(2)[:, None, :, None], in_slot.int().argmax(2)
+            keys = torch.where(is_sink, take_tokens(self.sink_k, slot), keys)
+            values = torch.where(is_sink, take_tokens(self.sink_v, slot), values)
+        return _newest_replaced((keys, values), chunk)
 
     def _latents_of_dense(self, chunk: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Latents (b, G, s, r) of all dense tokens, for a packing that packs blocks of tokens.
 
-        They are encoded from the tokens as they came where these are at hand, so that they are rounded once.
-        Stored latents are taken as they are: maps that do not invert each other would change them.
+        Tokens are encoded as they came where these are at hand, so that they are rounded once. Stored latents
+        are taken as they are: maps that do not invert each other would change them.
+
+        Args:
+            chunk: keys and values (b, h, t, d) of the newest tokens as they came, or None.
         """
-        keys, values = chunk or (self._of_dense(self.recent_k), self._of_dense(self.recent_v))
-        encoded = self.codec.encode(keys, values, self.positions_of(self.front_start, self.seen))
-        if chunk:
-            return encoded
-        latents = (
-            self._of_dense(x, stored) for x, stored in zip(encoded, self._unpacked_dense(), strict=True)
-        )
-        return next(latents), next(latents)
+        new = None
+        if chunk is not None:
+            start = self.seen - chunk[0].shape[2]
+            new = self.codec.encode(*chunk, self.positions_of(start, self.seen))
+            if start == self.front_start:
+                return new
+        exact = self._of_dense(self.recent_k), self._of_dense(self.recent_v)
+        encoded = self.codec.encode(*exact, self.positions_of(self.front_start, self.seen))
+        stored = self._unpacked_dense()
+        old = self._of_dense(encoded[0], stored[0]), self._of_dense(encoded[1], stored[1])
+        return _newest_replaced(old, new)
 
     def _of_dense(self, exact: Tensor, stored: Tensor | None = None) -> Tensor:
         """All dense tokens (b, heads, s, width), from those of the window and those of the slots.
@@ -392,3 +409,11 @@ class RowLayer(RaggedLayer, CodedLayer):
         super().reset()
         self.front_start = self.kept_entries = self.transient_tokens = 0
         self.repeated_span = None
+
+
+def _newest_replaced(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Keys and values (b, h, s, d) with others (b, h, t, d) in the place of the newest."""
+    if new is None:
+        return old
+    keys, values = (torch.cat([x[:, :, : -y.shape[2]], y], 2) for x, y in zip(old, new, strict=True))
+    return keys, values
