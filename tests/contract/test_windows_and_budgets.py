@@ -1,4 +1,4 @@
-"""Exact tokens beside a policy: seen in every call, counted in every budget, the same in a batch and alone."""
+"""Exact tokens beside a policy: seen in every call, counted in every budget, in a batch as alone."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import lowkey
 from lowkey import Exact
 from lowkey.catalog import make_policy
 from lowkey.core.types import LowkeyError
+from lowkey.policies.base import Policy
 
 PADS = [7, 0]
 
@@ -177,3 +178,58 @@ def test_a_chunk_shorter_than_what_only_scores_is_refused():
         assert (cache.get_seq_length(), cache.nbytes()) == (before, held)
     cache.score_only(0)
     assert torch.isfinite(feed(model, prompt(1), cache)).all()
+
+
+@pytest.mark.parametrize("splits", [[40, 20], [40, 8, *[1] * 12]], ids=str)
+def test_centred_tokens_in_rows_are_seen_as_by_the_model(splits):
+    """Full rank, all tokens kept, and moved into rows by H2O: what was subtracted counts in every softmax."""
+    model, ids = attached("llama"), prompt(60)
+    full = {i: pico.merged_factors(4, pico.HEAD_DIM, pico.HEAD_DIM, 2, 4, seed=i) for i in range(3)}
+    made = pico.plan(model, factors=full, orthonormal=False)
+    cache = lowkey.make_cache(model, made, policy("h2o", "100%"), exact=Exact(2, 3))
+    ours, theirs = feed(model, ids, cache, PADS, splits), feed(stock("llama"), ids, pads=PADS)
+    assert cache.evicting[0].kept_entries > 0
+    assert (real(ours, PADS) - real(theirs, PADS)).abs().max() < 1e-4
+
+
+def test_exact_copies_of_sinks_protect_no_other_tokens():
+    """Without low rank and integers, a window changes nothing, whatever lengths heads have."""
+    model, kept = attached("llama"), []
+    for exact in (Exact(), Exact(2, 0), Exact(2, 3)):
+        chosen = policy("knorm", "30%", allocator="ada", sinks=2, recent=3)
+        cache = lowkey.make_cache(model, policy=chosen, exact=exact)
+        feed(model, prompt(90), cache, PADS, [50, 20, 20])
+        kept.append([[p.tolist() for p in layer.kept_positions(0)] for layer in cache.evicting])
+    assert len({len(p) for p in kept[0][0]}) > 1, "heads of different length"
+    assert kept[0] == kept[1] == kept[2]
+
+
+@pytest.mark.parametrize("score", [torch.inf, -torch.inf, torch.nan])
+def test_scores_that_are_no_numbers_keep_the_budget(score):
+    @dataclasses.dataclass(frozen=True)
+    class Extreme(Policy):
+        def score(self, context):
+            return torch.full_like(context.previous_scores, score)
+
+    cache = lowkey.make_cache(attached("llama"), policy=Extreme("20 tokens", sinks=1, recent=2))
+    feed(attached("llama"), prompt(60), cache, PADS)
+    assert [len(p) for p in cache.kept_positions(0)] == [20] * 4
+
+
+@pytest.mark.parametrize("question", [1, 12, 31])
+def test_a_question_in_blocks_is_within_a_budget_of_bytes(question):
+    """Tokens of a question that is asked again fill no block yet, and so are exact."""
+    model, ids = attached("llama"), prompt(100, 1)
+
+    def asked(budget):
+        cache = lowkey.make_cache(model, policy=policy("snapkv", budget), bits="kivi2", exact=Exact(2, 3))
+        lowkey.prefill(model, pico.tokenizer(), cache, ids, question)
+        feed(model, ids[:, 100 - question :], cache)
+        return cache.nbytes()
+
+    with pytest.raises(LowkeyError, match="give that") as refused:
+        asked("1 B")
+    amount, unit = re.search(r"take (\S+) (\S+) for", str(refused.value)).groups()
+    limit = float(amount) * (1024 if unit == "KiB" else 1)
+    for factor in (1.0, 1.2):
+        assert asked(f"{int(factor * limit)} B") <= factor * limit
