@@ -233,3 +233,12 @@ def test_a_question_in_blocks_is_within_a_budget_of_bytes(question):
     limit = float(amount) * (1024 if unit == "KiB" else 1)
     for factor in (1.0, 1.2):
         assert asked(f"{int(factor * limit)} B") <= factor * limit
+
+
+def test_a_row_that_waited_for_another_is_stored_once_it_is_alone():
+    model = attached("llama")
+    cache = lowkey.make_cache(model, policy=policy("snapkv", "100%"), bits="kivi2", exact=Exact(0, 3))
+    feed(model, prompt(45), cache, [20, 0])
+    before = cache.nbytes()
+    cache.batch_select_indices(torch.tensor([1]))
+    assert reach.held(cache) == cache.nbytes() == cache.predicted_nbytes() < 0.45 * before
