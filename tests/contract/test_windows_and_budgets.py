@@ -235,7 +235,7 @@ def test_a_question_in_blocks_is_within_a_budget_of_bytes(question):
         assert asked(f"{int(factor * limit)} B") <= factor * limit
 
 
-def test_a_row_that_waited_for_another_is_stored_once_it_is_alone():
+def test_a_row_that_waited_for_another_is_stored_when_alone():
     model = attached("llama")
     cache = lowkey.make_cache(model, policy=policy("snapkv", "100%"), bits="kivi2", exact=Exact(0, 3))
     feed(model, prompt(45), cache, [20, 0])
