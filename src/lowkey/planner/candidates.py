@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 
 from transformers import PreTrainedModel
 
@@ -65,6 +66,11 @@ class Composer:
     tokens: int
     sinks: int = DEFAULT_WINDOW.sinks
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """The model's fingerprint. It reads all weights, and a search makes a hundred plans."""
+        return model_fingerprint(self.model)
+
     @property
     def itemsize(self) -> int:
         """Bytes of a number in the model's dtype."""
@@ -91,7 +97,7 @@ class Composer:
             geometry=asdict(families.geometry(self.model)),
             provenance={
                 "model": self.model.config._name_or_path,
-                "model_sha256": model_fingerprint(self.model),
+                "model_sha256": self.fingerprint,
                 "versions": versions(),
             },
             sinks=self.sinks if exact else 0,

@@ -220,9 +220,12 @@ class RowLayer(RaggedLayer, CodedLayer):
     def _in_repetition(self, t: int) -> Tensor:
         """(b, s): which of the tokens seen are of the repeated span, or among the newest `t`."""
         index = torch.arange(self.seen, device=self.device)
-        number = index - self.first_index
+        return self._in_span(index - self.first_index) | (index >= self.seen - t)
+
+    def _in_span(self, number: Tensor) -> Tensor:
+        """Which tokens, numbered from their sequence's first, lie in the repeated span."""
         start, stop = self.repeated_span or (0, 0)
-        return ((number >= start) & (number < stop)) | (index >= self.seen - t)
+        return (number >= start) & (number < stop)
 
     def _row_parts(self, call: Call, split: bool = False) -> list[Part]:
         """Attention over the rows; if `split`, over the repeated span and over all else by itself."""
@@ -253,9 +256,7 @@ class RowLayer(RaggedLayer, CodedLayer):
         sets = [(keys, values, positions, starts)]
         if split:
             row = row_of(starts)
-            number = positions - self._first_positions()[row // self.row_heads, 0, 0]
-            start, stop = self.repeated_span or (0, 0)
-            inside = (number >= start) & (number < stop)
+            inside = self._in_span(positions - self._first_positions()[row // self.row_heads, 0, 0])
             counts = torch.zeros_like(starts[1:]).index_add_(0, row, inside.long())
             sets = [
                 (keys[chosen], values[chosen], positions[chosen], starts_of(lengths))
