@@ -8,6 +8,7 @@ read where they lie. bf16 and fp16 numbers are widened in registers, and sums ar
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from threading import Lock
@@ -19,12 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lowkey.backends.stored import StoredRows
+from lowkey.backends.stored import StepSegment, StoredRows
 
 KERNEL_KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 GROUPS = (1, 2, 4, 8)  # queries that share one reading of the keys; each is one more small compilation
 BLOCK = 32  # tokens of a block whose channels have scales of their own; masks are filled up to whole blocks
 LN2 = math.log(2)
+NO_MASK, NO_BIAS = np.empty((0, 0, 0), np.uint8), np.empty((0, 0), np.float32)
 _lock = Lock()  # one of numba's threading layers must not be entered by two threads at a time
 
 
@@ -80,26 +82,121 @@ def stored_rows(
 
     Codes are widened in registers. The result is the same in every bit for any number of threads.
     """
-    kernel, (rows, m, _) = _kernel(), query.shape
-    out, lse = torch.empty(rows, m, values.width), torch.empty(rows, m)
-    g = next((n for n in GROUPS if n >= m), GROUPS[-1])
-    places = torch.stack([keys.lane, keys.first, values.lane, values.first, lengths]).numpy()
-    seen = np.empty((0, 0, 0), np.uint8)
+    seen = NO_MASK
     if mask is not None:
         seen = pad(mask, (0, -mask.shape[2] % BLOCK)).contiguous().view(torch.uint8).numpy()
-    given = (
-        query.detach().float().contiguous().numpy(),
-        _place(keys),
-        _place(values),
-        _query_slots(keys, kernel.LANES),
-        _slots(*values.groups, values.width, kernel.LANES),
-    )
-    with _lock:
-        compiled = kernel.scorer(g, _kind(keys)), kernel.softener(g), kernel.mixer(g, _kind(values))
-        functions = np.array([function.address for function in compiled])
-        scales = _scales(scaling, softcap)
-        kernel.decode_rows(functions, g, *scales, *given, places, seen, out.numpy(), lse.numpy(), _threads())
+    own = Segments(query.shape[1], [StepSegment(keys, values, lengths)])
+    _, out, _, lse = own.attend((None, query), scaling, softcap, seen)
     return out, lse
+
+
+class Segments:
+    """Tokens of several kinds that the same queries attend to, prepared once for many calls.
+
+    Queries and outputs are in one of two bases: that of latents (0) and that of the model (1).
+
+    Attributes:
+        places: (S, 5, R), int64: the lane and first unit of each row's keys and of its values, and its
+            tokens. A caller may change it between calls.
+    """
+
+    def __init__(self, queries: int, segments: Sequence[StepSegment]) -> None:
+        """Prepare.
+
+        Args:
+            queries: of each row.
+            segments: the tokens.
+        """
+        kernel, pairs = _kernel(), [(s.keys, s.values) for s in segments]
+        self.group = g = next((n for n in GROUPS if n >= queries), GROUPS[-1])
+        self.basis = np.array([not s.as_latents for s in segments], np.int64)
+        self.hidden = np.array([s.hidden for s in segments], np.int64)
+        self.places = np.stack(
+            [
+                np.stack(
+                    [x.numpy() for x in (k.lane, k.first, v.lane, v.first)] + [np.zeros(len(k.lane), int)]
+                )
+                for k, v in pairs
+            ]
+        )
+        for place, s in zip(self.places, segments, strict=True):
+            place[4] = 0 if s.lengths is None else s.lengths.numpy()
+        # the addresses below point into these tensors
+        self.held = [x for pair in pairs for y in pair for x in (y.numbers, y.scale, y.low)]
+        self.keys, self.values = (np.stack([_place(pair[i]) for pair in pairs]) for i in (0, 1))
+        self.key_slots = _joined([_query_slots(k, kernel.LANES) for k, _ in pairs])
+        self.value_slots = _joined([_slots(*v.groups, v.width, kernel.LANES, True) for _, v in pairs])
+        self.widths = [
+            max((s.values.width for s in segments if s.as_latents == latents), default=0)
+            for latents in (True, False)
+        ]
+        with _lock:
+            compiled = [
+                (kernel.scorer(g, _kind(k)), kernel.softener(g), kernel.mixer(g, _kind(v))) for k, v in pairs
+            ]
+        self.functions = np.array([[function.address for function in three] for three in compiled])
+
+    def attend(
+        self,
+        queries: tuple[Tensor | None, Tensor | None],
+        scaling: float,
+        softcap: float | None = None,
+        mask: np.ndarray | None = None,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Attention over all segments, under one softmax.
+
+        Args:
+            queries: (R, m, r) in either basis; None where no segment is met in it.
+            scaling: what scores are multiplied with.
+            softcap: the soft cap of scaled scores, or None.
+            mask: see `numba_kernel.attend_segments`.
+            bias: (R, m), added to all scores in basis 0; None for none.
+
+        Returns:
+            (outputs (R, m, v) in basis 0 and in basis 1, whose sum over a common basis is attention; the share
+            of the weights (R, m) in basis 0; the log-sum-exp of all scores (R, m)), in fp32.
+        """
+        given = next(x for x in queries if x is not None)
+        rows, m = given.shape[:2]
+        wide = [None if x is None else x.detach().float().contiguous().numpy() for x in queries]
+        # an empty array of the same kind, so that the kernel is compiled once
+        both = tuple(np.empty((rows, m, 0), np.float32) if x is None else x for x in wide)
+        outputs = (
+            *(np.empty((rows, m, width), np.float32) for width in self.widths),
+            np.empty((rows, m), np.float32),
+            np.empty((rows, m), np.float32),
+        )
+        shift = NO_BIAS if bias is None else (bias.detach().float() / LN2 * scaling).numpy()
+        with _lock:
+            _kernel().attend_segments(
+                self.functions,
+                self.group,
+                *_scales(scaling, softcap),
+                *both,
+                self.basis,
+                self.keys,
+                self.values,
+                *self.key_slots,
+                *self.value_slots,
+                self.places,
+                self.hidden,
+                NO_MASK if mask is None else mask,
+                shift,
+                *outputs,
+                _threads(),
+            )
+        out_0, out_1, share, lse = (torch.from_numpy(x) for x in outputs)
+        return out_0, out_1, share, lse
+
+
+def _joined(slots: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(columns of all segments side by side, -1 where one has fewer; how many each has)."""
+    counts = np.array([len(x) for x in slots], np.int64)
+    joined = np.full((len(slots), counts.max()), -1, np.int64)
+    for row, x in zip(joined, slots, strict=True):
+        row[: len(x)] = x
+    return joined, counts
 
 
 @cache

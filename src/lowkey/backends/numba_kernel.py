@@ -164,22 +164,33 @@ def _row(place, lane, first, token):
 
 
 @compiled
-def _attend(functions, g, cap, query, keys, values, masks, left, steps, scores, part):
-    """Attend to one piece of `left` tokens with all queries (M, r') of its row.
+def _attend(functions, g, cap, query, width, count, keys, values, masks, left, steps, scores, part):
+    """Attend to one piece of `left` tokens with the M queries of its row.
 
-    The results go to `part`: (out (M, v'), top (M), total (M)).
+    Args:
+        functions: of the piece's segment.
+        g: queries that share one reading of the keys.
+        cap: see `attend_segments`.
+        query: the address of the row's packed queries.
+        width: r', numbers of each.
+        count: v', numbers of an output.
+        keys, values: as `_row` returns them.
+        masks: addresses of what each query sees, or none.
+        left: tokens.
+        steps: vectors of scores.
+        scores: room for them.
+        part: (out (M v'), top (M), total (M)), the results.
     """
     out, tops, totals = part
     top, total, n = scores[0], scores[1], LANES // g
-    for i in range(len(out)):
-        for x in range(out.shape[1]):
-            out[i, x] = 0.0
+    for x in range(len(tops) * count):
+        out[x] = 0.0
     at = _at(scores, 2 * LANES)
-    for i in range(0, len(query), g):  # g queries share one reading of the keys
-        call(functions[0], (_at(query, i * query.shape[1]), *keys, left, at))
+    for i in range(0, len(tops), g):  # g queries share one reading of the keys
+        call(functions[0], (query + 4 * i * width, *keys, left, at))
         seen = _at(masks, i) if len(masks) else np.int64(0)
         call(functions[1], (cap, seen, steps, left, at, _at(top, 0), _at(total, 0)))
-        call(functions[2], (at, *values, left, _at(out, i * out.shape[1])))
+        call(functions[2], (at, *values, left, _at(out, i * count)))
         for j in range(g):
             tops[i + j], totals[i + j] = top[j * n], 0.0
             for lane in range(j * n, (j + 1) * n):
@@ -187,80 +198,123 @@ def _attend(functions, g, cap, query, keys, values, masks, left, steps, scores, 
 
 
 @compiled
-def _merge(parts, tops, totals, slots, out, lse):
-    """Merge the pieces of a row, parts (p, M, v'), tops and totals (p, M), into out (M, v) and lse (M).
+def _merge(row, pieces, results, segments, bias, outputs):
+    """Merge the pieces of a row into the outputs.
 
-    A query that sees nothing gives 0 and -inf. `slots` says which column each of the v' numbers is.
+    A query that sees nothing gives 0 and -inf.
+
+    Args:
+        row: its number.
+        pieces: (the first, the one behind the last, the segment of each piece).
+        results: of all pieces; see `_cut_into_pieces`.
+        segments: (basis of each segment, column of each number of its output (S, v'), numbers of an output).
+        bias: (R, m), added to the scores of basis 0 in units of ln 2; R = 0 for none.
+        outputs: (out (R, m, v) in basis 0 and in basis 1, share (R, m), lse (R, m)).
     """
-    for i in range(len(out)):
-        top, total = NOT_THERE, np.float32(0.0)
-        for p in range(len(parts)):
-            top = max(top, tops[p, i])
+    (first, end, of_piece), (parts, tops, totals) = pieces, results
+    (basis, slots, counts), (out_0, out_1, share, lse) = segments, outputs
+    for i in range(lse.shape[1]):
+        top, total, in_basis_0 = NOT_THERE, np.float32(0.0), np.float32(0.0)
+        out_0[row, i], out_1[row, i], share[row, i] = 0.0, 0.0, 0.0
+        shift = bias[row, i] if len(bias) else np.float32(0.0)
+        for p in range(first, end):
+            if tops[p, i] > NOT_THERE:
+                top = max(top, tops[p, i] + (shift if basis[of_piece[p]] == 0 else np.float32(0.0)))
         if top <= NOT_THERE:
-            out[i], lse[i] = 0.0, -np.inf
+            lse[row, i] = -np.inf
             continue
-        for p in range(len(parts)):
+        for p in range(first, end):
+            s = of_piece[p]
+            if tops[p, i] <= NOT_THERE:
+                continue
             # each piece counts relative to the largest score of all
-            weight = np.exp2(tops[p, i] - top)
+            weight = np.exp2(tops[p, i] + (shift if basis[s] == 0 else np.float32(0.0)) - top)
             total += weight * totals[p, i]
-            for x in range(parts.shape[2]):
-                parts[0, i, x] = weight * parts[p, i, x] + (parts[0, i, x] if p else np.float32(0.0))
-        lse[i] = (top + np.log2(total)) * LN2_FP32
-        for x in range(len(slots)):
-            if slots[x] >= 0:
-                out[i, slots[x]] = parts[0, i, x] / total
+            if basis[s] == 0:
+                in_basis_0 += weight * totals[p, i]
+            out = out_0 if basis[s] == 0 else out_1
+            for x in range(counts[s]):
+                if slots[s, x] >= 0:
+                    out[row, i, slots[s, x]] += weight * parts[p, i * counts[s] + x]
+        lse[row, i] = (top + np.log2(total)) * LN2_FP32
+        share[row, i] = in_basis_0 / total
+        for x in range(out_0.shape[2]):
+            out_0[row, i, x] /= total
+        for x in range(out_1.shape[2]):
+            out_1[row, i, x] /= total
 
 
 @compiled
-def _packed(query, scale, g, slots):
-    """Queries (R, m, r), times scale, as vectors of LANES: (R, M, r'); 0 for queries past m.
+def _packed(queries, basis, scale, g, slots, widths):
+    """The queries of each segment, times scale, as vectors of LANES; 0 for queries past m.
 
-    `slots` says which column each of the r' numbers is, -1 for none: no column may count twice.
-    """
-    packed = np.zeros((query.shape[0], -(-query.shape[1] // g) * g, len(slots)), np.float32)
-    for row in range(query.shape[0]):
-        for i in range(query.shape[1]):
-            for x in range(len(slots)):
-                if slots[x] >= 0:
-                    packed[row, i, x] = scale * query[row, i, slots[x]]
-    return packed
-
-
-@compiled
-def _cut_into_pieces(lengths, queries, width, out, lse):
-    """Cut rows into pieces, make room for their results, and answer rows without tokens.
+    Args:
+        queries: (R, m, r) in basis 0 and in basis 1.
+        basis: of each segment.
+        scale: what dot products are multiplied with.
+        g: queries that share one reading of the keys.
+        slots: (S, r'), the column of each number of a packed query, -1 for none: none may count twice.
+        widths: the r' of each segment.
 
     Returns:
-        (cuts, results). cuts: each row's first piece, each piece's row, tokens of a piece. results: parts
-        (pieces, M, v'), tops and totals (pieces, M).
+        (the numbers (R, M, r') of one segment after the other, where each segment begins).
     """
+    rows, m = queries[0].shape[0], queries[0].shape[1]
+    filled, starts = -(-m // g) * g, np.zeros(len(basis) + 1, np.int64)
+    for s in range(len(basis)):
+        starts[s + 1] = starts[s] + rows * filled * widths[s]
+    packed = np.zeros(starts[-1], np.float32)
+    for s in range(len(basis)):
+        query = queries[0] if basis[s] == 0 else queries[1]
+        for row in range(rows):
+            for i in range(m):
+                at = starts[s] + (row * filled + i) * widths[s]
+                for x in range(widths[s]):
+                    if slots[s, x] >= 0:
+                        packed[at + x] = scale * query[row, i, slots[s, x]]
+    return packed, starts
+
+
+@compiled
+def _cut_into_pieces(places, queries, width):
+    """Cut the rows of all segments into pieces, and make room for their results.
+
+    Returns:
+        (cuts, results). cuts: each row's first piece, each piece's row, segment and first token, tokens of a
+        piece. results: parts (pieces, M v'), tops and totals (pieces, M).
+    """
+    lengths = places[:, 4]
     size = min(
         max(lengths.sum() // LEAST_PIECES // CHANNEL_BLOCK * CHANNEL_BLOCK, SMALLEST_PIECE), LARGEST_PIECE
     )
-    first = np.zeros(len(lengths) + 1, np.int64)
-    for row in range(len(out)):
-        first[row + 1] = first[row] + (lengths[row] + size - 1) // size
-        if first[row] == first[row + 1]:
-            out[row], lse[row] = 0.0, -np.inf
-    rows = np.empty(first[-1], np.int64)
-    for row in range(len(out)):
-        for i in range(first[row], first[row + 1]):
-            rows[i] = row
-    parts = np.empty((len(rows), queries, width), np.float32)
-    tops, totals = np.empty((len(rows), queries), np.float32), np.empty((len(rows), queries), np.float32)
-    return (first, rows, size), (parts, tops, totals)
+    first = np.zeros(lengths.shape[1] + 1, np.int64)
+    for row in range(lengths.shape[1]):
+        first[row + 1] = first[row]
+        for s in range(len(lengths)):
+            first[row + 1] += (lengths[s, row] + size - 1) // size
+    count = first[-1]
+    rows, segment, begin = np.empty(count, np.int64), np.empty(count, np.int64), np.empty(count, np.int64)
+    i = 0
+    for row in range(lengths.shape[1]):
+        for s in range(len(lengths)):
+            for token in range(0, lengths[s, row], size):
+                rows[i], segment[i], begin[i] = row, s, token
+                i += 1
+    parts = np.empty((count, queries * width), np.float32)
+    tops, totals = np.empty((count, queries), np.float32), np.empty((count, queries), np.float32)
+    return (first, rows, segment, begin, size), (parts, tops, totals)
 
 
 @compiled
-def _attend_share(thread, layout, cap, arrays, cuts, results, counters):
+def _attend_share(thread, layout, arrays, merging, outputs, cuts, results, counters):
     """The work of thread `thread`: the pieces of its own share in order, then what is left of other shares.
 
     In order, so that memory is read in order. counters: pieces taken of each share, by whichever thread, and
     pieces done of each row.
     """
     (taken, done), count = counters, len(cuts[1])
-    scores = np.empty((2 + cuts[2] * layout[1] // LANES, LANES), np.float32)
-    masks = np.empty(arrays[0].shape[1] if arrays[4].shape[0] else 0, np.int64)
+    scores = np.empty((2 + cuts[4] * layout[1] // LANES, LANES), np.float32)
+    masks = np.empty(results[1].shape[1], np.int64)
     for turn in range(len(taken)):
         share = (thread + turn) % len(taken)
         begin, end = share * count // len(taken), (share + 1) * count // len(taken)
@@ -268,67 +322,112 @@ def _attend_share(thread, layout, cap, arrays, cuts, results, counters):
             i = begin + add(_at(taken, share), 1)
             if i >= end:
                 break
-            _attend_piece(i, layout, cap, arrays, cuts, results, done, scores, masks)
+            _attend_piece(i, layout, arrays, merging, outputs, cuts, results, done, scores, masks)
 
 
 @compiled
-def _attend_piece(i, layout, cap, arrays, cuts, results, done, scores, masks):
+def _attend_piece(i, layout, arrays, merging, outputs, cuts, results, done, scores, masks):
     """Attend to piece i. The thread that does the last piece of a row merges the row."""
-    (query, out, lse, places, mask), (first, rows, size), (parts, tops, totals) = arrays, cuts, results
-    functions, g, key, value, slots = layout
-    row = rows[i]
-    first_piece, end_piece = first[row], first[row + 1]
-    begin = (i - first_piece) * size
-    left = min(size, places[4, row] - begin)
+    packed, starts, places, mask, veil, bias = arrays
+    first, rows, segment, begins, size = cuts
+    parts, tops, totals = results
+    functions, g, cap, keys, values, widths, hidden = layout
+    row, s, begin = rows[i], segment[i], begins[i]
+    left, queries = min(size, places[s, 4, row] - begin), tops.shape[1]
     per = LANES // g
     steps = (left + per - 1) // per
-    if key[11] > 1 or value[11] > 1:  # blocks have scores for tokens past the last, too
+    if keys[s, 11] > 1 or values[s, 11] > 1:  # blocks have scores for tokens past the last, too
         steps = (left + CHANNEL_BLOCK - 1) // CHANNEL_BLOCK * CHANNEL_BLOCK // per
-    for j in range(len(masks)):
-        of_row = row // (len(query) // len(mask)) * mask.shape[1] + j % mask.shape[1]
-        masks[j] = _at(mask, of_row * mask.shape[2] + begin)
-    keys = _row(key, places[0, row], places[1, row], begin)
-    values = _row(value, places[2, row], places[3, row], begin)
-    part = parts[i], tops[i], totals[i]
-    _attend(functions, g, cap, query[row], keys, values, masks, left, steps, scores, part)
+    seen = masks[:0]
+    if len(mask):
+        seen = masks
+        for j in range(queries):
+            of_row = row // (places.shape[2] // len(mask)) * mask.shape[1] + j % mask.shape[1]
+            masks[j] = _at(mask, of_row * mask.shape[2] + begin)
+    elif hidden[s] and not begin:
+        seen = masks
+        masks[:] = _at(veil, SMALLEST_PIECE - hidden[s])
+    _attend(
+        functions[s],
+        g,
+        cap,
+        _at(packed, starts[s] + row * queries * widths[s]),
+        widths[s],
+        merging[2][s],
+        _row(keys[s], places[s, 0, row], places[s, 1, row], begin),
+        _row(values[s], places[s, 2, row], places[s, 3, row], begin),
+        seen,
+        left,
+        steps,
+        scores,
+        (parts[i], tops[i], totals[i]),
+    )
     # the counter tells which thread came last; it then sees all results of the row
-    if add(_at(done, row), 1) == end_piece - first_piece - 1:
-        _merge(
-            parts[first_piece:end_piece],
-            tops[first_piece:end_piece],
-            totals[first_piece:end_piece],
-            slots,
-            out[row],
-            lse[row],
-        )
+    if add(_at(done, row), 1) == first[row + 1] - first[row] - 1:
+        _merge(row, (first[row], first[row + 1], segment), results, merging, bias, outputs)
 
 
 @njit(cache=True, nogil=True, parallel=True)
-def decode_rows(
-    functions, g, scale, cap, query, key, value, key_slots, value_slots, places, mask, out, lse, threads
+def attend_segments(
+    functions,
+    g,
+    scale,
+    cap,
+    query_0,
+    query_1,
+    basis,
+    keys,
+    values,
+    key_slots,
+    key_counts,
+    value_slots,
+    value_counts,
+    places,
+    hidden,
+    mask,
+    bias,
+    out_0,
+    out_1,
+    share,
+    lse,
+    threads,
 ):
-    """Attention of all rows, into out (R, m, v) and lse (R, m).
+    """Attention of R rows of queries over the tokens of S segments, under one softmax.
+
+    Queries and outputs are in one of two bases: that of latents (0) and that of the model (1).
 
     Args:
-        functions: the addresses of `scorer(g, ...)`, `softener(g)` and `mixer(g, ...)`.
+        functions: (S, 3), the addresses of `scorer(g, ...)`, `softener(g)` and `mixer(g, ...)`.
         g: queries that share one reading of the keys.
         scale: what dot products are multiplied with.
         cap: the soft cap in units of ln 2; 0 for none.
-        query: (R, m, r).
-        key, value: where keys and values are.
-        key_slots: (r'), the column of each number of a packed query, -1 for none.
-        value_slots: (v'), the column of each number of a packed output, -1 for none.
-        places: (5, R), the lane and first unit of each row's keys and of its values, and its tokens.
-        mask: (R', t, s) in bytes, s a multiple of 32 that covers all tokens; R' = 0 for no mask.
-        out, lse: the results.
-        threads: layout many to use.
+        query_0, query_1: (R, m, r) in basis 0 and in basis 1.
+        basis: (S).
+        keys, values: (S, 12), where keys and values are.
+        key_slots: (S, r'), the column of each number of a packed query, -1 for none.
+        key_counts: (S), the r' of each segment.
+        value_slots, value_counts: the same of outputs.
+        places: (S, 5, R), the lane and first unit of each row's keys and of its values, and its tokens.
+        hidden: (S), the first tokens of each row that no query sees, at most SMALLEST_PIECE.
+        mask: (R', t, s) in bytes, s a multiple of 32 that covers all tokens, for all segments; R' = 0 for
+            none.
+        bias: (R, m), see `_merge`.
+        out_0, out_1, share, lse: the results; see `_merge`.
+        threads: how many to use.
     """
-    packed = _packed(query, scale, g, key_slots)
-    layout, arrays = (functions, g, key, value, value_slots), (packed, out, lse, places, mask)
-    cuts, results = _cut_into_pieces(places[4], packed.shape[1], len(value_slots), out, lse)
-    counters = np.zeros(threads, np.int64), np.zeros(len(out), np.int64)
+    packed, starts = _packed((query_0, query_1), basis, scale, g, key_slots, key_counts)
+    m, outputs = query_0.shape[1], (out_0, out_1, share, lse)
+    cuts, results = _cut_into_pieces(places, -(-m // g) * g, value_counts.max())
+    veil = np.ones(SMALLEST_PIECE + LARGEST_PIECE, np.uint8)
+    veil[:SMALLEST_PIECE] = 0
+    layout = functions, g, cap, keys, values, key_counts, hidden
+    arrays, merging = (packed, starts, places, mask, veil, bias), (basis, value_slots, value_counts)
+    counters = np.zeros(threads, np.int64), np.zeros(places.shape[2], np.int64)
+    for row in range(places.shape[2]):
+        if cuts[0][row] == cuts[0][row + 1]:  # a row without tokens has no piece
+            _merge(row, (0, 0, cuts[2]), results, merging, bias, outputs)
     if threads == 1:  # a parallel loop costs more than a short row
-        _attend_share(0, layout, cap, arrays, cuts, results, counters)
+        _attend_share(0, layout, arrays, merging, outputs, cuts, results, counters)
         return
     for thread in prange(threads):
-        _attend_share(thread, layout, cap, arrays, cuts, results, counters)
+        _attend_share(thread, layout, arrays, merging, outputs, cuts, results, counters)

@@ -5,12 +5,14 @@ The definitions are `naive.ragged` for numbers and `stored.stored_rows` for what
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from lowkey.backends import fused, grouped, numba_cpu, stored, triton_gpu
 from lowkey.backends.segment import Part
-from lowkey.backends.stored import StoredRows
+from lowkey.backends.stored import StepSegment, StoredRows
 
 MOST_QUERIES = 64  # per row for the kernels; more are faster in matrix products
 
@@ -49,3 +51,20 @@ def stored_rows(
         if query.device.type == device and backend.available() and all(map(backend.reads, (keys, values))):
             return backend.stored_rows(query, keys, values, lengths, scaling, softcap, mask)
     return stored.stored_rows(query, keys, values, lengths, scaling, softcap, mask)
+
+
+def prepare(queries: int, segments: Sequence[StepSegment]) -> numba_cpu.Segments | None:
+    """Make ready for many decode steps over tokens of several kinds, one kernel call each.
+
+    Args:
+        queries: of each row.
+        segments: the tokens.
+
+    Returns:
+        What answers calls; None if no kernel can read all of the tokens where they lie.
+    """
+    stored = [x for s in segments for x in (s.keys, s.values)]
+    on_cpu = all(x.numbers.device.type == "cpu" for x in stored)
+    if on_cpu and numba_cpu.available() and all(map(numba_cpu.reads, stored)):
+        return numba_cpu.Segments(queries, segments)
+    return None

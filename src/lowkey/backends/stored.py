@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lowkey.backends.segment import Part, softcapped
 
+MOST_HIDDEN = 64  # first tokens of a row that a step may hide
 BLOCK_TOKENS = 256  # tokens of each row that are decoded at a time; a multiple of any packing's block
 
 
@@ -111,6 +112,25 @@ class StoredRows:
         return grouped.transpose(2, 3).flatten(1, 2)[:, : stop - start]
 
 
+@dataclass(frozen=True)
+class StepSegment:
+    """Tokens of one kind that the queries of decode steps attend to.
+
+    Args:
+        keys: of R rows.
+        values: of the same rows.
+        lengths: (R), int64, the tokens of each row; None if each call says how many there are.
+        as_latents: whether queries meet these keys in the basis of latents, and not in the model's.
+        hidden: so many first tokens of each row are not seen.
+    """
+
+    keys: StoredRows
+    values: StoredRows
+    lengths: Tensor | None
+    as_latents: bool = False
+    hidden: int = 0
+
+
 def unpack_codes(codes: Tensor, bits: int, dtype: torch.dtype = torch.uint8) -> Tensor:
     """Bytes (*b, n bits / 8) -> codes (*b, n) of some bits each, the first code in the lowest bits."""
     if bits == 8:
@@ -167,6 +187,7 @@ def attend_blocks(
     scaling: float,
     softcap: float | None = None,
     mask: Tensor | None = None,
+    longest: int | None = None,
 ) -> Part:
     """Attention over blocks of tokens that are made when they are needed, under one running softmax.
 
@@ -178,12 +199,16 @@ def attend_blocks(
         scaling: what scores are multiplied with.
         softcap: the soft cap of scaled scores, or None.
         mask: as for `stored_rows`.
+        longest: the tokens of every row, if all have as many and that is known; else None.
 
     Returns:
         (output (R x, m, v), log-sum-exp (R x, m)); rows come first, then keys.
     """
-    (rows, x, m, _), longest = query.shape, int(lengths.max()) if len(lengths) else 0
-    width, alike = values(0, 0).shape[3], bool((lengths == longest).all())
+    rows, x, m, _ = query.shape
+    alike, width = longest is not None, values(0, 0).shape[3]
+    if longest is None:
+        longest = int(lengths.max()) if len(lengths) else 0
+        alike = bool((lengths == longest).all())
     top = query.new_full((rows, x, m), -torch.inf)
     total, out = torch.zeros_like(top), query.new_zeros(rows, x, m, width)
     for start in range(0, longest, BLOCK_TOKENS):

@@ -102,6 +102,8 @@ class LowkeyCache(ContinuableCache):
         Maps, policies and the model's rotary embedding, which never change, are shared.
         """
         self.forward_pass.undo()
+        for layer in self.layers:
+            layer.make_compact()
         memo[id(self.origin)] = self.origin
         # a copy holds what the cache holds, but takes no recorded token back
         memo[id(self.forward_pass.recording)] = None
@@ -158,6 +160,8 @@ class LowkeyCache(ContinuableCache):
         If anything fails inside the block, the cache is as it was before.
         """
         self.forward_pass.settle()
+        for layer in self.layers:
+            layer.make_compact()
         before = [layer.snapshot() for layer in self.layers]
         try:
             yield
@@ -270,6 +274,8 @@ class LowkeyCache(ContinuableCache):
                 be written.
         """
         self.forward_pass.undo()
+        for layer in self.layers:
+            layer.make_compact()
         origin, filled_by = self.origin, self.filled_by
         if origin is None or filled_by is None:
             raise LowkeyError("cache: was not made by make_cache; save one that was")

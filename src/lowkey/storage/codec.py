@@ -78,8 +78,13 @@ class Codec(Protocol):
         """
         ...
 
-    def expand_output(self, out: Tensor) -> Tensor:
-        """Weighted means of stored values (b, h, g, t, r) -> outputs (b, h, g, t, d)."""
+    def expand_output(self, out: Tensor, share: Tensor | None = None) -> Tensor:
+        """Weighted sums of stored values (b, h, g, t, r) -> outputs (b, h, g, t, d).
+
+        Args:
+            out: the sums.
+            share: (b, h, g, t), the sum of the weights; None if it is 1.
+        """
         ...
 
     def expand_values(self, stored: Tensor) -> Tensor:
@@ -139,7 +144,7 @@ class Plain:
         """The stored keys, unchanged."""
         return stored
 
-    def expand_output(self, out: Tensor) -> Tensor:
+    def expand_output(self, out: Tensor, share: Tensor | None = None) -> Tensor:
         """The outputs, unchanged."""
         return out
 
@@ -324,11 +329,14 @@ class LowRank:
             )
         return rotate(keys.float(), cos, sin).to(keys.dtype)
 
-    def expand_output(self, out: Tensor) -> Tensor:
+    def expand_output(self, out: Tensor, share: Tensor | None = None) -> Tensor:
         """Outputs (b, h, g, t, d); see `Codec.expand_output`."""
         up, mean = self.factors.v_up, self.factors.v_mean
         out = out.to(up.dtype) @ up.unsqueeze(1)
-        return out if mean is None else out + mean[:, None, None]
+        if mean is None:
+            return out
+        mean = mean[:, None, None]
+        return out + (mean if share is None else share.unsqueeze(-1).to(mean.dtype) * mean)
 
     def expand_values(self, stored: Tensor) -> Tensor:
         """Values (b, h, s, d); see `Codec.expand_values`."""

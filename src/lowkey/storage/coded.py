@@ -21,22 +21,24 @@ from torch import Tensor
 
 from lowkey.backends import fused, grouped
 from lowkey.backends.segment import Part, Segment, merge_parts
+from lowkey.backends.stored import MOST_HIDDEN, StepSegment
 from lowkey.core.types import LowkeyError
 from lowkey.models.attention_interface import Call
 from lowkey.storage.base import RECORD_FIRST
 from lowkey.storage.codec import Codec, Plain
 from lowkey.storage.exact import Exact, SinkPoints
 from lowkey.storage.packing import Packing, Unpacked, joined_parts
-from lowkey.storage.positioned import PositionedLayer, index_behind_last, take_tokens
+from lowkey.storage.positioned import index_behind_last, take_tokens
 from lowkey.storage.reading import attend_to_stored, reads_in_place
-from lowkey.storage.rows import stored_densely
+from lowkey.storage.rows import exact_segment, stored_densely
+from lowkey.storage.stepping import UNKNOWN, SteppingLayer
 
 PackedTensors = dict[str, tuple[Tensor, ...]]
 """The tensors that a packing holds, of `keys` and of `values`."""
 EMPTY = 2**31 - 1  # the index in a sink slot that no token has taken
 
 
-class CodedLayer(PositionedLayer):
+class CodedLayer(SteppingLayer):
     """Stores all tokens but the recent ones in a codec's form; see the module's docstring.
 
     Blocks begin at each sequence's first real token, so padding changes no scale and nothing that a query
@@ -122,8 +124,8 @@ class CodedLayer(PositionedLayer):
         if not self.is_initialized:
             return 0
         b, h, _, d = self.recent_k.shape
-        size, (stored, _) = self.recent_k.element_size(), self.storable()
-        exact = (self.seen - self.front_start - stored + self.exact.sinks) * 2 * d * h * size
+        size, (stored, held_exactly) = self.recent_k.element_size(), self._slots_held()
+        exact = (held_exactly + self.exact.sinks) * 2 * d * h * size
         packed = sum(
             heads * self.packing[name].nbytes(stored, width, size)
             for name, (heads, width) in self.shapes.items()
@@ -133,6 +135,9 @@ class CodedLayer(PositionedLayer):
 
     def attend(self, keys: Tensor, values: Tensor, call: Call) -> Tensor:
         """Store what leaves the window, then answer the call; see `StoringLayer.attend`."""
+        if (out := self.plain_step(keys, values, call)) is not None:
+            return out
+        self.make_compact()
         real = self.locate_tokens(call, keys.shape[2])
         if self.form_depends_on_age:
             self.end_index = index_behind_last(real, self.seen, self.end_index)
@@ -170,6 +175,7 @@ class CodedLayer(PositionedLayer):
         """Store recorded tokens again; see `StoringLayer.replay`."""
         if call is None:
             return
+        self.make_compact()
         real = self.locate_tokens(call, keys.shape[2])
         if self.form_depends_on_age:
             self.end_index = index_behind_last(real, self.seen, self.end_index)
@@ -185,6 +191,7 @@ class CodedLayer(PositionedLayer):
         Raises:
             LowkeyError: if tokens that were evicted or compressed since would have to come back.
         """
+        self.make_compact()
         before, left = self.seen, self.seen - abs(tokens_to_remove)
         if left < (earliest := self.earliest_crop()):
             raise LowkeyError(
@@ -214,14 +221,7 @@ class CodedLayer(PositionedLayer):
                     f"crop({tokens_to_remove}): {exact} of the tokens that stay would have to be exact again "
                     f"and are compressed; {RECORD_FIRST}"
                 )
-            for name, packing in self.packing.items():
-                parts = self.packed_tensors(name)
-                # a packing counts its axis in tokens or in blocks of them
-                units = [p.shape[packing.axis] * kept // stored if stored else 0 for p in parts]
-                self._set_packed(
-                    name,
-                    tuple(p.narrow(packing.axis, 0, n).clone() for p, n in zip(parts, units, strict=True)),
-                )
+            self._keep_stored(kept, stored)
             gone = before - left if kept == stored else window
             self.recent_k, self.recent_v = (
                 x[:, :, : window - gone].clone() for x in (self.recent_k, self.recent_v)
@@ -232,7 +232,9 @@ class CodedLayer(PositionedLayer):
 
     def select_sequences(self, choose: Callable[[Tensor], Tensor]) -> None:
         """Keep some sequences of the batch; see `StoringLayer.select_sequences`."""
+        self.make_compact()
         super().select_sequences(choose)
+        self.common_offset = UNKNOWN
         if self.is_initialized:  # flush blocks held back for sequences that were removed
             self._store(self.recent_k, self.recent_v)
 
@@ -334,16 +336,28 @@ class CodedLayer(PositionedLayer):
         self.recent_k = buffer_k[:, :, stop - start :].clone()
         self.recent_v = buffer_v[:, :, stop - start :].clone()
 
-    def _packed(self, buffer_k: Tensor, buffer_v: Tensor, start: int, stop: int) -> PackedTensors:
-        """Encode and pack the tokens of the slots from `start` to `stop`, all of which are in the buffers."""
+    def _packed(
+        self, buffer_k: Tensor, buffer_v: Tensor, start: int, stop: int, seen: int | None = None
+    ) -> PackedTensors:
+        """Encode and pack the tokens of the slots from `start` to `stop`, all of which are in the buffers.
+
+        The buffers end with the newest token, when `seen` tokens had been seen; None for now.
+        """
         indices = self._indices_of_slots(start, stop)
-        in_buffer = indices - (self.seen - buffer_k.shape[2])
+        in_buffer = indices - ((self.seen if seen is None else seen) - buffer_k.shape[2])
         encoded = self.codec.encode(
             take_tokens(buffer_k, in_buffer), take_tokens(buffer_v, in_buffer), indices - self.offset
         )
         return {
             name: packing.pack(x) for (name, packing), x in zip(self.packing.items(), encoded, strict=True)
         }
+
+    def _slots_held(self) -> tuple[int, int]:
+        """(dense slots that are stored, tokens of the window), free ones of a room included."""
+        if (room := self.room) is not None:
+            return room.stored + room.ahead, room.window + room.steps
+        stored, _ = self.storable()
+        return stored, self.seen - self.front_start - stored
 
     def _with_stored(self, new: PackedTensors) -> PackedTensors:
         """The stored tokens with these behind them."""
@@ -392,6 +406,88 @@ class CodedLayer(PositionedLayer):
         arrives = ((in_chunk >= 0) & (in_chunk < keys.shape[2]))[:, None, :, None]
         self.sink_k = torch.where(arrives, take_tokens(keys, in_chunk), self.sink_k)
         self.sink_v = torch.where(arrives, take_tokens(values, in_chunk), self.sink_v)
+
+    # -- plain steps
+
+    def _takes_plain_steps(self) -> bool:
+        readable = all(packing.bits is not None for packing in self.packing.values())
+        return readable and self.sink_points is None and not self.transient_tokens
+
+    def _ready_when_seen(self, seen: int) -> int:
+        return max(0, seen - self.front_start - self.exact.recent) // self.block * self.block
+
+    def _hides_sinks(self, stored: int) -> bool:
+        n = self.exact.sinks
+        return self.front_start >= n or (not self.front_start and stored >= n)
+
+    def _store_ahead(self, count: int, ahead: int) -> None:
+        new = self._packed(self.recent_k, self.recent_v, count, count + ahead, self.seen - 1)
+        for name, tensors in self._with_stored(new).items():
+            self._set_packed(name, tensors)
+
+    def _keep_stored(self, count: int, held: int) -> None:
+        for name, packing in self.packing.items():
+            parts, axis = self.packed_tensors(name), packing.axis
+            # a packing counts its axis in tokens or in blocks of them
+            units = [p.shape[axis] * count // held if held else 0 for p in parts]
+            kept = tuple(p.narrow(axis, 0, n).clone() for p, n in zip(parts, units, strict=True))
+            self._set_packed(name, kept)
+
+    def _note_steps(self, taken: int) -> None:
+        if self.form_depends_on_age and taken:
+            self.end_index = torch.full_like(self.end_index, self.seen)
+
+    def _segments_of_step(self, softcap: float | None) -> list[StepSegment] | None:
+        if not self.codec.meets_stored_keys(softcap) or self.exact.sinks > MOST_HIDDEN:
+            return None
+        segments, as_latents = [], self.codec != Plain()
+        if self.exact.sinks:
+            segments.append(exact_segment(self.sink_k, self.sink_v, self.exact.sinks))
+        if self._slots_held()[0]:
+            heads = self.recent_k.shape[1]
+            keys, values = (
+                stored_densely(packing, self.packed_tensors(name), width).repeated(heads // stored_heads)
+                for (name, packing), (stored_heads, width) in zip(
+                    self.packing.items(), self.shapes.values(), strict=True
+                )
+            )
+            hidden = 0 if self.front_start else self.exact.sinks
+            segments.append(StepSegment(keys, values, None, as_latents, hidden))
+        return [*segments, exact_segment(self.recent_k, self.recent_v)]
+
+    def _parts_of_step(self, call: Call, stored: int, window: tuple[int, int]) -> list[Part]:
+        """See `SteppingLayer._parts_of_step`."""
+        parts: list[Part] = []
+        if stored:
+            keys, values = (
+                stored_densely(packing, self.packed_tensors(name), self.shapes[name][1])
+                for name, packing in self.packing.items()
+            )
+            rows = len(self.offset) * call.query.shape[1] // self.codec.heads_per_row
+            hidden = 0 if self.front_start else self.exact.sinks
+            mask = None
+            if hidden:
+                mask = (torch.arange(stored, device=self.device) >= hidden).view(1, 1, stored)
+            part = attend_to_stored(
+                self.codec,
+                call.query,
+                self.positions_of(self.seen - 1, self.seen),
+                keys,
+                values,
+                torch.full((rows,), stored, device=self.device),
+                self._positions_of_slots,
+                call.scaling,
+                call.softcap,
+                mask,
+                stored,
+            )
+            parts.append(part)
+        start, stop = window
+        exact = [Segment(call.query, self.recent_k[:, :, start:stop], self.recent_v[:, :, start:stop])]
+        if self.exact.sinks:
+            exact.append(Segment(call.query, self.sink_k, self.sink_v))
+        parts.append(grouped.partial(exact, call.scaling, call.softcap))
+        return parts
 
     # -- reading
 

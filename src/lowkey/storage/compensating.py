@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lowkey.backends import grouped
 from lowkey.backends.segment import Part, Segment
+from lowkey.backends.stored import StepSegment
 from lowkey.models.attention_interface import Call
 from lowkey.ops.ragged import top_mask
 from lowkey.storage.cache_wide_eviction import Candidates
@@ -68,6 +69,9 @@ class CompensatingLayer(EvictingLayer):
             unlike("dropped", self.dropped, b, heads, 1),
             "it counts less than nothing dropped" if bool((self.dropped < 0).any()) else None,
         )
+
+    def _row_segments(self) -> list[StepSegment] | None:
+        return None  # the compensation token has a bias
 
     def _row_parts(self, call: Call, split: bool = False) -> list[Part]:
         parts = super()._row_parts(call, split)

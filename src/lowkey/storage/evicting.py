@@ -186,14 +186,19 @@ class EvictingLayer(RowLayer):
 
     def attend(self, keys: Tensor, values: Tensor, call: Call) -> Tensor:
         """Answer the call, store the new tokens, and evict if it is time; see `StoringLayer.attend`."""
+        ordered = replace(call, query=self._in_codec_order(call.query))
+        own_order = self._in_codec_order(keys), self._in_codec_order(values)
+        if (out := self.plain_step(*own_order, ordered)) is not None:
+            self._after_step(call)
+            return self._in_model_order(out)
+        self.make_compact()
         t = keys.shape[2]
         real = self.locate_tokens(call, t)
         is_step = bool(self.decoding_rows(t).all())
         if not is_step:
             self.check_decoding(t, self.policy.every, self.block)
         self.transient_tokens = self.score_only_tokens
-        keys, values = self._in_codec_order(keys), self._in_codec_order(values)
-        ordered = replace(call, query=self._in_codec_order(call.query))
+        keys, values = own_order
         buffers = self._take_in(keys, values, real)
         parts, repetition_lse = self._parts(keys, values, ordered, buffers, self.exact_rows(real))
         out = merge_parts(parts)[0] if len(parts) > 1 else parts[0][0]
@@ -226,6 +231,9 @@ class EvictingLayer(RowLayer):
     def earliest_crop(self) -> int:
         """As `RowLayer.earliest_crop`; with `every`, steps are counted and cannot be taken back."""
         return self.seen if self.policy.every else super().earliest_crop()
+
+    def _takes_plain_steps(self) -> bool:
+        return (not self.policy.every or self.frozen) and super()._takes_plain_steps()
 
     def _after_step(self, call: Call) -> None:
         """Count a step of decoding; evict if it is time."""
@@ -317,6 +325,7 @@ class EvictingLayer(RowLayer):
 
     def evict(self) -> None:
         """Evict now, by the scores that the tokens have from earlier calls."""
+        self.make_compact()
         self._evict(self.empty_call, None, None)
 
     def _evict(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lowkey.backends.ragged import ragged, stored_rows
 from lowkey.backends.segment import Part, merge_parts
+from lowkey.backends.stored import StepSegment
 from lowkey.models.attention_interface import Call
 from lowkey.ops.ragged import join_rows, row_of, starts_of
 from lowkey.policies.base import newest_query_positions
@@ -224,6 +225,9 @@ class PruningLayer(EvictingLayer):
         return "tokens lost channels that no pruning took" if bool(late.any()) else None
 
     # -- attending
+
+    def _row_segments(self) -> list[StepSegment] | None:
+        return None  # rows have channels of their own
 
     def _row_parts(self, call: Call, split: bool = False) -> list[Part]:
         # (nothing is split: the policy has no second pass)

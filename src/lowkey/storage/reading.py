@@ -55,6 +55,7 @@ def attend_to_stored(
     scaling: float,
     softcap: float | None,
     mask: Tensor | None = None,
+    longest: int | None = None,
 ) -> Part:
     """Attention over stored rows. There are b R rows, and each holds a latents of keys and a' of values.
 
@@ -70,6 +71,7 @@ def attend_to_stored(
         scaling: what scores are multiplied with.
         softcap: the soft cap of scaled scores, or None.
         mask: (b|1, t, s), True where a query may attend; None if it may everywhere.
+        longest: the tokens of every row, if all have as many and that is known; else None.
 
     Returns:
         The output (b, h, g, t, d) and its log-sum-exp (b, h, g, t).
@@ -104,6 +106,8 @@ def attend_to_stored(
             return values.decoded(start, stop, wide).unflatten(0, (rows, value_latents))
 
         by_row = query.to(wide).reshape(rows, of_a_row, g * t, -1)
-        out, lse = attend_blocks(by_row, rebuilt_keys, latent_values, lengths, scaling, softcap, mask)
+        out, lse = attend_blocks(
+            by_row, rebuilt_keys, latent_values, lengths, scaling, softcap, mask, longest
+        )
     out, lse = out.view(b, h, g, t, -1), lse.view(b, h, g, t)
     return codec.expand_output(out), lse if shift is None else lse + shift * scaling

@@ -62,6 +62,7 @@ class ForwardPass:
             pass, or None. If the pass is in fact still running, its next layer finds this and refuses.
         recording: the passes that `crop` can take back, None while none are recorded.
         recorded_before: the recording before this pass.
+        positions: the positions of this pass's tokens, if a layer has found them right.
     """
 
     def __init__(self) -> None:
@@ -70,6 +71,7 @@ class ForwardPass:
         self.interrupted_at: int | None = None
         self.recording: Recording | None = None
         self.recorded_before: Recording | None = None
+        self.positions: Tensor | None = None
 
     def begin_layer(self, index: int, layer: RestorableLayer, is_last: bool) -> None:
         """Remember a layer that is about to be given new tokens.
@@ -97,7 +99,7 @@ class ForwardPass:
         """Note that the layer that was entered last is done; behind the cache's last layer, forget all."""
         if self.is_last:
             self.snapshots.clear()
-            self.recorded_before = None
+            self.recorded_before = self.positions = None
 
     def record(self, layer: RestorableLayer, keys: Tensor, values: Tensor, call: Call | None) -> None:
         """Remember what a layer was given, if passes are recorded.
@@ -123,7 +125,7 @@ class ForwardPass:
         for layer, snapshot in self.snapshots.items():
             layer.restore(snapshot)
         self.snapshots.clear()
-        self.recording, self.recorded_before = self.recorded_before, None
+        self.recording, self.recorded_before, self.positions = self.recorded_before, None, None
 
     def nbytes(self, layers: Iterable[RestorableLayer]) -> int:
         """Bytes that are held only so that passes can be undone or taken back.
@@ -172,6 +174,9 @@ class RestorableLayer(CacheLayerMixin):
             then[name] = tensor if tensor.shape[dim] == length else tensor.narrow(dim, 0, length).clone()
         now.clear()
         now.update(then)
+
+    def make_compact(self) -> None:
+        """Give up memory that is held only so that steps are faster. Here: there is none."""
 
     def undo_unfinished(self) -> None:
         """Undo a forward pass that this layer has entered and that has not ended.

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from lowkey.backends import grouped
 from lowkey.backends.segment import Part
+from lowkey.backends.stored import StepSegment
 from lowkey.models.attention_interface import Call
 from lowkey.ops.ragged import row_of, select_rows, starts_of
 from lowkey.storage.chunk import attend_to_chunk
-from lowkey.storage.codec import Codec
+from lowkey.storage.codec import Codec, Plain
 from lowkey.storage.coded import CodedLayer, take_tokens
 from lowkey.storage.exact import Exact, SinkPoints
 from lowkey.storage.packing import Packing
@@ -33,6 +34,7 @@ from lowkey.storage.rows import (
     stored_in_rows,
     unpack_rows,
 )
+from lowkey.storage.stepping import UNKNOWN
 
 
 class RowLayer(RaggedLayer, CodedLayer):
@@ -175,6 +177,34 @@ class RowLayer(RaggedLayer, CodedLayer):
         )
 
     # -- attending
+
+    def _takes_plain_steps(self) -> bool:
+        alone = self.repeated_span is None and not self.score_only_tokens
+        return alone and super()._takes_plain_steps()
+
+    def _segments_of_step(self, softcap: float | None) -> list[StepSegment] | None:
+        own, rows = super()._segments_of_step(softcap), self._row_segments()
+        return None if own is None or rows is None else [*rows, *own]
+
+    def _row_segments(self) -> list[StepSegment] | None:
+        """The tokens in rows, with a row for each KV head; None if a kernel cannot read them."""
+        if not self.kept_entries:
+            return []
+        heads, starts = self.codec.heads_per_row, self.rows_starts
+        keys, values = (
+            stored_in_rows(packing, parts, self.shapes[name][1], starts).repeated(
+                heads // self._latents(name)
+            )
+            for (name, packing), parts in zip(
+                self.packing.items(), (self.rows.keys, self.rows.values), strict=True
+            )
+        )
+        lengths = starts.diff().repeat_interleave(heads)
+        return [StepSegment(keys, values, lengths, self.codec != Plain())]
+
+    def _parts_of_step(self, call: Call, stored: int, window: tuple[int, int]) -> list[Part]:
+        """See `SteppingLayer._parts_of_step`."""
+        return [*super()._parts_of_step(call, stored, window), *self._row_parts(call)]
 
     def _parts(
         self, keys: Tensor, values: Tensor, call: Call, buffers: tuple[Tensor, Tensor], exact: Tensor
@@ -384,6 +414,8 @@ class RowLayer(RaggedLayer, CodedLayer):
         """Keep some sequences of the batch; see `StoringLayer.select_sequences`."""
         if not self.is_initialized:
             return
+        self.make_compact()
+        self.common_offset = UNKNOWN
         _, numbers = self.chosen_rows(choose, self.row_heads)
         rows, ragged = self.rows, self.ragged()
         own = [attribute for name in self.packing for attribute in self._row_attributes(name)]

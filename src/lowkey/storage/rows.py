@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lowkey.backends.ragged import ragged
 from lowkey.backends.segment import Part
-from lowkey.backends.stored import StoredRows
+from lowkey.backends.stored import StepSegment, StoredRows
 from lowkey.ops.ragged import join_rows, row_of, select_rows, starts_of
 from lowkey.storage.codec import Codec
 from lowkey.storage.packing import Packing
@@ -108,6 +108,20 @@ def stored_densely(packing: Packing, parts: tuple[Tensor, ...], width: int) -> S
     return StoredRows(
         lanes[0], scale, low, packing.bits or 0, width, lane, torch.zeros_like(lane), dense=True
     )
+
+
+def exact_segment(keys: Tensor, values: Tensor, tokens: int | None = None) -> StepSegment:
+    """Exact tokens (b, h, s, d) as kernels read them, a row for each KV head.
+
+    Args:
+        keys: the tokens.
+        values: the same.
+        tokens: how many each row has; None if each call says.
+    """
+    lane = torch.arange(len(keys) * keys.shape[1], device=keys.device)
+    first = torch.zeros_like(lane)
+    k, v = (StoredRows(x.flatten(0, 1), None, None, 0, x.shape[3], lane, first) for x in (keys, values))
+    return StepSegment(k, v, None if tokens is None else torch.full_like(lane, tokens))
 
 
 def tokens_of_dense(part: Tensor, row_heads: int, chosen: Tensor) -> Tensor:
