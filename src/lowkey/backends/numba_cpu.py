@@ -87,7 +87,7 @@ def stored_rows(
         seen = pad(mask, (0, -mask.shape[2] % BLOCK)).contiguous().view(torch.uint8).numpy()
     own = Segments(query.shape[1], [StepSegment(keys, values, lengths)])
     _, out, _, lse = own.attend((None, query), scaling, softcap, seen)
-    return out, lse
+    return torch.from_numpy(out), torch.from_numpy(lse)
 
 
 class Segments:
@@ -143,7 +143,7 @@ class Segments:
         softcap: float | None = None,
         mask: np.ndarray | None = None,
         bias: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[np.ndarray, ...]:
         """Attention over all segments, under one softmax.
 
         Args:
@@ -154,20 +154,18 @@ class Segments:
             bias: (R, m), added to all scores in basis 0; None for none.
 
         Returns:
-            (outputs (R, m, v) in basis 0 and in basis 1, whose sum over a common basis is attention; the share
-            of the weights (R, m) in basis 0; the log-sum-exp of all scores (R, m)), in fp32.
+            (outputs (R, m, v) in basis 0 and in basis 1, whose sum over a common basis is attention; the
+            share of the weights (R, m) in basis 0; the log-sum-exp of all scores (R, m)), in fp32.
         """
-        given = next(x for x in queries if x is not None)
-        rows, m = given.shape[:2]
-        wide = [None if x is None else x.detach().float().contiguous().numpy() for x in queries]
-        # an empty array of the same kind, so that the kernel is compiled once
-        both = tuple(np.empty((rows, m, 0), np.float32) if x is None else x for x in wide)
+        rows, m = next(x.shape[:2] for x in queries if x is not None)
+        # where there is none, an empty array of the same kind, so that the kernel is compiled once
+        both = [np.empty((rows, m, 0), np.float32) if x is None else _as_numbers(x) for x in queries]
         outputs = (
             *(np.empty((rows, m, width), np.float32) for width in self.widths),
             np.empty((rows, m), np.float32),
             np.empty((rows, m), np.float32),
         )
-        shift = NO_BIAS if bias is None else (bias.detach().float() / LN2 * scaling).numpy()
+        shift = NO_BIAS if bias is None else _as_numbers(bias) * np.float32(scaling / LN2)
         with _lock:
             _kernel().attend_segments(
                 self.functions,
@@ -186,8 +184,12 @@ class Segments:
                 *outputs,
                 _threads(),
             )
-        out_0, out_1, share, lse = (torch.from_numpy(x) for x in outputs)
-        return out_0, out_1, share, lse
+        return outputs
+
+
+def _as_numbers(x: Tensor) -> np.ndarray:
+    """The numbers of a tensor in fp32, adjacent; mostly a view of its memory."""
+    return x.float().contiguous().numpy(force=x.requires_grad)
 
 
 def _joined(slots: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

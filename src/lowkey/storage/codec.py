@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,12 +79,12 @@ class Codec(Protocol):
         """
         ...
 
-    def expand_output(self, out: Tensor, share: Tensor | None = None) -> Tensor:
+    def expand_output(self, out: Tensor, share: np.ndarray | None = None) -> Tensor:
         """Weighted sums of stored values (b, h, g, t, r) -> outputs (b, h, g, t, d).
 
         Args:
             out: the sums.
-            share: (b, h, g, t), the sum of the weights; None if it is 1.
+            share: the sums of the weights, b h g t numbers in fp32; None if they are 1.
         """
         ...
 
@@ -144,7 +145,7 @@ class Plain:
         """The stored keys, unchanged."""
         return stored
 
-    def expand_output(self, out: Tensor, share: Tensor | None = None) -> Tensor:
+    def expand_output(self, out: Tensor, share: np.ndarray | None = None) -> Tensor:
         """The outputs, unchanged."""
         return out
 
@@ -329,14 +330,16 @@ class LowRank:
             )
         return rotate(keys.float(), cos, sin).to(keys.dtype)
 
-    def expand_output(self, out: Tensor, share: Tensor | None = None) -> Tensor:
+    def expand_output(self, out: Tensor, share: np.ndarray | None = None) -> Tensor:
         """Outputs (b, h, g, t, d); see `Codec.expand_output`."""
         up, mean = self.factors.v_up, self.factors.v_mean
         out = out.to(up.dtype) @ up.unsqueeze(1)
         if mean is None:
             return out
         mean = mean[:, None, None]
-        return out + (mean if share is None else share.unsqueeze(-1).to(mean.dtype) * mean)
+        if share is not None:
+            mean = torch.from_numpy(share).view(*out.shape[:4], 1).to(mean.dtype) * mean
+        return out + mean
 
     def expand_values(self, stored: Tensor) -> Tensor:
         """Values (b, h, s, d); see `Codec.expand_values`."""

@@ -153,15 +153,17 @@ class SteppingLayer(PositionedLayer):
         b, h, g, _, d = call.query.shape
         query = call.query.reshape(b * h, g, d)
         if self.codec == Plain():
-            return kernel.attend((None, query), call.scaling, call.softcap)[1].view(b, h, g, 1, d)
+            out = kernel.attend((None, query), call.scaling, call.softcap)[1]
+            return torch.from_numpy(out).view(b, h, g, 1, d)
         at = call.positions
         at = self.positions_of(self.seen - 1, self.seen) if at is None else at.expand(b, 1)
         latent, shift = self.codec.project_query(call.query, at)
         shift = None if shift is None else shift.reshape(b * h, g)
         latent = latent.reshape(b * h, g, -1)
         sums, out, share, _ = kernel.attend((latent, query), call.scaling, call.softcap, bias=shift)
-        expanded = self.codec.expand_output(sums.view(b, h, g, 1, -1), share.view(b, h, g, 1))
-        return expanded + out.view(b, h, g, 1, d)
+        # arrays and not tensors, which would have to be made for what is not needed, too
+        expanded = self.codec.expand_output(torch.from_numpy(sums.reshape(b, h, g, 1, -1)), share)
+        return expanded + torch.from_numpy(out.reshape(b, h, g, 1, d))
 
     def _is_plain(self, keys: Tensor, call: Call) -> bool:
         if keys.shape[2] != 1 or call.mask is not None or self.seen < 2 or not self._takes_plain_steps():
