@@ -85,7 +85,9 @@ NOT_REFUSED = {  # what stock layers take, and what is not theirs
 
 
 def state(cache):
-    """Everything that each layer holds, in copies."""
+    """Everything that each layer holds, in copies and without free slots for further steps."""
+    for layer in cache.layers:
+        layer.make_compact()
     return [{name: t.clone() for name, t in layer.tensors().items()} for layer in cache.layers]
 
 

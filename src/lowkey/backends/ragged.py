@@ -42,6 +42,8 @@ def stored_rows(
     scaling: float,
     softcap: float | None = None,
     mask: Tensor | None = None,
+    longest: int | None = None,
+    alike: bool = False,
 ) -> Part:
     """Attention of a few queries over rows as they are stored; see `stored.stored_rows`.
 
@@ -50,7 +52,7 @@ def stored_rows(
     for device, backend in (("cpu", numba_cpu), ("cuda", triton_gpu)):
         if query.device.type == device and backend.available() and all(map(backend.reads, (keys, values))):
             return backend.stored_rows(query, keys, values, lengths, scaling, softcap, mask)
-    return stored.stored_rows(query, keys, values, lengths, scaling, softcap, mask)
+    return stored.stored_rows(query, keys, values, lengths, scaling, softcap, mask, longest, alike)
 
 
 def prepare(queries: int, segments: Sequence[StepSegment]) -> numba_cpu.Segments | None:

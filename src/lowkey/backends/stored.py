@@ -149,6 +149,8 @@ def stored_rows(
     scaling: float,
     softcap: float | None = None,
     mask: Tensor | None = None,
+    longest: int | None = None,
+    alike: bool = False,
 ) -> Part:
     """Attention of each row's queries over what is stored of the row.
 
@@ -162,6 +164,7 @@ def stored_rows(
         mask: (R', t, s), True where a query may attend, over the first s tokens of rows, with s at least the
             longest; R' divides R, and each R / R' rows in a row share a mask; t divides m, and query i of a
             row has the mask i % t. None if every query sees its whole row.
+        longest, alike: see `attend_blocks`.
 
     Returns:
         (output (R, m, v), log-sum-exp of the scores (R, m)), in fp32 (in fp64 for fp64 queries); a query that
@@ -176,6 +179,8 @@ def stored_rows(
         scaling,
         softcap,
         mask,
+        longest,
+        alike,
     )
 
 
@@ -188,6 +193,7 @@ def attend_blocks(
     softcap: float | None = None,
     mask: Tensor | None = None,
     longest: int | None = None,
+    alike: bool = False,
 ) -> Part:
     """Attention over blocks of tokens that are made when they are needed, under one running softmax.
 
@@ -199,13 +205,14 @@ def attend_blocks(
         scaling: what scores are multiplied with.
         softcap: the soft cap of scaled scores, or None.
         mask: as for `stored_rows`.
-        longest: the tokens of every row, if all have as many and that is known; else None.
+        longest: the most tokens of a row, if that is known.
+        alike: whether every row is known to have as many.
 
     Returns:
         (output (R x, m, v), log-sum-exp (R x, m)); rows come first, then keys.
     """
     rows, x, m, _ = query.shape
-    alike, width = longest is not None, values(0, 0).shape[3]
+    width = values(0, 0).shape[3]
     if longest is None:
         longest = int(lengths.max()) if len(lengths) else 0
         alike = bool((lengths == longest).all())

@@ -108,7 +108,6 @@ class ContinuableCache(Cache):
         """
         self.forward_pass.undo()
         for layer in self.layers:
-            layer.make_compact()
             if flaw := layer.flaw_of_guesses():
                 raise LowkeyError(f"activate_past_recording: {flaw}")
         self.forward_pass.recording = Recording()
@@ -117,8 +116,6 @@ class ContinuableCache(Cache):
     def recording(self) -> Iterator[None]:
         """Record all calls inside the block, until `crop`, so that it can take back any of their tokens."""
         self.forward_pass.undo()
-        for layer in self.layers:
-            layer.make_compact()
         self.forward_pass.recording = Recording(all_passes=True)
         try:
             yield

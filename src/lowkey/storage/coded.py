@@ -135,14 +135,14 @@ class CodedLayer(SteppingLayer):
 
     def attend(self, keys: Tensor, values: Tensor, call: Call) -> Tensor:
         """Store what leaves the window, then answer the call; see `StoringLayer.attend`."""
+        keys, values = self._in_codec_order(keys), self._in_codec_order(values)
+        call = replace(call, query=self._in_codec_order(call.query))
         if (out := self.plain_step(keys, values, call)) is not None:
-            return out
+            return self._in_model_order(out)
         self.make_compact()
         real = self.locate_tokens(call, keys.shape[2])
         if self.form_depends_on_age:
             self.end_index = index_behind_last(real, self.seen, self.end_index)
-        keys, values = self._in_codec_order(keys), self._in_codec_order(values)
-        call = replace(call, query=self._in_codec_order(call.query))
         buffers = self._take_in(keys, values, real)
         exact = self.exact_rows(real)
         if self._reads_in_place(call):
@@ -175,11 +175,14 @@ class CodedLayer(SteppingLayer):
         """Store recorded tokens again; see `StoringLayer.replay`."""
         if call is None:
             return
+        ordered = self._in_codec_order(keys), self._in_codec_order(values)
+        if self._take_plain_step(*ordered, call) is not None:
+            return
         self.make_compact()
         real = self.locate_tokens(call, keys.shape[2])
         if self.form_depends_on_age:
             self.end_index = index_behind_last(real, self.seen, self.end_index)
-        self._take_in(self._in_codec_order(keys), self._in_codec_order(values), real)
+        self._take_in(*ordered, real)
 
     def earliest_crop(self) -> int:
         """The fewest tokens seen to which `crop` goes back: all tokens are held."""
@@ -480,6 +483,7 @@ class CodedLayer(SteppingLayer):
                 call.softcap,
                 mask,
                 stored,
+                alike=True,
             )
             parts.append(part)
         start, stop = window

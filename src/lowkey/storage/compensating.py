@@ -33,6 +33,7 @@ class CompensatingLayer(EvictingLayer):
     mean_k: Tensor
     mean_v: Tensor
     dropped: Tensor
+    has_dropped: bool | None = None  # whether any head has; None until somebody looks
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make empty tensors for this batch size, device and dtype."""
@@ -75,7 +76,9 @@ class CompensatingLayer(EvictingLayer):
 
     def _row_parts(self, call: Call, split: bool = False) -> list[Part]:
         parts = super()._row_parts(call, split)
-        if not bool(self.dropped.any()):
+        if self.has_dropped is None:
+            self.has_dropped = bool(self.dropped.any())
+        if not self.has_dropped:
             return parts
         # where nothing was dropped the bias is log 0 = -inf, which hides the token
         query = self._in_model_order(call.query)
@@ -95,5 +98,5 @@ class CompensatingLayer(EvictingLayer):
             # the old mean counts as often as tokens went into it
             new_sum = mean.squeeze(2) * self.dropped + (x.float() * gone).sum(2)
             setattr(self, name, (new_sum / total.clamp_min(1)).unsqueeze(2))
-        self.dropped = total
+        self.dropped, self.has_dropped = total, None
         super().keep_best(candidates, scores, counts)

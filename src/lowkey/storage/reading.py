@@ -56,6 +56,7 @@ def attend_to_stored(
     softcap: float | None,
     mask: Tensor | None = None,
     longest: int | None = None,
+    alike: bool = False,
 ) -> Part:
     """Attention over stored rows. There are b R rows, and each holds a latents of keys and a' of values.
 
@@ -71,7 +72,8 @@ def attend_to_stored(
         scaling: what scores are multiplied with.
         softcap: the soft cap of scaled scores, or None.
         mask: (b|1, t, s), True where a query may attend; None if it may everywhere.
-        longest: the tokens of every row, if all have as many and that is known; else None.
+        longest: the most tokens of a row, if that is known.
+        alike: whether every row is known to have as many.
 
     Returns:
         The output (b, h, g, t, d) and its log-sum-exp (b, h, g, t).
@@ -93,6 +95,8 @@ def attend_to_stored(
             scaling,
             softcap,
             mask,
+            longest,
+            alike,
         )
     else:
         wide = torch.promote_types(query.dtype, torch.float32)

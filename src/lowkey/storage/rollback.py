@@ -127,6 +127,13 @@ class ForwardPass:
         self.snapshots.clear()
         self.recording, self.recorded_before, self.positions = self.recorded_before, None, None
 
+    def snapshots_of(self, layer: RestorableLayer) -> list[Snapshot]:
+        """All snapshots of a layer that may still be wanted."""
+        kept = [self.snapshots]
+        kept += [r.before for r in (self.recording, self.recorded_before) if r is not None]
+        found = [snapshots[layer] for snapshots in kept if layer in snapshots]
+        return list({id(snapshot): snapshot for snapshot in found}.values())
+
     def nbytes(self, layers: Iterable[RestorableLayer]) -> int:
         """Bytes that are held only so that passes can be undone or taken back.
 

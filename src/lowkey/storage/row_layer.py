@@ -64,6 +64,7 @@ class RowLayer(RaggedLayer, CodedLayer):
     saved_counters = (*CodedLayer.saved_counters, "front_start", "kept_entries")
     repeated_span: tuple[int, int] | None = None
     kept_entries = 0
+    tokens_of_longest_row: int | None = None  # None until it is counted
 
     def __init__(
         self,
@@ -115,7 +116,14 @@ class RowLayer(RaggedLayer, CodedLayer):
             for attribute, part in zip(self._row_attributes(name), parts, strict=True):
                 setattr(self, attribute, part)
         self.rows_positions, self.rows_starts, self.rows_scores = rows.positions, rows.starts, rows.scores
+        self.tokens_of_longest_row = None
         self.kept_entries = len(rows.positions)
+
+    def longest_row(self) -> int:
+        """The tokens of the longest row, which are counted once after each change."""
+        if self.tokens_of_longest_row is None:
+            self.tokens_of_longest_row = int(self.rows_starts.diff().max())
+        return self.tokens_of_longest_row
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors that are held, by attribute name."""
@@ -280,6 +288,7 @@ class RowLayer(RaggedLayer, CodedLayer):
                 of_rows,
                 call.scaling,
                 call.softcap,
+                longest=self.longest_row(),
             )
             return [part]
         keys, values = self._unpacked(self.rows)

@@ -20,7 +20,7 @@ from lowkey.backends.ragged import prepare
 from lowkey.backends.segment import Part, merge_parts
 from lowkey.backends.stored import StepSegment
 from lowkey.models.attention_interface import Call
-from lowkey.storage.codec import Codec, Plain
+from lowkey.storage.codec import Codec
 from lowkey.storage.positioned import PositionedLayer
 from lowkey.storage.rollback import Snapshot
 
@@ -117,16 +117,10 @@ class SteppingLayer(PositionedLayer):
         Returns:
             The output (b, h, g, 1, d); None, with nothing changed, if this is no plain step.
         """
-        if not self._is_plain(keys, call):
+        room = self._take_plain_step(keys, values, call)
+        if room is None:
             return None
-        if (self.room is None or self.steps == self.room.steps) and not self._make_room():
-            return None
-        room = self.room
-        assert room is not None
-        slot = room.window + self.steps
-        self.recent_k[:, :, slot : slot + 1] = keys
-        self.recent_v[:, :, slot : slot + 1] = values
-        self.steps += 1
+        slot = room.window + self.steps - 1
         stored = self._visible()
         window = stored - room.stored, slot + 1
         out = self._step_by_kernel(call, room, stored, window)
@@ -134,6 +128,20 @@ class SteppingLayer(PositionedLayer):
             parts = self._parts_of_step(call, stored, window)
             out = parts[0][0] if len(parts) == 1 else merge_parts(parts)[0]
         return out.to(values.dtype)
+
+    def _take_plain_step(self, keys: Tensor, values: Tensor, call: Call) -> Room | None:
+        """Take in what `plain_step` is given. Returns: the room; None if this is no plain step."""
+        if not self._is_plain(keys, call):
+            return None
+        if self.room is None or self.steps == self.room.steps:
+            self._make_room()
+        if (room := self.room) is None:
+            return None
+        slot = room.window + self.steps
+        self.recent_k[:, :, slot : slot + 1] = keys
+        self.recent_v[:, :, slot : slot + 1] = values
+        self.steps += 1
+        return room
 
     def _step_by_kernel(self, call: Call, room: Room, stored: int, window: tuple[int, int]) -> Tensor | None:
         """As `_parts_of_step` and merged, by one call of a kernel; None if none reads what is held."""
@@ -152,7 +160,7 @@ class SteppingLayer(PositionedLayer):
         kernel.places[-1, 4] = window[1] - window[0]
         b, h, g, _, d = call.query.shape
         query = call.query.reshape(b * h, g, d)
-        if self.codec == Plain():
+        if not kernel.widths[0]:  # nothing is met as latents
             out = kernel.attend((None, query), call.scaling, call.softcap)[1]
             return torch.from_numpy(out).view(b, h, g, 1, d)
         at = call.positions
@@ -170,8 +178,6 @@ class SteppingLayer(PositionedLayer):
             return False
         if torch.is_grad_enabled() and any(x.requires_grad for x in (keys, call.query, self.recent_k)):
             return False
-        if self.forward_pass is not None and self.forward_pass.recording is not None:
-            return False  # what was stored ahead of its time could not be taken back
         if self.common_offset == UNKNOWN:
             offset = int(self.offset[0, 0])
             alike = not bool((self.first_index != 0).any()) and bool((self.offset == offset).all())
@@ -201,8 +207,8 @@ class SteppingLayer(PositionedLayer):
         assert room is not None
         return self._ready_when_seen(room.start + self.steps) if room.ahead else room.stored
 
-    def _make_room(self) -> bool:
-        """Make room for plain steps, of which the first is under way. Returns: whether there can be any."""
+    def _make_room(self) -> None:
+        """Make room for plain steps, of which the first is under way, if there can be any."""
         before = self.seen - 1
         self.make_compact()
         window, stored = self.recent_k.shape[2], self._ready_when_seen(before)
@@ -210,18 +216,17 @@ class SteppingLayer(PositionedLayer):
         # only tokens that are in the window already can be stored ahead of their time
         steps = ROOM if self.is_lossless else sum(n <= window for n in ahead)
         if not steps or not self._hides_sinks(stored):
-            return False
+            return
         more = 0 if self.is_lossless else ahead[steps - 1]
         if more:
             self._store_ahead(stored, more)
         for name in ("recent_k", "recent_v"):
             old = getattr(self, name)
-            new = old.new_empty(*old.shape[:2], window + steps, old.shape[3])
+            new = old.new_zeros(*old.shape[:2], window + steps, old.shape[3])
             new[:, :, :window] = old
             setattr(self, name, new)
         self.room, self.steps = Room(before, steps, window, stored, more), 0
         self.prepared = None
-        return True
 
     is_lossless: bool
 
@@ -275,10 +280,10 @@ class SteppingLayer(PositionedLayer):
         return before
 
     def _remember_whole(self) -> None:
-        """Let the snapshot of the pass under way keep stored tensors, which are about to become shorter."""
-        running = self.forward_pass
-        snapshot = None if running is None else running.snapshots.get(self)
-        if snapshot is not None:
-            for name in snapshot.lengths:
-                setattr(snapshot.layer, name, getattr(self, name))
+        """Let snapshots keep the stored tensors that they left out, which are about to become shorter."""
+        for snapshot in self.forward_pass.snapshots_of(self) if self.forward_pass is not None else ():
+            for name, (dim, length) in snapshot.lengths.items():
+                tensor = getattr(self, name)
+                whole = tensor if tensor.shape[dim] == length else tensor.narrow(dim, 0, length).clone()
+                setattr(snapshot.layer, name, whole)
             snapshot.lengths.clear()

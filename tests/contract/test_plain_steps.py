@@ -1,0 +1,155 @@
+"""Steps of decoding for which nothing looks at the value of a tensor give what all other steps give."""
+
+from __future__ import annotations
+
+import pico
+import pytest
+import torch
+from cache_kinds import CASES, KINDS, agree, feed
+from failing_calls import same, state
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lowkey
+from lowkey.backends import numba_cpu
+from lowkey.policies import POLICIES
+from lowkey.storage import stepping
+
+PROMPT, STEPS = 80, 40  # more steps than two rooms, and more tokens than a block of 32
+MORE_OPERATIONS = 30  # of a layer, beyond those of transformers' own cache and attention
+READS = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "equal", "nonzero", "unique"}
+IMMEDIATE = "has no window, so that each token is encoded as it comes"
+NOT_PLAIN = {  # kinds whose steps look at values, and why
+    **dict.fromkeys(("plan", "plan-pre", "plan-4", "razor-4"), IMMEDIATE),
+    **{f"plan-{policy}": IMMEDIATE for policy in POLICIES},
+    "think": "rows have channels of their own",
+    "think-global": "rows have channels of their own",
+    "every": "evicts between steps",
+    "every-global": "evicts between steps",
+    "every-hadamard4": "evicts between steps",
+    "rule": "any token may be a sink",
+    "dynamic": "every token has a rank of its own",
+    "dynamic-pre": "every token has a rank of its own",
+}
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operations of a call."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operations += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Reads(TorchFunctionMode):
+    """Notes where Python reads the value of a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in READS:
+            self.found.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def filled(kind, name):
+    model = pico.attached(name)
+    cache = KINDS[kind](model)
+    ids = pico.prompt(PROMPT, batch=2)
+    if cache.origin and cache.origin.policy_in_use and cache.origin.policy_in_use.needs_second_pass:
+        lowkey.prefill(model, pico.tokenizer(), cache, ids)
+    else:
+        feed(model, cache, ids)
+    return model, cache
+
+
+def steps(model, cache, count, seed=3):
+    """Logits of so many steps, with the bytes checked at each."""
+    out = []
+    for ids in pico.prompt(count, batch=2, seed=seed).split(1, 1):
+        out.append(feed(model, cache, ids))
+        agree(cache, len(out))
+    return torch.cat(out, 1)
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_plain_steps_give_what_other_steps_give(kind, name, monkeypatch):
+    model, cache = filled(kind, name)
+    plain = steps(model, cache, STEPS)
+    monkeypatch.setattr(stepping.SteppingLayer, "_is_plain", lambda *_: False)
+    _, other = filled(kind, name)
+    torch.testing.assert_close(plain, steps(model, other, STEPS), atol=2e-4, rtol=0)
+    for a, b in zip(state(cache), state(other), strict=True):
+        assert {n: (t.shape, t.dtype) for n, t in a.items()} == {n: (t.shape, t.dtype) for n, t in b.items()}
+    assert agree(cache, "compact") == agree(other, "compact")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in NOT_PLAIN])
+def test_a_plain_step_reads_no_value(kind):
+    model, cache = filled(kind, "llama")
+    steps(model, cache, 2)  # looks once whether there is padding, and makes room
+    with Reads() as reads:
+        feed(model, cache, pico.prompt(1, batch=2))
+    assert reads.found == []
+
+
+@pytest.mark.parametrize(
+    "kind", ["bits-8", "bits-kivi4", "bits-hadamard4", "exact", "snapkv", "h2o", "snapkv-kivi2"]
+)
+def test_a_plain_step_takes_few_operations(kind):
+    assert numba_cpu.available()
+    with Counted() as stock:
+        past = pico.stock("llama")(pico.prompt(PROMPT), use_cache=True).past_key_values
+        stock.operations = 0
+        with torch.no_grad():
+            pico.stock("llama")(pico.prompt(1), past_key_values=past)
+    model, cache = filled(kind, "llama")
+    steps(model, cache, 2)
+    with Counted() as own:
+        feed(model, cache, pico.prompt(1, batch=2))
+    assert own.operations <= stock.operations + MORE_OPERATIONS * pico.LAYERS
+
+
+@pytest.mark.parametrize("kind", ["bits-8", "bits-kivi4", "plan-exact", "snapkv", "snapkv-kivi2"])
+@pytest.mark.parametrize("taken", [1, 7, stepping.ROOM, stepping.ROOM + 1])
+def test_a_step_that_fails_within_a_room_is_undone(kind, taken, monkeypatch):
+    model, cache = filled(kind, "llama")
+    steps(model, cache, taken)
+    size, last = cache.nbytes(), model.get_decoder().layers[1].self_attn.o_proj
+    monkeypatch.setattr(type(last), "forward", _interrupted(type(last).forward, last))
+    with pytest.raises(KeyboardInterrupt):
+        feed(model, cache, pico.prompt(1, batch=2))
+    monkeypatch.undo()
+    cache.get_seq_length()
+    _, straight = filled(kind, "llama")
+    steps(model, straight, taken)
+    assert cache.nbytes() == size == cache.predicted_nbytes()
+    assert torch.equal(steps(model, cache, 3, seed=5), steps(model, straight, 3, seed=5))
+    assert same(state(cache), state(straight))
+
+
+def _interrupted(forward, where):
+    """A forward that is interrupted in one module."""
+
+    def run(self, *args, **kwargs):
+        if self is where:
+            raise KeyboardInterrupt
+        return forward(self, *args, **kwargs)
+
+    return run
+
+
+def test_positions_that_do_not_count_up_are_refused_in_a_room():
+    model, cache = filled("bits-8", "llama")
+    steps(model, cache, 3)
+    before = state(cache)
+    wrong = torch.full((2, 1), PROMPT + 7)
+    with pytest.raises(lowkey.LowkeyError, match="position_ids: "):
+        model(pico.prompt(1, batch=2), past_key_values=cache, position_ids=wrong)
+    assert same(state(cache), before)
