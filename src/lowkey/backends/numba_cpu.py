@@ -26,7 +26,10 @@ KERNEL_KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.floa
 GROUPS = (1, 2, 4, 8)  # queries that share one reading of the keys; each is one more small compilation
 BLOCK = 32  # tokens of a block whose channels have scales of their own; masks are filled up to whole blocks
 LN2 = math.log(2)
+STRIDE = 64  # positions between the angles of a coarse table
+MANTISSA = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}  # bits that a dtype leaves out
 NO_MASK, NO_BIAS = np.empty((0, 0, 0), np.uint8), np.empty((0, 0), np.float32)
+NOWHERE, NO_COLUMN = np.array([0] * 11 + [1], np.int64), np.empty(0, np.int64)
 _lock = Lock()  # one of numba's threading layers must not be entered by two threads at a time
 
 
@@ -98,6 +101,7 @@ class Segments:
     Attributes:
         places: (S, 5, R), int64: the lane and first unit of each row's keys and of its values, and its
             tokens. A caller may change it between calls.
+        given: (S), see `numba_kernel.attend_segments`. A caller may change it, too.
     """
 
     def __init__(self, queries: int, segments: Sequence[StepSegment]) -> None:
@@ -108,33 +112,42 @@ class Segments:
             segments: the tokens.
         """
         kernel, pairs = _kernel(), [(s.keys, s.values) for s in segments]
+        self.given = np.full(len(pairs), -1, np.int64)
         self.group = g = next((n for n in GROUPS if n >= queries), GROUPS[-1])
         self.basis = np.array([not s.as_latents for s in segments], np.int64)
         self.hidden = np.array([s.hidden for s in segments], np.int64)
-        self.places = np.stack(
-            [
-                np.stack(
-                    [x.numpy() for x in (k.lane, k.first, v.lane, v.first)] + [np.zeros(len(k.lane), int)]
-                )
-                for k, v in pairs
-            ]
-        )
+        self.places = np.zeros((len(pairs), 5, len(segments[0].values.lane)), np.int64)
         for place, s in zip(self.places, segments, strict=True):
-            place[4] = 0 if s.lengths is None else s.lengths.numpy()
+            place[2:4] = s.values.lane.numpy(), s.values.first.numpy()
+            if s.keys is not None:
+                place[:2] = s.keys.lane.numpy(), s.keys.first.numpy()
+            if s.lengths is not None:
+                place[4] = s.lengths.numpy()
         # the addresses below point into these tensors
-        self.held = [x for pair in pairs for y in pair for x in (y.numbers, y.scale, y.low)]
-        self.keys, self.values = (np.stack([_place(pair[i]) for pair in pairs]) for i in (0, 1))
-        self.key_slots = _joined([_query_slots(k, kernel.LANES) for k, _ in pairs])
+        stored = [x for pair in pairs for x in pair if x is not None]
+        self.held = [x for y in stored for x in (y.numbers, y.scale, y.low)]
+        self.keys, self.values = (
+            np.stack([NOWHERE if pair[i] is None else _place(pair[i]) for pair in pairs]) for i in (0, 1)
+        )
+        self.key_slots = _joined(
+            [NO_COLUMN if k is None else _query_slots(k, kernel.LANES) for k, _ in pairs]
+        )
         self.value_slots = _joined([_slots(*v.groups, v.width, kernel.LANES, True) for _, v in pairs])
         self.widths = [
             max((s.values.width for s in segments if s.as_latents == latents), default=0)
             for latents in (True, False)
         ]
         with _lock:
-            compiled = [
-                (kernel.scorer(g, _kind(k)), kernel.softener(g), kernel.mixer(g, _kind(v))) for k, v in pairs
-            ]
-        self.functions = np.array([[function.address for function in three] for three in compiled])
+            self.functions = np.array(
+                [
+                    [
+                        0 if k is None else kernel.scorer(g, _kind(k)).address,
+                        kernel.softener(g).address,
+                        kernel.mixer(g, _kind(v)).address,
+                    ]
+                    for k, v in pairs
+                ]
+            )
 
     def attend(
         self,
@@ -143,6 +156,7 @@ class Segments:
         softcap: float | None = None,
         mask: np.ndarray | None = None,
         bias: Tensor | None = None,
+        dots: np.ndarray | None = None,
     ) -> tuple[np.ndarray, ...]:
         """Attention over all segments, under one softmax.
 
@@ -152,6 +166,8 @@ class Segments:
             softcap: the soft cap of scaled scores, or None.
             mask: see `numba_kernel.attend_segments`.
             bias: (R, m), added to all scores in basis 0; None for none.
+            dots: (R, m, n), dot products with keys that are given as such, in units of `score_scale`; the
+                attribute `given` says where those of each segment begin.
 
         Returns:
             (outputs (R, m, v) in basis 0 and in basis 1, whose sum over a common basis is attention; the
@@ -181,6 +197,8 @@ class Segments:
                 self.hidden,
                 NO_MASK if mask is None else mask,
                 shift,
+                np.empty((rows, m, 0), np.float32) if dots is None else dots,
+                self.given,
                 *outputs,
                 _threads(),
             )
@@ -190,6 +208,45 @@ class Segments:
 def _as_numbers(x: Tensor) -> np.ndarray:
     """The numbers of a tensor in fp32, adjacent; mostly a view of its memory."""
     return x.float().contiguous().numpy(force=x.requires_grad)
+
+
+def rotated_dots(
+    keys: Tensor,
+    query: Tensor,
+    positions: np.ndarray,
+    firsts: np.ndarray,
+    lengths: np.ndarray,
+    rotation: tuple[np.ndarray, np.ndarray, int],
+    scale: np.float32,
+    begin: int,
+    out: np.ndarray,
+) -> None:
+    """Write the scaled dot products of rotated queries with keys that are rotated here.
+
+    See `numba_rope.rotated_dots` for arguments; `rotation` has its two tables and `bits`.
+    """
+    with _lock:
+        _rope().rotated_dots(
+            _as_numbers(keys),
+            _as_numbers(query),
+            positions,
+            firsts,
+            lengths,
+            *rotation,
+            scale,
+            begin,
+            out,
+            _threads(),
+        )
+
+
+@cache
+def _rope() -> ModuleType:
+    """The compiled module, loaded on first use."""
+    _kernel()
+    from lowkey.backends import numba_rope
+
+    return numba_rope
 
 
 def _joined(slots: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -225,6 +282,11 @@ def _threads() -> int:
     threads = min(torch.get_num_threads(), settings.NUMBA_NUM_THREADS)
     numba.set_num_threads(threads)
     return threads
+
+
+def score_scale(scaling: float, softcap: float | None = None) -> np.float32:
+    """What a dot product is multiplied with, in the units of the kernel."""
+    return _scales(scaling, softcap)[0]
 
 
 def _scales(scaling: float, softcap: float | None) -> tuple[np.float32, np.float32]:

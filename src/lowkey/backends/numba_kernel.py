@@ -164,7 +164,9 @@ def _row(place, lane, first, token):
 
 
 @compiled
-def _attend(functions, g, cap, query, width, count, keys, values, masks, left, steps, scores, part):
+def _attend(
+    functions, g, cap, query, width, count, keys, values, masks, left, steps, scores, part, dots, at_dot
+):
     """Attend to one piece of `left` tokens with the M queries of its row.
 
     Args:
@@ -180,6 +182,8 @@ def _attend(functions, g, cap, query, width, count, keys, values, masks, left, s
         steps: vectors of scores.
         scores: room for them.
         part: (out (M v'), top (M), total (M)), the results.
+        dots: (m, n), dot products that were formed before.
+        at_dot: the first of these for this piece; -1 if they are formed here.
     """
     out, tops, totals = part
     top, total, n = scores[0], scores[1], LANES // g
@@ -187,7 +191,12 @@ def _attend(functions, g, cap, query, width, count, keys, values, masks, left, s
         out[x] = 0.0
     at = _at(scores, 2 * LANES)
     for i in range(0, len(tops), g):  # g queries share one reading of the keys
-        call(functions[0], (query + 4 * i * width, *keys, left, at))
+        if at_dot < 0:
+            call(functions[0], (query + 4 * i * width, *keys, left, at))
+        else:
+            for j in range(i, min(i + g, len(dots))):
+                for token in range(left):
+                    scores[2 + token // n, (j - i) * n + token % n] = dots[j, at_dot + token]
         seen = _at(masks, i) if len(masks) else np.int64(0)
         call(functions[1], (cap, seen, steps, left, at, _at(top, 0), _at(total, 0)))
         call(functions[2], (at, *values, left, _at(out, i * count)))
@@ -328,10 +337,10 @@ def _attend_share(thread, layout, arrays, merging, outputs, cuts, results, count
 @compiled
 def _attend_piece(i, layout, arrays, merging, outputs, cuts, results, done, scores, masks):
     """Attend to piece i. The thread that does the last piece of a row merges the row."""
-    packed, starts, places, mask, veil, bias = arrays
+    packed, starts, places, mask, veil, bias, dots = arrays
     first, rows, segment, begins, size = cuts
     parts, tops, totals = results
-    functions, g, cap, keys, values, widths, hidden = layout
+    functions, g, cap, keys, values, widths, hidden, given = layout
     row, s, begin = rows[i], segment[i], begins[i]
     left, queries = min(size, places[s, 4, row] - begin), tops.shape[1]
     per = LANES // g
@@ -361,6 +370,8 @@ def _attend_piece(i, layout, arrays, merging, outputs, cuts, results, done, scor
         steps,
         scores,
         (parts[i], tops[i], totals[i]),
+        dots[row],
+        given[s] + begin if given[s] >= 0 else -1,
     )
     # the counter tells which thread came last; it then sees all results of the row
     if add(_at(done, row), 1) == first[row + 1] - first[row] - 1:
@@ -386,6 +397,8 @@ def attend_segments(
     hidden,
     mask,
     bias,
+    dots,
+    given,
     out_0,
     out_1,
     share,
@@ -412,6 +425,8 @@ def attend_segments(
         mask: (R', t, s) in bytes, s a multiple of 32 that covers all tokens, for all segments; R' = 0 for
             none.
         bias: (R, m), see `_merge`.
+        dots: (R, m, n), dot products that were formed before, times scale.
+        given: (S), where in `dots` those with the keys of a segment begin; -1 if they are formed here.
         out_0, out_1, share, lse: the results; see `_merge`.
         threads: how many to use.
     """
@@ -420,8 +435,8 @@ def attend_segments(
     cuts, results = _cut_into_pieces(places, -(-m // g) * g, value_counts.max())
     veil = np.ones(SMALLEST_PIECE + LARGEST_PIECE, np.uint8)
     veil[:SMALLEST_PIECE] = 0
-    layout = functions, g, cap, keys, values, key_counts, hidden
-    arrays, merging = (packed, starts, places, mask, veil, bias), (basis, value_slots, value_counts)
+    layout = functions, g, cap, keys, values, key_counts, hidden, given
+    arrays, merging = (packed, starts, places, mask, veil, bias, dots), (basis, value_slots, value_counts)
     counters = np.zeros(threads, np.int64), np.zeros(places.shape[2], np.int64)
     for row in range(places.shape[2]):
         if cuts[0][row] == cuts[0][row + 1]:  # a row without tokens has no piece

@@ -65,7 +65,7 @@ def prepare(queries: int, segments: Sequence[StepSegment]) -> numba_cpu.Segments
     Returns:
         What answers calls; None if no kernel can read all of the tokens where they lie.
     """
-    stored = [x for s in segments for x in (s.keys, s.values)]
+    stored = [x for s in segments for x in (s.keys, s.values) if x is not None]
     on_cpu = all(x.numbers.device.type == "cpu" for x in stored)
     if on_cpu and numba_cpu.available() and all(map(numba_cpu.reads, stored)):
         return numba_cpu.Segments(queries, segments)

@@ -117,14 +117,14 @@ class StepSegment:
     """Tokens of one kind that the queries of decode steps attend to.
 
     Args:
-        keys: of R rows.
+        keys: of R rows; None if each call brings the dot products with them.
         values: of the same rows.
         lengths: (R), int64, the tokens of each row; None if each call says how many there are.
         as_latents: whether queries meet these keys in the basis of latents, and not in the model's.
         hidden: so many first tokens of each row are not seen.
     """
 
-    keys: StoredRows
+    keys: StoredRows | None
     values: StoredRows
     lengths: Tensor | None
     as_latents: bool = False

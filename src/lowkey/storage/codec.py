@@ -79,6 +79,15 @@ class Codec(Protocol):
         """
         ...
 
+    @property
+    def rotates_when_read(self) -> bool:
+        """Whether stored keys are not rotated, and are when they are read."""
+        ...
+
+    def unrotated_keys(self, stored: Tensor) -> Tensor:
+        """Keys (b, h, s, d) as they are before `rebuilt_keys` rotates them, from (b, G, s, r)."""
+        ...
+
     def expand_output(self, out: Tensor, share: np.ndarray | None = None) -> Tensor:
         """Weighted sums of stored values (b, h, g, t, r) -> outputs (b, h, g, t, d).
 
@@ -122,6 +131,11 @@ class Plain:
 
     order: ClassVar[None] = None
     heads_per_row: ClassVar[int] = 1
+    rotates_when_read: ClassVar[bool] = False
+
+    def unrotated_keys(self, stored: Tensor) -> Tensor:
+        """The stored keys, unchanged."""
+        return stored
 
     def encode(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, unchanged."""
@@ -318,7 +332,7 @@ class LowRank:
 
     def rebuilt_keys(self, stored: Tensor, positions: Tensor) -> Tensor:
         """Rotated keys (b, h, s, d); see `Codec.rebuilt_keys`."""
-        keys = _plus_mean(rebuilt_heads(stored, self.factors.k_up), self.factors.k_mean)
+        keys = self.unrotated_keys(stored)
         if self.layout == "post_rope":
             return keys
         if positions.ndim == 2:
@@ -329,6 +343,15 @@ class LowRank:
                 for x in self.rope(positions.flatten(0, 1), keys)
             )
         return rotate(keys.float(), cos, sin).to(keys.dtype)
+
+    @property
+    def rotates_when_read(self) -> bool:
+        """Whether stored keys are not rotated, and are when they are read."""
+        return self.layout == "pre_rope" and self.factors.frequencies is None
+
+    def unrotated_keys(self, stored: Tensor) -> Tensor:
+        """Keys (b, h, s, d) as they are before `rebuilt_keys` rotates them."""
+        return _plus_mean(rebuilt_heads(stored, self.factors.k_up), self.factors.k_mean)
 
     def expand_output(self, out: Tensor, share: np.ndarray | None = None) -> Tensor:
         """Outputs (b, h, g, t, d); see `Codec.expand_output`."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,8 +31,9 @@ from lowkey.storage.exact import Exact, SinkPoints
 from lowkey.storage.packing import Packing, Unpacked, joined_parts
 from lowkey.storage.positioned import index_behind_last, take_tokens
 from lowkey.storage.reading import attend_to_stored, reads_in_place
+from lowkey.storage.rebuilding import RebuiltKeys
 from lowkey.storage.rows import exact_segment, stored_densely
-from lowkey.storage.stepping import UNKNOWN, SteppingLayer
+from lowkey.storage.stepping import UNKNOWN, OwnSegment, SteppingLayer
 
 PackedTensors = dict[str, tuple[Tensor, ...]]
 """The tensors that a packing holds, of `keys` and of `values`."""
@@ -440,23 +442,33 @@ class CodedLayer(SteppingLayer):
         if self.form_depends_on_age and taken:
             self.end_index = torch.full_like(self.end_index, self.seen)
 
-    def _segments_of_step(self, softcap: float | None) -> list[StepSegment] | None:
-        if not self.codec.meets_stored_keys(softcap) or self.exact.sinks > MOST_HIDDEN:
+    def _segments_of_step(self, softcap: float | None) -> list[OwnSegment] | None:
+        rebuilds = self.codec.rotates_when_read
+        if not (rebuilds or self.codec.meets_stored_keys(softcap)) or self.exact.sinks > MOST_HIDDEN:
             return None
-        segments, as_latents = [], self.codec != Plain()
+        if self.dtype == torch.float64:
+            return None  # kernels compute in fp32
+        segments: list[OwnSegment] = []
         if self.exact.sinks:
-            segments.append(exact_segment(self.sink_k, self.sink_v, self.exact.sinks))
-        if self._slots_held()[0]:
+            segments.append((exact_segment(self.sink_k, self.sink_v, self.exact.sinks), None))
+        if count := self._slots_held()[0]:
             heads = self.recent_k.shape[1]
             keys, values = (
-                stored_densely(packing, self.packed_tensors(name), width).repeated(heads // stored_heads)
-                for (name, packing), (stored_heads, width) in zip(
+                stored_densely(packing, self.packed_tensors(name), width)
+                for (name, packing), (_, width) in zip(
                     self.packing.items(), self.shapes.values(), strict=True
                 )
             )
+            values = values.repeated(heads // self.shapes["values"][0])
+            rebuilt = None
+            if rebuilds:
+                first = self.front_start - (self.common_offset or 0)
+                positions = np.arange(first, first + count, dtype=np.int32)
+                rebuilt = RebuiltKeys(self.codec, keys, positions, np.zeros(len(values.lane), np.int64))
+            met = None if rebuilds else keys.repeated(heads // self.shapes["keys"][0])
             hidden = 0 if self.front_start else self.exact.sinks
-            segments.append(StepSegment(keys, values, None, as_latents, hidden))
-        return [*segments, exact_segment(self.recent_k, self.recent_v)]
+            segments.append((StepSegment(met, values, None, self.codec != Plain(), hidden), rebuilt))
+        return [*segments, (exact_segment(self.recent_k, self.recent_v), None)]
 
     def _parts_of_step(self, call: Call, stored: int, window: tuple[int, int]) -> list[Part]:
         """See `SteppingLayer._parts_of_step`."""

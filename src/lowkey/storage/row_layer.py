@@ -25,6 +25,7 @@ from lowkey.storage.exact import Exact, SinkPoints
 from lowkey.storage.packing import Packing
 from lowkey.storage.positioned import RaggedLayer
 from lowkey.storage.reading import attend_to_stored, positions_in_rows, reads_in_place
+from lowkey.storage.rebuilding import RebuiltKeys
 from lowkey.storage.rows import (
     Rows,
     attend_to_rows,
@@ -34,7 +35,7 @@ from lowkey.storage.rows import (
     stored_in_rows,
     unpack_rows,
 )
-from lowkey.storage.stepping import UNKNOWN
+from lowkey.storage.stepping import UNKNOWN, OwnSegment
 
 
 class RowLayer(RaggedLayer, CodedLayer):
@@ -190,25 +191,26 @@ class RowLayer(RaggedLayer, CodedLayer):
         alone = self.repeated_span is None and not self.score_only_tokens
         return alone and super()._takes_plain_steps()
 
-    def _segments_of_step(self, softcap: float | None) -> list[StepSegment] | None:
+    def _segments_of_step(self, softcap: float | None) -> list[OwnSegment] | None:
         own, rows = super()._segments_of_step(softcap), self._row_segments()
         return None if own is None or rows is None else [*rows, *own]
 
-    def _row_segments(self) -> list[StepSegment] | None:
+    def _row_segments(self) -> list[OwnSegment] | None:
         """The tokens in rows, with a row for each KV head; None if a kernel cannot read them."""
         if not self.kept_entries:
             return []
-        heads, starts = self.codec.heads_per_row, self.rows_starts
+        heads, starts, rows = self.codec.heads_per_row, self.rows_starts, self.rows
         keys, values = (
-            stored_in_rows(packing, parts, self.shapes[name][1], starts).repeated(
-                heads // self._latents(name)
-            )
-            for (name, packing), parts in zip(
-                self.packing.items(), (self.rows.keys, self.rows.values), strict=True
-            )
+            stored_in_rows(packing, parts, self.shapes[name][1], starts)
+            for (name, packing), parts in zip(self.packing.items(), (rows.keys, rows.values), strict=True)
         )
+        values, rebuilt = values.repeated(heads // self._latents("values")), None
+        if self.codec.rotates_when_read:
+            firsts = starts[:-1].repeat_interleave(heads).numpy()
+            rebuilt = RebuiltKeys(self.codec, keys, self.rows_positions.numpy(), firsts)
+        met = None if rebuilt is not None else keys.repeated(heads // self._latents("keys"))
         lengths = starts.diff().repeat_interleave(heads)
-        return [StepSegment(keys, values, lengths, self.codec != Plain())]
+        return [(StepSegment(met, values, lengths, self.codec != Plain()), rebuilt)]
 
     def _parts_of_step(self, call: Call, stored: int, window: tuple[int, int]) -> list[Part]:
         """See `SteppingLayer._parts_of_step`."""

@@ -10,22 +10,26 @@ undone.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lowkey.backends.numba_cpu import Segments
+from lowkey.backends.numba_cpu import Segments, score_scale
 from lowkey.backends.ragged import prepare
 from lowkey.backends.segment import Part, merge_parts
 from lowkey.backends.stored import StepSegment
 from lowkey.models.attention_interface import Call
 from lowkey.storage.codec import Codec
 from lowkey.storage.positioned import PositionedLayer
+from lowkey.storage.rebuilding import RebuiltKeys, Rotation, rotation_below
 from lowkey.storage.rollback import Snapshot
 
 ROOM = 16  # steps; free slots take memory, and every new room moves the window and the stored tokens
 UNKNOWN = -1
+OwnSegment = tuple[StepSegment, RebuiltKeys | None]
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,23 @@ class Room:
     ahead: int
 
 
+@dataclass(frozen=True)
+class PreparedStep:
+    """What the steps of a room have in common.
+
+    Args:
+        kernel: ready for them; None if none reads what is held.
+        has_stored: whether there are dense stored tokens.
+        rebuilt: of each segment, keys that have to be rebuilt, or None.
+        rotation: what rotates these, or None.
+    """
+
+    kernel: Segments | None
+    has_stored: bool = False
+    rebuilt: Sequence[RebuiltKeys | None] = ()
+    rotation: Rotation | None = None
+
+
 class SteppingLayer(PositionedLayer):
     """A layer that can take plain steps; see the module's docstring.
 
@@ -54,8 +75,7 @@ class SteppingLayer(PositionedLayer):
         recent_k, recent_v: (b, h, n, d), the window. With a room, free slots follow.
         room: None while all tensors are as long as what they hold.
         steps: plain steps since the room was made.
-        prepared: (a kernel that is ready for the steps of the room, or None if there is none; whether the
-            room has dense stored tokens); None until it is needed.
+        prepared: what the steps of the room have in common; None until it is needed.
         common_offset: the offset of all sequences, if none has padding; None if one has, or if offsets
             differ; UNKNOWN while nobody has looked.
     """
@@ -65,7 +85,7 @@ class SteppingLayer(PositionedLayer):
     recent_v: Tensor
     room: Room | None = None
     steps = 0
-    prepared: tuple[Segments | None, bool] | None = None
+    prepared: PreparedStep | None = None
     common_offset: int | None = UNKNOWN
 
     # -- what a subclass says of itself
@@ -97,8 +117,8 @@ class SteppingLayer(PositionedLayer):
         """
 
     @abstractmethod
-    def _segments_of_step(self, softcap: float | None) -> list[StepSegment] | None:
-        """The tokens that the steps of this room attend to.
+    def _segments_of_step(self, softcap: float | None) -> list[OwnSegment] | None:
+        """The tokens that the steps of this room attend to, with keys that have to be rebuilt by themselves.
 
         The window comes last, with rows for all KV heads, and the dense stored tokens before it, if there
         are any. None if queries cannot meet all tokens where they lie.
@@ -145,33 +165,59 @@ class SteppingLayer(PositionedLayer):
 
     def _step_by_kernel(self, call: Call, room: Room, stored: int, window: tuple[int, int]) -> Tensor | None:
         """As `_parts_of_step` and merged, by one call of a kernel; None if none reads what is held."""
-        if self.prepared is None:
-            segments = self._segments_of_step(call.softcap)
-            self.prepared = (
-                segments and prepare(call.query.shape[2], segments),
-                bool(room.stored + room.ahead),
-            )
-        kernel, has_stored = self.prepared
+        prepared = self.prepared = self.prepared or self._prepared_step(call, room)
+        kernel = prepared.kernel
         if kernel is None:
             return None
-        if has_stored:
+        if prepared.has_stored:
             kernel.places[-2, 4] = stored
         kernel.places[-1, 1] = kernel.places[-1, 3] = window[0]
         kernel.places[-1, 4] = window[1] - window[0]
         b, h, g, _, d = call.query.shape
-        query = call.query.reshape(b * h, g, d)
-        if not kernel.widths[0]:  # nothing is met as latents
-            out = kernel.attend((None, query), call.scaling, call.softcap)[1]
-            return torch.from_numpy(out).view(b, h, g, 1, d)
-        at = call.positions
-        at = self.positions_of(self.seen - 1, self.seen) if at is None else at.expand(b, 1)
-        latent, shift = self.codec.project_query(call.query, at)
-        shift = None if shift is None else shift.reshape(b * h, g)
-        latent = latent.reshape(b * h, g, -1)
-        sums, out, share, _ = kernel.attend((latent, query), call.scaling, call.softcap, bias=shift)
+        query, latent, shift, dots = call.query.reshape(b * h, g, d), None, None, None
+        if prepared.rotation is not None:
+            dots = self._dots_with_rebuilt(call, prepared)
+        elif kernel.widths[0]:  # some keys are met as latents
+            at = call.positions
+            at = self.positions_of(self.seen - 1, self.seen) if at is None else at.expand(b, 1)
+            latent, shift = self.codec.project_query(call.query, at)
+            shift = None if shift is None else shift.reshape(b * h, g)
+            latent = latent.reshape(b * h, g, -1)
+        sums, out, share, _ = kernel.attend(
+            (latent, query), call.scaling, call.softcap, bias=shift, dots=dots
+        )
         # arrays and not tensors, which would have to be made for what is not needed, too
-        expanded = self.codec.expand_output(torch.from_numpy(sums.reshape(b, h, g, 1, -1)), share)
-        return expanded + torch.from_numpy(out.reshape(b, h, g, 1, d))
+        result = torch.from_numpy(out.reshape(b, h, g, 1, d))
+        if not kernel.widths[0]:
+            return result
+        return self.codec.expand_output(torch.from_numpy(sums.reshape(b, h, g, 1, -1)), share) + result
+
+    def _prepared_step(self, call: Call, room: Room) -> PreparedStep:
+        """Prepare for the steps of a room."""
+        own = self._segments_of_step(call.softcap)
+        if own is None:
+            return PreparedStep(None)
+        segments, rebuilt = zip(*own, strict=True)
+        kernel, rotation = prepare(call.query.shape[2], segments), None
+        if any(keys is not None for keys in rebuilt):
+            stop = room.start + room.steps - (self.common_offset or 0)
+            rotation = rotation_below(self.codec, call.query, stop)
+        return PreparedStep(kernel, bool(room.stored + room.ahead), rebuilt, rotation)
+
+    def _dots_with_rebuilt(self, call: Call, prepared: PreparedStep) -> np.ndarray:
+        """Dot products (b h, g, n) of the queries with all keys that have to be rebuilt."""
+        kernel, rotation = prepared.kernel, prepared.rotation
+        assert kernel is not None and rotation is not None
+        b, h, g = call.query.shape[:3]
+        lengths = [kernel.places[i, 4] for i, keys in enumerate(prepared.rebuilt) if keys is not None]
+        dots = np.empty((b * h, g, sum(int(x.max()) for x in lengths)), np.float32)
+        scale, begin = score_scale(call.scaling, call.softcap), 0
+        for i, keys in enumerate(prepared.rebuilt):
+            if keys is not None:
+                kernel.given[i], tokens = begin, kernel.places[i, 4]
+                keys.write_dots(call.query, tokens, rotation, scale, begin, dots)
+                begin += int(tokens.max())
+        return dots
 
     def _is_plain(self, keys: Tensor, call: Call) -> bool:
         if keys.shape[2] != 1 or call.mask is not None or self.seen < 2 or not self._takes_plain_steps():

@@ -1,0 +1,79 @@
+"""Dot products of queries with keys that are rotated as they are read, compiled by numba.
+
+The cosine and sine of a position p are those of p - p % STRIDE and of p % STRIDE, added as angles. So two
+small tables serve any number of tokens.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange
+
+from lowkey.backends.numba_cpu import STRIDE
+
+TOKENS = 64  # of a row that a thread takes at a time
+compiled = njit(cache=True, nogil=True, fastmath=True)
+
+
+@compiled
+def _rounded(x, bits):
+    """x without the last bits of its mantissa, to the nearest, ties to even."""
+    if not bits:
+        return x
+    raw = np.float32(x).view(np.uint32)
+    half = np.uint32((1 << (bits - 1)) - 1) + ((raw >> np.uint32(bits)) & np.uint32(1))
+    return np.uint32((raw + half) & ~np.uint32((1 << bits) - 1)).view(np.float32)
+
+
+@compiled
+def _dots_of(row, start, stop, keys, query, positions, first, coarse, fine, bits, scale, begin, out):
+    """The dot products of a row's queries with its tokens from `start` to `stop`."""
+    half, d = coarse.shape[2], keys.shape[2]
+    rotated = np.empty(d, np.float32)
+    for t in range(start, stop):
+        position = positions[first + t]
+        high, low = position // STRIDE, position % STRIDE
+        for x in range(half):
+            cos = coarse[high, 0, x] * fine[low, 0, x] - coarse[high, 1, x] * fine[low, 1, x]
+            sin = coarse[high, 1, x] * fine[low, 0, x] + coarse[high, 0, x] * fine[low, 1, x]
+            cos, sin = _rounded(cos, bits), _rounded(sin, bits)
+            a, b = keys[row, t, x], keys[row, t, x + half]
+            rotated[x] = a * cos - b * sin
+            rotated[x + half] = b * cos + a * sin
+        for x in range(2 * half, d):
+            rotated[x] = keys[row, t, x]
+        for i in range(query.shape[1]):
+            total = np.float32(0.0)
+            for x in range(d):
+                total += rotated[x] * query[row, i, x]
+            out[row, i, begin + t] = scale * total
+
+
+@njit(cache=True, nogil=True, fastmath=True, parallel=True)
+def rotated_dots(keys, query, positions, firsts, lengths, coarse, fine, bits, scale, begin, out, threads):
+    """Write the scaled dot products of queries with rotated keys.
+
+    Args:
+        keys: (R, T, d) in fp32, not rotated: some tokens of each row.
+        query: (R, m, d) in fp32, rotated.
+        positions: of tokens, int32.
+        firsts: (R), where in `positions` the tokens of each row begin.
+        lengths: (R), how many of the T tokens each row has.
+        coarse: (n, 2, p / 2), cosines and sines of the multiples of STRIDE.
+        fine: (STRIDE, 2, p / 2), of the numbers below STRIDE, without the factor of a scaled embedding.
+        bits: of the mantissa that the model's dtype leaves out, in which the model rotates.
+        scale: what dot products are multiplied with.
+        begin: the number of the first token in `out`.
+        out: (R, m, n).
+        threads: how many to use.
+    """
+    rows, pieces = len(keys), -(-keys.shape[1] // TOKENS)
+    if threads == 1:
+        for row in range(rows):
+            stop = min(keys.shape[1], lengths[row])
+            _dots_of(row, 0, stop, keys, query, positions, firsts[row], coarse, fine, bits, scale, begin, out)
+        return
+    for i in prange(rows * pieces):
+        row, start = i // pieces, i % pieces * TOKENS
+        stop = min(keys.shape[1], start + TOKENS, lengths[row])
+        _dots_of(row, start, stop, keys, query, positions, firsts[row], coarse, fine, bits, scale, begin, out)

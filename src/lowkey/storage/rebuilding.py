@@ -1,0 +1,79 @@
+"""Dot products of a step's queries with keys that are rebuilt and rotated as they are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowkey.backends import numba_cpu
+from lowkey.backends.stored import StoredRows
+from lowkey.storage.codec import Codec
+
+BLOCK_TOKENS = 512  # of each row that are rebuilt at a time; a multiple of any packing's block
+
+
+Rotation = tuple[np.ndarray, np.ndarray, int]
+"""The model's rotary embedding at any position, as two small tables; see `numba_rope.rotated_dots`."""
+
+
+def rotation_below(codec: Codec, like: Tensor, stop: int) -> Rotation:
+    """The rotary embedding of positions below `stop`, for a model that rotates in the dtype of `like`."""
+    wide = like.new_empty(0, dtype=torch.float32)
+
+    def table(positions: Tensor) -> np.ndarray:
+        cos, sin = (x[0, 0] for x in codec.rope(positions.unsqueeze(0), wide))
+        half = cos.shape[1] // 2  # both halves are the same
+        return torch.stack([cos[:, :half], sin[:, :half]], 1).numpy()
+
+    stride = numba_cpu.STRIDE
+    coarse, fine = table(torch.arange(0, stop, stride)), table(torch.arange(stride))
+    factor = np.sqrt(np.square(fine[:1]).sum(1, keepdims=True))  # YaRN multiplies cos and sin by one
+    return coarse, fine / factor, numba_cpu.MANTISSA[like.dtype]
+
+
+@dataclass(frozen=True)
+class RebuiltKeys:
+    """Stored keys of R rows that queries meet only once they are rebuilt.
+
+    Args:
+        codec: their form.
+        keys: as they are stored, a row for each latent.
+        positions: of tokens, int32.
+        firsts: (b h), where in `positions` the tokens of each KV head begin.
+    """
+
+    codec: Codec
+    keys: StoredRows
+    positions: np.ndarray
+    firsts: np.ndarray
+
+    def write_dots(
+        self,
+        query: Tensor,
+        lengths: np.ndarray,
+        rotation: Rotation,
+        scale: np.float32,
+        begin: int,
+        out: np.ndarray,
+    ) -> None:
+        """Write the scaled dot products of rotated queries with the keys.
+
+        Args:
+            query: (b, h, g, 1, d).
+            lengths: (b h), the tokens of each KV head.
+            rotation: of the model.
+            scale: what they are multiplied with.
+            begin: where in the last dimension of `out` they begin.
+            out: (b h, g, n), in fp32.
+        """
+        b, h, g, _, d = query.shape
+        queries, longest = query.reshape(b * h, g, d), int(lengths.max(initial=0))
+        for start in range(0, longest, BLOCK_TOKENS):
+            stop = min(start + BLOCK_TOKENS, longest)
+            latents = self.keys.decoded(start, stop, torch.float32).to(query.dtype).unflatten(0, (b, -1))
+            heads = self.codec.unrotated_keys(latents).view(b * h, stop - start, d)
+            place = self.positions, self.firsts + start, lengths - start
+            numba_cpu.rotated_dots(heads, queries, *place, rotation, scale, begin + start, out)
