@@ -133,7 +133,8 @@ class CodedLayer(SteppingLayer):
             for name, (heads, width) in self.shapes.items()
         )
         row_indices = (3 if self.form_depends_on_age else 2) * self.offset.element_size()
-        return b * (packed + exact + row_indices + self.exact.sinks * self.sink_index.element_size())
+        indices = row_indices + self.exact.sinks * self.sink_index.element_size()
+        return b * (packed + exact + indices) + self.prepared_bytes()
 
     def attend(self, keys: Tensor, values: Tensor, call: Call) -> Tensor:
         """Store what leaves the window, then answer the call; see `StoringLayer.attend`."""

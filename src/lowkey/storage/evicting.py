@@ -32,6 +32,7 @@ from lowkey.storage.packing import Packing
 from lowkey.storage.rollback import Snapshot, storage_bytes
 from lowkey.storage.row_layer import RowLayer
 from lowkey.storage.rows import Rows, joined_rows, select_tokens, tokens_of_dense
+from lowkey.storage.stepping import SteppingLayer
 
 LARGEST_SCORE = 1e30  # finite, since +inf and -inf mean "stays in any case" and "there is no token"
 
@@ -110,7 +111,8 @@ class EvictingLayer(RowLayer):
 
     def _waiting_bytes(self) -> int:
         """What `cache_eviction` holds for this layer, beyond what the layer holds itself."""
-        return storage_bytes(EvictingLayer.held_tensors(self)) - storage_bytes(self.tensors().values())
+        own = storage_bytes(SteppingLayer.held_tensors(self))
+        return storage_bytes(EvictingLayer.held_tensors(self)) - own
 
     def restore(self, before: Snapshot) -> None:
         """Go back to an earlier state, and give up an eviction that was under way."""

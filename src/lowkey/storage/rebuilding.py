@@ -26,7 +26,7 @@ def rotation_below(codec: Codec, like: Tensor, stop: int) -> Rotation:
     def table(positions: Tensor) -> np.ndarray:
         cos, sin = (x[0, 0] for x in codec.rope(positions.unsqueeze(0), wide))
         half = cos.shape[1] // 2  # both halves are the same
-        return torch.stack([cos[:, :half], sin[:, :half]], 1).numpy()
+        return torch.stack([cos[:, :half], sin[:, :half]], 1).numpy().copy()
 
     stride = numba_cpu.STRIDE
     coarse, fine = table(torch.arange(0, stop, stride)), table(torch.arange(stride))

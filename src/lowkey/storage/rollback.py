@@ -6,6 +6,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,6 +63,7 @@ class ForwardPass:
             pass, or None. If the pass is in fact still running, its next layer finds this and refuses.
         recording: the passes that `crop` can take back, None while none are recorded.
         recorded_before: the recording before this pass.
+        rotations: rotary embeddings that the layers share; see `SteppingLayer`.
         positions: the positions of this pass's tokens, if a layer has found them right.
     """
 
@@ -72,6 +74,7 @@ class ForwardPass:
         self.recording: Recording | None = None
         self.recorded_before: Recording | None = None
         self.positions: Tensor | None = None
+        self.rotations: dict[Any, Any] = {}
 
     def begin_layer(self, index: int, layer: RestorableLayer, is_last: bool) -> None:
         """Remember a layer that is about to be given new tokens.

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -206,7 +207,7 @@ class RowLayer(RaggedLayer, CodedLayer):
         )
         values, rebuilt = values.repeated(heads // self._latents("values")), None
         if self.codec.rotates_when_read:
-            firsts = starts[:-1].repeat_interleave(heads).numpy()
+            firsts = np.repeat(starts[:-1].numpy(), heads)
             rebuilt = RebuiltKeys(self.codec, keys, self.rows_positions.numpy(), firsts)
         met = None if rebuilt is not None else keys.repeated(heads // self._latents("keys"))
         lengths = starts.diff().repeat_interleave(heads)

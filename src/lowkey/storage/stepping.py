@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowkey.backends.numba_cpu import Segments, score_scale
+from lowkey.backends.numba_cpu import STRIDE, Segments, score_scale
 from lowkey.backends.ragged import prepare
 from lowkey.backends.segment import Part, merge_parts
 from lowkey.backends.stored import StepSegment
@@ -25,10 +25,11 @@ from lowkey.models.attention_interface import Call
 from lowkey.storage.codec import Codec
 from lowkey.storage.positioned import PositionedLayer
 from lowkey.storage.rebuilding import RebuiltKeys, Rotation, rotation_below
-from lowkey.storage.rollback import Snapshot
+from lowkey.storage.rollback import Snapshot, storage_bytes
 
-ROOM = 16  # steps; free slots take memory, and every new room moves the window and the stored tokens
+ROOM = 16  # steps at most; free slots take memory, and every new room moves what is held
 UNKNOWN = -1
+ROTATED_AT_ONCE = 1024  # positions for which the tables of a rotary embedding are made larger
 OwnSegment = tuple[StepSegment, RebuiltKeys | None]
 
 
@@ -75,6 +76,8 @@ class SteppingLayer(PositionedLayer):
         recent_k, recent_v: (b, h, n, d), the window. With a room, free slots follow.
         room: None while all tensors are as long as what they hold.
         steps: plain steps since the room was made.
+        room_size: steps of the last room. It doubles up to ROOM, so that free slots are never more than the
+            steps that were taken. 1 behind a step that made no room, 0 behind any other call.
         prepared: what the steps of the room have in common; None until it is needed.
         common_offset: the offset of all sequences, if none has padding; None if one has, or if offsets
             differ; UNKNOWN while nobody has looked.
@@ -84,7 +87,7 @@ class SteppingLayer(PositionedLayer):
     recent_k: Tensor
     recent_v: Tensor
     room: Room | None = None
-    steps = 0
+    steps = room_size = 0
     prepared: PreparedStep | None = None
     common_offset: int | None = UNKNOWN
 
@@ -124,6 +127,22 @@ class SteppingLayer(PositionedLayer):
         are any. None if queries cannot meet all tokens where they lie.
         """
 
+    # -- bytes
+
+    def held_tensors(self) -> list[Tensor]:
+        """All tensors that the layer keeps alive, those that are prepared for steps included."""
+        rebuilt = [keys.keys for keys in (self.prepared.rebuilt if self.prepared else ()) if keys is not None]
+        return [*super().held_tensors(), *(x for keys in rebuilt for x in (keys.lane, keys.first))]
+
+    def nbytes(self) -> int:
+        """The bytes of the storages that are really held."""
+        return storage_bytes(SteppingLayer.held_tensors(self))
+
+    def prepared_bytes(self) -> int:
+        """The bytes of what is prepared for steps."""
+        rebuilt = [keys.keys for keys in (self.prepared.rebuilt if self.prepared else ()) if keys is not None]
+        return sum(2 * 8 * len(keys.lane) for keys in rebuilt)  # two int64 for each row of latents
+
     # -- steps
 
     def plain_step(self, keys: Tensor, values: Tensor, call: Call) -> Tensor | None:
@@ -152,6 +171,9 @@ class SteppingLayer(PositionedLayer):
     def _take_plain_step(self, keys: Tensor, values: Tensor, call: Call) -> Room | None:
         """Take in what `plain_step` is given. Returns: the room; None if this is no plain step."""
         if not self._is_plain(keys, call):
+            return None
+        if not self.room_size:
+            self.room_size = 1  # this step may be the only one: a question of one token
             return None
         if self.room is None or self.steps == self.room.steps:
             self._make_room()
@@ -201,8 +223,17 @@ class SteppingLayer(PositionedLayer):
         kernel, rotation = prepare(call.query.shape[2], segments), None
         if any(keys is not None for keys in rebuilt):
             stop = room.start + room.steps - (self.common_offset or 0)
-            rotation = rotation_below(self.codec, call.query, stop)
+            rotation = self._rotation(call.query, stop)
         return PreparedStep(kernel, bool(room.stored + room.ahead), rebuilt, rotation)
+
+    def _rotation(self, like: Tensor, stop: int) -> Rotation:
+        """The rotary embedding of positions below `stop`, which layers of a cache share."""
+        if self.forward_pass is None:
+            return rotation_below(self.codec, like, stop)
+        known, key = self.forward_pass.rotations, (self.codec.rope.layer_type, like.dtype)
+        if key not in known or len(known[key][0]) * STRIDE < stop:
+            known[key] = rotation_below(self.codec, like, stop + -stop % ROTATED_AT_ONCE)
+        return known[key]
 
     def _dots_with_rebuilt(self, call: Call, prepared: PreparedStep) -> np.ndarray:
         """Dot products (b h, g, n) of the queries with all keys that have to be rebuilt."""
@@ -220,7 +251,10 @@ class SteppingLayer(PositionedLayer):
         return dots
 
     def _is_plain(self, keys: Tensor, call: Call) -> bool:
-        if keys.shape[2] != 1 or call.mask is not None or self.seen < 2 or not self._takes_plain_steps():
+        if keys.shape[2] != 1:
+            self.room_size = 0
+            return False
+        if call.mask is not None or self.seen < 2 or not self._takes_plain_steps():
             return False
         if torch.is_grad_enabled() and any(x.requires_grad for x in (keys, call.query, self.recent_k)):
             return False
@@ -255,12 +289,12 @@ class SteppingLayer(PositionedLayer):
 
     def _make_room(self) -> None:
         """Make room for plain steps, of which the first is under way, if there can be any."""
-        before = self.seen - 1
+        before, size = self.seen - 1, min(ROOM, 2 * self.room_size)
         self.make_compact()
         window, stored = self.recent_k.shape[2], self._ready_when_seen(before)
-        ahead = [self._ready_when_seen(before + n) - stored for n in range(1, ROOM + 1)]
+        ahead = [self._ready_when_seen(before + n) - stored for n in range(1, size + 1)]
         # only tokens that are in the window already can be stored ahead of their time
-        steps = ROOM if self.is_lossless else sum(n <= window for n in ahead)
+        steps = size if self.is_lossless else sum(n <= window for n in ahead)
         if not steps or not self._hides_sinks(stored):
             return
         more = 0 if self.is_lossless else ahead[steps - 1]
@@ -271,6 +305,7 @@ class SteppingLayer(PositionedLayer):
             new = old.new_zeros(*old.shape[:2], window + steps, old.shape[3])
             new[:, :, :window] = old
             setattr(self, name, new)
+        self.room_size = size
         self.room, self.steps = Room(before, steps, window, stored, more), 0
         self.prepared = None
 
@@ -293,7 +328,7 @@ class SteppingLayer(PositionedLayer):
         # not a view, which would keep the free slots alive
         window = [x[:, :, stored - room.stored : stop].clone() for x in (self.recent_k, self.recent_v)]
         self.room, self.prepared, taken = None, None, self.steps
-        self.steps = 0
+        self.steps = self.room_size = 0
         self.seen = room.start + taken
         try:
             self._note_steps(taken)
@@ -315,7 +350,8 @@ class SteppingLayer(PositionedLayer):
     def reset(self) -> None:
         """Forget all tokens."""
         super().reset()
-        self.room, self.steps, self.prepared, self.common_offset = None, 0, None, UNKNOWN
+        self.room, self.prepared, self.common_offset = None, None, UNKNOWN
+        self.steps = self.room_size = 0
 
     # -- undoing
 
