@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lowkey.core.types import Factors, Layout
-from lowkey.storage.coded import Exact
+from lowkey.storage.exact import Exact
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from lowkey import Sample
 from lowkey.evaluate.result import Task, evaluate
 from lowkey.evaluate.settings import Setting, packed
 from lowkey.methods import PCA
-from lowkey.storage.coded import Exact
+from lowkey.storage.exact import Exact
 
 TEXT = "".join(string.printable[(i * i + 7 * i) % 95] for i in range(1000))
 OTHER = "".join(string.printable[(i * i * 3 + 11 * i) % 95] for i in range(300))

@@ -12,7 +12,7 @@ from evicting_caches import HEADS
 from lowkey.cache.cache import make_cache
 from lowkey.calibration.dynamic import make_dynamic_cache
 from lowkey.policies import POLICIES
-from lowkey.storage.coded import Exact
+from lowkey.storage.exact import Exact
 
 
 def whole_rank(model, layout="post_rope", **fields):

@@ -22,7 +22,8 @@ from lowkey.models import families
 from lowkey.models.fingerprint import model_fingerprint
 from lowkey.plan.plan import Plan, versions
 from lowkey.storage.codec import LowRank, Plain
-from lowkey.storage.coded import CodedLayer, Exact
+from lowkey.storage.coded import CodedLayer
+from lowkey.storage.exact import Exact
 from lowkey.storage.packing import PerToken
 
 VOCAB, LAYERS, HIDDEN, HEAD_DIM = 97, 3, 64, 16

@@ -9,7 +9,7 @@ import pico
 from pico import lowrank
 
 from lowkey.models import families
-from lowkey.storage.coded import Exact
+from lowkey.storage.exact import Exact
 
 PADS = [7, 0]
 EXACTS = {

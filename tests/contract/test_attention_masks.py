@@ -10,7 +10,7 @@ from pico import attached, padding, prompt
 
 from lowkey.cache.cache import make_cache
 from lowkey.core.types import LowkeyError
-from lowkey.storage.coded import Exact
+from lowkey.storage.exact import Exact
 
 # they do not hold padding, nor what a mask hides
 UNHELD = ["dynamic", "dynamic-pre", "policy-plan", "think", "razor", "h2o"]

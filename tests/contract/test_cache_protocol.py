@@ -13,7 +13,7 @@ from storage_kinds import PADS, close, full
 import lowkey
 from lowkey.core.types import LowkeyError
 from lowkey.models import families
-from lowkey.storage.coded import Exact
+from lowkey.storage.exact import Exact
 
 # -- bytes
 

@@ -20,7 +20,8 @@ from lowkey.models import families
 from lowkey.models.attention_interface import Call
 from lowkey.ops.quantize import dequantize, quantize
 from lowkey.storage.codec import LowRank, Plain
-from lowkey.storage.coded import CodedLayer, Exact
+from lowkey.storage.coded import CodedLayer
+from lowkey.storage.exact import Exact
 from lowkey.storage.packing import PerToken
 
 SPLITS = {"by-one": [1] * 24, "twos": [2] * 12, "uneven": [5, 1, 11, 7], "long-then-one": [23, 1]}

@@ -18,7 +18,7 @@ from lowkey.cache.cache import make_cache
 from lowkey.calibration.dynamic import make_dynamic_cache
 from lowkey.core.types import LowkeyError
 from lowkey.policies import POLICIES
-from lowkey.storage.coded import Exact
+from lowkey.storage.exact import Exact
 
 FED = [name for name in POLICIES if name != "kvzip"]  # it wants lowkey.prefill
 

@@ -126,9 +126,8 @@ class Segments:
         # the addresses below point into these tensors
         stored = [x for pair in pairs for x in pair if x is not None]
         self.held = [x for y in stored for x in (y.numbers, y.scale, y.low)]
-        self.keys, self.values = (
-            np.stack([NOWHERE if pair[i] is None else _place(pair[i]) for pair in pairs]) for i in (0, 1)
-        )
+        self.keys = np.stack([NOWHERE if k is None else _place(k) for k, _ in pairs])
+        self.values = np.stack([_place(v) for _, v in pairs])
         self.key_slots = _joined(
             [NO_COLUMN if k is None else _query_slots(k, kernel.LANES) for k, _ in pairs]
         )

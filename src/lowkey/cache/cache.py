@@ -29,10 +29,10 @@ from lowkey.storage.base import StockLayer, StockSlidingLayer, StoringLayer
 from lowkey.storage.budgets import check_window
 from lowkey.storage.cache_wide_eviction import CacheWideEviction
 from lowkey.storage.codec import Codec, LowRank, Plain
-from lowkey.storage.coded import CodedLayer, Exact
+from lowkey.storage.coded import CodedLayer
 from lowkey.storage.compensating import CompensatingLayer
 from lowkey.storage.evicting import EvictingLayer
-from lowkey.storage.exact import DEFAULT_WINDOW, NO_EXACT_TOKENS, SinkRule
+from lowkey.storage.exact import DEFAULT_WINDOW, NO_EXACT_TOKENS, Exact, SinkRule
 from lowkey.storage.packing import Scheme, scheme_or_none
 from lowkey.storage.pruning import PruningLayer
 from lowkey.storage.rollback import ForwardPass

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowkey.storage.coded import EMPTY, CodedLayer
+from lowkey.storage.coded import CodedLayer
 from lowkey.storage.evicting import EvictingLayer
 from lowkey.storage.flaws import first_flaw, rows_flaw, unlike
 from lowkey.storage.rows import block_starts
+from lowkey.storage.stored_tokens import EMPTY
 
 HeadShape = tuple[int, int, int]
 """(heads, width of a key, width of a value) that a layer stores."""

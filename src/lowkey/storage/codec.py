@@ -80,8 +80,8 @@ class Codec(Protocol):
         ...
 
     @property
-    def rotates_when_read(self) -> bool:
-        """Whether stored keys are not rotated, and are when they are read."""
+    def rotates_when_read(self) -> Rope | None:
+        """What rotates stored keys when they are read; None if they are stored as queries meet them."""
         ...
 
     def unrotated_keys(self, stored: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class Plain:
 
     order: ClassVar[None] = None
     heads_per_row: ClassVar[int] = 1
-    rotates_when_read: ClassVar[bool] = False
+    rotates_when_read: ClassVar[None] = None
 
     def unrotated_keys(self, stored: Tensor) -> Tensor:
         """The stored keys, unchanged."""
@@ -345,9 +345,9 @@ class LowRank:
         return rotate(keys.float(), cos, sin).to(keys.dtype)
 
     @property
-    def rotates_when_read(self) -> bool:
-        """Whether stored keys are not rotated, and are when they are read."""
-        return self.layout == "pre_rope" and self.factors.frequencies is None
+    def rotates_when_read(self) -> Rope | None:
+        """The model's rotary embedding, if keys are stored before their rotation; see `Codec`."""
+        return self.rope if self.layout == "pre_rope" and self.factors.frequencies is None else None
 
     def unrotated_keys(self, stored: Tensor) -> Tensor:
         """Keys (b, h, s, d) as they are before `rebuilt_keys` rotates them."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowkey.backends import numba_cpu
 from lowkey.backends.stored import StoredRows
+from lowkey.models.families import Rope
 from lowkey.storage.codec import Codec
 
 BLOCK_TOKENS = 512  # of each row that are rebuilt at a time; a multiple of any packing's block
@@ -19,12 +20,12 @@ Rotation = tuple[np.ndarray, np.ndarray, int]
 """The model's rotary embedding at any position, as two small tables; see `numba_rope.rotated_dots`."""
 
 
-def rotation_below(codec: Codec, like: Tensor, stop: int) -> Rotation:
+def rotation_below(rope: Rope, like: Tensor, stop: int) -> Rotation:
     """The rotary embedding of positions below `stop`, for a model that rotates in the dtype of `like`."""
     wide = like.new_empty(0, dtype=torch.float32)
 
     def table(positions: Tensor) -> np.ndarray:
-        cos, sin = (x[0, 0] for x in codec.rope(positions.unsqueeze(0), wide))
+        cos, sin = (x[0, 0] for x in rope(positions.unsqueeze(0), wide))
         half = cos.shape[1] // 2  # both halves are the same
         return torch.stack([cos[:, :half], sin[:, :half]], 1).numpy().copy()
 

@@ -21,10 +21,10 @@ from lowkey.models.attention_interface import Call
 from lowkey.ops.ragged import row_of, select_rows, starts_of
 from lowkey.storage.chunk import attend_to_chunk
 from lowkey.storage.codec import Codec, Plain
-from lowkey.storage.coded import CodedLayer, take_tokens
+from lowkey.storage.coded import CodedLayer
 from lowkey.storage.exact import Exact, SinkPoints
 from lowkey.storage.packing import Packing
-from lowkey.storage.positioned import RaggedLayer
+from lowkey.storage.positioned import RaggedLayer, take_tokens
 from lowkey.storage.reading import attend_to_stored, positions_in_rows, reads_in_place
 from lowkey.storage.rebuilding import RebuiltKeys
 from lowkey.storage.rows import (

@@ -20,15 +20,16 @@ from torch import Tensor
 from lowkey.backends.numba_cpu import STRIDE, Segments, score_scale
 from lowkey.backends.ragged import prepare
 from lowkey.backends.segment import Part, merge_parts
-from lowkey.backends.stored import StepSegment
+from lowkey.backends.stored import StepSegment, StoredRows
 from lowkey.models.attention_interface import Call
+from lowkey.models.families import Rope
 from lowkey.storage.codec import Codec
 from lowkey.storage.positioned import PositionedLayer
 from lowkey.storage.rebuilding import RebuiltKeys, Rotation, rotation_below
 from lowkey.storage.rollback import Snapshot, storage_bytes
 
 ROOM = 16  # steps at most; free slots take memory, and every new room moves what is held
-UNKNOWN = -1
+UNKNOWN = -(2**62)  # no offset
 ROTATED_AT_ONCE = 1024  # positions for which the tables of a rotary embedding are made larger
 OwnSegment = tuple[StepSegment, RebuiltKeys | None]
 
@@ -131,8 +132,8 @@ class SteppingLayer(PositionedLayer):
 
     def held_tensors(self) -> list[Tensor]:
         """All tensors that the layer keeps alive, those that are prepared for steps included."""
-        rebuilt = [keys.keys for keys in (self.prepared.rebuilt if self.prepared else ()) if keys is not None]
-        return [*super().held_tensors(), *(x for keys in rebuilt for x in (keys.lane, keys.first))]
+        indices = [x for keys in self._rebuilt() for x in (keys.lane, keys.first)]
+        return [*super().held_tensors(), *indices]
 
     def nbytes(self) -> int:
         """The bytes of the storages that are really held."""
@@ -140,8 +141,11 @@ class SteppingLayer(PositionedLayer):
 
     def prepared_bytes(self) -> int:
         """The bytes of what is prepared for steps."""
-        rebuilt = [keys.keys for keys in (self.prepared.rebuilt if self.prepared else ()) if keys is not None]
-        return sum(2 * 8 * len(keys.lane) for keys in rebuilt)  # two int64 for each row of latents
+        return sum(2 * 8 * len(keys.lane) for keys in self._rebuilt())  # two int64 for each row of latents
+
+    def _rebuilt(self) -> list[StoredRows]:
+        """Keys that steps rebuild."""
+        return [own.keys for own in (self.prepared.rebuilt if self.prepared else ()) if own is not None]
 
     # -- steps
 
@@ -221,18 +225,18 @@ class SteppingLayer(PositionedLayer):
             return PreparedStep(None)
         segments, rebuilt = zip(*own, strict=True)
         kernel, rotation = prepare(call.query.shape[2], segments), None
-        if any(keys is not None for keys in rebuilt):
+        if (rope := self.codec.rotates_when_read) is not None and any(keys is not None for keys in rebuilt):
             stop = room.start + room.steps - (self.common_offset or 0)
-            rotation = self._rotation(call.query, stop)
+            rotation = self._rotation(rope, call.query, stop)
         return PreparedStep(kernel, bool(room.stored + room.ahead), rebuilt, rotation)
 
-    def _rotation(self, like: Tensor, stop: int) -> Rotation:
+    def _rotation(self, rope: Rope, like: Tensor, stop: int) -> Rotation:
         """The rotary embedding of positions below `stop`, which layers of a cache share."""
         if self.forward_pass is None:
-            return rotation_below(self.codec, like, stop)
-        known, key = self.forward_pass.rotations, (self.codec.rope.layer_type, like.dtype)
+            return rotation_below(rope, like, stop)
+        known, key = self.forward_pass.rotations, (rope.layer_type, like.dtype)
         if key not in known or len(known[key][0]) * STRIDE < stop:
-            known[key] = rotation_below(self.codec, like, stop + -stop % ROTATED_AT_ONCE)
+            known[key] = rotation_below(rope, like, stop + -stop % ROTATED_AT_ONCE)
         return known[key]
 
     def _dots_with_rebuilt(self, call: Call, prepared: PreparedStep) -> np.ndarray:
@@ -358,7 +362,7 @@ class SteppingLayer(PositionedLayer):
     def snapshot(self) -> Snapshot:
         """The state of the layer; see `RestorableLayer.snapshot`."""
         before = super().snapshot()
-        before.layer.prepared = None  # it would keep tensors alive that the snapshot leaves out
+        vars(before.layer)["prepared"] = None  # it would keep tensors alive that the snapshot leaves out
         return before
 
     def _remember_whole(self) -> None:

@@ -26,7 +26,7 @@ from lowkey.calibration.sinks import (
 from lowkey.core.types import LowkeyError
 from lowkey.models import families
 from lowkey.models.loading import load
-from lowkey.storage.coded import EMPTY
+from lowkey.storage.stored_tokens import EMPTY
 
 # a channel of the residual stream, and the tokens that are huge in it
 CHANNEL, MASSIVE = 7, torch.tensor([5, 11])

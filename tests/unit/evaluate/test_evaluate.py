@@ -15,7 +15,7 @@ from lowkey.evaluate import likelihood
 from lowkey.evaluate.intervals import half_width, t95
 from lowkey.evaluate.result import Task, evaluate
 from lowkey.evaluate.settings import full, packed, planned
-from lowkey.storage.coded import Exact
+from lowkey.storage.exact import Exact
 
 
 def test_a_window_of_exact_tokens_beside_what_is_compressed(half):

@@ -15,7 +15,7 @@ from lowkey.evaluate import footprint, layerwise
 from lowkey.evaluate.result import TASKS
 from lowkey.evaluate.settings import distinct, full, packed, planned
 from lowkey.models import families
-from lowkey.storage.coded import Exact
+from lowkey.storage.exact import Exact
 
 # -- layers
 

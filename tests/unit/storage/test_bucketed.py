@@ -23,7 +23,7 @@ from lowkey.core.types import LowkeyError
 from lowkey.models.fingerprint import model_fingerprint
 from lowkey.ops.ragged import join_rows, starts_of
 from lowkey.storage.bucketed import Bucket, BucketedLayer, Gate, truncate_factors
-from lowkey.storage.coded import Exact
+from lowkey.storage.exact import Exact
 
 # -- the definition
 
