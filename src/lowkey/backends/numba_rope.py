@@ -28,7 +28,9 @@ def _rounded(x, bits):
 @compiled
 def _dots_of(row, start, stop, keys, query, positions, first, coarse, fine, bits, scale, begin, out):
     """The dot products of a row's queries with its tokens from `start` to `stop`."""
-    half, d = coarse.shape[2], keys.shape[2]
+    half, d = coarse.shape[2], query.shape[2]
+    side = len(query) // len(keys)  # heads side by side
+    lane, at = row // side, row % side * d
     rotated = np.empty(d, np.float32)
     for t in range(start, stop):
         position = positions[first + t]
@@ -37,11 +39,11 @@ def _dots_of(row, start, stop, keys, query, positions, first, coarse, fine, bits
             cos = coarse[high, 0, x] * fine[low, 0, x] - coarse[high, 1, x] * fine[low, 1, x]
             sin = coarse[high, 1, x] * fine[low, 0, x] + coarse[high, 0, x] * fine[low, 1, x]
             cos, sin = _rounded(cos, bits), _rounded(sin, bits)
-            a, b = keys[row, t, x], keys[row, t, x + half]
+            a, b = keys[lane, t, at + x], keys[lane, t, at + x + half]
             rotated[x] = a * cos - b * sin
             rotated[x + half] = b * cos + a * sin
         for x in range(2 * half, d):
-            rotated[x] = keys[row, t, x]
+            rotated[x] = keys[lane, t, at + x]
         for i in range(query.shape[1]):
             total = np.float32(0.0)
             for x in range(d):
@@ -54,7 +56,7 @@ def rotated_dots(keys, query, positions, firsts, lengths, coarse, fine, bits, sc
     """Write the scaled dot products of queries with rotated keys.
 
     Args:
-        keys: (R, T, d) in fp32, not rotated: some tokens of each row.
+        keys: (L, T, n d) in fp32, not rotated: some tokens of R = L n rows, n of them side by side.
         query: (R, m, d) in fp32, rotated.
         positions: of tokens, int32.
         firsts: (R), where in `positions` the tokens of each row begin.
@@ -67,7 +69,7 @@ def rotated_dots(keys, query, positions, firsts, lengths, coarse, fine, bits, sc
         out: (R, m, n).
         threads: how many to use.
     """
-    rows, pieces = len(keys), -(-keys.shape[1] // TOKENS)
+    rows, pieces = len(query), -(-keys.shape[1] // TOKENS)
     if threads == 1:
         for row in range(rows):
             stop = min(keys.shape[1], lengths[row])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowkey.backends.segment import Segment
-from lowkey.core.head_groups import group_latents, rebuilt_heads
+from lowkey.core.head_groups import group_latents, rebuilt_heads, side_by_side
 from lowkey.core.types import Factors, Layout
 from lowkey.models.families import Rope
 from lowkey.ops.ragged import row_of
@@ -84,8 +84,16 @@ class Codec(Protocol):
         """What rotates stored keys when they are read; None if they are stored as queries meet them."""
         ...
 
-    def unrotated_keys(self, stored: Tensor) -> Tensor:
-        """Keys (b, h, s, d) as they are before `rebuilt_keys` rotates them, from (b, G, s, r)."""
+    def key_maps(self, groups: int) -> tuple[Tensor, Tensor | None]:
+        """What rebuilds keys before they are rotated, where `rotates_when_read`.
+
+        Args:
+            groups: G, of t heads each that share a latent.
+
+        Returns:
+            The maps (G, r, t d) from latents to the heads of a group, side by side, and what is added then
+            (G, 1, t d), or None.
+        """
         ...
 
     def expand_output(self, out: Tensor, share: np.ndarray | None = None) -> Tensor:
@@ -133,9 +141,9 @@ class Plain:
     heads_per_row: ClassVar[int] = 1
     rotates_when_read: ClassVar[None] = None
 
-    def unrotated_keys(self, stored: Tensor) -> Tensor:
-        """The stored keys, unchanged."""
-        return stored
+    def key_maps(self, groups: int) -> tuple[Tensor, Tensor | None]:
+        """Not defined: stored keys are read as they are."""
+        raise NotImplementedError
 
     def encode(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, unchanged."""
@@ -332,7 +340,7 @@ class LowRank:
 
     def rebuilt_keys(self, stored: Tensor, positions: Tensor) -> Tensor:
         """Rotated keys (b, h, s, d); see `Codec.rebuilt_keys`."""
-        keys = self.unrotated_keys(stored)
+        keys = _plus_mean(rebuilt_heads(stored, self.factors.k_up), self.factors.k_mean)
         if self.layout == "post_rope":
             return keys
         if positions.ndim == 2:
@@ -349,9 +357,11 @@ class LowRank:
         """The model's rotary embedding, if keys are stored before their rotation; see `Codec`."""
         return self.rope if self.layout == "pre_rope" and self.factors.frequencies is None else None
 
-    def unrotated_keys(self, stored: Tensor) -> Tensor:
-        """Keys (b, h, s, d) as they are before `rebuilt_keys` rotates them."""
-        return _plus_mean(rebuilt_heads(stored, self.factors.k_up), self.factors.k_mean)
+    def key_maps(self, groups: int) -> tuple[Tensor, Tensor | None]:
+        """Maps of groups of heads, and their means; see `Codec.key_maps`."""
+        t, up, mean = self.factors.merge[0], self.factors.k_up, self.factors.k_mean
+        maps = side_by_side(up.expand(groups * t, -1, -1), t)
+        return maps, None if mean is None else mean.view(groups, 1, -1)
 
     def expand_output(self, out: Tensor, share: np.ndarray | None = None) -> Tensor:
         """Outputs (b, h, g, t, d); see `Codec.expand_output`."""

@@ -167,7 +167,9 @@ class CodedLayer(StoredTokens):
             if rebuilds:
                 first = self.front_start - (self.common_offset or 0)
                 positions = np.arange(first, first + count, dtype=np.int32)
-                rebuilt = RebuiltKeys(self.codec, keys, positions, np.zeros(len(values.lane), np.int64))
+                rebuilt = RebuiltKeys(
+                    self.codec, len(self.offset), keys, positions, np.zeros(len(values.lane), np.int64)
+                )
             met = None if rebuilds else keys.repeated(heads // self.shapes["keys"][0])
             hidden = 0 if self.front_start else self.exact.sinks
             segments.append((StepSegment(met, values, None, self.codec != Plain(), hidden), rebuilt))

@@ -37,19 +37,25 @@ def rotation_below(rope: Rope, like: Tensor, stop: int) -> Rotation:
 
 @dataclass(frozen=True)
 class RebuiltKeys:
-    """Stored keys of R rows that queries meet only once they are rebuilt.
+    """Stored keys that queries meet only once they are rebuilt.
 
     Args:
         codec: their form.
-        keys: as they are stored, a row for each latent.
+        sequences: b.
+        keys: as they are stored, a row for each latent of a sequence.
         positions: of tokens, int32.
         firsts: (b h), where in `positions` the tokens of each KV head begin.
     """
 
     codec: Codec
+    sequences: int
     keys: StoredRows
     positions: np.ndarray
     firsts: np.ndarray
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that are held besides what the layer holds anyway."""
+        return [self.keys.lane, self.keys.first]
 
     def write_dots(
         self,
@@ -63,18 +69,21 @@ class RebuiltKeys:
         """Write the scaled dot products of rotated queries with the keys.
 
         Args:
-            query: (b, h, g, 1, d).
+            query: (b h, g, d).
             lengths: (b h), the tokens of each KV head.
             rotation: of the model.
             scale: what they are multiplied with.
             begin: where in the last dimension of `out` they begin.
             out: (b h, g, n), in fp32.
         """
-        b, h, g, _, d = query.shape
-        queries, longest = query.reshape(b * h, g, d), int(lengths.max(initial=0))
+        longest = int(lengths.max(initial=0))
+        up, mean = self.codec.key_maps(len(self.keys.lane) // self.sequences)
+        if self.sequences > 1:
+            up, mean = (None if x is None else x.repeat(self.sequences, 1, 1) for x in (up, mean))
         for start in range(0, longest, BLOCK_TOKENS):
             stop = min(start + BLOCK_TOKENS, longest)
-            latents = self.keys.decoded(start, stop, torch.float32).to(query.dtype).unflatten(0, (b, -1))
-            heads = self.codec.unrotated_keys(latents).view(b * h, stop - start, d)
+            latents = self.keys.decoded(start, stop, torch.float32)
+            heads = latents.to(query.dtype) @ up
+            heads = heads if mean is None else heads + mean
             place = self.positions, self.firsts + start, lengths - start
-            numba_cpu.rotated_dots(heads, queries, *place, rotation, scale, begin + start, out)
+            numba_cpu.rotated_dots(heads, query, *place, rotation, scale, begin + start, out)

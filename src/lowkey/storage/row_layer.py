@@ -208,7 +208,7 @@ class RowLayer(RaggedLayer, CodedLayer):
         values, rebuilt = values.repeated(heads // self._latents("values")), None
         if self.codec.rotates_when_read:
             firsts = np.repeat(starts[:-1].numpy(), heads)
-            rebuilt = RebuiltKeys(self.codec, keys, self.rows_positions.numpy(), firsts)
+            rebuilt = RebuiltKeys(self.codec, len(self.offset), keys, self.rows_positions.numpy(), firsts)
         met = None if rebuilt is not None else keys.repeated(heads // self._latents("keys"))
         lengths = starts.diff().repeat_interleave(heads)
         return [(StepSegment(met, values, lengths, self.codec != Plain()), rebuilt)]

@@ -20,7 +20,7 @@ from torch import Tensor
 from lowkey.backends.numba_cpu import STRIDE, Segments, score_scale
 from lowkey.backends.ragged import prepare
 from lowkey.backends.segment import Part, merge_parts
-from lowkey.backends.stored import StepSegment, StoredRows
+from lowkey.backends.stored import StepSegment
 from lowkey.models.attention_interface import Call
 from lowkey.models.families import Rope
 from lowkey.storage.codec import Codec
@@ -132,8 +132,7 @@ class SteppingLayer(PositionedLayer):
 
     def held_tensors(self) -> list[Tensor]:
         """All tensors that the layer keeps alive, those that are prepared for steps included."""
-        indices = [x for keys in self._rebuilt() for x in (keys.lane, keys.first)]
-        return [*super().held_tensors(), *indices]
+        return [*super().held_tensors(), *(x for keys in self._rebuilt() for x in keys.tensors())]
 
     def nbytes(self) -> int:
         """The bytes of the storages that are really held."""
@@ -141,11 +140,11 @@ class SteppingLayer(PositionedLayer):
 
     def prepared_bytes(self) -> int:
         """The bytes of what is prepared for steps."""
-        return sum(2 * 8 * len(keys.lane) for keys in self._rebuilt())  # two int64 for each row of latents
+        return sum(x.numel() * x.element_size() for keys in self._rebuilt() for x in keys.tensors())
 
-    def _rebuilt(self) -> list[StoredRows]:
+    def _rebuilt(self) -> list[RebuiltKeys]:
         """Keys that steps rebuild."""
-        return [own.keys for own in (self.prepared.rebuilt if self.prepared else ()) if own is not None]
+        return [keys for keys in (self.prepared.rebuilt if self.prepared else ()) if keys is not None]
 
     # -- steps
 
@@ -246,11 +245,12 @@ class SteppingLayer(PositionedLayer):
         b, h, g = call.query.shape[:3]
         lengths = [kernel.places[i, 4] for i, keys in enumerate(prepared.rebuilt) if keys is not None]
         dots = np.empty((b * h, g, sum(int(x.max()) for x in lengths)), np.float32)
-        scale, begin = score_scale(call.scaling, call.softcap), 0
+        query, begin = call.query.reshape(b * h, g, -1), 0
+        scale = score_scale(call.scaling, call.softcap)
         for i, keys in enumerate(prepared.rebuilt):
             if keys is not None:
                 kernel.given[i], tokens = begin, kernel.places[i, 4]
-                keys.write_dots(call.query, tokens, rotation, scale, begin, dots)
+                keys.write_dots(query, tokens, rotation, scale, begin, dots)
                 begin += int(tokens.max())
         return dots
 
