@@ -153,3 +153,16 @@ def test_positions_that_do_not_count_up_are_refused_in_a_room():
     with pytest.raises(lowkey.LowkeyError, match="position_ids: "):
         model(pico.prompt(1, batch=2), past_key_values=cache, position_ids=wrong)
     assert same(state(cache), before)
+
+
+def test_tensors_that_are_moved_within_a_room_are_read_where_they_are():
+    model, cache = filled("bits-8", "llama")
+    steps(model, cache, 3)
+    _, straight = filled("bits-8", "llama")
+    steps(model, straight, 3)
+    for layer in cache.layers:
+        layer.map_tensors(lambda t: t.clone())
+        layer.recent_k[:, :, : layer.room.window] += 1.0
+    for layer in straight.layers:
+        layer.recent_k[:, :, : layer.room.window] += 1.0
+    assert torch.equal(steps(model, cache, 2, seed=5), steps(model, straight, 2, seed=5))

@@ -10,7 +10,7 @@ undone.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -350,6 +350,11 @@ class SteppingLayer(PositionedLayer):
     @abstractmethod
     def _store(self, buffer_k: Tensor, buffer_v: Tensor) -> None:
         """Store what leaves the window, and hold the rest."""
+
+    def map_tensors(self, f: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor that is held by `f` of it."""
+        self.prepared = None  # it has the addresses of those that go
+        super().map_tensors(f)
 
     def reset(self) -> None:
         """Forget all tokens."""
