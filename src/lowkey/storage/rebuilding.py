@@ -79,7 +79,8 @@ class RebuiltKeys:
         longest = int(lengths.max(initial=0))
         up, mean = self.codec.key_maps(len(self.keys.lane) // self.sequences)
         if self.sequences > 1:
-            up, mean = (None if x is None else x.repeat(self.sequences, 1, 1) for x in (up, mean))
+            up = up.repeat(self.sequences, 1, 1)
+            mean = None if mean is None else mean.repeat(self.sequences, 1, 1)
         for start in range(0, longest, BLOCK_TOKENS):
             stop = min(start + BLOCK_TOKENS, longest)
             latents = self.keys.decoded(start, stop, torch.float32)
