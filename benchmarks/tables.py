@@ -160,6 +160,39 @@ def wilson(right: int, of: int) -> tuple[float, float]:
     return (middle - half) / (1 + weight), (middle + half) / (1 + weight)
 
 
+def planner_table(name: str) -> list[str]:
+    """For each budget and draw: the full cache, the planner's choice, and the best choice on one axis."""
+    lines, rows = [], rows_of(name)
+    for keep, draw in sorted({(row["keep"], row["draw"]) for row in rows}, key=lambda x: (-float(x[0][:-1]), x[1])):
+        own = [row for row in rows if (row["keep"], row["draw"]) == (keep, draw)]
+        (chosen,) = [row for row in own if row.get("chosen")]
+        single = min((row for row in own if len(row["axes"]) == 1), key=lambda row: row["kl"])
+        for row, shown in ((chosen, "the choice"), (single, "one axis")):
+            lines.append([keep, draw, shown, *_on_each_axis(row), *_kl_and_recall(row)])
+    return table(["budget", "draw", "", "rank", "bits", "tokens", "bytes", "KL", "recall"], lines)
+
+
+def frontier_table(name: str, keep: str) -> list[str]:
+    """All rows of the first draw at one budget, the best KL first."""
+    rows = [row for row in rows_of(name) if (row["keep"], row["draw"]) == (keep, 0)]
+    lines = [
+        [" x ".join(row["axes"]) or "full cache", *_on_each_axis(row), *_kl_and_recall(row)]
+        for row in sorted(rows, key=lambda row: row["kl"])
+    ]
+    return table(["smaller in", "rank", "bits", "tokens", "bytes", "KL", "recall"], lines)
+
+
+def _on_each_axis(row: dict) -> list[str]:
+    shares = [f"{100 * row.get(axis, 1.0):.0f} %" for axis in ("rank", "tokens")]
+    bits = row.get("bits", "none")
+    return [shares[0], "-" if bits == "none" else bits, shares[1], f"{kept(row):.2f} %"]
+
+
+def _kl_and_recall(row: dict) -> list[str]:
+    recall = "-" if row["recall"] is None else f"{round(row['recall'] * row['cases'])} of {row['cases']}"
+    return [f"{row['kl']:.4f} ± {row['kl_95']:.4f}", recall]
+
+
 def equal_bytes_table(name: str) -> list[str]:
     return equal_bytes.table(rows_of(name)).split("\n")
 
@@ -259,6 +292,9 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "default-three-models": default_table,
     "splits-three-models": split_table,
     "smollm2-policies": questions_table,
+    "smollm2-plan": partial(planner_table, "smollm2/plan"),
+    "smollm2-plan-frontier": partial(frontier_table, "smollm2/plan", "12.5%"),
+    "tiny-plan": partial(planner_table, "tiny/plan"),
     "tiny": partial(equal_bytes_table, "tiny"),
     "stories260K": partial(equal_bytes_table, "stories260K"),
     "tiny-window": window_table,

@@ -220,7 +220,7 @@ class CodedLayer(StoredTokens):
             exact: (b), the sequences that see this chunk exactly.
         """
         # many queries beside exact tokens: rebuilt keys can join the exact ones in one fused product
-        expand = self._only_stored_tokens_are_seen(exact) and call.query.shape[3] >= fused.QUERIES
+        expand = not self._only_stored_tokens_are_seen(exact) and call.query.shape[3] >= fused.QUERIES
         stored = self._stored_segment(call, buffer_k, buffer_v, expand)
         mask, segments = self._exact_segments(call, buffer_k, buffer_v, exact)
         return [replace(stored, mask=mask), *segments]
