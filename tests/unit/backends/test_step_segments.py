@@ -1,4 +1,4 @@
-"""One kernel call over tokens of several kinds, and over keys that are rotated there, against fp64 by hand."""
+"""One kernel call over tokens of several kinds, and keys that are rotated there, against fp64 by hand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lowkey.backends.stored import StepSegment
 
 pytestmark = pytest.mark.skipif(not numba_cpu.available(), reason="numba is not installed")
 ROWS, WIDTH, LATENT = 3, 64, 32
-KINDS = [  # of each segment: packings of keys and values, tokens of the rows, whether they are latents, hidden
+KINDS = [  # of each segment: packings of keys and values, tokens of rows, whether they are latents, hidden
     [("plain", "plain", (700, 1, 33), False, 0)],
     [("plain", "plain", (40, 40, 40), False, 0), ("token4", "token8", (300, 0, 5), False, 4)],
     [("channel4", "token4", (96, 97, 0), True, 4), ("plain", "plain", (3, 33, 0), False, 0)],
