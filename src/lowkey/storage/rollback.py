@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -169,7 +168,8 @@ class RestorableLayer(CacheLayerMixin):
 
     def snapshot(self) -> Snapshot:
         """The state of the layer, to be given to `restore`."""
-        before, lengths = copy.copy(self), {}
+        before, lengths = object.__new__(type(self)), {}  # much faster than copy.copy
+        vars(before).update(vars(self))
         for name, dim in self.growing_dims().items():
             lengths[name] = (dim, getattr(self, name).shape[dim])
             setattr(before, name, None)
