@@ -8,6 +8,7 @@ read where they lie. bf16 and fp16 numbers are widened in registers, and sums ar
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from threading import Lock
@@ -95,10 +96,12 @@ def stored_rows(
         _slots(*values.groups, values.width, kernel.LANES),
     )
     with _lock:
-        compiled = kernel.scorer(g, _kind(keys)), kernel.softener(g), kernel.mixer(g, _kind(values))
-        functions = np.array([function.address for function in compiled])
+        functions = _functions(g, _kind(keys), _kind(values))
         scales = _scales(scaling, softcap)
-        kernel.decode_rows(functions, g, *scales, *given, places, seen, out.numpy(), lse.numpy(), _threads())
+        with _compiling(kernel.decode_rows):
+            kernel.decode_rows(
+                functions, g, *scales, *given, places, seen, out.numpy(), lse.numpy(), _threads()
+            )
     return out, lse
 
 
@@ -116,6 +119,26 @@ def _kernel() -> ModuleType:
     numba.set_num_threads(1)
     torch.set_num_threads(threads)
     return numba_kernel
+
+
+@cache
+def _functions(g: int, keys: str, values: str) -> np.ndarray:
+    """The addresses of the C functions for g queries over keys and values of these kinds."""
+    from lowkey.backends.numba_cache import telling
+
+    kernel = _kernel()
+    with telling():
+        compiled = kernel.scorer(g, keys), kernel.softener(g), kernel.mixer(g, values)
+    return np.array([function.address for function in compiled])
+
+
+def _compiling(function: Any) -> AbstractContextManager[None]:
+    """For the call of a compiled function: says so if its first call takes long, because it is compiled."""
+    if function.signatures:
+        return nullcontext()
+    from lowkey.backends.numba_cache import telling
+
+    return telling(lambda: not function.signatures)
 
 
 def _threads() -> int:
