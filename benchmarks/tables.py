@@ -287,6 +287,41 @@ def _number(value: float | None, digits: int) -> str:
 
 SWEEP, COMPARED = pretraining_report.sweep_table, pretraining_report.comparison_table
 CONVERTED = pretraining_report.recovery_table
+
+
+def scale_table(shape: str) -> list[str]:
+    """Settings of one large shape, by arithmetic."""
+    found = rows_of("scale", "shapes")[shape]
+    head = ["setting", "GiB a sequence", "of full", "sequences that fit", "floor of a step with one, ms"]
+    head += ["floor with as many as fit, ms", "tokens per second at that"]
+    return table(head, [scale_cells(row) for row in found["rows"]])
+
+
+def scale_kinds_table() -> list[str]:
+    """Attention kinds of lowkey in the shape of Llama-3.1-8B, by arithmetic."""
+    head = ["attention", "parameters, 10^9", "GiB a sequence", "of mha", "sequences that fit"]
+    head += ["floor of a step with one, ms", "floor with as many as fit, ms", "tokens per second at that"]
+    lines = [
+        [cells[0], f"{row['parameters'] / 1e9:.2f}", *cells[1:]]
+        for row in rows_of("scale", "kinds")
+        for cells in [scale_cells(row)]
+    ]
+    return table(head, lines)
+
+
+def scale_cells(row: dict) -> list[str]:
+    """A row of `benchmarks/scale.py`."""
+    cells = [
+        f"`{row['setting']}`",
+        f"{row['sequence_bytes'] / 2**30:.2f}",
+        f"{100 * row['share_of_first']:.1f} %",
+    ]
+    cells += [f"{row['sequences_that_fit']:,}", f"{row['step_ms']:.2f}"]
+    if not row["sequences_that_fit"]:
+        return [*cells, "-", "-"]
+    return [*cells, f"{row['full_step_ms']:.1f}", f"{row['full_tokens_per_second']:,.0f}"]
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "headline": headline_table,
     "default-three-models": default_table,
@@ -303,6 +338,10 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "tiny-heads": partial(heads_table, "tiny-heads"),
     "tiny-heads-norefeed": partial(heads_table, "tiny-heads-norefeed"),
     "decode": decode_table,
+    "scale-Llama-3.1-8B": partial(scale_table, "Llama-3.1-8B"),
+    "scale-Qwen3-32B": partial(scale_table, "Qwen3-32B"),
+    "scale-DeepSeek-V3": partial(scale_table, "DeepSeek-V3"),
+    "scale-kinds": scale_kinds_table,
     "pretraining-rates": partial(pretraining_table, SWEEP, "za", 2_048_000),
     "pretraining-1000-steps": partial(pretraining_table, COMPARED, "zb", 2_048_000),
     "pretraining-2000-steps": partial(pretraining_table, COMPARED, "zb", 4_096_000),

@@ -9,6 +9,7 @@ ALL = (
     "compress",
     "dynamic",
     "eval",
+    "cost",
     "generate",
     "profile",
     "methods",

@@ -19,8 +19,8 @@ from lowkey.calibration.calibrate import Sample, calibrate
 from lowkey.calibration.sinks import find_sinks
 from lowkey.core.types import LowkeyError
 from lowkey.methods.kvlatent import KVLatent
-from lowkey.models import families
 from lowkey.models.fingerprint import model_fingerprint
+from lowkey.models.projections import projections
 from lowkey.policies import POLICIES
 from lowkey.probes.layer_inputs import layer_inputs
 from lowkey.storage.exact import Exact
@@ -123,7 +123,7 @@ def adapted(merge: bool) -> nn.Module:
 
 
 def test_weights_are_those_of_the_module_with_its_adapter():
-    with_adapter, merged = (families.projections(adapted(m), 1) for m in (False, True))
+    with_adapter, merged = (projections(adapted(m), 1) for m in (False, True))
     for name in ("q", "k", "v", "o", "q_bias", "k_bias", "v_bias"):
         assert close(getattr(with_adapter, name), getattr(merged, name), 1e-5), name
 

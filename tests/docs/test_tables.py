@@ -30,6 +30,21 @@ def test_every_table_is_on_a_page(tables):
     assert set(tables.TABLES) <= shown
 
 
+def test_the_shapes_at_128k_are_what_lowkey_cost_says(tables):
+    import scale
+
+    assert json.loads(scale.OUT.read_text(encoding="utf-8")) == scale.counted(), "run benchmarks/scale.py"
+
+
+# in billions, as model cards have them; DeepSeek-V3's is without the layer that predicts a second token
+@pytest.mark.parametrize(
+    ("shape", "total"), [("Llama-3.1-8B", 8.03), ("Qwen3-32B", 32.8), ("DeepSeek-V3", 671)]
+)
+def test_large_shapes_have_the_published_parameters(tables, shape, total):
+    row = tables.rows_of("scale", "shapes")[shape]["rows"][0]
+    assert float(f"{row['parameters'] / 1e9:.3g}") == total
+
+
 def test_a_page_is_filled_from_a_result_file(tables, tmp_path, monkeypatch):
     (tmp_path / "smollm2").mkdir()
     row = {"label": "full", "bytes_held": 50, "bytes_full": 200, "perplexity": 12.345, "kl": 0.00214}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from threading import Lock
@@ -137,16 +138,8 @@ class Segments:
             for latents in (True, False)
         ]
         with _lock:
-            self.functions = np.array(
-                [
-                    [
-                        0 if k is None else kernel.scorer(g, _kind(k)).address,
-                        kernel.softener(g).address,
-                        kernel.mixer(g, _kind(v)).address,
-                    ]
-                    for k, v in pairs
-                ]
-            )
+            kinds = [(None if k is None else _kind(k), _kind(v)) for k, v in pairs]
+            self.functions = np.stack([_functions(g, *kind) for kind in kinds])
 
     def attend(
         self,
@@ -181,8 +174,9 @@ class Segments:
             np.empty((rows, m), np.float32),
         )
         shift = NO_BIAS if bias is None else _as_numbers(bias) * np.float32(scaling / LN2)
-        with _lock:
-            _kernel().attend_segments(
+        attend = _kernel().attend_segments
+        with _lock, _compiling(attend):
+            attend(
                 self.functions,
                 self.group,
                 *_scales(scaling, softcap),
@@ -224,8 +218,9 @@ def rotated_dots(
 
     See `numba_rope.rotated_dots` for arguments; `rotation` has its two tables and `bits`.
     """
-    with _lock:
-        _rope().rotated_dots(
+    rotate = _rope().rotated_dots
+    with _lock, _compiling(rotate):
+        rotate(
             _as_numbers(keys),
             _as_numbers(query),
             positions,
@@ -271,6 +266,30 @@ def _kernel() -> ModuleType:
     numba.set_num_threads(1)
     torch.set_num_threads(threads)
     return numba_kernel
+
+
+@cache
+def _functions(g: int, keys: str | None, values: str) -> np.ndarray:
+    """The addresses of the C functions for g queries over keys and values of these kinds.
+
+    Keys of no kind have dot products that are given, and no function.
+    """
+    from lowkey.backends.numba_cache import telling
+
+    kernel = _kernel()
+    with telling():
+        compiled = kernel.softener(g), kernel.mixer(g, values)
+        scorer = 0 if keys is None else kernel.scorer(g, keys).address
+    return np.array([scorer, *(function.address for function in compiled)])
+
+
+def _compiling(function: Any) -> AbstractContextManager[None]:
+    """For the call of a compiled function: says so if its first call takes long, because it is compiled."""
+    if function.signatures:
+        return nullcontext()
+    from lowkey.backends.numba_cache import telling
+
+    return telling(lambda: not function.signatures)
 
 
 def _threads() -> int:

@@ -17,8 +17,9 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import cfunc, njit, prange, types
+from numba import prange, types
 
+from lowkey.backends.numba_cache import kept_cfunc, kept_njit
 from lowkey.backends.numba_channels import CHANNEL_BLOCK, mix_channels, score_channels
 from lowkey.backends.numba_ir import LANES, LOWEST
 from lowkey.backends.numba_vectors import add, call, fill_memory, finish_scores, level, mix, score, weigh
@@ -26,7 +27,7 @@ from lowkey.backends.numba_vectors import add, call, fill_memory, finish_scores,
 # tokens of a piece, and the pieces that the tokens of a call are cut into, about and at least
 SMALLEST_PIECE, LARGEST_PIECE, LEAST_PIECES = 64, 1024, 32
 LN2_FP32, NOT_THERE = np.float32(0.6931471805599453), np.float32(LOWEST)
-compiled = njit(cache=True, nogil=True)
+compiled = kept_njit(nogil=True)
 
 
 @cache
@@ -44,7 +45,7 @@ def scorer(g: int, kind: str) -> Any:
 
     if kind.startswith("channel"):
 
-        @cfunc(types.void(*[types.int64] * 12), cache=True)
+        @kept_cfunc(types.void(*[types.int64] * 12))
         def by_block(
             query, numbers, scale, low, stride, scales, channel, scale_channel, groups, size, left, out
         ):
@@ -57,7 +58,7 @@ def scorer(g: int, kind: str) -> Any:
 
         return by_block
 
-    @cfunc(types.void(*[types.int64] * 12), cache=True)
+    @kept_cfunc(types.void(*[types.int64] * 12))
     def by_token(query, numbers, scale, low, stride, scales, channel, scale_channel, groups, size, left, out):
         for i in range((left + per - 1) // per):
             at, shift = numbers + i * per * stride, i * per * scales
@@ -92,7 +93,7 @@ def softener(g: int) -> Any:
     """
     per = LANES // g
 
-    @cfunc(types.void(types.float32, *[types.int64] * 6), cache=True)
+    @kept_cfunc(types.void(types.float32, *[types.int64] * 6))
     def soften(cap, masks, steps, left, scores, top, total):
         fill_memory(top, LOWEST)
         fill_memory(total, 0.0)
@@ -112,7 +113,7 @@ def mixer(g: int, kind: str) -> Any:
 
     if kind.startswith("channel"):
 
-        @cfunc(types.void(*[types.int64] * 12), cache=True)
+        @kept_cfunc(types.void(*[types.int64] * 12))
         def by_block(
             weights, numbers, scale, low, stride, scales, channel, scale_channel, groups, size, left, out
         ):
@@ -123,7 +124,7 @@ def mixer(g: int, kind: str) -> Any:
 
         return by_block
 
-    @cfunc(types.void(*[types.int64] * 12), cache=True)
+    @kept_cfunc(types.void(*[types.int64] * 12))
     def by_token(
         weights, numbers, scale, low, stride, scales, channel, scale_channel, groups, size, left, out
     ):
@@ -378,7 +379,7 @@ def _attend_piece(i, layout, arrays, merging, outputs, cuts, results, done, scor
         _merge(row, (first[row], first[row + 1], segment), results, merging, bias, outputs)
 
 
-@njit(cache=True, nogil=True, parallel=True)
+@kept_njit(nogil=True, parallel=True)
 def attend_segments(
     functions,
     g,

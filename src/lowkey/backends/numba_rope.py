@@ -7,12 +7,13 @@ small tables serve any number of tokens.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
+from lowkey.backends.numba_cache import kept_njit
 from lowkey.backends.numba_cpu import STRIDE
 
 TOKENS = 64  # of a row that a thread takes at a time
-compiled = njit(cache=True, nogil=True, fastmath=True)
+compiled = kept_njit(nogil=True, fastmath=True)
 
 
 @compiled
@@ -51,7 +52,7 @@ def _dots_of(row, start, stop, keys, query, positions, first, coarse, fine, bits
             out[row, i, begin + t] = scale * total
 
 
-@njit(cache=True, nogil=True, fastmath=True, parallel=True)
+@kept_njit(nogil=True, fastmath=True, parallel=True)
 def rotated_dots(keys, query, positions, firsts, lengths, coarse, fine, bits, scale, begin, out, threads):
     """Write the scaled dot products of queries with rotated keys.
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lowkey.core.types import LowkeyError, device_of
 from lowkey.models import families, weights
-from lowkey.models.families import ProjectionPart
+from lowkey.models.projections import ProjectionPart, projection_parts, projections
 from lowkey.models.weights import only_trainable
 
 Signal = list[tuple[float, float]]  # per compressible layer a number for keys and one for values
@@ -68,8 +68,8 @@ def condition(model: PreTrainedModel, rows: Tensor, batch: int) -> Signal:
         model: the model.
         rows, batch: not used.
     """
-    projections = (families.projections(model, i) for i in families.geometry(model).compressible)
-    return [(_log_condition(p.k), _log_condition(p.v)) for p in projections]
+    layers = (projections(model, i) for i in families.geometry(model).compressible)
+    return [(_log_condition(p.k), _log_condition(p.v)) for p in layers]
 
 
 SIGNALS: dict[str, Callable[[PreTrainedModel, Tensor, int], Signal]] = {
@@ -101,7 +101,7 @@ def check_signals(model: PreTrainedModel, names: Sequence[str]) -> None:
 def _key_and_value_projections(model: PreTrainedModel) -> list[ProjectionPart]:
     """Return W_K and W_V of every compressible layer in turn."""
     layers = families.geometry(model).compressible
-    return [part for i in layers for part in families.projection_parts(model, i)[1:]]
+    return [part for i in layers for part in projection_parts(model, i)[1:]]
 
 
 def _gradients(model: PreTrainedModel, row: Tensor, parts: list[ProjectionPart]) -> list[Tensor]:

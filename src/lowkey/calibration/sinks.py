@@ -27,6 +27,7 @@ from lowkey.core.types import LowkeyError, device_of
 from lowkey.models import families
 from lowkey.models.attention_interface import attach
 from lowkey.models.fingerprint import model_fingerprint
+from lowkey.models.projections import projections
 from lowkey.probes.layer_inputs import layer_inputs
 from lowkey.storage.exact import SinkPoints, SinkRule
 
@@ -180,7 +181,7 @@ def _values(model: PreTrainedModel, layer: int, hidden: Tensor) -> Tensor:
     """Return the values (n t, h, d) in fp32 of a layer's inputs (n, t, D)."""
     device = device_of(families.decoder_layers(model)[layer])
     inputs = families.attention_input(model, layer, hidden.to(device, model.dtype))
-    weights = families.projections(model, layer)
+    weights = projections(model, layer)
     values = torch.einsum("nc,hdc->nhd", inputs.float().cpu().flatten(0, 1), weights.v)
     return values if weights.v_bias is None else values + weights.v_bias
 

@@ -19,6 +19,7 @@ from lowkey.cli import (
     bench,
     compress,
     convert,
+    cost,
     diversity,
     download,
     dynamic,
@@ -58,6 +59,7 @@ COMMANDS: dict[str, list[tuple[str, Callable[..., None]]]] = {
     "Use and measure": [
         ("generate", generate.generate),
         ("eval", eval.eval_),
+        ("cost", cost.cost),
         ("report", report.report),
     ],
     "Look into a model": [

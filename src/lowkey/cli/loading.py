@@ -26,6 +26,8 @@ from lowkey.policies.base import Policy
 def quiet_libraries() -> None:
     """Keep messages and progress bars of the libraries off stderr; commands write their own."""
     logging.getLogger("lowkey").setLevel(logging.ERROR)
+    # that kernels are being compiled is worth a line, since it takes long
+    logging.getLogger("lowkey.backends").setLevel(logging.WARNING)
     huggingface_hub.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

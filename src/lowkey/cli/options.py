@@ -21,9 +21,23 @@ EXACT = "Exact tokens"
 CALIBRATION = "Calibration"
 TRAINING = "Training"
 MEASURING = "Measuring"
-SHAPE = "Shape"  # of what `bench decode` times
+SHAPE = "Shape"  # of what `bench decode` times and `cost` counts
+HARDWARE = "Hardware"
 OUTPUT = "Output"
-PANELS = (MODEL, METHOD, BUDGET, CACHE, POLICY, EXACT, CALIBRATION, TRAINING, MEASURING, SHAPE, OUTPUT)
+PANELS = (
+    MODEL,
+    METHOD,
+    BUDGET,
+    CACHE,
+    POLICY,
+    EXACT,
+    CALIBRATION,
+    TRAINING,
+    MEASURING,
+    SHAPE,
+    HARDWARE,
+    OUTPUT,
+)
 
 NAMED = ", ".join(f"'{name}' (lowkey download {name})" for name in PACKAGED)
 EMBEDDED_TEXT = "a UTF-8 text file (default: the embedded text)"

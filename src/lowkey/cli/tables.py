@@ -99,6 +99,38 @@ def show_frontier(told: dict) -> None:
         say(f"so many sequences fit into {told['memory_bytes']:,} bytes: {told['sequences_that_fit']:,}")
 
 
+def show_cost(told: dict) -> None:
+    """What `lowkey cost` counted, a row for each setting."""
+    card, gib = told["gpu"], 2**30
+    title = f"{told['model']}, {told['dtype']}: {told['batch']:,} x {told['context']:,} tokens"
+    times = ("floor ms", "tokens/s", "fit") if card else ()
+    table = Table("setting", "MiB a sequence", "of first", "GiB in all", "GiB read", *times, title=title)
+    for row in told["rows"]:
+        share = row["share_of_first"]
+        cells = [
+            row["setting"],
+            f"{row['sequence_bytes'] / 2**20:,.1f}",
+            "-" if share is None else f"{100 * share:.1f}%",
+            f"{row['cache_bytes'] / gib:,.2f}",
+            f"{row['read_bytes'] / gib:,.2f}",
+        ]
+        if card:
+            cells += [f"{row['step_ms']:,.2f}", f"{row['tokens_per_second']:,.0f}"]
+            cells += [f"{row['sequences_that_fit']:,}"]
+        table.add_row(*cells)
+    screen.print(table)
+    say(
+        f"weights: {told['parameters']:,} parameters of {told['weight_bits']:g} bits, "
+        f"{told['weights_bytes'] / gib:,.2f} GiB, of which a step reads "
+        f"{told['weights_read_bytes'] / gib:,.2f} GiB"
+    )
+    if card:
+        say(
+            f"{card['count']} x {card['name']}: {card['memory_bytes'] / gib:,.0f} GiB, "
+            f"{card['count'] * card['gbs']:,.0f} GB/s; arithmetic on the config, not a measurement"
+        )
+
+
 def show_dynamic(about: dict, place: Path, as_json: bool) -> None:
     """A plan with a rank for every token, as its file describes it."""
     if as_json:

@@ -27,6 +27,7 @@ from lowkey.conversion.target import configuration
 from lowkey.core.progress import Progress, silent
 from lowkey.core.types import LowkeyError, device_of
 from lowkey.models import families
+from lowkey.models.projections import weights_outside_attention
 
 InputMoments = dict[int, Tensor]
 
@@ -256,7 +257,7 @@ def _outside(model: PreTrainedModel, made: LowkeyForCausalLM) -> dict[str, Tenso
     Raises:
         LowkeyError: the two models do not have the same weights outside attention.
     """
-    state, weights = made.state_dict(), families.weights_outside_attention(model)
+    state, weights = made.state_dict(), weights_outside_attention(model)
     expected = {name for name in state if ".self_attn." not in name}
     if expected != weights.keys():
         name = sorted(expected ^ weights.keys())[0]

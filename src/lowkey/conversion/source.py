@@ -13,7 +13,7 @@ from lowkey.attention import GROUPED
 from lowkey.core.types import LowkeyError
 from lowkey.models import families
 from lowkey.models import weights as plain
-from lowkey.models.families import ProjectionPart
+from lowkey.models.projections import ProjectionPart, projection_parts
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _parts(
     attention: Any = families.decoder_layers(model)[layer].self_attn
     out = ProjectionPart(attention.o_proj, slice(None))
     if not families.is_own(model.config):
-        return *families.projection_parts(model, layer), out
+        return *projection_parts(model, layer), out
     # Of a low-rank query the up-map is read; the rest of it stays as it is.
     query = attention.q_proj.up if model.config.q_lora_rank else attention.q_proj
     return (

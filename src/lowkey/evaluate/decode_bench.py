@@ -9,12 +9,10 @@ model does, because several copies of the storage take turns too.
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from itertools import cycle
 from pathlib import Path
 from statistics import median
@@ -27,6 +25,7 @@ from lowkey.backends import grouped, numba_cpu, triton_gpu
 from lowkey.core.options import Checked, option
 from lowkey.core.types import Budget, LowkeyError
 from lowkey.evaluate.limits import check_head_groups
+from lowkey.evaluate.machine import machine
 from lowkey.ops.apportion import apportion
 from lowkey.ops.ragged import starts_of
 
@@ -139,7 +138,7 @@ def decode_bench(
         "repeats": repeats,
         "seed": seed,
         "kept": lengths.tolist(),
-        "environment": _environment(device),
+        "environment": machine(device) | {"threads": torch.get_num_threads(), "device": device},
         "read_bandwidth_gbs": median(bandwidth),
         "backends": {
             name: _row(name, times, bandwidth, shape.nbytes) for name in times if not name.endswith(" budget")
@@ -293,35 +292,3 @@ def _row(name: str, times: dict[str, list[float]], bandwidth: list[float], nbyte
 def _median_quotient(above: list[float], below: list[float]) -> float:
     """Median over rounds of the quotient of two times."""
     return median(a / b for a, b in zip(above, below, strict=True))
-
-
-def _environment(device: str) -> dict:
-    """Versions, threads and processor that times depend on."""
-    versions = {name: _version(name) for name in ("numba", "triton")}
-    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
-    return {
-        "torch": torch.__version__,
-        **versions,
-        "threads": torch.get_num_threads(),
-        "device": device,
-        "processor": name,
-    }
-
-
-def _version(package: str) -> str | None:
-    """Version of a package, or None if it is not installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    """Name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )

@@ -23,7 +23,8 @@ from lowkey.core import files
 from lowkey.core.types import Factors, LowkeyError
 from lowkey.methods import METHODS
 from lowkey.models import families, weights
-from lowkey.models.families import Geometry, ProjectionPart, Projections, Rope
+from lowkey.models.families import Geometry, Rope
+from lowkey.models.projections import ProjectionPart, Projections, projection_parts, projections
 from lowkey.ops.commuting import commutes
 from lowkey.ops.rope import rotate
 from lowkey.plan.plan import Plan
@@ -334,9 +335,9 @@ def layer_weights(
     """
     block: Any = families.decoder_layers(model)[i].self_attn
     narrow: Any = families.decoder_layers(smaller)[i].self_attn
-    new = factors_folded(families.projections(model, i), f, block.scaling / narrow.scaling)
+    new = factors_folded(projections(model, i), f, block.scaling / narrow.scaling)
     new_weights = {narrow.o_proj.weight: new.o.transpose(0, 1).flatten(1)}
-    parts = families.projection_parts(smaller, i)
+    parts = projection_parts(smaller, i)
     for part, weight, bias in zip(
         parts, (new.q, new.k, new.v), (new.q_bias, new.k_bias, new.v_bias), strict=True
     ):

@@ -40,6 +40,7 @@ from lowkey.core.options import Checked, option
 from lowkey.core.progress import Progress, silent
 from lowkey.core.types import device_of
 from lowkey.models import families
+from lowkey.models.projections import head_maps
 
 DIVERSITY_FORMAT = 1
 LEAST_VARIANCE = 1e-10  # variance per head below which heads are the same: fp64 leaves 1e-15
@@ -197,8 +198,7 @@ def weight_diversity(model: PreTrainedModel, progress: Progress = silent, label:
     """
     count = len(families.decoder_layers(model))
     return [
-        of_maps(_moved(families.head_maps(model, i), device_of(model)))
-        for i in progress(range(count), label, count)
+        of_maps(_moved(head_maps(model, i), device_of(model))) for i in progress(range(count), label, count)
     ]
 
 

@@ -13,8 +13,8 @@ from lowkey.backends.segment import Segment
 from lowkey.core.options import option
 from lowkey.core.types import LayerBases, LayerStatistics, device_of, head_blocks
 from lowkey.methods.base import Method
-from lowkey.models import families
 from lowkey.models.attention_interface import AttendingLayer, Call, Incoming
+from lowkey.models.projections import projections
 from lowkey.ops.products import block_diagonal_groups, group_size, joint_moments, oblique_basis
 from lowkey.ops.rope import unrotate
 from lowkey.probes.layer_probe import LayerProbe
@@ -66,7 +66,7 @@ class KQSVD(Method):
         """Return the projectors that keep K Q^T and V W_O best."""
         heads, t = statistics.heads, group_size(statistics.heads, self.group or statistics.heads)
         # (h, g, D, d): output weights of the g query heads of every KV head
-        weights = families.projections(probe.model, probe.index).o.double().unflatten(0, (heads, -1))
+        weights = projections(probe.model, probe.index).o.double().unflatten(0, (heads, -1))
         if self.weighting == "none":
             queries = statistics.queries(probe.layout)
         else:

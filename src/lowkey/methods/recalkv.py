@@ -13,6 +13,7 @@ from lowkey.core.options import option
 from lowkey.core.types import Factors, LayerBases, LayerStatistics, Layout
 from lowkey.methods.base import CalibrationContext, Method
 from lowkey.models import families
+from lowkey.models.projections import projections
 from lowkey.ops.bases import principal
 from lowkey.ops.products import column_signs, group_size, joint_moments, merged_basis, reorder_heads
 from lowkey.probes.layer_inputs import first_inputs
@@ -68,7 +69,7 @@ class ReCalKV(Method):
         """Return PCA of the reordered groups of keys, and of all values together."""
         heads = statistics.heads
         t = group_size(heads, self.group, PAPER_HEADS_PER_GROUP)
-        weights = families.projections(probe.model, probe.index).k
+        weights = projections(probe.model, probe.index).k
         similarity = cka(whitened(weights, statistics.inputs))
         order = order_of(grouped_by_similarity(similarity, t))
         keys, values = (reorder_heads(m, order, heads) for m in joint_moments(statistics, probe.layout))

@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -73,11 +74,25 @@ def check_model_name(name: str) -> None:
     Raises:
         LowkeyError: if there is none.
     """
+    family(read_config(name)[0])
+
+
+def read_config(name: str) -> tuple[PreTrainedConfig, torch.dtype]:
+    """The config of a model, of any family, without its weights.
+
+    Args:
+        name: as `load` takes it.
+
+    Returns:
+        (the config, the dtype that the model is loaded in unless another is asked for).
+
+    Raises:
+        LowkeyError: if there is no such model, or its config cannot be read.
+    """
     register()  # so that transformers knows our own model type
     check_name(name)
     with _location(name) as place:
-        if is_gguf(place):
-            gguf.header(Path(place))
+        saved = gguf.header(Path(place)).dtype if is_gguf(place) else None
         try:
             config = (
                 gguf.load_config(Path(place))
@@ -86,7 +101,8 @@ def check_model_name(name: str) -> None:
             )
         except Exception as error:  # transformers raises many kinds; each is bad input here
             raise _no_model(name, error) from error
-    family(config)
+    dtype = saved or config.get_text_config().dtype or config.dtype
+    return config, dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def _read(place: Path | str, dtype: torch.dtype | str, device: str) -> tuple[Any, dict]:

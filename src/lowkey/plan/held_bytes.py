@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # that module imports the card, which imports this one
     from lowkey.plan.plan import Plan
 
 INDEX = 8  # bytes of an index
-POSITION, SCORE, SINK_INDEX = 4, 4, 4  # bytes
+POSITION, SCORE, SINK_INDEX, MEAN = 4, 4, 4, 4  # bytes; means are in fp32
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,13 @@ def held_bytes(plan: Plan, tokens: int, itemsize: int, latents: float = 1.0) -> 
         return _granted(policy, tokens)
     # blocks of tokens lie in rows as soon as there is a budget of tokens; see `EvictingLayer`
     unit = Budget.parse(policy.budget).unit if policy is not None and policy.budget is not None else ""
+    # the mean key and value of what a head dropped, and their number
+    means = MEAN * (2 * g["head_dim"] + 1) * g["kv_heads"] * len(layers)
+    total = float(means if policy is not None and policy.compensates else 0)
     if kept < tokens or (block > 1 and unit == "tokens"):
-        return _in_rows(layers, policy, kept, min(tokens, sinks + recent), sinks, block)
+        return int(total) + _in_rows(layers, policy, kept, min(tokens, sinks + recent), sinks, block)
     in_slots = max(0, tokens - recent) // block * block
     by_age = policy is None and (block > 1 or (recent > 0 and not lossless))
-    total = 0.0
     for layer in layers:
         indices = INDEX * (3 if by_age else 2) + SINK_INDEX * sinks
         if policy is not None:

@@ -15,7 +15,7 @@ from lowkey.plan.held_bytes import held_bytes
 from lowkey.plan.plan import NO_METHOD, Plan, versions
 from lowkey.policies import POLICIES, policy_to_dict
 from lowkey.policies.base import Policy
-from lowkey.storage.exact import DEFAULT_WINDOW
+from lowkey.storage.exact import DEFAULT_WINDOW, Exact
 from lowkey.storage.packing import NO_BITS, SCHEMES, scheme_or_none
 
 EVICTION = "tokens"  # the axis on which tokens are dropped
@@ -87,23 +87,10 @@ class Composer:
 
     def without_ranks(self, bits: str, tokens: float, recent: int = DEFAULT_WINDOW.recent) -> Plan:
         """The plan of full rank in a packing that keeps a share of the tokens."""
-        packed, exact = scheme_or_none(bits), bits != NO_BITS
-        return Plan(
-            factors={},
-            layout="post_rope",
-            method=NO_METHOD,
-            allocator=NO_METHOD,
-            budget="100%",
-            geometry=asdict(families.geometry(self.model)),
-            provenance={
-                "model": self.model.config._name_or_path,
-                "model_sha256": self.fingerprint,
-                "versions": versions(),
-            },
-            sinks=self.sinks if exact else 0,
-            recent=max(recent, packed.recent) if packed else 0,
-            bits=bits if exact else None,
-            policy=self._written(tokens),
+        made_for = {"model": self.model.config._name_or_path, "model_sha256": self.fingerprint}
+        exact = Exact(self.sinks, recent)
+        return plan_without_ranks(
+            families.geometry(self.model), bits, self._written(tokens), exact, **made_for
         )
 
     def _written(self, tokens: float) -> dict | None:
@@ -148,6 +135,34 @@ class Composer:
                 wanted if best is None or held > budget else wanted * (1 + CLOSE / 4), self.full_bytes
             )
         return best
+
+
+def plan_without_ranks(
+    shape: families.Geometry, bits: str, policy: dict | None, exact: Exact, **made_for: str
+) -> Plan:
+    """The plan of full rank.
+
+    Args:
+        shape: of the model.
+        bits: a name of `SCHEMES`, or `none`.
+        policy: which tokens are kept, as a plan has it; None for all.
+        exact: the tokens that are held exactly where something is rounded.
+        made_for: the name and the fingerprint of the model, as a plan's provenance has them.
+    """
+    packed = scheme_or_none(bits)
+    return Plan(
+        factors={},
+        layout="post_rope",
+        method=NO_METHOD,
+        allocator=NO_METHOD,
+        budget="100%",
+        geometry=asdict(shape),
+        provenance={**made_for, "versions": versions()},
+        sinks=exact.sinks if packed else 0,
+        recent=max(exact.recent, packed.recent) if packed else 0,
+        bits=bits if packed else None,
+        policy=policy,
+    )
 
 
 def policy_keeping(name: str) -> Callable[[float], Policy]:

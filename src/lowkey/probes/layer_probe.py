@@ -16,6 +16,7 @@ from lowkey.core.types import Factors, LayerBases, Layout, LowkeyError, device_o
 from lowkey.models import families, weights
 from lowkey.models.attention_interface import Incoming
 from lowkey.models.families import Rope
+from lowkey.models.projections import projections
 from lowkey.ops.commuting import rotated_moment
 from lowkey.ops.rope import rotate, unrotate
 from lowkey.storage.exact import NO_EXACT_TOKENS, Exact
@@ -254,7 +255,7 @@ class LayerProbe:
         Raises:
             LowkeyError: if the model normalises its keys, which are then not linear in its weights.
         """
-        p = families.projections(self.model, self.index)
+        p = projections(self.model, self.index)
         if p.normed:
             raise LowkeyError(
                 f"{option}: this model norms its keys after their projection, so that they are not linear in "

@@ -26,6 +26,7 @@ from lowkey.calibration.sinks import (
 from lowkey.core.types import LowkeyError
 from lowkey.models import families
 from lowkey.models.loading import load
+from lowkey.models.projections import projection_parts
 from lowkey.storage.stored_tokens import EMPTY
 
 # a channel of the residual stream, and the tokens that are huge in it
@@ -39,7 +40,7 @@ def plant(model):
     with torch.no_grad():
         model.get_input_embeddings().weight[MASSIVE, CHANNEL] = 300.0
         for i in range(pico.LAYERS):
-            part = families.projection_parts(model, i)[1]
+            part = projection_parts(model, i)[1]
             part.linear.weight[part.rows, CHANNEL] *= 5
     return model
 

@@ -26,6 +26,7 @@ from lowkey.heads.diversity import (
 )
 from lowkey.models import families
 from lowkey.models.attention_interface import ATTENTION_NAME
+from lowkey.models.projections import head_maps
 
 NORMED = {
     **{name: {**KINDS[name], "qk_norm": True} for name in ("gqa", "lrkv-full", "mea", "gta-0", "k_eq_v")},
@@ -198,7 +199,7 @@ def test_maps_of_stock_models(name):
         out = model(pico.prompt(1), use_cache=True, output_hidden_states=True)
     for i, layer in enumerate(out.past_key_values.layers):
         maps, inputs = (
-            families.head_maps(model, i),
+            head_maps(model, i),
             families.attention_input(model, i, out.hidden_states[i]).detach(),
         )
         stored = (x.repeat_interleave(len(maps.q) // x.shape[1], 1) for x in (layer.keys, layer.values))

@@ -34,6 +34,7 @@ from lowkey.core.types import head_blocks
 from lowkey.methods import CalibrationContext, Palu, ReCalKV
 from lowkey.methods import recalkv as recal
 from lowkey.models import families
+from lowkey.models.projections import projections
 from lowkey.ops.products import reorder_heads
 from lowkey.probes.layer_inputs import first_inputs, layer_inputs
 from lowkey.probes.layer_probe import LayerProbe, LowRankReconstruction
@@ -56,7 +57,7 @@ def slow_cka(x: Tensor, y: Tensor) -> float:
 
 def test_similarity_is_the_cka_of_whitened_weights():
     statistics, probe = prepared("llama", "pre_rope")
-    weights = families.projections(probe.model, LAYER).k
+    weights = projections(probe.model, LAYER).k
     blocks = recal.whitened(weights, statistics.inputs)
     found = recal.cka(blocks)
     for i in range(4):

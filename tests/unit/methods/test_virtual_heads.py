@@ -15,6 +15,7 @@ from lowkey.backends import naive
 from lowkey.methods import MEA, mea
 from lowkey.models import families
 from lowkey.models.attention_interface import attach
+from lowkey.models.projections import projections
 from lowkey.ops import aligning, commuting
 from lowkey.storage.codec import LowRank
 
@@ -39,7 +40,7 @@ def test_eigenvectors_of_the_gram_keep_the_most_energy(prepared, layout, count):
 def test_weights_are_the_papers_svd_over_the_head_axis(prepared, count):
     """Eq. 36-38: U, S, V of the (d D, h) matrix of flattened projections; virtual heads are U times S V^T."""
     stats, probe = prepared()
-    bases, weights = MEA("weights").fit(stats, probe, RANKS, 0), families.projections(probe.model, LAYER)
+    bases, weights = MEA("weights").fit(stats, probe, RANKS, 0), projections(probe.model, LAYER)
     for basis, heads in ((bases.keys, weights.k), (bases.values, weights.v)):
         flat = heads.flatten(1).mT.double().numpy()
         u, s, v = np.linalg.svd(flat, full_matrices=False)

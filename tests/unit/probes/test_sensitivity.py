@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from lowkey.calibration.sensitivity import SIGNALS, condition, fisher
 from lowkey.core.types import LowkeyError
 from lowkey.models import families
-from lowkey.models.families import projection_parts, projections
+from lowkey.models.projections import projection_parts, projections
 from lowkey.models.weights import only_trainable
 
 ROWS = prompt(12, batch=3)
