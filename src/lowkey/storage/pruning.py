@@ -305,6 +305,10 @@ class PruningLayer(EvictingLayer):
             self.pending = self._pruning(call, real, tokens)
         super()._evict(call, real, chunk, repetition_lse)
 
+    def _scores_decide_nothing(self, tokens: Tensor) -> bool:
+        # keys lose channels also where every token stays
+        return super()._scores_decide_nothing(tokens) and self.pending is None
+
     def _pruning(self, call: Call, real: Tensor | None, tokens: Tensor) -> PendingPruning:
         """How far each sequence is to be pruned, and the queries that choose its channels."""
         first = self._first_positions().view(-1)
