@@ -125,7 +125,7 @@ class Plan:
             "plan", known.get("model", "?"), known.get("model_sha256"), model, "compress this model anew"
         )
         shape = geometry(model)
-        layers = sorted(self.factors) or list(shape.compressible)
+        layers = sorted(self.factors) or list(self.geometry["compressible"])
         if (layers, self.geometry["kv_heads"], self.geometry["head_dim"]) != (
             list(shape.compressible),
             shape.kv_heads,

@@ -76,10 +76,14 @@ def read_plan(folder: Path) -> tuple[dict[int, Factors], dict[str, Any]]:
     # shapes of tensors are checked against these fields, so the fields come first
     if rule := _flaw(fields) or _flaw_of_ranks(ranks, order, fields["geometry"]):
         raise refuse(rule)
-    if ranks and sorted(ranks) != sorted(layers):
+    if not layers or layers != sorted(set(layers)):
+        raise refuse("geometry does not name its layers once each, in their order")
+    if ranks and sorted(ranks) != layers:
         raise refuse("ranks are not those of the layers of its geometry")
     _check_heads(fields["heads"], len(layers), heads, refuse)
     tensors, factors = files.read_tensors(folder / PLAN_TENSORS, "plan", PLAN_FILE, checksum), {}
+    if other := [name for name, t in tensors.items() if t.dtype != torch.float32]:
+        raise refuse(f"{min(other)!r:.60} of plan.safetensors is not in float32, as all that is saved")
     for i, (k, v) in ranks.items():
         try:
             factors[i] = _factors(tensors, i, fields["orthonormal"], d, order.get(i))
@@ -209,8 +213,8 @@ def _factors(
 ) -> Factors:
     """The maps of layer `i` from the tensors of a file. Raises: KeyError if one is missing."""
     found = {name: tensors[f"{i}.{name}"] for name in (("k_down", "v_down") if orthonormal else MAPS)}
-    if not all(t.ndim == 3 and t.dtype == torch.float32 for t in found.values()):
-        raise KeyError(f"fp32 maps of three dimensions for layer {i}")
+    if not all(t.ndim == 3 for t in found.values()):
+        raise KeyError(f"maps of three dimensions for layer {i}")
     if orthonormal:
         for x in "kv":
             down = found[f"{x}_down"]
@@ -230,9 +234,7 @@ def _check_factors(
 ) -> None:
     """Check the maps of a layer against its ranks and the model's heads. Raises: LowkeyError."""
     own = f.frequencies
-    if own is not None and not (
-        own.shape == (rank[0] // 2,) and f.merge[0] == 1 and bool(own.isfinite().all())
-    ):
+    if own is not None and not (own.shape == (rank[0] // 2,) and f.merge[0] == 1):
         raise refuse(f"frequencies of shape {tuple(own.shape)} do not fit rank {rank[0]} of single heads")
     for name, r, down, up, mean in (
         ("key", rank[0], f.k_down, f.k_up, f.k_mean),

@@ -52,7 +52,7 @@ class EvictingLayer(RowLayer):
     Attributes:
         recorded_queries: (b, h, g, w, d), the queries of the decode steps since the last eviction; empty
             unless the policy will use them.
-        decode_steps: steps of decoding so far.
+        decode_steps: steps of decoding so far, counted if the policy evicts after every so many.
         frozen: whether eviction is switched off.
         expected_tokens: tokens that will be given again after an eviction, for which the budget keeps room.
         empty_call: the last call, without queries, for evictions that score nothing new.
@@ -228,9 +228,11 @@ class EvictingLayer(RowLayer):
         return self.seen if self.policy.every else super().earliest_crop()
 
     def _after_step(self, call: Call) -> None:
-        """Count a step of decoding; evict if it is time."""
+        """With `every`: count a step of decoding, and evict if it is time."""
+        if not self.policy.every:
+            return
         self.decode_steps += 1
-        if not self.policy.every or self.frozen:
+        if self.frozen:
             return
         if self.policy.uses_queries:
             self.recorded_queries = self._with_recorded_queries(call.query, clone=True)
