@@ -185,7 +185,10 @@ def test_a_cropped_cache_is_saved_and_loaded(tmp_path):
     cache.save(tmp_path / "cache")
     again = load_cache(tmp_path / "cache", model)
     assert again.get_seq_length() == 5 and agree(again, "loaded") == cache.nbytes()
-    close(feed(model, more, again), feed(stock("llama"), torch.cat([prompt(10, batch=1)[:, :5], more], 1))[:, 5:])
+    close(
+        feed(model, more, again),
+        feed(stock("llama"), torch.cat([prompt(10, batch=1)[:, :5], more], 1))[:, 5:],
+    )
 
 
 def test_more_than_all_cannot_be_removed():

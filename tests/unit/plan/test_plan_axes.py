@@ -86,7 +86,9 @@ def test_a_damaged_policy_is_refused(tmp_path, policy):
 def test_layers_that_are_not_the_models_are_refused(tmp_path, layers):
     """Without maps, nothing but geometry says which layers are compressed."""
     made(False, "int8", None).save(tmp_path / "plan")
-    forging.edit_json(tmp_path / "plan" / PLAN_JSON, lambda meta: meta["geometry"].update(compressible=layers))
+    forging.edit_json(
+        tmp_path / "plan" / PLAN_JSON, lambda meta: meta["geometry"].update(compressible=layers)
+    )
     with pytest.raises(LowkeyError, match="layers") as refusal:
         Plan.load(tmp_path / "plan", pico.attached("llama"))
     assert len(str(refusal.value).splitlines()) == 1
