@@ -23,9 +23,11 @@ from lowkey.models import families
 from lowkey.models.attention_interface import UNCOMPILED, Incoming, attached
 from lowkey.models.fingerprint import FillingModel, check_model
 from lowkey.plan.plan import Plan, versions
+from lowkey.plan.token_ranks import TokenRanks
 from lowkey.policies import policy_from_dict, policy_name, policy_to_dict
 from lowkey.policies.base import Policy
 from lowkey.storage.base import StockLayer, StockSlidingLayer, StoringLayer
+from lowkey.storage.bucketed import BucketedLayer, truncate_factors
 from lowkey.storage.budgets import check_window
 from lowkey.storage.cache_wide_eviction import CacheWideEviction
 from lowkey.storage.codec import Codec, LowRank, Plain
@@ -266,13 +268,15 @@ class LowkeyCache(ContinuableCache):
             force: whether to replace another folder that lowkey wrote.
 
         Raises:
-            LowkeyError: if the model is gone or has changed since it filled the cache, or the folder cannot
-                be written.
+            LowkeyError: if the model is gone or has changed since it filled the cache, every token has a rank
+                of its own, or the folder cannot be written.
         """
         self.forward_pass.undo()
         origin, filled_by = self.origin, self.filled_by
         if origin is None or filled_by is None:
             raise LowkeyError("cache: was not made by make_cache; save one that was")
+        if origin.plan is not None:
+            origin.plan.check_fixed_ranks("saving a cache")
         fingerprint, model = filled_by.fingerprint(), origin.model()
         about = {
             "model": model.config._name_or_path if model else "",
@@ -319,7 +323,8 @@ def make_cache(
 
     Args:
         model: an attached model.
-        plan: what is stored of this model's keys and values: low rank, integers, a policy, exact tokens.
+        plan: what is stored of this model's keys and values: low rank, integers, a policy, exact tokens. A
+            plan that gives every token a rank of its own takes no other option than the prefill mode.
         policy: which tokens each head keeps, alone or on top of a plan and of integers; None for the plan's
             own, `none` to keep all. Heads that share a latent keep the same tokens. The sinks and recent
             tokens that are held exactly are always kept, and count in its budget.
@@ -375,6 +380,12 @@ def _builder(model: PreTrainedModel, origin: Origin) -> Callable[[int], CountedL
     else:
         sinks, recent = (plan.sinks, plan.recent) if plan else (DEFAULT_WINDOW.sinks, DEFAULT_WINDOW.recent)
         exact = origin.exact or Exact(sinks, max(recent, packed.recent if packed else 0))
+    if plan is not None and plan.token_ranks is not None:
+        wanted = {"policy": policy, "bits": packed, "exact tokens": exact.sinks or exact.recent}
+        for name, given in wanted.items():
+            if given:
+                plan.check_fixed_ranks(name)
+        return _bucketed_builder(model, plan, plan.token_ranks, exact.prefill == "exact")
     packings = (packed.keys, packed.values) if packed else None
     # in layers without points, the first tokens are the sinks
     points = exact.rule.layers if exact.rule else {}
@@ -398,6 +409,19 @@ def _builder(model: PreTrainedModel, origin: Origin) -> Callable[[int], CountedL
     if packed is None and origin.exact is None and (plan is None or exact is NO_EXACT_TOKENS):
         return lambda i: StockLayer()
     return lambda i: CodedLayer(_codec(model, i, plan, packed), exact, packings, points.get(i))
+
+
+def _bucketed_builder(
+    model: PreTrainedModel, plan: Plan, ranks: TokenRanks, exact_prefill: bool
+) -> Callable[[int], BucketedLayer]:
+    """A function that makes the layer with a given index, in which every token has a rank of its own."""
+
+    def layer(i: int) -> BucketedLayer:
+        rope = families.rope(model, i)
+        codecs = [LowRank(truncate_factors(plan.factors[i], r), plan.layout, rope) for r in ranks.levels]
+        return BucketedLayer(codecs, ranks.gates[i], exact_prefill)
+
+    return layer
 
 
 def _check_policy(model: PreTrainedModel, plan: Plan | None, packed: Scheme | None, policy: Policy) -> None:

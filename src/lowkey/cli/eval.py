@@ -44,7 +44,6 @@ from lowkey.core import files, text
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from lowkey.cli.plans import PlanFolder
     from lowkey.evaluate.settings import Setting
     from lowkey.plan.plan import Plan
 
@@ -219,20 +218,18 @@ def eval_(
     work = files.work_beside(place)
 
     from lowkey.cli.loading import head_scores, make_policies, open_model
-    from lowkey.cli.plans import load_plan
     from lowkey.cli.tables import notes, show_rows
     from lowkey.core.progress import bars
     from lowkey.evaluate.result import Task, evaluate, evaluation_job
     from lowkey.evaluate.settings import distinct, evicted, full
+    from lowkey.plan.plan import Plan
 
     policies = make_policies(policy, budget, option, allocator_option)
     loaded, tokenizer = open_model(model, dtype, device)
     context = _usual_context(loaded, names) if context is None else context
-    plans = [load_plan(folder, loaded) for folder in plan or ()]
-    settings = [full(loaded)] + [p.setting(loaded, None, sinks, recent) for p in plans]
-    below: list[tuple[Plan | None, str | None]] = [
-        (p.fixed_rank("policy"), str(p.path)) for p in plans if policies
-    ] or [(None, None)]
+    plans = [(Plan.load(folder, loaded), str(folder)) for folder in plan or ()]
+    settings = [full(loaded)] + [_planned(loaded, *p, None, sinks, recent) for p in plans]
+    below: Sequence[tuple[Plan | None, str | None]] = plans or [(None, None)]
     scores = head_scores(heads, loaded)
     settings += [
         evicted(loaded, wanted, name, context, *p, heads=scores) for name, wanted in policies for p in below
@@ -264,9 +261,18 @@ def _perplexity_notes(settings: Sequence[Setting], names: Sequence[str]) -> list
     ]
 
 
+def _planned(
+    model: PreTrainedModel, plan: Plan, path: str, bits: str | None, sinks: int | None, recent: int | None
+) -> Setting:
+    """A plan in its folder, with other integers and exact tokens where they are given."""
+    from lowkey.evaluate.settings import planned, window_of
+
+    return planned(model, plan, path, bits, window_of(model, plan, bits, sinks, recent))
+
+
 def _packed_settings(
     model: PreTrainedModel,
-    plans: Sequence[PlanFolder],
+    plans: Sequence[tuple[Plan, str]],
     bits: Sequence[str] | None,
     sinks: int | None,
     recent: int | None,
@@ -278,7 +284,8 @@ def _packed_settings(
 
     beside = Exact(choices.SINKS if sinks is None else sinks, choices.RECENT if recent is None else recent)
     alone: Sequence[int | str] = bits or (() if families.stores_own_form(model.config) else (8, 4))
-    return [p.setting(model, b, sinks, recent) for p in plans if p.bits is None for b in bits or ()] + [
+    unpacked = [(plan, path) for plan, path in plans if plan.bits is None]
+    return [_planned(model, *p, b, sinks, recent) for p in unpacked for b in bits or ()] + [
         packed(model, b, beside) for b in alone
     ]
 

@@ -121,17 +121,16 @@ def generate(
 
     from lowkey.cache.cache import make_cache
     from lowkey.cli.loading import head_scores, importance, make_policies, open_model
-    from lowkey.cli.plans import load_plan
     from lowkey.generate import stream_text
+    from lowkey.plan.plan import Plan
 
     wanted = make_policies(policy, budget, option, allocator_option)
     loaded, tokenizer = open_model(model, dtype, device)
-    chosen = load_plan(plan, loaded) if plan else None
-    below = chosen.fixed_rank("policy") if chosen and wanted else None
+    chosen = Plan.load(plan, loaded) if plan else None
     evicting = (
-        wanted[0][1].with_head_scores(importance(below, head_scores(heads, loaded))) if wanted else None
+        wanted[0][1].with_head_scores(importance(chosen, head_scores(heads, loaded))) if wanted else None
     )
-    cache = chosen.cache(loaded, evicting, bits) if chosen else make_cache(loaded, None, evicting, bits=bits)
+    cache = make_cache(loaded, chosen, evicting, bits=bits)
     out = None if as_json else sys.stdout
     drafting = (draft or USUAL_DRAFT) if verify else 0
     summary = stream_text(loaded, tokenizer, prompt, cache, tokens, out, drafting)

@@ -51,7 +51,7 @@ def test_a_plan_of_format_3_loads(tmp_path):
     made(True, "int4", None).save(tmp_path / "plan")
 
     def older(meta):
-        del meta["policy"]
+        del meta["policy"], meta["token_ranks"]
         meta["format"] = 3
 
     forging.edit_json(tmp_path / "plan" / PLAN_JSON, older)
