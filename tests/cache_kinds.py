@@ -86,6 +86,11 @@ SLIDING = ["stock", "bits-8", "plan", "snapkv", "every-global", "dynamic"]
 CASES = [(kind, "llama") for kind in KINDS] + [(kind, "gemma2") for kind in SLIDING]
 
 
+def can_be_saved(cache):
+    """Not if it was put together by hand, nor if every token has a rank of its own."""
+    return cache.origin is not None and not (cache.origin.plan and cache.origin.plan.token_ranks)
+
+
 @torch.no_grad()
 def feed(model, cache, ids):
     """Logits of `ids` over the cache."""
