@@ -87,7 +87,7 @@ def read_plan(folder: Path) -> tuple[dict[int, Factors], dict[str, Any]]:
         fields |= {n: meta.get(n, usual) for n, usual in SINCE_LATER_FORMATS.items()}
         ranks = {_index(i): pair for i, pair in meta["ranks"].items()}
         order = {_index(i): heads for i, heads in meta.get("order", {}).items()}
-        heads, d = cache_shape(fields["geometry"])
+        heads, d = _cache_shape(fields["geometry"])
         layers = [_layer(i, fields["geometry"]) for i in fields["geometry"]["compressible"]]
         checksum = str(meta["tensors_sha256"])
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -135,7 +135,7 @@ def _layer(index: object, geometry: dict) -> int:
     return index
 
 
-def cache_shape(geometry: dict) -> tuple[int, int]:
+def _cache_shape(geometry: dict) -> tuple[int, int]:
     """The KV heads and the head dim of a model, as a file describes it.
 
     Raises:
