@@ -29,7 +29,7 @@ from lowkey.policies.base import Policy
 from lowkey.storage.base import StockLayer, StockSlidingLayer, StoringLayer
 from lowkey.storage.bucketed import BucketedLayer, truncate_factors
 from lowkey.storage.budgets import check_window
-from lowkey.storage.cache_wide_eviction import CacheWideEviction
+from lowkey.storage.cache_wide_eviction import CacheWideEviction, Shapes
 from lowkey.storage.codec import Codec, LowRank, Plain
 from lowkey.storage.coded import CodedLayer, Exact
 from lowkey.storage.compensating import CompensatingLayer
@@ -394,7 +394,12 @@ def _builder(model: PreTrainedModel, origin: Origin) -> Callable[[int], CountedL
         check_window(policy, exact)
         policy = policy.with_head_scores(plan.heads if plan else {})
         full = families.geometry(model).compressible
-        shared = CacheWideEviction(len(full), families.sliding_layers(model), _rows_of_heads(model, plan))
+        shared = CacheWideEviction(
+            len(full),
+            families.sliding_layers(model),
+            _rows_of_heads(model, plan),
+            _stored_shapes(plan),
+        )
         kind = EVICTING_LAYERS[policy.layer]
         return lambda i: kind(
             policy,
@@ -464,6 +469,17 @@ def _rows_of_heads(model: PreTrainedModel, plan: Plan | None) -> tuple[tuple[int
         order = torch.arange(heads) if factors.order is None else factors.order
         rows.append(tuple((order.argsort() // math.lcm(*factors.merge)).tolist()))
     return tuple(rows)
+
+
+def _stored_shapes(plan: Plan | None) -> tuple[Shapes, ...] | None:
+    """For each layer, (heads, width) of stored keys and values. None if a plan does not make them differ."""
+    if plan is None or not plan.factors:
+        return None
+    heads = plan.geometry["kv_heads"]
+    return tuple(
+        ((heads // keys[0], keys[1]), (heads // values[0], values[1]))
+        for keys, values in plan.stored_shapes()
+    )
 
 
 def _check_rule(model: PreTrainedModel, rule: SinkRule, sinks: int) -> None:

@@ -173,7 +173,7 @@ class PruningLayer(EvictingLayer):
         next_pruning = self.cache_eviction.layers * self._pruning_bytes() / whole.sequences
         return replace(
             whole,
-            entry_bytes=self.pruned_entry_bytes,
+            entry_bytes=(self.pruned_entry_bytes,) * len(whole.entry_bytes),
             fixed_bytes=whole.fixed_bytes + next_pruning,
             exact_recent=self._whole_tokens(),
             exact_extra_bytes=self.entry_bytes - self.pruned_entry_bytes,
@@ -190,7 +190,7 @@ class PruningLayer(EvictingLayer):
             return True
         if self.policy.budget is None or self.policy.budget.unit in ("%", "tokens"):
             return super().tokens_per_head(tokens) >= tokens
-        return super().costs().tokens_per_head(self.policy, tokens) >= tokens
+        return super().costs().fits(self.policy, tokens)
 
     def own_flaw(self, heads: int, key_width: int, value_width: int) -> str | None:
         """Check the pruned tokens and the channels of each pruning; see `PositionedLayer.own_flaw`."""

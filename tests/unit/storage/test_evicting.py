@@ -199,7 +199,7 @@ def test_dropped_channels_are_gone_and_the_newest_tokens_whole():
 
 @pytest.mark.parametrize(("budget", "width"), [("80%", 0.6 * 16), ("90%", 0.8 * 16), ("95%", 0.9 * 16)])
 def test_a_budget_that_channels_can_pay_keeps_every_token(budget, width):
-    """Values, half of the bytes, stay whole, and no more channels go than must; the 8 newest tokens keep all."""
+    """Values, half of the bytes, stay whole, as do the 8 newest tokens; no more channels go than must."""
     model = attached("llama")
     cache = evicting_cache(model, policy("think", budget))
     feed(model, prompt(100), cache)
