@@ -230,10 +230,8 @@ class EvictingLayer(RowLayer):
 
     def _after_step(self, call: Call) -> None:
         """With `every`: count a step of decoding, and evict if it is time."""
-        if not self.policy.every:
-            return
-        self.decode_steps += 1
-        if self.frozen:
+        self.decode_steps += bool(self.policy.every)
+        if not self.policy.every or self.frozen:
             return
         if self.policy.uses_queries:
             self.recorded_queries = self._with_recorded_queries(call.query, clone=True)
