@@ -8,6 +8,7 @@ from typing import Any
 
 import lowkey
 from lowkey.attention import ATTENTION_KINDS, SUBSETS
+from lowkey.cache.cache import NO_POLICY
 from lowkey.calibration.calibrate import Sample
 from lowkey.calibration.recover import OBJECTIVES, Recovery
 from lowkey.catalog import make_policy
@@ -49,6 +50,7 @@ def collected() -> dict[str, Any]:
         "settings": {kind.__name__: fields_described(kind) for kind in SETTINGS},
         "schemes": list(SCHEMES),
         "no_bits": NO_BITS,
+        "no_policy": NO_POLICY,
         "tasks": list(TASKS),
         "usual_tasks": list(USUAL_TASKS),
         "recall_forms": {name: form.summary for name, form in FORMS.items()},
