@@ -81,7 +81,7 @@ def generate(
         typer.Option(
             metavar="NAME",
             help="full: the chosen cache only drafts, and the full cache verifies, so that the text is the "
-            "full cache's (an experiment)",
+            "full cache's, with the most likely token at every step (an experiment)",
             rich_help_panel=CACHE,
         ),
     ] = None,
