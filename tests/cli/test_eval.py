@@ -128,7 +128,7 @@ def test_plans_of_the_same_name_keep_rows_of_their_own(model, made, here):
     )
 
 
-def test_a_plan_is_measured_in_other_integers_and_without_a_policy(model, here, full_plan):
+def test_a_plan_in_other_integers_and_without_its_policy(model, here, full_plan):
     words = ("--plan", full_plan, "--bits", "int8", "--bits", "kivi4", "--bits", "none", "--policy", "none")
     rows = printed("eval", model, *SCORE, *words, "--task", "decode", "--out", "r.json")["rows"]
     assert [(row["plan"] and row["packing"], row["policy"] is not None) for row in rows[:5]] == [
