@@ -212,8 +212,8 @@ def eval_(
     check_policies(policy, budget, option, allocator_option, heads)
     whole = choices.NO_POLICY in (policy or "").split(",")
     if not plan and (whole or choices.NO_BITS in (bits or ())):
-        what = f"policy {choices.NO_POLICY!r}" if whole else f"bits {choices.NO_BITS!r}"
-        raise LowkeyError(f"{what}: leaves out what a plan has; give --plan too, or leave it out")
+        given = f"policy {choices.NO_POLICY!r}" if whole else f"bits {choices.NO_BITS!r}"
+        raise LowkeyError(f"{given}: leaves out what a plan has; give --plan too, or leave it out")
     check_model_options(model, dtype, device)
     for folder in plan or ():
         check_plan(folder)
