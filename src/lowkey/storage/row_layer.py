@@ -329,6 +329,25 @@ class RowLayer(RaggedLayer, CodedLayer):
         """(b, 1, 1): the position of each sequence's first token."""
         return (self.first_index - self.offset).unsqueeze(2)
 
+    def query_positions(self, count: int, real: Tensor | None) -> Tensor:
+        """The positions (b, count) of the newest queries, counted from each sequence's first token.
+
+        Args:
+            count: how many, recorded ones included; those are never of padding.
+            real: (b, t), which of the newest t are no padding, for those that are; None if all are.
+
+        Returns:
+            Positions, -1 for queries of padding.
+        """
+        at = self.positions_of(self.seen - count, self.seen) - self._first_positions().squeeze(2)
+        if real is not None:
+            at[:, count - real.shape[1] :] = at[:, count - real.shape[1] :].masked_fill(~real, -1)
+        return at
+
+    def _of_heads(self, x: Tensor) -> Tensor:
+        """What rows have (b, R, s), for each KV head in the model's order (b, h, s)."""
+        return self._in_model_order(x.repeat_interleave(self.codec.heads_per_row, 1))
+
     # -- moving
 
     def _dense_as_read(self, chunk: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
