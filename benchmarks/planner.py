@@ -39,7 +39,13 @@ def rows_of(told: dict, draw: int, keep: str) -> list[dict]:
     """The rows of one run: the full cache, and all that was compared."""
     whole, *measured = told["rows"]
     rows = [
-        {"axes": [], "kl": 0.0, "kl_95": 0.0, "recall": whole["exact_match"], "bytes_held": whole["bytes_held"]}
+        {
+            "axes": [],
+            "kl": 0.0,
+            "kl_95": 0.0,
+            "recall": whole["exact_match"],
+            "bytes_held": whole["bytes_held"],
+        }
     ]
     for row in measured:
         (found,) = [x for x in told["frontier"] if x["kl"] == row["kl_decode"]]
