@@ -1,4 +1,4 @@
-"""The choice of `lowkey plan` beside every choice on a single axis, over several draws of the calibration text.
+"""The choice of `lowkey plan` beside every choice on a single axis, over draws of the calibration text.
 
     python benchmarks/planner.py smollm2 docs/results/smollm2/plan.json --draw 0 --draw 1 --draw 2
 
@@ -23,7 +23,7 @@ COLUMNS = ("rank", "bits", "tokens", "axes", "bytes_per_token", "kl", "recall")
 
 
 def search(model: str, draw: int, keep: str, work: Path) -> dict:
-    """Run `lowkey plan` once, unless it has been run. Returns: what it printed, and the result file's rows."""
+    """What one run of `lowkey plan` printed, and the rows of its result file; it is run only once."""
     out = work / f"{draw}-{keep.rstrip('%')}"
     printed = work / f"{out.name}.json"
     if not printed.exists():
@@ -39,7 +39,13 @@ def rows_of(told: dict, draw: int, keep: str) -> list[dict]:
     """The rows of one run: the full cache, and all that was compared."""
     whole, *measured = told["rows"]
     rows = [
-        {"axes": [], "kl": 0.0, "kl_95": 0.0, "recall": whole["exact_match"], "bytes_held": whole["bytes_held"]}
+        {
+            "axes": [],
+            "kl": 0.0,
+            "kl_95": 0.0,
+            "recall": whole["exact_match"],
+            "bytes_held": whole["bytes_held"],
+        }
     ]
     for row in measured:
         (found,) = [x for x in told["frontier"] if x["kl"] == row["kl_decode"]]

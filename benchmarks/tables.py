@@ -163,7 +163,9 @@ def wilson(right: int, of: int) -> tuple[float, float]:
 def planner_table(name: str) -> list[str]:
     """For each budget and draw: the full cache, the planner's choice, and the best choice on one axis."""
     lines, rows = [], rows_of(name)
-    for keep, draw in sorted({(row["keep"], row["draw"]) for row in rows}, key=lambda x: (-float(x[0][:-1]), x[1])):
+    for keep, draw in sorted(
+        {(row["keep"], row["draw"]) for row in rows}, key=lambda x: (-float(x[0][:-1]), x[1])
+    ):
         own = [row for row in rows if (row["keep"], row["draw"]) == (keep, draw)]
         (chosen,) = [row for row in own if row.get("chosen")]
         single = min((row for row in own if len(row["axes"]) == 1), key=lambda row: row["kl"])
