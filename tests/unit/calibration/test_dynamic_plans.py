@@ -164,8 +164,11 @@ def test_export_and_recovery_are_refused(tmp_path):
 DAMAGE = {
     "newer": lambda about, ranks: about.update(format=99),
     "levels": lambda about, ranks: ranks.update(levels=[8, 16]),
-    "level twice": lambda about, ranks: ranks.update(levels=[16, 8, 8]),
-    "halves": lambda about, ranks: ranks.update(levels=[16, 7.5]),
+    "unordered": lambda about, ranks: ranks.update(levels=[16, 4, 8, 2]),
+    "level twice": lambda about, ranks: ranks.update(levels=[16, 8, 8, 2]),
+    "not whole": lambda about, ranks: ranks.update(levels=[15, 8, 4, 2]),
+    "halves": lambda about, ranks: ranks.update(levels=[16, 8, 4.5, 2]),
+    "zero": lambda about, ranks: ranks.update(levels=[16, 8, 4, 0]),
     "no levels": lambda about, ranks: ranks.update(levels=[]),
     "layout": lambda about, ranks: about.update(layout="sideways"),
     "missing": lambda about, ranks: ranks.pop("share"),
