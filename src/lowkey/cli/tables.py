@@ -300,6 +300,38 @@ def show_bench(found: dict) -> None:
     say(f"plain reads: {found['read_bandwidth_gbs']:.1f} GB/s with {found['environment']['threads']} threads")
 
 
+def show_steps(found: dict) -> None:
+    """Times of a model's decode step, a row for each setting, context and number of threads."""
+    where = found["environment"]
+    table = Table(
+        "cache",
+        "context",
+        "threads",
+        "ms per step",
+        "over stock",
+        "quartiles",
+        "bytes",
+        "operations",
+        "value reads",
+        title=f"{where['model']}, {where['dtype']}, {where['processor']}",
+    )
+    for row in found["rows"]:
+        first, third = row["spread"]
+        table.add_row(
+            row["setting"],
+            str(row["context"]),
+            str(row["threads"]),
+            f"{row['step_ms']:.2f}",
+            f"{row['ratio_to_stock']:.2f}",
+            f"{first:.2f} - {third:.2f}",
+            f"{row['bytes_held']:,}",
+            f"{row['operations']:,}",
+            str(row["value_reads"]),
+        )
+    screen.print(table)
+    say(f"medians of {where['rounds']} rounds; compare times within one run only")
+
+
 DIVERSITY = {  # number of a layer: heading
     "qk_uncentred": "QK / H",
     "qk_centred": "QK centred / (H-1)",
