@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import mean, median, quantiles
 from typing import Any
 
@@ -178,9 +179,8 @@ def _times(
     turns = [(r, n) for r in range(rounds + 1) for n in order.sample(list(contestants), len(contestants))]
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for r, name in progress(turns, lambda turn: f"{label}, steps, {turn[1]}"):
-        steps = [
-            _seconds(lambda: contestants[name].step(token), token.device) for _ in range(STEPS_OF_A_TURN)
-        ]  # noqa: B023
+        step = partial(contestants[name].step, token)
+        steps = [_seconds(step, token.device) for _ in range(STEPS_OF_A_TURN)]
         if r:  # the first round warms up and compiles
             times[name].append(mean(steps))
     return times
