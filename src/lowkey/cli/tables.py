@@ -101,18 +101,20 @@ def show_frontier(told: dict) -> None:
 
 def show_cost(told: dict) -> None:
     """What `lowkey cost` counted, a row for each setting."""
+    from lowkey.planner.memory import in_words
+
     card, gib = told["gpu"], 2**30
     title = f"{told['model']}, {told['dtype']}: {told['batch']:,} x {told['context']:,} tokens"
     times = ("floor ms", "tokens/s", "fit") if card else ()
-    table = Table("setting", "MiB a sequence", "of first", "GiB in all", "GiB read", *times, title=title)
+    table = Table("setting", "a sequence", "of first", "in all", "read in a step", *times, title=title)
     for row in told["rows"]:
         share = row["share_of_first"]
         cells = [
             row["setting"],
-            f"{row['sequence_bytes'] / 2**20:,.1f}",
+            in_words(row["sequence_bytes"]),
             "-" if share is None else f"{100 * share:.1f}%",
-            f"{row['cache_bytes'] / gib:,.2f}",
-            f"{row['read_bytes'] / gib:,.2f}",
+            in_words(row["cache_bytes"]),
+            in_words(row["read_bytes"]),
         ]
         if card:
             cells += [f"{row['step_ms']:,.2f}", f"{row['tokens_per_second']:,.0f}"]
@@ -121,8 +123,7 @@ def show_cost(told: dict) -> None:
     screen.print(table)
     say(
         f"weights: {told['parameters']:,} parameters of {told['weight_bits']:g} bits, "
-        f"{told['weights_bytes'] / gib:,.2f} GiB, of which a step reads "
-        f"{told['weights_read_bytes'] / gib:,.2f} GiB"
+        f"{in_words(told['weights_bytes'])}, of which a step reads {in_words(told['weights_read_bytes'])}"
     )
     if card:
         say(
