@@ -1,17 +1,16 @@
-"""The settings of `lowkey bench step`: what one word says, and the caches that it stands for."""
+"""The settings of `lowkey bench step`: checked without torch, and then what makes an empty cache of each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowkey.cli import choices
-from lowkey.cli.checks import check_plan, check_policies, check_word
+from lowkey.cli.checks import check_plan, check_policies
 from lowkey.core.errors import LowkeyError
 from lowkey.core.options import shown
+from lowkey.core.stored_setting import StoredSetting, parse_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,83 +18,37 @@ if TYPE_CHECKING:
     from lowkey.cache.cache import LowkeyCache
     from lowkey.policies.allocators import HeadImportance
 
-FULL, PLAN = "full", "plan"
 GRAMMAR = "full, int4, snapkv:10%, plan:DIR, or several joined by + like plan:DIR+snapkv:25%+kivi4"
 
 
-@dataclass(frozen=True)
-class StepSetting:
-    """One kind of cache.
-
-    Args:
-        name: the word that was given.
-        plan: a plan folder, or None.
-        policy: name of an eviction policy, or None.
-        budget: what the policy keeps; None without a policy, and for one that needs no budget.
-        bits: name of a packing of integers, or None.
-    """
-
-    name: str
-    plan: Path | None = None
-    policy: str | None = None
-    budget: str | None = None
-    bits: str | None = None
-
-
-def parse_step_settings(words: str) -> list[StepSetting]:
+def parse_step_settings(words: str) -> list[StoredSetting]:
     """Read settings that are separated by commas, without importing torch.
 
     The row of transformers' own cache is always measured, so its name may be given and changes nothing.
 
     Raises:
-        LowkeyError: for an unknown name, a plan folder that does not exist, a budget that is none, a part
-            that is given twice, or a setting that is given twice.
+        LowkeyError: for an unknown name, a plan folder that does not exist, a budget that is none, ranks
+            without a plan, or what is given twice.
     """
-    found: list[StepSetting] = []
-    for name in (word.strip() for word in words.split(",")):
-        if name == choices.STOCK_SETTING:
-            continue
-        if any(name == other.name for other in found):
-            raise LowkeyError(f"setting {shown(name)}: is given twice; give it once")
-        found.append(_parse_setting(name))
-    return found
-
-
-def _parse_setting(name: str) -> StepSetting:
-    if name == FULL:
-        return StepSetting(name)
-    parts: dict[str, str | None] = {}
-    for part in name.split("+"):
-        for kind, value in _parse_part(name, part.strip()).items():
-            if kind in parts:
-                raise LowkeyError(f"setting {shown(name)}: names two of {kind}; give one")
-            parts[kind] = value
-    plan = parts.pop(PLAN, None)
-    return StepSetting(name, plan=None if plan is None else Path(plan), **parts)
-
-
-def _parse_part(name: str, part: str) -> dict[str, str | None]:
-    """The fields of a setting that one of its parts gives, as text."""
-    word, colon, value = part.partition(":")
-    if word == PLAN and colon:
-        check_plan(Path(value))
-        return {PLAN: value}
-    if part in choices.SCHEMES:
-        return {"bits": part}
-    if word in choices.SCHEMES:
-        raise LowkeyError(f"setting {shown(part)}: integers take no budget; write {word!r}")
-    if word == FULL:
-        raise LowkeyError(f"setting {shown(name)}: full is the whole cache; give it alone, or leave it out")
-    known = choices.POLICIES if colon else (FULL, *choices.SCHEMES, *choices.POLICIES)
-    check_word("setting", word, known, f" or {PLAN}:DIR")
-    if not colon and choices.allocator_of(word, budget=False) is None:
-        raise LowkeyError(f"setting {shown(part)}: this policy needs a budget; write it as {word + ':10%'!r}")
-    check_policies(word, value if colon else None, None, None, None)
-    return {"policy": word, "budget": value if colon else None}
+    budget_is_optional = [name for name in choices.POLICIES if choices.allocator_of(name, budget=False)]
+    found = parse_settings(
+        words, choices.SCHEMES, choices.POLICIES, (choices.STOCK_SETTING,), budget_is_optional
+    )
+    for setting in found:
+        if setting.rank is not None:
+            raise LowkeyError(
+                f"setting {shown(setting.text)}: ranks are timed on a plan; make one with lowkey compress, "
+                "and give it as plan:DIR"
+            )
+        if setting.plan is not None:
+            check_plan(setting.plan)
+        if setting.policy is not None:
+            check_policies(setting.policy, setting.budget and str(setting.budget), None, None, None)
+    return [setting for setting in found if setting.text != choices.STOCK_SETTING]
 
 
 def cache_makers(
-    settings: Sequence[StepSetting], model: PreTrainedModel, heads: HeadImportance
+    settings: Sequence[StoredSetting], model: PreTrainedModel, heads: HeadImportance
 ) -> dict[str, Callable[[], LowkeyCache]]:
     """What makes an empty cache of each setting.
 
@@ -120,7 +73,7 @@ def cache_makers(
             below = folder.fixed_rank("policy") if folder else None
             policy = policy.with_head_scores(importance(below, heads))
         if folder is None:
-            makers[setting.name] = partial(make_cache, model, policy=policy, bits=setting.bits)
+            makers[setting.text] = partial(make_cache, model, policy=policy, bits=setting.bits)
         else:
-            makers[setting.name] = partial(folder.cache, model, policy, setting.bits)
+            makers[setting.text] = partial(folder.cache, model, policy, setting.bits)
     return makers
