@@ -155,6 +155,19 @@ VERBS: dict[str, tuple[list[str], dict[str, list[str]]]] = {
             **{"--dtype": WORDS, "--budget": BUDGETS},
         },
     ),
+    "bench step": (
+        ["MODEL"],
+        {
+            **{name: [*NUMBERS, "1,,2", "8k" * 99] for name in ("--context", "--threads")},
+            "--rounds": NUMBERS,
+            "--settings": [
+                *(word for word in WORDS if word),
+                *("int4,", "+", "snapkv:", "full+full", "plan:", "plan:folder", "plan:" + "a" * 300),
+                *(f"snapkv:{budget}" for budget in BUDGETS),
+            ],
+            **{"--dtype": WORDS, "--device": WORDS, "--heads": PATHS},
+        },
+    ),
     "recover": (
         ["MODEL", "nosuch", "out"],
         {"--stages": [*WORDS, "ce", "ce=0", "ce=-1", "ce=1e3", "ce=1,"], "--rank": NUMBERS, "--lr": RATES},
@@ -188,7 +201,7 @@ def test_odd_values_are_refused_in_one_line(place, monkeypatch, verb, option):
     base, options = VERBS[verb]
     for value in options[option]:
         words = [
-            verb,
+            *verb.split(),
             *("model" if word == "MODEL" else word for word in base),
             *([option] if option else []),
             value,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -11,6 +12,9 @@ import torch
 from commands import lowkey
 
 from lowkey import __version__
+from lowkey.cli.loading import quiet_libraries
+
+LOGGERS = {"backends.numba_cache": True, "conversion.convert": False}  # whether a command lets them warn
 
 # The start of a command with torch alone behind it; OpenMP then prints what it was told.
 START = """
@@ -62,6 +66,12 @@ def test_the_number_of_threads_is_known_before_torch_is_loaded():
 def test_a_number_of_threads_that_cannot_be(wrong):
     ran = lowkey("--threads", wrong, "methods")
     assert ran.status == 2 and wrong in ran.err and ran.err.count("\n") == 1
+
+
+def test_commands_silence_libraries_but_not_a_long_compilation():
+    quiet_libraries()
+    said = {name: logging.getLogger(f"lowkey.{name}").isEnabledFor(logging.WARNING) for name in LOGGERS}
+    assert said == LOGGERS
 
 
 def test_the_version():

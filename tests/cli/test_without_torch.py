@@ -54,6 +54,7 @@ EVAL = ["eval", "tiny"]
 GENERATE = ["generate", "tiny", "--prompt", "a"]
 CONVERT = ["convert", "tiny", "out", "--attention"]
 PLAN = ["plan", "tiny", "out"]
+STEP = ["bench", "step", "tiny"]
 RECOVER = ["recover", "tiny", "plan", "out"]
 
 # a command line and words of its error
@@ -136,6 +137,24 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     ([*RECOVER, "--stages", "ce=0"], ["stages", "at least 1"]),
     (["bench", "decode", "--heads", "3", "--kv-heads", "2"], ["heads 3", "multiple", "try 4"]),
     (["bench", "decode", "--dtype", "floot32"], ["dtype 'floot32'", "did you mean 'float32'?"]),
+    ([*STEP, "--settings", "int44"], ["setting 'int44'", "did you mean 'int4'?"]),
+    ([*STEP, "--settings", "full,snapkw:10%"], ["setting 'snapkw:10%'", "did you mean 'snapkv:10%'?"]),
+    ([*STEP, "--settings", "zzz"], ["setting 'zzz'", "full, stock"]),
+    ([*STEP, "--settings", ""], ["setting ''", "full, stock"]),
+    ([*STEP, "--settings", "snapkv"], ["setting 'snapkv'", "'snapkv:10%'"]),
+    ([*STEP, "--settings", "snapkv:10"], ["budget '10'", "50%"]),
+    ([*STEP, "--settings", "snapkv:9 tokens"], ["budget 9 tokens", "4 sinks", "8 recent"]),
+    ([*STEP, "--settings", "int4:10%"], ["setting 'int4:10%'", "no budget", "'int4'"]),
+    ([*STEP, "--settings", "int4,full,int4"], ["setting 'int4'", "twice"]),
+    ([*STEP, "--settings", "int4+int8"], ["setting 'int4+int8'", "bits twice"]),
+    ([*STEP, "--settings", "full+int4"], ["setting 'full+int4'", "the whole cache"]),
+    ([*STEP, "--settings", "rank:50%"], ["setting 'rank:50%'", "lowkey compress", "plan:DIR"]),
+    ([*STEP, "--settings", "plan:none+int4"], ["plan 'none/plan.json'", "lowkey compress"]),
+    ([*STEP, "--context", "512,x"], ["context '512,x'", "'512,4k'"]),
+    ([*STEP, "--context", "512,7"], ["context 7", "at least 8"]),
+    ([*STEP, "--threads", "1,0"], ["threads 0", "at least 1"]),
+    ([*STEP, "--rounds", "0"], ["rounds 0", "at least 1"]),
+    ([*STEP, "--heads", "none.json"], ["head scores 'none.json'", "lowkey heads"]),
     # budgets
     ([*COMPRESS, "--budget", "banana"], ["budget 'banana'", "50%"]),
     ([*COMPRESS, "--budget", "150%"], ["budget '150%'", "100%"]),
@@ -209,7 +228,7 @@ REFUSED: list[tuple[list[str], list[str]]] = [
 ]
 COMMANDS = [
     *([name] for group in app.COMMANDS.values() for name, _ in group),
-    ["bench", "decode"],
+    *(["bench", name] for name, _ in app.TIMING),
 ]
 HELPS = [["--help"], ["bench", "--help"], *([*words, "--help"] for words in COMMANDS)]
 
@@ -262,7 +281,7 @@ def test_the_list_of_commands_shows_whole_sentences(answers):
 def test_every_option_stands_in_a_panel():
     root = typer.main.get_command(app.app)
     commands = {name: root.commands[name] for name in root.commands if name != "bench"}
-    commands["bench decode"] = root.commands["bench"].commands["decode"]
+    commands |= root.commands["bench"].commands
     for name, command in commands.items():
         for parameter in command.params:
             panel = parameter.rich_help_panel

@@ -24,6 +24,7 @@ RUN = [  # pages with something to run
     if any(block.language in ("bash", "python") for block in blocks(page))
 ]
 SMALL = {  # given to a verb besides, so that a page runs in seconds; of two equal options the last counts
+    "bench": "--context 64 --rounds 1",
     "compress": "--windows 4 --context 64",
     "convert": "--windows 4 --context 64",
     "diversity": "--windows 1 --context 32 --inits 0",

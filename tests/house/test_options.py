@@ -17,6 +17,7 @@ from lowkey.core.options import Range, checked, option
 from lowkey.core.types import Budget, LowkeyError
 from lowkey.evaluate import decode_bench
 from lowkey.evaluate.result import Task
+from lowkey.evaluate.step_bench import StepTiming
 from lowkey.heads.diversity import Compared
 from lowkey.heads.needles import Drawing
 from lowkey.methods import KQSVD, METHODS, Method, StiefAttention
@@ -40,6 +41,7 @@ SETTABLE = {
         Training,
         Task,
         decode_bench.DecodeShape,
+        StepTiming,
         Compared,
         Drawing,
         Search,

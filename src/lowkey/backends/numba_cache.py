@@ -117,5 +117,5 @@ def telling(unfinished: Callable[[], bool] = lambda: True) -> Iterator[None]:
 @cache
 def _say_once() -> None:
     place = kernel_folder()
-    where = "for this process" if place is None else f"and keeping them in {place}, so once on this machine"
-    logger.warning("compiling attention kernels for this CPU, %s", where)
+    kept = "they cannot be kept" if place is None else f"they are kept in {place} for later processes"
+    logger.warning("compiling attention kernels for this CPU; %s", kept)

@@ -75,6 +75,7 @@ COMMANDS: dict[str, list[tuple[str, Callable[..., None]]]] = {
         ("download", download.download),
     ],
 }
+TIMING: list[tuple[str, Callable[..., None]]] = [("decode", bench.decode), ("step", bench.step)]  # of `bench`
 # What must be given, by the kind of error of pydantic, with which typer reads numbers.
 NUMBERS = {"int_parsing": "a whole number", "int_from_float": "a whole number", "float_parsing": "a number"}
 
@@ -90,7 +91,8 @@ timing = typer.Typer(cls=PanelGroup, no_args_is_help=True, help="Time parts of l
 for panel, commands in COMMANDS.items():
     for name, command in commands:
         app.command(name, cls=PanelCommand, rich_help_panel=panel)(command)
-timing.command("decode", cls=PanelCommand)(bench.decode)
+for name, command in TIMING:
+    timing.command(name, cls=PanelCommand)(command)
 app.add_typer(timing, name="bench", rich_help_panel="Use and measure")
 
 

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from lowkey.cli.checks import check_settings, with_range
-from lowkey.cli.options import MEASURING, SHAPE, AsJson, MeasuringSeed
+from lowkey.cli.checks import check_head_files, check_model_options, check_settings, parse_numbers, with_range
+from lowkey.cli.options import CACHE, MEASURING, SHAPE, AsJson, Device, Dtype, HeadFiles, MeasuringSeed, Model
+from lowkey.cli.step_settings import GRAMMAR, cache_makers, parse_step_settings
 from lowkey.core.budget import Budget
 from lowkey.evaluate.limits import check_head_groups
 
@@ -93,3 +94,73 @@ def decode(
         print(json.dumps(result))
     else:
         show_bench(result)
+
+
+def step(
+    model: Model,
+    context: Annotated[
+        str,
+        typer.Option(
+            metavar="N[,N...]",
+            help=with_range(
+                "StepTiming",
+                "contexts",
+                "tokens of the prompt, like 4096 or 1k,4k; several are timed in turn",
+            ),
+            rich_help_panel=MEASURING,
+        ),
+    ] = "1024",
+    settings: Annotated[
+        str,
+        typer.Option(
+            metavar="LIST",
+            help=f"caches to time beside transformers' own, separated by commas: {GRAMMAR}",
+            rich_help_panel=CACHE,
+        ),
+    ] = "full,int8,int4",
+    threads: Annotated[
+        str,
+        typer.Option(
+            metavar="N[,N...]",
+            help=with_range("StepTiming", "threads", "CPU threads of a step; several are timed in turn"),
+            rich_help_panel=MEASURING,
+        ),
+    ] = "1",
+    rounds: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help=with_range("StepTiming", "rounds", "rounds of two steps each; medians are shown"),
+            rich_help_panel=MEASURING,
+        ),
+    ] = 15,
+    heads: HeadFiles = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Time one decode step of a model with different caches.
+
+    The first row, stock, is transformers' own cache and attention with the same weights. Operations on
+    tensors and reads of their values are counted on a step of their own.
+    """
+    contexts = parse_numbers("context", context, "StepTiming", "contexts")
+    counts = parse_numbers("threads", threads, "StepTiming", "threads")
+    check_settings("StepTiming", rounds=rounds)
+    wanted = parse_step_settings(settings)
+    check_head_files(heads)
+    check_model_options(model, dtype, device)
+
+    from lowkey.cli.loading import head_scores, open_model
+    from lowkey.cli.tables import show_steps
+    from lowkey.core.progress import bars
+    from lowkey.evaluate.step_bench import StepTiming, step_bench
+
+    loaded, tokenizer = open_model(model, dtype, device)
+    timing = StepTiming(contexts, counts, rounds)
+    makers = cache_makers(wanted, loaded, head_scores(heads, loaded))
+    result = step_bench(loaded, tokenizer, makers, timing, bars)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        show_steps(result)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,31 @@ def parse_tokens(what: str, count: str) -> int:
         raise LowkeyError(f"{what} {options.shown(count)}: write it as '4096' or '32k'")
     number = int(found[1]) * (1024 if found[2] else 1)
     return options.checked(what, number, int, options.Range(at_least=1, at_most=2**24))
+
+
+def parse_numbers(what: str, numbers: str, settings: str, field: str) -> tuple[int, ...]:
+    """Read whole numbers that are separated by commas, like `1,2` or `512,4k`, in which k is 1024.
+
+    Args:
+        what: the argument, for messages.
+        numbers: as they were given.
+        settings: the name of a dataclass in `choices`.
+        field: its field that the numbers become, whose range each of them must be in.
+
+    Returns:
+        The numbers in their order, each once.
+    """
+    allowed = options.range_of(next(f for f in fields(choices.settings(settings)) if f.name == field))
+    found: dict[int, None] = {}
+    for part in numbers.split(","):
+        number = re.fullmatch(r"\s*(\d{1,9})\s*([kK]?)\s*", part, re.ASCII)
+        if not number:
+            raise LowkeyError(
+                f"{what} {shown(numbers)}: write whole numbers, separated by commas, like '1,2' or '512,4k'"
+            )
+        count = int(number[1]) * (1024 if number[2] else 1)
+        found[options.checked(what, count, int, allowed)] = None
+    return tuple(found)
 
 
 # -- models, files and folders

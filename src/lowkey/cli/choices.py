@@ -44,6 +44,7 @@ PLAN_FILES = tuple(COLLECTED["plan_files"])  # one of which every plan folder ho
 AXES = tuple(COLLECTED["axes"])  # of `plan`
 EVICTION: str = COLLECTED["eviction"]  # the axis on which tokens are dropped
 PLANNED: str = COLLECTED["planned"]  # the policy that `plan` uses
+STOCK_SETTING: str = COLLECTED["stock_setting"]  # the row of transformers' own cache
 SINKS: int = COLLECTED["sinks"]  # tokens that are kept exact unless others are asked for
 RECENT: int = COLLECTED["recent"]
 

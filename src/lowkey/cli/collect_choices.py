@@ -18,6 +18,7 @@ from lowkey.core.errors import LowkeyError
 from lowkey.evaluate.decode_bench import DecodeShape
 from lowkey.evaluate.recall import FORMS, USUAL_FORM
 from lowkey.evaluate.result import TASKS, USUAL_TASKS, Task
+from lowkey.evaluate.step_bench import STOCK_SETTING, StepTiming
 from lowkey.export import FORMATS
 from lowkey.heads.diversity import Compared
 from lowkey.heads.induction import ECHOES
@@ -35,7 +36,7 @@ from lowkey.storage.exact import DEFAULT_WINDOW, Exact
 from lowkey.storage.packing import NO_BITS, SCHEMES
 
 FILE = Path(lowkey.__file__).parent / "data" / "choices.json"
-SETTINGS = (Compared, Drawing, Exact, GateTraining, Recovery, Sample, DecodeShape, Search, Task)
+SETTINGS = (Compared, Drawing, Exact, GateTraining, Recovery, Sample, DecodeShape, Search, StepTiming, Task)
 
 
 def collected() -> dict[str, Any]:
@@ -72,6 +73,7 @@ def collected() -> dict[str, Any]:
         "axes": list(AXES),
         "eviction": EVICTION,
         "planned": PLANNED,
+        "stock_setting": STOCK_SETTING,
         "sinks": DEFAULT_WINDOW.sinks,
         "recent": DEFAULT_WINDOW.recent,
     }

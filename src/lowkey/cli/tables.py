@@ -107,18 +107,20 @@ def show_frontier(told: dict) -> None:
 
 def show_cost(told: dict) -> None:
     """What `lowkey cost` counted, a row for each setting."""
+    from lowkey.planner.memory import in_words
+
     card, gib = told["gpu"], 2**30
     title = f"{told['model']}, {told['dtype']}: {told['batch']:,} x {told['context']:,} tokens"
     times = ("floor ms", "tokens/s", "fit") if card else ()
-    table = Table("setting", "MiB a sequence", "of first", "GiB in all", "GiB read", *times, title=title)
+    table = Table("setting", "a sequence", "of first", "in all", "read in a step", *times, title=title)
     for row in told["rows"]:
         share = row["share_of_first"]
         cells = [
             row["setting"],
-            f"{row['sequence_bytes'] / 2**20:,.1f}",
+            in_words(row["sequence_bytes"]),
             "-" if share is None else f"{100 * share:.1f}%",
-            f"{row['cache_bytes'] / gib:,.2f}",
-            f"{row['read_bytes'] / gib:,.2f}",
+            in_words(row["cache_bytes"]),
+            in_words(row["read_bytes"]),
         ]
         if card:
             cells += [f"{row['step_ms']:,.2f}", f"{row['tokens_per_second']:,.0f}"]
@@ -127,8 +129,7 @@ def show_cost(told: dict) -> None:
     screen.print(table)
     say(
         f"weights: {told['parameters']:,} parameters of {told['weight_bits']:g} bits, "
-        f"{told['weights_bytes'] / gib:,.2f} GiB, of which a step reads "
-        f"{told['weights_read_bytes'] / gib:,.2f} GiB"
+        f"{in_words(told['weights_bytes'])}, of which a step reads {in_words(told['weights_read_bytes'])}"
     )
     if card:
         say(
@@ -280,6 +281,38 @@ def show_bench(found: dict) -> None:
         table.add_row(name, *cells, *kept)
     screen.print(table)
     say(f"plain reads: {found['read_bandwidth_gbs']:.1f} GB/s with {found['environment']['threads']} threads")
+
+
+def show_steps(found: dict) -> None:
+    """Times of a model's decode step, a row for each setting, context and number of threads."""
+    where = found["environment"]
+    table = Table(
+        "cache",
+        "context",
+        "threads",
+        "ms per step",
+        "over stock",
+        "quartiles",
+        "bytes",
+        "operations",
+        "value reads",
+        title=f"{where['model']}, {where['dtype']}, {where['processor']}",
+    )
+    for row in found["rows"]:
+        first, third = row["spread"]
+        table.add_row(
+            row["setting"],
+            str(row["context"]),
+            str(row["threads"]),
+            f"{row['step_ms']:.2f}",
+            f"{row['ratio_to_stock']:.2f}",
+            f"{first:.2f} - {third:.2f}",
+            f"{row['bytes_held']:,}",
+            f"{row['operations']:,}",
+            str(row["value_reads"]),
+        )
+    screen.print(table)
+    say(f"medians of {where['rounds']} rounds; compare times within one run only")
 
 
 DIVERSITY = {  # number of a layer: heading

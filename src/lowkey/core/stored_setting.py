@@ -27,7 +27,7 @@ class StoredSetting:
         rank: the share of the rank of every head that is kept, above 0 and up to 1.
         bits: the packing.
         policy: the name of the eviction policy.
-        budget: what the policy keeps.
+        budget: what the policy keeps; None without a policy, or for one that needs none.
         plan: a plan folder, of which the other axes may replace parts.
     """
 
@@ -45,7 +45,11 @@ class StoredSetting:
 
 
 def parse_settings(
-    text: str, packings: Sequence[str], policies: Sequence[str], also: Sequence[str] = ()
+    text: str,
+    packings: Sequence[str],
+    policies: Sequence[str],
+    also: Sequence[str] = (),
+    budget_is_optional: Sequence[str] = (),
 ) -> list[StoredSetting]:
     """Read settings that are separated by commas.
 
@@ -54,11 +58,13 @@ def parse_settings(
         packings: the names of packings.
         policies: the names of policies.
         also: other words that stand for a whole cache.
+        budget_is_optional: the policies that may be given without a budget.
 
     Raises:
         LowkeyError: for an unknown name, a wrong share or budget, and what is given twice.
     """
-    found = [_parse(word.strip(), packings, policies, also) for word in text.split(",")]
+    words = [word.strip() for word in text.split(",")]
+    found = [_parse(word, packings, policies, also, budget_is_optional) for word in words]
     names = [setting.text for setting in found]
     for name in names:
         if names.count(name) > 1:
@@ -66,7 +72,13 @@ def parse_settings(
     return found
 
 
-def _parse(text: str, packings: Sequence[str], policies: Sequence[str], also: Sequence[str]) -> StoredSetting:
+def _parse(
+    text: str,
+    packings: Sequence[str],
+    policies: Sequence[str],
+    also: Sequence[str],
+    budget_is_optional: Sequence[str],
+) -> StoredSetting:
     """Read one setting, whose parts are joined by `+`."""
     if text in (FULL, *also):
         return StoredSetting(text)
@@ -78,10 +90,12 @@ def _parse(text: str, packings: Sequence[str], policies: Sequence[str], also: Se
         elif head == PLAN and colon and rest:
             axis = {"plan": Path(rest)}
         elif head in policies:
-            if not rest:
+            if not rest and (colon or head not in budget_is_optional):
                 raise LowkeyError(f"setting {shown(text)}: says not what is kept; write it as '{head}:10%'")
-            axis = {"policy": head, "budget": Budget.parse(rest)}
-        elif head in packings and not colon:
+            axis = {"policy": head, "budget": Budget.parse(rest) if rest else None}
+        elif head in packings:
+            if colon:
+                raise LowkeyError(f"setting {shown(text)}: integers take no budget; write {head!r}")
             axis = {"bits": head}
         elif head in (FULL, *also):
             raise LowkeyError(f"setting {shown(text)}: {head} is the whole cache; give it alone")

@@ -2,6 +2,7 @@
 
 A setting (`settings`) is something to compare: the full cache, packed integers, a plan or a policy. `result`
 runs tasks over settings; `likelihood`, `layerwise`, `recall`, `questions`, `speed` and `footprint` hold one
-task each. `decode_bench` times one attention step by itself. May import every room but `cli`, `report` and
+task each. `decode_bench` times one attention step by itself, and `step_bench` one step of a whole model, of
+which `operations` counts what torch dispatches. May import every room but `cli`, `report` and
 `pretraining`.
 """

@@ -27,7 +27,7 @@ from lowkey.models.parameters import Parameters, count_parameters
 from lowkey.plan.held_bytes import held_bytes
 from lowkey.plan.plan import Plan
 from lowkey.planner.candidates import plan_without_ranks
-from lowkey.policies import policy_from_dict, policy_to_dict
+from lowkey.policies import PLANNED, policy_from_dict, policy_to_dict
 from lowkey.policies.base import Policy
 from lowkey.storage.budgets import check_window
 from lowkey.storage.exact import DEFAULT_WINDOW, Exact
@@ -142,7 +142,7 @@ def usual_settings(config: PreTrainedConfig) -> str:
         return f"full,{EXPANDED}"
     if families.stores_own_form(config) or not families.configured_shapes(config).compressible:
         return "full"
-    return "full,int8,int4,kivi2,rank:50%,rank:50%+kivi4"
+    return f"full,int8,int4,kivi2,rank:50%,rank:50%+kivi4,{PLANNED}:10%"
 
 
 def stored_bytes(work: Workload, setting: StoredSetting, plan: Plan | None = None) -> HeldBytes:

@@ -166,7 +166,7 @@ def test_a_long_compilation_is_told(kept, monkeypatch, caplog, seconds, unfinish
         for _ in range(2):
             with kept.telling(lambda: unfinished):
                 time.sleep(seconds)
-    assert [record.message.split(",")[0] for record in caplog.records] == [
+    assert [record.message.split(";")[0] for record in caplog.records] == [
         "compiling attention kernels for this CPU"
     ] * lines
     assert all(str(kept.kernel_folder()) in record.message for record in caplog.records)

@@ -35,6 +35,15 @@ def test_words_for_other_whole_caches():
         parsed("expanded")
 
 
+def test_a_policy_may_need_no_budget():
+    names = (["int4"], ["snapkv", "h2o"], (), ["h2o"])
+    alone, bounded = parse_settings("h2o,h2o:10%", *names)
+    assert (alone.policy, alone.budget, bounded.budget) == ("h2o", None, Budget(10, "%"))
+    for text in ("h2o:", "snapkv"):
+        with pytest.raises(LowkeyError, match="says not what is kept"):
+            parse_settings(text, *names)
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -51,7 +60,7 @@ def test_words_for_other_whole_caches():
         ("int4+int8", "gives bits twice"),
         ("snapkv:10%+h2o:10%", "twice"),
         ("full+int4", "whole cache"),
-        ("int4:3", "unknown"),
+        ("int4:3", "no budget"),
         ("plan:", "unknown"),
         ("plan:a+rank:50%", "ranks of its own"),
         ("int4,full,int4", "'int4': is given twice"),
