@@ -155,7 +155,7 @@ def test_positions_that_do_not_count_up_are_refused_in_a_room():
     assert same(state(cache), before)
 
 
-def test_tensors_that_are_moved_within_a_room_are_read_where_they_are():
+def test_moved_tensors_are_read_where_they_are():
     model, cache = filled("bits-8", "llama")
     steps(model, cache, 3)
     _, straight = filled("bits-8", "llama")

@@ -216,9 +216,9 @@ def rotated_dots(
 ) -> None:
     """Write the scaled dot products of rotated queries with keys that are rotated here.
 
-    See `numba_rope.rotated_dots` for arguments; `rotation` has its two tables and `bits`.
+    See `numba_rope_kernel.write_rotated_dots` for arguments; `rotation` has its two tables and `bits`.
     """
-    rotate = _rope().rotated_dots
+    rotate = _rope().write_rotated_dots
     with _lock, _compiling(rotate):
         rotate(
             _as_numbers(keys),
@@ -238,9 +238,9 @@ def rotated_dots(
 def _rope() -> ModuleType:
     """The compiled module, loaded on first use."""
     _kernel()
-    from lowkey.backends import numba_rope
+    from lowkey.backends import numba_rope_kernel
 
-    return numba_rope
+    return numba_rope_kernel
 
 
 def _joined(slots: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

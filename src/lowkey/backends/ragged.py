@@ -55,7 +55,7 @@ def stored_rows(
     return stored.stored_rows(query, keys, values, lengths, scaling, softcap, mask, longest, alike)
 
 
-def prepare(queries: int, segments: Sequence[StepSegment]) -> numba_cpu.Segments | None:
+def prepared_segments(queries: int, segments: Sequence[StepSegment]) -> numba_cpu.Segments | None:
     """Make ready for many decode steps over tokens of several kinds, one kernel call each.
 
     Args:

@@ -104,8 +104,7 @@ class LowkeyCache(ContinuableCache):
         Maps, policies and the model's rotary embedding, which never change, are shared.
         """
         self.forward_pass.undo()
-        for layer in self.layers:
-            layer.make_compact()
+        self._make_compact()
         memo[id(self.origin)] = self.origin
         # a copy holds what the cache holds, but takes no recorded token back
         memo[id(self.forward_pass.recording)] = None
@@ -162,8 +161,7 @@ class LowkeyCache(ContinuableCache):
         If anything fails inside the block, the cache is as it was before.
         """
         self.forward_pass.settle()
-        for layer in self.layers:
-            layer.make_compact()
+        self._make_compact()
         before = [layer.snapshot() for layer in self.layers]
         try:
             yield
@@ -174,6 +172,11 @@ class LowkeyCache(ContinuableCache):
             for layer, snapshot in zip(self.layers, before, strict=True):
                 layer.restore(snapshot)
             raise
+
+    def _make_compact(self) -> None:
+        """Let every layer give up the room that it made for steps."""
+        for layer in self.layers:
+            layer.make_compact()
 
     def nbytes(self) -> int:
         """The bytes that are really held, over all layers, and to undo a forward pass under way."""
@@ -276,8 +279,7 @@ class LowkeyCache(ContinuableCache):
                 of its own, or the folder cannot be written.
         """
         self.forward_pass.undo()
-        for layer in self.layers:
-            layer.make_compact()
+        self._make_compact()
         origin, filled_by = self.origin, self.filled_by
         if origin is None or filled_by is None:
             raise LowkeyError("cache: was not made by make_cache; save one that was")

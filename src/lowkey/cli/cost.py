@@ -122,10 +122,10 @@ def cost(
     import torch
 
     from lowkey.cli.loading import quiet_libraries
-    from lowkey.cli.plans import load_plan
     from lowkey.cli.tables import show_cost
     from lowkey.models.families import configured_positions
     from lowkey.models.loading import read_config
+    from lowkey.plan.plan import Plan
     from lowkey.planner.floor import Workload, floor_of, stored_bytes, usual_settings
 
     quiet_libraries()
@@ -136,7 +136,10 @@ def cost(
     work = Workload(config, saved if dtype == "auto" else getattr(torch, dtype), length, batch, weight_bits)
     if asked is None:
         asked = parse_settings(usual_settings(config), choices.SCHEMES, choices.POLICIES, ALSO)
-    plans = [None if s.plan is None else load_plan(s.plan).fixed_rank("cost") for s in asked]
+    plans = [None if s.plan is None else Plan.load(s.plan) for s in asked]
+    for plan in plans:
+        if plan is not None:
+            plan.check_fixed_ranks("cost")
     stored = [stored_bytes(work, *pair) for pair in zip(asked, plans, strict=True)]
     told = {"model": model, **floor_of(work, stored, card)}
     if card is not None:

@@ -63,17 +63,13 @@ def cache_makers(
     from lowkey.cache.cache import make_cache
     from lowkey.catalog import make_policy
     from lowkey.cli.loading import importance
-    from lowkey.cli.plans import load_plan
+    from lowkey.plan.plan import Plan
 
     makers: dict[str, Callable[[], LowkeyCache]] = {}
     for setting in settings:
-        folder = load_plan(setting.plan, model) if setting.plan else None
+        plan = Plan.load(setting.plan, model) if setting.plan else None
         policy = make_policy(setting.policy, setting.budget, {}) if setting.policy else None
         if policy is not None:
-            below = folder.fixed_rank("policy") if folder else None
-            policy = policy.with_head_scores(importance(below, heads))
-        if folder is None:
-            makers[setting.text] = partial(make_cache, model, policy=policy, bits=setting.bits)
-        else:
-            makers[setting.text] = partial(folder.cache, model, policy, setting.bits)
+            policy = policy.with_head_scores(importance(plan, heads))
+        makers[setting.text] = partial(make_cache, model, plan, policy, bits=setting.bits)
     return makers

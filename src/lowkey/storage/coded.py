@@ -28,7 +28,7 @@ from lowkey.storage.positioned import index_behind_last
 from lowkey.storage.reading import attend_to_stored, reads_in_place
 from lowkey.storage.rebuilding import RebuiltKeys
 from lowkey.storage.rows import exact_segment, stored_densely
-from lowkey.storage.stepping import UNKNOWN, OwnSegment
+from lowkey.storage.stepping import NOT_LOOKED_AT, OwnSegment
 from lowkey.storage.stored_tokens import EMPTY, StoredTokens
 
 
@@ -139,7 +139,7 @@ class CodedLayer(StoredTokens):
         """Keep some sequences of the batch; see `StoringLayer.select_sequences`."""
         self.make_compact()
         super().select_sequences(choose)
-        self.common_offset = UNKNOWN
+        self.common_offset = NOT_LOOKED_AT
         if self.is_initialized:  # flush blocks held back for sequences that were removed
             self._store(self.recent_k, self.recent_v)
 

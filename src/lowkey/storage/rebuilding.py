@@ -13,11 +13,11 @@ from lowkey.backends.stored import StoredRows
 from lowkey.models.families import Rope
 from lowkey.storage.codec import Codec
 
-BLOCK_TOKENS = 512  # of each row that are rebuilt at a time; a multiple of any packing's block
+REBUILT_AT_ONCE = 512  # of each row that are rebuilt at a time; a multiple of any packing's block
 
 
 Rotation = tuple[np.ndarray, np.ndarray, int]
-"""The model's rotary embedding at any position, as two small tables; see `numba_rope.rotated_dots`."""
+"""The model's rotary embedding at any position, in small tables; see `numba_rope_kernel`."""
 
 
 def rotation_below(rope: Rope, like: Tensor, stop: int) -> Rotation:
@@ -81,8 +81,8 @@ class RebuiltKeys:
         if self.sequences > 1:
             up = up.repeat(self.sequences, 1, 1)
             mean = None if mean is None else mean.repeat(self.sequences, 1, 1)
-        for start in range(0, longest, BLOCK_TOKENS):
-            stop = min(start + BLOCK_TOKENS, longest)
+        for start in range(0, longest, REBUILT_AT_ONCE):
+            stop = min(start + REBUILT_AT_ONCE, longest)
             latents = self.keys.decoded(start, stop, torch.float32)
             heads = latents.to(query.dtype) @ up
             heads = heads if mean is None else heads + mean

@@ -36,7 +36,7 @@ from lowkey.storage.rows import (
     stored_in_rows,
     unpack_rows,
 )
-from lowkey.storage.stepping import UNKNOWN, OwnSegment
+from lowkey.storage.stepping import NOT_LOOKED_AT, OwnSegment
 
 
 class RowLayer(RaggedLayer, CodedLayer):
@@ -450,7 +450,7 @@ class RowLayer(RaggedLayer, CodedLayer):
         if not self.is_initialized:
             return
         self.make_compact()
-        self.common_offset = UNKNOWN
+        self.common_offset = NOT_LOOKED_AT
         _, numbers = self.chosen_rows(choose, self.row_heads)
         rows, ragged = self.rows, self.ragged()
         own = [attribute for name in self.packing for attribute in self._row_attributes(name)]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lowkey.backends.numba_cpu import STRIDE, Segments, score_scale
-from lowkey.backends.ragged import prepare
+from lowkey.backends.ragged import prepared_segments
 from lowkey.backends.segment import Part, merge_parts
 from lowkey.backends.stored import StepSegment
 from lowkey.models.attention_interface import Call
@@ -29,7 +29,7 @@ from lowkey.storage.rebuilding import RebuiltKeys, Rotation, rotation_below
 from lowkey.storage.rollback import Snapshot, storage_bytes
 
 ROOM = 16  # steps at most; free slots take memory, and every new room moves what is held
-UNKNOWN = -(2**62)  # no offset
+NOT_LOOKED_AT = -(2**62)  # no offset
 ROTATED_AT_ONCE = 1024  # positions for which the tables of a rotary embedding are made larger
 OwnSegment = tuple[StepSegment, RebuiltKeys | None]
 
@@ -81,7 +81,7 @@ class SteppingLayer(PositionedLayer):
             steps that were taken. 1 behind a step that made no room, 0 behind any other call.
         prepared: what the steps of the room have in common; None until it is needed.
         common_offset: the offset of all sequences, if none has padding; None if one has, or if offsets
-            differ; UNKNOWN while nobody has looked.
+            differ; NOT_LOOKED_AT while nobody has looked.
     """
 
     codec: Codec
@@ -90,7 +90,7 @@ class SteppingLayer(PositionedLayer):
     room: Room | None = None
     steps = room_size = 0
     prepared: PreparedStep | None = None
-    common_offset: int | None = UNKNOWN
+    common_offset: int | None = NOT_LOOKED_AT
 
     # -- what a subclass says of itself
 
@@ -223,7 +223,7 @@ class SteppingLayer(PositionedLayer):
         if own is None:
             return PreparedStep(None)
         segments, rebuilt = zip(*own, strict=True)
-        kernel, rotation = prepare(call.query.shape[2], segments), None
+        kernel, rotation = prepared_segments(call.query.shape[2], segments), None
         if (rope := self.codec.rotates_when_read) is not None and any(keys is not None for keys in rebuilt):
             stop = room.start + room.steps - (self.common_offset or 0)
             rotation = self._rotation(rope, call.query, stop)
@@ -262,7 +262,7 @@ class SteppingLayer(PositionedLayer):
             return False
         if torch.is_grad_enabled() and any(x.requires_grad for x in (keys, call.query, self.recent_k)):
             return False
-        if self.common_offset == UNKNOWN:
+        if self.common_offset == NOT_LOOKED_AT:
             offset = int(self.offset[0, 0])
             alike = not bool((self.first_index != 0).any()) and bool((self.offset == offset).all())
             self.common_offset = offset if alike else None
@@ -359,7 +359,7 @@ class SteppingLayer(PositionedLayer):
     def reset(self) -> None:
         """Forget all tokens."""
         super().reset()
-        self.room, self.prepared, self.common_offset = None, None, UNKNOWN
+        self.room, self.prepared, self.common_offset = None, None, NOT_LOOKED_AT
         self.steps = self.room_size = 0
 
     # -- undoing

@@ -12,11 +12,11 @@ from numba import prange
 from lowkey.backends.numba_cache import kept_njit
 from lowkey.backends.numba_cpu import STRIDE
 
-TOKENS = 64  # of a row that a thread takes at a time
-compiled = kept_njit(nogil=True, fastmath=True)
+PIECE_TOKENS = 64  # of a row that a thread takes at a time
+fast = kept_njit(nogil=True, fastmath=True)
 
 
-@compiled
+@fast
 def _rounded(x, bits):
     """x without the last bits of its mantissa, to the nearest, ties to even."""
     if not bits:
@@ -26,7 +26,7 @@ def _rounded(x, bits):
     return np.uint32((raw + half) & ~np.uint32((1 << bits) - 1)).view(np.float32)
 
 
-@compiled
+@fast
 def _dots_of(row, start, stop, keys, query, positions, first, coarse, fine, bits, scale, begin, out):
     """The dot products of a row's queries with its tokens from `start` to `stop`."""
     half, d = coarse.shape[2], query.shape[2]
@@ -53,7 +53,9 @@ def _dots_of(row, start, stop, keys, query, positions, first, coarse, fine, bits
 
 
 @kept_njit(nogil=True, fastmath=True, parallel=True)
-def rotated_dots(keys, query, positions, firsts, lengths, coarse, fine, bits, scale, begin, out, threads):
+def write_rotated_dots(
+    keys, query, positions, firsts, lengths, coarse, fine, bits, scale, begin, out, threads
+):
     """Write the scaled dot products of queries with rotated keys.
 
     Args:
@@ -70,13 +72,13 @@ def rotated_dots(keys, query, positions, firsts, lengths, coarse, fine, bits, sc
         out: (R, m, n).
         threads: how many to use.
     """
-    rows, pieces = len(query), -(-keys.shape[1] // TOKENS)
+    rows, pieces = len(query), -(-keys.shape[1] // PIECE_TOKENS)
     if threads == 1:
         for row in range(rows):
             stop = min(keys.shape[1], lengths[row])
             _dots_of(row, 0, stop, keys, query, positions, firsts[row], coarse, fine, bits, scale, begin, out)
         return
     for i in prange(rows * pieces):
-        row, start = i // pieces, i % pieces * TOKENS
-        stop = min(keys.shape[1], start + TOKENS, lengths[row])
+        row, start = i // pieces, i % pieces * PIECE_TOKENS
+        stop = min(keys.shape[1], start + PIECE_TOKENS, lengths[row])
         _dots_of(row, start, stop, keys, query, positions, firsts[row], coarse, fine, bits, scale, begin, out)
