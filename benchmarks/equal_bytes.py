@@ -22,7 +22,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowkey.calibration.calibrate import Sample, calibrate
 from lowkey.calibration.dynamic import make_dynamic_plan
 from lowkey.catalog import make_method
-from lowkey.cli.plans import DynamicRankFolder
 from lowkey.core import files, text
 from lowkey.core.progress import bars
 from lowkey.core.types import Layout, LowkeyError
@@ -234,7 +233,7 @@ def _dynamic(
             print(f"dynakv {budget}: {error}", flush=True)
             continue
         seconds.append(time.perf_counter() - start)
-        settings.append(DynamicRankFolder(Path(), plan).setting(model))
+        settings.append(planned(model, plan, ""))
     rows = evaluate(model, tokenizer, settings, task, names, bars)["rows"][1:]
     return [r | {"fit_seconds": s} for r, s in zip(rows, seconds, strict=True)]
 

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pico
 import torch
+from dynamic_plans import former_folder
 from pico import attached, feed, prompt
 from torch import Tensor, nn
 
 import lowkey
 from lowkey.calibration import layer_checkpoint
 from lowkey.calibration.calibrate import Sample
-from lowkey.calibration.dynamic import DynamicPlan, make_dynamic_plan
+from lowkey.calibration.dynamic import make_dynamic_plan
 from lowkey.calibration.statistics import gather_statistics
 from lowkey.core import files, optimizer_state
 from lowkey.core.files.reading import digest
@@ -59,9 +60,10 @@ def _summary(tensors: dict[str, Tensor], about: object) -> str:
 
 def plan_meaning(folder: Path, name: str = "llama") -> str:
     plan = Plan.load(folder, attached(name))
+    maps = {f"{i}.{n}": t for i, f in plan.factors.items() for n, t in vars(f).items() if t is not None}
+    gates = plan.token_ranks.gates if plan.token_ranks else {}
     return _summary(
-        {f"{i}.{n}": t for i, f in plan.factors.items() for n, t in vars(f).items() if t is not None},
-        plan.describe(),
+        maps | {f"{i}.gate.{n}": t for i, g in gates.items() for n, t in vars(g).items()}, plan.describe()
     )
 
 
@@ -69,23 +71,6 @@ def plan_used(folder: Path) -> None:
     model = attached("llama")
     with torch.no_grad():
         model(prompt(6, 1), past_key_values=lowkey.make_cache(model, plan=Plan.load(folder, model)))
-
-
-def dynaplan_meaning(folder: Path) -> str:
-    plan = DynamicPlan.load(folder, attached("llama"))
-    maps = {f"{i}.{n}": t for i, f in plan.factors.items() for n, t in vars(f).items() if t is not None}
-    return _summary(
-        maps | {f"{i}.gate.{n}": t for i, g in plan.gates.items() for n, t in vars(g).items()},
-        plan.describe(),
-    )
-
-
-def dynaplan_used(folder: Path) -> None:
-    from lowkey.calibration.dynamic import make_dynamic_cache
-
-    model = attached("llama")
-    with torch.no_grad():
-        model(prompt(6, 1), past_key_values=make_dynamic_cache(model, DynamicPlan.load(folder, model)))
 
 
 def cache_meaning(folder: Path, model: Any) -> str:
@@ -144,9 +129,13 @@ def build(root: Path) -> dict[str, Artefact]:
     plan = make_dynamic_plan(
         model, pico.tokenizer(), pico_text(), sample=Sample(4, 16), training=GateTraining(steps=1, hidden=4)
     )
-    plan.save(root / "dynaplan")
+    plan.save(root / "levels")
+    found["levels"] = Artefact(root / "levels", plan_meaning, plan_used, {"plan.safetensors": "plan.json"})
     found["dynaplan"] = Artefact(
-        root / "dynaplan", dynaplan_meaning, dynaplan_used, {"dynaplan.safetensors": "dynaplan.json"}
+        former_folder(root / "dynaplan", plan),
+        plan_meaning,
+        plan_used,
+        {"dynaplan.safetensors": "dynaplan.json"},
     )
     return found
 

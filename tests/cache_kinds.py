@@ -11,7 +11,6 @@ from dynamic_plans import make_plan
 from evicting_caches import HEADS
 
 from lowkey import make_cache
-from lowkey.calibration.dynamic import make_dynamic_cache
 from lowkey.models import families
 from lowkey.models.fingerprint import model_fingerprint
 from lowkey.policies import POLICIES
@@ -76,15 +75,20 @@ KINDS = {
     "every": lambda m: make_cache(m, policy=evicting("h2o", every=2)),
     "every-global": lambda m: make_cache(m, policy=evicting("snapkv", every=3, allocator="global")),
     "think-global": lambda m: make_cache(m, policy=evicting("think", allocator="global")),
-    "dynamic": lambda m: make_dynamic_cache(
+    "dynamic": lambda m: make_cache(
         m, make_plan("gemma2" if m.config.model_type == "gemma2" else "llama", "post_rope")
     ),
-    "dynamic-pre": lambda m: make_dynamic_cache(
+    "dynamic-pre": lambda m: make_cache(
         m, make_plan("gemma2" if m.config.model_type == "gemma2" else "llama", "pre_rope")
     ),
 }
 SLIDING = ["stock", "bits-8", "plan", "snapkv", "every-global", "dynamic"]
 CASES = [(kind, "llama") for kind in KINDS] + [(kind, "gemma2") for kind in SLIDING]
+
+
+def can_be_saved(cache):
+    """Not if it was put together by hand, nor if every token has a rank of its own."""
+    return cache.origin is not None and not (cache.origin.plan and cache.origin.plan.token_ranks)
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ from dynamic_plans import make_plan
 from evicting_caches import HEADS
 
 from lowkey.cache.cache import make_cache
-from lowkey.calibration.dynamic import make_dynamic_cache
 from lowkey.policies import POLICIES
 from lowkey.storage.coded import Exact
 
@@ -32,8 +31,8 @@ def cache_of(kind, model):
         "hadamard8": lambda: make_cache(model, bits="hadamard8", exact=Exact(3)),
         "plan": lambda: make_cache(model, whole_rank(model)),
         "plan-exact": lambda: make_cache(model, whole_rank(model, "pre_rope", sinks=3, recent=7)),
-        "dynamic": lambda: make_dynamic_cache(model, make_plan("llama", "post_rope", 0)),
-        "dynamic-pre": lambda: make_dynamic_cache(model, make_plan("llama", "pre_rope", 0)),
+        "dynamic": lambda: make_cache(model, make_plan("llama", "post_rope", 0)),
+        "dynamic-pre": lambda: make_cache(model, make_plan("llama", "pre_rope", 0)),
         "policy-plan": lambda: make_cache(model, whole_rank(model, "pre_rope"), POLICIES["ada-kv"]("100%")),
         "think": lambda: make_cache(model, policy=POLICIES["think"]("100%", channels=1.0)),
         "razor": lambda: make_cache(

@@ -157,6 +157,9 @@ def generate_verified(
     in CPU memory and visits the device layer by layer, once for each verification. Where two tokens are tied
     to within rounding, a pass over several tokens may choose another one than a step does.
 
+    Of `model.generation_config` only the end tokens are used. Its logits processors (a repetition penalty,
+    forbidden words, a least length) change nothing here.
+
     Args:
         model: an attached model.
         tokenizer: the model's; policies that have their context repeated need it.

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pico
 import pytest
 from commands import EVERYTHING, SCORE, SMALL, done, printed
+
+from lowkey.catalog import make_policy
+from lowkey.plan.plan import Plan
+from lowkey.policies import policy_to_dict
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +32,15 @@ def made(model, tmp_path_factory):
     """(plan folder, what `compress --json` printed)."""
     out = tmp_path_factory.mktemp("plans") / "pca"
     return out, printed("compress", model, out, *SMALL)
+
+
+@pytest.fixture(scope="session")
+def full_plan(made, tmp_path_factory):
+    """The folder of a plan with ranks, integers and a policy."""
+    out = tmp_path_factory.mktemp("plans") / "all"
+    policy = policy_to_dict(make_policy("snapkv", "50%", {}))
+    replace(Plan.load(made[0]), bits="kivi4", policy=policy, recent=32).save(out)
+    return out
 
 
 @pytest.fixture(scope="session")

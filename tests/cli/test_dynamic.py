@@ -9,11 +9,13 @@ import pico
 import pytest
 import torch
 from commands import done, printed, refused, tree, truncate
+from dynamic_plans import former_folder
 
-from lowkey.calibration import dynamic
-from lowkey.calibration.dynamic import DynamicPlan, make_dynamic_cache
+from lowkey.cache.cache import make_cache
 from lowkey.core import text
 from lowkey.models import loading
+from lowkey.plan.plan import Plan
+from lowkey.plan.reading import PLAN_TENSORS
 
 LEVELLED = (
     "--layout",
@@ -40,7 +42,7 @@ def levelled(model, tmp_path_factory):
 
 def test_dynamic_prints_the_plan_it_wrote(model, levelled):
     out, told = levelled
-    held = DynamicPlan.load(out, loading.load(str(model), device="cpu")[0])
+    held = Plan.load(out, loading.load(str(model), device="cpu")[0])
     assert (told["plan"], told["method"], told["budget"], told["layout"]) == (
         str(out),
         "dynakv",
@@ -48,19 +50,22 @@ def test_dynamic_prints_the_plan_it_wrote(model, levelled):
         "pre_rope",
     )
     assert (
-        held.training["target"],
-        held.training["steps"],
-        held.training["seed"],
+        held.token_ranks.training["target"],
+        held.token_ranks.training["steps"],
+        held.token_ranks.training["seed"],
         held.provenance["seed"],
     ) == (0.4, 2, 3, 3)
     assert held.provenance["tokens"] == 8 * 32 and held.factors[0].k_down.shape[0] == 4, (
         "a key basis for each head"
     )
-    assert held.share == told["share"] <= 0.4 + 1e-6
-    assert told["bytes_per_token"]["bfloat16"] == 3 * (held.share * 2 * 4 * 16 * 2 + 4)
+    share = held.token_ranks.share
+    assert share == told["share"] <= 0.4 + 1e-6 and told["layers"] == [0, 1, 2]
+    assert told["levels"] == [16, 8, 4, 2] and told["training"] == held.token_ranks.training
+    assert told["divergence"] == held.token_ranks.divergence and told["geometry"]["head_dim"] == 16
+    assert told["bytes_per_token"]["bfloat16"] == 3 * (share * 2 * 4 * 16 * 2 + 4)
     assert printed("inspect", out) == told
     said = done("inspect", out).out
-    assert "16, 8, 4 or 2 of 16" in said and f"{100 * held.share:.1f}%" in said and str(out) in said
+    assert "16, 8, 4 or 2 of 16" in said and f"{100 * share:.1f}%" in said and str(out) in said
 
 
 def test_eval_measures_a_dynamic_plan_beside_others(model, made, levelled, here):
@@ -75,11 +80,11 @@ def test_eval_measures_a_dynamic_plan_beside_others(model, made, levelled, here)
         "pre_rope",
     )
     loaded, tokenizer = loading.load(str(model), device="cpu")
-    plan = DynamicPlan.load(levelled[0], loaded)
+    plan = Plan.load(levelled[0], loaded)
     ids = text.windows(text.encode(tokenizer, text.embedded_text("evaluation")), tokenizer, 192, "data")[:2]
     with torch.no_grad():
-        scores = loaded(ids, past_key_values=make_dynamic_cache(loaded, plan)).logits[:, :-1]
-        loaded(ids[:1], past_key_values=(past := make_dynamic_cache(loaded, plan)))
+        scores = loaded(ids, past_key_values=make_cache(loaded, plan)).logits[:, :-1]
+        loaded(ids[:1], past_key_values=(past := make_cache(loaded, plan)))
     assert row["perplexity"] == pytest.approx(
         float(torch.nn.functional.cross_entropy(scores.mT, ids[:, 1:]).exp()), rel=1e-4
     )
@@ -98,9 +103,18 @@ def test_generate_over_a_dynamic_plan(model, levelled):
     told = printed("generate", model, "--prompt", "Once upon a time", "--plan", levelled[0], "--tokens", 5)
     loaded, tokenizer = loading.load(str(model), device="cpu")
     ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
-    past = make_dynamic_cache(loaded, DynamicPlan.load(levelled[0], loaded))
+    past = make_cache(loaded, Plan.load(levelled[0], loaded))
     assert told["text"] == tokenizer.decode(pico.generate(loaded, ids, 5, past)[0], skip_special_tokens=True)
     assert told["bytes_held"] == past.nbytes() < told["bytes_full"]
+
+
+def test_commands_take_a_folder_of_the_former_kind(model, levelled, here):
+    former = former_folder(here / "former", Plan.load(levelled[0]))
+    told, expected = printed("inspect", former), levelled[1]
+    assert told == {**expected, "plan": str(former)}
+    words = ("--prompt", "Once upon a time", "--tokens", 5, "--plan")
+    texts = {printed("generate", model, *words, folder)["text"] for folder in (former, levelled[0])}
+    assert len(texts) == 1
 
 
 @pytest.mark.parametrize(
@@ -133,7 +147,7 @@ def test_dynamic_replaces_a_folder_only_when_told_to(model, levelled, here):
     assert "--force" in refused("dynamic", model, "out", *LEVELLED)
     assert tree(here) == before
     assert "KL" in done("dynamic", model, "out", *LEVELLED, "--force").out
-    assert DynamicPlan.load(here / "out").budget == "50%"
+    assert Plan.load(here / "out").budget == "50%"
 
 
 @pytest.mark.parametrize(
@@ -141,12 +155,13 @@ def test_dynamic_replaces_a_folder_only_when_told_to(model, levelled, here):
     [
         ["eval", "--bits", "int4", "--plan"],
         ["eval", "--policy", "snapkv", "--budget", "50%", "--plan"],
+        ["eval", "--sinks", 4, "--plan"],
         ["generate", "--prompt", "a", "--bits", "int4", "--plan"],
         ["generate", "--prompt", "a", "--policy", "snapkv", "--budget", "50%", "--plan"],
         ["recover"],
         ["export"],
     ],
-    ids=lambda w: " ".join(w[:3]),
+    ids=lambda w: " ".join(map(str, w[:3])),
 )
 def test_what_a_dynamic_plan_cannot_do_is_refused(model, levelled, here, words):
     before = tree(here)
@@ -167,7 +182,7 @@ def test_another_models_dynamic_plan_is_refused(other, levelled, here, words):
 @pytest.mark.parametrize("command", ["inspect", "eval", "generate"])
 def test_a_damaged_dynamic_plan(model, here, levelled, command):
     folder = Path(shutil.copytree(levelled[0], here / "plan"))
-    truncate(folder / dynamic.DYNAMIC_PLAN_TENSORS)
+    truncate(folder / PLAN_TENSORS)
     words = {
         "inspect": [folder],
         "eval": [model, "--plan", folder],

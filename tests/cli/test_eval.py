@@ -8,7 +8,10 @@ import pico
 import pytest
 from commands import EVERYTHING, ROW, SCORE, SMALL, done, printed, refused, tree
 
+from lowkey.cache.cache import make_cache
 from lowkey.core import files
+from lowkey.models.attention_interface import attach
+from lowkey.plan.plan import Plan
 
 # -- bad arguments
 
@@ -26,6 +29,9 @@ from lowkey.core import files
         (["--cases", 0], ["cases 0", "at least 1"]),
         (["--bits", 5], ["bits '5'", "int8", "kivi4"]),
         (["--bits", "few"], ["bits 'few'", "hadamard4"]),
+        (["--bits", "none"], ["bits 'none'", "--plan"]),
+        (["--policy", "none"], ["policy 'none'", "--plan"]),
+        (["--policy", "none", "--budget", "25%"], ["budget '25%'", "leave it out"]),
         (["--plan", "missing"], ["missing", "does not exist", "lowkey compress"]),
         (["--out", "."], ["output '.'", "folder"]),
         (["--out", "notes.txt/r.json", "--task", "speed"], ["notes.txt/r.json", "another place"]),
@@ -120,6 +126,31 @@ def test_plans_of_the_same_name_keep_rows_of_their_own(model, made, here):
         8,
         "int8",
     )
+
+
+def test_a_plan_in_other_integers_and_without_its_policy(model, here, full_plan):
+    words = ("--plan", full_plan, "--bits", "int8", "--bits", "kivi4", "--bits", "none", "--policy", "none")
+    rows = printed("eval", model, *SCORE, *words, "--task", "decode", "--out", "r.json")["rows"]
+    assert [(row["plan"] and row["packing"], row["policy"] is not None) for row in rows[:5]] == [
+        (None, False),
+        ("kivi4", True),
+        ("kivi4", False),
+        ("int8", True),
+        (None, True),
+    ]
+    assert [row["name"] for row in rows[5:]] == ["int8", "kivi4"]
+    held = [row["bytes_held"] for row in rows[:5]]
+    full, own, all_tokens, eight, unpacked = held
+    assert own < min(all_tokens, eight) and eight < unpacked and max(held[1:]) < full
+    loaded = attach(pico.build("llama", pad_token_id=None))
+    for row, options in (
+        (rows[2], {"policy": "none"}),
+        (rows[3], {"bits": "int8"}),
+        (rows[4], {"bits": "none"}),
+    ):
+        cache = make_cache(loaded, Plan.load(full_plan, loaded), **options)
+        pico.feed(loaded, pico.prompt(192, batch=1), cache)
+        assert cache.nbytes() == row["bytes_held"]
 
 
 def test_without_a_name_the_result_goes_to_results(model, here):

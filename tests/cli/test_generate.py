@@ -6,6 +6,10 @@ import pico
 import pytest
 from commands import done, printed, refused
 
+from lowkey.cache.cache import make_cache
+from lowkey.models.attention_interface import attach
+from lowkey.plan.plan import Plan
+
 # -- bad arguments
 
 
@@ -35,6 +39,32 @@ def test_a_policy_together_with_bits_holds_less_than_either(model):
         for words in held
     ]
     assert told[2] < min(told[:2])
+
+
+# -- without what a plan has
+
+
+def test_generate_without_the_plans_policy_or_integers(model, full_plan):
+    words = ("generate", model, "--prompt", "Once upon a time" * 8, "--plan", full_plan, "--tokens", 5)
+    whole, plain = ("--policy", "none"), ("--bits", "none")
+    own, all_tokens, unpacked, neither = (
+        printed(*words, *options)["bytes_held"] for options in ((), whole, plain, whole + plain)
+    )
+    assert own < min(all_tokens, unpacked) and max(all_tokens, unpacked) < neither
+    loaded = attach(pico.build("llama", pad_token_id=None))
+    cache = make_cache(loaded, Plan.load(full_plan, loaded), "none")
+    pico.feed(loaded, pico.prompt(16 * 8 + 5 - 1, batch=1), cache)
+    assert all_tokens == cache.nbytes()
+
+
+def test_generate_without_a_policy_that_there_is_none_of(model):
+    told = [
+        printed("generate", model, "--prompt", "It was", "--tokens", 3, *words)
+        for words in ([], ["--policy", "none"])
+    ]
+    assert told[0]["text"] == told[1]["text"] and told[0]["bytes_held"] == told[1]["bytes_held"]
+    line = refused("generate", model, "--prompt", "It was", "--policy", "none", "--budget", "25%")
+    assert line.endswith("is for a policy; leave it out\n")
 
 
 # -- the others

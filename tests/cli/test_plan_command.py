@@ -122,6 +122,20 @@ def test_a_memory_that_holds_everything(model, here):
     assert row["name"] == "uncompressed" and row["bytes_held"] == row["bytes_full"] and row["kl"] == 0
 
 
+def test_a_comparison_does_not_outlive_its_plan(model, here):
+    """A new plan of which nothing was measured takes the old comparison away, if it is ours to take."""
+    words, place = ("plan", model, "out", "--force", *FAST), here / "out-frontier.json"
+    done(*words, "--keep", "45%", "--axes", "bits")
+    measured = place.read_bytes()
+    done(*words, "--keep", "100%")
+    assert not place.exists() and (here / "out").exists()
+    place.write_bytes(measured.replace(b"0", b"1", 1))
+    before = tree(here)
+    with mock.patch.dict(search_plans.__globals__, {"search_plans": None}):
+        assert "out-frontier.json" in refused(*words, "--keep", "100%")
+    assert tree(here) == before
+
+
 @pytest.mark.parametrize(("stage", "axes"), [("costs", "rank"), ("held-out", "bits")])
 def test_interrupted_work_resumes(model, here, stage, axes):
     words = ("plan", model, "out", "--keep", "30%", "--axes", axes, *FAST)

@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from cache_kinds import KINDS, SLIDING, agree
+from cache_kinds import KINDS, SLIDING, agree, can_be_saved
 from failing_calls import FAILURES, NOT_REFUSED, same, state
 from pico import attached, feed, prompt
 
@@ -98,7 +98,7 @@ class Life:
         self.cache = copy.deepcopy(self.cache)
 
     def save(self, folder):
-        if self.cache.origin is not None:
+        if can_be_saved(self.cache):
             self.cache.save(folder / "cache", force=True)
             self.cache = load_cache(folder / "cache", self.model)
 

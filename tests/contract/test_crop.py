@@ -11,7 +11,8 @@ from cache_kinds import CASES, KINDS, agree
 from failing_calls import same, state
 from pico import attached, feed, generate, prompt, stock
 
-from lowkey import LowkeyError
+from lowkey import LowkeyError, load_cache, make_cache
+from lowkey.catalog import make_policy
 
 FEW = [
     "stock",
@@ -172,6 +173,22 @@ def test_a_turn_after_speculation_is_an_ordinary_turn():
     assert agree(cache, "two turns later") == straight.nbytes()
     with pytest.raises(LowkeyError, match=r"crop\(-3\): tokens were evicted since; at most 1 can be removed"):
         cache.crop(-3)
+
+
+def test_a_cropped_cache_is_saved_and_loaded(tmp_path):
+    """More steps of decoding were taken back than tokens are left."""
+    model, more = attached("llama"), prompt(6, batch=1, seed=6)
+    cache = make_cache(model, policy=make_policy("snapkv", "100%", {}))
+    feed(model, prompt(10, batch=1), cache)
+    feed(model, prompt(20, batch=1, seed=1), cache, splits=[1] * 20)
+    cache.crop(-25)
+    cache.save(tmp_path / "cache")
+    again = load_cache(tmp_path / "cache", model)
+    assert again.get_seq_length() == 5 and agree(again, "loaded") == cache.nbytes()
+    close(
+        feed(model, more, again),
+        feed(stock("llama"), torch.cat([prompt(10, batch=1)[:, :5], more], 1))[:, 5:],
+    )
 
 
 def test_more_than_all_cannot_be_removed():

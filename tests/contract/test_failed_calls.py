@@ -14,7 +14,6 @@ from pico import attached, prompt
 
 import lowkey
 from lowkey import LowkeyError, make_cache
-from lowkey.calibration.dynamic import make_dynamic_cache
 from lowkey.policies import POLICIES
 from lowkey.storage.exact import Exact
 
@@ -30,9 +29,7 @@ KINDS = {
     "razor": lambda m: make_cache(m, policy=evicting("razor")),
     "think": lambda m: make_cache(m, policy=evicting("think")),
     "plan-tova": lambda m: make_cache(m, pico.plan(m), evicting("tova", every=3)),
-    "dynamic": lambda m: make_dynamic_cache(
-        m, make_plan(m.config.model_type.replace("_text", ""), "post_rope")
-    ),
+    "dynamic": lambda m: make_cache(m, make_plan(m.config.model_type.replace("_text", ""), "post_rope")),
 }
 CASES = [(kind, "llama") for kind in KINDS] + [
     (kind, "gemma2") for kind in ("stock", "bits-8", "snapkv", "dynamic")

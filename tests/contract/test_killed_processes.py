@@ -156,7 +156,7 @@ COMMANDS = {  # with the files that must be the same after a kill
     "compress": (["compress", "model", "OUT", *SMALL], ["plan.json", "plan.safetensors", "README.md"]),
     "dynamic": (
         ["dynamic", "model", "OUT", "--steps", "5", *SMALL],
-        ["dynaplan.json", "dynaplan.safetensors"],
+        ["plan.json", "plan.safetensors", "README.md"],
     ),
     "recover": (
         [

@@ -15,7 +15,6 @@ from pico import attached, padding, prompt
 
 import lowkey
 from lowkey.cache.cache import make_cache
-from lowkey.calibration.dynamic import make_dynamic_cache
 from lowkey.core.types import LowkeyError
 from lowkey.policies import POLICIES
 from lowkey.storage.coded import Exact
@@ -229,7 +228,7 @@ LOSSY = {
     "plan": lambda m: make_cache(m, pico.plan(m, 6, 9)),
     "plan exact": lambda m: make_cache(m, pico.plan(m, 6, 9, layout="pre_rope", sinks=2, recent=3)),
     "int4": lambda m: make_cache(m, bits=4),
-    "dynamic": lambda m: make_dynamic_cache(m, make_plan("llama", "post_rope")),
+    "dynamic": lambda m: make_cache(m, make_plan("llama", "post_rope")),
     "policy": lambda m: make_cache(m, pico.plan(m, 6, 9), POLICIES["snapkv"]("100%")),
 }
 

@@ -26,8 +26,9 @@ from lowkey.plan.plan import Plan, versions
 from lowkey.policies import policy_from_dict, policy_name, policy_to_dict
 from lowkey.policies.base import Policy
 from lowkey.storage.base import StockLayer, StockSlidingLayer, StoringLayer
+from lowkey.storage.bucketed import bucketed_layer
 from lowkey.storage.budgets import check_window
-from lowkey.storage.cache_wide_eviction import CacheWideEviction
+from lowkey.storage.cache_wide_eviction import CacheWideEviction, Shapes
 from lowkey.storage.codec import Codec, LowRank, Plain
 from lowkey.storage.coded import CodedLayer, Exact
 from lowkey.storage.compensating import CompensatingLayer
@@ -266,13 +267,15 @@ class LowkeyCache(ContinuableCache):
             force: whether to replace another folder that lowkey wrote.
 
         Raises:
-            LowkeyError: if the model is gone or has changed since it filled the cache, or the folder cannot
-                be written.
+            LowkeyError: if the model is gone or has changed since it filled the cache, every token has a rank
+                of its own, or the folder cannot be written.
         """
         self.forward_pass.undo()
         origin, filled_by = self.origin, self.filled_by
         if origin is None or filled_by is None:
             raise LowkeyError("cache: was not made by make_cache; save one that was")
+        if origin.plan is not None:
+            origin.plan.check_fixed_ranks("saving a cache")
         fingerprint, model = filled_by.fingerprint(), origin.model()
         about = {
             "model": model.config._name_or_path if model else "",
@@ -319,7 +322,8 @@ def make_cache(
 
     Args:
         model: an attached model.
-        plan: what is stored of this model's keys and values: low rank, integers, a policy, exact tokens.
+        plan: what is stored of this model's keys and values: low rank, integers, a policy, exact tokens. A
+            plan that gives every token a rank of its own takes no other option than the prefill mode.
         policy: which tokens each head keeps, alone or on top of a plan and of integers; None for the plan's
             own, `none` to keep all. Heads that share a latent keep the same tokens. The sinks and recent
             tokens that are held exactly are always kept, and count in its budget.
@@ -375,6 +379,20 @@ def _builder(model: PreTrainedModel, origin: Origin) -> Callable[[int], CountedL
     else:
         sinks, recent = (plan.sinks, plan.recent) if plan else (DEFAULT_WINDOW.sinks, DEFAULT_WINDOW.recent)
         exact = origin.exact or Exact(sinks, max(recent, packed.recent if packed else 0))
+    if plan is not None and plan.token_ranks is not None:
+        wanted = {"policy": policy, "bits": packed, "exact tokens": exact.sinks or exact.recent}
+        for name, given in wanted.items():
+            if given:
+                plan.check_fixed_ranks(name)
+        factors, ranks, layout = plan.factors, plan.token_ranks, plan.layout
+        return lambda i: bucketed_layer(
+            factors[i],
+            ranks.levels,
+            ranks.gates[i],
+            layout,
+            families.rope(model, i),
+            exact.prefill == "exact",
+        )
     packings = (packed.keys, packed.values) if packed else None
     # in layers without points, the first tokens are the sinks
     points = exact.rule.layers if exact.rule else {}
@@ -383,7 +401,12 @@ def _builder(model: PreTrainedModel, origin: Origin) -> Callable[[int], CountedL
         check_window(policy, exact)
         policy = policy.with_head_scores(plan.heads if plan else {})
         full = families.geometry(model).compressible
-        shared = CacheWideEviction(len(full), families.sliding_layers(model), _rows_of_heads(model, plan))
+        shared = CacheWideEviction(
+            len(full),
+            families.sliding_layers(model),
+            _rows_of_heads(model, plan),
+            _stored_shapes(plan),
+        )
         kind = EVICTING_LAYERS[policy.layer]
         return lambda i: kind(
             policy,
@@ -440,6 +463,17 @@ def _rows_of_heads(model: PreTrainedModel, plan: Plan | None) -> tuple[tuple[int
         order = torch.arange(heads) if factors.order is None else factors.order
         rows.append(tuple((order.argsort() // math.lcm(*factors.merge)).tolist()))
     return tuple(rows)
+
+
+def _stored_shapes(plan: Plan | None) -> tuple[Shapes, ...] | None:
+    """For each layer, (heads, width) of stored keys and values. None if a plan does not make them differ."""
+    if plan is None or not plan.factors:
+        return None
+    heads = plan.geometry["kv_heads"]
+    return tuple(
+        ((heads // keys[0], keys[1]), (heads // values[0], values[1]))
+        for keys, values in plan.stored_shapes()
+    )
 
 
 def _check_rule(model: PreTrainedModel, rule: SinkRule, sinks: int) -> None:

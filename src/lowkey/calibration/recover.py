@@ -147,9 +147,10 @@ def recover(
         progress: shows how far the training is.
 
     Raises:
-        LowkeyError: if peft is missing, the plan is another model's, settings are out of range, the text is
-            shorter than a window, or the loss is no longer finite.
+        LowkeyError: if peft is missing, the plan is another model's or gives every token a rank of its own,
+            settings are out of range, the text is shorter than a window, or the loss is no longer finite.
     """
+    plan.check_fixed_ranks("recover")
     trainable.import_peft()
     weights.check_plain("recover", model, families.decoder_layers(model))
     _check(settings, model)

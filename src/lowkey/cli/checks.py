@@ -232,13 +232,16 @@ def check_policies(
     """Check eviction policies and what is given for them.
 
     Args:
-        names: policies, separated by commas. Without them, none of the others may be given.
+        names: policies, separated by commas. `none` is none of them. Without one, none of the others may be
+            given.
         budgets: budgets, separated by commas.
         given: options of the policies, as name=value.
         allocator_given: options of their allocators, as name=value.
         heads: files of head scores.
     """
-    if names is None:
+    chosen = [] if names is None else [name for name in names.split(",") if name != choices.NO_POLICY]
+    if not chosen:
+        remedy = "leave it out" if names else "give --policy too, or leave it out"
         for what, value in (
             ("budget", budgets),
             ("option", given),
@@ -247,13 +250,11 @@ def check_policies(
         ):
             if value is not None:
                 word = value if isinstance(value, str) else value[0]
-                raise LowkeyError(
-                    f"{what} {shown(str(word))}: is for a policy; give --policy too, or leave it out"
-                )
+                raise LowkeyError(f"{what} {shown(str(word))}: is for a policy; {remedy}")
         return
     check_head_files(heads)
     own, of_allocator = parse_pairs(given), parse_pairs(allocator_given, "allocator option")
-    for name in names.split(","):
+    for name in chosen:
         for budget in budgets.split(",") if budgets is not None else [None]:
             _check_policy(name, budget, own, of_allocator)
 

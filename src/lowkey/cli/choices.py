@@ -24,6 +24,7 @@ POLICIES = tuple(COLLECTED["policies"])
 TOKEN_ALLOCATORS = tuple(COLLECTED["token_allocators"])  # of policies
 SCHEMES = tuple(COLLECTED["schemes"])  # packed integers
 NO_BITS: str = COLLECTED["no_bits"]  # the word for no packed integers
+NO_POLICY: str = COLLECTED["no_policy"]  # the word for no policy, where a plan has one
 TASKS = tuple(COLLECTED["tasks"])  # of `eval`
 USUAL_TASKS = tuple(COLLECTED["usual_tasks"])
 RECALL_FORMS: dict[str, str] = COLLECTED["recall_forms"]  # name: how it asks

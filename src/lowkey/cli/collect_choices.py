@@ -8,7 +8,7 @@ from typing import Any
 
 import lowkey
 from lowkey.attention import ATTENTION_KINDS, SUBSETS
-from lowkey.calibration import dynamic
+from lowkey.cache.cache import NO_POLICY
 from lowkey.calibration.calibrate import Sample
 from lowkey.calibration.recover import OBJECTIVES, Recovery
 from lowkey.catalog import make_policy
@@ -25,7 +25,8 @@ from lowkey.heads.needles import NEEDLE_TASKS, Drawing
 from lowkey.heads.retrieval import SCORE_KINDS
 from lowkey.methods import METHODS
 from lowkey.methods.dynakv import GateTraining
-from lowkey.plan import plan
+from lowkey.plan.reading import PLAN_JSON
+from lowkey.plan.token_ranks import DYNAMIC_PLAN_JSON
 from lowkey.planner.candidates import AXES, EVICTION
 from lowkey.planner.plan_for import Search
 from lowkey.policies import PLANNED, POLICIES, policy_to_dict
@@ -49,6 +50,7 @@ def collected() -> dict[str, Any]:
         "settings": {kind.__name__: fields_described(kind) for kind in SETTINGS},
         "schemes": list(SCHEMES),
         "no_bits": NO_BITS,
+        "no_policy": NO_POLICY,
         "tasks": list(TASKS),
         "usual_tasks": list(USUAL_TASKS),
         "recall_forms": {name: form.summary for name, form in FORMS.items()},
@@ -66,7 +68,7 @@ def collected() -> dict[str, Any]:
         "frequencies": list(FREQUENCIES),
         "objectives": list(OBJECTIVES),
         "formats": list(FORMATS),
-        "plan_files": [plan.PLAN_JSON, dynamic.DYNAMIC_PLAN_JSON],
+        "plan_files": [PLAN_JSON, DYNAMIC_PLAN_JSON],
         "axes": list(AXES),
         "eviction": EVICTION,
         "planned": PLANNED,

@@ -90,7 +90,7 @@ def dynamic(
 
     from lowkey.calibration.dynamic import make_dynamic_plan
     from lowkey.cli.loading import check_context, make_sample, open_model
-    from lowkey.cli.tables import show_dynamic
+    from lowkey.cli.tables import show_plan
     from lowkey.core.progress import bars
     from lowkey.methods.dynakv import GateTraining
 
@@ -109,4 +109,4 @@ def dynamic(
     )
     plan.save(out, force)
     files.remove_work(work)
-    show_dynamic(plan.describe(), out, as_json)
+    show_plan(plan, out, as_json)

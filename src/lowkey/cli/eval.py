@@ -7,6 +7,7 @@ import itertools
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,11 +41,11 @@ from lowkey.cli.options import (
     TokenAllocatorOptions,
 )
 from lowkey.core import files, text
+from lowkey.core.errors import LowkeyError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from lowkey.cli.plans import PlanFolder
     from lowkey.evaluate.settings import Setting
     from lowkey.plan.plan import Plan
 
@@ -64,8 +65,9 @@ def eval_(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="also packed integers, alone and for the latents of plans that have none: "
-            f"{', '.join(choices.SCHEMES)}; repeat for several (default: int8 and int4, alone)",
+            help="also packed integers, alone and over each plan, in the place of its own: "
+            f"{', '.join(choices.SCHEMES)}; {choices.NO_BITS}: plans without their own; repeat for several "
+            "(default: int8 and int4, alone)",
             rich_help_panel=CACHE,
         ),
     ] = None,
@@ -94,7 +96,7 @@ def eval_(
         typer.Option(
             metavar="NAMES",
             help="eviction policies that `lowkey policies` lists, or package.module:Class, separated by "
-            "commas",
+            f"commas; {choices.NO_POLICY}: plans without their own",
             rich_help_panel=POLICY,
         ),
     ] = None,
@@ -206,8 +208,12 @@ def eval_(
     check_settings("Task", context=context, recall_form=recall_form, **counts)
     check_settings("Exact", sinks=sinks, recent=recent)
     for scheme in bits or ():
-        check_bits(scheme)
+        check_bits(scheme, also=[choices.NO_BITS])
     check_policies(policy, budget, option, allocator_option, heads)
+    whole = choices.NO_POLICY in (policy or "").split(",")
+    if not plan and (whole or choices.NO_BITS in (bits or ())):
+        given = f"policy {choices.NO_POLICY!r}" if whole else f"bits {choices.NO_BITS!r}"
+        raise LowkeyError(f"{given}: leaves out what a plan has; give --plan too, or leave it out")
     check_model_options(model, dtype, device)
     for folder in plan or ():
         check_plan(folder)
@@ -219,23 +225,26 @@ def eval_(
     work = files.work_beside(place)
 
     from lowkey.cli.loading import head_scores, make_policies, open_model
-    from lowkey.cli.plans import load_plan
     from lowkey.cli.tables import notes, show_rows
     from lowkey.core.progress import bars
     from lowkey.evaluate.result import Task, evaluate, evaluation_job
     from lowkey.evaluate.settings import distinct, evicted, full
+    from lowkey.plan.plan import Plan
 
     policies = make_policies(policy, budget, option, allocator_option)
     loaded, tokenizer = open_model(model, dtype, device)
     context = _usual_context(loaded, names) if context is None else context
-    plans = [load_plan(folder, loaded) for folder in plan or ()]
-    settings = [full(loaded)] + [p.setting(loaded, None, sinks, recent) for p in plans]
-    below: list[tuple[Plan | None, str | None]] = [
-        (p.fixed_rank("policy"), str(p.path)) for p in plans if policies
-    ] or [(None, None)]
+    plans = [(Plan.load(folder, loaded), str(folder)) for folder in plan or ()]
+    settings = [full(loaded)] + [_planned(loaded, *p, None, sinks, recent) for p in plans]
+    below: Sequence[tuple[Plan | None, str | None]] = plans or [(None, None)]
     scores = head_scores(heads, loaded)
     settings += [
         evicted(loaded, wanted, name, context, *p, heads=scores) for name, wanted in policies for p in below
+    ]
+    settings += [
+        _planned(loaded, replace(own, policy=None), path, None, sinks, recent)
+        for own, path in plans
+        if whole and own.policy is not None
     ]
     settings += _packed_settings(loaded, plans, bits, sinks, recent)
     what = Task(texts, context, refeed=refeed, recall_form=recall_form, **counts)
@@ -264,23 +273,37 @@ def _perplexity_notes(settings: Sequence[Setting], names: Sequence[str]) -> list
     ]
 
 
+def _planned(
+    model: PreTrainedModel, plan: Plan, path: str, bits: str | None, sinks: int | None, recent: int | None
+) -> Setting:
+    """A plan in its folder, with other integers and exact tokens where they are given."""
+    from lowkey.evaluate.settings import planned, window_of
+
+    return planned(model, plan, path, bits, window_of(model, plan, bits, sinks, recent))
+
+
 def _packed_settings(
     model: PreTrainedModel,
-    plans: Sequence[PlanFolder],
+    plans: Sequence[tuple[Plan, str]],
     bits: Sequence[str] | None,
     sinks: int | None,
     recent: int | None,
 ) -> list[Setting]:
-    """Settings with packed integers: plans whose latents are not packed yet, and integers alone."""
+    """Settings with packed integers: plans in other integers than their own, and integers alone."""
     from lowkey.evaluate.settings import packed
     from lowkey.models import families
     from lowkey.storage.exact import Exact
+    from lowkey.storage.packing import scheme_name
 
     beside = Exact(choices.SINKS if sinks is None else sinks, choices.RECENT if recent is None else recent)
     alone: Sequence[int | str] = bits or (() if families.stores_own_form(model.config) else (8, 4))
-    return [p.setting(model, b, sinks, recent) for p in plans if p.bits is None for b in bits or ()] + [
-        packed(model, b, beside) for b in alone
+    over = [
+        _planned(model, plan, path, b, sinks, recent)
+        for plan, path in plans
+        for b in bits or ()
+        if scheme_name(b) != scheme_name(plan.bits or choices.NO_BITS)
     ]
+    return over + [packed(model, b, beside) for b in alone if b != choices.NO_BITS]
 
 
 def _unused_result_path(name: str) -> Path:

@@ -40,11 +40,11 @@ def export(
     check_plan(plan)
 
     from lowkey.cli.loading import open_model
-    from lowkey.cli.plans import load_plan
     from lowkey.export import FORMATS
+    from lowkey.plan.plan import Plan
 
     loaded, tokenizer = open_model(model, dtype, "cpu")
-    place = FORMATS[format](loaded, tokenizer, load_plan(plan, loaded).fixed_rank("export"), out, force)
+    place = FORMATS[format](loaded, tokenizer, Plan.load(plan, loaded), out, force)
     if as_json:
         print(json.dumps({"model": str(place), "format": format}))
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -27,6 +27,9 @@ from lowkey.cli.options import (
 from lowkey.core.errors import LowkeyError
 from lowkey.core.options import Range, checked
 from lowkey.core.text import check_unicode
+
+if TYPE_CHECKING:
+    from lowkey.policies.base import Policy
 
 TOKENS = Range(at_least=1, at_most=2**24)
 DRAFT, USUAL_DRAFT = Range(at_least=1, at_most=2**10), 4
@@ -50,7 +53,8 @@ def generate(
         str | None,
         typer.Option(
             metavar="NAME",
-            help=f"packed integers, of the plan's latents if there is a plan: {', '.join(choices.SCHEMES)}",
+            help="packed integers, of the plan's latents if there is a plan: "
+            f"{', '.join(choices.SCHEMES)}; {choices.NO_BITS}: without the plan's own",
             rich_help_panel=CACHE,
         ),
     ] = None,
@@ -58,7 +62,8 @@ def generate(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="an eviction policy that `lowkey policies` lists, or package.module:Class",
+            help="an eviction policy that `lowkey policies` lists, or package.module:Class; "
+            f"{choices.NO_POLICY}: without the plan's own",
             rich_help_panel=POLICY,
         ),
     ] = None,
@@ -76,7 +81,7 @@ def generate(
         typer.Option(
             metavar="NAME",
             help="full: the chosen cache only drafts, and the full cache verifies, so that the text is the "
-            "full cache's (an experiment)",
+            "full cache's, with the most likely token at every step (an experiment)",
             rich_help_panel=CACHE,
         ),
     ] = None,
@@ -121,17 +126,16 @@ def generate(
 
     from lowkey.cache.cache import make_cache
     from lowkey.cli.loading import head_scores, importance, make_policies, open_model
-    from lowkey.cli.plans import load_plan
     from lowkey.generate import stream_text
+    from lowkey.plan.plan import Plan
 
     wanted = make_policies(policy, budget, option, allocator_option)
     loaded, tokenizer = open_model(model, dtype, device)
-    chosen = load_plan(plan, loaded) if plan else None
-    below = chosen.fixed_rank("policy") if chosen and wanted else None
-    evicting = (
-        wanted[0][1].with_head_scores(importance(below, head_scores(heads, loaded))) if wanted else None
-    )
-    cache = chosen.cache(loaded, evicting, bits) if chosen else make_cache(loaded, None, evicting, bits=bits)
+    chosen = Plan.load(plan, loaded) if plan else None
+    evicting: Policy | Literal["none"] | None = "none" if policy == choices.NO_POLICY else None
+    if wanted:
+        evicting = wanted[0][1].with_head_scores(importance(chosen, head_scores(heads, loaded)))
+    cache = make_cache(loaded, chosen, evicting, bits=bits)
     out = None if as_json else sys.stdout
     drafting = (draft or USUAL_DRAFT) if verify else 0
     summary = stream_text(loaded, tokenizer, prompt, cache, tokens, out, drafting)

@@ -18,6 +18,7 @@ def inspect(
     """Show what a plan holds."""
     check_plan(plan)
 
-    from lowkey.cli.plans import load_plan
+    from lowkey.cli.tables import show_plan
+    from lowkey.plan.plan import Plan
 
-    load_plan(plan).show(as_json)
+    show_plan(Plan.load(plan), plan, as_json)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey.calibration.calibrate import Sample
 from lowkey.catalog import make_policy
+from lowkey.cli import choices
 from lowkey.cli.checks import parse_pairs
 from lowkey.core.types import LowkeyError
 from lowkey.heads.scores import HeadScores
@@ -59,12 +60,13 @@ def make_policies(
     given: list[str] | None,
     allocator_given: list[str] | None,
 ) -> list[tuple[str, Policy]]:
-    """(name, policy) for each name and budget; none where no policy is named."""
+    """(name, policy) for each name but `none`, and each budget."""
     if names is None:
         return []
     own, of_allocator = parse_pairs(given), parse_pairs(allocator_given, "allocator option")
     every = budgets.split(",") if budgets is not None else [None]
-    return [(n, make_policy(n, budget, own, of_allocator)) for n in names.split(",") for budget in every]
+    chosen = [name for name in names.split(",") if name != choices.NO_POLICY]
+    return [(n, make_policy(n, budget, own, of_allocator)) for n in chosen for budget in every]
 
 
 def head_scores(paths: list[Path] | None, model: PreTrainedModel) -> HeadImportance:

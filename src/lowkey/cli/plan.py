@@ -172,7 +172,8 @@ def plan(
 
     Rank, bits and tokens are made smaller together, in the proportion that loses least on this model. Beside
     the plan folder OUT, the comparison on held-out text is written to OUT-frontier.json, which `lowkey
-    report` draws. Interrupted work resumes when the same command is given again.
+    report` draws; that of an earlier plan is replaced, or removed. Interrupted work resumes when the same
+    command is given again.
     """
     budget = _parse_budget(memory, bytes_per_token, keep)
     length = None if context is None else parse_tokens("context", context)
@@ -213,6 +214,8 @@ def plan(
     )  # fmt: skip
     if found.result:
         files.write_json(place, found.result, "result")
+    else:  # what an earlier command compared says nothing of this plan
+        files.remove_file(place, "result")
     found.plan.save(out, force)
     files.remove_work(work)
     _show(found, room, total, out, place if found.result else None, as_json)

@@ -148,8 +148,8 @@ def recover(
     from lowkey.calibration.recover import Recovery
     from lowkey.calibration.recover import recover as train
     from lowkey.cli.loading import open_model
-    from lowkey.cli.plans import load_plan
     from lowkey.core.progress import bars
+    from lowkey.plan.plan import Plan
 
     settings = Recovery(
         alpha=2 * rank,
@@ -159,7 +159,7 @@ def recover(
         **values,
     )
     loaded, tokenizer = open_model(model, dtype, device)
-    chosen = load_plan(plan, loaded).fixed_rank("recover")
+    chosen = Plan.load(plan, loaded)
     found = train(loaded, tokenizer, chosen, corpus, settings=settings, work=work, progress=bars)
     with files.replacing_folder(out) as temporary:
         found.model.save_pretrained(temporary)

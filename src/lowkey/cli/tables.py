@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,16 +42,22 @@ screen = Screen(width=wide(), markup=False, emoji=False)
 
 
 def show_plan(plan: Plan, place: Path, as_json: bool) -> None:
-    """What a plan of `lowkey compress` or `lowkey plan` keeps on each axis, its ranks, options and bytes."""
+    """What a plan keeps on each axis, its ranks, options and bytes."""
     from lowkey.methods import METHODS
     from lowkey.plan.card import axes_kept, bytes_by_length, bytes_kept
 
     if as_json:
-        print(json.dumps({"plan": str(place), **plan.describe()}))
+        about = {"plan": str(place), **plan.describe()}
+        if plan.token_ranks is not None:
+            ranks = about.pop("token_ranks")
+            about |= {"method": plan.method["name"], "layers": sorted(plan.factors), **ranks}
+        print(json.dumps(about))
         return
     d = plan.geometry["head_dim"]
-    if plan.factors:
-        title = f"{plan.method['name']} · {plan.allocator['name']} · {plan.layout} · {plan.budget}"
+    title = f"{plan.method['name']} · {plan.allocator['name']} · {plan.layout} · {plan.budget}"
+    if plan.token_ranks is not None:
+        say(title)
+    elif plan.factors:
         table = Table("layer", "key rank", "value rank", title=title)
         for i, (k, v) in plan.ranks.items():
             table.add_row(str(i), f"{k} of {d}", f"{v} of {d}")
@@ -97,30 +103,6 @@ def show_frontier(told: dict) -> None:
     )
     if told["memory_bytes"] is not None:
         say(f"so many sequences fit into {told['memory_bytes']:,} bytes: {told['sequences_that_fit']:,}")
-
-
-def show_dynamic(about: dict, place: Path, as_json: bool) -> None:
-    """A plan with a rank for every token, as its file describes it."""
-    if as_json:
-        print(json.dumps({"plan": str(place), **about}))
-        return
-    g, held = about["geometry"], about["bytes_per_token"]["bfloat16"]
-    whole = 2 * g["kv_heads"] * g["head_dim"] * 2 * len(about["layers"])
-    kept = f"a token keeps {_either(about['levels'])} of {g['head_dim']} coordinates"
-    say(f"{about['method']} · {about['layout']} · {about['budget']}: {kept}")
-    say(
-        f"{place}: held-out tokens keep {100 * about['share']:.1f}% of them in the mean, with KL "
-        f"{about['divergence']:.4f} per token"
-    )
-    say(
-        f"{held:.0f} of {whole} bytes per token in bfloat16 ({100 * held / whole:.1f}%), if all tokens are "
-        "like these"
-    )
-
-
-def _either(ranks: Sequence[int]) -> str:
-    *more, last = map(str, ranks)
-    return f"{', '.join(more)} or {last}" if more else last
 
 
 COLUMNS = {  # key of a row: (heading, format)

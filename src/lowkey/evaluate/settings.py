@@ -249,13 +249,8 @@ def plan_marks(plan: Plan, path: str) -> dict[str, str]:
         "allocator": allocator,
         **options,
         "seed": "" if seed is None else f"seed={seed}",
-        **plan_place(path),
+        **({"folder": Path(path).name, "path": path} if path else {}),
     }
-
-
-def plan_place(path: str) -> dict[str, str]:
-    """Marks of the folder that a plan is in."""
-    return {"folder": Path(path).name, "path": path} if path else {}
 
 
 def changed(kind: Any, parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -78,7 +78,8 @@ def export_hf(
 
 
 def _check_axes(plan: Plan) -> None:
-    """Refuse a plan without low-rank maps, or with a policy. Raises: LowkeyError."""
+    """Refuse a plan without low-rank maps, with ranks of tokens, or with a policy. Raises: LowkeyError."""
+    plan.check_fixed_ranks("export")
     if not plan.factors:
         raise LowkeyError(
             "plan: has no low-rank maps to fold into the weights; use it with `lowkey generate --plan`, or "

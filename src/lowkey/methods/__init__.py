@@ -38,8 +38,8 @@ METHODS: dict[str, type[Method]] = {
     "mea": MEA,
 }
 
-# Methods that give every token a rank of its own, by the options of their training. `lowkey dynamic` makes
-# their plans, which `lowkey.calibration.dynamic` reads.
+# Methods that give every token a rank of its own, by the options of their training; see `lowkey dynamic` and
+# `lowkey.calibration.dynamic`.
 DYNAMIC_METHODS: dict[str, type[GateTraining]] = {"dynakv": GateTraining}
 
 __all__ = [

@@ -2,8 +2,7 @@
 
 Only the paper's abstract is known to us: post-training, low rank, and a compression rate for each token. All
 else here is OUR design: the bases (PCA), the levels (d, d/2, d/4, d/8), what the gate sees, its loss, and how
-its budget is met. An ordinary plan has the same ranks for all tokens, so `lowkey.calibration.dynamic` keeps
-gates in a plan of their own kind and makes caches of it.
+its budget is met. `lowkey.calibration.dynamic` makes plans of it.
 """
 
 from __future__ import annotations

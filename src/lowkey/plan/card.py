@@ -19,8 +19,15 @@ def axes_kept(plan: Plan) -> dict[str, str]:
     """What a plan keeps on each axis, in words."""
     method, allocator, policy = plan.method, plan.allocator, plan.policy
     rank = WHOLE
-    if plan.factors:
-        d = plan.geometry["head_dim"]
+    d, own = plan.geometry["head_dim"], plan.token_ranks
+    if own is not None:
+        *more, least = map(str, own.levels)
+        levels = f"{', '.join(more)} or {least}" if more else least
+        rank = (
+            f"{levels} of {d} coordinates of a token, {own.share:.1%} in the mean over held-out tokens, with "
+            f"KL {own.divergence:.4f} per token: method `{method['name']}`, layout `{plan.layout}`"
+        )
+    elif plan.factors:
         chosen = [(k + v) / (2 * d) for k, v in plan.ranks.values()]
         rank = (
             f"{100 * sum(chosen) / len(chosen):.1f} % of the rank: method `{method['name']}`, allocator "
@@ -47,7 +54,10 @@ def bytes_kept(plan: Plan) -> str:
     g, latents, at = plan.geometry, plan.bytes_per_token(BFLOAT16), plan.profile.get("at")
     full = 2 * BFLOAT16 * g["kv_heads"] * g["head_dim"] * len(plan.stored_shapes())
     what = "latents keep" if plan.factors else "a token keeps"
-    told = f"{what} {latents:.12g} of {full} bytes per token in bfloat16 ({100 * latents / full:.1f} %)"
+    size = f"{latents:.0f}" if plan.token_ranks else f"{latents:.12g}"
+    told = f"{what} {size} of {full} bytes per token in bfloat16 ({100 * latents / full:.1f} %)"
+    if plan.token_ranks is not None:
+        return f"{told}, if all tokens are like the held-out ones"
     if type(at) is not int or at < 1:
         return told
     if plan.policy is not None:
@@ -93,7 +103,8 @@ def plan_card(plan: Plan) -> str:
     version = known.get("versions", {}).get("lowkey")
     axes = "\n".join(f"| {axis} | {kept} |" for axis, kept in axes_kept(plan).items())
     lengths = "\n".join(f"| {n} | {size} | {100 * share:.1f} % |" for n, size, share in bytes_by_length(plan))
-    ranks = "".join(f"| {i} | {k} | {v} |\n" for i, (k, v) in plan.ranks.items())
+    shown = {} if plan.token_ranks else plan.ranks
+    ranks = "".join(f"| {i} | {k} | {v} |\n" for i, (k, v) in shown.items())
     table = f"\n| layer | key rank | value rank |\n|---|---|---|\n{ranks}" if ranks else ""
     origin = (
         f"\nCalibrated on {known.get('tokens')} tokens\n"

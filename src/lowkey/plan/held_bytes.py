@@ -39,7 +39,8 @@ def held_bytes(plan: Plan, tokens: int, itemsize: int, latents: float = 1.0) -> 
 
     Exact for plans without a policy, and for policies over integers with scales of their own for every token.
     Where keys are packed in blocks of tokens and a policy gives rows of different length, it is the most that
-    they can take. A policy without a budget may keep everything.
+    they can take. A policy without a budget may keep everything. Where every token has a rank of its own, it
+    is what tokens like the held-out ones take.
 
     Args:
         plan: the plan.
@@ -47,6 +48,10 @@ def held_bytes(plan: Plan, tokens: int, itemsize: int, latents: float = 1.0) -> 
         itemsize: bytes of a number in the model's dtype.
         latents: what the bytes of stored tokens are multiplied with, to ask for other ranks of the same form.
     """
+    if plan.token_ranks is not None:
+        # where each level begins and ends, and two indices of the sequence
+        indices = len(plan.factors) * INDEX * (2 * len(plan.token_ranks.levels) + 2)
+        return math.ceil(tokens * plan.bytes_per_token(itemsize) + indices)
     g, packed = plan.geometry, scheme_or_none(plan.bits)
     whole = plan.cache_bytes(itemsize, tokens)
     block = max(packed.keys.block, packed.values.block) if packed else 1

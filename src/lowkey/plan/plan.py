@@ -1,11 +1,13 @@
 """The plan: what is stored of a model's keys and values, as a folder that loads anywhere.
 
 A plan holds all four axes: low-rank maps, which may merge heads; a packing in integers; an eviction policy;
-and the window of exact tokens. Any of them may be absent.
+and the window of exact tokens. Any of them may be absent. In place of the last three, gates may give every
+token a rank of its own.
 """
 
 from __future__ import annotations
 
+import os
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +32,7 @@ from lowkey.plan.reading import (
     PLAN_TENSORS,
     read_plan,
 )
+from lowkey.plan.token_ranks import DYNAMIC_PLAN_JSON, TokenRanks
 from lowkey.plan.window_bytes import CacheBytes
 from lowkey.storage.exact import Exact
 from lowkey.storage.packing import scheme_or_none
@@ -58,6 +61,9 @@ class Plan:
             which HeadKV policies read.
         bits: the packing of latents, as `make_cache` takes it; None for the model's dtype.
         policy: which tokens are kept, as `lowkey.policies.policy_to_dict` writes it; None to keep all.
+        token_ranks: gates that give every token a rank of its own; None for the ranks of `factors`, which all
+            tokens share.
+        folder: that it was read from, for messages; None if it was not.
     """
 
     factors: dict[int, Factors]
@@ -74,6 +80,8 @@ class Plan:
     heads: dict = field(default_factory=dict)
     bits: str | None = None
     policy: dict | None = None
+    token_ranks: TokenRanks | None = None
+    folder: Path | None = field(default=None, compare=False)
 
     @property
     def ranks(self) -> dict[int, tuple[int, int]]:
@@ -81,8 +89,16 @@ class Plan:
         return {i: f.ranks for i, f in self.factors.items()}
 
     def bytes_per_token(self, itemsize: int) -> float:
-        """The predicted bytes that one more token adds to the compressed layers."""
-        whole = self.cache_bytes(itemsize, 1)
+        """The predicted bytes that one more token adds to the compressed layers.
+
+        Where every token has a rank of its own, it is a token like the held-out ones in the mean.
+        """
+        g, whole = self.geometry, self.cache_bytes(itemsize, 1)
+        if self.token_ranks is not None:
+            # buckets do not keep tokens in order, so unrotated keys need their positions: int32
+            position_bytes = 4 if self.layout == "pre_rope" else 0
+            numbers = self.token_ranks.share * 2 * g["kv_heads"] * g["head_dim"]
+            return len(self.factors) * (numbers * itemsize + position_bytes)
         total = sum(
             whole.latent_token_bytes(i, merge, width)
             for layer in self.stored_shapes()
@@ -125,8 +141,10 @@ class Plan:
             "plan", known.get("model", "?"), known.get("model_sha256"), model, "compress this model anew"
         )
         shape = geometry(model)
-        layers = sorted(self.factors) or list(shape.compressible)
-        if (layers, self.geometry["kv_heads"], self.geometry["head_dim"]) != (
+        layers = sorted(self.factors) or list(self.geometry["compressible"])
+        gated = layers if self.token_ranks is None else sorted(self.token_ranks.gates)
+        if (layers, gated, self.geometry["kv_heads"], self.geometry["head_dim"]) != (
+            list(shape.compressible),
             list(shape.compressible),
             shape.kv_heads,
             shape.head_dim,
@@ -136,6 +154,23 @@ class Plan:
             )
         if self.factors:
             check_layout(model, self.layout)
+
+    def check_fixed_ranks(self, purpose: str) -> None:
+        """Refuse a plan that gives every token a rank of its own.
+
+        Args:
+            purpose: what needs ranks that all tokens share, for the message.
+
+        Raises:
+            LowkeyError: for such a plan.
+        """
+        if self.token_ranks is not None:
+            name = f"plan {str(self.folder)!r}" if self.folder else f"plan of method {self.method['name']!r}"
+            raise LowkeyError(
+                f"{purpose} with {name}: it gives every token a rank of its own, which only eval and "
+                "generate can use, and make_cache without a policy, bits or exact tokens; give a plan that "
+                "lowkey compress made"
+            )
 
     def save(self, path: str | Path, force: bool = False) -> str:
         """Write the plan as a folder, in one step.
@@ -153,7 +188,8 @@ class Plan:
             LowkeyError: if the folder holds anything else, or cannot be written.
         """
         folder = Path(path)
-        files.check_folder(folder, force, again=PLAN_JSON)
+        again = DYNAMIC_PLAN_JSON if os.path.exists(folder / DYNAMIC_PLAN_JSON) else PLAN_JSON
+        files.check_folder(folder, force, again)
         with files.replacing_folder(folder) as temporary:
             checksum = files.write_tensors(temporary / PLAN_TENSORS, self._tensors(), PLAN_FILE)
             files.write_text(temporary / PLAN_CARD, plan_card(self))
@@ -162,20 +198,21 @@ class Plan:
             )
 
     def describe(self) -> dict:
-        """The plan without its maps, as plan.json holds it."""
+        """The plan without its maps and gates, as plan.json holds it."""
         ranks = {str(i): list(r) for i, r in self.ranks.items()}
         order = {str(i): f.order.tolist() for i, f in self.factors.items() if f.order is not None}
         sizes = {dtype: self.bytes_per_token(size) for dtype, size in (("float32", 4), ("bfloat16", 2))}
         return {
             "format": PLAN_FORMAT,
             **{n: getattr(self, n) for n in PLAN_FIELDS},
+            "token_ranks": None if self.token_ranks is None else self.token_ranks.describe(),
             "ranks": ranks,
             "order": order,
             "bytes_per_token": sizes,
         }
 
     def digest(self) -> str:
-        """A checksum of the maps."""
+        """A checksum of the maps and gates."""
         return files.digest(self._tensors())
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -185,6 +222,7 @@ class Plan:
         """
         names = (*(("k_down", "v_down") if self.orthonormal else MAPS), "k_mean", "v_mean", "frequencies")
         tensors = {f"{i}.{n}": getattr(f, n) for i, f in self.factors.items() for n in names}
+        tensors |= {} if self.token_ranks is None else self.token_ranks.tensors()
         # clones, since layers may share maps, and a safetensors file refuses shared memory
         return {name: t.float().contiguous().clone() for name, t in tensors.items() if t is not None}
 
@@ -201,7 +239,7 @@ class Plan:
         """
         folder = Path(path)
         factors, fields = files.read_consistently(folder, lambda: read_plan(folder))
-        plan = cls(factors, **fields)
+        plan = cls(factors, **fields, folder=folder)
         if model is not None:
             plan.check(model)
         return plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,15 @@ from lowkey.core import files
 from lowkey.core.head_groups import per_head_maps
 from lowkey.core.types import LAYOUTS, Factors, LowkeyError
 from lowkey.ops.bases import is_orthonormal
+from lowkey.plan.token_ranks import (
+    DYNAMIC_PLAN_FILE,
+    DYNAMIC_PLAN_FORMAT,
+    DYNAMIC_PLAN_JSON,
+    DYNAMIC_PLAN_TENSORS,
+    GATE_TENSORS,
+    as_plan,
+    read_token_ranks,
+)
 from lowkey.policies import policy_from_dict
 from lowkey.storage.exact import Exact
 from lowkey.storage.packing import scheme_or_none
@@ -32,8 +42,14 @@ PLAN_FIELDS = (  # of plan.json, beside ranks, order of heads and checksums
     "heads",
     "bits",
     "policy",
+    "token_ranks",
 )
-SINCE_LATER_FORMATS: dict[str, Any] = {"heads": {}, "bits": None, "policy": None}  # what older plans lack
+SINCE_LATER_FORMATS: dict[str, Any] = {  # what older plans lack
+    "heads": {},
+    "bits": None,
+    "policy": None,
+    "token_ranks": None,
+}
 Refusal = Callable[[str], LowkeyError]
 """Makes the error for a plan that breaks a rule."""
 MAPS = ("k_down", "k_up", "v_down", "v_up")
@@ -52,43 +68,56 @@ def read_plan(folder: Path) -> tuple[dict[int, Factors], dict[str, Any]]:
     Raises:
         LowkeyError: for a newer format, a damaged or hostile file, NaN, or shapes that do not fit together.
     """
+    is_former = not os.path.exists(folder / PLAN_JSON) and os.path.exists(folder / DYNAMIC_PLAN_JSON)
+    words, numbers, kind, newest = (
+        (DYNAMIC_PLAN_JSON, DYNAMIC_PLAN_TENSORS, DYNAMIC_PLAN_FILE, DYNAMIC_PLAN_FORMAT)
+        if is_former
+        else (PLAN_JSON, PLAN_TENSORS, PLAN_FILE, PLAN_FORMAT)
+    )
     meta = files.read_json(
-        folder / PLAN_JSON,
-        "plan",
-        PLAN_FILE,
-        PLAN_FORMAT,
-        source="give the folder that lowkey compress wrote",
+        folder / words, "plan", kind, newest, source="give the folder that lowkey compress wrote"
     )
 
     def refuse(rule: str) -> LowkeyError:
         return LowkeyError(f"plan {str(folder)!r}: {rule}; it is damaged: make it again")
 
     try:
+        meta = as_plan(meta) if is_former else meta
         fields = {n: meta[n] for n in PLAN_FIELDS if n not in SINCE_LATER_FORMATS}
         fields |= {n: meta.get(n, usual) for n, usual in SINCE_LATER_FORMATS.items()}
         ranks = {_index(i): pair for i, pair in meta["ranks"].items()}
         order = {_index(i): heads for i, heads in meta.get("order", {}).items()}
-        heads, d = cache_shape(fields["geometry"])
+        heads, d = _cache_shape(fields["geometry"])
         layers = [_layer(i, fields["geometry"]) for i in fields["geometry"]["compressible"]]
-        checksum = meta["tensors_sha256"]
+        checksum = str(meta["tensors_sha256"])
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise refuse(f"plan.json lacks or garbles a field ({error})") from None
+        raise refuse(f"{words} lacks or garbles a field ({error!s:.200})") from None
     # shapes of tensors are checked against these fields, so the fields come first
     if rule := _flaw(fields) or _flaw_of_ranks(ranks, order, fields["geometry"]):
         raise refuse(rule)
-    if ranks and sorted(ranks) != sorted(layers):
+    if not layers or layers != sorted(set(layers)):
+        raise refuse("geometry does not name its layers once each, in their order")
+    if ranks and sorted(ranks) != layers:
         raise refuse("ranks are not those of the layers of its geometry")
     _check_heads(fields["heads"], len(layers), heads, refuse)
-    tensors, factors = files.read_tensors(folder / PLAN_TENSORS, "plan", PLAN_FILE, checksum), {}
+    tensors, factors = files.read_tensors(folder / numbers, "plan", kind, checksum), {}
+    if other := [name for name, t in tensors.items() if t.dtype != torch.float32]:
+        raise refuse(f"{min(other)!r:.60} of {numbers} is not in float32, as all that is saved")
     for i, (k, v) in ranks.items():
         try:
             factors[i] = _factors(tensors, i, fields["orthonormal"], d, order.get(i))
         except (KeyError, RuntimeError) as error:
-            raise refuse(f"plan.safetensors lacks or garbles {error}") from None
+            raise refuse(f"{numbers} lacks or garbles {error}") from None
         _check_factors(factors[i], (k, v), heads, d, fields["orthonormal"], refuse)
     known = {f"{i}.{name}" for i in ranks for name in FACTOR_TENSORS}
+    if fields["token_ranks"] is not None:
+        try:
+            fields["token_ranks"] = read_token_ranks(fields, factors, tensors)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+            raise refuse(f"ranks of tokens: {error!s:.200}") from None
+        known |= {f"{i}.gate.{name}" for i in ranks for name in GATE_TENSORS}
     if extra := set(tensors) - known:
-        raise refuse(f"plan.safetensors holds {min(extra)!r:.60}, which is of none of its layers")
+        raise refuse(f"{numbers} holds {min(extra)!r:.60}, which is of none of its layers")
     return factors, fields
 
 
@@ -106,7 +135,7 @@ def _layer(index: object, geometry: dict) -> int:
     return index
 
 
-def cache_shape(geometry: dict) -> tuple[int, int]:
+def _cache_shape(geometry: dict) -> tuple[int, int]:
     """The KV heads and the head dim of a model, as a file describes it.
 
     Raises:
@@ -209,8 +238,8 @@ def _factors(
 ) -> Factors:
     """The maps of layer `i` from the tensors of a file. Raises: KeyError if one is missing."""
     found = {name: tensors[f"{i}.{name}"] for name in (("k_down", "v_down") if orthonormal else MAPS)}
-    if not all(t.ndim == 3 and t.dtype == torch.float32 for t in found.values()):
-        raise KeyError(f"fp32 maps of three dimensions for layer {i}")
+    if not all(t.ndim == 3 for t in found.values()):
+        raise KeyError(f"maps of three dimensions for layer {i}")
     if orthonormal:
         for x in "kv":
             down = found[f"{x}_down"]
@@ -230,9 +259,7 @@ def _check_factors(
 ) -> None:
     """Check the maps of a layer against its ranks and the model's heads. Raises: LowkeyError."""
     own = f.frequencies
-    if own is not None and not (
-        own.shape == (rank[0] // 2,) and f.merge[0] == 1 and bool(own.isfinite().all())
-    ):
+    if own is not None and not (own.shape == (rank[0] // 2,) and f.merge[0] == 1):
         raise refuse(f"frequencies of shape {tuple(own.shape)} do not fit rank {rank[0]} of single heads")
     for name, r, down, up, mean in (
         ("key", rank[0], f.k_down, f.k_up, f.k_mean),

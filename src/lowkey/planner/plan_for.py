@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowkey.calibration.calibrate import Sample, calibrate
 from lowkey.calibration.limits import BUDGET_LENGTH
 from lowkey.core import text
-from lowkey.core.options import Checked, nearest_name, option, shown
+from lowkey.core.options import Checked, Range, checked, nearest_name, option, shown
 from lowkey.core.progress import Progress, silent
 from lowkey.core.types import Budget, LowkeyError
 from lowkey.evaluate.recall import question_room
@@ -36,6 +36,7 @@ from lowkey.planner.candidates import (
 from lowkey.planner.costs import AxisCosts, Curve
 from lowkey.planner.memory import in_words, least_bytes
 from lowkey.policies import PLANNED, POLICIES
+from lowkey.storage.exact import DEFAULT_WINDOW
 from lowkey.storage.packing import NO_BITS
 
 RANK_BITS = (NO_BITS, "kivi8", "kivi4")  # packings of latents; two bits lost at every budget measured
@@ -94,7 +95,7 @@ def plan_for(
     texts: str | Sequence[str] | None = None,
     *,
     keep: str | Budget,
-    tokens: int = BUDGET_LENGTH,
+    tokens: int | None = None,
     axes: Sequence[str] = AXES,
     policy: str = PLANNED,
     held_out: str | None = None,
@@ -111,7 +112,8 @@ def plan_for(
         texts: what to calibrate on and to compare candidates on; None for the embedded text.
         keep: bytes of one sequence in the layers that can be compressed: a share like `12.5%`, a rate like
             `4 KiB/token`, or a total like `64 MiB`.
-        tokens: length of the sequence that bytes are counted for.
+        tokens: length of the sequence that bytes are counted for; None for 1024, or as many as the model has
+            positions.
         axes: which of `rank`, `bits` and `tokens` may be made smaller.
         policy: a name of `lowkey.policies.POLICIES`, which chooses the tokens that are kept.
         held_out: text on which the choice is checked; None for the last quarter of `texts`, or for the
@@ -122,7 +124,8 @@ def plan_for(
         progress: shows how far the work is.
 
     Raises:
-        LowkeyError: for a budget that nothing can meet, unknown axes or policies, or too short a text.
+        LowkeyError: for a budget that nothing can meet, a length that the model does not have, unknown axes
+            or policies, or too short a text.
     """
     return search_plans(
         model,
@@ -146,7 +149,7 @@ def search_plans(
     texts: str | Sequence[str] | None = None,
     *,
     keep: str | Budget,
-    tokens: int,
+    tokens: int | None,
     axes: Sequence[str],
     policy: str,
     held_out: str | None,
@@ -158,10 +161,10 @@ def search_plans(
     """As `plan_for`, with all that was measured."""
     check_axes(axes)
     check_policy(policy, axes)
+    tokens = _length(model, tokens)
     words, unseen = _split(texts, held_out)
     attach(model)
     search = replace(search, context=_context(model, tokenizer, search))
-    tokens = families.readable_length(model, tokens)  # no cache is longer than the model's positions
     temporary = tempfile.TemporaryDirectory() if work is None else nullcontext(str(work))
     with temporary as folder:
         place = Path(folder)
@@ -240,6 +243,16 @@ def check_policy(policy: str, axes: Sequence[str]) -> None:
             f"policy {policy!r} {made.needs_whole_keys}, which excludes the other axes; give the axis tokens "
             "alone, or another policy"
         )
+
+
+def _length(model: PreTrainedModel, tokens: int | None) -> int:
+    """The length that bytes are counted for. Raises: LowkeyError if the model has no sequence of it."""
+    if tokens is None:
+        return families.readable_length(model, BUDGET_LENGTH)
+    checked("tokens", tokens, int, Range(at_least=1, at_most=2**24), BUDGET_LENGTH)
+    if (longest := families.readable_length(model, tokens)) < tokens:
+        raise LowkeyError(f"tokens {tokens}: the model has {longest} positions; give at most that")
+    return tokens
 
 
 def _check_budget(
@@ -324,13 +337,11 @@ def _combined(
     groups = TRIED if "tokens" in axes else ((1.0,),)
     shares = tuple(itertools.chain(*groups))
     if "rank" not in axes:
-        grid = [Candidate(name, share, False) for name in bits for share in shares]
-        whole = {c: composer.without_ranks(c.bits, c.tokens) for c in grid if len(c.axes) > 1}
-        return {c: p for c, p in whole.items() if budget * 0.8 <= composer.held(p) <= budget}
+        return _packed_and_evicted(composer, budget) if {"bits", "tokens"} <= set(axes) else {}
     costs, sizes = _costs(composer, budget, bits, shares, measure, words)
     plans: dict[Candidate, Plan] = {}
     if "bits" in axes and "tokens" in axes:
-        plans |= _near_single(composer, budget)
+        plans |= _most_tokens(composer, budget, EIGHT_BITS, SHORT_WINDOW)
     for group in groups:
         expected = sorted(
             (costs.predicted(name, sizes[name, share], share), name, share)
@@ -350,12 +361,23 @@ def _combined(
     return plans
 
 
-def _near_single(composer: Composer, budget: float) -> dict[Candidate, Plan]:
-    """Every rank in eight bits with a short window, and as many tokens as then fit."""
+def _packed_and_evicted(composer: Composer, budget: float) -> dict[Candidate, Plan]:
+    """The combinations of every rank: each packing that does not hold all tokens, with as many as fit."""
+    usual = DEFAULT_WINDOW.recent
+    packings = [*((name, usual) for name in RANK_BITS if name != NO_BITS), (EIGHT_BITS, SHORT_WINDOW)]
+    plans: dict[Candidate, Plan] = {}
+    for bits, recent in packings:
+        if composer.compose(Candidate(bits, 1.0, False, recent), budget) is None:
+            plans |= _most_tokens(composer, budget, bits, recent)
+    return plans
+
+
+def _most_tokens(composer: Composer, budget: float, bits: str, recent: int) -> dict[Candidate, Plan]:
+    """Every rank in a packing, with so many recent tokens exact, and as many tokens as then fit."""
     low, high, best = 0.0, 1.0, None
     for _ in range(20):
         middle = (low + high) / 2
-        candidate = Candidate(EIGHT_BITS, middle, False, SHORT_WINDOW)
+        candidate = Candidate(bits, middle, False, recent)
         try:
             plan = composer.compose(candidate, budget)
         except LowkeyError:  # fewer tokens than a policy always keeps

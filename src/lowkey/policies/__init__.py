@@ -117,6 +117,8 @@ def policy_from_dict(written: dict) -> Policy:
     """
     try:
         allocator = written["allocator"]
+        _check_keys(written, ("name", "budget", "parameters", "allocator"))
+        _check_keys(allocator, ("name", "parameters"))
         split = TOKEN_ALLOCATORS[allocator["name"]](**_tuples(allocator["parameters"]))
         return SCORES[written["name"]](written["budget"], allocator=split, **_tuples(written["parameters"]))
     except LowkeyError:
@@ -126,6 +128,12 @@ def policy_from_dict(written: dict) -> Policy:
             f"policy {str(written)[:80]!r} is not known here ({error}); it is of a newer lowkey or an "
             "outside class"
         ) from None
+
+
+def _check_keys(written: dict, known: tuple[str, ...]) -> None:
+    """Refuse what `policy_to_dict` does not write. Raises: ValueError."""
+    if extra := set(written) - set(known):
+        raise ValueError(f"{min(extra)!r:.40} is no part of one")
 
 
 def _name(thing: object, table: dict[str, Any]) -> str:

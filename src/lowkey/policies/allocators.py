@@ -24,6 +24,35 @@ HeadImportance = Mapping[str, Sequence[Sequence[float]]]
 
 
 @dataclass(frozen=True)
+class KnownBefore:
+    """What is known of an eviction of one row of the batch before there are scores.
+
+    Args:
+        mean_tokens: the budget: tokens per head, on average over all layers and heads of the cache.
+        tokens_seen: number of tokens that the row has read.
+        protected: how many of them each head keeps whatever they score.
+        layers: number of compressible layers of the cache.
+        heads: h, of each layer.
+        rows_of_heads: as `AllocationRequest` has it.
+    """
+
+    mean_tokens: float
+    tokens_seen: int
+    protected: int
+    layers: int
+    heads: int
+    rows_of_heads: Sequence[Sequence[int]] | None = None
+
+    def share(self, first: int, layers: int) -> int:
+        """Tokens for so many layers from the layer `first` on if all layers get the same.
+
+        Shares are differences of a rounded running total, so that those of all layers add up exactly.
+        """
+        whole = min(self.mean_tokens, self.tokens_seen) * self.heads * self.layers
+        return round(whole * (first + layers) / self.layers) - round(whole * first / self.layers)
+
+
+@dataclass(frozen=True)
 class AllocationRequest:
     """What an allocator is asked for one row of the batch: the scores of some consecutive layers.
 
@@ -36,6 +65,7 @@ class AllocationRequest:
         total_layers: number of compressible layers of the cache.
         rows_of_heads: for each layer, which of the h places each KV head shares with others; None if each has
             its own.
+        protected: how many tokens a head of any layer always keeps at most, if a layer may have fewer.
     """
 
     scores: Tensor
@@ -44,6 +74,7 @@ class AllocationRequest:
     first_layer: int
     total_layers: int
     rows_of_heads: Sequence[Sequence[int]] | None = None
+    protected: int = 0
 
     @property
     def minimum(self) -> Tensor:
@@ -56,14 +87,15 @@ class AllocationRequest:
         return (~self.scores.isneginf()).sum(-1).cpu()
 
     def share(self) -> int:
-        """Tokens for the layers in scope if all layers get the same.
+        """Tokens for the layers in scope if all layers get the same."""
+        return self.known().share(self.first_layer, len(self.scores))
 
-        Shares are differences of a rounded running total, so that those of all layers add up exactly.
-        """
-        n, h = self.scores.shape[:2]
-        whole = min(self.mean_tokens, self.tokens_seen) * h * self.total_layers
-        return round(whole * (self.first_layer + n) / self.total_layers) - round(
-            whole * self.first_layer / self.total_layers
+    def known(self) -> KnownBefore:
+        """What does not depend on scores, the same for every layer."""
+        protected = max(self.protected, int(self.minimum.max()))
+        heads = self.scores.shape[1]
+        return KnownBefore(
+            self.mean_tokens, self.tokens_seen, protected, self.total_layers, heads, self.rows_of_heads
         )
 
 
@@ -75,11 +107,21 @@ class TokenAllocator(Checked, ABC):
             long prompt is never held whole. `cache`: the scores of all layers are needed.
         summary: one line for the command line.
         bounded: whether a budget bounds the counts.
+        scores_decide: what only scores tell: `nothing`, how many tokens the `heads` of a layer get, or how
+            many the `layers` get.
     """
 
     scope: ClassVar[Scope]
     summary: ClassVar[str]
     bounded: ClassVar[bool] = True
+    scores_decide: ClassVar[Literal["nothing", "heads", "layers"]] = "layers"
+
+    def planned(self, known: KnownBefore) -> Tensor | None:
+        """Counts (layers, h) that are known before there are scores; None if only scores tell.
+
+        Where scores decide over the heads, the sum of every layer is right and its split over heads is not.
+        """
+        return None
 
     @abstractmethod
     def counts(self, request: AllocationRequest) -> Tensor:
@@ -103,14 +145,39 @@ class UniformTokens(TokenAllocator):
 
     scope: ClassVar[Scope] = "layer"
     summary: ClassVar[str] = "the same for every layer and head"
+    scores_decide: ClassVar[Literal["nothing", "heads", "layers"]] = "nothing"
+
+    def planned(self, known: KnownBefore) -> Tensor:
+        """Equal counts (layers, h); see `TokenAllocator.planned`."""
+        return _equal_counts(known)
 
     def counts(self, request: AllocationRequest) -> Tensor:
         """Equal counts (n, h); see `TokenAllocator.counts`."""
         return _apportioned(request, torch.ones(request.scores.shape[:2]), request.share())
 
 
+class Planned(TokenAllocator):
+    """An allocator whose counts are known before there are scores, for every layer and head."""
+
+    scope: ClassVar[Scope] = "layer"
+    scores_decide: ClassVar[Literal["nothing", "heads", "layers"]] = "nothing"
+
+    @abstractmethod
+    def planned(self, known: KnownBefore) -> Tensor:
+        """Counts (layers, h); see `TokenAllocator.planned`."""
+
+    def counts(self, request: AllocationRequest) -> Tensor:
+        """Counts (n, h) of the layers in scope as they are planned; see `TokenAllocator.counts`."""
+        own = self.planned(request.known())[request.first_layer : request.first_layer + len(request.scores)]
+        if bool((own <= request.maximum).all()):
+            return own.maximum(request.minimum)
+        # After an earlier eviction heads hold fewer tokens than the row has seen: what some of a layer's
+        # heads lack goes to its other heads.
+        return _apportioned(request, own.double(), int(own.sum()))
+
+
 @dataclass(frozen=True)
-class Pyramid(TokenAllocator):
+class Pyramid(Planned):
     """PyramidKV: lower layers keep more. All heads of a layer keep the same number.
 
     With b the budget per head beyond sinks and recent tokens, layers get from `2b - b/beta` (the first) to
@@ -122,20 +189,18 @@ class Pyramid(TokenAllocator):
     Source: arXiv:2406.02069.
     """
 
-    scope: ClassVar[Scope] = "layer"
     summary: ClassVar[str] = "more for lower layers, on a straight line (arXiv:2406.02069)"
 
     beta: float = option(20.0, at_least=1, at_most=1e9)
 
-    def counts(self, request: AllocationRequest) -> Tensor:
-        """Counts (n, h) that fall from layer to layer; see `TokenAllocator.counts`."""
-        h, protected = request.scores.shape[1], float(request.minimum.max())
-        b = max(0.0, min(request.mean_tokens, request.tokens_seen) - protected)
-        if request.total_layers > 1:
-            line = torch.linspace(2 * b - b / self.beta, b / self.beta, request.total_layers)
+    def planned(self, known: KnownBefore) -> Tensor:
+        """Counts (layers, h) that fall from layer to layer; see `TokenAllocator.planned`."""
+        b = float(max(0.0, min(known.mean_tokens, known.tokens_seen) - known.protected))
+        if known.layers > 1:
+            line = torch.linspace(2 * b - b / self.beta, b / self.beta, known.layers)
         else:
             line = torch.tensor([b])
-        return _apportioned_over_cache(request, line.unsqueeze(1).expand(-1, h), protected)
+        return _split_over_cache(known, line.unsqueeze(1).expand(-1, known.heads), known.protected)
 
 
 @dataclass(frozen=True)
@@ -153,8 +218,13 @@ class Ada(TokenAllocator):
 
     scope: ClassVar[Scope] = "layer"
     summary: ClassVar[str] = "heads of a layer compete for its tokens (arXiv:2407.11550)"
+    scores_decide: ClassVar[Literal["nothing", "heads", "layers"]] = "heads"
 
     alpha: float = option(0.2, at_least=0, at_most=1)
+
+    def planned(self, known: KnownBefore) -> Tensor | None:
+        """Equal counts of layers (layers, h); see `TokenAllocator.planned`."""
+        return _equal_counts(known)
 
     def counts(self, request: AllocationRequest) -> Tensor:
         """Counts (n, h) by the best tokens of the layers in scope; see `TokenAllocator.counts`."""
@@ -177,8 +247,12 @@ class Global(Ada):
 
     scope: ClassVar[Scope] = "cache"
     summary: ClassVar[str] = "all layers and heads compete, one threshold (arXiv:2505.23416)"
+    scores_decide: ClassVar[Literal["nothing", "heads", "layers"]] = "layers"
 
     alpha: float = option(0.0, at_least=0, at_most=1)
+
+    def planned(self, known: KnownBefore) -> None:
+        """Only scores tell; see `TokenAllocator.planned`."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +295,7 @@ class Blocks(TokenAllocator):
 
 
 @dataclass(frozen=True)
-class HeadKV(TokenAllocator):
+class HeadKV(Planned):
     """HeadKV: heads get tokens by an importance that was measured beforehand.
 
     Beyond sinks and recent tokens, `1/beta` of every head's budget goes to a pool that is split in proportion
@@ -241,7 +315,6 @@ class HeadKV(TokenAllocator):
     none.
     """
 
-    scope: ClassVar[Scope] = "layer"
     summary: ClassVar[str] = "heads by measured importance (arXiv:2410.19258)"
 
     kind: str = option("r2", any_text=True)
@@ -256,20 +329,19 @@ class HeadKV(TokenAllocator):
         (scores,) = _scores_of_kinds((self.kind,), heads, "headkv")
         return replace(self, importance=scores)
 
-    def counts(self, request: AllocationRequest) -> Tensor:
-        """Counts (n, h) by head importance; see `TokenAllocator.counts`."""
-        weights = _checked_importance(self.importance, request, (self.kind,))
+    def planned(self, known: KnownBefore) -> Tensor:
+        """Counts (layers, h) by head importance; see `TokenAllocator.planned`."""
+        weights = _checked_importance(self.importance, known, (self.kind,))
         if self.floor:
             # A layer whose weight is w times the mean gets 1 - 1/beta + w/beta of an even share. That is at
             # least `floor` if w >= (floor - 1) beta + 1.
             weights = _with_floor(weights, (self.floor - 1) * self.beta + 1)
-        protected = float(request.minimum.max())
-        free = max(0.0, min(request.mean_tokens, request.tokens_seen) - protected)
-        return _apportioned_over_cache(request, weights, protected + free - free / self.beta)
+        free = float(max(0.0, min(known.mean_tokens, known.tokens_seen) - known.protected))
+        return _split_over_cache(known, weights, known.protected + free - free / self.beta)
 
 
 @dataclass(frozen=True)
-class Classes(TokenAllocator):
+class Classes(Planned):
     """RazorAttention's two classes of heads: retrieval heads keep all they can, the others share the rest
     equally.
 
@@ -284,7 +356,6 @@ class Classes(TokenAllocator):
     Source: arXiv:2407.15891, from which the defaults are.
     """
 
-    scope: ClassVar[Scope] = "layer"
     summary: ClassVar[str] = "retrieval heads first, the others share the rest (arXiv:2407.15891)"
 
     induction: float = option(0.14, at_least=0, at_most=1)
@@ -299,12 +370,12 @@ class Classes(TokenAllocator):
         retrieval = _highest(induction, self.induction) | _highest(echo, self.echo)
         return replace(self, importance=tuple(tuple(row) for row in retrieval.double().tolist()))
 
-    def counts(self, request: AllocationRequest) -> Tensor:
-        """Counts (n, h) by class; see `TokenAllocator.counts`."""
-        retrieval = _checked_importance(self.importance, request, ("induction", "echo")) > 0
+    def planned(self, known: KnownBefore) -> Tensor:
+        """Counts (layers, h) by class; see `TokenAllocator.planned`."""
+        retrieval = _checked_importance(self.importance, known, ("induction", "echo")) > 0
         # The small weight is met only after retrieval heads hold all their tokens.
         weights = torch.where(retrieval, 1.0, 1e-9)
-        return _apportioned_over_cache(request, weights, float(request.minimum.max()))
+        return _split_over_cache(known, weights, known.protected)
 
 
 @dataclass(frozen=True)
@@ -404,21 +475,21 @@ def _highest(scores: Sequence[Sequence[float]], share: float) -> Tensor:
 
 
 def _checked_importance(
-    importance: tuple[tuple[float, ...], ...], request: AllocationRequest, kinds: Sequence[str]
+    importance: tuple[tuple[float, ...], ...], known: KnownBefore, kinds: Sequence[str]
 ) -> Tensor:
     """Head importance as a tensor (layers, h) in fp64.
 
     Raises:
         LowkeyError: it has another number of layers or heads than the cache.
     """
-    weights, h = torch.tensor(importance, dtype=torch.float64), request.scores.shape[1]
-    if request.rows_of_heads is not None:
-        rows = torch.tensor(request.rows_of_heads)
+    weights, h = torch.tensor(importance, dtype=torch.float64), known.heads
+    if known.rows_of_heads is not None:
+        rows = torch.tensor(known.rows_of_heads)
         if weights.shape == rows.shape:
             weights = weights.new_zeros(len(rows), h).scatter_add(1, rows, weights)
-    if weights.shape != (request.total_layers, h):
+    if weights.shape != (known.layers, h):
         raise LowkeyError(
-            f"head importance of shape {tuple(weights.shape)}: the model has {request.total_layers} layers "
+            f"head importance of shape {tuple(weights.shape)}: the model has {known.layers} layers "
             f"of {h} KV heads; {_commands(kinds)}"
         )
     return weights
@@ -432,25 +503,26 @@ def _apportioned(request: AllocationRequest, weights: Tensor, total: int) -> Ten
     return counts.view(request.scores.shape[:2])
 
 
-def _apportioned_over_cache(request: AllocationRequest, weights: Tensor, base: float) -> Tensor:
-    """Counts (n, h) of the layers in scope when the weights of all layers are known beforehand.
+def _equal_counts(known: KnownBefore) -> Tensor:
+    """Counts (layers, h) if all layers get the same, and all heads of a layer."""
+    h, rows = known.heads, []
+    for layer in range(known.layers):
+        total = min(max(known.share(layer, 1), h * known.protected), h * known.tokens_seen)
+        rows.append([total // h + (head < total % h) for head in range(h)])
+    return torch.tensor(rows)
+
+
+def _split_over_cache(known: KnownBefore, weights: Tensor, base: float) -> Tensor:
+    """Counts (layers, h) when the weights of all layers are known beforehand.
 
     The whole cache is split each time, so that every layer can decide by itself and all sums fit together.
 
     Args:
-        request: the scores of the layers in scope.
+        known: the budget and the cache.
         weights: (layers, h) for all layers.
         base: tokens that each head gets whatever its weight.
     """
-    n, h = request.scores.shape[:2]
-    heads = request.total_layers * h
-    whole = round(min(request.mean_tokens, request.tokens_seen) * heads)
-    low = request.minimum.amax().expand(heads)
-    high = torch.full((heads,), request.tokens_seen)
-    counts = apportion(weights.flatten(), whole, low, high, base).view(request.total_layers, h)
-    own = counts[request.first_layer : request.first_layer + n]
-    if bool((own <= request.maximum).all()):
-        return own.maximum(request.minimum)
-    # After an earlier eviction heads hold fewer tokens than the row has seen: what some of a layer's heads
-    # lack goes to its other heads.
-    return _apportioned(request, own.double(), int(own.sum()))
+    heads = known.layers * known.heads
+    whole = round(min(known.mean_tokens, known.tokens_seen) * heads)
+    low, high = (torch.full((heads,), n) for n in (known.protected, known.tokens_seen))
+    return apportion(weights.flatten(), whole, low, high, float(base)).view(known.layers, known.heads)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lowkey.core.budget import too_few_tokens
 from lowkey.core.types import Budget, LowkeyError
+from lowkey.policies.allocators import KnownBefore
 from lowkey.policies.base import Policy
 from lowkey.storage.exact import NO_EXACT_TOKENS, Exact
 
 BYTE_ROUNDING = 1e-6  # bytes; budgets are floats, and must not fail by a rounding error
+TRIALS = 12  # of numbers of entries, until the bytes of layers that are not alike fill a budget
 
 
 def budget_of(policy: Policy) -> Budget:
@@ -75,28 +77,43 @@ class EvictionCosts:
     Args:
         heads: rows of one sequence over all layers that evict.
         sequences: the batch size.
-        entry_bytes: of one entry.
+        entry_bytes: of one entry, in each layer that evicts.
         fixed_bytes: what is held whatever is kept: indices, and the layers that slide.
         protected: (sinks, recent tokens) that are always kept.
         sink_slots: sinks that are held exactly. Their slots are held even while they are empty.
         exact_recent: recent tokens that are held exactly.
-        exact_extra_bytes: how much more than an entry an exact token takes, in each row.
+        exact_extra_bytes: how much more than an entry an exact token takes, in each row, on average over
+            layers.
+        copy_bytes: what a sink takes that is also among the stored tokens, in the same way.
         slots_stay_empty: whether a sequence may have fewer sinks than slots, however long it is.
         expected_tokens: tokens that will be given again and then stay. A budget counts them as seen.
         expected_bytes: what they will take.
+        rows_of_heads: for each layer, the row of each KV head; None if every head has a row of its own.
     """
 
     heads: int
     sequences: int
-    entry_bytes: float
+    entry_bytes: tuple[float, ...]
     fixed_bytes: float
     protected: tuple[int, int]
     sink_slots: int = 0
     exact_recent: int = 0
     exact_extra_bytes: float = 0
+    copy_bytes: float = 0
     slots_stay_empty: bool = False
     expected_tokens: int = 0
     expected_bytes: float = 0
+    rows_of_heads: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def mean_entry_bytes(self) -> float:
+        """The bytes of one entry, on average over layers."""
+        return sum(self.entry_bytes) / len(self.entry_bytes)
+
+    @property
+    def layers_are_alike(self) -> bool:
+        """Whether an entry takes the same bytes in every layer."""
+        return len(set(self.entry_bytes)) == 1
 
     def bytes_left(self, policy: Policy, tokens: int) -> float:
         """The bytes that a budget leaves for the entries of a sequence that has seen so many tokens."""
@@ -107,19 +124,73 @@ class EvictionCosts:
             granted = budget.amount * (tokens + self.expected_tokens)
         filled = 0 if self.slots_stay_empty else min(tokens, self.sink_slots)
         exact = min(tokens, filled + self.exact_recent) * self.exact_extra_bytes
-        empty = (self.sink_slots - filled) * (self.entry_bytes + self.exact_extra_bytes)
+        empty = (self.sink_slots - filled) * (self.mean_entry_bytes + self.exact_extra_bytes)
         return granted - self.fixed_bytes - self.expected_bytes - self.heads * (exact + empty)
 
     def protected_bytes(self, tokens: int) -> float:
         """The bytes of the sinks and recent tokens of such a sequence, which are always kept."""
-        return self.heads * min(tokens, sum(self.protected)) * self.entry_bytes
+        return self.heads * min(tokens, sum(self.protected)) * self.mean_entry_bytes
+
+    def fits(self, policy: Policy, tokens: int) -> bool:
+        """Whether a budget of bytes holds all tokens of such a sequence."""
+        each = tokens * self.mean_entry_bytes + min(tokens, self.sink_slots) * self.copy_bytes
+        return self.bytes_left(policy, tokens) + BYTE_ROUNDING >= self.heads * each
 
     def tokens_per_head(self, policy: Policy, tokens: int) -> float:
         """How many tokens each head of such a sequence may keep, on average over heads.
 
-        Over all heads together it is a whole number.
+        Over all heads together it is a whole number. Layers whose entries differ are weighed by what the
+        allocator gives to each; where only scores tell, every entry counts as one of the dearest layer.
         """
-        return (self.bytes_left(policy, tokens) + BYTE_ROUNDING) // self.entry_bytes / self.heads
+        left = self.bytes_left(policy, tokens) + BYTE_ROUNDING
+        if self.layers_are_alike:
+            return left // self.entry_bytes[0] / self.heads
+        if left >= self.heads * tokens * self.mean_entry_bytes:
+            return left // self.mean_entry_bytes / self.heads
+        allocator, layers = policy.resolved_allocator(), len(self.entry_bytes)
+
+        def planned_bytes(mean: float) -> float:
+            known = KnownBefore(
+                mean,
+                tokens,
+                min(tokens, sum(self.protected)),
+                layers,
+                self.heads // layers,
+                self.rows_of_heads,
+            )
+            counts = allocator.planned(known)
+            return math.inf if counts is None else self.bytes_of(counts.sum(1).tolist())
+
+        return self.most_tokens(left, planned_bytes)
+
+    def bytes_of(self, entries: Sequence[int]) -> float:
+        """The bytes of so many entries in each layer."""
+        return sum(n * each for n, each in zip(entries, self.entry_bytes, strict=True))
+
+    def most_tokens(self, left: float, bytes_at: Callable[[float], float]) -> float:
+        """The most tokens per head, on average over heads, whose entries take at most some bytes.
+
+        Args:
+            left: these bytes.
+            bytes_at: the bytes of all entries at a number of tokens per head. It grows with this number, but
+                for the rounding of counts.
+        """
+        # as many entries of the dearest layer fit in any case, and of the cheapest no more fit
+        low, high = (int(left // each(self.entry_bytes)) for each in (max, min))
+        high += 1
+        of_low, of_high = bytes_at(low / self.heads), bytes_at(high / self.heads)
+        for trial in range(TRIALS):
+            if high - low <= 1 or left - of_low < min(self.entry_bytes) or not math.isfinite(of_low):
+                break
+            # where the straight line between both meets what is left; every third time the middle
+            part = (left - of_low) / (of_high - of_low) if of_high > of_low and trial % 3 < 2 else 0.5
+            middle = min(max(low + int(part * (high - low)), low + 1), high - 1)
+            size = bytes_at(middle / self.heads)
+            if size <= left:
+                low, of_low = middle, size
+            else:
+                high, of_high = middle, size
+        return low / self.heads
 
     def check(self, policy: Policy, tokens_seen: Sequence[int]) -> None:
         """Refuse a budget of bytes that is too small for the tokens that are always kept.

@@ -11,9 +11,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lowkey.policies.allocators import AllocationRequest
+from lowkey.storage.budgets import budget_of, protected_tokens
 
 if TYPE_CHECKING:  # the layers import this module
     from lowkey.storage.evicting import EvictingLayer
+
+
+Shapes = tuple[tuple[int, int], ...]
+"""(heads, width) of a layer's stored keys and of its stored values."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +64,24 @@ class CacheWideEviction:
         sliding_layers: for every sliding layer of the cache, (tokens that it holds at most, numbers that one
             of its tokens takes).
         rows_of_heads: for each layer, the row of each KV head; None if every head has a row of its own.
+        stored_shapes: for each layer, (heads, width) of stored keys and of stored values; None if all layers
+            are alike.
         waiting: the layers that have come in this forward pass, with their candidates and scores (b, h, s).
     """
 
     layers: int = 1
     sliding_layers: tuple[tuple[int, int], ...] = ()
     rows_of_heads: tuple[tuple[int, ...], ...] | None = None
+    stored_shapes: tuple[Shapes, ...] | None = None
     waiting: list[tuple[EvictingLayer, Candidates, Tensor]] = field(default_factory=list)
+
+    def shapes(self, own: Shapes) -> tuple[Shapes, ...]:
+        """The stored shapes of every layer that evicts, given those of one of them."""
+        return self.stored_shapes or (own,) * self.layers
+
+    def sliding_numbers(self, tokens: int) -> int:
+        """How many numbers the sliding layers hold of a sequence of so many tokens."""
+        return sum(min(tokens, most) * numbers for most, numbers in self.sliding_layers)
 
     def add(self, layer: EvictingLayer, candidates: Candidates, scores: Tensor) -> None:
         """Take the scores (b, h, s) of a layer, and evict if the allocator has all that it needs."""
@@ -79,18 +95,41 @@ class CacheWideEviction:
         # layers may hold different numbers of tokens after an earlier eviction
         longest = max(s.shape[-1] for *_, s in self.waiting)
         scores = torch.stack([pad(s, (0, longest - s.shape[-1]), value=-torch.inf) for *_, s in self.waiting])
-        allocator, tokens = layer.policy.resolved_allocator(), layer.tokens_seen().tolist()
         # a budget is a sequence's own, so each sequence of the batch is allocated by itself
         requests = [
             AllocationRequest(
-                scores[:, i], layer.tokens_per_head(n), n, first_slot, self.layers, self.rows_of_heads
+                scores[:, i],
+                layer.tokens_per_head(n),
+                n,
+                first_slot,
+                self.layers,
+                self.rows_of_heads,
+                min(n, sum(protected_tokens(layer.policy, layer.exact))),
             )
-            for i, n in enumerate(tokens)
+            for i, n in enumerate(layer.tokens_seen().tolist())
         ]
-        counts = torch.stack([allocator.counts(request) for request in requests], dim=1)  # (layers, b, h)
+        counts = torch.stack([self._counts(layer, request) for request in requests], 1)  # (layers, b, h)
         for (own, candidates, s), c in zip(self.waiting, counts, strict=True):
             own.keep_best(candidates, s, c.to(s.device))
         self.waiting.clear()
+
+    def _counts(self, layer: EvictingLayer, request: AllocationRequest) -> Tensor:
+        """How many tokens each layer and head keeps (n, h)."""
+        policy, costs, n = layer.policy, layer.costs(), request.tokens_seen
+        allocator = policy.resolved_allocator()
+        in_bytes = budget_of(policy).unit in ("bytes", "bytes/token")
+        competing = allocator.scope == "cache" and allocator.scores_decide == "layers"
+        if not (n and in_bytes and competing) or costs.layers_are_alike or request.mean_tokens >= n:
+            return allocator.counts(request)
+
+        def counted(mean: float) -> Tensor:
+            return allocator.counts(replace(request, mean_tokens=mean))
+
+        # the budget bounds bytes, and only counts tell which layers these are in
+        most = costs.most_tokens(
+            costs.bytes_left(policy, n), lambda mean: costs.bytes_of(counted(mean).sum(1).tolist())
+        )
+        return counted(most)
 
     def waiting_tensors(self, layer: EvictingLayer) -> Iterator[Tensor]:
         """What is held here for one layer."""

@@ -52,7 +52,7 @@ class EvictingLayer(RowLayer):
     Attributes:
         recorded_queries: (b, h, g, w, d), the queries of the decode steps since the last eviction; empty
             unless the policy will use them.
-        decode_steps: steps of decoding so far.
+        decode_steps: steps of decoding so far, counted if the policy evicts after every so many.
         frozen: whether eviction is switched off.
         expected_tokens: tokens that will be given again after an eviction, for which the budget keeps room.
         empty_call: the last call, without queries, for evictions that score nothing new.
@@ -118,31 +118,32 @@ class EvictingLayer(RowLayer):
         self.cache_eviction.waiting.clear()
 
     def costs(self) -> EvictionCosts:
-        """The costs of this layer's whole cache, whose layers are all alike."""
+        """The costs of this layer's whole cache."""
         b, itemsize, layers = len(self.offset), self.recent_k.element_size(), self.cache_eviction.layers
-        rows = self.row_heads * layers
+        rows, shapes = self.row_heads * layers, self.cache_eviction.shapes(tuple(self.shapes.values()))
+        stored_bytes = [self._packed_token_bytes(of_layer) for of_layer in shapes]
+        packed, beside = sum(stored_bytes) / layers, self.rows_positions.element_size() + self._score_bytes()
         stored = self._stored_until() + self.expected_tokens
-        sliding = itemsize * sum(
-            min(stored, most) * numbers for most, numbers in self.cache_eviction.sliding_layers
-        )
+        sliding = itemsize * self.cache_eviction.sliding_numbers(stored)
         # the last block of a row is filled up, at most by all but one of its tokens
-        filled = rows * (self.block - 1) * self._packed_token_bytes()
+        filled = rows * (self.block - 1) * packed
         # tokens that are given again stay dense; those that fill no block yet are exact
         held_back = min(self.expected_tokens, self.block - 1)
-        extra = self._exact_token_bytes() - self._packed_token_bytes()
-        expected = self.expected_tokens * self._packed_token_bytes() + held_back * extra
+        expected = self.expected_tokens * packed + held_back * (self._exact_token_bytes() - packed)
         return EvictionCosts(
             heads=rows,
             sequences=b,
-            entry_bytes=self.entry_bytes,
+            entry_bytes=tuple(each + beside for each in stored_bytes),
             fixed_bytes=layers * self.index_bytes() / b + sliding + filled,
             protected=protected_tokens(self.policy, self.exact),
             sink_slots=self.exact.sinks,
             exact_recent=self.exact.recent,
             slots_stay_empty=self.exact.rule is not None,
-            exact_extra_bytes=self._exact_token_bytes() + self._score_bytes() - self.entry_bytes,
+            exact_extra_bytes=self._exact_token_bytes() + self._score_bytes() - packed - beside,
+            copy_bytes=packed,
             expected_tokens=self.expected_tokens,
             expected_bytes=rows * expected,
+            rows_of_heads=self.cache_eviction.rows_of_heads,
         )
 
     # -- counts
@@ -228,8 +229,8 @@ class EvictingLayer(RowLayer):
         return self.seen if self.policy.every else super().earliest_crop()
 
     def _after_step(self, call: Call) -> None:
-        """Count a step of decoding; evict if it is time."""
-        self.decode_steps += 1
+        """With `every`: count a step of decoding, and evict if it is time."""
+        self.decode_steps += bool(self.policy.every)
         if not self.policy.every or self.frozen:
             return
         if self.policy.uses_queries:
@@ -396,15 +397,15 @@ class EvictingLayer(RowLayer):
             return True
         if self.policy.budget is None:
             return False
-        self.costs().check(self.policy, tokens.tolist())
+        costs, lengths = self.costs(), tokens.tolist()
+        costs.check(self.policy, lengths)
         budget = Budget.parse(self.policy.budget)
         if self.block > 1 and budget.unit != "%":
             # dense tokens and rows have other blocks, and another sequence of the batch may need rows
             return False
         # dense tokens are cheaper than those of rows, but sinks among them are held twice
         in_bytes = budget.unit in ("bytes", "bytes/token")
-        copy = self._packed_token_bytes() / self.entry_bytes if in_bytes else 0.0
-        fits = all(self.tokens_per_head(n) >= n + min(n, self.exact.sinks) * copy for n in tokens.tolist())
+        fits = all(costs.fits(self.policy, n) if in_bytes else self.tokens_per_head(n) >= n for n in lengths)
         return fits and (self.policy.needs_second_pass or not self.keeps_scores)
 
     def _context(

@@ -173,7 +173,7 @@ class PruningLayer(EvictingLayer):
         next_pruning = self.cache_eviction.layers * self._pruning_bytes() / whole.sequences
         return replace(
             whole,
-            entry_bytes=self.pruned_entry_bytes,
+            entry_bytes=(self.pruned_entry_bytes,) * len(whole.entry_bytes),
             fixed_bytes=whole.fixed_bytes + next_pruning,
             exact_recent=self._whole_tokens(),
             exact_extra_bytes=self.entry_bytes - self.pruned_entry_bytes,
@@ -190,7 +190,7 @@ class PruningLayer(EvictingLayer):
             return True
         if self.policy.budget is None or self.policy.budget.unit in ("%", "tokens"):
             return super().tokens_per_head(tokens) >= tokens
-        return super().costs().tokens_per_head(self.policy, tokens) >= tokens
+        return super().costs().fits(self.policy, tokens)
 
     def own_flaw(self, heads: int, key_width: int, value_width: int) -> str | None:
         """Check the pruned tokens and the channels of each pruning; see `PositionedLayer.own_flaw`."""
@@ -304,6 +304,10 @@ class PruningLayer(EvictingLayer):
         if not self.frozen and not all(self._fits(n) for n in tokens.tolist()):
             self.pending = self._pruning(call, real, tokens)
         super()._evict(call, real, chunk, repetition_lse)
+
+    def _scores_decide_nothing(self, tokens: Tensor) -> bool:
+        # keys lose channels also where every token stays
+        return super()._scores_decide_nothing(tokens) and self.pending is None
 
     def _pruning(self, call: Call, real: Tensor | None, tokens: Tensor) -> PendingPruning:
         """How far each sequence is to be pruned, and the queries that choose its channels."""

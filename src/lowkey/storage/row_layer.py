@@ -129,12 +129,16 @@ class RowLayer(RaggedLayer, CodedLayer):
 
     # -- bytes
 
-    def _packed_token_bytes(self) -> float:
-        """The bytes of one stored token of one row, without its position."""
-        size = self.recent_k.element_size()
+    def _packed_token_bytes(self, shapes: tuple[tuple[int, int], ...] | None = None) -> float:
+        """The bytes of one stored token of one row, without its position.
+
+        Args:
+            shapes: (heads, width) of stored keys and values; None for this layer's own.
+        """
+        size, shapes = self.recent_k.element_size(), shapes or tuple(self.shapes.values())
         return sum(
-            self._latents(name) * packing.nbytes(packing.block, self.shapes[name][1], size) / packing.block
-            for name, packing in self.packing.items()
+            heads // self.row_heads * packing.nbytes(packing.block, width, size) / packing.block
+            for packing, (heads, width) in zip(self.packing.values(), shapes, strict=True)
         )
 
     def _exact_token_bytes(self) -> int:

@@ -14,13 +14,15 @@ from dynamic_plans import LEVELS, TEXT, make_plan
 from pico import HEAD_DIM, attached, feed, stock
 from torch import Tensor
 
+from lowkey.cache.cache import make_cache
 from lowkey.calibration.calibrate import Sample
-from lowkey.calibration.dynamic import DynamicPlan, make_dynamic_cache, make_dynamic_plan
+from lowkey.calibration.dynamic import make_dynamic_plan
 from lowkey.calibration.statistics import gather_statistics
 from lowkey.core.types import LowkeyError
 from lowkey.methods import dynakv
 from lowkey.methods.dynakv import GateTraining, ObservedReconstruction, levels_of, train_gates
 from lowkey.models import families
+from lowkey.plan.plan import Plan
 from lowkey.probes import model_probe
 from lowkey.storage.bucketed import BucketedLayer, Gate
 
@@ -42,12 +44,12 @@ def trained(layout: str, options: GateTraining = SHORT, name: str = "llama"):
     return train_gates(attached(name), found_bases(layout, name), CYCLE, HELD, layout, options)
 
 
-def measured(plan: DynamicPlan, ids: Tensor, name: str = "llama") -> tuple[float, float]:
+def measured(plan: Plan, ids: Tensor, name: str = "llama") -> tuple[float, float]:
     """(KL(original || cache) per token, the mean share of coordinates held) by a real cache, all levels
     counted.
     """
     model = attached(name)
-    past = make_dynamic_cache(model, plan)
+    past = make_cache(model, plan)
     ours, theirs = feed(model, ids, past).softmax(-1), feed(stock(name), ids).softmax(-1)
     held = [
         n * r
@@ -56,13 +58,14 @@ def measured(plan: DynamicPlan, ids: Tensor, name: str = "llama") -> tuple[float
         for n, r in zip(layer.counts, LEVELS, strict=True)
     ]
     return float((theirs * (theirs / ours).log()).sum(-1).mean()), sum(held) / (
-        len(plan.gates) * ids.numel() * HEAD_DIM
+        len(plan.factors) * ids.numel() * HEAD_DIM
     )
 
 
-def plan_of(gates: dynakv.TrainedGates, layout: str, name: str = "llama") -> DynamicPlan:
+def plan_of(gates: dynakv.TrainedGates, layout: str, name: str = "llama") -> Plan:
     factors = {i: b.at(HEAD_DIM, HEAD_DIM) for i, b in found_bases(layout, name).items()}
-    return replace(make_plan(name, layout), factors=factors, gates=gates.gates)
+    plan = make_plan(name, layout)
+    return replace(plan, factors=factors, token_ranks=replace(plan.token_ranks, gates=gates.gates))
 
 
 def test_levels_are_halved_ranks():
@@ -167,7 +170,7 @@ def test_a_work_folder_of_another_job_is_emptied(tmp_path):
     made(0.4)
     before = list(tmp_path.glob(f"*/{dynakv.GATE_FILE}.safetensors"))
     assert len(before) == 1
-    assert made(0.3).share <= 0.3 + 1e-6
+    assert made(0.3).token_ranks.share <= 0.3 + 1e-6
     assert not before[0].exists()
 
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 import lowkey
 from lowkey.cache.cache import load_cache, make_cache
 from lowkey.calibration.calibrate import Sample, calibrate
-from lowkey.calibration.dynamic import make_dynamic_cache, make_dynamic_plan
+from lowkey.calibration.dynamic import make_dynamic_plan
 from lowkey.calibration.recover import Recovery, recover
 from lowkey.conversion import convert
 from lowkey.core.types import LowkeyError
@@ -204,7 +204,7 @@ def test_ranks_per_token_are_trained_through_what_is_offloaded(tmp_path):
     plan = make_dynamic_plan(
         model, pico.tokenizer(), TEXT, sample=Sample(4, 8), training=GateTraining(steps=2)
     )
-    pico.feed(model, IDS, make_dynamic_cache(model, plan))
+    pico.feed(model, IDS, lowkey.make_cache(model, plan))
 
 
 PLAIN_ONLY = {

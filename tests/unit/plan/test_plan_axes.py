@@ -51,7 +51,7 @@ def test_a_plan_of_format_3_loads(tmp_path):
     made(True, "int4", None).save(tmp_path / "plan")
 
     def older(meta):
-        del meta["policy"]
+        del meta["policy"], meta["token_ranks"]
         meta["format"] = 3
 
     forging.edit_json(tmp_path / "plan" / PLAN_JSON, older)
@@ -69,6 +69,8 @@ def test_a_plan_of_format_3_loads(tmp_path):
         {**POLICY, "parameters": {"window": -1}},
         {**POLICY, "parameters": {"windw": 8}},
         {**POLICY, "allocator": {"name": "none of ours", "parameters": {}}},
+        {**POLICY, "allocator": {**POLICY["allocator"], "share": 0.5}},
+        {**POLICY, "every": 8},
     ],
     ids=str,
 )
@@ -78,6 +80,21 @@ def test_a_damaged_policy_is_refused(tmp_path, policy):
     with pytest.raises(LowkeyError, match="its policy is none of ours") as refusal:
         Plan.load(tmp_path / "plan")
     assert len(str(refusal.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("layers", [[], [0], [0, 1], [0, 0, 1, 2], [0, 1, 2, 2], [2, 1, 0]], ids=str)
+def test_layers_that_are_not_the_models_are_refused(tmp_path, layers):
+    """Without maps, nothing but geometry says which layers are compressed."""
+    made(False, "int8", None).save(tmp_path / "plan")
+    forging.edit_json(
+        tmp_path / "plan" / PLAN_JSON, lambda meta: meta["geometry"].update(compressible=layers)
+    )
+    with pytest.raises(LowkeyError, match="layers") as refusal:
+        Plan.load(tmp_path / "plan", pico.attached("llama"))
+    assert len(str(refusal.value).splitlines()) == 1
+    if layers not in ([0], [0, 1]):  # which another model may have
+        with pytest.raises(LowkeyError, match="geometry does not name its layers once each"):
+            Plan.load(tmp_path / "plan")
 
 
 def test_a_plan_that_compresses_nothing_is_stock():

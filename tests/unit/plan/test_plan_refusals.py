@@ -239,6 +239,21 @@ def test_tensors_of_integers_are_refused(folder):
     refused(folder)
 
 
+@pytest.mark.parametrize("name", ["k_mean", "v_mean", "frequencies"])
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [(torch.int64, 7), (torch.float16, 0.0), (torch.float64, 1e300), (torch.complex64, complex(math.nan, 1))],
+    ids=str,
+)
+def test_means_and_frequencies_are_in_float32(tmp_path, name, dtype, value):
+    size = (3,) if name == "frequencies" else (4, 16)
+    maps = {i: replace(pico.factors(4, 6, 9), **{name: torch.ones(size)}) for i in range(3)}
+    make(factors=maps).save(tmp_path)
+    Plan.load(tmp_path, pico.stock(MODEL))
+    edit_tensor(tmp_path, f"1.{name}", torch.full(size, value, dtype=dtype))
+    refused(tmp_path)
+
+
 def test_tensors_that_are_missing_are_refused(folder):
     tensors = load_file(folder / PLAN_TENSORS)
     del tensors["2.v_down"]

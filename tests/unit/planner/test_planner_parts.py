@@ -15,7 +15,7 @@ from lowkey.core.types import LowkeyError
 from lowkey.planner.candidates import AXES, Candidate, Composer, policy_keeping, share_of_tokens
 from lowkey.planner.costs import AxisCosts, Curve
 from lowkey.planner.memory import Memory, in_words, least_bytes, sliding_bytes, weights_bytes
-from lowkey.planner.plan_for import RANK_BITS, _best, check_policy
+from lowkey.planner.plan_for import RANK_BITS, _best, _combined, check_policy, plan_for
 from lowkey.storage.packing import NO_BITS
 
 TOKENS = 160
@@ -94,10 +94,69 @@ def test_dropping_tokens_alone_fills_the_budget(composer):
     assert 0.98 * budget <= cache.nbytes() <= budget + 3
 
 
+@pytest.mark.parametrize(
+    ("share", "packings"),
+    [
+        (0.5, []),  # which all hold every token
+        (0.35, ["kivi8", "int8"]),
+        (0.25, ["kivi8", "kivi4", "int8"]),
+        (0.15, ["kivi8", "kivi4", "int8"]),
+        (0.1, ["kivi8", "kivi4", "int8"]),
+        (0.06, ["int8"]),  # the window of the others takes 7.5 %
+        (0.04, ["int8"]),
+    ],
+)
+def test_packed_and_evicted_fills_the_budget(composer, share, packings):
+    """Without ranks, each packing that is too large alone has as many tokens as fit."""
+    composer = replace(composer, tokens=480)
+    budget = share * RATE * 480
+    found = _combined(composer, budget, ("bits", "tokens"), None, "")
+    assert all(c.axes == ("bits", "tokens") and not p.factors for c, p in found.items())
+    assert [c.bits for c in found] == packings
+    for plan in found.values():
+        cache = lowkey.make_cache(composer.model, plan)
+        with torch.no_grad():
+            feed(composer.model, prompt(480, batch=1), cache)
+        # what is planned for rows of blocks has room for a last block that is all but empty
+        assert (0.85 if plan.bits.startswith("kivi") else 0.99) * budget <= cache.nbytes() <= budget + 3
+        assert composer.held(plan) >= 0.99 * budget
+
+
+def test_a_packing_and_dropping_tokens_alone_combine_nothing(composer):
+    for axes in (("bits",), ("tokens",)):
+        assert _combined(composer, 0.2 * RATE * TOKENS, axes, None, "") == {}
+
+
 def test_axes_of_candidates():
     assert Candidate(NO_BITS, 1.0, False).axes == ()
     assert Candidate("int8", 1.0, True).axes == ("rank", "bits")
     assert Candidate(NO_BITS, 0.5, False).axes == ("tokens",)
+
+
+# -- the length
+
+
+@pytest.mark.parametrize(
+    ("tokens", "says"),
+    [
+        (0, "tokens 0: must be at least 1"),
+        (-5, "tokens -5: must be at least 1"),
+        (1.5, "tokens 1.5: must be a whole number"),
+        ("1024", "tokens '1024': must be a whole number"),
+        (True, "tokens True: must be a whole number"),
+        (513, "tokens 513: the model has 512 positions; give at most that"),
+    ],
+)
+def test_a_length_that_no_sequence_has_is_refused(tokens, says):
+    with pytest.raises(LowkeyError) as refusal:
+        plan_for(attached("llama"), pico.tokenizer(), keep="100%", tokens=tokens)
+    assert str(refusal.value).startswith(says) and "\n" not in str(refusal.value)
+
+
+def test_the_usual_length_is_no_longer_than_the_model():
+    model = attached("llama")
+    assert plan_for(model, pico.tokenizer(), keep="100%").profile["at"] == 512
+    assert plan_for(model, pico.tokenizer(), keep="100%", tokens=512).profile["at"] == 512
 
 
 # -- memory

@@ -18,10 +18,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 import lowkey
-from lowkey.calibration.dynamic import DynamicPlan, make_dynamic_cache
 from lowkey.core.types import LowkeyError
 from lowkey.models.fingerprint import model_fingerprint
 from lowkey.ops.ragged import join_rows, starts_of
+from lowkey.plan.plan import Plan
 from lowkey.storage.bucketed import Bucket, BucketedLayer, Gate, truncate_factors
 from lowkey.storage.coded import Exact
 
@@ -39,10 +39,10 @@ def level_of(gate: Gate, keys: Tensor, values: Tensor) -> int:
 
 
 def rebuilt(
-    k: Tensor, v: Tensor, plan: DynamicPlan, layer: int, turn: Tensor | None, used: list
+    k: Tensor, v: Tensor, plan: Plan, layer: int, turn: Tensor | None, used: list
 ) -> tuple[Tensor, Tensor]:
     """Keys and values (b, h, t, d), one token after another; turn (b, t, d, d) rotates."""
-    f, gate = plan.factors[layer], plan.gates[layer]
+    f, gate = plan.factors[layer], plan.token_ranks.gates[layer]
     keys, values = torch.empty_like(k), torch.empty_like(v)
     for i, m in itertools.product(range(k.shape[0]), range(k.shape[2])):
         plain = k[i, :, m] if turn is None else k[i, :, m] @ torch.linalg.inv(turn[i, m])
@@ -60,7 +60,7 @@ def rebuilt(
 
 @torch.no_grad()
 def oracle(
-    name: str, ids: Tensor, plan: DynamicPlan, pads=None, splits=None, prefill="compressed", used=None
+    name: str, ids: Tensor, plan: Plan, pads=None, splits=None, prefill="compressed", used=None
 ) -> Tensor:
     """One forward of the whole sequence with dense, masked attention."""
     model, pads, splits = pico.build(name), pads or [0] * len(ids), splits or [ids.shape[1]]
@@ -115,7 +115,7 @@ def test_the_cache_is_dense_attention_over_rebuilt_tokens(name, layout):
     plan, ids, used = make_plan(name, layout), prompt(LENGTH), []
     expected = oracle(name, ids, plan, splits=[18, *[1] * 6], used=used)
     assert set(used) == set(range(len(LEVELS))), "every level is at work"
-    found = feed(attached(name), ids, make_dynamic_cache(attached(name), plan), splits=[18, *[1] * 6])
+    found = feed(attached(name), ids, lowkey.make_cache(attached(name), plan), splits=[18, *[1] * 6])
     assert close(found, expected)
 
 
@@ -124,7 +124,7 @@ def test_the_cache_is_dense_attention_over_rebuilt_tokens(name, layout):
 @pytest.mark.parametrize("pads", [None, [0, 5], [9, 3]])
 def test_chunks_and_padding(splits, pads, prefill, layout):
     plan, ids = make_plan("llama", layout), prompt(LENGTH)
-    past = make_dynamic_cache(attached("llama"), plan)
+    past = lowkey.make_cache(attached("llama"), plan)
     past.exact_prefill(prefill == "exact")
     expected = oracle("llama", ids, plan, pads, splits, prefill)
     assert close(feed(attached("llama"), ids, past, pads, splits), expected, pads)
@@ -132,14 +132,14 @@ def test_chunks_and_padding(splits, pads, prefill, layout):
 
 def test_bases_shared_by_heads(layout):
     plan, ids = make_plan("llama", layout, shared=True), prompt(LENGTH)
-    found = feed(attached("llama"), ids, make_dynamic_cache(attached("llama"), plan), splits=[20, 4])
+    found = feed(attached("llama"), ids, lowkey.make_cache(attached("llama"), plan), splits=[20, 4])
     assert close(found, oracle("llama", ids, plan))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3-partial", "llama-mqa", "qwen2"])
 def test_with_every_gate_at_the_top_logits_are_stock(name, layout):
     plan, ids = make_plan(name, layout, level=0), prompt(40)
-    found = feed(attached(name), ids, make_dynamic_cache(attached(name), plan), [0, 7], [25, 1, 14])
+    found = feed(attached(name), ids, lowkey.make_cache(attached(name), plan), [0, 7], [25, 1, 14])
     assert torch.allclose(
         pico.real(found, [0, 7]), pico.real(feed(stock(name), ids, pads=[0, 7]), [0, 7]), atol=5e-5
     )
@@ -152,7 +152,7 @@ def test_with_every_gate_at_one_level_it_is_a_plan_of_that_rank(level, layout):
         model, {i: truncate_factors(f, LEVELS[level]) for i, f in plan.factors.items()}, layout
     )
     assert close(
-        feed(model, ids, make_dynamic_cache(model, plan), splits=[20, 1, 3]),
+        feed(model, ids, lowkey.make_cache(model, plan), splits=[20, 1, 3]),
         feed(model, ids, same, splits=[20, 1, 3]),
     )
 
@@ -160,14 +160,14 @@ def test_with_every_gate_at_one_level_it_is_a_plan_of_that_rank(level, layout):
 def test_chunked_prefill_is_the_whole_prompt_at_once(layout):
     model, ids, plan = attached("llama"), prompt(LENGTH), make_plan("llama", layout)
     whole, parts = (
-        feed(model, ids, make_dynamic_cache(model, plan), [0, 4], splits) for splits in (None, [3, 1, 13, 7])
+        feed(model, ids, lowkey.make_cache(model, plan), [0, 4], splits) for splits in (None, [3, 1, 13, 7])
     )
     assert close(whole, parts, [0, 4])
 
 
 def test_generation_over_two_turns_goes_on_where_it_stopped(layout):
     model, ids, plan = attached("llama"), prompt(LENGTH), make_plan("llama", layout)
-    past = make_dynamic_cache(model, plan)
+    past = lowkey.make_cache(model, plan)
     first = pico.generate(model, ids, 6, past, [0, 5])
     both = torch.cat([ids, first], 1)
     expected = oracle("llama", both, plan, [0, 5])[:, LENGTH - 1 : -1].argmax(-1)
@@ -182,7 +182,7 @@ def test_generation_over_two_turns_goes_on_where_it_stopped(layout):
 
 def test_two_live_caches_do_not_know_of_each_other(layout):
     model, plans = attached("llama"), [make_plan("llama", layout), make_plan("llama", layout, level=1)]
-    caches, texts = [make_dynamic_cache(model, p) for p in plans], [prompt(LENGTH, seed=s) for s in (0, 1)]
+    caches, texts = [lowkey.make_cache(model, p) for p in plans], [prompt(LENGTH, seed=s) for s in (0, 1)]
     found: list[list[Tensor]] = [[], []]
     for start, stop in itertools.pairwise([0, 11, 12, 13, 20, 24]):
         for past, ids, out in zip(caches, texts, found, strict=True):
@@ -199,10 +199,10 @@ def test_half_precision(dtype, level, layout):
     """
     model, ids = lowkey.attach(pico.build("llama").to(dtype)), prompt(LENGTH)
     plan = make_plan("llama", layout, level)
-    past = make_dynamic_cache(model, replace(plan, provenance={"model_sha256": model_fingerprint(model)}))
+    past = lowkey.make_cache(model, replace(plan, provenance={"model_sha256": model_fingerprint(model)}))
     found = feed(model, ids, past, splits=[20, 1, 3])
     assert found.dtype == dtype and past.nbytes() == past.predicted_nbytes() and bool(found.isfinite().all())
-    expected = feed(attached("llama"), ids, make_dynamic_cache(attached("llama"), plan), splits=[20, 1, 3])
+    expected = feed(attached("llama"), ids, lowkey.make_cache(attached("llama"), plan), splits=[20, 1, 3])
     assert (
         level is None or torch.nn.functional.cosine_similarity(found.float(), expected, dim=-1).min() > 0.99
     )
@@ -217,7 +217,7 @@ def test_bytes_are_a_function_of_the_counts(pads, layout):
     step.
     """
     model, ids, plan = attached("llama"), prompt(LENGTH), make_plan("llama", layout)
-    past, heads, before = make_dynamic_cache(model, plan), 4, 0
+    past, heads, before = lowkey.make_cache(model, plan), 4, 0
     for size in (10, 1, 1, 9, 3):
         mask, positions = padding(pads, before + size)
         new = {"attention_mask": mask, "position_ids": positions[:, before:]}
@@ -250,7 +250,7 @@ def test_bytes_are_a_function_of_the_counts(pads, layout):
 
 def test_fewer_bytes_than_stock_and_none_when_new(layout):
     model, plan = attached("llama"), make_plan("llama", layout)
-    past, full = make_dynamic_cache(model, plan), lowkey.make_cache(model)
+    past, full = lowkey.make_cache(model, plan), lowkey.make_cache(model)
     assert past.nbytes() == past.predicted_nbytes() == 0
     for each in (past, full):
         feed(model, prompt(200), each)
@@ -260,7 +260,7 @@ def test_fewer_bytes_than_stock_and_none_when_new(layout):
 def test_a_row_of_padding_alone_holds_nothing(layout):
     """The first chunk holds no real token of the second row."""
     model, ids, plan = attached("llama"), prompt(LENGTH), make_plan("llama", layout)
-    past = make_dynamic_cache(model, plan)
+    past = lowkey.make_cache(model, plan)
     found = feed(model, ids, past, [0, 8], [6, 1, 1, 4, 12])
     assert close(found, oracle("llama", ids, plan, [0, 8]), [0, 8])
     assert sum(past.layers[0].counts) == 2 * LENGTH - 8
@@ -268,7 +268,7 @@ def test_a_row_of_padding_alone_holds_nothing(layout):
 
 def test_a_reset_cache_is_a_new_one(layout):
     model, plan = attached("llama"), make_plan("llama", layout)
-    past = make_dynamic_cache(model, plan)
+    past = lowkey.make_cache(model, plan)
     feed(model, prompt(9, batch=3, seed=4), past)
     past.reset()
     assert (past.nbytes(), past.predicted_nbytes(), past.get_seq_length()) == (0, 0, 0)
@@ -278,7 +278,7 @@ def test_a_reset_cache_is_a_new_one(layout):
 
 def test_what_is_held_can_be_moved(layout):
     model, plan, ids = attached("llama"), make_plan("llama", layout), prompt(LENGTH)
-    past = make_dynamic_cache(model, plan)
+    past = lowkey.make_cache(model, plan)
     feed(model, ids[:, :10], past)
     for layer in past.layers:
         layer.offload()
@@ -289,15 +289,15 @@ def test_what_is_held_can_be_moved(layout):
 
 def test_what_cannot_be_done_is_refused(layout):
     model = attached("llama")
-    past = make_dynamic_cache(model, make_plan("llama", layout))
+    past = lowkey.make_cache(model, make_plan("llama", layout))
     with pytest.raises(LowkeyError, match="crop"):
         past.crop(-2)
-    with pytest.raises(LowkeyError, match="make_cache"):
+    with pytest.raises(LowkeyError, match=r"saving a cache.*a rank of its own.*make_cache"):
         past.save("nowhere")
     with pytest.raises(LowkeyError, match="attach"):
-        make_dynamic_cache(pico.build("llama"), make_plan("llama", layout))
+        lowkey.make_cache(pico.build("llama"), make_plan("llama", layout))
     with pytest.raises(LowkeyError, match="made for model"):
-        make_dynamic_cache(
+        lowkey.make_cache(
             lowkey.attach(pico.build("llama", rms_norm_eps=1e-5, hidden_size=32)), make_plan("llama", layout)
         )
 

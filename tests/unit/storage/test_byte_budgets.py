@@ -118,6 +118,58 @@ def test_the_budget_holds_on_a_plan_in_half_precision():
     )
 
 
+def unlike_plan(model, ranks, **fields):
+    """A plan whose layers have these ranks."""
+    plans = [pico.plan(model, rank, rank) for rank in ranks]
+    factors = {i: own.factors[i] for i, own in zip(plans[0].factors, plans, strict=True)}
+    return dataclasses.replace(plans[0], factors=factors, **fields)
+
+
+@pytest.mark.parametrize("bits", [None, "int8", "kivi4"])
+@pytest.mark.parametrize("ranks", [(16, 9, 2), (6, 5, 4)])
+@pytest.mark.parametrize("allocator", ALLOCATORS)
+def test_the_budget_holds_where_ranks_differ(allocator, ranks, bits):
+    """Over three chunks, in a padded batch; blocks of tokens and of KIVI may leave some of it unused."""
+    model = attached("llama")
+    plan = unlike_plan(model, ranks, bits=bits, sinks=2 if bits else 0, recent=4 if bits else 0)
+    split = POLICIES["headkv-r2"]("50%").allocator if allocator == "headkv" else allocator
+    for budget in ("140 KiB", "1000 B/token") if bits == "kivi4" else ("40 KiB", "200 B/token"):
+        cache = make_cache(model, plan, policy("snapkv", budget, allocator=split))
+        amount, per_token = resolve_budget(budget)
+        for held, tokens in read(model, cache, prompt(120, 2), [0, 17]):
+            limit = amount * (tokens if per_token else 1)
+            assert held == cache.nbytes() == cache.predicted_nbytes() <= limit
+        assert bits == "kivi4" or held >= (0.9 if allocator == "blocks" else 0.97) * limit
+
+
+def test_a_stateful_policy_keeps_to_bytes_where_ranks_differ():
+    for name in ("h2o", "kv-compress"):
+        model = attached("llama")
+        cache = make_cache(model, unlike_plan(model, (2, 16, 9)), policy(name, "40 KiB", every=4))
+        with torch.no_grad():
+            model(prompt(120, 1), past_key_values=cache)
+            for step in range(1, 9):
+                model(prompt(1, 1, seed=step), past_key_values=cache)
+                assert counted(cache) <= 40 * 1024 or step % 4
+
+
+@pytest.mark.parametrize("allocator", ["uniform", "pyramid", "global"])
+def test_a_refusal_names_bytes_that_work_where_ranks_differ(allocator):
+    model = attached("llama")
+
+    def fill(text):
+        plan = unlike_plan(model, (16, 2, 5), bits="int8", sinks=2, recent=4)
+        cache = make_cache(model, plan, policy("snapkv", text, allocator=allocator))
+        with torch.no_grad():
+            model(prompt(60, 1), past_key_values=cache)
+        return counted(cache)
+
+    with pytest.raises(LowkeyError, match="budget 1 KiB: 60 tokens") as refused:
+        fill("1 KiB")
+    text = re.search(r"take ([\d.]+ (B|KiB)) for", str(refused.value))[1]
+    assert fill(text) <= resolve_budget(text)[0]
+
+
 def test_the_budget_holds_after_every_eviction_of_decoding():
     """Between two of them decoding adds what is new."""
     model, cache = attached("llama"), make_cache(attached("llama"), policy=policy("h2o", "40 KiB", every=4))
@@ -224,7 +276,7 @@ def test_bytes_per_token_of_a_plan_are_those_of_one_more_token(name, allocator):
 
 def test_every_row_has_its_own_part_of_the_budget():
     """By hand: 1000 bytes over 2 rows, 100 of them for indices, 30 a token and 2 heads."""
-    costs = EvictionCosts(heads=2, sequences=2, entry_bytes=30, fixed_bytes=100, protected=(2, 3))
+    costs = EvictionCosts(heads=2, sequences=2, entry_bytes=(30,), fixed_bytes=100, protected=(2, 3))
     assert costs.tokens_per_head(policy("snapkv", "1000 B"), 50) == 13 / 2
     assert costs.tokens_per_head(policy("snapkv", "20 B/token"), 50) == 30 / 2
     costs.check(policy("snapkv", "800 B"), [50, 50])  # 2 heads of 5 tokens that stay

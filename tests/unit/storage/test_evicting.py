@@ -199,11 +199,27 @@ def test_dropped_channels_are_gone_and_the_newest_tokens_whole():
 
 @pytest.mark.parametrize(("budget", "width"), [("80%", 0.6 * 16), ("90%", 0.8 * 16), ("95%", 0.9 * 16)])
 def test_a_budget_that_channels_can_pay_keeps_every_token(budget, width):
-    """Values, half of the bytes, stay whole, and no more channels go than must."""
+    """Values, half of the bytes, stay whole, as do the 8 newest tokens; no more channels go than must."""
     model = attached("llama")
     cache = evicting_cache(model, policy("think", budget))
     feed(model, prompt(100), cache)
-    assert lengths(cache, 0) == [[100] * 4] * 3 and cache.evicting[0].pruned_k.shape[1] == round(width)
+    assert lengths(cache, 0) == [[100] * 4] * 3
+    kept = round(width)
+    for layer in cache.evicting:
+        assert (layer.prunings, layer.pending, layer.pruned_k.shape) == (1, None, (2 * 4 * 92, kept))
+    # two sequences of 3 layers of 4 heads, of 16 numbers of 4 bytes each, with a position of 4 bytes
+    numbers = 2 * 3 * 4 * (92 * (kept + 16) + 8 * 32)
+    indices = 3 * (2 * (2 * 4 + 1) * 8 + 2 * 2 * 8 + 2 * (4 * kept * 2 + 4) + 2)
+    assert cache.nbytes() == cache.predicted_nbytes() == 4 * (numbers + 2 * 3 * 4 * 100) + indices
+    assert numbers <= (float(budget[:-1]) / 100 + 0.03) * 2 * 3 * 4 * 100 * 32
+
+
+@pytest.mark.parametrize("budget", ["110 KiB", "160 KiB"])
+def test_bytes_that_hold_every_pruned_token_are_kept_to(budget):
+    """A full cache takes 180 KiB; with 3 of 5 key channels every token fits into 160 KiB."""
+    cache = evicting_cache(attached("llama"), policy("think", budget))
+    feed(attached("llama"), prompt(60), cache)
+    assert cache.nbytes() <= float(budget.split()[0]) * 1024 and cache.evicting[0].prunings == 1
 
 
 def test_decoding_over_pruned_channels_attends_with_zeros():

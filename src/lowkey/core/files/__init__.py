@@ -13,6 +13,7 @@ from lowkey.core.files.outputs import (
     first_foreign_file,
     kind_of,
     listed_files,
+    remove_file,
     unlisted_files,
     verify,
 )
@@ -90,6 +91,7 @@ __all__ = [
     "read_tensors",
     "read_work",
     "read_work_json",
+    "remove_file",
     "remove_work",
     "replacing",
     "replacing_folder",

@@ -295,3 +295,17 @@ def check_replaceable(file: Path) -> str | None:
             "another name"
         )
     return kind
+
+
+def remove_file(path: Path, kind: str) -> None:
+    """Remove a file of this kind, if there is one and lowkey wrote it. A link to it stays.
+
+    Raises:
+        LowkeyError: if something else is there, or it was changed since.
+    """
+    place = link_target(path)
+    if not os.path.lexists(place):
+        return
+    if kind_of(place) != kind:
+        raise LowkeyError(f"output {str(path)!r} is there, and is no {kind} as lowkey wrote it; move it away")
+    place.unlink(missing_ok=True)

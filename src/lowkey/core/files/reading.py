@@ -391,5 +391,5 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def all_finite(tensors: Any) -> bool:
-    """Whether tensors of floating-point numbers hold neither NaN nor infinite numbers."""
-    return all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())
+    """Whether tensors of real or complex numbers hold neither NaN nor infinite numbers."""
+    return all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point() or t.is_complex())
