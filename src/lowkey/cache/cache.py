@@ -23,11 +23,10 @@ from lowkey.models import families
 from lowkey.models.attention_interface import UNCOMPILED, Incoming, attached
 from lowkey.models.fingerprint import FillingModel, check_model
 from lowkey.plan.plan import Plan, versions
-from lowkey.plan.token_ranks import TokenRanks
 from lowkey.policies import policy_from_dict, policy_name, policy_to_dict
 from lowkey.policies.base import Policy
 from lowkey.storage.base import StockLayer, StockSlidingLayer, StoringLayer
-from lowkey.storage.bucketed import BucketedLayer, truncate_factors
+from lowkey.storage.bucketed import bucketed_layer
 from lowkey.storage.budgets import check_window
 from lowkey.storage.cache_wide_eviction import CacheWideEviction, Shapes
 from lowkey.storage.codec import Codec, LowRank, Plain
@@ -393,7 +392,15 @@ def _builder(model: PreTrainedModel, origin: Origin) -> Callable[[int], CountedL
         for name, given in wanted.items():
             if given:
                 plan.check_fixed_ranks(name)
-        return _bucketed_builder(model, plan, plan.token_ranks, exact.prefill == "exact")
+        factors, ranks, layout = plan.factors, plan.token_ranks, plan.layout
+        return lambda i: bucketed_layer(
+            factors[i],
+            ranks.levels,
+            ranks.gates[i],
+            layout,
+            families.rope(model, i),
+            exact.prefill == "exact",
+        )
     packings = (packed.keys, packed.values) if packed else None
     # in layers without points, the first tokens are the sinks
     points = exact.rule.layers if exact.rule else {}
@@ -422,19 +429,6 @@ def _builder(model: PreTrainedModel, origin: Origin) -> Callable[[int], CountedL
     if packed is None and origin.exact is None and (plan is None or exact is NO_EXACT_TOKENS):
         return lambda i: StockLayer()
     return lambda i: CodedLayer(_codec(model, i, plan, packed), exact, packings, points.get(i))
-
-
-def _bucketed_builder(
-    model: PreTrainedModel, plan: Plan, ranks: TokenRanks, exact_prefill: bool
-) -> Callable[[int], BucketedLayer]:
-    """A function that makes the layer with a given index, in which every token has a rank of its own."""
-
-    def layer(i: int) -> BucketedLayer:
-        rope = families.rope(model, i)
-        codecs = [LowRank(truncate_factors(plan.factors[i], r), plan.layout, rope) for r in ranks.levels]
-        return BucketedLayer(codecs, ranks.gates[i], exact_prefill)
-
-    return layer
 
 
 def _check_policy(model: PreTrainedModel, plan: Plan | None, packed: Scheme | None, policy: Policy) -> None:

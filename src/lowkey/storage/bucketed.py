@@ -15,8 +15,9 @@ from torch.nn.functional import gelu
 
 from lowkey.backends import grouped
 from lowkey.backends.segment import Part, Segment, merge_parts
-from lowkey.core.types import Factors
+from lowkey.core.types import Factors, Layout
 from lowkey.models.attention_interface import Call
+from lowkey.models.families import Rope
 from lowkey.ops.ragged import join_rows, row_of, select_rows, starts_of
 from lowkey.storage.codec import LowRank
 from lowkey.storage.packing import Unpacked
@@ -294,3 +295,20 @@ class BucketedLayer(RaggedLayer):
         """Forget all tokens."""
         super().reset()
         self.buckets, self.counts = [], [0] * len(self.codecs)
+
+
+def bucketed_layer(
+    factors: Factors, levels: Sequence[int], gate: Gate, layout: Layout, rope: Rope, exact_prefill: bool
+) -> BucketedLayer:
+    """A layer in which every token keeps as many coordinates of `factors` as its level says.
+
+    Args:
+        factors: maps of full rank.
+        levels: ranks that a token may keep, the widest first.
+        gate: which level a token takes.
+        layout: whether keys are stored rotated.
+        rope: the model's rotation in this layer.
+        exact_prefill: what a chunk sees of itself, as in `StoringLayer`.
+    """
+    codecs = [LowRank(truncate_factors(factors, rank), layout, rope) for rank in levels]
+    return BucketedLayer(codecs, gate, exact_prefill)

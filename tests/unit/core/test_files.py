@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import threading
@@ -219,6 +220,32 @@ def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path):
             )
     assert Plan.load(tmp_path / "plan").ranks == plan().ranks
     assert entries(tmp_path) == {"disk", "plan", "heads.json"} and entries(place) == {"plan", "heads.json"}
+
+
+def test_only_an_unchanged_file_of_ours_is_removed(tmp_path):
+    place, link = _result(tmp_path / "r.json"), tmp_path / "link.json"
+    link.symlink_to(place)
+    files.remove_file(tmp_path / "nothing.json", "result")
+    with pytest.raises(LowkeyError, match="is no recipe as lowkey wrote it; move it away"):
+        files.remove_file(place, "recipe")
+    written = place.read_text()
+    place.write_text(written.replace("{", "{ ", 1).replace("1", "2", 1))
+    for path in (place, link, tmp_path):
+        with pytest.raises(LowkeyError, match="is no result"):
+            files.remove_file(path, "result")
+    place.write_text(written)
+    files.remove_file(link, "result")
+    assert entries(tmp_path) == {"link.json"} and not place.exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [(math.nan, torch.float16), (math.inf, torch.float64), (complex(0, math.nan), torch.complex64)],
+    ids=str,
+)
+def test_numbers_of_every_kind_are_seen_to_be_infinite(value, dtype):
+    assert not files.all_finite([torch.ones(2), torch.tensor([1, value], dtype=dtype)])
+    assert files.all_finite([torch.ones(2, dtype=dtype), torch.ones(2, dtype=torch.int64)])
 
 
 def test_work_of_somebody_else_stays(tmp_path):
