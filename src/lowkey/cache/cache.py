@@ -17,13 +17,14 @@ from transformers import PreTrainedModel
 
 from lowkey.cache import cachefile
 from lowkey.cache.continuations import ContinuableCache
+from lowkey.cache.refusals import check_combination, check_sink_rule
 from lowkey.core.options import shown
 from lowkey.core.types import LowkeyError, identity_factors
 from lowkey.models import families
 from lowkey.models.attention_interface import UNCOMPILED, Incoming, attached
 from lowkey.models.fingerprint import FillingModel, check_model
 from lowkey.plan.plan import Plan, versions
-from lowkey.policies import policy_from_dict, policy_name, policy_to_dict
+from lowkey.policies import policy_from_dict, policy_to_dict
 from lowkey.policies.base import Policy
 from lowkey.storage.base import StockLayer, StockSlidingLayer, StoringLayer
 from lowkey.storage.bucketed import bucketed_layer
@@ -33,7 +34,7 @@ from lowkey.storage.codec import Codec, LowRank, Plain
 from lowkey.storage.coded import CodedLayer
 from lowkey.storage.compensating import CompensatingLayer
 from lowkey.storage.evicting import EvictingLayer
-from lowkey.storage.exact import DEFAULT_WINDOW, NO_EXACT_TOKENS, Exact, SinkRule
+from lowkey.storage.exact import DEFAULT_WINDOW, NO_EXACT_TOKENS, Exact
 from lowkey.storage.packing import Scheme, scheme_or_none
 from lowkey.storage.pruning import PruningLayer
 from lowkey.storage.rollback import ForwardPass
@@ -356,7 +357,7 @@ def make_cache(
             )
         policy, plan = None, plan and replace(plan, policy=None)
     if exact is not None and exact.rule is not None:
-        _check_rule(model, exact.rule, exact.sinks)
+        check_sink_rule(model, exact.rule, exact.sinks)
     cache = cache_from(model, Origin(weakref.ref(model), plan, policy, bits, exact))
     cache.filled_by = FillingModel(model)
     return cache
@@ -405,7 +406,7 @@ def _builder(model: PreTrainedModel, origin: Origin) -> Callable[[int], CountedL
     # in layers without points, the first tokens are the sinks
     points = exact.rule.layers if exact.rule else {}
     if policy is not None:
-        _check_policy(model, plan, packed, policy)
+        check_combination(model, plan, packed, policy)
         check_window(policy, exact)
         policy = policy.with_head_scores(plan.heads if plan else {})
         full = families.geometry(model).compressible
@@ -431,36 +432,6 @@ def _builder(model: PreTrainedModel, origin: Origin) -> Callable[[int], CountedL
     return lambda i: CodedLayer(_codec(model, i, plan, packed), exact, packings, points.get(i))
 
 
-def _check_policy(model: PreTrainedModel, plan: Plan | None, packed: Scheme | None, policy: Policy) -> None:
-    """Refuse what a policy cannot work with.
-
-    Raises:
-        LowkeyError: for a plan, integers or a model that the policy cannot work with.
-    """
-    name = policy_name(policy)
-    if policy.needs_whole_keys and (packed or (plan and plan.factors)):
-        what = "packing in integers" if packed else f"plan of method {plan and plan.method['name']!r}"
-        raise LowkeyError(
-            f"policy {name!r} {policy.needs_whole_keys}, and a {what} stores keys in another form; use it "
-            "alone, or another policy"
-        )
-    if plan and not all(f.rebuilds_keys for f in plan.factors.values()):
-        raise LowkeyError(
-            f"plan of method {plan.method['name']!r} rotates keys by frequencies of its own, from which the "
-            f"keys that policy {name!r} scores cannot be rebuilt; use another plan, or no policy"
-        )
-    if plan and len({f.merge for f in plan.factors.values()}) > 1:
-        raise LowkeyError(
-            f"plan of method {plan.method['name']!r} merges different numbers of heads in different layers, "
-            "between which a policy cannot share a budget; use another plan, or no policy"
-        )
-    if policy.uses_rotations and (kind := families.length_dependent_rope(model)):
-        raise LowkeyError(
-            f"policy {type(policy).__name__}: rope_type {kind!r} changes its frequencies with the length; "
-            "use another policy"
-        )
-
-
 def _rows_of_heads(model: PreTrainedModel, plan: Plan | None) -> tuple[tuple[int, ...], ...] | None:
     """For each layer, the row of each KV head: heads that share a latent share it. None without low rank."""
     if plan is None or not plan.factors:
@@ -482,29 +453,6 @@ def _stored_shapes(plan: Plan | None) -> tuple[Shapes, ...] | None:
         ((heads // keys[0], keys[1]), (heads // values[0], values[1]))
         for keys, values in plan.stored_shapes()
     )
-
-
-def _check_rule(model: PreTrainedModel, rule: SinkRule, sinks: int) -> None:
-    """Refuse a sink rule that was not learnt from this model. Raises: LowkeyError."""
-    if sinks < 1:
-        raise LowkeyError(
-            f"exact: a sink rule with sinks={sinks} keeps nothing; give Exact(sinks=4, rule=...)"
-        )
-    check_model(
-        "exact: the sink rule",
-        "?",
-        rule.model_sha256,
-        model,
-        "call lowkey.calibration.sinks.find_sinks with this one",
-    )
-    shape = families.geometry(model)
-    if not all(
-        p.centres.shape == (len(p.radius), shape.kv_heads, shape.head_dim) for p in rule.layers.values()
-    ):
-        raise LowkeyError(
-            "exact: the points of the sink rule do not fit the heads of this model; call "
-            "lowkey.calibration.sinks.find_sinks again"
-        )
 
 
 def _codec(model: PreTrainedModel, i: int, plan: Plan | None, packed: Scheme | None) -> Codec:

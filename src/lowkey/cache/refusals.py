@@ -1,0 +1,84 @@
+"""What no cache can be made of."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from lowkey.core.types import LowkeyError
+from lowkey.models import families
+from lowkey.models.fingerprint import check_model
+from lowkey.plan.plan import Plan
+from lowkey.policies import policy_name
+from lowkey.policies.base import Policy
+from lowkey.storage.exact import SinkRule
+from lowkey.storage.packing import Scheme
+
+
+def check_combination(
+    model: PreTrainedModel, plan: Plan | None, packed: Scheme | None, policy: Policy
+) -> None:
+    """Refuse what a policy cannot work with.
+
+    Args:
+        model: the model.
+        plan: what is stored of it, or None.
+        packed: the packing in integers, or None.
+        policy: the policy.
+
+    Raises:
+        LowkeyError: for a plan, integers or a model that the policy cannot work with.
+    """
+    name = policy_name(policy)
+    if policy.needs_whole_keys and (packed or (plan and plan.factors)):
+        what = "packing in integers" if packed else f"plan of method {plan and plan.method['name']!r}"
+        raise LowkeyError(
+            f"policy {name!r} {policy.needs_whole_keys}, and a {what} stores keys in another form; use it "
+            "alone, or another policy"
+        )
+    if plan and not all(f.rebuilds_keys for f in plan.factors.values()):
+        raise LowkeyError(
+            f"plan of method {plan.method['name']!r} rotates keys by frequencies of its own, from which the "
+            f"keys that policy {name!r} scores cannot be rebuilt; use another plan, or no policy"
+        )
+    if plan and len({f.merge for f in plan.factors.values()}) > 1:
+        raise LowkeyError(
+            f"plan of method {plan.method['name']!r} merges different numbers of heads in different layers, "
+            "between which a policy cannot share a budget; use another plan, or no policy"
+        )
+    if policy.uses_rotations and (kind := families.length_dependent_rope(model)):
+        raise LowkeyError(
+            f"policy {type(policy).__name__}: rope_type {kind!r} changes its frequencies with the length; "
+            "use another policy"
+        )
+
+
+def check_sink_rule(model: PreTrainedModel, rule: SinkRule, sinks: int) -> None:
+    """Refuse a sink rule that was not learnt from this model, or that finds room for no sink.
+
+    Args:
+        model: the model.
+        rule: the rule.
+        sinks: slots for sinks.
+
+    Raises:
+        LowkeyError: for such a rule.
+    """
+    if sinks < 1:
+        raise LowkeyError(
+            f"exact: a sink rule with sinks={sinks} keeps nothing; give Exact(sinks=4, rule=...)"
+        )
+    check_model(
+        "exact: the sink rule",
+        "?",
+        rule.model_sha256,
+        model,
+        "call lowkey.calibration.sinks.find_sinks with this one",
+    )
+    shape = families.geometry(model)
+    if not all(
+        p.centres.shape == (len(p.radius), shape.kv_heads, shape.head_dim) for p in rule.layers.values()
+    ):
+        raise LowkeyError(
+            "exact: the points of the sink rule do not fit the heads of this model; call "
+            "lowkey.calibration.sinks.find_sinks again"
+        )
