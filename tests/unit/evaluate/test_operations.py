@@ -48,6 +48,7 @@ READS = {
     "mask": (lambda: X[MASK], 1),
     "mask behind a slice": (lambda: X[:, MASK[0]], 1),
     "rows into a mask": (lambda: X.clone().__setitem__(MASK, torch.zeros(6)), 1),
+    "mask and places": (lambda: X.clone().__setitem__((X[:, 0] > 0, torch.tensor([0, 1])), 1.0), 1),
     "index_put": (lambda: X.clone().index_put_((MASK,), torch.ones(()), accumulate=True), 1),
     "unique": (lambda: X.unique(), 1),
     "unique_consecutive": (lambda: X.unique_consecutive(), 1),
