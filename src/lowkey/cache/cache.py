@@ -338,6 +338,8 @@ def make_cache(
     """
     if not attached(model):
         raise LowkeyError("model is not attached: call lowkey.attach(model) before make_cache")
+    if plan is not None and not isinstance(plan, Plan):
+        raise LowkeyError(f"plan {shown(plan)}: give what lowkey.Plan.load(FOLDER, model) returns")
     if plan is not None:
         plan.check(model)
     if isinstance(policy, str):
