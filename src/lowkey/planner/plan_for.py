@@ -209,7 +209,8 @@ def search_plans(
     frontier = sorted(rows, key=lambda row: (row["bytes_per_token"], row["kl"]))
     chosen = list(plans.values())[rows.index(best)]
     profile = {**chosen.profile, "at": tokens, "frontier": frontier, "choice": best}
-    return Planned(replace(chosen, profile=profile), best, frontier, result)
+    plan = replace(chosen, profile=profile, budget=composer.budget_text(budget))
+    return Planned(plan, best, frontier, result)
 
 
 def _add_recall(result: dict, plans: dict[Candidate, Plan], words: str, cases: int, measure: Measure) -> None:
