@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from unittest import mock
 
 import pico
@@ -109,6 +110,8 @@ def test_a_table_for_people(model, here):
     ran = done("plan", model, "out", "--keep", "30%", "--axes", "bits", *FAST)
     assert "choice" in ran.out and "weights:" in ran.out and "sequences fit" not in ran.out
     assert "plan written to out" in ran.err
+    card = Path("out", "README.md").read_text()
+    assert Plan.load("out").factors == {} and "budget 30%" in card and "budget 100%" not in card
 
 
 def test_a_memory_that_holds_everything(model, here):

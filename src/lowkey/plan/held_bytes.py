@@ -74,6 +74,15 @@ def held_bytes(plan: Plan, tokens: int, itemsize: int, latents: float = 1.0) -> 
     return math.ceil(_dense(layers, tokens, exact) + len(layers) * INDEX * (3 if by_age else 2))
 
 
+def text_decides(plan: Plan) -> bool:
+    """Whether what a plan holds depends on the text, so that `held_bytes` is the most that it may be."""
+    if plan.policy is None:
+        return False
+    allocator, packed = policy_from_dict(plan.policy).resolved_allocator(), scheme_or_none(plan.bits)
+    in_blocks = packed is not None and max(packed.keys.block, packed.values.block) > 1
+    return allocator.scores_decide == "layers" or (allocator.scores_decide == "heads" and in_blocks)
+
+
 @dataclass(frozen=True)
 class _Layer:
     """One compressed layer.

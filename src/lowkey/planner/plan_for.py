@@ -217,7 +217,8 @@ def search_plans(
         row["chosen"] = own is best
     chosen = list(plans.values())[rows.index(best)]
     profile = {**chosen.profile, "at": tokens, "frontier": frontier, "choice": best}
-    return Planned(replace(chosen, profile=profile), best, frontier, result)
+    plan = replace(chosen, profile=profile, budget=composer.budget_text(budget))
+    return Planned(plan, best, frontier, result)
 
 
 def _add_recall(result: dict, plans: dict[Candidate, Plan], words: str, cases: int, measure: Measure) -> None:
