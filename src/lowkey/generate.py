@@ -13,8 +13,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase,
 from lowkey.cache.cache import LowkeyCache, make_cache
 from lowkey.cache.prefill import prefill
 from lowkey.core import text
-from lowkey.core.printable import printable
 from lowkey.core.options import shown
+from lowkey.core.printable import printable
 from lowkey.core.types import LowkeyError, device_of
 from lowkey.models import families
 

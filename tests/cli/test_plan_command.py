@@ -89,7 +89,10 @@ def test_the_comparison_is_a_result_that_report_draws(planned, here):
     done("report", told["result"], "--out", "page.html")
     page = (here / "page.html").read_text()
     assert "KL, decode" in page and all(str(row["name"]) in page for row in rows)
-    assert "What lowkey plan compared" in page and "The best combination, " in page
+    assert "What lowkey plan compared" in page and "The plan, " in page
+    (chosen,) = [row for row in rows if row.get("chosen")]
+    assert chosen["bytes_planned"] == told["choice"]["bytes_per_token"]
+    assert f"The plan, {chosen['name']}" in page
 
 
 def test_no_work_is_left(planned):

@@ -168,8 +168,8 @@ def search_plans(
     for name, given in (("calibration text", words), ("held-out text", unseen)):
         if (count := len(text.encode(tokenizer, given))) < search.context:
             raise LowkeyError(
-                f"{name}: {count} tokens are too few for a window of {search.context}; give a longer text, or "
-                "windows of fewer tokens"
+                f"{name}: {count} tokens are too few for a window of {search.context}; give a longer text, "
+                "or windows of fewer tokens"
             )
     temporary = tempfile.TemporaryDirectory() if work is None else nullcontext(str(work))
     with temporary as folder:
@@ -274,8 +274,8 @@ def _check_budget(
     if budget < least:
         raise LowkeyError(
             f"keep {keep}: {composer.tokens} tokens take at least {in_words(least, up=True)} on the axes "
-            f"{', '.join(axes)} ({100 * least / composer.full_bytes:.3g}% of the full cache); give more, more "
-            "axes or a longer context"
+            f"{', '.join(axes)} ({100 * least / composer.full_bytes:.3g}% of the full cache); give more, "
+            "more axes or a longer context"
         )
 
 
