@@ -179,8 +179,8 @@ def generate_verified(
     if not isinstance(ids, Tensor) or ids.ndim != 2 or len(ids) != 1 or not ids.shape[1]:
         what = f"of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else shown(ids)
         raise LowkeyError(
-            f"ids {what}: must be one row of token ids (1, tokens), since rows accept different numbers of "
-            "drafted tokens"
+            f"ids {what}: rows accept different numbers of drafted tokens; give one row of token ids, (1, "
+            "tokens)"
         )
     for name, value in (("tokens", tokens), ("draft", draft)):
         if type(value) is not int or value < 1:

@@ -191,9 +191,9 @@ class _Evicted:
         """Bytes of a layer that are held whatever is kept."""
         size = INDEX * (2 + self.rows + 1) + SINK_INDEX * self.exact.sinks
         g = self.plan.geometry
-        if self.policy.layer == "compensating":
+        if self.policy.compensates:
             size += g["kv_heads"] * (2 * g["head_dim"] + 1) * MEAN
-        if self.policy.layer == "pruning":
+        if self.policy.prunes_channels:
             size += INDEX * (self.rows + 1) + IS_FIRM
         return size
 
@@ -209,7 +209,7 @@ class _Evicted:
 
     def channels_lost(self) -> int:
         """How many key channels pruned tokens lose; 0 for a policy that prunes none."""
-        if self.policy.layer != "pruning":
+        if not self.policy.prunes_channels:
             return 0
         d = self.plan.geometry["head_dim"]
         return d - max(1, round(self.channel_share() * d))

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lowkey.storage.cache_wide_eviction import Shapes
+
 if TYPE_CHECKING:  # that module imports the card, which imports this one
     from lowkey.plan.plan import Plan
-
-Shapes = tuple[tuple[int, int], tuple[int, int]]
-"""(heads, width) of a layer's stored keys and of its stored values."""
 
 
 def rows_of_heads(plan: Plan) -> tuple[tuple[int, ...], ...] | None:

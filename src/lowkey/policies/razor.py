@@ -33,6 +33,7 @@ class Razor(Policy):
     paper: ClassVar[str] = "arXiv:2407.15891"
     uses_queries: ClassVar[bool] = False
     layer: ClassVar[str] = "compensating"
+    compensates: ClassVar[bool] = True
 
     def score(self, context: EvictionContext) -> Tensor:
         """The position of each candidate (b, h, s): the newest are kept; see `Policy.score`."""
