@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase,
 from lowkey.cache.cache import LowkeyCache, make_cache
 from lowkey.cache.prefill import prefill
 from lowkey.core import text
+from lowkey.core.options import shown
 from lowkey.core.printable import printable
 from lowkey.core.types import LowkeyError, device_of
 from lowkey.models import families
@@ -176,7 +177,11 @@ def generate_verified(
         LowkeyError: for several rows, a used cache, no room for so many tokens, or a `draft` below 1.
     """
     if not isinstance(ids, Tensor) or ids.ndim != 2 or len(ids) != 1 or not ids.shape[1]:
-        raise LowkeyError("ids: rows accept different numbers of tokens; give one row (1, tokens)")
+        what = f"of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else shown(ids)
+        raise LowkeyError(
+            f"ids {what}: rows accept different numbers of drafted tokens; give one row of token ids, (1, "
+            "tokens)"
+        )
     for name, value in (("tokens", tokens), ("draft", draft)):
         if type(value) is not int or value < 1:
             raise LowkeyError(f"{name} {value!r}: give 1 or more")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from unittest import mock
 
 import pico
@@ -88,7 +89,10 @@ def test_the_comparison_is_a_result_that_report_draws(planned, here):
     done("report", told["result"], "--out", "page.html")
     page = (here / "page.html").read_text()
     assert "KL, decode" in page and all(str(row["name"]) in page for row in rows)
-    assert "What lowkey plan compared" in page and "The best combination, " in page
+    assert "What lowkey plan compared" in page and "The plan, " in page
+    (chosen,) = [row for row in rows if row.get("chosen")]
+    assert chosen["bytes_planned"] == told["choice"]["bytes_per_token"]
+    assert f"The plan, {chosen['name']}" in page
 
 
 def test_no_work_is_left(planned):
@@ -109,6 +113,8 @@ def test_a_table_for_people(model, here):
     ran = done("plan", model, "out", "--keep", "30%", "--axes", "bits", *FAST)
     assert "choice" in ran.out and "weights:" in ran.out and "sequences fit" not in ran.out
     assert "plan written to out" in ran.err
+    card = Path("out", "README.md").read_text()
+    assert Plan.load("out").factors == {} and "budget 30%" in card and "budget 100%" not in card
 
 
 def test_a_memory_that_holds_everything(model, here):

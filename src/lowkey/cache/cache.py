@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,12 +23,13 @@ from lowkey.models import families
 from lowkey.models.attention_interface import UNCOMPILED, Incoming, attached
 from lowkey.models.fingerprint import FillingModel, check_model
 from lowkey.plan.plan import Plan, versions
+from lowkey.plan.rows import rows_of_heads, stored_shapes_of_layers
 from lowkey.policies import policy_from_dict, policy_to_dict
 from lowkey.policies.base import Policy
 from lowkey.storage.base import StockLayer, StockSlidingLayer, StoringLayer
 from lowkey.storage.bucketed import bucketed_layer
 from lowkey.storage.budgets import check_window
-from lowkey.storage.cache_wide_eviction import CacheWideEviction, Shapes
+from lowkey.storage.cache_wide_eviction import CacheWideEviction
 from lowkey.storage.codec import Codec, LowRank, Plain
 from lowkey.storage.coded import CodedLayer
 from lowkey.storage.compensating import CompensatingLayer
@@ -347,6 +347,8 @@ def make_cache(
     """
     if not attached(model):
         raise LowkeyError("model is not attached: call lowkey.attach(model) before make_cache")
+    if plan is not None and not isinstance(plan, Plan):
+        raise LowkeyError(f"plan {shown(plan)}: give what lowkey.Plan.load(FOLDER, model) returns")
     if plan is not None:
         plan.check(model)
     if isinstance(policy, str):
@@ -413,8 +415,8 @@ def _builder(model: PreTrainedModel, origin: Origin) -> Callable[[int], CountedL
         shared = CacheWideEviction(
             len(full),
             families.sliding_layers(model),
-            _rows_of_heads(model, plan),
-            _stored_shapes(plan),
+            rows_of_heads(plan) if plan else None,
+            stored_shapes_of_layers(plan) if plan else None,
         )
         kind = EVICTING_LAYERS[policy.layer]
         return lambda i: kind(
@@ -430,29 +432,6 @@ def _builder(model: PreTrainedModel, origin: Origin) -> Callable[[int], CountedL
     if packed is None and origin.exact is None and (plan is None or exact is NO_EXACT_TOKENS):
         return lambda i: StockLayer()
     return lambda i: CodedLayer(_codec(model, i, plan, packed), exact, packings, points.get(i))
-
-
-def _rows_of_heads(model: PreTrainedModel, plan: Plan | None) -> tuple[tuple[int, ...], ...] | None:
-    """For each layer, the row of each KV head: heads that share a latent share it. None without low rank."""
-    if plan is None or not plan.factors:
-        return None
-    heads, rows = families.geometry(model).kv_heads, []
-    for i in families.geometry(model).compressible:
-        factors = plan.factors[i]
-        order = torch.arange(heads) if factors.order is None else factors.order
-        rows.append(tuple((order.argsort() // math.lcm(*factors.merge)).tolist()))
-    return tuple(rows)
-
-
-def _stored_shapes(plan: Plan | None) -> tuple[Shapes, ...] | None:
-    """For each layer, (heads, width) of stored keys and values. None if a plan does not make them differ."""
-    if plan is None or not plan.factors:
-        return None
-    heads = plan.geometry["kv_heads"]
-    return tuple(
-        ((heads // keys[0], keys[1]), (heads // values[0], values[1]))
-        for keys, values in plan.stored_shapes()
-    )
 
 
 def _codec(model: PreTrainedModel, i: int, plan: Plan | None, packed: Scheme | None) -> Codec:

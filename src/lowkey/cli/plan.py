@@ -238,9 +238,14 @@ def _parse_budget(memory: str | None, bytes_per_token: str | None, keep: str | N
         return Budget(parse_bytes(name, text), "bytes")
     if name == "bytes per token":
         return Budget(parse_bytes(name, text.removesuffix("/token")), "bytes/token")
-    budget = Budget.parse(text)
-    if budget.unit != "%":
-        raise LowkeyError(f"keep {shown(text)}: must be a share like '12.5%'; {SIZES} take bytes")
+    try:
+        budget = Budget.parse(text)
+    except LowkeyError:
+        budget = None
+    if budget is None or budget.unit != "%":
+        raise LowkeyError(
+            f"keep {shown(text)}: must be a share above 0% and up to 100%, like '12.5%'; {SIZES} take bytes"
+        )
     return budget
 
 

@@ -89,7 +89,7 @@ def _check_axes(plan: Plan) -> None:
     if plan.policy is not None:
         raise LowkeyError(
             f"plan: drops tokens by policy {plan.policy['name']!r}, which no plain checkpoint does; use the "
-            "plan, or make one with `lowkey plan --no-eviction`"
+            "plan, or make one with `lowkey compress --sinks 0 --recent 0`"
         )
 
 

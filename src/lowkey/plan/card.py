@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lowkey.core.types import LowkeyError
-from lowkey.plan.held_bytes import held_bytes
+from lowkey.plan.held_bytes import held_bytes, text_decides
 
 if TYPE_CHECKING:  # that module imports this one
     from lowkey.plan.plan import Plan
@@ -37,13 +37,35 @@ def axes_kept(plan: Plan) -> dict[str, str]:
     if policy is not None:
         budget = policy["budget"] or "what its rule says"
         tokens = f"{budget}: policy `{policy['name']}`, allocator `{policy['allocator']['name']}`"
-    window = [f"{n} {word}" for n, word in ((plan.sinks, "sinks"), (plan.recent, "recent tokens")) if n]
+    recent = plan.cache_bytes(BFLOAT16, 1).recent_tokens  # some packings ask for a window of their own
+    window = [f"{n} {word}" for n, word in ((plan.sinks, "sinks"), (recent, "recent tokens")) if n]
     return {
         "rank": rank,
         "bits": f"packed as `{plan.bits}`" if plan.bits else "the model's own numbers",
         "tokens": tokens,
         "exact": " and ".join(window) or "none",
     }
+
+
+def options_kept(plan: Plan) -> list[str]:
+    """What a plan says of its policy beside the budget: the options, and the head scores that it holds."""
+    lines = []
+    if plan.policy is not None:
+        told = [("policy", plan.policy), ("allocator", plan.policy["allocator"])]
+        options = [f"options of {what} `{part['name']}`: {_words(part['parameters'])}" for what, part in told]
+        lines.append("; ".join(options))
+    if plan.heads:
+        h = plan.geometry["kv_heads"]
+        kinds = ", ".join(f"`{kind}`" for kind in plan.heads)
+        lines.append(f"head scores: {kinds}, of {len(plan.stored_shapes())} layers of {h} KV heads each")
+    return lines
+
+
+def _words(options: dict) -> str:
+    """Options in words; of a list only how long it is, and nothing of an empty one."""
+    lists = {k: f"({len(v)} given)" for k, v in options.items() if isinstance(v, list | tuple)}
+    given = {k: lists.get(k, v) for k, v in options.items() if k not in lists or len(v)}
+    return ", ".join(f"{k}={v}" for k, v in given.items()) or "none"
 
 
 def bytes_kept(plan: Plan) -> str:
@@ -106,6 +128,8 @@ def plan_card(plan: Plan) -> str:
     shown = {} if plan.token_ranks else plan.ranks
     ranks = "".join(f"| {i} | {k} | {v} |\n" for i, (k, v) in shown.items())
     table = f"\n| layer | key rank | value rank |\n|---|---|---|\n{ranks}" if ranks else ""
+    options = "".join(f"\n{line[0].upper()}{line[1:]}.\n" for line in options_kept(plan))
+    most = ", at most (the text decides)" if text_decides(plan) else ""
     origin = (
         f"\nCalibrated on {known.get('tokens')} tokens\n"
         f"(sha256 `{str(known.get('data_sha256'))[:16]}`, seed {known.get('seed')}).\n"
@@ -120,8 +144,8 @@ In {len(plan.stored_shapes())} layers of {g["kv_heads"]} KV heads x {g["head_dim
 | axis | what is kept |
 |---|---|
 {axes}
-
-What one sequence takes in these layers after its prompt, in bfloat16:
+{options}
+What one sequence takes in these layers after its prompt, in bfloat16{most}:
 
 | tokens | bytes | of the full cache |
 |---|---|---|

@@ -85,6 +85,10 @@ class Composer:
         """Bytes that one sequence takes under a plan."""
         return held_bytes(plan, self.tokens, self.itemsize)
 
+    def budget_text(self, budget: float) -> str:
+        """A budget of bytes as a share of the full cache, as plans say it."""
+        return f"{100 * budget / self.full_bytes:.4g}%"
+
     def without_ranks(self, bits: str, tokens: float, recent: int = DEFAULT_WINDOW.recent) -> Plan:
         """The plan of full rank in a packing that keeps a share of the tokens."""
         made_for = {"model": self.model.config._name_or_path, "model_sha256": self.fingerprint}
@@ -118,7 +122,7 @@ class Composer:
                 fitted = self.fit(Budget(asked, "bytes"), candidate.bits, candidate.recent)
             except LowkeyError:
                 return best
-            plan = replace(fitted, policy=policy, budget=f"{100 * budget / self.full_bytes:.4g}%")
+            plan = replace(fitted, policy=policy, budget=self.budget_text(budget))
             dense = replace(fitted, policy=None)
             held = self.held(plan)
             if held <= budget and (best is None or held > self.held(best)):

@@ -165,6 +165,12 @@ def search_plans(
     words, unseen = _split(texts, held_out)
     attach(model)
     search = replace(search, context=_context(model, tokenizer, search))
+    for name, given in (("calibration text", words), ("held-out text", unseen)):
+        if (count := len(text.encode(tokenizer, given))) < search.context:
+            raise LowkeyError(
+                f"{name}: {count} tokens are too few for a window of {search.context}; give a longer text, "
+                "or windows of fewer tokens"
+            )
     temporary = tempfile.TemporaryDirectory() if work is None else nullcontext(str(work))
     with temporary as folder:
         place = Path(folder)
@@ -207,9 +213,12 @@ def search_plans(
     ]
     best = _best(rows)
     frontier = sorted(rows, key=lambda row: (row["bytes_per_token"], row["kl"]))
+    for row, own in zip(result["rows"][1:], rows, strict=True):
+        row["chosen"] = own is best
     chosen = list(plans.values())[rows.index(best)]
     profile = {**chosen.profile, "at": tokens, "frontier": frontier, "choice": best}
-    return Planned(replace(chosen, profile=profile), best, frontier, result)
+    plan = replace(chosen, profile=profile, budget=composer.budget_text(budget))
+    return Planned(plan, best, frontier, result)
 
 
 def _add_recall(result: dict, plans: dict[Candidate, Plan], words: str, cases: int, measure: Measure) -> None:
@@ -224,6 +233,8 @@ def _add_recall(result: dict, plans: dict[Candidate, Plan], words: str, cases: i
 
 def check_axes(axes: Sequence[str]) -> None:
     """Refuse axes that are none, or none at all. Raises: LowkeyError."""
+    if isinstance(axes, str):
+        raise LowkeyError(f"axes {axes!r}: give a list, like ['rank', 'bits']")
     for axis in axes:
         if axis not in AXES:
             raise LowkeyError(f"axis {shown(axis)} is unknown; {nearest_name(axis, AXES)}")
@@ -263,8 +274,8 @@ def _check_budget(
     if budget < least:
         raise LowkeyError(
             f"keep {keep}: {composer.tokens} tokens take at least {in_words(least, up=True)} on the axes "
-            f"{', '.join(axes)} ({100 * least / composer.full_bytes:.2g}% of the full cache); give more, or "
-            "more axes"
+            f"{', '.join(axes)} ({100 * least / composer.full_bytes:.3g}% of the full cache); give more, "
+            "more axes or a longer context"
         )
 
 
@@ -445,17 +456,27 @@ def _measure(
 
 
 def _setting(model: PreTrainedModel, number: int, plan: Plan) -> Setting:
-    setting = planned(model, plan, "")
-    return replace(setting, name=f"{number + 1}: {setting.name}")
+    setting, kept = planned(model, plan, ""), []
+    if plan.factors:
+        kept.append(f"rank {100 * rank_share(plan):.1f}%")
+    if plan.bits is not None:
+        kept.append(plan.bits)
+    if plan.policy is not None:
+        kept.append(f"{plan.policy['name']} {Budget.parse(plan.policy['budget'])}")
+    return replace(setting, name=f"{number + 1}: {', '.join(kept)}")
+
+
+def rank_share(plan: Plan) -> float:
+    """The share of the numbers of a token that a plan stores, in the mean over layers."""
+    heads, shapes = plan.geometry["kv_heads"], plan.stored_shapes()
+    stored = sum(heads // merge * width for layer in shapes for merge, width in layer)
+    return stored / (2 * heads * plan.geometry["head_dim"] * len(shapes))
 
 
 def _frontier_row(composer: Composer, plan: Plan, candidate: Candidate, row: dict) -> dict:
     """What a result says of one plan."""
-    whole, numbers = 2 * plan.geometry["kv_heads"] * plan.geometry["head_dim"], plan.stored_shapes()
-    heads = plan.geometry["kv_heads"]
-    stored = sum(heads // merge * width for layer in numbers for merge, width in layer)
     return {
-        "rank": stored / (whole * len(numbers)),
+        "rank": rank_share(plan),
         "bits": candidate.bits,
         "tokens": candidate.tokens,
         "axes": list(candidate.axes),

@@ -156,7 +156,7 @@ class UniformTokens(TokenAllocator):
         return _apportioned(request, torch.ones(request.scores.shape[:2]), request.share())
 
 
-class Planned(TokenAllocator):
+class PlannedCounts(TokenAllocator):
     """An allocator whose counts are known before there are scores, for every layer and head."""
 
     scope: ClassVar[Scope] = "layer"
@@ -177,7 +177,7 @@ class Planned(TokenAllocator):
 
 
 @dataclass(frozen=True)
-class Pyramid(Planned):
+class Pyramid(PlannedCounts):
     """PyramidKV: lower layers keep more. All heads of a layer keep the same number.
 
     With b the budget per head beyond sinks and recent tokens, layers get from `2b - b/beta` (the first) to
@@ -295,7 +295,7 @@ class Blocks(TokenAllocator):
 
 
 @dataclass(frozen=True)
-class HeadKV(Planned):
+class HeadKV(PlannedCounts):
     """HeadKV: heads get tokens by an importance that was measured beforehand.
 
     Beyond sinks and recent tokens, `1/beta` of every head's budget goes to a pool that is split in proportion
@@ -341,7 +341,7 @@ class HeadKV(Planned):
 
 
 @dataclass(frozen=True)
-class Classes(Planned):
+class Classes(PlannedCounts):
     """RazorAttention's two classes of heads: retrieval heads keep all they can, the others share the rest
     equally.
 

@@ -201,6 +201,8 @@ class Policy(ABC):
     layer: ClassVar[str] = "evicting"
     # Whether that layer holds, in every KV head, one token that stands for all that were dropped.
     compensates: ClassVar[bool] = False
+    # Whether that layer drops channels of the keys that it keeps.
+    prunes_channels: ClassVar[bool] = False
     # In words, what it does to keys that neither a plan nor integers allow; empty if any stored form will do.
     needs_whole_keys: ClassVar[str] = ""
 

@@ -35,6 +35,7 @@ class ThinK(SnapKV):
     summary: ClassVar[str] = "SnapKV, and the weakest key channels go too"
     paper: ClassVar[str] = "arXiv:2407.21018"
     layer: ClassVar[str] = "pruning"
+    prunes_channels: ClassVar[bool] = True
     needs_whole_keys: ClassVar[str] = "drops channels of the model's own keys"
 
     channels: float = option(0.6, above=0, at_most=1)

@@ -112,13 +112,19 @@ def _panel(ax: Axes, rows: list[Row], key: str, styles: dict[tuple[str, ...], di
 
 
 def frontier_summary(rows: Sequence[Row]) -> str | None:
-    """The least loss of a combination beside that of a single axis; None if one of them was not measured."""
+    """The plan's row beside the best choice on a single axis; None if one of them was not measured.
+
+    Results of earlier versions do not say which row the plan is: then it is the combination of least loss.
+    """
     found = [row for row in rows if is_candidate(row) and measured(row, "kl_decode") is not None]
     single = [row for row in found if len(axes_of(row)) == 1]
     joint = [row for row in found if len(axes_of(row)) > 1]
     if not single or not joint:
         return None
     best, alone = (min(some, key=lambda row: measured(row, "kl_decode") or 0.0) for some in (joint, single))
+    for row in found:
+        if row.get("chosen") is True:
+            return f"The plan, {_told(row)}; the best choice on a single axis, {_told(alone)}."
     return f"The best combination, {_told(best)}; the best choice on a single axis, {_told(alone)}."
 
 

@@ -80,12 +80,12 @@ class EvictionCosts:
         entry_bytes: of one entry, in each layer that evicts.
         fixed_bytes: what is held whatever is kept: indices, and the layers that slide.
         protected: (sinks, recent tokens) that are always kept.
-        sink_slots: sinks that are held exactly. Their slots are held even while they are empty.
-        exact_recent: recent tokens that are held exactly.
+        exact: sinks and recent tokens that are held exactly. A sink's slot is held even while it is empty.
+        whole_recent: so many recent tokens take as much as exact ones, wherever they lie.
         exact_extra_bytes: how much more than an entry an exact token takes, in each row, on average over
             layers.
-        copy_bytes: what a sink takes that is also among the stored tokens, in the same way.
-        slots_stay_empty: whether a sequence may have fewer sinks than slots, however long it is.
+        slot_bytes: of a sink's slot, in each row.
+        copy_bytes: what a sink in a slot takes that is also among the stored tokens, in the same way.
         expected_tokens: tokens that will be given again and then stay. A budget counts them as seen.
         expected_bytes: what they will take.
         rows_of_heads: for each layer, the row of each KV head; None if every head has a row of its own.
@@ -96,11 +96,11 @@ class EvictionCosts:
     entry_bytes: tuple[float, ...]
     fixed_bytes: float
     protected: tuple[int, int]
-    sink_slots: int = 0
-    exact_recent: int = 0
+    exact: Exact = NO_EXACT_TOKENS
+    whole_recent: int = 0
     exact_extra_bytes: float = 0
+    slot_bytes: float = 0
     copy_bytes: float = 0
-    slots_stay_empty: bool = False
     expected_tokens: int = 0
     expected_bytes: float = 0
     rows_of_heads: tuple[tuple[int, ...], ...] | None = None
@@ -122,10 +122,17 @@ class EvictionCosts:
             granted = budget.amount / self.sequences
         else:
             granted = budget.amount * (tokens + self.expected_tokens)
-        filled = 0 if self.slots_stay_empty else min(tokens, self.sink_slots)
-        exact = min(tokens, filled + self.exact_recent) * self.exact_extra_bytes
-        empty = (self.sink_slots - filled) * (self.mean_entry_bytes + self.exact_extra_bytes)
-        return granted - self.fixed_bytes - self.expected_bytes - self.heads * (exact + empty)
+        # a sequence may have fewer sinks than a rule has slots for, however long it is
+        filled = 0 if self.exact.rule else min(tokens, self.exact.sinks)
+        recent = max(self.whole_recent, self.exact.recent)
+        exact = min(tokens, filled + recent) * self.exact_extra_bytes
+        # slots that are empty, and those whose sink is also in the window
+        slots = (self.exact.sinks - min(filled, self._sinks_behind_window(tokens))) * self.slot_bytes
+        return granted - self.fixed_bytes - self.expected_bytes - self.heads * (exact + slots)
+
+    def _sinks_behind_window(self, tokens: int) -> int:
+        """How many sinks such a sequence has that have left the window, at most."""
+        return min(self.exact.sinks, max(0, tokens - self.exact.recent))
 
     def protected_bytes(self, tokens: int) -> float:
         """The bytes of the sinks and recent tokens of such a sequence, which are always kept."""
@@ -133,7 +140,7 @@ class EvictionCosts:
 
     def fits(self, policy: Policy, tokens: int) -> bool:
         """Whether a budget of bytes holds all tokens of such a sequence."""
-        each = tokens * self.mean_entry_bytes + min(tokens, self.sink_slots) * self.copy_bytes
+        each = tokens * self.mean_entry_bytes + self._sinks_behind_window(tokens) * self.copy_bytes
         return self.bytes_left(policy, tokens) + BYTE_ROUNDING >= self.heads * each
 
     def tokens_per_head(self, policy: Policy, tokens: int) -> float:

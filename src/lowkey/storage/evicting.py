@@ -125,8 +125,7 @@ class EvictingLayer(RowLayer):
         rows, shapes = self.row_heads * layers, self.cache_eviction.shapes(tuple(self.shapes.values()))
         stored_bytes = [self._packed_token_bytes(of_layer) for of_layer in shapes]
         packed, beside = sum(stored_bytes) / layers, self.rows_positions.element_size() + self._score_bytes()
-        stored = self._stored_until() + self.expected_tokens
-        sliding = itemsize * self.cache_eviction.sliding_numbers(stored)
+        sliding = itemsize * self.cache_eviction.sliding_numbers(self._stored_until() + self.expected_tokens)
         # the last block of a row is filled up, at most by all but one of its tokens
         filled = rows * (self.block - 1) * packed
         # tokens that are given again stay dense; those that fill no block yet are exact
@@ -138,10 +137,9 @@ class EvictingLayer(RowLayer):
             entry_bytes=tuple(each + beside for each in stored_bytes),
             fixed_bytes=layers * self.index_bytes() / b + sliding + filled,
             protected=protected_tokens(self.policy, self.exact),
-            sink_slots=self.exact.sinks,
-            exact_recent=self.exact.recent,
-            slots_stay_empty=self.exact.rule is not None,
+            exact=self.exact,
             exact_extra_bytes=self._exact_token_bytes() + self._score_bytes() - packed - beside,
+            slot_bytes=self._exact_token_bytes(),
             copy_bytes=packed,
             expected_tokens=self.expected_tokens,
             expected_bytes=rows * expected,

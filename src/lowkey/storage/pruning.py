@@ -176,7 +176,7 @@ class PruningLayer(EvictingLayer):
             whole,
             entry_bytes=(self.pruned_entry_bytes,) * len(whole.entry_bytes),
             fixed_bytes=whole.fixed_bytes + next_pruning,
-            exact_recent=self._whole_tokens(),
+            whole_recent=self._whole_tokens(),
             exact_extra_bytes=self.entry_bytes - self.pruned_entry_bytes,
         )
 

@@ -47,6 +47,29 @@ def test_a_plan_on_any_axes_comes_back(tmp_path, rank, bits, tokens, window):
     assert f"| 1024 | {held_bytes(plan, 1024, 2)} |" in card
 
 
+@pytest.mark.parametrize(("bits", "window"), [("kivi4", "32 recent tokens"), ("int8", "none")])
+def test_the_card_names_the_window_of_a_packing(bits, window):
+    """A cache of `kivi4` keeps 32 tokens exact, whatever the plan says."""
+    own = made(False, bits, None, 0, 0)
+    assert f"| exact | {window} |" in plan_card(own)
+    exact = lowkey.make_cache(pico.attached("llama"), own).layers[0].exact
+    assert (exact.sinks, exact.recent) == (0, 32 if bits == "kivi4" else 0)
+
+
+def test_the_card_names_options_and_head_scores():
+    heads = {"r2": [[1.0, 2.0, 0.5, 0.25]] * 3}
+    written = policy_to_dict(make_policy("headkv-r2", "30%", {"window": "16", "recent": "11"}, {"beta": "3"}))
+    card = plan_card(replace(made(True, None, None), policy=written, heads=heads))
+    assert "\nOptions of policy `snapkv`: " in card and "window=16" in card and "recent=11" in card
+    assert "options of allocator `headkv`: kind=r2, beta=3.0" in card
+    assert "\nHead scores: `r2`, of 3 layers of 4 KV heads each.\n" in card
+    assert "at most" not in card and "Options" not in plan_card(made(True, None, None))
+    competing = policy_to_dict(make_policy("snapkv", "30%", {"allocator": "global"}))
+    assert "in bfloat16, at most (the text decides):" in plan_card(
+        replace(made(True, None, None), policy=competing)
+    )
+
+
 def test_a_plan_of_format_3_loads(tmp_path):
     made(True, "int4", None).save(tmp_path / "plan")
 

@@ -142,6 +142,27 @@ def test_the_budget_holds_where_ranks_differ(allocator, ranks, bits):
         assert bits == "kivi4" or held >= (0.9 if allocator == "blocks" else 0.97) * limit
 
 
+@pytest.mark.parametrize("bits", [None, "int8", "kivi4"])
+@pytest.mark.parametrize("length", [3, 30, 34, 60])
+def test_sinks_that_are_still_in_the_window_are_held_twice(bits, length):
+    """The smallest budget of a short prompt is the one that the refusal names."""
+    model = attached("llama")
+
+    def fill(text):
+        cache = make_cache(model, pico.plan(model, bits=bits, sinks=4, recent=32), policy("snapkv", text))
+        with torch.no_grad():
+            model(prompt(length, 1), past_key_values=cache)
+        return counted(cache)
+
+    with pytest.raises(LowkeyError, match="give that, or lower sinks") as refused:
+        fill("1 KiB")
+    text = re.search(r"take ([\d.]+ (B|KiB)) for", str(refused.value))[1]
+    limit = resolve_budget(text)[0]
+    assert fill(text) <= limit
+    if length in (30, 34) and bits != "kivi4":  # whose blocks reserve what a row may be filled up with
+        assert fill(text) >= limit - 103  # a tenth of a KiB
+
+
 def test_a_stateful_policy_keeps_to_bytes_where_ranks_differ():
     for name in ("h2o", "kv-compress"):
         model = attached("llama")
