@@ -174,7 +174,7 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     ([*PLAN, "--memory", "2GiB", "--context", "8m"], ["context '8m'", "32k"]),
     ([*PLAN, "--memory", "2GiB", "--context", "0"], ["context 0", "at least 1"]),
     ([*PLAN, "--memory", "2GiB", "--context", "8k", "--sequences", "0"], ["sequences 0", "at least 1"]),
-    ([*PLAN, "--keep", "120%"], ["budget '120%'", "100%"]),
+    ([*PLAN, "--keep", "120%"], ["keep '120%'", "100%"]),
     ([*PLAN, "--keep", "2 KiB"], ["keep '2 KiB'", "12.5%"]),
     ([*PLAN, "--bytes-per-token", "10%"], ["bytes per token '10%'", "4096"]),
     ([*PLAN, "--keep", "9%", "--axes", "rank,bit"], ["axis 'bit'", "did you mean 'bits'?"]),
