@@ -8,7 +8,7 @@ import pytest
 from commands import done, printed, refused
 
 STEP = ("bench", "step")
-SMALL = ("--context", "48,64", "--rounds", 1)
+SMALL = ("--context", "48,256", "--rounds", 1)
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +26,12 @@ def test_json_has_the_fields_of_the_contract(found, made):
     assert all(list(row) == fields for row in found["rows"])
     plan = f"plan:{made[0]}"
     names = ["stock", "full", "streamingllm:50%", "kivi4", plan, f"{plan}+streamingllm:50%+int8", "fastgen"]
-    assert [(r["context"], r["setting"]) for r in found["rows"]] == [(n, s) for n in (48, 64) for s in names]
+    assert [(r["context"], r["setting"]) for r in found["rows"]] == [(n, s) for n in (48, 256) for s in names]
 
 
 def test_settings_store_what_they_say(found, made):
     """Names, and bytes in their order: a policy over a plan in integers holds less than each by itself."""
-    held = {row["setting"]: row["bytes_held"] for row in found["rows"] if row["context"] == 64}
+    held = {row["setting"]: row["bytes_held"] for row in found["rows"] if row["context"] == 256}
     plan = f"plan:{made[0]}"
     assert held["stock"] == held["full"]
     assert held["full"] > held["streamingllm:50%"] > held[f"{plan}+streamingllm:50%+int8"]
