@@ -13,7 +13,9 @@ from lowkey.backends.stored import StoredRows
 from lowkey.models.families import Rope
 from lowkey.storage.codec import Codec
 
-REBUILT_AT_ONCE = 512  # of each row that are rebuilt at a time; a multiple of any packing's block
+# tokens of each row that are rebuilt at a time, a multiple of any block of a packing; with fewer, threads of torch
+# and of numba take turns too often
+REBUILT_AT_ONCE = 2048
 
 
 Rotation = tuple[np.ndarray, np.ndarray, int]
@@ -83,7 +85,7 @@ class RebuiltKeys:
             mean = None if mean is None else mean.repeat(self.sequences, 1, 1)
         for start in range(0, longest, REBUILT_AT_ONCE):
             stop = min(start + REBUILT_AT_ONCE, longest)
-            latents = self.keys.decoded(start, stop, torch.float32)
+            latents = self.keys.decoded(start, stop, torch.float32 if self.keys.bits else query.dtype)
             heads = latents.to(query.dtype) @ up
             heads = heads if mean is None else heads + mean
             place = self.positions, self.firsts + start, lengths - start
