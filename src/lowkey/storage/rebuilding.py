@@ -13,8 +13,8 @@ from lowkey.backends.stored import StoredRows
 from lowkey.models.families import Rope
 from lowkey.storage.codec import Codec
 
-# tokens of each row that are rebuilt at a time, a multiple of any block of a packing; with fewer, threads of torch
-# and of numba take turns too often
+# Tokens of each row that are rebuilt at a time, a multiple of any block of a packing. With fewer, threads of
+# torch and of numba take turns too often.
 REBUILT_AT_ONCE = 2048
 
 
