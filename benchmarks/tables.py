@@ -174,6 +174,20 @@ def planner_table(name: str) -> list[str]:
     return table(["budget", "draw", "", "rank", "bits", "tokens", "bytes", "KL", "recall"], lines)
 
 
+def steps_table(machine: str) -> list[str]:
+    """Time of a decode step over transformers' own in the same run, by contexts and threads."""
+    rows = rows_of(f"bench/{machine}", "models")["smollm2"]["rows"]
+    places = sorted({(row["context"], row["threads"]) for row in rows})
+    lines = []
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        own = {(row["context"], row["threads"]): row for row in rows if row["setting"] == setting}
+        quotients = [f"{own[place]['ratio_to_stock']:.2f}" for place in places]
+        reads = max(row["value_reads"] for row in own.values())
+        lines.append([setting, *quotients, f"{own[places[0]]['operations']:,}", reads])
+    heads = [f"{n:,} tokens, {t} thread{'s' * (t > 1)}" for n, t in places]
+    return table(["cache", *heads, "operations", "value reads"], lines)
+
+
 def frontier_table(name: str, keep: str) -> list[str]:
     """All rows of the first draw at one budget, the best KL first."""
     rows = [row for row in rows_of(name) if (row["keep"], row["draw"]) == (keep, 0)]
@@ -331,6 +345,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "smollm2-policies": questions_table,
     "smollm2-plan": partial(planner_table, "smollm2/plan"),
     "smollm2-plan-frontier": partial(frontier_table, "smollm2/plan", "12.5%"),
+    "smollm2-steps": partial(steps_table, "amd-epyc-2-cores"),
     "tiny-plan": partial(planner_table, "tiny/plan"),
     "tiny": partial(equal_bytes_table, "tiny"),
     "stories260K": partial(equal_bytes_table, "stories260K"),
