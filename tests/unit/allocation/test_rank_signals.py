@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from error_surfaces import HEADS, ITEMSIZE, RANKS, bowl, decaying, full_bytes, profile
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lowkey.allocation.allocators import (
@@ -55,13 +55,18 @@ def split(name, pairs, ranks, share):
         return p, share * full, None
 
 
+EIGHTHS = tuple(range(16, 129, 16))
+
+
 @by_signal
 @settings(max_examples=200, deadline=None)
 @given(pairs=signals, ranks=grids, share=shares)
+@example(pairs=[(0.0, 0.0)] * 4 + [(0.0, 1.0)], ranks=EIGHTHS, share=0.19999999999999996)
 def test_ranks_by_signal_stay_within_the_bytes(name, pairs, ranks, share):
     p, limit, found = split(name, pairs, ranks, share)
     if found is not None:
-        assert p.bytes_per_token(found) <= limit and len(found) == p.layer_count
+        # bytes are whole numbers, and a share times all of them may fall short of one by rounding
+        assert p.bytes_per_token(found) <= limit * (1 + 1e-12) and len(found) == p.layer_count
         assert all(r in ranks for pair in found for r in pair)
 
 
