@@ -55,8 +55,13 @@ def stored_rows(
     return stored.stored_rows(query, keys, values, lengths, scaling, softcap, mask, longest, alike)
 
 
+def prepares(device: torch.device) -> bool:
+    """Whether this device has a kernel for `prepared_segments`."""
+    return device.type == "cpu" and numba_cpu.available()
+
+
 def prepared_segments(queries: int, segments: Sequence[StepSegment]) -> numba_cpu.Segments | None:
-    """Make ready for many decode steps over tokens of several kinds, one kernel call each.
+    """Make ready for many decode steps over tokens of several kinds, one kernel call each, where `prepares`.
 
     Args:
         queries: of each row.
@@ -66,7 +71,4 @@ def prepared_segments(queries: int, segments: Sequence[StepSegment]) -> numba_cp
         What answers calls; None if no kernel can read all of the tokens where they lie.
     """
     stored = [x for s in segments for x in (s.keys, s.values) if x is not None]
-    on_cpu = all(x.numbers.device.type == "cpu" for x in stored)
-    if on_cpu and numba_cpu.available() and all(map(numba_cpu.reads, stored)):
-        return numba_cpu.Segments(queries, segments)
-    return None
+    return numba_cpu.Segments(queries, segments) if all(map(numba_cpu.reads, stored)) else None

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lowkey.backends import fused, grouped
 from lowkey.backends.segment import Part, Segment, merge_parts
-from lowkey.backends.stored import MOST_HIDDEN, StepSegment
+from lowkey.backends.stored import MOST_HIDDEN, StepSegment, StoredRows
 from lowkey.core.types import LowkeyError
 from lowkey.models.attention_interface import Call
 from lowkey.storage.base import RECORD_FIRST
@@ -156,12 +156,7 @@ class CodedLayer(StoredTokens):
             segments.append((exact_segment(self.sink_k, self.sink_v, self.exact.sinks), None))
         if count := self._slots_held()[0]:
             heads = self.recent_k.shape[1]
-            keys, values = (
-                stored_densely(packing, self.packed_tensors(name), width)
-                for (name, packing), (_, width) in zip(
-                    self.packing.items(), self.shapes.values(), strict=True
-                )
-            )
+            keys, values = self._dense_rows()
             values = values.repeated(heads // self.shapes["values"][0])
             rebuilt = None
             if rebuilds:
@@ -179,30 +174,10 @@ class CodedLayer(StoredTokens):
         """See `SteppingLayer._parts_of_step`."""
         parts: list[Part] = []
         if stored:
-            keys, values = (
-                stored_densely(packing, self.packed_tensors(name), self.shapes[name][1])
-                for name, packing in self.packing.items()
-            )
-            rows = len(self.offset) * call.query.shape[1] // self.codec.heads_per_row
-            hidden = 0 if self.front_start else self.exact.sinks
             mask = None
-            if hidden:
-                mask = (torch.arange(stored, device=self.device) >= hidden).view(1, 1, stored)
-            part = attend_to_stored(
-                self.codec,
-                call.query,
-                self.positions_of(self.seen - 1, self.seen),
-                keys,
-                values,
-                torch.full((rows,), stored, device=self.device),
-                self._positions_of_slots,
-                call.scaling,
-                call.softcap,
-                mask,
-                stored,
-                alike=True,
-            )
-            parts.append(part)
+            if self.exact.sinks and not self.front_start:
+                mask = (torch.arange(stored, device=self.device) >= self.exact.sinks).view(1, 1, stored)
+            parts.append(self._attend_to_dense(call, stored, mask))
         start, stop = window
         exact = [Segment(call.query, self.recent_k[:, :, start:stop], self.recent_v[:, :, start:stop])]
         if self.exact.sinks:
@@ -260,36 +235,44 @@ class CodedLayer(StoredTokens):
         """
         (count, ahead), t = self.storable(), call.query.shape[3]
         mask, segments = self._exact_segments(call, buffer_k, buffer_v, exact)
-        at = self.positions_of(self.seen - t, self.seen)
         parts: list[Part] = []
         if count:
-            keys, values = (
-                stored_densely(packing, self.packed_tensors(name), self.shapes[name][1])
-                for name, packing in self.packing.items()
-            )
-            rows = len(self.offset) * call.query.shape[1] // self.codec.heads_per_row
-            part = attend_to_stored(
-                self.codec,
-                call.query,
-                at,
-                keys,
-                values,
-                torch.full((rows,), count, device=self.device),
-                self._positions_of_slots,
-                call.scaling,
-                call.softcap,
-                None if mask is None else mask[..., :count],
-            )
-            parts.append(part)
+            parts.append(self._attend_to_dense(call, count, None if mask is None else mask[..., :count]))
         if ahead > count:
             # tokens that wait for other sequences: at most one block, seen as they will be stored
             waiting = self._packed(buffer_k, buffer_v, count, ahead)
             k, v = (p.unpack(waiting[name], self.shapes[name][1]) for name, p in self.packing.items())
+            at = self.positions_of(self.seen - t, self.seen)
             segment = self.codec.segment(call.query, k, v, self._positions_of_slots(count, ahead), at)
             segments.insert(0, replace(segment, mask=None if mask is None else mask[..., count:]))
         if segments:
             parts.append(grouped.partial(segments, call.scaling, call.softcap))
         return parts
+
+    def _dense_rows(self) -> tuple[StoredRows, StoredRows]:
+        """Dense keys and values as kernels read them, a row for each stored head."""
+        keys, values = (
+            stored_densely(packing, self.packed_tensors(name), self.shapes[name][1])
+            for name, packing in self.packing.items()
+        )
+        return keys, values
+
+    def _attend_to_dense(self, call: Call, count: int, mask: Tensor | None) -> Part:
+        """Attention of a few queries over the first `count` dense stored tokens, as they are packed."""
+        rows = len(self.offset) * call.query.shape[1] // self.codec.heads_per_row
+        return attend_to_stored(
+            self.codec,
+            call.query,
+            self.positions_of(self.seen - call.query.shape[3], self.seen),
+            *self._dense_rows(),
+            torch.full((rows,), count, device=self.device),
+            self._positions_of_slots,
+            call.scaling,
+            call.softcap,
+            mask,
+            count,
+            alike=True,
+        )
 
     def _only_stored_tokens_are_seen(self, exact: Tensor) -> bool:
         """Whether no query sees any token exactly, given the sequences (b) that see their chunk exactly."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lowkey.backends.numba_cpu import STRIDE, Segments, score_scale
-from lowkey.backends.ragged import prepared_segments
+from lowkey.backends.ragged import prepared_segments, prepares
 from lowkey.backends.segment import Part, merge_parts
 from lowkey.backends.stored import StepSegment
 from lowkey.models.attention_interface import Call
@@ -85,6 +85,7 @@ class SteppingLayer(PositionedLayer):
     """
 
     codec: Codec
+    is_lossless: bool
     recent_k: Tensor
     recent_v: Tensor
     room: Room | None = None
@@ -101,6 +102,10 @@ class SteppingLayer(PositionedLayer):
     @abstractmethod
     def _ready_when_seen(self, seen: int) -> int:
         """How many dense slots are ready to be stored when `seen` tokens were seen, without padding."""
+
+    @abstractmethod
+    def _hides_sinks(self, stored: int) -> bool:
+        """Whether no sink is in the window, given how many slots are stored."""
 
     @abstractmethod
     def _store_ahead(self, count: int, ahead: int) -> None:
@@ -219,7 +224,8 @@ class SteppingLayer(PositionedLayer):
 
     def _prepared_step(self, call: Call, room: Room) -> PreparedStep:
         """Prepare for the steps of a room."""
-        own = self._segments_of_step(call.softcap)
+        # asked first: what follows looks into the memory of tensors
+        own = self._segments_of_step(call.softcap) if prepares(self.device) else None
         if own is None:
             return PreparedStep(None)
         segments, rebuilt = zip(*own, strict=True)
@@ -312,12 +318,6 @@ class SteppingLayer(PositionedLayer):
         self.room_size = size
         self.room, self.steps = Room(before, steps, window, stored, more), 0
         self.prepared = None
-
-    is_lossless: bool
-
-    @abstractmethod
-    def _hides_sinks(self, stored: int) -> bool:
-        """Whether no sink is in the window, given how many slots are stored."""
 
     def make_compact(self) -> None:
         """Give up the room: no tensor is longer than what it holds."""
