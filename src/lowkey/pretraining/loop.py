@@ -4,6 +4,7 @@ numbers.
 
 from __future__ import annotations
 
+import atexit
 import math
 import signal
 import threading
@@ -108,10 +109,10 @@ def pretrain(
         if accelerator.is_main_process:
             checkpoint.claim(out, job, force)
         accelerator.wait_for_everyone()
-        if recipe.training.log_with:
-            accelerator.init_trackers("lowkey")
         if (out / checkpoint.RESULT).exists():
             return _finished(out, model.float().to(accelerator.device), corpus)
+        if recipe.training.log_with:
+            accelerator.init_trackers("lowkey")
         run = Run.of(recipe, corpus, accelerator, model.float(), out)
         with torch.enable_grad():
             train(run, progress)
@@ -139,11 +140,22 @@ def _accelerator(recipe: Recipe, out: Path, device: str) -> Accelerator:
                 f"training.log_with {name!r}: is not installed; pip install {name}, or leave it out"
             )
     try:
-        return Accelerator(cpu=device == "cpu", log_with=wanted or None, project_dir=out if wanted else None)
+        made = Accelerator(cpu=device == "cpu", log_with=wanted or None, project_dir=out if wanted else None)
     except ValueError as error:  # accelerate keeps one device per process
         raise LowkeyError(
             f"device {device!r}: accelerate is set up otherwise in this process ({error}); start a new one"
         ) from error
+    # A process that exits while its group's threads run can be aborted. The group stays until then, because
+    # the process may train again.
+    atexit.unregister(_leave_group)
+    atexit.register(_leave_group)
+    return made
+
+
+def _leave_group() -> None:
+    """Leave torch's process group, if there is one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def train(run: Run, progress: Progress) -> None:
@@ -239,9 +251,9 @@ def _publish(run: Run) -> Trained:
         files.join_folder(run.out / checkpoint.FINISHED, run.out)
         files.write_json(run.out / checkpoint.RESULT, result, TRAINING_FILE)
         (run.out / checkpoint.CHECKPOINT).unlink(missing_ok=True)
-    if run.settings.log_with:
-        run.accelerator.end_training()
     run.accelerator.wait_for_everyone()
+    for tracker in run.accelerator.trackers:  # accelerate's end_training would leave the process group too
+        tracker.finish()
     return Trained(run.plain.eval(), run.corpus.tokenizer, run.losses, result)
 
 
