@@ -8,6 +8,7 @@ figures go into one file, with the machine's description: docs/results/bench/MAC
 They are compared with the file of this name that was committed last, or with another machine's where there
 is none. Compared are times over those of transformers' own cache in the same run. The exit status is 1 if a
 step has become 10 % slower. Run it on an idle machine of two cores or more; it takes less than 20 minutes.
+What a stopped run has finished, context by context, lies in OUT.partial; the same command goes on there.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import re
 import subprocess
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,8 +40,9 @@ from lowkey.models import packaged
 
 ROOT = Path(__file__).parents[1]
 FOLDER = Path("docs") / "results" / "bench"
+MEASURED = "measured.json"  # in the folder of unfinished work
 SLOWER = 1.1  # times the committed quotient
-CONTEXTS = {"tiny": "256,1k", "smollm2": "1k,4k"}
+CONTEXTS = {"tiny": "256,1k", "smollm2": "1k,4k,8k"}
 ROUNDS = {"tiny": 45, "smollm2": 15}  # a step of `tiny` takes milliseconds
 # What a step of smollm2 may take of a stock step, by context and setting.
 BARS: dict[int, dict[str, float]] = {
@@ -67,20 +70,25 @@ def main(
     names = model or (["tiny", *(["smollm2"] if packaged.is_present("smollm2") else [])])
     if quick:
         names, context, counts, rounds = ["tiny"], "64", "1", 1
-    found: dict[str, Any] = {"format": 1, "environment": where, "models": {}}
-    for name in names:
-        timing = StepTiming(
+    place = out or ROOT / FOLDER / f"{machine_name(where)}.json"
+    timings = {
+        name: StepTiming(
             parse_numbers("context", context or CONTEXTS.get(name, "1k"), "StepTiming", "contexts"),
             parse_numbers("threads", counts, "StepTiming", "threads"),
             rounds or ROUNDS.get(name, 15),
         )
-        loaded, tokenizer = open_model(name, "auto", "cpu")
-        found["models"][name] = step_bench(loaded, tokenizer, settings(loaded, tokenizer), timing, bars)
-        show_steps(found["models"][name])
-    place = out or ROOT / FOLDER / f"{machine_name(where)}.json"
+        for name in names
+    }
+    described = {name: asdict(timing) for name, timing in timings.items()}
+    job = {"machine": {k: v for k, v in where.items() if k != "load"}, "models": described}
+    work = files.work_beside(place) if out or not quick else None
+    found = {"format": 1, "environment": where, "models": timed(timings, files.job_folder(work, job))}
+    for result in found["models"].values():
+        show_steps(result)
     before = None if quick else committed(ROOT, place)
-    if out or not quick:
+    if work is not None:
         files.write_json(place, found, "benchmark", ours=True)
+        files.remove_work(work)
         print(f"written to {place}")
     for line in missed_bars(found):
         print(line)
@@ -96,6 +104,31 @@ def main(
         print(f"slower than {name}:", *lines, sep="\n")
         raise typer.Exit(1)
     print(f"no step is 10 % slower than in {name}")
+
+
+def timed(timings: dict[str, StepTiming], folder: Path | None) -> dict[str, Any]:
+    """The results of `step_bench` by model.
+
+    Args:
+        timings: of each model.
+        folder: for unfinished work: each context is written when it is finished, and read if it is there.
+    """
+    known = folder is not None and (folder / MEASURED).exists()
+    found: dict[str, Any] = files.read_work_json(folder, MEASURED)["models"] if known and folder else {}
+    for name, timing in timings.items():
+        finished = {row["context"] for row in found.get(name, {}).get("rows", ())}
+        left = [context for context in timing.contexts if context not in finished]
+        if not left:
+            continue
+        model, tokenizer = open_model(name, "auto", "cpu")
+        makers = settings(model, tokenizer)
+        for context in left:
+            result = step_bench(model, tokenizer, makers, replace(timing, contexts=(context,)), bars)
+            rows = found.get(name, {}).get("rows", [])
+            found[name] = result | {"rows": [*rows, *result["rows"]]}
+            if folder is not None:
+                files.write_work_json(folder, MEASURED, {"models": found})
+    return found
 
 
 def settings(

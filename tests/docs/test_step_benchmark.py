@@ -95,11 +95,34 @@ def test_the_exit_status_is_1_if_a_step_got_slower(bench, old, tmp_path, monkeyp
     out = tmp_path / "new.json"
     if quotient > 0.77:
         with pytest.raises(typer.Exit) as stop:
-            bench.main(out, ["smollm2"])
+            bench.main(out, ["smollm2"], "4k")
         assert stop.value.exit_code == 1
         assert "slower than old.json:\nsmollm2, 4096 tokens, 1 thread, int4: 0.80" in capsys.readouterr().out
     else:
-        bench.main(out, ["smollm2"])
+        bench.main(out, ["smollm2"], "4k")
         said = capsys.readouterr().out
         assert "no step is 10 % slower" in said and "another machine (A)" in said
     assert json.loads(out.read_text())["models"]["smollm2"]["rows"] == rows
+
+
+def test_a_stopped_run_goes_on_behind_what_it_finished(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "open_model", lambda *given: (None, None))
+    monkeypatch.setattr(bench, "settings", lambda *given: {})
+    monkeypatch.setattr(bench, "show_steps", lambda found: None)
+    monkeypatch.setattr(bench, "committed", lambda *given: None)
+    asked, out = [], tmp_path / "new.json"
+
+    def step_bench(model, tokenizer, makers, timing, progress):
+        asked.append(*timing.contexts)
+        if asked == [1024, 4096]:
+            raise KeyboardInterrupt
+        return {"rows": [row("stock", 1, *timing.contexts)]}
+
+    monkeypatch.setattr(bench, "step_bench", step_bench)
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(out, ["smollm2"], "1k,4k")
+    assert not out.exists()
+    bench.main(out, ["smollm2"], "1k,4k")
+    assert asked == [1024, 4096, 4096] and not (tmp_path / "new.json.partial").exists()
+    rows = json.loads(out.read_text())["models"]["smollm2"]["rows"]
+    assert [r["context"] for r in rows] == [1024, 4096]
