@@ -123,7 +123,7 @@ POLICIES = (
         "tova",
         "streamingllm",
     ),
-    *("kv-compress", "fastgen", "razor", "think", "knorm", "keydiff"),
+    *("kv-compress", "fastgen", "razor", "think", "knorm", "keydiff", "dropkv", "random"),
 )
 # of heads, that a policy reads
 SCORES = {"headkv-r": ("copy",), "headkv-r2": ("r2",), "razor": ("induction", "echo")}

@@ -10,12 +10,14 @@ import torch
 from lowkey.ops.rope import rotate
 from lowkey.policies.base import EvictionContext
 from lowkey.policies.curdkv import CurDKV
+from lowkey.policies.dropkv import DropKV
 from lowkey.policies.expected import ExpectedAttention
 from lowkey.policies.fastgen import FastGen
 from lowkey.policies.h2o import H2O
 from lowkey.policies.keydiff import KeyDiff
 from lowkey.policies.knorm import Knorm
 from lowkey.policies.kvcompress import KVCompress
+from lowkey.policies.random import Random
 from lowkey.policies.snapkv import SnapKV
 from lowkey.policies.streaming import StreamingLLM
 from lowkey.policies.tova import TOVA
@@ -174,6 +176,56 @@ def by_snapkv(policy, context):
         return around(policy, context, i, j, weights.sum((0, 1)) / (max(real, 1) * len(weights)))
 
     return each(context, score)
+
+
+def by_largest(policy, context):
+    """SnapKV's other aggregations: the largest weight, pooled; `defensive` lifts it to the prompt's mean."""
+
+    def score(i, j):
+        weights, _ = attention(context, i, j, policy.window)
+        pooled = around(policy, context, i, j, weights.amax((0, 1)))
+        looking = context.query_positions[i, -policy.window :]
+        first, at = max(0, int(looking.min())), context.positions[i, j].tolist()
+        prompt = [t for t, p in enumerate(at) if context.valid[i, j, t] and p < first]
+        if policy.aggregation == "defensive" and prompt:
+            mean = sum(pooled[t] for t in prompt) / len(prompt)
+            pooled = [max(x, mean) if t in prompt else x for t, x in enumerate(pooled)]
+        return pooled
+
+    return each(context, score)
+
+
+def by_dropkv(policy, context):
+    """DropKV: attention is taken again without the token."""
+
+    def score(i, j):
+        weights, _ = attention(context, i, j, policy.window or 10**6)
+        values, out = context.values[i, j].double(), [0.0] * context.keys.shape[2]
+        for head in weights:
+            for row in head:
+                whole = row @ values
+                for t in row.nonzero().flatten().tolist():
+                    others = row.clone()
+                    others[t] = 0.0
+                    if float(others.sum()) > 0:
+                        change = others @ values / others.sum() - whole
+                        out[t] += float(change @ change) / len(weights)
+        return out
+
+    return each(context, score)
+
+
+def by_chance(policy, context):
+    """Random: integers that are mixed one by one."""
+
+    def mixed(head, position):
+        x = position + 0x9E3779B1 * head + 0x85EBCA77 * context.layer + 0xC2B2AE3D * policy.seed
+        x %= 2**32
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+            x = (x ^ (x >> shift)) * factor % 2**32
+        return (x ^ (x >> 16)) // 256 / 2**24
+
+    return each(context, lambda i, j: [mixed(j, p) for p in context.positions[i, j].tolist()])
 
 
 def by_position(policy, context):
@@ -356,6 +408,12 @@ CASES = {
     "snapkv mean": (SnapKV(**SMALL, window=3, kernel=5, pooling="mean"), by_snapkv),
     "snapkv unpooled": (SnapKV(**SMALL, window=4, kernel=1), by_snapkv),
     "snapkv of everything": (SnapKV(**SMALL, window=99), by_snapkv),
+    "snapkv largest": (SnapKV(**SMALL, window=4, kernel=3, aggregation="max"), by_largest),
+    "snapkv defensive": (SnapKV(**SMALL, window=3, kernel=5, aggregation="defensive"), by_largest),
+    "dropkv": (DropKV(**SMALL, window=5), by_dropkv),
+    "dropkv all": (DropKV(**SMALL, window=0), by_dropkv),
+    "random": (Random(**SMALL), by_chance),
+    "random seeded": (Random(**SMALL, seed=2**31 - 1), by_chance),
     "streamingllm": (StreamingLLM(**SMALL), by_position),
     "tova": (TOVA(**SMALL), by_tova),
     "h2o": (H2O(**SMALL), by_h2o),

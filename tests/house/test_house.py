@@ -190,7 +190,7 @@ def test_no_plug_in_is_told_by_its_class():
 
 def test_no_plug_in_is_named_outside_its_room():
     """Methods and policies are named in their tables, in their own rooms and in the help of commands."""
-    rooms = {"methods": set(METHODS) - set(ATTENTION), "policies": set(POLICIES)}
+    rooms = {"methods": set(METHODS) - set(ATTENTION), "policies": set(POLICIES) - {"random"}}  # a word, too
 
     def named(path: Path, tree: ast.Module) -> list[str]:
         room = next(iter(path.relative_to(SOURCE).parts[1:]), "")

@@ -16,6 +16,7 @@ from lowkey.core.errors import LowkeyError
 from lowkey.policies.allocators import TOKEN_ALLOCATORS, HeadKV
 from lowkey.policies.base import Policy
 from lowkey.policies.curdkv import CurDKV
+from lowkey.policies.dropkv import DropKV
 from lowkey.policies.expected import ExpectedAttention
 from lowkey.policies.fastgen import FastGen
 from lowkey.policies.h2o import H2O
@@ -23,6 +24,7 @@ from lowkey.policies.keydiff import KeyDiff
 from lowkey.policies.knorm import Knorm
 from lowkey.policies.kvcompress import KVCompress
 from lowkey.policies.kvzip import KVzip
+from lowkey.policies.random import Random
 from lowkey.policies.razor import Razor
 from lowkey.policies.snapkv import SnapKV
 from lowkey.policies.streaming import StreamingLLM
@@ -43,6 +45,8 @@ SCORES: dict[str, type[Policy]] = {
     "think": ThinK,
     "razor": Razor,
     "kvzip": KVzip,
+    "dropkv": DropKV,
+    "random": Random,
 }
 
 POLICIES: dict[str, Callable[..., Policy]] = {
@@ -66,6 +70,7 @@ __all__ = [
     "SCORES",
     "TOVA",
     "CurDKV",
+    "DropKV",
     "ExpectedAttention",
     "FastGen",
     "HeadKV",
@@ -74,6 +79,7 @@ __all__ = [
     "KeyDiff",
     "Knorm",
     "Policy",
+    "Random",
     "Razor",
     "SnapKV",
     "StreamingLLM",

@@ -61,6 +61,7 @@ class EvictionContext:
             part and over the tokens of the repetition itself.
         visible: (b or 1, w, c), given where attention is not causal: which of the newest c candidates each
             query sees.
+        layer: which of the cache's evicting layers this is.
     """
 
     keys: Tensor
@@ -76,6 +77,7 @@ class EvictionContext:
     repeated_span: Tensor | None = None
     repetition_lse: Tensor | None = None
     visible: Tensor | None = None
+    layer: int = 0
 
     def newest_query_positions(self, last: int = 0) -> Tensor:
         """Positions of the newest queries of each row.
@@ -321,12 +323,7 @@ def pooled_scores(
     """
     if kernel == 1:
         return scores
-    observing = context.newest_query_positions(window)
-    if window:
-        prompt_ends = observing.masked_fill(observing < 0, observing.max()).amin(1)
-    else:
-        prompt_ends = observing.amax(1) + 1
-    prompt = context.valid & (context.positions < prompt_ends[:, None, None])
+    prompt = prompt_tokens(context, window)
     # Scores are laid out by position first, because tokens between two candidates may have been evicted:
     # neighbours in memory are not neighbours in the text.
     slot = context.positions.masked_fill(~prompt, 0)
@@ -335,6 +332,16 @@ def pooled_scores(
     )
     pool = max_pool1d if pooling == "max" else avg_pool1d
     return pool(by_position, kernel, stride=1, padding=kernel // 2).gather(2, slot).where(prompt, scores)
+
+
+def prompt_tokens(context: EvictionContext, window: int) -> Tensor:
+    """(b, h, s): which candidates come before the observation window of so many queries; 0 for no window."""
+    observing = context.newest_query_positions(window)
+    if window:
+        prompt_ends = observing.masked_fill(observing < 0, observing.max()).amin(1)
+    else:
+        prompt_ends = observing.amax(1) + 1
+    return context.valid & (context.positions < prompt_ends[:, None, None])
 
 
 def _first_true(flags: Tensor) -> int:

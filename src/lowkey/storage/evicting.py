@@ -452,6 +452,7 @@ class EvictingLayer(RowLayer):
             repeated_span=span,
             repetition_lse=repetition_lse,
             visible=visible_in_chunk(call, candidates.valid[:, 0, -t:] if t else None, self.seen, w),
+            layer=self.layer_slot,
         )
 
     def _remember(self, candidates: Candidates) -> None:

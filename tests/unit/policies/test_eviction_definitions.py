@@ -292,7 +292,24 @@ def by_difference(keys):
     return -(unit * anchor).sum(-1) / anchor.norm(dim=-1)
 
 
+def by_loss(weights, values):
+    """What the outputs of the last eight queries lose with each token."""
+    p, v = weights[..., -8:, :], values[:, :, None]
+    change = v[:, :, :, None] - (p @ v).unsqueeze(-2)
+    return ((p / (1 - p)) ** 2 * (change**2).sum(-1)).sum((2, 3)) / GROUP
+
+
+def by_chance():
+    x = torch.arange(N) + 0x9E3779B1 * torch.arange(HEADS).view(-1, 1)
+    x = (x + 0x85EBCA77 * torch.arange(LAYERS).view(-1, 1, 1)) % 2**32
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = torch.tensor([int(y) * factor % 2**32 for y in (x ^ (x >> shift)).flatten()]).view(x.shape)
+    return ((x ^ (x >> 16)) >> 8).double()
+
+
 SCORED = {
+    "dropkv": lambda w, k, v: by_loss(w, v),
+    "random": lambda w, k, v: by_chance(),
     "streamingllm": lambda w, k, v: torch.arange(N).double().expand(LAYERS, HEADS, N),
     "tova": lambda w, k, v: w[..., -1, :].mean((1, 2))[:, None].expand(-1, HEADS, -1),
     "h2o": lambda w, k, v: w.sum(3).mean(2),
