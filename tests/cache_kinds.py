@@ -31,6 +31,11 @@ def evicting(name, **options):
     return POLICIES[name](BUDGET, **options).with_head_scores(HEADS)
 
 
+def scored(model, plan, name):
+    """A cache with this policy, and with made-up gates if it learns."""
+    return make_cache(model, plan, evicting(name), gates=pico.gates(model, evicting(name)))
+
+
 def planned(model, **fields):
     """A low-rank plan of the model, with head scores where it has four KV heads."""
     return pico.plan(model, heads=HEADS if model.config.model_type == "llama" else {}, **fields)
@@ -53,12 +58,8 @@ KINDS = {
     "exact": lambda m: make_cache(m, exact=Exact(4, 8)),
     "exact-prefill": lambda m: make_cache(m, planned(m), exact=Exact(4, 8, "exact")),
     "rule": lambda m: make_cache(m, bits=8, exact=Exact(4, 8, rule=rule(m))),
-    **{name: partial(lambda n, m: make_cache(m, policy=evicting(n)), name) for name in POLICIES},
-    **{
-        f"plan-{n}": partial(lambda n, m: make_cache(m, planned(m), evicting(n)), n)
-        for n in POLICIES
-        if n != "think"
-    },
+    **{name: partial(lambda n, m: scored(m, None, n), name) for name in POLICIES},
+    **{f"plan-{n}": partial(lambda n, m: scored(m, planned(m), n), n) for n in POLICIES if n != "think"},
     # rank x heads x tokens x bits
     "snapkv-kivi2": lambda m: make_cache(m, policy=evicting("snapkv"), bits="kivi2", exact=SMALL_WINDOW),
     "plan-h2o-4": lambda m: make_cache(m, planned(m, sinks=3, recent=5), evicting("h2o"), bits=4),

@@ -21,6 +21,8 @@ from lowkey.core.types import Factors, Layout
 from lowkey.models import families
 from lowkey.models.fingerprint import model_fingerprint
 from lowkey.plan.plan import Plan, versions
+from lowkey.policies.base import Policy
+from lowkey.policies.gates import Gates
 from lowkey.storage.codec import LowRank, Plain
 from lowkey.storage.coded import CodedLayer
 from lowkey.storage.exact import Exact
@@ -230,6 +232,19 @@ def feed(
         start = stop
     assert start == ids.shape[1], "splits must add up to the length"
     return torch.cat(out, dim=1)
+
+
+def gates(model: PreTrainedModel, policy: Policy) -> Gates | None:
+    """Made-up numbers of a policy that learns something of the model; None for the others."""
+    if not policy.learns:
+        return None
+    shape, generator = families.geometry(model), torch.Generator().manual_seed(3)
+    sizes = policy.gate_shapes(shape.kv_heads, shape.groups, shape.head_dim, families.rotated_width(model))
+    layers = tuple(
+        {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
+        for _ in shape.compressible
+    )
+    return Gates(policy.learns, layers, "pico", model_fingerprint(model), {})
 
 
 def generate(

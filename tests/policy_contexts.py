@@ -21,6 +21,7 @@ from lowkey.policies.random import Random
 from lowkey.policies.snapkv import SnapKV
 from lowkey.policies.streaming import StreamingLLM
 from lowkey.policies.tova import TOVA
+from lowkey.policies.triattention import TriAttention
 
 HEADS, GROUPS, DIM = 2, 3, 8
 SMALL = {"budget": "50%", "sinks": 2, "recent": 2}
@@ -59,7 +60,15 @@ def build(
         softcap=softcap,
         rope=rope,
         previous_scores=torch.zeros(len(tokens), HEADS, width),
+        gates=_gates(groups, cos.shape[-1]),
     )
+
+
+def _gates(groups, rotated):
+    """Centres of queries and the mean norms of their pairs, which are larger than the centres'."""
+    generator = torch.Generator().manual_seed(9)
+    centre = torch.randn(HEADS, groups, DIM, generator=generator)
+    return {"centre": centre, "norms": 3 + torch.rand(HEADS, groups, DIM - rotated // 2, generator=generator)}
 
 
 def _row(tokens, width, groups, seed):
@@ -191,6 +200,52 @@ def by_largest(policy, context):
             mean = sum(pooled[t] for t in prompt) / len(prompt)
             pooled = [max(x, mean) if t in prompt else x for t, x in enumerate(pooled)]
         return pooled
+
+    return each(context, score)
+
+
+def by_centres(policy, context):
+    """TriAttention: every distance and every pair by itself, from the key before its rotation."""
+    centre, norms = (context.gates[name].double() for name in ("centre", "norms"))
+    half = context.rope(torch.zeros(1, 1, dtype=torch.long), context.keys)[0].shape[-1] // 2
+    steps = [2**i for i in range(policy.reach.bit_length())]
+
+    def angles(position):
+        cos, sin = (
+            x[0, 0, 0, :half].double() for x in context.rope(torch.tensor([[position]]), context.keys)
+        )
+        return torch.atan2(sin, cos), float(torch.hypot(cos, sin)[0])
+
+    def pairs(x):
+        return torch.complex(x[:half].double(), x[half : 2 * half].double())
+
+    def score(i, j):
+        there = context.valid[i, j].nonzero().flatten().tolist()
+        newest = max(
+            int(context.positions[i, h, t]) for h in range(HEADS) for t in there if context.valid[i, h, t]
+        )
+        at, raw = (
+            context.positions[i, j].tolist(),
+            torch.zeros(context.queries.shape[2], len(context.valid[i, j])),
+        )
+        for g in range(len(raw)):
+            q, size = pairs(centre[j, g]), norms[j, g]
+            for t in there:
+                turned, factor = angles(at[t])
+                key = pairs(context.keys[i, j, t])
+                plain = torch.polar(key.abs() / factor, key.angle() - turned)
+                rest = context.keys[i, j, t, 2 * half :].double()
+                total = float(rest @ centre[j, g, 2 * half :])
+                for step in steps:
+                    later, _ = angles(newest + step)
+                    shift = later - turned + q.angle() - plain.angle()
+                    total += float((q.abs() * plain.abs() * shift.cos()).sum()) * factor**2 / len(steps)
+                total += float(((size[:half] - q.abs()) * plain.abs()).sum()) * factor**2
+                total += float(((size[half:] - centre[j, g, 2 * half :].abs()) * rest.abs()).sum())
+                raw[g, t] = total
+        known = raw[:, there]
+        normal = (raw - known.mean(1, keepdim=True)) / known.std(1, keepdim=True, unbiased=False)
+        return normal.amax(0) if policy.aggregation == "max" else normal.mean(0)
 
     return each(context, score)
 
@@ -412,6 +467,8 @@ CASES = {
     "snapkv defensive": (SnapKV(**SMALL, window=3, kernel=5, aggregation="defensive"), by_largest),
     "dropkv": (DropKV(**SMALL, window=5), by_dropkv),
     "dropkv all": (DropKV(**SMALL, window=0), by_dropkv),
+    "triattention": (TriAttention(**SMALL, reach=16), by_centres),
+    "triattention mean": (TriAttention(**SMALL, reach=1, aggregation="mean"), by_centres),
     "random": (Random(**SMALL), by_chance),
     "random seeded": (Random(**SMALL, seed=2**31 - 1), by_chance),
     "streamingllm": (StreamingLLM(**SMALL), by_position),

@@ -98,7 +98,8 @@ def continued(name, ids, mask, positions, more, every, pad=0):
     """(kept positions of every layer, the logits of `more` steps): prompt in chunks, the first of 30 tokens
     and padding, then steps.
     """
-    model, cache = attached("llama"), make_cache(attached("llama"), policy=small(name, every=every))
+    model, made = attached("llama"), small(name, every=every)
+    cache = make_cache(model, policy=made, gates=pico.gates(model, made))
     seen, logits = 0, []
     whole = torch.cat([ids, more], 1)
     with torch.no_grad():
@@ -163,10 +164,10 @@ def test_a_row_is_what_it_is_alone(name):
     ids = torch.stack(
         [1 + torch.randperm(96, generator=torch.Generator().manual_seed(row))[:59] for row in range(3)]
     )
-    together = make_cache(model, policy=made)
+    together = make_cache(model, policy=made, gates=pico.gates(model, made))
     got = pico.feed(model, ids, together, pads, sizes)
     for row, pad in enumerate(pads):
-        alone = make_cache(model, policy=made)
+        alone = make_cache(model, policy=made, gates=pico.gates(model, made))
         parts = [40 - pad, 15] if pad < 40 else [55 - pad]
         want = pico.feed(model, ids[row : row + 1, pad:], alone, None, parts + sizes[2:])
         assert (got[row, pad:] - want[0]).abs().max() < 1e-3
@@ -203,7 +204,7 @@ def test_a_single_token_beside_padding_is_what_it_is_alone(name):
     neighbours please.
     """
     model, ids, made = attached("llama"), three(), small(name)
-    together = make_cache(model, policy=made)
+    together = make_cache(model, policy=made, gates=pico.gates(model, made))
     got = pico.feed(model, ids, together, UNEVEN, PIECES)
     assert together.nbytes() == together.predicted_nbytes()
     for row, pad in enumerate(UNEVEN):

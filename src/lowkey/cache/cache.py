@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from lowkey.cache import cachefile
 from lowkey.cache.continuations import ContinuableCache
-from lowkey.cache.refusals import check_combination, check_sink_rule
+from lowkey.cache.refusals import check_combination, check_gates, check_gates_model, check_sink_rule
 from lowkey.core.options import shown
 from lowkey.core.types import LowkeyError, identity_factors
 from lowkey.models import families
@@ -26,6 +26,7 @@ from lowkey.plan.plan import Plan, versions
 from lowkey.plan.rows import rows_of_heads, stored_shapes_of_layers
 from lowkey.policies import policy_from_dict, policy_to_dict
 from lowkey.policies.base import Policy
+from lowkey.policies.gates import Gates
 from lowkey.storage.base import StockLayer, StockSlidingLayer, StoringLayer
 from lowkey.storage.bucketed import bucketed_layer
 from lowkey.storage.budgets import check_window
@@ -46,7 +47,7 @@ EVICTING_LAYERS: dict[str, type[EvictingLayer]] = {
     "pruning": PruningLayer,
 }
 # attributes of layers that never change, so that copies of a cache share them
-SHARED_BY_COPIES = ("policy", "rope", "codec", "codecs", "gate", "exact", "sink_points", "packing")
+SHARED_BY_COPIES = ("policy", "rope", "codec", "codecs", "gate", "exact", "sink_points", "packing", "gates")
 CountedLayer = StoringLayer | StockLayer | StockSlidingLayer
 
 
@@ -60,6 +61,7 @@ class Origin:
         policy: as `make_cache` took it.
         bits: as `make_cache` took it.
         exact: as `make_cache` took it.
+        gates: as `make_cache` took them.
     """
 
     model: weakref.ReferenceType[PreTrainedModel]
@@ -67,6 +69,7 @@ class Origin:
     policy: Policy | None = None
     bits: int | str | None = None
     exact: Exact | None = None
+    gates: Gates | None = None
 
     @property
     def policy_in_use(self) -> Policy | None:
@@ -293,7 +296,7 @@ class LowkeyCache(ContinuableCache):
             "bits": origin.bits,
             "policy": origin.policy and policy_to_dict(origin.policy),
         }
-        cachefile.write_cache(Path(path), self.layers, about, origin.plan, origin.exact, force)
+        cachefile.write_cache(Path(path), self.layers, about, origin, force)
 
 
 def load_cache(path: str | Path, model: PreTrainedModel) -> LowkeyCache:
@@ -307,11 +310,11 @@ def load_cache(path: str | Path, model: PreTrainedModel) -> LowkeyCache:
         LowkeyError: for another model, a newer format, or a damaged file.
     """
     folder = Path(path)
-    about, tensors, plan = cachefile.read_cache(folder)
+    about, tensors, plan, gates = cachefile.read_cache(folder)
     check_model("cache", about.get("model"), about["model_sha256"], model, "make it again")
     exact = cachefile.exact_from(folder, about["exact"], tensors)
     policy = policy_from_dict(about["policy"]) if about["policy"] else None
-    cache = make_cache(model, plan, policy, bits=about["bits"], exact=exact)
+    cache = make_cache(model, plan, policy, bits=about["bits"], exact=exact, gates=gates)
     cachefile.restore_cache(folder, cache.layers, about, tensors, model)
     cache.filled_by = FillingModel(model, about["model_sha256"])
     return cache
@@ -324,6 +327,7 @@ def make_cache(
     *,
     bits: int | str | None = None,
     exact: Exact | None = None,
+    gates: Gates | None = None,
 ) -> LowkeyCache:
     """Make an empty cache for one batch of sequences.
 
@@ -340,6 +344,7 @@ def make_cache(
             None means what the plan says, `none` no integers.
         exact: overrides the plan's sinks, recent window and prefill mode, and the 4 sinks and 32 recent
             tokens that integers alone come with. Its rule comes from `lowkey.find_sinks`.
+        gates: what the policy has learnt of this model, if it needs that; see `lowkey gates`.
 
     Raises:
         LowkeyError: if the model is not attached, the plan is for another model, bits are unknown, or two
@@ -360,7 +365,9 @@ def make_cache(
         policy, plan = None, plan and replace(plan, policy=None)
     if exact is not None and exact.rule is not None:
         check_sink_rule(model, exact.rule, exact.sinks)
-    cache = cache_from(model, Origin(weakref.ref(model), plan, policy, bits, exact))
+    if gates is not None:
+        check_gates_model(model, gates)
+    cache = cache_from(model, Origin(weakref.ref(model), plan, policy, bits, exact, gates))
     cache.filled_by = FillingModel(model)
     return cache
 
@@ -407,10 +414,15 @@ def _builder(model: PreTrainedModel, origin: Origin) -> Callable[[int], CountedL
     packings = (packed.keys, packed.values) if packed else None
     # in layers without points, the first tokens are the sinks
     points = exact.rule.layers if exact.rule else {}
+    if policy is None and origin.gates is not None:
+        raise LowkeyError(
+            f"gates of {origin.gates.method}: no policy reads them; give one, or leave them out"
+        )
     if policy is not None:
         check_combination(model, plan, packed, policy)
         check_window(policy, exact)
         policy = policy.with_head_scores(plan.heads if plan else {})
+        check_gates(model, policy, origin.gates)
         full = families.geometry(model).compressible
         shared = CacheWideEviction(
             len(full),
@@ -418,17 +430,24 @@ def _builder(model: PreTrainedModel, origin: Origin) -> Callable[[int], CountedL
             rows_of_heads(plan) if plan else None,
             stored_shapes_of_layers(plan) if plan else None,
         )
-        kind = EVICTING_LAYERS[policy.layer]
-        return lambda i: kind(
-            policy,
-            families.rope(model, i),
-            full.index(i),
-            shared,
-            _codec(model, i, plan, packed),
-            exact,
-            packings,
-            points.get(i),
-        )
+        kind, gates = EVICTING_LAYERS[policy.layer], origin.gates
+
+        def evicting(i: int) -> EvictingLayer:
+            layer = kind(
+                policy,
+                families.rope(model, i),
+                full.index(i),
+                shared,
+                _codec(model, i, plan, packed),
+                exact,
+                packings,
+                points.get(i),
+            )
+            if gates is not None:
+                layer.gates = gates.layers[full.index(i)]
+            return layer
+
+        return evicting
     if packed is None and origin.exact is None and (plan is None or exact is NO_EXACT_TOKENS):
         return lambda i: StockLayer()
     return lambda i: CodedLayer(_codec(model, i, plan, packed), exact, packings, points.get(i))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,11 +19,16 @@ from lowkey.core import files
 from lowkey.core.types import LowkeyError, device_of
 from lowkey.models import families
 from lowkey.plan.plan import Plan
+from lowkey.policies.gates import GATES_JSON, Gates
 from lowkey.storage.exact import Exact, SinkPoints, SinkRule
 from lowkey.storage.file_names import FILE_NAMES, attribute_name, file_name
 
+if TYPE_CHECKING:  # that module imports this one
+    from lowkey.cache.cache import Origin
+
 CACHE_FORMAT = 2
-CACHE_JSON, CACHE_TENSORS, CACHE_PLAN, CACHE_FILE = "cache.json", "cache.safetensors", "plan", "cache"
+CACHE_JSON, CACHE_TENSORS, CACHE_FILE = "cache.json", "cache.safetensors", "cache"
+CACHE_PLAN, CACHE_GATES = "plan", "gates"  # folders
 CACHE_FIELDS = {"model": str, "model_sha256": str, "versions": dict, "layers": list, "tensors_sha256": str}
 NULLABLE_FIELDS = ("policy", "bits", "exact", "plan")  # must be there and may be null
 STOCK = ("keys", "values")  # the tensors of transformers' own layers
@@ -31,17 +36,14 @@ FLAGS = ("exact_prefill", "frozen")
 LARGEST_COUNT = 2**31  # all counts are smaller
 
 
-def write_cache(
-    path: Path, layers: Sequence[Any], about: dict, plan: Plan | None, exact: Exact | None, force: bool
-) -> None:
+def write_cache(path: Path, layers: Sequence[Any], about: dict, origin: Origin, force: bool) -> None:
     """Write a cache as a folder, in one step.
 
     Args:
         path: the folder.
         layers: of the cache.
         about: what else cache.json says.
-        plan: that the cache was made with, or None.
-        exact: that the cache was made with, or None.
+        origin: what the cache was made of.
         force: whether to replace another folder that lowkey wrote.
 
     Raises:
@@ -54,9 +56,10 @@ def write_cache(
             for i, layer in enumerate(layers)
             for name, t in _tensors(layer).items()
         }
-        words, points = _exact_parts(exact)
+        words, points = _exact_parts(origin.exact)
         checksum = files.write_tensors(temporary / CACHE_TENSORS, tensors | points, CACHE_FILE)
-        plan_checksum = None if plan is None else plan.save(temporary / CACHE_PLAN)
+        plan_checksum = None if origin.plan is None else origin.plan.save(temporary / CACHE_PLAN)
+        gates_checksum = None if origin.gates is None else origin.gates.save(temporary / CACHE_GATES)
         numbers = [
             {file_name(name): int(getattr(layer, name)) for name in _numbers(layer)} for layer in layers
         ]
@@ -66,16 +69,18 @@ def write_cache(
             "exact": words,
             "layers": numbers,
             "plan": plan_checksum,
+            "gates": gates_checksum,
             "tensors_sha256": checksum,
         }
         files.write_json(temporary / CACHE_JSON, whole, CACHE_FILE)
 
 
-def read_cache(path: Path) -> tuple[dict, dict[str, Tensor], Plan | None]:
+def read_cache(path: Path) -> tuple[dict, dict[str, Tensor], Plan | None, Gates | None]:
     """Read a folder that `write_cache` wrote.
 
     Returns:
-        (what cache.json says, the tensors by layer and attribute, the plan or None), all of one version.
+        (what cache.json says, the tensors by layer and attribute, the plan or None, the gates or None), all
+        of one version.
 
     Raises:
         LowkeyError: if it is missing, damaged, or of a newer format.
@@ -83,7 +88,7 @@ def read_cache(path: Path) -> tuple[dict, dict[str, Tensor], Plan | None]:
     return files.read_consistently(path, lambda: _read(path))
 
 
-def _read(path: Path) -> tuple[dict, dict[str, Tensor], Plan | None]:
+def _read(path: Path) -> tuple[dict, dict[str, Tensor], Plan | None, Gates | None]:
     about = files.read_json(path / CACHE_JSON, "cache", CACHE_FILE, CACHE_FORMAT)
     typed = all(isinstance(about.get(name), kind) for name, kind in CACHE_FIELDS.items())
     if not typed or not set(NULLABLE_FIELDS) <= set(about):
@@ -96,11 +101,13 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor], Plan | None]:
     tensors = files.read_tensors(
         path / CACHE_TENSORS, "cache", CACHE_FILE, about["tensors_sha256"], finite=False
     )
-    if about["plan"] is None:
-        return about, tensors, None
-    if files.stated_checksum(path / CACHE_PLAN / "plan.json", "plan") != about["plan"]:
-        raise damaged_cache(path, "its plan is another one than it was made with")
-    return about, tensors, Plan.load(path / CACHE_PLAN)
+    wanted = {"plan": path / CACHE_PLAN / "plan.json", "gates": path / CACHE_GATES / GATES_JSON}
+    for what, place in wanted.items():  # caches of earlier versions know no gates
+        if about.get(what) is not None and files.stated_checksum(place, what) != about[what]:
+            raise damaged_cache(path, f"its {what} are others than it was made with")
+    plan = None if about["plan"] is None else Plan.load(path / CACHE_PLAN)
+    gates = None if about.get("gates") is None else Gates.load(path / CACHE_GATES)
+    return about, tensors, plan, gates
 
 
 def restore_cache(

@@ -10,6 +10,7 @@ from lowkey.models.fingerprint import check_model
 from lowkey.plan.plan import Plan
 from lowkey.policies import policy_name
 from lowkey.policies.base import Policy
+from lowkey.policies.gates import Gates
 from lowkey.storage.exact import SinkRule
 from lowkey.storage.packing import Scheme
 
@@ -82,3 +83,37 @@ def check_sink_rule(model: PreTrainedModel, rule: SinkRule, sinks: int) -> None:
             "exact: the points of the sink rule do not fit the heads of this model; call "
             "lowkey.calibration.sinks.find_sinks again"
         )
+
+
+def check_gates(model: PreTrainedModel, policy: Policy, gates: Gates | None) -> None:
+    """Refuse gates that are missing, of another policy, or of another shape than the model's layers.
+
+    Args:
+        model: the model.
+        policy: the policy.
+        gates: what it has learnt, or None.
+
+    Raises:
+        LowkeyError: for such gates.
+    """
+    name = policy_name(policy)
+    if gates is None:
+        if policy.learns:
+            raise LowkeyError(
+                f"policy {name!r} needs what it learns of a model: run `lowkey gates "
+                f"{model.config._name_or_path or 'MODEL'} OUT --method {policy.learns}` and give it as gates "
+                "(--gates OUT)"
+            )
+        return
+    if gates.method != policy.learns:
+        reads = f"those of {policy.learns!r}" if policy.learns else "none"
+        raise LowkeyError(f"gates of {gates.method!r}: policy {name!r} reads {reads}; give these, or none")
+    shape = families.geometry(model)
+    wanted = policy.gate_shapes(shape.kv_heads, shape.groups, shape.head_dim, families.rotated_width(model))
+    gates.check_shapes(wanted, len(shape.compressible))
+
+
+def check_gates_model(model: PreTrainedModel, gates: Gates) -> None:
+    """Refuse gates of another model. Raises: LowkeyError."""
+    again = f"run `lowkey gates {model.config._name_or_path or 'MODEL'} OUT --method {gates.method}`"
+    check_model("folder of gates", gates.model, gates.model_sha256, model, again)

@@ -25,6 +25,7 @@ from lowkey.cli import (
     dynamic,
     eval,
     export,
+    gates,
     generate,
     heads,
     inspect,
@@ -65,6 +66,7 @@ COMMANDS: dict[str, list[tuple[str, Callable[..., None]]]] = {
     "Look into a model": [
         ("profile", profile.profile),
         ("heads", heads.heads),
+        ("gates", gates.gates),
         ("diversity", diversity.diversity),
         ("sinks", sinks.sinks),
     ],

@@ -254,6 +254,7 @@ def check_policies(
     given: list[str] | None,
     allocator_given: list[str] | None,
     heads: list[Path] | None,
+    gates: list[Path] | None,
 ) -> None:
     """Check eviction policies and what is given for them.
 
@@ -264,6 +265,7 @@ def check_policies(
         given: options of the policies, as name=value.
         allocator_given: options of their allocators, as name=value.
         heads: files of head scores.
+        gates: folders of gates.
     """
     chosen = [] if names is None else [name for name in names.split(",") if name != choices.NO_POLICY]
     if not chosen:
@@ -273,12 +275,18 @@ def check_policies(
             ("option", given),
             ("allocator option", allocator_given),
             ("heads", heads),
+            ("gates", gates),
         ):
             if value is not None:
                 word = value if isinstance(value, str) else value[0]
                 raise LowkeyError(f"{what} {shown(str(word))}: is for a policy; {remedy}")
         return
     check_head_files(heads)
+    for path in gates or ():
+        if not path.is_dir():
+            raise LowkeyError(
+                f"gates {str(path)!r}: no such folder; write it with `lowkey gates MODEL {path}`"
+            )
     own, of_allocator = parse_pairs(given), parse_pairs(allocator_given, "allocator option")
     for name in chosen:
         for budget in budgets.split(",") if budgets is not None else [None]:

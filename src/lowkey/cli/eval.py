@@ -34,6 +34,7 @@ from lowkey.cli.options import (
     AsJson,
     Device,
     Dtype,
+    GateFolders,
     HeadFiles,
     MeasuringSeed,
     Model,
@@ -112,6 +113,7 @@ def eval_(
     option: PolicyOptions = None,
     allocator_option: TokenAllocatorOptions = None,
     heads: HeadFiles = None,
+    gates: GateFolders = None,
     task: Annotated[
         list[str] | None,
         typer.Option(
@@ -209,7 +211,7 @@ def eval_(
     check_settings("Exact", sinks=sinks, recent=recent)
     for scheme in bits or ():
         check_bits(scheme, also=[choices.NO_BITS])
-    check_policies(policy, budget, option, allocator_option, heads)
+    check_policies(policy, budget, option, allocator_option, heads, gates)
     whole = choices.NO_POLICY in (policy or "").split(",")
     if not plan and (whole or choices.NO_BITS in (bits or ())):
         given = f"policy {choices.NO_POLICY!r}" if whole else f"bits {choices.NO_BITS!r}"
@@ -224,7 +226,7 @@ def eval_(
     files.check_file(place, "result")
     work = files.work_beside(place)
 
-    from lowkey.cli.loading import head_scores, make_policies, open_model
+    from lowkey.cli.loading import head_scores, learnt_gates, make_policies, open_model
     from lowkey.cli.tables import notes, show_rows
     from lowkey.core.progress import bars
     from lowkey.evaluate.result import Task, evaluate, evaluation_job
@@ -237,9 +239,11 @@ def eval_(
     plans = [(Plan.load(folder, loaded), str(folder)) for folder in plan or ()]
     settings = [full(loaded)] + [_planned(loaded, *p, None, sinks, recent) for p in plans]
     below: Sequence[tuple[Plan | None, str | None]] = plans or [(None, None)]
-    scores = head_scores(heads, loaded)
+    scores, learnt = head_scores(heads, loaded), learnt_gates(gates)
     settings += [
-        evicted(loaded, wanted, name, context, *p, heads=scores) for name, wanted in policies for p in below
+        evicted(loaded, wanted, name, context, *p, heads=scores, gates=learnt)
+        for name, wanted in policies
+        for p in below
     ]
     settings += [
         _planned(loaded, replace(own, policy=None), path, None, sinks, recent)

@@ -19,6 +19,7 @@ from lowkey.cli.options import (
     AsJson,
     Device,
     Dtype,
+    GateFolders,
     HeadFiles,
     Model,
     PolicyOptions,
@@ -96,6 +97,7 @@ def generate(
     option: PolicyOptions = None,
     allocator_option: TokenAllocatorOptions = None,
     heads: HeadFiles = None,
+    gates: GateFolders = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: AsJson = False,
@@ -115,7 +117,7 @@ def generate(
         raise LowkeyError(f"draft {draft}: is of --verify; give --verify full")
     checked("draft", USUAL_DRAFT if draft is None else draft, int, DRAFT, USUAL_DRAFT)
     check_bits(bits, also=[choices.NO_BITS])
-    check_policies(policy, budget, option, allocator_option, heads)
+    check_policies(policy, budget, option, allocator_option, heads, gates)
     if any("," in (given or "") for given in (policy, budget)):
         raise LowkeyError(
             f"policy {policy!r} with budget {budget!r}: generate takes one policy and one budget"
@@ -125,7 +127,7 @@ def generate(
         check_plan(plan)
 
     from lowkey.cache.cache import make_cache
-    from lowkey.cli.loading import head_scores, importance, make_policies, open_model
+    from lowkey.cli.loading import head_scores, importance, learnt_gates, make_policies, open_model
     from lowkey.generate import stream_text
     from lowkey.plan.plan import Plan
 
@@ -135,7 +137,8 @@ def generate(
     evicting: Policy | Literal["none"] | None = "none" if policy == choices.NO_POLICY else None
     if wanted:
         evicting = wanted[0][1].with_head_scores(importance(chosen, head_scores(heads, loaded)))
-    cache = make_cache(loaded, chosen, evicting, bits=bits)
+    learnt = learnt_gates(gates).get(wanted[0][1].learns) if wanted else None
+    cache = make_cache(loaded, chosen, evicting, bits=bits, gates=learnt)
     out = None if as_json else sys.stdout
     drafting = (draft or USUAL_DRAFT) if verify else 0
     summary = stream_text(loaded, tokenizer, prompt, cache, tokens, out, drafting)

@@ -22,6 +22,7 @@ from lowkey.models import families, loading
 from lowkey.plan.plan import Plan
 from lowkey.policies.allocators import HeadImportance
 from lowkey.policies.base import Policy
+from lowkey.policies.gates import Gates
 
 
 def quiet_libraries() -> None:
@@ -75,6 +76,11 @@ def head_scores(paths: list[Path] | None, model: PreTrainedModel) -> HeadImporta
     """The importance of the model's KV heads by kind, from files of `lowkey heads`."""
     found = [HeadScores.load(path, model) for path in paths or []]
     return {scores.kind: scores.per_kv_head().tolist() for scores in found}
+
+
+def learnt_gates(paths: list[Path] | None) -> dict[str, Gates]:
+    """What policies have learnt of the model, by method, from folders of `lowkey gates`."""
+    return {gates.method: gates for gates in map(Gates.load, paths or [])}
 
 
 def importance(plan: Plan | None, heads: HeadImportance) -> HeadImportance:

@@ -174,6 +174,14 @@ HeadFiles = Annotated[
         rich_help_panel=POLICY,
     ),
 ]
+GateFolders = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="what a policy has learnt of the model, which `lowkey gates` wrote; repeat for several policies",
+        rich_help_panel=POLICY,
+    ),
+]
 
 # -- output
 

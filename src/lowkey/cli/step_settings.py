@@ -43,7 +43,9 @@ def parse_step_settings(words: str) -> list[StoredSetting]:
         if setting.plan is not None:
             check_plan(setting.plan)
         if setting.policy is not None:
-            check_policies(setting.policy, str(setting.budget) if setting.budget else None, None, None, None)
+            check_policies(
+                setting.policy, str(setting.budget) if setting.budget else None, None, None, None, None
+            )
     return [setting for setting in found if setting.text != choices.STOCK_SETTING]
 
 

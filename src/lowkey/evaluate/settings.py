@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from lowkey.allocation.allocators import RANK_ALLOCATORS
 from lowkey.cache.cache import LowkeyCache, Origin, cache_from, make_cache
+from lowkey.cache.refusals import check_gates_model
 from lowkey.core.budget import Budget, too_few_tokens
 from lowkey.core.options import defaults_of
 from lowkey.core.row_names import distinct_row_names
@@ -25,6 +26,7 @@ from lowkey.plan.plan import Plan
 from lowkey.policies import policy_to_dict
 from lowkey.policies.allocators import HeadImportance
 from lowkey.policies.base import Policy
+from lowkey.policies.gates import Gates
 from lowkey.storage.base import StoringLayer
 from lowkey.storage.exact import Exact
 from lowkey.storage.packing import NO_BITS, scheme, scheme_name
@@ -286,6 +288,7 @@ def evicted(
     plan: Plan | None = None,
     path: str | None = None,
     heads: HeadImportance | None = None,
+    gates: Mapping[str, Gates] | None = None,
 ) -> Setting:
     """A policy, by itself or over a plan.
 
@@ -297,13 +300,15 @@ def evicted(
         plan: the plan, or None.
         path: folder of the plan.
         heads: head scores by kind.
+        gates: what policies have learnt of the model, by what they call it (`Policy.learns`).
 
     Raises:
-        LowkeyError: its budget does not hold the tokens that are always kept, or head scores are missing.
+        LowkeyError: its budget does not hold the tokens that are always kept, head scores or gates are
+            missing, or gates are another model's.
     """
     budget = policy.budget and Budget.parse(policy.budget)
     # A budget in tokens was checked when the policy was made; one in bytes is checked by the cache.
-    if budget and budget.unit == "%":
+    if budget and budget.unit == "%" and not policy.protect_prompt:
         tokens = budget.amount / 100 * context
         if tokens < policy.sinks + policy.recent:
             raise too_few_tokens(budget, tokens, policy.sinks, policy.recent)
@@ -314,7 +319,10 @@ def evicted(
     identity = row_identity(
         method=plan and plan.method["name"], plan=path, policy=written, budget=budget and str(budget)
     )
-    origin = Origin(weakref.ref(model), plan, policy)
+    learnt = (gates or {}).get(policy.learns)
+    if learnt is not None:
+        check_gates_model(model, learnt)
+    origin = Origin(weakref.ref(model), plan, policy, gates=learnt)
     cache_from(model, origin)  # refuses what does not go together now, and not when the first case is read
     label = f"{name} {budget}" if budget else name
     marks = {key: f"{key}={value}" for key, value in written["parameters"].items()}
@@ -328,7 +336,7 @@ def evicted(
         evicts=True,
         needs_second_pass=policy.needs_second_pass,
         marks=marks,
-        made_of=_hash(identity, repr(policy), plan and plan.digest()),
+        made_of=_hash(identity, repr(policy), plan and plan.digest(), learnt and learnt.describe()),
     )
 
 

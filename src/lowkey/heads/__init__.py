@@ -2,5 +2,15 @@
 
 `retrieval` finds the heads that retrieve (HeadKV), on the tasks of `needles`; `induction` finds induction and
 echo heads (RazorAttention); `diversity` measures how different the heads of a layer are. Token allocators and
-the report read the scores. May import `cache` and the rooms below it.
+the report read the scores. `GATES` has what policies learn of a model, by `Policy.learns`. May import `cache`
+and the rooms below it.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lowkey.heads.query_centres import estimate_query_centres
+from lowkey.policies.gates import Gates
+
+GATES: dict[str, Callable[..., Gates]] = {"triattention": estimate_query_centres}

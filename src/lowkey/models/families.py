@@ -326,6 +326,13 @@ def rope(model: PreTrainedModel, layer: int) -> Rope:
     return Rope(rotary_module(model), kind)
 
 
+def rotated_width(model: PreTrainedModel) -> int:
+    """How many of the first channels of a head are rotated, in layers with full attention."""
+    own = rope(model, geometry(model).compressible[0])
+    position = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    return own(position, torch.empty(0, device=model.device))[0].shape[-1]
+
+
 def rotary_module(model: PreTrainedModel) -> Any:
     """The module that computes cos and sin of positions for all layers. Each architecture has its class."""
     return model.get_decoder().rotary_emb

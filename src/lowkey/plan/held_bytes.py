@@ -260,7 +260,9 @@ class _Evicted:
         )
 
     def mean(self, lost: int) -> float:
-        """The budget in tokens per head, on average over heads."""
+        """The budget in tokens per head, on average over heads. All tokens count as the prompt's."""
+        if self.policy.protect_prompt:
+            return self.tokens
         if self.in_bytes:
             return self.costs(lost).tokens_per_head(self.policy, self.tokens)
         if self.budget.unit == "tokens":

@@ -30,6 +30,7 @@ from lowkey.policies.snapkv import SnapKV
 from lowkey.policies.streaming import StreamingLLM
 from lowkey.policies.think import ThinK
 from lowkey.policies.tova import TOVA
+from lowkey.policies.triattention import TriAttention
 
 SCORES: dict[str, type[Policy]] = {
     "streamingllm": StreamingLLM,
@@ -46,6 +47,7 @@ SCORES: dict[str, type[Policy]] = {
     "razor": Razor,
     "kvzip": KVzip,
     "dropkv": DropKV,
+    "triattention": TriAttention,
     "random": Random,
 }
 
@@ -84,6 +86,7 @@ __all__ = [
     "SnapKV",
     "StreamingLLM",
     "ThinK",
+    "TriAttention",
     "TOKEN_ALLOCATORS",
     "policy_from_dict",
     "policy_name",

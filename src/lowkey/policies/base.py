@@ -7,8 +7,8 @@ width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -62,6 +62,7 @@ class EvictionContext:
         visible: (b or 1, w, c), given where attention is not causal: which of the newest c candidates each
             query sees.
         layer: which of the cache's evicting layers this is.
+        gates: what the policy has learnt of this layer; see `Policy.learns`.
     """
 
     keys: Tensor
@@ -78,6 +79,7 @@ class EvictionContext:
     repetition_lse: Tensor | None = None
     visible: Tensor | None = None
     layer: int = 0
+    gates: Mapping[str, Tensor] = field(default_factory=dict)
 
     def newest_query_positions(self, last: int = 0) -> Tensor:
         """Positions of the newest queries of each row.
@@ -187,10 +189,13 @@ class Policy(ABC):
         every: evict after this many decode steps, too; 0 evicts after prompts and chunks only (default 0).
         head_pooling: how the scores of KV heads that share a latent, and so keep the same tokens, become one:
             `mean` or `max` (default `mean`).
+        protect_prompt: keep all tokens that came before the first step of decoding (default False). The
+            budget then counts the tokens that came after them; it is a share or a number of tokens. Later
+            turns of a conversation count as what came after.
 
     Raises:
         LowkeyError: an option out of its range, a budget without need or missing, or one that does not hold
-            the sinks and recent tokens.
+            the sinks and recent tokens, or counts bytes beside a protected prompt.
     """
 
     summary: ClassVar[str]
@@ -203,6 +208,8 @@ class Policy(ABC):
     layer: ClassVar[str] = "evicting"
     # Whether that layer holds, in every KV head, one token that stands for all that were dropped.
     compensates: ClassVar[bool] = False
+    # What it needs that was learnt from one model: a method of `lowkey gates`, or empty.
+    learns: ClassVar[str] = ""
     # Whether that layer drops channels of the keys that it keeps.
     prunes_channels: ClassVar[bool] = False
     # In words, what it does to keys that neither a plan nor integers allow; empty if any stored form will do.
@@ -214,6 +221,7 @@ class Policy(ABC):
     recent: int = option(8, at_least=0, at_most=2**24)
     every: int = option(0, at_least=0, at_most=2**24)
     head_pooling: Pooling = "mean"
+    protect_prompt: bool = False
 
     def __post_init__(self) -> None:
         parsed = None if self.budget is None else Budget.parse(self.budget)
@@ -233,6 +241,16 @@ class Policy(ABC):
             raise LowkeyError(f"budget {parsed} of {type(self).__name__}: {rule}")
         if parsed and parsed.unit == "tokens" and parsed.amount < self.sinks + self.recent:
             raise too_few_tokens(parsed, parsed.amount, self.sinks, self.recent)
+        if self.protect_prompt and parsed and parsed.unit not in ("%", "tokens"):
+            raise LowkeyError(
+                f"budget {parsed} with protect_prompt: it is of the tokens that come after the prompt, not "
+                "of bytes; give a share like '25%' or a number like '512 tokens'"
+            )
+        if self.protect_prompt and self.prunes_channels:
+            raise LowkeyError(
+                f"protect_prompt of {type(self).__name__}: it drops channels of the prompt's keys; leave it "
+                "out"
+            )
 
     def resolved_allocator(self) -> TokenAllocator:
         """The allocator as an object; one given by name has its default options."""
@@ -258,6 +276,17 @@ class Policy(ABC):
         computed for the score would change what the model itself gets.
         """
         return False
+
+    def gate_shapes(self, heads: int, groups: int, width: int, rotated: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of what it has learnt of one layer, by name; none unless it `learns`.
+
+        Args:
+            heads: KV heads.
+            groups: query heads of each.
+            width: channels of a head.
+            rotated: how many of these are rotated.
+        """
+        return {}
 
     def with_head_scores(self, heads: HeadImportance) -> Self:
         """A copy whose allocator has the head scores that it needs.

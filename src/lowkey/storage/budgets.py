@@ -21,6 +21,26 @@ def budget_of(policy: Policy) -> Budget:
     return Budget.parse("100%" if policy.budget is None else policy.budget)
 
 
+def tokens_of_budget(policy: Policy, tokens: int, prompt: int, expected: int) -> float | None:
+    """The budget of a sequence, unless it counts bytes.
+
+    Args:
+        policy: whose budget counts.
+        tokens: that the sequence has seen.
+        prompt: how many of them are a protected prompt.
+        expected: tokens that will be given again and then stay.
+
+    Returns:
+        Tokens per head, on average over heads, without those that are expected; None for a budget of bytes.
+    """
+    if policy.budget is None:
+        return tokens
+    budget = budget_of(policy)
+    if budget.unit == "%":
+        return prompt + max(0.0, budget.amount / 100 * (tokens - prompt + expected) - expected)
+    return prompt + max(0.0, budget.amount - expected) if budget.unit == "tokens" else None
+
+
 def protected_tokens(policy: Policy, exact: Exact) -> tuple[int, int]:
     """(sinks, recent tokens) of a sequence that are kept whatever they score, at most."""
     own, held = policy.sinks, exact.sinks
@@ -61,7 +81,7 @@ def check_question(policy: Policy, tokens: int, question: int, exact: Exact = NO
     """
     budget, (sinks, recent) = budget_of(policy), protected_tokens(policy, exact)
     held = {"%": budget.amount / 100 * tokens, "tokens": budget.amount}.get(budget.unit, math.inf)
-    if question and held < question + sinks + recent:
+    if question and not policy.protect_prompt and held < question + sinks + recent:
         raise LowkeyError(
             f"budget {budget}: {held:g} tokens per head do not hold a question of {question} tokens, "
             f"{sinks} sinks and {recent} recent tokens; raise the budget or lower sinks or recent"

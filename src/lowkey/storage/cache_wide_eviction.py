@@ -96,17 +96,19 @@ class CacheWideEviction:
         longest = max(s.shape[-1] for *_, s in self.waiting)
         scores = torch.stack([pad(s, (0, longest - s.shape[-1]), value=-torch.inf) for *_, s in self.waiting])
         # a budget is a sequence's own, so each sequence of the batch is allocated by itself
+        sinks, recent = protected_tokens(layer.policy, layer.exact)
+        sequences = zip(layer.tokens_seen().tolist(), layer.protected_prompt().tolist(), strict=True)
         requests = [
             AllocationRequest(
                 scores[:, i],
-                layer.tokens_per_head(n),
+                layer.tokens_per_head(n, prompt),
                 n,
                 first_slot,
                 self.layers,
                 self.rows_of_heads,
-                min(n, sum(protected_tokens(layer.policy, layer.exact))),
+                min(n, max(prompt, sinks) + recent),
             )
-            for i, n in enumerate(layer.tokens_seen().tolist())
+            for i, (n, prompt) in enumerate(sequences)
         ]
         counts = torch.stack([self._counts(layer, request) for request in requests], 1)  # (layers, b, h)
         for (own, candidates, s), c in zip(self.waiting, counts, strict=True):

@@ -12,7 +12,9 @@ Nothing that is stored is ever overwritten, so a forward pass that fails can be 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ from lowkey.models.attention_interface import Call
 from lowkey.ops.ragged import join_rows, pad_rows, starts_of, top_mask
 from lowkey.policies.base import CosAndSin, EvictionContext, Policy
 from lowkey.storage.base import StoringLayer
-from lowkey.storage.budgets import EvictionCosts, protected_tokens
+from lowkey.storage.budgets import EvictionCosts, protected_tokens, tokens_of_budget
 from lowkey.storage.cache_wide_eviction import CacheWideEviction, Candidates
 from lowkey.storage.chunk import visible_in_chunk
 from lowkey.storage.codec import Codec, Plain
@@ -56,10 +58,14 @@ class EvictingLayer(RowLayer):
         decode_steps: steps of decoding so far, counted if the policy evicts after every so many.
         frozen: whether eviction is switched off.
         expected_tokens: tokens that will be given again after an eviction, for which the budget keeps room.
+        gates: what the policy has learnt of this layer.
+        prompt_slots: slots that were seen before the first step of decoding.
         empty_call: the last call, without queries, for evictions that score nothing new.
     """
 
-    saved_counters = (*RowLayer.saved_counters, "decode_steps", "frozen")
+    saved_counters = (*RowLayer.saved_counters, "decode_steps", "frozen", "prompt_slots")
+
+    gates: Mapping[str, Tensor] = MappingProxyType({})
 
     def __init__(
         self,
@@ -78,7 +84,7 @@ class EvictingLayer(RowLayer):
         self._reset_counters()
 
     def _reset_counters(self) -> None:
-        self.decode_steps = self.expected_tokens = 0
+        self.decode_steps = self.expected_tokens = self.prompt_slots = 0
         self.frozen = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -152,20 +158,17 @@ class EvictingLayer(RowLayer):
         """(b): how many tokens each sequence has seen, without padding and tokens that only score."""
         return (self._stored_until() - self.first_index[:, 0]).clamp_min(0)
 
-    def tokens_per_head(self, tokens: int) -> float:
-        """The budget of a sequence that has seen `tokens` tokens.
+    def protected_prompt(self) -> Tensor:
+        """(b): how many first tokens of each sequence are its prompt and stay whatever they score."""
+        prompt = min(self.prompt_slots, self._stored_until()) if self.policy.protect_prompt else 0
+        return (prompt - self.first_index[:, 0]).clamp_min(0)
 
-        Returns:
-            Tokens per head, on average over heads, without those that are expected.
-        """
-        if self.policy.budget is None:
-            return tokens
-        budget = Budget.parse(self.policy.budget)
-        if budget.unit == "%":
-            return max(0.0, budget.amount / 100 * (tokens + self.expected_tokens) - self.expected_tokens)
-        if budget.unit == "tokens":
-            return max(0.0, budget.amount - self.expected_tokens)
-        return self.costs().tokens_per_head(self.policy, tokens) if tokens else 0
+    def tokens_per_head(self, tokens: int, prompt: int = 0) -> float:
+        """The budget of a sequence in tokens per head, on average over heads; see `tokens_of_budget`."""
+        mean = tokens_of_budget(self.policy, tokens, prompt, self.expected_tokens)
+        if mean is None:
+            return self.costs().tokens_per_head(self.policy, tokens) if tokens else 0
+        return mean
 
     def kept_positions(self, sequence: int) -> list[Tensor]:
         """For each KV head, the positions that are held for a sequence of the batch, ascending."""
@@ -194,6 +197,7 @@ class EvictingLayer(RowLayer):
             return self._in_model_order(out)
         self.make_compact()
         t = keys.shape[2]
+        begins = self.prompt_slots == self.seen - t
         real = self.locate_tokens(call, t)
         is_step = bool(self.decoding_rows(t).all())
         if not is_step:
@@ -206,6 +210,8 @@ class EvictingLayer(RowLayer):
         if is_step:
             self._after_step(call)
         else:
+            if begins:
+                self.prompt_slots = self.seen
             if repetition_lse is not None:
                 repetition_lse = self._in_model_order(repetition_lse)
             self._evict(call, real, (keys, values), repetition_lse)
@@ -228,6 +234,11 @@ class EvictingLayer(RowLayer):
                 "or a cache without a policy"
             )
         return super().flaw_of_guesses()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest tokens in place; see `CodedLayer.crop`."""
+        super().crop(tokens_to_remove)
+        self.prompt_slots = min(self.prompt_slots, self.seen)
 
     def earliest_crop(self) -> int:
         """As `RowLayer.earliest_crop`; with `every`, steps are counted and cannot be taken back."""
@@ -365,7 +376,7 @@ class EvictingLayer(RowLayer):
         )
         recent = protected_tokens(self.policy, self.exact)[1]
         stays = stepping | (number < self.policy.sinks) | (number >= (tokens - recent)[:, None, None])
-        stays = stays | self._in_sink_slots(candidates)
+        stays = stays | (number < self.protected_prompt()[:, None, None]) | self._in_sink_slots(candidates)
         scores = scores.nan_to_num(0.0).clamp(-LARGEST_SCORE, LARGEST_SCORE)
         scores = scores.masked_fill(stays, torch.inf).masked_fill(~candidates.valid, -torch.inf)
         latents = None
@@ -406,7 +417,7 @@ class EvictingLayer(RowLayer):
             return True
         if self.policy.budget is None:
             return False
-        costs, lengths = self.costs(), tokens.tolist()
+        costs, lengths, prompts = self.costs(), tokens.tolist(), self.protected_prompt().tolist()
         costs.check(self.policy, lengths)
         budget = Budget.parse(self.policy.budget)
         if self.block > 1 and budget.unit != "%":
@@ -414,7 +425,10 @@ class EvictingLayer(RowLayer):
             return False
         # dense tokens are cheaper than those of rows, but sinks among them are held twice
         in_bytes = budget.unit in ("bytes", "bytes/token")
-        fits = all(costs.fits(self.policy, n) if in_bytes else self.tokens_per_head(n) >= n for n in lengths)
+        fits = all(
+            costs.fits(self.policy, n) if in_bytes else self.tokens_per_head(n, prompt) >= n
+            for n, prompt in zip(lengths, prompts, strict=True)
+        )
         return fits and (self.policy.needs_second_pass or not self.keeps_scores)
 
     def _context(
@@ -453,6 +467,7 @@ class EvictingLayer(RowLayer):
             repetition_lse=repetition_lse,
             visible=visible_in_chunk(call, candidates.valid[:, 0, -t:] if t else None, self.seen, w),
             layer=self.layer_slot,
+            gates=self.gates,
         )
 
     def _remember(self, candidates: Candidates) -> None:

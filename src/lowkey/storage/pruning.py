@@ -180,10 +180,10 @@ class PruningLayer(EvictingLayer):
             exact_extra_bytes=self.entry_bytes - self.pruned_entry_bytes,
         )
 
-    def tokens_per_head(self, tokens: int) -> float:
+    def tokens_per_head(self, tokens: int, prompt: int = 0) -> float:
         """The budget of a sequence, in tokens per head; a percentage is of the bytes of keys and values."""
         share = self.channel_share if self._budget_is_a_percentage() and not self._fits(tokens) else 1
-        return super().tokens_per_head(tokens) * 2 / (1 + share)
+        return super().tokens_per_head(tokens, prompt) * 2 / (1 + share)
 
     def _fits(self, tokens: int) -> bool:
         """Whether a sequence of so many tokens fits into the budget without any pruning."""

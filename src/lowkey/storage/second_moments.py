@@ -60,6 +60,10 @@ class SecondMomentLayer(StoringLayer):
             self._add(f"{name}_mean", kept.sum((0, 2)).flatten())
         for name, x in (("queries_pre", queries_pre), ("queries_post", queries)):
             self._add(name, query_moment(x[:, :, :, self.sinks :]))
+        return self.answer(keys, values, call)
+
+    def answer(self, keys: Tensor, values: Tensor, call: Call) -> Tensor:
+        """Attention over the tokens of the call alone; see `StoringLayer.attend`."""
         if call.softcap is None:
             return stock.attend(call.query, keys, values, call.mask, call.scaling)
         segment = Segment(call.query, keys, values, call.full_mask(keys.shape[2]))

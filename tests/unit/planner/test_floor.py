@@ -41,7 +41,7 @@ def said(model, text, tokens=TOKENS, plan=None, batch=1):
 def held(model, tokens=TOKENS, batch=1, **how):
     """The bytes of a cache that has read a prompt."""
     policy = how.get("policy")
-    cache = lowkey.make_cache(model, **how)
+    cache = lowkey.make_cache(model, **how, gates=pico.gates(model, policy) if policy else None)
     with torch.no_grad():
         if policy is not None and policy.needs_second_pass:
             lowkey.prefill(model, pico.tokenizer(), cache, prompt(tokens, batch=batch))

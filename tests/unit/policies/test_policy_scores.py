@@ -36,7 +36,7 @@ CONTEXTS = {
 every = pytest.mark.parametrize("name", CASES)
 
 
-@pytest.mark.defines("policies", "expected-attention")
+@pytest.mark.defines("policies", "expected-attention", "triattention")
 @pytest.mark.parametrize("where", CONTEXTS)
 @every
 def test_scores_are_what_the_definition_says(name, where):

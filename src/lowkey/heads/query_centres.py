@@ -1,0 +1,118 @@
+"""Centres of a model's queries before their rotation (TriAttention, arXiv:2604.04921)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lowkey.cache.cache import cache_of
+from lowkey.core import files, text
+from lowkey.core.progress import Progress, silent
+from lowkey.core.types import device_of
+from lowkey.models import families
+from lowkey.models.attention_interface import Call
+from lowkey.models.fingerprint import data_fingerprint, model_fingerprint
+from lowkey.ops.rope import unrotate
+from lowkey.policies.gates import Gates
+from lowkey.policies.triattention import TriAttention, pair_norms
+from lowkey.storage.base import batch_positions
+from lowkey.storage.second_moments import SecondMomentLayer
+
+SINKS = 4  # first tokens of a window that do not count: their queries are unlike all others
+
+
+class QueryCentreLayer(SecondMomentLayer):
+    """A cache layer that stores no tokens, but sums queries before their rotation, and norms of their pairs."""
+
+    def attend(self, keys: Tensor, values: Tensor, call: Call) -> Tensor:
+        """Add the new queries to the sums and answer the call; see `StoringLayer.attend`."""
+        positions = batch_positions(self.seen - keys.shape[2], call, keys.shape[0])
+        cos, sin = (x.float().unsqueeze(1) for x in self.rope(positions, keys))
+        queries = unrotate(call.query.float(), cos, sin)[:, :, :, self.sinks :]
+        self._add("centre", queries.sum((0, 3)))
+        self._add("norms", pair_norms(queries, cos.shape[-1]).sum((0, 3)))
+        return self.answer(keys, values, call)
+
+
+@torch.no_grad()
+def estimate_query_centres(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    corpus: str | None = None,
+    windows: int = 64,
+    context: int = 1024,
+    seed: int = 0,
+    progress: Progress = silent,
+    work: Path | None = None,
+) -> Gates:
+    """Measure the mean query of every query head before its rotation, and the mean norm of its pairs.
+
+    Args:
+        model: the model, attached.
+        tokenizer: its tokenizer.
+        corpus: the text; None for the embedded one.
+        windows: how many windows of it are read.
+        context: tokens of a window.
+        seed: of the choice of windows.
+        progress: shows progress over windows.
+        work: a folder to save into after every window and to resume from.
+
+    Returns:
+        For each compressible layer `centre` (h, g, d) and `norms` (h, g, d - p / 2), with p rotated channels.
+
+    Raises:
+        LowkeyError: if the text is too short, or unfinished work is damaged.
+    """
+    corpus = text.embedded_text("calibration") if corpus is None else corpus
+    ids = text.encode(tokenizer, corpus, model)
+    rows = text.sample_windows(
+        ids, tokenizer, families.readable_length(model, context), windows, seed, "data"
+    )
+    settings = {"windows": len(rows), "context": rows.shape[1], "seed": seed, "sinks": SINKS}
+    about = {"model_sha256": model_fingerprint(model), "data_sha256": data_fingerprint(ids)}
+    folder = files.job_folder(work, {"method": TriAttention.learns, **settings, **about})
+    layers = families.geometry(model).compressible
+    found, done = _unfinished(folder, model)
+    for n in progress(range(done, len(rows)), "reading", len(rows) - done):
+        own = {i: QueryCentreLayer(families.rope(model, i), SINKS) for i in layers}
+        model(
+            rows[n : n + 1].to(device_of(model)),
+            past_key_values=cache_of(model, own.__getitem__),
+            logits_to_keep=1,
+        )
+        for slot, i in enumerate(layers):
+            for name, t in own[i].sums.items():
+                found[f"{slot}.{name}"] = found.get(f"{slot}.{name}", 0) + t
+        found["done"] = torch.tensor(n + 1)
+        if folder is not None:
+            files.write_work(folder, "gates", found)
+    count = len(rows) * (rows.shape[1] - SINKS)
+    means = tuple(
+        {name: (found[f"{slot}.{name}"] / count).float() for name in ("centre", "norms")}
+        for slot in range(len(layers))
+    )
+    name = model.config._name_or_path
+    return Gates(TriAttention.learns, means, name, about["model_sha256"], settings | about)
+
+
+def _unfinished(folder: Path | None, model: PreTrainedModel) -> tuple[dict[str, Tensor], int]:
+    """Sums that a stopped call left, and how many windows are in them. Raises: LowkeyError if damaged."""
+    found = files.read_work(folder, "gates")
+    if found is None or folder is None:
+        return {}, 0
+    shape = families.geometry(model)
+    rotated = families.rotated_width(model)
+    sizes = TriAttention("100%").gate_shapes(shape.kv_heads, shape.groups, shape.head_dim, rotated)
+    like = {
+        f"{slot}.{name}": torch.empty(size, dtype=torch.float64, device="meta")
+        for slot in range(len(shape.compressible))
+        for name, size in sizes.items()
+    }
+    done = int(files.checked_tensor(found, "done", torch.tensor(0), folder))
+    if done < 1 or set(found) != {*like, "done"}:
+        raise files.damaged_work(folder, "sums are not those of this model's layers")
+    return {name: files.checked_tensor(found, name, t, folder) for name, t in like.items()}, done
