@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from typing import Annotated
 
 import typer
 
 from lowkey.cli import choices
-from lowkey.cli.checks import check_model_options, check_sample, check_word, read_corpus
+from lowkey.cli.checks import check_model_options, check_sample, check_word, parse_pairs, read_corpus
 from lowkey.cli.options import (
     METHOD,
     AsJson,
@@ -23,6 +24,7 @@ from lowkey.cli.options import (
     Windows,
 )
 from lowkey.core import files
+from lowkey.core.options import check_names, read_option
 
 
 def gates(
@@ -34,6 +36,16 @@ def gates(
             metavar="NAME", help=f"the policy that learns: {', '.join(choices.GATES)}", rich_help_panel=METHOD
         ),
     ] = choices.GATES[0],
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option",
+            "-O",
+            metavar="NAME=VALUE",
+            help="an option of the method's training, like steps=500; repeat for several",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
     calibration: Calibration = None,
     windows: Windows = 32,
     context: Context = None,
@@ -49,6 +61,7 @@ def gates(
     command is given again.
     """
     check_word("method", method, choices.GATES)
+    given = parse_pairs(option)
     check_sample(windows, context, seed)
     check_model_options(model, dtype, device)
     corpus = read_corpus(calibration)
@@ -57,8 +70,15 @@ def gates(
     from lowkey.cli.loading import check_context, make_sample, open_model
     from lowkey.cli.tables import say
     from lowkey.core.progress import bars
-    from lowkey.heads import GATES
+    from lowkey.heads import GATE_TRAININGS, GATES
 
+    what, kind = f"method {method!r}", GATE_TRAININGS.get(method)
+    check_names(what, given, [f.name for f in fields(kind)] if kind else [])
+    training = {}
+    if kind and given:
+        training["training"] = kind(
+            **{key: read_option(kind, key, word, what) for key, word in given.items()}
+        )
     loaded, tokenizer = open_model(model, dtype, device)
     check_context(context, loaded)
     sample = make_sample(windows, context, seed)
@@ -71,6 +91,7 @@ def gates(
         seed=seed,
         progress=bars,
         work=work,
+        **training,
     )
     found.save(out, force)
     files.remove_work(work)

@@ -9,8 +9,16 @@ and the rooms below it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+from lowkey.heads.fast_kvzip import FastKVzipTraining, train_fast_kvzip
 from lowkey.heads.query_centres import estimate_query_centres
+from lowkey.policies.fast_kvzip import FastKVzip
 from lowkey.policies.gates import Gates
+from lowkey.policies.triattention import TriAttention
 
-GATES: dict[str, Callable[..., Gates]] = {"triattention": estimate_query_centres}
+GATES: dict[str, Callable[..., Gates]] = {
+    FastKVzip.learns: train_fast_kvzip,
+    TriAttention.learns: estimate_query_centres,
+}
+GATE_TRAININGS: dict[str, Any] = {FastKVzip.learns: FastKVzipTraining}  # options of those that train

@@ -18,6 +18,7 @@ from lowkey.policies.base import Policy
 from lowkey.policies.curdkv import CurDKV
 from lowkey.policies.dropkv import DropKV
 from lowkey.policies.expected import ExpectedAttention
+from lowkey.policies.fast_kvzip import FastKVzip
 from lowkey.policies.fastgen import FastGen
 from lowkey.policies.h2o import H2O
 from lowkey.policies.keydiff import KeyDiff
@@ -46,6 +47,7 @@ SCORES: dict[str, type[Policy]] = {
     "think": ThinK,
     "razor": Razor,
     "kvzip": KVzip,
+    "fast-kvzip": FastKVzip,
     "dropkv": DropKV,
     "triattention": TriAttention,
     "random": Random,
@@ -61,6 +63,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "ada-curdkv": partial(CurDKV, allocator="ada"),
     "kv-compress": partial(KVCompress, allocator="blocks"),
     "kvzip": partial(KVzip, allocator="global"),
+    "fast-kvzip": partial(FastKVzip, allocator="global"),
     "razor": partial(Razor, allocator="classes"),
 }
 
@@ -75,6 +78,7 @@ __all__ = [
     "DropKV",
     "ExpectedAttention",
     "FastGen",
+    "FastKVzip",
     "HeadKV",
     "KVCompress",
     "KVzip",

@@ -26,7 +26,7 @@ def measured(model, **options):
 
 
 def centres_by_hand(model, rows):
-    """From the projections of transformers' own model: means over all but the first four tokens of windows."""
+    """From projections of transformers' own model: means over all but the first four tokens of a window."""
     taken = {}
     handles = [
         block.self_attn.q_proj.register_forward_hook(
@@ -96,7 +96,7 @@ def test_a_saved_cache_holds_its_gates(method, tmp_path):
         pico.feed(model, ids[:, 50:], each, splits=[1] * 10)
         kept.append([at.tolist() for layer in range(3) for at in each.kept_positions(layer)])
         assert each.nbytes() == each.predicted_nbytes()
-    assert kept[0] == kept[1] and all(len(at) == 50 for at in kept[0])
+    assert kept[0] == kept[1] and sum(map(len, kept[0])) == 50 * len(kept[0])
 
 
 def test_gates_that_do_not_fit_are_refused(tmp_path):

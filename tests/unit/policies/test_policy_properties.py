@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from policy_contexts import CASES, DIM, GROUPS, HEADS, SMALL, after, build, evicted, piece, rope_of, rotation
+from policy_contexts import DIM, GROUPS, HEADS, SMALL, after, build, evicted, piece, rope_of
+from score_definitions import CASES, rotation
 
 from lowkey.ops.ragged import top_mask
 from lowkey.policies import base, expected

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from policy_contexts import CASES, build, evicted, rope_of
+from policy_contexts import build, evicted, rope_of
+from score_definitions import CASES
 
 from lowkey.core.types import LowkeyError
 from lowkey.policies.base import Policy
@@ -36,7 +37,7 @@ CONTEXTS = {
 every = pytest.mark.parametrize("name", CASES)
 
 
-@pytest.mark.defines("policies", "expected-attention", "triattention")
+@pytest.mark.defines("policies", "expected-attention", "triattention", "fast-kvzip")
 @pytest.mark.parametrize("where", CONTEXTS)
 @every
 def test_scores_are_what_the_definition_says(name, where):

@@ -29,7 +29,9 @@ JOB_KIND, WORK_KIND = "job", "work"  # kinds of files
 WRITE_TRIES = 3
 STAGES = ("fit", "costs", "held-out", "recall")  # of planning
 # the names of the files of one job
-WORK_FILES = r"(job|measured)\.json|(statistics|gradients|gates|training|(layer|tuned)-\d+)\.safetensors"
+WORK_FILES = (
+    r"(job|measured)\.json|(statistics|gradients|gates|training|(layer|tuned|window)-\d+)\.safetensors"
+)
 
 
 @overload
