@@ -63,7 +63,7 @@ def test_targets_are_the_largest_weight_of_a_repetition():
         assert torch.allclose(own.double(), wanted, atol=1e-6)
 
 
-def test_a_gate_sees_queries_keys_and_values_before_their_rotation():
+def test_a_gate_sees_queries_and_keys_before_their_rotation():
     ids, model = prompt(12, batch=1), stock("llama")
     taken = []
     block = model.model.layers[1].self_attn
@@ -97,7 +97,7 @@ def test_training_finds_what_a_gate_of_its_kind_gave():
     assert spearman(held_out, targets[2000:]) > 0.8 > 0.3 > abs(spearman(held_out.flip(0), targets[2000:]))
 
 
-def test_the_published_variant_has_equal_sinks_and_counts_its_bias_twice():
+def test_the_published_variant_repeats_two_slips():
     published = trained(attached("llama"), training=dataclasses.replace(SHORT, variant="published"))
     repaired = trained(attached("llama"))
     for gate in published.layers:
