@@ -58,7 +58,7 @@ KINDS = {
     "exact": lambda m: make_cache(m, exact=Exact(4, 8)),
     "exact-prefill": lambda m: make_cache(m, planned(m), exact=Exact(4, 8, "exact")),
     "rule": lambda m: make_cache(m, bits=8, exact=Exact(4, 8, rule=rule(m))),
-    **{name: partial(lambda n, m: scored(m, None, n), name) for name in POLICIES},
+    **{name: partial(lambda n, m: scored(m, None, n), name) for name in POLICIES if name != "oracle"},
     **{f"plan-{n}": partial(lambda n, m: scored(m, planned(m), n), n) for n in POLICIES if n != "think"},
     # rank x heads x tokens x bits
     "snapkv-kivi2": lambda m: make_cache(m, policy=evicting("snapkv"), bits="kivi2", exact=SMALL_WINDOW),

@@ -59,4 +59,5 @@ def record(cache):
 
 def made(policy=None, **kwargs):
     """A cache of the llama model, made by `make_cache`."""
-    return lowkey.make_cache(attached("llama"), policy=policy, **kwargs)
+    gates = pico.gates(attached("llama"), policy) if policy is not None else None
+    return lowkey.make_cache(attached("llama"), policy=policy, gates=gates, **kwargs)

@@ -180,6 +180,7 @@ def read_context(
     ids: Tensor,
     question: int,
     refeed: bool,
+    answer: Sequence[int] = (),
 ) -> LowkeyCache:
     """A cache of the setting that is ready for `write_answer`.
 
@@ -194,9 +195,13 @@ def read_context(
         question: tokens of the question.
         refeed: whether a setting that evicts chooses with the question in view and is then asked again over
             what it kept. Otherwise the question is read as a part of the prompt.
+        answer: ids of the right answer, for a setting that is shown it. It is asked again over what it kept.
     """
     cache = setting.make()
-    if setting.evicts and (refeed or setting.needs_second_pass):
+    if setting.sees_answer:
+        shown = torch.cat([ids, tensor_of(model, list(answer))], 1)
+        prefill(model, tokenizer, cache, shown, question + len(answer))
+    elif setting.evicts and (refeed or setting.needs_second_pass):
         prefill(model, tokenizer, cache, ids, question)
     return cache
 

@@ -57,7 +57,8 @@ def measure_footprint(
     todo = [s for s in settings if f"bytes {s.name}" not in measured]
     for setting in progress(todo, lambda s: f"bytes, {s.name}"):
         cache = setting.make()
-        prefill(model, tokenizer, cache, ids.to(device_of(model)))
+        # one that is shown the answer takes the last token for it
+        prefill(model, tokenizer, cache, ids.to(device_of(model)), question=int(setting.sees_answer))
         record_footprint(setting, cache, measured)
     records = {s.name: measured[f"bytes {s.name}"] for s in settings}
     full = records[settings[0].name]["bytes_held"]

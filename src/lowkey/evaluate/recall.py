@@ -266,7 +266,7 @@ def answered(
         `right`: whether the value was written; `held`: bytes held when the answer began.
     """
     ids = tensor_of(model, episode.prompt)
-    cache = read_context(model, tokenizer, setting, ids, len(episode.question), refeed)
+    cache = read_context(model, tokenizer, setting, ids, len(episode.question), refeed, episode.answer)
     # One token more than the answer has shows whether the number ends there.
     ends, most = frame_of(tokenizer, FORMS[form]).ends(model), len(episode.answer) + 1
     written = write_answer(model, cache, ids, ends, most)

@@ -185,6 +185,13 @@ def evaluate(
             "range"
         )
     settings = distinct(settings)
+    blind = [name for name in names if name != "recall"]
+    for setting in settings:
+        if setting.sees_answer and blind:
+            raise LowkeyError(
+                f"{setting.name}: is shown the right answer, which task {blind[0]!r} does not have; give "
+                "--task recall alone"
+            )
     measured = Measured(work, evaluation_job(model, tokenizer, settings, task, names) if work else None)
     run = TaskInput(model, tokenizer, settings, task, progress, measured)
     rows = {s.name: s.row() | {"task": ",".join(names)} for s in settings}

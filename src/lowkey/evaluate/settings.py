@@ -57,6 +57,7 @@ class Setting:
             shows nothing of it.
         needs_second_pass: whether they are chosen only after a second pass over the whole context
             (`lowkey.prefill`).
+        sees_answer: whether it has to be shown the right answer.
         marks: what distinguishes the setting from others of the same short name, by kind (see
             `lowkey.core.row_names`).
         made_of: checksum of everything that decides what the caches hold.
@@ -68,6 +69,7 @@ class Setting:
     make: Callable[[], LowkeyCache]
     evicts: bool = False
     needs_second_pass: bool = False
+    sees_answer: bool = False
     marks: Mapping[str, str] = field(default_factory=dict)
     made_of: str = ""
     short: str = ""
@@ -335,6 +337,7 @@ def evicted(
         lambda: cache_from(model, origin),
         evicts=True,
         needs_second_pass=policy.needs_second_pass,
+        sees_answer=policy.sees_answer,
         marks=marks,
         made_of=_hash(identity, repr(policy), plan and plan.digest(), learnt and learnt.describe()),
     )

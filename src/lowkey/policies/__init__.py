@@ -25,6 +25,7 @@ from lowkey.policies.keydiff import KeyDiff
 from lowkey.policies.knorm import Knorm
 from lowkey.policies.kvcompress import KVCompress
 from lowkey.policies.kvzip import KVzip
+from lowkey.policies.oracle import Oracle
 from lowkey.policies.random import Random
 from lowkey.policies.razor import Razor
 from lowkey.policies.snapkv import SnapKV
@@ -51,6 +52,7 @@ SCORES: dict[str, type[Policy]] = {
     "dropkv": DropKV,
     "triattention": TriAttention,
     "random": Random,
+    "oracle": Oracle,
 }
 
 POLICIES: dict[str, Callable[..., Policy]] = {
@@ -84,6 +86,7 @@ __all__ = [
     "KVzip",
     "KeyDiff",
     "Knorm",
+    "Oracle",
     "Policy",
     "Random",
     "Razor",

@@ -61,6 +61,7 @@ class EvictionContext:
             part and over the tokens of the repetition itself.
         visible: (b or 1, w, c), given where attention is not causal: which of the newest c candidates each
             query sees.
+        transient: how many of the newest tokens only score the others and are then forgotten.
         layer: which of the cache's evicting layers this is.
         gates: what the policy has learnt of this layer; see `Policy.learns`.
     """
@@ -78,6 +79,7 @@ class EvictionContext:
     repeated_span: Tensor | None = None
     repetition_lse: Tensor | None = None
     visible: Tensor | None = None
+    transient: int = 0
     layer: int = 0
     gates: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -208,6 +210,8 @@ class Policy(ABC):
     layer: ClassVar[str] = "evicting"
     # Whether that layer holds, in every KV head, one token that stands for all that were dropped.
     compensates: ClassVar[bool] = False
+    # Whether it must be shown the right answer, too, which only an evaluation can.
+    sees_answer: ClassVar[bool] = False
     # What it needs that was learnt from one model: a method of `lowkey gates`, or empty.
     learns: ClassVar[str] = ""
     # Whether that layer drops channels of the keys that it keeps.

@@ -466,6 +466,7 @@ class EvictingLayer(RowLayer):
             repeated_span=span,
             repetition_lse=repetition_lse,
             visible=visible_in_chunk(call, candidates.valid[:, 0, -t:] if t else None, self.seen, w),
+            transient=self.transient_tokens,
             layer=self.layer_slot,
             gates=self.gates,
         )
