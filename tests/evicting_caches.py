@@ -21,12 +21,15 @@ def evicting_cache(model, policy, layout=None, ranks=(pico.HEAD_DIM, pico.HEAD_D
     """A cache that evicts by this policy; with a layout, over random low-rank maps."""
     full = families.geometry(model).compressible
     cache_eviction, maps = CacheWideEviction(len(full)), pico.layer_factors(model, *ranks) if layout else {}
+    learnt = pico.gates(model, policy)
 
     def build(i):
         rope = families.rope(model, i)
-        return EVICTING_LAYERS[policy.layer](
-            policy, rope, full.index(i), cache_eviction, LowRank(maps[i], layout, rope) if layout else None
-        )
+        codec = LowRank(maps[i], layout, rope) if layout else None
+        layer = EVICTING_LAYERS[policy.layer](policy, rope, full.index(i), cache_eviction, codec)
+        if learnt is not None:
+            layer.gates = learnt.layers[full.index(i)]
+        return layer
 
     return cache_of(model, build)
 

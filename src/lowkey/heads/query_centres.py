@@ -25,7 +25,7 @@ SINKS = 4  # first tokens of a window that do not count: their queries are unlik
 
 
 class QueryCentreLayer(SecondMomentLayer):
-    """A cache layer that stores no tokens, but sums queries before their rotation and norms of their pairs."""
+    """A layer that sums queries before their rotation, and norms of their pairs. It stores no tokens."""
 
     def attend(self, keys: Tensor, values: Tensor, call: Call) -> Tensor:
         """Add the new queries to the sums and answer the call; see `StoringLayer.attend`."""
