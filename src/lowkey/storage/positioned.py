@@ -80,8 +80,8 @@ class PositionedLayer(StoringLayer):
         if not bool(((positions == token_positions(start, self.seen, offset)) | ~real).all()):
             raise LowkeyError(
                 "position_ids: this cache needs positions that count up by one from a row's first token, "
-                "without padding between turns; drop position_ids, or give rows of uneven turns a cache "
-                "each: cache.branch(row)"
+                "without padding between turns; drop position_ids and use_cache=False, or give rows of "
+                "uneven turns a cache each: cache.branch(row)"
             )
         self.offset, self.first_index = offset, first  # only now, since nothing was refused
         return real
