@@ -32,7 +32,7 @@ from lowkey.models.attention_interface import attach
 from lowkey.models.fingerprint import data_fingerprint, model_fingerprint
 from lowkey.ops.bases import is_orthonormal
 from lowkey.plan.plan import Plan, versions
-from lowkey.policies.allocators import HeadImportance
+from lowkey.policies.sharing import HeadImportance
 from lowkey.probes.layer_inputs import layer_inputs
 from lowkey.probes.layer_probe import LayerProbe
 from lowkey.probes.model_probe import loss_increases

@@ -20,9 +20,9 @@ from lowkey.core.types import LowkeyError
 from lowkey.heads.scores import HeadScores
 from lowkey.models import families, loading
 from lowkey.plan.plan import Plan
-from lowkey.policies.allocators import HeadImportance
 from lowkey.policies.base import Policy
 from lowkey.policies.gates import Gates
+from lowkey.policies.sharing import HeadImportance
 
 
 def quiet_libraries() -> None:

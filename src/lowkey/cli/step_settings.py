@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lowkey.cache.cache import LowkeyCache
-    from lowkey.policies.allocators import HeadImportance
+    from lowkey.policies.sharing import HeadImportance
 
 GRAMMAR = "full, int4, snapkv:10%, plan:DIR, or several joined by + like plan:DIR+snapkv:25%+kivi4"
 

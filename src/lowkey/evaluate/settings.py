@@ -24,9 +24,9 @@ from lowkey.core.types import LowkeyError
 from lowkey.methods import METHODS
 from lowkey.plan.plan import Plan
 from lowkey.policies import policy_to_dict
-from lowkey.policies.allocators import HeadImportance
 from lowkey.policies.base import Policy
 from lowkey.policies.gates import Gates
+from lowkey.policies.sharing import HeadImportance
 from lowkey.storage.base import StoringLayer
 from lowkey.storage.exact import Exact
 from lowkey.storage.packing import NO_BITS, scheme, scheme_name

@@ -10,8 +10,8 @@ from lowkey.core.budget import Budget
 from lowkey.core.types import LowkeyError
 from lowkey.plan.rows import rows_of_heads
 from lowkey.policies import policy_from_dict
-from lowkey.policies.allocators import KnownBefore
 from lowkey.policies.base import Policy
+from lowkey.policies.sharing import KnownBefore
 from lowkey.storage.budgets import EvictionCosts, budget_of, protected_tokens
 from lowkey.storage.exact import Exact
 from lowkey.storage.packing import scheme_or_none

@@ -6,8 +6,7 @@ may stay below it by less than a block, and `AtLeast` has no budget.)
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
@@ -15,128 +14,20 @@ import torch
 from torch import Tensor
 
 from lowkey.core.errors import LowkeyError
-from lowkey.core.options import Checked, option
-from lowkey.ops.apportion import apportion
+from lowkey.core.options import option
+from lowkey.policies.sharing import (
+    AllocationRequest,
+    HeadImportance,
+    KnownBefore,
+    PlannedCounts,
+    Scope,
+    TokenAllocator,
+    apportioned,
+    equal_counts,
+    split_over_cache,
+)
 
-Scope = Literal["layer", "cache"]
-HeadImportance = Mapping[str, Sequence[Sequence[float]]]
-"""Head scores by kind (`copy`, `r2`, ...): one number for every compressed layer and KV head."""
-
-
-@dataclass(frozen=True)
-class KnownBefore:
-    """What is known of an eviction of one row of the batch before there are scores.
-
-    Args:
-        mean_tokens: the budget: tokens per head, on average over all layers and heads of the cache.
-        tokens_seen: number of tokens that the row has read.
-        protected: how many of them each head keeps whatever they score.
-        layers: number of compressible layers of the cache.
-        heads: h, of each layer.
-        rows_of_heads: as `AllocationRequest` has it.
-    """
-
-    mean_tokens: float
-    tokens_seen: int
-    protected: int
-    layers: int
-    heads: int
-    rows_of_heads: Sequence[Sequence[int]] | None = None
-
-    def share(self, first: int, layers: int) -> int:
-        """Tokens for so many layers from the layer `first` on if all layers get the same.
-
-        Shares are differences of a rounded running total, so that those of all layers add up exactly.
-        """
-        whole = min(self.mean_tokens, self.tokens_seen) * self.heads * self.layers
-        return round(whole * (first + layers) / self.layers) - round(whole * first / self.layers)
-
-
-@dataclass(frozen=True)
-class AllocationRequest:
-    """What an allocator is asked for one row of the batch: the scores of some consecutive layers.
-
-    Args:
-        scores: (n, h, s) for the n layers in scope. +inf marks tokens that are always kept (sinks and recent
-            ones), -inf marks places that hold no token.
-        mean_tokens: the budget: tokens per head, on average over all layers and heads of the cache.
-        tokens_seen: number of tokens that the row has read.
-        first_layer: number of the first layer in scope, among the cache's compressible layers.
-        total_layers: number of compressible layers of the cache.
-        rows_of_heads: for each layer, which of the h places each KV head shares with others; None if each has
-            its own.
-        protected: how many tokens a head of any layer always keeps at most, if a layer may have fewer.
-    """
-
-    scores: Tensor
-    mean_tokens: float
-    tokens_seen: int
-    first_layer: int
-    total_layers: int
-    rows_of_heads: Sequence[Sequence[int]] | None = None
-    protected: int = 0
-
-    @property
-    def minimum(self) -> Tensor:
-        """Number of tokens that each head always keeps (n, h)."""
-        return self.scores.isposinf().sum(-1).cpu()
-
-    @property
-    def maximum(self) -> Tensor:
-        """Number of tokens that each head holds (n, h)."""
-        return (~self.scores.isneginf()).sum(-1).cpu()
-
-    def share(self) -> int:
-        """Tokens for the layers in scope if all layers get the same."""
-        return self.known().share(self.first_layer, len(self.scores))
-
-    def known(self) -> KnownBefore:
-        """What does not depend on scores, the same for every layer."""
-        protected = max(self.protected, int(self.minimum.max()))
-        heads = self.scores.shape[1]
-        return KnownBefore(
-            self.mean_tokens, self.tokens_seen, protected, self.total_layers, heads, self.rows_of_heads
-        )
-
-
-class TokenAllocator(Checked, ABC):
-    """Splits a budget over layers and heads.
-
-    Attributes:
-        scope: what is decided at once. `layer`: each layer decides as soon as it has its scores, so that a
-            long prompt is never held whole. `cache`: the scores of all layers are needed.
-        summary: one line for the command line.
-        bounded: whether a budget bounds the counts.
-        scores_decide: what only scores tell: `nothing`, how many tokens the `heads` of a layer get, or how
-            many the `layers` get.
-    """
-
-    scope: ClassVar[Scope]
-    summary: ClassVar[str]
-    bounded: ClassVar[bool] = True
-    scores_decide: ClassVar[Literal["nothing", "heads", "layers"]] = "layers"
-
-    def planned(self, known: KnownBefore) -> Tensor | None:
-        """Counts (layers, h) that are known before there are scores; None if only scores tell.
-
-        Where scores decide over the heads, the sum of every layer is right and its split over heads is not.
-        """
-        return None
-
-    @abstractmethod
-    def counts(self, request: AllocationRequest) -> Tensor:
-        """Number of tokens that each layer in scope and each head keeps (n, h), on the CPU."""
-
-    def with_head_scores(self, heads: HeadImportance) -> Self:
-        """A copy that has the head scores it needs; most allocators need none.
-
-        Args:
-            heads: head scores by kind.
-
-        Raises:
-            LowkeyError: scores of a kind that is needed are missing.
-        """
-        return self
+TAU_HALVINGS = 40  # until a share of mass is found
 
 
 @dataclass(frozen=True)
@@ -149,31 +40,11 @@ class UniformTokens(TokenAllocator):
 
     def planned(self, known: KnownBefore) -> Tensor:
         """Equal counts (layers, h); see `TokenAllocator.planned`."""
-        return _equal_counts(known)
+        return equal_counts(known)
 
     def counts(self, request: AllocationRequest) -> Tensor:
         """Equal counts (n, h); see `TokenAllocator.counts`."""
-        return _apportioned(request, torch.ones(request.scores.shape[:2]), request.share())
-
-
-class PlannedCounts(TokenAllocator):
-    """An allocator whose counts are known before there are scores, for every layer and head."""
-
-    scope: ClassVar[Scope] = "layer"
-    scores_decide: ClassVar[Literal["nothing", "heads", "layers"]] = "nothing"
-
-    @abstractmethod
-    def planned(self, known: KnownBefore) -> Tensor:
-        """Counts (layers, h); see `TokenAllocator.planned`."""
-
-    def counts(self, request: AllocationRequest) -> Tensor:
-        """Counts (n, h) of the layers in scope as they are planned; see `TokenAllocator.counts`."""
-        own = self.planned(request.known())[request.first_layer : request.first_layer + len(request.scores)]
-        if bool((own <= request.maximum).all()):
-            return own.maximum(request.minimum)
-        # After an earlier eviction heads hold fewer tokens than the row has seen: what some of a layer's
-        # heads lack goes to its other heads.
-        return _apportioned(request, own.double(), int(own.sum()))
+        return apportioned(request, torch.ones(request.scores.shape[:2]), request.share())
 
 
 @dataclass(frozen=True)
@@ -200,7 +71,7 @@ class Pyramid(PlannedCounts):
             line = torch.linspace(2 * b - b / self.beta, b / self.beta, known.layers)
         else:
             line = torch.tensor([b])
-        return _split_over_cache(known, line.unsqueeze(1).expand(-1, known.heads), known.protected)
+        return split_over_cache(known, line.unsqueeze(1).expand(-1, known.heads), known.protected)
 
 
 @dataclass(frozen=True)
@@ -224,7 +95,7 @@ class Ada(TokenAllocator):
 
     def planned(self, known: KnownBefore) -> Tensor | None:
         """Equal counts of layers (layers, h); see `TokenAllocator.planned`."""
-        return _equal_counts(known)
+        return equal_counts(known)
 
     def counts(self, request: AllocationRequest) -> Tensor:
         """Counts (n, h) by the best tokens of the layers in scope; see `TokenAllocator.counts`."""
@@ -232,7 +103,7 @@ class Ada(TokenAllocator):
         n, h, s = request.scores.shape
         best = request.scores.flatten().argsort(descending=True, stable=True)[:total]
         number = torch.bincount(best.cpu() // s, minlength=n * h).view(n, h).double()
-        return _apportioned(request, (1 - self.alpha) * number + self.alpha * number.mean(), total)
+        return apportioned(request, (1 - self.alpha) * number + self.alpha * number.mean(), total)
 
 
 @dataclass(frozen=True)
@@ -295,6 +166,43 @@ class Blocks(TokenAllocator):
 
 
 @dataclass(frozen=True)
+class LayerMass(TokenAllocator):
+    """ZipVL's layer-adaptive count: a layer keeps as many tokens as hold a share of its scores.
+
+    Let `c_lj` be the score of token j in layer l, summed over its heads, without sinks and recent tokens, and
+    p_l the fewest tokens whose largest scores add up to the share tau of all. All heads of a layer keep p_l
+    tokens besides the sinks and recent ones. tau is the largest one that the budget allows, the same for all
+    layers; what is left goes to all heads alike. It suits scores that add up, like attention.
+
+    Source: arXiv:2410.08584, eq. 6. Where we differ: there tau is given and the memory follows, and sinks
+    count, which hold much of the mass.
+    """
+
+    scope: ClassVar[Scope] = "cache"
+    summary: ClassVar[str] = "as many tokens of a layer as hold a share of its scores (arXiv:2410.08584)"
+
+    def counts(self, request: AllocationRequest) -> Tensor:
+        """Counts (n, h) that are alike in all heads of a layer; see `TokenAllocator.counts`."""
+        scores, heads = request.scores, request.scores.shape[1]
+        mass = scores.masked_fill(~scores.isfinite(), 0.0).clamp_min(0.0).double().sum(1).cpu()
+        held = mass.sort(1, descending=True).values.cumsum(1)
+        shares = held / held[:, -1:].clamp_min(1e-300)
+        protected, total = request.minimum.amax(1), request.share()
+
+        def counted(tau: float) -> Tensor:
+            tokens = torch.searchsorted(shares, torch.full((len(shares), 1), tau, dtype=torch.float64))
+            needed = (tokens[:, 0] + 1) * ((held[:, -1] > 0) & (tau > 0))  # a layer without mass needs none
+            return (needed + protected).clamp_max(scores.shape[2])
+
+        low, high = 0.0, 1.0
+        for _ in range(TAU_HALVINGS):
+            tau = (low + high) / 2
+            low, high = (tau, high) if int(counted(tau).sum()) * heads <= total else (low, tau)
+        weights = counted(low).double().unsqueeze(1).expand(-1, heads)
+        return apportioned(request, weights, total)
+
+
+@dataclass(frozen=True)
 class HeadKV(PlannedCounts):
     """HeadKV: heads get tokens by an importance that was measured beforehand.
 
@@ -337,7 +245,7 @@ class HeadKV(PlannedCounts):
             # least `floor` if w >= (floor - 1) beta + 1.
             weights = _with_floor(weights, (self.floor - 1) * self.beta + 1)
         free = float(max(0.0, min(known.mean_tokens, known.tokens_seen) - known.protected))
-        return _split_over_cache(known, weights, known.protected + free - free / self.beta)
+        return split_over_cache(known, weights, known.protected + free - free / self.beta)
 
 
 @dataclass(frozen=True)
@@ -375,7 +283,7 @@ class Classes(PlannedCounts):
         retrieval = _checked_importance(self.importance, known, ("induction", "echo")) > 0
         # The small weight is met only after retrieval heads hold all their tokens.
         weights = torch.where(retrieval, 1.0, 1e-9)
-        return _split_over_cache(known, weights, known.protected)
+        return split_over_cache(known, weights, known.protected)
 
 
 @dataclass(frozen=True)
@@ -404,6 +312,7 @@ TOKEN_ALLOCATORS: dict[str, type[TokenAllocator]] = {
     "ada": Ada,
     "global": Global,
     "blocks": Blocks,
+    "layer-mass": LayerMass,
     "headkv": HeadKV,
     "classes": Classes,
     "at-least": AtLeast,
@@ -493,36 +402,3 @@ def _checked_importance(
             f"of {h} KV heads; {_commands(kinds)}"
         )
     return weights
-
-
-def _apportioned(request: AllocationRequest, weights: Tensor, total: int) -> Tensor:
-    """Split `total` tokens over the heads in scope in proportion to weights (n, h), within what each can
-    hold.
-    """
-    counts = apportion(weights.flatten(), total, request.minimum.flatten(), request.maximum.flatten())
-    return counts.view(request.scores.shape[:2])
-
-
-def _equal_counts(known: KnownBefore) -> Tensor:
-    """Counts (layers, h) if all layers get the same, and all heads of a layer."""
-    h, rows = known.heads, []
-    for layer in range(known.layers):
-        total = min(max(known.share(layer, 1), h * known.protected), h * known.tokens_seen)
-        rows.append([total // h + (head < total % h) for head in range(h)])
-    return torch.tensor(rows)
-
-
-def _split_over_cache(known: KnownBefore, weights: Tensor, base: float) -> Tensor:
-    """Counts (layers, h) when the weights of all layers are known beforehand.
-
-    The whole cache is split each time, so that every layer can decide by itself and all sums fit together.
-
-    Args:
-        known: the budget and the cache.
-        weights: (layers, h) for all layers.
-        base: tokens that each head gets whatever its weight.
-    """
-    heads = known.layers * known.heads
-    whole = round(min(known.mean_tokens, known.tokens_seen) * heads)
-    low, high = (torch.full((heads,), n) for n in (known.protected, known.tokens_seen))
-    return apportion(weights.flatten(), whole, low, high, float(base)).view(known.layers, known.heads)

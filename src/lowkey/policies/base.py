@@ -20,7 +20,8 @@ from lowkey.core.budget import Budget, too_few_tokens
 from lowkey.core.errors import LowkeyError
 from lowkey.core.options import check_options, option
 from lowkey.ops.precision import for_products
-from lowkey.policies.allocators import TOKEN_ALLOCATORS, HeadImportance, TokenAllocator
+from lowkey.policies.allocators import TOKEN_ALLOCATORS
+from lowkey.policies.sharing import HeadImportance, TokenAllocator
 
 Pooling = Literal["max", "mean"]
 CosAndSin = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

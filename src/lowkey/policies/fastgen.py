@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lowkey.core.budget import Budget
 from lowkey.core.options import option
-from lowkey.policies.allocators import TokenAllocator
 from lowkey.policies.base import EvictionContext, Policy, attention_sums
+from lowkey.policies.sharing import TokenAllocator
 
 ALL_TOKENS = 3  # the number of the last set
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from lowkey.core.budget import too_few_tokens
 from lowkey.core.types import Budget, LowkeyError
-from lowkey.policies.allocators import KnownBefore
 from lowkey.policies.base import Policy
+from lowkey.policies.sharing import KnownBefore
 from lowkey.storage.exact import NO_EXACT_TOKENS, Exact
 
 BYTE_ROUNDING = 1e-6  # bytes; budgets are floats, and must not fail by a rounding error

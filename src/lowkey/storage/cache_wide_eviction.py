@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lowkey.policies.allocators import AllocationRequest
+from lowkey.policies.sharing import AllocationRequest
 from lowkey.storage.budgets import budget_of, protected_tokens
 
 if TYPE_CHECKING:  # the layers import this module

@@ -11,7 +11,7 @@ from score_definitions import CASES, rotation
 
 from lowkey.ops.ragged import top_mask
 from lowkey.policies import base, expected
-from lowkey.policies.allocators import AllocationRequest, Global, UniformTokens
+from lowkey.policies.allocators import Global, UniformTokens
 from lowkey.policies.base import EvictionContext
 from lowkey.policies.curdkv import CurDKV
 from lowkey.policies.expected import ExpectedAttention
@@ -19,6 +19,7 @@ from lowkey.policies.fastgen import FastGen
 from lowkey.policies.h2o import H2O
 from lowkey.policies.keydiff import KeyDiff
 from lowkey.policies.kvcompress import KVCompress
+from lowkey.policies.sharing import AllocationRequest
 from lowkey.policies.streaming import StreamingLLM
 from lowkey.policies.tova import TOVA
 

@@ -15,7 +15,6 @@ from lowkey.ops.apportion import apportion
 from lowkey.policies.allocators import (
     TOKEN_ALLOCATORS,
     Ada,
-    AllocationRequest,
     AtLeast,
     Blocks,
     Classes,
@@ -24,9 +23,10 @@ from lowkey.policies.allocators import (
     Pyramid,
     UniformTokens,
 )
+from lowkey.policies.sharing import AllocationRequest
 
 quick = settings(max_examples=40, deadline=None)
-EXACT = ["uniform", "pyramid", "ada", "global", "headkv"]
+EXACT = ["uniform", "pyramid", "ada", "global", "layer-mass", "headkv"]
 ALL = [*EXACT, "blocks"]  # blocks stay whole, so that their total may be below the share
 
 
