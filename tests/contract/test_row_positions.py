@@ -208,7 +208,7 @@ def test_a_single_token_beside_padding_is_what_it_is_alone(name):
     got = pico.feed(model, ids, together, UNEVEN, PIECES)
     assert together.nbytes() == together.predicted_nbytes()
     for row, pad in enumerate(UNEVEN):
-        own = make_cache(model, policy=made)
+        own = make_cache(model, policy=made, gates=pico.gates(model, made))
         assert (got[row, pad:] - alone(row, ids, own)).abs().max() < 1e-3
         for layer, other in zip(together.evicting, own.evicting, strict=True):
             assert [p.tolist() for p in layer.kept_positions(row)] == [

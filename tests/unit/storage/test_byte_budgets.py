@@ -65,10 +65,8 @@ def read(model, cache, ids, pads):
 
 
 def holds(name, model, budget, pads, **options):
-    cache, (amount, per_token) = (
-        make_cache(model, policy=policy(name, budget, **options)),
-        resolve_budget(budget),
-    )
+    made, (amount, per_token) = policy(name, budget, **options), resolve_budget(budget)
+    cache = make_cache(model, policy=made, gates=pico.gates(model, made))
     for held, tokens in read(model, cache, prompt(120, len(pads)), pads):
         assert held == cache.nbytes() == cache.predicted_nbytes() <= amount * (tokens if per_token else 1)
     return cache, held, amount * (tokens if per_token else 1)
