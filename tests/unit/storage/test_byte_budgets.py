@@ -33,8 +33,10 @@ def policy(name, budget, **options):
 
 
 def counted(cache):
-    """Bytes of the distinct storages that can be reached from the layers, without asking them."""
-    known, todo, storages = set(), list(cache.layers), {}
+    """Bytes of the distinct storages that can be reached from the layers, without asking them, and without
+    what a policy has learnt of the model.
+    """
+    known, todo, storages = {id(layer.gates) for layer in cache.evicting}, list(cache.layers), {}
     while todo:
         thing = todo.pop()
         if (
