@@ -113,15 +113,44 @@ class StoredRows:
 
 
 @dataclass(frozen=True)
+class RotatedRows:
+    """Keys that are rebuilt from their latents and rotated as they are read.
+
+    Args:
+        latents: of R rows.
+        heads: t, that share latents. Row i is head i % t of group i / t % G.
+        up: (G, r, t d), the maps from latents to the heads of a group, side by side.
+        mean: (G, 1, t d), what is added before keys are rotated, or None.
+        positions: (n), int32, of tokens.
+        firsts: (R), int64, where in `positions` the tokens of each row begin.
+        coarse: (c, 2, p / 2), cosines and sines of the multiples of the stride of tables, for the p channels
+            of a key that are rotated.
+        fine: (stride, 2, p / 2), of the positions below it, without the factor of a scaled embedding.
+    """
+
+    latents: StoredRows
+    heads: int
+    up: Tensor
+    mean: Tensor | None
+    positions: Tensor
+    firsts: Tensor
+    coarse: Tensor
+    fine: Tensor
+
+
+@dataclass(frozen=True)
 class StepSegment:
     """Tokens of one kind that the queries of decode steps attend to.
 
     Args:
-        keys: of R rows; None if each call brings the dot products with them.
+        keys: of R rows; None if each call brings the dot products with them, or if they are `rotated`.
         values: of the same rows.
-        lengths: (R), int64, the tokens of each row; None if each call says how many there are.
-        as_latents: whether queries meet these keys in the basis of latents, and not in the model's.
+        lengths: (R), int64, the tokens of each row; None if `moves` says how many there are.
+        as_latents: whether sums of values, and queries unless keys are `rotated`, are in the basis of
+            latents, and not in the model's.
         hidden: so many first tokens of each row are not seen.
+        moves: of each step, (units that are added to the beginning of every row, tokens of every row).
+        rotated: keys that the kernel rebuilds and rotates.
     """
 
     keys: StoredRows | None
@@ -129,6 +158,8 @@ class StepSegment:
     lengths: Tensor | None
     as_latents: bool = False
     hidden: int = 0
+    moves: tuple[tuple[int, int], ...] = ()
+    rotated: RotatedRows | None = None
 
 
 def unpack_codes(codes: Tensor, bits: int, dtype: torch.dtype = torch.uint8) -> Tensor:
