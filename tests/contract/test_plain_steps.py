@@ -100,7 +100,18 @@ def test_a_plain_step_reads_no_value(kind):
 
 
 @pytest.mark.parametrize(
-    "kind", ["bits-8", "bits-kivi4", "bits-hadamard4", "exact", "snapkv", "h2o", "snapkv-kivi2"]
+    "kind",
+    [
+        "bits-8",
+        "bits-kivi4",
+        "bits-hadamard4",
+        "exact",
+        "snapkv",
+        "h2o",
+        "snapkv-kivi2",
+        "merged-pre-kivi2",
+        "merged-pre-global-8",
+    ],
 )
 def test_a_plain_step_takes_few_operations(kind):
     assert numba_cpu.available()

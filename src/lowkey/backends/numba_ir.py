@@ -118,6 +118,10 @@ def smaller(b: Builder, x: Value, y: Value) -> Value:
     return b.select(b.icmp_signed("<", x, y), x, y)
 
 
+def larger_integer(b: Builder, x: Value, y: Value) -> Value:
+    return b.select(b.icmp_signed(">", x, y), x, y)
+
+
 def larger(b: Builder, x: Value, y: Value) -> Value:
     return b.select(b.fcmp_ordered(">", x, y), x, y)
 
@@ -147,6 +151,21 @@ def totals(b: Builder, parts: Sequence[Value]) -> Value:
         ]
         width //= 2
     return parts[0]
+
+
+def transposed(b: Builder, rows: Sequence[Value]) -> list[Value]:
+    """LANES vectors, of which lane i of vector j becomes lane j of vector i."""
+    rows, shift = list(rows), 1
+    while shift < LANES:
+        lower = [i + LANES - shift if i & shift else i for i in range(LANES)]
+        upper = [i + LANES if i & shift else i + shift for i in range(LANES)]
+        for i in range(LANES):
+            if not i & shift:
+                pair = rows[i], rows[i | shift]
+                for at, lanes in ((i, lower), (i | shift, upper)):
+                    rows[at] = b.shuffle_vector(*pair, ir.Constant(INTEGER_VECTOR, lanes))
+        shift *= 2
+    return rows
 
 
 def exp2(b: Builder, x: Value) -> Value:

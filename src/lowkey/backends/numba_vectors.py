@@ -54,7 +54,7 @@ def _present(b: Builder, scores: Value, left: Value, keys: int) -> Value:
     return b.select(b.icmp_signed("<", place, spread(b, left)), scores, same(LOWEST))
 
 
-class _Columns:
+class Columns:
     """The vectors that cover the next LANES / g tokens, decoded to fp32.
 
     Channels come in groups, those of a token that share a scale, or all of them in plain numbers. The last
@@ -86,11 +86,11 @@ class _Columns:
 
     @contextmanager
     def each(self) -> Iterator[tuple[Value, list[Value]]]:
-        """Loop over vectors: (the vector's number, the vector of each token)."""
+        """Loop over vectors: (its number, the vector of each token). `start` becomes its first channel."""
         b = self.b
         if not self.bits:
             with cgutils.for_range(b, self.count) as loop:
-                start = smaller(b, b.mul(loop.index, int64(LANES)), self.last)
+                start = self.start = smaller(b, b.mul(loop.index, int64(LANES)), self.last)
                 offset = b.mul(start, int64(BYTES_PER_NUMBER[self.number]))
                 for row in self.rows:  # before the loads, so that memory works ahead
                     fetch(b, row, offset)
@@ -105,7 +105,7 @@ class _Columns:
             ]
             with cgutils.for_range(b, self.of_group) as inner:
                 start = smaller(b, b.mul(inner.index, int64(LANES)), self.last)
-                start = b.add(b.mul(outer.index, self.size), start)
+                start = self.start = b.add(b.mul(outer.index, self.size), start)
                 offset = b.lshr(b.mul(start, int64(self.bits)), int64(3))
                 index = b.add(b.mul(outer.index, self.of_group), inner.index)
                 yield (
@@ -142,7 +142,7 @@ def score(
     def emit(context: Any, b: Builder, signature: Any, args: Sequence[Value]) -> Value:
         query, *place, left, out = args[2:]
         n = g.literal_value
-        columns = _Columns(b, kind.literal_value, n, place, left)
+        columns = Columns(b, kind.literal_value, n, place, left)
         sums = [cgutils.alloca_once_value(b, same(0.0)) for _ in range(LANES)]
         with columns.each() as (index, keys):
             for i in range(n):
@@ -253,7 +253,7 @@ def mix(
 
     def emit(context: Any, b: Builder, signature: Any, args: Sequence[Value]) -> Value:
         weights, *place, left, out = args[2:]
-        columns = _Columns(b, kind.literal_value, g.literal_value, place, left)
+        columns = Columns(b, kind.literal_value, g.literal_value, place, left)
         step = load_vector(b, weights)
         spread_out = [spread(b, b.extract_element(step, ir.Constant(I32, i))) for i in range(LANES)]
         with columns.each() as (index, rows):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -139,18 +140,40 @@ class RotatedRows:
 
 
 @dataclass(frozen=True)
+class Rebuilding:
+    """How keys are rebuilt from latents: by a linear map, a mean, and a rotation at each token's position.
+
+    Args:
+        maps: (h, r, d), for each KV head; row i has that of head i % h.
+        mean: (h, d), added before the rotation; None for none.
+        positions: of all tokens, int32.
+        firsts: (R), where in `positions` those of each row begin.
+        rotation: the cosines and sines (n, 2, p / 2) of the multiples of `numba_cpu.STRIDE`; those of the
+            numbers below it, without the factor of a scaled embedding; and the bits of the mantissa that the
+            model's dtype leaves out, in which the model rotates.
+    """
+
+    maps: Tensor
+    mean: Tensor | None
+    positions: np.ndarray
+    firsts: np.ndarray
+    rotation: tuple[np.ndarray, np.ndarray, int]
+
+
+@dataclass(frozen=True)
 class StepSegment:
     """Tokens of one kind that the queries of decode steps attend to.
 
     Args:
-        keys: of R rows; None if each call brings the dot products with them, or if they are `rotated`.
+        keys: of R rows; None if they are `rotated`.
         values: of the same rows.
-        lengths: (R), int64, the tokens of each row; None if `moves` says how many there are.
-        as_latents: whether sums of values, and queries unless keys are `rotated`, are in the basis of
-            latents, and not in the model's.
+        lengths: (R), int64, the tokens of each row; None if `moves` says how many there are, or each call.
+        as_latents: whether sums of values, and queries unless keys are rebuilt, are in the basis of latents,
+            and not in the model's.
         hidden: so many first tokens of each row are not seen.
+        rebuilding: on a CPU, how keys that are latents are rebuilt; None if queries meet them as they are.
         moves: of each step, (units that are added to the beginning of every row, tokens of every row).
-        rotated: keys that the kernel rebuilds and rotates.
+        rotated: on a GPU, keys that the kernel rebuilds and rotates.
     """
 
     keys: StoredRows | None
@@ -158,6 +181,7 @@ class StepSegment:
     lengths: Tensor | None
     as_latents: bool = False
     hidden: int = 0
+    rebuilding: Rebuilding | None = None
     moves: tuple[tuple[int, int], ...] = ()
     rotated: RotatedRows | None = None
 

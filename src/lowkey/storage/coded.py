@@ -19,16 +19,16 @@ from torch import Tensor
 
 from lowkey.backends import fused, grouped
 from lowkey.backends.segment import Part, Segment, merge_parts
-from lowkey.backends.stored import MOST_HIDDEN, StepSegment, StoredRows
+from lowkey.backends.stored import MOST_HIDDEN, Rebuilding, StepSegment, StoredRows
 from lowkey.core.types import LowkeyError
 from lowkey.models.attention_interface import Call
 from lowkey.storage.base import RECORD_FIRST
 from lowkey.storage.codec import Plain
 from lowkey.storage.positioned import index_behind_last
 from lowkey.storage.reading import attend_to_stored, reads_in_place
-from lowkey.storage.rebuilding import RebuiltKeys
+from lowkey.storage.rebuilding import Rotation
 from lowkey.storage.rows import exact_segment, stored_densely
-from lowkey.storage.stepping import NOT_LOOKED_AT, OwnSegment
+from lowkey.storage.stepping import NOT_LOOKED_AT
 from lowkey.storage.stored_tokens import EMPTY, StoredTokens
 
 
@@ -145,30 +145,30 @@ class CodedLayer(StoredTokens):
 
     # -- reading
 
-    def _segments_of_step(self, softcap: float | None) -> list[OwnSegment] | None:
-        rebuilds = self.codec.rotates_when_read
-        if not (rebuilds or self.codec.meets_stored_keys(softcap)) or self.exact.sinks > MOST_HIDDEN:
+    def _segments_of_step(self, softcap: float | None, rotation: Rotation | None) -> list[StepSegment] | None:
+        meets = rotation is not None or self.codec.meets_stored_keys(softcap)
+        if not meets or self.exact.sinks > MOST_HIDDEN:
             return None
         if self.dtype == torch.float64:
             return None  # kernels compute in fp32
-        segments: list[OwnSegment] = []
+        segments: list[StepSegment] = []
         if self.exact.sinks:
-            segments.append((exact_segment(self.sink_k, self.sink_v, self.exact.sinks), None))
+            segments.append(exact_segment(self.sink_k, self.sink_v, self.exact.sinks))
         if count := self._slots_held()[0]:
             heads = self.recent_k.shape[1]
             keys, values = self._dense_rows()
-            values = values.repeated(heads // self.shapes["values"][0])
-            rebuilt = None
-            if rebuilds:
+            keys, values = (
+                x.repeated(heads // self.shapes[name][0]) for x, name in ((keys, "keys"), (values, "values"))
+            )
+            rebuilding = None
+            if rotation is not None:
                 first = self.front_start - (self.common_offset or 0)
                 positions = np.arange(first, first + count, dtype=np.int32)
-                rebuilt = RebuiltKeys(
-                    self.codec, len(self.offset), keys, positions, np.zeros(len(values.lane), np.int64)
-                )
-            met = None if rebuilds else keys.repeated(heads // self.shapes["keys"][0])
+                firsts = np.zeros(len(values.lane), np.int64)
+                rebuilding = Rebuilding(*self.codec.key_maps(heads), positions, firsts, rotation)
             hidden = 0 if self.front_start else self.exact.sinks
-            segments.append((StepSegment(met, values, None, self.codec != Plain(), hidden), rebuilt))
-        return [*segments, (exact_segment(self.recent_k, self.recent_v), None)]
+            segments.append(StepSegment(keys, values, None, self.codec != Plain(), hidden, rebuilding))
+        return [*segments, exact_segment(self.recent_k, self.recent_v)]
 
     def _parts_of_step(self, call: Call, stored: int, window: tuple[int, int]) -> list[Part]:
         """See `SteppingLayer._parts_of_step`."""

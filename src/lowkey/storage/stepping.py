@@ -10,14 +10,13 @@ undone.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lowkey.backends.numba_cpu import STRIDE, Segments, score_scale
+from lowkey.backends.numba_cpu import STRIDE, Segments
 from lowkey.backends.ragged import prepared_segments, prepares
 from lowkey.backends.segment import Part, merge_parts
 from lowkey.backends.stored import StepSegment
@@ -25,13 +24,12 @@ from lowkey.models.attention_interface import Call
 from lowkey.models.families import Rope
 from lowkey.storage.codec import Codec
 from lowkey.storage.positioned import PositionedLayer
-from lowkey.storage.rebuilding import RebuiltKeys, Rotation, rotation_below
-from lowkey.storage.rollback import Snapshot, storage_bytes
+from lowkey.storage.rebuilding import Rotation, rotation_below
+from lowkey.storage.rollback import Snapshot
 
 ROOM = 16  # steps at most; free slots take memory, and every new room moves what is held
 NOT_LOOKED_AT = -(2**62)  # no offset
 ROTATED_AT_ONCE = 1024  # positions for which the tables of a rotary embedding are made larger
-OwnSegment = tuple[StepSegment, RebuiltKeys | None]
 
 
 @dataclass(frozen=True)
@@ -60,14 +58,12 @@ class PreparedStep:
     Args:
         kernel: ready for them; None if none reads what is held.
         has_stored: whether there are dense stored tokens.
-        rebuilt: of each segment, keys that have to be rebuilt, or None.
-        rotation: what rotates these, or None.
+        meets_latents: whether queries are brought into the basis of latents.
     """
 
     kernel: Segments | None
     has_stored: bool = False
-    rebuilt: Sequence[RebuiltKeys | None] = ()
-    rotation: Rotation | None = None
+    meets_latents: bool = False
 
 
 class SteppingLayer(PositionedLayer):
@@ -126,30 +122,16 @@ class SteppingLayer(PositionedLayer):
         """
 
     @abstractmethod
-    def _segments_of_step(self, softcap: float | None) -> list[OwnSegment] | None:
-        """The tokens that the steps of this room attend to, with keys that have to be rebuilt by themselves.
+    def _segments_of_step(self, softcap: float | None, rotation: Rotation | None) -> list[StepSegment] | None:
+        """The tokens that the steps of this room attend to.
 
         The window comes last, with rows for all KV heads, and the dense stored tokens before it, if there
         are any. None if queries cannot meet all tokens where they lie.
+
+        Args:
+            softcap: of the step's scores, or None.
+            rotation: what rotates stored keys as they are read; None if they are met as they are stored.
         """
-
-    # -- bytes
-
-    def held_tensors(self) -> list[Tensor]:
-        """All tensors that the layer keeps alive, those that are prepared for steps included."""
-        return [*super().held_tensors(), *(x for keys in self._rebuilt() for x in keys.tensors())]
-
-    def nbytes(self) -> int:
-        """The bytes of the storages that are really held."""
-        return storage_bytes(SteppingLayer.held_tensors(self))
-
-    def prepared_bytes(self) -> int:
-        """The bytes of what is prepared for steps."""
-        return sum(x.numel() * x.element_size() for keys in self._rebuilt() for x in keys.tensors())
-
-    def _rebuilt(self) -> list[RebuiltKeys]:
-        """Keys that steps rebuild."""
-        return [keys for keys in (self.prepared.rebuilt if self.prepared else ()) if keys is not None]
 
     # -- steps
 
@@ -204,18 +186,14 @@ class SteppingLayer(PositionedLayer):
         kernel.places[-1, 1] = kernel.places[-1, 3] = window[0]
         kernel.places[-1, 4] = window[1] - window[0]
         b, h, g, _, d = call.query.shape
-        query, latent, shift, dots = call.query.reshape(b * h, g, d), None, None, None
-        if prepared.rotation is not None:
-            dots = self._dots_with_rebuilt(call, prepared)
-        elif kernel.widths[0]:  # some keys are met as latents
+        query, latent, shift = call.query.reshape(b * h, g, d), None, None
+        if prepared.meets_latents:
             at = call.positions
             at = self.positions_of(self.seen - 1, self.seen) if at is None else at.expand(b, 1)
             latent, shift = self.codec.project_query(call.query, at)
             shift = None if shift is None else shift.reshape(b * h, g)
             latent = latent.reshape(b * h, g, -1)
-        sums, out, share, _ = kernel.attend(
-            (latent, query), call.scaling, call.softcap, bias=shift, dots=dots
-        )
+        sums, out, share, _ = kernel.attend((latent, query), call.scaling, call.softcap, bias=shift)
         # arrays and not tensors, which would have to be made for what is not needed, too
         result = torch.from_numpy(out.reshape(b, h, g, 1, d))
         if not kernel.widths[0]:
@@ -225,15 +203,18 @@ class SteppingLayer(PositionedLayer):
     def _prepared_step(self, call: Call, room: Room) -> PreparedStep:
         """Prepare for the steps of a room."""
         # asked first: what follows looks into the memory of tensors
-        own = self._segments_of_step(call.softcap) if prepares(self.device) else None
-        if own is None:
+        if not prepares(self.device):
             return PreparedStep(None)
-        segments, rebuilt = zip(*own, strict=True)
-        kernel, rotation = prepared_segments(call.query.shape[2], segments), None
-        if (rope := self.codec.rotates_when_read) is not None and any(keys is not None for keys in rebuilt):
+        rotation = None
+        if (rope := self.codec.rotates_when_read) is not None:
             stop = room.start + room.steps - (self.common_offset or 0)
             rotation = self._rotation(rope, call.query, stop)
-        return PreparedStep(kernel, bool(room.stored + room.ahead), rebuilt, rotation)
+        segments = self._segments_of_step(call.softcap, rotation)
+        if segments is None:
+            return PreparedStep(None)
+        kernel = prepared_segments(call.query.shape[2], segments)
+        meets_latents = any(s.as_latents and s.rebuilding is None for s in segments)
+        return PreparedStep(kernel, bool(room.stored + room.ahead), meets_latents)
 
     def _rotation(self, rope: Rope, like: Tensor, stop: int) -> Rotation:
         """The rotary embedding of positions below `stop`, which layers of a cache share."""
@@ -243,22 +224,6 @@ class SteppingLayer(PositionedLayer):
         if key not in known or len(known[key][0]) * STRIDE < stop:
             known[key] = rotation_below(rope, like, stop + -stop % ROTATED_AT_ONCE)
         return known[key]
-
-    def _dots_with_rebuilt(self, call: Call, prepared: PreparedStep) -> np.ndarray:
-        """Dot products (b h, g, n) of the queries with all keys that have to be rebuilt."""
-        kernel, rotation = prepared.kernel, prepared.rotation
-        assert kernel is not None and rotation is not None
-        b, h, g = call.query.shape[:3]
-        lengths = [kernel.places[i, 4] for i, keys in enumerate(prepared.rebuilt) if keys is not None]
-        dots = np.empty((b * h, g, sum(int(x.max()) for x in lengths)), np.float32)
-        query, begin = call.query.reshape(b * h, g, -1), 0
-        scale = score_scale(call.scaling, call.softcap)
-        for i, keys in enumerate(prepared.rebuilt):
-            if keys is not None:
-                kernel.given[i], tokens = begin, kernel.places[i, 4]
-                keys.write_dots(query, tokens, rotation, scale, begin, dots)
-                begin += int(tokens.max())
-        return dots
 
     def _is_plain(self, keys: Tensor, call: Call) -> bool:
         if keys.shape[2] != 1:
