@@ -5,8 +5,10 @@ Run as a program in a process in which Triton does not interpret; see `test_trit
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import triton
 from step_segments import made
@@ -14,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lowkey.backends import triton_gpu, triton_kernel
-from lowkey.backends.stored import RotatedRows, StepSegment
+from lowkey.backends.stored import Rebuilding
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8"}
 TYPES |= {torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1"}
@@ -89,11 +91,11 @@ def compiled_kernels(segments, queries, capability, softcap=None, bias=None):
 
 def rotated(segment, d, dtype):
     """The segment with its keys as latents of heads with d channels."""
-    up = torch.zeros(3, segment.keys.width, d, dtype=dtype)
+    maps = torch.zeros(3, segment.keys.width, d, dtype=dtype)
     positions, firsts = torch.zeros(400, dtype=torch.int32), torch.zeros(3, dtype=torch.int64)
-    tables = torch.zeros(64, 2, d // 2), torch.zeros(triton_gpu.STRIDE, 2, d // 2)
-    keys = RotatedRows(segment.keys, 1, up, up[:, :1], positions, firsts, *tables)
-    return StepSegment(None, segment.values, segment.lengths, True, rotated=keys)
+    tables = (np.zeros((64, 2, d // 2), np.float32),) * 2
+    how = Rebuilding(maps, maps[:, 0], positions, firsts, (*tables, 0))
+    return replace(segment, rebuilding=how)
 
 
 def main():

@@ -124,7 +124,7 @@ class Segments:
             queries: of each row.
             segments: the tokens.
         """
-        kernel, pairs = _kernel(), [(s.keys, s.values) for s in segments if s.keys is not None]
+        kernel, pairs = _kernel(), [(s.keys, s.values) for s in segments]
         self.group = g = next((n for n in GROUPS if n >= queries), GROUPS[-1])
         self.basis = np.array([not s.as_latents for s in segments], np.int64)
         self.hidden = np.array([s.hidden for s in segments], np.int64)
@@ -140,7 +140,7 @@ class Segments:
             if s.lengths is not None:
                 self.places[i, 4] = s.lengths.numpy()
             if s.rebuilding is not None:
-                self.firsts[i] = s.rebuilding.firsts
+                self.firsts[i] = s.rebuilding.firsts.numpy()
         # the addresses below point into these
         self.held = [plans, [x for pair in pairs for y in pair for x in (y.numbers, y.scale, y.low)]]
         self.keys, self.values = (np.stack([_place(x) for x in side]) for side in zip(*pairs, strict=True))
@@ -253,7 +253,7 @@ class _Rebuilding:
         )
         tables = (_table(x, pairs * lanes) for x in (coarse, fine))
         self.coarse, self.fine = tables
-        self.positions = how.positions
+        self.positions = how.positions.numpy()
         groups, size = keys.groups
         numbers = groups * size
         number, mean = KERNEL_KINDS[how.maps.dtype], how.mean
@@ -264,7 +264,7 @@ class _Rebuilding:
             h,
             rank,
             bits,
-            how.positions.ctypes.data,
+            self.positions.ctypes.data,
             self.coarse.ctypes.data,
             self.fine.ctypes.data,
             self.columns.ctypes.data,

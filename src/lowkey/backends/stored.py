@@ -114,32 +114,6 @@ class StoredRows:
 
 
 @dataclass(frozen=True)
-class RotatedRows:
-    """Keys that are rebuilt from their latents and rotated as they are read.
-
-    Args:
-        latents: of R rows.
-        heads: t, that share latents. Row i is head i % t of group i / t % G.
-        up: (G, r, t d), the maps from latents to the heads of a group, side by side.
-        mean: (G, 1, t d), what is added before keys are rotated, or None.
-        positions: (n), int32, of tokens.
-        firsts: (R), int64, where in `positions` the tokens of each row begin.
-        coarse: (c, 2, p / 2), cosines and sines of the multiples of the stride of tables, for the p channels
-            of a key that are rotated.
-        fine: (stride, 2, p / 2), of the positions below it, without the factor of a scaled embedding.
-    """
-
-    latents: StoredRows
-    heads: int
-    up: Tensor
-    mean: Tensor | None
-    positions: Tensor
-    firsts: Tensor
-    coarse: Tensor
-    fine: Tensor
-
-
-@dataclass(frozen=True)
 class Rebuilding:
     """How keys are rebuilt from latents: by a linear map, a mean, and a rotation at each token's position.
 
@@ -147,7 +121,7 @@ class Rebuilding:
         maps: (h, r, d), for each KV head; row i has that of head i % h.
         mean: (h, d), added before the rotation; None for none.
         positions: of all tokens, int32.
-        firsts: (R), where in `positions` those of each row begin.
+        firsts: (R), int64, where in `positions` those of each row begin.
         rotation: the cosines and sines (n, 2, p / 2) of the multiples of `numba_cpu.STRIDE`; those of the
             numbers below it, without the factor of a scaled embedding; and the bits of the mantissa that the
             model's dtype leaves out, in which the model rotates.
@@ -155,8 +129,8 @@ class Rebuilding:
 
     maps: Tensor
     mean: Tensor | None
-    positions: np.ndarray
-    firsts: np.ndarray
+    positions: Tensor
+    firsts: Tensor
     rotation: tuple[np.ndarray, np.ndarray, int]
 
 
@@ -165,25 +139,21 @@ class StepSegment:
     """Tokens of one kind that the queries of decode steps attend to.
 
     Args:
-        keys: of R rows; None if they are `rotated`.
+        keys: of R rows.
         values: of the same rows.
-        lengths: (R), int64, the tokens of each row; None if `moves` says how many there are, or each call.
+        lengths: (R), int64, the tokens of each row; None if each call says how many there are.
         as_latents: whether sums of values, and queries unless keys are rebuilt, are in the basis of latents,
             and not in the model's.
         hidden: so many first tokens of each row are not seen.
-        rebuilding: on a CPU, how keys that are latents are rebuilt; None if queries meet them as they are.
-        moves: of each step, (units that are added to the beginning of every row, tokens of every row).
-        rotated: on a GPU, keys that the kernel rebuilds and rotates.
+        rebuilding: how keys that are latents are rebuilt; None if queries meet them as they are.
     """
 
-    keys: StoredRows | None
+    keys: StoredRows
     values: StoredRows
     lengths: Tensor | None
     as_latents: bool = False
     hidden: int = 0
     rebuilding: Rebuilding | None = None
-    moves: tuple[tuple[int, int], ...] = ()
-    rotated: RotatedRows | None = None
 
 
 def unpack_codes(codes: Tensor, bits: int, dtype: torch.dtype = torch.uint8) -> Tensor:

@@ -14,11 +14,12 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lowkey.backends.stored import RotatedRows, StepSegment, StoredRows
+from lowkey.backends.stored import Rebuilding, StepSegment, StoredRows
 
 # tokens of a piece, and the pieces that the tokens of a call are cut into, about and at least
 SMALLEST_SPLIT, LARGEST_SPLIT, LEAST_SPLITS = 128, 4096, 512
@@ -45,6 +46,13 @@ def reads(x: StoredRows) -> bool:
     """Whether these keys or values can be read where they lie."""
     same_strides = x.scale is None or x.low is None or x.scale.stride() == x.low.stride()
     return supports(x.dtype) and x.width <= WIDEST[x.dtype] and x.numbers.stride(-1) == 1 and same_strides
+
+
+def reads_segment(x: StepSegment) -> bool:
+    """Whether keys and values can be read where they lie."""
+    if x.rebuilding is not None and not supports(x.rebuilding.maps.dtype):
+        return False
+    return reads(x.keys) and reads(x.values)
 
 
 def ragged(
@@ -88,21 +96,21 @@ class Segments:
 
     Attributes:
         widths: channels of outputs in either basis, 0 where there are none.
-        rotates: True; keys that are `rotated` are read, and no call has to bring dot products.
     """
 
-    rotates = True
-
-    def __init__(self, queries: int, segments: Sequence[StepSegment]) -> None:
+    def __init__(
+        self, queries: int, segments: Sequence[StepSegment], steps: np.ndarray | None = None
+    ) -> None:
         """Prepare.
 
         Args:
             queries: of each row.
             segments: the tokens.
+            steps: (n, S, 5, R), int64, of n steps: the lane and first unit of each row's keys and of its
+                values, and its tokens. Read of segments whose `lengths` is None; None if there are none.
         """
         device, self.rows = segments[0].values.lane.device, len(segments[0].values.lane)
         self.queries = min(max(16, _power(queries)), 64)  # tl.dot wants tiles of at least 16 rows
-        self.step, self.clock = -1, torch.full((1,), -1, dtype=torch.int64, device=device)
         self.widths = [
             max((s.values.width for s in segments if s.as_latents == latents), default=0)
             for latents in (True, False)
@@ -110,19 +118,28 @@ class Segments:
         self.in_model_basis = torch.tensor([not s.as_latents for s in segments], device=device).to(
             torch.int32
         )
+        self.places = torch.stack([_places(s) for s in segments]).unsqueeze(0)
+        if steps is not None:
+            self.places = self.places.repeat(len(steps), 1, 1, 1)
+            changing = [i for i, s in enumerate(segments) if s.lengths is None]
+            self.places[:, changing, :5] = torch.from_numpy(steps[:, changing]).to(device)
+        self.step = 0 if steps is None else -1
+        self.clock = torch.full((1,), self.step, dtype=torch.int64, device=device)
         firsts, rows_of, self.segments, at = [], [], [], 0
-        for s in segments:
-            first, row_of, size = _cut(s, self.rows)
+        for i, s in enumerate(segments):
+            most = 0 if s.lengths is not None or steps is None else int(steps[:, i, 4].max(initial=0))
+            first, row_of, size = _cut(s, self.rows, most)
             firsts.append(first + at)
             rows_of.append(row_of)
             self.segments.append(_Prepared(s, at, len(row_of), size))
             at += len(row_of)
         self.first_piece, self.row_of = torch.stack(firsts), torch.cat(rows_of)
+        self.tables = list(zip(self.first_piece, self.places[0], strict=True))
 
     def tensors(self) -> list[Tensor]:
         """The tensors that are held besides what is stored."""
-        own = [self.clock, self.in_model_basis, self.first_piece, self.row_of]
-        return own + [x for s in self.segments for x in (s.places, s.moves) if x is not None]
+        rotations = [x for s in self.segments for x in s.rotation if isinstance(x, Tensor)]
+        return [self.clock, self.places, self.in_model_basis, self.first_piece, self.row_of, *rotations]
 
     def move(self, step: int) -> None:
         """Let the next call be that of this step, for segments whose tokens change from step to step."""
@@ -172,7 +189,7 @@ class Segments:
                 assert query is not None
                 asked[basis, s.dtype] = query.to(s.dtype).contiguous()
             query = asked[basis, s.dtype]
-            s.attend(self, query, self.first_piece[i], scaling, softcap, mask, parts, lses)
+            s.attend(self, self.tables[i], query, scaling, softcap, mask, parts, lses)
         tile = _padded(width)
         _kernel().merge[rows, m](
             *(parts, lses, self.first_piece, self.in_model_basis, lse if bias is None else bias.contiguous()),
@@ -196,18 +213,14 @@ class _Prepared:
             pieces: how many there are at most.
             size: tokens of a piece.
         """
-        rotated, values = segment.rotated, segment.values
-        keys = segment.keys if rotated is None else rotated.latents
-        assert keys is not None
-        self.first, self.pieces, self.size, self.hidden = first, pieces, size, segment.hidden
-        self.dtype = keys.dtype if rotated is None else rotated.up.dtype
-        self.basis = 0 if segment.as_latents and rotated is None else 1
-        self.lengths = segment.lengths
-        self.places = torch.stack([keys.lane, keys.first, values.lane, values.first])
-        self.moves = torch.tensor(segment.moves, device=keys.lane.device) if segment.moves else None
-        self.keys, self.values, self.rotation = _place(keys), _place(values), _rotation(rotated, keys)
+        rebuilding, values = segment.rebuilding, segment.values
+        keys = segment.keys
+        self.first, self.pieces, self.size = first, pieces, size
+        self.dtype = keys.dtype if rebuilding is None else rebuilding.maps.dtype
+        self.basis = 0 if segment.as_latents and rebuilding is None else 1
+        self.keys, self.values, self.rotation = _place(keys), _place(values), _rotation(rebuilding, keys)
         self.widths = keys.width, values.width
-        pairs, rest = _channels(rotated)
+        pairs, rest = _channels(rebuilding)
         blocks = keys.unit > 1 or values.unit > 1
         widest = max(2 * pairs, keys.width if not pairs else 0, values.width)
         whole = not (keys.bits or values.bits or pairs)  # else there is a tile in fp32
@@ -219,9 +232,8 @@ class _Prepared:
             "V_BITS": values.bits,
             "V_UNIT": values.unit,
             "V_GROUP": _group(values),
-            "MOVES": self.moves is not None,
-            "ROTATED": rotated is not None,
-            "HAS_MEAN": rotated is not None and rotated.mean is not None,
+            "ROTATED": rebuilding is not None,
+            "HAS_MEAN": rebuilding is not None and rebuilding.mean is not None,
             "PAIRS": pairs,
             "REST": rest,
             "STRIDE": STRIDE,
@@ -236,24 +248,37 @@ class _Prepared:
     def attend(
         self,
         own: Segments,
+        tables: tuple[Tensor, Tensor],
         query: Tensor,
-        first_piece: Tensor,
         scaling: float,
         softcap: float | None,
         mask: Tensor | None,
         parts: Tensor,
         lses: Tensor,
     ) -> None:
-        """Write the parts of this segment; see `Segments.attend` and the kernel for arguments."""
+        """Write the parts of this segment; see `Segments.attend` for other arguments.
+
+        Args:
+            own: whose segment this is.
+            tables: the first pieces and the places of its rows, as the kernel takes them.
+        """
         rows, m = query.shape[:2]
-        seen = self.places if mask is None else mask.contiguous().view(torch.uint8)
+        seen = own.clock if mask is None else mask.contiguous().view(torch.uint8)
         of_mask = (1, 1, 0) if mask is None else (rows // len(mask), mask.shape[1], mask.shape[2])
         _kernel().attend[self.pieces, -(-m // own.queries)](
-            *(query, self.places if self.lengths is None else self.lengths, first_piece, own.row_of),
-            *(self.places, self.places if self.moves is None else self.moves, own.clock, seen, parts, lses),
+            *(
+                query,
+                tables[0],
+                own.row_of,
+                tables[1],
+                own.clock,
+                seen,
+                parts,
+                lses,
+            ),
             *(self.keys, self.values, self.rotation),
             *(scaling, softcap or 1.0, self.first, self.size, rows, m, *self.widths, parts.shape[2]),
-            *(self.hidden, *of_mask),
+            *(own.places.stride(0) if len(own.places) > 1 else 0, *of_mask),
             CAPPED=softcap is not None,
             MASKED=mask is not None,
             # the interpreter has no bf16 products
@@ -288,22 +313,22 @@ def _group(x: StoredRows) -> int:
     return size if x.bits and x.unit == 1 and size == _power(size) else 0
 
 
-def _rotation(x: RotatedRows | None, keys: StoredRows) -> tuple[Tensor | int, ...]:
+def _rotation(x: Rebuilding | None, keys: StoredRows) -> tuple[Tensor | int, ...]:
     """What rotates keys, as the kernel takes it: maps and tables, and the shape of the maps."""
     if x is None:
-        return (*[keys.lane] * 6, 1, 1, 1)
-    up = x.up.contiguous()
-    mean = up if x.mean is None else x.mean.contiguous()
-    tables = (x.coarse.float().contiguous(), x.fine.float().contiguous())
-    return (up, mean, x.positions, x.firsts, *tables, x.heads, len(up), up.shape[2])
+        return (*[keys.lane] * 6, 1, 1, 1, 1)
+    mean, of_mean = (x.maps, 0) if x.mean is None else (x.mean, x.mean.stride(0))
+    coarse, fine = (torch.from_numpy(table).to(x.maps.device) for table in x.rotation[:2])
+    tables = x.positions, x.firsts, coarse, fine
+    return (x.maps, mean, *tables, len(x.maps), *x.maps.stride()[:2], of_mean)
 
 
-def _channels(x: RotatedRows | None) -> tuple[int, int]:
+def _channels(x: Rebuilding | None) -> tuple[int, int]:
     """(pairs of channels of a key that are rotated, channels that are not)."""
     if x is None:
         return 0, 0
-    pairs = x.fine.shape[2]
-    return pairs, x.up.shape[2] // x.heads - 2 * pairs
+    pairs = x.rotation[1].shape[2]
+    return pairs, x.maps.shape[2] - 2 * pairs
 
 
 @cache
@@ -313,24 +338,34 @@ def _kernel() -> ModuleType:
     return triton_kernel
 
 
-def _cut(segment: StepSegment, rows: int) -> tuple[Tensor, Tensor, int]:
-    """Cut a segment into pieces, as many as its tensors have room for.
+def _places(x: StepSegment) -> Tensor:
+    """Where the tokens of each row are (6, R); see the kernel."""
+    keys, values = x.keys, x.values
+    hidden = torch.full_like(values.lane, x.hidden)
+    lengths = torch.zeros_like(values.lane) if x.lengths is None else x.lengths
+    return torch.stack([keys.lane, keys.first, values.lane, values.first, lengths, hidden])
+
+
+def _cut(segment: StepSegment, rows: int, most: int) -> tuple[Tensor, Tensor, int]:
+    """Cut a segment into pieces, as many as there may be at any step.
+
+    Args:
+        segment: the tokens.
+        rows: of it.
+        most: tokens of a row, if these change from step to step.
 
     Returns:
         (the number of each row's first piece (R + 1), the row of each piece, tokens of a piece).
     """
-    keys = segment.keys if segment.rotated is None else segment.rotated.latents
-    assert keys is not None
-    tokens = min(keys.most_tokens, segment.values.most_tokens)
+    device = segment.values.lane.device
     if segment.lengths is not None:
+        tokens = min(segment.keys.most_tokens, segment.values.most_tokens)
         size = _size(tokens)
         return *_pieces(segment.lengths, size, tokens // size + rows), size
-    # all rows have as many tokens, and never more than this
-    most = max(tokens for _, tokens in segment.moves)
     size = _size(most * rows)
     pieces = max(-(-most // size), 1)
-    first = torch.arange(0, (rows + 1) * pieces, pieces, device=keys.lane.device)
-    return first, torch.arange(rows, device=keys.lane.device).repeat_interleave(pieces), size
+    first = torch.arange(0, (rows + 1) * pieces, pieces, device=device)
+    return first, torch.arange(rows, device=device).repeat_interleave(pieces), size
 
 
 def _pieces(lengths: Tensor, size: int, most: int) -> tuple[Tensor, Tensor]:

@@ -137,8 +137,8 @@ def rotated(
 
     Args:
         place, lane, first, token, here, end, at, width: of latents, as for `by_token` and `by_channel`.
-        up: the map of this head, (width, 2 PAIRS + REST), and the step from one of its rows to the next in
-            `columns`.
+        up: the map of this head, (width, 2 PAIRS + REST).
+        columns: the step from one row of the map to the next.
         mean: what is added to keys before they are rotated, if HAS_MEAN.
         positions: of the row's tokens.
         coarse: cosines and sines (n, 2, PAIRS) of the multiples of STRIDE.
@@ -185,14 +185,15 @@ def rotated(
     return first_half * cos - second_half * sin, second_half * cos + first_half * sin, others
 
 
-@triton.jit
+# numbers that no address is made of, so that their values make no further kernels
+@triton.jit(do_not_specialize=["first_of_segment", "rows", "m", "of_step", "share", "mask_queries"])
 def attend(
-    query, lengths, first_piece, row_of, places, moves, clock, mask, parts, lses,
+    query, first_piece, row_of, places, clock, mask, parts, lses,
     keys, values, rotation,
-    scaling, cap, first_of_segment, size, rows, m, r, v, width, hidden, share, mask_queries, mask_stride,
+    scaling, cap, first_of_segment, size, rows, m, r, v, width, of_step, share, mask_queries, mask_stride,
     K_BITS: tl.constexpr, K_UNIT: tl.constexpr, K_GROUP: tl.constexpr,
     V_BITS: tl.constexpr, V_UNIT: tl.constexpr, V_GROUP: tl.constexpr,
-    CAPPED: tl.constexpr, MASKED: tl.constexpr, MOVES: tl.constexpr, EXACT: tl.constexpr,
+    CAPPED: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
     ROTATED: tl.constexpr, HAS_MEAN: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
     STRIDE: tl.constexpr, C: tl.constexpr, H: tl.constexpr, E: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
@@ -201,11 +202,10 @@ def attend(
 
     Args:
         query: (rows, m, r), contiguous.
-        lengths: (rows), the tokens of each row, if not MOVES.
         first_piece: (rows + 1), the number of each row's first piece.
         row_of: (pieces of all segments), the row of each piece, -1 for none.
-        places: (4, rows), the lane and the first unit of each row's keys, and of its values.
-        moves: (steps, 2), what is added to first units at each step, and the tokens of all rows, if MOVES.
+        places: (steps, segments, 6, rows), from this segment on: at each step the lane and the first unit of
+            each row's keys and of its values, its tokens, and how many first ones are not seen.
         clock: (1), which step this is.
         mask: (rows / share, mask_queries, mask_stride) in bytes, read if MASKED.
         parts, lses: results, (pieces of all segments, m, v) and (pieces of all segments, m), with a step of
@@ -215,7 +215,7 @@ def attend(
         scaling, cap: of scores; the soft cap counts if CAPPED.
         first_of_segment: the number of this segment's first piece.
         r, v: channels of stored keys and of stored values; if ROTATED, r is that of latents.
-        hidden: so many first tokens of each row are not seen.
+        of_step: from one step to the next in `places`; 0 if all are alike.
         EXACT: form products in fp32.
         M, N, R, V: tile sizes, of queries, tokens, key channels and value channels.
         Others: see `rotated`.
@@ -226,18 +226,11 @@ def attend(
         return
     # the first token of this piece, and the end of the piece or of the row
     begin = (piece - tl.load(first_piece + row)) * size
-    shift, length = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
-    if MOVES:
-        step = tl.load(clock)
-        shift, length = tl.load(moves + 2 * step), tl.load(moves + 2 * step + 1)
-    else:
-        length = tl.load(lengths + row)
-    end = tl.minimum(begin + size, length)
-    key_lane, key_first = tl.load(places + row), tl.load(places + rows + row) + shift
-    value_lane, value_first = (
-        tl.load(places + 2 * rows + row),
-        tl.load(places + 3 * rows + row) + shift,
-    )
+    place = places + tl.load(clock) * of_step + row
+    key_lane, key_first = tl.load(place), tl.load(place + rows)
+    value_lane, value_first = tl.load(place + 2 * rows), tl.load(place + 3 * rows)
+    end = tl.minimum(begin + size, tl.load(place + 4 * rows))
+    hidden = tl.load(place + 5 * rows)
     # indices of queries, value channels and tokens of a tile
     i, y, j = tl.program_id(1) * M + tl.arange(0, M), tl.arange(0, V), tl.arange(0, N)
     if ROTATED:
@@ -252,11 +245,8 @@ def attend(
             own + (2 * PAIRS + rest)[None, :], mask=(i[:, None] < m) & (rest < REST)[None, :], other=0.0
         )
         up, mean, positions, firsts, coarse, fine = rotation[:6]
-        side, groups, columns = rotation[6], rotation[7], rotation[8]
-        # the group of heads that share this row's latents, and the head within it
-        group, head = row // side % groups, row % side
-        own_up = up + group * r * columns + head * d
-        own_mean = mean + group * columns + head * d
+        head = row % rotation[6]
+        own_up, own_mean, columns = up + head * rotation[7], mean + head * rotation[9], rotation[8]
         own_positions = positions + tl.load(firsts + row)
     else:
         x = tl.arange(0, R)
@@ -304,14 +294,14 @@ def attend(
             w = tl.trans(by_channel(values, value_lane, value_first, at, end, 0, v, V_BITS, V_UNIT, V, N))
         out = out * shrink[:, None] + product(weights, w, q, EXACT)
         top, total = new, total * shrink + tl.sum(weights, 1)
-    place, some = piece * m + i, total > 0
+    of_part, some = piece * m + i, total > 0
     there = (i[:, None] < m) & (y < v)[None, :]
     whole = tl.where(some, total, 1.0)
-    tl.store(parts + (place * width)[:, None] + y[None, :], out / whole[:, None], mask=there)
-    tl.store(lses + place, tl.where(some, top + tl.log(whole), float("-inf")), mask=i < m)
+    tl.store(parts + (of_part * width)[:, None] + y[None, :], out / whole[:, None], mask=there)
+    tl.store(lses + of_part, tl.where(some, top + tl.log(whole), float("-inf")), mask=i < m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments", "rows", "m"])
 def merge(
     parts, lses, first_piece, in_model_basis, bias, out_0, out_1, share, lse,
     scaling, segments, rows, m, width, width_0, width_1,

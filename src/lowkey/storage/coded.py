@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -163,8 +162,8 @@ class CodedLayer(StoredTokens):
             rebuilding = None
             if rotation is not None:
                 first = self.front_start - (self.common_offset or 0)
-                positions = np.arange(first, first + count, dtype=np.int32)
-                firsts = np.zeros(len(values.lane), np.int64)
+                positions = torch.arange(first, first + count, dtype=torch.int32, device=self.device)
+                firsts = torch.zeros_like(values.lane)
                 rebuilding = Rebuilding(*self.codec.key_maps(heads), positions, firsts, rotation)
             hidden = 0 if self.front_start else self.exact.sinks
             segments.append(StepSegment(keys, values, None, self.codec != Plain(), hidden, rebuilding))

@@ -20,9 +20,10 @@ def rotation_below(rope: Rope, like: Tensor, stop: int) -> Rotation:
     def table(positions: Tensor) -> np.ndarray:
         cos, sin = (x[0, 0] for x in rope(positions.unsqueeze(0), wide))
         half = cos.shape[1] // 2  # both halves are the same
-        return torch.stack([cos[:, :half], sin[:, :half]], 1).numpy().copy()
+        return torch.stack([cos[:, :half], sin[:, :half]], 1).cpu().numpy().copy()
 
-    stride = numba_cpu.STRIDE
-    coarse, fine = table(torch.arange(0, stop, stride)), table(torch.arange(stride))
+    stride, device = numba_cpu.STRIDE, like.device
+    coarse = table(torch.arange(0, stop, stride, device=device))
+    fine = table(torch.arange(stride, device=device))
     factor = np.sqrt(np.square(fine[:1]).sum(1, keepdims=True))  # YaRN multiplies cos and sin by one
     return coarse, fine / factor, numba_cpu.MANTISSA[like.dtype]

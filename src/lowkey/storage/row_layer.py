@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -214,8 +213,8 @@ class RowLayer(RaggedLayer, CodedLayer):
         rebuilding = None
         if rotation is not None:
             maps = self.codec.key_maps(heads * self.row_heads)
-            firsts = np.repeat(starts[:-1].numpy(), heads)
-            rebuilding = Rebuilding(*maps, self.rows_positions.numpy(), firsts, rotation)
+            firsts = starts[:-1].repeat_interleave(heads)
+            rebuilding = Rebuilding(*maps, self.rows_positions, firsts, rotation)
         lengths = starts.diff().repeat_interleave(heads)
         return [StepSegment(keys, values, lengths, self.codec != Plain(), 0, rebuilding)]
 

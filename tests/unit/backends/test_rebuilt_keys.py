@@ -53,7 +53,7 @@ def made(how, rank, p, d, dtype, lengths=LENGTHS, with_mean=True, stop=STOP, sha
         cos, sin = ((FACTOR * x).to(dtype).double() for x in (at.cos(), at.sin()))
         a, b = key[:, : p // 2], key[:, p // 2 : p]
         rotated.append(torch.cat([a * cos - b * sin, b * cos + a * sin, key[:, p:]], 1))
-    rebuilding = Rebuilding(maps, mean, positions.numpy(), firsts, tables)
+    rebuilding = Rebuilding(maps, mean, positions, torch.from_numpy(firsts), tables)
     segment = StepSegment(keys, values, torch.tensor(lengths), True, 0, rebuilding)
     return segment, rotated, own[:, 0].split(list(lengths))
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from step_segments import KINDS, LATENT, ROWS, WIDTH, attention_by_hand, made
@@ -16,7 +17,7 @@ from stored_rows import draw, ragged
 from triton_compiled import FORMS
 
 from lowkey.backends import triton_gpu
-from lowkey.backends.stored import RotatedRows, StepSegment
+from lowkey.backends.stored import Rebuilding, StepSegment
 from lowkey.evaluate.operations import counted_operations
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -104,8 +105,8 @@ def test_keys_are_rebuilt_and_rotated(packing, p, d, heads, latent, dtype, mean)
     else:
         keys, values, lengths = segment.keys, segment.values, segment.lengths
     generator = torch.Generator().manual_seed(2)
-    up = (torch.randn(ROWS // heads, latent, heads * d, generator=generator) / latent**0.5).to(dtype)
-    shift = torch.randn(ROWS // heads, 1, heads * d, generator=generator).to(dtype) if mean else None
+    maps = (torch.randn(heads, latent, d, generator=generator) / latent**0.5).to(dtype)
+    shift = torch.randn(heads, d, generator=generator).to(dtype) if mean else None
     positions = torch.randint(0, 4000, (400,), generator=generator).int()
     firsts = torch.tensor([0, 150, 200])
     angle, factor = 10000.0 ** (-torch.arange(0, p, 2).double() / p), 1.3  # as YaRN scales cos and sin
@@ -115,13 +116,12 @@ def test_keys_are_rebuilt_and_rotated(packing, p, d, heads, latent, dtype, mean)
 
     coarse = factor * table(torch.arange(0, 4096, triton_gpu.STRIDE).double())
     fine = table(torch.arange(triton_gpu.STRIDE).double())
-    rotated = RotatedRows(keys, heads, up, shift, positions, firsts, coarse, fine)
-    own = StepSegment(None, values, lengths, True, 2, rotated=rotated)
+    how = Rebuilding(maps, shift, positions, firsts, (coarse.numpy(), fine.numpy(), 0))
+    own = StepSegment(keys, values, lengths, True, 2, how)
     latents, numbers[0][0] = numbers[0][0], []
     for row, x in enumerate(latents):
-        columns = slice(row % heads * d, (row % heads + 1) * d)
-        k = x @ up[row // heads % len(up), :, columns].double()
-        k = k if shift is None else k + shift[row // heads % len(up), :, columns].double()
+        k = x @ maps[row % heads].double()
+        k = k if shift is None else k + shift[row % heads].double()
         at = positions[firsts[row] : firsts[row] + len(k)].double()[:, None] * angle
         cos, sin = ((factor * t).to(dtype).double() for t in (at.cos(), at.sin()))
         a, b = k[:, : p // 2], k[:, p // 2 : p]
@@ -149,21 +149,26 @@ def test_keys_are_rebuilt_and_rotated(packing, p, d, heads, latent, dtype, mean)
 
 
 def moving(dtype=torch.float32):
-    """(segments of which the last two change from step to step, their numbers, the steps)."""
+    """(segments of which the last two change from step to step, their numbers, the steps, where they are)."""
     kinds = [("token4", "token4", (300, 7, 0), False, 0), ("plain", "plain", (50, 50, 50), False, 0)]
     kinds += [("plain", "plain", (40, 40, 40), False, 0)]
     steps = [((0, 10), (0, 33)), ((0, 42), (32, 2)), ((0, 50), (33, 7))]
     segments, numbers = made(kinds, dtype)
+    places = np.zeros((len(steps), 3, 5, ROWS), np.int64)
     for i in (1, 2):
-        own = tuple(step[i - 1] for step in steps)
-        segments[i] = replace(segments[i], lengths=None, moves=own)
-    return kinds, segments, numbers, steps
+        places[:, i, [0, 2]] = segments[i].keys.lane.numpy()
+        for step, own in enumerate(steps):
+            first, tokens = own[i - 1]
+            places[step, i, [1, 3]] = segments[i].keys.first.numpy() + first
+            places[step, i, 4] = tokens
+        segments[i] = replace(segments[i], lengths=None)
+    return kinds, segments, numbers, steps, places
 
 
 def test_tokens_of_a_step_are_read_on_the_device():
-    kinds, segments, numbers, steps = moving()
+    kinds, segments, numbers, steps, places = moving()
     _, query = draw_queries(3, (LATENT, WIDTH), torch.float32)
-    kernel = triton_gpu.Segments(3, [on_device(s) for s in segments])
+    kernel = triton_gpu.Segments(3, [on_device(s) for s in segments], places)
     for step in (0, 1, 2, 2, 0):
         kernel.move(step)
         found = kernel.attend((None, query.to(DEVICE)), 0.1)
@@ -186,11 +191,11 @@ class Noted:
 
 
 def test_every_step_makes_the_same_launches(monkeypatch):
-    _, segments, _, _ = moving()
+    _, segments, _, _, places = moving()
     launches, of_steps = [], []
     kernels = SimpleNamespace(attend=Noted("attend", launches), merge=Noted("merge", launches))
     monkeypatch.setattr(triton_gpu, "_kernel", lambda: kernels)
-    kernel, query = triton_gpu.Segments(3, segments), torch.randn(ROWS, 3, WIDTH)
+    kernel, query = triton_gpu.Segments(3, segments, places), torch.randn(ROWS, 3, WIDTH)
     held = [x.data_ptr() for x in kernel.tensors()]
     for step in range(3):
         launches.clear()
