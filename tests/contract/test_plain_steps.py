@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pico
 import pytest
 import torch
-from cache_kinds import CASES, KINDS, agree, feed
+from cache_kinds import CASES, KINDS, agree, feed, planned
 from failing_calls import same, state
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +20,27 @@ from lowkey.storage import stepping
 PROMPT, STEPS = 80, 40  # more steps than two rooms, and more tokens than a block of 32
 MORE_OPERATIONS = 30  # of a layer, beyond those of transformers' own cache and attention
 READS = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "equal", "nonzero", "unique"}
+# latents of four heads together, wide enough for the kernel; the others are of narrower ones
+LATENTS = {
+    f"latents-{layout}-{bits}": partial(
+        lambda layout, bits, m: lowkey.make_cache(
+            m,
+            planned(
+                m,
+                factors={i: pico.merged_factors(4, 5, 9, 4, 4, seed=i) for i in range(pico.LAYERS)},
+                orthonormal=False,
+                sinks=3,
+                recent=5,
+                layout=layout,
+            ),
+            bits=bits,
+        ),
+        layout,
+        bits,
+    )
+    for layout in ("post_rope", "pre_rope")
+    for bits in (None, "kivi2")
+}
 IMMEDIATE = "has no window, so that each token is encoded as it comes"
 NOT_PLAIN = {  # kinds whose steps look at values, and why
     **dict.fromkeys(("plan", "plan-pre", "plan-4", "razor-4"), IMMEDIATE),
@@ -60,7 +83,7 @@ class Reads(TorchFunctionMode):
 
 def filled(kind, name):
     model = pico.attached(name)
-    cache = KINDS[kind](model)
+    cache = (KINDS | LATENTS)[kind](model)
     ids = pico.prompt(PROMPT, batch=2)
     if cache.origin and cache.origin.policy_in_use and cache.origin.policy_in_use.needs_second_pass:
         lowkey.prefill(model, pico.tokenizer(), cache, ids)
@@ -78,7 +101,7 @@ def steps(model, cache, count, seed=3):
     return torch.cat(out, 1)
 
 
-@pytest.mark.parametrize(("kind", "name"), CASES)
+@pytest.mark.parametrize(("kind", "name"), [*CASES, *((kind, "llama") for kind in LATENTS)])
 def test_plain_steps_give_what_other_steps_give(kind, name, monkeypatch):
     model, cache = filled(kind, name)
     plain = steps(model, cache, STEPS)
@@ -111,6 +134,7 @@ def test_a_plain_step_reads_no_value(kind):
         "snapkv-kivi2",
         "merged-pre-kivi2",
         "merged-pre-global-8",
+        *LATENTS,
     ],
 )
 def test_a_plain_step_takes_few_operations(kind):

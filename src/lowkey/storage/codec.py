@@ -313,11 +313,11 @@ class LowRank:
     def project_query(self, query: Tensor, at: Tensor) -> tuple[Tensor, Tensor | None]:
         """Queries in the basis of the stored keys; see `Codec.project_query`."""
         f = self.factors
-        into = f.k_up.mT.unsqueeze(1)
         if f.frequencies is not None:
+            into = f.k_up.mT.unsqueeze(1)
             return self._rotated_by_own_frequencies(query, into, at, f.frequencies), None
-        shift = None if f.k_mean is None else (query @ f.k_mean[:, None, :, None]).squeeze(-1).float()
-        return query @ into, shift
+        shift = None if f.k_mean is None else _mapped(query, f.k_mean.unsqueeze(2)).squeeze(-1).float()
+        return _mapped(query, f.k_up.mT), shift
 
     def rotated_keys_of_rows(
         self, stored: Tensor, positions: Tensor, starts: Tensor, row_heads: int
@@ -365,7 +365,7 @@ class LowRank:
     def expand_output(self, out: Tensor, share: np.ndarray | None = None) -> Tensor:
         """Outputs (b, h, g, t, d); see `Codec.expand_output`."""
         up, mean = self.factors.v_up, self.factors.v_mean
-        out = out.to(up.dtype) @ up.unsqueeze(1)
+        out = _mapped(out.to(up.dtype), up)
         if mean is None:
             return out
         mean = mean[:, None, None]
@@ -380,6 +380,15 @@ class LowRank:
     def to_match(self, states: Tensor) -> LowRank:
         """The same maps on the device and in the dtype of the states that will be stored."""
         return replace(self, factors=self.factors.to(states))
+
+
+def _mapped(x: Tensor, maps: Tensor) -> Tensor:
+    """Numbers (b, h, g, t, n) times the map (h, n, m) of their head, or times one map (1, n, m) for all."""
+    b, h, g, t, n = x.shape
+    rows = x.transpose(0, 1).reshape(h, b * g * t, n)
+    # a product of more dimensions would copy the maps for every g
+    out = torch.bmm(rows, maps if len(maps) == h else maps.expand(h, -1, -1))
+    return out.view(h, b, g, t, -1).transpose(0, 1)
 
 
 def _with_ones(x: Tensor) -> Tensor:
