@@ -127,8 +127,8 @@ class Segments:
         kernel, pairs = _kernel(), [(s.keys, s.values) for s in segments]
         self.group = g = next((n for n in GROUPS if n >= queries), GROUPS[-1])
         self.basis = np.array([not s.as_latents for s in segments], np.int64)
-        self.hidden = np.array([s.hidden for s in segments], np.int64)
         self.places = np.zeros((len(pairs), 5, len(segments[0].values.lane)), np.int64)
+        self.hidden = np.zeros_like(self.places[:, 0])
         self.firsts = np.zeros_like(self.places[:, 0])
         with _lock:
             plans = [
@@ -137,6 +137,7 @@ class Segments:
             ]
         for i, (s, (k, v)) in enumerate(zip(segments, pairs, strict=True)):
             self.places[i, :4] = [x.numpy() for x in (k.lane, k.first, v.lane, v.first)]
+            self.hidden[i] = s.hidden
             if s.lengths is not None:
                 self.places[i, 4] = s.lengths.numpy()
             if s.rebuilding is not None:

@@ -387,9 +387,9 @@ def _attend_piece(i, layout, arrays, merging, outputs, cuts, results, done, scor
         for j in range(queries):
             of_row = row // (places.shape[2] // len(mask)) * mask.shape[1] + j % mask.shape[1]
             masks[j] = _at(mask, of_row * mask.shape[2] + begin)
-    elif hidden[s] and not begin:
+    elif hidden[s, row] and not begin:
         seen = masks
-        masks[:] = _at(veil, SMALLEST_PIECE - hidden[s])
+        masks[:] = _at(veil, SMALLEST_PIECE - hidden[s, row])
     told = record[:0]
     if rebuilt[s, PAIRS]:
         told, x = record, rebuilt[s]
@@ -463,7 +463,7 @@ def attend_segments(
         key_counts: (S), the r' of each segment.
         value_slots, value_counts: the same of outputs.
         places: (S, 5, R), the lane and first unit of each row's keys and of its values, and its tokens.
-        hidden: (S), the first tokens of each row that no query sees, at most SMALLEST_PIECE.
+        hidden: (S, R), the first tokens of each row that no query sees, at most SMALLEST_PIECE.
         mask: (R', t, s) in bytes, s a multiple of 32 that covers all tokens, for all segments; R' = 0 for
             none.
         bias: (R, m), see `_merge`.

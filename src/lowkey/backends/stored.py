@@ -16,7 +16,6 @@ from torch import Tensor
 
 from lowkey.backends.segment import Part, softcapped
 
-MOST_HIDDEN = 64  # first tokens of a row that a step may hide
 BLOCK_TOKENS = 256  # tokens of each row that are decoded at a time; a multiple of any packing's block
 
 
@@ -82,6 +81,10 @@ class StoredRows:
         lane, first = (x.repeat_interleave(times) for x in (self.lane, self.first))
         return replace(self, lane=lane, first=first, repeats=times * self.repeats, dense=False)
 
+    def from_tokens(self, starts: Tensor) -> StoredRows:
+        """The same rows, each from a token (R) on, a multiple of `unit`."""
+        return replace(self, first=self.first + starts // self.unit, dense=False)
+
     def sliced(self, start: int, step: int) -> StoredRows:
         """Every `step`-th row from `start` on."""
         return replace(self, lane=self.lane[start::step], first=self.first[start::step], dense=False)
@@ -144,7 +147,7 @@ class StepSegment:
         lengths: (R), int64, the tokens of each row; None if each call says how many there are.
         as_latents: whether sums of values, and queries unless keys are rebuilt, are in the basis of latents,
             and not in the model's.
-        hidden: so many first tokens of each row are not seen.
+        hidden: so many first tokens of each row are not seen; one number, or one for each row (R).
         rebuilding: how keys that are latents are rebuilt; None if queries meet them as they are.
     """
 
@@ -152,7 +155,7 @@ class StepSegment:
     values: StoredRows
     lengths: Tensor | None
     as_latents: bool = False
-    hidden: int = 0
+    hidden: int | Tensor = 0
     rebuilding: Rebuilding | None = None
 
 

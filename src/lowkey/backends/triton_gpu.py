@@ -341,7 +341,7 @@ def _kernel() -> ModuleType:
 def _places(x: StepSegment) -> Tensor:
     """Where the tokens of each row are (6, R); see the kernel."""
     keys, values = x.keys, x.values
-    hidden = torch.full_like(values.lane, x.hidden)
+    hidden = torch.zeros_like(values.lane) + x.hidden
     lengths = torch.zeros_like(values.lane) if x.lengths is None else x.lengths
     return torch.stack([keys.lane, keys.first, values.lane, values.first, lengths, hidden])
 

@@ -35,7 +35,8 @@ from lowkey.storage.rows import (
     stored_in_rows,
     unpack_rows,
 )
-from lowkey.storage.stepping import NOT_LOOKED_AT
+from lowkey.storage.step_counts import View
+from lowkey.storage.stepping import Room
 
 
 class RowLayer(RaggedLayer, CodedLayer):
@@ -195,8 +196,10 @@ class RowLayer(RaggedLayer, CodedLayer):
         alone = self.repeated_span is None and not self.score_only_tokens
         return alone and super()._takes_plain_steps()
 
-    def _segments_of_step(self, softcap: float | None, rotation: Rotation | None) -> list[StepSegment] | None:
-        own, rows = super()._segments_of_step(softcap, rotation), self._row_segments(rotation)
+    def _segments_of_step(
+        self, room: Room, softcap: float | None, rotation: Rotation | None
+    ) -> list[StepSegment] | None:
+        own, rows = super()._segments_of_step(room, softcap, rotation), self._row_segments(rotation)
         return None if own is None or rows is None else [*rows, *own]
 
     def _row_segments(self, rotation: Rotation | None) -> list[StepSegment] | None:
@@ -218,9 +221,9 @@ class RowLayer(RaggedLayer, CodedLayer):
         lengths = starts.diff().repeat_interleave(heads)
         return [StepSegment(keys, values, lengths, self.codec != Plain(), 0, rebuilding)]
 
-    def _parts_of_step(self, call: Call, stored: int, window: tuple[int, int]) -> list[Part]:
+    def _parts_of_step(self, call: Call, room: Room, view: View) -> list[Part]:
         """See `SteppingLayer._parts_of_step`."""
-        return [*super()._parts_of_step(call, stored, window), *self._row_parts(call)]
+        return [*super()._parts_of_step(call, room, view), *self._row_parts(call)]
 
     def _parts(
         self, keys: Tensor, values: Tensor, call: Call, buffers: tuple[Tensor, Tensor], exact: Tensor
@@ -451,7 +454,6 @@ class RowLayer(RaggedLayer, CodedLayer):
         if not self.is_initialized:
             return
         self.make_compact()
-        self.common_offset = NOT_LOOKED_AT
         _, numbers = self.chosen_rows(choose, self.row_heads)
         rows, ragged = self.rows, self.ragged()
         own = [attribute for name in self.packing for attribute in self._row_attributes(name)]
