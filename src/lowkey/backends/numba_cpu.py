@@ -159,7 +159,7 @@ class Segments:
         ]
         with _lock:
             kinds = [
-                (_kind(k), _kind(v), None if p is None else p.by_pairs)
+                (_kind(k), _kind(v), None if p is None else p.form)
                 for (k, v), p in zip(pairs, plans, strict=True)
             ]
             self.functions = np.stack([_functions(g, *kind) for kind in kinds])
@@ -228,7 +228,7 @@ class _Rebuilding:
     """What the kernel is told of keys that are rebuilt. The caller keeps their maps and means alive.
 
     Attributes:
-        by_pairs: whether pairs of bf16 are multiplied.
+        form: whether pairs of bf16 are multiplied, and the bits that the rotation leaves out.
         described: as `numba_kernel` describes such keys.
         slots: which column of a query each number of a packed query is, -1 for none.
     """
@@ -236,8 +236,9 @@ class _Rebuilding:
     def __init__(self, keys: StoredRows, how: Rebuilding) -> None:
         kernel, rebuilding = _kernel(), _rebuilding()
         lanes, (h, rank, d) = kernel.LANES, how.maps.shape
-        self.by_pairs = rebuilding.MULTIPLIES_PAIRS and how.maps.dtype == torch.bfloat16
         coarse, fine, bits = how.rotation
+        by_pairs = int(rebuilding.MULTIPLIES_PAIRS and how.maps.dtype == torch.bfloat16)
+        self.form = by_pairs, bits
         half = coarse.shape[2]
         # pairs of vectors: what the embedding turns together, then what it leaves alone
         starts = [(i, half + i, min(lanes, half - i)) for i in range(0, half, lanes)]
@@ -261,18 +262,17 @@ class _Rebuilding:
         described = np.zeros(kernel.DESCRIBED, np.int64)
         described[: kernel.DECODE] = (
             pairs,
-            -(-numbers // 2) if self.by_pairs else numbers,
+            -(-numbers // 2) if by_pairs else numbers,
             h,
             rank,
-            bits,
             self.positions.ctypes.data,
             self.coarse.ctypes.data,
             self.fine.ctypes.data,
             self.columns.ctypes.data,
         )
         described[kernel.DECODE : kernel.MAPS] = (
-            rebuilding.decoder(_kind(keys), int(self.by_pairs)).address,
-            rebuilding.packer(number, int(self.by_pairs)).address,
+            rebuilding.decoder(_kind(keys), by_pairs).address,
+            rebuilding.packer(number, by_pairs).address,
             rebuilding.packer(number, 0).address,
         )
         for at, x in ((kernel.MAPS, how.maps), (kernel.MEAN, mean)):
@@ -323,16 +323,16 @@ def _kernel() -> ModuleType:
 
 
 @cache
-def _functions(g: int, keys: str, values: str, by_pairs: bool | None) -> np.ndarray:
+def _functions(g: int, keys: str, values: str, form: tuple[int, int] | None) -> np.ndarray:
     """The addresses of the C functions for g queries over keys and values of these kinds.
 
-    by_pairs: for keys that are rebuilt, whether pairs of bf16 are multiplied; None for others.
+    form: see `_Rebuilding`; None for keys that are not rebuilt.
     """
     from lowkey.backends.numba_cache import telling
 
     kernel = _kernel()
     with telling():
-        scorer = kernel.scorer(g, keys) if by_pairs is None else _rebuilding().rebuilder(g, int(by_pairs))
+        scorer = kernel.scorer(g, keys) if form is None else _rebuilding().rebuilder(g, *form)
         return np.array([x.address for x in (scorer, kernel.softener(g), kernel.mixer(g, values))])
 
 

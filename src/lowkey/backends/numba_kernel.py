@@ -29,11 +29,11 @@ from lowkey.backends.numba_vectors import add, call, fill_memory, finish_scores,
 SMALLEST_PIECE, LARGEST_PIECE, LEAST_PIECES = 64, 1024, 32
 LN2_FP32, NOT_THERE = np.float32(0.6931471805599453), np.float32(LOWEST)
 # what is described of keys that are rebuilt: pairs of vectors of a key, words of a token, KV heads of a
-# sequence, numbers of a latent, bits that are rounded away; the addresses of positions, of the coarse and the
+# sequence, numbers of a latent; the addresses of positions, of the coarse and the
 # fine table, and of first columns and counts of each vector; those of a decoder and of packers of maps and
 # means; the address of maps, and bytes from head to head, row to row and column to column; the same of means
-PAIRS, WORDS, HEADS, ROWS, BITS, POSITIONS, COARSE, FINE, COLUMNS, DECODE, PACK_MAPS, PACK_MEAN = range(12)
-MAPS, MEAN, DESCRIBED = 12, 16, 19
+PAIRS, WORDS, HEADS, ROWS, POSITIONS, COARSE, FINE, COLUMNS, DECODE, PACK_MAPS, PACK_MEAN = range(11)
+MAPS, MEAN, DESCRIBED = 11, 15, 18
 compiled = kept_njit(nogil=True)
 
 
@@ -355,8 +355,7 @@ def _attend_share(thread, layout, arrays, merging, outputs, cuts, results, count
     (taken, done), count = counters, len(cuts[1])
     scores = np.empty((2 + cuts[4] * layout[1] // LANES, LANES), np.float32)
     masks, record = np.empty(results[1].shape[1], np.int64), np.empty(RECORD, np.int64)
-    words = layout[7][:, WORDS].max()
-    room = np.empty(BLOCK * (words + layout[1] * LANES) if words else 0, np.float32)
+    room = np.empty(BLOCK * (layout[7][:, WORDS] + 2 * LANES * layout[7][:, PAIRS]).max(), np.float32)
     record[RECORD - 1] = _at(room, 0)
     for turn in range(len(taken)):
         share = (thread + turn) % len(taken)
@@ -397,7 +396,7 @@ def _attend_piece(i, layout, arrays, merging, outputs, cuts, results, done, scor
         told[1] = _at(maps, map_starts[s] + head * x[WORDS])
         told[2] = _at(maps, mean_starts[s] + head)
         told[3] = x[POSITIONS] + 4 * (token_firsts[s, row] + begin)
-        told[4:10] = x[COARSE], x[FINE], x[PAIRS], x[BITS], x[WORDS], x[DECODE]
+        told[4:9] = x[COARSE], x[FINE], x[PAIRS], x[WORDS], x[DECODE]
     _attend(
         functions[s],
         g,

@@ -2,7 +2,7 @@
 
 A key is a linear map of its token's latent, plus a mean, rotated at the token's position. BLOCK tokens are
 decoded at a time, whatever packing holds them; TILE of them are rebuilt together, two vectors of channels at
-a time: those that the rotary embedding turns with one another. Rebuilt keys stay in registers.
+a time: those that the rotary embedding turns with one another. Queries then meet these few keys.
 
 The *words* of a decoded token are its numbers in fp32; or two numbers of bf16 each, where the model computes
 in bf16 and the CPU multiplies pairs of them with sums in fp32. The cosine and sine of a position p are those
@@ -41,24 +41,22 @@ from lowkey.backends.numba_ir import (
     load_scalar,
     load_vector,
     pointer,
-    same,
     smaller,
     spread,
     store_vector,
-    totals,
     transposed,
     vector_call,
 )
-from lowkey.backends.numba_vectors import Columns, call
+from lowkey.backends.numba_vectors import Columns, call, score
 
 MULTIPLIES_PAIRS = bool(LANES == 16 and binding.get_host_cpu_features().get("avx512bf16"))
 BLOCK = CHANNEL_BLOCK  # tokens that are decoded at a time
 TILE = LANES // 2  # tokens that are rebuilt at a time: twice as many sums fill half of the registers
 VECTOR = 4 * LANES  # bytes of a vector
 # What a record says, all in int64: the addresses of a row's queries, map, mean and positions, and of the
-# coarse and the fine table; pairs of vectors of a key, bits that are rounded away, words of a token; the
-# address of a decoder, and that of room for BLOCK tokens and their sums.
-RECORD = 11
+# coarse and the fine table; pairs of vectors of a key, and words of a token; the address of a decoder, and
+# that of room for BLOCK tokens and their keys.
+RECORD = 10
 
 
 class _BFloat(ir.Type):
@@ -74,23 +72,27 @@ class _BFloat(ir.Type):
         return hash(_BFloat)
 
 
-def _add_pairs(b: Builder, total: Value, x: Value, y: Value) -> Value:
-    """total + x y in every lane, summed over the two numbers of bf16 in each word of x and y."""
+def _plus_product(b: Builder, total: Value, x: Value, y: Value, pairs: bool) -> Value:
+    """total + x y in every lane; with pairs, both products of the numbers of bf16 in a word are added."""
+    if not pairs:
+        return vector_call(b, "fmuladd", x, y, total)
     numbers = ir.VectorType(_BFloat(), 2 * LANES)
     kind = ir.FunctionType(FLOAT_VECTOR, [FLOAT_VECTOR, numbers, numbers])
     function = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
     return b.call(function, [total, b.bitcast(x, numbers), b.bitcast(y, numbers)])
 
 
-def _rounded(b: Builder, x: Value, bits: Value) -> Value:
-    """fp32 vectors without the last `bits` of their mantissas, to the nearest, ties to even; x for 0 bits."""
-    one, raw = spread(b, ir.Constant(I32, 1)), b.bitcast(x, INTEGER_VECTOR)
-    shift = spread(b, b.trunc(bits, I32))
-    unit = b.shl(one, shift)
-    half = b.sub(b.lshr(unit, one), b.select(b.icmp_unsigned("==", unit, one), b.sub(one, one), one))
-    even = b.select(b.icmp_unsigned("==", unit, one), b.sub(one, one), b.and_(b.lshr(raw, shift), one))
-    mask = b.neg(unit)
-    return b.bitcast(b.and_(b.add(raw, b.add(half, even)), mask), FLOAT_VECTOR)
+def _rounded(b: Builder, x: Value, bits: int) -> Value:
+    """A vector of fp32 without the last bits of its mantissas, to the nearest, ties to even."""
+    if not bits:
+        return x
+
+    def constant(n: int) -> Value:
+        return ir.Constant(INTEGER_VECTOR, [n] * LANES)
+
+    raw = b.bitcast(x, INTEGER_VECTOR)
+    up = b.add(constant(2 ** (bits - 1) - 1), b.and_(b.lshr(raw, constant(bits)), constant(1)))
+    return b.bitcast(b.and_(b.add(raw, up), constant(2**32 - 2**bits)), FLOAT_VECTOR)
 
 
 def _stored(b: Builder, x: Value, pairs: bool) -> Value:
@@ -210,8 +212,8 @@ def store_zero(_: Any, pairs: Any, out: Any, place: Any) -> Any:
 @literal
 def rebuild(
     _: Any,
-    g: Any,
     pairs: Any,
+    bits: Any,
     tokens: Any,
     token: Any,
     words: Any,
@@ -222,17 +224,14 @@ def rebuild(
     coarse: Any,
     fine: Any,
     table: Any,
-    bits: Any,
-    query: Any,
-    query_stride: Any,
-    sums: Any,
-    is_first: Any,
+    keys: Any,
+    key: Any,
 ) -> Any:
-    """Rebuild a pair of vectors of TILE keys, rotate them, and add their products with queries to sums.
+    """Rebuild a pair of vectors of TILE keys, rotate them, and write them.
 
     Args:
-        g: queries.
         pairs: whether a word is two numbers of bf16.
+        bits: of the mantissa that the model's dtype leaves out, in which the model rotates.
         tokens: the address of the decoded tokens.
         token: bytes from one to the next.
         words: of each.
@@ -242,84 +241,52 @@ def rebuild(
         left: how many tokens there are; past the last, its position counts again.
         coarse, fine: of this pair's part of the tables.
         table: bytes from cosines to sines, half of those from row to row.
-        bits: of the mantissa that the model's dtype leaves out, in which the model rotates.
-        query: of (2, LANES) of the first query.
-        query_stride: bytes to the next.
-        sums: of the tile's sums, a vector for each score, step after step.
-        is_first: 1 for a key's first pair, which finds no sums.
+        keys: of the pair in the first key.
+        key: bytes to the next key.
     """
 
     def emit(context: Any, b: Builder, signature: Any, args: Sequence[Value]) -> Value:
-        n, is_pairs = g.literal_value, pairs.literal_value
-        tokens, token, words, maps, mean, positions, left = args[2:9]
-        coarse, fine, table, bits, query, query_stride, sums, is_first = args[9:]
-        halves = [load_vector(b, mean, int64(side * VECTOR)) for side in (0, 1)]
-        keys = [[cgutils.alloca_once_value(b, x) for x in halves] for _ in range(TILE)]
-        for both in keys:  # again, since a variable is made once and a tile is one of many
-            for x, start in zip(both, halves, strict=True):
-                b.store(start, x)
+        tokens, token, words, maps, mean, positions, left, coarse, fine, table, keys, key = args[2:]
+        start = [load_vector(b, mean, int64(side * VECTOR)) for side in (0, 1)]
+        sums = [[cgutils.alloca_once(b, FLOAT_VECTOR) for _ in start] for _ in range(TILE)]
+        for both in sums:
+            for total, x in zip(both, start, strict=True):
+                b.store(x, total)
         rows = [b.add(tokens, b.mul(token, int64(i))) for i in range(TILE)]
         with cgutils.for_range(b, words) as loop:
             at = b.mul(loop.index, int64(2 * VECTOR))
             own = [load_vector(b, maps, b.add(at, int64(side * VECTOR))) for side in (0, 1)]
-            for row, both in zip(rows, keys, strict=True):
+            for row, both in zip(rows, sums, strict=True):
                 x = spread(b, load_scalar(b, b.add(row, b.mul(loop.index, int64(4)))))
-                for key, y in zip(both, own, strict=True):
-                    total = b.load(key)
-                    new = _add_pairs(b, total, x, y) if is_pairs else vector_call(b, "fmuladd", x, y, total)
-                    b.store(new, key)
-        past = b.sub(left, int64(1))
-        rotated = []
-        for i, both in enumerate(keys):
-            at = pointer(b, positions, b.mul(smaller(b, int64(i), past), int64(4)), I32)
-            position = larger_integer(b, b.sext(b.load(at, align=4), I64), int64(0))
-            turns = []
-            for address, row in (
-                (coarse, b.sdiv(position, int64(STRIDE))),
-                (fine, b.srem(position, int64(STRIDE))),
-            ):
-                start = b.add(address, b.mul(b.mul(table, int64(2)), row))
-                turns += [load_vector(b, start), load_vector(b, b.add(start, table))]
-            cos, sin = _angle_sum(b, *turns)
-            cos, sin = _rounded(b, cos, bits), _rounded(b, sin, bits)
-            x, y = (b.load(key) for key in both)
-            rotated.append(
-                (
-                    vector_call(b, "fmuladd", x, cos, b.fneg(b.fmul(y, sin))),
-                    vector_call(b, "fmuladd", y, cos, b.fmul(x, sin)),
-                )
+                for total, y in zip(both, own, strict=True):
+                    b.store(_plus_product(b, b.load(total), x, y, pairs.literal_value), total)
+        for i, both in enumerate(sums):
+            at = smaller(b, int64(i), b.sub(left, int64(1)))
+            at = b.load(pointer(b, positions, b.mul(at, int64(4)), I32), align=4)
+            position = larger_integer(b, b.sext(at, I64), int64(0))
+            rows_of_tables = (
+                b.add(coarse, b.mul(b.mul(table, int64(2)), b.sdiv(position, int64(STRIDE)))),
+                b.add(fine, b.mul(b.mul(table, int64(2)), b.srem(position, int64(STRIDE)))),
             )
-        per, fresh = LANES // n, b.icmp_signed("==", is_first, int64(1))
-        for i in range(n):
-            start = b.add(query, b.mul(query_stride, int64(i)))
-            own = [load_vector(b, start, int64(side * VECTOR)) for side in (0, 1)]
-            for t, (x, y) in enumerate(rotated):
-                at = int64(VECTOR * (t // per * LANES + i * per + t % per))
-                before = b.select(fresh, same(0.0), load_vector(b, sums, at))
-                total = vector_call(b, "fmuladd", x, own[0], before)
-                store_vector(b, vector_call(b, "fmuladd", y, own[1], total), sums, at)
+            angles = _angle_sum(
+                b, *(load_vector(b, x, at) for x in rows_of_tables for at in (int64(0), table))
+            )
+            cos, sin = (_rounded(b, angle, bits.literal_value) for angle in angles)
+            x, y = (b.load(total) for total in both)
+            out = b.add(keys, b.mul(key, int64(i)))
+            store_vector(b, vector_call(b, "fmuladd", x, cos, b.fneg(b.fmul(y, sin))), out)
+            turned = vector_call(b, "fmuladd", y, cos, b.fmul(x, sin))
+            store_vector(b, turned, out, int64(VECTOR))
         return context.get_dummy_value()
 
-    given = tokens, token, words, maps, mean, positions, left, coarse, fine, table, bits
-    return types.void(g, pairs, *given, query, query_stride, sums, is_first), emit
+    given = tokens, token, words, maps, mean, positions, left, coarse, fine, table, keys, key
+    return types.void(pairs, bits, *given), emit
 
 
 def _angle_sum(b: Builder, cos_a: Value, sin_a: Value, cos_b: Value, sin_b: Value) -> tuple[Value, Value]:
     """Cosines and sines of a + b."""
     cos = vector_call(b, "fmuladd", cos_a, cos_b, b.fneg(b.fmul(sin_a, sin_b)))
     return cos, vector_call(b, "fmuladd", sin_a, cos_b, b.fmul(cos_a, sin_b))
-
-
-@intrinsic
-def sum_step(_: Any, sums: Any, out: Any) -> Any:
-    """Write the sums over the lanes of LANES vectors."""
-
-    def emit(context: Any, b: Builder, signature: Any, args: Sequence[Value]) -> Value:
-        vectors = [load_vector(b, args[0], int64(i * VECTOR)) for i in range(LANES)]
-        store_vector(b, totals(b, vectors), args[1])
-        return context.get_dummy_value()
-
-    return types.void(sums, out), emit
 
 
 @intrinsic
@@ -377,12 +344,13 @@ def pack_number(_: Any, number: Any, pairs: Any, row: Any, has_next: Any, stride
 
 
 @cache
-def rebuilder(g: int, pairs: bool) -> Any:
+def rebuilder(g: int, pairs: bool, bits: int) -> Any:
     """A C function that writes the dot products of g queries with `left` keys that it rebuilds.
 
     Args:
         g: queries that share one reading of the latents.
         pairs: whether words are pairs of bf16.
+        bits: of the mantissa that the model's dtype leaves out, in which the model rotates.
 
     Returns:
         The function. It takes what `numba_kernel.scorer` takes, but for the address of a record in the place
@@ -396,10 +364,10 @@ def rebuilder(g: int, pairs: bool) -> Any:
     ):
         query, maps, mean = integer_at(record, 0), integer_at(record, 1), integer_at(record, 2)
         positions, coarse, fine = integer_at(record, 3), integer_at(record, 4), integer_at(record, 5)
-        count, bits, words = integer_at(record, 6), integer_at(record, 7), integer_at(record, 8)
-        decode, room = integer_at(record, 9), integer_at(record, 10)
+        count, words = integer_at(record, 6), integer_at(record, 7)
+        decode, room = integer_at(record, 8), integer_at(record, 9)
         token, table = 4 * words, count * VECTOR
-        sums = room + BLOCK * token
+        keys, key = room + BLOCK * token, 2 * table
         for begin in range(0, left, BLOCK):
             tokens = min(BLOCK, left - begin)
             place = stride, scales, channel, scale_channel, groups, size
@@ -407,8 +375,8 @@ def rebuilder(g: int, pairs: bool) -> Any:
             for pair in range(count):
                 for start in range(0, tokens, TILE):
                     rebuild(
-                        g,
                         pairs,
+                        bits,
                         room + start * token,
                         token,
                         words,
@@ -419,14 +387,12 @@ def rebuilder(g: int, pairs: bool) -> Any:
                         coarse + pair * VECTOR,
                         fine + pair * VECTOR,
                         table,
-                        bits,
-                        query + pair * 2 * VECTOR,
-                        2 * table,
-                        sums + start * g * VECTOR,
-                        np.int64(pair == 0),
+                        keys + start * key + pair * 2 * VECTOR,
+                        key,
                     )
-            for step in range((tokens + per - 1) // per):
-                sum_step(sums + step * LANES * VECTOR, out + (begin // per + step) * VECTOR)
+            for start in range(0, tokens, per):
+                to, at, wide = out + (begin + start) // per * VECTOR, keys + start * key, key // 4
+                score(g, "float32", query, at, at, at, key, 0, 1, wide, tokens - start, to)
 
     return by_rebuilding
 
