@@ -16,6 +16,7 @@ import lowkey
 
 PROMPT, STEPS = 80, 40  # more steps than two rooms, and more tokens than a block of 32
 MORE_OPERATIONS = 30  # of a layer, beyond those of transformers' own cache and attention
+MORE_FOR_MAPS = 48  # where heads are put in another order, and means are added to keys and values
 READS = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "equal", "nonzero", "unique"}
 
 # latents of four heads together, wide enough for the kernel; the others are of narrower ones
