@@ -137,7 +137,10 @@ def mix_channels(
         count = b.sdiv(b.add(width, int64(LANES - 1)), int64(LANES))
         with cgutils.for_range(b, count) as loop:
             first = smaller(b, b.mul(loop.index, int64(LANES)), b.sub(width, int64(LANES)))
-            channels = [Channel(b, kind.literal_value, place, b.add(first, int64(j))) for j in range(LANES)]
+            first = b.select(b.icmp_signed("<", first, int64(0)), int64(0), first)
+            # past the last of few channels, it is read again
+            index = [smaller(b, b.add(first, int64(j)), b.sub(width, int64(1))) for j in range(LANES)]
+            channels = [Channel(b, kind.literal_value, place, i) for i in index]
             scale = _vector(b, [c.scale for c in channels])
             low = _vector(b, [c.low for c in channels])
             for i in range(n):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from threading import Lock
@@ -48,18 +49,11 @@ def reads_segment(x: StepSegment) -> bool:
     """Whether keys and values can be read where they lie."""
     if x.keys is None or not reads(x.values):
         return False
-    if x.rebuilding is None:
-        return reads(x.keys)
-    return supports(x.rebuilding.maps.dtype) and _is_laid_out(x.keys)
+    return reads(x.keys) and (x.rebuilding is None or supports(x.rebuilding.maps.dtype))
 
 
 def reads(x: StoredRows) -> bool:
     """Whether these keys or values can be read where they lie."""
-    return _is_laid_out(x) and x.groups[1] >= _kernel().LANES
-
-
-def _is_laid_out(x: StoredRows) -> bool:
-    """Whether these keys or values lie as kernels expect, but for the width of a group."""
     if not supports(x.dtype) or (x.numbers.ndim == 4 and x.unit != BLOCK):
         return False
     if x.scale is not None and x.low is not None:
@@ -76,14 +70,12 @@ def ragged(
 
     The result is the same in every bit for any number of threads.
     """
-    lanes, width = _kernel().LANES, values.shape[1]
     k, v = (
         StoredRows(x.unsqueeze(0), None, None, 0, x.shape[1], torch.zeros_like(starts[:-1]), starts[:-1])
-        for x in (_readable(keys, lanes), _readable(values.to(keys.dtype), lanes))
+        for x in (keys, values.to(keys.dtype))
     )
-    query = pad(query, (0, max(0, lanes - query.shape[2])))
-    out, lse = stored_rows(query, k, v, starts.diff(), scaling, softcap)
-    return out if width == out.shape[2] else out[..., :width], lse
+    k, v = (x if x.numbers.stride(-1) == 1 else replace(x, numbers=x.numbers.contiguous()) for x in (k, v))
+    return stored_rows(query, k, v, starts.diff(), scaling, softcap)
 
 
 def stored_rows(
@@ -159,7 +151,7 @@ class Segments:
         ]
         with _lock:
             kinds = [
-                (_kind(k), _kind(v), None if p is None else p.form)
+                (_kind_read(k), _kind_read(v), None if p is None else p.form)
                 for (k, v), p in zip(pairs, plans, strict=True)
             ]
             self.functions = np.stack([_functions(g, *kind) for kind in kinds])
@@ -398,6 +390,12 @@ def _place(x: StoredRows) -> np.ndarray:
     return np.array(place, np.int64)
 
 
+def _kind_read(x: StoredRows) -> str:
+    """The kind of numbers that are read vector by vector."""
+    is_narrow = x.numbers.ndim == 3 and x.groups[1] < _kernel().LANES
+    return f"narrow {_kind(x)}" if is_narrow else _kind(x)
+
+
 def _query_slots(keys: StoredRows, lanes: int) -> np.ndarray:
     """Which column of a query each number of a packed query is, -1 for none."""
     groups, size = keys.groups
@@ -417,18 +415,16 @@ def _slots(groups: int, size: int, width: int, lanes: int, once: bool = False) -
         lanes: numbers of a vector.
         once: whether a column has one slot only; else those that vectors share have two.
     """
-    starts = [min(i, size - lanes) for i in range(0, size, lanes)]
-    columns = [group * size + start + i for group in range(groups) for start in starts for i in range(lanes)]
+    starts = [max(0, min(i, size - lanes)) for i in range(0, size, lanes)]
+    columns = [
+        group * size + start + i if start + i < size else -1
+        for group in range(groups)
+        for start in starts
+        for i in range(lanes)
+    ]
     found: set[int] = set()
     for i, column in enumerate(columns):
         if column >= width or (once and column in found):
             columns[i] = -1
         found.add(column)
     return np.array(columns, np.int64)
-
-
-def _readable(x: Tensor, lanes: int) -> Tensor:
-    """Rows of at least one vector of adjacent numbers, as the kernel reads them; mostly x itself."""
-    if x.shape[1] < lanes:
-        return pad(x, (0, lanes - x.shape[1]))
-    return x if x.stride(1) == 1 else x.contiguous()

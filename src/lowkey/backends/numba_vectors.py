@@ -47,6 +47,8 @@ from lowkey.backends.numba_ir import (
     vector_call,
 )
 
+NARROW = "narrow "  # begins the kind of numbers in groups of fewer channels than a vector has
+
 
 def _present(b: Builder, scores: Value, left: Value, keys: int) -> Value:
     """The scores, with LOWEST for keys past the last."""
@@ -59,7 +61,8 @@ class Columns:
 
     Channels come in groups, those of a token that share a scale, or all of them in plain numbers. The last
     channels of a group are read by one more vector that ends at the group's last channel. Where it overlaps
-    the vector before, the query is 0, and outputs are written twice.
+    the vector before, the query is 0, and outputs are written twice. A *narrow* group has fewer channels than
+    a vector, of which zeros fill the rest.
 
     Args:
         b: where instructions go.
@@ -72,6 +75,8 @@ class Columns:
 
     def __init__(self, b: Builder, kind: str, g: int, place: Sequence[Value], left: Value) -> None:
         numbers, scale, low, stride, scale_stride, self.groups, self.size = place
+        self.count_of_narrow = self.size if kind.startswith(NARROW) else None
+        kind = kind.removeprefix(NARROW)
         self.b, self.number = b, kind.split()[-1]
         self.bits = int(kind.split()[0].removeprefix("int")) if " " in kind else 0
         past = b.sub(left, int64(1))
@@ -80,7 +85,7 @@ class Columns:
         if self.bits:
             steps = [b.mul(scale_stride, i) for i in tokens]
             self.scales = [(b.add(scale, step), b.add(low, step)) for step in steps]
-        self.last = b.sub(self.size, int64(LANES))
+        self.last = int64(0) if self.count_of_narrow is not None else b.sub(self.size, int64(LANES))
         self.of_group = b.sdiv(b.add(self.size, int64(LANES - 1)), int64(LANES))
         self.count = b.mul(self.of_group, self.groups)
 
@@ -94,7 +99,8 @@ class Columns:
                 offset = b.mul(start, int64(BYTES_PER_NUMBER[self.number]))
                 for row in self.rows:  # before the loads, so that memory works ahead
                     fetch(b, row, offset)
-                yield loop.index, [load_vector(b, row, offset, self.number) for row in self.rows]
+                few = self.count_of_narrow
+                yield loop.index, [load_vector(b, row, offset, self.number, few) for row in self.rows]
             return
         for row in self.rows:
             fetch(b, row, int64(0))
@@ -111,7 +117,13 @@ class Columns:
                 yield (
                     index,
                     [
-                        vector_call(b, "fmuladd", load_codes(b, row, offset, self.bits), scale, low)
+                        vector_call(
+                            b,
+                            "fmuladd",
+                            load_codes(b, row, offset, self.bits, self.count_of_narrow),
+                            scale,
+                            low,
+                        )
                         for row, (scale, low) in zip(self.rows, scales, strict=True)
                     ],
                 )
