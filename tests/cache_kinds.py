@@ -70,6 +70,7 @@ KINDS = {
     "merged-pre-global-8": lambda m: make_cache(
         m, merged(m, layout="pre_rope"), evicting("snapkv", allocator="global"), bits=8
     ),
+    "merged-pre-kivi2": lambda m: make_cache(m, merged(m, layout="pre_rope"), bits="kivi2"),
     "every-hadamard4": lambda m: make_cache(
         m, policy=evicting("h2o", every=3), bits="hadamard4", exact=SMALL_WINDOW
     ),

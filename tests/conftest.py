@@ -27,6 +27,9 @@ install_import_hook("lowkey.ops", "beartype.beartype")
 import transformers  # noqa: E402
 
 transformers.logging.set_verbosity_error()
+if not torch.cuda.is_available():
+    # before triton is imported: without a GPU, its interpreter runs the kernels
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)  # pico tensors: more threads only wait for each other
 
 

@@ -64,6 +64,7 @@ def test_a_recorded_call_leaves_what_its_kept_tokens_leave(kind, name):
         feed(model, guesses, cache, pads)
         agree(cache, "a call is recorded")
         cache.crop(kept - GUESSES)
+        state(cache), state(straight)  # without free slots
         assert agree(cache, "cropped") == straight.nbytes(), kept
         close(feed(model, more, cache, pads), feed(model, more, straight.branch(), pads))
         feed(model, guesses[:, kept : kept + 1], straight, pads) if kept < GUESSES else None

@@ -44,7 +44,7 @@ def _parsed(kind: str) -> tuple[int, str]:
     return int(bits.removeprefix("channel")), number
 
 
-class _Channel:
+class Channel:
     """The codes, the scale and the offset of one channel of a block."""
 
     def __init__(self, b: Builder, kind: str, place: Sequence[Value], channel: Value) -> None:
@@ -87,7 +87,7 @@ def score_channels(
         sums = [[cgutils.alloca_once_value(b, same(0.0)) for _ in range(VECTORS)] for _ in range(n)]
         shifts = [cgutils.alloca_once_value(b, ir.Constant(ir.FloatType(), 0.0)) for _ in range(n)]
         with cgutils.for_range(b, width) as loop:
-            channel = _Channel(b, kind.literal_value, place, loop.index)
+            channel = Channel(b, kind.literal_value, place, loop.index)
             for i in range(n):
                 at = b.add(b.mul(row, int64(i)), b.mul(loop.index, int64(4)))
                 x = load_scalar(b, b.add(query, at))
@@ -137,7 +137,10 @@ def mix_channels(
         count = b.sdiv(b.add(width, int64(LANES - 1)), int64(LANES))
         with cgutils.for_range(b, count) as loop:
             first = smaller(b, b.mul(loop.index, int64(LANES)), b.sub(width, int64(LANES)))
-            channels = [_Channel(b, kind.literal_value, place, b.add(first, int64(j))) for j in range(LANES)]
+            first = b.select(b.icmp_signed("<", first, int64(0)), int64(0), first)
+            # past the last of few channels, it is read again
+            index = [smaller(b, b.add(first, int64(j)), b.sub(width, int64(1))) for j in range(LANES)]
+            channels = [Channel(b, kind.literal_value, place, i) for i in index]
             scale = _vector(b, [c.scale for c in channels])
             low = _vector(b, [c.low for c in channels])
             for i in range(n):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from threading import Lock
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lowkey.backends.stored import StepSegment, StoredRows
+from lowkey.backends.stored import Rebuilding, StepSegment, StoredRows
 
 KERNEL_KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 GROUPS = (1, 2, 4, 8)  # queries that share one reading of the keys; each is one more small compilation
@@ -30,7 +31,6 @@ LN2 = math.log(2)
 STRIDE = 64  # positions between the angles of a coarse table
 MANTISSA = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}  # bits that a dtype leaves out
 NO_MASK, NO_BIAS = np.empty((0, 0, 0), np.uint8), np.empty((0, 0), np.float32)
-NOWHERE, NO_COLUMN = np.array([0] * 11 + [1], np.int64), np.empty(0, np.int64)
 _lock = Lock()  # one of numba's threading layers must not be entered by two threads at a time
 
 
@@ -45,6 +45,13 @@ def supports(dtype: torch.dtype) -> bool:
     return dtype in KERNEL_KINDS
 
 
+def reads_segment(x: StepSegment) -> bool:
+    """Whether keys and values can be read where they lie."""
+    if x.keys is None or not reads(x.values):
+        return False
+    return reads(x.keys) and (x.rebuilding is None or supports(x.rebuilding.maps.dtype))
+
+
 def reads(x: StoredRows) -> bool:
     """Whether these keys or values can be read where they lie."""
     if not supports(x.dtype) or (x.numbers.ndim == 4 and x.unit != BLOCK):
@@ -53,7 +60,7 @@ def reads(x: StoredRows) -> bool:
         side_by_side = x.numbers.ndim == 4 or x.scale.shape[2] == 1 or x.scale.stride(2) == 1
         if x.scale.stride() != x.low.stride() or not side_by_side:
             return False
-    return x.groups[1] >= _kernel().LANES and x.numbers.stride(-1) == 1
+    return x.numbers.stride(-1) == 1
 
 
 def ragged(
@@ -63,14 +70,12 @@ def ragged(
 
     The result is the same in every bit for any number of threads.
     """
-    lanes, width = _kernel().LANES, values.shape[1]
     k, v = (
         StoredRows(x.unsqueeze(0), None, None, 0, x.shape[1], torch.zeros_like(starts[:-1]), starts[:-1])
-        for x in (_readable(keys, lanes), _readable(values.to(keys.dtype), lanes))
+        for x in (keys, values.to(keys.dtype))
     )
-    query = pad(query, (0, max(0, lanes - query.shape[2])))
-    out, lse = stored_rows(query, k, v, starts.diff(), scaling, softcap)
-    return out if width == out.shape[2] else out[..., :width], lse
+    k, v = (x if x.numbers.stride(-1) == 1 else replace(x, numbers=x.numbers.contiguous()) for x in (k, v))
+    return stored_rows(query, k, v, starts.diff(), scaling, softcap)
 
 
 def stored_rows(
@@ -102,7 +107,6 @@ class Segments:
     Attributes:
         places: (S, 5, R), int64: the lane and first unit of each row's keys and of its values, and its
             tokens. A caller may change it between calls.
-        given: (S), see `numba_kernel.attend_segments`. A caller may change it, too.
     """
 
     def __init__(self, queries: int, segments: Sequence[StepSegment]) -> None:
@@ -113,32 +117,43 @@ class Segments:
             segments: the tokens.
         """
         kernel, pairs = _kernel(), [(s.keys, s.values) for s in segments]
-        self.given = np.full(len(pairs), -1, np.int64)
         self.group = g = next((n for n in GROUPS if n >= queries), GROUPS[-1])
         self.basis = np.array([not s.as_latents for s in segments], np.int64)
-        self.hidden = np.array([s.hidden for s in segments], np.int64)
         self.places = np.zeros((len(pairs), 5, len(segments[0].values.lane)), np.int64)
-        for place, s in zip(self.places, segments, strict=True):
-            place[2:4] = s.values.lane.numpy(), s.values.first.numpy()
-            if s.keys is not None:
-                place[:2] = s.keys.lane.numpy(), s.keys.first.numpy()
+        self.hidden = np.zeros_like(self.places[:, 0])
+        self.firsts = np.zeros_like(self.places[:, 0])
+        with _lock:
+            plans = [
+                None if s.rebuilding is None else _Rebuilding(k, s.rebuilding)
+                for (k, _), s in zip(pairs, segments, strict=True)
+            ]
+        for i, (s, (k, v)) in enumerate(zip(segments, pairs, strict=True)):
+            self.places[i, :4] = [x.numpy() for x in (k.lane, k.first, v.lane, v.first)]
+            self.hidden[i] = s.hidden
             if s.lengths is not None:
-                place[4] = s.lengths.numpy()
-        # the addresses below point into these tensors
-        stored = [x for pair in pairs for x in pair if x is not None]
-        self.held = [x for y in stored for x in (y.numbers, y.scale, y.low)]
-        self.keys = np.stack([NOWHERE if k is None else _place(k) for k, _ in pairs])
-        self.values = np.stack([_place(v) for _, v in pairs])
-        self.key_slots = _joined(
-            [NO_COLUMN if k is None else _query_slots(k, kernel.LANES) for k, _ in pairs]
-        )
+                self.places[i, 4] = s.lengths.numpy()
+            if s.rebuilding is not None:
+                self.firsts[i] = s.rebuilding.firsts.numpy()
+        # the addresses below point into these
+        self.held = [plans, [x for pair in pairs for y in pair for x in (y.numbers, y.scale, y.low)]]
+        self.keys, self.values = (np.stack([_place(x) for x in side]) for side in zip(*pairs, strict=True))
+        nothing = np.zeros(kernel.DESCRIBED, np.int64)
+        self.rebuilt = np.stack([nothing if p is None else p.described for p in plans])
+        columns = [
+            _query_slots(k, kernel.LANES) if p is None else p.slots
+            for (k, _), p in zip(pairs, plans, strict=True)
+        ]
+        self.key_slots = _joined(columns)
         self.value_slots = _joined([_slots(*v.groups, v.width, kernel.LANES, True) for _, v in pairs])
         self.widths = [
             max((s.values.width for s in segments if s.as_latents == latents), default=0)
             for latents in (True, False)
         ]
         with _lock:
-            kinds = [(None if k is None else _kind(k), _kind(v)) for k, v in pairs]
+            kinds = [
+                (_kind_read(k), _kind_read(v), None if p is None else p.form)
+                for (k, v), p in zip(pairs, plans, strict=True)
+            ]
             self.functions = np.stack([_functions(g, *kind) for kind in kinds])
 
     def attend(
@@ -148,18 +163,16 @@ class Segments:
         softcap: float | None = None,
         mask: np.ndarray | None = None,
         bias: Tensor | None = None,
-        dots: np.ndarray | None = None,
     ) -> tuple[np.ndarray, ...]:
         """Attention over all segments, under one softmax.
 
         Args:
-            queries: (R, m, r) in either basis; None where no segment is met in it.
+            queries: (R, m, r) in either basis; None where no segment is met in it. Keys that are rebuilt are
+                met in the model's.
             scaling: what scores are multiplied with.
             softcap: the soft cap of scaled scores, or None.
             mask: see `numba_kernel.attend_segments`.
             bias: (R, m), added to all scores in basis 0; None for none.
-            dots: (R, m, n), dot products with keys that are given as such, in units of `score_scale`; the
-                attribute `given` says where those of each segment begin.
 
         Returns:
             (outputs (R, m, v) in basis 0 and in basis 1, whose sum over a common basis is attention; the
@@ -190,8 +203,8 @@ class Segments:
                 self.hidden,
                 NO_MASK if mask is None else mask,
                 shift,
-                np.empty((rows, m, 0), np.float32) if dots is None else dots,
-                self.given,
+                self.rebuilt,
+                self.firsts,
                 *outputs,
                 _threads(),
             )
@@ -203,44 +216,77 @@ def _as_numbers(x: Tensor) -> np.ndarray:
     return x.float().contiguous().numpy(force=x.requires_grad)
 
 
-def rotated_dots(
-    keys: Tensor,
-    query: Tensor,
-    positions: np.ndarray,
-    firsts: np.ndarray,
-    lengths: np.ndarray,
-    rotation: tuple[np.ndarray, np.ndarray, int],
-    scale: np.float32,
-    begin: int,
-    out: np.ndarray,
-) -> None:
-    """Write the scaled dot products of rotated queries with keys that are rotated here.
+class _Rebuilding:
+    """What the kernel is told of keys that are rebuilt. The caller keeps their maps and means alive.
 
-    See `numba_rope_kernel.write_rotated_dots` for arguments; `rotation` has its two tables and `bits`.
+    Attributes:
+        form: whether pairs of bf16 are multiplied, and the bits that the rotation leaves out.
+        described: as `numba_kernel` describes such keys.
+        slots: which column of a query each number of a packed query is, -1 for none.
     """
-    rotate = _rope().write_rotated_dots
-    with _lock, _compiling(rotate):
-        rotate(
-            _as_numbers(keys),
-            _as_numbers(query),
-            positions,
-            firsts,
-            lengths,
-            *rotation,
-            scale,
-            begin,
-            out,
-            _threads(),
+
+    def __init__(self, keys: StoredRows, how: Rebuilding) -> None:
+        kernel, rebuilding = _kernel(), _rebuilding()
+        lanes, (h, rank, d) = kernel.LANES, how.maps.shape
+        coarse, fine, bits = how.rotation
+        by_pairs = int(rebuilding.MULTIPLIES_PAIRS and how.maps.dtype == torch.bfloat16)
+        self.form = by_pairs, bits
+        half = coarse.shape[2]
+        # pairs of vectors: what the embedding turns together, then what it leaves alone
+        starts = [(i, half + i, min(lanes, half - i)) for i in range(0, half, lanes)]
+        ends = [min(i + lanes, d) for i in range(2 * half, d, 2 * lanes)]
+        rest = [
+            (i, e, e - i, min(lanes, d - e)) for i, e in zip(range(2 * half, d, 2 * lanes), ends, strict=True)
+        ]
+        first = [x for a, b, _ in starts for x in (a, b)] + [x for a, b, _, _ in rest for x in (a, b)]
+        count = [n for _, _, n in starts for _ in (0, 1)] + [x for _, _, n, m in rest for x in (n, m)]
+        self.columns, pairs = np.array([first, count], np.int64), len(first) // 2
+        self.slots = np.array(
+            [a + i if i < n else -1 for a, n in zip(first, count, strict=True) for i in range(lanes)],
+            np.int64,
         )
+        tables = (_table(x, pairs * lanes) for x in (coarse, fine))
+        self.coarse, self.fine = tables
+        self.positions = how.positions.numpy()
+        groups, size = keys.groups
+        numbers = groups * size
+        number, mean = KERNEL_KINDS[how.maps.dtype], how.mean
+        described = np.zeros(kernel.DESCRIBED, np.int64)
+        described[: kernel.DECODE] = (
+            pairs,
+            -(-numbers // 2) if by_pairs else numbers,
+            h,
+            rank,
+            self.positions.ctypes.data,
+            self.coarse.ctypes.data,
+            self.fine.ctypes.data,
+            self.columns.ctypes.data,
+        )
+        described[kernel.DECODE : kernel.MAPS] = (
+            rebuilding.decoder(_kind(keys), by_pairs).address,
+            rebuilding.packer(number, by_pairs).address,
+            rebuilding.packer(number, 0).address,
+        )
+        for at, x in ((kernel.MAPS, how.maps), (kernel.MEAN, mean)):
+            if x is not None:
+                size = x.element_size()
+                described[at : at + 1 + x.ndim] = x.data_ptr(), *(size * n for n in x.stride())
+        self.described = described
+
+
+def _table(x: np.ndarray, width: int) -> np.ndarray:
+    """Cosines and sines (n, 2, p / 2), and up to this width those of an angle of 0."""
+    rest = np.broadcast_to(np.array([[1.0], [0.0]], np.float32), (len(x), 2, width - x.shape[2]))
+    return np.ascontiguousarray(np.concatenate([x, rest], 2) if rest.size else x)
 
 
 @cache
-def _rope() -> ModuleType:
+def _rebuilding() -> ModuleType:
     """The compiled module, loaded on first use."""
     _kernel()
-    from lowkey.backends import numba_rope_kernel
+    from lowkey.backends import numba_rebuilding
 
-    return numba_rope_kernel
+    return numba_rebuilding
 
 
 def _joined(slots: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -269,18 +315,17 @@ def _kernel() -> ModuleType:
 
 
 @cache
-def _functions(g: int, keys: str | None, values: str) -> np.ndarray:
+def _functions(g: int, keys: str, values: str, form: tuple[int, int] | None) -> np.ndarray:
     """The addresses of the C functions for g queries over keys and values of these kinds.
 
-    Keys of no kind have dot products that are given, and no function.
+    form: see `_Rebuilding`; None for keys that are not rebuilt.
     """
     from lowkey.backends.numba_cache import telling
 
     kernel = _kernel()
     with telling():
-        compiled = kernel.softener(g), kernel.mixer(g, values)
-        scorer = 0 if keys is None else kernel.scorer(g, keys).address
-    return np.array([scorer, *(function.address for function in compiled)])
+        scorer = kernel.scorer(g, keys) if form is None else _rebuilding().rebuilder(g, *form)
+        return np.array([x.address for x in (scorer, kernel.softener(g), kernel.mixer(g, values))])
 
 
 def _compiling(function: Any) -> AbstractContextManager[None]:
@@ -345,6 +390,12 @@ def _place(x: StoredRows) -> np.ndarray:
     return np.array(place, np.int64)
 
 
+def _kind_read(x: StoredRows) -> str:
+    """The kind of numbers that are read vector by vector."""
+    is_narrow = x.numbers.ndim == 3 and x.groups[1] < _kernel().LANES
+    return f"narrow {_kind(x)}" if is_narrow else _kind(x)
+
+
 def _query_slots(keys: StoredRows, lanes: int) -> np.ndarray:
     """Which column of a query each number of a packed query is, -1 for none."""
     groups, size = keys.groups
@@ -355,7 +406,7 @@ def _query_slots(keys: StoredRows, lanes: int) -> np.ndarray:
 
 @cache
 def _slots(groups: int, size: int, width: int, lanes: int, once: bool = False) -> np.ndarray:
-    """Which column each number of a packed query or output is, -1 for none; see `numba_vectors._Columns`.
+    """Which column each number of a packed query or output is, -1 for none; see `numba_vectors.Columns`.
 
     Args:
         groups: of channels.
@@ -364,18 +415,16 @@ def _slots(groups: int, size: int, width: int, lanes: int, once: bool = False) -
         lanes: numbers of a vector.
         once: whether a column has one slot only; else those that vectors share have two.
     """
-    starts = [min(i, size - lanes) for i in range(0, size, lanes)]
-    columns = [group * size + start + i for group in range(groups) for start in starts for i in range(lanes)]
+    starts = [max(0, min(i, size - lanes)) for i in range(0, size, lanes)]
+    columns = [
+        group * size + start + i if start + i < size else -1
+        for group in range(groups)
+        for start in starts
+        for i in range(lanes)
+    ]
     found: set[int] = set()
     for i, column in enumerate(columns):
         if column >= width or (once and column in found):
             columns[i] = -1
         found.add(column)
     return np.array(columns, np.int64)
-
-
-def _readable(x: Tensor, lanes: int) -> Tensor:
-    """Rows of at least one vector of adjacent numbers, as the kernel reads them; mostly x itself."""
-    if x.shape[1] < lanes:
-        return pad(x, (0, lanes - x.shape[1]))
-    return x if x.stride(1) == 1 else x.contiguous()

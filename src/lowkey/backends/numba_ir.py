@@ -63,14 +63,38 @@ def pointer(b: Builder, address: Value, offset: Value | None = None, kind: ir.Ty
     )
 
 
-def load_vector(b: Builder, address: Value, offset: Value | None = None, kind: str = "float32") -> Value:
-    """LANES stored numbers, widened."""
-    raw = b.load(pointer(b, address, offset, STORED[kind]), align=BYTES_PER_NUMBER[kind])
+def load_vector(
+    b: Builder,
+    address: Value,
+    offset: Value | None = None,
+    kind: str = "float32",
+    count: Value | None = None,
+) -> Value:
+    """LANES stored numbers, widened; with a count, only so many are read, and zeros follow."""
+    raw = _load(b, address, offset, STORED[kind], BYTES_PER_NUMBER[kind], count)
     if kind == "bfloat16":  # the upper half of an fp32 number
         return b.bitcast(
             b.shl(b.zext(raw, INTEGER_VECTOR), ir.Constant(INTEGER_VECTOR, [16] * LANES)), FLOAT_VECTOR
         )
     return raw if kind == "float32" else b.fpext(raw, FLOAT_VECTOR)
+
+
+def _load(
+    b: Builder, address: Value, offset: Value | None, kind: ir.VectorType, align: int, count: Value | None
+) -> Value:
+    """A vector from memory; with a count, only so many elements are read, and zeros follow."""
+    where = pointer(b, address, offset, kind)
+    if count is None:
+        return b.load(where, align=align)
+    n, name = kind.count, str(kind.element)
+    name = {"float": "f32", "half": "f16"}.get(name, name)
+    place = ir.Constant(ir.VectorType(I64, n), list(range(n)))
+    one = b.insert_element(ir.Constant(ir.VectorType(I64, n), ir.Undefined), count, ir.Constant(I32, 0))
+    counts = b.shuffle_vector(one, one, ir.Constant(ir.VectorType(I32, n), [0] * n))
+    mask = b.icmp_signed("<", place, counts)
+    called = ir.FunctionType(kind, [where.type, I32, mask.type, kind])
+    function = cgutils.get_or_insert_function(b.module, called, f"llvm.masked.load.v{n}{name}.p0")
+    return b.call(function, [where, ir.Constant(I32, align), mask, ir.Constant(kind, None)])
 
 
 def load_scalar(b: Builder, address: Value, kind: str = "float32") -> Value:
@@ -82,18 +106,21 @@ def load_scalar(b: Builder, address: Value, kind: str = "float32") -> Value:
     return raw if kind == "float32" else b.fpext(raw, ir.FloatType())
 
 
-def load_codes(b: Builder, address: Value, offset: Value, bits: int) -> Value:
-    """LANES codes of 8, 4 or 2 bits each, the first in the lowest bits, as fp32."""
+def load_codes(b: Builder, address: Value, offset: Value, bits: int, count: Value | None = None) -> Value:
+    """LANES codes of 8, 4 or 2 bits each, the first in the lowest bits, as fp32.
+
+    With a count, a multiple of the codes of a byte, only so many are read, and zeros follow.
+    """
+    some = None if count is None else b.lshr(b.mul(count, int64(bits)), int64(3))
+    raw = _load(b, address, offset, ir.VectorType(ir.IntType(8), LANES * bits // 8), 1, some)
     if bits == 8:
-        raw = b.load(pointer(b, address, offset, ir.VectorType(ir.IntType(8), LANES)), align=1)
         return b.sitofp(b.zext(raw, INTEGER_VECTOR), FLOAT_VECTOR)
     per_word = 32 // bits
     words = LANES // per_word
     if words:
-        raw = b.load(pointer(b, address, offset, ir.VectorType(I32, words)), align=1)
+        raw = b.bitcast(raw, ir.VectorType(I32, words))
     else:  # fewer codes than a word holds
-        few = b.load(pointer(b, address, offset, ir.IntType(LANES * bits)), align=1)
-        raw = b.bitcast(b.zext(few, I32), ir.VectorType(I32, 1))
+        raw = b.bitcast(b.zext(b.bitcast(raw, ir.IntType(LANES * bits)), I32), ir.VectorType(I32, 1))
     repeated = b.shuffle_vector(raw, raw, ir.Constant(INTEGER_VECTOR, [i // per_word for i in range(LANES)]))
     shifts = ir.Constant(INTEGER_VECTOR, [i % per_word * bits for i in range(LANES)])
     code = b.and_(b.lshr(repeated, shifts), ir.Constant(INTEGER_VECTOR, [2**bits - 1] * LANES))
@@ -116,6 +143,10 @@ def fetch(b: Builder, address: Value, offset: Value) -> None:
 
 def smaller(b: Builder, x: Value, y: Value) -> Value:
     return b.select(b.icmp_signed("<", x, y), x, y)
+
+
+def larger_integer(b: Builder, x: Value, y: Value) -> Value:
+    return b.select(b.icmp_signed(">", x, y), x, y)
 
 
 def larger(b: Builder, x: Value, y: Value) -> Value:
@@ -147,6 +178,21 @@ def totals(b: Builder, parts: Sequence[Value]) -> Value:
         ]
         width //= 2
     return parts[0]
+
+
+def transposed(b: Builder, rows: Sequence[Value]) -> list[Value]:
+    """LANES vectors, of which lane i of vector j becomes lane j of vector i."""
+    rows, shift = list(rows), 1
+    while shift < LANES:
+        lower = [i + LANES - shift if i & shift else i for i in range(LANES)]
+        upper = [i + LANES if i & shift else i + shift for i in range(LANES)]
+        for i in range(LANES):
+            if not i & shift:
+                pair = rows[i], rows[i | shift]
+                for at, lanes in ((i, lower), (i | shift, upper)):
+                    rows[at] = b.shuffle_vector(*pair, ir.Constant(INTEGER_VECTOR, lanes))
+        shift *= 2
+    return rows
 
 
 def exp2(b: Builder, x: Value) -> Value:

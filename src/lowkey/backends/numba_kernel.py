@@ -22,11 +22,18 @@ from numba import prange, types
 from lowkey.backends.numba_cache import kept_cfunc, kept_njit
 from lowkey.backends.numba_channels import CHANNEL_BLOCK, mix_channels, score_channels
 from lowkey.backends.numba_ir import LANES, LOWEST
+from lowkey.backends.numba_rebuilding import BLOCK, RECORD
 from lowkey.backends.numba_vectors import add, call, fill_memory, finish_scores, level, mix, score, weigh
 
 # tokens of a piece, and the pieces that the tokens of a call are cut into, about and at least
 SMALLEST_PIECE, LARGEST_PIECE, LEAST_PIECES = 64, 1024, 32
 LN2_FP32, NOT_THERE = np.float32(0.6931471805599453), np.float32(LOWEST)
+# what is described of keys that are rebuilt: pairs of vectors of a key, words of a token, KV heads of a
+# sequence, numbers of a latent; the addresses of positions, of the coarse and the
+# fine table, and of first columns and counts of each vector; those of a decoder and of packers of maps and
+# means; the address of maps, and bytes from head to head, row to row and column to column; the same of means
+PAIRS, WORDS, HEADS, ROWS, POSITIONS, COARSE, FINE, COLUMNS, DECODE, PACK_MAPS, PACK_MEAN = range(11)
+MAPS, MEAN, DESCRIBED = 11, 15, 18
 compiled = kept_njit(nogil=True)
 
 
@@ -165,9 +172,7 @@ def _row(place, lane, first, token):
 
 
 @compiled
-def _attend(
-    functions, g, cap, query, width, count, keys, values, masks, left, steps, scores, part, dots, at_dot
-):
+def _attend(functions, g, cap, query, width, count, keys, values, masks, left, steps, scores, part, record):
     """Attend to one piece of `left` tokens with the M queries of its row.
 
     Args:
@@ -183,8 +188,7 @@ def _attend(
         steps: vectors of scores.
         scores: room for them.
         part: (out (M v'), top (M), total (M)), the results.
-        dots: (m, n), dot products that were formed before.
-        at_dot: the first of these for this piece; -1 if they are formed here.
+        record: what a `rebuilder` is told besides; empty if keys are met as they are.
     """
     out, tops, totals = part
     top, total, n = scores[0], scores[1], LANES // g
@@ -192,12 +196,11 @@ def _attend(
         out[x] = 0.0
     at = _at(scores, 2 * LANES)
     for i in range(0, len(tops), g):  # g queries share one reading of the keys
-        if at_dot < 0:
-            call(functions[0], (query + 4 * i * width, *keys, left, at))
-        else:
-            for j in range(i, min(i + g, len(dots))):
-                for token in range(left):
-                    scores[2 + token // n, (j - i) * n + token % n] = dots[j, at_dot + token]
+        asked = query + 4 * i * width
+        if len(record):
+            record[0] = asked
+            asked = _at(record, 0)
+        call(functions[0], (asked, *keys, left, at))
         seen = _at(masks, i) if len(masks) else np.int64(0)
         call(functions[1], (cap, seen, steps, left, at, _at(top, 0), _at(total, 0)))
         call(functions[2], (at, *values, left, _at(out, i * count)))
@@ -255,12 +258,12 @@ def _merge(row, pieces, results, segments, bias, outputs):
 
 
 @compiled
-def _packed(queries, basis, scale, g, slots, widths):
+def _packed(queries, basis, rebuilt, scale, g, slots, widths):
     """The queries of each segment, times scale, as vectors of LANES; 0 for queries past m.
 
     Args:
-        queries: (R, m, r) in basis 0 and in basis 1.
-        basis: of each segment.
+        queries: (R, m, r) in basis 0 and in basis 1, in which rebuilt keys are met.
+        basis, rebuilt: see `attend_segments`.
         scale: what dot products are multiplied with.
         g: queries that share one reading of the keys.
         slots: (S, r'), the column of each number of a packed query, -1 for none: none may count twice.
@@ -275,7 +278,7 @@ def _packed(queries, basis, scale, g, slots, widths):
         starts[s + 1] = starts[s] + rows * filled * widths[s]
     packed = np.zeros(starts[-1], np.float32)
     for s in range(len(basis)):
-        query = queries[0] if basis[s] == 0 else queries[1]
+        query = queries[0] if basis[s] == 0 and not rebuilt[s, PAIRS] else queries[1]
         for row in range(rows):
             for i in range(m):
                 at = starts[s] + (row * filled + i) * widths[s]
@@ -283,6 +286,33 @@ def _packed(queries, basis, scale, g, slots, widths):
                     if slots[s, x] >= 0:
                         packed[at + x] = scale * query[row, i, slots[s, x]]
     return packed, starts
+
+
+@compiled
+def _packed_maps(rebuilt):
+    """The maps and means of all segments, as a `rebuilder` reads them.
+
+    Returns:
+        (the numbers of one segment after another, where the maps of each begin, where its means begin).
+    """
+    maps, means, total = np.zeros(len(rebuilt), np.int64), np.zeros(len(rebuilt), np.int64), 0
+    for s in range(len(rebuilt)):
+        of_heads = rebuilt[s, HEADS] * rebuilt[s, PAIRS] * 2 * LANES
+        maps[s], means[s] = total, total + of_heads * rebuilt[s, WORDS]
+        total = means[s] + of_heads
+    packed = np.zeros(total, np.float32)
+    for s in range(len(rebuilt)):
+        if not rebuilt[s, PAIRS]:
+            continue
+        x = rebuilt[s]
+        columns = x[HEADS], x[ROWS], 2 * x[PAIRS], x[COLUMNS], x[COLUMNS] + 16 * x[PAIRS]
+        out = _at(packed, maps[s])
+        call(x[PACK_MAPS], (x[MAPS], x[MAPS + 1], x[MAPS + 2], x[MAPS + 3], *columns, x[WORDS], out))
+        if x[MEAN]:
+            strides, one = (x[MEAN + 1], np.int64(0), x[MEAN + 2]), np.int64(1)
+            columns = x[HEADS], one, 2 * x[PAIRS], x[COLUMNS], x[COLUMNS] + 16 * x[PAIRS]
+            call(x[PACK_MEAN], (x[MEAN], *strides, *columns, one, _at(packed, means[s])))
+    return packed, maps, means
 
 
 @compiled
@@ -324,7 +354,9 @@ def _attend_share(thread, layout, arrays, merging, outputs, cuts, results, count
     """
     (taken, done), count = counters, len(cuts[1])
     scores = np.empty((2 + cuts[4] * layout[1] // LANES, LANES), np.float32)
-    masks = np.empty(results[1].shape[1], np.int64)
+    masks, record = np.empty(results[1].shape[1], np.int64), np.empty(RECORD, np.int64)
+    room = np.empty(BLOCK * (layout[7][:, WORDS] + 2 * LANES * layout[7][:, PAIRS]).max(), np.float32)
+    record[RECORD - 1] = _at(room, 0)
     for turn in range(len(taken)):
         share = (thread + turn) % len(taken)
         begin, end = share * count // len(taken), (share + 1) * count // len(taken)
@@ -332,16 +364,16 @@ def _attend_share(thread, layout, arrays, merging, outputs, cuts, results, count
             i = begin + add(_at(taken, share), 1)
             if i >= end:
                 break
-            _attend_piece(i, layout, arrays, merging, outputs, cuts, results, done, scores, masks)
+            _attend_piece(i, layout, arrays, merging, outputs, cuts, results, done, scores, masks, record)
 
 
 @compiled
-def _attend_piece(i, layout, arrays, merging, outputs, cuts, results, done, scores, masks):
+def _attend_piece(i, layout, arrays, merging, outputs, cuts, results, done, scores, masks, record):
     """Attend to piece i. The thread that does the last piece of a row merges the row."""
-    packed, starts, places, mask, veil, bias, dots = arrays
+    packed, starts, places, mask, veil, bias, maps, map_starts, mean_starts, token_firsts = arrays
     first, rows, segment, begins, size = cuts
     parts, tops, totals = results
-    functions, g, cap, keys, values, widths, hidden, given = layout
+    functions, g, cap, keys, values, widths, hidden, rebuilt = layout
     row, s, begin = rows[i], segment[i], begins[i]
     left, queries = min(size, places[s, 4, row] - begin), tops.shape[1]
     per = LANES // g
@@ -354,9 +386,17 @@ def _attend_piece(i, layout, arrays, merging, outputs, cuts, results, done, scor
         for j in range(queries):
             of_row = row // (places.shape[2] // len(mask)) * mask.shape[1] + j % mask.shape[1]
             masks[j] = _at(mask, of_row * mask.shape[2] + begin)
-    elif hidden[s] and not begin:
+    elif hidden[s, row] and not begin:
         seen = masks
-        masks[:] = _at(veil, SMALLEST_PIECE - hidden[s])
+        masks[:] = _at(veil, SMALLEST_PIECE - hidden[s, row])
+    told = record[:0]
+    if rebuilt[s, PAIRS]:
+        told, x = record, rebuilt[s]
+        head = row % x[HEADS] * x[PAIRS] * 2 * LANES
+        told[1] = _at(maps, map_starts[s] + head * x[WORDS])
+        told[2] = _at(maps, mean_starts[s] + head)
+        told[3] = x[POSITIONS] + 4 * (token_firsts[s, row] + begin)
+        told[4:9] = x[COARSE], x[FINE], x[PAIRS], x[WORDS], x[DECODE]
     _attend(
         functions[s],
         g,
@@ -371,8 +411,7 @@ def _attend_piece(i, layout, arrays, merging, outputs, cuts, results, done, scor
         steps,
         scores,
         (parts[i], tops[i], totals[i]),
-        dots[row],
-        given[s] + begin if given[s] >= 0 else -1,
+        told,
     )
     # the counter tells which thread came last; it then sees all results of the row
     if add(_at(done, row), 1) == first[row + 1] - first[row] - 1:
@@ -398,8 +437,8 @@ def attend_segments(
     hidden,
     mask,
     bias,
-    dots,
-    given,
+    rebuilt,
+    token_firsts,
     out_0,
     out_1,
     share,
@@ -411,7 +450,8 @@ def attend_segments(
     Queries and outputs are in one of two bases: that of latents (0) and that of the model (1).
 
     Args:
-        functions: (S, 3), the addresses of `scorer(g, ...)`, `softener(g)` and `mixer(g, ...)`.
+        functions: (S, 3), the addresses of `scorer(g, ...)` or `rebuilder(g, ...)`, of `softener(g)` and of
+            `mixer(g, ...)`.
         g: queries that share one reading of the keys.
         scale: what dot products are multiplied with.
         cap: the soft cap in units of ln 2; 0 for none.
@@ -422,22 +462,24 @@ def attend_segments(
         key_counts: (S), the r' of each segment.
         value_slots, value_counts: the same of outputs.
         places: (S, 5, R), the lane and first unit of each row's keys and of its values, and its tokens.
-        hidden: (S), the first tokens of each row that no query sees, at most SMALLEST_PIECE.
+        hidden: (S, R), the first tokens of each row that no query sees, at most SMALLEST_PIECE.
         mask: (R', t, s) in bytes, s a multiple of 32 that covers all tokens, for all segments; R' = 0 for
             none.
         bias: (R, m), see `_merge`.
-        dots: (R, m, n), dot products that were formed before, times scale.
-        given: (S), where in `dots` those with the keys of a segment begin; -1 if they are formed here.
+        rebuilt: (S, DESCRIBED), how keys are rebuilt; all 0 where they are met as they are.
+        token_firsts: (S, R), where the positions of each row begin, for keys that are rebuilt.
         out_0, out_1, share, lse: the results; see `_merge`.
         threads: how many to use.
     """
-    packed, starts = _packed((query_0, query_1), basis, scale, g, key_slots, key_counts)
+    packed, starts = _packed((query_0, query_1), basis, rebuilt, scale, g, key_slots, key_counts)
     m, outputs = query_0.shape[1], (out_0, out_1, share, lse)
     cuts, results = _cut_into_pieces(places, -(-m // g) * g, value_counts.max())
     veil = np.ones(SMALLEST_PIECE + LARGEST_PIECE, np.uint8)
     veil[:SMALLEST_PIECE] = 0
-    layout = functions, g, cap, keys, values, key_counts, hidden, given
-    arrays, merging = (packed, starts, places, mask, veil, bias, dots), (basis, value_slots, value_counts)
+    layout = functions, g, cap, keys, values, key_counts, hidden, rebuilt
+    maps, map_starts, mean_starts = _packed_maps(rebuilt)
+    arrays = packed, starts, places, mask, veil, bias, maps, map_starts, mean_starts, token_firsts
+    merging = basis, value_slots, value_counts
     counters = np.zeros(threads, np.int64), np.zeros(places.shape[2], np.int64)
     for row in range(places.shape[2]):
         if cuts[0][row] == cuts[0][row + 1]:  # a row without tokens has no piece

@@ -47,6 +47,8 @@ from lowkey.backends.numba_ir import (
     vector_call,
 )
 
+NARROW = "narrow "  # begins the kind of numbers in groups of fewer channels than a vector has
+
 
 def _present(b: Builder, scores: Value, left: Value, keys: int) -> Value:
     """The scores, with LOWEST for keys past the last."""
@@ -54,12 +56,13 @@ def _present(b: Builder, scores: Value, left: Value, keys: int) -> Value:
     return b.select(b.icmp_signed("<", place, spread(b, left)), scores, same(LOWEST))
 
 
-class _Columns:
+class Columns:
     """The vectors that cover the next LANES / g tokens, decoded to fp32.
 
     Channels come in groups, those of a token that share a scale, or all of them in plain numbers. The last
     channels of a group are read by one more vector that ends at the group's last channel. Where it overlaps
-    the vector before, the query is 0, and outputs are written twice.
+    the vector before, the query is 0, and outputs are written twice. A *narrow* group has fewer channels than
+    a vector, of which zeros fill the rest.
 
     Args:
         b: where instructions go.
@@ -72,6 +75,8 @@ class _Columns:
 
     def __init__(self, b: Builder, kind: str, g: int, place: Sequence[Value], left: Value) -> None:
         numbers, scale, low, stride, scale_stride, self.groups, self.size = place
+        self.count_of_narrow = self.size if kind.startswith(NARROW) else None
+        kind = kind.removeprefix(NARROW)
         self.b, self.number = b, kind.split()[-1]
         self.bits = int(kind.split()[0].removeprefix("int")) if " " in kind else 0
         past = b.sub(left, int64(1))
@@ -80,21 +85,22 @@ class _Columns:
         if self.bits:
             steps = [b.mul(scale_stride, i) for i in tokens]
             self.scales = [(b.add(scale, step), b.add(low, step)) for step in steps]
-        self.last = b.sub(self.size, int64(LANES))
+        self.last = int64(0) if self.count_of_narrow is not None else b.sub(self.size, int64(LANES))
         self.of_group = b.sdiv(b.add(self.size, int64(LANES - 1)), int64(LANES))
         self.count = b.mul(self.of_group, self.groups)
 
     @contextmanager
     def each(self) -> Iterator[tuple[Value, list[Value]]]:
-        """Loop over vectors: (the vector's number, the vector of each token)."""
+        """Loop over vectors: (its number, the vector of each token). `start` becomes its first channel."""
         b = self.b
         if not self.bits:
             with cgutils.for_range(b, self.count) as loop:
-                start = smaller(b, b.mul(loop.index, int64(LANES)), self.last)
+                start = self.start = smaller(b, b.mul(loop.index, int64(LANES)), self.last)
                 offset = b.mul(start, int64(BYTES_PER_NUMBER[self.number]))
                 for row in self.rows:  # before the loads, so that memory works ahead
                     fetch(b, row, offset)
-                yield loop.index, [load_vector(b, row, offset, self.number) for row in self.rows]
+                few = self.count_of_narrow
+                yield loop.index, [load_vector(b, row, offset, self.number, few) for row in self.rows]
             return
         for row in self.rows:
             fetch(b, row, int64(0))
@@ -105,13 +111,19 @@ class _Columns:
             ]
             with cgutils.for_range(b, self.of_group) as inner:
                 start = smaller(b, b.mul(inner.index, int64(LANES)), self.last)
-                start = b.add(b.mul(outer.index, self.size), start)
+                start = self.start = b.add(b.mul(outer.index, self.size), start)
                 offset = b.lshr(b.mul(start, int64(self.bits)), int64(3))
                 index = b.add(b.mul(outer.index, self.of_group), inner.index)
                 yield (
                     index,
                     [
-                        vector_call(b, "fmuladd", load_codes(b, row, offset, self.bits), scale, low)
+                        vector_call(
+                            b,
+                            "fmuladd",
+                            load_codes(b, row, offset, self.bits, self.count_of_narrow),
+                            scale,
+                            low,
+                        )
                         for row, (scale, low) in zip(self.rows, scales, strict=True)
                     ],
                 )
@@ -142,7 +154,7 @@ def score(
     def emit(context: Any, b: Builder, signature: Any, args: Sequence[Value]) -> Value:
         query, *place, left, out = args[2:]
         n = g.literal_value
-        columns = _Columns(b, kind.literal_value, n, place, left)
+        columns = Columns(b, kind.literal_value, n, place, left)
         sums = [cgutils.alloca_once_value(b, same(0.0)) for _ in range(LANES)]
         with columns.each() as (index, keys):
             for i in range(n):
@@ -253,7 +265,7 @@ def mix(
 
     def emit(context: Any, b: Builder, signature: Any, args: Sequence[Value]) -> Value:
         weights, *place, left, out = args[2:]
-        columns = _Columns(b, kind.literal_value, g.literal_value, place, left)
+        columns = Columns(b, kind.literal_value, g.literal_value, place, left)
         step = load_vector(b, weights)
         spread_out = [spread(b, b.extract_element(step, ir.Constant(I32, i))) for i in range(LANES)]
         with columns.each() as (index, rows):

@@ -70,5 +70,5 @@ def prepared_segments(queries: int, segments: Sequence[StepSegment]) -> numba_cp
     Returns:
         What answers calls; None if no kernel can read all of the tokens where they lie.
     """
-    stored = [x for s in segments for x in (s.keys, s.values) if x is not None]
-    return numba_cpu.Segments(queries, segments) if all(map(numba_cpu.reads, stored)) else None
+    readable = all(numba_cpu.reads_segment(s) for s in segments)
+    return numba_cpu.Segments(queries, segments) if readable else None

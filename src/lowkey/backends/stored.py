@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lowkey.backends.segment import Part, softcapped
 
-MOST_HIDDEN = 64  # first tokens of a row that a step may hide
 BLOCK_TOKENS = 256  # tokens of each row that are decoded at a time; a multiple of any packing's block
 
 
@@ -81,6 +81,10 @@ class StoredRows:
         lane, first = (x.repeat_interleave(times) for x in (self.lane, self.first))
         return replace(self, lane=lane, first=first, repeats=times * self.repeats, dense=False)
 
+    def from_tokens(self, starts: Tensor) -> StoredRows:
+        """The same rows, each from a token (R) on, a multiple of `unit`."""
+        return replace(self, first=self.first + starts // self.unit, dense=False)
+
     def sliced(self, start: int, step: int) -> StoredRows:
         """Every `step`-th row from `start` on."""
         return replace(self, lane=self.lane[start::step], first=self.first[start::step], dense=False)
@@ -113,22 +117,46 @@ class StoredRows:
 
 
 @dataclass(frozen=True)
+class Rebuilding:
+    """How keys are rebuilt from latents: by a linear map, a mean, and a rotation at each token's position.
+
+    Args:
+        maps: (h, r, d), for each KV head; row i has that of head i % h.
+        mean: (h, d), added before the rotation; None for none.
+        positions: of all tokens, int32.
+        firsts: (R), int64, where in `positions` those of each row begin.
+        rotation: the cosines and sines (n, 2, p / 2) of the multiples of `numba_cpu.STRIDE`; those of the
+            numbers below it, without the factor of a scaled embedding; and the bits of the mantissa that the
+            model's dtype leaves out, in which the model rotates.
+    """
+
+    maps: Tensor
+    mean: Tensor | None
+    positions: Tensor
+    firsts: Tensor
+    rotation: tuple[np.ndarray, np.ndarray, int]
+
+
+@dataclass(frozen=True)
 class StepSegment:
     """Tokens of one kind that the queries of decode steps attend to.
 
     Args:
-        keys: of R rows; None if each call brings the dot products with them.
+        keys: of R rows.
         values: of the same rows.
         lengths: (R), int64, the tokens of each row; None if each call says how many there are.
-        as_latents: whether queries meet these keys in the basis of latents, and not in the model's.
-        hidden: so many first tokens of each row are not seen.
+        as_latents: whether sums of values, and queries unless keys are rebuilt, are in the basis of latents,
+            and not in the model's.
+        hidden: so many first tokens of each row are not seen; one number, or one for each row (R).
+        rebuilding: how keys that are latents are rebuilt; None if queries meet them as they are.
     """
 
-    keys: StoredRows | None
+    keys: StoredRows
     values: StoredRows
     lengths: Tensor | None
     as_latents: bool = False
-    hidden: int = 0
+    hidden: int | Tensor = 0
+    rebuilding: Rebuilding | None = None
 
 
 def unpack_codes(codes: Tensor, bits: int, dtype: torch.dtype = torch.uint8) -> Tensor:

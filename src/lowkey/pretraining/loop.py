@@ -4,7 +4,6 @@ numbers.
 
 from __future__ import annotations
 
-import atexit
 import math
 import signal
 import threading
@@ -140,22 +139,11 @@ def _accelerator(recipe: Recipe, out: Path, device: str) -> Accelerator:
                 f"training.log_with {name!r}: is not installed; pip install {name}, or leave it out"
             )
     try:
-        made = Accelerator(cpu=device == "cpu", log_with=wanted or None, project_dir=out if wanted else None)
+        return Accelerator(cpu=device == "cpu", log_with=wanted or None, project_dir=out if wanted else None)
     except ValueError as error:  # accelerate keeps one device per process
         raise LowkeyError(
             f"device {device!r}: accelerate is set up otherwise in this process ({error}); start a new one"
         ) from error
-    # A process that exits while its group's threads run can be aborted. The group stays until then, because
-    # the process may train again.
-    atexit.unregister(_leave_group)
-    atexit.register(_leave_group)
-    return made
-
-
-def _leave_group() -> None:
-    """Leave torch's process group, if there is one."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def train(run: Run, progress: Progress) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowkey.backends.segment import Segment
-from lowkey.core.head_groups import group_latents, rebuilt_heads, side_by_side
+from lowkey.core.head_groups import group_latents, rebuilt_heads
 from lowkey.core.types import Factors, Layout
 from lowkey.models.families import Rope
 from lowkey.ops.ragged import row_of
@@ -84,15 +84,15 @@ class Codec(Protocol):
         """What rotates stored keys when they are read; None if they are stored as queries meet them."""
         ...
 
-    def key_maps(self, groups: int) -> tuple[Tensor, Tensor | None]:
+    def key_maps(self, heads: int) -> tuple[Tensor, Tensor | None]:
         """What rebuilds keys before they are rotated, where `rotates_when_read`.
 
         Args:
-            groups: G, of t heads each that share a latent.
+            heads: h, the KV heads.
 
         Returns:
-            The maps (G, r, t d) from latents to the heads of a group, side by side, and what is added then
-            (G, 1, t d), or None.
+            The maps (h, r, d) from latents to heads, and what is added then (h, d), or None: views of what
+            the codec holds.
         """
         ...
 
@@ -141,7 +141,7 @@ class Plain:
     heads_per_row: ClassVar[int] = 1
     rotates_when_read: ClassVar[None] = None
 
-    def key_maps(self, groups: int) -> tuple[Tensor, Tensor | None]:
+    def key_maps(self, heads: int) -> tuple[Tensor, Tensor | None]:
         """Not defined: stored keys are read as they are."""
         raise NotImplementedError
 
@@ -313,11 +313,11 @@ class LowRank:
     def project_query(self, query: Tensor, at: Tensor) -> tuple[Tensor, Tensor | None]:
         """Queries in the basis of the stored keys; see `Codec.project_query`."""
         f = self.factors
-        into = f.k_up.mT.unsqueeze(1)
         if f.frequencies is not None:
+            into = f.k_up.mT.unsqueeze(1)
             return self._rotated_by_own_frequencies(query, into, at, f.frequencies), None
-        shift = None if f.k_mean is None else (query @ f.k_mean[:, None, :, None]).squeeze(-1).float()
-        return query @ into, shift
+        shift = None if f.k_mean is None else _mapped(query, f.k_mean.unsqueeze(2)).squeeze(-1).float()
+        return _mapped(query, f.k_up.mT), shift
 
     def rotated_keys_of_rows(
         self, stored: Tensor, positions: Tensor, starts: Tensor, row_heads: int
@@ -357,16 +357,15 @@ class LowRank:
         """The model's rotary embedding, if keys are stored before their rotation; see `Codec`."""
         return self.rope if self.layout == "pre_rope" and self.factors.frequencies is None else None
 
-    def key_maps(self, groups: int) -> tuple[Tensor, Tensor | None]:
-        """Maps of groups of heads, and their means; see `Codec.key_maps`."""
-        t, up, mean = self.factors.merge[0], self.factors.k_up, self.factors.k_mean
-        maps = side_by_side(up.expand(groups * t, -1, -1), t)
-        return maps, None if mean is None else mean.view(groups, 1, -1)
+    def key_maps(self, heads: int) -> tuple[Tensor, Tensor | None]:
+        """Maps and means of heads; see `Codec.key_maps`."""
+        up, mean = self.factors.k_up, self.factors.k_mean
+        return up.expand(heads, -1, -1), None if mean is None else mean.expand(heads, -1)
 
     def expand_output(self, out: Tensor, share: np.ndarray | None = None) -> Tensor:
         """Outputs (b, h, g, t, d); see `Codec.expand_output`."""
         up, mean = self.factors.v_up, self.factors.v_mean
-        out = out.to(up.dtype) @ up.unsqueeze(1)
+        out = _mapped(out.to(up.dtype), up)
         if mean is None:
             return out
         mean = mean[:, None, None]
@@ -381,6 +380,15 @@ class LowRank:
     def to_match(self, states: Tensor) -> LowRank:
         """The same maps on the device and in the dtype of the states that will be stored."""
         return replace(self, factors=self.factors.to(states))
+
+
+def _mapped(x: Tensor, maps: Tensor) -> Tensor:
+    """Numbers (b, h, g, t, n) times the map (h, n, m) of their head, or times one map (1, n, m) for all."""
+    b, h, g, t, n = x.shape
+    rows = x.transpose(0, 1).reshape(h, b * g * t, n)
+    # a product of more dimensions would copy the maps for every g
+    out = torch.bmm(rows, maps if len(maps) == h else maps.expand(h, -1, -1))
+    return out.view(h, b, g, t, -1).transpose(0, 1)
 
 
 def _with_ones(x: Tensor) -> Tensor:

@@ -19,16 +19,17 @@ from torch import Tensor
 
 from lowkey.backends import fused, grouped
 from lowkey.backends.segment import Part, Segment, merge_parts
-from lowkey.backends.stored import MOST_HIDDEN, StepSegment, StoredRows
+from lowkey.backends.stored import Rebuilding, StepSegment, StoredRows
 from lowkey.core.types import LowkeyError
 from lowkey.models.attention_interface import Call
 from lowkey.storage.base import RECORD_FIRST
 from lowkey.storage.codec import Plain
 from lowkey.storage.positioned import index_behind_last
 from lowkey.storage.reading import attend_to_stored, reads_in_place
-from lowkey.storage.rebuilding import RebuiltKeys
+from lowkey.storage.rebuilding import Rotation
 from lowkey.storage.rows import exact_segment, stored_densely
-from lowkey.storage.stepping import NOT_LOOKED_AT, OwnSegment
+from lowkey.storage.step_counts import View, aligned
+from lowkey.storage.stepping import Room
 from lowkey.storage.stored_tokens import EMPTY, StoredTokens
 
 
@@ -139,51 +140,78 @@ class CodedLayer(StoredTokens):
         """Keep some sequences of the batch; see `StoringLayer.select_sequences`."""
         self.make_compact()
         super().select_sequences(choose)
-        self.common_offset = NOT_LOOKED_AT
         if self.is_initialized:  # flush blocks held back for sequences that were removed
             self._store(self.recent_k, self.recent_v)
 
     # -- reading
 
-    def _segments_of_step(self, softcap: float | None) -> list[OwnSegment] | None:
-        rebuilds = self.codec.rotates_when_read
-        if not (rebuilds or self.codec.meets_stored_keys(softcap)) or self.exact.sinks > MOST_HIDDEN:
+    def _segments_of_step(
+        self, room: Room, softcap: float | None, rotation: Rotation | None
+    ) -> list[StepSegment] | None:
+        if rotation is None and not self.codec.meets_stored_keys(softcap):
             return None
         if self.dtype == torch.float64:
             return None  # kernels compute in fp32
-        segments: list[OwnSegment] = []
+        segments: list[StepSegment] = []
         if self.exact.sinks:
-            segments.append((exact_segment(self.sink_k, self.sink_v, self.exact.sinks), None))
-        if count := self._slots_held()[0]:
-            heads = self.recent_k.shape[1]
-            keys, values = self._dense_rows()
-            values = values.repeated(heads // self.shapes["values"][0])
-            rebuilt = None
-            if rebuilds:
-                first = self.front_start - (self.common_offset or 0)
-                positions = np.arange(first, first + count, dtype=np.int32)
-                rebuilt = RebuiltKeys(
-                    self.codec, len(self.offset), keys, positions, np.zeros(len(values.lane), np.int64)
-                )
-            met = None if rebuilds else keys.repeated(heads // self.shapes["keys"][0])
-            hidden = 0 if self.front_start else self.exact.sinks
-            segments.append((StepSegment(met, values, None, self.codec != Plain(), hidden), rebuilt))
-        return [*segments, (exact_segment(self.recent_k, self.recent_v), None)]
+            segments.append(exact_segment(self.sink_k, self.sink_v))
+        if room.stored + room.ahead:
+            dense = self._dense_rows()
+            for start in room.sequences.runs()[0]:
+                segments.append(self._run_segment(*dense, start, room, rotation))
+        return [*segments, exact_segment(self.recent_k, self.recent_v)]
 
-    def _parts_of_step(self, call: Call, stored: int, window: tuple[int, int]) -> list[Part]:
+    def _run_segment(
+        self, keys: StoredRows, values: StoredRows, start: np.ndarray, room: Room, rotation: Rotation | None
+    ) -> StepSegment:
+        """A run of dense stored tokens, with a row for each KV head.
+
+        Args:
+            keys: all dense tokens, with a row for each stored head.
+            values: the same.
+            start: (b), the first slot of each sequence.
+            room: of the steps.
+            rotation: see `SteppingLayer._segments_of_step`.
+        """
+        heads, begin = self.recent_k.shape[1], aligned(start)
+        keys, values = (
+            x.repeated(heads // self.shapes[name][0]).from_tokens(self._of_heads_in(begin))
+            for x, name in ((keys, "keys"), (values, "values"))
+        )
+        rebuilding = None
+        if rotation is not None:
+            at = room.sequences.slot - room.sequences.offset
+            lowest, stop = int(at.min()), int(at.max()) + room.stored + room.ahead
+            positions = torch.arange(lowest, stop, dtype=torch.int32, device=self.device)
+            firsts = self._of_heads_in(at - lowest + begin)
+            rebuilding = Rebuilding(*self.codec.key_maps(heads), positions, firsts, rotation)
+        hidden = self._of_heads_in(start - begin)
+        return StepSegment(keys, values, None, self.codec != Plain(), hidden, rebuilding)
+
+    def _of_heads_in(self, x: np.ndarray) -> Tensor:
+        """Numbers of sequences (b) as those of their KV heads (b h)."""
+        return torch.from_numpy(np.repeat(x, self.recent_k.shape[1])).to(self.device)
+
+    def _parts_of_step(self, call: Call, room: Room, view: View) -> list[Part]:
         """See `SteppingLayer._parts_of_step`."""
         parts: list[Part] = []
-        if stored:
-            mask = None
-            if self.exact.sinks and not self.front_start:
-                mask = (torch.arange(stored, device=self.device) >= self.exact.sinks).view(1, 1, stored)
-            parts.append(self._attend_to_dense(call, stored, mask))
-        start, stop = window
-        exact = [Segment(call.query, self.recent_k[:, :, start:stop], self.recent_v[:, :, start:stop])]
+        if count := int(view.dense.max()):
+            slots, (starts, stops) = np.arange(count), room.sequences.runs()
+            seen = ((slots >= starts[..., None]) & (slots < stops[..., None])).any(0)
+            mask = self._mask(seen & (slots < view.dense[:, None]))
+            parts.append(self._attend_to_dense(call, count, mask))
+        window = slice(int(view.window.min()), view.stop)
+        mask = self._mask(np.arange(window.start, window.stop) >= view.window[:, None])
+        exact = [Segment(call.query, self.recent_k[:, :, window], self.recent_v[:, :, window], mask)]
         if self.exact.sinks:
-            exact.append(Segment(call.query, self.sink_k, self.sink_v))
+            mask = self._mask(np.arange(self.exact.sinks) < view.sinks[:, None])
+            exact.append(Segment(call.query, self.sink_k, self.sink_v, mask))
         parts.append(grouped.partial(exact, call.scaling, call.softcap))
         return parts
+
+    def _mask(self, seen: np.ndarray) -> Tensor | None:
+        """Which tokens (b, s) the query of each sequence sees, as a mask; None if it sees all."""
+        return None if seen.all() else torch.from_numpy(seen).unsqueeze(1).to(self.device)
 
     def _segments(self, call: Call, buffer_k: Tensor, buffer_v: Tensor, exact: Tensor) -> list[Segment]:
         """What the queries attend to: stored tokens, the window with the chunk, and the sinks.

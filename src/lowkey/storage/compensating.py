@@ -9,12 +9,13 @@ from torch import Tensor
 
 from lowkey.backends import grouped
 from lowkey.backends.segment import Part, Segment
+from lowkey.backends.stored import StepSegment
 from lowkey.models.attention_interface import Call
 from lowkey.ops.ragged import top_mask
 from lowkey.storage.cache_wide_eviction import Candidates
 from lowkey.storage.evicting import EvictingLayer
 from lowkey.storage.flaws import first_flaw, unlike
-from lowkey.storage.stepping import OwnSegment
+from lowkey.storage.rebuilding import Rotation
 
 
 class CompensatingLayer(EvictingLayer):
@@ -71,7 +72,7 @@ class CompensatingLayer(EvictingLayer):
             "it counts less than nothing dropped" if bool((self.dropped < 0).any()) else None,
         )
 
-    def _row_segments(self) -> list[OwnSegment] | None:
+    def _row_segments(self, rotation: Rotation | None) -> list[StepSegment] | None:
         return None  # the compensation token has a bias
 
     def _row_parts(self, call: Call, split: bool = False) -> list[Part]:

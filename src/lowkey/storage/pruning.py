@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lowkey.backends.ragged import ragged, stored_rows
 from lowkey.backends.segment import Part, merge_parts
+from lowkey.backends.stored import StepSegment
 from lowkey.models.attention_interface import Call
 from lowkey.ops.ragged import join_rows, row_of, starts_of
 from lowkey.policies.base import newest_query_positions
@@ -27,9 +28,9 @@ from lowkey.storage.cache_wide_eviction import Candidates
 from lowkey.storage.evicting import EvictingLayer
 from lowkey.storage.flaws import first_flaw, rows_flaw, unlike
 from lowkey.storage.packing import Unpacked
+from lowkey.storage.rebuilding import Rotation
 from lowkey.storage.rollback import storage_bytes
 from lowkey.storage.rows import Rows, stored_in_rows
-from lowkey.storage.stepping import OwnSegment
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ class PruningLayer(EvictingLayer):
 
     # -- attending
 
-    def _row_segments(self) -> list[OwnSegment] | None:
+    def _row_segments(self, rotation: Rotation | None) -> list[StepSegment] | None:
         return None  # rows have channels of their own
 
     def _row_parts(self, call: Call, split: bool = False) -> list[Part]:

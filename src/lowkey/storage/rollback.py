@@ -14,6 +14,7 @@ from transformers.cache_utils import CacheLayerMixin
 from lowkey.core.types import LowkeyError
 from lowkey.models.attention_interface import Call
 from lowkey.storage.recording import GivenTokens, Recording
+from lowkey.storage.step_counts import PlainStep
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
@@ -63,7 +64,7 @@ class ForwardPass:
         recording: the passes that `crop` can take back, None while none are recorded.
         recorded_before: the recording before this pass.
         rotations: rotary embeddings that the layers share; see `SteppingLayer`.
-        positions: the positions of this pass's tokens, if a layer has found them right.
+        plain_step: this pass, if a layer has found that it is a plain step.
     """
 
     def __init__(self) -> None:
@@ -72,7 +73,7 @@ class ForwardPass:
         self.interrupted_at: int | None = None
         self.recording: Recording | None = None
         self.recorded_before: Recording | None = None
-        self.positions: Tensor | None = None
+        self.plain_step: PlainStep | None = None
         self.rotations: dict[Any, Any] = {}
 
     def begin_layer(self, index: int, layer: RestorableLayer, is_last: bool) -> None:
@@ -101,7 +102,7 @@ class ForwardPass:
         """Note that the layer that was entered last is done; behind the cache's last layer, forget all."""
         if self.is_last:
             self.snapshots.clear()
-            self.recorded_before = self.positions = None
+            self.recorded_before = self.plain_step = None
 
     def record(self, layer: RestorableLayer, keys: Tensor, values: Tensor, call: Call | None) -> None:
         """Remember what a layer was given, if passes are recorded.
@@ -127,7 +128,7 @@ class ForwardPass:
         for layer, snapshot in self.snapshots.items():
             layer.restore(snapshot)
         self.snapshots.clear()
-        self.recording, self.recorded_before, self.positions = self.recorded_before, None, None
+        self.recording, self.recorded_before, self.plain_step = self.recorded_before, None, None
 
     def snapshots_of(self, layer: RestorableLayer) -> list[Snapshot]:
         """All snapshots of a layer that may still be wanted."""

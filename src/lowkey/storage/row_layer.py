@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lowkey.backends import grouped
 from lowkey.backends.segment import Part
-from lowkey.backends.stored import StepSegment
+from lowkey.backends.stored import Rebuilding, StepSegment
 from lowkey.models.attention_interface import Call
 from lowkey.ops.ragged import row_of, select_rows, starts_of
 from lowkey.storage.chunk import attend_to_chunk
@@ -26,7 +25,7 @@ from lowkey.storage.exact import Exact, SinkPoints
 from lowkey.storage.packing import Packing
 from lowkey.storage.positioned import RaggedLayer, take_tokens
 from lowkey.storage.reading import attend_to_stored, positions_in_rows, reads_in_place
-from lowkey.storage.rebuilding import RebuiltKeys
+from lowkey.storage.rebuilding import Rotation
 from lowkey.storage.rows import (
     Rows,
     attend_to_rows,
@@ -36,7 +35,8 @@ from lowkey.storage.rows import (
     stored_in_rows,
     unpack_rows,
 )
-from lowkey.storage.stepping import NOT_LOOKED_AT, OwnSegment
+from lowkey.storage.step_counts import View
+from lowkey.storage.stepping import Room
 
 
 class RowLayer(RaggedLayer, CodedLayer):
@@ -196,30 +196,34 @@ class RowLayer(RaggedLayer, CodedLayer):
         alone = self.repeated_span is None and not self.score_only_tokens
         return alone and super()._takes_plain_steps()
 
-    def _segments_of_step(self, softcap: float | None) -> list[OwnSegment] | None:
-        own, rows = super()._segments_of_step(softcap), self._row_segments()
+    def _segments_of_step(
+        self, room: Room, softcap: float | None, rotation: Rotation | None
+    ) -> list[StepSegment] | None:
+        own, rows = super()._segments_of_step(room, softcap, rotation), self._row_segments(rotation)
         return None if own is None or rows is None else [*rows, *own]
 
-    def _row_segments(self) -> list[OwnSegment] | None:
+    def _row_segments(self, rotation: Rotation | None) -> list[StepSegment] | None:
         """The tokens in rows, with a row for each KV head; None if a kernel cannot read them."""
         if not self.kept_entries:
             return []
         heads, starts, rows = self.codec.heads_per_row, self.rows_starts, self.rows
         keys, values = (
-            stored_in_rows(packing, parts, self.shapes[name][1], starts)
+            stored_in_rows(packing, parts, self.shapes[name][1], starts).repeated(
+                heads // self._latents(name)
+            )
             for (name, packing), parts in zip(self.packing.items(), (rows.keys, rows.values), strict=True)
         )
-        values, rebuilt = values.repeated(heads // self._latents("values")), None
-        if self.codec.rotates_when_read:
-            firsts = np.repeat(starts[:-1].numpy(), heads)
-            rebuilt = RebuiltKeys(self.codec, len(self.offset), keys, self.rows_positions.numpy(), firsts)
-        met = None if rebuilt is not None else keys.repeated(heads // self._latents("keys"))
+        rebuilding = None
+        if rotation is not None:
+            maps = self.codec.key_maps(heads * self.row_heads)
+            firsts = starts[:-1].repeat_interleave(heads)
+            rebuilding = Rebuilding(*maps, self.rows_positions, firsts, rotation)
         lengths = starts.diff().repeat_interleave(heads)
-        return [(StepSegment(met, values, lengths, self.codec != Plain()), rebuilt)]
+        return [StepSegment(keys, values, lengths, self.codec != Plain(), 0, rebuilding)]
 
-    def _parts_of_step(self, call: Call, stored: int, window: tuple[int, int]) -> list[Part]:
+    def _parts_of_step(self, call: Call, room: Room, view: View) -> list[Part]:
         """See `SteppingLayer._parts_of_step`."""
-        return [*super()._parts_of_step(call, stored, window), *self._row_parts(call)]
+        return [*super()._parts_of_step(call, room, view), *self._row_parts(call)]
 
     def _parts(
         self, keys: Tensor, values: Tensor, call: Call, buffers: tuple[Tensor, Tensor], exact: Tensor
@@ -450,7 +454,6 @@ class RowLayer(RaggedLayer, CodedLayer):
         if not self.is_initialized:
             return
         self.make_compact()
-        self.common_offset = NOT_LOOKED_AT
         _, numbers = self.chosen_rows(choose, self.row_heads)
         rows, ragged = self.rows, self.ragged()
         own = [attribute for name in self.packing for attribute in self._row_attributes(name)]

@@ -1,23 +1,23 @@
 """Steps of decoding that never look at the value of a tensor.
 
-A *plain step* brings one token to every sequence of a batch without padding. What each query sees is then
-known from counts. A layer makes *room* for a few such steps at once: it encodes and packs the tokens that
-will leave its window within them, and gives the window free slots behind its newest token. Each step writes
-its token into the next slot and attends. Nothing that is in use is overwritten, so a failed step can be
-undone.
+A *plain step* brings one token to every sequence of a batch, and each query sees all of its sequence but the
+padding before its first token. What it sees is then known from counts (`step_counts`). A layer makes *room*
+for a few such steps at once: it looks where sequences begin, encodes and packs the tokens that will leave its
+window within the steps, and gives the window free slots behind its newest token. Each step writes its token
+into the next slot and attends. Nothing that is in use is overwritten, so a failed step can be undone.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lowkey.backends.numba_cpu import STRIDE, Segments, score_scale
+from lowkey.backends.numba_cpu import STRIDE, Segments
 from lowkey.backends.ragged import prepared_segments, prepares
 from lowkey.backends.segment import Part, merge_parts
 from lowkey.backends.stored import StepSegment
@@ -25,13 +25,12 @@ from lowkey.models.attention_interface import Call
 from lowkey.models.families import Rope
 from lowkey.storage.codec import Codec
 from lowkey.storage.positioned import PositionedLayer
-from lowkey.storage.rebuilding import RebuiltKeys, Rotation, rotation_below
-from lowkey.storage.rollback import Snapshot, storage_bytes
+from lowkey.storage.rebuilding import Rotation, rotation_below
+from lowkey.storage.rollback import Snapshot
+from lowkey.storage.step_counts import NEVER, PlainStep, Sequences, View, aligned, are_at, shows_all_from
 
 ROOM = 16  # steps at most; free slots take memory, and every new room moves what is held
-NOT_LOOKED_AT = -(2**62)  # no offset
 ROTATED_AT_ONCE = 1024  # positions for which the tables of a rotary embedding are made larger
-OwnSegment = tuple[StepSegment, RebuiltKeys | None]
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,8 @@ class Room:
         steps: for which there is room.
         window: tokens that were held exactly.
         stored: dense tokens that were stored.
-        ahead: tokens that were stored ahead of their time, behind those.
+        ahead: slots behind those, of tokens that were stored ahead of their time.
+        sequences: where the tokens of each sequence lie.
     """
 
     start: int
@@ -51,6 +51,7 @@ class Room:
     window: int
     stored: int
     ahead: int
+    sequences: Sequences
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,16 @@ class PreparedStep:
 
     Args:
         kernel: ready for them; None if none reads what is held.
-        has_stored: whether there are dense stored tokens.
-        rebuilt: of each segment, keys that have to be rebuilt, or None.
-        rotation: what rotates these, or None.
+        starts, stops: the runs of dense stored tokens; see `Sequences.runs`. None if none are stored.
+        has_sinks: whether a segment of sinks comes before those.
+        meets_latents: whether queries are brought into the basis of latents.
     """
 
     kernel: Segments | None
-    has_stored: bool = False
-    rebuilt: Sequence[RebuiltKeys | None] = ()
-    rotation: Rotation | None = None
+    starts: np.ndarray | None = None
+    stops: np.ndarray | None = None
+    has_sinks: bool = False
+    meets_latents: bool = False
 
 
 class SteppingLayer(PositionedLayer):
@@ -80,8 +82,6 @@ class SteppingLayer(PositionedLayer):
         room_size: steps of the last room. It doubles up to ROOM, so that free slots are never more than the
             steps that were taken. 1 behind a step that made no room, 0 behind any other call.
         prepared: what the steps of the room have in common; None until it is needed.
-        common_offset: the offset of all sequences, if none has padding; None if one has, or if offsets
-            differ; NOT_LOOKED_AT while nobody has looked.
     """
 
     codec: Codec
@@ -91,7 +91,6 @@ class SteppingLayer(PositionedLayer):
     room: Room | None = None
     steps = room_size = 0
     prepared: PreparedStep | None = None
-    common_offset: int | None = NOT_LOOKED_AT
 
     # -- what a subclass says of itself
 
@@ -100,12 +99,12 @@ class SteppingLayer(PositionedLayer):
         """Whether the layer's form and state allow plain steps at all."""
 
     @abstractmethod
-    def _ready_when_seen(self, seen: int) -> int:
-        """How many dense slots are ready to be stored when `seen` tokens were seen, without padding."""
+    def _looked_at(self) -> Sequences | None:
+        """Where the tokens of each sequence lie; None if a step of theirs cannot be plain."""
 
     @abstractmethod
-    def _hides_sinks(self, stored: int) -> bool:
-        """Whether no sink is in the window, given how many slots are stored."""
+    def _ready(self, sequences: Sequences, seen: int) -> np.ndarray:
+        """(b): how many slots of each sequence are ready to be stored when `seen` tokens were seen."""
 
     @abstractmethod
     def _store_ahead(self, count: int, ahead: int) -> None:
@@ -116,40 +115,24 @@ class SteppingLayer(PositionedLayer):
         """Of `held` dense stored tokens, keep the first `count`."""
 
     @abstractmethod
-    def _parts_of_step(self, call: Call, stored: int, window: tuple[int, int]) -> list[Part]:
-        """Attention of one query over all that is held.
-
-        Args:
-            call: the step.
-            stored: how many dense stored tokens it sees.
-            window: (first slot of the window, slot behind the last).
-        """
+    def _parts_of_step(self, call: Call, room: Room, view: View) -> list[Part]:
+        """Attention of one query of each sequence over all that it sees."""
 
     @abstractmethod
-    def _segments_of_step(self, softcap: float | None) -> list[OwnSegment] | None:
-        """The tokens that the steps of this room attend to, with keys that have to be rebuilt by themselves.
+    def _segments_of_step(
+        self, room: Room, softcap: float | None, rotation: Rotation | None
+    ) -> list[StepSegment] | None:
+        """The tokens that the steps of this room attend to.
 
-        The window comes last, with rows for all KV heads, and the dense stored tokens before it, if there
-        are any. None if queries cannot meet all tokens where they lie.
+        The window comes last, with rows for all KV heads, before it the runs of dense stored tokens, if there
+        are any, and before these the sinks, if there are any. None if queries cannot meet all tokens where
+        they lie.
+
+        Args:
+            room: of the steps.
+            softcap: of the step's scores, or None.
+            rotation: what rotates stored keys as they are read; None if they are met as they are stored.
         """
-
-    # -- bytes
-
-    def held_tensors(self) -> list[Tensor]:
-        """All tensors that the layer keeps alive, those that are prepared for steps included."""
-        return [*super().held_tensors(), *(x for keys in self._rebuilt() for x in keys.tensors())]
-
-    def nbytes(self) -> int:
-        """The bytes of the storages that are really held."""
-        return storage_bytes(SteppingLayer.held_tensors(self))
-
-    def prepared_bytes(self) -> int:
-        """The bytes of what is prepared for steps."""
-        return sum(x.numel() * x.element_size() for keys in self._rebuilt() for x in keys.tensors())
-
-    def _rebuilt(self) -> list[RebuiltKeys]:
-        """Keys that steps rebuild."""
-        return [keys for keys in (self.prepared.rebuilt if self.prepared else ()) if keys is not None]
 
     # -- steps
 
@@ -167,24 +150,23 @@ class SteppingLayer(PositionedLayer):
         room = self._take_plain_step(keys, values, call)
         if room is None:
             return None
-        slot = room.window + self.steps - 1
-        stored = self._visible()
-        window = stored - room.stored, slot + 1
-        out = self._step_by_kernel(call, room, stored, window)
+        view = self._view(room)
+        out = self._step_by_kernel(call, room, view)
         if out is None:
-            parts = self._parts_of_step(call, stored, window)
+            parts = self._parts_of_step(call, room, view)
             out = parts[0][0] if len(parts) == 1 else merge_parts(parts)[0]
         return out.to(values.dtype)
 
     def _take_plain_step(self, keys: Tensor, values: Tensor, call: Call) -> Room | None:
         """Take in what `plain_step` is given. Returns: the room; None if this is no plain step."""
-        if not self._is_plain(keys, call):
+        sequences = self._sequences_of_step(keys, call)
+        if sequences is None:
             return None
         if not self.room_size:
             self.room_size = 1  # this step may be the only one: a question of one token
             return None
         if self.room is None or self.steps == self.room.steps:
-            self._make_room()
+            self._make_room(sequences)
         if (room := self.room) is None:
             return None
         slot = room.window + self.steps
@@ -193,29 +175,22 @@ class SteppingLayer(PositionedLayer):
         self.steps += 1
         return room
 
-    def _step_by_kernel(self, call: Call, room: Room, stored: int, window: tuple[int, int]) -> Tensor | None:
+    def _step_by_kernel(self, call: Call, room: Room, view: View) -> Tensor | None:
         """As `_parts_of_step` and merged, by one call of a kernel; None if none reads what is held."""
         prepared = self.prepared = self.prepared or self._prepared_step(call, room)
         kernel = prepared.kernel
         if kernel is None:
             return None
-        if prepared.has_stored:
-            kernel.places[-2, 4] = stored
-        kernel.places[-1, 1] = kernel.places[-1, 3] = window[0]
-        kernel.places[-1, 4] = window[1] - window[0]
         b, h, g, _, d = call.query.shape
-        query, latent, shift, dots = call.query.reshape(b * h, g, d), None, None, None
-        if prepared.rotation is not None:
-            dots = self._dots_with_rebuilt(call, prepared)
-        elif kernel.widths[0]:  # some keys are met as latents
+        _point_at(kernel.places, prepared, view, h)
+        query, latent, shift = call.query.reshape(b * h, g, d), None, None
+        if prepared.meets_latents:
             at = call.positions
             at = self.positions_of(self.seen - 1, self.seen) if at is None else at.expand(b, 1)
             latent, shift = self.codec.project_query(call.query, at)
             shift = None if shift is None else shift.reshape(b * h, g)
             latent = latent.reshape(b * h, g, -1)
-        sums, out, share, _ = kernel.attend(
-            (latent, query), call.scaling, call.softcap, bias=shift, dots=dots
-        )
+        sums, out, share, _ = kernel.attend((latent, query), call.scaling, call.softcap, bias=shift)
         # arrays and not tensors, which would have to be made for what is not needed, too
         result = torch.from_numpy(out.reshape(b, h, g, 1, d))
         if not kernel.widths[0]:
@@ -225,15 +200,20 @@ class SteppingLayer(PositionedLayer):
     def _prepared_step(self, call: Call, room: Room) -> PreparedStep:
         """Prepare for the steps of a room."""
         # asked first: what follows looks into the memory of tensors
-        own = self._segments_of_step(call.softcap) if prepares(self.device) else None
-        if own is None:
+        if not prepares(self.device):
             return PreparedStep(None)
-        segments, rebuilt = zip(*own, strict=True)
-        kernel, rotation = prepared_segments(call.query.shape[2], segments), None
-        if (rope := self.codec.rotates_when_read) is not None and any(keys is not None for keys in rebuilt):
-            stop = room.start + room.steps - (self.common_offset or 0)
+        rotation = None
+        if (rope := self.codec.rotates_when_read) is not None:
+            stop = room.start + room.steps - int(room.sequences.offset.min())
             rotation = self._rotation(rope, call.query, stop)
-        return PreparedStep(kernel, bool(room.stored + room.ahead), rebuilt, rotation)
+        segments = self._segments_of_step(room, call.softcap, rotation)
+        if segments is None:
+            return PreparedStep(None)
+        kernel = prepared_segments(call.query.shape[2], segments)
+        meets_latents = any(s.as_latents and s.rebuilding is None for s in segments)
+        starts, stops = room.sequences.runs() if room.stored + room.ahead else (None, None)
+        has_sinks = bool(room.sequences.sinks.shape[1])
+        return PreparedStep(kernel, starts, stops, has_sinks, meets_latents)
 
     def _rotation(self, rope: Rope, like: Tensor, stop: int) -> Rotation:
         """The rotary embedding of positions below `stop`, which layers of a cache share."""
@@ -244,79 +224,66 @@ class SteppingLayer(PositionedLayer):
             known[key] = rotation_below(rope, like, stop + -stop % ROTATED_AT_ONCE)
         return known[key]
 
-    def _dots_with_rebuilt(self, call: Call, prepared: PreparedStep) -> np.ndarray:
-        """Dot products (b h, g, n) of the queries with all keys that have to be rebuilt."""
-        kernel, rotation = prepared.kernel, prepared.rotation
-        assert kernel is not None and rotation is not None
-        b, h, g = call.query.shape[:3]
-        lengths = [kernel.places[i, 4] for i, keys in enumerate(prepared.rebuilt) if keys is not None]
-        dots = np.empty((b * h, g, sum(int(x.max()) for x in lengths)), np.float32)
-        query, begin = call.query.reshape(b * h, g, -1), 0
-        scale = score_scale(call.scaling, call.softcap)
-        for i, keys in enumerate(prepared.rebuilt):
-            if keys is not None:
-                kernel.given[i], tokens = begin, kernel.places[i, 4]
-                keys.write_dots(query, tokens, rotation, scale, begin, dots)
-                begin += int(tokens.max())
-        return dots
-
-    def _is_plain(self, keys: Tensor, call: Call) -> bool:
+    def _sequences_of_step(self, keys: Tensor, call: Call) -> Sequences | None:
+        """Where the tokens of each sequence lie; None if this is no plain step."""
         if keys.shape[2] != 1:
             self.room_size = 0
-            return False
-        if call.mask is not None or self.seen < 2 or not self._takes_plain_steps():
-            return False
+            return None
+        if self.seen < 2 or not self._takes_plain_steps():
+            return None
         if torch.is_grad_enabled() and any(x.requires_grad for x in (keys, call.query, self.recent_k)):
-            return False
-        if self.common_offset == NOT_LOOKED_AT:
-            offset = int(self.offset[0, 0])
-            alike = not bool((self.first_index != 0).any()) and bool((self.offset == offset).all())
-            self.common_offset = offset if alike else None
-        if self.common_offset is None:
-            return False
-        return self._is_at(call.positions, self.seen - 1 - self.common_offset)
+            return None
+        sequences = self._looked_at() if self.room is None else self.room.sequences
+        return sequences if sequences is not None and self._is_plain(sequences, call) else None
 
-    def _is_at(self, positions: Tensor | None, expected: int) -> bool:
-        """Whether the new tokens (b|1, 1) are at this position; None for positions that count all tokens."""
-        if positions is None:
-            return self.common_offset == 0
-        if positions.device.type == "cpu":  # no tensor operation is needed to look into our own memory
-            return bool((positions.detach().numpy() == expected).all())
-        # all layers of a forward pass are given the same tensor, so the device is asked once
-        running = self.forward_pass
-        if running is None or running.positions is not positions:
-            if not bool((positions == expected).all()):
-                return False
-            if running is not None:
-                running.positions = positions
-        return True
+    def _is_plain(self, sequences: Sequences, call: Call) -> bool:
+        """Whether mask and positions are those of a plain step."""
+        mask, positions, running = call.mask, call.positions, self.forward_pass
+        known = running.plain_step if running is not None else None
+        # all layers of a forward pass are given the same tensors, so one of them looks
+        if known is not None and known.covers(mask, positions, sequences):
+            return True
+        is_plain = shows_all_from(mask, sequences.first, self.seen) and are_at(
+            positions, self.seen - 1 - sequences.offset, self.seen
+        )
+        if is_plain and running is not None and self in running.snapshots:
+            running.plain_step = PlainStep(mask, positions, sequences.first, sequences.offset)
+        return is_plain
 
-    def _visible(self) -> int:
-        """How many dense tokens the newest query sees as they are stored, with a room."""
-        room = self.room
-        assert room is not None
-        return self._ready_when_seen(room.start + self.steps) if room.ahead else room.stored
+    def _view(self, room: Room) -> View:
+        """What the newest query of each sequence sees."""
+        now, begin, own = room.start + self.steps, room.start - room.window, room.sequences
+        # without loss, a token of the window is as good there as stored
+        dense = np.full_like(own.first, room.stored) if self.is_lossless else self._ready(own, now)
+        left = own.slot + dense
+        window = np.maximum(own.first, left) - begin
+        return View(dense, window, now - begin, (own.sinks < left[:, None]).sum(1))
 
-    def _make_room(self) -> None:
+    def _make_room(self, sequences: Sequences) -> None:
         """Make room for plain steps, of which the first is under way, if there can be any."""
         before, size = self.seen - 1, min(ROOM, 2 * self.room_size)
-        self.make_compact()
-        window, stored = self.recent_k.shape[2], self._ready_when_seen(before)
-        ahead = [self._ready_when_seen(before + n) - stored for n in range(1, size + 1)]
-        # only tokens that are in the window already can be stored ahead of their time
-        steps = size if self.is_lossless else sum(n <= window for n in ahead)
-        if not steps or not self._hides_sinks(stored):
+        if self.room is not None:
+            self.make_compact()
+            if (sequences.sinks == NEVER).any():  # some may have come
+                sequences = self._looked_at() or sequences
+        ready = [self._ready(sequences, before + n) for n in range(size + 1)]
+        stored, steps, more = int(ready[0].min()), size, 0
+        if not self.is_lossless:
+            # only tokens that are in the window already can be stored ahead of their time
+            steps = sum(bool((sequences.slot + slots <= before).all()) for slots in ready[1:])
+            more = int(ready[steps].max()) - stored
+        if not steps:
             return
-        more = 0 if self.is_lossless else ahead[steps - 1]
         if more:
             self._store_ahead(stored, more)
+        window = self.recent_k.shape[2]
         for name in ("recent_k", "recent_v"):
             old = getattr(self, name)
             new = old.new_zeros(*old.shape[:2], window + steps, old.shape[3])
             new[:, :, :window] = old
             setattr(self, name, new)
         self.room_size = size
-        self.room, self.steps = Room(before, steps, window, stored, more), 0
+        self.room, self.steps = Room(before, steps, window, stored, more, sequences), 0
         self.prepared = None
 
     def make_compact(self) -> None:
@@ -324,18 +291,20 @@ class SteppingLayer(PositionedLayer):
         room = self.room
         if room is None:
             return
-        stored, seen = self._visible(), self.seen
+        stored, seen = int(self._view(room).dense.min()), self.seen
         stop = room.window + self.steps
         if stored < room.stored + room.ahead:
             self._remember_whole()
             self._keep_stored(stored, room.stored + room.ahead)
         # not a view, which would keep the free slots alive
         window = [x[:, :, stored - room.stored : stop].clone() for x in (self.recent_k, self.recent_v)]
+        new_k, new_v = (x[:, :, room.window : stop] for x in (self.recent_k, self.recent_v))
         self.room, self.prepared, taken = None, None, self.steps
         self.steps = self.room_size = 0
         self.seen = room.start + taken
         try:
-            self._note_steps(taken)
+            if taken:
+                self._note_steps(new_k, new_v, bool((room.sequences.sinks == NEVER).any()))
             if self.is_lossless:
                 self._store(*window)
             else:
@@ -344,8 +313,8 @@ class SteppingLayer(PositionedLayer):
             self.seen = seen
 
     @abstractmethod
-    def _note_steps(self, taken: int) -> None:
-        """Note that so many plain steps were taken; `seen` counts them already."""
+    def _note_steps(self, keys: Tensor, values: Tensor, may_be_sinks: bool) -> None:
+        """Note that plain steps brought these tokens (b, h, n, d); `seen` counts them already."""
 
     @abstractmethod
     def _store(self, buffer_k: Tensor, buffer_v: Tensor) -> None:
@@ -359,7 +328,7 @@ class SteppingLayer(PositionedLayer):
     def reset(self) -> None:
         """Forget all tokens."""
         super().reset()
-        self.room, self.prepared, self.common_offset = None, None, NOT_LOOKED_AT
+        self.room = self.prepared = None
         self.steps = self.room_size = 0
 
     # -- undoing
@@ -378,3 +347,27 @@ class SteppingLayer(PositionedLayer):
                 whole = tensor if tensor.shape[dim] == length else tensor.narrow(dim, 0, length).clone()
                 setattr(snapshot.layer, name, whole)
             snapshot.lengths.clear()
+
+
+def _point_at(places: np.ndarray, prepared: PreparedStep, view: View, heads: int) -> None:
+    """Tell a kernel what a step sees.
+
+    Args:
+        places: of the kernel's segments; see `Segments`.
+        prepared: of the room.
+        view: of the step.
+        heads: KV heads of each sequence.
+    """
+
+    def of_rows(x: np.ndarray) -> np.ndarray:
+        return x if len(view.dense) == 1 else np.repeat(x, heads, axis=-1)
+
+    places[-1, 1] = places[-1, 3] = of_rows(view.window)
+    places[-1, 4] = of_rows(view.stop - view.window)
+    runs = 0
+    if (starts := prepared.starts) is not None and (stops := prepared.stops) is not None:
+        runs = len(starts)
+        lengths = np.where(view.dense > starts, np.minimum(view.dense, stops) - aligned(starts), 0)
+        places[-1 - runs : -1, 4] = of_rows(lengths)
+    if prepared.has_sinks:
+        places[-2 - runs, 4] = of_rows(view.sinks)

@@ -7,6 +7,7 @@ that are packed in blocks of tokens (KIVI) are stored one whole block at a time.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,11 +17,13 @@ from lowkey.storage.codec import Codec, Plain
 from lowkey.storage.exact import Exact, SinkPoints
 from lowkey.storage.packing import Packing, Unpacked, joined_parts
 from lowkey.storage.positioned import index_behind_last, take_tokens
+from lowkey.storage.step_counts import NEVER, Sequences, copied
 from lowkey.storage.stepping import SteppingLayer
 
 PackedTensors = dict[str, tuple[Tensor, ...]]
 """The tensors that a packing holds, of `keys` and of `values`."""
 EMPTY = 2**31 - 1  # the index in a sink slot that no token has taken
+MOST_RUNS = 8  # of stored tokens between sinks that a plain step reads; each is a segment of the kernel
 
 
 class StoredTokens(SteppingLayer):
@@ -117,7 +120,7 @@ class StoredTokens(SteppingLayer):
         )
         row_indices = (3 if self.form_depends_on_age else 2) * self.offset.element_size()
         indices = row_indices + self.exact.sinks * self.sink_index.element_size()
-        return b * (packed + exact + indices) + self.prepared_bytes()
+        return b * (packed + exact + indices)
 
     def _in_codec_order(self, x: Tensor) -> Tensor:
         """Heads (b, h, ...) in the order in which the codec groups them."""
@@ -292,14 +295,21 @@ class StoredTokens(SteppingLayer):
 
     def _takes_plain_steps(self) -> bool:
         readable = all(packing.bits is not None for packing in self.packing.values())
-        return readable and self.sink_points is None and not self.transient_tokens
+        return readable and not self.transient_tokens
 
-    def _ready_when_seen(self, seen: int) -> int:
-        return max(0, seen - self.front_start - self.exact.recent) // self.block * self.block
+    def _looked_at(self) -> Sequences | None:
+        first, offset, before = copied(self.first_index)[:, 0], copied(self.offset)[:, 0], self.seen - 1
+        if (first >= before).any():
+            return None  # a sequence has not begun
+        if self.form_depends_on_age and (copied(self.end_index) != before).any():
+            return None  # a sequence has ended in padding
+        sinks = np.sort(copied(self.sink_index).astype(np.int64), 1)
+        slot = self.front_start + np.maximum(first - self.front_start, 0) % self.block
+        own = Sequences(first, offset, slot, np.where(sinks < EMPTY, sinks, NEVER))
+        return own if len(own.runs()[0]) <= MOST_RUNS else None
 
-    def _hides_sinks(self, stored: int) -> bool:
-        n = self.exact.sinks
-        return self.front_start >= n or (not self.front_start and stored >= n)
+    def _ready(self, sequences: Sequences, seen: int) -> np.ndarray:
+        return np.maximum(seen - self.exact.recent - sequences.slot, 0) // self.block * self.block
 
     def _store_ahead(self, count: int, ahead: int) -> None:
         new = self._packed(self.recent_k, self.recent_v, count, count + ahead, self.seen - 1)
@@ -314,6 +324,11 @@ class StoredTokens(SteppingLayer):
             kept = tuple(p.narrow(axis, 0, n).clone() for p, n in zip(parts, units, strict=True))
             self._set_packed(name, kept)
 
-    def _note_steps(self, taken: int) -> None:
-        if self.form_depends_on_age and taken:
+    def _note_steps(self, keys: Tensor, values: Tensor, may_be_sinks: bool) -> None:
+        if self.form_depends_on_age:
             self.end_index = torch.full_like(self.end_index, self.seen)
+        if may_be_sinks:
+            # they are in the window still, where it does not matter whether a token is a sink
+            real = torch.ones(len(keys), keys.shape[2], dtype=torch.bool, device=self.device)
+            self._find_sinks(self._in_model_order(values), real)
+            self._store_sinks(keys, values)

@@ -1,70 +1,14 @@
-"""One kernel call over tokens of several kinds, and keys that are rotated there, against fp64 by hand."""
+"""One kernel call over tokens of several kinds, against fp64 by hand."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from stored_rows import draw, ragged
+from step_segments import KINDS, LATENT, ROWS, WIDTH, attention_by_hand, made
 
 from lowkey.backends import numba_cpu
-from lowkey.backends.stored import StepSegment
 
 pytestmark = pytest.mark.skipif(not numba_cpu.available(), reason="numba is not installed")
-ROWS, WIDTH, LATENT = 3, 64, 32
-KINDS = [  # of each segment: packings of keys and values, tokens of rows, whether they are latents, hidden
-    [("plain", "plain", (700, 1, 33), False, 0)],
-    [("plain", "plain", (40, 40, 40), False, 0), ("token4", "token8", (300, 0, 5), False, 4)],
-    [("channel4", "token4", (96, 97, 0), True, 4), ("plain", "plain", (3, 33, 0), False, 0)],
-    [
-        ("channel2", "token2", (2000, 64, 1), True, 0),
-        ("token8", "token8", (70, 70, 70), True, 5),
-        ("plain", "plain", (4, 4, 4), False, 0),
-        ("plain", "plain", (1, 31, 32), False, 0),
-    ],
-]
-
-
-def made(kinds, dtype):
-    """(segments, and of each: keys and values of every row in fp64)."""
-    segments, numbers = [], []
-    for i, (of_keys, of_values, lengths, latents, hidden) in enumerate(kinds):
-        width = LATENT if latents else WIDTH
-        sides, rows = [], []
-        for name, seed in ((of_keys, 2 * i), (of_values, 2 * i + 1)):
-            side, exact = ragged(name, draw(lengths, 1, width, dtype, seed), lengths)
-            sides.append(side)
-            rows.append(exact[:, 0].split(list(lengths)))
-        segments.append(StepSegment(*sides, torch.tensor(lengths), latents, hidden))
-        numbers.append(rows)
-    return segments, numbers
-
-
-def by_hand(kinds, numbers, latent, query, scaling, softcap, bias):
-    """Sums over latents, sums over the others, share of the latents and log-sum-exp, in fp64."""
-    m = query.shape[1]
-    sums, out = torch.zeros(ROWS, m, LATENT).double(), torch.zeros(ROWS, m, WIDTH).double()
-    share, lse = torch.zeros(ROWS, m).double(), torch.full((ROWS, m), -torch.inf).double()
-    for row in range(ROWS):
-        for i in range(m):
-            scores, values, is_latent = [], [], []
-            for (_, _, _, latents, hidden), (keys, own) in zip(kinds, numbers, strict=True):
-                asked = (latent if latents else query)[row, i].double()
-                found = keys[row][hidden:] @ asked * scaling
-                found = found if softcap is None else softcap * torch.tanh(found / softcap)
-                shift = bias[row, i].double() * scaling if latents and bias is not None else 0.0
-                scores.append(found + shift)
-                values.append(own[row][hidden:])
-                is_latent.append(latents)
-            joined = torch.cat(scores)
-            if not len(joined):
-                continue
-            lse[row, i] = joined.logsumexp(0)
-            weights = (joined - lse[row, i]).exp().split([len(s) for s in scores])
-            for w, v, latents in zip(weights, values, is_latent, strict=True):
-                (sums if latents else out)[row, i] += w @ v
-                share[row, i] += w.sum() if latents else 0.0
-    return sums, out, share, lse
 
 
 @pytest.mark.parametrize("m", [1, 3, 8])
@@ -80,47 +24,9 @@ def test_all_kinds_share_one_softmax(kinds, m, dtype, softcap, with_bias):
     bias = 3 * bias[..., 0] if with_bias else None
     kernel = numba_cpu.Segments(m, segments)
     found = kernel.attend((latent, query), 0.1, softcap, bias=bias)
-    wanted = by_hand(kinds, numbers, latent, query, 0.1, softcap, bias)
+    wanted = attention_by_hand(kinds, numbers, latent, query, 0.1, softcap, bias)
     for x, y, latents in zip(found, wanted, (True, False, None, None), strict=True):
         if latents is not None and not any(k[3] is latents for k in kinds):
             continue
         y = torch.where(y.isinf(), -torch.inf, y)
         torch.testing.assert_close(torch.from_numpy(x).double(), y, atol=2e-4, rtol=2e-4)
-
-
-@pytest.mark.parametrize("bits", [0, 16])
-@pytest.mark.parametrize(("p", "d"), [(64, 64), (32, 64), (128, 128)])
-@pytest.mark.parametrize("lanes", [1, 3])
-def test_keys_are_rotated_at_their_own_positions(p, d, lanes, bits):
-    m, t, generator = 2, 150, torch.Generator().manual_seed(1)
-    keys = torch.randn(lanes, t, 3 // lanes * d, generator=generator)
-    query = torch.randn(3, m, d, generator=generator)
-    lengths, firsts = np.array([150, 0, 77]), np.array([5, 0, 200])
-    positions = torch.randint(0, 4000, (400,), generator=generator).int()
-    angle = 10000.0 ** (-torch.arange(0, p, 2).double() / p)
-
-    def table(x):
-        return torch.stack([(x[:, None] * angle).cos(), (x[:, None] * angle).sin()], 1).float().numpy()
-
-    factor = 1.3  # as YaRN scales cos and sin
-    coarse = factor * table(torch.arange(0, 4096, numba_cpu.STRIDE).double())
-    rotation = coarse, table(torch.arange(numba_cpu.STRIDE).double()), bits
-    out = np.full((3, m, 160), np.nan, np.float32)
-    numba_cpu.rotated_dots(
-        keys, query, positions.numpy(), firsts, lengths, rotation, np.float32(0.5), 10, out
-    )
-    for row in range(3):
-        n = lengths[row]
-        own = keys.view(lanes, t, -1, d).transpose(1, 2).flatten(0, 1)[row, :n].double()
-        at = positions[firsts[row] : firsts[row] + n].double()[:, None] * angle
-        cos, sin = factor * at.cos(), factor * at.sin()
-        if bits:
-            cos, sin = (x.bfloat16().double() for x in (cos, sin))
-        a, b = own[:, : p // 2], own[:, p // 2 : p]
-        rotated = torch.cat([a * cos - b * sin, b * cos + a * sin, own[:, p:]], 1)
-        wanted = 0.5 * query[row].double() @ rotated.mT
-        # a cosine next to the middle of two numbers of the dtype may be rounded to the other
-        torch.testing.assert_close(
-            torch.from_numpy(out[row, :, 10 : 10 + n]).double(), wanted, atol=0.1 if bits else 5e-3, rtol=0
-        )
-        assert np.isnan(out[row, :, 10 + n :]).all() and np.isnan(out[row, :, :10]).all()

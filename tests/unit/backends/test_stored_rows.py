@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from stored_rows import PACKINGS, check, draw, ragged
+from stored_rows import PACKINGS, check
 
 from lowkey.backends import numba_cpu, stored
 
@@ -63,7 +63,20 @@ def test_threads_change_no_bit_of_a_packed_row():
 
 
 @needs_numba
-def test_narrow_groups_are_left_to_blocks():
-    side, _ = ragged("token4", draw((5,), 1, 10, torch.float32, 0), (5,))
-    wide, _ = ragged("token4", draw((5,), 1, 32, torch.float32, 0), (5,))
-    assert not numba_cpu.reads(side) and numba_cpu.reads(wide)
+@pytest.mark.parametrize("widths", [(8, 3), (1, 15), (12, 8), (7, 64)], ids=str)
+@pytest.mark.parametrize(
+    ("how", "dtype"), [(pair, dtype) for pair, dtype in zip(PAIRS, itertools.cycle(DTYPES))], ids=str
+)
+def test_narrow_groups_are_read_in_part(how, dtype, widths):
+    """Fewer channels than a vector has: what lies behind them in memory is not read."""
+    check(numba_cpu, how, LENGTHS, 3, widths, dtype)
+
+
+@needs_numba
+def test_narrow_numbers_do_not_meet_their_neighbours():
+    keys, values = (torch.full((1, 40, 16), torch.nan) for _ in range(2))
+    keys[..., :5] = values[..., :5] = 1.0
+    lane, first = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    rows = [stored.StoredRows(x[..., :5], None, None, 0, 5, lane, first) for x in (keys, values)]
+    out, _ = numba_cpu.stored_rows(torch.ones(1, 1, 5), *rows, torch.tensor([40]), 1.0)
+    assert torch.equal(out, torch.ones(1, 1, 5))
