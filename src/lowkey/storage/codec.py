@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,7 +95,7 @@ class Codec(Protocol):
         """
         ...
 
-    def expand_output(self, out: Tensor, share: np.ndarray | None = None) -> Tensor:
+    def expand_output(self, out: Tensor, share: Tensor | None = None) -> Tensor:
         """Weighted sums of stored values (b, h, g, t, r) -> outputs (b, h, g, t, d).
 
         Args:
@@ -167,7 +166,7 @@ class Plain:
         """The stored keys, unchanged."""
         return stored
 
-    def expand_output(self, out: Tensor, share: np.ndarray | None = None) -> Tensor:
+    def expand_output(self, out: Tensor, share: Tensor | None = None) -> Tensor:
         """The outputs, unchanged."""
         return out
 
@@ -362,7 +361,7 @@ class LowRank:
         up, mean = self.factors.k_up, self.factors.k_mean
         return up.expand(heads, -1, -1), None if mean is None else mean.expand(heads, -1)
 
-    def expand_output(self, out: Tensor, share: np.ndarray | None = None) -> Tensor:
+    def expand_output(self, out: Tensor, share: Tensor | None = None) -> Tensor:
         """Outputs (b, h, g, t, d); see `Codec.expand_output`."""
         up, mean = self.factors.v_up, self.factors.v_mean
         out = _mapped(out.to(up.dtype), up)
@@ -370,7 +369,7 @@ class LowRank:
             return out
         mean = mean[:, None, None]
         if share is not None:
-            mean = torch.from_numpy(share).view(*out.shape[:4], 1).to(mean.dtype) * mean
+            mean = share.view(*out.shape[:4], 1).to(mean.dtype) * mean
         return out + mean
 
     def expand_values(self, stored: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowkey.backends.numba_cpu import STRIDE, Segments
-from lowkey.backends.ragged import prepared_segments, prepares
+from lowkey.backends.numba_cpu import STRIDE
+from lowkey.backends.ragged import PreparedSegments, prepared_segments, prepares
 from lowkey.backends.segment import Part, merge_parts
 from lowkey.backends.stored import StepSegment
 from lowkey.models.attention_interface import Call
@@ -26,7 +26,7 @@ from lowkey.models.families import Rope
 from lowkey.storage.codec import Codec
 from lowkey.storage.positioned import PositionedLayer
 from lowkey.storage.rebuilding import Rotation, rotation_below
-from lowkey.storage.rollback import Snapshot
+from lowkey.storage.rollback import Snapshot, storage_bytes
 from lowkey.storage.step_counts import NEVER, PlainStep, Sequences, View, aligned, are_at, shows_all_from
 
 ROOM = 16  # steps at most; free slots take memory, and every new room moves what is held
@@ -60,15 +60,10 @@ class PreparedStep:
 
     Args:
         kernel: ready for them; None if none reads what is held.
-        starts, stops: the runs of dense stored tokens; see `Sequences.runs`. None if none are stored.
-        has_sinks: whether a segment of sinks comes before those.
         meets_latents: whether queries are brought into the basis of latents.
     """
 
-    kernel: Segments | None
-    starts: np.ndarray | None = None
-    stops: np.ndarray | None = None
-    has_sinks: bool = False
+    kernel: PreparedSegments | None
     meets_latents: bool = False
 
 
@@ -134,6 +129,23 @@ class SteppingLayer(PositionedLayer):
             rotation: what rotates stored keys as they are read; None if they are met as they are stored.
         """
 
+    # -- bytes
+
+    def nbytes(self) -> int:
+        """The bytes of the storages that are really held."""
+        return storage_bytes([*self.tensors().values(), *self._prepared_tensors()])
+
+    def prepared_bytes(self) -> int:
+        """The bytes that are held for steps besides those of tokens."""
+        if not (prepared := self._prepared_tensors()):
+            return 0
+        own = self.tensors().values()
+        return storage_bytes([*own, *prepared]) - storage_bytes(own)
+
+    def _prepared_tensors(self) -> list[Tensor]:
+        """The tensors that a kernel holds besides those that hold tokens."""
+        return self.prepared.kernel.tensors() if self.prepared and self.prepared.kernel else []
+
     # -- steps
 
     def plain_step(self, keys: Tensor, values: Tensor, call: Call) -> Tensor | None:
@@ -150,8 +162,7 @@ class SteppingLayer(PositionedLayer):
         room = self._take_plain_step(keys, values, call)
         if room is None:
             return None
-        view = self._view(room)
-        out = self._step_by_kernel(call, room, view)
+        out = self._step_by_kernel(call, room)
         if out is None:
             parts = self._parts_of_step(call, room, view)
             out = parts[0][0] if len(parts) == 1 else merge_parts(parts)[0]
@@ -175,14 +186,14 @@ class SteppingLayer(PositionedLayer):
         self.steps += 1
         return room
 
-    def _step_by_kernel(self, call: Call, room: Room, view: View) -> Tensor | None:
+    def _step_by_kernel(self, call: Call, room: Room) -> Tensor | None:
         """As `_parts_of_step` and merged, by one call of a kernel; None if none reads what is held."""
         prepared = self.prepared = self.prepared or self._prepared_step(call, room)
         kernel = prepared.kernel
         if kernel is None:
             return None
+        kernel.move(self.steps - 1)
         b, h, g, _, d = call.query.shape
-        _point_at(kernel.places, prepared, view, h)
         query, latent, shift = call.query.reshape(b * h, g, d), None, None
         if prepared.meets_latents:
             at = call.positions
@@ -191,11 +202,10 @@ class SteppingLayer(PositionedLayer):
             shift = None if shift is None else shift.reshape(b * h, g)
             latent = latent.reshape(b * h, g, -1)
         sums, out, share, _ = kernel.attend((latent, query), call.scaling, call.softcap, bias=shift)
-        # arrays and not tensors, which would have to be made for what is not needed, too
-        result = torch.from_numpy(out.reshape(b, h, g, 1, d))
+        result = out.view(b, h, g, 1, d)
         if not kernel.widths[0]:
             return result
-        return self.codec.expand_output(torch.from_numpy(sums.reshape(b, h, g, 1, -1)), share) + result
+        return self.codec.expand_output(sums.view(b, h, g, 1, -1), share) + result
 
     def _prepared_step(self, call: Call, room: Room) -> PreparedStep:
         """Prepare for the steps of a room."""
@@ -209,11 +219,27 @@ class SteppingLayer(PositionedLayer):
         segments = self._segments_of_step(room, call.softcap, rotation)
         if segments is None:
             return PreparedStep(None)
-        kernel = prepared_segments(call.query.shape[2], segments)
-        meets_latents = any(s.as_latents and s.rebuilding is None for s in segments)
-        starts, stops = room.sequences.runs() if room.stored + room.ahead else (None, None)
-        has_sinks = bool(room.sequences.sinks.shape[1])
-        return PreparedStep(kernel, starts, stops, has_sinks, meets_latents)
+        counts = self._counts_of_steps(room, len(segments), call.query.shape[1])
+        kernel = prepared_segments(call.query.shape[2], segments, counts)
+        return PreparedStep(kernel, any(s.as_latents and s.rebuilding is None for s in segments))
+
+    def _counts_of_steps(self, room: Room, segments: int, heads: int) -> np.ndarray:
+        """What the queries of each step see, of so many segments; see `ragged.prepared_segments`.
+
+        They are those of `_segments_of_step`, with a row for each of the KV heads of a sequence.
+        """
+        sequences = room.sequences
+        counts = np.zeros((room.steps, segments, 2, len(sequences.first)), np.int64)
+        starts, stops = sequences.runs() if room.stored + room.ahead else (np.empty((0, 1)),) * 2
+        runs = len(starts)
+        for step, count in enumerate(counts, 1):
+            view = self._view(room, step)
+            count[-1] = view.window, view.stop - view.window
+            lengths = np.where(view.dense > starts, np.minimum(view.dense, stops) - aligned(starts), 0)
+            count[segments - 1 - runs : -1, 1] = lengths
+            if sequences.sinks.shape[1]:
+                count[-2 - runs, 1] = view.sinks
+        return counts.repeat(heads, axis=3)
 
     def _rotation(self, rope: Rope, like: Tensor, stop: int) -> Rotation:
         """The rotary embedding of positions below `stop`, which layers of a cache share."""
@@ -250,9 +276,9 @@ class SteppingLayer(PositionedLayer):
             running.plain_step = PlainStep(mask, positions, sequences.first, sequences.offset)
         return is_plain
 
-    def _view(self, room: Room) -> View:
-        """What the newest query of each sequence sees."""
-        now, begin, own = room.start + self.steps, room.start - room.window, room.sequences
+    def _view(self, room: Room, step: int) -> View:
+        """What the query of each sequence sees in a step of the room, counted from 1."""
+        now, begin, own = room.start + step, room.start - room.window, room.sequences
         # without loss, a token of the window is as good there as stored
         dense = np.full_like(own.first, room.stored) if self.is_lossless else self._ready(own, now)
         left = own.slot + dense
@@ -291,7 +317,7 @@ class SteppingLayer(PositionedLayer):
         room = self.room
         if room is None:
             return
-        stored, seen = int(self._view(room).dense.min()), self.seen
+        stored, seen = int(self._view(room, self.steps).dense.min()), self.seen
         stop = room.window + self.steps
         if stored < room.stored + room.ahead:
             self._remember_whole()
@@ -347,27 +373,3 @@ class SteppingLayer(PositionedLayer):
                 whole = tensor if tensor.shape[dim] == length else tensor.narrow(dim, 0, length).clone()
                 setattr(snapshot.layer, name, whole)
             snapshot.lengths.clear()
-
-
-def _point_at(places: np.ndarray, prepared: PreparedStep, view: View, heads: int) -> None:
-    """Tell a kernel what a step sees.
-
-    Args:
-        places: of the kernel's segments; see `Segments`.
-        prepared: of the room.
-        view: of the step.
-        heads: KV heads of each sequence.
-    """
-
-    def of_rows(x: np.ndarray) -> np.ndarray:
-        return x if len(view.dense) == 1 else np.repeat(x, heads, axis=-1)
-
-    places[-1, 1] = places[-1, 3] = of_rows(view.window)
-    places[-1, 4] = of_rows(view.stop - view.window)
-    runs = 0
-    if (starts := prepared.starts) is not None and (stops := prepared.stops) is not None:
-        runs = len(starts)
-        lengths = np.where(view.dense > starts, np.minimum(view.dense, stops) - aligned(starts), 0)
-        places[-1 - runs : -1, 4] = of_rows(lengths)
-    if prepared.has_sinks:
-        places[-2 - runs, 4] = of_rows(view.sinks)

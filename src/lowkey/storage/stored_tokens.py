@@ -120,7 +120,7 @@ class StoredTokens(SteppingLayer):
         )
         row_indices = (3 if self.form_depends_on_age else 2) * self.offset.element_size()
         indices = row_indices + self.exact.sinks * self.sink_index.element_size()
-        return b * (packed + exact + indices)
+        return b * (packed + exact + indices) + self.prepared_bytes()
 
     def _in_codec_order(self, x: Tensor) -> Tensor:
         """Heads (b, h, ...) in the order in which the codec groups them."""

@@ -70,7 +70,7 @@ def check(made, m, scaling, atol, softcap=None, lengths=LENGTHS):
         scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
         wanted = (scores.softmax(0).mT @ values[row], scores.logsumexp(0)) if n else (0.0, -torch.inf)
         for found, exact in zip((sums, lse), wanted, strict=True):
-            own = torch.from_numpy(found[row]).double()
+            own = found[row].double()
             torch.testing.assert_close(
                 own, torch.as_tensor(exact).expand_as(own).double(), atol=atol, rtol=atol
             )
