@@ -164,7 +164,7 @@ class SteppingLayer(PositionedLayer):
             return None
         out = self._step_by_kernel(call, room)
         if out is None:
-            parts = self._parts_of_step(call, room, view)
+            parts = self._parts_of_step(call, room, self._view(room, self.steps))
             out = parts[0][0] if len(parts) == 1 else merge_parts(parts)[0]
         return out.to(values.dtype)
 
