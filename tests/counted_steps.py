@@ -7,7 +7,7 @@ from functools import cache, partial
 
 import pico
 import torch
-from cache_kinds import KINDS, agree, planned
+from cache_kinds import KINDS, agree, evicting, planned
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
@@ -39,6 +39,18 @@ LATENTS = {
     )
     for layout in ("post_rope", "pre_rope")
     for bits in (None, "kivi2")
+}
+
+# between selections, which come with every eighth step
+SELECTING = {"every-8": lambda m: lowkey.make_cache(m, policy=evicting("h2o", every=8))}
+# steps that take more operations than the bar, and how many
+LIMITS = {
+    **dict.fromkeys(LATENTS, MORE_FOR_MAPS),
+    # without a window, a token is encoded and packed in its own step
+    "plan": 45,
+    "plan-h2o": 45,
+    "plan-pre": 75,
+    "plan-4": 93,
 }
 
 
@@ -78,7 +90,7 @@ def fed(model, cache, ids, pads=None):
 def filled(kind, name, pads=None):
     """A model and a cache that holds a prompt of PROMPT tokens in two rows, or in one for each of `pads`."""
     model = pico.attached(name)
-    cache = (KINDS | LATENTS)[kind](model)
+    cache = (KINDS | LATENTS | SELECTING)[kind](model)
     ids = pico.prompt(PROMPT, batch=len(pads or [0, 0]))
     if cache.origin and cache.origin.policy_in_use and cache.origin.policy_in_use.needs_second_pass:
         mask = None if pads is None else pico.padding(pads, PROMPT)[0]

@@ -200,13 +200,15 @@ class CodedLayer(StoredTokens):
             seen = ((slots >= starts[..., None]) & (slots < stops[..., None])).any(0)
             mask = self._mask(seen & (slots < view.dense[:, None]))
             parts.append(self._attend_to_dense(call, count, mask))
-        window = slice(int(view.window.min()), view.stop)
-        mask = self._mask(np.arange(window.start, window.stop) >= view.window[:, None])
-        exact = [Segment(call.query, self.recent_k[:, :, window], self.recent_v[:, :, window], mask)]
+        window, exact = slice(int(view.window.min()), view.stop), []
+        if window.start < window.stop:
+            mask = self._mask(np.arange(window.start, window.stop) >= view.window[:, None])
+            exact = [Segment(call.query, self.recent_k[:, :, window], self.recent_v[:, :, window], mask)]
         if self.exact.sinks:
             mask = self._mask(np.arange(self.exact.sinks) < view.sinks[:, None])
             exact.append(Segment(call.query, self.sink_k, self.sink_v, mask))
-        parts.append(grouped.partial(exact, call.scaling, call.softcap))
+        if exact:
+            parts.append(grouped.partial(exact, call.scaling, call.softcap))
         return parts
 
     def _mask(self, seen: np.ndarray) -> Tensor | None:

@@ -42,7 +42,7 @@ class Room:
         steps: for which there is room.
         window: tokens that were held exactly.
         stored: dense tokens that were stored.
-        ahead: slots behind those, of tokens that were stored ahead of their time.
+        ahead: slots behind those, of tokens that were stored ahead of their time, or free.
         sequences: where the tokens of each sequence lie.
     """
 
@@ -72,6 +72,7 @@ class SteppingLayer(PositionedLayer):
 
     Attributes:
         recent_k, recent_v: (b, h, n, d), the window. With a room, free slots follow.
+        encodes_at_once: whether there is no window: queries see their own token as it is stored.
         room: None while all tensors are as long as what they hold.
         steps: plain steps since the room was made.
         room_size: steps of the last room. It doubles up to ROOM, so that free slots are never more than the
@@ -81,6 +82,7 @@ class SteppingLayer(PositionedLayer):
 
     codec: Codec
     is_lossless: bool
+    encodes_at_once: bool
     recent_k: Tensor
     recent_v: Tensor
     room: Room | None = None
@@ -93,6 +95,10 @@ class SteppingLayer(PositionedLayer):
     def _takes_plain_steps(self) -> bool:
         """Whether the layer's form and state allow plain steps at all."""
 
+    def _most_steps(self) -> int:
+        """For how many steps a room may be made now."""
+        return ROOM
+
     @abstractmethod
     def _looked_at(self) -> Sequences | None:
         """Where the tokens of each sequence lie; None if a step of theirs cannot be plain."""
@@ -104,6 +110,14 @@ class SteppingLayer(PositionedLayer):
     @abstractmethod
     def _store_ahead(self, count: int, ahead: int) -> None:
         """Store the tokens of `ahead` more slots behind the first `count`, from the window."""
+
+    @abstractmethod
+    def _reserve(self, count: int) -> None:
+        """Make room for so many more dense tokens behind those that are stored."""
+
+    @abstractmethod
+    def _store_at(self, slot: int, keys: Tensor, values: Tensor) -> None:
+        """Store a token (b, h, 1, d) of each sequence in a slot that was reserved."""
 
     @abstractmethod
     def _keep_stored(self, count: int, held: int) -> None:
@@ -180,9 +194,12 @@ class SteppingLayer(PositionedLayer):
             self._make_room(sequences)
         if (room := self.room) is None:
             return None
-        slot = room.window + self.steps
-        self.recent_k[:, :, slot : slot + 1] = keys
-        self.recent_v[:, :, slot : slot + 1] = values
+        if self.encodes_at_once:
+            self._store_at(room.stored + self.steps, keys, values)
+        else:
+            slot = room.window + self.steps
+            self.recent_k[:, :, slot : slot + 1] = keys
+            self.recent_v[:, :, slot : slot + 1] = values
         self.steps += 1
         return room
 
@@ -287,28 +304,32 @@ class SteppingLayer(PositionedLayer):
 
     def _make_room(self, sequences: Sequences) -> None:
         """Make room for plain steps, of which the first is under way, if there can be any."""
-        before, size = self.seen - 1, min(ROOM, 2 * self.room_size)
+        before, grown = self.seen - 1, min(ROOM, 2 * self.room_size)
+        size = min(grown, self._most_steps())
         if self.room is not None:
             self.make_compact()
             if (sequences.sinks == NEVER).any():  # some may have come
                 sequences = self._looked_at() or sequences
         ready = [self._ready(sequences, before + n) for n in range(size + 1)]
         stored, steps, more = int(ready[0].min()), size, 0
-        if not self.is_lossless:
+        if self.encodes_at_once:
+            more = size
+            self._reserve(size)
+        elif not self.is_lossless:
             # only tokens that are in the window already can be stored ahead of their time
             steps = sum(bool((sequences.slot + slots <= before).all()) for slots in ready[1:])
             more = int(ready[steps].max()) - stored
         if not steps:
             return
-        if more:
+        if more and not self.encodes_at_once:
             self._store_ahead(stored, more)
         window = self.recent_k.shape[2]
-        for name in ("recent_k", "recent_v"):
+        for name in () if self.encodes_at_once else ("recent_k", "recent_v"):
             old = getattr(self, name)
             new = old.new_zeros(*old.shape[:2], window + steps, old.shape[3])
             new[:, :, :window] = old
             setattr(self, name, new)
-        self.room_size = size
+        self.room_size = grown
         self.room, self.steps = Room(before, steps, window, stored, more, sequences), 0
         self.prepared = None
 
