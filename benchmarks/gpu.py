@@ -1,6 +1,6 @@
 """What lowkey's kernels do on a GPU: whether they are right, how fast they read, and what a step takes.
 
-    python benchmarks/gpu.py [OUT.json] [--parts kernels,bandwidth,steps,calibration,two-gpus --minutes 8]
+    python benchmarks/gpu.py [OUT.json] [--parts kernels,bandwidth,calibration,two-gpus,steps --minutes 8]
     python benchmarks/gpu.py --device cpu --toy
 
 One JSON file holds everything, and is written again after every figure, so that a stopped run keeps what it
@@ -9,10 +9,10 @@ measured. The parts, in order:
 - kernels: every stored form, against attention that is written out in fp64.
 - bandwidth: bytes per second that a step of attention reads, launched one by one and as a CUDA graph, beside
   those of a plain sum over memory and of torch's FlashAttention over the whole cache.
-- steps: a decode step of random models of SmolLM2-135M's and Llama-3.2-1B's shapes over transformers' own
-  cache (with FlashAttention where torch can take it) and over lowkey's.
 - calibration: seconds and peak memory of a 1B-class model.
 - two-gpus: the logits of a model that is spread over two GPUs, against those on one.
+- steps: a decode step of random models of SmolLM2-135M's and Llama-3.2-1B's shapes over transformers' own
+  cache (with FlashAttention where torch can take it) and over lowkey's.
 
 Without a GPU the exit status is 2. It is 1 if a kernel is wrong or a figure could not be measured. `--device
 cpu --toy` runs all parts at toy size in Triton's interpreter, which says nothing about speed.
@@ -106,7 +106,7 @@ FORMS = (
 )
 TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 4e-2}  # of the largest output
 SETTINGS = ("full", "snapkv:10%", "int8", "int4", "kivi2", "rank:50%", "joint:50%", "joint:50%+kivi2")
-PARTS = ("kernels", "bandwidth", "steps", "calibration", "two-gpus")
+PARTS = ("kernels", "bandwidth", "calibration", "two-gpus", "steps")  # the longest last
 COLD = 2**29  # bytes of copies that take turns, more than any cache of a GPU
 
 
@@ -226,7 +226,8 @@ def checked(
 
 def randn(device: str, dtype: torch.dtype, *shape: int) -> Tensor:
     """Seeded normal numbers."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(device, dtype)
+    generator = torch.Generator(device).manual_seed(sum(shape))
+    return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
 
 def random_segment(

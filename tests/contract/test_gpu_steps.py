@@ -17,6 +17,7 @@ SAMPLED = [
     ("exact", "gemma2"),
     ("bits-8", "llama"),
     ("bits-kivi4", "llama"),
+    ("plan-pre", "llama"),
     ("plan-exact", "llama"),
     ("plan-exact", "gemma2"),
     ("plan-h2o-4", "llama"),

@@ -180,10 +180,23 @@ class Segments:
         )
         if rows * m == 0:
             return out_0, out_1, share, lse
+        with torch.cuda.device_of(given):  # Triton launches on the current device, whatever it is given
+            self._launch(queries, (out_0, out_1, share, lse), scaling, softcap, mask, bias)
+        return out_0, out_1, share, lse
+
+    def _launch(
+        self,
+        queries: tuple[Tensor | None, Tensor | None],
+        outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+        scaling: float,
+        softcap: float | None,
+        mask: Tensor | None,
+        bias: Tensor | None,
+    ) -> None:
+        """Write what `attend` returns; see there for arguments."""
+        (rows, m), device = outputs[3].shape, outputs[3].device
         width = max(self.widths)
-        parts, lses = (
-            torch.empty(len(self.row_of), m, *rest, device=given.device) for rest in ((width,), ())
-        )
+        parts, lses = (torch.empty(len(self.row_of), m, *rest, device=device) for rest in ((width,), ()))
         asked: dict[tuple[int, torch.dtype], Tensor] = {}
         for i, s in enumerate(self.segments):
             if (basis := s.basis, s.dtype) not in asked:
@@ -194,13 +207,18 @@ class Segments:
             s.attend(self, self.tables[i], query, scaling, softcap, mask, parts, lses)
         tile = _padded(width)
         _kernel().merge[rows, m](
-            *(parts, lses, self.first_piece, self.in_model_basis, lse if bias is None else bias.contiguous()),
-            *(out_0, out_1, share, lse, scaling, len(self.segments), rows, m, width, *self.widths),
+            *(
+                parts,
+                lses,
+                self.first_piece,
+                self.in_model_basis,
+                outputs[3] if bias is None else bias.contiguous(),
+            ),
+            *(*outputs, scaling, len(self.segments), rows, m, width, *self.widths),
             BIASED=bias is not None,
             B=max(2, min(16, MERGED_NUMBERS // tile)),
             W=tile,
         )
-        return out_0, out_1, share, lse
 
 
 class _Prepared:
