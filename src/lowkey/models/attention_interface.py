@@ -245,6 +245,8 @@ def _attention(
 def _shared_mask(mask: Tensor | None, query: Tensor) -> Tensor | None:
     """The mask (b|1, t, s) that all heads of our layers get, from one of shape (b|1, 1|H, t, s).
 
+    None if it shows several queries all tokens up to their own, as causal attention does.
+
     Raises:
         LowkeyError: if its heads differ.
     """
@@ -259,7 +261,15 @@ def _shared_mask(mask: Tensor | None, query: Tensor) -> Tensor | None:
             "give one for all heads, "
             "(b, 1, t, s), or use a cache of transformers"
         )
-    return first[:, 0]
+    return None if query.shape[2] > 1 and _is_causal(first[:, 0]) else first[:, 0]
+
+
+def _is_causal(mask: Tensor) -> bool:
+    """Whether a mask (b|1, t, s) shows the newest t tokens all tokens up to their own."""
+    t, start = mask.shape[1], mask.shape[2] - mask.shape[1]
+    if start < 0 or not bool((mask[..., start:] == torch.ones_like(mask[0, :, start:]).tril()).all()):
+        return False
+    return not start or bool(mask[..., :start].view(torch.uint8).amin())  # `all` of booleans is slower
 
 
 def _check_shape(mask: Tensor, query: Tensor) -> None:
