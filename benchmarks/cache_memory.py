@@ -71,7 +71,7 @@ def main(
     if one:
         print(json.dumps(held(one, tokens, prompts, kept) if prompts else peak(one, tokens, chunk, kept)))
         return
-    options = f"--tokens {tokens} --chunk {chunk} --prompts {prompts}".split() + ["--kept", kept]
+    options = [*f"--tokens {tokens} --chunk {chunk} --prompts {prompts} --kept".split(), kept]
     rows = []
     for setting in settings.split(","):
         command = [sys.executable, __file__, *options, "--one", setting]
@@ -135,9 +135,7 @@ def held(setting: str, tokens: int, prompts: int, kept: str) -> dict[str, Any]:
 def random_model(positions: int) -> PreTrainedModel:
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    config = LlamaConfig(
-        **SHAPE, vocab_size=VOCABULARY, max_position_embeddings=positions, eos_token_id=None
-    )
+    config = LlamaConfig(**SHAPE, vocab_size=VOCABULARY, max_position_embeddings=positions, eos_token_id=None)
     return lowkey.attach(LlamaForCausalLM(config).eval())
 
 

@@ -1,8 +1,8 @@
 """What a smaller cache costs before the first token: the time of a prompt under each setting over that of
 transformers' own cache and attention in the same run.
 
-    python benchmarks/prefill.py [OUT.json] [--model smollm2 --context 4k --dtype float32 --settings int4,h2o,...
-    --rounds 3 --threads 1 --layers 6]
+    python benchmarks/prefill.py [OUT.json] [--model smollm2 --context 4k --dtype float32 --rounds 3
+    --settings int4,h2o,... --threads 1 --layers 6]
 
 The prompt is read as `lowkey.prefill` reads it, so that KVzip's second pass counts. Policies keep 10 %. Ranks
 are those of `benchmarks/bench.py`. Every round times stock and all settings once, in turn. On one thread,
@@ -37,8 +37,6 @@ from lowkey.policies import POLICIES
 from lowkey.policies.base import Policy
 
 BUDGET = "10%"
-BARS = {"kvzip": 3.0, "h2o": 2.5}  # times the stock prefill of 4096 tokens; all others have OTHERS
-OTHERS = 1.15
 
 
 def main(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from lowkey.backends import onednn
-from lowkey.backends.segment import Part, Segment, joint_mask, kv_heads
+from lowkey.backends.segment import Part, Segment, joint_mask, kv_heads, merge_seen
 
 QUERIES = 16  # from so many on, it is faster than products that form scores
 # Queries are taken so many at a time on a CPU, and four times as many elsewhere. Tokens that none of them
@@ -149,6 +149,15 @@ def causal(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Part:
     return out.unflatten(1, (h, g)), lse.unflatten(1, (h, g))
 
 
+def causal_newest(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Part:
+    """Causal attention of the newest t tokens over all s; arguments are those of `causal`."""
+    older = keys.shape[2] - query.shape[3]
+    part = causal(query, keys[:, :, older:], values[:, :, older:], scaling)
+    if not older:
+        return part
+    return merge_seen(part, rectangle(query, keys[:, :, :older], values[:, :, :older], scaling))
+
+
 def rectangle(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Part:
     """Attention of queries that all see all tokens; arguments are those of `causal`, with s tokens."""
     h, g, t = query.shape[1:4]
@@ -178,7 +187,7 @@ def banded(
     Returns:
         As `grouped.partial`; anything for queries that see no token.
     """
-    b, h, g = query.shape[:3]
+    b, _, g = query.shape[:3]
     blocks, device = keys.shape[2], query.device
     if 0 < (short := -(-missing // size)) < blocks:
         # only the first blocks reach back to tokens that do not exist, and need masks of their own

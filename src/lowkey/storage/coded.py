@@ -237,7 +237,9 @@ class CodedLayer(StoredTokens):
     def _is_unmasked(self, call: Call) -> bool:
         """Whether a long call's queries see all tokens up to their own, and sinks are the first tokens."""
         plain = call.mask is None and self.sink_points is None
-        return plain and fused.gives_lse(call.query, self.recent_k, call.softcap) and not self.first_index.any()
+        return (
+            plain and fused.gives_lse(call.query, self.recent_k, call.softcap) and not self.first_index.any()
+        )
 
     def _unmasked_part(self, call: Call, buffer_k: Tensor, buffer_v: Tensor, exact: Tensor) -> Part | None:
         """Attention over dense tokens and sinks without masks; None if it needs some.

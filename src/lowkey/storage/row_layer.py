@@ -244,9 +244,9 @@ class RowLayer(RaggedLayer, CodedLayer):
         """
         if self.repeated_span is not None:
             if self._repeats_whole_sequences(call):
-                everything = self._dense_as_read((keys, values))
-                part, lse = attend_to_repetition(call.query, *everything, self.repeated_span, call.scaling)
-                return [part], lse
+                k, v = self._dense_as_read((keys, values))
+                repeated, lse = attend_to_repetition(call.query, k, v, self.repeated_span, call.scaling)
+                return [repeated], lse
             inside = self._in_repetition(keys.shape[2])
             mask = call.full_mask(self.seen)
             mask = mask if mask is not None else inside.new_ones(1, 1, self.seen)

@@ -2,8 +2,8 @@
 
 A query sees the newest tokens up to its own exactly, and older ones as they are stored. So the queries of a
 chunk meet three parts: stored tokens that all of them see, stored tokens that leave their window one after
-another, and a band of exact tokens. Each part is one call of a fused kernel, and the parts are merged by their
-log-sum-exp. A mask of queries by tokens would take as long as the attention itself.
+another, and a band of exact tokens. Each part is one call of a fused kernel, and the parts are merged by
+their log-sum-exp. Masks of queries by tokens took up to a third of a prompt's time.
 """
 
 from __future__ import annotations
@@ -48,12 +48,9 @@ def attend_by_age(
     # tokens that the first query sees as they are stored; if negative, so many queries see none
     before = tokens - t - width
     if t + before > 0:
-        first, queries = max(0, before), far.query[..., max(0, -before) :, :]
-        leaving = (x[:, :, first : t + before] for x in (far.keys, far.values))
-        stored = fused.causal(queries, *leaving, scaling)
-        if before > 0:
-            older = fused.rectangle(queries, far.keys[:, :, :before], far.values[:, :, :before], scaling)
-            stored = merge_seen(stored, older)
+        queries = far.query[..., max(0, -before) :, :]
+        keys, values = (x[:, :, : t + before] for x in (far.keys, far.values))
+        stored = fused.causal_newest(queries, keys, values, scaling)
         out, lse = (x.flatten(1, 2).unflatten(1, (h, -1)) for x in stored)
         parts.append((out if far.up is None else out @ far.up.unsqueeze(1).to(out.dtype), lse))
     return parts[0] if len(parts) == 1 else _merged_for_newest(*parts)
@@ -71,7 +68,8 @@ def _band(
     """Attention over the newest `recent + block - 1` tokens of each query; arguments are `attend_by_age`'s.
 
     Where tokens are stored in blocks, the queries that are read together are those between two moments at
-    which a block is stored. So the first `block - 1` of the tokens that they see are stored, the others exact.
+    which a block is stored. So the first `block - 1` of the tokens that they see are stored, and the others
+    are exact.
     """
     t, width = query.shape[3], recent + block - 1
     size = block if block > 1 else min(BAND, t)
@@ -128,4 +126,6 @@ def _merged_for_newest(part: Part, newest: Part) -> Part:
     out, lse = merge_seen((part[0][..., older:, :], part[1][..., older:]), newest)
     if not older:
         return out, lse
-    return torch.cat([part[0][..., :older, :].to(out.dtype), out], 3), torch.cat([part[1][..., :older], lse], 3)
+    return torch.cat([part[0][..., :older, :].to(out.dtype), out], 3), torch.cat(
+        [part[1][..., :older], lse], 3
+    )
