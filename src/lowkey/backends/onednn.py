@@ -12,8 +12,8 @@ from torch import Tensor
 from lowkey.backends.segment import Part, merge_seen
 
 MOST_THREADS = 8  # more of them would wait for one another, since products are formed one by one
-# Queries and tokens whose scores are formed at once: 2 MiB stay in the CPU's cache. QUERY_BLOCK divides TOKEN_BLOCK.
-QUERY_BLOCK, TOKEN_BLOCK = 256, 2048
+# Queries and tokens whose scores are formed at once: 2 MiB stay in the CPU's cache. QUERIES_AT_ONCE divides TOKENS_AT_ONCE.
+QUERIES_AT_ONCE, TOKENS_AT_ONCE = 256, 2048
 
 FEWEST_SCORES = 2**16  # of a head
 
@@ -71,16 +71,16 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float, causal: 
 
 def _attend_head(query: Tensor, keys: Tensor, values: Tensor, causal: bool) -> Part:
     """Attention of scaled queries (t, d) over the tokens (s, d) of one head: (t, width) and (t)."""
-    columns = [x.mT.contiguous() for x in values.split(TOKEN_BLOCK)]
-    later = torch.ones(QUERY_BLOCK, QUERY_BLOCK, dtype=torch.bool).triu(1)
+    columns = [x.mT.contiguous() for x in values.split(TOKENS_AT_ONCE)]
+    later = torch.ones(QUERIES_AT_ONCE, QUERIES_AT_ONCE, dtype=torch.bool).triu(1)
     rows = []
-    for start in range(0, len(query), QUERY_BLOCK):
-        some = query[start : start + QUERY_BLOCK]
+    for start in range(0, len(query), QUERIES_AT_ONCE):
+        some = query[start : start + QUERIES_AT_ONCE]
         seen = start + len(some) if causal else len(keys)
         part = None
-        for first, v in zip(range(0, seen, TOKEN_BLOCK), columns, strict=False):
-            scores = row_products(some, keys[first : min(seen, first + TOKEN_BLOCK)])
-            if causal and first + TOKEN_BLOCK > start:  # the block ends with the queries' own tokens
+        for first, v in zip(range(0, seen, TOKENS_AT_ONCE), columns, strict=False):
+            scores = row_products(some, keys[first : min(seen, first + TOKENS_AT_ONCE)])
+            if causal and first + TOKENS_AT_ONCE > start:  # the block ends with the queries' own tokens
                 scores[:, start - first :].masked_fill_(later[: len(some), : len(some)], -torch.inf)
             highest = scores.amax(1, keepdim=True)
             total = scores.sub_(highest).exp_().sum(1, keepdim=True)
