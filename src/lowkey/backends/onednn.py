@@ -12,9 +12,8 @@ from torch import Tensor
 from lowkey.backends.segment import Part, merge_seen
 
 MOST_THREADS = 8  # more of them would wait for one another, since products are formed one by one
-# Queries and tokens whose scores are formed at once: 2 MiB stay in the CPU's cache. QUERIES_AT_ONCE divides TOKENS_AT_ONCE.
+# Queries and tokens whose scores are formed at once: 2 MiB stay in the CPU's cache. One divides the other.
 QUERIES_AT_ONCE, TOKENS_AT_ONCE = 256, 2048
-
 FEWEST_SCORES = 2**16  # of a head
 
 
