@@ -270,7 +270,7 @@ class _Rebuilding:
         numbers = groups * size
         number, mean = KERNEL_KINDS[how.maps.dtype], how.mean
         described = np.zeros(kernel.DESCRIBED, np.int64)
-        described[: kernel.DECODE] = (
+        described[: kernel.DECODER_AT] = (
             pairs,
             -(-numbers // 2) if by_pairs else numbers,
             h,
@@ -280,12 +280,12 @@ class _Rebuilding:
             self.fine.ctypes.data,
             self.columns.ctypes.data,
         )
-        described[kernel.DECODE : kernel.MAPS] = (
+        described[kernel.DECODER_AT : kernel.MAPS_AT] = (
             rebuilding.decoder(_kind(keys), by_pairs).address,
             rebuilding.packer(number, by_pairs).address,
             rebuilding.packer(number, 0).address,
         )
-        for at, x in ((kernel.MAPS, how.maps), (kernel.MEAN, mean)):
+        for at, x in ((kernel.MAPS_AT, how.maps), (kernel.MEANS_AT, mean)):
             if x is not None:
                 size = x.element_size()
                 described[at : at + 1 + x.ndim] = x.data_ptr(), *(size * n for n in x.stride())
@@ -302,9 +302,9 @@ def _table(x: np.ndarray, width: int) -> np.ndarray:
 def _rebuilding() -> ModuleType:
     """The compiled module, loaded on first use."""
     _kernel()
-    from lowkey.backends import numba_rebuilding
+    from lowkey.backends import numba_rebuilding_kernel
 
-    return numba_rebuilding
+    return numba_rebuilding_kernel
 
 
 def _joined(slots: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
