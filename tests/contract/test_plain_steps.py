@@ -61,7 +61,6 @@ def test_a_plain_step_reads_no_value(kind):
     [
         "bits-8",
         "bits-kivi4",
-        "bits-hadamard4",
         "exact",
         "snapkv",
         "h2o",
