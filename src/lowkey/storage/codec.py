@@ -383,10 +383,11 @@ class LowRank:
 
 def _mapped(x: Tensor, maps: Tensor) -> Tensor:
     """Numbers (b, h, g, t, n) times the map (h, n, m) of their head, or times one map (1, n, m) for all."""
+    if len(maps) == 1:
+        return x @ maps[0]
     b, h, g, t, n = x.shape
-    rows = x.transpose(0, 1).reshape(h, b * g * t, n)
     # a product of more dimensions would copy the maps for every g
-    out = torch.bmm(rows, maps if len(maps) == h else maps.expand(h, -1, -1))
+    out = torch.bmm(x.transpose(0, 1).reshape(h, b * g * t, n), maps)
     return out.view(h, b, g, t, -1).transpose(0, 1)
 
 
