@@ -9,11 +9,15 @@ from lowkey.backends import onednn
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("t", "s"), [(1, 1), (7, 7), (300, 300), (2500, 2500), (30, 4500), (700, 1)])
+@pytest.mark.parametrize(
+    ("t", "s", "causal"),
+    [
+        *((n, n, causal) for n in (1, 7, 300, 2500) for causal in (True, False)),
+        (30, 4500, False),
+        (700, 1, False),
+    ],
+)
 def test_attention_is_the_definition(t, s, causal, dtype):
-    if causal and t != s:
-        pytest.skip("causal attention is over as many tokens as there are queries")
     generator = torch.Generator().manual_seed(t + s)
     query, keys, values = (
         torch.randn(1, heads, n, width, generator=generator).to(dtype)
