@@ -111,12 +111,13 @@ def needed_mask(
     Arguments are those of `transformers.masking_utils.sdpa_mask`.
     """
     newest = isinstance(q_offset, int) and q_offset + q_length == kv_length and not kv_offset
-    # of a step and of a first chunk, transformers asks itself; asked twice, a GPU would wait twice
-    newest = newest and q_length not in (1, kv_length)
     plain = mask_function is causal_mask_function and local_size is None and allow_is_causal_skip
     known = attention_mask is None or not torch.compiler.is_compiling()
-    if newest and plain and known and (attention_mask is None or bool(attention_mask.all())):
-        return None
+    if newest and plain and known:
+        # of a step and of a first chunk, transformers asks itself; asked twice, a GPU would wait twice
+        asks = attention_mask is not None and q_length not in (1, kv_length)
+        if attention_mask is None or (asks and bool(attention_mask.all())):
+            return None
     return sdpa_mask(
         batch_size,
         q_length,
