@@ -54,6 +54,16 @@ LIMITS = {
 }
 
 
+NOT_PLAIN = {  # kinds whose third step looks at values, and why
+    "think": "rows have channels of their own",
+    "think-global": "rows have channels of their own",
+    "every-global": "evicts in the third step",
+    "every-hadamard4": "evicts in the third step",
+    "dynamic": "every token has a rank of its own",
+    "dynamic-pre": "every token has a rank of its own",
+}
+
+
 class Counted(TorchDispatchMode):
     """Counts the operations of a call."""
 

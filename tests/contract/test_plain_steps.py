@@ -10,6 +10,7 @@ from counted_steps import (
     LATENTS,
     LIMITS,
     MORE_OPERATIONS,
+    NOT_PLAIN,
     PROMPT,
     SELECTING,
     STEPS,
@@ -24,15 +25,6 @@ from failing_calls import same, state
 import lowkey
 from lowkey.backends import numba_cpu
 from lowkey.storage import stepping
-
-NOT_PLAIN = {  # kinds whose third step looks at values, and why
-    "think": "rows have channels of their own",
-    "think-global": "rows have channels of their own",
-    "every-global": "evicts in the third step",
-    "every-hadamard4": "evicts in the third step",
-    "dynamic": "every token has a rank of its own",
-    "dynamic-pre": "every token has a rank of its own",
-}
 
 
 @pytest.mark.parametrize(("kind", "name"), [*CASES, *((kind, "llama") for kind in (*LATENTS, *SELECTING))])

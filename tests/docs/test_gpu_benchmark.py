@@ -52,7 +52,7 @@ def test_a_wrong_kernel_fails_the_run(gpu, tmp_path, monkeypatch):
     assert not any(row["right"] for row in rows(tmp_path / "gpu.json", "kernels"))
 
 
-def test_what_fails_costs_nothing_else_and_late_parts_are_left_out(gpu, tmp_path, monkeypatch):
+def test_a_failure_costs_nothing_else_and_late_parts_wait(gpu, tmp_path, monkeypatch):
     def fail(*args):
         raise RuntimeError("no kernel image\nand more")
 

@@ -28,7 +28,6 @@ KERNEL_KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.floa
 GROUPS = (1, 2, 4, 8)  # queries that share one reading of the keys; each is one more small compilation
 BLOCK = 32  # tokens of a block whose channels have scales of their own; masks are filled up to whole blocks
 LN2 = math.log(2)
-STRIDE = 64  # positions between the angles of a coarse table
 MANTISSA = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}  # bits that a dtype leaves out
 NO_MASK, NO_BIAS = np.empty((0, 0, 0), np.uint8), np.empty((0, 0), np.float32)
 _lock = Lock()  # one of numba's threading layers must not be entered by two threads at a time

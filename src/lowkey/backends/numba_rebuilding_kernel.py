@@ -23,7 +23,6 @@ from numba.extending import intrinsic
 
 from lowkey.backends.numba_cache import kept_cfunc
 from lowkey.backends.numba_channels import CHANNEL_BLOCK, VECTORS, Channel
-from lowkey.backends.numba_cpu import STRIDE
 from lowkey.backends.numba_ir import (
     BYTES_PER_NUMBER,
     FLOAT_VECTOR,
@@ -48,6 +47,7 @@ from lowkey.backends.numba_ir import (
     vector_call,
 )
 from lowkey.backends.numba_vectors import Columns, call, score
+from lowkey.backends.stored import STRIDE
 
 MULTIPLIES_PAIRS = bool(LANES == 16 and binding.get_host_cpu_features().get("avx512bf16"))
 TILE = LANES // 2  # tokens that are rebuilt at a time: twice as many sums fill half of the registers

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lowkey.backends.stored import Rebuilding, StepSegment, StoredRows
+from lowkey.backends.stored import STRIDE, Rebuilding, StepSegment, StoredRows
 
 # tokens of a piece, and the pieces that the tokens of a call are cut into, about and at least
 SMALLEST_SPLIT, LARGEST_SPLIT, LEAST_SPLITS = 128, 4096, 512
@@ -27,9 +27,8 @@ TILE_BYTES = 2**14  # of keys that one step of a program reads at most
 MERGED_NUMBERS = 2**12  # of parts that the merging program reads at a time
 LATENTS_AT_ONCE = 64  # channels of latents that keys are rebuilt from at a time
 WIDE = 128  # channels beyond which a program has more warps
-STRIDE = 64  # positions between the angles of a coarse table, as in `numba_cpu`
 # channels of what a program reads whole: tiles of more do not fit into the shared memory of an A100
-WIDEST = {torch.float32: 256, torch.bfloat16: 1024, torch.float16: 1024}
+WIDEST_ROW = {torch.float32: 256, torch.bfloat16: 1024, torch.float16: 1024}
 
 
 def available() -> bool:
@@ -39,13 +38,13 @@ def available() -> bool:
 
 def supports(dtype: torch.dtype) -> bool:
     """Whether keys of this dtype can be read."""
-    return dtype in WIDEST
+    return dtype in WIDEST_ROW
 
 
 def reads(x: StoredRows) -> bool:
     """Whether these keys or values can be read where they lie."""
     same_strides = x.scale is None or x.low is None or x.scale.stride() == x.low.stride()
-    return supports(x.dtype) and x.width <= WIDEST[x.dtype] and x.numbers.stride(-1) == 1 and same_strides
+    return supports(x.dtype) and x.width <= WIDEST_ROW[x.dtype] and x.numbers.stride(-1) == 1 and same_strides
 
 
 def reads_segment(x: StepSegment) -> bool:

@@ -17,10 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowkey.backends.numba_cpu import STRIDE
 from lowkey.backends.ragged import PreparedSegments, prepared_segments, prepares
 from lowkey.backends.segment import Part, merge_parts
-from lowkey.backends.stored import StepSegment
+from lowkey.backends.stored import STRIDE, StepSegment
 from lowkey.models.attention_interface import Call
 from lowkey.models.families import Rope
 from lowkey.storage.codec import Codec

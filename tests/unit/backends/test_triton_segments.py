@@ -17,7 +17,7 @@ from stored_rows import draw, ragged
 from triton_compiled import FORMS
 
 from lowkey.backends import triton_gpu
-from lowkey.backends.stored import Rebuilding, StepSegment
+from lowkey.backends.stored import STRIDE, Rebuilding, StepSegment
 from lowkey.evaluate.operations import counted_operations
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -114,8 +114,8 @@ def test_keys_are_rebuilt_and_rotated(packing, p, d, heads, latent, dtype, mean)
     def table(x):
         return torch.stack([(x[:, None] * angle).cos(), (x[:, None] * angle).sin()], 1).float()
 
-    coarse = factor * table(torch.arange(0, 4096, triton_gpu.STRIDE).double())
-    fine = table(torch.arange(triton_gpu.STRIDE).double())
+    coarse = factor * table(torch.arange(0, 4096, STRIDE).double())
+    fine = table(torch.arange(STRIDE).double())
     how = Rebuilding(maps, shift, positions, firsts, (coarse.numpy(), fine.numpy(), 0))
     own = StepSegment(keys, values, lengths, True, 2, how)
     latents, numbers[0][0] = numbers[0][0], []
