@@ -1,120 +1,133 @@
-"""What a smaller cache costs in time: a prompt, and then a decoding step, under each setting over those of
-the full cache in the same run.
+"""What a smaller cache costs before the first token: the time of a prompt under each setting over that of
+transformers' own cache and attention in the same run.
 
-    python benchmarks/prefill.py [--context 4096 --budget 10% --rounds 5 --policies snapkv,... --no-latents]
+    python benchmarks/prefill.py [OUT.json] [--model smollm2 --context 4k --dtype float32 --rounds 3
+    --settings int4,h2o,... --threads 1 --layers 6]
 
-A random Llama of 2 layers, hidden 1024, 16 heads, 8 KV heads of 64; time depends on shapes only. Rounds in
-which the settings take turns; medians of the ratios within a round.
+The prompt is read as `lowkey.prefill` reads it, so that KVzip's second pass counts. Policies keep 10 %. Ranks
+are those of `benchmarks/bench.py`. Every round times stock and all settings once, in turn. On one thread,
+times are CPU time, so that other jobs count less. Rows of OUT that are not measured again stay there.
 """
 
 from __future__ import annotations
 
-import itertools
-import statistics
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Annotated
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
 
+import bench
 import torch
 import typer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 import lowkey
-from lowkey.cache.cache import LowkeyCache, cache_of
+from lowkey.cache.cache import LowkeyCache
 from lowkey.catalog import make_policy
-from lowkey.core.types import Factors, Layout
+from lowkey.cli.checks import parse_numbers
+from lowkey.core import files
+from lowkey.evaluate.machine import machine
+from lowkey.evaluate.step_bench import stock_twin
 from lowkey.models import families
-from lowkey.storage.codec import LowRank
-from lowkey.storage.coded import CodedLayer
-from lowkey.storage.exact import Exact
+from lowkey.models.loading import load
+from lowkey.policies import POLICIES
+from lowkey.policies.base import Policy
 
-STEPS = 8  # of decoding
-POLICIES = (
-    "streamingllm",
-    "tova",
-    "snapkv",
-    "ada-kv",
-    "pyramidkv",
-    "expected-attention",
-    "curdkv",
-    "keydiff",
-    "kv-compress",
-    "think",
-    "h2o",
-)
+BUDGET = "10%"
 
 
 def main(
-    context: int = 4096,
-    budget: str = "10%",
-    rounds: int = 5,
-    policies: Annotated[str, typer.Option(help="separated by commas; may be empty")] = ",".join(POLICIES),
-    latents: Annotated[bool, typer.Option(help="low rank and packed integers, too")] = True,
+    out: Annotated[Path | None, typer.Argument(help="where to write all figures")] = None,
+    model: Annotated[str, typer.Option(help="a folder or the name of a model")] = "smollm2",
+    context: Annotated[str, typer.Option(help="tokens of the prompt, like 1k or 1k,4k")] = "4k",
+    dtype: str = "float32",
+    settings: Annotated[str, typer.Option(help="separated by commas (default: all)")] = "",
+    rounds: int = 3,
+    threads: int = 1,
+    layers: Annotated[int | None, typer.Option(help="only the first so many layers")] = None,
 ) -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=1000,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=2,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-    )
-    model = lowkey.attach(LlamaForCausalLM(config).eval())
-    ids = torch.randint(0, 1000, (1, context))
-    chosen = {name: make_policy(name, budget, {}) for name in policies.split(",") if name}
-    caches: dict[str, Callable[[], LowkeyCache]] = {"full": lambda: lowkey.make_cache(model)}
-    caches |= {name: partial(lowkey.make_cache, model, policy=policy) for name, policy in chosen.items()}
-    caches |= stored_otherwise(model) if latents else {}
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in caches}
-    for _ in range(rounds + 1):
-        for name, make in caches.items():
-            times[name].append(seconds(model, ids, make()))
-    print("| setting | prefill, s | over full | step, ms | over full |\n|---|---|---|---|---|")
-    for name, took in times.items():
-        (prefill, its), (step, own) = (_beside(took[1:], times["full"][1:], i) for i in range(2))
-        print(f"| {name} | {prefill:.3f} | {its:.3f} | {1000 * step:.1f} | {own:.3f} |")
+    torch.set_num_threads(threads)
+    loaded, tokenizer = load(model, dtype, "cpu")
+    if layers is not None:
+        loaded.model.layers = loaded.model.layers[:layers]
+        loaded.config.num_hidden_layers = layers
+        loaded.config.layer_types = None
+    lowkey.attach(loaded)
+    makers = bench.settings(loaded, tokenizer) | policies(loaded)
+    chosen = settings.split(",") if settings else list(makers)
+    rows = []
+    for tokens in parse_numbers("context", context, "StepTiming", "contexts"):
+        times = measured(loaded, tokenizer, tokens, {name: makers[name] for name in chosen}, rounds)
+        rows += [
+            {"setting": name, "dtype": dtype, "context": tokens, "threads": threads, "layers": layers, **row}
+            for name, row in compared(times)
+        ]
+        for row in rows[-len(chosen) - 1 :]:
+            print(row["setting"], tokens, f"{row['seconds']:.2f} s", f"{row['ratio_to_stock']:.3f}")
+    if out:
+        new = {key(row) for row in rows}
+        old = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.exists() else []
+        rows = [row for row in old if key(row) not in new] + rows
+        files.write_json(out, {"environment": machine("cpu"), "rows": rows}, "benchmark", ours=True)
 
 
-def _beside(took: list[tuple[float, float]], full: list[tuple[float, float]], i: int) -> tuple[float, float]:
-    """Medians of the i-th time and of its ratio within a round."""
-    return statistics.median(x[i] for x in took), statistics.median(
-        x[i] / y[i] for x, y in zip(took, full, strict=True)
-    )
+def policies(model: PreTrainedModel) -> dict[str, Callable[[], LowkeyCache]]:
+    """What makes an empty cache of each policy. Head importance is random: time depends on shapes only."""
+    shape, seeded = families.geometry(model), torch.Generator().manual_seed(0)
+    scores = torch.rand(len(shape.compressible), shape.kv_heads, generator=seeded).tolist()
+    heads = dict.fromkeys(("copy", "r2", "induction", "echo"), scores)
 
+    def policy(name: str) -> Policy:
+        return make_policy(name, BUDGET, {}).with_head_scores(heads)
 
-def stored_otherwise(model: PreTrainedModel) -> dict[str, Callable[[], LowkeyCache]]:
-    """Latents of half the rank, in random bases: time depends on shapes only; and integers."""
-    near = Exact(sinks=4, recent=64)
-    kinds: dict[str, tuple[Layout, Exact]] = {
-        "rank 50 %": ("post_rope", Exact()),
-        "rank 50 %, pre-RoPE": ("pre_rope", Exact()),
-        "rank 50 %, 4 sinks and 64 recent": ("post_rope", near),
-        "rank 50 %, pre-RoPE, 4 sinks and 64 recent": ("pre_rope", near),
-    }
-    caches: dict[str, Callable[[], LowkeyCache]] = {
-        name: partial(cache_of, model, partial(latent_layer, model, layout, exact))
-        for name, (layout, exact) in kinds.items()
-    }
-    return caches | {bits: partial(lowkey.make_cache, model, bits=bits) for bits in ("int8", "int4", "kivi4")}
-
-
-def latent_layer(model: PreTrainedModel, layout: Layout, exact: Exact, i: int) -> CodedLayer:
-    shape = families.geometry(model)
-    down = torch.linalg.qr(torch.randn(shape.kv_heads, shape.head_dim, shape.head_dim // 2)).Q
-    return CodedLayer(LowRank(Factors(down, down.mT, down, down.mT), layout, families.rope(model, i)), exact)
+    return {name: partial(lowkey.make_cache, model, policy=policy(name)) for name in POLICIES}
 
 
 @torch.no_grad()
-def seconds(model: PreTrainedModel, ids: torch.Tensor, cache: LowkeyCache) -> tuple[float, float]:
-    """Of the prompt, and of a step after it: the median of several."""
-    marks = [time.perf_counter()]
-    for part in (ids, *[ids[:, :1]] * STEPS):
-        model(part, past_key_values=cache, logits_to_keep=1)
-        marks.append(time.perf_counter())
-    prefill, *steps = (stop - start for start, stop in itertools.pairwise(marks))
-    return prefill, statistics.median(steps)
+def measured(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    makers: dict[str, Callable[[], LowkeyCache]],
+    rounds: int,
+) -> dict[str, list[float]]:
+    """Seconds of a prompt in every round, by setting; `stock` comes first."""
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(10, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
+    stock = stock_twin(model)
+
+    def stock_prefill() -> None:
+        stock(ids, past_key_values=DynamicCache(config=stock.config), logits_to_keep=1)
+
+    def own_prefill(name: str) -> None:
+        lowkey.prefill(model, tokenizer, makers[name](), ids)
+
+    runs: dict[str, Callable[[], None]] = {"stock": stock_prefill}
+    runs |= {name: partial(own_prefill, name) for name in makers}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    # on one thread other jobs do not count
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = clock()
+            run()
+            times[name].append(clock() - start)
+    return times
+
+
+def compared(times: dict[str, list[float]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Medians of the seconds and of their quotients within a round, by setting."""
+    for name, own in times.items():
+        quotients = [a / b for a, b in zip(own, times["stock"], strict=True)]
+        yield name, {"seconds": median(own), "ratio_to_stock": median(quotients), "rounds": len(own)}
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells rows apart."""
+    return tuple(row[name] for name in ("setting", "dtype", "context", "threads", "layers"))
 
 
 if __name__ == "__main__":

@@ -188,6 +188,27 @@ def steps_table(machine: str) -> list[str]:
     return table(["cache", *heads, "operations", "value reads"], lines)
 
 
+def prefill_table() -> list[str]:
+    """Time of a prompt over transformers' own in the same run, by contexts and dtypes."""
+    rows = rows_of("prefill")
+    places = sorted({(row["context"], row["dtype"]) for row in rows})
+    lines = []
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        own = {(row["context"], row["dtype"]): row for row in rows if row["setting"] == setting}
+        cells = [f"{own[place]['ratio_to_stock']:.2f}" if place in own else "-" for place in places]
+        lines.append([setting, *cells])
+    return table(["cache", *(f"{n:,} tokens, {dtype}" for n, dtype in places)], lines)
+
+
+def prefill_memory_table() -> list[str]:
+    """How far a process grew while it read a prompt chunk by chunk."""
+    head = ["cache", "held, MiB", "peak, MiB", "peak of the first chunk, MiB", "full cache, MiB"]
+    figures = ("held_mib", "peak_mib", "one_chunk_mib", "full_mib")
+    return table(
+        head, [[row["setting"], *(f"{row[x]:.0f}" for x in figures)] for row in rows_of("prefill-memory")]
+    )
+
+
 def frontier_table(name: str, keep: str) -> list[str]:
     """All rows of the first draw at one budget, the best KL first."""
     rows = [row for row in rows_of(name) if (row["keep"], row["draw"]) == (keep, 0)]
@@ -346,6 +367,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "smollm2-plan": partial(planner_table, "smollm2/plan"),
     "smollm2-plan-frontier": partial(frontier_table, "smollm2/plan", "12.5%"),
     "smollm2-steps": partial(steps_table, "amd-epyc-2-cores"),
+    "smollm2-prefill": prefill_table,
+    "prefill-memory": prefill_memory_table,
     "tiny-plan": partial(planner_table, "tiny/plan"),
     "tiny": partial(equal_bytes_table, "tiny"),
     "stories260K": partial(equal_bytes_table, "stories260K"),

@@ -7,7 +7,7 @@ from functools import cache, partial
 
 import pico
 import torch
-from cache_kinds import KINDS, agree, planned
+from cache_kinds import KINDS, agree, evicting, planned
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
@@ -16,7 +16,7 @@ import lowkey
 
 PROMPT, STEPS = 80, 40  # more steps than two rooms, and more tokens than a block of 32
 MORE_OPERATIONS = 30  # of a layer, beyond those of transformers' own cache and attention
-MORE_FOR_MAPS = 48  # where heads are put in another order, and means are added to keys and values
+MORE_FOR_MAPS = 52  # where heads are put in another order, and means are added to keys and values
 READS = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "equal", "nonzero", "unique"}
 
 # latents of four heads together, wide enough for the kernel; the others are of narrower ones
@@ -39,6 +39,28 @@ LATENTS = {
     )
     for layout in ("post_rope", "pre_rope")
     for bits in (None, "kivi2")
+}
+
+# between selections, which come with every eighth step
+SELECTING = {"every-8": lambda m: lowkey.make_cache(m, policy=evicting("h2o", every=8))}
+# steps that take more operations than the bar, and how many
+LIMITS = {
+    **dict.fromkeys(LATENTS, MORE_FOR_MAPS),
+    "bits-hadamard4": 33,
+    # queries and outputs pass a map of latents each
+    **dict.fromkeys(("plan-exact", "plan-kivi", "plan-h2o-4", "exact-prefill"), 31),
+    # without a window, a token is encoded and packed in its own step
+    **{"plan": 47, "plan-h2o": 47, "plan-pre": 77, "plan-4": 95},
+}
+
+
+NOT_PLAIN = {  # kinds whose third step looks at values, and why
+    "think": "rows have channels of their own",
+    "think-global": "rows have channels of their own",
+    "every-global": "evicts in the third step",
+    "every-hadamard4": "evicts in the third step",
+    "dynamic": "every token has a rank of its own",
+    "dynamic-pre": "every token has a rank of its own",
 }
 
 
@@ -78,7 +100,7 @@ def fed(model, cache, ids, pads=None):
 def filled(kind, name, pads=None):
     """A model and a cache that holds a prompt of PROMPT tokens in two rows, or in one for each of `pads`."""
     model = pico.attached(name)
-    cache = (KINDS | LATENTS)[kind](model)
+    cache = (KINDS | LATENTS | SELECTING)[kind](model)
     ids = pico.prompt(PROMPT, batch=len(pads or [0, 0]))
     if cache.origin and cache.origin.policy_in_use and cache.origin.policy_in_use.needs_second_pass:
         mask = None if pads is None else pico.padding(pads, PROMPT)[0]

@@ -20,7 +20,7 @@ STOP = (
     torch.device,
 )
 # attributes that hold a plan's maps, gates and sink points
-MAPS = ("origin", "codec", "codecs", "gate", "sink_points", "exact", "gates")
+MAPS = ("origin", "codec", "codecs", "gate", "sink_points", "exact", "gates", "plan_maps")
 
 
 def storages(root: object, skip: tuple[str, ...] = ()) -> dict[int, int]:

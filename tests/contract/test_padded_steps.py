@@ -8,6 +8,7 @@ import torch
 from cache_kinds import KINDS, agree
 from counted_steps import (
     MORE_OPERATIONS,
+    NOT_PLAIN,
     STEPS,
     Counted,
     Reads,
@@ -18,7 +19,6 @@ from counted_steps import (
     steps,
 )
 from failing_calls import same, state
-from test_plain_steps import NOT_PLAIN
 
 from lowkey import make_cache
 from lowkey.backends import numba_cpu

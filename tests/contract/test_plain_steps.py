@@ -8,9 +8,11 @@ import torch
 from cache_kinds import CASES, KINDS, agree, feed
 from counted_steps import (
     LATENTS,
-    MORE_FOR_MAPS,
+    LIMITS,
     MORE_OPERATIONS,
+    NOT_PLAIN,
     PROMPT,
+    SELECTING,
     STEPS,
     Counted,
     Reads,
@@ -22,24 +24,10 @@ from failing_calls import same, state
 
 import lowkey
 from lowkey.backends import numba_cpu
-from lowkey.policies import POLICIES
 from lowkey.storage import stepping
 
-IMMEDIATE = "has no window, so that each token is encoded as it comes"
-NOT_PLAIN = {  # kinds whose steps look at values, and why
-    **dict.fromkeys(("plan", "plan-pre", "plan-4", "razor-4"), IMMEDIATE),
-    **{f"plan-{policy}": IMMEDIATE for policy in POLICIES},
-    "think": "rows have channels of their own",
-    "think-global": "rows have channels of their own",
-    "every": "evicts between steps",
-    "every-global": "evicts between steps",
-    "every-hadamard4": "evicts between steps",
-    "dynamic": "every token has a rank of its own",
-    "dynamic-pre": "every token has a rank of its own",
-}
 
-
-@pytest.mark.parametrize(("kind", "name"), [*CASES, *((kind, "llama") for kind in LATENTS)])
+@pytest.mark.parametrize(("kind", "name"), [*CASES, *((kind, "llama") for kind in (*LATENTS, *SELECTING))])
 def test_plain_steps_give_what_other_steps_give(kind, name, monkeypatch):
     model, cache = filled(kind, name)
     plain = steps(model, cache, STEPS)
@@ -51,7 +39,7 @@ def test_plain_steps_give_what_other_steps_give(kind, name, monkeypatch):
     assert agree(cache, "compact") == agree(other, "compact")
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in NOT_PLAIN])
+@pytest.mark.parametrize("kind", [k for k in (*KINDS, *SELECTING) if k not in NOT_PLAIN])
 def test_a_plain_step_reads_no_value(kind):
     model, cache = filled(kind, "llama")
     steps(model, cache, 2)  # looks once whether there is padding, and makes room
@@ -65,14 +53,13 @@ def test_a_plain_step_reads_no_value(kind):
     [
         "bits-8",
         "bits-kivi4",
-        "bits-hadamard4",
         "exact",
         "snapkv",
         "h2o",
         "snapkv-kivi2",
         "merged-pre-kivi2",
         "merged-pre-global-8",
-        *(kind for kind in LATENTS if "pre" in kind),
+        *("rule", "every-8", *LIMITS),
     ],
 )
 def test_a_plain_step_takes_few_operations(kind):
@@ -81,11 +68,21 @@ def test_a_plain_step_takes_few_operations(kind):
     steps(model, cache, 2)
     with Counted() as own:
         feed(model, cache, pico.prompt(1, batch=2))
-    more = MORE_FOR_MAPS if kind in LATENTS else MORE_OPERATIONS
+    more = LIMITS.get(kind, MORE_OPERATIONS)
     assert own.operations <= operations_of_stock() + more * pico.LAYERS
 
 
-@pytest.mark.parametrize("kind", ["bits-8", "bits-kivi4", "plan-exact", "snapkv", "snapkv-kivi2"])
+def test_steps_between_selections_read_no_value():
+    model, cache = filled("every-8", "llama")
+    reading = []
+    for n, ids in enumerate(pico.prompt(26, batch=2, seed=3).split(1, 1), 1):
+        with Reads() as reads:
+            feed(model, cache, ids)
+        reading += [n] if reads.found else []
+    assert reading == [1, 8, 16, 24]  # the first may be a question of one token
+
+
+@pytest.mark.parametrize("kind", ["bits-8", "bits-kivi4", "plan-exact", "plan-4", "snapkv-kivi2", "every-8"])
 @pytest.mark.parametrize("taken", [1, 7, stepping.ROOM, stepping.ROOM + 1])
 def test_a_step_that_fails_within_a_room_is_undone(kind, taken, monkeypatch):
     model, cache = filled(kind, "llama")

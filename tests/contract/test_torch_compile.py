@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cache_kinds import KINDS, agree
-from pico import attached, prompt
+from cache_kinds import CASES, KINDS, agree, feed
+from pico import attached, prompt, tokenizer
+from reach import storages
 
+import lowkey
 from lowkey.models.attention_interface import attention
 
 
@@ -64,5 +66,44 @@ def test_fullgraph_is_refused_with_the_reason():
     try:
         with pytest.raises(torch._dynamo.exc.Unsupported, match="leave out fullgraph"):
             logits(torch.compile(model, backend="eager", fullgraph=True), KINDS["snapkv"](model), 1)
+    finally:
+        torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("kind", "family"), CASES)
+def test_no_cache_keeps_a_tensor_that_it_was_given(kind, family):
+    """In mode `reduce-overhead` these are memory of a CUDA graph, which its next replay overwrites."""
+    model = attached(family)
+    cache, given = KINDS[kind](model), []
+    update = cache.update
+
+    def noted(keys, values, *args, **kwargs):
+        given.extend((keys, values))
+        return update(keys, values, *args, **kwargs)
+
+    cache.update = noted
+    policy = cache.origin.policy_in_use if cache.origin else None
+    for length in (40, 1, 1, 1, 5, 1):
+        ids = prompt(length, batch=1)
+        if policy is not None and policy.needs_second_pass and not cache.get_seq_length():
+            lowkey.prefill(model, tokenizer(), cache, ids)
+        else:
+            feed(model, cache, ids)
+        assert given
+        held = storages(list(cache.layers))
+        assert not set(held) & {x.untyped_storage().data_ptr() for x in given}, length
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["stock", "bits-8", "plan-exact", "snapkv"])
+def test_reduced_overhead_gives_the_same(kind):
+    torch._dynamo.reset()
+    model = attached("llama")
+    expected = logits(model, KINDS[kind](model), 5)
+    cache = KINDS[kind](model)
+    try:
+        found = logits(torch.compile(model, mode="reduce-overhead"), cache, 5)
+        assert (found - expected).abs().max() < 1e-4
+        agree(cache, "compiled")
     finally:
         torch._dynamo.reset()

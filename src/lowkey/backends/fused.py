@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from lowkey.backends.segment import Part, Segment, joint_mask, kv_heads
+from lowkey.backends import onednn
+from lowkey.backends.segment import Part, Segment, joint_mask, kv_heads, merge_seen
 
 QUERIES = 16  # from so many on, it is faster than products that form scores
 # Queries are taken so many at a time on a CPU, and four times as many elsewhere. Tokens that none of them
@@ -119,7 +120,7 @@ def attend_with_lse(segments: Sequence[Segment], scaling: float) -> Part:
             out, lse = out.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, -torch.inf)
         parts.append((out, lse))
     out, lse = (torch.cat(x, 2).unflatten(1, (h, -1)) for x in zip(*parts, strict=True))
-    return out if up is None else out @ up.unsqueeze(1), lse
+    return out if up is None else out.to(up.dtype) @ up.unsqueeze(1), lse
 
 
 def ragged(query: Tensor, keys: Tensor, values: Tensor, starts: Tensor, scaling: float) -> Part:
@@ -133,23 +134,87 @@ def ragged(query: Tensor, keys: Tensor, values: Tensor, starts: Tensor, scaling:
 
 
 def causal(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Part:
-    """Causal attention of a chunk over itself, as `grouped.partial` returns it.
+    """Causal attention over as many tokens as there are queries, as `grouped.partial` returns it.
 
     Args:
         query: (b, h, g, t, d).
-        keys: (b, h, t, d), of the same tokens.
-        values: (b, h, t, d).
+        keys: (b, h|G, t, d), of which the i-th query sees the first i + 1.
+        values: (b, h|G, t, width).
         scaling: what scores are multiplied with.
     """
-    g = query.shape[2]
-    out, lse = _with_lse(
-        query.flatten(1, 2),
-        _repeat_for_heads(keys, g * keys.shape[1]),
-        _repeat_for_heads(values, g * keys.shape[1]),
-        scaling,
-        True,
-    )
-    return out.unflatten(1, (-1, g)), lse.unflatten(1, (-1, g))
+    h, g = query.shape[1:3]
+    if keys.shape[1] != values.shape[1]:
+        keys, values = _repeat_for_heads(keys, h * g), _repeat_for_heads(values, h * g)
+    out, lse = _with_lse(query.flatten(1, 2), keys, values, scaling, True)
+    return out.unflatten(1, (h, g)), lse.unflatten(1, (h, g))
+
+
+def causal_newest(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Part:
+    """Causal attention of the newest t tokens over all s; arguments are those of `causal`."""
+    older = keys.shape[2] - query.shape[3]
+    part = causal(query, keys[:, :, older:], values[:, :, older:], scaling)
+    if not older:
+        return part
+    return merge_seen(part, rectangle(query, keys[:, :, :older], values[:, :, :older], scaling))
+
+
+def rectangle(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Part:
+    """Attention of queries that all see all tokens; arguments are those of `causal`, with s tokens."""
+    h, g, t = query.shape[1:4]
+    if keys.shape[1] != values.shape[1]:
+        keys, values = _repeat_for_heads(keys, h * g), _repeat_for_heads(values, h * g)
+    # the queries that meet one stored head lie side by side, so that no key is repeated
+    folded = query.flatten(1, 3).unflatten(1, (keys.shape[1], -1))
+    out, lse = _with_lse(folded, keys, values, scaling)
+    return out.reshape(len(out), h, g, t, -1), lse.reshape(len(lse), h, g, t)
+
+
+def banded(
+    query: Tensor, keys: Tensor, values: Tensor, width: int, size: int, missing: int, scaling: float
+) -> Part:
+    """Attention of each query over the newest tokens up to its own.
+
+    Args:
+        query: (b, h, g, blocks * size, d).
+        keys: (b, h, blocks, size + width - 1, d), the tokens that the queries of each block see. Those of
+            the next block begin `size` tokens later.
+        values: (b, h, blocks, size + width - 1, d).
+        width: how many tokens each query sees.
+        size: queries of a block.
+        missing: so many tokens, from the first of the first block on, do not exist.
+        scaling: what scores are multiplied with.
+
+    Returns:
+        As `grouped.partial`; anything for queries that see no token.
+    """
+    b, _, g = query.shape[:3]
+    blocks, device = keys.shape[2], query.device
+    if 0 < (short := -(-missing // size)) < blocks:
+        # only the first blocks reach back to tokens that do not exist, and need masks of their own
+        parts = [
+            banded(query[..., at, :], keys[:, :, of], values[:, :, of], width, size, absent, scaling)
+            for at, of, absent in (
+                (slice(short * size), slice(short), missing),
+                (slice(short * size, None), slice(short, None), 0),
+            )
+        ]
+        out, lse = (torch.cat(x, 3) for x in zip(*parts, strict=True))
+        return out, lse
+    first, token = torch.arange(size, device=device).unsqueeze(1), torch.arange(keys.shape[3], device=device)
+    visible = (token >= first) & (token < first + width)
+    if missing:
+        begins = torch.arange(0, blocks * size, size, device=device)[:, None, None]
+        visible = (visible & (token + begins >= missing)).repeat(b, 1, 1)
+    else:
+        visible = visible.unsqueeze(0)
+    # the queries that meet one stored head lie side by side, and the blocks are a batch
+    folded = query.unflatten(3, (blocks, size)).permute(0, 3, 1, 2, 4, 5).flatten(0, 1).flatten(2, 3)
+    keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (keys, values))
+    mask = keys.new_zeros(visible.shape).masked_fill_(~visible, -torch.inf).repeat(1, g, 1).unsqueeze(1)
+    out, lse = _with_lse(folded, keys, values, scaling, mask=mask)
+    out = out.unflatten(0, (b, blocks)).unflatten(3, (g, size)).permute(0, 2, 3, 1, 4, 5).flatten(3, 4)
+    lse = lse.unflatten(0, (b, blocks)).unflatten(3, (g, size)).permute(0, 2, 3, 1, 4).flatten(3, 4)
+    return out, lse
 
 
 def _with_lse(
@@ -164,22 +229,26 @@ def _with_lse(
 
     Args:
         query: (b, H, t, d).
-        keys: (b, H, s, d).
-        values: (b, H, s, width).
+        keys: (b, G, s, d), of H / G query heads each.
+        values: (b, G, s, width).
         scaling: what scores are multiplied with.
         is_causal: whether each query sees the tokens up to its own only.
         mask: (b|1, 1, t, s), added to the scaled scores; None for nothing.
 
     Returns:
-        (output (b, H, t, width), log-sum-exp (b, H, t)).
+        (output (b, H, t, width), in fp32 or finer or in the dtype of the keys, log-sum-exp (b, H, t)).
     """
     if not keys.shape[2]:
         return query.new_zeros(*query.shape[:3], values.shape[3]), query.new_full(
             query.shape[:3], -torch.inf, dtype=torch.float32
         )
+    if mask is None and onednn.attends_faster(query, keys, values):
+        return onednn.attend(query, keys, values, scaling, is_causal)
     width = values.shape[3]
     widest = max(width, keys.shape[3])  # zeros in more channels change no score and no output
     query, keys, values = (pad(x, (0, widest - x.shape[3])) for x in (query.to(keys.dtype), keys, values))
+    # the kernel takes the numbers of a token to lie side by side, without looking
+    query, keys, values = (x if x.stride(3) == 1 else x.contiguous() for x in (query, keys, values))
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, lse = attention(query, keys, values, 0.0, is_causal, attn_mask=mask, scale=scaling)
     return out[..., :width], lse

@@ -28,7 +28,6 @@ KERNEL_KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.floa
 GROUPS = (1, 2, 4, 8)  # queries that share one reading of the keys; each is one more small compilation
 BLOCK = 32  # tokens of a block whose channels have scales of their own; masks are filled up to whole blocks
 LN2 = math.log(2)
-STRIDE = 64  # positions between the angles of a coarse table
 MANTISSA = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}  # bits that a dtype leaves out
 NO_MASK, NO_BIAS = np.empty((0, 0, 0), np.uint8), np.empty((0, 0), np.float32)
 _lock = Lock()  # one of numba's threading layers must not be entered by two threads at a time
@@ -91,12 +90,9 @@ def stored_rows(
 
     Codes are widened in registers. The result is the same in every bit for any number of threads.
     """
-    seen = NO_MASK
-    if mask is not None:
-        seen = pad(mask, (0, -mask.shape[2] % BLOCK)).contiguous().view(torch.uint8).numpy()
     own = Segments(query.shape[1], [StepSegment(keys, values, lengths)])
-    _, out, _, lse = own.attend((None, query), scaling, softcap, seen)
-    return torch.from_numpy(out), torch.from_numpy(lse)
+    _, out, _, lse = own.attend((None, query), scaling, softcap, mask)
+    return out, lse
 
 
 class Segments:
@@ -105,16 +101,20 @@ class Segments:
     Queries and outputs are in one of two bases: that of latents (0) and that of the model (1).
 
     Attributes:
-        places: (S, 5, R), int64: the lane and first unit of each row's keys and of its values, and its
-            tokens. A caller may change it between calls.
+        widths: channels of outputs in either basis, 0 where there are none.
+        places: (S, 5, R), int64, in the next call: the lane and first unit of each row's keys and of its
+            values, and its tokens.
     """
 
-    def __init__(self, queries: int, segments: Sequence[StepSegment]) -> None:
+    def __init__(
+        self, queries: int, segments: Sequence[StepSegment], counts: np.ndarray | None = None
+    ) -> None:
         """Prepare.
 
         Args:
             queries: of each row.
             segments: the tokens.
+            counts: (n, S, 2, R), see `ragged.prepared_segments`; None if all segments have `lengths`.
         """
         kernel, pairs = _kernel(), [(s.keys, s.values) for s in segments]
         self.group = g = next((n for n in GROUPS if n >= queries), GROUPS[-1])
@@ -134,6 +134,12 @@ class Segments:
                 self.places[i, 4] = s.lengths.numpy()
             if s.rebuilding is not None:
                 self.firsts[i] = s.rebuilding.firsts.numpy()
+        if counts is not None:
+            self.steps = np.repeat(self.places[None], len(counts), 0)
+            for i, s in enumerate(segments):
+                if s.lengths is None:
+                    self.steps[:, i, 1:4:2] += counts[:, i, :1]
+                    self.steps[:, i, 4] = counts[:, i, 1]
         # the addresses below point into these
         self.held = [plans, [x for pair in pairs for y in pair for x in (y.numbers, y.scale, y.low)]]
         self.keys, self.values = (np.stack([_place(x) for x in side]) for side in zip(*pairs, strict=True))
@@ -156,14 +162,22 @@ class Segments:
             ]
             self.functions = np.stack([_functions(g, *kind) for kind in kinds])
 
+    def tensors(self) -> list[Tensor]:
+        """None: tables are no tensors, and small."""
+        return []
+
+    def move(self, step: int) -> None:
+        """Let the next call be that of this step; see `ragged.PreparedSegments`."""
+        self.places = self.steps[step]
+
     def attend(
         self,
         queries: tuple[Tensor | None, Tensor | None],
         scaling: float,
         softcap: float | None = None,
-        mask: np.ndarray | None = None,
+        mask: Tensor | None = None,
         bias: Tensor | None = None,
-    ) -> tuple[np.ndarray, ...]:
+    ) -> tuple[Tensor, ...]:
         """Attention over all segments, under one softmax.
 
         Args:
@@ -171,7 +185,7 @@ class Segments:
                 met in the model's.
             scaling: what scores are multiplied with.
             softcap: the soft cap of scaled scores, or None.
-            mask: see `numba_kernel.attend_segments`.
+            mask: see `stored.stored_rows`.
             bias: (R, m), added to all scores in basis 0; None for none.
 
         Returns:
@@ -186,6 +200,9 @@ class Segments:
             np.empty((rows, m), np.float32),
             np.empty((rows, m), np.float32),
         )
+        seen = NO_MASK
+        if mask is not None:
+            seen = pad(mask, (0, -mask.shape[2] % BLOCK)).contiguous().view(torch.uint8).numpy()
         shift = NO_BIAS if bias is None else _as_numbers(bias) * np.float32(scaling / LN2)
         attend = _kernel().attend_segments
         with _lock, _compiling(attend):
@@ -201,14 +218,14 @@ class Segments:
                 *self.value_slots,
                 self.places,
                 self.hidden,
-                NO_MASK if mask is None else mask,
+                seen,
                 shift,
                 self.rebuilt,
                 self.firsts,
                 *outputs,
                 _threads(),
             )
-        return outputs
+        return tuple(map(torch.from_numpy, outputs))
 
 
 def _as_numbers(x: Tensor) -> np.ndarray:
@@ -252,7 +269,7 @@ class _Rebuilding:
         numbers = groups * size
         number, mean = KERNEL_KINDS[how.maps.dtype], how.mean
         described = np.zeros(kernel.DESCRIBED, np.int64)
-        described[: kernel.DECODE] = (
+        described[: kernel.DECODER_AT] = (
             pairs,
             -(-numbers // 2) if by_pairs else numbers,
             h,
@@ -262,12 +279,12 @@ class _Rebuilding:
             self.fine.ctypes.data,
             self.columns.ctypes.data,
         )
-        described[kernel.DECODE : kernel.MAPS] = (
+        described[kernel.DECODER_AT : kernel.MAPS_AT] = (
             rebuilding.decoder(_kind(keys), by_pairs).address,
             rebuilding.packer(number, by_pairs).address,
             rebuilding.packer(number, 0).address,
         )
-        for at, x in ((kernel.MAPS, how.maps), (kernel.MEAN, mean)):
+        for at, x in ((kernel.MAPS_AT, how.maps), (kernel.MEANS_AT, mean)):
             if x is not None:
                 size = x.element_size()
                 described[at : at + 1 + x.ndim] = x.data_ptr(), *(size * n for n in x.stride())
@@ -284,9 +301,9 @@ def _table(x: np.ndarray, width: int) -> np.ndarray:
 def _rebuilding() -> ModuleType:
     """The compiled module, loaded on first use."""
     _kernel()
-    from lowkey.backends import numba_rebuilding
+    from lowkey.backends import numba_rebuilding_kernel
 
-    return numba_rebuilding
+    return numba_rebuilding_kernel
 
 
 def _joined(slots: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -22,18 +22,19 @@ from numba import prange, types
 from lowkey.backends.numba_cache import kept_cfunc, kept_njit
 from lowkey.backends.numba_channels import CHANNEL_BLOCK, mix_channels, score_channels
 from lowkey.backends.numba_ir import LANES, LOWEST
-from lowkey.backends.numba_rebuilding import BLOCK, RECORD
+from lowkey.backends.numba_rebuilding_kernel import RECORD
 from lowkey.backends.numba_vectors import add, call, fill_memory, finish_scores, level, mix, score, weigh
 
 # tokens of a piece, and the pieces that the tokens of a call are cut into, about and at least
 SMALLEST_PIECE, LARGEST_PIECE, LEAST_PIECES = 64, 1024, 32
 LN2_FP32, NOT_THERE = np.float32(0.6931471805599453), np.float32(LOWEST)
-# what is described of keys that are rebuilt: pairs of vectors of a key, words of a token, KV heads of a
-# sequence, numbers of a latent; the addresses of positions, of the coarse and the
-# fine table, and of first columns and counts of each vector; those of a decoder and of packers of maps and
-# means; the address of maps, and bytes from head to head, row to row and column to column; the same of means
-PAIRS, WORDS, HEADS, ROWS, POSITIONS, COARSE, FINE, COLUMNS, DECODE, PACK_MAPS, PACK_MEAN = range(11)
-MAPS, MEAN, DESCRIBED = 11, 15, 18
+# Where a description of keys that are rebuilt has what: pairs of vectors of a key, words of a token, KV heads
+# of a sequence, numbers of a latent; the addresses of positions, of the coarse and the fine table, and of
+# first columns and counts of each vector; those of a decoder and of packers of maps and means; the address of
+# maps, and bytes from head to head, row to row and column to column; the same of means without rows.
+PAIRS_AT, WORDS_AT, HEADS_AT, ROWS_AT, POSITIONS_AT, COARSE_AT, FINE_AT, COLUMNS_AT = range(8)
+DECODER_AT, MAP_PACKER_AT, MEAN_PACKER_AT = 8, 9, 10
+MAPS_AT, MEANS_AT, DESCRIBED = 11, 15, 18
 compiled = kept_njit(nogil=True)
 
 
@@ -278,7 +279,7 @@ def _packed(queries, basis, rebuilt, scale, g, slots, widths):
         starts[s + 1] = starts[s] + rows * filled * widths[s]
     packed = np.zeros(starts[-1], np.float32)
     for s in range(len(basis)):
-        query = queries[0] if basis[s] == 0 and not rebuilt[s, PAIRS] else queries[1]
+        query = queries[0] if basis[s] == 0 and not rebuilt[s, PAIRS_AT] else queries[1]
         for row in range(rows):
             for i in range(m):
                 at = starts[s] + (row * filled + i) * widths[s]
@@ -297,21 +298,24 @@ def _packed_maps(rebuilt):
     """
     maps, means, total = np.zeros(len(rebuilt), np.int64), np.zeros(len(rebuilt), np.int64), 0
     for s in range(len(rebuilt)):
-        of_heads = rebuilt[s, HEADS] * rebuilt[s, PAIRS] * 2 * LANES
-        maps[s], means[s] = total, total + of_heads * rebuilt[s, WORDS]
+        of_heads = rebuilt[s, HEADS_AT] * rebuilt[s, PAIRS_AT] * 2 * LANES
+        maps[s], means[s] = total, total + of_heads * rebuilt[s, WORDS_AT]
         total = means[s] + of_heads
     packed = np.zeros(total, np.float32)
     for s in range(len(rebuilt)):
-        if not rebuilt[s, PAIRS]:
+        if not rebuilt[s, PAIRS_AT]:
             continue
         x = rebuilt[s]
-        columns = x[HEADS], x[ROWS], 2 * x[PAIRS], x[COLUMNS], x[COLUMNS] + 16 * x[PAIRS]
+        columns = x[HEADS_AT], x[ROWS_AT], 2 * x[PAIRS_AT], x[COLUMNS_AT], x[COLUMNS_AT] + 16 * x[PAIRS_AT]
         out = _at(packed, maps[s])
-        call(x[PACK_MAPS], (x[MAPS], x[MAPS + 1], x[MAPS + 2], x[MAPS + 3], *columns, x[WORDS], out))
-        if x[MEAN]:
-            strides, one = (x[MEAN + 1], np.int64(0), x[MEAN + 2]), np.int64(1)
-            columns = x[HEADS], one, 2 * x[PAIRS], x[COLUMNS], x[COLUMNS] + 16 * x[PAIRS]
-            call(x[PACK_MEAN], (x[MEAN], *strides, *columns, one, _at(packed, means[s])))
+        call(
+            x[MAP_PACKER_AT],
+            (x[MAPS_AT], x[MAPS_AT + 1], x[MAPS_AT + 2], x[MAPS_AT + 3], *columns, x[WORDS_AT], out),
+        )
+        if x[MEANS_AT]:
+            strides, one = (x[MEANS_AT + 1], np.int64(0), x[MEANS_AT + 2]), np.int64(1)
+            columns = x[HEADS_AT], one, 2 * x[PAIRS_AT], x[COLUMNS_AT], x[COLUMNS_AT] + 16 * x[PAIRS_AT]
+            call(x[MEAN_PACKER_AT], (x[MEANS_AT], *strides, *columns, one, _at(packed, means[s])))
     return packed, maps, means
 
 
@@ -355,7 +359,9 @@ def _attend_share(thread, layout, arrays, merging, outputs, cuts, results, count
     (taken, done), count = counters, len(cuts[1])
     scores = np.empty((2 + cuts[4] * layout[1] // LANES, LANES), np.float32)
     masks, record = np.empty(results[1].shape[1], np.int64), np.empty(RECORD, np.int64)
-    room = np.empty(BLOCK * (layout[7][:, WORDS] + 2 * LANES * layout[7][:, PAIRS]).max(), np.float32)
+    room = np.empty(
+        CHANNEL_BLOCK * (layout[7][:, WORDS_AT] + 2 * LANES * layout[7][:, PAIRS_AT]).max(), np.float32
+    )
     record[RECORD - 1] = _at(room, 0)
     for turn in range(len(taken)):
         share = (thread + turn) % len(taken)
@@ -390,13 +396,13 @@ def _attend_piece(i, layout, arrays, merging, outputs, cuts, results, done, scor
         seen = masks
         masks[:] = _at(veil, SMALLEST_PIECE - hidden[s, row])
     told = record[:0]
-    if rebuilt[s, PAIRS]:
+    if rebuilt[s, PAIRS_AT]:
         told, x = record, rebuilt[s]
-        head = row % x[HEADS] * x[PAIRS] * 2 * LANES
-        told[1] = _at(maps, map_starts[s] + head * x[WORDS])
+        head = row % x[HEADS_AT] * x[PAIRS_AT] * 2 * LANES
+        told[1] = _at(maps, map_starts[s] + head * x[WORDS_AT])
         told[2] = _at(maps, mean_starts[s] + head)
-        told[3] = x[POSITIONS] + 4 * (token_firsts[s, row] + begin)
-        told[4:9] = x[COARSE], x[FINE], x[PAIRS], x[WORDS], x[DECODE]
+        told[3] = x[POSITIONS_AT] + 4 * (token_firsts[s, row] + begin)
+        told[4:9] = x[COARSE_AT], x[FINE_AT], x[PAIRS_AT], x[WORDS_AT], x[DECODER_AT]
     _attend(
         functions[s],
         g,

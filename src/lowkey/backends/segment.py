@@ -63,6 +63,13 @@ Part = tuple[Tensor, Tensor]
 -inf where no token is seen."""
 
 
+def merge_seen(first: Part, second: Part) -> Part:
+    """As `merge_parts`, with fewer copies, of two parts that both see a token at every query."""
+    weight = (second[1] - first[1]).sigmoid().unsqueeze(-1)
+    out = torch.lerp(first[0].to(weight.dtype), second[0].to(weight.dtype), weight)
+    return out, torch.logaddexp(first[1], second[1])
+
+
 def merge_parts(parts: Sequence[Part]) -> Part:
     """Attention over the tokens of all parts, under one softmax."""
     lse = torch.stack([p[1] for p in parts])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lowkey.backends.segment import Part, softcapped
 
+STRIDE = 64  # positions between the angles of a coarse table of a rotary embedding
 BLOCK_TOKENS = 256  # tokens of each row that are decoded at a time; a multiple of any packing's block
 
 
@@ -125,7 +126,7 @@ class Rebuilding:
         mean: (h, d), added before the rotation; None for none.
         positions: of all tokens, int32.
         firsts: (R), int64, where in `positions` those of each row begin.
-        rotation: the cosines and sines (n, 2, p / 2) of the multiples of `numba_cpu.STRIDE`; those of the
+        rotation: the cosines and sines (n, 2, p / 2) of the multiples of STRIDE; those of the
             numbers below it, without the factor of a scaled embedding; and the bits of the mantissa that the
             model's dtype leaves out, in which the model rotates.
     """

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lowkey.backends.stored import Rebuilding, StepSegment, StoredRows
+from lowkey.backends.stored import STRIDE, Rebuilding, StepSegment, StoredRows
 
 # tokens of a piece, and the pieces that the tokens of a call are cut into, about and at least
 SMALLEST_SPLIT, LARGEST_SPLIT, LEAST_SPLITS = 128, 4096, 512
@@ -27,9 +27,8 @@ TILE_BYTES = 2**14  # of keys that one step of a program reads at most
 MERGED_NUMBERS = 2**12  # of parts that the merging program reads at a time
 LATENTS_AT_ONCE = 64  # channels of latents that keys are rebuilt from at a time
 WIDE = 128  # channels beyond which a program has more warps
-STRIDE = 64  # positions between the angles of a coarse table, as in `numba_cpu`
 # channels of what a program reads whole: tiles of more do not fit into the shared memory of an A100
-WIDEST = {torch.float32: 256, torch.bfloat16: 1024, torch.float16: 1024}
+WIDEST_ROW = {torch.float32: 256, torch.bfloat16: 1024, torch.float16: 1024}
 
 
 def available() -> bool:
@@ -39,13 +38,13 @@ def available() -> bool:
 
 def supports(dtype: torch.dtype) -> bool:
     """Whether keys of this dtype can be read."""
-    return dtype in WIDEST
+    return dtype in WIDEST_ROW
 
 
 def reads(x: StoredRows) -> bool:
     """Whether these keys or values can be read where they lie."""
     same_strides = x.scale is None or x.low is None or x.scale.stride() == x.low.stride()
-    return supports(x.dtype) and x.width <= WIDEST[x.dtype] and x.numbers.stride(-1) == 1 and same_strides
+    return supports(x.dtype) and x.width <= WIDEST_ROW[x.dtype] and x.numbers.stride(-1) == 1 and same_strides
 
 
 def reads_segment(x: StepSegment) -> bool:
@@ -99,15 +98,14 @@ class Segments:
     """
 
     def __init__(
-        self, queries: int, segments: Sequence[StepSegment], steps: np.ndarray | None = None
+        self, queries: int, segments: Sequence[StepSegment], counts: np.ndarray | None = None
     ) -> None:
         """Prepare.
 
         Args:
             queries: of each row.
             segments: the tokens.
-            steps: (n, S, 5, R), int64, of n steps: the lane and first unit of each row's keys and of its
-                values, and its tokens. Read of segments whose `lengths` is None; None if there are none.
+            counts: (n, S, 2, R), see `ragged.prepared_segments`; None if all segments have `lengths`.
         """
         device, self.rows = segments[0].values.lane.device, len(segments[0].values.lane)
         self.queries = min(max(16, _power(queries)), 64)  # tl.dot wants tiles of at least 16 rows
@@ -119,15 +117,17 @@ class Segments:
             torch.int32
         )
         self.places = torch.stack([_places(s) for s in segments]).unsqueeze(0)
-        if steps is not None:
-            self.places = self.places.repeat(len(steps), 1, 1, 1)
-            changing = [i for i, s in enumerate(segments) if s.lengths is None]
-            self.places[:, changing, :5] = torch.from_numpy(steps[:, changing]).to(device)
-        self.step = 0 if steps is None else -1
+        if counts is not None:
+            changes = torch.from_numpy(counts).to(device)
+            self.places = self.places.repeat(len(counts), 1, 1, 1)
+            for i in (i for i, s in enumerate(segments) if s.lengths is None):
+                self.places[:, i, 1:4:2] += changes[:, i, :1]
+                self.places[:, i, 4] = changes[:, i, 1]
+        self.step = 0 if counts is None else -1
         self.clock = torch.full((1,), self.step, dtype=torch.int64, device=device)
         firsts, rows_of, self.segments, at = [], [], [], 0
         for i, s in enumerate(segments):
-            most = 0 if s.lengths is not None or steps is None else int(steps[:, i, 4].max(initial=0))
+            most = 0 if counts is None else int(counts[:, i, 1].max(initial=0))
             first, row_of, size = _cut(s, self.rows, most)
             firsts.append(first + at)
             rows_of.append(row_of)
@@ -138,8 +138,9 @@ class Segments:
 
     def tensors(self) -> list[Tensor]:
         """The tensors that are held besides what is stored."""
-        rotations = [x for s in self.segments for x in s.rotation if isinstance(x, Tensor)]
-        return [self.clock, self.places, self.in_model_basis, self.first_piece, self.row_of, *rotations]
+        own = [x for s in self.segments if s.constants["ROTATED"] for x in s.rotation]
+        tables = [self.clock, self.places, self.in_model_basis, self.first_piece, self.row_of]
+        return tables + [x for x in own if isinstance(x, Tensor)]
 
     def move(self, step: int) -> None:
         """Let the next call be that of this step, for segments whose tokens change from step to step."""
@@ -178,10 +179,23 @@ class Segments:
         )
         if rows * m == 0:
             return out_0, out_1, share, lse
+        with torch.cuda.device_of(given):  # Triton launches on the current device, whatever it is given
+            self._launch(queries, (out_0, out_1, share, lse), scaling, softcap, mask, bias)
+        return out_0, out_1, share, lse
+
+    def _launch(
+        self,
+        queries: tuple[Tensor | None, Tensor | None],
+        outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+        scaling: float,
+        softcap: float | None,
+        mask: Tensor | None,
+        bias: Tensor | None,
+    ) -> None:
+        """Write what `attend` returns; see there for arguments."""
+        (rows, m), device = outputs[3].shape, outputs[3].device
         width = max(self.widths)
-        parts, lses = (
-            torch.empty(len(self.row_of), m, *rest, device=given.device) for rest in ((width,), ())
-        )
+        parts, lses = (torch.empty(len(self.row_of), m, *rest, device=device) for rest in ((width,), ()))
         asked: dict[tuple[int, torch.dtype], Tensor] = {}
         for i, s in enumerate(self.segments):
             if (basis := s.basis, s.dtype) not in asked:
@@ -192,13 +206,18 @@ class Segments:
             s.attend(self, self.tables[i], query, scaling, softcap, mask, parts, lses)
         tile = _padded(width)
         _kernel().merge[rows, m](
-            *(parts, lses, self.first_piece, self.in_model_basis, lse if bias is None else bias.contiguous()),
-            *(out_0, out_1, share, lse, scaling, len(self.segments), rows, m, width, *self.widths),
+            *(
+                parts,
+                lses,
+                self.first_piece,
+                self.in_model_basis,
+                outputs[3] if bias is None else bias.contiguous(),
+            ),
+            *(*outputs, scaling, len(self.segments), rows, m, width, *self.widths),
             BIASED=bias is not None,
             B=max(2, min(16, MERGED_NUMBERS // tile)),
             W=tile,
         )
-        return out_0, out_1, share, lse
 
 
 class _Prepared:
@@ -218,7 +237,8 @@ class _Prepared:
         self.first, self.pieces, self.size = first, pieces, size
         self.dtype = keys.dtype if rebuilding is None else rebuilding.maps.dtype
         self.basis = 0 if segment.as_latents and rebuilding is None else 1
-        self.keys, self.values, self.rotation = _place(keys), _place(values), _rotation(rebuilding, keys)
+        self.keys, self.values = _place(keys), _place(values)
+        self.plan_maps, self.rotation = _plan_maps(rebuilding, keys), _rotation(rebuilding, keys)
         self.widths = keys.width, values.width
         pairs, rest = _channels(rebuilding)
         blocks = keys.unit > 1 or values.unit > 1
@@ -276,7 +296,7 @@ class _Prepared:
                 parts,
                 lses,
             ),
-            *(self.keys, self.values, self.rotation),
+            *(self.keys, self.values, self.plan_maps + self.rotation),
             *(scaling, softcap or 1.0, self.first, self.size, rows, m, *self.widths, parts.shape[2]),
             *(own.places.stride(0) if len(own.places) > 1 else 0, *of_mask),
             CAPPED=softcap is not None,
@@ -313,14 +333,20 @@ def _group(x: StoredRows) -> int:
     return size if x.bits and x.unit == 1 and size == _power(size) else 0
 
 
-def _rotation(x: Rebuilding | None, keys: StoredRows) -> tuple[Tensor | int, ...]:
-    """What rotates keys, as the kernel takes it: maps and tables, and the shape of the maps."""
+def _plan_maps(x: Rebuilding | None, keys: StoredRows) -> tuple[Tensor, Tensor]:
+    """The maps and means that rebuild keys, as the kernel takes them; any tensors where none are."""
     if x is None:
-        return (*[keys.lane] * 6, 1, 1, 1, 1)
-    mean, of_mean = (x.maps, 0) if x.mean is None else (x.mean, x.mean.stride(0))
-    coarse, fine = (torch.from_numpy(table).to(x.maps.device) for table in x.rotation[:2])
-    tables = x.positions, x.firsts, coarse, fine
-    return (x.maps, mean, *tables, len(x.maps), *x.maps.stride()[:2], of_mean)
+        return keys.numbers, keys.numbers
+    return x.maps, x.maps if x.mean is None else x.mean
+
+
+def _rotation(x: Rebuilding | None, keys: StoredRows) -> tuple[Tensor | int, ...]:
+    """The rest of what rebuilds and rotates keys: tables, the number of maps, and steps within these."""
+    if x is None:
+        return (*[keys.numbers] * 4, 1, 1, 1, 1)
+    coarse, fine = (torch.tensor(table, device=x.maps.device) for table in x.rotation[:2])
+    of_mean = 0 if x.mean is None else x.mean.stride(0)
+    return (x.positions, x.firsts, coarse, fine, len(x.maps), *x.maps.stride()[:2], of_mean)
 
 
 def _channels(x: Rebuilding | None) -> tuple[int, int]:

@@ -218,7 +218,8 @@ def attend(
         of_step: from one step to the next in `places`; 0 if all are alike.
         EXACT: form products in fp32.
         M, N, R, V: tile sizes, of queries, tokens, key channels and value channels.
-        Others: see `rotated`.
+
+    What is not named here is as for `rotated`.
     """
     piece = tl.program_id(0).to(tl.int64) + first_of_segment
     row = tl.load(row_of + piece)

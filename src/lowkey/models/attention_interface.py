@@ -7,16 +7,18 @@ go to transformers' own SDPA function.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from lowkey.backends import grouped
+from lowkey.backends import fused, grouped
 from lowkey.backends.segment import Segment
 from lowkey.core.types import LowkeyError
 from lowkey.models import families
@@ -91,6 +93,46 @@ class AttendingLayer(Protocol):
         return None
 
 
+def needed_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tensor | None:
+    """transformers' mask for SDPA; None where every query sees all tokens up to its own.
+
+    That includes the later chunks of a prompt, for which transformers writes out a mask of queries by tokens.
+    Arguments are those of `transformers.masking_utils.sdpa_mask`.
+    """
+    newest = isinstance(q_offset, int) and q_offset + q_length == kv_length and not kv_offset
+    plain = mask_function is causal_mask_function and local_size is None and allow_is_causal_skip
+    known = attention_mask is None or not torch.compiler.is_compiling()
+    if newest and plain and known:
+        # of a step and of a first chunk, transformers asks itself; asked twice, a GPU would wait twice
+        asks = attention_mask is not None and q_length not in (1, kv_length)
+        if attention_mask is None or (asks and bool(attention_mask.all())):
+            return None
+    return sdpa_mask(
+        batch_size,
+        q_length,
+        kv_length,
+        q_offset,
+        kv_offset,
+        mask_function,
+        attention_mask,
+        local_size,
+        # it would skip the mask of a first chunk over a cache of fixed size, too
+        allow_is_causal_skip and q_length in (1, kv_length),
+        **kwargs,
+    )
+
+
 @dataclass(frozen=True)
 class Incoming:
     """New keys and values on their way to a layer, which stores them when the query arrives.
@@ -135,7 +177,7 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
         families.geometry(model)  # refuses a model without a layer that could be compressed
     AttentionInterface.register(ATTENTION_NAME, attention)
     # class-wide: a mask function set on one object is ignored
-    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+    AttentionMaskInterface.register(ATTENTION_NAME, needed_mask)
     # not the whole model: it may have a vision tower, whose masks are of other kinds
     model.get_decoder().set_attn_implementation(ATTENTION_NAME)
     return model
@@ -227,6 +269,8 @@ def _attention(
         key.layer.call_answered(key.keys, key.values, call)
     elif softcap is not None:
         out = _softcapped_attention(query, key, value, attention_mask, scale, softcap)
+    elif attention_mask is None and 1 < query.shape[2] < key.shape[2]:
+        out = _later_chunk(query, key, value, scale, dropout)
     else:
         return sdpa_attention_forward(
             module,
@@ -270,6 +314,23 @@ def _check_shape(mask: Tensor, query: Tensor) -> None:
             "heads takes "
             f"({b}, {heads}, {t}, tokens seen), of which rows and heads may be 1; or give a 2D padding mask"
         )
+
+
+def _later_chunk(query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
+    """Attention of the newest queries over stock keys without a mask, which SDPA would align with the oldest.
+
+    Returns:
+        (b, h, g, t, d).
+    """
+    h, t, s = key.shape[1], query.shape[2], key.shape[2]
+    grouped_query = query.unflatten(1, (h, -1))
+    if not dropout and fused.gives_lse(grouped_query, key, None):
+        return fused.causal_newest(grouped_query, key, value, scaling)[0].to(query.dtype)
+    mask = torch.ones(t, s, dtype=torch.bool, device=query.device).tril(s - t)
+    out = scaled_dot_product_attention(
+        query, key, value, mask, dropout, scale=scaling, enable_gqa=query.shape[1] > h
+    )
+    return out.unflatten(1, (h, -1))
 
 
 def _softcapped_attention(

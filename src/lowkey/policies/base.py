@@ -39,6 +39,12 @@ def newest_query_positions(at: Tensor, last: int = 0) -> Tensor:
     return at.masked_fill(at <= at.amax(1, keepdim=True) - last, -1) if last and at.shape[1] else at
 
 
+def block_of_queries(numbers: int, device: torch.device) -> int:
+    """How many queries to score at a time, of which each takes so many numbers."""
+    block_size = BLOCK_ON_CPU if device.type == "cpu" else BLOCK_ON_ACCELERATOR
+    return max(MIN_QUERIES, block_size // max(1, numbers))
+
+
 @dataclass(frozen=True)
 class EvictionContext:
     """What a score is given: the tokens of one layer that may be evicted, and the queries that were recorded.
@@ -113,8 +119,7 @@ class EvictionContext:
         # lacks has the largest integer as its highest, so that it always takes the masked path below.
         lowest, highest = positions.amin((0, 1)), positions.amax((0, 1))
         keys = for_products(self.keys).mT
-        block_size = BLOCK_ON_CPU if keys.device.type == "cpu" else BLOCK_ON_ACCELERATOR
-        step = max(MIN_QUERIES, block_size // max(1, b * h * g * keys.shape[3]))
+        step = block_of_queries(b * h * g * keys.shape[3], keys.device)
         newest = self.newest_query_positions(last)
         for start in range(_first_true((newest >= 0).any(0)), w, step):
             block = slice(start, start + step)

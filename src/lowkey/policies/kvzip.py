@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import product
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from lowkey.backends.onednn import row_products
+from lowkey.backends.segment import softcapped
 from lowkey.core.errors import LowkeyError
 from lowkey.core.options import option
-from lowkey.policies.base import EvictionContext, Policy, SecondPass
+from lowkey.ops.precision import for_products
+from lowkey.policies.base import EvictionContext, Policy, SecondPass, block_of_queries
 
 Softmax = Literal["piece", "context"]
 
@@ -69,22 +73,42 @@ class KVzip(Policy):
         scored = context.valid & (in_piece | (context.positions < self.sinks))
         # Only the columns that some row or head needs: the cost is that of the piece, not of the context.
         columns = scored.any(0).any(0).nonzero().squeeze(1)
-        keys, positions, valid, in_piece = (
-            x[:, :, columns] for x in (context.keys, context.positions, scored, in_piece)
-        )
-        # The columns of sinks outside the piece: `repetition_lse` does not include them.
-        sink_columns = (valid & ~in_piece).any(0).any(0).nonzero().squeeze(1)
-        best = torch.full(valid.shape, -torch.inf, device=keys.device)  # largest log weight of each token
-        narrowed = replace(context, keys=keys, positions=positions, valid=valid, visible=None)
-        for block, logits in narrowed.logits():
-            lse = context.repetition_lse[:, :, :, block].unsqueeze(-1)
-            if len(sink_columns):
-                sinks = logits[..., sink_columns].masked_fill(
-                    in_piece[:, :, None, None, sink_columns], -torch.inf
-                )
-                lse = torch.logaddexp(lse, sinks.logsumexp(-1, keepdim=True))
-            # A padding query has only -inf logits and an lse of -inf; their difference would be NaN.
-            top = (logits - lse.masked_fill(lse.isneginf(), 0.0)).amax((2, 3))
-            best[:, :, : top.shape[-1]] = best[:, :, : top.shape[-1]].maximum(top)
+        keys, valid, in_piece = (x[:, :, columns] for x in (context.keys, scored, in_piece))
+        # Every query comes behind the columns, so none is hidden from it. Queries of padding get no weight.
+        padding = (context.query_positions < 0)[:, None, None]
+        lse = context.repetition_lse.masked_fill(padding, torch.inf)
+        # The sinks outside the piece, which `repetition_lse` does not include.
+        beside = valid & ~in_piece
+        queries = for_products(context.queries) * context.scaling
+        best = [
+            _largest_log_weights(queries[at], for_products(keys[at]), lse[at], beside[at], context.softcap)
+            for at in product(*map(range, valid.shape[:2]))
+        ]
+        weights = torch.stack(best).view(valid.shape).exp().masked_fill(~valid, 0.0)
         previous = context.previous_scores
-        return previous.index_copy(2, columns, previous[:, :, columns].maximum(best.exp()))
+        return previous.index_copy(2, columns, previous[:, :, columns].maximum(weights))
+
+
+def _largest_log_weights(
+    queries: Tensor, keys: Tensor, lse: Tensor, beside: Tensor, softcap: float | None
+) -> Tensor:
+    """The largest log weight (n) that each token of one KV head gets.
+
+    Args:
+        queries: (g, w, d), scaled.
+        keys: (n, d).
+        lse: (g, w), log-sum-exp of the logits over the piece and its repetition; inf for queries that do not
+            count.
+        beside: (n), which tokens are in neither.
+        softcap: attention's logit soft cap, or None.
+    """
+    rows, sums = queries.flatten(0, 1), lse.flatten().unsqueeze(1)
+    if bool(beside.any()):
+        logits = softcapped(row_products(rows, keys[beside]), softcap)
+        sums = torch.logaddexp(sums, logits.logsumexp(1, keepdim=True))
+    step = block_of_queries(len(keys), keys.device)
+    largest = [
+        softcapped(row_products(q, keys), softcap).sub_(total).amax(0)
+        for q, total in zip(rows.split(step), sums.split(step), strict=True)
+    ]
+    return torch.stack(largest).amax(0)

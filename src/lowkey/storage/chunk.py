@@ -29,6 +29,8 @@ def attend_to_chunk(call: Call, keys: Tensor, values: Tensor, seen: int) -> Part
         # the first chunk is the only part, so its log-sum-exp is never read
         out = stock.attend(call.query, keys, values, call.mask, call.scaling)
         return out, out.new_zeros(out.shape[:-1])
+    if call.mask is None and fused.gives_lse(call.query, keys, call.softcap):
+        return fused.causal(call.query, keys, values, call.scaling)
     mask = call.full_mask(seen)
     mask = None if mask is None else mask[..., -t:]  # of the chunk itself; what is older is another part
     if mask is not None and fused.gives_lse(call.query, keys, call.softcap):

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,7 +95,7 @@ class Codec(Protocol):
         """
         ...
 
-    def expand_output(self, out: Tensor, share: np.ndarray | None = None) -> Tensor:
+    def expand_output(self, out: Tensor, share: Tensor | None = None) -> Tensor:
         """Weighted sums of stored values (b, h, g, t, r) -> outputs (b, h, g, t, d).
 
         Args:
@@ -167,7 +166,7 @@ class Plain:
         """The stored keys, unchanged."""
         return stored
 
-    def expand_output(self, out: Tensor, share: np.ndarray | None = None) -> Tensor:
+    def expand_output(self, out: Tensor, share: Tensor | None = None) -> Tensor:
         """The outputs, unchanged."""
         return out
 
@@ -362,7 +361,7 @@ class LowRank:
         up, mean = self.factors.k_up, self.factors.k_mean
         return up.expand(heads, -1, -1), None if mean is None else mean.expand(heads, -1)
 
-    def expand_output(self, out: Tensor, share: np.ndarray | None = None) -> Tensor:
+    def expand_output(self, out: Tensor, share: Tensor | None = None) -> Tensor:
         """Outputs (b, h, g, t, d); see `Codec.expand_output`."""
         up, mean = self.factors.v_up, self.factors.v_mean
         out = _mapped(out.to(up.dtype), up)
@@ -370,7 +369,7 @@ class LowRank:
             return out
         mean = mean[:, None, None]
         if share is not None:
-            mean = torch.from_numpy(share).view(*out.shape[:4], 1).to(mean.dtype) * mean
+            mean = share.view(*out.shape[:4], 1).to(mean.dtype) * mean
         return out + mean
 
     def expand_values(self, stored: Tensor) -> Tensor:
@@ -384,10 +383,11 @@ class LowRank:
 
 def _mapped(x: Tensor, maps: Tensor) -> Tensor:
     """Numbers (b, h, g, t, n) times the map (h, n, m) of their head, or times one map (1, n, m) for all."""
+    if len(maps) == 1:
+        return x @ maps[0]
     b, h, g, t, n = x.shape
-    rows = x.transpose(0, 1).reshape(h, b * g * t, n)
     # a product of more dimensions would copy the maps for every g
-    out = torch.bmm(rows, maps if len(maps) == h else maps.expand(h, -1, -1))
+    out = torch.bmm(x.transpose(0, 1).reshape(h, b * g * t, n), maps)
     return out.view(h, b, g, t, -1).transpose(0, 1)
 
 

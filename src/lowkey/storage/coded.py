@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from lowkey.backends import fused, grouped
-from lowkey.backends.segment import Part, Segment, merge_parts
+from lowkey.backends.segment import Part, Segment, merge_parts, merge_seen
 from lowkey.backends.stored import Rebuilding, StepSegment, StoredRows
 from lowkey.core.types import LowkeyError
 from lowkey.models.attention_interface import Call
 from lowkey.storage.base import RECORD_FIRST
+from lowkey.storage.chunk import attend_to_chunk
 from lowkey.storage.codec import Plain
 from lowkey.storage.positioned import index_behind_last
 from lowkey.storage.reading import attend_to_stored, reads_in_place
@@ -31,6 +32,7 @@ from lowkey.storage.rows import exact_segment, stored_densely
 from lowkey.storage.step_counts import View, aligned
 from lowkey.storage.stepping import Room
 from lowkey.storage.stored_tokens import EMPTY, StoredTokens
+from lowkey.storage.unmasked import attend_by_age
 
 
 class CodedLayer(StoredTokens):
@@ -50,6 +52,8 @@ class CodedLayer(StoredTokens):
         exact = self.exact_rows(real)
         if self._reads_in_place(call):
             out = merge_parts(self._step_parts(call, *buffers, exact))[0].to(values.dtype)
+        elif (part := self._unmasked_part(call, *buffers, exact)) is not None:
+            out = part[0].to(values.dtype)
         else:
             segments = self._segments(call, *buffers, exact)
             out = grouped.attend(segments, call.scaling, call.softcap)
@@ -200,13 +204,15 @@ class CodedLayer(StoredTokens):
             seen = ((slots >= starts[..., None]) & (slots < stops[..., None])).any(0)
             mask = self._mask(seen & (slots < view.dense[:, None]))
             parts.append(self._attend_to_dense(call, count, mask))
-        window = slice(int(view.window.min()), view.stop)
-        mask = self._mask(np.arange(window.start, window.stop) >= view.window[:, None])
-        exact = [Segment(call.query, self.recent_k[:, :, window], self.recent_v[:, :, window], mask)]
+        window, exact = slice(int(view.window.min()), view.stop), []
+        if window.start < window.stop:
+            mask = self._mask(np.arange(window.start, window.stop) >= view.window[:, None])
+            exact = [Segment(call.query, self.recent_k[:, :, window], self.recent_v[:, :, window], mask)]
         if self.exact.sinks:
             mask = self._mask(np.arange(self.exact.sinks) < view.sinks[:, None])
             exact.append(Segment(call.query, self.sink_k, self.sink_v, mask))
-        parts.append(grouped.partial(exact, call.scaling, call.softcap))
+        if exact:
+            parts.append(grouped.partial(exact, call.scaling, call.softcap))
         return parts
 
     def _mask(self, seen: np.ndarray) -> Tensor | None:
@@ -227,6 +233,42 @@ class CodedLayer(StoredTokens):
         stored = self._stored_segment(call, buffer_k, buffer_v, expand)
         mask, segments = self._exact_segments(call, buffer_k, buffer_v, exact)
         return [replace(stored, mask=mask), *segments]
+
+    def _is_unmasked(self, call: Call) -> bool:
+        """Whether a long call's queries see all tokens up to their own, and sinks are the first tokens."""
+        plain = call.mask is None and self.sink_points is None
+        return (
+            plain and fused.gives_lse(call.query, self.recent_k, call.softcap) and not self.first_index.any()
+        )
+
+    def _unmasked_part(self, call: Call, buffer_k: Tensor, buffer_v: Tensor, exact: Tensor) -> Part | None:
+        """Attention over dense tokens and sinks without masks; None if it needs some.
+
+        Arguments are those of `_segments`.
+        """
+        sinks, start = self.exact.sinks, self.front_start
+        if not self._is_unmasked(call) or self.transient_tokens or 0 < start < sinks:
+            return None
+        if self.exact_prefill and bool(exact.any()):
+            if self.seen - start > call.query.shape[3] or (start and sinks):
+                return None
+            return attend_to_chunk(call, buffer_k, buffer_v, self.seen)
+        some_are_exact = not self._only_stored_tokens_are_seen(exact)
+        far = self._stored_segment(call, buffer_k, buffer_v, expand=some_are_exact)
+        if some_are_exact and far.query is not call.query:
+            return None  # queries meet stored tokens in another basis than exact ones
+        if sinks and not start:
+            n = min(sinks, far.keys.shape[2])
+            keys, values = (
+                torch.cat([x[:, :, :n], y[:, :, n:]], 2)
+                for x, y in ((self.sink_k, far.keys), (self.sink_v, far.values))
+            )
+            far = replace(far, keys=keys, values=values)
+        held, recent = self.seen - start, self.exact.recent
+        part = attend_by_age(far, call.query, (buffer_k, buffer_v), held, recent, self.block, call.scaling)
+        if sinks and start:
+            part = merge_seen(part, fused.rectangle(call.query, self.sink_k, self.sink_v, call.scaling))
+        return part
 
     def _exact_segments(
         self, call: Call, buffer_k: Tensor, buffer_v: Tensor, exact: Tensor

@@ -242,8 +242,10 @@ class EvictingLayer(CandidateLayer):
         """As `RowLayer.earliest_crop`; with `every`, steps are counted and cannot be taken back."""
         return self.seen if self.policy.every else super().earliest_crop()
 
-    def _takes_plain_steps(self) -> bool:
-        return (not self.policy.every or self.frozen) and super()._takes_plain_steps()
+    def _most_steps(self) -> int:
+        """A room ends with the step that evicts."""
+        every = self.policy.every
+        return super()._most_steps() if not every or self.frozen else every - self.decode_steps % every
 
     def _after_step(self, call: Call) -> None:
         """With `every`: count a step of decoding, and evict if it is time."""
@@ -253,6 +255,9 @@ class EvictingLayer(CandidateLayer):
         if self.policy.uses_queries:
             self.recorded_queries = self._with_recorded_queries(call.query, clone=True)
         if self.decode_steps % self.policy.every == 0:
+            size = self.room_size
+            self.make_compact()
+            self.room_size = size  # the next room begins with the next step
             # the step's query was just recorded, so the call brings no other
             self._evict(replace(call, query=call.query[:, :, :, :0]), None, None)
 

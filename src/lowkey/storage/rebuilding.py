@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lowkey.backends import numba_cpu
+from lowkey.backends.stored import STRIDE
 from lowkey.models.families import Rope
 
 Rotation = tuple[np.ndarray, np.ndarray, int]
@@ -22,7 +23,7 @@ def rotation_below(rope: Rope, like: Tensor, stop: int) -> Rotation:
         half = cos.shape[1] // 2  # both halves are the same
         return torch.stack([cos[:, :half], sin[:, :half]], 1).cpu().numpy().copy()
 
-    stride, device = numba_cpu.STRIDE, like.device
+    stride, device = STRIDE, like.device
     coarse = table(torch.arange(0, stop, stride, device=device))
     fine = table(torch.arange(stride, device=device))
     factor = np.sqrt(np.square(fine[:1]).sum(1, keepdims=True))  # YaRN multiplies cos and sin by one

@@ -37,6 +37,7 @@ from lowkey.storage.rows import (
 )
 from lowkey.storage.step_counts import View
 from lowkey.storage.stepping import Room
+from lowkey.storage.unmasked import attend_to_repetition
 
 
 class RowLayer(RaggedLayer, CodedLayer):
@@ -242,6 +243,10 @@ class RowLayer(RaggedLayer, CodedLayer):
             of the repetition itself.
         """
         if self.repeated_span is not None:
+            if self._repeats_whole_sequences(call):
+                k, v = self._dense_as_read((keys, values))
+                repeated, lse = attend_to_repetition(call.query, k, v, self.repeated_span, call.scaling)
+                return [repeated], lse
             inside = self._in_repetition(keys.shape[2])
             mask = call.full_mask(self.seen)
             mask = mask if mask is not None else inside.new_ones(1, 1, self.seen)
@@ -257,10 +262,18 @@ class RowLayer(RaggedLayer, CodedLayer):
             return [attend_to_chunk(call, keys, values, self.seen), *rows], None
         if self._reads_in_place(call):
             return [*self._step_parts(call, *buffers, exact), *rows], None
+        if (part := self._unmasked_part(call, *buffers, exact)) is not None:
+            return [part, *rows], None
         if rows:
             return [self._dense_part(call, buffers, exact), *rows], None
         out = grouped.attend(self._segments(call, *buffers, exact), call.scaling, call.softcap)
         return [(out, out.new_zeros(()))], None
+
+    def _repeats_whole_sequences(self, call: Call) -> bool:
+        """Whether all tokens are dense, and the new ones repeat a span of them in every sequence."""
+        t, span = call.query.shape[3], self.repeated_span or (0, 0)
+        all_dense = not self.front_start and self.transient_tokens == t
+        return all_dense and span[0] < min(span[1], self.seen - t) and self._is_unmasked(call)
 
     def _dense_part(self, call: Call, buffers: tuple[Tensor, Tensor], exact: Tensor) -> Part:
         segments = self._segments(call, *buffers, exact)
@@ -406,6 +419,8 @@ class RowLayer(RaggedLayer, CodedLayer):
         exact = torch.nn.functional.pad(exact, (0, 0, missing, 0))
         if stored is None or not stored.shape[2]:
             return exact
+        if self.block == 1:  # all sequences have the same tokens in slots
+            return torch.cat([stored, exact[:, :, stored.shape[2] :]], 2)
         slot = torch.arange(self.front_start, self.seen, device=self.device) - self._first_slot_index()
         # a sequence that is ahead of the others reads tokens that wait for them as they will be stored
         left = self._slots_left(self.first_index.new_tensor([self.seen]))

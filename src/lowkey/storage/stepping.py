@@ -17,16 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowkey.backends.numba_cpu import STRIDE, Segments
-from lowkey.backends.ragged import prepared_segments, prepares
+from lowkey.backends.ragged import PreparedSegments, prepared_segments, prepares
 from lowkey.backends.segment import Part, merge_parts
-from lowkey.backends.stored import StepSegment
+from lowkey.backends.stored import STRIDE, StepSegment
 from lowkey.models.attention_interface import Call
 from lowkey.models.families import Rope
 from lowkey.storage.codec import Codec
 from lowkey.storage.positioned import PositionedLayer
 from lowkey.storage.rebuilding import Rotation, rotation_below
-from lowkey.storage.rollback import Snapshot
+from lowkey.storage.rollback import Snapshot, storage_bytes
 from lowkey.storage.step_counts import NEVER, PlainStep, Sequences, View, aligned, are_at, shows_all_from
 
 ROOM = 16  # steps at most; free slots take memory, and every new room moves what is held
@@ -42,7 +41,7 @@ class Room:
         steps: for which there is room.
         window: tokens that were held exactly.
         stored: dense tokens that were stored.
-        ahead: slots behind those, of tokens that were stored ahead of their time.
+        ahead: slots behind those, of tokens that were stored ahead of their time, or free.
         sequences: where the tokens of each sequence lie.
     """
 
@@ -60,15 +59,10 @@ class PreparedStep:
 
     Args:
         kernel: ready for them; None if none reads what is held.
-        starts, stops: the runs of dense stored tokens; see `Sequences.runs`. None if none are stored.
-        has_sinks: whether a segment of sinks comes before those.
         meets_latents: whether queries are brought into the basis of latents.
     """
 
-    kernel: Segments | None
-    starts: np.ndarray | None = None
-    stops: np.ndarray | None = None
-    has_sinks: bool = False
+    kernel: PreparedSegments | None
     meets_latents: bool = False
 
 
@@ -77,6 +71,7 @@ class SteppingLayer(PositionedLayer):
 
     Attributes:
         recent_k, recent_v: (b, h, n, d), the window. With a room, free slots follow.
+        encodes_at_once: whether there is no window: queries see their own token as it is stored.
         room: None while all tensors are as long as what they hold.
         steps: plain steps since the room was made.
         room_size: steps of the last room. It doubles up to ROOM, so that free slots are never more than the
@@ -86,6 +81,7 @@ class SteppingLayer(PositionedLayer):
 
     codec: Codec
     is_lossless: bool
+    encodes_at_once: bool
     recent_k: Tensor
     recent_v: Tensor
     room: Room | None = None
@@ -98,6 +94,10 @@ class SteppingLayer(PositionedLayer):
     def _takes_plain_steps(self) -> bool:
         """Whether the layer's form and state allow plain steps at all."""
 
+    def _most_steps(self) -> int:
+        """For how many steps a room may be made now."""
+        return ROOM
+
     @abstractmethod
     def _looked_at(self) -> Sequences | None:
         """Where the tokens of each sequence lie; None if a step of theirs cannot be plain."""
@@ -109,6 +109,14 @@ class SteppingLayer(PositionedLayer):
     @abstractmethod
     def _store_ahead(self, count: int, ahead: int) -> None:
         """Store the tokens of `ahead` more slots behind the first `count`, from the window."""
+
+    @abstractmethod
+    def _reserve(self, count: int) -> None:
+        """Make room for so many more dense tokens behind those that are stored."""
+
+    @abstractmethod
+    def _store_at(self, slot: int, keys: Tensor, values: Tensor) -> None:
+        """Store a token (b, h, 1, d) of each sequence in a slot that was reserved."""
 
     @abstractmethod
     def _keep_stored(self, count: int, held: int) -> None:
@@ -134,6 +142,23 @@ class SteppingLayer(PositionedLayer):
             rotation: what rotates stored keys as they are read; None if they are met as they are stored.
         """
 
+    # -- bytes
+
+    def nbytes(self) -> int:
+        """The bytes of the storages that are really held."""
+        return storage_bytes([*self.tensors().values(), *self._prepared_tensors()])
+
+    def prepared_bytes(self) -> int:
+        """The bytes that are held for steps besides those of tokens."""
+        if not (prepared := self._prepared_tensors()):
+            return 0
+        own = self.tensors().values()
+        return storage_bytes([*own, *prepared]) - storage_bytes(own)
+
+    def _prepared_tensors(self) -> list[Tensor]:
+        """The tensors that a kernel holds besides those that hold tokens."""
+        return self.prepared.kernel.tensors() if self.prepared and self.prepared.kernel else []
+
     # -- steps
 
     def plain_step(self, keys: Tensor, values: Tensor, call: Call) -> Tensor | None:
@@ -150,10 +175,9 @@ class SteppingLayer(PositionedLayer):
         room = self._take_plain_step(keys, values, call)
         if room is None:
             return None
-        view = self._view(room)
-        out = self._step_by_kernel(call, room, view)
+        out = self._step_by_kernel(call, room)
         if out is None:
-            parts = self._parts_of_step(call, room, view)
+            parts = self._parts_of_step(call, room, self._view(room, self.steps))
             out = parts[0][0] if len(parts) == 1 else merge_parts(parts)[0]
         return out.to(values.dtype)
 
@@ -169,20 +193,23 @@ class SteppingLayer(PositionedLayer):
             self._make_room(sequences)
         if (room := self.room) is None:
             return None
-        slot = room.window + self.steps
-        self.recent_k[:, :, slot : slot + 1] = keys
-        self.recent_v[:, :, slot : slot + 1] = values
+        if self.encodes_at_once:
+            self._store_at(room.stored + self.steps, keys, values)
+        else:
+            slot = room.window + self.steps
+            self.recent_k[:, :, slot : slot + 1] = keys
+            self.recent_v[:, :, slot : slot + 1] = values
         self.steps += 1
         return room
 
-    def _step_by_kernel(self, call: Call, room: Room, view: View) -> Tensor | None:
+    def _step_by_kernel(self, call: Call, room: Room) -> Tensor | None:
         """As `_parts_of_step` and merged, by one call of a kernel; None if none reads what is held."""
         prepared = self.prepared = self.prepared or self._prepared_step(call, room)
         kernel = prepared.kernel
         if kernel is None:
             return None
+        kernel.move(self.steps - 1)
         b, h, g, _, d = call.query.shape
-        _point_at(kernel.places, prepared, view, h)
         query, latent, shift = call.query.reshape(b * h, g, d), None, None
         if prepared.meets_latents:
             at = call.positions
@@ -191,11 +218,10 @@ class SteppingLayer(PositionedLayer):
             shift = None if shift is None else shift.reshape(b * h, g)
             latent = latent.reshape(b * h, g, -1)
         sums, out, share, _ = kernel.attend((latent, query), call.scaling, call.softcap, bias=shift)
-        # arrays and not tensors, which would have to be made for what is not needed, too
-        result = torch.from_numpy(out.reshape(b, h, g, 1, d))
+        result = out.view(b, h, g, 1, d)
         if not kernel.widths[0]:
             return result
-        return self.codec.expand_output(torch.from_numpy(sums.reshape(b, h, g, 1, -1)), share) + result
+        return self.codec.expand_output(sums.view(b, h, g, 1, -1), share) + result
 
     def _prepared_step(self, call: Call, room: Room) -> PreparedStep:
         """Prepare for the steps of a room."""
@@ -209,11 +235,27 @@ class SteppingLayer(PositionedLayer):
         segments = self._segments_of_step(room, call.softcap, rotation)
         if segments is None:
             return PreparedStep(None)
-        kernel = prepared_segments(call.query.shape[2], segments)
-        meets_latents = any(s.as_latents and s.rebuilding is None for s in segments)
-        starts, stops = room.sequences.runs() if room.stored + room.ahead else (None, None)
-        has_sinks = bool(room.sequences.sinks.shape[1])
-        return PreparedStep(kernel, starts, stops, has_sinks, meets_latents)
+        counts = self._counts_of_steps(room, len(segments), call.query.shape[1])
+        kernel = prepared_segments(call.query.shape[2], segments, counts)
+        return PreparedStep(kernel, any(s.as_latents and s.rebuilding is None for s in segments))
+
+    def _counts_of_steps(self, room: Room, segments: int, heads: int) -> np.ndarray:
+        """What the queries of each step see, of so many segments; see `ragged.prepared_segments`.
+
+        They are those of `_segments_of_step`, with a row for each of the KV heads of a sequence.
+        """
+        sequences = room.sequences
+        counts = np.zeros((room.steps, segments, 2, len(sequences.first)), np.int64)
+        starts, stops = sequences.runs() if room.stored + room.ahead else (np.empty((0, 1)),) * 2
+        runs = len(starts)
+        for step, count in enumerate(counts, 1):
+            view = self._view(room, step)
+            count[-1] = view.window, view.stop - view.window
+            lengths = np.where(view.dense > starts, np.minimum(view.dense, stops) - aligned(starts), 0)
+            count[segments - 1 - runs : -1, 1] = lengths
+            if sequences.sinks.shape[1]:
+                count[-2 - runs, 1] = view.sinks
+        return counts.repeat(heads, axis=3)
 
     def _rotation(self, rope: Rope, like: Tensor, stop: int) -> Rotation:
         """The rotary embedding of positions below `stop`, which layers of a cache share."""
@@ -250,9 +292,9 @@ class SteppingLayer(PositionedLayer):
             running.plain_step = PlainStep(mask, positions, sequences.first, sequences.offset)
         return is_plain
 
-    def _view(self, room: Room) -> View:
-        """What the newest query of each sequence sees."""
-        now, begin, own = room.start + self.steps, room.start - room.window, room.sequences
+    def _view(self, room: Room, step: int) -> View:
+        """What the query of each sequence sees in a step of the room, counted from 1."""
+        now, begin, own = room.start + step, room.start - room.window, room.sequences
         # without loss, a token of the window is as good there as stored
         dense = np.full_like(own.first, room.stored) if self.is_lossless else self._ready(own, now)
         left = own.slot + dense
@@ -261,28 +303,32 @@ class SteppingLayer(PositionedLayer):
 
     def _make_room(self, sequences: Sequences) -> None:
         """Make room for plain steps, of which the first is under way, if there can be any."""
-        before, size = self.seen - 1, min(ROOM, 2 * self.room_size)
+        before, grown = self.seen - 1, min(ROOM, 2 * self.room_size)
+        size = min(grown, self._most_steps())
         if self.room is not None:
             self.make_compact()
             if (sequences.sinks == NEVER).any():  # some may have come
                 sequences = self._looked_at() or sequences
         ready = [self._ready(sequences, before + n) for n in range(size + 1)]
         stored, steps, more = int(ready[0].min()), size, 0
-        if not self.is_lossless:
+        if self.encodes_at_once:
+            more = size
+            self._reserve(size)
+        elif not self.is_lossless:
             # only tokens that are in the window already can be stored ahead of their time
             steps = sum(bool((sequences.slot + slots <= before).all()) for slots in ready[1:])
             more = int(ready[steps].max()) - stored
         if not steps:
             return
-        if more:
+        if more and not self.encodes_at_once:
             self._store_ahead(stored, more)
         window = self.recent_k.shape[2]
-        for name in ("recent_k", "recent_v"):
+        for name in () if self.encodes_at_once else ("recent_k", "recent_v"):
             old = getattr(self, name)
             new = old.new_zeros(*old.shape[:2], window + steps, old.shape[3])
             new[:, :, :window] = old
             setattr(self, name, new)
-        self.room_size = size
+        self.room_size = grown
         self.room, self.steps = Room(before, steps, window, stored, more, sequences), 0
         self.prepared = None
 
@@ -291,7 +337,7 @@ class SteppingLayer(PositionedLayer):
         room = self.room
         if room is None:
             return
-        stored, seen = int(self._view(room).dense.min()), self.seen
+        stored, seen = int(self._view(room, self.steps).dense.min()), self.seen
         stop = room.window + self.steps
         if stored < room.stored + room.ahead:
             self._remember_whole()
@@ -347,27 +393,3 @@ class SteppingLayer(PositionedLayer):
                 whole = tensor if tensor.shape[dim] == length else tensor.narrow(dim, 0, length).clone()
                 setattr(snapshot.layer, name, whole)
             snapshot.lengths.clear()
-
-
-def _point_at(places: np.ndarray, prepared: PreparedStep, view: View, heads: int) -> None:
-    """Tell a kernel what a step sees.
-
-    Args:
-        places: of the kernel's segments; see `Segments`.
-        prepared: of the room.
-        view: of the step.
-        heads: KV heads of each sequence.
-    """
-
-    def of_rows(x: np.ndarray) -> np.ndarray:
-        return x if len(view.dense) == 1 else np.repeat(x, heads, axis=-1)
-
-    places[-1, 1] = places[-1, 3] = of_rows(view.window)
-    places[-1, 4] = of_rows(view.stop - view.window)
-    runs = 0
-    if (starts := prepared.starts) is not None and (stops := prepared.stops) is not None:
-        runs = len(starts)
-        lengths = np.where(view.dense > starts, np.minimum(view.dense, stops) - aligned(starts), 0)
-        places[-1 - runs : -1, 4] = of_rows(lengths)
-    if prepared.has_sinks:
-        places[-2 - runs, 4] = of_rows(view.sinks)

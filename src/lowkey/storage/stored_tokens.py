@@ -69,6 +69,7 @@ class StoredTokens(SteppingLayer):
         self.packing = dict(zip(("keys", "values"), packing or (Unpacked(), Unpacked()), strict=True))
         self.block = max(p.block for p in self.packing.values())
         self.is_lossless = (self.codec, *self.packing.values()) == (Plain(), Unpacked(), Unpacked())
+        self.encodes_at_once = not self.is_lossless and self.exact.recent == 0 and self.block == 1
         self.form_depends_on_age = self.block > 1 or (self.exact.recent > 0 and not self.is_lossless)
 
     front_start: int = 0
@@ -120,7 +121,7 @@ class StoredTokens(SteppingLayer):
         )
         row_indices = (3 if self.form_depends_on_age else 2) * self.offset.element_size()
         indices = row_indices + self.exact.sinks * self.sink_index.element_size()
-        return b * (packed + exact + indices)
+        return b * (packed + exact + indices) + self.prepared_bytes()
 
     def _in_codec_order(self, x: Tensor) -> Tensor:
         """Heads (b, h, ...) in the order in which the codec groups them."""
@@ -239,7 +240,7 @@ class StoredTokens(SteppingLayer):
     def _slots_held(self) -> tuple[int, int]:
         """(dense slots that are stored, tokens of the window), free ones of a room included."""
         if (room := self.room) is not None:
-            return room.stored + room.ahead, room.window + room.steps
+            return room.stored + room.ahead, room.window + (0 if self.encodes_at_once else room.steps)
         stored, _ = self.storable()
         return stored, self.seen - self.front_start - stored
 
@@ -305,6 +306,8 @@ class StoredTokens(SteppingLayer):
             return None  # a sequence has ended in padding
         sinks = np.sort(copied(self.sink_index).astype(np.int64), 1)
         slot = self.front_start + np.maximum(first - self.front_start, 0) % self.block
+        if self.encodes_at_once and (sinks == EMPTY).any():
+            return None  # a token that comes may be a sink
         own = Sequences(first, offset, slot, np.where(sinks < EMPTY, sinks, NEVER))
         return own if len(own.runs()[0]) <= MOST_RUNS else None
 
@@ -315,6 +318,21 @@ class StoredTokens(SteppingLayer):
         new = self._packed(self.recent_k, self.recent_v, count, count + ahead, self.seen - 1)
         for name, tensors in self._with_stored(new).items():
             self._set_packed(name, tensors)
+
+    def _reserve(self, count: int) -> None:
+        for name, packing in self.packing.items():
+            longer = []
+            for part in self.packed_tensors(name):
+                shape = list(part.shape)
+                shape[packing.axis] = count
+                longer.append(torch.cat([part, part.new_zeros(shape)], packing.axis))
+            self._set_packed(name, tuple(longer))
+
+    def _store_at(self, slot: int, keys: Tensor, values: Tensor) -> None:
+        encoded = self.codec.encode(keys, values, self.positions_of(self.seen - 1, self.seen))
+        for (name, packing), x in zip(self.packing.items(), encoded, strict=True):
+            for held, part in zip(self.packed_tensors(name), packing.pack(x), strict=True):
+                held.narrow(packing.axis, slot, 1).copy_(part)
 
     def _keep_stored(self, count: int, held: int) -> None:
         for name, packing in self.packing.items():

@@ -11,7 +11,7 @@ from stored_rows import PACKINGS, draw, ragged
 
 from lowkey.backends import numba_cpu
 from lowkey.backends.ragged import prepared_segments
-from lowkey.backends.stored import Rebuilding, StepSegment
+from lowkey.backends.stored import STRIDE, Rebuilding, StepSegment
 
 pytestmark = pytest.mark.skipif(not numba_cpu.available(), reason="numba is not installed")
 HEADS, WIDTH, STOP = 3, 32, 4096
@@ -27,8 +27,8 @@ def rotation(p, bits):
         at = x.double()[:, None] * angle
         return torch.stack([at.cos(), at.sin()], 1).float().numpy()
 
-    coarse = table(torch.arange(0, STOP, numba_cpu.STRIDE)) * np.float32(FACTOR)
-    return (coarse, table(torch.arange(numba_cpu.STRIDE)), bits), angle
+    coarse = table(torch.arange(0, STOP, STRIDE)) * np.float32(FACTOR)
+    return (coarse, table(torch.arange(STRIDE)), bits), angle
 
 
 def made(how, rank, p, d, dtype, lengths=LENGTHS, with_mean=True, stop=STOP, shared=False):
@@ -70,7 +70,7 @@ def check(made, m, scaling, atol, softcap=None, lengths=LENGTHS):
         scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
         wanted = (scores.softmax(0).mT @ values[row], scores.logsumexp(0)) if n else (0.0, -torch.inf)
         for found, exact in zip((sums, lse), wanted, strict=True):
-            own = torch.from_numpy(found[row]).double()
+            own = found[row].double()
             torch.testing.assert_close(
                 own, torch.as_tensor(exact).expand_as(own).double(), atol=atol, rtol=atol
             )
@@ -104,7 +104,7 @@ def test_rows_of_any_length_are_rebuilt(n, with_mean, softcap):
 
 def test_angles_are_rounded_as_the_model_rounds_them():
     # positions below STRIDE are in one table as they are, so that rounding has one answer
-    found = made("plain", 32, 64, 64, torch.bfloat16, stop=numba_cpu.STRIDE)
+    found = made("plain", 32, 64, 64, torch.bfloat16, stop=STRIDE)
     check(found, 3, 0.5, 1e-4)
     segment, rotated, values = found
     tables = (*segment.rebuilding.rotation[:2], 0)

@@ -29,4 +29,4 @@ def test_all_kinds_share_one_softmax(kinds, m, dtype, softcap, with_bias):
         if latents is not None and not any(k[3] is latents for k in kinds):
             continue
         y = torch.where(y.isinf(), -torch.inf, y)
-        torch.testing.assert_close(torch.from_numpy(x).double(), y, atol=2e-4, rtol=2e-4)
+        torch.testing.assert_close(x.double(), y, atol=2e-4, rtol=2e-4)

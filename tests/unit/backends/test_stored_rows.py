@@ -63,7 +63,7 @@ def test_threads_change_no_bit_of_a_packed_row():
 
 
 @needs_numba
-@pytest.mark.parametrize("widths", [(8, 3), (1, 15), (12, 8), (7, 64)], ids=str)
+@pytest.mark.parametrize("widths", [(8, 3), (1, 15)], ids=str)
 @pytest.mark.parametrize(
     ("how", "dtype"), [(pair, dtype) for pair, dtype in zip(PAIRS, itertools.cycle(DTYPES))], ids=str
 )

@@ -17,7 +17,7 @@ from stored_rows import draw, ragged
 from triton_compiled import FORMS
 
 from lowkey.backends import triton_gpu
-from lowkey.backends.stored import Rebuilding, StepSegment
+from lowkey.backends.stored import STRIDE, Rebuilding, StepSegment
 from lowkey.evaluate.operations import counted_operations
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -114,8 +114,8 @@ def test_keys_are_rebuilt_and_rotated(packing, p, d, heads, latent, dtype, mean)
     def table(x):
         return torch.stack([(x[:, None] * angle).cos(), (x[:, None] * angle).sin()], 1).float()
 
-    coarse = factor * table(torch.arange(0, 4096, triton_gpu.STRIDE).double())
-    fine = table(torch.arange(triton_gpu.STRIDE).double())
+    coarse = factor * table(torch.arange(0, 4096, STRIDE).double())
+    fine = table(torch.arange(STRIDE).double())
     how = Rebuilding(maps, shift, positions, firsts, (coarse.numpy(), fine.numpy(), 0))
     own = StepSegment(keys, values, lengths, True, 2, how)
     latents, numbers[0][0] = numbers[0][0], []
@@ -149,26 +149,23 @@ def test_keys_are_rebuilt_and_rotated(packing, p, d, heads, latent, dtype, mean)
 
 
 def moving(dtype=torch.float32):
-    """(segments of which the last two change from step to step, their numbers, the steps, where they are)."""
+    """(segments of which the last two change at each step, their numbers, the steps, their counts)."""
     kinds = [("token4", "token4", (300, 7, 0), False, 0), ("plain", "plain", (50, 50, 50), False, 0)]
     kinds += [("plain", "plain", (40, 40, 40), False, 0)]
     steps = [((0, 10), (0, 33)), ((0, 42), (32, 2)), ((0, 50), (33, 7))]
     segments, numbers = made(kinds, dtype)
-    places = np.zeros((len(steps), 3, 5, ROWS), np.int64)
-    for i in (1, 2):
-        places[:, i, [0, 2]] = segments[i].keys.lane.numpy()
-        for step, own in enumerate(steps):
-            first, tokens = own[i - 1]
-            places[step, i, [1, 3]] = segments[i].keys.first.numpy() + first
-            places[step, i, 4] = tokens
-        segments[i] = replace(segments[i], lengths=None)
-    return kinds, segments, numbers, steps, places
+    counts = np.zeros((len(steps), 3, 2, ROWS), np.int64)
+    for step, own in enumerate(steps):
+        for i in (1, 2):
+            counts[step, i] = np.array(own[i - 1])[:, None]
+    segments[1:] = [replace(s, lengths=None) for s in segments[1:]]
+    return kinds, segments, numbers, steps, counts
 
 
 def test_tokens_of_a_step_are_read_on_the_device():
-    kinds, segments, numbers, steps, places = moving()
+    kinds, segments, numbers, steps, counts = moving()
     _, query = draw_queries(3, (LATENT, WIDTH), torch.float32)
-    kernel = triton_gpu.Segments(3, [on_device(s) for s in segments], places)
+    kernel = triton_gpu.Segments(3, [on_device(s) for s in segments], counts)
     for step in (0, 1, 2, 2, 0):
         kernel.move(step)
         found = kernel.attend((None, query.to(DEVICE)), 0.1)
@@ -191,11 +188,11 @@ class Noted:
 
 
 def test_every_step_makes_the_same_launches(monkeypatch):
-    _, segments, _, _, places = moving()
+    _, segments, _, _, counts = moving()
     launches, of_steps = [], []
     kernels = SimpleNamespace(attend=Noted("attend", launches), merge=Noted("merge", launches))
     monkeypatch.setattr(triton_gpu, "_kernel", lambda: kernels)
-    kernel, query = triton_gpu.Segments(3, segments, places), torch.randn(ROWS, 3, WIDTH)
+    kernel, query = triton_gpu.Segments(3, segments, counts), torch.randn(ROWS, 3, WIDTH)
     held = [x.data_ptr() for x in kernel.tensors()]
     for step in range(3):
         launches.clear()

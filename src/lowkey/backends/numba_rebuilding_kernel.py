@@ -1,8 +1,8 @@
 """Dot products of queries with keys that are rebuilt from latents and rotated, as steps of `numba_kernel`.
 
-A key is a linear map of its token's latent, plus a mean, rotated at the token's position. BLOCK tokens are
-decoded at a time, whatever packing holds them; TILE of them are rebuilt together, two vectors of channels at
-a time: those that the rotary embedding turns with one another. Queries then meet these few keys.
+A key is a linear map of its token's latent, plus a mean, rotated at the token's position. CHANNEL_BLOCK
+tokens are decoded at a time, whatever packing holds them. TILE of them are rebuilt together, two vectors of
+channels at a time: those that the rotary embedding turns with one another. Queries then meet these few keys.
 
 The *words* of a decoded token are its numbers in fp32; or two numbers of bf16 each, where the model computes
 in bf16 and the CPU multiplies pairs of them with sums in fp32. The cosine and sine of a position p are those
@@ -23,7 +23,6 @@ from numba.extending import intrinsic
 
 from lowkey.backends.numba_cache import kept_cfunc
 from lowkey.backends.numba_channels import CHANNEL_BLOCK, VECTORS, Channel
-from lowkey.backends.numba_cpu import STRIDE
 from lowkey.backends.numba_ir import (
     BYTES_PER_NUMBER,
     FLOAT_VECTOR,
@@ -48,14 +47,14 @@ from lowkey.backends.numba_ir import (
     vector_call,
 )
 from lowkey.backends.numba_vectors import Columns, call, score
+from lowkey.backends.stored import STRIDE
 
 MULTIPLIES_PAIRS = bool(LANES == 16 and binding.get_host_cpu_features().get("avx512bf16"))
-BLOCK = CHANNEL_BLOCK  # tokens that are decoded at a time
 TILE = LANES // 2  # tokens that are rebuilt at a time: twice as many sums fill half of the registers
 VECTOR = 4 * LANES  # bytes of a vector
 # What a record says, all in int64: the addresses of a row's queries, map, mean and positions, and of the
 # coarse and the fine table; pairs of vectors of a key, and words of a token; the address of a decoder, and
-# that of room for BLOCK tokens and their keys.
+# that of room for CHANNEL_BLOCK tokens and their keys.
 RECORD = 10
 
 
@@ -367,9 +366,9 @@ def rebuilder(g: int, pairs: bool, bits: int) -> Any:
         count, words = integer_at(record, 6), integer_at(record, 7)
         decode, room = integer_at(record, 8), integer_at(record, 9)
         token, table = 4 * words, count * VECTOR
-        keys, key = room + BLOCK * token, 2 * table
-        for begin in range(0, left, BLOCK):
-            tokens = min(BLOCK, left - begin)
+        keys, key = room + CHANNEL_BLOCK * token, 2 * table
+        for begin in range(0, left, CHANNEL_BLOCK):
+            tokens = min(CHANNEL_BLOCK, left - begin)
             place = stride, scales, channel, scale_channel, groups, size
             call(decode, (numbers, scale, low, *place, begin, tokens, room, token))
             for pair in range(count):
@@ -399,7 +398,7 @@ def rebuilder(g: int, pairs: bool, bits: int) -> Any:
 
 @cache
 def decoder(kind: str, pairs: bool) -> Any:
-    """A C function that decodes `tokens` tokens, BLOCK at most, from token `begin` of a row on.
+    """A C function that decodes `tokens` tokens, CHANNEL_BLOCK at most, from token `begin` of a row on.
 
     Args:
         kind: how they are stored; see `numba_vectors` and `numba_channels`.
