@@ -59,7 +59,8 @@ def test_a_plain_step_reads_no_value(kind):
         "snapkv-kivi2",
         "merged-pre-kivi2",
         "merged-pre-global-8",
-        *("rule", "every-8", *LIMITS),
+        *("rule", "every-8", "bits-hadamard4", "plan-exact", "plan-kivi", "plan-h2o-4", "exact-prefill"),
+        *dict.fromkeys([*LATENTS, *LIMITS]),
     ],
 )
 def test_a_plain_step_takes_few_operations(kind):

@@ -92,6 +92,7 @@ def stored_rows(
     """
     own = Segments(query.shape[1], [StepSegment(keys, values, lengths)])
     _, out, _, lse = own.attend((None, query), scaling, softcap, mask)
+    assert lse is not None
     return out, lse
 
 
@@ -177,7 +178,8 @@ class Segments:
         softcap: float | None = None,
         mask: Tensor | None = None,
         bias: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
+        with_lse: bool = True,
+    ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
         """Attention over all segments, under one softmax.
 
         Args:
@@ -187,10 +189,12 @@ class Segments:
             softcap: the soft cap of scaled scores, or None.
             mask: see `stored.stored_rows`.
             bias: (R, m), added to all scores in basis 0; None for none.
+            with_lse: whether the log-sum-exp is wanted. Making a tensor takes longer than its numbers do.
 
         Returns:
             (outputs (R, m, v) in basis 0 and in basis 1, whose sum over a common basis is attention; the
-            share of the weights (R, m) in basis 0; the log-sum-exp of all scores (R, m)), in fp32.
+            share of the weights (R, m) in basis 0; the log-sum-exp of all scores (R, m)), in fp32. The first
+            and the third are None where no segment is in basis 0.
         """
         rows, m = next(x.shape[:2] for x in queries if x is not None)
         # where there is none, an empty array of the same kind, so that the kernel is compiled once
@@ -225,7 +229,10 @@ class Segments:
                 *outputs,
                 _threads(),
             )
-        return tuple(map(torch.from_numpy, outputs))
+        sums, out, share, lse = outputs
+        in_latents = map(torch.from_numpy, (sums, share)) if self.widths[0] else (None, None)
+        first, third = in_latents
+        return first, torch.from_numpy(out), third, torch.from_numpy(lse) if with_lse else None
 
 
 def _as_numbers(x: Tensor) -> np.ndarray:

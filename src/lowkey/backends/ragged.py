@@ -82,7 +82,8 @@ class PreparedSegments(Protocol):
         softcap: float | None = None,
         mask: Tensor | None = None,
         bias: Tensor | None = None,
-    ) -> tuple[Tensor, ...]:
+        with_lse: bool = True,
+    ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
         """Attention over all segments, under one softmax; see `numba_cpu.Segments.attend`."""
         ...
 

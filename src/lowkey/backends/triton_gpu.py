@@ -157,6 +157,7 @@ class Segments:
         softcap: float | None = None,
         mask: Tensor | None = None,
         bias: Tensor | None = None,
+        with_lse: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Attention over all segments, under one softmax.
 
@@ -166,6 +167,7 @@ class Segments:
             softcap: the soft cap of scaled scores, or None.
             mask: (R', t, s), True where a query may attend; see `stored.stored_rows`. For one segment only.
             bias: (R, m), added to all scores in basis 0; None for none.
+            with_lse: for other backends, which make the log-sum-exp only if it is wanted.
 
         Returns:
             (outputs (R, m, v) in basis 0 and in basis 1, whose sum over a common basis is attention; the

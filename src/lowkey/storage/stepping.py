@@ -217,9 +217,11 @@ class SteppingLayer(PositionedLayer):
             latent, shift = self.codec.project_query(call.query, at)
             shift = None if shift is None else shift.reshape(b * h, g)
             latent = latent.reshape(b * h, g, -1)
-        sums, out, share, _ = kernel.attend((latent, query), call.scaling, call.softcap, bias=shift)
+        sums, out, share, _ = kernel.attend(
+            (latent, query), call.scaling, call.softcap, bias=shift, with_lse=False
+        )
         result = out.view(b, h, g, 1, d)
-        if not kernel.widths[0]:
+        if not kernel.widths[0] or sums is None:
             return result
         return self.codec.expand_output(sums.view(b, h, g, 1, -1), share) + result
 
