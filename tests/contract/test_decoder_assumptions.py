@@ -10,7 +10,7 @@ import pytest
 import torch
 from pico import VOCAB, attached, feed, prompt, stock
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lowkey
@@ -149,7 +149,8 @@ def test_a_stock_cache_behaves_as_before_after_attach(name):
 def test_attach_registers_both_functions_and_marks_the_model():
     model = lowkey.attach(pico.build("llama"))
     assert ALL_ATTENTION_FUNCTIONS[attention_interface.ATTENTION_NAME] is attention_interface.attention
-    assert ALL_MASK_ATTENTION_FUNCTIONS[attention_interface.ATTENTION_NAME] is sdpa_mask
+    masks = ALL_MASK_ATTENTION_FUNCTIONS[attention_interface.ATTENTION_NAME]
+    assert masks is attention_interface.needed_mask
     assert attention_interface.attached(model) and not attention_interface.attached(pico.build("llama"))
 
 

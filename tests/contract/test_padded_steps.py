@@ -94,7 +94,8 @@ def test_a_padded_row_gives_what_it_gives_alone(kind, row):
     fed(model, alone, pico.prompt(80, batch=3)[row : row + 1, pad:])
     ids = pico.prompt(STEPS, batch=3, seed=3)[row : row + 1]
     want = torch.cat([fed(model, alone, x) for x in ids.split(1, 1)], 1)[0]
-    torch.testing.assert_close(found, want, atol=2e-4, rtol=0)
+    # sums in another order may bring a number to the other side of a code of 8 bits
+    torch.testing.assert_close(found, want, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["bits-8", "bits-kivi4", "snapkv", "exact"])

@@ -104,7 +104,7 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor], Plan | None, Gates | Non
     wanted = {"plan": path / CACHE_PLAN / "plan.json", "gates": path / CACHE_GATES / GATES_JSON}
     for what, place in wanted.items():  # caches of earlier versions know no gates
         if about.get(what) is not None and files.stated_checksum(place, what) != about[what]:
-            raise damaged_cache(path, f"its {what} are others than it was made with")
+            raise damaged_cache(path, f"its folder {what!r} is another one than it was made with")
     plan = None if about["plan"] is None else Plan.load(path / CACHE_PLAN)
     gates = None if about.get("gates") is None else Gates.load(path / CACHE_GATES)
     return about, tensors, plan, gates

@@ -147,6 +147,8 @@ class ForwardPass:
         extra = [t for snapshot in self.snapshots.values() for t in snapshot.tensors()]
         for recording in (self.recording, self.recorded_before):
             extra += recording.tensors() if recording is not None else ()
+        if self.plain_step is not None:  # of a pass under way, or one that was interrupted
+            extra += [t for t in (self.plain_step.mask, self.plain_step.positions) if t is not None]
         return storage_bytes([*own, *extra]) - storage_bytes(own)
 
 

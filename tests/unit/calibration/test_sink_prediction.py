@@ -287,7 +287,10 @@ def test_the_rule_is_better_than_first_tokens_for_a_middle_sink():
 def test_when_the_sinks_come_first_the_rule_is_the_first_tokens():
     ids = text([[0, 1], [0, 1]])
     first = lowkey.make_cache(planted(), bits=4, exact=Exact(2))
-    assert torch.equal(feed(planted(), ids, made(2)), feed(planted(), ids, first))
+    # masks and no masks sum in another order
+    torch.testing.assert_close(
+        feed(planted(), ids, made(2)), feed(planted(), ids, first), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_bf16_finds_the_same_tokens():
