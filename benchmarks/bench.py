@@ -18,7 +18,7 @@ import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +32,7 @@ from lowkey.cli.checks import parse_numbers
 from lowkey.cli.loading import open_model
 from lowkey.cli.tables import show_steps
 from lowkey.core import files
+from lowkey.core.files.measured import Measured
 from lowkey.core.progress import bars
 from lowkey.evaluate.machine import machine
 from lowkey.evaluate.step_bench import StepTiming, step_bench
@@ -40,7 +41,6 @@ from lowkey.models import packaged
 
 ROOT = Path(__file__).parents[1]
 FOLDER = Path("docs") / "results" / "bench"
-MEASURED = "measured.json"  # in the folder of unfinished work
 SLOWER = 1.1  # times the committed quotient
 CONTEXTS = {"tiny": "256,1k", "smollm2": "1k,4k,8k"}
 ROUNDS = {"tiny": 45, "smollm2": 15}  # a step of `tiny` takes milliseconds
@@ -82,7 +82,7 @@ def main(
     described = {name: asdict(timing) for name, timing in timings.items()}
     job = {"machine": {k: v for k, v in where.items() if k != "load"}, "models": described}
     work = files.work_beside(place) if out or not quick else None
-    found = {"format": 1, "environment": where, "models": timed(timings, files.job_folder(work, job))}
+    found = {"format": 1, "environment": where, "models": timed(timings, Measured(work, job))}
     for result in found["models"].values():
         show_steps(result)
     before = None if quick else committed(ROOT, place)
@@ -106,28 +106,29 @@ def main(
     print(f"no step is 10 % slower than in {name}")
 
 
-def timed(timings: dict[str, StepTiming], folder: Path | None) -> dict[str, Any]:
+def timed(timings: dict[str, StepTiming], measured: Measured) -> dict[str, Any]:
     """The results of `step_bench` by model.
 
     Args:
         timings: of each model.
-        folder: for unfinished work: each context is written when it is finished, and read if it is there.
+        measured: earlier results of the same job, one for each context.
     """
-    known = folder is not None and (folder / MEASURED).exists()
-    found: dict[str, Any] = files.read_work_json(folder, MEASURED)["models"] if known and folder else {}
-    for name, timing in timings.items():
-        finished = {row["context"] for row in found.get(name, {}).get("rows", ())}
-        left = [context for context in timing.contexts if context not in finished]
-        if not left:
-            continue
+
+    def prepared(name: str) -> tuple[Any, ...]:
         model, tokenizer = open_model(name, "auto", "cpu")
-        makers = settings(model, tokenizer)
-        for context in left:
-            result = step_bench(model, tokenizer, makers, replace(timing, contexts=(context,)), bars)
-            rows = found.get(name, {}).get("rows", [])
-            found[name] = result | {"rows": [*rows, *result["rows"]]}
-            if folder is not None:
-                files.write_work_json(folder, MEASURED, {"models": found})
+        return model, tokenizer, settings(model, tokenizer)
+
+    once, found = cache(prepared), {}
+    try:
+        for name, timing in timings.items():
+            results = []
+            for context in timing.contexts:
+                one = replace(timing, contexts=(context,))
+                measure = lambda name=name, one=one: step_bench(*once(name), one, bars)  # noqa: E731
+                results.append(measured.once(f"{name} {context}", measure))
+            found[name] = results[-1] | {"rows": [row for result in results for row in result["rows"]]}
+    finally:
+        measured.write()  # also after an interrupt: the same command then goes on
     return found
 
 
@@ -145,13 +146,13 @@ def settings(
         "rank:50%": fit(method=PCA(), layout="post_rope"),
         "joint:50%": fit(method=KQSVD(group=0), layout="pre_rope"),
     }
-    cache = partial(make_cache, model)
+    made = partial(make_cache, model)
     return {
-        "full": cache,
-        "snapkv:10%": partial(cache, policy=make_policy("snapkv", "10%", {})),
-        **{bits: partial(cache, bits=bits) for bits in ("int8", "int4", "kivi2")},
-        **{name: partial(cache, plan) for name, plan in ranks.items()},
-        **{f"{name}+kivi2": partial(cache, plan, bits="kivi2") for name, plan in ranks.items()},
+        "full": made,
+        "snapkv:10%": partial(made, policy=make_policy("snapkv", "10%", {})),
+        **{bits: partial(made, bits=bits) for bits in ("int8", "int4", "kivi2")},
+        **{name: partial(made, plan) for name, plan in ranks.items()},
+        **{f"{name}+kivi2": partial(made, plan, bits="kivi2") for name, plan in ranks.items()},
     }
 
 

@@ -239,7 +239,7 @@ def gates(model: PreTrainedModel, policy: Policy) -> Gates | None:
     if not policy.learns:
         return None
     shape, generator = families.geometry(model), torch.Generator().manual_seed(3)
-    sizes = policy.gate_shapes(shape.kv_heads, shape.groups, shape.head_dim, families.rotated_width(model))
+    sizes = policy.gate_shapes(*families.head_sizes(model))
     layers = tuple(
         {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
         for _ in shape.compressible

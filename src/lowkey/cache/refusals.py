@@ -108,9 +108,8 @@ def check_gates(model: PreTrainedModel, policy: Policy, gates: Gates | None) -> 
     if gates.method != policy.learns:
         reads = f"those of {policy.learns!r}" if policy.learns else "none"
         raise LowkeyError(f"gates of {gates.method!r}: policy {name!r} reads {reads}; give these, or none")
-    shape = families.geometry(model)
-    wanted = policy.gate_shapes(shape.kv_heads, shape.groups, shape.head_dim, families.rotated_width(model))
-    gates.check_shapes(wanted, len(shape.compressible))
+    wanted = policy.gate_shapes(*families.head_sizes(model))
+    gates.check_shapes(wanted, len(families.geometry(model).compressible))
 
 
 def check_gates_model(model: PreTrainedModel, gates: Gates) -> None:

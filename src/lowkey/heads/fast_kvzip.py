@@ -14,13 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey.cache.cache import cache_of, make_cache
 from lowkey.cache.prefill import prefill
-from lowkey.core import files, text
+from lowkey.core import files
 from lowkey.core.options import Checked, option
 from lowkey.core.progress import Progress, silent
 from lowkey.core.types import device_of
+from lowkey.heads.learning import Learning
 from lowkey.models import families
 from lowkey.models.attention_interface import Call
-from lowkey.models.fingerprint import data_fingerprint, model_fingerprint
 from lowkey.ops.rope import unrotate
 from lowkey.ops.sink_gate import sink_gate
 from lowkey.policies.allocators import AtLeast
@@ -100,14 +100,9 @@ def train_fast_kvzip(
     Raises:
         LowkeyError: if the text is too short, or unfinished work is damaged.
     """
-    corpus = text.embedded_text("calibration") if corpus is None else corpus
-    ids = text.encode(tokenizer, corpus, model)
-    rows = text.sample_windows(
-        ids, tokenizer, families.readable_length(model, context), windows, seed, "data"
-    )
-    settings = {"windows": len(rows), "context": rows.shape[1], "seed": seed, "training": asdict(training)}
-    about = {"model_sha256": model_fingerprint(model), "data_sha256": data_fingerprint(ids)}
-    folder = files.job_folder(work, {"method": FastKVzip.learns, **settings, **about})
+    own_settings = {"training": asdict(training)}
+    job = Learning.of(FastKVzip.learns, model, tokenizer, corpus, windows, context, seed, work, own_settings)
+    rows, folder = job.rows, job.folder
     generator = torch.Generator().manual_seed(training.seed)
     chosen = [torch.randperm(rows.shape[1], generator=generator)[: training.tokens] for _ in rows]
     layers = families.geometry(model).compressible
@@ -129,8 +124,7 @@ def train_fast_kvzip(
             if folder is not None:
                 files.write_work(folder, f"layer-{slot}", gate)
         gates.append(gate)
-    name = model.config._name_or_path
-    return Gates(FastKVzip.learns, tuple(gates), name, about["model_sha256"], settings | about)
+    return job.gates(tuple(gates))
 
 
 @torch.no_grad()
@@ -166,10 +160,7 @@ def _scored(
 
 def _initial(model: PreTrainedModel, training: FastKVzipTraining, slot: int) -> dict[str, Tensor]:
     """A gate that was not trained yet."""
-    shape = families.geometry(model)
-    sizes = FastKVzip("100%").gate_shapes(
-        shape.kv_heads, shape.groups, shape.head_dim, families.rotated_width(model)
-    )
+    sizes = FastKVzip("100%").gate_shapes(*families.head_sizes(model))
     generator = torch.Generator().manual_seed(training.seed + slot)
     gate = {name: torch.zeros(size) for name, size in sizes.items()}
     for name in ("query", "key"):

@@ -9,12 +9,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowkey.cache.cache import cache_of
-from lowkey.core import files, text
+from lowkey.core import files
 from lowkey.core.progress import Progress, silent
 from lowkey.core.types import device_of
+from lowkey.heads.learning import Learning
 from lowkey.models import families
 from lowkey.models.attention_interface import Call
-from lowkey.models.fingerprint import data_fingerprint, model_fingerprint
 from lowkey.ops.rope import unrotate
 from lowkey.policies.gates import Gates
 from lowkey.policies.triattention import TriAttention, pair_norms
@@ -67,15 +67,11 @@ def estimate_query_centres(
     Raises:
         LowkeyError: if the text is too short, or unfinished work is damaged.
     """
-    corpus = text.embedded_text("calibration") if corpus is None else corpus
-    ids = text.encode(tokenizer, corpus, model)
-    rows = text.sample_windows(
-        ids, tokenizer, families.readable_length(model, context), windows, seed, "data"
+    own_settings = {"sinks": SINKS}
+    job = Learning.of(
+        TriAttention.learns, model, tokenizer, corpus, windows, context, seed, work, own_settings
     )
-    settings = {"windows": len(rows), "context": rows.shape[1], "seed": seed, "sinks": SINKS}
-    about = {"model_sha256": model_fingerprint(model), "data_sha256": data_fingerprint(ids)}
-    folder = files.job_folder(work, {"method": TriAttention.learns, **settings, **about})
-    layers = families.geometry(model).compressible
+    rows, folder, layers = job.rows, job.folder, families.geometry(model).compressible
     found, done = _unfinished(folder, model)
     for n in progress(range(done, len(rows)), "reading", len(rows) - done):
         own = {i: QueryCentreLayer(families.rope(model, i), SINKS) for i in layers}
@@ -95,8 +91,7 @@ def estimate_query_centres(
         {name: (found[f"{slot}.{name}"] / count).float() for name in ("centre", "norms")}
         for slot in range(len(layers))
     )
-    name = model.config._name_or_path
-    return Gates(TriAttention.learns, means, name, about["model_sha256"], settings | about)
+    return job.gates(means)
 
 
 def _unfinished(folder: Path | None, model: PreTrainedModel) -> tuple[dict[str, Tensor], int]:
@@ -104,12 +99,10 @@ def _unfinished(folder: Path | None, model: PreTrainedModel) -> tuple[dict[str, 
     found = files.read_work(folder, "gates")
     if found is None or folder is None:
         return {}, 0
-    shape = families.geometry(model)
-    rotated = families.rotated_width(model)
-    sizes = TriAttention("100%").gate_shapes(shape.kv_heads, shape.groups, shape.head_dim, rotated)
+    sizes = TriAttention("100%").gate_shapes(*families.head_sizes(model))
     like = {
         f"{slot}.{name}": torch.empty(size, dtype=torch.float64, device="meta")
-        for slot in range(len(shape.compressible))
+        for slot in range(len(families.geometry(model).compressible))
         for name, size in sizes.items()
     }
     done = int(files.checked_tensor(found, "done", torch.tensor(0), folder))

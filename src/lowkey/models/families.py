@@ -333,6 +333,12 @@ def rotated_width(model: PreTrainedModel) -> int:
     return own(position, torch.empty(0, device=model.device))[0].shape[-1]
 
 
+def head_sizes(model: PreTrainedModel) -> tuple[int, int, int, int]:
+    """(KV heads, query heads of each, channels of a head, how many of these are rotated)."""
+    shape = geometry(model)
+    return shape.kv_heads, shape.groups, shape.head_dim, rotated_width(model)
+
+
 def rotary_module(model: PreTrainedModel) -> Any:
     """The module that computes cos and sin of positions for all layers. Each architecture has its class."""
     return model.get_decoder().rotary_emb

@@ -335,6 +335,23 @@ def attention_sums(context: EvictionContext, last: int = 0, squared: bool = Fals
     return total
 
 
+def attention_maxima(context: EvictionContext, last: int = 0) -> Tensor:
+    """The largest attention that each candidate gets from any query of any head of its KV head.
+
+    Args:
+        context: keys and queries of one layer.
+        last: number of newest queries of each row; 0 for all.
+
+    Returns:
+        Maxima (b, h, s) in fp32.
+    """
+    largest = context.keys.new_zeros(context.keys.shape[:3], dtype=torch.float32)
+    for weights in context.attention(last):
+        seen = largest[..., : weights.shape[-1]]
+        torch.maximum(seen, weights.amax((2, 3)), out=seen)
+    return largest
+
+
 def norms(x: Tensor) -> Tensor:
     """Euclidean norms of vectors (..., d): (...), in fp32 or in the dtype of `x` if that is finer."""
     return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from lowkey.core.errors import LowkeyError
-from lowkey.policies.base import EvictionContext, Policy
+from lowkey.policies.base import EvictionContext, Policy, attention_maxima
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,4 @@ class Oracle(Policy):
                 "policy oracle: needs the question and the right answer behind the prompt, as "
                 "lowkey.prefill(question=n) takes them and lowkey eval --task recall gives them"
             )
-        largest = context.keys.new_zeros(context.keys.shape[:3], dtype=torch.float32)
-        for weights in context.attention(context.transient):
-            seen = largest[..., : weights.shape[-1]]
-            torch.maximum(seen, weights.amax((2, 3)), out=seen)
-        return largest
+        return attention_maxima(context, context.transient)

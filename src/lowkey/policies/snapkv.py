@@ -13,6 +13,7 @@ from lowkey.policies.base import (
     EvictionContext,
     Policy,
     Pooling,
+    attention_maxima,
     attention_sums,
     pooled_scores,
     prompt_tokens,
@@ -55,10 +56,7 @@ class SnapKV(Policy):
     def score(self, context: EvictionContext) -> Tensor:
         """Attention of the window, pooled (b, h, s); see `Policy.score`."""
         if self.aggregation != "mean":
-            largest = context.keys.new_zeros(context.keys.shape[:3], dtype=torch.float32)
-            for weights in context.attention(self.window):
-                seen = largest[..., : weights.shape[-1]]
-                torch.maximum(seen, weights.amax((2, 3)), out=seen)
+            largest = attention_maxima(context, self.window)
             pooled = pooled_scores(context, largest, self.kernel, self.pooling, self.window)
             if self.aggregation == "max":
                 return pooled

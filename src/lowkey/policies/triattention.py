@@ -65,10 +65,11 @@ class TriAttention(Policy):
         newest = context.positions.masked_fill(~context.valid, -1).amax((1, 2))
         steps = 2 ** torch.arange(self.reach.bit_length(), device=keys.device)
         coming = newest.clamp_min(0)[:, None] + steps
-        # The mean of rotations is one linear map: (b, 1, 1, p). cos and sin may be scaled, as YaRN scales.
-        cos, sin = (x.float().mean(2, keepdim=True) for x in context.rope(coming, context.keys))
-        now = [x.float() for x in context.rope(coming[:, :1], context.keys)]
-        scale = (now[0].square() + now[1].square()).sqrt()[:, :, 0]  # (b, 1, p)
+        rotations = [x.float() for x in context.rope(coming, context.keys)]  # (b, 1, n, p) each
+        # cos and sin may be scaled, as YaRN scales, at all positions alike
+        scale = torch.hypot(*rotations)[:, :, 0]  # (b, 1, p)
+        # the mean of rotations is one linear map
+        cos, sin = (x.mean(2, keepdim=True) for x in rotations)
         alike = centre.unsqueeze(-2).expand(len(keys), -1, -1, -1, -1)
         ahead = rotate(alike, cos.unsqueeze(2), sin.unsqueeze(2)).squeeze(3)
         scores = ahead @ keys.mT  # (b, h, g, s)

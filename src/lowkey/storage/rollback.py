@@ -145,10 +145,9 @@ class ForwardPass:
         """
         own = [t for layer in layers for t in layer.held_tensors()]
         extra = [t for snapshot in self.snapshots.values() for t in snapshot.tensors()]
-        for recording in (self.recording, self.recorded_before):
-            extra += recording.tensors() if recording is not None else ()
-        if self.plain_step is not None:  # of a pass under way, or one that was interrupted
-            extra += [t for t in (self.plain_step.mask, self.plain_step.positions) if t is not None]
+        # a plain step is there in a pass under way, or one that was interrupted
+        for holder in (self.recording, self.recorded_before, self.plain_step):
+            extra += holder.tensors() if holder is not None else ()
         return storage_bytes([*own, *extra]) - storage_bytes(own)
 
 

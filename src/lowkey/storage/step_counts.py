@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,6 +110,10 @@ class PlainStep:
     positions: Tensor | None
     first: np.ndarray
     offset: np.ndarray
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors that are held."""
+        yield from (t for t in (self.mask, self.positions) if t is not None)
 
     def covers(self, mask: Tensor | None, positions: Tensor | None, sequences: Sequences) -> bool:
         """Whether the same holds of this step, without a look at it."""
