@@ -66,7 +66,8 @@ def main(
             for name, row in compared(times)
         ]
         for row in rows[-len(chosen) - 1 :]:
-            print(row["setting"], tokens, f"{row['seconds']:.2f} s", f"{row['ratio_to_stock']:.3f}")
+            spread = f"{row['ratio_to_stock']:.3f} ({row['least']:.3f} to {row['most']:.3f})"
+            print(row["setting"], tokens, f"{row['seconds']:.2f} s", spread)
     if out:
         new = {key(row) for row in rows}
         old = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.exists() else []
@@ -119,10 +120,21 @@ def measured(
 
 
 def compared(times: dict[str, list[float]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Medians of the seconds and of their quotients within a round, by setting."""
+    """Medians of the seconds and of their quotients within a round, with the least and the largest quotient,
+    by setting.
+    """
     for name, own in times.items():
         quotients = [a / b for a, b in zip(own, times["stock"], strict=True)]
-        yield name, {"seconds": median(own), "ratio_to_stock": median(quotients), "rounds": len(own)}
+        yield (
+            name,
+            {
+                "seconds": median(own),
+                "ratio_to_stock": median(quotients),
+                "least": min(quotients),
+                "most": max(quotients),
+                "rounds": len(own),
+            },
+        )
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
