@@ -209,6 +209,21 @@ def prefill_memory_table() -> list[str]:
     )
 
 
+def controls_table(protocol: str, budget: str) -> list[str]:
+    """Policies at one budget beside the controls and the rows without a budget, the best recall first."""
+    head = ["cache", "bytes", "recall", "recall over `random`", "nats of the answer", "KL"]
+    rows = [row for row in rows_of(f"{EVIDENCE}controls") if row["protocol"] == protocol]
+    lines = []
+    for row in sorted(rows, key=lambda row: (-row["right"], row["nats"])):
+        if row["budget"] not in (None, budget):
+            continue
+        over, (least, most) = row["right_over_random"], row["right_over_random_95"] or (None, None)
+        against = "-" if over is None else f"{over:+.2f} ({least:+.2f} to {most:+.2f})"
+        figures = [f"{row[x]:.2f} ± {row[f'{x}_95']:.2f}" for x in ("right", "nats", "kl")]
+        lines.append([row["row"], f"{100 * row['bytes']:.1f} %", figures[0], against, *figures[1:]])
+    return table(head, lines)
+
+
 def frontier_table(name: str, keep: str) -> list[str]:
     """All rows of the first draw at one budget, the best KL first."""
     rows = [row for row in rows_of(name) if (row["keep"], row["draw"]) == (keep, 0)]
@@ -364,6 +379,10 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "default-three-models": default_table,
     "splits-three-models": split_table,
     "smollm2-policies": questions_table,
+    "smollm2-controls-25": partial(controls_table, "after", "25%"),
+    "smollm2-controls-10": partial(controls_table, "after", "10%"),
+    "smollm2-controls-with-25": partial(controls_table, "with", "25%"),
+    "smollm2-controls-with-10": partial(controls_table, "with", "10%"),
     "smollm2-plan": partial(planner_table, "smollm2/plan"),
     "smollm2-plan-frontier": partial(frontier_table, "smollm2/plan", "12.5%"),
     "smollm2-steps": partial(steps_table, "amd-epyc-2-cores"),
