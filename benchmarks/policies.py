@@ -3,15 +3,15 @@
     python benchmarks/policies.py OUT.json --model smollm2 --data one.txt --data two.txt \\
         --heads FOLDER --gates FOLDER [--budgets 25%,10% --draws 5 --contexts 4 --protocol after --only a;b]
 
-A context has four facts. It is read and evicted once, and every fact is asked for over a copy of what was kept
-(protocol `after`: nothing that evicts has seen a question). With protocol `with`, the first fact alone is asked
-for: the question chooses what is kept, and is then asked again over it. Questions evict nothing and are held
-beside the budget in both. A question is right if the model, shown the question and the answer so far, prefers
-each digit of the answer, and then no further digit. That is what greedy writing gives.
+A context has four facts. It is read and evicted once, and every fact is asked for over a copy of what was
+kept (protocol `after`: nothing that evicts has seen a question). With protocol `with`, the first fact alone
+is asked for: the question chooses what is kept, and is then asked again over it. Questions evict nothing and
+are held beside the budget in both. A question is right if the model, shown the question and the answer so
+far, prefers each digit of the answer, and then no further digit. That is what greedy writing gives.
 
-Draws differ in the texts, the facts and the seeds of policies. Each context is written to OUT.jsonl as soon as
-it is measured; the same command goes on after an interrupt. Intervals (95 %) are over draws; differences from
-`random` have a paired bootstrap over contexts.
+Draws differ in the texts, the facts and the seeds of policies. Each context is written to OUT.jsonl as soon
+as it is measured; the same command goes on after an interrupt. Intervals (95 %) are over draws; differences
+from `random` have a paired bootstrap over contexts.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ def answers(
 def judge(
     tokenizer: PreTrainedTokenizerBase, context: Context, full: list[Tensor], said: list[Tensor]
 ) -> dict[str, list[float]]:
-    """Whether each answer is right; nats of the answer by token; KL(full || setting) by token of the answer."""
+    """Whether each answer is right; its nats by token; KL(full || setting) by token of the answer."""
     right, nats, divergence = [], [], []
     for (_, answer), sure, own in zip(context.asked, full, said, strict=False):
         best = own.argmax(-1).tolist()
@@ -254,7 +254,7 @@ def judge(
 
 
 def read_log(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """The lines that were written, by protocol, row, budget, draw and context; a torn last line is dropped."""
+    """The lines by protocol, row, budget, draw and context; a torn last line is dropped."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
