@@ -1,7 +1,8 @@
 """Write documents of chain tasks: `python recipes/chains/text.py OUT.jsonl [--documents N] [--seed N]`.
 
-A document is a table of pairs, filler, and questions with their answers about several chains of the table, from any of
-their keys on. Tables and filler are of many lengths, so that a model meets look-ups over short distances first.
+A document is a table of pairs, filler, and questions with their answers about several chains of the table,
+from any of their keys on. Tables and filler are of many lengths, so that a model meets look-ups over short
+distances, too.
 """
 
 from __future__ import annotations

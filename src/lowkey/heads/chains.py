@@ -17,6 +17,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -58,8 +59,8 @@ class ChainTask(Checked):
         super().__post_init__()
         if not self.shortest <= self.longest <= self.pairs:
             raise LowkeyError(
-                f"shortest {self.shortest}, longest {self.longest}, pairs {self.pairs}: must not fall in this "
-                "order; give longer tables or shorter chains"
+                f"shortest {self.shortest}, longest {self.longest}, pairs {self.pairs}: must not fall in "
+                "this order; give longer tables or shorter chains"
             )
 
 
@@ -93,7 +94,7 @@ def draw_table(rng: random.Random, task: ChainTask) -> Table:
         left -= 1  # chains that may still follow
         sizes.append(rest if left == 1 else min(rest, rng.randint(1, task.shortest)))
     chains = [(*(next(keys) for _ in range(size)), next(ends)) for size in sizes]
-    pairs = [pair for chain in chains for pair in zip(chain, chain[1:], strict=False)]
+    pairs = [pair for chain in chains for pair in pairwise(chain)]
     return Table(tuple(chains), tuple(rng.sample(pairs, len(pairs))))
 
 
@@ -135,8 +136,8 @@ class Chain:
     def right(self, written: str) -> bool:
         """Whether a text is an answer that ends, and its value is the right one. This is the reward."""
         sentence, stop, _ = written.partition(STOP)
-        said, result, value = sentence.rpartition(EQUALS)
-        return bool(stop and result) and value.strip() == self.value
+        _, equals, value = sentence.rpartition(EQUALS)
+        return bool(stop and equals) and value.strip() == self.value
 
     def links(self, written: str) -> int:
         """How many look-ups a text has right before its first mistake."""

@@ -103,7 +103,9 @@ def test_only_the_value_of_a_finished_answer_counts(written, right, links):
 def test_filler_may_be_running_text():
     letters = ByT5Tokenizer()
     haystack = list(range(100, 200))
-    chain = draw_chain(random.Random(0), lambda s: letters(s, add_special_tokens=False).input_ids, haystack=haystack)
+    chain = draw_chain(
+        random.Random(0), lambda s: letters(s, add_special_tokens=False).input_ids, haystack=haystack
+    )
     filler = chain.prompt[-chain.question - 32 : -chain.question]
     assert filler == list(range(filler[0], filler[0] + 32))
     with pytest.raises(LowkeyError, match="cannot fill"):
