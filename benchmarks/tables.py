@@ -195,9 +195,14 @@ def prefill_table() -> list[str]:
     lines = []
     for setting in dict.fromkeys(row["setting"] for row in rows):
         own = {(row["context"], row["dtype"]): row for row in rows if row["setting"] == setting}
-        cells = [f"{own[place]['ratio_to_stock']:.2f}" if place in own else "-" for place in places]
-        lines.append([setting, *cells])
+        lines.append([setting, *(quotient(own[place]) if place in own else "-" for place in places)])
     return table(["cache", *(f"{n:,} tokens, {dtype}" for n, dtype in places)], lines)
+
+
+def quotient(row: dict) -> str:
+    """A time over transformers' own, with the least and the most of the rounds where they were kept."""
+    spread = f" ({row['least']:.2f} to {row['most']:.2f})" if "least" in row else ""
+    return f"{row['ratio_to_stock']:.2f}{spread}"
 
 
 def prefill_memory_table() -> list[str]:
