@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 import lowkey
+from lowkey.policies import POLICIES
 
 PROMPT, STEPS = 80, 40  # more steps than two rooms, and more tokens than a block of 32
 MORE_OPERATIONS = 30  # of a layer, beyond those of transformers' own cache and attention
@@ -46,20 +47,22 @@ SELECTING = {"every-8": lambda m: lowkey.make_cache(m, policy=evicting("h2o", ev
 LIMITS = {
     **{name: 50 for name in LATENTS if "post_rope" in name},
     # without a window, a token is encoded and packed in its own step
-    **dict.fromkeys(("plan", "plan-h2o"), 46),
+    **{name: 46 for name in KINDS if name == "plan" or (name.startswith("plan-") and name[5:] in POLICIES)},
+    "merged-snapkv-kivi4": 50,
     "plan-pre": 76,
     "plan-4": 94,
+    "razor-4": 124,
 }
 
 
 NOT_PLAIN = {  # kinds whose third step looks at values, and why
-    "think": "rows have channels of their own",
-    "think-global": "rows have channels of their own",
     "every-global": "evicts in the third step",
     "every-hadamard4": "evicts in the third step",
     "dynamic": "every token has a rank of its own",
     "dynamic-pre": "every token has a rank of its own",
 }
+# those, and one whose third step makes room
+MANY_OPERATIONS = (*NOT_PLAIN, "every")
 
 
 class Counted(TorchDispatchMode):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from stored_rows import draw, ragged
 
@@ -36,20 +38,32 @@ def made(kinds, dtype, widths=(LATENT, WIDTH)):
     return segments, numbers
 
 
-def attention_by_hand(kinds, numbers, latent, query, scaling, softcap, bias):
-    """Sums over latents, sums over the others, share of the latents and log-sum-exp, in fp64."""
-    m = query.shape[1]
-    sums, out = (torch.zeros(ROWS, m, x.shape[2]).double() for x in (latent, query))
+def moved(segments):
+    """The segments, each with a bias for every row, and with keys that meet other columns of queries."""
+    return [
+        replace(s, column=3 + 7 * i, bias=torch.tensor([0.5 * i, -1.0, 2.0])) for i, s in enumerate(segments)
+    ]
+
+
+def attention_by_hand(kinds, numbers, latent, query, scaling, softcap, bias, segments=None):
+    """Sums over latents, sums over the others, share of the latents and log-sum-exp, in fp64.
+
+    With `segments`, their columns and biases count.
+    """
+    m, widths = query.shape[1], (LATENT, WIDTH) if segments else (latent.shape[2], query.shape[2])
+    sums, out = (torch.zeros(ROWS, m, n).double() for n in widths)
     share, lse = torch.zeros(ROWS, m).double(), torch.full((ROWS, m), -torch.inf).double()
     for row in range(ROWS):
         for i in range(m):
             scores, values, is_latent = [], [], []
-            for (_, _, _, latents, hidden), (keys, own) in zip(kinds, numbers, strict=True):
+            for n, ((_, _, _, latents, hidden), (keys, own)) in enumerate(zip(kinds, numbers, strict=True)):
                 asked = (latent if latents else query)[row, i].double()
+                if segments:
+                    asked = asked[segments[n].column :][: keys[row].shape[1]]
                 found = keys[row][hidden:] @ asked * scaling
                 found = found if softcap is None else softcap * torch.tanh(found / softcap)
                 shift = bias[row, i].double() * scaling if latents and bias is not None else 0.0
-                scores.append(found + shift)
+                scores.append(found + shift + (segments[n].bias[row].double() if segments else 0.0))
                 values.append(own[row][hidden:])
                 is_latent.append(latents)
             joined = torch.cat(scores)

@@ -24,6 +24,8 @@ SAMPLED = [
     ("snapkv-kivi2", "llama"),
     ("merged-pre-kivi2", "llama"),
     ("merged-pre-global-8", "llama"),
+    ("razor-4", "llama"),
+    ("think", "llama"),
 ]
 
 

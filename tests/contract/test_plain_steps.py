@@ -9,6 +9,7 @@ from cache_kinds import CASES, KINDS, agree, feed
 from counted_steps import (
     LATENTS,
     LIMITS,
+    MANY_OPERATIONS,
     MORE_OPERATIONS,
     NOT_PLAIN,
     PROMPT,
@@ -48,21 +49,7 @@ def test_a_plain_step_reads_no_value(kind):
     assert reads.found == []
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "bits-8",
-        "bits-kivi4",
-        "exact",
-        "snapkv",
-        "h2o",
-        "snapkv-kivi2",
-        "merged-pre-kivi2",
-        "merged-pre-global-8",
-        *("rule", "every-8", "bits-hadamard4", "plan-exact", "plan-kivi", "plan-h2o-4", "exact-prefill"),
-        *dict.fromkeys([*LATENTS, *LIMITS]),
-    ],
-)
+@pytest.mark.parametrize("kind", [k for k in (*KINDS, *LATENTS, *SELECTING) if k not in MANY_OPERATIONS])
 def test_a_plain_step_takes_few_operations(kind):
     assert numba_cpu.available()
     model, cache = filled(kind, "llama")

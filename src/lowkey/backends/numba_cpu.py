@@ -123,6 +123,7 @@ class Segments:
         self.places = np.zeros((len(pairs), 5, len(segments[0].values.lane)), np.int64)
         self.hidden = np.zeros_like(self.places[:, 0])
         self.firsts = np.zeros_like(self.places[:, 0])
+        self.shifts = np.zeros_like(self.firsts, np.float32)
         with _lock:
             plans = [
                 None if s.rebuilding is None else _Rebuilding(k, s.rebuilding)
@@ -135,6 +136,8 @@ class Segments:
                 self.places[i, 4] = s.lengths.numpy()
             if s.rebuilding is not None:
                 self.firsts[i] = s.rebuilding.firsts.numpy()
+            if s.bias is not None:
+                self.shifts[i] = s.bias.numpy() / np.float32(LN2)
         if counts is not None:
             self.steps = np.repeat(self.places[None], len(counts), 0)
             for i, s in enumerate(segments):
@@ -147,8 +150,8 @@ class Segments:
         nothing = np.zeros(kernel.DESCRIBED, np.int64)
         self.rebuilt = np.stack([nothing if p is None else p.described for p in plans])
         columns = [
-            _query_slots(k, kernel.LANES) if p is None else p.slots
-            for (k, _), p in zip(pairs, plans, strict=True)
+            _moved(_query_slots(s.keys, kernel.LANES) if p is None else p.slots, s.column)
+            for s, p in zip(segments, plans, strict=True)
         ]
         self.key_slots = _joined(columns)
         self.value_slots = _joined([_slots(*v.groups, v.width, kernel.LANES, True) for _, v in pairs])
@@ -224,6 +227,7 @@ class Segments:
                 self.hidden,
                 seen,
                 shift,
+                self.shifts,
                 self.rebuilt,
                 self.firsts,
                 *outputs,
@@ -426,6 +430,11 @@ def _query_slots(keys: StoredRows, lanes: int) -> np.ndarray:
     if keys.unit > 1:  # channel after channel, in whole vectors
         size += -size % lanes
     return _slots(groups, size, keys.width, lanes, once=True)
+
+
+def _moved(slots: np.ndarray, columns: int) -> np.ndarray:
+    """Slots of a query whose columns begin so many later."""
+    return np.where(slots < 0, slots, slots + columns) if columns else slots
 
 
 @cache

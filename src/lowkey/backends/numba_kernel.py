@@ -212,7 +212,7 @@ def _attend(functions, g, cap, query, width, count, keys, values, masks, left, s
 
 
 @compiled
-def _merge(row, pieces, results, segments, bias, outputs):
+def _merge(row, pieces, results, segments, bias, shifts, outputs):
     """Merge the pieces of a row into the outputs.
 
     A query that sees nothing gives 0 and -inf.
@@ -223,6 +223,7 @@ def _merge(row, pieces, results, segments, bias, outputs):
         results: of all pieces; see `_cut_into_pieces`.
         segments: (basis of each segment, column of each number of its output (S, v'), numbers of an output).
         bias: (R, m), added to the scores of basis 0 in units of ln 2; R = 0 for none.
+        shifts: (S, R), added to the scores of each row of a segment in units of ln 2.
         outputs: (out (R, m, v) in basis 0 and in basis 1, share (R, m), lse (R, m)).
     """
     (first, end, of_piece), (parts, tops, totals) = pieces, results
@@ -233,7 +234,8 @@ def _merge(row, pieces, results, segments, bias, outputs):
         shift = bias[row, i] if len(bias) else np.float32(0.0)
         for p in range(first, end):
             if tops[p, i] > NOT_THERE:
-                top = max(top, tops[p, i] + (shift if basis[of_piece[p]] == 0 else np.float32(0.0)))
+                of_basis = shift if basis[of_piece[p]] == 0 else np.float32(0.0)
+                top = max(top, tops[p, i] + (of_basis + shifts[of_piece[p], row]))
         if top <= NOT_THERE:
             lse[row, i] = -np.inf
             continue
@@ -242,7 +244,8 @@ def _merge(row, pieces, results, segments, bias, outputs):
             if tops[p, i] <= NOT_THERE:
                 continue
             # each piece counts relative to the largest score of all
-            weight = np.exp2(tops[p, i] + (shift if basis[s] == 0 else np.float32(0.0)) - top)
+            of_basis = shift if basis[s] == 0 else np.float32(0.0)
+            weight = np.exp2(tops[p, i] + (of_basis + shifts[s, row]) - top)
             total += weight * totals[p, i]
             if basis[s] == 0:
                 in_basis_0 += weight * totals[p, i]
@@ -376,7 +379,7 @@ def _attend_share(thread, layout, arrays, merging, outputs, cuts, results, count
 @compiled
 def _attend_piece(i, layout, arrays, merging, outputs, cuts, results, done, scores, masks, record):
     """Attend to piece i. The thread that does the last piece of a row merges the row."""
-    packed, starts, places, mask, veil, bias, maps, map_starts, mean_starts, token_firsts = arrays
+    packed, starts, places, mask, veil, bias, shifts, maps, map_starts, mean_starts, token_firsts = arrays
     first, rows, segment, begins, size = cuts
     parts, tops, totals = results
     functions, g, cap, keys, values, widths, hidden, rebuilt = layout
@@ -421,7 +424,7 @@ def _attend_piece(i, layout, arrays, merging, outputs, cuts, results, done, scor
     )
     # the counter tells which thread came last; it then sees all results of the row
     if add(_at(done, row), 1) == first[row + 1] - first[row] - 1:
-        _merge(row, (first[row], first[row + 1], segment), results, merging, bias, outputs)
+        _merge(row, (first[row], first[row + 1], segment), results, merging, bias, shifts, outputs)
 
 
 @kept_njit(nogil=True, parallel=True)
@@ -443,6 +446,7 @@ def attend_segments(
     hidden,
     mask,
     bias,
+    shifts,
     rebuilt,
     token_firsts,
     out_0,
@@ -471,7 +475,7 @@ def attend_segments(
         hidden: (S, R), the first tokens of each row that no query sees, at most SMALLEST_PIECE.
         mask: (R', t, s) in bytes, s a multiple of 32 that covers all tokens, for all segments; R' = 0 for
             none.
-        bias: (R, m), see `_merge`.
+        bias, shifts: (R, m) and (S, R), see `_merge`.
         rebuilt: (S, DESCRIBED), how keys are rebuilt; all 0 where they are met as they are.
         token_firsts: (S, R), where the positions of each row begin, for keys that are rebuilt.
         out_0, out_1, share, lse: the results; see `_merge`.
@@ -484,12 +488,12 @@ def attend_segments(
     veil[:SMALLEST_PIECE] = 0
     layout = functions, g, cap, keys, values, key_counts, hidden, rebuilt
     maps, map_starts, mean_starts = _packed_maps(rebuilt)
-    arrays = packed, starts, places, mask, veil, bias, maps, map_starts, mean_starts, token_firsts
+    arrays = packed, starts, places, mask, veil, bias, shifts, maps, map_starts, mean_starts, token_firsts
     merging = basis, value_slots, value_counts
     counters = np.zeros(threads, np.int64), np.zeros(places.shape[2], np.int64)
     for row in range(places.shape[2]):
         if cuts[0][row] == cuts[0][row + 1]:  # a row without tokens has no piece
-            _merge(row, (0, 0, cuts[2]), results, merging, bias, outputs)
+            _merge(row, (0, 0, cuts[2]), results, merging, bias, shifts, outputs)
     if threads == 1:  # a parallel loop costs more than a short row
         _attend_share(0, layout, arrays, merging, outputs, cuts, results, counters)
         return

@@ -150,6 +150,8 @@ class StepSegment:
             and not in the model's.
         hidden: so many first tokens of each row are not seen; one number, or one for each row (R).
         rebuilding: how keys that are latents are rebuilt; None if queries meet them as they are.
+        column: of queries, at which those begin that meet keys. Queries may have more columns than keys.
+        bias: (R), fp32, added to all scores of a row; None for nothing.
     """
 
     keys: StoredRows
@@ -158,6 +160,8 @@ class StepSegment:
     as_latents: bool = False
     hidden: int | Tensor = 0
     rebuilding: Rebuilding | None = None
+    column: int = 0
+    bias: Tensor | None = None
 
 
 def unpack_codes(codes: Tensor, bits: int, dtype: torch.dtype = torch.uint8) -> Tensor:

@@ -123,6 +123,8 @@ class Segments:
             for i in (i for i, s in enumerate(segments) if s.lengths is None):
                 self.places[:, i, 1:4:2] += changes[:, i, :1]
                 self.places[:, i, 4] = changes[:, i, 1]
+        biases = [s.bias if s.bias is not None else torch.zeros(self.rows, device=device) for s in segments]
+        self.shifts = torch.stack(biases) if any(s.bias is not None for s in segments) else None
         self.step = 0 if counts is None else -1
         self.clock = torch.full((1,), self.step, dtype=torch.int64, device=device)
         firsts, rows_of, self.segments, at = [], [], [], 0
@@ -140,6 +142,7 @@ class Segments:
         """The tensors that are held besides what is stored."""
         own = [x for s in self.segments if s.constants["ROTATED"] for x in s.rotation]
         tables = [self.clock, self.places, self.in_model_basis, self.first_piece, self.row_of]
+        tables += [] if self.shifts is None else [self.shifts]
         return tables + [x for x in own if isinstance(x, Tensor)]
 
     def move(self, step: int) -> None:
@@ -214,9 +217,11 @@ class Segments:
                 self.first_piece,
                 self.in_model_basis,
                 outputs[3] if bias is None else bias.contiguous(),
+                outputs[3] if self.shifts is None else self.shifts,
             ),
             *(*outputs, scaling, len(self.segments), rows, m, width, *self.widths),
             BIASED=bias is not None,
+            SHIFTED=self.shifts is not None,
             B=max(2, min(16, MERGED_NUMBERS // tile)),
             W=tile,
         )
@@ -241,7 +246,7 @@ class _Prepared:
         self.basis = 0 if segment.as_latents and rebuilding is None else 1
         self.keys, self.values = _place(keys), _place(values)
         self.plan_maps, self.rotation = _plan_maps(rebuilding, keys), _rotation(rebuilding, keys)
-        self.widths = keys.width, values.width
+        self.widths, self.column = (keys.width, values.width), segment.column
         pairs, rest = _channels(rebuilding)
         blocks = keys.unit > 1 or values.unit > 1
         widest = max(2 * pairs, keys.width if not pairs else 0, values.width)
@@ -289,7 +294,7 @@ class _Prepared:
         of_mask = (1, 1, 0) if mask is None else (rows // len(mask), mask.shape[1], mask.shape[2])
         _kernel().attend[self.pieces, -(-m // own.queries)](
             *(
-                query,
+                query[..., self.column :],
                 tables[0],
                 own.row_of,
                 tables[1],
@@ -300,7 +305,7 @@ class _Prepared:
             ),
             *(self.keys, self.values, self.plan_maps + self.rotation),
             *(scaling, softcap or 1.0, self.first, self.size, rows, m, *self.widths, parts.shape[2]),
-            *(own.places.stride(0) if len(own.places) > 1 else 0, *of_mask),
+            *(own.places.stride(0) if len(own.places) > 1 else 0, query.shape[2], *of_mask),
             CAPPED=softcap is not None,
             MASKED=mask is not None,
             # the interpreter has no bf16 products

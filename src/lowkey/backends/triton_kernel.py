@@ -190,7 +190,8 @@ def rotated(
 def attend(
     query, first_piece, row_of, places, clock, mask, parts, lses,
     keys, values, rotation,
-    scaling, cap, first_of_segment, size, rows, m, r, v, width, of_step, share, mask_queries, mask_stride,
+    scaling, cap, first_of_segment, size, rows, m, r, v, width, of_step, asked_width,
+    share, mask_queries, mask_stride,
     K_BITS: tl.constexpr, K_UNIT: tl.constexpr, K_GROUP: tl.constexpr,
     V_BITS: tl.constexpr, V_UNIT: tl.constexpr, V_GROUP: tl.constexpr,
     CAPPED: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
@@ -201,7 +202,8 @@ def attend(
     """One piece, at most `size` tokens of one row of a segment, for M queries.
 
     Args:
-        query: (rows, m, r), contiguous.
+        query: (rows, m, r), the columns that meet these keys, with a step of `asked_width` numbers between
+            queries.
         first_piece: (rows + 1), the number of each row's first piece.
         row_of: (pieces of all segments), the row of each piece, -1 for none.
         places: (steps, segments, 6, rows), from this segment on: at each step the lane and the first unit of
@@ -236,9 +238,8 @@ def attend(
     i, y, j = tl.program_id(1) * M + tl.arange(0, M), tl.arange(0, V), tl.arange(0, N)
     if ROTATED:
         # columns of a query: those that are rotated as pairs, and those that are not
-        d: tl.constexpr = 2 * PAIRS + REST
         pair, rest = tl.arange(0, H), tl.arange(0, E if E else 16)
-        own = query + ((row * m + i) * d)[:, None]
+        own = query + ((row * m + i) * asked_width)[:, None]
         asked = (i[:, None] < m) & (pair < PAIRS)[None, :]
         q = tl.load(own + pair[None, :], mask=asked, other=0.0)
         q_second = tl.load(own + (PAIRS + pair)[None, :], mask=asked, other=0.0)
@@ -252,7 +253,7 @@ def attend(
     else:
         x = tl.arange(0, R)
         q = tl.load(
-            query + ((row * m + i) * r)[:, None] + x[None, :],
+            query + ((row * m + i) * asked_width)[:, None] + x[None, :],
             mask=(i[:, None] < m) & (x < r)[None, :],
             other=0.0,
         )
@@ -304,9 +305,9 @@ def attend(
 
 @triton.jit(do_not_specialize=["segments", "rows", "m"])
 def merge(
-    parts, lses, first_piece, in_model_basis, bias, out_0, out_1, share, lse,
+    parts, lses, first_piece, in_model_basis, bias, shifts, out_0, out_1, share, lse,
     scaling, segments, rows, m, width, width_0, width_1,
-    BIASED: tl.constexpr, B: tl.constexpr, W: tl.constexpr,
+    BIASED: tl.constexpr, SHIFTED: tl.constexpr, B: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Merge the pieces of a row over all segments for one query.
 
@@ -316,6 +317,7 @@ def merge(
         parts, lses, first_piece: as `attend` has them; first_piece of all segments, (segments, rows + 1).
         in_model_basis: (segments), 0 where queries and outputs are in the basis of latents, else 1.
         bias: (rows, m), times `scaling` added to the scores of latents, if BIASED.
+        shifts: (segments, rows), added to the scores of each row of a segment, if SHIFTED.
         out_0, out_1: results (rows, m, width_0) over latents and (rows, m, width_1) over all other tokens.
         share: the sums of the weights of latents, (rows, m).
         lse: the log-sum-exp of all scores, (rows, m).
@@ -333,6 +335,8 @@ def merge(
         shift = 0.0
         if BIASED:
             shift = tl.where(is_latent, tl.load(bias + place).to(tl.float32) * scaling, 0.0)
+        if SHIFTED:
+            shift += tl.load(shifts + s * rows + row)
         own = tl.where(is_latent, width_0, width_1)
         for at in range(begin, end, B):
             piece = at + tl.arange(0, B)

@@ -4,6 +4,8 @@ arXiv:2407.15891).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from lowkey.storage.cache_wide_eviction import Candidates
 from lowkey.storage.evicting import EvictingLayer
 from lowkey.storage.flaws import first_flaw, unlike
 from lowkey.storage.rebuilding import Rotation
+from lowkey.storage.rows import exact_segment
 
 
 class CompensatingLayer(EvictingLayer):
@@ -72,8 +75,13 @@ class CompensatingLayer(EvictingLayer):
             "it counts less than nothing dropped" if bool((self.dropped < 0).any()) else None,
         )
 
-    def _row_segments(self, rotation: Rotation | None) -> list[StepSegment] | None:
-        return None  # the compensation token has a bias
+    def _row_segments(self, rotation: Rotation | None) -> list[StepSegment]:
+        one = exact_segment(self.mean_k, self.mean_v)
+        lane = self._in_codec_order(one.keys.lane.view(self.dropped.shape[:2])).flatten()
+        keys, values = (replace(side, lane=lane) for side in (one.keys, one.values))
+        dropped = self.dropped.flatten()[lane]
+        bias = dropped.clamp_min(1).log()
+        return [*super()._row_segments(rotation), StepSegment(keys, values, (dropped > 0).long(), bias=bias)]
 
     def _row_parts(self, call: Call, split: bool = False) -> list[Part]:
         parts = super()._row_parts(call, split)

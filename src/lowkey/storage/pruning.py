@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lowkey.backends.ragged import ragged, stored_rows
 from lowkey.backends.segment import Part, merge_parts
-from lowkey.backends.stored import StepSegment
+from lowkey.backends.stored import StepSegment, StoredRows
 from lowkey.models.attention_interface import Call
 from lowkey.ops.ragged import join_rows, row_of, starts_of
 from lowkey.policies.base import newest_query_positions
@@ -227,35 +227,58 @@ class PruningLayer(EvictingLayer):
 
     # -- attending
 
-    def _row_segments(self, rotation: Rotation | None) -> list[StepSegment] | None:
-        return None  # rows have channels of their own
+    def _row_segments(self, rotation: Rotation | None) -> list[StepSegment]:
+        whole = super()._row_segments(rotation)
+        if not self.pruned_entries:
+            return whole
+        keys, values, lengths = self._rows_of_prunings()
+        p, r = self.prunings, self.channel_count
+        # queries have their own channels first, then those that each pruning left
+        return whole + [
+            StepSegment(keys.sliced(i, p), values.sliced(i, p), lengths[i::p], column=self.head_dim + i * r)
+            for i in range(p)
+        ]
+
+    def _query_columns(self) -> Tensor | None:
+        if not self.pruned_entries:
+            return None
+        left = self.kept_channels.long().transpose(1, 2).flatten(2).flatten(0, 1)
+        return torch.cat([torch.arange(self.head_dim, device=self.device).expand(len(left), -1), left], 1)
+
+    def _rows_of_prunings(self) -> tuple[StoredRows, StoredRows, Tensor]:
+        """Keys, values and lengths (b h p) of rows of one pruning each; its tokens lie together in a row."""
+        row, p = row_of(self.pruned_starts), self.prunings
+        counts = torch.zeros(len(self.pruned_starts[1:]) * p, dtype=torch.long, device=self.device)
+        at = row * p + self._prunings_of(self.pruned_positions, row)
+        lengths = counts.index_add_(0, at, torch.ones_like(row))
+        keys, values = (
+            stored_in_rows(Unpacked(), (x.unsqueeze(1),), x.shape[1], starts_of(lengths))
+            for x in (self.pruned_k, self.pruned_v)
+        )
+        return keys, values, lengths
 
     def _row_parts(self, call: Call, split: bool = False) -> list[Part]:
         # (nothing is split: the policy has no second pass)
         parts = super()._row_parts(call, split)
         if not self.pruned_entries:
             return parts
-        # the tokens of one pruning lie together in a row, and the query loses the channels that they lost
-        row = row_of(self.pruned_starts)
-        pruning = self._prunings_of(self.pruned_positions, row)
-        counts = torch.zeros(
-            len(self.pruned_starts[1:]) * self.prunings, dtype=torch.long, device=self.device
-        )
-        lengths = counts.index_add_(0, row * self.prunings + pruning, torch.ones_like(row))
-        starts, (b, h, g, t, _) = starts_of(lengths), call.query.shape
+        b, h, g, t, _ = call.query.shape
+        keys, values, lengths = self._rows_of_prunings()
+        # a query loses the channels that the tokens of a pruning lost
         channels = self.kept_channels.long().transpose(1, 2).unsqueeze(3).expand(-1, -1, -1, g * t, -1)
         query = call.query.flatten(2, 3).unsqueeze(2).expand(-1, -1, self.prunings, -1, -1)
         query = query.gather(4, channels)
-        keys, values = self.pruned_k, self.pruned_v
         if self._reads_in_place(call):
-            k, v = (stored_in_rows(Unpacked(), (x.unsqueeze(1),), x.shape[1], starts) for x in (keys, values))
             found = []
             for i in range(self.prunings):  # rows of one pruning, of which blocks are not too many at a time
                 own, of_rows = query[:, :, i].flatten(0, 1), lengths[i :: self.prunings]
-                sides = k.sliced(i, self.prunings), v.sliced(i, self.prunings)
-                found.append(stored_rows(own, sides[0], sides[1], of_rows, call.scaling, call.softcap))
+                sides = keys.sliced(i, self.prunings), values.sliced(i, self.prunings)
+                found.append(stored_rows(own, *sides, of_rows, call.scaling, call.softcap))
         else:
-            out, lse = ragged(query.flatten(0, 2), keys, values, starts, call.scaling, call.softcap)
+            starts = starts_of(lengths)
+            out, lse = ragged(
+                query.flatten(0, 2), self.pruned_k, self.pruned_v, starts, call.scaling, call.softcap
+            )
             found = [(out[i :: self.prunings], lse[i :: self.prunings]) for i in range(self.prunings)]
         out, lse = merge_parts(found)
         return [*parts, (out.view(b, h, g, t, -1), lse.view(b, h, g, t))]

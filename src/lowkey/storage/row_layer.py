@@ -200,11 +200,11 @@ class RowLayer(RaggedLayer, CodedLayer):
     def _segments_of_step(
         self, room: Room, softcap: float | None, rotation: Rotation | None
     ) -> list[StepSegment] | None:
-        own, rows = super()._segments_of_step(room, softcap, rotation), self._row_segments(rotation)
-        return None if own is None or rows is None else [*rows, *own]
+        own = super()._segments_of_step(room, softcap, rotation)
+        return None if own is None else [*self._row_segments(rotation), *own]
 
-    def _row_segments(self, rotation: Rotation | None) -> list[StepSegment] | None:
-        """The tokens in rows, with a row for each KV head; None if a kernel cannot read them."""
+    def _row_segments(self, rotation: Rotation | None) -> list[StepSegment]:
+        """The tokens in rows, with a row for each KV head."""
         if not self.kept_entries:
             return []
         heads, starts, rows = self.codec.heads_per_row, self.rows_starts, self.rows

@@ -60,10 +60,13 @@ class PreparedStep:
     Args:
         kernel: ready for them; None if none reads what is held.
         meets_latents: whether queries are brought into the basis of latents.
+        columns: (b h, g, n), which columns of a query in the model's basis the kernel is given; None for all
+            of them, once.
     """
 
     kernel: PreparedSegments | None
     meets_latents: bool = False
+    columns: Tensor | None = None
 
 
 class SteppingLayer(PositionedLayer):
@@ -157,7 +160,10 @@ class SteppingLayer(PositionedLayer):
 
     def _prepared_tensors(self) -> list[Tensor]:
         """The tensors that a kernel holds besides those that hold tokens."""
-        return self.prepared.kernel.tensors() if self.prepared and self.prepared.kernel else []
+        if self.prepared is None or self.prepared.kernel is None:
+            return []
+        columns = self.prepared.columns
+        return [*self.prepared.kernel.tensors(), *([] if columns is None else [columns])]
 
     # -- steps
 
@@ -211,6 +217,8 @@ class SteppingLayer(PositionedLayer):
         kernel.move(self.steps - 1)
         b, h, g, _, d = call.query.shape
         query, latent, shift = call.query.reshape(b * h, g, d), None, None
+        if prepared.columns is not None:
+            query = query.gather(2, prepared.columns)
         if prepared.meets_latents:
             at = call.positions
             at = self.positions_of(self.seen - 1, self.seen) if at is None else at.expand(b, 1)
@@ -238,8 +246,14 @@ class SteppingLayer(PositionedLayer):
         if segments is None:
             return PreparedStep(None)
         counts = self._counts_of_steps(room, len(segments), call.query.shape[1])
-        kernel = prepared_segments(call.query.shape[2], segments, counts)
-        return PreparedStep(kernel, any(s.as_latents and s.rebuilding is None for s in segments))
+        kernel, columns = prepared_segments(call.query.shape[2], segments, counts), self._query_columns()
+        if columns is not None:
+            columns = columns.unsqueeze(1).expand(-1, call.query.shape[2], -1)
+        return PreparedStep(kernel, any(s.as_latents and s.rebuilding is None for s in segments), columns)
+
+    def _query_columns(self) -> Tensor | None:
+        """(b h, n), the columns of queries that `_segments_of_step` counts on; None for the query itself."""
+        return None
 
     def _counts_of_steps(self, room: Room, segments: int, heads: int) -> np.ndarray:
         """What the queries of each step see, of so many segments; see `ragged.prepared_segments`.

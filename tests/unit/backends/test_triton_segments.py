@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from step_segments import KINDS, LATENT, ROWS, WIDTH, attention_by_hand, made
+from step_segments import KINDS, LATENT, ROWS, WIDTH, attention_by_hand, made, moved
 from stored_rows import draw, ragged
 from triton_compiled import FORMS
 
@@ -67,6 +67,16 @@ def test_all_kinds_share_one_softmax(kinds, m, dtype, softcap, with_bias):
         (latent.to(DEVICE), query.to(DEVICE)), 0.1, softcap, bias=None if bias is None else bias.to(DEVICE)
     )
     compare(found, attention_by_hand(kinds, numbers, latent, query, 0.1, softcap, bias), kinds, dtype)
+
+
+@pytest.mark.parametrize(("kinds", "dtype"), [(KINDS[1], torch.float32), (KINDS[3], torch.float16)])
+def test_segments_have_biases_and_columns_of_their_own(kinds, dtype):
+    segments, numbers = made(kinds, dtype)
+    segments = moved(segments)
+    latent, query = draw_queries(3, (LATENT + 40, WIDTH + 40), dtype)
+    kernel = triton_gpu.Segments(3, [on_device(s) for s in segments])
+    found = kernel.attend((latent.to(DEVICE), query.to(DEVICE)), 0.1, 2.0)
+    compare(found, attention_by_hand(kinds, numbers, latent, query, 0.1, 2.0, None, segments), kinds, dtype)
 
 
 @pytest.mark.parametrize(
